@@ -1,0 +1,293 @@
+"""Rules that join several fields. Pure: reads the configuration, touches nothing, raises UserError."""
+
+import itertools
+import re
+
+from conf.errors import UserError
+from conf.schema import Config, DataFormat, Model, Phase
+
+PRECISIONS = ("fp32", "bf16")
+
+
+def check(config: Config) -> None:
+    """Raise UserError for the first rule that the configuration breaks."""
+    _check_top(config)
+    _check_model(config.model)
+    _check_optim(config)
+    _check_data(config)
+    _check_parallel(config)
+
+
+def _require(ok: bool, field: str, value: object, rule: str, cure: str) -> None:
+    if not ok:
+        raise UserError(field, value, rule, cure)
+
+
+def _positive(section: object, prefix: str, names: str) -> None:
+    for name in names.split():
+        value = getattr(section, name)
+        _require(value > 0, prefix + name, value, "must be greater than 0", f"set {prefix}{name} to 1 or more")
+
+
+def _not_negative(section: object, prefix: str, names: str) -> None:
+    for name in names.split():
+        value = getattr(section, name)
+        _require(value >= 0, prefix + name, value, "must not be negative", f"set {prefix}{name} to 0 or more")
+
+
+def _check_top(config: Config) -> None:
+    _positive(config, "", "steps seq_len batch_size micro_batch_size")
+    _not_negative(config, "", "seed")
+    _require(
+        re.fullmatch(r"[\w.\-+=,]+(/\d+)?", config.name) is not None and config.name not in (".", ".."),
+        "name",
+        config.name,
+        "must be a plain folder name: letters, digits, and . _ - + = ,",
+        "choose a simpler name",
+    )
+    _require(
+        config.seq_len <= config.model.max_seq_len,
+        "seq_len",
+        config.seq_len,
+        f"must not exceed model.max_seq_len = {config.model.max_seq_len}",
+        "shorten seq_len or raise model.max_seq_len",
+    )
+    _require(
+        config.seq_len > config.model.mtp_depth,
+        "seq_len",
+        config.seq_len,
+        f"must exceed model.mtp_depth = {config.model.mtp_depth}: each MTP module looks one token further",
+        "lengthen seq_len or lower model.mtp_depth",
+    )
+    share = config.micro_batch_size * config.parallel.dp
+    _require(
+        config.batch_size % share == 0,
+        "batch_size",
+        config.batch_size,
+        f"must be a multiple of micro_batch_size x parallel.dp = {config.micro_batch_size} x {config.parallel.dp}",
+        f"take {max(share, config.batch_size // share * share)}, or change micro_batch_size",
+    )
+    _not_negative(config.checkpoint, "checkpoint.", "every keep keep_every")
+    _positive(config.log, "log.", "every validation_sequences")
+    _not_negative(config.log, "log.", "validate_every sample_tokens peak_flops")
+    _require(
+        config.cluster.device in ("auto", "cpu", "cuda"),
+        "cluster.device",
+        config.cluster.device,
+        "must be auto, cpu or cuda",
+        "leave it at auto",
+    )
+    _not_negative(config.cluster, "cluster.", "threads")
+    _positive(config.cluster, "cluster.", "timeout")
+
+
+def _check_model(model: Model) -> None:
+    _positive(
+        model,
+        "model.",
+        "vocab_size hidden layers heads kv_rank nope_head_dim rope_head_dim v_head_dim dense_width max_seq_len "
+        "rope_theta norm_eps init_std loss_chunk",
+    )
+    _not_negative(model, "model.", "dense_layers mtp_depth experts shared_experts")
+    if model.q_rank is not None:
+        _positive(model, "model.", "q_rank")
+    _require(
+        model.rope_head_dim % 2 == 0,
+        "model.rope_head_dim",
+        model.rope_head_dim,
+        "must be even: RoPE turns pairs",
+        f"take {model.rope_head_dim + 1}",
+    )
+    _require(
+        model.dense_layers <= model.layers,
+        "model.dense_layers",
+        model.dense_layers,
+        f"must not exceed model.layers = {model.layers}",
+        "lower it",
+    )
+    if model.dense_layers == model.layers and model.mtp_depth == 0:
+        return
+    _positive(model, "model.", "expert_width experts top_k groups top_groups route_scale")
+    _require(
+        model.experts % model.groups == 0,
+        "model.experts",
+        model.experts,
+        f"must be a multiple of model.groups = {model.groups}",
+        f"take {max(1, round(model.experts / model.groups)) * model.groups} experts, or another number of groups",
+    )
+    _require(
+        model.top_groups <= model.groups,
+        "model.top_groups",
+        model.top_groups,
+        f"must not exceed model.groups = {model.groups}",
+        "lower it",
+    )
+    reachable = model.experts // model.groups * model.top_groups
+    _require(
+        model.top_k <= reachable,
+        "model.top_k",
+        model.top_k,
+        f"must not exceed the experts in top_groups groups: {model.experts} / {model.groups} x {model.top_groups} = {reachable}",
+        "lower model.top_k or raise model.top_groups",
+    )
+    per_group = model.top_k // model.top_groups
+    _require(
+        model.groups == 1 or (model.top_k % model.top_groups == 0 and per_group <= model.experts // model.groups),
+        "model.top_k",
+        model.top_k,
+        f"must be a multiple of model.top_groups = {model.top_groups} when there are groups: a group's score is the sum of its "
+        "top_k / top_groups best experts (paper 2.1.2)",
+        f"take {max(1, per_group) * model.top_groups}",
+    )
+
+
+def _check_phases(field: str, phases: list[Phase]) -> None:
+    _require(len(phases) > 0, field, phases, "needs at least one phase", "give [{until: 1.0, value: ...}]")
+    ends = [phase.until for phase in phases]
+    _require(
+        all(0 < a <= 1 for a in ends) and all(a < b for a, b in itertools.pairwise(ends)) and ends[-1] == 1.0,
+        field,
+        ends,
+        "phases must end at rising fractions in (0, 1], the last at 1.0",
+        "set until of the last phase to 1.0",
+    )
+    _require(
+        all(phase.value >= 0 for phase in phases),
+        field,
+        [phase.value for phase in phases],
+        "values must not be negative",
+        "use 0 or more",
+    )
+
+
+def _check_optim(config: Config) -> None:
+    optim = config.optim
+    _positive(optim, "optim.", "lr eps max_bad_steps batch_ramp_increment")
+    _not_negative(optim, "optim.", "warmup_steps weight_decay clip balance_loss batch_ramp_steps")
+    for name in ("lr_schedule", "mtp_weight", "bias_speed"):
+        _check_phases(f"optim.{name}", getattr(optim, name))
+    _require(
+        len(optim.betas) == 2 and all(0 <= beta < 1 for beta in optim.betas),
+        "optim.betas",
+        optim.betas,
+        "must be two numbers in [0, 1)",
+        "use [0.9, 0.95]",
+    )
+    _require(
+        0 <= optim.ema_decay < 1, "optim.ema_decay", optim.ema_decay, "must be in [0, 1)", "use 0.999, or 0 for none"
+    )
+    _require(
+        config.precision.name in PRECISIONS,
+        "precision.name",
+        config.precision.name,
+        f"must be one of {', '.join(PRECISIONS)}",
+        "choose precision=bf16",
+    )
+    _require(
+        config.precision.moments in ("bf16", "fp32"),
+        "precision.moments",
+        config.precision.moments,
+        "must be bf16 or fp32",
+        "use bf16",
+    )
+    start, share = optim.batch_ramp_start, config.micro_batch_size * config.parallel.dp
+    _require(
+        (start is None) == (optim.batch_ramp_steps == 0),
+        "optim.batch_ramp_steps",
+        optim.batch_ramp_steps,
+        "a ramp needs both batch_ramp_start and batch_ramp_steps",
+        "set both or neither",
+    )
+    if start is not None:
+        _require(
+            0 < start <= config.batch_size,
+            "optim.batch_ramp_start",
+            start,
+            f"must be between 1 and batch_size = {config.batch_size}",
+            "lower it",
+        )
+        for name, value in (("batch_ramp_start", start), ("batch_ramp_increment", optim.batch_ramp_increment)):
+            _require(
+                value % share == 0,
+                f"optim.{name}",
+                value,
+                f"must be a multiple of micro_batch_size x parallel.dp = {share}",
+                f"take {share}",
+            )
+        _require(
+            start % optim.batch_ramp_increment == 0 and config.batch_size % optim.batch_ramp_increment == 0,
+            "optim.batch_ramp_increment",
+            optim.batch_ramp_increment,
+            "must divide batch_ramp_start and batch_size",
+            f"take {share}",
+        )
+
+
+def _check_data(config: Config) -> None:
+    data = config.data
+    _require(
+        not (data.path and data.mix),
+        "data.mix",
+        [source.path for source in data.mix],
+        "data.path and data.mix exclude each other",
+        "put every source into data.mix",
+    )
+    _require(
+        bool(data.path or data.mix) or data.format == DataFormat.stdlib,
+        "data.path",
+        data.path,
+        "this recipe brings no data of its own",
+        "set data.path=FOLDER_OR_FILE, or take data=stdlib",
+    )
+    for source in data.mix:
+        _require(
+            source.weight > 0,
+            "data.mix.weight",
+            source.weight,
+            "must be greater than 0",
+            f"raise it or drop {source.path}",
+        )
+        _require(bool(source.path), "data.mix.path", source.path, "every part of a mix needs a path", "give it")
+    _require(0 <= data.fim_rate <= 1, "data.fim_rate", data.fim_rate, "is a share, 0 to 1", "use 0.1 as the paper does")
+    _require(
+        0 < data.validation_fraction < 1,
+        "data.validation_fraction",
+        data.validation_fraction,
+        "is a share between 0 and 1",
+        "use 0.05",
+    )
+    _not_negative(data, "data.", "workers")
+
+
+def _check_parallel(config: Config) -> None:
+    parallel = config.parallel
+    _positive(parallel, "parallel.", "pp dp ep zero")
+    _require(
+        parallel.dp % parallel.ep == 0,
+        "parallel.ep",
+        parallel.ep,
+        f"must divide parallel.dp = {parallel.dp}",
+        "ranks that share experts are data-parallel ranks: raise dp or lower ep",
+    )
+    _require(
+        parallel.zero in (1, 2, 3),
+        "parallel.zero",
+        parallel.zero,
+        "must be 1, 2 or 3 (DeepSpeed's stage 0 clips with a wrong norm)",
+        "use 1",
+    )
+    _require(
+        parallel.pp == 1 or parallel.zero == 1,
+        "parallel.zero",
+        parallel.zero,
+        "must be 1 with pipelines: stages 2 and 3 would reduce gradients in every micro-batch",
+        "use parallel.zero=1",
+    )
+    moe = config.model.dense_layers < config.model.layers or config.model.mtp_depth > 0
+    _require(
+        not moe or config.model.experts % parallel.ep == 0,
+        "parallel.ep",
+        parallel.ep,
+        f"must divide model.experts = {config.model.experts}",
+        "lower ep",
+    )

@@ -1,0 +1,28 @@
+"""The one error that is the user's to mend."""
+
+from typing import Any
+
+
+class UserError(ValueError):
+    """Something in the input is wrong. Says which field has which value, the rule it breaks, and the cure.
+
+    Every entry point prints it as one screen without a traceback and exits with code 2.
+    """
+
+    def __init__(self, field: str, value: Any, rule: str, cure: str):
+        self.field, self.value, self.rule, self.cure = field, value, rule, cure
+        super().__init__(field, value, rule, cure)
+
+    def __str__(self) -> str:
+        return f"{self.field} = {self.value}\n  rule: {self.rule}\n  cure: {self.cure}"
+
+
+# Exit codes of `python -m train`; scripts may rely on them.
+EXIT_OK = 0
+EXIT_CRASH = 1
+EXIT_USER = 2
+"""Bad input; nothing was started or written."""
+EXIT_DIVERGED = 3
+"""Too many non-finite steps in a row."""
+EXIT_STOPPED = 75
+"""A signal stopped the run; a checkpoint was written and the same command resumes it."""

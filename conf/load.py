@@ -1,0 +1,168 @@
+"""From the command line to a checked Config, through plain Hydra.
+
+The folder conf/ serves twice: as the root of the groups (model/, data/, ...) and, through Hydra's search path,
+as the group `conf`, whose options are the recipes conf/NAME.yaml.
+"""
+
+import difflib
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import hydra
+from hydra.core.config_store import ConfigStore
+from hydra.core.hydra_config import HydraConfig
+from hydra.errors import HydraException
+from hydra.types import RunMode
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from conf.check import check
+from conf.errors import EXIT_USER, UserError
+from conf.schema import ROOT, Config
+
+
+def recipes() -> list[str]:
+    """Names that conf= accepts."""
+    return sorted(path.stem for path in (ROOT / "conf").glob("*.yaml"))
+
+
+HELP = f"""Train a DeepSeek-V3-class model:  python -m train [conf=RECIPE] [group=option] [key=value] [-m]
+
+Recipes (conf=):  {", ".join(recipes())}
+$APP_CONFIG_GROUPS
+Configuration with these arguments:
+
+$CONFIG
+--cfg job prints the configuration and starts nothing; -m runs every combination of comma-separated values.
+"""
+
+
+@dataclass
+class _Primary(Config):
+    """The schema with Hydra's own settings: which groups are taken by default, and that Hydra writes no files."""
+
+    defaults: list[Any] = field(
+        default_factory=lambda: [
+            "_self_",
+            {"model": "tiny"},
+            {"data": "stdlib"},
+            {"optim": "tiny"},
+            {"parallel": "single"},
+            {"precision": "bf16"},
+            {"cluster": "local"},
+            {"log": "default"},
+            {"conf": "tiny"},
+            {"override hydra/job_logging": "none"},
+            {"override hydra/hydra_logging": "none"},
+        ]
+    )
+    hydra: Any = field(
+        default_factory=lambda: {
+            "searchpath": [f"file://{ROOT}"],
+            "output_subdir": None,
+            "run": {"dir": "."},
+            "sweep": {"dir": "${runs}/sweeps", "subdir": "${hydra.job.num}"},
+            "job": {"name": "train", "chdir": False},
+            "help": {"app_name": "train", "template": HELP},
+        }
+    )
+
+
+def to_config(node: DictConfig) -> Config:
+    """Typed and checked configuration from a composed node; raises UserError."""
+    plain = OmegaConf.to_container(OmegaConf.masked_copy(node, [key for key in node if key != "hydra"]), resolve=True)
+    config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), plain))
+    check(config)
+    return config
+
+
+def read_config(path: str) -> Config:
+    """The configuration that the driver wrote to a run folder."""
+    return to_config(OmegaConf.load(path))
+
+
+def write_config(config: Config, path: str) -> None:
+    """Write every value, resolved, so that a rank needs no Hydra."""
+    OmegaConf.save(OmegaConf.structured(config), path)
+
+
+def compose(*overrides: str) -> Config:
+    """Configuration for these command-line overrides, for tests and tools."""
+    register()
+    with hydra.initialize_config_dir(str(ROOT / "conf"), version_base="1.3", job_name="train"):
+        node = hydra.compose("train", list(overrides), return_hydra_config=True)
+        if node.name is None:
+            node.name = node.hydra.runtime.choices.conf
+        return to_config(node)
+
+
+def register() -> None:
+    ConfigStore.instance().store(name="train", node=_Primary)
+
+
+def run(job: Callable[[Config], int]) -> int:
+    """Compose the configuration from sys.argv and call job with it; returns the exit code."""
+    register()
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises instead of printing, so that every error has one form
+    codes: list[int] = []
+
+    @hydra.main(version_base="1.3", config_path=str(ROOT / "conf"), config_name="train")
+    def main(node: DictConfig) -> None:
+        hydra_config = HydraConfig.get()
+        if node.name is None:
+            node.name = hydra_config.runtime.choices.conf
+        if hydra_config.mode == RunMode.MULTIRUN:  # each job of a sweep has its own run folder
+            node.name = f"{node.name}/{hydra_config.job.num}"
+        codes.append(job(to_config(node)))
+
+    try:
+        main()
+    except UserError as error:
+        return report(error)
+    except (HydraException, OmegaConfBaseException) as error:
+        return report(_explain(error))
+    return max(codes, default=0)
+
+
+def report(error: UserError) -> int:
+    """Print the error on one screen; returns its exit code."""
+    print(f"error: {error}", file=sys.stderr)
+    return EXIT_USER
+
+
+def _explain(error: Exception) -> UserError:
+    """Turn an error of Hydra or OmegaConf into field, value, rule and cure."""
+    given = {part.partition("=")[0].lstrip("+~"): part.partition("=")[2] for part in sys.argv[1:]}
+    cause = error.__cause__ if isinstance(error.__cause__, OmegaConfBaseException) else error
+    lines = [line.strip() for line in str(error).splitlines() + str(cause).splitlines() if line.strip()]
+    message = lines[0] if lines else type(error).__name__
+    named = getattr(cause, "full_key", None) or next((key for key in given if key and key in message), None)
+    known = _keys() + list(ConfigStore.instance().repo) + recipes()
+    if named is None:
+        named = next((word.strip("'\"") for word in message.split() if word.startswith("'")), "command line")
+    close = difflib.get_close_matches(str(given.get(named) or named).split("/")[-1], known, n=3)
+    close += [key for key in difflib.get_close_matches(str(named), known, n=3) if key not in close]
+    rule = " ".join(
+        line for line in dict.fromkeys(lines) if not line.startswith(("full_key", "object_type", "reference_type"))
+    )
+    cure = f"did you mean {' or '.join(close)}? " if close else ""
+    return UserError(
+        named, given.get(named, "?"), rule, cure + "`python -m train --help` lists recipes, groups and keys"
+    )
+
+
+def _keys() -> list[str]:
+    """Every dotted key of the schema."""
+
+    def walk(node: Any, prefix: str) -> list[str]:
+        found = []
+        for key in node:
+            found.append(prefix + key)
+            if OmegaConf.is_dict(child := node._get_node(key)):
+                found += walk(child, f"{prefix}{key}.")
+        return found
+
+    return walk(OmegaConf.structured(Config), "")

@@ -1,0 +1,305 @@
+"""The typed schema of a run. One dataclass per group; the docstring under a field gives its meaning and unit.
+
+Recipes (conf/NAME.yaml) and groups (conf/GROUP/NAME.yaml) fill these classes; conf/check.py holds the rules
+that join several fields. Nothing here is ever written after load.
+"""
+
+from dataclasses import dataclass, field
+from enum import Enum
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+"""The folder that holds conf/, train/, parallel/ and cluster/."""
+
+
+class Mode(Enum):
+    """What `python -m train` does with a recipe."""
+
+    train = "train"
+    report = "report"
+
+
+class Shape(Enum):
+    """How a schedule phase moves from the value before it to its own value."""
+
+    constant = "constant"
+    linear = "linear"
+    cosine = "cosine"
+
+
+class Recompute(Enum):
+    """What the backward pass computes again instead of keeping it (paper 3.2.3 and 3.3.3)."""
+
+    norm = "norm"
+    mla_up = "mla_up"
+    swiglu = "swiglu"
+
+
+class DataFormat(Enum):
+    auto = "auto"
+    stdlib = "stdlib"
+    text = "text"
+    jsonl = "jsonl"
+    parquet = "parquet"
+    huggingface = "huggingface"
+    memmap = "memmap"
+
+
+class WandbMode(Enum):
+    auto = "auto"
+    offline = "offline"
+    disabled = "disabled"
+
+
+@dataclass
+class Phase:
+    """One piece of a schedule."""
+
+    until: float = 1.0
+    """End of the phase, as a fraction of the run's tokens, 0 < until <= 1."""
+    value: float = 1.0
+    """Value at the end of the phase."""
+    shape: Shape = Shape.constant
+    """How to get there from the value at the end of the phase before."""
+
+
+@dataclass
+class Yarn:
+    """YaRN on the decoupled RoPE part (paper 4.3). In force only when seq_len > original_seq_len."""
+
+    factor: float = 40.0
+    original_seq_len: int = 4096
+    """Length of pretraining, in tokens."""
+    beta_fast: float = 32.0
+    beta_slow: float = 1.0
+    mscale: float = 1.0
+
+
+@dataclass
+class Model:
+    """Shape of a DeepSeek-V3 model (paper 2.1, 2.2 and 4.2)."""
+
+    vocab_size: int = 4096
+    """Rows of the embedding and of the output head."""
+    hidden: int = 256
+    """Width of the residual stream."""
+    layers: int = 4
+    """Transformer blocks, dense ones included, MTP modules not."""
+    dense_layers: int = 1
+    """How many of the first blocks have a dense FFN instead of experts."""
+    heads: int = 4
+    """Attention heads."""
+    q_rank: int | None = 128
+    """Width of the query latent; null projects queries directly."""
+    kv_rank: int = 64
+    """Width of the key-value latent, the part that generation caches."""
+    nope_head_dim: int = 32
+    """Per-head width of queries and keys without position."""
+    rope_head_dim: int = 16
+    """Per-head width of queries, and width of the one shared key, that carry RoPE. Even."""
+    v_head_dim: int = 32
+    """Per-head width of values."""
+    dense_width: int = 768
+    """Inner width of a dense FFN."""
+    expert_width: int = 128
+    """Inner width of one expert."""
+    experts: int = 16
+    """Routed experts per MoE layer."""
+    shared_experts: int = 1
+    """Experts that see every token."""
+    top_k: int = 4
+    """Routed experts per token."""
+    groups: int = 4
+    """Expert groups; one group lives on one node in a large run."""
+    top_groups: int = 2
+    """Groups that a token may reach."""
+    route_scale: float = 2.5
+    """Factor on the normalised gate values."""
+    mtp_depth: int = 1
+    """Multi-token-prediction modules; 0 for none."""
+    max_seq_len: int = 4096
+    """Longest sequence that the positions are made for, in tokens."""
+    rope_theta: float = 10000.0
+    yarn: Yarn = field(default_factory=Yarn)
+    norm_eps: float = 1e-6
+    init_std: float = 0.006
+    """Standard deviation of every weight at the start (paper 4.2)."""
+    recompute: list[Recompute] = field(default_factory=lambda: [Recompute.norm, Recompute.mla_up, Recompute.swiglu])
+    """What the backward pass computes again instead of keeping it."""
+    loss_chunk: int = 2048
+    """Tokens whose logits exist at one time in the cross-entropy."""
+
+
+@dataclass
+class Source:
+    """One part of a data mix."""
+
+    path: str = ""
+    weight: float = 1.0
+    """Share of the samples, relative to the other parts."""
+    format: DataFormat = DataFormat.auto
+    text_key: str = "text"
+
+
+@dataclass
+class Data:
+    """Where tokens come from."""
+
+    path: str | None = None
+    """Text folder or file, .jsonl[.gz|.zst], .parquet, a folder of those, hf://DATASET, a memmap folder; null: Python's standard library."""
+    format: DataFormat = DataFormat.auto
+    """How to read path; auto looks at the names."""
+    text_key: str = "text"
+    """Field that holds the text in JSONL, Parquet and Hugging Face data."""
+    mix: list[Source] = field(default_factory=list)
+    """Several sources with weights, instead of path."""
+    tokenizer: str | None = None
+    """A tokenizer.json, or `deepseek_v3`; null trains a byte-level BPE of model.vocab_size on the data, once."""
+    mask_documents: bool = False
+    """Keep attention inside each packed document (the paper does not, 4.1)."""
+    fim_rate: float = 0.0
+    """Share of documents rearranged for fill-in-the-middle, PSM order (paper 4.1: 0.1)."""
+    validation_fraction: float = 0.05
+    """Share of documents (whole files for text) held out for validation."""
+    cache: str = "${oc.env:SLUICE_CACHE,${oc.env:HOME}/.cache/sluice}"
+    """Folder for tokenizers and tokens, named by content, shared by runs."""
+    workers: int = 0
+    """Processes that tokenise; 0 means one per core."""
+
+
+@dataclass
+class Optim:
+    """AdamW and everything that changes over the run (paper 4.2)."""
+
+    lr: float = 2.2e-4
+    """Peak learning rate."""
+    warmup_steps: int = 2000
+    """Steps of linear warm-up from 0."""
+    lr_schedule: list[Phase] = field(default_factory=lambda: [Phase()])
+    """Factor on lr after warm-up."""
+    betas: list[float] = field(default_factory=lambda: [0.9, 0.95])
+    eps: float = 1e-8
+    weight_decay: float = 0.1
+    """Decay of matrices; gains of norms are left out."""
+    clip: float = 1.0
+    """Largest global gradient norm; 0 switches clipping off."""
+    mtp_weight: list[Phase] = field(default_factory=lambda: [Phase(value=0.3)])
+    """Weight lambda of the MTP loss (paper 2.2)."""
+    bias_speed: list[Phase] = field(default_factory=lambda: [Phase(value=0.001)])
+    """Speed gamma of the balance bias, per step (paper 2.1.2)."""
+    balance_loss: float = 1e-4
+    """Weight alpha of the sequence-wise balance loss; 0 switches it off."""
+    batch_ramp_start: int | None = None
+    """Sequences per step at the start of the ramp; null for no ramp."""
+    batch_ramp_steps: int = 0
+    """Steps over which the batch grows linearly to batch_size."""
+    batch_ramp_increment: int = 1
+    """The growing batch is rounded down to a multiple of this; a multiple of micro_batch_size x dp."""
+    ema_decay: float = 0.0
+    """Decay of the moving average of the weights kept in CPU memory; 0 for none."""
+    max_bad_steps: int = 5
+    """Steps in a row with a non-finite loss or gradient that may be skipped before the run stops."""
+
+
+@dataclass
+class Parallel:
+    """How the work is spread. World size = pp x dp; dp = expert-data-parallel x ep."""
+
+    pp: int = 1
+    """Pipeline ranks."""
+    dp: int = 1
+    """Data-parallel ranks."""
+    ep: int = 1
+    """Ranks that share the experts of one layer; divides dp."""
+    zero: int = 1
+    """ZeRO stage, 1 to 3; 1 with pipelines."""
+
+
+@dataclass
+class Precision:
+    """Number formats of the matrix products."""
+
+    name: str = "fp32"
+    """fp32 or bf16. Master weights and gradients are fp32 in both."""
+    moments: str = "bf16"
+    """Format of the two Adam moments: bf16 (paper 3.3.3) or fp32."""
+
+
+@dataclass
+class Checkpoint:
+    """When and where the state is saved."""
+
+    every: int = 100
+    """Steps between checkpoints; 0 saves only at the end and on a signal."""
+    keep: int = 3
+    """Newest checkpoints that stay; 0 keeps all."""
+    keep_every: int = 0
+    """Checkpoints at multiples of this many steps stay for good; 0 for none."""
+    asynchronous: bool = True
+    """Write beside the training; false waits for the disk."""
+
+
+@dataclass
+class Cluster:
+    """Where the processes run."""
+
+    backend: str = "local"
+    device: str = "auto"
+    """auto (a GPU where there is one), cpu or cuda."""
+    threads: int = 0
+    """CPU threads per rank; 0 shares the cores among the ranks of a machine."""
+    timeout: float = 600.0
+    """Longest wait in a collective, in seconds."""
+
+
+@dataclass
+class Log:
+    """What is shown and kept."""
+
+    every: int = 1
+    """Steps between lines of metrics.jsonl."""
+    validate_every: int = 0
+    """Steps between validations; 0 validates only at the end."""
+    validation_sequences: int = 64
+    """Sequences of seq_len per validation."""
+    wandb: WandbMode = WandbMode.auto
+    """auto: online with a key, else offline."""
+    wandb_project: str = "sluice"
+    progress: bool = True
+    """Show the live progress bar (in a terminal) or a line now and then (elsewhere)."""
+    sample_tokens: int = 160
+    """Tokens of generated text shown at the end; 0 for none."""
+    peak_flops: float = 0.0
+    """Peak of the device in FLOP/s for MFU, at the precision of the products; 0 measures a matrix product at start."""
+
+
+@dataclass
+class Config:
+    """A whole run."""
+
+    name: str | None = None
+    """Name of the run, whose folder is runs/<name>; null takes the recipe's name."""
+    mode: Mode = Mode.train
+    """What to do with the recipe."""
+    seed: int = 1
+    """Seed of the weights, the sample order and FIM."""
+    steps: int = 300
+    """Optimizer steps of the whole run."""
+    seq_len: int = 256
+    """Tokens per sequence."""
+    batch_size: int = 16
+    """Sequences per optimizer step, over all ranks."""
+    micro_batch_size: int = 16
+    """Sequences per forward pass of one rank."""
+    resume: str = "auto"
+    """auto (newest intact checkpoint of this run, if any), never (start new; an existing run is an error), or a checkpoint folder."""
+    runs: str = "runs"
+    """Folder that holds the run folders."""
+    model: Model = field(default_factory=Model)
+    data: Data = field(default_factory=Data)
+    optim: Optim = field(default_factory=Optim)
+    parallel: Parallel = field(default_factory=Parallel)
+    precision: Precision = field(default_factory=Precision)
+    cluster: Cluster = field(default_factory=Cluster)
+    log: Log = field(default_factory=Log)
+    checkpoint: Checkpoint = field(default_factory=Checkpoint)
