@@ -1,0 +1,132 @@
+"""metrics.jsonl: the record of a run that everything else can be made from again.
+
+One line a step, whole lines only: a line is written with one call, unbuffered, so that a killed process loses
+nothing it had written, and a line that did not fit on the disk is taken back. On resume the file is cut behind the
+resumed step, so that no step occurs twice.
+"""
+
+import contextlib
+import json
+import math
+import re
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from train.metrics.names import LAYERS_MARK, Record, is_layer_metric, order
+
+FILE = "metrics.jsonl"
+LOADS_PER_STEP = 1024
+"""Expert loads in a line on average, about: a larger model (16,000 loads in the 671B one) has them in every n-th line."""
+_STEP = re.compile(rb'\{"step":(\d+)[,}]')
+
+
+def encode(record: Record) -> bytes:
+    """One line, newline included: known names in the order of the table, null for what is not finite."""
+    plain = {name: _plain(record[name]) for name in sorted(record, key=order)}
+    return json.dumps(plain, separators=(",", ":"), allow_nan=False).encode() + b"\n"
+
+
+def _plain(value: Any) -> Any:
+    """Numbers of numpy and torch as Python numbers; 7 significant digits, the precision of fp32."""
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    if hasattr(value, "tolist"):
+        return _plain(value.tolist())
+    if isinstance(value, float):
+        if not math.isfinite(value):
+            return None
+        return float(f"{value:.7g}") if abs(value) < 1e8 else value
+    return value
+
+
+class JsonlSink:
+    """Appends lines to metrics.jsonl of a run folder.
+
+    resumed_step: last step that the loaded checkpoint contains, 0 for a new run; later lines are cut off.
+    note: called with a sentence, once, when the disk refuses a line; training goes on without that line.
+    """
+
+    def __init__(self, path: Path, resumed_step: int, note: Callable[[str], None]):
+        self._note, self._refused = note, 0
+        path.parent.mkdir(parents=True, exist_ok=True)
+        self._file = open(path, "a+b", buffering=0)  # noqa: SIM115  closed by close()
+        self._size = _end_of_step(self._file, resumed_step)
+        self._file.truncate(self._size)
+
+    def write(self, record: Record) -> None:
+        line = encode(_with_loads_now_and_then(record))
+        try:
+            written = self._file.write(line)
+            if written != len(line):
+                raise OSError(f"{written} of {len(line)} bytes written")
+        except OSError as error:
+            self._take_back(error)
+        else:
+            self._size += len(line)
+
+    def _take_back(self, error: OSError) -> None:
+        with contextlib.suppress(OSError):  # cutting needs no space; where it fails too, readers skip the torn line
+            self._file.truncate(self._size)
+        self._refused += 1
+        if self._refused == 1:
+            self._note(
+                f"metrics.jsonl: a line could not be written ({error}); training goes on, further ones are tried"
+            )
+
+    def close(self) -> None:
+        if self._refused:
+            self._note(f"metrics.jsonl lacks {self._refused} lines that the disk refused")
+        self._file.close()
+
+
+def _with_loads_now_and_then(record: Record) -> Record:
+    loads = sum(len(row) for row in record.get("load", {}).values())
+    every = max(1, math.ceil(loads / LOADS_PER_STEP))
+    if record["step"] == 1 or record["step"] % every == 0:
+        return record
+    return {name: value for name, value in record.items() if name != "load"}
+
+
+def _end_of_step(file: Any, step: int) -> int:
+    """Byte behind the last whole line of a step <= step."""
+    end = 0
+    file.seek(0)
+    for line in file:
+        match = _STEP.match(line)
+        if not line.endswith(b"\n") or (match and int(match[1]) > step):
+            break
+        end += len(line)
+    return end
+
+
+def read_heads(path: Path) -> Iterator[Record]:
+    """The scalars of every whole line, NaN for null. A damaged line is left out."""
+    for line in _whole_lines(path):
+        head, mark, _ = line.partition(LAYERS_MARK)
+        yield from _parse(head + b"}" if mark else line)
+
+
+def read_lines(path: Path, keep: Callable[[int], bool]) -> Iterator[Record]:
+    """All of the whole lines whose index keep() wants, per-layer values included."""
+    for index, line in enumerate(_whole_lines(path)):
+        if keep(index):
+            yield from _parse(line)
+
+
+def _whole_lines(path: Path) -> Iterator[bytes]:
+    with open(path, "rb") as file:
+        yield from (line for line in file if line.endswith(b"\n"))
+
+
+def _parse(line: bytes) -> Iterator[Record]:
+    try:
+        record = json.loads(line)
+    except ValueError:
+        return
+    if isinstance(record, dict) and isinstance(record.get("step"), int):
+        yield {
+            name: value if value is not None or is_layer_metric(name) else math.nan for name, value in record.items()
+        }

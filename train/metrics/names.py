@@ -1,0 +1,84 @@
+"""The one table of metric names: what a line of metrics.jsonl may hold, in which unit, meaning what.
+
+A line is one JSON object. Its scalars come first, in the order of the table, then the values per MoE layer, so that a
+reader of a long file can cut a line at LAYERS_MARK and parse the head alone. An absent key was not measured in
+that step; null means that the number was not finite (NaN is no JSON).
+
+MoE layers are named as their parameters are: `layers.3` in the main model, `mtp.0` for the first MTP module.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+Record = dict[str, Any]
+"""One step: metric name -> number, or for layer metrics -> {layer name: number or list}."""
+
+
+@dataclass(frozen=True)
+class Metric:
+    name: str
+    type: type
+    unit: str
+    meaning: str
+
+
+SCALARS = (
+    Metric("step", int, "steps", "optimizer steps done, this one included"),
+    Metric("tokens", int, "tokens", "tokens consumed since the start of the run"),
+    Metric("samples", int, "sequences", "sequences consumed since the start of the run"),
+    Metric("loss", float, "nats per token", "what is minimised: main, weighted MTP and balance loss"),
+    Metric("main_loss", float, "nats per token", "cross-entropy of the next token"),
+    Metric("mtp_loss", float, "nats per token", "cross-entropy of the MTP modules, mean over depths, unweighted"),
+    Metric("balance_loss", float, "1", "sequence-wise balance loss, weighted, summed over MoE layers"),
+    Metric("grad_norm", float, "1", "global gradient norm before clipping"),
+    Metric("lr", float, "1", "learning rate"),
+    Metric("mtp_weight", float, "1", "weight lambda of the MTP loss"),
+    Metric("bias_speed", float, "1 per step", "speed gamma of the balance bias"),
+    Metric("batch_size", int, "sequences", "sequences in this step, over all ranks"),
+    Metric("tokens_per_second", float, "tokens/s", "tokens of this step over its seconds, all ranks together"),
+    Metric("mfu", float, "share", "model FLOP/s over peak; causal attention, MTP not counted, as the paper counts"),
+    Metric("mfu_full", float, "share", "the same with attention counted as if it were not causal"),
+    Metric("step_seconds", float, "s", "wall time of the step"),
+    Metric("data_wait_seconds", float, "s", "part of the step that waited for data"),
+    Metric("checkpoint_stall_seconds", float, "s", "part of the step that waited for a checkpoint"),
+    Metric("memory_bytes", int, "bytes", "peak CUDA memory of the logging rank; on CPU its peak resident memory"),
+    Metric("skipped_steps", int, "steps", "updates skipped so far because loss or gradient was not finite"),
+    Metric("max_vio", float, "1", "(busiest expert - mean) / mean in this batch, mean over MoE layers"),
+    Metric("max_vio_running", float, "1", "the same from the running load of about the last 100 steps"),
+    Metric("load_entropy", float, "1", "entropy of the load over log(experts), mean over MoE layers; 1 is even"),
+    Metric("dead_experts", int, "experts", "experts without a token in the last 20 steps, over all MoE layers"),
+    Metric("bias_min", float, "1", "smallest balance bias of any expert"),
+    Metric("bias_max", float, "1", "largest balance bias of any expert"),
+    Metric("validation_loss", float, "nats per token", "main loss on held-out data"),
+    Metric(
+        "validation_bits_per_byte", float, "bits per byte", "held-out loss per byte of text, whatever the tokenizer"
+    ),
+    Metric("time", float, "s", "Unix time at the end of the step"),
+)
+
+LAYERS = (
+    Metric("layer_max_vio", float, "1", "max_vio of each MoE layer"),
+    Metric("layer_entropy", float, "1", "load_entropy of each MoE layer"),
+    Metric("layer_dead_experts", int, "experts", "dead_experts of each MoE layer"),
+    Metric("layer_bias", list, "1", "smallest and largest balance bias of each MoE layer"),
+    Metric("load", list, "tokens", "tokens routed to each expert of each MoE layer in this batch"),
+)
+
+LAYERS_MARK = b',"layer_max_vio":'
+"""Where the head of a line ends: the scalars stand before it."""
+
+_ORDER = [metric.name for metric in SCALARS + LAYERS]
+
+
+def order(name: str) -> tuple[int, int]:
+    """Place of a metric in a line; `mtp_loss_2` (depth 2, from 1) stands after mtp_loss. An unknown name is our bug."""
+    base, _, depth = name.rpartition("_")
+    if base == "mtp_loss" and depth.isdecimal():
+        return _ORDER.index("mtp_loss"), int(depth)
+    assert name in _ORDER, f"metric {name!r} is missing from train/metrics/names.py"
+    return _ORDER.index(name), 0
+
+
+def is_layer_metric(name: str) -> bool:
+    """Whether the values are per MoE layer."""
+    return any(metric.name == name for metric in LAYERS)

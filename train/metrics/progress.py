@@ -1,0 +1,173 @@
+"""How a run looks at the terminal while it trains.
+
+On a terminal: one live line that a person can watch, fitted to the width of the window. Elsewhere (a file, a CI
+log): one plain line for each of the first steps, then one every few seconds or tenth of the run, and the rarer the
+longer the run has lasted. Both show the same numbers.
+"""
+
+import math
+import threading
+import time
+from collections.abc import Callable
+
+from rich.console import Console, ConsoleOptions, RenderResult
+from rich.live import Live
+from rich.segment import Segment
+
+from train.metrics.names import Record
+
+FIRST_STEPS = 3
+PLAIN_SECONDS, PLAIN_SHARE = 5.0, 1 / 60
+"""Between plain lines: this long, or this share of the time since the start where that is longer (a minute after an hour)."""
+SMOOTHING = 0.05
+"""Weight of the newest step in the mean step time that the time left is made from."""
+MIN_BAR, MAX_BAR = 8, 40
+ASCII_BAR = str.maketrans("━╌", "#-")
+
+
+class StepClock:
+    """Mean wall time between steps, stalls included, forgetting old steps; `now` in seconds is passed in."""
+
+    def __init__(self, now: float):
+        self._last, self._sum, self._weight = now, 0.0, 0.0
+
+    def tick(self, now: float) -> None:
+        self._sum += SMOOTHING * (now - self._last - self._sum)
+        self._weight += SMOOTHING * (1 - self._weight)
+        self._last = now
+
+    def seconds_per_step(self) -> float:
+        return self._sum / self._weight if self._weight else math.nan
+
+
+class Progress:
+    """Shows records of a run of `steps` steps, of which `done` were done before.
+
+    Safe to call from several threads. clock: seconds, for tests.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        steps: int,
+        *,
+        enabled: bool = True,
+        done: int = 0,
+        console: Console | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ):
+        self._console = console or Console(highlight=False)
+        self._name, self._steps, self._clock = name, steps, clock
+        self._lock = threading.Lock()
+        self._record: Record = {"step": done}
+        self._event: str | None = None
+        self._started = clock()
+        self._pace = StepClock(self._started)
+        self._shown_at, self._shown_step, self._seen = -math.inf, done, 0
+        live = self._console.is_terminal and not self._console.is_dumb_terminal
+        self._plain = enabled and not live
+        self._live: Live | None = None
+        if enabled and live:
+            self._live = Live(self, console=self._console, refresh_per_second=5)
+            self._live.start()
+
+    def write(self, record: Record) -> None:
+        """Show one step."""
+        now = self._clock()
+        with self._lock:
+            self._pace.tick(now)
+            self._record = record
+            self._seen += 1
+            due = self._is_due(record, now)
+            if due:
+                self._shown_at, self._shown_step = now, record["step"]
+        if self._plain and due:
+            self._print(f"{self._name}  {self.line(None)}")
+
+    def _is_due(self, record: Record, now: float) -> bool:
+        step = record["step"]
+        return (
+            self._seen <= FIRST_STEPS
+            or step == self._steps
+            or "validation_loss" in record
+            or now - self._shown_at >= max(PLAIN_SECONDS, PLAIN_SHARE * (now - self._started))
+            or (step - self._shown_step) * 10 >= self._steps
+        )
+
+    def event(self, text: str | None) -> None:
+        """What the run is busy with beside steps; None when it is over."""
+        with self._lock:
+            self._event = text
+
+    def note(self, text: str) -> None:
+        """Print a sentence above the live line; also when progress is switched off."""
+        self._print(text)
+
+    def close(self) -> None:
+        if self._live is not None:
+            self._live.stop()
+            self._live = None
+
+    def _print(self, text: str) -> None:
+        self._console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        line = self.line(options.max_width)
+        yield Segment(line.translate(ASCII_BAR) if options.ascii_only else line)
+
+    def line(self, width: int | None) -> str:
+        """The current state on one line of at most `width` characters; None leaves out the bar and nothing else."""
+        with self._lock:
+            record, event = self._record, self._event
+            left = (self._steps - record["step"]) * self._pace.seconds_per_step()
+        return fit(parts(record, self._steps, left, event), record["step"] / max(1, self._steps), width)
+
+
+def parts(record: Record, steps: int, seconds_left: float, event: str | None) -> list[str]:
+    """Pieces of the line, the most important first."""
+    found = [f"step {record['step']}/{steps}"]
+    if "loss" in record:
+        found.append(f"loss {record['loss']:.4g}")
+    if "validation_loss" in record:
+        found.append(f"held-out loss {record['validation_loss']:.4g}")
+    if event:
+        found.append(f"[{event}]")
+    if math.isfinite(seconds_left) and record["step"] < steps:
+        found.append(f"{duration(seconds_left)} left")
+    if "tokens_per_second" in record:
+        found.append(f"{short(record['tokens_per_second'])} tokens/s")
+    if "max_vio" in record:
+        found.append(f"max_vio {record['max_vio']:.2f}")
+    return found
+
+
+def fit(pieces: list[str], fraction: float, width: int | None) -> str:
+    """Join as many pieces as fit, first ones first, with a bar in what is left over; never longer than width."""
+    if width is None:
+        return "  ".join(pieces)
+    while len(pieces) > 1 and len("  ".join(pieces)) > width:
+        pieces = pieces[:-1]
+    room = min(MAX_BAR, width - len("  ".join(pieces)) - 2)
+    if room >= MIN_BAR:
+        full = round(room * min(1.0, fraction))
+        pieces = [pieces[0], "━" * full + "╌" * (room - full), *pieces[1:]]
+    return "  ".join(pieces)[:width]
+
+
+def duration(seconds: float) -> str:
+    """1:05, 2:03:04 or 3d 4h, as short as is useful."""
+    total = round(seconds)
+    if total >= 172800:
+        return f"{total // 86400}d {total % 86400 // 3600}h"
+    hours, minutes = divmod(total // 60, 60)
+    return f"{hours}:{minutes:02}:{total % 60:02}" if hours else f"{minutes}:{total % 60:02}"
+
+
+def short(number: float) -> str:
+    """1234567 -> 1.23M: three significant digits with a suffix."""
+    if not math.isfinite(number):
+        return str(number)
+    for size, suffix in ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if abs(number) >= size:
+            return f"{number / size:.3g}{suffix}"
+    return f"{number:.3g}"

@@ -1,0 +1,66 @@
+"""Where the numbers of a step go: metrics.jsonl, the terminal, and Weights & Biases.
+
+The trainer of the logging rank opens one MetricsWriter and hands it one flat record a step, with names as in
+names.py. Sinks are independent; none of them stops the training.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Protocol
+
+from conf.schema import Config
+from train.metrics.jsonl import FILE, JsonlSink
+from train.metrics.names import Record
+from train.metrics.progress import Progress
+
+
+class Sink(Protocol):
+    def write(self, record: Record) -> None: ...
+
+    def close(self) -> None: ...
+
+
+class MetricsWriter:
+    """Hands records to sinks; use as a context manager, so that an exception leaves a readable terminal."""
+
+    def __init__(self, sinks: Sequence[Sink], progress: Progress, *, every: int = 1, last_step: int = 0):
+        """every: steps between records to the sinks; the first, the last and validated steps always go there.
+
+        The terminal sees every record.
+        """
+        self._sinks, self._progress = list(sinks), progress
+        self._every, self._last_step = every, last_step
+
+    def write(self, record: Record) -> None:
+        """Record one step; needs at least `step`."""
+        self._progress.write(record)
+        step = record["step"]
+        if step % self._every == 0 or step in (1, self._last_step) or "validation_loss" in record:
+            for sink in self._sinks:
+                sink.write(record)
+
+    def event(self, text: str | None) -> None:
+        """What the run is busy with beside steps (`validation`, `checkpoint`), None when it is over."""
+        self._progress.event(text)
+
+    def note(self, text: str) -> None:
+        """A sentence for the person at the terminal."""
+        self._progress.note(text)
+
+    def close(self) -> None:
+        for sink in self._sinks:
+            sink.close()
+        self._progress.close()
+
+    def __enter__(self) -> "MetricsWriter":
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+
+def open_writer(config: Config, run_folder: Path, *, resumed_step: int = 0) -> MetricsWriter:
+    """The sinks that config.log asks for. resumed_step: last step in the loaded checkpoint, 0 for a new run."""
+    progress = Progress(config.name or run_folder.name, config.steps, enabled=config.log.progress, done=resumed_step)
+    sinks: list[Sink] = [JsonlSink(run_folder / FILE, resumed_step, progress.note)]
+    return MetricsWriter(sinks, progress, every=config.log.every, last_step=config.steps)
