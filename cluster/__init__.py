@@ -1,0 +1,1 @@
+"""Where processes run: this machine, torchrun or Slurm. Imports no torch and no train."""

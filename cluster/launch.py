@@ -1,0 +1,61 @@
+"""Choose how the ranks of a run come to life.
+
+One command serves all: with RANK and WORLD_SIZE set (torchrun, Slurm) this process is one rank; a world of one runs in
+this process; otherwise this process becomes the driver and starts the ranks as children.
+"""
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from cluster.local import run_local
+from conf.errors import UserError
+from conf.schema import Config
+
+
+@dataclass(frozen=True)
+class Place:
+    """This process among the ranks of the run."""
+
+    rank: int
+    world: int
+    local_rank: int
+    local_world: int
+    """Ranks on this machine; they share its cores."""
+
+
+def given_place() -> Place | None:
+    """The place that torchrun or Slurm gave this process, or None."""
+    if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
+        return None
+    rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    local_world = int(os.environ.get("LOCAL_WORLD_SIZE", world))
+    return Place(rank, world, int(os.environ.get("LOCAL_RANK", rank % local_world)), local_world)
+
+
+def is_driver() -> bool:
+    """Whether this process owns the run folder: the driver, or rank 0 of ranks that others started."""
+    place = given_place()
+    return place is None or place.rank == 0
+
+
+def launch(config: Config, folder: Path, command: list[str], run_rank: Callable[[Config, Place], int]) -> int:
+    """Run all ranks (or this one); returns the exit code of the run.
+
+    `command` starts one rank as a child process; `run_rank` runs one in this process.
+    """
+    world = config.parallel.pp * config.parallel.dp
+    place = given_place()
+    if place is not None:
+        if place.world != world:
+            raise UserError(
+                "parallel.pp x parallel.dp",
+                f"{config.parallel.pp} x {config.parallel.dp}",
+                f"must equal WORLD_SIZE = {place.world}",
+                f"set parallel.dp={max(1, place.world // config.parallel.pp)}, or start {world} ranks",
+            )
+        return run_rank(config, place)
+    if world == 1:
+        return run_rank(config, Place(0, 1, 0, 1))
+    return run_local(command, world, folder / "logs")

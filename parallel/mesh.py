@@ -1,0 +1,148 @@
+"""Who works with whom: pipeline, data, expert and expert-data groups of every rank.
+
+Ranks are numbered with the pipeline outermost and the experts innermost:
+
+    rank = pp_rank * dp + dp_rank,   dp_rank = edp_rank * ep + ep_rank
+
+so the ranks of one expert-parallel group are contiguous (they should share nodes), and pipeline neighbours have the
+same index in neighbouring blocks. The layout is plain arithmetic; only build_mesh makes process groups.
+"""
+
+from dataclasses import dataclass
+
+import torch.distributed as dist
+from torch.distributed import ProcessGroup
+
+from conf.errors import UserError
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Degrees of parallelism and the rank arithmetic that follows from them."""
+
+    pp: int = 1
+    dp: int = 1
+    ep: int = 1
+    ranks_per_node: int = 1
+
+    def __post_init__(self) -> None:
+        if self.dp % self.ep:
+            raise UserError("parallel.ep", self.ep, f"must divide parallel.dp = {self.dp}", "raise dp or lower ep")
+
+    @property
+    def world(self) -> int:
+        return self.pp * self.dp
+
+    @property
+    def edp(self) -> int:
+        """Copies of every expert: data-parallel ranks that hold the same experts."""
+        return self.dp // self.ep
+
+    def pp_rank(self, rank: int) -> int:
+        return rank // self.dp
+
+    def dp_rank(self, rank: int) -> int:
+        return rank % self.dp
+
+    def ep_rank(self, rank: int) -> int:
+        return rank % self.ep
+
+    def node(self, rank: int) -> int:
+        return rank // self.ranks_per_node
+
+    def pp_groups(self) -> list[list[int]]:
+        return [[p * self.dp + d for p in range(self.pp)] for d in range(self.dp)]
+
+    def dp_groups(self) -> list[list[int]]:
+        return [[p * self.dp + d for d in range(self.dp)] for p in range(self.pp)]
+
+    def ep_groups(self) -> list[list[int]]:
+        return [[first + i for i in range(self.ep)] for first in range(0, self.world, self.ep)]
+
+    def edp_groups(self) -> list[list[int]]:
+        return [
+            [p * self.dp + e * self.ep + i for e in range(self.edp)] for p in range(self.pp) for i in range(self.ep)
+        ]
+
+    @property
+    def ep_ranks_per_node(self) -> int:
+        """Ranks of one expert group that share a node; every expert group spans nodes in the same way."""
+        inside = min(self.ep, self.ranks_per_node)
+        if self.ep % inside or self.ranks_per_node % inside:
+            raise UserError(
+                "parallel.ep",
+                self.ep,
+                f"an expert group must fill whole nodes or fit {self.ranks_per_node} ranks a node evenly",
+                f"take a multiple or a divisor of {self.ranks_per_node}",
+            )
+        return inside
+
+    def intra_groups(self) -> list[list[int]]:
+        """Ranks of one expert group on one node."""
+        size = self.ep_ranks_per_node
+        return [group[i : i + size] for group in self.ep_groups() for i in range(0, self.ep, size)]
+
+    def inter_groups(self) -> list[list[int]]:
+        """Ranks of one expert group with the same index inside their nodes."""
+        size = self.ep_ranks_per_node
+        return [group[i::size] for group in self.ep_groups() for i in range(size)]
+
+
+@dataclass
+class Mesh:
+    """One rank's place in the layout and its process groups."""
+
+    layout: Layout
+    rank: int
+    pp_group: ProcessGroup
+    dp_group: ProcessGroup
+    ep_group: ProcessGroup
+    edp_group: ProcessGroup
+    intra_group: ProcessGroup
+    """Ranks of my expert group on my node."""
+    inter_group: ProcessGroup
+    """Ranks of my expert group with my index on their nodes."""
+
+    @property
+    def pp_rank(self) -> int:
+        return self.layout.pp_rank(self.rank)
+
+    @property
+    def dp_rank(self) -> int:
+        return self.layout.dp_rank(self.rank)
+
+    @property
+    def ep_rank(self) -> int:
+        return self.layout.ep_rank(self.rank)
+
+    @property
+    def edp_rank(self) -> int:
+        return self.dp_rank // self.layout.ep
+
+
+def build_mesh(layout: Layout) -> Mesh:
+    """Make the groups of this rank in the default process group; every rank must call it."""
+    world = dist.get_world_size()
+    if world != layout.world:
+        raise UserError(
+            "parallel.pp x parallel.dp",
+            f"{layout.pp} x {layout.dp}",
+            f"must equal the number of ranks, {world}",
+            f"set parallel.dp={max(1, world // layout.pp)} or start {layout.world} ranks",
+        )
+    rank = dist.get_rank()
+
+    def mine(groups: list[list[int]]) -> ProcessGroup:
+        group, _ = dist.new_subgroups_by_enumeration(groups)
+        return group
+
+    return Mesh(
+        layout=layout,
+        rank=rank,
+        pp_group=mine(layout.pp_groups()),
+        dp_group=mine(layout.dp_groups()),
+        ep_group=mine(layout.ep_groups()),
+        edp_group=mine(layout.edp_groups()),
+        intra_group=mine(layout.intra_groups()),
+        inter_group=mine(layout.inter_groups()),
+    )

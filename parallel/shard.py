@@ -1,0 +1,31 @@
+"""The one shape in which state leaves and enters a rank: an interval of a flattened logical tensor."""
+
+import math
+from dataclasses import dataclass
+
+from torch import Tensor
+
+
+@dataclass
+class Shard:
+    """Elements [offset, offset + local.numel()) of the flattened logical tensor of `shape`.
+
+    ZeRO fragments, a rank's experts and whole tensors are all shards, so a checkpoint written under one layout
+    is read under any other by intersecting intervals.
+    """
+
+    local: Tensor
+    """1-D, contiguous; shares memory with the live state, so that loading fills it in place."""
+    offset: int
+    """First element, in elements of the flattened logical tensor."""
+    shape: tuple[int, ...]
+    """Shape of the logical tensor over all ranks."""
+
+    def __post_init__(self) -> None:
+        assert self.local.dim() == 1 and self.local.is_contiguous()
+        assert self.offset >= 0 and self.offset + self.local.numel() <= math.prod(self.shape)
+
+
+def whole(tensor: Tensor) -> Shard:
+    """The shard of a rank that holds all of a tensor."""
+    return Shard(tensor.detach().view(-1), 0, tuple(tensor.shape))

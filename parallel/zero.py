@@ -1,0 +1,277 @@
+"""DeepSpeed ZeRO around the chunks of one rank. The only file that imports deepspeed.
+
+One engine per rank holds a ModuleList of the rank's chunks; the raw modules go to the pipeline. Gradients stay local
+during the schedule (fp32 `.grad` on bf16 weights) and are reduced once, when `accumulate` ends, through DeepSpeed's
+public coalesce_grad_reduction. Master weights are fp32 shards; the moments belong to our optimizer.
+
+Private names of DeepSpeed 0.19 that this file touches, each for a reason:
+  _configure_distributed_model        experts are known by their marked parameters, not by deepspeed.moe.MoE
+  _do_optimizer_sanity_check          bf16 with fp32 gradients would silently select BF16_Optimizer, which lacks coalescing
+  scaled_global_norm, check_overflow  one norm over all ranks, which cannot deadlock on a stage without experts
+  fill_grad_accum_attribute           hands the fp32 gradients over without a copy
+  _lazy_init_hp_params_optimizer_state, _hp_optimizer_states_linked   link moments to parameters for checkpoints
+"""
+
+import contextlib
+import logging
+import os
+import sys
+import types
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from parallel.mesh import Mesh
+from parallel.shard import Shard
+
+
+@dataclass
+class Update:
+    """What one optimizer step did."""
+
+    grad_norm: float
+    """Global gradient norm before clipping; not finite when the step was skipped."""
+    applied: bool
+    bad_parameters: list[str]
+    """Parameters of this rank's shard with a non-finite gradient."""
+
+
+class Zero:
+    """The engine of one rank. `named_chunks` gives global parameter names."""
+
+    def __init__(
+        self,
+        chunks: list[nn.Module],
+        make_optimizer: Callable[[list[dict]], torch.optim.Optimizer],
+        mesh: Mesh,
+        *,
+        stage: int,
+        clip: float,
+        is_expert: Callable[[str], bool],
+        decays: Callable[[str, nn.Parameter], bool],
+        weight_decay: float,
+    ):
+        self.mesh, self.stage = mesh, stage
+        self.names = _unique_names(chunks)
+        self._valid = True
+        self._bad: list[str] = []
+        dtype = next(iter(self.names)).dtype
+        expert_name = f"ep_size_{mesh.layout.ep}"
+        for param, name in self.names.items():
+            param.grad_dtype = torch.float32
+            if is_expert(name):
+                param.allreduce = False
+                param.group_name = expert_name
+        groups = _parameter_groups(self.names, is_expert, decays, weight_decay, expert_name)
+        config = _config(stage, clip, dtype)
+        deepspeed = _import_deepspeed(mesh)
+        self.client = make_optimizer(groups)
+        self.engine = _initialize(deepspeed, nn.ModuleList(chunks), self.client, config, mesh)
+        self.optimizer = self.engine.optimizer
+        self.optimizer.scaled_global_norm = types.MethodType(lambda _, norm_type=2: self._global_norm(), self.optimizer)
+        # A non-finite norm makes DeepSpeed skip the step; its own scan for overflow would be a second pass.
+        self.optimizer.check_grad_overflow = True
+        self.optimizer.check_overflow = lambda partition_gradients=True: None
+        self._link_moments()
+
+    def set_lr(self, lr: float) -> None:
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr
+
+    @contextlib.contextmanager
+    def accumulate(self) -> Iterator[None]:
+        """Everything between two optimizer steps runs inside; gradients are reduced at the end."""
+        with self.engine.coalesce_grad_reduction():
+            yield
+            for param in self.names:
+                # A missing gradient on one rank alone would shift the buckets of the others.
+                if param.grad is None and getattr(param, "grad_accum", None) is None:
+                    param.grad = torch.zeros_like(param, dtype=torch.float32)
+            if getattr(self.optimizer, "use_grad_accum_attribute", False):
+                self.optimizer.fill_grad_accum_attribute()
+
+    def step(self, valid: bool = True) -> Update:
+        """Clip, update the shard, gather the weights. Skips the update if not `valid` or a gradient is not finite."""
+        self._valid, self._bad = valid, []
+        self.engine.step()
+        applied = not self.optimizer.overflow
+        if applied:
+            self.client.updates += 1
+        return Update(float(self._norm), applied, self._bad)
+
+    def _global_norm(self) -> Tensor:
+        """Norm over all parameters of all ranks: shards are disjoint over the world, experts included."""
+        total = torch.zeros((), dtype=torch.float64, device=self.engine.device)
+        for group, gradients in self.optimizer.averaged_gradients.items():
+            real = [grad for grad in gradients if not getattr(grad, "_zero_padding", False)]
+            for grad, param in zip(real, self.optimizer.params_in_partition[group], strict=False):
+                square = torch.linalg.vector_norm(grad.detach(), dtype=torch.float64) ** 2
+                if not torch.isfinite(square):
+                    self._bad.append(self.names[param])
+                total += square
+        if not self._valid:
+            total += torch.nan
+        dist.all_reduce(total)
+        self._norm = total.sqrt().float()
+        return self._norm
+
+    def shards(self) -> dict[str, Shard]:
+        """Live fp32 master weights and moments of this rank's partition, by logical name."""
+        found: dict[str, Shard] = {}
+        for param, name in self.names.items():
+            mapping = getattr(param, "_hp_mapping", None)
+            if mapping is None:  # nothing of this parameter lies in this rank's partition
+                continue
+            offset, shape = mapping.lp_fragment_address.start, tuple(param.shape)
+            if not getattr(param, "allreduce", True):  # experts are split over ep along their first dimension
+                offset += self.mesh.ep_rank * param.numel()
+                shape = (shape[0] * self.mesh.layout.ep, *shape[1:])
+            found[f"master.{name}"] = Shard(mapping.hp_fragment.view(-1), offset, shape)
+            for key, moment in mapping.optim_fragment.items():
+                found[f"{key}.{name}"] = Shard(moment.view(-1), offset, shape)
+        return found
+
+    def loaded(self, updates: int) -> None:
+        """Call after the shards were filled from a checkpoint: refreshes the weights from the masters."""
+        self.client.updates = updates
+        self.optimizer.update_lp_params()
+
+    def _link_moments(self) -> None:
+        """Allocate the moments now and let every parameter know its part of them."""
+        for group in self.optimizer.optimizer.param_groups:
+            for param in group["params"]:
+                self.client.allocate(param)
+        self.optimizer._hp_optimizer_states_linked = False
+        self.optimizer._lazy_init_hp_params_optimizer_state()
+
+
+def _unique_names(chunks: list[nn.Module]) -> dict[nn.Parameter, str]:
+    """Global name of every trained parameter; one shared by two chunks keeps its first name."""
+    names: dict[nn.Parameter, str] = {}
+    for chunk in chunks:
+        for name, param in chunk.named_parameters():
+            names.setdefault(param, name)
+    return names
+
+
+def _parameter_groups(
+    names: dict[nn.Parameter, str],
+    is_expert: Callable[[str], bool],
+    decays: Callable[[str, nn.Parameter], bool],
+    weight_decay: float,
+    expert_name: str,
+) -> list[dict]:
+    """Dense weights, dense gains and experts: each reduces over its own group and has its own decay."""
+    groups = {
+        "dense": {"params": [], "name": "dense", "weight_decay": weight_decay},
+        "gains": {"params": [], "name": "gains", "weight_decay": 0.0},
+        "experts": {"params": [], "name": expert_name, "moe": True, "weight_decay": weight_decay},
+    }
+    for param, name in names.items():
+        kind = "experts" if is_expert(name) else "dense" if decays(name, param) else "gains"
+        groups[kind]["params"].append(param)
+    return [group for group in groups.values() if group["params"]]
+
+
+def _config(stage: int, clip: float, dtype: torch.dtype) -> dict:
+    config = {
+        # The schedule owns micro-batches; DeepSpeed sees one backward per step.
+        "train_micro_batch_size_per_gpu": 1,
+        "gradient_accumulation_steps": 1,
+        "gradient_clipping": clip,
+        "steps_per_print": None,
+        "zero_allow_untested_optimizer": True,
+        "communication_data_type": "fp32",
+        "zero_optimization": {
+            "stage": stage,
+            "contiguous_gradients": True,  # false sums experts over the wrong group without a word
+            "overlap_comm": False,
+            "reduce_bucket_size": 50_000_000,
+        },
+    }
+    if dtype == torch.bfloat16:
+        config |= {"bf16": {"enabled": True}, "data_types": {"grad_accum_dtype": "fp32"}}
+    return config
+
+
+def _import_deepspeed(mesh: Mesh) -> types.ModuleType:
+    """Import quietly and without its two slow side roads on CPU; tell it our expert groups."""
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    os.environ.setdefault("LOCAL_RANK", "0")
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    import deepspeed
+    import deepspeed.ops
+
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    if not torch.cuda.is_available():
+        # Builds for two minutes on first use and has been seen to abort; gloo does the same work.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    # Muon is not used, and importing it compiles for seconds.
+    muon = types.ModuleType("deepspeed.runtime.zero.muon.muon_optimizer")
+    muon.MuonWithAuxAdam = type("MuonWithAuxAdam", (), {})
+    sys.modules.setdefault(muon.__name__, muon)
+    groups = deepspeed.utils.groups
+    name, layout, rank = f"ep_size_{mesh.layout.ep}", mesh.layout, mesh.rank
+    groups._EXPERT_PARALLEL_GROUP[name] = mesh.ep_group
+    groups._EXPERT_PARALLEL_GROUP_RANKS[name] = next(g for g in layout.ep_groups() if rank in g)
+    groups._EXPERT_DATA_PARALLEL_GROUP[name] = mesh.edp_group
+    groups._EXPERT_DATA_PARALLEL_GROUP_RANKS[name] = next(g for g in layout.edp_groups() if rank in g)
+    return deepspeed
+
+
+class _Mpu:
+    """The groups as DeepSpeed asks for them; pipeline ranks are its "model parallel" group."""
+
+    def __init__(self, mesh: Mesh):
+        self.mesh = mesh
+
+    def get_data_parallel_group(self):
+        return self.mesh.dp_group
+
+    def get_data_parallel_world_size(self) -> int:
+        return self.mesh.layout.dp
+
+    def get_data_parallel_rank(self) -> int:
+        return self.mesh.dp_rank
+
+    def get_model_parallel_group(self):
+        return self.mesh.pp_group
+
+    def get_model_parallel_world_size(self) -> int:
+        return self.mesh.layout.pp
+
+    def get_model_parallel_rank(self) -> int:
+        return self.mesh.pp_rank
+
+    def get_tensor_model_parallel_rank(self) -> int:
+        return 0
+
+    def get_tensor_model_parallel_world_size(self) -> int:
+        return 1
+
+
+def _initialize(deepspeed, module: nn.Module, optimizer: torch.optim.Optimizer, config: dict, mesh: Mesh):
+    import deepspeed.runtime.engine as runtime
+
+    class Engine(deepspeed.DeepSpeedEngine):
+        def _configure_distributed_model(self, model: nn.Module) -> None:
+            super()._configure_distributed_model(model)
+            self.has_moe_layers = any(not getattr(param, "allreduce", True) for param in model.parameters())
+
+        def _do_optimizer_sanity_check(self, basic_optimizer):
+            kind = super()._do_optimizer_sanity_check(basic_optimizer)
+            return runtime.ZERO_OPTIMIZATION if kind == runtime.BFLOAT16 else kind
+
+        def _validate_zero3_moe_compatibility(self) -> None:
+            """Our experts carry their ZeRO-3 placement on the parameters."""
+
+    original, deepspeed.DeepSpeedEngine = deepspeed.DeepSpeedEngine, Engine
+    try:
+        engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=config, mpu=_Mpu(mesh))
+    finally:
+        deepspeed.DeepSpeedEngine = original
+    return engine

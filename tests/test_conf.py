@@ -1,0 +1,85 @@
+"""Recipes compose, the V3 recipe holds the paper's values, and bad input is named."""
+
+import subprocess
+import sys
+
+import pytest
+
+from conf.check import check
+from conf.errors import UserError
+from conf.load import compose, read_config, recipes, write_config
+from conf.schema import ROOT
+
+
+@pytest.mark.parametrize("recipe", recipes())
+def test_every_recipe_composes_and_survives_the_file(recipe, tmp_path):
+    config = compose(f"conf={recipe}", "data.path=/somewhere")
+    assert config.name == recipe
+    write_config(config, str(tmp_path / "config.yaml"))
+    assert read_config(str(tmp_path / "config.yaml")) == config
+
+
+def test_v3_recipe_is_the_papers():
+    config = compose("conf=deepseek_v3", "data.path=/somewhere")
+    model, optim = config.model, config.optim
+    assert (model.layers, model.dense_layers, model.hidden, model.vocab_size) == (61, 3, 7168, 129280)
+    assert (model.heads, model.q_rank, model.kv_rank) == (128, 1536, 512)
+    assert (model.nope_head_dim, model.rope_head_dim, model.v_head_dim) == (128, 64, 128)
+    assert (model.experts, model.shared_experts, model.top_k, model.groups, model.top_groups) == (256, 1, 8, 8, 4)
+    assert (model.dense_width, model.expert_width, model.route_scale, model.mtp_depth) == (18432, 2048, 2.5, 1)
+    assert (model.init_std, model.norm_eps, model.rope_theta) == (0.006, 1e-6, 10000.0)
+    assert (optim.betas, optim.weight_decay, optim.clip, optim.balance_loss) == ([0.9, 0.95], 0.1, 1.0, 1e-4)
+    assert (config.seq_len, config.batch_size, optim.batch_ramp_start, optim.warmup_steps) == (4096, 15360, 3072, 2000)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "field"),
+    [
+        (["model.experts=15"], "model.experts"),
+        (["model.top_k=12", "model.top_groups=2"], "model.top_k"),
+        (["model.top_groups=5"], "model.top_groups"),
+        (["seq_len=5000"], "seq_len"),
+        (["batch_size=15"], "batch_size"),
+        (["parallel.dp=2", "parallel.ep=3"], "batch_size"),
+        (["parallel.dp=4", "parallel.ep=3", "micro_batch_size=4"], "parallel.ep"),
+        (["parallel.zero=0"], "parallel.zero"),
+        (["optim.lr_schedule=[{until: 0.5, value: 1.0}]"], "optim.lr_schedule"),
+        (["data.fim_rate=2"], "data.fim_rate"),
+        (["data.format=text"], "data.path"),
+        (["name=../up"], "name"),
+    ],
+)
+def test_rules_name_the_field(overrides, field):
+    with pytest.raises(UserError) as caught:
+        compose(*overrides)
+    assert caught.value.field == field
+    assert caught.value.rule and caught.value.cure
+
+
+@pytest.mark.parametrize(
+    ("argument", "words"),
+    [
+        ("conf=deepseekv3", "did you mean deepseek_v3"),
+        ("model.expert=3", "did you mean model.experts"),
+        ("steps=two", "could not be converted to Integer"),
+        ("nothing=1", "Key 'nothing' not in"),
+    ],
+)
+def test_command_line_mistakes_are_one_screen(argument, words, tmp_path):
+    done = subprocess.run(
+        [sys.executable, "-m", "train", argument, f"runs={tmp_path}"], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 2
+    assert words in done.stderr
+    assert "Traceback" not in done.stderr and len(done.stderr.splitlines()) < 15
+    assert not list(tmp_path.iterdir())
+
+
+def test_help_lists_recipes():
+    done = subprocess.run([sys.executable, "-m", "train", "--help"], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0
+    assert all(recipe in done.stdout for recipe in recipes())
+
+
+def test_check_accepts_a_config_object():
+    check(compose())

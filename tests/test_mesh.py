@@ -1,0 +1,81 @@
+"""Rank arithmetic, up to the paper's 2048 ranks, and the groups that torch really makes."""
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch.testing._internal.distributed.fake_pg import FakeStore
+
+from conf.errors import UserError
+from parallel.mesh import Layout, build_mesh
+from tests.ranks import run_ranks
+
+
+def test_v3_layout_groups_partition_the_world():
+    layout = Layout(pp=16, dp=128, ep=64, ranks_per_node=8)
+    assert layout.world == 2048 and layout.edp == 2
+    for groups, size in (
+        (layout.pp_groups(), 16),
+        (layout.dp_groups(), 128),
+        (layout.ep_groups(), 64),
+        (layout.edp_groups(), 2),
+        (layout.intra_groups(), 8),
+        (layout.inter_groups(), 8),
+    ):
+        assert {len(group) for group in groups} == {size}
+        assert sorted(rank for group in groups for rank in group) == list(range(2048))
+    assert all(group == list(range(group[0], group[0] + 64)) for group in layout.ep_groups())
+    assert {len({layout.node(rank) for rank in group}) for group in layout.ep_groups()} == {8}
+    assert {len({layout.node(rank) for rank in group}) for group in layout.intra_groups()} == {1}
+
+
+@pytest.mark.parametrize("rank", [0, 777, 2047])
+def test_v3_mesh_on_a_fake_process_group(rank):
+    dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=2048)
+    try:
+        mesh = build_mesh(Layout(pp=16, dp=128, ep=64, ranks_per_node=8))
+        ranks = dist.get_process_group_ranks
+        assert (mesh.pp_rank, mesh.dp_rank, mesh.ep_rank, mesh.edp_rank) == (
+            rank // 128,
+            rank % 128,
+            rank % 64,
+            rank % 128 // 64,
+        )
+        assert ranks(mesh.pp_group) == [p * 128 + rank % 128 for p in range(16)]
+        assert ranks(mesh.dp_group) == [rank // 128 * 128 + d for d in range(128)]
+        assert ranks(mesh.ep_group) == [rank // 64 * 64 + i for i in range(64)]
+        assert ranks(mesh.edp_group) == [rank // 128 * 128 + rank % 64 + e * 64 for e in range(2)]
+        assert ranks(mesh.intra_group) == [rank // 8 * 8 + i for i in range(8)]
+        assert ranks(mesh.inter_group) == [rank // 64 * 64 + rank % 8 + n * 8 for n in range(8)]
+    finally:
+        dist.destroy_process_group()
+
+
+def check_sums(rank):
+    mesh = build_mesh(Layout(pp=2, dp=2, ep=2, ranks_per_node=2))
+    for group, expected in (
+        (mesh.pp_group, rank % 2 + rank % 2 + 2),
+        (mesh.dp_group, 1 if rank < 2 else 5),
+        (mesh.edp_group, rank),
+        (mesh.inter_group, rank),
+    ):
+        total = torch.tensor(float(rank))
+        dist.all_reduce(total, group=group)
+        assert total.item() == expected
+
+
+def test_groups_on_real_ranks():
+    run_ranks(check_sums, world_size=4)
+
+
+def wrong_world(rank):
+    with pytest.raises(UserError, match="number of ranks, 2"):
+        build_mesh(Layout(pp=1, dp=4))
+
+
+def test_degrees_must_multiply_to_the_world():
+    run_ranks(wrong_world, world_size=2)
+
+
+def test_expert_groups_must_fit_the_nodes():
+    with pytest.raises(UserError, match="fill whole nodes"):
+        _ = Layout(dp=12, ep=12, ranks_per_node=8).ep_ranks_per_node

@@ -1,0 +1,73 @@
+"""Schedules against the paper's values (4.2) at chosen token counts."""
+
+import pytest
+
+from conf.load import compose
+from conf.schema import Phase, Shape
+from train.schedules import Schedules, value_at
+
+
+@pytest.fixture(scope="module")
+def v3():
+    return Schedules(compose("conf=deepseek_v3", "data.path=/somewhere"))
+
+
+def plan_at(schedules, tokens):
+    samples = tokens / 4096
+    low, high = 0, len(schedules.batch_sizes) - 1
+    while low < high:
+        middle = (low + high) // 2
+        low, high = (middle + 1, high) if schedules.samples[middle + 1] < samples else (low, middle)
+    return schedules.plan(low + 1)
+
+
+def test_v3_run_is_14_8_trillion_tokens(v3):
+    assert v3.samples[-1] * 4096 == pytest.approx(14.8e12, rel=1e-4)
+    assert v3.samples[12424] * 4096 == pytest.approx(469e9, rel=1e-2)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "lr", "mtp", "speed"),
+    [
+        (1e12, 2.2e-4, 0.3, 0.001),
+        (9.9e12, 2.2e-4, 0.3, 0.001),
+        (12.15e12, (2.2e-4 + 2.2e-5) / 2, 0.1, 0.001),
+        (14.29e12, 2.2e-5, 0.1, 0.001),
+        (14.5e12, 2.2e-5, 0.1, 0.0),
+        (14.7e12, 7.3e-6, 0.1, 0.0),
+    ],
+)
+def test_v3_values(v3, tokens, lr, mtp, speed):
+    plan = plan_at(v3, tokens)
+    assert plan.lr == pytest.approx(lr, rel=1e-2)
+    assert (plan.mtp_weight, plan.bias_speed) == (mtp, speed)
+
+
+def test_v3_warmup_and_batch_ramp(v3):
+    assert v3.plan(1).batch_size == 3072 and v3.plan(20000).batch_size == 15360
+    assert v3.plan(1000).lr == pytest.approx(1.1e-4)
+    sizes = v3.batch_sizes
+    assert sizes == sorted(sizes) and all(size % 128 == 0 for size in sizes)
+
+
+def test_samples_follow_one_another():
+    schedules = Schedules(
+        compose(
+            "steps=5",
+            "optim.batch_ramp_start=16",
+            "optim.batch_ramp_steps=3",
+            "optim.batch_ramp_increment=16",
+            "batch_size=64",
+        )
+    )
+    plans = [schedules.plan(step) for step in range(1, 6)]
+    assert [plan.batch_size for plan in plans] == [16, 32, 48, 64, 64]
+    assert [plan.first_sample for plan in plans] == [0, 16, 48, 96, 160]
+
+
+def test_shapes():
+    phases = [Phase(0.5, 2.0), Phase(0.75, 1.0, Shape.linear), Phase(1.0, 0.0, Shape.cosine)]
+    assert value_at(phases, 0.5) == 2.0
+    assert value_at(phases, 0.625) == pytest.approx(1.5)
+    assert value_at(phases, 0.875) == pytest.approx(0.5)
+    assert value_at(phases, 1.0) == pytest.approx(0.0)

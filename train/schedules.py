@@ -1,0 +1,78 @@
+"""What changes over the run: learning rate, MTP weight, bias speed and batch size, as pure functions of the step.
+
+Everything is measured in tokens: `until` of a phase is a fraction of the tokens of the whole run, so that a shorter
+run keeps the shape of the schedule.
+"""
+
+import math
+from dataclasses import dataclass
+from itertools import accumulate
+
+from conf.schema import Config, Optim, Phase, Shape
+
+
+@dataclass(frozen=True)
+class StepPlan:
+    """The settings of one optimizer step."""
+
+    step: int
+    """Number of the step, from 1."""
+    first_sample: int
+    """Samples consumed before it: the data position."""
+    batch_size: int
+    """Sequences of this step, over all ranks."""
+    lr: float
+    mtp_weight: float
+    bias_speed: float
+
+
+class Schedules:
+    """Plans of all steps of a run."""
+
+    def __init__(self, config: Config):
+        self.config = config
+        self.batch_sizes = [_batch_size(config, step) for step in range(config.steps)]
+        self.samples = [0, *accumulate(self.batch_sizes)]
+
+    def plan(self, step: int) -> StepPlan:
+        """Settings of step 1..steps."""
+        index, optim = step - 1, self.config.optim
+        # Middle of the step: a run of one step sits in the middle of its schedule, not at an end.
+        fraction = (self.samples[index] + self.batch_sizes[index] / 2) / self.samples[-1]
+        warmup = min(1.0, step / optim.warmup_steps) if optim.warmup_steps else 1.0
+        return StepPlan(
+            step=step,
+            first_sample=self.samples[index],
+            batch_size=self.batch_sizes[index],
+            lr=optim.lr * warmup * value_at(optim.lr_schedule, fraction),
+            mtp_weight=value_at(optim.mtp_weight, fraction),
+            bias_speed=value_at(optim.bias_speed, fraction),
+        )
+
+
+def value_at(phases: list[Phase], fraction: float) -> float:
+    """Value of a schedule at a fraction (0..1) of the run's tokens."""
+    start, before = 0.0, phases[0].value
+    for phase in phases:
+        if fraction <= phase.until:
+            done = (fraction - start) / (phase.until - start)
+            return _between(phase.shape, before, phase.value, done)
+        start, before = phase.until, phase.value
+    return phases[-1].value
+
+
+def _between(shape: Shape, before: float, after: float, done: float) -> float:
+    if shape == Shape.linear:
+        return before + (after - before) * done
+    if shape == Shape.cosine:
+        return after + (before - after) * (1 + math.cos(math.pi * done)) / 2
+    return after
+
+
+def _batch_size(config: Config, index: int) -> int:
+    """Sequences of the step with this index from 0: linear in steps, rounded down to the increment."""
+    optim: Optim = config.optim
+    if optim.batch_ramp_start is None or index >= optim.batch_ramp_steps:
+        return config.batch_size
+    grown = optim.batch_ramp_start + (config.batch_size - optim.batch_ramp_start) * index / optim.batch_ramp_steps
+    return int(grown // optim.batch_ramp_increment) * optim.batch_ramp_increment
