@@ -1,0 +1,104 @@
+"""The driver of local ranks: it names the cause, ends the others, and passes exit codes and signals on."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from cluster.local import run_local
+from conf.errors import EXIT_CRASH, EXIT_STOPPED, EXIT_USER
+
+PROLOGUE = """
+import os, sys, time, signal
+from pathlib import Path
+from cluster.local import Failure
+rank, logs = int(os.environ["RANK"]), Path(sys.argv[1])
+def fail(kind, message, code=1):
+    Failure(rank, time.time(), kind, message, code).write(logs); sys.exit(code)
+def wait(): time.sleep(60)
+"""
+
+
+def run(body: str, logs: Path, world: int = 3) -> int:
+    return run_local([sys.executable, "-c", PROLOGUE + body, str(logs)], world, logs)
+
+
+def test_contract_and_success(tmp_path):
+    code = run(
+        "(logs / f'env{rank}').write_text(' '.join(os.environ[k] for k in "
+        "('RANK', 'LOCAL_RANK', 'WORLD_SIZE', 'LOCAL_WORLD_SIZE', 'MASTER_ADDR')))",
+        tmp_path,
+    )
+    assert code == 0
+    assert (tmp_path / "env2").read_text() == "2 2 3 3 127.0.0.1"
+
+
+@pytest.mark.parametrize(
+    ("body", "code", "words"),
+    [
+        # the victim reports at once, the cause was killed without a word
+        ("os.kill(os.getpid(), signal.SIGKILL) if rank == 1 else fail('crash', 'connection closed')", EXIT_CRASH,
+         "rank 1 ended by signal SIGKILL"),
+        # the earliest error by its own clock wins, though rank 0 exits first
+        ("fail('crash', 'boom') if rank == 2 else (time.sleep(0.5), fail('crash', 'lost peer'))", EXIT_CRASH,
+         "rank 2 failed:\nboom"),
+        # a rank that never answers while the others time out
+        ("wait() if rank == 1 else fail('timeout', 'timed out in all_reduce')", EXIT_CRASH, "rank 1 hangs"),
+        # bad input is one screen with the user's exit code
+        ("fail('user', 'data.path = x', 2) if rank == 0 else wait()", EXIT_USER, "error: data.path = x"),
+        # the code of a rank that diverged is passed on
+        ("fail('crash', 'not finite', 3)", 3, "not finite"),
+    ],
+)  # fmt: skip
+def test_the_cause_is_named(tmp_path, capfd, body, code, words):
+    started = time.monotonic()
+    assert run(body, tmp_path) == code
+    assert words in capfd.readouterr().err
+    assert time.monotonic() - started < 20
+
+
+def alive(folder: Path) -> list[int]:
+    pids = [int(path.read_text()) for path in folder.glob("pid*")]
+    return [pid for pid in pids if Path(f"/proc/{pid}").exists() and "Z" not in Path(f"/proc/{pid}/stat").read_text()]
+
+
+DRIVER = """
+import sys
+from pathlib import Path
+from cluster.local import run_local
+sys.exit(run_local([sys.executable, "-c", sys.argv[2], sys.argv[1]], 2, Path(sys.argv[1])))
+"""
+
+
+def start_driver(tmp_path: Path, body: str) -> subprocess.Popen:
+    driver = subprocess.Popen([sys.executable, "-c", DRIVER, str(tmp_path), PROLOGUE + body])
+    deadline = time.monotonic() + 20
+    while len(list(tmp_path.glob("pid*"))) < 2 and time.monotonic() < deadline:
+        time.sleep(0.05)
+    return driver
+
+
+NOTE_PID = "(logs / f'pid{rank}').write_text(str(os.getpid()));"
+
+
+def test_a_signal_reaches_every_rank_and_the_code_comes_back(tmp_path):
+    body = f"signal.signal(signal.SIGTERM, lambda *_: sys.exit({EXIT_STOPPED}));" + NOTE_PID + "wait()"
+    driver = start_driver(tmp_path, body)
+    driver.send_signal(signal.SIGINT)
+    assert driver.wait(20) == EXIT_STOPPED
+    assert not alive(tmp_path)
+
+
+def test_no_rank_outlives_a_killed_driver(tmp_path):
+    driver = start_driver(tmp_path, NOTE_PID + "wait()")
+    assert len(alive(tmp_path)) == 2
+    os.kill(driver.pid, signal.SIGKILL)
+    driver.wait()
+    deadline = time.monotonic() + 10
+    while alive(tmp_path) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not alive(tmp_path)
