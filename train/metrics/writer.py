@@ -8,10 +8,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol
 
+from omegaconf import OmegaConf
+
 from conf.schema import Config
 from train.metrics.jsonl import FILE, JsonlSink
 from train.metrics.names import Record
 from train.metrics.progress import Progress
+from train.metrics.wandb_sink import WandbSink, wants_wandb
 
 
 class Sink(Protocol):
@@ -47,8 +50,15 @@ class MetricsWriter:
         """A sentence for the person at the terminal."""
         self._progress.note(text)
 
+    @property
+    def wandb_run(self) -> str | None:
+        """Address or offline folder of the W&B run, for the last screen; None without one."""
+        return next((sink.where for sink in self._sinks if isinstance(sink, WandbSink)), None)
+
     def close(self) -> None:
-        for sink in self._sinks:
+        """Finish every sink; may wait for W&B. Calling it again does nothing."""
+        while self._sinks:
+            sink = self._sinks.pop(0)
             sink.close()
         self._progress.close()
 
@@ -61,6 +71,19 @@ class MetricsWriter:
 
 def open_writer(config: Config, run_folder: Path, *, resumed_step: int = 0) -> MetricsWriter:
     """The sinks that config.log asks for. resumed_step: last step in the loaded checkpoint, 0 for a new run."""
-    progress = Progress(config.name or run_folder.name, config.steps, enabled=config.log.progress, done=resumed_step)
+    name = config.name or run_folder.name
+    progress = Progress(name, config.steps, enabled=config.log.progress, done=resumed_step)
     sinks: list[Sink] = [JsonlSink(run_folder / FILE, resumed_step, progress.note)]
+    if wants_wandb(config.log.wandb):
+        plain = OmegaConf.to_container(OmegaConf.structured(config), enum_to_str=True)
+        sinks.append(
+            WandbSink(
+                run_folder,
+                project=config.log.wandb_project,
+                name=name,
+                config=plain,
+                mode=config.log.wandb,
+                note=progress.note,
+            )
+        )
     return MetricsWriter(sinks, progress, every=config.log.every, last_step=config.steps)

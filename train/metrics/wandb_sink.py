@@ -1,0 +1,198 @@
+"""Weights & Biases beside the training: in a thread of its own, offline without an account, never in the way.
+
+The thread imports wandb (about a second), starts the run, and then takes records from a queue, so that neither the
+first step nor a slow server holds the training up and no record is lost meanwhile. Whatever goes wrong there is one
+note, and W&B is off from then on: metrics.jsonl has everything.
+
+Which mode: `offline` as asked for, or without an API key (nobody is asked for one); with a key online, unless the
+server does not answer in time. WANDB_MODE in the environment wins over `auto`.
+
+Attempts of one run folder are one W&B run: its id is kept in wandb/run_id. A resumed attempt repeats steps that an
+earlier one has logged already; wandb/last_step says how far that one came, and those steps are left out. After kill -9
+that number can be ahead of the file on disk by what W&B had not flushed yet, the last second.
+"""
+
+import os
+import queue
+import secrets
+import threading
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+from urllib.parse import urlsplit
+
+import numpy as np
+
+from conf.schema import WandbMode
+from train.metrics.names import Record, is_layer_metric
+
+ONLINE_SECONDS = 10.0
+"""Longest wait for the server at the start."""
+FINISH_SECONDS = 60.0
+"""Longest wait for the upload of the last records at the end."""
+FLUSH_SECONDS = 1.0
+"""W&B writes its file this often; its default of 15 s loses the end of a killed run."""
+WAITING_RECORDS = 10_000
+LAYER_SCALARS = ("layer_max_vio", "layer_entropy")
+"""What W&B gets of every MoE layer; the loads themselves go as one histogram."""
+LOAD_BINS, LOAD_TOP = 40, 4.0
+"""The histogram of loads runs from 0 to 4 fair shares; its last bin holds everything above."""
+
+
+def wants_wandb(mode: WandbMode) -> bool:
+    """Whether there is a W&B run at all; checked before anything is started."""
+    return mode != WandbMode.disabled and not (mode == WandbMode.auto and os.environ.get("WANDB_MODE") == "disabled")
+
+
+class WandbSink:
+    """Logs records to the W&B run of a run folder.
+
+    config: what W&B shows as the configuration, plain values. note: called with one sentence when W&B goes offline against
+    expectation, or off. online_seconds: longest wait for the server, for tests.
+    """
+
+    def __init__(
+        self,
+        run_folder: Path,
+        *,
+        project: str,
+        name: str,
+        config: Mapping[str, Any],
+        mode: WandbMode,
+        note: Callable[[str], None],
+        online_seconds: float = ONLINE_SECONDS,
+    ):
+        self._folder, self._note, self._online_seconds = run_folder, note, online_seconds
+        self._arguments = {"project": project, "name": name, "config": dict(config), "dir": str(run_folder)}
+        self._mode = mode
+        self._queue: queue.Queue[Record | None] = queue.Queue(WAITING_RECORDS)
+        self._off = False
+        self._where: str | None = None
+        self._thread = threading.Thread(target=self._work, name="wandb", daemon=True)
+        self._thread.start()
+
+    def write(self, record: Record) -> None:
+        """Hand a record over; returns at once."""
+        if self._off:
+            return
+        try:
+            self._queue.put_nowait(record)
+        except queue.Full:
+            self._switch_off(f"{WAITING_RECORDS} records wait and W&B takes none")
+
+    def close(self) -> None:
+        """Wait until all records are on disk, and, online, on the server."""
+        if not self._off:
+            self._queue.put(None)
+        self._thread.join(self._online_seconds + FINISH_SECONDS)
+        if self._thread.is_alive():
+            self._switch_off("it did not finish in time")
+
+    @property
+    def where(self) -> str | None:
+        """Address of the run, or the folder of the offline run, once it has started."""
+        return self._where
+
+    def _switch_off(self, reason: str) -> None:
+        if not self._off:
+            self._off = True
+            self._note(f"W&B is off for the rest of this run: {reason}. metrics.jsonl goes on.")
+
+    def _work(self) -> None:
+        try:
+            self._log_all()
+        except Exception as error:  # whatever it is, it must not reach the training; the note says it
+            self._switch_off(f"{type(error).__name__}: {_first_line(error)}")
+
+    def _log_all(self) -> None:
+        (self._folder / "wandb").mkdir(parents=True, exist_ok=True)
+        run = self._start()
+        with open(self._folder / "wandb" / "last_step", "a+") as last_step:
+            last_step.seek(0)
+            logged = int(last_step.read() or 0)
+            while not self._off and (record := self._queue.get()) is not None:
+                if record["step"] > logged:
+                    run.log(to_wandb(record), step=record["step"], commit=True)
+                    logged = record["step"]
+                    last_step.truncate(0)  # opened for appending, so the next write starts at 0
+                    last_step.write(f"{logged}\n")
+                    last_step.flush()
+        run.finish()
+
+    def _start(self) -> Any:
+        import wandb  # takes a second, hence here
+
+        settings = {
+            "silent": True,
+            "console": "off",
+            "x_transaction_log_flush_interval": FLUSH_SECONDS,
+            "init_timeout": self._online_seconds,
+            "finish_timeout": FINISH_SECONDS,
+        }
+        wandb.setup(wandb.Settings(silent=True))
+        arguments = self._arguments | {"id": run_id(self._folder), "resume": "allow"}
+        if self._goes_online(wandb):
+            try:
+                run = wandb.init(**arguments, mode="online", settings=wandb.Settings(**settings))
+            except Exception as error:
+                self._note(f"W&B goes offline, the server gave no run: {_first_line(error)}")
+                wandb.teardown()  # else the id counts as in use
+                wandb.setup(wandb.Settings(silent=True))
+            else:
+                self._where = run.url
+                return run
+        run = wandb.init(**arguments, mode="offline", settings=wandb.Settings(**settings))
+        self._where = str(Path(run.dir).parent)
+        return run
+
+    def _goes_online(self, wandb: ModuleType) -> bool:
+        if self._mode == WandbMode.offline:
+            return False
+        if os.environ.get("WANDB_MODE") in ("offline", "dryrun"):
+            return False
+        settings = wandb.setup().settings
+        return bool(settings.api_key or settings.identity_token_file or has_netrc_key(settings.base_url))
+
+
+def has_netrc_key(base_url: str) -> bool:
+    """Whether `wandb login` has left a key for this server in the netrc file."""
+    import netrc
+
+    path = Path(os.environ.get("NETRC", "~/.netrc")).expanduser()
+    try:
+        return netrc.netrc(path).authenticators(urlsplit(base_url).hostname or "") is not None
+    except (OSError, netrc.NetrcParseError):
+        return False
+
+
+def run_id(run_folder: Path) -> str:
+    """The W&B id of a run folder, made at its first attempt."""
+    path = run_folder / "wandb" / "run_id"
+    if not path.exists():
+        path.write_text(secrets.token_hex(4) + "\n")
+    return path.read_text().strip()
+
+
+def to_wandb(record: Record) -> dict[str, Any]:
+    """Scalars by their names, a few scalars for each MoE layer, and one histogram of all expert loads."""
+    import wandb
+
+    data = {name: value for name, value in record.items() if not is_layer_metric(name) and name != "step"}
+    for name in LAYER_SCALARS:
+        for layer, value in record.get(name, {}).items():
+            data[f"{name}/{layer.replace('.', '_')}"] = value  # W&B reads a dot as nesting
+    if record.get("load"):
+        data["load"] = wandb.Histogram(np_histogram=load_histogram(record["load"]))
+    return data
+
+
+def load_histogram(load: Mapping[str, Any]) -> tuple[np.ndarray, np.ndarray]:
+    """Experts by load, in fair shares of their layer: numbers of experts and LOAD_BINS + 1 edges."""
+    counts_LE = np.array([np.asarray(row, np.float64) for row in load.values()])
+    shares_LE = counts_LE / np.maximum(counts_LE.mean(axis=1, keepdims=True), 1e-9)
+    return np.histogram(np.minimum(shares_LE, LOAD_TOP), bins=LOAD_BINS, range=(0.0, LOAD_TOP))
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
