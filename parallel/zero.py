@@ -8,6 +8,7 @@ Private names of DeepSpeed 0.19 that this file touches, each for a reason:
   _configure_distributed_model        experts are known by their marked parameters, not by deepspeed.moe.MoE
   _do_optimizer_sanity_check          bf16 with fp32 gradients would silently select BF16_Optimizer, which lacks coalescing
   scaled_global_norm, check_overflow  one norm over all ranks, which cannot deadlock on a stage without experts
+  _gradient_reduction_buffer_dtype    stage 2 would round the fp32 gradients to bf16 on their way into its bucket
   fill_grad_accum_attribute           hands the fp32 gradients over without a copy
   _lazy_init_hp_params_optimizer_state, _hp_optimizer_states_linked   link moments to parameters for checkpoints
 """
@@ -66,7 +67,7 @@ class Zero:
                 param.allreduce = False
                 param.group_name = expert_name
         groups = _parameter_groups(self.names, is_expert, decays, weight_decay, expert_name)
-        config = _config(stage, clip, dtype)
+        config = _config(stage, clip, dtype, sum(param.numel() for param in self.names))
         deepspeed = _import_deepspeed(mesh)
         self.client = make_optimizer(groups)
         self.engine = _initialize(deepspeed, nn.ModuleList(chunks), self.client, config, mesh)
@@ -75,6 +76,7 @@ class Zero:
         # A non-finite norm makes DeepSpeed skip the step; its own scan for overflow would be a second pass.
         self.optimizer.check_grad_overflow = True
         self.optimizer.check_overflow = lambda partition_gradients=True: None
+        self.optimizer._gradient_reduction_buffer_dtype = lambda: torch.float32
         self._link_moments()
 
     def set_lr(self, lr: float) -> None:
@@ -176,7 +178,7 @@ def _parameter_groups(
     return [group for group in groups.values() if group["params"]]
 
 
-def _config(stage: int, clip: float, dtype: torch.dtype) -> dict:
+def _config(stage: int, clip: float, dtype: torch.dtype, elements: int) -> dict:
     config = {
         # The schedule owns micro-batches; DeepSpeed sees one backward per step.
         "train_micro_batch_size_per_gpu": 1,
@@ -189,7 +191,7 @@ def _config(stage: int, clip: float, dtype: torch.dtype) -> dict:
             "stage": stage,
             "contiguous_gradients": True,  # false sums experts over the wrong group without a word
             "overlap_comm": False,
-            "reduce_bucket_size": 50_000_000,
+            "reduce_bucket_size": min(elements, 50_000_000),
         },
     }
     if dtype == torch.bfloat16:
@@ -202,11 +204,10 @@ def _import_deepspeed(mesh: Mesh) -> types.ModuleType:
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     os.environ.setdefault("LOCAL_RANK", "0")
-    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     import deepspeed
     import deepspeed.ops
 
-    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)  # its warnings are about choices made here on purpose
     if not torch.cuda.is_available():
         # Builds for two minutes on first use and has been seen to abort; gloo does the same work.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
