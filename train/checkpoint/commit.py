@@ -1,0 +1,217 @@
+"""How the files of all ranks become one checkpoint, with no collective: threads must not issue any.
+
+1. Every rank writes its data file, then its index by rename, into checkpoints/.step_N.attempt_A.save_K.tmp/.
+   The index is a rank's vote: "mine is on disk".
+2. Rank 0 waits for all votes, merges them into manifest.json, and renames the folder to step_N. That rename is
+   the commit: before it nothing carries the final name, after it everything is durable.
+3. The other ranks watch the temporary folder: when it is gone, either the final folder carries their attempt
+   and step, or rank 0 gave up.
+A rank that cannot write leaves a note, rank_R.failed, so that rank 0 gives up at once instead of at its timeout.
+
+Fencing. Ranks on a node that lost its network live on while a new attempt already runs elsewhere, and must not
+rename or prune over its checkpoints. `.fence` holds the highest attempt number. A new attempt raises it, and an
+older one that reads a higher number than its own stops. Both raising, and check plus rename, happen under one
+advisory lock, so no attempt can be overtaken between its check and its rename, as far as the file system carries
+flock between hosts (NFSv4, Lustre with -o flock, one machine). Where it does not, the window is the few
+microseconds between the check and the rename; what would slip through is a whole, sound checkpoint of the old
+attempt, which sorts before every checkpoint of the new one (`Manifest.age`).
+"""
+
+import os
+import re
+import shutil
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from train.checkpoint.files import atomic_write_json, atomic_write_text, exclusive, fsync_folder
+from train.checkpoint.manifest import (
+    MANIFEST,
+    Damaged,
+    checkpoints,
+    data_name,
+    index_name,
+    read_manifest,
+    seal,
+    step_name,
+)
+
+HIDDEN = re.compile(r"\.(?P<name>step_\d+)\.attempt_(?P<attempt>\d+)\.(save_\d+\.)?(?P<kind>tmp|replaced|pruned)")
+
+
+class Fenced(RuntimeError):
+    """A newer attempt of this run has started; this one must stop writing."""
+
+
+class SaveAbandoned(RuntimeError):
+    """This save cannot be committed; the text says which rank failed, and why."""
+
+
+def next_attempt(root: Path) -> int:
+    """The number for a new attempt at the run whose checkpoints are in `root`: above every earlier one."""
+    return read_fence(root) + 1
+
+
+def read_fence(root: Path) -> int:
+    """The highest attempt number that ever wrote here; -1 for none."""
+    try:
+        return int((root / ".fence").read_text())
+    except FileNotFoundError:
+        return -1
+
+
+@dataclass(frozen=True)
+class Save:
+    """One save, named alike on every rank."""
+
+    step: int
+    serial: int
+    """Counts the saves of an attempt, so that leftovers of a failed save never mix with a later one of its step."""
+
+
+class Committer:
+    """The checkpoints/ folder of a run, as one rank of one attempt may change it."""
+
+    def __init__(self, root: Path, attempt: int, world_size: int, timeout: float, poll: float = 0.02):
+        """`timeout`: longest wait for other ranks or for the lock, in seconds; `poll`: first pause between looks."""
+        self.root, self.attempt, self.world_size = root, attempt, world_size
+        self.timeout, self.poll = timeout, poll
+
+    def raise_fence(self) -> None:
+        """Shut out all older attempts; Fenced if a newer one has started. Any rank may call it, any number of times."""
+        self.root.mkdir(parents=True, exist_ok=True)
+        with self._lock():
+            self._check_fence()
+            if read_fence(self.root) < self.attempt:
+                atomic_write_text(self.root / ".fence", str(self.attempt))
+
+    def sweep(self) -> None:
+        """Clear what dead attempts left: half-written and half-removed folders. For rank 0, at the start."""
+        with self._lock():
+            self._check_fence()
+            for folder in self.root.glob(".step_*"):
+                match = HIDDEN.fullmatch(folder.name)
+                if match is None or int(match["attempt"]) > self.attempt:
+                    continue
+                if match["kind"] == "replaced" and not (self.root / match["name"]).exists():
+                    folder.rename(self.root / match["name"])  # its writer died between the two renames of a commit
+                else:
+                    shutil.rmtree(folder, ignore_errors=True)  # a living writer of the old attempt may race with us
+
+    def temporary(self, save: Save) -> Path:
+        """The folder that every rank writes this save to; created here."""
+        folder = self._hidden(step_name(save.step), f"save_{save.serial}.tmp")
+        folder.mkdir(exist_ok=True)
+        return folder
+
+    def refuse_if_fenced(self) -> None:
+        """Fenced if a newer attempt has started. A look without the lock: stops an old attempt early, guards nothing."""
+        self._check_fence()
+
+    def vote(self, save: Save, rank: int, index: dict[str, Any]) -> None:
+        """Say that this rank's data file is on disk."""
+        folder = self._hidden(step_name(save.step), f"save_{save.serial}.tmp")
+        atomic_write_json(folder / index_name(rank), index)
+
+    def give_up(self, save: Save, rank: int, why: str) -> None:
+        """Withdraw this rank's files and tell rank 0 that they will not come. Never raises OSError."""
+        folder = self._hidden(step_name(save.step), f"save_{save.serial}.tmp")
+        try:
+            if rank == 0:
+                shutil.rmtree(folder, ignore_errors=True)
+                return
+            for name in (data_name(rank), index_name(rank)):
+                (folder / name).unlink(missing_ok=True)
+            (folder / f"rank_{rank:05d}.failed").write_text(why)
+        except OSError:
+            return  # the note only saves time: without it rank 0 gives up at its timeout
+
+    def await_votes(self, save: Save) -> None:
+        """Rank 0: return when every rank has voted; SaveAbandoned if one failed or the time is up."""
+        folder = self.temporary(save)
+        missing = {index_name(rank): rank for rank in range(self.world_size)}
+
+        def complete() -> bool:
+            names = os.listdir(folder)
+            for name in sorted(names):
+                if name.endswith(".failed"):
+                    raise SaveAbandoned(f"{name.removesuffix('.failed')}: {(folder / name).read_text()}")
+            for name in names:
+                missing.pop(name, None)
+            return not missing
+
+        if not self._wait(complete):
+            ranks = sorted(missing.values())
+            raise SaveAbandoned(f"no files from ranks {_brief(ranks)} within {self.timeout:.0f} s")
+
+    def commit(self, save: Save, manifest: dict[str, Any]) -> Path:
+        """Rank 0, after all votes: make the temporary folder the checkpoint of its step. Returns its path."""
+        folder = self._hidden(step_name(save.step), f"save_{save.serial}.tmp")
+        atomic_write_text(folder / MANIFEST, seal(manifest))
+        final = self.root / step_name(save.step)
+        aside = self._hidden(final.name, "replaced")
+        with self._lock():
+            self._check_fence()
+            if final.exists():  # damaged, or of a line of training that was given up; a folder cannot be renamed over
+                final.rename(aside)
+            folder.rename(final)
+            fsync_folder(self.root)
+        shutil.rmtree(aside, ignore_errors=True)
+        return final
+
+    def await_commit(self, save: Save) -> Path:
+        """Other ranks: return the checkpoint's path once rank 0 has committed it; SaveAbandoned if it did not."""
+        folder = self._hidden(step_name(save.step), f"save_{save.serial}.tmp")
+        if not self._wait(lambda: not folder.exists()):
+            raise SaveAbandoned(f"rank 0 did not commit within {self.timeout:.0f} s")
+        final = self.root / step_name(save.step)
+        try:
+            committed = read_manifest(final).attempt == self.attempt
+        except Damaged:
+            committed = False
+        if not committed:
+            raise SaveAbandoned("rank 0 gave up; its log says why")
+        return final
+
+    def prune(self, keep: int, keep_every: int, protected: Path | None) -> None:
+        """Rank 0: remove what is neither among the `keep` newest intact ones (0: all), nor at a multiple of
+        `keep_every` steps, nor `protected`. Damaged folders are not counted and not touched.
+        """
+        if keep == 0:
+            return
+        doomed = []
+        with self._lock():
+            self._check_fence()
+            for manifest in checkpoints(self.root)[keep:]:
+                held = keep_every > 0 and manifest.step % keep_every == 0
+                if held or (protected is not None and manifest.folder == protected):
+                    continue
+                # Renamed first, so that no reader takes a half-removed folder for a damaged checkpoint.
+                doomed.append(manifest.folder.rename(self._hidden(manifest.folder.name, "pruned")))
+        for folder in doomed:
+            shutil.rmtree(folder)
+
+    def _hidden(self, name: str, kind: str) -> Path:
+        return self.root / f".{name}.attempt_{self.attempt}.{kind}"
+
+    def _lock(self):
+        return exclusive(self.root / ".lock", self.timeout)
+
+    def _check_fence(self) -> None:
+        if (newest := read_fence(self.root)) > self.attempt:
+            raise Fenced(f"attempt {newest} of this run has started, this is attempt {self.attempt}")
+
+    def _wait(self, ready) -> bool:
+        """Call `ready` until it is true, at growing pauses; False when the time is up."""
+        deadline, pause = time.monotonic() + self.timeout, self.poll
+        while not ready():
+            if time.monotonic() > deadline:
+                return False
+            time.sleep(pause)
+            pause = min(pause * 1.5, 1.0)
+        return True
+
+
+def _brief(ranks: list[int]) -> str:
+    return ", ".join(map(str, ranks[:8])) + (f" and {len(ranks) - 8} more" if len(ranks) > 8 else "")

@@ -1,0 +1,69 @@
+"""Small file operations that survive a crash at any instruction. Imports no torch: the driver uses them too.
+
+A reader sees the old file or the new one, never a part: write under another name, fsync, rename, and fsync the
+folder, as a rename is durable only once its folder is.
+"""
+
+import fcntl
+import json
+import os
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+
+def fsync_folder(path: Path) -> None:
+    """Make names created, renamed or removed in this folder durable."""
+    handle = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def atomic_write_text(path: Path, text: str) -> None:
+    """Replace the file by `text` (UTF-8) in one step. OSError leaves the old file as it was."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with open(temporary, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    fsync_folder(path.parent)
+
+
+def atomic_write_json(path: Path, value: Any) -> None:
+    """Replace the file by `value` as JSON in one step."""
+    atomic_write_text(path, json.dumps(value))
+
+
+@contextmanager
+def exclusive(path: Path, timeout: float) -> Iterator[None]:
+    """Hold the advisory lock on this file, created if missing; TimeoutError after `timeout` seconds.
+
+    The kernel frees the lock when its holder dies.
+    """
+    handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        deadline = time.monotonic() + timeout
+        while not _try_lock(handle):
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"{path} stayed locked for {timeout:.0f} s")
+            time.sleep(0.01)
+        yield
+    finally:
+        os.close(handle)
+
+
+def _try_lock(handle: int) -> bool:
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True

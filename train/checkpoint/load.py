@@ -1,0 +1,151 @@
+"""From a checkpoint into live shards, whatever layout wrote it.
+
+Each wanted shard is an interval of a flattened tensor; the manifest lists the intervals that the writing ranks
+held. Their intersections say which bytes of which files to read, and nothing else is read: whole blocks around
+those bytes, each checked against its CRC-32 before a single element of it is used.
+"""
+
+import os
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from conf.errors import UserError
+from parallel.shard import Shard
+from train.checkpoint.intervals import first_hole
+from train.checkpoint.manifest import BLOCK, Damaged, Entry, Manifest, data_name, read_index, read_manifest
+from train.checkpoint.stage import DTYPES
+
+TORCH = {name: dtype for dtype, name in DTYPES.items()}
+LOSSLESS = {
+    torch.bfloat16: (torch.float32, torch.float64),
+    torch.float16: (torch.float32, torch.float64),
+    torch.float32: (torch.float64,),
+    torch.int32: (torch.int64,),
+}
+"""Conversions that keep every value: from the type in the file to the wanted one."""
+
+
+@dataclass
+class Piece:
+    """A part of one wanted shard that one file holds."""
+
+    name: str
+    start: int
+    """First element, in the flattened logical tensor."""
+    target: Tensor
+    """The memory to fill."""
+
+
+def load(path: Path, wanted: dict[str, Shard]) -> dict[str, Any]:
+    """Fill the memory of every wanted shard from the checkpoint in `path`.
+
+    Returns the stored meta, and `step`, `attempt` and `world_size` of the run that wrote it. Raises UserError, before
+    anything is written, if the folder is no checkpoint, is newer, or lacks a tensor or part of it, or if shape or
+    type differ; Damaged (a UserError too) if a file is missing or a checksum wrong: then shards may be half filled.
+    """
+    manifest = read_manifest(path)
+    pieces: dict[int, list[Piece]] = {}
+    for name, shard in wanted.items():
+        for rank, piece in _pieces(manifest, name, shard):
+            pieces.setdefault(rank, []).append(piece)
+    buffer = torch.empty(BLOCK, dtype=torch.uint8)
+    for rank, parts in sorted(pieces.items()):
+        try:
+            _read_rank(manifest, rank, parts, buffer)
+        except OSError as error:
+            raise Damaged(path / data_name(rank), f"cannot be read ({error})") from error
+    identity = {"step": manifest.step, "attempt": manifest.attempt, "world_size": manifest.world_size}
+    return {**manifest.meta, **identity}
+
+
+def _pieces(manifest: Manifest, name: str, shard: Shard) -> list[tuple[int, Piece]]:
+    """(rank, piece) that together make up one wanted shard; overlaps of the stored intervals are read once."""
+    entry = _compatible(manifest, name, shard)
+    stop = shard.offset + shard.local.numel()
+    spans = [(start, count) for _, start, count in entry.intervals]
+    if (hole := first_hole(spans, shard.offset, stop)) is not None:
+        raise UserError(
+            f"resume: {name}",
+            manifest.folder,
+            f"must hold elements {shard.offset} to {stop} of {name}; element {hole} is in no file",
+            "resume from another checkpoint",
+        )
+    found, reached = [], shard.offset
+    for rank, start, count in entry.intervals:
+        end = min(start + count, stop)
+        if start <= reached < end:
+            target = shard.local.detach()[reached - shard.offset : end - shard.offset]
+            found.append((rank, Piece(name, reached, target)))
+            reached = end
+    return found
+
+
+def _compatible(manifest: Manifest, name: str, shard: Shard) -> Entry:
+    """The entry of a wanted tensor, or UserError if there is none that fits it."""
+    entry, shape = manifest.tensors.get(name), tuple(shard.shape)
+    if entry is None:
+        raise UserError(
+            f"resume: {name}",
+            manifest.folder,
+            f"must hold the tensor {name}; it holds {len(manifest.tensors)} others",
+            "use the model and optimizer settings that the checkpoint was written with (its manifest.json has them)",
+        )
+    if entry.shape != shape:
+        raise UserError(
+            f"resume: {name}",
+            manifest.folder,
+            f"the tensor has shape {entry.shape} in the checkpoint, but {shape} in this model",
+            "use the model settings that the checkpoint was written with (its manifest.json has them)",
+        )
+    stored, dtype = TORCH[entry.dtype], shard.local.dtype
+    if dtype != stored and dtype not in LOSSLESS.get(stored, ()):
+        raise UserError(
+            f"resume: {name}",
+            manifest.folder,
+            f"the tensor is {stored} in the checkpoint and {dtype} in this run, which cannot hold every value",
+            "use the precision settings that the checkpoint was written with (its manifest.json has them)",
+        )
+    return entry
+
+
+def _read_rank(manifest: Manifest, rank: int, pieces: list[Piece], buffer: Tensor) -> None:
+    """Fill the pieces that lie in one rank's file, in the order of the file, so that a shared block is read once."""
+    index = read_index(manifest, rank)
+    tensors = index["tensors"]
+
+    def first_byte(piece: Piece) -> int:
+        dtype, _, start, _, at = tensors[piece.name]
+        return at + (piece.start - start) * TORCH[dtype].itemsize
+
+    path = manifest.folder / data_name(rank)
+    with open(path, "rb", buffering=0) as file:
+        held = -1
+        for piece in sorted(pieces, key=first_byte):
+            stored = TORCH[tensors[piece.name][0]]
+            at, done = first_byte(piece), 0
+            while done < piece.target.numel():
+                number, offset = divmod(at + done * stored.itemsize, BLOCK)
+                if number != held:
+                    _read_block(file.fileno(), path, index, number, buffer)
+                    held = number
+                count = min(piece.target.numel() - done, (BLOCK - offset) // stored.itemsize)
+                piece.target[done : done + count].copy_(buffer[offset : offset + count * stored.itemsize].view(stored))
+                done += count
+
+
+def _read_block(handle: int, path: Path, index: dict[str, Any], number: int, buffer: Tensor) -> None:
+    """Read one block of the data part into `buffer`; Damaged if it is short or its checksum is wrong."""
+    size = min(BLOCK, index["data_bytes"] - number * BLOCK)
+    view, position = memoryview(buffer.numpy())[:size], index["header_bytes"] + number * BLOCK
+    while view:
+        count = os.preadv(handle, [view], position)
+        if count == 0:
+            raise Damaged(path, f"ends {len(view)} bytes early in block {number}")
+        view, position = view[count:], position + count
+    if zlib.crc32(memoryview(buffer.numpy())[:size]) != index["blocks_crc32"][number]:
+        raise Damaged(path, f"the checksum of block {number} does not match")

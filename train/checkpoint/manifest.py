@@ -1,0 +1,229 @@
+"""What a checkpoint folder holds, and how its soundness is judged. Imports no torch: the driver looks for one too.
+
+    checkpoints/step_00001234/
+        rank_00000.safetensors    the intervals that rank 0 held: 1-D tensors in the safetensors format
+        rank_00000.json           its index: where each interval lies, and a CRC-32 for every block of the data
+        ...
+        manifest.json             written last: meta, the size of every file, the CRC-32 of every index, and for
+                                  each logical tensor its dtype, shape and intervals [rank, start, count]
+
+The checksums form a chain. The manifest ends with its own CRC-32 and covers each index; an index covers the
+header and every block of its data file. So a reader that needs a thousandth of a file reads and checks just the
+blocks around it, and still no byte enters a run unchecked.
+
+Two verifications follow. The fast one (manifest sound, every file there with its size) costs one `stat` per file
+and finds what crashes, full disks and partial copies leave behind; it chooses the checkpoint to resume from, since
+one process cannot read terabytes at a start. The full one reads everything, for tools and tests. Flipped bits in
+between are found by `load`, where each rank checks what it reads, all ranks in parallel.
+
+Nothing is pickled: a checkpoint from a stranger can be wrong but cannot run code.
+"""
+
+import json
+import os
+import re
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from conf.errors import UserError
+
+FORMAT = "sluice checkpoint"
+VERSION = 1
+"""Raised when older code could not read what newer code writes."""
+MANIFEST = "manifest.json"
+BLOCK = 4 << 20
+"""Bytes of data under one CRC-32; a multiple of every item size, so that no element spans two blocks."""
+
+
+class Damaged(UserError):
+    """A checkpoint of ours that is not intact; resume=auto passes over it to the one before."""
+
+    def __init__(self, file: Path, problem: str):
+        super().__init__(
+            "resume", file, f"is damaged: {problem}", "resume from another checkpoint, or use resume=auto to skip it"
+        )
+
+    def __str__(self) -> str:
+        return f"{self.value} {self.rule}"
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One logical tensor of a checkpoint."""
+
+    dtype: str
+    """Name of the element type in the safetensors format, such as F32 or BF16."""
+    shape: tuple[int, ...]
+    intervals: list[tuple[int, int, int]]
+    """(rank, start, count) in elements of the flattened tensor, by rising start."""
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """The sound manifest of one checkpoint."""
+
+    folder: Path
+    step: int
+    attempt: int
+    world_size: int
+    meta: dict[str, Any]
+    """What the run stored beside the tensors: samples, tokens, configuration, tokenizer, layout, ..."""
+    files: dict[str, list[int]]
+    """Size in bytes and, for an index, CRC-32; a data file's checksums are in its index."""
+    tensors: dict[str, Entry] = field(repr=False)
+
+    @property
+    def age(self) -> tuple[int, int]:
+        """Order of writing: a later attempt is newer even where it resumed from an earlier step."""
+        return self.attempt, self.step
+
+
+def step_name(step: int) -> str:
+    return f"step_{step:08d}"
+
+
+def data_name(rank: int) -> str:
+    return f"rank_{rank:05d}.safetensors"
+
+
+def index_name(rank: int) -> str:
+    return f"rank_{rank:05d}.json"
+
+
+def seal(body: dict[str, Any]) -> str:
+    """JSON text of `body` with its own CRC-32 as the last key; no format version may change this rule."""
+    return json.dumps({**body, "crc32": zlib.crc32(json.dumps(body).encode())})
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """The manifest of a checkpoint; UserError for a folder that is none of ours or newer, else Damaged."""
+    path = folder / MANIFEST
+    ours = re.fullmatch(r"step_\d{8,}", folder.name) is not None
+    if not folder.is_dir():
+        raise _foreign(folder, "does not exist")
+    if not path.is_file():
+        raise Damaged(path, "the file is missing") if ours else _foreign(folder, f"holds no {MANIFEST}")
+    try:
+        body = json.loads(path.read_bytes())
+    except ValueError as error:
+        raise Damaged(path, f"not valid JSON ({error})") from None
+    if not (isinstance(body, dict) and (ours or body.get("format") == FORMAT)):
+        raise _foreign(folder, f"has a {MANIFEST} that does not say format = {FORMAT}")
+    if body.pop("crc32", None) != zlib.crc32(json.dumps(body).encode()):
+        raise Damaged(path, "its checksum does not match")
+    if body["version"] > VERSION:
+        raise UserError(
+            "resume",
+            folder,
+            f"has format version {body['version']}, newer than {VERSION}, the newest that this code reads",
+            "resume with the version of the code that wrote it, or a later one",
+        )
+    tensors = {
+        name: Entry(dtype, tuple(shape), [tuple(interval) for interval in intervals])
+        for name, (dtype, shape, intervals) in body["tensors"].items()
+    }
+    parts = (body["step"], body["attempt"], body["world_size"], body["meta"], body["files"])
+    return Manifest(folder, *parts, tensors)
+
+
+def read_index(manifest: Manifest, rank: int) -> dict[str, Any]:
+    """The index of one rank's data file, checked against the manifest; Damaged if it does not match."""
+    path = manifest.folder / index_name(rank)
+    try:
+        text = path.read_bytes()
+    except FileNotFoundError:
+        raise Damaged(path, "the file is missing") from None
+    if [len(text), zlib.crc32(text)] != manifest.files[path.name]:
+        raise Damaged(path, "its checksum does not match the manifest's")
+    return json.loads(text)
+
+
+def verify(folder: Path, full: bool = False) -> list[str]:
+    """What is wrong with a checkpoint, file by file; an empty list if it is intact.
+
+    Fast: sizes only. Full: every byte against its checksum. UserError if it is no checkpoint or a newer one.
+    """
+    try:
+        manifest = read_manifest(folder)
+    except Damaged as error:
+        return [str(error)]
+    problems = [str(problem) for name in manifest.files if (problem := _wrong_size(manifest, name))]
+    if full and not problems:
+        for rank in range(manifest.world_size):
+            try:
+                check_data(manifest, rank)
+            except Damaged as error:
+                problems.append(str(error))
+    return problems
+
+
+def check_data(manifest: Manifest, rank: int) -> None:
+    """Read one rank's data file whole; Damaged at the first block that does not match its checksum."""
+    index = read_index(manifest, rank)
+    path = manifest.folder / data_name(rank)
+    with open(path, "rb") as file:
+        if zlib.crc32(file.read(index["header_bytes"])) != index["header_crc32"]:
+            raise Damaged(path, "the checksum of its header does not match")
+        for number, crc in enumerate(index["blocks_crc32"]):
+            if zlib.crc32(file.read(BLOCK)) != crc:
+                raise Damaged(path, f"the checksum of block {number} does not match")
+
+
+@dataclass(frozen=True)
+class Found:
+    """Outcome of a search for the newest intact checkpoint."""
+
+    path: Path | None
+    warnings: list[str]
+    """One line for every newer checkpoint that is damaged, naming the file and what is wrong with it."""
+
+
+def newest_intact(root: Path, full: bool = False) -> Found:
+    """The newest intact checkpoint in a run's checkpoints/ folder, by `verify`; path None if there is none.
+
+    Raises UserError if one has a newer format: to pass over it would throw training away.
+    """
+    warnings: list[str] = []
+    for folder in _newest_first(root, warnings):
+        problems = verify(folder, full)
+        if not problems:
+            return Found(folder, warnings)
+        warnings += problems
+    return Found(None, warnings)
+
+
+def checkpoints(root: Path) -> list[Manifest]:
+    """Manifests of the checkpoints in `root` that pass the fast verification, newest first."""
+    return [read_manifest(folder) for folder in _newest_first(root, []) if not verify(folder)]
+
+
+def _newest_first(root: Path, warnings: list[str]) -> Iterator[Path]:
+    """Checkpoint folders whose manifest is sound, by falling age; the others go to `warnings`."""
+    sound: list[Manifest] = []
+    for folder in root.glob("step_*"):
+        try:
+            sound.append(read_manifest(folder))
+        except Damaged as error:
+            warnings.append(str(error))
+    return iter([manifest.folder for manifest in sorted(sound, key=lambda manifest: manifest.age, reverse=True)])
+
+
+def _wrong_size(manifest: Manifest, name: str) -> Damaged | None:
+    path, size = manifest.folder / name, manifest.files[name][0]
+    try:
+        found = os.stat(path).st_size
+    except FileNotFoundError:
+        return Damaged(path, "the file is missing")
+    return None if found == size else Damaged(path, f"{found} bytes, but {size} were written")
+
+
+def _foreign(folder: Path, why: str) -> UserError:
+    return UserError(
+        "resume",
+        folder,
+        f"must be a checkpoint folder written by this program; it {why}",
+        "give the path of a folder runs/NAME/checkpoints/step_N, or of the run folder runs/NAME",
+    )

@@ -1,0 +1,129 @@
+"""From live shards to a rank's data file, in two moves.
+
+`Stage.copy` packs the shards into buffers in CPU memory, laid out as the file will be; training goes on as soon as
+it returns. `Stage.write` writes the buffers from a thread and computes a CRC-32 per block on the way. The buffers
+are kept between saves: page-locked memory is slow to allocate, and pages touched once are cheap to fill again.
+
+The file is in the safetensors format (8 bytes of header length, a JSON header, raw little-endian data), so that
+any tool can open it. It is written here because the library's writer neither computes checksums nor syncs.
+"""
+
+import json
+import os
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from parallel.shard import Shard
+from train.checkpoint.manifest import BLOCK, data_name
+
+DTYPES = {
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.bfloat16: "BF16",
+    torch.float16: "F16",
+    torch.float8_e4m3fn: "F8_E4M3",
+    torch.float8_e5m2: "F8_E5M2",
+    torch.int64: "I64",
+    torch.int32: "I32",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
+"""Element types and their names in the safetensors format."""
+SEGMENT = 64 * BLOCK
+"""Bytes of one buffer. A power of two, as page-locked allocations are rounded up to one."""
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Where each shard lies in the data part of a rank's file."""
+
+    places: dict[str, tuple[str, tuple[int, ...], int, int, int]]
+    """name -> (dtype, logical shape, start and count in elements, first byte in the data part)."""
+    header: bytes
+    data_bytes: int
+
+
+def plan(shards: dict[str, Shard]) -> Layout:
+    """Wide elements first, so that each is aligned to its own size without padding, which the format forbids."""
+    order = sorted(shards, key=lambda name: (-shards[name].local.element_size(), name))
+    places, header, at = {}, {}, 0
+    for name in order:
+        shard = shards[name]
+        assert shard.local.dtype in DTYPES, f"{name}: {shard.local.dtype} has no name in the safetensors format"
+        dtype, count = DTYPES[shard.local.dtype], shard.local.numel()
+        places[name] = (dtype, tuple(shard.shape), shard.offset, count, at)
+        end = at + shard.local.nbytes
+        header[name] = {"dtype": dtype, "shape": [count], "data_offsets": [at, end]}
+        at = end
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    return Layout(places, len(text).to_bytes(8, "little") + text, at)
+
+
+class Stage:
+    """A rank's buffers for one save at a time."""
+
+    def __init__(self, pinned: bool):
+        """`pinned`: page-lock the buffers, for fast copies from a GPU."""
+        self.pinned = pinned
+        self.segments: list[Tensor] = []
+        self.layout = Layout({}, b"", 0)
+
+    def copy(self, shards: dict[str, Shard]) -> None:
+        """Take a snapshot. When this returns, the shards may change."""
+        self.layout = plan(shards)
+        self._fit(self.layout.data_bytes)
+        for name, (*_, at) in self.layout.places.items():
+            raw, done = shards[name].local.detach().view(torch.uint8), 0
+            while done < raw.numel():
+                segment, offset = divmod(at + done, SEGMENT)
+                size = min(raw.numel() - done, SEGMENT - offset)
+                self.segments[segment][offset : offset + size].copy_(raw[done : done + size], non_blocking=self.pinned)
+                done += size
+        if self.pinned:  # wait here, so that whichever stream writes the shards next needs no event
+            torch.cuda.synchronize()
+
+    def write(self, folder: Path, rank: int) -> dict[str, Any]:
+        """Write and fsync this rank's data file. Returns what its index says about it; OSError if it cannot."""
+        header, blocks, left = self.layout.header, [], self.layout.data_bytes
+        with open(folder / data_name(rank), "wb", buffering=0) as file:
+            _write_all(file.fileno(), memoryview(header))
+            for segment in self.segments:
+                view = memoryview(segment.numpy())[:left]
+                for start in range(0, len(view), BLOCK):
+                    block = view[start : start + BLOCK]
+                    blocks.append(zlib.crc32(block))
+                    _write_all(file.fileno(), block)
+                left -= len(view)
+            os.fsync(file.fileno())
+        return {
+            "header_bytes": len(header),
+            "header_crc32": zlib.crc32(header),
+            "data_bytes": self.layout.data_bytes,
+            "blocks_crc32": blocks,
+            "tensors": self.layout.places,
+        }
+
+    def _fit(self, size: int) -> None:
+        """Make the segments hold `size` bytes; all but the last are full-sized, and those that fit are kept."""
+        wanted = [min(SEGMENT, size - start) for start in range(0, size, SEGMENT)]
+        kept = self.segments[: len(wanted)]
+        self.segments = [
+            kept[i] if i < len(kept) and kept[i].numel() >= bytes_ else self._buffer(bytes_)
+            for i, bytes_ in enumerate(wanted)
+        ]
+
+    def _buffer(self, size: int) -> Tensor:
+        return torch.empty(size, dtype=torch.uint8, pin_memory=self.pinned)
+
+
+def _write_all(handle: int, view: memoryview) -> None:
+    while view:
+        view = view[os.write(handle, view) :]
