@@ -1,0 +1,98 @@
+"""One chunk of the model as a stage of torch's pipeline runtime: timed, and frugal with memory.
+
+torch's stage allocates the receive buffers of all micro-batches when it starts, so a step's memory would grow with
+the number of micro-batches (120 of them, 4096 x 7168 in bf16: 7 GB per direction and stage), which a 1F1B-like order
+exists to avoid.  Here the buffers are laid out on the meta device; a real one is made when its receive is posted
+and dropped when its action is done.  In the same spirit a loss lets go of its graph right after its backward.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+from torch.distributed.pipelining import PipelineStage
+
+from parallel.pipeline.timeline import Timeline
+
+
+class Stage(PipelineStage):
+    """A PipelineStage with static metadata.
+
+    inputs, outputs: example tensors of one micro-batch with the right shape, dtype and requires_grad (their values
+    are not used); giving both keeps torch from running the module once more to infer them.
+    """
+
+    def __init__(
+        self, module, stage_id, num_stages, device, group, inputs: Tensor, outputs: Tensor, timeline: Timeline
+    ):
+        super().__init__(
+            module, stage_id, num_stages, device, input_args=(inputs,), output_args=(outputs,), group=group
+        )
+        self._timeline = timeline
+
+    # Receive buffers
+
+    def _prepare_forward_infra(self, *args, **kwargs):
+        with self._buffers_on_meta():
+            return super()._prepare_forward_infra(*args, **kwargs)
+
+    def _prepare_backward_infra(self, *args, **kwargs):
+        with self._buffers_on_meta():
+            return super()._prepare_backward_infra(*args, **kwargs)
+
+    @contextmanager
+    def _buffers_on_meta(self) -> Iterator[None]:
+        device, self.device = self.device, torch.device("meta")
+        try:
+            yield
+        finally:
+            self.device = device
+
+    def get_fwd_recv_ops(self, fwd_chunk_id: int):
+        _move(self.args_recv_info[fwd_chunk_id], self.device)
+        return super().get_fwd_recv_ops(fwd_chunk_id)
+
+    def get_bwd_recv_ops(self, bwd_chunk_id: int):
+        if self.has_backward and not self.is_last:
+            _move(self.grad_recv_info[bwd_chunk_id], self.device)
+        return super().get_bwd_recv_ops(bwd_chunk_id)
+
+    # Actions
+
+    def forward_one_chunk(self, fwd_chunk_id: int, *args, **kwargs):
+        with self._timeline.action("F", self.stage_index, fwd_chunk_id):
+            return self.run_forward(fwd_chunk_id, *args, **kwargs)
+
+    def backward_one_chunk(self, bwd_chunk_id: int, *args, full_backward: bool = True, **kwargs) -> None:
+        with self._timeline.action("B" if full_backward else "I", self.stage_index, bwd_chunk_id):
+            self.run_backward(bwd_chunk_id, *args, full_backward=full_backward, **kwargs)
+
+    def backward_weight_one_chunk(self, bwd_chunk_id: int, *args, **kwargs) -> None:
+        with self._timeline.action("W", self.stage_index, bwd_chunk_id):
+            super().backward_weight_one_chunk(bwd_chunk_id, *args, **kwargs)
+
+    def run_forward(self, micro_batch: int, *args, **kwargs):
+        """forward_one_chunk without its record, for a caller that times a pair as one action."""
+        output = super().forward_one_chunk(micro_batch, *args, **kwargs)
+        # The stage keeps the activations themselves for backward; the buffer slot need not.
+        _move(self.args_recv_info[micro_batch], torch.device("meta"))
+        return output
+
+    def run_backward(self, micro_batch: int, loss: Tensor | None = None, full_backward: bool = True, **kwargs) -> None:
+        """backward_one_chunk without its record."""
+        super().backward_one_chunk(micro_batch, loss=loss, full_backward=full_backward, **kwargs)
+        if not self.is_last:
+            _move(self.grad_recv_info[micro_batch], torch.device("meta"))
+        elif full_backward:
+            # The schedule keeps every loss until the step ends, and with it the nodes of its graph.
+            assert loss is not None
+            loss.detach_()
+
+
+def _move(infos: tuple, device: torch.device) -> None:
+    """Replace the buffers of these receive slots by fresh ones on the device (contents are not copied)."""
+    for info in infos:
+        buffer = getattr(info, "buffer", None)
+        if buffer is not None:
+            info.buffer = torch.empty_like(buffer, device=device, requires_grad=False)

@@ -1,0 +1,129 @@
+"""When each action of a step ran on this rank: the pipeline's bubble, measured in the run itself.
+
+Every action (F, B, I, W, or FB for an overlapped pair) is recorded with its start and its length.  On CUDA both are
+events on the current stream, read when they have long passed, so nothing on the path waits for the device; on CPU
+they are readings of the clock.  What lies between two actions is waiting: for a neighbour's activations or
+gradients, or for a send to leave.  bubble = 1 - busy / span.
+"""
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+
+
+@dataclass(frozen=True)
+class Record:
+    """One action of one step."""
+
+    kind: str
+    """F forward, B backward, I its input part, W its weight part, FB an overlapped pair, E an evaluation forward."""
+    stage: int
+    """Stage number; for FB that of the forward half."""
+    micro_batch: int
+    """Micro-batch number; for FB that of the forward half."""
+    start: float
+    """Seconds since the step began on this rank."""
+    seconds: float
+
+
+@dataclass
+class StepRecord:
+    """All actions of one step on one rank, in order."""
+
+    actions: list[Record] = field(default_factory=list)
+    span: float = 0.0
+    """Seconds from the start of the step to its end on this rank."""
+
+    @property
+    def busy(self) -> float:
+        """Seconds in which some action ran."""
+        return sum(action.seconds for action in self.actions)
+
+    def bubble(self, span: float | None = None) -> float:
+        """Share of the step in which this rank computed nothing.
+
+        Pass the largest span of all pipeline ranks: a rank that finishes early also waits, at the end.
+        """
+        span = self.span if span is None else span
+        return 1 - self.busy / span if span > 0 else 0.0
+
+
+class Timeline:
+    """Records the actions of the steps of one rank."""
+
+    def __init__(self, device: torch.device):
+        self._clock = _EventClock() if device.type == "cuda" else _WallClock()
+        self._open: list[tuple[str, int, int, object, object]] = []
+        self._begin: object = None
+        self._pending: list[tuple[object, object, list[tuple[str, int, int, object, object]]]] = []
+        self._newest = StepRecord()
+
+    @contextmanager
+    def step(self) -> Iterator[None]:
+        """Around one whole step of the schedule."""
+        self._open, self._begin = [], self._clock.now()
+        yield
+        self._pending.append((self._begin, self._clock.now(), self._open))
+        self._settle()
+
+    @contextmanager
+    def action(self, kind: str, stage: int, micro_batch: int) -> Iterator[None]:
+        """Around one action."""
+        start = self._clock.now()
+        yield
+        self._open.append((kind, stage, micro_batch, start, self._clock.now()))
+
+    def newest(self) -> StepRecord:
+        """The newest step whose times are known; on CUDA that may be the step before the last one."""
+        self._settle()
+        return self._newest
+
+    def _settle(self) -> None:
+        while self._pending and self._clock.known(self._pending[0][1]):
+            begin, end, marks = self._pending.pop(0)
+            between = self._clock.between
+            self._newest = StepRecord(
+                [Record(k, s, m, between(begin, t0), between(t0, t1)) for k, s, m, t0, t1 in marks],
+                between(begin, end),
+            )
+            self._clock.reuse([begin, end, *(mark for *_, t0, t1 in marks for mark in (t0, t1))])
+
+
+class _WallClock:
+    """Marks are readings of the monotonic clock, in seconds."""
+
+    def now(self) -> float:
+        return time.perf_counter()
+
+    def known(self, mark: float) -> bool:
+        return True
+
+    def between(self, first: float, second: float) -> float:
+        return second - first
+
+    def reuse(self, marks: list[float]) -> None:
+        pass
+
+
+class _EventClock:
+    """Marks are CUDA events on the current stream; events that have been read are used again."""
+
+    def __init__(self):
+        self._free: list[torch.cuda.Event] = []
+
+    def now(self) -> torch.cuda.Event:
+        event = self._free.pop() if self._free else torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def known(self, mark: torch.cuda.Event) -> bool:
+        return mark.query()
+
+    def between(self, first: torch.cuda.Event, second: torch.cuda.Event) -> float:
+        return first.elapsed_time(second) / 1000
+
+    def reuse(self, marks: list[torch.cuda.Event]) -> None:
+        self._free += marks
