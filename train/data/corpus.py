@@ -1,0 +1,190 @@
+"""From the configuration to tokens on disk: the part of `prepare` that costs time, and needs no torch.
+
+For each source: hash the content (through a manifest, so that a second start reads nothing), find or make the tokenizer,
+find or make the token folder. Everything lies in data.cache under the hash of what went into it:
+  manifests/  hashes of files by name, size and mtime      tokenizers/  trained tokenizers
+  tokens/     token folders (store.py)                     marks/       which large token folders were checked
+A second process that needs the same thing waits for the first, then finds it. A damaged entry is named and made again.
+"""
+
+import hashlib
+import json
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from conf.errors import UserError
+from conf.schema import Config, DataFormat
+from train.data.files import Progress
+from train.data.packing import Documents
+from train.data.sources import Source, format_of, open_source, sources_of
+from train.data.split import split, training_texts
+from train.data.store import VERSION, Damaged, StoreWriter, TokenStore, locked, open_store, write_atomically
+from train.data.tokenise import tokenise
+from train.data.tokenizer import SMALLEST_VOCAB, Tokenizer, check_fit, load_tokenizer, train_bpe
+
+SAMPLE_BYTES = 64 << 20
+"""Text that a tokenizer is trained on, at most."""
+
+
+@dataclass(frozen=True)
+class Part:
+    """One source of the corpus, divided."""
+
+    weight: float
+    train: Documents
+    validation: Documents
+
+
+@dataclass(frozen=True)
+class Corpus:
+    parts: list[Part]
+    tokenizer: Tokenizer
+    fingerprint: str
+    """Hash of the contents, the tokenizer, the weights and the split."""
+    notes: list[str] = field(default_factory=list)
+    """What the user may want to know, one sentence each."""
+
+
+def silent(stage: str, done: int, total: int) -> None:
+    """Progress that nobody watches."""
+
+
+def build_corpus(config: Config, progress: Progress = silent) -> Corpus:
+    """Open the corpus, making what is missing. Safe to call in several processes at once. Raises UserError."""
+    return _Builder(config, progress).build()
+
+
+class _Builder:
+    """What the steps of one call share."""
+
+    def __init__(self, config: Config, progress: Progress):
+        self.config, self.data, self.progress = config, config.data, progress
+        self.cache = Path(config.data.cache).expanduser()
+        self.notes: list[str] = []
+
+    def build(self) -> Corpus:
+        named = sources_of(self.config)
+        memmaps = {key: Path(part.path) for part, key in named if format_of(part, key) == DataFormat.memmap}
+        sources = {key: open_source(part, key) for part, key in named if key not in memmaps}
+        digests = {key: source.digest(self.cache / "manifests", self.progress) for key, source in sources.items()}
+        tokenizer, name = self._tokenizer(memmaps, sources, digests)
+        check_fit(tokenizer, name, self.config.model.vocab_size, self.data.fim_rate)
+
+        parts, contents = [], []
+        for part, key in named:
+            if key in memmaps:
+                store = self._open_memmap(memmaps[key], key, tokenizer)
+            else:
+                store = self._tokens(sources[key], digests[key], tokenizer)
+                self.notes += [f"{sources[key].name}: {note}" for note in sources[key].notes]
+            train, validation = split(store, tokenizer, self.data.validation_fraction)
+            parts.append(Part(part.weight, train, validation))
+            contents.append([store.meta["crc32"], part.weight])
+        fingerprint = _hash(contents, tokenizer.fingerprint, self.data.fim_rate, self.data.validation_fraction)
+        return Corpus(parts, tokenizer, fingerprint, self.notes)
+
+    def _tokenizer(
+        self, memmaps: dict[str, Path], sources: dict[str, Source], digests: dict[str, str]
+    ) -> tuple[Tokenizer, str]:
+        """The tokenizer and its name: the one that is set, else that of tokenised data, else one trained here."""
+        if self.data.tokenizer is not None:
+            return load_tokenizer(self.data.tokenizer), self.data.tokenizer
+        for key, path in memmaps.items():
+            if not (path / "tokenizer.json").is_file():
+                raise UserError(
+                    key, path, "has no tokenizer.json", "set data.tokenizer to the file that made these tokens"
+                )
+            return load_tokenizer(str(path)), str(path)
+        return Tokenizer(self._trained(sources, digests)), "null (trained on this data)"
+
+    def _trained(self, sources: dict[str, Source], digests: dict[str, str]) -> str:
+        """tokenizer.json of a BPE trained on a sample of the training documents, once."""
+        rows = self.config.model.vocab_size
+        if rows < SMALLEST_VOCAB:
+            raise UserError(
+                "model.vocab_size",
+                rows,
+                f"a byte-level BPE needs {SMALLEST_VOCAB} ids or more: 256 bytes, eos and three FIM tokens",
+                f"set model.vocab_size={SMALLEST_VOCAB} or more",
+            )
+        entry = _hash(list(digests.values()), rows, self.data.validation_fraction)
+        path = self.cache / "tokenizers" / f"{entry}.json"
+
+        def ready() -> str | None:
+            return path.read_text(encoding="utf-8") if path.is_file() else None
+
+        def make() -> str:
+            size = min(SAMPLE_BYTES, sum(source.size for source in sources.values()))
+            self.progress("training the tokenizer", 0, size)
+            texts = training_texts(list(sources.values()), SAMPLE_BYTES, self.data.validation_fraction)
+            trained = train_bpe(texts, rows)
+            write_atomically(path, trained.encode())
+            self.progress("training the tokenizer", size, size)
+            return trained
+
+        return self._once(path, ready, make)
+
+    def _tokens(self, source: Source, digest: str, tokenizer: Tokenizer) -> TokenStore:
+        """The token folder of a source."""
+        path = self.cache / "tokens" / _hash(digest, tokenizer.fingerprint)
+
+        def ready() -> TokenStore | None:
+            if not path.exists():
+                return None
+            try:
+                return open_store(path, self.cache / "marks")
+            except Damaged as damage:
+                self.notes.append(f"the cached tokens {path} were damaged ({damage}) and are made again")
+                return None
+
+        def make() -> TokenStore:
+            self._write(path, source, tokenizer)
+            return open_store(path, self.cache / "marks")
+
+        return self._once(path, ready, make)
+
+    def _write(self, path: Path, source: Source, tokenizer: Tokenizer) -> None:
+        total, done = source.size, 0
+        self.progress("tokenising", 0, total)
+
+        def advance(size: int) -> None:
+            nonlocal done
+            done += size
+            self.progress("tokenising", done, max(total, done))
+
+        with StoreWriter(path, tokenizer.vocab_size, tokenizer.json_text, tokenizer.fingerprint) as writer:
+            for task in tokenise(source.documents(), tokenizer, self.data.workers, total, advance):
+                writer.append(task.ids_N, task.lengths_D, task.hashes_D, task.text_bytes)
+            if writer.tokens == 0:
+                raise UserError(source.field, source.name, "holds no text", "check the path")
+
+    def _once(self, path: Path, ready: Callable, make: Callable):
+        """What is there, or what one process makes while the others wait."""
+        if (found := ready()) is not None:
+            return found
+        with locked(path.with_name(f".{path.name}.lock")):
+            return found if (found := ready()) is not None else make()
+
+    def _open_memmap(self, path: Path, key: str, tokenizer: Tokenizer) -> TokenStore:
+        """Tokens that were made elsewhere, or a folder of the cache."""
+        try:
+            store = open_store(path.expanduser(), self.cache / "marks")
+        except Damaged as damage:
+            raise UserError(key, path, f"is damaged: {damage}", "make or copy it again") from damage
+        if store.largest_id >= tokenizer.vocab_size:
+            raise UserError(
+                key,
+                path,
+                f"holds token {store.largest_id}, and the tokenizer has only ids below {tokenizer.vocab_size}",
+                "set data.tokenizer to the file that made these tokens",
+            )
+        if store.meta.get("tokenizer", tokenizer.fingerprint) != tokenizer.fingerprint:
+            raise UserError(
+                key, path, "was made with another tokenizer", "set data.tokenizer to the file that made these tokens"
+            )
+        return store
+
+
+def _hash(*parts: object) -> str:
+    return hashlib.blake2b(json.dumps([VERSION, *parts]).encode(), digest_size=16).hexdigest()

@@ -1,0 +1,169 @@
+"""Packed training sequences, each a pure function of (seed, index) (paper 4.1).
+
+The algorithm. In epoch e the documents come in an order shuffled by (seed, e), each ended by eos. The epochs follow one
+another, which makes one endless stream of tokens. Window w covers tokens [w*S, w*S + S] of it, S = seq_len: neighbours
+overlap by one token, so every token is a target once. The windows that begin inside epoch e are that epoch's samples;
+sample i is one of them by a second shuffle, so that the pieces of a long document do not meet in one batch.
+
+FIM (paper 4.1, PSM order) turns a document into begin, prefix, hole, suffix, end, middle, eos. The two cuts fall between
+tokens, not characters: the text needs no second tokenisation, and the length is known in advance (three more tokens).
+Which documents: slot g, counted over all epochs, when floor((g+1)*rate) > floor(g*rate). The slots are shuffled, so the
+choice is as good as random, and the number of FIM documents before any slot is a closed form. With it so are the
+start of every epoch and the place of every sample: nothing is replayed on resume, at any rank count.
+
+The index of an epoch (document order and ends) is O(documents) and kept for the two newest epochs.
+
+D = documents, S1 = seq_len + 1, N = any number of samples.
+"""
+
+from collections import OrderedDict
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from fractions import Fraction
+
+import numpy as np
+
+from train.data.shuffle import key, permute_N, shuffled_D
+
+FIM_TOKENS = 3
+
+
+@dataclass(frozen=True)
+class Documents:
+    """Some documents of a token file."""
+
+    tokens: np.ndarray
+    """The whole file (uint16 or uint32), usually memory-mapped."""
+    starts_D: np.ndarray
+    """First token of each document (int64)."""
+    lengths_D: np.ndarray
+    """Tokens of each document, without eos (int64)."""
+
+    def __len__(self) -> int:
+        return len(self.starts_D)
+
+
+@dataclass(frozen=True)
+class _Epoch:
+    order_D: np.ndarray
+    ends_D: np.ndarray
+    """End of the document in each slot, in tokens from the start of the epoch."""
+
+
+class Stream:
+    """The endless stream over some documents, and its windows.
+
+    eos is the token after each document; fim are the (begin, hole, end) tokens, needed when fim_rate > 0.
+    """
+
+    def __init__(
+        self,
+        documents: Documents,
+        seq_len: int,
+        eos: int,
+        seed: int,
+        fim: tuple[int, int, int] | None = None,
+        fim_rate: float = 0.0,
+    ):
+        assert len(documents) > 0 and (fim is not None or fim_rate == 0)
+        self.documents, self.seq_len, self.seed = documents, seq_len, seed
+        self.rate = Fraction(fim_rate).limit_denominator(10**6)
+        dtype = documents.tokens.dtype
+        self.eos = np.array([eos], dtype)
+        self.fim = [np.array([token], dtype) for token in fim or ()]
+        self.plain_tokens = int(documents.lengths_D.sum()) + len(documents)
+        self.mean_tokens = self.plain_tokens + FIM_TOKENS * len(documents) * self.rate
+        """Tokens of an epoch, on average (FIM may add three more or less)."""
+        self._epochs: OrderedDict[int, _Epoch] = OrderedDict()
+
+    def tokens_before(self, epoch: int) -> int:
+        """Tokens of the stream before this epoch."""
+        return epoch * self.plain_tokens + FIM_TOKENS * self._fim_before(epoch * len(self.documents))
+
+    def samples_before(self, epoch: int) -> int:
+        """Samples before this epoch: the windows that begin earlier."""
+        return -(-self.tokens_before(epoch) // self.seq_len)
+
+    def windows_N(self, samples_N: np.ndarray) -> np.ndarray:
+        """The window (int64) of each sample; samples_N rises."""
+        windows_N = np.empty(len(samples_N), dtype=np.int64)
+        done = 0
+        while done < len(samples_N):
+            epoch = self._epoch_of(int(samples_N[done]), self.samples_before, self.seq_len)
+            first, stop = self.samples_before(epoch), self.samples_before(epoch + 1)
+            upto = int(np.searchsorted(samples_N, stop))
+            inside_N = permute_N(key(self.seed, epoch, 1), samples_N[done:upto] - first, stop - first)
+            windows_N[done:upto] = first + inside_N
+            done = upto
+        return windows_N
+
+    def read(self, first_token: int, tokens_S: np.ndarray, numbers_S: np.ndarray | None) -> None:
+        """Fill tokens_S from this place of the stream on; numbers_S gets the document numbers, from 0."""
+        number, filled = 0, 0
+        for pieces, skip in self._documents_from(first_token):
+            begin = filled
+            for piece in pieces:
+                if skip >= len(piece):
+                    skip -= len(piece)
+                    continue
+                part = piece[skip : skip + len(tokens_S) - filled]
+                tokens_S[filled : filled + len(part)] = part
+                filled += len(part)
+                skip = 0
+            if numbers_S is not None:
+                numbers_S[begin:filled] = number
+            number += 1
+            if filled == len(tokens_S):
+                return
+
+    def _documents_from(self, token: int) -> Iterator[tuple[list[np.ndarray], int]]:
+        """Documents as lists of pieces, from the one that holds this token on; with the tokens to skip in it."""
+        number = self._epoch_of(token, self.tokens_before, 1)
+        local = token - self.tokens_before(number)
+        epoch = self._epoch(number)
+        slot = int(np.searchsorted(epoch.ends_D, local, side="right"))
+        skip = local - (int(epoch.ends_D[slot - 1]) if slot else 0)
+        while True:
+            yield self._pieces(number, slot, int(epoch.order_D[slot])), skip
+            slot, skip = slot + 1, 0
+            if slot == len(self.documents):
+                number, slot = number + 1, 0
+                epoch = self._epoch(number)
+
+    def _pieces(self, epoch: int, slot: int, document: int) -> list[np.ndarray]:
+        start, length = int(self.documents.starts_D[document]), int(self.documents.lengths_D[document])
+        text = self.documents.tokens[start : start + length]
+        place = epoch * len(self.documents) + slot
+        if self._fim_before(place + 1) == self._fim_before(place):
+            return [text, self.eos]
+        cuts = (key(self.seed, epoch, 2, document, turn) % (length + 1) for turn in range(2))
+        low, high = sorted(cuts)
+        begin, hole, end = self.fim
+        return [begin, text[:low], hole, text[high:], end, text[low:high], self.eos]
+
+    def _fim_before(self, place):
+        """FIM documents among the first `place` slots of all epochs; an int or an int64 array."""
+        return place * self.rate.numerator // self.rate.denominator
+
+    def _epoch(self, number: int) -> _Epoch:
+        """Index of an epoch, built when first needed."""
+        if number not in self._epochs:
+            size = len(self.documents)
+            order_D = shuffled_D(key(self.seed, number, 0), size)
+            sizes_D = self.documents.lengths_D[order_D] + 1
+            if self.rate:
+                places_D1 = np.arange(number * size, (number + 1) * size + 1, dtype=np.int64)
+                sizes_D += FIM_TOKENS * np.diff(self._fim_before(places_D1))
+            self._epochs[number] = _Epoch(order_D, np.cumsum(sizes_D))
+            while len(self._epochs) > 2:
+                self._epochs.popitem(last=False)
+        return self._epochs[number]
+
+    def _epoch_of(self, position: int, before: Callable[[int], int], tokens: int) -> int:
+        """The epoch e with before(e) <= position < before(e + 1); positions are `tokens` tokens apart."""
+        epoch = int(position * tokens // self.mean_tokens)  # at most a few off
+        while before(epoch) > position:
+            epoch -= 1
+        while before(epoch + 1) <= position:
+            epoch += 1
+        return epoch

