@@ -23,7 +23,7 @@ import json
 import os
 import re
 import zlib
-from collections.abc import Iterator
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -181,13 +181,17 @@ class Found:
     """One line for every newer checkpoint that is damaged, naming the file and what is wrong with it."""
 
 
-def newest_intact(root: Path, full: bool = False) -> Found:
+def newest_intact(root: Path, full: bool = False, skip: Collection[Path] = ()) -> Found:
     """The newest intact checkpoint in a run's checkpoints/ folder, by `verify`; path None if there is none.
+
+    `skip`: checkpoints that `load` has found damaged, where the fast verification could not.
 
     Raises UserError if one has a newer format: to pass over it would throw training away.
     """
     warnings: list[str] = []
     for folder in _newest_first(root, warnings):
+        if folder in skip:
+            continue
         problems = verify(folder, full)
         if not problems:
             return Found(folder, warnings)
@@ -200,7 +204,7 @@ def checkpoints(root: Path) -> list[Manifest]:
     return [read_manifest(folder) for folder in _newest_first(root, []) if not verify(folder)]
 
 
-def _newest_first(root: Path, warnings: list[str]) -> Iterator[Path]:
+def _newest_first(root: Path, warnings: list[str]) -> list[Path]:
     """Checkpoint folders whose manifest is sound, by falling age; the others go to `warnings`."""
     sound: list[Manifest] = []
     for folder in root.glob("step_*"):
@@ -208,7 +212,7 @@ def _newest_first(root: Path, warnings: list[str]) -> Iterator[Path]:
             sound.append(read_manifest(folder))
         except Damaged as error:
             warnings.append(str(error))
-    return iter([manifest.folder for manifest in sorted(sound, key=lambda manifest: manifest.age, reverse=True)])
+    return [manifest.folder for manifest in sorted(sound, key=lambda manifest: manifest.age, reverse=True)]
 
 
 def _wrong_size(manifest: Manifest, name: str) -> Damaged | None:

@@ -1,0 +1,198 @@
+"""The folder of a run: its names, its lock, and where the run resumes from. Imports no torch: the driver uses it.
+
+runs/NAME/
+    config.yaml        every value, resolved; what the ranks read
+    metrics.jsonl      one JSON object a step
+    checkpoints/       see train/checkpoint/manifest.py
+    logs/rank_N.log
+    report.html
+    wandb/
+    .lock              locked, with process and host, as long as the run lives
+"""
+
+import fcntl
+import os
+import shutil
+import socket
+from collections.abc import Collection
+from pathlib import Path
+
+from conf.errors import UserError
+from conf.load import write_config
+from conf.schema import Config
+from train.checkpoint.files import fsync_folder
+from train.checkpoint.manifest import Found, checkpoints, newest_intact, read_manifest, verify
+
+
+class RunPaths:
+    """The names in a run folder. Touches nothing."""
+
+    def __init__(self, config: Config):
+        self.path = Path(config.runs).absolute() / config.name
+        self.config_path = self.path / "config.yaml"
+        self.checkpoints = self.path / "checkpoints"
+        self.logs = self.path / "logs"
+        self.metrics = self.path / "metrics.jsonl"
+        self.report = self.path / "report.html"
+        self.wandb = self.path / "wandb"
+
+
+class RunFolder(RunPaths):
+    """A run folder that this process holds. Close it, or use it in `with`, to let another run have it."""
+
+    def __init__(self, config: Config, checkpoint_bytes: int = 0):
+        """Create and lock the folder and write config.yaml. `checkpoint_bytes`: estimated size of one checkpoint.
+
+        Raises UserError, with nothing changed in an existing folder, if a live run holds it, another user owns it,
+        the disk cannot hold the checkpoints, or resume forbids to go on with the checkpoints there.
+        """
+        super().__init__(config)
+        _make(config, self.path)
+        self._lock = _lock(self.path / ".lock", config.name)
+        try:
+            _refuse_existing(config, self.checkpoints)
+            _check_space(config, self, checkpoint_bytes)
+            self.checkpoints.mkdir(exist_ok=True)
+            self.logs.mkdir(exist_ok=True)
+            _write_config(config, self)
+        except BaseException:
+            self.close()
+            raise
+
+    def close(self) -> None:
+        """Let go of the lock. The kernel does it too when the process dies, however it dies."""
+        os.close(self._lock)
+
+    def __enter__(self) -> "RunFolder":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+
+def resume_point(config: Config, first_attempt: int | None = None, skip: Collection[Path] = ()) -> Found:
+    """The checkpoint to start from (path None: start new), with a warning for each damaged one passed over.
+
+    `first_attempt`: number of the first attempt of this launch, when the supervisor starts a later one; the newest
+    checkpoint that the launch itself wrote then comes before whatever `resume` names. `skip`: checkpoints that `load`
+    found damaged. Raises UserError if a named checkpoint is damaged, or if all there are: starting new beside them
+    would throw training away unasked.
+    """
+    own = RunPaths(config).checkpoints
+    if first_attempt is not None:
+        found = newest_intact(own, skip=skip)
+        if found.path is not None and read_manifest(found.path).attempt >= first_attempt:
+            return found
+    if config.resume == "never":
+        return Found(None, [])
+    if config.resume != "auto":
+        return _named(Path(config.resume))
+    found = newest_intact(own, skip=skip)
+    if found.path is None and (found.warnings or skip):
+        raise UserError(
+            "resume",
+            config.resume,
+            "no checkpoint of this run is intact: " + "; ".join([*found.warnings, *map(str, skip)]),
+            f"mend or remove them in {own}, or start anew under another name=",
+        )
+    return found
+
+
+def _named(path: Path) -> Found:
+    """The intact checkpoint that a path names, itself or as the newest of a run; UserError if there is none."""
+    root = path / "checkpoints" if (path / "checkpoints").is_dir() else path
+    if root.name == "checkpoints":
+        found = newest_intact(root)
+        if found.path is None:
+            why = "; ".join(found.warnings) or "it holds none"
+            raise UserError("resume", path, f"must hold an intact checkpoint: {why}", "give another run or checkpoint")
+        return found
+    if problems := verify(path):
+        raise UserError(
+            "resume",
+            path,
+            "must be intact: " + "; ".join(problems),
+            "give another checkpoint, or use resume=auto, which takes the newest intact one of the run",
+        )
+    return Found(path, [])
+
+
+def _make(config: Config, root: Path) -> None:
+    """Create the folder if missing; UserError if that is not allowed or another user owns it."""
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(
+            "runs", config.runs, f"the run folder {root} cannot be created: {error.strerror}", "set runs=FOLDER"
+        ) from error
+    owner = root.stat().st_uid
+    if owner != os.geteuid():
+        raise UserError(
+            "name",
+            config.name,
+            f"the run folder {root} belongs to user {owner}, and this is user {os.geteuid()}",
+            "take another name= or runs=, or start as its owner",
+        )
+
+
+def _lock(path: Path, name: str) -> int:
+    """An open handle that holds the lock; UserError naming the holder if another open file has it.
+
+    The file is never removed: between open and lock, a remover would leave two processes with two files.
+    """
+    handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        holder = os.read(handle, 200).decode(errors="replace").strip() or "unknown"
+        os.close(handle)
+        raise UserError(
+            "name",
+            name,
+            f"the run folder {path.parent} is in use by {holder}",
+            "wait, stop that run, or take another name=",
+        ) from None
+    except OSError as error:
+        os.close(handle)
+        raise UserError(
+            "runs",
+            path.parent.parent,
+            f"its file system must support flock: {error.strerror}",
+            "mount it with flock, or set runs=",
+        ) from error
+    os.ftruncate(handle, 0)
+    os.write(handle, f"process {os.getpid()} on host {socket.gethostname()}\n".encode())
+    return handle
+
+
+def _refuse_existing(config: Config, folder: Path) -> None:
+    """resume=never is for new runs: UserError if the run has checkpoints, sound or not."""
+    if config.resume == "never" and (existing := sorted(folder.glob("step_*"))):
+        raise UserError(
+            "resume",
+            config.resume,
+            f"the run {config.name} already has checkpoints, the last one {existing[-1]}",
+            "continue it with resume=auto, take another name=, or remove its folder",
+        )
+
+
+def _check_space(config: Config, paths: RunPaths, checkpoint_bytes: int) -> None:
+    """UserError if the disk cannot take the checkpoints still missing from `keep`, and the one in the making."""
+    copies = max(1, config.checkpoint.keep + 1 - len(checkpoints(paths.checkpoints)))
+    needed, free = copies * checkpoint_bytes, shutil.disk_usage(paths.path).free
+    if free < needed:
+        raise UserError(
+            "runs",
+            config.runs,
+            f"no disk space: {copies} checkpoints of about {checkpoint_bytes / 1e9:.1f} GB need {needed / 1e9:.1f} GB, "
+            f"and {free / 1e9:.1f} GB are free",
+            "free some, set runs= to a larger disk, or lower checkpoint.keep",
+        )
+
+
+def _write_config(config: Config, paths: RunPaths) -> None:
+    """Ranks that start meanwhile read the old file or the new one, never a part."""
+    temporary = paths.config_path.with_name(".config.yaml.tmp")
+    write_config(config, str(temporary))
+    os.replace(temporary, paths.config_path)
+    fsync_folder(paths.path)
