@@ -1,0 +1,113 @@
+"""Placement: groups stay together, pipelines stay whole, and a plan for 2048 devices takes no time."""
+
+import random
+import time
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from cluster.topology import Node, Placement, place, require, table
+from conf.errors import UserError
+
+
+def cluster(count: int, devices: int = 8, rack: int = 8) -> list[Node]:
+    """Nodes in shuffled order, `rack` of them in a rack."""
+    nodes = [
+        Node(f"id{i}", f"n{i}", f"10.0.{i // 200}.{i % 200}", devices, f"r{i // rack}" if rack else "")
+        for i in range(count)
+    ]
+    random.Random(count).shuffle(nodes)
+    return nodes
+
+
+def groups(placement: Placement) -> list[list]:
+    """Seats of every expert group."""
+    return [list(placement.seats[i : i + placement.ep]) for i in range(0, placement.world, placement.ep)]
+
+
+def node_number(seat) -> int:
+    return int(seat.node.name[1:])
+
+
+def test_deepseek_v3_on_2048_devices_in_under_a_second():
+    nodes = cluster(258)
+    started = time.perf_counter()
+    placement = place(nodes, pp=16, dp=128, ep=64)
+    table(placement)
+    assert time.perf_counter() - started < 1
+    assert placement.world == 2048
+    assert [seat.rank for seat in placement.seats] == list(range(2048))
+    for group in groups(placement):
+        assert len({seat.node.id for seat in group}) == 8  # 64 ranks on 8 nodes of 8
+        assert len({seat.node.rack for seat in group}) == 1
+    for stage in range(15):  # the next stage of a block is the next group of 8 nodes
+        for rank in (0, 64, 127):
+            here, there = placement.seats[stage * 128 + rank], placement.seats[(stage + 1) * 128 + rank]
+            assert node_number(there) - node_number(here) == 8
+            assert there.local_rank == here.local_rank
+    assert [node.name for node in placement.spares] == ["n256", "n257"]
+
+
+def test_a_pipeline_of_small_groups_fits_one_node():
+    placement = place(cluster(2, devices=8), pp=2, dp=8, ep=4)
+    for block in range(2):
+        stages = [placement.seats[stage * 8 + block * 4] for stage in range(2)]
+        assert stages[0].node is stages[1].node
+
+
+def test_a_lost_node_costs_one_block_and_spares_come_first():
+    nodes = sorted(cluster(5, devices=2), key=lambda node: node.id)
+    full = place(nodes, pp=2, dp=4, ep=2)
+    assert full.dp == 4 and [node.name for node in full.spares] == ["n4"]
+    with_spare = place([node for node in nodes if node.name != "n1"], pp=2, dp=4, ep=2)
+    assert with_spare.dp == 4 and not with_spare.spares
+    smaller = place([node for node in nodes if node.name not in ("n1", "n2")], pp=2, dp=4, ep=2)
+    assert smaller.dp == 2 and len(smaller.spares) == 1
+    assert place(nodes[:1], pp=2, dp=4, ep=2) is None
+
+
+def test_the_batch_has_a_say_in_how_far_dp_shrinks():
+    batch, nodes = 8, cluster(7, devices=1)
+    assert place(nodes, pp=1, dp=8, ep=1).dp == 7
+    assert place(nodes, pp=1, dp=8, ep=1, accept=lambda dp: batch % dp == 0).dp == 4
+
+
+def test_too_few_devices_say_what_would_fit():
+    with pytest.raises(UserError, match=r"parallel\.dp=4 fits"):
+        require(cluster(2, devices=2), pp=1, dp=8, ep=2)
+
+
+def test_racks_of_odd_size_leave_few_groups_straddling():
+    placement = place(cluster(10, devices=2, rack=5), pp=1, dp=20, ep=4)
+    straddling = [group for group in groups(placement) if len({seat.node.rack for seat in group}) > 1]
+    assert len(straddling) == 1
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    devices=st.lists(st.integers(0, 9), max_size=12),
+    pp=st.integers(1, 4),
+    ep=st.integers(1, 8),
+    blocks=st.integers(1, 4),
+)
+def test_any_cluster(devices, pp, ep, blocks):
+    nodes = [Node(str(i), f"n{i}", f"10.0.0.{i}", count, f"r{i // 4}") for i, count in enumerate(devices)]
+    placement = place(nodes, pp, blocks * ep, ep)
+    if placement is None:
+        assert sum(count // ep for count in devices) < pp  # not even whole groups on single nodes
+        return
+    assert placement.dp <= blocks * ep and placement.dp % ep == 0
+    assert [seat.rank for seat in placement.seats] == list(range(pp * placement.dp))
+    taken = {(seat.node.id, seat.local_rank) for seat in placement.seats}
+    assert len(taken) == placement.world  # no device twice
+    assert all(seat.local_rank < seat.node.devices for seat in placement.seats)
+    used = {seat.node.id for seat in placement.seats}
+    assert used.isdisjoint(node.id for node in placement.spares)
+    assert len(used) + len(placement.spares) == len(nodes)
+    shares = {
+        sum(seat.node.id == node for seat in group)
+        for group in groups(placement)
+        for node in {s.node.id for s in group}
+    }
+    assert len(shares) == 1  # every expert group is cut the same way
