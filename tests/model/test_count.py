@@ -1,0 +1,58 @@
+"""Counts reproduce the published figures and the real model."""
+
+import pytest
+
+from conf.load import compose
+from train.model.count import count, flops_per_token
+from train.model.deepseek import DeepSeekV3
+from train.model.moe import Experts
+
+
+def recipe(name: str):
+    return compose(f"conf={name}", "data.path=somewhere").model
+
+
+def test_deepseek_v3_has_671b_parameters_and_36_6b_active():
+    counts = count(recipe("deepseek_v3"))
+    assert round(counts.total / 1e9, 2) == 671.03
+    assert round(counts.active_without_embedding / 1e9, 2) == 36.63
+    assert round(counts.moe_block / 1e9 - counts.attention / 1e9, 2) == 11.32
+    assert round(counts.expert / 1e6, 2) == 44.04
+    assert round(counts.mtp / 1e9, 2) == 11.61
+
+
+def test_16b_shape_has_15_706b_parameters():
+    counts = count(recipe("deepseek_v3_16b"))
+    assert round(counts.total / 1e9, 3) == 15.706
+    assert round(counts.active_without_embedding / 1e9, 3) == 2.451
+
+
+def test_flops_of_deepseek_v3_at_4096():
+    config = recipe("deepseek_v3")
+    assert round(flops_per_token(config, 4096) / 1e9, 1) == 249.8
+    assert round(flops_per_token(config, 4096, mtp=True) / 1e9, 1) == 260.0
+    # 432 against 385 TFLOP/s is the paper's ratio of full to causal attention
+    full = flops_per_token(config, 4096, causal=False)
+    assert full / flops_per_token(config, 4096) == pytest.approx(432 / 385, abs=2e-3)
+
+
+@pytest.mark.parametrize("name", ["deepseek_v3", "deepseek_v3_16b", "tiny"])
+def test_counts_equal_the_model_built(name):
+    config = recipe(name)
+    model = DeepSeekV3.whole(config, _Nothing(), seq_len=64, device="meta")
+    counts = count(config)
+    sizes = {name: p.numel() for name, p in model.named_parameters()}
+    assert sum(sizes.values()) == counts.total + counts.mtp
+    assert sum(n for name, n in sizes.items() if not name.startswith("mtp.")) == counts.total
+    last = model.layers[str(config.layers - 1)]
+    assert sum(p.numel() for p in last.parameters()) == counts.moe_block
+    assert sum(p.numel() for p in last.attention.parameters()) == counts.attention
+    assert sum(p.numel() for p in model.layers["0"].parameters()) == counts.dense_block
+    experts = next(m for m in model.modules() if isinstance(m, Experts))
+    assert sum(p.numel() for p in experts.parameters()) == counts.expert * config.experts
+
+
+class _Nothing:
+    """A precision for models that are only counted."""
+
+    dtype = None

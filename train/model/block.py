@@ -1,0 +1,45 @@
+"""One transformer block: x += attention(norm(x)); x += ffn(norm(x)), the FFN dense or a mixture of experts."""
+
+from torch import Tensor, nn
+
+from conf.schema import Model, Recompute
+from train.model.layers import FFN, Precision, RMSNorm
+from train.model.mla import MLA
+from train.model.moe import Dispatcher, MoE
+from train.model.rope import Rope
+
+
+class Block(nn.Module):
+    """Block of the main model or of an MTP module.
+
+    dispatcher: None makes a dense block. Keeps (B, T, D).
+    """
+
+    def __init__(
+        self,
+        config: Model,
+        precision: Precision,
+        rope: Rope,
+        dispatcher: Dispatcher | None,
+        local_experts: range,
+        **factory,
+    ):
+        super().__init__()
+        recompute_norm = Recompute.norm in config.recompute
+        self.attention_norm = RMSNorm(config.hidden, config.norm_eps, recompute_norm, **factory)
+        self.attention = MLA(config, precision, rope, **factory)
+        self.ffn_norm = RMSNorm(config.hidden, config.norm_eps, recompute_norm, **factory)
+        if dispatcher is None:
+            recompute_swiglu = Recompute.swiglu in config.recompute
+            self.ffn = FFN(config.hidden, config.dense_width, precision, recompute_swiglu, **factory)
+        else:
+            self.moe = MoE(config, precision, dispatcher, local_experts, **factory)
+        self._is_dense = dispatcher is None
+
+    def forward(self, x_BTD: Tensor, documents_BT: Tensor | None = None) -> Tensor:
+        normed_BTD, recipe = self.attention_norm.with_recipe(x_BTD)
+        x_BTD = x_BTD + self.attention(normed_BTD, recipe, documents_BT)
+        normed_BTD, recipe = self.ffn_norm.with_recipe(x_BTD)
+        if self._is_dense:
+            return x_BTD + self.ffn(normed_BTD.flatten(0, 1), recipe).view(x_BTD.shape)
+        return x_BTD + self.moe(normed_BTD, recipe)

@@ -1,0 +1,167 @@
+"""DeepSeek-V3, whole or as one chunk of a pipeline: the same class with fewer parts.
+
+Parameter names are global, whatever the chunk: `embedding.weight`, `layers.17.attention.kv_up.weight`,
+`layers.17.moe.experts.w13`, `norm.weight`, `head.weight`, `mtp.0.projection.weight`.
+
+The last chunk computes the loss itself, main and MTP, so no logits leave it. MTP needs the embedding: the last chunk of a
+pipeline has a table under the same name, physically the first chunk's where both live in one process.
+
+Shapes: B sequences, S = T + 1 tokens of a sample, T positions, D width, V vocabulary.
+"""
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from conf.schema import Model, Recompute
+from train.model.block import Block
+from train.model.layers import Embedding, Linear, Precision, RMSNorm
+from train.model.loss import cross_entropy
+from train.model.moe import Dispatcher, LocalDispatcher
+from train.model.mtp import MTP
+from train.model.rope import Rope
+from train.model.router import Router
+
+
+class Losses:
+    """Losses of the micro-batches since `clear`, without gradient; stays on the device until read."""
+
+    def __init__(self, depths: int):
+        self._depths = depths
+        self.clear()
+
+    def clear(self) -> None:
+        self.count = 0
+        """Micro-batches."""
+        self.main: Tensor | float = 0.0
+        """Sum of the main losses."""
+        self.mtp: list[Tensor | float] = [0.0] * self._depths
+        """Sum of the losses of every MTP depth, unweighted."""
+
+    def add(self, main: Tensor, mtp: list[Tensor]) -> None:
+        self.count += 1
+        self.main = self.main + main.detach()
+        self.mtp = [total + loss.detach() for total, loss in zip(self.mtp, mtp, strict=True)]
+
+
+class DeepSeekV3(nn.Module):
+    """The parts of one chunk.
+
+    seq_len: length of the run's sequences (decides on YaRN). layers: global indices of the blocks held here.
+    has_head: final norm, output head and MTP modules. dispatcher: one object for all MoE layers; None for experts that
+    are all here. local_experts: those of every layer that this rank holds; None for all. embedding: a table to share.
+    dtype, device: of the parameters. On the meta device build first, then call `init.initialise` or load.
+    """
+
+    def __init__(
+        self,
+        config: Model,
+        precision: Precision,
+        *,
+        seq_len: int,
+        layers: range,
+        has_embedding: bool,
+        has_head: bool,
+        dispatcher: Dispatcher | None = None,
+        local_experts: range | None = None,
+        embedding: Embedding | None = None,
+        dtype: torch.dtype = torch.float32,
+        device: torch.device | str | None = None,
+    ):
+        super().__init__()
+        factory = {"dtype": dtype, "device": device}
+        rope = Rope(config, seq_len)
+        dispatcher = dispatcher or LocalDispatcher(config.experts)
+        local_experts = range(config.experts) if local_experts is None else local_experts
+        self.config, self.has_embedding, self.has_head = config, has_embedding, has_head
+        self.losses = Losses(config.mtp_depth)
+        self.mtp_weight = 0.0
+        """Weight lambda of the MTP losses, set by whoever runs the step."""
+        self._dtype = precision.dtype
+        if has_embedding or (has_head and config.mtp_depth):
+            self.embedding = embedding or Embedding(config.vocab_size, config.hidden, **factory)
+        self.layers = nn.ModuleDict()
+        for index in layers:
+            here = None if index < config.dense_layers else dispatcher
+            self.layers[str(index)] = Block(config, precision, rope, here, local_experts, **factory)
+        if has_head:
+            self.norm = RMSNorm(config.hidden, config.norm_eps, Recompute.norm in config.recompute, **factory)
+            self.head = Linear(config.hidden, config.vocab_size, precision, **factory)
+            self.mtp = nn.ModuleList(
+                MTP(config, precision, rope, dispatcher, local_experts, **factory) for _ in range(config.mtp_depth)
+            )
+
+    @classmethod
+    def whole(cls, config: Model, precision: Precision, *, seq_len: int, **rest) -> "DeepSeekV3":
+        """The model in one piece."""
+        return cls(
+            config,
+            precision,
+            seq_len=seq_len,
+            layers=range(config.layers),
+            has_embedding=True,
+            has_head=True,
+            **rest,
+        )
+
+    def forward(self, x: Tensor, *, tokens_BS: Tensor | None = None, documents_BS: Tensor | None = None) -> Tensor:
+        """Hidden states (B, T, D), or of the last chunk the loss, fp32 (1,).
+
+        x: tokens (B, S) for the first chunk, else hidden states. tokens_BS: needed by the last chunk (where it is the
+        first too, x will do). documents_BS: document of every token; keeps attention inside documents.
+        The training loss is main + mtp_weight / depths * sum of MTP losses; in eval mode it is the main loss.
+        """
+        tokens_BS = x if self.has_embedding else tokens_BS
+        documents_BT = None if documents_BS is None else documents_BS[:, :-1]
+        embedding_BTD = None
+        if self.has_embedding or (self.has_head and self.training and len(self.mtp)):
+            embedding_BTD = self._embed(tokens_BS[:, :-1])
+        hidden_BTD = self._run_layers(embedding_BTD if self.has_embedding else x, documents_BT)
+        if not self.has_head:
+            return hidden_BTD
+        return self._loss(self.norm(hidden_BTD), embedding_BTD, tokens_BS, documents_BT).view(1)
+
+    def logits(self, x: Tensor, last: bool = False) -> Tensor:
+        """fp32 logits (B, T, V) of tokens (B, T), or of hidden states for a last chunk; last: only of the last position."""
+        hidden_BTD = self.norm(self._run_layers(self._embed(x) if self.has_embedding else x, None))
+        if last:
+            hidden_BTD = hidden_BTD[:, -1:]
+        return F.linear(hidden_BTD, self.head.weight.to(hidden_BTD.dtype)).float()
+
+    def routers(self) -> dict[str, Router]:
+        """Routers of this chunk, MTP modules included, by the global name of their block."""
+        return {
+            name.removesuffix(".moe.router").removesuffix(".block"): module
+            for name, module in self.named_modules()
+            if isinstance(module, Router)
+        }
+
+    def _embed(self, tokens_BT: Tensor) -> Tensor:
+        return self.embedding(tokens_BT).to(self._dtype)
+
+    def _run_layers(self, hidden_BTD: Tensor, documents_BT: Tensor | None) -> Tensor:
+        for layer in self.layers.values():
+            hidden_BTD = layer(hidden_BTD, documents_BT)
+        return hidden_BTD
+
+    def _loss(
+        self, hidden_BTD: Tensor, embedding_BTD: Tensor | None, tokens_BS: Tensor, documents_BT: Tensor | None
+    ) -> Tensor:
+        """Scalar loss from the hidden states after the final norm."""
+        positions = hidden_BTD.size(0) * hidden_BTD.size(1)
+        main = self._cross_entropy(hidden_BTD, tokens_BS[:, 1:], positions)
+        if not self.training:
+            return main
+        mtp = []
+        for depth, module in enumerate(self.mtp, 1):
+            documents = None if documents_BT is None else documents_BT[:, :-depth]
+            hidden_BTD = module(hidden_BTD[:, :-1], embedding_BTD[:, depth:], documents)
+            mtp.append(self._cross_entropy(hidden_BTD, tokens_BS[:, depth + 1 :], positions))
+        self.losses.add(main, mtp)
+        return main + sum(mtp) * (self.mtp_weight / len(mtp)) if mtp else main
+
+    def _cross_entropy(self, hidden_BTD: Tensor, targets_BT: Tensor, positions: int) -> Tensor:
+        """Divided by all positions of the main model, also at MTP depths, which have fewer (eq. 24)."""
+        return cross_entropy(
+            hidden_BTD.flatten(0, 1), self.head.weight, targets_BT.flatten(), positions, self.config.loss_chunk
+        )

@@ -1,0 +1,198 @@
+"""Parts that every block shares: linear layers, RMSNorm, SwiGLU, embedding.
+
+Shapes: N rows (any leading axes flattened), D width, F inner width, E experts, R rows routed to experts, V vocabulary.
+"""
+
+from contextlib import AbstractContextManager, nullcontext
+from typing import Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+
+from train.model.recompute import Recomputed
+
+
+class Precision(Protocol):
+    """The number formats of the matrix products. The model asks for products and never branches on precision."""
+
+    dtype: torch.dtype
+    """Format of activations between the products."""
+
+    def linear(self, x: Tensor, weight: Tensor) -> Tensor:
+        """x (..., D) times weight (F, D) transposed: (..., F)."""
+        ...
+
+    def expert_ffn(
+        self, rows_RD: Tensor, gates_R: Tensor, w13_E2FD: Tensor, w2_EDF: Tensor, counts_E: Tensor
+    ) -> Tensor:
+        """SwiGLU FFN of every expert on its own rows: (R, D).
+
+        rows_RD is sorted by expert and counts_E (int64) says how many rows each has. The gate value of a row scales the
+        SwiGLU output, before the down-projection.
+        """
+        ...
+
+
+class Linear(nn.Module):
+    """Product without bias, in the precision of the run."""
+
+    def __init__(self, inputs: int, outputs: int, precision: Precision, **factory):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(outputs, inputs, **factory))
+        self._precision = precision
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self._precision.linear(x, self.weight)
+
+
+class Embedding(nn.Module):
+    """Table of token vectors. The gradient is summed in fp32 whatever the format of the table."""
+
+    def __init__(self, rows: int, width: int, **factory):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(rows, width, **factory))
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return _Embed.apply(tokens, self.weight)
+
+
+class _Embed(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, tokens: Tensor, weight_VD: Tensor) -> Tensor:
+        ctx.save_for_backward(tokens)
+        ctx.rows = weight_VD.size(0)
+        return F.embedding(tokens, weight_VD)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor):
+        (tokens,) = ctx.saved_tensors
+        return None, torch.ops.aten.embedding_dense_backward(grad.float(), tokens, ctx.rows, -1, False)
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * weight over the last axis, statistics in fp32.
+
+    recompute: whether products that take the output keep only the input of the norm for backward.
+    """
+
+    def __init__(self, width: int, eps: float, recompute: bool, **factory):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(width, **factory))
+        self._eps, self._recompute = eps, recompute
+
+    def forward(self, x: Tensor) -> Tensor:
+        return _RMSNorm.apply(x, self.weight, self._eps)
+
+    def with_recipe(self, x: Tensor) -> tuple[Tensor, AbstractContextManager]:
+        """The output, and the context for the products that take it (see `Recomputed`)."""
+        y = self(x)
+        if not (self._recompute and torch.is_grad_enabled()):
+            return y, nullcontext()
+        source, weight, eps = x.detach(), self.weight.detach(), self._eps
+        return y, Recomputed(lambda: rms_norm(source, weight, eps)[0], y)
+
+
+def rms_norm(x: Tensor, weight_D: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """Normalised x, and 1 / rms(x) as fp32 (..., 1)."""
+    if x.is_cuda:
+        return torch.ops.aten._fused_rms_norm(x, weight_D.shape, weight_D, eps)
+    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
+    rstd = norm.square_().mul_(1 / x.size(-1)).add_(eps).rsqrt_()
+    return (x * rstd).mul_(weight_D).to(x.dtype), rstd
+
+
+class _RMSNorm(torch.autograd.Function):
+    """Keeps the input and 1 / rms only. With u = grad * weight: dx = rstd * (u - x * rstd^2 * mean(u * x))."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight_D: Tensor, eps: float) -> Tensor:
+        y, rstd = rms_norm(x, weight_D, eps)
+        ctx.save_for_backward(x, weight_D, rstd)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor):
+        x, weight_D, rstd = ctx.saved_tensors
+        if x.is_cuda:
+            dx, dweight = torch.ops.aten._fused_rms_norm_backward(
+                grad.contiguous(), x, weight_D.shape, rstd, weight_D, [True, True]
+            )
+            return dx, dweight, None
+        width = x.size(-1)
+        x_ND, grad_ND, rstd_N1 = x.reshape(-1, width).float(), grad.reshape(-1, width).float(), rstd.view(-1, 1)
+        product_ND = x_ND * grad_ND
+        # Both sums over x * grad are matrix-vector products: one pass over memory each.
+        dweight_D = torch.mv(product_ND.t(), rstd_N1.view(-1))
+        mean_N1 = torch.mv(product_ND, weight_D.float()).view(-1, 1) / width
+        dx_ND = (grad_ND * weight_D).sub_(x_ND * (mean_N1 * rstd_N1 * rstd_N1)).mul_(rstd_N1)
+        return dx_ND.to(x.dtype).view(x.shape), dweight_D, None
+
+
+def swiglu(h: Tensor, gates_N: Tensor | None = None) -> Tensor:
+    """silu(gate) * up of h = [gate | up] (N, 2F), times the row's gate value where given; arithmetic in fp32."""
+    return _SwiGLU.apply(h, gates_N)
+
+
+def swiglu_forward(h_N2F: Tensor, gates_N: Tensor | None) -> Tensor:
+    """`swiglu` without gradient."""
+    gate_NF, up_NF = h_N2F.float().chunk(2, -1)
+    out_NF = F.silu(gate_NF).mul_(up_NF)
+    if gates_N is not None:
+        out_NF.mul_(gates_N.unsqueeze(-1))
+    return out_NF.to(h_N2F.dtype)
+
+
+class _SwiGLU(torch.autograd.Function):
+    """Keeps [gate | up] only and computes the rest again in backward."""
+
+    @staticmethod
+    def forward(ctx, h_N2F: Tensor, gates_N: Tensor | None) -> Tensor:
+        ctx.save_for_backward(h_N2F, gates_N)
+        return swiglu_forward(h_N2F, gates_N)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_NF: Tensor):
+        h_N2F, gates_N = ctx.saved_tensors
+        gate_NF, up_NF = h_N2F.float().chunk(2, -1)
+        silu_NF = F.silu(gate_NF)
+        grad_NF = grad_NF.float()
+        dgates_N = None
+        if gates_N is not None:
+            dgates_N = (grad_NF * silu_NF).mul_(up_NF).sum(-1)
+            grad_NF = grad_NF * gates_N.unsqueeze(-1)
+        dh_N2F = torch.empty_like(h_N2F)
+        dgate_NF, dup_NF = dh_N2F.chunk(2, -1)
+        dup_NF.copy_(silu_NF.mul_(grad_NF))
+        dgate_NF.copy_(torch.ops.aten.silu_backward(grad_NF * up_NF, gate_NF))
+        return dh_N2F, dgates_N
+
+
+class FFN(nn.Module):
+    """SwiGLU feed-forward network: w2(silu(w1 x) * w3 x). w13 holds the rows of w1, then those of w3."""
+
+    def __init__(self, width: int, inner: int, precision: Precision, recompute: bool, **factory):
+        super().__init__()
+        self.w13 = Linear(width, 2 * inner, precision, **factory)
+        self.w2 = Linear(inner, width, precision, **factory)
+        self._recompute = recompute
+
+    def forward(self, x_ND: Tensor, recipe: AbstractContextManager) -> Tensor:
+        """recipe: the context in which saving x costs nothing (`RMSNorm.with_recipe`)."""
+        with recipe:
+            h_N2F = self.w13(x_ND)
+        a_NF = swiglu(h_N2F)
+        with recomputed_swiglu(a_NF, h_N2F, None) if self._recompute else nullcontext():
+            return self.w2(a_NF)
+
+
+def recomputed_swiglu(a_NF: Tensor, h_N2F: Tensor, gates_N: Tensor | None) -> AbstractContextManager:
+    """Context in which saving a = swiglu(h, gates) keeps nothing new: h and gates are kept for SwiGLU anyway."""
+    if not torch.is_grad_enabled():
+        return nullcontext()
+    h, gates = h_N2F.detach(), None if gates_N is None else gates_N.detach()
+    return Recomputed(lambda: swiglu_forward(h, gates), a_NF)

@@ -1,0 +1,152 @@
+"""Mixture of experts (paper 2.1.2): one shared expert plus the routed ones, through a dispatcher.
+
+    y = shared(x) + sum over chosen experts of gate * expert(x)
+
+A dispatcher brings each token to the ranks of its experts and the results back; the gate value acts inside the expert,
+so the way back is a plain sum. `LocalDispatcher` is the one for experts that all live here.
+
+Shapes: B sequences, T tokens, D width, F inner width, E experts (here: held by this rank), K experts per token, R rows,
+one per token and chosen expert.
+"""
+
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from conf.schema import Model, Recompute
+from train.model.layers import FFN, Precision
+from train.model.router import Router
+
+
+@dataclass
+class Routed:
+    """Rows that have reached the rank of their experts."""
+
+    rows_RD: Tensor
+    """Sorted by local expert."""
+    gates_R: Tensor
+    """Gate value of every row, fp32."""
+    counts_E: Tensor
+    """Rows per local expert, int64, on the rows' device."""
+    state: Any
+    """What the dispatcher needs for the way back."""
+
+
+class Dispatcher(Protocol):
+    """Brings tokens to experts and back. Differentiable in x and gates."""
+
+    def dispatch(self, x_TD: Tensor, expert_ids_TK: Tensor, gates_TK: Tensor) -> Routed:
+        """Send every token to its K experts."""
+        ...
+
+    def combine(self, out_RD: Tensor, routed: Routed) -> Tensor:
+        """Sum the K results of every token: (T, D)."""
+        ...
+
+
+class LocalDispatcher:
+    """All experts are here: a stable sort by expert, and its inverse. No waiting for the device."""
+
+    def __init__(self, experts: int):
+        self._experts = experts
+
+    def dispatch(self, x_TD: Tensor, expert_ids_TK: Tensor, gates_TK: Tensor) -> Routed:
+        sorted_R, order_R = expert_ids_TK.flatten().sort(stable=True)
+        inverse_R = torch.empty_like(order_R)
+        inverse_R[order_R] = torch.arange(order_R.numel(), device=order_R.device)
+        ends_E = torch.searchsorted(sorted_R, torch.arange(1, self._experts + 1, device=sorted_R.device))
+        counts_E = ends_E.diff(prepend=ends_E.new_zeros(1))
+        inverse_TK = inverse_R.view(expert_ids_TK.shape)
+        rows_RD, gates_R = _Permute.apply(x_TD, gates_TK, order_R, inverse_TK)
+        return Routed(rows_RD, gates_R, counts_E, (order_R, inverse_TK))
+
+    def combine(self, out_RD: Tensor, routed: Routed) -> Tensor:
+        return _Unpermute.apply(out_RD, *routed.state)
+
+
+def _spread(x_TD: Tensor, order_R: Tensor, top_k: int) -> Tensor:
+    """The row of its token for every sorted place."""
+    return x_TD.index_select(0, order_R // top_k)
+
+
+def _gather_sum(rows_RD: Tensor, inverse_TK: Tensor) -> Tensor:
+    """Sum of the K rows of every token."""
+    return rows_RD.index_select(0, inverse_TK.flatten()).unflatten(0, inverse_TK.shape).sum(1)
+
+
+class _Permute(torch.autograd.Function):
+    """Tokens to sorted rows. Both ways gather: no scattered addition, so the sum has one order."""
+
+    @staticmethod
+    def forward(ctx, x_TD, gates_TK, order_R, inverse_TK):
+        ctx.save_for_backward(inverse_TK)
+        return _spread(x_TD, order_R, inverse_TK.size(1)), gates_TK.flatten().index_select(0, order_R)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, drows_RD, dgates_R):
+        (inverse_TK,) = ctx.saved_tensors
+        return _gather_sum(drows_RD, inverse_TK), dgates_R[inverse_TK], None, None
+
+
+class _Unpermute(torch.autograd.Function):
+    """Sorted rows back to tokens, summed."""
+
+    @staticmethod
+    def forward(ctx, out_RD, order_R, inverse_TK):
+        ctx.save_for_backward(order_R)
+        ctx.top_k = inverse_TK.size(1)
+        return _gather_sum(out_RD, inverse_TK)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy_TD):
+        (order_R,) = ctx.saved_tensors
+        return _spread(dy_TD, order_R, ctx.top_k), None, None
+
+
+class Experts(nn.Module):
+    """Weights of the routed experts that this rank holds: w13 (E, 2F, D) rows of w1 then w3, and w2 (E, D, F)."""
+
+    def __init__(self, config: Model, local: range, **factory):
+        super().__init__()
+        width, inner = config.hidden, config.expert_width
+        self.local = local
+        self.w13 = nn.Parameter(torch.empty(len(local), 2 * inner, width, **factory))
+        self.w2 = nn.Parameter(torch.empty(len(local), width, inner, **factory))
+
+
+class MoE(nn.Module):
+    """Router, routed experts and shared experts of one block. shared_experts act as one FFN of their total width."""
+
+    def __init__(self, config: Model, precision: Precision, dispatcher: Dispatcher, local_experts: range, **factory):
+        super().__init__()
+        self.router = Router(config, **factory)
+        self.experts = Experts(config, local_experts, **factory)
+        self.shared = None
+        if config.shared_experts:
+            recompute = Recompute.swiglu in config.recompute
+            width = config.shared_experts * config.expert_width
+            self.shared = FFN(config.hidden, width, precision, recompute, **factory)
+        self._precision, self._dispatcher = precision, dispatcher
+
+    def forward(self, x_BTD: Tensor, recipe: AbstractContextManager) -> Tensor:
+        """recipe: the context in which saving x costs nothing (`RMSNorm.with_recipe`). Returns (B, T, D)."""
+        gates_TK, ids_TK = self.router(x_BTD, recipe)
+        x_TD = x_BTD.flatten(0, 1)
+        routed = self._dispatcher.dispatch(x_TD, ids_TK, gates_TK)
+        out_RD = self.run_experts(routed)
+        y_TD = self._dispatcher.combine(out_RD, routed)
+        if self.shared is not None:
+            y_TD = y_TD + self.shared(x_TD, recipe)
+        return y_TD.view(x_BTD.shape)
+
+    def run_experts(self, routed: Routed) -> Tensor:
+        """Outputs of the local experts on the rows that came."""
+        return self._precision.expert_ffn(
+            routed.rows_RD, routed.gates_R, self.experts.w13, self.experts.w2, routed.counts_E
+        )

@@ -1,0 +1,58 @@
+"""Selective recomputation (paper 3.2.3): outputs that backward makes again instead of keeping.
+
+An operation saves its inputs for backward. Where an input is cheap to make from something that is kept anyway (a norm's
+output from the norm's input), `Recomputed` gives the operation a recipe to save in its place. It works on whatever
+saves the tensor, a plain product or a hand-written function, so the code that computes does not change.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
+
+
+class Recomputed:
+    """Context in which saving one of `outputs` for backward keeps only `function`, which makes them all again.
+
+    function: called without gradient, returns one tensor or a tuple with the values and strides of outputs. It may be
+    called once per backward pass; all that was saved under one context shares the result. A tensor counts as one of
+    the outputs when it starts at the same address, so views from the first element (reshapes, transposes) do too.
+    """
+
+    def __init__(self, function: Callable[[], Tensor | tuple[Tensor, ...]], *outputs: Tensor):
+        self._function = function
+        self._index = {output.data_ptr(): (i, output.numel()) for i, output in enumerate(outputs)}
+        self._saved = 0
+        self._waiting = 0
+        self._made: tuple[Tensor, ...] | None = None
+
+    def __enter__(self) -> None:
+        self._hooks = saved_tensors_hooks(self._pack, self._unpack)
+        self._hooks.__enter__()
+
+    def __exit__(self, *error: object) -> None:
+        self._hooks.__exit__(*error)
+        del self._hooks
+
+    def _pack(self, tensor: Tensor) -> Tensor | tuple:
+        index, numel = self._index.get(tensor.data_ptr(), (None, 0))
+        if index is None or not 0 < tensor.numel() <= numel:
+            return tensor
+        self._saved += 1
+        return index, tensor.size(), tensor.stride()
+
+    def _unpack(self, packed: Tensor | tuple) -> Tensor:
+        if isinstance(packed, Tensor):
+            return packed
+        index, size, stride = packed
+        if self._made is None:
+            with torch.no_grad():
+                made = self._function()
+            self._made = made if isinstance(made, tuple) else (made,)
+            self._waiting = self._saved
+        base = self._made[index]
+        self._waiting -= 1
+        if self._waiting == 0:  # the last reader: free the result, a further backward pass makes it again
+            self._made = None
+        return base.as_strided(size, stride, base.storage_offset())

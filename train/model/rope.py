@@ -1,0 +1,68 @@
+"""Rotary positions on adjacent pairs (paper 2.1.1), and their extension by YaRN (paper 4.3).
+
+Pair j of the R rope elements of position t turns by t * theta^(-2j/R), as a complex product in fp32.
+YaRN lets fast pairs be, slows the slow ones by `factor`, and mixes linearly between; it also sharpens the softmax.
+
+Shapes: B sequences, T positions, H heads, R rope width.
+"""
+
+import math
+
+import torch
+from torch import Tensor
+
+from conf.schema import Model
+
+
+class Rope:
+    """Angles for one run. Tables are made on first use and kept per device.
+
+    seq_len: length of the run's sequences, in tokens; YaRN is in force only when it exceeds yarn.original_seq_len.
+    """
+
+    def __init__(self, config: Model, seq_len: int):
+        self._config, self._seq_len = config, seq_len
+        self._extended = seq_len > config.yarn.original_seq_len
+        self._tables: dict[torch.device, Tensor] = {}
+
+    @property
+    def softmax_scale(self) -> float:
+        """Factor on the attention scores: 1/sqrt(qk width), times mscale^2 under YaRN."""
+        yarn = self._config.yarn
+        scale = (self._config.nope_head_dim + self._config.rope_head_dim) ** -0.5
+        if self._extended and yarn.factor > 1:
+            scale *= (0.1 * yarn.mscale * math.log(yarn.factor) + 1) ** 2
+        return scale
+
+    def frequencies(self) -> Tensor:
+        """Angle per position of every pair, fp32 (R/2,)."""
+        width, theta = self._config.rope_head_dim, self._config.rope_theta
+        plain = theta ** -(torch.arange(0, width, 2, dtype=torch.float32) / width)
+        if not self._extended:
+            return plain
+        yarn = self._config.yarn
+        low = max(math.floor(self._pair_with_turns(yarn.beta_fast)), 0)
+        high = min(math.ceil(self._pair_with_turns(yarn.beta_slow)), width - 1)
+        pairs = torch.arange(width // 2, dtype=torch.float32)
+        slowed = ((pairs - low) / max(high - low, 0.001)).clamp(0, 1)
+        return plain / yarn.factor * slowed + plain * (1 - slowed)
+
+    def _pair_with_turns(self, turns: float) -> float:
+        """Index of the pair that turns that many times over the original length."""
+        yarn, width = self._config.yarn, self._config.rope_head_dim
+        return width * math.log(yarn.original_seq_len / (turns * 2 * math.pi)) / (2 * math.log(self._config.rope_theta))
+
+    def table(self, length: int, device: torch.device) -> Tensor:
+        """exp(i angle) of the first `length` positions, complex64 (T, R/2)."""
+        table = self._tables.get(device)
+        if table is None or table.size(0) < length:
+            positions = torch.arange(max(length, self._seq_len), dtype=torch.float32)
+            angles = torch.outer(positions, self.frequencies())
+            table = self._tables[device] = torch.polar(torch.ones_like(angles), angles).to(device)
+        return table[:length]
+
+
+def rotate(x_BTHR: Tensor, table: Tensor) -> Tensor:
+    """Turn adjacent pairs of the last axis by the complex table (T, R/2); fp32 result. table.conj() turns back."""
+    pairs = torch.view_as_complex(x_BTHR.float().unflatten(-1, (-1, 2)).contiguous())
+    return torch.view_as_real(pairs * table.unsqueeze(1)).flatten(-2)

@@ -1,0 +1,169 @@
+"""The router (paper 2.1.2): sigmoid scores, bias for balance, limited groups, sequence-wise balance loss.
+
+    s = sigmoid(W x)                              fp32
+    chosen = top_k of (s + bias), inside the top_groups groups whose best top_k / top_groups biased scores sum highest
+    gates = route_scale * s[chosen] / sum(s[chosen])
+
+The bias only selects. Equal scores go to the lower index. The sequence-wise loss (eq. 17-20) is
+    weight * mean over sequences of sum_i f_i P_i,    P_i = mean_t s_it / sum_j s_jt,
+    f_i = experts / (top_k T) * how often i is in the top_k of the *unbiased* s.
+Its gradient enters here, with the gate's own: no loss value travels to the last pipeline stage.
+
+Shapes: B sequences, T positions, D width, E experts, K = top_k, G groups.
+"""
+
+from contextlib import AbstractContextManager
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+
+from conf.schema import Model
+
+
+class Rule(NamedTuple):
+    """How experts are chosen and weighed."""
+
+    top_k: int
+    groups: int
+    top_groups: int
+    route_scale: float
+
+
+class Router(nn.Module):
+    """Chooses experts and counts what it chose.
+
+    bias_E (fp32) is state of the run: it is saved and updated, never trained by gradient. balance_weight is set by
+    whoever runs the step: alpha / micro-batches. While training, every forward adds to load_E (tokens per expert, int64),
+    score_E (sum over sequences of P_i) and balance_loss (its weighted value); `clear` starts a new step.
+    """
+
+    def __init__(self, config: Model, **factory):
+        super().__init__()
+        device = factory.get("device")
+        self.weight = nn.Parameter(torch.empty(config.experts, config.hidden, **factory))
+        self.register_buffer("bias_E", torch.zeros(config.experts, dtype=torch.float32, device=device))
+        for name, shape, dtype in (
+            ("load_E", config.experts, torch.int64),
+            ("score_E", config.experts, torch.float32),
+            ("balance_loss", (), torch.float32),
+        ):
+            self.register_buffer(name, torch.zeros(shape, dtype=dtype, device=device), persistent=False)
+        self.rule = Rule(config.top_k, config.groups, config.top_groups, config.route_scale)
+        self.balance_weight = 0.0
+
+    def forward(self, x_BTD: Tensor, recipe: AbstractContextManager) -> tuple[Tensor, Tensor]:
+        """Gate values fp32 (B*T, K), differentiable, and expert ids int64 (B*T, K).
+
+        recipe: the context in which saving x costs nothing (`RMSNorm.with_recipe`).
+        """
+        with recipe:
+            logits_BTE = _Logits.apply(x_BTD, self.weight)
+        counters = (self.load_E, self.score_E, self.balance_loss) if self.training else None
+        weight = self.balance_weight if self.training else 0.0
+        gates_BTK, ids_BTK = _Route.apply(logits_BTE, self.bias_E, self.rule, weight, counters)
+        return gates_BTK.flatten(0, 1), ids_BTK.flatten(0, 1)
+
+    def _apply(self, fn, recurse=True):
+        """Move the buffers with the module but never round them: engines call module.bfloat16() and mean the weights."""
+        exact = dict(self.named_buffers(recurse=False))
+        super()._apply(fn, recurse)
+        for name, buffer in exact.items():
+            moved = getattr(self, name)
+            if moved.dtype != buffer.dtype:
+                setattr(self, name, buffer.to(moved.device))
+        return self
+
+    def clear(self) -> None:
+        """Start counting a new step."""
+        self.load_E.zero_()
+        self.score_E.zero_()
+        self.balance_loss.zero_()
+
+    def entropy(self) -> Tensor:
+        """Entropy in nats of the mean normalised score since `clear`; log(experts) when scores are uniform on average."""
+        return torch.special.entr(self.score_E / self.score_E.sum()).sum()
+
+
+class _Logits(torch.autograd.Function):
+    """fp32 product of operands in any format, which saves them as they came."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight_ED: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight_ED)
+        return F.linear(x.float(), weight_ED.float())
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad: Tensor):
+        x, weight_ED = ctx.saved_tensors
+        dx = (grad @ weight_ED.float()).to(x.dtype)
+        return dx, grad.flatten(0, -2).t() @ x.flatten(0, -2).float()
+
+
+def top_indices(scores: Tensor, k: int) -> Tensor:
+    """Indices of the k largest of the last axis, largest first; of equal ones the lower index wins."""
+    return scores.sort(dim=-1, descending=True, stable=True).indices[..., :k]
+
+
+def choose(biased_BTE: Tensor, rule: Rule) -> Tensor:
+    """Expert ids (B, T, K) from biased scores, in the allowed groups only."""
+    if rule.top_groups < rule.groups:
+        grouped_BTGX = biased_BTE.unflatten(-1, (rule.groups, -1))
+        best = grouped_BTGX.topk(rule.top_k // rule.top_groups, dim=-1).values
+        group_ids = top_indices(best.sum(-1), rule.top_groups)
+        closed_BTG1 = torch.ones_like(best[..., 0], dtype=torch.bool).scatter_(-1, group_ids, False).unsqueeze(-1)
+        biased_BTE = grouped_BTGX.masked_fill(closed_BTG1, -torch.inf).flatten(-2)
+    return top_indices(biased_BTE, rule.top_k)
+
+
+def count(ids: Tensor, experts: int) -> Tensor:
+    """How often each expert occurs along all but the first axis: int64 (B, E)."""
+    ids = ids.flatten(1)
+    return ids.new_zeros(ids.size(0), experts).scatter_add_(1, ids, torch.ones_like(ids))
+
+
+class _Route(torch.autograd.Function):
+    """Everything after the logits, with one backward for the gates and the balance loss."""
+
+    @staticmethod
+    def forward(ctx, logits_BTE, bias_E, rule: Rule, balance_weight: float, counters):
+        batch, length, experts = logits_BTE.shape
+        scores_BTE = logits_BTE.sigmoid()
+        ids_BTK = choose(scores_BTE + bias_E, rule)
+        chosen_BTK = scores_BTE.gather(-1, ids_BTK)
+        factor_BT1 = rule.route_scale / (chosen_BTK.sum(-1, keepdim=True) + 1e-20)
+        gates_BTK = chosen_BTK * factor_BT1
+        frequency_B1E = total_BT1 = None
+        if counters is not None and length > 0:
+            load_E, score_E, balance_loss = counters
+            load_E += count(ids_BTK, experts).sum(0)
+            total_BT1 = scores_BTE.sum(-1, keepdim=True)
+            share_BE = ((1 / total_BT1).transpose(1, 2) @ scores_BTE).squeeze(1) / length
+            score_E += share_BE.sum(0)
+            if balance_weight:
+                frequency_BE = count(top_indices(scores_BTE, rule.top_k), experts) * (experts / (rule.top_k * length))
+                balance_loss += balance_weight * (frequency_BE * share_BE).sum() / batch
+                frequency_B1E = frequency_BE.unsqueeze(1)
+        ctx.save_for_backward(scores_BTE, ids_BTK, gates_BTK, factor_BT1, frequency_B1E, total_BT1)
+        ctx.route_scale, ctx.balance_weight = rule.route_scale, balance_weight
+        ctx.mark_non_differentiable(ids_BTK)
+        return gates_BTK, ids_BTK
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_BTK: Tensor, _):
+        scores_BTE, ids_BTK, gates_BTK, factor_BT1, frequency_B1E, total_BT1 = ctx.saved_tensors
+        inner_BT1 = (grad_BTK * gates_BTK).sum(-1, keepdim=True) / ctx.route_scale
+        dchosen_BTK = (grad_BTK - inner_BT1) * factor_BT1
+        if frequency_B1E is None:
+            dscores_BTE = torch.zeros_like(scores_BTE)
+        else:
+            # d/ds_j of sum_i f_i s_i / S is (f_j - sum_i f_i s_i / S) / S
+            batch, length, _ = scores_BTE.shape
+            mean_BT1 = (scores_BTE @ frequency_B1E.transpose(1, 2)) / total_BT1
+            dscores_BTE = (frequency_B1E - mean_BT1) * (ctx.balance_weight / (batch * length) / total_BT1)
+        dscores_BTE.scatter_add_(-1, ids_BTK, dchosen_BTK)
+        return torch.ops.aten.sigmoid_backward(dscores_BTE, scores_BTE), None, None, None, None
