@@ -3,10 +3,9 @@
 import itertools
 import re
 
+from conf.check_precision import check_precision
 from conf.errors import UserError
 from conf.schema import Config, DataFormat, Model, Phase
-
-PRECISIONS = ("fp32", "bf16")
 
 
 def check(config: Config) -> None:
@@ -16,6 +15,7 @@ def check(config: Config) -> None:
     _check_optim(config)
     _check_data(config)
     _check_parallel(config)
+    check_precision(config.precision)
 
 
 def _require(ok: bool, field: str, value: object, rule: str, cure: str) -> None:
@@ -175,20 +175,6 @@ def _check_optim(config: Config) -> None:
     )
     _require(
         0 <= optim.ema_decay < 1, "optim.ema_decay", optim.ema_decay, "must be in [0, 1)", "use 0.999, or 0 for none"
-    )
-    _require(
-        config.precision.name in PRECISIONS,
-        "precision.name",
-        config.precision.name,
-        f"must be one of {', '.join(PRECISIONS)}",
-        "choose precision=bf16",
-    )
-    _require(
-        config.precision.moments in ("bf16", "fp32"),
-        "precision.moments",
-        config.precision.moments,
-        "must be bf16 or fp32",
-        "use bf16",
     )
     start, share = optim.batch_ramp_start, config.micro_batch_size * config.parallel.dp
     _require(

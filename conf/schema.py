@@ -216,13 +216,123 @@ class Parallel:
 
 
 @dataclass
+class Fprop:
+    """Operands of y = x w^T, contracted over the inputs."""
+
+    activation: str = "${precision.fp8.activation}"
+    weight: str = "${precision.fp8.weight}"
+
+
+@dataclass
+class Dgrad:
+    """Operands of dx = dy w, contracted over the outputs."""
+
+    gradient: str = "${precision.fp8.gradient}"
+    weight: str = "${precision.fp8.weight}"
+
+
+@dataclass
+class Wgrad:
+    """Operands of dw = dy^T x, contracted over the tokens."""
+
+    gradient: str = "${precision.fp8.gradient}"
+    activation: str = "${precision.fp8.activation}"
+
+
+@dataclass
+class Products:
+    """The three products of a linear layer. An operand is FORMAT/GRANULARITY/SCALE, or bf16 for both of a product."""
+
+    fprop: Fprop = field(default_factory=Fprop)
+    dgrad: Dgrad = field(default_factory=Dgrad)
+    wgrad: Wgrad = field(default_factory=Wgrad)
+
+
+def _attention_output() -> Products:
+    activation = "${precision.fp8.attention_output}"
+    return Products(fprop=Fprop(activation=activation), wgrad=Wgrad(activation=activation))
+
+
+def _experts_up() -> Products:
+    activation = "${precision.fp8.dispatched}"
+    return Products(fprop=Fprop(activation=activation), wgrad=Wgrad(activation=activation))
+
+
+def _experts_down() -> Products:
+    gradient = "${precision.fp8.dispatched}"
+    return Products(dgrad=Dgrad(gradient=gradient), wgrad=Wgrad(gradient=gradient))
+
+
+@dataclass
+class Cache:
+    """What the backward pass keeps (paper 3.3.3): fp8 (values and scales as Fprop used them) or bf16."""
+
+    linear: str = "fp8"
+    """Inputs of linear layers and of the experts' up-projection."""
+    attention_output: str = "e5m6"
+    """Input of the attention's output projection: e5m6 (12 bits), fp8 or bf16."""
+    swiglu: str = "fp8"
+    """Input of the experts' SwiGLU, whose output is computed again."""
+
+
+@dataclass
+class Health:
+    """Checks of the quantised tensors; a limit that is passed gives a warning with the layer's name."""
+
+    every: int = 100
+    """Steps between checks; 0 for none."""
+    flushed: float = 0.05
+    """Limit on the share of non-zero values that become zero."""
+    saturated: float = 0.0
+    """Limit on the share of values that were clamped to the format's maximum."""
+    error: float = 0.1
+    """Limit on the relative error of a product against bf16 operands."""
+
+
+@dataclass
+class Fp8:
+    """The FP8 recipe (paper 3.3). An operand is FORMAT/GRANULARITY/SCALE.
+
+    FORMAT: e4m3 or e5m2. GRANULARITY, what shares a scale: 1x128 (128 values along the contraction: 1x128 in Fprop and
+    Dgrad, 128x1 in Wgrad), 128x128, row (all of the contraction) or tensor. SCALE: fp32, or pow2 (a power of two).
+    The operand `bf16` leaves a product in bf16; both operands of a product are bf16 or neither.
+    """
+
+    activation: str = "e4m3/1x128/fp32"
+    """Inputs of linear layers."""
+    weight: str = "e4m3/128x128/fp32"
+    gradient: str = "e4m3/1x128/fp32"
+    """Gradients of outputs. Blocks of 128x128 made the paper's model diverge (B.2)."""
+    attention_output: str = "e4m3/1x128/pow2"
+    """Input of the attention's output projection."""
+    dispatched: str = "e4m3/1x128/pow2"
+    """What travels to the experts: input of their up-projection, gradient of their output."""
+    dense: Products = field(default_factory=Products)
+    """Linear layers of attention, dense FFN, shared experts and the MTP projection."""
+    output: Products = field(default_factory=_attention_output)
+    """The attention's output projection."""
+    experts_up: Products = field(default_factory=_experts_up)
+    """Gate and up projection of the routed experts."""
+    experts_down: Products = field(default_factory=_experts_down)
+    """Down projection of the routed experts."""
+    activation_floor: float = 1e-4
+    """Smallest max-abs of activations and weights that a scale is made for, as in DeepSeek's kernels."""
+    gradient_floor: float = 1e-12
+    """The same for gradients, which lie far below activations."""
+    cache: Cache = field(default_factory=Cache)
+    health: Health = field(default_factory=Health)
+
+
+@dataclass
 class Precision:
-    """Number formats of the matrix products."""
+    """Number formats of the matrix products. Master weights are fp32 in all of them."""
 
     name: str = "fp32"
-    """fp32 or bf16. Master weights and gradients are fp32 in both."""
+    """fp32, bf16, or a recipe with FP8 products: fp8 (the paper's) or fp8_ue8m0 (every scale a power of two)."""
     moments: str = "bf16"
     """Format of the two Adam moments: bf16 (paper 3.3.3) or fp32."""
+    fp8: Fp8 | None = None
+    """The FP8 recipe; null where no product is FP8."""
 
 
 @dataclass
