@@ -9,7 +9,7 @@ import contextlib
 import json
 import math
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -104,15 +104,22 @@ def _end_of_step(file: Any, step: int) -> int:
 
 def read_heads(path: Path) -> Iterator[Record]:
     """The scalars of every whole line, NaN for null. A damaged line is left out."""
+    return (head for head, _ in read_heads_with_loads(path))
+
+
+def read_heads_with_loads(path: Path) -> Iterator[tuple[Record, bool]]:
+    """The same, and whether the line has the load of every expert."""
     for line in _whole_lines(path):
-        head, mark, _ = line.partition(LAYERS_MARK)
-        yield from _parse(head + b"}" if mark else line)
+        head, mark, layers = line.partition(LAYERS_MARK)
+        for record in _parse(head + b"}" if mark else line):
+            yield record, b'"load":' in layers
 
 
-def read_lines(path: Path, keep: Callable[[int], bool]) -> Iterator[Record]:
-    """All of the whole lines whose index keep() wants, per-layer values included."""
-    for index, line in enumerate(_whole_lines(path)):
-        if keep(index):
+def read_steps(path: Path, steps: Container[int]) -> Iterator[Record]:
+    """All of the whole lines of these steps, per-layer values included."""
+    for line in _whole_lines(path):
+        match = _STEP.match(line)
+        if match and int(match[1]) in steps:
             yield from _parse(line)
 
 

@@ -1,0 +1,184 @@
+"""report.html: complete, self-contained, bounded, and drawn by a real browser."""
+
+import json
+import re
+import shutil
+import subprocess
+import time
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from tests.metrics.synthetic import write_run
+from train.metrics.figures import POINTS, thin
+from train.metrics.jsonl import JsonlSink
+from train.metrics.report import headline, read_series, write_report
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+FLAGS = [
+    "--headless",
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--no-first-run",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--disable-sync",
+    "--virtual-time-budget=10000",
+    "--enable-logging=stderr",
+    "--dump-dom",
+]
+
+
+class Outline(HTMLParser):
+    """Ids, links and headings of a page, scripts left out."""
+
+    def __init__(self):
+        super().__init__()
+        self.ids: list[str] = []
+        self.links: list[str] = []
+        self.text: list[str] = []
+        self._script = False
+
+    def handle_starttag(self, tag, attrs):
+        self._script = tag in ("script", "style")
+        self.ids += [value for key, value in attrs if key == "id"]
+        self.links += [value for key, value in attrs if key in ("src", "href")]
+
+    def handle_endtag(self, tag):
+        self._script = False
+
+    def handle_data(self, data):
+        if not self._script:
+            self.text.append(data)
+
+
+def outline(path: Path) -> Outline:
+    page = Outline()
+    page.feed(path.read_text())
+    return page
+
+
+def plots(path: Path) -> set[str]:
+    return {name.removeprefix("plot-") for name in outline(path).ids if name.startswith("plot-")}
+
+
+ALWAYS = {"loss", "throughput", "mfu", "times", "grad_norm", "lr", "memory"}
+EXPERTS = {"imbalance", "layers", "load", "bias"}
+
+
+def test_report_shows_what_the_run_recorded_and_loads_nothing(tmp_path):
+    folder = write_run(tmp_path / "run", 40)
+    (folder / "checkpoints/step_40").mkdir(parents=True)
+    (folder / "checkpoints/step_40/data").write_bytes(b"x" * 2000)
+    (folder / "checkpoints/step_40.part").mkdir()
+    path = write_report(folder)
+    page = outline(path)
+    assert path == folder / "report.html" and page.links == []
+    assert plots(path) == ALWAYS | EXPERTS
+    text = " ".join(page.text)
+    for expected in ("Training report: tiny", "Held-out loss", "bits per byte", "step_40", "2kB", "kv_rank"):
+        assert expected in text
+    assert "step_40.part" not in text
+    assert "default-src 'none'" in path.read_text()[:2000]
+
+
+@pytest.mark.parametrize(
+    ("steps", "options", "expected"),
+    [
+        (1, {}, ALWAYS | EXPERTS),
+        (30, {"layers": 0, "depth": 0}, ALWAYS),
+        (30, {"depth": 0}, ALWAYS | EXPERTS),
+        (30, {"depth": 3}, ALWAYS | EXPERTS),
+        (30, {"nan_at": (7, 8, 30)}, ALWAYS | EXPERTS | {"skipped"}),
+        (3, {"nan_at": (1, 2, 3)}, ALWAYS - {"loss", "grad_norm"} | EXPERTS | {"loss", "skipped"}),
+    ],
+)
+def test_odd_runs(tmp_path, steps, options, expected):
+    assert plots(write_report(write_run(tmp_path, steps, **options))) == expected
+
+
+def test_a_folder_without_steps_or_settings_still_gives_a_page(tmp_path):
+    assert "No step has been recorded yet" in " ".join(outline(write_report(tmp_path)).text)
+    (tmp_path / "metrics.jsonl").write_bytes(b'{"step":1,"lo')
+    (tmp_path / "config.yaml").write_text("a: [")
+    assert "No step has been recorded yet" in " ".join(outline(write_report(tmp_path)).text)
+
+
+def test_a_resumed_run_has_each_step_once(tmp_path):
+    write_run(tmp_path, 20)
+    resumed = JsonlSink(tmp_path / "metrics.jsonl", 12, print)
+    for step in range(13, 31):
+        resumed.write({"step": step, "loss": 1.0})
+    series = read_series(tmp_path / "metrics.jsonl")
+    assert series.step_N.tolist() == list(range(1, 31))
+    assert np.isnan(series.columns["main_loss"][12:]).all()
+    assert "loss" in plots(write_report(tmp_path))
+
+
+def test_what_the_user_wrote_is_escaped(tmp_path):
+    write_run(tmp_path, 2)
+    config = (tmp_path / "config.yaml").read_text()
+    evil = "<script>alert(1)</script>"
+    (tmp_path / "config.yaml").write_text(
+        config.replace("name: tiny", f"name: '{evil}'").replace("path: null", f"path: '{evil}'")
+    )
+    page = write_report(tmp_path).read_text()
+    assert evil not in page and page.count("&lt;script&gt;alert(1)&lt;/script&gt;") >= 4
+
+
+def test_numbers_at_a_glance_are_those_of_the_run(tmp_path):
+    with open(tmp_path / "metrics.jsonl", "w") as file:
+        for step in range(1, 11):
+            line = {"step": step, "tokens": step * 100, "main_loss": 5.0, "step_seconds": 2.0, "data_wait_seconds": 0.5}
+            file.write(json.dumps(line | ({"validation_loss": 4.0} if step == 5 else {})) + "\n")
+    cards = {
+        card.label: card for card in headline(read_series(tmp_path / "metrics.jsonl"), {"model": {"vocab_size": 1000}})
+    }
+    assert cards["Held-out loss"].value == "4.000" and "6.91" in cards["Held-out loss"].caption
+    assert cards["Training loss at the end"].value == "5.000" and cards["Time spent waiting"].value == "25.0 %"
+    assert cards["Tokens trained"].value == "1k" and "10 steps, 0:20" in cards["Tokens trained"].caption
+    assert "Peak memory" not in cards
+
+
+def test_thinning_keeps_ends_and_spikes():
+    x, y = np.arange(50_000), np.zeros(50_000)
+    y[31_234], y[7] = 9.0, np.nan
+    kept_x, kept_y = thin(x, y)
+    assert len(kept_x) <= POINTS + 2 and kept_x[0] == 0 and kept_x[-1] == 49_999
+    assert kept_y[kept_x == 31_234] == 9.0 and (np.diff(kept_x) > 0).all()
+
+
+@pytest.mark.slow
+def test_a_long_run_makes_a_small_page_in_bounded_time(tmp_path):
+    write_run(tmp_path, 100_000)
+    started = time.monotonic()
+    path = write_report(tmp_path)
+    assert time.monotonic() - started < 40  # 7 s alone on two cores
+    assert path.stat().st_size < 8e6
+
+
+def test_a_large_model_makes_a_small_page(tmp_path):
+    path = write_report(write_run(tmp_path, 150, layers=59, experts=256))
+    assert path.stat().st_size < 8e6
+    assert read_series(tmp_path / "metrics.jsonl").load_SLE.shape[1:] == (59, 256)
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="needs chromium")
+@pytest.mark.parametrize("steps", [1, 60])
+def test_a_browser_draws_every_figure_without_an_error(tmp_path, steps):
+    path = write_report(write_run(tmp_path / "run", steps, nan_at=(steps // 2,)))
+    result = subprocess.run(
+        [CHROMIUM, *FLAGS, f"--user-data-dir={tmp_path}/profile", path.as_uri()],
+        capture_output=True,
+        text=True,
+        timeout=100,
+    )
+    console = [line for line in result.stderr.splitlines() if "CONSOLE" in line]
+    assert console == []
+    for name in plots(path):
+        drawn = result.stdout.split(f'id="plot-{name}"', 1)[1].split("</figure>", 1)[0]
+        assert "main-svg" in drawn, name
+        assert re.search(r'class="(js-line|point|hm|js-fill)|<image', drawn), f"{name} has axes but no data"

@@ -1,0 +1,71 @@
+"""The last screens: complete, copyable at any width, harmless whatever the model wrote."""
+
+import io
+from pathlib import Path
+
+import pytest
+from rich.console import Console
+
+from conf.errors import UserError
+from train.metrics.screens import error_screen, final_screen, stopped_screen
+
+
+def console(width: int = 40, **more) -> Console:
+    return Console(file=io.StringIO(), width=width, highlight=False, **more)
+
+
+def test_final_screen_names_everything_and_breaks_no_path():
+    folder = Path("/a/long/folder/that/is/wider/than/the/window/runs/tiny")
+    screen = console()
+    final_screen(
+        "tiny",
+        300,
+        seconds=125.0,
+        validation_loss=5.25,
+        bits_per_byte=2.5,
+        sample="def [bold]x[/bold]:\n\x1b[2Jpass",
+        checkpoint=folder / "checkpoints/step_300",
+        report=folder / "report.html",
+        wandb=str(folder / "wandb/offline-run-1"),
+        console=screen,
+    )
+    shown = screen.file.getvalue()
+    assert "tiny: 300 steps done in 2:05" in shown and "5.2500" in shown and "2.5000 bits per byte" in shown
+    assert f"{folder}/checkpoints/step_300\n" in shown and f"{folder}/report.html  " in shown
+    assert f"wandb sync {folder}/wandb/offline-run-1\n" in shown
+    assert "| def [bold]x[/bold]:\n" in shown and "\x1b" not in shown
+
+
+def test_an_ascii_terminal_shows_question_marks():
+    stream = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    final_screen("tiny", 1, sample="na\u00efve \x07", console=Console(file=stream, width=40))
+    stream.flush()
+    assert b"| na?ve ?" in stream.buffer.getvalue()
+
+
+def test_final_screen_leaves_out_what_there_is_not():
+    screen = console()
+    final_screen("tiny", 1, console=screen)
+    assert screen.file.getvalue().strip() == "tiny: 1 steps done"
+
+
+def test_stopped_screen_says_how_to_go_on():
+    screen = console()
+    command = "python -m train conf=tiny name=a_long_name_for_this_run"
+    stopped_screen(
+        "tiny", 7, 300, "SIGTERM", checkpoint=Path("runs/tiny/checkpoints/step_7"), command=command, console=screen
+    )
+    shown = screen.file.getvalue()
+    assert "stopped at step 7 of 300" in shown and command in shown and "SIGTERM" in shown
+
+
+@pytest.mark.parametrize("terminal", [False, True])
+def test_error_screen_goes_to_stderr_with_rule_and_cure(capsys, terminal):
+    error_screen(UserError("batch_size", [3], "must be a multiple of 2", "take 4"))
+    out, err = capsys.readouterr()
+    assert out == "" and "Traceback" not in err
+    for text in ("batch_size = [3]", "must be a multiple of 2", "take 4"):
+        assert text in err
+    screen = console(force_terminal=terminal)
+    error_screen(UserError("a[/red]", "[x]", "r", "c"), console=screen)
+    assert "a[/red] = [x]" in screen.file.getvalue()

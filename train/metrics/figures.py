@@ -1,0 +1,323 @@
+"""The figures of report.html, each with a title that says what one sees and a sentence that says what to look for.
+
+Shape suffixes: N recorded steps, S steps kept for the heat maps, L MoE layers, E experts.
+
+A long run is thinned so that the page stays small: a curve keeps the lowest and the highest point of every stretch,
+hence every spike; a heat map keeps every n-th recorded step.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+import plotly.graph_objects as go
+
+POINTS = 1000
+"""Points of a curve, at most (about)."""
+# Okabe and Ito's palette, told apart with any colour vision.
+BLUE, ORANGE, GREEN, SKY, PURPLE, GREY = "#0072B2", "#D55E00", "#009E73", "#56B4E9", "#CC79A7", "#666666"
+LOAD_COLOURS = [[0.0, "#0b3c5d"], [0.166, "#7fb2d6"], [0.333, "#f7f7f7"], [0.6, "#f4a582"], [1.0, "#8c1c13"]]
+"""From blue (no token) over white (fair share, a third of the scale) to red (three fair shares and more)."""
+LOAD_TOP = 300
+
+
+class Curve(NamedTuple):
+    name: str
+    metric: str
+    colour: str
+    scale: float = 1.0
+    markers: bool = False
+
+
+@dataclass(frozen=True)
+class Figure:
+    key: str
+    title: str
+    caption: str
+    plot: go.Figure
+    wide: bool = False
+
+
+@dataclass(frozen=True)
+class Series:
+    """What the figures are made from: every recorded step's scalars, and some steps' layers."""
+
+    step_N: np.ndarray
+    columns: Mapping[str, np.ndarray]
+    """Metric name -> values_N, NaN where absent."""
+    layers: Sequence[str]
+    layer_step_S: np.ndarray
+    layer_vio_SL: np.ndarray
+    load_SLE: np.ndarray
+    """Tokens per expert."""
+
+    def has(self, metric: str) -> bool:
+        return metric in self.columns and bool(np.isfinite(self.columns[metric]).any())
+
+
+def thin(x_N: np.ndarray, y_N: np.ndarray, points: int = POINTS) -> tuple[np.ndarray, np.ndarray]:
+    """At most about `points` of the points, with the lowest and highest of each of points/2 stretches."""
+    if len(x_N) <= points:
+        return x_N, y_N
+    kept = {0, len(x_N) - 1}
+    for part in np.array_split(np.arange(len(x_N)), points // 2):
+        values = y_N[part]
+        if np.isfinite(values).any():
+            finite = np.where(np.isfinite(values), values, np.nan)
+            kept |= {int(part[np.nanargmin(finite)]), int(part[np.nanargmax(finite)])}
+        else:
+            kept.add(int(part[0]))
+    index = np.array(sorted(kept))
+    return x_N[index], y_N[index]
+
+
+def curves(
+    series: Series, wanted: Sequence[Curve], unit: str, *, log: bool = False, zero: bool = False
+) -> go.Figure | None:
+    """Line plot over steps of those curves that have values, None without any."""
+    plot = go.Figure()
+    for curve in wanted:
+        if not series.has(curve.metric):
+            continue
+        values_N = series.columns[curve.metric] * curve.scale
+        if curve.markers:  # measured now and then: no gaps between the measurements
+            measured = np.isfinite(values_N)
+            x, y = series.step_N[measured], values_N[measured]
+        else:
+            x, y = series.step_N, values_N
+        x, y = thin(x, y)
+        mode = "lines+markers" if curve.markers or len(x) <= 60 else "lines"
+        plot.add_scatter(
+            x=x, y=y, name=curve.name, mode=mode, line={"color": curve.colour, "width": 1.6}, marker={"size": 6}
+        )
+    if not plot.data:
+        return None
+    plot.update_yaxes(title=unit, type="log" if log else "linear", rangemode="tozero" if zero else "normal")
+    if log:
+        plot.update_yaxes(dtick="D2", tickformat=".1~g")  # labels at 1, 2 and 5
+    return style(plot)
+
+
+def style(plot: go.Figure, height: int = 320) -> go.Figure:
+    plot.update_layout(
+        template="plotly_white",
+        height=height,
+        margin={"l": 70, "r": 20, "t": 30, "b": 50},
+        font={"size": 13, "color": "#222"},
+        hovermode="x unified",
+        showlegend=True,
+        legend={"orientation": "h", "y": 1.02, "yanchor": "bottom", "x": 0},
+    )
+    plot.update_xaxes(title="step", nticks=10, tickformat=",d")
+    return plot
+
+
+def build(series: Series, settings: Mapping[str, Any]) -> list[Figure]:
+    """All figures that the run has data for, in reading order. settings: the run's configuration."""
+    makers = (
+        _loss,
+        _imbalance,
+        _layer_heat,
+        _load_heat,
+        _bias,
+        _dead,
+        _throughput,
+        _mfu,
+        _times,
+        _grad_norm,
+        _schedules,
+        _memory,
+        _skipped,
+    )
+    return [figure for maker in makers if (figure := maker(series, settings)) is not None]
+
+
+def _figure(key: str, title: str, caption: str, plot: go.Figure | None, wide: bool = False) -> Figure | None:
+    return None if plot is None else Figure(key, title, caption, plot, wide)
+
+
+def _loss(series: Series, settings: Mapping[str, Any]) -> Figure | None:
+    depths = [name for name in sorted(series.columns) if name.startswith("mtp_loss_")]
+    wanted = [Curve("training: next token", "main_loss", BLUE)]
+    if not series.has("main_loss"):
+        wanted = [Curve("training", "loss", BLUE)]
+    if len(depths) > 1:
+        colours = [SKY, PURPLE, GREEN, GREY]
+        wanted += [
+            Curve(f"training: {int(name.rsplit('_', 1)[1])} further (MTP)", name, colours[i % 4])
+            for i, name in enumerate(depths)
+        ]
+    else:
+        wanted.append(Curve("training: token after next (MTP)", "mtp_loss", SKY))
+    wanted.append(Curve("held-out: next token", "validation_loss", ORANGE, markers=True))
+    caption = (
+        "How badly the model predicts text, in nats per token; it should fall, steeply at first. Held-out text was never "
+        "trained on: a held-out curve that rises while the training curve falls means memorising."
+    )
+    return _figure(
+        "loss", "Loss: how well the model predicts", caption, curves(series, wanted, "loss (nats per token)"), True
+    )
+
+
+def _imbalance(series: Series, settings: Mapping[str, Any]) -> Figure | None:
+    wanted = [
+        Curve("one batch", "max_vio", SKY),
+        Curve("running mean of about 100 steps", "max_vio_running", BLUE),
+    ]
+    caption = (
+        "MaxVio = (busiest expert's tokens - mean) / mean, averaged over layers. 0 is even; 1 means that the busiest expert "
+        "gets twice its share. The running curve should fall towards 0; single batches stay noisy."
+    )
+    plot = curves(series, wanted, "MaxVio", zero=True)
+    return _figure("imbalance", "Imbalance between experts", caption, plot)
+
+
+def _layer_heat(series: Series, settings: Mapping[str, Any]) -> Figure | None:
+    if not len(series.layer_step_S):
+        return None
+    vio_LS = series.layer_vio_SL.T.astype(np.float32)
+    top = float(np.nanquantile(vio_LS, 0.98)) if np.isfinite(vio_LS).any() else 1.0
+    heat = go.Heatmap(
+        x=series.layer_step_S,
+        y=list(series.layers),
+        z=vio_LS,
+        zmin=0,
+        zmax=max(top, 0.1),
+        colorscale="Cividis",
+        colorbar={"title": "MaxVio"},
+        hovertemplate="step %{x}, %{y}: MaxVio %{z:.2f}<extra></extra>",
+    )
+    plot = style(go.Figure(heat), height=int(min(620, 180 + 16 * len(series.layers))))
+    plot.update_layout(showlegend=False, hovermode="closest")
+    plot.update_yaxes(title="MoE layer", type="category", autorange="reversed", automargin=True)
+    caption = (
+        "Each row is one layer with experts, each column a step: dark is even, yellow means that one expert of that layer got far "
+        "more than its share in that batch. A row that stays yellow is a layer that does not balance. Rows named mtp are MTP modules."
+    )
+    return _figure("layers", "Imbalance layer by layer", caption, plot)
+
+
+def _load_heat(series: Series, settings: Mapping[str, Any]) -> Figure | None:
+    if not len(series.layer_step_S):
+        return None
+    mean_SL1 = series.load_SLE.mean(axis=2, keepdims=True)
+    # Two bytes a cell keep the page small; a percent is fine enough to see.
+    share_SLE = np.round(np.minimum(series.load_SLE / np.maximum(mean_SL1, 1e-9) * 100, 60000)).astype(np.uint16)
+    plot = go.Figure()
+    for index, layer in enumerate(series.layers):
+        plot.add_heatmap(
+            x=series.layer_step_S,
+            z=share_SLE[:, index].T.copy(),
+            name=layer,
+            visible=index == 0,
+            zmin=0,
+            zmax=LOAD_TOP,
+            colorscale=LOAD_COLOURS,
+            colorbar={
+                "title": "% of fair share",
+                "tickvals": [0, 100, 200, 300],
+                "ticktext": ["0: no token", "100: fair", "200", "300 and more"],
+            },
+            hovertemplate="step %{x}, expert %{y}: %{z} % of a fair share<extra></extra>",
+        )
+    style(plot, height=460)
+    buttons = [
+        {"label": layer, "method": "restyle", "args": ["visible", [other == layer for other in series.layers]]}
+        for layer in series.layers
+    ]
+    menu = {"buttons": buttons, "x": 0, "xanchor": "left", "y": 1.02, "yanchor": "bottom", "direction": "down"}
+    plot.update_layout(showlegend=False, hovermode="closest", updatemenus=[menu], margin={"t": 60})
+    plot.update_yaxes(title="expert")
+    caption = (
+        "Choose a layer above the picture. Each row is one expert, each column a step: white is a fair share of the tokens, red "
+        "is too many, blue too few. The balance bias should make the picture paler as training goes on."
+    )
+    return _figure("load", "Tokens per expert", caption, plot, True)
+
+
+def _bias(series: Series, settings: Mapping[str, Any]) -> Figure | None:
+    if not (series.has("bias_min") and series.has("bias_max")):
+        return None
+    wanted = [Curve("largest", "bias_max", ORANGE), Curve("smallest", "bias_min", BLUE)]
+    caption = (
+        "The bias that steers tokens away from busy experts (it only picks experts; it does not weigh them). A range that "
+        "settles is healthy; one that widens for ever means that balancing fights the router."
+    )
+    return _figure("bias", "Balance bias: its range over all experts", caption, curves(series, wanted, "bias"))
+
+
+def _dead(series: Series, settings: Mapping[str, Any]) -> Figure | None:
+    if not series.has("dead_experts") or np.nanmax(series.columns["dead_experts"]) == 0:
+        return None
+    plot = curves(series, [Curve("dead experts", "dead_experts", PURPLE)], "experts", zero=True)
+    caption = "Experts, over all layers, that got no token in the last 20 steps: wasted parameters. 0 is good."
+    return _figure("dead", "Experts that nobody uses", caption, plot)
+
+
+def _throughput(series: Series, settings: Mapping[str, Any]) -> Figure | None:
+    plot = curves(series, [Curve("tokens per second", "tokens_per_second", GREEN)], "tokens/s", zero=True)
+    caption = (
+        "Tokens trained per second, all ranks together; level is good. Short dips come with validation and checkpoints."
+    )
+    return _figure("throughput", "Speed", caption, plot)
+
+
+def _mfu(series: Series, settings: Mapping[str, Any]) -> Figure | None:
+    wanted = [
+        Curve("causal attention counted", "mfu", GREEN, 100.0),
+        Curve("full attention counted", "mfu_full", GREY, 100.0),
+    ]
+    caption = (
+        "Model FLOP/s utilisation: the share of the device's peak arithmetic that went into the model, higher is better. "
+        "DeepSeek-V3 reports 38.9 % (causal) and 43.7 % (full) on its H800s, MTP left out as here."
+    )
+    return _figure("mfu", "Use of the hardware (MFU)", caption, curves(series, wanted, "% of peak", zero=True))
+
+
+def _times(series: Series, settings: Mapping[str, Any]) -> Figure | None:
+    wanted = [
+        Curve("whole step", "step_seconds", BLUE),
+        Curve("waiting for data", "data_wait_seconds", ORANGE),
+        Curve("waiting for a checkpoint", "checkpoint_stall_seconds", PURPLE),
+    ]
+    caption = (
+        "Wall time of each step, and the parts of it in which training stood still. The two waits should lie near 0."
+    )
+    return _figure("times", "Where the time goes", caption, curves(series, wanted, "seconds", zero=True))
+
+
+def _grad_norm(series: Series, settings: Mapping[str, Any]) -> Figure | None:
+    plot = curves(series, [Curve("before clipping", "grad_norm", BLUE)], "gradient norm", log=True)
+    clip = (settings.get("optim") or {}).get("clip")
+    limit = ""
+    if plot is not None and isinstance(clip, (int, float)) and clip > 0:
+        ends = series.step_N[[0, -1]]
+        plot.add_scatter(
+            x=ends, y=[clip, clip], name="clipping limit", line={"color": GREY, "dash": "dash"}, mode="lines"
+        )
+        limit = f" Larger gradients are scaled down to {clip:g}."
+    caption = f"Length of the gradient, on a logarithmic axis; spikes show unstable steps.{limit}"
+    return _figure("grad_norm", "Gradient norm", caption, plot)
+
+
+def _schedules(series: Series, settings: Mapping[str, Any]) -> Figure | None:
+    plot = curves(series, [Curve("learning rate", "lr", BLUE)], "learning rate", zero=True)
+    if plot is not None:
+        plot.update_yaxes(exponentformat="power")
+    caption = "How large the steps are: a warm-up from 0, then what the schedule says."
+    return _figure("lr", "Learning rate", caption, plot)
+
+
+def _memory(series: Series, settings: Mapping[str, Any]) -> Figure | None:
+    plot = curves(series, [Curve("peak memory", "memory_bytes", SKY, 1 / 2**30)], "GiB", zero=True)
+    caption = "Peak memory of the reporting rank (GPU memory on a GPU, else main memory). It should level off early."
+    return _figure("memory", "Memory", caption, plot)
+
+
+def _skipped(series: Series, settings: Mapping[str, Any]) -> Figure | None:
+    if not series.has("skipped_steps") or np.nanmax(series.columns["skipped_steps"]) == 0:
+        return None
+    plot = curves(series, [Curve("skipped so far", "skipped_steps", ORANGE)], "steps", zero=True)
+    caption = "Steps whose update was left out because loss or gradient was not a finite number. A few are harmless; a stair is not."
+    return _figure("skipped", "Skipped steps", caption, plot)

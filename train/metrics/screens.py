@@ -1,0 +1,104 @@
+"""What a person reads when a run ends: well, on a signal, or on an input that has to be mended.
+
+One style: a line with the outcome, then labelled lines. Nothing is boxed or wrapped, so that paths and commands can be
+copied from any window.
+"""
+
+import math
+import sys
+from pathlib import Path
+
+from rich.console import Console
+from rich.text import Text
+
+from conf.errors import UserError
+from train.metrics.progress import duration
+
+GOOD, WARN, BAD = "bold green", "bold yellow", "bold red"
+LABEL = 12
+SAMPLE_LINES = 12
+
+
+def final_screen(
+    name: str,
+    steps: int,
+    *,
+    seconds: float | None = None,
+    validation_loss: float | None = None,
+    bits_per_byte: float | None = None,
+    sample: str | None = None,
+    checkpoint: Path | None = None,
+    report: Path | None = None,
+    wandb: str | None = None,
+    console: Console | None = None,
+) -> None:
+    """The end of a run, on stdout. What is None is left out. seconds: wall time of the run.
+
+    wandb: address of the W&B run, or folder of the offline run.
+    """
+    took = f" in {duration(seconds)}" if seconds is not None else ""
+    rows = []
+    if validation_loss is not None:
+        rows.append(("Held-out", _held_out(validation_loss, bits_per_byte)))
+    if sample:
+        rows.append(("Sample", _quoted(sample)))
+    rows += [("Checkpoint", str(checkpoint))] if checkpoint else []
+    rows += [("Report", f"{report}  (open it in a browser)")] if report else []
+    if wandb:
+        rows.append(("W&B", wandb if wandb.startswith("http") else f"offline; upload with: wandb sync {wandb}"))
+    _show(console or Console(highlight=False), f"{name}: {steps} steps done{took}", GOOD, rows)
+
+
+def stopped_screen(
+    name: str,
+    step: int,
+    steps: int,
+    reason: str,
+    *,
+    checkpoint: Path | None,
+    command: str,
+    console: Console | None = None,
+) -> None:
+    """A run that a signal or a limit stopped, on stdout. command: what resumes it."""
+    rows = [
+        ("Why", reason),
+        ("Checkpoint", str(checkpoint) if checkpoint else "none yet: the run would start again"),
+        ("Go on with", command),
+    ]
+    _show(console or Console(highlight=False), f"{name}: stopped at step {step} of {steps}", WARN, rows)
+
+
+def error_screen(error: UserError, console: Console | None = None) -> None:
+    """An input that the user has to mend, on stderr, without a traceback."""
+    rows = [("Rule", str(error.rule)), ("Cure", str(error.cure))]
+    console = console or Console(file=sys.stderr, highlight=False)
+    _show(console, f"error: {error.field} = {error.value}", BAD, rows)
+
+
+def _held_out(loss: float, bits_per_byte: float | None) -> str:
+    text = f"loss {loss:.4f} nats per token"
+    if bits_per_byte is not None and math.isfinite(bits_per_byte):
+        text += f", {bits_per_byte:.4f} bits per byte (lower is better; guessing bytes at random gives 8)"
+    return text
+
+
+def _quoted(sample: str) -> str:
+    lines = sample.strip().splitlines() or [""]
+    shown = lines[:SAMPLE_LINES] + (["..."] if len(lines) > SAMPLE_LINES else [])
+    return "\n".join(f"| {line}" for line in shown)
+
+
+def _show(console: Console, title: str, style: str, rows: list[tuple[str, str]]) -> None:
+    console.print()
+    console.print(Text(printable(title, console.encoding), style=style), soft_wrap=True)
+    for label, value in rows:
+        first, *rest = printable(value, console.encoding).split("\n")
+        console.print(Text.assemble((f"  {label:<{LABEL}}", "dim"), first), soft_wrap=True)
+        for line in rest:
+            console.print(Text(" " * (LABEL + 2) + line), soft_wrap=True)
+
+
+def printable(text: str, encoding: str) -> str:
+    """Without control characters (a sampled escape sequence must not reach the terminal), and what the terminal can show."""
+    safe = "".join(c if c.isprintable() or c in "\n\t" else "\N{REPLACEMENT CHARACTER}" for c in text)
+    return safe.encode(encoding, "replace").decode(encoding)
