@@ -1,0 +1,68 @@
+"""Flat dispatch: one all-to-all over the whole expert-parallel group, dropless, with variable splits.
+
+Every (token, expert) pair is a message of its own, as in the common all-to-all dispatchers, even when two experts of
+a token share a rank: this is the yardstick for node-limited dispatch. A message is an encoded row and one gate.
+
+    1. Sort the pairs by expert. Experts are numbered rank by rank, so the pairs are sorted by rank as well.
+    2. Exchange how many pairs go to which expert; copy the split sizes to the host, the only such copy.
+    3. Exchange the messages. The receiver knows from the counts which expert each arrival is for.
+    4. Sort arrivals by expert.
+
+Shapes beside those of dispatcher.py: P ranks, E experts in all, L experts per rank.
+"""
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from parallel.expert.dispatcher import ChainDispatcher, Plan
+from parallel.expert.link import Link
+from parallel.expert.permute import sort_entries
+from parallel.expert.wire import Wire
+
+
+class AllToAllDispatcher(ChainDispatcher):
+    """Experts over the ranks of one group, rank r holding experts [r*E/P, (r+1)*E/P).
+
+    group: the expert-parallel group, or None when this rank holds all experts.
+    experts: E. ranks_per_node: consecutive ranks that share a node, for the counters.
+    """
+
+    def __init__(self, group: dist.ProcessGroup | None, experts: int, ranks_per_node: int, wire: Wire):
+        size = 1 if group is None else dist.get_world_size(group)
+        super().__init__([Link(group, [rank // ranks_per_node for rank in range(size)])], wire)
+        self.experts = experts
+
+    def _plan(self, expert_ids_TK: Tensor) -> Plan:
+        ranks = self.links[0].size
+        ids = expert_ids_TK.flatten()
+        counts_PL = ids.new_zeros(self.experts).scatter_add_(0, ids, torch.ones_like(ids)).view(ranks, -1)
+        transfer = self.links[0].start_counts(counts_PL, self.counters.forward)
+        pairs = sort_entries(expert_ids_TK)
+        arriving_PL = transfer.wait()
+        sent, received = torch.stack([counts_PL.sum(1), arriving_PL.sum(1)]).tolist()
+        local_L = torch.arange(arriving_PL.shape[1], device=ids.device)
+        expert_R = local_L.repeat(ranks).repeat_interleave(arriving_PL.flatten(), output_size=sum(received))
+        arrivals = sort_entries(expert_R[:, None])
+        return Plan([sent], [received], sum(received), arriving_PL.sum(0), expert_ids_TK, [pairs, arrivals])
+
+    def _first_copies(self, plan: Plan, words_TW: Tensor, gates_TK: Tensor) -> Tensor:
+        pairs = plan.fans[0]
+        width = words_TW.shape[1]
+        message_CX = words_TW.new_empty(pairs.source_C.numel(), width + 1)
+        torch.index_select(words_TW, 0, pairs.source_C, out=message_CX[:, :width])
+        # copy_C maps (token, entry) to its place among the copies, so writing through it sorts the gates.
+        message_CX[:, width].scatter_(0, pairs.copy_C, gates_TK.flatten().view(torch.int32))
+        return message_CX
+
+    def _learn(self, plan: Plan, side_MX: Tensor) -> None:
+        raise AssertionError("all fan-outs of the flat dispatch are known beforehand")
+
+    def _row_gates(self, plan: Plan, side_MX: Tensor) -> Tensor:
+        return side_MX.view(torch.float32)[:, 0].index_select(0, plan.fans[1].source_C)
+
+    def _gate_grads_by_message(self, plan: Plan, grads_R: Tensor) -> Tensor:
+        return grads_R.index_select(0, plan.fans[1].copy_C)[:, None]
+
+    def _gate_grads_by_token(self, plan: Plan, side_CX: Tensor) -> Tensor:
+        return side_CX[:, 0].index_select(0, plan.fans[0].copy_C).view(plan.ids_TK.shape)

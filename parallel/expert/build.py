@@ -1,0 +1,89 @@
+"""Choosing a dispatcher, and the rules it needs. Pure but for the construction at the end."""
+
+import torch.distributed as dist
+
+from conf.errors import UserError
+from parallel.expert.all_to_all import AllToAllDispatcher
+from parallel.expert.deep_ep import DeepEPDispatcher
+from parallel.expert.node_limited import NodeLimitedDispatcher
+from parallel.expert.wire import Fp8Wire, HighWire, Wire
+
+Dispatcher = AllToAllDispatcher | NodeLimitedDispatcher | DeepEPDispatcher
+
+MAX_EXPERTS = 32767
+"""Expert ids are sorted and sent as int16."""
+
+
+def check_experts(experts: int, ep: int) -> None:
+    """Raise UserError unless every one of ep ranks gets the same number of experts."""
+    if experts % ep:
+        near = [size for size in range(1, experts + 1) if experts % size == 0]
+        cure = f"set parallel.ep to one of {near}, or model.experts to a multiple of {ep}"
+        raise UserError("parallel.ep", ep, f"must divide model.experts = {experts}", cure)
+    if experts > MAX_EXPERTS:
+        raise UserError("model.experts", experts, f"at most {MAX_EXPERTS} experts per layer", "use fewer experts")
+
+
+def check_groups(ep: int, ranks_per_node: int, groups: int) -> None:
+    """Raise UserError unless the router's expert groups and the nodes fit each other (paper 2.1.2, 3.2.2).
+
+    Nodes are runs of ranks_per_node ranks of an expert-parallel group. A group of experts may not straddle two
+    nodes, or a token limited to M groups could reach more than M nodes. One group means no limit and always fits.
+    """
+    if ep % ranks_per_node:
+        raise UserError(
+            "parallel.ranks_per_node",
+            ranks_per_node,
+            f"must divide parallel.ep = {ep}, so that nodes are equal",
+            f"set parallel.ranks_per_node to a divisor of {ep}, or parallel.dispatch=all_to_all",
+        )
+    nodes = ep // ranks_per_node
+    if groups > 1 and groups % nodes:
+        raise UserError(
+            "model.groups",
+            groups,
+            f"must be a multiple of the {nodes} nodes that hold a layer's experts, or 1: else a group straddles nodes",
+            f"set model.groups={nodes}, or parallel.dispatch=all_to_all, or change parallel.ep",
+        )
+
+
+def build_wire(name: str) -> Wire:
+    """bf16 (the activation format, whichever that is) or fp8."""
+    wires = {wire.name: wire for wire in (HighWire, Fp8Wire)}
+    if name not in wires:
+        raise UserError("parallel.wire", name, f"must be one of {sorted(wires)}", "set parallel.wire=bf16")
+    return wires[name]()
+
+
+def build_dispatcher(
+    name: str,
+    *,
+    experts: int,
+    wire: str = "bf16",
+    ep_group: dist.ProcessGroup | None = None,
+    inter_group: dist.ProcessGroup | None = None,
+    intra_group: dist.ProcessGroup | None = None,
+    ranks_per_node: int = 1,
+    groups: int = 1,
+    width: int = 0,
+) -> Dispatcher:
+    """A dispatcher for one layer or, as it keeps no state between uses, for all layers of a rank.
+
+    name: all_to_all, node_limited or deep_ep. experts: routed experts of a layer. wire: bf16 or fp8.
+    ep_group: the expert-parallel group (None: this rank alone). inter_group, intra_group, for node_limited: the
+    ranks with this rank's index on each node, and the ranks of this node (None: just this rank).
+    ranks_per_node: consecutive ranks of the group on one node. groups: the router's expert groups.
+    width: hidden width, for deep_ep. Raises UserError where the sizes do not fit.
+    """
+    ep = 1 if ep_group is None else dist.get_world_size(ep_group)
+    check_experts(experts, ep)
+    if name == "all_to_all":
+        return AllToAllDispatcher(ep_group, experts, ranks_per_node, build_wire(wire))
+    if name == "node_limited":
+        check_groups(ep, ranks_per_node, groups)
+        return NodeLimitedDispatcher(inter_group, intra_group, experts, build_wire(wire))
+    if name == "deep_ep":
+        return DeepEPDispatcher(ep_group, experts, width, build_wire(wire))
+    raise UserError(
+        "parallel.dispatch", name, "must be all_to_all, node_limited or deep_ep", "set parallel.dispatch=all_to_all"
+    )

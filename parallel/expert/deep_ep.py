@@ -1,0 +1,168 @@
+"""DeepEP's kernels behind the dispatcher protocol, for GPUs with NVLink and RDMA.
+
+Written against the public interface of `deep_ep.Buffer` (get_dispatch_layout, dispatch, combine) as its documentation
+gives it. It has not been run by us: this project's tests have no GPU with the package. Its place in the chain of
+parallel/expert/dispatcher.py: DeepEP moves a token once per rank that holds one of its experts, going through one
+rank per node, and returns for every arrival its local expert ids (-1 for experts elsewhere) and gates; expanding
+arrivals to rows by expert, and summing them again, is done here.
+
+Shapes: T tokens, D channels, K experts per token, M arrivals, R rows, E local experts.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from conf.errors import UserError
+from parallel.expert.dispatcher import Routed
+from parallel.expert.permute import FanOut, collect, fan_out, spread
+from parallel.expert.wire import Fp8Wire, Wire
+
+
+@dataclass
+class _Plan:
+    handle: Any
+    """DeepEP's record of the routing."""
+    rows: FanOut
+    entry_of_row: Tensor
+    """Which entry of the arrivals' gates, (M, K) flattened, is each row's."""
+
+
+class DeepEPDispatcher:
+    """Experts over the ranks of one group through DeepEP; bf16 activations, width a multiple of 128.
+
+    group: NCCL group. experts: experts in all. width: D, which sizes the buffers.
+    Bytes are not counted here, so it has no counters.
+    """
+
+    counters = None
+
+    def __init__(self, group: dist.ProcessGroup | None, experts: int, width: int, wire: Wire):
+        if width % 128:
+            raise UserError(
+                "model.hidden", width, "DeepEP needs a multiple of 128", "change it or set parallel.dispatch=all_to_all"
+            )
+        self._deep_ep = _import_deep_ep()
+        self.experts, self.wire = experts, wire
+        self.local = experts // dist.get_world_size(group)
+        self.buffer = self._make_buffer(group, width * torch.bfloat16.itemsize)
+
+    def _make_buffer(self, group: dist.ProcessGroup, row_bytes: int) -> Any:
+        buffer_type, size = self._deep_ep.Buffer, dist.get_world_size(group)
+        configs = [buffer_type.get_dispatch_config(size), buffer_type.get_combine_config(size)]
+        inside = max(config.get_nvl_buffer_size_hint(row_bytes, size) for config in configs)
+        across = max(config.get_rdma_buffer_size_hint(row_bytes, size) for config in configs)
+        return buffer_type(group, inside, across)
+
+    def dispatch(self, x_TD: Tensor, expert_ids_TK: Tensor, gates_TK: Tensor) -> Routed:
+        """Send every token to its experts; see ChainDispatcher.dispatch_begin."""
+        assert x_TD.dtype == torch.bfloat16 and gates_TK.dtype == torch.float32
+        arrived_MD, arrived_gates_MK, ids_MK, counts, handle = _Dispatch.apply(x_TD, gates_TK, expert_ids_TK, self)
+        plan, counts_E = self._plan(ids_MK, counts, handle)
+        rows_RD = _Spread.apply(arrived_MD, plan.rows)
+        gates_R = arrived_gates_MK.flatten().take(plan.entry_of_row)
+        return Routed(rows_RD, gates_R, counts_E, plan)
+
+    def combine(self, out_RD: Tensor, routed: Routed) -> Tensor:
+        """Sum of the expert outputs of every token, y_TD."""
+        return _Combine.apply(_Collect.apply(out_RD, routed.plan.rows), routed.plan.handle, self)
+
+    def _plan(self, ids_MK: Tensor, counts: list[int], handle: Any) -> tuple[_Plan, Tensor]:
+        column_MK = ids_MK.long().where(ids_MK >= 0, self.local)
+        hits = torch.zeros(ids_MK.shape[0], self.local + 1, dtype=torch.bool, device=ids_MK.device)
+        rows = fan_out(hits.scatter_(1, column_MK, True)[:, : self.local], sum(counts))
+        counts_E = torch.tensor(counts, device=ids_MK.device)
+        expert_R = torch.arange(self.local, device=ids_MK.device).repeat_interleave(counts_E, output_size=sum(counts))
+        entry_R = (ids_MK.index_select(0, rows.source_C) == expert_R[:, None]).int().argmax(1)
+        return _Plan(handle, rows, rows.source_C * ids_MK.shape[1] + entry_R), counts_E
+
+    def encode(self, rows_TD: Tensor, *, gradient: bool) -> Any:
+        """What DeepEP takes: bf16 rows, or FP8 rows and their scales."""
+        if not isinstance(self.wire, Fp8Wire):
+            return rows_TD.contiguous()
+        q_TD, scale_TS = self.wire.decode_parts(self.wire.encode(rows_TD, gradient=gradient), rows_TD.shape[1])
+        return q_TD.contiguous(), scale_TS
+
+    def decode(self, received: Any) -> Tensor:
+        """bf16 rows from what DeepEP gives."""
+        if not isinstance(received, tuple):
+            return received
+        q_MD, scale_MS = received
+        return (q_MD.float().unflatten(1, (-1, 128)) * scale_MS[..., None]).flatten(1).bfloat16()
+
+
+class _Dispatch(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x_TD: Tensor, gates_TK: Tensor, expert_ids_TK: Tensor, dispatcher: DeepEPDispatcher):
+        buffer = dispatcher.buffer
+        ids_TK = expert_ids_TK.to(dispatcher._deep_ep.topk_idx_t)
+        per_rank, per_rdma_rank, per_expert, in_rank, _ = buffer.get_dispatch_layout(ids_TK, dispatcher.experts)
+        received, ids_MK, gates_MK, counts, handle, _ = buffer.dispatch(
+            dispatcher.encode(x_TD, gradient=False),
+            topk_idx=ids_TK,
+            topk_weights=gates_TK,
+            num_tokens_per_rank=per_rank,
+            num_tokens_per_rdma_rank=per_rdma_rank,
+            is_token_in_rank=in_rank,
+            num_tokens_per_expert=per_expert,
+        )
+        ctx.buffer, ctx.handle = buffer, handle
+        ctx.mark_non_differentiable(ids_MK)
+        return dispatcher.decode(received), gates_MK, ids_MK, counts, handle
+
+    @staticmethod
+    def backward(ctx, grad_MD: Tensor, grad_gates_MK: Tensor, *_):
+        grad_TD, grad_gates_TK, _ = ctx.buffer.combine(grad_MD.contiguous(), ctx.handle, topk_weights=grad_gates_MK)
+        return grad_TD, grad_gates_TK, None, None
+
+
+class _Combine(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, out_MD: Tensor, handle: Any, dispatcher: DeepEPDispatcher) -> Tensor:
+        ctx.handle, ctx.dispatcher = handle, dispatcher
+        y_TD, _, _ = dispatcher.buffer.combine(out_MD.contiguous(), handle)
+        return y_TD
+
+    @staticmethod
+    def backward(ctx, grad_TD: Tensor):
+        sent = ctx.dispatcher.encode(grad_TD, gradient=True)
+        received, *_ = ctx.dispatcher.buffer.dispatch(sent, handle=ctx.handle)
+        return ctx.dispatcher.decode(received), None, None
+
+
+class _Spread(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, rows_MD: Tensor, fan: FanOut) -> Tensor:
+        ctx.fan = fan
+        return spread(rows_MD, fan)
+
+    @staticmethod
+    def backward(ctx, grad_RD: Tensor):
+        return collect(grad_RD, ctx.fan), None
+
+
+class _Collect(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, rows_RD: Tensor, fan: FanOut) -> Tensor:
+        ctx.fan = fan
+        return collect(rows_RD, fan)
+
+    @staticmethod
+    def backward(ctx, grad_MD: Tensor):
+        return spread(grad_MD.contiguous(), ctx.fan), None
+
+
+def _import_deep_ep() -> Any:
+    try:
+        import deep_ep
+    except ImportError as error:
+        raise UserError(
+            "parallel.dispatch",
+            "deep_ep",
+            "needs the package deep_ep, which cannot be imported: " + str(error),
+            "build it from github.com/deepseek-ai/DeepEP, or set parallel.dispatch=node_limited",
+        ) from error
+    return deep_ep

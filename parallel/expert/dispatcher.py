@@ -1,0 +1,283 @@
+"""What the all-to-all dispatchers share: the chain of hops, and its four uses by autograd.
+
+A token's way out is a chain of fan-outs (parallel/expert/permute.py) with an exchange after each but the last,
+which sorts the arrivals by local expert. The way back is the same chain reversed. Training uses each twice:
+
+    dispatch forward     out,  on the wire        x and gates -> rows and their gates
+    dispatch backward    back, activation format  gradients of rows and gates -> gradients of x and gates
+    combine forward      back, activation format  expert outputs -> y
+    combine backward     out,  on the wire        gradient of y -> gradient of expert outputs (cached routing)
+
+as in paper 3.3.3 (FP8 out, BF16 back). Every use is cut in two: `begin` runs up to the start of the exchange at
+the source's end of the chain (the slow network, where there are two hops), `wait` is the rest. In the backward
+pass the halves change roles: the gradient of wait starts the exchange, the gradient of begin waits for it.
+Between them autograd runs what was computed between begin and wait, such as the shared expert, since it runs
+ready nodes latest first.
+
+The token is quantized once, before any copy is made, so its copies hold equal bytes wherever they go, and the
+numbers of a run do not depend on how experts are spread.
+
+Shapes: T tokens of this rank, D channels, K experts per token, R rows of this rank's experts, E local experts,
+M messages that arrived at this rank, C copies, B bytes of an encoded row, W = B/4 words, P peers of a hop.
+"""
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from parallel.expert.counters import Counters, Traffic
+from parallel.expert.link import Link, Transfer
+from parallel.expert.permute import FanOut, collect, spread
+from parallel.expert.wire import HighWire, Wire
+
+
+@dataclass
+class Plan:
+    """Where the tokens of one dispatch go. Made by the forward dispatch, used again by all that follows."""
+
+    sent: list[list[int]]
+    """Messages to every peer, per hop."""
+    received: list[list[int]]
+    """Messages from every peer, per hop."""
+    rows: int
+    """Rows of this rank's experts."""
+    counts_E: Tensor
+    """Rows per local expert, int64."""
+    ids_TK: Tensor
+    """The experts of this rank's own tokens."""
+    fans: list[FanOut] = field(default_factory=list)
+    """One per hop, then the one from arrivals to rows sorted by expert. Later ones may need arrivals of earlier hops."""
+    entry_of_row: Tensor | None = None
+    """For node-limited dispatch: which entry of the arrivals' gates, (M, K) flattened, is each row's."""
+
+
+@dataclass
+class Routed:
+    """Tokens at their experts."""
+
+    rows_RD: Tensor
+    """Rows for this rank's experts, sorted by local expert, in the activation format."""
+    gates_R: Tensor
+    """fp32 gate value of every row, to be applied by the expert."""
+    counts_E: Tensor
+    """Rows per local expert, int64, on the rows' device."""
+    plan: object
+    """The dispatcher's own state for the way back."""
+
+
+class PendingDispatch:
+    """A dispatch whose first exchange is under way."""
+
+    def __init__(self, flight: "_Flight", ticket: Tensor):
+        self._flight, self._ticket = flight, ticket
+
+    def wait(self) -> Routed:
+        """Finish the dispatch. Call once, on every rank of the group in the same order."""
+        rows_RD, gates_R = _DispatchWait.apply(self._ticket, self._flight)
+        plan = self._flight.plan
+        return Routed(rows_RD, gates_R, plan.counts_E, plan)
+
+
+class PendingCombine:
+    """A combine whose last exchange is under way."""
+
+    def __init__(self, flight: "_Flight", ticket: Tensor):
+        self._flight, self._ticket = flight, ticket
+
+    def wait(self) -> Tensor:
+        """Finish the combine: y_TD. Call once, on every rank of the group in the same order."""
+        return _CombineWait.apply(self._ticket, self._flight)
+
+
+class ChainDispatcher(ABC):
+    """Dispatcher over one or two hops; a subclass says how a token's copies and gates are laid out.
+
+    links: one per hop, source first. wire: format of the way out. counters: what was moved, see Counters.
+    """
+
+    def __init__(self, links: list[Link], wire: Wire):
+        self.links = links
+        self.wire = wire
+        self.counters = Counters()
+        self._back_wire = HighWire()
+
+    def dispatch_begin(self, x_TD: Tensor, expert_ids_TK: Tensor, gates_TK: Tensor) -> PendingDispatch:
+        """Start to send every token to its experts. Needs one copy of split sizes to the host.
+
+        x_TD: fp32 or bf16. expert_ids_TK: int64 ids over the whole group, those of a token distinct. gates_TK: fp32.
+        """
+        assert gates_TK.dtype == torch.float32 and expert_ids_TK.shape == gates_TK.shape
+        flight = _Flight(self, self._plan(expert_ids_TK), x_TD.shape[1], x_TD.dtype)
+        return PendingDispatch(flight, _DispatchBegin.apply(x_TD, gates_TK, flight))
+
+    def dispatch(self, x_TD: Tensor, expert_ids_TK: Tensor, gates_TK: Tensor) -> Routed:
+        """Send every token to its experts; see dispatch_begin."""
+        return self.dispatch_begin(x_TD, expert_ids_TK, gates_TK).wait()
+
+    def combine_begin(self, out_RD: Tensor, routed: Routed) -> PendingCombine:
+        """Start to send the experts' outputs back to their tokens."""
+        assert out_RD.shape[0] == routed.plan.rows
+        flight = _Flight(self, routed.plan, out_RD.shape[1], out_RD.dtype)
+        return PendingCombine(flight, _CombineBegin.apply(out_RD, flight))
+
+    def combine(self, out_RD: Tensor, routed: Routed) -> Tensor:
+        """Sum of the expert outputs of every token, y_TD."""
+        return self.combine_begin(out_RD, routed).wait()
+
+    @abstractmethod
+    def _plan(self, expert_ids_TK: Tensor) -> Plan:
+        """Exchange counts; fill the fan-outs known before anything arrives, the first at least."""
+
+    @abstractmethod
+    def _first_copies(self, plan: Plan, words_TW: Tensor, gates_TK: Tensor) -> Tensor:
+        """Messages of the first hop: copies of the encoded rows, each followed by its side words."""
+
+    @abstractmethod
+    def _learn(self, plan: Plan, side_MX: Tensor) -> None:
+        """Add the next fan-out to the plan, from the side words of what has arrived."""
+
+    @abstractmethod
+    def _row_gates(self, plan: Plan, side_MX: Tensor) -> Tensor:
+        """gates_R from the side words of the arrivals."""
+
+    @abstractmethod
+    def _gate_grads_by_message(self, plan: Plan, grads_R: Tensor) -> Tensor:
+        """Transpose of _row_gates: gradients as fp32 side words of every arrival, (M, X)."""
+
+    @abstractmethod
+    def _gate_grads_by_token(self, plan: Plan, side_CX: Tensor) -> Tensor:
+        """Gradients of gates_TK from the side words that came back to the source."""
+
+    def _start_out(self, flight: "_Flight", rows_TD: Tensor, gates_TK: Tensor | None, traffic: Traffic) -> Transfer:
+        plan = flight.plan
+        words_TW = self.wire.encode(rows_TD, gradient=gates_TK is None).view(torch.int32)
+        if gates_TK is None:
+            message_CX = spread(words_TW, plan.fans[0])
+        else:
+            message_CX = self._first_copies(plan, words_TW, gates_TK)
+        return self.links[0].start(message_CX, plan.sent[0], plan.received[0], traffic)
+
+    def _finish_out(self, flight: "_Flight", transfer: Transfer, traffic: Traffic) -> tuple[Tensor, Tensor]:
+        """Rows sorted by expert, and the side words of the arrivals (no columns for a gradient)."""
+        plan = flight.plan
+        words = self.wire.row_bytes(flight.width, flight.dtype) // 4
+        message_MX = transfer.wait()
+        for hop, link in enumerate(self.links[1:], 1):
+            if len(plan.fans) == hop:
+                self._learn(plan, message_MX[:, words:])
+            copies_CX = spread(message_MX, plan.fans[hop])
+            message_MX = link.start(copies_CX, plan.sent[hop], plan.received[hop], traffic).wait()
+        if len(plan.fans) == len(self.links):
+            self._learn(plan, message_MX[:, words:])
+        rows_MD = self.wire.decode(message_MX[:, :words].view(torch.uint8), flight.width, flight.dtype)
+        return spread(rows_MD, plan.fans[-1]), message_MX[:, words:]
+
+    def _start_back(self, flight: "_Flight", rows_RD: Tensor, side_MX: Tensor | None, traffic: Traffic) -> Transfer:
+        plan = flight.plan
+        rows_MD = collect(rows_RD, plan.fans[-1])
+        for hop in range(len(self.links) - 1, 0, -1):
+            message_MX = self._back_message(rows_MD, side_MX)
+            transfer = self.links[hop].start(message_MX, plan.received[hop], plan.sent[hop], traffic)
+            rows_CD, side_CX = self._split(flight, transfer.wait())
+            rows_MD = collect(rows_CD, plan.fans[hop])
+            side_MX = None if side_MX is None else collect(side_CX, plan.fans[hop])
+        message_MX = self._back_message(rows_MD, side_MX)
+        return self.links[0].start(message_MX, plan.received[0], plan.sent[0], traffic)
+
+    def _finish_back(self, flight: "_Flight", transfer: Transfer) -> tuple[Tensor, Tensor]:
+        """Sums per token, and the side words of the source's copies."""
+        rows_CD, side_CX = self._split(flight, transfer.wait())
+        return collect(rows_CD, flight.plan.fans[0]), side_CX
+
+    def _back_message(self, rows_MD: Tensor, side_MX: Tensor | None) -> Tensor:
+        words_MW = self._back_wire.encode(rows_MD).view(torch.int32)
+        return words_MW if side_MX is None else torch.cat([words_MW, side_MX.view(torch.int32)], 1)
+
+    def _split(self, flight: "_Flight", message_CX: Tensor) -> tuple[Tensor, Tensor]:
+        words = self._back_wire.row_bytes(flight.width, flight.dtype) // 4
+        bytes_CB = message_CX[:, :words].view(torch.uint8)
+        rows_CD = self._back_wire.decode(bytes_CB, flight.width, flight.dtype)
+        return rows_CD, message_CX[:, words:].view(torch.float32)
+
+
+@dataclass
+class _Flight:
+    """State that the two halves of one use share."""
+
+    dispatcher: ChainDispatcher
+    plan: Plan
+    width: int
+    dtype: torch.dtype
+    transfer: Transfer | None = None
+
+    def land(self) -> Transfer:
+        transfer, self.transfer = self.transfer, None
+        assert transfer is not None, "wait() was called twice"
+        return transfer
+
+
+def _ticket(like: Tensor) -> Tensor:
+    """An empty tensor that ties the two halves together in the autograd graph."""
+    return like.new_empty(0, dtype=torch.float32)
+
+
+class _DispatchBegin(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x_TD: Tensor, gates_TK: Tensor, flight: _Flight) -> Tensor:
+        ctx.flight = flight
+        dispatcher = flight.dispatcher
+        flight.transfer = dispatcher._start_out(flight, x_TD, gates_TK, dispatcher.counters.forward)
+        return _ticket(x_TD)
+
+    @staticmethod
+    def backward(ctx, _: Tensor):
+        flight = ctx.flight
+        grad_TD, side_CX = flight.dispatcher._finish_back(flight, flight.land())
+        return grad_TD, flight.dispatcher._gate_grads_by_token(flight.plan, side_CX), None
+
+
+class _DispatchWait(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, ticket: Tensor, flight: _Flight) -> tuple[Tensor, Tensor]:
+        ctx.flight = flight
+        dispatcher = flight.dispatcher
+        rows_RD, side_MX = dispatcher._finish_out(flight, flight.land(), dispatcher.counters.forward)
+        return rows_RD, dispatcher._row_gates(flight.plan, side_MX)
+
+    @staticmethod
+    def backward(ctx, grad_RD: Tensor, grad_gates_R: Tensor):
+        flight, dispatcher = ctx.flight, ctx.flight.dispatcher
+        side_MX = dispatcher._gate_grads_by_message(flight.plan, grad_gates_R)
+        flight.transfer = dispatcher._start_back(flight, grad_RD, side_MX, dispatcher.counters.backward)
+        return _ticket(grad_RD), None
+
+
+class _CombineBegin(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, out_RD: Tensor, flight: _Flight) -> Tensor:
+        ctx.flight = flight
+        dispatcher = flight.dispatcher
+        flight.transfer = dispatcher._start_back(flight, out_RD, None, dispatcher.counters.forward)
+        return _ticket(out_RD)
+
+    @staticmethod
+    def backward(ctx, _: Tensor):
+        flight, dispatcher = ctx.flight, ctx.flight.dispatcher
+        grad_RD, _ = dispatcher._finish_out(flight, flight.land(), dispatcher.counters.backward)
+        return grad_RD, None
+
+
+class _CombineWait(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, ticket: Tensor, flight: _Flight) -> Tensor:
+        ctx.flight = flight
+        y_TD, _ = flight.dispatcher._finish_back(flight, flight.land())
+        return y_TD
+
+    @staticmethod
+    def backward(ctx, grad_TD: Tensor):
+        flight, dispatcher = ctx.flight, ctx.flight.dispatcher
+        flight.transfer = dispatcher._start_out(flight, grad_TD, None, dispatcher.counters.backward)
+        return _ticket(grad_TD), None

@@ -1,0 +1,67 @@
+"""One process group as a dispatcher sees it: variable-size all-to-all that can be in flight.
+
+Shapes: P peers, C rows sent, R rows received, X any width.
+"""
+
+import time
+from collections.abc import Sequence
+
+import torch.distributed as dist
+from torch import Tensor
+
+from parallel.expert.counters import Traffic
+
+
+class Transfer:
+    """An all-to-all in flight. Holds on to its buffers until it is waited for."""
+
+    def __init__(self, sent: Tensor, received: Tensor, work: dist.Work | None, traffic: Traffic):
+        self._sent, self._received, self._work, self._traffic = sent, received, work, traffic
+
+    def wait(self) -> Tensor:
+        """The rows received, by peer. Call once."""
+        if self._work is not None:
+            start = time.perf_counter()
+            self._work.wait()
+            self._traffic.waited += time.perf_counter() - start
+        received = self._received
+        del self._sent, self._received, self._work
+        return received
+
+
+class Link:
+    """All-to-all inside one group.
+
+    group: the process group, or None for a rank alone, which then exchanges nothing.
+    nodes_P: the node of every rank of the group, to tell bytes inside the node from bytes across.
+    """
+
+    def __init__(self, group: dist.ProcessGroup | None, nodes_P: Sequence[int]):
+        self.group = group
+        self.size = len(nodes_P)
+        self.rank = 0 if group is None else dist.get_rank(group)
+        assert group is None or dist.get_world_size(group) == self.size
+        self._across_P = [node != nodes_P[self.rank] for node in nodes_P]
+
+    def start(self, rows_CX: Tensor, sent_P: Sequence[int], received_P: Sequence[int], traffic: Traffic) -> Transfer:
+        """Send sent_P[p] rows, in the order of peers, and receive received_P[p] rows from each peer p."""
+        assert rows_CX.shape[0] == sum(sent_P)
+        if self.size == 1:
+            return Transfer(rows_CX, rows_CX, None, traffic)
+        rows_RX = rows_CX.new_empty(sum(received_P), rows_CX.shape[1])
+        work = dist.all_to_all_single(
+            rows_RX, rows_CX.contiguous(), list(received_P), list(sent_P), group=self.group, async_op=True
+        )
+        self._count(rows_CX.shape[1] * rows_CX.element_size(), sent_P, traffic)
+        return Transfer(rows_CX, rows_RX, work, traffic)
+
+    def start_counts(self, counts_PX: Tensor, traffic: Traffic) -> Transfer:
+        """Send row p to peer p."""
+        return self.start(counts_PX, [1] * self.size, [1] * self.size, traffic)
+
+    def _count(self, row_bytes: int, sent_P: Sequence[int], traffic: Traffic) -> None:
+        for peer, (across, rows) in enumerate(zip(self._across_P, sent_P, strict=True)):
+            if across:
+                traffic.across_bytes += rows * row_bytes
+            elif peer != self.rank:
+                traffic.inside_bytes += rows * row_bytes

@@ -1,0 +1,130 @@
+"""Node-limited dispatch: every token crosses the slow network once per target node (paper 3.2.2).
+
+With the router's limit of M nodes per token, a token costs M messages between nodes instead of up to K:
+
+    1. across nodes: to the rank of the same index on each node that holds one of its experts,
+    2. inside the node: from there to each rank that holds one of its experts, the bytes passed on unread,
+    3. on the expert's rank: expanded to one row per expert.
+
+On the way back outputs are summed on the expert's rank, then on the forwarding rank, so that one sum per node
+crosses, then at the source. Sums round to the activation format at each of the three places, where the flat
+dispatch rounds once: in fp32 the two differ in the last bits, in bf16 by up to two more roundings.
+
+A message is an encoded row, the token's K gates and its K expert ids (int16), which each rank on the way reads to
+see where the copy goes next. With one node only the inside hop remains, with one rank per node only the outside.
+
+Counts need two small exchanges, one per hop, and one copy to the host: the first tells a rank's peers how many
+of its tokens reach their node, each rank of it and each expert of it; the second passes the sums on inside.
+
+Shapes beside those of dispatcher.py: N nodes, L ranks per node, F experts per rank, E = N*L*F.
+"""
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+
+from parallel.expert.dispatcher import ChainDispatcher, Plan
+from parallel.expert.link import Link
+from parallel.expert.permute import collect, fan_out, spread
+from parallel.expert.wire import Wire
+
+
+class NodeLimitedDispatcher(ChainDispatcher):
+    """Experts over N nodes of L ranks, rank l of node n holding experts [(n*L + l)*F, (n*L + l + 1)*F).
+
+    inter_group: the ranks with this rank's index on every node, in node order; None with one node.
+    intra_group: the ranks of this node; None with one rank per node.
+    experts: E, below 32768.
+    """
+
+    def __init__(
+        self,
+        inter_group: dist.ProcessGroup | None,
+        intra_group: dist.ProcessGroup | None,
+        experts: int,
+        wire: Wire,
+    ):
+        nodes = 1 if inter_group is None else dist.get_world_size(inter_group)
+        ranks_per_node = 1 if intra_group is None else dist.get_world_size(intra_group)
+        self.inter = Link(inter_group, range(nodes))
+        self.intra = Link(intra_group, [0] * ranks_per_node)
+        super().__init__([link for link in (self.inter, self.intra) if link.size > 1] or [self.intra], wire)
+        self.experts = experts
+        self.per_rank = experts // (nodes * ranks_per_node)
+        self.per_node = self.per_rank * ranks_per_node
+
+    def _plan(self, expert_ids_TK: Tensor) -> Plan:
+        hits_TE = _hits(expert_ids_TK, 0, self.experts)
+        to_rank_TNL = hits_TE.unflatten(1, (self.inter.size, self.intra.size, self.per_rank)).any(3)
+        to_node_TN = to_rank_TNL.any(2)
+        outer_NX = torch.cat(
+            [to_node_TN.sum(0)[:, None], to_rank_TNL.sum(0), hits_TE.sum(0).view(self.inter.size, -1)], 1
+        )
+        counts, counts_F = self._exchange_counts(outer_NX)
+        first_TP = to_node_TN if self.inter.size > 1 else to_rank_TNL.flatten(1)
+        hops = [hop for hop, link in enumerate((self.inter, self.intra)) if link in self.links]
+        sent, received = [counts[2 * hop] for hop in hops], [counts[2 * hop + 1] for hop in hops]
+        first_TP = to_node_TN if self.inter.size > 1 else to_rank_TNL.flatten(1)
+        fans = [fan_out(first_TP, sum(sent[0]))]
+        return Plan(sent, received, counts[4][0], counts_F, expert_ids_TK, fans)
+
+    def _exchange_counts(self, outer_NX: Tensor) -> tuple[list[list[int]], Tensor]:
+        """Sent and received messages of both hops and the number of rows, on the host; rows per local expert."""
+        ranks = self.intra.size
+        arriving_NX = self.inter.start_counts(outer_NX, self.counters.forward).wait()
+        totals_X = arriving_NX.sum(0)
+        inner_LX = torch.cat([totals_X[1 : 1 + ranks, None], totals_X[1 + ranks :].view(ranks, -1)], 1)
+        at_expert_LX = self.intra.start_counts(inner_LX, self.counters.forward).wait()
+        counts_F = at_expert_LX[:, 1:].sum(0)
+        parts = [outer_NX[:, 0], arriving_NX[:, 0], inner_LX[:, 0], at_expert_LX[:, 0], counts_F.sum()[None]]
+        host = torch.cat(parts).cpu()
+        return [part.tolist() for part in host.split([part.numel() for part in parts])], counts_F
+
+    def _first_copies(self, plan: Plan, words_TW: Tensor, gates_TK: Tensor) -> Tensor:
+        ids_TK = plan.ids_TK.to(torch.int16)
+        ids_TI = F.pad(ids_TK, (0, ids_TK.shape[1] % 2)).view(torch.int32)
+        return spread(torch.cat([words_TW, gates_TK.view(torch.int32), ids_TI], 1), plan.fans[0])
+
+    def _learn(self, plan: Plan, side_MX: Tensor) -> None:
+        _, ids_MK = _read_side(plan, side_MX)
+        node_start = self.inter.rank * self.per_node
+        if len(plan.fans) < len(self.links):
+            to_expert_ME = _hits(ids_MK, node_start, self.per_node)
+            to_rank_ML = to_expert_ME.unflatten(1, (self.intra.size, self.per_rank)).any(2)
+            plan.fans.append(fan_out(to_rank_ML, sum(plan.sent[1])))
+            return
+        rank_start = node_start + self.intra.rank * self.per_rank
+        rows = fan_out(_hits(ids_MK, rank_start, self.per_rank), plan.rows)
+        plan.fans.append(rows)
+        expert_F = torch.arange(rank_start, rank_start + self.per_rank, device=ids_MK.device)
+        expert_R = expert_F.repeat_interleave(plan.counts_E, output_size=plan.rows)
+        entry_R = (ids_MK.index_select(0, rows.source_C) == expert_R[:, None]).int().argmax(1)
+        plan.entry_of_row = rows.source_C * ids_MK.shape[1] + entry_R
+
+    def _row_gates(self, plan: Plan, side_MX: Tensor) -> Tensor:
+        gates_MK, _ = _read_side(plan, side_MX)
+        return gates_MK.flatten().index_select(0, plan.entry_of_row)
+
+    def _gate_grads_by_message(self, plan: Plan, grads_R: Tensor) -> Tensor:
+        shape_MK = (plan.fans[-1].start_S.numel(), plan.ids_TK.shape[1])
+        # Entries for experts elsewhere stay 0, so that summing copies only brings the entries together.
+        return grads_R.new_zeros(shape_MK).view(-1).index_copy_(0, plan.entry_of_row, grads_R).view(shape_MK)
+
+    def _gate_grads_by_token(self, plan: Plan, side_CX: Tensor) -> Tensor:
+        return collect(side_CX, plan.fans[0])
+
+
+def _hits(ids_SK: Tensor, first: int, experts: int) -> Tensor:
+    """Which of the experts [first, first + experts) each source wants, bool (S, experts)."""
+    column_SK = ids_SK - first
+    column_SK = column_SK.where((column_SK >= 0) & (column_SK < experts), experts)
+    hits = torch.zeros(ids_SK.shape[0], experts + 1, dtype=torch.bool, device=ids_SK.device)
+    return hits.scatter_(1, column_SK, True)[:, :experts]
+
+
+def _read_side(plan: Plan, side_MX: Tensor) -> tuple[Tensor, Tensor]:
+    """gates_MK and ids_MK (int64) of arrived messages."""
+    entries = plan.ids_TK.shape[1]
+    ids_MK = side_MX[:, entries:].view(torch.int16)[:, :entries]
+    return side_MX[:, :entries].view(torch.float32), ids_MK.long()

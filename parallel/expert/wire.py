@@ -1,0 +1,113 @@
+"""The form in which rows travel.
+
+A wire turns rows into bytes, one message row per row, and back. `bf16` sends the activation format as it is,
+so an fp32 run stays fp32 and loses nothing: there the name stands for "no wire format of its own". `fp8` sends
+E4M3 values with one power-of-two scale per 128 channels (paper 3.3.3), half the bytes of bf16.
+
+FP8 row, in bytes:  D values | ceil(D/128) scale exponents (UE8M0: exponent + 127) | zeros to a multiple of 4.
+Values are sent as bytes since gloo knows no FP8. With amax the largest magnitude of a tile:
+
+    scale = 2^ceil(log2(max(amax, floor) / 448)),    q = e4m3(x / scale)
+
+448 = 1.75 * 2^8 is the largest E4M3 number, so the exponent of the scale is that of amax less 8, plus 1 if the
+mantissa of amax exceeds 1.75. That is one integer addition to the bits of amax, exact and without a logarithm.
+Dividing by a power of two is exact as well, so q * scale is exact in bf16 and quantizing twice changes nothing.
+
+Shapes: R rows, D channels, B bytes per message row (a multiple of 4), S tiles of 128 channels.
+"""
+
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+TILE = 128
+E4M3_MAX = 448.0
+
+
+class Wire(Protocol):
+    """How dispatchers use a wire."""
+
+    name: str
+
+    def row_bytes(self, width: int, dtype: torch.dtype) -> int:
+        """Bytes of one message row for rows of width channels, a multiple of 4."""
+
+    def encode(self, x_RD: Tensor, *, gradient: bool = False) -> Tensor:
+        """Rows to bytes, uint8 (R, B)."""
+
+    def decode(self, bytes_RB: Tensor, width: int, dtype: torch.dtype) -> Tensor:
+        """Bytes to rows, (R, width) of dtype."""
+
+
+class HighWire:
+    """The activation format itself: encode and decode are views where the width allows it."""
+
+    name = "bf16"
+
+    def row_bytes(self, width: int, dtype: torch.dtype) -> int:
+        return _round_up(width * dtype.itemsize, 4)
+
+    def encode(self, x_RD: Tensor, *, gradient: bool = False) -> Tensor:
+        bytes_RB = x_RD.contiguous().view(torch.uint8)
+        return F.pad(bytes_RB, (0, -bytes_RB.shape[1] % 4))
+
+    def decode(self, bytes_RB: Tensor, width: int, dtype: torch.dtype) -> Tensor:
+        return bytes_RB[:, : width * dtype.itemsize].view(dtype)
+
+
+class Fp8Wire:
+    """E4M3 with power-of-two scales per 1x128 tile (paper 3.3.2, 3.3.3).
+
+    activation_floor: smallest amax used for a scale. DeepSeek clamps activations at 1e-4.
+    gradient_floor: the same for gradients. Theirs can lie far below 1e-4 as a whole and would lose their range
+        to that clamp, so it is torchao's 1e-12, which only guards the division.
+    """
+
+    name = "fp8"
+
+    def __init__(self, activation_floor: float = 1e-4, gradient_floor: float = 1e-12):
+        assert min(activation_floor, gradient_floor) >= 2.0**-110, "the scale's reciprocal must stay finite"
+        self.activation_floor = activation_floor
+        self.gradient_floor = gradient_floor
+
+    def row_bytes(self, width: int, dtype: torch.dtype) -> int:
+        return _round_up(width + _tiles(width), 4)
+
+    def encode(self, x_RD: Tensor, *, gradient: bool = False) -> Tensor:
+        rows, width = x_RD.shape
+        tiles_RST = _in_tiles(x_RD.float())
+        amax_RS = tiles_RST.abs().amax(2).clamp_min(self.gradient_floor if gradient else self.activation_floor)
+        exponent_RS = ((amax_RS.view(torch.int32) + 0x1FFFFF) >> 23) - 8
+        inverse_RS = ((254 - exponent_RS) << 23).view(torch.float32)
+        # The clamp acts on infinities only: they stay infinite through the scale, which a cast would not promise.
+        q_RD = (tiles_RST * inverse_RS[..., None]).clamp_(-E4M3_MAX, E4M3_MAX).to(torch.float8_e4m3fn).flatten(1)
+        bytes_RB = torch.zeros(rows, self.row_bytes(width, x_RD.dtype), dtype=torch.uint8, device=x_RD.device)
+        bytes_RB[:, :width] = q_RD[:, :width].view(torch.uint8)
+        bytes_RB[:, width : width + exponent_RS.shape[1]] = exponent_RS
+        return bytes_RB
+
+    def decode_parts(self, bytes_RB: Tensor, width: int) -> tuple[Tensor, Tensor]:
+        """Bytes to q_RD (float8_e4m3fn, a view) and scale_RS (fp32), for a product that takes both."""
+        q_RD = bytes_RB[:, :width].view(torch.float8_e4m3fn)
+        exponent_RS = bytes_RB[:, width : width + _tiles(width)].to(torch.int32)
+        return q_RD, (exponent_RS << 23).view(torch.float32)
+
+    def decode(self, bytes_RB: Tensor, width: int, dtype: torch.dtype) -> Tensor:
+        q_RD, scale_RS = self.decode_parts(bytes_RB, width)
+        return _in_tiles(q_RD.float()).mul_(scale_RS[..., None]).flatten(1)[:, :width].to(dtype)
+
+
+def _in_tiles(x_RD: Tensor) -> Tensor:
+    """Rows as (R, S, 128), the last tile filled with zeros."""
+    width = x_RD.shape[1]
+    return F.pad(x_RD, (0, -width % TILE)).unflatten(1, (_tiles(width), TILE))
+
+
+def _tiles(width: int) -> int:
+    return -(-width // TILE)
+
+
+def _round_up(value: int, multiple: int) -> int:
+    return -(-value // multiple) * multiple
