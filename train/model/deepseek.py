@@ -43,6 +43,10 @@ class Losses:
         self.main = self.main + main.detach()
         self.mtp = [total + loss.detach() for total, loss in zip(self.mtp, mtp, strict=True)]
 
+    def means(self) -> Tensor:
+        """Mean over micro-batches of the main loss and of every MTP depth: (1 + depths,)."""
+        return torch.stack([self.main, *self.mtp]) / self.count
+
 
 class DeepSeekV3(nn.Module):
     """The parts of one chunk.
