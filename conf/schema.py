@@ -135,6 +135,7 @@ class Source:
     """One part of a data mix."""
 
     path: str = ""
+    """As in Data; empty for format stdlib."""
     weight: float = 1.0
     """Share of the samples, relative to the other parts."""
     format: DataFormat = DataFormat.auto
@@ -146,9 +147,10 @@ class Data:
     """Where tokens come from."""
 
     path: str | None = None
-    """Text folder or file, .jsonl[.gz|.zst], .parquet, a folder of those, hf://DATASET, a memmap folder; null: Python's standard library."""
+    """Text folder or file, .jsonl[.gz|.zst], .parquet, a folder of those, hf://NAME[@CONFIG][:SPLIT], a folder of tokens
+    (train/data/store.py)."""
     format: DataFormat = DataFormat.auto
-    """How to read path; auto looks at the names."""
+    """How to read path; auto looks at the names. stdlib: Python's standard library when there is no path, else auto."""
     text_key: str = "text"
     """Field that holds the text in JSONL, Parquet and Hugging Face data."""
     mix: list[Source] = field(default_factory=list)
@@ -213,6 +215,8 @@ class Parallel:
     """Ranks that share the experts of one layer; divides dp."""
     zero: int = 1
     """ZeRO stage, 1 to 3; 1 with pipelines."""
+    schedule: str = "1f1b"
+    """Order of the pipeline's actions: 1f1b, interleaved, zbv or dualpipev; the last three give every rank two stages."""
 
 
 @dataclass

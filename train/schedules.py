@@ -34,15 +34,15 @@ class Schedules:
         self.batch_sizes = [_batch_size(config, step) for step in range(config.steps)]
         self.samples = [0, *accumulate(self.batch_sizes)]
 
-    def plan(self, step: int) -> StepPlan:
-        """Settings of step 1..steps."""
+    def plan(self, step: int, shift: int = 0) -> StepPlan:
+        """Settings of step 1..steps. shift: samples that an earlier part of the run consumed beyond this schedule."""
         index, optim = step - 1, self.config.optim
         # Middle of the step: a run of one step sits in the middle of its schedule, not at an end.
         fraction = (self.samples[index] + self.batch_sizes[index] / 2) / self.samples[-1]
         warmup = min(1.0, step / optim.warmup_steps) if optim.warmup_steps else 1.0
         return StepPlan(
             step=step,
-            first_sample=self.samples[index],
+            first_sample=self.samples[index] + shift,
             batch_size=self.batch_sizes[index],
             lr=optim.lr * warmup * value_at(optim.lr_schedule, fraction),
             mtp_weight=value_at(optim.mtp_weight, fraction),

@@ -1,0 +1,91 @@
+"""What the ranks know of a step, put together by one all-reduce.
+
+Each rank holds some layers and some of the tokens. The vector below has a place for every number of every layer;
+a rank fills in its own and the sum over all ranks is the whole: losses from the last pipeline stage, expert loads
+from every stage, balance biases from the first data-parallel rank of a stage.
+
+L MoE layers (MTP modules included), E experts.
+"""
+
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from conf.schema import Model
+from parallel.mesh import Mesh
+from train.model.deepseek import DeepSeekV3
+from train.model.router import Router
+
+
+def moe_layers(model: Model) -> list[str]:
+    """Names of all layers with experts, in order."""
+    return [f"layers.{i}" for i in range(model.dense_layers, model.layers)] + [
+        f"mtp.{k}" for k in range(model.mtp_depth)
+    ]
+
+
+@dataclass
+class Measured:
+    """One step over all ranks."""
+
+    main_loss: float
+    """Mean cross-entropy of the next token, nats."""
+    mtp_losses: list[float]
+    """The same for each MTP depth, unweighted."""
+    balance_loss: float
+    """Weighted, summed over layers."""
+    loads_LE: Tensor
+    """Tokens routed to each expert, over the whole batch (float64)."""
+    biases_LE: Tensor
+    """Balance biases that were in force (float64)."""
+    stop: bool
+    """Some rank was asked to stop."""
+
+
+class Measure:
+    """Collects and clears the counters of this rank's chunks."""
+
+    def __init__(self, model: Model, mesh: Mesh, chunks: list[DeepSeekV3], device: torch.device):
+        self.model, self.mesh, self.chunks, self.device = model, mesh, chunks, device
+        self.layers = moe_layers(model)
+        self.routers: dict[str, Router] = {}
+        for chunk in chunks:
+            self.routers |= chunk.routers()
+        self.last = next((chunk for chunk in chunks if chunk.has_head), None)
+
+    def clear(self) -> None:
+        """Start a new step."""
+        for router in self.routers.values():
+            router.clear()
+        if self.last is not None:
+            self.last.losses.clear()
+
+    def collect(self, stop: bool) -> Measured:
+        """Sum over all ranks; every rank gets the same."""
+        depth, shape = self.model.mtp_depth, (len(self.layers), self.model.experts)
+        scalars = torch.zeros(3 + depth, dtype=torch.float64, device=self.device)
+        loads_LE = torch.zeros(shape, dtype=torch.float64, device=self.device)
+        biases_LE = torch.zeros(shape, dtype=torch.float64, device=self.device)
+        scalars[0] = float(stop)
+        if self.last is not None:
+            scalars[1 : 2 + depth] = self.last.losses.means().double() / self.mesh.layout.dp
+        for name, router in self.routers.items():
+            row = self.layers.index(name)
+            loads_LE[row] = router.load_E
+            scalars[-1] += router.balance_loss.double() / self.mesh.layout.dp
+            if self.mesh.dp_rank == 0:
+                biases_LE[row] = router.bias_E
+        vector = torch.cat([scalars, loads_LE.flatten(), biases_LE.flatten()])
+        if self.mesh.layout.world > 1:
+            dist.all_reduce(vector)
+        scalars, loads, biases = vector.cpu().split([scalars.numel(), loads_LE.numel(), biases_LE.numel()])
+        return Measured(
+            main_loss=scalars[1].item(),
+            mtp_losses=scalars[2 : 2 + depth].tolist(),
+            balance_loss=scalars[-1].item(),
+            loads_LE=loads.view(shape),
+            biases_LE=biases.view(shape),
+            stop=scalars[0].item() > 0,
+        )

@@ -1,0 +1,92 @@
+"""The one order in which a model becomes the chunks of a rank: split, build on meta, materialise, initialise, wrap."""
+
+from dataclasses import dataclass
+
+import torch
+
+from conf.schema import Config
+from parallel.mesh import Mesh
+from parallel.pipeline.schedule import Pipeline, build_schedule
+from parallel.pipeline.split import split_layers, stage_placement
+from parallel.zero import Zero
+from train.model.count import head_flops, layer_flops
+from train.model.deepseek import DeepSeekV3
+from train.model.init import initialise
+from train.optim import AdamW, decays, moments_dtype
+from train.precision.high import HighPrecision
+
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+"""Format of weights and activations; master weights and gradients are always fp32."""
+
+
+@dataclass
+class Parallelized:
+    """This rank's part of the model and the machinery around it."""
+
+    chunks: list[DeepSeekV3]
+    pipeline: Pipeline
+    zero: Zero
+
+
+def parallelize(config: Config, mesh: Mesh, device: torch.device) -> Parallelized:
+    """Build this rank's chunks with the weights of config.seed, and wrap them for training."""
+    chunks, stage_ids, num_stages = build_chunks(config, mesh, device)
+    pipeline = build_schedule(
+        config.parallel.schedule,
+        chunks,
+        stage_ids,
+        num_stages,
+        mesh.pp_group,
+        device,
+        hidden=config.model.hidden,
+        dtype=DTYPES[config.precision.name],
+    )
+    optim = config.optim
+    zero = Zero(
+        chunks,
+        lambda groups: AdamW(groups, optim, moments_dtype(config.precision)),
+        mesh,
+        stage=config.parallel.zero,
+        clip=optim.clip,
+        is_expert=lambda name: ".experts." in name,
+        decays=decays,
+        weight_decay=optim.weight_decay,
+    )
+    return Parallelized(chunks, pipeline, zero)
+
+
+def split(config: Config, stages: int) -> list[range]:
+    """Layers of every stage, balanced by the operations of a training step."""
+    model, seq_len = config.model, config.seq_len
+    costs = [layer_flops(model, seq_len, dense=index < model.dense_layers) for index in range(model.layers)]
+    mtp = layer_flops(model, seq_len, dense=False) + 12 * model.hidden**2 + head_flops(model)
+    return split_layers(costs, 0.0, head_flops(model) + model.mtp_depth * mtp, stages)
+
+
+def build_chunks(config: Config, mesh: Mesh, device: torch.device) -> tuple[list[DeepSeekV3], list[int], int]:
+    """This rank's chunks with the weights of config.seed, their stage numbers, and the number of stages."""
+    placement = stage_placement(config.parallel.schedule, mesh.layout.pp)
+    stage_ids, num_stages = placement[mesh.pp_rank], sum(len(ids) for ids in placement)
+    layers = split(config, num_stages)
+    share = config.model.experts // mesh.layout.ep
+    dtype = DTYPES[config.precision.name]
+    chunks: list[DeepSeekV3] = []
+    embedding = None  # where first and last stage share a rank, they share the table
+    for stage in stage_ids:
+        chunk = DeepSeekV3(
+            config.model,
+            HighPrecision(dtype),
+            seq_len=config.seq_len,
+            layers=layers[stage],
+            has_embedding=stage == 0,
+            has_head=stage == num_stages - 1,
+            local_experts=range(mesh.ep_rank * share, (mesh.ep_rank + 1) * share),
+            embedding=embedding,
+            dtype=dtype,
+            device=device,
+        )
+        initialise(chunk, config.seed, device)
+        embedding = getattr(chunk, "embedding", embedding)
+        chunks.append(chunk)
+    return chunks, stage_ids, num_stages

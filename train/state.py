@@ -1,0 +1,95 @@
+"""What a run must remember: everything a checkpoint holds, by logical name.
+
+    master.*, exp_avg.*, exp_avg_sq.*   fp32 weights and the two moments
+    ema.*                               average of the weights, when the run keeps one
+    bias.LAYER                          balance bias of every MoE layer
+    running.load, running.idle          past expert loads, from which MaxVio and dead experts are told
+
+The rest is numbers in the meta: step, samples (the data position), updates, schedules follow from the step. Nothing
+in a run draws random numbers after the weights are made, so there is no generator state to keep.
+"""
+
+from typing import Any
+
+import torch
+
+from conf.schema import Config
+from parallel.mesh import Mesh
+from parallel.shard import Shard, whole
+from parallel.zero import Zero
+from train.ema import Ema
+from train.metrics.balance import RunningLoad, update_running
+from train.model.router import Router
+
+
+class State:
+    """The live state of one rank, seen as shards."""
+
+    def __init__(self, config: Config, mesh: Mesh, zero: Zero, routers: dict[str, Router], layers: int):
+        """layers: MoE layers of the whole model."""
+        self.mesh, self.zero, self.routers = mesh, zero, routers
+        self.step = 0
+        self.samples = 0
+        self.skipped = 0
+        self.load_LE = torch.zeros(layers, config.model.experts, dtype=torch.float64)
+        self.idle_LE = torch.zeros(layers, config.model.experts, dtype=torch.int64)
+        masters = {name: shard.local for name, shard in zero.shards().items() if name.startswith("master.")}
+        self.ema = Ema(masters, config.optim.ema_decay) if config.optim.ema_decay else None
+
+    @property
+    def running(self) -> RunningLoad:
+        return RunningLoad(self.load_LE.numpy(), self.idle_LE.numpy(), self.step)
+
+    def saw(self, loads_LE: torch.Tensor) -> RunningLoad:
+        """Take the loads of a step into the running ones."""
+        running = update_running(self.running, loads_LE)
+        self.load_LE.copy_(torch.from_numpy(running.load_LE))
+        self.idle_LE.copy_(torch.from_numpy(running.idle_LE))
+        return running
+
+    def shards(self) -> dict[str, Shard]:
+        """This rank's part; what all data-parallel or all ranks know alike comes from the first of them."""
+        shards = self.zero.shards()
+        if self.ema is not None:
+            self.ema.flush()
+            shards |= self._averages(shards)
+        if self.mesh.dp_rank == 0:
+            shards |= self._biases()
+        if self.mesh.rank == 0:
+            shards |= self._loads()
+        return shards
+
+    def wanted(self, with_ema: bool) -> dict[str, Shard]:
+        """What this rank reads from a checkpoint, which may have been written without averages."""
+        shards = self.zero.shards()
+        averages = self._averages(shards) if self.ema is not None and with_ema else {}
+        return shards | averages | self._biases() | self._loads()
+
+    def loaded(self, meta: dict[str, Any], with_ema: bool) -> None:
+        """Take over after the wanted shards were filled."""
+        self.step, self.samples, self.skipped = meta["step"], meta["samples"], meta["skipped"]
+        self.zero.loaded(meta["updates"])
+        if self.ema is not None and not with_ema:
+            self.ema.restart()
+
+    def meta(self) -> dict[str, Any]:
+        return {
+            "step": self.step,
+            "samples": self.samples,
+            "skipped": self.skipped,
+            "updates": self.zero.client.updates,
+            "has_ema": self.ema is not None,
+        }
+
+    def _averages(self, shards: dict[str, Shard]) -> dict[str, Shard]:
+        assert self.ema is not None
+        return {
+            "ema." + name.removeprefix("master."): Shard(average.view(-1), shards[name].offset, shards[name].shape)
+            for name, average in self.ema.average.items()
+        }
+
+    def _biases(self) -> dict[str, Shard]:
+        return {f"bias.{name}": whole(router.bias_E) for name, router in self.routers.items()}
+
+    def _loads(self) -> dict[str, Shard]:
+        return {"running.load": whole(self.load_LE), "running.idle": whole(self.idle_LE)}

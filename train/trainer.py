@@ -1,0 +1,256 @@
+"""The loop: one optimizer step after another, on every rank alike.
+
+A step: read this rank's share of the batch; let the pipeline run forward and backward over all micro-batches; sum what
+all ranks measured; clip and update, or skip the update when loss or gradient is not finite; move the balance biases;
+record, validate and save when due. The logging rank is rank 0 and the only one with a writer.
+"""
+
+import math
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from conf.errors import EXIT_DIVERGED, EXIT_OK, EXIT_STOPPED
+from conf.schema import Config
+from parallel.mesh import Mesh
+from train.balance import update_bias
+from train.checkpoint.checkpointer import Checkpointer
+from train.data.prepare import Prepared
+from train.data.prefetch import Prefetch
+from train.measure import Measure, Measured
+from train.memory import peak_memory
+from train.metrics.balance import balance_record
+from train.metrics.writer import MetricsWriter
+from train.parallelize import Parallelized
+from train.rank_progress import RankProgress
+from train.schedules import Schedules, StepPlan
+from train.state import State
+from train.stop import StopRequest
+
+
+class Diverged(RuntimeError):
+    """Too many steps in a row had a non-finite loss or gradient."""
+
+    code = EXIT_DIVERGED
+
+
+@dataclass
+class Flops:
+    """What MFU needs, per token and in FLOP/s over all ranks."""
+
+    causal: float
+    full: float
+    peak: float
+
+
+class Trainer:
+    """One rank of a run. `writer` is None on all ranks but 0."""
+
+    def __init__(
+        self,
+        config: Config,
+        mesh: Mesh,
+        parts: Parallelized,
+        data: Prepared,
+        measure: Measure,
+        state: State,
+        checkpointer: Checkpointer,
+        writer: MetricsWriter | None,
+        rank_progress: RankProgress,
+        stop: StopRequest,
+        flops: Flops,
+        device: torch.device,
+    ):
+        self.config, self.mesh, self.parts, self.data = config, mesh, parts, data
+        self.measure, self.state, self.checkpointer = measure, state, checkpointer
+        self.writer, self.stop, self.flops, self.device = writer, stop, flops, device
+        self.rank_progress = rank_progress
+        self.schedules = Schedules(config)
+        self._bad_in_a_row = 0
+        self._stall = 0.0
+        """Seconds that the step waited for a checkpoint."""
+
+    def run(self) -> int:
+        """Train from the state's step to the last; returns the exit code. Raises Diverged."""
+        steps = range(self.state.step + 1, self.config.steps + 1)
+        if not steps:
+            self._note(f"this run has all its {self.config.steps} steps behind it; raise steps= to train on")
+            return EXIT_OK
+        # The data go on where the checkpoint ended, also when the batch size was changed since.
+        shift = self.state.samples - self.schedules.samples[self.state.step]
+        plans = (self.schedules.plan(step, shift) for step in steps)
+        shares = (self._share(self.schedules.plan(step, shift)) for step in steps)
+        with Prefetch(self.data.train.batch, shares) as batches:
+            for plan in plans:
+                self.rank_progress.write(plan.step, "step")
+                if self._step(plan, batches):
+                    self._save(final=True)
+                    return EXIT_STOPPED
+        self._save(final=True)
+        return EXIT_OK
+
+    def _share(self, plan: StepPlan) -> tuple[int, int]:
+        """First sample and number of samples of this rank: a contiguous part of the step's batch."""
+        count = plan.batch_size // self.mesh.layout.dp
+        return plan.first_sample + self.mesh.dp_rank * count, count
+
+    def _step(self, plan: StepPlan, batches: Prefetch) -> bool:
+        """One step; returns whether the run was asked to stop."""
+        started = time.perf_counter()
+        waited = batches.waited
+        batch = next(batches)
+        data_wait = batches.waited - waited
+        micro_batches = len(batch.tokens_BS) // self.config.micro_batch_size
+        self._set_weights(plan, micro_batches)
+        documents_BS = None if batch.documents_BS is None else batch.documents_BS.to(self.device)
+        zero = self.parts.zero
+        with zero.accumulate():
+            self.parts.pipeline.step(batch.tokens_BS.to(self.device), documents_BS, micro_batches=micro_batches)
+            measured = self.measure.collect(self.stop.pending)
+        zero.set_lr(plan.lr)
+        update = zero.step(valid=math.isfinite(measured.main_loss))
+        if update.applied:
+            self._bad_in_a_row = 0
+            self._update_biases(measured, plan)
+            if self.state.ema is not None:
+                self.state.ema.update()
+        else:
+            self._skipped(plan, measured, update.bad_parameters)
+        self.state.step, self.state.samples = plan.step, plan.first_sample + plan.batch_size
+        record = self._record(plan, measured, update.grad_norm, data_wait)
+        record |= self._speed(plan, time.perf_counter() - started)
+        every = self.config.log.validate_every
+        if plan.step == self.config.steps or (every and plan.step % every == 0):
+            record |= self.validate()
+        every = self.config.checkpoint.every
+        if every and plan.step % every == 0 and plan.step < self.config.steps:
+            self._save()
+        self._log(record)
+        return measured.stop
+
+    def _set_weights(self, plan: StepPlan, micro_batches: int) -> None:
+        """Tell the model what its losses weigh in this step."""
+        self.measure.clear()
+        for router in self.measure.routers.values():
+            router.balance_weight = self.config.optim.balance_loss / micro_batches
+        if self.measure.last is not None:
+            self.measure.last.mtp_weight = plan.mtp_weight
+
+    def _update_biases(self, measured: Measured, plan: StepPlan) -> None:
+        for name, router in self.measure.routers.items():
+            load_E = measured.loads_LE[self.measure.layers.index(name)]
+            update_bias(router.bias_E, load_E.to(self.device), plan.bias_speed)
+
+    def _skipped(self, plan: StepPlan, measured: Measured, bad: list[str]) -> None:
+        """Count and name a step without update; too many in a row end the run."""
+        self.state.skipped += 1
+        self._bad_in_a_row += 1
+        everyone: list[Any] = [None] * self.mesh.layout.world
+        dist.all_gather_object(everyone, bad)
+        names = sorted({name for rank in everyone for name in rank})
+        shown = ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
+        what = f"non-finite gradient in {shown}" if math.isfinite(measured.main_loss) else "non-finite loss"
+        text = f"step {plan.step} skipped: {what}"
+        self._note(text)
+        if self._bad_in_a_row >= self.config.optim.max_bad_steps:
+            where = f"; parameters with non-finite gradients: {', '.join(names)}" if names else ""
+            raise Diverged(
+                f"{self._bad_in_a_row} steps in a row (optim.max_bad_steps) had a non-finite loss or gradient, the "
+                f"last was step {plan.step}{where}. Lower optim.lr, or resume from an older checkpoint with resume=PATH"
+            )
+
+    def _record(self, plan: StepPlan, measured: Measured, grad_norm: float, data_wait: float) -> dict[str, Any]:
+        depth = max(1, len(measured.mtp_losses))
+        mtp_loss = sum(measured.mtp_losses) / depth
+        record = {
+            "step": plan.step,
+            "tokens": self.state.samples * self.config.seq_len,
+            "samples": self.state.samples,
+            "loss": measured.main_loss + plan.mtp_weight * mtp_loss + measured.balance_loss,
+            "main_loss": measured.main_loss,
+            "balance_loss": measured.balance_loss,
+            "grad_norm": grad_norm,
+            "lr": plan.lr,
+            "mtp_weight": plan.mtp_weight,
+            "bias_speed": plan.bias_speed,
+            "batch_size": plan.batch_size,
+            "data_wait_seconds": data_wait,
+            "skipped_steps": self.state.skipped,
+        }
+        if measured.mtp_losses:
+            record["mtp_loss"] = mtp_loss
+        if len(measured.mtp_losses) > 1:
+            record |= {f"mtp_loss_{k}": loss for k, loss in enumerate(measured.mtp_losses, 1)}
+        running = self.state.saw(measured.loads_LE)
+        return record | balance_record(self.measure.layers, measured.loads_LE, measured.biases_LE, running)
+
+    def _speed(self, plan: StepPlan, seconds: float) -> dict[str, float]:
+        """Rates of the training itself, without validation and saving."""
+        rate = plan.batch_size * self.config.seq_len / seconds
+        return {
+            "step_seconds": seconds,
+            "tokens_per_second": rate,
+            "mfu": rate * self.flops.causal / self.flops.peak,
+            "mfu_full": rate * self.flops.full / self.flops.peak,
+        }
+
+    def _log(self, record: dict[str, Any]) -> None:
+        if self.writer is None:
+            return
+        rest = {
+            "checkpoint_stall_seconds": self._stall,
+            "memory_bytes": peak_memory(self.device),
+            "time": time.time(),
+        }
+        self.writer.write(record | rest)
+        self._stall = 0.0
+
+    def validate(self) -> dict[str, float]:
+        """Main loss on held-out sequences, shared out over the data-parallel ranks."""
+        self._event("validation")
+        held_out, size, dp = self.data.validation, self.config.micro_batch_size, self.mesh.layout.dp
+        totals = torch.zeros(3, dtype=torch.float64)  # nats, tokens, bytes
+        for first in range(0, len(held_out), size * dp):
+            # Every rank makes the same number of passes, since experts are shared; a rank without a share of its own
+            # repeats the first sequences and does not count them.
+            mine = first + self.mesh.dp_rank * size
+            batch = held_out.batch(mine if mine < len(held_out) else 0, size)
+            documents_BS = None if batch.documents_BS is None else batch.documents_BS.to(self.device)
+            loss = self.parts.pipeline.evaluate(batch.tokens_BS.to(self.device), documents_BS, micro_batches=1)
+            if loss is not None and mine < len(held_out):
+                tokens = batch.tokens_BS[:, 1:].numel()
+                totals += torch.tensor([loss.item() * tokens, tokens, held_out.text_bytes(batch)], dtype=torch.float64)
+        totals = totals.to(self.device)
+        dist.all_reduce(totals)
+        nats, tokens, text_bytes = totals.tolist()
+        self._event(None)
+        return {"validation_loss": nats / tokens, "validation_bits_per_byte": nats / math.log(2) / text_bytes}
+
+    def _save(self, final: bool = False) -> None:
+        self._event("checkpoint")
+        meta = self.state.meta() | {
+            "name": self.config.name,
+            "tokenizer": self.data.tokenizer.fingerprint,
+            "data": self.data.fingerprint,
+            "seed": self.config.seed,
+            "seq_len": self.config.seq_len,
+        }
+        self._stall += self.checkpointer.save(self.state.step, self.state.shards(), meta)
+        results = self.checkpointer.finish(required=True) if final else self.checkpointer.poll()
+        for result in results:
+            if result.warning:
+                self._note(result.warning)
+        self._event(None)
+
+    def _event(self, text: str | None) -> None:
+        if text is not None:
+            self.rank_progress.write(self.state.step, text)
+        if self.writer is not None:
+            self.writer.event(text)
+
+    def _note(self, text: str) -> None:
+        if self.writer is not None:
+            self.writer.note(text)

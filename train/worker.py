@@ -1,0 +1,160 @@
+"""One rank, top to bottom. `python -m train.worker CONFIG` is a rank that the driver started."""
+
+import contextlib
+import faulthandler
+import os
+import signal
+import sys
+import time
+import traceback
+from datetime import timedelta
+from pathlib import Path
+
+from train.malloc import tune_malloc
+
+tune_malloc()  # before torch allocates anything
+
+import torch  # noqa: E402
+import torch.distributed as dist  # noqa: E402
+
+from cluster.launch import Place, given_place  # noqa: E402
+from cluster.local import Failure  # noqa: E402
+from conf.errors import EXIT_CRASH, EXIT_USER, UserError  # noqa: E402
+from conf.load import read_config  # noqa: E402
+from conf.schema import Config  # noqa: E402
+from parallel.mesh import Layout, build_mesh  # noqa: E402
+from train.checkpoint.checkpointer import Checkpointer  # noqa: E402
+from train.checkpoint.commit import next_attempt  # noqa: E402
+from train.data.prepare import Prepared, prepare  # noqa: E402
+from train.measure import Measure  # noqa: E402
+from train.metrics.peak import peak_flops  # noqa: E402
+from train.metrics.writer import open_writer  # noqa: E402
+from train.model.count import flops_per_token  # noqa: E402
+from train.parallelize import DTYPES, parallelize  # noqa: E402
+from train.rank_progress import RankProgress  # noqa: E402
+from train.resume import from_rank_0, restore  # noqa: E402
+from train.run_folder import RunPaths  # noqa: E402
+from train.state import State  # noqa: E402
+from train.stop import StopRequest  # noqa: E402
+from train.trainer import Diverged, Flops, Trainer  # noqa: E402
+
+
+def run_rank(config: Config, place: Place) -> int:
+    """Train as one rank; returns the exit code. In a world of several, errors are left for the driver to read."""
+    stop = StopRequest()
+    faulthandler.register(signal.SIGUSR1, all_threads=True)  # kill -USR1 PID shows where a rank hangs
+    try:
+        return _run(config, place, stop)
+    except Exception as error:
+        if place.world == 1 and isinstance(error, UserError):
+            raise
+        return _report(error, place, RunPaths(config).logs)
+    finally:
+        stop.close()
+        if dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def _run(config: Config, place: Place, stop: StopRequest) -> int:
+    device = choose_device(config, place)
+    start_process_group(config, place, device)
+    mesh = build_mesh(Layout(config.parallel.pp, config.parallel.dp, config.parallel.ep, place.local_world))
+    data = prepare_in_turn(config, place)
+    paths = RunPaths(config)
+    attempt = from_rank_0(place.rank, lambda: next_attempt(paths.checkpoints))
+    parts = parallelize(config, mesh, device)
+    measure = Measure(config.model, mesh, parts.chunks, device)
+    state = State(config, mesh, parts.zero, measure.routers, len(measure.layers))
+    checkpointer = Checkpointer(
+        paths.checkpoints,
+        rank=place.rank,
+        world_size=place.world,
+        attempt=attempt,
+        keep=config.checkpoint.keep,
+        keep_every=config.checkpoint.keep_every,
+        asynchronous=config.checkpoint.asynchronous,
+        timeout=config.cluster.timeout,
+    )
+    notes = restore(config, data.tokenizer, state, checkpointer)
+    with contextlib.ExitStack() as stack:
+        writer = None
+        if place.rank == 0:
+            writer = stack.enter_context(open_writer(config, paths.path, resumed_step=state.step))
+            for note in data.notes + notes:
+                writer.note(note)
+        rank_progress = RankProgress(paths.logs, place.rank)
+        flops = count_flops(config, device, place)
+        return Trainer(
+            config, mesh, parts, data, measure, state, checkpointer, writer, rank_progress, stop, flops, device
+        ).run()
+
+
+def choose_device(config: Config, place: Place) -> torch.device:
+    """The device of this rank; on CPU also its share of the cores."""
+    wanted = config.cluster.device
+    if wanted == "cuda" and not torch.cuda.is_available():
+        raise UserError("cluster.device", wanted, "needs a CUDA device that torch can use", "use cluster.device=cpu")
+    if wanted != "cpu" and torch.cuda.is_available():
+        device = torch.device("cuda", place.local_rank % torch.cuda.device_count())
+        torch.cuda.set_device(device)
+        return device
+    cores = len(os.sched_getaffinity(0))
+    torch.set_num_threads(config.cluster.threads or max(1, cores // place.local_world))
+    return torch.device("cpu")
+
+
+def start_process_group(config: Config, place: Place, device: torch.device) -> None:
+    """The default group of all ranks; a single rank needs no address for it."""
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    timeout = timedelta(seconds=config.cluster.timeout)
+    if place.world == 1:
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
+    else:
+        dist.init_process_group(backend, rank=place.rank, world_size=place.world, timeout=timeout)
+
+
+def prepare_in_turn(config: Config, place: Place) -> Prepared:
+    """The first rank of every machine makes what is not cached yet; the others find it."""
+    if place.local_rank == 0:
+        data = prepare(config)
+    dist.barrier()
+    return data if place.local_rank == 0 else prepare(config)
+
+
+def count_flops(config: Config, device: torch.device, place: Place) -> Flops:
+    """Operations per token, and the peak of all ranks together."""
+    peak = peak_flops(device, DTYPES[config.precision.name], given=config.log.peak_flops)
+    return Flops(
+        causal=flops_per_token(config.model, config.seq_len),
+        full=flops_per_token(config.model, config.seq_len, causal=False),
+        peak=peak.flops * place.world,
+    )
+
+
+def _report(error: Exception, place: Place, logs: Path) -> int:
+    """Leave the error where the driver finds it, and in this rank's own output."""
+    code = EXIT_USER if isinstance(error, UserError) else getattr(error, "code", EXIT_CRASH)
+    kind = "user" if code == EXIT_USER else "timeout" if _is_timeout(error) else "crash"
+    expected = isinstance(error, (UserError, Diverged))
+    text = str(error) if expected else "".join(traceback.format_exception(error))
+    if place.world == 1:
+        print(f"error: {text}", file=sys.stderr)
+    else:
+        Failure(place.rank, time.time(), kind, text, code).write(logs)
+    return code
+
+
+def _is_timeout(error: Exception) -> bool:
+    """gloo and NCCL raise plain errors when a peer does not answer in time."""
+    return isinstance(error, dist.DistBackendError | RuntimeError) and "timed out" in str(error).lower()
+
+
+def main() -> int:
+    place = given_place()
+    assert place is not None, "train.worker is started by the driver, which sets RANK and WORLD_SIZE"
+    return run_rank(read_config(sys.argv[1]), place)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
