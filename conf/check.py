@@ -233,7 +233,13 @@ def _check_data(config: Config) -> None:
             "must be greater than 0",
             f"raise it or drop {source.path}",
         )
-        _require(bool(source.path), "data.mix.path", source.path, "every part of a mix needs a path", "give it")
+        _require(
+            bool(source.path) or source.format == DataFormat.stdlib,
+            "data.mix.path",
+            source.path,
+            "every part of a mix needs a path, unless its format is stdlib",
+            "give it",
+        )
     _require(0 <= data.fim_rate <= 1, "data.fim_rate", data.fim_rate, "is a share, 0 to 1", "use 0.1 as the paper does")
     _require(
         0 < data.validation_fraction < 1,

@@ -9,6 +9,7 @@ A second process that needs the same thing waits for the first, then finds it. A
 
 import hashlib
 import json
+import zlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -96,7 +97,13 @@ class _Builder:
                     key, path, "has no tokenizer.json", "set data.tokenizer to the file that made these tokens"
                 )
             return load_tokenizer(str(path)), str(path)
-        return Tokenizer(self._trained(sources, digests)), "null (trained on this data)"
+        tokenizer = Tokenizer(self._trained(sources, digests))
+        if tokenizer.vocab_size < self.config.model.vocab_size:
+            self.notes.append(
+                f"the data has pairs for {tokenizer.vocab_size} token ids only, "
+                f"the other rows of model.vocab_size = {self.config.model.vocab_size} stay unused"
+            )
+        return tokenizer, "null (trained on this data)"
 
     def _trained(self, sources: dict[str, Source], digests: dict[str, str]) -> str:
         """tokenizer.json of a BPE trained on a sample of the training documents, once."""
@@ -112,14 +119,24 @@ class _Builder:
         path = self.cache / "tokenizers" / f"{entry}.json"
 
         def ready() -> str | None:
-            return path.read_text(encoding="utf-8") if path.is_file() else None
+            if not path.is_file():
+                return None
+            try:
+                entry = json.loads(path.read_bytes())
+                whole = isinstance(entry, dict) and zlib.crc32(entry["json"].encode()) == entry["crc32"]
+            except (ValueError, KeyError, AttributeError):
+                whole = False
+            if not whole:
+                self.notes.append(f"the cached tokenizer {path} was damaged and is trained again")
+                return None
+            return entry["json"]
 
         def make() -> str:
             size = min(SAMPLE_BYTES, sum(source.size for source in sources.values()))
             self.progress("training the tokenizer", 0, size)
             texts = training_texts(list(sources.values()), SAMPLE_BYTES, self.data.validation_fraction)
             trained = train_bpe(texts, rows)
-            write_atomically(path, trained.encode())
+            write_atomically(path, json.dumps({"crc32": zlib.crc32(trained.encode()), "json": trained}).encode())
             self.progress("training the tokenizer", size, size)
             return trained
 
@@ -163,7 +180,7 @@ class _Builder:
         """What is there, or what one process makes while the others wait."""
         if (found := ready()) is not None:
             return found
-        with locked(path.with_name(f".{path.name}.lock")):
+        with locked(path, lambda: self.progress("waiting for another process that makes the same", 0, 0)):
             return found if (found := ready()) is not None else make()
 
     def _open_memmap(self, path: Path, key: str, tokenizer: Tokenizer) -> TokenStore:

@@ -43,7 +43,10 @@ class TrainingData:
     def epochs(self, samples: int) -> list[float]:
         """How often each source has been read after this many samples."""
         counts = self._schedule.counts(samples)
-        return [count * self.seq_len / stream.mean_tokens for count, stream in zip(counts, self._streams, strict=True)]
+        return [
+            float(count * self.seq_len / stream.mean_tokens)
+            for count, stream in zip(counts, self._streams, strict=True)
+        ]
 
 
 class ValidationData:

@@ -18,8 +18,9 @@ from train.data.store import write_atomically
 Progress = Callable[[str, int, int], None]
 """Called with what is being done, how much is done and how much there is (in bytes)."""
 
-RACE = 2.0
-"""Seconds: a file changed so shortly before it was hashed may change again within its timestamp's resolution."""
+CHUNK = 8 << 20
+RACE = 10**9 * 2
+"""ns: a file changed so shortly before it was hashed may change again within the resolution of its timestamp."""
 
 
 @dataclass(frozen=True)
@@ -60,33 +61,35 @@ def _raise(error: OSError) -> None:
     raise error
 
 
-def digest_files(files: list[File], manifests: Path, root: Path, field: str, progress: Progress) -> str:
+def hash_id(name: str) -> int:
+    """64 bits for the stable id of a document, which decide on which side it falls."""
+    return int.from_bytes(hashlib.blake2b(name.encode("utf-8", "surrogateescape"), digest_size=8).digest(), "little")
+
+
+def digest_files(files: list[File], manifest: Path, field: str, progress: Progress) -> str:
     """Hash of the names and contents of the files.
 
-    The hash of each file is remembered in a manifest with its size and mtime, so that only changed files are read.
+    The hash of each file is remembered in the manifest with its size and mtime, so that only changed files are read.
     """
-    manifest = manifests / f"{hashlib.blake2b(os.fsencode(root.absolute()), digest_size=16).hexdigest()}.json"
     known = _read_manifest(manifest)
-    total, done = sum(file.size for file in files), 0
-    entries, changed = {}, False
-    whole = hashlib.blake2b(digest_size=16)
-    for file in files:
-        entry = known.get(file.name)
-        if entry is None or entry[:2] != [file.size, file.modified]:
-            started = time.time()
-            entry = [file.size, file.modified, _digest(file, field)]
-            progress("reading", done, total)
-            settled = file.modified / 1e9 < started - RACE
-        else:
-            settled = True
-        if settled:
-            entries[file.name] = entry
-            changed |= file.name not in known or known[file.name] != entry
-        whole.update(json.dumps([file.name, entry[2]]).encode())
+    changed = [file for file in files if known.get(file.name, [])[:2] != [file.size, file.modified]]
+    total, done = sum(file.size for file in changed), 0
+    fresh = {}
+    for file in changed:
+        fresh[file.name] = [
+            file.size,
+            file.modified,
+            _digest(file, field, lambda more: progress("reading", more, total), done),
+        ]
         done += file.size
+    entries = {file.name: fresh.get(file.name) or known[file.name] for file in files}
     if changed:
-        write_atomically(manifest, json.dumps(entries).encode())
-    return whole.hexdigest()
+        settled = time.time_ns() - RACE
+        kept = {name: entry for name, entry in entries.items() if entry[1] < settled}
+        write_atomically(manifest, json.dumps(kept).encode())
+    return hashlib.blake2b(
+        json.dumps([[name, entry[2]] for name, entry in entries.items()]).encode(), digest_size=16
+    ).hexdigest()
 
 
 def _read_manifest(path: Path) -> dict[str, list]:
@@ -98,9 +101,15 @@ def _read_manifest(path: Path) -> dict[str, list]:
     return manifest if isinstance(manifest, dict) else {}
 
 
-def _digest(file: File, field: str) -> str:
+def _digest(file: File, field: str, progress: Callable[[int], None], done: int) -> str:
+    """Hash of the content; progress is told the bytes read, counted from done."""
+    whole = hashlib.blake2b(digest_size=16)
     try:
         with file.path.open("rb") as stream:
-            return hashlib.file_digest(stream, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
+            while chunk := stream.read(CHUNK):
+                whole.update(chunk)
+                done += len(chunk)
+                progress(done)
     except OSError as error:
         raise UserError(field, file.path, f"cannot be read: {error.strerror}", "check its rights") from error
+    return whole.hexdigest()

@@ -48,12 +48,20 @@ class Prefetch:
         if self._stop.is_set():
             raise StopIteration
         started = time.perf_counter()
-        batch, error = self._queue.get()
+        batch, error = self._get()
         self.waited += time.perf_counter() - started
         if error is not None:
             self._stop.set()
             raise error
         return batch
+
+    def _get(self) -> tuple:
+        while not self._stop.is_set():
+            try:
+                return self._queue.get(timeout=0.1)
+            except queue.Empty:
+                continue
+        return None, StopIteration()
 
     def close(self) -> None:
         """Stop the thread and wait for the batch that it is making."""

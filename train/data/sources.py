@@ -10,6 +10,8 @@ Documents without text are left out. Which are held out for validation follows f
 relative to the source's root, with the line or row inside it.
 """
 
+import hashlib
+import os
 import sysconfig
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -19,12 +21,16 @@ from typing import Protocol
 from conf.errors import UserError
 from conf.schema import Config, DataFormat
 from conf.schema import Source as SourceConfig
-from train.data.files import File, Progress, digest_files, find_files
+from train.data.files import File, Progress, digest_files, find_files, hash_id
 from train.data.readers import is_binary, read_jsonl, read_parquet, read_text
 
 JSONL = (".jsonl", ".ndjson", ".jsonl.gz", ".jsonl.zst", ".ndjson.gz", ".ndjson.zst", ".json.gz", ".json.zst")
 PARQUET = (".parquet",)
 NOT_STDLIB = frozenset({"site-packages", "dist-packages", "__pycache__", "test", "tests", "idle_test"})
+
+
+SHARE = 1 << 20
+"""Bytes that a sample takes from a file at least, however many files there are."""
 
 
 class Source(Protocol):
@@ -46,7 +52,7 @@ class Source(Protocol):
         ...
 
     def sample(self, limit: int) -> Iterator[tuple[str, str]]:
-        """Documents from all over the source, of about `limit` bytes in all."""
+        """Documents from all over the source, so that the first `limit` bytes of them stand for all."""
         ...
 
 
@@ -68,15 +74,16 @@ class FileSource:
         return sum(file.size for file in self.files)
 
     def digest(self, manifests: Path, progress: Progress) -> str:
-        return f"{self.way}:{digest_files(self.files, manifests, self.root, self.field, progress)}"
+        name = hashlib.blake2b(os.fsencode(self.root.absolute()) + self.way.encode(), digest_size=16).hexdigest()
+        return f"{self.way}:{digest_files(self.files, manifests / f'{name}.json', self.field, progress)}"
 
     def documents(self) -> Iterator[tuple[str, str]]:
         for file in self.files:
             yield from self._read(file)
 
     def sample(self, limit: int) -> Iterator[tuple[str, str]]:
-        share = max(1, limit // len(self.files)) if self.size > limit else self.size
-        for file in self.files:
+        share = max(SHARE, limit // len(self.files)) if self.size > limit else self.size
+        for file in sorted(self.files, key=lambda file: hash_id(file.name)):
             taken = 0
             for name, text in self._read(file):
                 yield name, text

@@ -11,10 +11,10 @@ from collections.abc import Iterator
 
 import numpy as np
 
+from train.data.files import hash_id
 from train.data.packing import Documents
 from train.data.sources import Source
 from train.data.store import TokenStore
-from train.data.tokenise import hash_id
 from train.data.tokenizer import Tokenizer
 
 
@@ -49,10 +49,21 @@ def _cut(bytes_N: np.ndarray, fraction: float) -> int:
 def training_texts(sources: list[Source], limit: int, fraction: float) -> Iterator[str]:
     """Texts of training documents from all over the sources, of about `limit` bytes, to train a tokenizer on."""
     for source in sources:
-        documents = list(source.sample(limit // len(sources)))
+        documents = _enough(source.sample(limit // len(sources)), limit // len(sources), fraction)
         if len(documents) == 1:
             raw = documents[0][1].encode()
             yield raw[: int((1 - fraction) * len(raw))].decode("utf-8", "ignore")
             continue
         held_D = held_out_D(np.array([hash_id(name) for name, _ in documents], dtype=np.uint64), fraction)
         yield from (text for (_, text), held in zip(documents, held_D, strict=True) if not held)
+
+
+def _enough(documents: Iterator[tuple[str, str]], limit: int, fraction: float) -> list[tuple[str, str]]:
+    """The first documents, until those for training have `limit` characters."""
+    taken, size = [], 0
+    for name, text in documents:
+        taken.append((name, text))
+        size += len(text) if hash_id(name) >= fraction * 2**64 else 0
+        if size >= limit:
+            break
+    return taken

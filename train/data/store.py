@@ -15,12 +15,13 @@ D = documents, N = tokens.
 import errno
 import fcntl
 import hashlib
+import io
 import json
 import os
 import shutil
 import uuid
 import zlib
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -81,13 +82,24 @@ def write_atomically(path: Path, content: bytes) -> None:
 
 
 @contextmanager
-def locked(path: Path) -> Iterator[None]:
-    """Hold the lock file `path`: another process that prepares the same thing waits here. Freed when a holder dies."""
+def locked(path: Path, waiting: Callable[[], None]) -> Iterator[None]:
+    """Hold the lock of a cache entry: another process that makes the same one waits here, after a call of `waiting`.
+
+    The lock is freed when its holder dies; what a dead holder left unfinished is removed.
+    """
+    lock = path.with_name(f".{path.name}.lock")
     with space_errors(path.parent):
         path.parent.mkdir(parents=True, exist_ok=True)
-        stream = path.open("ab")
+        stream = lock.open("ab")
     with stream:
-        fcntl.flock(stream, fcntl.LOCK_EX)
+        try:
+            fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            waiting()
+            fcntl.flock(stream, fcntl.LOCK_EX)
+        for stale in path.parent.glob(f".{path.name}.*"):
+            if stale != lock:
+                shutil.rmtree(stale) if stale.is_dir() else stale.unlink()
         yield
 
 
@@ -136,8 +148,8 @@ class StoreWriter:
         self._stream.flush()
         os.fsync(self._stream.fileno())
         offsets_D1 = np.concatenate([[0], *self.lengths]).cumsum().astype("<i8")
-        np.save(self._temporary / "documents.npy", offsets_D1)
-        np.save(self._temporary / "hashes.npy", np.concatenate(self.hashes).astype("<u8"))
+        _save(self._temporary / "documents.npy", offsets_D1)
+        _save(self._temporary / "hashes.npy", np.concatenate(self.hashes).astype("<u8"))
         (self._temporary / "tokenizer.json").write_text(self.tokenizer_json, encoding="utf-8")
         names = ("documents.npy", "hashes.npy", "tokenizer.json")
         checksums = {name: zlib.crc32((self._temporary / name).read_bytes()) for name in names}
@@ -158,6 +170,13 @@ class StoreWriter:
             os.rename(self.path, old)
             shutil.rmtree(old, ignore_errors=True)
         os.rename(self._temporary, self.path)
+
+
+def _save(path: Path, array: np.ndarray) -> None:
+    """np.save, but a full disk is an OSError with its errno."""
+    content = io.BytesIO()
+    np.save(content, array)
+    path.write_bytes(content.getbuffer())
 
 
 def open_store(path: Path, marks: Path) -> TokenStore:

