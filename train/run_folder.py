@@ -76,7 +76,7 @@ def resume_point(config: Config, first_attempt: int | None = None, skip: Collect
     `first_attempt`: number of the first attempt of this launch, when the supervisor starts a later one; the newest
     checkpoint that the launch itself wrote then comes before whatever `resume` names. `skip`: checkpoints that `load`
     found damaged. Raises UserError if a named checkpoint is damaged, or if all there are: starting new beside them
-    would throw training away unasked.
+    would throw training away unasked. Make rank 0's Checkpointer first: it mends a commit that was cut in two.
     """
     own = RunPaths(config).checkpoints
     if first_attempt is not None:

@@ -19,7 +19,6 @@ from parallel.shard import Shard
 from train.checkpoint import load as loading
 from train.checkpoint.commit import Committer, Fenced, Save, SaveAbandoned
 from train.checkpoint.intervals import NotCovered, merge
-from train.checkpoint.manifest import index_name
 from train.checkpoint.stage import Stage
 
 
@@ -33,7 +32,7 @@ class SaveResult:
 
     step: int
     path: Path | None
-    """The checkpoint; None if the save failed."""
+    """The checkpoint; None if the save failed. Only rank 0 knows of the commit: on others, where it will be."""
     warning: str | None
     """What went wrong, also if the checkpoint was written (retries, old ones not removed)."""
     fenced: bool
@@ -137,31 +136,30 @@ class Checkpointer:
 
     def _run(self, save: Save, meta: dict[str, Any], began: float) -> None:
         """The thread: everything that can go wrong becomes a result."""
-        path, warning, fenced = None, None, False
+        path, warning = None, None
         try:
             warning = self._write(save)
-            path = self._commit(save, meta) if self.rank == 0 else self.committer.await_commit(save)
-        except Fenced as error:
-            warning, fenced = str(error), True
-        except (OSError, SaveAbandoned, NotCovered) as error:
+            path = self._commit(save, meta) if self.rank == 0 else self.committer.path(save)
+        except (OSError, Fenced, SaveAbandoned, NotCovered) as error:
             warning = str(error)
         except Exception:  # a bug of ours in this thread must reach the loop as text, not vanish with the thread
             warning = traceback.format_exc()
         if path is None:
-            warning = f"checkpoint of step {save.step} not written: {warning}"
             self.committer.give_up(save, self.rank, warning)
+            warning = f"checkpoint of step {save.step} not written: {warning}"
         elif self.rank == 0:
             warning = self._prune(warning)
-        size = self._stage.layout.data_bytes
-        self._results.append(SaveResult(save.step, path, warning, fenced, time.perf_counter() - began, size))
+        fenced, seconds = self.committer.overtaken(), time.perf_counter() - began
+        self._results.append(SaveResult(save.step, path, warning, fenced, seconds, self._stage.layout.data_bytes))
 
     def _write(self, save: Save) -> str | None:
         """Write this rank's files, with retries; returns a warning if it took some."""
+        folder = self.committer.begin(save, self.rank)
         warning = None
         for attempt in range(self.retries + 1):
-            self.committer.refuse_if_fenced()
+            self.committer.refuse_lost(save)
             try:
-                index = self._stage.write(self.committer.temporary(save), self.rank)
+                index = self._stage.write(folder, self.rank)
                 identity = {"rank": self.rank, "step": save.step, "attempt": self.committer.attempt}
                 self.committer.vote(save, self.rank, {**identity, **index})
                 return warning
@@ -173,10 +171,7 @@ class Checkpointer:
         return warning
 
     def _commit(self, save: Save, meta: dict[str, Any]) -> Path:
-        self.committer.await_votes(save)
-        folder = self.committer.temporary(save)
-        indexes = [(folder / index_name(rank)).read_bytes() for rank in range(self.committer.world_size)]
-        return self.committer.commit(save, merge(indexes, meta))
+        return self.committer.commit(save, merge(self.committer.await_votes(save), meta))
 
     def _prune(self, warning: str | None) -> str | None:
         """Remove old checkpoints; a failure is a warning, as the new one is safe."""

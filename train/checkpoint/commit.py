@@ -1,12 +1,11 @@
 """How the files of all ranks become one checkpoint, with no collective: threads must not issue any.
 
 1. Every rank writes its data file, then its index by rename, into checkpoints/.step_N.attempt_A.save_K.tmp/.
-   The index is a rank's vote: "mine is on disk".
+   The index is a rank's vote: "mine is on disk". A rank other than 0 is done then.
 2. Rank 0 waits for all votes, merges them into manifest.json, and renames the folder to step_N. That rename is
    the commit: before it nothing carries the final name, after it everything is durable.
-3. The other ranks watch the temporary folder: when it is gone, either the final folder carries their attempt
-   and step, or rank 0 gave up.
 A rank that cannot write leaves a note, rank_R.failed, so that rank 0 gives up at once instead of at its timeout.
+When rank 0 gives up it removes the folder. A rank that comes later still makes it anew; the next save clears it.
 
 Fencing. Ranks on a node that lost its network live on while a new attempt already runs elsewhere, and must not
 rename or prune over its checkpoints. `.fence` holds the highest attempt number. A new attempt raises it, and an
@@ -28,11 +27,9 @@ from typing import Any
 from train.checkpoint.files import atomic_write_json, atomic_write_text, exclusive, fsync_folder
 from train.checkpoint.manifest import (
     MANIFEST,
-    Damaged,
     checkpoints,
     data_name,
     index_name,
-    read_manifest,
     seal,
     step_name,
 )
@@ -99,24 +96,40 @@ class Committer:
                 else:
                     shutil.rmtree(folder, ignore_errors=True)  # a living writer of the old attempt may race with us
 
-    def temporary(self, save: Save) -> Path:
-        """The folder that every rank writes this save to; created here."""
-        folder = self._hidden(step_name(save.step), f"save_{save.serial}.tmp")
+    def begin(self, save: Save, rank: int) -> Path:
+        """Make the folder that every rank writes this save to; rank 0 also clears those of earlier, failed saves.
+
+        Raises Fenced.
+        """
+        self._check_fence()
+        folder = self._temporary(save)
+        if rank == 0:
+            for other in self.root.glob(f".step_*.attempt_{self.attempt}.save_*.tmp"):
+                if other != folder:
+                    shutil.rmtree(other, ignore_errors=True)  # a slow rank may still be writing there, in vain
         folder.mkdir(exist_ok=True)
         return folder
 
-    def refuse_if_fenced(self) -> None:
-        """Fenced if a newer attempt has started. A look without the lock: stops an old attempt early, guards nothing."""
+    def refuse_lost(self, save: Save) -> None:
+        """Look, before writing again, whether it still makes sense: Fenced or SaveAbandoned if not."""
         self._check_fence()
+        if not self._temporary(save).is_dir():
+            raise SaveAbandoned("rank 0 gave up; its log says why")
+
+    def overtaken(self) -> bool:
+        """Whether a newer attempt has started, which may be why an operation failed. Never raises OSError."""
+        try:
+            return read_fence(self.root) > self.attempt
+        except OSError:
+            return False  # the failure that led here is reported in any case
 
     def vote(self, save: Save, rank: int, index: dict[str, Any]) -> None:
         """Say that this rank's data file is on disk."""
-        folder = self._hidden(step_name(save.step), f"save_{save.serial}.tmp")
-        atomic_write_json(folder / index_name(rank), index)
+        atomic_write_json(self._temporary(save) / index_name(rank), index)
 
     def give_up(self, save: Save, rank: int, why: str) -> None:
         """Withdraw this rank's files and tell rank 0 that they will not come. Never raises OSError."""
-        folder = self._hidden(step_name(save.step), f"save_{save.serial}.tmp")
+        folder = self._temporary(save)
         try:
             if rank == 0:
                 shutil.rmtree(folder, ignore_errors=True)
@@ -127,29 +140,28 @@ class Committer:
         except OSError:
             return  # the note only saves time: without it rank 0 gives up at its timeout
 
-    def await_votes(self, save: Save) -> None:
-        """Rank 0: return when every rank has voted; SaveAbandoned if one failed or the time is up."""
-        folder = self.temporary(save)
+    def await_votes(self, save: Save) -> list[bytes]:
+        """Rank 0: the index files of all ranks once they are there; SaveAbandoned if one failed or the time is up."""
+        folder = self._temporary(save)
         missing = {index_name(rank): rank for rank in range(self.world_size)}
 
         def complete() -> bool:
-            names = os.listdir(folder)
-            for name in sorted(names):
+            for name in os.listdir(folder):
+                missing.pop(name, None)
                 if name.endswith(".failed"):
                     raise SaveAbandoned(f"{name.removesuffix('.failed')}: {(folder / name).read_text()}")
-            for name in names:
-                missing.pop(name, None)
             return not missing
 
         if not self._wait(complete):
             ranks = sorted(missing.values())
             raise SaveAbandoned(f"no files from ranks {_brief(ranks)} within {self.timeout:.0f} s")
+        return [(folder / index_name(rank)).read_bytes() for rank in range(self.world_size)]
 
     def commit(self, save: Save, manifest: dict[str, Any]) -> Path:
         """Rank 0, after all votes: make the temporary folder the checkpoint of its step. Returns its path."""
-        folder = self._hidden(step_name(save.step), f"save_{save.serial}.tmp")
+        folder = self._temporary(save)
         atomic_write_text(folder / MANIFEST, seal(manifest))
-        final = self.root / step_name(save.step)
+        final = self.path(save)
         aside = self._hidden(final.name, "replaced")
         with self._lock():
             self._check_fence()
@@ -158,20 +170,6 @@ class Committer:
             folder.rename(final)
             fsync_folder(self.root)
         shutil.rmtree(aside, ignore_errors=True)
-        return final
-
-    def await_commit(self, save: Save) -> Path:
-        """Other ranks: return the checkpoint's path once rank 0 has committed it; SaveAbandoned if it did not."""
-        folder = self._hidden(step_name(save.step), f"save_{save.serial}.tmp")
-        if not self._wait(lambda: not folder.exists()):
-            raise SaveAbandoned(f"rank 0 did not commit within {self.timeout:.0f} s")
-        final = self.root / step_name(save.step)
-        try:
-            committed = read_manifest(final).attempt == self.attempt
-        except Damaged:
-            committed = False
-        if not committed:
-            raise SaveAbandoned("rank 0 gave up; its log says why")
         return final
 
     def prune(self, keep: int, keep_every: int, protected: Path | None) -> None:
@@ -191,6 +189,13 @@ class Committer:
                 doomed.append(manifest.folder.rename(self._hidden(manifest.folder.name, "pruned")))
         for folder in doomed:
             shutil.rmtree(folder)
+
+    def path(self, save: Save) -> Path:
+        """Where the committed checkpoint is."""
+        return self.root / step_name(save.step)
+
+    def _temporary(self, save: Save) -> Path:
+        return self._hidden(step_name(save.step), f"save_{save.serial}.tmp")
 
     def _hidden(self, name: str, kind: str) -> Path:
         return self.root / f".{name}.attempt_{self.attempt}.{kind}"

@@ -46,7 +46,9 @@ class Damaged(UserError):
             "resume", file, f"is damaged: {problem}", "resume from another checkpoint, or use resume=auto to skip it"
         )
 
-    def __str__(self) -> str:
+    @property
+    def line(self) -> str:
+        """The file and what is wrong with it."""
         return f"{self.value} {self.rule}"
 
 
@@ -149,14 +151,14 @@ def verify(folder: Path, full: bool = False) -> list[str]:
     try:
         manifest = read_manifest(folder)
     except Damaged as error:
-        return [str(error)]
-    problems = [str(problem) for name in manifest.files if (problem := _wrong_size(manifest, name))]
+        return [error.line]
+    problems = [problem.line for name in manifest.files if (problem := _wrong_size(manifest, name))]
     if full and not problems:
         for rank in range(manifest.world_size):
             try:
                 check_data(manifest, rank)
             except Damaged as error:
-                problems.append(str(error))
+                problems.append(error.line)
     return problems
 
 
@@ -211,7 +213,7 @@ def _newest_first(root: Path, warnings: list[str]) -> list[Path]:
         try:
             sound.append(read_manifest(folder))
         except Damaged as error:
-            warnings.append(str(error))
+            warnings.append(error.line)
     return [manifest.folder for manifest in sorted(sound, key=lambda manifest: manifest.age, reverse=True)]
 
 

@@ -1,0 +1,100 @@
+"""Damage is found, named, and passed over."""
+
+import random
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from conf.errors import UserError
+from parallel.shard import whole
+from tests.checkpoint.world import blank, checkpointers, same_bits, save
+from train.checkpoint.load import load
+from train.checkpoint.manifest import Damaged, newest_intact, seal, verify
+
+torch.set_num_threads(1)
+
+NAMES = ["rank_00000.safetensors", "rank_00000.json", "rank_00001.safetensors", "rank_00001.json", "manifest.json"]
+
+
+def two_checkpoints(root: Path) -> list[dict]:
+    """Steps 10 and 20 of two ranks; returns the shards of step 10."""
+    world = checkpointers(root, 2)
+    states = [[{f"w{rank}": whole(torch.randn(300) + step)} for rank in range(2)] for step in (10, 20)]
+    for step, shards in zip((10, 20), states, strict=True):
+        assert all(result.ok for result in save(world, step, shards))
+    return states[0]
+
+
+def cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-5])
+
+
+def flip(path: Path, at: int) -> None:
+    data = bytearray(path.read_bytes())
+    data[at] ^= 1 << (at % 8)
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("damage", [Path.unlink, cut])
+def test_a_missing_or_short_file_costs_one_checkpoint(tmp_path, name, damage):
+    two_checkpoints(tmp_path)
+    damage(tmp_path / "step_00000020" / name)
+    found = newest_intact(tmp_path)
+    assert found.path == tmp_path / "step_00000010"
+    (warning,) = found.warnings
+    assert f"step_00000020/{name}" in warning
+    assert any(word in warning for word in ("missing", "bytes, but", "not valid JSON"))
+    with pytest.raises(Damaged, match=name):
+        load(tmp_path / "step_00000020", {f"w{rank}": whole(torch.zeros(300)) for rank in range(2)})
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_flipped_bit_is_found(tmp_path, name):
+    shards = two_checkpoints(tmp_path)
+    path, rng = tmp_path / "step_00000010", random.Random(name)
+    original = (path / name).read_bytes()
+    places = {0, 7, 8, len(original) - 1, *(rng.randrange(len(original)) for _ in range(60))}
+    for at in places:
+        (path / name).write_bytes(original)
+        flip(path / name, at)
+        (problem,) = verify(path, full=True)
+        assert name in problem or (name.endswith("json") and "manifest" in problem)
+    (path / name).write_bytes(original)
+    assert verify(path, full=True) == []
+    wanted = blank(shards[0])
+    load(path, wanted)
+    assert same_bits(wanted, shards[0])
+
+
+def test_a_flipped_bit_stops_only_who_reads_it(tmp_path):
+    """The fast verification cannot see it; load does, and the search goes on without that checkpoint."""
+    two_checkpoints(tmp_path)
+    flip(tmp_path / "step_00000020" / "rank_00001.safetensors", 600)
+    found = newest_intact(tmp_path)
+    assert found.path == tmp_path / "step_00000020" and found.warnings == []
+    load(found.path, {"w0": whole(torch.zeros(300))})
+    with pytest.raises(Damaged, match=r"(?s)rank_00001\.safetensors.*the checksum of block 0 does not match"):
+        load(found.path, {"w1": whole(torch.zeros(300))})
+    assert newest_intact(tmp_path, skip={found.path}).path == tmp_path / "step_00000010"
+    found = newest_intact(tmp_path, full=True)
+    assert found.path == tmp_path / "step_00000010" and "rank_00001.safetensors" in found.warnings[0]
+
+
+def test_nothing_intact(tmp_path):
+    assert newest_intact(tmp_path / "none").path is None
+    two_checkpoints(tmp_path)
+    for folder in tmp_path.glob("step_*"):
+        (folder / "rank_00001.json").unlink()
+    found = newest_intact(tmp_path)
+    assert found.path is None and len(found.warnings) == 2
+
+
+def test_a_newer_format_is_not_passed_over(tmp_path):
+    two_checkpoints(tmp_path)
+    newer = shutil.copytree(tmp_path / "step_00000020", tmp_path / "step_00000030")
+    (newer / "manifest.json").write_text(seal({"format": "sluice checkpoint", "version": 2}))
+    with pytest.raises(UserError, match="version 2"):
+        newest_intact(tmp_path)

@@ -1,0 +1,259 @@
+"""Saving beside the training: snapshots, failures that cost one checkpoint, fencing, pruning."""
+
+import errno
+import os
+import subprocess
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from parallel.shard import Shard, whole
+from tests.checkpoint.world import blank, checkpointers, same_bits, save
+from train.checkpoint.checkpointer import Checkpointer, SaveFailed
+from train.checkpoint.commit import Committer, Fenced, Save, next_attempt
+from train.checkpoint.load import load
+from train.checkpoint.manifest import newest_intact, read_manifest, verify
+from train.checkpoint.stage import Stage
+
+torch.set_num_threads(1)
+
+
+def state(rank: int, step: int, ranks: int = 2, size: int = 40) -> dict[str, Shard]:
+    """A rank's part of one tensor that is `step` everywhere."""
+    return {"w": Shard(torch.full((size,), float(step)), rank * size, (ranks * size,))}
+
+
+def states(step: int, ranks: int = 2) -> list[dict[str, Shard]]:
+    return [state(rank, step, ranks) for rank in range(ranks)]
+
+
+def steps(root: Path) -> list[int]:
+    return sorted(int(folder.name[5:]) for folder in root.glob("step_*"))
+
+
+def leftovers(root: Path) -> list[str]:
+    return [path.name for path in root.glob(".step*")]
+
+
+def hold_writes(monkeypatch) -> threading.Event:
+    """Make every write wait for the returned event."""
+    gate, real = threading.Event(), Stage.write
+
+    def write(stage, folder, rank):
+        assert gate.wait(20)
+        return real(stage, folder, rank)
+
+    monkeypatch.setattr(Stage, "write", write)
+    return gate
+
+
+def test_a_save_is_a_snapshot(tmp_path, monkeypatch):
+    gate = hold_writes(monkeypatch)
+    (checkpointer,) = checkpointers(tmp_path, 1)
+    live, meta = {"w": whole(torch.arange(9.0)), "b": whole(torch.ones(3).bfloat16())}, {"samples": [1]}
+    before = {name: Shard(shard.local.clone(), 0, shard.shape) for name, shard in live.items()}
+    stall = checkpointer.save(1, live, meta)
+    for shard in live.values():
+        shard.local.zero_()
+    meta["samples"].append(2)
+    assert checkpointer.poll() == [] and stall < 5
+    gate.set()
+    (result,) = checkpointer.finish()
+    wanted = blank(live)
+    assert load(result.path, wanted)["samples"] == [1] and same_bits(wanted, before)
+
+
+def test_the_next_save_waits_for_the_one_before(tmp_path, monkeypatch):
+    gate = hold_writes(monkeypatch)
+    (checkpointer,) = checkpointers(tmp_path, 1)
+    assert checkpointer.save(1, state(0, 1, 1), {}) < 5
+    threading.Timer(0.3, gate.set).start()
+    assert checkpointer.save(2, state(0, 2, 1), {}) > 0.2
+    assert [(result.step, result.ok) for result in checkpointer.finish()] == [(1, True), (2, True)]
+
+
+def test_a_disk_that_hangs_costs_checkpoints_and_no_more(tmp_path, monkeypatch):
+    gate = hold_writes(monkeypatch)
+    (checkpointer,) = checkpointers(tmp_path, 1, timeout=0.05)
+    checkpointer.save(1, state(0, 1, 1), {})
+    checkpointer.save(2, state(0, 2, 1), {})
+    (skipped,) = checkpointer.poll()
+    assert (skipped.step, skipped.ok) == (2, False) and "still being written" in skipped.warning
+    with pytest.raises(SaveFailed, match="not written within"):
+        checkpointer.finish(required=True)
+    gate.set()
+    assert checkpointer.save(3, state(0, 3, 1), {}) < 5
+    assert all(result.ok for result in checkpointer.finish(required=True)) and steps(tmp_path) == [1, 3]
+
+
+def test_synchronous_saves_are_done_when_save_returns(tmp_path):
+    (checkpointer,) = checkpointers(tmp_path, 1, asynchronous=False)
+    checkpointer.save(4, state(0, 4, 1), {})
+    assert steps(tmp_path) == [4] and checkpointer.poll()[0].ok
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A file system of 3 MB."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", str(disk)]
+    if os.geteuid() != 0 or subprocess.run(command, capture_output=True).returncode != 0:
+        pytest.skip("needs root to mount a small file system")
+    yield disk
+    subprocess.run(["umount", "-l", str(disk)], check=True)
+
+
+def test_a_full_disk_costs_one_checkpoint(small_disk):
+    """1 MB of state: the first save fits, the second finds 0.7 MB, the third has room again."""
+    world = checkpointers(small_disk, 2)
+    shards = [{"w": Shard(torch.randn(131072), rank * 131072, (262144,))} for rank in range(2)]
+    assert save(world, 1, shards)[0].ok
+    ballast = small_disk / "ballast"
+    ballast.write_bytes(bytes(1_400_000))
+    failed = save(world, 2, shards)
+    assert not failed[0].ok and "checkpoint of step 2 not written" in failed[0].warning
+    assert any("No space left" in result.warning for result in failed if not result.ok)
+    assert steps(small_disk) == [1] and leftovers(small_disk) == []
+    ballast.unlink()
+    assert save(world, 3, shards)[0].ok
+    assert steps(small_disk) == [1, 3] and verify(small_disk / "step_00000003", full=True) == []
+
+
+def break_writes(monkeypatch, checkpointer: Checkpointer, times: int) -> None:
+    """The next `times` writes of this rank find the disk full."""
+    failures, real = iter(range(times)), Stage.write
+
+    def write(stage, folder, rank):
+        if rank == checkpointer.rank and next(failures, None) is not None:
+            (folder / "half").write_text("")
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return real(stage, folder, rank)
+
+    monkeypatch.setattr(Stage, "write", write)
+
+
+def test_a_passing_failure_is_retried(tmp_path, monkeypatch):
+    world = checkpointers(tmp_path, 2, retries=2)
+    break_writes(monkeypatch, world[1], 2)
+    results = save(world, 1, states(1))
+    assert all(result.ok for result in results)
+    assert results[0].warning is None and "try 2 " in results[1].warning
+
+
+@pytest.mark.parametrize("broken", [0, 1])
+def test_a_lasting_failure_is_named_and_leaves_nothing(tmp_path, monkeypatch, broken):
+    world = checkpointers(tmp_path, 2, retries=1)
+    break_writes(monkeypatch, world[broken], 2)
+    began = time.monotonic()
+    results = save(world, 1, states(1))
+    assert time.monotonic() - began < 5, "rank 0 must not wait for its timeout"
+    assert not results[0].ok and "No space left" in results[0].warning
+    assert ("rank_00001" in results[0].warning) == (broken == 1)
+    assert steps(tmp_path) == []
+    assert save(world, 2, states(2))[0].ok
+    assert steps(tmp_path) == [2] and leftovers(tmp_path) == []
+
+
+def test_a_rank_that_is_gone_is_named(tmp_path):
+    world = checkpointers(tmp_path, 3, timeout=0.3)
+    world[0].save(5, state(0, 5, 3), {})
+    world[2].save(5, state(2, 5, 3), {})
+    with pytest.raises(SaveFailed, match="no files from ranks 1 within"):
+        world[0].finish(required=True)
+    assert steps(tmp_path) == []
+    world[1].save(5, state(1, 5, 3), {})  # too late: it writes in vain, and the next save clears it
+    world[1].finish()
+    assert save(world, 6, states(6, 3))[0].ok
+    assert steps(tmp_path) == [6] and leftovers(tmp_path) == []
+
+
+def test_an_old_attempt_cannot_write_any_more(tmp_path):
+    old = checkpointers(tmp_path, 2, attempt=0, keep=1)
+    assert save(old, 10, states(10))[0].ok
+    assert next_attempt(tmp_path) == 1
+    new = checkpointers(tmp_path, 2, attempt=1, keep=1)
+    assert save(new, 8, states(8))[0].ok
+    assert steps(tmp_path) == [8], "a later attempt's checkpoint is newer, whatever its step"
+    results = save(old, 12, states(12))
+    assert all(result.fenced and not result.ok for result in results)
+    assert "attempt 1 of this run has started" in results[0].warning
+    assert steps(tmp_path) == [8] and leftovers(tmp_path) == []
+    with pytest.raises(Fenced):
+        Checkpointer(tmp_path, rank=1, world_size=2, attempt=0)
+
+
+def test_an_attempt_overtaken_before_its_commit_renames_nothing(tmp_path):
+    """Its votes are all in; the new attempt starts between them and the rename."""
+    old = Committer(tmp_path, 0, 1, timeout=5)
+    old.raise_fence()
+    save_ = Save(3, 0)
+    folder = old.begin(save_, 0)
+    old.vote(save_, 0, {})
+    old.await_votes(save_)
+    new = Committer(tmp_path, 1, 1, timeout=5)
+    new.raise_fence()
+    with pytest.raises(Fenced):
+        old.commit(save_, {})
+    with pytest.raises(Fenced):
+        old.prune(1, 0, None)
+    assert steps(tmp_path) == [] and folder.exists()
+    new.sweep()
+    assert leftovers(tmp_path) == []
+
+
+def test_commit_and_fence_exclude_each_other(tmp_path):
+    """While the lock is held for a commit, the fence cannot rise; afterwards it does."""
+    committer = Committer(tmp_path, 0, 1, timeout=0.1)
+    committer.raise_fence()
+    newer = Committer(tmp_path, 1, 1, timeout=0.1)
+    with committer._lock(), pytest.raises(TimeoutError, match="stayed locked"):
+        newer.raise_fence()
+    newer.raise_fence()
+    assert next_attempt(tmp_path) == 2
+
+
+def test_a_commit_cut_between_its_renames_is_healed(tmp_path):
+    """Replacing step 5, the writer died after the old folder was put aside."""
+    save(checkpointers(tmp_path, 2), 5, states(5))
+    (tmp_path / "step_00000005").rename(tmp_path / ".step_00000005.attempt_0.replaced")
+    checkpointers(tmp_path, 2, attempt=1)
+    assert newest_intact(tmp_path).path == tmp_path / "step_00000005" and leftovers(tmp_path) == []
+
+
+def test_a_step_is_replaced_by_a_later_attempt(tmp_path):
+    save(checkpointers(tmp_path, 2), 5, states(5))
+    (tmp_path / "step_00000005" / "rank_00000.json").unlink()
+    assert save(checkpointers(tmp_path, 2, attempt=1), 5, states(5))[0].ok
+    assert read_manifest(tmp_path / "step_00000005").attempt == 1 and leftovers(tmp_path) == []
+    assert verify(tmp_path / "step_00000005", full=True) == []
+
+
+def test_pruning(tmp_path):
+    world = checkpointers(tmp_path, 2, keep=2, keep_every=40)
+    for step in (10, 20, 30, 40, 50, 60, 70):
+        save(world, step, states(step))
+    assert steps(tmp_path) == [40, 60, 70]
+    later = checkpointers(tmp_path, 2, attempt=1, keep=1)
+    later[0].load(tmp_path / "step_00000060", blank(state(0, 60)))
+    save(later, 80, states(80))
+    assert steps(tmp_path) == [60, 80], "the one that the run resumed from stays"
+
+
+def test_pruning_counts_intact_ones_only(tmp_path):
+    save(checkpointers(tmp_path, 2, keep=0), 10, states(10))
+    save(checkpointers(tmp_path, 2, keep=0, attempt=1), 20, states(20))
+    (tmp_path / "step_00000020" / "rank_00001.safetensors").unlink()
+    committer = Committer(tmp_path, 1, 2, timeout=5)
+    committer.prune(1, 0, None)
+    assert steps(tmp_path) == [10, 20] and newest_intact(tmp_path).path == tmp_path / "step_00000010"
+
+
+def test_keep_0_keeps_all(tmp_path):
+    world = checkpointers(tmp_path, 1, keep=0)
+    for step in range(5):
+        save(world, step, [state(0, step, 1)])
+    assert steps(tmp_path) == [0, 1, 2, 3, 4]

@@ -1,0 +1,154 @@
+"""The run folder: one live run at a time, and where it resumes."""
+
+import multiprocessing
+import os
+import shutil
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from conf.errors import UserError
+from conf.load import compose, read_config
+from parallel.shard import whole
+from tests.checkpoint.world import checkpointers, save
+from train.run_folder import RunFolder, RunPaths, resume_point
+
+torch.set_num_threads(1)
+
+_CONTEXT = multiprocessing.get_context("forkserver")
+
+
+def config(root: Path, *overrides: str):
+    return compose(f"runs={root}", "name=a", *overrides)
+
+
+def write_steps(root: Path, *steps: int, attempt: int = 0) -> None:
+    world = checkpointers(root / "a" / "checkpoints", 1, attempt=attempt, keep=0)
+    for step in steps:
+        assert save(world, step, [{"w": whole(torch.ones(3))}])[0].ok
+
+
+def hold(root: Path, pipe) -> None:
+    """Take the run folder and keep it until told, or killed."""
+    with RunFolder(config(root)):
+        pipe.send("held")
+        pipe.recv()
+
+
+def test_a_second_run_is_refused_until_the_first_is_dead(tmp_path):
+    ours, theirs = _CONTEXT.Pipe()
+    process = _CONTEXT.Process(target=hold, args=(tmp_path, theirs))
+    process.start()
+    assert ours.poll(30) and ours.recv() == "held"
+    with pytest.raises(UserError) as caught:
+        RunFolder(config(tmp_path))
+    assert caught.value.field == "name"
+    assert f"in use by process {process.pid} on host {socket.gethostname()}" in caught.value.rule
+    process.kill()
+    process.join()
+    with RunFolder(config(tmp_path)) as folder:
+        assert folder.path == tmp_path / "a"
+        with pytest.raises(UserError, match=f"process {os.getpid()} "):
+            RunFolder(config(tmp_path))
+    RunFolder(config(tmp_path)).close()
+
+
+def test_child_processes_do_not_inherit_the_lock(tmp_path):
+    folder = RunFolder(config(tmp_path))
+    child = subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE)
+    folder.close()
+    RunFolder(config(tmp_path)).close()
+    child.communicate(b"\n")
+
+
+def test_the_folder_holds_the_configuration(tmp_path):
+    written = config(tmp_path, "seed=5", "conf=deepseek_v3_16b", "data=stdlib")
+    with RunFolder(written) as folder:
+        assert read_config(str(folder.config_path)) == written
+        assert folder.checkpoints.is_dir() and folder.logs.is_dir()
+        assert [p.name for p in folder.path.iterdir() if p.name.endswith(".tmp")] == []
+
+
+def test_it_needs_no_torch():
+    code = "import sys, train.run_folder; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="needs root to give a folder away")
+def test_a_folder_of_another_user_is_refused(tmp_path):
+    (tmp_path / "a").mkdir()
+    os.chown(tmp_path / "a", 12345, -1)
+    with pytest.raises(UserError, match="belongs to user 12345"):
+        RunFolder(config(tmp_path))
+    assert list((tmp_path / "a").iterdir()) == []
+
+
+def test_a_file_in_the_way_is_named(tmp_path):
+    (tmp_path / "a").write_text("")
+    with pytest.raises(UserError, match="cannot be created"):
+        RunFolder(config(tmp_path))
+
+
+def test_disk_space_is_checked_for_all_that_will_be_kept(tmp_path, monkeypatch):
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=10 * 10**9))
+    RunFolder(config(tmp_path, "checkpoint.keep=3"), checkpoint_bytes=2 * 10**9).close()
+    with pytest.raises(UserError, match=r"4 checkpoints of about 3\.0 GB need 12\.0 GB, and 10\.0 GB are free"):
+        RunFolder(config(tmp_path, "checkpoint.keep=3"), checkpoint_bytes=3 * 10**9)
+    write_steps(tmp_path, 1)  # one of the four is there already
+    RunFolder(config(tmp_path, "checkpoint.keep=3"), checkpoint_bytes=3 * 10**9).close()
+
+
+def test_never_refuses_a_run_with_checkpoints(tmp_path):
+    never = config(tmp_path, "resume=never")
+    with RunFolder(never):
+        assert resume_point(never).path is None
+    write_steps(tmp_path, 4)
+    with pytest.raises(UserError, match=r"already has checkpoints, the last one .*step_00000004"):
+        RunFolder(never)
+    RunFolder(config(tmp_path)).close()
+
+
+def test_auto_takes_the_newest_intact_and_names_the_damaged(tmp_path):
+    auto = config(tmp_path)
+    assert resume_point(auto).path is None
+    write_steps(tmp_path, 4, 8)
+    checkpoints = RunPaths(auto).checkpoints
+    assert resume_point(auto).path == checkpoints / "step_00000008"
+    (checkpoints / "step_00000008" / "rank_00000.json").unlink()
+    found = resume_point(auto)
+    assert found.path == checkpoints / "step_00000004" and "step_00000008/rank_00000.json" in found.warnings[0]
+    with pytest.raises(UserError, match="no checkpoint of this run is intact"):
+        resume_point(auto, skip={found.path})
+
+
+def test_a_path_names_a_checkpoint_or_a_run(tmp_path):
+    write_steps(tmp_path, 4, 8)
+    run = tmp_path / "a"
+    for path in (run, run / "checkpoints", run / "checkpoints" / "step_00000008"):
+        other = compose(f"runs={tmp_path}", "name=b", f"resume={path}")
+        assert resume_point(other).path == run / "checkpoints" / "step_00000008"
+    (run / "checkpoints" / "step_00000004" / "rank_00000.json").unlink()
+    for path, rule in (
+        (run / "checkpoints" / "step_00000004", "is missing"),
+        (tmp_path, "holds no manifest"),
+        ("/nowhere", "does not exist"),
+    ):
+        with pytest.raises(UserError, match=rule):
+            resume_point(compose(f"runs={tmp_path}", "name=b", f"resume={path}"))
+
+
+def test_a_restart_goes_on_from_what_the_launch_wrote(tmp_path):
+    """resume=PATH and never speak of the first start; attempt 5 was the first of this launch."""
+    write_steps(tmp_path, 4, 8, attempt=2)
+    checkpoints = tmp_path / "a" / "checkpoints"
+    named = config(tmp_path, f"resume={checkpoints / 'step_00000004'}")
+    assert resume_point(named, first_attempt=5).path == checkpoints / "step_00000004"
+    write_steps(tmp_path, 6, attempt=5)
+    assert resume_point(named, first_attempt=5).path == checkpoints / "step_00000006"
+    assert resume_point(named).path == checkpoints / "step_00000004"
+    assert resume_point(config(tmp_path)).path == checkpoints / "step_00000006"
