@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from tests.metrics.synthetic import write_run
-from train.metrics.figures import POINTS, thin
+from train.metrics.figures import POINTS, stretch_means, thin
 from train.metrics.jsonl import JsonlSink
 from train.metrics.report import headline, read_series, write_report
 
@@ -149,6 +149,9 @@ def test_thinning_keeps_ends_and_spikes():
     kept_x, kept_y = thin(x, y)
     assert len(kept_x) <= POINTS + 2 and kept_x[0] == 0 and kept_x[-1] == 49_999
     assert kept_y[kept_x == 31_234] == 9.0 and (np.diff(kept_x) > 0).all()
+    y[:200] = np.nan
+    mean_x, mean_y = stretch_means(x, y, 250)
+    assert mean_x.shape == (250,) and np.isnan(mean_y[0]) and mean_y[1:].sum() == pytest.approx(9.0 / 200)
 
 
 @pytest.mark.slow

@@ -3,7 +3,7 @@
 Shape suffixes: N recorded steps, S steps kept for the heat maps, L MoE layers, E experts.
 
 A long run is thinned so that the page stays small: a curve keeps the lowest and the highest point of every stretch,
-hence every spike; a heat map keeps every n-th recorded step.
+hence every spike, as a pale band around its mean; a heat map keeps every n-th recorded step.
 """
 
 from collections.abc import Mapping, Sequence
@@ -72,34 +72,44 @@ def thin(x_N: np.ndarray, y_N: np.ndarray, points: int = POINTS) -> tuple[np.nda
     return x_N[index], y_N[index]
 
 
+def stretch_means(x_N: np.ndarray, y_N: np.ndarray, stretches: int = POINTS // 4) -> tuple[np.ndarray, np.ndarray]:
+    """Mean of the finite values in each of the stretches, at its middle; NaN where there are none."""
+    parts = np.array_split(np.arange(len(x_N)), stretches)
+    means = [float(np.mean(good)) if len(good := y_N[part][np.isfinite(y_N[part])]) else np.nan for part in parts]
+    return np.array([x_N[part[len(part) // 2]] for part in parts]), np.array(means)
+
+
 def curves(
     series: Series, wanted: Sequence[Curve], unit: str, *, log: bool = False, zero: bool = False
 ) -> go.Figure | None:
     """Line plot over steps of those curves that have values, None without any."""
     plot = go.Figure()
     for curve in wanted:
-        if not series.has(curve.metric):
-            continue
-        values_N = series.columns[curve.metric] * curve.scale
-        if curve.markers:  # measured now and then: no gaps between the measurements
-            measured = np.isfinite(values_N)
-            x, y = series.step_N[measured], values_N[measured]
-        else:
-            x, y = series.step_N, values_N
-        x, y = thin(x, y)
-        mode = "lines+markers" if curve.markers or len(x) <= 60 else "lines"
-        plot.add_scatter(
-            x=x, y=y, name=curve.name, mode=mode, line={"color": curve.colour, "width": 1.6}, marker={"size": 6}
-        )
+        if series.has(curve.metric):
+            _add_curve(plot, curve, series.step_N, series.columns[curve.metric] * curve.scale)
     if not plot.data:
         return None
     plot.update_yaxes(title=unit, type="log" if log else "linear", rangemode="tozero" if zero else "normal")
     if log:
         plot.update_yaxes(dtick="D2", tickformat=".1~g")  # labels at 1, 2 and 5
-    return style(plot)
+    return style(plot, series.step_N)
 
 
-def style(plot: go.Figure, height: int = 320) -> go.Figure:
+def _add_curve(plot: go.Figure, curve: Curve, x_N: np.ndarray, y_N: np.ndarray) -> None:
+    if curve.markers:  # measured now and then: no gaps between the measurements
+        measured = np.isfinite(y_N)
+        x_N, y_N = x_N[measured], y_N[measured]
+    line, marker = {"color": curve.colour, "width": 1.6}, {"size": 6}
+    if len(x_N) > POINTS:  # a pale band from lowest to highest, and the mean in it
+        x, y = thin(x_N, y_N)
+        plot.add_scatter(x=x, y=y, mode="lines", line=line, opacity=0.3, showlegend=False, hoverinfo="skip")
+        x_N, y_N = stretch_means(x_N, y_N)
+    mode = "lines+markers" if curve.markers or len(x_N) <= 60 else "lines"
+    plot.add_scatter(x=x_N, y=y_N, name=curve.name, mode=mode, line=line, marker=marker)
+
+
+def style(plot: go.Figure, step_N: np.ndarray, height: int = 320) -> go.Figure:
+    """The look that all figures share; step_N is what the x axis shows."""
     plot.update_layout(
         template="plotly_white",
         height=height,
@@ -110,6 +120,8 @@ def style(plot: go.Figure, height: int = 320) -> go.Figure:
         legend={"orientation": "h", "y": 1.02, "yanchor": "bottom", "x": 0},
     )
     plot.update_xaxes(title="step", nticks=10, tickformat=",d")
+    if len(step_N) <= 10:  # else the axis would show halves of steps
+        plot.update_xaxes(tickvals=step_N.tolist())
     return plot
 
 
@@ -153,7 +165,8 @@ def _loss(series: Series, settings: Mapping[str, Any]) -> Figure | None:
     wanted.append(Curve("held-out: next token", "validation_loss", ORANGE, markers=True))
     caption = (
         "How badly the model predicts text, in nats per token; it should fall, steeply at first. Held-out text was never "
-        "trained on: a held-out curve that rises while the training curve falls means memorising."
+        "trained on: a held-out curve that rises while the training curve falls means memorising. MTP modules (multi-token prediction) "
+        "look further ahead, which is harder, so their curve lies higher."
     )
     return _figure(
         "loss", "Loss: how well the model predicts", caption, curves(series, wanted, "loss (nats per token)"), True
@@ -183,14 +196,14 @@ def _layer_heat(series: Series, settings: Mapping[str, Any]) -> Figure | None:
         y=list(series.layers),
         z=vio_LS,
         zmin=0,
-        zmax=max(top, 0.1),
+        zmax=max(top, 1.0),
         colorscale="Cividis",
         colorbar={"title": "MaxVio"},
         hovertemplate="step %{x}, %{y}: MaxVio %{z:.2f}<extra></extra>",
     )
-    plot = style(go.Figure(heat), height=int(min(620, 180 + 16 * len(series.layers))))
+    plot = style(go.Figure(heat), series.layer_step_S, height=int(min(620, 180 + 16 * len(series.layers))))
     plot.update_layout(showlegend=False, hovermode="closest")
-    plot.update_yaxes(title="MoE layer", type="category", autorange="reversed", automargin=True)
+    plot.update_yaxes(title="layer with experts", type="category", autorange="reversed", automargin=True)
     caption = (
         "Each row is one layer with experts, each column a step: dark is even, yellow means that one expert of that layer got far "
         "more than its share in that batch. A row that stays yellow is a layer that does not balance. Rows named mtp are MTP modules."
@@ -221,7 +234,7 @@ def _load_heat(series: Series, settings: Mapping[str, Any]) -> Figure | None:
             },
             hovertemplate="step %{x}, expert %{y}: %{z} % of a fair share<extra></extra>",
         )
-    style(plot, height=460)
+    style(plot, series.layer_step_S, height=460)
     buttons = [
         {"label": layer, "method": "restyle", "args": ["visible", [other == layer for other in series.layers]]}
         for layer in series.layers
@@ -257,9 +270,7 @@ def _dead(series: Series, settings: Mapping[str, Any]) -> Figure | None:
 
 def _throughput(series: Series, settings: Mapping[str, Any]) -> Figure | None:
     plot = curves(series, [Curve("tokens per second", "tokens_per_second", GREEN)], "tokens/s", zero=True)
-    caption = (
-        "Tokens trained per second, all ranks together; level is good. Short dips come with validation and checkpoints."
-    )
+    caption = "Tokens trained per second, all processes together; level is good. Validation and saving are not counted."
     return _figure("throughput", "Speed", caption, plot)
 
 
@@ -311,7 +322,9 @@ def _schedules(series: Series, settings: Mapping[str, Any]) -> Figure | None:
 
 def _memory(series: Series, settings: Mapping[str, Any]) -> Figure | None:
     plot = curves(series, [Curve("peak memory", "memory_bytes", SKY, 1 / 2**30)], "GiB", zero=True)
-    caption = "Peak memory of the reporting rank (GPU memory on a GPU, else main memory). It should level off early."
+    caption = (
+        "Peak memory of the process that reports (GPU memory on a GPU, else main memory). It should level off early."
+    )
     return _figure("memory", "Memory", caption, plot)
 
 

@@ -16,7 +16,7 @@ import numpy as np
 import yaml
 from plotly.offline import get_plotlyjs
 
-from train.metrics.figures import Figure, Series, build
+from train.metrics.figures import POINTS, Figure, Series, build
 from train.metrics.jsonl import FILE, read_heads_with_loads, read_steps
 from train.metrics.names import SCALARS
 from train.metrics.progress import duration, short
@@ -24,6 +24,7 @@ from train.metrics.progress import duration, short
 REPORT = "report.html"
 HEAT_STEPS, HEAT_CELLS = 240, 600_000
 """Columns of a heat map, and cells of all heat maps of expert loads together, at most."""
+HOW_TO_READ = "Drag over a figure to zoom, double-click to zoom out."
 NO_NETWORK = "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data: blob:"
 
 STYLE = """
@@ -140,8 +141,9 @@ def headline(series: Series, settings: Mapping[str, Any]) -> list[Card]:
     chance = ""
     if isinstance(vocabulary, int) and vocabulary > 1:
         chance = f" Guessing among {vocabulary:,} tokens at random gives {math.log(vocabulary):.2f}."
-    seconds = total("step_seconds")
-    waits = (total("data_wait_seconds") + total("checkpoint_stall_seconds")) / seconds if seconds > 0 else math.nan
+    stalled = total("checkpoint_stall_seconds")
+    seconds = total("step_seconds") + stalled
+    waits = (total("data_wait_seconds") + stalled) / seconds if seconds > 0 else math.nan
     cards = [
         (
             last("validation_loss"),
@@ -165,9 +167,9 @@ def headline(series: Series, settings: Mapping[str, Any]) -> list[Card]:
             last("tokens"),
             "Tokens trained",
             short,
-            f"in {int(series.step_N[-1]):,} steps, {duration(seconds)} of training time.",
+            f"in {_steps(int(series.step_N[-1]))}, {duration(seconds)} of training time.",
         ),
-        (median("tokens_per_second"), "Tokens per second", short, "median over the run, all ranks together."),
+        (median("tokens_per_second"), "Tokens per second", short, "median over the run, all processes together."),
         (
             100 * median("mfu"),
             "Use of the hardware (MFU)",
@@ -191,7 +193,7 @@ def headline(series: Series, settings: Mapping[str, Any]) -> list[Card]:
             _largest(columns.get("memory_bytes")),
             "Peak memory",
             lambda x: f"{x / 2**30:.2f} GiB",
-            "of the reporting rank.",
+            "of the process that reports: GPU memory on a GPU, else main memory.",
         ),
         (
             last("skipped_steps"),
@@ -207,6 +209,10 @@ def headline(series: Series, settings: Mapping[str, Any]) -> list[Card]:
     ]
 
 
+def _steps(number: int) -> str:
+    return f"{number:,} step" if number == 1 else f"{number:,} steps"
+
+
 def _tail_mean(values_N: np.ndarray) -> float:
     tail = values_N[-max(1, min(20, len(values_N) // 10)) :]
     return float(np.nanmean(tail)) if np.isfinite(tail).any() else math.nan
@@ -217,8 +223,12 @@ def _largest(values_N: np.ndarray | None) -> float:
 
 
 def _findings(series: Series, settings: Mapping[str, Any]) -> list[str]:
-    """Sentences on what is out of the ordinary."""
+    """Sentences on how it went and on what is out of the ordinary."""
     found = []
+    main_N = series.columns.get("main_loss", np.zeros(0))
+    main_N = main_N[np.isfinite(main_N)]
+    if len(main_N) > 1:
+        found.append(f"The training loss went from {main_N[0]:.3f} to {_tail_mean(main_N):.3f} nats per token.")
     planned = settings.get("steps")
     if isinstance(planned, int) and series.step_N[-1] < planned:
         found.append(
@@ -272,11 +282,13 @@ def _run_parts(series: Series, settings: Mapping[str, Any]) -> list[str]:
         for card in headline(series, settings)
     )
     notes = "".join(f"<li>{html.escape(text)}</li>" for text in _findings(series, settings))
+    band = " A pale band runs from the lowest to the highest step of a stretch, the line is its mean."
+    band = band if len(series.step_N) > POINTS else ""
     figures = "".join(_figure_html(figure) for figure in build(series, settings))
     return [
         f'<h2>At a glance</h2><div class="cards">{cards}</div>',
         f"<h2>Worth knowing</h2><ul>{notes}</ul>" if notes else "",
-        '<h2>Over the course of training</h2><p class="sub">Drag over a figure to zoom, double-click to zoom out.</p>',
+        f'<h2>Over the course of training</h2><p class="sub">{HOW_TO_READ}{band}</p>',
         f'<div class="figures">{figures}</div>',
     ]
 
