@@ -1,0 +1,124 @@
+"""One attempt to run: its ranks as their agents last saw them, its progress, and what went wrong with it."""
+
+import statistics
+from collections import deque
+from dataclasses import dataclass
+
+from cluster.cause import CERTAIN, Cause, Kind, RankReport, name_cause, name_hang
+from cluster.policy import Policy
+from cluster.topology import Placement
+from conf.errors import EXIT_USER
+
+
+@dataclass(frozen=True)
+class Slow:
+    """A rank whose own work takes longer than that of the others; seconds per step."""
+
+    rank: int
+    seconds: float
+    median: float
+
+
+class Attempt:
+    """Facts of one attempt; the supervisor decides what follows from them."""
+
+    def __init__(self, number: int, placement: Placement, now: float):
+        self.number, self.placement = number, placement
+        self.reports = {seat.rank: RankReport(seat.rank) for seat in placement.seats}
+        self.ranks_of = {node: [seat.rank for seat in seats] for node, seats in placement.by_node().items()}
+        self.names = {seat.rank: seat.node.name for seat in placement.seats}
+        self.lost: dict[str, str] = {}
+        """Nodes that it lost, and how; they may be back in the cluster already."""
+        self.cause: Cause | None = None
+        self.moved = now
+        """When a rank last got on."""
+        self.hang_since: float | None = None
+        self.stacks: dict[int, str] = {}
+        self.first_step: int | None = None
+        """Steps done when it began."""
+        self._work: dict[int, deque[float]] = {}
+        self._slow: set[int] = set()
+
+    @property
+    def reachable(self) -> tuple[str, ...]:
+        return tuple(node for node in self.ranks_of if node not in self.lost)
+
+    @property
+    def live_reports(self) -> list[RankReport]:
+        """Ranks on nodes that answer."""
+        return [self.reports[rank] for node in self.reachable for rank in self.ranks_of[node]]
+
+    @property
+    def step(self) -> int:
+        return max(report.step for report in self.reports.values())
+
+    @property
+    def ended(self) -> bool:
+        return all(report.ended for report in self.reports.values())
+
+    @property
+    def broken(self) -> bool:
+        return bool(self.lost or self.cause) or any(report.bad for report in self.reports.values())
+
+    @property
+    def stepping(self) -> bool:
+        """Whether it has finished a step of its own."""
+        return self.first_step is not None and self.step > self.first_step
+
+    def take(self, now: float, reports: list[RankReport]) -> None:
+        """Remember what an agent says of its ranks."""
+        for report in reports:
+            old = self.reports[report.rank]
+            if (report.step, report.phase, report.ended) != (old.step, old.phase, old.ended):
+                self.moved = now
+            if report.step != old.step and report.busy is not None:
+                self._work.setdefault(report.rank, deque(maxlen=5)).append(report.busy)
+            self.reports[report.rank] = report
+        if self.first_step is None and self.step >= 0:
+            self.first_step = self.step
+
+    def limit(self, policy: Policy) -> float:
+        """Longest time without progress in what the ranks are doing now, in seconds."""
+        at_work = all(report.phase == "step" for report in self.reports.values() if not report.ended)
+        return policy.hang_after if self.stepping and at_work else policy.start_timeout
+
+    def settled(self, now: float, until: float) -> bool:
+        """Whether to wait no longer for ranks to say why they failed."""
+        reports = self.live_reports
+        if any(report.code in CERTAIN or report.code == EXIT_USER for report in reports) or now >= until:
+            return True
+        if self.hang_since is not None:
+            return len(self.stacks) >= len(reports)
+        return bool(self.lost or self.cause) or all(report.bad or report.ended for report in reports)
+
+    def judge(self, now: float) -> Cause:
+        """The first failure, from all that is known."""
+        found = name_cause(self.live_reports, self.names)
+        if found is not None and found.kind is Kind.user:
+            return found
+        if self.lost:
+            return self._lost_nodes()
+        if self.cause is not None:
+            return self.cause
+        if self.hang_since is not None and (found is None or found.kind is not Kind.killed):
+            return name_hang(self.live_reports, self.stacks, self.names, now - self.hang_since)
+        assert found is not None, "judged without a failure"
+        return found
+
+    def _lost_nodes(self) -> Cause:
+        nodes = {seat.node.id: seat.node for seat in self.placement.seats if seat.node.id in self.lost}
+        text = "; ".join(f"{nodes[id].name} ({nodes[id].address}): {why}" for id, why in self.lost.items())
+        ranks = tuple(rank for id in self.lost for rank in self.ranks_of[id])
+        return Cause(Kind.node, text, ranks, tuple(nodes[id].name for id in self.lost))
+
+    def new_stragglers(self, factor: float) -> list[Slow]:
+        """Ranks with over `factor` times the median work in the last 5 steps that were not named before."""
+        if not factor or len(self.reports) < 2 or len(self._work) < len(self.reports):
+            return []
+        if min(map(len, self._work.values())) < 5:
+            return []
+        work = {rank: statistics.fmean(times) for rank, times in self._work.items()}
+        median = statistics.median_low(work.values())
+        slow = {rank for rank in work if work[rank] > factor * median and work[rank] - median > 0.01}
+        new, self._slow = sorted(slow - self._slow), slow
+        return [Slow(rank, work[rank], median) for rank in new]

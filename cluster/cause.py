@@ -1,0 +1,157 @@
+"""Which rank broke a run: the first to fail, never its victims.
+
+When one rank fails, its peers lose their connection or wait until a time-out, and fail too, often sooner. In order:
+
+    1. a rank whose input was wrong (exit code 2): the user must act;
+    2. a node that no longer answers: everything else follows from it;
+    3. a rank that vanished without a word: killed, or crashed in native code; a victim has time to write why;
+    4. ranks that are silent while the others timed out in a collective: they hang;
+    5. the earliest error by its own clock.
+"""
+
+import signal
+from dataclasses import dataclass, field
+from enum import Enum
+
+from cluster.local import Failure
+from conf.errors import EXIT_CRASH, EXIT_DIVERGED, EXIT_OK, EXIT_STOPPED, EXIT_USER
+
+CERTAIN = {-signal.SIGKILL, -signal.SIGSEGV, -signal.SIGBUS, -signal.SIGILL, -signal.SIGFPE}
+"""Exit codes of a rank that is no victim; a victim may still abort, as libraries do when they lose a peer."""
+
+
+class Kind(Enum):
+    """Why an attempt ended; each kind has its own budget."""
+
+    user = "bad input"
+    node = "node lost"
+    killed = "rank killed"
+    crash = "rank error"
+    hang = "hang"
+    diverged = "loss not finite"
+    start = "failed start"
+
+
+@dataclass
+class RankReport:
+    """One rank as its agent sees it."""
+
+    rank: int
+    code: int | None = None
+    """Exit code, minus the number of a signal; None while it runs."""
+    failure: Failure | None = None
+    """What it wrote before it failed."""
+    step: int = -1
+    """Optimizer steps done; -1 before the loop has begun."""
+    phase: str = "start"
+    """start, step, checkpoint or validate, as the rank says."""
+    busy: float | None = None
+    """Seconds of the last step that were its own work, not waiting for other ranks; None if it does not say."""
+    state: str = ""
+    """Letter of the process state of Linux; T is stopped."""
+    log_tail: str = ""
+    """Last lines of its output; filled in once it has failed."""
+
+    @property
+    def ended(self) -> bool:
+        return self.code is not None
+
+    @property
+    def bad(self) -> bool:
+        return self.failure is not None or self.code not in (None, EXIT_OK, EXIT_STOPPED)
+
+
+@dataclass(frozen=True)
+class Cause:
+    """The first failure of an attempt."""
+
+    kind: Kind
+    text: str
+    ranks: tuple[int, ...] = ()
+    nodes: tuple[str, ...] = ()
+    """Names of the nodes it happened on."""
+    code: int = EXIT_CRASH
+    log: str = field(default="", repr=False)
+    """Output or stacks that explain it."""
+
+
+def name_cause(reports: list[RankReport], names: dict[int, str]) -> Cause | None:
+    """The cause among these ranks, all on nodes that answer; None if none of them failed. names: node of each rank."""
+    failed = sorted((report for report in reports if report.failure), key=lambda report: report.failure.time)
+    first = failed[0] if failed else None
+    user = next(
+        (report for report in reports if EXIT_USER in (report.code, report.failure and report.failure.code)), None
+    )
+    if user is not None:
+        text = user.failure.message if user.failure else f"rank {user.rank} says so:\n{user.log_tail}"
+        return Cause(Kind.user, text, (user.rank,), (names[user.rank],), EXIT_USER)
+    vanished = [report for report in reports if report.bad and report.failure is None]
+    vanished = [report for report in vanished if report.code in CERTAIN] or vanished
+    if vanished:
+        lines = [f"rank {report.rank} on {names[report.rank]} ended by {how(report.code)}" for report in vanished]
+        code = EXIT_DIVERGED if vanished[0].code == EXIT_DIVERGED else EXIT_CRASH
+        kind = Kind.diverged if code == EXIT_DIVERGED else Kind.killed
+        return _cause(kind, "; ".join(lines), vanished, names, code, vanished[0].log_tail)
+    silent = [report for report in reports if not report.ended and report.failure is None]
+    if first is not None and first.failure.kind == "timeout" and silent:
+        ranks = ", ".join(f"rank {report.rank} on {names[report.rank]}" for report in silent)
+        return _cause(Kind.hang, f"{ranks}: no answer while the others waited in a collective", silent, names)
+    if first is None:
+        return None
+    kind = Kind.diverged if first.failure.code == EXIT_DIVERGED else Kind.crash
+    text = f"rank {first.rank} on {names[first.rank]} failed: {first.failure.message.strip().splitlines()[-1]}"
+    return _cause(kind, text, [first], names, first.failure.code, first.failure.message)
+
+
+def _cause(
+    kind: Kind, text: str, reports: list[RankReport], names: dict[int, str], code: int = EXIT_CRASH, log: str = ""
+) -> Cause:
+    ranks = tuple(report.rank for report in reports)
+    return Cause(kind, text, ranks, tuple(sorted({names[rank] for rank in ranks})), code, log)
+
+
+def how(code: int) -> str:
+    """An exit code in words."""
+    if code >= 0:
+        return f"exit code {code} without an error message"
+    return f"signal {signal.Signals(-code).name}" + (" (out of memory?)" if -code == signal.SIGKILL else "")
+
+
+WAITS = ("all_reduce", "all_gather", "reduce_scatter", "all_to_all", "broadcast", "barrier", "recv", "send", "wait")
+"""Names of functions in which a rank waits for others."""
+
+
+def name_hang(reports: list[RankReport], stacks: dict[int, str], names: dict[int, str], seconds: float) -> Cause:
+    """Who hangs, from the stacks that the ranks gave: the stopped, else the silent, else those that wait for nobody.
+
+    stacks: rank -> traceback of its threads by faulthandler; a rank that gave none is missing.
+    """
+    stopped = [report for report in reports if report.state == "T"]
+    silent = [report for report in reports if report.rank not in stacks and not report.ended]
+    working = [report for report in reports if report.rank in stacks and not _waits(stacks[report.rank])]
+    groups = ((stopped, "is stopped"), (silent, "gives no stack"), (working, "is not in a collective"))
+    everyone = (reports, "wait for each other")
+    found, what = next((group for group in groups if 0 < len(group[0]) < len(reports)), everyone)
+    ranks = ", ".join(f"rank {report.rank} on {names[report.rank]}" for report in found)
+    steps = f"steps {min(report.step for report in reports)} to {max(report.step for report in reports)}"
+    where = _innermost(stacks[found[0].rank]) if found[0].rank in stacks else ""
+    text = f"no step finished for {seconds:.0f} s ({steps}): {ranks} {what}{where}"
+    log = "\n".join(f"rank {rank} on {names[rank]}:\n{stack.strip()}" for rank, stack in sorted(stacks.items()))
+    return _cause(Kind.hang, text, found, names, EXIT_CRASH, log)
+
+
+def _main_thread(stack: str) -> list[str]:
+    """Lines of the main thread, innermost first; faulthandler prints it last."""
+    start = max(stack.rfind("\nThread "), stack.rfind("\nCurrent thread "), 0)
+    return [line.strip() for line in stack[start:].splitlines() if line.lstrip().startswith("File ")]
+
+
+def _waits(stack: str) -> bool:
+    """Whether the innermost frames of the main thread wait for other ranks."""
+    functions = [line.rpartition(" in ")[2] for line in _main_thread(stack)[:4]]
+    return any(function.lstrip("_").startswith(WAITS) for function in functions)
+
+
+def _innermost(stack: str) -> str:
+    frames = _main_thread(stack)
+    return f", at {frames[0]}" if frames else ""

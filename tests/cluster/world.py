@@ -1,0 +1,164 @@
+"""A cluster that exists only as numbers: carries out the supervisor's actions and answers as agents would."""
+
+from dataclasses import dataclass, field
+
+from cluster import messages as m
+from cluster.cause import RankReport
+from cluster.local import Failure
+from cluster.policy import Policy
+from cluster.supervisor import Supervisor
+from cluster.topology import Node
+
+STEP = 0.5
+"""Simulated seconds between beats."""
+
+
+@dataclass
+class Machine:
+    node: Node
+    up: bool = True
+    linked: bool = True
+    attempt: int = 0
+    ranks: dict[int, RankReport] = field(default_factory=dict)
+    lease_left: float = 10.0
+
+    @property
+    def live(self) -> set[int]:
+        return {rank for rank, report in self.ranks.items() if not report.ended}
+
+    def kill(self) -> None:
+        for report in self.ranks.values():
+            if not report.ended:
+                report.code = -9
+
+
+class World:
+    """`steps` optimizer steps of one simulated second each, a checkpoint every `every`."""
+
+    def __init__(self, nodes: int = 3, devices: int = 1, steps: int = 20, every: int = 5, **policy):
+        self.now, self.steps, self.every = 100.0, steps, every
+        self.machines = [Machine(Node(f"id{i}", f"n{i}", f"10.0.0.{i}", devices)) for i in range(nodes)]
+        settings = {"pp": 1, "dp": nodes * devices, "ep": 1, "hang_after": 6.0, "start_timeout": 20.0} | policy
+        self.supervisor = Supervisor(Policy(**settings), self.now)
+        self.actions: list[m.Action] = []
+        self.finish: m.Finish | None = None
+        self.starts: list[m.Start] = []
+        self.hung: set[int] = set()
+        self.saved = 0
+        for machine in self.machines:
+            self.tell(m.Joined(machine.node))
+
+    def tell(self, event: m.Event) -> None:
+        for action in self.supervisor.handle(self.now, event):
+            self.actions.append(action)
+            self._do(action)
+
+    def _do(self, action: m.Action) -> None:
+        reach = {machine.node.id: machine for machine in self.machines if machine.up and machine.linked}
+        match action:
+            case m.Start(number, placement):
+                assert not self.starts or number > self.starts[-1].attempt
+                assert not any(machine.live for machine in reach.values()), "two attempts alive"
+                self.starts.append(action)
+                self.hung = set()
+                for id, seats in placement.by_node().items():
+                    if id in reach:
+                        reach[id].attempt = number
+                        reach[id].ranks = {seat.rank: RankReport(seat.rank) for seat in seats}
+            case m.End(number, nodes):
+                for id in nodes:
+                    if id in reach and reach[id].attempt <= number:
+                        reach[id].kill()
+            case m.Stop(number, nodes):
+                for id in nodes:
+                    if id in reach and reach[id].attempt == number:
+                        for rank in reach[id].live - self.hung:
+                            reach[id].ranks[rank].code = 75
+                        self.saved = max(self.saved, self.step)
+            case m.Probe(nodes):
+                for id in nodes:
+                    if id in reach:
+                        self.tell(m.Probed(id))
+            case m.CollectStacks(number, nodes):
+                ranks = [rank for id in nodes if id in reach for rank in reach[id].live - self.hung]
+                self.tell(m.Stacks(number, dict.fromkeys(ranks, '  File "x.py", line 1 in all_reduce')))
+            case m.Finish():
+                self.finish = action
+
+    @property
+    def step(self) -> int:
+        return max((report.step for machine in self.machines for report in machine.ranks.values()), default=0)
+
+    def run(self, seconds: float) -> None:
+        """Let time pass: ranks step together if all of them live and none hangs."""
+        end = self.now + seconds
+        while self.now < end and self.finish is None:
+            self.now += STEP
+            self._train()
+            for machine in self.machines:
+                machine.lease_left = 10.0 if machine.linked else machine.lease_left - STEP
+                if machine.lease_left <= 0:
+                    machine.kill()
+                if machine.up and machine.linked:
+                    ranks = [RankReport(**report.__dict__) for report in machine.ranks.values()]
+                    self.tell(m.Beat(machine.node.id, machine.attempt, ranks))
+            self.tell(m.Tick())
+
+    def _train(self) -> None:
+        if not self.starts:
+            return
+        start = self.starts[-1]
+        holders = [machine for machine in self.machines if machine.attempt == start.attempt and machine.linked]
+        live = {rank: machine.ranks[rank] for machine in holders for rank in machine.live}
+        if self.hung or len(live) < start.placement.world:
+            for report in live.values():  # peers lose their connection and fail as well
+                if report.rank not in self.hung and not self.hung:
+                    report.failure = Failure(report.rank, self.now, "crash", "Connection closed by peer", 1)
+                    report.code = 1
+            return
+        for report in live.values():
+            report.phase = "step"
+            report.step = self.saved if report.step < 0 else report.step + 1
+            if report.step >= self.steps:
+                report.code = 0
+        step = self.step
+        if step % self.every == 0 and step > self.saved:
+            self.saved = step
+            self.tell(m.Saved(step))
+
+    # Faults ---------------------------------------------------------------------------------------------------------
+
+    def report_of(self, rank: int) -> RankReport | None:
+        for machine in self.machines:
+            if machine.up and machine.linked and rank in machine.live:
+                return machine.ranks[rank]
+        return None
+
+    def kill_rank(self, rank: int, code: int = -9) -> None:
+        if report := self.report_of(rank):
+            report.code = code
+
+    def power_off(self, index: int) -> None:
+        machine = self.machines[index]
+        machine.kill()
+        machine.up, machine.ranks, machine.attempt = False, {}, 0
+
+    def power_on(self, index: int) -> None:
+        machine = self.machines[index]
+        if not machine.up:
+            machine.up = machine.linked = True
+            self.tell(m.Lost(machine.node.id, "Ray marked it dead"))
+            self.tell(m.Joined(machine.node))
+
+    def kill_agent(self, index: int) -> None:
+        machine = self.machines[index]
+        if machine.up and machine.linked:
+            machine.kill()
+            machine.ranks, machine.attempt = {}, 0
+            self.tell(m.Lost(machine.node.id, "its agent died", returning=True))
+            self.tell(m.Joined(machine.node))
+
+    # What was said --------------------------------------------------------------------------------------------------
+
+    def notes(self, kind: str) -> list[m.Note]:
+        return [action for action in self.actions if isinstance(action, m.Note) and action.kind == kind]
