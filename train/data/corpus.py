@@ -18,7 +18,7 @@ from conf.errors import UserError
 from conf.schema import Config, DataFormat
 from train.data.files import Progress
 from train.data.packing import Documents
-from train.data.sources import Source, format_of, open_source, sources_of
+from train.data.sources import Source, format_of, no_text, open_source, sources_of
 from train.data.split import split, training_texts
 from train.data.store import VERSION, Damaged, StoreWriter, TokenStore, locked, open_store, write_atomically
 from train.data.tokenise import tokenise
@@ -78,7 +78,7 @@ class _Builder:
                 store = self._open_memmap(memmaps[key], key, tokenizer)
             else:
                 store = self._tokens(sources[key], digests[key], tokenizer)
-                self.notes += [f"{sources[key].name}: {note}" for note in sources[key].notes]
+                self.notes += sources[key].notes()
             train, validation = split(store, tokenizer, self.data.validation_fraction)
             parts.append(Part(part.weight, train, validation))
             contents.append([store.meta["crc32"], part.weight])
@@ -174,7 +174,7 @@ class _Builder:
             for task in tokenise(source.documents(), tokenizer, self.data.workers, total, advance):
                 writer.append(task.ids_N, task.lengths_D, task.hashes_D, task.text_bytes)
             if writer.tokens == 0:
-                raise UserError(source.field, source.name, "holds no text", "check the path")
+                raise no_text(source)
 
     def _once(self, path: Path, ready: Callable, make: Callable):
         """What is there, or what one process makes while the others wait."""

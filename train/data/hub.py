@@ -6,7 +6,7 @@ its own memory-mapped copy, so nothing here holds more than a few rows.
 
 import re
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -27,11 +27,13 @@ class HubSource:
     text_key: str
     table: Any
     """A datasets.Dataset."""
-    notes: list[str] = field(default_factory=list)
 
     @property
     def size(self) -> int:
         return int(self.table.data.nbytes)
+
+    def notes(self) -> list[str]:
+        return []
 
     def digest(self, manifests: Path, progress: Progress) -> str:
         return f"huggingface:{self.text_key}:{self.table._fingerprint}:{len(self.table)}"

@@ -15,21 +15,18 @@ PIECE = 16 << 20
 CHUNK = 1 << 20
 
 
-def is_binary(file: File, field: str) -> bool:
-    """Whether there is a NUL among the first 8 KiB: git's rule."""
-    try:
-        with file.path.open("rb") as stream:
-            return b"\0" in stream.read(8192)
-    except OSError as error:
-        raise UserError(field, file.path, f"cannot be read: {error.strerror}", "check its rights") from error
+def read_text(file: File, field: str, binary: set[str] | None) -> Iterator[tuple[str, str]]:
+    """The file as one document, or as several when it is longer than PIECE.
 
-
-def read_text(file: File, field: str) -> Iterator[tuple[str, str]]:
-    """The file as one document, or as several when it is longer than PIECE."""
+    A binary file (a NUL among the first 8 KiB: git's rule) yields nothing and is added to `binary`, unless that is None.
+    """
     with file.path.open("rb") as stream:
         offset, number, rest = 0, 0, b""
         while True:
             block = rest + stream.read(PIECE - len(rest))
+            if binary is not None and number == 0 and b"\0" in block[:8192]:
+                binary.add(file.name)
+                return
             last = len(block) < PIECE
             cut = len(block) if last else _cut(block)
             yield (f"{file.name}#{number}" if number else file.name), _decode(block[:cut], file, offset, field)

@@ -22,7 +22,7 @@ from conf.errors import UserError
 from conf.schema import Config, DataFormat
 from conf.schema import Source as SourceConfig
 from train.data.files import File, Progress, digest_files, find_files, hash_id
-from train.data.readers import is_binary, read_jsonl, read_parquet, read_text
+from train.data.readers import read_jsonl, read_parquet, read_text
 
 JSONL = (".jsonl", ".ndjson", ".jsonl.gz", ".jsonl.zst", ".ndjson.gz", ".ndjson.zst", ".json.gz", ".json.zst")
 PARQUET = (".parquet",)
@@ -41,7 +41,10 @@ class Source(Protocol):
     name: str
     size: int
     """Bytes on disk, for progress and for sampling."""
-    notes: list[str]
+
+    def notes(self) -> list[str]:
+        """What the user may want to know, after the documents were read."""
+        ...
 
     def digest(self, manifests: Path, progress: Progress) -> str:
         """Hash of the content and of the way it is read."""
@@ -67,11 +70,15 @@ class FileSource:
     reader: Callable[[File], Iterator[tuple[str, str]]]
     way: str
     """Format and text key, part of the digest."""
-    notes: list[str] = field(default_factory=list)
+    binary: set[str] = field(default_factory=set)
+    """Files that were left out, as far as they were read."""
 
     @property
     def size(self) -> int:
         return sum(file.size for file in self.files)
+
+    def notes(self) -> list[str]:
+        return [f"{self.name}: left out {len(self.binary)} binary files"] if self.binary else []
 
     def digest(self, manifests: Path, progress: Progress) -> str:
         name = hashlib.blake2b(os.fsencode(self.root.absolute()) + self.way.encode(), digest_size=16).hexdigest()
@@ -117,22 +124,23 @@ def open_source(source: SourceConfig, key: str) -> Source:
         from train.data.hub import open_hub  # needs the optional package datasets
 
         return open_hub(source.path, source.text_key, key)
-    root = Path(source.path).expanduser()
-    files, notes = find_files(root, key), []
-    if kind == DataFormat.text:
-        if root.is_dir():
-            files, notes = _drop_binary(files, key)
-        reader, way = (lambda file: read_text(file, key)), "text"
-    elif kind == DataFormat.jsonl:
-        files = files if root.is_file() else [file for file in files if file.name.endswith((*JSONL, ".json"))]
-        reader, way = (lambda file: read_jsonl(file, source.text_key, key)), f"jsonl:{source.text_key}"
-    else:
-        assert kind == DataFormat.parquet
-        files = files if root.is_file() else [file for file in files if file.name.endswith(PARQUET)]
-        reader, way = (lambda file: read_parquet(file, source.text_key, key)), f"parquet:{source.text_key}"
+    root, text_key, binary = Path(source.path).expanduser(), source.text_key, set()
+    suffixes, reader = {
+        DataFormat.text: (None, lambda file: read_text(file, key, binary if root.is_dir() else None)),
+        DataFormat.jsonl: ((*JSONL, ".json"), lambda file: read_jsonl(file, text_key, key)),
+        DataFormat.parquet: (PARQUET, lambda file: read_parquet(file, text_key, key)),
+    }[kind]
+    files = find_files(root, key)
+    if suffixes and root.is_dir():
+        files = [file for file in files if file.name.endswith(suffixes)]
     if not files:
-        raise UserError(key, source.path, f"holds no {kind.value} files {' '.join(notes)}".strip(), "check the path")
-    return FileSource(key, source.path, root, files, reader, way, notes)
+        raise UserError(key, source.path, f"holds no {kind.value} files", "check the path")
+    way = kind.value if kind == DataFormat.text else f"{kind.value}:{text_key}"
+    return FileSource(key, source.path, root, files, reader, way, binary)
+
+
+def no_text(source: Source) -> UserError:
+    return UserError(source.field, source.name, " ".join(["holds no text", *source.notes()]), "check the path")
 
 
 def format_of(source: SourceConfig, key: str) -> DataFormat:
@@ -149,7 +157,7 @@ def _stdlib(key: str) -> Source:
         raise UserError(
             key, root, "this Python comes without the source of its library", "set data.path=FOLDER_OR_FILE"
         )
-    return FileSource(key, "Python's standard library", root, files, lambda file: read_text(file, key), "text")
+    return FileSource(key, "Python's standard library", root, files, lambda file: read_text(file, key, None), "text")
 
 
 def _guess(source: SourceConfig, key: str) -> DataFormat:
@@ -179,9 +187,3 @@ def _kind(name: str) -> DataFormat:
     if name.endswith(JSONL):
         return DataFormat.jsonl
     return DataFormat.parquet if name.endswith(PARQUET) else DataFormat.text
-
-
-def _drop_binary(files: list[File], key: str) -> tuple[list[File], list[str]]:
-    kept = [file for file in files if not is_binary(file, key)]
-    dropped = len(files) - len(kept)
-    return kept, [f"left out {dropped} binary files (NUL bytes)"] if dropped else []

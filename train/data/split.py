@@ -13,7 +13,7 @@ import numpy as np
 
 from train.data.files import hash_id
 from train.data.packing import Documents
-from train.data.sources import Source
+from train.data.sources import Source, no_text
 from train.data.store import TokenStore
 from train.data.tokenizer import Tokenizer
 
@@ -50,6 +50,8 @@ def training_texts(sources: list[Source], limit: int, fraction: float) -> Iterat
     """Texts of training documents from all over the sources, of about `limit` bytes, to train a tokenizer on."""
     for source in sources:
         documents = _enough(source.sample(limit // len(sources)), limit // len(sources), fraction)
+        if not documents:
+            raise no_text(source)
         if len(documents) == 1:
             raw = documents[0][1].encode()
             yield raw[: int((1 - fraction) * len(raw))].decode("utf-8", "ignore")

@@ -15,7 +15,7 @@ import sys
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from queue import SimpleQueue
@@ -130,7 +130,8 @@ class _Child:
         self._process.kill()
         self._process.wait()
         self._process.stdout.close()
-        self._process.stdin.close()
+        with suppress(BrokenPipeError):  # what a dead child did not read
+            self._process.stdin.close()
 
 
 def _send(stream: BinaryIO, message: object) -> None:

