@@ -1,0 +1,85 @@
+"""Number formats below bf16, and the twelve-bit packing of E5M6.
+
+A format with m mantissa bits represents 1 + m significant bits down to 2**min_exponent and a fixed step of
+2**(min_exponent - m) below it.  E5M6 has no torch dtype: it is the top twelve bits of an fp16, and two values
+share three bytes, value i at bit 12 i of the little-endian stream (reference arithmetic: DeepSeek TileKernels).
+
+Shape suffixes: K packed dimension.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+AMAX_FLOOR = 1e-4
+"""Smallest max-abs that a scale is made for, so that an all-zero tile has a finite scale (paper 3.3.2 kernels)."""
+
+TILE = 128
+"""Values that share a scale along the contraction, and the side of a weight's block (paper 3.3.2)."""
+
+
+@dataclass(frozen=True)
+class Format:
+    """A binary floating-point format with sign, five or four exponent bits and few mantissa bits."""
+
+    name: str
+    mantissa: int
+    """Stored mantissa bits."""
+    min_exponent: int
+    """Exponent of the smallest normal value."""
+    max: float
+    """Largest finite value."""
+    dtype: torch.dtype | None
+    """torch's storage type; None where values are packed by hand."""
+
+
+E4M3 = Format("e4m3", 3, -6, 448.0, torch.float8_e4m3fn)
+E5M2 = Format("e5m2", 2, -14, 57344.0, torch.float8_e5m2)
+E5M6 = Format("e5m6", 6, -14, 65024.0, None)
+
+Block = tuple[int, int]
+
+WHOLE = 2**62
+"""A block's side that covers the whole tensor."""
+
+
+@dataclass(frozen=True)
+class Cast:
+    """How a tensor is quantised."""
+
+    format: Format
+    block: Block
+    """Rows and columns that share a scale; cut to the tensor's size where larger."""
+    pow2: bool
+    """Scales are rounded up to powers of two."""
+    floor: float = AMAX_FLOOR
+    """Smallest max-abs that a scale is made for."""
+
+
+def round_to(x: Tensor, format: Format) -> Tensor:
+    """Round fp32 values, |x| <= format.max, to the nearest value of the format, ties to even; in place.
+
+    Adding 1.5 * 2**23 steps leaves no bit below the step in an fp32, so that the addition itself rounds, and
+    subtracting it again is exact.  The step is that of the value's own binade, or of the smallest normal one.
+    """
+    assert x.dtype == torch.float32
+    shift = x.view(torch.int32) & 0x7F800000
+    shift.clamp_min_((127 + format.min_exponent) << 23)
+    shift += ((23 - format.mantissa) << 23) + 0x400000
+    return x.add_(shift.view(torch.float32)).sub_(shift.view(torch.float32))
+
+
+def pack_e5m6(x_K: Tensor) -> Tensor:
+    """(..., K) fp32 on the E5M6 grid -> (..., 3 ceil(K / 2)) uint8."""
+    x_K = torch.nn.functional.pad(x_K, (0, x_K.shape[-1] % 2)).half()  # exact: fp16 has E5M6's exponent range
+    bits = (x_K.view(torch.int16).int() >> 4) & 0xFFF
+    first, second = bits[..., 0::2], bits[..., 1::2]
+    return torch.stack((first & 0xFF, first >> 8 | (second & 0xF) << 4, second >> 4), -1).flatten(-2).to(torch.uint8)
+
+
+def unpack_e5m6(packed: Tensor, length: int) -> Tensor:
+    """(..., 3 ceil(K / 2)) uint8 -> (..., K) fp16, K = length."""
+    first, middle, last = packed.unflatten(-1, (-1, 3)).short().unbind(-1)
+    pairs = torch.stack((first | (middle & 0xF) << 8, middle >> 4 | last << 4), -1).flatten(-2)
+    return (pairs << 4).view(torch.float16)[..., :length]

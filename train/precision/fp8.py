@@ -1,0 +1,57 @@
+"""FP8 products for the model: DeepSeek-V3's mixed precision (paper 3.3).
+
+The model asks for its products and never branches; embedding, output head, router, norms and the attention core do not
+ask and stay high.  Parameters and buffers hold nothing of FP8: scales are made from the values at hand in every
+product, so a checkpoint of a bf16 run resumes in FP8 and back.
+
+Shape suffixes: R rows sorted by expert, D width, F inner width, E experts.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from conf.schema import Fp8
+from train.precision.experts import expert_ffn
+from train.precision.health import Health, Report
+from train.precision.hopper import HopperEngine
+from train.precision.linear import linear
+from train.precision.products import CpuEngine, Engine
+from train.precision.recipe import build_recipe
+
+
+class Fp8Precision:
+    """The protocol `train.model.layers.Precision` with FP8 products."""
+
+    dtype = torch.bfloat16
+    """Format of activations between the products."""
+
+    def __init__(self, fp8: Fp8, device: torch.device, engine: Engine | None = None):
+        """engine: instead of the device's own. Raises UserError where the device lacks what its engine needs."""
+        self._recipe = build_recipe(fp8)
+        self._health = Health(fp8.health)
+        self._engine = engine or (HopperEngine(fp8) if device.type == "cuda" else CpuEngine())
+
+    def linear(self, x: Tensor, weight: Tensor, kind: str = "dense") -> Tensor:
+        """x (..., K) times weight (N, K) transposed. kind: dense, or output for the attention's output projection."""
+        recipe = getattr(self._recipe, kind)
+        return linear(x, weight, self._engine, recipe, self._health.probe(weight))
+
+    def expert_ffn(
+        self, rows_RD: Tensor, gates_R: Tensor, w13_E2FD: Tensor, w2_EDF: Tensor, counts_E: Tensor
+    ) -> Tensor:
+        """SwiGLU FFN of every expert on its own rows: (R, D)."""
+        up, down = self._health.probe(w13_E2FD), self._health.probe(w2_EDF)
+        probes = (up, down) if up is not None and down is not None else None
+        return expert_ffn(rows_RD, gates_R, w13_E2FD, w2_EDF, counts_E, self._engine, self._recipe, probes)
+
+    def watch(self, model: nn.Module) -> None:
+        """Learn the names of the model's layers, for the health readings."""
+        self._health.name(model.named_parameters())
+
+    def start_step(self, step: int) -> None:
+        """Tell which step begins: every `precision.fp8.health.every` steps the products are checked."""
+        self._health.start_step(step)
+
+    def health(self) -> Report:
+        """Metrics and warnings of the step that ends; empty for a step that was not checked."""
+        return self._health.report()

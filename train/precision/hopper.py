@@ -1,0 +1,299 @@
+"""FP8 products on Hopper GPUs.
+
+    quantise            our Triton kernels (train/precision/triton_kernels.py)
+    dense products      torch's blockwise scaled_mm (cuBLASLt): 1x128 by 128x128 and 1x128 by 1x128
+    grouped products    DeepGEMM: M-grouped 1x128 by 128x128 (Fprop, Dgrad), K-grouped 1x128 by 1x128 (Wgrad, fp32 out)
+
+What is missing or too old is an error that names it; nothing falls back.  Granularities that the kernels lack (row,
+tensor, 128x128 on the left) are written as the tiles that hold the same scales, so that ablations run on the same kernels.
+
+All sizes are padded with zeros to multiples of 128 inside.  Two layouts are traps: cuBLASLt reads the scales of a
+128x128 operand with their number along the contraction rounded up to a multiple of 4, and DeepGEMM's K-grouped kernel
+wants a C operand and leaves the result of an expert without rows unwritten.
+
+Shape suffixes: O outer, C contraction, P padded rows, E experts, N outer of the right operand.
+"""
+
+import importlib
+from dataclasses import dataclass
+from importlib import metadata
+from types import ModuleType
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from conf.errors import UserError
+from conf.schema import Fp8
+from train.precision import swiglu
+from train.precision.formats import E4M3, TILE, Cast
+from train.precision.groups import Groups
+from train.precision.products import Source
+from train.precision.quantize import Quantized, dequantize, dequantize_reference, quantize_reference
+from train.precision.recipe import Rule
+
+DEEP_GEMM = "sgl-deep-gemm"
+"""The package on PyPI that holds DeepGEMM, module deep_gemm, built for torch 2.11 with CUDA 13."""
+DEEP_GEMM_OLDEST = (0, 1, 4)
+"""The first version with the K-grouped FP8 kernel."""
+
+
+@dataclass(frozen=True)
+class Operand:
+    """A quantised operand in the layout of the kernels, sizes padded to multiples of 128."""
+
+    q: Tensor
+    """(..., O, C); in a K-grouped product flat, one (O, rows of the expert) matrix after the other."""
+    scale: Tensor
+    """Tiles: (O, C / 128) stored column by column. Blocks: (..., O / 128, C / 128), contiguous."""
+    tiles: bool
+    """One scale per row and 128 of the contraction; otherwise one per 128x128."""
+    outer: int
+    """O without the padding."""
+
+
+class HopperEngine:
+    """`train.precision.products.Engine` on a Hopper GPU. Raises UserError for what it lacks."""
+
+    def __init__(self, fp8: Fp8):
+        _check_device()
+        _check_recipe(fp8)
+        self._kernels = load_kernels()
+        self._deep_gemm = load_deep_gemm() if _operands(fp8, "experts_up", "experts_down") != {"bf16"} else None
+
+    def quantize(self, x_MK: Tensor, cast: Cast) -> Quantized:
+        if cast.block != (1, TILE) or cast.format.dtype is None:
+            return quantize_reference(x_MK, cast)
+        q, scale = self._kernels.quantize_tiles(_padded(x_MK), cast)
+        return Quantized(q, scale, cast, x_MK.shape)
+
+    def dequantize(self, x: Quantized) -> Tensor:
+        return dequantize(x)[..., : x.shape[-2], : x.shape[-1]]
+
+    def operand(
+        self, source: Source, rule: Rule, transposed: bool = False, groups: Groups | None = None
+    ) -> Operand | Tensor:
+        scale = None
+        if isinstance(source, Quantized):
+            outer, inner = source.shape[-2:]
+            kernel_layout = source.cast.block == (1, TILE) and source.cast.format.dtype is not None
+            if kernel_layout and rule.format is not None and not transposed and source.cast == rule.cast():
+                return Operand(source.q, source.scale, True, outer)
+            if kernel_layout and rule.format is not None:
+                source, scale = source.q, source.scale
+            else:
+                source = self.dequantize(source)
+        else:
+            outer, inner = source.shape[-2:]
+        if rule.format is None:
+            return source.bfloat16().mT if transposed else source.bfloat16()
+        if source.dim() == 3:
+            _check_expert_sizes(source)
+        return self._quantized(_padded(source), scale, rule, transposed, groups, inner if transposed else outer)
+
+    def _quantized(
+        self, x: Tensor, scale: Tensor | None, rule: Rule, transposed: bool, groups: Groups | None, outer: int
+    ) -> Operand:
+        """Operand of a padded tensor, FP8 with tiles of the last dimension where a scale is given."""
+        cast, kernels = rule.cast(transposed), self._kernels
+        if rule.granularity == "1x128" and transposed:
+            q, scale = kernels.quantize_columns(x, cast, scale, None if groups is None else groups.padded)
+            return Operand(q, scale, True, outer)
+        if rule.granularity == "1x128":
+            return Operand(*kernels.quantize_tiles(x, cast, scale), True, outer)
+        if scale is not None:
+            x = dequantize_reference(Quantized(x, scale, Cast(E4M3, (1, TILE), False), x.shape))
+        if rule.granularity == "128x128" and groups is None:
+            return Operand(*kernels.quantize_blocks(x, cast, transposed), False, outer)
+        return _expanded(x, cast, transposed, groups, outer)
+
+    def product(self, left: Operand | Tensor, right: Operand | Tensor, dtype: torch.dtype) -> Tensor:
+        if isinstance(left, Tensor):
+            return (left @ right.mT).to(dtype)
+        left_scale = left.scale if left.tiles else _as_tiles(left.scale)
+        right_scale, recipe = right.scale, F.ScalingType.BlockWise1x128
+        if not right.tiles:
+            right_scale, recipe = _padded_blocks(right.scale), F.ScalingType.BlockWise128x128
+        out = F.scaled_mm(
+            left.q,
+            right.q.t(),
+            scale_a=left_scale,
+            scale_recipe_a=F.ScalingType.BlockWise1x128,
+            scale_b=right_scale,
+            scale_recipe_b=recipe,
+            output_dtype=dtype,
+        )
+        return out[: left.outer, : right.outer].contiguous()
+
+    def grouped(self, left: Operand | Tensor, right: Operand | Tensor, groups: Groups, dtype: torch.dtype) -> Tensor:
+        if isinstance(left, Tensor):
+            return F.grouped_mm(left, right.mT, offs=_ends(groups, left.device)).to(dtype)
+        out_PN = left.q.new_empty(groups.rows, right.outer, dtype=torch.bfloat16)
+        if groups.rows == 0:
+            return out_PN.to(dtype)
+        counts = torch.tensor(groups.padded, device=out_PN.device)
+        experts = torch.arange(len(groups.padded), dtype=torch.int32, device=out_PN.device)
+        expert_P = experts.repeat_interleave(counts, output_size=groups.rows)
+        self._deep_gemm.m_grouped_fp8_gemm_nt_contiguous(
+            (left.q, left.scale if left.tiles else _as_tiles(left.scale)),
+            (right.q, right.scale),
+            out_PN,
+            expert_P,
+            recipe_a=(1, TILE),
+            recipe_b=(TILE, TILE),
+            disable_ue8m0_cast=True,
+        )
+        return out_PN.to(dtype)
+
+    def grouped_wgrad(
+        self, left: Operand | Tensor, right: Operand | Tensor, groups: Groups, dtype: torch.dtype
+    ) -> Tensor:
+        if isinstance(left, Tensor):
+            return F.grouped_mm(left, right.mT, offs=_ends(groups, left.device)).to(dtype)
+        shape = len(groups.padded), left.outer, right.outer
+        out_EON = left.q.new_zeros(shape, dtype=torch.float32)
+        if groups.rows:
+            lengths = torch.tensor(groups.padded, dtype=torch.int32, device=out_EON.device)
+            self._deep_gemm.k_grouped_fp8_gemm_nt_contiguous(
+                (left.q, left.scale),
+                (right.q, right.scale),
+                out_EON,
+                groups.padded,
+                lengths,
+                torch.zeros_like(out_EON),
+                recipe=(1, 1, TILE),
+            )
+        return out_EON.to(dtype)
+
+    def swiglu(self, h_P2F: Tensor, gates_P: Tensor, rule: Rule) -> Operand | Tensor:
+        if rule.format is None or rule.granularity != "1x128":
+            return self.operand(swiglu.forward(h_P2F, gates_P), rule)
+        return Operand(*self._kernels.swiglu_tiles(h_P2F, gates_P, rule.cast()), True, h_P2F.shape[0])
+
+    def swiglu_backward(self, h: Source, gates_P: Tensor, da_PF: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        scale = None
+        if isinstance(h, Quantized):
+            h, scale = h.q, h.scale
+        return self._kernels.swiglu_backward(h, gates_P, da_PF, scale)
+
+
+def load_kernels() -> ModuleType:
+    """Our Triton kernels."""
+    try:
+        return importlib.import_module("train.precision.triton_kernels")
+    except ModuleNotFoundError as error:
+        if error.name != "triton":
+            raise
+        raise _missing("triton", "is not installed", "install the CUDA build of torch, which brings triton") from error
+
+
+def load_deep_gemm() -> ModuleType:
+    """DeepGEMM, of a version that has the kernels."""
+    cure = f"pip install {DEEP_GEMM}==0.1.5 (it needs a CUDA 13 toolkit with nvcc at run time), or run experts in bf16"
+    try:
+        module = importlib.import_module("deep_gemm")
+    except ModuleNotFoundError as error:
+        raise _missing(DEEP_GEMM, f"is not installed (no module {error.name})", cure) from error
+    except (ImportError, OSError, AssertionError) as error:  # an assertion where it finds no CUDA toolkit
+        raise _missing(DEEP_GEMM, f"{_version(DEEP_GEMM)} cannot be loaded: {error!r}", cure) from error
+    version = _version(DEEP_GEMM)
+    too_old = version != "unknown" and tuple(map(int, version.split(".")[:3])) < DEEP_GEMM_OLDEST
+    names = ("m_grouped_fp8_gemm_nt_contiguous", "k_grouped_fp8_gemm_nt_contiguous")
+    absent = [name for name in names if not hasattr(module, name)]
+    if too_old or absent:
+        raise _missing(DEEP_GEMM, f"{version} lacks {' and '.join(absent) or names[1]}", cure)
+    return module
+
+
+def _version(package: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "unknown"
+
+
+def _missing(package: str, problem: str, cure: str) -> UserError:
+    return UserError("precision", "fp8", f"{package} {problem}", cure)
+
+
+def _check_device() -> None:
+    if not hasattr(F, "scaled_mm"):
+        raise _missing("torch", f"{torch.__version__} has no torch.nn.functional.scaled_mm", "install torch>=2.11")
+    capability = torch.cuda.get_device_capability()
+    if capability != (9, 0):
+        rule = (
+            f"needs blockwise FP8 products, which compute capability 9.0 (H100, H200) has and this GPU {capability} not"
+        )
+        raise UserError("precision", "fp8", rule, "choose precision=bf16")
+    if tuple(map(int, torch.version.cuda.split("."))) < (12, 9):
+        raise _missing("torch", f"was built with CUDA {torch.version.cuda}", "install a build with CUDA 12.9 or later")
+
+
+def _check_recipe(fp8: Fp8) -> None:
+    """DeepGEMM takes E4M3 only, and weights in blocks."""
+    for operand in _operands(fp8, "experts_up", "experts_down"):
+        if operand.startswith("e5m2"):
+            rule = "must be e4m3 or bf16 for experts on CUDA: DeepGEMM has no other format"
+            raise UserError("precision.fp8.experts_up, experts_down", operand, rule, "use e4m3/1x128/fp32")
+    for family in ("experts_up", "experts_down"):
+        for product in ("fprop", "dgrad"):
+            weight = getattr(getattr(fp8, family), product).weight
+            if weight.split("/")[1:2] not in ([], ["128x128"], ["tensor"]):
+                rule = "must be 128x128 or tensor for experts on CUDA: DeepGEMM reads weights in blocks"
+                raise UserError(f"precision.fp8.{family}.{product}.weight", weight, rule, "use e4m3/128x128/fp32")
+
+
+def _operands(fp8: Fp8, *families: str) -> set[str]:
+    """The text of every operand of these linear layers."""
+    products = [getattr(getattr(fp8, family), name) for family in families for name in ("fprop", "dgrad", "wgrad")]
+    return {operand for product in products for operand in vars(product).values()}
+
+
+def _check_expert_sizes(weight_ENK: Tensor) -> None:
+    for size in weight_ENK.shape[1:]:
+        if size % TILE:
+            raise UserError(
+                "model.hidden, 2 x model.expert_width",
+                size,
+                "must be a multiple of 128 for FP8 experts on CUDA",
+                "change the size, or run the experts in bf16",
+            )
+
+
+def _padded(x_RC: Tensor) -> Tensor:
+    """Whole tiles, contiguous."""
+    below, right = -x_RC.shape[-2] % TILE, -x_RC.shape[-1] % TILE
+    return F.pad(x_RC, (0, right, 0, below)) if below or right else x_RC.contiguous()
+
+
+def _padded_blocks(scale: Tensor) -> Tensor:
+    """Scales of a 128x128 operand (O / 128, C / 128) as cuBLASLt reads them: (C / 128 to a multiple of 4, O / 128)."""
+    return F.pad(scale, (0, -scale.shape[1] % 4), value=1.0).t()
+
+
+def _as_tiles(scale: Tensor) -> Tensor:
+    """Scales per 128x128 (O / 128, C / 128) as scales per row and 128 columns, stored column by column."""
+    return scale.t().repeat_interleave(TILE, 1).t()
+
+
+def _expanded(x: Tensor, cast: Cast, transposed: bool, groups: Groups | None, outer: int) -> Operand:
+    """An operand whose scales cover more than the kernels' blocks, written with each scale repeated."""
+    quantized = quantize_reference(x, cast)
+    q, scale, (rows, columns) = quantized.q, quantized.scale, quantized.cast.block
+    if transposed:
+        q, scale, (rows, columns) = q.mT.contiguous(), scale.mT, (columns, rows)
+    if x.dim() == 3:
+        blocks = scale.expand(q.shape[0], q.shape[1] // TILE, q.shape[2] // TILE)
+        return Operand(q, blocks.contiguous(), False, outer)
+    row_O = torch.arange(q.shape[0], device=q.device) // rows
+    column_C = torch.arange(0, q.shape[1], TILE, device=q.device) // columns
+    tiles = scale[row_O[:, None], column_C[None, :]]
+    if groups is None:
+        return Operand(q, tiles.t().contiguous().t(), True, outer)
+    parts = [part.flatten() for part in q.split(groups.padded, 1)]
+    return Operand(torch.cat(parts), tiles, True, outer)
+
+
+def _ends(groups: Groups, device: torch.device) -> Tensor:
+    """Where the padded rows of each expert end, for grouped_mm."""
+    return torch.tensor(groups.padded, device=device).cumsum(0).to(torch.int32)

@@ -1,0 +1,79 @@
+"""A linear layer whose three products run as the recipe says, and which keeps its input in FP8.
+
+    forward     y  = Q(x) Q(w)^T                   keeps Q(x): one byte a value and the scales
+    backward    dx = Q(dy) Q(w)
+                dw = Q'(dy)^T Q'(D(Q(x)))          Q' in 128x1 tiles; D dequantises (paper 3.3.3, 3.5.2)
+
+What is kept need not be what Fprop used: the attention's output is kept in E5M6 (12 bits).  Where the model keeps the
+input anyway, or makes it again (`train.model.recompute`), the layer saves the input itself and casts it again in
+backward, with the same result.
+
+Shape suffixes: T tokens (leading axes flattened), K inputs, N outputs.
+"""
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from train.model.recompute import is_free
+from train.precision.health import Probe
+from train.precision.products import Engine, Source, pack, unpack
+from train.precision.quantize import Quantized, fitted
+from train.precision.recipe import LinearRecipe
+
+
+def linear(x: Tensor, weight_NK: Tensor, engine: Engine, recipe: LinearRecipe, probe: Probe | None) -> Tensor:
+    """x (..., K) times weight transposed: (..., N) in the format of x."""
+    x_TK = x.reshape(-1, x.shape[-1])
+    y_TN = _Linear.apply(x_TK, weight_NK, engine, recipe, probe, not torch.is_grad_enabled(), is_free(x))
+    return y_TN.view(*x.shape[:-1], -1)
+
+
+def keep(x_MK: Tensor, engine: Engine, recipe: LinearRecipe) -> Source:
+    """The form in which an input waits for Wgrad."""
+    return x_MK if recipe.cache is None else engine.quantize(x_MK, recipe.cache)
+
+
+def left_source(kept: Source, x_MK: Tensor, recipe: LinearRecipe) -> Source:
+    """What Fprop's activation is made of: the kept form where that is the very same cast."""
+    rule = recipe.fprop.left
+    same = isinstance(kept, Quantized) and rule.format is not None and kept.cast == fitted(rule.cast(), x_MK)
+    return kept if same else x_MK
+
+
+class _Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x_TK, weight_NK, engine, recipe, probe, only_forward, free):
+        kept = x_TK if only_forward or free else keep(x_TK, engine, recipe)
+        left = engine.operand(left_source(kept, x_TK, recipe), recipe.fprop.left)
+        y_TN = engine.product(left, engine.operand(weight_NK, recipe.fprop.right), x_TK.dtype)
+        tensors, ctx.forms = pack(weight_NK, kept)
+        ctx.save_for_backward(*tensors)
+        ctx.engine, ctx.recipe, ctx.probe, ctx.dtype = engine, recipe, probe, x_TK.dtype
+        if probe is not None:
+            probe.operand("activation", x_TK, recipe.fprop.left)
+            probe.operand("weight", weight_NK, recipe.fprop.right)
+            probe.product("fprop", y_TN, x_TK, weight_NK)
+        return y_TN
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy_TN):
+        engine, recipe, probe = ctx.engine, ctx.recipe, ctx.probe
+        weight_NK, kept = unpack(ctx.saved_tensors, ctx.forms)
+        dx_TK = dw_NK = None
+        if ctx.needs_input_grad[0]:
+            left = engine.operand(dy_TN, recipe.dgrad.left)
+            right = engine.operand(weight_NK, recipe.dgrad.right, transposed=True)
+            dx_TK = engine.product(left, right, ctx.dtype)
+        if ctx.needs_input_grad[1]:
+            if not isinstance(kept, Quantized):
+                kept = keep(kept, engine, recipe)
+            left = engine.operand(dy_TN, recipe.wgrad.left, transposed=True)
+            right = engine.operand(kept, recipe.wgrad.right, transposed=True)
+            dw_NK = engine.product(left, right, weight_NK.dtype)
+        if probe is not None:
+            probe.operand("gradient", dy_TN, recipe.dgrad.left)
+            if dx_TK is not None:
+                probe.product("dgrad", dx_TK, dy_TN, weight_NK.t())
+        return dx_TK, dw_NK, None, None, None, None, None

@@ -1,0 +1,129 @@
+"""What computes with quantised operands: the protocol, and the CPU's emulation.
+
+An engine makes operands out of tensors and multiplies two operands.  Every operand is (outer, contraction), so each
+product is left @ right^T.
+
+The CPU has no FP8 arithmetic, so the emulation multiplies the dequantised operands and accumulates in fp32.  Its
+operands are exact: where every scale is a power of two they fit bf16, and the product costs what a bf16 one costs;
+with fp32 scales it takes fp32 operands and an fp32 product.  Summing each 128 of the contraction apart, as Hopper
+kernels do, would differ by 3e-7 relative, far below the 4e-2 of the quantisation, so there is one product per call.
+
+Shape suffixes: O outer, C contraction, P padded rows (train/precision/groups.py), E experts, N outer of the right operand.
+"""
+
+from dataclasses import replace
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from train.precision import swiglu
+from train.precision.formats import Cast
+from train.precision.groups import Groups
+from train.precision.quantize import Quantized, dequantize, fake_quantize, fitted, quantize
+from train.precision.recipe import Rule
+
+Source = Tensor | Quantized
+
+
+def pack(*sources: Source) -> tuple[list[Tensor], list[Quantized | None]]:
+    """Tensors for autograd to save, and what `unpack` needs to put them together again."""
+    tensors, forms = [], []
+    for source in sources:
+        quantized = isinstance(source, Quantized)
+        tensors += [source.q, source.scale] if quantized else [source]
+        forms.append(replace(source, q=None, scale=None) if quantized else None)
+    return tensors, forms
+
+
+def unpack(tensors: list[Tensor], forms: list[Quantized | None]) -> list[Source]:
+    """Inverse of `pack`."""
+    rest = iter(tensors)
+    return [next(rest) if form is None else replace(form, q=next(rest), scale=next(rest)) for form in forms]
+
+
+class Engine(Protocol):
+    """Quantises and multiplies on one kind of device."""
+
+    def quantize(self, x_MK: Tensor, cast: Cast) -> Quantized:
+        """Bit for bit `quantize_reference`, perhaps padded."""
+        ...
+
+    def dequantize(self, x: Quantized) -> Tensor:
+        """The values, as near as bf16 or fp32 holds them."""
+        ...
+
+    def operand(self, source: Source, rule: Rule, transposed: bool = False, groups: Groups | None = None) -> Any:
+        """Operand (O, C) of a source (O, C), or with `transposed` of a source (C, O). Leading axes stay.
+
+        groups: the contraction runs over the padded rows of several experts, each on its own.
+        """
+        ...
+
+    def product(self, left: Any, right: Any, dtype: torch.dtype) -> Tensor:
+        """left @ right^T."""
+        ...
+
+    def grouped(self, left: Any, right: Any, groups: Groups, dtype: torch.dtype) -> Tensor:
+        """left (P, C), right (E, N, C): each expert's rows times its own matrix, (P, N), zero in the padding."""
+        ...
+
+    def grouped_wgrad(self, left: Any, right: Any, groups: Groups, dtype: torch.dtype) -> Tensor:
+        """left (O, P), right (N, P): for each expert the sum over its rows, (E, O, N)."""
+        ...
+
+    def swiglu(self, h_P2F: Tensor, gates_P: Tensor, rule: Rule) -> Any:
+        """Operand of SwiGLU's output (train/precision/swiglu.py)."""
+        ...
+
+    def swiglu_backward(self, h: Source, gates_P: Tensor, da_PF: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """a (P, F), dh (P, 2F) and the gradient of the gates (P,)."""
+        ...
+
+
+class CpuEngine:
+    """The emulation. It satisfies `Engine` with tensors as operands, and runs wherever torch does."""
+
+    quantize = staticmethod(quantize)
+    dequantize = staticmethod(dequantize)
+
+    def operand(self, source: Source, rule: Rule, transposed: bool = False, groups: Groups | None = None) -> Tensor:
+        values = dequantize(source) if isinstance(source, Quantized) else source
+        if rule.format is None:
+            values = values.bfloat16()
+        else:
+            cast = fitted(rule.cast(transposed), values)
+            if not (isinstance(source, Quantized) and source.cast == cast):
+                values = fake_quantize(values, cast)
+        return values.mT if transposed else values
+
+    def product(self, left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
+        left, right = _common(left, right)
+        return (left @ right.mT).to(dtype)
+
+    def grouped(self, left: Tensor, right: Tensor, groups: Groups, dtype: torch.dtype) -> Tensor:
+        left, right = _common(left, right)
+        out_PN = left.new_zeros(groups.rows, right.shape[1])
+        for rows, right_NC in zip(groups.real(), right, strict=True):
+            torch.mm(left[rows], right_NC.mT, out=out_PN[rows])
+        return out_PN.to(dtype)
+
+    def grouped_wgrad(self, left: Tensor, right: Tensor, groups: Groups, dtype: torch.dtype) -> Tensor:
+        left, right = _common(left, right)
+        out_EON = left.new_empty(len(groups.counts), left.shape[0], right.shape[0])
+        for rows, out_ON in zip(groups.real(), out_EON, strict=True):
+            torch.mm(left[:, rows], right[:, rows].mT, out=out_ON)
+        return out_EON.to(dtype)
+
+    def swiglu(self, h_P2F: Tensor, gates_P: Tensor, rule: Rule) -> Tensor:
+        return self.operand(swiglu.forward(h_P2F, gates_P), rule)
+
+    def swiglu_backward(self, h: Source, gates_P: Tensor, da_PF: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return swiglu.backward(dequantize(h) if isinstance(h, Quantized) else h, gates_P, da_PF)
+
+
+def _common(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
+    """Both in the format that holds both exactly."""
+    if left.dtype == right.dtype:
+        return left, right
+    return left.float(), right.float()

@@ -1,0 +1,51 @@
+"""SwiGLU with the gate value of the router inside (paper 3.3.3; DeepSeek TileKernels), plain form.
+
+    forward    a = silu(g) * u * w                         g and u the halves of h, w the row's gate value
+    backward   du = da * w * silu(g)
+               dg = da * w * u * silu'(g)                  silu'(g) = s + g s (1 - s), s = sigmoid(g)
+               dw = sum over the row of da * silu(g) * u
+
+Arithmetic is fp32.  The forward result is cast to FP8 straight from fp32; backward gives the recomputed `a` and dh in
+bf16, since each of them is cast twice there (1x128 and 128x1) and both casts start from the same numbers.
+
+Shape suffixes: P rows, F inner width of an expert.
+"""
+
+import torch
+from torch import Tensor
+
+CHUNK = 1 << 19
+"""Values of h that are worked on at a time: their fp32 temporaries stay in the CPU's cache."""
+
+
+def forward(h_P2F: Tensor, gates_P: Tensor) -> Tensor:
+    """a (P, F) in fp32."""
+    gate_PF, up_PF = h_P2F.float().chunk(2, -1)
+    return torch.nn.functional.silu(gate_PF).mul_(up_PF).mul_(gates_P[:, None])
+
+
+def backward(h_P2F: Tensor, gates_P: Tensor, da_PF: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """a (P, F) and dh (P, 2F) in bf16, dw (P,) in fp32."""
+    rows, width = da_PF.shape
+    a_PF = torch.empty_like(da_PF, dtype=torch.bfloat16)
+    dh_P2F = torch.empty_like(h_P2F, dtype=torch.bfloat16)
+    dgates_P = torch.empty_like(gates_P)
+    step = max(1, CHUNK // (2 * max(width, 1)))
+    for start in range(0, rows, step):
+        part = slice(start, start + step)
+        _backward(h_P2F[part], gates_P[part], da_PF[part], a_PF[part], dh_P2F[part], dgates_P[part])
+    return a_PF, dh_P2F, dgates_P
+
+
+def _backward(h_P2F: Tensor, gates_P: Tensor, da_PF: Tensor, a_PF: Tensor, dh_P2F: Tensor, dgates_P: Tensor) -> None:
+    """Write a, dh and dw of some rows."""
+    gate_PF, up_PF = h_P2F.float().chunk(2, -1)
+    da_PF, gates_P1 = da_PF.float(), gates_P[:, None]
+    dgate_PF, dup_PF = dh_P2F.chunk(2, -1)
+    silu_PF = torch.nn.functional.silu(gate_PF)
+    plain_PF = silu_PF * up_PF
+    torch.sum(plain_PF * da_PF, -1, out=dgates_P)
+    a_PF.copy_(plain_PF.mul_(gates_P1))
+    da_PF = da_PF * gates_P1
+    dup_PF.copy_(silu_PF.mul_(da_PF))
+    dgate_PF.copy_(torch.ops.aten.silu_backward(da_PF.mul_(up_PF), gate_PF))

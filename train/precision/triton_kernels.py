@@ -1,0 +1,248 @@
+"""Quantising kernels for CUDA, equal bit for bit in q and scale to `quantize_reference`.
+
+Each kernel reads its input once and writes FP8 values and fp32 scales in the layout of the product that takes them:
+
+    quantize_tiles      (R, C) -> q (R, C) and one scale per row and 128 columns         left operands
+    quantize_columns    (R, C) -> q^T (C, R) and one scale per column and 128 rows       both operands of Wgrad
+    quantize_blocks     (R, C) -> q (R, C) or (C, R) and one scale per 128x128           weights
+    swiglu_tiles        SwiGLU with the gate value, then quantize_tiles                  the down-projection's input
+    swiglu_backward     a, dh and dw from h and da                                       see train/precision/swiglu.py
+
+An input may itself be FP8 with a scale per row and 128 columns: it is dequantised on the way in, so that what is cached
+for Wgrad goes from 1x128 to 128x1 in one pass (paper 3.5.2).  Divisions are IEEE (`div_rn`): `/` is approximate on
+NVIDIA GPUs and would break the equality.  Sizes are multiples of 128; the caller pads.
+
+The module needs triton and is imported only where its kernels run.  Shape suffixes: R rows, C columns.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from train.precision.formats import TILE, Cast
+
+ROWS = 32
+"""Rows that one program works on."""
+COLUMNS = 32
+"""Columns that one program of `quantize_columns` works on."""
+
+
+@triton.jit
+def _scales(amax, maximum: tl.constexpr, floor: tl.constexpr, pow2: tl.constexpr):
+    """Scale and inverse of a max-abs, as `train.precision.quantize.scales`."""
+    amax = tl.maximum(amax, floor)
+    scale = tl.div_rn(amax, tl.full(amax.shape, maximum, tl.float32))
+    if pow2:
+        bits = (scale.to(tl.int32, bitcast=True) + 0x7FFFFF) & 0x7F800000
+        scale = bits.to(tl.float32, bitcast=True)
+        inverse = tl.div_rn(tl.full(amax.shape, 1.0, tl.float32), scale)
+    else:
+        inverse = tl.div_rn(tl.full(amax.shape, maximum, tl.float32), amax)
+    return scale, inverse
+
+
+@triton.jit
+def _cast(scaled, maximum: tl.constexpr, dtype: tl.constexpr):
+    """Clamp, and round to the format. Not a number stays so."""
+    return tl.clamp(scaled, -maximum, maximum, propagate_nan=tl.PropagateNan.ALL).to(dtype)
+
+
+@triton.jit
+def _load(x_ptr, scale_ptr, rows, columns, width, scale_rows, scaled: tl.constexpr):
+    """fp32 values at rows x columns; scaled: FP8 with a scale per row and 128 columns, stored column by column."""
+    x = tl.load(x_ptr + rows[:, None].to(tl.int64) * width + columns[None, :]).to(tl.float32)
+    if scaled:
+        x *= tl.load(scale_ptr + (columns[None, :] // 128) * scale_rows + rows[:, None])
+    return x
+
+
+@triton.jit
+def _tiles_kernel(
+    x_ptr, in_scale_ptr, q_ptr, scale_ptr, height, width,
+    maximum: tl.constexpr, floor: tl.constexpr, pow2: tl.constexpr, scaled: tl.constexpr, block: tl.constexpr,
+):  # fmt: skip
+    rows = tl.program_id(0) * block + tl.arange(0, block)
+    columns = tl.program_id(1) * 128 + tl.arange(0, 128)
+    x = _load(x_ptr, in_scale_ptr, rows, columns, width, height, scaled)
+    scale, inverse = _scales(tl.max(tl.abs(x), axis=1), maximum, floor, pow2)
+    q = _cast(x * inverse[:, None], maximum, q_ptr.dtype.element_ty)
+    tl.store(q_ptr + rows[:, None].to(tl.int64) * width + columns[None, :], q)
+    tl.store(scale_ptr + tl.program_id(1) * height + rows, scale)
+
+
+@triton.jit
+def _columns_kernel(
+    x_ptr, in_scale_ptr, q_ptr, scale_ptr, base_ptr, stride_ptr, height, width, scale_column, scale_block,
+    maximum: tl.constexpr, floor: tl.constexpr, pow2: tl.constexpr, scaled: tl.constexpr, block: tl.constexpr,
+):  # fmt: skip
+    tile = tl.program_id(0)
+    rows = tile * 128 + tl.arange(0, 128)
+    columns = tl.program_id(1) * block + tl.arange(0, block)
+    x = _load(x_ptr, in_scale_ptr, rows, columns, width, height, scaled)
+    scale, inverse = _scales(tl.max(tl.abs(x), axis=0), maximum, floor, pow2)
+    q = _cast(x * inverse[None, :], maximum, q_ptr.dtype.element_ty)
+    base, stride = tl.load(base_ptr + tile), tl.load(stride_ptr + tile)
+    tl.store(q_ptr + base + columns[:, None] * stride + tl.arange(0, 128)[None, :], tl.trans(q))
+    tl.store(scale_ptr + columns * scale_column + tile * scale_block, scale)
+
+
+@triton.jit
+def _blocks_kernel(
+    x_ptr, q_ptr, scale_ptr, height, width, q_row, q_column, scale_row, scale_column, q_matrix, scale_matrix,
+    maximum: tl.constexpr, floor: tl.constexpr, pow2: tl.constexpr,
+    transposed: tl.constexpr,
+):  # fmt: skip
+    matrix = tl.program_id(2).to(tl.int64)
+    rows = tl.program_id(0) * 128 + tl.arange(0, 128)
+    columns = tl.program_id(1) * 128 + tl.arange(0, 128)
+    x = _load(x_ptr + matrix * height * width, x_ptr, rows, columns, width, height, False)
+    scale, inverse = _scales(
+        tl.max(tl.max(tl.abs(x), axis=1, keep_dims=True), axis=0, keep_dims=True), maximum, floor, pow2
+    )
+    q = _cast(x * inverse, maximum, q_ptr.dtype.element_ty)
+    q_ptr += matrix * q_matrix
+    if transposed:
+        tl.store(q_ptr + columns[:, None].to(tl.int64) * q_column + rows[None, :] * q_row, tl.trans(q))
+    else:
+        tl.store(q_ptr + rows[:, None].to(tl.int64) * q_row + columns[None, :] * q_column, q)
+    place = tl.program_id(0) * scale_row + tl.program_id(1) * scale_column + tl.zeros((1, 1), tl.int32)
+    tl.store(scale_ptr + matrix * scale_matrix + place, scale)
+
+
+@triton.jit
+def _swiglu_kernel(
+    h_ptr, gates_ptr, q_ptr, scale_ptr, height, width,
+    maximum: tl.constexpr, floor: tl.constexpr, pow2: tl.constexpr, block: tl.constexpr,
+):  # fmt: skip
+    rows = tl.program_id(0) * block + tl.arange(0, block)
+    columns = tl.program_id(1) * 128 + tl.arange(0, 128)
+    gate = _load(h_ptr, h_ptr, rows, columns, 2 * width, height, False)
+    up = _load(h_ptr, h_ptr, rows, width + columns, 2 * width, height, False)
+    silu = tl.div_rn(gate, 1.0 + tl.exp(-gate))
+    a = silu * up * tl.load(gates_ptr + rows)[:, None]
+    scale, inverse = _scales(tl.max(tl.abs(a), axis=1), maximum, floor, pow2)
+    q = _cast(a * inverse[:, None], maximum, q_ptr.dtype.element_ty)
+    tl.store(q_ptr + rows[:, None].to(tl.int64) * width + columns[None, :], q)
+    tl.store(scale_ptr + tl.program_id(1) * height + rows, scale)
+
+
+@triton.jit
+def _swiglu_backward_kernel(
+    h_ptr, in_scale_ptr, gates_ptr, da_ptr, a_ptr, dh_ptr, dgates_ptr, height, width,
+    scaled: tl.constexpr, block: tl.constexpr,
+):  # fmt: skip
+    rows = tl.program_id(0) * block + tl.arange(0, block)
+    gates = tl.load(gates_ptr + rows)[:, None]
+    total = tl.zeros((block,), tl.float32)
+    for start in range(0, width, 128):
+        columns = start + tl.arange(0, 128)
+        gate = _load(h_ptr, in_scale_ptr, rows, columns, 2 * width, height, scaled)
+        up = _load(h_ptr, in_scale_ptr, rows, width + columns, 2 * width, height, scaled)
+        da = _load(da_ptr, h_ptr, rows, columns, width, height, False)
+        sigmoid = tl.div_rn(tl.full(gate.shape, 1.0, tl.float32), 1.0 + tl.exp(-gate))
+        plain = gate * sigmoid * up
+        total += tl.sum(plain * da, axis=1)
+        da *= gates
+        place = rows[:, None].to(tl.int64) * width + columns[None, :]
+        tl.store(a_ptr + place, (plain * gates).to(tl.bfloat16))
+        place = rows[:, None].to(tl.int64) * (2 * width) + columns[None, :]
+        dgate = da * up * (sigmoid + gate * sigmoid * (1.0 - sigmoid))
+        tl.store(dh_ptr + place, dgate.to(tl.bfloat16))
+        tl.store(dh_ptr + place + width, (da * gate * sigmoid).to(tl.bfloat16))
+    tl.store(dgates_ptr + rows, total)
+
+
+def quantize_tiles(x_RC: Tensor, cast: Cast, in_scale: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """q (R, C), and scale (R, C / 128) stored column by column, as cuBLASLt and DeepGEMM read it."""
+    rows, columns = _sizes(x_RC)
+    q = torch.empty_like(x_RC, dtype=cast.format.dtype)
+    scale = x_RC.new_empty(columns // TILE, rows, dtype=torch.float32)
+    _tiles_kernel[(rows // ROWS, columns // TILE)](
+        x_RC, x_RC if in_scale is None else in_scale.t(), q, scale, rows, columns,
+        cast.format.max, cast.floor, cast.pow2, in_scale is not None, ROWS,
+    )  # fmt: skip
+    return q, scale.t()
+
+
+def quantize_columns(
+    x_RC: Tensor, cast: Cast, in_scale: Tensor | None = None, groups: list[int] | None = None
+) -> tuple[Tensor, Tensor]:
+    """q and scale of the transpose, tiles along R.
+
+    Without groups: q (C, R), scale (C, R / 128) stored column by column.  groups, the rows of each expert: q is flat, one
+    (C, rows) matrix after the other, and scale (C, R / 128) is stored row by row, as DeepGEMM's K-grouped product reads it.
+    """
+    rows, columns = _sizes(x_RC)
+    lengths = [rows] if groups is None else groups
+    base, stride = _tile_places(lengths, columns, x_RC.device)
+    q = x_RC.new_empty(columns * rows, dtype=cast.format.dtype)
+    tiles = rows // TILE
+    shape = (tiles, columns) if groups is None else (columns, tiles)
+    scale = x_RC.new_empty(shape, dtype=torch.float32)
+    scale = scale.t() if groups is None else scale
+    _columns_kernel[(tiles, columns // COLUMNS)](
+        x_RC, x_RC if in_scale is None else in_scale.t(), q, scale, base, stride, rows, columns, *scale.stride(),
+        cast.format.max, cast.floor, cast.pow2, in_scale is not None, COLUMNS,
+    )  # fmt: skip
+    return (q.view(columns, rows) if groups is None else q), scale
+
+
+def quantize_blocks(x_RC: Tensor, cast: Cast, transposed: bool) -> tuple[Tensor, Tensor]:
+    """q (..., R, C) and scale (..., R / 128, C / 128), or with transposed both transposed; contiguous."""
+    rows, columns = _sizes(x_RC)
+    lead = x_RC.shape[:-2]
+    outer, inner = (columns, rows) if transposed else (rows, columns)
+    q = x_RC.new_empty(*lead, outer, inner, dtype=cast.format.dtype)
+    scale = x_RC.new_empty(*lead, outer // TILE, inner // TILE, dtype=torch.float32)
+    strides = (1, inner, 1, inner // TILE) if transposed else (inner, 1, inner // TILE, 1)
+    grid = (rows // TILE, columns // TILE, lead.numel())
+    _blocks_kernel[grid](
+        x_RC, q, scale, rows, columns, *strides, rows * columns, (rows // TILE) * (columns // TILE),
+        cast.format.max, cast.floor, cast.pow2, transposed,
+    )  # fmt: skip
+    return q, scale
+
+
+def swiglu_tiles(h_P2F: Tensor, gates_P: Tensor, cast: Cast) -> tuple[Tensor, Tensor]:
+    """`quantize_tiles` of SwiGLU's output (P, F)."""
+    rows, width = _sizes(h_P2F)[0], h_P2F.shape[1] // 2
+    q = h_P2F.new_empty(rows, width, dtype=cast.format.dtype)
+    scale = h_P2F.new_empty(width // TILE, rows, dtype=torch.float32)
+    _swiglu_kernel[(rows // ROWS, width // TILE)](
+        h_P2F, gates_P, q, scale, rows, width, cast.format.max, cast.floor, cast.pow2, ROWS
+    )
+    return q, scale.t()
+
+
+def swiglu_backward(
+    h_P2F: Tensor, gates_P: Tensor, da_PF: Tensor, in_scale: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """a (P, F) and dh (P, 2F) in bf16, and the gradient of the gates (P,)."""
+    rows, width = _sizes(da_PF)
+    a_PF = torch.empty_like(da_PF, dtype=torch.bfloat16)
+    dh_P2F = torch.empty_like(h_P2F, dtype=torch.bfloat16)
+    dgates_P = torch.empty_like(gates_P)
+    _swiglu_backward_kernel[(rows // ROWS,)](
+        h_P2F, h_P2F if in_scale is None else in_scale.t(), gates_P, da_PF.contiguous(), a_PF, dh_P2F, dgates_P,
+        rows, width, in_scale is not None, ROWS,
+    )  # fmt: skip
+    return a_PF, dh_P2F, dgates_P
+
+
+def _sizes(x_RC: Tensor) -> tuple[int, int]:
+    """Rows and columns, which must be whole tiles of a contiguous tensor."""
+    rows, columns = x_RC.shape[-2:]
+    assert x_RC.is_contiguous(), "kernels read row by row"
+    assert rows % TILE == 0 and columns % TILE == 0, f"{rows} x {columns} is not whole tiles"
+    return rows, columns
+
+
+def _tile_places(lengths: list[int], columns: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """For every 128 rows: where the first of them goes in a flat q of (columns, rows) matrices, and the row stride there."""
+    base, stride, before = [], [], 0
+    for length in lengths:
+        base += range(before * columns, before * columns + length, TILE)
+        stride += [length] * (length // TILE)
+        before += length
+    return torch.tensor([base, stride], dtype=torch.int64, device=device).unbind(0)
