@@ -20,8 +20,8 @@ class Precision(Protocol):
     dtype: torch.dtype
     """Format of activations between the products."""
 
-    def linear(self, x: Tensor, weight: Tensor) -> Tensor:
-        """x (..., D) times weight (F, D) transposed: (..., F)."""
+    def linear(self, x: Tensor, weight: Tensor, kind: str = "dense") -> Tensor:
+        """x (..., D) times weight (F, D) transposed: (..., F). kind: see `Linear`."""
         ...
 
     def expert_ffn(
@@ -36,15 +36,18 @@ class Precision(Protocol):
 
 
 class Linear(nn.Module):
-    """Product without bias, in the precision of the run."""
+    """Product without bias, in the precision of the run.
 
-    def __init__(self, inputs: int, outputs: int, precision: Precision, **factory):
+    kind: `dense`, or `output` for the attention's output projection, whose input FP8 keeps in a finer format.
+    """
+
+    def __init__(self, inputs: int, outputs: int, precision: Precision, kind: str = "dense", **factory):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(outputs, inputs, **factory))
-        self._precision = precision
+        self._precision, self._kind = precision, kind
 
     def forward(self, x: Tensor) -> Tensor:
-        return self._precision.linear(x, self.weight)
+        return self._precision.linear(x, self.weight, self._kind)
 
 
 class Embedding(nn.Module):

@@ -41,7 +41,7 @@ class MLA(nn.Module):
         self.kv_down = Linear(width, config.kv_rank + config.rope_head_dim, precision, **factory)
         self.kv_norm = RMSNorm(config.kv_rank, config.norm_eps, recompute_norm, **factory)
         self.kv_up = Linear(config.kv_rank, heads * (config.nope_head_dim + config.v_head_dim), precision, **factory)
-        self.out = Linear(heads * config.v_head_dim, width, precision, **factory)
+        self.out = Linear(heads * config.v_head_dim, width, precision, kind="output", **factory)
         self._config, self._rope = config, rope
         self._recompute_up = Recompute.mla_up in config.recompute
 

@@ -6,10 +6,19 @@ saves the tensor, a plain product or a hand-written function, so the code that c
 """
 
 from collections.abc import Callable
+from contextvars import ContextVar
 
 import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
+
+_OPEN: ContextVar[tuple["Recomputed", ...]] = ContextVar("open contexts", default=())
+"""The contexts around the running code: torch keeps their hooks in the same way and does not show them."""
+
+
+def is_free(tensor: Tensor) -> bool:
+    """Whether saving the tensor for backward keeps nothing here, because a `Recomputed` around makes it again."""
+    return any(context.makes(tensor) for context in _OPEN.get()[-1:])  # torch asks the innermost hooks alone
 
 
 class Recomputed:
@@ -30,17 +39,23 @@ class Recomputed:
     def __enter__(self) -> None:
         self._hooks = saved_tensors_hooks(self._pack, self._unpack)
         self._hooks.__enter__()
+        self._token = _OPEN.set((*_OPEN.get(), self))
 
     def __exit__(self, *error: object) -> None:
+        _OPEN.reset(self._token)
         self._hooks.__exit__(*error)
-        del self._hooks
+        del self._hooks, self._token
+
+    def makes(self, tensor: Tensor) -> bool:
+        """Whether the tensor is one of the outputs."""
+        _, numel = self._index.get(tensor.data_ptr(), (None, 0))
+        return 0 < tensor.numel() <= numel
 
     def _pack(self, tensor: Tensor) -> Tensor | tuple:
-        index, numel = self._index.get(tensor.data_ptr(), (None, 0))
-        if index is None or not 0 < tensor.numel() <= numel:
+        if not self.makes(tensor):
             return tensor
         self._saved += 1
-        return index, tensor.size(), tensor.stride()
+        return self._index[tensor.data_ptr()][0], tensor.size(), tensor.stride()
 
     def _unpack(self, packed: Tensor | tuple) -> Tensor:
         if isinstance(packed, Tensor):

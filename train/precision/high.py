@@ -22,7 +22,7 @@ class HighPrecision:
         self.dtype = dtype
         self._recompute_swiglu = recompute_swiglu
 
-    def linear(self, x: Tensor, weight: Tensor) -> Tensor:
+    def linear(self, x: Tensor, weight: Tensor, kind: str = "dense") -> Tensor:
         return F.linear(x, weight.to(self.dtype))
 
     def expert_ffn(
