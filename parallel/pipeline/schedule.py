@@ -17,9 +17,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.pipelining import Schedule1F1B, ScheduleDualPipeV, ScheduleInterleaved1F1B, ScheduleZBVZeroBubble
+from torch.distributed.pipelining.schedules import OVERLAP_F_B
 
-from conf.errors import UserError
-from parallel.pipeline.split import SCHEDULES
+from parallel.pipeline.overlap import Lanes, overlapped_pair
+from parallel.pipeline.split import SCHEDULES, stage_placement
 from parallel.pipeline.stage import Stage
 from parallel.pipeline.timeline import Timeline
 
@@ -29,38 +30,6 @@ _TORCH = {
     "zbv": ScheduleZBVZeroBubble,
     "dualpipev": ScheduleDualPipeV,
 }
-
-
-def check_schedule(name: str, pp: int, micro_batches: int, layers: int) -> None:
-    """Raise UserError when the schedule cannot run with these sizes. Pure; called before anything starts.
-
-    micro_batches: micro-batches per step and data-parallel rank, batch_size / (micro_batch_size x dp).
-    """
-    if name not in SCHEDULES:
-        raise UserError("parallel.schedule", name, "must be a known schedule", f"use one of {', '.join(SCHEDULES)}")
-    stages = pp * SCHEDULES[name]
-    if layers < stages:
-        raise UserError(
-            "parallel.pp",
-            f"{pp} with parallel.schedule={name}",
-            f"{name} makes {stages} stages of at least one layer, and model.layers={layers}",
-            f"use parallel.pp <= {layers // SCHEDULES[name]}, or model.layers >= {stages}",
-        )
-    rounds = max(1, micro_batches // pp)
-    least = {"1f1b": pp, "dualpipev": 2 * pp}.get(name, 1)
-    if micro_batches < least:
-        rule = f"{name} needs at least {least} micro-batches to fill {pp} pipeline ranks"
-    elif name == "interleaved" and micro_batches % rounds:
-        rule = f"interleaved needs micro-batches that {rounds} rounds of about {pp} divide (a multiple of pp is safe)"
-    else:
-        return
-    raise UserError(
-        "batch_size",
-        f"{micro_batches} micro-batches per step and data-parallel rank",
-        rule,
-        "change batch_size, micro_batch_size or parallel.dp (micro-batches = batch_size / (micro_batch_size x dp)), "
-        "or choose another parallel.schedule",
-    )
 
 
 class Pipeline:
@@ -76,12 +45,16 @@ class Pipeline:
         device: torch.device,
         hidden: int,
         dtype: torch.dtype,
+        lanes: Lanes | None,
     ):
         assert len(modules) == len(stage_ids) == SCHEDULES[name] and list(stage_ids) == sorted(stage_ids)
         self.name, self.modules, self.stage_ids, self.num_stages = name, list(modules), list(stage_ids), num_stages
         self.group, self.device, self.hidden, self.dtype = group, device, hidden, dtype
         self.timeline = Timeline(device)
         """When each action of the last steps ran."""
+        self._lanes = lanes
+        placement = stage_placement(name, num_stages // SCHEDULES[name])
+        self._rank_of = {stage: rank for rank, stages in enumerate(placement) for stage in stages}
         self._schedules: dict[tuple, Any] = {}
 
     @property
@@ -103,6 +76,67 @@ class Pipeline:
             # The target only has to be there: the last chunk already knows its targets from tokens_BS.
             schedule.step(tokens_BS, target=tokens_BS, losses=losses, return_outputs=False, **keywords)
         return torch.stack(losses).sum().detach() if self.has_last else None
+
+    @torch.no_grad()
+    def evaluate(self, tokens_BS: Tensor, documents_BS: Tensor | None = None, *, micro_batches: int) -> Tensor | None:
+        """Mean loss over micro-batches without gradients, on the rank with the last stage; None elsewhere.
+
+        Arguments as in step; any number of micro-batches will do. The modules are in eval mode meanwhile. The stages
+        advance in slots: in slot t, stage s runs micro-batch t - s, so that each micro-batch moves one stage a slot;
+        between two slots all ranks exchange what they made. One batch of sends and receives per slot, in the
+        same order everywhere, cannot deadlock, also where a V puts two stages on a rank (torch's own schedules
+        cannot run these forward only).
+        """
+        was_training = [module.training for module in self.modules]
+        try:
+            for module in self.modules:
+                module.eval()
+            return self._evaluate(tokens_BS, documents_BS, micro_batches)
+        finally:
+            for module, training in zip(self.modules, was_training, strict=True):
+                module.train(training)
+
+    def _evaluate(self, tokens_BS: Tensor, documents_BS: Tensor | None, micro_batches: int) -> Tensor | None:
+        tokens = tokens_BS.chunk(micro_batches)
+        documents = [None] * micro_batches if documents_BS is None else documents_BS.chunk(micro_batches)
+        assert len(tokens) == micro_batches, (tokens_BS.shape, micro_batches)
+        inputs: dict[tuple[int, int], Tensor] = {}
+        total = torch.zeros((), device=self.device)
+        for slot in range(micro_batches + self.num_stages - 1):
+            outputs: dict[tuple[int, int], Tensor] = {}
+            for module, stage in zip(self.modules, self.stage_ids, strict=True):
+                m = slot - stage
+                if 0 <= m < micro_batches:
+                    x = tokens[m] if stage == 0 else inputs.pop((stage, m))
+                    keywords = {} if documents[m] is None else {"documents_BS": documents[m]}
+                    outputs[stage, m] = module(x, tokens_BS=tokens[m], **keywords)
+            if (
+                self.has_last
+                and (loss := outputs.pop((self.num_stages - 1, slot - self.num_stages + 1), None)) is not None
+            ):
+                total += loss.sum() / micro_batches
+            inputs |= self._exchange(slot, outputs, tokens)
+        return total if self.has_last else None
+
+    def _exchange(self, slot: int, outputs: dict, tokens: Sequence[Tensor]) -> dict[tuple[int, int], Tensor]:
+        """Send what this rank made in the slot to the next stages, and receive what its stages need in the next."""
+        inputs, transfers = {}, []
+        for (stage, m), output in outputs.items():
+            if stage + 1 in self.stage_ids:
+                inputs[stage + 1, m] = output
+            else:
+                transfers.append(self._transfer(dist.isend, output.contiguous(), stage + 1))
+        for stage in self.stage_ids:
+            m = slot + 1 - stage
+            if stage > 0 and stage - 1 not in self.stage_ids and 0 <= m < len(tokens):
+                inputs[stage, m] = torch.empty_like(self._example(stage, *tokens[m].shape), device=self.device)
+                transfers.append(self._transfer(dist.irecv, inputs[stage, m], stage - 1))
+        for work in dist.batch_isend_irecv(transfers) if transfers else ():
+            work.wait()
+        return inputs
+
+    def _transfer(self, operation, tensor: Tensor, stage: int) -> dist.P2POp:
+        return dist.P2POp(operation, tensor, group=self.group, group_peer=self._rank_of[stage])
 
     def _schedule(self, tokens_BS: Tensor, micro_batches: int):
         """The torch schedule for this number and shape of micro-batches; a batch ramp changes the number."""
@@ -127,12 +161,15 @@ class Pipeline:
             )
             for module, stage_id in zip(self.modules, self.stage_ids, strict=True)
         ]
-        return _TORCH[self.name](
+        schedule = _TORCH[self.name](
             stages[0] if self.name == "1f1b" else stages,
             micro_batches,
             loss_fn=lambda loss, _: loss.sum() / micro_batches,
             scale_grads=False,
         )
+        if self._lanes is not None:
+            schedule.register_custom_function(OVERLAP_F_B, overlapped_pair(self._lanes, self.timeline))
+        return schedule
 
     def _example(self, boundary: int, B: int, S: int) -> Tensor:
         """What crosses the boundary before stage `boundary`: tokens, hidden states, or (at the end) the loss."""
@@ -153,15 +190,20 @@ def build_schedule(
     *,
     hidden: int,
     dtype: torch.dtype,
+    overlap: bool = True,
+    timeout: float = 600.0,
 ) -> Pipeline:
     """The pipeline of this rank.
 
     modules: this rank's chunks in stage order, called as chunk(x, tokens_BS=..., documents_BS=...) where x is tokens_BS
     for stage 0 and hidden states (B, T, D) else; stage_ids as in split.stage_placement; group: the ranks of this
-    pipeline in order (None: the world); hidden: D; dtype: of the hidden states between stages. Collective over group.
+    pipeline in order (None: the world); hidden: D; dtype: of the hidden states between stages; overlap: whether the pairs
+    of dualpipev run interleaved (overlap.py) or one after the other; timeout: longest wait of one half for the other,
+    in seconds. Collective over group.
     """
     if dist.get_world_size(group) > 1:
         # torch opens the group's communicator at the first mixed send and receive, where only two ranks meet; NCCL
         # wants all of them there, so open it here.
         dist.all_reduce(torch.zeros(1, device=device), group=group)
-    return Pipeline(name, modules, stage_ids, num_stages, group, device, hidden, dtype)
+    lanes = Lanes(device, timeout) if overlap and name == "dualpipev" else None
+    return Pipeline(name, modules, stage_ids, num_stages, group, device, hidden, dtype, lanes)

@@ -1,4 +1,4 @@
-"""Which layers go to which pipeline stage, and which stages to which rank. Pure: no torch.
+"""Which layers go to which pipeline stage, which stages to which rank, and what a schedule asks. Pure: no torch.
 
 The slowest stage sets the pace of the whole pipeline, so the split makes the largest stage cost as small as it
 can be, exactly, and among all such splits takes the one with the least sum of squared costs (the evenest):
@@ -35,6 +35,38 @@ def stage_placement(schedule: str, pp: int) -> list[list[int]]:
         return [[r, r + pp] for r in range(pp)]
     assert schedule in SCHEDULES, schedule
     return [[r, 2 * pp - 1 - r] for r in range(pp)]
+
+
+def check_schedule(name: str, pp: int, micro_batches: int, layers: int) -> None:
+    """Raise UserError when the schedule cannot run with these sizes. Pure; called before anything starts.
+
+    micro_batches: micro-batches per step and data-parallel rank, batch_size / (micro_batch_size x dp).
+    """
+    if name not in SCHEDULES:
+        raise UserError("parallel.schedule", name, "must be a known schedule", f"use one of {', '.join(SCHEDULES)}")
+    stages = pp * SCHEDULES[name]
+    if layers < stages:
+        raise UserError(
+            "parallel.pp",
+            f"{pp} with parallel.schedule={name}",
+            f"{name} makes {stages} stages of at least one layer, and model.layers={layers}",
+            f"use parallel.pp <= {layers // SCHEDULES[name]}, or model.layers >= {stages}",
+        )
+    rounds = max(1, micro_batches // pp)
+    least = {"1f1b": pp, "dualpipev": 2 * pp}.get(name, 1)
+    if micro_batches < least:
+        rule = f"{name} needs at least {least} micro-batches to fill {pp} pipeline ranks"
+    elif name == "interleaved" and micro_batches % rounds:
+        rule = f"interleaved needs micro-batches that {rounds} rounds of about {pp} divide (a multiple of pp is safe)"
+    else:
+        return
+    raise UserError(
+        "batch_size",
+        f"{micro_batches} micro-batches per step and data-parallel rank",
+        rule,
+        "change batch_size, micro_batch_size or parallel.dp (micro-batches = batch_size / (micro_batch_size x dp)), "
+        "or choose another parallel.schedule",
+    )
 
 
 def split_layers(costs: Sequence[float], first_cost: float, last_cost: float, stages: int) -> list[range]:

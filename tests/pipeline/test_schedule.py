@@ -3,8 +3,10 @@
 import pytest
 import torch
 
+from conf.errors import UserError
 from parallel.pipeline.schedule import Pipeline, build_schedule
-from parallel.pipeline.split import split_layers, stage_placement
+from parallel.pipeline.simulate import schedule_actions
+from parallel.pipeline.split import check_schedule, split_layers, stage_placement
 from tests.pipeline import toy
 from tests.ranks import run_ranks
 
@@ -44,6 +46,85 @@ def _parity(rank: int, name: str, pp: int, numbers: list[int], tied: bool) -> No
             torch.testing.assert_close(grad, wanted[key], rtol=1e-5, atol=1e-6, msg=key)
 
 
-@pytest.mark.parametrize(("name", "pp", "numbers"), [("1f1b", 1, [3, 1, 3]), ("1f1b", 2, [4, 2, 5]), ("1f1b", 4, [6])])
-def test_gradients_equal_one_process(name, pp, numbers):
-    run_ranks(_parity, name, pp, numbers, False, world_size=pp)
+def _evaluation(rank: int, name: str, pp: int) -> None:
+    pipeline, whole = _pipeline(rank, name, pp)
+    for micro_batches in (1, 5):
+        tokens_BS = _tokens(micro_batches, 2 * micro_batches)
+        loss = pipeline.evaluate(tokens_BS, micro_batches=micro_batches)
+        assert (loss is not None) == pipeline.has_last
+        if loss is not None:
+            expected = toy.reference(whole, tokens_BS, None, micro_batches)
+            torch.testing.assert_close(loss, expected, rtol=1e-6, atol=1e-6)
+        assert not toy.gradients(pipeline.modules) and all(chunk.training for chunk in pipeline.modules)
+    pipeline.step(_tokens(0, 8), micro_batches=4)
+    assert len(toy.gradients(pipeline.modules)) == sum(1 for c in pipeline.modules for _ in c.parameters())
+
+
+def _evaluations(rank: int, names: list[str], pp: int) -> None:
+    for name in names:
+        _evaluation(rank, name, pp)
+
+
+@pytest.mark.parametrize(("names", "pp"), [(["1f1b"], 1), (["1f1b", "interleaved"], 2), (["zbv", "dualpipev"], 4)])
+def test_evaluation(names, pp):
+    run_ranks(_evaluations, names, pp, world_size=pp)
+
+
+def _parities(rank: int, pp: int, cases: list[tuple[str, list[int], bool]]) -> None:
+    for name, numbers, tied in cases:
+        _parity(rank, name, pp, numbers, tied)
+
+
+@pytest.mark.parametrize(
+    ("pp", "cases"),
+    [
+        (1, [("1f1b", [3, 1, 3], False), ("zbv", [3], False), ("dualpipev", [2, 5], True)]),
+        (2, [("1f1b", [4, 2, 5], False), ("interleaved", [4, 2], False), ("zbv", [4, 1], True)]),
+        (2, [("dualpipev", [4, 7, 4], True)]),
+        (4, [("1f1b", [6], False), ("interleaved", [8], False), ("zbv", [9], False), ("dualpipev", [9], False)]),
+    ],
+)
+def test_gradients_equal_one_process(pp, cases):
+    """Several steps with changing numbers of micro-batches; True: the last chunk shares the first one's embedding."""
+    run_ranks(_parities, pp, cases, world_size=pp)
+
+
+def _static_and_frugal(rank: int) -> None:
+    """No extra forward to infer shapes, no receive buffer that outlives its action, no loss that keeps its graph."""
+    pipeline, _ = _pipeline(rank, "zbv", 2)
+    calls = []
+    for chunk in pipeline.modules:
+        chunk.register_forward_hook(lambda *_: calls.append(1))
+    for _ in range(2):
+        pipeline.step(_tokens(0, 8), micro_batches=4)
+    assert len(calls) == 2 * 2 * 4 and len(pipeline._schedules) == 1
+    (schedule,) = pipeline._schedules.values()
+    for stage in schedule._stages:
+        infos = [i for table in (stage.args_recv_info, stage.grad_recv_info) for row in table.values() for i in row]
+        assert all(i.buffer is None or i.buffer.is_meta for i in infos)
+        assert not stage.fwd_cache and not stage.output_chunks
+    record = pipeline.timeline.newest()
+    planned = schedule_actions("zbv", 2, 4)[rank]
+    assert [(a.kind, a.stage, a.micro_batch) for a in record.actions] == [
+        (a.kind, a.stage, a.micro_batch) for a in planned
+    ]
+    assert 0 < record.busy < record.span and 0 < record.bubble() < record.bubble(2 * record.span) < 1
+
+
+def test_static_and_frugal():
+    run_ranks(_static_and_frugal, world_size=2)
+
+
+@pytest.mark.parametrize(
+    ("name", "pp", "micro_batches", "layers", "message"),
+    [
+        ("gpipe", 1, 1, 4, r"parallel.schedule = gpipe"),
+        ("zbv", 4, 8, 7, r"parallel.pp = 4 with parallel.schedule=zbv(.|\n)*8 stages(.|\n)*use parallel.pp <= 3"),
+        ("1f1b", 4, 3, 8, r"batch_size = 3 micro-batches(.|\n)*at least 4"),
+        ("dualpipev", 4, 7, 8, r"batch_size = 7 micro-batches(.|\n)*at least 8"),
+        ("interleaved", 2, 5, 8, r"batch_size = 5 micro-batches(.|\n)*2 rounds"),
+    ],
+)
+def test_check_names_the_cure(name, pp, micro_batches, layers, message):
+    with pytest.raises(UserError, match=message):
+        check_schedule(name, pp, micro_batches, layers)

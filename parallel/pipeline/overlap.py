@@ -1,0 +1,202 @@
+"""The forward of one micro-batch and the backward of another, interleaved so that transfers fly under compute.
+
+Inside a layer of experts neither pass can hide its own all-to-all: the next product needs what is in flight.  The
+other pass can (paper 3.2.1).  So the two run as lanes that take turns, and turns change where communication starts:
+who has launched an asynchronous all-to-all calls `yield_point()` before waiting for it, and the other lane computes
+until it has launched its own.  Backward goes first, which gives the paper's order per pair of layers
+(deepseek_v3.md 5.3):
+
+    backward lane                          forward lane
+    begin combine(B)           ->
+                                           attn(F), begin dispatch(F)        combine(B) flies under attn(F)
+                               <-
+    wait, mlp(B) and mlp(W),
+    begin dispatch(B)          ->                                            dispatch(F) flies under mlp(B), mlp(W)
+                                           wait, mlp(F), begin combine(F)    dispatch(B) flies under mlp(F)
+                               <-
+    wait, attn(B), attn(W)     ->          wait                              combine(F) flies under attn(B), attn(W)
+
+It departs from the paper in one place: mlp(W) runs with mlp(B), because autograd computes both gradients of a product
+in one node, and so helps to hide dispatch(F) rather than dispatch(B).
+
+The backward lane is a second thread, since autograd cannot be paused in any other way; a baton lets exactly one lane
+run at a time.  So there is no data race, and the order of everything both lanes do is that of one thread.
+
+No deadlock between ranks.  Collectives on a group match when all its ranks issue them in the same order.  The ranks of an
+expert group hold the same stages and run the same list of actions, so they pair the same forward with the same
+backward.  Within a pair the order is a function of the sequence of yield points of either lane alone: the baton
+changes hands at each of them, never by time, until a lane ends, and then the other one runs to its end.  The sequence
+of yield points follows from the layers of the stage, which are the same on all these ranks; it must not depend
+on data (a dispatcher yields also when it has no row to send).  By induction over turns every rank issues the same
+collectives in the same order.  Pipeline sends and receives happen before and after the pair, never inside it.
+"""
+
+import queue
+import threading
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import torch
+
+from parallel.pipeline.stage import Stage
+from parallel.pipeline.timeline import Timeline
+
+_FORWARD, _BACKWARD = 0, 1
+_NAMES = ("forward", "backward")
+
+_current: "_Pair | None" = None
+# The pair that is running in this process, if any.  A dispatcher's backward runs in a thread of autograd (its own
+# thread per CUDA device), which inherits neither thread-locals nor context variables from the lane; as only
+# one lane ever runs, whoever calls yield_point() is the lane that holds the baton.
+
+
+def yield_point() -> None:
+    """Let the other lane compute. Call after launching an asynchronous transfer, before waiting for it.
+
+    Does nothing outside of an overlapped pair, and once the other lane has ended.
+    """
+    if _current is not None:
+        _current.hand_over()
+
+
+class LaneStopped(RuntimeError):
+    """Raised at the yield point of a lane whose partner failed; the partner's error is the one that reaches the user."""
+
+
+class Lanes:
+    """Runs pairs of a forward and a backward. Keeps one thread for the backward lanes; close() ends it.
+
+    timeout: seconds that one lane waits for its turn, at most; larger than the longest collective may take.
+    """
+
+    def __init__(self, device: torch.device, timeout: float = 600.0):
+        self._device, self._timeout = device, timeout
+        self._work: queue.SimpleQueue[Callable[[], None] | None] = queue.SimpleQueue()
+        threading.Thread(target=_work_off, args=(self._work,), name="backward-lane", daemon=True).start()
+
+    def run(self, forward: Callable[[], Any], backward: Callable[[], Any]) -> tuple[Any, Any]:
+        """Results of both; forward runs in the calling thread. The first error of either lane is raised here."""
+        global _current
+        assert _current is None, "one pair at a time"
+        _current = pair = _Pair(self._timeout)
+        try:
+            self._work.put(partial(pair.run, _BACKWARD, _on_current_stream(backward, self._device)))
+            pair.run(_FORWARD, forward)
+            pair.await_end(_BACKWARD)
+        finally:
+            _current = None
+        if pair.error is not None:
+            raise pair.error
+        return pair.results[_FORWARD], pair.results[_BACKWARD]
+
+    def close(self) -> None:
+        """End the thread."""
+        self._work.put(None)
+
+
+def _work_off(work: "queue.SimpleQueue[Callable[[], None] | None]") -> None:
+    """Body of the backward lanes' thread."""
+    while (job := work.get()) is not None:
+        job()
+        del job  # it holds the graph of its micro-batch, and the next one may be long in coming
+
+
+def _on_current_stream(work: Callable[[], Any], device: torch.device) -> Callable[[], Any]:
+    """The work on the caller's stream: another thread would start on the default one."""
+    if device.type != "cuda":
+        return work
+    stream = torch.cuda.current_stream(device)
+
+    def run() -> Any:
+        with torch.cuda.stream(stream):
+            return work()
+
+    return run
+
+
+class _Pair:
+    """One overlapped run: whose turn it is, and what came out."""
+
+    def __init__(self, timeout: float):
+        self.results: list[Any] = [None, None]
+        self.error: BaseException | None = None
+        self._timeout = timeout
+        self._turn = _BACKWARD
+        self._ended = [threading.Event(), threading.Event()]
+        self._baton = [threading.Semaphore(0), threading.Semaphore(0)]
+        self._baton[_BACKWARD].release()
+
+    def run(self, lane: int, work: Callable[[], Any]) -> None:
+        """Body of one lane, from its first turn to its end; hands the baton on whatever happens."""
+        try:
+            self._await_turn(lane)
+            self.results[lane] = work()
+        except BaseException as error:  # kept, and raised by Lanes.run once both lanes have ended
+            if self.error is None:
+                self.error = error
+        self._turn = 1 - lane
+        self._ended[lane].set()
+        self._baton[1 - lane].release()
+
+    def hand_over(self) -> None:
+        """Pass the baton and wait until it comes back."""
+        lane = self._turn
+        if self._ended[1 - lane].is_set():
+            return
+        self._turn = 1 - lane
+        self._baton[1 - lane].release()
+        self._await_turn(lane)
+
+    def await_end(self, lane: int) -> None:
+        """Wait until this lane has ended, with or without an error."""
+        if not self._ended[lane].wait(self._timeout):
+            raise TimeoutError(f"the {_NAMES[lane]} lane did not end within {self._timeout} s") from self.error
+
+    def _await_turn(self, lane: int) -> None:
+        if not self._baton[lane].acquire(timeout=self._timeout):
+            raise TimeoutError(
+                f"the {_NAMES[lane]} lane waited {self._timeout} s for the {_NAMES[1 - lane]} lane to yield or end"
+            )
+        if self.error is not None:
+            raise LaneStopped(f"the {_NAMES[1 - lane]} lane failed") from self.error
+
+
+def overlapped_pair(lanes: Lanes, timeline: Timeline) -> Callable[[Any, Any], None]:
+    """What torch's runtime shall do at an OVERLAP_F_B action of DualPipeV (for register_custom_function).
+
+    Both receives are waited for before the pair starts and both sends come after it, as they do in the runtime's own
+    version, which runs the two halves one after the other; only the middle differs.
+    """
+
+    def run_pair(action: Any, context: Any) -> None:
+        schedule = context.schedule_ref
+        stages: dict[int, Stage] = {stage.stage_index: stage for stage in schedule._stages}
+        (f_stage, _, f_batch, _), (b_stage, _, b_batch, _) = action.sub_actions
+        _receive(schedule.fwd_recv_ops, f_stage, f_batch, local=f_stage == 0 or f_stage - 1 in stages)
+        _receive(schedule.bwd_recv_ops, b_stage, b_batch, local=stages[b_stage].is_last or b_stage + 1 in stages)
+        loss = schedule._maybe_get_loss(stages[b_stage], b_batch)
+        schedule.backward_counter[b_stage] += 1
+
+        def forward() -> Any:
+            output = stages[f_stage].run_forward(
+                f_batch, context.arg_mbs[f_batch], context.kwarg_mbs[f_batch], save_forward_output=False
+            )
+            schedule._maybe_compute_loss(stages[f_stage], output, context.target_mbs, f_batch)
+            return output
+
+        with timeline.action("FB", f_stage, f_batch):
+            output, _ = lanes.run(forward, lambda: stages[b_stage].run_backward(b_batch, loss=loss))
+        if f_stage + 1 in stages:
+            stages[f_stage + 1].set_local_fwd_input(output, f_batch)
+        if b_stage - 1 in stages:
+            stages[b_stage - 1].set_local_bwd_input(stages[b_stage].get_local_bwd_output(b_batch), b_batch)
+
+    return run_pair
+
+
+def _receive(posted: dict, stage: int, micro_batch: int, local: bool) -> None:
+    """Wait for what a neighbour sends; a neighbour on this rank has handed it over already."""
+    if not local:
+        for work in posted.pop((stage, micro_batch)):
+            work.wait()

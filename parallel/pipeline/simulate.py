@@ -1,0 +1,165 @@
+"""How long a schedule takes when its actions have given lengths: torch's own action lists, without ranks.
+
+The lists come from the very classes that drive a run, built around stand-ins for the stages, so that a plan simulates
+the schedule that will run.  Each rank executes its list in order; an action starts when the rank is free and what
+it needs has arrived:
+
+    F(stage, m) needs F(stage - 1, m);    B or I(stage, m) needs B or I(stage + 1, m) and F(stage, m);
+    W(stage, m) needs I(stage, m);        FB(F, B), an overlapped pair, needs what both halves need.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import NamedTuple
+
+from torch import nn
+from torch.distributed.pipelining import ScheduleDualPipeV, ScheduleInterleaved1F1B, ScheduleZBVZeroBubble
+
+from parallel.pipeline.split import stage_placement
+
+_TORCH = {"interleaved": ScheduleInterleaved1F1B, "zbv": ScheduleZBVZeroBubble, "dualpipev": ScheduleDualPipeV}
+
+
+class Action(NamedTuple):
+    """One thing a rank computes: F, B, I or W of one stage and micro-batch, or FB with its two halves."""
+
+    kind: str
+    stage: int
+    micro_batch: int
+    halves: tuple["Action", ...] = ()
+    """For FB: the forward and the backward that run together; stage and micro_batch are those of the forward."""
+
+
+@dataclass(frozen=True)
+class Simulation:
+    """The outcome for all ranks."""
+
+    makespan: float
+    """Seconds from the first action of any rank to the last."""
+    busy: list[float]
+    """Seconds of computing, per rank."""
+    starts: list[list[float]]
+    """When every action starts, per rank, in the order of the rank's list."""
+
+    @property
+    def bubble(self) -> float:
+        """Idle share of all ranks' time."""
+        return 1 - sum(self.busy) / (len(self.busy) * self.makespan)
+
+
+def idle_time(name: str, pp: int, forward: float, inputs: float, weights: float, pair: float) -> float:
+    """Idle seconds of a rank in one step, in closed form; stages equal, transfers free, micro-batches enough.
+
+    forward, inputs, weights: seconds of F, I and W of one stage (B = I + W); pair: of FB. With p = pp ranks:
+
+    1f1b, interleaved   (p - 1)(F + B): a stage of interleaved is half of 1f1b's, and so is its idle time;
+    zbv                 (p - 1) I for F <= I <= 2 W. Never 0: the title's zero bubble lets ranks start a step
+                        before others have ended the last one, and here the optimizer lies between;
+    dualpipev           (p - 1)(FB + F - 2 W) for I <= F p / (p - 1), of the ranks before the last, which leaves one
+                        pair unoverlapped. Equal to the paper's (PP/2 - 1)(FB + B - 3 W), Table 2, where F = I.
+
+    Counted on torch's lists with `simulate`, which has no such limits; the tests hold the two together.
+    """
+    per_hop = {
+        "1f1b": forward + inputs + weights,
+        "interleaved": forward + inputs + weights,
+        "zbv": inputs,
+        "dualpipev": pair + forward - 2 * weights,
+    }
+    return (pp - 1) * per_hop[name]
+
+
+def schedule_actions(name: str, pp: int, micro_batches: int) -> list[list[Action]]:
+    """What every rank computes, in order, under torch's schedule of this name. Needs no process group."""
+    if name == "1f1b":
+        return [_one_f_one_b(rank, pp, micro_batches) for rank in range(pp)]
+    num_stages = 2 * pp
+    stages = [
+        SimpleNamespace(stage_index=stage, num_stages=num_stages, group_size=pp, group_rank=0, submod=nn.Identity())
+        for stage in stage_placement(name, pp)[0]
+    ]
+    order = _TORCH[name](stages, micro_batches).pipeline_order
+    return [[_action(torch_action) for torch_action in order[rank] if torch_action] for rank in range(pp)]
+
+
+def simulate(actions: list[list[Action]], duration: Callable[[Action], float], transfer: float = 0.0) -> Simulation:
+    """Run the lists of all ranks against each other.
+
+    duration: seconds of an action (an FB is asked for as a whole); transfer: seconds between the end of an action and
+    its result being there for a stage on another rank. AssertionError when the lists wait for each other in a circle.
+    """
+    rank_of = {part.stage: rank for rank, line in enumerate(actions) for action in line for part in _parts(action)}
+    last = max(rank_of)
+    done: dict[tuple[str, int, int], float] = {}
+    free, position = [0.0] * len(actions), [0] * len(actions)
+    starts: list[list[float]] = [[] for _ in actions]
+    busy = [0.0] * len(actions)
+    progress = True
+    while progress:
+        progress = False
+        for rank, line in enumerate(actions):
+            while position[rank] < len(line):
+                action = line[position[rank]]
+                ready = [_ready(part, rank, last, done, rank_of, transfer) for part in _parts(action)]
+                if None in ready:
+                    break
+                start, seconds = max([free[rank], *ready]), duration(action)
+                for part in _parts(action):
+                    done[_result(part)] = start + seconds
+                free[rank], position[rank], progress = start + seconds, position[rank] + 1, True
+                starts[rank].append(start)
+                busy[rank] += seconds
+    stuck = {rank: line[at] for rank, (line, at) in enumerate(zip(actions, position, strict=True)) if at < len(line)}
+    assert not stuck, f"every rank waits for another: {stuck}"
+    return Simulation(max(free), busy, starts)
+
+
+def _ready(part: Action, rank: int, last: int, done: dict, rank_of: dict, transfer: float) -> float | None:
+    """When everything that this action needs has arrived; None when some of it is not computed yet."""
+    latest = 0.0
+    for need in _needs(part, last):
+        if need not in done:
+            return None
+        arrival = done[need] + (transfer if rank_of[need[1]] != rank else 0.0)
+        latest = max(latest, arrival)
+    return latest
+
+
+def _needs(part: Action, last: int) -> Iterator[tuple[str, int, int]]:
+    kind, stage, micro_batch, _ = part
+    if kind == "W":
+        yield "B", stage, micro_batch
+    elif kind == "F" and stage > 0:
+        yield "F", stage - 1, micro_batch
+    elif kind in "BI":
+        yield "F", stage, micro_batch
+        if stage < last:
+            yield "B", stage + 1, micro_batch
+
+
+def _result(part: Action) -> tuple[str, int, int]:
+    """Under which name others wait for it: an input gradient is one, whether from B or from I."""
+    return ("B" if part.kind == "I" else part.kind), part.stage, part.micro_batch
+
+
+def _parts(action: Action) -> tuple[Action, ...]:
+    return action.halves or (action,)
+
+
+def _action(torch_action) -> Action:
+    """torch's action tuple as ours."""
+    if torch_action.sub_actions:
+        halves = tuple(_action(half) for half in torch_action.sub_actions)
+        return Action("FB", halves[0].stage, halves[0].micro_batch, halves)
+    return Action(torch_action.computation_type.value, torch_action.stage_index, torch_action.microbatch_index)
+
+
+def _one_f_one_b(rank: int, pp: int, micro_batches: int) -> list[Action]:
+    """The order that Schedule1F1B executes. (The list it reports, pipeline_order, is wrong in torch 2.13: its last
+    stage starts at micro-batch 1; the class never runs that list.)"""
+    warm_up = min(micro_batches, pp - rank)
+    forwards = [Action("F", rank, m) for m in range(micro_batches)]
+    backwards = [Action("B", rank, m) for m in range(micro_batches)]
+    steady = [action for m in range(micro_batches - warm_up) for action in (backwards[m], forwards[warm_up + m])]
+    return forwards[:warm_up] + steady + backwards[micro_batches - warm_up :]

@@ -1,0 +1,69 @@
+"""Simulated schedules: complete for every size that check_schedule admits, and as idle as the formulas say."""
+
+from collections import Counter
+
+import pytest
+
+from conf.errors import UserError
+from parallel.pipeline.simulate import Action, idle_time, schedule_actions, simulate
+from parallel.pipeline.split import SCHEDULES, check_schedule, stage_placement
+
+
+def _durations(forward: float, inputs: float, weights: float, pair: float):
+    seconds = {"F": forward, "B": inputs + weights, "I": inputs, "W": weights, "FB": pair}
+    return lambda action: seconds[action.kind]
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+@pytest.mark.parametrize("pp", [1, 2, 3, 4, 8])
+def test_every_admitted_size_runs_to_its_end(name, pp):
+    """Each micro-batch passes each stage once, forward and backward, and no rank waits for ever."""
+    refused = 0
+    for micro_batches in range(1, 4 * pp + 2):
+        try:
+            check_schedule(name, pp, micro_batches, layers=99)
+        except UserError:
+            refused += 1
+            if name != "1f1b":  # its order is written here; torch's class refuses the same sizes when it is made
+                with pytest.raises(ValueError, match="microbatches"):
+                    schedule_actions(name, pp, micro_batches)
+            continue
+        actions = schedule_actions(name, pp, micro_batches)
+        simulate(actions, _durations(1, 1, 1, 3))
+        for rank, line in enumerate(actions):
+            done = Counter(part[:3] for action in line for part in (action.halves or (action,)))
+            assert set(done.values()) == {1} and {stage for _, stage, _ in done} == set(stage_placement(name, pp)[rank])
+            for stage in stage_placement(name, pp)[rank]:
+                for m in range(micro_batches):
+                    backward = ("B", stage, m) in done
+                    assert ("F", stage, m) in done and backward != (("I", stage, m) in done)
+                    assert backward != (("W", stage, m) in done)
+    assert refused == {"1f1b": pp - 1, "zbv": 0, "dualpipev": 2 * pp - 1}.get(name, refused)
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+@pytest.mark.parametrize("lengths", [(1, 1, 1, 3), (1, 1, 1, 2.4), (1, 1.1, 0.7, 2.6)])
+@pytest.mark.parametrize("pp", [1, 2, 4, 8])
+def test_idle_time_is_the_formulas(name, lengths, pp):
+    result = simulate(schedule_actions(name, pp, 4 * pp), _durations(*lengths))
+    idle = max(result.makespan - busy for busy in result.busy)
+    assert idle == pytest.approx(idle_time(name, pp, *lengths), abs=1e-9)
+
+
+def test_dualpipev_is_the_papers_table_2():
+    """(PP/2 - 1)(F&B + B - 3W) with PP stages on PP / 2 ranks, for F = I as in the paper's figure 5."""
+    for pp in (2, 4, 8):
+        f, w, pair = 10.0, 7.0, 24.0
+        assert idle_time("dualpipev", pp, f, f, w, pair) == pytest.approx((2 * pp / 2 - 1) * (pair + (f + w) - 3 * w))
+
+
+def test_transfers_between_ranks_take_time():
+    actions = schedule_actions("1f1b", 2, 2)
+    free, slow = simulate(actions, _durations(1, 1, 1, 3)), simulate(actions, _durations(1, 1, 1, 3), transfer=0.5)
+    assert free.makespan == 9 and slow.makespan > free.makespan
+    assert free.bubble == pytest.approx(1 - 12 / 18) and free.starts[1] == [1, 2, 4, 5]
+
+
+def test_a_circle_is_found():
+    with pytest.raises(AssertionError, match="waits for another"):
+        simulate([[Action("B", 0, 0), Action("F", 0, 0)]], lambda action: 1.0)
