@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from parallel.shard import Shard
-from train.checkpoint import load as loading
 from train.checkpoint.commit import Committer, Fenced, Save, SaveAbandoned
 from train.checkpoint.intervals import NotCovered, merge
+from train.checkpoint.load import load
 from train.checkpoint.stage import Stage
 
 
@@ -73,10 +73,8 @@ class Checkpointer:
         self.rank, self.keep, self.keep_every = rank, keep, keep_every
         self.asynchronous, self.timeout = asynchronous, timeout
         self.retries, self.retry_wait = retries, retry_wait
-        self.committer = Committer(Path(root), attempt, world_size, timeout)
-        self.committer.raise_fence()
-        if rank == 0:
-            self.committer.sweep()
+        self.committer = Committer(Path(root).resolve(), attempt, world_size, timeout)
+        self.committer.enter(rank)
         self._stage: Stage | None = None
         self._thread: threading.Thread | None = None
         self._serial = 0
@@ -91,7 +89,7 @@ class Checkpointer:
         began = time.perf_counter()
         save = Save(step, self._serial)
         self._serial += 1  # also where this save is skipped, as ranks must go on counting alike
-        if not self._join():
+        if not self._join(self.timeout):
             warning = f"checkpoint of step {step} skipped: the one before is still being written"
             self._results.append(SaveResult(step, None, warning, False, time.perf_counter() - began, 0))
             return time.perf_counter() - began
@@ -102,7 +100,7 @@ class Checkpointer:
         self._thread = threading.Thread(target=self._run, args=arguments, name=f"save-{step}", daemon=True)
         self._thread.start()
         if not self.asynchronous:
-            self._join()
+            self._join(self._longest())
         return time.perf_counter() - began
 
     def poll(self) -> list[SaveResult]:
@@ -111,24 +109,28 @@ class Checkpointer:
 
     def finish(self, required: bool = False) -> list[SaveResult]:
         """Wait for the save in flight, then as `poll`. `required`: SaveFailed if the last one failed."""
-        done = self._join()
+        done = self._join(self._longest())
         results = self.poll()
         if required and not done:
-            raise SaveFailed(f"the last checkpoint was not written within {self.timeout:.0f} s")
+            raise SaveFailed(f"the last checkpoint was not written within {self._longest():.0f} s")
         if required and results and not results[-1].ok:
             raise SaveFailed(results[-1].warning)
         return results
 
     def load(self, path: Path, wanted: dict[str, Shard]) -> dict[str, Any]:
         """As `train.checkpoint.load.load`; the checkpoint is never pruned as long as this object lives."""
-        meta = loading.load(path, wanted)
+        meta = load(path, wanted)
         self._protected = Path(path).resolve()
         return meta
 
-    def _join(self) -> bool:
-        """Wait for the thread, `timeout` for each of writing, votes and commit; False if it still runs."""
+    def _longest(self) -> float:
+        """How long a save may take, in seconds: `timeout` for each of writing, votes and the lock."""
+        return 3 * self.timeout
+
+    def _join(self, seconds: float) -> bool:
+        """Wait for the thread; False if it still runs."""
         if self._thread is not None:
-            self._thread.join(3 * self.timeout)
+            self._thread.join(seconds)
             if self._thread.is_alive():
                 return False
             self._thread = None
@@ -174,9 +176,9 @@ class Checkpointer:
         return self.committer.commit(save, merge(self.committer.await_votes(save), meta))
 
     def _prune(self, warning: str | None) -> str | None:
-        """Remove old checkpoints; a failure is a warning, as the new one is safe."""
+        """Remove old checkpoints; a failure of any kind is a warning, as the new one is safe."""
         try:
             self.committer.prune(self.keep, self.keep_every, self._protected)
-        except (OSError, Fenced) as error:
-            return f"old checkpoints not removed: {error}"
+        except Exception as error:
+            return f"old checkpoints not removed: {error!r}"
         return warning

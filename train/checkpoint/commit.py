@@ -20,21 +20,18 @@ import os
 import re
 import shutil
 import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from train.checkpoint.files import atomic_write_json, atomic_write_text, exclusive, fsync_folder
-from train.checkpoint.manifest import (
-    MANIFEST,
-    checkpoints,
-    data_name,
-    index_name,
-    seal,
-    step_name,
-)
+from train.checkpoint.manifest import MANIFEST, checkpoints, data_name, index_name, seal, step_name
 
-HIDDEN = re.compile(r"\.(?P<name>step_\d+)\.attempt_(?P<attempt>\d+)\.(save_\d+\.)?(?P<kind>tmp|replaced|pruned)")
+HIDDEN = re.compile(
+    r"\.(?P<name>step_\d+)\.attempt_(?P<attempt>\d+)\.(save_(?P<serial>\d+)\.)?(?P<kind>tmp|replaced|pruned)"
+)
 
 
 class Fenced(RuntimeError):
@@ -75,16 +72,23 @@ class Committer:
         self.root, self.attempt, self.world_size = root, attempt, world_size
         self.timeout, self.poll = timeout, poll
 
-    def raise_fence(self) -> None:
-        """Shut out all older attempts; Fenced if a newer one has started. Any rank may call it, any number of times."""
+    def enter(self, rank: int) -> None:
+        """Start as this rank; Fenced if a newer attempt has started. Rank 0 shuts out older ones and sweeps."""
         self.root.mkdir(parents=True, exist_ok=True)
+        self._check_fence()
+        if rank == 0:  # alone, as thousands of ranks would queue for the lock
+            self.raise_fence()
+            self.sweep()
+
+    def raise_fence(self) -> None:
+        """Shut out all older attempts; Fenced if a newer one has started."""
         with self._lock():
             self._check_fence()
             if read_fence(self.root) < self.attempt:
                 atomic_write_text(self.root / ".fence", str(self.attempt))
 
     def sweep(self) -> None:
-        """Clear what dead attempts left: half-written and half-removed folders. For rank 0, at the start."""
+        """Clear what dead attempts left: half-written and half-removed folders."""
         with self._lock():
             self._check_fence()
             for folder in self.root.glob(".step_*"):
@@ -105,7 +109,7 @@ class Committer:
         folder = self._temporary(save)
         if rank == 0:
             for other in self.root.glob(f".step_*.attempt_{self.attempt}.save_*.tmp"):
-                if other != folder:
+                if int(HIDDEN.fullmatch(other.name)["serial"]) < save.serial:
                     shutil.rmtree(other, ignore_errors=True)  # a slow rank may still be writing there, in vain
         folder.mkdir(exist_ok=True)
         return folder
@@ -200,14 +204,14 @@ class Committer:
     def _hidden(self, name: str, kind: str) -> Path:
         return self.root / f".{name}.attempt_{self.attempt}.{kind}"
 
-    def _lock(self):
+    def _lock(self) -> AbstractContextManager[None]:
         return exclusive(self.root / ".lock", self.timeout)
 
     def _check_fence(self) -> None:
         if (newest := read_fence(self.root)) > self.attempt:
             raise Fenced(f"attempt {newest} of this run has started, this is attempt {self.attempt}")
 
-    def _wait(self, ready) -> bool:
+    def _wait(self, ready: Callable[[], bool]) -> bool:
         """Call `ready` until it is true, at growing pauses; False when the time is up."""
         deadline, pause = time.monotonic() + self.timeout, self.poll
         while not ready():

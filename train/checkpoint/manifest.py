@@ -149,9 +149,12 @@ def verify(folder: Path, full: bool = False) -> list[str]:
     Fast: sizes only. Full: every byte against its checksum. UserError if it is no checkpoint or a newer one.
     """
     try:
-        manifest = read_manifest(folder)
+        return _problems(read_manifest(folder), full)
     except Damaged as error:
         return [error.line]
+
+
+def _problems(manifest: Manifest, full: bool) -> list[str]:
     problems = [problem.line for name in manifest.files if (problem := _wrong_size(manifest, name))]
     if full and not problems:
         for rank in range(manifest.world_size):
@@ -180,7 +183,8 @@ class Found:
 
     path: Path | None
     warnings: list[str]
-    """One line for every newer checkpoint that is damaged, naming the file and what is wrong with it."""
+    """What is wrong, file by file, with each damaged checkpoint met: all without a sound manifest, whose age nobody
+    can tell, and those newer than the one found."""
 
 
 def newest_intact(root: Path, full: bool = False, skip: Collection[Path] = ()) -> Found:
@@ -191,30 +195,30 @@ def newest_intact(root: Path, full: bool = False, skip: Collection[Path] = ()) -
     Raises UserError if one has a newer format: to pass over it would throw training away.
     """
     warnings: list[str] = []
-    for folder in _newest_first(root, warnings):
-        if folder in skip:
+    for manifest in _newest_first(root, warnings):
+        if manifest.folder in skip:
             continue
-        problems = verify(folder, full)
+        problems = _problems(manifest, full)
         if not problems:
-            return Found(folder, warnings)
+            return Found(manifest.folder, warnings)
         warnings += problems
     return Found(None, warnings)
 
 
 def checkpoints(root: Path) -> list[Manifest]:
     """Manifests of the checkpoints in `root` that pass the fast verification, newest first."""
-    return [read_manifest(folder) for folder in _newest_first(root, []) if not verify(folder)]
+    return [manifest for manifest in _newest_first(root, []) if not _problems(manifest, full=False)]
 
 
-def _newest_first(root: Path, warnings: list[str]) -> list[Path]:
-    """Checkpoint folders whose manifest is sound, by falling age; the others go to `warnings`."""
+def _newest_first(root: Path, warnings: list[str]) -> list[Manifest]:
+    """The sound manifests in `root`, by falling age; what is wrong with the others goes to `warnings`."""
     sound: list[Manifest] = []
     for folder in root.glob("step_*"):
         try:
             sound.append(read_manifest(folder))
         except Damaged as error:
             warnings.append(error.line)
-    return [manifest.folder for manifest in sorted(sound, key=lambda manifest: manifest.age, reverse=True)]
+    return sorted(sound, key=lambda manifest: manifest.age, reverse=True)
 
 
 def _wrong_size(manifest: Manifest, name: str) -> Damaged | None:
