@@ -15,7 +15,6 @@ from train.model.init import initialise
 from train.optim import AdamW, decays, moments_dtype
 from train.precision.high import HighPrecision
 
-
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 """Format of weights and activations; master weights and gradients are always fp32."""
 

@@ -18,14 +18,15 @@ from conf.schema import Config
 from parallel.mesh import Mesh
 from train.balance import update_bias
 from train.checkpoint.checkpointer import Checkpointer
-from train.data.prepare import Prepared
 from train.data.prefetch import Prefetch
+from train.data.prepare import Prepared
 from train.measure import Measure, Measured
 from train.memory import peak_memory
 from train.metrics.balance import balance_record
 from train.metrics.writer import MetricsWriter
 from train.parallelize import Parallelized
 from train.rank_progress import RankProgress
+from train.run_folder import RunPaths
 from train.schedules import Schedules, StepPlan
 from train.state import State
 from train.stop import StopRequest
@@ -59,7 +60,6 @@ class Trainer:
         state: State,
         checkpointer: Checkpointer,
         writer: MetricsWriter | None,
-        rank_progress: RankProgress,
         stop: StopRequest,
         flops: Flops,
         device: torch.device,
@@ -67,7 +67,7 @@ class Trainer:
         self.config, self.mesh, self.parts, self.data = config, mesh, parts, data
         self.measure, self.state, self.checkpointer = measure, state, checkpointer
         self.writer, self.stop, self.flops, self.device = writer, stop, flops, device
-        self.rank_progress = rank_progress
+        self.rank_progress = RankProgress(RunPaths(config).logs, mesh.rank)
         self.schedules = Schedules(config)
         self._bad_in_a_row = 0
         self._stall = 0.0

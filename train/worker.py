@@ -26,12 +26,12 @@ from parallel.mesh import Layout, build_mesh  # noqa: E402
 from train.checkpoint.checkpointer import Checkpointer  # noqa: E402
 from train.checkpoint.commit import next_attempt  # noqa: E402
 from train.data.prepare import Prepared, prepare  # noqa: E402
+from train.finish import finish  # noqa: E402
 from train.measure import Measure  # noqa: E402
 from train.metrics.peak import peak_flops  # noqa: E402
 from train.metrics.writer import open_writer  # noqa: E402
 from train.model.count import flops_per_token  # noqa: E402
 from train.parallelize import DTYPES, parallelize  # noqa: E402
-from train.rank_progress import RankProgress  # noqa: E402
 from train.resume import from_rank_0, restore  # noqa: E402
 from train.run_folder import RunPaths  # noqa: E402
 from train.state import State  # noqa: E402
@@ -76,17 +76,27 @@ def _run(config: Config, place: Place, stop: StopRequest) -> int:
         timeout=config.cluster.timeout,
     )
     notes = restore(config, data.tokenizer, state, checkpointer)
-    with contextlib.ExitStack() as stack:
-        writer = None
-        if place.rank == 0:
-            writer = stack.enter_context(open_writer(config, paths.path, resumed_step=state.step))
-            for note in data.notes + notes:
-                writer.note(note)
-        rank_progress = RankProgress(paths.logs, place.rank)
-        flops = count_flops(config, device, place)
-        return Trainer(
-            config, mesh, parts, data, measure, state, checkpointer, writer, rank_progress, stop, flops, device
+    started = time.monotonic()
+    writer = open_writer(config, paths.path, resumed_step=state.step) if place.rank == 0 else None
+    with writer or contextlib.nullcontext():
+        for note in data.notes + notes if writer else []:
+            writer.note(note)
+        code = Trainer(
+            config,
+            mesh,
+            parts,
+            data,
+            measure,
+            state,
+            checkpointer,
+            writer,
+            stop,
+            count_flops(config, device, place),
+            device,
         ).run()
+    if writer is not None:
+        finish(config, code, data.tokenizer, device, time.monotonic() - started, writer.wandb_run)
+    return code
 
 
 def choose_device(config: Config, place: Place) -> torch.device:

@@ -1,0 +1,62 @@
+"""The end of a run as its user sees it: a sample of text, the report, and one screen with the results and paths."""
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+
+from conf.errors import EXIT_OK, EXIT_STOPPED
+from conf.schema import Config
+from train.checkpoint.manifest import newest_intact, read_manifest
+from train.data.tokenizer import Tokenizer
+from train.metrics.report import write_report
+from train.metrics.screens import final_screen, stopped_screen
+from train.run_folder import RunPaths
+from train.sample import fits_here, generate, load_model
+
+
+def finish(
+    config: Config, code: int, tokenizer: Tokenizer, device: torch.device, seconds: float, wandb: str | None
+) -> None:
+    """Called on rank 0 when the run has ended with this exit code. seconds: wall time of the training."""
+    paths = RunPaths(config)
+    checkpoint = newest_intact(paths.checkpoints).path
+    report = write_report(paths.path)
+    if code == EXIT_STOPPED:
+        step = read_manifest(checkpoint).step if checkpoint else 0
+        command = f"python -m train {' '.join(sys.argv[1:])}" if "-m" not in sys.argv[:1] else "the same command"
+        stopped_screen(config.name, step, config.steps, "a signal asked for it", checkpoint=checkpoint, command=command)
+    elif code == EXIT_OK:
+        last = last_validation(paths.metrics)
+        final_screen(
+            config.name,
+            config.steps,
+            seconds=seconds,
+            validation_loss=last.get("validation_loss"),
+            bits_per_byte=last.get("validation_bits_per_byte"),
+            sample=sample(config, checkpoint, tokenizer, device),
+            checkpoint=checkpoint,
+            report=report,
+            wandb=wandb,
+        )
+
+
+def sample(config: Config, checkpoint: Path | None, tokenizer: Tokenizer, device: torch.device) -> str | None:
+    """Generated text, or why there is none; None when the run wants none."""
+    if not config.log.sample_tokens or checkpoint is None:
+        return None
+    if not fits_here(config):
+        return "(none: the model is too large for one process)"
+    model = load_model(config, checkpoint, device)
+    return generate(model, tokenizer, config.log.sample_tokens, window=config.seq_len, seed=config.seed)
+
+
+def last_validation(metrics: Path) -> dict[str, float]:
+    """The newest record with a validation in it."""
+    newest: dict[str, float] = {}
+    with metrics.open() as lines:
+        for line in lines:
+            if '"validation_loss"' in line:
+                newest = json.loads(line)
+    return newest
