@@ -68,7 +68,7 @@ class DeepEPDispatcher:
 
     def combine(self, out_RD: Tensor, routed: Routed) -> Tensor:
         """Sum of the expert outputs of every token, y_TD."""
-        return _Combine.apply(_Collect.apply(out_RD, routed.plan.rows), routed.plan.handle, self)
+        return _Combine.apply(_Collect.apply(out_RD, routed.state.rows), routed.state.handle, self)
 
     def _plan(self, ids_MK: Tensor, counts: list[int], handle: Any) -> tuple[_Plan, Tensor]:
         column_MK = ids_MK.long().where(ids_MK >= 0, self.local)

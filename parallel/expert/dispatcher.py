@@ -23,6 +23,7 @@ M messages that arrived at this rank, C copies, B bytes of an encoded row, W = B
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -63,7 +64,7 @@ class Routed:
     """fp32 gate value of every row, to be applied by the expert."""
     counts_E: Tensor
     """Rows per local expert, int64, on the rows' device."""
-    plan: object
+    state: Any
     """The dispatcher's own state for the way back."""
 
 
@@ -118,8 +119,8 @@ class ChainDispatcher(ABC):
 
     def combine_begin(self, out_RD: Tensor, routed: Routed) -> PendingCombine:
         """Start to send the experts' outputs back to their tokens."""
-        assert out_RD.shape[0] == routed.plan.rows
-        flight = _Flight(self, routed.plan, out_RD.shape[1], out_RD.dtype)
+        assert out_RD.shape[0] == routed.state.rows
+        flight = _Flight(self, routed.state, out_RD.shape[1], out_RD.dtype)
         return PendingCombine(flight, _CombineBegin.apply(out_RD, flight))
 
     def combine(self, out_RD: Tensor, routed: Routed) -> Tensor:
