@@ -102,9 +102,9 @@ def rms_norm(x: Tensor, weight_D: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """Normalised x, and 1 / rms(x) as fp32 (..., 1)."""
     if x.is_cuda:
         return torch.ops.aten._fused_rms_norm(x, weight_D.shape, weight_D, eps)
-    norm = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
-    rstd = norm.square_().mul_(1 / x.size(-1)).add_(eps).rsqrt_()
-    return (x * rstd).mul_(weight_D).to(x.dtype), rstd
+    x32 = x.float()
+    rstd = torch.linalg.vector_norm(x32, dim=-1, keepdim=True).square_().mul_(1 / x.size(-1)).add_(eps).rsqrt_()
+    return (x32 * rstd).mul_(weight_D).to(x.dtype), rstd
 
 
 class _RMSNorm(torch.autograd.Function):
@@ -125,13 +125,13 @@ class _RMSNorm(torch.autograd.Function):
                 grad.contiguous(), x, weight_D.shape, rstd, weight_D, [True, True]
             )
             return dx, dweight, None
-        width = x.size(-1)
-        x_ND, grad_ND, rstd_N1 = x.reshape(-1, width).float(), grad.reshape(-1, width).float(), rstd.view(-1, 1)
+        x_ND, grad_ND = x.flatten(0, -2).float(), grad.flatten(0, -2).float()
+        rstd_N1, weight_D = rstd.view(-1, 1), weight_D.float()
         product_ND = x_ND * grad_ND
         # Both sums over x * grad are matrix-vector products: one pass over memory each.
         dweight_D = torch.mv(product_ND.t(), rstd_N1.view(-1))
-        mean_N1 = torch.mv(product_ND, weight_D.float()).view(-1, 1) / width
-        dx_ND = (grad_ND * weight_D).sub_(x_ND * (mean_N1 * rstd_N1 * rstd_N1)).mul_(rstd_N1)
+        slope_N1 = torch.mv(product_ND, weight_D).view(-1, 1).mul_(rstd_N1.pow(3)).div_(x.size(-1))
+        dx_ND = (grad_ND * weight_D).mul_(rstd_N1).addcmul_(x_ND, slope_N1, value=-1)
         return dx_ND.to(x.dtype).view(x.shape), dweight_D, None
 
 
@@ -162,17 +162,15 @@ class _SwiGLU(torch.autograd.Function):
     def backward(ctx, grad_NF: Tensor):
         h_N2F, gates_N = ctx.saved_tensors
         gate_NF, up_NF = h_N2F.float().chunk(2, -1)
-        silu_NF = F.silu(gate_NF)
-        grad_NF = grad_NF.float()
+        dup_NF = F.silu(gate_NF).mul_(grad_NF)
+        dsilu_NF = grad_NF * up_NF
         dgates_N = None
         if gates_N is not None:
-            dgates_N = (grad_NF * silu_NF).mul_(up_NF).sum(-1)
-            grad_NF = grad_NF * gates_N.unsqueeze(-1)
-        dh_N2F = torch.empty_like(h_N2F)
-        dgate_NF, dup_NF = dh_N2F.chunk(2, -1)
-        dup_NF.copy_(silu_NF.mul_(grad_NF))
-        dgate_NF.copy_(torch.ops.aten.silu_backward(grad_NF * up_NF, gate_NF))
-        return dh_N2F, dgates_N
+            dgates_N = (dup_NF * up_NF).sum(-1)
+            dup_NF.mul_(gates_N.unsqueeze(-1))
+            dsilu_NF.mul_(gates_N.unsqueeze(-1))
+        dh_N2F = torch.cat([torch.ops.aten.silu_backward(dsilu_NF, gate_NF), dup_NF], -1)
+        return dh_N2F.to(h_N2F.dtype), dgates_N
 
 
 class FFN(nn.Module):

@@ -16,9 +16,9 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
-from torch.nn import functional as F
 
 from conf.schema import Model, Recompute
+from train.model.attention import attention
 from train.model.layers import Linear, Precision, RMSNorm
 from train.model.recompute import Recomputed
 from train.model.rope import Rope, rotate
@@ -57,12 +57,11 @@ class MLA(nn.Module):
             sources = q_latent.detach(), kv_latent.detach(), k_rope_BTR.detach()
             keep = Recomputed(lambda: self._up(*sources), *heads)
         with keep:
-            out_BHTV = attention(*(t.transpose(1, 2) for t in heads), self._rope.softmax_scale, documents_BT)
-        out_BTHV = out_BHTV[..., : self._config.v_head_dim].transpose(1, 2)
-        return self.out(out_BTHV.flatten(2))
+            out_BHTV = attention(*heads, self._rope.softmax_scale, documents_BT)
+        return self.out(out_BHTV.transpose(1, 2).flatten(2))
 
     def _up(self, q_latent: Tensor, kv_latent: Tensor, k_rope_BTR: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Queries, keys (B, T, H, Q) and values for attention from the latents."""
+        """Queries, keys (B, H, T, Q) and values (B, H, T, V) from the latents."""
         config = self._config
         if config.q_rank is not None:
             q_latent, recipe = self.q_norm.with_recipe(q_latent)
@@ -72,74 +71,32 @@ class MLA(nn.Module):
         with recipe:
             kv = self.kv_up(kv_latent)
         table = self._rope.table(q_latent.size(1), q_latent.device)
-        # The CPU flash kernel wants values as wide as keys; CUDA kernels take them as they are.
-        v_width = config.v_head_dim if q_latent.is_cuda else config.nope_head_dim + config.rope_head_dim
-        return _Heads.apply(
-            q_latent.unflatten(-1, (config.heads, -1)),
-            kv.unflatten(-1, (config.heads, -1)),
-            k_rope_BTR,
-            table,
-            config.nope_head_dim,
-            max(v_width, config.v_head_dim),
-        )
+        q, kv = (t.unflatten(-1, (config.heads, -1)) for t in (q_latent, kv))
+        return _Heads.apply(q, kv, k_rope_BTR, table, config.nope_head_dim)
 
 
 class _Heads(torch.autograd.Function):
-    """Turn the rope parts, give every head the one rope key, pad values with zeros to v_width."""
+    """Turn the rope parts, give every head the one rope key, put heads first."""
 
     @staticmethod
-    def forward(ctx, q_BTHQ, kv_BTHX, k_rope_BTR, table, nope: int, v_width: int):
-        batch, length, heads, _ = q_BTHQ.shape
-        v_head_dim = kv_BTHX.size(-1) - nope
-        q_out, k_out = torch.empty_like(q_BTHQ), torch.empty_like(q_BTHQ)
-        v_out = q_BTHQ.new_empty(batch, length, heads, v_width)
-        q_out[..., :nope] = q_BTHQ[..., :nope]
-        q_out[..., nope:] = rotate(q_BTHQ[..., nope:], table)
-        k_out[..., :nope] = kv_BTHX[..., :nope]
-        k_out[..., nope:] = rotate(k_rope_BTR.unsqueeze(2), table)
-        v_out[..., :v_head_dim] = kv_BTHX[..., nope:]
-        v_out[..., v_head_dim:] = 0
-        ctx.table, ctx.nope, ctx.v_head_dim = table, nope, v_head_dim
-        return q_out, k_out, v_out
+    def forward(ctx, q_BTHQ, kv_BTHX, k_rope_BTR, table, nope: int):
+        batch, length, heads, width = q_BTHQ.shape
+        q_out, k_out = (q_BTHQ.new_empty(batch, heads, length, width) for _ in range(2))
+        q_out[..., :nope] = q_BTHQ[..., :nope].transpose(1, 2)
+        q_out[..., nope:] = rotate(q_BTHQ[..., nope:], table).transpose(1, 2)
+        k_out[..., :nope] = kv_BTHX[..., :nope].transpose(1, 2)
+        k_out[..., nope:] = rotate(k_rope_BTR.unsqueeze(2), table).transpose(1, 2)
+        ctx.table, ctx.nope = table, nope
+        return q_out, k_out, kv_BTHX[..., nope:].transpose(1, 2).contiguous()
 
     @staticmethod
     @once_differentiable
-    def backward(ctx, dq_BTHQ, dk_BTHQ, dv):
+    def backward(ctx, dq_BHTQ, dk_BHTQ, dv_BHTV):
         nope, back = ctx.nope, ctx.table.conj()
-        dq = torch.empty(dq_BTHQ.shape, dtype=dq_BTHQ.dtype, device=dq_BTHQ.device)
-        dq[..., :nope] = dq_BTHQ[..., :nope]
-        dq[..., nope:] = rotate(dq_BTHQ[..., nope:], back)
-        dkv = torch.cat([dk_BTHQ[..., :nope], dv[..., : ctx.v_head_dim]], -1)
-        shared = dk_BTHQ[..., nope:].sum(2, keepdim=True, dtype=torch.float32)
-        return dq, dkv, rotate(shared, back).squeeze(2).to(dk_BTHQ.dtype), None, None, None
-
-
-def attention(q_BHTQ: Tensor, k_BHTQ: Tensor, v_BHTV: Tensor, scale: float, documents_BT: Tensor | None) -> Tensor:
-    """Causal softmax(scale q k^T) v, inside each document where documents_BT gives the document of every position.
-
-    Documents are contiguous. Returns (B, H, T, V), V as given. On a CPU each document is its own call (exact, and only
-    the flash kernel's work: it needs values as wide as keys, so they are padded); on CUDA documents become a block mask.
-    """
-    v_width = v_BHTV.size(-1)
-    if q_BHTQ.is_cuda:
-        if documents_BT is None:
-            return F.scaled_dot_product_attention(q_BHTQ, k_BHTQ, v_BHTV, is_causal=True, scale=scale)
-        same = documents_BT.unsqueeze(-1) == documents_BT.unsqueeze(-2)
-        mask = same.tril_().unsqueeze(1)
-        return F.scaled_dot_product_attention(q_BHTQ, k_BHTQ, v_BHTV, attn_mask=mask, scale=scale)
-    if v_width < q_BHTQ.size(-1):
-        v_BHTV = F.pad(v_BHTV, (0, q_BHTQ.size(-1) - v_width))
-    if documents_BT is None:
-        out = F.scaled_dot_product_attention(q_BHTQ, k_BHTQ, v_BHTV, is_causal=True, scale=scale)
-        return out[..., :v_width]
-    rows = []
-    for row, lengths in enumerate(_document_lengths(documents_BT)):
-        parts = zip(*(t[row : row + 1].split(lengths, 2) for t in (q_BHTQ, k_BHTQ, v_BHTV)), strict=True)
-        outs = [F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale) for q, k, v in parts]
-        rows.append(torch.cat(outs, 2))
-    return torch.cat(rows)[..., :v_width]
-
-
-def _document_lengths(documents_BT: Tensor) -> list[list[int]]:
-    """Tokens of each document, in order, per sequence."""
-    return [torch.unique_consecutive(row, return_counts=True)[1].tolist() for row in documents_BT]
+        batch, heads, length, width = dq_BHTQ.shape
+        dq_BTHQ = dq_BHTQ.new_empty(batch, length, heads, width)
+        dq_BTHQ[..., :nope] = dq_BHTQ[..., :nope].transpose(1, 2)
+        dq_BTHQ[..., nope:] = rotate(dq_BHTQ[..., nope:].transpose(1, 2), back)
+        dkv_BTHX = torch.cat([dk_BHTQ[..., :nope], dv_BHTV], -1).transpose(1, 2).contiguous()
+        shared_BT1R = dk_BHTQ[..., nope:].sum(1, dtype=torch.float32).unsqueeze(2)
+        return dq_BTHQ, dkv_BTHX, rotate(shared_BT1R, back).squeeze(2).to(dk_BHTQ.dtype), None, None

@@ -16,6 +16,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
 
 from conf.schema import Model, Recompute
 from train.model.layers import FFN, Precision
@@ -75,7 +76,7 @@ def _spread(x_TD: Tensor, order_R: Tensor, top_k: int) -> Tensor:
 
 def _gather_sum(rows_RD: Tensor, inverse_TK: Tensor) -> Tensor:
     """Sum of the K rows of every token."""
-    return rows_RD.index_select(0, inverse_TK.flatten()).unflatten(0, inverse_TK.shape).sum(1)
+    return F.embedding_bag(inverse_TK, rows_RD, mode="sum")  # gathers and adds in one pass, in fp32
 
 
 class _Permute(torch.autograd.Function):

@@ -1,0 +1,103 @@
+"""The attention core: causal softmax(scale q k^T) v, whole sequences or inside packed documents.
+
+CUDA uses torch's kernels. On the CPU torch's flash kernel wants values as wide as keys and keeps its products small;
+here a block of queries meets all earlier keys in one product, so memory stays linear in the sequence and work above the
+diagonal is skipped. Scores and softmax are in fp32; backward computes them again from q and k, so nothing else is kept.
+
+Shapes: B sequences, H heads, T positions, Q qk width, V value width, X = B*H rows of a batched product, C queries of a
+block, S keys up to its end.
+"""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+from torch.nn import functional as F
+
+BLOCK = 64
+"""Queries of a block on the CPU."""
+
+
+def attention(q_BHTQ: Tensor, k_BHTQ: Tensor, v_BHTV: Tensor, scale: float, documents_BT: Tensor | None) -> Tensor:
+    """(B, H, T, V). documents_BT: number of the document of every position; a document is contiguous and sees itself only."""
+    if not q_BHTQ.is_cuda:
+        spans = None if documents_BT is None else document_spans(documents_BT)
+        return _BlockAttention.apply(q_BHTQ, k_BHTQ, v_BHTV, scale, spans)
+    if documents_BT is None:
+        return F.scaled_dot_product_attention(q_BHTQ, k_BHTQ, v_BHTV, is_causal=True, scale=scale)
+    same_BTT = documents_BT.unsqueeze(-1) == documents_BT.unsqueeze(-2)
+    mask_B1TT = same_BTT.tril_().unsqueeze(1)
+    return F.scaled_dot_product_attention(q_BHTQ, k_BHTQ, v_BHTV, attn_mask=mask_B1TT, scale=scale)
+
+
+def document_spans(documents_BT: Tensor) -> list[tuple[int, int, int]]:
+    """(sequence, start, end) of every document."""
+    spans = []
+    for row, documents_T in enumerate(documents_BT):
+        ends = torch.unique_consecutive(documents_T, return_counts=True)[1].cumsum(0).tolist()
+        spans += [(row, start, end) for start, end in zip([0, *ends], ends, strict=False)]
+    return spans
+
+
+def _blocks(spans: list[tuple[int, int, int]] | None, batch: int, heads: int, length: int) -> Iterator[tuple]:
+    """Rows of the batched products, positions of the queries, and positions of their keys, as slices."""
+    whole = [(slice(0, batch * heads), 0, length)]
+    for rows, start, end in (
+        whole if spans is None else [(slice(b * heads, (b + 1) * heads), s, e) for b, s, e in spans]
+    ):
+        for first in range(start, end, BLOCK):
+            last = min(first + BLOCK, end)
+            yield rows, slice(first, last), slice(start, last)
+
+
+def _causal_bias(length: int, device: torch.device) -> Tensor:
+    """-inf above the diagonal of the last BLOCK columns, else 0: fp32 (BLOCK, BLOCK + length)."""
+    bias = torch.full((BLOCK, BLOCK), -torch.inf, device=device).triu_(1)
+    return F.pad(bias, (length, 0))
+
+
+def _probabilities(q_XCQ: Tensor, k_XSQ: Tensor, bias: Tensor, scale: float) -> Tensor:
+    """fp32 (X, C, S) of queries that are the last C of the S positions."""
+    queries, keys = q_XCQ.size(1), k_XSQ.size(1)
+    first = bias.size(1) - BLOCK + queries - keys
+    scores_XCS = torch.baddbmm(
+        bias[:queries, first : first + keys], q_XCQ.float(), k_XSQ.float().transpose(1, 2), alpha=scale
+    )
+    return scores_XCS.softmax(-1)
+
+
+class _BlockAttention(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, q_BHTQ, k_BHTQ, v_BHTV, scale: float, spans):
+        ctx.save_for_backward(q_BHTQ, k_BHTQ, v_BHTV)
+        ctx.scale, ctx.spans = scale, spans
+        q, k, v = (t.flatten(0, 1) for t in (q_BHTQ, k_BHTQ, v_BHTV))
+        out = torch.empty_like(v)
+        bias = _causal_bias(q.size(1), q.device)
+        for rows, queries, keys in _blocks(spans, *q_BHTQ.shape[:3]):
+            p_XCS = _probabilities(q[rows, queries], k[rows, keys], bias, scale)
+            out[rows, queries] = torch.bmm(p_XCS.to(v.dtype), v[rows, keys])
+        return out.view(v_BHTV.shape)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dout_BHTV):
+        q, k, v = (t.flatten(0, 1) for t in ctx.saved_tensors)
+        dout = dout_BHTV.flatten(0, 1)
+        dq, dk, dv = (
+            torch.empty_like(q),
+            torch.zeros_like(k, dtype=torch.float32),
+            torch.zeros_like(v, dtype=torch.float32),
+        )
+        bias = _causal_bias(q.size(1), q.device)
+        for rows, queries, keys in _blocks(ctx.spans, *dout_BHTV.shape[:3]):
+            p_XCS = _probabilities(q[rows, queries], k[rows, keys], bias, ctx.scale).to(v.dtype)
+            dv[rows, keys] += torch.bmm(p_XCS.transpose(1, 2), dout[rows, queries])
+            dp_XCS = torch.bmm(dout[rows, queries], v[rows, keys].transpose(1, 2))
+            dscores_XCS = torch.ops.aten._softmax_backward_data(dp_XCS, p_XCS, -1, p_XCS.dtype).mul_(ctx.scale)
+            dq[rows, queries] = torch.bmm(dscores_XCS, k[rows, keys])
+            dk[rows, keys] += torch.bmm(dscores_XCS.transpose(1, 2), q[rows, queries])
+        shapes = (t.shape for t in ctx.saved_tensors)
+        grads = (g.to(q.dtype).view(shape) for g, shape in zip((dq, dk, dv), shapes, strict=True))
+        return *grads, None, None
