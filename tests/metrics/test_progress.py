@@ -67,6 +67,13 @@ def test_slow_steps_get_a_line_every_few_seconds_and_fewer_in_a_long_run():
     assert "8+" not in lines[-1] and "left" in lines[-1]
 
 
+def test_the_last_held_out_loss_stays_in_view():
+    stream, progress = plain(10, Clock())
+    progress.write({"step": 1, "validation_loss": 3.5})
+    progress.write({"step": 2, "loss": 4.0})
+    assert "held-out loss 3.5" in stream.getvalue().splitlines()[1]
+
+
 def test_disabled_progress_still_prints_notes():
     stream, progress = plain(10, Clock(), enabled=False)
     progress.write({"step": 1})

@@ -66,7 +66,7 @@ def balance_record(layers: Sequence[str], counts_LE: Any, bias_LE: Any, running:
     """All balance metrics of a step, with names as in names.py.
 
     layers: names of the L layers. counts_LE: tokens per expert over the whole batch and all ranks. bias_LE: balance bias
-    after its update. running: includes this step. Without MoE layers the record is empty.
+    that the step used. running: includes this step. Without MoE layers the record is empty.
     """
     if not layers:
         return {}

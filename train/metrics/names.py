@@ -47,8 +47,8 @@ SCALARS = (
     Metric("max_vio_running", float, "1", "the same from the running load of about the last 100 steps"),
     Metric("load_entropy", float, "1", "entropy of the load over log(experts), mean over MoE layers; 1 is even"),
     Metric("dead_experts", int, "experts", "experts without a token in the last 20 steps, over all MoE layers"),
-    Metric("bias_min", float, "1", "smallest balance bias of any expert"),
-    Metric("bias_max", float, "1", "largest balance bias of any expert"),
+    Metric("bias_min", float, "1", "smallest balance bias that the step used"),
+    Metric("bias_max", float, "1", "largest balance bias that the step used"),
     Metric("validation_loss", float, "nats per token", "main loss on held-out data"),
     Metric(
         "validation_bits_per_byte", float, "bits per byte", "held-out loss per byte of text, whatever the tokenizer"

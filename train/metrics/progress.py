@@ -76,7 +76,8 @@ class Progress:
         now = self._clock()
         with self._lock:
             self._pace.tick(now)
-            self._record = record
+            held_out = {"validation_loss": self._record["validation_loss"]} if "validation_loss" in self._record else {}
+            self._record = held_out | record  # the last held-out loss stays in view
             self._seen += 1
             due = self._is_due(record, now)
             if due:
@@ -128,14 +129,14 @@ def parts(record: Record, steps: int, seconds_left: float, event: str | None) ->
     found = [f"step {record['step']}/{steps}"]
     if "loss" in record:
         found.append(f"loss {record['loss']:.4g}")
-    if "validation_loss" in record:
-        found.append(f"held-out loss {record['validation_loss']:.4g}")
     if event:
         found.append(f"[{event}]")
     if math.isfinite(seconds_left) and record["step"] < steps:
         found.append(f"{duration(seconds_left)} left")
     if "tokens_per_second" in record:
         found.append(f"{short(record['tokens_per_second'])} tokens/s")
+    if "validation_loss" in record:
+        found.append(f"held-out loss {record['validation_loss']:.4g}")
     if "max_vio" in record:
         found.append(f"max_vio {record['max_vio']:.2f}")
     return found

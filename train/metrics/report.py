@@ -245,6 +245,11 @@ def _findings(series: Series, settings: Mapping[str, Any]) -> list[str]:
         found.append(
             f"The held-out loss rose again from its best value {held_N.min():.3f} to {held_N[-1]:.3f}: the model memorises."
         )
+    if _largest(series.columns.get("mfu")) > 1:
+        found.append(
+            "MFU above 100 % means that the peak it is measured against is too low: the machine was busy when the peak was "
+            "measured. Set log.peak_flops to the true figure."
+        )
     if not series.layers:
         found.append("No expert loads were recorded, so the figures on experts are left out.")
     return found
