@@ -12,9 +12,10 @@ import numpy as np
 import pytest
 
 from tests.metrics.synthetic import write_run
-from train.metrics.figures import POINTS, stretch_means, thin
+from train.metrics.headline import headline
 from train.metrics.jsonl import JsonlSink
-from train.metrics.report import headline, read_series, write_report
+from train.metrics.report import write_report
+from train.metrics.series import POINTS, read_series, stretch_means, thin
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 FLAGS = [

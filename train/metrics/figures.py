@@ -1,6 +1,6 @@
 """The figures of report.html, each with a title that says what one sees and a sentence that says what to look for.
 
-Shape suffixes: N recorded steps, S steps kept for the heat maps, L MoE layers, E experts.
+Shape suffixes as in series.py.
 
 A long run is thinned so that the page stays small: a curve keeps the lowest and the highest point of every stretch,
 hence every spike, as a pale band around its mean; a heat map keeps every n-th recorded step.
@@ -13,8 +13,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import plotly.graph_objects as go
 
-POINTS = 1000
-"""Points of a curve, at most (about)."""
+from train.metrics.series import POINTS, Series, stretch_means, thin
+
 # Okabe and Ito's palette, told apart with any colour vision.
 BLUE, ORANGE, GREEN, SKY, PURPLE, GREY = "#0072B2", "#D55E00", "#009E73", "#56B4E9", "#CC79A7", "#666666"
 LOAD_COLOURS = [[0.0, "#0b3c5d"], [0.166, "#7fb2d6"], [0.333, "#f7f7f7"], [0.6, "#f4a582"], [1.0, "#8c1c13"]]
@@ -37,46 +37,6 @@ class Figure:
     caption: str
     plot: go.Figure
     wide: bool = False
-
-
-@dataclass(frozen=True)
-class Series:
-    """What the figures are made from: every recorded step's scalars, and some steps' layers."""
-
-    step_N: np.ndarray
-    columns: Mapping[str, np.ndarray]
-    """Metric name -> values_N, NaN where absent."""
-    layers: Sequence[str]
-    layer_step_S: np.ndarray
-    layer_vio_SL: np.ndarray
-    load_SLE: np.ndarray
-    """Tokens per expert."""
-
-    def has(self, metric: str) -> bool:
-        return metric in self.columns and bool(np.isfinite(self.columns[metric]).any())
-
-
-def thin(x_N: np.ndarray, y_N: np.ndarray, points: int = POINTS) -> tuple[np.ndarray, np.ndarray]:
-    """At most about `points` of the points, with the lowest and highest of each of points/2 stretches."""
-    if len(x_N) <= points:
-        return x_N, y_N
-    kept = {0, len(x_N) - 1}
-    for part in np.array_split(np.arange(len(x_N)), points // 2):
-        values = y_N[part]
-        if np.isfinite(values).any():
-            finite = np.where(np.isfinite(values), values, np.nan)
-            kept |= {int(part[np.nanargmin(finite)]), int(part[np.nanargmax(finite)])}
-        else:
-            kept.add(int(part[0]))
-    index = np.array(sorted(kept))
-    return x_N[index], y_N[index]
-
-
-def stretch_means(x_N: np.ndarray, y_N: np.ndarray, stretches: int = POINTS // 4) -> tuple[np.ndarray, np.ndarray]:
-    """Mean of the finite values in each of the stretches, at its middle; NaN where there are none."""
-    parts = np.array_split(np.arange(len(x_N)), stretches)
-    means = [float(np.mean(good)) if len(good := y_N[part][np.isfinite(y_N[part])]) else np.nan for part in parts]
-    return np.array([x_N[part[len(part) // 2]] for part in parts]), np.array(means)
 
 
 def curves(

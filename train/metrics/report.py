@@ -6,24 +6,22 @@ any time, also beside a run that still trains or has crashed.
 
 import datetime
 import html
-import math
 import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-import numpy as np
 import yaml
 from plotly.offline import get_plotlyjs
 
-from train.metrics.figures import POINTS, Figure, Series, build
-from train.metrics.jsonl import FILE, read_heads_with_loads, read_steps
+from train.metrics.figures import Figure, build
+from train.metrics.headline import findings, headline
+from train.metrics.jsonl import FILE
 from train.metrics.names import SCALARS
-from train.metrics.progress import duration, short
+from train.metrics.progress import short
+from train.metrics.series import POINTS, Series, read_series
 
 REPORT = "report.html"
-HEAT_STEPS, HEAT_CELLS = 240, 600_000
-"""Columns of a heat map, and cells of all heat maps of expert loads together, at most."""
 HOW_TO_READ = "Drag over a figure to zoom, double-click to zoom out."
 NO_NETWORK = "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data: blob:"
 
@@ -44,12 +42,6 @@ summary { cursor: pointer; font-weight: 600; }
 """
 
 
-class Card(NamedTuple):
-    label: str
-    value: str
-    caption: str
-
-
 def write_report(run_folder: Path) -> Path:
     """Write report.html into the run folder and return its path. An older report is replaced in one move."""
     settings_text = _read_text(run_folder / "config.yaml")
@@ -62,38 +54,6 @@ def write_report(run_folder: Path) -> Path:
     part.write_text(page, encoding="utf-8")
     os.replace(part, path)
     return path
-
-
-def read_series(path: Path) -> Series:
-    """The scalars of every step, and layers and loads of evenly spaced steps. A missing file is a run without steps."""
-    heads, loaded = [], []
-    for head, has_loads in read_heads_with_loads(path) if path.exists() else ():
-        heads.append(head)
-        if has_loads:
-            loaded.append(head["step"])
-    names = dict.fromkeys(name for head in heads for name in head)
-    columns = {name: np.array([_number(head.get(name)) for head in heads]) for name in names}
-    step_N = np.array([head["step"] for head in heads], np.int64)
-    return Series(step_N, columns, *_layers(path, loaded))
-
-
-def _layers(path: Path, loaded: list[int]) -> tuple[list[str], np.ndarray, np.ndarray, np.ndarray]:
-    """Layer names, steps_S, MaxVio_SL and load_SLE of as many of the steps as the page has room for."""
-    if not loaded:
-        return [], np.zeros(0), np.zeros((0, 0)), np.zeros((0, 0, 0))
-    (first,) = read_steps(path, {loaded[0]})
-    layers = list(first["load"])
-    cells = sum(len(row) for row in first["load"].values())
-    room = min(HEAT_STEPS, max(2, HEAT_CELLS // cells), len(loaded))
-    wanted = {loaded[i] for i in np.linspace(0, len(loaded) - 1, room).round().astype(int)}
-    lines = [line for line in read_steps(path, wanted) if list(line["load"]) == layers]
-    vio_SL = np.array([[_number(line["layer_max_vio"].get(name)) for name in layers] for line in lines])
-    load_SLE = np.array([[line["load"][name] for name in layers] for line in lines], np.float64)
-    return layers, np.array([line["step"] for line in lines]), vio_SL, load_SLE
-
-
-def _number(value: Any) -> float:
-    return float(value) if isinstance(value, (int, float)) else math.nan
 
 
 def _read_text(path: Path) -> str:
@@ -118,141 +78,6 @@ def _checkpoints(run_folder: Path) -> list[tuple[str, str, str]]:
             when = datetime.datetime.fromtimestamp(folder.stat().st_mtime).strftime("%Y-%m-%d %H:%M")
             found.append((int(number), folder.name, f"{short(size)}B", when))
     return [row[1:] for row in sorted(found)]
-
-
-def headline(series: Series, settings: Mapping[str, Any]) -> list[Card]:
-    """The numbers that one wants first, each with what would be good."""
-    columns, model = series.columns, settings.get("model") or {}
-
-    def last(name: str) -> float:
-        values = columns.get(name, np.zeros(0))
-        finite = values[np.isfinite(values)]
-        return float(finite[-1]) if len(finite) else math.nan
-
-    def total(name: str) -> float:
-        return float(np.nansum(columns.get(name, np.zeros(0))))
-
-    def median(name: str) -> float:
-        values = columns.get(name, np.zeros(0))
-        values = values[len(values) // 10 :]  # the start warms up
-        return float(np.nanmedian(values)) if np.isfinite(values).any() else math.nan
-
-    vocabulary = model.get("vocab_size")
-    chance = ""
-    if isinstance(vocabulary, int) and vocabulary > 1:
-        chance = f" Guessing among {vocabulary:,} tokens at random gives {math.log(vocabulary):.2f}."
-    stalled = total("checkpoint_stall_seconds")
-    seconds = total("step_seconds") + stalled
-    waits = (total("data_wait_seconds") + stalled) / seconds if seconds > 0 else math.nan
-    cards = [
-        (
-            last("validation_loss"),
-            "Held-out loss",
-            "{:.3f}",
-            f"nats per token on text never trained on; lower is better.{chance}",
-        ),
-        (
-            last("validation_bits_per_byte"),
-            "Held-out bits per byte",
-            "{:.3f}",
-            "the same per byte of text, comparable across tokenizers; lower is better, random bytes give 8.",
-        ),
-        (
-            _tail_mean(columns.get("main_loss", columns.get("loss", np.zeros(0)))),
-            "Training loss at the end",
-            "{:.3f}",
-            "nats per token, mean of the last steps; close to the held-out loss is good, far below it is memorising.",
-        ),
-        (
-            last("tokens"),
-            "Tokens trained",
-            short,
-            f"in {_steps(int(series.step_N[-1]))}, {duration(seconds)} of training time.",
-        ),
-        (median("tokens_per_second"), "Tokens per second", short, "median over the run, all processes together."),
-        (
-            100 * median("mfu"),
-            "Use of the hardware (MFU)",
-            "{:.1f} %",
-            "share of peak arithmetic that went into the model; DeepSeek-V3 reports 38.9 % on its H800s.",
-        ),
-        (
-            last("max_vio_running"),
-            "Imbalance of experts",
-            "{:.2f}",
-            "MaxVio over about 100 steps: 0 is even, 1 means the busiest expert got twice its share.",
-        ),
-        (last("dead_experts"), "Dead experts", "{:.0f}", "experts without a token in the last 20 steps; 0 is good."),
-        (
-            100 * waits,
-            "Time spent waiting",
-            "{:.1f} %",
-            "of the training time, for data and for checkpoints; near 0 is good.",
-        ),
-        (
-            _largest(columns.get("memory_bytes")),
-            "Peak memory",
-            lambda x: f"{x / 2**30:.2f} GiB",
-            "of the process that reports: GPU memory on a GPU, else main memory.",
-        ),
-        (
-            last("skipped_steps"),
-            "Skipped steps",
-            "{:.0f}",
-            "updates left out for a non-finite loss or gradient; 0 is good.",
-        ),
-    ]
-    return [
-        Card(label, form(value) if callable(form) else form.format(value), caption)
-        for value, label, form, caption in cards
-        if math.isfinite(value)
-    ]
-
-
-def _steps(number: int) -> str:
-    return f"{number:,} step" if number == 1 else f"{number:,} steps"
-
-
-def _tail_mean(values_N: np.ndarray) -> float:
-    tail = values_N[-max(1, min(20, len(values_N) // 10)) :]
-    return float(np.nanmean(tail)) if np.isfinite(tail).any() else math.nan
-
-
-def _largest(values_N: np.ndarray | None) -> float:
-    return float(np.nanmax(values_N)) if values_N is not None and np.isfinite(values_N).any() else math.nan
-
-
-def _findings(series: Series, settings: Mapping[str, Any]) -> list[str]:
-    """Sentences on how it went and on what is out of the ordinary."""
-    found = []
-    main_N = series.columns.get("main_loss", np.zeros(0))
-    main_N = main_N[np.isfinite(main_N)]
-    if len(main_N) > 1:
-        found.append(f"The training loss went from {main_N[0]:.3f} to {_tail_mean(main_N):.3f} nats per token.")
-    planned = settings.get("steps")
-    if isinstance(planned, int) and series.step_N[-1] < planned:
-        found.append(
-            f"The run has done {series.step_N[-1]:,} of {planned:,} steps: it still trains, or it was stopped."
-        )
-    loss_N = series.columns.get("loss", np.zeros(0))
-    if len(loss_N) and (lost := int((~np.isfinite(loss_N)).sum())):
-        found.append(
-            f"The loss was not a finite number in {lost:,} of {len(loss_N):,} recorded steps: gaps in the curves."
-        )
-    held_N = series.columns.get("validation_loss", np.zeros(0))
-    held_N = held_N[np.isfinite(held_N)]
-    if len(held_N) > 2 and held_N[-1] > held_N.min() + 0.02:
-        found.append(
-            f"The held-out loss rose again from its best value {held_N.min():.3f} to {held_N[-1]:.3f}: the model memorises."
-        )
-    if _largest(series.columns.get("mfu")) > 1:
-        found.append(
-            "MFU above 100 % means that the peak it is measured against is too low: the machine was busy when the peak was "
-            "measured. Set log.peak_flops to the true figure."
-        )
-    if not series.layers:
-        found.append("No expert loads were recorded, so the figures on experts are left out.")
-    return found
 
 
 def _page(name: str, series: Series, settings: Mapping[str, Any], settings_text: str, checkpoints: list) -> str:
@@ -286,7 +111,7 @@ def _run_parts(series: Series, settings: Mapping[str, Any]) -> list[str]:
         f'<div class="card">{html.escape(card.label)}<b>{html.escape(card.value)}</b><small>{html.escape(card.caption)}</small></div>'
         for card in headline(series, settings)
     )
-    notes = "".join(f"<li>{html.escape(text)}</li>" for text in _findings(series, settings))
+    notes = "".join(f"<li>{html.escape(text)}</li>" for text in findings(series, settings))
     band = " A pale band runs from the lowest to the highest step of a stretch, the line is its mean."
     band = band if len(series.step_N) > POINTS else ""
     figures = "".join(_figure_html(figure) for figure in build(series, settings))

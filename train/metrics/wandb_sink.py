@@ -83,9 +83,12 @@ class WandbSink:
 
     def close(self) -> None:
         """Wait until all records are on disk, and, online, on the server."""
-        if not self._off:
-            self._queue.put(None)
-        self._thread.join(self._online_seconds + FINISH_SECONDS)
+        limit = self._online_seconds + FINISH_SECONDS
+        try:
+            self._queue.put(None, timeout=0 if self._off else limit)
+        except queue.Full:
+            self._switch_off("it takes no more records")
+        self._thread.join(limit)
         if self._thread.is_alive():
             self._switch_off("it did not finish in time")
 

@@ -33,6 +33,7 @@ class MetricsWriter:
         """
         self._sinks, self._progress = list(sinks), progress
         self._every, self._last_step = every, last_step
+        self._closed = False
 
     def write(self, record: Record) -> None:
         """Record one step; needs at least `step`."""
@@ -57,8 +58,10 @@ class MetricsWriter:
 
     def close(self) -> None:
         """Finish every sink; may wait for W&B. Calling it again does nothing."""
-        while self._sinks:
-            sink = self._sinks.pop(0)
+        if self._closed:
+            return
+        self._closed = True
+        for sink in self._sinks:
             sink.close()
         self._progress.close()
 

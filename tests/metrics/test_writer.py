@@ -1,0 +1,41 @@
+"""The writer that a configuration asks for."""
+
+import subprocess
+import sys
+
+from conf.load import compose
+from tests.metrics.wandb_file import history
+from train.metrics.jsonl import read_heads
+from train.metrics.writer import open_writer
+
+
+def test_all_sinks_get_every_step_and_closing_twice_is_fine(tmp_path, capsys):
+    writer = open_writer(compose("conf=tiny", "steps=3", "log.wandb=offline"), tmp_path)
+    with writer:
+        writer.event("validation")
+        for step in (1, 2, 3):
+            writer.write({"step": step, "loss": 2.0})
+        writer.note("a note")
+        writer.close()
+        assert writer.wandb_run is not None and writer.wandb_run.startswith(str(tmp_path / "wandb/offline-run-"))
+    assert [line["step"] for line in read_heads(tmp_path / "metrics.jsonl")] == [1, 2, 3]
+    assert [line["_step"] for line in history(tmp_path)] == [1, 2, 3]
+    assert capsys.readouterr().out.splitlines()[-1] == "a note"
+
+
+def test_resuming_shows_and_keeps_the_steps_before(tmp_path, capsys):
+    config = compose("conf=tiny", "steps=4", "log.wandb=disabled")
+    with open_writer(config, tmp_path) as writer:
+        for step in (1, 2, 3):
+            writer.write({"step": step})
+    with open_writer(config, tmp_path, resumed_step=2) as writer:
+        writer.write({"step": 3})
+        assert writer.wandb_run is None
+    assert [line["step"] for line in read_heads(tmp_path / "metrics.jsonl")] == [1, 2, 3]
+    assert not (tmp_path / "wandb").exists()
+
+
+def test_importing_the_writer_loads_neither_wandb_nor_plotly():
+    code = "import sys, train.metrics.writer; print([m for m in ('wandb', 'plotly', 'torch') if m in sys.modules])"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert result.stdout == "[]\n"

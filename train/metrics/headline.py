@@ -1,0 +1,162 @@
+"""The first screen of report.html: the numbers that one wants first, and sentences on what stands out."""
+
+import math
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from train.metrics.progress import duration, short
+from train.metrics.series import Series
+
+
+class Card(NamedTuple):
+    label: str
+    value: str
+    caption: str
+    """What the number is, and what would be good."""
+
+
+def headline(series: Series, settings: Mapping[str, Any]) -> list[Card]:
+    """Cards for what the run has measured, quality first. settings: the run's configuration."""
+    found = _quality(series, settings) + _amount(series) + _experts(series) + _health(series)
+    return [Card(label, text, caption) for label, value, text, caption in found if math.isfinite(value)]
+
+
+Row = tuple[str, float, str, str]
+"""Label, value (not finite: no card), the value as text, caption."""
+
+
+def _quality(series: Series, settings: Mapping[str, Any]) -> list[Row]:
+    held_out, bits = last(series, "validation_loss"), last(series, "validation_bits_per_byte")
+    train = tail_mean(series.finite("main_loss"))
+    vocabulary = (settings.get("model") or {}).get("vocab_size")
+    chance = ""
+    if isinstance(vocabulary, int) and vocabulary > 1:
+        chance = f" Guessing among {vocabulary:,} tokens at random gives {math.log(vocabulary):.2f}."
+    return [
+        (
+            "Held-out loss",
+            held_out,
+            f"{held_out:.3f}",
+            f"nats per token on text never trained on; lower is better.{chance}",
+        ),
+        (
+            "Held-out bits per byte",
+            bits,
+            f"{bits:.3f}",
+            "the same per byte of text, comparable across tokenizers; lower is better, random bytes give 8.",
+        ),
+        (
+            "Training loss at the end",
+            train,
+            f"{train:.3f}",
+            "nats per token, mean of the last steps; close to the held-out loss is good, far below it is memorising.",
+        ),
+    ]
+
+
+def _amount(series: Series) -> list[Row]:
+    steps, tokens, speed = int(series.step_N[-1]), last(series, "tokens"), median(series, "tokens_per_second")
+    mfu = 100 * median(series, "mfu")
+    done = f"{steps:,} step" if steps == 1 else f"{steps:,} steps"
+    return [
+        ("Tokens trained", tokens, short(tokens), f"in {done}, {duration(_seconds(series))} of training time."),
+        ("Tokens per second", speed, short(speed), "median over the run, all processes together."),
+        (
+            "Use of the hardware (MFU)",
+            mfu,
+            f"{mfu:.1f} %",
+            "share of peak arithmetic that went into the model; DeepSeek-V3 reports 38.9 % on its H800s.",
+        ),
+    ]
+
+
+def _experts(series: Series) -> list[Row]:
+    vio, dead = last(series, "max_vio_running"), last(series, "dead_experts")
+    return [
+        (
+            "Imbalance of experts",
+            vio,
+            f"{vio:.2f}",
+            "MaxVio over about 100 steps: 0 is even, 1 means the busiest expert got twice its share.",
+        ),
+        ("Dead experts", dead, f"{dead:.0f}", "experts without a token in the last 20 steps; 0 is good."),
+    ]
+
+
+def _health(series: Series) -> list[Row]:
+    seconds = _seconds(series)
+    waited = total(series, "data_wait_seconds") + total(series, "checkpoint_stall_seconds")
+    waits = 100 * waited / seconds if seconds > 0 else math.nan
+    memory = max(series.finite("memory_bytes"), default=math.nan) / 2**30
+    skipped = last(series, "skipped_steps")
+    return [
+        (
+            "Time spent waiting",
+            waits,
+            f"{waits:.1f} %",
+            "of the training time, for data and for checkpoints; near 0 is good.",
+        ),
+        (
+            "Peak memory",
+            memory,
+            f"{memory:.2f} GiB",
+            "of the process that reports: GPU memory on a GPU, else main memory.",
+        ),
+        ("Skipped steps", skipped, f"{skipped:.0f}", "updates left out for a non-finite loss or gradient; 0 is good."),
+    ]
+
+
+def findings(series: Series, settings: Mapping[str, Any]) -> list[str]:
+    """Sentences on how it went and on what is out of the ordinary."""
+    found, main = [], series.finite("main_loss")
+    if len(main) > 1:
+        found.append(f"The training loss went from {main[0]:.3f} to {tail_mean(main):.3f} nats per token.")
+    planned = settings.get("steps")
+    if isinstance(planned, int) and series.step_N[-1] < planned:
+        found.append(
+            f"The run has done {series.step_N[-1]:,} of {planned:,} steps: it still trains, or it was stopped."
+        )
+    if "loss" in series.columns and (lost := len(series.step_N) - len(series.finite("loss"))):
+        found.append(
+            f"The loss was not a finite number in {lost:,} of {len(series.step_N):,} recorded steps: gaps in the curves."
+        )
+    held_out = series.finite("validation_loss")
+    if len(held_out) > 2 and held_out[-1] > held_out.min() + 0.02:
+        found.append(
+            f"The held-out loss rose again from its best value {held_out.min():.3f} to {held_out[-1]:.3f}: the model memorises."
+        )
+    if max(series.finite("mfu"), default=0.0) > 1:
+        found.append(
+            "MFU above 100 % means that the peak it is measured against is too low: the machine was busy when the peak was "
+            "measured. Set log.peak_flops to the true figure."
+        )
+    if not series.layers:
+        found.append("No expert loads were recorded, so the figures on experts are left out.")
+    return found
+
+
+def last(series: Series, name: str) -> float:
+    """The newest finite value, NaN without any."""
+    values = series.finite(name)
+    return float(values[-1]) if len(values) else math.nan
+
+
+def total(series: Series, name: str) -> float:
+    return float(series.finite(name).sum())
+
+
+def median(series: Series, name: str) -> float:
+    """Median without the first tenth, in which the run warms up; NaN without any value."""
+    values = series.finite(name)
+    return float(np.median(values[len(values) // 10 :])) if len(values) else math.nan
+
+
+def tail_mean(values: np.ndarray) -> float:
+    """Mean of the last tenth, of 20 values at most; NaN without any."""
+    return float(values[-max(1, min(20, len(values) // 10)) :].mean()) if len(values) else math.nan
+
+
+def _seconds(series: Series) -> float:
+    return total(series, "step_seconds") + total(series, "checkpoint_stall_seconds")

@@ -1,0 +1,96 @@
+"""What report.html is made from: a run's numbers as arrays, and ways to thin them without losing what matters.
+
+Shape suffixes: N recorded steps, S steps kept for the heat maps, L MoE layers, E experts.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from train.metrics.jsonl import read_heads_with_loads, read_steps
+
+POINTS = 1000
+"""Points of a curve, at most (about)."""
+HEAT_STEPS, HEAT_CELLS = 240, 600_000
+"""Columns of a heat map, and cells of all heat maps of expert loads together, at most."""
+
+
+@dataclass(frozen=True)
+class Series:
+    """What the figures are made from: every recorded step's scalars, and some steps' layers."""
+
+    step_N: np.ndarray
+    columns: Mapping[str, np.ndarray]
+    """Metric name -> values_N, NaN where absent."""
+    layers: Sequence[str]
+    layer_step_S: np.ndarray
+    layer_vio_SL: np.ndarray
+    load_SLE: np.ndarray
+    """Tokens per expert."""
+
+    def finite(self, metric: str) -> np.ndarray:
+        """The finite values of a metric, in the order of steps; empty where it was never measured."""
+        values_N = self.columns.get(metric, np.zeros(0))
+        return values_N[np.isfinite(values_N)]
+
+    def has(self, metric: str) -> bool:
+        return len(self.finite(metric)) > 0
+
+
+def thin(x_N: np.ndarray, y_N: np.ndarray, points: int = POINTS) -> tuple[np.ndarray, np.ndarray]:
+    """At most about `points` of the points, with the lowest and highest of each of points/2 stretches."""
+    if len(x_N) <= points:
+        return x_N, y_N
+    kept = {0, len(x_N) - 1}
+    for part in np.array_split(np.arange(len(x_N)), points // 2):
+        values = y_N[part]
+        if np.isfinite(values).any():
+            finite = np.where(np.isfinite(values), values, np.nan)
+            kept |= {int(part[np.nanargmin(finite)]), int(part[np.nanargmax(finite)])}
+        else:
+            kept.add(int(part[0]))
+    index = np.array(sorted(kept))
+    return x_N[index], y_N[index]
+
+
+def stretch_means(x_N: np.ndarray, y_N: np.ndarray, stretches: int = POINTS // 4) -> tuple[np.ndarray, np.ndarray]:
+    """Mean of the finite values in each of the stretches, at its middle; NaN where there are none."""
+    parts = np.array_split(np.arange(len(x_N)), stretches)
+    means = [float(np.mean(good)) if len(good := y_N[part][np.isfinite(y_N[part])]) else np.nan for part in parts]
+    return np.array([x_N[part[len(part) // 2]] for part in parts]), np.array(means)
+
+
+def read_series(path: Path) -> Series:
+    """The scalars of every step, and layers and loads of evenly spaced steps. A missing file is a run without steps."""
+    heads, loaded = [], []
+    for head, has_loads in read_heads_with_loads(path) if path.exists() else ():
+        heads.append(head)
+        if has_loads:
+            loaded.append(head["step"])
+    names = dict.fromkeys(name for head in heads for name in head)
+    columns = {name: np.array([_number(head.get(name)) for head in heads]) for name in names}
+    step_N = np.array([head["step"] for head in heads], np.int64)
+    return Series(step_N, columns, *_layers(path, loaded))
+
+
+def _layers(path: Path, loaded: list[int]) -> tuple[list[str], np.ndarray, np.ndarray, np.ndarray]:
+    """Layer names, steps_S, MaxVio_SL and load_SLE of as many of the steps as the page has room for."""
+    if not loaded:
+        return [], np.zeros(0), np.zeros((0, 0)), np.zeros((0, 0, 0))
+    (first,) = read_steps(path, {loaded[0]})
+    layers = list(first["load"])
+    cells = sum(len(row) for row in first["load"].values())
+    room = min(HEAT_STEPS, max(2, HEAT_CELLS // cells), len(loaded))
+    wanted = {loaded[i] for i in np.linspace(0, len(loaded) - 1, room).round().astype(int)}
+    lines = [line for line in read_steps(path, wanted) if list(line["load"]) == layers]
+    vio_SL = np.array([[_number(line["layer_max_vio"].get(name)) for name in layers] for line in lines])
+    load_SLE = np.array([[line["load"][name] for name in layers] for line in lines], np.float64)
+    return layers, np.array([line["step"] for line in lines]), vio_SL, load_SLE
+
+
+def _number(value: Any) -> float:
+    return float(value) if isinstance(value, (int, float)) else math.nan
