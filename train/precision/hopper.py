@@ -289,7 +289,8 @@ def _expanded(x: Tensor, cast: Cast, transposed: bool, groups: Groups | None, ou
     column_C = torch.arange(0, q.shape[1], TILE, device=q.device) // columns
     tiles = scale[row_O[:, None], column_C[None, :]]
     if groups is None:
-        return Operand(q, tiles.t().contiguous().t(), True, outer)
+        by_column = tiles.new_empty(tiles.shape[::-1]).copy_(tiles.t())  # its strides are set even where a size is 1
+        return Operand(q, by_column.t(), True, outer)
     parts = [part.flatten() for part in q.split(groups.padded, 1)]
     return Operand(torch.cat(parts), tiles, True, outer)
 

@@ -26,7 +26,7 @@ def linear(x: Tensor, weight_NK: Tensor, engine: Engine, recipe: LinearRecipe, p
     """x (..., K) times weight transposed: (..., N) in the format of x."""
     x_TK = x.reshape(-1, x.shape[-1])
     y_TN = _Linear.apply(x_TK, weight_NK, engine, recipe, probe, not torch.is_grad_enabled(), is_free(x))
-    return y_TN.view(*x.shape[:-1], -1)
+    return y_TN.view(*x.shape[:-1], weight_NK.shape[0])
 
 
 def keep(x_MK: Tensor, engine: Engine, recipe: LinearRecipe) -> Source:

@@ -47,12 +47,13 @@ class Quantized:
 def scales(amax: Tensor, cast: Cast) -> tuple[Tensor, Tensor]:
     """(scale, inverse) in fp32 of blocks with this max-abs. Not a number where amax is not."""
     amax = amax.float().clamp_min(cast.floor)
-    scale = amax / cast.format.max
+    maximum = torch.full_like(amax, cast.format.max)  # a number in its place would be divided by as a reciprocal
+    scale = amax / maximum
     if not cast.pow2:
-        return scale, cast.format.max / amax
+        return scale, maximum / amax
     rounded = ((scale.view(torch.int32) + 0x7FFFFF) & 0x7F800000).view(torch.float32)
     scale = torch.where(scale.isnan(), scale, rounded)
-    return scale, 1.0 / scale
+    return scale, scale.reciprocal()
 
 
 def fitted(cast: Cast, x_MK: Tensor) -> Cast:

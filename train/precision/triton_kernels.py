@@ -199,7 +199,7 @@ def quantize_blocks(x_RC: Tensor, cast: Cast, transposed: bool) -> tuple[Tensor,
     grid = (rows // TILE, columns // TILE, lead.numel())
     _blocks_kernel[grid](
         x_RC, q, scale, rows, columns, *strides, rows * columns, (rows // TILE) * (columns // TILE),
-        cast.format.max, cast.floor, cast.pow2, transposed,
+        cast.format.max, cast.floor, cast.pow2, transposed, num_warps=8,
     )  # fmt: skip
     return q, scale
 

@@ -1,0 +1,162 @@
+"""The CUDA path without a GPU: Triton kernels in the interpreter, products by stand-ins that check the kernels' layouts.
+
+Collected by test_hopper.py in a process of its own, with TRITON_INTERPRET=1: triton reads it when it is first imported.
+"""
+
+import itertools
+
+import pytest
+import torch
+
+from conf.errors import UserError
+from conf.load import compose
+from tests.precision import fakes, interpreter
+from train.precision import hopper, swiglu, triton_kernels
+from train.precision.formats import E4M3, E5M2, Cast
+from train.precision.fp8 import Fp8Precision
+from train.precision.groups import Groups
+from train.precision.products import CpuEngine
+from train.precision.quantize import dequantize_reference, quantize, quantize_reference
+from train.precision.recipe import Rule
+
+torch.set_num_threads(1)
+
+
+@pytest.fixture(autouse=True)
+def rounding(monkeypatch) -> None:
+    interpreter.repair(monkeypatch)
+
+
+@pytest.fixture
+def engine(monkeypatch) -> hopper.HopperEngine:
+    monkeypatch.setattr(hopper.F, "scaled_mm", fakes.scaled_mm)
+    engine = hopper.HopperEngine.__new__(hopper.HopperEngine)
+    engine._kernels, engine._deep_gemm = triton_kernels, fakes.deep_gemm
+    return engine
+
+
+def same(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Equal bits."""
+    return a.shape == b.shape and torch.equal(a.float(), b.float())
+
+
+def wide(*shape: int) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(7)
+    x = torch.randn(shape, generator=generator) * torch.exp(3 * torch.randn(shape, generator=generator))
+    x[..., 0, :] = 0
+    return x
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_kernels_give_the_bits_of_the_reference(dtype):
+    x = wide(256, 128).to(dtype)
+    for format, pow2 in itertools.product((E4M3, E5M2), (False, True)):
+        tiles = Cast(format, (1, 128), pow2)
+        q, scale = triton_kernels.quantize_tiles(x, tiles)
+        reference = quantize_reference(x, tiles)
+        assert same(q, reference.q) and same(scale, reference.scale) and scale.stride() == (1, 256)
+
+        columns = Cast(format, (128, 1), pow2, 1e-12)
+        for source, values in (((x, columns), x), ((q, columns, scale), dequantize_reference(reference))):
+            q_t, scale_t = triton_kernels.quantize_columns(*source)
+            expected = quantize_reference(values, columns)
+            assert same(q_t, expected.q.mT) and same(scale_t, expected.scale.mT)
+
+        blocks = Cast(format, (128, 128), pow2)
+        stack = torch.stack([x, 3 * x])
+        for transposed in (False, True):
+            expected = quantize_reference(stack, blocks)
+            q_b, scale_b = triton_kernels.quantize_blocks(stack, blocks, transposed)
+            assert same(q_b, expected.q.mT if transposed else expected.q)
+            assert same(scale_b, expected.scale.mT if transposed else expected.scale)
+
+
+def test_swiglu_kernels_agree_with_the_plain_form():
+    generator = torch.Generator().manual_seed(3)
+    h, da = torch.randn(128, 512, generator=generator).bfloat16(), torch.randn(128, 256, generator=generator).bfloat16()
+    gates, cast = torch.rand(128, generator=generator), Cast(E4M3, (1, 128), False)
+    q, scale = triton_kernels.swiglu_tiles(h, gates, cast)
+    plain = quantize(swiglu.forward(h, gates), cast)
+    torch.testing.assert_close(scale, plain.scale, rtol=1e-6, atol=0)  # exp differs in the last bit
+    assert (q.float() != plain.q.float()).float().mean() < 1e-3
+    cached = quantize(h, cast)
+    ours = triton_kernels.swiglu_backward(cached.q, gates, da, cached.scale.t().contiguous().t())
+    for value, expected in zip(ours, swiglu.backward(dequantize_reference(cached), gates, da), strict=True):
+        torch.testing.assert_close(value, expected, rtol=2**-7, atol=1e-5)  # exp differs: a rounding may flip
+
+
+@pytest.mark.parametrize("granularity", ["1x128", "128x128", "row", "tensor"])
+def test_products_agree_with_the_emulation(engine, granularity):
+    """Ragged sizes, every granularity on both sides: same operands, so only the order of sums differs."""
+    x, w = torch.randn(130, 200, generator=torch.Generator().manual_seed(1)), wide(70, 200)
+    rule, weight = Rule(E4M3, granularity, False, 1e-4), Rule(E4M3, "128x128", True, 1e-4)
+    cpu = CpuEngine()
+    for right in (weight, rule):
+        y = engine.product(engine.operand(x, rule), engine.operand(w, right), torch.float32)
+        expected = cpu.product(cpu.operand(x, rule), cpu.operand(w, right), torch.float32)
+        torch.testing.assert_close(y, expected, rtol=1e-5, atol=1e-5 * expected.abs().max().item())
+    g = torch.randn(130, 70, generator=torch.Generator().manual_seed(2))
+    kept = engine.quantize(x, Cast(E4M3, (1, 128), False, 1e-4))
+    dw = engine.product(
+        engine.operand(g, rule, transposed=True), engine.operand(kept, rule, transposed=True), torch.float32
+    )
+    kept = cpu.quantize(x, Cast(E4M3, (1, 128), False, 1e-4))
+    expected = cpu.product(
+        cpu.operand(g, rule, transposed=True), cpu.operand(kept, rule, transposed=True), torch.float32
+    )
+    torch.testing.assert_close(dw, expected, rtol=1e-5, atol=1e-5 * expected.abs().max().item())
+
+
+@pytest.mark.parametrize(
+    "overrides", [[], ["precision.fp8.gradient=e4m3/tensor/fp32", "precision.fp8.weight=e4m3/tensor/fp32"]]
+)
+def test_model_products_agree_with_the_emulation(engine, overrides):
+    """Forward and backward of a linear layer, the output projection and ragged experts, one of them without rows."""
+    fp8 = compose("precision=fp8", *overrides).precision.fp8
+    ours, cpu = (Fp8Precision(fp8, torch.device("cpu"), which) for which in (engine, CpuEngine()))
+    generator = torch.Generator().manual_seed(5)
+    x, w = torch.randn(2, 40, 192, generator=generator), torch.randn(136, 192, generator=generator) / 14
+    counts = torch.tensor([3, 0, 130])
+    rows, gates = torch.randn(133, 128, generator=generator), torch.rand(133, generator=generator)
+    w13, w2 = torch.randn(3, 256, 128, generator=generator) / 11, torch.randn(3, 128, 128, generator=generator) / 11
+    bf16 = [tensor.bfloat16().requires_grad_() for tensor in (x, w, rows, w13, w2)]
+    x, w, rows, w13, w2 = bf16
+    gates.requires_grad_()
+    for kind in ("dense", "output"):
+        _compare([precision.linear(x, w, kind) for precision in (ours, cpu)], [x, w])
+    outputs = [precision.expert_ffn(rows, gates, w13, w2, counts) for precision in (ours, cpu)]
+    _compare(outputs, [rows, gates, w13, w2])
+
+
+def _compare(outputs: list[torch.Tensor], inputs: list[torch.Tensor]) -> None:
+    """Outputs and gradients, as far as bf16 results allow: a flipped rounding in FP8 is 2^-4 of one operand."""
+    grad = torch.randn(outputs[0].shape, generator=torch.Generator().manual_seed(9)).bfloat16()
+    results = [(output, *torch.autograd.grad(output, inputs, grad)) for output in outputs]
+    for ours, expected in zip(*results, strict=True):
+        assert ours.dtype == expected.dtype
+        assert (ours.float() - expected.float()).norm() < 8e-3 * expected.float().norm()
+
+
+def test_grouped_operands_are_flat_per_expert(engine):
+    groups = Groups.of(torch.tensor([100, 0, 130]))
+    x = groups.pad(wide(230, 128).bfloat16())
+    rule = Rule(E4M3, "1x128", False, 1e-4)
+    tiles = engine.operand(x, rule, transposed=True, groups=groups)
+    expanded = engine.operand(x, Rule(E4M3, "128x128", False, 1e-4), transposed=True, groups=groups)
+    reference = quantize_reference(x, rule.cast(transposed=True))
+    flat = torch.cat([part.mT.flatten() for part in reference.q.float().split(groups.padded)])
+    assert same(tiles.q, flat) and same(tiles.scale, reference.scale.mT)
+    assert (
+        tiles.scale.is_contiguous() and expanded.scale.shape == tiles.scale.shape and expanded.q.shape == tiles.q.shape
+    )
+
+
+def test_what_is_missing_is_named():
+    with pytest.raises(UserError, match="sgl-deep-gemm is not installed"):
+        hopper.load_deep_gemm()
+    fp8 = compose("precision=fp8", "precision.fp8.gradient=e5m2/1x128/fp32").precision.fp8
+    with pytest.raises(UserError, match="DeepGEMM has no other format"):
+        hopper._check_recipe(fp8)
+    fp8 = compose("precision=fp8", "precision.fp8.weight=e4m3/row/fp32").precision.fp8
+    with pytest.raises(UserError, match=r"experts_up\.fprop\.weight"):
+        hopper._check_recipe(fp8)
