@@ -32,10 +32,10 @@ def check_groups(ep: int, ranks_per_node: int, groups: int) -> None:
     """
     if ep % ranks_per_node:
         raise UserError(
-            "parallel.ranks_per_node",
+            "cluster.ranks_per_node",
             ranks_per_node,
             f"must divide parallel.ep = {ep}, so that nodes are equal",
-            f"set parallel.ranks_per_node to a divisor of {ep}, or parallel.dispatch=all_to_all",
+            f"set cluster.ranks_per_node to a divisor of {ep}, or parallel.dispatch=all_to_all",
         )
     nodes = ep // ranks_per_node
     if groups > 1 and groups % nodes:

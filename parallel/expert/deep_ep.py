@@ -1,7 +1,8 @@
 """DeepEP's kernels behind the dispatcher protocol, for GPUs with NVLink and RDMA.
 
 Written against the public interface of `deep_ep.Buffer` (get_dispatch_layout, dispatch, combine) as its documentation
-gives it. It has not been run by us: this project's tests have no GPU with the package. Its place in the chain of
+gives it. It has never run with the package itself, for want of GPUs; the tests run it on a stand-in that returns what
+the documentation promises. Its place in the chain of
 parallel/expert/dispatcher.py: DeepEP moves a token once per rank that holds one of its experts, going through one
 rank per node, and returns for every arrival its local expert ids (-1 for experts elsewhere) and gates; expanding
 arrivals to rows by expert, and summing them again, is done here.

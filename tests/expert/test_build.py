@@ -29,7 +29,7 @@ def test_groups_that_fit_nodes(ep, ranks_per_node, groups):
 @pytest.mark.parametrize(
     ("ep", "ranks_per_node", "groups", "field", "cure"),
     [
-        (6, 4, 6, "parallel.ranks_per_node", "a divisor of 6"),
+        (6, 4, 6, "cluster.ranks_per_node", "a divisor of 6"),
         (64, 8, 4, "model.groups", "model.groups=8"),
         (24, 8, 4, "model.groups", "model.groups=3"),
     ],

@@ -97,7 +97,8 @@ def make_world(case: Case) -> World:
         gates_TK=torch.rand(total, case.top_k, generator=generator) + 0.1,
         w13_E2FD=normal(case.experts, 2 * FFN, WIDTH).double() / WIDTH**0.5,
         w2_EDF=normal(case.experts, WIDTH, FFN).double() / FFN**0.5,
-        grad_TD=normal(total, WIDTH) * 1e-3,
+        # So small that FP8 with the activations' floor would lose it.
+        grad_TD=normal(total, WIDTH) * 1e-11,
         tokens=slice(start, start + lengths[rank]),
         experts=slice(rank * local, (rank + 1) * local),
     )
@@ -117,8 +118,7 @@ def run_case(dispatcher, world: World, asynchronous: bool = False) -> list[torch
     out_RD = experts(routed.rows_RD.double(), routed.gates_R, routed.counts_E, w13_E2FD, w2_EDF).to(x_TD.dtype)
     if asynchronous:
         pending = dispatcher.combine_begin(out_RD, routed)
-        shared_TD = shared_TD * 2
-        y_TD = pending.wait() + shared_TD - x_TD
+        y_TD = pending.wait() + 0.0 * shared_TD
     else:
         y_TD = dispatcher.combine(out_RD, routed)
     y_TD.backward(world.grad_TD[world.tokens])
@@ -146,7 +146,7 @@ def compare(case: Case, actual: list[torch.Tensor], reference: list[torch.Tensor
     for name, value, wanted in zip(("y", "x", "gates", "w13", "w2"), actual, reference, strict=True):
         error = (value.double() - wanted).abs().amax() if wanted.numel() else 0.0
         scale = wanted.abs().amax() if wanted.numel() else 1.0
-        assert value.shape == wanted.shape and error <= tolerance * max(float(scale), 1e-12), (case, name, error, scale)
+        assert value.shape == wanted.shape and error <= tolerance * max(float(scale), 1e-30), (case, name, error, scale)
 
 
 def check_cases(rank: int, ranks_per_node: int, cases: list[Case]) -> None:
@@ -241,9 +241,8 @@ def check_async(rank: int) -> None:
         dispatcher = build_dispatcher(name, experts=8, wire=wire, **groups)
         world = make_world(case)
         plain, overlapped = run_case(dispatcher, world), run_case(dispatcher, world, asynchronous=True)
-        # The shared part adds x/2*2 - x = 0 to y; in x's gradient it adds and takes away 1e-3, which costs a bit.
         for value, again in zip(plain, overlapped, strict=True):
-            torch.testing.assert_close(again, value, rtol=1e-6, atol=1e-6)
+            assert torch.equal(value, again)
 
 
 def test_begin_and_wait_equal_the_plain_calls():
