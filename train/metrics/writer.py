@@ -34,6 +34,7 @@ class MetricsWriter:
         self._sinks, self._progress = list(sinks), progress
         self._every, self._last_step = every, last_step
         self._closed = False
+        self._closed = False
 
     def write(self, record: Record) -> None:
         """Record one step; needs at least `step`."""

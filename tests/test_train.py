@@ -1,0 +1,151 @@
+"""`python -m train` as a user runs it: from the command to the last screen, stopped, killed, resumed, diverging."""
+
+import json
+import random
+import shutil
+import signal
+import time
+from pathlib import Path
+
+import pytest
+
+from conf.errors import EXIT_DIVERGED, EXIT_STOPPED, EXIT_USER
+from tests.small import metrics, start, train, trajectory
+from train.checkpoint.manifest import newest_intact, verify
+from train.metrics.names import SCALARS
+
+
+@pytest.fixture(scope="module")
+def unbroken(tmp_path_factory):
+    """A finished run of six steps; its folder is copied by tests that change it."""
+    tmp_path = tmp_path_factory.mktemp("unbroken")
+    done = train(tmp_path, "name=whole", "log.wandb=offline", "optim.ema_decay=0.9")
+    assert done.returncode == 0, done.stderr
+    return tmp_path, done
+
+
+def test_a_run_shows_and_leaves_what_it_promises(unbroken):
+    tmp_path, done = unbroken
+    folder = tmp_path / "runs" / "whole"
+    for words in ("step 6/6", "bits per byte", "Sample", "Checkpoint", "Report", "W&B"):
+        assert words in done.stdout, done.stdout
+    assert (folder / "config.yaml").exists() and (folder / "report.html").stat().st_size > 10_000
+    assert newest_intact(folder / "checkpoints", full=True).path == folder / "checkpoints" / "step_00000006"
+    records = metrics(tmp_path, "whole")
+    assert sorted(records) == list(range(1, 7))
+    assert {metric.name for metric in SCALARS} <= set(records[6])
+    assert records[6]["samples"] == 48 and records[6]["tokens"] == 48 * 24
+    load = records[6]["load"]
+    assert set(load) == {"layers.1", "layers.2", "layers.3", "mtp.0"}
+    assert sum(load["layers.1"]) == 8 * 24 * 4 and sum(load["mtp.0"]) == 8 * 23 * 4
+
+
+def test_resume_is_bit_equal(unbroken):
+    tmp_path, _ = unbroken
+    shutil.copytree(tmp_path / "runs" / "whole", tmp_path / "runs" / "half")
+    for step in (4, 6):
+        shutil.rmtree(tmp_path / "runs" / "half" / "checkpoints" / f"step_{step:08}")
+    done = train(tmp_path, "name=half", "optim.ema_decay=0.9")
+    assert done.returncode == 0 and "resumed from step 2" in done.stdout, done.stderr
+    assert trajectory(tmp_path, "half") == trajectory(tmp_path, "whole")
+    first, second = (
+        tmp_path / "runs" / name / "checkpoints" / "step_00000006" / "rank_00000.safetensors"
+        for name in ("whole", "half")
+    )
+    assert first.read_bytes() == second.read_bytes()
+
+
+def test_a_finished_run_says_so(unbroken):
+    tmp_path, _ = unbroken
+    done = train(tmp_path, "name=whole", "optim.ema_decay=0.9")
+    assert done.returncode == 0 and "all its 6 steps behind it" in done.stdout
+
+
+def wait_for_step(tmp_path: Path, name: str, step: int) -> None:
+    path = tmp_path / "runs" / name / "metrics.jsonl"
+    deadline = time.monotonic() + 90
+    while time.monotonic() < deadline:
+        if path.exists() and f'"step":{step},' in path.read_text():
+            return
+        time.sleep(0.02)
+    raise AssertionError(f"step {step} never came")
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_and_the_same_command_goes_on(tmp_path, number):
+    process = start(tmp_path, "steps=5000", "checkpoint.every=0")
+    wait_for_step(tmp_path, "tiny", 3)
+    process.send_signal(number)
+    output, _ = process.communicate(timeout=60)
+    assert process.returncode == EXIT_STOPPED, output
+    assert "stopped at step" in output and "Go on with" in output
+    found = newest_intact(tmp_path / "runs" / "tiny" / "checkpoints", full=True)
+    step = int(found.path.name.removeprefix("step_"))
+    assert step == max(metrics(tmp_path, "tiny"))
+    done = train(tmp_path, f"steps={step + 1}", "checkpoint.every=0")
+    assert done.returncode == 0 and f"resumed from step {step}" in done.stdout
+
+
+@pytest.mark.slow
+def test_killed_at_random_moments_it_always_resumes_to_the_same_losses(tmp_path):
+    steps = ["steps=60", "checkpoint.every=3", "checkpoint.keep=2"]
+    assert train(tmp_path, *steps, "name=whole").returncode == 0
+    moments = random.Random(1)
+    for _ in range(6):
+        process = start(tmp_path, *steps, "name=killed")
+        time.sleep(moments.uniform(2.0, 6.0))
+        process.kill()
+        process.communicate()
+        for folder in (tmp_path / "runs" / "killed" / "checkpoints").glob("step_*"):
+            assert verify(folder, full=True) == []
+    assert train(tmp_path, *steps, "name=killed").returncode == 0
+    assert trajectory(tmp_path, "killed") == trajectory(tmp_path, "whole")
+
+
+def test_divergence_is_skipped_counted_named_and_ends(tmp_path):
+    done = train(tmp_path, "optim.lr=1e30", "optim.warmup_steps=0", "optim.max_bad_steps=3", "steps=20")
+    assert done.returncode == EXIT_DIVERGED
+    assert "steps in a row" in done.stderr and "step 2 skipped" in done.stdout, done.stdout + done.stderr
+    skipped = [record["skipped_steps"] for record in metrics(tmp_path, "tiny").values()]
+    assert skipped == sorted(skipped) and skipped[-1] >= 2
+
+
+def test_every_kind_of_bad_input_is_one_screen(unbroken):
+    tmp_path, _ = unbroken
+    checkpoint = tmp_path / "runs" / "whole" / "checkpoints" / "step_00000006"
+    other = tmp_path / "other"
+    other.mkdir()
+    (other / "a.txt").write_text("something else entirely, again and again. " * 200)
+    (other / "b.txt").write_text("yet another text that has nothing to do with it. " * 200)
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    cases = {
+        "resume": [f"resume={tmp_path / 'nowhere'}", "name=new1"],
+        "data.path": [f"data.path={empty}", "name=new2"],
+        "data.tokenizer": [f"data.path={other}", f"resume={checkpoint}", "name=new3"],
+        "steps": ["steps=3", f"resume={checkpoint}", "name=new4"],
+        "cluster.device": ["cluster.device=cuda", "name=new5"],
+    }
+    for field, overrides in cases.items():
+        done = train(tmp_path, *overrides)
+        assert done.returncode == EXIT_USER, (field, done.stdout, done.stderr)
+        assert f"error: {field} = " in done.stderr and "cure: " in done.stderr, done.stderr
+        assert "Traceback" not in done.stderr and len(done.stderr.splitlines()) < 15
+    assert not [path for path in (tmp_path / "runs").glob("new*/checkpoints/*") if not path.name.startswith(".")]
+
+
+def test_a_run_folder_serves_one_run_at_a_time(tmp_path):
+    process = start(tmp_path, "steps=5000")
+    try:
+        wait_for_step(tmp_path, "tiny", 1)
+        done = train(tmp_path)
+        assert done.returncode == EXIT_USER and f"process {process.pid}" in done.stderr
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def test_metrics_lines_are_json_without_nan(unbroken):
+    tmp_path, _ = unbroken
+    for line in (tmp_path / "runs" / "whole" / "metrics.jsonl").read_text().splitlines():
+        json.loads(line, parse_constant=lambda word: pytest.fail(word))
