@@ -1,7 +1,8 @@
 """Choose how the ranks of a run come to life.
 
-One command serves all: with RANK and WORLD_SIZE set (torchrun, Slurm) this process is one rank; a world of one runs in
-this process; otherwise this process becomes the driver and starts the ranks as children.
+One command serves all: with RANK and WORLD_SIZE set (torchrun, Slurm) this process is one rank; with cluster=ray it
+drives ranks on the nodes of Ray; a world of one runs in this process; otherwise this process becomes the driver and
+starts the ranks as children.
 """
 
 import os
@@ -34,6 +35,11 @@ def given_place() -> Place | None:
     return Place(rank, world, int(os.environ.get("LOCAL_RANK", rank % local_world)), local_world)
 
 
+def given_attempt() -> int | None:
+    """The attempt number that a supervisor gave this rank, or None."""
+    return int(os.environ["SLUICE_ATTEMPT"]) if "SLUICE_ATTEMPT" in os.environ else None
+
+
 def is_driver() -> bool:
     """Whether this process owns the run folder: the driver, or rank 0 of ranks that others started."""
     place = given_place()
@@ -56,6 +62,10 @@ def launch(config: Config, folder: Path, command: list[str], run_rank: Callable[
                 f"set parallel.dp={max(1, place.world // config.parallel.pp)}, or start {world} ranks",
             )
         return run_rank(config, place)
+    if config.cluster.backend == "ray":
+        from cluster.ray_backend import run_ray  # importing Ray takes half a second that other runs need not pay
+
+        return run_ray(config, folder, command)
     if world == 1:
         return run_rank(config, Place(0, 1, 0, 1))
     return run_local(command, world, folder / "logs")

@@ -113,6 +113,7 @@ class CollectStacks:
 class Note:
     """A line for events.jsonl and the terminal."""
 
+    attempt: int
     kind: str
     text: str
     fields: dict = field(default_factory=dict)

@@ -354,4 +354,4 @@ class Supervisor:
         self._out.append(m.Finish(code, text))
 
     def _note(self, kind: str, text: str, **fields) -> None:
-        self._out.append(m.Note(kind, text, fields))
+        self._out.append(m.Note(self.number, kind, text, fields))

@@ -7,6 +7,10 @@ from conf.check_precision import check_precision
 from conf.errors import UserError
 from conf.schema import Config, DataFormat, Model, Phase
 
+DISPATCHERS = ("flat", "node_limited", "deepep")
+WIRES = ("bf16", "fp8")
+SCHEDULES = ("1f1b", "interleaved", "zbv", "dualpipev")
+
 
 def check(config: Config) -> None:
     """Raise UserError for the first rule that the configuration breaks."""
@@ -78,7 +82,22 @@ def _check_top(config: Config) -> None:
         "leave it at auto",
     )
     _not_negative(config.cluster, "cluster.", "threads")
-    _positive(config.cluster, "cluster.", "timeout")
+    _positive(config.cluster, "cluster.", "timeout wait heartbeat hang_after start_timeout stop_timeout")
+    _not_negative(config.cluster, "cluster.", "ranks_per_node restarts straggler_factor")
+    _require(
+        config.cluster.backend in ("local", "ray"),
+        "cluster.backend",
+        config.cluster.backend,
+        "must be local or ray",
+        "take the group: cluster=local or cluster=ray",
+    )
+    _require(
+        config.cluster.address is None or config.cluster.backend == "ray",
+        "cluster.address",
+        config.cluster.address,
+        "is an address of Ray, and cluster.backend is local",
+        "add cluster=ray",
+    )
 
 
 def _check_model(model: Model) -> None:
@@ -275,6 +294,11 @@ def _check_parallel(config: Config) -> None:
         "must be 1 with pipelines: stages 2 and 3 would reduce gradients in every micro-batch",
         "use parallel.zero=1",
     )
+    for name, options in (("dispatch", DISPATCHERS), ("wire", WIRES), ("schedule", SCHEDULES)):
+        value = getattr(parallel, name)
+        _require(
+            value in options, f"parallel.{name}", value, f"must be one of {', '.join(options)}", f"use {options[0]}"
+        )
     moe = config.model.dense_layers < config.model.layers or config.model.mtp_depth > 0
     _require(
         not moe or config.model.experts % parallel.ep == 0,

@@ -217,6 +217,12 @@ class Parallel:
     """ZeRO stage, 1 to 3; 1 with pipelines."""
     schedule: str = "1f1b"
     """Order of the pipeline's actions: 1f1b, interleaved, zbv or dualpipev; the last three give every rank two stages."""
+    dispatch: str = "flat"
+    """How tokens reach experts on other ranks: flat (one all-to-all, a row per token and expert), node_limited (each token
+    crosses to a node once and fans out inside it) or deepep (the DeepEP package, on GPUs)."""
+    wire: str = "bf16"
+    """Format of rows on their way to the experts and of gradients on theirs: bf16 (the activations' own format) or fp8
+    (E4M3 with power-of-two scales per 128 values, paper 3.3.3). The ways back are always in the activations' format."""
 
 
 @dataclass
@@ -358,12 +364,31 @@ class Cluster:
     """Where the processes run."""
 
     backend: str = "local"
+    """local: ranks are children of this process, or of torchrun or Slurm; ray: they run wherever Ray has nodes."""
     device: str = "auto"
     """auto (a GPU where there is one), cpu or cuda."""
     threads: int = 0
     """CPU threads per rank; 0 shares the cores among the ranks of a machine."""
     timeout: float = 600.0
     """Longest wait in a collective, in seconds."""
+    address: str | None = None
+    """Ray: HOST:PORT of a running cluster, or auto for the one on this machine; null starts Ray here for this run."""
+    ranks_per_node: int = 0
+    """Ranks of one node. 0 means all ranks that a machine was given; with Ray one per GPU, or per CPU where there is none."""
+    wait: float = 60.0
+    """Ray: longest wait for enough nodes, in seconds."""
+    heartbeat: float = 5.0
+    """Ray: a node without an answer for this many seconds counts as lost."""
+    hang_after: float = 300.0
+    """Ray: a run without a finished step for this many seconds counts as hung."""
+    start_timeout: float = 900.0
+    """Ray: the same until the first step is done, and in checkpoints and validations, in seconds."""
+    stop_timeout: float = 600.0
+    """Ray: longest wait for the last checkpoint after a request to stop, in seconds."""
+    restarts: int = 3
+    """Ray: restarts after failures of one kind without a new checkpoint in between; then the run ends with a diagnosis."""
+    straggler_factor: float = 2.0
+    """Ray: a rank whose own work takes this many times the median is named; 0 for never."""
 
 
 @dataclass

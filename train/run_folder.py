@@ -31,7 +31,8 @@ class RunPaths:
         self.path = Path(config.runs).absolute() / config.name
         self.config_path = self.path / "config.yaml"
         self.checkpoints = self.path / "checkpoints"
-        self.logs = self.path / "logs"
+        self.logs = Path(os.environ.get("SLUICE_LOGS", self.path / "logs"))
+        """An agent of cluster=ray gives its ranks a folder of their own and gathers what they write."""
         self.metrics = self.path / "metrics.jsonl"
         self.report = self.path / "report.html"
         self.wandb = self.path / "wandb"

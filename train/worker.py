@@ -17,7 +17,7 @@ tune_malloc()  # before torch allocates anything
 import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
 
-from cluster.launch import Place, given_place  # noqa: E402
+from cluster.launch import Place, given_attempt, given_place  # noqa: E402
 from cluster.local import Failure  # noqa: E402
 from conf.errors import EXIT_CRASH, EXIT_USER, UserError  # noqa: E402
 from conf.load import read_config  # noqa: E402
@@ -58,10 +58,11 @@ def run_rank(config: Config, place: Place) -> int:
 def _run(config: Config, place: Place, stop: StopRequest) -> int:
     device = choose_device(config, place)
     start_process_group(config, place, device)
-    mesh = build_mesh(Layout(config.parallel.pp, config.parallel.dp, config.parallel.ep, place.local_world))
+    ranks_per_node = config.cluster.ranks_per_node or place.local_world
+    mesh = build_mesh(Layout(config.parallel.pp, config.parallel.dp, config.parallel.ep, ranks_per_node))
     data = prepare_in_turn(config, place)
     paths = RunPaths(config)
-    attempt = from_rank_0(place.rank, lambda: next_attempt(paths.checkpoints))
+    attempt = from_rank_0(place.rank, lambda: given_attempt() or next_attempt(paths.checkpoints))
     parts = parallelize(config, mesh, device)
     measure = Measure(config.model, mesh, parts.chunks, device)
     state = State(config, mesh, parts.zero, measure.routers, len(measure.layers))

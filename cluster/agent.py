@@ -1,0 +1,263 @@
+"""One per node: starts the ranks of that node as child processes and says how they are. Knows nothing of Ray.
+
+Every method returns at once: an agent is asked several times a second, and an answer that is late means that the node
+is lost. What a rank says goes through files in a scratch folder of the attempt on the node's own disk, never through
+the shared run folder, so that a rank of an old attempt cannot be mistaken for one of the new:
+
+    rank_N.log              its output; sent to the driver piece by piece
+    rank_N.error.json       cluster.local.Failure, written by the rank before it exits
+    rank_N.progress.json    {"step": 17, "phase": "step", "time": ..., "busy": ...}, written by the rank at every step;
+                            busy, if there: seconds of the last step that were its own work, not waiting for others
+    SIGUSR1                 makes it print the stacks of its threads to its output, if it has a handler
+
+The rank finds in its environment RANK, LOCAL_RANK, WORLD_SIZE, LOCAL_WORLD_SIZE, MASTER_ADDR, MASTER_PORT,
+GLOO_SOCKET_IFNAME, NCCL_SOCKET_IFNAME, SLUICE_LOGS (the scratch folder) and SLUICE_ATTEMPT (the number that fences checkpoints).
+
+An agent that nobody asks for `lease` seconds is cut off: it kills its ranks, as a new attempt may run elsewhere.
+"""
+
+import contextlib
+import ctypes
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from cluster.cause import RankReport
+from cluster.local import Failure
+from cluster.network import Probe
+from cluster.preflight import Facts, Question, gather
+
+CHUNK = 64 << 10
+"""Most bytes of one rank's output in one answer."""
+TAIL = 4 << 10
+"""Bytes of output that explain a rank that ended without a word."""
+
+
+@dataclass(frozen=True)
+class Order:
+    """What to start on one node."""
+
+    attempt: int
+    ranks: list[tuple[int, int]]
+    """(rank, local rank)."""
+    arguments: list[str]
+    """Command line behind the Python interpreter."""
+    environment: dict[str, str]
+    """The same for all ranks of the run."""
+    address: str
+    """IP address of the node, whose network interface the ranks use."""
+    folder: str | None = None
+    """Working folder; None for the agent's own, where Ray unpacked the code."""
+
+
+@dataclass
+class Answer:
+    """How the ranks of a node are."""
+
+    attempt: int
+    ranks: list[RankReport]
+    output: dict[int, bytes] = field(default_factory=dict)
+    """New output of ranks, from the offset that was asked for."""
+    stacks: dict[int, str] = field(default_factory=dict)
+    """Tracebacks since they were last asked for."""
+
+
+@dataclass
+class _Child:
+    process: subprocess.Popen
+    log: Path
+    stack_from: int | None = None
+    """Where in the log the stacks begin that were asked for."""
+
+
+class Agent:
+    """See the top of the file. lease: seconds without a question before the ranks are killed."""
+
+    def __init__(self, lease: float):
+        self._lease = lease
+        self._attempt = 0
+        self._children: dict[int, _Child] = {}
+        self._scratch: Path | None = None
+        self._prctl = ctypes.CDLL(
+            None
+        ).prctl  # looked up here, as a fresh fork of a threaded process must not load libraries
+        self._asked = time.monotonic()
+        self._probe = Probe()
+        self._lock = threading.Lock()
+        threading.Thread(target=self._watch_lease, daemon=True).start()
+
+    def facts(self, question: Question) -> Facts:
+        """What the checks before a start want to know of this node."""
+        return gather(question)
+
+    def network(self, method: str, *arguments: Any) -> Any:
+        """One step of the network test, see cluster/network.py."""
+        return getattr(self._probe, method)(*arguments)
+
+    def probe(self) -> None:
+        """An answer at all is the answer."""
+
+    def free_port(self) -> int:
+        """A port that is free now on all addresses of this node."""
+        with socket.socket() as probe:
+            probe.bind(("", 0))
+            return probe.getsockname()[1]
+
+    def start(self, order: Order) -> None:
+        """Start the ranks of a new attempt. Raises OSError if a process cannot be started."""
+        with self._lock:
+            assert order.attempt > self._attempt and not any(c.process.poll() is None for c in self._children.values())
+            self._forget()
+            self._attempt, self._asked = order.attempt, time.monotonic()
+            self._scratch = Path(tempfile.mkdtemp(prefix=f"sluice-attempt-{order.attempt}-"))
+            for rank, local_rank in order.ranks:
+                self._children[rank] = self._spawn(order, rank, local_rank)
+
+    def _spawn(self, order: Order, rank: int, local_rank: int) -> _Child:
+        log = self._scratch / f"rank_{rank}.log"
+        own = {"RANK": str(rank), "LOCAL_RANK": str(local_rank), "LOCAL_WORLD_SIZE": str(len(order.ranks))}
+        shared = {"SLUICE_LOGS": str(self._scratch), "SLUICE_ATTEMPT": str(order.attempt), "PYTHONUNBUFFERED": "1"}
+        interface = interface_of(order.address)
+        shared |= {"GLOO_SOCKET_IFNAME": interface, "NCCL_SOCKET_IFNAME": interface}
+        with log.open("wb") as output:
+            process = subprocess.Popen(
+                [sys.executable, *order.arguments],
+                env=_inherited() | shared | order.environment | own,
+                cwd=order.folder,
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+                preexec_fn=self._die_with_parent,
+            )
+        return _Child(process, log)
+
+    def _die_with_parent(self) -> None:
+        pr_set_pdeathsig = 1
+        self._prctl(pr_set_pdeathsig, signal.SIGKILL)
+
+    def ask(self, offsets: dict[int, int]) -> Answer:
+        """How the ranks are, and their output from these byte offsets on (0 where none is given)."""
+        with self._lock:
+            self._asked = time.monotonic()
+            answer = Answer(self._attempt, [self._report(rank, child) for rank, child in self._children.items()])
+            for rank, child in self._children.items():
+                if piece := _read(child.log, offsets.get(rank, 0), CHUNK):
+                    answer.output[rank] = piece
+                if child.stack_from is not None:
+                    stack = _read(child.log, child.stack_from, 4 * CHUNK).decode(errors="replace")
+                    if "(most recent call first)" in stack:
+                        answer.stacks[rank] = stack
+            return answer
+
+    def _report(self, rank: int, child: _Child) -> RankReport:
+        code = child.process.poll()
+        report = RankReport(rank, code)
+        with contextlib.suppress(FileNotFoundError):  # a rank that did not fail wrote none
+            report.failure = Failure(**json.loads((self._scratch / f"rank_{rank}.error.json").read_text()))
+        with contextlib.suppress(FileNotFoundError):  # a rank that has not begun its loop wrote none
+            progress = json.loads((self._scratch / f"rank_{rank}.progress.json").read_text())
+            report.step, report.phase, report.busy = progress["step"], progress["phase"], progress.get("busy")
+        if code is None:
+            with contextlib.suppress(psutil.NoSuchProcess):  # it ended just now
+                stopped = psutil.Process(child.process.pid).status() == psutil.STATUS_STOPPED
+                report.state = "T" if stopped else ""
+        elif report.failure is None:
+            size = child.log.stat().st_size
+            report.log_tail = _read(child.log, max(0, size - TAIL), TAIL).decode(errors="replace")
+        return report
+
+    def ask_stacks(self, attempt: int) -> None:
+        """Make every rank print its stacks; they come with the next answers."""
+        if attempt != self._attempt:
+            return
+        for child in self._running():
+            if _handles(child.process.pid, signal.SIGUSR1):  # it would kill a rank that still imports
+                child.stack_from = child.log.stat().st_size
+                child.process.send_signal(signal.SIGUSR1)
+
+    def stop(self, attempt: int) -> None:
+        """Ask the ranks of this attempt for a checkpoint and exit."""
+        for child in self._running() if attempt == self._attempt else []:
+            child.process.send_signal(signal.SIGTERM)
+
+    def end(self, attempt: int) -> None:
+        """Kill the ranks of this attempt and of older ones, and start none of them later."""
+        with self._lock:
+            if attempt < self._attempt:
+                return
+            self._kill()
+            if attempt > self._attempt:
+                self._forget()
+                self._attempt = attempt
+
+    def close(self) -> None:
+        with self._lock:
+            self._kill()
+            self._forget()
+
+    def _running(self) -> list[_Child]:
+        return [child for child in self._children.values() if child.process.poll() is None]
+
+    def _kill(self) -> None:
+        for child in self._running():
+            with contextlib.suppress(ProcessLookupError):  # the whole session: a rank may have started helpers
+                os.killpg(child.process.pid, signal.SIGKILL)
+        for child in self._children.values():
+            with contextlib.suppress(subprocess.TimeoutExpired):  # it waits in the kernel; the next answers tell
+                child.process.wait(1.0)
+
+    def _forget(self) -> None:
+        self._children = {}
+        if self._scratch is not None:
+            shutil.rmtree(self._scratch, ignore_errors=True)  # left-overs in a temporary folder do no harm
+            self._scratch = None
+
+    def _watch_lease(self) -> None:
+        while True:
+            time.sleep(self._lease / 10)
+            with self._lock:
+                if time.monotonic() - self._asked > self._lease and self._running():
+                    self._kill()
+
+
+def interface_of(address: str) -> str:
+    """Name of the network interface that has this IP address; OSError if none has."""
+    for name, addresses in psutil.net_if_addrs().items():
+        if any(entry.address == address for entry in addresses):
+            return name
+    raise OSError(f"no network interface of {socket.gethostname()} has the address {address}")
+
+
+def _inherited() -> dict[str, str]:
+    """This process's environment without what Ray set for itself."""
+    drop = ("RAY_", "OMP_NUM_THREADS")
+    return {name: value for name, value in os.environ.items() if not name.startswith(drop)}
+
+
+def _read(path: Path, start: int, count: int) -> bytes:
+    with path.open("rb") as file:
+        file.seek(start)
+        return file.read(count)
+
+
+def _handles(pid: int, number: int) -> bool:
+    """Whether the process has a handler for this signal."""
+    try:
+        lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+    caught = next(line.split()[1] for line in lines if line.startswith("SigCgt:"))
+    return bool(int(caught, 16) >> (number - 1) & 1)

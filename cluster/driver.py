@@ -1,0 +1,303 @@
+"""The loop of the driver: asks agents, tells the supervisor, and does what it decides."""
+
+import dataclasses
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from cluster import messages as m
+from cluster.agent import Answer, Order
+from cluster.checkpoints import first_attempt, newest, written_since
+from cluster.fleet import Fleet, Reply
+from cluster.journal import Journal
+from cluster.network import NetworkTest
+from cluster.policy import Policy
+from cluster.preflight import Preflight
+from cluster.supervisor import Supervisor
+from cluster.topology import Node, Placement
+from cluster.view import View
+from conf.check import check
+from conf.errors import EXIT_OK, UserError
+from conf.load import write_config
+from conf.schema import Config
+
+ASK_EVERY = 0.25
+"""Seconds between questions to one agent."""
+LOOK_EVERY = 1.0
+"""Seconds between looks at the list of nodes and at the checkpoints."""
+
+
+def policy_of(config: Config, attempt: int) -> Policy:
+    """What the configuration asks of the supervisor."""
+    parallel, cluster = config.parallel, config.cluster
+
+    def accept(dp: int) -> bool:
+        try:
+            check(_with_dp(config, dp))
+        except UserError:
+            return False
+        return True
+
+    return Policy(
+        pp=parallel.pp,
+        dp=parallel.dp,
+        ep=parallel.ep,
+        accept=accept,
+        first_attempt=attempt,
+        wait=cluster.wait,
+        heartbeat=cluster.heartbeat,
+        hang_after=cluster.hang_after,
+        start_timeout=cluster.start_timeout,
+        stop_timeout=cluster.stop_timeout,
+        restarts=cluster.restarts,
+        straggler_factor=cluster.straggler_factor,
+        saves=config.checkpoint.every > 0,
+    )
+
+
+def _with_dp(config: Config, dp: int) -> Config:
+    return dataclasses.replace(config, parallel=dataclasses.replace(config.parallel, dp=dp))
+
+
+class Driver:
+    """Runs one launch of a run on a fleet.
+
+    arguments: command line of a rank behind the interpreter, whose last part is the configuration file; every attempt
+    gets its own, with the dp that it has. rank_folder: working folder of the ranks, None where Ray ships the code. gpus:
+    whether the devices of the nodes are GPUs.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        folder: Path,
+        arguments: list[str],
+        fleet: Fleet,
+        rank_folder: str | None,
+        gpus: bool,
+        view: View,
+        clock: Callable[[], float] = time.monotonic,
+    ):
+        self.config, self.folder, self.arguments = config, folder, arguments
+        self.fleet, self.rank_folder, self.view, self.clock = fleet, rank_folder, view, clock
+        self.journal = Journal(folder)
+        self.first = first_attempt(folder)
+        self.supervisor = Supervisor(policy_of(config, self.first), clock())
+        self.preflight = Preflight(folder, gpus)
+        self._finish: m.Finish | None = None
+        self._known: dict[str, Node] = {}
+        """Nodes that were listed, by id; checked ones are those that the supervisor knows."""
+        self._asked: dict[str, float] = {}
+        """When an agent was last asked; absent while its answer is out."""
+        self._starting: tuple[int, Placement] | None = None
+        self._network: NetworkTest | None = None
+        self._refused: dict[str, str] = {}
+        self._started_at = clock()
+        self._first_step: int | None = None
+        self._offsets: dict[int, int] = {}
+        self._looked = -LOOK_EVERY
+        self._stop: str | None = None
+
+    def run(self) -> m.Finish:
+        """Until the run ends; returns its exit code and the reason."""
+        self.journal.write("launch", 0, f"{self.config.name}", world=self.config.parallel.pp * self.config.parallel.dp)
+        previous = {number: signal.signal(number, self._signalled) for number in (signal.SIGTERM, signal.SIGINT)}
+        try:
+            with self.view:
+                while self._finish is None:
+                    self._round()
+                self._drain()
+        finally:
+            for number, handler in previous.items():
+                signal.signal(number, handler)
+            self.preflight.close()
+        return self._finish
+
+    def _signalled(self, number: int, _) -> None:
+        if self._stop is not None and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self._stop = f"{signal.Signals(number).name}: the ranks write a checkpoint and stop"
+
+    def _round(self) -> None:
+        if self._stop is not None:
+            self._tell(m.StopAsked(self._stop))
+        if self.clock() - self._looked >= LOOK_EVERY:
+            self._looked = self.clock()
+            self._look()
+        self._ask()
+        for reply in self.fleet.replies(0.05):
+            self._take(reply)
+        if self._network is not None:
+            self._test_network()
+        self._tell(m.Tick())
+        self.view.update(self.supervisor)
+
+    def _test_network(self) -> None:
+        verdict = self._network.advance(self.clock())
+        if verdict is None:
+            return
+        self._network = None
+        number, placement = self._starting
+        fields = {"pairs": verdict.pairs, "median_gbit": verdict.median_gbit, "slow": verdict.slow}
+        self._note("network", verdict.text, **fields)
+        if verdict.unreachable:
+            self._tell(m.StartFailed(number, placement.seats[0].node.id, "\n".join(verdict.unreachable)))
+        else:
+            self.fleet.call(placement.seats[0].node.id, "free_port")
+
+    def _look(self) -> None:
+        """At the nodes and the checkpoints."""
+        listed = {node.id: node for node in self.fleet.nodes()}
+        for id in set(self._known) - set(listed):
+            del self._known[id]
+            self._asked.pop(id, None)
+            self._tell(m.Lost(id, "the cluster lists it as dead"))
+        for id, node in listed.items():
+            if id not in self._known:
+                self._known[id] = node
+                self.fleet.call(id, "facts", self.preflight.question(node))
+        if (step := newest(self.folder)) is not None:
+            self._tell(m.Saved(step))
+
+    def _ask(self) -> None:
+        pause = max(ASK_EVERY, len(self._asked) / 400)  # a driver of thousands of agents must not drown in answers
+        for id, asked in list(self._asked.items()):
+            if self.clock() - asked >= pause:
+                del self._asked[id]
+                self.fleet.call(id, "ask", self._offsets)
+
+    def _take(self, reply: Reply) -> None:
+        if reply.node not in self._known:
+            return
+        if reply.dead:
+            self._asked.pop(reply.node, None)
+            self._tell(m.Lost(reply.node, f"its agent died: {reply.error}", returning=True))
+            del self._known[reply.node]  # the next look starts a new agent, if the node is still listed
+        elif reply.method == "facts":
+            self._check_facts(self._known[reply.node], reply)
+        elif reply.method == "ask":
+            self._asked[reply.node] = self.clock()
+            if reply.error is None:
+                self._take_answer(reply.node, reply.value)
+            else:
+                self._note("node_refused", f"{self._known[reply.node].name}: {reply.error}")
+        elif reply.method == "probe":
+            self._tell(m.Probed(reply.node))
+        elif reply.method == "network":
+            if self._network is not None:
+                self._network.take(reply)
+        elif reply.method == "free_port":
+            self._send_orders(reply)
+        elif reply.error is not None:
+            self._tell(m.StartFailed(self.supervisor.number, reply.node, f"{reply.method}: {reply.error}"))
+
+    def _check_facts(self, node: Node, reply: Reply) -> None:
+        problem = reply.error or self.preflight.problem(node, reply.value)
+        if problem is None:
+            self._asked[node.id] = -ASK_EVERY
+            self._tell(m.Joined(node))
+            return
+        self._refused[node.name] = problem
+        self._note("node_refused", f"{node.name}: {problem}", node=node.name)
+
+    def _take_answer(self, node: str, answer: Answer) -> None:
+        number = self.supervisor.number
+        if answer.attempt == number:
+            for rank, piece in answer.output.items():
+                self._offsets[rank] = self._offsets.get(rank, 0) + len(piece)
+                self.journal.output(rank, piece)
+                if rank == 0:
+                    self.view.output(piece)
+        self._tell(m.Beat(node, answer.attempt, answer.ranks))
+        if answer.stacks:
+            self._tell(m.Stacks(answer.attempt, answer.stacks))
+        attempt = self.supervisor.attempt
+        if attempt is not None and attempt.stepping and self._first_step is None:
+            self._first_step = attempt.step
+            seconds = self.clock() - self._started_at
+            self._note("first_step", f"step {attempt.step} {seconds:.1f} s after the order to start", seconds=seconds)
+
+    def _tell(self, event: m.Event) -> None:
+        for action in self.supervisor.handle(self.clock(), event):
+            self._do(action)
+
+    def _do(self, action: m.Action) -> None:
+        match action:
+            case m.Start(number, placement):
+                self._starting = number, placement
+                self._started_at, self._first_step, self._offsets = self.clock(), None, {}
+                if number == self.first and len(placement.nodes) > 1:
+                    self._network = NetworkTest(placement.nodes, self.fleet, self.clock())
+                else:
+                    self.fleet.call(placement.seats[0].node.id, "free_port")
+            case m.End(number, nodes):
+                self._starting = self._network = None
+                for id in nodes:
+                    self.fleet.call(id, "end", number)
+            case m.Stop(number, nodes):
+                for id in nodes:
+                    self.fleet.call(id, "stop", number)
+            case m.Probe(nodes):
+                for id in nodes:
+                    self.fleet.call(id, "probe")
+            case m.CollectStacks(number, nodes):
+                for id in nodes:
+                    self.fleet.call(id, "ask_stacks", number)
+            case m.Note(number, kind, text, fields):
+                self.journal.write(kind, number, text, **fields)
+                self.view.note(kind, text)
+            case m.Finish(code, text):
+                refused = "".join(f"\n  refused: {name}: {why}" for name, why in self._refused.items())
+                self._finish = m.Finish(code, text + (refused if code != EXIT_OK else ""))
+
+    def _send_orders(self, reply: Reply) -> None:
+        if self._starting is None:
+            return
+        number, placement = self._starting
+        self._starting = None
+        if reply.error is not None:
+            self._tell(m.StartFailed(number, reply.node, reply.error))
+            return
+        arguments = [*self.arguments[:-1], str(self._attempt_config(number, placement.dp))]
+        shared = {
+            "WORLD_SIZE": str(placement.world),
+            "MASTER_ADDR": placement.seats[0].node.address,
+            "MASTER_PORT": str(reply.value),
+        }
+        for id, seats in placement.by_node().items():
+            ranks = [(seat.rank, seat.local_rank) for seat in seats]
+            for rank, _ in ranks:
+                self.journal.output(rank, f"---- attempt {number} on {seats[0].node.name} ----\n".encode())
+            order = Order(number, ranks, arguments, shared, seats[0].node.address, self.rank_folder)
+            self.fleet.call(id, "start", order)
+
+    def _attempt_config(self, number: int, dp: int) -> Path:
+        """The configuration of an attempt: its dp, and the run's own newest checkpoint once this launch has written one."""
+        config = _with_dp(self.config, dp)
+        if written_since(self.folder, self.first):
+            config = dataclasses.replace(config, resume="auto")
+        path = self.folder / "attempts" / f"{number:05d}.yaml"
+        path.parent.mkdir(exist_ok=True)
+        write_config(config, str(path))
+        return path
+
+    def _note(self, kind: str, text: str, **fields) -> None:
+        self.journal.write(kind, self.supervisor.number, text, **fields)
+        self.view.note(kind, text)
+
+    def _drain(self) -> None:
+        """Fetch what the ranks printed last."""
+        attempt = self.supervisor.attempt
+        if attempt is None:
+            return
+        waiting = {id for id in attempt.reachable if id in self._asked}
+        for id in waiting:
+            self.fleet.call(id, "ask", self._offsets)
+        deadline = self.clock() + 2.0
+        while waiting and self.clock() < deadline:
+            for reply in self.fleet.replies(0.1):
+                if reply.method == "ask":
+                    waiting.discard(reply.node)
+                    if reply.error is None and not reply.dead:
+                        self._take_answer(reply.node, reply.value)

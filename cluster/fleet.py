@@ -1,0 +1,42 @@
+"""How a driver reaches the agents of the nodes: calls that never wait, answers as they come.
+
+The one in use is cluster/ray_backend.py; tests have one whose agents live in the same process.
+"""
+
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from cluster.topology import Node
+
+
+@dataclass(frozen=True)
+class Reply:
+    """The outcome of one call to an agent."""
+
+    node: str
+    method: str
+    value: Any = None
+    error: str | None = None
+    """What the method raised, or how the agent died."""
+    dead: bool = False
+    """The agent is gone; a call starts a new one."""
+
+
+class Fleet(Protocol):
+    """Agents by node id."""
+
+    def nodes(self) -> list[Node]:
+        """Nodes that are believed to be alive."""
+        ...
+
+    def call(self, node: str, method: str, *arguments: Any) -> None:
+        """Call a method of cluster.agent.Agent there, after the calls before it. The first call starts the agent."""
+        ...
+
+    def replies(self, timeout: float) -> list[Reply]:
+        """Outcomes since the last time; waits up to `timeout` seconds for the first."""
+        ...
+
+    def close(self) -> None:
+        """End all agents, and with them their ranks."""
+        ...

@@ -1,0 +1,78 @@
+"""runs/NAME/events.jsonl and the gathered output of the ranks: what happened to a run, for people and tools.
+
+One JSON object a line, written with one call:
+
+    time      Unix time in seconds
+    kind      see KINDS
+    attempt   number of the attempt that it concerns; 0 before the first
+    text      one sentence for people
+    ...       fields of the kind, see KINDS
+
+The file is only ever appended to; a later launch of the same run goes on in it.
+"""
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+FILE = "events.jsonl"
+
+KINDS = {
+    "launch": "the driver started. world: ranks wanted; version: of the program",
+    "node_joined": "a node is there and passed the checks. node: its name",
+    "node_refused": "a node is there and failed a check. node",
+    "node_lost": "a node does not answer or is known to be dead. node",
+    "node_back": "a node that was lost answers again, or its agent was started anew. node",
+    "network": "what the network test found. pairs, median_gbit, slow: [[from, to, gbit, ms], ...]",
+    "attempt": "ranks are started. pp, dp, nodes: names, spares: names",
+    "first_step": "the attempt has finished its first step. step, seconds: since the order to start",
+    "straggler": "a rank is slower than the others. rank, node, seconds and median per step",
+    "checkpoint": "a checkpoint is whole. step",
+    "failure": "an attempt failed. cause: user, node, killed, crash, hang, diverged, start; ranks and nodes: first to "
+    "fail; log: output or stacks that show it",
+    "recovered": "the first step after a failure. seconds: from the failure, or from the last step before a hang; "
+    "steps_again: steps done twice",
+    "grow": "the run stops to go on with nodes that came back",
+    "stop": "a request to stop",
+    "finish": "the run ended. code: exit code",
+}
+
+
+class Journal:
+    """Appends to events.jsonl and to logs/rank_N.log of a run folder."""
+
+    def __init__(self, folder: Path):
+        self._path = folder / FILE
+        self._logs = folder / "logs"
+        self._logs.mkdir(parents=True, exist_ok=True)
+
+    def write(self, kind: str, attempt: int, text: str, **fields: Any) -> None:
+        """Append one event."""
+        assert kind in KINDS, f"event {kind!r} is missing from cluster/journal.py"
+        line = json.dumps({"time": round(time.time(), 3), "kind": kind, "attempt": attempt, "text": text, **fields})
+        with self._path.open("ab", buffering=0) as file:
+            file.write(line.encode() + b"\n")
+
+    def output(self, rank: int, piece: bytes) -> None:
+        """Append to the log of a rank."""
+        with (self._logs / f"rank_{rank}.log").open("ab", buffering=0) as file:
+            file.write(piece)
+
+
+def read_events(folder: Path) -> list[dict[str, Any]]:
+    """All whole lines of events.jsonl in order; an empty list where there is no file."""
+    path = folder / FILE
+    if not path.exists():
+        return []
+    return [json.loads(line) for line in path.read_bytes().splitlines(keepends=True) if line.endswith(b"\n")]
+
+
+def goodput(events: list[dict[str, Any]]) -> dict[str, float]:
+    """Attempts, seconds without training and their share of the time since the first event."""
+    if not events:
+        return {"attempts": 0, "downtime_seconds": 0.0, "downtime_share": 0.0}
+    down = sum(event["seconds"] for event in events if event["kind"] == "recovered")
+    span = events[-1]["time"] - events[0]["time"]
+    attempts = sum(event["kind"] == "attempt" for event in events)
+    return {"attempts": attempts, "downtime_seconds": down, "downtime_share": down / span if span > 0 else 0.0}

@@ -1,0 +1,157 @@
+"""Checks of a node before it may hold ranks: same program, same recipe, a clock that agrees, storage, devices.
+
+The driver asks the agent of every node that joins; an answer with a problem keeps the node out and says why. The
+shared folder is tried in both directions: each node reads a file that the driver wrote and writes one that the driver
+reads, as a path that exists on every node need not be the same storage.
+"""
+
+import hashlib
+import importlib.metadata
+import platform
+import secrets
+import shutil
+import subprocess
+import tempfile
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+from cluster.topology import Node
+from conf.schema import ROOT
+
+CLOCK_LIMIT = 2.0
+"""Seconds that a node's clock may be off: errors of several ranks are put in order by their times."""
+SCRATCH_LIMIT = 256 << 20
+"""Free bytes that a node needs for the output of its ranks."""
+PROBES = ".preflight"
+
+
+@dataclass(frozen=True)
+class Question:
+    folder: str
+    """Run folder."""
+    word: str
+    """Content of the file that the driver wrote there."""
+    node: str
+    devices: int
+    """GPUs that the node is expected to show; 0 on CPU."""
+
+
+@dataclass(frozen=True)
+class Facts:
+    """What a node knows of itself."""
+
+    python: str
+    torch: str
+    program: str
+    """Digest of the program's source."""
+    recipe: str
+    """Digest of the run's config.yaml as the node reads it."""
+    clock: float
+    gpus: int
+    free_bytes: int
+    """In its folder for temporary files."""
+    storage: str
+    """What is wrong with the run folder; empty if nothing."""
+
+
+def gather(question: Question) -> Facts:
+    """The facts of this node."""
+    storage, recipe = _try_storage(question)
+    return Facts(
+        python=platform.python_version(),
+        torch=_version("torch"),
+        program=_digest_of_program(),
+        recipe=recipe,
+        clock=time.time(),
+        gpus=_count_gpus() if question.devices else 0,
+        free_bytes=shutil.disk_usage(tempfile.gettempdir()).free,
+        storage=storage,
+    )
+
+
+def _version(package: str) -> str:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return "missing"
+
+
+def _digest_of_program() -> str:
+    digest = hashlib.sha256()
+    for package in ("conf", "train", "parallel", "cluster"):
+        for path in sorted((ROOT / package).rglob("*.py")):
+            digest.update(str(path.relative_to(ROOT)).encode() + path.read_bytes())
+    return digest.hexdigest()[:12]
+
+
+def _try_storage(question: Question) -> tuple[str, str]:
+    """What is wrong with the run folder, and the digest of the recipe there."""
+    folder = Path(question.folder)
+    try:
+        word = (folder / PROBES / "driver").read_text()
+    except OSError as error:
+        return f"cannot read {folder}: {error.strerror}", ""
+    if word != question.word:
+        return f"{folder} holds other files than the driver's", ""
+    try:
+        (folder / PROBES / question.node).write_text(question.word)
+    except OSError as error:
+        return f"cannot write to {folder}: {error.strerror}", ""
+    return "", hashlib.sha256((folder / "config.yaml").read_bytes()).hexdigest()[:12]
+
+
+def _count_gpus() -> int:
+    """GPUs that answer the driver's own tool."""
+    try:
+        result = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=20)
+    except (FileNotFoundError, subprocess.TimeoutExpired):
+        return 0
+    return sum(line.startswith("GPU ") for line in result.stdout.splitlines())
+
+
+class Preflight:
+    """The driver's side: questions to nodes, and what is wrong with their answers."""
+
+    def __init__(self, folder: Path, gpus: bool):
+        self._folder, self._gpus = folder, gpus
+        self._word = secrets.token_hex(8)
+        self._sent: dict[str, float] = {}
+        (folder / PROBES).mkdir(exist_ok=True)
+        (folder / PROBES / "driver").write_text(self._word)
+        self._mine = gather(self.question(Node("self", "driver", "", 0)))
+
+    def question(self, node: Node) -> Question:
+        self._sent[node.id] = time.time()
+        return Question(str(self._folder), self._word, node.id, node.devices if self._gpus else 0)
+
+    def problem(self, node: Node, facts: Facts) -> str | None:
+        """Why this node must not hold ranks, with the cure; None if it may."""
+        for what, cure in (
+            ("python", "use the same Python on every node"),
+            ("torch", "install the same torch on every node"),
+            ("program", "install the same version of the program on every node"),
+        ):
+            theirs, mine = getattr(facts, what), getattr(self._mine, what)
+            if theirs != mine:
+                return f"{what} is {theirs}, the driver has {mine}; {cure}"
+        if facts.storage:
+            return f"{facts.storage}; set runs= to a folder that every node mounts"
+        if not (self._folder / PROBES / node.id).exists():
+            return (
+                f"what it writes to {self._folder} does not arrive here; set runs= to a folder that every node mounts"
+            )
+        if facts.recipe != self._mine.recipe:
+            return f"reads another config.yaml ({facts.recipe}, here {self._mine.recipe}); set runs= to shared storage"
+        early, late = self._sent[node.id] - facts.clock, facts.clock - time.time()
+        if max(early, late) > CLOCK_LIMIT:
+            return f"its clock is {max(early, late):.1f} s off; start a time service such as chrony"
+        if facts.free_bytes < SCRATCH_LIMIT:
+            return f"{facts.free_bytes >> 20} MiB free for temporary files, {SCRATCH_LIMIT >> 20} are needed; free some"
+        if self._gpus and facts.gpus < node.devices:
+            return f"{facts.gpus} of {node.devices} GPUs answer nvidia-smi; look at dmesg for Xid errors"
+        return None
+
+    def close(self) -> None:
+        """Remove the files of the check."""
+        shutil.rmtree(self._folder / PROBES, ignore_errors=True)  # a node may write there once more; harmless

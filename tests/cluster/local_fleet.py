@@ -1,0 +1,45 @@
+"""A fleet whose agents live in this process: one node or several, all on loopback."""
+
+from typing import Any
+
+from cluster.agent import Agent
+from cluster.fleet import Reply
+from cluster.topology import Node
+
+
+class LocalFleet:
+    def __init__(self, nodes: int, devices: int, lease: float = 10.0):
+        self._nodes = [Node(f"id{i}", f"n{i}", "127.0.0.1", devices) for i in range(nodes)]
+        self.agents: dict[str, Agent] = {}
+        self._lease = lease
+        self._replies: list[Reply] = []
+        self.deaf: set[str] = set()
+        """Nodes whose link is cut."""
+
+    def nodes(self) -> list[Node]:
+        return self._nodes
+
+    def call(self, node: str, method: str, *arguments: Any) -> None:
+        if node in self.deaf:
+            return
+        agent = self.agents.setdefault(node, Agent(self._lease))
+        try:
+            self._replies.append(Reply(node, method, getattr(agent, method)(*arguments)))
+        except Exception as error:
+            self._replies.append(Reply(node, method, error=repr(error)))
+
+    def replies(self, timeout: float) -> list[Reply]:
+        import time
+
+        if not self._replies:
+            time.sleep(timeout)
+        found, self._replies = self._replies, []
+        return found
+
+    def kill_agent(self, node: str) -> None:
+        self.agents.pop(node).close()
+        self._replies.append(Reply(node, "ask", error="killed", dead=True))
+
+    def close(self) -> None:
+        for agent in self.agents.values():
+            agent.close()

@@ -1,0 +1,165 @@
+"""Driver, agents and real rank processes on this machine, without Ray and without torch."""
+
+import json
+import os
+import signal
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from cluster.driver import Driver
+from cluster.journal import goodput, read_events
+from cluster.view import View
+from conf.errors import EXIT_CRASH, EXIT_OK, EXIT_STOPPED
+from conf.load import compose, write_config
+from tests.cluster.local_fleet import LocalFleet
+
+RANK = Path(__file__).with_name("fake_rank.py")
+
+
+class Run:
+    """A run of fake ranks: 4 nodes with one rank each by default."""
+
+    def __init__(self, runs: Path, *overrides: str, nodes: int = 4, devices: int = 1, dp: int = 4):
+        self.config = compose(
+            f"runs={runs}",
+            "name=run",
+            "steps=30",
+            "batch_size=12",
+            "micro_batch_size=1",
+            "checkpoint.every=5",
+            "cluster=ray",
+            "cluster.hang_after=2",
+            "cluster.heartbeat=2",
+            f"parallel.dp={dp}",
+            *overrides,
+        )
+        self.folder = runs / "run"
+        self.folder.mkdir(exist_ok=True)
+        write_config(self.config, str(self.folder / "config.yaml"))
+        self.fleet = LocalFleet(nodes, devices)
+        view = View("run", self.folder / "metrics.jsonl", self.config.steps)
+        root = str(RANK.parents[2])
+        self.driver = Driver(self.config, self.folder, [str(RANK), "CONFIG"], self.fleet, root, False, view)
+
+    def fault(self, rank: int, what: str) -> None:
+        (self.folder / f"fault_{rank}").write_text(what)
+
+    def at_step(self, step: int, do) -> None:
+        """Call do() once the newest checkpoint has this step, from another thread."""
+
+        def wait() -> None:
+            while not (self.folder / "checkpoints" / f"step_{step:08d}").exists():
+                time.sleep(0.05)
+            do()
+
+        threading.Thread(target=wait, daemon=True).start()
+
+    def cut(self, node: str) -> None:
+        """No question reaches the agent, and its ranks reach nobody."""
+        self.fleet.deaf.add(node)
+        for child in self.fleet.agents[node]._children.values():
+            child.process.send_signal(signal.SIGSTOP)
+
+    def heal(self, node: str) -> None:
+        """Old questions arrive late."""
+        self.fleet.deaf.discard(node)
+        self.fleet.call(node, "ask", {})
+
+    def run(self) -> int:
+        try:
+            self.finish = self.driver.run()
+        finally:
+            self.fleet.close()
+        self.events = read_events(self.folder)
+        return self.finish.code
+
+    def kinds(self) -> list[str]:
+        return [event["kind"] for event in self.events]
+
+    def only(self, kind: str) -> dict:
+        (event,) = [event for event in self.events if event["kind"] == kind]
+        return event
+
+
+@pytest.fixture(autouse=True)
+def import_path(monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", str(RANK.parents[2]))
+
+
+def test_a_run_ends_well_and_leaves_a_record(tmp_path):
+    run = Run(tmp_path)
+    assert run.run() == EXIT_OK
+    assert run.kinds()[0] == "launch" and run.kinds()[-1] == "finish"
+    assert run.only("network")["pairs"] == 6 and run.only("attempt")["dp"] == 4
+    assert "rank 3 of 4 resumes at 0" in (run.folder / "logs" / "rank_3.log").read_text()
+    assert not (run.folder / ".preflight").exists()
+    assert goodput(run.events)["attempts"] == 1
+
+
+@pytest.mark.parametrize(
+    ("what", "cause", "words"),
+    [
+        ("kill", "killed", "rank 2 on n2 ended by signal SIGKILL"),
+        ("crash", "crash", "rank 2 on n2 failed: RuntimeError: boom"),
+        ("hang", "hang", "rank 2 on n2 is not in a collective, at File"),
+        ("stop", "hang", "rank 2 on n2 is stopped"),
+    ],
+)
+def test_the_first_rank_to_fail_is_named_and_the_run_goes_on(tmp_path, what, cause, words):
+    run = Run(tmp_path)
+    run.fault(2, what)
+    assert run.run() == EXIT_OK, run.finish.text
+    failure = run.only("failure")
+    assert failure["cause"] == cause and words in failure["text"] and failure["ranks"] == [2]
+    assert run.only("recovered")["seconds"] < 10
+    attempts = sorted((run.folder / "attempts").iterdir())
+    assert [path.name for path in attempts] == ["00001.yaml", "00002.yaml"]
+
+
+def test_a_cut_node_is_left_out_and_taken_back(tmp_path):
+    run = Run(tmp_path, "steps=50")
+    run.at_step(5, lambda: run.cut("id1"))
+    run.at_step(15, lambda: run.heal("id1"))
+    assert run.run() == EXIT_OK, run.finish.text
+    assert [event["dp"] for event in run.events if event["kind"] == "attempt"] == [4, 3, 4]
+    assert "n1" in run.only("failure")["text"] and run.only("grow")
+    assert "with dp 3" in (run.folder / "logs" / "rank_0.log").read_text()
+
+
+def test_a_dead_agent_is_started_again(tmp_path):
+    run = Run(tmp_path)
+    run.at_step(5, lambda: run.fleet.kill_agent("id2"))
+    assert run.run() == EXIT_OK, run.finish.text
+    assert run.only("failure")["nodes"] == ["n2"]
+    assert [event["dp"] for event in run.events if event["kind"] == "attempt"] == [4, 4]
+
+
+def test_sigterm_saves_and_the_next_launch_goes_on_with_a_higher_attempt(tmp_path):
+    run = Run(tmp_path)
+    run.at_step(5, lambda: os.kill(os.getpid(), signal.SIGTERM))
+    assert run.run() == EXIT_STOPPED
+    again = Run(tmp_path)
+    assert again.run() == EXIT_OK
+    assert [event["attempt"] for event in again.events if event["kind"] == "attempt"] == [1, 2]
+    assert "resumes at 0" not in (again.folder / "logs" / "rank_0.log").read_text().split("attempt 2")[1]
+
+
+def test_a_cause_that_stays_ends_the_run_with_a_diagnosis(tmp_path):
+    run = Run(tmp_path, "cluster.restarts=1", "checkpoint.every=100", nodes=2, dp=2)
+    run.driver.view.note = lambda kind, text: run.fault(1, "crash") if kind == "attempt" else None
+    assert run.run() == EXIT_CRASH
+    for words in ("rank 1 on n1 failed", "failure 2 of the kind", "newest checkpoint: none", "what to do"):
+        assert words in run.finish.text
+
+
+def test_nothing_is_left_in_the_temporary_folder(tmp_path, monkeypatch):
+    scratch = tmp_path / "scratch"
+    scratch.mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(scratch))
+    run = Run(tmp_path, nodes=1, devices=2, dp=2)
+    assert run.run() == EXIT_OK
+    assert not list(scratch.iterdir())
+    assert json.loads((run.folder / "events.jsonl").read_text().splitlines()[-1])["code"] == EXIT_OK
