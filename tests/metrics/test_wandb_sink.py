@@ -28,8 +28,9 @@ def attempt(first, last, *, kill_after=None, online_seconds=10.0):
                     "load": {"layers.1": [1, 2, 3, 2], "mtp.0": [2, 2, 2, 2]}})
         assert time.perf_counter() - started < 0.05
     if kill_after is not None:
-        while not (Path(sys.argv[1]) / "wandb/last_step").exists() or f"{last}\\n" != (Path(sys.argv[1]) / "wandb/last_step").read_text():
-            time.sleep(0.05)
+        done = Path(sys.argv[1]) / "wandb/last_step"
+        while not done.exists() or int(done.read_text() or 0) < last:
+            time.sleep(0.02)
         time.sleep(kill_after)
         os.kill(os.getpid(), signal.SIGKILL)
     sink.close()
@@ -104,7 +105,7 @@ def test_an_unreachable_server_costs_the_limit_and_one_line(tmp_path):
 def test_a_failure_is_one_note_and_never_an_exception(tmp_path, monkeypatch):
     notes: list[str] = []
 
-    def broken(self):
+    def broken(self, wandb):
         raise RuntimeError("the server\nis on fire")
 
     monkeypatch.setattr(WandbSink, "_start", broken)
@@ -120,7 +121,7 @@ def test_a_stuck_thread_is_given_up(tmp_path, monkeypatch):
     notes: list[str] = []
     monkeypatch.setattr("train.metrics.wandb_sink.WAITING_RECORDS", 10)
     monkeypatch.setattr("train.metrics.wandb_sink.FINISH_SECONDS", 0.1)
-    monkeypatch.setattr(WandbSink, "_start", lambda self: time.sleep(5))
+    monkeypatch.setattr(WandbSink, "_start", lambda self, wandb: time.sleep(5))
     sink = WandbSink(
         tmp_path, project="p", name="n", config={}, mode=WandbMode.offline, note=notes.append, online_seconds=0.1
     )

@@ -109,23 +109,23 @@ class WandbSink:
             self._switch_off(f"{type(error).__name__}: {_first_line(error)}")
 
     def _log_all(self) -> None:
+        import wandb  # takes a second, hence here
+
         (self._folder / "wandb").mkdir(parents=True, exist_ok=True)
-        run = self._start()
-        with open(self._folder / "wandb" / "last_step", "a+") as last_step:
-            last_step.seek(0)
-            logged = int(last_step.read() or 0)
+        run = self._start(wandb)
+        last_step = self._folder / "wandb" / "last_step"
+        last_step.touch()
+        logged = int(last_step.read_bytes() or 0)
+        with open(last_step, "r+b", buffering=0) as file:
             while not self._off and (record := self._queue.get()) is not None:
                 if record["step"] > logged:
                     run.log(to_wandb(record), step=record["step"], commit=True)
                     logged = record["step"]
-                    last_step.truncate(0)  # opened for appending, so the next write starts at 0
-                    last_step.write(f"{logged}\n")
-                    last_step.flush()
+                    os.pwrite(file.fileno(), b"%020d\n" % logged, 0)  # one width, one call: never half a number
         run.finish()
+        wandb.teardown()  # finish alone returns before the last records are on disk
 
-    def _start(self) -> Any:
-        import wandb  # takes a second, hence here
-
+    def _start(self, wandb: ModuleType) -> Any:
         settings = {
             "silent": True,
             "console": "off",
