@@ -35,7 +35,7 @@ def check_groups(ep: int, ranks_per_node: int, groups: int) -> None:
             "cluster.ranks_per_node",
             ranks_per_node,
             f"must divide parallel.ep = {ep}, so that nodes are equal",
-            f"set cluster.ranks_per_node to a divisor of {ep}, or parallel.dispatch=all_to_all",
+            f"set cluster.ranks_per_node to a divisor of {ep}, or parallel.dispatch=flat",
         )
     nodes = ep // ranks_per_node
     if groups > 1 and groups % nodes:
@@ -43,7 +43,7 @@ def check_groups(ep: int, ranks_per_node: int, groups: int) -> None:
             "model.groups",
             groups,
             f"must be a multiple of the {nodes} nodes that hold a layer's experts, or 1: else a group straddles nodes",
-            f"set model.groups={nodes}, or parallel.dispatch=all_to_all, or change parallel.ep",
+            f"set model.groups={nodes}, or parallel.dispatch=flat, or change parallel.ep",
         )
 
 
@@ -69,21 +69,19 @@ def build_dispatcher(
 ) -> Dispatcher:
     """A dispatcher for one layer or, as it keeps no state between uses, for all layers of a rank.
 
-    name: all_to_all, node_limited or deep_ep. experts: routed experts of a layer. wire: bf16 or fp8.
+    name: flat, node_limited or deepep. experts: routed experts of a layer. wire: bf16 or fp8.
     ep_group: the expert-parallel group (None: this rank alone). inter_group, intra_group, for node_limited: the
     ranks with this rank's index on each node, and the ranks of this node (None: just this rank).
     ranks_per_node: consecutive ranks of the group on one node. groups: the router's expert groups.
-    width: hidden width, for deep_ep. Raises UserError where the sizes do not fit.
+    width: hidden width, for deepep. Raises UserError where the sizes do not fit.
     """
     ep = 1 if ep_group is None else dist.get_world_size(ep_group)
     check_experts(experts, ep)
-    if name == "all_to_all":
+    if name == "flat":
         return AllToAllDispatcher(ep_group, experts, ranks_per_node, build_wire(wire))
     if name == "node_limited":
         check_groups(ep, ranks_per_node, groups)
         return NodeLimitedDispatcher(inter_group, intra_group, experts, build_wire(wire))
-    if name == "deep_ep":
+    if name == "deepep":
         return DeepEPDispatcher(ep_group, experts, width, build_wire(wire))
-    raise UserError(
-        "parallel.dispatch", name, "must be all_to_all, node_limited or deep_ep", "set parallel.dispatch=all_to_all"
-    )
+    raise UserError("parallel.dispatch", name, "must be flat, node_limited or deepep", "set parallel.dispatch=flat")

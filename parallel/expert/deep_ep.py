@@ -2,10 +2,11 @@
 
 Written against the public interface of `deep_ep.Buffer` (get_dispatch_layout, dispatch, combine) as its documentation
 gives it. It has never run with the package itself, for want of GPUs; the tests run it on a stand-in that returns what
-the documentation promises. Its place in the chain of
-parallel/expert/dispatcher.py: DeepEP moves a token once per rank that holds one of its experts, going through one
-rank per node, and returns for every arrival its local expert ids (-1 for experts elsewhere) and gates; expanding
-arrivals to rows by expert, and summing them again, is done here.
+the documentation promises.
+
+DeepEP moves a token once per rank that holds one of its experts, through one rank per node, and returns for every
+arrival its local expert ids (-1 for experts elsewhere) and gates. Expanding arrivals to rows by expert, and summing
+them again, is done here.
 
 Shapes: T tokens, D channels, K experts per token, M arrivals, R rows, E local experts.
 """
@@ -44,7 +45,7 @@ class DeepEPDispatcher:
     def __init__(self, group: dist.ProcessGroup | None, experts: int, width: int, wire: Wire):
         if width % 128:
             raise UserError(
-                "model.hidden", width, "DeepEP needs a multiple of 128", "change it or set parallel.dispatch=all_to_all"
+                "model.hidden", width, "DeepEP needs a multiple of 128", "change it or set parallel.dispatch=flat"
             )
         self._deep_ep = _import_deep_ep()
         self.experts, self.wire = experts, wire

@@ -48,10 +48,9 @@ class Link:
         assert rows_CX.shape[0] == sum(sent_P)
         if self.size == 1:
             return Transfer(rows_CX, rows_CX, None, traffic)
+        rows_CX = rows_CX.contiguous()
         rows_RX = rows_CX.new_empty(sum(received_P), rows_CX.shape[1])
-        work = dist.all_to_all_single(
-            rows_RX, rows_CX.contiguous(), list(received_P), list(sent_P), group=self.group, async_op=True
-        )
+        work = dist.all_to_all_single(rows_RX, rows_CX, list(received_P), list(sent_P), group=self.group, async_op=True)
         self._count(rows_CX.shape[1] * rows_CX.element_size(), sent_P, traffic)
         return Transfer(rows_CX, rows_RX, work, traffic)
 
