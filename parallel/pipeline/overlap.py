@@ -35,12 +35,13 @@ import queue
 import threading
 from collections.abc import Callable
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
-from parallel.pipeline.stage import Stage
-from parallel.pipeline.timeline import Timeline
+if TYPE_CHECKING:  # dispatchers import this file for yield_point, and need none of torch's pipelining
+    from parallel.pipeline.stage import Stage
+    from parallel.pipeline.timeline import Timeline
 
 _FORWARD, _BACKWARD = 0, 1
 _NAMES = ("forward", "backward")
@@ -162,7 +163,7 @@ class _Pair:
             raise LaneStopped(f"the {_NAMES[1 - lane]} lane failed") from self.error
 
 
-def overlapped_pair(lanes: Lanes, timeline: Timeline) -> Callable[[Any, Any], None]:
+def overlapped_pair(lanes: Lanes, timeline: "Timeline") -> Callable[[Any, Any], None]:
     """What torch's runtime shall do at an OVERLAP_F_B action of DualPipeV (for register_custom_function).
 
     Both receives are waited for before the pair starts and both sends come after it, as they do in the runtime's own

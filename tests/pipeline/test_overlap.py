@@ -1,10 +1,12 @@
 """Lanes: order, hidden transfers, errors; and a whole DualPipeV step with overlap against one without."""
 
+import random
 import threading
 import time
 
 import pytest
 import torch
+import torch.distributed as dist
 from torch import nn
 
 from parallel.pipeline.overlap import Lanes, LaneStopped, yield_point
@@ -203,3 +205,62 @@ def _overlapped_step(rank: int, pp: int) -> None:
 @pytest.mark.parametrize("pp", [1, 2])
 def test_dualpipev_hides_transfers_and_changes_no_bit(pp):
     run_ranks(_overlapped_step, pp, world_size=pp)
+
+
+class _AllToAll(torch.autograd.Function):
+    """A real asynchronous exchange over the expert group, forward and backward."""
+
+    @staticmethod
+    def forward(ctx, x, group):
+        ctx.group = group
+        return _exchange(x, group)
+
+    @staticmethod
+    def backward(ctx, grad):
+        return _exchange(grad, ctx.group), None
+
+
+def _exchange(x, group):
+    flat = x.reshape(-1).contiguous()
+    received = torch.empty_like(flat)
+    work = dist.all_to_all_single(received, flat, group=group, async_op=True)
+    yield_point()
+    work.wait()
+    return received.view_as(x)
+
+
+class _ExchangeLayer(nn.Module):
+    """Two exchanges around a product; ranks are slow at different times, which must not change any order."""
+
+    def __init__(self, inner, group, rng):
+        super().__init__()
+        self.inner, self.group, self.rng = inner, group, rng
+
+    def forward(self, x):
+        time.sleep(0.003 * self.rng.random())
+        x = _AllToAll.apply(x, self.group)
+        x = _Busy.apply(self.inner(x), 0.003 * self.rng.random())
+        return _AllToAll.apply(x, self.group)
+
+
+def _expert_peers(rank: int) -> None:
+    alone = [dist.new_group([r]) for r in range(2)][rank]
+    tokens_BS = torch.randint(toy.VOCAB, (12, toy.SEQ + 1), generator=torch.Generator().manual_seed(rank))
+    results = []
+    for overlap in (False, True):
+        chunks = toy.take(toy.whole_model(5), [range(2), range(2, 5)], [0, 1])
+        for chunk in chunks:
+            for key, layer in chunk.layers.items():
+                chunk.layers[key] = _ExchangeLayer(layer, dist.group.WORLD, random.Random(rank))
+        pipeline = build_schedule(
+            "dualpipev", chunks, [0, 1], 2, alone, CPU, hidden=toy.HIDDEN, dtype=torch.float32, overlap=overlap
+        )
+        results.append((pipeline.step(tokens_BS, micro_batches=6), toy.gradients(chunks)))
+        assert any(action.kind == "FB" for action in pipeline.timeline.newest().actions) == overlap
+    assert torch.equal(results[0][0], results[1][0])
+    assert all(torch.equal(grad, results[1][1][key]) for key, grad in results[0][1].items())
+
+
+def test_expert_peers_issue_collectives_in_one_order():
+    """A pipeline of one on each of two expert-parallel ranks: unequal lanes, real collectives, no bit changes."""
+    run_ranks(_expert_peers, world_size=2)

@@ -1,0 +1,31 @@
+"""Which gradients a custom autograd Function has to compute in the pass that is running.
+
+zbv and dualpipev split a backward into its input part (I) and its weight part (W): autograd runs once for the inputs
+and once for the weights, and skips what a pass does not need.  A Function written in Python does not take part in that by
+itself: its ctx.needs_input_grad says in either pass what required a gradient in forward, so it computes the gradients of
+both inputs and weights twice, and one of each is thrown away.  Asking the engine instead halves the work.
+"""
+
+from typing import Any
+
+import torch
+
+
+def gradients_needed(ctx: Any) -> tuple[bool, ...]:
+    """For every argument of the Function, whether the pass now running wants its gradient.
+
+    Call inside backward, with its ctx. In an ordinary backward it equals ctx.needs_input_grad.
+    """
+    nodes = iter(node for node, _ in ctx.next_functions if node is not None)
+    return tuple(required and _runs(next(nodes)) for required in ctx.needs_input_grad)
+
+
+def _runs(node: torch.autograd.graph.Node) -> bool:
+    """Whether the running pass will execute this node, or hand out the gradient that arrives at it."""
+    try:
+        return torch._C._will_engine_execute_node(node)
+    except RuntimeError as error:
+        # The engine refuses to answer for a leaf whose gradient autograd.grad() was asked for: it is wanted.
+        if "leaf node" not in str(error):
+            raise
+        return True
