@@ -164,7 +164,7 @@ def test_a_damaged_cache_entry_is_named_and_made_again(folder, cache, tmp_path, 
         path.write_bytes({"flip": flipped, "cut": raw[:-3], "empty": b""}[harm])
     second = prepare(config_of(folder, cache))
     if not (name == "meta.json" and harm == "flip"):  # a flipped space or a name outside the checks does no harm
-        assert any("damaged" in note and str(entry) in note for note in second.notes)
+        assert [str(entry) in note for note in second.notes if "damaged" in note] == [True]
     assert (second.train.batch(0, 8).tokens_BS == expected).all()
     assert prepare(config_of(folder, cache)).notes == first.notes
 
@@ -276,12 +276,16 @@ def test_a_token_folder_is_data_by_itself(folder, cache, tmp_path):
     with pytest.raises(UserError, match="holds token 60000"):
         prepare(config_of(moved, cache))
     (moved / "tokens.bin").write_bytes(raw)
+    plain = prepare(config_of(moved, cache))  # checksums are for those who want them
+    assert (plain.train.batch(0, 8).tokens_BS == first.train.batch(0, 8).tokens_BS).all()
     (moved / "meta.json").write_text(json.dumps(meta | {"tokenizer": "other"}))
     with pytest.raises(UserError, match="another tokenizer"):
         prepare(config_of(moved, cache))
     (moved / "tokenizer.json").unlink()
     with pytest.raises(UserError, match=r"no tokenizer.json"):
         prepare(config_of(moved, cache))
+    with pytest.raises(UserError, match="no such folder"):
+        prepare(config_of(tmp_path / "absent", cache, "data.format=memmap", "data.path=set_below"))
 
 
 def test_a_large_token_folder_is_read_through_once(folder, cache, monkeypatch):

@@ -66,7 +66,8 @@ class _Builder:
 
     def build(self) -> Corpus:
         named = sources_of(self.config)
-        memmaps = {key: Path(part.path) for part, key in named if format_of(part, key) == DataFormat.memmap}
+        memmaps = {key: part.path for part, key in named if format_of(part, key) == DataFormat.memmap}
+        memmaps = {key: _folder(path, key) for key, path in memmaps.items()}
         sources = {key: open_source(part, key) for part, key in named if key not in memmaps}
         digests = {key: source.digest(self.cache / "manifests", self.progress) for key, source in sources.items()}
         tokenizer, name = self._tokenizer(memmaps, sources, digests)
@@ -78,12 +79,17 @@ class _Builder:
                 store = self._open_memmap(memmaps[key], key, tokenizer)
             else:
                 store = self._tokens(sources[key], digests[key], tokenizer)
-                self.notes += sources[key].notes()
+                for note in sources[key].notes():
+                    self._note(note)
             train, validation = split(store, tokenizer, self.data.validation_fraction)
             parts.append(Part(part.weight, train, validation))
-            contents.append([store.meta["crc32"], part.weight])
+            contents.append([store.meta, part.weight])
         fingerprint = _hash(contents, tokenizer.fingerprint, self.data.fim_rate, self.data.validation_fraction)
         return Corpus(parts, tokenizer, fingerprint, self.notes)
+
+    def _note(self, note: str) -> None:
+        if note not in self.notes:
+            self.notes.append(note)
 
     def _tokenizer(
         self, memmaps: dict[str, Path], sources: dict[str, Source], digests: dict[str, str]
@@ -99,7 +105,7 @@ class _Builder:
             return load_tokenizer(str(path)), str(path)
         tokenizer = Tokenizer(self._trained(sources, digests))
         if tokenizer.vocab_size < self.config.model.vocab_size:
-            self.notes.append(
+            self._note(
                 f"the data has pairs for {tokenizer.vocab_size} token ids only, "
                 f"the other rows of model.vocab_size = {self.config.model.vocab_size} stay unused"
             )
@@ -127,7 +133,7 @@ class _Builder:
             except (ValueError, KeyError, AttributeError):
                 whole = False
             if not whole:
-                self.notes.append(f"the cached tokenizer {path} was damaged and is trained again")
+                self._note(f"the cached tokenizer {path} was damaged and is trained again")
                 return None
             return entry["json"]
 
@@ -152,7 +158,7 @@ class _Builder:
             try:
                 return open_store(path, self.cache / "marks")
             except Damaged as damage:
-                self.notes.append(f"the cached tokens {path} were damaged ({damage}) and are made again")
+                self._note(f"the cached tokens {path} were damaged ({damage}) and are made again")
                 return None
 
         def make() -> TokenStore:
@@ -186,7 +192,7 @@ class _Builder:
     def _open_memmap(self, path: Path, key: str, tokenizer: Tokenizer) -> TokenStore:
         """Tokens that were made elsewhere, or a folder of the cache."""
         try:
-            store = open_store(path.expanduser(), self.cache / "marks")
+            store = open_store(path, self.cache / "marks")
         except Damaged as damage:
             raise UserError(key, path, f"is damaged: {damage}", "make or copy it again") from damage
         if store.largest_id >= tokenizer.vocab_size:
@@ -201,6 +207,13 @@ class _Builder:
                 key, path, "was made with another tokenizer", "set data.tokenizer to the file that made these tokens"
             )
         return store
+
+
+def _folder(path: str, key: str) -> Path:
+    folder = Path(path).expanduser()
+    if not folder.is_dir():
+        raise UserError(key, path, "no such folder", "give the folder that holds tokens.bin and meta.json")
+    return folder
 
 
 def _hash(*parts: object) -> str:

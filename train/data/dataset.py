@@ -60,7 +60,7 @@ class ValidationData:
     def __init__(self, corpus: Corpus, config: Config):
         self.seq_len, self.mask = config.seq_len, config.data.mask_documents
         self.notes: list[str] = []
-        self._bytes_V = corpus.tokenizer.bytes_V
+        self._tokenizer = corpus.tokenizer
         wanted = Schedule([part.weight for part in corpus.parts]).counts(config.log.validation_sequences)
         self._places: list[tuple[Stream, int]] = []
         for part, count in zip(corpus.parts, wanted, strict=True):
@@ -87,7 +87,7 @@ class ValidationData:
 
     def text_bytes(self, batch: Batch) -> int:
         """Bytes of text that the targets of this batch decode to."""
-        return int(self._bytes_V[batch.tokens_BS[:, 1:].numpy()].sum())
+        return int(self._tokenizer.bytes_V[batch.tokens_BS[:, 1:].numpy()].sum())
 
 
 def _empty(count: int, seq_len: int, mask: bool) -> tuple[np.ndarray, np.ndarray | None]:

@@ -9,7 +9,6 @@ D = documents of a task, N = their tokens.
 
 import os
 import pickle
-import signal
 import subprocess
 import sys
 from collections import deque
@@ -111,7 +110,11 @@ class _Child:
     def __init__(self, tokenizer_json: str):
         root = Path(__file__).resolve().parents[2]
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "train.data.tokenise"], stdin=subprocess.PIPE, stdout=subprocess.PIPE, cwd=root
+            [sys.executable, "-m", "train.data.tokenise"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            cwd=root,
+            process_group=0,  # Ctrl-C is for the parent alone, which ends its children
         )
         _send(self._process.stdin, tokenizer_json)
 
@@ -141,16 +144,13 @@ def _send(stream: BinaryIO, message: object) -> None:
 
 def _serve(requests: BinaryIO, answers: BinaryIO) -> None:
     """The child's life: a tokenizer.json, then lists of texts until the parent is gone."""
-    tokenizer = Tokenizer(pickle.load(requests))
-    while True:
-        try:
+    with suppress(EOFError, BrokenPipeError, pickle.UnpicklingError):  # the parent is gone, maybe in mid-sentence
+        tokenizer = Tokenizer(pickle.load(requests))
+        while True:
             texts = pickle.load(requests)
-        except EOFError:
-            return
-        _send(answers, [np.array(ids, dtype=np.uint32) for ids in tokenizer.encode_batch(texts)])
+            _send(answers, [np.array(ids, dtype=np.uint32) for ids in tokenizer.encode_batch(texts)])
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the parent, which ends its children
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # one child per core is parallel enough
     _serve(sys.stdin.buffer, sys.stdout.buffer)
