@@ -58,13 +58,19 @@ def _causal_bias(length: int, device: torch.device) -> Tensor:
 
 
 def _probabilities(q_XCQ: Tensor, k_XSQ: Tensor, bias: Tensor, scale: float) -> Tensor:
-    """fp32 (X, C, S) of queries that are the last C of the S positions."""
+    """(X, C, S) of fp32 queries that are the last C of the S positions."""
     queries, keys = q_XCQ.size(1), k_XSQ.size(1)
     first = bias.size(1) - BLOCK + queries - keys
-    scores_XCS = torch.baddbmm(
-        bias[:queries, first : first + keys], q_XCQ.float(), k_XSQ.float().transpose(1, 2), alpha=scale
-    )
-    return scores_XCS.softmax(-1)
+    bias_CS = bias[:queries, first : first + keys]
+    return torch.baddbmm(bias_CS, q_XCQ, k_XSQ.transpose(1, 2), alpha=scale).softmax(-1)
+
+
+def _add_product(sum_32: Tensor, a: Tensor, b: Tensor) -> None:
+    """sum += a b, inside the product where the formats agree."""
+    if a.dtype == sum_32.dtype:
+        sum_32.baddbmm_(a, b)
+    else:
+        sum_32 += torch.bmm(a, b)
 
 
 class _BlockAttention(torch.autograd.Function):
@@ -73,10 +79,11 @@ class _BlockAttention(torch.autograd.Function):
         ctx.save_for_backward(q_BHTQ, k_BHTQ, v_BHTV)
         ctx.scale, ctx.spans = scale, spans
         q, k, v = (t.flatten(0, 1) for t in (q_BHTQ, k_BHTQ, v_BHTV))
+        q32, k32 = q.float(), k.float()
         out = torch.empty_like(v)
         bias = _causal_bias(q.size(1), q.device)
         for rows, queries, keys in _blocks(spans, *q_BHTQ.shape[:3]):
-            p_XCS = _probabilities(q[rows, queries], k[rows, keys], bias, scale)
+            p_XCS = _probabilities(q32[rows, queries], k32[rows, keys], bias, scale)
             out[rows, queries] = torch.bmm(p_XCS.to(v.dtype), v[rows, keys])
         return out.view(v_BHTV.shape)
 
@@ -84,7 +91,7 @@ class _BlockAttention(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, dout_BHTV):
         q, k, v = (t.flatten(0, 1) for t in ctx.saved_tensors)
-        dout = dout_BHTV.flatten(0, 1)
+        q32, k32, dout = q.float(), k.float(), dout_BHTV.flatten(0, 1)
         dq, dk, dv = (
             torch.empty_like(q),
             torch.zeros_like(k, dtype=torch.float32),
@@ -92,12 +99,12 @@ class _BlockAttention(torch.autograd.Function):
         )
         bias = _causal_bias(q.size(1), q.device)
         for rows, queries, keys in _blocks(ctx.spans, *dout_BHTV.shape[:3]):
-            p_XCS = _probabilities(q[rows, queries], k[rows, keys], bias, ctx.scale).to(v.dtype)
-            dv[rows, keys] += torch.bmm(p_XCS.transpose(1, 2), dout[rows, queries])
+            p_XCS = _probabilities(q32[rows, queries], k32[rows, keys], bias, ctx.scale).to(v.dtype)
+            _add_product(dv[rows, keys], p_XCS.transpose(1, 2), dout[rows, queries])
             dp_XCS = torch.bmm(dout[rows, queries], v[rows, keys].transpose(1, 2))
             dscores_XCS = torch.ops.aten._softmax_backward_data(dp_XCS, p_XCS, -1, p_XCS.dtype).mul_(ctx.scale)
             dq[rows, queries] = torch.bmm(dscores_XCS, k[rows, keys])
-            dk[rows, keys] += torch.bmm(dscores_XCS.transpose(1, 2), q[rows, queries])
+            _add_product(dk[rows, keys], dscores_XCS.transpose(1, 2), q[rows, queries])
         shapes = (t.shape for t in ctx.saved_tensors)
         grads = (g.to(q.dtype).view(shape) for g, shape in zip((dq, dk, dv), shapes, strict=True))
         return *grads, None, None

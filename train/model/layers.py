@@ -3,6 +3,8 @@
 Shapes: N rows (any leading axes flattened), D width, F inner width, E experts, R rows routed to experts, V vocabulary.
 """
 
+import itertools
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, nullcontext
 from typing import Protocol
 
@@ -135,18 +137,39 @@ class _RMSNorm(torch.autograd.Function):
         return dx_ND.to(x.dtype).view(x.shape), dweight_D, None
 
 
-def swiglu(h: Tensor, gates_N: Tensor | None = None) -> Tensor:
-    """silu(gate) * up of h = [gate | up] (N, 2F), times the row's gate value where given; arithmetic in fp32."""
-    return _SwiGLU.apply(h, gates_N)
+def swiglu(h_N2F: Tensor, gates_N: Tensor | None = None) -> Tensor:
+    """silu(gate) * up of h = [gate | up], times the row's gate value where given: (N, F); arithmetic in fp32."""
+    return _SwiGLU.apply(h_N2F, gates_N)
+
+
+def _pieces(h_N2F: Tensor, *rows: Tensor | None) -> Iterator[tuple]:
+    """Row ranges of all tensors whose fp32 copies stay in a CPU's cache; everything at once on a GPU."""
+    size = h_N2F.size(0) if h_N2F.is_cuda else 2**18 // h_N2F.size(1)
+    splits = [t.split(max(1, size)) if t is not None else itertools.repeat(None) for t in (h_N2F, *rows)]
+    return zip(*splits, strict=False)
 
 
 def swiglu_forward(h_N2F: Tensor, gates_N: Tensor | None) -> Tensor:
     """`swiglu` without gradient."""
+    out_NF = h_N2F.new_empty(h_N2F.size(0), h_N2F.size(1) // 2)
+    for h, gates, out in _pieces(h_N2F, gates_N, out_NF):
+        gate, up = h.float().chunk(2, -1)
+        product = F.silu(gate).mul_(up)
+        out.copy_(product if gates is None else product.mul_(gates.unsqueeze(-1)))
+    return out_NF
+
+
+def _swiglu_backward(grad_NF: Tensor, h_N2F: Tensor, gates_N: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """Gradients of h and of the gate values, for one piece, fp32."""
     gate_NF, up_NF = h_N2F.float().chunk(2, -1)
-    out_NF = F.silu(gate_NF).mul_(up_NF)
+    dup_NF = F.silu(gate_NF).mul_(grad_NF)
+    dsilu_NF = grad_NF * up_NF
+    dgates_N = None
     if gates_N is not None:
-        out_NF.mul_(gates_N.unsqueeze(-1))
-    return out_NF.to(h_N2F.dtype)
+        dgates_N = (dup_NF * up_NF).sum(-1)
+        dup_NF.mul_(gates_N.unsqueeze(-1))
+        dsilu_NF.mul_(gates_N.unsqueeze(-1))
+    return torch.cat([torch.ops.aten.silu_backward(dsilu_NF, gate_NF), dup_NF], -1), dgates_N
 
 
 class _SwiGLU(torch.autograd.Function):
@@ -161,16 +184,14 @@ class _SwiGLU(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad_NF: Tensor):
         h_N2F, gates_N = ctx.saved_tensors
-        gate_NF, up_NF = h_N2F.float().chunk(2, -1)
-        dup_NF = F.silu(gate_NF).mul_(grad_NF)
-        dsilu_NF = grad_NF * up_NF
-        dgates_N = None
-        if gates_N is not None:
-            dgates_N = (dup_NF * up_NF).sum(-1)
-            dup_NF.mul_(gates_N.unsqueeze(-1))
-            dsilu_NF.mul_(gates_N.unsqueeze(-1))
-        dh_N2F = torch.cat([torch.ops.aten.silu_backward(dsilu_NF, gate_NF), dup_NF], -1)
-        return dh_N2F.to(h_N2F.dtype), dgates_N
+        dh_N2F = torch.empty_like(h_N2F)
+        dgates_N = None if gates_N is None else torch.empty_like(gates_N)
+        for h, grad, gates, dh, dgates in _pieces(h_N2F, grad_NF, gates_N, dh_N2F, dgates_N):
+            dh_piece, dgates_piece = _swiglu_backward(grad, h, gates)
+            dh.copy_(dh_piece)
+            if dgates is not None:
+                dgates.copy_(dgates_piece)
+        return dh_N2F, dgates_N
 
 
 class FFN(nn.Module):

@@ -18,50 +18,33 @@ def cross_entropy(hidden_ND: Tensor, head_VD: Tensor, targets_N: Tensor, divisor
     return _CrossEntropy.apply(hidden_ND, head_VD, targets_N, divisor, chunk)
 
 
-def _chunk_loss(logits_CV: Tensor, targets_C1: Tensor) -> tuple[Tensor, Tensor]:
-    """Loss summed over the chunk, and log of the softmax's denominator (C, 1)."""
-    log_sum_C1 = logits_CV.logsumexp(-1, keepdim=True)
-    return (log_sum_C1 - logits_CV.gather(-1, targets_C1)).sum(), log_sum_C1
-
-
 class _CrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden_ND, head_VD, targets_N, divisor: int, chunk: int):
-        loss = torch.zeros((), dtype=torch.float32, device=hidden_ND.device)
         head = head_VD.to(hidden_ND.dtype)
         want_hidden, want_head = ctx.needs_input_grad[:2]
-        dhidden_ND = torch.empty_like(hidden_ND) if want_hidden else None
-        dhead_VD = None
-        for hidden_CD, targets_C, out_CD in zip(
-            hidden_ND.split(chunk),
-            targets_N.split(chunk),
-            dhidden_ND.split(chunk) if want_hidden else [None] * len(hidden_ND.split(chunk)),
-            strict=True,
-        ):
-            logits_CV = F.linear(hidden_CD, head).float()
-            part, log_sum_C1 = _chunk_loss(logits_CV, targets_C.unsqueeze(-1))
-            loss += part
+        loss = torch.zeros((), dtype=torch.float32, device=hidden_ND.device)
+        dhidden, dhead_VD = [], None
+        for hidden_CD, targets_C in zip(hidden_ND.split(chunk), targets_N.split(chunk), strict=True):
+            targets_C1 = targets_C.unsqueeze(-1)
+            log_p_CV = torch.log_softmax(F.linear(hidden_CD, head), -1, dtype=torch.float32)
+            loss -= log_p_CV.gather(-1, targets_C1).sum()
             if not (want_hidden or want_head):
                 continue
-            dlogits_CV = logits_CV.sub_(log_sum_C1).exp_()
-            dlogits_CV.scatter_add_(-1, targets_C.unsqueeze(-1), dlogits_CV.new_full((len(targets_C), 1), -1.0))
+            dlogits_CV = log_p_CV.exp_()
+            dlogits_CV.scatter_add_(-1, targets_C1, dlogits_CV.new_full(targets_C1.shape, -1.0))
             dlogits_CV = dlogits_CV.mul_(1 / divisor).to(head.dtype)
             if want_hidden:
-                torch.mm(dlogits_CV, head, out=out_CD)
+                dhidden.append(dlogits_CV @ head)
             if want_head:
                 part_VD = (dlogits_CV.t() @ hidden_CD).float()
                 dhead_VD = part_VD if dhead_VD is None else dhead_VD.add_(part_VD)
-        ctx.save_for_backward(dhidden_ND, dhead_VD)
+        ctx.save_for_backward(torch.cat(dhidden) if want_hidden else None, dhead_VD)
         return loss / divisor
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad: Tensor):
         dhidden_ND, dhead_VD = ctx.saved_tensors
-        return (
-            None if dhidden_ND is None else dhidden_ND * grad.to(dhidden_ND.dtype),
-            None if dhead_VD is None else dhead_VD * grad,
-            None,
-            None,
-            None,
-        )
+        dhidden_ND = None if dhidden_ND is None else dhidden_ND * grad.to(dhidden_ND.dtype)
+        return dhidden_ND, None if dhead_VD is None else dhead_VD * grad, None, None, None

@@ -62,16 +62,12 @@ class LocalDispatcher:
         ends_E = torch.searchsorted(sorted_R, torch.arange(1, self._experts + 1, device=sorted_R.device))
         counts_E = ends_E.diff(prepend=ends_E.new_zeros(1))
         inverse_TK = inverse_R.view(expert_ids_TK.shape)
-        rows_RD, gates_R = _Permute.apply(x_TD, gates_TK, order_R, inverse_TK)
-        return Routed(rows_RD, gates_R, counts_E, (order_R, inverse_TK))
+        tokens_R = order_R // expert_ids_TK.size(1)
+        rows_RD, gates_R = _Permute.apply(x_TD, gates_TK, order_R, tokens_R, inverse_TK)
+        return Routed(rows_RD, gates_R, counts_E, (tokens_R, inverse_TK))
 
     def combine(self, out_RD: Tensor, routed: Routed) -> Tensor:
         return _Unpermute.apply(out_RD, *routed.state)
-
-
-def _spread(x_TD: Tensor, order_R: Tensor, top_k: int) -> Tensor:
-    """The row of its token for every sorted place."""
-    return x_TD.index_select(0, order_R // top_k)
 
 
 def _gather_sum(rows_RD: Tensor, inverse_TK: Tensor) -> Tensor:
@@ -83,31 +79,31 @@ class _Permute(torch.autograd.Function):
     """Tokens to sorted rows. Both ways gather: no scattered addition, so the sum has one order."""
 
     @staticmethod
-    def forward(ctx, x_TD, gates_TK, order_R, inverse_TK):
+    def forward(ctx, x_TD, gates_TK, order_R, tokens_R, inverse_TK):
         ctx.save_for_backward(inverse_TK)
-        return _spread(x_TD, order_R, inverse_TK.size(1)), gates_TK.flatten().index_select(0, order_R)
+        return x_TD.index_select(0, tokens_R), gates_TK.flatten().index_select(0, order_R)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, drows_RD, dgates_R):
         (inverse_TK,) = ctx.saved_tensors
-        return _gather_sum(drows_RD, inverse_TK), dgates_R[inverse_TK], None, None
+        dgates_TK = dgates_R.index_select(0, inverse_TK.flatten()).view(inverse_TK.shape)
+        return _gather_sum(drows_RD, inverse_TK), dgates_TK, None, None, None
 
 
 class _Unpermute(torch.autograd.Function):
     """Sorted rows back to tokens, summed."""
 
     @staticmethod
-    def forward(ctx, out_RD, order_R, inverse_TK):
-        ctx.save_for_backward(order_R)
-        ctx.top_k = inverse_TK.size(1)
+    def forward(ctx, out_RD, tokens_R, inverse_TK):
+        ctx.save_for_backward(tokens_R)
         return _gather_sum(out_RD, inverse_TK)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dy_TD):
-        (order_R,) = ctx.saved_tensors
-        return _spread(dy_TD, order_R, ctx.top_k), None, None
+        (tokens_R,) = ctx.saved_tensors
+        return dy_TD.index_select(0, tokens_R), None, None
 
 
 class Experts(nn.Module):
