@@ -111,9 +111,9 @@ def deepspeed_autoep(dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
 
 def contenders(dtype: torch.dtype) -> dict[str, Callable[[Tensor], Tensor]]:
     return {
-        "flat bf16, loop": Ours("all_to_all", "bf16", "loop", dtype),
-        "flat bf16, grouped": Ours("all_to_all", "bf16", "grouped", dtype),
-        "flat fp8, loop": Ours("all_to_all", "fp8", "loop", dtype),
+        "flat bf16, loop": Ours("flat", "bf16", "loop", dtype),
+        "flat bf16, grouped": Ours("flat", "bf16", "grouped", dtype),
+        "flat fp8, loop": Ours("flat", "fp8", "loop", dtype),
         "node-limited bf16, loop": Ours("node_limited", "bf16", "loop", dtype),
         "node-limited fp8, loop": Ours("node_limited", "fp8", "loop", dtype),
         "deepspeed MoE": deepspeed_moe(dtype),

@@ -31,7 +31,7 @@ from parallel.expert.build import build_dispatcher
 
 RANKS_PER_NODE, TOKENS, HIDDEN, TOP_K, EXPERTS_PER_RANK = 2, 512, 1024, 4, 8
 WAYS = {
-    "flat bf16": ("all_to_all", "bf16"),
+    "flat bf16": ("flat", "bf16"),
     "node-limited bf16": ("node_limited", "bf16"),
     "node-limited fp8": ("node_limited", "fp8"),
 }
@@ -102,9 +102,14 @@ def run_nodes(nodes: int, mode: str, rounds: int, limits: tuple[int, int] | None
                 worker += [str(rank), str(world), str(rounds)]
                 name = network.nodes[rank // RANKS_PER_NODE]
                 processes.append(subprocess.Popen(["ip", "netns", "exec", name, *worker], env=environment))
-            for process in processes:
-                if process.wait(timeout=600):
-                    raise RuntimeError(f"a rank ended with exit code {process.returncode}")
+            # Not one after the other: the ranks beside a dead one wait for it.
+            while running := [process for process in processes if process.poll() is None]:
+                if any(process.returncode for process in processes):
+                    break
+                time.sleep(0.05)
+            codes = [process.returncode for process in processes]
+            if running or any(codes):
+                raise RuntimeError(f"ranks ended with exit codes {codes}")
         finally:
             for process in processes:
                 process.kill()
@@ -226,7 +231,7 @@ def report(nodes: int, rounds: int, across: int, inside: int) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--nodes", type=int, nargs="+", default=[2, 4], help="even numbers of nodes")
-    parser.add_argument("--rounds", type=int, default=5, help="steps of each way")
+    parser.add_argument("--rounds", type=int, default=5, help="steps of each way, 1 or more")
     parser.add_argument("--across", type=int, default=200, help="Mbit/s between nodes in the timed part")
     parser.add_argument("--inside", type=int, default=2000, help="Mbit/s inside a node in the timed part")
     parser.add_argument("--worker", nargs=5, help=argparse.SUPPRESS)

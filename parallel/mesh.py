@@ -77,6 +77,10 @@ class Layout:
             )
         return inside
 
+    def ends_groups(self) -> list[list[int]]:
+        """First and last rank of every pipeline, which both hold the embedding when the model has MTP modules."""
+        return [[group[0], group[-1]] if self.pp > 1 else group for group in self.pp_groups()]
+
     def intra_groups(self) -> list[list[int]]:
         """Ranks of one expert group on one node."""
         size = self.ep_ranks_per_node
@@ -100,6 +104,8 @@ class Mesh:
     edp_group: ProcessGroup
     intra_group: ProcessGroup
     """Ranks of my expert group on my node."""
+    ends_group: ProcessGroup | None
+    """First and last rank of my pipeline; None on the ranks between them."""
     inter_group: ProcessGroup
     """Ranks of my expert group with my index on their nodes."""
 
@@ -143,6 +149,7 @@ def build_mesh(layout: Layout) -> Mesh:
         dp_group=mine(layout.dp_groups()),
         ep_group=mine(layout.ep_groups()),
         edp_group=mine(layout.edp_groups()),
+        ends_group=mine(layout.ends_groups()),
         intra_group=mine(layout.intra_groups()),
         inter_group=mine(layout.inter_groups()),
     )

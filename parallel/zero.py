@@ -54,9 +54,16 @@ class Zero:
         is_expert: Callable[[str], bool],
         decays: Callable[[str, nn.Parameter], bool],
         weight_decay: float,
+        tied: nn.Parameter | None = None,
     ):
+        """is_expert, decays: what a parameter's global name says about it. tied: a parameter that the first and the
+        last rank of the pipeline both hold; its gradients are summed over the two.
+        """
         self.mesh, self.stage = mesh, stage
         self.names = _unique_names(chunks)
+        self.tied = tied
+        # Of two copies, the last rank's is left out of the norm and of checkpoints.
+        self.copy = tied if tied is not None and mesh.pp_rank > 0 else None
         self._valid = True
         self._bad: list[str] = []
         dtype = next(iter(self.names)).dtype
@@ -92,6 +99,8 @@ class Zero:
                 # A missing gradient on one rank alone would shift the buckets of the others.
                 if param.grad is None and getattr(param, "grad_accum", None) is None:
                     param.grad = torch.zeros_like(param, dtype=torch.float32)
+            if self.tied is not None:
+                dist.all_reduce(self.tied.grad, group=self.mesh.ends_group)
             if getattr(self.optimizer, "use_grad_accum_attribute", False):
                 self.optimizer.fill_grad_accum_attribute()
 
@@ -110,6 +119,8 @@ class Zero:
         for group, gradients in self.optimizer.averaged_gradients.items():
             real = [grad for grad in gradients if not getattr(grad, "_zero_padding", False)]
             for grad, param in zip(real, self.optimizer.params_in_partition[group], strict=False):
+                if param is self.copy:
+                    continue
                 square = torch.linalg.vector_norm(grad.detach(), dtype=torch.float64) ** 2
                 if not torch.isfinite(square):
                     self._bad.append(self.names[param])
@@ -120,11 +131,16 @@ class Zero:
         self._norm = total.sqrt().float()
         return self._norm
 
-    def shards(self) -> dict[str, Shard]:
-        """Live fp32 master weights and moments of this rank's partition, by logical name."""
+    def shards(self, copies: bool = False) -> dict[str, Shard]:
+        """Live fp32 master weights and moments of this rank's partition, by logical name.
+
+        copies: with those of a tied parameter that another rank holds too; for loading.
+        """
         found: dict[str, Shard] = {}
         for param, name in self.names.items():
             mapping = getattr(param, "_hp_mapping", None)
+            if param is self.copy and not copies:
+                continue
             if mapping is None:  # nothing of this parameter lies in this rank's partition
                 continue
             offset, shape = mapping.lp_fragment_address.start, tuple(param.shape)

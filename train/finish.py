@@ -1,6 +1,7 @@
 """The end of a run as its user sees it: a sample of text, the report, and one screen with the results and paths."""
 
 import json
+import shlex
 import sys
 from pathlib import Path
 
@@ -25,7 +26,11 @@ def finish(
     report = write_report(paths.path)
     if code == EXIT_STOPPED:
         step = read_manifest(checkpoint).step if checkpoint else 0
-        command = f"python -m train {' '.join(sys.argv[1:])}" if "-m" not in sys.argv[:1] else "the same command"
+        command = (
+            shlex.join(["python", "-m", "train", *sys.argv[1:]])
+            if sys.argv[0].endswith("__main__.py")
+            else "the same command"
+        )
         stopped_screen(config.name, step, config.steps, "a signal asked for it", checkpoint=checkpoint, command=command)
     elif code == EXIT_OK:
         last = last_validation(paths.metrics)

@@ -3,8 +3,10 @@
 from dataclasses import dataclass
 
 import torch
+from torch import nn
 
 from conf.schema import Config
+from parallel.expert.build import Dispatcher, build_dispatcher
 from parallel.mesh import Mesh
 from parallel.pipeline.schedule import Pipeline, build_schedule
 from parallel.pipeline.split import split_layers, stage_placement
@@ -51,6 +53,7 @@ def parallelize(config: Config, mesh: Mesh, device: torch.device) -> Parallelize
         is_expert=lambda name: ".experts." in name,
         decays=decays,
         weight_decay=optim.weight_decay,
+        tied=tied_embedding(config, mesh, chunks),
     )
     return Parallelized(chunks, pipeline, zero)
 
@@ -70,6 +73,7 @@ def build_chunks(config: Config, mesh: Mesh, device: torch.device) -> tuple[list
     layers = split(config, num_stages)
     share = config.model.experts // mesh.layout.ep
     dtype = DTYPES[config.precision.name]
+    dispatcher = None if mesh.layout.ep == 1 else make_dispatcher(config, mesh)
     chunks: list[DeepSeekV3] = []
     embedding = None  # where first and last stage share a rank, they share the table
     for stage in stage_ids:
@@ -80,6 +84,7 @@ def build_chunks(config: Config, mesh: Mesh, device: torch.device) -> tuple[list
             layers=layers[stage],
             has_embedding=stage == 0,
             has_head=stage == num_stages - 1,
+            dispatcher=dispatcher,
             local_experts=range(mesh.ep_rank * share, (mesh.ep_rank + 1) * share),
             embedding=embedding,
             dtype=dtype,
@@ -89,3 +94,26 @@ def build_chunks(config: Config, mesh: Mesh, device: torch.device) -> tuple[list
         embedding = getattr(chunk, "embedding", embedding)
         chunks.append(chunk)
     return chunks, stage_ids, num_stages
+
+
+def make_dispatcher(config: Config, mesh: Mesh) -> Dispatcher:
+    """The one object that brings tokens of all layers to experts on other ranks."""
+    return build_dispatcher(
+        config.parallel.dispatch,
+        experts=config.model.experts,
+        wire=config.parallel.wire,
+        ep_group=mesh.ep_group,
+        inter_group=mesh.inter_group,
+        intra_group=mesh.intra_group,
+        ranks_per_node=mesh.layout.ep_ranks_per_node,
+        groups=config.model.groups,
+        width=config.model.hidden,
+    )
+
+
+def tied_embedding(config: Config, mesh: Mesh, chunks: list[DeepSeekV3]) -> nn.Parameter | None:
+    """The embedding, where the first and the last stage hold it on different ranks and the last needs it for MTP."""
+    placement = stage_placement(config.parallel.schedule, mesh.layout.pp)
+    same_rank = sum(len(ids) for ids in placement) - 1 in placement[0]
+    holders = [chunk.embedding.weight for chunk in chunks if hasattr(chunk, "embedding")]
+    return holders[0] if config.model.mtp_depth and not same_rank and holders else None

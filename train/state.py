@@ -33,7 +33,8 @@ class State:
         self.skipped = 0
         self.load_LE = torch.zeros(layers, config.model.experts, dtype=torch.float64)
         self.idle_LE = torch.zeros(layers, config.model.experts, dtype=torch.int64)
-        masters = {name: shard.local for name, shard in zero.shards().items() if name.startswith("master.")}
+        shards = zero.shards(copies=True)
+        masters = {name: shard.local for name, shard in shards.items() if name.startswith("master.")}
         self.ema = Ema(masters, config.optim.ema_decay) if config.optim.ema_decay else None
 
     @property
@@ -61,7 +62,7 @@ class State:
 
     def wanted(self, with_ema: bool) -> dict[str, Shard]:
         """What this rank reads from a checkpoint, which may have been written without averages."""
-        shards = self.zero.shards()
+        shards = self.zero.shards(copies=True)
         averages = self._averages(shards) if self.ema is not None and with_ema else {}
         return shards | averages | self._biases() | self._loads()
 
@@ -86,6 +87,7 @@ class State:
         return {
             "ema." + name.removeprefix("master."): Shard(average.view(-1), shards[name].offset, shards[name].shape)
             for name, average in self.ema.average.items()
+            if name in shards
         }
 
     def _biases(self) -> dict[str, Shard]:

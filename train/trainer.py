@@ -45,6 +45,8 @@ class Flops:
     causal: float
     full: float
     peak: float
+    label: str
+    """Where the peak comes from, for a person."""
 
 
 class Trainer:
@@ -71,7 +73,7 @@ class Trainer:
         self.schedules = Schedules(config)
         self._bad_in_a_row = 0
         self._stall = 0.0
-        """Seconds that the step waited for a checkpoint."""
+        """Seconds that the training waited for a checkpoint since the last record."""
 
     def run(self) -> int:
         """Train from the state's step to the last; returns the exit code. Raises Diverged."""
@@ -125,10 +127,10 @@ class Trainer:
         every = self.config.log.validate_every
         if plan.step == self.config.steps or (every and plan.step % every == 0):
             record |= self.validate()
+        self._log(record)
         every = self.config.checkpoint.every
         if every and plan.step % every == 0 and plan.step < self.config.steps:
-            self._save()
-        self._log(record)
+            self._save()  # after its record is written: a run that resumes here goes on with the next
         return measured.stop
 
     def _set_weights(self, plan: StepPlan, micro_batches: int) -> None:

@@ -7,6 +7,7 @@ import signal
 import sys
 import time
 import traceback
+import warnings
 from datetime import timedelta
 from pathlib import Path
 
@@ -42,6 +43,8 @@ from train.trainer import Diverged, Flops, Trainer  # noqa: E402
 def run_rank(config: Config, place: Place) -> int:
     """Train as one rank; returns the exit code. In a world of several, errors are left for the driver to read."""
     stop = StopRequest()
+    # DeepSpeed still calls collectives by their old names.
+    warnings.filterwarnings("ignore", "`torch.distributed.*is deprecated", FutureWarning)
     faulthandler.register(signal.SIGUSR1, all_threads=True)  # kill -USR1 PID shows where a rank hangs
     try:
         return _run(config, place, stop)
@@ -77,10 +80,11 @@ def _run(config: Config, place: Place, stop: StopRequest) -> int:
         timeout=config.cluster.timeout,
     )
     notes = restore(config, data.tokenizer, state, checkpointer)
+    flops = count_flops(config, device, place)
     started = time.monotonic()
     writer = open_writer(config, paths.path, resumed_step=state.step) if place.rank == 0 else None
     with writer or contextlib.nullcontext():
-        for note in data.notes + notes if writer else []:
+        for note in [*data.notes, *notes, f"MFU is counted against {flops.label}"] if writer else []:
             writer.note(note)
         code = Trainer(
             config,
@@ -92,7 +96,7 @@ def _run(config: Config, place: Place, stop: StopRequest) -> int:
             checkpointer,
             writer,
             stop,
-            count_flops(config, device, place),
+            flops,
             device,
         ).run()
     if writer is not None:
@@ -140,6 +144,7 @@ def count_flops(config: Config, device: torch.device, place: Place) -> Flops:
         causal=flops_per_token(config.model, config.seq_len),
         full=flops_per_token(config.model, config.seq_len, causal=False),
         peak=peak.flops * place.world,
+        label=f"{peak.flops / 1e12:.3g} TFLOP/s per rank: {peak.label}",
     )
 
 

@@ -48,12 +48,12 @@ def test_unknown_names_list_the_known_ones():
 
 
 def test_one_rank_needs_no_group():
-    assert isinstance(build_dispatcher("all_to_all", experts=8), AllToAllDispatcher)
+    assert isinstance(build_dispatcher("flat", experts=8), AllToAllDispatcher)
 
 
 def test_deep_ep_without_the_package_says_so(monkeypatch):
     monkeypatch.setitem(sys.modules, "deep_ep", None)
     with pytest.raises(UserError, match=r"needs the package deep_ep(.|\n)*cure: build it"):
-        build_dispatcher("deep_ep", experts=8, width=256)
+        build_dispatcher("deepep", experts=8, width=256)
     with pytest.raises(UserError, match="multiple of 128"):
-        build_dispatcher("deep_ep", experts=8, width=200)
+        build_dispatcher("deepep", experts=8, width=200)

@@ -160,7 +160,7 @@ def check_cases(rank: int, ranks_per_node: int, cases: list[Case]) -> None:
             assert torch.equal(value, again), "dispatch must be deterministic"
 
 
-NAMES = ("all_to_all", "node_limited")
+NAMES = ("flat", "node_limited")
 EDGES = [
     {},
     {"top_k": 1},
@@ -309,7 +309,7 @@ def wanted_bytes(case: Case, ids_TK: torch.Tensor, ranks: int, ranks_per_node: i
     node = rank // ranks_per_node
     high, fp8 = WIDTH * 4, -(-(WIDTH + 2) // 4) * 4
     out = fp8 if case.wire == "fp8" else high
-    if case.name == "all_to_all":
+    if case.name == "flat":
         pair_ranks = (ids_TK // local).flatten()
         across = int((pair_ranks // ranks_per_node != node).sum())
         inside = int((pair_ranks // ranks_per_node == node).sum() - (pair_ranks == rank).sum())
@@ -349,7 +349,7 @@ def check_bytes(rank: int) -> None:
         y_TD.sum().backward()
         taken = dispatcher.counters.take()
         assert taken.backward.across_bytes == wanted["backward out"][1] and taken.forward.across_bytes == 0
-        if name == "all_to_all":
+        if name == "flat":
             assert dispatched.inside_bytes == wanted["forward out"][0]
             assert taken.backward.inside_bytes == wanted["backward out"][0]
         # What all ranks send out on the wire as fp32 comes back: the same messages in the other direction.

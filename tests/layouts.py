@@ -1,0 +1,35 @@
+"""Whole runs on several ranks, from the fork server, without the command line: for parity of layouts."""
+
+import os
+import socket
+from pathlib import Path
+
+from cluster.launch import Place
+from conf.load import compose, write_config
+from tests.ranks import run_processes
+from tests.small import arguments
+
+
+def run_layout(tmp_path: Path, name: str, world: int, *more: str, timeout: float = 120.0) -> None:
+    """Train a small run on `world` ranks, each in its own process; raises the first error of any rank."""
+    overrides = arguments(tmp_path, f"name={name}", "log.progress=false", "log.sample_tokens=0", *more)
+    config = compose(*overrides)
+    folder = tmp_path / "runs" / name
+    (folder / "logs").mkdir(parents=True, exist_ok=True)
+    (folder / "checkpoints").mkdir(exist_ok=True)
+    write_config(config, str(folder / "config.yaml"))
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    run_processes(train_rank, str(folder / "config.yaml"), world, port, world_size=world, timeout=timeout)
+
+
+def train_rank(rank: int, config_path: str, world: int, port: int) -> None:
+    from conf.load import read_config
+    from train.worker import run_rank
+
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "GLOO_SOCKET_IFNAME": "lo"}
+    code = run_rank(read_config(config_path), Place(rank, world, rank, world))
+    if code:
+        error = Path(config_path).parent / "logs" / f"rank_{rank}.error.json"
+        raise AssertionError(error.read_text() if error.exists() else f"exit code {code}")
