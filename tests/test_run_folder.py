@@ -26,8 +26,8 @@ def config(root: Path, *overrides: str):
     return compose(f"runs={root}", "name=a", *overrides)
 
 
-def write_steps(root: Path, *steps: int, attempt: int = 0) -> None:
-    world = checkpointers(root / "a" / "checkpoints", 1, attempt=attempt, keep=0)
+def write_steps(root: Path, *steps: int) -> None:
+    world = checkpointers(root / "a" / "checkpoints", 1, keep=0)
     for step in steps:
         assert save(world, step, [{"w": whole(torch.ones(3))}])[0].ok
 
@@ -140,15 +140,3 @@ def test_a_path_names_a_checkpoint_or_a_run(tmp_path):
     ):
         with pytest.raises(UserError, match=rule):
             resume_point(compose(f"runs={tmp_path}", "name=b", f"resume={path}"))
-
-
-def test_a_restart_goes_on_from_what_the_launch_wrote(tmp_path):
-    """resume=PATH and never speak of the first start; attempt 5 was the first of this launch."""
-    write_steps(tmp_path, 4, 8, attempt=2)
-    checkpoints = tmp_path / "a" / "checkpoints"
-    named = config(tmp_path, f"resume={checkpoints / 'step_00000004'}")
-    assert resume_point(named, first_attempt=5).path == checkpoints / "step_00000004"
-    write_steps(tmp_path, 6, attempt=5)
-    assert resume_point(named, first_attempt=5).path == checkpoints / "step_00000006"
-    assert resume_point(named).path == checkpoints / "step_00000004"
-    assert resume_point(config(tmp_path)).path == checkpoints / "step_00000006"

@@ -21,7 +21,7 @@ from conf.errors import UserError
 from conf.load import write_config
 from conf.schema import Config
 from train.checkpoint.files import fsync_folder
-from train.checkpoint.manifest import Found, checkpoints, newest_intact, read_manifest, verify
+from train.checkpoint.manifest import Found, checkpoints, newest_intact, verify
 
 
 class RunPaths:
@@ -71,19 +71,14 @@ class RunFolder(RunPaths):
         self.close()
 
 
-def resume_point(config: Config, first_attempt: int | None = None, skip: Collection[Path] = ()) -> Found:
+def resume_point(config: Config, skip: Collection[Path] = ()) -> Found:
     """The checkpoint to start from (path None: start new), with a warning for each damaged one passed over.
 
-    `first_attempt`: number of the first attempt of this launch, when the supervisor starts a later one; the newest
-    checkpoint that the launch itself wrote then comes before whatever `resume` names. `skip`: checkpoints that `load`
-    found damaged. Raises UserError if a named checkpoint is damaged, or if all there are: starting new beside them
-    would throw training away unasked. Make rank 0's Checkpointer first: it mends a commit that was cut in two.
+    `skip`: checkpoints that `load` found damaged. Raises UserError if a named checkpoint is damaged, or if all there
+    are: starting new beside them would throw training away unasked. Make rank 0's Checkpointer first: it mends a
+    commit that was cut in two.
     """
     own = RunPaths(config).checkpoints
-    if first_attempt is not None:
-        found = newest_intact(own, skip=skip)
-        if found.path is not None and read_manifest(found.path).attempt >= first_attempt:
-            return found
     if config.resume == "never":
         return Found(None, [])
     if config.resume != "auto":
