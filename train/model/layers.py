@@ -142,9 +142,13 @@ def swiglu(h_N2F: Tensor, gates_N: Tensor | None = None) -> Tensor:
     return _SwiGLU.apply(h_N2F, gates_N)
 
 
+PIECE = 2**18
+"""Elements of [gate | up] whose fp32 copies stay in a CPU's cache."""
+
+
 def _pieces(h_N2F: Tensor, *rows: Tensor | None) -> Iterator[tuple]:
-    """Row ranges of all tensors whose fp32 copies stay in a CPU's cache; everything at once on a GPU."""
-    size = h_N2F.size(0) if h_N2F.is_cuda else 2**18 // h_N2F.size(1)
+    """The same rows of all tensors, PIECE elements at a time on a CPU, everything at once on a GPU."""
+    size = h_N2F.size(0) if h_N2F.is_cuda else PIECE // h_N2F.size(1)
     splits = [t.split(max(1, size)) if t is not None else itertools.repeat(None) for t in (h_N2F, *rows)]
     return zip(*splits, strict=False)
 

@@ -1,0 +1,117 @@
+"""Norm, SwiGLU, attention, RoPE and embedding against plain formulas."""
+
+import math
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from conf.schema import Model, Yarn
+from train.model import layers
+from train.model.attention import BLOCK, attention
+from train.model.layers import Embedding, RMSNorm, swiglu
+from train.model.rope import Rope, rotate
+
+torch.set_num_threads(1)
+
+
+def gradients(output, inputs, upstream):
+    return torch.autograd.grad(output, inputs, upstream)
+
+
+def test_rms_norm_equals_the_formula():
+    torch.manual_seed(0)
+    norm = RMSNorm(10, 1e-6, recompute=False, dtype=torch.float32)
+    torch.nn.init.normal_(norm.weight)
+    x = torch.randn(3, 4, 10, requires_grad=True)
+    y = norm(x)
+    expected = x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6) * norm.weight
+    torch.testing.assert_close(y, expected)
+    upstream = torch.randn_like(y)
+    inputs = [x, norm.weight]
+    torch.testing.assert_close(gradients(y, inputs, upstream), gradients(expected, inputs, upstream))
+
+
+@pytest.mark.parametrize("with_gates", [False, True])
+def test_swiglu_equals_the_formula(with_gates, monkeypatch):
+    """In several pieces, the last one short."""
+    rows, inner = 11, 6
+    monkeypatch.setattr(layers, "PIECE", 4 * 2 * inner)
+    torch.manual_seed(0)
+    h = torch.randn(rows, 2 * inner, requires_grad=True)
+    gates = torch.rand(rows, requires_grad=True) if with_gates else None
+    out = swiglu(h, gates)
+    gate, up = h.chunk(2, -1)
+    expected = F.silu(gate) * up * (gates[:, None] if with_gates else 1)
+    torch.testing.assert_close(out, expected)
+    inputs = [h, gates] if with_gates else [h]
+    upstream = torch.randn_like(out)
+    torch.testing.assert_close(gradients(out, inputs, upstream), gradients(expected, inputs, upstream))
+
+
+def masked_attention(q, k, v, scale, documents_BT):
+    length = q.size(2)
+    allowed = torch.ones(length, length, dtype=torch.bool).tril()
+    if documents_BT is not None:
+        allowed = allowed & (documents_BT[:, :, None] == documents_BT[:, None, :]).unsqueeze(1)
+    scores = (q @ k.transpose(-1, -2) * scale).masked_fill(~allowed, -torch.inf)
+    return scores.softmax(-1) @ v
+
+
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("length", [1, BLOCK, 2 * BLOCK + 9])
+def test_attention_equals_the_masked_formula(length, packed):
+    torch.manual_seed(0)
+    q, k = (torch.randn(2, 3, length, 6, dtype=torch.float32, requires_grad=True) for _ in range(2))
+    v = torch.randn(2, 3, length, 4, requires_grad=True)
+    documents_BT = None
+    if packed:
+        documents_BT = torch.sort(torch.randint(3, (2, length)), dim=1).values.int()
+    out = attention(q, k, v, 0.4, documents_BT)
+    expected = masked_attention(q, k, v, 0.4, documents_BT)
+    torch.testing.assert_close(out, expected)
+    upstream = torch.randn_like(out)
+    torch.testing.assert_close(gradients(out, [q, k, v], upstream), gradients(expected, [q, k, v], upstream))
+
+
+def test_attention_in_bf16_is_as_exact_as_its_roundings():
+    """Scores are in fp32, so even peaked softmaxes (scores near 50) stay within a few roundings of 2^-8."""
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(1, 2, 100, 16).bfloat16() for _ in range(3))
+    out = attention(q, k, v, 3.0, None).float()
+    expected = masked_attention(q.double(), k.double(), v.double(), 3.0, None).float()
+    assert (out - expected).norm() / expected.norm() < 5e-3
+
+
+def test_rope_turns_adjacent_pairs():
+    rope = Rope(Model(rope_head_dim=4, rope_theta=100.0), seq_len=8)
+    x = torch.randn(1, 8, 2, 4)
+    table = rope.table(8, x.device)
+    got = rotate(x, table)
+    for t in range(8):
+        for pair, angle in ((0, t), (1, t / 10)):
+            a, b = x[0, t, :, 2 * pair], x[0, t, :, 2 * pair + 1]
+            torch.testing.assert_close(got[0, t, :, 2 * pair], a * math.cos(angle) - b * math.sin(angle))
+            torch.testing.assert_close(got[0, t, :, 2 * pair + 1], a * math.sin(angle) + b * math.cos(angle))
+    torch.testing.assert_close(rotate(got, table.conj()), x)
+
+
+def test_yarn_of_deepseek_v3():
+    """Ramp over pairs 10 to 23 of 32, mscale 1.3689, softmax scale 0.13523; off up to the original length."""
+    config = Model(nope_head_dim=128, rope_head_dim=64, yarn=Yarn(factor=40.0, original_seq_len=4096))
+    plain, long = Rope(config, 4096), Rope(config, 4097)
+    assert plain.softmax_scale == pytest.approx(192**-0.5)
+    assert long.softmax_scale == pytest.approx(0.13523, abs=1e-5)
+    slowed = plain.frequencies() / long.frequencies()
+    assert torch.allclose(slowed[:11], torch.ones(11))
+    assert (slowed[11:23] > 1).all() and (slowed[11:23] < 40).all()
+    assert torch.allclose(slowed[23:], torch.full((9,), 40.0))
+
+
+def test_embedding_sums_its_gradient_in_fp32():
+    """One token 1000 times: in bf16 the sum would stop at 256."""
+    embedding = Embedding(4, 2, dtype=torch.bfloat16)
+    torch.nn.init.ones_(embedding.weight)
+    embedding.weight.grad_dtype = torch.float32
+    embedding(torch.zeros(1000, dtype=torch.int64)).sum().backward()
+    assert embedding.weight.grad.tolist() == [[1000, 1000], [0, 0], [0, 0], [0, 0]]
