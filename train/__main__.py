@@ -19,11 +19,12 @@ def main(config: Config) -> int:
 
 
 def _train(config: Config) -> int:
+    from train.model.count import checkpoint_bytes
     from train.run_folder import RunFolder
 
     if not is_driver():
         return launch(config, Path(config.runs) / config.name, [], _run_rank)
-    with RunFolder(config) as folder:
+    with RunFolder(config, checkpoint_bytes(config)) as folder:
         command = [sys.executable, "-m", "train.worker", str(folder.config_path)]
         return launch(config, folder.path, command, _run_rank)
 

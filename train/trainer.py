@@ -13,7 +13,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from conf.errors import EXIT_DIVERGED, EXIT_OK, EXIT_STOPPED
+from conf.errors import EXIT_CRASH, EXIT_DIVERGED, EXIT_OK, EXIT_STOPPED
 from conf.schema import Config
 from parallel.mesh import Mesh
 from train.balance import update_bias
@@ -36,6 +36,12 @@ class Diverged(RuntimeError):
     """Too many steps in a row had a non-finite loss or gradient."""
 
     code = EXIT_DIVERGED
+
+
+class Overtaken(RuntimeError):
+    """A newer attempt of this run has started elsewhere; this one must not go on."""
+
+    code = EXIT_CRASH
 
 
 @dataclass
@@ -229,7 +235,8 @@ class Trainer:
         dist.all_reduce(totals)
         nats, tokens, text_bytes = totals.tolist()
         self._event(None)
-        return {"validation_loss": nats / tokens, "validation_bits_per_byte": nats / math.log(2) / text_bytes}
+        bits_per_byte = nats / math.log(2) / text_bytes if text_bytes else math.nan
+        return {"validation_loss": nats / tokens, "validation_bits_per_byte": bits_per_byte}
 
     def _save(self, final: bool = False) -> None:
         self._event("checkpoint")
@@ -243,6 +250,8 @@ class Trainer:
         self._stall += self.checkpointer.save(self.state.step, self.state.shards(), meta)
         results = self.checkpointer.finish(required=True) if final else self.checkpointer.poll()
         for result in results:
+            if result.fenced:
+                raise Overtaken(result.warning)
             if result.warning:
                 self._note(result.warning)
         self._event(None)

@@ -27,6 +27,7 @@ from parallel.mesh import Layout, build_mesh  # noqa: E402
 from train.checkpoint.checkpointer import Checkpointer  # noqa: E402
 from train.checkpoint.commit import next_attempt  # noqa: E402
 from train.data.prepare import Prepared, prepare  # noqa: E402
+from train.data.progress import show_progress  # noqa: E402
 from train.finish import finish  # noqa: E402
 from train.measure import Measure  # noqa: E402
 from train.metrics.peak import peak_flops  # noqa: E402
@@ -37,7 +38,7 @@ from train.resume import from_rank_0, restore  # noqa: E402
 from train.run_folder import RunPaths  # noqa: E402
 from train.state import State  # noqa: E402
 from train.stop import StopRequest  # noqa: E402
-from train.trainer import Diverged, Flops, Trainer  # noqa: E402
+from train.trainer import Diverged, Flops, Overtaken, Trainer  # noqa: E402
 
 
 def run_rank(config: Config, place: Place) -> int:
@@ -132,7 +133,8 @@ def start_process_group(config: Config, place: Place, device: torch.device) -> N
 def prepare_in_turn(config: Config, place: Place) -> Prepared:
     """The first rank of every machine makes what is not cached yet; the others find it."""
     if place.local_rank == 0:
-        data = prepare(config)
+        with show_progress() as progress:
+            data = prepare(config, progress)
     dist.barrier()
     return data if place.local_rank == 0 else prepare(config)
 
@@ -152,7 +154,7 @@ def _report(error: Exception, place: Place, logs: Path) -> int:
     """Leave the error where the driver finds it, and in this rank's own output."""
     code = EXIT_USER if isinstance(error, UserError) else getattr(error, "code", EXIT_CRASH)
     kind = "user" if code == EXIT_USER else "timeout" if _is_timeout(error) else "crash"
-    expected = isinstance(error, (UserError, Diverged))
+    expected = isinstance(error, (UserError, Diverged, Overtaken))
     text = str(error) if expected else "".join(traceback.format_exception(error))
     if place.world == 1:
         print(f"error: {text}", file=sys.stderr)

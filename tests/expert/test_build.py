@@ -43,7 +43,7 @@ def test_groups_that_straddle_nodes_are_refused_with_a_cure(ep, ranks_per_node, 
 def test_unknown_names_list_the_known_ones():
     with pytest.raises(UserError, match=r"bf16.*fp8"):
         build_wire("int8")
-    with pytest.raises(UserError, match="all_to_all, node_limited or deep_ep"):
+    with pytest.raises(UserError, match="flat, node_limited or deepep"):
         build_dispatcher("ring", experts=8)
 
 

@@ -7,7 +7,7 @@ out, as in DeepSeek's own figures; recomputation is not counted.
 
 from dataclasses import dataclass
 
-from conf.schema import Model
+from conf.schema import Config, Model
 
 
 @dataclass(frozen=True)
@@ -101,3 +101,10 @@ def flops_per_token(config: Model, seq_len: int, causal: bool = True, mtp: bool 
     if mtp:
         total += config.mtp_depth * (moe + head_flops(config) + 6 * 2 * config.hidden**2)
     return total
+
+
+def checkpoint_bytes(config: Config) -> int:
+    """Size of one checkpoint: fp32 master weights, two moments, and the average of the weights where one is kept."""
+    counts = count(config.model)
+    moment = {"bf16": 2, "fp32": 4}[config.precision.moments]
+    return (counts.total + counts.mtp) * (4 + 2 * moment + (4 if config.optim.ema_decay else 0))
