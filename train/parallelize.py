@@ -6,19 +6,16 @@ import torch
 from torch import nn
 
 from conf.schema import Config
-from parallel.expert.build import Dispatcher, build_dispatcher
-from parallel.mesh import Mesh
-from parallel.pipeline.schedule import Pipeline, build_schedule
+from parallel.expert.build import Dispatcher, build_dispatcher, check_groups
+from parallel.mesh import Layout, Mesh
+from parallel.pipeline.schedule import Pipeline, build_schedule, check_schedule
 from parallel.pipeline.split import split_layers, stage_placement
 from parallel.zero import Zero
 from train.model.count import head_flops, layer_flops
 from train.model.deepseek import DeepSeekV3
 from train.model.init import initialise
 from train.optim import AdamW, decays, moments_dtype
-from train.precision.high import HighPrecision
-
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
-"""Format of weights and activations; master weights and gradients are always fp32."""
+from train.precision.build import activation_dtype, build_precision
 
 
 @dataclass
@@ -41,7 +38,7 @@ def parallelize(config: Config, mesh: Mesh, device: torch.device) -> Parallelize
         mesh.pp_group,
         device,
         hidden=config.model.hidden,
-        dtype=DTYPES[config.precision.name],
+        dtype=activation_dtype(config.precision),
     )
     optim = config.optim
     zero = Zero(
@@ -58,6 +55,19 @@ def parallelize(config: Config, mesh: Mesh, device: torch.device) -> Parallelize
     return Parallelized(chunks, pipeline, zero)
 
 
+def check_layout(config: Config) -> None:
+    """Raise UserError where the layout cannot run, for what needs more than one field to see. Starts nothing."""
+    parallel = config.parallel
+    start = config.optim.batch_ramp_start or config.batch_size
+    micro_batches = start // (config.micro_batch_size * parallel.dp)
+    check_schedule(parallel.schedule, parallel.pp, micro_batches, config.model.layers)
+    if parallel.ep > 1 and parallel.dispatch == "node_limited":
+        layout = Layout(
+            parallel.pp, parallel.dp, parallel.ep, config.cluster.ranks_per_node or parallel.dp * parallel.pp
+        )
+        check_groups(parallel.ep, layout.ep_ranks_per_node, config.model.groups)
+
+
 def split(config: Config, stages: int) -> list[range]:
     """Layers of every stage, balanced by the operations of a training step."""
     model, seq_len = config.model, config.seq_len
@@ -72,14 +82,14 @@ def build_chunks(config: Config, mesh: Mesh, device: torch.device) -> tuple[list
     stage_ids, num_stages = placement[mesh.pp_rank], sum(len(ids) for ids in placement)
     layers = split(config, num_stages)
     share = config.model.experts // mesh.layout.ep
-    dtype = DTYPES[config.precision.name]
+    dtype, precision = activation_dtype(config.precision), build_precision(config.precision, device)
     dispatcher = None if mesh.layout.ep == 1 else make_dispatcher(config, mesh)
     chunks: list[DeepSeekV3] = []
     embedding = None  # where first and last stage share a rank, they share the table
     for stage in stage_ids:
         chunk = DeepSeekV3(
             config.model,
-            HighPrecision(dtype),
+            precision,
             seq_len=config.seq_len,
             layers=layers[stage],
             has_embedding=stage == 0,

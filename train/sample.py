@@ -12,8 +12,7 @@ from train.data.tokenizer import Tokenizer
 from train.model.count import count
 from train.model.deepseek import DeepSeekV3
 from train.model.init import materialise
-from train.parallelize import DTYPES
-from train.precision.high import HighPrecision
+from train.precision.build import activation_dtype, build_precision
 
 
 def fits_here(config: Config) -> bool:
@@ -24,8 +23,8 @@ def fits_here(config: Config) -> bool:
 
 def load_model(config: Config, checkpoint: Path, device: torch.device) -> DeepSeekV3:
     """The whole model in eval mode, from a checkpoint of any layout."""
-    dtype = DTYPES[config.precision.name]
-    model = DeepSeekV3.whole(config.model, HighPrecision(dtype), seq_len=config.seq_len, device="meta")
+    dtype, precision = activation_dtype(config.precision), build_precision(config.precision, device)
+    model = DeepSeekV3.whole(config.model, precision, seq_len=config.seq_len, device="meta")
     materialise(model, "cpu")
     shards = {f"master.{name}": whole(param) for name, param in model.named_parameters()}
     load(checkpoint, shards | {f"bias.{name}": whole(router.bias_E) for name, router in model.routers().items()})

@@ -33,7 +33,8 @@ from train.measure import Measure  # noqa: E402
 from train.metrics.peak import peak_flops  # noqa: E402
 from train.metrics.writer import open_writer  # noqa: E402
 from train.model.count import flops_per_token  # noqa: E402
-from train.parallelize import DTYPES, parallelize  # noqa: E402
+from train.parallelize import parallelize  # noqa: E402
+from train.precision.build import activation_dtype  # noqa: E402
 from train.resume import from_rank_0, restore  # noqa: E402
 from train.run_folder import RunPaths  # noqa: E402
 from train.state import State  # noqa: E402
@@ -141,7 +142,7 @@ def prepare_in_turn(config: Config, place: Place) -> Prepared:
 
 def count_flops(config: Config, device: torch.device, place: Place) -> Flops:
     """Operations per token, and the peak of all ranks together."""
-    peak = peak_flops(device, DTYPES[config.precision.name], given=config.log.peak_flops)
+    peak = peak_flops(device, activation_dtype(config.precision), given=config.log.peak_flops)
     return Flops(
         causal=flops_per_token(config.model, config.seq_len),
         full=flops_per_token(config.model, config.seq_len, causal=False),

@@ -1,0 +1,19 @@
+"""From the precision section to the object that the model asks for its products."""
+
+import torch
+
+from conf.schema import Precision
+from train.precision.fp8 import Fp8Precision
+from train.precision.high import HighPrecision
+
+
+def build_precision(precision: Precision, device: torch.device) -> HighPrecision | Fp8Precision:
+    """The products of a checked section on this device. Raises UserError where the device lacks what FP8 needs."""
+    if precision.fp8 is not None:
+        return Fp8Precision(precision.fp8, device)
+    return HighPrecision(activation_dtype(precision))
+
+
+def activation_dtype(precision: Precision) -> torch.dtype:
+    """Format of weights and of activations between the products; master weights and gradients are fp32 in all."""
+    return torch.float32 if precision.name == "fp32" else torch.bfloat16
