@@ -79,9 +79,9 @@ def build_recipe(fp8: Fp8) -> Recipe:
 
 def _linear(fp8: Fp8, products: Products, cache: str) -> LinearRecipe:
     high, low = fp8.activation_floor, fp8.gradient_floor
-    fprop = Product(_rule(products.fprop.activation, high), _rule(products.fprop.weight, high))
-    dgrad = Product(_rule(products.dgrad.gradient, low), _rule(products.dgrad.weight, high))
-    wgrad = Product(_rule(products.wgrad.gradient, low), _rule(products.wgrad.activation, high))
+    fprop = Product(parse_rule(products.fprop.activation, high), parse_rule(products.fprop.weight, high))
+    dgrad = Product(parse_rule(products.dgrad.gradient, low), parse_rule(products.dgrad.weight, high))
+    wgrad = Product(parse_rule(products.wgrad.gradient, low), parse_rule(products.wgrad.activation, high))
     kept = None
     if cache == "e5m6":
         kept = Cast(E5M6, (1, TILE), True, high)
@@ -90,7 +90,8 @@ def _linear(fp8: Fp8, products: Products, cache: str) -> LinearRecipe:
     return LinearRecipe(fprop, dgrad, wgrad, kept)
 
 
-def _rule(text: str, floor: float) -> Rule:
+def parse_rule(text: str, floor: float) -> Rule:
+    """The rule of an operand as the configuration writes it, FORMAT/GRANULARITY/SCALE or bf16."""
     if text == "bf16":
         return Rule(None)
     name, granularity, scale = text.split("/")
