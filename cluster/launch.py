@@ -46,10 +46,13 @@ def is_driver() -> bool:
     return place is None or place.rank == 0
 
 
-def launch(config: Config, folder: Path, command: list[str], run_rank: Callable[[Config, Place], int]) -> int:
+def launch(
+    config: Config, folder: Path, command: list[str], run_rank: Callable[[Config, Place], int], alone: bool = True
+) -> int:
     """Run all ranks (or this one); returns the exit code of the run.
 
-    `command` starts one rank as a child process; `run_rank` runs one in this process.
+    `command` starts one rank as a child process; `run_rank` runs one in this process, which only the sole run of a
+    process may do, since torch's process groups and DeepSpeed leave traces.
     """
     world = config.parallel.pp * config.parallel.dp
     place = given_place()
@@ -66,6 +69,6 @@ def launch(config: Config, folder: Path, command: list[str], run_rank: Callable[
         from cluster.ray_backend import run_ray  # importing Ray takes half a second that other runs need not pay
 
         return run_ray(config, folder, command)
-    if world == 1:
+    if world == 1 and alone:
         return run_rank(config, Place(0, 1, 0, 1))
     return run_local(command, world, folder / "logs")

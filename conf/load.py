@@ -20,7 +20,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from conf.check import check
-from conf.errors import EXIT_USER, UserError
+from conf.errors import EXIT_OK, EXIT_USER, UserError
 from conf.schema import ROOT, Config
 
 
@@ -103,28 +103,32 @@ def register() -> None:
     ConfigStore.instance().store(name="train", node=_Primary)
 
 
-def run(job: Callable[[Config], int]) -> int:
-    """Compose the configuration from sys.argv and call job with it; returns the exit code."""
+def run(job: Callable[[list[Config]], int]) -> int:
+    """Compose the configuration from sys.argv, or with -m one for every combination; returns job's exit code.
+
+    All are checked before job is called, so that a mistake in the last of a sweep does not wait for the others.
+    """
     register()
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises instead of printing, so that every error has one form
-    codes: list[int] = []
+    nodes: list[DictConfig] = []
 
     @hydra.main(version_base="1.3", config_path=str(ROOT / "conf"), config_name="train")
-    def main(node: DictConfig) -> None:
+    def collect(node: DictConfig) -> None:
         hydra_config = HydraConfig.get()
         if node.name is None:
             node.name = hydra_config.runtime.choices.conf
         if hydra_config.mode == RunMode.MULTIRUN:  # each job of a sweep has its own run folder
             node.name = f"{node.name}/{hydra_config.job.num}"
-        codes.append(job(to_config(node)))
+        nodes.append(node)
 
     try:
-        main()
+        collect()
+        configs = [to_config(node) for node in nodes]
+        return job(configs) if configs else EXIT_OK
     except UserError as error:
         return report(error)
     except (HydraException, OmegaConfBaseException) as error:
         return report(_explain(error))
-    return max(codes, default=0)
 
 
 def report(error: UserError) -> int:

@@ -7,35 +7,51 @@ from train.malloc import tune_malloc
 
 tune_malloc()  # before torch allocates anything
 
-from cluster.launch import is_driver, launch  # noqa: E402
+from cluster.launch import Place, is_driver, launch  # noqa: E402
 from conf.errors import EXIT_OK, UserError  # noqa: E402
 from conf.load import run  # noqa: E402
 from conf.schema import Config, Mode  # noqa: E402
+from train.model.count import checkpoint_bytes  # noqa: E402
 
 
-def main(config: Config) -> int:
-    """One run; returns its exit code."""
-    return {Mode.train: _train, Mode.report: _report}[config.mode](config)
+def main(configs: list[Config]) -> int:
+    """One run, or those of a sweep one after another; returns the worst exit code."""
+    modes = {Mode.train: _train, Mode.report: _report}
+    return max(modes[config.mode](config, alone=len(configs) == 1) for config in configs)
 
 
-def _train(config: Config) -> int:
-    from train.model.count import checkpoint_bytes
+def _train(config: Config, alone: bool) -> int:
+    """alone: the only run of this process, which may then be its rank."""
     from train.run_folder import RunFolder
 
     if not is_driver():
         return launch(config, Path(config.runs) / config.name, [], _run_rank)
+    check_before_start(config)
     with RunFolder(config, checkpoint_bytes(config)) as folder:
         command = [sys.executable, "-m", "train.worker", str(folder.config_path)]
-        return launch(config, folder.path, command, _run_rank)
+        return launch(config, folder.path, command, _run_rank, alone)
 
 
-def _run_rank(config: Config, place) -> int:
-    from train.worker import run_rank
+def check_before_start(config: Config) -> None:
+    """What can be refused before anything is written: data that cannot be read, a layout that cannot work."""
+    from train.data.corpus import build_corpus
+    from train.data.progress import show_progress
+
+    if config.parallel.pp * config.parallel.dp > 1:
+        from train.parallelize import check_layout
+
+        check_layout(config)
+    with show_progress() as progress:
+        build_corpus(config, progress)
+
+
+def _run_rank(config: Config, place: Place) -> int:
+    from train.worker import run_rank  # imports torch, which the driver of other ranks can do without
 
     return run_rank(config, place)
 
 
-def _report(config: Config) -> int:
+def _report(config: Config, alone: bool) -> int:
     from train.metrics.report import write_report
 
     folder = Path(config.runs) / config.name

@@ -8,8 +8,8 @@ from torch import nn
 from conf.schema import Config
 from parallel.expert.build import Dispatcher, build_dispatcher, check_groups
 from parallel.mesh import Layout, Mesh
-from parallel.pipeline.schedule import Pipeline, build_schedule, check_schedule
-from parallel.pipeline.split import split_layers, stage_placement
+from parallel.pipeline.schedule import Pipeline, build_schedule
+from parallel.pipeline.split import check_schedule, split_layers, stage_placement
 from parallel.zero import Zero
 from train.model.count import head_flops, layer_flops
 from train.model.deepseek import DeepSeekV3

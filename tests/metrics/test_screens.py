@@ -3,11 +3,9 @@
 import io
 from pathlib import Path
 
-import pytest
 from rich.console import Console
 
-from conf.errors import UserError
-from train.metrics.screens import error_screen, final_screen, stopped_screen
+from train.metrics.screens import final_screen, stopped_screen
 
 
 def console(width: int = 40, **more) -> Console:
@@ -57,15 +55,3 @@ def test_stopped_screen_says_how_to_go_on():
     )
     shown = screen.file.getvalue()
     assert "stopped at step 7 of 300" in shown and command in shown and "SIGTERM" in shown
-
-
-@pytest.mark.parametrize("terminal", [False, True])
-def test_error_screen_goes_to_stderr_with_rule_and_cure(capsys, terminal):
-    error_screen(UserError("batch_size", [3], "must be a multiple of 2", "take 4"))
-    out, err = capsys.readouterr()
-    assert out == "" and "Traceback" not in err
-    for text in ("batch_size = [3]", "must be a multiple of 2", "take 4"):
-        assert text in err
-    screen = console(force_terminal=terminal)
-    error_screen(UserError("a[/red]", "[x]", "r", "c"), console=screen)
-    assert "a[/red] = [x]" in screen.file.getvalue()

@@ -1,20 +1,18 @@
-"""What a person reads when a run ends: well, on a signal, or on an input that has to be mended.
+"""What a person reads when a run ends: well, or on a signal.
 
 One style: a line with the outcome, then labelled lines. Nothing is boxed or wrapped, so that paths and commands can be
 copied from any window.
 """
 
 import math
-import sys
 from pathlib import Path
 
 from rich.console import Console
 from rich.text import Text
 
-from conf.errors import UserError
 from train.metrics.progress import duration
 
-GOOD, WARN, BAD = "bold green", "bold yellow", "bold red"
+GOOD, WARN = "bold green", "bold yellow"
 LABEL = 12
 SAMPLE_LINES = 12
 
@@ -66,13 +64,6 @@ def stopped_screen(
         ("Go on with", command),
     ]
     _show(console or Console(highlight=False), f"{name}: stopped at step {step} of {steps}", WARN, rows)
-
-
-def error_screen(error: UserError, console: Console | None = None) -> None:
-    """An input that the user has to mend, on stderr, without a traceback."""
-    rows = [("Rule", str(error.rule)), ("Cure", str(error.cure))]
-    console = console or Console(file=sys.stderr, highlight=False)
-    _show(console, f"error: {error.field} = {error.value}", BAD, rows)
 
 
 def _held_out(loss: float, bits_per_byte: float | None) -> str:
