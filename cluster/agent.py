@@ -89,6 +89,8 @@ class Agent:
         self._lease = lease
         self._attempt = 0
         self._children: dict[int, _Child] = {}
+        self._standbys: dict[tuple[str, str | None], list[subprocess.Popen]] = {}
+        """By module and working folder."""
         self._scratch: Path | None = None
         self._prctl = ctypes.CDLL(
             None
@@ -127,22 +129,58 @@ class Agent:
 
     def _spawn(self, order: Order, rank: int, local_rank: int) -> _Child:
         log = self._scratch / f"rank_{rank}.log"
-        own = {"RANK": str(rank), "LOCAL_RANK": str(local_rank), "LOCAL_WORLD_SIZE": str(len(order.ranks))}
-        shared = {"SLUICE_LOGS": str(self._scratch), "SLUICE_ATTEMPT": str(order.attempt), "PYTHONUNBUFFERED": "1"}
+        log.touch()
         interface = interface_of(order.address)
-        shared |= {"GLOO_SOCKET_IFNAME": interface, "NCCL_SOCKET_IFNAME": interface}
-        with log.open("wb") as output:
-            process = subprocess.Popen(
-                [sys.executable, *order.arguments],
-                env=_inherited() | shared | order.environment | own,
-                cwd=order.folder,
-                stdin=subprocess.DEVNULL,
-                stdout=output,
-                stderr=subprocess.STDOUT,
-                start_new_session=True,
-                preexec_fn=self._die_with_parent,
-            )
-        return _Child(process, log)
+        environment = order.environment | {
+            "RANK": str(rank),
+            "LOCAL_RANK": str(local_rank),
+            "LOCAL_WORLD_SIZE": str(len(order.ranks)),
+            "GLOO_SOCKET_IFNAME": interface,
+            "NCCL_SOCKET_IFNAME": interface,
+            "SLUICE_LOGS": str(self._scratch),
+            "SLUICE_ATTEMPT": str(order.attempt),
+            "PYTHONUNBUFFERED": "1",
+        }
+        if standby := self._take_standby(order):
+            line = {"environment": environment, "arguments": order.arguments[2:], "log": str(log)}
+            with contextlib.suppress(BrokenPipeError):  # it ended just now; its exit code tells
+                standby.stdin.write(json.dumps(line).encode() + b"\n")
+                standby.stdin.close()
+            return _Child(standby, log)
+        with log.open("ab") as output:
+            return _Child(self._popen(order.arguments, order.folder, environment, subprocess.DEVNULL, output), log)
+
+    def _popen(self, arguments: list[str], folder: str | None, environment: dict, stdin: Any, output: Any) -> Any:
+        return subprocess.Popen(
+            [sys.executable, *arguments],
+            env=_inherited() | environment,
+            cwd=folder,
+            stdin=stdin,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+            preexec_fn=self._die_with_parent,
+        )
+
+    def warm(self, arguments: list[str], folder: str | None, count: int) -> None:
+        """Keep `count` processes that have imported the program of these arguments, see cluster/standby.py."""
+        if arguments[:1] != ["-m"]:
+            return
+        with self._lock:
+            key = arguments[1], folder
+            kept = [standby for standby in self._standbys.pop(key, []) if standby.poll() is None]
+            while len(kept) < count:
+                words = ["-m", "cluster.standby", arguments[1]]
+                kept.append(self._popen(words, folder, {}, subprocess.PIPE, subprocess.DEVNULL))
+            self._standbys[key] = kept
+
+    def _take_standby(self, order: Order) -> subprocess.Popen | None:
+        kept = self._standbys.get((order.arguments[1], order.folder), []) if order.arguments[0] == "-m" else []
+        while kept:
+            standby = kept.pop()
+            if standby.poll() is None:
+                return standby
+        return None
 
     def _die_with_parent(self) -> None:
         pr_set_pdeathsig = 1
@@ -207,6 +245,10 @@ class Agent:
         with self._lock:
             self._kill()
             self._forget()
+            for standby in [standby for kept in self._standbys.values() for standby in kept]:
+                standby.kill()
+                standby.wait()
+            self._standbys = {}
 
     def _running(self) -> list[_Child]:
         return [child for child in self._children.values() if child.process.poll() is None]

@@ -22,8 +22,10 @@ class Slow:
 class Attempt:
     """Facts of one attempt; the supervisor decides what follows from them."""
 
-    def __init__(self, number: int, placement: Placement, now: float):
+    def __init__(self, number: int, placement: Placement, now: float, saved: int):
         self.number, self.placement = number, placement
+        self.saved = max(saved, 0)
+        """Step of the newest checkpoint when it began."""
         self.reports = {seat.rank: RankReport(seat.rank) for seat in placement.seats}
         self.ranks_of = {node: [seat.rank for seat in seats] for node, seats in placement.by_node().items()}
         self.names = {seat.rank: seat.node.name for seat in placement.seats}
@@ -35,7 +37,7 @@ class Attempt:
         self.hang_since: float | None = None
         self.stacks: dict[int, str] = {}
         self.first_step: int | None = None
-        """Steps done when it began."""
+        """The first step that a rank was seen to work on."""
         self._work: dict[int, deque[float]] = {}
         self._slow: set[int] = set()
 
@@ -63,7 +65,11 @@ class Attempt:
     @property
     def stepping(self) -> bool:
         """Whether it has finished a step of its own."""
-        return self.first_step is not None and self.step > self.first_step
+        return self.first_step is not None and self.step > min(self.first_step, self.saved + 1)
+
+    def steps_again(self, reached: int) -> int:
+        """Steps that it does a second time, when the run had worked on step `reached` before."""
+        return max(0, reached - min(self.first_step, self.saved + 1))
 
     def take(self, now: float, reports: list[RankReport]) -> None:
         """Remember what an agent says of its ranks."""

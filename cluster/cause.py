@@ -42,7 +42,7 @@ class RankReport:
     failure: Failure | None = None
     """What it wrote before it failed."""
     step: int = -1
-    """Optimizer steps done; -1 before the loop has begun."""
+    """The optimizer step that it works on, from 1; -1 before the loop has begun."""
     phase: str = "start"
     """start, step, checkpoint or validate, as the rank says."""
     busy: float | None = None

@@ -36,5 +36,5 @@ class Policy:
     stacks: float = 3.0
     kill: float = 10.0
     """For ranks to be gone after SIGKILL."""
-    return_wait: float = 15.0
+    return_wait: float = 6.0
     """For a node whose agent is being started again."""

@@ -5,13 +5,16 @@ there; ranks, placement, detection and restarts are ours. No placement group is 
 by id and takes all its devices, so that no other job shares them.
 """
 
+import contextlib
 import os
 import secrets
 import socket
 import sys
+import tempfile
 import time
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from cluster.agent import Agent
 from cluster.driver import Driver
@@ -82,16 +85,12 @@ class RayFleet:
         if self.ships:
             environment |= {"working_dir": str(ROOT), "excludes": _excludes()}
         _require_answer(address)
-        try:
-            self._ray.init(
-                address=address,
-                runtime_env=environment,
-                log_to_driver=False,
-                logging_level="CRITICAL",
-                namespace="sluice",
-            )
-        except Exception as error:
-            raise _explain(address, error) from error
+        with _stderr_in_file() as said:
+            try:
+                self._ray.init(address=address, runtime_env=environment, log_to_driver=False, logging_level="CRITICAL")
+            except Exception as error:
+                said.seek(0)
+                raise _explain(address, f"{error}\n{said.read().decode(errors='replace')}") from error
 
     def nodes(self) -> list[Node]:
         found = []
@@ -203,19 +202,30 @@ def _require_answer(address: str) -> None:
         ) from error
 
 
-def _explain(address: str, error: Exception) -> UserError:
+@contextlib.contextmanager
+def _stderr_in_file() -> Iterator[IO[bytes]]:
+    """Ray's native code repeats its errors on the terminal; keep them for one sentence of ours."""
+    with tempfile.TemporaryFile() as file:
+        terminal = os.dup(2)
+        os.dup2(file.fileno(), 2)
+        try:
+            yield file
+        finally:
+            os.dup2(terminal, 2)
+            os.close(terminal)
+
+
+def _explain(address: str, text: str) -> UserError:
     """Why Ray did not let us in."""
-    text = str(error).strip()
-    if "auth" in text.lower() or "token" in text.lower():
+    text = text.strip()
+    if "AuthToken" in text or "Unauthenticated" in text:
         return UserError(
             "RAY_AUTH_TOKEN",
             "(not shown)",
             f"Ray at {address} does not accept it",
             "give this command the token that the cluster was started with (RAY_AUTH_MODE=token, RAY_AUTH_TOKEN)",
         )
-    return UserError(
-        "cluster.address", address, text.splitlines()[0] if text else type(error).__name__, "see `ray status`"
-    )
+    return UserError("cluster.address", address, text.splitlines()[0], "see `ray status`")
 
 
 def _excludes() -> list[str]:

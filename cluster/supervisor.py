@@ -76,7 +76,7 @@ class Supervisor:
         self._settled_at = self._probed_at = now
         self._failed_at: float | None = None
         self._reached = -1
-        """Highest step of the whole run."""
+        """Highest step that a rank of this launch worked on."""
 
     def handle(self, now: float, event: m.Event) -> list[m.Action]:
         """Take one event at this time (seconds, monotonic); returns actions in order."""
@@ -148,7 +148,7 @@ class Supervisor:
         if self.phase is not Phase.running or attempt.first_step is None:
             return
         if attempt.stepping and self._failed_at is not None:
-            down, again = now - self._failed_at, max(0, self._reached - attempt.first_step)
+            down, again = now - self._failed_at, attempt.steps_again(self._reached)
             text = f"step {attempt.step} after {down:.1f} s; {again} steps done again"
             self._note("recovered", text, seconds=round(down, 2), steps_again=again)
             self._failed_at = None
@@ -175,7 +175,7 @@ class Supervisor:
             self._stop_why = why
             self._note("stop", why)
             if self.phase is Phase.running:
-                self._stop_ranks(now)
+                self._stop_ranks(now) if self.attempt.step >= 0 else self._end_ranks(now)
 
     def _tick(self, now: float) -> None:
         slept = now - self._ticked - 2.0  # this process itself was stopped, or the laptop slept: nobody else is late
@@ -235,7 +235,7 @@ class Supervisor:
     def _start(self, now: float, placement: Placement) -> None:
         self.number += 1
         self.phase = Phase.running
-        self.attempt = Attempt(self.number, placement, now)
+        self.attempt = Attempt(self.number, placement, now, self.saved)
         for id, ranks in self.attempt.ranks_of.items():
             self.nodes[id].live = set(ranks)
         self._note(
@@ -292,6 +292,9 @@ class Supervisor:
         self._spent[cause.kind] = self._spent.get(cause.kind, 0) + 1
         fields = {"cause": cause.kind.name, "ranks": list(cause.ranks), "nodes": list(cause.nodes), "log": cause.log}
         self._note("failure", cause.text, **fields)
+        self._end_ranks(now)
+
+    def _end_ranks(self, now: float) -> None:
         self.phase = Phase.ending
         self._deadline = now + self.policy.kill
         self._out.append(m.End(self.number, self.attempt.reachable))
@@ -303,6 +306,9 @@ class Supervisor:
         for id in stuck:  # SIGKILL does not end a process that waits in the kernel, for a dead disk or device
             self._lose(id, Health.silent, f"its ranks survive SIGKILL for {self.policy.kill:.0f} s")
         cause = self.attempt.cause
+        if cause is None:
+            self._finish(EXIT_STOPPED, f"{self._stop_why}; no step was done yet")
+            return
         spent = self._spent.get(cause.kind, 0)
         allowed = min(1, self.policy.restarts) if cause.kind is Kind.diverged else self.policy.restarts
         if cause.kind is Kind.user:

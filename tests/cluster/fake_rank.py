@@ -100,7 +100,7 @@ def run() -> int:
     step = newest()
     print(f"rank {rank} of {world} resumes at {step} with dp {config.parallel.dp}", flush=True)
     while step < config.steps:
-        progress(step, 0.05)
+        progress(step + 1, 0.05)
         time.sleep(float(os.environ.get("FAKE_STEP", "0.05")))
         fault(step)
         stopping = all_reduce(peers, bool(stop))

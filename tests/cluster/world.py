@@ -74,7 +74,7 @@ class World:
                     if id in reach and reach[id].attempt == number:
                         for rank in reach[id].live - self.hung:
                             reach[id].ranks[rank].code = 75
-                        self.saved = max(self.saved, self.step)
+                        self.saved = max(self.saved, self.step - 1)
             case m.Probe(nodes):
                 for id in nodes:
                     if id in reach:
@@ -118,10 +118,10 @@ class World:
             return
         for report in live.values():
             report.phase = "step"
-            report.step = self.saved if report.step < 0 else report.step + 1
-            if report.step >= self.steps:
+            report.step = self.saved + 1 if report.step < 0 else report.step + 1
+            if report.step > self.steps:
                 report.code = 0
-        step = self.step
+        step = self.step - 1
         if step % self.every == 0 and step > self.saved:
             self.saved = step
             self.tell(m.Saved(step))

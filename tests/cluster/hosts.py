@@ -1,0 +1,172 @@
+"""Several hosts on one machine: network namespaces with own addresses and host names, on a bridge in its own namespace.
+
+Nothing is added to the machine's own network. Needs root and iproute2. Every process of a host is known by its
+namespace, so a host can be powered off, its link cut, and all of it removed again.
+"""
+
+import os
+import secrets
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+NETWORK = "10.77.0"
+PORT = 6379
+
+
+def missing() -> str | None:
+    """Why hosts cannot be made here, or None."""
+    if os.geteuid() != 0:
+        return "network namespaces need root"
+    if shutil.which("ip") is None:
+        return "network namespaces need iproute2"
+    probe = f"sluice-probe-{os.getpid()}"
+    if subprocess.run(["ip", "netns", "add", probe], capture_output=True).returncode:
+        return "this machine does not allow network namespaces"
+    subprocess.run(["ip", "netns", "del", probe], check=True)
+    return None
+
+
+def ip(*words: str, namespace: str | None = None) -> None:
+    inside = ["-n", namespace] if namespace else []
+    subprocess.run(["ip", *inside, *words], check=True, capture_output=True, text=True)
+
+
+class Hosts:
+    """`count` hosts h0, h1, ... with Ray on each, the head on h0; use it in `with`."""
+
+    def __init__(self, folder: Path, count: int = 3, devices: int = 1):
+        self.folder, self.count, self.devices = folder, count, devices
+        self._prefix = f"sl{os.getpid()}h"
+        self._switch = f"sl{os.getpid()}sw"
+        self.environment = os.environ | {
+            "RAY_AUTH_MODE": "token",
+            "RAY_AUTH_TOKEN": secrets.token_hex(32),
+            "RAY_USAGE_STATS_ENABLED": "0",
+            "RAY_health_check_initial_delay_ms": "1000",
+            "RAY_health_check_period_ms": "1000",
+            "RAY_health_check_timeout_ms": "2000",
+            "RAY_health_check_failure_threshold": "3",
+        }
+
+    @property
+    def address(self) -> str:
+        return f"{NETWORK}.1:{PORT}"
+
+    def __enter__(self) -> "Hosts":
+        try:
+            self._wire()
+            self.start_ray(0)
+            starts = [self._ray_start(i) for i in range(1, self.count)]
+            for index, start in enumerate(starts, 1):
+                self._wait_started(index, start)
+        except BaseException:
+            self.__exit__()
+            raise
+        return self
+
+    def _wire(self) -> None:
+        ip("netns", "add", self._switch)
+        ip("link", "add", "br0", "type", "bridge", namespace=self._switch)
+        ip("link", "set", "br0", "up", namespace=self._switch)
+        names = "\n".join(f"{NETWORK}.{i + 1} h{i}" for i in range(self.count))
+        for i in range(self.count):
+            host = self._prefix + str(i)
+            ip("netns", "add", host)
+            ip("link", "add", "eth0", "netns", host, "type", "veth", "peer", "name", f"p{i}", "netns", self._switch)
+            ip("addr", "add", f"{NETWORK}.{i + 1}/24", "dev", "eth0", namespace=host)
+            for device in ("lo", "eth0"):
+                ip("link", "set", device, "up", namespace=host)
+            ip("link", "set", f"p{i}", "master", "br0", namespace=self._switch)
+            ip("link", "set", f"p{i}", "up", namespace=self._switch)
+            etc = Path("/etc/netns") / host
+            etc.mkdir(parents=True, exist_ok=True)
+            (etc / "hosts").write_text(f"127.0.0.1 localhost\n{names}\n")
+
+    def command(self, index: int, *words: str) -> list[str]:
+        """A command line that runs `words` on a host."""
+        name = f'hostname h{index}; exec "$@"'
+        return ["ip", "netns", "exec", self._prefix + str(index), "unshare", "--uts", "sh", "-c", name, "sh", *words]
+
+    def start_ray(self, index: int) -> None:
+        """Start Ray there and wait until it is up."""
+        self._wait_started(index, self._ray_start(index))
+
+    def _ray_start(self, index: int) -> subprocess.Popen:
+        role = (
+            ["--head", f"--port={PORT}", "--include-dashboard=false"] if index == 0 else [f"--address={self.address}"]
+        )
+        words = [
+            str(Path(sys.executable).with_name("ray")),
+            "start",
+            *role,
+            f"--temp-dir={self.folder}/h{index}",
+            f"--node-ip-address={NETWORK}.{index + 1}",
+            f"--num-cpus={self.devices}",
+            "--object-store-memory=80000000",
+            "--disable-usage-stats",
+            f"--labels=train/node=h{index},train/rack=r{index // 2}",
+        ]
+        log = (self.folder / f"ray_start_{index}.log").open("w")
+        return subprocess.Popen(
+            self.command(index, *words), env=self.environment, stdout=log, stderr=log, stdin=subprocess.DEVNULL
+        )
+
+    def _wait_started(self, index: int, start: subprocess.Popen) -> None:
+        code = start.wait(120)
+        assert code == 0, (self.folder / f"ray_start_{index}.log").read_text()[-2000:]
+
+    def pids(self, index: int, word: str = "") -> list[int]:
+        """Processes of a host whose command line holds `word`."""
+        listed = subprocess.run(
+            ["ip", "netns", "pids", self._prefix + str(index)], capture_output=True, text=True
+        ).stdout
+        found = []
+        for pid in map(int, listed.split()):
+            try:
+                line = Path(f"/proc/{pid}/cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
+            except (FileNotFoundError, ProcessLookupError):
+                continue
+            if word in line:
+                found.append(pid)
+        return found
+
+    def signal(self, index: int, number: int, word: str = "") -> int:
+        """Send a signal to those processes; returns how many there were."""
+        pids = self.pids(index, word)
+        for pid in pids:
+            try:
+                os.kill(pid, number)
+            except ProcessLookupError:
+                continue
+        return len(pids)
+
+    def power_off(self, index: int) -> None:
+        """Cut the link first: a machine without power sends no FIN."""
+        self.cut(index)
+        self.signal(index, signal.SIGKILL)
+
+    def power_on(self, index: int) -> None:
+        self.heal(index)
+        shutil.rmtree(self.folder / f"h{index}", ignore_errors=True)
+        self.start_ray(index)
+
+    def cut(self, index: int) -> None:
+        ip("link", "set", f"p{index}", "down", namespace=self._switch)
+
+    def heal(self, index: int) -> None:
+        ip("link", "set", f"p{index}", "up", namespace=self._switch)
+
+    def __exit__(self, *_: object) -> None:
+        for number in (signal.SIGTERM, signal.SIGKILL):
+            left = sum(self.signal(i, number) for i in range(self.count))
+            deadline = time.monotonic() + 3
+            while left and time.monotonic() < deadline and any(self.pids(i) for i in range(self.count)):
+                time.sleep(0.1)
+        for i in range(self.count):
+            subprocess.run(["ip", "netns", "del", self._prefix + str(i)], capture_output=True)
+            shutil.rmtree(Path("/etc/netns") / (self._prefix + str(i)), ignore_errors=True)
+        subprocess.run(["ip", "netns", "del", self._switch], capture_output=True)

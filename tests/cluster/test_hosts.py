@@ -1,0 +1,197 @@
+"""Three hosts in network namespaces, Ray on each, fake ranks: power-off, cut and healed links, dead agents, dead Ray."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from cluster.journal import read_events
+from conf.errors import EXIT_OK, EXIT_STOPPED, EXIT_USER
+from tests.cluster.hosts import Hosts, missing
+
+pytestmark = [pytest.mark.hosts, pytest.mark.slow]
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.fixture(scope="module")
+def hosts(tmp_path_factory):
+    if why := missing():
+        pytest.skip(why)
+    with Hosts(tmp_path_factory.mktemp("ray")) as hosts:
+        yield hosts
+
+
+class Launch:
+    """A driver on h0, as its own process."""
+
+    def __init__(self, hosts: Hosts, runs: Path, *overrides: str, step_seconds: float = 0.1, **environment: str):
+        self.hosts, self.runs, self.folder = hosts, runs, runs / "run"
+        words = [sys.executable, "-m", "tests.cluster.drive", str(runs), f"cluster.address={hosts.address}"]
+        words += ["parallel.dp=3", "checkpoint.every=10", "cluster.heartbeat=3", *overrides]
+        self.output = runs / "driver.log"
+        self.process = subprocess.Popen(
+            hosts.command(0, *words),
+            env=hosts.environment | {"PYTHONPATH": str(ROOT), "FAKE_STEP": str(step_seconds)} | environment,
+            cwd=ROOT,
+            stdout=self.output.open("w"),
+            stderr=subprocess.STDOUT,
+        )
+
+    def wait_for(self, kind: str, seconds: float = 60, **fields) -> dict:
+        """The first event of this kind with these fields."""
+        deadline = time.monotonic() + seconds
+        while time.monotonic() < deadline:
+            for event in self.events():
+                if event["kind"] == kind and all(event.get(key) == value for key, value in fields.items()):
+                    return event
+            assert self.process.poll() is None, self.output.read_text()
+            time.sleep(0.05)
+        raise AssertionError(f"no event {kind} {fields} in {seconds} s:\n{self.output.read_text()}")
+
+    def events(self) -> list[dict]:
+        return read_events(self.folder)
+
+    def wait(self, seconds: float = 90) -> int:
+        try:
+            return self.process.wait(seconds)
+        finally:
+            if self.process.poll() is None:
+                self.process.kill()
+
+    def dps(self) -> list[int]:
+        return [event["dp"] for event in self.events() if event["kind"] == "attempt"]
+
+
+def measure(launch: Launch, name: str, fault_time: float) -> None:
+    """Print what a fault cost; the figures of the note come from here."""
+    failure = next(event for event in launch.events() if event["kind"] == "failure")
+    recovered = next(event for event in launch.events() if event["kind"] == "recovered")
+    print(
+        json.dumps(
+            {
+                "fault": name,
+                "detected": round(failure["time"] - fault_time, 2),
+                "next_step": round(recovered["time"] - fault_time, 2),
+                "steps_again": recovered["steps_again"],
+                "load": os.getloadavg()[0],
+            }
+        )
+    )
+
+
+def test_launch_reads_topology_from_labels_and_ends_well(hosts, tmp_path):
+    launch = Launch(hosts, tmp_path, "steps=20")
+    assert launch.wait() == EXIT_OK, launch.output.read_text()
+    (attempt,) = [event for event in launch.events() if event["kind"] == "attempt"]
+    assert attempt["nodes"] == ["h0", "h1", "h2"]
+    assert next(event for event in launch.events() if event["kind"] == "network")["pairs"] == 3
+    for rank in range(3):
+        assert f"attempt 1 on h{rank}" in (launch.folder / "logs" / f"rank_{rank}.log").read_text()
+
+
+def test_a_killed_rank(hosts, tmp_path):
+    launch = Launch(hosts, tmp_path, "steps=60")
+    launch.wait_for("checkpoint")
+    broke = time.time()
+    assert hosts.signal(1, signal.SIGKILL, "fake_rank") == 1
+    assert launch.wait() == EXIT_OK, launch.output.read_text()
+    assert launch.dps() == [3, 3]
+    measure(launch, "rank killed", broke)
+    failure = next(event for event in launch.events() if event["kind"] == "failure")
+    assert failure["text"].startswith("rank 1 on h1 ended by signal SIGKILL")
+
+
+def test_a_dead_agent(hosts, tmp_path):
+    launch = Launch(hosts, tmp_path, "steps=80")
+    launch.wait_for("checkpoint")
+    broke = time.time()
+    assert hosts.signal(2, signal.SIGKILL, "ray::Agent") >= 1
+    assert launch.wait() == EXIT_OK, launch.output.read_text()
+    measure(launch, "agent killed", broke)
+    assert launch.dps() == [3, 3]
+    failure = next(event for event in launch.events() if event["kind"] == "failure")
+    assert failure["nodes"] == ["h2"] and "its agent died" in failure["text"]
+
+
+def test_a_cut_link_that_heals(hosts, tmp_path):
+    launch = Launch(hosts, tmp_path, "steps=150")
+    launch.wait_for("checkpoint")
+    broke = time.time()
+    hosts.cut(2)
+    try:
+        launch.wait_for("attempt", dp=2)
+        launch.wait_for("recovered")
+    finally:
+        hosts.heal(2)
+    assert launch.wait() == EXIT_OK, launch.output.read_text()
+    measure(launch, "link cut", broke)
+    assert launch.dps()[:2] == [3, 2] and launch.dps()[-1] == 3
+    assert not hosts.pids(2, "fake_rank")
+
+
+def test_power_off_and_return(hosts, tmp_path):
+    launch = Launch(hosts, tmp_path, "steps=300")
+    launch.wait_for("checkpoint")
+    broke = time.time()
+    hosts.power_off(1)
+    try:
+        failure = launch.wait_for("failure")
+        launch.wait_for("recovered")
+    finally:
+        hosts.power_on(1)
+    assert failure["cause"] == "node" and failure["nodes"] == ["h1"]
+    launch.wait_for("grow")
+    measure(launch, "power off", broke)
+    launch.wait_for("attempt", attempt=3, dp=3)
+    launch.process.send_signal(signal.SIGTERM)
+    assert launch.wait() == EXIT_STOPPED, launch.output.read_text()
+
+
+def test_a_dead_raylet(hosts, tmp_path):
+    launch = Launch(hosts, tmp_path, "steps=200")
+    launch.wait_for("checkpoint")
+    broke = time.time()
+    assert hosts.signal(2, signal.SIGKILL, "/raylet/raylet") == 1
+    launch.wait_for("recovered")
+    measure(launch, "raylet killed", broke)
+    assert launch.wait() == EXIT_OK, launch.output.read_text()
+    assert launch.dps() == [3, 2]
+    hosts.signal(2, signal.SIGKILL)
+    hosts.power_on(2)
+
+
+def test_a_killed_driver_leaves_no_rank_and_a_new_launch_resumes(hosts, tmp_path):
+    launch = Launch(hosts, tmp_path, "steps=60")
+    launch.wait_for("checkpoint")
+    hosts.signal(0, signal.SIGKILL, "tests.cluster.drive")
+    launch.process.wait(10)
+    deadline = time.monotonic() + 20
+    while any(hosts.pids(i, "fake_rank") for i in range(3)) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not any(hosts.pids(i, "fake_rank") for i in range(3))
+    again = Launch(hosts, tmp_path, "steps=60")
+    assert again.wait() == EXIT_OK, again.output.read_text()
+    attempts = [event["attempt"] for event in again.events() if event["kind"] == "attempt"]
+    assert attempts == [1, 2]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "environment", "words"),
+    [
+        (["cluster.address=10.77.0.1:1"], {}, "must be HOST:PORT of a running Ray"),
+        ([], {"RAY_AUTH_TOKEN": "f" * 64}, "does not accept it"),
+        (["parallel.dp=4", "cluster.wait=4"], {}, "parallel.dp=3, which fits"),
+    ],
+)
+def test_bad_input_is_one_screen(hosts, tmp_path, overrides, environment, words):
+    started = time.monotonic()
+    launch = Launch(hosts, tmp_path, *overrides, **environment)
+    assert launch.wait(60) == EXIT_USER, launch.output.read_text()
+    text = launch.output.read_text()
+    assert words in text and len(text.splitlines()) < 20 and "Traceback" not in text
+    assert time.monotonic() - started < 45
