@@ -1,0 +1,39 @@
+"""Show where the ranks of a recipe would go, and start nothing:  python -m cluster.show NODESxDEVICES[/RACK] OVERRIDES...
+
+python -m cluster.show 256x8/32 conf=deepseek_v3        256 nodes with 8 devices, 32 nodes in a rack
+"""
+
+import re
+import sys
+
+from cluster.topology import Node, require, table
+from conf.errors import EXIT_OK, UserError
+from conf.load import compose, report
+
+
+def nodes_of(text: str) -> list[Node]:
+    """Nodes of a made-up cluster; UserError if the text is not NODESxDEVICES or NODESxDEVICES/RACK."""
+    match = re.fullmatch(r"(\d+)x(\d+)(?:/(\d+))?", text)
+    if match is None:
+        raise UserError("nodes", text, "must be NODESxDEVICES or NODESxDEVICES/NODES_PER_RACK", "for example 256x8/32")
+    count, devices, rack = int(match[1]), int(match[2]), int(match[3] or 0)
+    return [
+        Node(f"{i}", f"n{i}", f"10.{i >> 16}.{i >> 8 & 255}.{i & 255}", devices, f"r{i // rack}" if rack else "")
+        for i in range(count)
+    ]
+
+
+def main(arguments: list[str]) -> int:
+    if not arguments:
+        print(__doc__)
+        return EXIT_OK
+    try:
+        parallel = compose(*arguments[1:]).parallel
+        print(table(require(nodes_of(arguments[0]), parallel.pp, parallel.dp, parallel.ep)))
+    except UserError as error:
+        return report(error)
+    return EXIT_OK
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
