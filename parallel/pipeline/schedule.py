@@ -81,7 +81,7 @@ class Pipeline:
     def evaluate(self, tokens_BS: Tensor, documents_BS: Tensor | None = None, *, micro_batches: int) -> Tensor | None:
         """Mean loss over micro-batches without gradients, on the rank with the last stage; None elsewhere.
 
-        Arguments as in step; any number of micro-batches will do. The modules are in eval mode meanwhile. The stages
+        Arguments as in step; any number of micro-batches that divides B will do. The modules are in eval mode meanwhile. The stages
         advance in slots: in slot t, stage s runs micro-batch t - s, so that each micro-batch moves one stage a slot;
         between two slots all ranks exchange what they made. One batch of sends and receives per slot, in the
         same order everywhere, cannot deadlock, also where a V puts two stages on a rank (torch's own schedules
@@ -97,9 +97,9 @@ class Pipeline:
                 module.train(training)
 
     def _evaluate(self, tokens_BS: Tensor, documents_BS: Tensor | None, micro_batches: int) -> Tensor | None:
+        assert len(tokens_BS) % micro_batches == 0, (tokens_BS.shape, micro_batches)
         tokens = tokens_BS.chunk(micro_batches)
         documents = [None] * micro_batches if documents_BS is None else documents_BS.chunk(micro_batches)
-        assert len(tokens) == micro_batches, (tokens_BS.shape, micro_batches)
         inputs: dict[tuple[int, int], Tensor] = {}
         total = torch.zeros((), device=self.device)
         for slot in range(micro_batches + self.num_stages - 1):
@@ -110,10 +110,8 @@ class Pipeline:
                     x = tokens[m] if stage == 0 else inputs.pop((stage, m))
                     keywords = {} if documents[m] is None else {"documents_BS": documents[m]}
                     outputs[stage, m] = module(x, tokens_BS=tokens[m], **keywords)
-            if (
-                self.has_last
-                and (loss := outputs.pop((self.num_stages - 1, slot - self.num_stages + 1), None)) is not None
-            ):
+            loss = outputs.pop((self.num_stages - 1, slot - self.num_stages + 1), None)
+            if loss is not None:
                 total += loss.sum() / micro_batches
             inputs |= self._exchange(slot, outputs, tokens)
         return total if self.has_last else None

@@ -95,4 +95,4 @@ def _move(infos: tuple, device: torch.device) -> None:
     for info in infos:
         buffer = getattr(info, "buffer", None)
         if buffer is not None:
-            info.buffer = torch.empty_like(buffer, device=device, requires_grad=False)
+            info.buffer = torch.empty_like(buffer, device=device, requires_grad=buffer.requires_grad)

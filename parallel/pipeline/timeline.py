@@ -19,7 +19,7 @@ class Record:
     """One action of one step."""
 
     kind: str
-    """F forward, B backward, I its input part, W its weight part, FB an overlapped pair, E an evaluation forward."""
+    """F forward, B backward, I its input part, W its weight part, FB an overlapped pair."""
     stage: int
     """Stage number; for FB that of the forward half."""
     micro_batch: int
