@@ -161,7 +161,7 @@ def _number(nodes: list[Node], seats: list[list[tuple[Node, int]]], pp: int, dp:
 
 
 def table(placement: Placement) -> str:
-    """The placement for people: one line per node."""
+    """The placement for people: one line per node with ranks."""
     rows = [("node", "rack", "address", "stages", "expert groups", "ranks")]
     for seats in placement.by_node().values():
         node = seats[0].node
@@ -169,14 +169,14 @@ def table(placement: Placement) -> str:
         stages = sorted({rank // placement.dp for rank in ranks})
         groups = sorted({rank % placement.dp // placement.ep for rank in ranks})
         rows.append((node.name, node.rack or "-", node.address, _ranges(stages), _ranges(groups), _ranges(ranks)))
-    rows += [(node.name, node.rack or "-", node.address, "spare", "", "") for node in placement.spares]
     widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
     lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
     head = (
         f"{placement.world} ranks = pp {placement.pp} x dp {placement.dp} (ep {placement.ep}) on "
         f"{len(placement.nodes)} nodes, {len(placement.spares)} spare"
     )
-    return "\n".join([head, *lines])
+    spares = ["spare: " + ", ".join(node.name for node in placement.spares)] if placement.spares else []
+    return "\n".join([head, *lines, *spares])
 
 
 def _ranges(numbers: list[int]) -> str:

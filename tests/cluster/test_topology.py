@@ -118,6 +118,6 @@ def test_the_table_is_shown_without_starting_anything(capsys):
     assert show(["4x2/2", "parallel.dp=6", "parallel.ep=2", "batch_size=12", "micro_batch_size=1"]) == EXIT_OK
     lines = capsys.readouterr().out.splitlines()
     assert lines[0] == "6 ranks = pp 1 x dp 6 (ep 2) on 3 nodes, 1 spare"
-    assert lines[2].split() == ["n0", "r0", "10.0.0.0", "0", "0", "0-1"] and lines[-1].split()[-1] == "spare"
+    assert lines[2].split() == ["n0", "r0", "10.0.0.0", "0", "0", "0-1"] and lines[-1] == "spare: n3"
     assert show(["4x2", "parallel.dp=16", "batch_size=16", "micro_batch_size=1"]) == EXIT_USER
     assert "parallel.dp=8 fits" in capsys.readouterr().err
