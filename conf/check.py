@@ -127,6 +127,15 @@ def _check_model(model: Model) -> None:
     if model.dense_layers == model.layers and model.mtp_depth == 0:
         return
     _positive(model, "model.", "expert_width experts top_k groups top_groups route_scale")
+    for name in ("hidden", "expert_width"):
+        value = getattr(model, name)
+        _require(
+            value % 8 == 0,
+            f"model.{name}",
+            value,
+            "must be a multiple of 8: the grouped product of the experts wants rows of a multiple of 16 bytes",
+            f"take {-(-value // 8) * 8}",
+        )
     _require(
         model.experts % model.groups == 0,
         "model.experts",
