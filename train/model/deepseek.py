@@ -15,7 +15,7 @@ from torch.nn import functional as F
 
 from conf.schema import Model, Recompute
 from train.model.block import Block
-from train.model.layers import Embedding, Linear, Precision, RMSNorm
+from train.model.layers import Embedding, Precision, RMSNorm
 from train.model.loss import cross_entropy
 from train.model.moe import Dispatcher, LocalDispatcher
 from train.model.mtp import MTP
@@ -46,6 +46,25 @@ class Losses:
     def means(self) -> Tensor:
         """Mean over micro-batches of the main loss and of every MTP depth: (1 + depths,)."""
         return torch.stack([self.main, *self.mtp]) / self.count
+
+
+class Head(nn.Module):
+    """Output head. It is called once for all depths, as what a module call needs may be brought for it."""
+
+    def __init__(self, width: int, vocab_size: int, chunk: int, **factory):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(vocab_size, width, **factory))
+        self._chunk = chunk
+
+    def forward(self, states: list[Tensor], tokens_BS: Tensor, positions: int) -> list[Tensor]:
+        """Losses of the main model (states[0], (B, T, D)) and of the MTP depths (one position shorter each).
+
+        Divided by all positions of the main model, also at MTP depths, which have fewer (eq. 24).
+        """
+        return [
+            cross_entropy(hidden_BTD.flatten(0, 1), self.weight, tokens_BS[:, depth:].flatten(), positions, self._chunk)
+            for depth, hidden_BTD in enumerate(states, 1)
+        ]
 
 
 class DeepSeekV3(nn.Module):
@@ -90,7 +109,7 @@ class DeepSeekV3(nn.Module):
             self.layers[str(index)] = Block(config, precision, rope, here, local_experts, **factory)
         if has_head:
             self.norm = RMSNorm(config.hidden, config.norm_eps, Recompute.norm in config.recompute, **factory)
-            self.head = Linear(config.hidden, config.vocab_size, precision, **factory)
+            self.head = Head(config.hidden, config.vocab_size, config.loss_chunk, **factory)
             self.mtp = nn.ModuleList(
                 MTP(config, precision, rope, dispatcher, local_experts, **factory) for _ in range(config.mtp_depth)
             )
@@ -123,7 +142,8 @@ class DeepSeekV3(nn.Module):
         hidden_BTD = self._run_layers(embedding_BTD if self.has_embedding else x, documents_BT)
         if not self.has_head:
             return hidden_BTD
-        return self._loss(self.norm(hidden_BTD), embedding_BTD, tokens_BS, documents_BT).view(1)
+        loss = self._loss(self.norm(hidden_BTD), embedding_BTD, tokens_BS, documents_BT)
+        return torch.stack([loss])  # no view: pipeline schedules detach it in place
 
     def logits(self, x: Tensor, last: bool = False) -> Tensor:
         """fp32 logits (B, T, V) of tokens (B, T), or of hidden states for a last chunk; last: only of the last position."""
@@ -153,19 +173,12 @@ class DeepSeekV3(nn.Module):
     ) -> Tensor:
         """Scalar loss from the hidden states after the final norm."""
         positions = hidden_BTD.size(0) * hidden_BTD.size(1)
-        main = self._cross_entropy(hidden_BTD, tokens_BS[:, 1:], positions)
+        states = [hidden_BTD]
+        for depth, module in enumerate(self.mtp if self.training else (), 1):
+            documents = None if documents_BT is None else documents_BT[:, :-depth]
+            states.append(module(states[-1][:, :-1], embedding_BTD[:, depth:], documents))
+        main, *mtp = self.head(states, tokens_BS, positions)
         if not self.training:
             return main
-        mtp = []
-        for depth, module in enumerate(self.mtp, 1):
-            documents = None if documents_BT is None else documents_BT[:, :-depth]
-            hidden_BTD = module(hidden_BTD[:, :-1], embedding_BTD[:, depth:], documents)
-            mtp.append(self._cross_entropy(hidden_BTD, tokens_BS[:, depth + 1 :], positions))
         self.losses.add(main, mtp)
         return main + sum(mtp) * (self.mtp_weight / len(mtp)) if mtp else main
-
-    def _cross_entropy(self, hidden_BTD: Tensor, targets_BT: Tensor, positions: int) -> Tensor:
-        """Divided by all positions of the main model, also at MTP depths, which have fewer (eq. 24)."""
-        return cross_entropy(
-            hidden_BTD.flatten(0, 1), self.head.weight, targets_BT.flatten(), positions, self.config.loss_chunk
-        )

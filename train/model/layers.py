@@ -96,8 +96,9 @@ class RMSNorm(nn.Module):
         y = self(x)
         if not (self._recompute and torch.is_grad_enabled()):
             return y, nullcontext()
-        source, weight, eps = x.detach(), self.weight.detach(), self._eps
-        return y, Recomputed(lambda: rms_norm(source, weight, eps)[0], y)
+        source, eps = x.detach(), self._eps
+        # The weight is asked for when it is needed: it may be away in the meantime (ZeRO stage 3).
+        return y, Recomputed(lambda: rms_norm(source, self.weight, eps)[0], y)
 
 
 def rms_norm(x: Tensor, weight_D: Tensor, eps: float) -> tuple[Tensor, Tensor]:
