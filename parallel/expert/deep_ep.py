@@ -33,6 +33,14 @@ class _Plan:
     """Which entry of the arrivals' gates, (M, K) flattened, is each row's."""
 
 
+@dataclass
+class _Arrived:
+    routed: Routed
+
+    def wait(self) -> Routed:
+        return self.routed
+
+
 class DeepEPDispatcher:
     """Experts over the ranks of one group through DeepEP; bf16 activations, width a multiple of 128.
 
@@ -58,6 +66,10 @@ class DeepEPDispatcher:
         inside = max(config.get_nvl_buffer_size_hint(row_bytes, size) for config in configs)
         across = max(config.get_rdma_buffer_size_hint(row_bytes, size) for config in configs)
         return buffer_type(group, inside, across)
+
+    def dispatch_begin(self, x_TD: Tensor, expert_ids_TK: Tensor, gates_TK: Tensor) -> "_Arrived":
+        """The whole dispatch at once: DeepEP sizes its output from counts that the host has to wait for."""
+        return _Arrived(self.dispatch(x_TD, expert_ids_TK, gates_TK))
 
     def dispatch(self, x_TD: Tensor, expert_ids_TK: Tensor, gates_TK: Tensor) -> Routed:
         """Send every token to its experts; see ChainDispatcher.dispatch_begin."""

@@ -32,6 +32,7 @@ from parallel.expert.counters import Counters, Traffic
 from parallel.expert.link import Link, Transfer
 from parallel.expert.permute import FanOut, collect, spread
 from parallel.expert.wire import HighWire, Wire
+from parallel.pipeline.overlap import yield_point
 
 
 @dataclass
@@ -214,6 +215,10 @@ class _Flight:
     transfer: Transfer | None = None
 
     def land(self) -> Transfer:
+        """The transfer that was started, to be waited for. In an overlapped pair the other lane computes first; every
+        rank comes by here as often as the others, also without a row to send.
+        """
+        yield_point()
         transfer, self.transfer = self.transfer, None
         assert transfer is not None, "wait() was called twice"
         return transfer

@@ -37,11 +37,19 @@ class Routed:
     """What the dispatcher needs for the way back."""
 
 
+class Pending(Protocol):
+    """A dispatch that is under way."""
+
+    def wait(self) -> Routed:
+        """The rows that have reached this rank's experts. Call once."""
+        ...
+
+
 class Dispatcher(Protocol):
     """Brings tokens to experts and back. Differentiable in x and gates."""
 
-    def dispatch(self, x_TD: Tensor, expert_ids_TK: Tensor, gates_TK: Tensor) -> Routed:
-        """Send every token to its K experts."""
+    def dispatch_begin(self, x_TD: Tensor, expert_ids_TK: Tensor, gates_TK: Tensor) -> Pending:
+        """Start to send every token to its K experts."""
         ...
 
     def combine(self, out_RD: Tensor, routed: Routed) -> Tensor:
@@ -49,11 +57,24 @@ class Dispatcher(Protocol):
         ...
 
 
+@dataclass
+class Arrived:
+    """Rows that had no way to go."""
+
+    routed: Routed
+
+    def wait(self) -> Routed:
+        return self.routed
+
+
 class LocalDispatcher:
     """All experts are here: a stable sort by expert, and its inverse. No waiting for the device."""
 
     def __init__(self, experts: int):
         self._experts = experts
+
+    def dispatch_begin(self, x_TD: Tensor, expert_ids_TK: Tensor, gates_TK: Tensor) -> "Arrived":
+        return Arrived(self.dispatch(x_TD, expert_ids_TK, gates_TK))
 
     def dispatch(self, x_TD: Tensor, expert_ids_TK: Tensor, gates_TK: Tensor) -> Routed:
         sorted_R, order_R = expert_ids_TK.flatten().sort(stable=True)
@@ -135,11 +156,13 @@ class MoE(nn.Module):
         """recipe: the context in which saving x costs nothing (`RMSNorm.with_recipe`). Returns (B, T, D)."""
         gates_TK, ids_TK = self.router(x_BTD, recipe)
         x_TD = x_BTD.flatten(0, 1)
-        routed = self._dispatcher.dispatch(x_TD, ids_TK, gates_TK)
+        pending = self._dispatcher.dispatch_begin(x_TD, ids_TK, gates_TK)
+        shared_TD = None if self.shared is None else self.shared(x_TD, recipe)  # while the tokens are on their way
+        routed = pending.wait()
         out_RD = self.run_experts(routed)
         y_TD = self._dispatcher.combine(out_RD, routed)
-        if self.shared is not None:
-            y_TD = y_TD + self.shared(x_TD, recipe)
+        if shared_TD is not None:
+            y_TD = y_TD + shared_TD
         return y_TD.view(x_BTD.shape)
 
     def run_experts(self, routed: Routed) -> Tensor:
