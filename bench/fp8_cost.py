@@ -45,8 +45,12 @@ def main() -> None:
 
 
 def _precisions() -> dict[str, HighPrecision | Fp8Precision]:
-    device = torch.device("cpu")
-    fp8 = {name: Fp8Precision(compose(f"precision={name}").precision.fp8, device) for name in ("fp8_ue8m0", "fp8")}
+    recipes = {
+        "fp8_ue8m0": ["precision=fp8_ue8m0"],
+        "fp8 bf16": ["precision=fp8", "precision.fp8.emulate=bf16"],
+        "fp8": ["precision=fp8"],
+    }
+    fp8 = {name: Fp8Precision(compose(*given).precision.fp8, torch.device("cpu")) for name, given in recipes.items()}
     return {"bf16": HighPrecision(torch.bfloat16), **fp8}
 
 

@@ -43,6 +43,8 @@ def _check_fp8(fp8: Fp8) -> None:
         value = getattr(fp8, name)
         if not 1e-30 <= value <= 1.0:
             raise UserError(f"precision.fp8.{name}", value, "must lie in [1e-30, 1]", "leave it at its default")
+    if fp8.emulate not in ("fp32", "bf16"):
+        raise UserError("precision.fp8.emulate", fp8.emulate, "must be fp32 or bf16", "use fp32")
     health = fp8.health
     if health.every < 0:
         raise UserError("precision.fp8.health.every", health.every, "must not be negative", "set it to 0 for no checks")

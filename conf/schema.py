@@ -329,6 +329,9 @@ class Fp8:
     """Smallest max-abs of activations and weights that a scale is made for, as in DeepSeek's kernels."""
     gradient_floor: float = 1e-12
     """The same for gradients, which lie far below activations."""
+    emulate: str = "fp32"
+    """On CPU, the products of operands whose scales are not powers of two: fp32 is exact; bf16 rounds the operands (by
+    2^-9, beside 2^-4 of E4M3) and costs no more than a bf16 product."""
     cache: Cache = field(default_factory=Cache)
     health: Health = field(default_factory=Health)
 

@@ -22,7 +22,7 @@ from train.precision.groups import Groups
 from train.precision.health import Probe
 from train.precision.linear import keep, left_source
 from train.precision.products import Engine, Source, pack, unpack
-from train.precision.recipe import Recipe, Rule
+from train.precision.recipe import Product, Recipe
 
 Probes = tuple[Probe, Probe]
 
@@ -66,7 +66,9 @@ class _ExpertFFN(torch.autograd.Function):
         groups, engine, dtype = ctx.groups, ctx.engine, ctx.dtype
         up, down = ctx.recipe.experts_up, ctx.recipe.experts_down
         gates_P, w13_E2FD, w2_EDF, x, h = unpack(ctx.saved_tensors, ctx.forms)
-        dy = _quantized(groups.pad(dy_RD), down.dgrad.left, engine)
+        dy = groups.pad(dy_RD)
+        if down.dgrad.left.format is not None:
+            dy = engine.cast(dy, down.dgrad.left.cast())
         w2 = engine.operand(w2_EDF, down.dgrad.right, transposed=True)
         da_PF = engine.grouped(engine.operand(dy, down.dgrad.left), w2, groups, dtype)
         a_PF, dh_P2F, dgates_P = engine.swiglu_backward(h, gates_P, da_PF)
@@ -80,12 +82,7 @@ class _ExpertFFN(torch.autograd.Function):
         return groups.unpad(dx_PD), groups.unpad(dgates_P), dw13_E2FD, dw2_EDF, None, None, None, None
 
 
-def _quantized(x_PX: Tensor, rule: Rule, engine: Engine) -> Source:
-    """Cast once, for the two products that take it."""
-    return x_PX if rule.format is None else engine.quantize(x_PX, rule.cast())
-
-
-def _wgrad(left: Source, right: Source, rules, engine: Engine, groups: Groups, dtype: torch.dtype) -> Tensor:
+def _wgrad(left: Source, right: Source, rules: Product, engine: Engine, groups: Groups, dtype: torch.dtype) -> Tensor:
     """The gradient of every expert's weight, contracted over its own rows."""
     left = engine.operand(left, rules.left, transposed=True, groups=groups)
     right = engine.operand(right, rules.right, transposed=True, groups=groups)

@@ -1,12 +1,13 @@
 """Products in fp32 or bf16: the plain recipe. bf16 products accumulate in fp32 inside the kernels.
 
-Shapes: D width, F inner width, E experts of this rank, R rows sorted by expert.
+Shapes: D width, F inner width, E experts of this rank, R rows sorted by expert; I inputs and O outputs of a product.
 """
 
 from contextlib import nullcontext
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from train.model.layers import recomputed_swiglu, swiglu
@@ -29,7 +30,26 @@ class HighPrecision:
         self, rows_RD: Tensor, gates_R: Tensor, w13_E2FD: Tensor, w2_EDF: Tensor, counts_E: Tensor
     ) -> Tensor:
         ends_E = counts_E.cumsum(0).to(torch.int32)
-        h_R2F = F.grouped_mm(rows_RD, w13_E2FD.to(self.dtype).transpose(1, 2), offs=ends_E)
+        h_R2F = _GroupedProduct.apply(rows_RD, w13_E2FD.to(self.dtype), ends_E)
         a_RF = swiglu(h_R2F, gates_R)
         with recomputed_swiglu(a_RF, h_R2F, gates_R) if self._recompute_swiglu else nullcontext():
-            return F.grouped_mm(a_RF, w2_EDF.to(self.dtype).transpose(1, 2), offs=ends_E)
+            return _GroupedProduct.apply(a_RF, w2_EDF.to(self.dtype), ends_E)
+
+
+class _GroupedProduct(torch.autograd.Function):
+    """x W^T with the weight of each row's expert. Saves the weight itself, where F.grouped_mm's own backward would keep
+    a view of it: a view holds its memory also where the weight is let go until backward (ZeRO stage 3).
+    """
+
+    @staticmethod
+    def forward(ctx, x_RI, weight_EOI, ends_E):
+        ctx.save_for_backward(x_RI, weight_EOI, ends_E)
+        return F.grouped_mm(x_RI, weight_EOI.transpose(1, 2), offs=ends_E)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad_RO):
+        x_RI, weight_EOI, ends_E = ctx.saved_tensors
+        dx_RI = F.grouped_mm(grad_RO, weight_EOI, offs=ends_E) if ctx.needs_input_grad[0] else None
+        dweight_EOI = F.grouped_mm(grad_RO.t(), x_RI, offs=ends_E) if ctx.needs_input_grad[1] else None
+        return dx_RI, dweight_EOI, None

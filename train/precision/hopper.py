@@ -67,8 +67,7 @@ class HopperEngine:
         q, scale = self._kernels.quantize_tiles(_padded(x_MK), cast)
         return Quantized(q, scale, cast, x_MK.shape)
 
-    def dequantize(self, x: Quantized) -> Tensor:
-        return dequantize(x)[..., : x.shape[-2], : x.shape[-1]]
+    cast = quantize
 
     def operand(
         self, source: Source, rule: Rule, transposed: bool = False, groups: Groups | None = None
@@ -82,7 +81,7 @@ class HopperEngine:
             if kernel_layout and rule.format is not None:
                 source, scale = source.q, source.scale
             else:
-                source = self.dequantize(source)
+                source = dequantize(source)[..., :outer, :inner]
         else:
             outer, inner = source.shape[-2:]
         if rule.format is None:

@@ -29,7 +29,7 @@ def linear(x: Tensor, weight_NK: Tensor, engine: Engine, recipe: LinearRecipe, p
     return y_TN.view(*x.shape[:-1], weight_NK.shape[0])
 
 
-def keep(x_MK: Tensor, engine: Engine, recipe: LinearRecipe) -> Source:
+def keep(x_MK: Tensor, engine: Engine, recipe: LinearRecipe) -> Tensor | Quantized:
     """The form in which an input waits for Wgrad."""
     return x_MK if recipe.cache is None else engine.quantize(x_MK, recipe.cache)
 
@@ -67,8 +67,8 @@ class _Linear(torch.autograd.Function):
             right = engine.operand(weight_NK, recipe.dgrad.right, transposed=True)
             dx_TK = engine.product(left, right, ctx.dtype)
         if ctx.needs_input_grad[1]:
-            if not isinstance(kept, Quantized):
-                kept = keep(kept, engine, recipe)
+            if isinstance(kept, Tensor) and recipe.cache is not None:
+                kept = engine.cast(kept, recipe.cache)
             left = engine.operand(dy_TN, recipe.wgrad.left, transposed=True)
             right = engine.operand(kept, recipe.wgrad.right, transposed=True)
             dw_NK = engine.product(left, right, weight_NK.dtype)

@@ -5,13 +5,13 @@ product is left @ right^T.
 
 The CPU has no FP8 arithmetic, so the emulation multiplies the dequantised operands and accumulates in fp32.  Its
 operands are exact: where every scale is a power of two they fit bf16, and the product costs what a bf16 one costs;
-with fp32 scales it takes fp32 operands and an fp32 product.  Summing each 128 of the contraction apart, as Hopper
+with fp32 scales it takes fp32 operands and an fp32 product, or, by choice, operands rounded to bf16.  Summing each 128 of the contraction apart, as Hopper
 kernels do, would differ by 3e-7 relative, far below the 4e-2 of the quantisation, so there is one product per call.
 
 Shape suffixes: O outer, C contraction, P padded rows (train/precision/groups.py), E experts, N outer of the right operand.
 """
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
@@ -23,10 +23,19 @@ from train.precision.groups import Groups
 from train.precision.quantize import Quantized, dequantize, fake_quantize, fitted, quantize
 from train.precision.recipe import Rule
 
-Source = Tensor | Quantized
+
+@dataclass(frozen=True)
+class Rounded:
+    """A quantised tensor that is used at once and not kept, so that nobody needs it in 8 bits."""
+
+    values: Tensor
+    cast: Cast
 
 
-def pack(*sources: Source) -> tuple[list[Tensor], list[Quantized | None]]:
+Source = Tensor | Quantized | Rounded
+
+
+def pack(*sources: Tensor | Quantized) -> tuple[list[Tensor], list[Quantized | None]]:
     """Tensors for autograd to save, and what `unpack` needs to put them together again."""
     tensors, forms = [], []
     for source in sources:
@@ -36,7 +45,7 @@ def pack(*sources: Source) -> tuple[list[Tensor], list[Quantized | None]]:
     return tensors, forms
 
 
-def unpack(tensors: list[Tensor], forms: list[Quantized | None]) -> list[Source]:
+def unpack(tensors: list[Tensor], forms: list[Quantized | None]) -> list[Tensor | Quantized]:
     """Inverse of `pack`."""
     rest = iter(tensors)
     return [next(rest) if form is None else replace(form, q=next(rest), scale=next(rest)) for form in forms]
@@ -46,11 +55,11 @@ class Engine(Protocol):
     """Quantises and multiplies on one kind of device."""
 
     def quantize(self, x_MK: Tensor, cast: Cast) -> Quantized:
-        """Bit for bit `quantize_reference`, perhaps padded."""
+        """To keep: bit for bit `quantize_reference`, perhaps padded."""
         ...
 
-    def dequantize(self, x: Quantized) -> Tensor:
-        """The values, as near as bf16 or fp32 holds them."""
+    def cast(self, x_MK: Tensor, cast: Cast) -> Source:
+        """The same to use at once, in whatever form is cheapest."""
         ...
 
     def operand(self, source: Source, rule: Rule, transposed: bool = False, groups: Groups | None = None) -> Any:
@@ -82,19 +91,30 @@ class Engine(Protocol):
 
 
 class CpuEngine:
-    """The emulation. It satisfies `Engine` with tensors as operands, and runs wherever torch does."""
+    """The emulation. It satisfies `Engine` with tensors as operands, and runs wherever torch does.
 
-    quantize = staticmethod(quantize)
-    dequantize = staticmethod(dequantize)
+    exact: False rounds operands that do not fit bf16.
+    """
+
+    def __init__(self, exact: bool = True):
+        self._exact = exact
+
+    def quantize(self, x_MK: Tensor, cast: Cast) -> Quantized:
+        return quantize(x_MK, cast)
+
+    def cast(self, x_MK: Tensor, cast: Cast) -> Rounded:
+        return Rounded(fake_quantize(x_MK, cast), fitted(cast, x_MK))
 
     def operand(self, source: Source, rule: Rule, transposed: bool = False, groups: Groups | None = None) -> Tensor:
-        values = dequantize(source) if isinstance(source, Quantized) else source
+        values = _values(source)
         if rule.format is None:
             values = values.bfloat16()
         else:
             cast = fitted(rule.cast(transposed), values)
-            if not (isinstance(source, Quantized) and source.cast == cast):
+            if isinstance(source, Tensor) or source.cast != cast:
                 values = fake_quantize(values, cast)
+            if not self._exact:
+                values = values.bfloat16()
         return values.mT if transposed else values
 
     def product(self, left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
@@ -116,10 +136,20 @@ class CpuEngine:
         return out_EON.to(dtype)
 
     def swiglu(self, h_P2F: Tensor, gates_P: Tensor, rule: Rule) -> Tensor:
-        return self.operand(swiglu.forward(h_P2F, gates_P), rule)
+        if rule.format is None or rule.granularity != "1x128":
+            return self.operand(swiglu.forward(h_P2F, gates_P), rule)
+        parts = zip(swiglu.chunks(h_P2F), swiglu.chunks(gates_P, h_P2F), strict=True)
+        return torch.cat([self.operand(swiglu.forward(h, gates), rule) for h, gates in parts])
 
     def swiglu_backward(self, h: Source, gates_P: Tensor, da_PF: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        return swiglu.backward(dequantize(h) if isinstance(h, Quantized) else h, gates_P, da_PF)
+        return swiglu.backward(_values(h), gates_P, da_PF)
+
+
+def _values(source: Source) -> Tensor:
+    """What a source stands for, exactly."""
+    if isinstance(source, Rounded):
+        return source.values
+    return dequantize(source) if isinstance(source, Quantized) else source
 
 
 def _common(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:

@@ -23,11 +23,12 @@ Shape suffixes: M rows, K columns, m and k blocks of rows and columns.
 """
 
 from dataclasses import dataclass, replace
+from functools import cache
 
 import torch
 from torch import Tensor
 
-from train.precision.formats import E4M3, Block, Cast, pack_e5m6, round_to, unpack_e5m6
+from train.precision.formats import E4M3, Block, Cast, Format, pack_e5m6, round_to, unpack_e5m6
 
 
 @dataclass(frozen=True)
@@ -148,10 +149,27 @@ def _amax(blocks: Tensor) -> Tensor:
 
 def _fake_bf16(blocks: Tensor, cast: Cast) -> Tensor:
     """Round bf16 blocks on the grid of their own power-of-two scale, without leaving bf16."""
+    carry, exponent, floor, half = _bf16_constants(cast.format, cast.floor)
     shift = blocks.view(torch.int16) & 0x7FFF
-    scale, _ = scales(shift.amax((-3, -1), keepdim=True).view(torch.bfloat16), cast)
-    smallest = (scale * 2.0**cast.format.min_exponent).bfloat16().view(torch.int16)
+    smallest = shift.amax((-3, -1), keepdim=True)  # bits of amax, then of the smallest normal value of the block
+    smallest.add_(carry).bitwise_and_(0x7F80).sub_(exponent).clamp_min_(floor)
     shift &= 0x7F80
     torch.maximum(shift, smallest, out=shift)
-    shift += ((7 - cast.format.mantissa) << 7) + 0x40
+    shift += half
     return (blocks + shift.view(torch.bfloat16)).sub_(shift.view(torch.bfloat16))
+
+
+@cache
+def _bf16_constants(format: Format, floor: float) -> tuple[int, int, int, int]:
+    """Bits of bf16 numbers for `_fake_bf16`.
+
+    The scale's exponent is that of amax less that of the maximum, plus 1 where amax has the larger mantissa.
+    carry: what the mantissa of the maximum lacks; added to amax it carries into the exponent just then.
+    exponent: from there to the smallest normal value of the block. floor: that value for the smallest amax allowed.
+    half: from the exponent of a value to 1.5 * 2**k with a step in its last place, see `formats.round_to`.
+    """
+    maximum = int(torch.tensor(format.max, dtype=torch.bfloat16).view(torch.int16))
+    scale, _ = scales(torch.tensor(floor), Cast(format, (1, 1), True, floor))
+    smallest = (scale * 2.0**format.min_exponent).bfloat16().view(torch.int16)
+    exponent = ((maximum >> 7) - 127 - format.min_exponent) << 7
+    return 0x7F - (maximum & 0x7F), exponent, int(smallest), ((7 - format.mantissa) << 7) + 0x40

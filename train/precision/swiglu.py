@@ -24,16 +24,20 @@ def forward(h_P2F: Tensor, gates_P: Tensor) -> Tensor:
     return torch.nn.functional.silu(gate_PF).mul_(up_PF).mul_(gates_P[:, None])
 
 
+def chunks(x_P: Tensor, h_P2F: Tensor | None = None) -> tuple[Tensor, ...]:
+    """Rows of x in pieces of at most CHUNK values of h (x itself if not given)."""
+    h_P2F = x_P if h_P2F is None else h_P2F
+    return x_P.split(max(1, CHUNK // max(h_P2F.shape[1], 1)))
+
+
 def backward(h_P2F: Tensor, gates_P: Tensor, da_PF: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """a (P, F) and dh (P, 2F) in bf16, dw (P,) in fp32."""
-    rows, width = da_PF.shape
     a_PF = torch.empty_like(da_PF, dtype=torch.bfloat16)
     dh_P2F = torch.empty_like(h_P2F, dtype=torch.bfloat16)
     dgates_P = torch.empty_like(gates_P)
-    step = max(1, CHUNK // (2 * max(width, 1)))
-    for start in range(0, rows, step):
-        part = slice(start, start + step)
-        _backward(h_P2F[part], gates_P[part], da_PF[part], a_PF[part], dh_P2F[part], dgates_P[part])
+    tensors = (h_P2F, gates_P, da_PF, a_PF, dh_P2F, dgates_P)
+    for part in zip(*(chunks(tensor, h_P2F) for tensor in tensors), strict=True):
+        _backward(*part)
     return a_PF, dh_P2F, dgates_P
 
 
