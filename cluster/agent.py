@@ -171,7 +171,7 @@ class Agent:
             kept = [standby for standby in self._standbys.pop(key, []) if standby.poll() is None]
             while len(kept) < count:
                 words = ["-m", "cluster.standby", arguments[1]]
-                kept.append(self._popen(words, folder, {}, subprocess.PIPE, subprocess.DEVNULL))
+                kept.append(self._popen(words, folder, {"PYTHONUNBUFFERED": "1"}, subprocess.PIPE, subprocess.DEVNULL))
             self._standbys[key] = kept
 
     def _take_standby(self, order: Order) -> subprocess.Popen | None:
