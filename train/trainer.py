@@ -78,6 +78,8 @@ class Trainer:
         self.rank_progress = RankProgress(RunPaths(config).logs, mesh.rank)
         self.schedules = Schedules(config)
         self._bad_in_a_row = 0
+        self._busy: float | None = None
+        """Seconds of forward and backward in the step before; a straggler has more than the others."""
         self._stall = 0.0
         """Seconds that the training waited for a checkpoint since the last record."""
 
@@ -93,7 +95,7 @@ class Trainer:
         shares = (self._share(self.schedules.plan(step, shift)) for step in steps)
         with Prefetch(self.data.train.batch, shares) as batches:
             for plan in plans:
-                self.rank_progress.write(plan.step, "step")
+                self.rank_progress.write(plan.step, "step", self._busy)
                 if self._step(plan, batches):
                     self._save(final=True)
                     return EXIT_STOPPED
@@ -115,8 +117,12 @@ class Trainer:
         self._set_weights(plan, micro_batches)
         documents_BS = None if batch.documents_BS is None else batch.documents_BS.to(self.device)
         zero = self.parts.zero
+        work_started = time.perf_counter()
         with zero.accumulate():
             self.parts.pipeline.step(batch.tokens_BS.to(self.device), documents_BS, micro_batches=micro_batches)
+            if self.device.type == "cuda":
+                torch.cuda.synchronize(self.device)  # the sum over all ranks below waits for it in any case
+            self._busy = time.perf_counter() - work_started
             measured = self.measure.collect(self.stop.pending)
         zero.set_lr(plan.lr)
         update = zero.step(valid=math.isfinite(measured.main_loss))
