@@ -11,6 +11,7 @@ One JSON object a line, written with one call:
 The file is only ever appended to; a later launch of the same run goes on in it.
 """
 
+import contextlib
 import json
 import time
 from pathlib import Path
@@ -46,6 +47,9 @@ class Journal:
         self._path = folder / FILE
         self._logs = folder / "logs"
         self._logs.mkdir(parents=True, exist_ok=True)
+        if self._path.exists() and not self._path.read_bytes().endswith(b"\n"):
+            with self._path.open("ab") as file:  # end the line in which a crash cut off the launch before
+                file.write(b"\n")
 
     def write(self, kind: str, attempt: int, text: str, **fields: Any) -> None:
         """Append one event."""
@@ -61,11 +65,13 @@ class Journal:
 
 
 def read_events(folder: Path) -> list[dict[str, Any]]:
-    """All whole lines of events.jsonl in order; an empty list where there is no file."""
+    """All events in order, without lines that a crash cut off; an empty list where there is no file."""
     path = folder / FILE
-    if not path.exists():
-        return []
-    return [json.loads(line) for line in path.read_bytes().splitlines(keepends=True) if line.endswith(b"\n")]
+    events = []
+    for line in path.read_bytes().splitlines() if path.exists() else []:
+        with contextlib.suppress(ValueError):
+            events.append(json.loads(line))
+    return events
 
 
 def goodput(events: list[dict[str, Any]]) -> dict[str, float]:

@@ -4,6 +4,7 @@ Nothing is added to the machine's own network. Needs root and iproute2. Every pr
 namespace, so a host can be powered off, its link cut, and all of it removed again.
 """
 
+import contextlib
 import os
 import secrets
 import shutil
@@ -170,3 +171,5 @@ class Hosts:
             subprocess.run(["ip", "netns", "del", self._prefix + str(i)], capture_output=True)
             shutil.rmtree(Path("/etc/netns") / (self._prefix + str(i)), ignore_errors=True)
         subprocess.run(["ip", "netns", "del", self._switch], capture_output=True)
+        with contextlib.suppress(OSError):  # others may use it
+            Path("/etc/netns").rmdir()

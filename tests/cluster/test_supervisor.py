@@ -1,5 +1,7 @@
 """The restart policy against simulated clusters: the cause is named, the run goes on, and it always ends."""
 
+import time
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -171,6 +173,13 @@ def test_a_driver_that_slept_blames_nobody():
     world.tell(m.Tick())
     world.run(60)
     assert world.finish.code == EXIT_OK and not world.notes("failure")
+
+
+def test_2048_ranks_cost_the_driver_little():
+    world = World(nodes=256, devices=8, steps=1000, pp=16, dp=128, ep=64)
+    started = time.perf_counter()
+    world.run(2 * STEP)
+    assert (time.perf_counter() - started) / 2 < 0.5  # 256 answers; the driver asks each agent every 0.6 s
 
 
 FAULTS = st.sampled_from(["kill", "crash", "cut", "heal", "off", "on", "agent", "hang", "wait"])
