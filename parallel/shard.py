@@ -3,7 +3,7 @@
 import math
 from dataclasses import dataclass
 
-from torch import Tensor
+from torch import Tensor, nn
 
 
 @dataclass
@@ -24,6 +24,20 @@ class Shard:
     def __post_init__(self) -> None:
         assert self.local.dim() == 1 and self.local.is_contiguous()
         assert self.offset >= 0 and self.offset + self.local.numel() <= math.prod(self.shape)
+
+
+@dataclass
+class Fragment:
+    """What this rank updates of one parameter: elements [offset, offset + master.numel()) of it, flattened.
+
+    The parameter is the rank's own, so experts count from the rank's first expert.
+    """
+
+    param: nn.Parameter
+    offset: int
+    master: Tensor
+    """fp32, 1-D; shares memory with the live state, as the moments do."""
+    moments: dict[str, Tensor]
 
 
 def whole(tensor: Tensor) -> Shard:

@@ -1,24 +1,23 @@
-"""DeepSpeed ZeRO around the chunks of one rank. The only file that imports deepspeed.
+"""DeepSpeed ZeRO around the chunks of one rank. Of this project only the files parallel/zero*.py know deepspeed.
 
-One engine per rank holds a ModuleList of the rank's chunks; the raw modules go to the pipeline. Gradients stay local
-during the schedule (fp32 `.grad` on bf16 weights) and are reduced once, when `accumulate` ends, through DeepSpeed's
-public coalesce_grad_reduction. Master weights are fp32 shards; the moments belong to our optimizer.
+One engine per rank holds a ModuleList of the rank's chunks; the raw modules go to the pipeline. Master weights are fp32
+shards, gradients fp32 also where weights are bf16; the moments belong to our optimizer. How weights and gradients are
+held depends on the stage: zero12.py and zero3.py. The chunks are built whole before they are sharded, so a rank needs
+memory for all its weights once, at stage 3 too.
 
 Private names of DeepSpeed 0.19 that this file touches, each for a reason:
   _configure_distributed_model        experts are known by their marked parameters, not by deepspeed.moe.MoE
   _do_optimizer_sanity_check          bf16 with fp32 gradients would silently select BF16_Optimizer, which lacks coalescing
-  scaled_global_norm, check_overflow  one norm over all ranks, which cannot deadlock on a stage without experts
-  _gradient_reduction_buffer_dtype    stage 2 would round the fp32 gradients to bf16 on their way into its bucket
-  fill_grad_accum_attribute           hands the fp32 gradients over without a copy
-  _lazy_init_hp_params_optimizer_state, _hp_optimizer_states_linked   link moments to parameters for checkpoints
+  _validate_zero3_moe_compatibility   the same for stage 3
 """
 
-import contextlib
 import logging
+import math
 import os
 import sys
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
 import torch
@@ -27,6 +26,8 @@ from torch import Tensor, nn
 
 from parallel.mesh import Mesh
 from parallel.shard import Shard
+from parallel.zero3 import ShardedWeights, find_units, stage3_config
+from parallel.zero12 import WholeWeights
 
 
 @dataclass
@@ -55,12 +56,15 @@ class Zero:
         decays: Callable[[str, nn.Parameter], bool],
         weight_decay: float,
         tied: nn.Parameter | None = None,
+        units: tuple[type[nn.Module], ...] = (),
     ):
         """is_expert, decays: what a parameter's global name says about it. tied: a parameter that the first and the
-        last rank of the pipeline both hold; its gradients are summed over the two.
+        last rank of the pipeline both hold; its gradients are summed over the two. units: modules whose weights are
+        gathered together at stage 3.
         """
-        self.mesh, self.stage = mesh, stage
+        self.mesh = mesh
         self.names = _unique_names(chunks)
+        self.shapes = {param: tuple(param.shape) for param in self.names}
         self.tied = tied
         # Of two copies, the last rank's is left out of the norm and of checkpoints.
         self.copy = tied if tied is not None and mesh.pp_rank > 0 else None
@@ -73,36 +77,32 @@ class Zero:
             if is_expert(name):
                 param.allreduce = False
                 param.group_name = expert_name
+                param.ds_zero_placement_family = "autoep_expert"  # stage 3 knows experts by these two
+                param.ds_zero_partition_group_name = expert_name
         groups = _parameter_groups(self.names, is_expert, decays, weight_decay, expert_name)
         config = _config(stage, clip, dtype, sum(param.numel() for param in self.names))
+        module = nn.ModuleList(chunks)
         deepspeed = _import_deepspeed(mesh)
+        if stage == 3:
+            config["zero_optimization"] |= stage3_config(module, units)
+            for unit in find_units(module, units):
+                deepspeed.utils.set_z3_leaf_module(unit, True)
         self.client = make_optimizer(groups)
-        self.engine = _initialize(deepspeed, nn.ModuleList(chunks), self.client, config, mesh)
+        self.engine = _initialize(deepspeed, module, self.client, config, mesh)
         self.optimizer = self.engine.optimizer
-        self.optimizer.scaled_global_norm = types.MethodType(lambda _, norm_type=2: self._global_norm(), self.optimizer)
-        # A non-finite norm makes DeepSpeed skip the step; its own scan for overflow would be a second pass.
-        self.optimizer.check_grad_overflow = True
-        self.optimizer.check_overflow = lambda partition_gradients=True: None
-        self.optimizer._gradient_reduction_buffer_dtype = lambda: torch.float32
-        self._link_moments()
+        params = list(self.names)
+        if stage == 3:
+            self._weights = ShardedWeights(self.engine, params, self.client.allocate, self._global_norm)
+        else:
+            self._weights = WholeWeights(self.engine, params, self.client.allocate, self._global_norm, self._sum_tied)
 
     def set_lr(self, lr: float) -> None:
         for group in self.optimizer.param_groups:
             group["lr"] = lr
 
-    @contextlib.contextmanager
-    def accumulate(self) -> Iterator[None]:
-        """Everything between two optimizer steps runs inside; gradients are reduced at the end."""
-        with self.engine.coalesce_grad_reduction():
-            yield
-            for param in self.names:
-                # A missing gradient on one rank alone would shift the buckets of the others.
-                if param.grad is None and getattr(param, "grad_accum", None) is None:
-                    param.grad = torch.zeros_like(param, dtype=torch.float32)
-            if self.tied is not None:
-                dist.all_reduce(self.tied.grad, group=self.mesh.ends_group)
-            if getattr(self.optimizer, "use_grad_accum_attribute", False):
-                self.optimizer.fill_grad_accum_attribute()
+    def accumulate(self) -> AbstractContextManager[None]:
+        """Everything between two optimizer steps runs inside; afterwards the gradients are reduced."""
+        return self._weights.accumulate()
 
     def step(self, valid: bool = True) -> Update:
         """Clip, update the shard, gather the weights. Skips the update if not `valid` or a gradient is not finite."""
@@ -116,15 +116,13 @@ class Zero:
     def _global_norm(self) -> Tensor:
         """Norm over all parameters of all ranks: shards are disjoint over the world, experts included."""
         total = torch.zeros((), dtype=torch.float64, device=self.engine.device)
-        for group, gradients in self.optimizer.averaged_gradients.items():
-            real = [grad for grad in gradients if not getattr(grad, "_zero_padding", False)]
-            for grad, param in zip(real, self.optimizer.params_in_partition[group], strict=False):
-                if param is self.copy:
-                    continue
-                square = torch.linalg.vector_norm(grad.detach(), dtype=torch.float64) ** 2
-                if not torch.isfinite(square):
-                    self._bad.append(self.names[param])
-                total += square
+        for param, gradient in self._weights.gradients():
+            if param is self.copy:
+                continue
+            square = torch.linalg.vector_norm(gradient.detach(), dtype=torch.float64) ** 2
+            if not torch.isfinite(square):
+                self._bad.append(self.names[param])
+            total += square
         if not self._valid:
             total += torch.nan
         dist.all_reduce(total)
@@ -137,33 +135,27 @@ class Zero:
         copies: with those of a tied parameter that another rank holds too; for loading.
         """
         found: dict[str, Shard] = {}
-        for param, name in self.names.items():
-            mapping = getattr(param, "_hp_mapping", None)
+        for part in self._weights.fragments():
+            param, name, offset = part.param, self.names[part.param], part.offset
             if param is self.copy and not copies:
                 continue
-            if mapping is None:  # nothing of this parameter lies in this rank's partition
-                continue
-            offset, shape = mapping.lp_fragment_address.start, tuple(param.shape)
+            shape = self.shapes[param]
             if not getattr(param, "allreduce", True):  # experts are split over ep along their first dimension
-                offset += self.mesh.ep_rank * param.numel()
+                offset += self.mesh.ep_rank * math.prod(shape)
                 shape = (shape[0] * self.mesh.layout.ep, *shape[1:])
-            found[f"master.{name}"] = Shard(mapping.hp_fragment.view(-1), offset, shape)
-            for key, moment in mapping.optim_fragment.items():
-                found[f"{key}.{name}"] = Shard(moment.view(-1), offset, shape)
+            found[f"master.{name}"] = Shard(part.master, offset, shape)
+            for key, moment in part.moments.items():
+                found[f"{key}.{name}"] = Shard(moment, offset, shape)
         return found
 
     def loaded(self, updates: int) -> None:
         """Call after the shards were filled from a checkpoint: refreshes the weights from the masters."""
         self.client.updates = updates
-        self.optimizer.update_lp_params()
+        self._weights.refresh()
 
-    def _link_moments(self) -> None:
-        """Allocate the moments now and let every parameter know its part of them."""
-        for group in self.optimizer.optimizer.param_groups:
-            for param in group["params"]:
-                self.client.allocate(param)
-        self.optimizer._hp_optimizer_states_linked = False
-        self.optimizer._lazy_init_hp_params_optimizer_state()
+    def _sum_tied(self) -> None:
+        if self.tied is not None:
+            dist.all_reduce(self.tied.grad, group=self.mesh.ends_group)
 
 
 def _unique_names(chunks: list[nn.Module]) -> dict[nn.Parameter, str]:
@@ -219,7 +211,8 @@ def _import_deepspeed(mesh: Mesh) -> types.ModuleType:
     """Import quietly and without its two slow side roads on CPU; tell it our expert groups."""
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    os.environ.setdefault("LOCAL_RANK", "0")
+    # Stage 3 puts weights on the device of this number.
+    os.environ["LOCAL_RANK"] = str(torch.cuda.current_device()) if torch.cuda.is_available() else "0"
     import deepspeed
     import deepspeed.ops
 

@@ -1,7 +1,7 @@
 """ZeRO against one process: the same gradients give the same master weights, moments and norm under every layout.
 
-Gradients are set by hand, so that this file tests the engine alone: what it averages over which ranks, what it clips,
-what it skips, and that its shards cover every logical tensor exactly once.
+The toy's backward returns given gradients, so that this file tests the engine alone: what it averages over which ranks,
+what it clips, what it skips, that its shards cover every logical tensor exactly once, and at stage 3 what is in memory.
 """
 
 import math
@@ -20,18 +20,51 @@ from train.optim import AdamW, decays
 EXPERTS, STEPS = 4, 3
 
 
+class Pull(torch.autograd.Function):
+    """Passes x on; the weight gets the given fp32 gradient, whatever its format."""
+
+    @staticmethod
+    def forward(ctx, x, weight, gradient):
+        assert weight.shape == gradient.shape  # the weight is here
+        ctx.gradient = gradient
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, grad):
+        return grad, None if ctx.gradient is None else ctx.gradient * grad, None
+
+
+class Part(nn.Module):
+    """One layer. Odd sizes, so that shards cut through parameters."""
+
+    def __init__(self, layer: int, experts: range, dtype):
+        super().__init__()
+        self.weight = nn.Parameter(value(f"{layer}.weight", (7, 5)).to(dtype))
+        self.gain = nn.Parameter(torch.ones(5, dtype=dtype))
+        if layer == 1:
+            self.experts = nn.Parameter(value("1.experts", (EXPERTS, 3, 5))[experts.start : experts.stop].to(dtype))
+
+    def forward(self, x, gradients: dict):
+        for name, param in self.named_parameters():
+            if name in gradients:
+                x = Pull.apply(x, param, gradients[name])
+        return x
+
+
 class Toy(nn.Module):
-    """Two layers; the first of a pipeline has no experts. Odd sizes, so that shards cut through parameters."""
+    """Two layers; the first of a pipeline has no experts."""
 
     def __init__(self, layers, experts: range, dtype):
         super().__init__()
         for layer in layers:
-            part = nn.Module()
-            part.weight = nn.Parameter(value(f"{layer}.weight", (7, 5)).to(dtype))
-            part.gain = nn.Parameter(torch.ones(5, dtype=dtype))
-            if layer == 1:
-                part.experts = nn.Parameter(value("1.experts", (EXPERTS, 3, 5))[experts.start : experts.stop].to(dtype))
-            self.add_module(str(layer), part)
+            self.add_module(str(layer), Part(layer, experts, dtype))
+
+    def forward(self, x, gradients: dict):
+        """Gradients by full name; a parameter without one is not used."""
+        for layer, part in self.named_children():
+            own = {name.removeprefix(f"{layer}."): g for name, g in gradients.items() if name.startswith(f"{layer}.")}
+            x = part(x, own)
+        return x
 
 
 def value(name: str, shape, seed: int = 0) -> torch.Tensor:
@@ -54,23 +87,27 @@ def make_zero(mesh, dtype, stage, clip, moments=torch.float32):
     chunk = Toy(layers, range(mesh.ep_rank * share, (mesh.ep_rank + 1) * share), dtype)
     return Zero(
         [chunk], lambda groups: AdamW(groups, Optim(), moments), mesh, stage=stage, clip=clip,
-        is_expert=lambda name: "experts" in name, decays=decays, weight_decay=0.1,
+        is_expert=lambda name: "experts" in name, decays=decays, weight_decay=0.1, units=(Part,),
     )  # fmt: skip
 
 
-def set_gradients(zero, step: int, bad: str | None = None) -> None:
-    mesh = zero.mesh
+def set_gradients(zero, step: int, bad: str | None = None, without: str | None = None) -> None:
+    """Two micro-batches with half of the step's gradient each. without: a parameter that this rank does not use."""
+    mesh, gradients = zero.mesh, {}
     for param, name in zero.names.items():
         if "experts" in name:
             # An expert's gradient holds the tokens of its whole group: the sum over the group's ranks.
             first = mesh.dp_rank - mesh.ep_rank
             full = sum(gradient(name, param, step, first + i, (EXPERTS, 3, 5)) for i in range(mesh.layout.ep))
             share = EXPERTS // mesh.layout.ep
-            param.grad = full[mesh.ep_rank * share : (mesh.ep_rank + 1) * share].clone()
+            gradients[name] = full[mesh.ep_rank * share : (mesh.ep_rank + 1) * share].clone()
         else:
-            param.grad = gradient(name, param, step, mesh.dp_rank, tuple(param.shape))
+            gradients[name] = gradient(name, param, step, mesh.dp_rank, zero.shapes[param])
         if name == bad:
-            param.grad.view(-1)[3] = math.inf
+            gradients[name].view(-1)[3] = math.inf
+    gradients.pop(without, None)
+    for _ in range(2):
+        zero.engine.module[0](torch.ones((), requires_grad=True), gradients).backward(torch.tensor(0.5))
 
 
 def run_zero(layout, dtype, stage, clip):
@@ -136,10 +173,25 @@ def check_parity(rank, cases):
             assert (covered[f"master.{name}"] == 1).all(), f"{layout} {name} copies {copies}"
         for got, want in zip(norms, expected, strict=True):
             assert got == pytest.approx(want, rel=1e-5)
-        for param, name in zero.names.items():  # the weights are the rounded masters
-            full = tensors[f"master.{name}"].to(param.dtype)
-            if "experts" in name:
-                full = full.view(layout.ep, -1, 3, 5)[zero.mesh.ep_rank]
+        check_weights(zero, stage, tensors)
+
+
+def check_weights(zero, stage, tensors):
+    """The weights are the rounded masters; at stage 3 this rank's shard of them."""
+    for param, name in zero.names.items():
+        full = tensors[f"master.{name}"].to(param.dtype)
+        if "experts" in name:
+            full = full.view(zero.mesh.layout.ep, -1, 3, 5)[zero.mesh.ep_rank]
+        if stage == 3:
+            assert param.numel() == 0  # away
+            layout = zero.mesh.layout
+            ranks, rank = (
+                (layout.edp, zero.mesh.dp_rank // layout.ep) if "experts" in name else (layout.dp, zero.mesh.dp_rank)
+            )
+            size = -(-full.numel() // ranks)
+            part = full.flatten()[rank * size :][:size]
+            assert param.ds_tensor.numel() == size and torch.equal(param.ds_tensor[: part.numel()], part)
+        else:
             assert torch.equal(param.detach(), full)
 
 
@@ -148,26 +200,30 @@ FP32, BF16 = torch.float32, torch.bfloat16
 
 def test_one_rank():
     run_ranks(
-        check_parity, [(Layout(), FP32, 1, 1.0), (Layout(), BF16, 1, 0.0), (Layout(), BF16, 2, 1.0)], world_size=1
+        check_parity,
+        [(Layout(), FP32, 1, 1.0), (Layout(), BF16, 1, 0.0), (Layout(), BF16, 2, 1.0), (Layout(), BF16, 3, 1.0)],
+        world_size=1,
     )
 
 
 def test_two_ranks():
     dp2, ep2 = Layout(dp=2), Layout(dp=2, ep=2)
     pp2 = Layout(pp=2)
-    cases = [(layout, dtype, stage, 1.0) for layout in (dp2, ep2) for dtype in (FP32, BF16) for stage in (1, 2)]
+    cases = [(layout, dtype, stage, 1.0) for layout in (dp2, ep2) for dtype in (FP32, BF16) for stage in (1, 2, 3)]
     run_ranks(check_parity, [*cases, (pp2, FP32, 1, 1.0), (pp2, BF16, 1, 1.0)], world_size=2)
 
 
 def test_four_ranks():
     layouts = Layout(dp=4, ep=2), Layout(dp=4, ep=4), Layout(pp=2, dp=2, ep=2), Layout(pp=2, dp=2)
-    run_ranks(check_parity, [(layout, dtype, 1, 1.0) for layout in layouts for dtype in (FP32, BF16)], world_size=4)
+    cases = [(layout, dtype, 1, 1.0) for layout in layouts for dtype in (FP32, BF16)]
+    cases += [(layout, dtype, 3, 1.0) for layout in (Layout(dp=4), *layouts[:2]) for dtype in (FP32, BF16)]
+    run_ranks(check_parity, cases, world_size=4)
 
 
 def check_skip(rank):
-    for dtype in (FP32, BF16):
+    for dtype, stage in ((FP32, 1), (BF16, 1), (FP32, 3), (BF16, 3)):
         mesh = build_mesh(Layout(dp=2, ep=2))
-        zero = make_zero(mesh, dtype, 1, 1.0)
+        zero = make_zero(mesh, dtype, stage, 1.0)
         before = {name: shard.local.clone() for name, shard in zero.shards().items()}
         with zero.accumulate():
             set_gradients(zero, 0, bad="0.weight" if rank == 0 else None)
@@ -188,3 +244,47 @@ def check_skip(rank):
 
 def test_non_finite_gradients_skip_on_every_rank():
     run_ranks(check_skip, world_size=2)
+
+
+def check_missing(rank):
+    """A parameter that one rank did not use counts as zeros there, and disturbs no other."""
+    for layout in (Layout(dp=2), Layout(dp=2, ep=2)):
+        masters = []
+        for stage in (1, 2, 3):
+            zero = make_zero(build_mesh(layout), BF16, stage, 1.0)
+            for step in range(2):
+                with zero.accumulate():
+                    set_gradients(zero, step, without="1.weight" if rank == step else None)
+                assert zero.step().applied
+            masters.append(gather(zero.shards())[0])
+        for other in masters[1:]:
+            for name, tensor in masters[0].items():
+                torch.testing.assert_close(tensor, other[name], rtol=1e-5, atol=1e-6)
+
+
+def test_missing_gradient_on_one_rank():
+    run_ranks(check_missing, world_size=2)
+
+
+def check_moves(rank, path):
+    """Masters and moments go from stage to stage and layout to layout unchanged, and training goes on alike."""
+    state = None
+    for stage, layout in path:
+        zero = make_zero(build_mesh(layout), BF16, stage, 1.0, moments=BF16)
+        if state is not None:
+            for name, shard in zero.shards().items():
+                shard.local.copy_(state[name].flatten()[shard.offset : shard.offset + shard.local.numel()])
+            zero.loaded(updates=1)
+            tensors, covered = gather(zero.shards())
+            assert all((count == 1).all() for count in covered.values()) and tensors.keys() == state.keys()
+            assert all(torch.equal(tensors[name], state[name]) for name in state)
+            check_weights(zero, stage, tensors)
+        with zero.accumulate():
+            set_gradients(zero, stage)
+        assert zero.step().applied
+        state = gather(zero.shards())[0]
+
+
+def test_state_moves_between_stages_and_layouts():
+    dp4, ep2, ep4 = Layout(dp=4), Layout(dp=4, ep=2), Layout(dp=4, ep=4)
+    run_ranks(check_moves, [(1, ep2), (3, dp4), (3, ep4), (2, ep2), (3, ep2), (1, dp4)], world_size=4)

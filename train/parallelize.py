@@ -11,9 +11,11 @@ from parallel.mesh import Layout, Mesh
 from parallel.pipeline.schedule import Pipeline, build_schedule
 from parallel.pipeline.split import check_schedule, split_layers, stage_placement
 from parallel.zero import Zero
+from train.model.block import Block
 from train.model.count import head_flops, layer_flops
 from train.model.deepseek import DeepSeekV3
 from train.model.init import initialise
+from train.model.mtp import MTP
 from train.optim import AdamW, decays, moments_dtype
 from train.precision.build import activation_dtype, build_precision
 
@@ -39,6 +41,7 @@ def parallelize(config: Config, mesh: Mesh, device: torch.device) -> Parallelize
         device,
         hidden=config.model.hidden,
         dtype=activation_dtype(config.precision),
+        timeout=config.cluster.timeout,
     )
     optim = config.optim
     zero = Zero(
@@ -51,6 +54,7 @@ def parallelize(config: Config, mesh: Mesh, device: torch.device) -> Parallelize
         decays=decays,
         weight_decay=optim.weight_decay,
         tied=tied_embedding(config, mesh, chunks),
+        units=(Block, MTP),
     )
     return Parallelized(chunks, pipeline, zero)
 

@@ -1,0 +1,77 @@
+"""ZeRO stages 1 and 2: every rank holds all weights and its shard of the optimizer's state.
+
+Gradients stay local during the schedule, as fp32 `.grad`, and are reduced once when the step's last micro-batch is
+through, by DeepSpeed's public coalesce_grad_reduction. That works under pipelines too, where a schedule with split
+backward runs no gradient hooks.
+
+Private names of DeepSpeed 0.19 that this file touches, each for a reason:
+  scaled_global_norm, check_overflow  one norm over all ranks, which cannot deadlock on a stage without experts
+  averaged_gradients, params_in_partition   what that norm is taken over
+  _gradient_reduction_buffer_dtype    stage 2 would round the fp32 gradients to bf16 on their way into its bucket
+  fill_grad_accum_attribute           hands the fp32 gradients over without a copy
+  _lazy_init_hp_params_optimizer_state, _hp_optimizer_states_linked   link moments to parameters for checkpoints
+  _hp_mapping                         what of a parameter lies in this rank's shard
+"""
+
+import contextlib
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor, nn
+
+from parallel.shard import Fragment
+
+
+class WholeWeights:
+    """norm: the global gradient norm, called once per step. close: called before the gradients are reduced."""
+
+    def __init__(
+        self,
+        engine,
+        params: list[nn.Parameter],
+        allocate: Callable[[Tensor], dict[str, Tensor]],
+        norm: Callable[[], Tensor],
+        close: Callable[[], None],
+    ):
+        self._engine, self._params, self._close = engine, params, close
+        self._optimizer = optimizer = engine.optimizer
+        optimizer.scaled_global_norm = lambda norm_type=2: norm()
+        # A non-finite norm makes DeepSpeed skip the step; its own scan for overflow would be a second pass.
+        optimizer.check_grad_overflow = True
+        optimizer.check_overflow = lambda partition_gradients=True: None
+        optimizer._gradient_reduction_buffer_dtype = lambda: torch.float32
+        for group in optimizer.optimizer.param_groups:
+            for param in group["params"]:
+                allocate(param)
+        optimizer._hp_optimizer_states_linked = False
+        optimizer._lazy_init_hp_params_optimizer_state()
+
+    @contextlib.contextmanager
+    def accumulate(self) -> Iterator[None]:
+        """Everything between two optimizer steps runs inside."""
+        with self._engine.coalesce_grad_reduction():
+            yield
+            for param in self._params:
+                # A missing gradient on one rank alone would shift the buckets of the others.
+                if param.grad is None and getattr(param, "grad_accum", None) is None:
+                    param.grad = torch.zeros_like(param, dtype=torch.float32)
+            self._close()
+            if getattr(self._optimizer, "use_grad_accum_attribute", False):
+                self._optimizer.fill_grad_accum_attribute()
+
+    def gradients(self) -> Iterator[tuple[nn.Parameter, Tensor]]:
+        """Averaged gradients of this rank's shard, without padding."""
+        for group, gradients in self._optimizer.averaged_gradients.items():
+            real = [grad for grad in gradients if not getattr(grad, "_zero_padding", False)]
+            yield from zip(self._optimizer.params_in_partition[group], real, strict=False)
+
+    def fragments(self) -> Iterator[Fragment]:
+        for param in self._params:
+            mapping = getattr(param, "_hp_mapping", None)
+            if mapping is not None:  # else nothing of this parameter lies in this rank's shard
+                moments = {key: moment.view(-1) for key, moment in mapping.optim_fragment.items()}
+                yield Fragment(param, mapping.lp_fragment_address.start, mapping.hp_fragment.detach().view(-1), moments)
+
+    def refresh(self) -> None:
+        """Make the weights the rounded masters."""
+        self._optimizer.update_lp_params()

@@ -1,0 +1,163 @@
+"""ZeRO stage 3: weights and gradients are sharded too. For one pipeline stage (pp = 1).
+
+A rank holds 1/dp of every weight (experts: 1/edp). DeepSpeed's module hooks gather the weights of a unit (a block of
+the model) before its forward and again before its backward, and free them after. A unit is a module that DeepSpeed
+calls a leaf: all its parameters come and go together, so code inside may use them wherever it likes. Parameters
+outside of units follow the module that owns them. Every parameter must be used inside a call of its unit or module,
+and nothing may keep views of it from forward to backward: they would hold the gathered copy in memory.
+
+The order of gathers is learnt in one micro-batch and then prefetched one unit ahead. DeepSpeed expects one call of
+its engine per micro-batch for that; here the chunk is called itself, so hooks on the chunk say when a pass begins.
+
+Gradients are reduced during backward, into fp32 shards that add up over micro-batches. They are handed over in one
+fixed order on all ranks, the reverse of the module order: a parameter without gradient gets zeros in its place when the
+pass ends, where DeepSpeed's own hooks, which take gradients as they come, would mix up parameters or hang.
+
+Private names of DeepSpeed 0.19 that this file touches, each for a reason:
+  _grad_acc_hooks, _leaf_module_hooks     replaced by the fixed order
+  reduce_independent_p_g_buckets_and_remove_grads, independent_gradient_partition_epilogue    reduce one; the rest
+  grad_partitions_flat_buffer, micro_step_id     the sum over micro-batches
+  get_param_coordinator, reset_step, release_backward_leftovers      beginning and end of a pass
+  _get_norm_groups, averaged_gradients    one norm over all ranks
+  fp16_groups, fp32_partitioned_groups_flat, grad_position    where a parameter's shard lies
+  _reassign_or_swap_out_partitioned_parameters     make the weights the rounded masters
+"""
+
+import contextlib
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor, nn
+
+from parallel.shard import Fragment
+
+
+def stage3_config(module: nn.Module, units: tuple[type[nn.Module], ...]) -> dict:
+    """DeepSpeed's settings for stage 3."""
+    largest = max((sum(p.numel() for p in unit.parameters()) for unit in find_units(module, units)), default=0)
+    return {
+        "stage3_prefetch_bucket_size": largest,
+        # Weights that are kept because they are used again soon would be kept on and on in a small model.
+        "stage3_max_reuse_distance": 0,
+        "stage3_param_persistence_threshold": 0,  # small weights travel with their unit anyway
+        # F.linear would keep a view of the weight for backward; theirs keeps the weight itself.
+        "memory_efficient_linear": True,
+    }
+
+
+def find_units(module: nn.Module, units: tuple[type[nn.Module], ...]) -> list[nn.Module]:
+    """The outermost modules of these types."""
+    if isinstance(module, units):
+        return [module]
+    return [found for child in module.children() for found in find_units(child, units)]
+
+
+class ShardedWeights:
+    """norm: the global gradient norm, called once per step."""
+
+    def __init__(
+        self,
+        engine,
+        params: list[nn.Parameter],
+        allocate: Callable[[Tensor], dict[str, Tensor]],
+        norm: Callable[[], Tensor],
+    ):
+        self._optimizer = optimizer = engine.optimizer
+        self._coordinator = optimizer.parameter_offload.get_param_coordinator()
+        self._allocate = allocate
+        self._order = params[::-1]
+        self._ready: set[nn.Parameter] = set()
+        self._handed = 0
+        """Parameters of the order that were handed to DeepSpeed in this pass."""
+        self._in_pass = False
+        optimizer._get_norm_groups = lambda: [norm()]
+        for hook in (*optimizer._grad_acc_hooks, *optimizer._leaf_module_hooks):
+            hook.remove()
+        for param in params:
+            param.register_post_accumulate_grad_hook(self._arrived)
+        for chunk in engine.module:
+            chunk.register_forward_pre_hook(self._begin_pass, prepend=True)
+            chunk.register_forward_hook(self._end_forward)
+        for flat in optimizer.fp32_partitioned_groups_flat:
+            allocate(flat)
+
+    @contextlib.contextmanager
+    def accumulate(self) -> Iterator[None]:
+        """Everything between two optimizer steps runs inside."""
+        self._optimizer.grad_partitions_flat_buffer.zero_()
+        self._optimizer.micro_step_id = 1  # 0 would overwrite the sum
+        yield
+        self._end_pass()
+        self._coordinator.release_backward_leftovers()
+
+    def gradients(self) -> Iterator[tuple[nn.Parameter, Tensor]]:
+        """Averaged gradients of this rank's shard, without padding."""
+        for group, params in enumerate(self._optimizer.fp16_groups):
+            for param, gradient in zip(params, self._optimizer.averaged_gradients[group], strict=True):
+                yield param, gradient[: _interval(param)[1]]
+
+    def fragments(self) -> Iterator[Fragment]:
+        optimizer = self._optimizer
+        for params in optimizer.fp16_groups:
+            for param in params:
+                offset, length = _interval(param)
+                if length == 0:
+                    continue
+                group, start, _ = optimizer.grad_position[optimizer.get_param_id(param)]
+                flat = optimizer.fp32_partitioned_groups_flat[group]
+                part = slice(start, start + length)
+                moments = {key: moment[part] for key, moment in self._allocate(flat).items()}
+                yield Fragment(param, offset, flat.detach()[part], moments)
+
+    def refresh(self) -> None:
+        """Make the weights the rounded masters."""
+        for group in range(len(self._optimizer.fp16_groups)):
+            self._optimizer._reassign_or_swap_out_partitioned_parameters(group)
+
+    def _begin_pass(self, *_: object) -> None:
+        """Forward of a chunk begins; the backward of the micro-batch before is over."""
+        if self._in_pass and torch.is_grad_enabled():
+            self._end_pass()
+        self._in_pass = torch.is_grad_enabled()
+        self._coordinator.release_backward_leftovers()  # modules whose input has no gradient, like the embedding
+        self._coordinator.reset_step()
+
+    def _end_forward(self, *_: object) -> None:
+        if not torch.is_grad_enabled():
+            self._coordinator.reset_step()  # lets go of weights that were fetched ahead for a backward
+
+    def _arrived(self, param: nn.Parameter) -> None:
+        """Hand over what is complete of the order."""
+        self._ready.add(param)
+        while self._handed < len(self._order) and self._order[self._handed] in self._ready:
+            self._hand_over(self._order[self._handed])
+
+    def _end_pass(self) -> None:
+        """Reduce what is left of this micro-batch, zeros for missing gradients."""
+        for param in self._order[self._handed :]:
+            if param.grad is None:
+                _set_zero_gradient(param)
+            self._hand_over(param)
+        self._optimizer.independent_gradient_partition_epilogue()
+        self._ready.clear()
+        self._handed = 0
+        self._in_pass = False
+
+    def _hand_over(self, param: nn.Parameter) -> None:
+        self._handed += 1
+        self._optimizer.reduce_independent_p_g_buckets_and_remove_grads(param)
+
+
+def _interval(param: nn.Parameter) -> tuple[int, int]:
+    """First element and length of this rank's shard of a parameter; the last shards may be short or empty."""
+    size = param.partition_numel()
+    offset = size * param.ds_zero_partition_rank
+    return offset, max(0, min(size, param.ds_numel - offset))
+
+
+def _set_zero_gradient(param: nn.Parameter) -> None:
+    """torch checks the shape of a gradient against the parameter's, which is empty while the weights are away."""
+    data = param.data
+    param.data = data.new_empty(()).expand(param.ds_shape)
+    param.grad = torch.zeros(param.ds_shape, dtype=torch.float32, device=data.device)
+    param.data = data
