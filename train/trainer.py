@@ -18,6 +18,7 @@ from conf.schema import Config
 from parallel.mesh import Mesh
 from train.balance import update_bias
 from train.checkpoint.checkpointer import Checkpointer
+from train.checkpoint.manifest import step_name
 from train.data.prefetch import Prefetch
 from train.data.prepare import Prepared
 from train.measure import Measure, Measured
@@ -88,6 +89,8 @@ class Trainer:
         steps = range(self.state.step + 1, self.config.steps + 1)
         if not steps:
             self._note(f"this run has all its {self.config.steps} steps behind it; raise steps= to train on")
+            if not (RunPaths(self.config).checkpoints / step_name(self.state.step)).exists():
+                self._save(final=True)  # it came from another run's folder, perhaps in another layout
             return EXIT_OK
         # The data go on where the checkpoint ended, also when the batch size was changed since.
         shift = self.state.samples - self.schedules.samples[self.state.step]

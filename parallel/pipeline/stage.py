@@ -30,6 +30,8 @@ class Stage(PipelineStage):
             module, stage_id, num_stages, device, input_args=(inputs,), output_args=(outputs,), group=group
         )
         self._timeline = timeline
+        self._one_piece = getattr(module, "backward_in_one_piece", False)
+        """The module's graph cannot be split into inputs and weights: both are done where the inputs are due."""
 
     # Receive buffers
 
@@ -69,6 +71,8 @@ class Stage(PipelineStage):
             self.run_backward(bwd_chunk_id, *args, full_backward=full_backward, **kwargs)
 
     def backward_weight_one_chunk(self, bwd_chunk_id: int, *args, **kwargs) -> None:
+        if self._one_piece:
+            return
         with self._timeline.action("W", self.stage_index, bwd_chunk_id):
             super().backward_weight_one_chunk(bwd_chunk_id, *args, **kwargs)
 
@@ -81,6 +85,7 @@ class Stage(PipelineStage):
 
     def run_backward(self, micro_batch: int, loss: Tensor | None = None, full_backward: bool = True, **kwargs) -> None:
         """backward_one_chunk without its record."""
+        full_backward = full_backward or self._one_piece
         super().backward_one_chunk(micro_batch, loss=loss, full_backward=full_backward, **kwargs)
         if not self.is_last:
             _move(self.grad_recv_info[micro_batch], torch.device("meta"))

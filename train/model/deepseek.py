@@ -100,6 +100,9 @@ class DeepSeekV3(nn.Module):
         self.losses = Losses(config.mtp_depth)
         self.mtp_weight = 0.0
         """Weight lambda of the MTP losses, set by whoever runs the step."""
+        self.backward_in_one_piece = has_head and config.mtp_depth > 1
+        """torch's split into input and weight gradients cannot serve a weight that enters the graph again behind itself,
+        as the embedding does from MTP depth 2 on."""
         self._dtype = precision.dtype
         if has_embedding or (has_head and config.mtp_depth):
             self.embedding = embedding or Embedding(config.vocab_size, config.hidden, **factory)

@@ -1,0 +1,141 @@
+"""Every layout trains the same model: losses, gradient norms and balance against one process, and checkpoints that move.
+
+Tolerance 1e-5 relative for losses and norms in fp32: layouts sum gradients in another order (a few units in the last
+place, 1e-7), and AdamW's division by sqrt(v) can enlarge that where gradients are tiny. What layouts get wrong for
+real (a missing sum, a wrong scale, an untied copy) shows from 1e-3 up.
+"""
+
+import math
+
+import pytest
+import torch
+
+from conf.load import compose
+from parallel.shard import Shard
+from tests.layouts import run_layout
+from tests.small import arguments, metrics
+from train.checkpoint.load import load
+from train.checkpoint.manifest import read_manifest
+
+STEPS = 5
+BASE = ["model.layers=8", "micro_batch_size=1", "checkpoint.every=0", f"steps={STEPS}", "optim.ema_decay=0.9"]
+TWO_STAGES = ["interleaved", "zbv", "dualpipev"]
+
+LAYOUTS = {
+    "dp2": (2, ["parallel.dp=2"]),
+    "dp2_zero2": (2, ["parallel.dp=2", "parallel.zero=2"]),
+    "ep2": (2, ["parallel.dp=2", "parallel.ep=2"]),
+    "dp4_ep2": (4, ["parallel.dp=4", "parallel.ep=2"]),
+    "ep4": (4, ["parallel.dp=4", "parallel.ep=4"]),
+    "ep4_nodes": (4, ["parallel.dp=4", "parallel.ep=4", "parallel.dispatch=node_limited", "cluster.ranks_per_node=2"]),
+    "pp2_1f1b": (2, ["parallel.pp=2"]),
+    **{f"pp2_{name}": (2, ["parallel.pp=2", f"parallel.schedule={name}"]) for name in TWO_STAGES},
+    "pp4_dualpipev": (4, ["parallel.pp=4", "parallel.schedule=dualpipev"]),
+    "pp2_dp2_ep2_1f1b": (4, ["parallel.pp=2", "parallel.dp=2", "parallel.ep=2"]),
+    **{
+        f"pp2_dp2_ep2_{name}": (4, ["parallel.pp=2", "parallel.dp=2", "parallel.ep=2", f"parallel.schedule={name}"])
+        for name in TWO_STAGES
+    },
+}
+
+
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory):
+    """One process, to the end."""
+    tmp_path = tmp_path_factory.mktemp("layouts")
+    run_layout(tmp_path, "one", 1, *BASE)
+    return tmp_path
+
+
+def assert_same(tmp_path, name: str, other: str = "one", first: int = 1, rel: float = 1e-5) -> None:
+    got, want = metrics(tmp_path, name), metrics(tmp_path, other)
+    assert sorted(got) == sorted(want)
+    for step in range(first, STEPS + 1):
+        for key in ("loss", "main_loss", "mtp_loss", "balance_loss", "grad_norm"):
+            assert got[step][key] == pytest.approx(want[step][key], rel=rel), (name, step, key)
+        assert got[step]["load"] == want[step]["load"], (name, step)
+    assert got[STEPS]["validation_loss"] == pytest.approx(want[STEPS]["validation_loss"], rel=rel)
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_layout_equals_one_process(reference, name):
+    world, overrides = LAYOUTS[name]
+    run_layout(reference, name, world, *BASE, *overrides)
+    assert_same(reference, name)
+
+
+def test_mtp_of_depth_2_and_batch_ramp_over_a_pipeline(tmp_path):
+    more = [
+        *BASE,
+        "model.mtp_depth=2",
+        "batch_size=16",
+        "optim.batch_ramp_start=8",
+        "optim.batch_ramp_steps=3",
+        "optim.batch_ramp_increment=8",
+        "data.mask_documents=true",
+    ]
+    run_layout(tmp_path, "one", 1, *more)
+    run_layout(
+        tmp_path, "many", 4, *more, "parallel.pp=2", "parallel.dp=2", "parallel.ep=2", "parallel.schedule=dualpipev"
+    )
+    assert_same(tmp_path, "many")
+    assert {record["batch_size"] for record in metrics(tmp_path, "many").values()} == {8, 16}
+
+
+def everything(tmp_path, name: str, step: int) -> dict[str, torch.Tensor]:
+    """All tensors of a checkpoint, whole."""
+    folder = tmp_path / "runs" / name / "checkpoints" / f"step_{step:08}"
+    dtypes = {"F32": torch.float32, "BF16": torch.bfloat16, "F64": torch.float64, "I64": torch.int64}
+    tensors = {
+        key: torch.empty(math.prod(entry.shape), dtype=dtypes[entry.dtype])
+        for key, entry in read_manifest(folder).tensors.items()
+    }
+    shapes = {key: entry.shape for key, entry in read_manifest(folder).tensors.items()}
+    load(folder, {key: Shard(tensor, 0, shapes[key]) for key, tensor in tensors.items()})
+    return tensors
+
+
+MOVES = [
+    ("one", "dp2"),
+    ("dp2", "pp2_dualpipev"),
+    ("pp2_dualpipev", "ep4"),
+    ("ep4", "pp2_1f1b"),
+    ("pp2_1f1b", "dp2_zero2"),
+    ("dp2_zero2", "pp2_dp2_ep2_zbv"),
+    ("pp2_dp2_ep2_zbv", "one"),
+]
+
+
+def test_checkpoints_move_between_layouts_bit_for_bit(tmp_path):
+    """A chain: each layout takes over the checkpoint of the one before, changes nothing, and passes it on."""
+    layouts = LAYOUTS | {"one": (1, [])}
+    half = [*BASE, "checkpoint.every=2", "checkpoint.keep=0"]
+    run_layout(tmp_path, "start", 1, *half)
+    before, source = everything(tmp_path, "start", 2), "start"
+    assert {"master", "exp_avg", "exp_avg_sq", "ema", "bias", "running"} <= {key.split(".")[0] for key in before}
+    for number, (_, target) in enumerate(MOVES):
+        world, overrides = layouts[target]
+        checkpoint = tmp_path / "runs" / source / "checkpoints" / "step_00000002"
+        # steps=2: the run is already over, so loading and saving again is all that happens.
+        run_layout(tmp_path, f"move{number}", world, *half, "steps=2", f"resume={checkpoint}", *overrides)
+        after, source = everything(tmp_path, f"move{number}", 2), f"move{number}"
+        assert after.keys() == before.keys()
+        for key, tensor in before.items():
+            assert torch.equal(after[key], tensor), (target, key)
+
+
+def test_a_resumed_layout_follows_the_reference(reference):
+    half = [*BASE, "checkpoint.every=2", "checkpoint.keep=0"]
+    run_layout(reference, "first", 1, *half)
+    checkpoint = reference / "runs" / "first" / "checkpoints" / "step_00000002"
+    world, overrides = LAYOUTS["pp2_dp2_ep2_dualpipev"]
+    run_layout(reference, "second", world, *half, f"resume={checkpoint}", *overrides)
+    got, want = metrics(reference, "second"), metrics(reference, "one")
+    assert sorted(got) == [3, 4, 5]
+    for step, record in got.items():
+        assert record["loss"] == pytest.approx(want[step]["loss"], rel=1e-5)
+        assert record["samples"] == want[step]["samples"] and record["load"] == want[step]["load"]
+
+
+def test_small_arguments_compose(tmp_path):
+    assert compose(*arguments(tmp_path)).model.experts == 8
