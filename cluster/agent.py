@@ -98,6 +98,7 @@ class Agent:
         self._asked = time.monotonic()
         self._probe = Probe()
         self._lock = threading.Lock()
+        _sweep()
         threading.Thread(target=self._watch_lease, daemon=True).start()
 
     def facts(self, question: Question) -> Facts:
@@ -123,7 +124,7 @@ class Agent:
             assert order.attempt > self._attempt and not any(c.process.poll() is None for c in self._children.values())
             self._forget()
             self._attempt, self._asked = order.attempt, time.monotonic()
-            self._scratch = Path(tempfile.mkdtemp(prefix=f"sluice-attempt-{order.attempt}-"))
+            self._scratch = Path(tempfile.mkdtemp(prefix=f"{scratch_prefix()}{os.getpid()}-"))
             for rank, local_rank in order.ranks:
                 self._children[rank] = self._spawn(order, rank, local_rank)
 
@@ -273,6 +274,19 @@ class Agent:
             with self._lock:
                 if time.monotonic() - self._asked > self._lease and self._running():
                     self._kill()
+
+
+def scratch_prefix() -> str:
+    """Start of the names of scratch folders on this host; the agent's process id follows."""
+    return f"sluice-{socket.gethostname()}-"
+
+
+def _sweep() -> None:
+    """Remove the scratch folders of agents of this host and user that were killed."""
+    for folder in Path(tempfile.gettempdir()).glob(f"{scratch_prefix()}*-*"):
+        pid = folder.name.removeprefix(scratch_prefix()).partition("-")[0]
+        if pid.isdecimal() and not psutil.pid_exists(int(pid)):
+            shutil.rmtree(folder, ignore_errors=True)  # it may be another user's
 
 
 def interface_of(address: str) -> str:

@@ -28,6 +28,8 @@ OBJECT_STORE = 100 << 20
 """Bytes; no tensor goes through Ray."""
 CONNECT_LIMIT = 5
 """Seconds for a connection to cluster.address."""
+CLOSE_LIMIT = 3
+"""Seconds for agents to clean up after the run; whoever does not answer is killed."""
 SHIPPED = ["conf", "train", "parallel", "cluster"]
 LEASE = 4.0
 """An agent kills its ranks after this many heartbeats without a question."""
@@ -157,6 +159,9 @@ class RayFleet:
             return Reply(node, method, error=str(error).strip().splitlines()[0], dead=True)
 
     def close(self) -> None:
+        ends = [actor.close.remote() for actor in self._actors.values()]
+        if ends:
+            self._ray.wait(ends, num_returns=len(ends), timeout=CLOSE_LIMIT)
         for actor in self._actors.values():
             self._ray.kill(actor)
         self._ray.shutdown()

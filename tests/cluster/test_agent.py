@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from cluster.agent import Agent, Answer, Order
+from cluster.agent import Agent, Answer, Order, scratch_prefix
 
 ROOT = str(Path(__file__).parents[2])
 
@@ -103,6 +103,16 @@ def test_a_standby_becomes_a_rank(agent, tmp_path):
     assert [report.code for report in answer.ranks] == [7, 7]
     assert answer.output[0].split() == [b"0", str(standby.pid).encode(), b"config.yaml"]
     assert answer.output[1].split()[0] == b"1" and not agent._standbys["toy_rank", folder]
+
+
+def test_a_new_agent_removes_the_scratch_of_a_killed_one(tmp_path, monkeypatch):
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    ended = subprocess.Popen(["true"])
+    ended.wait()
+    (tmp_path / f"{scratch_prefix()}{ended.pid}-x").mkdir()
+    (tmp_path / f"{scratch_prefix()}{os.getpid()}-y").mkdir()
+    Agent(lease=30.0)
+    assert [path.name for path in tmp_path.iterdir()] == [f"{scratch_prefix()}{os.getpid()}-y"]
 
 
 def test_no_rank_outlives_a_killed_agent(tmp_path):
