@@ -105,7 +105,7 @@ def quantisers(engine: HopperEngine) -> None:
     """Bytes read and written over time; the memory of an H100 moves about 3.35 TB/s."""
     print(f"\n{'quantiser, 8192 x 7168':32s} {'TB/s':>6s}")
     x = torch.randn(8192, 7168, device="cuda").bfloat16()
-    kept = engine.quantize(x, TILES.cast())
+    kept = engine.keep(x, TILES.cast())
     h, gates = torch.randn(8192, 4096, device="cuda").bfloat16(), torch.rand(8192, device="cuda")
     works = {
         "1x128": (lambda: engine.operand(x, TILES), 3 * x.numel()),

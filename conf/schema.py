@@ -283,6 +283,8 @@ class Cache:
     """Input of the attention's output projection: e5m6 (12 bits), fp8 or bf16."""
     swiglu: str = "fp8"
     """Input of the experts' SwiGLU, whose output is computed again."""
+    packed: bool = True
+    """False, on CPU only: hold the same values in bf16 or fp32, which takes more memory and less time."""
 
 
 @dataclass

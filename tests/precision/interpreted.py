@@ -96,11 +96,11 @@ def test_products_agree_with_the_emulation(engine, granularity):
         expected = cpu.product(cpu.operand(x, rule), cpu.operand(w, right), torch.float32)
         torch.testing.assert_close(y, expected, rtol=1e-5, atol=1e-5 * expected.abs().max().item())
     g = torch.randn(130, 70, generator=torch.Generator().manual_seed(2))
-    kept = engine.quantize(x, Cast(E4M3, (1, 128), False, 1e-4))
+    kept = engine.keep(x, Cast(E4M3, (1, 128), False, 1e-4))
     dw = engine.product(
         engine.operand(g, rule, transposed=True), engine.operand(kept, rule, transposed=True), torch.float32
     )
-    kept = cpu.quantize(x, Cast(E4M3, (1, 128), False, 1e-4))
+    kept = cpu.keep(x, Cast(E4M3, (1, 128), False, 1e-4))
     expected = cpu.product(
         cpu.operand(g, rule, transposed=True), cpu.operand(kept, rule, transposed=True), torch.float32
     )

@@ -52,7 +52,7 @@ class _ExpertFFN(torch.autograd.Function):
         h_P2F = engine.grouped(left, engine.operand(w13_E2FD, up.fprop.right), groups, dtype)
         a = engine.swiglu(h_P2F, gates_P, down.fprop.left)
         y_PD = engine.grouped(a, engine.operand(w2_EDF, down.fprop.right), groups, dtype)
-        h = h_P2F if recipe.swiglu is None else engine.quantize(h_P2F, recipe.swiglu)
+        h = h_P2F if recipe.swiglu is None else engine.keep(h_P2F, recipe.swiglu)
         tensors, ctx.forms = pack(gates_P, w13_E2FD, w2_EDF, x, h)
         ctx.save_for_backward(*tensors)
         ctx.groups, ctx.engine, ctx.recipe, ctx.probes, ctx.dtype = groups, engine, recipe, probes, dtype

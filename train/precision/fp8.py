@@ -29,9 +29,9 @@ class Fp8Precision:
         """engine: instead of the device's own. Raises UserError where the device lacks what its engine needs."""
         self._recipe = build_recipe(fp8)
         self._health = Health(fp8.health)
-        self._engine = engine or (
-            HopperEngine(fp8) if device.type == "cuda" else CpuEngine(exact=fp8.emulate == "fp32")
-        )
+        if engine is None and device.type == "cuda":
+            engine = HopperEngine(fp8)
+        self._engine = engine or CpuEngine(exact=fp8.emulate == "fp32", packed=fp8.cache.packed)
 
     def linear(self, x: Tensor, weight: Tensor, kind: str = "dense") -> Tensor:
         """x (..., K) times weight (N, K) transposed. kind: dense, or output for the attention's output projection."""

@@ -61,13 +61,13 @@ class HopperEngine:
         self._kernels = load_kernels()
         self._deep_gemm = load_deep_gemm() if _operands(fp8, "experts_up", "experts_down") != {"bf16"} else None
 
-    def quantize(self, x_MK: Tensor, cast: Cast) -> Quantized:
+    def keep(self, x_MK: Tensor, cast: Cast) -> Quantized:
         if cast.block != (1, TILE) or cast.format.dtype is None:
             return quantize_reference(x_MK, cast)
         q, scale = self._kernels.quantize_tiles(_padded(x_MK), cast)
         return Quantized(q, scale, cast, x_MK.shape)
 
-    cast = quantize
+    cast = keep
 
     def operand(
         self, source: Source, rule: Rule, transposed: bool = False, groups: Groups | None = None

@@ -18,7 +18,7 @@ from torch.autograd.function import once_differentiable
 from train.model.recompute import is_free
 from train.precision.health import Probe
 from train.precision.products import Engine, Source, pack, unpack
-from train.precision.quantize import Quantized, fitted
+from train.precision.quantize import fitted
 from train.precision.recipe import LinearRecipe
 
 
@@ -29,15 +29,15 @@ def linear(x: Tensor, weight_NK: Tensor, engine: Engine, recipe: LinearRecipe, p
     return y_TN.view(*x.shape[:-1], weight_NK.shape[0])
 
 
-def keep(x_MK: Tensor, engine: Engine, recipe: LinearRecipe) -> Tensor | Quantized:
+def keep(x_MK: Tensor, engine: Engine, recipe: LinearRecipe) -> Source:
     """The form in which an input waits for Wgrad."""
-    return x_MK if recipe.cache is None else engine.quantize(x_MK, recipe.cache)
+    return x_MK if recipe.cache is None else engine.keep(x_MK, recipe.cache)
 
 
 def left_source(kept: Source, x_MK: Tensor, recipe: LinearRecipe) -> Source:
     """What Fprop's activation is made of: the kept form where that is the very same cast."""
     rule = recipe.fprop.left
-    same = isinstance(kept, Quantized) and rule.format is not None and kept.cast == fitted(rule.cast(), x_MK)
+    same = not isinstance(kept, Tensor) and rule.format is not None and kept.cast == fitted(rule.cast(), x_MK)
     return kept if same else x_MK
 
 

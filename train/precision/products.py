@@ -26,36 +26,50 @@ from train.precision.recipe import Rule
 
 @dataclass(frozen=True)
 class Rounded:
-    """A quantised tensor that is used at once and not kept, so that nobody needs it in 8 bits."""
+    """A quantised tensor held as the values that it stands for."""
 
     values: Tensor
     cast: Cast
 
 
 Source = Tensor | Quantized | Rounded
+"""What an operand is made of, and what a layer keeps for backward: a tensor as it came, or quantised."""
 
 
-def pack(*sources: Tensor | Quantized) -> tuple[list[Tensor], list[Quantized | None]]:
+def pack(*kept: Source) -> tuple[list[Tensor], list[Quantized | Rounded | None]]:
     """Tensors for autograd to save, and what `unpack` needs to put them together again."""
-    tensors, forms = [], []
-    for source in sources:
-        quantized = isinstance(source, Quantized)
-        tensors += [source.q, source.scale] if quantized else [source]
-        forms.append(replace(source, q=None, scale=None) if quantized else None)
+    tensors: list[Tensor] = []
+    forms: list[Quantized | Rounded | None] = []
+    for one in kept:
+        if isinstance(one, Quantized):
+            tensors += [one.q, one.scale]
+            forms.append(replace(one, q=None, scale=None))
+        elif isinstance(one, Rounded):
+            tensors.append(one.values)
+            forms.append(replace(one, values=None))
+        else:
+            tensors.append(one)
+            forms.append(None)
     return tensors, forms
 
 
-def unpack(tensors: list[Tensor], forms: list[Quantized | None]) -> list[Tensor | Quantized]:
+def unpack(tensors: list[Tensor], forms: list[Quantized | Rounded | None]) -> list[Source]:
     """Inverse of `pack`."""
     rest = iter(tensors)
-    return [next(rest) if form is None else replace(form, q=next(rest), scale=next(rest)) for form in forms]
+
+    def one(form: Quantized | Rounded | None) -> Source:
+        if isinstance(form, Quantized):
+            return replace(form, q=next(rest), scale=next(rest))
+        return next(rest) if form is None else replace(form, values=next(rest))
+
+    return [one(form) for form in forms]
 
 
 class Engine(Protocol):
     """Quantises and multiplies on one kind of device."""
 
-    def quantize(self, x_MK: Tensor, cast: Cast) -> Quantized:
-        """To keep: bit for bit `quantize_reference`, perhaps padded."""
+    def keep(self, x_MK: Tensor, cast: Cast) -> Source:
+        """Quantise, to keep for backward: bit for bit `quantize_reference`, perhaps padded."""
         ...
 
     def cast(self, x_MK: Tensor, cast: Cast) -> Source:
@@ -93,14 +107,14 @@ class Engine(Protocol):
 class CpuEngine:
     """The emulation. It satisfies `Engine` with tensors as operands, and runs wherever torch does.
 
-    exact: False rounds operands that do not fit bf16.
+    exact: False rounds operands that do not fit bf16. packed: False keeps values instead of bytes for backward.
     """
 
-    def __init__(self, exact: bool = True):
-        self._exact = exact
+    def __init__(self, exact: bool = True, packed: bool = True):
+        self._exact, self._packed = exact, packed
 
-    def quantize(self, x_MK: Tensor, cast: Cast) -> Quantized:
-        return quantize(x_MK, cast)
+    def keep(self, x_MK: Tensor, cast: Cast) -> Source:
+        return quantize(x_MK, cast) if self._packed else self.cast(x_MK, cast)
 
     def cast(self, x_MK: Tensor, cast: Cast) -> Rounded:
         return Rounded(fake_quantize(x_MK, cast), fitted(cast, x_MK))
