@@ -1,0 +1,130 @@
+"""Loss of FP8 training against bf16 on the same seed and data, smoothed as in the paper (appendix B.1).
+
+    python -m bench.fp8_loss [--conf tiny] [--steps 1000] [--only fp8,tensor] [--out runs/fp8_loss] [key=value ...]
+
+Runs `python -m train` once per recipe, one after the other, each in its own run folder; a recipe whose run is complete is
+not run again, and one that was cut off resumes. Then writes loss.json and loss.svg to --out: the relative difference
+of the moving averages (decay 0.9) of the losses, per step, and prints its largest and last value. The paper's bound is 0.25 %.
+
+    fp8, fp8_ue8m0   the recipes of conf/precision
+    tensor           one scale per tensor, everywhere
+    block            gradients in 128x128 blocks, which made the paper's model diverge (B.2)
+    wgrad_bf16       weight gradients in bf16
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+OPERANDS = ("activation", "weight", "gradient", "attention_output", "dispatched")
+FAMILIES = ("dense", "output", "experts_up", "experts_down")
+RECIPES = {
+    "bf16": ["precision=bf16"],
+    "fp8": ["precision=fp8"],
+    "fp8_ue8m0": ["precision=fp8_ue8m0"],
+    "tensor": ["precision=fp8", *(f"precision.fp8.{operand}=e4m3/tensor/fp32" for operand in OPERANDS)],
+    "block": ["precision=fp8", "precision.fp8.gradient=e4m3/128x128/fp32"],
+    "wgrad_bf16": [
+        "precision=fp8",
+        *(f"precision.fp8.{family}.wgrad.{side}=bf16" for family in FAMILIES for side in ("gradient", "activation")),
+    ],
+}
+BASE = "bf16"
+DECAY = 0.9
+BOUND = 0.0025
+COLOURS = ("#4269d0", "#efb118", "#ff725c", "#6cc5b0", "#a463f2")
+
+
+def main() -> None:
+    arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    arguments.add_argument("--conf", default="tiny")
+    arguments.add_argument("--steps", type=int, default=1000)
+    arguments.add_argument("--out", type=Path, default=Path("runs/fp8_loss"))
+    arguments.add_argument("--only", default="fp8,fp8_ue8m0,tensor,block", help="recipes, separated by commas")
+    options, overrides = arguments.parse_known_args()
+    names = [BASE, *options.only.split(",")]
+    losses = {name: train(name, options, overrides) for name in names}
+    smooth = {name: moving_average(loss) for name, loss in losses.items()}
+    difference = {name: relative(smooth[name], smooth[BASE]) for name in names if name != BASE}
+    options.out.mkdir(parents=True, exist_ok=True)
+    (options.out / "loss.json").write_text(json.dumps({"loss": losses, "relative_difference": difference}))
+    (options.out / "loss.svg").write_text(draw(difference))
+    print(f"{'recipe':12s} {'largest':>9s} {'at step':>8s} {'last':>9s} {'last loss':>10s}")
+    for name, values in difference.items():
+        step = max(range(len(values)), key=lambda i, values=values: abs(values[i]))
+        print(f"{name:12s} {values[step]:9.3%} {step + 1:8d} {values[-1]:9.3%} {smooth[name][-1]:10.4f}")
+
+
+def train(name: str, options: argparse.Namespace, overrides: list[str]) -> list[float]:
+    """Main loss of every step of the recipe's run."""
+    metrics = options.out / name / "metrics.jsonl"
+    if len(read(metrics)) < options.steps:
+        command = [sys.executable, "-m", "train", f"conf={options.conf}", f"name={name}", f"runs={options.out}"]
+        command += [f"steps={options.steps}", "log.sample_tokens=0", *RECIPES[name], *overrides]
+        subprocess.run(command, check=True)
+    losses = read(metrics)
+    if len(losses) < options.steps:
+        raise SystemExit(f"{metrics} holds {len(losses)} of {options.steps} steps")
+    return losses[: options.steps]
+
+
+def read(metrics: Path) -> list[float]:
+    """main_loss of every step; of a step that was taken twice, after a resume, the later."""
+    if not metrics.exists():
+        return []
+    records = [json.loads(line) for line in metrics.read_text().splitlines()]
+    by_step = {record["step"]: record["main_loss"] for record in records}
+    return [by_step[step] for step in sorted(by_step)]
+
+
+def moving_average(values: list[float]) -> list[float]:
+    average, result = values[0], []
+    for value in values:
+        average = DECAY * average + (1 - DECAY) * value
+        result.append(average)
+    return result
+
+
+def relative(values: list[float], base: list[float]) -> list[float]:
+    return [value / other - 1 for value, other in zip(values, base, strict=True)]
+
+
+def draw(difference: dict[str, list[float]], width: int = 720, height: int = 360) -> str:
+    """An SVG of the differences in per cent over the steps, and the paper's bound."""
+    left, right, top, bottom = 60, width - 110, 20, height - 40
+    steps = max(len(values) for values in difference.values())
+    limit = 1.1 * max([2 * BOUND, *(abs(value) for values in difference.values() for value in values)])
+
+    def x(step: int) -> float:
+        return left + (right - left) * step / steps
+
+    def y(value: float) -> float:
+        return (top + bottom) / 2 - (bottom - top) / 2 * value / limit
+
+    parts = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" font-family="sans-serif" font-size="12">',
+        f'<rect width="{width}" height="{height}" fill="white"/>',
+    ]
+    for value, dash in ((0.0, ""), (BOUND, "4 3"), (-BOUND, "4 3")):
+        parts.append(
+            f'<line x1="{left}" x2="{right}" y1="{y(value):.1f}" y2="{y(value):.1f}" stroke="#888" stroke-dasharray="{dash}"/>'
+            f'<text x="{left - 6}" y="{y(value) + 4:.1f}" text-anchor="end" fill="#555">{value:.2%}</text>'
+        )
+    for number, (name, values) in enumerate(difference.items()):
+        colour = COLOURS[number % len(COLOURS)]
+        points = " ".join(f"{x(step + 1):.1f},{y(value):.1f}" for step, value in enumerate(values))
+        parts.append(f'<polyline points="{points}" fill="none" stroke="{colour}" stroke-width="1.5"/>')
+        parts.append(f'<text x="{right + 8}" y="{top + 14 + 18 * number}" fill="{colour}">{name}</text>')
+    parts.append(
+        f'<text x="{(left + right) / 2}" y="{height - 10}" text-anchor="middle" fill="#555">step, 1 to {steps}</text>'
+    )
+    parts.append(
+        f'<text x="{left}" y="{top - 6}" fill="#555">loss against bf16, moving averages with decay {DECAY}</text>'
+    )
+    return "\n".join([*parts, "</svg>\n"])
+
+
+if __name__ == "__main__":
+    main()
