@@ -186,7 +186,7 @@ def overlapped_pair(lanes: Lanes, timeline: "Timeline") -> Callable[[Any, Any], 
             schedule._maybe_compute_loss(stages[f_stage], output, context.target_mbs, f_batch)
             return output
 
-        with timeline.action("FB", f_stage, f_batch):
+        with timeline.action("FB", f_stage, f_batch, (b_stage, b_batch)):
             output, _ = lanes.run(forward, lambda: stages[b_stage].run_backward(b_batch, loss=loss))
         if f_stage + 1 in stages:
             stages[f_stage + 1].set_local_fwd_input(output, f_batch)

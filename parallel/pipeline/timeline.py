@@ -27,6 +27,8 @@ class Record:
     start: float
     """Seconds since the step began on this rank."""
     seconds: float
+    backward: tuple[int, int] | None = None
+    """For FB, stage and micro-batch of the backward half."""
 
 
 @dataclass
@@ -50,15 +52,23 @@ class StepRecord:
         span = self.span if span is None else span
         return 1 - self.busy / span if span > 0 else 0.0
 
+    def seconds(self, *kinds: str) -> float:
+        """Seconds that actions of these kinds ran."""
+        return sum(action.seconds for action in self.actions if action.kind in kinds)
+
+
+_Mark = tuple[str, int, int, tuple[int, int] | None, object, object]
+# kind, stage, micro_batch and backward as in Record, then when the action began and ended by the clock's own marks
+
 
 class Timeline:
     """Records the actions of the steps of one rank."""
 
     def __init__(self, device: torch.device):
         self._clock = _EventClock() if device.type == "cuda" else _WallClock()
-        self._open: list[tuple[str, int, int, object, object]] = []
+        self._open: list[_Mark] = []
         self._begin: object = None
-        self._pending: list[tuple[object, object, list[tuple[str, int, int, object, object]]]] = []
+        self._pending: list[tuple[object, object, list[_Mark]]] = []
         self._newest = StepRecord()
 
     @contextmanager
@@ -70,11 +80,13 @@ class Timeline:
         self._settle()
 
     @contextmanager
-    def action(self, kind: str, stage: int, micro_batch: int) -> Iterator[None]:
-        """Around one action."""
+    def action(
+        self, kind: str, stage: int, micro_batch: int, backward: tuple[int, int] | None = None
+    ) -> Iterator[None]:
+        """Around one action; arguments as in Record."""
         start = self._clock.now()
         yield
-        self._open.append((kind, stage, micro_batch, start, self._clock.now()))
+        self._open.append((kind, stage, micro_batch, backward, start, self._clock.now()))
 
     def newest(self) -> StepRecord:
         """The newest step whose times are known; on CUDA that may be the step before the last one."""
@@ -86,7 +98,7 @@ class Timeline:
             begin, end, marks = self._pending.pop(0)
             between = self._clock.between
             self._newest = StepRecord(
-                [Record(k, s, m, between(begin, t0), between(t0, t1)) for k, s, m, t0, t1 in marks],
+                [Record(k, s, m, between(begin, t0), between(t0, t1), b) for k, s, m, b, t0, t1 in marks],
                 between(begin, end),
             )
             self._clock.reuse([begin, end, *(mark for *_, t0, t1 in marks for mark in (t0, t1))])
