@@ -2,7 +2,7 @@
 
 Each rank holds some layers and some of the tokens. The vector below has a place for every number of every layer;
 a rank fills in its own and the sum over all ranks is the whole: losses from the last pipeline stage, expert loads
-from every stage, balance biases from the first data-parallel rank of a stage.
+from every stage, balance biases from the first data-parallel rank of a stage, times and traffic from every rank.
 
 L MoE layers (MTP modules included), E experts.
 """
@@ -17,6 +17,7 @@ from conf.schema import Model
 from parallel.mesh import Mesh
 from train.model.deepseek import DeepSeekV3
 from train.model.router import Router
+from train.step_work import StepWork
 
 
 def moe_layers(model: Model) -> list[str]:
@@ -42,13 +43,15 @@ class Measured:
     """Balance biases that were in force (float64)."""
     stop: bool
     """Some rank was asked to stop."""
+    work: dict[str, float]
+    """What pipeline and dispatchers did, by metric name."""
 
 
 class Measure:
     """Collects and clears the counters of this rank's chunks."""
 
-    def __init__(self, model: Model, mesh: Mesh, chunks: list[DeepSeekV3], device: torch.device):
-        self.model, self.mesh, self.chunks, self.device = model, mesh, chunks, device
+    def __init__(self, model: Model, mesh: Mesh, chunks: list[DeepSeekV3], device: torch.device, step_work: StepWork):
+        self.model, self.mesh, self.chunks, self.device, self.step_work = model, mesh, chunks, device, step_work
         self.layers = moe_layers(model)
         self.routers: dict[str, Router] = {}
         for chunk in chunks:
@@ -61,6 +64,7 @@ class Measure:
             router.clear()
         if self.last is not None:
             self.last.losses.clear()
+        self.step_work.clear()
 
     def collect(self, stop: bool) -> Measured:
         """Sum over all ranks; every rank gets the same."""
@@ -77,10 +81,12 @@ class Measure:
             scalars[-1] += router.balance_loss.double() / self.mesh.layout.dp
             if self.mesh.dp_rank == 0:
                 biases_LE[row] = router.bias_E
-        vector = torch.cat([scalars, loads_LE.flatten(), biases_LE.flatten()])
+        work = torch.tensor(self.step_work.collect(), dtype=torch.float64, device=self.device)
+        parts = [scalars, loads_LE.flatten(), biases_LE.flatten(), work]
+        vector = torch.cat(parts)
         if self.mesh.layout.world > 1:
             dist.all_reduce(vector)
-        scalars, loads, biases = vector.cpu().split([scalars.numel(), loads_LE.numel(), biases_LE.numel()])
+        scalars, loads, biases, work = vector.cpu().split([part.numel() for part in parts])
         return Measured(
             main_loss=scalars[1].item(),
             mtp_losses=scalars[2 : 2 + depth].tolist(),
@@ -88,4 +94,5 @@ class Measure:
             loads_LE=loads.view(shape),
             biases_LE=biases.view(shape),
             stop=scalars[0].item() > 0,
+            work=self.step_work.named(work.tolist()),
         )

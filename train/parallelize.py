@@ -27,11 +27,14 @@ class Parallelized:
     chunks: list[DeepSeekV3]
     pipeline: Pipeline
     zero: Zero
+    dispatcher: Dispatcher | None
+    """None where this rank holds all experts."""
 
 
 def parallelize(config: Config, mesh: Mesh, device: torch.device) -> Parallelized:
     """Build this rank's chunks with the weights of config.seed, and wrap them for training."""
-    chunks, stage_ids, num_stages = build_chunks(config, mesh, device)
+    dispatcher = None if mesh.layout.ep == 1 else make_dispatcher(config, mesh)
+    chunks, stage_ids, num_stages = build_chunks(config, mesh, device, dispatcher)
     pipeline = build_schedule(
         config.parallel.schedule,
         chunks,
@@ -56,7 +59,7 @@ def parallelize(config: Config, mesh: Mesh, device: torch.device) -> Parallelize
         tied=tied_embedding(config, mesh, chunks),
         units=(Block, MTP),
     )
-    return Parallelized(chunks, pipeline, zero)
+    return Parallelized(chunks, pipeline, zero, dispatcher)
 
 
 def check_layout(config: Config) -> None:
@@ -80,14 +83,15 @@ def split(config: Config, stages: int) -> list[range]:
     return split_layers(costs, 0.0, head_flops(model) + model.mtp_depth * mtp, stages)
 
 
-def build_chunks(config: Config, mesh: Mesh, device: torch.device) -> tuple[list[DeepSeekV3], list[int], int]:
+def build_chunks(
+    config: Config, mesh: Mesh, device: torch.device, dispatcher: Dispatcher | None
+) -> tuple[list[DeepSeekV3], list[int], int]:
     """This rank's chunks with the weights of config.seed, their stage numbers, and the number of stages."""
     placement = stage_placement(config.parallel.schedule, mesh.layout.pp)
     stage_ids, num_stages = placement[mesh.pp_rank], sum(len(ids) for ids in placement)
     layers = split(config, num_stages)
     share = config.model.experts // mesh.layout.ep
     dtype, precision = activation_dtype(config.precision), build_precision(config.precision, device)
-    dispatcher = None if mesh.layout.ep == 1 else make_dispatcher(config, mesh)
     chunks: list[DeepSeekV3] = []
     embedding = None  # where first and last stage share a rank, they share the table
     for stage in stage_ids:

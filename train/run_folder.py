@@ -3,6 +3,7 @@
 runs/NAME/
     config.yaml        every value, resolved; what the ranks read
     metrics.jsonl      one JSON object a step
+    timeline.json      a step of a pipeline, see train/metrics/timeline.py
     checkpoints/       see train/checkpoint/manifest.py
     logs/rank_N.log
     report.html

@@ -31,6 +31,7 @@ from train.run_folder import RunPaths
 from train.schedules import Schedules, StepPlan
 from train.state import State
 from train.stop import StopRequest
+from train.timeline import TimelineSampler
 
 
 class Diverged(RuntimeError):
@@ -78,6 +79,7 @@ class Trainer:
         self.writer, self.stop, self.flops, self.device = writer, stop, flops, device
         self.rank_progress = RankProgress(RunPaths(config).logs, mesh.rank)
         self.schedules = Schedules(config)
+        self.timeline = TimelineSampler(config, mesh, parts.pipeline, state.step)
         self._bad_in_a_row = 0
         self._busy: float | None = None
         """Seconds of forward and backward in the step before; a straggler has more than the others."""
@@ -120,6 +122,8 @@ class Trainer:
         self._set_weights(plan, micro_batches)
         documents_BS = None if batch.documents_BS is None else batch.documents_BS.to(self.device)
         zero = self.parts.zero
+        if self.timeline.wants(plan.step):
+            self.timeline.align()
         work_started = time.perf_counter()
         with zero.accumulate():
             self.parts.pipeline.step(batch.tokens_BS.to(self.device), documents_BS, micro_batches=micro_batches)
@@ -139,6 +143,8 @@ class Trainer:
         self.state.step, self.state.samples = plan.step, plan.first_sample + plan.batch_size
         record = self._record(plan, measured, update.grad_norm, data_wait)
         record |= self._speed(plan, time.perf_counter() - started)
+        if self.timeline.wants(plan.step):
+            self.timeline.save(plan.step)
         every = self.config.log.validate_every
         if plan.step == self.config.steps or (every and plan.step % every == 0):
             record |= self.validate()
@@ -202,7 +208,9 @@ class Trainer:
         if len(measured.mtp_losses) > 1:
             record |= {f"mtp_loss_{k}": loss for k, loss in enumerate(measured.mtp_losses, 1)}
         running = self.state.saw(measured.loads_LE)
-        return record | balance_record(self.measure.layers, measured.loads_LE, measured.biases_LE, running)
+        return (
+            record | measured.work | balance_record(self.measure.layers, measured.loads_LE, measured.biases_LE, running)
+        )
 
     def _speed(self, plan: StepPlan, seconds: float) -> dict[str, float]:
         """Rates of the training itself, without validation and saving."""

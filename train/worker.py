@@ -38,6 +38,7 @@ from train.precision.build import activation_dtype  # noqa: E402
 from train.resume import from_rank_0, restore  # noqa: E402
 from train.run_folder import RunPaths  # noqa: E402
 from train.state import State  # noqa: E402
+from train.step_work import StepWork  # noqa: E402
 from train.stop import StopRequest  # noqa: E402
 from train.trainer import Diverged, Flops, Overtaken, Trainer  # noqa: E402
 
@@ -69,7 +70,7 @@ def _run(config: Config, place: Place, stop: StopRequest) -> int:
     paths = RunPaths(config)
     attempt = from_rank_0(place.rank, lambda: given_attempt() or next_attempt(paths.checkpoints))
     parts = parallelize(config, mesh, device)
-    measure = Measure(config.model, mesh, parts.chunks, device)
+    measure = Measure(config.model, mesh, parts.chunks, device, StepWork(parts, mesh.layout))
     state = State(config, mesh, parts.zero, measure.routers, len(measure.layers))
     checkpointer = Checkpointer(
         paths.checkpoints,

@@ -8,6 +8,7 @@ import numpy as np
 from conf.load import compose, write_config
 from train.metrics.balance import balance_record, update_running
 from train.metrics.jsonl import JsonlSink
+from train.metrics.timeline import SampledStep, write_timeline
 
 
 def write_run(
@@ -19,8 +20,12 @@ def write_run(
     depth: int = 1,
     nan_at: tuple[int, ...] = (),
     overrides: tuple[str, ...] = (),
+    pipeline: int = 1,
 ) -> Path:
-    """config.yaml and metrics.jsonl of `steps` steps of 4096 tokens; `layers` MoE layers, MTP included."""
+    """config.yaml and metrics.jsonl of `steps` steps of 4096 tokens; `layers` MoE layers, MTP included.
+
+    pipeline: ranks of a pipeline with experts on several nodes, timeline.json included.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     write_config(compose(f"steps={steps}", *overrides), str(folder / "config.yaml"))
     generator = np.random.default_rng(0)
@@ -69,6 +74,28 @@ def write_run(
             running = update_running(running, counts_LE)
             bias_LE = bias_LE + 0.001 * np.sign(counts_LE.mean(axis=1, keepdims=True) - counts_LE)
             record |= balance_record(names, counts_LE, bias_LE, running)
+        if pipeline > 1:
+            record |= {
+                "bubble_share": 0.2,
+                "forward_seconds": 0.05,
+                "backward_seconds": 0.09,
+                "overlapped_seconds": 0.0,
+            }
+            record |= {"dispatch_bytes_inside": 2**24, "dispatch_bytes_across": 2**22, "dispatch_wait_seconds": 0.01}
         sink.write(record)
     sink.close()
+    if pipeline > 1:
+        write_timeline(folder, sampled_step(steps, pipeline, 2 * pipeline))
     return folder
+
+
+def sampled_step(step: int, ranks: int, micro_batches: int) -> SampledStep:
+    """A pipeline of one stage per rank: all micro-batches forward, then all backward."""
+    actions = []
+    for rank in range(ranks):
+        for number in range(micro_batches):
+            backward_start = 0.01 * (micro_batches + ranks + 2 * (ranks - 1 - rank) + 2 * number)
+            for kind, start, seconds in (("F", 0.01 * (rank + number), 0.01), ("B", backward_start, 0.02)):
+                where = {"rank": rank, "pp_rank": rank, "stage": rank, "kind": kind, "micro_batch": number}
+                actions.append(where | {"start_seconds": start, "seconds": seconds})
+    return SampledStep(step, "1f1b", [0.03 * (micro_batches + ranks)] * ranks, actions)

@@ -11,9 +11,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from tests.metrics.synthetic import write_run
+from tests.metrics.synthetic import sampled_step, write_run
 from train.metrics.headline import headline
 from train.metrics.jsonl import JsonlSink
+from train.metrics.pipeline_figures import BARS, ROWS, timeline_figure
 from train.metrics.report import write_report
 from train.metrics.series import POINTS, read_series, stretch_means, thin
 
@@ -68,6 +69,7 @@ def plots(path: Path) -> set[str]:
 
 ALWAYS = {"loss", "throughput", "mfu", "times", "grad_norm", "lr", "memory"}
 EXPERTS = {"imbalance", "layers", "load", "bias"}
+PIPELINE = {"timeline", "bubble", "dispatch"}
 
 
 def test_report_shows_what_the_run_recorded_and_loads_nothing(tmp_path):
@@ -93,6 +95,7 @@ def test_report_shows_what_the_run_recorded_and_loads_nothing(tmp_path):
         (30, {"layers": 0, "depth": 0}, ALWAYS),
         (30, {"depth": 0}, ALWAYS | EXPERTS),
         (30, {"depth": 3}, ALWAYS | EXPERTS),
+        (30, {"pipeline": 2}, ALWAYS | EXPERTS | PIPELINE),
         (30, {"nan_at": (7, 8, 30)}, ALWAYS | EXPERTS | {"skipped"}),
         (3, {"nan_at": (1, 2, 3)}, ALWAYS - {"loss", "grad_norm"} | EXPERTS | {"loss", "skipped"}),
     ],
@@ -155,6 +158,18 @@ def test_thinning_keeps_ends_and_spikes():
     assert mean_x.shape == (250,) and np.isnan(mean_y[0]) and mean_y[1:].sum() == pytest.approx(9.0 / 200)
 
 
+def test_the_picture_of_a_pipeline_has_its_idle_time_and_bounded_size():
+    sampled = sampled_step(7, 4, 8)
+    assert sampled.bubble == pytest.approx(1 - 8 / 12)  # 8 micro-batches of 0.03 s in a span of 0.36 s
+    drawn = timeline_figure(sampled)
+    assert [len(bars.y) for bars in drawn.plot.data] == [4, 32, 32] and "33 %" in drawn.caption
+    assert set(drawn.plot.data[1].text) == set("01234567")
+    large = timeline_figure(sampled_step(7, 64, 1000))
+    assert sum(len(bars.y) for bars in large.plot.data) == BARS + ROWS
+    assert f"{ROWS} of the 64 processes" in large.caption and "of 32,000 bars" in large.caption
+    assert timeline_figure(sampled_step(7, 1, 8)) is None and timeline_figure(None) is None
+
+
 @pytest.mark.slow
 def test_a_long_run_makes_a_small_page_in_bounded_time(tmp_path):
     write_run(tmp_path, 100_000)
@@ -173,7 +188,7 @@ def test_a_large_model_makes_a_small_page(tmp_path):
 @pytest.mark.skipif(CHROMIUM is None, reason="needs chromium")
 @pytest.mark.parametrize("steps", [1, 60])
 def test_a_browser_draws_every_figure_without_an_error(tmp_path, steps):
-    path = write_report(write_run(tmp_path / "run", steps, nan_at=(steps // 2,)))
+    path = write_report(write_run(tmp_path / "run", steps, nan_at=(steps // 2,), pipeline=steps // 15))
     result = subprocess.run(
         [CHROMIUM, *FLAGS, f"--user-data-dir={tmp_path}/profile", path.as_uri()],
         capture_output=True,

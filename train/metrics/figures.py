@@ -2,90 +2,26 @@
 
 Shape suffixes as in series.py.
 
-A long run is thinned so that the page stays small: a curve keeps the lowest and the highest point of every stretch,
-hence every spike, as a pale band around its mean; a heat map keeps every n-th recorded step.
+A long run is thinned so that the page stays small: curves as plot.py says; a heat map keeps every n-th recorded step.
 """
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+from collections.abc import Mapping
+from typing import Any
 
 import numpy as np
 import plotly.graph_objects as go
 
-from train.metrics.series import POINTS, Series, stretch_means, thin
+from train.metrics.pipeline_figures import bubble, dispatch, timeline_figure
+from train.metrics.plot import BLUE, GREEN, GREY, ORANGE, PURPLE, SKY, Curve, Figure, curves, figure, style
+from train.metrics.series import Series
+from train.metrics.timeline import SampledStep
 
-# Okabe and Ito's palette, told apart with any colour vision.
-BLUE, ORANGE, GREEN, SKY, PURPLE, GREY = "#0072B2", "#D55E00", "#009E73", "#56B4E9", "#CC79A7", "#666666"
 LOAD_COLOURS = [[0.0, "#0b3c5d"], [0.166, "#7fb2d6"], [0.333, "#f7f7f7"], [0.6, "#f4a582"], [1.0, "#8c1c13"]]
 """From blue (no token) over white (fair share, a third of the scale) to red (three fair shares and more)."""
 LOAD_TOP = 300
 
 
-class Curve(NamedTuple):
-    name: str
-    metric: str
-    colour: str
-    scale: float = 1.0
-    markers: bool = False
-
-
-@dataclass(frozen=True)
-class Figure:
-    key: str
-    title: str
-    caption: str
-    plot: go.Figure
-    wide: bool = False
-
-
-def curves(
-    series: Series, wanted: Sequence[Curve], unit: str, *, log: bool = False, zero: bool = False
-) -> go.Figure | None:
-    """Line plot over steps of those curves that have values, None without any."""
-    plot = go.Figure()
-    for curve in wanted:
-        if series.has(curve.metric):
-            _add_curve(plot, curve, series.step_N, series.columns[curve.metric] * curve.scale)
-    if not plot.data:
-        return None
-    plot.update_yaxes(title=unit, type="log" if log else "linear", rangemode="tozero" if zero else "normal")
-    if log:
-        plot.update_yaxes(dtick="D2", tickformat=".1~g")  # labels at 1, 2 and 5
-    return style(plot, series.step_N)
-
-
-def _add_curve(plot: go.Figure, curve: Curve, x_N: np.ndarray, y_N: np.ndarray) -> None:
-    if curve.markers:  # measured now and then: no gaps between the measurements
-        measured = np.isfinite(y_N)
-        x_N, y_N = x_N[measured], y_N[measured]
-    line, marker = {"color": curve.colour, "width": 1.6}, {"size": 6}
-    if len(x_N) > POINTS:  # a pale band from lowest to highest, and the mean in it
-        x, y = thin(x_N, y_N)
-        plot.add_scatter(x=x, y=y, mode="lines", line=line, opacity=0.3, showlegend=False, hoverinfo="skip")
-        x_N, y_N = stretch_means(x_N, y_N)
-    mode = "lines+markers" if curve.markers or len(x_N) <= 60 else "lines"
-    plot.add_scatter(x=x_N, y=y_N, name=curve.name, mode=mode, line=line, marker=marker)
-
-
-def style(plot: go.Figure, step_N: np.ndarray, height: int = 320) -> go.Figure:
-    """The look that all figures share; step_N is what the x axis shows."""
-    plot.update_layout(
-        template="plotly_white",
-        height=height,
-        margin={"l": 70, "r": 20, "t": 30, "b": 50},
-        font={"size": 13, "color": "#222"},
-        hovermode="x unified",
-        showlegend=True,
-        legend={"orientation": "h", "y": 1.02, "yanchor": "bottom", "x": 0},
-    )
-    plot.update_xaxes(title="step", nticks=10, tickformat=",d")
-    if len(step_N) <= 10:  # else the axis would show halves of steps
-        plot.update_xaxes(tickvals=step_N.tolist())
-    return plot
-
-
-def build(series: Series, settings: Mapping[str, Any]) -> list[Figure]:
+def build(series: Series, settings: Mapping[str, Any], sampled: SampledStep | None = None) -> list[Figure]:
     """All figures that the run has data for, in reading order. settings: the run's configuration."""
     makers = (
         _loss,
@@ -97,16 +33,15 @@ def build(series: Series, settings: Mapping[str, Any]) -> list[Figure]:
         _throughput,
         _mfu,
         _times,
+        lambda *_: timeline_figure(sampled),
+        bubble,
+        dispatch,
         _grad_norm,
         _schedules,
         _memory,
         _skipped,
     )
-    return [figure for maker in makers if (figure := maker(series, settings)) is not None]
-
-
-def _figure(key: str, title: str, caption: str, plot: go.Figure | None, wide: bool = False) -> Figure | None:
-    return None if plot is None else Figure(key, title, caption, plot, wide)
+    return [made for maker in makers if (made := maker(series, settings)) is not None]
 
 
 def _loss(series: Series, settings: Mapping[str, Any]) -> Figure | None:
@@ -128,7 +63,7 @@ def _loss(series: Series, settings: Mapping[str, Any]) -> Figure | None:
         "trained on: a held-out curve that rises while the training curve falls means memorising. MTP modules (multi-token prediction) "
         "look further ahead, which is harder, so their curve lies higher."
     )
-    return _figure(
+    return figure(
         "loss", "Loss: how well the model predicts", caption, curves(series, wanted, "loss (nats per token)"), True
     )
 
@@ -143,7 +78,7 @@ def _imbalance(series: Series, settings: Mapping[str, Any]) -> Figure | None:
         "gets twice its share. The running curve should fall towards 0; single batches stay noisy."
     )
     plot = curves(series, wanted, "MaxVio", zero=True)
-    return _figure("imbalance", "Imbalance between experts", caption, plot)
+    return figure("imbalance", "Imbalance between experts", caption, plot)
 
 
 def _layer_heat(series: Series, settings: Mapping[str, Any]) -> Figure | None:
@@ -168,7 +103,7 @@ def _layer_heat(series: Series, settings: Mapping[str, Any]) -> Figure | None:
         "Each row is one layer with experts, each column a step: dark is even, yellow means that one expert of that layer got far "
         "more than its share in that batch. A row that stays yellow is a layer that does not balance. Rows named mtp are MTP modules."
     )
-    return _figure("layers", "Imbalance layer by layer", caption, plot)
+    return figure("layers", "Imbalance layer by layer", caption, plot)
 
 
 def _load_heat(series: Series, settings: Mapping[str, Any]) -> Figure | None:
@@ -206,7 +141,7 @@ def _load_heat(series: Series, settings: Mapping[str, Any]) -> Figure | None:
         "Choose a layer above the picture. Each row is one expert, each column a step: white is a fair share of the tokens, red "
         "is too many, blue too few. The balance bias should make the picture paler as training goes on."
     )
-    return _figure("load", "Tokens per expert", caption, plot, True)
+    return figure("load", "Tokens per expert", caption, plot, True)
 
 
 def _bias(series: Series, settings: Mapping[str, Any]) -> Figure | None:
@@ -217,7 +152,7 @@ def _bias(series: Series, settings: Mapping[str, Any]) -> Figure | None:
         "The bias that steers tokens away from busy experts (it only picks experts; it does not weigh them). A range that "
         "settles is healthy; one that widens for ever means that balancing fights the router."
     )
-    return _figure("bias", "Balance bias: its range over all experts", caption, curves(series, wanted, "bias"))
+    return figure("bias", "Balance bias: its range over all experts", caption, curves(series, wanted, "bias"))
 
 
 def _dead(series: Series, settings: Mapping[str, Any]) -> Figure | None:
@@ -225,13 +160,13 @@ def _dead(series: Series, settings: Mapping[str, Any]) -> Figure | None:
         return None
     plot = curves(series, [Curve("dead experts", "dead_experts", PURPLE)], "experts", zero=True)
     caption = "Experts, over all layers, that got no token in the last 20 steps: wasted parameters. 0 is good."
-    return _figure("dead", "Experts that nobody uses", caption, plot)
+    return figure("dead", "Experts that nobody uses", caption, plot)
 
 
 def _throughput(series: Series, settings: Mapping[str, Any]) -> Figure | None:
     plot = curves(series, [Curve("tokens per second", "tokens_per_second", GREEN)], "tokens/s", zero=True)
     caption = "Tokens trained per second, all processes together; level is good. Validation and saving are not counted."
-    return _figure("throughput", "Speed", caption, plot)
+    return figure("throughput", "Speed", caption, plot)
 
 
 def _mfu(series: Series, settings: Mapping[str, Any]) -> Figure | None:
@@ -243,19 +178,23 @@ def _mfu(series: Series, settings: Mapping[str, Any]) -> Figure | None:
         "Model FLOP/s utilisation: the share of the device's peak arithmetic that went into the model, higher is better. "
         "DeepSeek-V3 reports 38.9 % (causal) and 43.7 % (full) on its H800s, MTP left out as here."
     )
-    return _figure("mfu", "Use of the hardware (MFU)", caption, curves(series, wanted, "% of peak", zero=True))
+    return figure("mfu", "Use of the hardware (MFU)", caption, curves(series, wanted, "% of peak", zero=True))
 
 
 def _times(series: Series, settings: Mapping[str, Any]) -> Figure | None:
     wanted = [
         Curve("whole step", "step_seconds", BLUE),
+        Curve("forward passes", "forward_seconds", SKY),
+        Curve("backward passes", "backward_seconds", GREEN),
+        Curve("both passes at once", "overlapped_seconds", GREY),
         Curve("waiting for data", "data_wait_seconds", ORANGE),
         Curve("waiting for a checkpoint", "checkpoint_stall_seconds", PURPLE),
     ]
     caption = (
-        "Wall time of each step, and the parts of it in which training stood still. The two waits should lie near 0."
+        "Wall time of each step, and parts of it: computing (the mean of all processes), and waits in which training stood still, which "
+        "should lie near 0."
     )
-    return _figure("times", "Where the time goes", caption, curves(series, wanted, "seconds", zero=True))
+    return figure("times", "Where the time goes", caption, curves(series, wanted, "seconds", zero=True))
 
 
 def _grad_norm(series: Series, settings: Mapping[str, Any]) -> Figure | None:
@@ -269,7 +208,7 @@ def _grad_norm(series: Series, settings: Mapping[str, Any]) -> Figure | None:
         )
         limit = f" Larger gradients are scaled down to {clip:g}."
     caption = f"Length of the gradient, on a logarithmic axis; spikes show unstable steps.{limit}"
-    return _figure("grad_norm", "Gradient norm", caption, plot)
+    return figure("grad_norm", "Gradient norm", caption, plot)
 
 
 def _schedules(series: Series, settings: Mapping[str, Any]) -> Figure | None:
@@ -277,7 +216,7 @@ def _schedules(series: Series, settings: Mapping[str, Any]) -> Figure | None:
     if plot is not None:
         plot.update_yaxes(exponentformat="power")
     caption = "How large the steps are: a warm-up from 0, then what the schedule says."
-    return _figure("lr", "Learning rate", caption, plot)
+    return figure("lr", "Learning rate", caption, plot)
 
 
 def _memory(series: Series, settings: Mapping[str, Any]) -> Figure | None:
@@ -285,7 +224,7 @@ def _memory(series: Series, settings: Mapping[str, Any]) -> Figure | None:
     caption = (
         "Peak memory of the process that reports (GPU memory on a GPU, else main memory). It should level off early."
     )
-    return _figure("memory", "Memory", caption, plot)
+    return figure("memory", "Memory", caption, plot)
 
 
 def _skipped(series: Series, settings: Mapping[str, Any]) -> Figure | None:
@@ -293,4 +232,4 @@ def _skipped(series: Series, settings: Mapping[str, Any]) -> Figure | None:
         return None
     plot = curves(series, [Curve("skipped so far", "skipped_steps", ORANGE)], "steps", zero=True)
     caption = "Steps whose update was left out because loss or gradient was not a finite number. A few are harmless; a stair is not."
-    return _figure("skipped", "Skipped steps", caption, plot)
+    return figure("skipped", "Skipped steps", caption, plot)

@@ -1,6 +1,6 @@
 """report.html: one file that shows a stranger how a run went. It needs no network and no server.
 
-Everything is made from the run folder (metrics.jsonl, config.yaml, checkpoints/), so the report can be written again at
+Everything is made from the run folder (metrics.jsonl, timeline.json, config.yaml, checkpoints/), so the report can be written again at
 any time, also beside a run that still trains or has crashed.
 """
 
@@ -14,12 +14,14 @@ from typing import Any
 import yaml
 from plotly.offline import get_plotlyjs
 
-from train.metrics.figures import Figure, build
+from train.metrics.figures import build
 from train.metrics.headline import findings, headline
 from train.metrics.jsonl import FILE
 from train.metrics.names import SCALARS
+from train.metrics.plot import Figure
 from train.metrics.progress import short
 from train.metrics.series import POINTS, Series, read_series
+from train.metrics.timeline import SampledStep, read_timeline
 
 REPORT = "report.html"
 HOW_TO_READ = "Drag over a figure to zoom, double-click to zoom out."
@@ -47,9 +49,9 @@ def write_report(run_folder: Path) -> Path:
     settings_text = _read_text(run_folder / "config.yaml")
     settings = _settings(settings_text)
     series = read_series(run_folder / FILE)
-    page = _page(
-        str(settings.get("name") or run_folder.name), series, settings, settings_text, _checkpoints(run_folder)
-    )
+    sampled = read_timeline(run_folder)
+    name = str(settings.get("name") or run_folder.name)
+    page = _page(name, series, settings, settings_text, _checkpoints(run_folder), sampled)
     path, part = run_folder / REPORT, run_folder / f"{REPORT}.part"
     part.write_text(page, encoding="utf-8")
     os.replace(part, path)
@@ -80,7 +82,14 @@ def _checkpoints(run_folder: Path) -> list[tuple[str, str, str]]:
     return [row[1:] for row in sorted(found)]
 
 
-def _page(name: str, series: Series, settings: Mapping[str, Any], settings_text: str, checkpoints: list) -> str:
+def _page(
+    name: str,
+    series: Series,
+    settings: Mapping[str, Any],
+    settings_text: str,
+    checkpoints: list,
+    sampled: SampledStep | None,
+) -> str:
     written = datetime.datetime.now().strftime("%Y-%m-%d %H:%M")
     parts = [
         "<!DOCTYPE html>",
@@ -92,7 +101,7 @@ def _page(name: str, series: Series, settings: Mapping[str, Any], settings_text:
         f'<p class="sub">{html.escape(_description(settings))} Written {written}.</p>',
     ]
     if len(series.step_N):
-        parts += _run_parts(series, settings)
+        parts += _run_parts(series, settings, sampled)
     else:
         parts.append("<p>No step has been recorded yet.</p>")
     parts += _checkpoint_table(checkpoints)
@@ -106,7 +115,7 @@ def _page(name: str, series: Series, settings: Mapping[str, Any], settings_text:
     return "\n".join(parts)
 
 
-def _run_parts(series: Series, settings: Mapping[str, Any]) -> list[str]:
+def _run_parts(series: Series, settings: Mapping[str, Any], sampled: SampledStep | None) -> list[str]:
     cards = "".join(
         f'<div class="card">{html.escape(card.label)}<b>{html.escape(card.value)}</b><small>{html.escape(card.caption)}</small></div>'
         for card in headline(series, settings)
@@ -114,7 +123,7 @@ def _run_parts(series: Series, settings: Mapping[str, Any]) -> list[str]:
     notes = "".join(f"<li>{html.escape(text)}</li>" for text in findings(series, settings))
     band = " A pale band runs from the lowest to the highest step of a stretch, the line is its mean."
     band = band if len(series.step_N) > POINTS else ""
-    figures = "".join(_figure_html(figure) for figure in build(series, settings))
+    figures = "".join(_figure_html(figure) for figure in build(series, settings, sampled))
     return [
         f'<h2>At a glance</h2><div class="cards">{cards}</div>',
         f"<h2>Worth knowing</h2><ul>{notes}</ul>" if notes else "",
