@@ -10,6 +10,7 @@ from conf.load import compose
 from conf.schema import Model
 from train.model.deepseek import DeepSeekV3
 from train.model.init import initialise
+from train.precision.build import activation_dtype, build_precision
 from train.precision.fp8 import Fp8Precision
 from train.precision.high import HighPrecision
 
@@ -117,3 +118,11 @@ def test_readings_measure_what_the_casts_lose():
         for warning in report.warnings
     )
     assert any("saturated" in warning for warning in report.warnings)
+
+
+def test_the_precision_section_chooses_the_products():
+    for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16), ("fp8", torch.bfloat16)):
+        section = compose(f"precision={name}").precision
+        precision = build_precision(section, torch.device("cpu"))
+        assert isinstance(precision, Fp8Precision if name == "fp8" else HighPrecision)
+        assert precision.dtype == activation_dtype(section) == dtype
