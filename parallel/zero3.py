@@ -6,8 +6,9 @@ calls a leaf: all its parameters come and go together, so code inside may use th
 outside of units follow the module that owns them. Every parameter must be used inside a call of its unit or module,
 and nothing may keep views of it from forward to backward: they would hold the gathered copy in memory.
 
-The order of gathers is learnt in one micro-batch and then prefetched one unit ahead. DeepSpeed expects one call of
-its engine per micro-batch for that; here the chunk is called itself, so hooks on the chunk say when a pass begins.
+The order of gathers is learnt in one micro-batch and then prefetched one unit ahead; a validation, whose order is
+another, makes DeepSpeed learn again. It expects one call of its engine per micro-batch for that; here the chunk is
+called itself, so hooks on the chunk say when a pass begins.
 
 Gradients are reduced during backward, into fp32 shards that add up over micro-batches. They are handed over in one
 fixed order on all ranks, the reverse of the module order: a parameter without gradient gets zeros in its place when the
@@ -17,7 +18,7 @@ Private names of DeepSpeed 0.19 that this file touches, each for a reason:
   _grad_acc_hooks, _leaf_module_hooks     replaced by the fixed order
   reduce_independent_p_g_buckets_and_remove_grads, independent_gradient_partition_epilogue    reduce one; the rest
   grad_partitions_flat_buffer, micro_step_id     the sum over micro-batches
-  get_param_coordinator, reset_step, release_backward_leftovers      beginning and end of a pass
+  get_param_coordinator, reset_step, release_backward_leftovers, _clean_inflight_param_registry    begin and end of a pass
   _get_norm_groups, averaged_gradients    one norm over all ranks
   fp16_groups, fp32_partitioned_groups_flat, grad_position    where a parameter's shard lies
   _reassign_or_swap_out_partitioned_parameters     make the weights the rounded masters
@@ -34,9 +35,11 @@ from parallel.shard import Fragment
 
 def stage3_config(module: nn.Module, units: tuple[type[nn.Module], ...]) -> dict:
     """DeepSpeed's settings for stage 3."""
-    largest = max((sum(p.numel() for p in unit.parameters()) for unit in find_units(module, units)), default=0)
+    together = [list(unit.parameters()) for unit in find_units(module, units)] + [[p] for p in module.parameters()]
+    largest = max(sum(param.numel() for param in params) for params in together)
     return {
         "stage3_prefetch_bucket_size": largest,
+        "stage3_max_live_parameters": 2 * largest,  # a unit at work and one fetched ahead
         # Weights that are kept because they are used again soon would be kept on and on in a small model.
         "stage3_max_reuse_distance": 0,
         "stage3_param_persistence_threshold": 0,  # small weights travel with their unit anyway
@@ -124,7 +127,7 @@ class ShardedWeights:
 
     def _end_forward(self, *_: object) -> None:
         if not torch.is_grad_enabled():
-            self._coordinator.reset_step()  # lets go of weights that were fetched ahead for a backward
+            self._coordinator._clean_inflight_param_registry()  # fetched ahead for a backward that does not come
 
     def _arrived(self, param: nn.Parameter) -> None:
         """Hand over what is complete of the order."""
