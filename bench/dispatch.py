@@ -30,7 +30,7 @@ from torch.nn import functional as F
 
 from bench.expert_loop import expert_loop
 from parallel.expert.build import build_dispatcher
-from train.malloc import tune_malloc
+from train.cpu import tune_cpu
 from train.precision.high import HighPrecision
 
 RANKS, TOKENS, HIDDEN, FFN, EXPERTS, TOP_K = 2, 1024, 256, 512, 16, 4
@@ -133,7 +133,7 @@ def step(layer: Callable[[Tensor], Tensor], x_TD: Tensor, grad_TD: Tensor) -> tu
 
 def worker(rank: int, store: str, rounds: int, malloc: str) -> None:
     if malloc == "tuned":
-        tune_malloc()
+        tune_cpu()
     import deepspeed
     import deepspeed.ops
 

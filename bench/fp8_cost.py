@@ -12,9 +12,9 @@ import time
 from collections.abc import Callable, Iterable
 from functools import partial
 
-from train.malloc import tune_malloc
+from train.cpu import tune_cpu
 
-tune_malloc()  # before torch allocates, as in training
+tune_cpu()  # before torch allocates, as in training
 
 import torch  # noqa: E402
 

@@ -105,9 +105,9 @@ def _tokens(options: argparse.Namespace, vocab: int):
 
 def _ours(options: argparse.Namespace):
     """The trainer's own step: pipeline of one, DeepSpeed engine, our AdamW."""
-    from train.malloc import tune_malloc
+    from train.cpu import tune_cpu
 
-    tune_malloc()
+    tune_cpu()
     import torch
     import torch.distributed as dist
 

@@ -3,9 +3,9 @@
 import sys
 from pathlib import Path
 
-from train.malloc import tune_malloc
+from train.cpu import tune_cpu
 
-tune_malloc()  # before torch allocates anything
+tune_cpu()  # before torch allocates anything
 
 from cluster.launch import Place, is_driver, launch  # noqa: E402
 from conf.errors import EXIT_OK, UserError  # noqa: E402

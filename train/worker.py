@@ -11,9 +11,9 @@ import warnings
 from datetime import timedelta
 from pathlib import Path
 
-from train.malloc import tune_malloc
+from train.cpu import tune_cpu
 
-tune_malloc()  # before torch allocates anything
+tune_cpu()  # before torch allocates anything
 
 import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402

@@ -1,0 +1,31 @@
+"""Settings of this process that make training on CPU faster; made before torch is imported."""
+
+import ctypes
+import os
+import sys
+
+M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4
+
+
+SPINS = "10000"
+"""Turns, some ten microseconds, that an OpenMP thread waits awake for the next parallel region. The default is
+milliseconds, which other processes on the same cores pay for: with ten of them a product took three times as long."""
+
+
+def tune_cpu() -> None:
+    """Let waiting threads sleep, and keep freed memory in the process."""
+    os.environ.setdefault("GOMP_SPINCOUNT", SPINS)
+    _tune_malloc()
+
+
+def _tune_malloc() -> bool:
+    """Set glibc's allocator to reuse instead of unmap, since a step otherwise returns its memory to the kernel and faults it
+    in again. False where there is no glibc.
+    """
+    if not sys.platform.startswith("linux"):
+        return False
+    libc = ctypes.CDLL(None)
+    if not hasattr(libc, "mallopt"):
+        return False
+    settings = ((M_MMAP_MAX, 0), (M_TRIM_THRESHOLD, 2**31 - 1), (M_TOP_PAD, 64 << 20))
+    return sum(libc.mallopt(name, value) for name, value in settings) == len(settings)
