@@ -82,7 +82,7 @@ class Zero:
         groups = _parameter_groups(self.names, is_expert, decays, weight_decay, expert_name)
         config = _config(stage, clip, dtype, sum(param.numel() for param in self.names))
         module = nn.ModuleList(chunks)
-        deepspeed = _import_deepspeed(mesh)
+        deepspeed = _import_deepspeed(mesh, on_cuda=next(iter(self.names)).is_cuda)
         if stage == 3:
             config["zero_optimization"] |= stage3_config(module, units)
             for unit in find_units(module, units):
@@ -207,17 +207,17 @@ def _config(stage: int, clip: float, dtype: torch.dtype, elements: int) -> dict:
     return config
 
 
-def _import_deepspeed(mesh: Mesh) -> types.ModuleType:
+def _import_deepspeed(mesh: Mesh, on_cuda: bool) -> types.ModuleType:
     """Import quietly and without its two slow side roads on CPU; tell it our expert groups."""
-    if not torch.cuda.is_available():
+    if not on_cuda:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     # Stage 3 puts weights on the device of this number.
-    os.environ["LOCAL_RANK"] = str(torch.cuda.current_device()) if torch.cuda.is_available() else "0"
+    os.environ["LOCAL_RANK"] = str(torch.cuda.current_device()) if on_cuda else "0"
     import deepspeed
     import deepspeed.ops
 
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)  # its warnings are about choices made here on purpose
-    if not torch.cuda.is_available():
+    if not on_cuda:
         # Builds for two minutes on first use and has been seen to abort; gloo does the same work.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     # Muon is not used, and importing it compiles for seconds.
