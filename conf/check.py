@@ -300,7 +300,8 @@ def _check_parallel(config: Config) -> None:
         parallel.pp == 1 or parallel.zero == 1,
         "parallel.zero",
         parallel.zero,
-        "must be 1 with pipelines: stages 2 and 3 would reduce gradients in every micro-batch",
+        "must be 1 with pipelines: stage 2 would keep whole gradients until the step ends anyway, and stage 3 would gather "
+        "the weights anew for every micro-batch",
         "use parallel.zero=1",
     )
     for name, options in (("dispatch", DISPATCHERS), ("wire", WIRES), ("schedule", SCHEDULES)):

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from conf.schema import Config
+from conf.schema import Config, Recompute
 from parallel.expert.build import Dispatcher, build_dispatcher, check_groups
 from parallel.mesh import Layout, Mesh
 from parallel.pipeline.schedule import Pipeline, build_schedule
@@ -18,6 +18,8 @@ from train.model.init import initialise
 from train.model.mtp import MTP
 from train.optim import AdamW, decays, moments_dtype
 from train.precision.build import activation_dtype, build_precision
+from train.precision.fp8 import Fp8Precision
+from train.precision.high import HighPrecision
 
 
 @dataclass
@@ -29,12 +31,15 @@ class Parallelized:
     zero: Zero
     dispatcher: Dispatcher | None
     """None where this rank holds all experts."""
+    precision: HighPrecision | Fp8Precision
 
 
 def parallelize(config: Config, mesh: Mesh, device: torch.device) -> Parallelized:
     """Build this rank's chunks with the weights of config.seed, and wrap them for training."""
     dispatcher = None if mesh.layout.ep == 1 else make_dispatcher(config, mesh)
-    chunks, stage_ids, num_stages = build_chunks(config, mesh, device, dispatcher)
+    recompute_swiglu = Recompute.swiglu in config.model.recompute
+    precision = build_precision(config.precision, device, recompute_swiglu)
+    chunks, stage_ids, num_stages = build_chunks(config, mesh, device, dispatcher, precision)
     pipeline = build_schedule(
         config.parallel.schedule,
         chunks,
@@ -59,7 +64,9 @@ def parallelize(config: Config, mesh: Mesh, device: torch.device) -> Parallelize
         tied=tied_embedding(config, mesh, chunks),
         units=(Block, MTP),
     )
-    return Parallelized(chunks, pipeline, zero, dispatcher)
+    for chunk in chunks:
+        precision.watch(chunk)
+    return Parallelized(chunks, pipeline, zero, dispatcher, precision)
 
 
 def check_layout(config: Config) -> None:
@@ -84,14 +91,18 @@ def split(config: Config, stages: int) -> list[range]:
 
 
 def build_chunks(
-    config: Config, mesh: Mesh, device: torch.device, dispatcher: Dispatcher | None
+    config: Config,
+    mesh: Mesh,
+    device: torch.device,
+    dispatcher: Dispatcher | None,
+    precision: HighPrecision | Fp8Precision,
 ) -> tuple[list[DeepSeekV3], list[int], int]:
     """This rank's chunks with the weights of config.seed, their stage numbers, and the number of stages."""
     placement = stage_placement(config.parallel.schedule, mesh.layout.pp)
     stage_ids, num_stages = placement[mesh.pp_rank], sum(len(ids) for ids in placement)
     layers = split(config, num_stages)
     share = config.model.experts // mesh.layout.ep
-    dtype, precision = activation_dtype(config.precision), build_precision(config.precision, device)
+    dtype = activation_dtype(config.precision)
     chunks: list[DeepSeekV3] = []
     embedding = None  # where first and last stage share a rank, they share the table
     for stage in stage_ids:

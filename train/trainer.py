@@ -26,6 +26,7 @@ from train.memory import peak_memory
 from train.metrics.balance import balance_record
 from train.metrics.writer import MetricsWriter
 from train.parallelize import Parallelized
+from train.precision.health import merge
 from train.rank_progress import RankProgress
 from train.run_folder import RunPaths
 from train.schedules import Schedules, StepPlan
@@ -143,6 +144,7 @@ class Trainer:
         self.state.step, self.state.samples = plan.step, plan.first_sample + plan.batch_size
         record = self._record(plan, measured, update.grad_norm, data_wait)
         record |= self._speed(plan, time.perf_counter() - started)
+        record |= self._health(plan)
         if self.timeline.wants(plan.step):
             self.timeline.save(plan.step)
         every = self.config.log.validate_every
@@ -157,6 +159,7 @@ class Trainer:
     def _set_weights(self, plan: StepPlan, micro_batches: int) -> None:
         """Tell the model what its losses weigh in this step."""
         self.measure.clear()
+        self.parts.precision.start_step(plan.step)
         for router in self.measure.routers.values():
             router.balance_weight = self.config.optim.balance_loss / micro_batches
         if self.measure.last is not None:
@@ -211,6 +214,19 @@ class Trainer:
         return (
             record | measured.work | balance_record(self.measure.layers, measured.loads_LE, measured.biases_LE, running)
         )
+
+    def _health(self, plan: StepPlan) -> dict[str, Any]:
+        """Readings of the FP8 products in a step that is watched, the worst over all ranks; warns of limits passed."""
+        fp8 = self.config.precision.fp8
+        if fp8 is None or not fp8.health.every or plan.step % fp8.health.every:
+            return {}
+        mine = self.parts.precision.health()
+        reports: list[Any] = [None] * self.mesh.layout.world
+        dist.all_gather_object(reports, mine)
+        together = merge(reports)
+        for warning in together.warnings:
+            self._note(warning)
+        return together.metrics | together.layers
 
     def _speed(self, plan: StepPlan, seconds: float) -> dict[str, float]:
         """Rates of the training itself, without validation and saving."""

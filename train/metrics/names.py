@@ -22,6 +22,11 @@ class Metric:
     meaning: str
 
 
+FP8_READINGS = (
+    ("flushed", "share", "values that the cast made zero"),
+    ("saturated", "share", "values that the cast clamped"),
+    ("scale_range", "log2", "largest over smallest scale of a tensor"),
+)
 SCALARS = (
     Metric("step", int, "steps", "optimizer steps done, this one included"),
     Metric("tokens", int, "tokens", "tokens consumed since the start of the run"),
@@ -60,6 +65,22 @@ SCALARS = (
     Metric(
         "validation_bits_per_byte", float, "bits per byte", "held-out loss per byte of text, whatever the tokenizer"
     ),
+    *(
+        Metric(
+            f"fp8_{subject}_{name}",
+            float,
+            unit,
+            f"{meaning}, worst layer; FP8 only, every precision.fp8.health.every steps",
+        )
+        for subject in ("activation", "weight", "gradient")
+        for name, unit, meaning in FP8_READINGS
+    ),
+    *(
+        Metric(
+            f"fp8_{product}_error", float, "share", f"error of {product} against bf16 operands, worst layer; FP8 only"
+        )
+        for product in ("fprop", "dgrad")
+    ),
     Metric("time", float, "s", "Unix time at the end of the step"),
 )
 
@@ -69,6 +90,11 @@ LAYERS = (
     Metric("layer_dead_experts", int, "experts", "dead_experts of each MoE layer"),
     Metric("layer_bias", list, "1", "smallest and largest balance bias of each MoE layer"),
     Metric("load", list, "tokens", "tokens routed to each expert of each MoE layer in this batch"),
+    *(
+        Metric(f"layer_{metric.name}", dict, metric.unit, f"{metric.name} of each layer with FP8 products")
+        for metric in SCALARS
+        if metric.name.startswith("fp8_")
+    ),
 )
 
 LAYERS_MARK = b',"layer_max_vio":'

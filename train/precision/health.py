@@ -13,7 +13,7 @@ and per product (fprop, dgrad)
 A reading stays on the device until the step is over, so that taking one does not wait for it.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -143,3 +143,26 @@ class Report:
     """layer_fp8_SUBJECT_NAME: every layer's value."""
     warnings: list[str]
     """One for every limit that a layer passed."""
+
+
+WARNINGS = 5
+"""Warnings of a step that are shown one by one; the rest are counted."""
+
+
+def merge(reports: Sequence[Report]) -> Report:
+    """The reports of all ranks as one: of several values for a name the worst."""
+    together = Report({}, {}, [])
+    for report in reports:
+        for key, value in report.metrics.items():
+            together.metrics[key] = _worse(value, together.metrics.get(key))
+        for key, values in report.layers.items():
+            layers = together.layers.setdefault(key, {})
+            for layer, value in values.items():
+                layers[layer] = _worse(value, layers.get(layer))
+    warnings = list(dict.fromkeys(warning for report in reports for warning in report.warnings))
+    together.warnings.extend(warnings[:WARNINGS])
+    if len(warnings) > WARNINGS:
+        together.warnings.append(
+            f"FP8: {len(warnings) - WARNINGS} more limits were passed; metrics.jsonl has all readings"
+        )
+    return together
