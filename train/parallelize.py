@@ -49,6 +49,7 @@ def parallelize(config: Config, mesh: Mesh, device: torch.device) -> Parallelize
         device,
         hidden=config.model.hidden,
         dtype=activation_dtype(config.precision),
+        overlap=config.parallel.overlap,
         timeout=config.cluster.timeout,
     )
     optim = config.optim
