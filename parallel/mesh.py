@@ -9,6 +9,7 @@ same index in neighbouring blocks. The layout is plain arithmetic; only build_me
 """
 
 from dataclasses import dataclass
+from datetime import timedelta
 
 import torch.distributed as dist
 from torch.distributed import ProcessGroup
@@ -126,8 +127,11 @@ class Mesh:
         return self.dp_rank // self.layout.ep
 
 
-def build_mesh(layout: Layout) -> Mesh:
-    """Make the groups of this rank in the default process group; every rank must call it."""
+def build_mesh(layout: Layout, timeout: timedelta | None = None) -> Mesh:
+    """Make the groups of this rank in the default process group; every rank must call it.
+
+    timeout: longest wait in a collective; groups do not inherit that of the default group.
+    """
     world = dist.get_world_size()
     if world != layout.world:
         raise UserError(
@@ -139,7 +143,7 @@ def build_mesh(layout: Layout) -> Mesh:
     rank = dist.get_rank()
 
     def mine(groups: list[list[int]]) -> ProcessGroup:
-        group, _ = dist.new_subgroups_by_enumeration(groups)
+        group, _ = dist.new_subgroups_by_enumeration(groups, timeout=timeout)
         return group
 
     return Mesh(

@@ -1,6 +1,7 @@
 """`python -m train` as a user runs it: from the command to the last screen, stopped, killed, resumed, diverging."""
 
 import json
+import os
 import random
 import shutil
 import signal
@@ -166,6 +167,22 @@ def test_a_run_folder_serves_one_run_at_a_time(tmp_path):
     finally:
         process.kill()
         process.communicate()
+
+
+@pytest.mark.parametrize(
+    ("number", "words"), [(signal.SIGKILL, "rank 1 ended by signal SIGKILL"), (signal.SIGSTOP, "rank 1 hangs")]
+)
+def test_a_rank_that_dies_or_hangs_is_named(tmp_path, number, words):
+    process = start(tmp_path, "steps=5000", "parallel.dp=2", "parallel.ep=2", "cluster.timeout=5", "checkpoint.every=0")
+    try:
+        wait_for_step(tmp_path, "tiny", 2)
+        children = [int(pid) for pid in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
+        ranks = {pid: Path(f"/proc/{pid}/environ").read_bytes().split(b"\0") for pid in children}
+        os.kill(next(pid for pid, environment in ranks.items() if b"RANK=1" in environment), number)
+        output, _ = process.communicate(timeout=60)
+        assert process.returncode == 1 and words in output, output
+    finally:
+        process.kill()  # its ranks die with it
 
 
 def test_metrics_lines_are_json_without_nan(unbroken):

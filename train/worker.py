@@ -65,7 +65,8 @@ def _run(config: Config, place: Place, stop: StopRequest) -> int:
     device = choose_device(config, place)
     start_process_group(config, place, device)
     ranks_per_node = config.cluster.ranks_per_node or place.local_world
-    mesh = build_mesh(Layout(config.parallel.pp, config.parallel.dp, config.parallel.ep, ranks_per_node))
+    layout = Layout(config.parallel.pp, config.parallel.dp, config.parallel.ep, ranks_per_node)
+    mesh = build_mesh(layout, timedelta(seconds=config.cluster.timeout))
     data = prepare_in_turn(config, place)
     paths = RunPaths(config)
     attempt = from_rank_0(place.rank, lambda: given_attempt() or next_attempt(paths.checkpoints))
