@@ -18,14 +18,11 @@ def tune_cpu() -> None:
     _tune_malloc()
 
 
-def _tune_malloc() -> bool:
-    """Set glibc's allocator to reuse instead of unmap, since a step otherwise returns its memory to the kernel and faults it
-    in again. False where there is no glibc.
+def _tune_malloc() -> None:
+    """Set glibc's allocator, where there is one, to reuse instead of unmap, since a step otherwise returns its memory to the
+    kernel and faults it in again.
     """
-    if not sys.platform.startswith("linux"):
-        return False
-    libc = ctypes.CDLL(None)
-    if not hasattr(libc, "mallopt"):
-        return False
-    settings = ((M_MMAP_MAX, 0), (M_TRIM_THRESHOLD, 2**31 - 1), (M_TOP_PAD, 64 << 20))
-    return sum(libc.mallopt(name, value) for name, value in settings) == len(settings)
+    libc = ctypes.CDLL(None) if sys.platform.startswith("linux") else None
+    if hasattr(libc, "mallopt"):
+        for name, value in ((M_MMAP_MAX, 0), (M_TRIM_THRESHOLD, 2**31 - 1), (M_TOP_PAD, 64 << 20)):
+            libc.mallopt(name, value)
