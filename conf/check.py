@@ -3,6 +3,7 @@
 import itertools
 import re
 
+from conf.check_plan import check_plan
 from conf.check_precision import check_precision
 from conf.errors import UserError
 from conf.schema import Config, DataFormat, Model, Phase
@@ -20,6 +21,7 @@ def check(config: Config) -> None:
     _check_data(config)
     _check_parallel(config)
     check_precision(config.precision)
+    check_plan(config)
 
 
 def _require(ok: bool, field: str, value: object, rule: str, cure: str) -> None:

@@ -53,6 +53,7 @@ class _Primary(Config):
             {"parallel": "single"},
             {"precision": "bf16"},
             {"cluster": "local"},
+            {"hardware": "none"},
             {"log": "default"},
             {"conf": "tiny"},
             {"override hydra/job_logging": "none"},

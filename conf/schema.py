@@ -17,6 +17,7 @@ class Mode(Enum):
 
     train = "train"
     report = "report"
+    plan = "plan"
 
 
 class Shape(Enum):
@@ -402,6 +403,70 @@ class Cluster:
 
 
 @dataclass
+class Rate:
+    """How long a kernel takes: calls x seconds + operations / flops + bytes / bandwidth. 0 for no such limit."""
+
+    seconds: float = 0.0
+    """Of every call, whatever its size."""
+    flops: float = 0.0
+    """Operations per second."""
+    bandwidth: float = 0.0
+    """Bytes per second."""
+
+
+@dataclass
+class Hardware:
+    """A kind of device and how such devices are joined, for mode=plan (conf/hardware has the sources of the figures)."""
+
+    name: str | None = None
+    """Of the description; null where none was chosen."""
+    device: str = ""
+    """Part of the name that CUDA gives the device; cpu for the processor of this machine."""
+    devices_per_node: int = 8
+    """Devices that share the fast network: a node, or a larger NVLink domain."""
+    memory_bytes: float = 0.0
+    """Of one device; 0 for its share of this machine's memory."""
+    bf16_flops: float = 0.0
+    """Dense peak of one device, FLOP/s: what MFU is counted against."""
+    fp8_flops: float = 0.0
+    """Dense peak, FLOP/s; 0 for a device without FP8 products."""
+    memory_bandwidth: float = 0.0
+    """Peak, bytes/s."""
+    inside_bandwidth: float = 0.0
+    """Between devices of a node: nominal bytes/s of one device in one direction."""
+    across_bandwidth: float = 0.0
+    """Between nodes: nominal bytes/s of one device in one direction."""
+    communication_share: float = 0.0
+    """Share of a device's computing that is taken by a transfer in flight, 0 to 1."""
+    price_per_hour: float | None = None
+    """Of one device; null for not given."""
+    watts: float | None = None
+    """Of one device at full load; null for not given."""
+    rates: dict[str, Rate] = field(default_factory=dict)
+    """What kernels and links reach, by kind of work (train/plan/rates.py); empty needs plan.calibration."""
+
+
+@dataclass
+class Plan:
+    """mode=plan: what is to be known of a run before it starts (train/docs/plan.md)."""
+
+    calibrate: bool = False
+    """Measure the present device with the recipe's own shapes, write runs/<name>/calibration.json, and stop."""
+    calibration: str | None = None
+    """A file that plan.calibrate=true wrote on such a device, instead of the rates of the description."""
+    search: bool = False
+    """Search the layouts for plan.devices devices and show the best ten."""
+    devices: int = 0
+    """Devices to search for; 0 takes parallel.pp x parallel.dp."""
+    write: str | None = None
+    """With plan.search: write the best layout as conf/parallel/<write>.yaml."""
+    tokens: float | None = None
+    """Token budget for hours, cost and energy; null takes all tokens of the recipe."""
+    imbalance: float = 1.0
+    """Rows of the busiest rank of an expert group over the mean, 1 or more: that rank sets the pace."""
+
+
+@dataclass
 class Log:
     """What is shown and kept."""
 
@@ -450,5 +515,7 @@ class Config:
     parallel: Parallel = field(default_factory=Parallel)
     precision: Precision = field(default_factory=Precision)
     cluster: Cluster = field(default_factory=Cluster)
+    hardware: Hardware = field(default_factory=Hardware)
+    plan: Plan = field(default_factory=Plan)
     log: Log = field(default_factory=Log)
     checkpoint: Checkpoint = field(default_factory=Checkpoint)
