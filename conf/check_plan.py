@@ -1,0 +1,55 @@
+"""Rules of the sections hardware and plan."""
+
+import re
+
+from conf.errors import UserError
+from conf.schema import Config, Hardware, Plan
+
+FIGURES = (
+    "memory_bytes",
+    "bf16_flops",
+    "fp8_flops",
+    "memory_bandwidth",
+    "inside_bandwidth",
+    "across_bandwidth",
+    "price_per_hour",
+    "watts",
+)
+
+
+def check_plan(config: Config) -> None:
+    """Raise UserError for the first rule that one of the sections breaks."""
+    _check_hardware(config.hardware)
+    _check_plan(config.plan)
+
+
+def _check_hardware(hardware: Hardware) -> None:
+    if hardware.devices_per_node < 1:
+        raise UserError("hardware.devices_per_node", hardware.devices_per_node, "must be 1 or more", "use 8")
+    for name in FIGURES:
+        value = getattr(hardware, name)
+        if value is not None and value < 0:
+            raise UserError(f"hardware.{name}", value, "must not be negative", "leave it out for not known")
+    if not 0 <= hardware.communication_share <= 1:
+        raise UserError(
+            "hardware.communication_share", hardware.communication_share, "is a share, 0 to 1", "use 0 for none"
+        )
+    for kind, rate in hardware.rates.items():
+        for name, value in vars(rate).items():
+            if value < 0:
+                raise UserError(f"hardware.rates.{kind}.{name}", value, "must not be negative", "use 0 for no limit")
+
+
+def _check_plan(plan: Plan) -> None:
+    if plan.devices < 0:
+        raise UserError("plan.devices", plan.devices, "must not be negative", "use 0 for parallel.pp x parallel.dp")
+    if plan.tokens is not None and plan.tokens <= 0:
+        raise UserError("plan.tokens", plan.tokens, "must be greater than 0", "use null for the recipe's own tokens")
+    if plan.imbalance < 1:
+        raise UserError("plan.imbalance", plan.imbalance, "the busiest rank has at least the mean", "use 1 or more")
+    if plan.write is not None and not plan.search:
+        raise UserError("plan.write", plan.write, "writes the best layout of a search", "add plan.search=true")
+    if plan.write is not None and re.fullmatch(r"[a-z]\w*", plan.write) is None:
+        raise UserError(
+            "plan.write", plan.write, "must be a plain name: lower-case letters, digits and _", "choose another name"
+        )
