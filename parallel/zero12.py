@@ -50,7 +50,13 @@ class WholeWeights:
     def accumulate(self) -> Iterator[None]:
         """Everything between two optimizer steps runs inside."""
         with self._engine.coalesce_grad_reduction():
-            yield
+            try:
+                yield
+            except BaseException:
+                # Leaving reduces what there is, also after an error, and would wait for a rank that no longer answers.
+                for param in self._params:
+                    param.grad = param.grad_accum = None
+                raise
             for param in self._params:
                 # A missing gradient on one rank alone would shift the buckets of the others.
                 if param.grad is None and getattr(param, "grad_accum", None) is None:

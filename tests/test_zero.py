@@ -288,3 +288,19 @@ def check_moves(rank, path):
 def test_state_moves_between_stages_and_layouts():
     dp4, ep2, ep4 = Layout(dp=4), Layout(dp=4, ep=2), Layout(dp=4, ep=4)
     run_ranks(check_moves, [(1, ep2), (3, dp4), (3, ep4), (2, ep2), (3, ep2), (1, dp4)], world_size=4)
+
+
+def leave_after_error(rank, stage: int) -> None:
+    mesh = build_mesh(Layout(1, 2, 1, 2))
+    zero = make_zero(mesh, torch.float32, stage, 1.0)
+    if rank == 0:
+        with pytest.raises(RuntimeError, match="lost a peer"), zero.accumulate():
+            set_gradients(zero, 0)
+            raise RuntimeError("lost a peer")
+    dist.barrier()  # rank 1 is only here: anything that rank 0 sent before would not fit
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_an_error_leaves_without_waiting_for_the_other_ranks(stage):
+    """Stage 3 gathers weights in the forward pass already, so a rank alone gets no gradients there."""
+    run_ranks(leave_after_error, stage, world_size=2)
