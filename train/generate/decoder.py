@@ -1,0 +1,94 @@
+"""The model as generation walks it: the modules of train/model, with attention on a cache of latents.
+
+Norms, projections, experts and head are the training model's own; only the attention core differs, and the cache enters
+nowhere else. Prompt and single tokens take the same path.
+
+Shapes: B rows, T new tokens, N = B*T, D width, V vocabulary, H heads, C kv_rank, R rope width, W = C + R, P nope width.
+"""
+
+from contextlib import nullcontext
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from train.generate.attention import latent_attention
+from train.generate.cache import LatentCache, Slots
+from train.model.block import Block
+from train.model.deepseek import DeepSeekV3
+from train.model.mla import MLA
+from train.model.rope import Rope, rotate
+
+
+class Decoder:
+    """A whole model in eval mode. seq_len: of its training, which decides on YaRN."""
+
+    def __init__(self, model: DeepSeekV3, seq_len: int):
+        assert not model.training, "the routers of a training model count loads"
+        self.model, self.config = model, model.config
+        self.dtype, self.device = model.norm.weight.dtype, model.norm.weight.device
+        self._rope = Rope(model.config, seq_len)
+
+    def new_cache(self, starts: list[int], layers: int | None = None) -> LatentCache:
+        """An empty cache for rows with this much padding; layers: of the main model by default."""
+        layers = self.config.layers if layers is None else layers
+        return LatentCache(self.config, layers, starts, self.dtype, self.device)
+
+    def hidden(self, tokens_BT: Tensor, cache: LatentCache) -> Tensor:
+        """States after the final norm (B, T, D). Written to the cache, not committed."""
+        slots, table = self._slots(cache, tokens_BT.size(1))
+        x_BTD = self._embed(tokens_BT)
+        for layer, block in enumerate(self.model.layers.values()):
+            x_BTD = self._block(block, x_BTD, cache, layer, slots, table)
+        return self.model.norm(x_BTD)
+
+    def mtp_hidden(self, depth: int, hidden_BTD: Tensor, tokens_BT: Tensor, cache: LatentCache) -> Tensor:
+        """States of MTP module `depth` (from 0), after its norm, (B, T, D), as `train.model.mtp` defines them.
+
+        hidden_BTD: of the depth before at the same positions; tokens_BT: the tokens depth + 1 further on. cache: its own.
+        """
+        module = self.model.mtp[depth]
+        joined = torch.cat([module.embedding_norm(self._embed(tokens_BT)), module.hidden_norm(hidden_BTD)], -1)
+        slots, table = self._slots(cache, tokens_BT.size(1))
+        return module.norm(self._block(module.block, module.projection(joined), cache, 0, slots, table))
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """fp32 (..., V) of states (..., D)."""
+        return F.linear(hidden, self.model.head.weight).float()
+
+    def _embed(self, tokens_BT: Tensor) -> Tensor:
+        return F.embedding(tokens_BT, self.model.embedding.weight)
+
+    def _slots(self, cache: LatentCache, count: int) -> tuple[Slots, Tensor]:
+        """Slots, and the turns of their positions, complex (N, R/2)."""
+        slots = cache.slots(count)
+        return slots, self._rope.table(slots.ends[-1], self.device)[slots.positions_N()]
+
+    def _block(self, block: Block, x_BTD: Tensor, cache: LatentCache, layer: int, slots: Slots, table: Tensor) -> Tensor:
+        x_BTD = x_BTD + self._attend(block.attention, block.attention_norm(x_BTD), cache, layer, slots, table)
+        normed_BTD = block.ffn_norm(x_BTD)
+        if hasattr(block, "moe"):
+            return x_BTD + block.moe(normed_BTD, nullcontext())
+        return x_BTD + block.ffn(normed_BTD.flatten(0, 1), nullcontext()).view(x_BTD.shape)
+
+    def _attend(self, mla: MLA, x_BTD: Tensor, cache: LatentCache, layer: int, slots: Slots, table: Tensor) -> Tensor:
+        config = self.config
+        batch, length, _ = x_BTD.shape
+        q = mla.q(x_BTD) if config.q_rank is None else mla.q_up(mla.q_norm(mla.q_down(x_BTD)))
+        latent_BTC, k_rope_BTR = mla.kv_down(x_BTD).split([config.kv_rank, config.rope_head_dim], -1)
+        q_nope_NHP, q_rope_NHR = q.view(batch * length, config.heads, -1).split(
+            [config.nope_head_dim, config.rope_head_dim], -1
+        )
+        # The rope key turns as one more head.
+        ropes = torch.cat([q_rope_NHR, k_rope_BTR.reshape(batch * length, 1, -1)], 1)
+        ropes = rotate(ropes.unsqueeze(0), table).to(self.dtype).view(batch, length, config.heads + 1, -1)
+        entries_BSW = cache.write(layer, slots, torch.cat([mla.kv_norm(latent_BTC), ropes[:, :, -1]], -1))
+
+        up_HXC = mla.kv_up.weight.view(config.heads, -1, config.kv_rank)
+        w_uk_HPC, w_uv_HVC = up_HXC.split([config.nope_head_dim, config.v_head_dim], 1)
+        q_latent_HNC = torch.bmm(q_nope_NHP.transpose(0, 1), w_uk_HPC)
+        q_latent_BTHC = q_latent_HNC.transpose(0, 1).view(batch, length, config.heads, -1)
+        q_BTHW = torch.cat([q_latent_BTHC, ropes[:, :, :-1]], -1)
+        sums_BTHC = latent_attention(q_BTHW, entries_BSW, config.kv_rank, self._rope.softmax_scale, slots)
+        values_HNV = torch.bmm(sums_BTHC.flatten(0, 1).transpose(0, 1), w_uv_HVC.transpose(1, 2))
+        return mla.out(values_HNV.transpose(0, 1).reshape(batch, length, -1))
