@@ -22,6 +22,7 @@ def check(config: Config) -> None:
     _check_parallel(config)
     check_precision(config.precision)
     check_plan(config)
+    _check_evaluate(config)
 
 
 def _require(ok: bool, field: str, value: object, rule: str, cure: str) -> None:
@@ -318,4 +319,26 @@ def _check_parallel(config: Config) -> None:
         parallel.ep,
         f"must divide model.experts = {config.model.experts}",
         "lower ep",
+    )
+
+
+def _check_evaluate(config: Config) -> None:
+    evaluate = config.evaluate
+    for name in ("sequences", "shots"):
+        if getattr(evaluate, name) is not None:
+            _not_negative(evaluate, "evaluate.", name)
+    _not_negative(evaluate, "evaluate.", "task_limit")
+    _require(
+        bool(evaluate.tasks) or not (evaluate.task_path or evaluate.task_limit or evaluate.shots),
+        "evaluate.tasks",
+        evaluate.tasks,
+        "task_path, task_limit and shots are about tasks, and there are none",
+        "name some: evaluate.tasks=[NAME]",
+    )
+    _require(
+        not evaluate.tasks or config.parallel.pp * config.parallel.dp == 1,
+        "evaluate.tasks",
+        evaluate.tasks,
+        "tasks run in one process",
+        "set parallel.pp=1 parallel.dp=1 parallel.ep=1, or leave the tasks out",
     )

@@ -21,6 +21,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from conf.check import check
 from conf.errors import EXIT_OK, EXIT_USER, UserError
+from conf.run_settings import over_run_settings
 from conf.schema import ROOT, Config
 
 
@@ -97,7 +98,7 @@ def compose(*overrides: str) -> Config:
         node = hydra.compose("train", list(overrides), return_hydra_config=True)
         if node.name is None:
             node.name = node.hydra.runtime.choices.conf
-        return to_config(node)
+        return to_config(over_run_settings(node, list(overrides), list(node.hydra.runtime.choices)))
 
 
 def register() -> None:
@@ -120,7 +121,7 @@ def run(job: Callable[[list[Config]], int]) -> int:
             node.name = hydra_config.runtime.choices.conf
         if hydra_config.mode == RunMode.MULTIRUN:  # each job of a sweep has its own run folder
             node.name = f"{node.name}/{hydra_config.job.num}"
-        nodes.append(node)
+        nodes.append(over_run_settings(node, hydra_config.overrides.task, list(hydra_config.runtime.choices)))
 
     try:
         collect()

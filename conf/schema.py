@@ -18,6 +18,7 @@ class Mode(Enum):
     train = "train"
     report = "report"
     plan = "plan"
+    evaluate = "evaluate"
 
 
 class Shape(Enum):
@@ -494,6 +495,26 @@ class Config:
     name: str | None = None
     """Name of the run, whose folder is runs/<name>; null takes the recipe's name."""
     mode: Mode = Mode.train
+@dataclass
+class Evaluate:
+    """mode=evaluate: which checkpoint, and on what (train/evaluate). The data are those of the section data."""
+
+    checkpoint: str | None = None
+    """A checkpoint or run folder, or a Hugging Face folder; null takes the newest intact checkpoint of this run."""
+    ema: bool = False
+    """Take the moving average of the weights (optim.ema_decay) instead of the weights."""
+    sequences: int | None = None
+    """Sequences of seq_len, spread evenly over the documents; null takes log.validation_sequences, 0 reads all."""
+    tasks: list[str] = field(default_factory=list)
+    """Tasks of lm-evaluation-harness, run in one process beside the loss (package lm-eval)."""
+    task_path: str | None = None
+    """Folder with task definitions of your own (yaml); the harness's own tasks are then left out."""
+    task_limit: int = 0
+    """Examples of each task, the first ones; 0 for all."""
+    shots: int | None = None
+    """Solved examples in front of each question; null leaves it to the task."""
+
+
     """What to do with the recipe."""
     seed: int = 1
     """Seed of the weights, the sample order and FIM."""
@@ -519,3 +540,4 @@ class Config:
     plan: Plan = field(default_factory=Plan)
     log: Log = field(default_factory=Log)
     checkpoint: Checkpoint = field(default_factory=Checkpoint)
+    evaluate: Evaluate = field(default_factory=Evaluate)

@@ -16,7 +16,7 @@ from train.model.count import checkpoint_bytes  # noqa: E402
 
 def main(configs: list[Config]) -> int:
     """One run, or those of a sweep one after another; returns the worst exit code."""
-    modes = {Mode.train: _train, Mode.report: _report}
+    modes = {Mode.train: _train, Mode.report: _report, Mode.evaluate: _evaluate}
     return max(modes[config.mode](config, alone=len(configs) == 1) for config in configs)
 
 
@@ -61,6 +61,12 @@ def _report(config: Config, alone: bool) -> int:
         )
     print(write_report(folder))
     return EXIT_OK
+
+
+def _evaluate(config: Config, alone: bool) -> int:
+    from train.evaluate.run import evaluate
+
+    return evaluate(config, alone)
 
 
 if __name__ == "__main__":

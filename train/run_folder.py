@@ -2,6 +2,7 @@
 
 runs/NAME/
     config.yaml        every value, resolved; what the ranks read
+    tokenizer.json     what turns text into the run's tokens, with tokenizer_config.json
     metrics.jsonl      one JSON object a step
     timeline.json      a step of a pipeline, see train/metrics/timeline.py
     checkpoints/       see train/checkpoint/manifest.py

@@ -33,6 +33,7 @@ from train.schedules import Schedules, StepPlan
 from train.state import State
 from train.stop import StopRequest
 from train.timeline import TimelineSampler
+from train.validation import held_out_loss
 
 
 class Diverged(RuntimeError):
@@ -250,26 +251,13 @@ class Trainer:
         self._stall = 0.0
 
     def validate(self) -> dict[str, float]:
-        """Main loss on held-out sequences, shared out over the data-parallel ranks."""
+        """Main loss on held-out sequences."""
         self._event("validation")
-        held_out, size, dp = self.data.validation, self.config.micro_batch_size, self.mesh.layout.dp
-        totals = torch.zeros(3, dtype=torch.float64)  # nats, tokens, bytes
-        for first in range(0, len(held_out), size * dp):
-            # Every rank makes the same number of passes, since experts are shared; a rank without a share of its own
-            # repeats the first sequences and does not count them.
-            mine = first + self.mesh.dp_rank * size
-            batch = held_out.batch(mine if mine < len(held_out) else 0, size)
-            documents_BS = None if batch.documents_BS is None else batch.documents_BS.to(self.device)
-            loss = self.parts.pipeline.evaluate(batch.tokens_BS.to(self.device), documents_BS, micro_batches=1)
-            if loss is not None and mine < len(held_out):
-                tokens = batch.tokens_BS[:, 1:].numel()
-                totals += torch.tensor([loss.item() * tokens, tokens, held_out.text_bytes(batch)], dtype=torch.float64)
-        totals = totals.to(self.device)
-        dist.all_reduce(totals)
-        nats, tokens, text_bytes = totals.tolist()
+        found = held_out_loss(
+            self.parts.pipeline, self.data.validation, self.mesh, self.config.micro_batch_size, self.device
+        )
         self._event(None)
-        bits_per_byte = nats / math.log(2) / text_bytes if text_bytes else math.nan
-        return {"validation_loss": nats / tokens, "validation_bits_per_byte": bits_per_byte}
+        return {"validation_loss": found.loss, "validation_bits_per_byte": found.bits_per_byte}
 
     def _save(self, final: bool = False) -> None:
         self._event("checkpoint")
@@ -277,6 +265,7 @@ class Trainer:
             "name": self.config.name,
             "tokenizer": self.data.tokenizer.fingerprint,
             "data": self.data.fingerprint,
+            "held_out": self.data.held_out,
             "seed": self.config.seed,
             "seq_len": self.config.seq_len,
         }

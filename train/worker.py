@@ -8,8 +8,10 @@ import sys
 import time
 import traceback
 import warnings
+from collections.abc import Callable
 from datetime import timedelta
 from pathlib import Path
+from typing import TypeVar
 
 from train.cpu import tune_cpu
 
@@ -26,7 +28,9 @@ from conf.schema import Config  # noqa: E402
 from parallel.mesh import Layout, build_mesh  # noqa: E402
 from train.checkpoint.checkpointer import Checkpointer  # noqa: E402
 from train.checkpoint.commit import next_attempt  # noqa: E402
-from train.data.prepare import Prepared, prepare  # noqa: E402
+from train.data.corpus import silent  # noqa: E402
+from train.data.files import Progress  # noqa: E402
+from train.data.prepare import prepare  # noqa: E402
 from train.data.progress import show_progress  # noqa: E402
 from train.finish import finish  # noqa: E402
 from train.measure import Measure  # noqa: E402
@@ -42,21 +46,30 @@ from train.step_work import StepWork  # noqa: E402
 from train.stop import StopRequest  # noqa: E402
 from train.trainer import Diverged, Flops, Overtaken, Trainer  # noqa: E402
 
+T = TypeVar("T")
+
 
 def run_rank(config: Config, place: Place) -> int:
     """Train as one rank; returns the exit code. In a world of several, errors are left for the driver to read."""
     stop = StopRequest()
+    try:
+        return guarded(place, RunPaths(config).logs, lambda: _run(config, place, stop))
+    finally:
+        stop.close()
+
+
+def guarded(place: Place, logs: Path, work: Callable[[], int]) -> int:
+    """Do the work of a rank; an error becomes an exit code, and in a world of several a file in `logs`."""
     # DeepSpeed still calls collectives by their old names.
     warnings.filterwarnings("ignore", "`torch.distributed.*is deprecated", FutureWarning)
     faulthandler.register(signal.SIGUSR1, all_threads=True)  # kill -USR1 PID shows where a rank hangs
     try:
-        return _run(config, place, stop)
+        return work()
     except Exception as error:
         if place.world == 1 and isinstance(error, UserError):
             raise
-        return _report(error, place, RunPaths(config).logs)
+        return _report(error, place, logs)
     finally:
-        stop.close()
         if dist.is_initialized():
             dist.destroy_process_group()
 
@@ -67,7 +80,7 @@ def _run(config: Config, place: Place, stop: StopRequest) -> int:
     ranks_per_node = config.cluster.ranks_per_node or place.local_world
     layout = Layout(config.parallel.pp, config.parallel.dp, config.parallel.ep, ranks_per_node)
     mesh = build_mesh(layout, timedelta(seconds=config.cluster.timeout))
-    data = prepare_in_turn(config, place)
+    data = in_turn(place, lambda progress: prepare(config, progress))
     paths = RunPaths(config)
     attempt = from_rank_0(place.rank, lambda: given_attempt() or next_attempt(paths.checkpoints))
     parts = parallelize(config, mesh, device)
@@ -84,6 +97,8 @@ def _run(config: Config, place: Place, stop: StopRequest) -> int:
         timeout=config.cluster.timeout,
     )
     notes = restore(config, data.tokenizer, state, checkpointer)
+    if place.rank == 0:
+        data.tokenizer.save(paths.path)
     flops = count_flops(config, device, place)
     started = time.monotonic()
     writer = open_writer(config, paths.path, resumed_step=state.step) if place.rank == 0 else None
@@ -133,13 +148,13 @@ def start_process_group(config: Config, place: Place, device: torch.device) -> N
         dist.init_process_group(backend, rank=place.rank, world_size=place.world, timeout=timeout)
 
 
-def prepare_in_turn(config: Config, place: Place) -> Prepared:
+def in_turn(place: Place, make: Callable[[Progress], T]) -> T:
     """The first rank of every machine makes what is not cached yet; the others find it."""
     if place.local_rank == 0:
         with show_progress() as progress:
-            data = prepare(config, progress)
+            made = make(progress)
     dist.barrier()
-    return data if place.local_rank == 0 else prepare(config)
+    return made if place.local_rank == 0 else make(silent)
 
 
 def count_flops(config: Config, device: torch.device, place: Place) -> Flops:

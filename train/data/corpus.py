@@ -16,10 +16,11 @@ from pathlib import Path
 
 from conf.errors import UserError
 from conf.schema import Config, DataFormat
+from conf.schema import Source as SourceConfig
 from train.data.files import Progress
 from train.data.packing import Documents
 from train.data.sources import Source, format_of, no_text, open_source, sources_of
-from train.data.split import split, training_texts
+from train.data.split import all_documents, split, training_texts
 from train.data.store import VERSION, Damaged, StoreWriter, TokenStore, locked, open_store, write_atomically
 from train.data.tokenise import tokenise
 from train.data.tokenizer import SMALLEST_VOCAB, Tokenizer, check_fit, load_tokenizer, train_bpe
@@ -32,9 +33,15 @@ SAMPLE_BYTES = 64 << 20
 class Part:
     """One source of the corpus, divided."""
 
+    name: str
+    """Path of the source, absolute unless it is none of this machine; `stdlib` for Python's library."""
+    content: str
+    """Hash of its tokens."""
     weight: float
     train: Documents
     validation: Documents
+    whole: Documents
+    """Both of them: the documents as they are."""
 
 
 @dataclass(frozen=True)
@@ -81,8 +88,8 @@ class _Builder:
                 store = self._tokens(sources[key], digests[key], tokenizer)
                 for note in sources[key].notes():
                     self._note(note)
-            train, validation = split(store, tokenizer, self.data.validation_fraction)
-            parts.append(Part(part.weight, train, validation))
+            sides = split(store, tokenizer, self.data.validation_fraction)
+            parts.append(Part(_name(part), _hash(store.meta), part.weight, *sides, all_documents(store)))
             contents.append([store.meta, part.weight])
         fingerprint = _hash(contents, tokenizer.fingerprint, self.data.fim_rate, self.data.validation_fraction)
         return Corpus(parts, tokenizer, fingerprint, self.notes)
@@ -214,6 +221,12 @@ def _folder(path: str, key: str) -> Path:
     if not folder.is_dir():
         raise UserError(key, path, "no such folder", "give the folder that holds tokens.bin and meta.json")
     return folder
+
+
+def _name(source: SourceConfig) -> str:
+    if not source.path or source.path.startswith("hf://"):
+        return source.path or "stdlib"
+    return str(Path(source.path).expanduser().absolute())
 
 
 def _hash(*parts: object) -> str:

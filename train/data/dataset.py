@@ -57,11 +57,13 @@ class ValidationData:
     document ends, but stands for no text: 0 bytes.
     """
 
-    def __init__(self, corpus: Corpus, config: Config):
+    def __init__(self, corpus: Corpus, config: Config, sequences: int | None = None):
+        """sequences: how many, shared among the sources by weight; None takes log.validation_sequences."""
         self.seq_len, self.mask = config.seq_len, config.data.mask_documents
         self.notes: list[str] = []
         self._tokenizer = corpus.tokenizer
-        wanted = Schedule([part.weight for part in corpus.parts]).counts(config.log.validation_sequences)
+        sequences = config.log.validation_sequences if sequences is None else sequences
+        wanted = Schedule([part.weight for part in corpus.parts]).counts(sequences)
         self._places: list[tuple[Stream, int]] = []
         for part, count in zip(corpus.parts, wanted, strict=True):
             stream = Stream(part.validation, config.seq_len, corpus.tokenizer.eos_id, seed=0)
@@ -74,7 +76,7 @@ class ValidationData:
             self._places += [(stream, max(1, whole) * place // count * config.seq_len) for place in range(count)]
 
     def __len__(self) -> int:
-        """Sequences: log.validation_sequences, or as many as there are."""
+        """Sequences: those wanted, or as many as there are."""
         return len(self._places)
 
     def batch(self, first: int, count: int) -> Batch:

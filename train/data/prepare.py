@@ -1,6 +1,7 @@
 """The one call that a rank makes for its data."""
 
 from dataclasses import dataclass, field
+from typing import Any
 
 from conf.schema import Config
 from train.data.corpus import build_corpus, silent
@@ -16,6 +17,9 @@ class Prepared:
     tokenizer: Tokenizer
     fingerprint: str
     """Hash of everything that decides what the samples are, less seed and seq_len; a checkpoint keeps it."""
+    held_out: dict[str, Any]
+    """What a checkpoint keeps so that its held-out documents are known later: fraction, and name and content of each
+    source."""
     notes: list[str] = field(default_factory=list)
     """What the user may want to know, one sentence each."""
 
@@ -29,4 +33,8 @@ def prepare(config: Config, progress: Progress = silent) -> Prepared:
     corpus = build_corpus(config, progress)
     train = TrainingData(corpus, config)
     validation = ValidationData(corpus, config)
-    return Prepared(train, validation, corpus.tokenizer, corpus.fingerprint, corpus.notes + validation.notes)
+    held_out = {
+        "fraction": config.data.validation_fraction,
+        "sources": [[part.name, part.content] for part in corpus.parts],
+    }
+    return Prepared(train, validation, corpus.tokenizer, corpus.fingerprint, held_out, corpus.notes + validation.notes)

@@ -40,6 +40,11 @@ def split(store: TokenStore, tokenizer: Tokenizer, fraction: float) -> tuple[Doc
     return tuple(Documents(store.tokens_N, starts_D[side_D], lengths_D[side_D]) for side_D in (~held_D, held_D))
 
 
+def all_documents(store: TokenStore) -> Documents:
+    """The documents of a token folder, undivided."""
+    return Documents(store.tokens_N, store.offsets_D1[:-1], np.diff(store.offsets_D1))
+
+
 def _cut(bytes_N: np.ndarray, fraction: float) -> int:
     """Tokens that stay for training: as many as lie whole in the first part of the bytes; at least one on each side."""
     ends_N = np.cumsum(bytes_N)

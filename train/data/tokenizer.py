@@ -23,6 +23,7 @@ from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
 from tokenizers import Tokenizer as Backend
 
 from conf.errors import UserError
+from train.checkpoint.files import atomic_write_text
 
 EOS = "<\uff5cend\u2581of\u2581sentence\uff5c>"  # full-width bars and low blocks, as in DeepSeek's file
 FIM = tuple(f"<\uff5cfim\u2581{part}\uff5c>" for part in ("begin", "hole", "end"))
@@ -68,8 +69,8 @@ class Tokenizer:
                 'put a tokenizer_config.json with "eos_token" beside it',
             )
         markers = next((each for each in FIM_NAMES if all(part in names for part in each)), None)
-        self.eos_id: int = names[found]
-        """Token that ends every document."""
+        self.eos, self.eos_id = found, names[found]
+        """Name and id of the token that ends every document."""
         self.fim_ids: tuple[int, int, int] | None = markers and tuple(names[part] for part in markers)
         """(begin, hole, end) of PSM order, or None."""
         self.vocab_size: int = max(names.values()) + 1
@@ -78,6 +79,11 @@ class Tokenizer:
         self._backend.encode_special_tokens = True
         self._backend.no_truncation()
         self._backend.no_padding()
+
+    def save(self, folder: Path) -> None:
+        """Write tokenizer.json, and tokenizer_config.json with the name of eos, so that load_tokenizer(folder) is the same."""
+        atomic_write_text(folder / "tokenizer_config.json", json.dumps({"eos_token": self.eos}))
+        atomic_write_text(folder / "tokenizer.json", self.json_text)
 
     def encode(self, text: str) -> list[int]:
         """Token ids, without any special token."""

@@ -9,6 +9,8 @@ pipeline has a table under the same name, physically the first chunk's where bot
 Shapes: B sequences, S = T + 1 tokens of a sample, T positions, D width, V vocabulary.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -100,6 +102,9 @@ class DeepSeekV3(nn.Module):
         self.losses = Losses(config.mtp_depth)
         self.mtp_weight = 0.0
         """Weight lambda of the MTP losses, set by whoever runs the step."""
+        self.observer: Callable[[list[Tensor], Tensor], None] | None = None
+        """In eval mode, where the MTP modules else stay idle, they run for it: it is called with the states of the
+        main model (B, T, D) and of every depth, as the head takes them, and with tokens_BS."""
         self.backward_in_one_piece = has_head and config.mtp_depth > 1
         """torch's split into input and weight gradients cannot serve a weight that enters the graph again behind itself,
         as the embedding does from MTP depth 2 on."""
@@ -140,7 +145,7 @@ class DeepSeekV3(nn.Module):
         tokens_BS = x if self.has_embedding else tokens_BS
         documents_BT = None if documents_BS is None else documents_BS[:, :-1]
         embedding_BTD = None
-        if self.has_embedding or (self.has_head and self.training and len(self.mtp)):
+        if self.has_embedding or (self.has_head and self._runs_mtp and len(self.mtp)):
             embedding_BTD = self._embed(tokens_BS[:, :-1])
         hidden_BTD = self._run_layers(embedding_BTD if self.has_embedding else x, documents_BT)
         if not self.has_head:
@@ -163,6 +168,10 @@ class DeepSeekV3(nn.Module):
             if isinstance(module, Router)
         }
 
+    @property
+    def _runs_mtp(self) -> bool:
+        return self.training or self.observer is not None
+
     def _embed(self, tokens_BT: Tensor) -> Tensor:
         return self.embedding(tokens_BT).to(self._dtype)
 
@@ -177,11 +186,13 @@ class DeepSeekV3(nn.Module):
         """Scalar loss from the hidden states after the final norm."""
         positions = hidden_BTD.size(0) * hidden_BTD.size(1)
         states = [hidden_BTD]
-        for depth, module in enumerate(self.mtp if self.training else (), 1):
+        for depth, module in enumerate(self.mtp if self._runs_mtp else (), 1):
             documents = None if documents_BT is None else documents_BT[:, :-depth]
             states.append(module(states[-1][:, :-1], embedding_BTD[:, depth:], documents))
-        main, *mtp = self.head(states, tokens_BS, positions)
+        main, *mtp = self.head(states if self.training else states[:1], tokens_BS, positions)
         if not self.training:
+            if self.observer is not None:
+                self.observer(states, tokens_BS)
             return main
         self.losses.add(main, mtp)
         return main + sum(mtp) * (self.mtp_weight / len(mtp)) if mtp else main

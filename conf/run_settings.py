@@ -1,0 +1,46 @@
+"""Modes that look at an earlier run take its settings, so that nobody has to repeat them.
+
+    python -m train mode=evaluate name=mine data.path=OTHER
+
+What the run was (model, precision, seq_len, tokenizer, ...) comes from its config.yaml; what the command line says goes
+over it; how to spread the work now (parallel, cluster) comes from the command line alone, as it is another job. With an
+explicit conf=RECIPE, or where there is no run, the composed configuration is taken as it is.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from omegaconf import DictConfig, OmegaConf
+
+from conf.schema import Config, Mode
+
+LOOKS_AT_A_RUN = (Mode.evaluate,)
+SOURCES = ("path", "mix", "format", "text_key")
+"""Fields of data that say where documents come from. They change together, as path and mix exclude each other."""
+
+
+def over_run_settings(node: DictConfig, overrides: Sequence[str], groups: Sequence[str]) -> DictConfig:
+    """The composed node, over the settings of the run that it looks at if its mode is such a one.
+
+    overrides: the command line, KEY=VALUE each; groups: names of Hydra's groups.
+    """
+    keys = [override.partition("=")[0].lstrip("+~") for override in overrides]
+    if node.mode not in LOOKS_AT_A_RUN or "conf" in keys:
+        return node
+    file = next((folder / "config.yaml" for folder in _folders(node) if (folder / "config.yaml").is_file()), None)
+    if file is None:
+        return node
+    settings = OmegaConf.merge(OmegaConf.structured(Config), OmegaConf.load(file))
+    if any(key.startswith("data.") and key.split(".")[1] in SOURCES for key in keys):
+        keys += [f"data.{name}" for name in SOURCES]
+    for key in ["parallel", "cluster", "runs", *(key for key in keys if key in groups), *keys]:
+        OmegaConf.update(settings, key, OmegaConf.select(node, key), merge=False)
+    return settings
+
+
+def _folders(node: DictConfig) -> list[Path]:
+    """Where the run's folder may be: around the checkpoint that is named, else by the run's name."""
+    if node.evaluate.checkpoint is None:
+        return [Path(node.runs) / node.name]
+    checkpoint = Path(node.evaluate.checkpoint).absolute()
+    return [checkpoint, *checkpoint.parents[:2]]

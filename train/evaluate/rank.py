@@ -1,0 +1,91 @@
+"""One rank of an evaluation, top to bottom. `python -m train.evaluate.rank CONFIG` is a rank that the driver started."""
+
+import sys
+from datetime import timedelta
+
+from train.cpu import tune_cpu
+
+tune_cpu()  # before torch allocates anything
+
+import torch  # noqa: E402
+from rich.console import Console  # noqa: E402
+
+from cluster.launch import Place, given_place  # noqa: E402
+from conf.errors import EXIT_OK  # noqa: E402
+from conf.load import read_config  # noqa: E402
+from conf.schema import Config  # noqa: E402
+from parallel.mesh import Layout, Mesh, build_mesh  # noqa: E402
+from parallel.pipeline.schedule import Pipeline  # noqa: E402
+from train.data.corpus import build_corpus  # noqa: E402
+from train.evaluate.drafts import Drafts  # noqa: E402
+from train.evaluate.result import Evaluation, show  # noqa: E402
+from train.evaluate.sources import EvaluatedSource, choose  # noqa: E402
+from train.evaluate.target import Target, check_tokenizer, find_target  # noqa: E402
+from train.evaluate.weights import load_pipeline  # noqa: E402
+from train.run_folder import RunPaths  # noqa: E402
+from train.validation import Sums, held_out_loss  # noqa: E402
+from train.worker import choose_device, guarded, in_turn, start_process_group  # noqa: E402
+
+FOLDER = "evaluate"
+"""Beside the run's own files: configuration and logs of an evaluation on several ranks."""
+
+
+def run_rank(config: Config, place: Place) -> int:
+    """Evaluate as one rank; returns the exit code. In a world of several, errors are left for the driver to read."""
+    return guarded(place, RunPaths(config).path / FOLDER / "logs", lambda: _run(config, place))
+
+
+def _run(config: Config, place: Place) -> int:
+    target = find_target(config)
+    config, device = target.config, choose_device(config, place)
+    start_process_group(config, place, device)
+    ranks_per_node = config.cluster.ranks_per_node or place.local_world
+    layout = Layout(config.parallel.pp, config.parallel.dp, config.parallel.ep, ranks_per_node)
+    mesh = build_mesh(layout, timedelta(seconds=config.cluster.timeout))
+    corpus = in_turn(place, lambda progress: build_corpus(config, progress))
+    check_tokenizer(corpus.tokenizer.fingerprint, target)
+    sources = choose(corpus, config, target.meta["held_out"])
+    pipeline = load_pipeline(config, mesh, device, target.checkpoint)
+    losses = [(source, _loss(config, source, pipeline, mesh, device)) for source in sources]
+    tasks = {}
+    if config.evaluate.tasks:
+        from train.evaluate.harness import run_tasks  # imports lm_eval, which takes seconds
+
+        tasks = run_tasks(config, pipeline.modules[0].eval(), corpus.tokenizer)
+    if place.rank == 0:
+        _report(config, target, losses, tasks)
+    return EXIT_OK
+
+
+def _loss(config: Config, source: EvaluatedSource, pipeline: Pipeline, mesh: Mesh, device: torch.device) -> Sums:
+    drafts = Drafts(config.model.mtp_depth, pipeline.modules[-1] if pipeline.has_last else None)
+    return held_out_loss(pipeline, source.data, mesh, config.micro_batch_size, device, drafts.take)
+
+
+def _report(config: Config, target: Target, losses: list[tuple[EvaluatedSource, Sums]], tasks: dict) -> None:
+    evaluation = Evaluation(
+        name=config.name,
+        checkpoint=target.checkpoint,
+        step=target.step,
+        weights="ema" if config.evaluate.ema else "master",
+        precision=config.precision.name,
+        seq_len=config.seq_len,
+        sources=losses,
+        tasks=tasks,
+    )
+    path = evaluation.write(RunPaths(config).path)
+    console = Console(highlight=False)
+    for source, _ in losses:
+        for note in source.data.notes:
+            console.print(note, soft_wrap=True, markup=False)
+    show(evaluation, path, console)
+
+
+def main() -> int:
+    place = given_place()
+    assert place is not None, "train.evaluate.rank is started by the driver, which sets RANK and WORLD_SIZE"
+    return run_rank(read_config(sys.argv[1]), place)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

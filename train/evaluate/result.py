@@ -1,0 +1,124 @@
+"""evaluate.json and the table that a person sees.
+
+    name, checkpoint, step          the run, the folder of the weights, optimizer steps behind them (null: Hugging Face)
+    weights                         master, or ema (their moving average)
+    precision, seq_len              as evaluated
+    total                           all sources together, see below
+    sources                         one object per source: name, documents (held out, or all), and as in total
+    tasks                           task -> metric -> number, as lm-evaluation-harness names them
+In total and in each source:
+    sequences, tokens, text_bytes   what was read: sequences of seq_len, targets, bytes of text they stand for
+    loss                            nats per token of the main model, as validation_loss in metrics.jsonl
+    perplexity                      e to the loss
+    bits_per_byte                   comparable between tokenizers; null where the targets are no text
+    mtp                             one object per depth: depth, loss (as mtp_loss in metrics.jsonl), and agreement, the
+                                    share of positions where it names the token that the main model names
+"""
+
+import json
+import math
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from train.checkpoint.files import atomic_write_text
+from train.evaluate.sources import EvaluatedSource
+from train.validation import Sums
+
+FILE = "evaluate.json"
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What one call of mode=evaluate has found."""
+
+    name: str
+    checkpoint: Path
+    step: int | None
+    weights: str
+    precision: str
+    seq_len: int
+    sources: list[tuple[EvaluatedSource, Sums]]
+    tasks: dict[str, dict[str, float]] = field(default_factory=dict)
+
+    def plain(self) -> dict[str, Any]:
+        """The object of evaluate.json."""
+        rows = [
+            {"name": source.name, "documents": _which(source)} | figures(sums, self.seq_len)
+            for source, sums in self.sources
+        ]
+        return {
+            "name": self.name,
+            "checkpoint": str(self.checkpoint),
+            "step": self.step,
+            "weights": self.weights,
+            "precision": self.precision,
+            "seq_len": self.seq_len,
+            "total": figures(sum((sums for _, sums in self.sources), Sums()), self.seq_len),
+            "sources": rows,
+            "tasks": self.tasks,
+        }
+
+    def write(self, folder: Path) -> Path:
+        folder.mkdir(parents=True, exist_ok=True)
+        atomic_write_text(folder / FILE, json.dumps(self.plain(), indent=1, allow_nan=False) + "\n")
+        return folder / FILE
+
+
+def figures(sums: Sums, seq_len: int) -> dict[str, Any]:
+    """Rates from sums; `more` of the sums is that of train/evaluate/drafts.py."""
+    mtp = []
+    for depth in range(1, len(sums.more) // 2 + 1):
+        nats, agreed = sums.more[2 * depth - 2 : 2 * depth]
+        positions = sums.sequences * (seq_len - depth)
+        mtp.append({"depth": depth, "loss": _finite(nats / sums.tokens), "agreement": agreed / positions})
+    return {
+        "sequences": sums.sequences,
+        "tokens": sums.tokens,
+        "text_bytes": sums.text_bytes,
+        "loss": _finite(sums.loss),
+        "perplexity": _finite(math.exp(min(sums.loss, 700.0))),
+        "bits_per_byte": _finite(sums.bits_per_byte),
+        "mtp": mtp,
+    }
+
+
+def show(evaluation: Evaluation, path: Path, console: Console) -> None:
+    """A line per source, one per result of a task, and where the file is; wide only where names are long."""
+    plain = evaluation.plain()
+    step = "" if evaluation.step is None else f", step {evaluation.step}"
+    average = ", average of the weights" if evaluation.weights == "ema" else ""
+    rows = [(row, f"{row['documents']}: {row['name']}") for row in plain["sources"]]
+    if len(rows) > 1:
+        rows.append((plain["total"], "together"))
+    lines = [f"\n{evaluation.name}{step}{average}: {evaluation.checkpoint}", _titles(plain["total"]["mtp"])]
+    lines += [_line(row, words) for row, words in rows]
+    for task, metrics in evaluation.tasks.items():
+        lines += [f"{task:>12}  {metric} {value:.4f}" for metric, value in metrics.items()]
+    for line in [*lines, f"Written to {path}"]:
+        console.print(line, soft_wrap=True, markup=False)
+
+
+def _titles(mtp: list[dict[str, Any]]) -> str:
+    drafts = "".join(f"   MTP {draft['depth']}  {'agrees':>6}" for draft in mtp)
+    return f"{'tokens':>12}  {'loss':>8}  {'perplexity':>10}  {'bits/byte':>9}{drafts}  documents"
+
+
+def _line(row: dict[str, Any], words: str) -> str:
+    drafts = "".join(f"  {_text(draft['loss'], 3):>6}  {draft['agreement']:>6.1%}" for draft in row["mtp"])
+    numbers = f"{_text(row['loss'], 4):>8}  {_text(row['perplexity'], 2):>10}  {_text(row['bits_per_byte'], 4):>9}"
+    return f"{row['tokens']:>12,}  {numbers}{drafts}  {words}"
+
+
+def _which(source: EvaluatedSource) -> str:
+    return "held out" if source.own else "all"
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None
+
+
+def _text(value: float | None, digits: int) -> str:
+    return "infinite" if value is None else f"{value:.{digits}f}"

@@ -1,0 +1,44 @@
+"""`mode=evaluate`: refuse what cannot work, then start the ranks."""
+
+import importlib.util
+import sys
+
+from cluster.launch import Place, launch
+from conf.errors import UserError
+from conf.load import write_config
+from conf.schema import Config
+from train.data.corpus import build_corpus
+from train.data.progress import show_progress
+from train.evaluate.target import find_target
+from train.run_folder import RunPaths
+
+
+def evaluate(config: Config, alone: bool) -> int:
+    """Evaluate a checkpoint; returns the exit code. alone: the only job of this process, which may then be its rank."""
+    if config.evaluate.tasks:
+        _require_harness(config)
+    target = find_target(config)
+    with show_progress() as progress:
+        build_corpus(target.config, progress)
+    folder = RunPaths(config).path / "evaluate"
+    command = [sys.executable, "-m", "train.evaluate.rank", str(folder / "config.yaml")]
+    if config.parallel.pp * config.parallel.dp > 1 or not alone:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_config(config, command[-1])
+    return launch(config, folder, command, _run_rank, alone)
+
+
+def _run_rank(config: Config, place: Place) -> int:
+    from train.evaluate.rank import run_rank  # imports torch, which the driver of other ranks can do without
+
+    return run_rank(config, place)
+
+
+def _require_harness(config: Config) -> None:
+    if importlib.util.find_spec("lm_eval") is None:
+        raise UserError(
+            "evaluate.tasks",
+            config.evaluate.tasks,
+            "tasks run in lm-evaluation-harness, the package lm-eval, which is not installed",
+            "pip install 'sluice[eval]'",
+        )
