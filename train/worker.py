@@ -181,9 +181,13 @@ def _report(error: Exception, place: Place, logs: Path) -> int:
     return code
 
 
-def _is_timeout(error: Exception) -> bool:
-    """gloo and NCCL raise plain errors when a peer does not answer in time."""
-    return isinstance(error, dist.DistBackendError | RuntimeError) and "timed out" in str(error).lower()
+def _is_timeout(error: BaseException | None) -> bool:
+    """gloo and NCCL raise plain errors when a peer does not answer in time, and the pipeline wraps them in its own."""
+    while error is not None:
+        if isinstance(error, RuntimeError) and "timed out" in str(error).lower():
+            return True
+        error = error.__cause__ or error.__context__
+    return False
 
 
 def main() -> int:

@@ -37,10 +37,10 @@ def ip(*words: str, namespace: str | None = None) -> None:
 
 
 class Hosts:
-    """`count` hosts h0, h1, ... with Ray on each, the head on h0; use it in `with`."""
+    """`count` hosts h0, h1, ... with Ray on each, the head on h0, or without Ray; use it in `with`."""
 
-    def __init__(self, folder: Path, count: int = 3, devices: int = 1):
-        self.folder, self.count, self.devices = folder, count, devices
+    def __init__(self, folder: Path, count: int = 3, devices: int = 1, ray: bool = True):
+        self.folder, self.count, self.devices, self.ray = folder, count, devices, ray
         self._prefix = f"sl{os.getpid()}h"
         self._switch = f"sl{os.getpid()}sw"
         self.environment = os.environ | {
@@ -60,10 +60,11 @@ class Hosts:
     def __enter__(self) -> "Hosts":
         try:
             self._wire()
-            self.start_ray(0)
-            starts = [self._ray_start(i) for i in range(1, self.count)]
-            for index, start in enumerate(starts, 1):
-                self._wait_started(index, start)
+            if self.ray:
+                self.start_ray(0)
+                starts = [self._ray_start(i) for i in range(1, self.count)]
+                for index, start in enumerate(starts, 1):
+                    self._wait_started(index, start)
         except BaseException:
             self.__exit__()
             raise
@@ -152,8 +153,9 @@ class Hosts:
 
     def power_on(self, index: int) -> None:
         self.heal(index)
-        shutil.rmtree(self.folder / f"h{index}", ignore_errors=True)
-        self.start_ray(index)
+        if self.ray:
+            shutil.rmtree(self.folder / f"h{index}", ignore_errors=True)
+            self.start_ray(index)
 
     def cut(self, index: int) -> None:
         ip("link", "set", f"p{index}", "down", namespace=self._switch)

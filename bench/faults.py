@@ -1,0 +1,224 @@
+"""Time to notice a fault and to train again: Sluice beside Ray Train and torchrun, on three hosts in network namespaces.
+
+    python -m bench.faults [--only SYSTEM:FAULT ...] [--rounds 3] [--minutes 18] [--limit 120] [--out faults.json]
+
+Needs root and iproute2. Every trial is a launch of its own: it trains until half-way between two checkpoints, h1 meets
+the fault, and the trial ends with the next step, or after --limit seconds. Rounds over all cells follow one another, so
+that the noise of the machine falls on all; a cell that did not recover is not tried again, and a round that would not end
+within --minutes is not begun. Everything started or made is ended and removed, after errors too.
+
+    rank_kill   SIGKILL of the rank on h1                  hang         SIGSTOP of the rank on h1
+    power_off   link down, then all processes of h1 killed link_cut     link down, processes live
+    start       no fault: launch to first step on 3 hosts  start_local  the same, 3 ranks on one machine
+
+SYSTEM is one of bench/fault_systems.py. On one machine Sluice and Ray Train start their own Ray; on 3 hosts it runs
+already. Columns: seconds from the launch to the first step (of all trials of the cell), from the fault until the system
+says so, and until the next step; steps done again. Medians over the trials; a system that never says so gets a dash.
+"""
+
+import argparse
+import contextlib
+import json
+import os
+import shutil
+import signal
+import statistics
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from bench.fault_loop import SAVE_EVERY
+from bench.fault_systems import ENVIRONMENT, HOSTS, PYTHON, SYSTEMS, TIMEOUT, System
+from conf.schema import ROOT
+from tests.cluster.hosts import Hosts, missing
+
+VICTIM = 1
+"""Host that meets the fault; h0 holds the drivers."""
+NODE_FAULTS = ("power_off", "link_cut")
+FAULTS = ("rank_kill", "power_off", "link_cut", "hang")
+KINDS = (*FAULTS, "start", "start_local")
+
+
+class Launch:
+    """The processes of one trial, in `with`."""
+
+    def __init__(self, system: System, hosts: Hosts, local: bool):
+        self.system, self._hosts = system, hosts
+        self.folder = Path(tempfile.mkdtemp(prefix="t", dir=hosts.folder))
+        self.log = system.log(self.folder)
+        self.started = time.time()
+        commands = system.commands(self.folder, None if local else hosts.address)
+        self._processes = {host: self._start(host, words) for host, words in commands.items()}
+
+    def _start(self, host: int, words: list[str]) -> subprocess.Popen:
+        with (self.folder / f"output_{host}.log").open("w") as output:
+            return subprocess.Popen(
+                self._hosts.command(host, PYTHON, *words),
+                cwd=ROOT,
+                env=self._hosts.environment | ENVIRONMENT,
+                stdin=subprocess.DEVNULL,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+            )
+
+    def wait(self, what: Callable[[], object], deadline: float) -> object:
+        """Its first true value; None once the deadline (Unix time) has passed or the command on h0 has ended."""
+        while time.time() < deadline:
+            if value := what():
+                return value
+            if self.ended() is not None:
+                return None
+            time.sleep(0.05)
+        return None
+
+    def ended(self) -> int | None:
+        """Exit code of the command on h0."""
+        return self._processes[0].poll()
+
+    def output(self) -> str:
+        return (self.folder / "output_0.log").read_text()
+
+    def __enter__(self) -> "Launch":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for process in self._processes.values():
+            process.kill()
+            process.wait()
+        for host in range(HOSTS):
+            if self._hosts.ray:
+                ours = self.log.pids() & set(self._hosts.pids(host))
+                for pid in ours:
+                    with contextlib.suppress(ProcessLookupError):  # it ended just now
+                        os.kill(pid, signal.SIGKILL)
+            else:
+                self._hosts.signal(host, signal.SIGKILL)
+
+
+def trial(system: System, kind: str, hosts: Hosts, limit: float) -> dict:
+    """One launch and what became of it; see the top of the file for `kind`."""
+    with Launch(system, hosts, local=kind == "start_local") as launch:
+        result = {"outcome": "", "start": None, "detected": None, "next_step": None, "steps_lost": None}
+        first = launch.wait(launch.log.first_step, launch.started + limit)
+        if first is None:
+            return result | {"outcome": _end(launch, "no step", limit)}
+        result |= {"start": first - launch.started, "outcome": "started"}
+        if kind in FAULTS:
+            result |= _break(launch, kind, hosts, limit)
+    if kind in NODE_FAULTS:
+        hosts.signal(VICTIM, signal.SIGKILL)
+        hosts.power_on(VICTIM)
+    return result | {"load": os.getloadavg()[0]}
+
+
+def _break(launch: Launch, fault: str, hosts: Hosts, limit: float) -> dict:
+    half = SAVE_EVERY // 2
+    ready = launch.wait(
+        lambda: launch.log.step() >= SAVE_EVERY + half and launch.log.step() % SAVE_EVERY >= half, time.time() + limit
+    )
+    if not ready:
+        return {"outcome": _end(launch, "no checkpoint", limit)}
+    match fault:
+        case "rank_kill":
+            os.kill(launch.log.victim(f"h{VICTIM}", hosts), signal.SIGKILL)
+        case "hang":
+            os.kill(launch.log.victim(f"h{VICTIM}", hosts), signal.SIGSTOP)
+        case "power_off":
+            hosts.power_off(VICTIM)
+        case "link_cut":
+            hosts.cut(VICTIM)
+    broke = time.time()
+    found = launch.wait(lambda: launch.log.next_step(broke), broke + limit)
+    detected = launch.system.detected(launch.folder, broke)
+    seen = {"detected": None if detected is None else detected - broke}
+    if found is None:
+        return seen | {"outcome": _end(launch, "not recovered", limit)}
+    return seen | {"next_step": found[0] - broke, "steps_lost": found[1], "outcome": "recovered"}
+
+
+def _end(launch: Launch, what: str, limit: float) -> str:
+    code = launch.ended()
+    return f"{what} in {limit:.0f} s" if code is None else f"failed: exit code {code}"
+
+
+def run_round(cells: list[tuple[str, str]], limit: float, keep: Callable[[str, str, dict], None]) -> None:
+    """One trial of every cell; those with Ray on the hosts first, the others on hosts without."""
+    for ray in (True, False):
+        mine = [(name, kind) for name, kind in cells if (SYSTEMS[name].on_ray and kind != "start_local") == ray]
+        if not mine:
+            continue
+        folder = Path(tempfile.mkdtemp(prefix="slf"))
+        try:
+            hosts = Hosts(folder, HOSTS, ray=ray)
+            hosts.environment |= {"PYTHONPATH": str(ROOT), "TMPDIR": str(folder), "RAY_TMPDIR": str(folder)}
+            with hosts:
+                for name, kind in mine:
+                    keep(name, kind, trial(SYSTEMS[name], kind, hosts, limit))
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+def summary(trials: list[dict]) -> dict:
+    """Medians of the trials that have the figure, and how they ended."""
+    median = {}
+    for key in ("start", "detected", "next_step", "steps_lost"):
+        values = [one[key] for one in trials if one.get(key) is not None]
+        median[key] = round(statistics.median(values), 2) if values else None
+    outcomes = [one["outcome"] for one in trials]
+    return median | {"outcomes": {text: outcomes.count(text) for text in dict.fromkeys(outcomes)}, "trials": trials}
+
+
+def show(results: dict[tuple[str, str], list[dict]]) -> None:
+    print(f"\n{'fault':12}{'system':14}{'start s':>9}{'detected s':>12}{'next step s':>13}{'lost':>6}  outcome")
+    for kind in KINDS:
+        for name in SYSTEMS:
+            if (name, kind) in results:
+                row = summary(results[name, kind])
+                cells = ["-" if row[key] is None else f"{row[key]:.1f}" for key in ("start", "detected", "next_step")]
+                lost = "-" if row["steps_lost"] is None else f"{row['steps_lost']:.0f}"
+                outcome = ", ".join(f"{count} {text}" for text, count in row["outcomes"].items())
+                print(f"{kind:12}{name:14}{cells[0]:>9}{cells[1]:>12}{cells[2]:>13}{lost:>6}  {outcome}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    every = [f"{name}:{kind}" for name in SYSTEMS for kind in KINDS]
+    parser.add_argument("--only", nargs="+", choices=every, default=every, metavar="SYSTEM:FAULT")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--minutes", type=float, default=18.0, help="no round begins that would end later")
+    parser.add_argument("--limit", type=float, default=120.0, help="seconds for a start, and for a recovery")
+    parser.add_argument("--out", type=Path, default=Path("faults.json"))
+    options = parser.parse_args()
+    if why := missing():
+        parser.error(why)
+    signal.signal(signal.SIGTERM, lambda *_: parser.exit(143))  # so that hosts are removed then, too
+    results: dict[tuple[str, str], list[dict]] = {}
+
+    def keep(name: str, kind: str, result: dict) -> None:
+        results.setdefault((name, kind), []).append(result)
+        print(f"{name}:{kind} {json.dumps({k: round(v, 2) if isinstance(v, float) else v for k, v in result.items()})}", flush=True)
+        _write(options.out, results)
+
+    began = time.monotonic()
+    cells = [tuple(cell.split(":")) for cell in options.only]
+    for number in range(1, options.rounds + 1):
+        run_round(cells, options.limit, keep)
+        cells = [cell for cell in cells if results[cell][-1]["outcome"] in ("recovered", "started")]
+        elapsed = time.monotonic() - began
+        if elapsed * (number + 1) / number > options.minutes * 60:
+            break
+    show(results)
+
+
+def _write(path: Path, results: dict[tuple[str, str], list[dict]]) -> None:
+    cells: dict[str, dict] = {}
+    for (name, kind), trials in results.items():
+        cells.setdefault(kind, {})[name] = summary(trials)
+    machine = {"cores": os.cpu_count(), "hosts": HOSTS, "hang_limit": TIMEOUT}
+    path.write_text(json.dumps({"machine": machine, "cells": cells}, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
