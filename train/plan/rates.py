@@ -1,0 +1,184 @@
+"""Seconds of work: the rates of a description or of a calibration, and which kind stands in for which.
+
+Shipped descriptions know a few kinds (products, attention, memory); a calibration measures all that this project's own
+code does. A kind that is not there takes the rate of the kind that it is an instance of, along KINDS; a kind without any
+is an error.
+"""
+
+import json
+import platform
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from conf.errors import UserError
+from conf.schema import Config, Hardware, Rate
+from train.plan.work import Work
+
+KINDS = {
+    "fprop": "",
+    "dgrad": "fprop",
+    "wgrad": "fprop",
+    "grouped_fprop": "fprop",
+    "grouped_dgrad": "grouped_fprop",
+    "grouped_wgrad": "wgrad",
+}
+"""Kinds of products, each in a format (fprop_bf16), and what stands in for them."""
+MEMORY = (
+    "accumulate",
+    "add",
+    "cast",
+    "collect",
+    "copy",
+    "embed_backward",
+    "embed_forward",
+    "heads_backward",
+    "heads_forward",
+    "loss",
+    "norm_backward",
+    "norm_forward",
+    "optimizer",
+    "permute",
+    "route_backward",
+    "route_forward",
+    "swiglu_backward",
+    "swiglu_forward",
+)
+"""Kinds bound by memory, for which `memory` stands in."""
+LINKS = {
+    "all_to_all_inside": "inside",
+    "all_to_all_across": "across",
+    "send_inside": "inside",
+    "send_across": "across",
+    "reduce_inside": "inside",
+    "reduce_across": "across",
+    "gather_inside": "inside",
+    "gather_across": "across",
+}
+"""Kinds of transfers and what stands in for them: inside and across, bytes of one device in one direction."""
+FILE = "calibration.json"
+
+
+@dataclass(frozen=True)
+class Rates:
+    """Rates of one device. source: for a person."""
+
+    rates: Mapping[str, Rate]
+    source: str
+
+    def rate(self, kind: str) -> Rate:
+        """The rate of a kind, or of what stands in for it. Raises UserError where there is none."""
+        name: str | None = kind
+        while name and name not in self.rates:
+            name = _stand_in(name)
+        if not name:
+            raise UserError(
+                "hardware.rates",
+                kind,
+                f"{self.source} has no rate for this kind of work, nor for one that could stand in",
+                "calibrate on the device: mode=plan plan.calibrate=true",
+            )
+        return self.rates[name]
+
+    def seconds(self, work: Iterable[Work]) -> float:
+        """Time of kernels one after another."""
+        return sum(self.of(one) for one in work)
+
+    def of(self, work: Work) -> float:
+        rate = self.rate(work.kind)
+        operations = work.flops / rate.flops if rate.flops else 0.0
+        moved = work.bytes / rate.bandwidth if rate.bandwidth else 0.0
+        return work.calls * rate.seconds + operations + moved
+
+
+def _stand_in(kind: str) -> str | None:
+    if kind in MEMORY:
+        return "memory"
+    if kind in LINKS:
+        return LINKS[kind]
+    product, _, form = kind.rpartition("_")
+    other = KINDS.get(product)
+    return f"{other}_{form}" if other else None
+
+
+def load_rates(config: Config, alone: bool) -> Rates:
+    """The rates that a plan of this recipe uses. alone: only one rank of a machine works (CPUs share their memory).
+
+    Raises UserError without a description, without rates, and for a calibration of another device.
+    """
+    hardware = config.hardware
+    require_hardware(hardware)
+    if config.plan.calibration is None:
+        if not hardware.rates:
+            raise UserError(
+                "plan.calibration",
+                None,
+                f"hardware={hardware.name} has no rates of its own: they differ from machine to machine",
+                "run mode=plan plan.calibrate=true on it, then give plan.calibration=runs/<name>/calibration.json",
+            )
+        return Rates(hardware.rates, f"published figures of hardware={hardware.name}")
+    found = read_calibration(config.plan.calibration)
+    check_device(config, found)
+    rates = found["rates_alone" if alone else "rates_together"]
+    return Rates({kind: Rate(**rate) for kind, rate in rates.items()}, f"calibration of {found['device']}")
+
+
+def require_hardware(hardware: Hardware) -> None:
+    """Raise UserError where no description was chosen."""
+    if hardware.name is None:
+        raise UserError(
+            "hardware",
+            "none",
+            "a plan needs to know the devices",
+            "choose hardware=h800, h100, h200, b200, gb200_nvl72 or cpu (conf/hardware)",
+        )
+
+
+def read_calibration(path: str) -> dict[str, Any]:
+    """Content of a calibration file."""
+    try:
+        found = json.loads(Path(path).read_text())
+        return (
+            found if {"device", "rates_alone", "rates_together", "threads", "precision"} <= found.keys() else _bad(path)
+        )
+    except (OSError, ValueError) as error:
+        raise UserError(
+            "plan.calibration", path, f"must be a file that plan.calibrate=true wrote ({error})", "calibrate again"
+        ) from error
+
+
+def _bad(path: str) -> dict[str, Any]:
+    raise UserError("plan.calibration", path, "must be a file that plan.calibrate=true wrote", "calibrate again")
+
+
+def check_device(config: Config, calibration: Mapping[str, Any]) -> None:
+    """Raise UserError where a calibration is not of the device that is planned for, or of another number format."""
+    hardware, device = config.hardware, calibration["device"]
+    wanted = cpu_name() if hardware.device == "cpu" else hardware.device
+    same = device == wanted if hardware.device == "cpu" else wanted in device
+    if not same:
+        raise UserError(
+            "plan.calibration",
+            config.plan.calibration,
+            f"was measured on {device}, and hardware={hardware.name} is {wanted}",
+            "choose the hardware of the calibration, or calibrate on this one",
+        )
+    if hardware.device == "cpu" and config.precision.name != calibration["precision"]:
+        raise UserError(
+            "plan.calibration",
+            config.plan.calibration,
+            f"was measured with precision={calibration['precision']}, and this recipe has {config.precision.name}",
+            f"calibrate with precision={config.precision.name}",
+        )
+
+
+def cpu_name() -> str:
+    """The processor of this machine, as the system calls it."""
+    file = Path("/proc/cpuinfo")
+    names = [line.split(":", 1)[1].strip() for line in _lines(file) if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def _lines(file: Path) -> list[str]:
+    return file.read_text().splitlines() if file.exists() else []

@@ -1,0 +1,165 @@
+"""Seconds of a training step: the pipeline simulated action by action, then reduction, optimizer and gather.
+
+The actions and their order are torch's own (parallel/pipeline/simulate.py); their lengths are those of stages.py. MFU is
+counted as DeepSeek counts it: without MTP, against the bf16 peak.
+"""
+
+from collections import Counter
+from dataclasses import dataclass, replace
+from functools import cache
+
+from conf.schema import Config
+from parallel.mesh import Layout
+from parallel.pipeline.simulate import Action, Simulation, schedule_actions, simulate
+from train.model.count import flops_per_token
+from train.plan.rates import Rates, load_rates, require_hardware
+from train.plan.stages import Stages, require_rule
+from train.plan.update import Update, held_weights, stage3_seconds, update_time
+from train.plan.work import Work
+
+HOUR, KWH = 3600.0, 3.6e6
+
+
+@dataclass
+class StepTime:
+    """What a plan says about speed. Seconds are of one optimizer step."""
+
+    step_seconds: float
+    pipeline_seconds: float
+    """From the first action of any rank to the last."""
+    bubble_seconds: float
+    """Idle time of a rank, mean over the ranks of a pipeline."""
+    bubble_share: float
+    """The same as a share of pipeline_seconds."""
+    action_seconds: dict[str, float]
+    """Seconds by kind of action (F, B, I, W, FB), mean over the ranks of a pipeline."""
+    exposed_communication_seconds: float
+    """Waiting for experts' tokens inside actions, mean over the ranks of a pipeline."""
+    work_seconds: dict[str, float]
+    """Seconds of computing by kind of work, mean over the ranks of a pipeline."""
+    exchange_seconds: float
+    """Seconds of experts' exchanges, hidden or not, mean over the ranks of a pipeline."""
+    update: Update
+    tokens_per_second: float
+    tokens_per_second_per_gpu: float
+    mfu_causal: float | None
+    """Against the bf16 peak of the description; None where it has none."""
+    mfu_full: float | None
+    """The same with attention counted without its mask."""
+    actions: list[list[Action]]
+    simulation: Simulation
+    rates: str
+    """Where the rates come from."""
+
+
+def layout_of(config: Config) -> Layout:
+    """The layout of a recipe on the hardware that is planned for."""
+    parallel = config.parallel
+    world = parallel.pp * parallel.dp
+    node = config.cluster.ranks_per_node or min(world, config.hardware.devices_per_node)
+    return Layout(parallel.pp, parallel.dp, parallel.ep, node)
+
+
+def plan_time(config: Config, rates: Rates | None = None) -> StepTime:
+    """Plan the time of a step. Raises UserError for what cannot run, has no rule, or has no rates."""
+    require_hardware(config.hardware)
+    require_rule(config)
+    layout = layout_of(config)
+    rates = rates or load_rates(config, alone=layout.world == 1)
+    stages = Stages(config, layout, rates)
+    actions = _actions(config.parallel.schedule, layout.pp, stages.sizes.micro_batches)
+    extra = _stage3(stages) if config.parallel.zero == 3 else {}
+
+    def duration(action: Action) -> float:
+        return stages.elapsed(action).seconds + extra.get(action.kind, 0.0)
+
+    result = simulate(actions, duration, _transfer(stages))
+    update = max((_update(stages, rank) for rank in range(layout.pp)), key=lambda update: update.seconds)
+    seconds = result.makespan + update.seconds
+    rate = config.batch_size * config.seq_len / seconds
+    return StepTime(
+        step_seconds=seconds,
+        pipeline_seconds=result.makespan,
+        bubble_seconds=result.bubble * result.makespan,
+        bubble_share=result.bubble,
+        action_seconds=_by_kind(actions, duration),
+        exposed_communication_seconds=sum(stages.elapsed(a).exposed for line in actions for a in line) / layout.pp,
+        work_seconds=_work(stages, rates),
+        exchange_seconds=_exchanges(stages),
+        update=update,
+        tokens_per_second=rate,
+        tokens_per_second_per_gpu=rate / layout.world,
+        mfu_causal=_mfu(config, rate / layout.world, causal=True),
+        mfu_full=_mfu(config, rate / layout.world, causal=False),
+        actions=actions,
+        simulation=result,
+        rates=rates.source,
+    )
+
+
+@cache
+def _actions(schedule: str, pp: int, micro_batches: int) -> list[list[Action]]:
+    return schedule_actions(schedule, pp, micro_batches)
+
+
+def _transfer(stages: Stages) -> float:
+    """Seconds from the end of a stage to its output on the next rank."""
+    layout, sizes = stages.layout, stages.sizes
+    if layout.pp == 1:
+        return 0.0
+    where = "inside" if layout.dp < layout.ranks_per_node else "across"
+    moved = sizes.tokens * stages.config.model.hidden * sizes.element
+    return stages.rates.of(Work(f"send_{where}", bytes=moved))
+
+
+def _update(stages: Stages, rank: int) -> Update:
+    held = held_weights(stages.config, stages.layers, stages.placement[rank], len(stages.layers) - 1)
+    return update_time(stages.config, stages.layout, stages.rates, held)
+
+
+def _stage3(stages: Stages) -> dict[str, float]:
+    """Seconds that stage 3's gathers add to F and B: what the pass cannot hide, and the computing they take meanwhile."""
+    held = held_weights(stages.config, stages.layers, stages.placement[0], len(stages.layers) - 1)
+    forward, backward = stage3_seconds(stages.config, stages.layout, stages.rates, held)
+    added = {}
+    for kind, moved in (("F", forward), ("B", backward)):
+        passed = stages.elapsed(Action(kind, 0, 0)).seconds
+        added[kind] = max(moved, passed + stages.taken * moved) - passed
+    return added
+
+
+def _by_kind(actions: list[list[Action]], duration) -> dict[str, float]:
+    total: Counter[str] = Counter()
+    for line in actions:
+        for action in line:
+            total[action.kind] += duration(action)
+    return {kind: seconds / len(actions) for kind, seconds in total.items()}
+
+
+def _work(stages: Stages, rates: Rates) -> dict[str, float]:
+    """Computing of all micro-batches by kind of work, mean over ranks."""
+    total: Counter[str] = Counter()
+    for stage in range(len(stages.layers)):
+        made = stages.directions(stage)
+        for one in made.forward.work + made.backward.work:
+            total[one.kind] += rates.of(one)
+    scale = stages.sizes.micro_batches / stages.layout.pp
+    return {kind: seconds * scale for kind, seconds in sorted(total.items(), key=lambda item: -item[1])}
+
+
+def _exchanges(stages: Stages) -> float:
+    passes = [stages.directions(stage) for stage in range(len(stages.layers))]
+    seconds = sum(part.transfer for made in passes for part in made.forward.segments + made.backward.segments)
+    return seconds * stages.sizes.micro_batches / stages.layout.pp
+
+
+def _mfu(config: Config, tokens_per_second: float, causal: bool) -> float | None:
+    if not config.hardware.bf16_flops:
+        return None
+    return tokens_per_second * flops_per_token(config.model, config.seq_len, causal) / config.hardware.bf16_flops
+
+
+def with_nodes(config: Config) -> Config:
+    """The recipe with the ranks per node of its hardware, which rules about nodes ask for."""
+    nodes = replace(config.cluster, ranks_per_node=layout_of(config).ranks_per_node)
+    return replace(config, cluster=nodes)

@@ -1,0 +1,117 @@
+"""Seconds between the last micro-batch and the next step: gradients reduced, weights updated and gathered again.
+
+As parallel/zero12.py runs DeepSpeed: gradients are summed over all ranks that hold the same weights (an all-reduce, of
+which each rank keeps its shard), in fp32; then every rank updates its shard and the weights are gathered in their own
+format. Dense weights are shared by the data-parallel group, experts by the ranks with the same experts. Nothing of
+it runs beside a pipeline's work. At stage 3 the gathers and the reduction happen in every micro-batch instead, and
+what is left is the update.
+"""
+
+from dataclasses import dataclass
+
+from conf.schema import Config
+from parallel.mesh import Layout
+from train.model.count import count
+from train.plan.rates import Rates
+from train.plan.work import Work
+
+DEVICE_PASSES = 20
+"""Bytes per gradient that DeepSpeed moves around the reduction: into its bucket, out of it, divided."""
+SHARD_PASSES = 12
+"""The same per element of the shard: norm (read), clipping (read and write)."""
+ADAM_BYTES = 20
+"""Weight, gradient read; weight, moments read and written; without the moments' own format."""
+
+
+@dataclass(frozen=True)
+class Update:
+    """Seconds of the three parts."""
+
+    reduce: float
+    optimizer: float
+    gather: float
+
+    @property
+    def seconds(self) -> float:
+        return self.reduce + self.optimizer + self.gather
+
+
+@dataclass(frozen=True)
+class Held:
+    """Weights of one rank, by who else holds them."""
+
+    dense: float
+    experts: float
+
+
+def held_weights(config: Config, layers: list[range], stage_ids: list[int], last: int) -> Held:
+    """Weights of the stages of one pipeline rank, experts those of one rank of the expert group."""
+    model, parallel = config.model, config.parallel
+    counts = count(model)
+    per_layer = counts.expert * model.experts
+    dense = experts = 0.0
+    for stage in stage_ids:
+        for index in layers[stage]:
+            moe = index >= model.dense_layers
+            dense += counts.moe_block - per_layer if moe else counts.dense_block
+            experts += per_layer if moe else 0
+    modules = model.mtp_depth if last in stage_ids else 0
+    if last in stage_ids:
+        dense += counts.embedding + model.hidden + counts.mtp - modules * per_layer
+        experts += modules * per_layer
+    if 0 in stage_ids or modules:  # one table where first and last stage share a rank
+        dense += counts.embedding
+    return Held(dense, experts / parallel.ep)
+
+
+def ring_bandwidth_share(group: int, per_node: int) -> tuple[str, float]:
+    """Which link a ring of `group` ranks, `per_node` of them on each node, is bound by, and how many it has of it."""
+    return ("inside", 1.0) if group <= per_node else ("across", float(per_node))
+
+
+def update_time(config: Config, layout: Layout, rates: Rates, held: Held) -> Update:
+    """Seconds of the update of a rank with these weights."""
+    element = 4 if config.precision.name == "fp32" else 2
+    moment = {"bf16": 2, "fp32": 4}[config.precision.moments]
+    inside_node = min(layout.dp, layout.ranks_per_node)
+    groups = [
+        (held.dense, layout.dp, inside_node),
+        (held.experts, layout.edp, max(1, inside_node // layout.ep)),
+    ]
+    reduce = gather = 0.0
+    shard = 0.0
+    for weights, group, per_node in groups:
+        shard += weights / group
+        if group == 1 or not weights:
+            continue
+        moved = weights * (group - 1) / group
+        if config.parallel.zero < 3:
+            reduce += _collective("reduce", rates, 2 * moved * 4, group, per_node)
+            gather += _collective("gather", rates, moved * element, group, per_node)
+    whole = held.dense + held.experts if config.parallel.zero < 3 else 0.0
+    passes = [Work("memory", bytes=whole * DEVICE_PASSES), Work("memory", bytes=shard * SHARD_PASSES)]
+    update = Work("optimizer", bytes=shard * (ADAM_BYTES + 4 * moment + element))
+    return Update(reduce + rates.of(passes[0]), rates.of(passes[1]) + rates.of(update), gather)
+
+
+def _collective(name: str, rates: Rates, moved: float, group: int, per_node: int) -> float:
+    """Seconds of a ring over the group. Over nodes every rank of a node brings its own adapter, up to the inside speed."""
+    where, links = ring_bandwidth_share(group, per_node)
+    seconds = rates.of(Work(f"{name}_{where}", bytes=moved / links))
+    return seconds if where == "inside" else max(seconds, rates.of(Work(f"{name}_inside", bytes=moved)))
+
+
+def stage3_seconds(config: Config, layout: Layout, rates: Rates, held: Held) -> tuple[float, float]:
+    """Seconds of communication that stage 3 adds to a micro-batch: in forward a gather, in backward one and a reduction."""
+    element = 4 if config.precision.name == "fp32" else 2
+    inside_node = min(layout.dp, layout.ranks_per_node)
+    gather = reduce = 0.0
+    for weights, group, per_node in (
+        (held.dense, layout.dp, inside_node),
+        (held.experts, layout.edp, max(1, inside_node // layout.ep)),
+    ):
+        if group > 1 and weights:
+            moved = weights * (group - 1) / group
+            gather += _collective("gather", rates, moved * element, group, per_node)
+            reduce += _collective("reduce", rates, moved * 4, group, per_node)
+    return gather, gather + reduce
