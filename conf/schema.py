@@ -67,8 +67,10 @@ class Phase:
 
 @dataclass
 class Yarn:
-    """YaRN on the decoupled RoPE part (paper 4.3). In force only when seq_len > original_seq_len."""
+    """YaRN on the decoupled RoPE part (paper 4.3). In force when seq_len > original_seq_len."""
 
+    always: bool = False
+    """In force at any seq_len: for weights that were extended with it, as DeepSeek's released ones were."""
     factor: float = 40.0
     original_seq_len: int = 4096
     """Length of pretraining, in tokens."""
@@ -528,6 +530,9 @@ class Evaluate:
     """Sequences per forward pass of one rank."""
     resume: str = "auto"
     """auto (newest intact checkpoint of this run, if any), never (start new; an existing run is an error), or a checkpoint folder."""
+    init_from: str | None = None
+    """Folder of a Hugging Face DeepseekV3ForCausalLM (safetensors, bf16, fp32 or FP8 blocks) whose weights a new run starts
+    from; null draws them. A run that has a checkpoint goes on from that."""
     runs: str = "runs"
     """Folder that holds the run folders."""
     model: Model = field(default_factory=Model)

@@ -17,12 +17,12 @@ from conf.schema import Model
 class Rope:
     """Angles for one run. Tables are made on first use and kept per device.
 
-    seq_len: length of the run's sequences, in tokens; YaRN is in force only when it exceeds yarn.original_seq_len.
+    seq_len: length of the run's sequences, in tokens; YaRN is in force when it exceeds yarn.original_seq_len, or always.
     """
 
     def __init__(self, config: Model, seq_len: int):
         self._config, self._seq_len = config, seq_len
-        self._extended = seq_len > config.yarn.original_seq_len
+        self._extended = config.yarn.always or seq_len > config.yarn.original_seq_len
         self._tables: dict[torch.device, Tensor] = {}
 
     @property

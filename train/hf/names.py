@@ -1,0 +1,125 @@
+"""Where every tensor of a DeepseekV3ForCausalLM folder lies in our model. Pure arithmetic on a configuration.
+
+The layouts differ in names and in what is stacked, not in values: RoPE turns adjacent pairs in both, so no row is
+permuted, and gate and up projections, which we stack, follow each other. So each of their tensors is one interval of
+one of ours, flattened. MTP module k is their layer `layers + k`, with copies of the embedding and of the head that ours
+shares with the main model.
+
+Our names are those of a checkpoint: `master.PARAMETER` for weights, `bias.BLOCK` for balance biases.
+
+D width, F inner width, E experts.
+"""
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+from conf.schema import Model
+
+SCALE = "_scale_inv"
+"""Follows the name of an FP8 weight in that of its scales."""
+
+
+@dataclass(frozen=True)
+class Placed:
+    """One tensor of theirs and its place in one of ours."""
+
+    theirs: str
+    shape: tuple[int, ...]
+    ours: str
+    start: int = 0
+    """First element, in the flattened tensor of ours."""
+    whole: tuple[int, ...] = ()
+    """Shape of the tensor of ours."""
+    fp8: bool = False
+    """A matrix that DeepSeek's FP8 weights hold in E4M3 blocks."""
+    copy: bool = False
+    """An MTP module's copy of a tensor that ours has once."""
+
+    @property
+    def count(self) -> int:
+        return math.prod(self.shape)
+
+
+def tensors(model: Model) -> Iterator[Placed]:
+    """Every tensor of the folder but scales, layer by layer."""
+    table = model.vocab_size, model.hidden
+    yield _same("model.embed_tokens.weight", "master.embedding.weight", table)
+    for index in range(model.layers):
+        yield from _block(model, f"model.layers.{index}.", f"layers.{index}", "", dense=index < model.dense_layers)
+    for depth in range(model.mtp_depth):
+        yield from _mtp(model, f"model.layers.{model.layers + depth}.", f"mtp.{depth}")
+    yield _same("model.norm.weight", "master.norm.weight", (model.hidden,))
+    yield _same("lm_head.weight", "master.head.weight", table)
+
+
+def _same(theirs: str, ours: str, shape: tuple[int, ...], fp8: bool = False) -> Placed:
+    """A tensor that is one of ours."""
+    return Placed(theirs, shape, ours, 0, shape, fp8)
+
+
+def _block(model: Model, theirs: str, ours: str, inner: str, dense: bool) -> Iterator[Placed]:
+    """One transformer block. ours: the name that its balance bias goes by; inner: the rest of its parameters' prefix."""
+    here = f"master.{ours}.{inner}"
+    yield _same(f"{theirs}input_layernorm.weight", f"{here}attention_norm.weight", (model.hidden,))
+    yield from _attention(model, f"{theirs}self_attn.", f"{here}attention.")
+    yield _same(f"{theirs}post_attention_layernorm.weight", f"{here}ffn_norm.weight", (model.hidden,))
+    if dense:
+        yield from _ffn(model.hidden, model.dense_width, f"{theirs}mlp.", f"{here}ffn.")
+        return
+    yield _same(f"{theirs}mlp.gate.weight", f"{here}moe.router.weight", (model.experts, model.hidden))
+    yield _same(f"{theirs}mlp.gate.e_score_correction_bias", f"bias.{ours}", (model.experts,))
+    yield from _experts(model, f"{theirs}mlp.experts.", f"{here}moe.experts.")
+    if model.shared_experts:
+        width = model.shared_experts * model.expert_width
+        yield from _ffn(model.hidden, width, f"{theirs}mlp.shared_experts.", f"{here}moe.shared.")
+
+
+def _attention(model: Model, theirs: str, ours: str) -> Iterator[Placed]:
+    width, heads = model.hidden, model.heads
+    queries = heads * (model.nope_head_dim + model.rope_head_dim)
+    if model.q_rank is None:
+        yield _same(f"{theirs}q_proj.weight", f"{ours}q.weight", (queries, width), fp8=True)
+    else:
+        yield _same(f"{theirs}q_a_proj.weight", f"{ours}q_down.weight", (model.q_rank, width), fp8=True)
+        yield _same(f"{theirs}q_a_layernorm.weight", f"{ours}q_norm.weight", (model.q_rank,))
+        yield _same(f"{theirs}q_b_proj.weight", f"{ours}q_up.weight", (queries, model.q_rank), fp8=True)
+    down = model.kv_rank + model.rope_head_dim, width
+    up = heads * (model.nope_head_dim + model.v_head_dim), model.kv_rank
+    yield _same(f"{theirs}kv_a_proj_with_mqa.weight", f"{ours}kv_down.weight", down, fp8=True)
+    yield _same(f"{theirs}kv_a_layernorm.weight", f"{ours}kv_norm.weight", (model.kv_rank,))
+    yield _same(f"{theirs}kv_b_proj.weight", f"{ours}kv_up.weight", up, fp8=True)
+    yield _same(f"{theirs}o_proj.weight", f"{ours}out.weight", (width, heads * model.v_head_dim), fp8=True)
+
+
+def _ffn(width: int, inner: int, theirs: str, ours: str) -> Iterator[Placed]:
+    """A dense or shared FFN: our w13 holds the gate's rows, then those of up."""
+    half, stacked = (inner, width), (2 * inner, width)
+    for number, name in enumerate(("gate_proj", "up_proj")):
+        yield Placed(f"{theirs}{name}.weight", half, f"{ours}w13.weight", number * inner * width, stacked, fp8=True)
+    yield _same(f"{theirs}down_proj.weight", f"{ours}w2.weight", (width, inner), fp8=True)
+
+
+def _experts(model: Model, theirs: str, ours: str) -> Iterator[Placed]:
+    """The routed experts: w13 (E, 2F, D) and w2 (E, D, F)."""
+    width, inner, experts = model.hidden, model.expert_width, model.experts
+    matrix = inner * width
+    for index in range(experts):
+        for number, name in enumerate(("gate_proj", "up_proj")):
+            start, whole = (2 * index + number) * matrix, (experts, 2 * inner, width)
+            yield Placed(f"{theirs}{index}.{name}.weight", (inner, width), f"{ours}w13", start, whole, fp8=True)
+        whole = experts, width, inner
+        yield Placed(f"{theirs}{index}.down_proj.weight", (width, inner), f"{ours}w2", index * matrix, whole, fp8=True)
+
+
+def _mtp(model: Model, theirs: str, ours: str) -> Iterator[Placed]:
+    width, table = model.hidden, (model.vocab_size, model.hidden)
+    embedding = _same(f"{theirs}embed_tokens.weight", "master.embedding.weight", table)
+    yield replace(embedding, copy=True)
+    yield _same(f"{theirs}enorm.weight", f"master.{ours}.embedding_norm.weight", (width,))
+    yield _same(f"{theirs}hnorm.weight", f"master.{ours}.hidden_norm.weight", (width,))
+    yield _same(f"{theirs}eh_proj.weight", f"master.{ours}.projection.weight", (width, 2 * width))
+    yield from _block(model, theirs, ours, "block.", dense=False)
+    yield _same(f"{theirs}shared_head.norm.weight", f"master.{ours}.norm.weight", (width,))
+    head = _same(f"{theirs}shared_head.head.weight", "master.head.weight", table)
+    yield replace(head, copy=True)

@@ -1,0 +1,129 @@
+"""From a folder of safetensors into live shards: each rank reads the rows that its own elements lie in, nothing else.
+
+Their tensors are intervals of ours (see names.py), and so is what a rank holds of ours, whatever ZeRO, experts and
+pipelines make of it. The intersections say which rows to read. Rows pass through memory a few at a time, and one file is
+open at a time: the system maps it, so that at most one file counts to this process beside its own weights.
+"""
+
+from bisect import bisect_right
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from parallel.shard import Shard
+from train.hf.blocks import dequantize
+from train.hf.config import BLOCK
+from train.hf.folder import FP8, Folder
+from train.hf.names import SCALE, Placed
+
+CHUNK = 1 << 23
+"""Elements that are converted at a time, about: 32 MB in fp32."""
+
+
+@dataclass
+class Part:
+    """What one wanted shard takes of one of their tensors."""
+
+    placed: Placed
+    start: int
+    """First element, in the flattened tensor of theirs."""
+    target: Tensor
+    """The memory to fill, or for a copy to compare with."""
+
+
+def fill(folder: Folder, placed: list[Placed], wanted: dict[str, Shard]) -> int:
+    """Fill every wanted shard with the folder's values, dequantised and, for shards of another type, rounded to it.
+
+    placed: from `match`. Returns the bytes read. Raises UserError where a value is not finite, or where an MTP module's
+    copy of embedding or head is not the same as the original.
+    """
+    reader = _Reader(folder)
+    originals = _parts([each for each in placed if not each.copy], wanted)
+    filled = sum(part.target.numel() for part in originals)
+    assert filled == sum(shard.local.numel() for shard in wanted.values()), "match() leaves no holes"
+    for part, start, values in reader.values(originals):
+        if not torch.isfinite(values).all():
+            raise folder.refuse(f"{part.placed.theirs} holds values that are not finite", "give other weights")
+        part.target[start : start + values.numel()].copy_(values)
+    for part, start, values in reader.values(_parts([each for each in placed if each.copy], wanted)):
+        original = part.target[start : start + values.numel()]
+        if not torch.equal(original, values.to(original.dtype)):
+            raise folder.refuse(
+                f"{part.placed.theirs} must be a copy of {part.placed.ours.removeprefix('master.')}: here the main model "
+                "and its MTP modules have one",
+                "set model.mtp_depth=0 to do without the MTP modules",
+            )
+    return reader.bytes
+
+
+def _parts(placed: list[Placed], wanted: dict[str, Shard]) -> list[Part]:
+    """Intersections of their tensors with the wanted shards, by file."""
+    by_name: dict[str, list[Placed]] = {}
+    for each in placed:
+        by_name.setdefault(each.ours, []).append(each)
+    found = []
+    for name, shard in wanted.items():
+        theirs = sorted(by_name.get(name, ()), key=lambda each: each.start)
+        assert all(each.whole == tuple(shard.shape) for each in theirs), name
+        stop = shard.offset + shard.local.numel()
+        first = max(0, bisect_right([each.start for each in theirs], shard.offset) - 1)
+        for each in theirs[first:]:
+            low, high = max(each.start, shard.offset), min(each.start + each.count, stop)
+            if low < high:
+                target = shard.local.detach()[low - shard.offset : high - shard.offset]
+                found.append(Part(each, low - each.start, target))
+    return found
+
+
+class _Reader:
+    """Reads rows and counts the bytes."""
+
+    def __init__(self, folder: Folder):
+        self.folder, self.bytes = folder, 0
+
+    def values(self, parts: list[Part]) -> Iterable[tuple[Part, int, Tensor]]:
+        """(part, first element in its target, values) a few rows at a time, every file opened once."""
+        by_file: dict[str, list[Part]] = {}
+        for part in parts:
+            by_file.setdefault(self.folder.stored[part.placed.theirs].file, []).append(part)
+        for file, here in sorted(by_file.items()):
+            with safe_open(self.folder.path / file, framework="pt") as opened:
+                for part in here:
+                    yield from self._rows(opened, part)
+
+    def _rows(self, opened, part: Part) -> Iterable[tuple[Part, int, Tensor]]:
+        shape = part.placed.shape
+        width = shape[1] if len(shape) == 2 else 1
+        stop = part.start + part.target.numel()
+        step = max(1, CHUNK // width // BLOCK) * BLOCK
+        for row in range(part.start // width, -(-stop // width), step):
+            end = min(row + step, -(-stop // width))
+            flat = self._read(opened, part.placed.theirs, row, end).flatten()
+            low, high = max(part.start, row * width), min(stop, end * width)
+            yield part, low - part.start, flat[low - row * width : high - row * width]
+
+    def _read(self, opened, name: str, row: int, end: int) -> Tensor:
+        """Rows [row, end) in fp32, exact."""
+        tensor = opened.get_slice(name)[row:end]
+        self.bytes += tensor.nbytes
+        if self.folder.stored[name].dtype != FP8:
+            return tensor.float()
+        first = row // BLOCK
+        scale = self._scale(opened, name)[first : -(-end // BLOCK)]
+        above = row - first * BLOCK  # rows of the first block that are not read
+        padded = torch.nn.functional.pad(tensor.view(torch.uint8), (0, 0, above, 0)).view(tensor.dtype)
+        return dequantize(padded, scale)[above:]
+
+    def _scale(self, opened, name: str) -> Tensor:
+        """All scales of a weight, which may lie in another file."""
+        name, stored = name + SCALE, self.folder.stored
+        if stored[name].file == stored[name.removesuffix(SCALE)].file:
+            scale = opened.get_tensor(name)
+        else:
+            with safe_open(self.folder.path / stored[name].file, framework="pt") as other:
+                scale = other.get_tensor(name)
+        self.bytes += scale.nbytes
+        return scale.float()
