@@ -5,13 +5,16 @@ import os
 import random
 import shutil
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
 import pytest
 
 from conf.errors import EXIT_DIVERGED, EXIT_STOPPED, EXIT_USER
-from tests.small import metrics, start, train, trajectory
+from conf.schema import ROOT
+from tests.small import arguments, environment, metrics, start, train, trajectory
 from train.checkpoint.manifest import newest_intact, verify
 from train.metrics.names import SCALARS
 
@@ -183,6 +186,22 @@ def test_a_rank_that_dies_or_hangs_is_named(tmp_path, number, words):
         assert process.returncode == 1 and words in output, output
     finally:
         process.kill()  # its ranks die with it
+
+
+def test_ranks_of_torchrun_train_like_ranks_of_one_command(unbroken):
+    tmp_path, _ = unbroken
+    layout = ["parallel.dp=2", "parallel.ep=2"]
+    assert train(tmp_path, *layout, "name=children").returncode == 0
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "train"]
+    command = [*torchrun, *arguments(tmp_path, *layout, "name=torchrun")]
+    done = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("Checkpoint") == 1  # one rank speaks
+    assert trajectory(tmp_path, "torchrun") == trajectory(tmp_path, "children")
+    wrong = subprocess.run(
+        [*command[:-1], "parallel.dp=4"], cwd=ROOT, env=environment(), capture_output=True, text=True
+    )
+    assert wrong.returncode != 0 and "must equal WORLD_SIZE = 2" in wrong.stderr
 
 
 def test_metrics_lines_are_json_without_nan(unbroken):
