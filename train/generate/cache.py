@@ -65,7 +65,10 @@ class LatentCache:
     def __init__(self, config: Model, layers: int, starts: list[int], dtype: torch.dtype, device: torch.device):
         self.starts, self.lengths = list(starts), [0] * len(starts)
         width = config.kv_rank + config.rope_head_dim
-        self._layers = [torch.empty(len(starts), FIRST_COLUMNS, width, dtype=dtype, device=device) for _ in range(layers)]
+        # Zeros: columns that a shorter row has not written yet count as 0, and 0 times what memory held may be NaN.
+        self._layers = [
+            torch.zeros(len(starts), FIRST_COLUMNS, width, dtype=dtype, device=device) for _ in range(layers)
+        ]
 
     @property
     def nbytes(self) -> int:
@@ -111,6 +114,6 @@ class LatentCache:
         if columns <= held:
             return
         for layer, old in enumerate(self._layers):  # one after the other: only one layer is in memory twice
-            new = old.new_empty(old.size(0), max(columns, 2 * held), old.size(2))
+            new = old.new_zeros(old.size(0), max(columns, 2 * held), old.size(2))
             new[:, :held] = old
             self._layers[layer] = new

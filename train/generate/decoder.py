@@ -64,7 +64,9 @@ class Decoder:
         slots = cache.slots(count)
         return slots, self._rope.table(slots.ends[-1], self.device)[slots.positions_N()]
 
-    def _block(self, block: Block, x_BTD: Tensor, cache: LatentCache, layer: int, slots: Slots, table: Tensor) -> Tensor:
+    def _block(
+        self, block: Block, x_BTD: Tensor, cache: LatentCache, layer: int, slots: Slots, table: Tensor
+    ) -> Tensor:
         x_BTD = x_BTD + self._attend(block.attention, block.attention_norm(x_BTD), cache, layer, slots, table)
         normed_BTD = block.ffn_norm(x_BTD)
         if hasattr(block, "moe"):

@@ -1,0 +1,206 @@
+"""Tokens for a batch of prompts: prefill, then one token a step, or with drafts up to 1 + K.
+
+Prompts are padded on the left. A row ends at an end token, at its number of tokens, or at the end of the context, and
+leaves the batch then. The first token of a row follows its whole prompt; each later step feeds the last token (and the
+drafts behind it), so the cache is always one token short of the text.
+
+Shapes: B rows, T tokens, L = 1 + K tokens of a step, K drafts (0 without speculation), D width, V vocabulary.
+"""
+
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from enum import Enum
+
+import torch
+from torch import Tensor
+
+from conf.errors import UserError
+from train.generate.decoder import Decoder
+from train.generate.drafter import Drafter
+from train.generate.sampling import Sampler, draw, uniforms, verify
+
+
+class End(Enum):
+    """Why a text ended."""
+
+    document = "the document ended"
+    tokens = "the number of tokens is reached"
+    context = "the context is full"
+
+
+@dataclass(frozen=True)
+class Limits:
+    """When a text ends."""
+
+    tokens: int
+    """Tokens of one text, at most."""
+    context: int
+    """Tokens of prompt and text together, at most."""
+    end_id: int
+    """Token that ends a text."""
+
+
+@dataclass
+class Counts:
+    """What a generation took."""
+
+    prefill_seconds: float = 0.0
+    decode_seconds: float = 0.0
+    decoded: int = 0
+    """Tokens after the first of every row."""
+    row_steps: int = 0
+    """Steps times rows that were in them."""
+    accepted: int = 0
+    """Drafts that the model itself would have drawn."""
+    drafted: int = 0
+
+
+@dataclass
+class _Row:
+    index: int
+    """Of its prompt."""
+    room: int
+    """Tokens that may still come."""
+    full: End
+    """What it means when there is no room left."""
+    generator: torch.Generator
+    tokens: list[int] = field(default_factory=list)
+    end: End | None = None
+
+
+class Generation:
+    """One batch. Iterate over `steps` once; `tokens`, `ends` and `counts` grow meanwhile."""
+
+    def __init__(
+        self,
+        decoder: Decoder,
+        prompts: list[list[int]],
+        sampler: Sampler,
+        limits: Limits,
+        *,
+        seed: int,
+        speculative: bool = False,
+    ):
+        """Raises UserError for a prompt that leaves no room in the context. The seed is that of every row.
+
+        speculative: let the MTP modules draft; the model has some.
+        """
+        assert prompts and all(prompts), "a prompt has at least the token that starts a document"
+        self._decoder, self._sampler, self._limits = decoder, sampler, limits
+        self._prompts = prompts
+        self._rows = [_row(index, prompt, limits, seed) for index, prompt in enumerate(prompts)]
+        self._live = list(self._rows)
+        starts = [max(map(len, prompts)) - len(prompt) for prompt in prompts]
+        self._cache = decoder.new_cache(starts)
+        self._drafter = Drafter(decoder, sampler, starts) if speculative else None
+        self.drafts = decoder.config.mtp_depth if speculative else 0
+        """Drafts of a step."""
+        self.counts = Counts()
+
+    @property
+    def tokens(self) -> list[list[int]]:
+        """Tokens so far for each prompt, without the end token."""
+        return [row.tokens for row in self._rows]
+
+    @property
+    def ends(self) -> list[End | None]:
+        """Why each text ended; None while it goes on."""
+        return [row.end for row in self._rows]
+
+    @torch.inference_mode()
+    def steps(self) -> Iterator[dict[int, list[int]]]:
+        """New tokens by prompt, step after step."""
+        began = time.perf_counter()
+        hidden_BTD, tokens_BT = self._prefill()
+        counts = [tokens_BT.size(1)] * len(self._live)
+        new = tokens_BT[:, -1:].tolist()
+        self.counts.prefill_seconds = time.perf_counter() - began
+        while True:
+            yield self._emit(new)
+            began = time.perf_counter()
+            going = [place for place, row in enumerate(self._live) if row.end is None]
+            if not going:
+                return
+            if len(going) < len(self._live):
+                hidden_BTD, tokens_BT, counts = hidden_BTD[going], tokens_BT[going], [counts[place] for place in going]
+                self._keep(going)
+            hidden_BTD, tokens_BT, counts = self._step(hidden_BTD, tokens_BT, counts)
+            new = [row[:count] for row, count in zip(tokens_BT.tolist(), counts, strict=True)]
+            self.counts.decode_seconds += time.perf_counter() - began
+
+    def _prefill(self) -> tuple[Tensor, Tensor]:
+        """States of all columns (B, T, D), and the token behind each (B, T): the last column's is the first new one."""
+        length = max(map(len, self._prompts))
+        padded = [[prompt[0]] * (length - len(prompt)) + prompt for prompt in self._prompts]
+        tokens_BT = torch.tensor(padded, device=self._decoder.device)
+        hidden_BTD = self._decoder.hidden(tokens_BT, self._cache)
+        self._cache.commit([length] * len(padded))
+        p_BV = self._sampler.probabilities(self._decoder.logits(hidden_BTD[:, -1]))
+        first_B = draw(p_BV, self._uniforms(1)[:, 0])
+        return hidden_BTD, torch.cat([tokens_BT[:, 1:], first_B.unsqueeze(1)], 1)
+
+    def _step(self, hidden_BTD: Tensor, tokens_BT: Tensor, counts: list[int]) -> tuple[Tensor, Tensor, list[int]]:
+        """From the states, following tokens and numbers of positions that the last step made sure, those of this step."""
+        last = torch.tensor(counts, device=tokens_BT.device).unsqueeze(1) - 1
+        inputs_BL = tokens_BT.gather(1, last)
+        u_BX = self._uniforms(2 * self.drafts + 1)  # for the drafts, for their tests, for the token behind them
+        if self._drafter is not None:
+            drafts_BK, q_BKV = self._drafter.draft(hidden_BTD, tokens_BT, counts, u_BX[:, : self.drafts])
+            inputs_BL = torch.cat([inputs_BL, drafts_BK], 1)
+        hidden_BLD = self._decoder.hidden(inputs_BL, self._cache)
+        p_BLV = self._sampler.probabilities(self._decoder.logits(hidden_BLD))
+        if self._drafter is None:
+            following_BL = draw(p_BLV[:, 0], u_BX[:, 0]).unsqueeze(1)
+            counts = [1] * len(counts)
+        else:
+            accepted_B, next_B = verify(drafts_BK, q_BKV, p_BLV, u_BX[:, self.drafts :])
+            following_BL = torch.cat([drafts_BK, next_B.unsqueeze(1)], 1).scatter_(
+                1, accepted_B.unsqueeze(1), next_B.unsqueeze(1)
+            )
+            counts = (accepted_B + 1).tolist()
+            self.counts.accepted += sum(counts) - len(counts)
+            self.counts.drafted += self.drafts * len(counts)
+        self._cache.commit(counts)
+        self.counts.row_steps += len(counts)
+        return hidden_BLD, following_BL, counts
+
+    def _emit(self, new: list[list[int]]) -> dict[int, list[int]]:
+        """Take tokens into the live rows until each ends."""
+        found = {}
+        for row, ids in zip(self._live, new, strict=True):
+            before = len(row.tokens)
+            for token in ids:
+                if token == self._limits.end_id:
+                    row.end = End.document
+                    break
+                row.tokens.append(token)
+                row.room -= 1
+                if row.room == 0:
+                    row.end = row.full
+                    break
+            found[row.index] = row.tokens[before:]
+            self.counts.decoded += len(row.tokens) - before if before else 0
+        return found
+
+    def _keep(self, places: list[int]) -> None:
+        self._live = [self._live[place] for place in places]
+        self._cache.keep(places)
+        if self._drafter is not None:
+            self._drafter.keep(places)
+
+    def _uniforms(self, count: int) -> Tensor:
+        return uniforms([row.generator for row in self._live], count, self._decoder.device)
+
+
+def _row(index: int, prompt: list[int], limits: Limits, seed: int) -> _Row:
+    room = limits.context - len(prompt)
+    if room <= 0:
+        raise UserError(
+            "generate.prompt",
+            f"{len(prompt)} tokens",
+            f"must be shorter than the model's context of {limits.context} tokens",
+            "shorten the prompt, or take a model that was trained on longer sequences (seq_len)",
+        )
+    full = End.context if room < limits.tokens else End.tokens
+    return _Row(index, min(room, limits.tokens), full, torch.Generator().manual_seed(seed))
