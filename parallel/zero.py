@@ -29,6 +29,9 @@ from parallel.shard import Shard
 from parallel.zero3 import ShardedWeights, find_units, stage3_config
 from parallel.zero12 import WholeWeights
 
+BUCKET_ELEMENTS = 50_000_000
+"""Gradients that are reduced together, at most."""
+
 
 @dataclass
 class Update:
@@ -199,7 +202,7 @@ def _config(stage: int, clip: float, dtype: torch.dtype, elements: int) -> dict:
             "stage": stage,
             "contiguous_gradients": True,  # false sums experts over the wrong group without a word
             "overlap_comm": False,
-            "reduce_bucket_size": min(elements, 50_000_000),
+            "reduce_bucket_size": min(elements, BUCKET_ELEMENTS),
         },
     }
     if dtype == torch.bfloat16:

@@ -1,0 +1,239 @@
+"""Dispatchers without peers: the real ones, with an all-to-all that returns what the peers would have sent.
+
+One rank of a large job runs alone, for a plan (on the meta device) or for a dry run. Its own tokens are routed by the
+real router; how many messages and rows come back is prescribed by a `Load`, and their values are copies of this rank's
+own. Encoding, copies, gathers, sums and everything autograd keeps are those of the real dispatcher.
+
+Shapes: T tokens of this rank, K experts per token, P peers, M messages that arrive, R rows, L experts of this rank.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from types import SimpleNamespace
+
+import torch
+from torch import Tensor
+
+from parallel.expert.all_to_all import AllToAllDispatcher
+from parallel.expert.counters import Traffic
+from parallel.expert.deep_ep import DeepEPDispatcher
+from parallel.expert.dispatcher import ChainDispatcher, Plan
+from parallel.expert.link import Link, Transfer
+from parallel.expert.node_limited import NodeLimitedDispatcher
+from parallel.expert.permute import FanOut, fan_out, sort_entries
+from parallel.expert.wire import Wire
+
+
+@dataclass(frozen=True)
+class Group:
+    """An expert-parallel group that is not there."""
+
+    ranks: int
+    ranks_per_node: int
+    experts: int
+    top_k: int
+    groups: int
+    """Expert groups of the router, of which a token reaches top_groups."""
+    top_groups: int
+
+    def reached(self, units: int) -> float:
+        """Expected number of units, equal runs of experts, in which a token has an expert; experts equally likely.
+
+        A token's K experts are any K of those in its top_groups groups.
+        """
+        experts_per_unit, experts_per_group = self.experts // units, self.experts // self.groups
+        open_experts = experts_per_group * self.top_groups
+        if experts_per_unit <= experts_per_group:
+            chance = self.top_groups / self.groups
+            return units * chance * _some(open_experts, experts_per_unit, self.top_k)
+        inside = experts_per_unit // experts_per_group  # groups of a unit; how many of them are open varies
+        ways = math.comb(self.groups, self.top_groups)
+        return units * sum(
+            math.comb(inside, opened)
+            * math.comb(self.groups - inside, self.top_groups - opened)
+            / ways
+            * _some(open_experts, opened * experts_per_group, self.top_k)
+            for opened in range(min(inside, self.top_groups) + 1)
+        )
+
+
+def _some(experts: int, here: int, top_k: int) -> float:
+    """Chance that some of top_k different experts out of `experts` is among `here` of them."""
+    return 1 - math.comb(experts - here, top_k) / math.comb(experts, top_k)
+
+
+@dataclass(frozen=True)
+class Load:
+    """Rows of every local expert in one dispatch, L numbers: what the router of all peers sent here."""
+
+    rows_L: tuple[int, ...]
+
+    @classmethod
+    def even(cls, tokens: int, group: Group, factor: float = 1.0) -> "Load":
+        """factor: rows of this rank over those of the mean rank."""
+        local = group.experts // group.ranks
+        rows = round(tokens * group.ranks * group.top_k / group.experts * local * factor)
+        return cls(tuple(split_evenly(rows, local)))
+
+
+def split_evenly(total: int, parts: int) -> list[int]:
+    """Whole numbers that differ by at most 1 and sum to total."""
+    return [total * (i + 1) // parts - total * i // parts for i in range(parts)]
+
+
+class StandInLink(Link):
+    """What arrives is made of what is sent, row by row, again and again."""
+
+    def __init__(self, nodes_P: Sequence[int], on_wait: Callable[[], None] = lambda: None):
+        """on_wait: called before each wait for an exchange."""
+        self.group, self.size, self.rank, self._on_wait = None, len(nodes_P), 0, on_wait
+        self._across_P = [node != nodes_P[0] for node in nodes_P]
+
+    def start(self, rows_CX: Tensor, sent_P: Sequence[int], received_P: Sequence[int], traffic: Traffic) -> Transfer:
+        rows_CX = rows_CX.contiguous()
+        rows_RX = rows_CX.new_empty(sum(received_P), rows_CX.shape[1])
+        for first in range(0, len(rows_RX) if len(rows_CX) else 0, len(rows_CX)):
+            part = rows_RX[first : first + len(rows_CX)]
+            part.copy_(rows_CX[: len(part)])
+        self._count(rows_CX.shape[1] * rows_CX.element_size(), sent_P, traffic)
+        return _Arrival(rows_CX, rows_RX, self._on_wait)
+
+
+class _Arrival(Transfer):
+    def __init__(self, sent: Tensor, received: Tensor, on_wait: Callable[[], None]):
+        super().__init__(sent, received, None, Traffic())
+        self._on_wait = on_wait
+
+    def wait(self) -> Tensor:
+        self._on_wait()
+        return super().wait()
+
+
+class FlatStandIn(AllToAllDispatcher):
+    """`AllToAllDispatcher` of a rank alone."""
+
+    def __init__(self, group: Group, wire: Wire, load: Load, on_wait: Callable[[], None] = lambda: None):
+        link = StandInLink([rank // group.ranks_per_node for rank in range(group.ranks)], on_wait)
+        ChainDispatcher.__init__(self, [link], wire)
+        self.experts, self.load = group.experts, load
+
+    def _plan(self, expert_ids_TK: Tensor) -> Plan:
+        ranks, rows_L, device = self.links[0].size, self.load.rows_L, expert_ids_TK.device
+        sent = split_evenly(expert_ids_TK.numel(), ranks)
+        arriving_PL = torch.tensor([split_evenly(rows, ranks) for rows in rows_L]).t()
+        expert_R = torch.arange(len(rows_L)).repeat(ranks).repeat_interleave(arriving_PL.flatten()).to(device)
+        counts_E = torch.tensor(rows_L, device=device)
+        fans = [sort_entries(expert_ids_TK), sort_entries(expert_R[:, None])]
+        return Plan([sent], [arriving_PL.sum(1).tolist()], sum(rows_L), counts_E, expert_ids_TK, fans)
+
+
+class NodeLimitedStandIn(NodeLimitedDispatcher):
+    """`NodeLimitedDispatcher` of a rank alone: as many messages arrive as leave, but for the rows of `load`."""
+
+    def __init__(self, group: Group, wire: Wire, load: Load, on_wait: Callable[[], None] = lambda: None):
+        nodes = group.ranks // group.ranks_per_node
+        first, second = (on_wait, lambda: None) if nodes > 1 else (lambda: None, on_wait)
+        self.inter, self.intra = StandInLink(range(nodes), first), StandInLink([0] * group.ranks_per_node, second)
+        links = [link for link in (self.inter, self.intra) if link.size > 1] or [self.intra]
+        ChainDispatcher.__init__(self, links, wire)
+        self.experts, self.load = group.experts, load
+        self.per_rank, self.per_node = group.experts // group.ranks, group.experts // nodes
+        reached = {self.inter: group.reached(nodes), self.intra: group.reached(group.ranks)}
+        self._per_token = [reached[link] for link in links]
+
+    def _plan(self, expert_ids_TK: Tensor) -> Plan:
+        tokens, device = len(expert_ids_TK), expert_ids_TK.device
+        totals = [max(1, round(tokens * per_token)) for per_token in self._per_token]
+        sent = [split_evenly(total, link.size) for total, link in zip(totals, self.links, strict=True)]
+        # As many arrive as leave, but that the last hop brings more where this rank's experts are wanted more.
+        rows_L = self.load.rows_L
+        arriving = max(1, round(totals[-1] * sum(rows_L) / expert_ids_TK.numel()), *rows_L)
+        received = [*sent[:-1], split_evenly(arriving, self.links[-1].size)]
+        counts_E = torch.tensor(rows_L, device=device)
+        return Plan(sent, received, sum(rows_L), counts_E, expert_ids_TK, [_fan(sent[0], tokens, device)])
+
+    def _learn(self, plan: Plan, side_MX: Tensor) -> None:
+        messages = len(side_MX)
+        if len(plan.fans) < len(self.links):
+            plan.fans.append(_fan(plan.sent[1], messages, side_MX.device))
+            return
+        rows = _fan(self.load.rows_L, messages, side_MX.device)
+        plan.fans.append(rows)
+        plan.entry_of_row = rows.source_C * plan.ids_TK.shape[1]
+
+
+def _fan(copies_N: Sequence[int], sources: int, device: torch.device) -> FanOut:
+    """A FanOut with so many copies for every target, taken from the sources in turn."""
+    hits_SN = torch.zeros(sources, len(copies_N), dtype=torch.bool, device=device)
+    first = 0
+    for target, copies in enumerate(copies_N):
+        assert copies <= sources, f"{copies} copies of {sources} different messages"
+        hits_SN[first : first + copies, target] = True
+        hits_SN[: max(0, first + copies - sources), target] = True
+        first = (first + copies) % sources
+    return fan_out(hits_SN, sum(copies_N))
+
+
+class DeepEPStandIn(DeepEPDispatcher):
+    """`DeepEPDispatcher` over a Buffer of our own."""
+
+    def __init__(self, group: Group, wire: Wire, load: Load, on_wait: Callable[[], None] = lambda: None):
+        """on_wait is never called: DeepEP is waited for at once."""
+        self._deep_ep = SimpleNamespace(topk_idx_t=torch.int64)
+        self.experts, self.wire, self.local = group.experts, wire, group.experts // group.ranks
+        self.buffer = _Buffer(load, group.reached(group.ranks), group.top_k)
+        self.counters = None
+
+
+class _Buffer:
+    """`deep_ep.Buffer` as its documentation gives it, with copies of this rank's own rows as arrivals."""
+
+    def __init__(self, load: Load, per_token: float, top_k: int):
+        self._load, self._per_token, self._top_k = load, per_token, top_k
+
+    def get_dispatch_layout(self, ids_TK: Tensor, experts: int):
+        return None, None, None, None, None
+
+    def dispatch(self, x, handle=None, topk_idx=None, topk_weights=None, **layout):
+        parts = x if isinstance(x, tuple) else (x,)
+        tokens, rows_L = len(parts[0]), self._load.rows_L
+        messages = max(1, round(self._per_token * sum(rows_L) / self._top_k), *rows_L)
+        received = tuple(_cycle(part, messages) for part in parts)
+        received = received if isinstance(x, tuple) else received[0]
+        if handle is not None:
+            return received, None, None, None, None, None
+        entries, counts = topk_idx.shape[1], list(self._load.rows_L)
+        ids_MK = topk_idx.new_full((messages, entries), -1)
+        first = 0
+        for expert, rows in enumerate(counts):
+            assert rows <= messages, f"{rows} rows of {messages} messages"
+            column = expert % entries
+            ids_MK[first : first + rows, column] = expert
+            ids_MK[: max(0, first + rows - messages), column] = expert
+            first = (first + rows) % messages
+        return received, ids_MK, _cycle(topk_weights, messages), counts, tokens, None
+
+    def combine(self, x_MD: Tensor, handle: int, topk_weights: Tensor | None = None):
+        """handle: the number of this rank's tokens."""
+        return _cycle(x_MD, handle), None if topk_weights is None else _cycle(topk_weights, handle), None
+
+
+def _cycle(x_SX: Tensor, rows: int) -> Tensor:
+    """So many rows, from the first again where x has fewer."""
+    out_RX = x_SX.new_empty(rows, *x_SX.shape[1:])
+    for first in range(0, rows, max(1, len(x_SX))):
+        part = out_RX[first : first + len(x_SX)]
+        part.copy_(x_SX[: len(part)])
+    return out_RX
+
+
+def build_stand_in(
+    name: str, group: Group, wire: Wire, load: Load, on_wait: Callable[[], None] = lambda: None
+) -> FlatStandIn | NodeLimitedStandIn | DeepEPStandIn:
+    """The stand-in of the dispatcher of this name: flat, node_limited or deepep.
+
+    on_wait: called before each wait for the exchange at the source's end, where an overlapped pair changes lanes.
+    """
+    kinds = {"flat": FlatStandIn, "node_limited": NodeLimitedStandIn, "deepep": DeepEPStandIn}
+    return kinds[name](group, wire, load, on_wait)

@@ -1,0 +1,161 @@
+"""How much memory every rank of a run will need: its state, and the schedule walked through action by action.
+
+    state       weights, master weights and moments, in DeepSpeed's groups and shards (weights.py)
+    schedule    torch's own action list of the rank (walk.py); what passes take and keep comes from the model's own code,
+                run on the meta device (trace.py, chunk.py)
+    reduction   gradients reduced, sharded and applied at the end of the step (reduction.py)
+
+The largest of all moments is the peak, and what is alive then is listed by item. Ranks with the same place in the pipeline
+are alike, but for the rows that reach their experts: `plan.imbalance` says by how much the busiest exceeds the mean.
+"""
+
+from collections import Counter
+from dataclasses import dataclass
+from functools import lru_cache
+
+from conf.schema import Config
+from parallel.expert.stand_in import Group, Load
+from parallel.pipeline.simulate import Action, schedule_actions
+from parallel.pipeline.split import stage_placement
+from train.parallelize import split
+from train.plan.chunk import Parts, chunk_of
+from train.plan.reduction import Reduction
+from train.plan.step import layout_of
+from train.plan.trace import Frozen, Scene
+from train.plan.walk import Peak, StagePlan, Walk
+from train.plan.weights import FP32, Shards, needs_table, part_weights, rank_weights, shards
+
+
+@dataclass(frozen=True)
+class RankMemory:
+    """The peak of the ranks at one place of the pipeline. Bytes."""
+
+    pp_rank: int
+    layers: list[range]
+    """Of its stages, in order of stages."""
+    items: dict[str, int]
+    """What is alive at the peak: weights, master, moments, gradients, activations (with hidden states inside stages),
+    dispatch, logits, in_flight (hidden states and gradients between stages), reduction, workspace, buffers; items that are
+    0 are left out."""
+    peak_bytes: int
+    """Sum of the items."""
+    peak_event: str
+    """What runs at the peak."""
+    in_flight: int
+    """Micro-batches that wait for their backward when the schedule is at its highest, over all stages of the rank."""
+
+
+def plan_memory(config: Config) -> list[RankMemory]:
+    """One entry per pipeline rank. Runs on the meta device: needs no memory of the size of the model."""
+    pp = config.parallel.pp
+    return [rank_memory(config, pp_rank, scene_of(config)) for pp_rank in range(pp)]
+
+
+def rank_memory(config: Config, pp_rank: int, scene: Scene) -> RankMemory:
+    """The entry of one pipeline rank under a scene."""
+    chunks, layers = chunk_parts(config)[pp_rank], _layers(config)[pp_rank]
+    groups = shards(config, rank_weights(config, list(chunks.values())))
+    state = state_items(config, groups)
+    schedule = _walk(config, pp_rank, chunks, scene)
+    reduction = Reduction(config, groups, 0, scene.kind)
+    reduced, updated = reduction.peaks()
+    moments = [
+        schedule,
+        Peak(reduced, Counter(reduction=reduced), "reduction of gradients"),
+        Peak(updated, Counter(reduction=updated), "update of weights"),
+    ]
+    peak = max(moments, key=lambda moment: moment.total)
+    items = {name: size for name, size in (state + peak.items).items() if size}
+    return RankMemory(pp_rank, layers, items, sum(items.values()), peak.event, schedule.in_flight)
+
+
+def scene_of(config: Config, rows: tuple[int, ...] | None = None) -> Scene:
+    """What all passes of a run have in common. rows: of each local expert, instead of an even load."""
+    model, parallel = config.model, config.parallel
+    layout = layout_of(config)
+    if rows is None:
+        group = Group(parallel.ep, 1, model.experts, model.top_k, model.groups, model.top_groups)
+        factor = config.plan.imbalance if parallel.ep > 1 else 1.0
+        rows = Load.even(config.micro_batch_size * config.seq_len, group, factor).rows_L
+    return Scene(
+        Frozen(model),
+        Frozen(config.precision),
+        device_kind(config),
+        config.seq_len,
+        config.micro_batch_size,
+        parallel.dispatch if parallel.ep > 1 else "local",
+        parallel.wire if parallel.ep > 1 else "bf16",
+        parallel.ep,
+        layout.ep_ranks_per_node,
+        rows,
+    )
+
+
+def device_kind(config: Config) -> str:
+    """cpu or cuda: that of the description, or of this machine where there is none."""
+    if config.hardware.name is not None:
+        return "cpu" if config.hardware.device == "cpu" else "cuda"
+    if config.cluster.device == "auto":
+        import torch
+
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    return config.cluster.device
+
+
+def chunk_parts(config: Config) -> list[dict[int, Parts]]:
+    """For every pipeline rank the parts of its stages."""
+    placement = stage_placement(config.parallel.schedule, config.parallel.pp)
+    last, dense = sum(map(len, placement)) - 1, config.model.dense_layers
+    layers = split(config, last + 1)
+
+    def parts(stage: int) -> Parts:
+        blocks = ["dense" if index < dense else "moe" for index in layers[stage]]
+        return (*["embedding"] * (stage == 0), *blocks, *["end"] * (stage == last))
+
+    return [{stage: parts(stage) for stage in stages} for stages in placement]
+
+
+def _layers(config: Config) -> list[list[range]]:
+    placement = stage_placement(config.parallel.schedule, config.parallel.pp)
+    layers = split(config, sum(map(len, placement)))
+    return [[layers[stage] for stage in stages] for stages in placement]
+
+
+def state_items(config: Config, groups: list[Shards]) -> Counter:
+    """What a rank holds all the time."""
+    element = FP32 if config.precision.name == "fp32" else 2
+    moment = {"bf16": 2, "fp32": FP32}[config.precision.moments]
+    owned = sum(group.partition for group in groups)
+    whole = sum(group.partition * group.ranks for group in groups)
+    return Counter(weights=element * whole, master=FP32 * owned, moments=2 * moment * owned)
+
+
+def _walk(config: Config, pp_rank: int, chunks: dict[int, Parts], scene: Scene) -> Peak:
+    model, parallel = config.model, config.parallel
+    share = model.experts // parallel.ep
+    last = max(max(stages) for stages in stage_placement(parallel.schedule, parallel.pp))
+
+    def gradients(*names: str) -> int:
+        return FP32 * sum(w.elements for name in names for w in part_weights(scene.model, name, share))
+
+    stages = {
+        stage: StagePlan(
+            chunk_of(scene, parts),
+            gradients(*(part for part in parts if part != "embedding")),
+            gradients("embedding") * needs_table(model, parts),
+            one_piece=stage == last and model.mtp_depth > 1,
+        )
+        for stage, parts in chunks.items()
+    }
+    holds_sent = scene.kind == "cpu" and parallel.schedule != "1f1b"
+    return Walk(stages, last + 1, holds_sent).run(_actions(config)[pp_rank])
+
+
+def _actions(config: Config) -> list[list[Action]]:
+    parallel = config.parallel
+    return _cached_actions(parallel.schedule, parallel.pp, config.batch_size // (config.micro_batch_size * parallel.dp))
+
+
+@lru_cache(maxsize=64)
+def _cached_actions(schedule: str, pp: int, micro_batches: int) -> list[list[Action]]:
+    return schedule_actions(schedule, pp, micro_batches)
