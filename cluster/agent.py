@@ -36,6 +36,7 @@ import psutil
 
 from cluster.cause import RankReport
 from cluster.local import Failure
+from cluster.memory import Store, held, sweep
 from cluster.network import Probe
 from cluster.preflight import Facts, Question, gather
 
@@ -72,6 +73,10 @@ class Answer:
     """New output of ranks, from the offset that was asked for."""
     stacks: dict[int, str] = field(default_factory=dict)
     """Tracebacks since they were last asked for."""
+    held: dict[str, list[int]] = field(default_factory=dict)
+    """Copies of the state in this node's memory: ranks by set, see cluster/memory.py."""
+    leaving: bool = False
+    """The agent was told to end, as the node is about to go."""
 
 
 @dataclass
@@ -97,6 +102,8 @@ class Agent:
         ).prctl  # looked up here, as a fresh fork of a threaded process must not load libraries
         self._asked = time.monotonic()
         self._probe = Probe()
+        self._store: Store | None = None
+        self._leaving = False
         self._lock = threading.Lock()
         _sweep()
         threading.Thread(target=self._watch_lease, daemon=True).start()
@@ -108,6 +115,22 @@ class Agent:
     def network(self, method: str, *arguments: Any) -> Any:
         """One step of the network test, see cluster/network.py."""
         return getattr(self._probe, method)(*arguments)
+
+    def open_memory(self, folder: str, token: str, address: str) -> int:
+        """Hold copies of the run's state in this folder and serve them; returns the port. OSError if it cannot be used."""
+        self._store = Store(Path(folder), token, address, lambda: self._attempt)
+        threading.Thread(target=sweep, args=(Path(folder),), daemon=True).start()
+        return self._store.port
+
+    def drop_memory(self) -> None:
+        """Give the memory of the copies back: nobody will need them."""
+        if self._store is not None:
+            self._store.close(remove=True)
+            self._store = None
+
+    def leave_on_sigterm(self) -> None:
+        """From now on take SIGTERM as word that the node is about to go; call it in the main thread of the process."""
+        signal.signal(signal.SIGTERM, lambda *_: setattr(self, "_leaving", True))
 
     def probe(self) -> None:
         """An answer at all is the answer."""
@@ -192,6 +215,8 @@ class Agent:
         with self._lock:
             self._asked = time.monotonic()
             answer = Answer(self._attempt, [self._report(rank, child) for rank, child in self._children.items()])
+            answer.held = held(self._store.folder) if self._store is not None else {}
+            answer.leaving = self._leaving
             for rank, child in self._children.items():
                 if piece := _read(child.log, offsets.get(rank, 0), CHUNK):
                     answer.output[rank] = piece
@@ -243,9 +268,13 @@ class Agent:
                 self._attempt = attempt
 
     def close(self) -> None:
+        """End everything but the copies in memory, which a new launch may need."""
         with self._lock:
             self._kill()
             self._forget()
+            if self._store is not None:
+                self._store.close(remove=False)
+                self._store = None
             for standby in [standby for kept in self._standbys.values() for standby in kept]:
                 standby.kill()
                 standby.wait()

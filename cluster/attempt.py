@@ -25,7 +25,7 @@ class Attempt:
     def __init__(self, number: int, placement: Placement, now: float, saved: int):
         self.number, self.placement = number, placement
         self.saved = max(saved, 0)
-        """Step of the newest checkpoint when it began."""
+        """Step of the newest checkpoint, on disk or in memory, when it began."""
         self.reports = {seat.rank: RankReport(seat.rank) for seat in placement.seats}
         self.ranks_of = {node: [seat.rank for seat in seats] for node, seats in placement.by_node().items()}
         self.names = {seat.rank: seat.node.name for seat in placement.seats}

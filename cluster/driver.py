@@ -9,6 +9,7 @@ from pathlib import Path
 from cluster import messages as m
 from cluster.agent import Answer, Order
 from cluster.checkpoints import first_attempt, newest, written_since
+from cluster.copies import Copies
 from cluster.fleet import Fleet, Reply
 from cluster.journal import Journal
 from cluster.network import NetworkTest
@@ -18,7 +19,7 @@ from cluster.supervisor import Supervisor
 from cluster.topology import Node, Placement
 from cluster.view import View
 from conf.check import check
-from conf.errors import EXIT_OK, UserError
+from conf.errors import EXIT_OK, EXIT_STOPPED, UserError
 from conf.load import write_config
 from conf.schema import Config
 
@@ -85,6 +86,7 @@ class Driver:
         self.first = first_attempt(folder)
         self.supervisor = Supervisor(policy_of(config, self.first), clock())
         self.preflight = Preflight(folder, gpus)
+        self.copies = Copies(folder, config.checkpoint.memory_folder, self.first)
         self._finish: m.Finish | None = None
         self._known: dict[str, Node] = {}
         """Nodes that were listed, by id; checked ones are those that the supervisor knows."""
@@ -107,7 +109,8 @@ class Driver:
             with self.view:
                 while self._finish is None:
                     self._round()
-                self._drain()
+                self._fetch_last_words()
+                self._drop_copies()
         finally:
             for number, handler in previous.items():
                 signal.signal(number, handler)
@@ -130,6 +133,8 @@ class Driver:
             self._take(reply)
         if self._network is not None:
             self._test_network()
+        held = self.copies.newest(self.supervisor.answering)
+        self._tell(m.Held(held.step if held else -1))
         self._tell(m.Tick())
         self.view.update(self.supervisor)
 
@@ -152,11 +157,14 @@ class Driver:
         for id in set(self._known) - set(listed):
             del self._known[id]
             self._asked.pop(id, None)
+            self.copies.forget(id)
             self._tell(m.Lost(id, "the cluster lists it as dead"))
         for id, node in listed.items():
             if id not in self._known:
                 self._known[id] = node
                 self.fleet.call(id, "facts", self.preflight.question(node))
+        for id, why in self.fleet.draining().items():
+            self._tell(m.Draining(id, why))
         if (step := newest(self.folder)) is not None:
             self._tell(m.Saved(step))
 
@@ -172,10 +180,13 @@ class Driver:
             return
         if reply.dead:
             self._asked.pop(reply.node, None)
+            self.copies.forget(reply.node)
             self._tell(m.Lost(reply.node, f"its agent died: {reply.error}", returning=True))
             del self._known[reply.node]  # the next look starts a new agent, if the node is still listed
         elif reply.method == "facts":
             self._check_facts(self._known[reply.node], reply)
+        elif reply.method == "open_memory":
+            self._take_store(self._known[reply.node], reply)
         elif reply.method == "ask":
             self._asked[reply.node] = self.clock()
             if reply.error is None:
@@ -194,10 +205,25 @@ class Driver:
 
     def _check_facts(self, node: Node, reply: Reply) -> None:
         problem = reply.error or self.preflight.problem(node, reply.value)
-        if problem is None:
-            self._asked[node.id] = -ASK_EVERY
-            self._tell(m.Joined(node))
-            return
+        if problem is not None:
+            self._refuse(node, problem)
+        elif self.config.checkpoint.every_memory:
+            self.fleet.call(node.id, "open_memory", self.copies.folder_on(node), self.copies.token, node.address)
+        else:
+            self._admit(node)
+
+    def _take_store(self, node: Node, reply: Reply) -> None:
+        if reply.error is None:
+            self.copies.opened(node.id, reply.value)
+            self._admit(node)
+        else:
+            self._refuse(node, f"cannot hold copies of the state: {reply.error}; set checkpoint.memory_folder")
+
+    def _admit(self, node: Node) -> None:
+        self._asked[node.id] = -ASK_EVERY
+        self._tell(m.Joined(node))
+
+    def _refuse(self, node: Node, problem: str) -> None:
         self._refused[node.name] = problem
         self._note("node_refused", f"{node.name}: {problem}", node=node.name)
 
@@ -209,7 +235,10 @@ class Driver:
                 self.journal.output(rank, piece)
                 if rank == 0:
                     self.view.output(piece)
+        self.copies.take(node, answer.held)
         self._tell(m.Beat(node, answer.attempt, answer.ranks))
+        if answer.leaving:
+            self._tell(m.Draining(node, "its agent was told to end"))
         if answer.stacks:
             self._tell(m.Stacks(answer.attempt, answer.stacks))
         attempt = self.supervisor.attempt
@@ -269,7 +298,7 @@ class Driver:
             self._tell(m.StartFailed(number, reply.node, reply.error))
             return
         arguments = [*self.arguments[:-1], str(self._attempt_config(number, placement.dp))]
-        shared = {
+        shared = self._tell_of_copies(number, placement) | {
             "WORLD_SIZE": str(placement.world),
             "MASTER_ADDR": placement.seats[0].node.address,
             "MASTER_PORT": str(reply.value),
@@ -280,6 +309,20 @@ class Driver:
                 self.journal.output(rank, f"---- attempt {number} on {seats[0].node.name} ----\n".encode())
             order = Order(number, ranks, arguments, shared, seats[0].node.address, self.rank_folder)
             self.fleet.call(id, "start", order)
+
+    def _tell_of_copies(self, number: int, placement: Placement) -> dict[str, str]:
+        """Environment of ranks that keep copies in memory."""
+        if not self.config.checkpoint.every_memory:
+            return {}
+        full_size, auto = placement.dp == self.config.parallel.dp, self.config.resume == "auto"
+        shelves = self.copies.shelves(placement, self.supervisor.answering, full_size, auto)
+        return self.copies.write(number, shelves)
+
+    def _drop_copies(self) -> None:
+        """After a good end nobody needs the copies; after a bad one the next launch does."""
+        if self._finish.code in (EXIT_OK, EXIT_STOPPED) and self.config.checkpoint.every_memory:
+            for id in self._known:
+                self.fleet.call(id, "drop_memory")
 
     def _attempt_config(self, number: int, dp: int) -> Path:
         """The configuration of an attempt: its dp, and the run's own newest checkpoint once this launch has written one."""
@@ -295,7 +338,7 @@ class Driver:
         self.journal.write(kind, self.supervisor.number, text, **fields)
         self.view.note(kind, text)
 
-    def _drain(self) -> None:
+    def _fetch_last_words(self) -> None:
         """Fetch what the ranks printed last."""
         attempt = self.supervisor.attempt
         if attempt is None:

@@ -29,6 +29,10 @@ class Fleet(Protocol):
         """Nodes that are believed to be alive."""
         ...
 
+    def draining(self) -> dict[str, str]:
+        """Nodes that will soon go, and why."""
+        ...
+
     def call(self, node: str, method: str, *arguments: Any) -> None:
         """Call a method of cluster.agent.Agent there, after the calls before it. The first call starts the agent."""
         ...

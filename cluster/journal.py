@@ -35,6 +35,7 @@ KINDS = {
     "recovered": "the first step after a failure. seconds: from the failure, or from the last step before a hang; "
     "steps_again: steps done twice",
     "grow": "the run stops to go on with nodes that came back",
+    "drain": "a node is about to go: the run stops to go on without it. node",
     "stop": "a request to stop",
     "finish": "the run ended. code: exit code",
 }

@@ -61,6 +61,21 @@ class Saved:
 
 
 @dataclass(frozen=True)
+class Held:
+    """Step of the newest copy of the state that is whole in the memory of the nodes that answer; -1 for none."""
+
+    step: int
+
+
+@dataclass(frozen=True)
+class Draining:
+    """A node is about to go."""
+
+    node: str
+    why: str
+
+
+@dataclass(frozen=True)
 class StopAsked:
     why: str
 
@@ -70,7 +85,7 @@ class Tick:
     pass
 
 
-Event = Joined | Lost | Beat | Probed | Stacks | StartFailed | Saved | StopAsked | Tick
+Event = Joined | Lost | Beat | Probed | Stacks | StartFailed | Saved | Held | Draining | StopAsked | Tick
 
 
 # What to do ---------------------------------------------------------------------------------------------------------

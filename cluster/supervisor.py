@@ -13,7 +13,8 @@ Rules that hold whatever happens:
       answer are ended by their own agent after its lease, and their checkpoints carry an older attempt number.
     - Attempt numbers rise, also over launches.
     - A restart takes spares first, then the largest dp that the nodes hold and the batch allows. When nodes come back, the
-      run stops itself right after a checkpoint and goes on with more.
+      run stops itself right after a checkpoint and goes on with more. When a node is about to go, it writes a checkpoint at
+      once and goes on without that node.
     - Every kind of cause has a budget of failures without a new checkpoint in between. So a run that moves on survives
       any number of lost nodes, and one that cannot get past a step ends soon.
 """
@@ -53,6 +54,13 @@ class NodeState:
     health: Health = Health.ok
     live: set[int] = field(default_factory=set)
     """Ranks that run there, as far as is known."""
+    draining: bool = False
+    """It is about to go: it gets no further ranks."""
+
+    @property
+    def usable(self) -> bool:
+        """Whether an attempt may start there, once no rank lives there."""
+        return self.health is Health.ok and not self.draining
 
 
 class Supervisor:
@@ -66,6 +74,8 @@ class Supervisor:
         self.attempt: Attempt | None = None
         self.saved = -1
         """Step of the newest checkpoint."""
+        self.held = -1
+        """Step of the newest copy in the memory of the nodes that answer."""
         self.failures: list[tuple[int, Cause]] = []
         self._spent: dict[Kind, int] = {}
         self._out: list[m.Action] = []
@@ -77,6 +87,13 @@ class Supervisor:
         self._failed_at: float | None = None
         self._reached = -1
         """Highest step that a rank of this launch worked on."""
+        self._safe = -1
+        """Highest step that was ever saved or held."""
+
+    @property
+    def answering(self) -> dict[str, Node]:
+        """Nodes that answer, by id."""
+        return {id: state.node for id, state in self.nodes.items() if state.health is Health.ok}
 
     def handle(self, now: float, event: m.Event) -> list[m.Action]:
         """Take one event at this time (seconds, monotonic); returns actions in order."""
@@ -99,6 +116,10 @@ class Supervisor:
                 self._start_failed(number, node, text)
             case m.Saved(step):
                 self._save(now, step)
+            case m.Held(step):
+                self._hold(step)
+            case m.Draining(node, why):
+                self._drain(now, node, why)
             case m.StopAsked(why):
                 self._ask_stop(now, why)
             case m.Tick():
@@ -165,10 +186,29 @@ class Supervisor:
         if step <= self.saved:
             return
         self.saved = step
-        self._spent.clear()
+        self._got_on(step)
         self._note("checkpoint", f"step {step}", step=step)
         if self.phase is Phase.running and self._could_grow():
             self._grow(now)
+
+    def _hold(self, step: int) -> None:
+        self.held = step
+        self._got_on(step)
+
+    def _got_on(self, step: int) -> None:
+        """A step that no failure can take away: the budgets start anew."""
+        if step > self._safe:
+            self._safe = step
+            self._spent.clear()
+
+    def _drain(self, now: float, id: str, why: str) -> None:
+        state = self.nodes.get(id)
+        if state is None or state.draining:
+            return
+        state.draining = True
+        self._note("drain", f"{state.node.name}: {why}", node=state.node.name)
+        if self.phase is Phase.running and id in self.attempt.ranks_of:
+            self._stop_ranks(now) if self.attempt.step >= 0 else self._end_ranks(now)
 
     def _ask_stop(self, now: float, why: str) -> None:
         if self._stop_why is None:
@@ -222,7 +262,7 @@ class Supervisor:
             self._finish(EXIT_STOPPED, f"stopped between attempts: {self._stop_why}")
             return
         states = self.nodes.values()
-        free = [state.node for state in states if state.health is Health.ok and not state.live]
+        free = [state.node for state in states if state.usable and not state.live]
         hoped = any(state.health is Health.returning or state.live for state in states)
         found = self._place(free)
         first = self.attempt is None
@@ -230,12 +270,13 @@ class Supervisor:
             self._start(now, found)
         elif now >= self._deadline:
             last = self.failures[-1][1] if self.failures else None
-            self._finish(EXIT_USER if first else EXIT_CRASH, too_few(self.policy, free, found, last, self.saved))
+            left = EXIT_STOPPED if any(state.draining for state in states) else EXIT_CRASH
+            self._finish(EXIT_USER if first else left, too_few(self.policy, free, found, last, self.saved))
 
     def _start(self, now: float, placement: Placement) -> None:
         self.number += 1
         self.phase = Phase.running
-        self.attempt = Attempt(self.number, placement, now, self.saved)
+        self.attempt = Attempt(self.number, placement, now, max(self.saved, self.held))
         for id, ranks in self.attempt.ranks_of.items():
             self.nodes[id].live = set(ranks)
         self._note(
@@ -306,6 +347,9 @@ class Supervisor:
         for id in stuck:  # SIGKILL does not end a process that waits in the kernel, for a dead disk or device
             self._lose(id, Health.silent, f"its ranks survive SIGKILL for {self.policy.kill:.0f} s")
         cause = self.attempt.cause
+        if cause is None and self._stop_why is None:  # a node was about to go before the first step
+            self._regroup(now)
+            return
         if cause is None:
             self._finish(EXIT_STOPPED, f"{self._stop_why}; no step was done yet")
             return
@@ -324,7 +368,7 @@ class Supervisor:
     def _regroup(self, now: float) -> None:
         """Go for the next attempt: at once, or after a while when a node is about to return or nothing fits."""
         self.phase = Phase.gathering
-        enough = self._place([state.node for state in self.nodes.values() if state.health is Health.ok])
+        enough = self._place(self._usable())
         self._deadline = now + (self.policy.return_wait if enough else self.policy.wait)
         self._gather(now)
 
@@ -344,8 +388,11 @@ class Supervisor:
     def _could_grow(self) -> bool:
         if self.attempt.placement.dp == self.policy.dp:
             return False
-        found = self._place([state.node for state in self.nodes.values() if state.health is Health.ok])
+        found = self._place(self._usable())
         return found is not None and found.dp > self.attempt.placement.dp
+
+    def _usable(self) -> list[Node]:
+        return [state.node for state in self.nodes.values() if state.usable]
 
     def _grow(self, now: float) -> None:
         self._note("grow", "nodes came back: the run stops at this checkpoint and goes on with more ranks")

@@ -85,6 +85,8 @@ def status(name: str, steps: int, record: dict, supervisor: Supervisor, last: st
         machines.append(f"{len(supervisor.failures)} failures")
     if supervisor.saved >= 0:
         machines.append(f"saved step {supervisor.saved}")
+    if supervisor.held > supervisor.saved:
+        machines.append(f"in memory step {supervisor.held}")
     return "  ".join(parts) + "\n" + "  ".join([*machines, last])
 
 

@@ -74,7 +74,21 @@ def _check_top(config: Config) -> None:
         f"must be a multiple of micro_batch_size x parallel.dp = {config.micro_batch_size} x {config.parallel.dp}",
         f"take {max(share, config.batch_size // share * share)}, or change micro_batch_size",
     )
-    _not_negative(config.checkpoint, "checkpoint.", "every keep keep_every")
+    _not_negative(config.checkpoint, "checkpoint.", "every every_memory keep keep_every")
+    _require(
+        config.checkpoint.every_memory == 0 or config.cluster.backend == "ray",
+        "checkpoint.every_memory",
+        config.checkpoint.every_memory,
+        "needs the agents of cluster=ray, which keep the copies, and cluster.backend is local",
+        "add cluster=ray, or leave checkpoint.every_memory at 0",
+    )
+    _require(
+        config.checkpoint.memory_folder.startswith("/"),
+        "checkpoint.memory_folder",
+        config.checkpoint.memory_folder,
+        "must be an absolute path, the same on every node",
+        "take /dev/shm",
+    )
     _positive(config.log, "log.", "every validation_sequences")
     _not_negative(config.log, "log.", "validate_every sample_tokens peak_flops")
     _require(

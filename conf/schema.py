@@ -363,6 +363,11 @@ class Checkpoint:
 
     every: int = 100
     """Steps between checkpoints; 0 saves only at the end and on a signal."""
+    every_memory: int = 0
+    """Ray: steps between copies of the state in the memory of its own node and of the next one, from which a run resumes
+    when a node is lost; 0 for none."""
+    memory_folder: str = "/dev/shm"
+    """Where every node keeps those copies: memory, or a fast disk of its own."""
     keep: int = 3
     """Newest checkpoints that stay; 0 keeps all."""
     keep_every: int = 0

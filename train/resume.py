@@ -8,10 +8,13 @@ import torch.distributed as dist
 
 from conf.errors import UserError
 from conf.schema import Config
+from parallel.shard import Shard
 from train.checkpoint.checkpointer import Checkpointer
-from train.checkpoint.manifest import Damaged, read_manifest
+from train.checkpoint.load import fill
+from train.checkpoint.manifest import Damaged, Manifest, newest_intact, read_manifest
+from train.checkpoint.memory import MemoryCopies
 from train.data.tokenizer import Tokenizer
-from train.run_folder import resume_point
+from train.run_folder import RunPaths, resume_point
 from train.state import State
 
 T = TypeVar("T")
@@ -24,14 +27,22 @@ def from_rank_0(rank: int, make: Callable[[], T]) -> T:
     return box[0]
 
 
-def restore(config: Config, tokenizer: Tokenizer, state: State, checkpointer: Checkpointer) -> list[str]:
-    """Load the checkpoint that config.resume means, if any; returns notes for the user.
+def restore(
+    config: Config,
+    tokenizer: Tokenizer,
+    state: State,
+    checkpointer: Checkpointer,
+    copies: MemoryCopies | None = None,
+) -> list[str]:
+    """Load the newest copy in memory, or the checkpoint that config.resume means, if any; returns notes for the user.
 
-    A checkpoint that turns out damaged on any rank is passed over under resume=auto. Raises UserError if the checkpoint
-    belongs to another tokenizer or a longer run.
+    What turns out damaged on any rank is passed over under resume=auto. Raises UserError if the checkpoint belongs to
+    another tokenizer or a longer run.
     """
     skip: set[Path] = set()
     notes: list[str] = []
+    if copies is not None and _restore_copies(config, tokenizer, state, copies, notes):
+        return notes
     while True:
         found = from_rank_0(state.mesh.rank, lambda: resume_point(config, skip=skip))
         notes += [f"passed over a damaged checkpoint: {warning}" for warning in found.warnings if not skip]
@@ -39,21 +50,60 @@ def restore(config: Config, tokenizer: Tokenizer, state: State, checkpointer: Ch
             return notes
         meta = read_manifest(found.path).meta
         _fits(config, tokenizer, found.path, meta)
-        problem = None
-        try:
-            checkpointer.load(found.path, state.wanted(meta["has_ema"]))
-        except Damaged as error:
-            problem = str(error)
-        problems: list[Any] = [None] * state.mesh.layout.world
-        dist.all_gather_object(problems, problem)
-        problem = next((text for text in problems if text), None)
+        problem = _load(state, meta, lambda wanted, path=found.path: checkpointer.load(path, wanted))
         if problem is None:
-            state.loaded(meta, meta["has_ema"])
             return [*notes, f"resumed from step {state.step}: {found.path}"]
         if config.resume != "auto":
             raise UserError("resume", config.resume, problem, "give another checkpoint, or use resume=auto")
         notes.append(f"passed over a damaged checkpoint: {problem}")
         skip.add(found.path)
+
+
+def _restore_copies(
+    config: Config, tokenizer: Tokenizer, state: State, copies: MemoryCopies, notes: list[str]
+) -> bool:
+    """Load the set in memory, if it is newer than every checkpoint on disk; whether that worked. Adds to the notes."""
+    manifest, warning = from_rank_0(state.mesh.rank, lambda: _newest_copy(config, copies))
+    if warning is not None:
+        notes.append(f"passed over copies in memory: {warning}")
+    if manifest is None:
+        return False
+    _fits(config, tokenizer, manifest.folder, manifest.meta)
+    problem = _load(state, manifest.meta, lambda wanted: fill(manifest, copies.files(), wanted))
+    if problem is not None:
+        notes.append(f"passed over copies in memory: {problem}")
+        return False
+    copies.resumed()
+    notes.append(f"resumed from step {state.step}: copies in memory, {manifest.folder}")
+    return True
+
+
+def _newest_copy(config: Config, copies: MemoryCopies) -> tuple[Manifest | None, str | None]:
+    """On rank 0: the set to resume from, None if there is none or the disk has a newer state; and what is wrong with it."""
+    try:
+        manifest = copies.manifest()
+    except Damaged as error:
+        return None, error.line
+    if manifest is not None and config.resume == "auto":
+        disk = newest_intact(RunPaths(config).checkpoints).path
+        if disk is not None and read_manifest(disk).age > manifest.age:
+            return None, None
+    return manifest, None
+
+
+def _load(state: State, meta: dict[str, Any], load: Callable[[dict[str, Shard]], Any]) -> str | None:
+    """Fill the state by `load` on all ranks; returns the first problem of any of them."""
+    problem = None
+    try:
+        load(state.wanted(meta["has_ema"]))
+    except Damaged as error:
+        problem = str(error)
+    problems: list[Any] = [None] * state.mesh.layout.world
+    dist.all_gather_object(problems, problem)
+    problem = next((text for text in problems if text), None)
+    if problem is None:
+        state.loaded(meta, meta["has_ema"])
+    return problem
 
 
 def _fits(config: Config, tokenizer: Tokenizer, path: Path, meta: dict[str, Any]) -> None:

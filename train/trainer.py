@@ -6,6 +6,7 @@ record, validate and save when due. The logging rank is rank 0 and the only one 
 """
 
 import math
+import sys
 import time
 from dataclasses import dataclass
 from typing import Any
@@ -19,6 +20,7 @@ from parallel.mesh import Mesh
 from train.balance import update_bias
 from train.checkpoint.checkpointer import Checkpointer
 from train.checkpoint.manifest import step_name
+from train.checkpoint.memory import MemoryCopies
 from train.data.prefetch import Prefetch
 from train.data.prepare import Prepared
 from train.measure import Measure, Measured
@@ -71,13 +73,14 @@ class Trainer:
         measure: Measure,
         state: State,
         checkpointer: Checkpointer,
+        copies: MemoryCopies | None,
         writer: MetricsWriter | None,
         stop: StopRequest,
         flops: Flops,
         device: torch.device,
     ):
         self.config, self.mesh, self.parts, self.data = config, mesh, parts, data
-        self.measure, self.state, self.checkpointer = measure, state, checkpointer
+        self.measure, self.state, self.checkpointer, self.copies = measure, state, checkpointer, copies
         self.writer, self.stop, self.flops, self.device = writer, stop, flops, device
         self.rank_progress = RankProgress(RunPaths(config).logs, mesh.rank)
         self.schedules = Schedules(config)
@@ -152,10 +155,18 @@ class Trainer:
         if plan.step == self.config.steps or (every and plan.step % every == 0):
             record |= self.validate()
         self._log(record)
-        every = self.config.checkpoint.every
-        if every and plan.step % every == 0 and plan.step < self.config.steps:
-            self._save()  # after its record is written: a run that resumes here goes on with the next
+        self._save_when_due(plan.step)  # after its record is written: a run that resumes here goes on with the next
         return measured.stop
+
+    def _save_when_due(self, step: int) -> None:
+        """In memory, on disk, both or neither; the last state is saved when the run ends."""
+        saving = self.config.checkpoint
+        if step == self.config.steps:
+            return
+        if self.copies is not None and step % saving.every_memory == 0:
+            self._copy()
+        if saving.every and step % saving.every == 0:
+            self._save()
 
     def _set_weights(self, plan: StepPlan, micro_batches: int) -> None:
         """Tell the model what its losses weigh in this step."""
@@ -259,9 +270,17 @@ class Trainer:
         self._event(None)
         return {"validation_loss": found.loss, "validation_bits_per_byte": found.bits_per_byte}
 
-    def _save(self, final: bool = False) -> None:
+    def _copy(self) -> None:
+        """Keep the state in the memory of this node and the next."""
         self._event("checkpoint")
-        meta = self.state.meta() | {
+        self._stall += self.copies.save(self.state.step, self.state.shards(), self._meta())
+        for warning in self.copies.poll():
+            self._note(warning) if self.writer is not None else print(warning, file=sys.stderr)
+        self._event(None)
+
+    def _meta(self) -> dict[str, Any]:
+        """What is saved beside the tensors."""
+        return self.state.meta() | {
             "name": self.config.name,
             "tokenizer": self.data.tokenizer.fingerprint,
             "data": self.data.fingerprint,
@@ -269,7 +288,10 @@ class Trainer:
             "seed": self.config.seed,
             "seq_len": self.config.seq_len,
         }
-        self._stall += self.checkpointer.save(self.state.step, self.state.shards(), meta)
+
+    def _save(self, final: bool = False) -> None:
+        self._event("checkpoint")
+        self._stall += self.checkpointer.save(self.state.step, self.state.shards(), self._meta())
         results = self.checkpointer.finish(required=True) if final else self.checkpointer.poll()
         for result in results:
             if result.fenced:

@@ -20,6 +20,7 @@ tune_cpu()  # before torch allocates anything
 import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
 
+from cluster.copies import given_shelves  # noqa: E402
 from cluster.launch import Place, given_attempt, given_place  # noqa: E402
 from cluster.local import Failure  # noqa: E402
 from conf.errors import EXIT_CRASH, EXIT_USER, UserError  # noqa: E402
@@ -28,6 +29,7 @@ from conf.schema import Config  # noqa: E402
 from parallel.mesh import Layout, build_mesh  # noqa: E402
 from train.checkpoint.checkpointer import Checkpointer  # noqa: E402
 from train.checkpoint.commit import next_attempt  # noqa: E402
+from train.checkpoint.memory import MemoryCopies  # noqa: E402
 from train.data.corpus import silent  # noqa: E402
 from train.data.files import Progress  # noqa: E402
 from train.data.prepare import prepare  # noqa: E402
@@ -96,7 +98,14 @@ def _run(config: Config, place: Place, stop: StopRequest) -> int:
         asynchronous=config.checkpoint.asynchronous,
         timeout=config.cluster.timeout,
     )
-    notes = restore(config, data.tokenizer, state, checkpointer)
+    copies = None
+    if given := given_shelves():
+        copies = MemoryCopies(
+            *given, rank=place.rank, world_size=place.world, attempt=attempt, timeout=config.cluster.timeout
+        )
+    notes = restore(config, data.tokenizer, state, checkpointer, copies)
+    if copies is not None and (why := copies.require_room(state.shards())):
+        copies, notes = None, [*notes, why]
     if place.rank == 0:
         data.tokenizer.save(paths.path)
     flops = count_flops(config, device, place)
@@ -113,6 +122,7 @@ def _run(config: Config, place: Place, stop: StopRequest) -> int:
             measure,
             state,
             checkpointer,
+            copies,
             writer,
             stop,
             flops,

@@ -1,5 +1,7 @@
 """A fleet whose agents live in this process: one node or several, all on loopback."""
 
+import shutil
+import signal
 from typing import Any
 
 from cluster.agent import Agent
@@ -15,9 +17,14 @@ class LocalFleet:
         self._replies: list[Reply] = []
         self.deaf: set[str] = set()
         """Nodes whose link is cut."""
+        self.leaving: dict[str, str] = {}
+        """Nodes that the cluster lists as about to go, and why."""
 
     def nodes(self) -> list[Node]:
         return self._nodes
+
+    def draining(self) -> dict[str, str]:
+        return self.leaving
 
     def call(self, node: str, method: str, *arguments: Any) -> None:
         if node in self.deaf:
@@ -39,6 +46,17 @@ class LocalFleet:
     def kill_agent(self, node: str) -> None:
         self.agents.pop(node).close()
         self._replies.append(Reply(node, "ask", error="killed", dead=True))
+
+    def power_off(self, node: str) -> None:
+        """The node, its ranks and its memory are gone, without a word."""
+        self.deaf.add(node)
+        agent = self.agents[node]
+        for child in agent._children.values():
+            child.process.send_signal(signal.SIGKILL)
+        if agent._store is not None:
+            agent._store.close(remove=False)
+            shutil.rmtree(agent._store.folder)
+            agent._store = None
 
     def close(self) -> None:
         for agent in self.agents.values():

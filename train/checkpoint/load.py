@@ -7,9 +7,11 @@ those bytes, each checked against its CRC-32 before a single element of it is us
 
 import os
 import zlib
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -17,7 +19,7 @@ from torch import Tensor
 from conf.errors import UserError
 from parallel.shard import Shard
 from train.checkpoint.intervals import first_hole
-from train.checkpoint.manifest import BLOCK, Damaged, Entry, Manifest, data_name, read_index, read_manifest
+from train.checkpoint.manifest import BLOCK, Damaged, Entry, Manifest, check_index, data_name, index_name, read_manifest
 from train.checkpoint.stage import DTYPES
 
 TORCH = {name: dtype for dtype, name in DTYPES.items()}
@@ -41,6 +43,37 @@ class Piece:
     """The memory to fill."""
 
 
+Read = Callable[[memoryview, int], int]
+"""Fills the memory from this byte of a file on; returns how many bytes there were."""
+
+
+class Files(Protocol):
+    """Where the files of a checkpoint are. Both raise OSError."""
+
+    def index(self, rank: int) -> bytes:
+        """The index of a rank's data file."""
+        ...
+
+    def data(self, rank: int) -> AbstractContextManager[Read]:
+        """A rank's data file, to be read in parts."""
+        ...
+
+
+class FolderFiles:
+    """A checkpoint in one folder."""
+
+    def __init__(self, folder: Path):
+        self._folder = folder
+
+    def index(self, rank: int) -> bytes:
+        return (self._folder / index_name(rank)).read_bytes()
+
+    @contextmanager
+    def data(self, rank: int) -> Iterator[Read]:
+        with open(self._folder / data_name(rank), "rb", buffering=0) as file:
+            yield lambda view, position: os.preadv(file.fileno(), [view], position)
+
+
 def load(path: Path, wanted: dict[str, Shard]) -> dict[str, Any]:
     """Fill the memory of every wanted shard from the checkpoint in `path`.
 
@@ -48,7 +81,11 @@ def load(path: Path, wanted: dict[str, Shard]) -> dict[str, Any]:
     anything is written, if the folder is no checkpoint, is newer, or lacks a tensor or part of it, or if shape or
     type differ; Damaged (a UserError too) if a file is missing or a checksum wrong: then shards may be half filled.
     """
-    manifest = read_manifest(path)
+    return fill(read_manifest(path), FolderFiles(path), wanted)
+
+
+def fill(manifest: Manifest, files: Files, wanted: dict[str, Shard]) -> dict[str, Any]:
+    """The same for a checkpoint whose manifest is known and whose files may be anywhere."""
     pieces: dict[int, list[Piece]] = {}
     for name, shard in wanted.items():
         for rank, piece in _pieces(manifest, name, shard):
@@ -56,9 +93,9 @@ def load(path: Path, wanted: dict[str, Shard]) -> dict[str, Any]:
     buffer = torch.empty(BLOCK, dtype=torch.uint8)
     for rank, parts in sorted(pieces.items()):
         try:
-            _read_rank(manifest, rank, parts, buffer)
+            _read_rank(manifest, files, rank, parts, buffer)
         except OSError as error:
-            raise Damaged(path / data_name(rank), f"cannot be read ({error})") from error
+            raise Damaged(manifest.folder / data_name(rank), f"cannot be read ({error})") from error
     identity = {"step": manifest.step, "attempt": manifest.attempt, "world_size": manifest.world_size}
     return {**manifest.meta, **identity}
 
@@ -113,9 +150,9 @@ def _compatible(manifest: Manifest, name: str, shard: Shard) -> Entry:
     return entry
 
 
-def _read_rank(manifest: Manifest, rank: int, pieces: list[Piece], buffer: Tensor) -> None:
+def _read_rank(manifest: Manifest, files: Files, rank: int, pieces: list[Piece], buffer: Tensor) -> None:
     """Fill the pieces that lie in one rank's file, in the order of the file, so that a shared block is read once."""
-    index = read_index(manifest, rank)
+    index = check_index(manifest, rank, files.index(rank))
     tensors = index["tensors"]
 
     def first_byte(piece: Piece) -> int:
@@ -123,7 +160,7 @@ def _read_rank(manifest: Manifest, rank: int, pieces: list[Piece], buffer: Tenso
         return at + (piece.start - start) * TORCH[dtype].itemsize
 
     path = manifest.folder / data_name(rank)
-    with open(path, "rb", buffering=0) as file:
+    with files.data(rank) as read:
         held = -1
         for piece in sorted(pieces, key=first_byte):
             stored = TORCH[tensors[piece.name][0]]
@@ -131,19 +168,19 @@ def _read_rank(manifest: Manifest, rank: int, pieces: list[Piece], buffer: Tenso
             while done < piece.target.numel():
                 number, offset = divmod(at + done * stored.itemsize, BLOCK)
                 if number != held:
-                    _read_block(file.fileno(), path, index, number, buffer)
+                    _read_block(read, path, index, number, buffer)
                     held = number
                 count = min(piece.target.numel() - done, (BLOCK - offset) // stored.itemsize)
                 piece.target[done : done + count].copy_(buffer[offset : offset + count * stored.itemsize].view(stored))
                 done += count
 
 
-def _read_block(handle: int, path: Path, index: dict[str, Any], number: int, buffer: Tensor) -> None:
+def _read_block(read: Read, path: Path, index: dict[str, Any], number: int, buffer: Tensor) -> None:
     """Read one block of the data part into `buffer`; Damaged if it is short or its checksum is wrong."""
     size = min(BLOCK, index["data_bytes"] - number * BLOCK)
     view, position = memoryview(buffer.numpy())[:size], index["header_bytes"] + number * BLOCK
     while view:
-        count = os.preadv(handle, [view], position)
+        count = read(view, position)
         if count == 0:
             raise Damaged(path, f"ends {len(view)} bytes early in block {number}")
         view, position = view[count:], position + count

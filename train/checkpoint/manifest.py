@@ -123,6 +123,11 @@ def read_manifest(folder: Path) -> Manifest:
             f"has format version {body['version']}, newer than {VERSION}, the newest that this code reads",
             "resume with the version of the code that wrote it, or a later one",
         )
+    return manifest_of(folder, body)
+
+
+def manifest_of(folder: Path, body: dict[str, Any]) -> Manifest:
+    """The manifest with this body, as `train.checkpoint.intervals.merge` makes it."""
     tensors = {
         name: Entry(dtype, tuple(shape), [tuple(interval) for interval in intervals])
         for name, (dtype, shape, intervals) in body["tensors"].items()
@@ -138,6 +143,12 @@ def read_index(manifest: Manifest, rank: int) -> dict[str, Any]:
         text = path.read_bytes()
     except FileNotFoundError:
         raise Damaged(path, "the file is missing") from None
+    return check_index(manifest, rank, text)
+
+
+def check_index(manifest: Manifest, rank: int, text: bytes) -> dict[str, Any]:
+    """The index from its text; Damaged if that does not match the manifest."""
+    path = manifest.folder / index_name(rank)
     if [len(text), zlib.crc32(text)] != manifest.files[path.name]:
         raise Damaged(path, "its checksum does not match the manifest's")
     return json.loads(text)

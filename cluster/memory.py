@@ -1,0 +1,296 @@
+"""Copies of a run's state in the memory of its nodes: what a node holds, and how ranks reach it.
+
+A checkpoint on disk is rare; between two of them a lost node would cost every step since. So every few steps
+(checkpoint.every_memory) each rank writes its part of the state to a folder in its own node's memory, and sends the
+same to the next node. A node holds
+
+    /dev/shm/sluice-UID-RUN-ID-NODE/           RUN: digest of the run folder's path; ID: a number that it keeps
+        .lock                                  locked by the agent as long as it lives
+        attempt_00002.step_00000030.world_16/  one set: the state after step 30 as the 16 ranks of attempt 2 wrote it
+            rank_00003.safetensors             a part, as in a checkpoint on disk
+            rank_00003.json                    its index, written last: the part is whole once this is there
+
+There is no commit. A set counts as a checkpoint when the nodes that answer hold every rank's part between them; whoever
+resumes merges the indexes into a manifest then. Two sets at most are kept: one that is known to be whole on all nodes,
+and the one in the making; every writer removes the others before it writes.
+
+The agent of a node serves its folder to other nodes: PUT stores a file, GET reads a part of one. Both need the token
+of the run, and a PUT of an attempt older than the agent's own is refused: ranks on a cut node live on for a while. The
+files outlive agents and drivers, so that a new launch finds them. Knows nothing of Ray; imports no torch.
+"""
+
+import contextlib
+import fcntl
+import hmac
+import http.client
+import os
+import re
+import shutil
+import socket
+import threading
+import time
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+
+PIECE = 1 << 20
+"""Bytes that move in one call."""
+STALE = 24 * 3600.0
+"""Seconds after which the folder of another run that no agent holds is removed."""
+_SET = re.compile(r"attempt_(\d{5,})\.step_(\d{8,})\.world_(\d+)")
+_PATH = re.compile(rf"/({_SET.pattern})/(rank_\d{{5,}}\.(?:safetensors|json))")
+_INDEX = re.compile(r"rank_(\d{5,})\.json")
+
+
+@dataclass(frozen=True, order=True)
+class SetId:
+    """One state of the run in memory; sets order by age, as checkpoints do."""
+
+    attempt: int
+    step: int
+    world: int
+
+    @property
+    def name(self) -> str:
+        return f"attempt_{self.attempt:05d}.step_{self.step:08d}.world_{self.world}"
+
+    @staticmethod
+    def parse(name: str) -> "SetId | None":
+        match = _SET.fullmatch(name)
+        return SetId(*map(int, match.groups())) if match else None
+
+
+def held(folder: Path) -> dict[str, list[int]]:
+    """Ranks whose part is whole, by name of the set."""
+    found: dict[str, list[int]] = {}
+    for inner in folder.glob("attempt_*"):
+        with contextlib.suppress(FileNotFoundError):  # a writer removes it just now
+            ranks = [int(match[1]) for name in os.listdir(inner) if (match := _INDEX.fullmatch(name))]
+            if ranks:
+                found[inner.name] = sorted(ranks)
+    return found
+
+
+def prune(folder: Path, keep: Collection[str], attempt: int) -> None:
+    """Remove all sets but these and those of attempts later than this one."""
+    for inner in folder.glob("attempt_*"):
+        found = SetId.parse(inner.name)
+        if found is not None and found.attempt <= attempt and inner.name not in keep:
+            shutil.rmtree(inner, ignore_errors=True)  # another writer of this node removes it as well
+
+
+def size(folder: Path) -> int:
+    """Bytes of all files in the folder."""
+    total = 0
+    for path in folder.rglob("*"):
+        with contextlib.suppress(FileNotFoundError):  # a writer removes it just now
+            total += path.stat().st_size
+    return total
+
+
+class Store:
+    """An agent's side: holds the folder and serves it on `address`; `attempt` tells the newest attempt of the node."""
+
+    def __init__(self, folder: Path, token: str, address: str, attempt: Callable[[], int]):
+        """Raises OSError if the folder cannot be made, belongs to somebody else, or another agent holds it."""
+        self.folder, self.token, self.attempt = folder, token, attempt
+        folder.mkdir(mode=0o700, exist_ok=True)
+        if folder.stat().st_uid != os.geteuid():
+            raise PermissionError(f"{folder} belongs to user {folder.stat().st_uid}")
+        self._lock = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o600)
+        _take_lock(self._lock, folder)
+        self._server = _Server((address, 0), _Handler)
+        self._server.store = self
+        threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.1}, daemon=True).start()
+
+    @property
+    def port(self) -> int:
+        return self._server.server_address[1]
+
+    def close(self, remove: bool) -> None:
+        """Stop serving; `remove`: and give the memory back."""
+        self._server.shutdown()
+        self._server.server_close()
+        if remove:
+            shutil.rmtree(self.folder, ignore_errors=True)  # a rank that is being killed may write once more
+        os.close(self._lock)
+
+
+def _take_lock(handle: int, folder: Path, patience: float = 5.0) -> None:
+    """Lock, waiting for an agent that is just being killed."""
+    deadline = time.monotonic() + patience
+    while True:
+        try:
+            return fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if time.monotonic() > deadline:
+                os.close(handle)
+                raise
+            time.sleep(0.05)
+
+
+def folder_name(run: str, id: str, node: str) -> str:
+    """Name of the folder for a run on a node. id: made anew with the run folder, so that no copy outlives its run."""
+    return f"sluice-{os.geteuid()}-{run}-{id}-{re.sub(r'[^A-Za-z0-9.]', '_', node)}"
+
+
+def sweep(mine: Path) -> None:
+    """Beside the folder that this node uses, remove those that no agent holds: of the same run and node before the run
+    folder was removed, and of any run of this user once they are STALE.
+    """
+    kind, user, run, id, node = mine.name.split("-")
+    for folder in mine.parent.glob(f"{kind}-{user}-*-*-*"):
+        if folder == mine:
+            continue
+        with contextlib.suppress(OSError):  # an agent holds it, or another one sweeps it
+            lock = os.open(folder / ".lock", os.O_RDWR)
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                parts = folder.name.split("-")
+                outlived = parts[2] == run and parts[4] == node and parts[3] != id
+                if outlived or time.time() - folder.stat().st_mtime > STALE:
+                    shutil.rmtree(folder)
+            finally:
+                os.close(lock)
+
+
+class _Server(ThreadingHTTPServer):
+    daemon_threads = True
+    address_family = socket.AF_INET
+    store: Store
+
+
+class _Handler(BaseHTTPRequestHandler):
+    """PUT and GET of /SET/FILE. X-Keep: the other set that must stay."""
+
+    protocol_version = "HTTP/1.1"
+    server: _Server
+    timeout = 60
+
+    def do_PUT(self) -> None:
+        match = self._admit()
+        if match is None:
+            return
+        store, length = self.server.store, int(self.headers["Content-Length"])
+        attempt = int(match[2])
+        if attempt < store.attempt():
+            self._refuse(409, f"attempt {attempt} is over, this node is in attempt {store.attempt()}")
+            return
+        prune(store.folder, {match[1], self.headers.get("X-Keep", "")}, attempt)
+        target = store.folder / match[1] / match[5]
+        temporary = target.with_name(f".{target.name}.tmp")
+        try:
+            target.parent.mkdir(mode=0o700, exist_ok=True)
+            with open(temporary, "wb", buffering=0) as file:
+                if not self._receive(file.fileno(), length):
+                    return
+            os.replace(temporary, target)
+        except OSError as error:
+            temporary.unlink(missing_ok=True)
+            self._refuse(507, f"{target}: {error.strerror}")
+            return
+        self.send_response(201)
+        self.send_header("Content-Length", "0")
+        self.end_headers()
+
+    def _receive(self, handle: int, length: int) -> bool:
+        """Write the body to the file; False if the sender went away."""
+        buffer = memoryview(bytearray(min(PIECE, max(1, length))))
+        while length:
+            count = self.rfile.readinto(buffer[: min(len(buffer), length)])
+            if not count:
+                self.close_connection = True
+                return False
+            view = buffer[:count]
+            while view:
+                view = view[os.write(handle, view) :]
+            length -= count
+        return True
+
+    def do_GET(self) -> None:
+        match = self._admit()
+        if match is None:
+            return
+        try:
+            with open(self.server.store.folder / match[1] / match[5], "rb", buffering=0) as file:
+                whole = os.fstat(file.fileno()).st_size
+                start, count = self._range(whole)
+                self.send_response(206 if "Range" in self.headers else 200)
+                self.send_header("Content-Length", str(count))
+                self.end_headers()
+                self.wfile.flush()
+                if count:
+                    self.connection.settimeout(self.timeout)
+                    self.connection.sendfile(file, start, count)
+        except FileNotFoundError:
+            self._refuse(404, "not held here")
+
+    def _range(self, whole: int) -> tuple[int, int]:
+        """First byte and number of bytes asked for."""
+        match = re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range", f"bytes=0-{whole - 1}"))
+        if match is None:
+            return 0, whole
+        start = min(int(match[1]), whole)
+        return start, max(0, min(int(match[2]) + 1, whole) - start)
+
+    def _admit(self) -> re.Match[str] | None:
+        """The parts of the path; None, with the answer sent, where token or path are wrong."""
+        given = self.headers.get("Authorization", "")
+        if not hmac.compare_digest(given.encode(), f"Bearer {self.server.store.token}".encode()):
+            self._refuse(401, "wrong token")
+            return None
+        match = _PATH.fullmatch(self.path)
+        if match is None:
+            self._refuse(404, "no such path")
+        return match
+
+    def _refuse(self, code: int, why: str) -> None:
+        self.close_connection = True  # the body was not read
+        self.send_error(code, why)
+
+    def log_message(self, format: str, *arguments: object) -> None:
+        """Nothing: the ranks report what fails."""
+
+
+class Peer:
+    """The store of another node, as a rank reaches it, over one connection. Every method raises OSError."""
+
+    def __init__(self, address: str, token: str, timeout: float):
+        """address: HOST:PORT."""
+        self._connection = http.client.HTTPConnection(address, timeout=timeout, blocksize=PIECE)
+        self._headers = {"Authorization": f"Bearer {token}"}
+
+    def put(self, name: str, path: Path, keep: str) -> None:
+        """Store a file under the set `name`; the sets other than this and `keep` are removed there."""
+        with open(path, "rb") as file:
+            length = os.fstat(file.fileno()).st_size
+            headers = self._headers | {"X-Keep": keep, "Content-Length": str(length)}
+            self._ask("PUT", f"/{name}/{path.name}", headers, file)
+
+    def get(self, name: str, file: str) -> bytes:
+        """A whole file of a set."""
+        return self._ask("GET", f"/{name}/{file}", self._headers)
+
+    def read(self, name: str, file: str, view: memoryview, position: int) -> int:
+        """Fill `view` from this byte of a file on; returns how many bytes there were."""
+        headers = self._headers | {"Range": f"bytes={position}-{position + len(view) - 1}"}
+        body = self._ask("GET", f"/{name}/{file}", headers)
+        view[: len(body)] = body
+        return len(body)
+
+    def _ask(self, method: str, path: str, headers: dict[str, str], body: object = None) -> bytes:
+        try:
+            self._connection.request(method, path, body, headers)
+            response = self._connection.getresponse()
+            text = response.read()
+        except (http.client.HTTPException, OSError) as error:
+            self._connection.close()
+            raise OSError(f"{self._connection.host}: {error}") from error
+        if response.status >= 300:
+            self._connection.close()
+            raise OSError(f"{self._connection.host} answers {response.status} {response.reason}")
+        return text
+
+    def close(self) -> None:
+        self._connection.close()
