@@ -14,7 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from conf.schema import Config, Mode
 
-LOOKS_AT_A_RUN = (Mode.evaluate,)
+LOOKS_AT_A_RUN = (Mode.export, Mode.evaluate, Mode.generate, Mode.dashboard)
 SOURCES = ("path", "mix", "format", "text_key")
 """Fields of data that say where documents come from. They change together, as path and mix exclude each other."""
 
@@ -31,6 +31,8 @@ def over_run_settings(node: DictConfig, overrides: Sequence[str], groups: Sequen
     if file is None:
         return node
     settings = OmegaConf.merge(OmegaConf.structured(Config), OmegaConf.load(file))
+    if (file.parent / "tokenizer.json").is_file():  # the path in the settings may mean nothing here
+        settings.data.tokenizer = str(file.parent)
     if any(key.startswith("data.") and key.split(".")[1] in SOURCES for key in keys):
         keys += [f"data.{name}" for name in SOURCES]
     for key in ["parallel", "cluster", "runs", *(key for key in keys if key in groups), *keys]:
@@ -40,7 +42,9 @@ def over_run_settings(node: DictConfig, overrides: Sequence[str], groups: Sequen
 
 def _folders(node: DictConfig) -> list[Path]:
     """Where the run's folder may be: around the checkpoint that is named, else by the run's name."""
-    if node.evaluate.checkpoint is None:
+    sections = {Mode.export: node.export, Mode.evaluate: node.evaluate, Mode.generate: node.generate}
+    named = sections[node.mode].checkpoint if node.mode in sections else None
+    if named is None:
         return [Path(node.runs) / node.name]
-    checkpoint = Path(node.evaluate.checkpoint).absolute()
+    checkpoint = Path(named).absolute()
     return [checkpoint, *checkpoint.parents[:2]]

@@ -19,6 +19,7 @@ class Mode(Enum):
     report = "report"
     plan = "plan"
     evaluate = "evaluate"
+    dashboard = "dashboard"
 
 
 class Shape(Enum):
@@ -496,13 +497,6 @@ class Log:
 
 
 @dataclass
-class Config:
-    """A whole run."""
-
-    name: str | None = None
-    """Name of the run, whose folder is runs/<name>; null takes the recipe's name."""
-    mode: Mode = Mode.train
-@dataclass
 class Evaluate:
     """mode=evaluate: which checkpoint, and on what (train/evaluate). The data are those of the section data."""
 
@@ -522,6 +516,13 @@ class Evaluate:
     """Solved examples in front of each question; null leaves it to the task."""
 
 
+@dataclass
+class Config:
+    """A whole run."""
+
+    name: str | None = None
+    """Name of the run, whose folder is runs/<name>; null takes the recipe's name."""
+    mode: Mode = Mode.train
     """What to do with the recipe."""
     seed: int = 1
     """Seed of the weights, the sample order and FIM."""

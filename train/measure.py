@@ -15,16 +15,10 @@ from torch import Tensor
 
 from conf.schema import Model
 from parallel.mesh import Mesh
+from train.model.count import moe_layers
 from train.model.deepseek import DeepSeekV3
 from train.model.router import Router
 from train.step_work import StepWork
-
-
-def moe_layers(model: Model) -> list[str]:
-    """Names of all layers with experts, in order."""
-    return [f"layers.{i}" for i in range(model.dense_layers, model.layers)] + [
-        f"mtp.{k}" for k in range(model.mtp_depth)
-    ]
 
 
 @dataclass

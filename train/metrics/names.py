@@ -1,10 +1,11 @@
-"""The one table of metric names: what a line of metrics.jsonl may hold, in which unit, meaning what.
+"""The one table of metric names: what a line of metrics.jsonl may hold, in which unit, meaning what, and when.
 
 A line is one JSON object. Its scalars come first, in the order of the table, then the values per MoE layer, so that a
 reader of a long file can cut a line at LAYERS_MARK and parse the head alone. An absent key was not measured in
 that step; null means that the number was not finite (NaN is no JSON).
 
-MoE layers are named as their parameters are: `layers.3` in the main model, `mtp.0` for the first MTP module.
+MoE layers are named as their parameters are: `layers.3` in the main model, `mtp.0` for the first MTP module. W&B gets the
+scalars by the same names, and of the values per layer what WANDB lists; there a layer is spelled `layers_3`.
 """
 
 from dataclasses import dataclass
@@ -20,6 +21,8 @@ class Metric:
     type: type
     unit: str
     meaning: str
+    when: str = ""
+    """What it takes to be measured; empty where every step has it."""
 
 
 FP8_READINGS = (
@@ -27,13 +30,21 @@ FP8_READINGS = (
     ("saturated", "share", "values that the cast clamped"),
     ("scale_range", "log2", "largest over smallest scale of a tensor"),
 )
+FP8_WHEN = "precision=fp8 or fp8_ue8m0, every precision.fp8.health.every steps"
 SCALARS = (
     Metric("step", int, "steps", "optimizer steps done, this one included"),
     Metric("tokens", int, "tokens", "tokens consumed since the start of the run"),
     Metric("samples", int, "sequences", "sequences consumed since the start of the run"),
     Metric("loss", float, "nats per token", "what is minimised: main, weighted MTP and balance loss"),
     Metric("main_loss", float, "nats per token", "cross-entropy of the next token"),
-    Metric("mtp_loss", float, "nats per token", "cross-entropy of the MTP modules, mean over depths, unweighted"),
+    Metric(
+        "mtp_loss",
+        float,
+        "nats per token",
+        "cross-entropy of the MTP modules, mean over depths, unweighted",
+        "model.mtp_depth > 0",
+    ),
+    Metric("mtp_loss_K", float, "nats per token", "the same of depth K, from 1", "model.mtp_depth > 1"),
     Metric("balance_loss", float, "1", "sequence-wise balance loss, weighted, summed over MoE layers"),
     Metric("grad_norm", float, "1", "global gradient norm before clipping"),
     Metric("lr", float, "1", "learning rate"),
@@ -44,13 +55,43 @@ SCALARS = (
     Metric("mfu", float, "share", "model FLOP/s over peak; causal attention, MTP not counted, as the paper counts"),
     Metric("mfu_full", float, "share", "the same with attention counted as if it were not causal"),
     Metric("step_seconds", float, "s", "wall time of the step; validation and saving come on top"),
-    Metric("bubble_share", float, "share", "1 - busy / span of a rank's own forward and backward, mean over ranks"),
+    Metric(
+        "bubble_share",
+        float,
+        "share",
+        "1 - busy / span of a rank's own forward and backward, mean over ranks",
+        "parallel.pp > 1",
+    ),
     Metric("forward_seconds", float, "s", "forward passes alone, mean over ranks"),
     Metric("backward_seconds", float, "s", "backward passes alone, of inputs and of weights, mean over ranks"),
-    Metric("overlapped_seconds", float, "s", "forwards that ran together with a backward (dualpipev), mean over ranks"),
-    Metric("dispatch_bytes_inside", int, "bytes", "sent to experts and back between ranks of one node, over all ranks"),
-    Metric("dispatch_bytes_across", int, "bytes", "sent to experts and back between nodes, over all ranks"),
-    Metric("dispatch_wait_seconds", float, "s", "host time spent waiting for those transfers, mean over ranks"),
+    Metric(
+        "overlapped_seconds",
+        float,
+        "s",
+        "forwards that ran together with a backward (dualpipev), mean over ranks",
+        "parallel.schedule=dualpipev",
+    ),
+    Metric(
+        "dispatch_bytes_inside",
+        int,
+        "bytes",
+        "sent to experts and back between ranks of one node, over all ranks",
+        "parallel.ep > 1",
+    ),
+    Metric(
+        "dispatch_bytes_across",
+        int,
+        "bytes",
+        "sent to experts and back between nodes, over all ranks",
+        "parallel.ep > 1",
+    ),
+    Metric(
+        "dispatch_wait_seconds",
+        float,
+        "s",
+        "host time spent waiting for those transfers, mean over ranks",
+        "parallel.ep > 1",
+    ),
     Metric("data_wait_seconds", float, "s", "part of step_seconds that waited for data"),
     Metric("checkpoint_stall_seconds", float, "s", "time after the step in which training waited for a checkpoint"),
     Metric("memory_bytes", int, "bytes", "peak CUDA memory of the logging rank; on CPU its peak resident memory"),
@@ -61,23 +102,34 @@ SCALARS = (
     Metric("dead_experts", int, "experts", "experts without a token in the last 20 steps, over all MoE layers"),
     Metric("bias_min", float, "1", "smallest balance bias that the step used"),
     Metric("bias_max", float, "1", "largest balance bias that the step used"),
-    Metric("validation_loss", float, "nats per token", "main loss on held-out data"),
     Metric(
-        "validation_bits_per_byte", float, "bits per byte", "held-out loss per byte of text, whatever the tokenizer"
+        "validation_loss",
+        float,
+        "nats per token",
+        "main loss on held-out data",
+        "at the end, and every log.validate_every steps",
+    ),
+    Metric(
+        "validation_bits_per_byte",
+        float,
+        "bits per byte",
+        "held-out loss per byte of text, whatever the tokenizer",
+        "with validation_loss",
     ),
     *(
         Metric(
             f"fp8_{subject}_{name}",
             float,
             unit,
-            f"{meaning}, worst layer; FP8 only, every precision.fp8.health.every steps",
+            f"{meaning}, worst layer",
+            FP8_WHEN,
         )
         for subject in ("activation", "weight", "gradient")
         for name, unit, meaning in FP8_READINGS
     ),
     *(
         Metric(
-            f"fp8_{product}_error", float, "share", f"error of {product} against bf16 operands, worst layer; FP8 only"
+            f"fp8_{product}_error", float, "share", f"error of {product} against bf16 operands, worst layer", FP8_WHEN
         )
         for product in ("fprop", "dgrad")
     ),
@@ -91,11 +143,21 @@ LAYERS = (
     Metric("layer_bias", list, "1", "smallest and largest balance bias of each MoE layer"),
     Metric("load", list, "tokens", "tokens routed to each expert of each MoE layer in this batch"),
     *(
-        Metric(f"layer_{metric.name}", dict, metric.unit, f"{metric.name} of each layer with FP8 products")
+        Metric(f"layer_{metric.name}", dict, metric.unit, f"{metric.name} of each layer with FP8 products", FP8_WHEN)
         for metric in SCALARS
         if metric.name.startswith("fp8_")
     ),
 )
+
+WANDB = (
+    Metric("layer_max_vio/LAYER", float, "1", "max_vio of a MoE layer"),
+    Metric("layer_entropy/LAYER", float, "1", "load_entropy of a MoE layer"),
+    Metric("load", list, "experts", "experts of all MoE layers by load in fair shares, a histogram"),
+    Metric("layer_load/LAYER", list, "experts", "the same of one MoE layer", "every LAYER_LOAD_EVERY steps"),
+)
+"""What W&B gets of the values per layer."""
+LAYER_LOAD_EVERY = 10
+"""Steps between histograms of single layers, which take the most room of all."""
 
 LAYERS_MARK = b',"layer_max_vio":'
 """Where the head of a line ends: the scalars stand before it."""
@@ -103,13 +165,20 @@ LAYERS_MARK = b',"layer_max_vio":'
 _ORDER = [metric.name for metric in SCALARS + LAYERS]
 
 
-def order(name: str) -> tuple[int, int]:
-    """Place of a metric in a line; `mtp_loss_2` (depth 2, from 1) stands after mtp_loss. An unknown name is our bug."""
+def table_name(name: str) -> str:
+    """The name in the table: `mtp_loss_2` stands there as mtp_loss_K, W&B's `layer_max_vio/mtp_0` as layer_max_vio/LAYER."""
     base, _, depth = name.rpartition("_")
     if base == "mtp_loss" and depth.isdecimal():
-        return _ORDER.index("mtp_loss"), int(depth)
-    assert name in _ORDER, f"metric {name!r} is missing from train/metrics/names.py"
-    return _ORDER.index(name), 0
+        return "mtp_loss_K"
+    kind, slash, _ = name.partition("/")
+    return f"{kind}/LAYER" if slash else name
+
+
+def order(name: str) -> tuple[int, int]:
+    """Place of a metric in a line. An unknown name is our bug."""
+    row = table_name(name)
+    assert row in _ORDER, f"metric {name!r} is missing from train/metrics/names.py"
+    return _ORDER.index(row), int(name.rpartition("_")[2]) if row == "mtp_loss_K" else 0
 
 
 def is_layer_metric(name: str) -> bool:

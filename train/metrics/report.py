@@ -109,7 +109,7 @@ def _page(
         "<h2>Configuration</h2><details><summary>Every setting of this run (config.yaml)</summary>",
         f"<pre>{html.escape(settings_text) or 'This folder has no config.yaml.'}</pre></details>",
         "<details><summary>What the names in metrics.jsonl mean</summary>",
-        _table(("name", "unit", "meaning"), [(metric.name, metric.unit, metric.meaning) for metric in SCALARS]),
+        _table(("name", "unit", "meaning", "when"), [(m.name, m.unit, m.meaning, m.when or "always") for m in SCALARS]),
         "</details></main></body></html>",
     ]
     return "\n".join(parts)

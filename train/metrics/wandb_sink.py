@@ -25,7 +25,7 @@ from urllib.parse import urlsplit
 import numpy as np
 
 from conf.schema import WandbMode
-from train.metrics.names import Record, is_layer_metric
+from train.metrics.names import LAYER_LOAD_EVERY, Record, is_layer_metric
 
 ONLINE_SECONDS = 10.0
 """Longest wait for the server at the start."""
@@ -35,7 +35,7 @@ FLUSH_SECONDS = 1.0
 """W&B writes its file this often; its default of 15 s loses the end of a killed run."""
 WAITING_RECORDS = 10_000
 LAYER_SCALARS = ("layer_max_vio", "layer_entropy")
-"""What W&B gets of every MoE layer; the loads themselves go as one histogram."""
+"""What W&B gets of every MoE layer in every step; loads go as histograms."""
 LOAD_BINS, LOAD_TOP = 40, 4.0
 """The histogram of loads runs from 0 to 4 fair shares; its last bin holds everything above."""
 
@@ -154,8 +154,13 @@ class WandbSink:
             return False
         if os.environ.get("WANDB_MODE") in ("offline", "dryrun"):
             return False
-        settings = wandb.setup().settings
-        return bool(settings.api_key or settings.identity_token_file or has_netrc_key(settings.base_url))
+        return has_key(wandb)
+
+
+def has_key(wandb: ModuleType) -> bool:
+    """Whether this machine has a key for the W&B server."""
+    settings = wandb.setup().settings
+    return bool(settings.api_key or settings.identity_token_file or has_netrc_key(settings.base_url))
 
 
 def has_netrc_key(base_url: str) -> bool:
@@ -178,16 +183,25 @@ def run_id(run_folder: Path) -> str:
 
 
 def to_wandb(record: Record) -> dict[str, Any]:
-    """Scalars by their names, a few scalars for each MoE layer, and one histogram of all expert loads."""
+    """Scalars by their names, a few scalars for each MoE layer, and histograms of expert loads."""
     import wandb
 
     data = {name: value for name, value in record.items() if not is_layer_metric(name) and name != "step"}
     for name in LAYER_SCALARS:
         for layer, value in record.get(name, {}).items():
-            data[f"{name}/{layer.replace('.', '_')}"] = value  # W&B reads a dot as nesting
-    if record.get("load"):
-        data["load"] = wandb.Histogram(np_histogram=load_histogram(record["load"]))
+            data[f"{name}/{layer_key(layer)}"] = value
+    load = record.get("load") or {}
+    if load:
+        data["load"] = wandb.Histogram(np_histogram=load_histogram(load))
+    if record["step"] % LAYER_LOAD_EVERY == 0:
+        for layer, row in load.items():
+            data[f"layer_load/{layer_key(layer)}"] = wandb.Histogram(np_histogram=load_histogram({layer: row}))
     return data
+
+
+def layer_key(layer: str) -> str:
+    """A layer as W&B spells it, which reads a dot as nesting."""
+    return layer.replace(".", "_")
 
 
 def load_histogram(load: Mapping[str, Any]) -> tuple[np.ndarray, np.ndarray]:

@@ -10,6 +10,13 @@ from dataclasses import dataclass
 from conf.schema import Config, Model
 
 
+def moe_layers(model: Model) -> list[str]:
+    """Names of all layers with experts, in order."""
+    return [f"layers.{i}" for i in range(model.dense_layers, model.layers)] + [
+        f"mtp.{k}" for k in range(model.mtp_depth)
+    ]
+
+
 @dataclass(frozen=True)
 class Counts:
     """Parameters of a model, MTP apart."""
