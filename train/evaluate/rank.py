@@ -21,7 +21,9 @@ from train.evaluate.drafts import Drafts  # noqa: E402
 from train.evaluate.result import Evaluation, show  # noqa: E402
 from train.evaluate.sources import EvaluatedSource, choose  # noqa: E402
 from train.evaluate.target import Target, check_tokenizer, find_target  # noqa: E402
-from train.evaluate.weights import load_pipeline  # noqa: E402
+from train.evaluate.weights import load_pipeline, make_pipeline  # noqa: E402
+from train.hf.load import load_hf_model  # noqa: E402
+from train.precision.build import activation_dtype  # noqa: E402
 from train.run_folder import RunPaths  # noqa: E402
 from train.validation import Sums, held_out_loss  # noqa: E402
 from train.worker import choose_device, guarded, in_turn, start_process_group  # noqa: E402
@@ -44,8 +46,8 @@ def _run(config: Config, place: Place) -> int:
     mesh = build_mesh(layout, timedelta(seconds=config.cluster.timeout))
     corpus = in_turn(place, lambda progress: build_corpus(config, progress))
     check_tokenizer(corpus.tokenizer.fingerprint, target)
-    sources = choose(corpus, config, target.meta["held_out"])
-    pipeline = load_pipeline(config, mesh, device, target.checkpoint)
+    sources = choose(corpus, config, target.meta and target.meta["held_out"])
+    pipeline = _load(target, mesh, device)
     losses = [(source, _loss(config, source, pipeline, mesh, device)) for source in sources]
     tasks = {}
     if config.evaluate.tasks:
@@ -55,6 +57,14 @@ def _run(config: Config, place: Place) -> int:
     if place.rank == 0:
         _report(config, target, losses, tasks)
     return EXIT_OK
+
+
+def _load(target: Target, mesh: Mesh, device: torch.device) -> Pipeline:
+    if target.meta is not None:
+        return load_pipeline(target.config, mesh, device, target.checkpoint)
+    dtype = activation_dtype(target.config.precision)
+    _, model, _ = load_hf_model(target.checkpoint, dtype, "evaluate.checkpoint")
+    return make_pipeline(target.config, mesh, device, [model.to(device)], [0], 1)
 
 
 def _loss(config: Config, source: EvaluatedSource, pipeline: Pipeline, mesh: Mesh, device: torch.device) -> Sums:

@@ -12,26 +12,60 @@ from train.run_folder import RunPaths, resume_point
 
 @dataclass(frozen=True)
 class Target:
-    """A checkpoint of ours."""
+    """Weights to evaluate."""
 
     config: Config
-    """With the tokenizer that the checkpoint was trained with, where none is set."""
+    """With the shape and the tokenizer that belong to the weights."""
     checkpoint: Path
-    meta: dict[str, Any]
-    step: int
+    meta: dict[str, Any] | None
+    """What a checkpoint of ours keeps; None for a Hugging Face folder, of whose data nothing is known."""
+    step: int | None
 
 
 def find_target(config: Config) -> Target:
     """Raises UserError where there is no intact checkpoint, or it has no averages and they are wanted."""
+    given = config.evaluate.checkpoint
+    if given is not None and is_hf_folder(Path(given).expanduser()):
+        return _of_hf_folder(config, Path(given).expanduser().absolute())
     checkpoint = _checkpoint(config)
     manifest = read_manifest(checkpoint)
     if config.evaluate.ema and not manifest.meta["has_ema"]:
         raise UserError(
             "evaluate.ema", True, f"{checkpoint} holds no average of the weights", "train with optim.ema_decay=0.999"
         )
-    if config.data.tokenizer is None and (checkpoint.parents[1] / "tokenizer.json").is_file():
-        config = replace(config, data=replace(config.data, tokenizer=str(checkpoint.parents[1])))
+    config = _with_tokenizer(config, checkpoint.parents[1])
     return Target(config, checkpoint, manifest.meta, manifest.step)
+
+
+def is_hf_folder(folder: Path) -> bool:
+    """Whether this is one of theirs and not a run or a checkpoint."""
+    return (folder / "config.json").is_file() and not (folder / "config.yaml").exists()
+
+
+def _of_hf_folder(config: Config, folder: Path) -> Target:
+    from train.hf.config import read_model
+
+    ranks = config.parallel.pp * config.parallel.dp
+    for wrong, field, value, rule, cure in (
+        (ranks > 1, "parallel", ranks, "one process holds all of the folder's weights", "leave parallel out"),
+        (config.evaluate.ema, "evaluate.ema", True, "a Hugging Face folder holds no average", "leave it out"),
+        (config.precision.fp8 is not None, "precision", config.precision.name, "is for our checkpoints", "take bf16"),
+    ):
+        if wrong:
+            raise UserError(field, value, f"{rule}: {folder}", cure)
+    config = _with_tokenizer(replace(config, model=read_model(folder, "evaluate.checkpoint")), folder)
+    if config.data.tokenizer is None:
+        raise UserError(
+            "data.tokenizer", None, f"{folder} brings no tokenizer.json", "set data.tokenizer to the weights' own"
+        )
+    return Target(config, folder, None, None)
+
+
+def _with_tokenizer(config: Config, folder: Path) -> Config:
+    """The tokenizer that lies beside the weights, where none is set."""
+    if config.data.tokenizer is not None or not (folder / "tokenizer.json").is_file():
+        return config
+    return replace(config, data=replace(config.data, tokenizer=str(folder)))
 
 
 def _checkpoint(config: Config) -> Path:
@@ -52,7 +86,7 @@ def _checkpoint(config: Config) -> Path:
 
 def check_tokenizer(fingerprint: str, target: Target) -> None:
     """The tokens must mean what they meant in training."""
-    if fingerprint != target.meta["tokenizer"]:
+    if target.meta is not None and fingerprint != target.meta["tokenizer"]:
         raise UserError(
             "data.tokenizer",
             target.config.data.tokenizer or "trained on the data",

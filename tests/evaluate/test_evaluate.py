@@ -1,0 +1,188 @@
+"""mode=evaluate: the same number as the run's own validation, on the right documents, in any layout, and bad input."""
+
+import json
+import math
+import os
+import shutil
+import socket
+
+import pytest
+import torch
+
+from cluster.launch import Place
+from conf.errors import EXIT_OK, UserError
+from conf.load import compose
+from tests.ranks import run_processes
+from train.checkpoint.manifest import seal
+from train.data.corpus import build_corpus
+from train.data.dataset import ValidationData
+from train.evaluate.rank import run_rank
+from train.evaluate.run import evaluate
+from train.evaluate.target import find_target
+from train.whole_model import load_model
+
+torch.set_num_threads(1)
+
+
+def result(trained) -> dict:
+    return json.loads((trained.root / "runs" / "mix" / "evaluate.json").read_text())
+
+
+def call(trained, *overrides: str) -> dict:
+    assert evaluate(trained.compose(*overrides), alone=True) == EXIT_OK
+    return result(trained)
+
+
+def test_it_gives_the_loss_of_the_run_s_own_validation(trained, capfd):
+    found = call(trained)
+    total = found["total"]
+    assert total["loss"] == pytest.approx(trained.record["validation_loss"], rel=1e-6)  # metrics.jsonl has 7 digits
+    assert total["bits_per_byte"] == pytest.approx(trained.record["validation_bits_per_byte"], rel=1e-6)
+    assert total["perplexity"] == pytest.approx(math.exp(total["loss"]))
+    assert found["step"] == 12 and found["checkpoint"] == str(trained.checkpoint) and found["weights"] == "master"
+    sources = found["sources"]
+    assert [source["name"] for source in sources] == [str(trained.first), str(trained.second)]
+    assert {source["documents"] for source in sources} == {"held out"}
+    for key in ("sequences", "tokens", "text_bytes"):
+        assert total[key] == sum(source[key] for source in sources)
+    assert total["loss"] * total["tokens"] == pytest.approx(sum(s["loss"] * s["tokens"] for s in sources))
+    shown = capfd.readouterr().out
+    assert "held out: " in shown and "evaluate.json" in shown and f"{total['loss']:.4f}" in shown
+
+
+def test_drafts_are_measured_as_full_logits_say(trained):
+    """Chunked argmax and losses against logits of all positions at once; sums differ by the order of fp32 additions."""
+    config = find_target(trained.compose("model.loss_chunk=7")).config
+    found = call(trained, "model.loss_chunk=7")
+    data = ValidationData(build_corpus(config), config)
+    model = load_model(config, trained.checkpoint, torch.device("cpu"))
+    states, tokens_BS = [], data.batch(0, len(data)).tokens_BS
+    model.observer = lambda seen, _: states.extend(seen)
+    with torch.no_grad():
+        model(tokens_BS)
+    logits = [torch.nn.functional.linear(hidden, model.head.weight) for hidden in states]
+    for draft in found["total"]["mtp"]:
+        k = draft["depth"]
+        agreed = (logits[k].argmax(-1) == logits[0].argmax(-1)[:, k:]).double().mean().item()
+        nats = torch.nn.functional.cross_entropy(logits[k].flatten(0, 1), tokens_BS[:, k + 1 :].flatten()).item()
+        assert draft["agreement"] == pytest.approx(agreed, abs=1e-12)
+        assert draft["loss"] == pytest.approx(nats * (24 - k) / 24, rel=1e-5)
+    assert [draft["depth"] for draft in found["total"]["mtp"]] == [1, 2]
+
+
+def test_drafts_name_what_training_calls_mtp_loss(trained):
+    """In training mode the same weights on the same sequences have the same MTP losses."""
+    config = find_target(trained.compose()).config
+    data = ValidationData(build_corpus(config), config)
+    model = load_model(config, trained.checkpoint, torch.device("cpu")).train()
+    with torch.no_grad():
+        model(data.batch(0, len(data)).tokens_BS)
+    _, *expected = model.losses.means().tolist()
+    found = [draft["loss"] for draft in call(trained)["total"]["mtp"]]
+    assert found == pytest.approx(expected, rel=1e-5)
+
+
+def test_other_data_count_whole_and_the_run_s_own_only_where_held_out(trained, tmp_path):
+    foreign = tmp_path / "foreign"
+    foreign.mkdir()
+    (foreign / "a.txt").write_text("an expert of another kind entirely, " * 40)
+    (foreign / "b.txt").write_text("that nobody has trained on. " * 40)
+    (source,) = call(trained, f"data.path={foreign}", "evaluate.sequences=0")["sources"]
+    assert source["documents"] == "all"
+    all_bytes = sum(path.stat().st_size for path in foreign.iterdir())
+    assert all_bytes - 24 * 8 < source["text_bytes"] <= all_bytes  # all but a tail shorter than a sequence
+
+    held_out = call(trained, f"data.path={trained.second}", "evaluate.sequences=0")["sources"][0]
+    moved = tmp_path / "moved"
+    shutil.copytree(trained.second, moved)
+    assert call(trained, f"data.path={moved}", "evaluate.sequences=0")["sources"][0]["documents"] == "held out"
+    (trained.second / "new.txt").write_text("one more file\n")  # contents differ now, the path is the same
+    try:
+        found = call(trained, f"data.path={trained.second}", "evaluate.sequences=0")["sources"][0]
+    finally:
+        (trained.second / "new.txt").unlink()
+    assert found["documents"] == held_out["documents"] == "held out"
+    assert found["tokens"] < 0.3 * sum(path.stat().st_size for path in trained.second.iterdir())
+
+
+def test_averages_are_evaluated_by_choice(trained):
+    plain, average = call(trained), call(trained, "evaluate.ema=true")
+    assert average["weights"] == "ema" and average["total"]["loss"] != plain["total"]["loss"]
+    assert abs(average["total"]["loss"] - plain["total"]["loss"]) < 1  # an average of two steps or so
+
+
+def test_a_checkpoint_is_named_by_its_folder_or_its_run(trained):
+    older = trained.checkpoint.parent / "step_00000006"
+    found = compose_and_call(trained, f"evaluate.checkpoint={older}")
+    assert found["step"] == 6 and found["total"]["mtp"] and found["name"] == "mix"
+    assert compose_and_call(trained, f"evaluate.checkpoint={trained.root / 'runs' / 'mix'}")["step"] == 12
+
+
+def compose_and_call(trained, *overrides: str) -> dict:
+    """Without name=: model, data and name come from the folder of the checkpoint."""
+    config = compose("mode=evaluate", f"runs={trained.root / 'runs'}", "cluster.threads=1", *overrides)
+    assert evaluate(config, alone=True) == EXIT_OK
+    return result(trained)
+
+
+def on_ranks(rank: int, config, world: int, port: int) -> None:
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "GLOO_SOCKET_IFNAME": "lo"}
+    assert run_rank(config, Place(rank, world, rank, world)) == EXIT_OK
+
+
+@pytest.mark.parametrize(
+    "layout",
+    [
+        ["parallel.dp=2", "parallel.ep=2"],
+        ["parallel.pp=2", "parallel.schedule=dualpipev"],
+    ],
+)
+def test_any_layout_gives_the_loss_of_one_process(trained, layout):
+    expected = call(trained)["total"]
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    run_processes(on_ranks, trained.compose(*layout), 2, port, world_size=2, timeout=60)
+    found = result(trained)["total"]
+    assert found["loss"] == pytest.approx(expected["loss"], rel=1e-6)  # fp32 sums in another order
+    assert (found["tokens"], found["text_bytes"]) == (expected["tokens"], expected["text_bytes"])
+    for mine, other in zip(found["mtp"], expected["mtp"], strict=True):
+        assert mine["loss"] == pytest.approx(other["loss"], rel=1e-6)
+        assert mine["agreement"] == pytest.approx(other["agreement"], abs=0.01)  # a tie may fall either way
+
+
+def test_bad_input_names_field_and_cure(trained, tmp_path, monkeypatch):
+    other = tmp_path / "tokenizer.json"
+    other.write_text((trained.root / "runs" / "mix" / "tokenizer.json").read_text() + " ")
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    cases = {
+        "name": ["name=nothing"],
+        "evaluate.checkpoint": [f"evaluate.checkpoint={tmp_path}"],
+        "data.tokenizer": [f"data.tokenizer={other}"],
+        "data.validation_fraction": ["data.validation_fraction=0.5"],
+        "evaluate.tasks": ["evaluate.tasks=[cloze]"],
+    }
+    for field, overrides in cases.items():
+        with pytest.raises(UserError) as caught:
+            evaluate(trained.compose(*overrides), alone=True)
+        assert caught.value.field == field and caught.value.cure
+    assert "sluice[eval]" in caught.value.cure
+    for field, overrides in {
+        "evaluate.tasks": ["evaluate.tasks=[a]", "parallel.dp=2", "parallel.ep=2"],
+        "evaluate.sequences": ["evaluate.sequences=-1"],
+    }.items():
+        with pytest.raises(UserError) as caught:
+            trained.compose(*overrides)
+        assert caught.value.field == field
+
+
+def test_averages_that_were_not_kept_are_refused(trained, tmp_path):
+    checkpoint = tmp_path / "run" / "checkpoints" / trained.checkpoint.name
+    shutil.copytree(trained.checkpoint, checkpoint)
+    manifest = checkpoint / "manifest.json"
+    body = json.loads(manifest.read_text())
+    del body["crc32"]
+    body["meta"]["has_ema"] = False
+    manifest.write_text(seal(body))
+    with pytest.raises(UserError, match=r"optim.ema_decay=0.999"):
+        evaluate(trained.compose("evaluate.ema=true", f"evaluate.checkpoint={checkpoint}"), alone=True)

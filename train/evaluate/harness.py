@@ -1,0 +1,176 @@
+"""Standard tasks on our models, through lm-evaluation-harness (the package lm-eval, extra `eval`).
+
+The harness asks three questions: how likely a continuation is after a context, how likely a whole text is, and how a text
+goes on until a stop word. Everything starts with eos, as every document in training follows the end of another. A context
+that is too long loses its beginning.
+
+Shapes: B rows, T positions, V vocabulary.
+"""
+
+import difflib
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+from lm_eval import simple_evaluate
+from lm_eval.api.instance import Instance
+from lm_eval.api.model import TemplateLM
+from lm_eval.tasks import TaskManager
+from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
+
+from conf.errors import UserError
+from conf.schema import Config
+from train.data.tokenizer import Tokenizer
+from train.generate.decoder import Decoder
+from train.generate.generation import Generation, Limits
+from train.generate.sampling import Sampler
+from train.model.deepseek import DeepSeekV3
+
+BOOTSTRAPS = 1000
+"""Resamplings behind a standard error that has no closed form."""
+NEW_TOKENS = 256
+"""Tokens of an answer where the task sets no limit."""
+
+
+def run_tasks(config: Config, model: DeepSeekV3, tokenizer: Tokenizer) -> dict[str, dict[str, float]]:
+    """Task (or group of tasks) -> metric -> value, under the harness's own names. Raises UserError for unknown tasks."""
+    wanted = config.evaluate
+    logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    try:
+        manager = TaskManager(include_path=wanted.task_path, include_defaults=wanted.task_path is None)
+        _require_known(wanted.tasks, manager.all_tasks)
+        found = simple_evaluate(
+            model=Harness(model, tokenizer, config),
+            tasks=list(wanted.tasks),
+            task_manager=manager,
+            num_fewshot=wanted.shots,
+            limit=wanted.task_limit or None,
+            bootstrap_iters=BOOTSTRAPS,
+            log_samples=False,
+            random_seed=config.seed,
+            numpy_random_seed=config.seed,
+            torch_random_seed=config.seed,
+            fewshot_random_seed=config.seed,
+        )
+    except OSError as error:
+        raise UserError(
+            "evaluate.tasks", wanted.tasks, f"cannot be loaded: {error}", "check evaluate.task_path and the task's data"
+        ) from error
+    return {task: _numbers(results) for task, results in found["results"].items()}
+
+
+def _require_known(tasks: Sequence[str], known: Sequence[str]) -> None:
+    for task in tasks:
+        if task not in known:
+            close = difflib.get_close_matches(task, known, n=3)
+            cure = f"did you mean {' or '.join(close)}?" if close else f"known are {', '.join(sorted(known)[:20])}"
+            raise UserError("evaluate.tasks", task, "no such task", cure)
+
+
+def _numbers(results: dict[str, Any]) -> dict[str, float]:
+    """The harness writes METRIC,FILTER; the filter `none` is left out."""
+    return {
+        name.removesuffix(",none"): float(value)
+        for name, value in results.items()
+        if isinstance(value, int | float) and "," in name
+    }
+
+
+class Harness(TemplateLM):
+    """A whole model in eval mode as the harness sees it."""
+
+    def __init__(self, model: DeepSeekV3, tokenizer: Tokenizer, config: Config):
+        super().__init__()
+        self._model, self._ids = model, tokenizer
+        self._seq_len, self._rows, self._seed = config.seq_len, config.micro_batch_size, config.seed
+        self._device = model.head.weight.device
+
+    @property
+    def eot_token_id(self) -> int:
+        return self._ids.eos_id
+
+    def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
+        start = [] if add_special_tokens is False else [self._ids.eos_id]
+        return start + self._ids.encode(string)
+
+    def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
+        """log p of each whole text, cut into windows of seq_len tokens that share one token."""
+        totals = []
+        for (text,) in (request.args for request in requests):
+            ids = self._ids.encode(text)
+            windows = get_rolling_token_windows(ids, self._ids.eos_id, self._seq_len, context_len=1)
+            pairs = [((text, ""), *make_disjoint_window(window)) for window in windows]
+            totals.append(sum(log_p for log_p, _ in self._loglikelihood_tokens(pairs)))
+        return totals
+
+    def _loglikelihood_tokens(self, requests: list, disable_tqdm: bool = False) -> list[tuple[float, bool]]:
+        """log p of each continuation, and whether the model would have chosen it itself."""
+        found: list[tuple[float, bool]] = [(0.0, True)] * len(requests)
+        order = sorted(range(len(requests)), key=lambda place: -len(requests[place][1]) - len(requests[place][2]))
+        for places in _cut(order, self._rows):
+            for place, answer in zip(places, self._score([requests[place][1:] for place in places]), strict=True):
+                found[place] = answer
+        return found
+
+    @torch.inference_mode()
+    def _score(self, pairs: list[tuple[list[int], list[int]]]) -> list[tuple[float, bool]]:
+        """For (context, continuation) of a batch. Rows are padded at their end, where nothing looks back from."""
+        for _, continuation in pairs:
+            if len(continuation) > self._seq_len:
+                raise UserError(
+                    "seq_len", self._seq_len, f"an answer has {len(continuation)} tokens", "leave this task out"
+                )
+        rows = [(context + continuation)[-self._seq_len - 1 :] for context, continuation in pairs]
+        longest = max(map(len, rows)) - 1
+        inputs = [row[:-1] + [self._ids.eos_id] * (longest - len(row) + 1) for row in rows]
+        logits_BTV = self._model.logits(torch.tensor(inputs, device=self._device))
+        answers = []
+        for row, logits_TV, (_, continuation) in zip(rows, logits_BTV, pairs, strict=True):
+            ends = slice(len(row) - 1 - len(continuation), len(row) - 1)
+            targets_T = torch.tensor(continuation, device=self._device)
+            log_p_T = logits_TV[ends].log_softmax(-1).gather(-1, targets_T.unsqueeze(-1))
+            greedy_T = logits_TV[ends, : self._ids.vocab_size].argmax(-1)
+            answers.append((log_p_T.sum().item(), bool((greedy_T == targets_T).all())))
+        return answers
+
+    def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
+        """How each context goes on, up to its first stop word."""
+        texts: list[str] = [""] * len(requests)
+        for settings in {repr(request.args[1]): request.args[1] for request in requests}.values():
+            places = [place for place, request in enumerate(requests) if request.args[1] == settings]
+            for batch in _cut(places, self._rows):
+                contexts = [requests[place].args[0] for place in batch]
+                for place, text in zip(batch, self._generate(contexts, settings), strict=True):
+                    texts[place] = text
+        return texts
+
+    def _generate(self, contexts: list[str], settings: dict[str, Any]) -> list[str]:
+        until = settings.get("until") or []
+        stops = [until] if isinstance(until, str) else list(until)
+        tokens = min(settings.get("max_gen_toks", NEW_TOKENS), self._seq_len - 1)
+        temperature = settings.get("temperature", 1.0) if settings.get("do_sample") else 0.0
+        prompts = [self.tok_encode(context)[-(self._seq_len - tokens) :] for context in contexts]
+        generation = Generation(
+            Decoder(self._model, self._seq_len),
+            prompts,
+            Sampler(self._ids.vocab_size, temperature, settings.get("top_p", 1.0)),
+            Limits(tokens, self._seq_len, self._ids.eos_id),
+            seed=self._seed,
+        )
+        return _read(generation, self._ids.decode, stops)
+
+
+def _read(generation: Generation, decode: Callable[[list[int]], str], stops: list[str]) -> list[str]:
+    """Run until every text has ended or has a stop word in it; what comes before the first stop word."""
+    texts: list[str] = []
+    for _ in generation.steps():
+        texts = [decode(ids) for ids in generation.tokens]
+        if all(any(stop in text for stop in stops) for text in texts):
+            break
+    return [text[: min((at for stop in stops if (at := text.find(stop)) >= 0), default=None)] for text in texts]
+
+
+def _cut(items: Sequence[int], size: int) -> Iterator[Sequence[int]]:
+    for first in range(0, len(items), size):
+        yield items[first : first + size]
