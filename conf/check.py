@@ -6,7 +6,7 @@ import re
 from conf.check_plan import check_plan
 from conf.check_precision import check_precision
 from conf.errors import UserError
-from conf.schema import Config, DataFormat, Model, Phase
+from conf.schema import Config, DataFormat, Generate, Mode, Model, Phase
 
 DISPATCHERS = ("flat", "node_limited", "deepep")
 WIRES = ("bf16", "fp8")
@@ -23,6 +23,7 @@ def check(config: Config) -> None:
     check_precision(config.precision)
     check_plan(config)
     _check_evaluate(config)
+    _check_generate(config.generate)
 
 
 def _require(ok: bool, field: str, value: object, rule: str, cure: str) -> None:
@@ -264,7 +265,7 @@ def _check_data(config: Config) -> None:
         "put every source into data.mix",
     )
     _require(
-        bool(data.path or data.mix) or data.format == DataFormat.stdlib,
+        bool(data.path or data.mix) or data.format == DataFormat.stdlib or config.mode == Mode.generate,
         "data.path",
         data.path,
         "this recipe brings no data of its own",
@@ -333,6 +334,14 @@ def _check_parallel(config: Config) -> None:
         parallel.ep,
         f"must divide model.experts = {config.model.experts}",
         "lower ep",
+    )
+
+
+def _check_generate(generate: Generate) -> None:
+    _positive(generate, "generate.", "tokens")
+    _not_negative(generate, "generate.", "temperature seed")
+    _require(
+        0 < generate.top_p <= 1, "generate.top_p", generate.top_p, "is a probability, above 0 and at most 1", "use 0.95"
     )
 
 

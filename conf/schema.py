@@ -19,6 +19,7 @@ class Mode(Enum):
     report = "report"
     plan = "plan"
     evaluate = "evaluate"
+    generate = "generate"
     dashboard = "dashboard"
 
 
@@ -517,6 +518,26 @@ class Evaluate:
 
 
 @dataclass
+class Generate:
+    """mode=generate: text from a model (train/generate)."""
+
+    checkpoint: str | None = None
+    """A checkpoint or run folder, or a Hugging Face folder; null takes the newest intact checkpoint of this run."""
+    prompt: str | None = None
+    """The beginning of the text; null asks for it in a terminal, and takes each line of standard input elsewhere."""
+    tokens: int = 200
+    """New tokens per text, at most; a text also ends with its document or at the end of the context."""
+    temperature: float = 0.8
+    """Below 1 likely tokens become likelier; 0 always takes the likeliest."""
+    top_p: float = 1.0
+    """Draw only from the likeliest tokens that together have this probability."""
+    seed: int = 1
+    """The same seed, prompt and settings give the same text."""
+    speculative: bool = False
+    """Let the MTP modules draft tokens that the model then checks together: the same distribution, fewer steps."""
+
+
+@dataclass
 class Config:
     """A whole run."""
 
@@ -552,3 +573,4 @@ class Config:
     log: Log = field(default_factory=Log)
     checkpoint: Checkpoint = field(default_factory=Checkpoint)
     evaluate: Evaluate = field(default_factory=Evaluate)
+    generate: Generate = field(default_factory=Generate)

@@ -16,7 +16,7 @@ from train.model.count import checkpoint_bytes  # noqa: E402
 
 def main(configs: list[Config]) -> int:
     """One run, or those of a sweep one after another; returns the worst exit code."""
-    modes = {Mode.train: _train, Mode.report: _report, Mode.evaluate: _evaluate, Mode.dashboard: _dashboard}
+    modes = {Mode.train: _train, Mode.report: _report, Mode.evaluate: _evaluate, Mode.generate: _generate, Mode.dashboard: _dashboard}
     return max(modes[config.mode](config, alone=len(configs) == 1) for config in configs)
 
 
@@ -67,6 +67,12 @@ def _evaluate(config: Config, alone: bool) -> int:
     from train.evaluate.run import evaluate
 
     return evaluate(config, alone)
+
+
+def _generate(config: Config, alone: bool) -> int:
+    from train.generate.command import generate
+
+    return generate(config)
 
 
 def _dashboard(config: Config, alone: bool) -> int:

@@ -11,10 +11,14 @@ from conf.errors import EXIT_OK, EXIT_STOPPED
 from conf.schema import Config
 from train.checkpoint.manifest import newest_intact, read_manifest
 from train.data.tokenizer import Tokenizer
+from train.generate.complete import complete
+from train.generate.source import from_checkpoint
 from train.metrics.report import write_report
 from train.metrics.screens import final_screen, stopped_screen
 from train.run_folder import RunPaths
-from train.sample import fits_here, generate, load_model
+from train.whole_model import fits_here
+
+SAMPLE_TEMPERATURE = 0.8
 
 
 def finish(
@@ -53,8 +57,8 @@ def sample(config: Config, checkpoint: Path | None, tokenizer: Tokenizer, device
         return None
     if not fits_here(config):
         return "(none: the model is too large for one process)"
-    model = load_model(config, checkpoint, device)
-    return generate(model, tokenizer, config.log.sample_tokens, window=config.seq_len, seed=config.seed)
+    source = from_checkpoint(config, checkpoint, tokenizer, device)
+    return complete(source, "", tokens=config.log.sample_tokens, temperature=SAMPLE_TEMPERATURE, seed=config.seed)
 
 
 def last_validation(metrics: Path) -> dict[str, float]:

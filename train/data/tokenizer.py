@@ -85,6 +85,10 @@ class Tokenizer:
         atomic_write_text(folder / "tokenizer_config.json", json.dumps({"eos_token": self.eos}))
         atomic_write_text(folder / "tokenizer.json", self.json_text)
 
+    def id_of(self, name: str) -> int | None:
+        """Id of a token by its name; None if there is no such token."""
+        return self._backend.token_to_id(name)
+
     def encode(self, text: str) -> list[int]:
         """Token ids, without any special token."""
         return self._backend.encode(text, add_special_tokens=False).ids

@@ -1,0 +1,165 @@
+"""`mode=generate`: text from a model, to standard output; what is said about it goes to standard error.
+
+The prompt is `generate.prompt`, or what a person types line by line, or each line of standard input. Reads checkpoints and
+writes no file.
+"""
+
+import itertools
+import os
+import readline  # noqa: F401, gives input() its history and editing
+import signal
+import sys
+from collections.abc import Iterator
+
+from cluster.launch import Place
+from conf.errors import EXIT_OK, UserError
+from conf.load import report
+from conf.schema import Config
+from train.generate.cache import bytes_per_token, multi_head_bytes_per_token
+from train.generate.complete import start
+from train.generate.generation import Generation
+from train.generate.source import Source, open_source
+from train.generate.text import TextStream, write
+from train.worker import choose_device
+
+BATCH = 16
+"""Lines of standard input that are continued together."""
+PLAIN_TOKENS = 32
+"""Tokens of each text that are made again without drafts, to tell the speed-up."""
+EXIT_INTERRUPTED = 128 + signal.SIGINT
+
+
+def generate(config: Config) -> int:
+    """Returns the exit code. Raises UserError."""
+    source = open_source(config, choose_device(config, Place(rank=0, world=1, local_rank=0, local_world=1)))
+    writer = Writer(config, source)
+    _say(writer.headline())
+    try:
+        if config.generate.prompt is not None:
+            writer.show([config.generate.prompt])
+        elif sys.stdin.isatty():
+            _converse(writer)
+        else:
+            lines = (line.rstrip("\r\n") for line in sys.stdin)
+            for prompts in _batches(lines):
+                writer.show(prompts, titles=True)
+    except KeyboardInterrupt:
+        write("\n")
+        return EXIT_INTERRUPTED
+    except BrokenPipeError:  # the reader has enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return EXIT_OK
+
+
+class Writer:
+    """Continues prompts as the section `generate` says."""
+
+    def __init__(self, config: Config, source: Source):
+        """Raises UserError where the model has no drafter and one is wanted."""
+        self._settings, self._source = config.generate, source
+        model = source.decoder.config
+        if config.generate.speculative and model.mtp_depth == 0:
+            raise UserError(
+                "generate.speculative",
+                True,
+                f"needs MTP modules, which draft the tokens, and {source.title} has none",
+                "leave generate.speculative out, or train with model.mtp_depth=1",
+            )
+
+    def headline(self) -> str:
+        """What writes, and what it keeps of a text."""
+        decoder = self._source.decoder
+        depth = decoder.config.mtp_depth if self._settings.speculative else 0
+        latent = bytes_per_token(decoder.config, decoder.dtype.itemsize, depth)
+        heads = multi_head_bytes_per_token(decoder.config, decoder.dtype.itemsize)
+        kept = f"{latent:,} bytes of cache per token" + (f" with {depth} MTP module(s)" if depth else "")
+        dtype = str(decoder.dtype).removeprefix("torch.")
+        return (
+            f"{self._source.title}: {dtype} on {decoder.device}, up to {self._source.context:,} tokens; {kept}, "
+            f"{heads:,} for equal multi-head attention ({heads / latent:.1f} times)"
+        )
+
+    def _start(self, prompts: list[str], *, speculative: bool, tokens: int) -> Generation:
+        """A generation that has not begun. Raises UserError for a prompt over the context."""
+        how = self._settings
+        return start(
+            self._source,
+            prompts,
+            tokens=tokens,
+            temperature=how.temperature,
+            top_p=how.top_p,
+            seed=how.seed,
+            speculative=speculative,
+        )
+
+    def show(self, prompts: list[str], titles: bool = False) -> None:
+        """Continue prompts together. The text of a single one appears as it grows; titles: put each prompt above its text."""
+        generation = self._start(prompts, speculative=self._settings.speculative, tokens=self._settings.tokens)
+        streams = [TextStream(self._source.tokenizer) for _ in prompts]
+        texts = ["" for _ in prompts]
+        alone = len(prompts) == 1
+        if alone:
+            self._title(prompts[0], titles)
+        for new in generation.steps():
+            for index, ids in new.items():
+                piece = streams[index].feed(ids) + (streams[index].finish() if generation.ends[index] else "")
+                if alone:
+                    write(piece)
+                else:
+                    texts[index] += piece
+        for prompt, text in zip(prompts, texts, strict=True):
+            if not alone:
+                self._title(prompt, titles)
+                write(text)
+            write("\n\n" if titles else "\n")
+        _say(self._statistics(generation, prompts))
+
+    def _title(self, prompt: str, titles: bool) -> None:
+        if titles:
+            write(f">>> {prompt}\n")
+        else:
+            write(prompt, sys.stderr)
+
+    def _statistics(self, generation: Generation, prompts: list[str]) -> str:
+        """One line about speed, drafts and ends."""
+        counts = generation.counts
+        ends = " and ".join(dict.fromkeys(end.value for end in generation.ends))
+        said = f"[{sum(map(len, generation.tokens))} tokens"
+        if counts.decoded:
+            said += f", {counts.decoded / counts.decode_seconds:.1f} tokens/s"
+        if counts.drafted:
+            plain = self._start(prompts, speculative=False, tokens=min(PLAIN_TOKENS, self._settings.tokens))
+            for _ in plain.steps():
+                pass
+            speed_up = plain.counts.decode_seconds / plain.counts.decoded * counts.decoded / counts.decode_seconds
+            said += (
+                f"; {counts.accepted / counts.drafted:.1%} of {counts.drafted} drafts accepted, "
+                f"{counts.decoded / counts.row_steps:.2f} tokens a step, {speed_up:.2f} times the speed without drafts"
+            )
+        return f"{said}; {ends}]"
+
+
+def _converse(writer: Writer) -> None:
+    """A person types prompts until end of file; an interrupt stops the text, not the conversation."""
+    _say("Type the beginning of a text and press Enter. Ctrl-C stops a text, Ctrl-D ends.")
+    while True:
+        try:
+            prompt = input("> ")
+        except EOFError:
+            write("\n")
+            return
+        try:
+            writer.show([prompt])
+        except KeyboardInterrupt:
+            write("\n")
+        except UserError as error:
+            report(error)
+
+
+def _batches(lines: Iterator[str]) -> Iterator[list[str]]:
+    while batch := list(itertools.islice(lines, BATCH)):
+        yield batch
+
+
+def _say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)

@@ -1,0 +1,34 @@
+"""One call from a prompt to its continuation."""
+
+from train.generate.generation import Generation, Limits
+from train.generate.sampling import Sampler
+from train.generate.source import Source
+
+
+def start(
+    source: Source,
+    prompts: list[str],
+    *,
+    tokens: int,
+    temperature: float = 0.8,
+    top_p: float = 1.0,
+    seed: int = 1,
+    speculative: bool = False,
+) -> Generation:
+    """A generation of these prompts that has not begun. Raises UserError for a prompt over the context."""
+    return Generation(
+        source.decoder,
+        [[source.start_id, *source.tokenizer.encode(prompt)] for prompt in prompts],
+        Sampler(source.tokenizer.vocab_size, temperature, top_p),
+        Limits(tokens, source.context, source.tokenizer.eos_id),
+        seed=seed,
+        speculative=speculative,
+    )
+
+
+def complete(source: Source, prompt: str, **how: object) -> str:
+    """The continuation of a prompt, of at most `tokens` tokens. how: as `start` takes it."""
+    generation = start(source, [prompt], **how)
+    for _ in generation.steps():
+        pass
+    return source.tokenizer.decode(generation.tokens[0])

@@ -1,0 +1,125 @@
+"""Where the weights come from: a checkpoint of ours or a Hugging Face folder, whole, in one process."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+import torch
+
+from conf.errors import UserError
+from conf.schema import Config, Model
+from train.checkpoint.manifest import read_manifest
+from train.data.tokenizer import Tokenizer, check_fit, load_tokenizer
+from train.evaluate.target import is_hf_folder
+from train.generate.decoder import Decoder
+from train.hf.config import read_model
+from train.hf.load import load_hf_model
+from train.hf.tokenizer import SETTINGS
+from train.precision.build import activation_dtype
+from train.run_folder import find_checkpoint
+from train.whole_model import load_model, weight_bytes
+
+FIELD = "generate.checkpoint"
+
+
+@dataclass(frozen=True)
+class Source:
+    """A model that can write, and how its tokens are read."""
+
+    decoder: Decoder
+    tokenizer: Tokenizer
+    context: int
+    """Longest text, in tokens."""
+    start_id: int
+    """Token in front of every text."""
+    title: str
+    """What it is, for the user."""
+
+
+def open_source(config: Config, device: torch.device) -> Source:
+    """What `generate.checkpoint` means; null is the newest intact checkpoint of the run. Raises UserError."""
+    given = config.generate.checkpoint and Path(config.generate.checkpoint).expanduser()
+    return _from_hugging_face(config, given, device) if given and is_hf_folder(given) else _from_run(config, device)
+
+
+def from_checkpoint(config: Config, checkpoint: Path, tokenizer: Tokenizer, device: torch.device) -> Source:
+    """A checkpoint of the run that config describes."""
+    decoder = Decoder(load_model(config, checkpoint, device), config.seq_len)
+    title = f"{config.name}, step {read_manifest(checkpoint).step}"
+    return Source(decoder, tokenizer, config.seq_len, tokenizer.eos_id, title)
+
+
+def _from_run(config: Config, device: torch.device) -> Source:
+    checkpoint = find_checkpoint(config, config.generate.checkpoint, FIELD)
+    tokenizer = _tokenizer_of(config, checkpoint)
+    _require_memory(config.model, 4, checkpoint)
+    return from_checkpoint(config, checkpoint, tokenizer, device)
+
+
+def _tokenizer_of(config: Config, checkpoint: Path) -> Tokenizer:
+    """The one that is set, else the one in the run's folder; it must be that of the training."""
+    folder = checkpoint.parents[1]
+    if config.data.tokenizer is None and not (folder / "tokenizer.json").is_file():
+        raise UserError(
+            "data.tokenizer",
+            None,
+            f"{folder} holds no tokenizer.json, without which the tokens of {checkpoint.name} are only numbers",
+            "set data.tokenizer to the tokenizer.json of that training",
+        )
+    choice = config.data.tokenizer or str(folder)
+    tokenizer = load_tokenizer(choice)
+    if tokenizer.fingerprint != read_manifest(checkpoint).meta["tokenizer"]:
+        raise UserError(
+            "data.tokenizer",
+            choice,
+            f"must be the tokenizer that {checkpoint} was trained with; its fingerprint differs",
+            "set data.tokenizer to that tokenizer.json",
+        )
+    return tokenizer
+
+
+def _from_hugging_face(config: Config, folder: Path, device: torch.device) -> Source:
+    if config.precision.fp8 is not None:
+        raise UserError(
+            "precision",
+            config.precision.name,
+            "weights of a Hugging Face folder are multiplied in bf16 or fp32",
+            "take precision=bf16",
+        )
+    dtype = activation_dtype(config.precision)
+    _require_memory(read_model(folder, FIELD), dtype.itemsize, folder)
+    if config.data.tokenizer is None and not (folder / "tokenizer.json").is_file():
+        raise UserError(FIELD, folder, "holds no tokenizer.json", "set data.tokenizer to the one of these weights")
+    choice = config.data.tokenizer or str(folder)
+    tokenizer = load_tokenizer(choice)
+    model_config, model, _ = load_hf_model(folder, dtype, FIELD)
+    check_fit(tokenizer, choice, model_config.vocab_size, fim_rate=0)
+    decoder = Decoder(model.to(device), min(model_config.max_seq_len, model_config.yarn.original_seq_len))
+    return Source(decoder, tokenizer, model_config.max_seq_len, _start_token(folder, tokenizer), folder.name)
+
+
+def _start_token(folder: Path, tokenizer: Tokenizer) -> int:
+    """The begin-of-text token where the folder's tokenizer puts one in front of every text, else eos, as in our training."""
+    path = folder / SETTINGS
+    try:
+        settings = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        name = settings.get("bos_token") if settings.get("add_bos_token") else tokenizer.eos
+        name = name["content"] if isinstance(name, dict) else name
+    except (OSError, ValueError, AttributeError, KeyError) as error:
+        raise UserError(FIELD, path, f"cannot be read: {error!r}", "download it again") from error
+    if (found := tokenizer.id_of(name)) is None:
+        raise UserError(FIELD, path, f"its bos_token {name} is not in the tokenizer", "download both files again")
+    return found
+
+
+def _require_memory(model: Model, item_bytes: int, what: Path) -> None:
+    """UserError if one process cannot hold the weights while they load."""
+    needed, free = weight_bytes(model, item_bytes), psutil.virtual_memory().available
+    if needed > free:
+        raise UserError(
+            FIELD,
+            what,
+            f"needs {needed / 1e9:.1f} GB of memory in one process, and {free / 1e9:.1f} GB are free",
+            "take a machine with more memory, or a smaller model",
+        )

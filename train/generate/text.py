@@ -1,0 +1,51 @@
+"""Token by token to text, and text to where it goes."""
+
+import sys
+from typing import TextIO
+
+from train.data.tokenizer import Tokenizer
+from train.metrics.screens import printable
+
+BROKEN = "\N{REPLACEMENT CHARACTER}"
+
+
+class TextStream:
+    """Text of a growing list of tokens, in pieces that end at whole characters.
+
+    A token of a byte-level BPE may end inside a character. Decoded text then ends with U+FFFD, which is held back until the
+    next token tells whether the character becomes whole; every earlier U+FFFD is what the tokens really say.
+    """
+
+    def __init__(self, tokenizer: Tokenizer):
+        self._tokenizer = tokenizer
+        self._open: list[int] = []
+        """Tokens since the last whole character."""
+        self._shown = 0
+        """Characters of theirs that were given out."""
+
+    def feed(self, ids: list[int]) -> str:
+        """The text that these tokens add."""
+        self._open += ids
+        text = self._tokenizer.decode(self._open)
+        if not text.endswith(BROKEN):
+            new = text[self._shown :]
+            self._open, self._shown = [], 0
+            return new
+        new = text[self._shown : -1]
+        self._shown = len(text) - 1
+        return new
+
+    def finish(self) -> str:
+        """What was held back."""
+        rest = self._tokenizer.decode(self._open)[self._shown :]
+        self._open, self._shown = [], 0
+        return rest
+
+
+def write(text: str, stream: TextIO | None = None) -> None:
+    """Show text at once. A terminal gets no control characters; a file gets what the model wrote."""
+    stream = stream or sys.stdout
+    encoding = stream.encoding or "utf-8"
+    text = printable(text, encoding) if stream.isatty() else text.encode(encoding, "replace").decode(encoding)
+    stream.write(text)
+    stream.flush()

@@ -1,0 +1,37 @@
+"""The whole model of a checkpoint, in one process."""
+
+from pathlib import Path
+
+import psutil
+import torch
+
+from conf.schema import Config, Model
+from parallel.shard import whole
+from train.checkpoint.load import load
+from train.model.count import count
+from train.model.deepseek import DeepSeekV3
+from train.model.init import materialise
+from train.precision.build import activation_dtype, build_precision
+
+
+def weight_bytes(config: Model, item_bytes: int) -> int:
+    """Memory of all weights, MTP modules included."""
+    counts = count(config)
+    return item_bytes * (counts.total + counts.mtp)
+
+
+def fits_here(config: Config) -> bool:
+    """Whether this machine has memory for the whole model beside a run, in fp32 while it loads."""
+    return weight_bytes(config.model, 4) < psutil.virtual_memory().available / 2
+
+
+def load_model(config: Config, checkpoint: Path, device: torch.device) -> DeepSeekV3:
+    """The whole model in eval mode, from a checkpoint of any layout."""
+    dtype, precision = activation_dtype(config.precision), build_precision(config.precision, device)
+    model = DeepSeekV3.whole(config.model, precision, seq_len=config.seq_len, device="meta")
+    materialise(model, "cpu")
+    shards = {f"master.{name}": whole(param) for name, param in model.named_parameters()}
+    load(checkpoint, shards | {f"bias.{name}": whole(router.bias_E) for name, router in model.routers().items()})
+    for param in model.parameters():
+        param.data = param.data.to(dtype)
+    return model.to(device).eval()
