@@ -133,7 +133,7 @@ def make_workspace(config: Config, entity: str) -> Any:
             ws.Section(name=name, panels=list(_plots(panels)), is_open=name in SECTIONS)
             for name, panels in sections(config.model).items()
         ],
-        runset_settings=ws.RunsetSettings(filters=[ws.Metric("Name") == config.name]),
+        runset_settings=ws.RunsetSettings(filters=ws.And(ws.Metric("Name") == config.name)),
     )
 
 
