@@ -24,6 +24,7 @@ def check(config: Config) -> None:
     check_plan(config)
     _check_evaluate(config)
     _check_generate(config.generate)
+    _check_export(config)
 
 
 def _require(ok: bool, field: str, value: object, rule: str, cure: str) -> None:
@@ -66,6 +67,13 @@ def _check_top(config: Config) -> None:
         config.seq_len,
         f"must exceed model.mtp_depth = {config.model.mtp_depth}: each MTP module looks one token further",
         "lengthen seq_len or lower model.mtp_depth",
+    )
+    _require(
+        config.init_from is None or config.resume in ("auto", "never"),
+        "init_from",
+        config.init_from,
+        f"resume={config.resume} starts from a checkpoint, weights and all",
+        "give one of the two",
     )
     share = config.micro_batch_size * config.parallel.dp
     _require(
@@ -335,6 +343,18 @@ def _check_parallel(config: Config) -> None:
         f"must divide model.experts = {config.model.experts}",
         "lower ep",
     )
+
+
+def _check_export(config: Config) -> None:
+    export = config.export
+    _require(
+        config.mode != Mode.export or bool(export.to),
+        "export.to",
+        export.to,
+        "mode=export needs a folder to write to",
+        "set export.to=FOLDER",
+    )
+    _positive(export, "export.", "shard_gb")
 
 
 def _check_generate(generate: Generate) -> None:

@@ -20,6 +20,7 @@ class Mode(Enum):
     plan = "plan"
     evaluate = "evaluate"
     generate = "generate"
+    export = "export"
     dashboard = "dashboard"
 
 
@@ -537,6 +538,30 @@ class Generate:
     """Let the MTP modules draft tokens that the model then checks together: the same distribution, fewer steps."""
 
 
+class ExportType(Enum):
+    """Number format of exported weights."""
+
+    bf16 = "bf16"
+    fp32 = "fp32"
+    fp8 = "fp8"
+
+
+@dataclass
+class Export:
+    """mode=export: a checkpoint as a Hugging Face folder (train/hf)."""
+
+    to: str | None = None
+    """The folder to write; it must be empty or not exist yet."""
+    dtype: ExportType = ExportType.bf16
+    """bf16, fp32 (the master weights themselves) or fp8 (E4M3 in blocks of 128x128, as DeepSeek's released weights)."""
+    checkpoint: str | None = None
+    """A checkpoint or run folder; null takes the newest intact checkpoint of this run."""
+    ema: bool = False
+    """Take the moving average of the weights (optim.ema_decay) instead of the weights."""
+    shard_gb: float = 5.0
+    """Largest size of one file, in GB."""
+
+
 @dataclass
 class Config:
     """A whole run."""
@@ -574,3 +599,4 @@ class Config:
     checkpoint: Checkpoint = field(default_factory=Checkpoint)
     evaluate: Evaluate = field(default_factory=Evaluate)
     generate: Generate = field(default_factory=Generate)
+    export: Export = field(default_factory=Export)

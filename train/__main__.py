@@ -16,7 +16,14 @@ from train.model.count import checkpoint_bytes  # noqa: E402
 
 def main(configs: list[Config]) -> int:
     """One run, or those of a sweep one after another; returns the worst exit code."""
-    modes = {Mode.train: _train, Mode.report: _report, Mode.evaluate: _evaluate, Mode.generate: _generate, Mode.dashboard: _dashboard}
+    modes = {
+        Mode.train: _train,
+        Mode.report: _report,
+        Mode.export: _export,
+        Mode.evaluate: _evaluate,
+        Mode.generate: _generate,
+        Mode.dashboard: _dashboard,
+    }
     return max(modes[config.mode](config, alone=len(configs) == 1) for config in configs)
 
 
@@ -42,7 +49,14 @@ def check_before_start(config: Config) -> None:
 
         check_layout(config)
     with show_progress() as progress:
-        build_corpus(config, progress)
+        corpus = build_corpus(config, progress)
+    if config.init_from is not None:
+        from train.checkpoint.manifest import newest_intact
+        from train.hf.start import check_start
+        from train.run_folder import RunPaths
+
+        if newest_intact(RunPaths(config).checkpoints).path is None:
+            check_start(config, corpus.tokenizer)
 
 
 def _run_rank(config: Config, place: Place) -> int:
@@ -61,6 +75,12 @@ def _report(config: Config, alone: bool) -> int:
         )
     print(write_report(folder))
     return EXIT_OK
+
+
+def _export(config: Config, alone: bool) -> int:
+    from train.hf.export import export
+
+    return export(config)
 
 
 def _evaluate(config: Config, alone: bool) -> int:

@@ -14,6 +14,7 @@ from train.checkpoint.load import fill
 from train.checkpoint.manifest import Damaged, Manifest, newest_intact, read_manifest
 from train.checkpoint.memory import MemoryCopies
 from train.data.tokenizer import Tokenizer
+from train.hf.start import check_start, start_from
 from train.run_folder import RunPaths, resume_point
 from train.state import State
 
@@ -47,7 +48,7 @@ def restore(
         found = from_rank_0(state.mesh.rank, lambda: resume_point(config, skip=skip))
         notes += [f"passed over a damaged checkpoint: {warning}" for warning in found.warnings if not skip]
         if found.path is None:
-            return notes
+            return notes if config.init_from is None else notes + _start(config, tokenizer, state)
         meta = read_manifest(found.path).meta
         _fits(config, tokenizer, found.path, meta)
         problem = _load(state, meta, lambda wanted, path=found.path: checkpointer.load(path, wanted))
@@ -59,9 +60,7 @@ def restore(
         skip.add(found.path)
 
 
-def _restore_copies(
-    config: Config, tokenizer: Tokenizer, state: State, copies: MemoryCopies, notes: list[str]
-) -> bool:
+def _restore_copies(config: Config, tokenizer: Tokenizer, state: State, copies: MemoryCopies, notes: list[str]) -> bool:
     """Load the set in memory, if it is newer than every checkpoint on disk; whether that worked. Adds to the notes."""
     manifest, warning = from_rank_0(state.mesh.rank, lambda: _newest_copy(config, copies))
     if warning is not None:
@@ -104,6 +103,13 @@ def _load(state: State, meta: dict[str, Any], load: Callable[[dict[str, Shard]],
     if problem is None:
         state.loaded(meta, meta["has_ema"])
     return problem
+
+
+def _start(config: Config, tokenizer: Tokenizer, state: State) -> list[str]:
+    """Begin from the weights of init_from; rank 0 alone looks at all headers."""
+    folder, notes = from_rank_0(state.mesh.rank, lambda: check_start(config, tokenizer))
+    start_from(config, folder, state)
+    return [*notes, f"started from the weights of {folder.path}: {len(folder.stored)} tensors"]
 
 
 def _fits(config: Config, tokenizer: Tokenizer, path: Path, meta: dict[str, Any]) -> None:

@@ -17,6 +17,7 @@ import os
 import shutil
 import socket
 from collections.abc import Collection
+from dataclasses import replace
 from pathlib import Path
 
 from conf.errors import UserError
@@ -94,6 +95,22 @@ def resume_point(config: Config, skip: Collection[Path] = ()) -> Found:
             f"mend or remove them in {own}, or start anew under another name=",
         )
     return found
+
+
+def find_checkpoint(config: Config, given: str | None, field: str) -> Path:
+    """The intact checkpoint that `given`, the value of `field`, names; null means the newest of the run. UserError if none."""
+    try:
+        found = resume_point(replace(config, resume=given or "auto")).path
+    except UserError as error:
+        raise UserError(field, error.value, error.rule, "give another checkpoint or run") from error
+    if found is None:
+        raise UserError(
+            "name",
+            config.name,
+            f"must be a run with a checkpoint; there is none in {RunPaths(config).checkpoints}",
+            f"give name=RUN, or {field}=FOLDER",
+        )
+    return found.absolute()
 
 
 def _named(path: Path) -> Found:

@@ -4,45 +4,41 @@ import torch
 from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
 
 from conf.schema import Model
+from train.hf import names
 from train.model.deepseek import DeepSeekV3
 
-BLOCK = {
-    "input_layernorm.weight": "attention_norm.weight",
-    "post_attention_layernorm.weight": "ffn_norm.weight",
-    "self_attn.q_proj.weight": "attention.q.weight",
-    "self_attn.q_a_proj.weight": "attention.q_down.weight",
-    "self_attn.q_a_layernorm.weight": "attention.q_norm.weight",
-    "self_attn.q_b_proj.weight": "attention.q_up.weight",
-    "self_attn.kv_a_proj_with_mqa.weight": "attention.kv_down.weight",
-    "self_attn.kv_a_layernorm.weight": "attention.kv_norm.weight",
-    "self_attn.kv_b_proj.weight": "attention.kv_up.weight",
-    "self_attn.o_proj.weight": "attention.out.weight",
-    "mlp.down_proj.weight": "ffn.w2.weight",
-    "mlp.gate.weight": "moe.router.weight",
-    "mlp.gate.e_score_correction_bias": "moe.router.bias_E",
-    "mlp.experts.gate_up_proj": "moe.experts.w13",
-    "mlp.experts.down_proj": "moe.experts.w2",
-    "mlp.shared_experts.down_proj.weight": "moe.shared.w2.weight",
-}
-OUTSIDE = {"model.embed_tokens.weight": "embedding.weight", "model.norm.weight": "norm.weight"}
-HEAD = {"lm_head.weight": "head.weight"}
-STACKED = {"mlp.{}_proj.weight": "ffn.w13.weight", "mlp.shared_experts.{}_proj.weight": "moe.shared.w13.weight"}
+
+def to_ours(tensors: dict[str, torch.Tensor], config: Model) -> dict[str, torch.Tensor]:
+    """Weights or gradients of transformers' model under our names, each of ours put together from its parts."""
+    files = _as_in_files(tensors)
+    found: dict[str, torch.Tensor] = {}
+    for each in names.tensors(config):
+        whole = found.setdefault(each.ours, torch.full(each.whole, torch.nan))
+        whole.view(-1)[each.start : each.start + each.count] = files.pop(each.theirs).flatten()
+    assert not files, f"no place for {sorted(files)}"
+    return {_parameter(name): tensor for name, tensor in found.items()}
 
 
-def to_ours(tensors: dict[str, torch.Tensor], layers: int) -> dict[str, torch.Tensor]:
-    """Weights or gradients of transformers' model under our names; gate and up rows of dense FFNs are stacked."""
-    names = OUTSIDE | HEAD
-    found = {ours: tensors[theirs] for theirs, ours in names.items()}
-    for i in range(layers):
-        theirs_prefix, ours_prefix = f"model.layers.{i}.", f"layers.{i}."
-        for theirs, ours in BLOCK.items():
-            if theirs_prefix + theirs in tensors:
-                found[ours_prefix + ours] = tensors[theirs_prefix + theirs]
-        for theirs, ours in STACKED.items():
-            if theirs_prefix + theirs.format("gate") in tensors:
-                halves = [tensors[theirs_prefix + theirs.format(half)] for half in ("gate", "up")]
-                found[ours_prefix + ours] = torch.cat(halves)
+def _as_in_files(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    """transformers stacks the experts when it loads a file; here they are apart again."""
+    found = {}
+    for name, tensor in tensors.items():
+        prefix, _, kind = name.rpartition(".")
+        if kind == "gate_up_proj":
+            for index, expert in enumerate(tensor):
+                gate, up = expert.chunk(2)
+                found |= {f"{prefix}.{index}.gate_proj.weight": gate, f"{prefix}.{index}.up_proj.weight": up}
+        elif prefix.endswith(".experts") and kind == "down_proj":
+            found |= {f"{prefix}.{index}.down_proj.weight": expert for index, expert in enumerate(tensor)}
+        else:
+            found[name] = tensor
     return found
+
+
+def _parameter(name: str) -> str:
+    """Name in the module of what a checkpoint calls by this name."""
+    kind, _, rest = name.partition(".")
+    return rest if kind == "master" else f"{rest}.moe.router.bias_E"
 
 
 def transformers_model(config: Model, seq_len: int) -> DeepseekV3ForCausalLM:
@@ -101,4 +97,4 @@ def randomise(model: DeepseekV3ForCausalLM, std: float) -> None:
 
 def load(ours: DeepSeekV3, theirs: DeepseekV3ForCausalLM) -> None:
     """Give our model the weights of transformers' model; every tensor must have its counterpart."""
-    ours.load_state_dict(to_ours(theirs.state_dict(), ours.config.layers))
+    ours.load_state_dict(to_ours(theirs.state_dict(), ours.config))

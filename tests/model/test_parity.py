@@ -70,7 +70,8 @@ def test_logits_and_gradients_equal_transformers(seed):
     torch.testing.assert_close(loss[0], expected_loss, atol=1e-5, rtol=0)
     zeros = {name: torch.zeros_like(p) for name, p in theirs.named_parameters()}  # experts that no token chose
     gradients = {name: p.grad for name, p in theirs.named_parameters() if p.grad is not None}
-    gradients = parity.to_ours(zeros | gradients, config.layers)
+    biases = {name: b for name, b in theirs.named_buffers() if name.endswith("e_score_correction_bias")}
+    gradients = parity.to_ours(zeros | gradients | biases, config)
     for name, parameter in ours.named_parameters():
         torch.testing.assert_close(
             parameter.grad, gradients[name], atol=1e-5, rtol=0, msg=lambda m, n=name: f"{n}: {m}"

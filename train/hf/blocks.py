@@ -19,19 +19,13 @@ Shapes: M rows, K columns, m and k blocks of rows and columns, N blocks, X value
 import torch
 from torch import Tensor
 
-from train.hf.config import BLOCK
+from train.hf.config import BLOCK, scale_shape
 from train.precision.formats import E4M3, Cast
 from train.precision.quantize import blocked, quantize, unblocked
 
 CAST = Cast(E4M3, (BLOCK, BLOCK), pow2=False)
 TOP_BINADE = (448.0, 416.0, 384.0, 352.0, 320.0, 288.0, 256.0, 240.0)
 """Largest |q| of a block after its q were doubled as often as E4M3 has room for."""
-
-
-def scale_shape(shape: tuple[int, ...]) -> tuple[int, int]:
-    """(m, k) of a matrix (M, K)."""
-    rows, columns = shape
-    return -(-rows // BLOCK), -(-columns // BLOCK)
 
 
 def dequantize(q_MK: Tensor, scale_mk: Tensor) -> Tensor:

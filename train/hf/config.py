@@ -53,6 +53,11 @@ YARN = {
 }
 
 
+def scale_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
+    """How many blocks a matrix has, down and across."""
+    return tuple(-(-size // BLOCK) for size in shape)
+
+
 def read_model(folder: Path, field: str = "init_from") -> Model:
     """The model that config.json describes. Raises UserError for another architecture or one we cannot express.
 
@@ -156,7 +161,9 @@ def config_json(model: Model, seq_len: int, dtype: str, eos_id: int) -> dict[str
         "num_key_value_heads": model.heads,
         "num_nextn_predict_layers": model.mtp_depth,
         # without YaRN the positions beyond the original length were never seen
-        "max_position_embeddings": model.max_seq_len if in_force else min(model.max_seq_len, _plain_length(model)),
+        "max_position_embeddings": model.max_seq_len
+        if in_force
+        else min(model.max_seq_len, model.yarn.original_seq_len),
         "rope_theta": model.rope_theta,
         "rope_scaling": None,
         "initializer_range": model.init_std,
@@ -178,10 +185,6 @@ def config_json(model: Model, seq_len: int, dtype: str, eos_id: int) -> dict[str
             "weight_block_size": [BLOCK, BLOCK],
         }
     return body
-
-
-def _plain_length(model: Model) -> int:
-    return model.yarn.original_seq_len
 
 
 def _refuse(field: str, value: object, rule: str, cure: str) -> UserError:

@@ -13,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 
 from conf.errors import UserError
 from conf.schema import Model
-from train.hf.config import BLOCK
+from train.hf.config import BLOCK, scale_shape
 from train.hf.names import SCALE, Placed, tensors
 
 INDEX = "model.safetensors.index.json"
@@ -155,7 +155,7 @@ def _check_scales(folder: Folder) -> None:
         scale = stored.get(name + SCALE)
         if scale is None:
             raise folder.refuse(f"{name} is FP8, and its scales {name + SCALE} are missing", "give the whole folder")
-        blocks = tuple(-(-size // BLOCK) for size in tensor.shape)
+        blocks = scale_shape(tensor.shape)
         if scale.shape != blocks or len(blocks) != 2 or scale.dtype not in SCALE_TYPES:
             raise folder.refuse(
                 f"{name + SCALE} must hold one number for each {BLOCK}x{BLOCK} block of {tensor.shape}, and is "

@@ -1,0 +1,242 @@
+"""mode=export: a checkpoint of any layout, as a folder that Hugging Face's DeepseekV3ForCausalLM loads.
+
+Every tensor of theirs is an interval of one of ours (names.py). So the export walks over theirs in order, reads the
+elements that the next few need, wherever the ranks left them, converts and writes them, and lets go: memory for a few
+million elements, however large the model. All is written to a hidden folder beside the target, which gets the target's
+name at the end; nothing half-written ever has it.
+"""
+
+import math
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from conf.errors import EXIT_OK, UserError
+from conf.schema import Config, Model
+from parallel.shard import Shard
+from train.checkpoint.files import fsync_folder
+from train.checkpoint.load import FolderFiles, fill
+from train.checkpoint.manifest import Manifest, read_manifest
+from train.checkpoint.stage import DTYPES
+from train.data.files import Progress
+from train.data.progress import show_progress
+from train.data.tokenizer import Tokenizer, load_tokenizer
+from train.hf.blocks import requantize
+from train.hf.config import BLOCK, config_json
+from train.hf.folder import INDEX
+from train.hf.names import tensors
+from train.hf.plan import File, Written, fates, index_json, left_out, lines, plan, source_name, write_json
+from train.hf.tokenizer import write_tokenizer
+from train.hf.write import PieceWriter
+from train.run_folder import find_checkpoint
+
+CHUNK = 1 << 24
+"""Elements that are converted at a time, at most: 64 MB in fp32."""
+SMALL_FILES = 64 << 20
+"""Bytes of disk for tokenizer, configuration and the table, amply."""
+NORM_EPS = 1e-6
+"""What transformers gives the norms of latents."""
+TORCH = {name: dtype for dtype, name in DTYPES.items()}
+
+
+def export(config: Config) -> int:
+    """Write the folder export.to; returns the exit code. Raises UserError, with nothing left behind."""
+    target = _target(config)
+    checkpoint = find_checkpoint(config, config.export.checkpoint, "export.checkpoint")
+    manifest = read_manifest(checkpoint)
+    ema = config.export.ema
+    if ema and not manifest.meta["has_ema"]:
+        raise UserError("export.ema", ema, f"{checkpoint} holds no average of the weights", "leave export.ema out")
+    tokenizer = _tokenizer(config, manifest)
+    placed = list(tensors(config.model))
+    rest = left_out(manifest, placed, ema)
+    files = plan(placed, config.export.dtype, config.export.shard_gb * 1e9)
+    _check_room(target, files)
+    rows = fates(files, rest, ema)
+    with _written_whole(target) as folder, show_progress() as progress:
+        _write_weights(folder, files, manifest, ema, progress)
+        write_json(folder / INDEX, index_json(files))
+        length = _write_configs(folder, config, manifest.meta["seq_len"], tokenizer.eos_id)
+        write_tokenizer(folder, tokenizer, _tokenizer_folder(config), length)
+        source = {"checkpoint": str(checkpoint.absolute()), "step": manifest.step, "ema": ema}
+        write_json(folder / "export.json", {**source, "dtype": config.export.dtype.value, "tensors": rows})
+    for line in (*lines(rows), *_notes(config.model), f"Exported step {manifest.step} of {checkpoint} to {target}"):
+        print(line)
+    return EXIT_OK
+
+
+def _target(config: Config) -> Path:
+    """The folder to make. Raises UserError where something is in its way."""
+    target = Path(config.export.to).expanduser().absolute()
+    if target.is_dir() and any(target.iterdir()):
+        raise UserError("export.to", target, "must be empty or not exist yet", "give a new folder, or empty this one")
+    if target.exists() and not target.is_dir():
+        raise UserError("export.to", target, "is a file", "give a folder")
+    return target
+
+
+def _tokenizer(config: Config, manifest: Manifest) -> Tokenizer:
+    """The tokenizer that the checkpoint was trained with, from its run folder or as data.tokenizer."""
+    run = manifest.folder.absolute().parents[1]
+    choice = str(run) if (run / "tokenizer.json").is_file() else config.data.tokenizer
+    if choice is None:
+        raise UserError(
+            "data.tokenizer", None, f"{run} holds no tokenizer.json", "set data.tokenizer to the one of the training"
+        )
+    tokenizer = load_tokenizer(choice)
+    if tokenizer.fingerprint != manifest.meta["tokenizer"]:
+        raise UserError(
+            "data.tokenizer",
+            choice,
+            f"must be the tokenizer that {manifest.folder} was trained with; its fingerprint differs",
+            "set data.tokenizer to that tokenizer.json",
+        )
+    return tokenizer
+
+
+def _tokenizer_folder(config: Config) -> Path | None:
+    """Where the user's tokenizer came from, with what else it brought."""
+    path = Path(config.data.tokenizer or "").expanduser()
+    return path if config.data.tokenizer and path.is_dir() else None
+
+
+def _check_room(target: Path, files: list[File]) -> None:
+    """Raise UserError where the disk cannot hold the folder."""
+    needed = SMALL_FILES + sum(written.nbytes for file in files for written in file.written)
+    existing = next(folder for folder in target.parents if folder.is_dir())
+    free = shutil.disk_usage(existing).free
+    if free < needed:
+        raise UserError(
+            "export.to",
+            target,
+            f"no disk space: the folder takes {needed / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free",
+            "free some, or give a folder on a larger disk",
+        )
+
+
+@contextmanager
+def _written_whole(target: Path) -> Iterator[Path]:
+    """A hidden folder that becomes the target when all went well, and is removed when not."""
+    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    try:
+        temporary.mkdir(parents=True)
+        yield temporary
+        for file in temporary.iterdir():
+            with file.open("rb") as opened:
+                os.fsync(opened.fileno())
+        fsync_folder(temporary)
+        temporary.rename(target)  # over an empty folder too
+        fsync_folder(target.parent)
+    except OSError as error:
+        raise UserError(
+            "export.to", target, f"cannot be written: {error}", "mend that, or give another folder"
+        ) from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _write_weights(folder: Path, files: list[File], manifest: Manifest, ema: bool, progress: Progress) -> None:
+    total, done = sum(written.placed.count for file in files for written in file.written), 0
+    for file in files:
+        with PieceWriter(folder / file.name, [out for written in file.written for out in written.outs]) as writer:
+            for batch in _batches(file.written):
+                spans = _read(manifest, batch, ema)
+                for cut in batch:
+                    _write(writer, cut, cut.of(spans[source_name(cut.written.placed, ema)]))
+                    done += cut.count
+                progress("exporting", done, total)
+
+
+@dataclass(frozen=True)
+class Cut:
+    """Some rows of one of their tensors."""
+
+    written: Written
+    first: int
+    """First element, in the flattened tensor of theirs."""
+    shape: tuple[int, ...]
+
+    @property
+    def count(self) -> int:
+        return math.prod(self.shape)
+
+    @property
+    def start(self) -> int:
+        """First element, in the flattened tensor of ours."""
+        return self.written.placed.start + self.first
+
+    def of(self, span: Shard) -> Tensor:
+        """Its values in a span of ours that holds them."""
+        return span.local[self.start - span.offset :][: self.count].view(self.shape)
+
+
+def _batches(written: list[Written]) -> Iterator[list[Cut]]:
+    """Cuts in order, as many at a time as CHUNK has room for."""
+    batch: list[Cut] = []
+    for cut in (cut for each in written for cut in _cuts(each)):
+        if batch and sum(each.count for each in batch) + cut.count > CHUNK:
+            yield batch
+            batch = []
+        batch.append(cut)
+    yield batch
+
+
+def _cuts(written: Written) -> Iterator[Cut]:
+    """Whole rows of blocks, so that every scale is made from all of its block."""
+    rows, *rest = written.placed.shape
+    width = math.prod(rest)
+    step = max(1, CHUNK // width // BLOCK) * BLOCK
+    for row in range(0, rows, step):
+        yield Cut(written, row * width, (min(step, rows - row), *rest))
+
+
+def _read(manifest: Manifest, batch: list[Cut], ema: bool) -> dict[str, Shard]:
+    """Of each tensor of ours, the elements that the batch needs: they follow each other, as our order is theirs."""
+    spans: dict[str, Shard] = {}
+    for name in {source_name(cut.written.placed, ema) for cut in batch}:
+        cuts = [cut for cut in batch if source_name(cut.written.placed, ema) == name]
+        low, high = min(cut.start for cut in cuts), max(cut.start + cut.count for cut in cuts)
+        spans[name] = Shard(torch.empty(high - low), low, cuts[0].written.placed.whole)
+    fill(manifest, FolderFiles(manifest.folder), spans)
+    for name, span in spans.items():
+        if not torch.isfinite(span.local).all():
+            raise UserError(
+                "export.checkpoint", manifest.folder, f"{name} holds values that are not finite", "give an earlier one"
+            )
+    return spans
+
+
+def _write(writer: PieceWriter, cut: Cut, values: Tensor) -> None:
+    out, *scales = cut.written.outs
+    if not scales:
+        writer.write(out.name, cut.first, values.to(TORCH[out.dtype]))
+        return
+    q, scale = requantize(values)
+    writer.write(out.name, cut.first, q)
+    first_row = cut.first // cut.shape[1] // BLOCK
+    writer.write(scales[0].name, first_row * scale.shape[1], scale)
+
+
+def _write_configs(folder: Path, config: Config, seq_len: int, eos_id: int) -> int:
+    """config.json and generation_config.json; returns the most tokens of a sequence. seq_len: that of the training."""
+    body = config_json(config.model, seq_len, config.export.dtype.value, eos_id)
+    write_json(folder / "config.json", body)
+    write_json(folder / "generation_config.json", {"bos_token_id": eos_id, "eos_token_id": eos_id})
+    return body["max_position_embeddings"]
+
+
+def _notes(model: Model) -> Iterator[str]:
+    """Where transformers computes otherwise than this model was trained, whatever the weights."""
+    if model.top_groups < model.groups and model.top_k // model.top_groups != 2:
+        yield (
+            f"note: this model ranks groups of experts by their best {model.top_k // model.top_groups}, transformers by "
+            "their best 2 whatever the model, as DeepSeek-V3 has it: it will choose other experts"
+        )
+    if model.norm_eps != NORM_EPS:
+        yield f"note: this model has norm_eps = {model.norm_eps}; transformers takes {NORM_EPS} for the latents' norms"

@@ -1,0 +1,156 @@
+"""What an export writes: each tensor with its types and file, and what becomes of everything in the checkpoint."""
+
+import json
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from conf.errors import UserError
+from conf.schema import ExportType
+from train.checkpoint.manifest import Manifest
+from train.hf.config import scale_shape
+from train.hf.names import SCALE, Placed
+from train.hf.write import Out
+
+LEFT_OUT = {
+    "exp_avg.": "first moments of the optimizer",
+    "exp_avg_sq.": "second moments of the optimizer",
+    "running.": "loads of the experts in the past",
+}
+PLAIN = {ExportType.bf16: "BF16", ExportType.fp8: "BF16", ExportType.fp32: "F32"}
+
+
+@dataclass(frozen=True)
+class Written:
+    """One of their tensors, and how it is written."""
+
+    placed: Placed
+    outs: tuple[Out, ...]
+    """The tensor; of FP8 also its scales."""
+
+    @property
+    def nbytes(self) -> int:
+        return sum(out.nbytes for out in self.outs)
+
+
+@dataclass(frozen=True)
+class File:
+    name: str
+    written: list[Written]
+
+
+def plan(placed: list[Placed], dtype: ExportType, shard_bytes: float) -> list[File]:
+    """Their tensors in order, cut into files of at most shard_bytes (a tensor that is larger has its own)."""
+    groups: list[list[Written]] = []
+    room = 0.0
+    for each in placed:
+        written = Written(each, tuple(_outs(each, dtype)))
+        if not groups or written.nbytes > room:
+            groups.append([])
+            room = shard_bytes
+        groups[-1].append(written)
+        room -= written.nbytes
+    count = len(groups)
+    return [File(f"model-{number:05}-of-{count:05}.safetensors", group) for number, group in enumerate(groups, 1)]
+
+
+def _outs(placed: Placed, dtype: ExportType) -> Iterator[Out]:
+    if placed.ours.startswith("bias."):  # bf16 would move experts across the edge of being chosen
+        yield Out(placed.theirs, "F32", placed.shape)
+    elif placed.fp8 and dtype == ExportType.fp8:
+        yield Out(placed.theirs, "F8_E4M3", placed.shape)
+        yield Out(placed.theirs + SCALE, "F32", scale_shape(placed.shape))
+    else:
+        yield Out(placed.theirs, PLAIN[dtype], placed.shape)
+
+
+def index_json(files: list[File]) -> dict[str, Any]:
+    """model.safetensors.index.json."""
+    weight_map = {out.name: file.name for file in files for written in file.written for out in written.outs}
+    total = sum(written.nbytes for file in files for written in file.written)
+    return {"metadata": {"total_size": total}, "weight_map": weight_map}
+
+
+def left_out(manifest: Manifest, placed: list[Placed], ema: bool) -> dict[str, str]:
+    """Every tensor of the checkpoint that is not exported, and why. Raises UserError where some have no fate, or some
+    that the model needs are not there.
+    """
+    needed = {source_name(each, ema) for each in placed}
+    reasons = LEFT_OUT | (
+        {"master.": "the weights themselves, as their average is exported"}
+        if ema
+        else {"ema.": "average of the weights"}
+    )
+    rest = {name: _reason(name, reasons) for name in manifest.tensors if name not in needed}
+    lost = [name for name, reason in rest.items() if reason is None] + sorted(needed - set(manifest.tensors))
+    if lost:
+        raise UserError(
+            "export.checkpoint",
+            manifest.folder,
+            f"must hold the model of this configuration and no other; {len(lost)} tensors do not fit, as {lost[0]}",
+            "give the conf= and model.* that the run was started with",
+        )
+    return rest
+
+
+def source_name(placed: Placed, ema: bool) -> str:
+    """The checkpoint's tensor that a tensor of theirs is taken from."""
+    return "ema." + placed.ours.removeprefix("master.") if ema and placed.ours.startswith("master.") else placed.ours
+
+
+def _reason(name: str, reasons: dict[str, str]) -> str | None:
+    return next((reason for prefix, reason in reasons.items() if name.startswith(prefix)), None)
+
+
+def fates(files: list[File], rest: dict[str, str], ema: bool) -> list[dict[str, Any]]:
+    """One row for every tensor that is written, and one for every tensor of the checkpoint that is not."""
+    rows = [
+        {
+            "tensor": out.name,
+            "dtype": out.dtype,
+            "shape": list(out.shape),
+            "file": file.name,
+            "from": source_name(written.placed, ema),
+            "first_element": written.placed.start,
+            "fate": _fate(written, out),
+        }
+        for file in files
+        for written in file.written
+        for out in written.outs
+    ]
+    return rows + [{"tensor": None, "from": name, "fate": f"left out: {reason}"} for name, reason in rest.items()]
+
+
+def _fate(written: Written, out: Out) -> str:
+    if written.placed.copy:
+        return "copy for the MTP module"
+    if out.name.endswith(SCALE):
+        return "scales of the blocks"
+    return {"F8_E4M3": "FP8 blocks", "BF16": "rounded to bf16", "F32": "as it is"}[out.dtype]
+
+
+def lines(rows: list[dict[str, Any]]) -> list[str]:
+    """The rows as text, those that differ in numbers alone as one, with how many there are."""
+    groups: dict[tuple[str, str, str], int] = {}
+    for row in rows:
+        source = row["from"].removeprefix("master.")
+        if row["tensor"] is None:
+            key = ("-", row["fate"], source.split(".")[0] + ".*")
+        else:
+            key = (_pattern(row["tensor"]), f"{row['dtype']} {row['fate']}", _pattern(source))
+        groups[key] = groups.get(key, 0) + 1
+    widths = [max(len(key[column]) for key in groups) for column in range(3)]
+    return [
+        f"{count:7}  {tensor:{widths[0]}}  {source:{widths[2]}}  {fate}"
+        for (tensor, fate, source), count in groups.items()
+    ]
+
+
+def _pattern(name: str) -> str:
+    return re.sub(r"\.\d+(?=\.|$)", ".*", name)
+
+
+def write_json(path: Path, body: Any) -> None:
+    path.write_text(json.dumps(body, indent=1) + "\n", encoding="utf-8")

@@ -1,0 +1,38 @@
+"""init_from: a new run that starts from the weights of a Hugging Face folder. Imports no torch: the driver checks too.
+
+Master weights become exactly the folder's values, dequantised where they are FP8, balance biases its correction biases.
+Moments stay 0, and an average of the weights starts from them.
+"""
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from conf.schema import Config
+from train.data.tokenizer import Tokenizer
+from train.hf.config import check_recipe, read_model
+from train.hf.folder import Folder, match, open_folder
+from train.hf.tokenizer import check_tokenizer
+
+if TYPE_CHECKING:
+    from train.state import State
+
+
+def check_start(config: Config, tokenizer: Tokenizer) -> tuple[Folder, list[str]]:
+    """The headers of config.init_from, and notes for the user. Reads no weights.
+
+    Raises UserError where the folder is damaged, holds another model than the recipe's, or knows another tokenizer.
+    """
+    path = Path(config.init_from).expanduser()
+    folder = open_folder(path)
+    notes = check_recipe(config, read_model(path), path)
+    match(folder, config.model)
+    return folder, notes + check_tokenizer(path, tokenizer, config.data.tokenizer)
+
+
+def start_from(config: Config, folder: Folder, state: "State") -> None:
+    """Fill this rank's part of the state from a folder that `check_start` has found sound."""
+    from train.hf.read import fill  # torch
+
+    weights = {name: shard for name, shard in state.wanted(False).items() if name.startswith(("master.", "bias."))}
+    fill(folder, match(folder, config.model), weights)
+    state.loaded({"step": 0, "samples": 0, "skipped": 0, "updates": 0}, with_ema=False)

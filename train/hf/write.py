@@ -1,0 +1,74 @@
+"""Safetensors files written in pieces: the header says where everything will lie, then the values come as they are made.
+
+The library's own writer wants all tensors of a file in memory; this one needs only the piece at hand. Within a file wide
+elements come first, so that each lies at a multiple of its own size.
+"""
+
+import json
+import math
+import os
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from train.checkpoint.stage import DTYPES
+
+SIZES = {name: dtype.itemsize for dtype, name in DTYPES.items()}
+
+
+@dataclass(frozen=True)
+class Out:
+    """One tensor to write."""
+
+    name: str
+    dtype: str
+    """As safetensors names it."""
+    shape: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * SIZES[self.dtype]
+
+
+class PieceWriter:
+    """One safetensors file, open. Use it in `with`; leaving it without error means that every byte was written."""
+
+    def __init__(self, path: Path, outs: list[Out]):
+        self._outs = {out.name: out for out in outs}
+        self._offsets: dict[str, int] = {}
+        header, at = {"__metadata__": {"format": "pt"}}, 0
+        for out in sorted(outs, key=lambda out: -SIZES[out.dtype]):
+            self._offsets[out.name] = at
+            places = [at, at + out.nbytes]
+            header[out.name] = {"dtype": out.dtype, "shape": list(out.shape), "data_offsets": places}
+            at += out.nbytes
+        text = json.dumps(header).encode()
+        text += b" " * (-len(text) % 8)
+        self._start, self._left = 8 + len(text), at
+        self._handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
+        self._write(len(text).to_bytes(8, "little") + text, 0)
+
+    def write(self, name: str, start: int, values: Tensor) -> None:
+        """Put values, of the type that was announced, from element `start` on. OSError if the disk cannot take them."""
+        out = self._outs[name]
+        assert DTYPES[values.dtype] == out.dtype, f"{name} was announced as {out.dtype}"
+        raw = values.detach().contiguous().view(-1).view(torch.uint8).numpy()
+        self._write(memoryview(raw), self._start + self._offsets[name] + start * values.element_size())
+        self._left -= raw.nbytes
+
+    def __enter__(self) -> "PieceWriter":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        try:
+            assert kind is not None or self._left == 0, f"{self._left} bytes were announced and not written"
+        finally:
+            os.close(self._handle)
+
+    def _write(self, data: bytes | memoryview, position: int) -> None:
+        view = memoryview(data)
+        while view:
+            count = os.pwrite(self._handle, view, position)
+            view, position = view[count:], position + count
