@@ -27,11 +27,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from parallel.pipeline.needed import gradients_needed
 from parallel.pipeline.schedule import build_schedule
 from parallel.pipeline.simulate import Action, idle_time, schedule_actions, simulate
 from parallel.pipeline.split import SCHEDULES, stage_placement
 from parallel.pipeline.timeline import StepRecord
+from train.model.needed import gradients_needed
 
 HIDDEN, SEQ = 4, 2
 

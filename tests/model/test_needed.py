@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 from torch.distributed.pipelining._backward import stage_backward_input, stage_backward_weight
 
-from parallel.pipeline.needed import gradients_needed
+from train.model.needed import gradients_needed
 
 
 class _Product(torch.autograd.Function):

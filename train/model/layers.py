@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from train.model.needed import gradients_needed
 from train.model.recompute import Recomputed
 
 
@@ -123,16 +124,19 @@ class _RMSNorm(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad: Tensor):
         x, weight_D, rstd = ctx.saved_tensors
+        x_needed, weight_needed, _ = gradients_needed(ctx)
         if x.is_cuda:
             dx, dweight = torch.ops.aten._fused_rms_norm_backward(
-                grad.contiguous(), x, weight_D.shape, rstd, weight_D, [True, True]
+                grad.contiguous(), x, weight_D.shape, rstd, weight_D, [x_needed, weight_needed]
             )
-            return dx, dweight, None
+            return dx if x_needed else None, dweight if weight_needed else None, None
         x_ND, grad_ND = x.flatten(0, -2).float(), grad.flatten(0, -2).float()
         rstd_N1, weight_D = rstd.view(-1, 1), weight_D.float()
         product_ND = x_ND * grad_ND
         # Both sums over x * grad are matrix-vector products: one pass over memory each.
-        dweight_D = torch.mv(product_ND.t(), rstd_N1.view(-1))
+        dweight_D = torch.mv(product_ND.t(), rstd_N1.view(-1)) if weight_needed else None
+        if not x_needed:
+            return None, dweight_D, None
         slope_N1 = torch.mv(product_ND, weight_D).view(-1, 1).mul_(rstd_N1.pow(3)).div_(x.size(-1))
         dx_ND = (grad_ND * weight_D).mul_(rstd_N1).addcmul_(x_ND, slope_N1, value=-1)
         return dx_ND.to(x.dtype).view(x.shape), dweight_D, None

@@ -12,6 +12,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from train.model.needed import gradients_needed
+
 
 def cross_entropy(hidden_ND: Tensor, head_VD: Tensor, targets_N: Tensor, divisor: int, chunk: int) -> Tensor:
     """Sum over tokens of -log softmax(hidden head^T)[target], divided by divisor; fp32 scalar."""
@@ -46,5 +48,6 @@ class _CrossEntropy(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad: Tensor):
         dhidden_ND, dhead_VD = ctx.saved_tensors
-        dhidden_ND = None if dhidden_ND is None else dhidden_ND * grad.to(dhidden_ND.dtype)
-        return dhidden_ND, None if dhead_VD is None else dhead_VD * grad, None, None, None
+        hidden_needed, head_needed, *_ = gradients_needed(ctx)
+        dhidden_ND = dhidden_ND * grad.to(dhidden_ND.dtype) if hidden_needed else None
+        return dhidden_ND, dhead_VD * grad if head_needed else None, None, None, None

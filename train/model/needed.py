@@ -2,8 +2,9 @@
 
 zbv and dualpipev split a backward into its input part (I) and its weight part (W): autograd runs once for the inputs
 and once for the weights, and skips what a pass does not need.  A Function written in Python does not take part in that by
-itself: its ctx.needs_input_grad says in either pass what required a gradient in forward, so it computes the gradients of
-both inputs and weights twice, and one of each is thrown away.  Asking the engine instead halves the work.
+itself: its ctx.needs_input_grad says in either pass what required a gradient in forward, so it would compute the gradients
+of both inputs and weights twice, and one of each would be thrown away.  So every Function of the model that has both asks
+the engine instead.
 """
 
 from typing import Any

@@ -21,6 +21,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from conf.schema import Model
+from train.model.needed import gradients_needed
 
 
 class Rule(NamedTuple):
@@ -99,8 +100,9 @@ class _Logits(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad: Tensor):
         x, weight_ED = ctx.saved_tensors
-        dx = (grad @ weight_ED.float()).to(x.dtype)
-        return dx, grad.flatten(0, -2).t() @ x.flatten(0, -2).float()
+        x_needed, weight_needed = gradients_needed(ctx)
+        dx = (grad @ weight_ED.float()).to(x.dtype) if x_needed else None
+        return dx, grad.flatten(0, -2).t() @ x.flatten(0, -2).float() if weight_needed else None
 
 
 def top_indices(scores: Tensor, k: int) -> Tensor:

@@ -1,12 +1,13 @@
 """The FFN of the routed experts with FP8 products, SwiGLU between them, and little kept.
 
-    forward     h = Q(x) Q(w13)^T                      bf16
-                y = Q(silu(g) u * gate) Q(w2)^T        the router's gate value inside SwiGLU, before the cast
-                keeps Q(x) and Q(h): one byte a value each, and the gates
-    backward    da = Q(dy) Q(w2)
+    up          h = Q(x) Q(w13)^T                      bf16; keeps Q(x)
+      backward  dx = Q(dh) Q(w13)
+                dw13 = Q'(dh)^T Q'(D(Q(x)))
+    down        y = Q(silu(g) u * gate) Q(w2)^T        the router's gate value inside SwiGLU, before the cast
+                                                       keeps Q(h) and the gates
+      backward  da = Q(dy) Q(w2)
                 a, dh, dgate from D(Q(h)) and da       SwiGLU's output is computed again (paper 3.3.3)
                 dw2 = Q'(D(Q(dy)))^T Q'(a)             dy is what the dispatcher's wire brought: FP8 already
-                dx = Q(dh) Q(w13),  dw13 = Q'(dh)^T Q'(D(Q(x)))
 
 Rows are padded per expert to 128 once, on entry (train/precision/groups.py).
 
@@ -17,6 +18,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from train.model.needed import gradients_needed
 from train.precision import swiglu
 from train.precision.groups import Groups
 from train.precision.health import Probe
@@ -38,48 +40,84 @@ def expert_ffn(
     probes: Probes | None,
 ) -> Tensor:
     """SwiGLU FFN of every expert on its own rows: (R, D) in the rows' format. probes: of w13 and of w2."""
-    return _ExpertFFN.apply(rows_RD, gates_R, w13_E2FD, w2_EDF, counts_E, engine, recipe, probes)
+    groups = Groups.of(counts_E)
+    up, down = (None, None) if probes is None else probes
+    h_P2F = _Up.apply(rows_RD, w13_E2FD, groups, engine, recipe, up)
+    return _Down.apply(h_P2F, gates_R, w2_EDF, groups, engine, recipe, down)
 
 
-class _ExpertFFN(torch.autograd.Function):
+class _Up(torch.autograd.Function):
+    """Gate and up projection."""
+
     @staticmethod
-    def forward(ctx, rows_RD, gates_R, w13_E2FD, w2_EDF, counts_E, engine, recipe, probes):
-        groups, dtype = Groups.of(counts_E), rows_RD.dtype
-        up, down = recipe.experts_up, recipe.experts_down
-        x_PD, gates_P = groups.pad(rows_RD), groups.pad(gates_R)
-        x = keep(x_PD, engine, up)
-        left = engine.operand(left_source(x, x_PD, up), up.fprop.left)
-        h_P2F = engine.grouped(left, engine.operand(w13_E2FD, up.fprop.right), groups, dtype)
-        a = engine.swiglu(h_P2F, gates_P, down.fprop.left)
-        y_PD = engine.grouped(a, engine.operand(w2_EDF, down.fprop.right), groups, dtype)
-        h = h_P2F if recipe.swiglu is None else engine.keep(h_P2F, recipe.swiglu)
-        tensors, ctx.forms = pack(gates_P, w13_E2FD, w2_EDF, x, h)
+    def forward(ctx, rows_RD, w13_E2FD, groups, engine, recipe, probe):
+        rules, dtype = recipe.experts_up, rows_RD.dtype
+        x_PD = groups.pad(rows_RD)
+        x = keep(x_PD, engine, rules)
+        left = engine.operand(left_source(x, x_PD, rules), rules.fprop.left)
+        h_P2F = engine.grouped(left, engine.operand(w13_E2FD, rules.fprop.right), groups, dtype)
+        tensors, ctx.forms = pack(w13_E2FD, x)
         ctx.save_for_backward(*tensors)
-        ctx.groups, ctx.engine, ctx.recipe, ctx.probes, ctx.dtype = groups, engine, recipe, probes, dtype
-        if probes is not None:
-            _probe_forward(probes, recipe, groups, (x_PD, h_P2F, gates_P, y_PD), w13_E2FD, w2_EDF)
+        ctx.groups, ctx.engine, ctx.rules, ctx.probe, ctx.dtype = groups, engine, rules, probe, dtype
+        if probe is not None:
+            _probe_forward(probe, rules.fprop, groups, x_PD, w13_E2FD, h_P2F)
+        return h_P2F
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dh_P2F):
+        groups, engine, rules = ctx.groups, ctx.engine, ctx.rules
+        w13_E2FD, x = unpack(ctx.saved_tensors, ctx.forms)
+        x_needed, weight_needed, *_ = gradients_needed(ctx)
+        dx_RD = dw13_E2FD = None
+        if x_needed:
+            w13 = engine.operand(w13_E2FD, rules.dgrad.right, transposed=True)
+            dx_RD = groups.unpad(engine.grouped(engine.operand(dh_P2F, rules.dgrad.left), w13, groups, ctx.dtype))
+            if ctx.probe is not None:
+                ctx.probe.operand("gradient", dh_P2F, rules.dgrad.left)
+        if weight_needed:
+            dw13_E2FD = _wgrad(dh_P2F, x, rules.wgrad, engine, groups, w13_E2FD.dtype)
+        return dx_RD, dw13_E2FD, None, None, None, None
+
+
+class _Down(torch.autograd.Function):
+    """SwiGLU and down projection."""
+
+    @staticmethod
+    def forward(ctx, h_P2F, gates_R, w2_EDF, groups, engine, recipe, probe):
+        rules, dtype, gates_P = recipe.experts_down, h_P2F.dtype, groups.pad(gates_R)
+        a = engine.swiglu(h_P2F, gates_P, rules.fprop.left)
+        y_PD = engine.grouped(a, engine.operand(w2_EDF, rules.fprop.right), groups, dtype)
+        h = h_P2F if recipe.swiglu is None else engine.keep(h_P2F, recipe.swiglu)
+        tensors, ctx.forms = pack(gates_P, w2_EDF, h)
+        ctx.save_for_backward(*tensors)
+        ctx.groups, ctx.engine, ctx.rules, ctx.probe, ctx.dtype = groups, engine, rules, probe, dtype
+        if probe is not None:
+            _probe_forward(probe, rules.fprop, groups, swiglu.forward(h_P2F, gates_P), w2_EDF, y_PD)
         return groups.unpad(y_PD)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dy_RD):
-        groups, engine, dtype = ctx.groups, ctx.engine, ctx.dtype
-        up, down = ctx.recipe.experts_up, ctx.recipe.experts_down
-        gates_P, w13_E2FD, w2_EDF, x, h = unpack(ctx.saved_tensors, ctx.forms)
+        groups, engine, rules = ctx.groups, ctx.engine, ctx.rules
+        gates_P, w2_EDF, h = unpack(ctx.saved_tensors, ctx.forms)
+        h_needed, gates_needed, weight_needed, *_ = gradients_needed(ctx)
+        dh_P2F = dgates_R = dw2_EDF = None
         dy = groups.pad(dy_RD)
-        if down.dgrad.left.format is not None:
-            dy = engine.cast(dy, down.dgrad.left.cast())
-        w2 = engine.operand(w2_EDF, down.dgrad.right, transposed=True)
-        da_PF = engine.grouped(engine.operand(dy, down.dgrad.left), w2, groups, dtype)
-        a_PF, dh_P2F, dgates_P = engine.swiglu_backward(h, gates_P, da_PF)
-        dw2_EDF = _wgrad(dy, a_PF, down.wgrad, engine, groups, w2_EDF.dtype)
-        w13 = engine.operand(w13_E2FD, up.dgrad.right, transposed=True)
-        dx_PD = engine.grouped(engine.operand(dh_P2F, up.dgrad.left), w13, groups, dtype)
-        dw13_E2FD = _wgrad(dh_P2F, x, up.wgrad, engine, groups, w13_E2FD.dtype)
-        if ctx.probes is not None:
-            ctx.probes[0].operand("gradient", dh_P2F, up.dgrad.left)
-            ctx.probes[1].operand("gradient", groups.pad(dy_RD), down.dgrad.left)
-        return groups.unpad(dx_PD), groups.unpad(dgates_P), dw13_E2FD, dw2_EDF, None, None, None, None
+        if rules.dgrad.left.format is not None:
+            dy = engine.cast(dy, rules.dgrad.left.cast())
+        if h_needed or gates_needed:
+            w2 = engine.operand(w2_EDF, rules.dgrad.right, transposed=True)
+            da_PF = engine.grouped(engine.operand(dy, rules.dgrad.left), w2, groups, ctx.dtype)
+            a_PF, dh_P2F, dgates_P = engine.swiglu_backward(h, gates_P, da_PF)
+            dgates_R = groups.unpad(dgates_P)
+            if ctx.probe is not None:
+                ctx.probe.operand("gradient", groups.pad(dy_RD), rules.dgrad.left)
+        elif weight_needed:
+            a_PF = engine.swiglu_again(h, gates_P)
+        if weight_needed:
+            dw2_EDF = _wgrad(dy, a_PF, rules.wgrad, engine, groups, w2_EDF.dtype)
+        return dh_P2F, dgates_R, dw2_EDF, None, None, None, None
 
 
 def _wgrad(left: Source, right: Source, rules: Product, engine: Engine, groups: Groups, dtype: torch.dtype) -> Tensor:
@@ -89,16 +127,12 @@ def _wgrad(left: Source, right: Source, rules: Product, engine: Engine, groups: 
     return engine.grouped_wgrad(left, right, groups, dtype)
 
 
-def _probe_forward(probes: Probes, recipe: Recipe, groups: Groups, values: tuple, w13: Tensor, w2: Tensor) -> None:
-    """Look at the operands of both projections, and shadow the products of the busiest expert."""
-    x_PD, h_P2F, gates_P, y_PD = values
-    up, down = recipe.experts_up, recipe.experts_down
-    a_PF = swiglu.forward(h_P2F, gates_P)
-    probes[0].operand("activation", x_PD, up.fprop.left)
-    probes[0].operand("weight", w13, up.fprop.right)
-    probes[1].operand("activation", a_PF, down.fprop.left)
-    probes[1].operand("weight", w2, down.fprop.right)
+def _probe_forward(
+    probe: Probe, rules: Product, groups: Groups, x_PK: Tensor, weight_ENK: Tensor, y_PN: Tensor
+) -> None:
+    """Look at the operands of a projection, and shadow the product of the busiest expert."""
+    probe.operand("activation", x_PK, rules.left)
+    probe.operand("weight", weight_ENK, rules.right)
     busiest = max(range(len(groups.counts)), key=groups.counts.__getitem__)
     rows = groups.real()[busiest]
-    probes[0].product("fprop", h_P2F[rows], x_PD[rows], w13[busiest])
-    probes[1].product("fprop", y_PD[rows], a_PF[rows], w2[busiest])
+    probe.product("fprop", y_PN[rows], x_PK[rows], weight_ENK[busiest])

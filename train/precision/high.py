@@ -11,6 +11,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from train.model.layers import recomputed_swiglu, swiglu
+from train.model.needed import gradients_needed
 from train.precision.health import Report
 
 
@@ -61,6 +62,7 @@ class _GroupedProduct(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad_RO):
         x_RI, weight_EOI, ends_E = ctx.saved_tensors
-        dx_RI = F.grouped_mm(grad_RO, weight_EOI, offs=ends_E) if ctx.needs_input_grad[0] else None
-        dweight_EOI = F.grouped_mm(grad_RO.t(), x_RI, offs=ends_E) if ctx.needs_input_grad[1] else None
+        x_needed, weight_needed, _ = gradients_needed(ctx)
+        dx_RI = F.grouped_mm(grad_RO, weight_EOI, offs=ends_E) if x_needed else None
+        dweight_EOI = F.grouped_mm(grad_RO.t(), x_RI, offs=ends_E) if weight_needed else None
         return dx_RI, dweight_EOI, None

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from train.model.needed import gradients_needed
 from train.model.recompute import is_free
 from train.precision.health import Probe
 from train.precision.products import Engine, Source, pack, unpack
@@ -61,19 +62,19 @@ class _Linear(torch.autograd.Function):
     def backward(ctx, dy_TN):
         engine, recipe, probe = ctx.engine, ctx.recipe, ctx.probe
         weight_NK, kept = unpack(ctx.saved_tensors, ctx.forms)
+        x_needed, weight_needed, *_ = gradients_needed(ctx)
         dx_TK = dw_NK = None
-        if ctx.needs_input_grad[0]:
+        if x_needed:
             left = engine.operand(dy_TN, recipe.dgrad.left)
             right = engine.operand(weight_NK, recipe.dgrad.right, transposed=True)
             dx_TK = engine.product(left, right, ctx.dtype)
-        if ctx.needs_input_grad[1]:
+        if weight_needed:
             if isinstance(kept, Tensor) and recipe.cache is not None:
                 kept = engine.cast(kept, recipe.cache)
             left = engine.operand(dy_TN, recipe.wgrad.left, transposed=True)
             right = engine.operand(kept, recipe.wgrad.right, transposed=True)
             dw_NK = engine.product(left, right, weight_NK.dtype)
-        if probe is not None:
+        if probe is not None and dx_TK is not None:
             probe.operand("gradient", dy_TN, recipe.dgrad.left)
-            if dx_TK is not None:
-                probe.product("dgrad", dx_TK, dy_TN, weight_NK.t())
+            probe.product("dgrad", dx_TK, dy_TN, weight_NK.t())
         return dx_TK, dw_NK, None, None, None, None, None

@@ -103,6 +103,10 @@ class Engine(Protocol):
         """a (P, F), dh (P, 2F) and the gradient of the gates (P,)."""
         ...
 
+    def swiglu_again(self, h: Source, gates_P: Tensor) -> Tensor:
+        """The a of `swiglu_backward` alone."""
+        ...
+
 
 class CpuEngine:
     """The emulation. It satisfies `Engine` with tensors as operands, and runs wherever torch does.
@@ -157,6 +161,9 @@ class CpuEngine:
 
     def swiglu_backward(self, h: Source, gates_P: Tensor, da_PF: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         return swiglu.backward(_values(h), gates_P, da_PF)
+
+    def swiglu_again(self, h: Source, gates_P: Tensor) -> Tensor:
+        return swiglu.again(_values(h), gates_P)
 
 
 def _values(source: Source) -> Tensor:

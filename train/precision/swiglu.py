@@ -30,6 +30,14 @@ def chunks(x_P: Tensor, h_P2F: Tensor | None = None) -> tuple[Tensor, ...]:
     return x_P.split(max(1, CHUNK // max(h_P2F.shape[1], 1)))
 
 
+def again(h_P2F: Tensor, gates_P: Tensor) -> Tensor:
+    """a (P, F) in bf16, as `backward` gives it."""
+    a_PF = gates_P.new_empty(h_P2F.shape[0], h_P2F.shape[1] // 2, dtype=torch.bfloat16)
+    for h, gates, a in zip(*(chunks(tensor, h_P2F) for tensor in (h_P2F, gates_P, a_PF)), strict=True):
+        a.copy_(forward(h, gates))
+    return a_PF
+
+
 def backward(h_P2F: Tensor, gates_P: Tensor, da_PF: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """a (P, F) and dh (P, 2F) in bf16, dw (P,) in fp32."""
     a_PF = torch.empty_like(da_PF, dtype=torch.bfloat16)
