@@ -31,8 +31,8 @@ from pathlib import Path
 
 from bench.fault_loop import SAVE_EVERY
 from bench.fault_systems import ENVIRONMENT, HOSTS, PYTHON, SYSTEMS, TIMEOUT, System
+from cluster.hosts import Hosts, missing
 from conf.schema import ROOT
-from tests.cluster.hosts import Hosts, missing
 
 VICTIM = 1
 """Host that meets the fault; h0 holds the drivers."""

@@ -10,7 +10,7 @@ from cluster import messages as m
 from cluster.agent import Answer, Order
 from cluster.checkpoints import first_attempt, newest, written_since
 from cluster.copies import Copies
-from cluster.fleet import Fleet, Reply
+from cluster.fleet import Fleet, FleetLost, Reply
 from cluster.journal import Journal
 from cluster.network import NetworkTest
 from cluster.policy import Policy
@@ -92,6 +92,8 @@ class Driver:
         """Nodes that were listed, by id; checked ones are those that the supervisor knows."""
         self._asked: dict[str, float] = {}
         """When an agent was last asked; absent while its answer is out."""
+        self._released: set[str] = set()
+        """Nodes that were about to go and hold nothing of the run any more."""
         self._starting: tuple[int, Placement] | None = None
         self._network: NetworkTest | None = None
         self._refused: dict[str, str] = {}
@@ -153,20 +155,26 @@ class Driver:
 
     def _look(self) -> None:
         """At the nodes and the checkpoints."""
-        listed = {node.id: node for node in self.fleet.nodes()}
+        if (step := newest(self.folder)) is not None:
+            self._tell(m.Saved(step))
+        try:
+            listed = {node.id: node for node in self.fleet.nodes()}
+            draining = self.fleet.draining()
+        except FleetLost as error:
+            if self._stop is None:
+                self._stop = f"{error}; the ranks write a checkpoint and stop"
+            return
         for id in set(self._known) - set(listed):
             del self._known[id]
             self._asked.pop(id, None)
             self.copies.forget(id)
             self._tell(m.Lost(id, "the cluster lists it as dead"))
         for id, node in listed.items():
-            if id not in self._known:
+            if id not in self._known and id not in self._released:
                 self._known[id] = node
                 self.fleet.call(id, "facts", self.preflight.question(node))
-        for id, why in self.fleet.draining().items():
+        for id, why in draining.items():
             self._tell(m.Draining(id, why))
-        if (step := newest(self.folder)) is not None:
-            self._tell(m.Saved(step))
 
     def _ask(self) -> None:
         pause = max(ASK_EVERY, len(self._asked) / 400)  # a driver of thousands of agents must not drown in answers
@@ -263,6 +271,7 @@ class Driver:
     def _do(self, action: m.Action) -> None:
         match action:
             case m.Start(number, placement):
+                self._let_go()
                 self._starting = number, placement
                 self._started_at, self._first_step, self._offsets = self.clock(), None, {}
                 if number == self.first and len(placement.nodes) > 1:
@@ -288,6 +297,16 @@ class Driver:
             case m.Finish(code, text):
                 refused = "".join(f"\n  refused: {name}: {why}" for name, why in self._refused.items())
                 self._finish = m.Finish(code, text + (refused if code != EXIT_OK else ""))
+
+    def _let_go(self) -> None:
+        """End the agents of nodes that are about to go; nothing of the run is there any more."""
+        for id in self.supervisor.draining & set(self._known):
+            del self._known[id]
+            self._asked.pop(id, None)
+            self._released.add(id)
+            self.copies.forget(id)
+            self.fleet.release(id)
+            self._tell(m.Lost(id, "let go, as it is about to go"))
 
     def _send_orders(self, reply: Reply) -> None:
         if self._starting is None:

@@ -22,15 +22,23 @@ class Reply:
     """The agent is gone; a call starts a new one."""
 
 
+class FleetLost(RuntimeError):
+    """Nobody can tell any longer which nodes there are; agents that were reached before may still answer."""
+
+
 class Fleet(Protocol):
     """Agents by node id."""
 
     def nodes(self) -> list[Node]:
-        """Nodes that are believed to be alive."""
+        """Nodes that are believed to be alive. Raises FleetLost."""
         ...
 
     def draining(self) -> dict[str, str]:
         """Nodes that will soon go, and why."""
+        ...
+
+    def release(self, node: str) -> None:
+        """End the agent of a node that is about to go, so that it may go."""
         ...
 
     def call(self, node: str, method: str, *arguments: Any) -> None:

@@ -18,7 +18,7 @@ from typing import IO, Any
 
 from cluster.agent import Agent
 from cluster.driver import Driver
-from cluster.fleet import Reply
+from cluster.fleet import FleetLost, Reply
 from cluster.topology import Node
 from cluster.view import View
 from conf.errors import EXIT_OK, EXIT_STOPPED, UserError
@@ -28,6 +28,8 @@ OBJECT_STORE = 100 << 20
 """Bytes; no tensor goes through Ray."""
 CONNECT_LIMIT = 5
 """Seconds for a connection to cluster.address."""
+HEAD_LIMIT = 1
+"""Seconds for a connection to Ray's head while the run goes on."""
 CLOSE_LIMIT = 3
 """Seconds for agents to clean up after the run; whoever does not answer is killed."""
 SHIPPED = ["conf", "train", "parallel", "cluster"]
@@ -68,6 +70,9 @@ class RayFleet:
             self._start_embedded()
         else:
             self._join(config.cluster.address)
+        self._head = ray.get_runtime_context().gcs_address
+        self._head_seen, self._headless = time.monotonic(), False
+        self._listed: list[Node] = []
         self.gpus = config.cluster.device != "cpu" and any(node["Resources"].get("GPU") for node in ray.nodes())
         self._actors: dict[str, Any] = {}
         self._pending: dict[Any, tuple[str, str]] = {}
@@ -95,6 +100,11 @@ class RayFleet:
                 raise _explain(address, f"{error}\n{said.read().decode(errors='replace')}") from error
 
     def nodes(self) -> list[Node]:
+        if self._head_answers():
+            self._listed = self._list()
+        return self._listed
+
+    def _list(self) -> list[Node]:
         found = []
         for entry in self._ray.nodes():
             if not entry["Alive"]:
@@ -105,6 +115,34 @@ class RayFleet:
                 name = labels.get("train/node") or entry["NodeManagerHostname"]
                 address = entry["NodeManagerAddress"]
                 found.append(Node(entry["NodeID"], name, address, devices, labels.get("train/rack", "")))
+        return found
+
+    def _head_answers(self) -> bool:
+        """Whether something listens at Ray's head, without which Ray's own calls wait for a minute and then end this
+        process. FleetLost once nothing has for long.
+        """
+        try:
+            _connect(self._head, HEAD_LIMIT)
+            self._headless, self._head_seen = False, time.monotonic()
+        except OSError as error:
+            self._headless, silent = True, time.monotonic() - self._head_seen
+            if silent > CONNECT_LIMIT:
+                raise FleetLost(f"Ray's head at {self._head} has not answered for {silent:.0f} s: {error}") from error
+        return not self._headless
+
+    def release(self, node: str) -> None:
+        if actor := self._actors.pop(node, None):
+            self._ray.kill(actor)
+
+    def draining(self) -> dict[str, str]:
+        from ray._private.state import state  # ray.nodes() does not tell, and no public call does
+
+        found: dict[str, str] = {}
+        if self._headless:
+            return found
+        for node, deadline in state.get_draining_nodes().items():
+            left = f", {deadline / 1000 - time.time():.0f} s are left" if deadline else ""
+            found[node] = f"Ray is about to take it away{left}"
         return found
 
     def _devices(self, resources: dict[str, float]) -> int:
@@ -127,7 +165,7 @@ class RayFleet:
         from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
         resources = next(entry["Resources"] for entry in self._ray.nodes() if entry["NodeID"] == node)
-        return (
+        actor = (
             self._ray.remote(Agent)
             .options(
                 num_cpus=0,
@@ -137,6 +175,8 @@ class RayFleet:
             )
             .remote(LEASE * self._config.cluster.heartbeat)
         )
+        actor.leave_on_sigterm.remote()
+        return actor
 
     def replies(self, timeout: float) -> list[Reply]:
         if not self._pending:
@@ -162,6 +202,8 @@ class RayFleet:
         ends = [actor.close.remote() for actor in self._actors.values()]
         if ends:
             self._ray.wait(ends, num_returns=len(ends), timeout=CLOSE_LIMIT)
+        if self._headless:  # what follows would wait for the head; agents without a question end their ranks
+            return
         for actor in self._actors.values():
             self._ray.kill(actor)
         self._ray.shutdown()
@@ -194,10 +236,8 @@ def _require_answer(address: str) -> None:
     """UserError, soon, if nothing listens there; Ray itself would try for a minute."""
     if address == "auto":
         return
-    host, _, port = address.rpartition(":")
     try:
-        with socket.create_connection((host, int(port)), timeout=CONNECT_LIMIT):
-            return
+        _connect(address, CONNECT_LIMIT)
     except (OSError, ValueError) as error:
         raise UserError(
             "cluster.address",
@@ -205,6 +245,12 @@ def _require_answer(address: str) -> None:
             f"must be HOST:PORT of a running Ray (`ray start --head` prints it): {error}",
             "start Ray there, open the port, or leave cluster.address out to start Ray on this machine",
         ) from error
+
+
+def _connect(address: str, limit: float) -> None:
+    """OSError, or ValueError for what is no HOST:PORT, if nothing listens there."""
+    host, _, port = address.rpartition(":")
+    socket.create_connection((host, int(port)), timeout=limit).close()
 
 
 @contextlib.contextmanager

@@ -95,6 +95,11 @@ class Supervisor:
         """Nodes that answer, by id."""
         return {id: state.node for id, state in self.nodes.items() if state.health is Health.ok}
 
+    @property
+    def draining(self) -> set[str]:
+        """Ids of nodes that are about to go."""
+        return {id for id, state in self.nodes.items() if state.draining}
+
     def handle(self, now: float, event: m.Event) -> list[m.Action]:
         """Take one event at this time (seconds, monotonic); returns actions in order."""
         self._out = []

@@ -5,7 +5,7 @@ import signal
 from typing import Any
 
 from cluster.agent import Agent
-from cluster.fleet import Reply
+from cluster.fleet import FleetLost, Reply
 from cluster.topology import Node
 
 
@@ -19,12 +19,19 @@ class LocalFleet:
         """Nodes whose link is cut."""
         self.leaving: dict[str, str] = {}
         """Nodes that the cluster lists as about to go, and why."""
+        self.headless = False
+        """Nobody can list the nodes any longer."""
 
     def nodes(self) -> list[Node]:
+        if self.headless:
+            raise FleetLost("the head has not answered")
         return self._nodes
 
     def draining(self) -> dict[str, str]:
         return self.leaving
+
+    def release(self, node: str) -> None:
+        self.agents.pop(node).close()
 
     def call(self, node: str, method: str, *arguments: Any) -> None:
         if node in self.deaf:

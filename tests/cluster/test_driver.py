@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import signal
 import threading
 import time
@@ -163,3 +164,32 @@ def test_nothing_is_left_in_the_temporary_folder(tmp_path, monkeypatch):
     assert run.run() == EXIT_OK
     assert not list(scratch.iterdir())
     assert json.loads((run.folder / "events.jsonl").read_text().splitlines()[-1])["code"] == EXIT_OK
+
+
+def test_a_node_that_is_about_to_go_costs_a_checkpoint_and_no_failure(tmp_path):
+    run = Run(tmp_path, "steps=60")
+    run.at_step(5, lambda: run.fleet.leaving.update(id2="preempted"))
+    assert run.run() == EXIT_OK, run.finish.text
+    assert [event["dp"] for event in run.events if event["kind"] == "attempt"] == [4, 3]
+    assert run.only("drain")["node"] == "n2" and "preempted" in run.only("drain")["text"]
+    assert "failure" not in run.kinds() and "id2" not in run.fleet.agents
+    log = (run.folder / "logs" / "rank_0.log").read_text()
+    assert int(re.search(r"resumes at (\d+) with dp 3", log)[1]) > 5, "a checkpoint is written at once"
+
+
+def test_spares_take_the_place_of_a_node_that_is_told_to_end(tmp_path):
+    run = Run(tmp_path, "steps=60", nodes=5)
+    run.at_step(5, lambda: setattr(run.fleet.agents["id0"], "_leaving", True))
+    assert run.run() == EXIT_OK, run.finish.text
+    attempts = [event for event in run.events if event["kind"] == "attempt"]
+    assert [event["dp"] for event in attempts] == [4, 4] and attempts[1]["nodes"] == ["n1", "n2", "n3", "n4"]
+
+
+def test_without_the_head_the_run_saves_and_stops_and_the_next_launch_resumes(tmp_path):
+    run = Run(tmp_path, "steps=200")
+    run.at_step(5, lambda: setattr(run.fleet, "headless", True))
+    assert run.run() == EXIT_STOPPED and "the head has not answered" in run.finish.text
+    assert "failure" not in run.kinds()
+    again = Run(tmp_path, "steps=60")
+    assert again.run() == EXIT_OK, again.finish.text
+    assert "resumes at 0" not in (again.folder / "logs" / "rank_0.log").read_text().split("attempt 2")[1]

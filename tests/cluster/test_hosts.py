@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,9 +12,9 @@ from pathlib import Path
 import pytest
 
 from cluster.drill import losses, worst_difference
+from cluster.hosts import Hosts, missing
 from cluster.journal import read_events
 from conf.errors import EXIT_OK, EXIT_STOPPED, EXIT_USER
-from tests.cluster.hosts import Hosts, missing
 
 pytestmark = [pytest.mark.hosts, pytest.mark.slow]
 ROOT = Path(__file__).parents[2]
@@ -56,6 +57,13 @@ class Launch:
             assert self.process.poll() is None, self.output.read_text()
             time.sleep(0.05)
         raise AssertionError(f"no event {kind} {fields} in {seconds} s:\n{self.output.read_text()}")
+
+    def wait_for_step(self, step: int, seconds: float = 60) -> None:
+        """Until metrics.jsonl has this step."""
+        path, deadline = self.folder / "metrics.jsonl", time.monotonic() + seconds
+        while not path.exists() or f'{{"step":{step},' not in path.read_text():
+            assert self.process.poll() is None and time.monotonic() < deadline, self.output.read_text()
+            time.sleep(0.02)
 
     def events(self) -> list[dict]:
         return read_events(self.folder)
@@ -184,6 +192,38 @@ def test_a_killed_driver_leaves_no_rank_and_a_new_launch_resumes(hosts, tmp_path
     assert attempts == [1, 2]
 
 
+def test_a_node_that_ray_drains_is_left_at_a_checkpoint(hosts, tmp_path):
+    launch = Launch(hosts, tmp_path, "steps=400")
+    launch.wait_for("checkpoint")
+    told = time.time()
+    leaving = hosts.leave(2)
+    try:
+        drained = launch.wait_for("drain")
+        attempt = launch.wait_for("attempt", attempt=2)
+        launch.wait_for("first_step", attempt=2)
+        assert leaving.wait(30) == 0 and not hosts.pids(2, "/raylet/raylet"), "Ray ends once the run has left"
+    finally:
+        leaving.kill()
+        hosts.signal(2, signal.SIGKILL)
+        hosts.power_on(2)
+    assert drained["node"] == "h2" and attempt["dp"] == 2
+    assert not [event for event in launch.events() if event["kind"] == "failure"]
+    print(json.dumps({"fault": "drain", "seen": drained["time"] - told, "restarted": attempt["time"] - told}))
+    launch.wait_for("grow")
+    launch.process.send_signal(signal.SIGTERM)
+    assert launch.wait() == EXIT_STOPPED, launch.output.read_text()
+
+
+def test_sigterm_to_an_agent_is_a_drain(hosts, tmp_path):
+    launch = Launch(hosts, tmp_path, "steps=400")
+    launch.wait_for("checkpoint")
+    assert hosts.signal(1, signal.SIGTERM, "ray::Agent") >= 1
+    assert launch.wait_for("drain")["node"] == "h1"
+    assert launch.wait_for("attempt", attempt=2)["dp"] == 2
+    launch.process.send_signal(signal.SIGTERM)
+    assert launch.wait() == EXIT_STOPPED, launch.output.read_text()
+
+
 class Training(Launch):
     """The trainer itself on a toy model, 12 sequences a step, so that dp may be 3 or 2."""
 
@@ -232,6 +272,31 @@ def test_training_through_a_killed_rank_and_a_lost_node_ends_with_the_same_losse
     )  # 2 ranks sum the gradients of 12 sequences in another order than 3; bf16 products amplify it
 
 
+def test_a_lost_node_costs_at_most_the_steps_since_the_last_copy_in_memory(hosts, tmp_path):
+    (tmp_path / "memory").mkdir()
+    memory = [f"checkpoint.memory_folder={tmp_path / 'memory'}", "checkpoint.every_memory=3", "checkpoint.every=1000"]
+    (tmp_path / "a").mkdir()
+    (tmp_path / "b").mkdir()
+    unbroken = Training(hosts, tmp_path / "a", "checkpoint.every=1000")
+    assert unbroken.wait(200) == EXIT_OK, unbroken.output.read_text()
+    launch = Training(hosts, tmp_path / "b", *memory)
+    launch.wait_for_step(11)
+    broke = time.time()
+    hosts.power_off(1)
+    for folder in (tmp_path / "memory").glob("*-h1"):
+        shutil.rmtree(folder)
+    try:
+        assert launch.wait(200) == EXIT_OK, launch.output.read_text()
+    finally:
+        hosts.power_on(1)
+    measure(launch, "training: power off, copies in memory", broke)
+    assert launch.dps() == [3, 2]
+    assert next(event for event in launch.events() if event["kind"] == "recovered")["steps_again"] <= 3 + 1
+    assert "copies in memory" in (launch.folder / "logs" / "rank_0.log").read_text()
+    assert worst_difference(losses(unbroken.folder), losses(launch.folder))[1] < 2e-3  # as above
+    assert not list((tmp_path / "memory").glob("*-h[02]"))
+
+
 @pytest.mark.parametrize(
     ("overrides", "environment", "words"),
     [
@@ -247,3 +312,28 @@ def test_bad_input_is_one_screen(hosts, tmp_path, overrides, environment, words)
     text = launch.output.read_text()
     assert words in text and len(text.splitlines()) < 20 and "Traceback" not in text
     assert time.monotonic() - started < 45
+
+
+def test_a_dead_head_ends_the_run_with_a_checkpoint_and_the_next_launch_resumes(tmp_path):
+    if why := missing():
+        pytest.skip(why)
+    (tmp_path / "ray").mkdir()
+    with Hosts(tmp_path / "ray", count=2) as hosts:
+        launch = Launch(hosts, tmp_path, "steps=3000", "parallel.dp=2")
+        launch.wait_for("checkpoint")
+        broke = time.time()
+        assert hosts.signal(0, signal.SIGKILL, "gcs_server") == 1
+        assert launch.wait(90) == EXIT_STOPPED, launch.output.read_text()
+        text = launch.output.read_text()
+        print(json.dumps({"fault": "head", "stopped": time.time() - broke}))
+        assert "stopped: Ray's head at 10.77.0.1:6379 has not answered" in text and "Traceback" not in text
+        for index in (0, 1):
+            hosts.signal(index, signal.SIGKILL)
+        shutil.rmtree(tmp_path / "ray" / "h0")
+        hosts.start_ray(0)
+        hosts.power_on(1)
+        again = Launch(hosts, tmp_path, "steps=3000", "parallel.dp=2")
+        again.wait_for("first_step", attempt=2)
+        again.process.send_signal(signal.SIGTERM)
+        assert again.wait() == EXIT_STOPPED, again.output.read_text()
+        assert "resumes at 0 " not in (again.folder / "logs" / "rank_0.log").read_text().split("attempt 2")[1]

@@ -14,6 +14,8 @@ import sys
 import time
 from pathlib import Path
 
+from conf.schema import ROOT
+
 NETWORK = "10.77.0"
 PORT = 6379
 
@@ -150,6 +152,11 @@ class Hosts:
         """Cut the link first: a machine without power sends no FIN."""
         self.cut(index)
         self.signal(index, signal.SIGKILL)
+
+    def leave(self, index: int, seconds: int = 60) -> subprocess.Popen:
+        """What a host runs that will go in so many seconds; it ends once nothing of the run is left there."""
+        words = [sys.executable, "-m", "cluster.leave", "--within", str(seconds)]
+        return subprocess.Popen(self.command(index, *words), env=self.environment, cwd=ROOT)
 
     def power_on(self, index: int) -> None:
         self.heal(index)

@@ -1,0 +1,52 @@
+"""This node is about to go:  python -m cluster.leave [--within SECONDS]
+
+Run it on the node itself: by hand before maintenance, as the preStop hook of a pod, or when a cloud announces that it takes
+the machine back. Ray then lists the node as draining; the run writes a checkpoint at once and goes on without the node.
+Returns when nothing runs here any longer, or when the time is up.
+"""
+
+import argparse
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+
+from conf.errors import EXIT_CRASH, EXIT_OK
+
+
+def raylets() -> list[tuple[psutil.Process, str, str]]:
+    """Every raylet that serves an address of this host, its node id, and the address of its head."""
+    mine = {entry.address for entries in psutil.net_if_addrs().values() for entry in entries}
+    found = []
+    for process in psutil.process_iter(["name", "cmdline"]):
+        if process.info["name"] == "raylet":
+            words = dict(re.findall(r"--(\w+)=(\S*)", " ".join(process.info["cmdline"])))
+            if words.get("node_ip_address") in mine:
+                found.append((process, words["node_id"], words["gcs_address"]))
+    return found
+
+
+def main(arguments: list[str]) -> int:
+    parser = argparse.ArgumentParser(prog="python -m cluster.leave", description=__doc__.splitlines()[0])
+    parser.add_argument("--within", type=int, default=300, help="seconds until the node really goes")
+    within = parser.parse_args(arguments).within
+    deadline = time.monotonic() + within
+    here = raylets()
+    for _, node, head in here:
+        ray = str(Path(sys.executable).with_name("ray"))
+        reason = ["--reason=DRAIN_NODE_REASON_PREEMPTION", "--reason-message=the node was told to leave"]
+        words = [f"--address={head}", f"--node-id={node}", f"--deadline-remaining-seconds={within}", *reason]
+        told = subprocess.run([ray, "drain-node", *words], capture_output=True, text=True)
+        if told.returncode:
+            print(f"error: Ray at {head} does not let node {node} go: {told.stderr.strip()}", file=sys.stderr)
+            return EXIT_CRASH
+    while time.monotonic() < deadline and any(process.is_running() for process, *_ in here):
+        time.sleep(0.2)
+    return EXIT_OK
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
