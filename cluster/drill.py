@@ -171,7 +171,7 @@ def _compare(folders: dict[str, Path]) -> int:
     down = [event["seconds"] for event in events if event["kind"] == "recovered"]
     step, difference = worst_difference(losses(folders["unbroken"]), losses(folders["drill"]))
     record = goodput(events)
-    print(f"{record['attempts']} attempts; failures recovered from in {', '.join(f'{s:.1f}' for s in down) or 'no'} s")
+    print(f"{record.attempts} attempts; failures recovered from in {', '.join(f'{s:.1f}' for s in down) or 'no'} s")
     print(f"largest relative difference of a loss: {difference:.2g} at step {step} (limit {TOLERANCE:g})")
     return EXIT_OK if difference <= TOLERANCE else EXIT_CRASH
 

@@ -14,6 +14,7 @@ The file is only ever appended to; a later launch of the same run goes on in it.
 import contextlib
 import json
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -75,11 +76,51 @@ def read_events(folder: Path) -> list[dict[str, Any]]:
     return events
 
 
-def goodput(events: list[dict[str, Any]]) -> dict[str, float]:
-    """Attempts, seconds without training and their share of the time since the first event."""
-    if not events:
-        return {"attempts": 0, "downtime_seconds": 0.0, "downtime_share": 0.0}
-    down = sum(event["seconds"] for event in events if event["kind"] == "recovered")
-    span = events[-1]["time"] - events[0]["time"]
-    attempts = sum(event["kind"] == "attempt" for event in events)
-    return {"attempts": attempts, "downtime_seconds": down, "downtime_share": down / span if span > 0 else 0.0}
+@dataclass(frozen=True)
+class Goodput:
+    """How a run used its time, over all its launches."""
+
+    attempts: int
+    nodes: int
+    """Nodes with ranks in the newest attempt."""
+    downtime_seconds: float
+    """Without training, starts included."""
+    seconds: float
+    """In which a driver ran."""
+
+    @property
+    def share(self) -> float:
+        """Of the time, with training; 1 is best."""
+        return 1 - self.downtime_seconds / self.seconds if self.seconds > 0 else 0.0
+
+
+def goodput(events: list[dict[str, Any]], now: float | None = None) -> Goodput:
+    """Add up the events of a run. now: Unix time while it runs; None if the last event was its end.
+
+    An attempt trains from its first finished step to its failure, or to the start of the next one. In a hang training
+    ended with the last step before it. Nobody wanted training between two launches, so that time does not count.
+    """
+    attempts, nodes, down, seconds = 0, 0, 0.0, 0.0
+    began = idle = failed = None
+    for before, event in zip([None, *events], events, strict=False):
+        time_, kind = event["time"], event["kind"]
+        if began is None or kind == "launch":
+            if began is not None:
+                seconds += before["time"] - began
+                down += before["time"] - idle if idle is not None else 0.0
+            began = idle = time_
+        if kind == "attempt":
+            attempts, nodes = attempts + 1, len(event.get("nodes", []))
+        if kind in ("attempt", "failure") and idle is None:
+            idle = time_
+        if kind == "failure":
+            failed = time_
+        if kind == "first_step" and idle is not None:
+            down, idle = down + time_ - idle, None
+        if kind == "recovered" and failed is not None:
+            down += max(0.0, event["seconds"] - (time_ - failed))
+    if began is not None:
+        end = events[-1]["time"] if now is None else now
+        seconds += end - began
+        down += end - idle if idle is not None else 0.0
+    return Goodput(attempts, nodes, down, seconds)

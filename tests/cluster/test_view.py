@@ -51,6 +51,30 @@ def test_events_are_whole_lines_with_known_kinds(tmp_path):
     assert [event["kind"] for event in events] == ["attempt", "recovered"] and events[0]["dp"] == 2
     Journal(tmp_path).write("finish", 2, "all steps done", code=0)
     assert [event["kind"] for event in read_events(tmp_path)] == ["attempt", "recovered", "finish"]
-    assert goodput(events)["attempts"] == 1 and goodput(events)["downtime_seconds"] == 4.0
     with pytest.raises(AssertionError):
         journal.write("nonsense", 1, "")
+
+
+def test_goodput_counts_starts_failures_and_hangs_but_not_the_night_between_two_launches():
+    events = [
+        {"time": 0, "kind": "launch"},
+        {"time": 2, "kind": "attempt", "nodes": ["a", "b"]},
+        {"time": 10, "kind": "first_step"},  # 10 s down
+        {"time": 50, "kind": "failure"},  # a hang that began 20 s before
+        {"time": 51, "kind": "attempt", "nodes": ["a"]},
+        {"time": 55, "kind": "first_step"},  # 5 s down
+        {"time": 55, "kind": "recovered", "seconds": 25},  # and 20 more
+        {"time": 70, "kind": "drain"},
+        {"time": 75, "kind": "attempt", "nodes": ["b"]},
+        {"time": 80, "kind": "first_step"},  # 5 s down
+        {"time": 100, "kind": "finish"},
+        {"time": 9000, "kind": "launch"},
+        {"time": 9001, "kind": "attempt", "nodes": ["a", "b"]},
+        {"time": 9010, "kind": "first_step"},  # 10 s down
+        {"time": 9100, "kind": "finish"},
+    ]
+    record = goodput(events)
+    assert record.attempts == 4 and record.nodes == 2 and record.downtime_seconds == 50 and record.seconds == 200
+    assert record.share == 0.75
+    assert goodput(events[:5], now=53).downtime_seconds == 10 + 3 and goodput(events[:3], now=20).share == 0.5
+    assert goodput([]).share == 0

@@ -30,6 +30,7 @@ FP8_READINGS = (
     ("saturated", "share", "values that the cast clamped"),
     ("scale_range", "log2", "largest over smallest scale of a tensor"),
 )
+CLUSTER_WHEN = "cluster=ray"
 FP8_WHEN = "precision=fp8 or fp8_ue8m0, every precision.fp8.health.every steps"
 SCALARS = (
     Metric("step", int, "steps", "optimizer steps done, this one included"),
@@ -133,6 +134,10 @@ SCALARS = (
         )
         for product in ("fprop", "dgrad")
     ),
+    Metric("cluster/attempt", int, "attempts", "starts of the ranks so far, this one included", CLUSTER_WHEN),
+    Metric("cluster/nodes", int, "nodes", "nodes with ranks", CLUSTER_WHEN),
+    Metric("cluster/goodput", float, "share", "of the time since the start, the part with training", CLUSTER_WHEN),
+    Metric("cluster/downtime_seconds", float, "s", "time so far without training, starts included", CLUSTER_WHEN),
     Metric("time", float, "s", "Unix time at the end of the step"),
 )
 
@@ -171,7 +176,7 @@ def table_name(name: str) -> str:
     if base == "mtp_loss" and depth.isdecimal():
         return "mtp_loss_K"
     kind, slash, _ = name.partition("/")
-    return f"{kind}/LAYER" if slash else name
+    return f"{kind}/LAYER" if slash and kind != "cluster" else name
 
 
 def order(name: str) -> tuple[int, int]:

@@ -1,7 +1,7 @@
 """report.html: one file that shows a stranger how a run went. It needs no network and no server.
 
-Everything is made from the run folder (metrics.jsonl, timeline.json, config.yaml, checkpoints/), so the report can be written again at
-any time, also beside a run that still trains or has crashed.
+Everything is made from the run folder (metrics.jsonl, timeline.json, events.jsonl, config.yaml, checkpoints/), so the
+report can be written again at any time, also beside a run that still trains or has crashed.
 """
 
 import datetime
@@ -15,6 +15,7 @@ import yaml
 from plotly.offline import get_plotlyjs
 
 from train.metrics.figures import build
+from train.metrics.goodput import cluster_summary
 from train.metrics.headline import findings, headline
 from train.metrics.jsonl import FILE
 from train.metrics.names import SCALARS
@@ -51,7 +52,7 @@ def write_report(run_folder: Path) -> Path:
     series = read_series(run_folder / FILE)
     sampled = read_timeline(run_folder)
     name = str(settings.get("name") or run_folder.name)
-    page = _page(name, series, settings, settings_text, _checkpoints(run_folder), sampled)
+    page = _page(name, series, settings, settings_text, _checkpoints(run_folder), sampled, cluster_summary(run_folder))
     path, part = run_folder / REPORT, run_folder / f"{REPORT}.part"
     part.write_text(page, encoding="utf-8")
     os.replace(part, path)
@@ -89,6 +90,7 @@ def _page(
     settings_text: str,
     checkpoints: list,
     sampled: SampledStep | None,
+    cluster: tuple[str, list] | None,
 ) -> str:
     written = datetime.datetime.now().strftime("%Y-%m-%d %H:%M")
     parts = [
@@ -104,6 +106,7 @@ def _page(
         parts += _run_parts(series, settings, sampled)
     else:
         parts.append("<p>No step has been recorded yet.</p>")
+    parts += _cluster_parts(cluster)
     parts += _checkpoint_table(checkpoints)
     parts += [
         "<h2>Configuration</h2><details><summary>Every setting of this run (config.yaml)</summary>",
@@ -153,6 +156,17 @@ def _description(settings: Mapping[str, Any]) -> str:
         f"A DeepSeek-V3-style language model with {model['layers']} layers of width {model['hidden']}, "
         f"{model['experts']} experts per expert layer of which each token uses {model['top_k']}, trained on {source}."
     )
+
+
+def _cluster_parts(cluster: tuple[str, list] | None) -> list[str]:
+    """What happened to the run on its machines."""
+    if cluster is None:
+        return []
+    sentence, rows = cluster
+    return [
+        f'<h2>On the cluster</h2><p class="sub">{html.escape(sentence)}</p>',
+        f"<details><summary>Events</summary>{_table(('time', 'attempt', 'event', 'what happened'), rows)}</details>",
+    ]
 
 
 def _checkpoint_table(checkpoints: list[tuple[str, str, str]]) -> list[str]:

@@ -4,13 +4,15 @@ The trainer of the logging rank opens one MetricsWriter and hands it one flat re
 names.py. Sinks are independent; none of them stops the training.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Protocol
 
 from omegaconf import OmegaConf
 
+from cluster.launch import given_attempt
 from conf.schema import Config
+from train.metrics.goodput import GoodputRecord
 from train.metrics.jsonl import FILE, JsonlSink
 from train.metrics.names import Record
 from train.metrics.progress import Progress
@@ -26,12 +28,20 @@ class Sink(Protocol):
 class MetricsWriter:
     """Hands records to sinks; use as a context manager, so that an exception leaves a readable terminal."""
 
-    def __init__(self, sinks: Sequence[Sink], progress: Progress, *, every: int = 1, last_step: int = 0):
+    def __init__(
+        self,
+        sinks: Sequence[Sink],
+        progress: Progress,
+        *,
+        every: int = 1,
+        last_step: int = 0,
+        extra: Callable[[], Record] = dict,
+    ):
         """every: steps between records to the sinks; the first, the last and validated steps always go there.
 
-        The terminal sees every record.
+        The terminal sees every record. extra: further scalars for the sinks.
         """
-        self._sinks, self._progress = list(sinks), progress
+        self._sinks, self._progress, self._extra = list(sinks), progress, extra
         self._every, self._last_step = every, last_step
         self._closed = False
         self._closed = False
@@ -41,6 +51,7 @@ class MetricsWriter:
         self._progress.write(record)
         step = record["step"]
         if step % self._every == 0 or step in (1, self._last_step) or "validation_loss" in record:
+            record = record | self._extra()
             for sink in self._sinks:
                 sink.write(record)
 
@@ -90,4 +101,5 @@ def open_writer(config: Config, run_folder: Path, *, resumed_step: int = 0) -> M
                 note=progress.note,
             )
         )
-    return MetricsWriter(sinks, progress, every=config.log.every, last_step=config.steps)
+    extra = dict if given_attempt() is None else GoodputRecord(run_folder)
+    return MetricsWriter(sinks, progress, every=config.log.every, last_step=config.steps, extra=extra)

@@ -1,0 +1,58 @@
+"""Attempts, nodes and goodput of a run on a cluster, in metrics.jsonl, W&B and the report."""
+
+import json
+import time
+
+import pytest
+
+from cluster.journal import Journal
+from conf.load import compose
+from tests.metrics.wandb_file import history
+from train.metrics.jsonl import read_heads
+from train.metrics.report import write_report
+from train.metrics.writer import open_writer
+
+
+@pytest.fixture
+def journal(tmp_path):
+    """A run that started 100 s ago, took 10 s to its first step, and lost 30 s to a failure."""
+    journal, began = Journal(tmp_path), time.time() - 100
+    events = [
+        (0, "launch", {}),
+        (1, "attempt", {"nodes": ["a", "b", "c"]}),
+        (10, "first_step", {}),
+        (60, "failure", {"text": "rank 1 on <b> ended"}),
+        (61, "attempt", {"nodes": ["a", "c"]}),
+        (90, "first_step", {}),
+    ]
+    with (tmp_path / "events.jsonl").open("w") as file:
+        for after, kind, fields in events:
+            file.write(json.dumps({"time": began + after, "kind": kind, "attempt": 1, "text": kind, **fields}) + "\n")
+    return journal
+
+
+def test_every_step_of_a_supervised_run_has_the_figures(tmp_path, journal, monkeypatch):
+    monkeypatch.setenv("SLUICE_ATTEMPT", "2")
+    with open_writer(compose("conf=tiny", "steps=2", "log.wandb=offline"), tmp_path) as writer:
+        writer.write({"step": 1, "loss": 2.0})
+        journal.write("attempt", 3, "attempt 3", nodes=["a"])
+        writer.write({"step": 2, "loss": 2.0})
+    first, second = read_heads(tmp_path / "metrics.jsonl")
+    assert first["cluster/attempt"] == 2 and first["cluster/nodes"] == 2
+    assert first["cluster/downtime_seconds"] == pytest.approx(40, abs=1)
+    assert first["cluster/goodput"] == pytest.approx(0.6, abs=0.05)
+    assert second["cluster/attempt"] == 3 and second["cluster/nodes"] == 1
+    assert history(tmp_path)[1]["cluster/attempt"] == 3
+
+
+def test_a_run_of_its_own_has_none(tmp_path):
+    with open_writer(compose("conf=tiny", "steps=1", "log.wandb=disabled"), tmp_path) as writer:
+        writer.write({"step": 1})
+    assert list(next(read_heads(tmp_path / "metrics.jsonl"))) == ["step"]
+
+
+def test_the_report_tells_what_happened(tmp_path, journal):
+    journal.write("checkpoint", 2, "step 7", step=7)
+    page = write_report(tmp_path).read_text()
+    assert "On the cluster" in page and "2 attempts, the newest on 2 nodes" in page
+    assert "rank 1 on &lt;b&gt; ended" in page and "step 7" not in page

@@ -1,0 +1,59 @@
+"""How a run on a cluster used its time, from the events that its driver writes (cluster/journal.py)."""
+
+import datetime
+import time
+from pathlib import Path
+
+from cluster.journal import FILE, Goodput, goodput, read_events
+from train.metrics.names import Record
+from train.metrics.progress import duration
+
+ROWS = 200
+"""Events in the report, the newest ones."""
+ROUTINE = {"checkpoint"}
+"""Kinds that the report leaves out."""
+
+
+class GoodputRecord:
+    """The figures for every step of a run; the events are read again when there are new ones."""
+
+    def __init__(self, run_folder: Path):
+        self._folder, self._size = run_folder, -1
+
+    def __call__(self) -> Record:
+        size = (self._folder / FILE).stat().st_size
+        if size != self._size:
+            self._events, self._size = read_events(self._folder), size
+        found = goodput(self._events, now=time.time())
+        return {
+            "cluster/attempt": found.attempts,
+            "cluster/nodes": found.nodes,
+            "cluster/goodput": found.share,
+            "cluster/downtime_seconds": found.downtime_seconds,
+        }
+
+
+def cluster_summary(run_folder: Path) -> tuple[str, list[tuple[str, str, str, str]]] | None:
+    """A sentence, and rows (time, attempt, event, text) for the report; None for a run without such events."""
+    events = read_events(run_folder)
+    if not events:
+        return None
+    shown = [event for event in events if event["kind"] not in ROUTINE]
+    rows = [
+        (
+            datetime.datetime.fromtimestamp(event["time"]).strftime("%Y-%m-%d %H:%M:%S"),
+            str(event["attempt"]),
+            event["kind"].replace("_", " "),
+            event["text"],
+        )
+        for event in shown[-ROWS:]
+    ]
+    return _sentence(goodput(events), len(shown)), rows
+
+
+def _sentence(found: Goodput, events: int) -> str:
+    newest = f" The newest {ROWS} of {events} events:" if events > ROWS else ""
+    return (
+        f"{found.attempts} attempts, the newest on {found.nodes} nodes. The run trained for {found.share:.1%} of the "
+        f"{duration(found.seconds)} that it was up; {duration(found.downtime_seconds)} went into starts and failures.{newest}"
+    )
