@@ -8,7 +8,7 @@ is an error.
 import json
 import platform
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +58,7 @@ LINKS = {
 }
 """Kinds of transfers and what stands in for them: inside and across, bytes of one device in one direction."""
 FILE = "calibration.json"
+REQUIRED = {"device", "precision", "threads", "rates_alone", "rates_together", "factors_alone", "factors_together"}
 
 
 @dataclass(frozen=True)
@@ -66,6 +67,8 @@ class Rates:
 
     rates: Mapping[str, Rate]
     source: str
+    factors: Mapping[str, float] = field(default_factory=dict)
+    """Of passes and of update: what kernels do not explain of them, as a factor; 1 where not measured."""
 
     def rate(self, kind: str) -> Rate:
         """The rate of a kind, or of what stands in for it. Raises UserError where there is none."""
@@ -84,6 +87,9 @@ class Rates:
     def seconds(self, work: Iterable[Work]) -> float:
         """Time of kernels one after another."""
         return sum(self.of(one) for one in work)
+
+    def factor(self, what: str) -> float:
+        return self.factors.get(what, 1.0)
 
     def of(self, work: Work) -> float:
         rate = self.rate(work.kind)
@@ -120,8 +126,9 @@ def load_rates(config: Config, alone: bool) -> Rates:
         return Rates(hardware.rates, f"published figures of hardware={hardware.name}")
     found = read_calibration(config.plan.calibration)
     check_device(config, found)
-    rates = found["rates_alone" if alone else "rates_together"]
-    return Rates({kind: Rate(**rate) for kind, rate in rates.items()}, f"calibration of {found['device']}")
+    together = "alone" if alone else "together"
+    rates = {kind: Rate(**rate) for kind, rate in found[f"rates_{together}"].items()}
+    return Rates(rates, f"calibration of {found['device']}", found[f"factors_{together}"])
 
 
 def require_hardware(hardware: Hardware) -> None:
@@ -139,17 +146,13 @@ def read_calibration(path: str) -> dict[str, Any]:
     """Content of a calibration file."""
     try:
         found = json.loads(Path(path).read_text())
-        return (
-            found if {"device", "rates_alone", "rates_together", "threads", "precision"} <= found.keys() else _bad(path)
-        )
     except (OSError, ValueError) as error:
         raise UserError(
             "plan.calibration", path, f"must be a file that plan.calibrate=true wrote ({error})", "calibrate again"
         ) from error
-
-
-def _bad(path: str) -> dict[str, Any]:
-    raise UserError("plan.calibration", path, "must be a file that plan.calibrate=true wrote", "calibrate again")
+    if not isinstance(found, dict) or not found.keys() >= REQUIRED:
+        raise UserError("plan.calibration", path, "must be a file that plan.calibrate=true wrote", "calibrate again")
+    return found
 
 
 def check_device(config: Config, calibration: Mapping[str, Any]) -> None:

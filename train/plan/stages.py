@@ -120,14 +120,14 @@ class Stages:
         """Computing without transfers."""
 
         def one(work: list[Work]) -> Pass:
-            return Pass([Segment(self.rates.seconds(work))], list(work))
+            return Pass([Segment(self.seconds(work))], list(work))
 
         backward = passes.weights + passes.inputs
         return Directions(one(passes.forward), one(backward), one(passes.inputs), one(passes.weights))
 
     def _experts(self) -> Directions:
         """Router, dispatch, experts and shared experts, combine (train/model/moe.py)."""
-        sizes, model, seconds = self.sizes, self.config.model, self.rates.seconds
+        sizes, model, seconds = self.sizes, self.config.model, self.seconds
         imbalance = self.config.plan.imbalance if self.layout.ep > 1 else 1.0
         rows = sizes.tokens * model.top_k * imbalance
         router, experts = work.router(sizes), work.experts(sizes, rows)
@@ -135,10 +135,10 @@ class Stages:
         sums = [work.add(sizes, sizes.tokens, model.hidden)] * (2 if model.shared_experts else 1)
         out, back = work.permutation(sizes, self.spread)
         spread = self.spread
-        begin, land = self._halves(out), self._halves(back)
         dispatch = self.exchange(spread.row_bytes)
         combine = self.exchange(spread.high_bytes)
         out_again, back_again = self.exchange(spread.gradient_bytes), self.exchange(spread.high_gradient_bytes)
+        begin, land = seconds(out) / 2, seconds(back) / 2  # half of the copying lies before an exchange, half behind it
         forward = Pass(
             [
                 Segment(seconds(router.forward) + begin, dispatch, seconds(shared.forward)),
@@ -165,9 +165,9 @@ class Stages:
 
         return Directions(forward, backward(True, True), backward(True, False), backward(False, True))
 
-    def _halves(self, moved: list[Work]) -> float:
-        """Half of the copying of a way lies before its exchange and half behind it."""
-        return self.rates.seconds(moved) / 2
+    def seconds(self, works: list[Work]) -> float:
+        """Time of computing in a pass."""
+        return self.rates.factor("passes") * self.rates.seconds(works)
 
     def exchange(self, row_bytes: float) -> float:
         """Seconds of one all-to-all of a micro-batch, of the rank that has most to move."""

@@ -91,7 +91,9 @@ def update_time(config: Config, layout: Layout, rates: Rates, held: Held) -> Upd
     whole = held.dense + held.experts if config.parallel.zero < 3 else 0.0
     passes = [Work("memory", bytes=whole * DEVICE_PASSES), Work("memory", bytes=shard * SHARD_PASSES)]
     update = Work("optimizer", bytes=shard * (ADAM_BYTES + 4 * moment + element))
-    return Update(reduce + rates.of(passes[0]), rates.of(passes[1]) + rates.of(update), gather)
+    factor = rates.factor("update")
+    own = factor * rates.of(passes[0]), factor * (rates.of(passes[1]) + rates.of(update))
+    return Update(reduce + own[0], own[1], gather)
 
 
 def _collective(name: str, rates: Rates, moved: float, group: int, per_node: int) -> float:

@@ -1,0 +1,284 @@
+"""The kernels of a recipe as calls to be timed: each beside the Work that the planner counts for it.
+
+Everything is what training itself runs, forward or backward, at the recipe's own widths and at two numbers of tokens, so
+that a fit can tell what a call costs from what an element costs.
+
+Shapes as in train/plan/work.py.
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from conf.schema import Config
+from train.model.attention import attention
+from train.model.layers import Embedding, RMSNorm, swiglu
+from train.model.loss import cross_entropy
+from train.model.mla import _Heads
+from train.model.moe import LocalDispatcher
+from train.model.rope import Rope
+from train.model.router import Router, _Route
+from train.optim import AdamW, moments_dtype
+from train.plan import work
+from train.plan.traffic import Spread
+from train.plan.update import ADAM_BYTES
+from train.plan.work import Sizes, Work
+from train.precision.build import activation_dtype
+from train.precision.hopper import HopperEngine
+from train.precision.recipe import Product, build_recipe
+
+SHORTER = 4
+"""The second number of tokens is this part of the first."""
+
+
+COUNTS = (2**21, 2**24)
+"""Weights in those cases that do not depend on tokens: more than a cache holds, as between two steps."""
+
+
+class Case(NamedTuple):
+    """Something to time."""
+
+    work: Work
+    run: Callable[[], object]
+
+
+class Kernels:
+    """Cases of a recipe on a device. Tensors are made when a case is, and dropped with it."""
+
+    def __init__(self, config: Config, device: torch.device):
+        self.config, self.device = config, device
+        self.dtype = activation_dtype(config.precision)
+        tokens = config.micro_batch_size * config.seq_len
+        shorter = max(1, config.micro_batch_size // SHORTER), config.seq_len
+        if config.micro_batch_size < SHORTER:
+            shorter = 1, max(64, config.seq_len // SHORTER)
+        self.batches = [(config.micro_batch_size, config.seq_len), shorter]
+        plain = replace(
+            config, precision=replace(config.precision, fp8=None), model=replace(config.model, recompute=[])
+        )
+        self.sizes = Sizes(plain, tokens, 1, config.model.experts // config.parallel.ep)
+
+    def cases(self) -> Iterator[Case]:
+        """All cases, one at a time."""
+        for batch, length in self.batches:
+            sizes = replace(self.sizes, tokens=batch * length, config=replace(self.sizes.config, seq_len=length))
+            yield from self._products(sizes)
+            yield from self._grouped(sizes)
+            yield from self._rowwise(sizes)
+            yield from self._attention(sizes, batch, length)
+            yield from self._routing(sizes, batch, length)
+            yield from self._tables(sizes)
+        yield from self._weights()
+        if self.config.precision.fp8 is not None:
+            yield from self._fp8(HopperEngine(self.config.precision.fp8))
+
+    def loss(self) -> Iterator[tuple[Sizes, Callable[[], object]]]:
+        """The cross-entropy, whose products are timed with the others: `loss` is what they leave of it."""
+        model = self.config.model
+        head = self._weight(model.vocab_size, model.hidden)
+        for batch, length in self.batches:
+            hidden = self._tensor(batch * length, model.hidden).requires_grad_()
+            targets = torch.randint(model.vocab_size, (batch * length,), device=self.device)
+            sizes = replace(self.sizes, tokens=batch * length)
+            yield (
+                sizes,
+                lambda hidden=hidden, targets=targets: cross_entropy(hidden, head, targets, 1, model.loss_chunk),
+            )
+
+    def _tensor(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
+        return torch.randn(*shape, device=self.device).to(dtype or self.dtype)
+
+    def _weight(self, *shape: int) -> Tensor:
+        return self._tensor(*shape).mul_(0.02).requires_grad_()
+
+    def linear_shapes(self) -> list[tuple[int, int]]:
+        """(inputs, outputs) of the linear layers of a block."""
+        model = self.config.model
+        qk, inner = model.nope_head_dim + model.rope_head_dim, model.shared_experts * model.expert_width
+        shapes = [
+            (model.hidden, model.kv_rank + model.rope_head_dim),
+            (model.kv_rank, model.heads * (model.nope_head_dim + model.v_head_dim)),
+            (model.heads * model.v_head_dim, model.hidden),
+            (model.hidden, 2 * model.dense_width),
+            (model.dense_width, model.hidden),
+            (model.hidden, 2 * inner),
+            (inner, model.hidden),
+        ]
+        if model.q_rank is None:
+            shapes.append((model.hidden, model.heads * qk))
+        else:
+            shapes += [(model.hidden, model.q_rank), (model.q_rank, model.heads * qk)]
+        return [shape for shape in shapes if min(shape)]
+
+    def _products(self, sizes: Sizes) -> Iterator[Case]:
+        for inputs, outputs in self.linear_shapes():
+            counted = work.linear(sizes, sizes.tokens, inputs, outputs)
+            x, w, dy = (
+                self._tensor(sizes.tokens, inputs),
+                self._tensor(outputs, inputs),
+                self._tensor(sizes.tokens, outputs),
+            )
+            yield Case(counted.forward[0], lambda x=x, w=w: F.linear(x, w))
+            yield Case(counted.inputs[0], lambda dy=dy, w=w: dy @ w)
+            yield Case(counted.weights[0], lambda dy=dy, x=x: dy.t() @ x)
+        if self.dtype != torch.float32:
+            yield from self._router_products(sizes)
+
+    def _router_products(self, sizes: Sizes) -> Iterator[Case]:
+        """The products that stay in fp32."""
+        model = self.config.model
+        router = work.router(sizes)
+        x, w, dy = (
+            torch.randn(*shape, device=self.device)
+            for shape in ((sizes.tokens, model.hidden), (model.experts, model.hidden), (sizes.tokens, model.experts))
+        )
+        yield Case(_of_kind("fprop_fp32", router.forward), lambda: F.linear(x, w))
+        yield Case(_of_kind("dgrad_fp32", router.inputs), lambda: dy @ w)
+        yield Case(_of_kind("wgrad_fp32", router.weights), lambda: dy.t() @ x)
+
+    def _grouped(self, sizes: Sizes) -> Iterator[Case]:
+        model = self.config.model
+        rows = sizes.tokens * model.top_k
+        ends = torch.arange(1, sizes.local_experts + 1, device=self.device) * rows // sizes.local_experts
+        offs = ends.to(torch.int32)
+        for inputs, outputs, family in (
+            (model.hidden, 2 * model.expert_width, "experts_up"),
+            (model.expert_width, model.hidden, "experts_down"),
+        ):
+            counted = work.grouped(sizes, rows, inputs, outputs, family)
+            x, dy = self._tensor(rows, inputs), self._tensor(rows, outputs)
+            w = self._tensor(sizes.local_experts, outputs, inputs)
+            yield Case(counted.forward[0], lambda x=x, w=w: F.grouped_mm(x, w.transpose(1, 2), offs=offs))
+            yield Case(counted.inputs[0], lambda dy=dy, w=w: F.grouped_mm(dy, w, offs=offs))
+            yield Case(counted.weights[0], lambda dy=dy, x=x: F.grouped_mm(dy.t(), x, offs=offs))
+
+    def _both(self, passes: work.Passes, call: Callable[[], Tensor], *leaves: Tensor) -> Iterator[Case]:
+        """Forward of `call` and its backward to the leaves."""
+        yield Case(passes.forward[0], call)
+        out = call()
+        grad = torch.ones_like(out)
+        yield Case(passes.inputs[0], lambda: torch.autograd.grad(out, leaves, grad, retain_graph=True))
+
+    def _rowwise(self, sizes: Sizes) -> Iterator[Case]:
+        model = self.config.model
+        for width in {model.hidden, model.kv_rank}:
+            layer = RMSNorm(width, model.norm_eps, False, device=self.device, dtype=self.dtype)
+            torch.nn.init.ones_(layer.weight)
+            x = self._tensor(sizes.tokens, width).requires_grad_()
+            yield from self._both(
+                work.norm(sizes, sizes.tokens, width), lambda x=x, layer=layer: layer(x), x, layer.weight
+            )
+        for rows, inner in ((sizes.tokens, model.dense_width), (sizes.tokens * model.top_k, model.expert_width)):
+            h = self._tensor(rows, 2 * inner).requires_grad_()
+            yield from self._both(work.swiglu(sizes, rows, inner), lambda h=h: swiglu(h), h)
+        x, y = self._tensor(sizes.tokens, model.hidden), self._tensor(sizes.tokens, model.hidden)
+        yield Case(work.add(sizes, sizes.tokens, model.hidden), lambda: x + y)
+
+    def _attention(self, sizes: Sizes, batch: int, length: int) -> Iterator[Case]:
+        model = self.config.model
+        counted = work.attention(sizes)
+        qk, heads = model.nope_head_dim + model.rope_head_dim, model.heads
+        q, k = (self._tensor(batch, heads, length, qk).requires_grad_() for _ in range(2))
+        v = self._tensor(batch, heads, length, model.v_head_dim).requires_grad_()
+        core = work.Passes(
+            [_of_kind("attention_forward", counted.forward)], [_of_kind("attention_backward", counted.inputs)]
+        )
+        yield from self._both(core, lambda: attention(q, k, v, qk**-0.5, None), q, k, v)
+        yield Case(_of_kind("copy", counted.forward), lambda: v.transpose(1, 2).flatten(2))
+        table = Rope(model, length).table(length, self.device)
+        queries = self._tensor(batch, length, heads, qk).requires_grad_()
+        latent = self._tensor(batch, length, heads, model.nope_head_dim + model.v_head_dim).requires_grad_()
+        shared = self._tensor(batch, length, model.rope_head_dim).requires_grad_()
+        yield Case(
+            _of_kind("heads_forward", counted.forward),
+            lambda: _Heads.apply(queries, latent, shared, table, model.nope_head_dim),
+        )
+        made = _Heads.apply(queries, latent, shared, table, model.nope_head_dim)
+        grads, leaves = [torch.ones_like(one) for one in made], (queries, latent, shared)
+        yield Case(
+            _of_kind("heads_backward", counted.inputs),
+            lambda: torch.autograd.grad(made, leaves, grads, retain_graph=True),
+        )
+
+    def _routing(self, sizes: Sizes, batch: int, length: int) -> Iterator[Case]:
+        model = self.config.model
+        counted, router = work.router(sizes), Router(model, device=self.device, dtype=self.dtype)
+        logits = torch.randn(batch, length, model.experts, device=self.device).requires_grad_()
+        counters = (router.load_E, router.score_E, router.balance_loss)
+
+        def route() -> tuple[Tensor, Tensor]:
+            return _Route.apply(logits, router.bias_E, router.rule, self.config.optim.balance_loss, counters)
+
+        yield Case(_of_kind("route_forward", counted.forward), route)
+        gates, ids = route()
+        grad = torch.ones_like(gates)
+        yield Case(
+            _of_kind("route_backward", counted.inputs),
+            lambda: torch.autograd.grad(gates, logits, grad, retain_graph=True),
+        )
+        out, back = work.permutation(sizes, Spread(1, (), 1.0, 0, 0, 0, 0, 0.0, 0.0))
+        x, dispatcher = self._tensor(sizes.tokens, model.hidden), LocalDispatcher(model.experts)
+        routed = dispatcher.dispatch(x, ids.flatten(0, 1), gates.detach().flatten(0, 1))
+        yield Case(out[0], lambda: dispatcher.dispatch(x, ids.flatten(0, 1), gates.detach().flatten(0, 1)))
+        yield Case(back[0], lambda: dispatcher.combine(routed.rows_RD, routed))
+
+    def _tables(self, sizes: Sizes) -> Iterator[Case]:
+        model = self.config.model
+        counted = work.embedding(sizes)
+        table = Embedding(model.vocab_size, model.hidden, device=self.device, dtype=self.dtype)
+        torch.nn.init.zeros_(table.weight)
+        tokens = torch.randint(model.vocab_size, (1, sizes.tokens), device=self.device)
+        yield from self._both(work.Passes(counted.forward, counted.weights), lambda: table(tokens), table.weight)
+
+    def _weights(self) -> Iterator[Case]:
+        """What works on weights and their gradients, whatever the number of tokens."""
+        element = self.sizes.element
+        moments = moments_dtype(self.config.precision)
+        for count in COUNTS:
+            total = torch.zeros(count, device=self.device)
+            part = self._tensor(count)
+            moved = (0 if element == 4 else element + 4) + 12
+            yield Case(Work("accumulate", bytes=moved * count), lambda total=total, part=part: total.add_(part.float()))
+            other = torch.ones_like(total)
+            yield Case(Work("memory", bytes=8 * count), lambda total=total, other=other: other.copy_(total))
+            param = torch.nn.Parameter(torch.ones_like(total))
+            param.grad = torch.full_like(total, 1e-3)
+            adam = AdamW([{"params": [param]}], self.config.optim, moments)
+            moved = ADAM_BYTES + 4 * moments.itemsize + element
+            yield Case(Work("optimizer", bytes=moved * count), adam.step)
+
+    def _fp8(self, engine) -> Iterator[Case]:
+        """FP8 products and casts, on a device that has them."""
+        sizes = replace(self.sizes, config=self.config)
+        recipe = build_recipe(self.config.precision.fp8).dense
+        for inputs, outputs in self.linear_shapes():
+            counted = work.linear(sizes, sizes.tokens, inputs, outputs)
+            x, w, dy = (
+                self._tensor(sizes.tokens, inputs),
+                self._tensor(outputs, inputs),
+                self._tensor(sizes.tokens, outputs),
+            )
+            for one, rules, left, right, flips in (
+                (counted.forward, recipe.fprop, x, w, (False, False)),
+                (counted.inputs, recipe.dgrad, dy, w, (False, True)),
+                (counted.weights, recipe.wgrad, dy, x, (True, True)),
+            ):
+                yield from _fp8_product(engine, one[0], rules, left, right, flips)
+            cast = Work("cast", bytes=x.numel() * 3)
+            yield Case(cast, lambda x=x: engine.operand(x, recipe.fprop.left))
+
+
+def _of_kind(kind: str, works: list[Work]) -> Work:
+    return next(one for one in works if one.kind == kind)
+
+
+def _fp8_product(
+    engine, counted: Work, rules: Product, left: Tensor, right: Tensor, flips: tuple[bool, bool]
+) -> Iterator[Case]:
+    a = engine.operand(left, rules.left, transposed=flips[0])
+    b = engine.operand(right, rules.right, transposed=flips[1])
+    yield Case(counted, lambda: engine.product(a, b, torch.bfloat16))
