@@ -16,7 +16,7 @@ from plotly.offline import get_plotlyjs
 
 from train.metrics.figures import build
 from train.metrics.goodput import cluster_summary
-from train.metrics.headline import findings, headline
+from train.metrics.headline import Card, findings, headline
 from train.metrics.jsonl import FILE
 from train.metrics.names import SCALARS
 from train.metrics.plot import Figure
@@ -93,15 +93,7 @@ def _page(
     cluster: tuple[str, list] | None,
 ) -> str:
     written = datetime.datetime.now().strftime("%Y-%m-%d %H:%M")
-    parts = [
-        "<!DOCTYPE html>",
-        f'<html lang="en"><head><meta charset="utf-8"><title>{html.escape(name)}: training report</title>',
-        f'<meta http-equiv="Content-Security-Policy" content="{NO_NETWORK}">',
-        '<meta name="viewport" content="width=device-width, initial-scale=1">',
-        f"<style>{STYLE}</style><script>{get_plotlyjs()}</script></head><body><main>",
-        f"<h1>Training report: {html.escape(name)}</h1>",
-        f'<p class="sub">{html.escape(_description(settings))} Written {written}.</p>',
-    ]
+    parts = opening(f"Training report: {name}", f"{_description(settings)} Written {written}.")
     if len(series.step_N):
         parts += _run_parts(series, settings, sampled)
     else:
@@ -112,30 +104,47 @@ def _page(
         "<h2>Configuration</h2><details><summary>Every setting of this run (config.yaml)</summary>",
         f"<pre>{html.escape(settings_text) or 'This folder has no config.yaml.'}</pre></details>",
         "<details><summary>What the names in metrics.jsonl mean</summary>",
-        _table(("name", "unit", "meaning", "when"), [(m.name, m.unit, m.meaning, m.when or "always") for m in SCALARS]),
+        table(("name", "unit", "meaning", "when"), [(m.name, m.unit, m.meaning, m.when or "always") for m in SCALARS]),
         "</details></main></body></html>",
     ]
     return "\n".join(parts)
 
 
+def opening(title: str, subtitle: str) -> list[str]:
+    """The beginning of a page that needs no network; it ends with </main></body></html>."""
+    return [
+        "<!DOCTYPE html>",
+        f'<html lang="en"><head><meta charset="utf-8"><title>{html.escape(title)}</title>',
+        f'<meta http-equiv="Content-Security-Policy" content="{NO_NETWORK}">',
+        '<meta name="viewport" content="width=device-width, initial-scale=1">',
+        f"<style>{STYLE}</style><script>{get_plotlyjs()}</script></head><body><main>",
+        f"<h1>{html.escape(title)}</h1>",
+        f'<p class="sub">{html.escape(subtitle)}</p>',
+    ]
+
+
 def _run_parts(series: Series, settings: Mapping[str, Any], sampled: SampledStep | None) -> list[str]:
-    cards = "".join(
-        f'<div class="card">{html.escape(card.label)}<b>{html.escape(card.value)}</b><small>{html.escape(card.caption)}</small></div>'
-        for card in headline(series, settings)
-    )
     notes = "".join(f"<li>{html.escape(text)}</li>" for text in findings(series, settings))
     band = " A pale band runs from the lowest to the highest step of a stretch, the line is its mean."
     band = band if len(series.step_N) > POINTS else ""
-    figures = "".join(_figure_html(figure) for figure in build(series, settings, sampled))
+    figures = "".join(figure_html(figure) for figure in build(series, settings, sampled))
     return [
-        f'<h2>At a glance</h2><div class="cards">{cards}</div>',
+        f'<h2>At a glance</h2><div class="cards">{cards_html(headline(series, settings))}</div>',
         f"<h2>Worth knowing</h2><ul>{notes}</ul>" if notes else "",
         f'<h2>Over the course of training</h2><p class="sub">{HOW_TO_READ}{band}</p>',
         f'<div class="figures">{figures}</div>',
     ]
 
 
-def _figure_html(figure: Figure) -> str:
+def cards_html(cards: Iterable[Card]) -> str:
+    """One box per figure."""
+    return "".join(
+        f'<div class="card">{html.escape(card.label)}<b>{html.escape(card.value)}</b><small>{html.escape(card.caption)}</small></div>'
+        for card in cards
+    )
+
+
+def figure_html(figure: Figure) -> str:
     plot = figure.plot.to_html(
         full_html=False,
         include_plotlyjs=False,
@@ -165,17 +174,17 @@ def _cluster_parts(cluster: tuple[str, list] | None) -> list[str]:
     sentence, rows = cluster
     return [
         f'<h2>On the cluster</h2><p class="sub">{html.escape(sentence)}</p>',
-        f"<details><summary>Events</summary>{_table(('time', 'attempt', 'event', 'what happened'), rows)}</details>",
+        f"<details><summary>Events</summary>{table(('time', 'attempt', 'event', 'what happened'), rows)}</details>",
     ]
 
 
 def _checkpoint_table(checkpoints: list[tuple[str, str, str]]) -> list[str]:
     if not checkpoints:
         return []
-    return ["<h2>Checkpoints in this folder</h2>", _table(("name", "size", "written"), checkpoints)]
+    return ["<h2>Checkpoints in this folder</h2>", table(("name", "size", "written"), checkpoints)]
 
 
-def _table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
+def table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
     titles = "".join(f"<th>{html.escape(text)}</th>" for text in head)
     body = "".join("<tr>" + "".join(f"<td>{html.escape(text)}</td>" for text in row) + "</tr>" for row in rows)
     return f"<table><tr>{titles}</tr>{body}</table>"

@@ -44,7 +44,7 @@ def final_screen(
     rows += [("Report", f"{report}  (open it in a browser)")] if report else []
     if wandb:
         rows.append(("W&B", wandb if wandb.startswith("http") else f"offline; upload with: wandb sync {wandb}"))
-    _show(console or Console(highlight=False), f"{name}: {steps} steps done{took}", GOOD, rows)
+    show(console or Console(highlight=False), f"{name}: {steps} steps done{took}", GOOD, rows)
 
 
 def stopped_screen(
@@ -63,7 +63,7 @@ def stopped_screen(
         ("Checkpoint", str(checkpoint) if checkpoint else "none yet: the run would start again"),
         ("Go on with", command),
     ]
-    _show(console or Console(highlight=False), f"{name}: stopped at step {step} of {steps}", WARN, rows)
+    show(console or Console(highlight=False), f"{name}: stopped at step {step} of {steps}", WARN, rows)
 
 
 def _held_out(loss: float, bits_per_byte: float | None) -> str:
@@ -79,7 +79,8 @@ def _quoted(sample: str) -> str:
     return "\n".join(f"| {line}" for line in shown)
 
 
-def _show(console: Console, title: str, style: str, rows: list[tuple[str, str]]) -> None:
+def show(console: Console, title: str, style: str, rows: list[tuple[str, str]]) -> None:
+    """A title in a style (GOOD, WARN), then labelled lines."""
     console.print()
     console.print(Text(printable(title, console.encoding), style=style), soft_wrap=True)
     for label, value in rows:
