@@ -273,7 +273,7 @@ def _check_data(config: Config) -> None:
         "put every source into data.mix",
     )
     _require(
-        bool(data.path or data.mix) or data.format == DataFormat.stdlib or config.mode == Mode.generate,
+        bool(data.path or data.mix) or data.format == DataFormat.stdlib or config.mode in (Mode.generate, Mode.plan),
         "data.path",
         data.path,
         "this recipe brings no data of its own",

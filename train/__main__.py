@@ -23,6 +23,7 @@ def main(configs: list[Config]) -> int:
         Mode.evaluate: _evaluate,
         Mode.generate: _generate,
         Mode.dashboard: _dashboard,
+        Mode.plan: _plan,
     }
     return max(modes[config.mode](config, alone=len(configs) == 1) for config in configs)
 
@@ -63,6 +64,12 @@ def _run_rank(config: Config, place: Place) -> int:
     from train.worker import run_rank  # imports torch, which the driver of other ranks can do without
 
     return run_rank(config, place)
+
+
+def _plan(config: Config, alone: bool) -> int:
+    from train.plan.run import run_plan
+
+    return run_plan(config)
 
 
 def _report(config: Config, alone: bool) -> int:
