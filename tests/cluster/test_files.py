@@ -1,0 +1,117 @@
+"""The files that start a run elsewhere: Slurm's with stand-ins for its commands, KubeRay's against its documented fields."""
+
+import os
+import re
+import shlex
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+
+from conf.load import compose
+from conf.schema import ROOT
+
+FILES = ROOT / "cluster" / "files"
+STAND_INS = {
+    "srun": 'echo "$@" > "$CALLS/srun"; while [ "$1" != "--" ]; do shift; done; shift; exec "$@"',
+    "scontrol": 'echo "$@" >> "$CALLS/scontrol"; [ "$1" != show ] || printf "localhost\\nlocalhost2\\n"',
+    "python": """
+        env > "$CALLS/environment"; echo "$@" > "$CALLS/python"
+        trap 'echo saved > "$CALLS/saved"; exit 75' TERM
+        touch "$CALLS/ready"; for i in $(seq 600); do sleep 0.05; [ ! -e "$CALLS/end" ] || exit "$(cat "$CALLS/end")"; done""",
+}
+
+
+@pytest.fixture
+def slurm(tmp_path):
+    """Starts sluice.sbatch where Slurm's commands are stand-ins that write down how they were called."""
+    (tmp_path / "bin").mkdir()
+    for name, body in STAND_INS.items():
+        path = tmp_path / "bin" / name
+        path.write_text(f"#!/bin/bash\n{body}\n")
+        path.chmod(0o755)
+    environment = os.environ | {
+        "PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}",
+        "CALLS": str(tmp_path),
+        "TMPDIR": str(tmp_path),
+        "SLURM_JOB_ID": "77",
+        "SLURM_JOB_NODELIST": "localhost",
+        "SLURM_JOB_NUM_NODES": "2",
+    }
+    words = ["bash", str(FILES / "sluice.sbatch"), "conf=tiny", "name=a b"]
+    process = subprocess.Popen(words, env=environment, stdout=subprocess.PIPE, text=True)
+    deadline = time.monotonic() + 20
+    while not (tmp_path / "ready").exists():
+        assert time.monotonic() < deadline and process.poll() is None
+        time.sleep(0.02)
+    yield process
+    process.kill()
+
+
+def test_slurm_starts_ray_and_the_driver_with_a_secret_token(slurm, tmp_path):
+    call = (tmp_path / "srun").read_text()
+    assert "ray symmetric-run --address 127.0.0.1:6379 --min-nodes 2" in call
+    assert "-m train cluster=ray cluster.address=127.0.0.1:6379 conf=tiny name=a b" in (tmp_path / "python").read_text()
+    token = re.search(r"^RAY_AUTH_TOKEN=([0-9a-f]{64})$", (tmp_path / "environment").read_text(), re.M)[1]
+    assert "RAY_AUTH_MODE=token" in (tmp_path / "environment").read_text() and token not in call
+    (tmp_path / "end").write_text("3")
+    assert slurm.wait(20) == 3, "the code of the run is that of the job"
+    assert "requeue" not in (tmp_path / "scontrol").read_text()
+
+
+def test_slurms_signal_before_the_time_limit_saves_and_queues_the_job_again(slurm, tmp_path):
+    slurm.send_signal(signal.SIGTERM)
+    assert slurm.wait(20) == 75
+    assert (tmp_path / "saved").exists() and "requeue 77" in (tmp_path / "scontrol").read_text()
+    assert not list(tmp_path.glob("tmp.*")), "no process id is left behind"
+
+
+RAY_JOB = {
+    "backoffLimit", "submitterConfig", "shutdownAfterJobFinishes", "ttlSecondsAfterFinished", "submissionMode",
+    "entrypoint", "runtimeEnvYAML", "rayClusterSpec",
+}  # fmt: skip
+"""Fields of KubeRay 1.6's RayJobSpec that the file may use; those of the other types are below."""
+RAY_CLUSTER = {"rayVersion", "authOptions", "headGroupSpec", "workerGroupSpecs"}
+HEAD_GROUP = {"rayStartParams", "template"}
+WORKER_GROUP = {"groupName", "replicas", "minReplicas", "maxReplicas", "rayStartParams", "template"}
+
+
+@pytest.fixture(scope="module")
+def job():
+    return yaml.safe_load((FILES / "rayjob.yaml").read_text())
+
+
+def test_the_ray_job_has_documented_fields_only(job):
+    assert job["apiVersion"] == "ray.io/v1" and job["kind"] == "RayJob"
+    cluster = job["spec"]["rayClusterSpec"]
+    assert set(job["spec"]) <= RAY_JOB and set(cluster) <= RAY_CLUSTER and cluster["authOptions"] == {"mode": "token"}
+    assert set(cluster["headGroupSpec"]) <= HEAD_GROUP and job["spec"]["submissionMode"] == "K8sJobMode"
+    for group in [cluster["headGroupSpec"], *cluster["workerGroupSpecs"]]:
+        assert set(group) <= WORKER_GROUP
+        assert all(isinstance(value, str) for value in group["rayStartParams"].values())
+        pod = group["template"]["spec"]
+        for container in pod["containers"]:
+            mounts = {mount["name"] for mount in container["volumeMounts"]}
+            assert mounts == {volume["name"] for volume in pod["volumes"]}
+            assert all(isinstance(variable["value"], str) for variable in container["env"])
+    assert yaml.safe_load(job["spec"]["runtimeEnvYAML"])["env_vars"]["RAY_JOB_STOP_WAIT_TIME_S"] == "600"
+
+
+def test_a_pod_has_the_time_that_its_hook_may_take(job):
+    (group,) = job["spec"]["rayClusterSpec"]["workerGroupSpecs"]
+    pod = group["template"]["spec"]
+    hook = pod["containers"][0]["lifecycle"]["preStop"]["exec"]["command"]
+    assert hook[:3] == ["python", "-m", "cluster.leave"]
+    assert int(hook[hook.index("--within") + 1]) < pod["terminationGracePeriodSeconds"]
+
+
+def test_the_entrypoint_is_a_run(job):
+    python, _, module, *overrides = shlex.split(job["spec"]["entrypoint"])
+    assert (python, module) == ("python", "train")
+    config = compose(*overrides)
+    assert config.cluster.backend == "ray" and config.cluster.address == "auto" and Path(config.runs).is_absolute()
+    (group,) = job["spec"]["rayClusterSpec"]["workerGroupSpecs"]
+    assert config.parallel.pp * config.parallel.dp == group["replicas"] * int(group["rayStartParams"]["num-gpus"])
