@@ -19,6 +19,7 @@ from train.data.dataset import ValidationData
 from train.evaluate.rank import run_rank
 from train.evaluate.run import evaluate
 from train.evaluate.target import find_target
+from train.hf.export import export
 from train.whole_model import load_model
 
 torch.set_num_threads(1)
@@ -109,6 +110,24 @@ def test_averages_are_evaluated_by_choice(trained):
     plain, average = call(trained), call(trained, "evaluate.ema=true")
     assert average["weights"] == "ema" and average["total"]["loss"] != plain["total"]["loss"]
     assert abs(average["total"]["loss"] - plain["total"]["loss"]) < 1  # an average of two steps or so
+
+
+def test_an_exported_folder_has_the_loss_of_its_checkpoint(trained, tmp_path):
+    foreign, theirs, runs = tmp_path / "foreign", tmp_path / "theirs", f"runs={trained.root / 'runs'}"
+    foreign.mkdir()
+    for name in "ab":
+        (foreign / f"{name}.txt").write_text(f"the expert routes {name} and the load falls " * 30)
+    expected = call(trained, f"data.path={foreign}", "evaluate.sequences=0")
+    assert export(compose("mode=export", "name=mix", runs, f"export.to={theirs}", "export.dtype=fp32")) == EXIT_OK
+    settings = ["seq_len=24", "micro_batch_size=2", "precision=fp32", "cluster.threads=1", "evaluate.sequences=0"]
+    config = compose(
+        "mode=evaluate", "name=theirs", runs, f"evaluate.checkpoint={theirs}", f"data.path={foreign}", *settings
+    )
+    assert evaluate(config, alone=True) == EXIT_OK
+    found = json.loads((trained.root / "runs" / "theirs" / "evaluate.json").read_text())
+    assert found["step"] is None and found["sources"][0]["documents"] == "all"
+    assert found["total"]["loss"] == pytest.approx(expected["total"]["loss"], rel=1e-6)
+    assert found["total"]["mtp"] == [pytest.approx(draft, rel=1e-6) for draft in expected["total"]["mtp"]]
 
 
 def test_a_checkpoint_is_named_by_its_folder_or_its_run(trained):

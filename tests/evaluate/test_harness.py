@@ -49,7 +49,8 @@ metric_list: [{{metric: exact_match, aggregation: mean, higher_is_better: true}}
 def harness(trained):
     config = find_target(trained.compose()).config
     tokenizer = load_tokenizer(config.data.tokenizer)
-    return Harness(load_model(config, trained.checkpoint, torch.device("cpu")), tokenizer, config)
+    model = load_model(config, trained.checkpoint, torch.device("cpu"))
+    return Harness(model, tokenizer, tokenizer.eos_id, config)
 
 
 def asked(*arguments):
@@ -166,5 +167,5 @@ def test_unknown_tasks_and_lost_data_are_named(trained, harness, tmp_path):
         config = trained.compose(f"evaluate.tasks=[{task}]", f"evaluate.task_path={tmp_path}")
         (tmp_path / "test.jsonl").unlink(missing_ok=task == "copy")
         with pytest.raises(UserError, match=words) as caught:
-            run_tasks(config, harness._model, harness._ids)
+            run_tasks(config, harness._model, harness._ids, harness._start_id)
         assert caught.value.field == "evaluate.tasks"

@@ -1,8 +1,8 @@
 """Standard tasks on our models, through lm-evaluation-harness (the package lm-eval, extra `eval`).
 
 The harness asks three questions: how likely a continuation is after a context, how likely a whole text is, and how a text
-goes on until a stop word. Everything starts with eos, as every document in training follows the end of another. A context
-that is too long loses its beginning.
+goes on until a stop word. Everything starts with eos, as every document in our training follows the end of another, or with
+the begin token that a Hugging Face folder asks for. A context that is too long loses its beginning.
 
 Shapes: B rows, T positions, V vocabulary.
 """
@@ -33,15 +33,18 @@ NEW_TOKENS = 256
 """Tokens of an answer where the task sets no limit."""
 
 
-def run_tasks(config: Config, model: DeepSeekV3, tokenizer: Tokenizer) -> dict[str, dict[str, float]]:
-    """Task (or group of tasks) -> metric -> value, under the harness's own names. Raises UserError for unknown tasks."""
+def run_tasks(config: Config, model: DeepSeekV3, tokenizer: Tokenizer, start_id: int) -> dict[str, dict[str, float]]:
+    """Task (or group of tasks) -> metric -> value, under the harness's own names. Raises UserError for unknown tasks.
+
+    model: whole, in eval mode. start_id: token in front of every text.
+    """
     wanted = config.evaluate
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
     try:
         manager = TaskManager(include_path=wanted.task_path, include_defaults=wanted.task_path is None)
         _require_known(wanted.tasks, manager.all_tasks)
         found = simple_evaluate(
-            model=Harness(model, tokenizer, config),
+            model=Harness(model, tokenizer, start_id, config),
             tasks=list(wanted.tasks),
             task_manager=manager,
             num_fewshot=wanted.shots,
@@ -80,9 +83,9 @@ def _numbers(results: dict[str, Any]) -> dict[str, float]:
 class Harness(TemplateLM):
     """A whole model in eval mode as the harness sees it."""
 
-    def __init__(self, model: DeepSeekV3, tokenizer: Tokenizer, config: Config):
+    def __init__(self, model: DeepSeekV3, tokenizer: Tokenizer, start_id: int, config: Config):
         super().__init__()
-        self._model, self._ids = model, tokenizer
+        self._model, self._ids, self._start_id = model, tokenizer, start_id
         self._seq_len, self._rows, self._seed = config.seq_len, config.micro_batch_size, config.seed
         self._device = model.head.weight.device
 
@@ -90,8 +93,12 @@ class Harness(TemplateLM):
     def eot_token_id(self) -> int:
         return self._ids.eos_id
 
+    @property
+    def prefix_token_id(self) -> int:
+        return self._start_id
+
     def tok_encode(self, string: str, add_special_tokens: bool | None = None, **_: Any) -> list[int]:
-        start = [] if add_special_tokens is False else [self._ids.eos_id]
+        start = [] if add_special_tokens is False else [self._start_id]
         return start + self._ids.encode(string)
 
     def loglikelihood_rolling(self, requests: list[Instance], disable_tqdm: bool = False) -> list[float]:
@@ -99,7 +106,7 @@ class Harness(TemplateLM):
         totals = []
         for (text,) in (request.args for request in requests):
             ids = self._ids.encode(text)
-            windows = get_rolling_token_windows(ids, self._ids.eos_id, self._seq_len, context_len=1)
+            windows = get_rolling_token_windows(ids, self._start_id, self._seq_len, context_len=1)
             pairs = [((text, ""), *make_disjoint_window(window)) for window in windows]
             totals.append(sum(log_p for log_p, _ in self._loglikelihood_tokens(pairs)))
         return totals

@@ -22,6 +22,7 @@ from train.evaluate.result import Evaluation, show  # noqa: E402
 from train.evaluate.sources import EvaluatedSource, choose  # noqa: E402
 from train.evaluate.target import Target, check_tokenizer, find_target  # noqa: E402
 from train.evaluate.weights import load_pipeline, make_pipeline  # noqa: E402
+from train.generate.source import start_token  # noqa: E402
 from train.hf.load import load_hf_model  # noqa: E402
 from train.precision.build import activation_dtype  # noqa: E402
 from train.run_folder import RunPaths  # noqa: E402
@@ -53,7 +54,9 @@ def _run(config: Config, place: Place) -> int:
     if config.evaluate.tasks:
         from train.evaluate.harness import run_tasks  # imports lm_eval, which takes seconds
 
-        tasks = run_tasks(config, pipeline.modules[0].eval(), corpus.tokenizer)
+        tokenizer = corpus.tokenizer
+        start_id = tokenizer.eos_id if target.meta is not None else start_token(target.checkpoint, tokenizer)
+        tasks = run_tasks(config, pipeline.modules[0].eval(), tokenizer, start_id)
     if place.rank == 0:
         _report(config, target, losses, tasks)
     return EXIT_OK

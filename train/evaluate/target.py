@@ -7,7 +7,7 @@ from typing import Any
 from conf.errors import UserError
 from conf.schema import Config
 from train.checkpoint.manifest import read_manifest
-from train.run_folder import RunPaths, resume_point
+from train.run_folder import find_checkpoint
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ def find_target(config: Config) -> Target:
     given = config.evaluate.checkpoint
     if given is not None and is_hf_folder(Path(given).expanduser()):
         return _of_hf_folder(config, Path(given).expanduser().absolute())
-    checkpoint = _checkpoint(config)
+    checkpoint = find_checkpoint(config, given, "evaluate.checkpoint")
     manifest = read_manifest(checkpoint)
     if config.evaluate.ema and not manifest.meta["has_ema"]:
         raise UserError(
@@ -66,22 +66,6 @@ def _with_tokenizer(config: Config, folder: Path) -> Config:
     if config.data.tokenizer is not None or not (folder / "tokenizer.json").is_file():
         return config
     return replace(config, data=replace(config.data, tokenizer=str(folder)))
-
-
-def _checkpoint(config: Config) -> Path:
-    given = config.evaluate.checkpoint
-    try:
-        found = resume_point(replace(config, resume=given or "auto")).path
-    except UserError as error:
-        raise UserError("evaluate.checkpoint", error.value, error.rule, "give another checkpoint or run") from error
-    if found is None:
-        raise UserError(
-            "name",
-            config.name,
-            f"must be a run with a checkpoint; there is none in {RunPaths(config).checkpoints}",
-            "give name=RUN, or evaluate.checkpoint=FOLDER",
-        )
-    return found.absolute()
 
 
 def check_tokenizer(fingerprint: str, target: Target) -> None:

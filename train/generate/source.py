@@ -96,10 +96,10 @@ def _from_hugging_face(config: Config, folder: Path, device: torch.device) -> So
     model_config, model, _ = load_hf_model(folder, dtype, FIELD)
     check_fit(tokenizer, choice, model_config.vocab_size, fim_rate=0)
     decoder = Decoder(model.to(device), min(model_config.max_seq_len, model_config.yarn.original_seq_len))
-    return Source(decoder, tokenizer, model_config.max_seq_len, _start_token(folder, tokenizer), folder.name)
+    return Source(decoder, tokenizer, model_config.max_seq_len, start_token(folder, tokenizer), folder.name)
 
 
-def _start_token(folder: Path, tokenizer: Tokenizer) -> int:
+def start_token(folder: Path, tokenizer: Tokenizer) -> int:
     """The begin-of-text token where the folder's tokenizer puts one in front of every text, else eos, as in our training."""
     path = folder / SETTINGS
     try:
