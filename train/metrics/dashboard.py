@@ -82,6 +82,12 @@ SECTIONS: dict[str, tuple[Panel, ...]] = {
             ("fp8_activation_scale_range", "fp8_weight_scale_range", "fp8_gradient_scale_range"),
         ),
     ),
+    "Cluster": (
+        Panel("Attempt", "attempts", ("cluster/attempt",)),
+        Panel("Nodes", "nodes", ("cluster/nodes",)),
+        Panel("Goodput: share of the time with training", "share", ("cluster/goodput",)),
+        Panel("Time without training", "s", ("cluster/downtime_seconds",)),
+    ),
     "Memory": (Panel("Peak memory of the logging rank", "bytes", ("memory_bytes",)),),
 }
 
