@@ -1,0 +1,150 @@
+"""What the documentation tells people to type: every command is checked, run, or says what it needs."""
+
+import importlib.util
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from hydra.errors import HydraException
+from omegaconf.errors import OmegaConfBaseException
+
+from conf.errors import UserError
+from conf.load import compose
+from conf.schema import ROOT
+from tests.docs import Command, commands, files, pages
+from tests.small import SMALL, environment, write_corpus
+
+ALL = [command for page in pages() for command in commands(page)]
+HARMLESS = {"source", "cd", "export"}
+
+
+def check(command: Command, runs: Path) -> None:
+    """Compose and check what a command would run; raises as the program would. Run folders here play no part."""
+    if "--config-dir" in command.arguments():
+        return check_with_own_files(command, runs)
+    for overrides in command.overrides():
+        own = any(override.startswith("runs=") for override in overrides)
+        compose(*overrides, *([] if own else [f"runs={runs}"]))
+    return None
+
+
+def check_with_own_files(command: Command, folder: Path) -> None:
+    """The same, with the files that the page shows."""
+    for name, body in files(ROOT / command.page).items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(body)
+    program = [sys.executable, "-m", "train", *command.arguments(), "--cfg", "job"]
+    done = subprocess.run(program, cwd=folder, env=in_any_folder(), capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0 and "model:" in done.stdout, done.stderr
+
+
+def in_any_folder() -> dict[str, str]:
+    return environment() | {"PYTHONPATH": str(ROOT)}
+
+
+def says_why_not(command: Command) -> bool:
+    """Whether a command that starts no training is run by .ci/run, harmless, of this project, or says what it needs."""
+    if command.needs or command.text.split()[0] in HARMLESS:
+        return True
+    in_ci = (ROOT / ".ci" / "run").read_text()
+    if all(part.strip() in in_ci for part in command.text.split("&&")):
+        return True
+    module = re.search(r"-m\s+((?:cluster|bench)\.\w+)", command.text)
+    return module is not None and importlib.util.find_spec(module[1]) is not None
+
+
+@pytest.mark.parametrize("page", pages(), ids=lambda page: page.relative_to(ROOT).as_posix())
+def test_every_command_holds(page, tmp_path):
+    for command in commands(page):
+        where = f"{command.page}:{command.line}: {command.text}"
+        try:
+            assert says_why_not(command) if not command.trains else check(command, tmp_path) is None, where
+        except (UserError, HydraException, OmegaConfBaseException) as error:
+            pytest.fail(f"{where}\n{error}")
+
+
+def test_the_pages_have_commands():
+    """So that a change of style does not hide them from the test above."""
+    trained = {command.page for command in ALL if command.trains}
+    without = {"train/docs/README.md", "cluster/docs/kubernetes.md"}
+    assert {page.relative_to(ROOT).as_posix() for page in pages()} - without <= trained
+    assert len([command for command in ALL if command.trains and command.page == "README.md"]) > 8
+
+
+@pytest.mark.parametrize(
+    "typo",
+    ["modle.layers=4", "model.layer=4", "conf=tinny", "steps=many", "batch_size=15", "mode=trian", "precision=fp9"],
+)
+def test_a_typo_in_a_page_fails(typo, tmp_path):
+    page = tmp_path / "page.md"
+    page.write_text(
+        f"Type\n\n    python -m train steps=3 {typo}\n\nor `python -m train {typo}`, or\n\n```sh\npython -m train \\\n  {typo}\n```\n"
+    )
+    found = list(commands(page))
+    assert len(found) == 3
+    for command in found:
+        with pytest.raises((UserError, HydraException, OmegaConfBaseException)):
+            check(command, tmp_path)
+
+
+def test_a_command_that_nobody_can_run_must_say_why(tmp_path):
+    page = tmp_path / "page.md"
+    page.write_text(
+        "Type\n\n    kubectl apply -f a.yaml\n\n<!-- needs: Kubernetes -->\n\n    kubectl get pods\n\nand\n\n    ray stop\n"
+    )
+    assert [says_why_not(command) for command in commands(page)] == [False, True, False]
+
+
+def test_sweeps_are_checked_in_every_combination():
+    command = Command("page", 1, "python -m train -m seed=1,2 'optim.betas=[0.9,0.95]' steps=3,4 | tee log", "")
+    assert len(command.overrides()) == 4
+    assert command.overrides()[-1] == ["seed=2", "optim.betas=[0.9,0.95]", "steps=4"]
+
+
+def test_every_page_is_in_the_index_and_every_link_leads_somewhere():
+    index = (ROOT / "train" / "docs" / "README.md").read_text()
+    for page in pages()[1:]:
+        for link in re.findall(r"\]\(([^)#]+)\)", page.read_text()):
+            assert "://" in link or (page.parent / link).exists(), f"{page}: {link}"
+        if page.name != "README.md":
+            name = page.name if page.parent.parent.name == "train" else f"../../{page.relative_to(ROOT)}"
+            assert f"({name})" in index, f"{page} is not in train/docs/README.md"
+
+
+def shrunk(command: Command) -> list[str]:
+    """A tenth of the steps, on the model and data of tests/small.py."""
+    words = []
+    for word in command.arguments():
+        key, _, value = word.partition("=")
+        if key in ("steps", "checkpoint.every", "checkpoint.keep_every"):
+            word = f"{key}={int(value) // 10}"
+        words.append(re.sub(r"step_(\d{8})", lambda number: f"step_{int(number[1]) // 10:08}", word))
+    flags = [word for word in words if word.startswith("-") or word == "job"]
+    rest = [word for word in words if word not in flags]
+    return [*flags, *SMALL, "data.path=corpus", "data.cache=cache", *rest, "micro_batch_size=2"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("page", ["first_run", "resume"])
+def test_the_commands_of_a_page_run_one_after_another(page, tmp_path):
+    write_corpus(tmp_path / "corpus")
+    said = []
+    for command in commands(ROOT / "train" / "docs" / f"{page}.md"):
+        if not command.trains or command.needs:
+            continue
+        program = [sys.executable, "-m", "train", *shrunk(command)]
+        done = subprocess.run(program, cwd=tmp_path, env=in_any_folder(), capture_output=True, text=True, timeout=120)
+        assert done.returncode == 0, f"{command.text}\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}"
+        said.append(done.stdout)
+    if page == "first_run":
+        names = ("report.html", "metrics.jsonl", "config.yaml", "tokenizer.json", "evaluate.json")
+        assert all((tmp_path / "runs" / "short" / name).exists() for name in names)
+    else:
+        assert "all its 20 steps behind it" in said[1] and "resumed from step 20" in said[2]
+        assert [path.name[-2:] for path in sorted((tmp_path / "runs/often/checkpoints").glob("step_*"))] == [
+            "03",
+            "05",
+            "06",
+        ]
