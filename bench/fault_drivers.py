@@ -2,8 +2,11 @@
 
     python -m bench.fault_drivers sluice RUNS OVERRIDES...
     python -m bench.fault_drivers ray_train FOLDER ADDRESS MIN MAX TIMEOUT      ADDRESS of a Ray, or local
+    python -m bench.fault_drivers clean ADDRESS
 
 The second is Ray Train's elastic TorchTrainer. What it notices is appended to FOLDER/noticed.jsonl by its own callback.
+The third removes what outlives a killed driver of Ray Train: its placement group and its actors are detached, and its own
+cleaner needs Ray's dashboard.
 """
 
 import json
@@ -61,5 +64,18 @@ def ray_train(folder: str, address: str, least: str, most: str, timeout: str) ->
     return 0
 
 
+def clean(address: str) -> int:
+    import ray
+    from ray.util.placement_group import PlacementGroup, placement_group_table, remove_placement_group
+
+    ray.init(address=address, log_to_driver=False)
+    for actor in ray.util.list_named_actors(all_namespaces=True):
+        ray.kill(ray.get_actor(**actor))
+    for key, group in placement_group_table().items():
+        if group["state"] != "REMOVED":
+            remove_placement_group(PlacementGroup(ray.PlacementGroupID(bytes.fromhex(key))))
+    return 0
+
+
 if __name__ == "__main__":
-    sys.exit({"sluice": sluice, "ray_train": ray_train}[sys.argv[1]](*sys.argv[2:]))
+    sys.exit({"sluice": sluice, "ray_train": ray_train, "clean": clean}[sys.argv[1]](*sys.argv[2:]))

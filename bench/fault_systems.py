@@ -121,6 +121,8 @@ class System:
     log: Callable[[Path], PlainLog | TrainerLog]
     detected: Callable[[Path, float], float | None]
     """(folder, time of the fault) -> when the system noticed."""
+    clean: Callable[[str], Words] | None = None
+    """(address of Ray) -> command line that removes from Ray what outlives the trial."""
 
 
 def _trainer(folder: Path, address: str | None) -> dict[int, Words]:
@@ -175,10 +177,14 @@ def _agent_log(folder: Path, fault: float) -> float | None:
     return min((time for time in found if time > fault), default=None)
 
 
+def _clean_ray(address: str) -> Words:
+    return ["-m", "bench.fault_drivers", "clean", address]
+
+
 SYSTEMS = {
     "sluice": System(True, _trainer, lambda folder: TrainerLog(folder / "run"), _failure_event),
     "sluice_plain": System(True, _sluice_plain, lambda folder: WarmPlainLog(folder / "run"), _failure_event),
-    "ray_train": System(True, _ray_train, PlainLog, _callback),
+    "ray_train": System(True, _ray_train, PlainLog, _callback, _clean_ray),
     "torchrun": System(False, _torchrun, PlainLog, _agent_log),
 }
 

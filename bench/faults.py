@@ -12,7 +12,8 @@ within --minutes is not begun. Everything started or made is ended and removed, 
     start       no fault: launch to first step on 3 hosts  start_local  the same, 3 ranks on one machine
 
 SYSTEM is one of bench/fault_systems.py. On one machine Sluice and Ray Train start their own Ray; on 3 hosts it runs
-already. Columns: seconds from the launch to the first step (of all trials of the cell), from the fault until the system
+already. The detection of Sluice is when it has named the cause, after asking all nodes; that of the others is their first
+sign of the failure, so the fair comparison is the next step. Columns: seconds from the launch to the first step (of all trials of the cell), from the fault until the system
 says so, and until the next step; steps done again. Medians over the trials; a system that never says so gets a dash.
 """
 
@@ -53,7 +54,7 @@ class Launch:
         self._processes = {host: self._start(host, words) for host, words in commands.items()}
 
     def _start(self, host: int, words: list[str]) -> subprocess.Popen:
-        with (self.folder / f"output_{host}.log").open("w") as output:
+        with (self.folder / f"output_{host}.log").open("a") as output:
             return subprocess.Popen(
                 self._hosts.command(host, PYTHON, *words),
                 cwd=ROOT,
@@ -95,6 +96,8 @@ class Launch:
                         os.kill(pid, signal.SIGKILL)
             else:
                 self._hosts.signal(host, signal.SIGKILL)
+        if self._hosts.ray and self.system.clean:
+            self._start(0, self.system.clean(self._hosts.address)).wait(60)
 
 
 def trial(system: System, kind: str, hosts: Hosts, limit: float) -> dict:
@@ -103,7 +106,7 @@ def trial(system: System, kind: str, hosts: Hosts, limit: float) -> dict:
         result = {"outcome": "", "start": None, "detected": None, "next_step": None, "steps_lost": None}
         first = launch.wait(launch.log.first_step, launch.started + limit)
         if first is None:
-            return result | {"outcome": _end(launch, "no step", limit)}
+            return result | _end(launch, "no step", limit)
         result |= {"start": first - launch.started, "outcome": "started"}
         if kind in FAULTS:
             result |= _break(launch, kind, hosts, limit)
@@ -119,7 +122,7 @@ def _break(launch: Launch, fault: str, hosts: Hosts, limit: float) -> dict:
         lambda: launch.log.step() >= SAVE_EVERY + half and launch.log.step() % SAVE_EVERY >= half, time.time() + limit
     )
     if not ready:
-        return {"outcome": _end(launch, "no checkpoint", limit)}
+        return _end(launch, "no checkpoint", limit)
     match fault:
         case "rank_kill":
             os.kill(launch.log.victim(f"h{VICTIM}", hosts), signal.SIGKILL)
@@ -134,13 +137,14 @@ def _break(launch: Launch, fault: str, hosts: Hosts, limit: float) -> dict:
     detected = launch.system.detected(launch.folder, broke)
     seen = {"detected": None if detected is None else detected - broke}
     if found is None:
-        return seen | {"outcome": _end(launch, "not recovered", limit)}
+        return seen | _end(launch, "not recovered", limit)
     return seen | {"next_step": found[0] - broke, "steps_lost": found[1], "outcome": "recovered"}
 
 
-def _end(launch: Launch, what: str, limit: float) -> str:
+def _end(launch: Launch, what: str, limit: float) -> dict:
     code = launch.ended()
-    return f"{what} in {limit:.0f} s" if code is None else f"failed: exit code {code}"
+    outcome = f"{what} in {limit:.0f} s" if code is None else f"failed: exit code {code}"
+    return {"outcome": outcome, "said": launch.output()[-1000:]}
 
 
 def run_round(cells: list[tuple[str, str]], limit: float, keep: Callable[[str, str, dict], None]) -> None:
@@ -198,7 +202,10 @@ def main() -> None:
 
     def keep(name: str, kind: str, result: dict) -> None:
         results.setdefault((name, kind), []).append(result)
-        print(f"{name}:{kind} {json.dumps({k: round(v, 2) if isinstance(v, float) else v for k, v in result.items()})}", flush=True)
+        print(
+            f"{name}:{kind} {json.dumps({k: round(v, 2) if isinstance(v, float) else v for k, v in result.items()})}",
+            flush=True,
+        )
         _write(options.out, results)
 
     began = time.monotonic()

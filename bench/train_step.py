@@ -1,11 +1,16 @@
-"""A training step of ours beside transformers' DeepseekV3ForCausalLM with torch's fused AdamW, in one run.
+"""A training step of ours beside those of transformers and torchtitan, in one run.
 
-Equal work on both sides: the same sizes, dtype, threads and tokens; forward, backward, clipping to norm 1, AdamW. Neither
-has MTP or recomputation here, as transformers has none. Each side is a process of its own, set up as its users run it
-(ours tunes the allocator at start, transformers takes its default experts), and the two take turns, so that the noise of
-the machine falls on both. Prints medians, their ratio, and the range of the ratio over the rounds.
+The same sizes, dtype of products, threads and tokens on all sides; forward, backward, clipping to norm 1, AdamW. Nobody
+recomputes, and nobody has MTP unless --mtp asks for it, which transformers cannot. The optimizers are not equal: with bf16
+ours keeps and updates fp32 weights beside the bf16 ones, as the paper does, and the peers' weights and moments are bf16
+alone. That favours the peers in time and memory, most where a step has few tokens for its parameters (shape v3).
 
-    python -m bench.train_step [--threads 2] [--dtype bf16] [--rounds 7] [--shape debug|tiny]
+Each side is a process of its own, set up as its users run it (ours tunes the allocator at start, transformers takes its
+default experts; for torchtitan see bench/torchtitan_peer.py), and they take turns, so that the noise of the machine falls
+on all. Prints medians, the ratio of ours to each, and the range of the ratio over the rounds. A peer that cannot run is
+named with the reason.
+
+    python -m bench.train_step [--threads 2] [--dtype bf16] [--rounds 7] [--shape debug|v3|tiny] [--mtp]
 """
 
 import argparse
@@ -14,7 +19,13 @@ import os
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from bench.torchtitan_peer import environment
 
 SHAPES = {
     # torchtitan's debug model: 33M parameters
@@ -23,87 +34,207 @@ SHAPES = {
         "nope_head_dim": 128, "rope_head_dim": 64, "v_head_dim": 128, "dense_width": 1024, "expert_width": 256,
         "experts": 8, "shared_experts": 2, "top_k": 3, "groups": 1, "top_groups": 1, "route_scale": 1.0,
     },
+    # DeepSeek-V3 in small: 287M parameters, and 27M more in an MTP module
+    "v3": {
+        "vocab_size": 16384, "hidden": 512, "layers": 11, "dense_layers": 1, "heads": 8, "q_rank": 384, "kv_rank": 256,
+        "nope_head_dim": 64, "rope_head_dim": 32, "v_head_dim": 64, "dense_width": 1536, "expert_width": 256,
+        "experts": 64, "shared_experts": 1, "top_k": 6, "groups": 8, "top_groups": 3, "route_scale": 2.5,
+    },
     "tiny": {},
 }  # fmt: skip
-TOKENS = {"debug": (1, 512), "tiny": (16, 256)}
+TOKENS = {"debug": (1, 512), "v3": (1, 1024), "tiny": (16, 256)}
 """Sequences per step and their length."""
+PEERS = Path.home() / ".cache" / "sluice" / "peers"
+"""Environments of peers."""
+WARM_STEPS = 3
+
+
+@dataclass(frozen=True)
+class Case:
+    """What all sides do."""
+
+    shape: str
+    dtype: str = "bf16"
+    threads: int = 2
+    mtp: bool = False
+    """One MTP module."""
+
+    @property
+    def tokens(self) -> int:
+        batch, length = TOKENS[self.shape]
+        return batch * length
+
+    def config(self):
+        """Our configuration of it."""
+        from conf.load import compose
+
+        sizes = [f"model.{key}={'null' if value is None else value}" for key, value in SHAPES[self.shape].items()]
+        batch, length = TOKENS[self.shape]
+        return compose(
+            *sizes, f"model.mtp_depth={int(self.mtp)}", "model.recompute=[]", f"precision={self.dtype}",
+            f"seq_len={length}", f"batch_size={batch}", f"micro_batch_size={batch}", "cluster.device=cpu",
+        )  # fmt: skip
+
+
+class Side:
+    """A process that trains on request. RuntimeError, with what it said last, where it cannot."""
+
+    def __init__(self, name: str, case: Case):
+        python = environment(PEERS / name) if name == "torchtitan" else sys.executable
+        self._errors = tempfile.TemporaryFile()  # noqa: SIM115 lives as long as the process
+        started = time.time()
+        self._process = subprocess.Popen(
+            [str(python), "-m", "bench.train_step", "--side", name, "--case", json.dumps(asdict(case))],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._errors,
+            text=True,
+        )
+        self.first_step: float = self._answer() - started
+        """Seconds from the start of the process to the end of its first step."""
+        self._answer()
+
+    def rate(self, seconds: float) -> float:
+        """Tokens per second over steps that fill this time."""
+        self._process.stdin.write(f"{seconds}\n")
+        self._process.stdin.flush()
+        return self._answer()
+
+    def peak_memory(self) -> int:
+        """Ends the process; the most bytes that it had resident."""
+        self._process.stdin.close()
+        peak = self._answer()
+        self._process.wait()
+        return peak
+
+    def kill(self) -> None:
+        """End it, whatever it does."""
+        self._process.kill()
+        self._process.wait()
+        self._errors.close()
+
+    def _answer(self) -> float:
+        line = self._process.stdout.readline()
+        if not line:
+            self._process.wait()
+            self._errors.seek(0)
+            said = self._errors.read().decode(errors="replace").strip().splitlines()
+            raise RuntimeError(said[-1] if said else f"exit code {self._process.returncode}")
+        return json.loads(line)
+
+
+@dataclass
+class Result:
+    """One side of a case."""
+
+    rates: list[float]
+    """Tokens per second, by round."""
+    first_step: float
+    peak_memory: int
+
+
+def sides_of(case: Case) -> list[str]:
+    """Who can do it, ours first."""
+    return ["ours", "torchtitan"] if case.mtp else ["ours", "transformers", "torchtitan"]
+
+
+def compare(
+    case: Case, rounds: int, seconds: float, between: Callable[[], None] = lambda: None
+) -> dict[str, Result | str]:
+    """All sides of a case by name, or why one cannot run. `between` is called once a round."""
+    sides: dict[str, Side] = {}
+    failed: dict[str, Result | str] = {}
+    try:
+        for name in sides_of(case):
+            try:
+                sides[name] = Side(name, case)
+            except RuntimeError as error:
+                failed[name] = str(error)
+        rates: dict[str, list[float]] = {name: [] for name in sides}
+        for _ in range(rounds):
+            between()
+            for name, side in sides.items():
+                rates[name].append(side.rate(seconds))
+        done = {name: Result(rates[name], side.first_step, side.peak_memory()) for name, side in sides.items()}
+        return done | failed
+    finally:
+        for side in sides.values():
+            side.kill()
+
+
+def ratios(ours: Result, peer: Result) -> list[float]:
+    """Of every round."""
+    return [a / b for a, b in zip(ours.rates, peer.rates, strict=True)]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--dtype", choices=("bf16", "fp32"), default="bf16")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--seconds", type=float, default=4.0, help="of each side in a round")
     parser.add_argument("--shape", choices=tuple(SHAPES), default="debug")
-    parser.add_argument("--side", choices=("ours", "transformers"), help=argparse.SUPPRESS)
+    parser.add_argument("--mtp", action="store_true", help="with one MTP module")
+    parser.add_argument("--side", choices=("ours", "transformers", "torchtitan"), help=argparse.SUPPRESS)
+    parser.add_argument("--case", type=json.loads, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.side:
-        _serve(options)
-        return
-    sides = {name: _start(name) for name in ("ours", "transformers")}
-    rates: dict[str, list[float]] = {name: [] for name in sides}
-    for _ in range(options.rounds):
-        for name, process in sides.items():
-            rates[name].append(_ask(process, options.seconds))
-    for process in sides.values():
-        process.stdin.close()
-        process.wait()
-    ratios = [a / b for a, b in zip(*rates.values(), strict=True)]
-    print(f"{options.shape}, {options.dtype}, {options.threads} threads, {TOKENS[options.shape]} (sequences, tokens)")
-    for name, values in rates.items():
-        print(f"  {name:13} {statistics.median(values):8.0f} tokens/s  ({min(values):.0f} to {max(values):.0f})")
-    print(f"  ratio {statistics.median(ratios):.2f}  ({min(ratios):.2f} to {max(ratios):.2f})")
+        return _serve(options.side, Case(**options.case))
+    case = Case(options.shape, options.dtype, options.threads, options.mtp)
+    results = compare(case, options.rounds, options.seconds)
+    print(f"{case.shape}, {case.dtype}, {case.threads} threads, {TOKENS[case.shape]} (sequences, tokens)")
+    ours = results["ours"]
+    for name, result in results.items():
+        if isinstance(result, str):
+            print(f"  {name:13} cannot run: {result}")
+            continue
+        line = f"  {name:13} {statistics.median(result.rates):8.0f} tokens/s"
+        line += f"  ({min(result.rates):.0f} to {max(result.rates):.0f})"
+        if name != "ours" and isinstance(ours, Result):
+            each = ratios(ours, result)
+            line += f"  ours is {statistics.median(each):.2f} times as fast ({min(each):.2f} to {max(each):.2f})"
+        print(line)
+    return None
 
 
-def _start(side: str) -> subprocess.Popen:
-    command = [sys.executable, "-m", "bench.train_step", "--side", side, *sys.argv[1:]]
-    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-    assert json.loads(process.stdout.readline()) == "ready"
-    return process
-
-
-def _ask(process: subprocess.Popen, seconds: float) -> float:
-    process.stdin.write(f"{seconds}\n")
-    process.stdin.flush()
-    return json.loads(process.stdout.readline())
-
-
-def _serve(options: argparse.Namespace) -> None:
-    """One side: builds its step, then answers each line of seconds with tokens per second."""
-    os.environ["OMP_NUM_THREADS"] = str(options.threads)
-    step = {"ours": _ours, "transformers": _transformers}[options.side](options)
-    tokens = TOKENS[options.shape][0] * TOKENS[options.shape][1]
-    for _ in range(3):
+def _serve(side: str, case: Case) -> None:
+    """One side: says when its first step is done and when it is warm, answers each line of seconds with tokens per
+    second, and at the end says its peak memory."""
+    os.environ["OMP_NUM_THREADS"] = str(case.threads)
+    step = {"ours": _ours, "transformers": _transformers, "torchtitan": _torchtitan}[side](case)
+    step()
+    print(json.dumps(time.time()), flush=True)
+    for _ in range(WARM_STEPS - 1):
         step()
-    print(json.dumps("ready"), flush=True)
+    print(json.dumps(time.time()), flush=True)
     for line in sys.stdin:
         began, steps = time.perf_counter(), 0
         while time.perf_counter() - began < float(line):
             step()
             steps += 1
-        print(json.dumps(steps * tokens / (time.perf_counter() - began)), flush=True)
-
-
-def _model_config(options: argparse.Namespace):
-    from conf.load import compose
-
-    overrides = [f"model.{key}={'null' if value is None else value}" for key, value in SHAPES[options.shape].items()]
-    batch, length = TOKENS[options.shape]
-    return compose(
-        *overrides, "model.mtp_depth=0", "model.recompute=[]", f"precision={options.dtype}", f"seq_len={length}",
-        f"batch_size={batch}", f"micro_batch_size={batch}", "cluster.device=cpu",
-    )  # fmt: skip
-
-
-def _tokens(options: argparse.Namespace, vocab: int):
+        print(json.dumps(steps * case.tokens / (time.perf_counter() - began)), flush=True)
     import torch
 
-    batch, length = TOKENS[options.shape]
+    from train.memory import peak_memory
+
+    print(json.dumps(peak_memory(torch.device("cpu"))), flush=True)
+
+
+def random_tokens(case: Case, vocab: int):
+    """The tokens (B, T + 1) that all sides train on."""
+    import torch
+
+    batch, length = TOKENS[case.shape]
     return torch.randint(vocab, (batch, length + 1), generator=torch.Generator().manual_seed(1))
 
 
-def _ours(options: argparse.Namespace):
+def torch_dtype(case: Case):
+    import torch
+
+    return {"bf16": torch.bfloat16, "fp32": torch.float32}[case.dtype]
+
+
+def _ours(case: Case):
     """The trainer's own step: pipeline of one, DeepSpeed engine, our AdamW."""
     from train.cpu import tune_cpu
 
@@ -114,12 +245,13 @@ def _ours(options: argparse.Namespace):
     from parallel.mesh import Layout, build_mesh
     from train.parallelize import parallelize
 
-    torch.set_num_threads(options.threads)
-    config = _model_config(options)
+    torch.set_num_threads(case.threads)
+    config = case.config()
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     parts = parallelize(config, build_mesh(Layout()), torch.device("cpu"))
-    tokens_BS = _tokens(options, config.model.vocab_size)
+    parts.chunks[0].mtp_weight = 0.3
+    tokens_BS = random_tokens(case, config.model.vocab_size)
     parts.zero.set_lr(1e-4)
 
     def step() -> None:
@@ -130,26 +262,31 @@ def _ours(options: argparse.Namespace):
     return step
 
 
-def _transformers(options: argparse.Namespace):
-    import torch
+def transformers_model(case: Case, layers: int | None = None):
+    """DeepseekV3ForCausalLM of these sizes, or with fewer layers, in training mode."""
     from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
 
-    torch.set_num_threads(options.threads)
-    model = _model_config(options).model
+    model = case.config().model
     config = DeepseekV3Config(
         vocab_size=model.vocab_size, hidden_size=model.hidden, intermediate_size=model.dense_width,
-        moe_intermediate_size=model.expert_width, num_hidden_layers=model.layers, num_attention_heads=model.heads,
-        num_key_value_heads=model.heads, n_shared_experts=model.shared_experts, n_routed_experts=model.experts,
-        routed_scaling_factor=model.route_scale, kv_lora_rank=model.kv_rank, q_lora_rank=model.q_rank,
-        qk_rope_head_dim=model.rope_head_dim, v_head_dim=model.v_head_dim, qk_nope_head_dim=model.nope_head_dim,
-        n_group=model.groups, topk_group=model.top_groups, num_experts_per_tok=model.top_k,
-        first_k_dense_replace=model.dense_layers, norm_topk_prob=True, max_position_embeddings=model.max_seq_len,
-        use_cache=False,
+        moe_intermediate_size=model.expert_width, num_hidden_layers=layers or model.layers,
+        num_attention_heads=model.heads, num_key_value_heads=model.heads, n_shared_experts=model.shared_experts,
+        n_routed_experts=model.experts, routed_scaling_factor=model.route_scale, kv_lora_rank=model.kv_rank,
+        q_lora_rank=model.q_rank, qk_rope_head_dim=model.rope_head_dim, v_head_dim=model.v_head_dim,
+        qk_nope_head_dim=model.nope_head_dim, n_group=model.groups, topk_group=model.top_groups,
+        num_experts_per_tok=model.top_k, first_k_dense_replace=model.dense_layers, norm_topk_prob=True,
+        max_position_embeddings=model.max_seq_len, use_cache=False,
     )  # fmt: skip
-    dtype = {"bf16": torch.bfloat16, "fp32": torch.float32}[options.dtype]
-    peer = DeepseekV3ForCausalLM(config).to(dtype).train()
+    return DeepseekV3ForCausalLM(config).to(torch_dtype(case)).train()
+
+
+def _transformers(case: Case):
+    import torch
+
+    torch.set_num_threads(case.threads)
+    peer = transformers_model(case)
     optimizer = torch.optim.AdamW(peer.parameters(), lr=1e-4, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
-    tokens_BS = _tokens(options, model.vocab_size)[:, :-1]
+    tokens_BS = random_tokens(case, peer.config.vocab_size)[:, :-1]
 
     def step() -> None:
         peer(input_ids=tokens_BS, labels=tokens_BS).loss.backward()
@@ -158,6 +295,16 @@ def _transformers(options: argparse.Namespace):
         optimizer.zero_grad()
 
     return step
+
+
+def _torchtitan(case: Case):
+    import torch
+
+    from bench.torchtitan_peer import build_step
+
+    torch.set_num_threads(case.threads)
+    model = case.config().model
+    return build_step(model, random_tokens(case, model.vocab_size), torch_dtype(case), case.mtp)
 
 
 if __name__ == "__main__":

@@ -1,0 +1,194 @@
+"""The parts of a training step beside transformers' and torch's, forward and backward, and beside the rate of products.
+
+    python -m bench.parts [--shape debug|v3] [--threads 2] [--rounds 9] [--json]
+
+    MLA         one attention layer                     transformers' DeepseekV3Attention
+    MoE         router, routed and shared experts       transformers' DeepseekV3MoE
+    loss        head and cross-entropy                  transformers' head and loss_function
+    optimizer   AdamW on the fp32 weights of one MoE    torch's fused AdamW on the same
+                layer, bf16 moments                     (fp32 moments)
+
+All in one process with the allocator that ours tunes at start, which helps both. In every round each side takes one step,
+in turn, and a product of large matrices is timed as the limit. Prints medians, the ratio of the times, and the share of the
+products' rate that the part reaches (its arithmetic as in train/model/count.py; none for the optimizer).
+"""
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Callable
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass
+
+from train.cpu import tune_cpu
+
+tune_cpu()  # before torch allocates, as in training
+
+import torch  # noqa: E402
+
+from bench.train_step import SHAPES, TOKENS, Case, random_tokens, torch_dtype, transformers_model  # noqa: E402
+from train.metrics.peak import measured_peak  # noqa: E402
+from train.model.count import attention_products, expert_params, head_flops  # noqa: E402
+from train.model.deepseek import Head  # noqa: E402
+from train.model.mla import MLA  # noqa: E402
+from train.model.moe import LocalDispatcher, MoE  # noqa: E402
+from train.model.rope import Rope  # noqa: E402
+from train.optim import AdamW, moments_dtype  # noqa: E402
+from train.precision.build import build_precision  # noqa: E402
+
+Step = Callable[[], object]
+WARM_STEPS = 2
+
+
+@dataclass
+class Part:
+    """Two ways to do a part, and its floating-point operations (0 where they are not products)."""
+
+    ours: Step
+    peer: Step
+    flops: float
+
+
+@dataclass
+class PartResult:
+    """Medians over the rounds."""
+
+    ours_ms: float
+    peer_ms: float
+    ratio: float
+    """Of the peer's time to ours, median over the rounds."""
+    gemm_share: float | None
+    """Part of the measured rate of products that ours reaches."""
+
+
+class Parts:
+    """All parts of a case with equal sizes, on the same random hidden states."""
+
+    def __init__(self, case: Case):
+        self.case, self.config = case, case.config()
+        self.model, self.dtype = self.config.model, torch_dtype(case)
+        self._precision = build_precision(self.config.precision, torch.device("cpu"), False)
+        self._factory = {"dtype": self.dtype}
+        self._peer = transformers_model(case, layers=self.model.dense_layers + 1)
+        batch, length = TOKENS[case.shape]
+        self._shape = batch, length, self.model.hidden
+        self._tokens = random_tokens(case, self.model.vocab_size)
+
+    def all(self) -> dict[str, Part]:
+        return {"MLA": self._mla(), "MoE": self._moe(), "loss": self._loss(), "optimizer": self._optimizer()}
+
+    def _states(self) -> torch.Tensor:
+        return torch.randn(self._shape, dtype=self.dtype).requires_grad_()
+
+    def _step(self, forward: Callable[[torch.Tensor], torch.Tensor]) -> Step:
+        """Forward and backward from a gradient of ones, also into the input."""
+        x_BTD = self._states()
+
+        def step() -> None:
+            y = forward(x_BTD)
+            y.backward(torch.ones_like(y))
+
+        return step
+
+    def _mla(self) -> Part:
+        ours = _small(MLA(self.model, self._precision, Rope(self.model, self.config.seq_len), **self._factory))
+        peer = self._peer.model.layers[-1].self_attn
+        positions = torch.arange(self._shape[1])[None]
+        turns = self._peer.model.rotary_emb(self._states(), positions)
+        widths = self.model.nope_head_dim + self.model.rope_head_dim + self.model.v_head_dim
+        core = self.config.seq_len * self.model.heads * widths / 2
+        return Part(
+            self._step(lambda x_BTD: ours(x_BTD, nullcontext())),
+            self._step(lambda x_BTD: peer(x_BTD, position_embeddings=turns, attention_mask=None)[0]),
+            6 * self.case.tokens * (attention_products(self.model) + core),
+        )
+
+    def _moe(self) -> Part:
+        experts = self.model.experts
+        ours = _small(MoE(self.model, self._precision, LocalDispatcher(experts), range(experts), **self._factory))
+        peer = self._peer.model.layers[-1].mlp
+        active = (self.model.top_k + self.model.shared_experts) * expert_params(self.model)
+        return Part(
+            self._step(lambda x_BTD: ours(x_BTD, nullcontext())), self._step(peer), 6 * self.case.tokens * active
+        )
+
+    def _loss(self) -> Part:
+        ours = _small(Head(self.model.hidden, self.model.vocab_size, self.model.loss_chunk, **self._factory))
+        peer, labels = self._peer, self._tokens[:, :-1]
+        return Part(
+            self._step(lambda x_BTD: ours([x_BTD], self._tokens, self.case.tokens)[0]),
+            self._step(lambda x: peer.loss_function(peer.lm_head(x), labels, vocab_size=self.model.vocab_size)),
+            self.case.tokens * head_flops(self.model),
+        )
+
+    def _optimizer(self) -> Part:
+        size = self.model.experts * expert_params(self.model)
+        ours, theirs = (torch.nn.Parameter(torch.randn(size)) for _ in range(2))
+        ours.grad, theirs.grad = torch.randn(size), torch.randn(size)
+        group = {"params": [ours], "weight_decay": 0.1}
+        mine = AdamW([group], self.config.optim, moments_dtype(self.config.precision))
+        torchs = torch.optim.AdamW([theirs], lr=1e-4, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
+        return Part(mine.step, torchs.step, 0.0)
+
+
+def _small(module: torch.nn.Module) -> torch.nn.Module:
+    """Random weights: the modules leave them to the trainer."""
+    for parameter in module.parameters():
+        torch.nn.init.normal_(parameter, std=0.02)
+    return module
+
+
+def measure(case: Case, rounds: int) -> dict[str, PartResult]:
+    """Every part of the case."""
+    torch.set_num_threads(case.threads)
+    torch.manual_seed(1)
+    results = {}
+    for name, part in Parts(case).all().items():
+        for _ in range(WARM_STEPS):
+            part.ours(), part.peer()
+        times = [(_seconds(part.ours), _seconds(part.peer), _gemm(case)) for _ in range(rounds)]
+        ours, peer, gemm = (statistics.median(column) for column in zip(*times, strict=True))
+        ratio = statistics.median(b / a for a, b, _ in times)
+        share = part.flops / ours / gemm if part.flops else None
+        results[name] = PartResult(1e3 * ours, 1e3 * peer, ratio, share)
+    return results
+
+
+def _gemm(case: Case) -> float:
+    return measured_peak(torch.device("cpu"), torch_dtype(case), budget=0.1)
+
+
+def _seconds(step: Step) -> float:
+    start = time.perf_counter()
+    step()
+    return time.perf_counter() - start
+
+
+def show(case: Case, results: dict[str, PartResult]) -> None:
+    print(
+        f"\n{case.shape}, {case.dtype}, {case.threads} threads{'':4}{'ours ms':>10}{'peer ms':>10}{'ratio':>8}{'GEMM share':>12}"
+    )
+    for name, result in results.items():
+        share = "-" if result.gemm_share is None else f"{result.gemm_share:.0%}"
+        print(f"  {name:24}{result.ours_ms:10.1f}{result.peer_ms:10.1f}{result.ratio:8.2f}{share:>12}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", choices=tuple(SHAPES), default="debug")
+    parser.add_argument("--dtype", choices=("bf16", "fp32"), default="bf16")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
+    options = parser.parse_args()
+    case = Case(options.shape, options.dtype, options.threads)
+    results = measure(case, options.rounds)
+    if options.json:
+        print(json.dumps({name: asdict(result) for name, result in results.items()}))
+    else:
+        show(case, results)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,139 @@
+"""torchtitan's DeepSeek-V3 as a peer on CPU: an environment of its own from the package registry, and a training step.
+
+The environment adds torchtitan and what it needs to the torch of this one, so that both sides run the same torch. Its
+Trainer wants CUDA, so the step is written here around its model; two changes let that run on CPU:
+
+    attention   flex attention has no backward on CPU; torchtitan's own ScaledDotProductAttention takes its place
+    precision   weights are bf16 as a whole (torchtitan's fp32 weights with casts in every step would cost more)
+
+Optimizer: torch's fused AdamW, as torchtitan's own default.
+"""
+
+import subprocess
+import sys
+import sysconfig
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from conf.schema import Model
+
+if TYPE_CHECKING:  # whoever only wants the environment need not wait for torch
+    import torch
+    from torch import Tensor
+
+PACKAGES = [
+    "torchtitan==0.3.0", "spmd_types==0.2.3", "torchdata==0.11.0", "torch_checkpointing==0.1.1", "tyro>=1,<2",
+    "triton>=3.6,<4", "einops", "tensorboard", "typeguard", "docstring_parser", "shtab",
+]  # fmt: skip
+"""All without their dependencies: torch and the rest are there already."""
+
+
+def environment(folder: Path) -> Path:
+    """Interpreter of the environment in this folder; made there on first use. RuntimeError if that fails."""
+    python = folder / "bin" / "python"
+    done = folder / "installed"
+    if done.exists() and done.read_text() == "\n".join(PACKAGES):
+        return python
+    print(f"installing {PACKAGES[0]} into {folder}", file=sys.stderr)
+    _run(sys.executable, "-m", "venv", "--clear", "--without-pip", str(folder))
+    site = next((folder / "lib").glob("python*/site-packages"))
+    (site / "parent.pth").write_text(sysconfig.get_path("purelib") + "\n")
+    _run(sys.executable, "-m", "pip", "--python", str(python), "install", "--quiet", "--no-deps", *PACKAGES)
+    done.write_text("\n".join(PACKAGES))
+    return python
+
+
+def _run(*words: str) -> None:
+    result = subprocess.run(words, capture_output=True, text=True)
+    if result.returncode:
+        raise RuntimeError((result.stderr or result.stdout).strip().splitlines()[-1])
+
+
+def build_step(model: Model, tokens_BS: "Tensor", dtype: "torch.dtype", mtp: bool) -> Callable[[], None]:
+    """Forward, backward, clipping to norm 1 and update on these tokens. Only in `environment`."""
+    import torch
+    from torchtitan.components.loss import cross_entropy_loss
+    from torchtitan.models.deepseek_v3 import MTPLoss
+
+    peer = _config(model, mtp).build()
+    peer.init_states(buffer_device=torch.device("cpu"))
+    _cast(peer, dtype)
+    optimizer = torch.optim.AdamW(peer.parameters(), lr=1e-4, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
+    inputs_BT, targets_BT = tokens_BS[:, :-1].contiguous(), tokens_BS[:, 1:].contiguous()
+    positions_BT = torch.arange(inputs_BT.shape[1]).expand_as(inputs_BT)
+    mtp_loss = MTPLoss(MTPLoss.Config()) if mtp else None
+
+    def step() -> None:
+        out = peer(inputs_BT, positions_BT)
+        if mtp_loss is None:
+            loss = cross_entropy_loss(out, targets_BT)
+        else:
+            loss, _ = mtp_loss(out, targets_BT, positions=positions_BT)
+        (loss / targets_BT.numel()).backward()
+        torch.nn.utils.clip_grad_norm_(peer.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+def _cast(peer: "torch.nn.Module", dtype: "torch.dtype") -> None:
+    """Weights alone: rotations and balance biases keep their format."""
+    for parameter in peer.parameters():
+        parameter.data = parameter.data.to(dtype)
+
+
+def _config(model: Model, mtp: bool):
+    """torchtitan's configuration with the sizes of ours."""
+    from torchtitan.models import deepseek_v3 as titan
+    from torchtitan.models.common import ComplexRoPE, Embedding, Linear, RMSNorm
+    from torchtitan.models.common.attention import ScaledDotProductAttention
+
+    layers = titan.build_mla_moe_layers(
+        n_layers=model.layers,
+        n_dense_layers=model.dense_layers,
+        dim=model.hidden,
+        n_heads=model.heads,
+        q_lora_rank=model.q_rank or 0,
+        kv_lora_rank=model.kv_rank,
+        qk_nope_head_dim=model.nope_head_dim,
+        qk_rope_head_dim=model.rope_head_dim,
+        v_head_dim=model.v_head_dim,
+        mscale=1.0,
+        dense_hidden_dim=model.dense_width,
+        moe_hidden_dim=model.expert_width,
+        num_experts=model.experts,
+        num_shared_experts=model.shared_experts,
+        router_top_k=model.top_k,
+        router_score_func="sigmoid",
+        router_num_expert_groups=model.groups if model.groups > 1 else None,
+        router_num_limited_groups=model.top_groups if model.groups > 1 else None,
+        router_route_scale=model.route_scale,
+        router_route_norm=True,
+        attn_backend="flex",
+        moe_comm_backend="standard",
+        non_blocking_capacity_factor=None,
+        linear_init=titan._LINEAR_INIT,
+        norm_init=titan._NORM_INIT,
+        depth_init=titan._depth_init,
+        depth_experts_init=titan._depth_experts_init,
+        rope=ComplexRoPE.Config(dim=model.rope_head_dim, max_seq_len=model.max_seq_len, theta=10000.0),
+    )
+    for layer in layers:
+        layer.attention.inner_attention = ScaledDotProductAttention.Config()
+    return titan.DeepSeekV3Model.Config(
+        vocab_size=model.vocab_size,
+        dim=model.hidden,
+        tok_embeddings=Embedding.Config(
+            num_embeddings=model.vocab_size, embedding_dim=model.hidden, param_init=titan._EMBEDDING_INIT
+        ),
+        norm=RMSNorm.Config(normalized_shape=model.hidden, param_init=titan._NORM_INIT),
+        lm_head=Linear.Config(
+            in_features=model.hidden,
+            out_features=model.vocab_size,
+            param_init=titan._output_linear_init(model.hidden),
+        ),
+        layers=layers,
+        mtp_layers=titan._build_mtp_layers(layers[-1], dim=model.hidden, num_mtp_layers=int(mtp)),
+    )
