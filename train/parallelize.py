@@ -73,14 +73,20 @@ def parallelize(config: Config, mesh: Mesh, device: torch.device) -> Parallelize
 def check_layout(config: Config) -> None:
     """Raise UserError where the layout cannot run, for what needs more than one field to see. Starts nothing."""
     parallel = config.parallel
-    start = config.optim.batch_ramp_start or config.batch_size
-    micro_batches = start // (config.micro_batch_size * parallel.dp)
-    check_schedule(parallel.schedule, parallel.pp, micro_batches, config.model.layers)
+    for batch in batch_sizes(config):
+        micro_batches = batch // (config.micro_batch_size * parallel.dp)
+        check_schedule(parallel.schedule, parallel.pp, micro_batches, config.model.layers)
     if parallel.ep > 1 and parallel.dispatch == "node_limited":
         layout = Layout(
             parallel.pp, parallel.dp, parallel.ep, config.cluster.ranks_per_node or parallel.dp * parallel.pp
         )
         check_groups(parallel.ep, layout.ep_ranks_per_node, config.model.groups)
+
+
+def batch_sizes(config: Config) -> list[int]:
+    """Sequences per step that a run may have: those of its ramp, and the full batch."""
+    start, step = config.optim.batch_ramp_start or config.batch_size, config.optim.batch_ramp_increment
+    return [*range(start, config.batch_size, step), config.batch_size]
 
 
 def split(config: Config, stages: int) -> list[range]:
