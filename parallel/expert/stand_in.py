@@ -7,6 +7,7 @@ own. Encoding, copies, gathers, sums and everything autograd keeps are those of 
 Shapes: T tokens of this rank, K experts per token, P peers, M messages that arrive, R rows, L experts of this rank.
 """
 
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -65,16 +66,20 @@ def _some(experts: int, here: int, top_k: int) -> float:
 
 @dataclass(frozen=True)
 class Load:
-    """Rows of every local expert in one dispatch, L numbers: what the router of all peers sent here."""
+    """What the routers of all peers send to this rank's experts in a dispatch."""
 
-    rows_L: tuple[int, ...]
+    per_token_L: tuple[float, ...]
+    """Rows of every expert of this rank, per token of this rank (peers have as many tokens)."""
 
     @classmethod
-    def even(cls, tokens: int, group: Group, factor: float = 1.0) -> "Load":
+    def even(cls, group: Group, factor: float = 1.0) -> "Load":
         """factor: rows of this rank over those of the mean rank."""
-        local = group.experts // group.ranks
-        rows = round(tokens * group.ranks * group.top_k / group.experts * local * factor)
-        return cls(tuple(split_evenly(rows, local)))
+        return cls((group.ranks * group.top_k / group.experts * factor,) * (group.experts // group.ranks))
+
+    def rows_L(self, tokens: int) -> list[int]:
+        """Whole rows of every expert; their sum is that of the parts, rounded once."""
+        ends = [round(tokens * end) for end in itertools.accumulate(self.per_token_L)]
+        return [end - start for start, end in zip([0, *ends], ends, strict=False)]
 
 
 def split_evenly(total: int, parts: int) -> list[int]:
@@ -119,7 +124,8 @@ class FlatStandIn(AllToAllDispatcher):
         self.experts, self.load = group.experts, load
 
     def _plan(self, expert_ids_TK: Tensor) -> Plan:
-        ranks, rows_L, device = self.links[0].size, self.load.rows_L, expert_ids_TK.device
+        ranks, rows_L = self.links[0].size, self.load.rows_L(len(expert_ids_TK))
+        device = expert_ids_TK.device
         sent = split_evenly(expert_ids_TK.numel(), ranks)
         arriving_PL = torch.tensor([split_evenly(rows, ranks) for rows in rows_L]).t()
         expert_R = torch.arange(len(rows_L)).repeat(ranks).repeat_interleave(arriving_PL.flatten()).to(device)
@@ -147,7 +153,7 @@ class NodeLimitedStandIn(NodeLimitedDispatcher):
         totals = [max(1, round(tokens * per_token)) for per_token in self._per_token]
         sent = [split_evenly(total, link.size) for total, link in zip(totals, self.links, strict=True)]
         # As many arrive as leave, but that the last hop brings more where this rank's experts are wanted more.
-        rows_L = self.load.rows_L
+        rows_L = self.load.rows_L(tokens)
         arriving = max(1, round(totals[-1] * sum(rows_L) / expert_ids_TK.numel()), *rows_L)
         received = [*sent[:-1], split_evenly(arriving, self.links[-1].size)]
         counts_E = torch.tensor(rows_L, device=device)
@@ -158,7 +164,7 @@ class NodeLimitedStandIn(NodeLimitedDispatcher):
         if len(plan.fans) < len(self.links):
             plan.fans.append(_fan(plan.sent[1], messages, side_MX.device))
             return
-        rows = _fan(self.load.rows_L, messages, side_MX.device)
+        rows = _fan(self.load.rows_L(len(plan.ids_TK)), messages, side_MX.device)
         plan.fans.append(rows)
         plan.entry_of_row = rows.source_C * plan.ids_TK.shape[1]
 
@@ -197,13 +203,14 @@ class _Buffer:
 
     def dispatch(self, x, handle=None, topk_idx=None, topk_weights=None, **layout):
         parts = x if isinstance(x, tuple) else (x,)
-        tokens, rows_L = len(parts[0]), self._load.rows_L
+        tokens = handle or len(parts[0])
+        rows_L = self._load.rows_L(tokens)
         messages = max(1, round(self._per_token * sum(rows_L) / self._top_k), *rows_L)
         received = tuple(_cycle(part, messages) for part in parts)
         received = received if isinstance(x, tuple) else received[0]
         if handle is not None:
             return received, None, None, None, None, None
-        entries, counts = topk_idx.shape[1], list(self._load.rows_L)
+        entries, counts = topk_idx.shape[1], rows_L
         ids_MK = topk_idx.new_full((messages, entries), -1)
         first = 0
         for expert, rows in enumerate(counts):

@@ -34,10 +34,12 @@ collectives in the same order.  Pipeline sends and receives happen before and af
 import queue
 import threading
 from collections.abc import Callable
+from contextlib import ExitStack
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 if TYPE_CHECKING:  # dispatchers import this file for yield_point, and need none of torch's pipelining
     from parallel.pipeline.stage import Stage
@@ -82,7 +84,8 @@ class Lanes:
         assert _current is None, "one pair at a time"
         _current = pair = _Pair(self._timeout)
         try:
-            self._work.put(partial(pair.run, _BACKWARD, _on_current_stream(backward, self._device)))
+            work = _in_same_modes(_on_current_stream(backward, self._device))
+            self._work.put(partial(pair.run, _BACKWARD, work))
             pair.run(_FORWARD, forward)
             pair.await_end(_BACKWARD)
         finally:
@@ -111,6 +114,21 @@ def _on_current_stream(work: Callable[[], Any], device: torch.device) -> Callabl
 
     def run() -> Any:
         with torch.cuda.stream(stream):
+            return work()
+
+    return run
+
+
+def _in_same_modes(work: Callable[[], Any]) -> Callable[[], Any]:
+    """The work under the dispatch modes of the caller, which torch keeps per thread: a count of memory sees both lanes."""
+    modes = _get_current_dispatch_mode_stack()
+    if not modes:
+        return work
+
+    def run() -> Any:
+        with ExitStack() as stack:
+            for mode in modes:
+                stack.enter_context(mode)
             return work()
 
     return run

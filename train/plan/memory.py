@@ -53,30 +53,39 @@ def plan_memory(config: Config) -> list[RankMemory]:
 
 def rank_memory(config: Config, pp_rank: int, scene: Scene) -> RankMemory:
     """The entry of one pipeline rank under a scene."""
-    chunks, layers = chunk_parts(config)[pp_rank], _layers(config)[pp_rank]
-    groups = shards(config, rank_weights(config, list(chunks.values())))
-    state = state_items(config, groups)
-    schedule = _walk(config, pp_rank, chunks, scene)
-    reduction = Reduction(config, groups, 0, scene.kind)
-    reduced, updated = reduction.peaks()
-    moments = [
-        schedule,
-        Peak(reduced, Counter(reduction=reduced), "reduction of gradients"),
-        Peak(updated, Counter(reduction=updated), "update of weights"),
-    ]
-    peak = max(moments, key=lambda moment: moment.total)
+    state, moments = _moments(config, pp_rank, 0, scene)
+    peak = max(moments.values(), key=lambda moment: moment.total)
     items = {name: size for name, size in (state + peak.items).items() if size}
-    return RankMemory(pp_rank, layers, items, sum(items.values()), peak.event, schedule.in_flight)
+    return RankMemory(
+        pp_rank, _layers(config)[pp_rank], items, sum(items.values()), peak.event, moments["schedule"].in_flight
+    )
 
 
-def scene_of(config: Config, rows: tuple[int, ...] | None = None) -> Scene:
-    """What all passes of a run have in common. rows: of each local expert, instead of an even load."""
+def phases(config: Config, pp_rank: int, dp_rank: int, scene: Scene) -> dict[str, int]:
+    """Peak bytes of one rank in each phase of a step: schedule, reduction, update."""
+    state, moments = _moments(config, pp_rank, dp_rank, scene)
+    return {name: sum(state.values()) + moment.total for name, moment in moments.items()}
+
+
+def _moments(config: Config, pp_rank: int, dp_rank: int, scene: Scene) -> tuple[Counter, dict[str, Peak]]:
+    """What a rank holds all the time, and on top of it the peak of each phase."""
+    chunks = chunk_parts(config)[pp_rank]
+    groups = shards(config, rank_weights(config, list(chunks.values())))
+    reduced, updated = Reduction(config, groups, dp_rank, scene.kind).peaks()
+    return state_items(config, groups), {
+        "schedule": _walk(config, pp_rank, chunks, scene),
+        "reduction": Peak(reduced, Counter(reduction=reduced), "reduction of gradients"),
+        "update": Peak(updated, Counter(reduction=updated), "update of weights"),
+    }
+
+
+def scene_of(config: Config, load: Load | None = None) -> Scene:
+    """What all passes of a run have in common. load: instead of an even one, times plan.imbalance."""
     model, parallel = config.model, config.parallel
     layout = layout_of(config)
-    if rows is None:
+    if load is None:
         group = Group(parallel.ep, 1, model.experts, model.top_k, model.groups, model.top_groups)
-        factor = config.plan.imbalance if parallel.ep > 1 else 1.0
-        rows = Load.even(config.micro_batch_size * config.seq_len, group, factor).rows_L
+        load = Load.even(group, config.plan.imbalance if parallel.ep > 1 else 1.0)
     return Scene(
         Frozen(model),
         Frozen(config.precision),
@@ -87,7 +96,7 @@ def scene_of(config: Config, rows: tuple[int, ...] | None = None) -> Scene:
         parallel.wire if parallel.ep > 1 else "bf16",
         parallel.ep,
         layout.ep_ranks_per_node,
-        rows,
+        load,
     )
 
 

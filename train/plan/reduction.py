@@ -169,7 +169,8 @@ class Reduction:
         if self._views():
             return
         meter.take(-FP32 * self._bucket)
-        meter.take(-sum(one.size for one in self._gradients if self._stays(one)))
+        if self._stage == 2:
+            meter.take(-sum(one.size for one in self._gradients if self._stays(one)))
 
     def _views(self) -> set[int]:
         """Groups with gradients of other ranks, at stage 1 with bf16 weights."""
@@ -184,18 +185,17 @@ class Reduction:
         return (self._stage == 1 and not one.mine) or (self._stage == 2 and self._bf16 and one.mine)
 
     def _update(self) -> int:
-        meter, views = self._meter, self._views()
-        kept_views = set(views)
+        meter, views, last = self._meter, self._views(), len(self._groups) - 1
         for number, group in enumerate(self._groups):
-            if views:
+            if self._bf16:
                 meter.take(-sum(one.size for one in self._gradients if one.group == number and self._stays(one)))
-            if number in kept_views:
-                kept_views.remove(number)
-                if not kept_views:
+                if views and number == max(views):
                     meter.take(-FP32 * self._bucket)
             shard = FP32 * group.partition
             if not self._bf16:
                 meter.take(shard)
+                if number == last:
+                    meter.take(-self._whole_size)
             elements = group.partition if self._kind == "cuda" else min(CHUNK, group.partition)
             meter.take(self._scratch * elements)
             meter.take(-self._scratch * elements)

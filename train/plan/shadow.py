@@ -26,13 +26,14 @@ from train.precision.products import CpuEngine, Engine
 def shadow(kind: str, rows: Sequence[int]) -> Iterator[None]:
     """Inside, meta tensors behave as those of a device of this kind do; other tensors are left alone.
 
-    rows: how many rows each local expert gets, the one thing that code waits for. torch's own hook for such answers, a
+    rows: how many rows each expert gets, the one thing that code waits for; the list may change. torch's own hook for such answers, a
     function mode, does not reach into autograd's passes, so the attributes themselves are exchanged for the time being.
     """
     fakes = [
         (torch.Tensor, "is_cuda", property(_meta_or(torch.Tensor.is_cuda.__get__, lambda _: kind == "cuda"))),
         (torch.Tensor, "data_ptr", _meta_or(torch.Tensor.data_ptr, _address)),
         (torch.Tensor, "tolist", _meta_or(torch.Tensor.tolist, lambda _: list(rows))),
+        (F, "grouped_mm", _meta_or(F.grouped_mm, _grouped_mm)),
     ]
     if kind == "cuda":
         fakes += [
@@ -66,6 +67,11 @@ def _meta_or(real: Callable, fake: Callable) -> Callable:
 def _address(tensor: Tensor) -> int:
     """Tells tensors apart as an address does."""
     return tensor.untyped_storage()._cdata + tensor.storage_offset() * tensor.element_size()
+
+
+def _grouped_mm(a: Tensor, b: Tensor, *, offs: Tensor) -> Tensor:
+    """torch's own for meta tensors takes bf16 only."""
+    return a.new_empty(*([len(offs)] if b.dim() == 2 else []), a.shape[0], b.shape[-1])
 
 
 def _scaled_mm(a: Tensor, b: Tensor, *, output_dtype: torch.dtype, **scales: Any) -> Tensor:

@@ -60,8 +60,8 @@ class Scene:
     ep: int
     ranks_per_node: int
     """Of an expert-parallel group."""
-    rows: tuple[int, ...]
-    """Rows of every expert of this rank."""
+    load: Load
+    """Rows of this rank's experts."""
 
 
 @dataclass(frozen=True)
@@ -134,14 +134,16 @@ class _Run:
     def __init__(self, scene: Scene, part: str, first: bool = False):
         self._scene, self._part, self._first = scene, part, first
         self._ledger = Ledger("meta")
-        self._shadow = shadow(scene.kind, scene.rows)
+        self._rows: list[int] = []
+        """Of every expert, in the dispatch under way."""
+        self._shadow = shadow(scene.kind, self._rows)
         self._base, self._start = 0, 0
         self._pieces: list[Piece] | None = None
         self._incoming: list[Tensor] = []
         """Gradients of the inputs."""
 
     def __enter__(self) -> "_Run":
-        self._module = _build(self._scene, self._part, self._cut, self._ledger)
+        self._module = _build(self._scene, self._part, self._cut, self._ledger, self._rows)
         _make_tables(self._module, self._scene)
         for param in self._module.parameters():
             param.grad_dtype = torch.float32
@@ -280,14 +282,15 @@ class _End(DeepSeekV3):
 
 
 class _Tagged:
-    """A dispatcher whose memory goes by its own name."""
+    """A dispatcher whose memory goes by its own name, and which tells how many rows come."""
 
-    def __init__(self, dispatcher, ledger: Ledger):
-        self._dispatcher, self._ledger = dispatcher, ledger
+    def __init__(self, dispatcher, ledger: Ledger, load: Load, rows: list[int]):
+        self._dispatcher, self._ledger, self._load, self._rows = dispatcher, ledger, load, rows
 
-    def dispatch_begin(self, *args):
+    def dispatch_begin(self, x_TD: Tensor, *args):
+        self._rows[:] = self._load.rows_L(len(x_TD))
         with self._ledger.tagged("dispatch"):
-            self._pending = self._dispatcher.dispatch_begin(*args)
+            self._pending = self._dispatcher.dispatch_begin(x_TD, *args)
         return self
 
     def wait(self):
@@ -299,7 +302,7 @@ class _Tagged:
             return self._dispatcher.combine(*args)
 
 
-def _build(scene: Scene, part: str, on_wait: Callable[[], None], ledger: Ledger) -> DeepSeekV3:
+def _build(scene: Scene, part: str, on_wait: Callable[[], None], ledger: Ledger, rows: list[int]) -> DeepSeekV3:
     model: Model = scene.model.section
     recompute = Recompute.swiglu in model.recompute
     precision = shadow_precision(scene.precision.section, scene.kind, recompute)
@@ -312,7 +315,7 @@ def _build(scene: Scene, part: str, on_wait: Callable[[], None], ledger: Ledger)
         layers=layers,
         has_embedding=part == "embedding",
         has_head=part == "end",
-        dispatcher=_Tagged(_dispatcher(scene, on_wait), ledger),
+        dispatcher=_Tagged(_dispatcher(scene, on_wait), ledger, scene.load, rows),
         local_experts=range(model.experts // scene.ep),
         dtype=activation_dtype(scene.precision.section),
         device="meta",
@@ -328,7 +331,7 @@ def _dispatcher(scene: Scene, on_wait: Callable[[], None]):
     if scene.ep == 1:
         return LocalDispatcher(model.experts)
     group = Group(scene.ep, scene.ranks_per_node, model.experts, model.top_k, model.groups, model.top_groups)
-    return build_stand_in(scene.dispatch, group, build_wire(scene.wire), Load(scene.rows), on_wait)
+    return build_stand_in(scene.dispatch, group, build_wire(scene.wire), scene.load, on_wait)
 
 
 def _make_tables(module: DeepSeekV3, scene: Scene) -> None:

@@ -1,0 +1,179 @@
+"""The planned peak of memory beside the measured one, for many layouts and recipes on the CPU.
+
+Every rank of a small model runs two whole steps; in the second, every tensor of the rank is counted (train/plan/ledger.py).
+The three columns are the peaks of forward and backward passes, of the reduction of gradients, and of the update; the error
+is that of the largest. Of all ranks the one with the largest error is shown.
+
+Routing is forced to be even, so that the plan needs no guess of it; --routed leaves it to the router and takes the busiest
+rank's mean load for the plan, as plan.imbalance would say it.
+
+    python -m bench.plan_memory [--routed] [CASE ...]
+"""
+
+import argparse
+import multiprocessing
+import tempfile
+
+import torch
+import torch.distributed as dist
+
+import train.model.router as router
+from conf.load import compose
+from conf.schema import Config
+from parallel.expert.stand_in import Load
+from parallel.mesh import Layout, build_mesh
+from train.parallelize import Parallelized, parallelize
+from train.plan.measured import Meter
+from train.plan.memory import phases, scene_of
+
+RUN = ["conf=tiny", "hardware=cpu", "cluster.device=cpu", "seq_len=128", "batch_size=4", "micro_batch_size=1"]
+ALL = "model.recompute=[norm,mla_up,swiglu]"
+
+
+def _pp(ranks: int, schedule: str, *more: str) -> list[str]:
+    return [f"parallel.pp={ranks}", f"parallel.schedule={schedule}", "model.layers=8", "batch_size=8", *more]
+
+
+EP2 = ["parallel.dp=2", "parallel.ep=2"]
+CASES = {
+    "fp32": ["precision=fp32"],
+    "bf16": ["precision=bf16"],
+    "bf16, recompute all": ["precision=bf16", ALL],
+    "fp8": ["precision=fp8"],
+    "fp8, recompute all, MTP 2": ["precision=fp8", ALL, "model.mtp_depth=2"],
+    "bf16, long, no MTP": [
+        "precision=bf16",
+        "model.mtp_depth=0",
+        "seq_len=1024",
+        "batch_size=2",
+        "model.loss_chunk=512",
+    ],
+    "bf16, fp32 moments": ["precision=bf16", "precision.moments=fp32"],
+    "bf16 dp2": ["precision=bf16", "parallel.dp=2"],
+    "fp32 dp2 zero2": ["precision=fp32", "parallel.dp=2", "parallel.zero=2"],
+    "bf16 dp2 zero2": ["precision=bf16", "parallel.dp=2", "parallel.zero=2"],
+    "bf16 dp2 zero3": ["precision=bf16", "parallel.dp=2", "parallel.zero=3"],
+    "fp32 ep2": ["precision=fp32", *EP2],
+    "bf16 dp4 ep2, fp8 wire": ["precision=bf16", "parallel.dp=4", "parallel.ep=2", "parallel.wire=fp8"],
+    "fp8 ep4 node_limited": [
+        "precision=fp8",
+        "parallel.dp=4",
+        "parallel.ep=4",
+        "parallel.dispatch=node_limited",
+        "cluster.ranks_per_node=2",
+    ],
+    "bf16 pp2 1f1b": ["precision=bf16", *_pp(2, "1f1b")],
+    "bf16 pp4 1f1b, recompute all": ["precision=bf16", *_pp(4, "1f1b", ALL)],
+    "bf16 pp2 interleaved": ["precision=bf16", *_pp(2, "interleaved")],
+    "bf16 pp2 zbv": ["precision=bf16", *_pp(2, "zbv")],
+    "fp32 pp4 zbv": ["precision=fp32", *_pp(4, "zbv")],
+    "bf16 pp2 dualpipev": ["precision=bf16", *_pp(2, "dualpipev")],
+    "fp8 pp2 ep2 dualpipev": ["precision=fp8", *_pp(2, "dualpipev", *EP2, "batch_size=16")],
+    "bf16 pp2 zbv, MTP 2": ["precision=bf16", *_pp(2, "zbv", "model.mtp_depth=2")],
+}
+
+
+def measure(config: Config, rank: int, routed: bool) -> tuple[dict[str, int], Load | None]:
+    """Peaks of the second step by phase, and the mean load of this rank's experts where it was the router's."""
+    parallel = config.parallel
+    layout = Layout(parallel.pp, parallel.dp, parallel.ep, config.cluster.ranks_per_node or parallel.pp * parallel.dp)
+    parts = parallelize(config, build_mesh(layout), torch.device("cpu"))
+    share = config.batch_size // parallel.dp
+    draw = torch.Generator().manual_seed(layout.dp_rank(rank))
+    tokens_BS = torch.randint(0, config.model.vocab_size, (share, config.seq_len + 1), generator=draw)
+    step(config, parts, tokens_BS, 1)
+    with Meter(torch.device("cpu")) as meter:
+        return step(config, parts, tokens_BS, 2, meter), None
+
+
+def step(config: Config, parts: Parallelized, tokens_BS: torch.Tensor, number: int, meter: Meter | None = None) -> dict:
+    parts.precision.start_step(number)
+    for chunk in parts.chunks:
+        chunk.losses.clear()
+        chunk.mtp_weight = 0.3
+        for gate in chunk.routers().values():
+            gate.balance_weight = 1e-4
+    peaks = {}
+    mark = meter.mark if meter else lambda: 0
+    with parts.zero.accumulate():
+        parts.pipeline.step(tokens_BS, micro_batches=len(tokens_BS) // config.micro_batch_size)
+        peaks["schedule"] = mark()
+    peaks["reduction"] = mark()
+    parts.zero.step()
+    peaks["update"] = mark()
+    return peaks
+
+
+def even(biased_BTE: torch.Tensor, rule: router.Rule) -> torch.Tensor:
+    """In place of the router's choice: tokens take the experts in turn."""
+    B, T, E = biased_BTE.shape
+    first_T = torch.arange(B * T, device=biased_BTE.device) * rule.top_k
+    return ((first_T[:, None] + torch.arange(rule.top_k, device=biased_BTE.device)) % E).view(B, T, -1)
+
+
+def run_rank(rank: int, store: str, overrides: list[str], world: int, routed: bool, results) -> None:
+    torch.set_num_threads(1)
+    if not routed:
+        router.choose = even
+    dist.init_process_group("gloo", init_method=f"file://{store}/store", rank=rank, world_size=world)
+    results.put((rank, measure(compose(*overrides), rank, routed)))
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def run(overrides: list[str], routed: bool) -> dict[int, tuple]:
+    """What every rank measured."""
+    config = compose(*overrides)
+    world = config.parallel.pp * config.parallel.dp
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["torch.distributed.pipelining"])
+    results = context.Queue()
+    with tempfile.TemporaryDirectory() as store:
+        ranks = [
+            context.Process(target=run_rank, args=(rank, store, overrides, world, routed, results), daemon=True)
+            for rank in range(world)
+        ]
+        for process in ranks:
+            process.start()
+        found = dict(results.get(timeout=120) for _ in ranks)
+        for process in ranks:
+            process.join()
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--routed", action="store_true")
+    parser.add_argument("cases", nargs="*", help=f"some of: {'; '.join(CASES)}")
+    options = parser.parse_args()
+    names = ("schedule", "reduction", "update")
+    print(f"{'':30} {'rank':>4} " + " ".join(f"{name:>29}" for name in names) + f" {'peak':>8}")
+    for name, more in CASES.items():
+        if options.cases and name not in options.cases:
+            continue
+        overrides = [*RUN, *more]
+        config = compose(*overrides)
+        rows = []
+        for rank, (got, load) in run(overrides, options.routed).items():
+            layout = Layout(config.parallel.pp, config.parallel.dp, config.parallel.ep)
+            want = phases(config, layout.pp_rank(rank), layout.dp_rank(rank), scene_of(config, load))
+            peak = max(want.values()) / max(got.values()) - 1
+            rows.append(
+                (
+                    abs(peak),
+                    rank,
+                    peak,
+                    [
+                        f"{want[n] / 1e6:8.3f} / {got[n] / 1e6:8.3f} {100 * (want[n] / got[n] - 1):+6.2f} %"
+                        for n in names
+                    ],
+                )
+            )
+        _, rank, peak, cells = max(rows)
+        print(
+            f"{name:30} {rank:>4} " + " ".join(f"{cell:>29}" for cell in cells) + f" {100 * peak:+6.2f} %", flush=True
+        )
+
+
+if __name__ == "__main__":
+    main()
