@@ -1,13 +1,9 @@
 """The last words of a run that cannot go on: what failed, where, the lines that show it, and what to do."""
 
-from typing import TYPE_CHECKING
-
 from cluster.cause import Cause, Kind
+from cluster.policy import Policy
 from cluster.topology import Node, Placement
 from conf.errors import UserError
-
-if TYPE_CHECKING:
-    from cluster.supervisor import Policy
 
 ADVICE = {
     Kind.user: "mend the input and start the same command again",
@@ -39,7 +35,7 @@ def give_up(cause: Cause, times: int, allowed: int, failures: list[tuple[int, Ca
     return "\n".join(lines)
 
 
-def too_few(policy: "Policy", free: list[Node], found: Placement | None, last: Cause | None, saved: int) -> str:
+def too_few(policy: Policy, free: list[Node], found: Placement | None, last: Cause | None, saved: int) -> str:
     """Why the nodes that are there do not do."""
     devices = sum(node.devices for node in free)
     have = f"{len(free)} nodes with {devices} devices"

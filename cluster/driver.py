@@ -13,13 +13,12 @@ from cluster.copies import Copies
 from cluster.fleet import Fleet, FleetLost, Reply
 from cluster.journal import Journal
 from cluster.network import NetworkTest
-from cluster.policy import Policy
+from cluster.policy import policy_of, with_dp
 from cluster.preflight import Preflight
 from cluster.supervisor import Supervisor
 from cluster.topology import Node, Placement
 from cluster.view import View
-from conf.check import check
-from conf.errors import EXIT_OK, EXIT_STOPPED, UserError
+from conf.errors import EXIT_OK, EXIT_STOPPED
 from conf.load import write_config
 from conf.schema import Config
 
@@ -27,38 +26,6 @@ ASK_EVERY = 0.25
 """Seconds between questions to one agent."""
 LOOK_EVERY = 1.0
 """Seconds between looks at the list of nodes and at the checkpoints."""
-
-
-def policy_of(config: Config, attempt: int) -> Policy:
-    """What the configuration asks of the supervisor."""
-    parallel, cluster = config.parallel, config.cluster
-
-    def accept(dp: int) -> bool:
-        try:
-            check(_with_dp(config, dp))
-        except UserError:
-            return False
-        return True
-
-    return Policy(
-        pp=parallel.pp,
-        dp=parallel.dp,
-        ep=parallel.ep,
-        accept=accept,
-        first_attempt=attempt,
-        wait=cluster.wait,
-        heartbeat=cluster.heartbeat,
-        hang_after=cluster.hang_after,
-        start_timeout=cluster.start_timeout,
-        stop_timeout=cluster.stop_timeout,
-        restarts=cluster.restarts,
-        straggler_factor=cluster.straggler_factor,
-        saves=config.checkpoint.every > 0,
-    )
-
-
-def _with_dp(config: Config, dp: int) -> Config:
-    return dataclasses.replace(config, parallel=dataclasses.replace(config.parallel, dp=dp))
 
 
 class Driver:
@@ -345,7 +312,7 @@ class Driver:
 
     def _attempt_config(self, number: int, dp: int) -> Path:
         """The configuration of an attempt: its dp, and the run's own newest checkpoint once this launch has written one."""
-        config = _with_dp(self.config, dp)
+        config = with_dp(self.config, dp)
         if written_since(self.folder, self.first):
             config = dataclasses.replace(config, resume="auto")
         path = self.folder / "attempts" / f"{number:05d}.yaml"

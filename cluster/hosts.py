@@ -43,8 +43,8 @@ class Hosts:
 
     def __init__(self, folder: Path, count: int = 3, devices: int = 1, ray: bool = True):
         self.folder, self.count, self.devices, self.ray = folder, count, devices, ray
-        self._prefix = f"sl{os.getpid()}h"
-        self._switch = f"sl{os.getpid()}sw"
+        own = f"sl{os.getpid()}{secrets.token_hex(2)}"
+        self._prefix, self._switch = f"{own}h", f"{own}sw"
         self.environment = os.environ | {
             "RAY_AUTH_MODE": "token",
             "RAY_AUTH_TOKEN": secrets.token_hex(32),
@@ -100,10 +100,16 @@ class Hosts:
         self._wait_started(index, self._ray_start(index))
 
     def _ray_start(self, index: int) -> subprocess.Popen:
+        log = (self.folder / f"ray_start_{index}.log").open("w")
+        command = self.command(index, *self.ray_words(index))
+        return subprocess.Popen(command, env=self.environment, stdout=log, stderr=log, stdin=subprocess.DEVNULL)
+
+    def ray_words(self, index: int) -> list[str]:
+        """The command that starts Ray on a host."""
         role = (
             ["--head", f"--port={PORT}", "--include-dashboard=false"] if index == 0 else [f"--address={self.address}"]
         )
-        words = [
+        return [
             str(Path(sys.executable).with_name("ray")),
             "start",
             *role,
@@ -114,10 +120,6 @@ class Hosts:
             "--disable-usage-stats",
             f"--labels=train/node=h{index},train/rack=r{index // 2}",
         ]
-        log = (self.folder / f"ray_start_{index}.log").open("w")
-        return subprocess.Popen(
-            self.command(index, *words), env=self.environment, stdout=log, stderr=log, stdin=subprocess.DEVNULL
-        )
 
     def _wait_started(self, index: int, start: subprocess.Popen) -> None:
         code = start.wait(120)

@@ -23,9 +23,10 @@ def raylets() -> list[tuple[psutil.Process, str, str]]:
     found = []
     for process in psutil.process_iter(["name", "cmdline"]):
         if process.info["name"] == "raylet":
-            words = dict(re.findall(r"--(\w+)=(\S*)", " ".join(process.info["cmdline"])))
-            if words.get("node_ip_address") in mine:
-                found.append((process, words["node_id"], words["gcs_address"]))
+            pairs = re.findall(r"--([\w-]+)=(\S*)", " ".join(process.info["cmdline"]))
+            words = {name.replace("_", "-"): value for name, value in pairs}  # Ray writes both
+            if words.get("node-ip-address") in mine:
+                found.append((process, words["node-id"], words["gcs-address"]))
     return found
 
 

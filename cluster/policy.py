@@ -1,7 +1,12 @@
 """What a run wants of its nodes, and how patient it is."""
 
+import dataclasses
 from collections.abc import Callable
 from dataclasses import dataclass
+
+from conf.check import check
+from conf.errors import UserError
+from conf.schema import Config
 
 
 @dataclass(frozen=True)
@@ -38,3 +43,36 @@ class Policy:
     """For ranks to be gone after SIGKILL."""
     return_wait: float = 6.0
     """For a node whose agent is being started again."""
+
+
+def policy_of(config: Config, attempt: int) -> Policy:
+    """What the configuration asks of the supervisor."""
+    parallel, cluster = config.parallel, config.cluster
+
+    def accept(dp: int) -> bool:
+        try:
+            check(with_dp(config, dp))
+        except UserError:
+            return False
+        return True
+
+    return Policy(
+        pp=parallel.pp,
+        dp=parallel.dp,
+        ep=parallel.ep,
+        accept=accept,
+        first_attempt=attempt,
+        wait=cluster.wait,
+        heartbeat=cluster.heartbeat,
+        hang_after=cluster.hang_after,
+        start_timeout=cluster.start_timeout,
+        stop_timeout=cluster.stop_timeout,
+        restarts=cluster.restarts,
+        straggler_factor=cluster.straggler_factor,
+        saves=config.checkpoint.every > 0,
+    )
+
+
+def with_dp(config: Config, dp: int) -> Config:
+    """The same run on another number of data-parallel ranks."""
+    return dataclasses.replace(config, parallel=dataclasses.replace(config.parallel, dp=dp))

@@ -19,48 +19,14 @@ Rules that hold whatever happens:
       any number of lost nodes, and one that cannot get past a step ends soon.
 """
 
-from dataclasses import dataclass, field
-from enum import Enum
-
 from cluster import messages as m
 from cluster.attempt import Attempt
 from cluster.cause import Cause, Kind
 from cluster.diagnosis import give_up, too_few
+from cluster.node_state import Health, NodeState, Phase
 from cluster.policy import Policy
 from cluster.topology import Node, Placement, place
 from conf.errors import EXIT_CRASH, EXIT_DIVERGED, EXIT_OK, EXIT_STOPPED, EXIT_USER
-
-
-class Phase(Enum):
-    gathering = "waiting for nodes"
-    running = "running"
-    judging = "finding the cause"
-    ending = "ending ranks"
-    stopping = "stopping"
-    done = "done"
-
-
-class Health(Enum):
-    ok = "ok"
-    silent = "does not answer"
-    gone = "lost"
-    returning = "its agent starts again"
-
-
-@dataclass
-class NodeState:
-    node: Node
-    heard: float
-    health: Health = Health.ok
-    live: set[int] = field(default_factory=set)
-    """Ranks that run there, as far as is known."""
-    draining: bool = False
-    """It is about to go: it gets no further ranks."""
-
-    @property
-    def usable(self) -> bool:
-        """Whether an attempt may start there, once no rank lives there."""
-        return self.health is Health.ok and not self.draining
 
 
 class Supervisor:

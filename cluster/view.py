@@ -12,7 +12,8 @@ from rich.console import Console
 from rich.live import Live
 from rich.text import Text
 
-from cluster.supervisor import Health, Supervisor
+from cluster.node_state import Health
+from cluster.supervisor import Supervisor
 
 QUIET = {"checkpoint", "node_joined", "first_step", "finish"}
 """Events that are in events.jsonl and the status line only."""

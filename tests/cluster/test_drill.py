@@ -1,11 +1,27 @@
 """The drill on a toy run: two faults, and losses equal to those of the unbroken run."""
 
 import math
+import random
+import signal
 
 import pytest
 
-from cluster.drill import main, worst_difference
-from conf.errors import EXIT_OK
+from cluster.drill import DEFAULTS, Drill, main, worst_difference
+from cluster.ground import Ground, small_disk
+from cluster.hosts import missing
+from cluster.journal import read_events
+from conf.errors import EXIT_OK, EXIT_STOPPED
+from train.checkpoint.verify import main as verify
+
+TOY = [
+    "model.hidden=32",
+    "model.layers=2",
+    "model.experts=8",
+    "model.vocab_size=512",
+    "seq_len=32",
+    "batch_size=4",
+    "micro_batch_size=1",
+]
 
 
 def test_the_worst_difference_is_found():
@@ -15,10 +31,32 @@ def test_the_worst_difference_is_found():
 
 @pytest.mark.slow
 def test_a_drill_of_two_faults(tmp_path, capsys):
-    toy = (
-        "model.hidden=32 model.layers=2 model.experts=8 model.vocab_size=512 seq_len=32 batch_size=4 micro_batch_size=1"
-    )
-    words = f"--faults 2 --seed 5 conf=tiny name=toy runs={tmp_path} steps=50 parallel.dp=2 checkpoint.every=5 {toy}"
-    assert main(words.split()) == EXIT_OK, capsys.readouterr()
+    words = f"--faults 2 --seed 5 conf=tiny name=toy runs={tmp_path} steps=80 parallel.dp=2 checkpoint.every=5".split()
+    assert main([*words, *TOY]) == EXIT_OK, capsys.readouterr()
     said = capsys.readouterr().out
     assert "fault 2/2" in said and "largest relative difference of a loss: 0 " in said
+
+
+@pytest.mark.hosts
+@pytest.mark.slow
+def test_a_full_disk_costs_a_save_and_no_more(tmp_path):
+    if why := missing():
+        pytest.skip(why)
+    words = ["conf=tiny", "name=full", f"runs={tmp_path}", "steps=400", "checkpoint.every=4", *TOY, *DEFAULTS]
+    folder = tmp_path / "full"
+    ground = Ground(folder, random.Random(1))
+    with small_disk(folder / "checkpoints", 64):
+        drill = Drill(words, ground, print)
+        drill._launch()
+        try:
+            assert drill._await_steps()
+            ground.fill_disk()
+            assert drill._await_steps(), "saves go on once there is room"
+            assert ground.signal_driver(signal.SIGTERM) == EXIT_STOPPED
+        finally:
+            if ground.driver.poll() is None:
+                ground.signal_driver(signal.SIGKILL)
+        said = (folder / "logs" / "rank_0.log").read_text()
+        assert "not written" in said and "No space left on device" in said
+        assert "failure" not in [event["kind"] for event in read_events(folder)]
+        assert verify([str(folder)]) == EXIT_OK

@@ -4,6 +4,7 @@ import json
 import os
 import re
 import signal
+import socket
 import threading
 import time
 from pathlib import Path
@@ -155,6 +156,15 @@ def test_a_cause_that_stays_ends_the_run_with_a_diagnosis(tmp_path):
     assert run.run() == EXIT_CRASH
     for words in ("rank 1 on n1 failed", "failure 2 of the kind", "newest checkpoint: none", "what to do"):
         assert words in run.finish.text
+
+
+def test_a_port_that_others_take_is_named(tmp_path, monkeypatch):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        monkeypatch.setattr("cluster.agent.Agent.free_port", lambda agent: taken.getsockname()[1])
+        run = Run(tmp_path, "cluster.restarts=1", nodes=2, dp=2)
+        assert run.run() == EXIT_CRASH
+    assert "rank 0 on n0 failed: OSError: [Errno 98] Address already in use" in run.finish.text
+    assert len(run.finish.text.splitlines()) < 20
 
 
 def test_nothing_is_left_in_the_temporary_folder(tmp_path, monkeypatch):

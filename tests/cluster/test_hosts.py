@@ -193,7 +193,7 @@ def test_a_killed_driver_leaves_no_rank_and_a_new_launch_resumes(hosts, tmp_path
 
 
 def test_a_node_that_ray_drains_is_left_at_a_checkpoint(hosts, tmp_path):
-    launch = Launch(hosts, tmp_path, "steps=400")
+    launch = Launch(hosts, tmp_path, "steps=1500")
     launch.wait_for("checkpoint")
     told = time.time()
     leaving = hosts.leave(2)
@@ -215,7 +215,7 @@ def test_a_node_that_ray_drains_is_left_at_a_checkpoint(hosts, tmp_path):
 
 
 def test_sigterm_to_an_agent_is_a_drain(hosts, tmp_path):
-    launch = Launch(hosts, tmp_path, "steps=400")
+    launch = Launch(hosts, tmp_path, "steps=1500")
     launch.wait_for("checkpoint")
     assert hosts.signal(1, signal.SIGTERM, "ray::Agent") >= 1
     assert launch.wait_for("drain")["node"] == "h1"
@@ -314,11 +314,41 @@ def test_bad_input_is_one_screen(hosts, tmp_path, overrides, environment, words)
     assert time.monotonic() - started < 45
 
 
-def test_a_dead_head_ends_the_run_with_a_checkpoint_and_the_next_launch_resumes(tmp_path):
+@pytest.mark.parametrize(
+    ("shell", "words"),
+    [
+        # another torch: what Python finds first is a package of another version
+        ('export PYTHONPATH={other}; exec "$@"', "refused: h2: torch is 2.0.0, the driver has"),
+        # a folder of the same name on the node's own disk
+        ('unshare --mount sh -c \'mount -t tmpfs none {runs}; exec "$@"\' sh "$@"', "refused: h2: cannot read"),
+    ],
+    ids=["torch", "storage"],
+)
+def test_a_node_that_differs_is_refused_on_one_screen(hosts, tmp_path, shell, words):
+    (tmp_path / "other" / "torch-2.0.0.dist-info").mkdir(parents=True)
+    (tmp_path / "other" / "torch-2.0.0.dist-info" / "METADATA").write_text("Name: torch\nVersion: 2.0.0\n")
+    (tmp_path / "runs").mkdir()
+    hosts.signal(2, signal.SIGKILL)
+    shutil.rmtree(hosts.folder / "h2", ignore_errors=True)
+    shell = shell.format(other=tmp_path / "other", runs=tmp_path / "runs")
+    command = hosts.command(2, "sh", "-c", shell, "sh", *hosts.ray_words(2))
+    subprocess.run(command, env=hosts.environment, check=True, capture_output=True, timeout=120)
+    try:
+        launch = Launch(hosts, tmp_path / "runs", "cluster.wait=8")
+        assert launch.wait(60) == EXIT_USER
+    finally:
+        hosts.signal(2, signal.SIGKILL)
+        hosts.power_on(2)
+    text = launch.output.read_text()
+    assert words in text and "parallel.dp=2, which fits" in text
+    assert len(text.splitlines()) < 20 and "Traceback" not in text
+
+
+def test_a_dead_head_ends_the_run_with_a_checkpoint_and_the_next_launch_resumes(tmp_path, tmp_path_factory):
     if why := missing():
         pytest.skip(why)
-    (tmp_path / "ray").mkdir()
-    with Hosts(tmp_path / "ray", count=2) as hosts:
+    scratch = tmp_path_factory.mktemp("ray")  # a short path, as names of sockets are
+    with Hosts(scratch, count=2) as hosts:
         launch = Launch(hosts, tmp_path, "steps=3000", "parallel.dp=2")
         launch.wait_for("checkpoint")
         broke = time.time()
@@ -329,7 +359,7 @@ def test_a_dead_head_ends_the_run_with_a_checkpoint_and_the_next_launch_resumes(
         assert "stopped: Ray's head at 10.77.0.1:6379 has not answered" in text and "Traceback" not in text
         for index in (0, 1):
             hosts.signal(index, signal.SIGKILL)
-        shutil.rmtree(tmp_path / "ray" / "h0")
+        shutil.rmtree(scratch / "h0")
         hosts.start_ray(0)
         hosts.power_on(1)
         again = Launch(hosts, tmp_path, "steps=3000", "parallel.dp=2")
