@@ -5,6 +5,7 @@ counted as DeepSeek counts it: without MTP, against the bf16 peak.
 """
 
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from functools import cache
 
@@ -16,8 +17,6 @@ from train.plan.rates import Rates, load_rates, require_hardware
 from train.plan.stages import Stages, require_rule
 from train.plan.update import Update, held_weights, stage3_seconds, update_time
 from train.plan.work import Work
-
-HOUR, KWH = 3600.0, 3.6e6
 
 
 @dataclass
@@ -47,6 +46,9 @@ class StepTime:
     mfu_full: float | None
     """The same with attention counted without its mask."""
     actions: list[list[Action]]
+    """What every rank of a pipeline does, in order."""
+    length: Callable[[Action], float]
+    """Seconds of an action."""
     simulation: Simulation
     rates: str
     """Where the rates come from."""
@@ -92,6 +94,7 @@ def plan_time(config: Config, rates: Rates | None = None) -> StepTime:
         mfu_causal=_mfu(config, rate / layout.world, causal=True),
         mfu_full=_mfu(config, rate / layout.world, causal=False),
         actions=actions,
+        length=duration,
         simulation=result,
         rates=rates.source,
     )
@@ -128,7 +131,7 @@ def _stage3(stages: Stages) -> dict[str, float]:
     return added
 
 
-def _by_kind(actions: list[list[Action]], duration) -> dict[str, float]:
+def _by_kind(actions: list[list[Action]], duration: Callable[[Action], float]) -> dict[str, float]:
     total: Counter[str] = Counter()
     for line in actions:
         for action in line:

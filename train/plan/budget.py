@@ -1,0 +1,85 @@
+"""A plan as a whole: does it fit, how fast is it, and what does the run cost."""
+
+from dataclasses import dataclass
+
+from conf.schema import Config
+from train.parallelize import check_layout
+from train.plan.memory import RankMemory, plan_memory
+from train.plan.rates import require_hardware
+from train.plan.step import StepTime, layout_of, plan_time, with_nodes
+from train.schedules import Schedules
+
+HOUR, KWH_IN_JOULES, TRILLION = 3600.0, 3.6e6, 1e12
+
+
+@dataclass
+class Budget:
+    """What all tokens of the run take. Whole steps at the full batch: a batch ramp's shorter steps have more bubble."""
+
+    tokens: float
+    days: float
+    gpu_hours: float
+    gpu_hours_per_trillion_tokens: float
+    cost: float | None
+    """In the currency of hardware.price_per_hour; None without one."""
+    energy_kwh: float | None
+    """Of the devices at their limit of power; None where it is not given."""
+
+
+@dataclass
+class RunPlan:
+    """All that mode=plan knows of a recipe."""
+
+    config: Config
+    ranks: list[RankMemory]
+    step: StepTime
+    budget: Budget
+    memory_bytes: int
+    """Of one device."""
+
+    @property
+    def fullest(self) -> RankMemory:
+        """The rank with the least room."""
+        return max(self.ranks, key=lambda rank: rank.peak_bytes)
+
+    @property
+    def room_bytes(self) -> int:
+        """What the fullest rank leaves free; negative: what it lacks."""
+        return self.memory_bytes - self.fullest.peak_bytes
+
+    @property
+    def fits(self) -> bool:
+        return self.room_bytes >= 0
+
+
+def make_plan(config: Config) -> RunPlan:
+    """Plan a recipe. Raises UserError for a layout that cannot run and for what the planner has no rule for."""
+    require_hardware(config.hardware)
+    config = with_nodes(config)
+    check_layout(config)
+    step = plan_time(config)
+    return RunPlan(config, plan_memory(config), step, budget_of(config, step), device_memory(config))
+
+
+def budget_of(config: Config, step: StepTime) -> Budget:
+    """Days, GPU hours, cost and energy of the token budget."""
+    hardware, devices = config.hardware, layout_of(config).world
+    tokens = config.plan.tokens or Schedules(config).samples[-1] * config.seq_len
+    hours = tokens / step.tokens_per_second / HOUR
+    return Budget(
+        tokens=tokens,
+        days=hours / 24,
+        gpu_hours=hours * devices,
+        gpu_hours_per_trillion_tokens=hours * devices * TRILLION / tokens,
+        cost=None if hardware.price_per_hour is None else hours * devices * hardware.price_per_hour,
+        energy_kwh=None if hardware.watts is None else hours * HOUR * devices * hardware.watts / KWH_IN_JOULES,
+    )
+
+
+def device_memory(config: Config) -> int:
+    """Bytes of one device; of a CPU the share of each of this machine's ranks."""
+    if config.hardware.memory_bytes:
+        return int(config.hardware.memory_bytes)
+    import psutil
+
+    return psutil.virtual_memory().total // layout_of(config).ranks_per_node

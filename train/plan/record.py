@@ -1,0 +1,79 @@
+"""plan.json: everything a plan says, for programs. Units are in the names; train/docs/plan.md describes every field."""
+
+from typing import Any
+
+from parallel.pipeline.simulate import Action
+from train.plan.budget import RunPlan
+from train.plan.cures import Cure
+from train.plan.rates import load_rates
+from train.plan.stages import Stages
+from train.plan.step import layout_of
+
+FILE = "plan.json"
+
+
+def plan_record(plan: RunPlan, cures: list[Cure]) -> dict[str, Any]:
+    """The content of plan.json but for a search."""
+    config, step, budget = plan.config, plan.step, plan.budget
+    layout, parallel = layout_of(config), config.parallel
+    stages = Stages(config, layout, load_rates(config, alone=layout.world == 1))
+    inside, across = stages.spread.step_bytes(stages.sizes.tokens * stages.sizes.micro_batches)
+    return {
+        "name": config.name,
+        "hardware": config.hardware.name,
+        "rates": step.rates,
+        "devices": layout.world,
+        "devices_per_node": layout.ranks_per_node,
+        "device_memory_bytes": plan.memory_bytes,
+        "layout": {
+            **vars(parallel),
+            "micro_batch_size": config.micro_batch_size,
+            "micro_batches": stages.sizes.micro_batches,
+            "recompute": [what.value for what in config.model.recompute],
+            "precision": config.precision.name,
+        },
+        "fits": plan.fits,
+        "room_bytes": plan.room_bytes,
+        "fullest_pp_rank": plan.fullest.pp_rank,
+        "cures": [vars(cure) for cure in cures],
+        "ranks": [
+            {
+                "pp_rank": rank.pp_rank,
+                "peak_bytes": rank.peak_bytes,
+                "peak_event": rank.peak_event,
+                "items_bytes": rank.items,
+            }
+            for rank in plan.ranks
+        ],
+        "stages": [_stage(stages, stage) for stage in range(len(stages.layers))],
+        "step_seconds": step.step_seconds,
+        "pipeline_seconds": step.pipeline_seconds,
+        "bubble_seconds": step.bubble_seconds,
+        "bubble_share": step.bubble_share,
+        "action_seconds": step.action_seconds,
+        "work_seconds": step.work_seconds,
+        "exchange_seconds": step.exchange_seconds,
+        "exposed_communication_seconds": step.exposed_communication_seconds,
+        "exchange_bytes_per_layer": {"inside": inside, "across": across},
+        "reduce_seconds": step.update.reduce,
+        "optimizer_seconds": step.update.optimizer,
+        "gather_seconds": step.update.gather,
+        "tokens_per_second": step.tokens_per_second,
+        "tokens_per_second_per_gpu": step.tokens_per_second_per_gpu,
+        "mfu_causal": step.mfu_causal,
+        "mfu_full": step.mfu_full,
+        **vars(budget),
+    }
+
+
+def _stage(stages: Stages, stage: int) -> dict[str, Any]:
+    layers = stages.layers[stage]
+    rank = next(rank for rank, ids in enumerate(stages.placement) if stage in ids)
+    return {
+        "stage": stage,
+        "pp_rank": rank,
+        "first_layer": layers.start,
+        "layers": len(layers),
+        "forward_seconds": stages.elapsed(Action("F", stage, 0)).seconds,
+        "backward_seconds": stages.elapsed(Action("B", stage, 0)).seconds,
+    }

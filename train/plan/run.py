@@ -1,0 +1,48 @@
+"""mode=plan: plan, show, and write runs/<name>/plan.json and plan.html. Starts no run and asks for no GPU."""
+
+import json
+import os
+from dataclasses import asdict, replace
+from pathlib import Path
+
+from conf.errors import EXIT_OK
+from conf.schema import Config
+from train.plan.budget import make_plan
+from train.plan.cures import find_cures
+from train.plan.page import PAGE, write_page
+from train.plan.record import FILE, plan_record
+from train.plan.screen import calibration_screen, plan_screen, search_screen
+from train.plan.search import Search, search
+from train.plan.write import write_parallel
+
+
+def run_plan(config: Config) -> int:
+    """Do what the plan section asks for; returns the exit code."""
+    if config.plan.calibrate:
+        from train.plan.calibrate import calibrate  # the one part that runs kernels
+
+        calibration_screen(calibrate(config))
+        return EXIT_OK
+    folder = Path(config.runs) / config.name
+    found: Search | None = None
+    if config.plan.search:
+        found = search(config)
+        written = write_parallel(found.best[0].config, config.plan.write, config) if config.plan.write else None
+        search_screen(found, written)
+        config = replace(found.best[0].config, plan=config.plan)
+    plan = make_plan(config)
+    cures = [] if plan.fits else find_cures(plan)
+    record = plan_record(plan, cures)
+    if found is not None:
+        record["search"] = asdict(found.record())
+    folder.mkdir(parents=True, exist_ok=True)
+    _write(folder / FILE, json.dumps(record, indent=1))
+    write_page(folder / PAGE, plan, record)
+    plan_screen(plan, cures, folder)
+    return EXIT_OK
+
+
+def _write(path: Path, text: str) -> None:
+    part = path.with_name(f".{path.name}.part")
+    part.write_text(text)
+    os.replace(part, path)

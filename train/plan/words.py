@@ -1,0 +1,31 @@
+"""Sizes, times and sums of money as a person reads them."""
+
+GIB = 2**30
+
+
+def gib(size: float) -> str:
+    return f"{size / GIB:.1f} GiB" if size >= 0.1 * GIB else f"{size / 2**20:.0f} MiB"
+
+
+def seconds(value: float) -> str:
+    """Three digits in the unit that suits."""
+    for limit, factor, unit in ((1e-3, 1e6, "us"), (1.0, 1e3, "ms"), (600.0, 1.0, "s"), (36000.0, 1 / 60, "min")):
+        if value < limit:
+            return f"{value * factor:.3g} {unit}"
+    return f"{value / 3600:.3g} h"
+
+
+def amount(value: float) -> str:
+    """1.54K, 2.66M, 14.8T."""
+    for limit, unit in ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "K")):
+        if value >= limit:
+            return f"{value / limit:.3g}{unit}"
+    return f"{value:.3g}"
+
+
+def share(value: float | None) -> str:
+    return "?" if value is None else f"{100 * value:.1f} %"
+
+
+def length_of_run(days: float) -> str:
+    return f"{days:.1f} days" if days >= 2 else seconds(days * 86400)
