@@ -138,6 +138,7 @@ def make_dispatcher(config: Config, mesh: Mesh) -> Dispatcher:
         config.parallel.dispatch,
         experts=config.model.experts,
         wire=config.parallel.wire,
+        quantized=config.precision.fp8 is not None,
         ep_group=mesh.ep_group,
         inter_group=mesh.inter_group,
         intra_group=mesh.intra_group,

@@ -6,7 +6,7 @@ from conf.errors import UserError
 from parallel.expert.all_to_all import AllToAllDispatcher
 from parallel.expert.deep_ep import DeepEPDispatcher
 from parallel.expert.node_limited import NodeLimitedDispatcher
-from parallel.expert.wire import Fp8Wire, HighWire, Wire
+from parallel.expert.wire import Fp8RowsWire, Fp8Wire, HighWire, Wire
 
 Dispatcher = AllToAllDispatcher | NodeLimitedDispatcher | DeepEPDispatcher
 
@@ -47,9 +47,9 @@ def check_groups(ep: int, ranks_per_node: int, groups: int) -> None:
         )
 
 
-def build_wire(name: str) -> Wire:
-    """bf16 (the activation format, whichever that is) or fp8."""
-    wires = {wire.name: wire for wire in (HighWire, Fp8Wire)}
+def build_wire(name: str, quantized: bool = False) -> Wire:
+    """bf16 (the activation format, whichever that is) or fp8. quantized: experts take FP8 rows as they arrive."""
+    wires = {wire.name: wire for wire in (HighWire, Fp8RowsWire if quantized else Fp8Wire)}
     if name not in wires:
         raise UserError("parallel.wire", name, f"must be one of {sorted(wires)}", "set parallel.wire=bf16")
     return wires[name]()
@@ -60,6 +60,7 @@ def build_dispatcher(
     *,
     experts: int,
     wire: str = "bf16",
+    quantized: bool = False,
     ep_group: dist.ProcessGroup | None = None,
     inter_group: dist.ProcessGroup | None = None,
     intra_group: dist.ProcessGroup | None = None,
@@ -69,7 +70,7 @@ def build_dispatcher(
 ) -> Dispatcher:
     """A dispatcher for one layer or, as it keeps no state between uses, for all layers of a rank.
 
-    name: flat, node_limited or deepep. experts: routed experts of a layer. wire: bf16 or fp8.
+    name: flat, node_limited or deepep. experts: routed experts of a layer. wire, quantized: see `build_wire`.
     ep_group: the expert-parallel group (None: this rank alone). inter_group, intra_group, for node_limited: the
     ranks with this rank's index on each node, and the ranks of this node (None: just this rank).
     ranks_per_node: consecutive ranks of the group on one node. groups: the router's expert groups.
@@ -78,10 +79,10 @@ def build_dispatcher(
     ep = 1 if ep_group is None else dist.get_world_size(ep_group)
     check_experts(experts, ep)
     if name == "flat":
-        return AllToAllDispatcher(ep_group, experts, ranks_per_node, build_wire(wire))
+        return AllToAllDispatcher(ep_group, experts, ranks_per_node, build_wire(wire, quantized))
     if name == "node_limited":
         check_groups(ep, ranks_per_node, groups)
-        return NodeLimitedDispatcher(inter_group, intra_group, experts, build_wire(wire))
+        return NodeLimitedDispatcher(inter_group, intra_group, experts, build_wire(wire, quantized))
     if name == "deepep":
-        return DeepEPDispatcher(ep_group, experts, width, build_wire(wire))
+        return DeepEPDispatcher(ep_group, experts, width, build_wire(wire, quantized))
     raise UserError("parallel.dispatch", name, "must be flat, node_limited or deepep", "set parallel.dispatch=flat")

@@ -100,12 +100,11 @@ class DeepEPDispatcher:
         q_TD, scale_TS = self.wire.decode_parts(self.wire.encode(rows_TD, gradient=gradient), rows_TD.shape[1])
         return q_TD.contiguous(), scale_TS
 
-    def decode(self, received: Any) -> Tensor:
+    def decode(self, received: Any, *, gradient: bool) -> Tensor:
         """bf16 rows from what DeepEP gives."""
         if not isinstance(received, tuple):
             return received
-        q_MD, scale_MS = received
-        return (q_MD.float().unflatten(1, (-1, 128)) * scale_MS[..., None]).flatten(1).bfloat16()
+        return self.wire.received(*received, torch.bfloat16, gradient=gradient)
 
 
 class _Dispatch(torch.autograd.Function):
@@ -125,7 +124,7 @@ class _Dispatch(torch.autograd.Function):
         )
         ctx.buffer, ctx.handle = buffer, handle
         ctx.mark_non_differentiable(ids_MK)
-        return dispatcher.decode(received), gates_MK, ids_MK, counts, handle
+        return dispatcher.decode(received, gradient=False), gates_MK, ids_MK, counts, handle
 
     @staticmethod
     def backward(ctx, grad_MD: Tensor, grad_gates_MK: Tensor, *_):
@@ -144,7 +143,7 @@ class _Combine(torch.autograd.Function):
     def backward(ctx, grad_TD: Tensor):
         sent = ctx.dispatcher.encode(grad_TD, gradient=True)
         received, *_ = ctx.dispatcher.buffer.dispatch(sent, handle=ctx.handle)
-        return ctx.dispatcher.decode(received), None, None
+        return ctx.dispatcher.decode(received, gradient=True), None, None
 
 
 class _Spread(torch.autograd.Function):

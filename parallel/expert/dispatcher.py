@@ -161,9 +161,9 @@ class ChainDispatcher(ABC):
             message_CX = self._first_copies(plan, words_TW, gates_TK)
         return self.links[0].start(message_CX, plan.sent[0], plan.received[0], traffic)
 
-    def _finish_out(self, flight: "_Flight", transfer: Transfer, traffic: Traffic) -> tuple[Tensor, Tensor]:
+    def _finish_out(self, flight: "_Flight", transfer: Transfer, gradient: bool = False) -> tuple[Tensor, Tensor]:
         """Rows sorted by expert, and the side words of the arrivals (no columns for a gradient)."""
-        plan = flight.plan
+        plan, traffic = flight.plan, self.counters.backward if gradient else self.counters.forward
         words = self.wire.row_bytes(flight.width, flight.dtype) // 4
         message_MX = transfer.wait()
         for hop, link in enumerate(self.links[1:], 1):
@@ -173,7 +173,8 @@ class ChainDispatcher(ABC):
             message_MX = link.start(copies_CX, plan.sent[hop], plan.received[hop], traffic).wait()
         if len(plan.fans) == len(self.links):
             self._learn(plan, message_MX[:, words:])
-        rows_MD = self.wire.decode(message_MX[:, :words].view(torch.uint8), flight.width, flight.dtype)
+        bytes_MB = message_MX[:, :words].view(torch.uint8)
+        rows_MD = self.wire.decode(bytes_MB, flight.width, flight.dtype, gradient=gradient)
         return spread(rows_MD, plan.fans[-1]), message_MX[:, words:]
 
     def _start_back(self, flight: "_Flight", rows_RD: Tensor, side_MX: Tensor | None, traffic: Traffic) -> Transfer:
@@ -249,7 +250,7 @@ class _DispatchWait(torch.autograd.Function):
     def forward(ctx, ticket: Tensor, flight: _Flight) -> tuple[Tensor, Tensor]:
         ctx.flight = flight
         dispatcher = flight.dispatcher
-        rows_RD, side_MX = dispatcher._finish_out(flight, flight.land(), dispatcher.counters.forward)
+        rows_RD, side_MX = dispatcher._finish_out(flight, flight.land())
         return rows_RD, dispatcher._row_gates(flight.plan, side_MX)
 
     @staticmethod
@@ -271,7 +272,7 @@ class _CombineBegin(torch.autograd.Function):
     @staticmethod
     def backward(ctx, _: Tensor):
         flight, dispatcher = ctx.flight, ctx.flight.dispatcher
-        grad_RD, _ = dispatcher._finish_out(flight, flight.land(), dispatcher.counters.backward)
+        grad_RD, _ = dispatcher._finish_out(flight, flight.land(), gradient=True)
         return grad_RD, None
 
 

@@ -11,7 +11,8 @@ Values are sent as bytes since gloo knows no FP8. With amax the largest magnitud
 
 448 = 1.75 * 2^8 is the largest E4M3 number, so the exponent of the scale is that of amax less 8, plus 1 if the
 mantissa of amax exceeds 1.75. That is one integer addition to the bits of amax, exact and without a logarithm.
-Dividing by a power of two is exact as well, so q * scale is exact in bf16 and quantizing twice changes nothing.
+Dividing by a power of two is exact as well, so q * scale is exact in bf16 and quantizing twice changes nothing:
+where rounding took a tile's amax down to 224 * scale, the second time halves the scale and doubles q, exactly.
 
 Shapes: R rows, D channels, B bytes per message row (a multiple of 4), S tiles of 128 channels.
 """
@@ -22,7 +23,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-TILE = 128
+from parallel.expert.quantized_rows import TILE, QuantizedRows, dequantize, in_tiles
+
 E4M3_MAX = 448.0
 
 
@@ -37,8 +39,8 @@ class Wire(Protocol):
     def encode(self, x_RD: Tensor, *, gradient: bool = False) -> Tensor:
         """Rows to bytes, uint8 (R, B)."""
 
-    def decode(self, bytes_RB: Tensor, width: int, dtype: torch.dtype) -> Tensor:
-        """Bytes to rows, (R, width) of dtype."""
+    def decode(self, bytes_RB: Tensor, width: int, dtype: torch.dtype, *, gradient: bool = False) -> Tensor:
+        """Bytes to rows, (R, width) of dtype. gradient: as they were encoded."""
 
 
 class HighWire:
@@ -53,7 +55,7 @@ class HighWire:
         bytes_RB = x_RD.contiguous().view(torch.uint8)
         return F.pad(bytes_RB, (0, -bytes_RB.shape[1] % 4))
 
-    def decode(self, bytes_RB: Tensor, width: int, dtype: torch.dtype) -> Tensor:
+    def decode(self, bytes_RB: Tensor, width: int, dtype: torch.dtype, *, gradient: bool = False) -> Tensor:
         return bytes_RB[:, : width * dtype.itemsize].view(dtype)
 
 
@@ -77,7 +79,7 @@ class Fp8Wire:
 
     def encode(self, x_RD: Tensor, *, gradient: bool = False) -> Tensor:
         rows, width = x_RD.shape
-        tiles_RST = _in_tiles(x_RD.float())
+        tiles_RST = in_tiles(x_RD.float())
         amax_RS = tiles_RST.abs().amax(2).clamp_min(self.gradient_floor if gradient else self.activation_floor)
         exponent_RS = ((amax_RS.view(torch.int32) + 0x1FFFFF) >> 23) - 8
         inverse_RS = ((254 - exponent_RS) << 23).view(torch.float32)
@@ -94,15 +96,19 @@ class Fp8Wire:
         exponent_RS = bytes_RB[:, width : width + _tiles(width)].to(torch.int32)
         return q_RD, (exponent_RS << 23).view(torch.float32)
 
-    def decode(self, bytes_RB: Tensor, width: int, dtype: torch.dtype) -> Tensor:
-        q_RD, scale_RS = self.decode_parts(bytes_RB, width)
-        return _in_tiles(q_RD.float()).mul_(scale_RS[..., None]).flatten(1)[:, :width].to(dtype)
+    def decode(self, bytes_RB: Tensor, width: int, dtype: torch.dtype, *, gradient: bool = False) -> Tensor:
+        return self.received(*self.decode_parts(bytes_RB, width), dtype, gradient=gradient)
+
+    def received(self, q_RD: Tensor, scale_RS: Tensor, dtype: torch.dtype, *, gradient: bool) -> Tensor:
+        """The rows that these parts stand for."""
+        return dequantize(q_RD, scale_RS, dtype)
 
 
-def _in_tiles(x_RD: Tensor) -> Tensor:
-    """Rows as (R, S, 128), the last tile filled with zeros."""
-    width = x_RD.shape[1]
-    return F.pad(x_RD, (0, -width % TILE)).unflatten(1, (_tiles(width), TILE))
+class Fp8RowsWire(Fp8Wire):
+    """The same, for experts that compute in FP8: what arrives stays quantized (parallel/expert/quantized_rows.py)."""
+
+    def received(self, q_RD: Tensor, scale_RS: Tensor, dtype: torch.dtype, *, gradient: bool) -> Tensor:
+        return QuantizedRows(q_RD, scale_RS, self.gradient_floor if gradient else self.activation_floor, dtype)
 
 
 def _tiles(width: int) -> int:

@@ -80,10 +80,12 @@ class Buffer:
 def check(rank: int) -> None:
     sys.modules["deep_ep"] = SimpleNamespace(Buffer=Buffer, topk_idx_t=torch.int64)
     common.WIDTH = WIDTH
-    for wire in ("bf16", "fp8"):
+    for wire, quantized in (("bf16", False), ("fp8", False), ("fp8", True)):
         case = common.Case("deepep", wire, tokens=(6, 0, 9), dtype=torch.bfloat16)
         world = common.make_world(case)
-        dispatcher = build_dispatcher("deepep", experts=8, wire=wire, ep_group=dist.group.WORLD, width=WIDTH)
+        dispatcher = build_dispatcher(
+            "deepep", experts=8, wire=wire, quantized=quantized, ep_group=dist.group.WORLD, width=WIDTH
+        )
         common.compare(case, common.run_case(dispatcher, world), common.expected(case, world))
 
 

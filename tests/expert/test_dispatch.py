@@ -278,9 +278,9 @@ def check_overlap(rank: int, name: str) -> None:
     finish_back, finish_out = dispatcher._finish_back, dispatcher._finish_out
 
     def noting(event, function):
-        def call(*args):
+        def call(*args, **options):
             events.append(event)
-            return function(*args)
+            return function(*args, **options)
 
         return call
 

@@ -10,6 +10,7 @@ import torch
 
 from conf.errors import UserError
 from conf.load import compose
+from parallel.expert.wire import Fp8RowsWire, Fp8Wire
 from tests.precision import fakes, interpreter
 from train.precision import hopper, swiglu, triton_kernels
 from train.precision.formats import E4M3, E5M2, Cast
@@ -126,6 +127,22 @@ def test_model_products_agree_with_the_emulation(engine, overrides):
         _compare([precision.linear(x, w, kind) for precision in (ours, cpu)], [x, w])
     outputs = [precision.expert_ffn(rows, gates, w13, w2, counts) for precision in (ours, cpu)]
     _compare(outputs, [rows, gates, w13, w2])
+
+
+def test_rows_from_an_fp8_wire_are_taken_as_they_are(engine):
+    """Forward and backward of experts: the results of the same rows dequantised, which the kernels quantise again."""
+    precision = Fp8Precision(compose("precision=fp8").precision.fp8, torch.device("cpu"), engine)
+    counts = torch.tensor([3, 0, 130])
+    gates, w13, w2 = torch.rand(133), torch.randn(3, 256, 256).bfloat16() / 16, torch.randn(3, 256, 128).bfloat16() / 11
+    results = []
+    for wire in (Fp8RowsWire(), Fp8Wire()):
+        bytes_RB = wire.encode(wide(133, 256))
+        rows = wire.decode(bytes_RB, 256, torch.bfloat16)
+        dy = wire.decode(bytes_RB, 256, torch.bfloat16, gradient=True)
+        inputs = [tensor.detach().requires_grad_() for tensor in (rows, gates, w13, w2)]
+        y = precision.expert_ffn(*inputs, counts)
+        results.append([y, *torch.autograd.grad(y, inputs, dy)])
+    assert all(torch.equal(ours, expected) for ours, expected in zip(*results, strict=True))
 
 
 def _compare(outputs: list[torch.Tensor], inputs: list[torch.Tensor]) -> None:

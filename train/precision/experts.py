@@ -9,7 +9,9 @@
                 a, dh, dgate from D(Q(h)) and da       SwiGLU's output is computed again (paper 3.3.3)
                 dw2 = Q'(D(Q(dy)))^T Q'(a)             dy is what the dispatcher's wire brought: FP8 already
 
-Rows are padded per expert to 128 once, on entry (train/precision/groups.py).
+Rows are padded per expert to 128 once, on entry (train/precision/groups.py).  Where the dispatcher's wire is FP8, x and dy
+arrive quantised (parallel/expert/quantized_rows.py).  They are taken as they are if the recipe asks for that very cast: then
+Q(x) and Q(dy) above are what the wire brought, and quantising its values again would give the same ones.
 
 Shape suffixes: R rows sorted by expert, P padded rows, D width, F inner width, E experts.
 """
@@ -18,13 +20,15 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from parallel.expert.quantized_rows import QuantizedRows
 from train.model.needed import gradients_needed
 from train.precision import swiglu
+from train.precision.formats import E4M3, TILE, Cast
 from train.precision.groups import Groups
 from train.precision.health import Probe
 from train.precision.linear import keep, left_source
 from train.precision.products import Engine, Source, pack, unpack
-from train.precision.recipe import Product, Recipe
+from train.precision.recipe import Product, Recipe, Rule
 
 Probes = tuple[Probe, Probe]
 
@@ -39,7 +43,10 @@ def expert_ffn(
     recipe: Recipe,
     probes: Probes | None,
 ) -> Tensor:
-    """SwiGLU FFN of every expert on its own rows: (R, D) in the rows' format. probes: of w13 and of w2."""
+    """SwiGLU FFN of every expert on its own rows: (R, D) in the rows' format. probes: of w13 and of w2.
+
+    rows_RD and the gradient of the result may be `QuantizedRows`.
+    """
     groups = Groups.of(counts_E)
     up, down = (None, None) if probes is None else probes
     h_P2F = _Up.apply(rows_RD, w13_E2FD, groups, engine, recipe, up)
@@ -52,15 +59,17 @@ class _Up(torch.autograd.Function):
     @staticmethod
     def forward(ctx, rows_RD, w13_E2FD, groups, engine, recipe, probe):
         rules, dtype = recipe.experts_up, rows_RD.dtype
-        x_PD = groups.pad(rows_RD)
-        x = keep(x_PD, engine, rules)
-        left = engine.operand(left_source(x, x_PD, rules), rules.fprop.left)
+        x = source = _arrived(rows_RD, groups, engine, rules.fprop.left)
+        if isinstance(source, Tensor):
+            x = keep(source, engine, rules)
+            source = left_source(x, source, rules)
+        left = engine.operand(source, rules.fprop.left)
         h_P2F = engine.grouped(left, engine.operand(w13_E2FD, rules.fprop.right), groups, dtype)
         tensors, ctx.forms = pack(w13_E2FD, x)
         ctx.save_for_backward(*tensors)
         ctx.groups, ctx.engine, ctx.rules, ctx.probe, ctx.dtype = groups, engine, rules, probe, dtype
         if probe is not None:
-            _probe_forward(probe, rules.fprop, groups, x_PD, w13_E2FD, h_P2F)
+            _probe_forward(probe, rules.fprop, groups, groups.pad(rows_RD), w13_E2FD, h_P2F)
         return h_P2F
 
     @staticmethod
@@ -103,8 +112,8 @@ class _Down(torch.autograd.Function):
         gates_P, w2_EDF, h = unpack(ctx.saved_tensors, ctx.forms)
         h_needed, gates_needed, weight_needed, *_ = gradients_needed(ctx)
         dh_P2F = dgates_R = dw2_EDF = None
-        dy = groups.pad(dy_RD)
-        if rules.dgrad.left.format is not None:
+        dy = _arrived(dy_RD, groups, engine, rules.dgrad.left)
+        if isinstance(dy, Tensor) and rules.dgrad.left.format is not None:
             dy = engine.cast(dy, rules.dgrad.left.cast())
         if h_needed or gates_needed:
             w2 = engine.operand(w2_EDF, rules.dgrad.right, transposed=True)
@@ -118,6 +127,16 @@ class _Down(torch.autograd.Function):
         if weight_needed:
             dw2_EDF = _wgrad(dy, a_PF, rules.wgrad, engine, groups, w2_EDF.dtype)
         return dh_P2F, dgates_R, dw2_EDF, None, None, None, None
+
+
+def _arrived(rows_RD: Tensor, groups: Groups, engine: Engine, rule: Rule) -> Source:
+    """The rows in their padded places: quantised as they came if the rule asks for that cast, else their values."""
+    if isinstance(rows_RD, QuantizedRows):
+        cast = Cast(E4M3, (1, TILE), pow2=True, floor=rows_RD.floor)
+        if rule.format is not None and rule.cast() == cast:
+            q_PD = groups.pad(rows_RD.q_RD.view(torch.uint8)).view(rows_RD.q_RD.dtype)
+            return engine.arrived(q_PD, groups.pad(rows_RD.scale_RS), cast)
+    return groups.pad(rows_RD)
 
 
 def _wgrad(left: Source, right: Source, rules: Product, engine: Engine, groups: Groups, dtype: torch.dtype) -> Tensor:

@@ -69,6 +69,10 @@ class HopperEngine:
 
     cast = keep
 
+    def arrived(self, q_MK: Tensor, scale: Tensor, cast: Cast) -> Quantized:
+        q, by_column = _padded(q_MK.view(torch.uint8)).view(q_MK.dtype), F.pad(scale.t(), (0, -scale.shape[0] % TILE))
+        return Quantized(q, by_column.contiguous().t(), cast, q_MK.shape)
+
     def operand(
         self, source: Source, rule: Rule, transposed: bool = False, groups: Groups | None = None
     ) -> Operand | Tensor:

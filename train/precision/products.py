@@ -76,6 +76,10 @@ class Engine(Protocol):
         """The same to use at once, in whatever form is cheapest."""
         ...
 
+    def arrived(self, q_MK: Tensor, scale: Tensor, cast: Cast) -> Source:
+        """What `keep` would give for values that are quantised already. scale: (M, ceil(K / 128))."""
+        ...
+
     def operand(self, source: Source, rule: Rule, transposed: bool = False, groups: Groups | None = None) -> Any:
         """Operand (O, C) of a source (O, C), or with `transposed` of a source (C, O). Leading axes stay.
 
@@ -122,6 +126,10 @@ class CpuEngine:
 
     def cast(self, x_MK: Tensor, cast: Cast) -> Rounded:
         return Rounded(fake_quantize(x_MK, cast), fitted(cast, x_MK))
+
+    def arrived(self, q_MK: Tensor, scale: Tensor, cast: Cast) -> Source:
+        quantized = Quantized(q_MK, scale, fitted(cast, q_MK), q_MK.shape)
+        return quantized if self._packed else Rounded(dequantize(quantized), quantized.cast)
 
     def operand(self, source: Source, rule: Rule, transposed: bool = False, groups: Groups | None = None) -> Tensor:
         values = _values(source)
