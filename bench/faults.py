@@ -5,7 +5,8 @@
 Needs root and iproute2. Every trial is a launch of its own: it trains until half-way between two checkpoints, h1 meets
 the fault, and the trial ends with the next step, or after --limit seconds. Rounds over all cells follow one another, so
 that the noise of the machine falls on all; a cell that did not recover is not tried again, and a round that would not end
-within --minutes is not begun. Everything started or made is ended and removed, after errors too.
+within --minutes is not begun, nor any trial after them: cells that were not tried are named. Everything started or made is
+ended and removed, after errors too.
 
     rank_kill   SIGKILL of the rank on h1                  hang         SIGSTOP of the rank on h1
     power_off   link down, then all processes of h1 killed link_cut     link down, processes live
@@ -147,11 +148,14 @@ def _end(launch: Launch, what: str, limit: float) -> dict:
     return {"outcome": outcome, "said": launch.output()[-1000:]}
 
 
-def run_round(cells: list[tuple[str, str]], limit: float, keep: Callable[[str, str, dict], None]) -> None:
-    """One trial of every cell; those with Ray on the hosts first, the others on hosts without."""
+def run_round(
+    cells: list[tuple[str, str]], limit: float, deadline: float, keep: Callable[[str, str, dict], None]
+) -> None:
+    """One trial of every cell; those with Ray on the hosts first, the others on hosts without. None begins after the
+    deadline (monotonic)."""
     for ray in (True, False):
         mine = [(name, kind) for name, kind in cells if (SYSTEMS[name].on_ray and kind != "start_local") == ray]
-        if not mine:
+        if not mine or time.monotonic() > deadline:
             continue
         folder = Path(tempfile.mkdtemp(prefix="slf"))
         try:
@@ -159,6 +163,8 @@ def run_round(cells: list[tuple[str, str]], limit: float, keep: Callable[[str, s
             hosts.environment |= {"PYTHONPATH": str(ROOT), "TMPDIR": str(folder), "RAY_TMPDIR": str(folder)}
             with hosts:
                 for name, kind in mine:
+                    if time.monotonic() > deadline:
+                        break
                     keep(name, kind, trial(SYSTEMS[name], kind, hosts, limit))
         finally:
             shutil.rmtree(folder, ignore_errors=True)
@@ -191,7 +197,9 @@ def main() -> None:
     every = [f"{name}:{kind}" for name in SYSTEMS for kind in KINDS]
     parser.add_argument("--only", nargs="+", choices=every, default=every, metavar="SYSTEM:FAULT")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--minutes", type=float, default=18.0, help="no round begins that would end later")
+    parser.add_argument(
+        "--minutes", type=float, default=18.0, help="no round begins that would end later, and no trial after them"
+    )
     parser.add_argument("--limit", type=float, default=120.0, help="seconds for a start, and for a recovery")
     parser.add_argument("--out", type=Path, default=Path("faults.json"))
     options = parser.parse_args()
@@ -209,14 +217,16 @@ def main() -> None:
         _write(options.out, results)
 
     began = time.monotonic()
-    cells = [tuple(cell.split(":")) for cell in options.only]
+    asked = cells = [tuple(cell.split(":")) for cell in options.only]
     for number in range(1, options.rounds + 1):
-        run_round(cells, options.limit, keep)
-        cells = [cell for cell in cells if results[cell][-1]["outcome"] in ("recovered", "started")]
+        run_round(cells, options.limit, began + options.minutes * 60, keep)
+        cells = [cell for cell in cells if cell in results and results[cell][-1]["outcome"] in ("recovered", "started")]
         elapsed = time.monotonic() - began
         if elapsed * (number + 1) / number > options.minutes * 60:
             break
     show(results)
+    if left := [":".join(cell) for cell in asked if cell not in results]:
+        print(f"not tried within {options.minutes:g} minutes: {', '.join(left)}")
 
 
 def _write(path: Path, results: dict[tuple[str, str], list[dict]]) -> None:
