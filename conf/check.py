@@ -379,6 +379,13 @@ def _check_evaluate(config: Config) -> None:
         "name some: evaluate.tasks=[NAME]",
     )
     _require(
+        config.mode != Mode.evaluate or config.cluster.backend == "local",
+        "cluster.backend",
+        config.cluster.backend,
+        "mode=evaluate starts its ranks on this machine, or is started by torchrun or Slurm",
+        "leave cluster=ray out",
+    )
+    _require(
         not evaluate.tasks or config.parallel.pp * config.parallel.dp == 1,
         "evaluate.tasks",
         evaluate.tasks,

@@ -21,7 +21,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from conf.check import check
 from conf.errors import EXIT_OK, EXIT_USER, UserError
-from conf.run_settings import over_run_settings
+from conf.run_settings import LOOKS_AT_A_RUN, over_run_settings
 from conf.schema import ROOT, Config
 
 
@@ -119,7 +119,8 @@ def run(job: Callable[[list[Config]], int]) -> int:
         hydra_config = HydraConfig.get()
         if node.name is None:
             node.name = hydra_config.runtime.choices.conf
-        if hydra_config.mode == RunMode.MULTIRUN:  # each job of a sweep has its own run folder
+        if hydra_config.mode == RunMode.MULTIRUN and node.mode not in LOOKS_AT_A_RUN:
+            # Each job of a sweep has its own run folder.
             node.name = f"{node.name}/{hydra_config.job.num}"
         nodes.append(over_run_settings(node, hydra_config.overrides.task, list(hydra_config.runtime.choices)))
 

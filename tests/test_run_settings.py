@@ -1,9 +1,13 @@
 """Modes that look at a run take its settings, under what the command line says."""
 
+import subprocess
+import sys
+
 import pytest
 
 from conf.errors import UserError
 from conf.load import compose, write_config
+from conf.schema import ROOT
 
 
 @pytest.fixture
@@ -57,3 +61,9 @@ def test_rules_hold_for_what_comes_together(runs):
     with pytest.raises(UserError) as caught:
         compose("mode=evaluate", "name=old", f"runs={runs}", "seq_len=100000")
     assert caught.value.field == "seq_len"
+
+
+def test_a_sweep_over_runs_looks_at_each_by_its_name(tmp_path):
+    command = [sys.executable, "-m", "train", "-m", "mode=evaluate", "name=one,two", f"runs={tmp_path}"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 2 and f"there is none in {tmp_path / 'one' / 'checkpoints'}" in done.stderr, done.stderr

@@ -5,6 +5,7 @@ from pathlib import Path
 import psutil
 import torch
 
+from conf.errors import UserError
 from conf.schema import Config, Model
 from parallel.shard import whole
 from train.checkpoint.load import load
@@ -23,6 +24,18 @@ def weight_bytes(config: Model, item_bytes: int) -> int:
 def fits_here(config: Config) -> bool:
     """Whether this machine has memory for the whole model beside a run, in fp32 while it loads."""
     return weight_bytes(config.model, 4) < psutil.virtual_memory().available / 2
+
+
+def require_memory(model: Model, item_bytes: int, field: str, what: Path) -> None:
+    """UserError if one process cannot hold the weights while they load. what: where they come from, the value of field."""
+    needed, free = weight_bytes(model, item_bytes), psutil.virtual_memory().available
+    if needed > free:
+        raise UserError(
+            field,
+            what,
+            f"needs {needed / 1e9:.1f} GB of memory in one process, and {free / 1e9:.1f} GB are free",
+            "take a machine with more memory, or a smaller model",
+        )
 
 
 def load_model(config: Config, checkpoint: Path, device: torch.device) -> DeepSeekV3:

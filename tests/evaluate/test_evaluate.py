@@ -5,6 +5,7 @@ import math
 import os
 import shutil
 import socket
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -189,10 +190,18 @@ def test_bad_input_names_field_and_cure(trained, tmp_path, monkeypatch):
     for field, overrides in {
         "evaluate.tasks": ["evaluate.tasks=[a]", "parallel.dp=2", "parallel.ep=2"],
         "evaluate.sequences": ["evaluate.sequences=-1"],
+        "cluster.backend": ["cluster=ray"],
     }.items():
         with pytest.raises(UserError) as caught:
             trained.compose(*overrides)
         assert caught.value.field == field
+
+
+def test_a_model_that_one_process_cannot_hold_is_refused_before_it_is_read(trained, monkeypatch):
+    monkeypatch.setattr("psutil.virtual_memory", lambda: SimpleNamespace(available=100_000))
+    with pytest.raises(UserError, match=r"of memory in one process, and 0\.0 GB are free") as caught:
+        evaluate(trained.compose(), alone=True)
+    assert caught.value.field == "evaluate.checkpoint"
 
 
 def test_averages_that_were_not_kept_are_refused(trained, tmp_path):

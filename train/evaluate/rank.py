@@ -27,6 +27,7 @@ from train.hf.load import load_hf_model  # noqa: E402
 from train.precision.build import activation_dtype  # noqa: E402
 from train.run_folder import RunPaths  # noqa: E402
 from train.validation import Sums, held_out_loss  # noqa: E402
+from train.whole_model import require_memory  # noqa: E402
 from train.worker import choose_device, guarded, in_turn, start_process_group  # noqa: E402
 
 FOLDER = "evaluate"
@@ -63,9 +64,13 @@ def _run(config: Config, place: Place) -> int:
 
 
 def _load(target: Target, mesh: Mesh, device: torch.device) -> Pipeline:
+    """Raises UserError where one process has all the weights and no memory for them."""
+    dtype = activation_dtype(target.config.precision)
+    if mesh.layout.world == 1:
+        item_bytes = dtype.itemsize + (4 if target.meta is not None else 0)  # a checkpoint's are read in fp32
+        require_memory(target.config.model, item_bytes, "evaluate.checkpoint", target.checkpoint)
     if target.meta is not None:
         return load_pipeline(target.config, mesh, device, target.checkpoint)
-    dtype = activation_dtype(target.config.precision)
     _, model, _ = load_hf_model(target.checkpoint, dtype, "evaluate.checkpoint")
     return make_pipeline(target.config, mesh, device, [model.to(device)], [0], 1)
 

@@ -3,7 +3,7 @@
 import importlib.util
 import sys
 
-from cluster.launch import Place, launch
+from cluster.launch import Place, given_place, launch
 from conf.errors import UserError
 from conf.load import write_config
 from conf.schema import Config
@@ -22,7 +22,7 @@ def evaluate(config: Config, alone: bool) -> int:
         build_corpus(target.config, progress)
     folder = RunPaths(config).path / "evaluate"
     command = [sys.executable, "-m", "train.evaluate.rank", str(folder / "config.yaml")]
-    if config.parallel.pp * config.parallel.dp > 1 or not alone:
+    if given_place() is None and (config.parallel.pp * config.parallel.dp > 1 or not alone):
         folder.mkdir(parents=True, exist_ok=True)
         write_config(config, command[-1])
     return launch(config, folder, command, _run_rank, alone)

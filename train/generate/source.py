@@ -4,11 +4,10 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-import psutil
 import torch
 
 from conf.errors import UserError
-from conf.schema import Config, Model
+from conf.schema import Config
 from train.checkpoint.manifest import read_manifest
 from train.data.tokenizer import Tokenizer, check_fit, load_tokenizer
 from train.evaluate.target import is_hf_folder
@@ -18,7 +17,7 @@ from train.hf.load import load_hf_model
 from train.hf.tokenizer import SETTINGS
 from train.precision.build import activation_dtype
 from train.run_folder import find_checkpoint
-from train.whole_model import load_model, weight_bytes
+from train.whole_model import load_model, require_memory
 
 FIELD = "generate.checkpoint"
 
@@ -53,7 +52,7 @@ def from_checkpoint(config: Config, checkpoint: Path, tokenizer: Tokenizer, devi
 def _from_run(config: Config, device: torch.device) -> Source:
     checkpoint = find_checkpoint(config, config.generate.checkpoint, FIELD)
     tokenizer = _tokenizer_of(config, checkpoint)
-    _require_memory(config.model, 4, checkpoint)
+    require_memory(config.model, 4, FIELD, checkpoint)
     return from_checkpoint(config, checkpoint, tokenizer, device)
 
 
@@ -88,7 +87,7 @@ def _from_hugging_face(config: Config, folder: Path, device: torch.device) -> So
             "take precision=bf16",
         )
     dtype = activation_dtype(config.precision)
-    _require_memory(read_model(folder, FIELD), dtype.itemsize, folder)
+    require_memory(read_model(folder, FIELD), dtype.itemsize, FIELD, folder)
     if config.data.tokenizer is None and not (folder / "tokenizer.json").is_file():
         raise UserError(FIELD, folder, "holds no tokenizer.json", "set data.tokenizer to the one of these weights")
     choice = config.data.tokenizer or str(folder)
@@ -111,15 +110,3 @@ def start_token(folder: Path, tokenizer: Tokenizer) -> int:
     if (found := tokenizer.id_of(name)) is None:
         raise UserError(FIELD, path, f"its bos_token {name} is not in the tokenizer", "download both files again")
     return found
-
-
-def _require_memory(model: Model, item_bytes: int, what: Path) -> None:
-    """UserError if one process cannot hold the weights while they load."""
-    needed, free = weight_bytes(model, item_bytes), psutil.virtual_memory().available
-    if needed > free:
-        raise UserError(
-            FIELD,
-            what,
-            f"needs {needed / 1e9:.1f} GB of memory in one process, and {free / 1e9:.1f} GB are free",
-            "take a machine with more memory, or a smaller model",
-        )
