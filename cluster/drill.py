@@ -50,13 +50,15 @@ class Drill:
         choices = [*ground.faults(), self._stop_driver, self._kill_driver]
         try:
             self._launch()
+            anew = True
             for number in range(1, faults + 1):
-                if not self._await_steps():
+                if not self._await_steps(anew):
                     break
                 fault = ground.chance.choice(choices)
                 self._say(f"{time.strftime('%H:%M:%S')} fault {number}/{faults}: {fault.__doc__}")
                 self.met[fault.__doc__] += 1
                 fault()
+                anew = fault != ground.fill_disk  # the run goes on through that one
             return ground.driver.wait()
         finally:
             if ground.driver.poll() is None:
@@ -66,12 +68,13 @@ class Drill:
         self._ground.launch(self._overrides)
         self._seen = len(read_events(self._ground.folder))
 
-    def _await_steps(self) -> bool:
-        """Until the newest attempt has done a step and saved since, and a little longer; False if the run ended."""
+    def _await_steps(self, anew: bool = True) -> bool:
+        """Until the run has saved, anew: in an attempt that began since, and a little longer; False if the run ended."""
         ground = self._ground
         while ground.driver.poll() is None:
             kinds = [event["kind"] for event in read_events(ground.folder)[self._seen :]]
-            if "first_step" in kinds and "checkpoint" in kinds[kinds.index("first_step") :]:
+            first = kinds.index("first_step") if "first_step" in kinds else len(kinds) if anew else 0
+            if "checkpoint" in kinds[first:]:
                 time.sleep(ground.chance.uniform(0, 1.5))
                 self._seen += len(kinds)
                 return ground.driver.poll() is None

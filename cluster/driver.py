@@ -305,8 +305,10 @@ class Driver:
         return self.copies.write(number, shelves)
 
     def _drop_copies(self) -> None:
-        """After a good end nobody needs the copies; after a bad one the next launch does."""
-        if self._finish.code in (EXIT_OK, EXIT_STOPPED) and self.config.checkpoint.every_memory:
+        """Nobody needs the copies once the disk has a state as new; else the next launch does."""
+        saved = newest(self.folder)
+        safe = saved is not None and saved >= self.supervisor.held
+        if self.config.checkpoint.every_memory and self._finish.code in (EXIT_OK, EXIT_STOPPED) and safe:
             for id in self._known:
                 self.fleet.call(id, "drop_memory")
 

@@ -26,12 +26,12 @@ import http.client
 import os
 import re
 import shutil
-import socket
+import socketserver
 import threading
 import time
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 
 PIECE = 1 << 20
@@ -155,9 +155,11 @@ def sweep(mine: Path) -> None:
                 os.close(lock)
 
 
-class _Server(ThreadingHTTPServer):
+class _Server(socketserver.ThreadingTCPServer):
+    """http.server's own would ask the name service for this host."""
+
     daemon_threads = True
-    address_family = socket.AF_INET
+    request_queue_size = 128  # all ranks that resume read at once
     store: Store
 
 

@@ -1,6 +1,7 @@
 """Copies of the state in memory: whole runs of the trainer on agents of this process, one of which is lost."""
 
 import json
+import re
 import threading
 import time
 from pathlib import Path
@@ -84,3 +85,21 @@ def test_a_lost_node_costs_no_step_before_the_last_copy(tmp_path):
     for number, (loss, norm) in whole.items():  # fp32 sums of several ranks have another order
         assert broken[number] == (pytest.approx(loss, rel=1e-5), pytest.approx(norm, rel=1e-4))
     assert not list(run.memory.iterdir()), "a good end gives the memory back"
+
+
+@pytest.mark.slow
+def test_damaged_copies_are_passed_over_for_the_disk(tmp_path):
+    run = Training(tmp_path, "checkpoint.every=4")
+
+    def break_off() -> None:
+        run.fleet.power_off("id1")
+        for path in run.memory.glob("*/attempt_*/rank_00001.safetensors"):
+            body = bytearray(path.read_bytes())
+            body[len(body) // 2] ^= 1
+            path.write_bytes(body)
+
+    run.at_step(7, break_off)
+    assert run.run() == EXIT_OK, run.finish.text
+    log = run.log()
+    assert "passed over copies in memory" in log and "the checksum of block" in log
+    assert re.search(r"resumed from step [48]: .*/checkpoints/step_0000000[48]", log)

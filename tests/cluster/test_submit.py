@@ -1,0 +1,126 @@
+"""The ways to submit a run to Ray, for real, with token authentication: a Ray job, and `ray symmetric-run` on two hosts."""
+
+import importlib.util
+import json
+import os
+import secrets
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from cluster.hosts import Hosts, missing
+from cluster.journal import read_events
+from conf.errors import EXIT_STOPPED
+from conf.schema import ROOT
+
+RAY = str(Path(sys.executable).with_name("ray"))
+FAKE = ["steps=30", "checkpoint.every=5", "parallel.dp=2"]
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+@pytest.mark.hosts
+@pytest.mark.slow
+def test_symmetric_run_on_two_hosts(tmp_path):
+    """As in cluster/files/sluice.sbatch. A process namespace per host, as the command ends every Ray that it sees."""
+    if why := missing():
+        pytest.skip(why)
+    with Hosts(tmp_path, count=2, ray=False) as hosts:
+        driver = [sys.executable, "-m", "tests.cluster.drive", str(tmp_path), f"cluster.address={hosts.address}", *FAKE]
+        start = [RAY, "symmetric-run", "--address", hosts.address, "--min-nodes=2", "--num-cpus=1"]
+        start += ["--object-store-memory=80000000", "--disable-usage-stats", "--", *driver]
+        own = 'mkdir -p /tmp/ray && mount -t tmpfs none /tmp/ray && exec "$@"'
+        alone = ["unshare", "--mount", "--pid", "--fork", "--kill-child", "--mount-proc", "sh", "-c", own, "sh"]
+        path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+        environment = hosts.environment | {"PATH": path, "PYTHONPATH": str(ROOT), "RAY_ADDRESS": hosts.address}
+        with (tmp_path / "out0").open("w") as out, (tmp_path / "out1").open("w") as other:
+            head, worker = (
+                subprocess.Popen(
+                    hosts.command(i, *alone, *start), env=environment, cwd=ROOT, stdout=file, stderr=subprocess.STDOUT
+                )
+                for i, file in enumerate((out, other))
+            )
+            try:
+                code = head.wait(150)
+            finally:
+                head.kill()
+                worker.kill()
+        assert code == 0, (tmp_path / "out0").read_text()[-3000:]
+    kinds = [event["kind"] for event in read_events(tmp_path / "run")]
+    assert kinds[-1] == "finish" and kinds.count("node_joined") == 2 and "failure" not in kinds
+
+
+@pytest.fixture
+def dashboard(tmp_path, tmp_path_factory):
+    """A Ray with its dashboard, as a cluster has it, and the environment of whoever submits to it."""
+    if importlib.util.find_spec("aiohttp_cors") is None:
+        pytest.skip("needs ray[default]")
+    token = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32), "RAY_USAGE_STATS_ENABLED": "0"}
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")} | token
+    ports = {name: free_port() for name in ("port", "dashboard-port")}
+    words = [RAY, "start", "--head", "--block", "--node-ip-address=127.0.0.1", "--dashboard-host=127.0.0.1"]
+    words += [f"--{name}={port}" for name, port in ports.items()]
+    words += [
+        f"--temp-dir={tmp_path_factory.mktemp('ray')}",
+        "--num-cpus=2",
+        "--object-store-memory=80000000",
+        "--disable-usage-stats",
+    ]
+    with (tmp_path / "ray.log").open("w") as log:
+        ray = subprocess.Popen(words, env=environment, stdout=log, stderr=log, start_new_session=True)
+    environment |= {"RAY_API_SERVER_ADDRESS": f"http://127.0.0.1:{ports['dashboard-port']}"}
+    try:
+        deadline = time.monotonic() + 60
+        while subprocess.run([RAY, "job", "list"], env=environment, capture_output=True).returncode:
+            assert ray.poll() is None and time.monotonic() < deadline, (tmp_path / "ray.log").read_text()
+            time.sleep(0.5)
+        yield environment
+    finally:
+        ray.terminate()
+        try:
+            ray.wait(40)
+        except subprocess.TimeoutExpired:
+            ray.kill()
+
+
+@pytest.mark.slow
+def test_a_ray_job_is_stopped_with_a_checkpoint_and_resumes(dashboard, tmp_path):
+    runtime = json.dumps({"env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": "60"}})
+    submit = [RAY, "job", "submit", "--no-wait", "--working-dir", str(shipped(tmp_path)), "--runtime-env-json", runtime]
+    run = ["--", sys.executable, "-m", "tests.cluster.drive", str(tmp_path), "cluster.address=auto", *FAKE, "steps=300"]
+    subprocess.run([*submit, "--submission-id=first", *run], env=dashboard, check=True, capture_output=True)
+    await_event(tmp_path / "run", "checkpoint")
+    subprocess.run([RAY, "job", "stop", "first"], env=dashboard, check=True, capture_output=True)
+    assert await_event(tmp_path / "run", "finish")["code"] == EXIT_STOPPED
+    subprocess.run([*submit, "--submission-id=second", *run], env=dashboard, check=True, capture_output=True)
+    await_event(tmp_path / "run", "first_step", attempt=2)
+    log = (tmp_path / "run" / "logs" / "rank_0.log").read_text()
+    assert "resumes at 0 " not in log.split("attempt 2")[1]
+    subprocess.run([RAY, "job", "stop", "second"], env=dashboard, check=True, capture_output=True)
+
+
+def shipped(tmp_path: Path) -> Path:
+    """A folder with the program, as a user would submit it, and the fake ranks of the tests."""
+    folder = tmp_path / "program"
+    folder.mkdir()
+    for name in ("conf", "train", "parallel", "cluster", "tests"):
+        (folder / name).symlink_to(ROOT / name)
+    return folder
+
+
+def await_event(folder: Path, kind: str, seconds: float = 90, **fields) -> dict:
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        for event in read_events(folder):
+            if event["kind"] == kind and all(event[name] == value for name, value in fields.items()):
+                return event
+        time.sleep(0.1)
+    raise AssertionError(f"no {kind} {fields}: {[event['text'] for event in read_events(folder)]}")
