@@ -119,53 +119,6 @@ def _start(config: Config, tokenizer: Tokenizer, state: State) -> list[str]:
     return [*notes, f"started from the weights of {folder.path}: {len(folder.stored)} tensors"]
 
 
-def _restore_copies(
-    config: Config, tokenizer: Tokenizer, state: State, copies: MemoryCopies, notes: list[str]
-) -> bool:
-    """Load the set in memory, if it is newer than every checkpoint on disk; whether that worked. Adds to the notes."""
-    manifest, warning = from_rank_0(state.mesh.rank, lambda: _newest_copy(config, copies))
-    if warning is not None:
-        notes.append(f"passed over copies in memory: {warning}")
-    if manifest is None:
-        return False
-    _fits(config, tokenizer, manifest.folder, manifest.meta)
-    problem = _load(state, manifest.meta, lambda wanted: fill(manifest, copies.files(), wanted))
-    if problem is not None:
-        notes.append(f"passed over copies in memory: {problem}")
-        return False
-    copies.resumed()
-    notes.append(f"resumed from step {state.step}: copies in memory, {manifest.folder}")
-    return True
-
-
-def _newest_copy(config: Config, copies: MemoryCopies) -> tuple[Manifest | None, str | None]:
-    """On rank 0: the set to resume from, None if there is none or the disk has a newer state; and what is wrong with it."""
-    try:
-        manifest = copies.manifest()
-    except Damaged as error:
-        return None, error.line
-    if manifest is not None and config.resume == "auto":
-        disk = newest_intact(RunPaths(config).checkpoints).path
-        if disk is not None and read_manifest(disk).age > manifest.age:
-            return None, None
-    return manifest, None
-
-
-def _load(state: State, meta: dict[str, Any], load: Callable[[dict[str, Shard]], Any]) -> str | None:
-    """Fill the state by `load` on all ranks; returns the first problem of any of them."""
-    problem = None
-    try:
-        load(state.wanted(meta["has_ema"]))
-    except Damaged as error:
-        problem = str(error)
-    problems: list[Any] = [None] * state.mesh.layout.world
-    dist.all_gather_object(problems, problem)
-    problem = next((text for text in problems if text), None)
-    if problem is None:
-        state.loaded(meta, meta["has_ema"])
-    return problem
-
-
 def _fits(config: Config, tokenizer: Tokenizer, path: Path, meta: dict[str, Any]) -> None:
     if meta["tokenizer"] != tokenizer.fingerprint:
         raise UserError(
