@@ -1,6 +1,7 @@
 """The one order in which a model becomes the chunks of a rank: split, build on meta, materialise, initialise, wrap."""
 
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from torch import nn
@@ -94,7 +95,13 @@ def split(config: Config, stages: int) -> list[range]:
     model, seq_len = config.model, config.seq_len
     costs = [layer_flops(model, seq_len, dense=index < model.dense_layers) for index in range(model.layers)]
     mtp = layer_flops(model, seq_len, dense=False) + 12 * model.hidden**2 + head_flops(model)
-    return split_layers(costs, 0.0, head_flops(model) + model.mtp_depth * mtp, stages)
+    return list(_split(tuple(costs), head_flops(model) + model.mtp_depth * mtp, stages))
+
+
+@cache
+def _split(costs: tuple[float, ...], last: float, stages: int) -> tuple[range, ...]:
+    """Kept, as a planner asks for the same split many times."""
+    return tuple(split_layers(costs, 0.0, last, stages))
 
 
 def build_chunks(
