@@ -9,7 +9,7 @@ from pathlib import Path
 class RankProgress:
     """Writes logs/rank_N.progress.json: step, phase (step, validation, checkpoint), Unix time, and busy.
 
-    busy: seconds of the step before that the rank worked until it first had to wait for all others; null at the start.
+    busy: seconds of the step before that the rank worked, without its waits for other ranks; null at the start.
     """
 
     def __init__(self, logs: Path, rank: int):

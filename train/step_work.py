@@ -5,6 +5,9 @@ metric that a layout cannot have (a bubble without a pipeline, traffic without e
 
 A rank's busy time is that of its actions. Inside an action it may wait as well, for tokens from other experts' ranks
 (dispatch_wait_seconds) or for sharded weights; the bubble is only what the schedule leaves empty between actions.
+
+`busy` is what this rank did itself, with both kinds of waiting taken out, so that a slow rank stands out from those
+that wait for it. With NCCL the host does not wait for tokens: there a slow rank's expert group looks slow as a whole.
 """
 
 from collections.abc import Sequence
@@ -22,6 +25,8 @@ class StepWork:
         self._timeline, self._layout = parts.pipeline.timeline, layout
         self._counters = None if parts.dispatcher is None else parts.dispatcher.counters
         self._has_pairs = parts.pipeline.name == "dualpipev"
+        self.busy = 0.0
+        """Seconds of this rank's own work in the step that was collected last."""
         self._names = list(self._read())
 
     def clear(self) -> None:
@@ -41,6 +46,7 @@ class StepWork:
     def _read(self) -> dict[str, float]:
         record, world = self._timeline.newest(), self._layout.world
         values: dict[str, float] = {}
+        self.busy = record.busy
         if self._layout.pp > 1:
             values["bubble_share"] = record.bubble() / world
         values["forward_seconds"] = record.seconds("F") / world
@@ -52,5 +58,7 @@ class StepWork:
             passes = (taken.forward, taken.backward)
             values["dispatch_bytes_inside"] = sum(traffic.inside_bytes for traffic in passes)
             values["dispatch_bytes_across"] = sum(traffic.across_bytes for traffic in passes)
-            values["dispatch_wait_seconds"] = sum(traffic.waited for traffic in passes) / world
+            waited = sum(traffic.waited for traffic in passes)
+            values["dispatch_wait_seconds"] = waited / world
+            self.busy -= waited
         return values

@@ -87,7 +87,7 @@ class Trainer:
         self.timeline = TimelineSampler(config, mesh, parts.pipeline, state.step)
         self._bad_in_a_row = 0
         self._busy: float | None = None
-        """Seconds of forward and backward in the step before; a straggler has more than the others."""
+        """Seconds of this rank's own forward and backward in the step before; a straggler has more than the others."""
         self._stall = 0.0
         """Seconds that the training waited for a checkpoint since the last record."""
 
@@ -129,13 +129,12 @@ class Trainer:
         zero = self.parts.zero
         if self.timeline.wants(plan.step):
             self.timeline.align()
-        work_started = time.perf_counter()
         with zero.accumulate():
             self.parts.pipeline.step(batch.tokens_BS.to(self.device), documents_BS, micro_batches=micro_batches)
             if self.device.type == "cuda":
                 torch.cuda.synchronize(self.device)  # the sum over all ranks below waits for it in any case
-            self._busy = time.perf_counter() - work_started
             measured = self.measure.collect(self.stop.pending)
+        self._busy = self.measure.step_work.busy
         zero.set_lr(plan.lr)
         update = zero.step(valid=math.isfinite(measured.main_loss))
         if update.applied:

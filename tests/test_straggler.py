@@ -1,0 +1,50 @@
+"""A slow rank says that it worked longer than the others, though those waited for it all the time."""
+
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.layouts import run_layout, train_rank
+
+SLOW, DELAY = 1, 0.15
+"""The rank, and seconds that each of its attentions takes longer."""
+
+
+def train_slow_rank(rank: int, config_path: str, world: int, port: int) -> None:
+    from train.model.mla import MLA
+    from train.rank_progress import RankProgress
+
+    forward, write = MLA.forward, RankProgress.write
+
+    def slowly(self, *arguments, **keywords):
+        time.sleep(DELAY)
+        return forward(self, *arguments, **keywords)
+
+    def write_down(self, step: int, phase: str, busy: float | None = None) -> None:
+        write(self, step, phase, busy)
+        if step == 3 and busy is not None:
+            (Path(config_path).parent / f"busy_{rank}").write_text(str(busy))
+
+    if rank == SLOW:
+        MLA.forward = slowly
+    RankProgress.write = write_down
+    train_rank(rank, config_path, world, port)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "layout",
+    [
+        ["parallel.dp=2", "parallel.ep=2", "parallel.dispatch=flat"],
+        ["parallel.dp=2", "parallel.ep=2", "parallel.dispatch=node_limited", "cluster.ranks_per_node=1"],
+        ["parallel.pp=2"],
+        ["parallel.pp=2", "parallel.schedule=dualpipev", "model.layers=8", "micro_batch_size=1"],
+    ],
+    ids=["flat", "node_limited", "1f1b", "dualpipev"],
+)
+def test_waits_for_a_slow_rank_do_not_count_as_work(tmp_path, layout, monkeypatch):
+    monkeypatch.setattr("tests.layouts.train_rank", train_slow_rank)
+    run_layout(tmp_path, "slow", 2, "steps=3", "checkpoint.every=0", "log.validate_every=0", *layout)
+    slow, fast = (float((tmp_path / "runs" / "slow" / f"busy_{rank}").read_text()) for rank in (SLOW, 1 - SLOW))
+    assert slow > 2 * fast, (slow, fast)
