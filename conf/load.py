@@ -102,6 +102,8 @@ def compose(*overrides: str) -> Config:
 
 
 def register() -> None:
+    """Make the schema known to Hydra, and `${is_set:${KEY}}` to recipes: whether a key is not null."""
+    OmegaConf.register_new_resolver("is_set", lambda value: value is not None, replace=True)
     ConfigStore.instance().store(name="train", node=_Primary)
 
 

@@ -77,19 +77,22 @@ def left_out(manifest: Manifest, placed: list[Placed], ema: bool) -> dict[str, s
     """Every tensor of the checkpoint that is not exported, and why. Raises UserError where some have no fate, or some
     that the model needs are not there.
     """
-    needed = {source_name(each, ema) for each in placed}
+    needed = {source_name(each, ema): each.whole for each in placed}
     reasons = LEFT_OUT | (
         {"master.": "the weights themselves, as their average is exported"}
         if ema
         else {"ema.": "average of the weights"}
     )
     rest = {name: _reason(name, reasons) for name in manifest.tensors if name not in needed}
-    lost = [name for name, reason in rest.items() if reason is None] + sorted(needed - set(manifest.tensors))
-    if lost:
+    unfit = [name for name, reason in rest.items() if reason is None]
+    unfit += [
+        name for name, shape in needed.items() if name not in manifest.tensors or manifest.tensors[name].shape != shape
+    ]
+    if unfit:
         raise UserError(
             "export.checkpoint",
             manifest.folder,
-            f"must hold the model of this configuration and no other; {len(lost)} tensors do not fit, as {lost[0]}",
+            f"must hold the model of this configuration and no other; {len(unfit)} tensors do not fit, such as {unfit[0]}",
             "give the conf= and model.* that the run was started with",
         )
     return rest
