@@ -97,6 +97,39 @@ def test_a_silent_link_is_found_by_the_heartbeat():
     assert world.now - began <= 6 and "n2" in last_failure(world).text
 
 
+def test_a_node_that_is_about_to_go_is_left_at_a_checkpoint_and_gets_no_rank_again():
+    world = World(nodes=3, steps=40)
+    world.run(8)
+    world.tell(m.Draining("id1", "preempted"))
+    world.tell(m.Draining("id1", "preempted"))
+    world.run(3)
+    assert [start.placement.dp for start in world.starts] == [3, 2] and len(world.notes("drain")) == 1
+    assert {seat.node.name for seat in world.starts[-1].placement.seats} == {"n0", "n2"}
+    world.run(60)
+    assert world.finish.code == EXIT_OK and not world.notes("failure") and len(world.starts) == 2
+
+
+def test_when_the_last_nodes_are_about_to_go_the_run_is_stopped_not_failed():
+    world = World(nodes=2, wait=10.0)
+    world.run(8)
+    for index in range(2):
+        world.tell(m.Draining(f"id{index}", "preempted"))
+    world.run(30)
+    assert world.finish.code == EXIT_STOPPED and "add nodes" in world.finish.text
+
+
+def test_a_copy_in_memory_counts_as_progress():
+    world = World(steps=100, every=1000, restarts=1)
+    for step in range(3, 30, 4):
+        world.run(2)
+        world.saved = step
+        world.tell(m.Held(step))
+        world.kill_rank(1)
+        world.run(2)
+    assert world.finish is None and len(world.starts) == 8
+    assert world.notes("recovered")[-1].fields["steps_again"] <= 2
+
+
 def test_bad_input_of_a_rank_is_never_tried_again():
     world = World()
     world.run(1)
@@ -182,7 +215,7 @@ def test_2048_ranks_cost_the_driver_little():
     assert (time.perf_counter() - started) / 2 < 0.5  # 256 answers; the driver asks each agent every 0.6 s
 
 
-FAULTS = st.sampled_from(["kill", "crash", "cut", "heal", "off", "on", "agent", "hang", "wait"])
+FAULTS = st.sampled_from(["kill", "crash", "cut", "heal", "off", "on", "agent", "hang", "wait", "drain"])
 
 
 @settings(max_examples=60, deadline=None)
@@ -212,10 +245,13 @@ def test_any_schedule_of_faults(faults, stop, devices):
                 world.kill_agent(index)
             case "hang":
                 world.hung = {index}
+            case "drain":
+                world.tell(m.Draining(f"id{index}", "preempted"))
         world.run(pause)
     if stop:
         world.tell(m.StopAsked("SIGTERM"))
     world.run(400)
     assert world.finish is not None, world.supervisor.phase
     assert world.finish.code in (EXIT_OK, EXIT_CRASH, EXIT_STOPPED)
-    assert len(world.starts) <= 1 + len(world.notes("failure")) + len(world.notes("grow"))
+    stops = [note for kind in ("failure", "grow", "drain") for note in world.notes(kind)]
+    assert len(world.starts) <= 1 + len(stops)
