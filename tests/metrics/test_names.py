@@ -6,7 +6,13 @@ from tests.metrics.wandb_file import history
 from tests.small import metrics, train
 from train.metrics.names import LAYERS, SCALARS, WANDB, table_name
 
-ELSEWHERE = {"parallel.pp > 1", "parallel.ep > 1", "parallel.schedule=dualpipev", "cluster=ray"}
+ELSEWHERE = {
+    "after mode=plan of the same name and layout",
+    "parallel.pp > 1",
+    "parallel.ep > 1",
+    "parallel.schedule=dualpipev",
+    "cluster=ray",
+}
 """Conditions that one process does not meet; tests/test_timeline.py, tests/test_layouts.py and tests/cluster do."""
 TABLE = {metric.name for metric in (*SCALARS, *LAYERS)}
 

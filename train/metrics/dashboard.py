@@ -88,7 +88,7 @@ SECTIONS: dict[str, tuple[Panel, ...]] = {
         Panel("Goodput: share of the time with training", "share", ("cluster/goodput",)),
         Panel("Time without training", "s", ("cluster/downtime_seconds",)),
     ),
-    "Memory": (Panel("Peak memory of the logging rank", "bytes", ("memory_bytes",)),),
+    "Memory": (Panel("Peak of the logging rank, and as planned", "bytes", ("memory_bytes", "memory_predicted_bytes")),),
 }
 
 

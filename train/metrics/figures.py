@@ -222,9 +222,14 @@ def _schedules(series: Series, settings: Mapping[str, Any]) -> Figure | None:
 
 
 def _memory(series: Series, settings: Mapping[str, Any]) -> Figure | None:
-    plot = curves(series, [Curve("peak memory", "memory_bytes", SKY, 1 / 2**30)], "GiB", zero=True)
+    wanted = [
+        Curve("peak memory", "memory_bytes", SKY, 1 / 2**30),
+        Curve("predicted by mode=plan", "memory_predicted_bytes", GREY, 1 / 2**30),
+    ]
+    plot = curves(series, wanted, "GiB", zero=True)
     caption = (
-        "Peak memory of the process that reports (GPU memory on a GPU, else main memory). It should level off early."
+        "Peak memory of the process that reports (GPU memory on a GPU, else main memory). It should level off early, on a GPU "
+        "near what mode=plan predicted, if it was asked."
     )
     return figure("memory", "Memory", caption, plot)
 

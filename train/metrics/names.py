@@ -31,6 +31,7 @@ FP8_READINGS = (
     ("scale_range", "log2", "largest over smallest scale of a tensor"),
 )
 CLUSTER_WHEN = "cluster=ray"
+PLAN_WHEN = "after mode=plan of the same name and layout"
 FP8_WHEN = "precision=fp8 or fp8_ue8m0, every precision.fp8.health.every steps"
 SCALARS = (
     Metric("step", int, "steps", "optimizer steps done, this one included"),
@@ -96,6 +97,7 @@ SCALARS = (
     Metric("data_wait_seconds", float, "s", "part of step_seconds that waited for data"),
     Metric("checkpoint_stall_seconds", float, "s", "time after the step in which training waited for a checkpoint"),
     Metric("memory_bytes", int, "bytes", "peak CUDA memory of the logging rank; on CPU its peak resident memory"),
+    Metric("memory_predicted_bytes", int, "bytes", "peak device memory of that rank as mode=plan said", PLAN_WHEN),
     Metric("skipped_steps", int, "steps", "updates skipped so far because loss or gradient was not finite"),
     Metric("max_vio", float, "1", "(busiest expert - mean) / mean in this batch, mean over MoE layers"),
     Metric("max_vio_running", float, "1", "the same from the running load of about the last 100 steps"),

@@ -15,6 +15,7 @@ from conf.schema import Config
 from train.metrics.goodput import GoodputRecord
 from train.metrics.jsonl import FILE, JsonlSink
 from train.metrics.names import Record
+from train.metrics.planned import planned
 from train.metrics.progress import Progress
 from train.metrics.wandb_sink import WandbSink, wants_wandb
 
@@ -43,7 +44,6 @@ class MetricsWriter:
         """
         self._sinks, self._progress, self._extra = list(sinks), progress, extra
         self._every, self._last_step = every, last_step
-        self._closed = False
         self._closed = False
 
     def write(self, record: Record) -> None:
@@ -101,5 +101,8 @@ def open_writer(config: Config, run_folder: Path, *, resumed_step: int = 0) -> M
                 note=progress.note,
             )
         )
-    extra = dict if given_attempt() is None else GoodputRecord(run_folder)
-    return MetricsWriter(sinks, progress, every=config.log.every, last_step=config.steps, extra=extra)
+    cluster = dict if given_attempt() is None else GoodputRecord(run_folder)
+    plan = planned(config, run_folder)
+    return MetricsWriter(
+        sinks, progress, every=config.log.every, last_step=config.steps, extra=lambda: plan | cluster()
+    )
