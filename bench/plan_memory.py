@@ -53,6 +53,7 @@ CASES = {
     "fp32 dp2 zero2": ["precision=fp32", "parallel.dp=2", "parallel.zero=2"],
     "bf16 dp2 zero2": ["precision=bf16", "parallel.dp=2", "parallel.zero=2"],
     "bf16 dp2 zero3": ["precision=bf16", "parallel.dp=2", "parallel.zero=3"],
+    "fp32 dp4 ep2 zero3": ["precision=fp32", "parallel.dp=4", "parallel.ep=2", "parallel.zero=3"],
     "fp32 ep2": ["precision=fp32", *EP2],
     "bf16 dp4 ep2, fp8 wire": ["precision=bf16", "parallel.dp=4", "parallel.ep=2", "parallel.wire=fp8"],
     "fp8 ep4 node_limited": [
@@ -62,6 +63,7 @@ CASES = {
         "parallel.dispatch=node_limited",
         "cluster.ranks_per_node=2",
     ],
+    "fp8 dp2 ep2, fp8 wire": ["precision=fp8", *EP2, "parallel.wire=fp8"],
     "bf16 pp2 1f1b": ["precision=bf16", *_pp(2, "1f1b")],
     "bf16 pp4 1f1b, recompute all": ["precision=bf16", *_pp(4, "1f1b", ALL)],
     "bf16 pp2 interleaved": ["precision=bf16", *_pp(2, "interleaved")],

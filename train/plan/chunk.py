@@ -13,7 +13,7 @@ are alive x_i+1 and the gradients of both. The end has no output worth counting,
 """
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 
@@ -89,13 +89,13 @@ class Chunk:
     def forward(self) -> Pass:
         pieces = []
         if self._has_embedding or self._joins:
-            pieces.append(_lifted(trace.forward(self.scene, "embedding").run, self._input))
+            pieces.append(_lifted(trace.forward(self.scene, "embedding").run, self._input).pieces)
         early = self.hidden * (self._joins and not self._has_embedding)  # E, made before the blocks run
         for i, name in enumerate(self._names):
             below = sum(self._own[:i]) + i * self.hidden + early
             if name == "end":
                 below -= self.hidden * self._joins  # its own numbers have E
-            pieces.append(_lifted(trace.forward(self.scene, name).run, below))
+            pieces.append(_lifted(trace.forward(self.scene, name).run, below).pieces)
         return Pass(self._input, _joined(pieces))
 
     @property
@@ -107,24 +107,36 @@ class Chunk:
         """A whole backward. first: it makes the gradients of the weights, which then count. table_first: also that of the
         embedding, which two chunks of a rank may share.
         """
+        start = sum(self._own) + self._held + (0 if self.has_end else self.hidden)
+        return Pass(start, _joined([run.pieces for _, run in self._descent(first, table_first, stay=True)]))
+
+    def backward_by_part(self) -> list[tuple[str, int, int]]:
+        """Parts in the order of backward, what is alive when each begins, and the peak while it is at work, where gradients
+        of weights are made in every backward and taken away after each part.
+        """
+        found = []
+        for name, run in self._descent(first=True, table_first=True, stay=False):
+            found.append((name, run.start, run.peak))
+        return found
+
+    def _descent(self, first: bool, table_first: bool, stay: bool) -> Iterator[tuple[str, Pass]]:
+        """The parts' backward passes. stay: gradients of weights that were made count from there on."""
         h, names = self.hidden, self._names
         output = 0 if self.has_end else h
-        pieces, rest = [], 0
-        """rest: alive of parts that are through, but for the gradient of their input."""
+        rest = 0  # alive of parts that are through, but for the gradient of their input
         for i in reversed(range(len(names))):
-            end = names[i] == "end"
-            run = trace.backward(self.scene, names[i], first, held=i == len(names) - 1)
+            held = i == len(names) - 1
+            run = trace.backward(self.scene, names[i], first, held)
             below = sum(self._own[:i]) + i * h + output + rest
-            if end:
+            if names[i] == "end":
                 below -= h * (self._joins and self._has_embedding)  # E is x_0
-            pieces.append(_lifted(run, below))
-            rest += run.end - h  # of the end dE goes on to the embedding, and stays in the rest until then
+            yield names[i], _lifted(run, below)
+            after = run if stay else trace.backward(self.scene, names[i], False, held)
+            rest += after.end - h  # of the end dE goes on to the embedding, and stays in the rest until then
         if self._has_embedding or self._joins:
             run = trace.backward(self.scene, "embedding", table_first, held=False)
             arrived = h * self._joins  # dE
-            pieces.append(_lifted(run, output + rest - arrived + self._input))
-        start = sum(self._own) + self._held + (0 if self.has_end else h)
-        return Pass(start, _joined(pieces))
+            yield "embedding", _lifted(run, output + rest - arrived + self._input)
 
     def split(self, first: bool) -> tuple[Pass, Pass]:
         """The two passes of a backward in parts, inputs and weights; not for the first chunk.
@@ -142,16 +154,16 @@ class Chunk:
         for i in range(len(names)):
             above = sum(after[i + 1 :]) + sum(h for name in names[i + 1 :] if name != "end")
             others = above + states - min(outer[i], 2 * h)
-            inputs.append(_lifted(runs[i][0], sum(own[:i]) + others))
-            weights.append(_lifted(runs[i][1], sum(left[:i]) + others))
+            inputs.append(_lifted(runs[i][0], sum(own[:i]) + others).pieces)
+            weights.append(_lifted(runs[i][1], sum(left[:i]) + others).pieces)
         start = sum(own) + states + (0 if self.has_end else h)
         between = sum(after) + states + sum(h for name in names if name != "end")
         return Pass(start, _joined(inputs[::-1])), Pass(between, _joined(weights))
 
 
-def _lifted(run: Pass, below: int) -> list[Piece]:
-    """The pieces of a pass on top of what else is alive."""
-    return [Piece(piece.peak + below, piece.end + below) for piece in run.pieces]
+def _lifted(run: Pass, below: int) -> Pass:
+    """A pass on top of what else is alive."""
+    return Pass(run.start + below, tuple(Piece(piece.peak + below, piece.end + below) for piece in run.pieces))
 
 
 def _joined(runs: Sequence[Sequence[Piece]]) -> tuple[Piece, ...]:

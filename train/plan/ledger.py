@@ -16,7 +16,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 
@@ -47,6 +47,8 @@ class Ledger(TorchDispatchMode):
         self.event = ""
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if any(kind not in (Tensor, nn.Parameter) for kind in types):
+            return NotImplemented  # a tensor made of others turns to operations on those, which come by here
         out = func(*args, **(kwargs or {}))
         self._enter_all(out)
         return out
@@ -60,7 +62,7 @@ class Ledger(TorchDispatchMode):
 
     def enter(self, tensor: Tensor, tag: str | None = None) -> None:
         """Count the storage of a tensor, unless it is counted already."""
-        if tensor.device.type != self._kind or tensor.layout != torch.strided:
+        if tensor.device.type != self._kind or type(tensor) not in (Tensor, nn.Parameter):
             return
         storage = tensor.untyped_storage()
         key = storage._cdata

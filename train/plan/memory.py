@@ -20,6 +20,7 @@ from parallel.pipeline.split import stage_placement
 from train.parallelize import split
 from train.plan.chunk import Parts, chunk_of
 from train.plan.reduction import Reduction
+from train.plan.stage3 import Stage3
 from train.plan.step import layout_of
 from train.plan.trace import Frozen, Scene
 from train.plan.walk import Peak, StagePlan, Walk
@@ -71,9 +72,17 @@ def _moments(config: Config, pp_rank: int, dp_rank: int, scene: Scene) -> tuple[
     """What a rank holds all the time, and on top of it the peak of each phase."""
     chunks = chunk_parts(config)[pp_rank]
     groups = shards(config, rank_weights(config, list(chunks.values())))
-    reduced, updated = Reduction(config, groups, dp_rank, scene.kind).peaks()
-    return state_items(config, groups), {
-        "schedule": _walk(config, pp_rank, chunks, scene),
+    if config.parallel.zero == 3:
+        stage3 = Stage3(config, groups, chunk_of(scene, chunks[0]))
+        size, event = stage3.schedule()
+        schedule, reduced, updated = Peak(size, Counter(workspace=size), event, 1), stage3.reduction(), stage3.update()
+        state = Counter(stage3.state())
+    else:
+        reduced, updated = Reduction(config, groups, dp_rank, scene.kind).peaks()
+        schedule, state = _walk(config, pp_rank, chunks, scene), state_items(config, groups)
+    state["buffers"] += buffer_bytes(config, chunks)
+    return state, {
+        "schedule": schedule,
         "reduction": Peak(reduced, Counter(reduction=reduced), "reduction of gradients"),
         "update": Peak(updated, Counter(reduction=updated), "update of weights"),
     }
@@ -137,6 +146,16 @@ def state_items(config: Config, groups: list[Shards]) -> Counter:
     owned = sum(group.partition for group in groups)
     whole = sum(group.partition * group.ranks for group in groups)
     return Counter(weights=element * whole, master=FP32 * owned, moments=2 * moment * owned)
+
+
+def buffer_bytes(config: Config, chunks: dict[int, Parts]) -> int:
+    """Tables of RoPE, counters of routers, and the tokens of a step."""
+    model = config.model
+    tables = len(chunks) * 8 * config.seq_len * model.rope_head_dim // 2
+    routers = sum((part == "moe") + (part == "end") * model.mtp_depth for parts in chunks.values() for part in parts)
+    per_token = 8 + 4 * config.data.mask_documents
+    tokens = config.batch_size // config.parallel.dp * (config.seq_len + 1)
+    return tables + routers * 16 * model.experts + per_token * tokens
 
 
 def _walk(config: Config, pp_rank: int, chunks: dict[int, Parts], scene: Scene) -> Peak:

@@ -331,7 +331,9 @@ def _dispatcher(scene: Scene, on_wait: Callable[[], None]):
     if scene.ep == 1:
         return LocalDispatcher(model.experts)
     group = Group(scene.ep, scene.ranks_per_node, model.experts, model.top_k, model.groups, model.top_groups)
-    return build_stand_in(scene.dispatch, group, build_wire(scene.wire), scene.load, on_wait)
+    return build_stand_in(
+        scene.dispatch, group, build_wire(scene.wire, scene.precision.section.fp8 is not None), scene.load, on_wait
+    )
 
 
 def _make_tables(module: DeepSeekV3, scene: Scene) -> None:

@@ -82,6 +82,11 @@ class Shards:
         """Elements of this rank's part; DeepSpeed aligns parts to two elements."""
         return math.ceil(self.elements / (2 * self.ranks)) * 2
 
+    @property
+    def scattered(self) -> int:
+        """Elements of this rank's part where every weight is cut for itself, as at stage 3."""
+        return sum(math.ceil(weight.elements / self.ranks) for weight in self.weights)
+
 
 def shards(config: Config, weights: Sequence[Weight]) -> list[Shards]:
     """The groups of a rank that are not empty, in DeepSpeed's order."""
