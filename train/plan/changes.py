@@ -1,5 +1,6 @@
 """Recipes that differ from a given one in how the work is spread, and which of them may run."""
 
+import math
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
@@ -29,6 +30,19 @@ def changed(config: Config, **values: Any) -> Config:
     )
 
 
+def fitted_ramp(config: Config, share: int, least: int) -> Config:
+    """The recipe with a batch ramp in steps that `share` sequences divide, from at least `least` shares on: what another
+    layout asks for. Unchanged without a ramp, and where no such step divides the full batch."""
+    optim = config.optim
+    if optim.batch_ramp_start is None:
+        return config
+    step = math.lcm(optim.batch_ramp_increment, share)
+    start = -(-max(optim.batch_ramp_start, least * share) // step) * step
+    if config.batch_size % step or start > config.batch_size:
+        return config
+    return replace(config, optim=replace(optim, batch_ramp_increment=step, batch_ramp_start=start))
+
+
 def broken_rule(config: Config) -> UserError | None:
     """The first rule that keeps a recipe from running or from being planned; None where there is none."""
     try:
@@ -46,6 +60,9 @@ def overrides(config: Config, base: Config) -> list[str]:
     for name, value in vars(config.parallel).items():
         if value != getattr(base.parallel, name):
             found.append(f"parallel.{name}={str(value).lower() if isinstance(value, bool) else value}")
+    for name in ("batch_ramp_start", "batch_ramp_increment"):
+        if getattr(config.optim, name) != getattr(base.optim, name):
+            found.append(f"optim.{name}={getattr(config.optim, name)}")
     if config.micro_batch_size != base.micro_batch_size:
         found.append(f"micro_batch_size={config.micro_batch_size}")
     if config.model.recompute != base.model.recompute:

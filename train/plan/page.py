@@ -118,7 +118,12 @@ def memory_figure(plan: RunPlan) -> Figure | None:
     look(plot, 420)
     plot.update_layout(barmode="stack", bargap=0.25)
     limit = plan.memory_bytes / GIB
-    plot.add_hline(y=limit, line={"color": ORANGE, "dash": "dash"}, annotation_text=f"a device: {limit:.1f} GiB")
+    plot.add_hline(
+        y=limit,
+        line={"color": ORANGE, "dash": "dash"},
+        annotation_text=f"a device: {limit:.1f} GiB",
+        annotation_position="top left",
+    )
     plot.update_xaxes(title="pipeline rank", type="category")
     plot.update_yaxes(title="GiB at the peak", rangemode="tozero")
     caption = (

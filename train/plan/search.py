@@ -12,14 +12,15 @@ why: the rule that all of it breaks, how far its lightest layout is from fitting
 
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
+from functools import cache
 from itertools import product
 
 from conf.errors import UserError
 from conf.schema import Config, Recompute
-from parallel.pipeline.simulate import Action, idle_time
+from parallel.pipeline.simulate import Action, idle_time, schedule_actions
 from parallel.pipeline.split import SCHEDULES
 from train.plan.budget import device_memory
-from train.plan.changes import LIGHTEST, broken_rule, changed, overrides
+from train.plan.changes import LIGHTEST, broken_rule, changed, fitted_ramp, overrides
 from train.plan.memory import plan_memory, rank_memory, scene_of
 from train.plan.rates import Rates, load_rates, require_hardware
 from train.plan.stages import Stages
@@ -99,6 +100,8 @@ class _Candidate:
     """Bound on the step."""
     least_bytes: int = 0
     """Bound on the memory of the fullest rank."""
+    fullest: int = 0
+    """The pipeline rank of that bound."""
 
 
 def search(config: Config) -> Search:
@@ -143,13 +146,13 @@ def _candidates(config: Config, devices: int) -> Iterator[_Candidate]:
     for pp in _divisors(devices):
         dp = devices // pp
         for schedule in SCHEDULES if pp > 1 else ("1f1b",):
-            family = f"pp={pp} {schedule}" if pp > 1 else "pp=1"
+            family = "pp=1" if pp == 1 else f"pp>{model.layers}" if pp > model.layers else f"pp={pp} {schedule}"
             for ep in (ep for ep in _divisors(dp) if model.experts % ep == 0):
                 for size, again, (dispatch, wire), zero in product(
                     MICRO_BATCHES, recompute, ways if ep > 1 else ways[:1], (1,) if pp > 1 else (1, 2, 3)
                 ):
                     one = changed(
-                        config, pp=pp, dp=dp, ep=ep, schedule=schedule, micro_batch_size=size, recompute=again,
+                        fitted_ramp(config, size * dp, 2 * pp), pp=pp, dp=dp, ep=ep, schedule=schedule, micro_batch_size=size, recompute=again,
                         dispatch=dispatch, wire=wire, zero=zero, overlap=True,
                     )  # fmt: skip
                     yield _Candidate(one, family)
@@ -172,10 +175,13 @@ def _bound(candidate: _Candidate, rates: Rates) -> None:
     held = [held_weights(config, stages.layers, ids, len(stages.layers) - 1) for ids in stages.placement]
     update = max(update_time(config, stages.layout, rates, one).seconds for one in held)
     candidate.seconds = busy + idle + update
-    candidate.least_bytes = max(
-        _state_bytes(config, one) + _kept_bytes(stages, rank, ids)
+    flight = _in_flight(parallel.schedule, parallel.pp, count)
+    least = [
+        _state_bytes(config, one) + _kept_bytes(stages, ids, flight[rank])
         for rank, (one, ids) in enumerate(zip(held, stages.placement, strict=True))
-    )
+    ]
+    candidate.least_bytes = max(least)
+    candidate.fullest = least.index(candidate.least_bytes)
 
 
 def _busy(stages: Stages, ids: list[int]) -> float:
@@ -213,14 +219,30 @@ def _state_bytes(config: Config, held: Held) -> int:
     return int(weights * element + gradients * 4 + shard * (4 + moments))
 
 
-def _kept_bytes(stages: Stages, rank: int, ids: list[int]) -> int:
-    """The least that micro-batches in flight keep: the inputs of both norms of a layer, and the attention's output."""
-    config, model = stages.config, stages.config.model
-    parallel, count = config.parallel, stages.sizes.micro_batches
-    flight = {"1f1b": parallel.pp - rank, "interleaved": parallel.pp - rank, "zbv": 1, "dualpipev": parallel.pp // 2}
-    layers = max(len(stages.layers[stage]) for stage in ids)
-    row = 2 * model.hidden * stages.sizes.element + model.heads * model.v_head_dim  # the output in FP8 at least
-    return int(min(count, flight[parallel.schedule]) * layers * stages.sizes.tokens * row)
+def _kept_bytes(stages: Stages, ids: list[int], flight: int) -> int:
+    """The least that so many micro-batches of one stage keep: of a layer the inputs of both norms and the attention's output,
+    with experts their inputs and those of their SwiGLU."""
+    config, model, element = stages.config, stages.config.model, stages.sizes.element
+    quantised = 1 if config.precision.fp8 is not None else element
+    row = 2 * model.hidden * element + model.heads * model.v_head_dim * quantised
+    routed = model.top_k * (model.hidden + 2 * model.expert_width) * quantised
+    layers = [[row if index < model.dense_layers else row + routed for index in stages.layers[stage]] for stage in ids]
+    return int(flight * min(sum(rows) for rows in layers) * stages.sizes.tokens)
+
+
+@cache
+def _in_flight(schedule: str, pp: int, micro_batches: int) -> list[int]:
+    """Most micro-batches of its stages that a rank has sent forward and not yet back, per rank."""
+    most = []
+    for line in schedule_actions(schedule, pp, micro_batches):
+        now = peak = 0
+        for action in line:
+            kinds = [half.kind for half in action.halves or (action,)]
+            now += kinds.count("F")
+            peak = max(peak, now)
+            now -= kinds.count("B") + kinds.count("I")
+        most.append(peak)
+    return most
 
 
 @dataclass
@@ -242,7 +264,7 @@ def _fitting(admitted: list[_Candidate], memory: int, rates: Rates) -> tuple[lis
         best = sorted(fit.step_seconds for fit in fitting)[:SHOWN]
         if len(fitting) >= SIMULATED or (len(best) == SHOWN and candidate.seconds > best[-1]):
             break
-        lacking = _lacking(candidate.config, memory)
+        lacking = _lacking(candidate, memory)
         if lacking > 0:
             _miss(misses, candidate, lacking)
             continue
@@ -255,10 +277,10 @@ def _miss(misses: dict[str, int], candidate: _Candidate, lacking: int) -> None:
     misses[candidate.family] = min(lacking, misses.get(candidate.family, lacking))
 
 
-def _lacking(config: Config, memory: int) -> int:
-    """Bytes that the fullest rank lacks (negative: has to spare); the ends of the pipeline are looked at first."""
-    scene = scene_of(config)
-    for rank in dict.fromkeys((0, config.parallel.pp - 1)):
+def _lacking(candidate: _Candidate, memory: int) -> int:
+    """Bytes that the fullest rank lacks (negative: has to spare); the likely ones are looked at first."""
+    config, scene = candidate.config, scene_of(candidate.config)
+    for rank in dict.fromkeys((candidate.fullest, 0, config.parallel.pp - 1)):
         lacking = rank_memory(config, rank, scene).peak_bytes - memory
         if lacking > 0:
             return lacking
@@ -286,14 +308,14 @@ def _rejected(
         by_family.setdefault(candidate.family, []).append(candidate)
     families = dict.fromkeys([*rules, *by_family])
     reasons = []
-    for name in sorted(families, key=lambda name: (int(name.split("=")[1].split()[0]), name)):
+    for name in sorted(families, key=lambda name: (int("".join(filter(str.isdigit, name.split()[0]))), name)):
         if name in shown:
             continue
         members = by_family.get(name, [])
         if not members:
             reason = f"{rules[name].field} = {rules[name].value}: {rules[name].rule}"
         elif name in fastest:
-            reason = f"{100 * (fastest[name] / fitting[0].step_seconds - 1):.0f} % slower than the best"
+            reason = f"{100 * (fastest[name] / fitting[0].step_seconds - 1):.1f} % slower than the best"
         else:
             reason = _distance(members, misses.get(name), memory, fitting)
         reasons.append(Family(name, reason))
@@ -309,9 +331,9 @@ def _distance(members: list[_Candidate], missed: int | None, memory: int, fittin
     quickest = min(one.seconds for one in possible)
     if fitting and quickest > fitting[0].step_seconds:
         slower = 100 * (quickest / fitting[0].step_seconds - 1)
-        return f"at least {slower:.0f} % slower than the best, were it to fit"
+        return f"at least {slower:.1f} % slower than the best, were it to fit"
     lightest = min(possible, key=lambda one: one.least_bytes)
-    lacking = _lacking(lightest.config, memory)
+    lacking = _lacking(lightest, memory)
     if missed is not None:
         lacking = min(lacking, missed)
     return f"does not fit: the nearest that was looked at lacks {gib(lacking)}" if lacking > 0 else "slower"
