@@ -121,6 +121,7 @@ def main(arguments: list[str]) -> int:
             raise UserError("--hosts", options.hosts, why, "leave it out, or run as root with iproute2")
     except UserError as error:
         return report(error)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(EXIT_CRASH))  # leave neither hosts nor mounts behind
     codes = {}
     for kind, faults in (("unbroken", 0), ("drill", options.faults)):
         started = time.monotonic()

@@ -22,6 +22,8 @@ from conf.schema import ROOT
 
 PATIENCE = 90.0
 """Longest wait for the run to notice a fault, in seconds."""
+RETURN = 10.0
+"""Seconds in which Ray decides about a node whose link has healed."""
 
 
 class Ground:
@@ -63,7 +65,9 @@ class Ground:
 
     def kill_agent(self) -> None:
         """an agent is killed"""
-        self._signal([process for process in self.processes() if _name(process) == "ray::Agent"], signal.SIGKILL)
+        self._signal(
+            [process for process in self.processes() if _name(process).startswith("ray::Agent")], signal.SIGKILL
+        )
 
     def damage(self) -> None:
         """the newest checkpoint is cut short and a rank is killed"""
@@ -137,37 +141,40 @@ class HostsGround(Ground):
 
     def power_off(self) -> None:
         """a host loses its power, and gets it back later"""
-        with self._victim() as (index, seen):
-            self.hosts.power_off(index)
-            for copies in self._memory.glob(f"*-h{index}"):
-                shutil.rmtree(copies)
-            self._await("recovered", seen)
-            self.hosts.power_on(index)
+        index, seen = self._victim()
+        self.hosts.power_off(index)
+        for copies in self._memory.glob(f"*-h{index}"):
+            shutil.rmtree(copies)
+        self._await("recovered", seen)
+        self.hosts.power_on(index)
 
     def cut_link(self) -> None:
         """the link of a host is cut, and heals later"""
-        with self._victim() as (index, seen):
-            self.hosts.cut(index)
-            self._await("recovered", seen)
-            self.hosts.heal(index)
-            if not self.hosts.pids(index, "/raylet/raylet"):  # Ray ended it on its return, as it was listed as dead
-                self._restart(index)
+        index, seen = self._victim()
+        self.hosts.cut(index)
+        self._await("recovered", seen)
+        self.hosts.heal(index)
+        time.sleep(RETURN)
+        if not self.hosts.pids(index, "/raylet/raylet"):  # Ray ends a node that comes back after it was listed as dead
+            self._restart(index)
 
     def drain(self) -> None:
         """a host is told to leave, and comes back later"""
-        with self._victim() as (index, seen):
-            self.hosts.leave(index).wait()
-            self._await("first_step", seen)
-            self._restart(index)
+        index, seen = self._victim()
+        self.hosts.leave(index).wait()
+        self._await("first_step", seen)
+        self._restart(index)
 
     def _restart(self, index: int) -> None:
         self.hosts.signal(index, signal.SIGKILL)
         self.hosts.power_on(index)
 
-    @contextlib.contextmanager
-    def _victim(self) -> Iterator[tuple[int, int]]:
-        """A host that is not the first, and the number of events so far."""
-        yield self.chance.randrange(1, self.hosts.count), len(read_events(self.folder))
+    def _victim(self) -> tuple[int, int]:
+        """A host with ranks that is not the first, and the number of events so far."""
+        events = read_events(self.folder)
+        attempt = [event for event in events if event["kind"] == "attempt"][-1]
+        index = self.chance.choice([int(name.removeprefix("h")) for name in attempt["nodes"] if name != "h0"])
+        return index, len(events)
 
 
 def _name(process: psutil.Process) -> str:
