@@ -67,15 +67,16 @@ def make(config: Config, folder: Path) -> None:
     generator = torch.Generator().manual_seed(0)
     files = plan(list(tensors(config.model)), config.export.dtype, config.export.shard_gb * 1e9)
     types = {name: dtype for dtype, name in DTYPES.items()}
-    originals = {}
+    shared = {
+        name: torch.randn(config.model.vocab_size, config.model.hidden, generator=generator) * 0.02
+        for name in ("master.embedding.weight", "master.head.weight")
+    }  # written twice
     for file in files:
         with PieceWriter(folder / file.name, [out for written in file.written for out in written.outs]) as writer:
             for written in file.written:
-                values = originals.get(written.placed.ours)
-                if not written.placed.copy:
+                values = shared.get(written.placed.ours)
+                if values is None:
                     values = torch.randn(written.placed.shape, generator=generator) * 0.02
-                if written.placed.ours in ("master.embedding.weight", "master.head.weight"):
-                    originals[written.placed.ours] = values
                 write(writer, written, values, types)
     write_json(folder / INDEX, index_json(files))
     write_json(folder / "config.json", config_json(config.model, config.seq_len, config.export.dtype.value, 0))

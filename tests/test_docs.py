@@ -127,7 +127,7 @@ def shrunk(command: Command) -> list[str]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("page", ["first_run", "resume"])
+@pytest.mark.parametrize("page", ["first_run", "resume", "export"])
 def test_the_commands_of_a_page_run_one_after_another(page, tmp_path):
     write_corpus(tmp_path / "corpus")
     said = []
@@ -141,6 +141,9 @@ def test_the_commands_of_a_page_run_one_after_another(page, tmp_path):
     if page == "first_run":
         names = ("report.html", "metrics.jsonl", "config.yaml", "tokenizer.json", "evaluate.json")
         assert all((tmp_path / "runs" / "short" / name).exists() for name in names)
+    elif page == "export":
+        assert all((tmp_path / f"exported{kind}" / "export.json").exists() for kind in ("", "_fp8", "_fp32"))
+        assert "started from the weights of exported" in said[-1]
     else:
         assert "all its 20 steps behind it" in said[1] and "resumed from step 20" in said[2]
         assert [path.name[-2:] for path in sorted((tmp_path / "runs/often/checkpoints").glob("step_*"))] == [

@@ -1,8 +1,8 @@
 """From a folder of safetensors into live shards: each rank reads the rows that its own elements lie in, nothing else.
 
 Their tensors are intervals of ours (see names.py), and so is what a rank holds of ours, whatever ZeRO, experts and
-pipelines make of it. The intersections say which rows to read. Rows pass through memory a few at a time, and one file is
-open at a time: the system maps it, so that at most one file counts to this process beside its own weights.
+pipelines make of it. The intersections say which rows to read, and they pass through memory a few at a time, read and not
+mapped: mapped pages of a file would count to this process.
 """
 
 from bisect import bisect_right
@@ -90,7 +90,7 @@ class _Reader:
         for part in parts:
             by_file.setdefault(self.folder.stored[part.placed.theirs].file, []).append(part)
         for file, here in sorted(by_file.items()):
-            with safe_open(self.folder.path / file, framework="pt") as opened:
+            with safe_open(self.folder.path / file, framework="pt", backend="pread") as opened:
                 for part in here:
                     yield from self._rows(opened, part)
 
@@ -123,7 +123,7 @@ class _Reader:
         if stored[name].file == stored[name.removesuffix(SCALE)].file:
             scale = opened.get_tensor(name)
         else:
-            with safe_open(self.folder.path / stored[name].file, framework="pt") as other:
+            with safe_open(self.folder.path / stored[name].file, framework="pt", backend="pread") as other:
                 scale = other.get_tensor(name)
         self.bytes += scale.nbytes
         return scale.float()
