@@ -22,8 +22,8 @@ from conf.schema import ROOT
 
 PATIENCE = 90.0
 """Longest wait for the run to notice a fault, in seconds."""
-RETURN = 10.0
-"""Seconds in which Ray decides about a node whose link has healed."""
+RETURN = 30.0
+"""Longest wait for a host whose link has healed, in seconds."""
 
 
 class Ground:
@@ -154,8 +154,7 @@ class HostsGround(Ground):
         self.hosts.cut(index)
         self._await("recovered", seen)
         self.hosts.heal(index)
-        time.sleep(RETURN)
-        if not self.hosts.pids(index, "/raylet/raylet"):  # Ray ends a node that comes back after it was listed as dead
+        if not self._returned(index):  # Ray ends a node that comes back after it was listed as dead
             self._restart(index)
 
     def drain(self) -> None:
@@ -164,6 +163,16 @@ class HostsGround(Ground):
         self.hosts.leave(index).wait()
         self._await("first_step", seen)
         self._restart(index)
+
+    def _returned(self, index: int) -> bool:
+        """Whether the run takes the host back, with the Ray that it had, within RETURN seconds."""
+        seen, deadline = len(read_events(self.folder)), time.monotonic() + RETURN
+        while time.monotonic() < deadline and self.hosts.pids(index, "/raylet/raylet"):
+            news = read_events(self.folder)[seen:]
+            if any(event["kind"] in ("node_back", "node_joined") and event["node"] == f"h{index}" for event in news):
+                return True
+            time.sleep(0.2)
+        return False
 
     def _restart(self, index: int) -> None:
         self.hosts.signal(index, signal.SIGKILL)
