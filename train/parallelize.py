@@ -35,12 +35,23 @@ class Parallelized:
     precision: HighPrecision | Fp8Precision
 
 
-def parallelize(config: Config, mesh: Mesh, device: torch.device) -> Parallelized:
-    """Build this rank's chunks with the weights of config.seed, and wrap them for training."""
-    dispatcher = None if mesh.layout.ep == 1 else make_dispatcher(config, mesh)
+def parallelize(
+    config: Config,
+    mesh: Mesh,
+    device: torch.device,
+    *,
+    dispatcher: Dispatcher | None = None,
+    layers: list[range] | None = None,
+) -> Parallelized:
+    """Build this rank's chunks with the weights of config.seed, and wrap them for training.
+
+    dispatcher, layers (of every stage): for a dry run, instead of those that the layout asks for.
+    """
+    if dispatcher is None and mesh.layout.ep > 1:
+        dispatcher = make_dispatcher(config, mesh)
     recompute_swiglu = Recompute.swiglu in config.model.recompute
     precision = build_precision(config.precision, device, recompute_swiglu)
-    chunks, stage_ids, num_stages = build_chunks(config, mesh, device, dispatcher, precision)
+    chunks, stage_ids, num_stages = build_chunks(config, mesh, device, dispatcher, precision, layers)
     pipeline = build_schedule(
         config.parallel.schedule,
         chunks,
@@ -90,18 +101,18 @@ def batch_sizes(config: Config) -> list[int]:
     return [*range(start, config.batch_size, step), config.batch_size]
 
 
-def split(config: Config, stages: int) -> list[range]:
+def split(config: Config) -> list[range]:
     """Layers of every stage, balanced by the operations of a training step."""
-    model, seq_len = config.model, config.seq_len
+    model, seq_len, parallel = config.model, config.seq_len, config.parallel
     costs = [layer_flops(model, seq_len, dense=index < model.dense_layers) for index in range(model.layers)]
     mtp = layer_flops(model, seq_len, dense=False) + 12 * model.hidden**2 + head_flops(model)
-    return list(_split(tuple(costs), head_flops(model) + model.mtp_depth * mtp, stages))
+    return list(_split(tuple(costs), head_flops(model) + model.mtp_depth * mtp, parallel.schedule, parallel.pp))
 
 
 @cache
-def _split(costs: tuple[float, ...], last: float, stages: int) -> tuple[range, ...]:
+def _split(costs: tuple[float, ...], last: float, schedule: str, pp: int) -> tuple[range, ...]:
     """Kept, as a planner asks for the same split many times."""
-    return tuple(split_layers(costs, 0.0, last, stages))
+    return tuple(split_layers(costs, 0.0, last, stage_placement(schedule, pp)))
 
 
 def build_chunks(
@@ -110,11 +121,15 @@ def build_chunks(
     device: torch.device,
     dispatcher: Dispatcher | None,
     precision: HighPrecision | Fp8Precision,
+    layers: list[range] | None = None,
 ) -> tuple[list[DeepSeekV3], list[int], int]:
-    """This rank's chunks with the weights of config.seed, their stage numbers, and the number of stages."""
+    """This rank's chunks with the weights of config.seed, their stage numbers, and the number of stages.
+
+    layers: of every stage; None for `split`.
+    """
     placement = stage_placement(config.parallel.schedule, mesh.layout.pp)
     stage_ids, num_stages = placement[mesh.pp_rank], sum(len(ids) for ids in placement)
-    layers = split(config, num_stages)
+    layers = layers or split(config)
     share = config.model.experts // mesh.layout.ep
     dtype = activation_dtype(config.precision)
     chunks: list[DeepSeekV3] = []

@@ -1,26 +1,21 @@
 """Which layers go to which pipeline stage, which stages to which rank, and what a schedule asks. Pure: no torch.
 
-The slowest stage sets the pace of the whole pipeline, so the split makes the largest stage cost as small as it
-can be, exactly, and among all such splits takes the one with the least sum of squared costs (the evenest):
+The rank with the most work sets the pace of the whole pipeline, whether its work lies in one stage or in two. So the split
+starts from equal numbers of layers and, as long as that helps, moves one layer's worth from one stage to another, the
+stages between passing theirs on. What helps, in this order: a smaller largest cost of a rank, evener costs of the ranks,
+evener costs of the stages, fewer layers in early stages, which hold the activations of more micro-batches in flight.
+With layers of equal cost no better split exists; with a few cheaper ones among them it is at most one of those off.
 
-1. largest_S[b]: smallest possible maximum when the first b layers fill S stages, by dynamic programming;
-2. the same recursion again for the sum of squares, over the stages that stay within that maximum.
-
-Both are O(stages x layers^2), a few milliseconds for 61 layers. Ties give early stages fewer layers, since early
-stages hold the activations of more micro-batches in flight.
+The first stage has the embedding and the last the head and the MTP modules, so these two may do without layers.
 """
 
-import math
-from collections.abc import Callable, Sequence
-from itertools import pairwise
+from collections.abc import Sequence
+from itertools import accumulate, pairwise, permutations
 
 from conf.errors import UserError
 
 SCHEDULES = {"1f1b": 1, "interleaved": 2, "zbv": 2, "dualpipev": 2}
 """Schedule names and the number of stages that each rank holds."""
-
-_SLACK = 1e-9
-"""Relative: sums of the same costs in another order differ by rounding, and count as ties."""
 
 
 def stage_placement(schedule: str, pp: int) -> list[list[int]]:
@@ -45,12 +40,12 @@ def check_schedule(name: str, pp: int, micro_batches: int, layers: int) -> None:
     if name not in SCHEDULES:
         raise UserError("parallel.schedule", name, "must be a known schedule", f"use one of {', '.join(SCHEDULES)}")
     stages = pp * SCHEDULES[name]
-    if layers < stages:
+    if layers < stages - 2:
         raise UserError(
             "parallel.pp",
             f"{pp} with parallel.schedule={name}",
-            f"{name} makes {stages} stages of at least one layer, and model.layers={layers}",
-            f"use parallel.pp <= {layers // SCHEDULES[name]}, or model.layers >= {stages}",
+            f"{name} makes {stages} stages, of which all but the first and the last need a layer, and model.layers={layers}",
+            f"use parallel.pp <= {(layers + 2) // SCHEDULES[name]}, or model.layers >= {stages - 2}",
         )
     rounds = max(1, micro_batches // pp)
     least = {"1f1b": pp, "dualpipev": 2 * pp}.get(name, 1)
@@ -69,59 +64,46 @@ def check_schedule(name: str, pp: int, micro_batches: int, layers: int) -> None:
     )
 
 
-def split_layers(costs: Sequence[float], first_cost: float, last_cost: float, stages: int) -> list[range]:
-    """Contiguous layers of every stage, at least one each, with the smallest possible largest stage cost.
+def split_layers(
+    costs: Sequence[float], first_cost: float, last_cost: float, placement: list[list[int]]
+) -> list[range]:
+    """Contiguous layers of every stage: at least one each, but for the first and the last, which may have none.
 
     costs: cost of every layer, in any unit; first_cost: extra cost of the first stage (embedding); last_cost: extra
-    cost of the last stage (head, loss and MTP modules), in the same unit. Raises UserError when layers < stages.
+    cost of the last stage (head, loss and MTP modules), in the same unit. placement: stages of every rank.
     """
-    layers = len(costs)
-    if layers < stages:
-        raise UserError(
-            "parallel.pp",
-            f"{stages} stages for {layers} layers",
-            f"every pipeline stage needs at least one layer, and {stages} stages are more than model.layers={layers}",
-            f"use parallel.pp so that pp x stages per rank <= {layers} ({_per_rank()}), or more model.layers",
+    stages, layers = sum(map(len, placement)), len(costs)
+    assert layers >= stages - 2, "check_schedule comes first"
+    before = list(accumulate(costs, initial=0.0))
+
+    def badness(bounds: list[int]) -> tuple:
+        work = [before[end] - before[begin] for begin, end in pairwise(bounds)]
+        work[0] += first_cost
+        work[-1] += last_cost
+        ranks = [sum(work[stage] for stage in own) for own in placement]
+        squares = (sum(cost * cost for cost in part) for part in (ranks, work))
+        # Sums of the same costs in another order differ by rounding, and count as ties.
+        return *(float(f"{figure:.9e}") for figure in (max(ranks), *squares)), sum(bounds)
+
+    def allowed(bounds: list[int]) -> bool:
+        return (
+            all(begin < end for begin, end in pairwise(bounds[1:-1]))
+            and bounds[0] <= bounds[1]
+            and bounds[-2] <= layers
         )
-    before = [0.0]
-    for cost in costs:
-        before.append(before[-1] + cost)
 
-    def stage_cost(stage: int, begin: int, end: int) -> float:
-        extra = first_cost * (stage == 0) + last_cost * (stage == stages - 1)
-        return before[end] - before[begin] + extra
-
-    largest, _ = _best(layers, stages, stage_cost, max)
-    limit = largest * (1 + _SLACK)
-
-    def squared_cost(stage: int, begin: int, end: int) -> float:
-        cost = stage_cost(stage, begin, end)
-        return cost * cost if cost <= limit else math.inf
-
-    _, bounds = _best(layers, stages, squared_cost, lambda total, cost: total + cost)
-    return [range(begin, end) for begin, end in pairwise(bounds)]
+    best = [layers * stage // stages for stage in range(stages + 1)]
+    if layers < stages:  # the inner ones first
+        best = [0, *(layers * stage // (stages - 2) for stage in range(stages - 1)), layers] if stages > 2 else best
+    while True:
+        moved = (_move(best, source, target) for source, target in permutations(range(stages), 2))
+        found = min((bounds for bounds in moved if allowed(bounds)), key=badness, default=best)
+        if badness(found) >= badness(best):
+            return [range(begin, end) for begin, end in pairwise(best)]
+        best = found
 
 
-def _best(
-    layers: int, stages: int, cost: Callable[[int, int, int], float], join: Callable[[float, float], float]
-) -> tuple[float, list[int]]:
-    """Smallest joined cost of all splits, and the stage bounds [0, ..., layers] that reach it."""
-    best = [0.0] + [math.inf] * layers
-    origins: list[list[int]] = []
-    for stage in range(stages):
-        current, origin = [math.inf] * (layers + 1), [-1] * (layers + 1)
-        for end in range(stage + 1, layers - (stages - stage - 1) + 1):
-            for begin in range(stage, end):
-                total = join(best[begin], cost(stage, begin, end))
-                if total < current[end] * (1 - _SLACK):
-                    current[end], origin[end] = total, begin
-        best = current
-        origins.append(origin)
-    bounds = [layers]
-    for origin in reversed(origins):
-        bounds.append(origin[bounds[-1]])
-    return best[layers], bounds[::-1]
-
-
-def _per_rank() -> str:
-    return ", ".join(f"{name} holds {count} a rank" for name, count in SCHEDULES.items())
+def _move(bounds: list[int], source: int, target: int) -> list[int]:
+    """The stage `source` gives one layer away, `target` gets one, those between keep their number."""
+    low, high, step = (source, target, -1) if source < target else (target, source, 1)
+    return [bound + step if low < number <= high else bound for number, bound in enumerate(bounds)]

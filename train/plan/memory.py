@@ -124,7 +124,7 @@ def chunk_parts(config: Config) -> list[dict[int, Parts]]:
     """For every pipeline rank the parts of its stages."""
     placement = stage_placement(config.parallel.schedule, config.parallel.pp)
     last, dense = sum(map(len, placement)) - 1, config.model.dense_layers
-    layers = split(config, last + 1)
+    layers = split(config)
 
     def parts(stage: int) -> Parts:
         blocks = ["dense" if index < dense else "moe" for index in layers[stage]]
@@ -135,7 +135,7 @@ def chunk_parts(config: Config) -> list[dict[int, Parts]]:
 
 def _layers(config: Config) -> list[list[range]]:
     placement = stage_placement(config.parallel.schedule, config.parallel.pp)
-    layers = split(config, sum(map(len, placement)))
+    layers = split(config)
     return [[layers[stage] for stage in stages] for stages in placement]
 
 

@@ -57,7 +57,7 @@ class Stages:
     def __init__(self, config: Config, layout: Layout, rates: Rates):
         self.config, self.layout, self.rates = config, layout, rates
         self.placement = stage_placement(config.parallel.schedule, layout.pp)
-        self.layers = split(config, sum(len(stages) for stages in self.placement))
+        self.layers = split(config)
         self.taken = config.hardware.communication_share
         parallel = config.parallel
         self.sizes = Sizes(
