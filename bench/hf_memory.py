@@ -22,7 +22,7 @@ from conf.load import compose
 from conf.schema import Config, ExportType
 from parallel.shard import Shard
 from train.checkpoint.checkpointer import Checkpointer
-from train.checkpoint.stage import DTYPES
+from train.checkpoint.load import TORCH
 from train.data.tokenizer import Tokenizer, train_bpe
 from train.hf import export as exporting
 from train.hf.blocks import requantize
@@ -66,7 +66,6 @@ def make(config: Config, folder: Path) -> None:
     folder.mkdir(parents=True)
     generator = torch.Generator().manual_seed(0)
     files = plan(list(tensors(config.model)), config.export.dtype, config.export.shard_gb * 1e9)
-    types = {name: dtype for dtype, name in DTYPES.items()}
     shared = {
         name: torch.randn(config.model.vocab_size, config.model.hidden, generator=generator) * 0.02
         for name in ("master.embedding.weight", "master.head.weight")
@@ -77,17 +76,17 @@ def make(config: Config, folder: Path) -> None:
                 values = shared.get(written.placed.ours)
                 if values is None:
                     values = torch.randn(written.placed.shape, generator=generator) * 0.02
-                write(writer, written, values, types)
+                write(writer, written, values)
     write_json(folder / INDEX, index_json(files))
     write_json(folder / "config.json", config_json(config.model, config.seq_len, config.export.dtype.value, 0))
 
 
-def write(writer: PieceWriter, written: Written, values: torch.Tensor, types: dict[str, torch.dtype]) -> None:
+def write(writer: PieceWriter, written: Written, values: torch.Tensor) -> None:
     out, *scales = written.outs
     if scales:
         values, scale = requantize(values)
         writer.write(scales[0].name, 0, scale)
-    writer.write(out.name, 0, values.to(types[out.dtype]))
+    writer.write(out.name, 0, values.to(TORCH[out.dtype]))
 
 
 def import_ranks(config: Config, source: Path, ranks: int) -> dict[str, float]:

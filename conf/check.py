@@ -16,7 +16,7 @@ SCHEDULES = ("1f1b", "interleaved", "zbv", "dualpipev")
 def check(config: Config) -> None:
     """Raise UserError for the first rule that the configuration breaks."""
     _check_top(config)
-    _check_model(config.model)
+    check_model(config.model)
     _check_optim(config)
     _check_data(config)
     _check_parallel(config)
@@ -126,7 +126,8 @@ def _check_top(config: Config) -> None:
     )
 
 
-def _check_model(model: Model) -> None:
+def check_model(model: Model) -> None:
+    """The rules of the model section alone, for models that come from elsewhere."""
     _positive(
         model,
         "model.",

@@ -144,6 +144,7 @@ WRONG = {
         ["LlamaForCausalLM"],
         "must name the architecture DeepseekV3ForCausalLM, it names LlamaForCausalLM",
     ),
+    "moe_intermediate_size": (20, "model.expert_width = 20 must be a multiple of 8"),
     "scoring_func": ("softmax", "scoring_func must be sigmoid"),
     "topk_method": ("greedy", "topk_method must be noaux_tc"),
     "tie_word_embeddings": (True, "tie_word_embeddings must be False"),

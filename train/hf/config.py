@@ -5,6 +5,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from conf.check import check_model
 from conf.errors import UserError
 from conf.schema import Config, Model, Yarn
 
@@ -82,7 +83,12 @@ def read_model(folder: Path, field: str = "init_from") -> Model:
     rope = (body.get("rope_parameters") or {}) | rope
     theta = float(rope.get("rope_theta", body.get("rope_theta", Model.rope_theta)))
     yarn = _yarn(field, path, rope, length)
-    return Model(**values, mtp_depth=mtp, max_seq_len=length, rope_theta=theta, yarn=yarn)
+    model = Model(**values, mtp_depth=mtp, max_seq_len=length, rope_theta=theta, yarn=yarn)
+    try:
+        check_model(model)
+    except UserError as error:
+        raise _refuse(field, path, f"{error.field} = {error.value} {error.rule}", "give other weights") from error
+    return model
 
 
 def _check_kind(field: str, path: Path, body: Any) -> None:

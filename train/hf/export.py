@@ -21,9 +21,8 @@ from conf.errors import EXIT_OK, UserError
 from conf.schema import Config, Model
 from parallel.shard import Shard
 from train.checkpoint.files import fsync_folder
-from train.checkpoint.load import FolderFiles, fill
+from train.checkpoint.load import TORCH, FolderFiles, fill
 from train.checkpoint.manifest import Manifest, read_manifest
-from train.checkpoint.stage import DTYPES
 from train.data.files import Progress
 from train.data.progress import show_progress
 from train.data.tokenizer import Tokenizer, load_tokenizer
@@ -42,7 +41,6 @@ SMALL_FILES = 64 << 20
 """Bytes of disk for tokenizer, configuration and the table, amply."""
 NORM_EPS = 1e-6
 """What transformers gives the norms of latents."""
-TORCH = {name: dtype for dtype, name in DTYPES.items()}
 
 
 def export(config: Config) -> int:
