@@ -11,6 +11,7 @@ from conf.schema import Config, DataFormat, Generate, Mode, Model, Phase
 DISPATCHERS = ("flat", "node_limited", "deepep")
 WIRES = ("bf16", "fp8")
 SCHEDULES = ("1f1b", "interleaved", "zbv", "dualpipev")
+NEEDS_NO_DATA = (Mode.generate, Mode.plan, Mode.dry_run)
 
 
 def check(config: Config) -> None:
@@ -274,7 +275,7 @@ def _check_data(config: Config) -> None:
         "put every source into data.mix",
     )
     _require(
-        bool(data.path or data.mix) or data.format == DataFormat.stdlib or config.mode in (Mode.generate, Mode.plan),
+        bool(data.path or data.mix) or data.format == DataFormat.stdlib or config.mode in NEEDS_NO_DATA,
         "data.path",
         data.path,
         "this recipe brings no data of its own",

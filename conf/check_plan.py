@@ -1,4 +1,4 @@
-"""Rules of the sections hardware and plan."""
+"""Rules of the sections hardware, plan and dry_run."""
 
 import re
 
@@ -21,6 +21,7 @@ def check_plan(config: Config) -> None:
     """Raise UserError for the first rule that one of the sections breaks."""
     _check_hardware(config.hardware)
     _check_plan(config.plan)
+    _check_dry_run(config)
 
 
 def _check_hardware(hardware: Hardware) -> None:
@@ -53,3 +54,14 @@ def _check_plan(plan: Plan) -> None:
         raise UserError(
             "plan.write", plan.write, "must be a plain name: lower-case letters, digits and _", "choose another name"
         )
+
+
+def _check_dry_run(config: Config) -> None:
+    dry_run, world = config.dry_run, config.parallel.pp * config.parallel.dp
+    if dry_run.rank != "worst" and not (dry_run.rank.isdecimal() and int(dry_run.rank) < world):
+        rule = f"must be worst or the number of a rank, 0 to {world - 1} = parallel.pp x parallel.dp - 1"
+        raise UserError("dry_run.rank", dry_run.rank, rule, "use worst")
+    if dry_run.steps < 1:
+        raise UserError("dry_run.steps", dry_run.steps, "must be 1 or more", "use 3")
+    if dry_run.shrink < 0:
+        raise UserError("dry_run.shrink", dry_run.shrink, "must not be negative", "use 0, which chooses by itself")

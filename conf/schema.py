@@ -18,6 +18,7 @@ class Mode(Enum):
     train = "train"
     report = "report"
     plan = "plan"
+    dry_run = "dry_run"
     evaluate = "evaluate"
     generate = "generate"
     export = "export"
@@ -478,6 +479,21 @@ class Plan:
 
 
 @dataclass
+class DryRun:
+    """mode=dry_run: one rank of the job, alone on the device at hand (train/docs/plan.md)."""
+
+    rank: str = "worst"
+    """Number of the rank, or worst: the one with the least room by plan."""
+    steps: int = 3
+    """Steps that are timed, after one to warm up and one whose memory is measured."""
+    routing: str = "balanced"
+    """How many rows the other ranks send to this rank's experts: balanced, skewed (1.5 times the mean, the first expert more
+    than the last), or the folder of a run whose last record of loads is taken."""
+    shrink: int = 0
+    """Divides widths, vocabulary and sequence; 0 takes 1 on a GPU and as much as is needed for seconds a step on a CPU."""
+
+
+@dataclass
 class Log:
     """What is shown and kept."""
 
@@ -595,6 +611,7 @@ class Config:
     cluster: Cluster = field(default_factory=Cluster)
     hardware: Hardware = field(default_factory=Hardware)
     plan: Plan = field(default_factory=Plan)
+    dry_run: DryRun = field(default_factory=DryRun)
     log: Log = field(default_factory=Log)
     checkpoint: Checkpoint = field(default_factory=Checkpoint)
     evaluate: Evaluate = field(default_factory=Evaluate)

@@ -24,6 +24,7 @@ def main(configs: list[Config]) -> int:
         Mode.generate: _generate,
         Mode.dashboard: _dashboard,
         Mode.plan: _plan,
+        Mode.dry_run: _dry_run,
     }
     return max(modes[config.mode](config, alone=len(configs) == 1) for config in configs)
 
@@ -70,6 +71,12 @@ def _plan(config: Config, alone: bool) -> int:
     from train.plan.run import run_plan
 
     return run_plan(config)
+
+
+def _dry_run(config: Config, alone: bool) -> int:
+    from train.dry_run.run import dry_run
+
+    return dry_run(config)
 
 
 def _report(config: Config, alone: bool) -> int:

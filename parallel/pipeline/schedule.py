@@ -52,6 +52,8 @@ class Pipeline:
         self.group, self.device, self.hidden, self.dtype = group, device, hidden, dtype
         self.timeline = Timeline(device)
         """When each action of the last steps ran."""
+        self.stage_type: type[Stage] = Stage
+        """What stages are made as, before the first step."""
         self._lanes = lanes
         placement = stage_placement(name, num_stages // SCHEDULES[name])
         self._rank_of = {stage: rank for rank, stages in enumerate(placement) for stage in stages}
@@ -147,7 +149,7 @@ class Pipeline:
 
     def _make_schedule(self, micro_batches: int, B: int, S: int):
         stages = [
-            Stage(
+            self.stage_type(
                 module,
                 stage_id,
                 self.num_stages,

@@ -52,25 +52,29 @@ def plan_memory(config: Config) -> list[RankMemory]:
     return [rank_memory(config, pp_rank, scene_of(config)) for pp_rank in range(pp)]
 
 
-def rank_memory(config: Config, pp_rank: int, scene: Scene) -> RankMemory:
-    """The entry of one pipeline rank under a scene."""
-    state, moments = _moments(config, pp_rank, 0, scene)
+def rank_memory(config: Config, pp_rank: int, scene: Scene, layers: list[range] | None = None) -> RankMemory:
+    """The entry of one pipeline rank under a scene. layers: of every stage, instead of the split of the layout."""
+    state, moments = _moments(config, pp_rank, 0, scene, layers)
     peak = max(moments.values(), key=lambda moment: moment.total)
     items = {name: size for name, size in (state + peak.items).items() if size}
     return RankMemory(
-        pp_rank, _layers(config)[pp_rank], items, sum(items.values()), peak.event, moments["schedule"].in_flight
+        pp_rank, _layers(config, layers)[pp_rank], items, sum(items.values()), peak.event, moments["schedule"].in_flight
     )
 
 
-def phases(config: Config, pp_rank: int, dp_rank: int, scene: Scene) -> dict[str, int]:
-    """Peak bytes of one rank in each phase of a step: schedule, reduction, update."""
-    state, moments = _moments(config, pp_rank, dp_rank, scene)
+def phases(
+    config: Config, pp_rank: int, dp_rank: int, scene: Scene, layers: list[range] | None = None
+) -> dict[str, int]:
+    """Peak bytes of one rank in each phase of a step: schedule, reduction, update. layers: as in rank_memory."""
+    state, moments = _moments(config, pp_rank, dp_rank, scene, layers)
     return {name: sum(state.values()) + moment.total for name, moment in moments.items()}
 
 
-def _moments(config: Config, pp_rank: int, dp_rank: int, scene: Scene) -> tuple[Counter, dict[str, Peak]]:
+def _moments(
+    config: Config, pp_rank: int, dp_rank: int, scene: Scene, layers: list[range] | None
+) -> tuple[Counter, dict[str, Peak]]:
     """What a rank holds all the time, and on top of it the peak of each phase."""
-    chunks = chunk_parts(config)[pp_rank]
+    chunks = chunk_parts(config, layers)[pp_rank]
     groups = shards(config, rank_weights(config, list(chunks.values())))
     if config.parallel.zero == 3:
         stage3 = Stage3(config, groups, chunk_of(scene, chunks[0]))
@@ -106,6 +110,7 @@ def scene_of(config: Config, load: Load | None = None) -> Scene:
         parallel.ep,
         layout.ep_ranks_per_node,
         load,
+        gloo=device_kind(config) == "cpu",
     )
 
 
@@ -120,11 +125,11 @@ def device_kind(config: Config) -> str:
     return config.cluster.device
 
 
-def chunk_parts(config: Config) -> list[dict[int, Parts]]:
-    """For every pipeline rank the parts of its stages."""
+def chunk_parts(config: Config, layers: list[range] | None = None) -> list[dict[int, Parts]]:
+    """For every pipeline rank the parts of its stages. layers: of every stage, instead of the split of the layout."""
     placement = stage_placement(config.parallel.schedule, config.parallel.pp)
     last, dense = sum(map(len, placement)) - 1, config.model.dense_layers
-    layers = split(config)
+    layers = layers or split(config)
 
     def parts(stage: int) -> Parts:
         blocks = ["dense" if index < dense else "moe" for index in layers[stage]]
@@ -133,9 +138,9 @@ def chunk_parts(config: Config) -> list[dict[int, Parts]]:
     return [{stage: parts(stage) for stage in stages} for stages in placement]
 
 
-def _layers(config: Config) -> list[list[range]]:
+def _layers(config: Config, layers: list[range] | None = None) -> list[list[range]]:
     placement = stage_placement(config.parallel.schedule, config.parallel.pp)
-    layers = split(config)
+    layers = layers or split(config)
     return [[layers[stage] for stage in stages] for stages in placement]
 
 
@@ -175,7 +180,7 @@ def _walk(config: Config, pp_rank: int, chunks: dict[int, Parts], scene: Scene) 
         )
         for stage, parts in chunks.items()
     }
-    holds_sent = scene.kind == "cpu" and parallel.schedule != "1f1b"
+    holds_sent = scene.gloo and parallel.schedule != "1f1b"  # torch waits for sends at the end of a step
     return Walk(stages, last + 1, holds_sent).run(_actions(config)[pp_rank])
 
 

@@ -92,7 +92,7 @@ def _stages(record: dict[str, Any]) -> str:
         (
             str(stage["stage"]),
             str(stage["pp_rank"]),
-            f"{stage['first_layer']} to {stage['first_layer'] + stage['layers'] - 1}",
+            f"{stage['first_layer']} to {stage['first_layer'] + stage['layers'] - 1}" if stage["layers"] else "none",
             seconds(stage["forward_seconds"]),
             seconds(stage["backward_seconds"]),
         )

@@ -68,8 +68,8 @@ class Stage3:
         return [*found, waiting]
 
     def _copies(self, elements: int) -> int:
-        """gloo, which has no scattering sum of its own, makes another copy."""
-        return FP32 * elements * (2 if self._chunk.scene.kind == "cpu" else 1)
+        """gloo makes another one."""
+        return FP32 * elements * (2 if self._chunk.scene.gloo else 1)
 
     def _gathered(self, part: str) -> int:
         return self._element * sum(weight.elements for weight in self._weights(part))

@@ -62,6 +62,8 @@ class Scene:
     """Of an expert-parallel group."""
     load: Load
     """Rows of this rank's experts."""
+    gloo: bool
+    """The ranks talk by gloo, which keeps what was sent until the step ends, and lacks a sum that scatters."""
 
 
 @dataclass(frozen=True)

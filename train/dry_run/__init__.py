@@ -1,0 +1,1 @@
+"""One rank of a job, alone on the device at hand, beside its plan."""

@@ -1,0 +1,136 @@
+"""One rank without the others: the trainer's own parts under torch's fake process group, which moves no data.
+
+Model, schedule, optimizer and DeepSpeed are those of a run. Instead of neighbours there are stages that make up what would
+arrive, and instead of the all-to-all a dispatcher that returns as many rows as `Load` says. Losses mean nothing.
+"""
+
+import time
+import warnings
+from collections import defaultdict
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from conf.schema import Config
+from parallel.expert.build import build_wire
+from parallel.expert.stand_in import build_stand_in
+from parallel.mesh import build_mesh
+from parallel.pipeline.lone_stage import LoneStage
+from train.dry_run.piece import Piece
+from train.dry_run.routing import group_of
+from train.parallelize import Parallelized, parallelize
+from train.plan.measured import Meter
+from train.plan.step import layout_of
+
+PHASES = ("schedule", "reduction", "update")
+
+
+@dataclass
+class Measured:
+    """What a rank took. Bytes and seconds."""
+
+    phases: dict[str, int] = field(default_factory=dict)
+    """Peak of memory in forward and backward passes, in the reduction of gradients, and in the update."""
+    items: dict[str, int] = field(default_factory=dict)
+    """Weights, master, moments, and gradients at the end of the schedule."""
+    actions: dict[str, list[float]] = field(default_factory=lambda: defaultdict(list))
+    """Seconds of every timed action, by kind."""
+    seconds: dict[str, list[float]] = field(default_factory=lambda: defaultdict(list))
+    """Of every timed step: the phases, and `step`."""
+
+    @property
+    def peak(self) -> int:
+        return max(self.phases.values())
+
+
+def run_alone(piece: Piece, device: torch.device) -> Measured:
+    """One step to warm up, one for memory, then the timed ones."""
+    config = piece.config
+    warnings.filterwarnings("ignore", "`torch.distributed.*is deprecated", FutureWarning)
+    layout = layout_of(config)
+    dist.init_process_group("fake", rank=piece.rank, world_size=layout.world)
+    try:
+        dispatcher = None
+        if layout.ep > 1:
+            wire = build_wire(config.parallel.wire, config.precision.fp8 is not None)
+            dispatcher = build_stand_in(config.parallel.dispatch, group_of(config), wire, piece.load)
+        parts = parallelize(config, build_mesh(layout), device, dispatcher=dispatcher, layers=piece.layers)
+        parts.pipeline.stage_type = LoneStage
+        return _steps(config, parts, device)
+    finally:
+        dist.destroy_process_group()
+
+
+def _steps(config: Config, parts: Parallelized, device: torch.device) -> Measured:
+    draw = torch.Generator().manual_seed(config.seed)
+    shape = config.batch_size // config.parallel.dp, config.seq_len + 1
+    tokens_BS = torch.randint(config.model.vocab_size, shape, generator=draw).to(device)
+    measured = Measured()
+    parts.zero.set_lr(0.0)  # the same work, and weights that stay sound without the other ranks' shards
+    _step(config, parts, tokens_BS, 1, Measured())
+    with Meter(device) as meter:
+        _step(config, parts, tokens_BS, 2, measured, meter)
+    measured.actions.clear()
+    measured.seconds.clear()
+    for number in range(3, 3 + config.dry_run.steps):
+        _step(config, parts, tokens_BS, number, measured)
+    return measured
+
+
+def _step(
+    config: Config, parts: Parallelized, tokens_BS: Tensor, number: int, measured: Measured, meter: Meter | None = None
+) -> None:
+    """One optimizer step, as train/trainer.py makes it."""
+    micro_batches = len(tokens_BS) // config.micro_batch_size
+    parts.precision.start_step(number)
+    for chunk in parts.chunks:
+        chunk.losses.clear()
+        chunk.mtp_weight = config.optim.mtp_weight[0].value
+        for router in chunk.routers().values():
+            router.clear()
+            router.balance_weight = config.optim.balance_loss / micro_batches
+    clock = [_now(tokens_BS.device)]
+
+    def end(phase: str) -> None:
+        clock.append(_now(tokens_BS.device))
+        measured.seconds[phase].append(clock[-1] - clock[-2])
+        if meter is not None:
+            measured.phases[phase] = meter.mark()
+
+    with parts.zero.accumulate():
+        parts.pipeline.step(tokens_BS, micro_batches=micro_batches)
+        end("schedule")
+        if meter is not None:
+            measured.items = _items(parts)
+    end("reduction")
+    parts.zero.step()
+    end("update")
+    measured.seconds["step"].append(clock[-1] - clock[0])
+    for action in parts.pipeline.timeline.newest().actions:
+        measured.actions[action.kind].append(action.seconds)
+
+
+def _now(device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+def _items(parts: Parallelized) -> dict[str, int]:
+    """Bytes of the rank's state."""
+    shards = parts.zero.shards(copies=True)
+    return {
+        "weights": _bytes(parts.zero.names),
+        "master": _bytes(shard.local for name, shard in shards.items() if name.startswith("master.")),
+        "moments": _bytes(shard.local for name, shard in shards.items() if not name.startswith("master.")),
+        "gradients": _bytes(param.grad for param in parts.zero.names if param.grad is not None),
+    }
+
+
+def _bytes(tensors: Iterable[Tensor]) -> int:
+    """Of the storages behind them, each once."""
+    storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
+    return sum(storages.values())

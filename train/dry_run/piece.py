@@ -1,0 +1,169 @@
+"""Which part of a job runs in a dry run: the rank, and where the device cannot take all of it, how much is left out.
+
+Two things can be left out. Layers: a chunk then has fewer blocks, at full width. Width: hidden width, heads, latents, FFNs,
+vocabulary and sequence are divided by one number; the count of experts, the layout and the schedule stay. A GPU leaves out
+layers first, since what is left is then the job's own work. A CPU would take hours at full width, so it starts with the
+smallest divisor that makes a step a matter of seconds.
+"""
+
+from dataclasses import dataclass, replace
+
+import psutil
+import torch
+
+from conf.errors import UserError
+from conf.schema import Config, Hardware, Model
+from parallel.expert.stand_in import Load
+from parallel.pipeline.split import stage_placement
+from train.model.count import head_flops, layer_flops
+from train.parallelize import split
+from train.plan.memory import plan_memory, rank_memory, scene_of
+from train.plan.step import layout_of
+from train.plan.trace import Scene
+
+CPU_WORK = 4e11
+"""Operations of a step that a CPU does in some ten seconds."""
+MOST_SHRINK = 256
+CUDA_RESERVE = 2 * 2**30
+"""What CUDA's context and the allocator's gaps may take."""
+
+
+@dataclass(frozen=True)
+class Piece:
+    """What runs."""
+
+    job: Config
+    """The recipe as given."""
+    config: Config
+    """The recipe as it runs here: for this device, and divided by `shrink`."""
+    rank: int
+    layers: list[range]
+    """Of every stage of the job; those of this rank may be cut short."""
+    load: Load
+    shrink: int
+    left_out: int
+    """Layers of this rank that do not run."""
+    needed: int
+    """Planned peak of all its layers, bytes."""
+    room: int
+    """What the device has, bytes."""
+
+    @property
+    def pp_rank(self) -> int:
+        return self.rank // self.job.parallel.dp
+
+    @property
+    def stages(self) -> list[int]:
+        return stage_placement(self.job.parallel.schedule, self.job.parallel.pp)[self.pp_rank]
+
+    @property
+    def whole(self) -> bool:
+        """Whether the rank runs as it would in the job."""
+        return self.shrink == 1 and self.left_out == 0
+
+    @property
+    def scene(self) -> Scene:
+        """What a plan of this piece needs to know; nothing is really sent."""
+        return _alone(self.config, self.load)
+
+
+def choose_rank(config: Config) -> int:
+    """The rank that the recipe asks for; of ranks with the same place in the pipeline the first."""
+    if config.dry_run.rank != "worst":
+        return int(config.dry_run.rank)
+    fullest = max(plan_memory(config), key=lambda rank: rank.peak_bytes)
+    return fullest.pp_rank * config.parallel.dp
+
+
+def choose_piece(config: Config, rank: int, load: Load, device: torch.device) -> Piece:
+    """The largest piece of the rank that fits the device. Raises UserError where none does."""
+    here, room, wanted = for_device(config, device), free_memory(device), config.dry_run.shrink
+    factor = wanted or 1
+    while factor <= MOST_SHRINK:
+        piece = _cut(config, shrunk(here, factor), rank, load, factor, room)
+        quick = wanted or device.type == "cuda" or _work(piece) <= CPU_WORK
+        if piece is not None and quick:
+            return piece
+        if wanted:
+            break
+        factor *= 2
+    raise UserError(
+        "dry_run.shrink",
+        wanted,
+        f"rank {rank} does not fit the {room / 2**30:.1f} GiB of this device, even with one layer of it",
+        "raise dry_run.shrink, or leave it at 0" if wanted else "spread the model further: parallel.ep or parallel.pp",
+    )
+
+
+def for_device(config: Config, device: torch.device) -> Config:
+    """The recipe for this device, with the nodes of the job."""
+    cluster = replace(config.cluster, device=device.type, ranks_per_node=layout_of(config).ranks_per_node)
+    return replace(config, hardware=Hardware(), cluster=cluster)
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that a dry run may use."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0] - CUDA_RESERVE
+    return psutil.virtual_memory().available // 2
+
+
+def shrunk(config: Config, factor: int) -> Config:
+    """The recipe with widths, vocabulary and sequence divided, no smaller than what still is a model."""
+    if factor == 1:
+        return config
+
+    def part(value: int, least: int) -> int:
+        return max(min(value, least), value // factor // 8 * 8)
+
+    model = config.model
+    small: Model = replace(
+        model,
+        vocab_size=part(model.vocab_size, 256),
+        hidden=part(model.hidden, 64),
+        heads=max(1, model.heads // factor),
+        q_rank=None if model.q_rank is None else part(model.q_rank, 32),
+        kv_rank=part(model.kv_rank, 32),
+        dense_width=part(model.dense_width, 64),
+        expert_width=part(model.expert_width, 16),
+        loss_chunk=part(model.loss_chunk, 64),
+    )
+    return replace(config, model=small, seq_len=part(config.seq_len, 64))
+
+
+def _cut(job: Config, config: Config, rank: int, load: Load, factor: int, room: int) -> Piece | None:
+    """As many of the rank's layers as fit; None where not even the fewest do."""
+    pp_rank, scene = rank // job.parallel.dp, _alone(config, load)
+    placement = stage_placement(job.parallel.schedule, job.parallel.pp)
+    layers, stages = split(job), placement[pp_rank]
+    last = sum(map(len, placement)) - 1
+    needed = rank_memory(config, pp_rank, scene, layers).peak_bytes
+    peak, left_out = needed, 0
+    while peak > room:
+        # The stage with the most layers gives one up; only the first and the last stage may do without.
+        lengths = {stage: len(layers[stage]) - (stage not in (0, last)) for stage in stages}
+        longest = max(lengths, key=lengths.__getitem__)
+        if lengths[longest] == 0:
+            return None
+        layers = [one[:-1] if stage == longest else one for stage, one in enumerate(layers)]
+        left_out += 1
+        peak = rank_memory(config, pp_rank, scene, layers).peak_bytes
+    return Piece(job, config, rank, layers, load, factor, left_out, needed, room)
+
+
+def _alone(config: Config, load: Load) -> Scene:
+    return replace(scene_of(config, load), gloo=False)
+
+
+def _work(piece: Piece | None) -> float:
+    """Operations of one step of this rank."""
+    if piece is None:
+        return 0.0
+    model, seq_len = piece.config.model, piece.config.seq_len
+    dense = sum(index < model.dense_layers for stage in piece.stages for index in piece.layers[stage])
+    moe = sum(len(piece.layers[stage]) for stage in piece.stages) - dense
+    last = len(piece.layers) - 1 in piece.stages
+    per_token = dense * layer_flops(model, seq_len, dense=True)
+    per_token += (moe + last * model.mtp_depth) * layer_flops(model, seq_len, dense=False)
+    per_token += last * (1 + model.mtp_depth) * head_flops(model)
+    return per_token * piece.config.batch_size // piece.config.parallel.dp * seq_len

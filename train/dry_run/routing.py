@@ -1,0 +1,69 @@
+"""How many rows the ranks that are not there send to this rank's experts.
+
+balanced      as many as to any other rank's, and as many to each expert
+skewed        half as many again, and within the rank falling from the first expert to the last in a straight line
+a folder      of an earlier run: what its last recorded load sent to these experts, mean over the layers
+"""
+
+from dataclasses import replace
+from pathlib import Path
+
+from conf.errors import UserError
+from conf.schema import Config
+from parallel.expert.stand_in import Group, Load
+from train.metrics.jsonl import FILE, read_heads_with_loads, read_steps
+from train.plan.step import layout_of
+
+SKEW = 1.5
+
+
+def group_of(config: Config) -> Group:
+    """The expert-parallel group of the recipe."""
+    model, parallel = config.model, config.parallel
+    return Group(
+        parallel.ep,
+        layout_of(config).ep_ranks_per_node,
+        model.experts,
+        model.top_k,
+        model.groups,
+        model.top_groups,
+    )
+
+
+def load_of(config: Config, rank: int) -> Load:
+    """What dry_run.routing asks for. Raises UserError where a recorded load is not one of this model."""
+    group, routing = group_of(config), config.dry_run.routing
+    if group.ranks == 1 or routing == "balanced":  # a rank with all experts routes its own tokens
+        return Load.even(group)
+    if routing != "skewed":
+        return _recorded(config, rank % group.ranks, group)
+    local = group.experts // group.ranks
+    falling = [2 * (local - i) / (local + 1) for i in range(local)]
+    even = Load.even(group, SKEW)
+    return replace(
+        even, per_token_L=tuple(rows * weight for rows, weight in zip(even.per_token_L, falling, strict=True))
+    )
+
+
+def _recorded(config: Config, ep_rank: int, group: Group) -> Load:
+    path = Path(config.dry_run.routing) / FILE
+    steps = [head["step"] for head, has_loads in read_heads_with_loads(path) if has_loads] if path.is_file() else []
+    if not steps:
+        raise UserError(
+            "dry_run.routing",
+            config.dry_run.routing,
+            "must be balanced, skewed, or the folder of a run with recorded loads",
+            "give runs/<name> of a run of this model",
+        )
+    loads = next(iter(read_steps(path, {steps[-1]})))["load"]
+    if any(len(load_E) != group.experts for load_E in loads.values()):
+        raise UserError(
+            "dry_run.routing",
+            config.dry_run.routing,
+            f"was recorded with {len(next(iter(loads.values())))} experts, and model.experts = {group.experts}",
+            "take a run of this model, or dry_run.routing=balanced",
+        )
+    local = group.experts // group.ranks
+    mine = range(ep_rank * local, (ep_rank + 1) * local)
+    shares = [sum(load_E[i] / sum(load_E) for load_E in loads.values()) / len(loads) for i in mine]
+    return Load(tuple(share * group.ranks * group.top_k for share in shares))

@@ -1,0 +1,33 @@
+"""mode=dry_run: choose the rank and what of it fits, run it alone, and show it beside the plan."""
+
+import json
+import os
+from pathlib import Path
+
+from cluster.launch import Place
+from conf.errors import EXIT_OK
+from conf.schema import Config
+from train.dry_run.lone import run_alone
+from train.dry_run.piece import choose_piece, choose_rank
+from train.dry_run.record import FILE, dry_run_screen, find, record
+from train.dry_run.routing import load_of
+from train.parallelize import check_layout
+from train.plan.step import with_nodes
+from train.worker import choose_device
+
+
+def dry_run(config: Config) -> int:
+    """Returns the exit code. Raises UserError for a layout that cannot run, and where no part of the rank fits."""
+    config = with_nodes(config)
+    check_layout(config)
+    device = choose_device(config, Place(0, 1, 0, 1))
+    rank = choose_rank(config)
+    piece = choose_piece(config, rank, load_of(config, rank), device)
+    found = find(piece, run_alone(piece, device), device)
+    folder = Path(config.runs) / config.name
+    folder.mkdir(parents=True, exist_ok=True)
+    part = folder / f".{FILE}.part"
+    part.write_text(json.dumps(record(found), indent=1))
+    os.replace(part, folder / FILE)
+    dry_run_screen(found, folder)
+    return EXIT_OK
