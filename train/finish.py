@@ -13,8 +13,10 @@ from train.checkpoint.manifest import newest_intact, read_manifest
 from train.data.tokenizer import Tokenizer
 from train.generate.complete import complete
 from train.generate.source import from_checkpoint
+from train.metrics.planned import plan_rows, plan_words
 from train.metrics.report import write_report
 from train.metrics.screens import final_screen, stopped_screen
+from train.metrics.series import read_series
 from train.run_folder import RunPaths
 from train.whole_model import fits_here
 
@@ -44,6 +46,7 @@ def finish(
             seconds=seconds,
             validation_loss=last.get("validation_loss"),
             bits_per_byte=last.get("validation_bits_per_byte"),
+            plan=plan_words(plan_rows(paths.path, read_series(paths.metrics))),
             sample=sample(config, checkpoint, tokenizer, device),
             checkpoint=checkpoint,
             report=report,

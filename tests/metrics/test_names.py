@@ -7,7 +7,8 @@ from tests.small import metrics, train
 from train.metrics.names import LAYERS, SCALARS, WANDB, table_name
 
 ELSEWHERE = {
-    "after mode=plan of the same name and layout",
+    "after mode=plan of the same name and recipe",
+    "after mode=plan of the same name and recipe, for this very device",
     "parallel.pp > 1",
     "parallel.ep > 1",
     "parallel.schedule=dualpipev",

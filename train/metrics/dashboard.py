@@ -61,7 +61,7 @@ SECTIONS: dict[str, tuple[Panel, ...]] = {
         Panel("All-to-all: time waited", "s", ("dispatch_wait_seconds",)),
         Panel("All-to-all: bytes inside nodes and across", "bytes", ("dispatch_bytes_inside", "dispatch_bytes_across")),
         Panel("Waiting for data, and for checkpoints", "s", ("data_wait_seconds", "checkpoint_stall_seconds")),
-        Panel("Step, without validation and saving", "s", ("step_seconds",)),
+        Panel("Step, without validation and saving", "s", ("step_seconds", "step_predicted_seconds")),
         Panel("Batch", "sequences", ("batch_size",)),
     ),
     "FP8": (

@@ -31,7 +31,8 @@ FP8_READINGS = (
     ("scale_range", "log2", "largest over smallest scale of a tensor"),
 )
 CLUSTER_WHEN = "cluster=ray"
-PLAN_WHEN = "after mode=plan of the same name and layout"
+PLAN_WHEN = "after mode=plan of the same name and recipe"
+PLAN_HERE = "after mode=plan of the same name and recipe, for this very device"
 FP8_WHEN = "precision=fp8 or fp8_ue8m0, every precision.fp8.health.every steps"
 SCALARS = (
     Metric("step", int, "steps", "optimizer steps done, this one included"),
@@ -57,6 +58,9 @@ SCALARS = (
     Metric("mfu", float, "share", "model FLOP/s over peak; causal attention, MTP not counted, as the paper counts"),
     Metric("mfu_full", float, "share", "the same with attention counted as if it were not causal"),
     Metric("step_seconds", float, "s", "wall time of the step; validation and saving come on top"),
+    Metric(
+        "step_predicted_seconds", float, "s", "the same as mode=plan said, of a step with the full batch", PLAN_HERE
+    ),
     Metric(
         "bubble_share",
         float,

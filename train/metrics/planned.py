@@ -1,25 +1,125 @@
-"""What mode=plan predicted for this run, beside what it measures: read from the run's plan.json, if it is of this layout."""
+"""What mode=plan predicted for this run, beside what it measures: read from the run's plan.json, if it is of this recipe.
+
+Memory is that of the tensors on the device. Step time stands beside the measured one only if the plan is for the very device
+that trains, by the rates of its description or by a calibration.
+"""
 
 import json
+from dataclasses import asdict
+from enum import Enum
 from pathlib import Path
+from typing import Any
+
+import torch
 
 from conf.schema import Config
+from train.metrics.headline import last, median
 from train.metrics.names import Record
+from train.metrics.series import Series
+from train.plan.rates import cpu_name
+from train.plan.words import gib, seconds, share
 
 FILE = "plan.json"
+PARTS = {
+    "forward passes": (("F",), "forward_seconds"),
+    "backward passes": (("B", "I", "W"), "backward_seconds"),
+    "overlapped pairs": (("FB",), "overlapped_seconds"),
+}
+"""Sums over kinds of actions, and the metric that measures each."""
+
+
+def recipe_of(config: Config) -> dict[str, Any]:
+    """What a plan and a run must have in common, as JSON has it."""
+    found = {
+        "parallel": asdict(config.parallel),
+        "model": asdict(config.model),
+        "precision": config.precision.name,
+        "moments": config.precision.moments,
+        "seq_len": config.seq_len,
+        "batch_size": config.batch_size,
+        "micro_batch_size": config.micro_batch_size,
+    }
+    return json.loads(json.dumps(found, default=_plain))
+
+
+def _plain(value: object) -> object:
+    assert isinstance(value, Enum), value
+    return value.value
 
 
 def planned(config: Config, run_folder: Path) -> Record:
-    """The predicted peak of the rank that reports; empty without a plan, or with one of another layout."""
+    """The predictions for the rank that reports; empty without a plan, or with one of another recipe."""
+    plan = _read(run_folder)
+    if plan is None or plan.get("recipe") != recipe_of(config):
+        return {}
+    found: Record = {"memory_predicted_bytes": _peak(plan)}
+    if _is_here(plan["device"], config):
+        found["step_predicted_seconds"] = plan["step_seconds"]
+    return found
+
+
+def _read(run_folder: Path) -> dict[str, Any] | None:
     path = run_folder / FILE
-    if not path.is_file():
-        return {}
-    plan = json.loads(path.read_bytes())
-    here = vars(config.parallel) | {
-        "micro_batch_size": config.micro_batch_size,
-        "recompute": [what.value for what in config.model.recompute],
-        "precision": config.precision.name,
-    }
-    if any(plan["layout"].get(key) != value for key, value in here.items()):
-        return {}
-    return {"memory_predicted_bytes": next(rank["peak_bytes"] for rank in plan["ranks"] if rank["pp_rank"] == 0)}
+    return json.loads(path.read_bytes()) if path.is_file() else None
+
+
+def _peak(plan: dict[str, Any]) -> int:
+    return next(rank["peak_bytes"] for rank in plan["ranks"] if rank["pp_rank"] == 0)
+
+
+def _is_here(device: str, config: Config) -> bool:
+    """Whether the device of a plan (part of CUDA's name for it, or a processor's whole name) is the one that trains."""
+    if config.cluster.device != "cpu" and torch.cuda.is_available():
+        return device in torch.cuda.get_device_name()
+    return device == cpu_name()
+
+
+Row = tuple[str, str, str, str]
+"""What, planned, measured, error of the plan."""
+
+
+def plan_rows(run_folder: Path, series: Series) -> list[Row]:
+    """Predictions beside what the run measured, medians over the run; none where the run had no plan."""
+    plan, predicted = _read(run_folder), last(series, "memory_predicted_bytes")
+    if plan is None or predicted != _peak(plan):
+        return []
+    rows = [_memory(plan, series)]
+    if not series.has("step_predicted_seconds"):
+        return rows
+    rows.append(_row("step", plan["step_seconds"], median(series, "step_seconds")))
+    for name, (kinds, metric) in PARTS.items():
+        if series.has(metric):
+            rows.append(
+                _row(name, sum(plan["action_seconds"].get(kind, 0.0) for kind in kinds), median(series, metric))
+            )
+    if series.has("bubble_share"):
+        bubble = median(series, "bubble_share")
+        rows.append(("bubble", share(plan["bubble_share"]), share(bubble), _points(plan["bubble_share"] - bubble)))
+    return rows
+
+
+def _memory(plan: dict[str, Any], series: Series) -> Row:
+    peak, measured = _peak(plan), max(series.finite("memory_bytes"), default=0.0)
+    if plan["on_cpu"]:  # a process is more than its tensors: mode=dry_run measures those
+        return "memory of tensors", gib(peak), f"{gib(measured)} of the whole process", ""
+    return "peak memory", gib(peak), gib(measured), _error(peak, measured)
+
+
+def _row(name: str, planned: float, measured: float) -> Row:
+    return name, seconds(planned), seconds(measured), _error(planned, measured)
+
+
+def _error(planned: float, measured: float) -> str:
+    return f"{100 * (planned / measured - 1):+.1f} %" if measured else ""
+
+
+def _points(difference: float) -> str:
+    return f"{100 * difference:+.1f} points"
+
+
+def plan_words(rows: list[Row]) -> str:
+    """The rows as one sentence for the terminal."""
+    return "; ".join(
+        f"{what} {measured}, planned {planned}" + (f" ({error})" if error else "")
+        for what, planned, measured, error in rows
+    )

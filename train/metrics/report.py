@@ -19,6 +19,7 @@ from train.metrics.goodput import cluster_summary
 from train.metrics.headline import Card, findings, headline
 from train.metrics.jsonl import FILE
 from train.metrics.names import SCALARS
+from train.metrics.planned import Row, plan_rows
 from train.metrics.plot import Figure
 from train.metrics.progress import short
 from train.metrics.series import POINTS, Series, read_series
@@ -52,7 +53,8 @@ def write_report(run_folder: Path) -> Path:
     series = read_series(run_folder / FILE)
     sampled = read_timeline(run_folder)
     name = str(settings.get("name") or run_folder.name)
-    page = _page(name, series, settings, settings_text, _checkpoints(run_folder), sampled, cluster_summary(run_folder))
+    sections = _plan_parts(plan_rows(run_folder, series)) + _cluster_parts(cluster_summary(run_folder))
+    page = _page(name, series, settings, settings_text, sections + _checkpoint_table(_checkpoints(run_folder)), sampled)
     path, part = run_folder / REPORT, run_folder / f"{REPORT}.part"
     part.write_text(page, encoding="utf-8")
     os.replace(part, path)
@@ -88,19 +90,18 @@ def _page(
     series: Series,
     settings: Mapping[str, Any],
     settings_text: str,
-    checkpoints: list,
+    sections: list[str],
     sampled: SampledStep | None,
-    cluster: tuple[str, list] | None,
 ) -> str:
+    """sections: what stands below the figures."""
     written = datetime.datetime.now().strftime("%Y-%m-%d %H:%M")
     parts = opening(f"Training report: {name}", f"{_description(settings)} Written {written}.")
     if len(series.step_N):
         parts += _run_parts(series, settings, sampled)
     else:
         parts.append("<p>No step has been recorded yet.</p>")
-    parts += _cluster_parts(cluster)
-    parts += _checkpoint_table(checkpoints)
     parts += [
+        *sections,
         "<h2>Configuration</h2><details><summary>Every setting of this run (config.yaml)</summary>",
         f"<pre>{html.escape(settings_text) or 'This folder has no config.yaml.'}</pre></details>",
         "<details><summary>What the names in metrics.jsonl mean</summary>",
@@ -165,6 +166,17 @@ def _description(settings: Mapping[str, Any]) -> str:
         f"A DeepSeek-V3-style language model with {model['layers']} layers of width {model['hidden']}, "
         f"{model['experts']} experts per expert layer of which each token uses {model['top_k']}, trained on {source}."
     )
+
+
+def _plan_parts(rows: list[Row]) -> list[str]:
+    """What mode=plan said beside what was measured."""
+    if not rows:
+        return []
+    text = "Medians over the run, times as means over its ranks; the error is that of the plan."
+    return [
+        f'<h2>Planned and measured</h2><p class="sub">{text}</p>',
+        table(("", "planned", "measured", "error"), rows),
+    ]
 
 
 def _cluster_parts(cluster: tuple[str, list] | None) -> list[str]:

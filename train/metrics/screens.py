@@ -24,6 +24,7 @@ def final_screen(
     seconds: float | None = None,
     validation_loss: float | None = None,
     bits_per_byte: float | None = None,
+    plan: str | None = None,
     sample: str | None = None,
     checkpoint: Path | None = None,
     report: Path | None = None,
@@ -32,12 +33,14 @@ def final_screen(
 ) -> None:
     """The end of a run, on stdout. What is None is left out. seconds: wall time of the run.
 
-    wandb: address of the W&B run, or folder of the offline run.
+    plan: what mode=plan said beside what was measured. wandb: address of the W&B run, or folder of the offline run.
     """
     took = f" in {duration(seconds)}" if seconds is not None else ""
     rows = []
     if validation_loss is not None:
         rows.append(("Held-out", _held_out(validation_loss, bits_per_byte)))
+    if plan:
+        rows.append(("Plan", plan))
     if sample:
         rows.append(("Sample", _quoted(sample)))
     rows += [("Checkpoint", str(checkpoint))] if checkpoint else []

@@ -3,9 +3,10 @@
 from typing import Any
 
 from parallel.pipeline.simulate import Action
+from train.metrics.planned import recipe_of
 from train.plan.budget import RunPlan
 from train.plan.cures import Cure
-from train.plan.rates import load_rates
+from train.plan.rates import cpu_name, load_rates
 from train.plan.stages import Stages
 from train.plan.step import layout_of
 
@@ -21,6 +22,8 @@ def plan_record(plan: RunPlan, cures: list[Cure]) -> dict[str, Any]:
     return {
         "name": config.name,
         "hardware": config.hardware.name,
+        "device": cpu_name() if config.hardware.device == "cpu" else config.hardware.device,
+        "on_cpu": config.hardware.device == "cpu",
         "rates": step.rates,
         "devices": layout.world,
         "devices_per_node": layout.ranks_per_node,
@@ -32,6 +35,7 @@ def plan_record(plan: RunPlan, cures: list[Cure]) -> dict[str, Any]:
             "recompute": [what.value for what in config.model.recompute],
             "precision": config.precision.name,
         },
+        "recipe": recipe_of(config),
         "fits": plan.fits,
         "room_bytes": plan.room_bytes,
         "fullest_pp_rank": plan.fullest.pp_rank,
