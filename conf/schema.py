@@ -345,6 +345,9 @@ class Fp8:
     emulate: str = "fp32"
     """On CPU, the products of operands whose scales are not powers of two: fp32 is exact; bf16 rounds the operands (by
     2^-9, beside 2^-4 of E4M3) and costs no more than a bf16 product."""
+    compiled: bool = True
+    """On CPU, cast with code that is compiled at the first use, which takes seconds and a C++ compiler; false: with torch's
+    own operations, the same bits more slowly."""
     cache: Cache = field(default_factory=Cache)
     health: Health = field(default_factory=Health)
 

@@ -11,6 +11,7 @@ from parallel.expert.wire import Fp8RowsWire, Fp8Wire
 from tests.expert.test_dispatch import groups_of
 from tests.ranks import run_ranks
 from train.precision.build import build_precision
+from train.precision.quantize import EagerCasts, quantize
 
 torch.set_num_threads(1)
 COUNTS = torch.tensor([30, 0, 129, 41])
@@ -90,14 +91,18 @@ def test_experts_of_any_recipe_give_the_same_bits(recipe):
 
 def test_what_arrived_is_neither_quantised_nor_dequantised_again(monkeypatch):
     """The rows are asked for their values by nobody; x and dy are cast only to tiles along the tokens, for Wgrad."""
-    from train.precision import products
+    casts, kept, plain = [], [], EagerCasts.fake_quantize
 
-    casts, plain = [], products.fake_quantize
+    def fake_quantize(self, x, cast, dtype):
+        casts.append((x.shape, cast.block))
+        return plain(self, x, cast, dtype)
+
+    monkeypatch.setattr(EagerCasts, "fake_quantize", fake_quantize)
     monkeypatch.setattr(
-        products, "fake_quantize", lambda x, cast: casts.append((x.shape, cast.block)) or plain(x, cast)
+        EagerCasts, "quantize", lambda self, x, cast: kept.append((x.shape, cast.block)) or quantize(x, cast)
     )
     monkeypatch.setattr(QuantizedRows, "values", lambda self: pytest.fail("dequantised"))
-    precision, rows = precision_of("precision=fp8_ue8m0"), int(COUNTS.sum())
+    precision, rows = precision_of("precision=fp8_ue8m0", "precision.fp8.compiled=false"), int(COUNTS.sum())
     rows_RD = received(Fp8RowsWire(), spread_out(rows, 2)).requires_grad_()
     dy_RD = received(Fp8RowsWire(), spread_out(rows, 3), gradient=True)
     w13, w2 = (weight.requires_grad_() for weight in weights())
@@ -105,6 +110,22 @@ def test_what_arrived_is_neither_quantised_nor_dequantised_again(monkeypatch):
     torch.autograd.grad(y_RD, [rows_RD, w13, w2], dy_RD)
     of_rows = [block for shape, block in casts if shape[-1] == WIDTH and len(shape) == 2]
     assert of_rows == [(128, 1)] * 2
+    assert {shape[-1] for shape, _ in kept} == {2 * INNER}  # what SwiGLU needs again, and none of the rows
+
+
+@pytest.mark.parametrize("recipe", RECIPES)
+def test_counts_that_need_no_padding(recipe):
+    """Then nothing copies the rows on their way to the products."""
+    precision, counts = precision_of(*RECIPES[recipe]), torch.tensor([128, 0, 0, 256])
+    w13, w2 = (weight.requires_grad_() for weight in weights())
+    gates_R = torch.rand(384, generator=torch.Generator().manual_seed(4))
+    results = []
+    for wire in (Fp8RowsWire(), Fp8Wire()):
+        rows_RD = received(wire, spread_out(384, 2)).requires_grad_()
+        y_RD = precision.expert_ffn(rows_RD, gates_R, w13, w2, counts)
+        dy_RD = received(wire, spread_out(384, 3), gradient=True)
+        results.append([y_RD, *torch.autograd.grad(y_RD, [rows_RD, w13, w2], dy_RD)])
+    assert all(torch.equal(ours, expected) for ours, expected in zip(*results, strict=True))
 
 
 def check_dispatch(rank: int, name: str) -> None:

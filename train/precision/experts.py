@@ -136,6 +136,7 @@ def _arrived(rows_RD: Tensor, groups: Groups, engine: Engine, rule: Rule) -> Sou
         if rule.format is not None and rule.cast() == cast:
             q_PD = groups.pad(rows_RD.q_RD.view(torch.uint8)).view(rows_RD.q_RD.dtype)
             return engine.arrived(q_PD, groups.pad(rows_RD.scale_RS), cast)
+        rows_RD = rows_RD.values()
     return groups.pad(rows_RD)
 
 

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from conf.schema import Fp8
+from train.precision.compiled import load_casts
 from train.precision.experts import expert_ffn
 from train.precision.health import Health, Report
 from train.precision.hopper import HopperEngine
@@ -31,7 +32,7 @@ class Fp8Precision:
         self._health = Health(fp8.health)
         if engine is None and device.type == "cuda":
             engine = HopperEngine(fp8)
-        self._engine = engine or CpuEngine(exact=fp8.emulate == "fp32", packed=fp8.cache.packed)
+        self._engine = engine or _cpu_engine(fp8)
 
     def linear(self, x: Tensor, weight: Tensor, kind: str = "dense") -> Tensor:
         """x (..., K) times weight (N, K) transposed. kind: dense, or output for the attention's output projection."""
@@ -57,3 +58,8 @@ class Fp8Precision:
     def health(self) -> Report:
         """Metrics and warnings of the step that ends; empty for a step that was not checked."""
         return self._health.report()
+
+
+def _cpu_engine(fp8: Fp8) -> CpuEngine:
+    """The emulation that a checked section describes."""
+    return CpuEngine(fp8.emulate == "fp32", fp8.cache.packed, load_casts() if fp8.compiled else None)

@@ -5,8 +5,9 @@ product is left @ right^T.
 
 The CPU has no FP8 arithmetic, so the emulation multiplies the dequantised operands and accumulates in fp32.  Its
 operands are exact: where every scale is a power of two they fit bf16, and the product costs what a bf16 one costs;
-with fp32 scales it takes fp32 operands and an fp32 product, or, by choice, operands rounded to bf16.  Summing each 128 of the contraction apart, as Hopper
-kernels do, would differ by 3e-7 relative, far below the 4e-2 of the quantisation, so there is one product per call.
+with fp32 scales it takes fp32 operands and an fp32 product, or, by choice, operands rounded to bf16.  Summing each 128
+of the contraction apart, as Hopper kernels do, would differ by 3e-7 relative, far below the 4e-2 of the quantisation, so
+there is one product per call.
 
 Shape suffixes: O outer, C contraction, P padded rows (train/precision/groups.py), E experts, N outer of the right operand.
 """
@@ -20,7 +21,7 @@ from torch import Tensor
 from train.precision import swiglu
 from train.precision.formats import Cast
 from train.precision.groups import Groups
-from train.precision.quantize import Quantized, dequantize, fake_quantize, fitted, quantize
+from train.precision.quantize import EagerCasts, Quantized, exact_dtype, fitted
 from train.precision.recipe import Rule
 
 
@@ -30,6 +31,10 @@ class Rounded:
 
     values: Tensor
     cast: Cast
+
+    @property
+    def shape(self) -> torch.Size:
+        return self.values.shape
 
 
 Source = Tensor | Quantized | Rounded
@@ -112,35 +117,53 @@ class Engine(Protocol):
         ...
 
 
+class Casts(Protocol):
+    """Casts of CPU tensors, each bit for bit as train/precision/quantize.py defines it."""
+
+    def quantize(self, x_MK: Tensor, cast: Cast) -> Quantized:
+        """Codes and scales."""
+        ...
+
+    def fake_quantize(self, x: Tensor | Quantized, cast: Cast, dtype: torch.dtype) -> Tensor:
+        """Values that the cast leaves, of dtype."""
+        ...
+
+    def dequantize(self, x: Quantized, dtype: torch.dtype) -> Tensor:
+        """Values of the codes, of dtype."""
+        ...
+
+
 class CpuEngine:
     """The emulation. It satisfies `Engine` with tensors as operands, and runs wherever torch does.
 
     exact: False rounds operands that do not fit bf16. packed: False keeps values instead of bytes for backward.
+    casts: how tensors are cast; torch's own operations unless something faster is given.
     """
 
-    def __init__(self, exact: bool = True, packed: bool = True):
-        self._exact, self._packed = exact, packed
+    def __init__(self, exact: bool = True, packed: bool = True, casts: Casts | None = None):
+        self._exact, self._packed, self._casts = exact, packed, casts or EagerCasts()
 
     def keep(self, x_MK: Tensor, cast: Cast) -> Source:
-        return quantize(x_MK, cast) if self._packed else self.cast(x_MK, cast)
+        return self._casts.quantize(x_MK, cast) if self._packed else self.cast(x_MK, cast)
 
     def cast(self, x_MK: Tensor, cast: Cast) -> Rounded:
-        return Rounded(fake_quantize(x_MK, cast), fitted(cast, x_MK))
+        return Rounded(self._casts.fake_quantize(x_MK, cast, exact_dtype(cast)), fitted(cast, x_MK))
 
     def arrived(self, q_MK: Tensor, scale: Tensor, cast: Cast) -> Source:
         quantized = Quantized(q_MK, scale, fitted(cast, q_MK), q_MK.shape)
-        return quantized if self._packed else Rounded(dequantize(quantized), quantized.cast)
+        return quantized if self._packed else Rounded(self._values(quantized), quantized.cast)
 
     def operand(self, source: Source, rule: Rule, transposed: bool = False, groups: Groups | None = None) -> Tensor:
-        values = _values(source)
         if rule.format is None:
-            values = values.bfloat16()
+            values = self._values(source, torch.bfloat16)
         else:
-            cast = fitted(rule.cast(transposed), values)
+            cast = fitted(rule.cast(transposed), source)
+            dtype = exact_dtype(cast) if self._exact else torch.bfloat16
             if isinstance(source, Tensor) or source.cast != cast:
-                values = fake_quantize(values, cast)
-            if not self._exact:
-                values = values.bfloat16()
+                x = source.values if isinstance(source, Rounded) else source
+                values = self._casts.fake_quantize(x, cast, dtype)
+            else:
+                values = self._values(source, dtype)
         return values.mT if transposed else values
 
     def product(self, left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
@@ -168,17 +191,17 @@ class CpuEngine:
         return torch.cat([self.operand(swiglu.forward(h, gates), rule) for h, gates in parts])
 
     def swiglu_backward(self, h: Source, gates_P: Tensor, da_PF: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        return swiglu.backward(_values(h), gates_P, da_PF)
+        return swiglu.backward(self._values(h), gates_P, da_PF)
 
     def swiglu_again(self, h: Source, gates_P: Tensor) -> Tensor:
-        return swiglu.again(_values(h), gates_P)
+        return swiglu.again(self._values(h), gates_P)
 
-
-def _values(source: Source) -> Tensor:
-    """What a source stands for, exactly."""
-    if isinstance(source, Rounded):
-        return source.values
-    return dequantize(source) if isinstance(source, Quantized) else source
+    def _values(self, source: Source, dtype: torch.dtype | None = None) -> Tensor:
+        """What a source stands for, exactly or in a format."""
+        if isinstance(source, Quantized):
+            return self._casts.dequantize(source, dtype or exact_dtype(source.cast))
+        values = source.values if isinstance(source, Rounded) else source
+        return values.to(dtype or values.dtype)
 
 
 def _common(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:

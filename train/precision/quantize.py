@@ -57,7 +57,7 @@ def scales(amax: Tensor, cast: Cast) -> tuple[Tensor, Tensor]:
     return scale, scale.reciprocal()
 
 
-def fitted(cast: Cast, x_MK: Tensor) -> Cast:
+def fitted(cast: Cast, x_MK: "Tensor | Quantized") -> Cast:
     """The cast with its block no larger than the tensor."""
     rows, columns = cast.block
     return replace(cast, block=(min(rows, max(x_MK.shape[-2], 1)), min(columns, max(x_MK.shape[-1], 1))))
@@ -112,21 +112,38 @@ def quantize(x_MK: Tensor, cast: Cast) -> Quantized:
     return Quantized(q, scale.squeeze((-3, -1)), cast, x_MK.shape)
 
 
-def fake_quantize(x_MK: Tensor, cast: Cast) -> Tensor:
-    """Quantise (..., M, K) and dequantise: bf16 for power-of-two scales, where that is exact, else fp32."""
-    blocks = blocked(x_MK, fitted(cast, x_MK).block)
+def exact_dtype(cast: Cast) -> torch.dtype:
+    """The smallest format that holds the quantised values exactly: bf16 for power-of-two scales, else fp32."""
+    return torch.bfloat16 if cast.pow2 else torch.float32
+
+
+def fake_quantize(x_MK: Tensor, cast: Cast, dtype: torch.dtype | None = None) -> Tensor:
+    """Quantise (..., M, K) and dequantise, in `exact_dtype` or as asked."""
+    blocks, dtype = blocked(x_MK, fitted(cast, x_MK).block), dtype or exact_dtype(cast)
     if cast.pow2 and x_MK.dtype == torch.bfloat16 and cast.format.mantissa <= 3:
-        return unblocked(_fake_bf16(blocks, cast), x_MK.shape)
+        return unblocked(_fake_bf16(blocks, cast).to(dtype), x_MK.shape)
     scale, inverse = scales(_amax(blocks), cast)
-    values = round_to(blocks * inverse, cast.format).mul_(scale)
-    return unblocked(values.bfloat16() if cast.pow2 else values, x_MK.shape)
+    return unblocked(round_to(blocks * inverse, cast.format).mul_(scale).to(dtype), x_MK.shape)
 
 
-def dequantize(x: Quantized) -> Tensor:
-    """(..., M, K) in bf16 for power-of-two scales, where that is exact, else fp32."""
+def dequantize(x: Quantized, dtype: torch.dtype | None = None) -> Tensor:
+    """(..., M, K) in `exact_dtype` or as asked."""
     values, factor = _as_fp16(x)
     scaled = blocked(values, x.cast.block) * (x.scale * factor)[..., :, None, :, None]
-    return unblocked(scaled.bfloat16() if x.cast.pow2 else scaled, values.shape)
+    return unblocked(scaled.to(dtype or exact_dtype(x.cast)), values.shape)
+
+
+class EagerCasts:
+    """What the CPU emulation asks for, in torch's own operations; train/precision/compiled.py has the same compiled."""
+
+    def quantize(self, x_MK: Tensor, cast: Cast) -> Quantized:
+        return quantize(x_MK, cast)
+
+    def fake_quantize(self, x: Tensor | Quantized, cast: Cast, dtype: torch.dtype) -> Tensor:
+        return fake_quantize(dequantize(x) if isinstance(x, Quantized) else x, cast, dtype)
+
+    def dequantize(self, x: Quantized, dtype: torch.dtype) -> Tensor:
+        return dequantize(x, dtype)
 
 
 def _as_fp16(x: Quantized) -> tuple[Tensor, float]:
@@ -148,7 +165,10 @@ def _amax(blocks: Tensor) -> Tensor:
 
 
 def _fake_bf16(blocks: Tensor, cast: Cast) -> Tensor:
-    """Round bf16 blocks on the grid of their own power-of-two scale, without leaving bf16."""
+    """Round bf16 blocks on the grid of their own power-of-two scale, without leaving bf16.
+
+    Values from 2^122 up, infinities too, are rounded in some other way: their shift has no exponent in bf16.
+    """
     carry, exponent, floor, half = _bf16_constants(cast.format, cast.floor)
     shift = blocks.view(torch.int16) & 0x7FFF
     smallest = shift.amax((-3, -1), keepdim=True)  # bits of amax, then of the smallest normal value of the block
