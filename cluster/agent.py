@@ -105,6 +105,7 @@ class Agent:
         self._store: Store | None = None
         self._leaving = False
         self._lock = threading.Lock()
+        self._closed = threading.Event()
         _sweep()
         threading.Thread(target=self._watch_lease, daemon=True).start()
 
@@ -269,6 +270,7 @@ class Agent:
 
     def close(self) -> None:
         """End everything but the copies in memory, which a new launch may need."""
+        self._closed.set()
         with self._lock:
             self._kill()
             self._forget()
@@ -298,8 +300,7 @@ class Agent:
             self._scratch = None
 
     def _watch_lease(self) -> None:
-        while True:
-            time.sleep(self._lease / 10)
+        while not self._closed.wait(self._lease / 10):
             with self._lock:
                 if time.monotonic() - self._asked > self._lease and self._running():
                     self._kill()

@@ -36,9 +36,10 @@ class LocalFleet:
     def call(self, node: str, method: str, *arguments: Any) -> None:
         if node in self.deaf:
             return
-        agent = self.agents.setdefault(node, Agent(self._lease))
+        if node not in self.agents:
+            self.agents[node] = Agent(self._lease)
         try:
-            self._replies.append(Reply(node, method, getattr(agent, method)(*arguments)))
+            self._replies.append(Reply(node, method, getattr(self.agents[node], method)(*arguments)))
         except Exception as error:
             self._replies.append(Reply(node, method, error=repr(error)))
 
