@@ -1,0 +1,167 @@
+"""Tokens per second of generation beside transformers' generate on the same weights, and what MTP drafts add.
+
+Two questions, one command each:
+
+    python -m bench.decode [--shape debug|tiny] [--dtype bf16|fp32] [--batch 1] [--prompt 32] [--tokens 128] [--threads 1]
+    python -m bench.decode --run RUN_FOLDER
+
+The first gives our model the random weights of transformers' DeepseekV3ForCausalLM. Both continue the same prompts greedily
+by the same number of tokens, in one process, in turns, so that the noise of the machine falls on both; prefill is
+counted. transformers runs as generate does by default; 5.24 caches the latents too, and forms keys and values of all
+earlier tokens again at every step. Prints medians, the ratio with its range over the rounds, and the bytes that each
+cache really holds per token.
+
+The second takes a trained run with MTP modules and compares generation with and without drafts, in turns, at three
+temperatures: share of drafts accepted, tokens per step, and how much faster a token is (prefill not counted).
+"""
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from train.cpu import tune_cpu
+
+tune_cpu()
+
+import torch  # noqa: E402
+
+from bench.train_step import SHAPES  # noqa: E402
+from conf.load import compose, read_config  # noqa: E402
+from train.checkpoint.manifest import newest_intact  # noqa: E402
+from train.data.tokenizer import load_tokenizer  # noqa: E402
+from train.generate.cache import bytes_per_token, multi_head_bytes_per_token  # noqa: E402
+from train.generate.complete import start  # noqa: E402
+from train.generate.decoder import Decoder  # noqa: E402
+from train.generate.generation import Generation, Limits  # noqa: E402
+from train.generate.sampling import Sampler  # noqa: E402
+from train.generate.source import from_checkpoint  # noqa: E402
+from train.model.deepseek import DeepSeekV3  # noqa: E402
+from train.precision.high import HighPrecision  # noqa: E402
+
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+PROMPTS = ["", "import ", "class Reader:\n    def __init__(self", "def main():\n", '"""Support for ']
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--shape", choices=tuple(SHAPES), default="debug")
+    parser.add_argument("--dtype", choices=tuple(DTYPES), default="bf16")
+    parser.add_argument("--batch", type=int, default=1)
+    parser.add_argument("--prompt", type=int, default=32, help="tokens of a prompt")
+    parser.add_argument("--tokens", type=int, default=128, help="new tokens")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--run", type=Path, help="folder of a trained run: measure its drafts instead")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    if options.run:
+        measure_drafts(options)
+    else:
+        measure_beside_transformers(options)
+
+
+def measure_beside_transformers(options: argparse.Namespace) -> None:
+    from tests.model import parity
+
+    torch.manual_seed(1)
+    length = options.prompt + options.tokens
+    overrides = [f"model.{key}={'null' if value is None else value}" for key, value in SHAPES[options.shape].items()]
+    config = compose(*overrides, "model.mtp_depth=0", f"seq_len={length}").model
+    dtype = DTYPES[options.dtype]
+    theirs = parity.transformers_model(config, length)
+    parity.randomise(theirs, 0.04)
+    ours = DeepSeekV3.whole(config, HighPrecision(dtype), seq_len=length)
+    parity.load(ours, theirs)
+    for parameter in ours.parameters():
+        parameter.data = parameter.data.to(dtype)
+    theirs, decoder = theirs.to(dtype).eval(), Decoder(ours.eval(), length)
+    tokens_BT = torch.randint(config.vocab_size, (options.batch, options.prompt))
+    settings = {"max_new_tokens": options.tokens, "min_new_tokens": options.tokens, "do_sample": False}
+
+    def run_theirs():
+        with torch.inference_mode():
+            return theirs.generate(
+                tokens_BT, attention_mask=torch.ones_like(tokens_BT), use_cache=True, pad_token_id=0,
+                return_dict_in_generate=True, **settings,
+            )  # fmt: skip
+
+    def run_ours() -> Generation:
+        limits = Limits(options.tokens, length, end_id=-1)
+        generation = Generation(decoder, tokens_BT.tolist(), Sampler(config.vocab_size, temperature=0), limits, seed=1)
+        for _ in generation.steps():
+            pass
+        return generation
+
+    same = torch.tensor(run_ours().tokens) == run_theirs().sequences[:, options.prompt :]
+    rates = take_turns({"ours": run_ours, "transformers": run_theirs}, options.rounds, options.batch * options.tokens)
+    print(
+        f"{options.shape}, {options.dtype}, {options.threads} thread(s), batch {options.batch}, {options.prompt} + "
+        f"{options.tokens} tokens; {same.float().mean():.0%} of the tokens are the same"
+    )
+    show(rates)
+    output = run_theirs()
+    layers = (output.cache if "cache" in output else output.past_key_values).layers
+    held = sum(layer.keys.nbytes + layer.values.nbytes for layer in layers)
+    columns = layers[0].keys.size(-2)
+    print(
+        f"  cache per token: ours {bytes_per_token(config, dtype.itemsize):,} bytes, transformers "
+        f"{held / options.batch / columns:,.0f}, equal multi-head attention "
+        f"{multi_head_bytes_per_token(config, dtype.itemsize):,}"
+    )
+
+
+def measure_drafts(options: argparse.Namespace) -> None:
+    config = read_config(str(options.run / "config.yaml"))
+    checkpoint = newest_intact(options.run / "checkpoints").path
+    source = from_checkpoint(config, checkpoint, load_tokenizer(str(options.run)), torch.device("cpu"))
+    print(f"{source.title}, {config.precision.name}, {options.threads} thread(s), {len(PROMPTS)} prompts one by one")
+    for temperature in (0.0, 0.8, 1.0):
+        seconds = {False: [], True: []}
+        accepted = drafted = decoded = steps = 0
+        for number in range(options.rounds):
+            for speculative, taken in seconds.items():
+                total = tokens = 0.0
+                for prompt in PROMPTS:
+                    generation = start(
+                        source, [prompt], tokens=options.tokens, temperature=temperature, seed=number,
+                        speculative=speculative,
+                    )  # fmt: skip
+                    for _ in generation.steps():
+                        pass
+                    counts = generation.counts
+                    total, tokens = total + counts.decode_seconds, tokens + counts.decoded
+                    accepted, drafted = accepted + counts.accepted, drafted + counts.drafted
+                    if speculative:
+                        decoded, steps = decoded + counts.decoded, steps + counts.row_steps
+                taken.append(total / tokens)
+        ratios = [plain / fast for plain, fast in zip(seconds[False], seconds[True], strict=True)]
+        print(
+            f"  temperature {temperature}: {accepted / drafted:.1%} of drafts accepted, {decoded / steps:.2f} tokens a step, "
+            f"{statistics.median(seconds[False]) * 1e3:.2f} ms a token without and "
+            f"{statistics.median(seconds[True]) * 1e3:.2f} with, {statistics.median(ratios):.2f} times as fast "
+            f"({min(ratios):.2f} to {max(ratios):.2f})"
+        )
+
+
+def take_turns(sides: dict[str, Callable], rounds: int, tokens: int) -> dict[str, list[float]]:
+    """Tokens per second of each side in each round."""
+    rates: dict[str, list[float]] = {name: [] for name in sides}
+    for _ in range(rounds):
+        for name, run in sides.items():
+            began = time.perf_counter()
+            run()
+            rates[name].append(tokens / (time.perf_counter() - began))
+    return rates
+
+
+def show(rates: dict[str, list[float]]) -> None:
+    for name, values in rates.items():
+        print(f"  {name:13} {statistics.median(values):8.1f} tokens/s  ({min(values):.1f} to {max(values):.1f})")
+    ratios = [a / b for a, b in zip(*rates.values(), strict=True)]
+    print(f"  ratio {statistics.median(ratios):.2f}  ({min(ratios):.2f} to {max(ratios):.2f})")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,172 @@
+"""mode=generate as a user runs it, on a run of two steps and on a Hugging Face folder."""
+
+import io
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from conf.errors import UserError
+from conf.load import compose
+from conf.schema import Model
+from tests.hf.small import MODEL, SEQ_LEN, transformers_folder
+from tests.small import train, write_corpus
+from train.data.tokenizer import Tokenizer, train_bpe
+from train.generate.command import generate
+from train.generate.text import TextStream, write
+
+torch.set_num_threads(1)
+
+
+class Terminal(io.StringIO):
+    encoding = "utf-8"
+
+    def isatty(self) -> bool:
+        return True
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory) -> Path:
+    """Folder with a run `whole`."""
+    tmp_path = tmp_path_factory.mktemp("trained")
+    done = train(tmp_path, "name=whole", "steps=2", "model.mtp_depth=2", "log.sample_tokens=12")
+    assert done.returncode == 0, done.stderr
+    assert "Sample" in done.stdout
+    return tmp_path
+
+
+def say(tmp_path: Path, *overrides: str) -> int:
+    where = [f"runs={tmp_path / 'runs'}", "name=whole", "cluster.threads=1", "cluster.device=cpu"]
+    return generate(compose("mode=generate", *where, "generate.tokens=8", *overrides))
+
+
+def contents(folder: Path) -> dict[Path, tuple[int, int]]:
+    return {path: (path.stat().st_mtime_ns, path.stat().st_size) for path in folder.rglob("*")}
+
+
+def test_text_goes_to_stdout_and_the_rest_to_stderr(trained, capfd):
+    before = contents(trained)
+    outputs = []
+    for overrides in ([], [], ["generate.seed=2"], ["generate.temperature=0"]):
+        assert say(trained, "generate.prompt=the expert", *overrides) == 0
+        out, err = capfd.readouterr()
+        outputs.append(out)
+        # kv_rank 16 + rope 8, 4 layers, fp32; 2 heads of 16 + 8 + 16
+        assert "whole, step 2: float32 on cpu, up to 24 tokens; 384 bytes of cache per token, 1,280 for" in err
+        assert "the expert[8 tokens, " in err and "the number of tokens is reached]" in err
+    assert outputs[0] == outputs[1] != outputs[2]
+    assert contents(trained) == before
+    assert say(trained, "generate.prompt=the expert", "generate.temperature=0", "generate.speculative=true") == 0
+    out, err = capfd.readouterr()
+    assert out == outputs[3] and "drafts accepted" in err and "times the speed without drafts" in err
+
+
+def test_lines_of_stdin_are_prompts(trained, capfd, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", io.StringIO("the expert\n\nthe bias keeps\n"))
+    assert say(trained) == 0
+    together = capfd.readouterr().out
+    assert [line for line in together.splitlines() if line.startswith(">>>")] == [
+        ">>> the expert",
+        ">>> ",
+        ">>> the bias keeps",
+    ]
+    assert say(trained, "generate.prompt=the bias keeps") == 0
+    assert together.endswith(">>> the bias keeps\n" + capfd.readouterr().out + "\n")
+
+
+def test_a_conversation_goes_on_after_a_mistake(trained, capfd, monkeypatch):
+    typed = iter(["the expert", "the " * 100, ""])
+
+    def read(prompt: str) -> str:
+        try:
+            return next(typed)
+        except StopIteration:
+            raise EOFError from None
+
+    monkeypatch.setattr(sys, "stdin", Terminal())
+    monkeypatch.setattr("builtins.input", read)
+    assert say(trained) == 0
+    err = capfd.readouterr().err
+    assert err.count(" tokens/s; ") == 2 and "error: generate.prompt = " in err
+
+
+@pytest.mark.parametrize(
+    ("overrides", "field", "words"),
+    [
+        (["generate.prompt=" + "the " * 100], "generate.prompt", "shorter than the model's context of 24"),
+        (["name=nobody"], "name", "must be a run with a checkpoint"),
+        (["generate.checkpoint={}/nowhere"], "generate.checkpoint", "does not exist"),
+        (["generate.checkpoint={}/corpus"], "generate.checkpoint", "holds no manifest.json"),
+        (["data.tokenizer={}/other.json", "generate.prompt=a"], "data.tokenizer", "its fingerprint differs"),
+        (["generate.temperature=-1"], "generate.temperature", "must not be negative"),
+        (["generate.top_p=0"], "generate.top_p", "is a probability"),
+        (["generate.tokens=0"], "generate.tokens", "greater than 0"),
+    ],
+)
+def test_mistakes_are_named(trained, overrides, field, words):
+    (trained / "other.json").write_text(train_bpe(["another text altogether"], 300))
+    with pytest.raises(UserError) as caught:
+        say(trained, *(override.format(trained) for override in overrides))
+    assert caught.value.field == field and words in caught.value.rule
+
+
+def test_a_checkpoint_without_drafters(trained, tmp_path):
+    folder = hugging_face_folder(tmp_path)[0]
+    with pytest.raises(UserError) as caught:
+        say(trained, f"generate.checkpoint={folder}", "generate.speculative=true")
+    assert caught.value.field == "generate.speculative"
+
+
+def hugging_face_folder(tmp_path: Path):
+    """A folder that transformers wrote, with a tokenizer of ours; its model and tokenizer."""
+    tokenizer = Tokenizer(train_bpe([path.read_text() for path in write_corpus(tmp_path / "corpus").iterdir()], 320))
+    folder = tmp_path / "theirs"
+    theirs = transformers_folder(folder, Model(**MODEL | {"vocab_size": tokenizer.vocab_size}))
+    tokenizer.save(folder)
+    return folder, theirs, tokenizer
+
+
+def test_a_hugging_face_folder_writes_what_transformers_writes(tmp_path, capfd):
+    folder, theirs, tokenizer = hugging_face_folder(tmp_path)
+    ids = torch.tensor([[tokenizer.eos_id, *tokenizer.encode("the expert")]])
+    expected = theirs.generate(
+        ids, max_new_tokens=8, do_sample=False, use_cache=True, eos_token_id=tokenizer.eos_id, pad_token_id=0
+    )
+    overrides = [f"generate.checkpoint={folder}", "precision=fp32", "generate.temperature=0"]
+    assert say(tmp_path, *overrides, "generate.prompt=the expert") == 0
+    assert capfd.readouterr().out == tokenizer.decode(expected[0, ids.size(1) :].tolist()) + "\n"
+    assert not (tmp_path / "runs").exists()
+    (folder / "tokenizer.json").unlink()
+    with pytest.raises(UserError, match=r"holds no tokenizer.json"):
+        say(tmp_path, *overrides)
+
+
+def test_pieces_of_text_are_whole_characters():
+    tokenizer = Tokenizer(train_bpe(["plain words"], 270))
+    text = "héllo 世界 \N{GRINNING FACE}\n\N{REPLACEMENT CHARACTER} end"
+    ids = tokenizer.encode(text)
+    assert len(ids) > len(text)
+    stream = TextStream(tokenizer)
+    pieces = [stream.feed([token]) for token in ids]
+    assert "".join(pieces) + stream.finish() == text
+    assert sum("\N{REPLACEMENT CHARACTER}" in piece for piece in pieces) == 1  # the one that was meant
+    # Broken bytes come out as the tokenizer shows them, the last at the end.
+    broken = [ids[1], *tokenizer.encode("a"), ids[-1], ids[1]]
+    pieces = [stream.feed([token]) for token in broken]
+    assert "".join(pieces) + stream.finish() == tokenizer.decode(broken)
+
+
+def test_a_terminal_gets_no_escape_sequences():
+    terminal, file = Terminal(), io.StringIO()
+    for stream in (terminal, file):
+        write("a\x1b[31mb\n", stream)
+    assert terminal.getvalue() == "a\N{REPLACEMENT CHARACTER}[31mb\n" and file.getvalue() == "a\x1b[31mb\n"
+
+
+def test_settings_of_the_run_are_taken(trained):
+    config = compose("mode=generate", f"runs={trained / 'runs'}", "name=whole")
+    assert config.seq_len == SEQ_LEN and config.model.mtp_depth == 2
+    assert config.data.tokenizer == str(trained / "runs" / "whole")
+    named = compose("mode=generate", f"generate.checkpoint={trained}/runs/whole/checkpoints/step_00000002")
+    assert named.model == config.model
