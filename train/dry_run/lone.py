@@ -6,14 +6,15 @@ arrive, and instead of the all-to-all a dispatcher that returns as many rows as 
 
 import time
 import warnings
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from conf.errors import UserError
 from conf.schema import Config
 from parallel.expert.build import build_wire
 from parallel.expert.stand_in import build_stand_in
@@ -37,9 +38,13 @@ class Measured:
     items: dict[str, int] = field(default_factory=dict)
     """Weights, master, moments, and gradients at the end of the schedule."""
     actions: dict[str, list[float]] = field(default_factory=lambda: defaultdict(list))
-    """Seconds of every timed action, by kind."""
+    """Of every timed step the seconds of all actions of a kind."""
+    counts: Counter[str] = field(default_factory=Counter)
+    """Actions of a step by kind."""
     seconds: dict[str, list[float]] = field(default_factory=lambda: defaultdict(list))
     """Of every timed step: the phases, and `step`."""
+    skipped: int = 0
+    """Timed steps without an update, as gradients were not finite."""
 
     @property
     def peak(self) -> int:
@@ -47,7 +52,7 @@ class Measured:
 
 
 def run_alone(piece: Piece, device: torch.device) -> Measured:
-    """One step to warm up, one for memory, then the timed ones."""
+    """One step to warm up, one for memory, then the timed ones. Raises UserError where the device's memory runs out."""
     config = piece.config
     warnings.filterwarnings("ignore", "`torch.distributed.*is deprecated", FutureWarning)
     layout = layout_of(config)
@@ -59,7 +64,16 @@ def run_alone(piece: Piece, device: torch.device) -> Measured:
             dispatcher = build_stand_in(config.parallel.dispatch, group_of(config), wire, piece.load)
         parts = parallelize(config, build_mesh(layout), device, dispatcher=dispatcher, layers=piece.layers)
         parts.pipeline.stage_type = LoneStage
-        return _steps(config, parts, device)
+        measured = _steps(config, parts, device)
+        parts.zero.engine.destroy()  # its hooks would keep all of it alive for the rest of a sweep
+        return measured
+    except torch.OutOfMemoryError as error:
+        raise UserError(
+            "dry_run.shrink",
+            config.dry_run.shrink,
+            f"the memory of this device ran out: {str(error).splitlines()[0]}",
+            "end other processes on the device, or set dry_run.shrink=2",
+        ) from error
     finally:
         dist.destroy_process_group()
 
@@ -73,8 +87,7 @@ def _steps(config: Config, parts: Parallelized, device: torch.device) -> Measure
     _step(config, parts, tokens_BS, 1, Measured())
     with Meter(device) as meter:
         _step(config, parts, tokens_BS, 2, measured, meter)
-    measured.actions.clear()
-    measured.seconds.clear()
+    measured = replace(Measured(), phases=measured.phases, items=measured.items)
     for number in range(3, 3 + config.dry_run.steps):
         _step(config, parts, tokens_BS, number, measured)
     return measured
@@ -106,11 +119,13 @@ def _step(
         if meter is not None:
             measured.items = _items(parts)
     end("reduction")
-    parts.zero.step()
+    measured.skipped += not parts.zero.step().applied
     end("update")
     measured.seconds["step"].append(clock[-1] - clock[0])
-    for action in parts.pipeline.timeline.newest().actions:
-        measured.actions[action.kind].append(action.seconds)
+    actions = parts.pipeline.timeline.newest().actions
+    measured.counts = Counter(action.kind for action in actions)
+    for kind in measured.counts:
+        measured.actions[kind].append(sum(action.seconds for action in actions if action.kind == kind))
 
 
 def _now(device: torch.device) -> float:

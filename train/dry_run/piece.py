@@ -80,9 +80,9 @@ def choose_piece(config: Config, rank: int, load: Load, device: torch.device) ->
     here, room, wanted = for_device(config, device), free_memory(device), config.dry_run.shrink
     factor = wanted or 1
     while factor <= MOST_SHRINK:
-        piece = _cut(config, shrunk(here, factor), rank, load, factor, room)
-        quick = wanted or device.type == "cuda" or _work(piece) <= CPU_WORK
-        if piece is not None and quick:
+        small = shrunk(here, factor)
+        quick = wanted or device.type == "cuda" or _work(config, small, rank) <= CPU_WORK
+        if quick and (piece := _cut(config, small, rank, load, factor, room)) is not None:
             return piece
         if wanted:
             break
@@ -155,15 +155,15 @@ def _alone(config: Config, load: Load) -> Scene:
     return replace(scene_of(config, load), gloo=False)
 
 
-def _work(piece: Piece | None) -> float:
-    """Operations of one step of this rank."""
-    if piece is None:
-        return 0.0
-    model, seq_len = piece.config.model, piece.config.seq_len
-    dense = sum(index < model.dense_layers for stage in piece.stages for index in piece.layers[stage])
-    moe = sum(len(piece.layers[stage]) for stage in piece.stages) - dense
-    last = len(piece.layers) - 1 in piece.stages
+def _work(job: Config, config: Config, rank: int) -> float:
+    """Operations of one step of this rank with all its layers, by the recipe as it runs here."""
+    model, seq_len, parallel = config.model, config.seq_len, config.parallel
+    placement, layers = stage_placement(parallel.schedule, parallel.pp), split(job)
+    stages = placement[rank // parallel.dp]
+    dense = sum(index < model.dense_layers for stage in stages for index in layers[stage])
+    moe = sum(len(layers[stage]) for stage in stages) - dense
+    last = len(layers) - 1 in stages
     per_token = dense * layer_flops(model, seq_len, dense=True)
     per_token += (moe + last * model.mtp_depth) * layer_flops(model, seq_len, dense=False)
     per_token += last * (1 + model.mtp_depth) * head_flops(model)
-    return per_token * piece.config.batch_size // piece.config.parallel.dp * seq_len
+    return per_token * config.batch_size // parallel.dp * seq_len

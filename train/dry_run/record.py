@@ -3,22 +3,24 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import fmean
+from statistics import median
 from typing import Any
 
 import torch
 from rich.console import Console
 
-from parallel.pipeline.simulate import Action, simulate
+from train.dry_run.expected import Expected, Times, again
 from train.dry_run.lone import PHASES, Measured
 from train.dry_run.piece import Piece
 from train.metrics.screens import GOOD, WARN, show
-from train.plan.memory import phases, rank_memory, scene_of
-from train.plan.step import StepTime, plan_time
+from train.plan.memory import chunk_parts, phases, rank_memory, scene_of
+from train.plan.weights import FP32, rank_weights
 from train.plan.words import gib, seconds
 
 FILE = "dry_run.json"
 KINDS = {"F": "forward", "B": "backward", "I": "backward, inputs", "W": "backward, weights", "FB": "overlapped pair"}
+REST = "all else at the peak"
+"""Gradients as far as they are there, activations, workspace."""
 
 
 @dataclass(frozen=True)
@@ -38,74 +40,76 @@ class Findings:
 
     piece: Piece
     device: str
+    threads: int | None
+    """Of a CPU."""
     peak: Compared
     phases: dict[str, Compared]
     items: dict[str, Compared]
+    """Weights, master, moments; gradients when the schedule ends; and `rest`: what else the peak has beside the first three."""
     actions: dict[str, Compared]
-    """Mean seconds by kind of action."""
+    """Seconds of an action by kind, mean over a step's, the step being the median one."""
     counts: dict[str, int]
     """Actions of a step by kind."""
     steps: dict[str, Compared]
-    """Mean seconds of a step and of its phases."""
+    """Median seconds of a step and of its phases."""
+    skipped: int
+    """Timed steps without an update."""
     job_peak: int
     """Planned peak of the whole rank on the job's own hardware."""
-    job_step: Compared | None
-    """Seconds of the job's step: planned again with the measured times, and as planned at first. None where the piece is
-    not the rank itself, or there are no rates.
-    """
-    no_job_step: str
-    """Why there is none."""
+    job_step: float | None
+    """Seconds of the job's step as planned; None where there are no rates."""
+    job_step_again: float | None
+    """The same with the measured times put back; None where they say nothing about the job."""
+    reason: str
+    """Why one of the two is missing."""
 
 
-def find(piece: Piece, measured: Measured, device: torch.device) -> Findings:
+def find(piece: Piece, measured: Measured, times: Times, device: torch.device) -> Findings:
     """Set what was measured beside the plans."""
-    config, job = piece.config, piece.job
-    here = phases(config, piece.pp_rank, piece.rank % job.parallel.dp, piece.scene, piece.layers)
-    plan = rank_memory(config, piece.pp_rank, piece.scene, piece.layers)
-    step, reason = _planned_step(piece)
-    actions = {kind: fmean(times) for kind, times in measured.actions.items()}
-    planned = {kind: _mean_length(step, piece.pp_rank, kind) if step else None for kind in actions}
+    job, part = piece.job, times.piece
+    here = phases(piece.config, piece.pp_rank, piece.rank % job.parallel.dp, piece.scene, piece.layers)
+    actions = {kind: median(totals) for kind, totals in measured.actions.items()}
+    steps = {name: median(each) for name, each in measured.seconds.items()}
     return Findings(
         piece=piece,
         device=torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+        threads=torch.get_num_threads() if device.type == "cpu" else None,
         peak=Compared(measured.peak, max(here.values())),
         phases={phase: Compared(measured.phases[phase], here[phase]) for phase in PHASES},
-        items={name: Compared(size, plan.items.get(name)) for name, size in measured.items.items()},
-        actions={kind: Compared(mean, planned[kind]) for kind, mean in actions.items()},
-        counts={kind: len(times) // config.dry_run.steps for kind, times in measured.actions.items()},
-        steps={name: Compared(fmean(times)) for name, times in measured.seconds.items()},
+        items=_items(piece, measured, max(here.values())),
+        actions={
+            kind: Compared(total / count, part.actions[kind] / count if part else None)
+            for kind, total in actions.items()
+            if (count := measured.counts[kind])
+        },
+        counts=dict(measured.counts),
+        steps={name: Compared(each, _planned_phase(part, name)) for name, each in steps.items()},
+        skipped=measured.skipped,
         job_peak=rank_memory(job, piece.pp_rank, scene_of(job, piece.load)).peak_bytes,
-        job_step=None if step is None else Compared(_again(step, actions, piece.pp_rank, measured), step.step_seconds),
-        no_job_step=reason,
+        job_step=times.job.step_seconds if times.job else None,
+        job_step_again=again(times, actions, steps["reduction"] + steps["update"]) if times.whole else None,
+        reason=times.reason,
     )
 
 
-def _planned_step(piece: Piece) -> tuple[StepTime | None, str]:
-    job = piece.job
-    if not piece.whole:
-        return None, "only times of the whole rank at full width say something about the job"
-    if not job.hardware.rates and job.plan.calibration is None:
-        return None, "planned times need hardware=NAME with rates, or plan.calibration=FILE"
-    return plan_time(job), ""
+def _items(piece: Piece, measured: Measured, planned_peak: int) -> dict[str, Compared]:
+    """What the rank holds all the time, its gradients, and the rest of the peak."""
+    plan = rank_memory(piece.config, piece.pp_rank, piece.scene, piece.layers).items
+    state = ("weights", "master", "moments")
+    items = {name: Compared(measured.items[name], plan.get(name, 0)) for name in state}
+    if piece.config.parallel.zero == 1:  # further stages keep no gradients of whole weights
+        chunks = list(chunk_parts(piece.config, piece.layers)[piece.pp_rank].values())
+        gradients = FP32 * sum(weight.elements for weight in rank_weights(piece.config, chunks))
+        items["gradients"] = Compared(measured.items["gradients"], gradients)
+    held = sum(items[name].measured for name in state), sum(items[name].planned or 0 for name in state)
+    return items | {"rest": Compared(measured.peak - held[0], planned_peak - held[1])}
 
 
-def _mean_length(step: StepTime, pp_rank: int, kind: str) -> float | None:
-    lengths = [step.length(action) for action in step.actions[pp_rank] if action.kind == kind]
-    return fmean(lengths) if lengths else None
-
-
-def _again(step: StepTime, actions: dict[str, float], pp_rank: int, measured: Measured) -> float:
-    """Seconds of the step with every kind of action as much longer as it was on this rank."""
-    factors = {}
-    for kind, mean in actions.items():
-        planned = _mean_length(step, pp_rank, kind)
-        factors[kind] = mean / planned if planned else 1.0
-
-    def length(action: Action) -> float:
-        return step.length(action) * factors.get(action.kind, 1.0)
-
-    update = fmean(measured.seconds["reduction"]) + fmean(measured.seconds["update"]) + step.update.gather
-    return simulate(step.actions, length).makespan + update
+def _planned_phase(part: Expected | None, name: str) -> float | None:
+    if part is None:
+        return None
+    planned = {"schedule": part.schedule, "reduction": part.update.reduce, "update": part.update.optimizer}
+    return planned.get(name, sum(planned.values()))
 
 
 def record(found: Findings) -> dict[str, Any]:
@@ -117,6 +121,7 @@ def record(found: Findings) -> dict[str, Any]:
         "rank": piece.rank,
         "pp_rank": piece.pp_rank,
         "device": found.device,
+        "threads": found.threads,
         "layers": stages,
         "shrink": piece.shrink,
         "layers_left_out": piece.left_out,
@@ -130,23 +135,29 @@ def record(found: Findings) -> dict[str, Any]:
         "action_seconds": {
             kind: one.record() | {"actions_per_step": found.counts[kind]} for kind, one in found.actions.items()
         },
-        "step_seconds": {name: one.measured for name, one in found.steps.items()},
+        "phase_seconds": {name: one.record() for name, one in found.steps.items()},
+        "steps_without_update": found.skipped,
         "job_peak_bytes": found.job_peak,
-        "job_step_seconds": None if found.job_step is None else found.job_step.record(),
+        "job_step_seconds": found.job_step,
+        "job_step_seconds_measured": found.job_step_again,
     }
 
 
 def dry_run_screen(found: Findings, folder: Path, console: Console | None = None) -> None:
     """The findings on one screen: what ran, then memory, times, and the job."""
     piece = found.piece
-    rows = [("Ran", _what_ran(piece))]
+    rows = [("Ran", _what_ran(found))]
     if piece.left_out:
         needs = f"all layers need {gib(piece.needed)}, and {gib(piece.room)} are free here"
         rows.append(("CUT", f"{piece.left_out} layers of this rank are left out: {needs}"))
     if piece.shrink > 1:
         rows.append(("SHRUNKEN", f"{_shrunken(piece)}: neither these bytes nor these seconds are those of the job"))
+    if found.skipped:
+        rows.append(
+            ("SKIPPED", f"{found.skipped} updates, as gradients were not finite: the update's figures are too low")
+        )
     rows += [
-        ("Memory", _table({name.replace("_", " "): one for name, one in _memory(found).items()}, _size)),
+        ("Memory", _table(_memory(found), _size)),
         ("Seconds", _table(_times(found), seconds)),
         ("Job", _job(found)),
         ("Written", str(folder / FILE)),
@@ -156,12 +167,14 @@ def dry_run_screen(found: Findings, folder: Path, console: Console | None = None
     show(console or Console(highlight=False), title, GOOD if piece.whole else WARN, rows)
 
 
-def _what_ran(piece: Piece) -> str:
+def _what_ran(found: Findings) -> str:
+    piece = found.piece
     parallel = piece.job.parallel
     stages = ", ".join(f"stage {stage} with {_layer_words(piece.layers[stage])}" for stage in piece.stages)
+    threads = "" if found.threads is None else f"; {found.threads} thread{'s' * (found.threads > 1)}"
     rows = sum(piece.load.per_token_L)
     experts = f"; {rows:.3g} rows per token for its experts ({piece.job.dry_run.routing})" if parallel.ep > 1 else ""
-    return f"pipeline rank {piece.pp_rank} of {parallel.pp} in {parallel.schedule}: {stages}{experts}"
+    return f"pipeline rank {piece.pp_rank} of {parallel.pp} in {parallel.schedule}: {stages}{experts}{threads}"
 
 
 def _layer_words(layers: range) -> str:
@@ -179,12 +192,13 @@ def _shrunken(piece: Piece) -> str:
 
 
 def _memory(found: Findings) -> dict[str, Compared]:
-    return {"peak": found.peak} | {f"peak in {name}": one for name, one in found.phases.items()} | found.items
+    named = {REST if name == "rest" else name: one for name, one in found.items.items()}
+    return {"peak": found.peak} | {f"peak in {name}": one for name, one in found.phases.items()} | named
 
 
 def _times(found: Findings) -> dict[str, Compared]:
     actions = {f"{KINDS[kind]} (x {found.counts[kind]})": one for kind, one in found.actions.items()}
-    return actions | found.steps
+    return actions | {"whole step" if name == "step" else name: one for name, one in found.steps.items()}
 
 
 def _size(value: float) -> str:
@@ -202,13 +216,15 @@ def _table(rows: dict[str, Compared], words: Callable[[float], str]) -> str:
 
 
 def _error(one: Compared) -> str:
-    return f"{100 * (one.planned / one.measured - 1):+.1f} %" if one.measured else ""
+    return f"{100 * (one.planned / one.measured - 1):+.1f} %" if one.measured and one.planned is not None else ""
 
 
 def _job(found: Findings) -> str:
     where = found.piece.job.hardware.name or "this device"
-    memory = f"this rank whole, at full width, on {where}: {gib(found.job_peak)} planned"
-    if found.job_step is None:
-        return f"{memory}; no step time: {found.no_job_step}"
-    step = found.job_step
-    return f"{memory}; a step {seconds(step.measured)} with the times measured here, {seconds(step.planned)} planned"
+    room = found.piece.job.hardware.memory_bytes
+    words = f"this rank whole on {where}: {gib(found.job_peak)} planned" + (f" of {gib(room)}" if room else "")
+    if found.job_step is not None:
+        words += f"; a step {seconds(found.job_step)} planned"
+    if found.job_step_again is not None:
+        return f"{words}, {seconds(found.job_step_again)} with the times measured here put in"
+    return f"{words} ({found.reason})"

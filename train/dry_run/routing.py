@@ -31,10 +31,17 @@ def group_of(config: Config) -> Group:
 
 
 def load_of(config: Config, rank: int) -> Load:
-    """What dry_run.routing asks for. Raises UserError where a recorded load is not one of this model."""
+    """What dry_run.routing asks for. Raises UserError where a recorded load is not one of this model, or means nothing."""
     group, routing = group_of(config), config.dry_run.routing
-    if group.ranks == 1 or routing == "balanced":  # a rank with all experts routes its own tokens
+    if routing == "balanced":
         return Load.even(group)
+    if group.ranks == 1:
+        raise UserError(
+            "dry_run.routing",
+            routing,
+            "other ranks send nothing with parallel.ep = 1: a rank with all experts routes its own tokens",
+            "use dry_run.routing=balanced, or parallel.ep of 2 or more",
+        )
     if routing != "skewed":
         return _recorded(config, rank % group.ranks, group)
     local = group.experts // group.ranks

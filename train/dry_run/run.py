@@ -4,14 +4,18 @@ import json
 import os
 from pathlib import Path
 
+import torch
+
 from cluster.launch import Place
 from conf.errors import EXIT_OK
 from conf.schema import Config
+from train.dry_run.expected import expect
 from train.dry_run.lone import run_alone
 from train.dry_run.piece import choose_piece, choose_rank
 from train.dry_run.record import FILE, dry_run_screen, find, record
 from train.dry_run.routing import load_of
 from train.parallelize import check_layout
+from train.plan.rates import read_calibration
 from train.plan.step import with_nodes
 from train.worker import choose_device
 
@@ -20,10 +24,11 @@ def dry_run(config: Config) -> int:
     """Returns the exit code. Raises UserError for a layout that cannot run, and where no part of the rank fits."""
     config = with_nodes(config)
     check_layout(config)
-    device = choose_device(config, Place(0, 1, 0, 1))
+    device = _choose_device(config)
     rank = choose_rank(config)
     piece = choose_piece(config, rank, load_of(config, rank), device)
-    found = find(piece, run_alone(piece, device), device)
+    times = expect(piece, device)
+    found = find(piece, run_alone(piece, device), times, device)
     folder = Path(config.runs) / config.name
     folder.mkdir(parents=True, exist_ok=True)
     part = folder / f".{FILE}.part"
@@ -31,3 +36,11 @@ def dry_run(config: Config) -> int:
     os.replace(part, folder / FILE)
     dry_run_screen(found, folder)
     return EXIT_OK
+
+
+def _choose_device(config: Config) -> torch.device:
+    """As a run of one rank; a CPU with as many threads as its calibration had."""
+    device = choose_device(config, Place(0, 1, 0, 1))
+    if device.type == "cpu" and config.plan.calibration is not None and not config.cluster.threads:
+        torch.set_num_threads(read_calibration(config.plan.calibration)["threads"])
+    return device

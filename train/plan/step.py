@@ -49,6 +49,8 @@ class StepTime:
     """What every rank of a pipeline does, in order."""
     length: Callable[[Action], float]
     """Seconds of an action."""
+    transfer_seconds: float
+    """From the end of a stage to its output on the next rank."""
     simulation: Simulation
     rates: str
     """Where the rates come from."""
@@ -75,7 +77,8 @@ def plan_time(config: Config, rates: Rates | None = None) -> StepTime:
     def duration(action: Action) -> float:
         return stages.elapsed(action).seconds + extra.get(action.kind, 0.0)
 
-    result = simulate(actions, duration, _transfer(stages))
+    transfer = _transfer(stages)
+    result = simulate(actions, duration, transfer)
     update = max((_update(stages, rank) for rank in range(layout.pp)), key=lambda update: update.seconds)
     seconds = result.makespan + update.seconds
     rate = config.batch_size * config.seq_len / seconds
@@ -95,6 +98,7 @@ def plan_time(config: Config, rates: Rates | None = None) -> StepTime:
         mfu_full=_mfu(config, rate / layout.world, causal=False),
         actions=actions,
         length=duration,
+        transfer_seconds=transfer,
         simulation=result,
         rates=rates.source,
     )

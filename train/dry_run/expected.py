@@ -1,0 +1,118 @@
+"""What the planner expects of a rank that runs alone, in seconds; and the job's step with what was measured put back.
+
+Alone, nothing is sent: exchanges, sends, reductions and gathers between ranks take no time. So the expected times are those
+of the planner with links that take none, and the step of the whole job keeps the planner's own links:
+
+    every action    as planned with its transfers, plus what its computing took longer (or less) than planned, by kind
+    the update      as planned, plus the same difference of reduction and update
+"""
+
+from collections import Counter
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+import torch
+
+from conf.errors import UserError
+from conf.schema import Config, Rate
+from parallel.pipeline.simulate import Action, simulate
+from train.dry_run.piece import Piece
+from train.parallelize import split
+from train.plan.rates import LINKS, Rates, load_rates
+from train.plan.stages import Stages, require_rule
+from train.plan.step import StepTime, layout_of, plan_time
+from train.plan.update import Update, held_weights, update_time
+
+
+@dataclass(frozen=True)
+class Expected:
+    """Seconds of the piece alone."""
+
+    stages: Stages
+    actions: Mapping[str, float]
+    """All of the rank's actions of a kind in a step."""
+    update: Update
+
+    @property
+    def schedule(self) -> float:
+        """All actions one after another."""
+        return sum(self.actions.values())
+
+
+@dataclass(frozen=True)
+class Times:
+    """What can be said about time."""
+
+    job: StepTime | None
+    """The plan of the job on its own hardware; None without rates."""
+    piece: Expected | None
+    """None where the rates are not of the device that runs here."""
+    whole: Expected | None
+    """The same of the job's rank, at full width with all its layers."""
+    reason: str
+    """Why one of them is missing."""
+
+
+def expect(piece: Piece, device: torch.device) -> Times:
+    """Plan the times. Raises UserError for a calibration that cannot be used; what has no rates or rules is left out."""
+    job = piece.job
+    if not job.hardware.rates and job.plan.calibration is None:
+        return Times(
+            None, None, None, "planned times need hardware=NAME with rates, or hardware=cpu with plan.calibration"
+        )
+    try:
+        require_rule(job)
+    except UserError as error:
+        return Times(None, None, None, f"no planned times: {error.rule}")
+    step = plan_time(job)
+    if not _is_here(job, device):
+        where = torch.cuda.get_device_name(device) if device.type == "cuda" else "this CPU"
+        return Times(step, None, None, f"measured on {where}, which is not hardware={job.hardware.name}")
+    config = replace(_with_load(piece.config, piece), hardware=job.hardware)
+    part = _expected(config, piece, piece.layers, step.actions[piece.pp_rank])
+    if piece.shrink > 1:
+        return Times(step, part, None, "only times at full width say something about the job")
+    whole = _expected(_with_load(job, piece), piece, split(job), step.actions[piece.pp_rank])
+    return Times(step, part, whole, "")
+
+
+def again(times: Times, measured: Mapping[str, float], update: float) -> float:
+    """Seconds of the job's step with the measured times put back.
+
+    measured: seconds a step of the piece by kind of action; update: of its reduction and update together.
+    """
+    assert times.job is not None and times.piece is not None and times.whole is not None
+    job, whole = times.job, times.whole
+    planned = times.piece.actions
+    factors = {kind: seconds / planned[kind] for kind, seconds in measured.items() if planned.get(kind)}
+
+    def length(action: Action) -> float:
+        return job.length(action) + (factors.get(action.kind, 1.0) - 1) * whole.stages.elapsed(action).seconds
+
+    more = (update / times.piece.update.seconds - 1) * whole.update.seconds
+    return simulate(job.actions, length, job.transfer_seconds).makespan + job.update.seconds + more
+
+
+def _is_here(job: Config, device: torch.device) -> bool:
+    if device.type == "cuda":
+        return job.hardware.device in torch.cuda.get_device_name(device)
+    return job.hardware.device == "cpu"
+
+
+def _with_load(config: Config, piece: Piece) -> Config:
+    """plan.imbalance as the rows of this rank are to those of a mean one."""
+    imbalance = sum(piece.load.per_token_L) / piece.job.model.top_k
+    return replace(config, plan=replace(config.plan, imbalance=imbalance))
+
+
+def _expected(config: Config, piece: Piece, layers: list[range], actions: list[Action]) -> Expected:
+    layout = layout_of(config)
+    rates = load_rates(config, alone=True)
+    silent = Rates(rates.rates | {kind: Rate() for kind in (*LINKS, *LINKS.values())}, rates.source, rates.factors)
+    stages = Stages(config, layout, silent)
+    stages.layers = layers
+    seconds: Counter[str] = Counter()
+    for action in actions:
+        seconds[action.kind] += stages.elapsed(action).seconds
+    held = held_weights(config, layers, piece.stages, len(layers) - 1)
+    return Expected(stages, seconds, update_time(config, layout, silent, held))
