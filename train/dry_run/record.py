@@ -149,12 +149,15 @@ def dry_run_screen(found: Findings, folder: Path, console: Console | None = None
     rows = [("Ran", _what_ran(found))]
     if piece.left_out:
         needs = f"all layers need {gib(piece.needed)}, and {gib(piece.room)} are free here"
-        rows.append(("CUT", f"{piece.left_out} layers of this rank are left out: {needs}"))
+        rows.append(("CUT", f"{_count(piece.left_out, 'layer')} of this rank left out: {needs}"))
     if piece.shrink > 1:
         rows.append(("SHRUNKEN", f"{_shrunken(piece)}: neither these bytes nor these seconds are those of the job"))
     if found.skipped:
         rows.append(
-            ("SKIPPED", f"{found.skipped} updates, as gradients were not finite: the update's figures are too low")
+            (
+                "SKIPPED",
+                f"{_count(found.skipped, 'update')}, as gradients were not finite: the update's figures are too low",
+            )
         )
     rows += [
         ("Memory", _table(_memory(found), _size)),
@@ -171,10 +174,14 @@ def _what_ran(found: Findings) -> str:
     piece = found.piece
     parallel = piece.job.parallel
     stages = ", ".join(f"stage {stage} with {_layer_words(piece.layers[stage])}" for stage in piece.stages)
-    threads = "" if found.threads is None else f"; {found.threads} thread{'s' * (found.threads > 1)}"
+    threads = "" if found.threads is None else f"; {_count(found.threads, 'thread')}"
     rows = sum(piece.load.per_token_L)
     experts = f"; {rows:.3g} rows per token for its experts ({piece.job.dry_run.routing})" if parallel.ep > 1 else ""
     return f"pipeline rank {piece.pp_rank} of {parallel.pp} in {parallel.schedule}: {stages}{experts}{threads}"
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}" if number == 1 else f"{number} {what}s"
 
 
 def _layer_words(layers: range) -> str:
