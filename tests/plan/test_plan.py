@@ -1,0 +1,125 @@
+"""mode=plan from end to end: the files, the verdict, cures that cure, a search whose layout loads and is the fastest."""
+
+import json
+import subprocess
+import sys
+from dataclasses import replace
+
+import pytest
+
+from conf.errors import UserError
+from conf.load import compose
+from conf.schema import ROOT, Rate
+from tests.small import environment
+from train.plan.budget import make_plan
+from train.plan.changes import broken_rule, changed, fitted_ramp, overrides
+from train.plan.cures import find_cures
+from train.plan.run import run_plan
+from train.plan.search import search
+from train.plan.step import plan_time
+from train.plan.write import write_parallel
+
+SMALL = ("conf=tiny", "hardware=h800", "micro_batch_size=2", "batch_size=32")
+
+
+def test_the_command_writes_json_and_page_and_starts_nothing(tmp_path):
+    command = [sys.executable, "-m", "train", *SMALL, "mode=plan", f"runs={tmp_path}", "parallel.pp=2", "parallel.dp=2",
+               "parallel.ep=2", "parallel.schedule=dualpipev", "name=planned"]  # fmt: skip
+    done = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert sorted(path.name for path in (tmp_path / "planned").iterdir()) == ["plan.html", "plan.json"]
+    plan = json.loads((tmp_path / "planned" / "plan.json").read_text())
+    assert plan["fits"] and plan["room_bytes"] > 0 and plan["devices"] == 4
+    assert "planned on 4 x h800: fits, with" in done.stdout
+    parts = plan["pipeline_seconds"] + plan["reduce_seconds"] + plan["optimizer_seconds"] + plan["gather_seconds"]
+    assert plan["step_seconds"] == pytest.approx(parts)
+    assert sum(plan["action_seconds"].values()) + plan["bubble_seconds"] == pytest.approx(plan["pipeline_seconds"])
+    assert plan["tokens_per_second_per_gpu"] == pytest.approx(32 * 256 / plan["step_seconds"] / 4)
+    assert plan["gpu_hours"] == pytest.approx(plan["tokens"] / plan["tokens_per_second"] * 4 / 3600)
+    assert plan["cost"] == pytest.approx(2.0 * plan["gpu_hours"])
+    assert [rank["peak_bytes"] for rank in plan["ranks"]] == [
+        sum(rank["items_bytes"].values()) for rank in plan["ranks"]
+    ]
+    page = (tmp_path / "planned" / "plan.html").read_text()
+    assert "plot-memory" in page and "plot-timeline" in page and 'src="http' not in page
+
+
+def test_cures_are_evaluated_and_make_it_fit():
+    config = compose("conf=deepseek_v3_16b", "data.path=none", "hardware=h800", "parallel.dp=8", "parallel.ep=8",
+                     "batch_size=64", "model.recompute=[]", "micro_batch_size=8")  # fmt: skip
+    plan = make_plan(config)
+    assert not plan.fits and plan.room_bytes < 0
+    cures = find_cures(plan)
+    assert cures and [cure.gpu_seconds for cure in cures] == sorted(cure.gpu_seconds for cure in cures)
+    for cure in cures:
+        cured = make_plan(compose("conf=deepseek_v3_16b", "data.path=none", "hardware=h800", "parallel.dp=8",
+                                  "parallel.ep=8", "batch_size=64", "model.recompute=[]", "micro_batch_size=8",
+                                  *cure.overrides))  # fmt: skip
+        assert cured.fits and cured.room_bytes == cure.room_bytes
+        assert cured.step.step_seconds == pytest.approx(cure.step_seconds)
+
+
+@pytest.fixture(scope="module")
+def found():
+    return search(compose(*SMALL, "mode=plan", "plan.search=true", "plan.devices=4", "model.layers=6"))
+
+
+def test_a_search_finds_the_fastest_and_explains_the_rest(found):
+    times = [one.step_seconds for one in found.best]
+    assert len(times) == 10 and times == sorted(times) and found.devices == 4
+    base = compose(*SMALL, "model.layers=6", "parallel.dp=4")
+    for dp, ep, size in ((4, 1, 2), (4, 4, 2), (4, 2, 4), (2, 2, 2)):
+        config = changed(base, pp=4 // dp, dp=dp, ep=ep, micro_batch_size=size)
+        assert broken_rule(config) is None and plan_time(config).step_seconds >= times[0] * (1 - 1e-9)
+    shown = {f"pp={one.config.parallel.pp}" for one in found.best}
+    assert shown | {family.name.split()[0] for family in found.rejected} == {"pp=1", "pp=2", "pp=4"}
+    assert all(family.reason for family in found.rejected)
+
+
+def test_the_choice_is_a_group_file_that_loads(found):
+    name = "written_by_a_test"
+    path = write_parallel(found.best[0].config, name, found.base)
+    try:
+        loaded = compose(*SMALL, "model.layers=6", *found.command(name))
+        assert loaded.parallel == found.best[0].config.parallel
+        assert loaded.micro_batch_size == found.best[0].config.micro_batch_size
+        assert loaded.model == found.best[0].config.model
+    finally:
+        path.unlink()
+
+
+def test_a_file_of_ones_own_is_not_written_over(found):
+    with pytest.raises(UserError, match="was not written by a search"):
+        write_parallel(found.best[0].config, "single", found.base)
+
+
+def test_a_cluster_that_cannot_hold_the_model_is_an_error():
+    config = compose("conf=deepseek_v3", "data.path=none", "hardware=h800", "plan.search=true", "plan.devices=8",
+                     "batch_size=3072", "optim.batch_ramp_start=null", "optim.batch_ramp_steps=0")  # fmt: skip
+    with pytest.raises(UserError, match="cannot hold this recipe under any of") as caught:
+        search(config)
+    assert caught.value.field == "plan.devices" and "GiB" in caught.value.rule
+
+
+def test_a_ramp_is_fitted_to_a_layout_and_shown():
+    base = compose("conf=deepseek_v3", "data.path=none")
+    fitted = fitted_ramp(base, share=256, least=16)
+    assert (fitted.optim.batch_ramp_increment, fitted.optim.batch_ramp_start) == (256, 4096)
+    assert overrides(fitted, base) == ["optim.batch_ramp_start=4096", "optim.batch_ramp_increment=256"]
+    assert fitted_ramp(base, share=2048, least=4) == base, "15360 is no multiple of 2048"
+
+
+def test_faster_links_and_kernels_make_faster_plans():
+    config = compose(*SMALL, "parallel.dp=4", "parallel.ep=4")
+    before = plan_time(config)
+    rates = dict(config.hardware.rates)
+    rates["inside"] = Rate(0.0, 0.0, 2 * rates["inside"].bandwidth)
+    quick = plan_time(replace(config, hardware=replace(config.hardware, rates=rates)))
+    assert quick.step_seconds < before.step_seconds and quick.exchange_seconds < before.exchange_seconds
+    slow = plan_time(replace(config, plan=replace(config.plan, imbalance=2.0)))
+    assert slow.step_seconds > before.step_seconds, "the busiest rank sets the pace"
+
+
+def test_plan_asks_for_hardware(tmp_path):
+    with pytest.raises(UserError, match="needs to know the devices"):
+        run_plan(compose("conf=tiny", "mode=plan", f"runs={tmp_path}"))
