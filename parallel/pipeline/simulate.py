@@ -18,7 +18,27 @@ from torch.distributed.pipelining import ScheduleDualPipeV, ScheduleInterleaved1
 
 from parallel.pipeline.split import stage_placement
 
-_TORCH = {"interleaved": ScheduleInterleaved1F1B, "zbv": ScheduleZBVZeroBubble, "dualpipev": ScheduleDualPipeV}
+
+class _ComputeOnly:
+    """Leaves out the lists with communication, which no one asks for here and which take torch most of the time."""
+
+    def _prepare_schedule_with_comms(self, *_: object, **__: object) -> None:
+        pass
+
+
+class _Interleaved(_ComputeOnly, ScheduleInterleaved1F1B):
+    pass
+
+
+class _Zbv(_ComputeOnly, ScheduleZBVZeroBubble):
+    pass
+
+
+class _DualPipeV(_ComputeOnly, ScheduleDualPipeV):
+    pass
+
+
+_TORCH = {"interleaved": _Interleaved, "zbv": _Zbv, "dualpipev": _DualPipeV}
 
 
 class Action(NamedTuple):
