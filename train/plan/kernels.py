@@ -15,6 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from conf.schema import Config
+from parallel.expert.wire import Fp8Wire
 from train.model.attention import attention
 from train.model.layers import Embedding, RMSNorm, swiglu
 from train.model.loss import cross_entropy
@@ -223,6 +224,9 @@ class Kernels:
         out, back = work.permutation(sizes, Spread(1, (), 1.0, 0, 0, 0, 0, 0.0, 0.0))
         x, dispatcher = self._tensor(sizes.tokens, model.hidden), LocalDispatcher(model.experts)
         routed = dispatcher.dispatch(x, ids.flatten(0, 1), gates.detach().flatten(0, 1))
+        wire = Fp8Wire()
+        coded = Work("cast", bytes=x.numel() * (sizes.element + 1))
+        yield Case(coded, lambda: wire.encode(x))
         yield Case(out[0], lambda: dispatcher.dispatch(x, ids.flatten(0, 1), gates.detach().flatten(0, 1)))
         yield Case(back[0], lambda: dispatcher.combine(routed.rows_RD, routed))
 
