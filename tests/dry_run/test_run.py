@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 
 from conf.errors import EXIT_OK
+from conf.schema import ROOT
 from parallel.pipeline.simulate import schedule_actions
 from tests.dry_run.pieces import piece_of
 from tests.ranks import run_processes
@@ -70,6 +71,8 @@ def test_a_command_leaves_one_file_and_nothing_else(tmp_path):
     assert [path.name for path in (tmp_path / "runs").iterdir()] == ["alone"]
     assert [path.name for path in (tmp_path / "runs" / "alone").iterdir()] == [FILE]
     found = json.loads((tmp_path / "runs" / "alone" / FILE).read_text())
+    page = (ROOT / "train" / "docs" / "plan.md").read_text()
+    assert [field for field in found if f"`{field}`" not in page] == []
     assert (found["name"], found["rank"], found["pp_rank"], found["device"], found["threads"]) == (
         "alone",
         2,

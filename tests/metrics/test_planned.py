@@ -8,7 +8,7 @@ from rich.console import Console
 
 from conf.errors import EXIT_OK
 from conf.load import compose, write_config
-from conf.schema import Rate
+from conf.schema import ROOT, Rate
 from train.metrics.jsonl import read_heads
 from train.metrics.planned import plan_rows, plan_words, planned
 from train.metrics.report import write_report
@@ -70,6 +70,12 @@ def test_every_record_has_the_prediction(planned_run):
 def test_a_plan_of_another_recipe_counts_for_nothing(planned_run, other):
     _, folder = planned_run
     assert planned(compose(*other.split(), "name=a"), folder) == {}
+
+
+def test_the_page_describes_every_field(planned_run):
+    page = (ROOT / "train" / "docs" / "plan.md").read_text()
+    fields = json.loads((planned_run[1] / "plan.json").read_text()).keys()
+    assert [field for field in fields if f"`{field}`" not in page] == []
 
 
 def test_no_plan_is_no_prediction(tmp_path):
