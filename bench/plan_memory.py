@@ -4,10 +4,9 @@ Every rank of a small model runs two whole steps; in the second, every tensor of
 The three columns are the peaks of forward and backward passes, of the reduction of gradients, and of the update; the error
 is that of the largest. Of all ranks the one with the largest error is shown.
 
-Routing is forced to be even, so that the plan needs no guess of it; --routed leaves it to the router and takes the busiest
-rank's mean load for the plan, as plan.imbalance would say it.
+Routing is forced to be even, so that the plan needs no guess of it.
 
-    python -m bench.plan_memory [--routed] [CASE ...]
+    python -m bench.plan_memory [CASE ...]
 """
 
 import argparse
@@ -20,7 +19,6 @@ import torch.distributed as dist
 import train.model.router as router
 from conf.load import compose
 from conf.schema import Config
-from parallel.expert.stand_in import Load
 from parallel.mesh import Layout, build_mesh
 from train.parallelize import Parallelized, parallelize
 from train.plan.measured import Meter
@@ -48,6 +46,7 @@ CASES = {
         "batch_size=2",
         "model.loss_chunk=512",
     ],
+    "bf16, documents apart": ["precision=bf16", "data.mask_documents=true"],
     "bf16, fp32 moments": ["precision=bf16", "precision.moments=fp32"],
     "bf16 dp2": ["precision=bf16", "parallel.dp=2"],
     "fp32 dp2 zero2": ["precision=fp32", "parallel.dp=2", "parallel.zero=2"],
@@ -75,20 +74,32 @@ CASES = {
 }
 
 
-def measure(config: Config, rank: int, routed: bool) -> tuple[dict[str, int], Load | None]:
-    """Peaks of the second step by phase, and the mean load of this rank's experts where it was the router's."""
+def measure(config: Config, rank: int) -> dict[str, int]:
+    """Peaks of the second step by phase."""
     parallel = config.parallel
     layout = Layout(parallel.pp, parallel.dp, parallel.ep, config.cluster.ranks_per_node or parallel.pp * parallel.dp)
     parts = parallelize(config, build_mesh(layout), torch.device("cpu"))
     share = config.batch_size // parallel.dp
     draw = torch.Generator().manual_seed(layout.dp_rank(rank))
     tokens_BS = torch.randint(0, config.model.vocab_size, (share, config.seq_len + 1), generator=draw)
-    step(config, parts, tokens_BS, 1)
+    documents_BS = None
+    if config.data.mask_documents:  # four to a sample
+        positions_S = torch.arange(config.seq_len + 1, dtype=torch.int32)
+        documents_BS = (4 * positions_S // len(positions_S)).repeat(share, 1)
+    step(config, parts, tokens_BS, documents_BS, 1)
     with Meter(torch.device("cpu")) as meter:
-        return step(config, parts, tokens_BS, 2, meter), None
+        return step(config, parts, tokens_BS, documents_BS, 2, meter)
 
 
-def step(config: Config, parts: Parallelized, tokens_BS: torch.Tensor, number: int, meter: Meter | None = None) -> dict:
+def step(
+    config: Config,
+    parts: Parallelized,
+    tokens_BS: torch.Tensor,
+    documents_BS: torch.Tensor | None,
+    number: int,
+    meter: Meter | None = None,
+) -> dict[str, int]:
+    """A whole training step; peaks by phase."""
     parts.precision.start_step(number)
     for chunk in parts.chunks:
         chunk.losses.clear()
@@ -98,7 +109,7 @@ def step(config: Config, parts: Parallelized, tokens_BS: torch.Tensor, number: i
     peaks = {}
     mark = meter.mark if meter else lambda: 0
     with parts.zero.accumulate():
-        parts.pipeline.step(tokens_BS, micro_batches=len(tokens_BS) // config.micro_batch_size)
+        parts.pipeline.step(tokens_BS, documents_BS, micro_batches=len(tokens_BS) // config.micro_batch_size)
         peaks["schedule"] = mark()
     peaks["reduction"] = mark()
     parts.zero.step()
@@ -113,17 +124,17 @@ def even(biased_BTE: torch.Tensor, rule: router.Rule) -> torch.Tensor:
     return ((first_T[:, None] + torch.arange(rule.top_k, device=biased_BTE.device)) % E).view(B, T, -1)
 
 
-def run_rank(rank: int, store: str, overrides: list[str], world: int, routed: bool, results) -> None:
+def run_rank(rank: int, store: str, overrides: list[str], world: int, results) -> None:
+    """Body of one rank's process."""
     torch.set_num_threads(1)
-    if not routed:
-        router.choose = even
+    router.choose = even
     dist.init_process_group("gloo", init_method=f"file://{store}/store", rank=rank, world_size=world)
-    results.put((rank, measure(compose(*overrides), rank, routed)))
+    results.put((rank, measure(compose(*overrides), rank)))
     dist.barrier()
     dist.destroy_process_group()
 
 
-def run(overrides: list[str], routed: bool) -> dict[int, tuple]:
+def run(overrides: list[str]) -> dict[int, dict[str, int]]:
     """What every rank measured."""
     config = compose(*overrides)
     world = config.parallel.pp * config.parallel.dp
@@ -132,7 +143,7 @@ def run(overrides: list[str], routed: bool) -> dict[int, tuple]:
     results = context.Queue()
     with tempfile.TemporaryDirectory() as store:
         ranks = [
-            context.Process(target=run_rank, args=(rank, store, overrides, world, routed, results), daemon=True)
+            context.Process(target=run_rank, args=(rank, store, overrides, world, results), daemon=True)
             for rank in range(world)
         ]
         for process in ranks:
@@ -145,7 +156,6 @@ def run(overrides: list[str], routed: bool) -> dict[int, tuple]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--routed", action="store_true")
     parser.add_argument("cases", nargs="*", help=f"some of: {'; '.join(CASES)}")
     options = parser.parse_args()
     names = ("schedule", "reduction", "update")
@@ -153,28 +163,21 @@ def main() -> None:
     for name, more in CASES.items():
         if options.cases and name not in options.cases:
             continue
-        overrides = [*RUN, *more]
-        config = compose(*overrides)
+        config = compose(*RUN, *more)
+        layout = Layout(config.parallel.pp, config.parallel.dp, config.parallel.ep)
         rows = []
-        for rank, (got, load) in run(overrides, options.routed).items():
-            layout = Layout(config.parallel.pp, config.parallel.dp, config.parallel.ep)
-            want = phases(config, layout.pp_rank(rank), layout.dp_rank(rank), scene_of(config, load))
+        for rank, got in run([*RUN, *more]).items():
+            want = phases(config, layout.pp_rank(rank), layout.dp_rank(rank), scene_of(config))
             peak = max(want.values()) / max(got.values()) - 1
+            cells = [_cell(want[phase], got[phase]) for phase in names]
             rows.append(
-                (
-                    abs(peak),
-                    rank,
-                    peak,
-                    [
-                        f"{want[n] / 1e6:8.3f} / {got[n] / 1e6:8.3f} {100 * (want[n] / got[n] - 1):+6.2f} %"
-                        for n in names
-                    ],
-                )
+                (abs(peak), f"{rank:>4} " + " ".join(f"{cell:>29}" for cell in cells) + f" {100 * peak:+6.2f} %")
             )
-        _, rank, peak, cells = max(rows)
-        print(
-            f"{name:30} {rank:>4} " + " ".join(f"{cell:>29}" for cell in cells) + f" {100 * peak:+6.2f} %", flush=True
-        )
+        print(f"{name:30} {max(rows)[1]}", flush=True)
+
+
+def _cell(planned: int, measured: int) -> str:
+    return f"{planned / 1e6:8.3f} / {measured / 1e6:8.3f} {100 * (planned / measured - 1):+6.2f} %"
 
 
 if __name__ == "__main__":

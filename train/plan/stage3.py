@@ -49,8 +49,12 @@ class Stage3:
         return max(moments)
 
     def reduction(self) -> int:
-        """Most bytes when what is left of the last micro-batch is reduced."""
-        return self._copies(self._reduced([name for name, _, _ in self._chunk.backward_by_part()])[-1])
+        """Most bytes when what is left of the last micro-batch is reduced.
+
+        The embedding's input has no gradient, so DeepSpeed does not see its backward end, and its weights are still there.
+        """
+        left = self._reduced([name for name, _, _ in self._chunk.backward_by_part()])[-1]
+        return self._copies(left) + self._gathered("embedding")
 
     def _reduced(self, parts: Sequence[str]) -> list[int]:
         """Elements reduced at a time while each part is at work, the most, and after the last.
