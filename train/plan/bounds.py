@@ -24,7 +24,7 @@ def bound(candidate: Candidate, rates: Rates, memory: int) -> None:
     stages = Stages(config, layout_of(config), rates)
     parallel, count = config.parallel, stages.sizes.micro_batches
     held = [held_weights(config, stages.layers, ids, len(stages.layers) - 1) for ids in stages.placement]
-    flight = _in_flight(parallel.schedule, parallel.pp, min(count, STEADY * parallel.pp))
+    flight = in_flight(parallel.schedule, parallel.pp, min(count, STEADY * parallel.pp))
     least = [
         _state_bytes(config, one) + _kept_bytes(stages, ids, flight[rank])
         for rank, (one, ids) in enumerate(zip(held, stages.placement, strict=True))
@@ -89,7 +89,7 @@ def _kept_bytes(stages: Stages, ids: list[int], flight: int) -> int:
 
 
 @cache
-def _in_flight(schedule: str, pp: int, micro_batches: int) -> list[int]:
+def in_flight(schedule: str, pp: int, micro_batches: int) -> list[int]:
     """Most micro-batches of its stages that a rank has sent forward and not yet back, per rank."""
     most = []
     for line in schedule_actions(schedule, pp, micro_batches):
