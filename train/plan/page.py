@@ -122,7 +122,7 @@ def memory_figure(plan: RunPlan) -> Figure | None:
         y=limit,
         line={"color": ORANGE, "dash": "dash"},
         annotation_text=f"a device: {limit:.1f} GiB",
-        annotation_position="top left",
+        annotation_position="top right",
     )
     plot.update_xaxes(title="pipeline rank", type="category")
     plot.update_yaxes(title="GiB at the peak", rangemode="tozero")
