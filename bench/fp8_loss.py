@@ -10,6 +10,7 @@ of the moving averages (decay 0.9) of the losses, per step, and prints its large
     tensor           one scale per tensor, everywhere
     block            gradients in 128x128 blocks, which made the paper's model diverge (B.2)
     wgrad_bf16       weight gradients in bf16
+    rounding         bf16 in micro-batches of 4: the same arithmetic summed in another order, for the noise of a run itself
 """
 
 import argparse
@@ -22,6 +23,7 @@ OPERANDS = ("activation", "weight", "gradient", "attention_output", "dispatched"
 FAMILIES = ("dense", "output", "experts_up", "experts_down")
 RECIPES = {
     "bf16": ["precision=bf16"],
+    "rounding": ["precision=bf16", "micro_batch_size=4"],
     "fp8": ["precision=fp8"],
     "fp8_ue8m0": ["precision=fp8_ue8m0"],
     "tensor": ["precision=fp8", *(f"precision.fp8.{operand}=e4m3/tensor/fp32" for operand in OPERANDS)],
@@ -62,7 +64,7 @@ def train(name: str, options: argparse.Namespace, overrides: list[str]) -> list[
     metrics = options.out / name / "metrics.jsonl"
     if len(read(metrics)) < options.steps:
         command = [sys.executable, "-m", "train", f"conf={options.conf}", f"name={name}", f"runs={options.out}"]
-        command += [f"steps={options.steps}", "log.sample_tokens=0", *RECIPES[name], *overrides]
+        command += [f"steps={options.steps}", "log.sample_tokens=0", *overrides, *RECIPES[name]]
         subprocess.run(command, check=True)
     losses = read(metrics)
     if len(losses) < options.steps:
