@@ -1,11 +1,13 @@
 """Losses and gradient norms of every layout beside one process: the largest relative differences over 20 steps.
 
-Runs `python -m train` as a user does, on a small model with every mechanism, in fp32 and bf16. One thread a rank.
+Runs `python -m train` as a user does, on a small model with every mechanism, in fp32, bf16 and FP8. One thread a rank.
 
 Layouts sum gradients in different orders, which differs in the last place. With bf16 moments such a difference can round a
 moment the other way, which changes one weight's update by up to 0.4 %; --moments fp32 leaves that out.
 
-    python -m bench.parity [--steps 20] [--dtype fp32|bf16] [--moments bf16|fp32] [LAYOUT ...]
+An FP8 cast enlarges such differences, see train/docs/fp8.md. --set adds settings to every run, the reference's among them.
+
+    python -m bench.parity [--steps 20] [--dtype fp32|bf16|fp8|fp8_ue8m0] [--moments bf16|fp32] [--set KEY=VALUE ...] [LAYOUT ...]
 """
 
 import argparse
@@ -70,8 +72,9 @@ LAYOUTS = {
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--steps", type=int, default=20)
-    parser.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32")
+    parser.add_argument("--dtype", choices=("fp32", "bf16", "fp8", "fp8_ue8m0"), default="fp32")
     parser.add_argument("--moments", choices=("bf16", "fp32"), default="bf16", help="format of Adam's moments")
+    parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="a setting of every run")
     parser.add_argument("layouts", nargs="*", help=f"some of: {'; '.join(LAYOUTS)}")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
@@ -96,7 +99,7 @@ def _train(folder: Path, name: str, overrides: list[str], options: argparse.Name
     """Records of a run, by step."""
     command = [
         sys.executable, "-m", "train", *MODEL, *RUN, f"precision={options.dtype}", f"precision.moments={options.moments}", f"steps={options.steps}", f"name={name}",
-        f"runs={folder}", *overrides,
+        f"runs={folder}", *options.set, *overrides,
     ]  # fmt: skip
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
