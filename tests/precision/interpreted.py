@@ -129,19 +129,34 @@ def test_model_products_agree_with_the_emulation(engine, overrides):
     _compare(outputs, [rows, gates, w13, w2])
 
 
-def test_rows_from_an_fp8_wire_are_taken_as_they_are(engine):
-    """Forward and backward of experts: the results of the same rows dequantised, which the kernels quantise again."""
-    precision = Fp8Precision(compose("precision=fp8").precision.fp8, torch.device("cpu"), engine)
-    counts = torch.tensor([3, 0, 130])
-    gates, w13, w2 = torch.rand(133), torch.randn(3, 256, 256).bfloat16() / 16, torch.randn(3, 256, 128).bfloat16() / 11
-    results = []
+@pytest.mark.parametrize("counts", [[3, 0, 130], [128, 0, 128]], ids=["padded", "whole"])
+@pytest.mark.parametrize("overrides", [[], ["precision.fp8.dispatched=e4m3/1x128/fp32"]], ids=["same_cast", "another"])
+def test_rows_from_an_fp8_wire_are_taken_as_they_are(engine, monkeypatch, overrides, counts):
+    """Forward and backward of experts: the results of the same rows dequantised, which the kernels quantise again.
+
+    Where the recipe asks for the wire's cast, no kernel casts the rows, in either direction.
+    """
+    widths, quantize_tiles = [], triton_kernels.quantize_tiles
+
+    def counted(x: torch.Tensor, *rest) -> tuple[torch.Tensor, torch.Tensor]:
+        widths.append(x.shape[1])
+        return quantize_tiles(x, *rest)
+
+    monkeypatch.setattr(triton_kernels, "quantize_tiles", counted)
+    precision = Fp8Precision(compose("precision=fp8", *overrides).precision.fp8, torch.device("cpu"), engine)
+    rows, width, counts = sum(counts), 384, torch.tensor(counts)
+    gates, w13 = torch.rand(rows), torch.randn(3, 256, width).bfloat16() / 20
+    w2, results = torch.randn(3, width, 128).bfloat16() / 11, []
     for wire in (Fp8RowsWire(), Fp8Wire()):
-        bytes_RB = wire.encode(wide(133, 256))
-        rows = wire.decode(bytes_RB, 256, torch.bfloat16)
-        dy = wire.decode(bytes_RB, 256, torch.bfloat16, gradient=True)
-        inputs = [tensor.detach().requires_grad_() for tensor in (rows, gates, w13, w2)]
+        before = len(widths)
+        bytes_RB = wire.encode(wide(rows, width))
+        rows_RD = wire.decode(bytes_RB, width, torch.bfloat16)
+        dy = wire.decode(bytes_RB, width, torch.bfloat16, gradient=True)
+        inputs = [tensor.detach().requires_grad_() for tensor in (rows_RD, gates, w13, w2)]
         y = precision.expert_ffn(*inputs, counts)
         results.append([y, *torch.autograd.grad(y, inputs, dy)])
+        taken = isinstance(wire, Fp8RowsWire) and not overrides
+        assert widths[before:].count(width) == (0 if taken else 2)
     assert all(torch.equal(ours, expected) for ours, expected in zip(*results, strict=True))
 
 
