@@ -5,8 +5,10 @@ from torch import Tensor, nn
 
 from conf.schema import Optim, Precision
 
-CHUNK = 1 << 18
-"""Elements updated at a time on CPU: the scratch of one chunk stays in the cache."""
+CHUNK = {"cpu": 1 << 18, "cuda": 1 << 22}
+"""Elements updated at a time where moments are bf16: their fp32 copies stay in the cache, so memory is passed over once."""
+VECTOR = 16
+"""Elements of torch's widest vectors. What is left over at the end of a tensor it computes one by one, in double."""
 
 
 class AdamW(torch.optim.Optimizer):
@@ -36,33 +38,47 @@ class AdamW(torch.optim.Optimizer):
         """One update of every group that has gradients; `updates` is advanced by the owner, once per step."""
         for group in self.param_groups:
             for param in group["params"]:
-                if param.grad is None:
-                    continue
-                state = self.allocate(param)
-                size = CHUNK if param.device.type == "cpu" else max(1, param.numel())
-                for at in range(0, param.numel(), size):
-                    part = slice(at, at + size)
-                    _update(
-                        param.view(-1)[part],
-                        param.grad.view(-1)[part],
-                        state["exp_avg"].view(-1)[part],
-                        state["exp_avg_sq"].view(-1)[part],
-                        group,
-                        self.updates + 1,
-                    )
+                if param.grad is not None:
+                    state = self.allocate(param)
+                    flat = (param, param.grad, state["exp_avg"], state["exp_avg_sq"])
+                    _update(*(tensor.view(-1) for tensor in flat), group, self.updates + 1)
 
 
 def _update(weight: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, group: dict, count: int) -> None:
+    """Torch's fused kernel, one pass over memory. Moments of another dtype pass through an fp32 copy, chunk by chunk."""
+    step = torch.tensor(float(count), device=weight.device)
+    whole = weight.numel() // VECTOR * VECTOR
+    size = max(1, whole) if exp_avg.dtype == torch.float32 else CHUNK[weight.device.type]
+    parts = [tensor[:whole].split(size) for tensor in (weight, grad, exp_avg, exp_avg_sq)]
+    scratch = [torch.empty(min(size, whole), device=weight.device) for _ in range(2 * (exp_avg.dtype != torch.float32))]
+    for weight_C, grad_C, *moments in zip(*parts, strict=True):
+        if not scratch:
+            _fused(weight_C, grad_C, *moments, group, step)
+            continue
+        exact = [buffer[: weight_C.numel()].copy_(moment) for buffer, moment in zip(scratch, moments, strict=True)]
+        _fused(weight_C, grad_C, *exact, group, step)
+        for moment, value in zip(moments, exact, strict=True):
+            moment.copy_(value)
+    if whole < weight.numel():
+        _update_rest([tensor[whole:] for tensor in (weight, grad, exp_avg, exp_avg_sq)], group, step)
+
+
+def _update_rest(rest: list[Tensor], group: dict, step: Tensor) -> None:
+    """The last few elements as one padded vector, so that they get the arithmetic of all others wherever shards are cut."""
+    padded = [torch.zeros(VECTOR, device=tensor.device) for tensor in rest]
+    for vector, tensor in zip(padded, rest, strict=True):
+        vector[: tensor.numel()] = tensor
+    _fused(*padded, group, step)
+    for vector, tensor in zip(padded, rest, strict=True):
+        tensor.copy_(vector[: tensor.numel()])
+
+
+def _fused(weight: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, group: dict, step: Tensor) -> None:
     beta1, beta2 = group["betas"]
-    mean = exp_avg.float() if exp_avg.dtype != torch.float32 else exp_avg
-    square = exp_avg_sq.float() if exp_avg_sq.dtype != torch.float32 else exp_avg_sq
-    mean.lerp_(grad, 1 - beta1)
-    square.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
-    exp_avg.copy_(mean)
-    exp_avg_sq.copy_(square)
-    scale = (square / (1 - beta2**count)).sqrt_().add_(group["eps"])
-    weight.mul_(1 - group["lr"] * group["weight_decay"])
-    weight.addcdiv_(mean, scale, value=-group["lr"] / (1 - beta1**count))
+    torch._fused_adamw_(
+        [weight], [grad], [exp_avg], [exp_avg_sq], [], [step], lr=group["lr"], beta1=beta1, beta2=beta2,
+        weight_decay=group["weight_decay"], eps=group["eps"], amsgrad=False, maximize=False,
+    )  # fmt: skip
 
 
 def decays(name: str, param: nn.Parameter) -> bool:

@@ -84,7 +84,7 @@ class Reduction:
         """kind: of the device, cuda or cpu."""
         self._groups, self._kind = groups, kind
         self._stage, self._bf16 = config.parallel.zero, config.precision.name != "fp32"
-        self._scratch = 3 * FP32 if config.precision.moments == "bf16" else FP32  # per element, in train/optim.py
+        self._scratch = 2 * FP32 if config.precision.moments == "bf16" else 0  # per element, in train/optim.py
         self._ranks = [dp_rank * group.ranks // config.parallel.dp for group in groups]
         self._gradients = list(_gradients(groups, self._ranks))
         self._bucket = min(sum(group.elements for group in groups), BUCKET_ELEMENTS)
@@ -196,7 +196,7 @@ class Reduction:
                 meter.take(shard)
                 if number == last:
                     meter.take(-self._whole_size)
-            elements = group.partition if self._kind == "cuda" else min(CHUNK, group.partition)
+            elements = min(CHUNK[self._kind], group.partition)
             meter.take(self._scratch * elements)
             meter.take(-self._scratch * elements)
             meter.take(-shard)

@@ -84,9 +84,5 @@ class Stage3:
 
     def update(self) -> int:
         """Most bytes while the weights are updated, group by group: a copy of the gradients and scratch."""
-        scratch = 3 * FP32 if self._moment == 2 else FP32
-        on_cpu = self._chunk.scene.kind == "cpu"
-        return max(
-            FP32 * group.scattered + scratch * (min(CHUNK, group.scattered) if on_cpu else group.scattered)
-            for group in self._groups
-        )
+        scratch, chunk = 2 * FP32 if self._moment == 2 else 0, CHUNK[self._chunk.scene.kind]
+        return max(FP32 * group.scattered + scratch * min(chunk, group.scattered) for group in self._groups)
