@@ -2,9 +2,11 @@
 
 Forward takes a chunk of tokens, computes logits, softmax in fp32, the loss, and at once the gradients of the hidden states
 and of the head: they are ready when backward starts, which only scales them. With a vocabulary of 129,280 the logits of
-one 4096-token sequence would be 2 GiB in fp32, and their gradient as much again.
+one 4096-token sequence would be 2 GiB in fp32, and their gradient as much again. The products take the whole chunk. What
+lies between them, softmax and its gradient in fp32, takes on CPU a few rows at a time, which stay in the cache; the
+gradient replaces the logits.
 
-Shapes: N tokens, D width, V vocabulary.
+Shapes: N tokens, C of a chunk, R rows of it, D width, V vocabulary.
 """
 
 import torch
@@ -13,6 +15,9 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from train.model.needed import gradients_needed
+
+BLOCK = 1 << 18
+"""Logits in fp32 at a time on CPU: 1 MiB."""
 
 
 def cross_entropy(hidden_ND: Tensor, head_VD: Tensor, targets_N: Tensor, divisor: int, chunk: int) -> Tensor:
@@ -28,14 +33,9 @@ class _CrossEntropy(torch.autograd.Function):
         loss = torch.zeros((), dtype=torch.float32, device=hidden_ND.device)
         dhidden, dhead_VD = [], None
         for hidden_CD, targets_C in zip(hidden_ND.split(chunk), targets_N.split(chunk), strict=True):
-            targets_C1 = targets_C.unsqueeze(-1)
-            log_p_CV = torch.log_softmax(F.linear(hidden_CD, head), -1, dtype=torch.float32)
-            loss -= log_p_CV.gather(-1, targets_C1).sum()
-            if not (want_hidden or want_head):
-                continue
-            dlogits_CV = log_p_CV.exp_()
-            dlogits_CV.scatter_add_(-1, targets_C1, dlogits_CV.new_full(targets_C1.shape, -1.0))
-            dlogits_CV = dlogits_CV.mul_(1 / divisor).to(head.dtype)
+            logits_CV = F.linear(hidden_CD, head)
+            loss += _loss_and_gradient(logits_CV, targets_C, 1 / divisor if want_hidden or want_head else None)
+            dlogits_CV = logits_CV  # it has replaced them
             if want_hidden:
                 dhidden.append(dlogits_CV @ head)
             if want_head:
@@ -51,3 +51,18 @@ class _CrossEntropy(torch.autograd.Function):
         hidden_needed, head_needed, *_ = gradients_needed(ctx)
         dhidden_ND = dhidden_ND * grad.to(dhidden_ND.dtype) if hidden_needed else None
         return dhidden_ND, dhead_VD * grad if head_needed else None, None, None, None
+
+
+def _loss_and_gradient(logits_CV: Tensor, targets_C: Tensor, scale: float | None) -> Tensor:
+    """Sum of the losses, fp32. Writes their gradient times scale over the logits, unless scale is None."""
+    rows = max(1, len(logits_CV) if logits_CV.is_cuda else BLOCK // logits_CV.size(1))
+    loss = torch.zeros((), dtype=torch.float32, device=logits_CV.device)
+    for logits_RV, targets_R in zip(logits_CV.split(rows), targets_C.split(rows), strict=True):
+        targets_R1 = targets_R.unsqueeze(-1)
+        log_p_RV = torch.log_softmax(logits_RV, -1, dtype=torch.float32)
+        loss -= log_p_RV.gather(-1, targets_R1).sum()
+        if scale is not None:
+            dlogits_RV = log_p_RV.exp_()
+            dlogits_RV.scatter_add_(-1, targets_R1, dlogits_RV.new_full(targets_R1.shape, -1.0))
+            logits_RV.copy_(dlogits_RV.mul_(scale))
+    return loss
