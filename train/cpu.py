@@ -20,9 +20,10 @@ def tune_cpu() -> None:
 
 def _tune_malloc() -> None:
     """Set glibc's allocator, where there is one, to reuse instead of unmap, since a step otherwise returns its memory to the
-    kernel and faults it in again.
+    kernel and faults it in again. -1 switches trimming off; the largest number, 2 GB, is less than a step of a large
+    model frees at once.
     """
     libc = ctypes.CDLL(None) if sys.platform.startswith("linux") else None
     if hasattr(libc, "mallopt"):
-        for name, value in ((M_MMAP_MAX, 0), (M_TRIM_THRESHOLD, 2**31 - 1), (M_TOP_PAD, 64 << 20)):
+        for name, value in ((M_MMAP_MAX, 0), (M_TRIM_THRESHOLD, -1), (M_TOP_PAD, 64 << 20)):
             libc.mallopt(name, value)
