@@ -22,7 +22,7 @@ from train.model.rope import Rope, rotate
 
 
 class Decoder:
-    """A whole model in eval mode, whose weights stay as they are. seq_len: of its training, which decides on YaRN."""
+    """A whole model in eval mode, whose weights stay as they are (some are copied). seq_len: of its training, which decides on YaRN."""
 
     def __init__(self, model: DeepSeekV3, seq_len: int):
         assert not model.training, "the routers of a training model count loads"
@@ -33,10 +33,15 @@ class Decoder:
         self._absorbed = {block.attention: self._split_up(block.attention) for block in layers}
 
     def _split_up(self, mla: MLA) -> tuple[Tensor, Tensor]:
-        """W_UK (H, P, C) and W_UV (H, C, U), each in the order in which its product reads it: ten times as fast on a CPU."""
+        """W_UK (H, P, C) and W_UV (H, C, U).
+
+        Views of the weight, except that W_UV is copied in bf16, where the product with a transposed matrix takes about ten
+        times as long on a CPU for few tokens. fp32 shows no such difference.
+        """
         up_HXC = mla.kv_up.weight.detach().view(self.config.heads, -1, self.config.kv_rank)
         w_uk_HPC, w_uv_HUC = up_HXC.split([self.config.nope_head_dim, self.config.v_head_dim], 1)
-        return w_uk_HPC.contiguous(), w_uv_HUC.transpose(1, 2).contiguous()
+        w_uv_HCU = w_uv_HUC.transpose(1, 2)
+        return w_uk_HPC, w_uv_HCU.contiguous() if self.dtype == torch.bfloat16 else w_uv_HCU
 
     def new_cache(self, starts: list[int], layers: int | None = None) -> LatentCache:
         """An empty cache for rows with this much padding; layers: of the main model by default."""
