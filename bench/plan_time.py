@@ -1,0 +1,85 @@
+"""Planned against measured step time for layouts of small models on this CPU, all from one calibration.
+
+    python -m bench.plan_time [--calibration FILE] [--only NAME ...] [--steps 12]
+
+Without a file it calibrates first, on the recipe `tiny` with one thread a rank. Each layout is then really trained; its
+shortest step after the first three stands, as other work on the machine only ever adds time, and the calibration is made
+in the same spirit. Ranks beyond the cores would share them, which the planner has no rule for: two cores, two ranks.
+"""
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from conf.load import compose
+from train.plan.step import plan_time
+
+BASE = ("conf=tiny", "cluster.threads=1", "cluster.device=cpu", "hardware=cpu")
+QUIET = ("checkpoint.every=0", "log.wandb=disabled", "log.progress=false", "log.sample_tokens=0", "log.peak_flops=1e11",
+         "log.validation_sequences=1", "resume=never")  # fmt: skip
+TWO = ("parallel.dp=2",)
+PIPELINE = ("parallel.pp=2", "micro_batch_size=4")
+LAYOUTS = {
+    "one rank": (),
+    "one rank, 4 micro-batches": ("micro_batch_size=4",),
+    "one rank, all computed again": ("micro_batch_size=4", "model.recompute=[norm,mla_up,swiglu]"),
+    "one rank, a wider model": (
+        "micro_batch_size=4",
+        "model.hidden=512",
+        "model.expert_width=256",
+        "model.dense_width=1536",
+    ),
+    "dp 2": (*TWO, "micro_batch_size=4"),
+    "dp 2, ZeRO 2": (*TWO, "micro_batch_size=4", "parallel.zero=2"),
+    "dp 2, ep 2, flat": (*TWO, "micro_batch_size=4", "parallel.ep=2"),
+    "dp 2, ep 2, node-limited": (*TWO, "micro_batch_size=4", "parallel.ep=2", "parallel.dispatch=node_limited"),
+    "dp 2, ep 2, flat, FP8 wire": (*TWO, "micro_batch_size=4", "parallel.ep=2", "parallel.wire=fp8"),
+    "pp 2, 1f1b": (*PIPELINE, "parallel.schedule=1f1b"),
+    "pp 2, interleaved": (*PIPELINE, "parallel.schedule=interleaved"),
+    "pp 2, zbv": (*PIPELINE, "parallel.schedule=zbv"),
+    "pp 2, dualpipev": (*PIPELINE, "parallel.schedule=dualpipev"),
+}
+
+
+def measure(overrides: tuple[str, ...], steps: int, runs: str) -> float:
+    """Shortest step of a real run, in seconds."""
+    with tempfile.TemporaryDirectory(dir=runs) as folder:
+        _train(*QUIET, *overrides, f"steps={steps}", f"runs={folder}", "name=timed")
+        lines = (Path(folder) / "timed" / "metrics.jsonl").read_text().splitlines()
+    return min(json.loads(line)["step_seconds"] for line in lines[3:])
+
+
+def calibrate(runs: str) -> str:
+    """Path of a calibration of this machine."""
+    _train("mode=plan", "plan.calibrate=true", f"runs={runs}", "name=calibration")
+    return f"{runs}/calibration/calibration.json"
+
+
+def _train(*overrides: str) -> None:
+    subprocess.run([sys.executable, "-m", "train", *BASE, *overrides], check=True, stdout=subprocess.DEVNULL)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--calibration")
+    parser.add_argument("--only", nargs="+", choices=list(LAYOUTS), default=list(LAYOUTS))
+    parser.add_argument("--steps", type=int, default=12)
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as runs:
+        calibration = options.calibration or calibrate(runs)
+        for name in options.only:
+            overrides = LAYOUTS[name]
+            step = plan_time(compose(*BASE, *overrides, f"plan.calibration={calibration}"))
+            took = measure(overrides, options.steps, runs)
+            print(
+                f"{name:30} planned {1e3 * step.step_seconds:7.1f} ms   measured {1e3 * took:7.1f} ms   "
+                f"error {100 * (step.step_seconds / took - 1):+6.1f} %",
+                flush=True,
+            )
+
+
+if __name__ == "__main__":
+    main()
