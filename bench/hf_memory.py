@@ -13,6 +13,7 @@ import resource
 import subprocess
 import sys
 import tempfile
+from contextlib import ExitStack
 from pathlib import Path
 
 import torch
@@ -134,14 +135,15 @@ def different(first: Path, second: Path) -> list[str]:
     """Tensors that are not the same, bit for bit."""
     files = [json.loads((folder / INDEX).read_text())["weight_map"] for folder in (first, second)]
     wrong = sorted(files[0].keys() ^ files[1].keys())
-    for name in files[0].keys() & files[1].keys():
-        with (
-            safe_open(first / files[0][name], framework="pt") as a,
-            safe_open(second / files[1][name], framework="pt") as b,
-        ):
-            one, other = a.get_tensor(name), b.get_tensor(name)
-        if one.dtype != other.dtype or not torch.equal(one.view(torch.uint8), other.view(torch.uint8)):
-            wrong.append(name)
+    with ExitStack() as opened:  # once each: to read a header takes as long as to read many tensors
+        readers = [
+            {file: opened.enter_context(safe_open(folder / file, framework="pt")) for file in set(names.values())}
+            for folder, names in zip((first, second), files, strict=True)
+        ]
+        for name in files[0].keys() & files[1].keys():
+            one, other = (reader[names[name]].get_tensor(name) for reader, names in zip(readers, files, strict=True))
+            if one.dtype != other.dtype or not torch.equal(one.view(torch.uint8), other.view(torch.uint8)):
+                wrong.append(name)
     return wrong
 
 
