@@ -10,13 +10,10 @@ from enum import Enum
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from conf.schema import Config
 from train.metrics.headline import last, median
 from train.metrics.names import Record
 from train.metrics.series import Series
-from train.plan.rates import cpu_name
 from train.plan.words import gib, seconds, share
 
 FILE = "plan.json"
@@ -69,6 +66,10 @@ def _peak(plan: dict[str, Any]) -> int:
 
 def _is_here(device: str, config: Config) -> bool:
     """Whether the device of a plan (part of CUDA's name for it, or a processor's whole name) is the one that trains."""
+    import torch  # a writer starts without it
+
+    from train.plan.rates import cpu_name
+
     if config.cluster.device != "cpu" and torch.cuda.is_available():
         return device in torch.cuda.get_device_name()
     return device == cpu_name()
