@@ -113,6 +113,8 @@ def start_and_save(rank: int, config: Config, kind: str, tokenizer_json: str) ->
         assert torch.equal(param.detach().float().flatten(), expected[f"master.{name}"].to(param.dtype).float()), name
     paths = RunPaths(config)
     saver = Checkpointer(paths.checkpoints, rank=rank, world_size=mesh.layout.world, asynchronous=False, timeout=60)
+    if mesh.layout.world > 1:
+        torch.distributed.barrier()  # as a training's first step: rank 0 has removed what earlier attempts left
     meta = state.meta() | {"tokenizer": tokenizer.fingerprint, "seq_len": config.seq_len}
     saver.save(0, state.shards(), meta)
     saver.finish(required=True)
