@@ -15,7 +15,7 @@ from train.dry_run.piece import Piece
 from train.metrics.screens import GOOD, WARN, show
 from train.plan.memory import chunk_parts, phases, rank_memory, scene_of
 from train.plan.weights import FP32, rank_weights
-from train.plan.words import gib, seconds
+from train.plan.words import error, gib, seconds
 
 FILE = "dry_run.json"
 KINDS = {"F": "forward", "B": "backward", "I": "backward, inputs", "W": "backward, weights", "FB": "overlapped pair"}
@@ -29,6 +29,10 @@ class Compared:
 
     measured: float
     planned: float | None = None
+
+    @property
+    def error(self) -> str:
+        return "" if self.planned is None else error(self.planned, self.measured)
 
     def record(self) -> dict[str, float | None]:
         return {"measured": self.measured, "planned": self.planned}
@@ -165,8 +169,8 @@ def dry_run_screen(found: Findings, folder: Path, console: Console | None = None
         ("Job", _job(found)),
         ("Written", str(folder / FILE)),
     ]
-    error = found.peak.planned / found.peak.measured - 1 if found.peak.planned else 0.0
-    title = f"{piece.job.name}, rank {piece.rank} alone on {found.device}: peak {_size(found.peak.measured)}, plan {100 * error:+.1f} %"
+    peak = f"peak {_size(found.peak.measured)}, plan {found.peak.error}"
+    title = f"{piece.job.name}, rank {piece.rank} alone on {found.device}: {peak}"
     show(console or Console(highlight=False), title, GOOD if piece.whole else WARN, rows)
 
 
@@ -217,13 +221,9 @@ def _table(rows: dict[str, Compared], words: Callable[[float], str]) -> str:
     width = max(map(len, rows))
     lines = [f"{'':{width}}  {'measured':>10}  {'planned':>10}"]
     for name, one in rows.items():
-        planned, error = ("-", "") if one.planned is None else (words(one.planned), _error(one))
-        lines.append(f"{name:{width}}  {words(one.measured):>10}  {planned:>10}  {error}".rstrip())
+        planned = "-" if one.planned is None else words(one.planned)
+        lines.append(f"{name:{width}}  {words(one.measured):>10}  {planned:>10}  {one.error}".rstrip())
     return "\n".join(lines)
-
-
-def _error(one: Compared) -> str:
-    return f"{100 * (one.planned / one.measured - 1):+.1f} %" if one.measured and one.planned is not None else ""
 
 
 def _job(found: Findings) -> str:

@@ -1,7 +1,6 @@
 """mode=dry_run: choose the rank and what of it fits, run it alone, and show it beside the plan."""
 
 import json
-import os
 from pathlib import Path
 
 import torch
@@ -9,6 +8,7 @@ import torch
 from cluster.launch import Place
 from conf.errors import EXIT_OK
 from conf.schema import Config
+from train.checkpoint.files import atomic_write_text
 from train.dry_run.expected import expect
 from train.dry_run.lone import run_alone
 from train.dry_run.piece import choose_piece, choose_rank
@@ -31,9 +31,7 @@ def dry_run(config: Config) -> int:
     found = find(piece, run_alone(piece, device), times, device)
     folder = Path(config.runs) / config.name
     folder.mkdir(parents=True, exist_ok=True)
-    part = folder / f".{FILE}.part"
-    part.write_text(json.dumps(record(found), indent=1))
-    os.replace(part, folder / FILE)
+    atomic_write_text(folder / FILE, json.dumps(record(found), indent=1))
     dry_run_screen(found, folder)
     return EXIT_OK
 

@@ -14,7 +14,7 @@ from conf.schema import Config
 from train.metrics.headline import last, median
 from train.metrics.names import Record
 from train.metrics.series import Series
-from train.plan.words import gib, seconds, share
+from train.plan.words import error, gib, seconds, share
 
 FILE = "plan.json"
 PARTS = {
@@ -103,15 +103,11 @@ def _memory(plan: dict[str, Any], series: Series) -> Row:
     peak, measured = _peak(plan), max(series.finite("memory_bytes"), default=0.0)
     if plan["on_cpu"]:  # a process is more than its tensors: mode=dry_run measures those
         return "memory of tensors", gib(peak), f"{gib(measured)} of the whole process", ""
-    return "peak memory", gib(peak), gib(measured), _error(peak, measured)
+    return "peak memory", gib(peak), gib(measured), error(peak, measured)
 
 
 def _row(name: str, planned: float, measured: float) -> Row:
-    return name, seconds(planned), seconds(measured), _error(planned, measured)
-
-
-def _error(planned: float, measured: float) -> str:
-    return f"{100 * (planned / measured - 1):+.1f} %" if measured else ""
+    return name, seconds(planned), seconds(measured), error(planned, measured)
 
 
 def _points(difference: float) -> str:
@@ -121,6 +117,5 @@ def _points(difference: float) -> str:
 def plan_words(rows: list[Row]) -> str:
     """The rows as one sentence for the terminal."""
     return "; ".join(
-        f"{what} {measured}, planned {planned}" + (f" ({error})" if error else "")
-        for what, planned, measured, error in rows
+        f"{what} {measured}, planned {planned}" + (f" ({off})" if off else "") for what, planned, measured, off in rows
     )

@@ -6,7 +6,6 @@ report can be written again at any time, also beside a run that still trains or 
 
 import datetime
 import html
-import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -14,6 +13,7 @@ from typing import Any
 import yaml
 from plotly.offline import get_plotlyjs
 
+from train.checkpoint.files import atomic_write_text
 from train.metrics.figures import build
 from train.metrics.goodput import cluster_summary
 from train.metrics.headline import Card, findings, headline
@@ -55,9 +55,8 @@ def write_report(run_folder: Path) -> Path:
     name = str(settings.get("name") or run_folder.name)
     sections = _plan_parts(plan_rows(run_folder, series)) + _cluster_parts(cluster_summary(run_folder))
     page = _page(name, series, settings, settings_text, sections + _checkpoint_table(_checkpoints(run_folder)), sampled)
-    path, part = run_folder / REPORT, run_folder / f"{REPORT}.part"
-    part.write_text(page, encoding="utf-8")
-    os.replace(part, path)
+    path = run_folder / REPORT
+    atomic_write_text(path, page)
     return path
 
 

@@ -2,13 +2,13 @@
 
 import html
 import json
-import os
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import plotly.graph_objects as go
 
+from train.checkpoint.files import atomic_write_text
 from train.metrics.headline import Card
 from train.metrics.pipeline_figures import timeline_figure
 from train.metrics.plot import BLUE, GREEN, GREY, ORANGE, PURPLE, SKY, Figure, figure, look
@@ -24,9 +24,7 @@ COLOURS = (BLUE, SKY, GREEN, "#93D9C3", ORANGE, "#E69F00", PURPLE, "#7A8B1C", GR
 
 def write_page(path: Path, plan: RunPlan, record: dict[str, Any]) -> None:
     """Write the page in one move. record: the content of plan.json."""
-    part = path.with_name(f".{path.name}.part")
-    part.write_text("\n".join(_parts(plan, record)), encoding="utf-8")
-    os.replace(part, path)
+    atomic_write_text(path, "\n".join(_parts(plan, record)))
 
 
 def _parts(plan: RunPlan, record: dict[str, Any]) -> list[str]:

@@ -1,12 +1,12 @@
 """mode=plan: plan, show, and write runs/<name>/plan.json and plan.html. Starts no run and asks for no GPU."""
 
 import json
-import os
 from dataclasses import asdict, replace
 from pathlib import Path
 
 from conf.errors import EXIT_OK
 from conf.schema import Config
+from train.checkpoint.files import atomic_write_text
 from train.plan.budget import make_plan
 from train.plan.cures import find_cures
 from train.plan.page import PAGE, write_page
@@ -36,13 +36,7 @@ def run_plan(config: Config) -> int:
     if found is not None:
         record["search"] = asdict(found.record())
     folder.mkdir(parents=True, exist_ok=True)
-    _write(folder / FILE, json.dumps(record, indent=1))
+    atomic_write_text(folder / FILE, json.dumps(record, indent=1))
     write_page(folder / PAGE, plan, record)
     plan_screen(plan, cures, folder)
     return EXIT_OK
-
-
-def _write(path: Path, text: str) -> None:
-    part = path.with_name(f".{path.name}.part")
-    part.write_text(text)
-    os.replace(part, path)

@@ -27,5 +27,10 @@ def share(value: float | None) -> str:
     return "?" if value is None else f"{100 * value:.1f} %"
 
 
+def error(planned: float, measured: float) -> str:
+    """Of a plan, signed; empty where nothing was measured."""
+    return f"{100 * (planned / measured - 1):+.1f} %" if measured else ""
+
+
 def length_of_run(days: float) -> str:
     return f"{days:.1f} days" if days >= 2 else seconds(days * 86400)
