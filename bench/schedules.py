@@ -36,7 +36,7 @@ from train.model.needed import gradients_needed
 HIDDEN, SEQ = 4, 2
 
 
-class _Sleep(torch.autograd.Function):
+class Sleep(torch.autograd.Function):
     """Identity in x; its backward sleeps `inputs` for x's gradient and `weights` for the weight's."""
 
     @staticmethod
@@ -62,7 +62,7 @@ class SleepChunk(nn.Module):
     def forward(self, x: Tensor, *, tokens_BS: Tensor) -> Tensor:
         if self.first:  # requires grad, so that stage 0 has an input gradient to sleep for, like any other
             x = torch.zeros(len(tokens_BS), SEQ, HIDDEN, requires_grad=True)
-        x = _Sleep.apply(x, self.weight, self.seconds)
+        x = Sleep.apply(x, self.weight, self.seconds)
         return x.mean().reshape(1) if self.last else x
 
 
