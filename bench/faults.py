@@ -2,8 +2,9 @@
 
     python -m bench.faults [--only SYSTEM:FAULT ...] [--rounds 3] [--minutes 18] [--limit 120] [--out faults.json]
 
-Needs root and iproute2. Every trial is a launch of its own: it trains until half-way between two checkpoints, h1 meets
-the fault, and the trial ends with the next step, or after --limit seconds. Rounds over all cells follow one another, so
+Needs root and iproute2. Every trial is a launch of its own: it trains for 20 s and on until half-way between two
+checkpoints, h1 meets the fault, and the trial ends with the next step, or after --limit seconds. (In the first seconds
+Sluice still prepares the processes that stand by for a restart, and few faults come then.) Rounds over all cells follow one another, so
 that the noise of the machine falls on all; a cell that did not recover is not tried again, and a round that would not end
 within --minutes is not begun, nor any trial after them: cells that were not tried are named. Everything started or made is
 ended and removed, after errors too.
@@ -41,6 +42,8 @@ VICTIM = 1
 NODE_FAULTS = ("power_off", "link_cut")
 FAULTS = ("rank_kill", "power_off", "link_cut", "hang")
 KINDS = (*FAULTS, "start", "start_local")
+SETTLED = 20.0
+"""Seconds from the first step to the fault, at least."""
 
 
 class Launch:
@@ -118,11 +121,13 @@ def trial(system: System, kind: str, hosts: Hosts, limit: float) -> dict:
 
 
 def _break(launch: Launch, fault: str, hosts: Hosts, limit: float) -> dict:
-    half = SAVE_EVERY // 2
-    ready = launch.wait(
-        lambda: launch.log.step() >= SAVE_EVERY + half and launch.log.step() % SAVE_EVERY >= half, time.time() + limit
-    )
-    if not ready:
+    first = launch.log.first_step()
+
+    def settled() -> bool:
+        step = launch.log.step()
+        return time.time() > first + SETTLED and step > SAVE_EVERY and step % SAVE_EVERY >= SAVE_EVERY // 2
+
+    if not launch.wait(settled, time.time() + limit):
         return _end(launch, "no checkpoint", limit)
     match fault:
         case "rank_kill":

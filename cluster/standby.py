@@ -1,8 +1,9 @@
 """A process that has imported a rank's program and waits to become a rank:  python -m cluster.standby MODULE
 
 Imports are most of the time that a small rank takes to start again. The agent keeps one such process per rank; a restart
-sends it one line of JSON with the environment, arguments and log of the rank, and the process calls MODULE.main(). Until
-then it holds no device and no connection. End of input ends it.
+sends it one line of JSON with the environment, arguments and log of the rank, and the process calls MODULE.main(). What
+main() would import later, MODULE.preload() imports before the wait, where there is one. Until then it holds no device and
+no connection. End of input ends it.
 """
 
 import importlib
@@ -13,6 +14,8 @@ import sys
 
 def main() -> int:
     module = importlib.import_module(sys.argv[1])
+    if hasattr(module, "preload"):
+        module.preload()
     line = sys.stdin.readline()
     if not line:
         return 0

@@ -85,7 +85,8 @@ class Zero:
         groups = _parameter_groups(self.names, is_expert, decays, weight_decay, expert_name)
         config = _config(stage, clip, dtype, sum(param.numel() for param in self.names))
         module = nn.ModuleList(chunks)
-        deepspeed = _import_deepspeed(mesh, on_cuda=next(iter(self.names)).is_cuda)
+        deepspeed = import_deepspeed(on_cuda=next(iter(self.names)).is_cuda)
+        _tell_groups(deepspeed, mesh)
         if stage == 3:
             config["zero_optimization"] |= stage3_config(module, units)
             for unit in find_units(module, units):
@@ -210,8 +211,8 @@ def _config(stage: int, clip: float, dtype: torch.dtype, elements: int) -> dict:
     return config
 
 
-def _import_deepspeed(mesh: Mesh, on_cuda: bool) -> types.ModuleType:
-    """Import quietly and without its two slow side roads on CPU; tell it our expert groups."""
+def import_deepspeed(on_cuda: bool) -> types.ModuleType:
+    """Import quietly, and without its two slow side roads on CPU."""
     if not on_cuda:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
     # Stage 3 puts weights on the device of this number.
@@ -227,13 +228,17 @@ def _import_deepspeed(mesh: Mesh, on_cuda: bool) -> types.ModuleType:
     muon = types.ModuleType("deepspeed.runtime.zero.muon.muon_optimizer")
     muon.MuonWithAuxAdam = type("MuonWithAuxAdam", (), {})
     sys.modules.setdefault(muon.__name__, muon)
+    return deepspeed
+
+
+def _tell_groups(deepspeed: types.ModuleType, mesh: Mesh) -> None:
+    """Our expert groups, by the name that marks their parameters."""
     groups = deepspeed.utils.groups
     name, layout, rank = f"ep_size_{mesh.layout.ep}", mesh.layout, mesh.rank
     groups._EXPERT_PARALLEL_GROUP[name] = mesh.ep_group
     groups._EXPERT_PARALLEL_GROUP_RANKS[name] = next(g for g in layout.ep_groups() if rank in g)
     groups._EXPERT_DATA_PARALLEL_GROUP[name] = mesh.edp_group
     groups._EXPERT_DATA_PARALLEL_GROUP_RANKS[name] = next(g for g in layout.edp_groups() if rank in g)
-    return deepspeed
 
 
 class _Mpu:

@@ -27,6 +27,7 @@ from conf.errors import EXIT_CRASH, EXIT_USER, UserError  # noqa: E402
 from conf.load import read_config  # noqa: E402
 from conf.schema import Config  # noqa: E402
 from parallel.mesh import Layout, build_mesh  # noqa: E402
+from parallel.zero import import_deepspeed  # noqa: E402
 from train.checkpoint.checkpointer import Checkpointer  # noqa: E402
 from train.checkpoint.commit import next_attempt  # noqa: E402
 from train.checkpoint.memory import MemoryCopies  # noqa: E402
@@ -49,6 +50,12 @@ from train.stop import StopRequest  # noqa: E402
 from train.trainer import Diverged, Flops, Overtaken, Trainer  # noqa: E402
 
 T = TypeVar("T")
+
+
+def preload() -> None:
+    """Import what a rank needs once it knows its device, where that can only be the CPU; see cluster/standby.py."""
+    if not torch.cuda.is_available():
+        import_deepspeed(on_cuda=False)
 
 
 def run_rank(config: Config, place: Place) -> int:
