@@ -92,7 +92,8 @@ def test_an_agent_that_nobody_asks_kills_its_ranks():
 
 def test_a_standby_becomes_a_rank(agent, tmp_path):
     (tmp_path / "toy_rank.py").write_text(
-        "import os, sys\ndef main():\n    print(os.environ['RANK'], os.getpid(), sys.argv[1], flush=True)\n    return 7\n"
+        "import os, sys\nready = False\ndef preload():\n    global ready\n    ready = True\n"
+        "def main():\n    print(os.environ['RANK'], os.getpid(), sys.argv[1], ready, flush=True)\n    return 7\n"
         "if __name__ == '__main__':\n    sys.exit(main())\n"
     )
     arguments, folder = ["-m", "toy_rank", "config.yaml"], str(tmp_path)
@@ -101,8 +102,8 @@ def test_a_standby_becomes_a_rank(agent, tmp_path):
     agent.start(Order(1, [(0, 0), (1, 1)], arguments, {"WORLD_SIZE": "2"}, "127.0.0.1", folder))
     answer = until(agent, ended)
     assert [report.code for report in answer.ranks] == [7, 7]
-    assert answer.output[0].split() == [b"0", str(standby.pid).encode(), b"config.yaml"]
-    assert answer.output[1].split()[0] == b"1" and not agent._standbys["toy_rank", folder]
+    assert answer.output[0].split() == [b"0", str(standby.pid).encode(), b"config.yaml", b"True"]
+    assert answer.output[1].split()[::3] == [b"1", b"False"] and not agent._standbys["toy_rank", folder]
 
 
 def test_a_new_agent_removes_the_scratch_of_a_killed_one(tmp_path, monkeypatch):
