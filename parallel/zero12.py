@@ -2,13 +2,16 @@
 
 Gradients stay local during the schedule, as fp32 `.grad`, and are reduced once when the step's last micro-batch is
 through, by DeepSpeed's public coalesce_grad_reduction. That works under pipelines too, where a schedule with split
-backward runs no gradient hooks.
+backward runs no gradient hooks. Gradients that no other rank shares (dp = 1; experts with ep = dp) need no reduction: they
+go straight to the shard, where DeepSpeed would copy them five times on the way through its bucket.
 
 Private names of DeepSpeed 0.19 that this file touches, each for a reason:
   scaled_global_norm, check_overflow  one norm over all ranks, which cannot deadlock on a stage without experts
   averaged_gradients, params_in_partition   what that norm is taken over
   _gradient_reduction_buffer_dtype    stage 2 would round the fp32 gradients to bf16 on their way into its bucket
   fill_grad_accum_attribute           hands the fp32 gradients over without a copy
+  real_dp_process_group, get_gradient_for_reduction, GradPartitionBufferGroup, and of a group
+  _use_compact_grad_partition_buffer, partition_size   keep unshared gradients without a reduction, as DeepSpeed would
   _lazy_init_hp_params_optimizer_state, _hp_optimizer_states_linked   link moments to parameters for checkpoints
   _hp_mapping                         what of a parameter lies in this rank's shard
 """
@@ -17,6 +20,7 @@ import contextlib
 from collections.abc import Callable, Iterator
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from parallel.shard import Fragment
@@ -64,6 +68,27 @@ class WholeWeights:
             self._close()
             if getattr(self._optimizer, "use_grad_accum_attribute", False):
                 self._optimizer.fill_grad_accum_attribute()
+            self._keep_unshared()
+
+    def _keep_unshared(self) -> None:
+        """Move the gradients of groups that this rank has to itself into the shard; DeepSpeed then finds none of them."""
+        from deepspeed.runtime.zero.stage_1_and_2 import GradPartitionBufferGroup
+
+        optimizer = self._optimizer
+        average = dist.get_world_size(optimizer.dp_process_group)
+        for number, params in enumerate(optimizer.bit16_groups):
+            if not optimizer._use_compact_grad_partition_buffer(number):
+                continue  # fp32 weights: DeepSpeed puts the shard together in the step
+            if dist.get_world_size(optimizer.real_dp_process_group[number]) > 1:
+                continue
+            flat = torch.empty(optimizer.partition_size[number], device=params[0].device)
+            sizes = [param.numel() for param in params]
+            *pieces, padding = flat.split([*sizes, flat.numel() - sum(sizes)])
+            for param, piece in zip(params, pieces, strict=True):
+                torch.div(optimizer.get_gradient_for_reduction(param).view(-1), average, out=piece)
+                param.grad = param.grad_accum = None
+            padding.zero_()._zero_padding = True
+            optimizer.averaged_gradients[number] = GradPartitionBufferGroup([*pieces, padding], flat)
 
     def gradients(self) -> Iterator[tuple[nn.Parameter, Tensor]]:
         """Averaged gradients of this rank's shard, without padding."""

@@ -3,6 +3,8 @@
 This follows DeepSpeed 0.19 (stage_1_and_2.py) buffer by buffer, since on small models and few micro-batches the peak of the
 whole step lies here. Gradients are fp32 and whole when it begins (parallel/zero12.py):
 
+    own        gradients of a group that this rank shares with nobody are copied to its flat shard one by one and let go,
+               past all of the following (with bf16 weights)
     fill       a gradient is copied into the bucket, and its own memory freed; one that is larger than the bucket stays
     reduce     when the bucket is full: the slices of every group are put together in a copy and summed over its ranks
     keep       with bf16 weights, sums go to a flat shard per group, made when first needed; with fp32 weights the
@@ -86,13 +88,18 @@ class Reduction:
         self._stage, self._bf16 = config.parallel.zero, config.precision.name != "fp32"
         self._scratch = 2 * FP32 if config.precision.moments == "bf16" else 0  # per element, in train/optim.py
         self._ranks = [dp_rank * group.ranks // config.parallel.dp for group in groups]
-        self._gradients = list(_gradients(groups, self._ranks))
-        self._bucket = min(sum(group.elements for group in groups), BUCKET_ELEMENTS)
+        self._own = [group for group in groups if self._is_own(group)]
+        self._gradients = [one for one in _gradients(groups, self._ranks) if not self._is_own(groups[one.group])]
+        self._bucket = min(max(1, sum(one.weight.elements for one in self._gradients)), BUCKET_ELEMENTS)
 
     def peaks(self) -> tuple[int, int]:
         """Most bytes of gradients, buffers and scratch at a time, in the reduction and in the update."""
         self._meter = Meter()
         self._meter.take(sum(one.size for one in self._gradients))
+        self._meter.take(FP32 * sum(group.elements for group in self._own))
+        for group in self._own:
+            self._meter.take(FP32 * group.partition)
+            self._meter.take(-FP32 * group.elements)
         self._meter.take(FP32 * self._bucket)
         self._shards: set[int] = set()
         self._whole = False
@@ -107,6 +114,9 @@ class Reduction:
         self._reduce(waiting)
         self._end()
         return self._meter.mark(), self._update()
+
+    def _is_own(self, group: Shards) -> bool:
+        return self._bf16 and group.ranks == 1
 
     def _fits(self, one: Gradient) -> bool:
         return one.weight.elements <= self._bucket
