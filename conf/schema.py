@@ -226,8 +226,8 @@ class Parallel:
     schedule: str = "1f1b"
     """Order of the pipeline's actions: 1f1b, interleaved, zbv or dualpipev; the last three give every rank two stages."""
     overlap: bool = True
-    """dualpipev: run the forward of one micro-batch and the backward of another together, so that the all-to-all of either
-    flies under the computation of the other; false runs them one after the other."""
+    """dualpipev, also on a pipeline of one rank: run the forward of one micro-batch and the backward of another together, so
+    that the all-to-all of either flies under the computation of the other; false runs them one after the other."""
     dispatch: str = "flat"
     """How tokens reach experts on other ranks: flat (one all-to-all, a row per token and expert), node_limited (each token
     crosses to a node once and fans out inside it) or deepep (the DeepEP package, on GPUs)."""
