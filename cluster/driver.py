@@ -1,6 +1,7 @@
 """The loop of the driver: asks agents, tells the supervisor, and does what it decides."""
 
 import dataclasses
+import os
 import signal
 import time
 from collections.abc import Callable
@@ -288,6 +289,7 @@ class Driver:
             "WORLD_SIZE": str(placement.world),
             "MASTER_ADDR": placement.seats[0].node.address,
             "MASTER_PORT": str(reply.value),
+            "SLUICE_FOLDER": os.getcwd(),
         }
         for id, seats in placement.by_node().items():
             ranks = [(seat.rank, seat.local_rank) for seat in seats]

@@ -46,6 +46,15 @@ def is_driver() -> bool:
     return place is None or place.rank == 0
 
 
+def enter_folder() -> None:
+    """Go where the command was typed, since relative paths of the recipe mean that; Ray starts ranks in its copy of the
+    program. A node without that folder can still take a recipe whose paths are absolute.
+    """
+    folder = os.environ.get("SLUICE_FOLDER")
+    if folder is not None and os.path.isdir(folder):
+        os.chdir(folder)
+
+
 def launch(
     config: Config, folder: Path, command: list[str], run_rank: Callable[[Config, Place], int], alone: bool = True
 ) -> int:

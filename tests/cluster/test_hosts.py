@@ -39,7 +39,7 @@ class Launch:
         self.process = subprocess.Popen(
             hosts.command(0, *words),
             env=hosts.environment | {"PYTHONPATH": str(ROOT), "FAKE_STEP": str(step_seconds)} | environment,
-            cwd=ROOT,
+            cwd=runs,
             stdout=self.output.open("w"),
             stderr=subprocess.STDOUT,
         )
@@ -225,7 +225,7 @@ def test_sigterm_to_an_agent_is_a_drain(hosts, tmp_path):
 
 
 class Training(Launch):
-    """The trainer itself on a toy model, 12 sequences a step, so that dp may be 3 or 2."""
+    """The trainer itself on a toy model, 12 sequences a step, so that dp may be 3 or 2; its run folder has a relative path."""
 
     def program(self, runs: Path) -> list[str]:
         toy = "model.hidden=32 model.layers=2 model.experts=8 model.vocab_size=512 seq_len=32 batch_size=12"
@@ -234,7 +234,7 @@ class Training(Launch):
             "train",
             "conf=tiny",
             "name=run",
-            f"runs={runs}",
+            "runs=.",
             "cluster=ray",
             "micro_batch_size=1",
             *toy.split(),
