@@ -1,7 +1,7 @@
 """From the command line to a checked Config, through plain Hydra.
 
-The folder conf/ serves twice: as the root of the groups (model/, data/, ...) and, through Hydra's search path,
-as the group `conf`, whose options are the recipes conf/NAME.yaml.
+Folders in conf/ are the groups: conf/ the recipes, model/, data/ and so on. Nothing else is searched, since any folder there
+would be a group, and a folder of runs would hide the key `runs`.
 """
 
 import difflib
@@ -27,7 +27,7 @@ from conf.schema import ROOT, Config
 
 def recipes() -> list[str]:
     """Names that conf= accepts."""
-    return sorted(path.stem for path in (ROOT / "conf").glob("*.yaml"))
+    return sorted(path.stem for path in (ROOT / "conf" / "conf").glob("*.yaml"))
 
 
 HELP = f"""Train a DeepSeek-V3-class model:  python -m train [conf=RECIPE] [group=option] [key=value] [-m]
@@ -63,7 +63,6 @@ class _Primary(Config):
     )
     hydra: Any = field(
         default_factory=lambda: {
-            "searchpath": [f"file://{ROOT}"],
             "output_subdir": None,
             "run": {"dir": "."},
             "sweep": {"dir": "${runs}/sweeps", "subdir": "${hydra.job.num}"},

@@ -1,6 +1,6 @@
 """The typed schema of a run. One dataclass per group; the docstring under a field gives its meaning and unit.
 
-Recipes (conf/NAME.yaml) and groups (conf/GROUP/NAME.yaml) fill these classes; conf/check.py holds the rules
+Recipes (conf/conf/NAME.yaml) and groups (conf/GROUP/NAME.yaml) fill these classes; conf/check.py holds the rules
 that join several fields. Nothing here is ever written after load.
 """
 

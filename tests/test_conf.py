@@ -75,6 +75,17 @@ def test_command_line_mistakes_are_one_screen(argument, words, tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_no_folder_beside_the_program_hides_a_key():
+    """Any folder that Hydra searches is a group, and `runs`, made by the first run, once took that key away."""
+    made = not (ROOT / "runs").exists()
+    (ROOT / "runs").mkdir(exist_ok=True)
+    try:
+        assert compose("runs=elsewhere").runs == "elsewhere"
+    finally:
+        if made:
+            (ROOT / "runs").rmdir()
+
+
 def test_help_lists_recipes():
     done = subprocess.run([sys.executable, "-m", "train", "--help"], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0
