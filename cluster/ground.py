@@ -64,10 +64,9 @@ class Ground:
         self._signal(self._ranks(), signal.SIGSTOP)
 
     def kill_agent(self) -> None:
-        """an agent is killed"""
-        self._signal(
-            [process for process in self.processes() if _name(process).startswith("ray::Agent")], signal.SIGKILL
-        )
+        """an agent with a rank is killed"""
+        agents = {rank.ppid() for rank in self._ranks()}  # a spare's agent would not be missed
+        self._signal([process for process in self.processes() if process.pid in agents], signal.SIGKILL)
 
     def damage(self) -> None:
         """the newest checkpoint is cut short and a rank is killed"""
@@ -184,14 +183,6 @@ class HostsGround(Ground):
         attempt = [event for event in events if event["kind"] == "attempt"][-1]
         index = self.chance.choice([int(name.removeprefix("h")) for name in attempt["nodes"] if name != "h0"])
         return index, len(events)
-
-
-def _name(process: psutil.Process) -> str:
-    """The first word of its command line; Ray renames its workers there."""
-    try:
-        return (process.cmdline() or [""])[0]
-    except psutil.NoSuchProcess:
-        return ""
 
 
 @contextlib.contextmanager
