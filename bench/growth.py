@@ -67,7 +67,7 @@ def sweeps(quick: bool) -> dict[str, Sweep]:
     return {
         "experts": {n: replace(cell, sequences=8, overrides=(f"model.experts={n}",)) for n in experts},
         "finer": {n: replace(cell, sequences=8, overrides=wide(n)) for n in experts},
-        "length": {n: replace(cell, sequences=1, length=n) for n in lengths},
+        "length": {n: replace(cell, sequences=1, length=n, steps=2 if n > 4096 else cell.steps) for n in lengths},
         "vocabulary": {n: replace(cell, overrides=(f"model.vocab_size={n}",)) for n in words},
         "dp": {n: replace(cell, dp=n) for n in ranks},
         "ep": {n: replace(cell, dp=n, ep=n) for n in ranks},
