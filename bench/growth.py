@@ -17,7 +17,7 @@ Every cell is a process of its own in every round, so its peak of memory is its 
 minutes left, and figures are medians of rounds.
 
     CPU, wall   ms of a step; fw+bw: forward and backward; update: reduction, clipping, AdamW, new weights
-    GFLOP       per rank and step by train/model/count.py, where causal attention grows with the square of the length
+    GFLOP       per rank and step by train/model/count.py; attention: its part that grows with the square of the length
     state       bytes of weights, fp32 gradients, master weights and moments of a rank: what the update has to go through
     RSS         most bytes resident, above what the process had with everything imported: tensors, what oneDNN keeps for every
                 shape of a product that it has seen, and what the C library keeps of freed memory
@@ -25,8 +25,8 @@ minutes left, and figures are medians of rounds.
     plan        the same as mode=plan foresees: state and activations
 
 ^ is the exponent to the row above (log of the ratio over log of the ratio of sizes), `all` that of a line through all rows.
-A step is a sum of work by FLOP and of work by bytes, so CPU time may grow as the faster of the two, and tensors as the plan:
-a row that grows by more than SLACK times that is marked MORE.
+A step is a sum of products, attention (whose operations run at a lower rate) and work by bytes. So CPU time may grow as the
+fastest of the three, and tensors as the plan: a row that grows by more than SLACK times that is marked MORE.
 """
 
 import argparse
@@ -123,7 +123,7 @@ def exponent(sizes: list[float], values: list[float]) -> float:
     return statistics.linear_regression(x, y).slope
 
 
-COLUMNS = ("cpu", "step", "compute", "update", "flops", "state", "peak", "tensors", "planned")
+COLUMNS = ("cpu", "step", "compute", "update", "flops", "attention", "state", "peak", "tensors", "planned")
 """Those of Sample and Arithmetic with an exponent each."""
 
 
@@ -139,7 +139,7 @@ def rows(sweep: Sweep, samples: dict[int, list[Sample]], arithmetic: dict[int, A
             ends = [above["size"], size]
             row["exponents"] = {name: exponent(ends, [above[name], row[name]]) for name in COLUMNS}
             grown = {name: row[name] / above[name] for name in COLUMNS}
-            row["more_time"] = grown["cpu"] > SLACK * max(grown["flops"], grown["state"])
+            row["more_time"] = grown["cpu"] > SLACK * max(grown["flops"], grown["attention"], grown["state"])
             row["more_memory"] = grown["tensors"] > SLACK * grown["planned"]
         found.append(row)
     return found
@@ -152,7 +152,7 @@ def overall(found: list[dict]) -> dict[str, float]:
 
 HEADS = {
     "cpu": ("CPU ms", 1e3), "step": ("wall ms", 1e3), "compute": ("fw+bw ms", 1e3), "update": ("update ms", 1e3),
-    "flops": ("GFLOP", 1e-9), "state": ("state MB", 1e-6), "peak": ("RSS MB", 1e-6),
+    "flops": ("GFLOP", 1e-9), "attention": ("attention", 1e-9), "state": ("state MB", 1e-6), "peak": ("RSS MB", 1e-6),
     "tensors": ("tensors MB", 1e-6), "planned": ("plan MB", 1e-6),
 }  # fmt: skip
 

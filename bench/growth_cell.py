@@ -65,6 +65,8 @@ class Arithmetic:
 
     flops: float
     """As train/model/count.py counts."""
+    attention: float
+    """Those of them that pairs of positions take."""
     state: int
     """Bytes of weights, fp32 gradients, master weights and moments."""
     planned: int
@@ -116,7 +118,8 @@ def count(cell: Cell) -> Arithmetic:
     plan = plan_memory(config)[0]
     weights = plan.items["weights"]
     state = weights + plan.items["master"] + plan.items["moments"] + weights // 2 * FP32
-    return Arithmetic(cell.tokens * flops_per_token(config.model, config.seq_len), state, plan.peak_bytes)
+    flops, products = (cell.tokens * flops_per_token(config.model, length) for length in (config.seq_len, 0))
+    return Arithmetic(flops, flops - products, state, plan.peak_bytes)
 
 
 def cell_of(text: str) -> Cell:

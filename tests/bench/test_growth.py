@@ -24,7 +24,7 @@ def test_exponents_are_slopes_of_the_logarithms():
 def test_growth_beyond_the_faster_of_flop_and_bytes_is_marked():
     sizes = {1: Cell(), 2: Cell(dp=2), 4: Cell(dp=4)}
     samples = {1: [sample(1.0)], 2: [sample(1.9), sample(2.1), sample(2.0)], 4: [sample(2.0, tensors=300)]}
-    arithmetic = {1: Arithmetic(1, 100, 100), 2: Arithmetic(2, 150, 110), 4: Arithmetic(2, 150, 120)}
+    arithmetic = {1: Arithmetic(1, 1, 100, 100), 2: Arithmetic(2, 1, 150, 110), 4: Arithmetic(2, 1, 150, 120)}
     first, second, third = growth.rows(sizes, samples, arithmetic)
     assert "exponents" not in first and second["cpu"] == 2.0 and second["rounds"] == 3
     assert second["exponents"]["cpu"] == pytest.approx(1) and second["exponents"]["flops"] == pytest.approx(1)
@@ -32,6 +32,8 @@ def test_growth_beyond_the_faster_of_flop_and_bytes_is_marked():
     assert not third["more_time"] and third["more_memory"]
     slower = growth.rows(sizes, samples | {2: [sample(2.4)]}, arithmetic)[1]
     assert slower["more_time"]
+    long = arithmetic | {2: Arithmetic(2, 4, 150, 110)}  # attention has four times the operations
+    assert not growth.rows(sizes, samples | {2: [sample(3.9)]}, long)[1]["more_time"]
     assert growth.overall([first, second, third])["cpu"] == pytest.approx(0.5)
 
 
@@ -57,6 +59,7 @@ def test_arithmetic_of_a_cell():
     cell = Cell(sequences=1, length=64)
     config, found = cell.config(), count(cell)
     assert found.flops == 64 * flops_per_token(config.model, 64)
+    assert found.attention == pytest.approx(count(Cell(sequences=1, length=128)).attention / 4)
     whole = parameters(config.model).total
     assert found.state == pytest.approx((2 + 4 + 4 + 2 + 2) * whole, rel=1e-3) and found.planned > found.state
     shared = count(Cell(sequences=1, length=64, dp=2))
