@@ -60,19 +60,24 @@ class Case:
     """One MTP module."""
 
     @property
+    def size(self) -> tuple[int, int]:
+        """Sequences per step and their length."""
+        return TOKENS[self.shape]
+
+    @property
     def tokens(self) -> int:
-        batch, length = TOKENS[self.shape]
+        batch, length = self.size
         return batch * length
 
-    def config(self):
-        """Our configuration of it."""
+    def config(self, *more: str):
+        """Our configuration of it. more: overrides that come after its own."""
         from conf.load import compose
 
         sizes = [f"model.{key}={'null' if value is None else value}" for key, value in SHAPES[self.shape].items()]
-        batch, length = TOKENS[self.shape]
+        batch, length = self.size
         return compose(
             *sizes, f"model.mtp_depth={int(self.mtp)}", "model.recompute=[]", f"precision={self.dtype}",
-            f"seq_len={length}", f"batch_size={batch}", f"micro_batch_size={batch}", "cluster.device=cpu",
+            f"seq_len={length}", f"batch_size={batch}", f"micro_batch_size={batch}", "cluster.device=cpu", *more,
         )  # fmt: skip
 
 
@@ -224,7 +229,7 @@ def random_tokens(case: Case, vocab: int):
     """The tokens (B, T + 1) that all sides train on."""
     import torch
 
-    batch, length = TOKENS[case.shape]
+    batch, length = case.size
     return torch.randint(vocab, (batch, length + 1), generator=torch.Generator().manual_seed(1))
 
 
@@ -242,22 +247,39 @@ def _ours(case: Case):
     import torch
     import torch.distributed as dist
 
-    from parallel.mesh import Layout, build_mesh
-    from train.parallelize import parallelize
-
     torch.set_num_threads(case.threads)
-    config = case.config()
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-    parts = parallelize(config, build_mesh(Layout()), torch.device("cpu"))
+    return own_step(case)
+
+
+def own_step(case: Case, balance_loss: float = 0.0) -> Callable[[], tuple[float, float]]:
+    """A step of the case on this rank of the default process group, on random tokens.
+
+    balance_loss: weight of the sequence-wise loss, which the peers do not have. The step returns its seconds of forward
+    and backward, and of reduction and update.
+    """
+    import torch
+
+    from parallel.mesh import build_mesh
+    from train.parallelize import parallelize
+    from train.plan.step import layout_of
+
+    config = case.config()
+    parts = parallelize(config, build_mesh(layout_of(config)), torch.device("cpu"))
     parts.chunks[0].mtp_weight = 0.3
+    for router in parts.chunks[0].routers().values():
+        router.balance_weight = balance_loss
     tokens_BS = random_tokens(case, config.model.vocab_size)
     parts.zero.set_lr(1e-4)
 
-    def step() -> None:
+    def step() -> tuple[float, float]:
+        began = time.perf_counter()
         with parts.zero.accumulate():
             parts.pipeline.step(tokens_BS, micro_batches=1)
+            computed = time.perf_counter()
         parts.zero.step()
+        return computed - began, time.perf_counter() - computed
 
     return step
 

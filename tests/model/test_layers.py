@@ -7,6 +7,7 @@ import torch
 from torch.nn import functional as F
 
 from conf.schema import Model, Yarn
+from train.model import attention as attention_module
 from train.model import layers
 from train.model.attention import BLOCK, attention
 from train.model.layers import Embedding, RMSNorm, swiglu
@@ -60,7 +61,9 @@ def masked_attention(q, k, v, scale, documents_BT):
 
 @pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("length", [1, BLOCK, 2 * BLOCK + 9])
-def test_attention_equals_the_masked_formula(length, packed):
+@pytest.mark.parametrize("heads_at_a_time", [2, 100])
+def test_attention_equals_the_masked_formula(length, packed, heads_at_a_time, monkeypatch):
+    monkeypatch.setattr(attention_module, "SCORES", heads_at_a_time * min(length, BLOCK) * length)
     torch.manual_seed(0)
     q, k = (torch.randn(2, 3, length, 6, dtype=torch.float32, requires_grad=True) for _ in range(2))
     v = torch.randn(2, 3, length, 4, requires_grad=True)

@@ -15,8 +15,10 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-BLOCK = 64
+BLOCK = 128
 """Queries of a block on the CPU."""
+SCORES = 1 << 19
+"""Scores of a block at a time on the CPU, in fp32 2 MiB: as many heads as that takes, so that they stay in the cache."""
 
 
 def attention(q_BHTQ: Tensor, k_BHTQ: Tensor, v_BHTV: Tensor, scale: float, documents_BT: Tensor | None) -> Tensor:
@@ -42,13 +44,15 @@ def document_spans(documents_BT: Tensor) -> list[tuple[int, int, int]]:
 
 def _blocks(spans: list[tuple[int, int, int]] | None, batch: int, heads: int, length: int) -> Iterator[tuple]:
     """Rows of the batched products, positions of the queries, and positions of their keys, as slices."""
-    whole = [(slice(0, batch * heads), 0, length)]
+    whole = [(range(batch * heads), 0, length)]
     for rows, start, end in (
-        whole if spans is None else [(slice(b * heads, (b + 1) * heads), s, e) for b, s, e in spans]
+        whole if spans is None else [(range(b * heads, (b + 1) * heads), s, e) for b, s, e in spans]
     ):
         for first in range(start, end, BLOCK):
             last = min(first + BLOCK, end)
-            yield rows, slice(first, last), slice(start, last)
+            count = max(1, SCORES // ((last - first) * (last - start)))
+            for row in range(rows.start, rows.stop, count):
+                yield slice(row, min(row + count, rows.stop)), slice(first, last), slice(start, last)
 
 
 def _causal_bias(length: int, device: torch.device) -> Tensor:

@@ -1,0 +1,221 @@
+"""How a training step's time and memory grow with the sizes of a run, beside how its arithmetic grows. On CPU, bf16.
+
+    python -m bench.growth [--sweep experts finer length vocabulary dp ep] [--minutes 18] [--quick] [--out growth.json]
+
+    experts      8 to 256 of width 128, top 4: the same products per token, more weights
+    finer        8 to 256 of which all together are 16384 wide, top 4 and none shared: the same weights, fewer
+                 products per token
+    length       one sequence of 512 to 16384 tokens
+    vocabulary   2048 to 129280
+    dp, ep       1 to 8 ranks on gloo with as many tokens each (weak scaling); experts over all ranks for ep
+
+The model is `tiny` (hidden 256, 4 layers, one of them dense) without MTP; a step is the trainer's own: forward, backward,
+DeepSpeed's reduction, clipping, AdamW. One thread a rank. Ranks beyond the cores of the machine wait for each other, so
+there CPU seconds of a rank stand for its time, and wall time is only shown.
+
+Every cell is a process of its own in every round, so its peak of memory is its own; rounds go over all cells while there are
+minutes left, and figures are medians of rounds.
+
+    CPU, wall   ms of a step; fw+bw: forward and backward; update: reduction, clipping, AdamW, new weights
+    GFLOP       per rank and step by train/model/count.py; attention: its part that grows with the square of the length
+    state       bytes of weights, fp32 gradients, master weights and moments of a rank: what the update has to go through
+    RSS         most bytes resident, above what the process had with everything imported: tensors, what oneDNN keeps for every
+                shape of a product that it has seen, and what the C library keeps of freed memory
+    tensors     most bytes of tensors alive at a time
+    plan        the same as mode=plan foresees: state and activations
+
+^ is the exponent to the row above (log of the ratio over log of the ratio of sizes), `all` that of a line through all rows.
+A step is a sum of products, attention (whose operations run at a lower rate) and work by bytes. So CPU time may grow as the
+fastest of the three, and tensors as the plan: a row that grows by more than SLACK times that is marked MORE.
+"""
+
+import argparse
+import json
+import math
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import asdict, replace
+from pathlib import Path
+
+from bench.growth_cell import Arithmetic, Cell, Sample
+
+SLACK = 1.15
+"""Of time or memory of a row over the row above, beyond what arithmetic allows."""
+EXPERTS_WIDTH = 16384
+"""Of all experts of a layer together in `finer`."""
+LIMIT = 300.0
+"""Seconds that a cell may take."""
+
+Sweep = dict[int, Cell]
+
+
+def sweeps(quick: bool) -> dict[str, Sweep]:
+    """Cells by size, of every sweep. quick: two small sizes each, few steps."""
+    experts = (8, 16) if quick else (8, 16, 32, 64, 128, 256)
+    lengths = (64, 128) if quick else (512, 1024, 2048, 4096, 8192, 16384)
+    words = (512, 1024) if quick else (2048, 8192, 32768, 129280)
+    ranks = (1, 2) if quick else (1, 2, 4, 8)
+    cell = Cell(length=64, steps=1) if quick else Cell()
+
+    def wide(number: int) -> tuple[str, ...]:
+        return f"model.experts={number}", f"model.expert_width={EXPERTS_WIDTH // number}", "model.shared_experts=0"
+
+    return {
+        "experts": {n: replace(cell, sequences=8, overrides=(f"model.experts={n}",)) for n in experts},
+        "finer": {n: replace(cell, sequences=8, overrides=wide(n)) for n in experts},
+        "length": {n: replace(cell, sequences=1, length=n, steps=2 if n > 4096 else cell.steps) for n in lengths},
+        "vocabulary": {n: replace(cell, overrides=(f"model.vocab_size={n}",)) for n in words},
+        "dp": {n: replace(cell, dp=n) for n in ranks},
+        "ep": {n: replace(cell, dp=n, ep=n) for n in ranks},
+    }
+
+
+def measure(cell: Cell) -> Sample:
+    """The cell in fresh processes, one a rank: the slowest rank's wall times, their mean CPU time, the largest peaks.
+
+    RuntimeError, with what it said last, where a rank fails or does not end.
+    """
+    environment = os.environ | {"OMP_NUM_THREADS": str(cell.threads), "GLOO_SOCKET_IFNAME": "lo"}
+    with tempfile.TemporaryDirectory() as store, tempfile.TemporaryFile() as errors:
+        words = sys.executable, "-m", "bench.growth_cell", "run", json.dumps(asdict(cell))
+        ranks = [
+            subprocess.Popen([*words, str(rank), store], stdout=subprocess.PIPE, stderr=errors, env=environment)
+            for rank in range(cell.dp)
+        ]
+        deadline = time.monotonic() + LIMIT
+        try:
+            said = [rank.communicate(timeout=max(0.1, deadline - time.monotonic()))[0] for rank in ranks]
+        except subprocess.TimeoutExpired as error:
+            raise RuntimeError(f"{cell} did not end within {LIMIT:.0f} s") from error
+        finally:
+            for rank in ranks:
+                rank.kill()
+                rank.wait()
+        if any(rank.returncode for rank in ranks):
+            errors.seek(0)
+            raise RuntimeError(f"{cell}: {errors.read().decode(errors='replace').strip()[-2000:]}")
+    samples = [Sample(**json.loads(line)) for line in said]
+    slowest = max(samples, key=lambda sample: sample.step)
+    peak, tensors = max(one.peak for one in samples), max(one.tensors for one in samples)
+    return replace(slowest, cpu=statistics.mean(one.cpu for one in samples), peak=peak, tensors=tensors)
+
+
+def count(cells: list[Cell]) -> list[Arithmetic]:
+    """In a process of its own: whoever starts the cells stays small, since a child inherits the peak of its parent."""
+    words = [sys.executable, "-m", "bench.growth_cell", "count", json.dumps([asdict(cell) for cell in cells])]
+    done = subprocess.run(words, stdout=subprocess.PIPE, text=True, check=True)
+    return [Arithmetic(**fields) for fields in json.loads(done.stdout)]
+
+
+def middle(samples: list[Sample]) -> Sample:
+    """Medians of all rounds."""
+    columns = zip(*(asdict(sample).values() for sample in samples), strict=True)
+    return Sample(*(statistics.median(column) for column in columns))
+
+
+def exponent(sizes: list[float], values: list[float]) -> float:
+    """Slope of a straight line through log(value) over log(size)."""
+    x, y = ([math.log(one) for one in column] for column in (sizes, values))
+    return statistics.linear_regression(x, y).slope
+
+
+COLUMNS = ("cpu", "step", "compute", "update", "flops", "attention", "state", "peak", "tensors", "planned")
+"""Those of Sample and Arithmetic with an exponent each."""
+
+
+def rows(sweep: Sweep, samples: dict[int, list[Sample]], arithmetic: dict[int, Arithmetic]) -> list[dict]:
+    """One per size that was measured: figures, exponents to the row above, and whether it grew by more than it may."""
+    found: list[dict] = []
+    for size in sweep:
+        if not samples[size]:
+            continue
+        row = {"size": size} | asdict(middle(samples[size])) | asdict(arithmetic[size]) | {"rounds": len(samples[size])}
+        if found:
+            above = found[-1]
+            ends = [above["size"], size]
+            row["exponents"] = {name: exponent(ends, [above[name], row[name]]) for name in COLUMNS}
+            grown = {name: row[name] / above[name] for name in COLUMNS}
+            row["more_time"] = grown["cpu"] > SLACK * max(grown["flops"], grown["attention"], grown["state"])
+            row["more_memory"] = grown["tensors"] > SLACK * grown["planned"]
+        found.append(row)
+    return found
+
+
+def overall(found: list[dict]) -> dict[str, float]:
+    """Exponents through all rows."""
+    return {name: exponent([row["size"] for row in found], [row[name] for row in found]) for name in COLUMNS}
+
+
+HEADS = {
+    "cpu": ("CPU ms", 1e3), "step": ("wall ms", 1e3), "compute": ("fw+bw ms", 1e3), "update": ("update ms", 1e3),
+    "flops": ("GFLOP", 1e-9), "attention": ("attention", 1e-9), "state": ("state MB", 1e-6), "peak": ("RSS MB", 1e-6),
+    "tensors": ("tensors MB", 1e-6), "planned": ("plan MB", 1e-6),
+}  # fmt: skip
+
+
+def show(name: str, found: list[dict]) -> None:
+    print(f"\n{name:>8}" + "".join(f"{HEADS[column][0]:>11}{'^':>6}" for column in COLUMNS))
+    for row in found:
+        line = f"{row['size']:8d}"
+        for column in COLUMNS:
+            slope = f"{row['exponents'][column]:6.2f}" if "exponents" in row else f"{'':6}"
+            line += f"{HEADS[column][1] * row[column]:11.1f}{slope}"
+        print(line + "  MORE time" * row.get("more_time", False) + "  MORE memory" * row.get("more_memory", False))
+    if len(found) > 1:
+        print(f"{'all':>8}" + "".join(f"{'':11}{slope:6.2f}" for slope in overall(found).values()), flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    names = tuple(sweeps(quick=True))
+    parser.add_argument("--sweep", nargs="+", choices=names, default=names)
+    parser.add_argument("--minutes", type=float, default=18.0, help="no round starts that would end later")
+    parser.add_argument("--rounds", type=int, default=5, help="at most")
+    parser.add_argument("--quick", action="store_true", help="one round of two small sizes each")
+    parser.add_argument("--out", type=Path, default=Path("growth.json"))
+    options = parser.parse_args()
+    began = time.monotonic()
+    chosen = {name: sweep for name, sweep in sweeps(options.quick).items() if name in options.sweep}
+    cells = list(dict.fromkeys(cell for sweep in chosen.values() for cell in sweep.values()))
+    arithmetic = dict(zip(cells, count(cells), strict=True))
+    samples: dict[Cell, list[Sample]] = {cell: [] for cell in cells}
+    print(f"{os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}; {len(cells)} cells", flush=True)
+    for number in range(1 if options.quick else options.rounds):
+        started = time.monotonic()
+        for cell in cells:
+            samples[cell].append(measure(cell))
+        taken = time.monotonic() - started
+        print(f"round {number + 1}: {taken:.0f} s", flush=True)
+        _write(options.out, chosen, samples, arithmetic)
+        if time.monotonic() - began + taken > 60 * options.minutes:
+            break
+    for name, found in _tables(chosen, samples, arithmetic).items():
+        show(name, found)
+    print(f"\n{time.monotonic() - began:.0f} s; written to {options.out}")
+
+
+def _tables(chosen: dict[str, Sweep], samples: dict[Cell, list[Sample]], arithmetic: dict[Cell, Arithmetic]) -> dict:
+    return {
+        name: rows(sweep, *({size: by[cell] for size, cell in sweep.items()} for by in (samples, arithmetic)))
+        for name, sweep in chosen.items()
+    }
+
+
+def _write(
+    path: Path, chosen: dict[str, Sweep], samples: dict[Cell, list[Sample]], arithmetic: dict[Cell, Arithmetic]
+) -> None:
+    report = {"cores": os.cpu_count(), "load": os.getloadavg(), "sweeps": {}}
+    for name, found in _tables(chosen, samples, arithmetic).items():
+        report["sweeps"][name] = {"rows": found, "exponents": overall(found)}
+        report["sweeps"][name]["samples"] = {
+            size: [asdict(sample) for sample in samples[cell]] for size, cell in chosen[name].items()
+        }
+    path.write_text(json.dumps(report, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,140 @@
+"""One point of bench/growth.py: a rank that takes training steps, and what its arithmetic says.
+
+python -m bench.growth_cell run CELL RANK STORE     one rank; prints a Sample
+python -m bench.growth_cell count CELLS             the Arithmetic of every cell
+"""
+
+import json
+import os
+import statistics
+import sys
+import time
+from dataclasses import asdict, dataclass
+
+from bench.train_step import Case, own_step
+
+BALANCE_LOSS = 1e-4
+WARM_STEPS = 2
+
+
+@dataclass(frozen=True)
+class Cell(Case):
+    """`tiny` without MTP in bf16, one thread a rank, with another size somewhere."""
+
+    shape: str = "tiny"
+    threads: int = 1
+    sequences: int = 4
+    """Of a rank and step."""
+    length: int = 256
+    dp: int = 1
+    ep: int = 1
+    overrides: tuple[str, ...] = ()
+    steps: int = 4
+    """Timed ones."""
+
+    @property
+    def size(self) -> tuple[int, int]:
+        return self.sequences, self.length
+
+    def config(self, *more: str):
+        layout = f"parallel.dp={self.dp}", f"parallel.ep={self.ep}", f"batch_size={self.sequences * self.dp}"
+        return super().config(f"model.max_seq_len={max(4096, self.length)}", *layout, *self.overrides, *more)
+
+
+@dataclass
+class Sample:
+    """What one rank measured: medians over its steps."""
+
+    step: float
+    """Seconds."""
+    compute: float
+    """Seconds of forward and backward."""
+    update: float
+    """Seconds of reduction, clipping and AdamW."""
+    cpu: float
+    """CPU seconds of a step, all threads."""
+    peak: int
+    """Bytes resident at most, above what the process had with everything imported."""
+    tensors: int
+    """Bytes of all tensors at their most, in a step of its own that counts them."""
+
+
+@dataclass
+class Arithmetic:
+    """Of one rank and step."""
+
+    flops: float
+    """As train/model/count.py counts."""
+    attention: float
+    """Those of them that pairs of positions take."""
+    state: int
+    """Bytes of weights, fp32 gradients, master weights and moments."""
+    planned: int
+    """Bytes of the planned peak (mode=plan): state and activations."""
+
+
+def run(cell: Cell, rank: int, store: str) -> Sample:
+    """Body of a rank's process."""
+    from train.cpu import tune_cpu
+
+    tune_cpu()
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    import deepspeed  # noqa: F401 so that its memory is not taken for the step's
+    import psutil
+    import torch
+    import torch.distributed as dist
+
+    import train.parallelize  # noqa: F401
+    from train.memory import peak_memory
+    from train.plan.measured import Meter
+
+    torch.set_num_threads(cell.threads)
+    dist.init_process_group("gloo", init_method=f"file://{store}/store", rank=rank, world_size=cell.dp)
+    before = psutil.Process().memory_info().rss
+    step = own_step(cell, BALANCE_LOSS)
+    samples = [_timed(step) for _ in range(WARM_STEPS + cell.steps)][WARM_STEPS:]
+    peak = peak_memory(torch.device("cpu")) - before
+    with Meter(torch.device("cpu")) as meter:
+        step()
+        tensors = meter.mark()
+    dist.barrier()
+    dist.destroy_process_group()
+    return Sample(*(statistics.median(column) for column in zip(*samples, strict=True)), peak, tensors)
+
+
+def _timed(step) -> tuple[float, float, float, float]:
+    cpu, began = time.process_time(), time.perf_counter()
+    compute, update = step()
+    return time.perf_counter() - began, compute, update, time.process_time() - cpu
+
+
+def count(cell: Cell) -> Arithmetic:
+    """The least that a rank has to do and to hold."""
+    from train.model.count import flops_per_token
+    from train.plan.memory import plan_memory
+    from train.plan.weights import FP32
+
+    config = cell.config("hardware=cpu")
+    plan = plan_memory(config)[0]
+    weights = plan.items["weights"]
+    state = weights + plan.items["master"] + plan.items["moments"] + weights // 2 * FP32
+    flops, products = (cell.tokens * flops_per_token(config.model, length) for length in (config.seq_len, 0))
+    return Arithmetic(flops, flops - products, state, plan.peak_bytes)
+
+
+def cell_of(text: str) -> Cell:
+    """The cell of a command line."""
+    fields = json.loads(text)
+    return Cell(**fields | {"overrides": tuple(fields["overrides"])})
+
+
+def main() -> None:
+    if sys.argv[1] == "run":
+        sample = run(cell_of(sys.argv[2]), int(sys.argv[3]), sys.argv[4])
+        print(json.dumps(asdict(sample)), flush=True)
+    else:
+        print(json.dumps([asdict(count(cell_of(json.dumps(fields)))) for fields in json.loads(sys.argv[2])]))
+
+
+if __name__ == "__main__":
+    main()
