@@ -38,7 +38,7 @@ class Policy:
     probe: float = 4.0
     settle: float = 1.5
     """For the other ranks to report after the first failure."""
-    stacks: float = 3.0
+    stacks: float = 2.0
     kill: float = 10.0
     """For ranks to be gone after SIGKILL."""
     return_wait: float = 6.0
