@@ -65,6 +65,10 @@ class WholeWeights:
             if getattr(self._optimizer, "use_grad_accum_attribute", False):
                 self._optimizer.fill_grad_accum_attribute()
 
+    def weights(self) -> Iterator[Tensor]:
+        """What this rank holds of the weights between steps."""
+        return iter(self._params)
+
     def gradients(self) -> Iterator[tuple[nn.Parameter, Tensor]]:
         """Averaged gradients of this rank's shard, without padding."""
         for group, gradients in self._optimizer.averaged_gradients.items():
