@@ -53,6 +53,8 @@ CASES = {
     "bf16 dp2 zero2": ["precision=bf16", "parallel.dp=2", "parallel.zero=2"],
     "bf16 dp2 zero3": ["precision=bf16", "parallel.dp=2", "parallel.zero=3"],
     "fp32 dp4 ep2 zero3": ["precision=fp32", "parallel.dp=4", "parallel.ep=2", "parallel.zero=3"],
+    "bf16 dp2 ep2 zero3, MTP 2": ["precision=bf16", *EP2, "parallel.zero=3", "model.mtp_depth=2"],
+    "bf16 dp2 zero3, no MTP": ["precision=bf16", "parallel.dp=2", "parallel.zero=3", "model.mtp_depth=0", ALL],
     "fp32 ep2": ["precision=fp32", *EP2],
     "bf16 dp4 ep2, fp8 wire": ["precision=bf16", "parallel.dp=4", "parallel.ep=2", "parallel.wire=fp8"],
     "fp8 ep4 node_limited": [

@@ -16,7 +16,7 @@ import math
 import os
 import sys
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
@@ -143,6 +143,10 @@ class Zero:
         dist.all_reduce(total)
         self._norm = total.sqrt().float()
         return self._norm
+
+    def weights(self) -> Iterator[Tensor]:
+        """What this rank holds of the weights between steps; at stage 3 its shards."""
+        return self._weights.weights()
 
     def shards(self, copies: bool = False) -> dict[str, Shard]:
         """Live fp32 master weights and moments of this rank's partition, by logical name.

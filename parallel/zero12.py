@@ -90,6 +90,10 @@ class WholeWeights:
             padding.zero_()._zero_padding = True
             optimizer.averaged_gradients[number] = GradPartitionBufferGroup([*pieces, padding], flat)
 
+    def weights(self) -> Iterator[Tensor]:
+        """What this rank holds of the weights between steps."""
+        return iter(self._params)
+
     def gradients(self) -> Iterator[tuple[nn.Parameter, Tensor]]:
         """Averaged gradients of this rank's shard, without padding."""
         for group, gradients in self._optimizer.averaged_gradients.items():

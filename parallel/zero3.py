@@ -20,7 +20,7 @@ Private names of DeepSpeed 0.19 that this file touches, each for a reason:
   grad_partitions_flat_buffer, micro_step_id     the sum over micro-batches
   get_param_coordinator, reset_step, release_backward_leftovers, _clean_inflight_param_registry    begin and end of a pass
   _get_norm_groups, averaged_gradients    one norm over all ranks
-  fp16_groups, fp32_partitioned_groups_flat, grad_position    where a parameter's shard lies
+  fp16_groups, ds_tensor, fp32_partitioned_groups_flat, grad_position    where a parameter's shard lies
   _reassign_or_swap_out_partitioned_parameters     make the weights the rounded masters
 """
 
@@ -111,6 +111,10 @@ class ShardedWeights:
                 part = slice(start, start + length)
                 moments = {key: moment[part] for key, moment in self._allocate(flat).items()}
                 yield Fragment(param, offset, flat.detach()[part], moments)
+
+    def weights(self) -> Iterator[Tensor]:
+        """What this rank holds of the weights between steps."""
+        return (param.ds_tensor for params in self._optimizer.fp16_groups for param in params)
 
     def refresh(self) -> None:
         """Make the weights the rounded masters."""

@@ -16,7 +16,7 @@ from tests.ranks import run_processes
 from tests.small import train
 from train.dry_run.lone import run_alone
 from train.dry_run.record import FILE
-from train.plan.memory import phases
+from train.plan.memory import phases, rank_memory
 
 TOLERANCE = 0.01
 """Of a peak: on a model this small, numbers and views of a few bytes that the plan leaves out come to some 0.3 %."""
@@ -43,6 +43,9 @@ def check(_: int, overrides: list[str]) -> None:
     plan = phases(config, piece.pp_rank, piece.rank % parallel.dp, piece.scene, piece.layers)
     assert measured.peak == pytest.approx(max(plan.values()), rel=TOLERANCE)
     assert measured.phases == pytest.approx(plan, rel=TOLERANCE)
+    state = rank_memory(config, piece.pp_rank, piece.scene, piece.layers).items
+    for item in ("weights", "master", "moments"):
+        assert measured.items[item] == pytest.approx(state[item], rel=TOLERANCE)
     micro_batches = config.batch_size // parallel.dp // config.micro_batch_size
     actions = schedule_actions(parallel.schedule, parallel.pp, micro_batches)[piece.pp_rank]
     assert measured.counts == Counter(action.kind for action in actions if not idle(action, piece))

@@ -138,7 +138,7 @@ def _items(parts: Parallelized) -> dict[str, int]:
     """Bytes of the rank's state."""
     shards = parts.zero.shards(copies=True)
     return {
-        "weights": _bytes(parts.zero.names),
+        "weights": _bytes(parts.zero.weights()),
         "master": _bytes(shard.local for name, shard in shards.items() if name.startswith("master.")),
         "moments": _bytes(shard.local for name, shard in shards.items() if not name.startswith("master.")),
         "gradients": _bytes(param.grad for param in parts.zero.names if param.grad is not None),

@@ -13,7 +13,7 @@ are alive x_i+1 and the gradients of both. The end has no output worth counting,
 """
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 
@@ -87,16 +87,17 @@ class Chunk:
 
     @cached_property
     def forward(self) -> Pass:
-        pieces = []
+        lifted = (_lifted(trace.forward(self.scene, name).run, below) for name, below in self.ascent())
+        return Pass(self._input, _joined([run.pieces for run in lifted]))
+
+    def ascent(self) -> Iterator[tuple[str, int]]:
+        """Parts in the order of forward, and what lies below each one's own numbers."""
         if self._has_embedding or self._joins:
-            pieces.append(_lifted(trace.forward(self.scene, "embedding").run, self._input).pieces)
+            yield "embedding", self._input
         early = self.hidden * (self._joins and not self._has_embedding)  # E, made before the blocks run
         for i, name in enumerate(self._names):
-            below = sum(self._own[:i]) + i * self.hidden + early
-            if name == "end":
-                below -= self.hidden * self._joins  # its own numbers have E
-            pieces.append(_lifted(trace.forward(self.scene, name).run, below).pieces)
-        return Pass(self._input, _joined(pieces))
+            own = self.hidden * (name == "end" and self._joins)  # of E, which the end's own numbers have
+            yield name, sum(self._own[:i]) + i * self.hidden + early - own
 
     @property
     def _input(self) -> int:
@@ -108,35 +109,30 @@ class Chunk:
         embedding, which two chunks of a rank may share.
         """
         start = sum(self._own) + self._held + (0 if self.has_end else self.hidden)
-        return Pass(start, _joined([run.pieces for _, run in self._descent(first, table_first, stay=True)]))
 
-    def backward_by_part(self) -> list[tuple[str, int, int]]:
-        """Parts in the order of backward, what is alive when each begins, and the peak while it is at work, where gradients
-        of weights are made in every backward and taken away after each part.
+        def run_of(name: str, held: bool) -> Pass:
+            return trace.backward(self.scene, name, table_first if name == "embedding" else first, held)
+
+        return Pass(start, _joined([_lifted(run, below).pieces for _, run, below in self.descent(run_of)]))
+
+    def descent(self, run_of: Callable[[str, bool], Pass]) -> Iterator[tuple[str, Pass, int]]:
+        """Parts in the order of backward, their passes, and what lies below each one's own numbers.
+
+        run_of: the pass of a part; held as in trace.backward. What it leaves behind counts from there on.
         """
-        found = []
-        for name, run in self._descent(first=True, table_first=True, stay=False):
-            found.append((name, run.start, run.peak))
-        return found
-
-    def _descent(self, first: bool, table_first: bool, stay: bool) -> Iterator[tuple[str, Pass]]:
-        """The parts' backward passes. stay: gradients of weights that were made count from there on."""
         h, names = self.hidden, self._names
         output = 0 if self.has_end else h
         rest = 0  # alive of parts that are through, but for the gradient of their input
         for i in reversed(range(len(names))):
-            held = i == len(names) - 1
-            run = trace.backward(self.scene, names[i], first, held)
+            run = run_of(names[i], i == len(names) - 1)
             below = sum(self._own[:i]) + i * h + output + rest
             if names[i] == "end":
                 below -= h * (self._joins and self._has_embedding)  # E is x_0
-            yield names[i], _lifted(run, below)
-            after = run if stay else trace.backward(self.scene, names[i], False, held)
-            rest += after.end - h  # of the end dE goes on to the embedding, and stays in the rest until then
+            yield names[i], run, below
+            rest += run.end - h  # of the end dE goes on to the embedding, and stays in the rest until then
         if self._has_embedding or self._joins:
-            run = trace.backward(self.scene, "embedding", table_first, held=False)
             arrived = h * self._joins  # dE
-            yield "embedding", _lifted(run, output + rest - arrived + self._input)
+            yield "embedding", run_of("embedding", False), output + rest - arrived + self._input
 
     def split(self, first: bool) -> tuple[Pass, Pass]:
         """The two passes of a backward in parts, inputs and weights; not for the first chunk.

@@ -1,18 +1,21 @@
 """What ZeRO stage 3 takes beside this rank's shards (parallel/zero3.py): weights and gradients of the part at work.
 
-DeepSpeed 0.19 gathers the weights of a block before its passes and those of the next one ahead. In backward the gradients
-of a block are made whole, in fp32, and copied into a bucket that stays for the whole run. They are reduced when the next in
-the fixed order belong to another group of ranks, dense or experts: the bucket's content is copied once more, sharded, and
-added to the shard's sum. All sizes in bytes.
+The model's units work one after another: embedding, blocks, final norm, MTP modules, head, and back. While one is at work
+its weights are there, and some of those that come next (gather.py). Gradients leave for a bucket, which stays for the whole
+run, and are reduced on the way (scatter.py). All sizes in bytes.
 """
 
 from collections.abc import Sequence
+from functools import cached_property
 
 from conf.schema import Config
 from parallel.zero import BUCKET_ELEMENTS
 from train.optim import CHUNK
+from train.plan import scatter
 from train.plan.chunk import Chunk
-from train.plan.trace import Frozen
+from train.plan.gather import Held, Shared, held_weights
+from train.plan.scatter import NOTHING, Bucket, Visit, Waiting, unit_of
+from train.plan.trace import Frozen, Pass
 from train.plan.weights import FP32, Shards, Weight, part_weights
 
 
@@ -27,25 +30,22 @@ class Stage3:
     def state(self) -> dict[str, int]:
         """What is there all the time."""
         owned = sum(group.scattered for group in self._groups)
-        bucket = min(sum(group.elements for group in self._groups), BUCKET_ELEMENTS)
         return {
             "weights": self._element * owned,
             "master": FP32 * owned,
             "moments": 2 * self._moment * owned,
             "gradients": FP32 * owned,
-            "reduction": FP32 * bucket,
+            "reduction": FP32 * self._bucket.limit,
         }
 
     def schedule(self) -> tuple[int, str]:
-        """Most bytes in forward and backward passes, and the part at work."""
-        parts = self._chunk.backward_by_part()
-        reduced = self._reduced([name for name, _, _ in parts])
+        """Most bytes in forward and backward passes, and the unit at work."""
+        forward, (backward, _) = self._forward, self._backward
+        held, elements = self._held, self._element
         moments = []
-        for i, (name, start, peak) in enumerate(parts):
-            gathered = sum(self._gathered(name) for name, _, _ in parts[i : i + 2])
-            moments.append((gathered + max(peak, start + self._copies(reduced[i])), f"backward: {name}"))
-        heaviest = max(self._gathered(name) for name in self._chunk.parts)
-        moments.append((self._chunk.forward.peak + 2 * heaviest, "forward"))
+        for number, (visit, gathered) in enumerate(zip((*forward, *backward), held, strict=True)):
+            most = max(visit.peak + elements * gathered.working, visit.start + elements * gathered.fetching)
+            moments.append((most, f"{'forward' if number < len(forward) else 'backward'}: {visit.unit}"))
         return max(moments)
 
     def reduction(self) -> int:
@@ -53,30 +53,63 @@ class Stage3:
 
         The embedding's input has no gradient, so DeepSpeed does not see its backward end, and its weights are still there.
         """
-        left = self._reduced([name for name, _, _ in self._chunk.backward_by_part()])[-1]
-        return self._copies(left) + self._gathered("embedding")
+        _, left = self._backward
+        outside = 0 if self._bucket.takes(left.elements) else FP32 * left.elements
+        return self._bucket.reduction(left) + outside + self._element * self._held[-1].working
 
-    def _reduced(self, parts: Sequence[str]) -> list[int]:
-        """Elements reduced at a time while each part is at work, the most, and after the last.
+    @cached_property
+    def _bucket(self) -> Bucket:
+        parallel, limit = self._config.parallel, min(sum(group.elements for group in self._groups), BUCKET_ELEMENTS)
+        return Bucket(limit, parallel.dp, parallel.dp // parallel.ep, self._chunk.scene.gloo)
 
-        In the fixed order, the model's own reversed, what has come is reduced when one of another group of ranks comes.
-        """
-        found, waiting, experts = [], 0, False
-        for part in parts:
-            most = 0
-            for weight in reversed(self._weights(part)):
-                if (weight.kind == "experts") != experts:
-                    most, waiting, experts = max(most, waiting), 0, not experts
-                waiting += weight.elements
-            found.append(most)
-        return [*found, waiting]
+    @cached_property
+    def _forward(self) -> list[Visit]:
+        scene = self._chunk.scene
+        return [visit.lifted(below) for part, below in self._chunk.ascent() for visit in scatter.forward(scene, part)]
 
-    def _copies(self, elements: int) -> int:
-        """gloo makes another one."""
-        return FP32 * elements * (2 if self._chunk.scene.gloo else 1)
+    @cached_property
+    def _backward(self) -> tuple[list[Visit], Waiting]:
+        """Units in the order of backward, and the gradients that wait at its end."""
+        scene, waiting = self._chunk.scene, NOTHING
+        visits: tuple[Visit, ...] = ()
 
-    def _gathered(self, part: str) -> int:
-        return self._element * sum(weight.elements for weight in self._weights(part))
+        def run_of(part: str, held: bool) -> Pass:
+            nonlocal visits, waiting
+            run, visits, waiting = scatter.backward(scene, part, held, self._bucket, waiting)
+            return run
+
+        found = [visit.lifted(below) for _, _, below in self._chunk.descent(run_of) for visit in visits]
+        return found, waiting
+
+    @cached_property
+    def _held(self) -> list[Held]:
+        """What is gathered at the visits of forward, then of backward."""
+        units = self._units()
+        last, depths = len(units) - 1, self._config.model.mtp_depth
+        down = range(last, 0, -1)  # the model itself comes first in each pass, a unit without weights
+        visits = [*range(last + 1), 0, *[last] * depths, *down]  # the head once for every output
+        done = [True] * (last + 2) + [False] * depths + [True] * last
+        limit = max(sum(weight.elements for weight in unit) for unit in units)
+        held = held_weights(units, list(zip(visits, done, strict=True)), limit)
+        return held[1 : last + 1] + held[-last:]
+
+    def _units(self) -> list[list[Shared]]:
+        """Weights by unit; the first is the model itself, which has none of its own."""
+        found: list[list[Shared]] = [[]]
+        for part in self._chunk.parts:
+            by_unit: dict[str, list[Shared]] = {}
+            for weight in self._weights(part):
+                by_unit.setdefault(unit_of(weight.name) if part == "end" else part, []).append(self._shared(weight))
+            head = by_unit.pop("head", None)  # at work last
+            found += [*by_unit.values(), *([head] if head else [])]
+        return found
+
+    def _shared(self, weight: Weight) -> Shared:
+        parallel = self._config.parallel
+        experts = weight.kind == "experts"
+        return Shared(
+            weight.elements, "experts" if experts else "dense", parallel.dp // (parallel.ep if experts else 1)
+        )
 
     def _weights(self, part: str) -> Sequence[Weight]:
         share = self._config.model.experts // self._config.parallel.ep

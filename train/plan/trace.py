@@ -104,7 +104,7 @@ class Forward:
 @lru_cache(maxsize=4096)
 def forward(scene: Scene, part: str) -> Forward:
     """part: embedding, dense, moe or end."""
-    with _Run(scene, part) as run:
+    with Run(scene, part) as run:
         return run.forward()
 
 
@@ -113,7 +113,7 @@ def backward(scene: Scene, part: str, first: bool, held: bool) -> Pass:
     """Whole backward. first: the gradients of the weights are made in it, and count. held: the incoming gradient is kept
     to the end, as torch's stage does with that of a chunk's last part.
     """
-    with _Run(scene, part, first) as run:
+    with Run(scene, part, first) as run:
         run.forward()
         return run.backward(held)
 
@@ -125,12 +125,12 @@ def split_backward(scene: Scene, part: str, first: bool) -> tuple[Pass, Pass]:
     Output and incoming gradient, which the stage holds through both, count. At the end of the second what stays is what
     the graph holds on to until it falls as a whole.
     """
-    with _Run(scene, part, first) as run:
+    with Run(scene, part, first) as run:
         run.forward(leaves=True)
         return run.inputs(), run.weights()
 
 
-class _Run:
+class Run:
     """One part between its borders, under a ledger. Call forward, then backward, or inputs and weights."""
 
     def __init__(self, scene: Scene, part: str, first: bool = False):
@@ -144,7 +144,7 @@ class _Run:
         self._incoming: list[Tensor] = []
         """Gradients of the inputs."""
 
-    def __enter__(self) -> "_Run":
+    def __enter__(self) -> "Run":
         self._module = _build(self._scene, self._part, self._cut, self._ledger, self._rows)
         _make_tables(self._module, self._scene)
         for param in self._module.parameters():

@@ -12,7 +12,11 @@ from torch.nn import functional as F
 
 from train.model.layers import recomputed_swiglu, swiglu
 from train.model.needed import gradients_needed
+from train.precision import grouped
 from train.precision.health import Report
+
+Groups = Tensor | list[int]
+"""Which rows are an expert's: where those of each end, int32 (E,), or on a CPU in bf16 how many each has (grouped.py)."""
 
 
 class HighPrecision:
@@ -31,11 +35,11 @@ class HighPrecision:
     def expert_ffn(
         self, rows_RD: Tensor, gates_R: Tensor, w13_E2FD: Tensor, w2_EDF: Tensor, counts_E: Tensor
     ) -> Tensor:
-        ends_E = counts_E.cumsum(0).to(torch.int32)
-        h_R2F = _GroupedProduct.apply(rows_RD, w13_E2FD.to(self.dtype), ends_E)
+        groups = groups_of(counts_E, self.dtype)
+        h_R2F = _GroupedProduct.apply(rows_RD, w13_E2FD.to(self.dtype), groups)
         a_RF = swiglu(h_R2F, gates_R)
         with recomputed_swiglu(a_RF, h_R2F, gates_R) if self._recompute_swiglu else nullcontext():
-            return _GroupedProduct.apply(a_RF, w2_EDF.to(self.dtype), ends_E)
+            return _GroupedProduct.apply(a_RF, w2_EDF.to(self.dtype), groups)
 
     def watch(self, model: nn.Module) -> None:
         """Nothing is quantised, so there is nothing to watch."""
@@ -54,15 +58,37 @@ class _GroupedProduct(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x_RI, weight_EOI, ends_E):
-        ctx.save_for_backward(x_RI, weight_EOI, ends_E)
-        return F.grouped_mm(x_RI, weight_EOI.transpose(1, 2), offs=ends_E)
+    def forward(ctx, x_RI: Tensor, weight_EOI: Tensor, groups: Groups):
+        ctx.save_for_backward(x_RI, weight_EOI)
+        ctx.groups = groups
+        return grouped_product(x_RI, weight_EOI.transpose(1, 2), groups)
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_RO):
-        x_RI, weight_EOI, ends_E = ctx.saved_tensors
+        x_RI, weight_EOI = ctx.saved_tensors
         x_needed, weight_needed, _ = gradients_needed(ctx)
-        dx_RI = F.grouped_mm(grad_RO, weight_EOI, offs=ends_E) if x_needed else None
-        dweight_EOI = F.grouped_mm(grad_RO.t(), x_RI, offs=ends_E) if weight_needed else None
+        dx_RI = grouped_product(grad_RO, weight_EOI, ctx.groups) if x_needed else None
+        dweight_EOI = grouped_weight_gradient(grad_RO, x_RI, ctx.groups) if weight_needed else None
         return dx_RI, dweight_EOI, None
+
+
+def groups_of(counts_E: Tensor, dtype: torch.dtype) -> Groups:
+    """Groups for products in dtype. counts_E: rows of every expert."""
+    if dtype == torch.bfloat16 and not counts_E.is_cuda:
+        return counts_E.tolist()
+    return counts_E.cumsum(0).to(torch.int32)
+
+
+def grouped_product(x_RI: Tensor, weight_EIO: Tensor, groups: Groups) -> Tensor:
+    """x W with the weight of each row's expert: (R, O)."""
+    if isinstance(groups, list):
+        return grouped.product(x_RI, weight_EIO, groups)
+    return F.grouped_mm(x_RI, weight_EIO, offs=groups)
+
+
+def grouped_weight_gradient(grad_RO: Tensor, x_RI: Tensor, groups: Groups) -> Tensor:
+    """grad^T x over the rows of each expert: (E, O, I)."""
+    if isinstance(groups, list):
+        return grouped.weight_gradient(grad_RO, x_RI, groups)
+    return F.grouped_mm(grad_RO.t(), x_RI, offs=groups)

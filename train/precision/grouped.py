@@ -1,0 +1,58 @@
+"""Products in bf16 with the weight of each row's expert, on a CPU.
+
+oneDNN compiles a kernel for every shape it meets: some 0.4 ms, as long as a product of a few hundred rows takes, and how many
+rows an expert gets is hardly ever the same twice. So rows are rounded up to a multiple of STEP here. Where rows are
+independent, the product reads and writes into the next expert's, which come later and overwrite that. Where rows are summed
+over, zeros are added.
+
+Shapes: R rows sorted by expert, E experts, I inputs and O outputs of a product.
+"""
+
+import itertools
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+STEP = 32
+"""Rows. 16 and 64 are as fast: more kernels, or more added rows."""
+
+
+def product(x_RI: Tensor, weight_EIO: Tensor, rows: Sequence[int]) -> Tensor:
+    """(R, O). rows: of every expert."""
+    R = len(x_RI)
+    out_RO = x_RI.new_empty(R, weight_EIO.size(2))
+    for weight_IO, start, end in _parts(weight_EIO, rows):
+        size = _rounded(end - start)
+        if start + size <= R:
+            torch.mm(x_RI[start : start + size], weight_IO, out=out_RO[start : start + size])
+        else:  # nothing comes later: with the rows before instead
+            first = max(0, R - size)
+            out_RO[start:end] = (x_RI[first:] @ weight_IO)[start - first : end - first]
+    return out_RO
+
+
+def weight_gradient(grad_RO: Tensor, x_RI: Tensor, rows: Sequence[int]) -> Tensor:
+    """grad^T x over the rows of each expert: (E, O, I)."""
+    dweight_EOI = x_RI.new_zeros(len(rows), grad_RO.size(1), x_RI.size(1))
+    most = _rounded(max(rows))
+    grad_PO, x_PI = grad_RO.new_empty(most, grad_RO.size(1)), x_RI.new_empty(most, x_RI.size(1))
+    for dweight_OI, start, end in _parts(dweight_EOI, rows):
+        size = _rounded(end - start)
+        for padded, real in ((grad_PO, grad_RO), (x_PI, x_RI)):
+            padded[: end - start] = real[start:end]
+            padded[end - start : size] = 0
+        torch.mm(grad_PO[:size].t(), x_PI[:size], out=dweight_OI)
+    return dweight_EOI
+
+
+def _parts(by_expert: Tensor, rows: Sequence[int]) -> Iterator[tuple[Tensor, int, int]]:
+    """Every expert's own tensor with its first row and the one behind its last; experts without rows are left out."""
+    ends = list(itertools.accumulate(rows))
+    for one, count, end in zip(by_expert, rows, ends, strict=True):
+        if count:
+            yield one, end - count, end
+
+
+def _rounded(rows: int) -> int:
+    return -(-rows // STEP) * STEP
