@@ -60,7 +60,7 @@ def masked_attention(q, k, v, scale, documents_BT):
 
 
 @pytest.mark.parametrize("packed", [False, True])
-@pytest.mark.parametrize("length", [1, BLOCK, 2 * BLOCK + 9])
+@pytest.mark.parametrize("length", [1, BLOCK, BLOCK + 9, 4 * BLOCK + 9])
 @pytest.mark.parametrize("heads_at_a_time", [2, 100])
 def test_attention_equals_the_masked_formula(length, packed, heads_at_a_time, monkeypatch):
     monkeypatch.setattr(attention_module, "SCORES", heads_at_a_time * min(length, BLOCK) * length)

@@ -16,9 +16,9 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 BLOCK = 128
-"""Queries of a block on the CPU."""
-SCORES = 1 << 19
-"""Scores of a block at a time on the CPU, in fp32 2 MiB: as many heads as that takes, so that they stay in the cache."""
+"""Queries of a block on the CPU; half of it in spans below four blocks, where more would lie above the diagonal."""
+SCORES = 1 << 20
+"""Scores of a block at a time on the CPU, in fp32 4 MiB: as many heads as that takes, so that they stay in the cache."""
 
 
 def attention(q_BHTQ: Tensor, k_BHTQ: Tensor, v_BHTV: Tensor, scale: float, documents_BT: Tensor | None) -> Tensor:
@@ -48,8 +48,9 @@ def _blocks(spans: list[tuple[int, int, int]] | None, batch: int, heads: int, le
     for rows, start, end in (
         whole if spans is None else [(range(b * heads, (b + 1) * heads), s, e) for b, s, e in spans]
     ):
-        for first in range(start, end, BLOCK):
-            last = min(first + BLOCK, end)
+        block = BLOCK if end - start >= 4 * BLOCK else BLOCK // 2
+        for first in range(start, end, block):
+            last = min(first + block, end)
             count = max(1, SCORES // ((last - first) * (last - start)))
             for row in range(rows.start, rows.stop, count):
                 yield slice(row, min(row + count, rows.stop)), slice(first, last), slice(start, last)
