@@ -58,6 +58,13 @@ def test_a_roofline_adds_calls_operations_and_bytes():
         rates.of(Work("attention_forward", 1.0))
 
 
+def test_in_a_pass_every_call_costs_its_launch():
+    kernels, launch = {"memory": Rate(0, 0, 1e10)}, {"launch": Rate(1e-3)}
+    works = [Work("memory", bytes=1e10, calls=3), Work("memory", bytes=2e10)]
+    assert Rates(kernels | launch, "made up", {"passes": 2.0}).passes(works) == pytest.approx(2 * 3 + 4e-3)
+    assert Rates(kernels, "published").passes(works) == pytest.approx(3)
+
+
 def _calibration(path, **more) -> str:
     rates = {name: {"seconds": 1e-6, "flops": 1e11, "bandwidth": 1e10} for name in ("fprop_fp32", "memory")}
     content = {"device": cpu_name(), "precision": "fp32", "threads": 1, "rates_alone": rates, "rates_together": rates}

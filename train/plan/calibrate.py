@@ -3,8 +3,8 @@
     1. Every kind of kernel is timed at several sizes (kernels.py) and fitted: seconds a call, operations, bytes.
     2. With several devices, or a CPU with cores for several ranks, the same happens with all of them at work, as they share
        memory and caches; and the links between them are timed: all-to-all, send, reduction, gather.
-    3. One rank's whole step is timed: its passes, and its update. What the kernels do not explain of them (Python, autograd,
-       cold caches) becomes a factor on the plan of each.
+    3. One rank's whole step is timed, passes and update, at two sizes of a micro-batch. What the kernels do not explain of the
+       passes is a cost of every launch (Python, autograd) and a factor on the kernels (cold caches); of the update, a factor.
 
 A single-threaded CPU is timed by the processor's own clock, which stands still while other processes have the core.
 
@@ -32,8 +32,9 @@ from train.cpu import tune_cpu
 from train.parallelize import parallelize
 from train.plan import work
 from train.plan.fit import fit_rate
-from train.plan.kernels import Kernels
+from train.plan.kernels import Kernels, batches
 from train.plan.rates import FILE, Rates, cpu_name
+from train.plan.step import plan_time
 
 BUDGET_SECONDS = 0.12
 """Of one kernel at one size."""
@@ -109,14 +110,17 @@ def _rank(rank: int, ranks: int, config: Config, kind: str, threads: int, folder
         torch.cuda.set_device(rank)
     device = torch.device(kind, rank) if kind == "cuda" else torch.device(kind)
     found: dict[str, Any] = {}
+    launch = Rate()
     if rank == 0:
         found["rates_alone"], found["residues_alone"] = _all_rates(config, device)
-        found["factors_alone"] = _factors(config, device, found["rates_alone"])
+        launch, found["factors_alone"] = _around_alone(config, device, found["rates_alone"])
+        found["rates_alone"]["launch"] = vars(launch)
     barrier.wait()
     if ranks > 1:
         found["rates_together"], found["residues_together"] = _all_rates(config, device)
         barrier.wait()
-        found["factors_together"] = _factors(config, device, found["rates_together"], barrier)
+        found["factors_together"] = _factors_together(config, device, found["rates_together"], launch, barrier)
+        found["rates_together"]["launch"] = vars(launch)
         barrier.wait()
         found["rates_together"] |= _links(rank, ranks, device, folder)
     else:
@@ -130,7 +134,9 @@ def _all_rates(config: Config, device: torch.device) -> tuple[dict[str, dict], d
     kernels = Kernels(config, device)
     samples: dict[str, list[tuple[float, float, float]]] = defaultdict(list)
     for case in kernels.cases():
-        samples[case.work.kind].append((case.work.flops, case.work.bytes, seconds_of(case.run, device)))
+        kind, *amounts, calls = case.work
+        amounts.append(seconds_of(case.run, device))
+        samples[kind].append(tuple(amount / calls for amount in amounts))
     fits = {kind: fit_rate(found) for kind, found in samples.items()}
     rates = {kind: rate for kind, (rate, _) in fits.items()}
     for sizes, run in kernels.loss():
@@ -166,24 +172,50 @@ def _now(device: torch.device) -> float:
     return time.perf_counter()
 
 
-def _factors(config: Config, device: torch.device, rates: dict[str, dict], barrier=None) -> dict[str, float]:
-    """Measured over planned seconds of one rank's step: passes and update."""
-    from train.plan.step import plan_time  # which needs a hardware description, made up here
+def _around_alone(config: Config, device: torch.device, rates: dict[str, dict]) -> tuple[Rate, dict[str, float]]:
+    """What one rank's step takes beyond its kernels: the rate of a launch, and factors on passes and update.
 
-    alone = replace(
-        config,
-        parallel=Parallel(),
-        batch_size=2 * config.micro_batch_size,
-        cluster=replace(config.cluster, ranks_per_node=1),
-        hardware=replace(config.hardware, name="here", device="", fp8_flops=1.0),
-        optim=replace(config.optim, batch_ramp_start=None, batch_ramp_steps=0),
-    )
-    planned = plan_time(alone, Rates({kind: Rate(**rate) for kind, rate in rates.items()}, "this device"))
-    measured = _step(alone, device, barrier)
-    return {
-        "passes": measured[0] / planned.pipeline_seconds,
-        "update": measured[1] / planned.update.seconds,
-    }
+    Steps at two sizes of a micro-batch tell launches, the same in both, from kernels.
+    """
+    steps = [_Step(config, *batch, rates, device) for batch in batches(config)]
+    first, second = steps
+    factor = (first.passes - second.passes) / (first.kernels - second.kernels)
+    launch = (first.passes - factor * first.kernels) / first.launches
+    if factor <= 0 or launch < 0:  # a device that hides launches, or noise
+        factor, launch = first.passes / first.kernels, 0.0
+    return Rate(seconds=launch), {"passes": factor, "update": first.update}
+
+
+def _factors_together(
+    config: Config, device: torch.device, rates: dict[str, dict], launch: Rate, barrier
+) -> dict[str, float]:
+    """The factors where all ranks work at once. launch: as of a rank alone, which has its own core for it."""
+    step = _Step(config, *batches(config)[0], rates, device, barrier)
+    return {"passes": (step.passes - launch.seconds * step.launches) / step.kernels, "update": step.update}
+
+
+class _Step:
+    """A step of two micro-batches of one rank: measured, and what the plan says of its kernels."""
+
+    def __init__(self, config: Config, sequences: int, length: int, rates: dict[str, dict], device, barrier=None):
+        alone = replace(
+            config,
+            parallel=Parallel(),
+            seq_len=length,
+            micro_batch_size=sequences,
+            batch_size=2 * sequences,
+            cluster=replace(config.cluster, ranks_per_node=1),
+            hardware=replace(config.hardware, name="here", device="", fp8_flops=1.0),
+            optim=replace(config.optim, batch_ramp_start=None, batch_ramp_steps=0),
+        )
+        known = {kind: Rate(**rate) for kind, rate in rates.items() if kind != "launch"}
+        plan = plan_time(alone, Rates(known, "this device"))
+        self.kernels = plan.pipeline_seconds
+        self.launches = plan_time(alone, Rates(dict.fromkeys(known, Rate(seconds=1.0)), "calls")).pipeline_seconds
+        """Their number."""
+        self.passes, updated = _step(alone, device, barrier)
+        self.update = updated / plan.update.seconds
+        """Measured over planned."""
 
 
 def _step(config: Config, device: torch.device, barrier) -> tuple[float, float]:

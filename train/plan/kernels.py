@@ -1,12 +1,12 @@
 """The kernels of a recipe as calls to be timed: each beside the Work that the planner counts for it.
 
-Everything is what training itself runs, forward or backward, at the recipe's own widths and at two numbers of tokens, so
+Everything is what training itself runs, forward or backward, at the recipe's own widths and at two sizes of a micro-batch, so
 that a fit can tell what a call costs from what an element costs.
 
 Shapes as in train/plan/work.py.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -29,6 +29,7 @@ from train.plan.traffic import Spread
 from train.plan.update import ADAM_BYTES
 from train.plan.work import Sizes, Work
 from train.precision.build import activation_dtype
+from train.precision.high import grouped_product, grouped_weight_gradient, groups_of
 from train.precision.hopper import HopperEngine
 from train.precision.recipe import Product, build_recipe
 
@@ -36,8 +37,17 @@ SHORTER = 4
 """The second number of tokens is this part of the first."""
 
 
-COUNTS = (2**21, 2**24)
+COUNT = 2**25
 """Weights in those cases that do not depend on tokens: more than a cache holds, as between two steps."""
+PIECES = (2**14, 2**20)
+"""Weights of one tensor there."""
+
+
+def batches(config: Config) -> list[tuple[int, int]]:
+    """Sequences and length of the recipe's micro-batch, and of the smaller one."""
+    if config.micro_batch_size < SHORTER:
+        return [(config.micro_batch_size, config.seq_len), (1, -(-config.seq_len // SHORTER))]
+    return [(config.micro_batch_size, config.seq_len), (config.micro_batch_size // SHORTER, config.seq_len)]
 
 
 class Case(NamedTuple):
@@ -54,10 +64,7 @@ class Kernels:
         self.config, self.device = config, device
         self.dtype = activation_dtype(config.precision)
         tokens = config.micro_batch_size * config.seq_len
-        shorter = max(1, config.micro_batch_size // SHORTER), config.seq_len
-        if config.micro_batch_size < SHORTER:
-            shorter = 1, max(64, config.seq_len // SHORTER)
-        self.batches = [(config.micro_batch_size, config.seq_len), shorter]
+        self.batches = batches(config)
         plain = replace(
             config, precision=replace(config.precision, fp8=None), model=replace(config.model, recompute=[])
         )
@@ -144,8 +151,9 @@ class Kernels:
     def _grouped(self, sizes: Sizes) -> Iterator[Case]:
         model = self.config.model
         rows = sizes.tokens * model.top_k
-        ends = torch.arange(1, sizes.local_experts + 1, device=self.device) * rows // sizes.local_experts
-        offs = ends.to(torch.int32)
+        draw = torch.Generator().manual_seed(0)  # uneven as a balanced router leaves them
+        ids_R = torch.randint(sizes.local_experts, (rows,), generator=draw)
+        groups = groups_of(ids_R.bincount(minlength=sizes.local_experts).to(self.device), self.dtype)
         for inputs, outputs, family in (
             (model.hidden, 2 * model.expert_width, "experts_up"),
             (model.expert_width, model.hidden, "experts_down"),
@@ -153,9 +161,9 @@ class Kernels:
             counted = work.grouped(sizes, rows, inputs, outputs, family)
             x, dy = self._tensor(rows, inputs), self._tensor(rows, outputs)
             w = self._tensor(sizes.local_experts, outputs, inputs)
-            yield Case(counted.forward[0], lambda x=x, w=w: F.grouped_mm(x, w.transpose(1, 2), offs=offs))
-            yield Case(counted.inputs[0], lambda dy=dy, w=w: F.grouped_mm(dy, w, offs=offs))
-            yield Case(counted.weights[0], lambda dy=dy, x=x: F.grouped_mm(dy.t(), x, offs=offs))
+            yield Case(counted.forward[0], lambda x=x, w=w: grouped_product(x, w.transpose(1, 2), groups))
+            yield Case(counted.inputs[0], lambda dy=dy, w=w: grouped_product(dy, w, groups))
+            yield Case(counted.weights[0], lambda dy=dy, x=x: grouped_weight_gradient(dy, x, groups))
 
     def _both(self, passes: work.Passes, call: Callable[[], Tensor], *leaves: Tensor) -> Iterator[Case]:
         """Forward of `call` and its backward to the leaves."""
@@ -242,18 +250,20 @@ class Kernels:
         """What works on weights and their gradients, whatever the number of tokens."""
         element = self.sizes.element
         moments = moments_dtype(self.config.precision)
-        for count in COUNTS:
-            total = torch.zeros(count, device=self.device)
-            part = self._tensor(count)
-            moved = (0 if element == 4 else element + 4) + 12
-            yield Case(Work("accumulate", bytes=moved * count), lambda total=total, part=part: total.add_(part.float()))
-            other = torch.ones_like(total)
-            yield Case(Work("memory", bytes=8 * count), lambda total=total, other=other: other.copy_(total))
-            param = torch.nn.Parameter(torch.ones_like(total))
-            param.grad = torch.full_like(total, 1e-3)
-            adam = AdamW([{"params": [param]}], self.config.optim, moments)
-            moved = ADAM_BYTES + 4 * moments.itemsize + element
-            yield Case(Work("optimizer", bytes=moved * count), adam.step)
+        total, part = torch.zeros(COUNT, device=self.device), self._tensor(COUNT)
+        other = torch.ones_like(total)
+        moved = (0 if element == 4 else element + 4) + 12
+        for piece in PIECES:
+            calls = COUNT // piece
+            sums, parts, others = total.split(piece), part.split(piece), other.split(piece)
+            yield Case(Work("accumulate", bytes=moved * COUNT, calls=calls), lambda a=sums, b=parts: _accumulate(a, b))
+            yield Case(Work("memory", bytes=8 * COUNT, calls=calls), lambda a=others, b=sums: _copy(a, b))
+            params = [torch.nn.Parameter(one.clone()) for one in others]
+            for param in params:
+                param.grad = torch.full_like(param, 1e-3)
+            adam = AdamW([{"params": params}], self.config.optim, moments)
+            updated = ADAM_BYTES + 4 * moments.itemsize + element
+            yield Case(Work("optimizer", bytes=updated * COUNT, calls=calls), adam.step)
 
     def _fp8(self, engine) -> Iterator[Case]:
         """FP8 products and casts, on a device that has them."""
@@ -274,6 +284,17 @@ class Kernels:
                 yield from _fp8_product(engine, one[0], rules, left, right, flips)
             cast = Work("cast", bytes=x.numel() * 3)
             yield Case(cast, lambda x=x: engine.operand(x, recipe.fprop.left))
+
+
+def _accumulate(sums: Sequence[Tensor], parts: Sequence[Tensor]) -> None:
+    """Add gradients in the weights' format to fp32 sums."""
+    for total, part in zip(sums, parts, strict=True):
+        total.add_(part.float())
+
+
+def _copy(to: Sequence[Tensor], tensors: Sequence[Tensor]) -> None:
+    for one, other in zip(to, tensors, strict=True):
+        one.copy_(other)
 
 
 def _of_kind(kind: str, works: list[Work]) -> Work:

@@ -7,7 +7,7 @@ is an error.
 
 import json
 import platform
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -87,6 +87,11 @@ class Rates:
     def seconds(self, work: Iterable[Work]) -> float:
         """Time of kernels one after another."""
         return sum(self.of(one) for one in work)
+
+    def passes(self, work: Sequence[Work]) -> float:
+        """The same inside the passes of a step, with what Python and autograd take to launch them (calibrations only)."""
+        launch = self.rates.get("launch", Rate()).seconds
+        return self.factor("passes") * self.seconds(work) + launch * sum(one.calls for one in work)
 
     def factor(self, what: str) -> float:
         return self.factors.get(what, 1.0)

@@ -167,7 +167,7 @@ class Stages:
 
     def seconds(self, works: list[Work]) -> float:
         """Time of computing in a pass."""
-        return self.rates.factor("passes") * self.rates.seconds(works)
+        return self.rates.passes(works)
 
     def exchange(self, row_bytes: float) -> float:
         """Seconds of one all-to-all of a micro-batch, of the rank that has most to move."""
