@@ -54,7 +54,7 @@ def check(_: int, overrides: list[str]) -> None:
     assert not dist.is_initialized()
     gc.collect()
     if parallel.zero == 3:
-        return  # a cache of DeepSpeed's class holds on to the coordinator for good
+        return  # something of DeepSpeed's stage 3 outlives its engine here, probably a cache of its coordinator's class
     assert sum(isinstance(one, torch.Tensor) for one in gc.get_objects()) <= before + 20, "the run left its tensors"
 
 
