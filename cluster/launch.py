@@ -6,12 +6,14 @@ starts the ranks as children.
 """
 
 import os
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
 from cluster.local import run_local
 from conf.errors import UserError
+from conf.load import read_config
 from conf.schema import Config
 
 
@@ -46,13 +48,18 @@ def is_driver() -> bool:
     return place is None or place.rank == 0
 
 
-def enter_folder() -> None:
-    """Go where the command was typed, since relative paths of the recipe mean that; Ray starts ranks in its copy of the
+def given_run() -> tuple[Config, Place]:
+    """Configuration, whose file is the first argument, and place of a rank that a driver started. Call first.
+
+    Goes where the command was typed, since relative paths of a recipe mean that; Ray starts ranks in its copy of the
     program. A node without that folder can still take a recipe whose paths are absolute.
     """
-    folder = os.environ.get("SLUICE_FOLDER")
+    place = given_place()
+    assert place is not None, "ranks are started by the driver, which sets RANK and WORLD_SIZE"
+    config, folder = read_config(sys.argv[1]), os.environ.get("SLUICE_FOLDER")
     if folder is not None and os.path.isdir(folder):
         os.chdir(folder)
+    return config, place
 
 
 def launch(

@@ -21,10 +21,9 @@ import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
 
 from cluster.copies import given_shelves  # noqa: E402
-from cluster.launch import Place, enter_folder, given_attempt, given_place  # noqa: E402
+from cluster.launch import Place, given_attempt, given_run  # noqa: E402
 from cluster.local import Failure  # noqa: E402
 from conf.errors import EXIT_CRASH, EXIT_USER, UserError  # noqa: E402
-from conf.load import read_config  # noqa: E402
 from conf.schema import Config  # noqa: E402
 from parallel.mesh import Layout, build_mesh  # noqa: E402
 from parallel.zero import import_deepspeed  # noqa: E402
@@ -208,10 +207,7 @@ def _is_timeout(error: BaseException | None) -> bool:
 
 
 def main() -> int:
-    place = given_place()
-    assert place is not None, "train.worker is started by the driver, which sets RANK and WORLD_SIZE"
-    enter_folder()
-    return run_rank(read_config(sys.argv[1]), place)
+    return run_rank(*given_run())
 
 
 if __name__ == "__main__":

@@ -10,9 +10,8 @@ tune_cpu()  # before torch allocates anything
 import torch  # noqa: E402
 from rich.console import Console  # noqa: E402
 
-from cluster.launch import Place, given_place  # noqa: E402
+from cluster.launch import Place, given_run  # noqa: E402
 from conf.errors import EXIT_OK  # noqa: E402
-from conf.load import read_config  # noqa: E402
 from conf.schema import Config  # noqa: E402
 from parallel.mesh import Layout, Mesh, build_mesh  # noqa: E402
 from parallel.pipeline.schedule import Pipeline  # noqa: E402
@@ -100,9 +99,7 @@ def _report(config: Config, target: Target, losses: list[tuple[EvaluatedSource, 
 
 
 def main() -> int:
-    place = given_place()
-    assert place is not None, "train.evaluate.rank is started by the driver, which sets RANK and WORLD_SIZE"
-    return run_rank(read_config(sys.argv[1]), place)
+    return run_rank(*given_run())
 
 
 if __name__ == "__main__":
