@@ -4,8 +4,8 @@
 
 Needs root and iproute2. Every trial is a launch of its own: it trains for 20 s and on until half-way between two
 checkpoints, h1 meets the fault, and the trial ends with the next step, or after --limit seconds. (In the first seconds
-Sluice still prepares the processes that stand by for a restart, and few faults come then.) Rounds over all cells follow one another, so
-that the noise of the machine falls on all; a cell that did not recover is not tried again, and a round that would not end
+Sluice still prepares the processes that stand by for a restart, and few faults come then.) Rounds over all cells follow
+one another, so that the noise of the machine falls on all; a cell that did not recover is not tried again, and a round that would not end
 within --minutes is not begun, nor any trial after them: cells that were not tried are named. Everything started or made is
 ended and removed, after errors too.
 

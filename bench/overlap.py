@@ -13,8 +13,6 @@ steps (the first one not counted), and the step without any exchange is the limi
 """
 
 import argparse
-import multiprocessing
-import tempfile
 import time
 from dataclasses import dataclass, field
 
@@ -22,7 +20,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from bench.schedules import HIDDEN, SEQ, Sleep
+from bench.schedules import HIDDEN, SEQ, Sleep, run_ranks
 from parallel.pipeline.overlap import yield_point
 from parallel.pipeline.schedule import build_schedule
 from parallel.pipeline.split import SCHEDULES, stage_placement
@@ -107,7 +105,7 @@ class RankStep:
     waited_in_pairs: float
 
 
-def measure(rank: int, args: argparse.Namespace, folder: str, results) -> None:
+def measure(rank: int, folder: str, results, args: argparse.Namespace) -> None:
     """Body of one rank: the step without exchanges, with them in pairs that overlap, and in pairs that do not."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=args.pp)
@@ -173,18 +171,8 @@ def _hidden(step: tuple[RankStep, ...], where: str) -> str:
 
 def run(args: argparse.Namespace) -> dict[str, list[list[RankStep]]]:
     """By case, of every rank all steps."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["torch.distributed.pipelining"])
-    results = context.Queue()
-    with tempfile.TemporaryDirectory() as folder:
-        ranks = [context.Process(target=measure, args=(rank, args, folder, results)) for rank in range(args.pp)]
-        for process in ranks:
-            process.start()
-        found = [results.get(timeout=300) for _ in range(3 * args.pp)]
-        for process in ranks:
-            process.join()
     cases: dict[str, list] = {"none": [], "on": [], "off": []}
-    for case, _, steps in sorted(found, key=lambda one: one[1]):
+    for case, _, steps in sorted(run_ranks(measure, args.pp, len(cases), args), key=lambda one: one[1]):
         cases[case].append(steps)
     return cases
 

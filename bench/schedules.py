@@ -21,7 +21,6 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -66,7 +65,7 @@ class SleepChunk(nn.Module):
         return x.mean().reshape(1) if self.last else x
 
 
-def measure(rank: int, pp: int, folder: str, micro_batches: int, steps: int, lengths: tuple, results) -> None:
+def measure(rank: int, folder: str, results, pp: int, micro_batches: int, steps: int, lengths: dict) -> None:
     """Body of one rank: every schedule in turn; puts (schedule, rank, StepRecord of every step)."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=pp)
@@ -111,7 +110,8 @@ def main() -> None:
     args = parser.parse_args()
     whole = tuple(x / 1000 for x in (args.forward, args.inputs, args.weights))
     lengths = {name: tuple(x / count for x in whole) for name, count in SCHEDULES.items()}
-    measured = _run(args, lengths)
+    found = run_ranks(measure, args.pp, len(SCHEDULES), args.pp, args.micro_batches, args.steps, lengths)
+    measured = {(name, rank): records for name, rank, records in found}
     print(
         f"pp={args.pp}, {args.micro_batches} micro-batches, F={args.forward} I={args.inputs} W={args.weights} ms a rank"
     )
@@ -139,20 +139,19 @@ def _bubble(ranks: Sequence[StepRecord]) -> tuple[float, float]:
     return span, statistics.mean(record.bubble(span) for record in ranks)
 
 
-def _run(args, lengths: dict) -> dict[tuple[str, int], list[StepRecord]]:
-    """What every step was, by schedule and rank."""
+def run_ranks(body: Callable[..., None], pp: int, answers: int, *arguments) -> list:
+    """What body(rank, folder, queue, *arguments) of every rank puts into the queue, `answers` each. folder: for their store."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["torch.distributed.pipelining"])
     results = context.Queue()
     with tempfile.TemporaryDirectory() as folder:
-        fixed = (args.pp, str(Path(folder)), args.micro_batches, args.steps, lengths, results)
-        ranks = [context.Process(target=measure, args=(rank, *fixed)) for rank in range(args.pp)]
+        ranks = [context.Process(target=body, args=(rank, folder, results, *arguments)) for rank in range(pp)]
         for process in ranks:
             process.start()
-        found = [results.get(timeout=300) for _ in range(args.pp * len(SCHEDULES))]
+        found = [results.get(timeout=300) for _ in range(pp * answers)]
         for process in ranks:
             process.join()
-    return {(name, rank): records for name, rank, records in found}
+    return found
 
 
 if __name__ == "__main__":
