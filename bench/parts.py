@@ -1,6 +1,6 @@
 """The parts of a training step beside transformers' and torch's, forward and backward, and beside the rate of products.
 
-    python -m bench.parts [--shape debug|v3] [--threads 2] [--rounds 9] [--json]
+    python -m bench.parts [--shape debug|v3|moe] [--threads 2] [--rounds 9] [--json]
 
     MLA         one attention layer                     transformers' DeepseekV3Attention
     MoE         router, routed and shared experts       transformers' DeepseekV3MoE
@@ -9,8 +9,11 @@
                 layer, bf16 moments                     (fp32 moments)
 
 All in one process with the allocator that ours tunes at start, which helps both. In every round each side takes one step,
-in turn, and a product of large matrices is timed as the limit. Prints medians, the ratio of the times, and the share of the
-products' rate that the part reaches (its arithmetic as in train/model/count.py; none for the optimizer).
+in turn, and two limits are timed: a product of large matrices, and for MoE its floor, which is nothing but its products,
+forward and backward, with every expert at the same number of rows. Prints medians, the ratio of the times, ours as a
+multiple of the floor, and the share of the large product's rate that the part reaches (its arithmetic as in
+train/model/count.py; none for the optimizer). The shape `moe` has the most for MoE to do beside products: 64 experts,
+top 8, 4096 tokens.
 """
 
 import argparse
@@ -48,6 +51,8 @@ class Part:
     ours: Step
     peer: Step
     flops: float
+    floor: Step | None = None
+    """Its products alone."""
 
 
 @dataclass
@@ -60,6 +65,9 @@ class PartResult:
     """Of the peer's time to ours, median over the rounds."""
     gemm_share: float | None
     """Part of the measured rate of products that ours reaches."""
+    floor_ms: float | None = None
+    to_floor: float | None = None
+    """Of ours to the products alone, median over the rounds."""
 
 
 class Parts:
@@ -110,8 +118,38 @@ class Parts:
         peer = self._peer.model.layers[-1].mlp
         active = (self.model.top_k + self.model.shared_experts) * expert_params(self.model)
         return Part(
-            self._step(lambda x_BTD: ours(x_BTD, nullcontext())), self._step(peer), 6 * self.case.tokens * active
+            self._step(lambda x_BTD: ours(x_BTD, nullcontext())),
+            self._step(peer),
+            6 * self.case.tokens * active,
+            self._ffn_products(),
         )
+
+    def _ffn_products(self) -> Step:
+        """The six products of every expert, all with the same rows, and of the shared experts as one FFN."""
+        model = self.model
+        sizes = [(self.case.tokens * model.top_k // model.experts, model.expert_width)] * model.experts
+        if model.shared_experts:
+            sizes.append((self.case.tokens, model.shared_experts * model.expert_width))
+        weights = [self._random_pair(width, model.hidden) for _, width in sizes]
+        rows = max(rows for rows, _ in sizes)
+        x, h, a = (
+            torch.randn(rows, width, dtype=self.dtype)
+            for width in (model.hidden, 2 * max(w for _, w in sizes), max(w for _, w in sizes))
+        )
+
+        def step() -> None:
+            for (R, F), (w13, w2) in zip(sizes, weights, strict=True):
+                for left, weight in ((x[:R], w13), (a[:R, :F], w2)):  # forward
+                    left @ weight.t()
+                for grad, left, weight in ((x[:R], a[:R, :F], w2), (h[:R, : 2 * F], x[:R], w13)):  # backward
+                    grad @ weight
+                    grad.t() @ left
+
+        return step
+
+    def _random_pair(self, width: int, hidden: int) -> tuple[torch.Tensor, torch.Tensor]:
+        """w13 (2F, D) and w2 (D, F)."""
+        return torch.randn(2 * width, hidden, dtype=self.dtype), torch.randn(hidden, width, dtype=self.dtype)
 
     def _loss(self) -> Part:
         ours = _small(Head(self.model.hidden, self.model.vocab_size, self.model.loss_chunk, **self._factory))
@@ -147,11 +185,16 @@ def measure(case: Case, rounds: int) -> dict[str, PartResult]:
     for name, part in Parts(case).all().items():
         for _ in range(WARM_STEPS):
             part.ours(), part.peer()
-        times = [(_seconds(part.ours), _seconds(part.peer), _gemm(case)) for _ in range(rounds)]
-        ours, peer, gemm = (statistics.median(column) for column in zip(*times, strict=True))
-        ratio = statistics.median(b / a for a, b, _ in times)
-        share = part.flops / ours / gemm if part.flops else None
-        results[name] = PartResult(1e3 * ours, 1e3 * peer, ratio, share)
+        times = [
+            (_seconds(part.ours), _seconds(part.peer), _gemm(case), _seconds(part.floor) if part.floor else 0.0)
+            for _ in range(rounds)
+        ]
+        ours, peer, gemm, floor = (statistics.median(column) for column in zip(*times, strict=True))
+        ratio = statistics.median(peer / ours for ours, peer, _, _ in times)
+        results[name] = PartResult(1e3 * ours, 1e3 * peer, ratio, part.flops / ours / gemm if part.flops else None)
+        if part.floor:
+            results[name].floor_ms = 1e3 * floor
+            results[name].to_floor = statistics.median(ours / floor for ours, _, _, floor in times)
     return results
 
 
@@ -168,10 +211,12 @@ def _seconds(step: Step) -> float:
 def show(case: Case, results: dict[str, PartResult]) -> None:
     print(
         f"\n{case.shape}, {case.dtype}, {case.threads} threads{'':4}{'ours ms':>10}{'peer ms':>10}{'ratio':>8}{'GEMM share':>12}"
+        f"{'floor ms':>10}{'to floor':>10}"
     )
     for name, result in results.items():
         share = "-" if result.gemm_share is None else f"{result.gemm_share:.0%}"
-        print(f"  {name:24}{result.ours_ms:10.1f}{result.peer_ms:10.1f}{result.ratio:8.2f}{share:>12}")
+        line = f"  {name:24}{result.ours_ms:10.1f}{result.peer_ms:10.1f}{result.ratio:8.2f}{share:>12}"
+        print(line if result.to_floor is None else f"{line}{result.floor_ms:10.1f}{result.to_floor:10.2f}")
 
 
 def main() -> None:

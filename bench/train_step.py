@@ -40,9 +40,15 @@ SHAPES = {
         "nope_head_dim": 64, "rope_head_dim": 32, "v_head_dim": 64, "dense_width": 1536, "expert_width": 256,
         "experts": 64, "shared_experts": 1, "top_k": 6, "groups": 8, "top_groups": 3, "route_scale": 2.5,
     },
+    # one MoE layer of many experts and tokens, for its distance from its products alone (bench/parts.py)
+    "moe": {
+        "vocab_size": 2048, "hidden": 512, "layers": 2, "dense_layers": 1, "heads": 8, "q_rank": 384, "kv_rank": 256,
+        "nope_head_dim": 64, "rope_head_dim": 32, "v_head_dim": 64, "dense_width": 1536, "expert_width": 256,
+        "experts": 64, "shared_experts": 1, "top_k": 8, "groups": 1, "top_groups": 1, "route_scale": 1.0,
+    },
     "tiny": {},
 }  # fmt: skip
-TOKENS = {"debug": (1, 512), "v3": (1, 1024), "tiny": (16, 256)}
+TOKENS = {"debug": (1, 512), "v3": (1, 1024), "moe": (4, 1024), "tiny": (16, 256)}
 """Sequences per step and their length."""
 PEERS = Path.home() / ".cache" / "sluice" / "peers"
 """Environments of peers."""
