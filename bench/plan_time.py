@@ -4,7 +4,9 @@
 
 Without a file it calibrates first, on the recipe `tiny` with one thread a rank. Each layout is then really trained; its
 shortest step after the first three stands, as other work on the machine only ever adds time, and the calibration is made
-in the same spirit. Ranks beyond the cores would share them, which the planner has no rule for: two cores, two ranks.
+in the same spirit. The plan is told how unevenly that step's tokens were spread over the ranks of an expert group
+(`plan.imbalance`, from the logged load: the busiest rank's share, mean over the layers), as all wait for the busiest in
+every layer. Ranks beyond the cores would share them, which the planner has no rule for: two cores, two ranks.
 """
 
 import argparse
@@ -44,12 +46,22 @@ LAYOUTS = {
 }
 
 
-def measure(overrides: tuple[str, ...], steps: int, runs: str) -> float:
-    """Shortest step of a real run, in seconds."""
+def measure(overrides: tuple[str, ...], steps: int, runs: str) -> dict:
+    """Record of the shortest step of a real run."""
     with tempfile.TemporaryDirectory(dir=runs) as folder:
         _train(*QUIET, *overrides, f"steps={steps}", f"runs={folder}", "name=timed")
         lines = (Path(folder) / "timed" / "metrics.jsonl").read_text().splitlines()
-    return min(json.loads(line)["step_seconds"] for line in lines[3:])
+    return min((json.loads(line) for line in lines[3:]), key=lambda record: record["step_seconds"])
+
+
+def imbalance(load: dict[str, list[int]], ep: int) -> float:
+    """Tokens of the busiest of ep ranks over the mean, mean over the layers. load: tokens of every expert by layer."""
+    over_mean = []
+    for tokens in load.values():
+        held = len(tokens) // ep
+        ranks = [sum(tokens[held * rank : held * (rank + 1)]) for rank in range(ep)]
+        over_mean.append(max(ranks) * ep / sum(ranks))
+    return sum(over_mean) / len(over_mean)
 
 
 def calibrate(runs: str) -> str:
@@ -72,11 +84,14 @@ def main() -> None:
         calibration = options.calibration or calibrate(runs)
         for name in options.only:
             overrides = LAYOUTS[name]
-            step = plan_time(compose(*BASE, *overrides, f"plan.calibration={calibration}"))
-            took = measure(overrides, options.steps, runs)
+            record = measure(overrides, options.steps, runs)
+            took = record["step_seconds"]
+            uneven = imbalance(record["load"], compose(*BASE, *overrides).parallel.ep)
+            told = f"plan.calibration={calibration}", f"plan.imbalance={uneven}"
+            planned = plan_time(compose(*BASE, *overrides, *told)).step_seconds
             print(
-                f"{name:30} planned {1e3 * step.step_seconds:7.1f} ms   measured {1e3 * took:7.1f} ms   "
-                f"error {100 * (step.step_seconds / took - 1):+6.1f} %",
+                f"{name:30} planned {1e3 * planned:7.1f} ms   measured {1e3 * took:7.1f} ms   "
+                f"error {100 * (planned / took - 1):+6.1f} %   imbalance {uneven:.3f}",
                 flush=True,
             )
 
