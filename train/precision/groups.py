@@ -55,6 +55,7 @@ class Groups:
         """(P, ...) -> (R, ...)."""
         return rows_PX if self.slots_R is None else rows_PX.index_select(0, self.slots_R)
 
-    def real(self) -> list[slice]:
-        """Padded positions of each expert's own rows."""
-        return [slice(start, start + count) for start, count in zip(self.starts, self.counts, strict=True)]
+    def real(self, step: int = 1) -> list[slice]:
+        """Padded positions of each expert's own rows, and of padding up to a multiple of step, a divisor of 128."""
+        ends = [start + -(-count // step) * step for start, count in zip(self.starts, self.counts, strict=True)]
+        return [slice(start, end) for start, end in zip(self.starts, ends, strict=True)]

@@ -7,7 +7,7 @@ The CPU has no FP8 arithmetic, so the emulation multiplies the dequantised opera
 operands are exact: where every scale is a power of two they fit bf16, and the product costs what a bf16 one costs;
 with fp32 scales it takes fp32 operands and an fp32 product, or, by choice, operands rounded to bf16.  Summing each 128
 of the contraction apart, as Hopper kernels do, would differ by 3e-7 relative, far below the 4e-2 of the quantisation, so
-there is one product per call.
+there is one product per call.  An expert's rows are taken with padding up to STEP (train/precision/grouped.py says why).
 
 Shape suffixes: O outer, C contraction, P padded rows (train/precision/groups.py), E experts, N outer of the right operand.
 """
@@ -20,6 +20,7 @@ from torch import Tensor
 
 from train.precision import swiglu
 from train.precision.formats import Cast
+from train.precision.grouped import STEP
 from train.precision.groups import Groups
 from train.precision.quantize import EagerCasts, Quantized, exact_dtype, fitted
 from train.precision.recipe import Rule
@@ -173,14 +174,14 @@ class CpuEngine:
     def grouped(self, left: Tensor, right: Tensor, groups: Groups, dtype: torch.dtype) -> Tensor:
         left, right = _common(left, right)
         out_PN = left.new_zeros(groups.rows, right.shape[1])
-        for rows, right_NC in zip(groups.real(), right, strict=True):
+        for rows, right_NC in zip(groups.real(STEP), right, strict=True):
             torch.mm(left[rows], right_NC.mT, out=out_PN[rows])
         return out_PN.to(dtype)
 
     def grouped_wgrad(self, left: Tensor, right: Tensor, groups: Groups, dtype: torch.dtype) -> Tensor:
         left, right = _common(left, right)
         out_EON = left.new_empty(len(groups.counts), left.shape[0], right.shape[0])
-        for rows, out_ON in zip(groups.real(), out_EON, strict=True):
+        for rows, out_ON in zip(groups.real(STEP), out_EON, strict=True):
             torch.mm(left[:, rows], right[:, rows].mT, out=out_ON)
         return out_EON.to(dtype)
 
