@@ -27,7 +27,8 @@ from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from bench.train_step import Case, Result, compare, ratios
+from bench.sides import Result, ratios
+from bench.train_step import Case, compare
 
 CASES = [Case("debug", threads=1), Case("debug", threads=2), Case("v3"), Case("v3", mtp=True)]
 QUICK_CASES = [Case("debug"), Case("v3", mtp=True)]
