@@ -67,6 +67,11 @@ class Case:
         batch, length = self.size
         return batch * length
 
+    @property
+    def micro_batches(self) -> int:
+        """Of a rank and step."""
+        return 1
+
     def config(self, *more: str):
         """Our configuration of it. more: overrides that come after its own."""
         from conf.load import compose
@@ -132,12 +137,12 @@ def main() -> None:
     return None
 
 
-def random_tokens(case: Case, vocab: int):
-    """The tokens (B, T + 1) that all sides train on."""
+def random_tokens(case: Case, vocab: int, dp_rank: int = 0):
+    """The tokens (B, T + 1) that all sides train on, on this data-parallel rank."""
     import torch
 
     batch, length = case.size
-    return torch.randint(vocab, (batch, length + 1), generator=torch.Generator().manual_seed(1))
+    return torch.randint(vocab, (batch, length + 1), generator=torch.Generator().manual_seed(1 + dp_rank))
 
 
 def torch_dtype(case: Case):
@@ -172,17 +177,19 @@ def own_step(case: Case, balance_loss: float = 0.0) -> Callable[[], tuple[float,
     from train.plan.step import layout_of
 
     config = case.config()
-    parts = parallelize(config, build_mesh(layout_of(config)), torch.device("cpu"))
-    parts.chunks[0].mtp_weight = 0.3
-    for router in parts.chunks[0].routers().values():
-        router.balance_weight = balance_loss
-    tokens_BS = random_tokens(case, config.model.vocab_size)
+    mesh = build_mesh(layout_of(config))
+    parts = parallelize(config, mesh, torch.device("cpu"))
+    for chunk in parts.chunks:
+        chunk.mtp_weight = 0.3
+        for router in chunk.routers().values():
+            router.balance_weight = balance_loss
+    tokens_BS = random_tokens(case, config.model.vocab_size, mesh.dp_rank)
     parts.zero.set_lr(1e-4)
 
     def step() -> tuple[float, float]:
         began = time.perf_counter()
         with parts.zero.accumulate():
-            parts.pipeline.step(tokens_BS, micro_batches=1)
+            parts.pipeline.step(tokens_BS, micro_batches=case.micro_batches)
             computed = time.perf_counter()
         parts.zero.step()
         return computed - began, time.perf_counter() - computed
