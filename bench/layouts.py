@@ -85,10 +85,11 @@ def sides_of(case: LayoutCase) -> list[str]:
 
 def compare(case: LayoutCase, names: list[str], rounds: int, seconds: float) -> dict[str, Result | str]:
     """These sides of a case by name, or why one cannot run."""
-    return take_turns({name: partial(_start, name, case) for name in names}, rounds, seconds)
+    return take_turns({name: partial(start, name, case) for name in names}, rounds, seconds)
 
 
-def _start(name: str, case: LayoutCase) -> Side:
+def start(name: str, case: LayoutCase) -> Side:
+    """Its ranks, warm. RuntimeError where they cannot run."""
     words = ["-m", "bench.layouts", "--side", name, "--case", json.dumps(asdict(case))]
     return Side([interpreter(name), *words], case.tokens, ranks=case.pp * case.dp, threads=case.threads)
 
@@ -153,7 +154,7 @@ def main() -> None:
     options = parser.parse_args()
     if options.side:
         return serve(partial(BUILDERS[options.side], LayoutCase(**options.case)))
-    print(f"{os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}")
+    print(f"{os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}", flush=True)
     report = []
     for layout in options.layouts:
         report.append(measure(layout, options.rounds, options.seconds, options.shape, options.length))

@@ -50,10 +50,10 @@ class Side:
             "WORLD_SIZE": str(ranks), "OMP_NUM_THREADS": str(threads), "GLOO_SOCKET_IFNAME": "lo",
             "BENCH_STORE": f"file://{self._folder.name}/store",
         }  # fmt: skip
-        self._ranks = []
+        self.processes = []
         for rank in range(ranks):
             with self._errors(rank).open("w") as errors:
-                self._ranks.append(
+                self.processes.append(
                     subprocess.Popen(
                         command,
                         env=shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
@@ -77,16 +77,16 @@ class Side:
 
     def peak_memory(self) -> int:
         """Ends the processes; the most bytes that one of them had resident."""
-        for process in self._ranks:
+        for process in self.processes:
             process.stdin.close()
         peak = max(self._answers())
-        for process in self._ranks:
+        for process in self.processes:
             process.wait()
         return peak
 
     def kill(self) -> None:
         """End them, whatever they do."""
-        for process in self._ranks:
+        for process in self.processes:
             process.kill()
             process.wait()
             process.stdin.close()
@@ -94,7 +94,7 @@ class Side:
         self._folder.cleanup()
 
     def _steps(self, number: int) -> tuple[float, float]:
-        for process in self._ranks:
+        for process in self.processes:
             process.stdin.write(f"{number}\n")
             process.stdin.flush()
         seconds, cpu = zip(*self._answers(), strict=True)
@@ -104,7 +104,7 @@ class Side:
     def _answers(self) -> list:
         """One of every rank."""
         found, deadline = {}, time.monotonic() + LIMIT
-        waiting = {process.stdout: rank for rank, process in enumerate(self._ranks)}
+        waiting = {process.stdout: rank for rank, process in enumerate(self.processes)}
         while waiting:
             ready = wait(list(waiting), timeout=max(0.0, deadline - time.monotonic()))
             if not ready:
@@ -117,14 +117,14 @@ class Side:
                 found[rank] = json.loads(line)
                 if isinstance(found[rank], str):
                     raise RuntimeError(found[rank])
-        return [found[rank] for rank in range(len(self._ranks))]
+        return [found[rank] for rank in range(len(self.processes))]
 
     def _errors(self, rank: int) -> Path:
         return Path(self._folder.name) / f"{rank}.errors"
 
     def _last_words(self, rank: int) -> str:
         """Of a rank that ended without an answer."""
-        code = self._ranks[rank].wait()
+        code = self.processes[rank].wait()
         said = self._errors(rank).read_text(errors="replace").strip().splitlines()
         return said[-1] if said else f"exit code {code}"
 
