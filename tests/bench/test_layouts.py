@@ -67,7 +67,7 @@ def test_ratios_are_of_the_same_round_and_a_peer_may_be_missing(capsys):
     layouts.show("ep2", LayoutCase("debug", dp=2, ep=2), found)
     table = capsys.readouterr().out.splitlines()
     assert "2 ranks, 1024 tokens" in table[1]
-    assert table[4].split() == "torchtitan 100 100 to 100 2.00 1.00 to 4.00 1.50 1.50 0.00 1.0".split()
+    assert " ".join(table[4].split()) == "torchtitan 100 100 to 100 2.00 1.00 to 4.00 1.50 1.50 0.00 1.0"
     assert table[5].split(maxsplit=1) == ["autoep1", "cannot run: ValueError: no"]
     without = figures(results | {"ours": "RuntimeError: no"})
     assert "ours_to_peer" not in without["torchtitan"] and without["torchtitan"]["median"] == 100
