@@ -1,8 +1,8 @@
 """DeepSpeed's AutoEP as a peer on CPU: transformers' DeepSeek-V3 with its expert layers replaced, under ZeRO.
 
-AutoEP has a preset for this very model (deepseek_v3). Weights are bf16 with fp32 copies in ZeRO's shards, gradients
-bf16, which are DeepSpeed's defaults; torch's fused AdamW with fp32 moments. Under a pipeline (PipelineModule, its own 1F1B) there are no
-transformers names to find the expert layers by, so that AutoEP is told a pattern; layers are split by parameters.
+AutoEP has a preset for this very model (deepseek_v3). Weights are bf16 with fp32 copies in ZeRO's shards, gradients bf16,
+which are DeepSpeed's defaults; torch's fused AdamW with fp32 moments. Under a pipeline (PipelineModule, its own 1F1B) modules
+do not have the names by which AutoEP finds a layer's experts, so it is told a pattern; layers are split by parameters.
 """
 
 from collections.abc import Callable

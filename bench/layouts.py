@@ -2,8 +2,8 @@
 
     python -m bench.layouts [--layouts ep2 pp2dp2 pp2dp2ep2] [--shape debug|v3|tiny] [--rounds 7] [--seconds 6] [--out FILE]
 
-Ranks are processes of this machine on gloo with one thread each, products in bf16; a whole DeepSeek-V3 without MTP; forward, backward,
-reduction, clipping to norm 1, AdamW; nobody recomputes. Every side trains the same layout on equal sizes and tokens.
+Ranks are processes of this machine on gloo with one thread each. A whole DeepSeek-V3 without MTP, products in bf16; forward,
+backward, reduction, clipping to norm 1, AdamW; nobody recomputes. Every side trains the same layout on equal sizes and tokens.
 
     ep2         2 ranks with data of their own, experts over both
     pp2dp2      4 ranks: two stages, 1F1B with 4 micro-batches, of two data-parallel ranks each, which hold all experts
@@ -14,14 +14,15 @@ reduction, clipping to norm 1, AdamW; nobody recomputes. Every side trains the s
     autoep1     DeepSpeed's AutoEP on transformers' DeepSeek-V3 with ZeRO-1, see bench/deepspeed_peer.py
     autoep2     the same with ZeRO-2, without a pipeline alone: DeepSpeed's pipelines refuse ZeRO-2
 
-All keep fp32 weights in shards beside the bf16 ones that they compute with. Moments are bf16 for ours, as in the paper, and fp32 for
-the peers. Nobody updates the routers' biases.
+All keep fp32 weights in shards beside the bf16 ones that they compute with. Moments are bf16 for ours, as in the paper, and
+fp32 for the peers. Gradients are reduced in fp32 by ours and torchtitan, in bf16 by DeepSpeed. Nobody updates the routers'
+biases.
 
-Each side is a set of processes of its own, set up as its users run it, and they take turns (bench/sides.py). Prints medians of tokens
-per second of all ranks together, their range, the ratio of ours to each (median and range over the rounds), CPU seconds of a
-step of all ranks together and the ratio of these, the peak memory of the largest rank, and seconds from the command to the first
-step. Where there are more ranks than cores, they share them, and the waits of a pipeline are filled by other ranks. A peer that cannot run is
-named with the reason.
+Each side is a set of processes of its own, set up as its users run it, and they take turns (bench/sides.py). Prints medians of
+tokens per second of all ranks together, their range, the ratio of ours to each (median and range over the rounds), CPU seconds
+of a step of all ranks together and the peer's over ours, which other work on the machine disturbs less, the peak memory of the
+largest rank, and seconds from the command to the first step. Where there are more ranks than cores, they share them, and other
+ranks fill the waits of a pipeline. A peer that cannot run is named with the reason.
 """
 
 import argparse

@@ -6,14 +6,14 @@ Trainer wants CUDA, so the step is written here around its model; two changes le
     attention   flex attention has no backward on CPU; torchtitan's own ScaledDotProductAttention takes its place
     precision   weights are bf16 as a whole (torchtitan's fp32 weights with casts in every step would cost more)
 
-Over several ranks (`build_ranks_step`) its own functions spread the model: FSDP2 with expert parallelism, and pipeline_llm with
-1F1B. Weights are as it trains by default: fp32 shards, gathered and used in bf16, gradients reduced in fp32. It has no CPU in
-mind, and expects a newer torch than the last release; to run here
+Over several ranks (`build_ranks_step`) its own functions spread the model: parallelize_deepseekv3 (FSDP2 with expert
+parallelism) and pipeline_llm with 1F1B. Weights are as it trains by default: fp32 shards, gathered and used in bf16, gradients
+reduced in fp32. It does not have a CPU in mind, and expects a newer torch than 2.13; to run here
 
     device      the device type it finds is said to be cpu (it takes cuda where torch finds no accelerator)
     gloo        FSDP2 sums gradients with SUM (set_force_sum_reduction_for_comms): gloo has no PREMUL_SUM
     layout      spmd_backend is partial_dtensor: FSDP2 of torch 2.13 does not know the annotations of its default, spmd_types
-    pipeline    torch 2.13's schedules get a whole batch and cut it themselves, where its Trainer hands them micro-batches
+    pipeline    schedules get a whole batch and cut it, as torch 2.13's do not take the micro-batches that its Trainer makes
 
 Optimizer: torch's fused AdamW, as torchtitan's own default.
 """
