@@ -6,6 +6,8 @@ Prints tables and writes them, with every single measurement, to bench.json:
                 shape with 1 and 2 threads, and on a 300M-parameter DeepSeek-V3 shape without and with MTP: tokens/s,
                 ratios, share of the measured rate of products, peak memory, seconds from the command to the first step
     parts       MLA, MoE, loss and optimizer beside transformers and torch (bench/parts.py)
+    layouts     a whole training step over 2 ranks (EP 2) and 4 (pp2 dp2, and with ep2) beside torchtitan's FSDP2 and
+                DeepSpeed's AutoEP (bench/layouts.py), on torchtitan's debug shape with 1 thread a rank
     dispatch    an MoE layer over 2 ranks beside DeepSpeed's MoE and AutoEP (bench/dispatch.py)
 
 Peers take turns with ours in every round, at equal sizes, dtype of products (bf16) and threads; the optimizers differ, see
@@ -27,7 +29,10 @@ from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from bench.train_step import Case, Result, compare, ratios
+from bench.layouts import LAYOUTS
+from bench.layouts import measure as measure_layout
+from bench.sides import Result, ratios
+from bench.train_step import Case, compare
 
 CASES = [Case("debug", threads=1), Case("debug", threads=2), Case("v3"), Case("v3", mtp=True)]
 QUICK_CASES = [Case("debug"), Case("v3", mtp=True)]
@@ -130,13 +135,16 @@ def main() -> None:
     options = parser.parse_args()
     rounds, seconds, part_rounds, dispatch_rounds = (2, 2.0, 3, 3) if options.quick else (7, 5.0, 15, 15)
     cases = QUICK_CASES if options.quick else CASES
-    began, report = time.monotonic(), {"machine": machine(), "steps": [], "parts": []}
+    began, report = time.monotonic(), {"machine": machine(), "steps": [], "parts": [], "layouts": []}
     print("{cpu}, {cores} cores, load {load[0]:.1f}".format(**report["machine"]))
     for case in cases:
         report["steps"].append(step(case, rounds, seconds))
         _write(options.out, report)
     for shape in ("debug", "v3"):
         report["parts"].append(parts(Case(shape), part_rounds))
+        _write(options.out, report)
+    for layout in LAYOUTS:
+        report["layouts"].append(measure_layout(layout, rounds, seconds, length=128 if options.quick else None))
         _write(options.out, report)
     print("\ndispatch: MoE layer over 2 ranks, ratio of the median to the first row, the trainer's way")
     report["dispatch"] = dispatch(dispatch_rounds)

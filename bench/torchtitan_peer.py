@@ -6,6 +6,15 @@ Trainer wants CUDA, so the step is written here around its model; two changes le
     attention   flex attention has no backward on CPU; torchtitan's own ScaledDotProductAttention takes its place
     precision   weights are bf16 as a whole (torchtitan's fp32 weights with casts in every step would cost more)
 
+Over several ranks (`build_ranks_step`) its own functions spread the model: parallelize_deepseekv3 (FSDP2 with expert
+parallelism) and pipeline_llm with 1F1B. Weights are as it trains by default: fp32 shards, gathered and used in bf16, gradients
+reduced in fp32. It does not have a CPU in mind, and expects a newer torch than 2.13; to run here
+
+    device      the device type it finds is said to be cpu (it takes cuda where torch finds no accelerator)
+    gloo        FSDP2 sums gradients with SUM (set_force_sum_reduction_for_comms): gloo has no PREMUL_SUM
+    layout      spmd_backend is partial_dtensor: FSDP2 of torch 2.13 does not know the annotations of its default, spmd_types
+    pipeline    schedules get a whole batch and cut it, as torch 2.13's do not take the micro-batches that its Trainer makes
+
 Optimizer: torch's fused AdamW, as torchtitan's own default.
 """
 
@@ -14,6 +23,7 @@ import sys
 import sysconfig
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING
 
 from conf.schema import Model
@@ -76,6 +86,100 @@ def build_step(model: Model, tokens_BS: "Tensor", dtype: "torch.dtype", mtp: boo
         optimizer.zero_grad()
 
     return step
+
+
+def build_ranks_step(model: Model, tokens_BS: "Tensor", *, pp: int, ep: int, micro_batches: int) -> Callable[[], None]:
+    """The same over the ranks of the default process group, with tokens of this data-parallel rank; in bf16."""
+    import torch
+
+    torch._utils._get_available_device_type = lambda: "cpu"  # read when torchtitan is imported
+    from torchtitan.components.loss import CrossEntropyLoss
+    from torchtitan.config import CompileConfig
+    from torchtitan.distributed.utils import clip_grad_norm_, get_spmd_context
+
+    loss_of = CrossEntropyLoss.Config().build(compile_config=CompileConfig())
+    parts, dims, pipeline = _spread(model, tokens_BS, pp, ep, micro_batches, loss_of)
+    parameters = [parameter for part in parts for parameter in part.parameters()]
+    optimizer = torch.optim.AdamW(parameters, lr=1e-4, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
+    context = get_spmd_context(parallel_dims=dims, spmd_typechecking=False)
+    inputs_BT, targets_BT = tokens_BS[:, :-1].contiguous(), tokens_BS[:, 1:].contiguous()
+    positions_BT = torch.arange(inputs_BT.shape[1]).repeat(len(inputs_BT), 1)
+    all_tokens = torch.tensor(targets_BT.numel() * dims.dp_shard)
+
+    def forward_backward() -> None:
+        loss, _ = loss_of(parts[0](inputs_BT, positions=positions_BT), targets_BT, all_tokens)
+        loss.backward()
+
+    def forward_backward_pipeline() -> None:
+        stage = pipeline._stage
+        pipeline.step(
+            *((inputs_BT,) if stage.is_first else ()),
+            target=targets_BT if stage.is_last else None,
+            return_outputs=False,
+            loss_kwargs={"global_valid_tokens": all_tokens},
+            positions=positions_BT,
+        )
+
+    def step() -> None:
+        with context():
+            (forward_backward if pipeline is None else forward_backward_pipeline)()
+        pp_mesh = dims.get_optional_mesh("pp")
+        clip_grad_norm_(parameters, 1.0, foreach=True, pp_mesh=pp_mesh, ep_enabled=dims.ep_enabled)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step
+
+
+def _spread(model: Model, tokens_BS: "Tensor", pp: int, ep: int, micro_batches: int, loss_of: Callable):
+    """This rank's parts of the model in torchtitan's way, its dimensions, and the schedule of a pipeline or None."""
+    import torch
+    import torch.distributed as dist
+    from torch.distributed.fsdp import FSDPModule
+    from torchtitan.config import CompileConfig, ParallelismConfig, TrainingConfig
+    from torchtitan.distributed import ParallelDims
+    from torchtitan.distributed.pipeline_parallel import pipeline_llm
+    from torchtitan.distributed.utils import set_spmd_backend
+    from torchtitan.models.deepseek_v3.parallelize import parallelize_deepseekv3
+
+    parallelism = ParallelismConfig(
+        pipeline_parallel_degree=pp,
+        pipeline_parallel_microbatch_size=len(tokens_BS) // micro_batches,
+        expert_parallel_degree=ep,
+        spmd_backend="partial_dtensor",
+    )
+    training = TrainingConfig(local_batch_size=len(tokens_BS), seq_len=tokens_BS.shape[1] - 1, disable_cuda_graphs=True)
+    config = _config(model, mtp=False)
+    config.update_from_config(config=SimpleNamespace(parallelism=parallelism, training=training))
+    set_spmd_backend(parallelism.spmd_backend)
+    dims = ParallelDims.from_config(parallelism, dist.get_world_size())
+    dims.build_mesh()
+    with torch.device("meta"):
+        whole = config.build()
+    common = {
+        "parallel_dims": dims, "training": training, "parallelism": parallelism,
+        "compile_config": CompileConfig(enable=False), "ac_config": None, "dump_folder": "",
+    }  # fmt: skip
+    if pp > 1:
+        pipeline, parts, _, _ = pipeline_llm(
+            whole,
+            device=torch.device("cpu"),
+            model_config=config,
+            parallelize_fn=parallelize_deepseekv3,
+            loss_fn=loss_of,
+            **common,
+        )
+    else:
+        pipeline, parts = None, [parallelize_deepseekv3(whole, **common)]
+    for part in parts:
+        for module in part.modules():
+            if isinstance(module, FSDPModule):
+                module.set_force_sum_reduction_for_comms(True)
+        part.to_empty(device="cpu")
+        with torch.no_grad():
+            part.init_weights(buffer_device=None)
+        part.train()
+    return parts, dims, pipeline
 
 
 def _cast(peer: "torch.nn.Module", dtype: "torch.dtype") -> None:

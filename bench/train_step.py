@@ -15,16 +15,15 @@ named with the reason.
 
 import argparse
 import json
-import os
 import statistics
-import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 
+from bench.sides import Result, Side, ratios, serve, take_turns
 from bench.torchtitan_peer import environment
 
 SHAPES = {
@@ -52,7 +51,6 @@ TOKENS = {"debug": (1, 512), "v3": (1, 1024), "moe": (4, 1024), "tiny": (16, 256
 """Sequences per step and their length."""
 PEERS = Path.home() / ".cache" / "sluice" / "peers"
 """Environments of peers."""
-WARM_STEPS = 3
 
 
 @dataclass(frozen=True)
@@ -75,6 +73,11 @@ class Case:
         batch, length = self.size
         return batch * length
 
+    @property
+    def micro_batches(self) -> int:
+        """Of a rank and step."""
+        return 1
+
     def config(self, *more: str):
         """Our configuration of it. more: overrides that come after its own."""
         from conf.load import compose
@@ -87,63 +90,6 @@ class Case:
         )  # fmt: skip
 
 
-class Side:
-    """A process that trains on request. RuntimeError, with what it said last, where it cannot."""
-
-    def __init__(self, name: str, case: Case):
-        python = environment(PEERS / name) if name == "torchtitan" else sys.executable
-        self._errors = tempfile.TemporaryFile()  # noqa: SIM115 lives as long as the process
-        started = time.time()
-        self._process = subprocess.Popen(
-            [str(python), "-m", "bench.train_step", "--side", name, "--case", json.dumps(asdict(case))],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=self._errors,
-            text=True,
-        )
-        self.first_step: float = self._answer() - started
-        """Seconds from the start of the process to the end of its first step."""
-        self._answer()
-
-    def rate(self, seconds: float) -> float:
-        """Tokens per second over steps that fill this time."""
-        self._process.stdin.write(f"{seconds}\n")
-        self._process.stdin.flush()
-        return self._answer()
-
-    def peak_memory(self) -> int:
-        """Ends the process; the most bytes that it had resident."""
-        self._process.stdin.close()
-        peak = self._answer()
-        self._process.wait()
-        return peak
-
-    def kill(self) -> None:
-        """End it, whatever it does."""
-        self._process.kill()
-        self._process.wait()
-        self._errors.close()
-
-    def _answer(self) -> float:
-        line = self._process.stdout.readline()
-        if not line:
-            self._process.wait()
-            self._errors.seek(0)
-            said = self._errors.read().decode(errors="replace").strip().splitlines()
-            raise RuntimeError(said[-1] if said else f"exit code {self._process.returncode}")
-        return json.loads(line)
-
-
-@dataclass
-class Result:
-    """One side of a case."""
-
-    rates: list[float]
-    """Tokens per second, by round."""
-    first_step: float
-    peak_memory: int
-
-
 def sides_of(case: Case) -> list[str]:
     """Who can do it, ours first."""
     return ["ours", "torchtitan"] if case.mtp else ["ours", "transformers", "torchtitan"]
@@ -153,29 +99,17 @@ def compare(
     case: Case, rounds: int, seconds: float, between: Callable[[], None] = lambda: None
 ) -> dict[str, Result | str]:
     """All sides of a case by name, or why one cannot run. `between` is called once a round."""
-    sides: dict[str, Side] = {}
-    failed: dict[str, Result | str] = {}
-    try:
-        for name in sides_of(case):
-            try:
-                sides[name] = Side(name, case)
-            except RuntimeError as error:
-                failed[name] = str(error)
-        rates: dict[str, list[float]] = {name: [] for name in sides}
-        for _ in range(rounds):
-            between()
-            for name, side in sides.items():
-                rates[name].append(side.rate(seconds))
-        done = {name: Result(rates[name], side.first_step, side.peak_memory()) for name, side in sides.items()}
-        return done | failed
-    finally:
-        for side in sides.values():
-            side.kill()
+    return take_turns({name: partial(_start, name, case) for name in sides_of(case)}, rounds, seconds, between)
 
 
-def ratios(ours: Result, peer: Result) -> list[float]:
-    """Of every round."""
-    return [a / b for a, b in zip(ours.rates, peer.rates, strict=True)]
+def _start(name: str, case: Case) -> Side:
+    words = ["-m", "bench.train_step", "--side", name, "--case", json.dumps(asdict(case))]
+    return Side([interpreter(name), *words], case.tokens, threads=case.threads)
+
+
+def interpreter(side: str) -> str:
+    """What runs this side. RuntimeError where it cannot be installed."""
+    return str(environment(PEERS / side)) if side == "torchtitan" else sys.executable
 
 
 def main() -> None:
@@ -190,7 +124,8 @@ def main() -> None:
     parser.add_argument("--case", type=json.loads, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.side:
-        return _serve(options.side, Case(**options.case))
+        step = {"ours": _ours, "transformers": _transformers, "torchtitan": _torchtitan}[options.side]
+        return serve(partial(step, Case(**options.case)))
     case = Case(options.shape, options.dtype, options.threads, options.mtp)
     results = compare(case, options.rounds, options.seconds)
     print(f"{case.shape}, {case.dtype}, {case.threads} threads, {TOKENS[case.shape]} (sequences, tokens)")
@@ -208,35 +143,12 @@ def main() -> None:
     return None
 
 
-def _serve(side: str, case: Case) -> None:
-    """One side: says when its first step is done and when it is warm, answers each line of seconds with tokens per
-    second, and at the end says its peak memory."""
-    os.environ["OMP_NUM_THREADS"] = str(case.threads)
-    step = {"ours": _ours, "transformers": _transformers, "torchtitan": _torchtitan}[side](case)
-    step()
-    print(json.dumps(time.time()), flush=True)
-    for _ in range(WARM_STEPS - 1):
-        step()
-    print(json.dumps(time.time()), flush=True)
-    for line in sys.stdin:
-        began, steps = time.perf_counter(), 0
-        while time.perf_counter() - began < float(line):
-            step()
-            steps += 1
-        print(json.dumps(steps * case.tokens / (time.perf_counter() - began)), flush=True)
-    import torch
-
-    from train.memory import peak_memory
-
-    print(json.dumps(peak_memory(torch.device("cpu"))), flush=True)
-
-
-def random_tokens(case: Case, vocab: int):
-    """The tokens (B, T + 1) that all sides train on."""
+def random_tokens(case: Case, vocab: int, dp_rank: int = 0):
+    """The tokens (B, T + 1) that all sides train on, on this data-parallel rank."""
     import torch
 
     batch, length = case.size
-    return torch.randint(vocab, (batch, length + 1), generator=torch.Generator().manual_seed(1))
+    return torch.randint(vocab, (batch, length + 1), generator=torch.Generator().manual_seed(1 + dp_rank))
 
 
 def torch_dtype(case: Case):
@@ -254,7 +166,6 @@ def _ours(case: Case):
     import torch.distributed as dist
 
     torch.set_num_threads(case.threads)
-    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     return own_step(case)
 
@@ -272,17 +183,19 @@ def own_step(case: Case, balance_loss: float = 0.0) -> Callable[[], tuple[float,
     from train.plan.step import layout_of
 
     config = case.config()
-    parts = parallelize(config, build_mesh(layout_of(config)), torch.device("cpu"))
-    parts.chunks[0].mtp_weight = 0.3
-    for router in parts.chunks[0].routers().values():
-        router.balance_weight = balance_loss
-    tokens_BS = random_tokens(case, config.model.vocab_size)
+    mesh = build_mesh(layout_of(config))
+    parts = parallelize(config, mesh, torch.device("cpu"))
+    for chunk in parts.chunks:
+        chunk.mtp_weight = 0.3
+        for router in chunk.routers().values():
+            router.balance_weight = balance_loss
+    tokens_BS = random_tokens(case, config.model.vocab_size, mesh.dp_rank)
     parts.zero.set_lr(1e-4)
 
     def step() -> tuple[float, float]:
         began = time.perf_counter()
         with parts.zero.accumulate():
-            parts.pipeline.step(tokens_BS, micro_batches=1)
+            parts.pipeline.step(tokens_BS, micro_batches=case.micro_batches)
             computed = time.perf_counter()
         parts.zero.step()
         return computed - began, time.perf_counter() - computed

@@ -1,0 +1,197 @@
+"""Sides of a comparison of training speed: each is a set of processes of its own, one a rank, and they take turns.
+
+A side starts its ranks with one command line and finds RANK and WORLD_SIZE in its environment, as from torchrun, and in
+BENCH_STORE the init_method of its ranks' rendezvous. `serve` is the body of a rank: it takes one step, then as many as
+every line on its input asks for. Between two requests a rank waits for its input alone, so that sides whose turn it is
+not take no time from the one that works.
+"""
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from multiprocessing.connection import wait
+from pathlib import Path
+
+WARM_STEPS = 3
+LIMIT = 600.0
+"""Seconds that a side may take to answer."""
+
+
+@dataclass
+class Result:
+    """One side of a case."""
+
+    rates: list[float]
+    """Tokens per second, by round."""
+    first_step: float
+    peak_memory: int
+    """Of its largest rank, bytes resident at most."""
+    cpu_seconds: list[float] = field(default_factory=list)
+    """Of one step, all ranks and threads together, by round. Other work on the machine changes it less than the rates."""
+
+
+class Side:
+    """Ranks that train on request. RuntimeError, with what the first one to fail said, where they cannot.
+
+    command: starts a rank. tokens: of a step, all ranks together.
+    """
+
+    def __init__(self, command: list[str], tokens: int, *, ranks: int = 1, threads: int = 1):
+        self._tokens = tokens
+        self._folder = tempfile.TemporaryDirectory()
+        started = time.time()
+        shared = os.environ | {
+            "WORLD_SIZE": str(ranks), "OMP_NUM_THREADS": str(threads), "GLOO_SOCKET_IFNAME": "lo",
+            "BENCH_STORE": f"file://{self._folder.name}/store",
+        }  # fmt: skip
+        self.processes = []
+        for rank in range(ranks):
+            with self._errors(rank).open("w") as errors:
+                self.processes.append(
+                    subprocess.Popen(
+                        command,
+                        env=shared | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+                        stdin=subprocess.PIPE,
+                        stdout=subprocess.PIPE,
+                        stderr=errors,
+                        text=True,
+                    )
+                )
+        try:
+            self.first_step: float = max(self._answers()) - started
+            """Seconds from the start of the processes to the end of their first step."""
+            self._steps(WARM_STEPS - 1)
+        except BaseException:
+            self.kill()
+            raise
+
+    def turn(self, seconds: float) -> tuple[float, float]:
+        """Steps that about fill this time: tokens per second, and CPU seconds of a step."""
+        return self._steps(max(1, round(seconds / self._step_seconds)))
+
+    def peak_memory(self) -> int:
+        """Ends the processes; the most bytes that one of them had resident."""
+        for process in self.processes:
+            process.stdin.close()
+        peak = max(self._answers())
+        for process in self.processes:
+            process.wait()
+        return peak
+
+    def kill(self) -> None:
+        """End them, whatever they do."""
+        for process in self.processes:
+            process.kill()
+            process.wait()
+            process.stdin.close()
+            process.stdout.close()
+        self._folder.cleanup()
+
+    def _steps(self, number: int) -> tuple[float, float]:
+        for process in self.processes:
+            process.stdin.write(f"{number}\n")
+            process.stdin.flush()
+        seconds, cpu = zip(*self._answers(), strict=True)
+        self._step_seconds = max(seconds) / number
+        return self._tokens / self._step_seconds, sum(cpu) / number
+
+    def _answers(self) -> list:
+        """One of every rank."""
+        found, deadline = {}, time.monotonic() + LIMIT
+        waiting = {process.stdout: rank for rank, process in enumerate(self.processes)}
+        while waiting:
+            ready = wait(list(waiting), timeout=max(0.0, deadline - time.monotonic()))
+            if not ready:
+                raise RuntimeError(f"ranks {sorted(waiting.values())} did not answer within {LIMIT:.0f} s")
+            for stream in ready:
+                rank = waiting.pop(stream)
+                line = stream.readline()
+                if not line:
+                    raise RuntimeError(self._last_words(rank))
+                found[rank] = json.loads(line)
+                if isinstance(found[rank], str):
+                    raise RuntimeError(found[rank])
+        return [found[rank] for rank in range(len(self.processes))]
+
+    def _errors(self, rank: int) -> Path:
+        return Path(self._folder.name) / f"{rank}.errors"
+
+    def _last_words(self, rank: int) -> str:
+        """Of a rank that ended without an answer."""
+        code = self.processes[rank].wait()
+        said = self._errors(rank).read_text(errors="replace").strip().splitlines()
+        return said[-1] if said else f"exit code {code}"
+
+
+def take_turns(
+    starts: dict[str, Callable[[], Side]], rounds: int, seconds: float, between: Callable[[], None] = lambda: None
+) -> dict[str, Result | str]:
+    """All sides by name, or why one cannot run. `between` is called once a round."""
+    sides: dict[str, Side] = {}
+    failed: dict[str, Result | str] = {}
+    try:
+        for name, start in starts.items():
+            try:
+                sides[name] = start()
+            except RuntimeError as error:
+                failed[name] = str(error)
+        turns: dict[str, list[tuple[float, float]]] = {name: [] for name in sides}
+        for _ in range(rounds):
+            between()
+            for name, side in sides.items():
+                turns[name].append(side.turn(seconds))
+        done = {}
+        for name, side in sides.items():
+            rates, cpu = (list(column) for column in zip(*turns[name], strict=True))
+            done[name] = Result(rates, side.first_step, side.peak_memory(), cpu)
+        return done | failed
+    finally:
+        for side in sides.values():
+            side.kill()
+
+
+def ratios(ours: Result, peer: Result) -> list[float]:
+    """Of every round."""
+    return [a / b for a, b in zip(ours.rates, peer.rates, strict=True)]
+
+
+def cpu_ratio(ours: Result, peer: Result) -> float:
+    """The peer's CPU time of a step over ours: above 1 where ours takes less."""
+    return statistics.median(b / a for a, b in zip(ours.cpu_seconds, peer.cpu_seconds, strict=True))
+
+
+def serve(build: Callable[[], Callable[[], object]]) -> None:
+    """One rank: says when its first step is done, answers every number of steps with the seconds and CPU seconds that
+    they took, and at the end says its peak memory; or says why it cannot, and ends.
+
+    What libraries print goes to the errors, since the output is for answers.
+    """
+    answers = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)
+
+    def answer(value: object) -> None:
+        print(json.dumps(value), file=answers, flush=True)
+
+    try:
+        step = build()
+        step()
+        answer(time.time())
+        for line in sys.stdin:
+            began, cpu = time.perf_counter(), time.process_time()
+            for _ in range(int(line)):
+                step()
+            answer((time.perf_counter() - began, time.process_time() - cpu))
+        import torch
+
+        from train.memory import peak_memory
+
+        answer(peak_memory(torch.device("cpu")))
+    except Exception as error:
+        answer(f"{type(error).__name__}: {' '.join(str(error).split())}")
+        raise
