@@ -14,7 +14,7 @@ import pytest
 
 from conf.errors import EXIT_DIVERGED, EXIT_STOPPED, EXIT_USER
 from conf.schema import ROOT
-from tests.small import arguments, environment, metrics, start, train, trajectory
+from tests.small import arguments, environment, metrics, start, train, train_in_shell, trajectory
 from train.checkpoint.manifest import newest_intact, verify
 from train.metrics.names import SCALARS
 
@@ -23,7 +23,7 @@ from train.metrics.names import SCALARS
 def unbroken(tmp_path_factory):
     """A finished run of six steps; its folder is copied by tests that change it."""
     tmp_path = tmp_path_factory.mktemp("unbroken")
-    done = train(tmp_path, "name=whole", "log.wandb=offline", "optim.ema_decay=0.9")
+    done = train_in_shell(tmp_path, "name=whole", "log.wandb=offline", "optim.ema_decay=0.9")
     assert done.returncode == 0, done.stderr
     return tmp_path, done
 
