@@ -63,10 +63,7 @@ class Hosts:
         try:
             self._wire()
             if self.ray:
-                self.start_ray(0)
-                starts = [self._ray_start(i) for i in range(1, self.count)]
-                for index, start in enumerate(starts, 1):
-                    self._wait_started(index, start)
+                self.start_rays()
         except BaseException:
             self.__exit__()
             raise
@@ -94,6 +91,13 @@ class Hosts:
         """A command line that runs `words` on a host."""
         name = f'hostname h{index}; exec "$@"'
         return ["ip", "netns", "exec", self._prefix + str(index), "unshare", "--uts", "sh", "-c", name, "sh", *words]
+
+    def start_rays(self) -> None:
+        """Start Ray on every host, the head first, and wait until all are up."""
+        self.start_ray(0)
+        starts = [self._ray_start(i) for i in range(1, self.count)]
+        for index, start in enumerate(starts, 1):
+            self._wait_started(index, start)
 
     def start_ray(self, index: int) -> None:
         """Start Ray there and wait until it is up."""

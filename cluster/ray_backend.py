@@ -28,6 +28,8 @@ OBJECT_STORE = 100 << 20
 """Bytes; no tensor goes through Ray."""
 CONNECT_LIMIT = 5
 """Seconds for a connection to cluster.address."""
+CONNECT_TRIES = "8"
+"""Of Ray's own, a second apart, at a head that is there; Ray would ask one that does not take the token 20 times."""
 HEAD_LIMIT = 1
 """Seconds for a connection to Ray's head while the run goes on."""
 CLOSE_LIMIT = 3
@@ -220,6 +222,7 @@ def _settings(embedded: bool) -> None:
         os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)  # loopback is shared with other users of the machine
         os.environ.pop("RAY_AUTH_TOKEN_PATH", None)
         return
+    os.environ.setdefault("RAY_NUM_REDIS_GET_RETRIES", CONNECT_TRIES)
     mode = os.environ.setdefault("RAY_AUTH_MODE", "token")
     home = Path.home() / ".ray" / "auth_token"
     if mode == "token" and not ({"RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"} & set(os.environ) or home.exists()):

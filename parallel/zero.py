@@ -33,6 +33,9 @@ BUCKET_ELEMENTS = 50_000_000
 """Gradients that are reduced together, at most."""
 NORM_PIECE = {"cpu": 1 << 16, "cuda": 1 << 30}
 """Elements whose squares are summed in fp32."""
+MUON = {"muon_optimizer": "MuonWithAuxAdam", "original_muon": "muon_update"}
+"""Modules of DeepSpeed and what its ZeRO asks of them, by import even where nothing uses Muon. They compile as they are
+imported, for which a rank would load torch's whole compiler (0.9 s of a core) in its first step."""
 
 
 @dataclass
@@ -245,10 +248,10 @@ def import_deepspeed(on_cuda: bool) -> types.ModuleType:
     if not on_cuda:
         # Builds for two minutes on first use and has been seen to abort; gloo does the same work.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    # Muon is not used, and importing it compiles for seconds.
-    muon = types.ModuleType("deepspeed.runtime.zero.muon.muon_optimizer")
-    muon.MuonWithAuxAdam = type("MuonWithAuxAdam", (), {})
-    sys.modules.setdefault(muon.__name__, muon)
+    for name, needed in MUON.items():
+        module = types.ModuleType(f"deepspeed.runtime.zero.muon.{name}")
+        setattr(module, needed, type(needed, (), {}))
+        sys.modules.setdefault(module.__name__, module)
     return deepspeed
 
 

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from cluster.launch import Place
 from conf.load import compose, write_config
+from conf.schema import Config
 from tests.ranks import run_processes
 from tests.small import arguments
 
@@ -13,8 +14,12 @@ from tests.small import arguments
 def run_layout(tmp_path: Path, name: str, world: int, *more: str, timeout: float = 120.0) -> None:
     """Train a small run on `world` ranks, each in its own process; raises the first error of any rank."""
     overrides = arguments(tmp_path, f"name={name}", "log.progress=false", "log.sample_tokens=0", *more)
-    config = compose(*overrides)
-    folder = tmp_path / "runs" / name
+    train_on(compose(*overrides), world, timeout)
+
+
+def train_on(config: Config, world: int, timeout: float = 120.0) -> None:
+    """Any run, on ranks of the fork server."""
+    folder = Path(config.runs) / config.name
     (folder / "logs").mkdir(parents=True, exist_ok=True)
     (folder / "checkpoints").mkdir(exist_ok=True)
     write_config(config, str(folder / "config.yaml"))

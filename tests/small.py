@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 from conf.schema import ROOT
+from tests.ranks import run_module
 
 MODEL = {
     "vocab_size": 320,
@@ -70,9 +71,14 @@ def environment() -> dict[str, str]:
 
 
 def train(tmp_path: Path, *more: str, timeout: float = 120) -> subprocess.CompletedProcess:
-    """`python -m train` with these overrides, to its end."""
+    """`python -m train` with these overrides, to its end; its imports are the fork server's."""
+    return run_module("train", arguments(tmp_path, *more), ROOT, environment(), timeout)
+
+
+def train_in_shell(tmp_path: Path, *more: str) -> subprocess.CompletedProcess:
+    """The same from nothing, as a user types it."""
     command = [sys.executable, "-m", "train", *arguments(tmp_path, *more)]
-    return subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=timeout)
+    return subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=120)
 
 
 def start(tmp_path: Path, *more: str) -> subprocess.Popen:

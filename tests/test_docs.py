@@ -14,6 +14,7 @@ from conf.errors import UserError
 from conf.load import compose
 from conf.schema import ROOT
 from tests.docs import Command, commands, files, pages
+from tests.ranks import run_module
 from tests.small import SMALL, environment, write_corpus
 
 ALL = [command for page in pages() for command in commands(page)]
@@ -134,8 +135,7 @@ def test_the_commands_of_a_page_run_one_after_another(page, tmp_path):
     for command in commands(ROOT / "train" / "docs" / f"{page}.md"):
         if not command.trains or command.needs:
             continue
-        program = [sys.executable, "-m", "train", *shrunk(command)]
-        done = subprocess.run(program, cwd=tmp_path, env=in_any_folder(), capture_output=True, text=True, timeout=120)
+        done = run_module("train", shrunk(command), tmp_path, in_any_folder())
         assert done.returncode == 0, f"{command.text}\n{done.stdout[-2000:]}\n{done.stderr[-2000:]}"
         said.append(done.stdout)
     if page == "first_run":

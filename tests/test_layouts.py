@@ -19,6 +19,7 @@ from train.checkpoint.manifest import read_manifest
 
 STEPS = 5
 BASE = ["model.layers=8", "micro_batch_size=1", "checkpoint.every=0", f"steps={STEPS}", "optim.ema_decay=0.9"]
+HALF = ["checkpoint.every=2", "checkpoint.keep=0"]
 TWO_STAGES = ["interleaved", "zbv", "dualpipev"]
 
 LAYOUTS = {
@@ -43,9 +44,9 @@ LAYOUTS = {
 
 @pytest.fixture(scope="module")
 def reference(tmp_path_factory):
-    """One process, to the end."""
+    """One process, to the end, with checkpoints on the way."""
     tmp_path = tmp_path_factory.mktemp("layouts")
-    run_layout(tmp_path, "one", 1, *BASE)
+    run_layout(tmp_path, "one", 1, *BASE, *HALF)
     return tmp_path
 
 
@@ -108,30 +109,26 @@ MOVES = [
 ]
 
 
-def test_checkpoints_move_between_layouts_bit_for_bit(tmp_path):
+def test_checkpoints_move_between_layouts_bit_for_bit(reference):
     """A chain: each layout takes over the checkpoint of the one before, changes nothing, and passes it on."""
     layouts = LAYOUTS | {"one": (1, [])}
-    half = [*BASE, "checkpoint.every=2", "checkpoint.keep=0"]
-    run_layout(tmp_path, "start", 1, *half)
-    before, source = everything(tmp_path, "start", 2), "start"
+    before, source = everything(reference, "one", 2), "one"
     assert {"master", "exp_avg", "exp_avg_sq", "ema", "bias", "running"} <= {key.split(".")[0] for key in before}
     for number, (_, target) in enumerate(MOVES):
         world, overrides = layouts[target]
-        checkpoint = tmp_path / "runs" / source / "checkpoints" / "step_00000002"
+        checkpoint = reference / "runs" / source / "checkpoints" / "step_00000002"
         # steps=2: the run is already over, so loading and saving again is all that happens.
-        run_layout(tmp_path, f"move{number}", world, *half, "steps=2", f"resume={checkpoint}", *overrides)
-        after, source = everything(tmp_path, f"move{number}", 2), f"move{number}"
+        run_layout(reference, f"move{number}", world, *BASE, *HALF, "steps=2", f"resume={checkpoint}", *overrides)
+        after, source = everything(reference, f"move{number}", 2), f"move{number}"
         assert after.keys() == before.keys()
         for key, tensor in before.items():
             assert torch.equal(after[key], tensor), (target, key)
 
 
 def test_a_resumed_layout_follows_the_reference(reference):
-    half = [*BASE, "checkpoint.every=2", "checkpoint.keep=0"]
-    run_layout(reference, "first", 1, *half)
-    checkpoint = reference / "runs" / "first" / "checkpoints" / "step_00000002"
+    checkpoint = reference / "runs" / "one" / "checkpoints" / "step_00000002"
     world, overrides = LAYOUTS["pp2_dp2_ep2_dualpipev"]
-    run_layout(reference, "second", world, *half, f"resume={checkpoint}", *overrides)
+    run_layout(reference, "second", world, *BASE, *HALF, f"resume={checkpoint}", *overrides)
     got, want = metrics(reference, "second"), metrics(reference, "one")
     assert sorted(got) == [3, 4, 5]
     for step, record in got.items():

@@ -1,6 +1,5 @@
 """The run folder: one live run at a time, and where it resumes."""
 
-import multiprocessing
 import os
 import shutil
 import socket
@@ -15,11 +14,10 @@ from conf.errors import UserError
 from conf.load import compose, read_config
 from parallel.shard import whole
 from tests.checkpoint.world import checkpointers, save
+from tests.ranks import CONTEXT
 from train.run_folder import RunFolder, RunPaths, resume_point
 
 torch.set_num_threads(1)
-
-_CONTEXT = multiprocessing.get_context("forkserver")
 
 
 def config(root: Path, *overrides: str):
@@ -40,8 +38,8 @@ def hold(root: Path, pipe) -> None:
 
 
 def test_a_second_run_is_refused_until_the_first_is_dead(tmp_path):
-    ours, theirs = _CONTEXT.Pipe()
-    process = _CONTEXT.Process(target=hold, args=(tmp_path, theirs))
+    ours, theirs = CONTEXT.Pipe()
+    process = CONTEXT.Process(target=hold, args=(tmp_path, theirs))
     process.start()
     assert ours.poll(30) and ours.recv() == "held"
     with pytest.raises(UserError) as caught:

@@ -39,12 +39,13 @@ def train_slow_rank(rank: int, config_path: str, world: int, port: int) -> None:
         ["parallel.dp=2", "parallel.ep=2", "parallel.dispatch=flat"],
         ["parallel.dp=2", "parallel.ep=2", "parallel.dispatch=node_limited", "cluster.ranks_per_node=1"],
         ["parallel.pp=2"],
-        ["parallel.pp=2", "parallel.schedule=dualpipev", "model.layers=8", "micro_batch_size=1"],
+        ["parallel.pp=2", "parallel.schedule=dualpipev", "model.layers=8", "micro_batch_size=1", "batch_size=4"],
     ],
     ids=["flat", "node_limited", "1f1b", "dualpipev"],
 )
 def test_waits_for_a_slow_rank_do_not_count_as_work(tmp_path, layout, monkeypatch):
     monkeypatch.setattr("tests.layouts.train_rank", train_slow_rank)
-    run_layout(tmp_path, "slow", 2, "steps=3", "checkpoint.every=0", "log.validate_every=0", *layout)
+    once = ["checkpoint.every=0", "log.validate_every=0", "log.validation_sequences=2"]
+    run_layout(tmp_path, "slow", 2, "steps=3", *once, *layout)
     slow, fast = (float((tmp_path / "runs" / "slow" / f"busy_{rank}").read_text()) for rank in (SLOW, 1 - SLOW))
     assert slow > 2 * fast, (slow, fast)

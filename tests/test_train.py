@@ -14,7 +14,8 @@ import pytest
 
 from conf.errors import EXIT_DIVERGED, EXIT_STOPPED, EXIT_USER
 from conf.schema import ROOT
-from tests.small import arguments, environment, metrics, start, train, trajectory
+from tests.ranks import run_module, start_module
+from tests.small import arguments, environment, metrics, start, train, train_in_shell, trajectory
 from train.checkpoint.manifest import newest_intact, verify
 from train.metrics.names import SCALARS
 
@@ -23,7 +24,7 @@ from train.metrics.names import SCALARS
 def unbroken(tmp_path_factory):
     """A finished run of six steps; its folder is copied by tests that change it."""
     tmp_path = tmp_path_factory.mktemp("unbroken")
-    done = train(tmp_path, "name=whole", "log.wandb=offline", "optim.ema_decay=0.9")
+    done = train_in_shell(tmp_path, "name=whole", "log.wandb=offline", "optim.ema_decay=0.9")
     assert done.returncode == 0, done.stderr
     return tmp_path, done
 
@@ -109,11 +110,12 @@ def test_killed_at_random_moments_it_always_resumes_to_the_same_losses(tmp_path)
     steps = ["steps=60", "checkpoint.every=3", "checkpoint.keep=2"]
     assert train(tmp_path, *steps, "name=whole").returncode == 0
     moments = random.Random(1)
+    command = "train", arguments(tmp_path, *steps, "name=killed"), ROOT, environment()
     for _ in range(6):
-        process = start(tmp_path, *steps, "name=killed")
-        time.sleep(moments.uniform(2.0, 6.0))
+        process = start_module(*command, [tmp_path / "stdout", tmp_path / "stderr"])
+        time.sleep(moments.uniform(0.0, 3.0))
         process.kill()
-        process.communicate()
+        process.join()
         for folder in (tmp_path / "runs" / "killed" / "checkpoints").glob("step_*"):
             assert verify(folder, full=True) == []
     assert train(tmp_path, *steps, "name=killed").returncode == 0
@@ -189,9 +191,8 @@ def test_ranks_of_torchrun_train_like_ranks_of_one_command(unbroken):
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("Checkpoint") == 1  # one rank speaks
     assert trajectory(tmp_path, "torchrun") == trajectory(tmp_path, "children")
-    wrong = subprocess.run(
-        [*command[:-1], "parallel.dp=4"], cwd=ROOT, env=environment(), capture_output=True, text=True
-    )
+    given = environment() | {"RANK": "0", "WORLD_SIZE": "2"}  # by torchrun
+    wrong = run_module("train", arguments(tmp_path, "parallel.ep=2", "parallel.dp=4", "name=wrong"), ROOT, given)
     assert wrong.returncode != 0 and "must equal WORLD_SIZE = 2" in wrong.stderr
 
 

@@ -5,6 +5,7 @@ what it clips, what it skips, that its shards cover every logical tensor exactly
 """
 
 import math
+import sys
 
 import pytest
 import torch
@@ -174,6 +175,7 @@ def check_parity(rank, cases):
         for got, want in zip(norms, expected, strict=True):
             assert got == pytest.approx(want, rel=1e-5)
         check_weights(zero, stage, tensors)
+    assert "torch._inductor.graph" not in sys.modules, "a step loads no compiler"
 
 
 def check_weights(zero, stage, tensors):

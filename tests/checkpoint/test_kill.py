@@ -1,6 +1,5 @@
 """Death at any moment leaves an intact checkpoint, and never an older one than before."""
 
-import multiprocessing
 import os
 import random
 import shutil
@@ -13,12 +12,10 @@ import torch
 
 from parallel.shard import Shard
 from tests.checkpoint.world import checkpointers, save
+from tests.ranks import CONTEXT
 from train.checkpoint.commit import next_attempt
 from train.checkpoint.load import load
 from train.checkpoint.manifest import newest_intact
-
-_CONTEXT = multiprocessing.get_context("forkserver")
-_CONTEXT.set_forkserver_preload(["torch", "torch.distributed", "pytest"])
 
 SIZE = 20_000
 
@@ -53,7 +50,7 @@ def train(root: Path, attempt: int) -> None:
 def test_twenty_kills(tmp_path):
     rng, reached = random.Random(5), 0
     for _ in range(20):
-        process = _CONTEXT.Process(target=train, args=(tmp_path, next_attempt(tmp_path)))
+        process = CONTEXT.Process(target=train, args=(tmp_path, next_attempt(tmp_path)))
         process.start()
         wait_until_it_saves(tmp_path, reached)
         time.sleep(rng.uniform(0, 0.15))

@@ -1,16 +1,57 @@
 """A fleet whose agents live in this process: one node or several, all on loopback."""
 
+import os
 import shutil
 import signal
+import subprocess
+from pathlib import Path
 from typing import Any
 
-from cluster.agent import Agent
+from cluster.agent import Agent, _inherited
 from cluster.fleet import FleetLost, Reply
 from cluster.topology import Node
+from tests.ranks import CONTEXT, be_module
+
+
+class ForkedRank:
+    """What the agent asks of a subprocess.Popen, for a rank of the trainer from the fork server: imports are behind it."""
+
+    def __init__(self, module: str, arguments: list[str], folder: str, environment: dict[str, str], log: str):
+        words = module, arguments, Path(folder), environment, [Path(log), Path(log)]
+        self._process = CONTEXT.Process(target=_be_rank, args=words)
+        self._process.start()
+        self.pid = self._process.pid
+
+    def poll(self) -> int | None:
+        return self._process.exitcode
+
+    def wait(self, timeout: float | None = None) -> int:
+        self._process.join(timeout)
+        if self.poll() is None:
+            raise subprocess.TimeoutExpired("a rank", timeout)
+        return self.poll()
+
+    def send_signal(self, number: int) -> None:
+        if self.poll() is None:
+            os.kill(self.pid, number)
+
+
+def _be_rank(*words: Any) -> None:
+    os.setsid()  # the agent ends whole sessions
+    be_module(*words)
+
+
+class ForkingAgent(Agent):
+    """Starts `-m MODULE` from the fork server."""
+
+    def _popen(self, arguments: list[str], folder: str | None, environment: dict, stdin: Any, output: Any) -> Any:
+        _, module, *words = arguments
+        return ForkedRank(module, words, folder, _inherited() | environment, output.name)
 
 
 class LocalFleet:
-    def __init__(self, nodes: int, devices: int, lease: float = 10.0):
+    def __init__(self, nodes: int, devices: int, lease: float = 10.0, agent: type[Agent] = Agent):
+        self._agent = agent
         self._nodes = [Node(f"id{i}", f"n{i}", "127.0.0.1", devices) for i in range(nodes)]
         self.agents: dict[str, Agent] = {}
         self._lease = lease
@@ -37,7 +78,7 @@ class LocalFleet:
         if node in self.deaf:
             return
         if node not in self.agents:
-            self.agents[node] = Agent(self._lease)
+            self.agents[node] = self._agent(self._lease)
         try:
             self._replies.append(Reply(node, method, getattr(self.agents[node], method)(*arguments)))
         except Exception as error:

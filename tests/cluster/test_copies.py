@@ -14,7 +14,7 @@ from cluster.view import View
 from conf.errors import EXIT_OK
 from conf.load import compose, write_config
 from conf.schema import ROOT
-from tests.cluster.local_fleet import LocalFleet
+from tests.cluster.local_fleet import ForkingAgent, LocalFleet
 from tests.layouts import run_layout
 from tests.small import arguments, trajectory
 
@@ -33,7 +33,7 @@ class Training:
         self.memory, self.folder = memory, tmp_path / "runs" / "copied"
         (self.folder / "checkpoints").mkdir(parents=True, exist_ok=True)
         write_config(self.config, str(self.folder / "config.yaml"))
-        self.fleet = LocalFleet(nodes=3, devices=1)
+        self.fleet = LocalFleet(nodes=3, devices=1, agent=ForkingAgent)
         view = View("copied", self.folder / "metrics.jsonl", self.config.steps)
         self.driver = Driver(
             self.config, self.folder, ["-m", "train.worker", "CONFIG"], self.fleet, str(ROOT), False, view

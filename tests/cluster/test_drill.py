@@ -31,9 +31,10 @@ def test_the_worst_difference_is_found():
 
 @pytest.mark.slow
 def test_a_drill_of_two_faults(tmp_path, capsys):
-    words = f"--faults 2 --seed 5 conf=tiny name=toy runs={tmp_path} steps=80 parallel.dp=2 checkpoint.every=5".split()
-    assert main([*words, *TOY]) == EXIT_OK, capsys.readouterr()
+    words = f"--faults 2 --seed 9 conf=tiny name=toy runs={tmp_path} steps=80 parallel.dp=2 checkpoint.every=5".split()
+    assert main([*words, *TOY, "cluster.standby=false"]) == EXIT_OK, capsys.readouterr()
     said = capsys.readouterr().out
+    assert "an agent with a rank is killed" in said and "the driver is killed and started again" in said
     assert "fault 2/2" in said and "largest relative difference of a loss: 0 " in said
 
 
@@ -42,7 +43,16 @@ def test_a_drill_of_two_faults(tmp_path, capsys):
 def test_a_full_disk_costs_a_save_and_no_more(tmp_path):
     if why := missing():
         pytest.skip(why)
-    words = ["conf=tiny", "name=full", f"runs={tmp_path}", "steps=400", "checkpoint.every=4", *TOY, *DEFAULTS]
+    words = [
+        "conf=tiny",
+        "name=full",
+        f"runs={tmp_path}",
+        "steps=400",
+        "checkpoint.every=4",
+        *TOY,
+        *DEFAULTS,
+        "cluster.standby=false",
+    ]
     folder = tmp_path / "full"
     ground = Ground(folder, random.Random(1))
     with small_disk(folder / "checkpoints", 64):

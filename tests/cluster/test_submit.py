@@ -79,9 +79,9 @@ def dashboard(tmp_path, tmp_path_factory):
     environment |= {"RAY_API_SERVER_ADDRESS": f"http://127.0.0.1:{ports['dashboard-port']}"}
     try:
         deadline = time.monotonic() + 60
-        while subprocess.run([RAY, "job", "list"], env=environment, capture_output=True).returncode:
+        while not (listens(ports["dashboard-port"]) and lists_jobs(environment)):
             assert ray.poll() is None and time.monotonic() < deadline, (tmp_path / "ray.log").read_text()
-            time.sleep(0.5)
+            time.sleep(0.2)
         yield environment
     finally:
         ray.terminate()
@@ -89,6 +89,16 @@ def dashboard(tmp_path, tmp_path_factory):
             ray.wait(40)
         except subprocess.TimeoutExpired:
             ray.kill()
+
+
+def listens(port: int) -> bool:
+    """Before it does, no command of Ray's need be started, which takes seconds of a core."""
+    with socket.socket() as probe:
+        return probe.connect_ex(("127.0.0.1", port)) == 0
+
+
+def lists_jobs(environment: dict[str, str]) -> bool:
+    return subprocess.run([RAY, "job", "list"], env=environment, capture_output=True).returncode == 0
 
 
 @pytest.mark.slow
@@ -104,7 +114,7 @@ def test_a_ray_job_is_stopped_with_a_checkpoint_and_resumes(dashboard, tmp_path)
     await_event(tmp_path / "run", "first_step", attempt=2)
     log = (tmp_path / "run" / "logs" / "rank_0.log").read_text()
     assert "resumes at 0 " not in log.split("attempt 2")[1]
-    subprocess.run([RAY, "job", "stop", "second"], env=dashboard, check=True, capture_output=True)
+    subprocess.run([RAY, "job", "stop", "--no-wait", "second"], env=dashboard, check=True, capture_output=True)
 
 
 def shipped(tmp_path: Path) -> Path:

@@ -1,8 +1,6 @@
 """lm-evaluation-harness on our models: its three questions against plain computations, and a task of local data."""
 
 import json
-import subprocess
-import sys
 from types import SimpleNamespace
 
 import pytest
@@ -10,6 +8,7 @@ import torch
 
 from conf.errors import UserError
 from conf.schema import ROOT
+from tests.ranks import run_module
 from tests.small import TEXT, environment
 
 pytest.importorskip("lm_eval", reason="lm-eval is not installed (pip install 'sluice[eval]')")
@@ -141,12 +140,10 @@ def write_tasks(folder) -> list[dict]:
 
 def test_tasks_of_local_data_run_from_the_command_line(trained, harness, tmp_path):
     documents = write_tasks(tmp_path)
-    command = [sys.executable, "-m", "train", "mode=evaluate", "name=mix", f"runs={trained.root / 'runs'}"]
-    command += ["cluster.threads=1", "evaluate.tasks=[cloze,copy]", f"evaluate.task_path={tmp_path}"]
+    arguments = ["mode=evaluate", "name=mix", f"runs={trained.root / 'runs'}"]
+    arguments += ["cluster.threads=1", "evaluate.tasks=[cloze,copy]", f"evaluate.task_path={tmp_path}"]
     offline = {"HF_HUB_OFFLINE": "1", "HF_DATASETS_CACHE": str(tmp_path / "cache"), "PYTHONPATH": str(ROOT)}
-    done = subprocess.run(
-        command, cwd=tmp_path, env=environment() | offline, capture_output=True, text=True, timeout=120
-    )
+    done = run_module("train", arguments, tmp_path, environment() | offline)
     assert done.returncode == 0, done.stderr
     tasks = json.loads((trained.root / "runs" / "mix" / "evaluate.json").read_text())["tasks"]
     assert set(tasks) == {"cloze", "copy"}

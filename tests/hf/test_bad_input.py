@@ -2,8 +2,6 @@
 
 import json
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -12,11 +10,11 @@ from safetensors.torch import save_file
 
 from conf.errors import EXIT_USER, UserError
 from conf.load import compose
-from conf.schema import ROOT, Model
+from conf.schema import Model
 from parallel.shard import whole
 from tests.checkpoint.world import checkpointers, save
 from tests.hf.small import FP8, MODEL, random_tensors, write_folder
-from tests.small import arguments, environment
+from tests.small import arguments, train
 from train.data.tokenizer import Tokenizer, train_bpe
 from train.hf.export import export
 from train.hf.folder import match, open_folder
@@ -222,8 +220,7 @@ def test_a_failure_on_the_way_leaves_nothing(tmp_path):
 def test_exit_code_2_before_anything_is_started(tmp_path):
     save_file({"odd": torch.ones(3)}, tmp_path / "model.safetensors")
     (tmp_path / "config.json").write_text(json.dumps({"architectures": ["LlamaForCausalLM"]}))
-    command = [sys.executable, "-m", "train", *arguments(tmp_path, "name=a", f"init_from={tmp_path}")]
-    done = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=120)
+    done = train(tmp_path, "name=a", f"init_from={tmp_path}")
     assert done.returncode == EXIT_USER, done.stderr
     assert "error: init_from = " in done.stderr and "names LlamaForCausalLM" in done.stderr
     assert not (tmp_path / "runs").exists()

@@ -2,8 +2,6 @@
 
 import json
 import re
-import subprocess
-import sys
 
 import pytest
 import torch
@@ -13,6 +11,7 @@ from transformers.modeling_layers import MtpModel
 from conf.load import compose, read_config
 from conf.schema import ROOT
 from tests.layouts import run_layout
+from tests.ranks import run_module
 from tests.small import TEXT, arguments, environment, metrics, train
 from train.__main__ import check_before_start
 from train.data.tokenizer import load_tokenizer
@@ -31,8 +30,7 @@ def trained(tmp_path_factory):
     done = train(tmp_path, "name=first", "steps=2", "log.sample_tokens=0", "model.init_std=0.1")
     assert done.returncode == 0, done.stderr
     where = [f"runs={tmp_path / 'runs'}", "name=first", "mode=export"]
-    command = [sys.executable, "-m", "train", *where, f"export.to={tmp_path / 'out'}", "export.dtype=fp32"]
-    done = subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=120)
+    done = run_module("train", [*where, f"export.to={tmp_path / 'out'}", "export.dtype=fp32"], ROOT, environment())
     assert done.returncode == 0, done.stderr
     assert "lm_head.weight" in done.stdout and "Exported step 2" in done.stdout
     config = read_config(str(tmp_path / "runs" / "first" / "config.yaml"))

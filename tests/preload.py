@@ -1,0 +1,15 @@
+"""What the fork server of tests/ranks.py has imported before a rank starts: all that a trainer's rank needs, 2500 modules,
+which take each rank 2.5 s of a core otherwise.
+
+Not train.worker itself: it sets how this process's memory is managed, which tests of memory must find as it was.
+"""
+
+import train.finish
+import train.measure
+import train.metrics.report
+import train.metrics.writer
+import train.parallelize
+import train.trainer  # noqa: F401
+from parallel.zero import import_deepspeed
+
+import_deepspeed(on_cuda=False)
