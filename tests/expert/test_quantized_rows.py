@@ -6,7 +6,7 @@ import torch.distributed as dist
 
 from conf.load import compose
 from parallel.expert.build import build_dispatcher
-from parallel.expert.quantized_rows import QuantizedRows
+from parallel.expert.quantized_rows import QuantizedRows, dequantize
 from parallel.expert.wire import Fp8RowsWire, Fp8Wire
 from tests.expert.test_dispatch import groups_of
 from tests.ranks import run_ranks
@@ -87,6 +87,14 @@ def test_experts_of_any_recipe_give_the_same_bits(recipe):
     ):
         assert expected.isfinite().all() and expected.any(), name
         assert torch.equal(ours, expected), name
+
+
+def test_every_byte_is_worth_what_torch_says():
+    every_RD = torch.arange(256, dtype=torch.uint8).view(2, 128).view(torch.float8_e4m3fn)
+    values_RD = dequantize(every_RD, torch.tensor([[1.0], [0.25]]), torch.float32)
+    torch.testing.assert_close(
+        values_RD, every_RD.float() * torch.tensor([[1.0], [0.25]]), rtol=0, atol=0, equal_nan=True
+    )
 
 
 def test_what_arrived_is_neither_quantised_nor_dequantised_again(monkeypatch):
