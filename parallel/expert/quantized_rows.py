@@ -63,7 +63,10 @@ def dequantize(q_RD: Tensor, scale_RS: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def _fp32(q_RD: Tensor) -> Tensor:
-    """The same values. torch converts FP8 on a CPU one by one; to look up each of the 256 takes a fifth of that."""
+    """The same values. torch converts FP8 on a CPU one by one; to look up each of the 256 takes a fifth of that.
+
+    The table follows the rows to the meta device, where plans see what a CPU does.
+    """
     if q_RD.is_cuda:
         return q_RD.float()
     return _E4M3.to(q_RD.device).index_select(0, q_RD.view(torch.uint8).flatten().int()).view(q_RD.shape)

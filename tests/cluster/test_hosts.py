@@ -60,7 +60,7 @@ class Launch:
             time.sleep(0.05)
         raise AssertionError(f"no event {kind} {fields} in {seconds} s:\n{self.output.read_text()}")
 
-    def wait_for_step(self, step: int, seconds: float = 120) -> None:
+    def wait_for_step(self, step: int, seconds: float = 60) -> None:
         """Until metrics.jsonl has this step."""
         path, deadline = self.folder / "metrics.jsonl", time.monotonic() + seconds
         while not path.exists() or f'{{"step":{step},' not in path.read_text():
