@@ -7,6 +7,7 @@ import itertools
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ from conf.errors import UserError
 from conf.load import compose
 from conf.schema import ROOT
 from tests.precision.test_quantize import BLOCKS, wide
+from train.native import build
 from train.precision import compiled
 from train.precision.compiled import load_casts
 from train.precision.formats import E4M3, E5M2, E5M6, Cast, Format, unpack_e5m6
@@ -173,7 +175,7 @@ def test_without_a_compiler_the_cure_is_named(monkeypatch, tmp_path):
 def test_what_the_compiler_says_is_shown(monkeypatch, tmp_path):
     source = tmp_path / "casts.cpp"
     source.write_text("this is not C++")
-    monkeypatch.setattr(compiled, "SOURCE", source)
+    monkeypatch.setattr(compiled, "SOURCE", replace(compiled.SOURCE, path=source))
     monkeypatch.setenv("SLUICE_CACHE", str(tmp_path / "cache"))
     with pytest.raises(UserError, match=r"cannot build casts\.cpp: (.|\n)*error"):
         load_casts.__wrapped__()
@@ -187,7 +189,7 @@ def test_a_cache_that_cannot_be_written_or_loaded_from_is_named(monkeypatch, tmp
         load_casts.__wrapped__()
     broken = tmp_path / "casts.so"
     broken.write_text("no library")
-    monkeypatch.setattr(compiled, "_built", lambda: broken)
+    monkeypatch.setattr(build, "_built", lambda source: broken)
     with pytest.raises(UserError, match="must hold libraries that can be loaded"):
         load_casts.__wrapped__()
 

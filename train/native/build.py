@@ -1,0 +1,104 @@
+"""C++ beside the Python, compiled at its first use and kept.
+
+The compiler is the machine's own (CXX, g++ or clang++), so that the loops use the widest vectors that the CPU has.  What is
+built lies in $SLUICE_CACHE/kernels under the hash of all that went into it, the CPU's features among them.
+"""
+
+import ctypes
+import hashlib
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+
+from conf.errors import UserError
+
+FLAGS = ["-std=c++17", "-O3", "-fno-math-errno", "-fno-trapping-math", "-fwrapv", "-shared", "-fPIC"]
+"""Integers wrap, as the bits of what is not finite do."""
+NATIVE = {"x86_64": ["-march=native", "-mprefer-vector-width=512"], "aarch64": ["-mcpu=native"]}
+"""By machine: the widest vectors that the CPU has."""
+
+
+@dataclass(frozen=True)
+class Source:
+    """One file to compile, and what to say where that cannot be.
+
+    flags: beside FLAGS. headers: what the file includes of ours. field: the setting that asks for it.
+    without: what to set to do without it, and what that means.
+    """
+
+    path: Path
+    field: str
+    without: str
+    flags: tuple[str, ...] = ()
+    headers: tuple[Path, ...] = ()
+
+
+def load(source: Source) -> ctypes.CDLL:
+    """The library, built if it is not there yet. Raises UserError where nothing can build, keep or load it."""
+    path = _built(source)
+    try:
+        return ctypes.CDLL(str(path))
+    except OSError as error:
+        rule = f"must hold libraries that can be loaded: {error}"
+        raise UserError("SLUICE_CACHE", path.parent, rule, _move(source)) from error
+
+
+def cpu_features() -> str:
+    """What this CPU can do, as the system says it."""
+    lines = Path("/proc/cpuinfo").read_text().splitlines() if sys.platform.startswith("linux") else []
+    features = [line for line in lines if line.startswith(("flags", "Features"))]
+    return features[0] if features else platform.processor()
+
+
+def _built(source: Source) -> Path:
+    """The shared library for this source, compiler and CPU."""
+    compiler = _compiler(source)
+    openmp = ["-fopenmp"] if sys.platform.startswith("linux") else []
+    command = [*compiler, *FLAGS, *source.flags, *NATIVE.get(platform.machine(), []), *openmp]
+    version = subprocess.run([*compiler, "--version"], capture_output=True).stdout
+    texts = [path.read_bytes() for path in (source.path, *source.headers)]
+    parts = [" ".join(command).encode(), version, cpu_features().encode(), *texts]  # machines that share a home differ
+    key = hashlib.sha256(b"\0".join(parts)).hexdigest()
+    folder = Path(os.environ.get("SLUICE_CACHE") or Path.home() / ".cache" / "sluice") / "kernels"
+    path = folder / f"{source.path.stem}_{key[:16]}.so"
+    try:
+        if not path.exists():
+            folder.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(dir=folder) as scratch:  # ranks may build at once; the last one's stays
+                _build(source, command, Path(scratch) / path.name).replace(path)
+    except OSError as error:
+        raise UserError("SLUICE_CACHE", folder.parent, f"cannot be written: {error.strerror}", _move(source)) from error
+    return path
+
+
+def _compiler(source: Source) -> list[str]:
+    """The command of the C++ compiler: CXX if it is set, else the first at hand."""
+    asked = shlex.split(os.environ.get("CXX", ""))
+    for command in [asked] if asked else [["g++"], ["clang++"], ["c++"]]:
+        if shutil.which(command[0]):
+            return command
+    lack = f"CXX={asked[0]} is not on the PATH" if asked else "this machine has none"
+    raise UserError(source.field, True, f"needs a C++ compiler, and {lack}", _cure(source))
+
+
+def _build(source: Source, command: list[str], library: Path) -> Path:
+    """Runs the compiler; returns the library."""
+    done = subprocess.run([*command, "-o", str(library), str(source.path)], capture_output=True, text=True)
+    if done.returncode:
+        rule = f"{command[0]} cannot build {source.path.name}: {done.stderr.strip()[-1000:]}"
+        raise UserError(source.field, True, rule, _cure(source))
+    return library
+
+
+def _cure(source: Source) -> str:
+    return f"install g++ or clang++ (or name one in CXX), or set {source.without}"
+
+
+def _move(source: Source) -> str:
+    return f"set SLUICE_CACHE to a folder of yours whose files may run, or {source.without}"
