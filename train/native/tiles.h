@@ -1,0 +1,121 @@
+// Products of bf16 matrices in tiles that stay in registers, accumulated in fp32: AVX512-BF16's dot products of pairs.
+//
+// A is read where it lies, as pairs (two neighbours along the contraction, one 32-bit word). B is packed in panels of 32
+// columns: of every panel all its pairs of rows, 32 words each, so that it streams. C is fp32, its rows as long as whole
+// panels. Nothing is masked: what pads a panel or a contraction is zero.
+
+#pragma once
+
+#include <immintrin.h>
+
+#include <algorithm>
+#include <cstdint>
+#include <cstring>
+
+namespace tiles {
+
+using i64 = int64_t;
+using u16 = uint16_t;
+using u32 = uint32_t;
+
+constexpr i64 PANEL = 32;  // columns
+constexpr i64 ROWS = 8;    // of a tile: 16 registers of sums
+
+inline i64 up(i64 x, i64 step) { return (x + step - 1) / step * step; }
+
+// A[m][k] = data[m * row + k * pair], in pairs.
+struct Pairs {
+  const u32* data;
+  i64 row, pair;
+  Pairs from(i64 m) const { return {data + m * row, row, pair}; }
+};
+
+// Sums of M rows of one panel over pairs [begin, end), added to C or in its place.
+template <int M>
+inline void tile(Pairs a, const u32* panel, float* c, i64 ldc, i64 begin, i64 end, bool add) {
+  __m512 sum[M][2];
+  for (int m = 0; m < M; ++m)
+    for (int n = 0; n < 2; ++n) sum[m][n] = add ? _mm512_loadu_ps(c + m * ldc + 16 * n) : _mm512_setzero_ps();
+  for (i64 k = begin; k < end; ++k) {
+    const __m512bh b0 = (__m512bh)_mm512_loadu_si512(panel + k * PANEL);
+    const __m512bh b1 = (__m512bh)_mm512_loadu_si512(panel + k * PANEL + 16);
+    for (int m = 0; m < M; ++m) {
+      const __m512bh pair = (__m512bh)_mm512_set1_epi32(int(a.data[m * a.row + k * a.pair]));
+      sum[m][0] = _mm512_dpbf16_ps(sum[m][0], pair, b0);
+      sum[m][1] = _mm512_dpbf16_ps(sum[m][1], pair, b1);
+    }
+  }
+  for (int m = 0; m < M; ++m)
+    for (int n = 0; n < 2; ++n) _mm512_storeu_ps(c + m * ldc + 16 * n, sum[m][n]);
+}
+
+// The same for up to ROWS rows.
+inline void tile(i64 rows, Pairs a, const u32* panel, float* c, i64 ldc, i64 begin, i64 end, bool add) {
+  switch (rows) {
+    case 8: return tile<8>(a, panel, c, ldc, begin, end, add);
+    case 7: return tile<7>(a, panel, c, ldc, begin, end, add);
+    case 6: return tile<6>(a, panel, c, ldc, begin, end, add);
+    case 5: return tile<5>(a, panel, c, ldc, begin, end, add);
+    case 4: return tile<4>(a, panel, c, ldc, begin, end, add);
+    case 3: return tile<3>(a, panel, c, ldc, begin, end, add);
+    case 2: return tile<2>(a, panel, c, ldc, begin, end, add);
+    case 1: return tile<1>(a, panel, c, ldc, begin, end, add);
+  }
+}
+
+// Words of the panels of a matrix with so many pairs of rows and so many columns.
+inline i64 panel_words(i64 pairs, i64 columns) { return pairs * up(columns, PANEL); }
+
+// Panels of B = X, rows of X being the contraction: the pairs are of two rows. An odd last row meets zeros.
+inline void pack(const u16* x, i64 stride, i64 rows, i64 columns, u32* panels) {
+  const i64 pairs = (rows + 1) / 2;
+  for (i64 first = 0; first < columns; first += PANEL) {
+    const i64 n = std::min(PANEL, columns - first);
+    for (i64 k = 0; k < pairs; ++k, panels += PANEL) {
+      const u16* low = x + 2 * k * stride + first;
+      const u16* high = 2 * k + 1 < rows ? low + stride : nullptr;
+      if (n < PANEL) std::memset(panels, 0, PANEL * 4);
+      if (high) for (i64 j = 0; j < n; ++j) panels[j] = u32(low[j]) | u32(high[j]) << 16;
+      else for (i64 j = 0; j < n; ++j) panels[j] = low[j];
+    }
+  }
+}
+
+// Panels of B = X^T, columns of X being the contraction: the pairs are neighbours. Columns are even.
+inline void pack_transposed(const u16* x, i64 stride, i64 rows, i64 columns, u32* panels) {
+  const i64 pairs = columns / 2;
+  const __m512i row = _mm512_mullo_epi32(_mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0),
+                                         _mm512_set1_epi32(int(2 * stride)));  // bytes
+  for (i64 first = 0; first < rows; first += PANEL, panels += pairs * PANEL) {
+    for (i64 half = 0; half < 2; ++half) {
+      const i64 n = std::clamp<i64>(rows - first - 16 * half, 0, 16);
+      const __mmask16 some = __mmask16((1u << n) - 1);
+      const u16* from = x + (first + 16 * half) * stride;
+      for (i64 k = 0; k < pairs; ++k) {
+        const __m512i words = _mm512_mask_i32gather_epi32(_mm512_setzero_si512(), some, row, from + 2 * k, 1);
+        _mm512_storeu_si512(panels + k * PANEL + 16 * half, words);
+      }
+    }
+  }
+}
+
+// ---- between bf16 and fp32, 16 at a time
+
+inline __m512 widen(const u16* x) {
+  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)x)), 16));
+}
+
+// To the nearest, ties to even.
+inline __m256i narrow(__m512 x) { return (__m256i)_mm512_cvtneps_pbh(x); }
+
+// n values of a row of fp32 as bf16.
+inline void narrow(const float* from, u16* to, i64 n) {
+  i64 j = 0;
+  for (; j + 16 <= n; j += 16) _mm256_storeu_si256((__m256i*)(to + j), narrow(_mm512_loadu_ps(from + j)));
+  if (j < n) {
+    const __mmask16 some = __mmask16((1u << (n - j)) - 1);
+    _mm256_mask_storeu_epi16(to + j, some, narrow(_mm512_maskz_loadu_ps(some, from + j)));
+  }
+}
+
+}  // namespace tiles
