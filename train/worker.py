@@ -39,6 +39,7 @@ from train.measure import Measure  # noqa: E402
 from train.metrics.peak import peak_flops  # noqa: E402
 from train.metrics.writer import open_writer  # noqa: E402
 from train.model.count import flops_per_token  # noqa: E402
+from train.native.model import choose, missed  # noqa: E402
 from train.parallelize import parallelize  # noqa: E402
 from train.precision.build import activation_dtype  # noqa: E402
 from train.resume import from_rank_0, restore  # noqa: E402
@@ -112,6 +113,8 @@ def _run(config: Config, place: Place, stop: StopRequest) -> int:
     notes = restore(config, data.tokenizer, state, checkpointer, copies)
     if copies is not None and (why := copies.require_room(state.shards())):
         copies, notes = None, [*notes, why]
+    if device.type == "cpu" and activation_dtype(config.precision) == torch.bfloat16 and (why := missed()):
+        notes = [*notes, why]
     if place.rank == 0:
         data.tokenizer.save(paths.path)
     flops = count_flops(config, device, place)
@@ -140,7 +143,7 @@ def _run(config: Config, place: Place, stop: StopRequest) -> int:
 
 
 def choose_device(config: Config, place: Place) -> torch.device:
-    """The device of this rank; on CPU also its share of the cores."""
+    """The device of this rank; on CPU also its share of the cores, and whether the model runs compiled code."""
     wanted = config.cluster.device
     if wanted == "cuda" and not torch.cuda.is_available():
         raise UserError("cluster.device", wanted, "needs a CUDA device that torch can use", "use cluster.device=cpu")
@@ -150,6 +153,7 @@ def choose_device(config: Config, place: Place) -> torch.device:
         return device
     cores = len(os.sched_getaffinity(0))
     torch.set_num_threads(config.cluster.threads or max(1, cores // place.local_world))
+    choose(config.cluster.compiled)
     return torch.device("cpu")
 
 

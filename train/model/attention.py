@@ -3,6 +3,7 @@
 CUDA uses torch's kernels. On the CPU torch's flash kernel wants values as wide as keys and keeps its products small;
 here a block of queries meets all earlier keys in one product, so memory stays linear in the sequence and work above the
 diagonal is skipped. Scores and softmax are in fp32; backward computes them again from q and k, so nothing else is kept.
+The same is there as compiled code for bf16 (train/model/compiled_attention.py), to which this is the reference.
 
 Shapes: B sequences, H heads, T positions, Q qk width, V value width, X = B*H rows of a batched product, C queries of a
 block, S keys up to its end.
@@ -15,6 +16,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from train.model.compiled_attention import CompiledAttention, fits
+from train.native.model import in_use
+
 BLOCK = 128
 """Queries of a block on the CPU; half of it in spans below four blocks, where more would lie above the diagonal."""
 SCORES = 1 << 20
@@ -25,7 +29,8 @@ def attention(q_BHTQ: Tensor, k_BHTQ: Tensor, v_BHTV: Tensor, scale: float, docu
     """(B, H, T, V). documents_BT: number of the document of every position; a document is contiguous and sees itself only."""
     if not q_BHTQ.is_cuda:
         spans = None if documents_BT is None else document_spans(documents_BT)
-        return _BlockAttention.apply(q_BHTQ, k_BHTQ, v_BHTV, scale, spans)
+        kernel = CompiledAttention if fits(q_BHTQ, v_BHTV) and in_use() else BlockAttention
+        return kernel.apply(q_BHTQ, k_BHTQ, v_BHTV, scale, spans)
     if documents_BT is None:
         return F.scaled_dot_product_attention(q_BHTQ, k_BHTQ, v_BHTV, is_causal=True, scale=scale)
     same_BTT = documents_BT.unsqueeze(-1) == documents_BT.unsqueeze(-2)
@@ -78,7 +83,9 @@ def _add_product(sum_32: Tensor, a: Tensor, b: Tensor) -> None:
         sum_32 += torch.bmm(a, b)
 
 
-class _BlockAttention(torch.autograd.Function):
+class BlockAttention(torch.autograd.Function):
+    """In torch's operations. spans: (sequence, start, end) of every document."""
+
     @staticmethod
     def forward(ctx, q_BHTQ, k_BHTQ, v_BHTV, scale: float, spans):
         ctx.save_for_backward(q_BHTQ, k_BHTQ, v_BHTV)

@@ -1,38 +1,16 @@
-"""The attention core on a CPU as compiled code: `train/model/attention.cpp`, for bf16 and AVX512-BF16."""
+"""The attention core on a CPU as compiled code: `train/native/attention.cpp`."""
 
 import ctypes
 from ctypes import c_float, c_int64, c_void_p
 from functools import cache
-from pathlib import Path
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from conf.errors import UserError
-from train.native.build import Source, cpu_features, load
+from train.native.model import library
 
-SOURCE = Source(
-    Path(__file__).with_name("attention.cpp"),
-    "model.compiled_attention",
-    "model.compiled_attention=false: torch's operations, slower",
-    ("-fno-strict-aliasing",),
-    (Path(__file__).parents[1] / "native" / "tiles.h",),
-)
-"""Without strict aliasing, since neighbours in bf16 are read as one word."""
 Spans = list[tuple[int, int, int]]
-
-
-@cache
-def lack() -> str | None:
-    """Why this machine cannot have it, None if it can."""
-    if "avx512_bf16" not in cpu_features().split():
-        return "this CPU has no AVX512-BF16"
-    try:
-        _library()
-    except UserError as error:
-        return str(error)
-    return None
 
 
 def fits(q_BHTQ: Tensor, v_BHTV: Tensor) -> bool:
@@ -84,11 +62,11 @@ def _call(name: str, spans: Spans | None, scale: float, **tensors: Tensor) -> No
 
 @cache
 def _library() -> ctypes.CDLL:
-    library = load(SOURCE)
-    for function in (library.attention_forward, library.attention_backward):
+    attention = library("attention")
+    for function in (attention.attention_forward, attention.attention_backward):
         function.argtypes = [ctypes.POINTER(_Problem), c_void_p, c_int64, c_int64]
         function.restype = None
-    return library
+    return attention
 
 
 class _Heads(ctypes.Structure):

@@ -17,6 +17,7 @@ from conf.schema import Config
 from parallel.expert.stand_in import Group, Load
 from parallel.pipeline.simulate import Action, schedule_actions
 from parallel.pipeline.split import stage_placement
+from train.native.model import in_use
 from train.parallelize import split
 from train.plan.chunk import Parts, chunk_of
 from train.plan.reduction import Reduction
@@ -111,6 +112,7 @@ def scene_of(config: Config, load: Load | None = None) -> Scene:
         layout.ep_ranks_per_node,
         load,
         gloo=device_kind(config) == "cpu",
+        compiled=device_kind(config) == "cpu" and in_use(),
     )
 
 

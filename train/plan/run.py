@@ -7,6 +7,7 @@ from pathlib import Path
 from conf.errors import EXIT_OK
 from conf.schema import Config
 from train.checkpoint.files import atomic_write_text
+from train.native.model import choose
 from train.plan.budget import make_plan
 from train.plan.cures import find_cures
 from train.plan.page import PAGE, write_page
@@ -18,6 +19,7 @@ from train.plan.write import write_parallel
 
 def run_plan(config: Config) -> int:
     """Do what the plan section asks for; returns the exit code."""
+    choose(config.cluster.compiled)
     if config.plan.calibrate:
         from train.plan.calibrate import calibrate  # the one part that runs kernels
 

@@ -64,6 +64,8 @@ class Scene:
     """Rows of this rank's experts."""
     gloo: bool
     """The ranks talk by gloo, which keeps what was sent until the step ends, and lacks a sum that scatters."""
+    compiled: bool
+    """The model runs compiled code where it can (train/native/model.py), which keeps and takes less."""
 
 
 @dataclass(frozen=True)

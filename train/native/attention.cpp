@@ -7,7 +7,7 @@
 #include <cmath>
 #include <vector>
 
-#include "../native/tiles.h"
+#include "tiles.h"
 
 namespace {
 

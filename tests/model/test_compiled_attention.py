@@ -1,0 +1,155 @@
+"""The compiled attention core beside the formula in fp64 and beside torch's operations."""
+
+import pytest
+import torch
+from torch import Tensor
+
+import train.native.model as native
+from tests.small import train, trajectory
+from train.model.attention import BlockAttention, attention
+from train.model.compiled_attention import CompiledAttention, fits
+
+needs_it = pytest.mark.skipif(native.lack() is not None, reason=native.lack() or "")
+BITS = 5e-3
+"""Of the norm of a result: its own rounding to bf16 is 2e-3 on average, those of probabilities and their gradients add to it."""
+
+SHAPES = [
+    # B, H, T, Q, V, spans
+    (2, 3, 64, 24, 16, None),
+    (1, 2, 200, 192, 128, None),
+    (1, 2, 513, 48, 34, None),
+    (1, 1, 1, 4, 2, None),
+    (2, 2, 130, 24, 16, [(0, 0, 1), (0, 1, 70), (0, 70, 130), (1, 0, 130)]),
+]
+
+
+def draw(B: int, H: int, T: int, Q: int, V: int) -> tuple[Tensor, ...]:
+    """q, k, v and the gradient of the output, all in bf16."""
+    generator = torch.Generator().manual_seed(T)
+    q, k, v, dout = (torch.randn(B, H, T, width, generator=generator).bfloat16() for width in (Q, Q, V, V))
+    return q, k, v, dout
+
+
+def both_ways(function, q: Tensor, k: Tensor, v: Tensor, dout: Tensor, spans) -> list[Tensor]:
+    """Output and gradients."""
+    inputs = [t.detach().requires_grad_() for t in (q, k, v)]
+    out = function(*inputs, q.size(-1) ** -0.5, spans)
+    return [out.detach(), *torch.autograd.grad(out, inputs, dout)]
+
+
+def formula(q: Tensor, k: Tensor, v: Tensor, scale: float, spans) -> Tensor:
+    B, _, T, _ = q.shape
+    allowed = torch.zeros(B, T, T, dtype=torch.bool)
+    for b, start, end in [(b, 0, T) for b in range(B)] if spans is None else spans:
+        allowed[b, start:end, start:end] = True
+    scores = (q @ k.mT * scale).masked_fill(~allowed.tril()[:, None], -torch.inf)
+    return scores.softmax(-1) @ v
+
+
+@needs_it
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_results_and_gradients_are_those_of_the_formula(shape):
+    *sizes, spans = shape
+    drawn = draw(*sizes)
+    got = both_ways(CompiledAttention.apply, *drawn, spans)
+    expected = both_ways(formula, *(t.double() for t in drawn), spans)
+    for ours, exact in zip(got, expected, strict=True):
+        assert ours.dtype == torch.bfloat16
+        assert (ours - exact).norm() <= BITS * exact.norm() + 1e-30  # a lone position has no gradient of its scores
+
+
+@needs_it
+def test_it_is_at_least_as_exact_as_torchs_operations():
+    drawn = draw(1, 4, 300, 96, 64)
+    exact = both_ways(formula, *(t.double() for t in drawn), None)
+    ours, plain = (both_ways(kind.apply, *drawn, None) for kind in (CompiledAttention, BlockAttention))
+    for a, b, e in zip(ours, plain, exact, strict=True):
+        assert (a - e).norm() <= 1.01 * (b - e).norm()
+
+
+@needs_it
+def test_peaked_and_far_scores():
+    """Scores near 50 and a thousand apart: nothing overflows, and far ones count nothing."""
+    q, k, v, dout = draw(1, 2, 100, 16, 8)
+    for factor in (12, 300):
+        drawn = (q * factor, k, v, dout)
+        got, exact = (
+            both_ways(kind, *drawn, None)
+            for kind in (CompiledAttention.apply, lambda *args: formula(*(a.double() for a in args[:3]), *args[3:]))
+        )
+        assert all(t.isfinite().all() for t in got)
+        torch.testing.assert_close(got[0].double(), exact[0], atol=2e-2, rtol=1e-2)
+
+
+@needs_it
+def test_memory_between_rows_is_not_read():
+    """Heads that lie apart in memory, with nothing a number around them."""
+    drawn = draw(2, 3, 77, 24, 16)
+    apart = []
+    for t in drawn:
+        B, H, T, width = t.shape
+        room = torch.full((B, T + 2, H, width + 6), torch.nan, dtype=torch.bfloat16)
+        room[:, 1:-1, :, 2 : width + 2] = t.transpose(1, 2)
+        apart.append(room[:, 1:-1, :, 2 : width + 2].transpose(1, 2))
+    plain, strided = (both_ways(CompiledAttention.apply, *t, None) for t in (drawn, apart))
+    assert all(torch.equal(a, b) for a, b in zip(plain, strided, strict=True))
+
+
+@needs_it
+def test_threads_change_no_bit():
+    drawn = draw(2, 3, 150, 24, 16)
+    threads, results = torch.get_num_threads(), []
+    try:
+        for count in (1, 3):
+            torch.set_num_threads(count)
+            results.append(both_ways(CompiledAttention.apply, *drawn, None))
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+@needs_it
+def test_the_model_takes_it_where_it_can_and_may(monkeypatch):
+    q, k, v, _ = draw(1, 2, 40, 24, 16)
+    positions_first = lambda out: out.transpose(1, 2).is_contiguous()  # noqa: E731 - how compiled code writes
+    assert positions_first(attention(q, k, v, 0.2, None))
+    assert not positions_first(attention(q.float(), k.float(), v.float(), 0.2, None))
+    monkeypatch.setattr(native, "_chosen", False)
+    assert not positions_first(attention(q, k, v, 0.2, None))
+    assert native.missed() is None
+    assert not fits(q.float(), v.float()) and not fits(q[..., :23], v)
+
+
+def test_a_run_says_why_it_goes_without(monkeypatch, tmp_path):
+    monkeypatch.setattr(native, "cpu_features", lambda: "flags : sse2")
+    monkeypatch.setattr(native, "lack", native.lack.__wrapped__)
+    assert native.missed().endswith("this CPU has no AVX512-BF16") and not native.in_use()
+    monkeypatch.setattr(native, "cpu_features", lambda: "flags : avx512_bf16")
+    monkeypatch.setattr(native, "library", native.library.__wrapped__)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CXX", raising=False)
+    assert "this machine has none" in native.missed() and "cluster.compiled=false" in native.missed()
+    native_choice = native._chosen
+    try:
+        native.choose(False)
+        assert native.missed() is None
+    finally:
+        native.choose(native_choice)
+
+
+@needs_it
+def test_a_run_without_a_compiler_trains_and_says_so(monkeypatch, tmp_path):
+    """With no library of an earlier run at hand; then with compiled code, and told to do without."""
+    monkeypatch.setenv("SLUICE_CACHE", str(tmp_path / "kernels"))
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    done = train(tmp_path, "precision=bf16", "steps=2", "name=without")
+    assert done.returncode == 0, done.stderr
+    assert "slower than compiled code" in done.stdout and "no-such-compiler" in done.stdout
+    told = train(tmp_path, "precision=bf16", "steps=2", "name=told", "cluster.compiled=false")
+    assert told.returncode == 0 and "compiled code" not in told.stdout, told.stderr
+    monkeypatch.delenv("CXX")
+    with_it = train(tmp_path, "precision=bf16", "steps=2", "name=with")
+    assert with_it.returncode == 0 and "compiled code" not in with_it.stdout, with_it.stderr
+    losses = [[loss for loss, _ in trajectory(tmp_path, name).values()] for name in ("without", "told", "with")]
+    assert losses[0] == losses[1]
+    assert losses[2] == pytest.approx(losses[0], rel=2e-3)  # bf16 is rounded elsewhere

@@ -1,0 +1,54 @@
+"""The model's parts that a CPU runs as compiled code: which there are, and whether this process uses them.
+
+They are for bf16 and CPUs with AVX512-BF16. Where that or a C++ compiler is absent, the same is done by torch's operations,
+which the code is tested against.
+"""
+
+import ctypes
+from functools import cache
+from pathlib import Path
+
+from conf.errors import UserError
+from train.native.build import Source, cpu_features, load
+
+NAMES = ("attention",)
+"""The C++ files, each a library."""
+_chosen = True
+
+
+def choose(compiled: bool) -> None:
+    """Use compiled code in this process where that can be, or not at all."""
+    global _chosen
+    _chosen = compiled
+
+
+def in_use() -> bool:
+    return _chosen and lack() is None
+
+
+def missed() -> str | None:
+    """A note for a person where compiled code is wanted and cannot be used."""
+    return f"the model runs in torch's operations, slower than compiled code: {lack()}" if _chosen and lack() else None
+
+
+@cache
+def lack() -> str | None:
+    """Why this machine cannot have it, None if it can. The first call on a machine builds it, which takes some seconds."""
+    if "avx512_bf16" not in cpu_features().split():
+        return "this CPU has no AVX512-BF16"
+    try:
+        for name in NAMES:
+            library(name)
+    except UserError as error:
+        return str(error)
+    return None
+
+
+@cache
+def library(name: str) -> ctypes.CDLL:
+    """Raises UserError where it cannot be built, kept or loaded."""
+    here = Path(__file__).parent
+    # Without strict aliasing, since neighbours in bf16 are read as one word.
+    flags = ("-fno-strict-aliasing",)
+    without = "cluster.compiled=false: torch's operations, slower"
+    return load(Source(here / f"{name}.cpp", "cluster.compiled", without, flags, (here / "tiles.h",)))
