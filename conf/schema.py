@@ -394,7 +394,7 @@ class Cluster:
     threads: int = 0
     """CPU threads per rank; 0 shares the cores among the ranks of a machine."""
     compiled: bool = True
-    """On a CPU with AVX512-BF16, parts of the model in bf16 as compiled code, built at its first use by the machine's C++
+    """On a CPU with AVX512-BF16, parts of a step in bf16 as compiled code, built at its first use by the machine's C++
     compiler; where that cannot be, a run says so and uses torch's operations. false: those everywhere."""
     timeout: float = 600.0
     """Longest wait in a collective, in seconds."""

@@ -8,6 +8,7 @@ go straight to the shard, where DeepSpeed would copy them five times on the way 
 Private names of DeepSpeed 0.19 that this file touches, each for a reason:
   scaled_global_norm, check_overflow  one norm over all ranks, which cannot deadlock on a stage without experts
   averaged_gradients, params_in_partition   what that norm is taken over
+  unscale_and_clip_grads, clip_grad   the clipping happens inside the update instead of in a pass of its own
   _gradient_reduction_buffer_dtype    stage 2 would round the fp32 gradients to bf16 on their way into its bucket
   fill_grad_accum_attribute           hands the fp32 gradients over without a copy
   real_dp_process_group, get_gradient_for_reduction, GradPartitionBufferGroup, and of a group
@@ -44,11 +45,17 @@ class WholeWeights:
         optimizer.check_grad_overflow = True
         optimizer.check_overflow = lambda partition_gradients=True: None
         optimizer._gradient_reduction_buffer_dtype = lambda: torch.float32
+        optimizer.unscale_and_clip_grads = self._clip_in_update
         for group in optimizer.optimizer.param_groups:
             for param in group["params"]:
                 allocate(param)
         optimizer._hp_optimizer_states_linked = False
         optimizer._lazy_init_hp_params_optimizer_state()
+
+    def _clip_in_update(self, gradients: list[Tensor], norm: Tensor) -> None:
+        """Clip to the configured norm, if any, inside the update's own pass over the gradients."""
+        limit = self._optimizer.clip_grad
+        self._optimizer.optimizer.factor = 1 / ((norm + 1e-6) / limit).clamp_min(1) if limit > 0 else None
 
     @contextlib.contextmanager
     def accumulate(self) -> Iterator[None]:

@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+import train.native.model as native
 from conf.schema import Optim
 from train.optim import CHUNK, AdamW
 
@@ -18,6 +19,15 @@ def run(weights, grads, moments, steps=4):
         optimizer.step()
         optimizer.updates += 1
     return param.detach()
+
+
+@pytest.fixture(params=["compiled", "torch"], autouse=True)
+def way(request, monkeypatch):
+    """Updates with bf16 moments as compiled code, and by torch's kernel."""
+    if request.param == "compiled" and native.lack() is not None:
+        pytest.skip(native.lack())
+    monkeypatch.setattr(native, "_chosen", request.param == "compiled")
+    return request.param
 
 
 @pytest.fixture
@@ -82,3 +92,27 @@ def test_any_sharding_is_bit_equal(problem):
     for cut in (1, 777, CHUNK["cpu"] - 3, SIZE - 5):
         parts = [run(weights[s], [g[s] for g in grads], torch.bfloat16) for s in (slice(0, cut), slice(cut, None))]
         assert torch.equal(torch.cat(parts), whole)
+
+
+@pytest.mark.parametrize("moments", [torch.bfloat16, torch.float32])
+def test_the_factor_of_the_gradient_is_that_of_a_product_before(problem, moments):
+    weights, (grad, *_) = problem
+    updated = []
+    for factor, given in ((torch.tensor(0.3), grad.clone()), (None, grad * 0.3)):
+        param = torch.nn.Parameter(weights.clone())
+        optimizer = AdamW([{"params": [param], "weight_decay": 0.1}], Optim(lr=1e-2), moments)
+        param.grad, optimizer.factor = given, factor
+        optimizer.step()
+        updated.append(param.detach())
+    assert torch.equal(*updated)
+
+
+def test_threads_change_no_bit(problem):
+    threads, results = torch.get_num_threads(), []
+    try:
+        for count in (1, 3):
+            torch.set_num_threads(count)
+            results.append(run(*problem, torch.bfloat16))
+    finally:
+        torch.set_num_threads(threads)
+    assert torch.equal(*results)

@@ -1,9 +1,13 @@
 """AdamW with fp32 weights and bf16 moments (paper 3.3.3), on the flat shards that ZeRO hands over."""
 
+import ctypes
+from ctypes import c_float, c_int64, c_void_p
+
 import torch
 from torch import Tensor, nn
 
 from conf.schema import Optim, Precision
+from train.native.model import in_use, library
 
 CHUNK = {"cpu": 1 << 18, "cuda": 1 << 22}
 """Elements updated at a time where moments are bf16: their fp32 copies stay in the cache, so memory is passed over once."""
@@ -22,6 +26,8 @@ class AdamW(torch.optim.Optimizer):
         beta1, beta2 = optim.betas
         super().__init__(groups, {"lr": optim.lr, "betas": (beta1, beta2), "eps": optim.eps, "weight_decay": 0.0})
         self.moments = moments
+        self.factor: Tensor | None = None
+        """What gradients are multiplied with on their way into the next update: the owner's clipping."""
         self.updates = 0
         """Updates made before this step; counts bias correction for all groups alike."""
 
@@ -41,12 +47,32 @@ class AdamW(torch.optim.Optimizer):
                 if param.grad is not None:
                     state = self.allocate(param)
                     flat = (param, param.grad, state["exp_avg"], state["exp_avg_sq"])
-                    _update(*(tensor.view(-1) for tensor in flat), group, self.updates + 1)
+                    _update(*(tensor.view(-1) for tensor in flat), group, self.updates + 1, self.factor)
 
 
-def _update(weight: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, group: dict, count: int) -> None:
-    """Torch's fused kernel, one pass over memory. Moments of another dtype pass through an fp32 copy, chunk by chunk."""
+def compiled(kind: str, moments: torch.dtype) -> bool:
+    """Whether updates run as compiled code, which needs no scratch. kind: of the device."""
+    return kind == "cpu" and moments == torch.bfloat16 and in_use()
+
+
+def scratch_bytes(kind: str, moments: torch.dtype, elements: int) -> int:
+    """What an update of so many elements takes beside its operands."""
+    return 0 if moments == torch.float32 or compiled(kind, moments) else 8 * min(CHUNK[kind], elements)
+
+
+def _update(
+    weight: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, group: dict, count: int, factor: Tensor | None
+) -> None:
+    """One pass over memory, as compiled code or by torch's fused kernel. There moments of another dtype pass through an fp32
+    copy, chunk by chunk, and the gradient is left multiplied.
+    """
+    if compiled(weight.device.type, exp_avg.dtype):
+        scale = 1.0 if factor is None else float(factor)
+        _update_compiled(weight, grad, exp_avg, exp_avg_sq, group, count, scale)
+        return
     step = torch.tensor(float(count), device=weight.device)
+    if factor is not None:
+        grad.mul_(factor)
     whole = weight.numel() // VECTOR * VECTOR
     size = max(1, whole) if exp_avg.dtype == torch.float32 else CHUNK[weight.device.type]
     parts = [tensor[:whole].split(size) for tensor in (weight, grad, exp_avg, exp_avg_sq)]
@@ -61,6 +87,29 @@ def _update(weight: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, g
             moment.copy_(value)
     if whole < weight.numel():
         _update_rest([tensor[whole:] for tensor in (weight, grad, exp_avg, exp_avg_sq)], group, step)
+
+
+class _Settings(ctypes.Structure):
+    """`Settings` of train/native/adamw.cpp."""
+
+    _fields_ = [
+        (name, c_float)
+        for name in ("factor", "lerp", "keep_square", "add_square", "decay", "step", "root", "eps")
+    ]  # fmt: skip
+
+
+def _update_compiled(
+    weight: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, group: dict, count: int, factor: float
+) -> None:
+    """Flat contiguous tensors, the moments in bf16."""
+    (beta1, beta2), lr = group["betas"], group["lr"]
+    settings = _Settings(
+        factor, 1 - beta1, beta2, 1 - beta2, 1 - lr * group["weight_decay"],
+        lr / (1 - beta1**count), (1 - beta2**count) ** 0.5, group["eps"],
+    )  # fmt: skip
+    pointers = [c_void_p(tensor.data_ptr()) for tensor in (weight, grad, exp_avg, exp_avg_sq)]
+    threads = c_int64(torch.get_num_threads())
+    library("adamw").adamw(*pointers, c_int64(weight.numel()), ctypes.byref(settings), threads)
 
 
 def _update_rest(rest: list[Tensor], group: dict, step: Tensor) -> None:

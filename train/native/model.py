@@ -1,4 +1,4 @@
-"""The model's parts that a CPU runs as compiled code: which there are, and whether this process uses them.
+"""The parts of a step that a CPU runs as compiled code: which there are, and whether this process uses them.
 
 They are for bf16 and CPUs with AVX512-BF16. Where that or a C++ compiler is absent, the same is done by torch's operations,
 which the code is tested against.
@@ -11,7 +11,7 @@ from pathlib import Path
 from conf.errors import UserError
 from train.native.build import Source, cpu_features, load
 
-NAMES = ("attention",)
+NAMES = ("adamw", "attention")
 """The C++ files, each a library."""
 _chosen = True
 
@@ -28,7 +28,9 @@ def in_use() -> bool:
 
 def missed() -> str | None:
     """A note for a person where compiled code is wanted and cannot be used."""
-    return f"the model runs in torch's operations, slower than compiled code: {lack()}" if _chosen and lack() else None
+    return (
+        f"the model trains in torch's operations, slower than compiled code: {lack()}" if _chosen and lack() else None
+    )
 
 
 @cache
@@ -48,7 +50,7 @@ def lack() -> str | None:
 def library(name: str) -> ctypes.CDLL:
     """Raises UserError where it cannot be built, kept or loaded."""
     here = Path(__file__).parent
-    # Without strict aliasing, since neighbours in bf16 are read as one word.
-    flags = ("-fno-strict-aliasing",)
+    # Neighbours in bf16 are read as one word; products and sums are one operation only where the code says so.
+    flags = ("-fno-strict-aliasing", "-ffp-contract=off")
     without = "cluster.compiled=false: torch's operations, slower"
     return load(Source(here / f"{name}.cpp", "cluster.compiled", without, flags, (here / "tiles.h",)))

@@ -23,7 +23,7 @@ from itertools import groupby
 
 from conf.schema import Config
 from parallel.zero import BUCKET_ELEMENTS
-from train.optim import CHUNK
+from train.optim import moments_dtype, scratch_bytes
 from train.plan.weights import FP32, Shards, Weight
 
 
@@ -86,7 +86,7 @@ class Reduction:
         """kind: of the device, cuda or cpu."""
         self._groups, self._kind = groups, kind
         self._stage, self._bf16 = config.parallel.zero, config.precision.name != "fp32"
-        self._scratch = 2 * FP32 if config.precision.moments == "bf16" else 0  # per element, in train/optim.py
+        self._moments = moments_dtype(config.precision)
         self._ranks = [dp_rank * group.ranks // config.parallel.dp for group in groups]
         self._own = [group for group in groups if self._is_own(group)]
         self._gradients = [one for one in _gradients(groups, self._ranks) if not self._is_own(groups[one.group])]
@@ -206,8 +206,8 @@ class Reduction:
                 meter.take(shard)
                 if number == last:
                     meter.take(-self._whole_size)
-            elements = min(CHUNK[self._kind], group.partition)
-            meter.take(self._scratch * elements)
-            meter.take(-self._scratch * elements)
+            scratch = scratch_bytes(self._kind, self._moments, group.partition)
+            meter.take(scratch)
+            meter.take(-scratch)
             meter.take(-shard)
         return meter.mark()

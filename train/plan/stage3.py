@@ -10,7 +10,7 @@ from functools import cached_property
 
 from conf.schema import Config
 from parallel.zero import BUCKET_ELEMENTS
-from train.optim import CHUNK
+from train.optim import moments_dtype, scratch_bytes
 from train.plan import scatter
 from train.plan.chunk import Chunk
 from train.plan.gather import Held, Shared, held_weights
@@ -117,5 +117,6 @@ class Stage3:
 
     def update(self) -> int:
         """Most bytes while the weights are updated, group by group: a copy of the gradients and scratch."""
-        scratch, chunk = 2 * FP32 if self._moment == 2 else 0, CHUNK[self._chunk.scene.kind]
-        return max(FP32 * group.scattered + scratch * min(chunk, group.scattered) for group in self._groups)
+        kind, moments = self._chunk.scene.kind, moments_dtype(self._config.precision)
+        sizes = [group.scattered for group in self._groups]
+        return max(FP32 * size + scratch_bytes(kind, moments, size) for size in sizes)
