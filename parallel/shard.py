@@ -40,6 +40,16 @@ class Fragment:
     moments: dict[str, Tensor]
 
 
+@dataclass
+class Pieces:
+    """The gradient of a flat parameter in pieces, one after another from its first element on."""
+
+    gradients: list[Tensor]
+    """1-D, fp32. Elements behind the last have none."""
+    divisor: int
+    """They are sums over so many ranks' data, of which the mean is wanted."""
+
+
 def whole(tensor: Tensor) -> Shard:
     """The shard of a rank that holds all of a tensor."""
     return Shard(tensor.detach().view(-1), 0, tuple(tensor.shape))

@@ -117,6 +117,7 @@ class Zero:
         """Clip, update the shard, gather the weights. Skips the update if not `valid` or a gradient is not finite."""
         self._valid, self._bad = valid, []
         self.engine.step()
+        self._weights.forget_gradients()
         applied = not self.optimizer.overflow
         if applied:
             self.client.updates += 1
@@ -134,10 +135,10 @@ class Zero:
     def _global_norm(self) -> Tensor:
         """Norm over all parameters of all ranks: shards are disjoint over the world, experts included."""
         total = torch.zeros((), dtype=torch.float64, device=self.engine.device)
-        for param, gradient in self._weights.gradients():
+        for param, gradient, divisor in self._weights.gradients():
             if param is self.copy:
                 continue
-            square = _sum_of_squares(gradient.detach().view(-1))
+            square = _sum_of_squares(gradient.detach().view(-1)) / divisor**2
             if not torch.isfinite(square):
                 self._bad.append(self.names[param])
             total += square

@@ -2,8 +2,8 @@
 
 Gradients stay local during the schedule, as fp32 `.grad`, and are reduced once when the step's last micro-batch is
 through, by DeepSpeed's public coalesce_grad_reduction. That works under pipelines too, where a schedule with split
-backward runs no gradient hooks. Gradients that no other rank shares (dp = 1; experts with ep = dp) need no reduction: they
-go straight to the shard, where DeepSpeed would copy them five times on the way through its bucket.
+backward runs no gradient hooks. Gradients that no other rank shares (dp = 1; experts with ep = dp) need no reduction: the
+update takes them where they are, which DeepSpeed would copy five times on the way through its bucket.
 
 Private names of DeepSpeed 0.19 that this file touches, each for a reason:
   scaled_global_norm, check_overflow  one norm over all ranks, which cannot deadlock on a stage without experts
@@ -12,7 +12,7 @@ Private names of DeepSpeed 0.19 that this file touches, each for a reason:
   _gradient_reduction_buffer_dtype    stage 2 would round the fp32 gradients to bf16 on their way into its bucket
   fill_grad_accum_attribute           hands the fp32 gradients over without a copy
   real_dp_process_group, get_gradient_for_reduction, GradPartitionBufferGroup, and of a group
-  _use_compact_grad_partition_buffer, partition_size   keep unshared gradients without a reduction, as DeepSpeed would
+  _use_compact_grad_partition_buffer, partition_size   unshared gradients have a stand-in of the right shape here
   _lazy_init_hp_params_optimizer_state, _hp_optimizer_states_linked   link moments to parameters for checkpoints
   _hp_mapping                         what of a parameter lies in this rank's shard
 """
@@ -24,7 +24,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from parallel.shard import Fragment
+from parallel.shard import Fragment, Pieces
 
 
 class WholeWeights:
@@ -49,6 +49,8 @@ class WholeWeights:
         for group in optimizer.optimizer.param_groups:
             for param in group["params"]:
                 allocate(param)
+        self._unshared: dict[int, tuple[list[nn.Parameter], Pieces]] = {}
+        """By group."""
         optimizer._hp_optimizer_states_linked = False
         optimizer._lazy_init_hp_params_optimizer_state()
 
@@ -78,7 +80,7 @@ class WholeWeights:
             self._keep_unshared()
 
     def _keep_unshared(self) -> None:
-        """Move the gradients of groups that this rank has to itself into the shard; DeepSpeed then finds none of them."""
+        """Hand the gradients of groups that this rank has to itself to the update as they are."""
         from deepspeed.runtime.zero.stage_1_and_2 import GradPartitionBufferGroup
 
         optimizer = self._optimizer
@@ -88,24 +90,33 @@ class WholeWeights:
                 continue  # fp32 weights: DeepSpeed puts the shard together in the step
             if dist.get_world_size(optimizer.real_dp_process_group[number]) > 1:
                 continue
-            flat = torch.empty(optimizer.partition_size[number], device=params[0].device)
-            sizes = [param.numel() for param in params]
-            *pieces, padding = flat.split([*sizes, flat.numel() - sum(sizes)])
-            for param, piece in zip(params, pieces, strict=True):
-                torch.div(optimizer.get_gradient_for_reduction(param).view(-1), average, out=piece)
+            pieces = Pieces([optimizer.get_gradient_for_reduction(param).view(-1) for param in params], average)
+            for param in params:
                 param.grad = param.grad_accum = None
-            padding.zero_()._zero_padding = True
-            optimizer.averaged_gradients[number] = GradPartitionBufferGroup([*pieces, padding], flat)
+            master = optimizer.single_partition_of_fp32_groups[number]
+            optimizer.optimizer.pieces[master] = pieces
+            self._unshared[number] = params, pieces
+            stand_in = torch.zeros(1, device=master.device).expand(master.shape)  # DeepSpeed looks at its shape alone
+            optimizer.averaged_gradients[number] = GradPartitionBufferGroup([], stand_in)
+
+    def forget_gradients(self) -> None:
+        """Call when a step is over, made or skipped."""
+        self._unshared.clear()
+        self._optimizer.optimizer.pieces.clear()
 
     def weights(self) -> Iterator[Tensor]:
         """What this rank holds of the weights between steps."""
         return iter(self._params)
 
-    def gradients(self) -> Iterator[tuple[nn.Parameter, Tensor]]:
-        """Averaged gradients of this rank's shard, without padding."""
+    def gradients(self) -> Iterator[tuple[nn.Parameter, Tensor, int]]:
+        """Gradients of this rank's shard without padding, and what they are still to be divided by."""
         for group, gradients in self._optimizer.averaged_gradients.items():
+            params, divisor = self._optimizer.params_in_partition[group], 1
+            if group in self._unshared:
+                params, pieces = self._unshared[group]
+                gradients, divisor = pieces.gradients, pieces.divisor
             real = [grad for grad in gradients if not getattr(grad, "_zero_padding", False)]
-            yield from zip(self._optimizer.params_in_partition[group], real, strict=False)
+            yield from ((param, grad, divisor) for param, grad in zip(params, real, strict=False))
 
     def fragments(self) -> Iterator[Fragment]:
         for param in self._params:

@@ -93,11 +93,14 @@ class ShardedWeights:
         self._end_pass()
         self._coordinator.release_backward_leftovers()
 
-    def gradients(self) -> Iterator[tuple[nn.Parameter, Tensor]]:
-        """Averaged gradients of this rank's shard, without padding."""
+    def gradients(self) -> Iterator[tuple[nn.Parameter, Tensor, int]]:
+        """Gradients of this rank's shard without padding, and what they are still to be divided by."""
         for group, params in enumerate(self._optimizer.fp16_groups):
             for param, gradient in zip(params, self._optimizer.averaged_gradients[group], strict=True):
-                yield param, gradient[: _interval(param)[1]]
+                yield param, gradient[: _interval(param)[1]], 1
+
+    def forget_gradients(self) -> None:
+        """Nothing is kept here."""
 
     def fragments(self) -> Iterator[Fragment]:
         optimizer = self._optimizer

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from conf.schema import Optim, Precision
+from parallel.shard import Pieces
 from train.native.model import in_use, library
 
 CHUNK = {"cpu": 1 << 18, "cuda": 1 << 22}
@@ -28,6 +29,8 @@ class AdamW(torch.optim.Optimizer):
         self.moments = moments
         self.factor: Tensor | None = None
         """What gradients are multiplied with on their way into the next update: the owner's clipping."""
+        self.pieces: dict[Tensor, Pieces] = {}
+        """Gradients in pieces of parameters whose `.grad` is a stand-in. The owner fills it before every step."""
         self.updates = 0
         """Updates made before this step; counts bias correction for all groups alike."""
 
@@ -44,10 +47,18 @@ class AdamW(torch.optim.Optimizer):
         """One update of every group that has gradients; `updates` is advanced by the owner, once per step."""
         for group in self.param_groups:
             for param in group["params"]:
-                if param.grad is not None:
-                    state = self.allocate(param)
-                    flat = (param, param.grad, state["exp_avg"], state["exp_avg_sq"])
-                    _update(*(tensor.view(-1) for tensor in flat), group, self.updates + 1, self.factor)
+                if param.grad is None:
+                    continue
+                state = self.allocate(param)
+                held = [tensor.view(-1) for tensor in (param, state["exp_avg"], state["exp_avg_sq"])]
+                pieces = self.pieces.get(param) or Pieces([param.grad.view(-1)], 1)
+                factor = self.factor
+                if pieces.divisor > 1:
+                    factor = (1.0 if factor is None else factor) / pieces.divisor
+                sizes = [grad.numel() for grad in pieces.gradients]
+                parts = [tensor[: sum(sizes)].split(sizes) for tensor in held]
+                for grad, weight, *moments in zip(pieces.gradients, *parts, strict=True):
+                    _update(weight, grad, *moments, group, self.updates + 1, factor)
 
 
 def compiled(kind: str, moments: torch.dtype) -> bool:
@@ -61,7 +72,13 @@ def scratch_bytes(kind: str, moments: torch.dtype, elements: int) -> int:
 
 
 def _update(
-    weight: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, group: dict, count: int, factor: Tensor | None
+    weight: Tensor,
+    grad: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    group: dict,
+    count: int,
+    factor: Tensor | float | None,
 ) -> None:
     """One pass over memory, as compiled code or by torch's fused kernel. There moments of another dtype pass through an fp32
     copy, chunk by chunk, and the gradient is left multiplied.

@@ -3,8 +3,7 @@
 This follows DeepSpeed 0.19 (stage_1_and_2.py) buffer by buffer, since on small models and few micro-batches the peak of the
 whole step lies here. Gradients are fp32 and whole when it begins (parallel/zero12.py):
 
-    own        gradients of a group that this rank shares with nobody are copied to its flat shard one by one and let go,
-               past all of the following (with bf16 weights)
+    own        gradients of a group that this rank shares with nobody stay as they are to the end (with bf16 weights)
     fill       a gradient is copied into the bucket, and its own memory freed; one that is larger than the bucket stays
     reduce     when the bucket is full: the slices of every group are put together in a copy and summed over its ranks
     keep       with bf16 weights, sums go to a flat shard per group, made when first needed; with fp32 weights the
@@ -97,9 +96,6 @@ class Reduction:
         self._meter = Meter()
         self._meter.take(sum(one.size for one in self._gradients))
         self._meter.take(FP32 * sum(group.elements for group in self._own))
-        for group in self._own:
-            self._meter.take(FP32 * group.partition)
-            self._meter.take(-FP32 * group.elements)
         self._meter.take(FP32 * self._bucket)
         self._shards: set[int] = set()
         self._whole = False
@@ -201,7 +197,7 @@ class Reduction:
                 meter.take(-sum(one.size for one in self._gradients if one.group == number and self._stays(one)))
                 if views and number == max(views):
                     meter.take(-FP32 * self._bucket)
-            shard = FP32 * group.partition
+            shard = 0 if self._is_own(group) else FP32 * group.partition
             if not self._bf16:
                 meter.take(shard)
                 if number == last:
