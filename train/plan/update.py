@@ -16,9 +16,10 @@ from train.plan.rates import Rates
 from train.plan.work import Work
 
 DEVICE_PASSES = 20
-"""Bytes per gradient that DeepSpeed moves around the reduction: into its bucket, out of it, divided."""
-SHARD_PASSES = 12
-"""The same per element of the shard: norm (read), clipping (read and write)."""
+"""Bytes per gradient that DeepSpeed moves around the reduction: into its bucket, out of it, divided. Gradients that no
+other rank shares stay where they are, with bf16 weights."""
+NORM_BYTES, CLIP_BYTES = 4, 8
+"""The same per element of the shard: read for the norm; read and written to clip, at stage 3 (else the update clips)."""
 ADAM_BYTES = 20
 """Weight, gradient read; weight, moments read and written; without the moments' own format."""
 
@@ -78,18 +79,19 @@ def update_time(config: Config, layout: Layout, rates: Rates, held: Held) -> Upd
         (held.dense, layout.dp, inside_node),
         (held.experts, layout.edp, max(1, inside_node // layout.ep)),
     ]
-    reduce = gather = 0.0
-    shard = 0.0
+    reduce = gather = shard = copied = 0.0
     for weights, group, per_node in groups:
         shard += weights / group
+        if config.parallel.zero < 3 and (group > 1 or config.precision.name == "fp32"):
+            copied += weights
         if group == 1 or not weights:
             continue
         moved = weights * (group - 1) / group
         if config.parallel.zero < 3:
             reduce += _collective("reduce", rates, 2 * moved * 4, group, per_node)
             gather += _collective("gather", rates, moved * element, group, per_node)
-    whole = held.dense + held.experts if config.parallel.zero < 3 else 0.0
-    passes = [Work("memory", bytes=whole * DEVICE_PASSES), Work("memory", bytes=shard * SHARD_PASSES)]
+    shard_bytes = NORM_BYTES + (CLIP_BYTES if config.parallel.zero == 3 else 0)
+    passes = [Work("memory", bytes=copied * DEVICE_PASSES), Work("memory", bytes=shard * shard_bytes)]
     update = Work("optimizer", bytes=shard * (ADAM_BYTES + 4 * moment + element))
     factor = rates.factor("update")
     own = factor * rates.of(passes[0]), factor * (rates.of(passes[1]) + rates.of(update))
