@@ -13,7 +13,7 @@ namespace {
 
 using namespace tiles;
 
-constexpr i64 QUERIES = 64;  // of a block
+constexpr i64 QUERIES = 96;  // of a block
 
 // Of one head: element (position, channel) at data[position * stride + channel].
 struct Matrix {
