@@ -85,7 +85,7 @@ void swiglu_row_backward(const u16* grad, const u16* h, const float* gate_value,
 
 // ---- heads
 
-constexpr i64 POSITIONS = 8;  // of a job: a head's rows of them lie side by side
+constexpr i64 POSITIONS = 32;  // of a job
 
 // A tensor (B, H, T, width) in memory, channels side by side.
 struct Heads {
@@ -115,9 +115,11 @@ struct Split {
   const float* table;            // (T, rope / 2) complex
   i64 batch, heads, length, nope, rope, value;
 
+  // Both ways memory is read in its order, which matters more than the order of writing.
+
   void forward(i64 b, i64 first, i64 last) const {
-    for (i64 h = 0; h < heads; ++h)
-      for (i64 t = first; t < last; ++t) {
+    for (i64 t = first; t < last; ++t)
+      for (i64 h = 0; h < heads; ++h) {
         const u16 *from = q.at(b, h, t), *latent = kv.at(b, h, t);
         u16 *query = queries.at(b, h, t), *key = keys.at(b, h, t);
         copy(from, query, nope);
