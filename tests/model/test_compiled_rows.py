@@ -99,8 +99,8 @@ def both_ways(function: Callable, inputs: list[Tensor], grads: list[Tensor]) -> 
     """Outputs and gradients; those of bf16 weights in fp32, as they are kept."""
     inputs = [t.detach().requires_grad_() for t in inputs]
     for t in inputs:
-        if t.dim() == 1:
-            t.grad_dtype = torch.float32 if t.dtype == torch.bfloat16 else None
+        if t.dim() == 1 and t.dtype == torch.bfloat16:
+            t.grad_dtype = torch.float32
     out = function(*inputs)
     out = out if isinstance(out, tuple) else (out,)
     return [*(t.detach() for t in out), *torch.autograd.grad(out, inputs, grads)]

@@ -105,7 +105,7 @@ inline __m512 widen(const u16* x) {
   return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)x)), 16));
 }
 
-// To the nearest, ties to even.
+// To the nearest, ties to even; a subnormal becomes zero.
 inline __m256i narrow(__m512 x) { return (__m256i)_mm512_cvtneps_pbh(x); }
 
 // n values of a row of fp32 as bf16.
