@@ -55,7 +55,7 @@ def _call(name: str, spans: Spans | None, scale: float, **tensors: Tensor) -> No
     longest = max((end - start for _, start, end in spans), default=0)
     problem = _Problem(heads=H, qk=Q, width=v.shape[-1], longest=longest, scale=scale)
     for field, tensor in tensors.items():
-        setattr(problem, field, _Heads(tensor.data_ptr(), *tensor.stride()[:3]))
+        setattr(problem, field, Heads(tensor.data_ptr(), *tensor.stride()[:3]))
     table = (c_int64 * (3 * len(spans)))(*(number for span in spans for number in span))
     getattr(_library(), name)(ctypes.byref(problem), table, len(spans), torch.get_num_threads())
 
@@ -69,8 +69,8 @@ def _library() -> ctypes.CDLL:
     return attention
 
 
-class _Heads(ctypes.Structure):
-    """`Heads` of attention.cpp."""
+class Heads(ctypes.Structure):
+    """A tensor of heads in memory as C++ sees it."""
 
     _fields_ = [("data", c_void_p), ("batch", c_int64), ("head", c_int64), ("position", c_int64)]
 
@@ -79,7 +79,7 @@ class _Problem(ctypes.Structure):
     """`Problem` of attention.cpp."""
 
     _fields_ = [
-        *((name, _Heads) for name in ("q", "k", "v", "out", "dout", "dq", "dk", "dv")),
+        *((name, Heads) for name in ("q", "k", "v", "out", "dout", "dq", "dk", "dv")),
         *((name, c_int64) for name in ("heads", "qk", "width", "longest")),
         ("scale", c_float),
     ]

@@ -1,5 +1,7 @@
 """Parts that every block shares: linear layers, RMSNorm, SwiGLU, embedding.
 
+Norm and SwiGLU in bf16 on a CPU are there as compiled code too (train/model/compiled_rows.py), to which these are the reference.
+
 Shapes: N rows (any leading axes flattened), D width, F inner width, E experts, R rows routed to experts, V vocabulary.
 """
 
@@ -13,6 +15,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from train.model import compiled_rows
+from train.model.compiled_rows import fits
 from train.model.needed import gradients_needed
 from train.model.recompute import Recomputed
 
@@ -106,6 +110,8 @@ def rms_norm(x: Tensor, weight_D: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """Normalised x, and 1 / rms(x) as fp32 (..., 1)."""
     if x.is_cuda:
         return torch.ops.aten._fused_rms_norm(x, weight_D.shape, weight_D, eps)
+    if fits(x, weight_D):
+        return compiled_rows.rms_norm(x, weight_D, eps)
     x32 = x.float()
     rstd = torch.linalg.vector_norm(x32, dim=-1, keepdim=True).square_().mul_(1 / x.size(-1)).add_(eps).rsqrt_()
     return (x32 * rstd).mul_(weight_D).to(x.dtype), rstd
@@ -130,6 +136,8 @@ class _RMSNorm(torch.autograd.Function):
                 grad.contiguous(), x, weight_D.shape, rstd, weight_D, [x_needed, weight_needed]
             )
             return dx if x_needed else None, dweight if weight_needed else None, None
+        if fits(x, weight_D):
+            return *compiled_rows.rms_norm_backward(grad, x, weight_D, rstd, x_needed, weight_needed), None
         x_ND, grad_ND = x.flatten(0, -2).float(), grad.flatten(0, -2).float()
         rstd_N1, weight_D = rstd.view(-1, 1), weight_D.float()
         product_ND = x_ND * grad_ND
@@ -160,6 +168,8 @@ def _pieces(h_N2F: Tensor, *rows: Tensor | None) -> Iterator[tuple]:
 
 def swiglu_forward(h_N2F: Tensor, gates_N: Tensor | None) -> Tensor:
     """`swiglu` without gradient."""
+    if fits(h_N2F):
+        return compiled_rows.swiglu(h_N2F, gates_N)
     out_NF = h_N2F.new_empty(h_N2F.size(0), h_N2F.size(1) // 2)
     for h, gates, out in _pieces(h_N2F, gates_N, out_NF):
         gate, up = h.float().chunk(2, -1)
@@ -193,6 +203,8 @@ class _SwiGLU(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad_NF: Tensor):
         h_N2F, gates_N = ctx.saved_tensors
+        if fits(h_N2F):
+            return compiled_rows.swiglu_backward(grad_NF, h_N2F, gates_N)
         dh_N2F = torch.empty_like(h_N2F)
         dgates_N = None if gates_N is None else torch.empty_like(gates_N)
         for h, grad, gates, dh, dgates in _pieces(h_N2F, grad_NF, gates_N, dh_N2F, dgates_N):

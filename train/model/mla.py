@@ -19,6 +19,7 @@ from torch.autograd.function import once_differentiable
 
 from conf.schema import Model, Recompute
 from train.model.attention import attention
+from train.model.compiled_rows import CompiledHeads, fits
 from train.model.layers import Linear, Precision, RMSNorm
 from train.model.recompute import Recomputed
 from train.model.rope import Rope, rotate
@@ -72,11 +73,20 @@ class MLA(nn.Module):
             kv = self.kv_up(kv_latent)
         table = self._rope.table(q_latent.size(1), q_latent.device)
         q, kv = (t.unflatten(-1, (config.heads, -1)) for t in (q_latent, kv))
-        return _Heads.apply(q, kv, k_rope_BTR, table, config.nope_head_dim)
+        return to_heads(q, kv, k_rope_BTR, table, config.nope_head_dim)
 
 
-class _Heads(torch.autograd.Function):
-    """Turn the rope parts, give every head the one rope key, put heads first."""
+def to_heads(q_BTHQ: Tensor, kv_BTHX: Tensor, k_rope_BTR: Tensor, table: Tensor, nope: int) -> tuple[Tensor, ...]:
+    """Turn the rope parts, give every head the one rope key, put heads first: queries, keys, values.
+
+    kv_BTHX: per head [nope key | value]. table: see `Rope.table`.
+    """
+    kernel = CompiledHeads if fits(q_BTHQ, kv_BTHX, k_rope_BTR) else PlainHeads
+    return kernel.apply(q_BTHQ, kv_BTHX, k_rope_BTR, table, nope)
+
+
+class PlainHeads(torch.autograd.Function):
+    """In torch's operations."""
 
     @staticmethod
     def forward(ctx, q_BTHQ, kv_BTHX, k_rope_BTR, table, nope: int):

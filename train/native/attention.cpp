@@ -32,21 +32,6 @@ struct Span {
   i64 sequence, start, end;
 };
 
-// exp for x <= 0: 2^n times a polynomial for the rest, 2 units in the last place.
-inline __m512 exp(__m512 x) {
-  x = _mm512_max_ps(x, _mm512_set1_ps(-104));
-  const __m512 n = _mm512_roundscale_ps(_mm512_mul_ps(x, _mm512_set1_ps(1.44269504f)), 0);
-  __m512 r = _mm512_fnmadd_ps(n, _mm512_set1_ps(0.693359375f), x);
-  r = _mm512_fnmadd_ps(n, _mm512_set1_ps(-2.12194440e-4f), r);
-  __m512 p = _mm512_set1_ps(1.9875691500e-4f);
-  for (const float c : {1.3981999507e-3f, 8.3334519073e-3f, 4.1665795894e-2f, 1.6666665459e-1f, 5.0000001201e-1f})
-    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(c));
-  p = _mm512_fmadd_ps(p, _mm512_mul_ps(r, r), _mm512_add_ps(r, _mm512_set1_ps(1)));
-  return _mm512_scalef_ps(p, n);
-}
-
-inline __mmask16 first_of(i64 n) { return __mmask16(n >= 16 ? 0xFFFF : (1u << std::max<i64>(n, 0)) - 1); }
-
 // Scores of one row become probabilities in bf16, zero behind its `keys` keys up to `end`.
 void softmax(float* s, u16* p, i64 keys, i64 end, float scale) {
   __m512 most = _mm512_set1_ps(-INFINITY), sum = _mm512_setzero_ps();

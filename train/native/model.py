@@ -11,7 +11,7 @@ from pathlib import Path
 from conf.errors import UserError
 from train.native.build import Source, cpu_features, load
 
-NAMES = ("adamw", "attention")
+NAMES = ("adamw", "attention", "rows")
 """The C++ files, each a library."""
 _chosen = True
 

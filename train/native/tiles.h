@@ -105,7 +105,7 @@ inline __m512 widen(const u16* x) {
   return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)x)), 16));
 }
 
-// To the nearest, ties to even.
+// To the nearest, ties to even; a subnormal becomes zero.
 inline __m256i narrow(__m512 x) { return (__m256i)_mm512_cvtneps_pbh(x); }
 
 // n values of a row of fp32 as bf16.
@@ -116,6 +116,50 @@ inline void narrow(const float* from, u16* to, i64 n) {
     const __mmask16 some = __mmask16((1u << (n - j)) - 1);
     _mm256_mask_storeu_epi16(to + j, some, narrow(_mm512_maskz_loadu_ps(some, from + j)));
   }
+}
+
+// ---- rows, 16 values at a time
+
+inline __mmask16 first_of(i64 n) { return __mmask16(n >= 16 ? 0xFFFF : (1u << std::max<i64>(n, 0)) - 1); }
+
+// All 16 values, or the first few, the rest being zero.
+struct All {};
+struct Some {
+  __mmask16 mask;
+};
+
+inline __m512 load(const u16* x, All) { return widen(x); }
+inline __m512 load(const float* x, All) { return _mm512_loadu_ps(x); }
+inline void store(u16* to, __m512 x, All) { _mm256_storeu_si256((__m256i*)to, narrow(x)); }
+inline void store(float* to, __m512 x, All) { _mm512_storeu_ps(to, x); }
+
+inline __m512 load(const u16* x, Some some) {
+  const __m512i words = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(some.mask, x));
+  return _mm512_castsi512_ps(_mm512_slli_epi32(words, 16));
+}
+inline __m512 load(const float* x, Some some) { return _mm512_maskz_loadu_ps(some.mask, x); }
+inline void store(u16* to, __m512 x, Some some) { _mm256_mask_storeu_epi16(to, some.mask, narrow(x)); }
+inline void store(float* to, __m512 x, Some some) { _mm512_mask_storeu_ps(to, some.mask, x); }
+
+// body(first, which) over n values.
+template <class Body>
+inline void along(i64 n, const Body& body) {
+  i64 j = 0;
+  for (; j + 16 <= n; j += 16) body(j, All{});
+  if (j < n) body(j, Some{first_of(n - j)});
+}
+
+// exp for x <= 0: 2^n times a polynomial for the rest, 2 units in the last place.
+inline __m512 exp(__m512 x) {
+  x = _mm512_max_ps(x, _mm512_set1_ps(-104));
+  const __m512 n = _mm512_roundscale_ps(_mm512_mul_ps(x, _mm512_set1_ps(1.44269504f)), 0);
+  __m512 r = _mm512_fnmadd_ps(n, _mm512_set1_ps(0.693359375f), x);
+  r = _mm512_fnmadd_ps(n, _mm512_set1_ps(-2.12194440e-4f), r);
+  __m512 p = _mm512_set1_ps(1.9875691500e-4f);
+  for (const float c : {1.3981999507e-3f, 8.3334519073e-3f, 4.1665795894e-2f, 1.6666665459e-1f, 5.0000001201e-1f})
+    p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(c));
+  p = _mm512_fmadd_ps(p, _mm512_mul_ps(r, r), _mm512_add_ps(r, _mm512_set1_ps(1)));
+  return _mm512_scalef_ps(p, n);
 }
 
 }  // namespace tiles

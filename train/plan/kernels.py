@@ -19,7 +19,7 @@ from parallel.expert.wire import Fp8Wire
 from train.model.attention import attention
 from train.model.layers import Embedding, RMSNorm, swiglu
 from train.model.loss import cross_entropy
-from train.model.mla import _Heads
+from train.model.mla import to_heads
 from train.model.moe import LocalDispatcher
 from train.model.rope import Rope
 from train.model.router import Router, _Route
@@ -204,9 +204,9 @@ class Kernels:
         shared = self._tensor(batch, length, model.rope_head_dim).requires_grad_()
         yield Case(
             _of_kind("heads_forward", counted.forward),
-            lambda: _Heads.apply(queries, latent, shared, table, model.nope_head_dim),
+            lambda: to_heads(queries, latent, shared, table, model.nope_head_dim),
         )
-        made = _Heads.apply(queries, latent, shared, table, model.nope_head_dim)
+        made = to_heads(queries, latent, shared, table, model.nope_head_dim)
         grads, leaves = [torch.ones_like(one) for one in made], (queries, latent, shared)
         yield Case(
             _of_kind("heads_backward", counted.inputs),

@@ -1,0 +1,222 @@
+// What the model does to rows of bf16 between its products, for CPUs with AVX512-BF16: RMSNorm and SwiGLU of
+// train/model/layers.py, and the split into heads of train/model/mla.py. Called by ctypes.
+//
+// One pass over memory each way. Values are widened to fp32 where they are read and rounded once where they are written.
+// No result depends on the number of threads.
+
+#include <cmath>
+#include <vector>
+
+#include "tiles.h"
+
+namespace {
+
+using namespace tiles;
+
+// ---- RMSNorm
+
+constexpr i64 PARTS = 64, PART = 64;  // parts of the rows whose shares of a sum are added in order, at most; rows of one, at least
+
+void norm_row(const u16* x, const u16* weight, u16* y, float* rstd, i64 width, float eps) {
+  __m512 sum = _mm512_setzero_ps();
+  along(width, [&](i64 j, auto which) {
+    const __m512 v = load(x + j, which);
+    sum = _mm512_fmadd_ps(v, v, sum);
+  });
+  *rstd = 1 / std::sqrt(_mm512_reduce_add_ps(sum) / float(width) + eps);
+  const __m512 factor = _mm512_set1_ps(*rstd);
+  along(width, [&](i64 j, auto which) {
+    store(y + j, _mm512_mul_ps(_mm512_mul_ps(load(x + j, which), factor), load(weight + j, which)), which);
+  });
+}
+
+// With u = grad * weight: dx = rstd * (u - x * rstd^2 * mean(u * x)), and grad * x * rstd is added to dweight. Either may be null.
+void norm_row_backward(const u16* grad, const u16* x, const u16* weight, float rstd, u16* dx, float* dweight, i64 width) {
+  const __m512 factor = _mm512_set1_ps(rstd);
+  __m512 sum = _mm512_setzero_ps();
+  along(width, [&](i64 j, auto which) {
+    const __m512 product = _mm512_mul_ps(load(x + j, which), load(grad + j, which));
+    sum = _mm512_fmadd_ps(product, load(weight + j, which), sum);
+    if (dweight) store(dweight + j, _mm512_fmadd_ps(product, factor, load(dweight + j, which)), which);
+  });
+  if (!dx) return;
+  const __m512 slope = _mm512_set1_ps(_mm512_reduce_add_ps(sum) * (rstd * rstd * rstd) / float(width));
+  along(width, [&](i64 j, auto which) {
+    const __m512 u = _mm512_mul_ps(load(grad + j, which), load(weight + j, which));
+    store(dx + j, _mm512_fnmadd_ps(load(x + j, which), slope, _mm512_mul_ps(u, factor)), which);
+  });
+}
+
+// ---- SwiGLU
+
+struct Silu {
+  __m512 sigmoid, value;
+};
+
+inline Silu silu(__m512 x) {
+  const __m512 one = _mm512_set1_ps(1), e = exp(_mm512_or_ps(x, _mm512_set1_ps(-0.f)));  // of -|x|
+  const __mmask16 negative = _mm512_movepi32_mask(_mm512_castps_si512(x));
+  const __m512 sigmoid = _mm512_div_ps(_mm512_mask_mov_ps(one, negative, e), _mm512_add_ps(one, e));
+  return {sigmoid, _mm512_mul_ps(x, sigmoid)};
+}
+
+void swiglu_row(const u16* h, const float* gate_value, u16* out, i64 inner) {
+  const __m512 factor = _mm512_set1_ps(gate_value ? *gate_value : 1);
+  along(inner, [&](i64 j, auto which) {
+    const __m512 product = _mm512_mul_ps(silu(load(h + j, which)).value, load(h + inner + j, which));
+    store(out + j, _mm512_mul_ps(product, factor), which);
+  });
+}
+
+void swiglu_row_backward(const u16* grad, const u16* h, const float* gate_value, u16* dh, float* dgate_value, i64 inner) {
+  const __m512 factor = _mm512_set1_ps(gate_value ? *gate_value : 1), one = _mm512_set1_ps(1);
+  __m512 sum = _mm512_setzero_ps();
+  along(inner, [&](i64 j, auto which) {
+    const __m512 gate = load(h + j, which), up = load(h + inner + j, which), d = load(grad + j, which);
+    const Silu s = silu(gate);
+    const __m512 dup = _mm512_mul_ps(s.value, d), dsilu = _mm512_mul_ps(_mm512_mul_ps(d, up), factor);
+    sum = _mm512_fmadd_ps(dup, up, sum);
+    const __m512 slope = _mm512_fmadd_ps(gate, _mm512_sub_ps(one, s.sigmoid), one);
+    store(dh + j, _mm512_mul_ps(_mm512_mul_ps(dsilu, s.sigmoid), slope), which);
+    store(dh + inner + j, _mm512_mul_ps(dup, factor), which);
+  });
+  if (dgate_value) *dgate_value = _mm512_reduce_add_ps(sum);
+}
+
+// ---- heads
+
+constexpr i64 POSITIONS = 32;  // of a job
+
+// A tensor (B, H, T, width) in memory, channels side by side.
+struct Heads {
+  u16* data;
+  i64 batch, head, position;  // strides
+  u16* at(i64 b, i64 h, i64 t) const { return data + b * batch + h * head + t * position; }
+};
+
+// 8 pairs turned by 8 complex numbers, or back: every product rounded before their sum, as torch's complex ones are.
+template <bool BACK>
+inline __m512 turn(__m512 x, __m512 by) {
+  const __m512 straight = _mm512_mul_ps(x, _mm512_moveldup_ps(by)), one = _mm512_set1_ps(1);
+  const __m512 across = _mm512_mul_ps(_mm512_permute_ps(x, 0xB1), _mm512_movehdup_ps(by));
+  return BACK ? _mm512_fmsubadd_ps(straight, one, across) : _mm512_fmaddsub_ps(straight, one, across);
+}
+
+template <bool BACK, class From>
+void turn(const From* x, const float* by, u16* to, i64 width) {
+  along(width, [&](i64 j, auto which) { store(to + j, turn<BACK>(load(x + j, which), load(by + j, which)), which); });
+}
+
+inline void copy(const u16* from, u16* to, i64 n) { std::memcpy(to, from, n * sizeof(u16)); }
+
+struct Split {
+  Heads q, kv, shared;           // (B, T, H, nope + rope), (B, T, H, nope + value), (B, T, 1, rope); or their gradients
+  Heads queries, keys, values;   // heads first; or their gradients
+  const float* table;            // (T, rope / 2) complex
+  i64 batch, heads, length, nope, rope, value;
+
+  // Both ways memory is read in its order, which matters more than the order of writing.
+
+  void forward(i64 b, i64 first, i64 last) const {
+    for (i64 t = first; t < last; ++t)
+      for (i64 h = 0; h < heads; ++h) {
+        const u16 *from = q.at(b, h, t), *latent = kv.at(b, h, t);
+        u16 *query = queries.at(b, h, t), *key = keys.at(b, h, t);
+        copy(from, query, nope);
+        turn<false>(from + nope, table + t * rope, query + nope, rope);
+        copy(latent, key, nope);
+        if (h == 0) turn<false>(shared.at(b, 0, t), table + t * rope, key + nope, rope);
+        else copy(keys.at(b, 0, t) + nope, key + nope, rope);
+        copy(latent + nope, values.at(b, h, t), value);
+      }
+  }
+
+  // sums: room for POSITIONS x rope.
+  void backward(i64 b, i64 first, i64 last, float* sums) const {
+    std::fill_n(sums, (last - first) * rope, 0.f);
+    for (i64 h = 0; h < heads; ++h)
+      for (i64 t = first; t < last; ++t) {
+        const u16 *query = queries.at(b, h, t), *key = keys.at(b, h, t);
+        u16 *to = q.at(b, h, t), *latent = kv.at(b, h, t);
+        copy(query, to, nope);
+        turn<true>(query + nope, table + t * rope, to + nope, rope);
+        copy(key, latent, nope);
+        copy(values.at(b, h, t), latent + nope, value);
+        float* sum = sums + (t - first) * rope;
+        along(rope, [&](i64 j, auto which) {
+          store(sum + j, _mm512_add_ps(load(sum + j, which), load(key + nope + j, which)), which);
+        });
+      }
+    for (i64 t = first; t < last; ++t)
+      turn<true>(sums + (t - first) * rope, table + t * rope, shared.at(b, 0, t), rope);
+  }
+
+  template <class Job>
+  void each(i64 threads, const Job& job) const {
+    const i64 jobs = (length + POSITIONS - 1) / POSITIONS;
+#pragma omp parallel num_threads(threads) if (threads > 1)
+    {
+      std::vector<float> sums(POSITIONS * rope);
+#pragma omp for
+      for (i64 work = 0; work < batch * jobs; ++work) {
+        const i64 first = work % jobs * POSITIONS;
+        job(work / jobs, first, std::min(first + POSITIONS, length), sums.data());
+      }
+    }
+  }
+};
+
+}  // namespace
+
+extern "C" {
+
+void rms_norm_forward(const u16* x, i64 x_row, const u16* weight, u16* y, float* rstd, i64 rows, i64 width, float eps,
+                      i64 threads) {
+#pragma omp parallel for num_threads(threads) if (threads > 1)
+  for (i64 n = 0; n < rows; ++n) norm_row(x + n * x_row, weight, y + n * width, rstd + n, width, eps);
+}
+
+// dx or dweight may be null.
+void rms_norm_backward(const u16* grad, i64 grad_row, const u16* x, i64 x_row, const u16* weight, const float* rstd, u16* dx,
+                       float* dweight, i64 rows, i64 width, i64 threads) {
+  const i64 part = std::max(PART, (rows + PARTS - 1) / PARTS), parts = (rows + part - 1) / part;
+  std::vector<float> sums(dweight ? parts * width : 0);
+#pragma omp parallel num_threads(threads) if (threads > 1)
+  {
+#pragma omp for
+    for (i64 p = 0; p < parts; ++p)
+      for (i64 n = p * part; n < std::min(rows, (p + 1) * part); ++n)
+        norm_row_backward(grad + n * grad_row, x + n * x_row, weight, rstd[n], dx ? dx + n * width : nullptr,
+                           dweight ? sums.data() + p * width : nullptr, width);
+#pragma omp for
+    for (i64 j = 0; j < (dweight ? width : 0); ++j) {
+      dweight[j] = 0;
+      for (i64 p = 0; p < parts; ++p) dweight[j] += sums[p * width + j];
+    }
+  }
+}
+
+// gates may be null.
+void swiglu_forward(const u16* h, i64 h_row, const float* gates, u16* out, i64 rows, i64 inner, i64 threads) {
+#pragma omp parallel for num_threads(threads) if (threads > 1)
+  for (i64 n = 0; n < rows; ++n) swiglu_row(h + n * h_row, gates ? gates + n : nullptr, out + n * inner, inner);
+}
+
+// gates and dgates may be null, together.
+void swiglu_backward(const u16* grad, i64 grad_row, const u16* h, i64 h_row, const float* gates, u16* dh, float* dgates,
+                     i64 rows, i64 inner, i64 threads) {
+#pragma omp parallel for num_threads(threads) if (threads > 1)
+  for (i64 n = 0; n < rows; ++n)
+    swiglu_row_backward(grad + n * grad_row, h + n * h_row, gates ? gates + n : nullptr, dh + n * 2 * inner,
+                        dgates ? dgates + n : nullptr, inner);
+}
+
+void heads_forward(const Split* split, i64 threads) {
+  split->each(threads, [=](i64 b, i64 first, i64 last, float*) { split->forward(b, first, last); });
+}
+
+void heads_backward(const Split* split, i64 threads) {
+  split->each(threads, [=](i64 b, i64 first, i64 last, float* sums) { split->backward(b, first, last, sums); });
+}
+
+}
