@@ -1,0 +1,166 @@
+// Products of bf16 values with fp32 scales, on CPUs with AVX512-BF16. Called by ctypes.
+//
+// Every 128 of the contraction are summed in registers, then multiplied with the scales of their row and of their column
+// and added to an fp32 sum, as kernels on Hopper do (paper 3.3.2). A job is a block of one product's output. Its thread
+// packs DEPTH of the contraction of both operands into panels that stay in the second-level cache, goes through the block
+// tile by tile, and takes the next DEPTH. The order of an element's sum depends on neither the block nor the threads.
+
+#include <vector>
+
+#include "../native/tiles.h"
+
+namespace {
+
+using namespace tiles;
+
+constexpr i64 TILE = 128;      // of the contraction: one pair of scales
+constexpr i64 DEPTH = 256;     // packed at once
+constexpr i64 HEIGHT = 256, WIDTH = 512;  // of a block, at most; multiples of a panel
+
+// Matrices (outer, contraction). A scale is that of outer >> shift and of a tile; none: all are one.
+struct Operand {
+  const u16* data;
+  i64 matrix, outer, inner;  // strides; outer or inner is one
+  const float* scale;
+  i64 scale_matrix, scale_outer, scale_tile, shift;  // strides, and log2 of what shares a scale along outer
+
+  // Panels of outer [first, first + count) over contraction [begin, end).
+  void pack(i64 of, i64 first, i64 count, i64 begin, i64 end, u32* panels) const {
+    const u16* from = data + of * matrix + first * outer + begin * inner;
+    if (inner == 1) pack_transposed(from, outer, count, end - begin, panels);
+    else tiles::pack(from, inner, end - begin, count, panels);
+  }
+
+  void scales(i64 of, i64 first, i64 count, i64 tile, float* to) const {
+    if (!scale) { std::fill_n(to, count, 1.f); return; }
+    const float* from = scale + of * scale_matrix + tile * scale_tile;
+    for (i64 j = 0; j < count; ++j) to[j] = from[(first + j >> shift) * scale_outer];
+  }
+};
+
+// One product: rows of the left operand [first, first + rows), all rows of one matrix on the right, contraction [begin, end).
+struct Part {
+  i64 first, rows, right, begin, end;
+  i64 out;  // offset of its first element
+};
+
+struct Block {
+  const Part* part;
+  i64 row, rows, column, columns;
+};
+
+// M rows of one panel: c (+)= left * right * (sums over the pairs).
+template <int M>
+void tile(const u32* a, const u32* b, i64 pairs, float* c, i64 ldc, const float* left, const float* right, bool add) {
+  __m512 sum[M][2];
+  for (int m = 0; m < M; ++m) sum[m][0] = sum[m][1] = _mm512_setzero_ps();
+  for (i64 k = 0; k < pairs; ++k, a += PANEL, b += PANEL) {
+    const __m512bh b0 = (__m512bh)_mm512_loadu_si512(b), b1 = (__m512bh)_mm512_loadu_si512(b + 16);
+    for (int m = 0; m < M; ++m) {
+      const __m512bh pair = (__m512bh)_mm512_set1_epi32(int(a[m]));
+      sum[m][0] = _mm512_dpbf16_ps(sum[m][0], pair, b0);
+      sum[m][1] = _mm512_dpbf16_ps(sum[m][1], pair, b1);
+    }
+  }
+  for (int n = 0; n < 2; ++n) {
+    const __m512 columns = _mm512_loadu_ps(right + 16 * n);
+    for (int m = 0; m < M; ++m) {
+      float* to = c + m * ldc + 16 * n;
+      const __m512 scale = _mm512_mul_ps(columns, _mm512_set1_ps(left[m])), product = _mm512_mul_ps(sum[m][n], scale);
+      _mm512_storeu_ps(to, add ? _mm512_add_ps(product, _mm512_loadu_ps(to)) : product);
+    }
+  }
+}
+
+void tile(i64 rows, const u32* a, const u32* b, i64 pairs, float* c, i64 ldc, const float* left, const float* right, bool add) {
+  switch (rows) {
+    case 8: return tile<8>(a, b, pairs, c, ldc, left, right, add);
+    case 7: return tile<7>(a, b, pairs, c, ldc, left, right, add);
+    case 6: return tile<6>(a, b, pairs, c, ldc, left, right, add);
+    case 5: return tile<5>(a, b, pairs, c, ldc, left, right, add);
+    case 4: return tile<4>(a, b, pairs, c, ldc, left, right, add);
+    case 3: return tile<3>(a, b, pairs, c, ldc, left, right, add);
+    case 2: return tile<2>(a, b, pairs, c, ldc, left, right, add);
+    case 1: return tile<1>(a, b, pairs, c, ldc, left, right, add);
+  }
+}
+
+// What one thread works in.
+struct Room {
+  std::vector<u32> left, right;
+  std::vector<float> left_scales, right_scales, sums;
+  Room(i64 height, i64 width)
+      : left(height * DEPTH / 2), right(width * DEPTH / 2), left_scales(height), right_scales(width), sums(height * width) {}
+};
+
+struct Problem {
+  Operand left, right;
+  void* out;
+  i64 columns, out_stride, fp32;  // else bf16
+
+  // Sums of a block over tiles that are packed, [begin, end) of the contraction.
+  void add(Room& room, const Block& block, i64 width, i64 begin, i64 end) const {
+    const Part& part = *block.part;
+    const i64 pairs = (end - begin + 1) / 2;
+    for (i64 k = begin; k < end; k += TILE) {
+      left.scales(0, part.first + block.row, block.rows, k / TILE, room.left_scales.data());
+      right.scales(part.right, block.column, block.columns, k / TILE, room.right_scales.data());
+      const i64 skip = (k - begin) / 2, count = (std::min(TILE, end - k) + 1) / 2;
+      for (i64 n = 0; n < block.columns; n += PANEL)
+        for (i64 m = 0; m < block.rows; m += ROWS) {
+          const u32* a = room.left.data() + m / PANEL * PANEL * pairs + skip * PANEL + m % PANEL;
+          const u32* b = room.right.data() + n * pairs + skip * PANEL;
+          tile(std::min(ROWS, block.rows - m), a, b, count, room.sums.data() + m * width + n, width,
+               room.left_scales.data() + m, room.right_scales.data() + n, k > part.begin);
+        }
+    }
+  }
+
+  void run(Room& room, const Block& block) const {
+    const Part& part = *block.part;
+    const i64 width = up(block.columns, PANEL);
+    for (i64 begin = part.begin; begin < part.end; begin += DEPTH) {
+      const i64 end = std::min(begin + DEPTH, part.end);
+      left.pack(0, part.first + block.row, block.rows, begin, end, room.left.data());
+      right.pack(part.right, block.column, block.columns, begin, end, room.right.data());
+      add(room, block, width, begin, end);
+    }
+    if (part.begin >= part.end) std::fill_n(room.sums.data(), block.rows * width, 0.f);
+    for (i64 m = 0; m < block.rows; ++m) {
+      const float* from = room.sums.data() + m * width;
+      const i64 to = part.out + (block.row + m) * out_stride + block.column;
+      if (fp32) std::memcpy((float*)out + to, from, block.columns * 4);
+      else narrow(from, (u16*)out + to, block.columns);
+    }
+  }
+
+  std::vector<Block> blocks(const Part* parts, i64 count, i64 height, i64 width) const {
+    std::vector<Block> all;
+    for (const Part* part = parts; part < parts + count; ++part)
+      for (i64 n = 0; n < columns; n += width)
+        for (i64 m = 0; m < part->rows; m += height)
+          all.push_back({part, m, std::min(height, part->rows - m), n, std::min(width, columns - n)});
+    return all;
+  }
+};
+
+}  // namespace
+
+extern "C" {
+
+void scaled_products(const Problem* problem, const Part* parts, i64 count, i64 threads) {
+  i64 height = HEIGHT, width = WIDTH;
+  std::vector<Block> blocks = problem->blocks(parts, count, height, width);
+  while (threads > 1 && i64(blocks.size()) < 4 * threads && width > 2 * PANEL) {  // for all threads to have some
+    width = std::max(width / 2, PANEL), height = std::max(height / 2, PANEL);
+    blocks = problem->blocks(parts, count, height, width);
+  }
+#pragma omp parallel num_threads(threads) if (threads > 1)
+  {
+    Room room(height, width);
+#pragma omp for schedule(dynamic)
+    for (i64 job = 0; job < i64(blocks.size()); ++job) problem->run(room, blocks[job]);
+  }
+}
+
+}
