@@ -5,6 +5,7 @@
 // packs DEPTH of the contraction of both operands into panels that stay in the second-level cache, goes through the block
 // tile by tile, and takes the next DEPTH. The order of an element's sum depends on neither the block nor the threads.
 
+#include <memory>
 #include <vector>
 
 #include "../native/tiles.h"
@@ -85,12 +86,18 @@ void tile(i64 rows, const u32* a, const u32* b, i64 pairs, float* c, i64 ldc, co
   }
 }
 
-// What one thread works in.
+// Sides of the blocks, multiples of a panel.
+struct Sides {
+  i64 height, width;
+};
+
+// What one thread works in. Nothing is read that was not written.
 struct Room {
-  std::vector<u32> left, right;
-  std::vector<float> left_scales, right_scales, sums;
-  Room(i64 height, i64 width)
-      : left(height * DEPTH / 2), right(width * DEPTH / 2), left_scales(height), right_scales(width), sums(height * width) {}
+  std::unique_ptr<u32[]> left, right;
+  std::unique_ptr<float[]> left_scales, right_scales, sums;
+  Room(Sides sides, i64 depth)
+      : left(new u32[sides.height * depth / 2]), right(new u32[sides.width * depth / 2]),
+        left_scales(new float[sides.height]), right_scales(new float[sides.width]), sums(new float[sides.height * sides.width]) {}
 };
 
 struct Problem {
@@ -103,15 +110,15 @@ struct Problem {
     const Part& part = *block.part;
     const i64 pairs = (end - begin + 1) / 2;
     for (i64 k = begin; k < end; k += TILE) {
-      left.scales(0, part.first + block.row, block.rows, k / TILE, room.left_scales.data());
-      right.scales(part.right, block.column, block.columns, k / TILE, room.right_scales.data());
+      left.scales(0, part.first + block.row, block.rows, k / TILE, room.left_scales.get());
+      right.scales(part.right, block.column, block.columns, k / TILE, room.right_scales.get());
       const i64 skip = (k - begin) / 2, count = (std::min(TILE, end - k) + 1) / 2;
       for (i64 n = 0; n < block.columns; n += PANEL)
         for (i64 m = 0; m < block.rows; m += ROWS) {
-          const u32* a = room.left.data() + m / PANEL * PANEL * pairs + skip * PANEL + m % PANEL;
-          const u32* b = room.right.data() + n * pairs + skip * PANEL;
-          tile(std::min(ROWS, block.rows - m), a, b, count, room.sums.data() + m * width + n, width,
-               room.left_scales.data() + m, room.right_scales.data() + n, k > part.begin);
+          const u32* a = room.left.get() + m / PANEL * PANEL * pairs + skip * PANEL + m % PANEL;
+          const u32* b = room.right.get() + n * pairs + skip * PANEL;
+          tile(std::min(ROWS, block.rows - m), a, b, count, room.sums.get() + m * width + n, width,
+               room.left_scales.get() + m, room.right_scales.get() + n, k > part.begin);
         }
     }
   }
@@ -121,43 +128,49 @@ struct Problem {
     const i64 width = up(block.columns, PANEL);
     for (i64 begin = part.begin; begin < part.end; begin += DEPTH) {
       const i64 end = std::min(begin + DEPTH, part.end);
-      left.pack(0, part.first + block.row, block.rows, begin, end, room.left.data());
-      right.pack(part.right, block.column, block.columns, begin, end, room.right.data());
+      left.pack(0, part.first + block.row, block.rows, begin, end, room.left.get());
+      right.pack(part.right, block.column, block.columns, begin, end, room.right.get());
       add(room, block, width, begin, end);
     }
-    if (part.begin >= part.end) std::fill_n(room.sums.data(), block.rows * width, 0.f);
+    if (part.begin >= part.end) std::fill_n(room.sums.get(), block.rows * width, 0.f);
     for (i64 m = 0; m < block.rows; ++m) {
-      const float* from = room.sums.data() + m * width;
+      const float* from = room.sums.get() + m * width;
       const i64 to = part.out + (block.row + m) * out_stride + block.column;
       if (fp32) std::memcpy((float*)out + to, from, block.columns * 4);
       else narrow(from, (u16*)out + to, block.columns);
     }
   }
 
-  std::vector<Block> blocks(const Part* parts, i64 count, i64 height, i64 width) const {
+  std::vector<Block> blocks(const Part* parts, i64 count, Sides sides) const {
     std::vector<Block> all;
     for (const Part* part = parts; part < parts + count; ++part)
-      for (i64 n = 0; n < columns; n += width)
-        for (i64 m = 0; m < part->rows; m += height)
-          all.push_back({part, m, std::min(height, part->rows - m), n, std::min(width, columns - n)});
+      for (i64 n = 0; n < columns; n += sides.width)
+        for (i64 m = 0; m < part->rows; m += sides.height)
+          all.push_back({part, m, std::min(sides.height, part->rows - m), n, std::min(sides.width, columns - n)});
     return all;
   }
 };
+
+// The side of the fewest equal pieces that are not larger than `most`.
+i64 even(i64 size, i64 most) { return up((size + up(size, most) / most - 1) / std::max<i64>(up(size, most) / most, 1), PANEL); }
 
 }  // namespace
 
 extern "C" {
 
 void scaled_products(const Problem* problem, const Part* parts, i64 count, i64 threads) {
-  i64 height = HEIGHT, width = WIDTH;
-  std::vector<Block> blocks = problem->blocks(parts, count, height, width);
-  while (threads > 1 && i64(blocks.size()) < 4 * threads && width > 2 * PANEL) {  // for all threads to have some
-    width = std::max(width / 2, PANEL), height = std::max(height / 2, PANEL);
-    blocks = problem->blocks(parts, count, height, width);
+  i64 rows = 0, depth = 0;
+  for (i64 i = 0; i < count; ++i) rows = std::max(rows, parts[i].rows), depth = std::max(depth, parts[i].end - parts[i].begin);
+  depth = std::min(up(depth, 2), DEPTH);
+  Sides sides{even(rows, HEIGHT), even(problem->columns, WIDTH)};
+  std::vector<Block> blocks = problem->blocks(parts, count, sides);
+  while (i64(blocks.size()) < 4 * threads && threads > 1 && sides.width > 2 * PANEL) {  // for all threads to have some
+    sides = {even(rows, std::max(sides.height / 2, PANEL)), even(problem->columns, up(sides.width / 2, PANEL))};
+    blocks = problem->blocks(parts, count, sides);
   }
 #pragma omp parallel num_threads(threads) if (threads > 1)
   {
-    Room room(height, width);
+    Room room(sides, depth);
 #pragma omp for schedule(dynamic)
     for (i64 job = 0; job < i64(blocks.size()); ++job) problem->run(room, blocks[job]);
   }
