@@ -63,13 +63,13 @@ void tile(const u32* a, const u32* b, i64 pairs, float* c, i64 ldc, const float*
       sum[m][1] = _mm512_dpbf16_ps(sum[m][1], pair, b1);
     }
   }
-  for (int n = 0; n < 2; ++n) {
-    const __m512 columns = _mm512_loadu_ps(right + 16 * n);
-    for (int m = 0; m < M; ++m) {
-      float* to = c + m * ldc + 16 * n;
-      const __m512 scale = _mm512_mul_ps(columns, _mm512_set1_ps(left[m])), product = _mm512_mul_ps(sum[m][n], scale);
-      _mm512_storeu_ps(to, add ? _mm512_add_ps(product, _mm512_loadu_ps(to)) : product);
-    }
+  const __m512 right0 = _mm512_loadu_ps(right), right1 = _mm512_loadu_ps(right + 16);
+#pragma GCC unroll 8
+  for (int m = 0; m < M; ++m, c += ldc) {
+    const __m512 factor = _mm512_set1_ps(left[m]);
+    const __m512 c0 = add ? _mm512_loadu_ps(c) : _mm512_setzero_ps(), c1 = add ? _mm512_loadu_ps(c + 16) : _mm512_setzero_ps();
+    _mm512_storeu_ps(c, _mm512_fmadd_ps(sum[m][0], _mm512_mul_ps(factor, right0), c0));
+    _mm512_storeu_ps(c + 16, _mm512_fmadd_ps(sum[m][1], _mm512_mul_ps(factor, right1), c1));
   }
 }
 

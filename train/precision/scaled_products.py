@@ -120,7 +120,7 @@ def _operand(x: Operand) -> _Operand:
     if isinstance(x, Tensor):
         return _Operand(*memory, None, 0, 0, 0, 0)
     matrix, outer, tile = _strides(x.scale)
-    one_tile, one_outer = x.scale.shape[-1] == 1, x.scale.shape[-2] == 1
+    one_tile, one_outer = x.scale.shape[-1] <= 1, x.scale.shape[-2] <= 1
     side, along = x.cast.block
     assert (one_tile or along == TILE) and (one_outer or side in (1, TILE))
     shift = TILE.bit_length() - 1 if side > 1 else 0
