@@ -14,8 +14,8 @@ namespace {
 
 using namespace tiles;
 
-constexpr i64 TILE = 128;      // of the contraction: one pair of scales
-constexpr i64 DEPTH = 256;     // packed at once
+constexpr i64 TILE = 128;                 // of the contraction: one pair of scales
+constexpr i64 DEPTH = 256;                // packed at once, a multiple of a tile
 constexpr i64 HEIGHT = 256, WIDTH = 512;  // of a block, at most; multiples of a panel
 
 // Matrices (outer, contraction). A scale is that of outer >> shift and of a tile; none: all are one.
@@ -35,22 +35,24 @@ struct Operand {
   void scales(i64 of, i64 first, i64 count, i64 tile, float* to) const {
     if (!scale) { std::fill_n(to, count, 1.f); return; }
     const float* from = scale + of * scale_matrix + tile * scale_tile;
-    for (i64 j = 0; j < count; ++j) to[j] = from[(first + j >> shift) * scale_outer];
+    for (i64 j = 0; j < count; ++j) to[j] = from[((first + j) >> shift) * scale_outer];
   }
 };
 
-// One product: rows of the left operand [first, first + rows), all rows of one matrix on the right, contraction [begin, end).
+// One product: rows [first, first + rows) of the left operand, all rows of one matrix on the right, contraction [begin, end),
+// where begin is the first of a tile.
 struct Part {
   i64 first, rows, right, begin, end;
-  i64 out;  // offset of its first element
+  i64 out;  // offset of the first element
 };
 
+// Some rows and columns of a part's output.
 struct Block {
   const Part* part;
   i64 row, rows, column, columns;
 };
 
-// M rows of one panel: c (+)= left * right * (sums over the pairs).
+// M rows of one panel: the sums over the pairs, times the scales of row and column, added to c or in its place.
 template <int M>
 void tile(const u32* a, const u32* b, i64 pairs, float* c, i64 ldc, const float* left, const float* right, bool add) {
   __m512 sum[M][2];
@@ -91,13 +93,13 @@ struct Sides {
   i64 height, width;
 };
 
-// What one thread works in. Nothing is read that was not written.
+// What one thread works in: 0.9 MB at most.
 struct Room {
   std::unique_ptr<u32[]> left, right;
   std::unique_ptr<float[]> left_scales, right_scales, sums;
   Room(Sides sides, i64 depth)
       : left(new u32[sides.height * depth / 2]), right(new u32[sides.width * depth / 2]),
-        left_scales(new float[sides.height]), right_scales(new float[sides.width]), sums(new float[sides.height * sides.width]) {}
+        left_scales(new float[sides.height]()), right_scales(new float[sides.width]()), sums(new float[sides.height * sides.width]) {}
 };
 
 struct Problem {
@@ -105,7 +107,7 @@ struct Problem {
   void* out;
   i64 columns, out_stride, fp32;  // else bf16
 
-  // Sums of a block over tiles that are packed, [begin, end) of the contraction.
+  // Over [begin, end) of the contraction, which is packed.
   void add(Room& room, const Block& block, i64 width, i64 begin, i64 end) const {
     const Part& part = *block.part;
     const i64 pairs = (end - begin + 1) / 2;
@@ -151,17 +153,23 @@ struct Problem {
   }
 };
 
-// The side of the fewest equal pieces that are not larger than `most`.
-i64 even(i64 size, i64 most) { return up((size + up(size, most) / most - 1) / std::max<i64>(up(size, most) / most, 1), PANEL); }
+// The side of the fewest equal pieces, none larger than `most`.
+i64 even(i64 size, i64 most) {
+  const i64 pieces = std::max<i64>(1, (size + most - 1) / most);
+  return up((size + pieces - 1) / pieces, PANEL);
+}
 
 }  // namespace
 
 extern "C" {
 
 void scaled_products(const Problem* problem, const Part* parts, i64 count, i64 threads) {
-  i64 rows = 0, depth = 0;
-  for (i64 i = 0; i < count; ++i) rows = std::max(rows, parts[i].rows), depth = std::max(depth, parts[i].end - parts[i].begin);
-  depth = std::min(up(depth, 2), DEPTH);
+  i64 rows = 0, longest = 0;
+  for (i64 i = 0; i < count; ++i) {
+    rows = std::max(rows, parts[i].rows);
+    longest = std::max(longest, parts[i].end - parts[i].begin);
+  }
+  const i64 depth = std::min(up(longest, 2), DEPTH);
   Sides sides{even(rows, HEIGHT), even(problem->columns, WIDTH)};
   std::vector<Block> blocks = problem->blocks(parts, count, sides);
   while (i64(blocks.size()) < 4 * threads && threads > 1 && sides.width > 2 * PANEL) {  // for all threads to have some
