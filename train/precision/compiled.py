@@ -15,7 +15,7 @@ from train.precision.quantize import Quantized, fitted
 SOURCE = Source(
     Path(__file__).with_name("casts.cpp"),
     "precision.fp8.compiled",
-    "precision.fp8.compiled=false: the same bits, but slower",
+    "precision.fp8.compiled=false: torch's operations, slower",
     ("-ffp-contract=off",),
 )
 """Without contraction, so that a product is rounded before it is added to, as in the reference."""

@@ -23,7 +23,7 @@ from train.precision.quantize import Quantized
 SOURCE = Source(
     Path(__file__).with_name("scaled_products.cpp"),
     "precision.fp8.compiled",
-    "precision.fp8.compiled=false: products in fp32, slower",
+    "precision.fp8.compiled=false: torch's operations, slower",
     ("-fno-strict-aliasing",),
     (Path(__file__).parents[1] / "native" / "tiles.h",),
 )
