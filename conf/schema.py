@@ -343,11 +343,12 @@ class Fp8:
     gradient_floor: float = 1e-12
     """The same for gradients, which lie far below activations."""
     emulate: str = "fp32"
-    """On CPU, the products of operands whose scales are not powers of two: fp32 is exact; bf16 rounds the operands (by
-    2^-9, beside 2^-4 of E4M3) and costs no more than a bf16 product."""
+    """On CPU, the products of operands whose scales are not powers of two: fp32 is exact, and costs an fp32 product where
+    they are not compiled; bf16 rounds the operands (by 2^-9, beside 2^-4 of E4M3) and costs no more than a bf16 product."""
     compiled: bool = True
-    """On CPU, cast with code that is compiled at the first use, which takes seconds and a C++ compiler; false: with torch's
-    own operations, the same bits more slowly."""
+    """On CPU, use code that is compiled at the first use, which takes seconds and a C++ compiler: for casts, and with
+    AVX512-BF16 for exact products; false: torch's own operations, slower. Casts are the same bits, products the same but
+    for the order of sums."""
     cache: Cache = field(default_factory=Cache)
     health: Health = field(default_factory=Health)
 

