@@ -7,13 +7,14 @@ Shape suffixes: as in train/precision/products.py.
 """
 
 import ctypes
-from collections.abc import Iterable
+from collections.abc import Sequence
 from ctypes import c_int64, c_void_p
 from functools import cache
 from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch.profiler import record_function
 
 from train.native.build import Source, cpu_features, load
 from train.precision.formats import TILE
@@ -42,7 +43,7 @@ def product(left_OC: Operand, right_NC: Operand, dtype: torch.dtype) -> Tensor:
     """left right^T: (O, N)."""
     (rows, contraction), columns = left_OC.shape, right_NC.shape[0]
     out_ON = _values(left_OC).new_empty(rows, columns, dtype=dtype)
-    _run(left_OC, right_NC, out_ON, [(0, rows, 0, 0, contraction, 0)])
+    _run("scaled_gemm", left_OC, right_NC, out_ON, [(0, rows, 0, 0, contraction, 0)])
     return out_ON
 
 
@@ -51,7 +52,8 @@ def grouped(left_PC: Operand, right_ENC: Operand, groups: Groups, dtype: torch.d
     _, columns, contraction = right_ENC.shape
     out_PN = _values(left_PC).new_zeros(groups.rows, columns, dtype=dtype)
     experts = enumerate(zip(groups.starts, groups.counts, strict=True))
-    _run(left_PC, right_ENC, out_PN, [(s, rows, e, 0, contraction, s * columns) for e, (s, rows) in experts])
+    parts = [(start, rows, e, 0, contraction, start * columns) for e, (start, rows) in experts]
+    _run("grouped_scaled_gemm", left_PC, right_ENC, out_PN, parts)
     return out_PN
 
 
@@ -60,7 +62,8 @@ def grouped_wgrad(left_OP: Operand, right_NP: Operand, groups: Groups, dtype: to
     rows, columns = left_OP.shape[0], right_NP.shape[0]
     out_EON = _values(left_OP).new_empty(len(groups.counts), rows, columns, dtype=dtype)
     experts = enumerate(zip(groups.starts, groups.counts, strict=True))
-    _run(left_OP, right_NP, out_EON, [(0, rows, 0, s, s + count, e * rows * columns) for e, (s, count) in experts])
+    parts = [(0, rows, 0, start, start + count, e * rows * columns) for e, (start, count) in experts]
+    _run("grouped_scaled_gemm", left_OP, right_NP, out_EON, parts)
     return out_EON
 
 
@@ -73,7 +76,8 @@ def load_products() -> ctypes.CDLL:
     return library
 
 
-def _run(left: Operand, right: Operand, out: Tensor, parts: Iterable[Part]) -> None:
+def _run(name: str, left: Operand, right: Operand, out: Tensor, parts: Sequence[Part]) -> None:
+    """name: for torch's profiler, which sees nothing of compiled code by itself."""
     left, right = _readable(left), _readable(right)
     if out.is_meta:
         return  # plans want to know what is allocated only
@@ -81,7 +85,8 @@ def _run(left: Operand, right: Operand, out: Tensor, parts: Iterable[Part]) -> N
     problem = _Problem(_operand(left), _operand(right), out.data_ptr(), columns, columns, out.dtype == torch.float32)
     numbers = [number for part in parts for number in part]
     table = (c_int64 * len(numbers))(*numbers)
-    load_products().scaled_products(ctypes.byref(problem), table, len(numbers) // 6, torch.get_num_threads())
+    with record_function(name):
+        load_products().scaled_products(ctypes.byref(problem), table, len(parts), torch.get_num_threads())
 
 
 def _values(x: Operand) -> Tensor:
