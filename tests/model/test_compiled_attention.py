@@ -1,5 +1,7 @@
 """The compiled attention core beside the formula in fp64 and beside torch's operations."""
 
+from multiprocessing import forkserver
+
 import pytest
 import torch
 from torch import Tensor
@@ -140,6 +142,7 @@ def test_a_run_says_why_it_goes_without(monkeypatch, tmp_path):
 @needs_it
 def test_a_run_without_a_compiler_trains_and_says_so(monkeypatch, tmp_path):
     """With no library of an earlier run at hand; then with compiled code, and told to do without."""
+    forkserver.ensure_running()  # not in the environment of this test, which it would hand on to all later ranks
     monkeypatch.setenv("SLUICE_CACHE", str(tmp_path / "kernels"))
     monkeypatch.setenv("CXX", "no-such-compiler")
     done = train(tmp_path, "precision=bf16", "steps=2", "name=without")
