@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 import train.native.model as native
 from conf.schema import Model
+from train.model import compiled_rows, moe
 from train.model.layers import FFN, RMSNorm, _RMSNorm, swiglu
 from train.model.mla import PlainHeads, to_heads
 from train.model.rope import Rope, rotate
@@ -229,3 +230,11 @@ def test_the_model_takes_it_where_it_can_and_may(monkeypatch):
     monkeypatch.setattr(native, "_chosen", False)
     _RMSNorm.apply(x, weight, EPS), swiglu(x)
     assert len(called) == 2
+
+
+@pytest.mark.parametrize(("tokens", "top_k", "experts"), [(0, 2, 4), (1, 1, 1), (37, 3, 8), (500, 8, 64)])
+def test_rows_come_in_the_order_of_a_stable_sort(tokens, top_k, experts):
+    ids_TK = torch.randint(experts, (tokens, top_k))
+    ids_TK[ids_TK == 1] = 0  # an expert without rows, where there are two
+    pairs = zip(compiled_rows.sort_by_expert(ids_TK, experts), moe.sort_by_expert(ids_TK, experts), strict=True)
+    assert all(torch.equal(ours, expected) for ours, expected in pairs)

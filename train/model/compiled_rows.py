@@ -1,4 +1,4 @@
-"""Norm, SwiGLU and the split into heads in bf16 on a CPU as compiled code: `train/native/rows.cpp`.
+"""Norm, SwiGLU and the split into heads in bf16 on a CPU, and the order of rows, as compiled code: `train/native/rows.cpp`.
 
 Shapes as in layers.py and mla.py. Tensors on the meta device take what real ones would, so that plans count it.
 """
@@ -56,6 +56,16 @@ def swiglu_backward(grad_NF: Tensor, h_N2F: Tensor, gates_N: Tensor | None) -> t
     rows = grad_NF, grad_NF.stride(0), h_N2F, h_N2F.stride(0)
     _call("swiglu_backward", *rows, gates32_N, dh_N2F, dgates_N, *grad_NF.shape)
     return dh_N2F, None if dgates_N is None else dgates_N.to(gates_N.dtype)
+
+
+def sort_by_expert(expert_ids_TK: Tensor, experts: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`train.model.moe.sort_by_expert`."""
+    ids_R = expert_ids_TK.flatten()
+    order_R, inverse_R, tokens_R = (torch.empty_like(ids_R) for _ in range(3))
+    counts_E = ids_R.new_empty(experts)
+    sizes = ids_R.numel(), expert_ids_TK.size(1), experts
+    _call("sort_by_expert", ids_R, *sizes, order_R, inverse_R, tokens_R, counts_E)
+    return order_R, inverse_R, tokens_R, counts_E
 
 
 class CompiledHeads(torch.autograd.Function):
@@ -133,6 +143,7 @@ def _library() -> ctypes.CDLL:
         "rms_norm_backward": [*row * 2, *[c_void_p] * 4, *size * 2],
         "swiglu_forward": [*row, *[c_void_p] * 2, *size * 2],
         "swiglu_backward": [*row * 2, *[c_void_p] * 3, *size * 2],
+        "sort_by_expert": [c_void_p, *size * 3, *[c_void_p] * 4],
         "heads_forward": [ctypes.POINTER(_Split)],
         "heads_backward": [ctypes.POINTER(_Split)],
     }.items():

@@ -211,6 +211,20 @@ void swiglu_backward(const u16* grad, i64 grad_row, const u16* h, i64 h_row, con
                         dgates ? dgates + n : nullptr, inner);
 }
 
+// Rows in the order of their experts, those of one expert in their own order. k: rows of a token.
+void sort_by_expert(const i64* expert, i64 rows, i64 k, i64 experts, i64* order, i64* inverse, i64* tokens, i64* counts, i64) {
+  std::fill_n(counts, experts, 0);
+  for (i64 n = 0; n < rows; ++n) ++counts[expert[n]];
+  std::vector<i64> next(experts);
+  for (i64 e = 1; e < experts; ++e) next[e] = next[e - 1] + counts[e - 1];
+  for (i64 n = 0; n < rows; ++n) {
+    const i64 to = next[expert[n]]++;
+    order[to] = n;
+    inverse[n] = to;
+    tokens[to] = n / k;
+  }
+}
+
 void heads_forward(const Split* split, i64 threads) {
   split->each(threads, [=](i64 b, i64 first, i64 last, float*) { split->forward(b, first, last); });
 }
