@@ -14,6 +14,7 @@ import subprocess
 import sys
 import tempfile
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 from conf.errors import UserError
@@ -49,6 +50,7 @@ def load(source: Source) -> ctypes.CDLL:
         raise UserError("SLUICE_CACHE", path.parent, rule, _move(source)) from error
 
 
+@cache
 def cpu_features() -> str:
     """What this CPU can do, as the system says it."""
     lines = Path("/proc/cpuinfo").read_text().splitlines() if sys.platform.startswith("linux") else []
@@ -61,9 +63,8 @@ def _built(source: Source) -> Path:
     compiler = _compiler(source)
     openmp = ["-fopenmp"] if sys.platform.startswith("linux") else []
     command = [*compiler, *FLAGS, *source.flags, *NATIVE.get(platform.machine(), []), *openmp]
-    version = subprocess.run([*compiler, "--version"], capture_output=True).stdout
     texts = [path.read_bytes() for path in (source.path, *source.headers)]
-    parts = [" ".join(command).encode(), version, cpu_features().encode(), *texts]  # machines that share a home differ
+    parts = [" ".join(command).encode(), _version(*compiler), cpu_features().encode(), *texts]  # machines that share a home differ
     key = hashlib.sha256(b"\0".join(parts)).hexdigest()
     folder = Path(os.environ.get("SLUICE_CACHE") or Path.home() / ".cache" / "sluice") / "kernels"
     path = folder / f"{source.path.stem}_{key[:16]}.so"
@@ -85,6 +86,11 @@ def _compiler(source: Source) -> list[str]:
             return command
     lack = f"CXX={asked[0]} is not on the PATH" if asked else "this machine has none"
     raise UserError(source.field, True, f"needs a C++ compiler, and {lack}", _cure(source))
+
+
+@cache
+def _version(*compiler: str) -> bytes:
+    return subprocess.run([*compiler, "--version"], capture_output=True).stdout
 
 
 def _build(source: Source, command: list[str], library: Path) -> Path:
