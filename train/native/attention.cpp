@@ -21,12 +21,7 @@ struct Matrix {
   i64 stride;
 };
 
-// A tensor (B, H, T, width) in memory, channels side by side.
-struct Heads {
-  u16* data;
-  i64 batch, head, position;  // strides
-  Matrix at(i64 b, i64 h, i64 t) const { return {data + b * batch + h * head + t * position, position}; }
-};
+inline Matrix matrix(const Heads& x, i64 b, i64 h, i64 t) { return {x.at(b, h, t), x.position}; }
 
 struct Span {
   i64 sequence, start, end;
@@ -144,20 +139,20 @@ struct Problem {
 
   void forward(Room& room, Span span, i64 head) const {
     const i64 length = span.end - span.start;
-    const Matrix key = k.at(span.sequence, head, span.start), value = v.at(span.sequence, head, span.start);
+    const Matrix key = matrix(k, span.sequence, head, span.start), value = matrix(v, span.sequence, head, span.start);
     pack_transposed(key.data, key.stride, length, qk, room.keys_by_channel.data());
     pack(value.data, value.stride, length, width, room.values.data());
     for (i64 first = 0; first < length; first += QUERIES) {
       const i64 rows = std::min(QUERIES, length - first), t = span.start + first;
-      probabilities(room, q.at(span.sequence, head, t), rows, first);
+      probabilities(room, matrix(q, span.sequence, head, t), rows, first);
       along_keys(room.p.data(), room.values.data(), (length + 1) / 2, width, room.out.data(), rows, first);
-      write(room.out.data(), out.at(span.sequence, head, t), rows, width);
+      write(room.out.data(), matrix(out, span.sequence, head, t), rows, width);
     }
   }
 
   void backward(Room& room, Span span, i64 head) const {
     const i64 length = span.end - span.start, b = span.sequence;
-    const Matrix key = k.at(b, head, span.start), value = v.at(b, head, span.start);
+    const Matrix key = matrix(k, b, head, span.start), value = matrix(v, b, head, span.start);
     pack_transposed(key.data, key.stride, length, qk, room.keys_by_channel.data());
     pack_transposed(value.data, value.stride, length, width, room.values_by_channel.data());
     pack(key.data, key.stride, length, qk, room.keys.data());
@@ -165,7 +160,7 @@ struct Problem {
     std::fill_n(room.dv.data(), length * up(width, PANEL), 0.f);
     for (i64 first = 0; first < length; first += QUERIES) {
       const i64 rows = std::min(QUERIES, length - first), keys = first + rows, t = span.start + first;
-      const Matrix query = q.at(b, head, t), gradient = dout.at(b, head, t);
+      const Matrix query = matrix(q, b, head, t), gradient = matrix(dout, b, head, t);
       probabilities(room, query, rows, first);
       turn(room.p, room.turned, rows, keys);
       pack(gradient.data, gradient.stride, rows, width, room.some.data());
@@ -178,13 +173,13 @@ struct Problem {
         softmax_backward(room.scores.data() + row, room.p.data() + row, room.ds.data() + row, up(keys, PANEL), scale);
       }
       along_keys(room.ds.data(), room.keys.data(), (length + 1) / 2, qk, room.out.data(), rows, first);
-      write(room.out.data(), dq.at(b, head, t), rows, qk);
+      write(room.out.data(), matrix(dq, b, head, t), rows, qk);
       turn(room.ds, room.turned, rows, keys);
       pack(query.data, query.stride, rows, qk, room.some.data());
       along_queries(room.turned, room.some.data(), qk, room.dk.data(), rows, first);
     }
-    write(room.dk.data(), dk.at(b, head, span.start), length, qk);
-    write(room.dv.data(), dv.at(b, head, span.start), length, width);
+    write(room.dk.data(), matrix(dk, b, head, span.start), length, qk);
+    write(room.dv.data(), matrix(dv, b, head, span.start), length, width);
   }
 
   static void write(const float* from, Matrix to, i64 rows, i64 channels) {

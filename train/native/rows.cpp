@@ -87,13 +87,6 @@ void swiglu_row_backward(const u16* grad, const u16* h, const float* gate_value,
 
 constexpr i64 POSITIONS = 32;  // of a job
 
-// A tensor (B, H, T, width) in memory, channels side by side.
-struct Heads {
-  u16* data;
-  i64 batch, head, position;  // strides
-  u16* at(i64 b, i64 h, i64 t) const { return data + b * batch + h * head + t * position; }
-};
-
 // 8 pairs turned by 8 complex numbers, or back: every product rounded before their sum, as torch's complex ones are.
 template <bool BACK>
 inline __m512 turn(__m512 x, __m512 by) {

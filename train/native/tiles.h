@@ -141,16 +141,6 @@ inline __m512 widen(const u16* x) {
 // To the nearest, ties to even; a subnormal becomes zero.
 inline __m256i narrow(__m512 x) { return (__m256i)_mm512_cvtneps_pbh(x); }
 
-// n values of a row of fp32 as bf16.
-inline void narrow(const float* from, u16* to, i64 n) {
-  i64 j = 0;
-  for (; j + 16 <= n; j += 16) _mm256_storeu_si256((__m256i*)(to + j), narrow(_mm512_loadu_ps(from + j)));
-  if (j < n) {
-    const __mmask16 some = __mmask16((1u << (n - j)) - 1);
-    _mm256_mask_storeu_epi16(to + j, some, narrow(_mm512_maskz_loadu_ps(some, from + j)));
-  }
-}
-
 // ---- rows, 16 values at a time
 
 inline __mmask16 first_of(i64 n) { return __mmask16(n >= 16 ? 0xFFFF : (1u << std::max<i64>(n, 0)) - 1); }
@@ -181,6 +171,18 @@ inline void along(i64 n, const Body& body) {
   for (; j + 16 <= n; j += 16) body(j, All{});
   if (j < n) body(j, Some{first_of(n - j)});
 }
+
+// n values of fp32 as bf16.
+inline void narrow(const float* from, u16* to, i64 n) {
+  along(n, [&](i64 j, auto which) { store(to + j, load(from + j, which), which); });
+}
+
+// A tensor (B, H, T, width) of bf16 in memory, channels side by side.
+struct Heads {
+  u16* data;
+  i64 batch, head, position;  // strides
+  u16* at(i64 b, i64 h, i64 t) const { return data + b * batch + h * head + t * position; }
+};
 
 // exp for x <= 0: 2^n times a polynomial for the rest, 2 units in the last place.
 inline __m512 exp(__m512 x) {
