@@ -64,7 +64,12 @@ def _built(source: Source) -> Path:
     openmp = ["-fopenmp"] if sys.platform.startswith("linux") else []
     command = [*compiler, *FLAGS, *source.flags, *NATIVE.get(platform.machine(), []), *openmp]
     texts = [path.read_bytes() for path in (source.path, *source.headers)]
-    parts = [" ".join(command).encode(), _version(*compiler), cpu_features().encode(), *texts]  # machines that share a home differ
+    parts = [
+        " ".join(command).encode(),
+        _version(*compiler),
+        cpu_features().encode(),
+        *texts,
+    ]  # machines that share a home differ
     key = hashlib.sha256(b"\0".join(parts)).hexdigest()
     folder = Path(os.environ.get("SLUICE_CACHE") or Path.home() / ".cache" / "sluice") / "kernels"
     path = folder / f"{source.path.stem}_{key[:16]}.so"
