@@ -18,7 +18,7 @@ from conf.load import compose
 from conf.schema import ROOT
 from tests.precision.test_quantize import BLOCKS, wide
 from train.native import build
-from train.precision import compiled
+from train.precision import compiled, scaled_products
 from train.precision.compiled import load_casts
 from train.precision.formats import E4M3, E5M2, E5M6, Cast, Format, unpack_e5m6
 from train.precision.fp8 import Fp8Precision
@@ -144,26 +144,30 @@ def test_threads_do_not_change_a_bit():
 
 @pytest.mark.parametrize("recipe", ["fp8", "fp8_ue8m0"])
 @pytest.mark.parametrize("more", [[], ["precision.fp8.cache.packed=false", "precision.fp8.emulate=bf16"]])
-def test_products_are_the_same_with_and_without(recipe, more):
-    """Linear, output projection and experts, forward and backward."""
+def test_products_are_the_same_with_and_without(recipe, more, monkeypatch):
+    """Linear, output projection and experts, forward and backward: with compiled casts every bit, with compiled products, too,
+    where these are, but for the order of their sums (see test_scaled_products.py)."""
     generator = torch.Generator().manual_seed(3)
     shapes = ((150, 200), (72, 200), (190, 128), (3, 64, 128), (3, 128, 32))
     inputs = [torch.randn(shape, generator=generator).bfloat16().requires_grad_() for shape in shapes]
     x, w, rows, w13, w2 = inputs
     gates, counts = torch.rand(190, generator=generator), torch.tensor([62, 0, 128])
     results = []
-    for compiled_casts in ("true", "false"):
+    with_products = scaled_products.supported()
+    for compiled_casts, compiled_products in (("true", False), ("false", False), ("true", with_products)):
+        monkeypatch.setattr(scaled_products, "supported", lambda answer=compiled_products: answer)
         section = compose(f"precision={recipe}", f"precision.fp8.compiled={compiled_casts}", *more).precision.fp8
         precision = Fp8Precision(section, torch.device("cpu"))
         outputs = [precision.linear(x, w), precision.linear(x, w, "output")]
         outputs.append(precision.expert_ffn(rows, gates, w13, w2, counts))
         grads = [torch.randn(output.shape, generator=torch.Generator().manual_seed(5)).bfloat16() for output in outputs]
         results.append([*outputs, *torch.autograd.grad(outputs, inputs, grads)])
-    if recipe == "fp8" and not more:  # products of fp32 scales sum in another order: see test_scaled_products.py
-        close = [(a - b).float().norm() <= 1e-3 * b.float().norm() for a, b in zip(*results, strict=True)]
-        assert all(close)
-    else:
-        assert all(torch.equal(ours, expected) for ours, expected in zip(*results, strict=True))
+    casts, eager, products = results
+    assert all(torch.equal(ours, expected) for ours, expected in zip(casts, eager, strict=True))
+    close = [(a - b).float().norm() <= 1e-3 * b.float().norm() for a, b in zip(products, eager, strict=True)]
+    assert all(close)
+    if recipe == "fp8_ue8m0" or more:  # no product of fp32 scales
+        assert all(torch.equal(ours, expected) for ours, expected in zip(products, eager, strict=True))
 
 
 def test_without_a_compiler_the_cure_is_named(monkeypatch, tmp_path):
