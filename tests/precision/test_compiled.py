@@ -18,7 +18,8 @@ from conf.load import compose
 from conf.schema import ROOT
 from tests.precision.test_quantize import BLOCKS, wide
 from train.native import build
-from train.precision import compiled, scaled_products
+from train.native.build import has_avx512_bf16
+from train.precision import compiled, fp8
 from train.precision.compiled import load_casts
 from train.precision.formats import E4M3, E5M2, E5M6, Cast, Format, unpack_e5m6
 from train.precision.fp8 import Fp8Precision
@@ -153,9 +154,9 @@ def test_products_are_the_same_with_and_without(recipe, more, monkeypatch):
     x, w, rows, w13, w2 = inputs
     gates, counts = torch.rand(190, generator=generator), torch.tensor([62, 0, 128])
     results = []
-    with_products = scaled_products.supported()
+    with_products = has_avx512_bf16()
     for compiled_casts, compiled_products in (("true", False), ("false", False), ("true", with_products)):
-        monkeypatch.setattr(scaled_products, "supported", lambda answer=compiled_products: answer)
+        monkeypatch.setattr(fp8, "has_avx512_bf16", lambda answer=compiled_products: answer)
         section = compose(f"precision={recipe}", f"precision.fp8.compiled={compiled_casts}", *more).precision.fp8
         precision = Fp8Precision(section, torch.device("cpu"))
         outputs = [precision.linear(x, w), precision.linear(x, w, "output")]

@@ -11,7 +11,8 @@ from torch.autograd.graph import saved_tensors_hooks
 from conf.errors import UserError
 from conf.load import compose
 from train.model.recompute import Recomputed
-from train.precision import scaled_products, swiglu
+from train.native.build import has_avx512_bf16
+from train.precision import fp8, swiglu
 from train.precision.formats import E4M3, E5M2, E5M6, Cast
 from train.precision.fp8 import Fp8Precision
 from train.precision.groups import Groups
@@ -52,9 +53,9 @@ def agrees(request, monkeypatch) -> Check:
     where this was written. Another cast of an operand is off by more than 1e-2.
     """
     if request.param == "reference":
-        monkeypatch.setattr(scaled_products, "supported", lambda: False)
+        monkeypatch.setattr(fp8, "has_avx512_bf16", lambda: False)
         return torch.equal
-    if not scaled_products.supported():
+    if not has_avx512_bf16():
         pytest.skip("needs AVX512-BF16")
     return partial(near, error=1e-4)
 

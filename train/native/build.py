@@ -58,6 +58,11 @@ def cpu_features() -> str:
     return features[0] if features else platform.processor()
 
 
+def has_avx512_bf16() -> bool:
+    """Whether this CPU has the dot products of bf16 pairs that tiles.h is made of."""
+    return "avx512_bf16" in cpu_features().split()
+
+
 def _built(source: Source) -> Path:
     """The shared library for this source, compiler and CPU."""
     compiler = _compiler(source)

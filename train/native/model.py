@@ -9,7 +9,7 @@ from functools import cache
 from pathlib import Path
 
 from conf.errors import UserError
-from train.native.build import Source, cpu_features, load
+from train.native.build import Source, has_avx512_bf16, load
 
 NAMES = ("adamw", "attention", "rows")
 """The C++ files, each a library."""
@@ -36,7 +36,7 @@ def missed() -> str | None:
 @cache
 def lack() -> str | None:
     """Why this machine cannot have it, None if it can. The first call on a machine builds it, which takes some seconds."""
-    if "avx512_bf16" not in cpu_features().split():
+    if not has_avx512_bf16():
         return "this CPU has no AVX512-BF16"
     try:
         for name in NAMES:

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from torch.profiler import record_function
 
-from train.native.build import Source, cpu_features, load
+from train.native.build import Source, load
 from train.precision.formats import TILE
 from train.precision.groups import Groups
 from train.precision.quantize import Quantized
@@ -32,11 +32,6 @@ SOURCE = Source(
 Operand = Tensor | Quantized
 Part = tuple[int, int, int, int, int, int]
 """One product: first row on the left, rows, matrix on the right, first and last of the contraction, offset of its output."""
-
-
-def supported() -> bool:
-    """Whether this CPU has the instructions."""
-    return "avx512_bf16" in cpu_features().split()
 
 
 def product(left_OC: Operand, right_NC: Operand, dtype: torch.dtype) -> Tensor:
