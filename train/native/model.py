@@ -11,7 +11,7 @@ from pathlib import Path
 from conf.errors import UserError
 from train.native.build import Source, has_avx512_bf16, load
 
-NAMES = ("adamw", "attention", "rows")
+NAMES = ("adamw", "attention", "products", "rows")
 """The C++ files, each a library."""
 _chosen = True
 
@@ -49,8 +49,12 @@ def lack() -> str | None:
 @cache
 def library(name: str) -> ctypes.CDLL:
     """Raises UserError where it cannot be built, kept or loaded."""
+    return load(source(name, "cluster.compiled", "cluster.compiled=false: torch's operations, slower"))
+
+
+def source(name: str, field: str, without: str) -> Source:
+    """One of NAMES as somebody asks for it, see `Source`."""
     here = Path(__file__).parent
     # Neighbours in bf16 are read as one word; products and sums are one operation only where the code says so.
     flags = ("-fno-strict-aliasing", "-ffp-contract=off")
-    without = "cluster.compiled=false: torch's operations, slower"
-    return load(Source(here / f"{name}.cpp", "cluster.compiled", without, flags, (here / "tiles.h",)))
+    return Source(here / f"{name}.cpp", field, without, flags, (here / "tiles.h",))

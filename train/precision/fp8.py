@@ -75,5 +75,5 @@ def cpu_engine(fp8: Fp8, meta: bool = False) -> CpuEngine:
     if not (exact and has_avx512_bf16()):
         return CpuEngine(exact, packed, casts)
     if not meta:
-        scaled_products.load_products()
+        scaled_products.need_compiled()
     return CompiledEngine(packed, casts)

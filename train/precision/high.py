@@ -1,5 +1,7 @@
 """Products in fp32 or bf16: the plain recipe. bf16 products accumulate in fp32 inside the kernels.
 
+On a CPU those of bf16 may be compiled code (train/model/compiled_products.py), to which torch's are the reference.
+
 Shapes: D width, F inner width, E experts of this rank, R rows sorted by expert; I inputs and O outputs of a product.
 """
 
@@ -10,6 +12,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from train.model import compiled_products
+from train.model.compiled_products import CompiledLinear, fits
 from train.model.layers import recomputed_swiglu, swiglu
 from train.model.needed import gradients_needed
 from train.precision import grouped
@@ -30,7 +34,8 @@ class HighPrecision:
         self._recompute_swiglu = recompute_swiglu
 
     def linear(self, x: Tensor, weight: Tensor, kind: str = "dense") -> Tensor:
-        return F.linear(x, weight.to(self.dtype))
+        weight = weight.to(self.dtype)
+        return CompiledLinear.apply(x, weight) if fits(x, weight) else F.linear(x, weight)
 
     def expert_ffn(
         self, rows_RD: Tensor, gates_R: Tensor, w13_E2FD: Tensor, w2_EDF: Tensor, counts_E: Tensor
@@ -83,12 +88,16 @@ def groups_of(counts_E: Tensor, dtype: torch.dtype) -> Groups:
 def grouped_product(x_RI: Tensor, weight_EIO: Tensor, groups: Groups) -> Tensor:
     """x W with the weight of each row's expert: (R, O)."""
     if isinstance(groups, list):
+        if fits(x_RI, weight_EIO):
+            return compiled_products.grouped(x_RI, weight_EIO.mT, groups)
         return grouped.product(x_RI, weight_EIO, groups)
     return F.grouped_mm(x_RI, weight_EIO, offs=groups)
 
 
 def grouped_weight_gradient(grad_RO: Tensor, x_RI: Tensor, groups: Groups) -> Tensor:
-    """grad^T x over the rows of each expert: (E, O, I)."""
+    """grad^T x over the rows of each expert: (E, O, I); of compiled code in fp32."""
     if isinstance(groups, list):
+        if fits(grad_RO, x_RI):
+            return compiled_products.grouped_weight_gradient(grad_RO.t(), x_RI.t(), groups)
         return grouped.weight_gradient(grad_RO, x_RI, groups)
     return F.grouped_mm(grad_RO.t(), x_RI, offs=groups)

@@ -1,0 +1,208 @@
+// Products of bf16 matrices, and of bf16 values with fp32 scales, for CPUs with AVX-512. Called by ctypes.
+//
+// A job is a block of one product's output. Its thread packs DEPTH of the contraction of both operands into panels that stay
+// in the second-level cache, goes through the block tile by tile, and takes the next DEPTH. With scales every 128 of the
+// contraction are summed in registers, then multiplied with the scales of their row and of their column and added to an
+// fp32 sum, as kernels on Hopper do (paper 3.3.2). The order of an element's sum depends on neither the block nor the threads.
+
+#include <chrono>
+#include <memory>
+#include <vector>
+
+#include "tiles.h"
+
+namespace {
+
+using namespace tiles;
+
+constexpr i64 TILE = 128;                 // of the contraction: one pair of scales
+constexpr i64 DEPTH = 256;                // packed at once, a multiple of a tile
+constexpr i64 HEIGHT = 504, WIDTH = 512;  // of a block, at most
+
+// Matrices (outer, contraction). A scale is that of outer >> shift and of a tile; none: all are one.
+struct Operand {
+  const u16* data;
+  i64 matrix, outer, inner;  // strides; outer or inner is one
+  const float* scale;
+  i64 scale_matrix, scale_outer, scale_tile, shift;  // strides, and log2 of what shares a scale along outer
+
+  // Panels of outer [first, first + count) over contraction [begin, end).
+  template <i64 WIDTH>
+  void pack(i64 of, i64 first, i64 count, i64 begin, i64 end, float* panels) const {
+    const u16* from = data + of * matrix + first * outer + begin * inner;
+    if (inner == 1) pack_transposed<WIDTH>(from, outer, count, end - begin, panels);
+    else tiles::pack<WIDTH>(from, inner, end - begin, count, panels);
+  }
+
+  void scales(i64 of, i64 first, i64 count, i64 tile, float* to) const {
+    if (!scale) { std::fill_n(to, count, 1.f); return; }
+    const float* from = scale + of * scale_matrix + tile * scale_tile;
+    for (i64 j = 0; j < count; ++j) to[j] = from[((first + j) >> shift) * scale_outer];
+  }
+};
+
+// One product: rows [first, first + rows) of the left operand, all rows of one matrix on the right, contraction [begin, end),
+// where begin is the first of a tile if there are scales.
+struct Part {
+  i64 first, rows, right, begin, end;
+  i64 out;  // offset of the first element
+};
+
+// Some rows and columns of a part's output.
+struct Block {
+  const Part* part;
+  i64 row, rows, column, columns;
+};
+
+// Sums of up to ROWS rows of one panel, times the scales of row and column, added to c or in its place.
+void scaled_tile(i64 rows, Left a, const float* panel, i64 count, float* c, i64 ldc, const float* left, const float* right, bool add) {
+  of_rows(rows, [&](auto constant) {
+    constexpr int M = constant;
+    __m512 sum[M][2];
+#pragma GCC unroll 16
+    for (int m = 0; m < M; ++m) sum[m][0] = sum[m][1] = _mm512_setzero_ps();
+    multiply<M, true>(a, panel, count, sum);
+    const __m512 right0 = _mm512_loadu_ps(right), right1 = _mm512_loadu_ps(right + 16);
+    float* to = c;
+#pragma GCC unroll 16
+    for (int m = 0; m < M; ++m, to += ldc) {
+      const __m512 factor = _mm512_set1_ps(left[m]);
+      const __m512 c0 = add ? _mm512_loadu_ps(to) : _mm512_setzero_ps(), c1 = add ? _mm512_loadu_ps(to + 16) : _mm512_setzero_ps();
+      _mm512_storeu_ps(to, _mm512_fmadd_ps(sum[m][0], _mm512_mul_ps(factor, right0), c0));
+      _mm512_storeu_ps(to + 16, _mm512_fmadd_ps(sum[m][1], _mm512_mul_ps(factor, right1), c1));
+    }
+  });
+}
+
+// Sides of the blocks, multiples of a tile's.
+struct Sides {
+  i64 height, width;
+};
+
+// What one thread works in: 2.1 MB at most.
+struct Room {
+  std::unique_ptr<float[]> left, right, left_scales, right_scales, sums;
+  Room(Sides sides, i64 depth)
+      : left(new float[panel_values<ROWS>(depth, sides.height)]), right(new float[panel_values<PANEL>(depth, sides.width)]),
+        left_scales(new float[sides.height]()), right_scales(new float[sides.width]()), sums(new float[sides.height * sides.width]) {}
+};
+
+struct Problem {
+  Operand left, right;
+  void* out;
+  i64 columns, out_stride, fp32;  // else bf16
+
+  // Over [begin, end) of the contraction, which is packed.
+  void add(Room& room, const Block& block, i64 width, i64 begin, i64 end) const {
+    const Part& part = *block.part;
+    const bool scaled = left.scale || right.scale;
+    const i64 packed = end - begin, step = scaled ? TILE : packed;
+    for (i64 k = begin; k < end; k += step) {
+      const i64 count = std::min(step, end - k);
+      if (scaled) {
+        left.scales(0, part.first + block.row, block.rows, k / TILE, room.left_scales.get());
+        right.scales(part.right, block.column, block.columns, k / TILE, room.right_scales.get());
+      }
+      for (i64 n = 0; n < block.columns; n += PANEL)
+        for (i64 m = 0; m < block.rows; m += ROWS) {
+          const i64 rows = std::min(ROWS, block.rows - m);
+          const Left a{room.left.get() + m * packed + (k - begin) * ROWS, 1, ROWS};
+          const float* panel = room.right.get() + n * packed + (k - begin) * PANEL;
+          float* c = room.sums.get() + m * width + n;
+          const float *left_scales = room.left_scales.get() + m, *right_scales = room.right_scales.get() + n;
+          if (scaled) scaled_tile(rows, a, panel, count, c, width, left_scales, right_scales, k > part.begin);
+          else tile<true>(rows, a, panel, count, c, width, k > part.begin);
+        }
+    }
+  }
+
+  void run(Room& room, const Block& block) const {
+    const Part& part = *block.part;
+    const i64 width = up(block.columns, PANEL);
+    for (i64 begin = part.begin; begin < part.end; begin += DEPTH) {
+      const i64 end = std::min(begin + DEPTH, part.end);
+      left.pack<ROWS>(0, part.first + block.row, block.rows, begin, end, room.left.get());
+      right.pack<PANEL>(part.right, block.column, block.columns, begin, end, room.right.get());
+      add(room, block, width, begin, end);
+    }
+    if (part.begin >= part.end) std::fill_n(room.sums.get(), block.rows * width, 0.f);
+    for (i64 m = 0; m < block.rows; ++m) {
+      const float* from = room.sums.get() + m * width;
+      const i64 to = part.out + (block.row + m) * out_stride + block.column;
+      if (fp32) std::memcpy((float*)out + to, from, block.columns * 4);
+      else narrow(from, (u16*)out + to, block.columns);
+    }
+  }
+
+  std::vector<Block> blocks(const Part* parts, i64 count, Sides sides) const {
+    std::vector<Block> all;
+    for (const Part* part = parts; part < parts + count; ++part)
+      for (i64 n = 0; n < columns; n += sides.width)
+        for (i64 m = 0; m < part->rows; m += sides.height)
+          all.push_back({part, m, std::min(sides.height, part->rows - m), n, std::min(sides.width, columns - n)});
+    return all;
+  }
+};
+
+// The side of the fewest equal pieces, none larger than `most`.
+i64 even(i64 size, i64 most, i64 multiple) {
+  const i64 pieces = std::max<i64>(1, (size + most - 1) / most);
+  return up((size + pieces - 1) / pieces, multiple);
+}
+
+// Seconds of so many rounds of ten operations on registers, of which none waits for another: the least of several tries.
+template <class Operation>
+double seconds(const Operation& op) {
+  using clock = std::chrono::steady_clock;
+  double least = 1e9;
+  for (int tries = 0; tries < 20; ++tries) {
+    __m512 a{}, b{}, c{}, d{}, e{}, f{}, g{}, h{}, i{}, j{};
+    const auto start = clock::now();
+    for (int round = 0; round < 4096; ++round) {
+      a = op(a), b = op(b), c = op(c), d = op(d), e = op(e), f = op(f), g = op(g), h = op(h), i = op(i), j = op(j);
+      asm volatile("" : "+v"(a), "+v"(b), "+v"(c), "+v"(d), "+v"(e), "+v"(f), "+v"(g), "+v"(h), "+v"(i), "+v"(j));  // all are made
+    }
+    least = std::min(least, std::chrono::duration<double>(clock::now() - start).count());
+  }
+  return least;
+}
+
+}  // namespace
+
+extern "C" {
+
+// What this CPU's dot products of bf16 pairs reach of the rate of fp32's FMA; 0 without them. Takes a millisecond.
+double bf16_rate() {
+#ifdef __AVX512BF16__
+  const __m512 x = _mm512_set1_ps(1);
+  const double fma = seconds([=](__m512 sum) { return _mm512_fmadd_ps(x, x, sum); });
+  return 2 * fma / seconds([=](__m512 sum) { return _mm512_dpbf16_ps(sum, (__m512bh)x, (__m512bh)x); });
+#else
+  return 0;
+#endif
+}
+
+void products(const Problem* problem, const Part* parts, i64 count, i64 threads) {
+  i64 rows = 0, longest = 0;
+  for (i64 i = 0; i < count; ++i) {
+    rows = std::max(rows, parts[i].rows);
+    longest = std::max(longest, parts[i].end - parts[i].begin);
+  }
+  const auto sides_of = [=](i64 height, i64 width) { return Sides{even(rows, height, ROWS), even(problem->columns, width, PANEL)}; };
+  Sides sides = sides_of(HEIGHT, WIDTH);
+  std::vector<Block> blocks = problem->blocks(parts, count, sides);
+  // Small blocks are packed more often than large ones, so only as small as gives all threads the same.
+  const auto uneven = [=](i64 jobs) { return jobs < 4 * threads && jobs % threads; };
+  while (threads > 1 && uneven(blocks.size()) && std::max(sides.height, sides.width) > 2 * PANEL) {
+    sides = sides.height > sides.width ? sides_of(sides.height / 2, sides.width) : sides_of(sides.height, sides.width / 2);
+    blocks = problem->blocks(parts, count, sides);
+  }
+#pragma omp parallel num_threads(threads) if (threads > 1)
+  {
+    Room room(sides, std::min(longest, DEPTH));
+#pragma omp for schedule(dynamic)
+    for (i64 job = 0; job < i64(blocks.size()); ++job) problem->run(room, blocks[job]);
+  }
+}
+
+}
