@@ -54,23 +54,23 @@ struct Block {
   i64 row, rows, column, columns;
 };
 
-// Sums of up to ROWS rows of one panel, times the scales of row and column, added to c or in its place.
-void scaled_tile(i64 rows, Left a, const float* panel, i64 count, float* c, i64 ldc, const float* left, const float* right, bool add) {
-  of_rows(rows, [&](auto constant) {
+// `tile` with the scales of its rows and columns, which the sums are multiplied with.
+template <class To>
+void scaled_tile(i64 rows, Left a, const float* panel, i64 count, const float* left, const float* right, const float* from, i64 from_row, To* to, i64 to_row) {
+  of_rows(rows, [=](auto constant) {
     constexpr int M = constant;
     __m512 sum[M][2];
 #pragma GCC unroll 16
     for (int m = 0; m < M; ++m) sum[m][0] = sum[m][1] = _mm512_setzero_ps();
     multiply<M, true>(a, panel, count, sum);
-    const __m512 right0 = _mm512_loadu_ps(right), right1 = _mm512_loadu_ps(right + 16);
-    float* to = c;
+    const __m512 columns[2] = {_mm512_loadu_ps(right), _mm512_loadu_ps(right + 16)};
 #pragma GCC unroll 16
-    for (int m = 0; m < M; ++m, to += ldc) {
-      const __m512 factor = _mm512_set1_ps(left[m]);
-      const __m512 c0 = add ? _mm512_loadu_ps(to) : _mm512_setzero_ps(), c1 = add ? _mm512_loadu_ps(to + 16) : _mm512_setzero_ps();
-      _mm512_storeu_ps(to, _mm512_fmadd_ps(sum[m][0], _mm512_mul_ps(factor, right0), c0));
-      _mm512_storeu_ps(to + 16, _mm512_fmadd_ps(sum[m][1], _mm512_mul_ps(factor, right1), c1));
-    }
+    for (int m = 0; m < M; ++m)
+      for (int n = 0; n < 2; ++n) {
+        const __m512 before = from ? _mm512_loadu_ps(from + m * from_row + 16 * n) : _mm512_setzero_ps();
+        const __m512 scale = _mm512_mul_ps(_mm512_set1_ps(left[m]), columns[n]);
+        store(to + m * to_row + 16 * n, _mm512_fmadd_ps(sum[m][n], scale, before), All{});
+      }
   });
 }
 
@@ -92,11 +92,12 @@ struct Problem {
   void* out;
   i64 columns, out_stride, fp32;  // else bf16
 
-  // Over [begin, end) of the contraction, which is packed.
-  void add(Room& room, const Block& block, i64 width, i64 begin, i64 end) const {
+  // Over [begin, end) of the contraction, which is packed. To: of the output.
+  template <class To>
+  void add(Room& room, const Block& block, i64 begin, i64 end) const {
     const Part& part = *block.part;
     const bool scaled = left.scale || right.scale;
-    const i64 packed = end - begin, step = scaled ? TILE : packed;
+    const i64 packed = end - begin, step = scaled ? TILE : packed, width = up(block.columns, PANEL);
     for (i64 k = begin; k < end; k += step) {
       const i64 count = std::min(step, end - k);
       if (scaled) {
@@ -108,29 +109,39 @@ struct Problem {
           const i64 rows = std::min(ROWS, block.rows - m);
           const Left a{room.left.get() + m * packed + (k - begin) * ROWS, 1, ROWS};
           const float* panel = room.right.get() + n * packed + (k - begin) * PANEL;
-          float* c = room.sums.get() + m * width + n;
+          float* sums = room.sums.get() + m * width + n;
           const float *left_scales = room.left_scales.get() + m, *right_scales = room.right_scales.get() + n;
-          if (scaled) scaled_tile(rows, a, panel, count, c, width, left_scales, right_scales, k > part.begin);
-          else tile<true>(rows, a, panel, count, c, width, k > part.begin);
+          const float* before = k > part.begin ? sums : nullptr;
+          // By value: what is captured by reference is read from memory again in the innermost loop.
+          const auto into = [=](auto* to, i64 to_row) {
+            if (scaled) scaled_tile(rows, a, panel, count, left_scales, right_scales, before, width, to, to_row);
+            else tile<true>(rows, a, panel, count, before, width, to, to_row);
+          };
+          // The last sums go where they belong at once, if their panel is whole.
+          if (k + count == part.end && n + PANEL <= block.columns) into((To*)out + place(block, m) + n, out_stride);
+          else into(sums, width);
         }
     }
   }
 
+  // Of the first element of a row of the block.
+  i64 place(const Block& block, i64 m) const { return block.part->out + (block.row + m) * out_stride + block.column; }
+
+  template <class To>
   void run(Room& room, const Block& block) const {
     const Part& part = *block.part;
-    const i64 width = up(block.columns, PANEL);
     for (i64 begin = part.begin; begin < part.end; begin += DEPTH) {
       const i64 end = std::min(begin + DEPTH, part.end);
       left.pack<ROWS>(0, part.first + block.row, block.rows, begin, end, room.left.get());
       right.pack<PANEL>(part.right, block.column, block.columns, begin, end, room.right.get());
-      add(room, block, width, begin, end);
+      add<To>(room, block, begin, end);
     }
+    const i64 width = up(block.columns, PANEL), whole = part.begin < part.end ? block.columns / PANEL * PANEL : 0;
     if (part.begin >= part.end) std::fill_n(room.sums.get(), block.rows * width, 0.f);
-    for (i64 m = 0; m < block.rows; ++m) {
-      const float* from = room.sums.get() + m * width;
-      const i64 to = part.out + (block.row + m) * out_stride + block.column;
-      if (fp32) std::memcpy((float*)out + to, from, block.columns * 4);
-      else narrow(from, (u16*)out + to, block.columns);
+    for (i64 m = 0; m < block.rows && whole < block.columns; ++m) {
+      const float* from = room.sums.get() + m * width + whole;
+      To* to = (To*)out + place(block, m) + whole;
+      along(block.columns - whole, [=](i64 j, auto which) { store(to + j, load(from + j, which), which); });
     }
   }
 
@@ -201,7 +212,8 @@ void products(const Problem* problem, const Part* parts, i64 count, i64 threads)
   {
     Room room(sides, std::min(longest, DEPTH));
 #pragma omp for schedule(dynamic)
-    for (i64 job = 0; job < i64(blocks.size()); ++job) problem->run(room, blocks[job]);
+    for (i64 job = 0; job < i64(blocks.size()); ++job)
+      problem->fp32 ? problem->run<float>(room, blocks[job]) : problem->run<u16>(room, blocks[job]);
   }
 }
 

@@ -41,9 +41,9 @@ inline void of_rows(i64 rows, const Body& body) {
 }
 
 // Adds the products of M rows and one panel over `count` of the contraction to the sums. TURNED: a.row is 1, else a.inner.
-// Loops over rows are unrolled, so that the sums stay in registers.
+// Inlined and with loops over rows unrolled, so that the sums stay in registers.
 template <int M, bool TURNED>
-inline void multiply(Left a, const float* panel, i64 count, __m512 (&sum)[M][2]) {
+[[gnu::always_inline]] inline void multiply(Left a, const float* panel, i64 count, __m512 (&sum)[M][2]) {
   for (i64 k = 0; k < count; ++k, panel += PANEL) {
     const __m512 b0 = _mm512_loadu_ps(panel), b1 = _mm512_loadu_ps(panel + 16);
 #pragma GCC unroll 16
@@ -54,26 +54,6 @@ inline void multiply(Left a, const float* panel, i64 count, __m512 (&sum)[M][2])
     }
   }
 }
-
-// Sums of up to ROWS rows of one panel, added to C or in its place.
-template <bool TURNED>
-inline void tile(i64 rows, Left a, const float* panel, i64 count, float* c, i64 ldc, bool add) {
-  of_rows(rows, [&](auto constant) {
-    constexpr int M = constant;
-    __m512 sum[M][2];
-#pragma GCC unroll 16
-    for (int m = 0; m < M; ++m)
-      for (int n = 0; n < 2; ++n) sum[m][n] = add ? _mm512_loadu_ps(c + m * ldc + 16 * n) : _mm512_setzero_ps();
-    multiply<M, TURNED>(a, panel, count, sum);
-#pragma GCC unroll 16
-    for (int m = 0; m < M; ++m)
-      for (int n = 0; n < 2; ++n) _mm512_storeu_ps(c + m * ldc + 16 * n, sum[m][n]);
-  });
-}
-
-// Values of the panels of a matrix with so many rows and columns, and what packing may write behind them.
-template <i64 WIDTH>
-inline i64 panel_values(i64 rows, i64 columns) { return rows * up(columns, WIDTH) + 16; }
 
 // ---- between bf16 and fp32, 16 at a time
 
@@ -120,6 +100,35 @@ inline void narrow(const float* from, u16* to, i64 n) {
   along(n, [&](i64 j, auto which) { store(to + j, load(from + j, which), which); });
 }
 
+// ---- tiles
+
+// Sums of up to ROWS rows of one panel, added to what is at `from`, if that is given: to `to`, in fp32 or bf16.
+template <bool TURNED, class To>
+inline void tile(i64 rows, Left a, const float* panel, i64 count, const float* from, i64 from_row, To* to, i64 to_row) {
+  of_rows(rows, [=](auto constant) {
+    constexpr int M = constant;
+    __m512 sum[M][2];
+    if (from) {
+#pragma GCC unroll 16
+      for (int m = 0; m < M; ++m)
+        for (int n = 0; n < 2; ++n) sum[m][n] = _mm512_loadu_ps(from + m * from_row + 16 * n);
+    } else {
+#pragma GCC unroll 16
+      for (int m = 0; m < M; ++m) sum[m][0] = sum[m][1] = _mm512_setzero_ps();
+    }
+    multiply<M, TURNED>(a, panel, count, sum);
+#pragma GCC unroll 16
+    for (int m = 0; m < M; ++m)
+      for (int n = 0; n < 2; ++n) store(to + m * to_row + 16 * n, sum[m][n], All{});
+  });
+}
+
+// Added to C or in its place.
+template <bool TURNED>
+inline void tile(i64 rows, Left a, const float* panel, i64 count, float* c, i64 ldc, bool add) {
+  tile<TURNED>(rows, a, panel, count, add ? c : nullptr, ldc, c, ldc);
+}
+
 // 16 vectors of 16 words, transposed.
 inline void transpose(__m512i* x) {
   __m512i y[16];
@@ -147,17 +156,34 @@ inline void transpose(__m512i* x) {
 //
 // A row of a narrow panel is written as a whole vector, whose end the next one covers.
 
+// Values of the panels of a matrix with so many rows and columns, and what packing may write behind them.
+template <i64 WIDTH>
+inline i64 panel_values(i64 rows, i64 columns) { return rows * up(columns, WIDTH) + 16; }
+
 constexpr i64 part_of(i64 width) { return std::min<i64>(width, 16); }
 
-// Of X, its rows being the contraction.
+// Of X, its rows being the contraction. N panels at a time.
+template <i64 WIDTH, i64 N>
+inline void pack_panels(const u16* x, i64 stride, i64 rows, i64 columns, float* panels) {
+  constexpr i64 PART = part_of(WIDTH), PARTS = WIDTH / PART;
+  __mmask16 some[N * PARTS];
+  for (i64 i = 0; i < N * PARTS; ++i) some[i] = first_of(std::min(PART, columns - i * PART));
+  for (i64 k = 0; k < rows; ++k, x += stride)
+#pragma GCC unroll 8
+    for (i64 i = 0; i < N * PARTS; ++i) {
+      const __m512 values = load(x + i * PART, Some{some[i]});
+      float* to = panels + i / PARTS * rows * WIDTH + k * WIDTH + i % PARTS * PART;
+      if (N > 1 && PART < 16 && k + 1 == rows) store(to, values, Some{first_of(PART)});  // the next panel has its first row
+      else store(to, values, All{});
+    }
+}
+
 template <i64 WIDTH>
 inline void pack(const u16* x, i64 stride, i64 rows, i64 columns, float* panels) {
-  constexpr i64 PART = part_of(WIDTH);
-  for (i64 first = 0; first < columns; first += WIDTH) {
-    for (i64 k = 0; k < rows; ++k, panels += WIDTH)
-      for (i64 j = 0; j < WIDTH; j += PART)
-        store(panels + j, load(x + k * stride + first + j, Some{first_of(std::min(PART, columns - first - j))}), All{});
-  }
+  constexpr i64 LINES = WIDTH < PANEL ? 96 : PANEL;  // columns that are read together: whole lines of memory
+  i64 first = 0;
+  for (; first + LINES <= columns; first += LINES) pack_panels<WIDTH, LINES / WIDTH>(x + first, stride, rows, LINES, panels + first * rows);
+  for (; first < columns; first += WIDTH) pack_panels<WIDTH, 1>(x + first, stride, rows, columns - first, panels + first * rows);
 }
 
 // Of X^T, columns of X being the contraction.
@@ -172,8 +198,10 @@ inline void pack_transposed(const u16* x, i64 stride, i64 rows, i64 columns, flo
       const i64 left = columns - k;
       const __mmask32 some = left >= 32 ? ~__mmask32(0) : (__mmask32(1) << left) - 1;
       __m512i words[16];  // of two neighbours each
-      for (i64 i = 0; i < 16; ++i)
-        words[i] = i < n ? _mm512_maskz_loadu_epi16(some, x + (first + i) * stride + k) : _mm512_setzero_si512();
+      for (i64 i = 0; i < 16; ++i) {
+        const u16* from = x + (first + i) * stride + k;
+        words[i] = i < n ? _mm512_maskz_loadu_epi16(some, from) : _mm512_setzero_si512();
+      }
       transpose(words);
       for (i64 i = 0; i < std::min<i64>(16, (left + 1) / 2); ++i) {
         _mm512_storeu_si512(to + (k + 2 * i) * WIDTH, _mm512_slli_epi32(words[i], 16));
