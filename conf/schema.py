@@ -347,8 +347,8 @@ class Fp8:
     they are not compiled; bf16 rounds the operands (by 2^-9, beside 2^-4 of E4M3) and costs no more than a bf16 product."""
     compiled: bool = True
     """On CPU, use code that is compiled at the first use, which takes seconds and a C++ compiler: for casts, and with
-    AVX512-BF16 for exact products; false: torch's own operations, slower. Casts are the same bits, products the same but
-    for the order of sums."""
+    AVX512-BF16 for products; false: torch's own operations, slower. Casts are the same bits, products the same but for the
+    order of sums."""
     cache: Cache = field(default_factory=Cache)
     health: Health = field(default_factory=Health)
 

@@ -17,6 +17,7 @@ from conf.errors import UserError
 from conf.load import compose
 from conf.schema import ROOT
 from tests.precision.test_quantize import BLOCKS, wide
+from train.model import compiled_products
 from train.native import build
 from train.native.build import has_avx512_bf16
 from train.precision import compiled, fp8
@@ -146,29 +147,33 @@ def test_threads_do_not_change_a_bit():
 @pytest.mark.parametrize("recipe", ["fp8", "fp8_ue8m0"])
 @pytest.mark.parametrize("more", [[], ["precision.fp8.cache.packed=false", "precision.fp8.emulate=bf16"]])
 def test_products_are_the_same_with_and_without(recipe, more, monkeypatch):
-    """Linear, output projection and experts, forward and backward: with compiled casts every bit, with compiled products, too,
-    where these are, but for the order of their sums (see test_scaled_products.py)."""
+    """Linear, output projection and experts, forward and backward: with compiled casts every bit, with compiled products all
+    but the order of their sums (see test_scaled_products.py), be they those of fp32 scales alone or the plain ones too."""
     generator = torch.Generator().manual_seed(3)
     shapes = ((150, 200), (72, 200), (190, 128), (3, 64, 128), (3, 128, 32))
     inputs = [torch.randn(shape, generator=generator).bfloat16().requires_grad_() for shape in shapes]
     x, w, rows, w13, w2 = inputs
     gates, counts = torch.rand(190, generator=generator), torch.tensor([62, 0, 128])
     results = []
-    with_products = has_avx512_bf16()
-    for compiled_casts, compiled_products in (("true", False), ("false", False), ("true", with_products)):
-        monkeypatch.setattr(fp8, "has_avx512_bf16", lambda answer=compiled_products: answer)
+    can = has_avx512_bf16()
+    for compiled_casts, scaled, plain in (
+        ("true", False, False), ("false", False, False), ("true", can, False), ("true", can, can)
+    ):  # fmt: skip
+        monkeypatch.setattr(fp8, "has_avx512_bf16", lambda answer=scaled: answer)
+        monkeypatch.setattr(compiled_products, "pays", lambda answer=plain: answer)
         section = compose(f"precision={recipe}", f"precision.fp8.compiled={compiled_casts}", *more).precision.fp8
         precision = Fp8Precision(section, torch.device("cpu"))
         outputs = [precision.linear(x, w), precision.linear(x, w, "output")]
         outputs.append(precision.expert_ffn(rows, gates, w13, w2, counts))
         grads = [torch.randn(output.shape, generator=torch.Generator().manual_seed(5)).bfloat16() for output in outputs]
         results.append([*outputs, *torch.autograd.grad(outputs, inputs, grads)])
-    casts, eager, products = results
+    casts, eager, scaled, plain = results
     assert all(torch.equal(ours, expected) for ours, expected in zip(casts, eager, strict=True))
-    close = [(a - b).float().norm() <= 1e-3 * b.float().norm() for a, b in zip(products, eager, strict=True)]
-    assert all(close)
+    for products in (scaled, plain):
+        close = [(a - b).float().norm() <= 1e-3 * b.float().norm() for a, b in zip(products, eager, strict=True)]
+        assert all(close)
     if recipe == "fp8_ue8m0" or more:  # no product of fp32 scales
-        assert all(torch.equal(ours, expected) for ours, expected in zip(products, eager, strict=True))
+        assert all(torch.equal(ours, expected) for ours, expected in zip(scaled, eager, strict=True))
 
 
 def test_without_a_compiler_the_cure_is_named(monkeypatch, tmp_path):

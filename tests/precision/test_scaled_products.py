@@ -34,7 +34,7 @@ def normal(*shape: int, seed: int = 0) -> Tensor:
 
 
 def ours(packed: bool = True) -> CompiledEngine:
-    return CompiledEngine(packed, load_casts())
+    return CompiledEngine(True, packed, load_casts())
 
 
 def values(x: Tensor, rule: Rule, transposed: bool = False) -> Tensor:
@@ -219,7 +219,7 @@ def test_it_is_chosen_where_it_can_run(monkeypatch):
 
     assert type(engine("fp8")) is type(engine("fp8", meta=True)) is CompiledEngine
     assert type(engine("fp8", "precision.fp8.compiled=false")) is CpuEngine
-    assert type(engine("fp8", "precision.fp8.emulate=bf16")) is CpuEngine
+    assert type(engine("fp8", "precision.fp8.emulate=bf16")) is CompiledEngine
     monkeypatch.setattr(fp8, "has_avx512_bf16", lambda: False)
     assert type(engine("fp8")) is CpuEngine
 
@@ -241,7 +241,7 @@ def test_plans_allocate_what_runs_do(packed):
         ]
         return [(t.shape, t.stride(), t.dtype) for one in made for t in _parts(one)]
 
-    assert tensors(CompiledEngine(packed, CompiledCasts(None)), "meta") == tensors(ours(packed), "cpu")
+    assert tensors(CompiledEngine(True, packed, CompiledCasts(None)), "meta") == tensors(ours(packed), "cpu")
 
 
 def _parts(source: Source) -> tuple[Tensor, ...]:

@@ -1,7 +1,8 @@
-"""The CPU's emulation where operands with fp32 scales stay values and scales up to the product (`scaled_products`).
+"""The CPU's emulation with compiled products, where operands with fp32 scales stay values and scales up to the product.
 
-The values are numbers of the format, exact in bf16, so that the product costs what a bf16 one costs.  Operands whose
-scales are powers of two have these inside, in bf16 as in `CpuEngine`, and so have their products with each other.
+The values are numbers of the format, exact in bf16, so that the product costs what a bf16 one costs (`scaled_products`).
+Operands whose scales are powers of two, or that are to be rounded, have these inside, in bf16 as in `CpuEngine`; products of
+two such are the plain ones of train/model/compiled_products.py, or torch's where those are faster.
 """
 
 from dataclasses import replace
@@ -9,6 +10,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from train.model.compiled_products import fits
 from train.precision import scaled_products, swiglu
 from train.precision.compiled import CompiledCasts
 from train.precision.formats import Cast
@@ -21,20 +23,20 @@ Operand = scaled_products.Operand
 
 
 class CompiledEngine(CpuEngine):
-    """`CpuEngine(exact=True)`, but for the order of sums; CPU and meta tensors only.
+    """`CpuEngine`, but for the order of sums; CPU and meta tensors only.
 
-    Values of operands with fp32 scales are rounded to bf16 nowhere.
+    If exact, values of operands with fp32 scales are rounded to bf16 nowhere.
     """
 
-    def __init__(self, packed: bool, casts: CompiledCasts):
-        super().__init__(True, packed, casts)
+    def __init__(self, exact: bool, packed: bool, casts: CompiledCasts):
+        super().__init__(exact, packed, casts)
         self._compiled = casts
 
     def cast(self, x_MK: Tensor, cast: Cast) -> Source:
-        return super().cast(x_MK, cast) if cast.pow2 else self._compiled.split(x_MK, cast)
+        return self._compiled.split(x_MK, cast) if self._exact and not cast.pow2 else super().cast(x_MK, cast)
 
     def operand(self, source: Source, rule: Rule, transposed: bool = False, groups: Groups | None = None) -> Operand:
-        if rule.format is None or rule.pow2:
+        if rule.format is None or rule.pow2 or not self._exact:
             return super().operand(source, rule, transposed, groups)
         cast = fitted(rule.cast(transposed), source)
         if isinstance(source, Quantized) and source.cast == cast:
@@ -44,22 +46,22 @@ class CompiledEngine(CpuEngine):
         return _transposed(operand) if transposed else operand
 
     def product(self, left: Operand, right: Operand, dtype: torch.dtype) -> Tensor:
-        if _plain(left, right):
+        if _torchs(left, right):
             return super().product(left, right, dtype)
         return scaled_products.product(left, right, dtype)
 
     def grouped(self, left: Operand, right: Operand, groups: Groups, dtype: torch.dtype) -> Tensor:
-        if _plain(left, right):
+        if _torchs(left, right):
             return super().grouped(left, right, groups, dtype)
         return scaled_products.grouped(left, right, groups, dtype)
 
     def grouped_wgrad(self, left: Operand, right: Operand, groups: Groups, dtype: torch.dtype) -> Tensor:
-        if _plain(left, right):
+        if _torchs(left, right):
             return super().grouped_wgrad(left, right, groups, dtype)
         return scaled_products.grouped_wgrad(left, right, groups, dtype)
 
     def swiglu(self, h_P2F: Tensor, gates_P: Tensor, rule: Rule) -> Operand:
-        if rule.format is None or rule.pow2 or rule.granularity != "1x128":
+        if rule.format is None or rule.pow2 or rule.granularity != "1x128" or not self._exact:
             return super().swiglu(h_P2F, gates_P, rule)
         chunks = zip(swiglu.chunks(h_P2F), swiglu.chunks(gates_P, h_P2F), strict=True)
         parts = [self.operand(swiglu.forward(h, gates), rule) for h, gates in chunks]
@@ -67,9 +69,9 @@ class CompiledEngine(CpuEngine):
         return Quantized(q_PF, scale, parts[0].cast, q_PF.shape)
 
 
-def _plain(left: Operand, right: Operand) -> bool:
-    """Whether all scales are in the values."""
-    return isinstance(left, Tensor) and isinstance(right, Tensor)
+def _torchs(left: Operand, right: Operand) -> bool:
+    """Whether the product is one for torch: no scales, and no faster as compiled code."""
+    return isinstance(left, Tensor) and isinstance(right, Tensor) and not fits(left, right)
 
 
 def _transposed(x: Quantized) -> Quantized:

@@ -72,8 +72,8 @@ def cpu_engine(fp8: Fp8, meta: bool = False) -> CpuEngine:
     if not fp8.compiled:
         return CpuEngine(exact, packed)
     casts = CompiledCasts(None) if meta else load_casts()
-    if not (exact and has_avx512_bf16()):
+    if not has_avx512_bf16():
         return CpuEngine(exact, packed, casts)
     if not meta:
         scaled_products.need_compiled()
-    return CompiledEngine(packed, casts)
+    return CompiledEngine(exact, packed, casts)
