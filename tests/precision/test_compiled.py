@@ -160,7 +160,7 @@ def test_products_are_the_same_with_and_without(recipe, more, monkeypatch):
         ("true", False, False), ("false", False, False), ("true", can, False), ("true", can, can)
     ):  # fmt: skip
         monkeypatch.setattr(fp8, "has_avx512_bf16", lambda answer=scaled: answer)
-        monkeypatch.setattr(compiled_products, "pays", lambda answer=plain: answer)
+        monkeypatch.setattr(compiled_products, "products_pay", lambda answer=plain: answer)
         section = compose(f"precision={recipe}", f"precision.fp8.compiled={compiled_casts}", *more).precision.fp8
         precision = Fp8Precision(section, torch.device("cpu"))
         outputs = [precision.linear(x, w), precision.linear(x, w, "output")]

@@ -8,7 +8,7 @@ Shape suffixes: O, N outer axes of a product, C contraction, E experts, R rows s
 
 import ctypes
 from collections.abc import Sequence
-from ctypes import c_double, c_int64, c_void_p
+from ctypes import c_int64, c_void_p
 from functools import cache
 from itertools import accumulate
 
@@ -18,8 +18,7 @@ from torch.autograd.function import once_differentiable
 from torch.profiler import record_function
 
 from train.model.needed import gradients_needed
-from train.native.build import cpu_features
-from train.native.model import in_use, library
+from train.native.model import in_use, library, products_pay
 
 Part = tuple[int, int, int, int, int, int]
 """One product: first row on the left, rows, matrix on the right, first and last of the contraction, offset of its output."""
@@ -27,21 +26,14 @@ Part = tuple[int, int, int, int, int, int]
 
 def fits(*tensors: Tensor) -> bool:
     """Whether compiled code multiplies such tensors, in this process."""
-    return all(t.dtype == torch.bfloat16 and not t.is_cuda for t in tensors) and in_use() and pays()
+    return all(t.dtype == torch.bfloat16 and not t.is_cuda for t in tensors) and in_use() and products_pay()
 
 
-@cache
-def pays() -> bool:
-    """Whether compiled products, made of fp32's FMA, are faster on this CPU than torch's, made of what it has for bf16.
-
-    A dot product of bf16 pairs does the work of two FMAs. On some CPUs it takes the time of two, on others that of four,
-    which their names do not tell: it is measured, and both are far from the border.
-    """
-    return "amx_bf16" not in cpu_features().split() and _library().bf16_rate() < SLOW
-
-
-SLOW = 0.75
-"""Of the rate of FMA: torch's products reach nine tenths of what bf16 has, compiled ones eight tenths of what FMA has."""
+def fastest_product(left_OC: Tensor, right_NC: Tensor, dtype: torch.dtype) -> Tensor:
+    """left right^T by compiled code, where that takes them and is faster, or by torch: (O, N)."""
+    if fits(left_OC, right_NC):
+        return product(left_OC, right_NC, dtype)
+    return (left_OC @ right_NC.t()).to(dtype)
 
 
 def product(left_OC: Tensor, right_NC: Tensor, dtype: torch.dtype) -> Tensor:
@@ -126,7 +118,7 @@ def strides(x: Tensor) -> tuple[int, int, int]:
 def _library() -> ctypes.CDLL:
     compiled = library("products")
     compiled.products.argtypes = [ctypes.POINTER(_Problem), c_void_p, c_int64, c_int64]
-    compiled.products.restype, compiled.bf16_rate.restype = None, c_double
+    compiled.products.restype = None
     return compiled
 
 

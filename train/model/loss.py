@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from train.model.compiled_products import fits, product
+from train.model.compiled_products import fastest_product
 from train.model.needed import gradients_needed
 
 BLOCK = 1 << 18
@@ -33,13 +33,13 @@ class _CrossEntropy(torch.autograd.Function):
         loss = torch.zeros((), dtype=torch.float32, device=hidden_ND.device)
         dhidden, dhead_VD = [], None
         for hidden_CD, targets_C in zip(hidden_ND.split(chunk), targets_N.split(chunk), strict=True):
-            logits_CV = _product(hidden_CD, head, head.dtype)
+            logits_CV = fastest_product(hidden_CD, head, head.dtype)
             loss += _loss_and_gradient(logits_CV, targets_C, 1 / divisor if want_hidden or want_head else None)
             dlogits_CV = logits_CV  # it has replaced them
             if want_hidden:
-                dhidden.append(_product(dlogits_CV, head.t(), head.dtype))
+                dhidden.append(fastest_product(dlogits_CV, head.t(), head.dtype))
             if want_head:
-                part_VD = _product(dlogits_CV.t(), hidden_CD.t(), torch.float32)
+                part_VD = fastest_product(dlogits_CV.t(), hidden_CD.t(), torch.float32)
                 dhead_VD = part_VD if dhead_VD is None else dhead_VD.add_(part_VD)
         ctx.save_for_backward(torch.cat(dhidden) if want_hidden else None, dhead_VD)
         return loss / divisor
@@ -51,13 +51,6 @@ class _CrossEntropy(torch.autograd.Function):
         hidden_needed, head_needed, *_ = gradients_needed(ctx)
         dhidden_ND = dhidden_ND * grad.to(dhidden_ND.dtype) if hidden_needed else None
         return dhidden_ND, dhead_VD * grad if head_needed else None, None, None, None
-
-
-def _product(left_OC: Tensor, right_NC: Tensor, dtype: torch.dtype) -> Tensor:
-    """left right^T: (O, N)."""
-    if fits(left_OC, right_NC):
-        return product(left_OC, right_NC, dtype)
-    return (left_OC @ right_NC.t()).to(dtype)
 
 
 def _loss_and_gradient(logits_CV: Tensor, targets_C: Tensor, scale: float | None) -> Tensor:

@@ -9,10 +9,12 @@ from functools import cache
 from pathlib import Path
 
 from conf.errors import UserError
-from train.native.build import Source, has_avx512_bf16, load
+from train.native.build import Source, cpu_features, has_avx512_bf16, load
 
 NAMES = ("adamw", "attention", "products", "rows")
 """The C++ files, each a library."""
+SLOW = 0.75
+"""Of the rate of FMA: torch's products reach nine tenths of what a CPU has for bf16, compiled ones eight tenths of FMA's."""
 _chosen = True
 
 
@@ -44,6 +46,18 @@ def lack() -> str | None:
     except UserError as error:
         return str(error)
     return None
+
+
+@cache
+def products_pay() -> bool:
+    """Whether compiled products, made of fp32's FMA, are faster on this CPU than torch's, made of what it has for bf16.
+
+    A dot product of bf16 pairs does the work of two FMAs. On some CPUs it takes the time of two, on others that of four,
+    which their names do not tell: it is measured, and both are far from the border. Where AMX is, nothing comes near it.
+    """
+    products = library("products")
+    products.bf16_rate.restype = ctypes.c_double
+    return "amx_bf16" not in cpu_features().split() and products.bf16_rate() < SLOW
 
 
 @cache

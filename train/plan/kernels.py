@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from conf.schema import Config
 from parallel.expert.wire import Fp8Wire
 from train.model.attention import attention
+from train.model.compiled_products import fastest_product
 from train.model.layers import Embedding, RMSNorm, swiglu
 from train.model.loss import cross_entropy
 from train.model.mla import to_heads
@@ -130,9 +131,12 @@ class Kernels:
                 self._tensor(outputs, inputs),
                 self._tensor(sizes.tokens, outputs),
             )
-            yield Case(counted.forward[0], lambda x=x, w=w: F.linear(x, w))
-            yield Case(counted.inputs[0], lambda dy=dy, w=w: dy @ w)
-            yield Case(counted.weights[0], lambda dy=dy, x=x: dy.t() @ x)
+            gradient = torch.float32 if sizes.fp32_gradients else self.dtype
+            yield Case(counted.forward[0], lambda x=x, w=w: fastest_product(x, w, self.dtype))
+            yield Case(counted.inputs[0], lambda dy=dy, w=w: fastest_product(dy, w.t(), self.dtype))
+            yield Case(
+                counted.weights[0], lambda dy=dy, x=x, gradient=gradient: fastest_product(dy.t(), x.t(), gradient)
+            )
         if self.dtype != torch.float32:
             yield from self._router_products(sizes)
 

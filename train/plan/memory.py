@@ -20,6 +20,7 @@ from parallel.pipeline.split import stage_placement
 from train.native.model import in_use
 from train.parallelize import split
 from train.plan.chunk import Parts, chunk_of
+from train.plan.device import device_kind
 from train.plan.reduction import Reduction
 from train.plan.stage3 import Stage3
 from train.plan.step import layout_of
@@ -114,17 +115,6 @@ def scene_of(config: Config, load: Load | None = None) -> Scene:
         gloo=device_kind(config) == "cpu",
         compiled=device_kind(config) == "cpu" and in_use(),
     )
-
-
-def device_kind(config: Config) -> str:
-    """cpu or cuda: that of the description, or of this machine where there is none."""
-    if config.hardware.name is not None:
-        return "cpu" if config.hardware.device == "cpu" else "cuda"
-    if config.cluster.device == "auto":
-        import torch
-
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    return config.cluster.device
 
 
 def chunk_parts(config: Config, layers: list[range] | None = None) -> list[dict[int, Parts]]:

@@ -10,6 +10,8 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from conf.schema import Config, Recompute
+from train.native.model import in_use, products_pay
+from train.plan.device import device_kind
 from train.plan.traffic import Spread
 
 
@@ -65,9 +67,16 @@ class Sizes:
     def computes_again(self, what: Recompute) -> bool:
         return what in self.config.model.recompute
 
-    def accumulate(self, weights: float) -> Work:
-        """Adding a micro-batch's gradient, in the weights' format, to the fp32 sum. The first one becomes the sum."""
-        cast = 0 if self.element == 4 else self.element + 4
+    @property
+    def fp32_gradients(self) -> bool:
+        """Whether products in bf16 give the gradients of weights in fp32, as compiled ones do."""
+        return self.element == 2 and device_kind(self.config) == "cpu" and in_use() and products_pay()
+
+    def accumulate(self, weights: float, cast: bool) -> Work:
+        """Adding a micro-batch's gradient to the fp32 sum, with a cast from bf16 if that is what it came in. The first
+        one becomes the sum.
+        """
+        cast = self.element + 4 if cast else 0
         return Work("accumulate", bytes=weights * (cast + 12 * (1 - 1 / self.micro_batches)))
 
 
@@ -86,6 +95,7 @@ def _product(sizes: Sizes, rows: float, inputs: int, outputs: int, experts: int,
     fp8, element = sizes.fp8(family), sizes.element
     form, operand = ("fp8", 1) if fp8 else (sizes.high, element)
     flops = 2 * rows * inputs * outputs
+    cast = element == 2 and (fp8 or not sizes.fp32_gradients)
 
     def product(name: str, read: float, written: float) -> Work:
         return Work(f"{prefix}{name}_{form}", flops, read * operand + written * element)
@@ -93,7 +103,7 @@ def _product(sizes: Sizes, rows: float, inputs: int, outputs: int, experts: int,
     passes = Passes(
         [product("fprop", x + weights, y)],
         [product("dgrad", y + weights, x)],
-        [product("wgrad", x + y, weights), sizes.accumulate(weights)],
+        [product("wgrad", x + y, weights), sizes.accumulate(weights, cast)],
     )
     if fp8:
         once, kept = element + 1, 2  # read in bf16, written as FP8; what was kept in FP8 is read as FP8
