@@ -10,7 +10,8 @@
 
 All in one process with the allocator that ours tunes at start, which helps both. In every round each side takes one step,
 in turn, and two limits are timed: a product of large matrices, and for MoE its floor, which is nothing but its products,
-forward and backward, with every expert at the same number of rows. Prints medians, the ratio of the times, ours as a
+forward and backward, with every expert at the same number of rows; both by torch or by compiled code, whichever the machine
+runs faster and training takes. Prints medians, the ratio of the times, ours as a
 multiple of the floor, and the share of the large product's rate that the part reaches (its arithmetic as in
 train/model/count.py; none for the optimizer). The shape `moe` has the most for MoE to do beside products: 64 experts,
 top 8, 4096 tokens.
@@ -32,6 +33,7 @@ import torch  # noqa: E402
 
 from bench.train_step import SHAPES, TOKENS, Case, random_tokens, torch_dtype, transformers_model  # noqa: E402
 from train.metrics.peak import measured_peak  # noqa: E402
+from train.model.compiled_products import fastest_product  # noqa: E402
 from train.model.count import attention_products, expert_params, head_flops  # noqa: E402
 from train.model.deepseek import Head  # noqa: E402
 from train.model.mla import MLA  # noqa: E402
@@ -140,10 +142,10 @@ class Parts:
         def step() -> None:
             for (R, F), (w13, w2) in zip(sizes, weights, strict=True):
                 for left, weight in ((x[:R], w13), (a[:R, :F], w2)):  # forward
-                    left @ weight.t()
+                    fastest_product(left, weight, self.dtype)
                 for grad, left, weight in ((x[:R], a[:R, :F], w2), (h[:R, : 2 * F], x[:R], w13)):  # backward
-                    grad @ weight
-                    grad.t() @ left
+                    fastest_product(grad, weight.t(), self.dtype)
+                    fastest_product(grad.t(), left.t(), self.dtype)
 
         return step
 
