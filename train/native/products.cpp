@@ -56,7 +56,7 @@ struct Block {
 
 // `tile` with the scales of its rows and columns, which the sums are multiplied with.
 template <class To>
-void scaled_tile(i64 rows, Left a, const float* panel, i64 count, const float* left, const float* right, const float* from, i64 from_row, To* to, i64 to_row) {
+void scaled_tile(i64 rows, Left a, const float* panel, i64 count, const float* left, const float* right, const float* from, i64 from_row, To to, i64 to_row) {
   of_rows(rows, [=](auto constant) {
     constexpr int M = constant;
     __m512 sum[M][2];
@@ -97,6 +97,8 @@ struct Problem {
   void add(Room& room, const Block& block, i64 begin, i64 end) const {
     const Part& part = *block.part;
     const bool scaled = left.scale || right.scale;
+    // What is fp32 is a gradient of weights, which waits for the end of the step.
+    const bool lines = fp32 && uintptr_t(out) % 64 == 0 && part.out % 16 == 0 && out_stride % 16 == 0;
     const i64 packed = end - begin, step = scaled ? TILE : packed, width = up(block.columns, PANEL);
     for (i64 k = begin; k < end; k += step) {
       const i64 count = std::min(step, end - k);
@@ -113,13 +115,15 @@ struct Problem {
           const float *left_scales = room.left_scales.get() + m, *right_scales = room.right_scales.get() + n;
           const float* before = k > part.begin ? sums : nullptr;
           // By value: what is captured by reference is read from memory again in the innermost loop.
-          const auto into = [=](auto* to, i64 to_row) {
+          const auto into = [=](auto to, i64 to_row) {
             if (scaled) scaled_tile(rows, a, panel, count, left_scales, right_scales, before, width, to, to_row);
             else tile<true>(rows, a, panel, count, before, width, to, to_row);
           };
           // The last sums go where they belong at once, if their panel is whole.
-          if (k + count == part.end && n + PANEL <= block.columns) into((To*)out + place(block, m) + n, out_stride);
-          else into(sums, width);
+          To* to = (To*)out + place(block, m) + n;
+          if (k + count < part.end || n + PANEL > block.columns) into(sums, width);
+          else if (lines) into(Stream{(float*)to}, out_stride);
+          else into(to, out_stride);
         }
     }
   }

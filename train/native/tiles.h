@@ -87,6 +87,14 @@ inline __m512 load(const float* x, Some some) { return _mm512_maskz_loadu_ps(som
 inline void store(u16* to, __m512 x, Some some) { _mm256_mask_storeu_epi16(to, some.mask, narrow(x)); }
 inline void store(float* to, __m512 x, Some some) { _mm512_mask_storeu_ps(to, some.mask, x); }
 
+// Whole lines of memory that nobody reads soon: they are written past the caches, which would fetch them first.
+struct Stream {
+  float* at;
+  Stream operator+(i64 n) const { return {at + n}; }
+};
+
+inline void store(Stream to, __m512 x, All) { _mm512_stream_ps(to.at, x); }
+
 // body(first, which) over n values.
 template <class Body>
 inline void along(i64 n, const Body& body) {
@@ -102,9 +110,9 @@ inline void narrow(const float* from, u16* to, i64 n) {
 
 // ---- tiles
 
-// Sums of up to ROWS rows of one panel, added to what is at `from`, if that is given: to `to`, in fp32 or bf16.
+// Sums of up to ROWS rows of one panel, added to what is at `from`, if that is given. To: float*, u16* or Stream.
 template <bool TURNED, class To>
-inline void tile(i64 rows, Left a, const float* panel, i64 count, const float* from, i64 from_row, To* to, i64 to_row) {
+inline void tile(i64 rows, Left a, const float* panel, i64 count, const float* from, i64 from_row, To to, i64 to_row) {
   of_rows(rows, [=](auto constant) {
     constexpr int M = constant;
     __m512 sum[M][2];
