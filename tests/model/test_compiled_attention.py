@@ -123,10 +123,10 @@ def test_the_model_takes_it_where_it_can_and_may(monkeypatch):
 
 
 def test_a_run_says_why_it_goes_without(monkeypatch, tmp_path):
-    monkeypatch.setattr(native, "has_avx512_bf16", lambda: False)
+    monkeypatch.setattr(native, "has_avx512", lambda: False)
     monkeypatch.setattr(native, "lack", native.lack.__wrapped__)
-    assert native.missed().endswith("this CPU has no AVX512-BF16") and not native.in_use()
-    monkeypatch.setattr(native, "has_avx512_bf16", lambda: True)
+    assert native.missed().endswith("this CPU has no AVX-512") and not native.in_use()
+    monkeypatch.setattr(native, "has_avx512", lambda: True)
     monkeypatch.setattr(native, "library", native.library.__wrapped__)
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.delenv("CXX", raising=False)

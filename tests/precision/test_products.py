@@ -11,7 +11,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from conf.errors import UserError
 from conf.load import compose
 from train.model.recompute import Recomputed
-from train.native.build import has_avx512_bf16
+from train.native.build import has_avx512
 from train.precision import fp8, swiglu
 from train.precision.formats import E4M3, E5M2, E5M6, Cast
 from train.precision.fp8 import Fp8Precision
@@ -53,10 +53,10 @@ def agrees(request, monkeypatch) -> Check:
     where this was written. Another cast of an operand is off by more than 1e-2.
     """
     if request.param == "reference":
-        monkeypatch.setattr(fp8, "has_avx512_bf16", lambda: False)
+        monkeypatch.setattr(fp8, "has_avx512", lambda: False)
         return torch.equal
-    if not has_avx512_bf16():
-        pytest.skip("needs AVX512-BF16")
+    if not has_avx512():
+        pytest.skip("needs AVX-512")
     return partial(near, error=1e-4)
 
 

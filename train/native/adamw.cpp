@@ -1,4 +1,4 @@
-// AdamW of train/optim.py with bf16 moments, in one pass over memory, for CPUs with AVX512-BF16. Called by ctypes.
+// AdamW of train/optim.py with bf16 moments, in one pass over memory, for CPUs with AVX-512. Called by ctypes.
 //
 // Every element gets the same arithmetic wherever a shard begins or ends: that of torch's kernel, in fp32, so that moments
 // are rounded to the same bf16.

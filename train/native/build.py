@@ -58,9 +58,9 @@ def cpu_features() -> str:
     return features[0] if features else platform.processor()
 
 
-def has_avx512_bf16() -> bool:
-    """Whether this CPU has the dot products of bf16 pairs that tiles.h is made of."""
-    return "avx512_bf16" in cpu_features().split()
+def has_avx512() -> bool:
+    """Whether this CPU has the instructions that tiles.h is made of, as Intel's server CPUs have since 2017."""
+    return {"avx512f", "avx512bw", "avx512dq", "avx512vl"} <= set(cpu_features().split())
 
 
 def _built(source: Source) -> Path:

@@ -1,6 +1,6 @@
 """The parts of a step that a CPU runs as compiled code: which there are, and whether this process uses them.
 
-They are for bf16 and CPUs with AVX512-BF16. Where that or a C++ compiler is absent, the same is done by torch's operations,
+They are for bf16 and CPUs with AVX-512. Where that or a C++ compiler is absent, the same is done by torch's operations,
 which the code is tested against.
 """
 
@@ -9,7 +9,7 @@ from functools import cache
 from pathlib import Path
 
 from conf.errors import UserError
-from train.native.build import Source, cpu_features, has_avx512_bf16, load
+from train.native.build import Source, cpu_features, has_avx512, load
 
 NAMES = ("adamw", "attention", "products", "rows")
 """The C++ files, each a library."""
@@ -38,8 +38,8 @@ def missed() -> str | None:
 @cache
 def lack() -> str | None:
     """Why this machine cannot have it, None if it can. The first call on a machine builds it, which takes some seconds."""
-    if not has_avx512_bf16():
-        return "this CPU has no AVX512-BF16"
+    if not has_avx512():
+        return "this CPU has no AVX-512"
     try:
         for name in NAMES:
             library(name)

@@ -1,4 +1,4 @@
-// What the model does to rows of bf16 between its products, for CPUs with AVX512-BF16: RMSNorm and SwiGLU of
+// What the model does to rows of bf16 between its products, for CPUs with AVX-512: RMSNorm and SwiGLU of
 // train/model/layers.py, and the split into heads of train/model/mla.py. Called by ctypes.
 //
 // One pass over memory each way. Values are widened to fp32 where they are read and rounded once where they are written.
