@@ -396,7 +396,8 @@ class Cluster:
     """CPU threads per rank; 0 shares the cores among the ranks of a machine."""
     compiled: bool = True
     """On a CPU with AVX-512, parts of a step in bf16 as compiled code, built at its first use by the machine's C++
-    compiler; where that cannot be, a run says so and uses torch's operations. false: those everywhere."""
+    compiler; matrix products where that is faster than torch's, which is measured. Where it cannot be, a run says so and
+    uses torch's operations. false: those everywhere."""
     timeout: float = 600.0
     """Longest wait in a collective, in seconds."""
     address: str | None = None

@@ -15,6 +15,7 @@ from train.metrics.report import write_report
 from train.metrics.screens import final_screen
 from train.metrics.series import read_series
 from train.metrics.writer import open_writer
+from train.native.model import parts_in_use
 from train.plan.rates import cpu_name
 from train.plan.run import run_plan
 
@@ -37,7 +38,8 @@ def planned_here(tmp_path_factory):
     kinds = ("fprop_bf16", "fprop_fp32", "wgrad_bf16", "attention_forward", "attention_backward", "memory", "inside")
     rates = dict.fromkeys(kinds, rate)
     content = {"device": cpu_name(), "precision": "bf16", "threads": 1, "rates_alone": rates, "rates_together": rates}
-    (runs / "calibration.json").write_text(json.dumps(content | {"factors_alone": {}, "factors_together": {}}))
+    content |= {"compiled": parts_in_use(), "factors_alone": {}, "factors_together": {}}
+    (runs / "calibration.json").write_text(json.dumps(content))
     calibration = f"plan.calibration={runs / 'calibration.json'}"
     config = compose("mode=plan", "hardware=cpu", calibration, "name=a", f"runs={runs}", "cluster.device=cpu", *LOG)
     assert run_plan(config) == EXIT_OK

@@ -7,6 +7,8 @@ import pytest
 from conf.errors import UserError
 from conf.load import compose
 from conf.schema import Rate
+from train.native.model import parts_in_use
+from train.plan import rates
 from train.plan.fit import fit_rate
 from train.plan.rates import Rates, cpu_name, load_rates
 from train.plan.step import plan_time
@@ -66,8 +68,15 @@ def test_in_a_pass_every_call_costs_its_launch():
 
 
 def _calibration(path, **more) -> str:
-    rates = {name: {"seconds": 1e-6, "flops": 1e11, "bandwidth": 1e10} for name in ("fprop_fp32", "memory")}
-    content = {"device": cpu_name(), "precision": "fp32", "threads": 1, "rates_alone": rates, "rates_together": rates}
+    made_up = {name: {"seconds": 1e-6, "flops": 1e11, "bandwidth": 1e10} for name in ("fprop_fp32", "memory")}
+    content = {
+        "device": cpu_name(),
+        "precision": "fp32",
+        "threads": 1,
+        "rates_alone": made_up,
+        "rates_together": made_up,
+    }
+    content["compiled"] = parts_in_use()
     path.write_text(json.dumps(content | {"factors_alone": {}, "factors_together": {}} | more))
     return str(path)
 
@@ -82,6 +91,22 @@ def test_a_calibration_of_another_device_is_refused(tmp_path):
     with pytest.raises(UserError, match="precision=fp32"):
         load_rates(compose("hardware=cpu", "precision=bf16", f"plan.calibration={mine}"), alone=True)
     assert load_rates(compose("hardware=cpu", "precision=fp32", f"plan.calibration={mine}"), alone=True).rates
+
+
+def test_a_calibration_of_other_code_is_refused(tmp_path, monkeypatch):
+    """On a CPU: a run with compiled code, and products among it, has other rates than one without."""
+    words = (
+        "hardware=cpu",
+        "precision=fp32",
+        f"plan.calibration={_calibration(tmp_path / 'c.json', compiled=['adamw'])}",
+    )
+    monkeypatch.setattr(rates, "parts_in_use", lambda: ["adamw", "products"])
+    with pytest.raises(
+        UserError, match=r"code for adamw, and here there is some for adamw, products(.|\n)*cluster\.compiled"
+    ):
+        load_rates(compose(*words), alone=True)
+    monkeypatch.setattr(rates, "parts_in_use", lambda: ["adamw"])
+    assert load_rates(compose(*words), alone=True).rates
 
 
 @pytest.mark.parametrize("text", ["", "[]", '{"device": "x"}'])

@@ -1,7 +1,7 @@
 """The parts of a step that a CPU runs as compiled code: which there are, and whether this process uses them.
 
 They are for bf16 and CPUs with AVX-512. Where that or a C++ compiler is absent, the same is done by torch's operations,
-which the code is tested against.
+which the code is tested against. So are matrix products where torch's are faster (`products_pay`).
 """
 
 import ctypes
@@ -26,6 +26,11 @@ def choose(compiled: bool) -> None:
 
 def in_use() -> bool:
     return _chosen and lack() is None
+
+
+def parts_in_use() -> list[str]:
+    """What this process runs as compiled code, by NAMES."""
+    return [name for name in NAMES if name != "products" or products_pay()] if in_use() else []
 
 
 def missed() -> str | None:

@@ -17,7 +17,7 @@ using namespace tiles;
 
 constexpr i64 TILE = 128;                 // of the contraction: one pair of scales
 constexpr i64 DEPTH = 256;                // packed at once, a multiple of a tile
-constexpr i64 HEIGHT = 504, WIDTH = 512;  // of a block, at most
+constexpr i64 HEIGHT = 516, WIDTH = 512;  // of a block, at most
 
 // Matrices (outer, contraction). A scale is that of outer >> shift and of a tile; none: all are one.
 struct Operand {

@@ -29,6 +29,7 @@ from conf.errors import UserError
 from conf.schema import Config, Parallel, Rate
 from parallel.mesh import Layout, build_mesh
 from train.cpu import tune_cpu
+from train.native.model import choose, parts_in_use
 from train.parallelize import parallelize
 from train.plan import work
 from train.plan.fit import fit_rate
@@ -63,6 +64,7 @@ def calibrate(config: Config) -> Path:
         "threads": threads,
         "ranks": ranks,
         "precision": config.precision.name,
+        "compiled": parts_in_use() if device.type == "cpu" else [],
         "recipe": config.name,
         "torch": torch.__version__,
         "measured": time.strftime("%Y-%m-%d %H:%M"),
@@ -104,6 +106,7 @@ def _measure_on(ranks: int, config: Config, kind: str, threads: int) -> dict[str
 def _rank(rank: int, ranks: int, config: Config, kind: str, threads: int, folder: str, barrier, results) -> None:
     """Body of one measuring process."""
     tune_cpu()
+    choose(config.cluster.compiled)
     if kind == "cpu":
         torch.set_num_threads(threads)
     else:

@@ -14,6 +14,7 @@ from typing import Any
 
 from conf.errors import UserError
 from conf.schema import Config, Hardware, Rate
+from train.native.model import parts_in_use
 from train.plan.work import Work
 
 KINDS = {
@@ -58,7 +59,16 @@ LINKS = {
 }
 """Kinds of transfers and what stands in for them: inside and across, bytes of one device in one direction."""
 FILE = "calibration.json"
-REQUIRED = {"device", "precision", "threads", "rates_alone", "rates_together", "factors_alone", "factors_together"}
+REQUIRED = {
+    "device",
+    "precision",
+    "compiled",
+    "threads",
+    "rates_alone",
+    "rates_together",
+    "factors_alone",
+    "factors_together",
+}
 
 
 @dataclass(frozen=True)
@@ -178,6 +188,14 @@ def check_device(config: Config, calibration: Mapping[str, Any]) -> None:
             config.plan.calibration,
             f"was measured with precision={calibration['precision']}, and this recipe has {config.precision.name}",
             f"calibrate with precision={config.precision.name}",
+        )
+    if hardware.device == "cpu" and calibration["compiled"] != parts_in_use():
+        theirs, ours = (", ".join(parts) or "nothing" for parts in (calibration["compiled"], parts_in_use()))
+        raise UserError(
+            "plan.calibration",
+            config.plan.calibration,
+            f"was measured with compiled code for {theirs}, and here there is some for {ours}",
+            "calibrate again, or set cluster.compiled as it was then",
         )
 
 
