@@ -105,7 +105,10 @@ def run(name: str, left: Tensor, right: Tensor, out: Tensor, parts: Sequence[Par
 
 
 def readable(x: Tensor) -> Tensor:
-    """The same, side by side in memory along the last axis or the one before."""
+    """The same, side by side in memory along the last axis or the one before, and with its values there
+    (`parallel.expert.quantized_rows` has others, and gives them to torch's operations alone).
+    """
+    x = x if type(x) in (Tensor, torch.nn.Parameter) else x.view(x.shape)
     return x if 1 in x.stride()[-2:] else x.contiguous()
 
 
