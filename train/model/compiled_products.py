@@ -17,8 +17,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.profiler import record_function
 
+from train.model import compiled_rows
 from train.model.needed import gradients_needed
-from train.native.model import in_use, library, products_pay
+from train.native.model import library, products_pay
 
 Part = tuple[int, int, int, int, int, int]
 """One product: first row on the left, rows, matrix on the right, first and last of the contraction, offset of its output."""
@@ -26,7 +27,7 @@ Part = tuple[int, int, int, int, int, int]
 
 def fits(*tensors: Tensor) -> bool:
     """Whether compiled code multiplies such tensors, in this process."""
-    return all(t.dtype == torch.bfloat16 and not t.is_cuda for t in tensors) and in_use() and products_pay()
+    return compiled_rows.fits(*tensors) and products_pay()
 
 
 def fastest_product(left_OC: Tensor, right_NC: Tensor, dtype: torch.dtype) -> Tensor:
