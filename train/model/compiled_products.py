@@ -49,9 +49,7 @@ def grouped(left_RC: Tensor, right_ENC: Tensor, rows: Sequence[int]) -> Tensor:
     """Each expert's rows times its own matrix, transposed: (R, N). rows: of every expert."""
     _, columns, contraction = right_ENC.shape
     out_RN = left_RC.new_empty(left_RC.shape[0], columns)
-    starts = accumulate(rows, initial=0)
-    parts = [(s, n, e, 0, contraction, s * columns) for e, (s, n) in enumerate(zip(starts, rows, strict=False))]
-    run("grouped_gemm", left_RC, right_ENC, out_RN, parts)
+    run("grouped_gemm", left_RC, right_ENC, out_RN, parts_by_rows(_starts(rows), rows, columns, contraction))
     return out_RN
 
 
@@ -59,10 +57,22 @@ def grouped_weight_gradient(left_OR: Tensor, right_NR: Tensor, rows: Sequence[in
     """For each expert the sum over its rows: (E, O, N), fp32."""
     outer, columns = left_OR.shape[0], right_NR.shape[0]
     out_EON = left_OR.new_empty(len(rows), outer, columns, dtype=torch.float32)
-    starts = accumulate(rows, initial=0)
-    parts = [(0, outer, 0, s, s + n, e * outer * columns) for e, (s, n) in enumerate(zip(starts, rows, strict=False))]
-    run("grouped_gemm", left_OR, right_NR, out_EON, parts)
+    run("grouped_gemm", left_OR, right_NR, out_EON, parts_by_sums(_starts(rows), rows, outer, columns))
     return out_EON
+
+
+def parts_by_rows(starts: Sequence[int], rows: Sequence[int], columns: int, contraction: int) -> list[Part]:
+    """Of every expert its rows on the left times its matrix on the right. starts: first row of each."""
+    return [(s, n, e, 0, contraction, s * columns) for e, (s, n) in enumerate(zip(starts, rows, strict=True))]
+
+
+def parts_by_sums(starts: Sequence[int], rows: Sequence[int], outer: int, columns: int) -> list[Part]:
+    """Of every expert the sum over its rows, which are the contraction."""
+    return [(0, outer, 0, s, s + n, e * outer * columns) for e, (s, n) in enumerate(zip(starts, rows, strict=True))]
+
+
+def _starts(rows: Sequence[int]) -> list[int]:
+    return list(accumulate(rows, initial=0))[:-1]
 
 
 class CompiledLinear(torch.autograd.Function):

@@ -1,8 +1,7 @@
 // Products of matrices in tiles that stay in registers, and what goes with them, for CPUs with AVX-512.
 //
 // Operands in bf16 are widened where they are packed, and multiplied and summed in fp32: exact products, and twice as fast
-// as dot products of bf16 pairs (VDPBF16PS) where those run at a quarter of the rate of fp32's FMA, as on Intel's server cores
-// without AMX. A, on the left, is read value by value; it may be packed in panels of ROWS rows. B is packed in panels of
+// as dot products of bf16 pairs (VDPBF16PS) where those run at a quarter of the rate of fp32's FMA. A, on the left, is read value by value; it may be packed in panels of ROWS rows. B is packed in panels of
 // PANEL columns: of every panel all its rows, PANEL values each, so that it streams. C is fp32, its rows as long as whole
 // panels. Nothing is masked: what pads a panel is zero.
 
@@ -19,7 +18,6 @@ namespace tiles {
 
 using i64 = int64_t;
 using u16 = uint16_t;
-using u32 = uint32_t;
 
 constexpr i64 PANEL = 32;  // columns
 constexpr i64 ROWS = 12;   // of a tile: 24 registers of sums
@@ -30,7 +28,6 @@ inline i64 up(i64 x, i64 step) { return (x + step - 1) / step * step; }
 struct Left {
   const float* data;
   i64 row, inner;
-  Left from(i64 m, i64 k = 0) const { return {data + m * row + k * inner, row, inner}; }
 };
 
 // body(M) with M = rows known at compile time, 1 to ROWS.

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from train.model.compiled_products import Part, run, strides
+from train.model.compiled_products import Part, parts_by_rows, parts_by_sums, run, strides
 from train.native.build import load
 from train.native.model import source
 from train.precision.formats import TILE
@@ -33,8 +33,7 @@ def grouped(left_PC: Operand, right_ENC: Operand, groups: Groups, dtype: torch.d
     """Each expert's rows times its own matrix: (P, N), zero in the padding."""
     _, columns, contraction = right_ENC.shape
     out_PN = _values(left_PC).new_zeros(groups.rows, columns, dtype=dtype)
-    experts = enumerate(zip(groups.starts, groups.counts, strict=True))
-    parts = [(start, rows, e, 0, contraction, start * columns) for e, (start, rows) in experts]
+    parts = parts_by_rows(groups.starts, groups.counts, columns, contraction)
     _run("grouped_scaled_gemm", left_PC, right_ENC, out_PN, parts)
     return out_PN
 
@@ -43,8 +42,7 @@ def grouped_wgrad(left_OP: Operand, right_NP: Operand, groups: Groups, dtype: to
     """For each expert the sum over its rows: (E, O, N)."""
     rows, columns = left_OP.shape[0], right_NP.shape[0]
     out_EON = _values(left_OP).new_empty(len(groups.counts), rows, columns, dtype=dtype)
-    experts = enumerate(zip(groups.starts, groups.counts, strict=True))
-    parts = [(0, rows, 0, start, start + count, e * rows * columns) for e, (start, count) in experts]
+    parts = parts_by_sums(groups.starts, groups.counts, rows, columns)
     _run("grouped_scaled_gemm", left_OP, right_NP, out_EON, parts)
     return out_EON
 
