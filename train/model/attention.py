@@ -29,7 +29,7 @@ def attention(q_BHTQ: Tensor, k_BHTQ: Tensor, v_BHTV: Tensor, scale: float, docu
     """(B, H, T, V). documents_BT: number of the document of every position; a document is contiguous and sees itself only."""
     if not q_BHTQ.is_cuda:
         spans = None if documents_BT is None else document_spans(documents_BT)
-        kernel = CompiledAttention if fits(q_BHTQ, v_BHTV) and in_use() else BlockAttention
+        kernel = CompiledAttention if fits(q_BHTQ) and in_use() else BlockAttention
         return kernel.apply(q_BHTQ, k_BHTQ, v_BHTV, scale, spans)
     if documents_BT is None:
         return F.scaled_dot_product_attention(q_BHTQ, k_BHTQ, v_BHTV, is_causal=True, scale=scale)

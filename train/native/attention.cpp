@@ -1,8 +1,8 @@
 // The attention core of train/model/attention.py for bf16 on CPUs with AVX-512. Called by ctypes.
 //
 // A job is one head of one span of positions. A block of its queries meets all earlier keys at once: scores, softmax over
-// whole rows, products with the values, all in fp32. Tiles above the diagonal are skipped. Backward computes the
-// probabilities again, so that nothing is kept, and sums the gradients of keys and values in fp32.
+// whole rows, products with the values, all in fp32. Tiles above the diagonal are skipped. Backward takes probabilities that
+// forward kept, rounded to bf16, or computes them again, and sums the gradients of keys and values in fp32.
 
 #include <cmath>
 #include <vector>
@@ -26,7 +26,11 @@ inline Matrix matrix(const Heads& x, i64 b, i64 h, i64 t) { return {x.at(b, h, t
 
 struct Span {
   i64 sequence, start, end;
+  i64 kept;  // values before those of its first head, or -1 where nothing is kept
 };
+
+// Probabilities of a head before row m, if they are kept: a row has whole panels of keys up to its diagonal.
+i64 kept_before(i64 m) { return PANEL * (m / PANEL + 1) * (m / PANEL * PANEL / 2 + m % PANEL); }
 
 // Scores of one row become probabilities, zero behind its `keys` keys up to `end`.
 void softmax(float* s, i64 keys, i64 end, float scale) {
@@ -70,6 +74,7 @@ struct Room {
 
 struct Problem {
   Heads q, k, v, out, dout, dq, dk, dv;
+  u16* kept;
   i64 heads, qk, width, longest;
   float scale;
 
@@ -108,6 +113,20 @@ struct Problem {
     }
   }
 
+  u16* kept_of(Span span, i64 head) const { return span.kept < 0 ? nullptr : kept + span.kept + head * kept_before(span.end - span.start); }
+
+  void keep(const float* p, u16* kept, i64 rows, i64 before) const {
+    for (i64 m = before; m < before + rows; ++m, p += columns()) narrow(p, kept + kept_before(m), up(m + 1, PANEL));
+  }
+
+  void take(const u16* kept, float* p, i64 rows, i64 before) const {
+    for (i64 m = before; m < before + rows; ++m, p += columns()) {
+      const i64 own = up(m + 1, PANEL);
+      for (i64 j = 0; j < own; j += 16) store(p + j, load(kept + kept_before(m) + j, All{}), All{});
+      std::fill(p + own, p + up(before + rows, PANEL), 0.f);
+    }
+  }
+
   void probabilities(Room& room, Matrix query, i64 rows, i64 before) const {
     pack_transposed<ROWS>(query.data, query.stride, rows, qk, room.left.data());
     below(room.left.data(), room.keys_by_channel.data(), qk, room.p.data(), rows, before);
@@ -135,11 +154,13 @@ struct Problem {
   void forward(Room& room, Span span, i64 head) const {
     const i64 length = span.end - span.start;
     const Matrix key = matrix(k, span.sequence, head, span.start), value = matrix(v, span.sequence, head, span.start);
+    u16* const kept = kept_of(span, head);
     pack_transposed<PANEL>(key.data, key.stride, length, qk, room.keys_by_channel.data());
     pack<PANEL>(value.data, value.stride, length, width, room.values.data());
     for (i64 first = 0; first < length; first += QUERIES) {
       const i64 rows = std::min(QUERIES, length - first), t = span.start + first;
       probabilities(room, matrix(q, span.sequence, head, t), rows, first);
+      if (kept) keep(room.p.data(), kept, rows, first);
       along_keys(room.p.data(), room.values.data(), length, width, room.out.data(), rows, first);
       write(room.out.data(), matrix(out, span.sequence, head, t), rows, width);
     }
@@ -148,7 +169,8 @@ struct Problem {
   void backward(Room& room, Span span, i64 head) const {
     const i64 length = span.end - span.start, b = span.sequence;
     const Matrix key = matrix(k, b, head, span.start), value = matrix(v, b, head, span.start);
-    pack_transposed<PANEL>(key.data, key.stride, length, qk, room.keys_by_channel.data());
+    const u16* const kept = kept_of(span, head);
+    if (!kept) pack_transposed<PANEL>(key.data, key.stride, length, qk, room.keys_by_channel.data());
     pack_transposed<PANEL>(value.data, value.stride, length, width, room.values_by_channel.data());
     pack<PANEL>(key.data, key.stride, length, qk, room.keys.data());
     std::fill_n(room.dk.data(), length * up(qk, PANEL), 0.f);
@@ -156,7 +178,8 @@ struct Problem {
     for (i64 first = 0; first < length; first += QUERIES) {
       const i64 rows = std::min(QUERIES, length - first), end = up(first + rows, PANEL), t = span.start + first;
       const Matrix query = matrix(q, b, head, t), gradient = matrix(dout, b, head, t);
-      probabilities(room, query, rows, first);
+      if (kept) take(kept, room.p.data(), rows, first);
+      else probabilities(room, query, rows, first);
       pack<PANEL>(gradient.data, gradient.stride, rows, width, room.some.data());
       along_queries(room.p.data(), room.some.data(), width, room.dv.data(), rows, first);
 
@@ -192,6 +215,17 @@ struct Problem {
 }  // namespace
 
 extern "C" {
+
+// Places of what is kept of spans of up to `longest` positions; their sum is returned.
+i64 attention_kept(Span* spans, i64 count, i64 heads, i64 longest) {
+  i64 values = 0;
+  for (Span* span = spans; span < spans + count; ++span) {
+    const i64 length = span->end - span->start;
+    span->kept = length <= longest ? values : -1;
+    if (length <= longest) values += heads * kept_before(length);
+  }
+  return values;
+}
 
 void attention_forward(const Problem* problem, const Span* spans, i64 count, i64 threads) {
   problem->each(spans, count, threads, false, [=](Room& room, Span span, i64 head) { problem->forward(room, span, head); });

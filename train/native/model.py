@@ -74,6 +74,5 @@ def library(name: str) -> ctypes.CDLL:
 def source(name: str, field: str, without: str) -> Source:
     """One of NAMES as somebody asks for it, see `Source`."""
     here = Path(__file__).parent
-    # Neighbours in bf16 are read as one word; products and sums are one operation only where the code says so.
-    flags = ("-fno-strict-aliasing", "-ffp-contract=off")
+    flags = ("-ffp-contract=off",)  # products and sums are one operation only where the code says so
     return Source(here / f"{name}.cpp", field, without, flags, (here / "tiles.h",))
