@@ -15,6 +15,7 @@ Private names of DeepSpeed 0.19 that this file touches, each for a reason:
   _use_compact_grad_partition_buffer, partition_size   unshared gradients have a stand-in of the right shape here
   _lazy_init_hp_params_optimizer_state, _hp_optimizer_states_linked   link moments to parameters for checkpoints
   _hp_mapping                         what of a parameter lies in this rank's shard
+  _optimizer_step, parallel_partitioned_bit16_groups   the update writes the bf16 weights, without a pass of its own
 """
 
 import contextlib
@@ -25,6 +26,22 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from parallel.shard import Fragment, Pieces
+
+
+class _Written:
+    """Stands for a shard of bf16 weights, in DeepSpeed's list of them, until DeepSpeed copies the masters there. The update
+    has done that."""
+
+    def __init__(self, shards: list, own: int):
+        self._shards, self._own, self._shard = shards, own, shards[own]
+        shards[own] = self
+
+    @property
+    def data(self) -> "_Written":
+        return self
+
+    def copy_(self, masters: Tensor) -> None:
+        self._shards[self._own] = self._shard
 
 
 class WholeWeights:
@@ -53,6 +70,17 @@ class WholeWeights:
         """By group."""
         optimizer._hp_optimizer_states_linked = False
         optimizer._lazy_init_hp_params_optimizer_state()
+        if optimizer.dtype == torch.bfloat16:
+            self._update, optimizer._optimizer_step = optimizer._optimizer_step, self._update_and_round
+
+    def _update_and_round(self, number: int) -> None:
+        """Update a group of masters and, in the same pass over memory, its shard of the bf16 weights."""
+        optimizer = self._optimizer
+        shards = optimizer.parallel_partitioned_bit16_groups[number]
+        own = dist.get_rank(optimizer.real_dp_process_group[number])
+        optimizer.optimizer.rounded = {optimizer.single_partition_of_fp32_groups[number]: shards[own]}
+        self._update(number)
+        _Written(shards, own)
 
     def _clip_in_update(self, gradients: list[Tensor], norm: Tensor) -> None:
         """Clip to the configured norm, if any, inside the update's own pass over the gradients."""

@@ -31,6 +31,8 @@ class AdamW(torch.optim.Optimizer):
         """What gradients are multiplied with on their way into the next update: the owner's clipping."""
         self.pieces: dict[Tensor, Pieces] = {}
         """Gradients in pieces of parameters whose `.grad` is a stand-in. The owner fills it before every step."""
+        self.rounded: dict[Tensor, Tensor] = {}
+        """Flat bf16 tensors that get the updated weights of a parameter in the same pass over memory."""
         self.updates = 0
         """Updates made before this step; counts bias correction for all groups alike."""
 
@@ -56,9 +58,12 @@ class AdamW(torch.optim.Optimizer):
                 if pieces.divisor > 1:
                     factor = (1.0 if factor is None else factor) / pieces.divisor
                 sizes = [grad.numel() for grad in pieces.gradients]
-                parts = [tensor[: sum(sizes)].split(sizes) for tensor in held]
-                for grad, weight, *moments in zip(pieces.gradients, *parts, strict=True):
-                    _update(weight, grad, *moments, group, self.updates + 1, factor)
+                weights, means, squares = ([*tensor[: sum(sizes)].split(sizes)] for tensor in held)
+                rounded = [None] * len(sizes)
+                if param in self.rounded:
+                    rounded = self.rounded[param][: sum(sizes)].split(sizes)
+                for grad, *own in zip(pieces.gradients, weights, means, squares, rounded, strict=True):
+                    _update(grad, *own, group, self.updates + 1, factor)
 
 
 def compiled(kind: str, moments: torch.dtype) -> bool:
@@ -72,10 +77,11 @@ def scratch_bytes(kind: str, moments: torch.dtype, elements: int) -> int:
 
 
 def _update(
-    weight: Tensor,
     grad: Tensor,
+    weight: Tensor,
     exp_avg: Tensor,
     exp_avg_sq: Tensor,
+    rounded: Tensor | None,
     group: dict,
     count: int,
     factor: Tensor | float | None,
@@ -85,7 +91,7 @@ def _update(
     """
     if compiled(weight.device.type, exp_avg.dtype):
         scale = 1.0 if factor is None else float(factor)
-        _update_compiled(weight, grad, exp_avg, exp_avg_sq, group, count, scale)
+        _update_compiled(grad, weight, exp_avg, exp_avg_sq, rounded, group, count, scale)
         return
     step = torch.tensor(float(count), device=weight.device)
     if factor is not None:
@@ -104,6 +110,8 @@ def _update(
             moment.copy_(value)
     if whole < weight.numel():
         _update_rest([tensor[whole:] for tensor in (weight, grad, exp_avg, exp_avg_sq)], group, step)
+    if rounded is not None:
+        rounded.copy_(weight)
 
 
 class _Settings(ctypes.Structure):
@@ -116,7 +124,14 @@ class _Settings(ctypes.Structure):
 
 
 def _update_compiled(
-    weight: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, group: dict, count: int, factor: float
+    grad: Tensor,
+    weight: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    rounded: Tensor | None,
+    group: dict,
+    count: int,
+    factor: float,
 ) -> None:
     """Flat contiguous tensors, the moments in bf16."""
     (beta1, beta2), lr = group["betas"], group["lr"]
@@ -124,7 +139,8 @@ def _update_compiled(
         factor, 1 - beta1, beta2, 1 - beta2, 1 - lr * group["weight_decay"],
         lr / (1 - beta1**count), (1 - beta2**count) ** 0.5, group["eps"],
     )  # fmt: skip
-    pointers = [c_void_p(tensor.data_ptr()) for tensor in (weight, grad, exp_avg, exp_avg_sq)]
+    tensors = weight, grad, exp_avg, exp_avg_sq, rounded
+    pointers = [c_void_p(None if tensor is None else tensor.data_ptr()) for tensor in tensors]
     threads = c_int64(torch.get_num_threads())
     library("adamw").adamw(*pointers, c_int64(weight.numel()), ctypes.byref(settings), threads)
 

@@ -266,6 +266,8 @@ class Kernels:
             for param in params:
                 param.grad = torch.full_like(param, 1e-3)
             adam = AdamW([{"params": params}], self.config.optim, moments)
+            if element == 2:
+                adam.rounded = dict(zip(params, parts, strict=True))
             updated = ADAM_BYTES + 4 * moments.itemsize + element
             yield Case(Work("optimizer", bytes=updated * COUNT, calls=calls), adam.step)
 
