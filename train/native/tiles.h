@@ -167,14 +167,19 @@ inline void transpose(__m512i* x) {
 }
 
 // ---- panels of bf16 matrices, widened. WIDTH: PANEL for B, ROWS for A.
-//
-// A row of a narrow panel is written as a whole vector, whose end the next one covers.
 
-// Values of the panels of a matrix with so many rows and columns, and what packing may write behind them.
+// Values of the panels of a matrix with so many rows and columns.
 template <i64 WIDTH>
-inline i64 panel_values(i64 rows, i64 columns) { return rows * up(columns, WIDTH) + 16; }
+inline i64 panel_values(i64 rows, i64 columns) { return rows * up(columns, WIDTH); }
 
 constexpr i64 part_of(i64 width) { return std::min<i64>(width, 16); }
+
+// As many values of a vector as a part has. Written with a mask: whole vectors, of which the next covers the end, take longer.
+template <i64 PART>
+inline void store_part(float* to, __m512 x) {
+  if constexpr (PART < 16) store(to, x, Some{first_of(PART)});
+  else store(to, x, All{});
+}
 
 // Of X, its rows being the contraction. N panels at a time.
 template <i64 WIDTH, i64 N>
@@ -187,8 +192,7 @@ inline void pack_panels(const u16* x, i64 stride, i64 rows, i64 columns, float* 
     for (i64 i = 0; i < N * PARTS; ++i) {
       const __m512 values = load(x + i * PART, Some{some[i]});
       float* to = panels + i / PARTS * rows * WIDTH + k * WIDTH + i % PARTS * PART;
-      if (N > 1 && PART < 16 && k + 1 == rows) store(to, values, Some{first_of(PART)});  // the next panel has its first row
-      else store(to, values, All{});
+      store_part<PART>(to, values);
     }
 }
 
@@ -218,8 +222,9 @@ inline void pack_transposed(const u16* x, i64 stride, i64 rows, i64 columns, flo
       }
       transpose(words);
       for (i64 i = 0; i < std::min<i64>(16, (left + 1) / 2); ++i) {
-        _mm512_storeu_si512(to + (k + 2 * i) * WIDTH, _mm512_slli_epi32(words[i], 16));
-        if (2 * i + 1 < left) _mm512_storeu_si512(to + (k + 2 * i + 1) * WIDTH, _mm512_and_si512(words[i], high));
+        float* row = to + (k + 2 * i) * WIDTH;
+        store_part<PART>(row, _mm512_castsi512_ps(_mm512_slli_epi32(words[i], 16)));
+        if (2 * i + 1 < left) store_part<PART>(row + WIDTH, _mm512_castsi512_ps(_mm512_and_si512(words[i], high)));
       }
     }
   }
