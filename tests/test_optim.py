@@ -5,6 +5,7 @@ import torch
 
 import train.native.model as native
 from conf.schema import Optim
+from parallel.shard import Pieces
 from train.optim import CHUNK, AdamW
 
 SIZE = 2 * CHUNK["cpu"] + 1003
@@ -116,3 +117,28 @@ def test_threads_change_no_bit(problem):
     finally:
         torch.set_num_threads(threads)
     assert torch.equal(*results)
+
+
+@pytest.mark.parametrize("moments", [torch.bfloat16, torch.float32])
+def test_rounded_weights_are_written_too(problem, moments):
+    """The gradient in pieces, and padding behind the last, which nobody touches."""
+    weights, (grad, *_) = problem
+    param, used = torch.nn.Parameter(weights.clone()), SIZE - 7
+    optimizer = AdamW([{"params": [param], "weight_decay": 0.1}], Optim(lr=1e-2), moments)
+    param.grad = torch.zeros(1).expand(SIZE)
+    optimizer.pieces[param] = Pieces([grad[:1000], grad[1000:used]], 1)
+    optimizer.rounded[param] = torch.full((SIZE,), torch.nan, dtype=torch.bfloat16)
+    optimizer.step()
+    assert torch.equal(optimizer.rounded[param][:used], param.detach()[:used].bfloat16())
+    assert optimizer.rounded[param][used:].isnan().all() and not torch.equal(param.detach()[:used], weights[:used])
+
+
+@pytest.mark.parametrize("size", [0, 1, 77, 4096, 4 * 4096 + 100])
+def test_the_sum_of_squares_is_that_in_fp64(problem, size):
+    x = problem[0][:size] * 1e3
+    total = AdamW.sum_of_squares(x)
+    assert total.dtype == torch.float64 and total.item() == pytest.approx(x.double().square().sum().item(), rel=2e-7)
+    if size:
+        for bad in (torch.inf, torch.nan):
+            x[size // 2] = bad
+            assert not AdamW.sum_of_squares(x).isfinite()

