@@ -3,7 +3,8 @@
 CUDA uses torch's kernels. On the CPU torch's flash kernel wants values as wide as keys and keeps its products small;
 here a block of queries meets all earlier keys in one product, so memory stays linear in the sequence and work above the
 diagonal is skipped. Scores and softmax are in fp32; backward computes them again from q and k, so nothing else is kept.
-The same is there as compiled code for bf16 (train/model/compiled_attention.py), to which this is the reference.
+The same is there as compiled code for bf16 (train/model/compiled_attention.py), to which this is the reference; that keeps
+the probabilities of short spans.
 
 Shapes: B sequences, H heads, T positions, Q qk width, V value width, X = B*H rows of a batched product, C queries of a
 block, S keys up to its end.

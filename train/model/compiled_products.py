@@ -8,6 +8,7 @@ Shape suffixes: O, N outer axes of a product, C contraction, E experts, R rows s
 
 import ctypes
 from collections.abc import Sequence
+from contextlib import nullcontext
 from ctypes import c_int64, c_void_p
 from functools import cache
 from itertools import accumulate
@@ -111,7 +112,8 @@ def run(name: str, left: Tensor, right: Tensor, out: Tensor, parts: Sequence[Par
     problem = _Problem(*operands, out.data_ptr(), columns, columns, out.dtype == torch.float32)
     numbers = [number for part in parts for number in part]
     table = (c_int64 * len(numbers))(*numbers)
-    with record_function(name):
+    # A name costs a percent of the step of a small model, also where nobody reads it.
+    with record_function(name) if torch.autograd._profiler_enabled() else nullcontext():
         _library().products(ctypes.byref(problem), table, len(parts), torch.get_num_threads())
 
 
