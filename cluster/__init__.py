@@ -1,1 +1,1 @@
-"""Where processes run: this machine, torchrun or Slurm. Imports no torch and no train."""
+"""Where processes run: this machine, under torchrun, or the nodes of a Ray cluster. Imports no torch and no train."""

@@ -11,7 +11,8 @@ ADVICE = {
     Kind.killed: "look at memory (dmesg shows the kernel's out-of-memory kills) and at the device; lower micro_batch_size "
     "or model.loss_chunk if memory is short",
     Kind.crash: "the lines above come from the rank that failed first; the same command resumes once the cause is mended",
-    Kind.hang: "the stacks above show where each rank waits; if a step is simply that slow, raise cluster.hang_after",
+    Kind.hang: "the stacks above show where each rank waits; if they are simply that slow, raise "
+    "cluster.hang_after, before the first step and in checkpoints cluster.start_timeout",
     Kind.diverged: "lower optim.lr, or resume from an earlier checkpoint with resume=FOLDER; data of the last steps may be bad",
     Kind.start: "the lines above come from the node that could not start its ranks",
 }

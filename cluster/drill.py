@@ -111,7 +111,7 @@ def main(arguments: list[str]) -> int:
     parser.add_argument("--seed", type=int, default=0, help="of the choice of faults and victims")
     parser.add_argument("--hosts", type=int, default=0, help="network namespaces; 0 for this machine as it is")
     parser.add_argument("--devices", type=int, default=1, help="ranks that a host can hold")
-    parser.add_argument("--disk", type=int, default=256, help="MiB for the checkpoints, with --hosts")
+    parser.add_argument("--disk", type=int, default=512, help="MiB for the checkpoints, with --hosts")
     parser.add_argument("--tolerance", type=float, default=TOLERANCE, help="largest relative difference of a loss")
     options, overrides = parser.parse_known_args(arguments)
     overrides = [*DEFAULTS, *overrides]

@@ -1,6 +1,6 @@
 """Choose how the ranks of a run come to life.
 
-One command serves all: with RANK and WORLD_SIZE set (torchrun, Slurm) this process is one rank; with cluster=ray it
+One command serves all: with RANK and WORLD_SIZE set (torchrun, also under Slurm) this process is one rank; with cluster=ray it
 drives ranks on the nodes of Ray; a world of one runs in this process; otherwise this process becomes the driver and
 starts the ranks as children.
 """
@@ -29,7 +29,7 @@ class Place:
 
 
 def given_place() -> Place | None:
-    """The place that torchrun or Slurm gave this process, or None."""
+    """The place that torchrun gave this process, or None."""
     if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
         return None
     rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])

@@ -274,6 +274,17 @@ def _check_data(config: Config) -> None:
         "data.path and data.mix exclude each other",
         "put every source into data.mix",
     )
+    for name, value, usual in (
+        ("format", data.format.value, (DataFormat.auto.value, DataFormat.stdlib.value)),
+        ("text_key", data.text_key, ("text",)),
+    ):
+        _require(
+            not data.mix or value in usual,
+            f"data.{name}",
+            value,
+            "does not reach the sources of data.mix, which have their own",
+            f"set data.mix[N].{name}",
+        )
     _require(
         bool(data.path or data.mix) or data.format == DataFormat.stdlib or config.mode in NEEDS_NO_DATA,
         "data.path",
@@ -384,7 +395,7 @@ def _check_evaluate(config: Config) -> None:
         config.mode != Mode.evaluate or config.cluster.backend == "local",
         "cluster.backend",
         config.cluster.backend,
-        "mode=evaluate starts its ranks on this machine, or is started by torchrun or Slurm",
+        "mode=evaluate starts its ranks on this machine, or is started by torchrun",
         "leave cluster=ray out",
     )
     _require(

@@ -9,9 +9,6 @@ FIGURES = (
     "memory_bytes",
     "bf16_flops",
     "fp8_flops",
-    "memory_bandwidth",
-    "inside_bandwidth",
-    "across_bandwidth",
     "price_per_hour",
     "watts",
 )

@@ -25,4 +25,6 @@ EXIT_USER = 2
 EXIT_DIVERGED = 3
 """Too many non-finite steps in a row."""
 EXIT_STOPPED = 75
-"""A signal stopped the run; a checkpoint was written and the same command resumes it."""
+"""A signal stopped the run; a checkpoint was written if a step was done, and the same command, without resume=, goes on."""
+EXIT_INTERRUPTED = 130
+"""Ctrl-C ended mode=generate."""

@@ -162,9 +162,9 @@ class Data:
     text_key: str = "text"
     """Field that holds the text in JSONL, Parquet and Hugging Face data."""
     mix: list[Source] = field(default_factory=list)
-    """Several sources with weights, instead of path."""
+    """Several sources with weights, formats and text keys of their own, instead of path."""
     tokenizer: str | None = None
-    """A tokenizer.json, or `deepseek_v3`; null trains a byte-level BPE of model.vocab_size on the data, once."""
+    """A tokenizer.json, a folder that holds one, or `deepseek_v3`; null trains a byte-level BPE of model.vocab_size on the data, once."""
     mask_documents: bool = False
     """Keep attention inside each packed document (the paper does not, 4.1)."""
     fim_rate: float = 0.0
@@ -389,7 +389,7 @@ class Cluster:
     """Where the processes run."""
 
     backend: str = "local"
-    """local: ranks are children of this process, or of torchrun or Slurm; ray: they run wherever Ray has nodes."""
+    """local: ranks are children of this process, or of torchrun; ray: they run wherever Ray has nodes."""
     device: str = "auto"
     """auto (a GPU where there is one), cpu or cuda."""
     threads: int = 0
@@ -450,12 +450,6 @@ class Hardware:
     """Dense peak of one device, FLOP/s: what MFU is counted against."""
     fp8_flops: float = 0.0
     """Dense peak, FLOP/s; 0 for a device without FP8 products."""
-    memory_bandwidth: float = 0.0
-    """Peak, bytes/s."""
-    inside_bandwidth: float = 0.0
-    """Between devices of a node: nominal bytes/s of one device in one direction."""
-    across_bandwidth: float = 0.0
-    """Between nodes: nominal bytes/s of one device in one direction."""
     communication_share: float = 0.0
     """Share of a device's computing that is taken by a transfer in flight, 0 to 1."""
     price_per_hour: float | None = None
@@ -463,7 +457,7 @@ class Hardware:
     watts: float | None = None
     """Of one device at full load; null for not given."""
     rates: dict[str, Rate] = field(default_factory=dict)
-    """What kernels and links reach, by kind of work (train/plan/rates.py); empty needs plan.calibration."""
+    """What kernels and links reach, by kind of work (train/plan/rates.py): all times come from here; empty needs plan.calibration."""
 
 
 @dataclass

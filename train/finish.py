@@ -32,8 +32,9 @@ def finish(
     report = write_report(paths.path)
     if code == EXIT_STOPPED:
         step = read_manifest(checkpoint).step if checkpoint else 0
+        # resume= told where to start; to go on is what happens without it.
         command = (
-            shlex.join(["python", "-m", "train", *sys.argv[1:]])
+            shlex.join(["python", "-m", "train", *(word for word in sys.argv[1:] if not word.startswith("resume="))])
             if sys.argv[0].endswith("__main__.py")
             else "the same command"
         )

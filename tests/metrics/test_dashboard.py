@@ -2,13 +2,15 @@
 
 import json
 import re
+from dataclasses import replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 from wandb_workspaces import workspaces
 
 from conf.errors import EXIT_OK, UserError
-from conf.load import compose
+from conf.load import compose, write_config
 from train.metrics import dashboard
 from train.metrics.dashboard import Panel, build_dashboard, sections
 from train.metrics.names import SCALARS, WANDB, table_name
@@ -51,7 +53,16 @@ def test_there_is_a_heat_map_for_each_layer_with_experts():
 def config(tmp_path, monkeypatch):
     monkeypatch.delenv("WANDB_API_KEY", raising=False)
     monkeypatch.setenv("NETRC", str(tmp_path / "netrc"))
-    return compose("mode=dashboard", f"runs={tmp_path}", "name=laid_out")
+    found = compose("mode=dashboard", f"runs={tmp_path}", "name=laid_out")
+    (tmp_path / "laid_out").mkdir()
+    write_config(found, str(tmp_path / "laid_out" / "config.yaml"))
+    return found
+
+
+def test_a_name_without_a_run_is_refused(config):
+    with pytest.raises(UserError, match="must be a run"):
+        build_dashboard(replace(config, name="laid_oot"))
+    assert not (Path(config.runs) / "laid_oot").exists()
 
 
 def test_without_a_key_it_writes_the_definition_and_says_what_to_do(config, tmp_path, capsys):

@@ -4,6 +4,7 @@ import json
 from dataclasses import asdict
 
 import pytest
+import torch
 from rich.console import Console
 
 from conf.errors import EXIT_OK
@@ -37,7 +38,13 @@ def planned_here(tmp_path_factory):
     rate = asdict(Rate(1e-6, 1e12, 1e11))
     kinds = ("fprop_bf16", "fprop_fp32", "wgrad_bf16", "attention_forward", "attention_backward", "memory", "inside")
     rates = dict.fromkeys(kinds, rate)
-    content = {"device": cpu_name(), "precision": "bf16", "threads": 1, "rates_alone": rates, "rates_together": rates}
+    content = {
+        "device": cpu_name(),
+        "precision": "bf16",
+        "threads": torch.get_num_threads(),
+        "rates_alone": rates,
+        "rates_together": rates,
+    }
     content |= {"compiled": parts_in_use(), "factors_alone": {}, "factors_together": {}}
     (runs / "calibration.json").write_text(json.dumps(content))
     calibration = f"plan.calibration={runs / 'calibration.json'}"
@@ -90,8 +97,9 @@ def test_step_time_is_predicted_for_this_very_device_only(planned_run, planned_h
     config, folder = planned_here
     plan = json.loads((folder / "plan.json").read_text())
     assert planned(config, folder)["step_predicted_seconds"] == plan["step_seconds"] > 0
-    (folder / "plan.json").write_text(json.dumps(plan | {"device": "another"}))
-    assert "step_predicted_seconds" not in planned(config, folder)
+    for other in ({"device": "another"}, {"threads": torch.get_num_threads() + 1}):
+        (folder / "plan.json").write_text(json.dumps(plan | other))
+        assert "step_predicted_seconds" not in planned(config, folder)
     (folder / "plan.json").write_text(json.dumps(plan))
 
 

@@ -12,7 +12,7 @@ from typing import Any
 
 from conf.errors import UserError
 from train.data.files import Progress
-from train.data.readers import check_text
+from train.data.readers import check_text, text_key_of
 
 ROWS = 256
 
@@ -79,5 +79,5 @@ def open_hub(path: str, text_key: str, key: str) -> HubSource:
         raise UserError(key, path, f"cannot be loaded: {reason}", cure) from error
     if text_key not in table.column_names:
         rule = f"has no column {text_key!r}, only: {', '.join(table.column_names[:20])}"
-        raise UserError(key, path, rule, "set data.text_key to the column of the text")
+        raise UserError(key, path, rule, f"set {text_key_of(key)} to the column of the text")
     return HubSource(key, path, split, text_key, table)

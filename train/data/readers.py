@@ -78,9 +78,14 @@ def _text_of(line: str, text_key: str, place: str, field: str) -> str:
     if not isinstance(record, dict) or text_key not in record:
         keys = ", ".join(list(record)[:8]) if isinstance(record, dict) else type(record).__name__
         raise UserError(
-            field, place, f"has no key {text_key!r}, only: {keys}", "set data.text_key to the key of the text"
+            field, place, f"has no key {text_key!r}, only: {keys}", f"set {text_key_of(field)} to the key of the text"
         )
     return check_text(record[text_key], place, text_key, field)
+
+
+def text_key_of(field: str) -> str:
+    """The setting that names the text, beside a setting of a path."""
+    return field.removesuffix("path") + "text_key"
 
 
 def check_text(value: object, place: str, text_key: str, field: str) -> str:
@@ -89,7 +94,7 @@ def check_text(value: object, place: str, text_key: str, field: str) -> str:
         return ""
     if not isinstance(value, str):
         rule = f"has a {type(value).__name__}, not a string, under {text_key!r}"
-        raise UserError(field, place, rule, "set data.text_key to the key of the text")
+        raise UserError(field, place, rule, f"set {text_key_of(field)} to the key of the text")
     try:
         value.encode()
     except UnicodeEncodeError as error:
@@ -155,7 +160,7 @@ def read_parquet(file: File, text_key: str, field: str) -> Iterator[tuple[str, s
         with pyarrow.parquet.ParquetFile(file.path) as table:
             if text_key not in table.schema_arrow.names:
                 rule = f"has no column {text_key!r}, only: {', '.join(table.schema_arrow.names[:20])}"
-                raise UserError(field, file.path, rule, "set data.text_key to the column of the text")
+                raise UserError(field, file.path, rule, f"set {text_key_of(field)} to the column of the text")
             row = 0
             for batch in table.iter_batches(batch_size=256, columns=[text_key]):
                 for value in batch.column(0).to_pylist():

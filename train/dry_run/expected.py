@@ -108,7 +108,7 @@ def _with_load(config: Config, piece: Piece) -> Config:
 def _expected(config: Config, piece: Piece, layers: list[range], actions: list[Action]) -> Expected:
     layout = layout_of(config)
     rates = load_rates(config, alone=True)
-    silent = Rates(rates.rates | {kind: Rate() for kind in (*LINKS, *LINKS.values())}, rates.source, rates.factors)
+    silent = replace(rates, rates=rates.rates | {kind: Rate() for kind in (*LINKS, *LINKS.values())})
     stages = Stages(config, layout, silent)
     stages.layers = layers
     seconds: Counter[str] = Counter()

@@ -7,12 +7,11 @@ writes no file.
 import itertools
 import os
 import readline  # noqa: F401, gives input() its history and editing
-import signal
 import sys
 from collections.abc import Iterator
 
 from cluster.launch import Place
-from conf.errors import EXIT_OK, UserError
+from conf.errors import EXIT_INTERRUPTED, EXIT_OK, UserError
 from conf.load import report
 from conf.schema import Config
 from train.generate.cache import bytes_per_token, multi_head_bytes_per_token
@@ -26,7 +25,6 @@ BATCH = 16
 """Lines of standard input that are continued together."""
 PLAIN_TOKENS = 32
 """Tokens of each text that are made again without drafts, to tell the speed-up."""
-EXIT_INTERRUPTED = 128 + signal.SIGINT
 
 
 def generate(config: Config) -> int:

@@ -103,10 +103,13 @@ def sections(model: Model) -> dict[str, tuple[Panel, ...]]:
 
 def build_dashboard(config: Config) -> int:
     """Write dashboard.json, and with a key save the workspace; says where either is. Returns the exit code."""
+    folder = Path(config.runs) / config.name
+    if not (folder / "config.yaml").is_file():
+        raise UserError(
+            "name", config.name, f"must be a run; there is none in {folder}", "train first, or give name=RUN"
+        )
     import wandb  # takes a second
 
-    folder = Path(config.runs) / config.name
-    folder.mkdir(parents=True, exist_ok=True)
     wandb.setup(wandb.Settings(silent=True))
     online = has_key(wandb)
     entity = _entity(wandb, config) if online else ""

@@ -50,7 +50,7 @@ def planned(config: Config, run_folder: Path) -> Record:
     if plan is None or plan.get("recipe") != recipe_of(config):
         return {}
     found: Record = {"memory_predicted_bytes": _peak(plan)}
-    if _is_here(plan["device"], config):
+    if _is_here(plan, config):
         found["step_predicted_seconds"] = plan["step_seconds"]
     return found
 
@@ -64,15 +64,16 @@ def _peak(plan: dict[str, Any]) -> int:
     return next(rank["peak_bytes"] for rank in plan["ranks"] if rank["pp_rank"] == 0)
 
 
-def _is_here(device: str, config: Config) -> bool:
-    """Whether the device of a plan (part of CUDA's name for it, or a processor's whole name) is the one that trains."""
+def _is_here(plan: dict[str, Any], config: Config) -> bool:
+    """Whether the device of a plan (part of CUDA's name for it, or a processor's whole name) is the one that trains, on a
+    CPU with as many threads."""
     import torch  # a writer starts without it
 
     from train.plan.rates import cpu_name
 
     if config.cluster.device != "cpu" and torch.cuda.is_available():
-        return device in torch.cuda.get_device_name()
-    return device == cpu_name()
+        return plan["device"] in torch.cuda.get_device_name()
+    return plan["device"] == cpu_name() and plan["threads"] == torch.get_num_threads()
 
 
 Row = tuple[str, str, str, str]

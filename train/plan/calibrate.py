@@ -55,8 +55,11 @@ def calibrate(config: Config) -> Path:
             "the planner has no rule for FP8 as CPUs emulate it",
             "calibrate with precision=bf16",
         )
-    threads = config.cluster.threads or 1
-    ranks = torch.cuda.device_count() if device.type == "cuda" else max(1, len(os.sched_getaffinity(0)) // threads)
+    cores = len(os.sched_getaffinity(0))
+    threads = config.cluster.threads or max(
+        1, cores // (config.parallel.pp * config.parallel.dp)
+    )  # as ranks share them
+    ranks = torch.cuda.device_count() if device.type == "cuda" else max(1, cores // threads)
     found = _measure_on(ranks, config, device.type, threads)
     name = torch.cuda.get_device_name() if device.type == "cuda" else cpu_name()
     content = {

@@ -79,6 +79,8 @@ class Rates:
     source: str
     factors: Mapping[str, float] = field(default_factory=dict)
     """Of passes and of update: what kernels do not explain of them, as a factor; 1 where not measured."""
+    threads: int | None = None
+    """Of a rank on the CPU that was calibrated."""
 
     def rate(self, kind: str) -> Rate:
         """The rate of a kind, or of what stands in for it. Raises UserError where there is none."""
@@ -143,7 +145,8 @@ def load_rates(config: Config, alone: bool) -> Rates:
     check_device(config, found)
     together = "alone" if alone else "together"
     rates = {kind: Rate(**rate) for kind, rate in found[f"rates_{together}"].items()}
-    return Rates(rates, f"calibration of {found['device']}", found[f"factors_{together}"])
+    threads = found["threads"] if config.hardware.device == "cpu" else None
+    return Rates(rates, f"calibration of {found['device']}", found[f"factors_{together}"], threads)
 
 
 def require_hardware(hardware: Hardware) -> None:

@@ -25,6 +25,7 @@ def plan_record(plan: RunPlan, cures: list[Cure]) -> dict[str, Any]:
         "device": cpu_name() if config.hardware.device == "cpu" else config.hardware.device,
         "on_cpu": config.hardware.device == "cpu",
         "rates": step.rates,
+        "threads": step.threads,
         "devices": layout.world,
         "devices_per_node": layout.ranks_per_node,
         "device_memory_bytes": plan.memory_bytes,

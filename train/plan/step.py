@@ -54,6 +54,8 @@ class StepTime:
     simulation: Simulation
     rates: str
     """Where the rates come from."""
+    threads: int | None
+    """Of a rank, where they were measured on a CPU."""
 
 
 def layout_of(config: Config) -> Layout:
@@ -101,6 +103,7 @@ def plan_time(config: Config, rates: Rates | None = None) -> StepTime:
         transfer_seconds=transfer,
         simulation=result,
         rates=rates.source,
+        threads=rates.threads,
     )
 
 
