@@ -90,6 +90,19 @@ def test_a_disk_that_hangs_costs_checkpoints_and_no_more(tmp_path, monkeypatch):
     assert all(result.ok for result in checkpointer.finish(required=True)) and steps(tmp_path) == [1, 3]
 
 
+def test_a_last_save_that_was_skipped_is_no_success(tmp_path, monkeypatch):
+    """Although the one before it, which held it up, is written in the end."""
+    gate = hold_writes(monkeypatch)
+    (checkpointer,) = checkpointers(tmp_path, 1, timeout=0.05)
+    checkpointer.save(1, state(0, 1, 1), {})
+    checkpointer.save(2, state(0, 2, 1), {})
+    checkpointer.timeout = 20.0
+    gate.set()
+    with pytest.raises(SaveFailed, match="step 2 skipped"):
+        checkpointer.finish(required=True)
+    assert steps(tmp_path) == [1]
+
+
 def test_synchronous_saves_are_done_when_save_returns(tmp_path):
     (checkpointer,) = checkpointers(tmp_path, 1, asynchronous=False)
     checkpointer.save(4, state(0, 4, 1), {})

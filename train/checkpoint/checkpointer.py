@@ -79,6 +79,8 @@ class Checkpointer:
         self._thread: threading.Thread | None = None
         self._serial = 0
         self._results: deque[SaveResult] = deque()  # the thread appends while the loop polls
+        self._unsaved: int | None = None
+        """The step of the last save, until it is known to have succeeded."""
         self._protected: Path | None = None
 
     def save(self, step: int, shards: dict[str, Shard], meta: dict[str, Any]) -> float:
@@ -87,7 +89,7 @@ class Checkpointer:
         Waits for the save before, and for this one too unless asynchronous. `meta`: JSON values; rank 0's is stored.
         """
         began = time.perf_counter()
-        save = Save(step, self._serial)
+        save, self._unsaved = Save(step, self._serial), step
         self._serial += 1  # also where this save is skipped, as ranks must go on counting alike
         if not self._join(self.timeout):
             warning = f"checkpoint of step {step} skipped: the one before is still being written"
@@ -105,7 +107,10 @@ class Checkpointer:
 
     def poll(self) -> list[SaveResult]:
         """Results of the saves that ended since the last call; never waits."""
-        return [self._results.popleft() for _ in range(len(self._results))]
+        results = [self._results.popleft() for _ in range(len(self._results))]
+        if any(result.ok and result.step == self._unsaved for result in results):
+            self._unsaved = None
+        return results
 
     def finish(self, required: bool = False) -> list[SaveResult]:
         """Wait for the save in flight, then as `poll`. `required`: SaveFailed if the last one failed."""
@@ -113,8 +118,9 @@ class Checkpointer:
         results = self.poll()
         if required and not done:
             raise SaveFailed(f"the last checkpoint was not written within {self._longest():.0f} s")
-        if required and results and not results[-1].ok:
-            raise SaveFailed(results[-1].warning)
+        if required and self._unsaved is not None:
+            why = [result.warning for result in results if result.step == self._unsaved]
+            raise SaveFailed(why[-1] if why else f"the checkpoint of step {self._unsaved} was not written")
         return results
 
     def load(self, path: Path, wanted: dict[str, Shard]) -> dict[str, Any]:

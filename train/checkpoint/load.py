@@ -130,14 +130,14 @@ def _compatible(manifest: Manifest, name: str, shard: Shard) -> Entry:
             f"resume: {name}",
             manifest.folder,
             f"must hold the tensor {name}; it holds {len(manifest.tensors)} others",
-            "use the model and optimizer settings that the checkpoint was written with (its manifest.json has them)",
+            "use the model and optimizer settings that the checkpoint was written with: those in config.yaml of its run",
         )
     if entry.shape != shape:
         raise UserError(
             f"resume: {name}",
             manifest.folder,
             f"the tensor has shape {entry.shape} in the checkpoint, but {shape} in this model",
-            "use the model settings that the checkpoint was written with (its manifest.json has them)",
+            "use the model settings that the checkpoint was written with: those in config.yaml of its run",
         )
     stored, dtype = TORCH[entry.dtype], shard.local.dtype
     if dtype != stored and dtype not in LOSSLESS.get(stored, ()):
@@ -145,7 +145,7 @@ def _compatible(manifest: Manifest, name: str, shard: Shard) -> Entry:
             f"resume: {name}",
             manifest.folder,
             f"the tensor is {stored} in the checkpoint and {dtype} in this run, which cannot hold every value",
-            "use the precision settings that the checkpoint was written with (its manifest.json has them)",
+            "use the precision settings that the checkpoint was written with: those in config.yaml of its run",
         )
     return entry
 
