@@ -138,3 +138,17 @@ def test_a_path_names_a_checkpoint_or_a_run(tmp_path):
     ):
         with pytest.raises(UserError, match=rule):
             resume_point(compose(f"runs={tmp_path}", "name=b", f"resume={path}"))
+
+
+def test_a_refused_start_leaves_the_settings_of_the_run(tmp_path):
+    """Other modes read the model of the checkpoints from config.yaml."""
+    settings = tmp_path / "a" / "config.yaml"
+    with RunFolder(config(tmp_path, "model.layers=3")):
+        pass
+    with pytest.raises(UserError), RunFolder(config(tmp_path, "model.layers=6")):
+        assert read_config(str(settings)).model.layers == 6  # what the ranks read
+        raise UserError("model.layers", 6, "does not fit the checkpoint", "take 3")
+    assert read_config(str(settings)).model.layers == 3
+    with pytest.raises(UserError), RunFolder(compose(f"runs={tmp_path}", "name=new")):
+        raise UserError("model.layers", 6, "does not fit", "take 3")
+    assert not (tmp_path / "new" / "config.yaml").exists()

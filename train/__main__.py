@@ -8,7 +8,7 @@ from train.cpu import tune_cpu
 tune_cpu()  # before torch allocates anything
 
 from cluster.launch import Place, is_driver, launch  # noqa: E402
-from conf.errors import EXIT_OK, UserError  # noqa: E402
+from conf.errors import EXIT_OK, EXIT_USER, UserError  # noqa: E402
 from conf.load import run  # noqa: E402
 from conf.schema import Config, Mode  # noqa: E402
 from train.model.count import checkpoint_bytes  # noqa: E402
@@ -38,7 +38,10 @@ def _train(config: Config, alone: bool) -> int:
     check_before_start(config)
     with RunFolder(config, checkpoint_bytes(config)) as folder:
         command = [sys.executable, "-m", "train.worker", str(folder.config_path)]
-        return launch(config, folder.path, command, _run_rank, alone)
+        code = launch(config, folder.path, command, _run_rank, alone)
+        if code == EXIT_USER:
+            folder.take_back()
+        return code
 
 
 def check_before_start(config: Config) -> None:

@@ -23,7 +23,7 @@ from pathlib import Path
 from conf.errors import UserError
 from conf.load import write_config
 from conf.schema import Config
-from train.checkpoint.files import fsync_folder
+from train.checkpoint.files import atomic_write_text, fsync_folder
 from train.checkpoint.manifest import Found, checkpoints, newest_intact, verify
 
 
@@ -58,10 +58,18 @@ class RunFolder(RunPaths):
             _check_space(config, self, checkpoint_bytes)
             self.checkpoints.mkdir(exist_ok=True)
             self.logs.mkdir(exist_ok=True)
+            self._before = self.config_path.read_text() if self.config_path.is_file() else None
             _write_config(config, self)
         except BaseException:
             self.close()
             raise
+
+    def take_back(self) -> None:
+        """Undo the writing of config.yaml: the ranks refused to start. What was there describes the checkpoints."""
+        if self._before is None:
+            self.config_path.unlink()
+        else:
+            atomic_write_text(self.config_path, self._before)
 
     def close(self) -> None:
         """Let go of the lock. The kernel does it too when the process dies, however it dies."""
@@ -70,7 +78,9 @@ class RunFolder(RunPaths):
     def __enter__(self) -> "RunFolder":
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
+        if isinstance(error, UserError):
+            self.take_back()
         self.close()
 
 
@@ -193,7 +203,8 @@ def _refuse_existing(config: Config, folder: Path) -> None:
 
 def _check_space(config: Config, paths: RunPaths, checkpoint_bytes: int) -> None:
     """UserError if the disk cannot take the checkpoints still missing from `keep`, and the one in the making."""
-    copies = max(1, config.checkpoint.keep + 1 - len(checkpoints(paths.checkpoints)))
+    most = config.checkpoint.keep + 1 if config.checkpoint.every else 1  # without any on the way: the one at the end
+    copies = max(1, most - len(checkpoints(paths.checkpoints)))
     needed, free = copies * checkpoint_bytes, shutil.disk_usage(paths.path).free
     if free < needed:
         raise UserError(
