@@ -194,6 +194,7 @@ class Trainer:
         self._note(text)
         if self._bad_in_a_row >= self.config.optim.max_bad_steps:
             where = f"; parameters with non-finite gradients: {', '.join(names)}" if names else ""
+            self.checkpointer.finish()  # a save in flight is a place to resume from
             raise Diverged(
                 f"{self._bad_in_a_row} steps in a row (optim.max_bad_steps) had a non-finite loss or gradient, the "
                 f"last was step {plan.step}{where}. Lower optim.lr, or resume from an older checkpoint with resume=PATH"
@@ -257,8 +258,8 @@ class Trainer:
             "memory_bytes": peak_memory(self.device),
             "time": time.time(),
         }
-        self.writer.write(record | rest)
-        self._stall = 0.0
+        if self.writer.write(record | rest):
+            self._stall = 0.0  # else the next record tells of it
 
     def validate(self) -> dict[str, float]:
         """Main loss on held-out sequences."""
@@ -294,7 +295,7 @@ class Trainer:
         results = self.checkpointer.finish(required=True) if final else self.checkpointer.poll()
         for result in results:
             if result.fenced:
-                raise Overtaken(result.warning)
+                raise Overtaken(result.warning or "a newer attempt of this run has started")
             if result.warning:
                 self._note(result.warning)
         self._event(None)

@@ -16,7 +16,7 @@ from train.metrics.headline import headline
 from train.metrics.jsonl import JsonlSink
 from train.metrics.pipeline_figures import BARS, ROWS, timeline_figure
 from train.metrics.report import write_report
-from train.metrics.series import POINTS, read_series, stretch_means, thin
+from train.metrics.series import POINTS, Series, read_series, stretch_means, thin
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 FLAGS = [
@@ -201,3 +201,11 @@ def test_a_browser_draws_every_figure_without_an_error(tmp_path, steps):
         drawn = result.stdout.split(f'id="plot-{name}"', 1)[1].split("</figure>", 1)[0]
         assert "main-svg" in drawn, name
         assert re.search(r'class="(js-line|point|hm|js-fill)|<image', drawn), f"{name} has axes but no data"
+
+
+def test_training_time_counts_the_steps_that_log_every_left_out():
+    nothing = np.zeros(0)
+    columns = {"step_seconds": np.ones(3), "checkpoint_stall_seconds": np.array([0.0, 0.0, 2.0]), "tokens": np.ones(3)}
+    series = Series(np.array([1, 10, 20]), columns, [], nothing, nothing, nothing)
+    cards = {card.label: card for card in headline(series, {"model": {"vocab_size": 1000}})}
+    assert "20 steps, 0:22" in cards["Tokens trained"].caption

@@ -87,7 +87,7 @@ def _experts(series: Series) -> list[Row]:
 
 def _health(series: Series) -> list[Row]:
     seconds = _seconds(series)
-    waited = total(series, "data_wait_seconds") + total(series, "checkpoint_stall_seconds")
+    waited = _steps_per_record(series) * total(series, "data_wait_seconds") + total(series, "checkpoint_stall_seconds")
     waits = 100 * waited / seconds if seconds > 0 else math.nan
     memory = max(series.finite("memory_bytes"), default=math.nan) / 2**30
     skipped = last(series, "skipped_steps")
@@ -159,4 +159,11 @@ def tail_mean(values: np.ndarray) -> float:
 
 
 def _seconds(series: Series) -> float:
-    return total(series, "step_seconds") + total(series, "checkpoint_stall_seconds")
+    """Of training. A record has its own step's seconds, and the stalls of all steps since the record before."""
+    return _steps_per_record(series) * total(series, "step_seconds") + total(series, "checkpoint_stall_seconds")
+
+
+def _steps_per_record(series: Series) -> float:
+    """1 unless log.every leaves steps out."""
+    steps = series.step_N
+    return float(steps[-1] - steps[0] + 1) / len(steps) if len(steps) else 1.0

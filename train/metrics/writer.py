@@ -46,14 +46,16 @@ class MetricsWriter:
         self._every, self._last_step = every, last_step
         self._closed = False
 
-    def write(self, record: Record) -> None:
-        """Record one step; needs at least `step`."""
+    def write(self, record: Record) -> bool:
+        """Record one step; needs at least `step`. Whether it went to the sinks."""
         self._progress.write(record)
         step = record["step"]
-        if step % self._every == 0 or step in (1, self._last_step) or "validation_loss" in record:
+        due = step % self._every == 0 or step in (1, self._last_step) or "validation_loss" in record
+        if due:
             record = record | self._extra()
             for sink in self._sinks:
                 sink.write(record)
+        return due
 
     def event(self, text: str | None) -> None:
         """What the run is busy with beside steps (`validation`, `checkpoint`), None when it is over."""
