@@ -1,6 +1,5 @@
 """The end of a run as its user sees it: a sample of text, the report, and one screen with the results and paths."""
 
-import json
 import shlex
 import sys
 from pathlib import Path
@@ -13,6 +12,7 @@ from train.checkpoint.manifest import newest_intact, read_manifest
 from train.data.tokenizer import Tokenizer
 from train.generate.complete import complete
 from train.generate.source import from_checkpoint
+from train.metrics.jsonl import read_heads
 from train.metrics.planned import plan_rows, plan_words
 from train.metrics.report import write_report
 from train.metrics.screens import final_screen, stopped_screen
@@ -59,17 +59,16 @@ def sample(config: Config, checkpoint: Path | None, tokenizer: Tokenizer, device
     """Generated text, or why there is none; None when the run wants none."""
     if not config.log.sample_tokens or checkpoint is None:
         return None
-    if not fits_here(config):
-        return "(none: the model is too large for one process)"
+    if not fits_here(config, device):
+        return "(none: the model does not fit beside the run)"
     source = from_checkpoint(config, checkpoint, tokenizer, device)
     return complete(source, "", tokens=config.log.sample_tokens, temperature=SAMPLE_TEMPERATURE, seed=config.seed)
 
 
 def last_validation(metrics: Path) -> dict[str, float]:
     """The newest record with a validation in it."""
-    newest: dict[str, float] = {}
-    with metrics.open() as lines:
-        for line in lines:
-            if '"validation_loss"' in line:
-                newest = json.loads(line)
-    return newest
+    found: dict[str, float] = {}
+    for record in read_heads(metrics):
+        if "validation_loss" in record:
+            found = record
+    return found

@@ -60,7 +60,7 @@ def restore(
         _fits(config, tokenizer, found.path, meta)
         problem = _load(state, meta, lambda wanted, path=found.path: checkpointer.load(path, wanted))
         if problem is None:
-            return [*notes, f"resumed from step {state.step}: {found.path}"]
+            return [*notes, f"resumed from step {state.step}: {found.path}", *_changed(config, meta)]
         if config.resume != "auto":
             raise UserError("resume", config.resume, problem, "give another checkpoint, or use resume=auto")
         notes.append(f"passed over a damaged checkpoint: {problem}")
@@ -117,6 +117,20 @@ def _start(config: Config, tokenizer: Tokenizer, state: State) -> list[str]:
     folder, notes = from_rank_0(state.mesh.rank, lambda: check_start(config, tokenizer))
     start_from(config, folder, state)
     return [*notes, f"started from the weights of {folder.path}: {len(folder.stored)} tensors"]
+
+
+def _changed(config: Config, meta: dict[str, Any]) -> list[str]:
+    """What may differ from the run that wrote a checkpoint, but hardly by accident."""
+    found = []
+    if meta["seq_len"] != config.seq_len:
+        found.append(
+            f"seq_len was {meta['seq_len']} and is {config.seq_len}: tokens are counted as if all samples had that length"
+        )
+    if meta["seed"] != config.seed:
+        found.append(
+            f"seed was {meta['seed']} and is {config.seed}: the order of the samples is another one from here on"
+        )
+    return found
 
 
 def _fits(config: Config, tokenizer: Tokenizer, path: Path, meta: dict[str, Any]) -> None:

@@ -21,9 +21,12 @@ def weight_bytes(config: Model, item_bytes: int) -> int:
     return item_bytes * (counts.total + counts.mtp)
 
 
-def fits_here(config: Config) -> bool:
-    """Whether this machine has memory for the whole model beside a run, in fp32 while it loads."""
-    return weight_bytes(config.model, 4) < psutil.virtual_memory().available / 2
+def fits_here(config: Config, device: torch.device) -> bool:
+    """Whether machine and device have memory for the whole model beside a run, in fp32 while it loads."""
+    room = psutil.virtual_memory().available
+    if device.type == "cuda":
+        room = min(room, torch.cuda.mem_get_info(device)[0])
+    return weight_bytes(config.model, 4) < room / 2
 
 
 def require_memory(model: Model, item_bytes: int, field: str, what: Path) -> None:

@@ -129,11 +129,13 @@ class Writer:
             plain = self._start(prompts, speculative=False, tokens=min(PLAIN_TOKENS, self._settings.tokens))
             for _ in plain.steps():
                 pass
-            speed_up = plain.counts.decode_seconds / plain.counts.decoded * counts.decoded / counts.decode_seconds
             said += (
                 f"; {counts.accepted / counts.drafted:.1%} of {counts.drafted} drafts accepted, "
-                f"{counts.decoded / counts.row_steps:.2f} tokens a step, {speed_up:.2f} times the speed without drafts"
+                f"{counts.decoded / counts.row_steps:.2f} tokens a step"
             )
+            if counts.decoded and plain.counts.decoded:  # texts of one token are never decoded
+                speed_up = plain.counts.decode_seconds / plain.counts.decoded * counts.decoded / counts.decode_seconds
+                said += f", {speed_up:.2f} times the speed without drafts"
         return f"{said}; {ends}]"
 
 
