@@ -1,6 +1,6 @@
 """Pipeline schedules with compute replaced by sleeps of known length: measured idle time beside the simulator and formulas.
 
-    python -m bench.schedules [--pp 4] [--micro-batches 16] [--steps 3] [--forward 20] [--inputs 20] [--weights 20]
+    python -m bench.schedules [--pp 4] [--micro-batches 16] [--steps 3] [--forward 40] [--inputs 40] [--weights 40]
 
 Every stage sleeps `forward` ms in F, and `inputs` and `weights` ms in the two parts of its backward (B sleeps both);
 a pair FB of dualpipev sleeps one after the other. Sleeping ranks need no core, so a laptop stands for 8 of them. For

@@ -106,10 +106,10 @@ def test_sweeps_are_checked_in_every_combination():
 
 def test_every_page_is_in_the_index_and_every_link_leads_somewhere():
     index = (ROOT / "train" / "docs" / "README.md").read_text()
-    for page in pages()[1:]:
+    for page in pages():
         for link in re.findall(r"\]\(([^)#]+)\)", page.read_text()):
             assert "://" in link or (page.parent / link).exists(), f"{page}: {link}"
-        if page.name != "README.md":
+        if page.parent != ROOT and page.name != "README.md":
             name = page.name if page.parent.parent.name == "train" else f"../../{page.relative_to(ROOT)}"
             assert f"({name})" in index, f"{page} is not in train/docs/README.md"
 

@@ -174,7 +174,7 @@ def _import_deep_ep() -> Any:
     except ImportError as error:
         raise UserError(
             "parallel.dispatch",
-            "deep_ep",
+            "deepep",
             "needs the package deep_ep, which cannot be imported: " + str(error),
             "build it from github.com/deepseek-ai/DeepEP, or set parallel.dispatch=node_limited",
         ) from error

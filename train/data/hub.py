@@ -61,7 +61,9 @@ def open_hub(path: str, text_key: str, key: str) -> HubSource:
         import datasets
     except ImportError as error:
         rule = "needs the Python package datasets, which is not installed"
-        raise UserError(key, path, rule, "pip install 'sluice[datasets]', or give files") from error
+        raise UserError(
+            key, path, rule, "in the program's folder: pip install -e '.[datasets]'; or give files"
+        ) from error
     match = re.fullmatch(r"(?:hf://)?(.+?)(?:@([^@:/]+))?(?::([^:/]+))?", path)
     if match is None:
         raise UserError(key, path, "must be hf://NAME[@CONFIG][:SPLIT]", "write it so")

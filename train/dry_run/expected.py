@@ -18,7 +18,7 @@ from conf.schema import Config, Rate
 from parallel.pipeline.simulate import Action, simulate
 from train.dry_run.piece import Piece
 from train.parallelize import split
-from train.plan.rates import LINKS, Rates, load_rates
+from train.plan.rates import LINKS, load_rates
 from train.plan.stages import Stages, require_rule
 from train.plan.step import StepTime, layout_of, plan_time
 from train.plan.update import Update, held_weights, update_time

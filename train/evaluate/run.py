@@ -40,5 +40,5 @@ def _require_harness(config: Config) -> None:
             "evaluate.tasks",
             config.evaluate.tasks,
             "tasks run in lm-evaluation-harness, the package lm-eval, which is not installed",
-            "pip install 'sluice[eval]'",
+            "in the program's folder: pip install -e '.[eval]'",
         )

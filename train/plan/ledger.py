@@ -86,14 +86,6 @@ class Ledger(TorchDispatchMode):
         if now.total > self.peak.total:
             self.peak = Snapshot(now.total, Counter(now.by_tag), self.event)
 
-    def retag(self, old: str, new: str) -> None:
-        """What was entered as old counts as new from here on."""
-        with self._lock:
-            for key, (size, tag) in self._live.items():
-                if tag == old:
-                    self._live[key] = size, new
-            self.now.by_tag[new] += self.now.by_tag.pop(old, 0)
-
     def mark(self) -> Snapshot:
         """The peak since the last mark; a new one begins at what is alive now."""
         peak, now = self.peak, self.now
