@@ -274,17 +274,13 @@ def _check_data(config: Config) -> None:
         "data.path and data.mix exclude each other",
         "put every source into data.mix",
     )
-    for name, value, usual in (
-        ("format", data.format.value, (DataFormat.auto.value, DataFormat.stdlib.value)),
-        ("text_key", data.text_key, ("text",)),
-    ):
-        _require(
-            not data.mix or value in usual,
-            f"data.{name}",
-            value,
-            "does not reach the sources of data.mix, which have their own",
-            f"set data.mix[N].{name}",
-        )
+    _require(
+        not data.mix or data.text_key == "text",
+        "data.text_key",
+        data.text_key,
+        "does not reach the sources of data.mix, which have their own",
+        "set text_key in the entries of data.mix",
+    )
     _require(
         bool(data.path or data.mix) or data.format == DataFormat.stdlib or config.mode in NEEDS_NO_DATA,
         "data.path",
