@@ -186,7 +186,7 @@ def test_bad_input_names_field_and_cure(trained, tmp_path, monkeypatch):
         with pytest.raises(UserError) as caught:
             evaluate(trained.compose(*overrides), alone=True)
         assert caught.value.field == field and caught.value.cure
-    assert "sluice[eval]" in caught.value.cure
+    assert ".[eval]" in caught.value.cure
     for field, overrides in {
         "evaluate.tasks": ["evaluate.tasks=[a]", "parallel.dp=2", "parallel.ep=2"],
         "evaluate.sequences": ["evaluate.sequences=-1"],
