@@ -150,6 +150,8 @@ WRONG = {
     "tie_word_embeddings": (True, "tie_word_embeddings must be False"),
     "quantization_config": ({"quant_method": "awq"}, "must be fp8, e4m3, blocks of"),
     "rope_scaling": ({"type": "linear", "factor": 4}, "must be yarn with mscale = mscale_all_dim"),
+    "n_group": (None, "a wrong type"),
+    "hidden_size": ("7168", "a wrong type"),
 }
 
 

@@ -88,6 +88,9 @@ def read_model(folder: Path, field: str = "init_from") -> Model:
         check_model(model)
     except UserError as error:
         raise _refuse(field, path, f"{error.field} = {error.value} {error.rule}", "give other weights") from error
+    except TypeError as error:
+        wrong = f"has a value of a wrong type: {error}"
+        raise _refuse(field, path, wrong, "take the config.json that belongs to the weights") from error
     return model
 
 
