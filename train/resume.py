@@ -17,6 +17,7 @@ from train.data.tokenizer import Tokenizer
 from train.hf.start import check_start, start_from
 from train.run_folder import RunPaths, resume_point
 from train.state import State
+from train.trained_with import require_tokenizer
 
 T = TypeVar("T")
 
@@ -134,13 +135,7 @@ def _changed(config: Config, meta: dict[str, Any]) -> list[str]:
 
 
 def _fits(config: Config, tokenizer: Tokenizer, path: Path, meta: dict[str, Any]) -> None:
-    if meta["tokenizer"] != tokenizer.fingerprint:
-        raise UserError(
-            "data.tokenizer",
-            config.data.tokenizer or "trained on data.path",
-            f"must be the tokenizer that {path} was trained with; its fingerprint differs",
-            "set data.tokenizer to that tokenizer.json, or take another name= for a new run",
-        )
+    require_tokenizer(tokenizer.fingerprint, config.data.tokenizer, path, meta)
     if meta["step"] > config.steps:
         raise UserError(
             "steps",

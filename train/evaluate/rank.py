@@ -19,12 +19,13 @@ from train.data.corpus import build_corpus  # noqa: E402
 from train.evaluate.drafts import Drafts  # noqa: E402
 from train.evaluate.result import Evaluation, show  # noqa: E402
 from train.evaluate.sources import EvaluatedSource, choose  # noqa: E402
-from train.evaluate.target import Target, check_tokenizer, find_target  # noqa: E402
+from train.evaluate.target import Target, find_target  # noqa: E402
 from train.evaluate.weights import load_pipeline, make_pipeline  # noqa: E402
 from train.generate.source import start_token  # noqa: E402
 from train.hf.load import load_hf_model  # noqa: E402
 from train.precision.build import activation_dtype  # noqa: E402
 from train.run_folder import RunPaths  # noqa: E402
+from train.trained_with import require_tokenizer  # noqa: E402
 from train.validation import Sums, held_out_loss  # noqa: E402
 from train.whole_model import require_memory  # noqa: E402
 from train.worker import choose_device, guarded, in_turn, start_process_group  # noqa: E402
@@ -46,7 +47,8 @@ def _run(config: Config, place: Place) -> int:
     layout = Layout(config.parallel.pp, config.parallel.dp, config.parallel.ep, ranks_per_node)
     mesh = build_mesh(layout, timedelta(seconds=config.cluster.timeout))
     corpus = in_turn(place, lambda progress: build_corpus(config, progress))
-    check_tokenizer(corpus.tokenizer.fingerprint, target)
+    if target.meta is not None:
+        require_tokenizer(corpus.tokenizer.fingerprint, config.data.tokenizer, target.checkpoint, target.meta)
     sources = choose(corpus, config, target.meta and target.meta["held_out"])
     pipeline = _load(target, mesh, device)
     losses = [(source, _loss(config, source, pipeline, mesh, device)) for source in sources]

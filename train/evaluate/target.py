@@ -66,14 +66,3 @@ def _with_tokenizer(config: Config, folder: Path) -> Config:
     if config.data.tokenizer is not None or not (folder / "tokenizer.json").is_file():
         return config
     return replace(config, data=replace(config.data, tokenizer=str(folder)))
-
-
-def check_tokenizer(fingerprint: str, target: Target) -> None:
-    """The tokens must mean what they meant in training."""
-    if target.meta is not None and fingerprint != target.meta["tokenizer"]:
-        raise UserError(
-            "data.tokenizer",
-            target.config.data.tokenizer or "trained on the data",
-            f"must be the tokenizer that {target.checkpoint} was trained with; its fingerprint differs",
-            "set data.tokenizer to that tokenizer.json",
-        )

@@ -17,6 +17,7 @@ from train.hf.load import load_hf_model
 from train.hf.tokenizer import SETTINGS
 from train.precision.build import activation_dtype
 from train.run_folder import find_checkpoint
+from train.trained_with import tokenizer_of
 from train.whole_model import load_model, require_memory
 
 FIELD = "generate.checkpoint"
@@ -51,31 +52,9 @@ def from_checkpoint(config: Config, checkpoint: Path, tokenizer: Tokenizer, devi
 
 def _from_run(config: Config, device: torch.device) -> Source:
     checkpoint = find_checkpoint(config, config.generate.checkpoint, FIELD)
-    tokenizer = _tokenizer_of(config, checkpoint)
+    tokenizer = tokenizer_of(config, read_manifest(checkpoint))
     require_memory(config.model, 4, FIELD, checkpoint)
     return from_checkpoint(config, checkpoint, tokenizer, device)
-
-
-def _tokenizer_of(config: Config, checkpoint: Path) -> Tokenizer:
-    """The one that is set, else the one in the run's folder; it must be that of the training."""
-    folder = checkpoint.parents[1]
-    if config.data.tokenizer is None and not (folder / "tokenizer.json").is_file():
-        raise UserError(
-            "data.tokenizer",
-            None,
-            f"{folder} holds no tokenizer.json, without which the tokens of {checkpoint.name} are only numbers",
-            "set data.tokenizer to the tokenizer.json of that training",
-        )
-    choice = config.data.tokenizer or str(folder)
-    tokenizer = load_tokenizer(choice)
-    if tokenizer.fingerprint != read_manifest(checkpoint).meta["tokenizer"]:
-        raise UserError(
-            "data.tokenizer",
-            choice,
-            f"must be the tokenizer that {checkpoint} was trained with; its fingerprint differs",
-            "set data.tokenizer to that tokenizer.json",
-        )
-    return tokenizer
 
 
 def _from_hugging_face(config: Config, folder: Path, device: torch.device) -> Source:

@@ -25,7 +25,6 @@ from train.checkpoint.load import TORCH, FolderFiles, fill
 from train.checkpoint.manifest import Manifest, read_manifest
 from train.data.files import Progress
 from train.data.progress import show_progress
-from train.data.tokenizer import Tokenizer, load_tokenizer
 from train.hf.blocks import requantize
 from train.hf.config import BLOCK, config_json
 from train.hf.folder import INDEX
@@ -34,6 +33,7 @@ from train.hf.plan import File, Written, fates, index_json, left_out, lines, pla
 from train.hf.tokenizer import write_tokenizer
 from train.hf.write import PieceWriter
 from train.run_folder import find_checkpoint
+from train.trained_with import tokenizer_of
 
 CHUNK = 1 << 24
 """Elements that are converted at a time, at most: 64 MB in fp32."""
@@ -51,7 +51,7 @@ def export(config: Config) -> int:
     ema = config.export.ema
     if ema and not manifest.meta["has_ema"]:
         raise UserError("export.ema", ema, f"{checkpoint} holds no average of the weights", "leave export.ema out")
-    tokenizer = _tokenizer(config, manifest)
+    tokenizer = tokenizer_of(config, manifest)
     placed = list(tensors(config.model))
     rest = left_out(manifest, placed, ema)
     files = plan(placed, config.export.dtype, config.export.shard_gb * 1e9)
@@ -77,25 +77,6 @@ def _target(config: Config) -> Path:
     if target.exists() and not target.is_dir():
         raise UserError("export.to", target, "is a file", "give a folder")
     return target
-
-
-def _tokenizer(config: Config, manifest: Manifest) -> Tokenizer:
-    """The tokenizer that the checkpoint was trained with, from its run folder or as data.tokenizer."""
-    run = manifest.folder.absolute().parents[1]
-    choice = str(run) if (run / "tokenizer.json").is_file() else config.data.tokenizer
-    if choice is None:
-        raise UserError(
-            "data.tokenizer", None, f"{run} holds no tokenizer.json", "set data.tokenizer to the one of the training"
-        )
-    tokenizer = load_tokenizer(choice)
-    if tokenizer.fingerprint != manifest.meta["tokenizer"]:
-        raise UserError(
-            "data.tokenizer",
-            choice,
-            f"must be the tokenizer that {manifest.folder} was trained with; its fingerprint differs",
-            "set data.tokenizer to that tokenizer.json",
-        )
-    return tokenizer
 
 
 def _tokenizer_folder(config: Config) -> Path | None:
