@@ -5,7 +5,7 @@ is lost. What a rank says goes through files in a scratch folder of the attempt 
 the shared run folder, so that a rank of an old attempt cannot be mistaken for one of the new:
 
     rank_N.log              its output; sent to the driver piece by piece
-    rank_N.error.json       cluster.local.Failure, written by the rank before it exits
+    rank_N.error.json       cluster.cause.Failure, written by the rank before it exits
     rank_N.progress.json    {"step": 17, "phase": "step", "time": ..., "busy": ...}, written by the rank at every step;
                             busy, if there: seconds of the last step that were its own work, not waiting for others
     SIGUSR1                 makes it print the stacks of its threads to its output, if it has a handler
@@ -34,8 +34,7 @@ from typing import Any
 
 import psutil
 
-from cluster.cause import RankReport
-from cluster.local import Failure
+from cluster.cause import Failure, RankReport
 from cluster.memory import Store, held, sweep
 from cluster.network import Probe
 from cluster.preflight import Facts, Question, gather

@@ -9,11 +9,12 @@ When one rank fails, its peers lose their connection or wait until a time-out, a
     5. the earliest error by its own clock.
 """
 
+import json
 import signal
 from dataclasses import dataclass, field
 from enum import Enum
+from pathlib import Path
 
-from cluster.local import Failure
 from conf.errors import EXIT_CRASH, EXIT_DIVERGED, EXIT_OK, EXIT_STOPPED, EXIT_USER
 
 CERTAIN = {-signal.SIGKILL, -signal.SIGSEGV, -signal.SIGBUS, -signal.SIGILL, -signal.SIGFPE}
@@ -33,8 +34,26 @@ class Kind(Enum):
 
 
 @dataclass
+class Failure:
+    """What one rank had to say when it failed; written by the rank, read by the driver."""
+
+    rank: int
+    time: float
+    kind: str
+    """user, timeout or crash."""
+    message: str
+    code: int
+
+    def write(self, logs: Path) -> None:
+        logs.mkdir(parents=True, exist_ok=True)
+        temporary = logs / f".rank_{self.rank}.error.tmp"
+        temporary.write_text(json.dumps(self.__dict__))
+        temporary.rename(logs / f"rank_{self.rank}.error.json")
+
+
+@dataclass
 class RankReport:
-    """One rank as its agent sees it."""
+    """One rank as its agent, or the driver of local ranks, sees it."""
 
     rank: int
     code: int | None = None
@@ -76,7 +95,10 @@ class Cause:
 
 
 def name_cause(reports: list[RankReport], names: dict[int, str]) -> Cause | None:
-    """The cause among these ranks, all on nodes that answer; None if none of them failed. names: node of each rank."""
+    """The cause among these ranks, all on nodes that answer; None if none of them failed.
+
+    names: node of each rank; empty where all share one machine, which no text then names.
+    """
     failed = sorted((report for report in reports if report.failure), key=lambda report: report.failure.time)
     first = failed[0] if failed else None
     user = next(
@@ -84,22 +106,22 @@ def name_cause(reports: list[RankReport], names: dict[int, str]) -> Cause | None
     )
     if user is not None:
         text = user.failure.message if user.failure else f"rank {user.rank} says so:\n{user.log_tail}"
-        return Cause(Kind.user, text, (user.rank,), (names[user.rank],), EXIT_USER)
+        return _cause(Kind.user, text, [user], names, EXIT_USER)
     vanished = [report for report in reports if report.bad and report.failure is None]
     vanished = [report for report in vanished if report.code in CERTAIN] or vanished
     if vanished:
-        lines = [f"rank {report.rank} on {names[report.rank]} ended by {how(report.code)}" for report in vanished]
+        lines = [f"{_who(report, names)} ended by {how(report.code)}" for report in vanished]
         code = EXIT_DIVERGED if vanished[0].code == EXIT_DIVERGED else EXIT_CRASH
         kind = Kind.diverged if code == EXIT_DIVERGED else Kind.killed
         return _cause(kind, "; ".join(lines), vanished, names, code, vanished[0].log_tail)
     silent = [report for report in reports if not report.ended and report.failure is None]
     if first is not None and first.failure.kind == "timeout" and silent:
-        ranks = ", ".join(f"rank {report.rank} on {names[report.rank]}" for report in silent)
+        ranks = ", ".join(_who(report, names) for report in silent) + (" hangs" if len(silent) == 1 else " hang")
         return _cause(Kind.hang, f"{ranks}: no answer while the others waited in a collective", silent, names)
     if first is None:
         return None
     kind = Kind.diverged if first.failure.code == EXIT_DIVERGED else Kind.crash
-    text = f"rank {first.rank} on {names[first.rank]} failed: {first.failure.message.strip().splitlines()[-1]}"
+    text = f"{_who(first, names)} failed: {first.failure.message.strip().splitlines()[-1]}"
     return _cause(kind, text, [first], names, first.failure.code, first.failure.message)
 
 
@@ -107,7 +129,11 @@ def _cause(
     kind: Kind, text: str, reports: list[RankReport], names: dict[int, str], code: int = EXIT_CRASH, log: str = ""
 ) -> Cause:
     ranks = tuple(report.rank for report in reports)
-    return Cause(kind, text, ranks, tuple(sorted({names[rank] for rank in ranks})), code, log)
+    return Cause(kind, text, ranks, tuple(sorted({names[rank] for rank in ranks if rank in names})), code, log)
+
+
+def _who(report: RankReport, names: dict[int, str]) -> str:
+    return f"rank {report.rank}" + (f" on {names[report.rank]}" if report.rank in names else "")
 
 
 def how(code: int) -> str:

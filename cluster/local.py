@@ -1,10 +1,10 @@
 """The ranks of a run as child processes of one driver on this machine.
 
-When a rank fails, its peers lose their connection and fail too, often sooner. So the report names the cause, not the
-first process to end: a rank that vanished without a word (killed, crashed in native code), else the rank that
-never came out of a collective while the others timed out, else the earliest error by its own clock.
+When a rank fails, its peers lose their connection and fail too, often sooner. So the report names the cause, by the rules
+of cluster/cause.py, and not the first process to end.
 """
 
+import contextlib
 import ctypes
 import json
 import os
@@ -13,31 +13,15 @@ import socket
 import subprocess
 import sys
 import time
-from dataclasses import dataclass
 from pathlib import Path
 
-from conf.errors import EXIT_CRASH, EXIT_OK, EXIT_STOPPED, EXIT_USER
+from cluster.cause import Failure, Kind, RankReport, name_cause
+from conf.errors import EXIT_OK, EXIT_STOPPED
 
 SETTLE = 3.0
 """Seconds that the other ranks get to report after the first one failed."""
-
-
-@dataclass
-class Failure:
-    """What one rank had to say when it failed; written by the rank, read by the driver."""
-
-    rank: int
-    time: float
-    kind: str
-    """user, timeout or crash."""
-    message: str
-    code: int
-
-    def write(self, logs: Path) -> None:
-        logs.mkdir(parents=True, exist_ok=True)
-        temporary = logs / f".rank_{self.rank}.error.tmp"
-        temporary.write_text(json.dumps(self.__dict__))
-        temporary.rename(logs / f"rank_{self.rank}.error.json")
+TAIL = 4 << 10
+"""Bytes of output that explain a rank that ended without a word."""
 
 
 def run_local(command: list[str], world: int, logs: Path) -> int:
@@ -87,51 +71,43 @@ def _start(command: list[str], world: int, logs: Path) -> list[subprocess.Popen]
 
 def _watch(ranks: list[subprocess.Popen], logs: Path) -> int:
     while True:
-        codes = [rank.poll() for rank in ranks]
-        if all(code in (EXIT_OK, EXIT_STOPPED) for code in codes):
-            return max(codes)
-        bad = any(code not in (None, EXIT_OK, EXIT_STOPPED) for code in codes)
-        if bad or any(logs.glob("rank_*.error.json")):
+        reports = _reports(ranks, logs)
+        if all(report.code in (EXIT_OK, EXIT_STOPPED) for report in reports):
+            return max(report.code for report in reports)
+        if any(report.bad for report in reports):
             return _explain(ranks, logs)
         time.sleep(0.05)
 
 
+def _reports(ranks: list[subprocess.Popen], logs: Path) -> list[RankReport]:
+    reports = [RankReport(n, rank.poll()) for n, rank in enumerate(ranks)]  # a rank that has ended wrote all it will
+    for report in reports:
+        with contextlib.suppress(FileNotFoundError):  # a rank that did not fail wrote none
+            report.failure = Failure(**json.loads((logs / f"rank_{report.rank}.error.json").read_text()))
+        if report.bad and report.failure is None and report.rank != 0:  # rank 0 said it on the terminal
+            report.log_tail = (logs / f"rank_{report.rank}.log").read_bytes()[-TAIL:].decode(errors="replace")
+    return reports
+
+
 def _explain(ranks: list[subprocess.Popen], logs: Path) -> int:
     """Give the others a moment to report, then name the cause."""
-    deadline = time.monotonic() + SETTLE
+    _wait(ranks, SETTLE)
+    cause = name_cause(_reports(ranks, logs), {})
+    assert cause is not None, "a rank was seen to fail"
+    print(f"error: {cause.text}", file=sys.stderr)
+    if cause.kind is not Kind.user:
+        if cause.log.strip() not in cause.text:
+            print(cause.log.strip(), file=sys.stderr)
+        others = sorted(set(range(len(ranks))) - set(cause.ranks))
+        print(f"  ended with it: ranks {others}\n  logs: {logs}", file=sys.stderr)
+    return cause.code
+
+
+def _wait(ranks: list[subprocess.Popen], seconds: float) -> None:
+    """Until all have ended, but no longer than this."""
+    deadline = time.monotonic() + seconds
     while time.monotonic() < deadline and any(rank.poll() is None for rank in ranks):
         time.sleep(0.05)
-    codes = [rank.poll() for rank in ranks]
-    failures = {
-        failure.rank: failure
-        for failure in (Failure(**json.loads(path.read_text())) for path in logs.glob("rank_*.error.json"))
-    }
-    vanished = [n for n, code in enumerate(codes) if code not in (None, EXIT_OK, EXIT_STOPPED) and n not in failures]
-    silent = [n for n, code in enumerate(codes) if code is None and n not in failures]
-    first = min(failures.values(), key=lambda failure: failure.time, default=None)
-    if first is not None and first.kind == "user":
-        print(f"error: {first.message}", file=sys.stderr)
-        return EXIT_USER
-    if vanished:
-        text = "\n".join(f"rank {n} ended by {_how(codes[n])}" for n in vanished)
-        cause = vanished[0]
-    elif first is not None and first.kind == "timeout" and silent:
-        text = (
-            f"rank {', '.join(map(str, silent))} hangs: no answer while the other ranks waited for it in a collective"
-        )
-        cause = silent[0]
-    else:
-        assert first is not None
-        text, cause = f"rank {first.rank} failed:\n{first.message}", first.rank
-    others = sorted(set(range(len(ranks))) - {cause})
-    print(f"error: {text}\n  ended with it: ranks {others}\n  logs: {logs}", file=sys.stderr)
-    return first.code if first is not None and not vanished and not silent else EXIT_CRASH
-
-
-def _how(code: int) -> str:
-    if code >= 0:
-        return f"exit code {code} without an error message"
-    return f"signal {signal.Signals(-code).name}" + (" (out of memory?)" if -code == signal.SIGKILL else "")
 
 
 def _forward(ranks: list[subprocess.Popen]) -> None:

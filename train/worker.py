@@ -20,9 +20,9 @@ tune_cpu()  # before torch allocates anything
 import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
 
+from cluster.cause import Failure  # noqa: E402
 from cluster.copies import given_shelves  # noqa: E402
 from cluster.launch import Place, given_attempt, given_run  # noqa: E402
-from cluster.local import Failure  # noqa: E402
 from conf.errors import EXIT_CRASH, EXIT_USER, UserError  # noqa: E402
 from conf.schema import Config  # noqa: E402
 from parallel.mesh import Layout, build_mesh  # noqa: E402

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from omegaconf import OmegaConf
 
-from cluster.local import Failure
+from cluster.cause import Failure
 
 config = OmegaConf.load(sys.argv[1])
 folder = Path(config.runs) / config.name

@@ -15,7 +15,7 @@ from conf.errors import EXIT_CRASH, EXIT_STOPPED, EXIT_USER
 PROLOGUE = """
 import os, sys, time, signal
 from pathlib import Path
-from cluster.local import Failure
+from cluster.cause import Failure
 rank, logs = int(os.environ["RANK"]), Path(sys.argv[1])
 def fail(kind, message, code=1):
     Failure(rank, time.time(), kind, message, code).write(logs); sys.exit(code)
@@ -45,13 +45,20 @@ def test_contract_and_success(tmp_path):
          "rank 1 ended by signal SIGKILL"),
         # the earliest error by its own clock wins, though rank 0 exits first
         ("fail('crash', 'boom') if rank == 2 else (time.sleep(0.5), fail('crash', 'lost peer'))", EXIT_CRASH,
-         "rank 2 failed:\nboom"),
+         "rank 2 failed: boom"),
         # a rank that never answers while the others time out
         ("wait() if rank == 1 else fail('timeout', 'timed out in all_reduce')", EXIT_CRASH, "rank 1 hangs"),
         # bad input is one screen with the user's exit code
         ("fail('user', 'data.path = x', 2) if rank == 0 else wait()", EXIT_USER, "error: data.path = x"),
         # the code of a rank that diverged is passed on
         ("fail('crash', 'not finite', 3)", 3, "not finite"),
+        # also where rank 0 needs longer than the others, as it still closes what it writes to
+        ("(time.sleep(4) if rank == 0 else None, fail('crash', 'not finite', 3))", 3, "not finite"),
+        # a peer that lost its connection may abort; the one that was killed outright is no victim
+        ("os.kill(os.getpid(), signal.SIGKILL if rank == 2 else signal.SIGABRT)", EXIT_CRASH,
+         "error: rank 2 ended by signal SIGKILL (out of memory?)\n"),
+        # what a rank without an error file printed last
+        ("(print('no such device'), sys.exit(7)) if rank == 1 else time.sleep(1)", EXIT_CRASH, "no such device"),
     ],
 )  # fmt: skip
 def test_the_cause_is_named(tmp_path, capfd, body, code, words):

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cluster import messages as m
-from cluster.local import Failure
+from cluster.cause import Failure
 from conf.errors import EXIT_CRASH, EXIT_DIVERGED, EXIT_OK, EXIT_STOPPED, EXIT_USER
 from tests.cluster.world import STEP, World
 

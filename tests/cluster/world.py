@@ -3,8 +3,7 @@
 from dataclasses import dataclass, field
 
 from cluster import messages as m
-from cluster.cause import RankReport
-from cluster.local import Failure
+from cluster.cause import Failure, RankReport
 from cluster.policy import Policy
 from cluster.supervisor import Supervisor
 from cluster.topology import Node
