@@ -20,6 +20,8 @@ from conf.errors import EXIT_OK, EXIT_STOPPED
 
 SETTLE = 3.0
 """Seconds that the other ranks get to report after the first one failed."""
+CLOSE = 60.0
+"""Seconds that a rank which still runs then gets to end by itself: rank 0 may have much to send to W&B."""
 TAIL = 4 << 10
 """Bytes of output that explain a rank that ended without a word."""
 
@@ -90,9 +92,10 @@ def _reports(ranks: list[subprocess.Popen], logs: Path) -> list[RankReport]:
 
 
 def _explain(ranks: list[subprocess.Popen], logs: Path) -> int:
-    """Give the others a moment to report, then name the cause."""
+    """Give the others a moment to report, name the cause, and let those that can end by themselves do so."""
     _wait(ranks, SETTLE)
-    cause = name_cause(_reports(ranks, logs), {})
+    reports = _reports(ranks, logs)
+    cause = name_cause(reports, {})
     assert cause is not None, "a rank was seen to fail"
     print(f"error: {cause.text}", file=sys.stderr)
     if cause.kind is not Kind.user:
@@ -100,6 +103,10 @@ def _explain(ranks: list[subprocess.Popen], logs: Path) -> int:
             print(cause.log.strip(), file=sys.stderr)
         others = sorted(set(range(len(ranks))) - set(cause.ranks))
         print(f"  ended with it: ranks {others}\n  logs: {logs}", file=sys.stderr)
+        running = [report.rank for report in reports if not report.ended]
+        if running and cause.kind is not Kind.hang:
+            print(f"  ranks {running} get {CLOSE:.0f} s to close what they write to", file=sys.stderr)
+            _wait(ranks, CLOSE)
     return cause.code
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from cluster.local import run_local
-from conf.errors import EXIT_CRASH, EXIT_STOPPED, EXIT_USER
+from conf.errors import EXIT_CRASH, EXIT_DIVERGED, EXIT_STOPPED, EXIT_USER
 
 PROLOGUE = """
 import os, sys, time, signal
@@ -52,8 +52,6 @@ def test_contract_and_success(tmp_path):
         ("fail('user', 'data.path = x', 2) if rank == 0 else wait()", EXIT_USER, "error: data.path = x"),
         # the code of a rank that diverged is passed on
         ("fail('crash', 'not finite', 3)", 3, "not finite"),
-        # also where rank 0 needs longer than the others, as it still closes what it writes to
-        ("(time.sleep(4) if rank == 0 else None, fail('crash', 'not finite', 3))", 3, "not finite"),
         # a peer that lost its connection may abort; the one that was killed outright is no victim
         ("os.kill(os.getpid(), signal.SIGKILL if rank == 2 else signal.SIGABRT)", EXIT_CRASH,
          "error: rank 2 ended by signal SIGKILL (out of memory?)\n"),
@@ -66,6 +64,15 @@ def test_the_cause_is_named(tmp_path, capfd, body, code, words):
     assert run(body, tmp_path) == code
     assert words in capfd.readouterr().err
     assert time.monotonic() - started < 20
+
+
+def test_a_rank_that_closes_what_it_writes_to_is_let_end_but_not_for_ever(tmp_path, monkeypatch):
+    monkeypatch.setattr("cluster.local.SETTLE", 0.5)
+    slow = "(time.sleep({}), (logs / 'closed').touch()) if rank == 0 else None; fail('crash', 'not finite', 3)"
+    assert run(slow.format(2), tmp_path) == EXIT_DIVERGED and (tmp_path / "closed").exists()
+    monkeypatch.setattr("cluster.local.CLOSE", 0.5)
+    started = time.monotonic()
+    assert run(slow.format(60), tmp_path) == EXIT_DIVERGED and time.monotonic() - started < 20
 
 
 def alive(folder: Path) -> list[int]:
