@@ -14,6 +14,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from types import FrameType
 
 from cluster.cause import Failure, Kind, RankReport, name_cause
 from conf.errors import EXIT_OK, EXIT_STOPPED
@@ -27,16 +28,26 @@ TAIL = 4 << 10
 
 
 def run_local(command: list[str], world: int, logs: Path) -> int:
-    """Start `world` ranks, wait for all, end all when one fails; returns the exit code of the run."""
+    """Start `world` ranks, wait for all, end all when one fails; returns the exit code of the run.
+
+    SIGTERM and Ctrl-C are passed on to the ranks as SIGTERM; a second Ctrl-C ends them at once, as KeyboardInterrupt.
+    """
     logs.mkdir(parents=True, exist_ok=True)
     for old in logs.glob("rank_*.error.json"):
         old.unlink()
     ranks = _start(command, world, logs)
-    previous = {
-        number: signal.signal(number, lambda number, _: _forward(ranks)) for number in (signal.SIGTERM, signal.SIGINT)
-    }
+    asked: list[int] = []
+    """Signals that asked the run to stop."""
+
+    def take(number: int, frame: FrameType | None) -> None:
+        if asked and number == signal.SIGINT:
+            raise KeyboardInterrupt  # as a rank in this process does at a second Ctrl-C, see train/stop.py
+        asked.append(number)
+        _forward(ranks)
+
+    previous = {number: signal.signal(number, take) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
-        return _watch(ranks, logs)
+        return _watch(ranks, logs, asked)
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
@@ -71,13 +82,13 @@ def _start(command: list[str], world: int, logs: Path) -> list[subprocess.Popen]
     return ranks
 
 
-def _watch(ranks: list[subprocess.Popen], logs: Path) -> int:
+def _watch(ranks: list[subprocess.Popen], logs: Path, asked: list[int]) -> int:
     while True:
         reports = _reports(ranks, logs)
         if all(report.code in (EXIT_OK, EXIT_STOPPED) for report in reports):
             return max(report.code for report in reports)
         if any(report.bad for report in reports):
-            return _explain(ranks, logs)
+            return _explain(ranks, logs, asked)
         time.sleep(0.05)
 
 
@@ -91,12 +102,16 @@ def _reports(ranks: list[subprocess.Popen], logs: Path) -> list[RankReport]:
     return reports
 
 
-def _explain(ranks: list[subprocess.Popen], logs: Path) -> int:
+def _explain(ranks: list[subprocess.Popen], logs: Path, asked: list[int]) -> int:
     """Give the others a moment to report, name the cause, and let those that can end by themselves do so."""
     _wait(ranks, SETTLE)
     reports = _reports(ranks, logs)
     cause = name_cause(reports, {})
     assert cause is not None, "a rank was seen to fail"
+    if asked and cause.kind is Kind.killed and all(reports[rank].code == -signal.SIGTERM for rank in cause.ranks):
+        # Ranks take the signal as a wish only between their imports and their end; its peers are no failures either.
+        print(f"stopped: ranks {list(cause.ranks)} were not in the training and ended at once", file=sys.stderr)
+        return EXIT_STOPPED
     print(f"error: {cause.text}", file=sys.stderr)
     if cause.kind is not Kind.user:
         if cause.log.strip() not in cause.text:

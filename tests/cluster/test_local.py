@@ -107,6 +107,32 @@ def test_a_signal_reaches_every_rank_and_the_code_comes_back(tmp_path):
     assert not alive(tmp_path)
 
 
+@pytest.mark.parametrize("other", ["wait()", "(time.sleep(0.5), fail('crash', 'connection closed'))"])
+def test_a_signal_to_ranks_that_still_import_stops_the_run(tmp_path, other):
+    late = f"signal.signal(signal.SIGTERM, lambda *_: {other});" + NOTE_PID + "wait()"
+    driver = start_driver(tmp_path, f"if rank == 0: {NOTE_PID} wait()\n{late}")
+    driver.send_signal(signal.SIGTERM)
+    assert driver.wait(20) == EXIT_STOPPED
+    assert not alive(tmp_path)
+
+
+def test_a_second_ctrl_c_ends_ranks_that_do_not_stop(tmp_path):
+    stubborn = (
+        "signal.signal(signal.SIGTERM, lambda *_: (logs / f'told{rank}').touch());"
+        + NOTE_PID
+        + "[wait() for _ in range(9)]"
+    )
+    driver = start_driver(tmp_path, stubborn)
+    driver.send_signal(signal.SIGINT)
+    deadline = time.monotonic() + 20
+    while len(list(tmp_path.glob("told*"))) < 2 and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert driver.poll() is None and len(alive(tmp_path)) == 2
+    driver.send_signal(signal.SIGINT)
+    assert driver.wait(10) == -signal.SIGINT  # as Python ends by KeyboardInterrupt
+    assert not alive(tmp_path)
+
+
 def test_no_rank_outlives_a_killed_driver(tmp_path):
     driver = start_driver(tmp_path, NOTE_PID + "wait()")
     assert len(alive(tmp_path)) == 2
