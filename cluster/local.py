@@ -116,8 +116,9 @@ def _explain(ranks: list[subprocess.Popen], logs: Path, asked: list[int]) -> int
     if cause.kind is not Kind.user:
         if cause.log.strip() not in cause.text:
             print(cause.log.strip(), file=sys.stderr)
-        others = sorted(set(range(len(ranks))) - set(cause.ranks))
-        print(f"  ended with it: ranks {others}\n  logs: {logs}", file=sys.stderr)
+        if others := sorted(set(range(len(ranks))) - set(cause.ranks)):
+            print(f"  ended with it: ranks {others}", file=sys.stderr)
+        print(f"  logs: {logs}", file=sys.stderr)
         running = [report.rank for report in reports if not report.ended]
         if running and cause.kind is not Kind.hang:
             print(f"  ranks {running} get {CLOSE:.0f} s to close what they write to", file=sys.stderr)

@@ -34,7 +34,8 @@ def train_rank(rank: int, config_path: str, world: int, port: int) -> None:
     from train.worker import run_rank
 
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "GLOO_SOCKET_IFNAME": "lo"}
-    code = run_rank(read_config(config_path), Place(rank, world, rank, world))
+    logs = Path(config_path).parent / "logs"
+    code = run_rank(read_config(config_path), Place(rank, world, rank, world), logs)
     if code:
-        error = Path(config_path).parent / "logs" / f"rank_{rank}.error.json"
+        error = logs / f"rank_{rank}.error.json"
         raise AssertionError(error.read_text() if error.exists() else f"exit code {code}")

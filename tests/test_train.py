@@ -196,6 +196,13 @@ def test_ranks_of_torchrun_train_like_ranks_of_one_command(unbroken):
     assert wrong.returncode != 0 and "must equal WORLD_SIZE = 2" in wrong.stderr
 
 
+def test_a_job_of_a_sweep_says_that_it_diverged(tmp_path):
+    bad = ["optim.lr=1e30", "optim.warmup_steps=0", "steps=20"]
+    done = train(tmp_path, *bad, "optim.max_bad_steps=2,3", "-m")
+    assert done.returncode == EXIT_DIVERGED, done.stderr
+    assert done.stderr.count("rank 0 failed: ") == 2 and "steps in a row" in done.stderr, done.stderr
+
+
 def test_metrics_lines_are_json_without_nan(unbroken):
     tmp_path, _ = unbroken
     for line in (tmp_path / "runs" / "whole" / "metrics.jsonl").read_text().splitlines():

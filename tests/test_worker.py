@@ -1,8 +1,13 @@
 """What a rank says of its own failure."""
 
+import json
+
 import pytest
 
-from train.worker import _is_timeout
+from cluster.launch import Place
+from conf.errors import EXIT_CRASH, EXIT_DIVERGED, EXIT_USER, UserError
+from train.trainer import Diverged
+from train.worker import _is_timeout, guarded
 
 
 def wrapped(error: Exception) -> Exception:
@@ -27,3 +32,31 @@ def wrapped(error: Exception) -> Exception:
 def test_a_wait_for_another_rank_is_told_from_other_errors(error, timeout):
     assert _is_timeout(error) is timeout
     assert _is_timeout(wrapped(error)) is timeout
+
+
+BAD_INPUT = UserError("data.path", "nowhere", "must exist", "give another")
+ERRORS = [(BAD_INPUT, EXIT_USER), (Diverged("not finite"), EXIT_DIVERGED), (ValueError("boom"), EXIT_CRASH)]
+
+
+def fails(error: Exception):
+    def work() -> int:
+        raise error
+
+    return work
+
+
+@pytest.mark.parametrize("world", [1, 2])
+def test_an_error_goes_to_the_driver_or_where_there_is_none_to_the_terminal(tmp_path, capfd, world):
+    """World of 1 with a driver: a job of a sweep, or cluster=ray. World of 2 without one: torchrun."""
+    place = Place(world - 1, world, world - 1, world)
+    for error, code in ERRORS:
+        assert guarded(place, tmp_path, fails(error)) == code
+        said = json.loads((tmp_path / f"rank_{world - 1}.error.json").read_text())
+        assert said["code"] == code and str(error) in said["message"]
+    assert capfd.readouterr().err == ""
+    for error, code in ERRORS[1:]:
+        assert guarded(place, None, fails(error)) == code
+        shown = capfd.readouterr().err
+        assert str(error) in shown and ("rank 1: " in shown) is (world == 2)
+    with pytest.raises(UserError, match="nowhere"):
+        guarded(place, None, fails(BAD_INPUT))

@@ -58,26 +58,30 @@ def preload() -> None:
         import_deepspeed(on_cuda=False)
 
 
-def run_rank(config: Config, place: Place) -> int:
-    """Train as one rank; returns the exit code. In a world of several, errors are left for the driver to read."""
+def run_rank(config: Config, place: Place, failures: Path | None = None) -> int:
+    """Train as one rank; returns the exit code. failures: see `guarded`."""
     stop = StopRequest()
     try:
-        return guarded(place, RunPaths(config).logs, lambda: _run(config, place, stop))
+        return guarded(place, failures, lambda: _run(config, place, stop))
     finally:
         stop.close()
 
 
-def guarded(place: Place, logs: Path, work: Callable[[], int]) -> int:
-    """Do the work of a rank; an error becomes an exit code, and in a world of several a file in `logs`."""
+def guarded(place: Place, failures: Path | None, work: Callable[[], int]) -> int:
+    """Do the work of a rank; an error becomes an exit code.
+
+    failures: the folder where a driver looks for what its ranks say of their errors; it then reports them. None where
+    nobody looks, in the only process of a run and under torchrun: errors are printed, and a UserError is raised.
+    """
     # DeepSpeed still calls collectives by their old names.
     warnings.filterwarnings("ignore", "`torch.distributed.*is deprecated", FutureWarning)
     faulthandler.register(signal.SIGUSR1, all_threads=True)  # kill -USR1 PID shows where a rank hangs
     try:
         return work()
     except Exception as error:
-        if place.world == 1 and isinstance(error, UserError):
+        if failures is None and isinstance(error, UserError):
             raise
-        return _report(error, place, logs)
+        return _report(error, place, failures)
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
@@ -188,16 +192,17 @@ def count_flops(config: Config, device: torch.device, place: Place) -> Flops:
     )
 
 
-def _report(error: Exception, place: Place, logs: Path) -> int:
-    """Leave the error where the driver finds it, and in this rank's own output."""
+def _report(error: Exception, place: Place, failures: Path | None) -> int:
+    """Leave the error where the driver finds it, or print it where there is none."""
     code = EXIT_USER if isinstance(error, UserError) else getattr(error, "code", EXIT_CRASH)
     kind = "user" if code == EXIT_USER else "timeout" if _is_timeout(error) else "crash"
     expected = isinstance(error, (UserError, Diverged, Overtaken))
     text = str(error) if expected else "".join(traceback.format_exception(error))
-    if place.world == 1:
-        print(f"error: {text}", file=sys.stderr)
+    if failures is not None:
+        Failure(place.rank, time.time(), kind, text, code).write(failures)
     else:
-        Failure(place.rank, time.time(), kind, text, code).write(logs)
+        who = "" if place.world == 1 else f"rank {place.rank}: "
+        print(f"error: {who}{text}", file=sys.stderr)
     return code
 
 
@@ -211,7 +216,8 @@ def _is_timeout(error: BaseException | None) -> bool:
 
 
 def main() -> int:
-    return run_rank(*given_run())
+    config, place = given_run()
+    return run_rank(config, place, RunPaths(config).logs)
 
 
 if __name__ == "__main__":

@@ -2,6 +2,7 @@
 
 import sys
 from datetime import timedelta
+from pathlib import Path
 
 from train.cpu import tune_cpu
 
@@ -34,9 +35,9 @@ FOLDER = "evaluate"
 """Beside the run's own files: configuration and logs of an evaluation on several ranks."""
 
 
-def run_rank(config: Config, place: Place) -> int:
-    """Evaluate as one rank; returns the exit code. In a world of several, errors are left for the driver to read."""
-    return guarded(place, RunPaths(config).path / FOLDER / "logs", lambda: _run(config, place))
+def run_rank(config: Config, place: Place, failures: Path | None = None) -> int:
+    """Evaluate as one rank; returns the exit code. failures: see train.worker.guarded."""
+    return guarded(place, failures, lambda: _run(config, place))
 
 
 def _run(config: Config, place: Place) -> int:
@@ -101,7 +102,8 @@ def _report(config: Config, target: Target, losses: list[tuple[EvaluatedSource, 
 
 
 def main() -> int:
-    return run_rank(*given_run())
+    config, place = given_run()
+    return run_rank(config, place, RunPaths(config).path / FOLDER / "logs")
 
 
 if __name__ == "__main__":
