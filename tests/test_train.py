@@ -13,9 +13,11 @@ from pathlib import Path
 import pytest
 
 from conf.errors import EXIT_DIVERGED, EXIT_STOPPED, EXIT_USER
+from conf.load import compose
 from conf.schema import ROOT
 from tests.ranks import run_module, start_module
 from tests.small import arguments, environment, metrics, start, train, train_in_shell, trajectory
+from train.__main__ import main
 from train.checkpoint.manifest import newest_intact, verify
 from train.metrics.names import SCALARS
 
@@ -201,6 +203,13 @@ def test_a_job_of_a_sweep_says_that_it_diverged(tmp_path):
     done = train(tmp_path, *bad, "optim.max_bad_steps=2,3", "-m")
     assert done.returncode == EXIT_DIVERGED, done.stderr
     assert done.stderr.count("rank 0 failed: ") == 2 and "steps in a row" in done.stderr, done.stderr
+
+
+def test_a_stopped_job_ends_its_sweep(monkeypatch, capsys):
+    codes = iter([EXIT_DIVERGED, EXIT_STOPPED])
+    monkeypatch.setattr("train.__main__._train", lambda config, alone: next(codes))
+    assert main([compose()] * 4) == EXIT_STOPPED
+    assert next(codes, None) is None and "2 of 4 jobs of the sweep were not started" in capsys.readouterr().err
 
 
 def test_metrics_lines_are_json_without_nan(unbroken):

@@ -8,14 +8,14 @@ from train.cpu import tune_cpu
 tune_cpu()  # before torch allocates anything
 
 from cluster.launch import Place, is_driver, launch  # noqa: E402
-from conf.errors import EXIT_OK, EXIT_USER, UserError  # noqa: E402
+from conf.errors import EXIT_INTERRUPTED, EXIT_OK, EXIT_STOPPED, EXIT_USER, UserError  # noqa: E402
 from conf.load import run  # noqa: E402
 from conf.schema import Config, Mode  # noqa: E402
 from train.model.count import checkpoint_bytes  # noqa: E402
 
 
 def main(configs: list[Config]) -> int:
-    """One run, or those of a sweep one after another; returns the worst exit code."""
+    """One run, or those of a sweep one after another, until one is told to stop; returns the worst exit code."""
     modes = {
         Mode.train: _train,
         Mode.report: _report,
@@ -26,7 +26,15 @@ def main(configs: list[Config]) -> int:
         Mode.plan: _plan,
         Mode.dry_run: _dry_run,
     }
-    return max(modes[config.mode](config, alone=len(configs) == 1) for config in configs)
+    worst = EXIT_OK
+    for done, config in enumerate(configs, 1):
+        code = modes[config.mode](config, alone=len(configs) == 1)
+        worst = max(worst, code)
+        if code in (EXIT_STOPPED, EXIT_INTERRUPTED):  # a signal means the command, not the one job it found
+            if left := len(configs) - done:
+                print(f"stopped: {left} of {len(configs)} jobs of the sweep were not started", file=sys.stderr)
+            break
+    return worst
 
 
 def _train(config: Config, alone: bool) -> int:
