@@ -146,6 +146,7 @@ def test_every_kind_of_bad_input_is_one_screen(unbroken):
         "data.path": [f"data.path={empty}", "name=new2"],
         "data.tokenizer": [f"data.path={other}", f"resume={checkpoint}", "name=new3"],
         "steps": ["steps=3", f"resume={checkpoint}", "name=new4"],
+        "batch_size": ["parallel.schedule=dualpipev", "micro_batch_size=8", "name=new6"],
         "cluster.device": ["cluster.device=cuda", "name=new5"],
     }
     for field, overrides in cases.items():

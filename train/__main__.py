@@ -11,6 +11,7 @@ from cluster.launch import Place, is_driver, launch  # noqa: E402
 from conf.errors import EXIT_INTERRUPTED, EXIT_OK, EXIT_STOPPED, EXIT_USER, UserError  # noqa: E402
 from conf.load import run  # noqa: E402
 from conf.schema import Config, Mode  # noqa: E402
+from train.layout import check_layout  # noqa: E402
 from train.model.count import checkpoint_bytes  # noqa: E402
 
 
@@ -57,10 +58,7 @@ def check_before_start(config: Config) -> None:
     from train.data.corpus import build_corpus
     from train.data.progress import show_progress
 
-    if config.parallel.pp * config.parallel.dp > 1:
-        from train.parallelize import check_layout
-
-        check_layout(config)
+    check_layout(config)
     with show_progress() as progress:
         corpus = build_corpus(config, progress)
     if config.init_from is not None:

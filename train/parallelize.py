@@ -7,10 +7,10 @@ import torch
 from torch import nn
 
 from conf.schema import Config, Recompute
-from parallel.expert.build import Dispatcher, build_dispatcher, check_groups
-from parallel.mesh import Layout, Mesh
+from parallel.expert.build import Dispatcher, build_dispatcher
+from parallel.mesh import Mesh
 from parallel.pipeline.schedule import Pipeline, build_schedule
-from parallel.pipeline.split import check_schedule, split_layers, stage_placement
+from parallel.pipeline.split import split_layers, stage_placement
 from parallel.zero import Zero
 from train.model.block import Block
 from train.model.count import head_flops, layer_flops
@@ -80,25 +80,6 @@ def parallelize(
     for chunk in chunks:
         precision.watch(chunk)
     return Parallelized(chunks, pipeline, zero, dispatcher, precision)
-
-
-def check_layout(config: Config) -> None:
-    """Raise UserError where the layout cannot run, for what needs more than one field to see. Starts nothing."""
-    parallel = config.parallel
-    for batch in batch_sizes(config):
-        micro_batches = batch // (config.micro_batch_size * parallel.dp)
-        check_schedule(parallel.schedule, parallel.pp, micro_batches, config.model.layers)
-    if parallel.ep > 1 and parallel.dispatch == "node_limited":
-        layout = Layout(
-            parallel.pp, parallel.dp, parallel.ep, config.cluster.ranks_per_node or parallel.dp * parallel.pp
-        )
-        check_groups(parallel.ep, layout.ep_ranks_per_node, config.model.groups)
-
-
-def batch_sizes(config: Config) -> list[int]:
-    """Sequences per step that a run may have: those of its ramp, and the full batch."""
-    start, step = config.optim.batch_ramp_start or config.batch_size, config.optim.batch_ramp_increment
-    return [*range(start, config.batch_size, step), config.batch_size]
 
 
 def split(config: Config) -> list[range]:

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from conf.schema import Config
-from train.parallelize import check_layout
+from train.layout import check_layout
 from train.plan.memory import RankMemory, plan_memory
 from train.plan.rates import require_hardware
 from train.plan.step import StepTime, layout_of, plan_time, with_nodes

@@ -8,7 +8,7 @@ from typing import Any
 from conf.check import check
 from conf.errors import UserError
 from conf.schema import Config, Recompute
-from train.parallelize import check_layout
+from train.layout import check_layout
 from train.plan.stages import require_rule
 from train.plan.step import with_nodes
 

@@ -1,0 +1,29 @@
+"""Whether a layout can run, before anything starts. No torch, which takes seconds to import, unless a rule needs it."""
+
+from conf.schema import Config
+from parallel.pipeline.split import check_schedule
+
+
+def check_layout(config: Config) -> None:
+    """Raise UserError where the layout cannot run, for what needs more than one field to see. Starts nothing.
+
+    One rank too: a pipeline of one stage still follows its schedule.
+    """
+    parallel = config.parallel
+    for batch in batch_sizes(config):
+        micro_batches = batch // (config.micro_batch_size * parallel.dp)
+        check_schedule(parallel.schedule, parallel.pp, micro_batches, config.model.layers)
+    if parallel.ep > 1 and parallel.dispatch == "node_limited":
+        from parallel.expert.build import check_groups
+        from parallel.mesh import Layout
+
+        layout = Layout(
+            parallel.pp, parallel.dp, parallel.ep, config.cluster.ranks_per_node or parallel.dp * parallel.pp
+        )
+        check_groups(parallel.ep, layout.ep_ranks_per_node, config.model.groups)
+
+
+def batch_sizes(config: Config) -> list[int]:
+    """Sequences per step that a run may have: those of its ramp, and the full batch."""
+    start, step = config.optim.batch_ramp_start or config.batch_size, config.optim.batch_ramp_increment
+    return [*range(start, config.batch_size, step), config.batch_size]
