@@ -176,8 +176,11 @@ class Driver:
                 self._network.take(reply)
         elif reply.method == "free_port":
             self._send_orders(reply)
-        elif reply.error is not None:
+        elif reply.error is not None and reply.method == "start":
             self._tell(m.StartFailed(self.supervisor.number, reply.node, f"{reply.method}: {reply.error}"))
+        elif reply.error is not None:  # ranks in reserve, say: the attempt can do without
+            name = self._known[reply.node].name
+            self._note("call_failed", f"{name}: {reply.method}: {reply.error}", node=name, method=reply.method)
 
     def _check_facts(self, node: Node, reply: Reply) -> None:
         problem = reply.error or self.preflight.problem(node, reply.value)

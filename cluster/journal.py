@@ -24,6 +24,7 @@ KINDS = {
     "launch": "the driver started. world: ranks wanted; version: of the program",
     "node_joined": "a node is there and passed the checks. node: its name",
     "node_refused": "a node is there and failed a check. node",
+    "call_failed": "an agent could not do what it was asked for beside a start; the attempt goes on. node, method",
     "node_lost": "a node does not answer or is known to be dead. node",
     "node_back": "a node that was lost answers again, or its agent was started anew. node",
     "network": "what the network test found. pairs, median_gbit, slow: [[from, to, gbit, ms], ...]",

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from cluster.agent import Agent
 from cluster.driver import Driver
 from cluster.journal import goodput, read_events
 from cluster.view import View
@@ -156,6 +157,18 @@ def test_a_cause_that_stays_ends_the_run_with_a_diagnosis(tmp_path):
     assert run.run() == EXIT_CRASH
     for words in ("rank 1 on n1 failed", "failure 2 of the kind", "newest checkpoint: none", "what to do"):
         assert words in run.finish.text
+
+
+def test_ranks_in_reserve_that_cannot_start_break_no_attempt(tmp_path, monkeypatch):
+    def fail(agent: Agent, *_) -> None:
+        raise OSError("no memory")
+
+    monkeypatch.setattr("cluster.agent.Agent.warm", fail)
+    run = Run(tmp_path, nodes=2, dp=2)
+    assert run.run() == EXIT_OK, run.finish.text
+    assert "failure" not in run.kinds() and run.kinds().count("attempt") == 1
+    failed = [event for event in run.events if event["kind"] == "call_failed"]
+    assert failed and failed[0]["text"].endswith("warm: OSError('no memory')")
 
 
 def test_a_port_that_others_take_is_named(tmp_path, monkeypatch):
