@@ -4,7 +4,7 @@ import dataclasses
 import os
 import signal
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from cluster import messages as m
@@ -14,6 +14,7 @@ from cluster.copies import Copies
 from cluster.fleet import Fleet, FleetLost, Reply
 from cluster.journal import Journal
 from cluster.network import NetworkTest
+from cluster.node_state import Phase
 from cluster.policy import policy_of, with_dp
 from cluster.preflight import Preflight
 from cluster.supervisor import Supervisor
@@ -201,6 +202,8 @@ class Driver:
     def _admit(self, node: Node) -> None:
         self._asked[node.id] = -ASK_EVERY
         self._tell(m.Joined(node))
+        if self.supervisor.phase is Phase.running and self._first_step is not None:
+            self._warm([node])
 
     def _refuse(self, node: Node, problem: str) -> None:
         self._refused[node.name] = problem
@@ -225,15 +228,14 @@ class Driver:
             self._first_step = attempt.step
             seconds = self.clock() - self._started_at
             self._note("first_step", f"step {attempt.step} {seconds:.1f} s after the order to start", seconds=seconds)
-            self._warm()
+            self._warm(self.supervisor.answering.values())
 
-    def _warm(self) -> None:
-        """Have ranks in reserve on every node, now that starting them slows nobody's start."""
+    def _warm(self, nodes: Iterable[Node]) -> None:
+        """Have ranks in reserve there, now that starting them slows nobody's start."""
         if self.config.cluster.standby:
-            for id in self._asked:
-                seats = self.supervisor.attempt.ranks_of.get(id, ())
-                count = len(seats) or self._known[id].devices
-                self.fleet.call(id, "warm", self.arguments, self.rank_folder, count)
+            for node in nodes:
+                seats = self.supervisor.attempt.ranks_of.get(node.id, ())
+                self.fleet.call(node.id, "warm", self.arguments, self.rank_folder, len(seats) or node.devices)
 
     def _tell(self, event: m.Event) -> None:
         for action in self.supervisor.handle(self.clock(), event):

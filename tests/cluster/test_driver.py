@@ -14,6 +14,7 @@ import pytest
 from cluster.agent import Agent
 from cluster.driver import Driver
 from cluster.journal import goodput, read_events
+from cluster.topology import Node
 from cluster.view import View
 from conf.errors import EXIT_CRASH, EXIT_OK, EXIT_STOPPED
 from conf.load import compose, write_config
@@ -169,6 +170,21 @@ def test_ranks_in_reserve_that_cannot_start_break_no_attempt(tmp_path, monkeypat
     assert "failure" not in run.kinds() and run.kinds().count("attempt") == 1
     failed = [event for event in run.events if event["kind"] == "call_failed"]
     assert failed and failed[0]["text"].endswith("warm: OSError('no memory')")
+
+
+def test_ranks_wait_in_reserve_on_every_node_also_on_one_that_joins_later(tmp_path):
+    run = Run(tmp_path, "steps=60", nodes=3, dp=2)
+    warmed, call = [], run.fleet.call
+
+    def record(node: str, method: str, *arguments) -> None:
+        if method == "warm":
+            warmed.append((node, arguments[-1]))
+        call(node, method, *arguments)
+
+    run.fleet.call = record
+    run.at_step(5, lambda: run.fleet._nodes.append(Node("id3", "n3", "127.0.0.1", 4)))
+    assert run.run() == EXIT_OK, run.finish.text
+    assert warmed == [("id0", 1), ("id1", 1), ("id2", 1), ("id3", 4)]
 
 
 def test_a_port_that_others_take_is_named(tmp_path, monkeypatch):
