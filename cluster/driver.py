@@ -159,7 +159,9 @@ class Driver:
             self._asked.pop(reply.node, None)
             self.copies.forget(reply.node)
             self._tell(m.Lost(reply.node, f"its agent died: {reply.error}", returning=True))
-            del self._known[reply.node]  # the next look starts a new agent, if the node is still listed
+            node = self._known.pop(reply.node)  # the next look starts a new agent, if the node is still listed
+            if node.id not in self.supervisor.nodes and node.name not in self._refused:  # it may die at every look
+                self._refuse(node, f"its agent died: {reply.error}")
         elif reply.method == "facts":
             self._check_facts(self._known[reply.node], reply)
         elif reply.method == "open_memory":
@@ -201,6 +203,7 @@ class Driver:
 
     def _admit(self, node: Node) -> None:
         self._asked[node.id] = -ASK_EVERY
+        self._refused.pop(node.name, None)
         self._tell(m.Joined(node))
         if self.supervisor.phase is Phase.running and self._first_step is not None:
             self._warm([node])

@@ -13,10 +13,11 @@ import pytest
 
 from cluster.agent import Agent
 from cluster.driver import Driver
+from cluster.fleet import Reply
 from cluster.journal import goodput, read_events
 from cluster.topology import Node
 from cluster.view import View
-from conf.errors import EXIT_CRASH, EXIT_OK, EXIT_STOPPED
+from conf.errors import EXIT_CRASH, EXIT_OK, EXIT_STOPPED, EXIT_USER
 from conf.load import compose, write_config
 from tests.cluster.local_fleet import LocalFleet
 
@@ -185,6 +186,29 @@ def test_ranks_wait_in_reserve_on_every_node_also_on_one_that_joins_later(tmp_pa
     run.at_step(5, lambda: run.fleet._nodes.append(Node("id3", "n3", "127.0.0.1", 4)))
     assert run.run() == EXIT_OK, run.finish.text
     assert warmed == [("id0", 1), ("id1", 1), ("id2", 1), ("id3", 4)]
+
+
+def test_an_agent_that_cannot_start_is_a_node_refused_with_the_reason(tmp_path):
+    run = Run(tmp_path, "cluster.wait=3", nodes=2, dp=2)
+    call = run.fleet.call
+
+    def fail(node: str, method: str, *arguments) -> None:
+        if node == "id1":
+            run.fleet._replies.append(Reply(node, method, error="no disk for its code", dead=True))
+        else:
+            call(node, method, *arguments)
+
+    run.fleet.call = fail
+    assert run.run() == EXIT_USER
+    assert "refused: n1: its agent died: no disk for its code" in run.finish.text
+    assert run.only("node_refused")["node"] == "n1", "one event, not one for every try"
+
+
+def test_a_node_whose_agent_starts_at_the_second_try_is_not_refused(tmp_path):
+    run = Run(tmp_path, nodes=2, dp=2)
+    run.fleet._replies.append(Reply("id1", "facts", error="killed", dead=True))
+    assert run.run() == EXIT_OK, run.finish.text
+    assert run.only("attempt")["dp"] == 2 and not run.driver._refused
 
 
 def test_a_port_that_others_take_is_named(tmp_path, monkeypatch):
