@@ -289,6 +289,8 @@ class Driver:
             return
         number, placement = self._starting
         self._starting = None
+        if self.supervisor.attempt.lost:  # it is broken, and its end is on the way; where copies lie is not known
+            return
         if reply.error is not None:
             self._tell(m.StartFailed(number, reply.node, reply.error))
             return

@@ -211,6 +211,22 @@ def test_a_node_whose_agent_starts_at_the_second_try_is_not_refused(tmp_path):
     assert run.only("attempt")["dp"] == 2 and not run.driver._refused
 
 
+def test_a_node_lost_just_before_the_order_to_start_breaks_the_attempt_not_the_driver(tmp_path):
+    run = Run(tmp_path, "checkpoint.every_memory=2", f"checkpoint.memory_folder={tmp_path}", nodes=2, dp=2)
+    call = run.fleet.call
+
+    def lose_a_node(node: str, method: str, *arguments) -> None:
+        if method == "free_port":
+            run.fleet.call = call
+            run.fleet.kill_agent("id1")
+        call(node, method, *arguments)
+
+    run.fleet.call = lose_a_node
+    assert run.run() == EXIT_OK, run.finish.text
+    assert run.only("failure")["nodes"] == ["n1"] and run.kinds().count("attempt") == 2
+    assert not (run.folder / "attempts" / "00001.yaml").exists(), "no rank of the broken attempt was started"
+
+
 def test_a_port_that_others_take_is_named(tmp_path, monkeypatch):
     with socket.create_server(("127.0.0.1", 0)) as taken:
         monkeypatch.setattr("cluster.agent.Agent.free_port", lambda agent: taken.getsockname()[1])
