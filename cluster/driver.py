@@ -146,7 +146,8 @@ class Driver:
             self._tell(m.Draining(id, why))
 
     def _ask(self) -> None:
-        pause = max(ASK_EVERY, len(self._asked) / 400)  # a driver of thousands of agents must not drown in answers
+        pause = max(ASK_EVERY, len(self._asked) / 400)  # a driver of thousands of agents must not drown in answers,
+        pause = min(pause, self.config.cluster.heartbeat / 2)  # nor take those that it did not ask for silent
         for id, asked in list(self._asked.items()):
             if self.clock() - asked >= pause:
                 del self._asked[id]

@@ -227,6 +227,18 @@ def test_a_node_lost_just_before_the_order_to_start_breaks_the_attempt_not_the_d
     assert not (run.folder / "attempts" / "00001.yaml").exists(), "no rank of the broken attempt was started"
 
 
+def test_however_many_nodes_are_there_each_is_asked_within_its_heartbeat(tmp_path):
+    run = Run(tmp_path, nodes=1, dp=1)
+    asked = []
+    run.fleet.call = lambda node, method, *_: asked.append(node)
+    for seconds, expected in ((run.config.cluster.heartbeat / 4, 0), (run.config.cluster.heartbeat / 2, 4000)):
+        run.driver._asked = {f"id{i}": 0.0 for i in range(4000)}
+        run.driver.clock = lambda now=seconds: now
+        run.driver._ask()
+        assert len(asked) == expected
+    run.fleet.close()
+
+
 def test_a_port_that_others_take_is_named(tmp_path, monkeypatch):
     with socket.create_server(("127.0.0.1", 0)) as taken:
         monkeypatch.setattr("cluster.agent.Agent.free_port", lambda agent: taken.getsockname()[1])
