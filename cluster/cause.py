@@ -63,7 +63,7 @@ class RankReport:
     step: int = -1
     """The optimizer step that it works on, from 1; -1 before the loop has begun."""
     phase: str = "start"
-    """start, step, checkpoint or validate, as the rank says."""
+    """start, step, checkpoint or validation, as the rank says."""
     busy: float | None = None
     """Seconds of the last step that were its own work, not waiting for other ranks; None if it does not say."""
     state: str = ""

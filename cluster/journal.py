@@ -21,7 +21,7 @@ from typing import Any
 FILE = "events.jsonl"
 
 KINDS = {
-    "launch": "the driver started. world: ranks wanted; version: of the program",
+    "launch": "the driver started. world: ranks wanted",
     "node_joined": "a node is there and passed the checks. node: its name",
     "node_refused": "a node is there and failed a check. node",
     "call_failed": "an agent could not do what it was asked for beside a start; the attempt goes on. node, method",
