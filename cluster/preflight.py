@@ -24,6 +24,8 @@ CLOCK_LIMIT = 2.0
 SCRATCH_LIMIT = 256 << 20
 """Free bytes that a node needs for the output of its ranks."""
 PROBES = ".preflight"
+SOURCES = (".py", ".cpp", ".h")
+"""C++ is compiled on every node by itself, so its source must be the same too."""
 
 
 @dataclass(frozen=True)
@@ -80,8 +82,9 @@ def _version(package: str) -> str:
 def _digest_of_program() -> str:
     digest = hashlib.sha256()
     for package in ("conf", "train", "parallel", "cluster"):
-        for path in sorted((ROOT / package).rglob("*.py")):
-            digest.update(str(path.relative_to(ROOT)).encode() + path.read_bytes())
+        for path in sorted((ROOT / package).rglob("*")):
+            if path.suffix in SOURCES:
+                digest.update(str(path.relative_to(ROOT)).encode() + path.read_bytes())
     return digest.hexdigest()[:12]
 
 

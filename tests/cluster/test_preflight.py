@@ -6,7 +6,7 @@ import time
 import pytest
 
 from cluster.network import BYTES, Link, NetworkTest, Probe, measure, rounds
-from cluster.preflight import Preflight, gather
+from cluster.preflight import Preflight, _digest_of_program, gather
 from cluster.topology import Node
 from tests.cluster.local_fleet import LocalFleet
 
@@ -40,6 +40,18 @@ def test_a_node_like_the_driver_may_hold_ranks(preflight, tmp_path):
 def test_a_node_that_differs_is_refused_with_the_cure(preflight, change, words):
     facts = dataclasses.replace(gather(preflight.question(NODE)), **change)
     assert words in preflight.problem(NODE, facts)
+
+
+@pytest.mark.parametrize("name", ["rank.py", "rows.cpp", "tiles.h"])
+def test_another_source_of_any_language_is_another_program(tmp_path, monkeypatch, name):
+    monkeypatch.setattr("cluster.preflight.ROOT", tmp_path)
+    source = tmp_path / "train" / "native" / name
+    source.parent.mkdir(parents=True)
+    digests = set()
+    for text in ("1", "2"):
+        source.write_text(text)
+        digests.add(_digest_of_program())
+    assert len(digests) == 2
 
 
 def test_a_folder_of_the_same_name_is_not_shared_storage(preflight, tmp_path):
