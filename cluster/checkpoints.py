@@ -1,13 +1,25 @@
 """What the driver needs to know of a run's checkpoints: names and attempt numbers (see train/checkpoint/manifest.py)."""
 
+import functools
 import json
 from pathlib import Path
+from typing import NamedTuple
 
 
-def newest(folder: Path) -> int | None:
-    """Step of the newest checkpoint that was committed; its manifest is written before the folder gets its name."""
-    steps = [int(path.parent.name.removeprefix("step_")) for path in _manifests(folder)]
-    return max(steps, default=None)
+class Age(NamedTuple):
+    """Order of writing: a later attempt is newer even where it resumed from an earlier step."""
+
+    attempt: int
+    step: int
+
+
+NONE = Age(0, -1)
+"""Before every state of a run."""
+
+
+def newest(folder: Path) -> Age:
+    """Age of the newest checkpoint that was committed, else NONE; its manifest is there before the folder has its name."""
+    return max(_ages(folder), default=NONE)
 
 
 def first_attempt(folder: Path) -> int:
@@ -20,8 +32,29 @@ def first_attempt(folder: Path) -> int:
 
 def written_since(folder: Path, attempt: int) -> bool:
     """Whether this attempt or a later one has committed a checkpoint."""
-    return any(json.loads(path.read_text())["attempt"] >= attempt for path in _manifests(folder))
+    return any(age.attempt >= attempt for age in _ages(folder))
 
 
-def _manifests(folder: Path) -> list[Path]:
-    return list((folder / "checkpoints").glob("step_*/manifest.json"))
+def _ages(folder: Path) -> list[Age]:
+    """Of all checkpoints but those whose manifest is damaged: nobody can tell their age, and no rank resumes from them."""
+    found = []
+    for path in (folder / "checkpoints").glob("step_*/manifest.json"):
+        try:
+            status = path.stat()
+            attempt = _attempt_of(path, status.st_ino, status.st_mtime_ns)
+        except FileNotFoundError:  # a rank puts a newer one in its place, or prunes it
+            continue
+        if attempt is not None:
+            found.append(Age(attempt, int(path.parent.name.removeprefix("step_"))))
+    return found
+
+
+@functools.lru_cache(maxsize=1024)
+def _attempt_of(path: Path, inode: int, written: int) -> int | None:
+    """Attempt that wrote a manifest, None if it is no manifest. Kept per file: a large run's are megabytes, and the
+    driver looks every second.
+    """
+    try:
+        return int(json.loads(path.read_bytes())["attempt"])
+    except (ValueError, TypeError, KeyError):
+        return None

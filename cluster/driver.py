@@ -9,7 +9,7 @@ from pathlib import Path
 
 from cluster import messages as m
 from cluster.agent import Answer, Order
-from cluster.checkpoints import first_attempt, newest, written_since
+from cluster.checkpoints import NONE, Age, first_attempt, newest, written_since
 from cluster.copies import Copies
 from cluster.fleet import Fleet, FleetLost, Reply
 from cluster.journal import Journal
@@ -105,7 +105,7 @@ class Driver:
         if self._network is not None:
             self._test_network()
         held = self.copies.newest(self.supervisor.answering)
-        self._tell(m.Held(held.step if held else -1))
+        self._tell(m.Held(Age(held.attempt, held.step) if held else NONE))
         self._tell(m.Tick())
         self.view.update(self.supervisor)
 
@@ -124,8 +124,7 @@ class Driver:
 
     def _look(self) -> None:
         """At the nodes and the checkpoints."""
-        if (step := newest(self.folder)) is not None:
-            self._tell(m.Saved(step))
+        self._tell(m.Saved(newest(self.folder)))
         try:
             listed = {node.id: node for node in self.fleet.nodes()}
             draining = self.fleet.draining()
@@ -320,7 +319,7 @@ class Driver:
     def _drop_copies(self) -> None:
         """Nobody needs the copies once the disk has a state as new; else the next launch does."""
         saved = newest(self.folder)
-        safe = saved is not None and saved >= self.supervisor.held
+        safe = saved > NONE and saved >= self.supervisor.held
         if self.config.checkpoint.every_memory and self._finish.code in (EXIT_OK, EXIT_STOPPED) and safe:
             for id in self._known:
                 self.fleet.call(id, "drop_memory")

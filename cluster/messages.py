@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 
 from cluster.cause import RankReport
+from cluster.checkpoints import Age
 from cluster.topology import Node, Placement
 
 # What happens -------------------------------------------------------------------------------------------------------
@@ -55,16 +56,16 @@ class StartFailed:
 
 @dataclass(frozen=True)
 class Saved:
-    """A checkpoint of this step is whole."""
+    """A checkpoint is whole, the newest on disk."""
 
-    step: int
+    age: Age
 
 
 @dataclass(frozen=True)
 class Held:
-    """Step of the newest copy of the state that is whole in the memory of the nodes that answer; -1 for none."""
+    """The newest copy of the state that is whole in the memory of the nodes that answer, or NONE."""
 
-    step: int
+    age: Age
 
 
 @dataclass(frozen=True)

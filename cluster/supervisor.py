@@ -22,6 +22,7 @@ Rules that hold whatever happens:
 from cluster import messages as m
 from cluster.attempt import Attempt
 from cluster.cause import Cause, Kind
+from cluster.checkpoints import NONE, Age
 from cluster.diagnosis import give_up, too_few
 from cluster.node_state import Health, NodeState, Phase
 from cluster.policy import Policy
@@ -38,10 +39,10 @@ class Supervisor:
         self.nodes: dict[str, NodeState] = {}
         self.number = policy.first_attempt - 1
         self.attempt: Attempt | None = None
-        self.saved = -1
-        """Step of the newest checkpoint."""
-        self.held = -1
-        """Step of the newest copy in the memory of the nodes that answer."""
+        self.saved = NONE
+        """The newest checkpoint."""
+        self.held = NONE
+        """The newest copy in the memory of the nodes that answer."""
         self.failures: list[tuple[int, Cause]] = []
         self._spent: dict[Kind, int] = {}
         self._out: list[m.Action] = []
@@ -54,7 +55,7 @@ class Supervisor:
         self._reached = -1
         """Highest step that a rank of this launch worked on."""
         self._safe = -1
-        """Highest step that was ever saved or held."""
+        """Highest step that an attempt of this launch saved or held."""
 
     @property
     def answering(self) -> dict[str, Node]:
@@ -85,10 +86,10 @@ class Supervisor:
                     self.attempt.stacks |= texts
             case m.StartFailed(number, node, text):
                 self._start_failed(number, node, text)
-            case m.Saved(step):
-                self._save(now, step)
-            case m.Held(step):
-                self._hold(step)
+            case m.Saved(age):
+                self._save(now, age)
+            case m.Held(age):
+                self._hold(age)
             case m.Draining(node, why):
                 self._drain(now, node, why)
             case m.StopAsked(why):
@@ -153,23 +154,27 @@ class Supervisor:
         self.nodes[id].live = set()
         self.attempt.cause = Cause(Kind.start, f"{name} could not start its ranks: {text}", (), (name,), log=text)
 
-    def _save(self, now: float, step: int) -> None:
-        if step <= self.saved:
+    def _save(self, now: float, age: Age) -> None:
+        if age <= self.saved:
             return
-        self.saved = step
-        self._got_on(step)
-        self._note("checkpoint", f"step {step}", step=step)
+        self.saved = age
+        self._got_on(age)
+        self._note("checkpoint", f"step {age.step}", step=age.step)
         if self.phase is Phase.running and self._could_grow():
             self._grow(now)
 
-    def _hold(self, step: int) -> None:
-        self.held = step
-        self._got_on(step)
+    def _hold(self, age: Age) -> None:
+        self.held = age
+        self._got_on(age)
 
-    def _got_on(self, step: int) -> None:
-        """A step that no failure can take away: the budgets start anew."""
-        if step > self._safe:
-            self._safe = step
+    def _got_on(self, age: Age) -> None:
+        """A step that no failure can take away: the budgets start anew.
+
+        A step that another attempt of this launch had reached does not count, or a run that does the same steps again
+        and again would never end. What earlier launches reached is nothing to this one, which may resume before it.
+        """
+        if age.attempt >= self.policy.first_attempt and age.step > self._safe:
+            self._safe = age.step
             self._spent.clear()
 
     def _drain(self, now: float, id: str, why: str) -> None:
@@ -242,12 +247,12 @@ class Supervisor:
         elif now >= self._deadline:
             last = self.failures[-1][1] if self.failures else None
             left = EXIT_STOPPED if any(state.draining for state in states) else EXIT_CRASH
-            self._finish(EXIT_USER if first else left, too_few(self.policy, free, found, last, self.saved))
+            self._finish(EXIT_USER if first else left, too_few(self.policy, free, found, last, self.saved.step))
 
     def _start(self, now: float, placement: Placement) -> None:
         self.number += 1
         self.phase = Phase.running
-        self.attempt = Attempt(self.number, placement, now, max(self.saved, self.held))
+        self.attempt = Attempt(self.number, placement, now, max(self.saved, self.held).step)
         for id, ranks in self.attempt.ranks_of.items():
             self.nodes[id].live = set(ranks)
         self._note(
@@ -328,11 +333,11 @@ class Supervisor:
         allowed = min(1, self.policy.restarts) if cause.kind is Kind.diverged else self.policy.restarts
         if cause.kind is Kind.user:
             self._finish(EXIT_USER, cause.text)
-        elif self._stop_why is not None and self.saved >= 0:
-            self._finish(EXIT_STOPPED, f"{self._stop_why}; meanwhile {cause.text}; step {self.saved} is saved")
+        elif self._stop_why is not None and self.saved > NONE:
+            self._finish(EXIT_STOPPED, f"{self._stop_why}; meanwhile {cause.text}; step {self.saved.step} is saved")
         elif self._stop_why is not None or spent > allowed:
             code = EXIT_DIVERGED if cause.kind is Kind.diverged else EXIT_CRASH
-            self._finish(code, give_up(cause, spent, allowed, self.failures, self.saved))
+            self._finish(code, give_up(cause, spent, allowed, self.failures, self.saved.step))
         else:
             self._regroup(now)
 

@@ -12,6 +12,7 @@ from rich.console import Console
 from rich.live import Live
 from rich.text import Text
 
+from cluster.checkpoints import NONE
 from cluster.node_state import Health
 from cluster.supervisor import Supervisor
 
@@ -84,10 +85,10 @@ def status(name: str, steps: int, record: dict, supervisor: Supervisor, last: st
     machines = [supervisor.phase.value, f"{up}/{len(supervisor.nodes)} nodes", f"attempt {supervisor.number}"]
     if supervisor.failures:
         machines.append(f"{len(supervisor.failures)} failures")
-    if supervisor.saved >= 0:
-        machines.append(f"saved step {supervisor.saved}")
+    if supervisor.saved > NONE:
+        machines.append(f"saved step {supervisor.saved.step}")
     if supervisor.held > supervisor.saved:
-        machines.append(f"in memory step {supervisor.held}")
+        machines.append(f"in memory step {supervisor.held.step}")
     return "  ".join(parts) + "\n" + "  ".join([*machines, last])
 
 

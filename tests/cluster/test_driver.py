@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from cluster.agent import Agent
+from cluster.checkpoints import NONE, Age, newest, written_since
 from cluster.driver import Driver
 from cluster.fleet import Reply
 from cluster.journal import goodput, read_events
@@ -237,6 +238,27 @@ def test_however_many_nodes_are_there_each_is_asked_within_its_heartbeat(tmp_pat
         run.driver._ask()
         assert len(asked) == expected
     run.fleet.close()
+
+
+def test_the_newest_checkpoint_is_that_of_the_latest_attempt(tmp_path):
+    def write(step: int, text: str) -> Path:
+        path = tmp_path / "checkpoints" / f"step_{step:08d}" / "manifest.json"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+        return path
+
+    assert newest(tmp_path) == NONE and not written_since(tmp_path, 1)
+    write(100, '{"attempt": 1}')
+    assert newest(tmp_path) == Age(1, 100) and not written_since(tmp_path, 2)
+    write(50, '{"attempt": 2}')
+    write(55, '{"attempt": 2}')
+    assert newest(tmp_path) == Age(2, 55) and written_since(tmp_path, 2)
+    write(110, '{"attempt": 3')
+    assert newest(tmp_path) == Age(2, 55), "a manifest that is damaged tells no age"
+    path = tmp_path / "checkpoints" / "step_00000100"
+    path.rename(path.with_name(".step_00000100.old"))
+    write(100, '{"attempt": 2}')
+    assert newest(tmp_path) == Age(2, 100), "a later attempt wrote the same step"
 
 
 def test_a_port_that_others_take_is_named(tmp_path, monkeypatch):

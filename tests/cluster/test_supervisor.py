@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from cluster import messages as m
 from cluster.cause import Failure
+from cluster.checkpoints import Age
 from conf.errors import EXIT_CRASH, EXIT_DIVERGED, EXIT_OK, EXIT_STOPPED, EXIT_USER
 from tests.cluster.world import STEP, World
 
@@ -123,7 +124,7 @@ def test_a_copy_in_memory_counts_as_progress():
     for step in range(3, 30, 4):
         world.run(2)
         world.saved = step
-        world.tell(m.Held(step))
+        world.tell(m.Held(Age(world.starts[-1].attempt, step)))
         world.kill_rank(1)
         world.run(2)
     assert world.finish is None and len(world.starts) == 8
@@ -163,6 +164,35 @@ def test_a_checkpoint_refills_the_budget():
         world.kill_rank(0)
         world.run(9)
     assert world.finish is None or world.finish.code == EXIT_OK
+
+
+def test_checkpoints_of_a_run_that_went_back_count_though_an_earlier_launch_got_further():
+    """As with resume=FOLDER of an older checkpoint, or where the newest is damaged."""
+    world = World(steps=200, restarts=1, first_attempt=2)
+    world.tell(m.Saved(Age(1, 500)))
+    world.run(4)
+    assert world.supervisor.saved == (2, 5)
+    world.machines[1].linked = False
+    world.run(9)
+    assert world.starts[-1].placement.dp == 2
+    world.machines[1].linked = True
+    world.run(9)
+    assert world.starts[-1].placement.dp == 3 and world.notes("grow")
+    for _ in range(4):
+        world.kill_rank(0)
+        world.run(9)
+    assert world.finish is None and len(world.notes("failure")) == 5
+
+
+def test_steps_done_again_by_a_later_attempt_refill_no_budget():
+    world = World(steps=100, every=4, restarts=2)
+    while world.finish is None:
+        world.run(STEP)
+        if world.step == 11:  # in each attempt, behind the checkpoint of step 8, which turns out to be damaged
+            world.kill_rank(0)
+            world.saved = 4
+    assert world.finish.code == EXIT_CRASH and len(world.starts) == 3
+    assert world.supervisor.saved == (3, 8) and "newest checkpoint: step 8" in world.finish.text
 
 
 def test_stop_ends_with_75_also_while_a_restart_is_under_way():

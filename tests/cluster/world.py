@@ -4,6 +4,7 @@ from dataclasses import dataclass, field
 
 from cluster import messages as m
 from cluster.cause import Failure, RankReport
+from cluster.checkpoints import Age
 from cluster.policy import Policy
 from cluster.supervisor import Supervisor
 from cluster.topology import Node
@@ -123,7 +124,7 @@ class World:
         step = self.step - 1
         if step % self.every == 0 and step > self.saved:
             self.saved = step
-            self.tell(m.Saved(step))
+            self.tell(m.Saved(Age(start.attempt, step)))
 
     # Faults ---------------------------------------------------------------------------------------------------------
 
