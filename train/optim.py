@@ -2,6 +2,7 @@
 
 import ctypes
 from ctypes import c_double, c_float, c_int64, c_void_p
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +17,17 @@ NORM_ROW = 4096
 """Elements whose squares are summed in fp32."""
 VECTOR = 16
 """Elements of torch's widest vectors. What is left over at the end of a tensor it computes one by one, in double."""
+
+
+class Piece(NamedTuple):
+    """What an update of some neighbouring elements reads and writes; all flat."""
+
+    weight: Tensor
+    grad: Tensor
+    exp_avg: Tensor
+    exp_avg_sq: Tensor
+    rounded: Tensor | None
+    """Gets the new weights in bf16."""
 
 
 class AdamW(torch.optim.Optimizer):
@@ -70,18 +82,22 @@ class AdamW(torch.optim.Optimizer):
                 if param.grad is None:
                     continue
                 state = self.allocate(param)
-                held = [tensor.view(-1) for tensor in (param, state["exp_avg"], state["exp_avg_sq"])]
+                held = [
+                    param.view(-1),
+                    state["exp_avg"].view(-1),
+                    state["exp_avg_sq"].view(-1),
+                    self.rounded.get(param),
+                ]
                 pieces = self.pieces.get(param) or Pieces([param.grad.view(-1)], 1)
                 factor = self.factor
                 if pieces.divisor > 1:
                     factor = (1.0 if factor is None else factor) / pieces.divisor
-                sizes = [grad.numel() for grad in pieces.gradients]
-                weights, means, squares = ([*tensor[: sum(sizes)].split(sizes)] for tensor in held)
-                rounded = [None] * len(sizes)
-                if param in self.rounded:
-                    rounded = self.rounded[param][: sum(sizes)].split(sizes)
-                for grad, *own in zip(pieces.gradients, weights, means, squares, rounded, strict=True):
-                    _update(grad, *own, group, self.updates + 1, factor)
+                first = 0
+                for grad in pieces.gradients:
+                    part = slice(first, first + grad.numel())
+                    weight, mean, square, rounded = (None if tensor is None else tensor[part] for tensor in held)
+                    _update(Piece(weight, grad, mean, square, rounded), group, self.updates + 1, factor)
+                    first = part.stop
 
 
 def compiled(kind: str, moments: torch.dtype) -> bool:
@@ -94,22 +110,13 @@ def scratch_bytes(kind: str, moments: torch.dtype, elements: int) -> int:
     return 0 if moments == torch.float32 or compiled(kind, moments) else 8 * min(CHUNK[kind], elements)
 
 
-def _update(
-    grad: Tensor,
-    weight: Tensor,
-    exp_avg: Tensor,
-    exp_avg_sq: Tensor,
-    rounded: Tensor | None,
-    group: dict,
-    count: int,
-    factor: Tensor | float | None,
-) -> None:
+def _update(piece: Piece, group: dict, count: int, factor: Tensor | float | None) -> None:
     """One pass over memory, as compiled code or by torch's fused kernel. There moments of another dtype pass through an fp32
     copy, chunk by chunk, and the gradient is left multiplied.
     """
+    weight, grad, exp_avg, exp_avg_sq, rounded = piece
     if compiled(weight.device.type, exp_avg.dtype):
-        scale = 1.0 if factor is None else float(factor)
-        _update_compiled(grad, weight, exp_avg, exp_avg_sq, rounded, group, count, scale)
+        _update_compiled(piece, group, count, 1.0 if factor is None else float(factor))
         return
     step = torch.tensor(float(count), device=weight.device)
     if factor is not None:
@@ -141,26 +148,16 @@ class _Settings(ctypes.Structure):
     ]  # fmt: skip
 
 
-def _update_compiled(
-    grad: Tensor,
-    weight: Tensor,
-    exp_avg: Tensor,
-    exp_avg_sq: Tensor,
-    rounded: Tensor | None,
-    group: dict,
-    count: int,
-    factor: float,
-) -> None:
-    """Flat contiguous tensors, the moments in bf16."""
+def _update_compiled(piece: Piece, group: dict, count: int, factor: float) -> None:
+    """The moments are in bf16."""
     (beta1, beta2), lr = group["betas"], group["lr"]
     settings = _Settings(
         factor, 1 - beta1, beta2, 1 - beta2, 1 - lr * group["weight_decay"],
         lr / (1 - beta1**count), (1 - beta2**count) ** 0.5, group["eps"],
     )  # fmt: skip
-    tensors = weight, grad, exp_avg, exp_avg_sq, rounded
-    pointers = [c_void_p(None if tensor is None else tensor.data_ptr()) for tensor in tensors]
+    pointers = [c_void_p(None if tensor is None else tensor.data_ptr()) for tensor in piece]
     threads = c_int64(torch.get_num_threads())
-    library("adamw").adamw(*pointers, c_int64(weight.numel()), ctypes.byref(settings), threads)
+    library("adamw").adamw(*pointers, c_int64(piece.weight.numel()), ctypes.byref(settings), threads)
 
 
 def _update_rest(rest: list[Tensor], group: dict, step: Tensor) -> None:
