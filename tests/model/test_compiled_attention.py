@@ -98,6 +98,25 @@ def test_memory_between_rows_is_not_read():
 
 
 @needs_it
+def test_probabilities_are_kept_of_short_spans_alone():
+    Q, V = 24, 16
+    short = 2 * (2 * Q + V)
+    for length, spans, kept in (
+        (short, None, 2 * 3),
+        (short + 1, None, 0),
+        (200, [(0, 0, short), (0, short, 200), (1, 0, 200)], 3),
+    ):
+        q, k, v, dout = draw(2, 3, length, Q, V)
+        out = CompiledAttention.apply(q.requires_grad_(), k, v, 0.2, spans)
+        *_, probabilities = out.grad_fn.saved_tensors
+        values = sum(32 * (row // 32 + 1) for row in range(short))  # whole panels of keys, up to the diagonal
+        rest = sum(32 * (row // 32 + 1) for row in range(200 - short)) if spans else 0
+        assert probabilities.numel() == kept * (values + rest)
+        (dq,) = torch.autograd.grad(out, [q], dout)
+        assert dq.isfinite().all()
+
+
+@needs_it
 def test_threads_change_no_bit():
     drawn = draw(2, 3, 150, 24, 16)
     threads, results = torch.get_num_threads(), []

@@ -21,8 +21,8 @@ def fits(q_BHTQ: Tensor) -> bool:
 class CompiledAttention(torch.autograd.Function):
     """`train.model.attention` on CPU tensors that fit. spans: (sequence, start, end) of every document.
 
-    The probabilities of a span are kept for backward where they take no more memory than its queries, keys and values;
-    longer ones are computed again, so memory is linear in the sequence.
+    The probabilities of a span are kept for backward where they take about as much memory as its queries, keys and values,
+    or less; those of longer ones are computed again, so memory is linear in the sequence.
     """
 
     @staticmethod
