@@ -1,13 +1,18 @@
-"""What a rank says of its own failure."""
+"""What a rank says of its own failure, and how long it waits for data."""
 
 import json
+import time
+from datetime import timedelta
 
 import pytest
+import torch.distributed as dist
 
 from cluster.launch import Place
 from conf.errors import EXIT_CRASH, EXIT_DIVERGED, EXIT_USER, UserError
+from tests.ranks import run_processes
+from train.data.files import Progress
 from train.trainer import Diverged
-from train.worker import _is_timeout, guarded
+from train.worker import _is_timeout, guarded, in_turn
 
 
 def wrapped(error: Exception) -> Exception:
@@ -60,3 +65,21 @@ def test_an_error_goes_to_the_driver_or_where_there_is_none_to_the_terminal(tmp_
         assert str(error) in shown and ("rank 1: " in shown) is (world == 2)
     with pytest.raises(UserError, match="nowhere"):
         guarded(place, None, fails(BAD_INPUT))
+
+
+def wait_for_data(rank: int, store: str) -> None:
+    """It takes longer than the collectives of this group may."""
+    group = {"init_method": f"file://{store}", "rank": rank, "world_size": 2, "timeout": timedelta(seconds=1)}
+    dist.init_process_group("gloo", **group)
+
+    def make(_: Progress) -> str:
+        if rank == 0:
+            time.sleep(3)
+        return "made"
+
+    assert in_turn(Place(rank, 2, rank, 2), make) == "made"
+    dist.destroy_process_group()
+
+
+def test_ranks_wait_for_data_longer_than_for_each_other(tmp_path):
+    run_processes(wait_for_data, str(tmp_path / "store"))

@@ -7,7 +7,7 @@ from train.cpu import tune_cpu
 
 tune_cpu()  # before torch allocates anything
 
-from cluster.launch import Place, is_driver, launch  # noqa: E402
+from cluster.launch import Place, given_place, is_driver, launch  # noqa: E402
 from conf.errors import EXIT_INTERRUPTED, EXIT_OK, EXIT_STOPPED, EXIT_USER, UserError  # noqa: E402
 from conf.load import run  # noqa: E402
 from conf.schema import Config, Mode  # noqa: E402
@@ -59,6 +59,8 @@ def check_before_start(config: Config) -> None:
     from train.data.progress import show_progress
 
     check_layout(config)
+    if given_place() is not None:
+        return  # ranks that others started wait for rank 0 with the patience of the training, until they know each other
     with show_progress() as progress:
         corpus = build_corpus(config, progress)
     if config.init_from is not None:

@@ -50,6 +50,8 @@ from train.stop import StopRequest  # noqa: E402
 from train.trainer import Diverged, Flops, Overtaken, Trainer  # noqa: E402
 
 T = TypeVar("T")
+PREPARATION = timedelta(days=7)
+"""Longest wait for data to be made: tokenising a large text takes longer than any collective of the training may."""
 
 
 def preload() -> None:
@@ -174,10 +176,12 @@ def start_process_group(config: Config, place: Place, device: torch.device) -> N
 
 def in_turn(place: Place, make: Callable[[Progress], T]) -> T:
     """The first rank of every machine makes what is not cached yet; the others find it."""
+    patient = dist.new_group(backend="gloo", timeout=PREPARATION)
     if place.local_rank == 0:
         with show_progress() as progress:
             made = make(progress)
-    dist.barrier()
+    dist.barrier(group=patient)
+    dist.destroy_process_group(patient)
     return made if place.local_rank == 0 else make(silent)
 
 
