@@ -1,9 +1,10 @@
 // Products of matrices in tiles that stay in registers, and what goes with them, for CPUs with AVX-512.
 //
 // Operands in bf16 are widened where they are packed, and multiplied and summed in fp32: exact products, and twice as fast
-// as dot products of bf16 pairs (VDPBF16PS) where those run at a quarter of the rate of fp32's FMA. A, on the left, is read value by value; it may be packed in panels of ROWS rows. B is packed in panels of
-// PANEL columns: of every panel all its rows, PANEL values each, so that it streams. C is fp32, its rows as long as whole
-// panels. Nothing is masked: what pads a panel is zero.
+// as dot products of bf16 pairs (VDPBF16PS) where those run at a quarter of the rate of fp32's FMA. A, on the left, is read
+// value by value; it may be packed in panels of ROWS rows. B is packed in panels of PANEL columns: of every panel all its
+// rows, PANEL values each, so that it streams. C is fp32, its rows as long as whole panels. Nothing is masked: what pads a
+// panel is zero.
 
 #pragma once
 
