@@ -22,6 +22,11 @@ def tune_cpu() -> None:
     _tune_malloc()
 
 
+def threads_of(given: int, ranks: int) -> int:
+    """Of each of so many ranks of this machine: as given, or for 0 an equal share of the cores."""
+    return given or max(1, len(os.sched_getaffinity(0)) // ranks)
+
+
 def _tune_malloc() -> None:
     """Set glibc's allocator, where there is one, to reuse instead of unmap, since a step otherwise returns its memory to the
     kernel and faults it in again. -1 switches trimming off; the largest number, 2 GB, is less than a step of a large

@@ -13,7 +13,7 @@ from datetime import timedelta
 from pathlib import Path
 from typing import TypeVar
 
-from train.cpu import tune_cpu
+from train.cpu import threads_of, tune_cpu
 
 tune_cpu()  # before torch allocates anything
 
@@ -157,8 +157,7 @@ def choose_device(config: Config, place: Place) -> torch.device:
         device = torch.device("cuda", place.local_rank % torch.cuda.device_count())
         torch.cuda.set_device(device)
         return device
-    cores = len(os.sched_getaffinity(0))
-    torch.set_num_threads(config.cluster.threads or max(1, cores // place.local_world))
+    torch.set_num_threads(threads_of(config.cluster.threads, place.local_world))
     choose(config.cluster.compiled)
     return torch.device("cpu")
 

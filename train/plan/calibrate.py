@@ -28,7 +28,7 @@ import torch.distributed as dist
 from conf.errors import UserError
 from conf.schema import Config, Parallel, Rate
 from parallel.mesh import Layout, build_mesh
-from train.cpu import tune_cpu
+from train.cpu import threads_of, tune_cpu
 from train.native.model import choose, parts_in_use
 from train.parallelize import parallelize
 from train.plan import work
@@ -55,11 +55,8 @@ def calibrate(config: Config) -> Path:
             "the planner has no rule for FP8 as CPUs emulate it",
             "calibrate with precision=bf16",
         )
-    cores = len(os.sched_getaffinity(0))
-    threads = config.cluster.threads or max(
-        1, cores // (config.parallel.pp * config.parallel.dp)
-    )  # as ranks share them
-    ranks = torch.cuda.device_count() if device.type == "cuda" else max(1, cores // threads)
+    threads = threads_of(config.cluster.threads, config.parallel.pp * config.parallel.dp)
+    ranks = torch.cuda.device_count() if device.type == "cuda" else max(1, len(os.sched_getaffinity(0)) // threads)
     found = _measure_on(ranks, config, device.type, threads)
     name = torch.cuda.get_device_name() if device.type == "cuda" else cpu_name()
     content = {
