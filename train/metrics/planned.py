@@ -73,7 +73,7 @@ def _is_here(plan: dict[str, Any], config: Config) -> bool:
 
     if config.cluster.device != "cpu" and torch.cuda.is_available():
         return plan["device"] in torch.cuda.get_device_name()
-    return plan["device"] == cpu_name() and plan["threads"] == torch.get_num_threads()
+    return plan["device"] == cpu_name() and plan.get("threads") == torch.get_num_threads()
 
 
 Row = tuple[str, str, str, str]
