@@ -113,7 +113,7 @@ def test_launch_reads_topology_from_labels_and_ends_well(hosts, tmp_path):
 
 
 def test_a_killed_rank(hosts, tmp_path):
-    launch = Launch(hosts, tmp_path, "steps=60")
+    launch = Launch(hosts, tmp_path, "steps=600")
     launch.wait_for("checkpoint")
     broke = time.time()
     assert hosts.signal(1, signal.SIGKILL, "fake_rank") == 1
@@ -127,7 +127,7 @@ def test_a_killed_rank(hosts, tmp_path):
 
 
 def test_a_dead_agent(hosts, tmp_path):
-    launch = Launch(hosts, tmp_path, "steps=80")
+    launch = Launch(hosts, tmp_path, "steps=600")
     launch.wait_for("checkpoint")
     broke = time.time()
     assert hosts.signal(2, signal.SIGKILL, "ray::Agent") >= 1
@@ -141,7 +141,7 @@ def test_a_dead_agent(hosts, tmp_path):
 
 
 def test_a_cut_link_that_heals(hosts, tmp_path):
-    launch = Launch(hosts, tmp_path, "steps=150")
+    launch = Launch(hosts, tmp_path, "steps=600")
     launch.wait_for("checkpoint")
     broke = time.time()
     hosts.cut(2)
@@ -160,7 +160,7 @@ def test_a_cut_link_that_heals(hosts, tmp_path):
 
 
 def test_power_off_and_return(hosts, tmp_path):
-    launch = Launch(hosts, tmp_path, "steps=300")
+    launch = Launch(hosts, tmp_path, "steps=1500")
     launch.wait_for("checkpoint")
     broke = time.time()
     hosts.power_off(1)
@@ -178,7 +178,7 @@ def test_power_off_and_return(hosts, tmp_path):
 
 
 def test_a_dead_raylet(hosts, tmp_path):
-    launch = Launch(hosts, tmp_path, "steps=200")
+    launch = Launch(hosts, tmp_path, "steps=600")
     launch.wait_for("checkpoint")
     broke = time.time()
     assert hosts.signal(2, signal.SIGKILL, "/raylet/raylet") == 1
@@ -192,7 +192,7 @@ def test_a_dead_raylet(hosts, tmp_path):
 
 
 def test_a_killed_driver_leaves_no_rank_and_a_new_launch_resumes(hosts, tmp_path):
-    launch = Launch(hosts, tmp_path, "steps=60")
+    launch = Launch(hosts, tmp_path, "steps=600")
     launch.wait_for("checkpoint")
     hosts.signal(0, signal.SIGKILL, "tests.cluster.drive")
     launch.process.wait(10)
@@ -200,7 +200,7 @@ def test_a_killed_driver_leaves_no_rank_and_a_new_launch_resumes(hosts, tmp_path
     while any(hosts.pids(i, "fake_rank") for i in range(3)) and time.monotonic() < deadline:
         time.sleep(0.1)
     assert not any(hosts.pids(i, "fake_rank") for i in range(3))
-    again = Launch(hosts, tmp_path, "steps=60")
+    again = Launch(hosts, tmp_path, "steps=600")
     again.wait_for("first_step", attempt=2)
     again.hurry()
     assert again.wait() == EXIT_OK, again.output.read_text()
@@ -313,7 +313,8 @@ def test_a_lost_node_costs_at_most_the_steps_since_the_last_copy_in_memory(hosts
         hosts.power_on(1)
     measure(launch, "training: power off, copies in memory", broke)
     assert launch.dps() == [3, 2]
-    assert next(event for event in launch.events() if event["kind"] == "recovered")["steps_again"] <= 3 + 1
+    # the save after step 3n waits for the copy of step 3n - 3, so at worst that one counts when step 3n + 3 is under way
+    assert next(event for event in launch.events() if event["kind"] == "recovered")["steps_again"] < 2 * 3
     assert "copies in memory" in (launch.folder / "logs" / "rank_0.log").read_text()
     assert worst_difference(unbroken, losses(launch.folder))[1] < 2e-3  # as above
     assert not list((tmp_path / "memory").glob("*-h[02]"))
