@@ -13,6 +13,7 @@ from train.checkpoint.checkpointer import Checkpointer
 from train.checkpoint.load import fill
 from train.checkpoint.manifest import Damaged, Manifest, newest_intact, read_manifest
 from train.checkpoint.memory import MemoryCopies
+from train.data.prepare import Prepared
 from train.data.tokenizer import Tokenizer
 from train.hf.start import check_start, start_from
 from train.run_folder import RunPaths, resume_point
@@ -31,7 +32,7 @@ def from_rank_0(rank: int, make: Callable[[], T]) -> T:
 
 def restore(
     config: Config,
-    tokenizer: Tokenizer,
+    data: Prepared,
     state: State,
     checkpointer: Checkpointer,
     copies: MemoryCopies | None = None,
@@ -43,7 +44,7 @@ def restore(
     """
     skip: set[Path] = set()
     notes: list[str] = []
-    if copies is not None and _restore_copies(config, tokenizer, state, copies, notes):
+    if copies is not None and _restore_copies(config, data, state, copies, notes):
         return notes
     while True:
         found = from_rank_0(state.mesh.rank, lambda: resume_point(config, skip=skip))
@@ -56,32 +57,35 @@ def restore(
                 "start once with checkpoint.every_memory=0 to begin anew, or take another name=",
             )
         if found.path is None:
-            return notes if config.init_from is None else notes + _start(config, tokenizer, state)
+            return notes if config.init_from is None else notes + _start(config, data.tokenizer, state)
         meta = read_manifest(found.path).meta
-        _fits(config, tokenizer, found.path, meta)
+        _fits(config, data.tokenizer, found.path, meta)
         problem = _load(state, meta, lambda wanted, path=found.path: checkpointer.load(path, wanted))
         if problem is None:
-            return [*notes, f"resumed from step {state.step}: {found.path}", *_changed(config, meta)]
+            return [*notes, f"resumed from step {state.step}: {found.path}", *_changed(config, data, meta)]
         if config.resume != "auto":
             raise UserError("resume", config.resume, problem, "give another checkpoint, or use resume=auto")
         notes.append(f"passed over a damaged checkpoint: {problem}")
         skip.add(found.path)
 
 
-def _restore_copies(config: Config, tokenizer: Tokenizer, state: State, copies: MemoryCopies, notes: list[str]) -> bool:
+def _restore_copies(config: Config, data: Prepared, state: State, copies: MemoryCopies, notes: list[str]) -> bool:
     """Load the set in memory, if it is newer than every checkpoint on disk; whether that worked. Adds to the notes."""
     manifest, warning = from_rank_0(state.mesh.rank, lambda: _newest_copy(config, copies))
     if warning is not None:
         notes.append(f"passed over copies in memory: {warning}")
     if manifest is None:
         return False
-    _fits(config, tokenizer, manifest.folder, manifest.meta)
+    _fits(config, data.tokenizer, manifest.folder, manifest.meta)
     problem = _load(state, manifest.meta, lambda wanted: fill(manifest, copies.files(), wanted))
     if problem is not None:
         notes.append(f"passed over copies in memory: {problem}")
         return False
     copies.resumed()
-    notes.append(f"resumed from step {state.step}: copies in memory, {manifest.folder}")
+    notes += [
+        f"resumed from step {state.step}: copies in memory, {manifest.folder}",
+        *_changed(config, data, manifest.meta),
+    ]
     return True
 
 
@@ -120,7 +124,7 @@ def _start(config: Config, tokenizer: Tokenizer, state: State) -> list[str]:
     return [*notes, f"started from the weights of {folder.path}: {len(folder.stored)} tensors"]
 
 
-def _changed(config: Config, meta: dict[str, Any]) -> list[str]:
+def _changed(config: Config, data: Prepared, meta: dict[str, Any]) -> list[str]:
     """What may differ from the run that wrote a checkpoint, but hardly by accident."""
     found = []
     if meta["seq_len"] != config.seq_len:
@@ -130,6 +134,11 @@ def _changed(config: Config, meta: dict[str, Any]) -> list[str]:
     if meta["seed"] != config.seed:
         found.append(
             f"seed was {meta['seed']} and is {config.seed}: the order of the samples is another one from here on"
+        )
+    if meta["data"] != data.fingerprint:
+        found.append(
+            f"the data are not those that step {meta['step']} was trained on: samples from here on are those that the new "
+            "data would have at this step"
         )
     return found
 

@@ -116,7 +116,7 @@ def _run(config: Config, place: Place, stop: StopRequest) -> int:
         copies = MemoryCopies(
             *given, rank=place.rank, world_size=place.world, attempt=attempt, timeout=config.cluster.timeout
         )
-    notes = restore(config, data.tokenizer, state, checkpointer, copies)
+    notes = restore(config, data, state, checkpointer, copies)
     if copies is not None and (why := copies.require_room(state.shards())):
         copies, notes = None, [*notes, why]
     if device.type == "cpu" and activation_dtype(config.precision) == torch.bfloat16 and (why := missed()):
