@@ -105,7 +105,7 @@ def lists_jobs(environment: dict[str, str]) -> bool:
 def test_a_ray_job_is_stopped_with_a_checkpoint_and_resumes(dashboard, tmp_path):
     runtime = json.dumps({"env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": "60"}})
     submit = [RAY, "job", "submit", "--no-wait", "--working-dir", str(shipped(tmp_path)), "--runtime-env-json", runtime]
-    run = ["--", sys.executable, "-m", "tests.cluster.drive", str(tmp_path), "cluster.address=auto", *FAKE, "steps=3000"]
+    run = ["--", sys.executable, "-m", "tests.cluster.drive", str(tmp_path), "cluster.address=auto", *FAKE, "steps=900"]
     subprocess.run([*submit, "--submission-id=first", *run], env=dashboard, check=True, capture_output=True)
     await_event(tmp_path / "run", "checkpoint")
     subprocess.run([RAY, "job", "stop", "first"], env=dashboard, check=True, capture_output=True)
