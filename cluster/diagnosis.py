@@ -31,7 +31,7 @@ def give_up(cause: Cause, times: int, allowed: int, failures: list[tuple[int, Ca
         lines += ["  last lines:", *(f"    {line}" for line in cause.log.strip().splitlines()[-LOG_LINES:])]
     if len(failures) > 1:
         lines += ["  before it:", *(f"    attempt {number}: {old.text}" for number, old in failures[-6:-1])]
-    lines.append(f"  newest checkpoint: {f'step {saved}' if saved >= 0 else 'none'}")
+    lines.append(f"  newest checkpoint: {_step(saved)}")
     lines.append(f"  what to do: {ADVICE[cause.kind]}")
     return "\n".join(lines)
 
@@ -51,5 +51,9 @@ def too_few(policy: Policy, free: list[Node], found: Placement | None, last: Cau
         f"after {policy.wait:.0f} s (cluster.wait) {have} are there",
         cure,
     )
-    before = f"\n  before it: {last.text}\n  newest checkpoint: step {saved}" if last else ""
+    before = f"\n  before it: {last.text}\n  newest checkpoint: {_step(saved)}" if last else ""
     return f"{error}{before}"
+
+
+def _step(saved: int) -> str:
+    return f"step {saved}" if saved >= 0 else "none"

@@ -228,6 +228,22 @@ def test_a_node_lost_just_before_the_order_to_start_breaks_the_attempt_not_the_d
     assert not (run.folder / "attempts" / "00001.yaml").exists(), "no rank of the broken attempt was started"
 
 
+def test_a_late_answer_for_an_attempt_that_is_over_names_no_port(tmp_path):
+    run = Run(tmp_path, "steps=5", nodes=2, dp=2)
+    ports, call = [], run.fleet.call
+
+    def answer_late(node: str, method: str, *arguments) -> None:
+        if method == "free_port":
+            run.fleet._replies.append(Reply("id1", method, 1))
+        if method == "start":
+            ports.append(arguments[0].environment["MASTER_PORT"])
+        call(node, method, *arguments)
+
+    run.fleet.call = answer_late
+    assert run.run() == EXIT_OK, run.finish.text
+    assert len(set(ports)) == 1 and ports[0] != "1"
+
+
 def test_however_many_nodes_are_there_each_is_asked_within_its_heartbeat(tmp_path):
     run = Run(tmp_path, nodes=1, dp=1)
     asked = []

@@ -217,6 +217,14 @@ def test_too_few_nodes_is_the_users_to_mend():
     assert world.finish.code == EXIT_USER and "parallel.dp=2, which fits" in world.finish.text
 
 
+def test_too_few_nodes_after_a_failure_names_no_checkpoint_where_there_is_none():
+    world = World(nodes=2, dp=2, accept=lambda dp: dp == 2, every=1000, wait=10.0)
+    world.run(3)
+    world.power_off(1)
+    world.run(60)
+    assert world.finish.code == EXIT_CRASH and "newest checkpoint: none" in world.finish.text
+
+
 def test_a_slow_rank_is_named_with_numbers():
     world = World(steps=30)
     world.run(1)
