@@ -285,7 +285,9 @@ class Driver:
             self._tell(m.Lost(id, "let go, as it is about to go"))
 
     def _send_orders(self, reply: Reply) -> None:
-        if self._starting is None or reply.node != self._starting[1].seats[0].node.id:  # asked for an attempt that is over
+        if (
+            self._starting is None or reply.node != self._starting[1].seats[0].node.id
+        ):  # asked for an attempt that is over
             return
         number, placement = self._starting
         self._starting = None
