@@ -347,7 +347,7 @@ class Fp8:
     they are not compiled; bf16 rounds the operands (by 2^-9, beside 2^-4 of E4M3) and costs no more than a bf16 product."""
     compiled: bool = True
     """On CPU, use code that is compiled at the first use, which takes seconds and a C++ compiler: for casts, and with
-    AVX-512 for products; false: torch's own operations, slower. Casts are the same bits, products the same but for the
+    AVX2 for products; false: torch's own operations, slower. Casts are the same bits, products the same but for the
     order of sums."""
     cache: Cache = field(default_factory=Cache)
     health: Health = field(default_factory=Health)
@@ -395,7 +395,7 @@ class Cluster:
     threads: int = 0
     """CPU threads per rank; 0 shares the cores among the ranks of a machine."""
     compiled: bool = True
-    """On a CPU with AVX-512, parts of a step in bf16 as compiled code, built at its first use by the machine's C++
+    """On a CPU with AVX-512 or AVX2, parts of a step in bf16 as compiled code, built at its first use by the machine's C++
     compiler; matrix products where that is faster than torch's, which is measured. Where it cannot be, a run says so and
     uses torch's operations. false: those everywhere."""
     timeout: float = 600.0

@@ -19,7 +19,7 @@ from conf.schema import ROOT
 from tests.precision.test_quantize import BLOCKS, wide
 from train.model import compiled_products
 from train.native import build
-from train.native.build import has_avx512
+from train.native.build import has_avx2
 from train.precision import compiled, fp8
 from train.precision.compiled import load_casts
 from train.precision.formats import E4M3, E5M2, E5M6, Cast, Format, unpack_e5m6
@@ -155,11 +155,11 @@ def test_products_are_the_same_with_and_without(recipe, more, monkeypatch):
     x, w, rows, w13, w2 = inputs
     gates, counts = torch.rand(190, generator=generator), torch.tensor([62, 0, 128])
     results = []
-    can = has_avx512()
+    can = has_avx2()
     for compiled_casts, scaled, plain in (
         ("true", False, False), ("false", False, False), ("true", can, False), ("true", can, can)
     ):  # fmt: skip
-        monkeypatch.setattr(fp8, "has_avx512", lambda answer=scaled: answer)
+        monkeypatch.setattr(fp8, "has_avx2", lambda answer=scaled: answer)
         monkeypatch.setattr(compiled_products, "products_pay", lambda answer=plain: answer)
         section = compose(f"precision={recipe}", f"precision.fp8.compiled={compiled_casts}", *more).precision.fp8
         precision = Fp8Precision(section, torch.device("cpu"))

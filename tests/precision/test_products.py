@@ -11,7 +11,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from conf.errors import UserError
 from conf.load import compose
 from train.model.recompute import Recomputed
-from train.native.build import has_avx512
+from train.native.build import has_avx2
 from train.precision import fp8, swiglu
 from train.precision.formats import E4M3, E5M2, E5M6, Cast
 from train.precision.fp8 import Fp8Precision
@@ -53,10 +53,10 @@ def agrees(request, monkeypatch) -> Check:
     where this was written. Another cast of an operand is off by more than 1e-2.
     """
     if request.param == "reference":
-        monkeypatch.setattr(fp8, "has_avx512", lambda: False)
+        monkeypatch.setattr(fp8, "has_avx2", lambda: False)
         return torch.equal
-    if not has_avx512():
-        pytest.skip("needs AVX-512")
+    if not has_avx2():
+        pytest.skip("needs AVX2")
     return partial(near, error=1e-4)
 
 
@@ -254,6 +254,6 @@ def test_unpacked_caches_and_bf16_emulation():
         assert all(torch.equal(a, b) for a, b in zip(packed, unpacked, strict=True))
     y = build("precision.fp8.emulate=bf16").linear(x, w)
     expected = cast(x, 1, 128).bfloat16() @ cast(w, 128, 128).bfloat16().t()
-    assert torch.equal(y, expected)
+    assert near(y, expected, error=1e-4)  # sums in another order, see `agrees`
     ue8m0 = [build(*more, name="fp8_ue8m0").linear(x, w) for more in ([], ["precision.fp8.emulate=bf16"])]
     assert torch.equal(*ue8m0)  # whose operands fit bf16

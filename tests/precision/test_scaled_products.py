@@ -8,7 +8,7 @@ from torch import Tensor
 
 from conf.load import compose
 from tests.precision.test_quantize import wide
-from train.native.build import has_avx512
+from train.native.build import has_avx2
 from train.precision import fp8
 from train.precision.compiled import CompiledCasts, load_casts
 from train.precision.compiled_engine import CompiledEngine
@@ -20,7 +20,7 @@ from train.precision.quantize import dequantize_reference, quantize_reference
 from train.precision.recipe import Rule
 
 torch.set_num_threads(1)
-pytestmark = pytest.mark.skipif(not has_avx512(), reason="needs AVX-512")
+pytestmark = pytest.mark.skipif(not has_avx2(), reason="needs AVX2")
 
 GRANULARITIES = ("1x128", "128x128", "row", "tensor")
 SHAPES = [(1, 1, 1), (5, 7, 3), (150, 200, 72), (33, 129, 31), (40, 387, 70), (270, 128, 545), (300, 1000, 9)]
@@ -220,7 +220,7 @@ def test_it_is_chosen_where_it_can_run(monkeypatch):
     assert type(engine("fp8")) is type(engine("fp8", meta=True)) is CompiledEngine
     assert type(engine("fp8", "precision.fp8.compiled=false")) is CpuEngine
     assert type(engine("fp8", "precision.fp8.emulate=bf16")) is CompiledEngine
-    monkeypatch.setattr(fp8, "has_avx512", lambda: False)
+    monkeypatch.setattr(fp8, "has_avx2", lambda: False)
     assert type(engine("fp8")) is CpuEngine
 
 

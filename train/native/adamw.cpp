@@ -1,5 +1,5 @@
-// AdamW of train/optim.py with bf16 moments, in one pass over memory, and the norm before it, for CPUs with AVX-512. Called by
-// ctypes.
+// AdamW of train/optim.py with bf16 moments, in one pass over memory, and the norm before it, for CPUs with AVX-512 or AVX2.
+// Called by ctypes.
 //
 // Every element gets the same arithmetic wherever a shard begins or ends: that of torch's kernel, in fp32, so that moments
 // are rounded to the same bf16.
@@ -20,16 +20,16 @@ struct Settings {
   float decay, step, root, eps;
 };
 
-// Up to 16 elements. rounded: gets the weights as bf16, or is null.
+// A vector of elements or fewer. rounded: gets the weights as bf16, or is null.
 template <class Which>
 inline void update(float* weight, const float* gradient, u16* mean, u16* square, u16* rounded, const Settings& s, Which which) {
-  const __m512 g = _mm512_mul_ps(load(gradient, which), _mm512_set1_ps(s.factor));
-  __m512 m = load(mean, which), v = load(square, which);
-  m = _mm512_fmadd_ps(_mm512_set1_ps(s.lerp), _mm512_sub_ps(g, m), m);
-  v = _mm512_fmadd_ps(_mm512_mul_ps(_mm512_set1_ps(s.add_square), g), g, _mm512_mul_ps(v, _mm512_set1_ps(s.keep_square)));
-  const __m512 scale = _mm512_add_ps(_mm512_div_ps(_mm512_sqrt_ps(v), _mm512_set1_ps(s.root)), _mm512_set1_ps(s.eps));
-  const __m512 kept = _mm512_mul_ps(load(weight, which), _mm512_set1_ps(s.decay));
-  const __m512 w = _mm512_sub_ps(kept, _mm512_div_ps(_mm512_mul_ps(m, _mm512_set1_ps(s.step)), scale));
+  const Vector g = load(gradient, which) * all(s.factor);
+  Vector m = load(mean, which), v = load(square, which);
+  m = fmadd(all(s.lerp), g - m, m);
+  v = fmadd(all(s.add_square) * g, g, v * all(s.keep_square));
+  const Vector scale = sqrt(v) / all(s.root) + all(s.eps);
+  const Vector kept = load(weight, which) * all(s.decay);
+  const Vector w = kept - m * all(s.step) / scale;
   store(weight, w, which);
   if (rounded) store(rounded, w, which);
   store(mean, m, which);
@@ -38,18 +38,18 @@ inline void update(float* weight, const float* gradient, u16* mean, u16* square,
 
 // Of up to PIECE elements, in fp32.
 float squares(const float* x, i64 n) {
-  __m512 sums[4] = {};
+  Vector sums[4] = {};
   i64 i = 0;
-  for (; i + 64 <= n; i += 64)
+  for (; i + 4 * LANES <= n; i += 4 * LANES)
     for (int j = 0; j < 4; ++j) {
-      const __m512 v = _mm512_loadu_ps(x + i + 16 * j);
-      sums[j] = _mm512_fmadd_ps(v, v, sums[j]);
+      const Vector v = load(x + i + LANES * j, All{});
+      sums[j] = fmadd(v, v, sums[j]);
     }
   along(n - i, [&](i64 j, auto which) {
-    const __m512 v = load(x + i + j, which);
-    sums[0] = _mm512_fmadd_ps(v, v, sums[0]);
+    const Vector v = load(x + i + j, which);
+    sums[0] = fmadd(v, v, sums[0]);
   });
-  return _mm512_reduce_add_ps(_mm512_add_ps(_mm512_add_ps(sums[0], sums[1]), _mm512_add_ps(sums[2], sums[3])));
+  return sum_of(sums[0] + sums[1] + (sums[2] + sums[3]));
 }
 
 }  // namespace

@@ -1,4 +1,4 @@
-// The attention core of train/model/attention.py for bf16 on CPUs with AVX-512. Called by ctypes.
+// The attention core of train/model/attention.py for bf16 on CPUs with AVX-512 or AVX2. Called by ctypes.
 //
 // A job is one head of one span of positions. A block of its queries meets all earlier keys at once: scores, softmax over
 // whole rows, products with the values, all in fp32. Tiles above the diagonal are skipped. Backward takes probabilities that
@@ -34,32 +34,32 @@ i64 kept_before(i64 m) { return PANEL * (m / PANEL + 1) * (m / PANEL * PANEL / 2
 
 // Scores of one row become probabilities, zero behind its `keys` keys up to `end`.
 void softmax(float* s, i64 keys, i64 end, float scale) {
-  __m512 most = _mm512_set1_ps(-INFINITY), sum = _mm512_setzero_ps();
-  for (i64 j = 0; j < keys; j += 16)
-    most = _mm512_mask_max_ps(most, first_of(keys - j), most, _mm512_loadu_ps(s + j));
-  const __m512 factor = _mm512_set1_ps(scale), top = _mm512_set1_ps(_mm512_reduce_max_ps(most) * scale);
-  for (i64 j = 0; j < keys; j += 16) {
-    const __m512 e = exp(_mm512_fmsub_ps(_mm512_loadu_ps(s + j), factor, top));
-    _mm512_storeu_ps(s + j, e);
-    sum = _mm512_mask_add_ps(sum, first_of(keys - j), sum, e);
+  Vector most = all(-INFINITY), sum{};
+  for (i64 j = 0; j < keys; j += LANES)
+    most = where(Some{first_of(keys - j)}, max(most, load(s + j, All{})), most);
+  const Vector factor = all(scale), top = all(largest_of(most) * scale);
+  for (i64 j = 0; j < keys; j += LANES) {
+    const Vector e = exp(fmsub(load(s + j, All{}), factor, top));
+    store(s + j, e, All{});
+    sum = where(Some{first_of(keys - j)}, sum + e, sum);
   }
-  const __m512 share = _mm512_set1_ps(1 / _mm512_reduce_add_ps(sum));
-  for (i64 j = 0; j < end; j += 16) {
-    const __m512 e = _mm512_maskz_loadu_ps(first_of(keys - j), s + j);
-    _mm512_storeu_ps(s + j, _mm512_mul_ps(e, share));
+  const Vector share = all(1 / sum_of(sum));
+  for (i64 j = 0; j < end; j += LANES) {
+    const Vector e = load(s + j, Some{first_of(keys - j)});
+    store(s + j, e * share, All{});
   }
 }
 
 // Gradients of the probabilities of one row become those of its scores, scaled, zero behind its `keys` keys up to `end`.
 void softmax_backward(float* dp, const float* p, i64 keys, i64 end, float scale) {
-  __m512 sum = _mm512_setzero_ps();
-  for (i64 j = 0; j < keys; j += 16)
-    sum = _mm512_fmadd_ps(_mm512_maskz_loadu_ps(first_of(keys - j), dp + j), _mm512_loadu_ps(p + j), sum);
-  const __m512 mean = _mm512_set1_ps(_mm512_reduce_add_ps(sum)), factor = _mm512_set1_ps(scale);
-  for (i64 j = 0; j < end; j += 16) {
-    const __mmask16 some = first_of(keys - j);
-    const __m512 d = _mm512_mul_ps(_mm512_sub_ps(_mm512_maskz_loadu_ps(some, dp + j), mean), _mm512_loadu_ps(p + j));
-    _mm512_storeu_ps(dp + j, _mm512_mul_ps(d, factor));
+  Vector sum{};
+  for (i64 j = 0; j < keys; j += LANES)
+    sum = fmadd(load(dp + j, Some{first_of(keys - j)}), load(p + j, All{}), sum);
+  const Vector mean = all(sum_of(sum)), factor = all(scale);
+  for (i64 j = 0; j < end; j += LANES) {
+    const Some some{first_of(keys - j)};
+    const Vector d = (load(dp + j, some) - mean) * load(p + j, All{});
+    store(dp + j, d * factor, All{});
   }
 }
 
@@ -122,7 +122,7 @@ struct Problem {
   void take(const u16* kept, float* p, i64 rows, i64 before) const {
     for (i64 m = before; m < before + rows; ++m, p += columns()) {
       const i64 own = up(m + 1, PANEL);
-      for (i64 j = 0; j < own; j += 16) store(p + j, load(kept + kept_before(m) + j, All{}), All{});
+      for (i64 j = 0; j < own; j += LANES) store(p + j, load(kept + kept_before(m) + j, All{}), All{});
       std::fill(p + own, p + up(before + rows, PANEL), 0.f);
     }
   }

@@ -58,9 +58,9 @@ def cpu_features() -> str:
     return features[0] if features else platform.processor()
 
 
-def has_avx512() -> bool:
-    """Whether this CPU has the instructions that tiles.h is made of, as Intel's server CPUs have since 2017."""
-    return {"avx512f", "avx512bw", "avx512dq", "avx512vl"} <= set(cpu_features().split())
+def has_avx2() -> bool:
+    """Whether this CPU has the least that vectors.h is made of, as nearly all of x86 have since 2015."""
+    return {"avx2", "fma"} <= set(cpu_features().split())
 
 
 def _built(source: Source) -> Path:

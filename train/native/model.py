@@ -1,7 +1,7 @@
 """The parts of a step that a CPU runs as compiled code: which there are, and whether this process uses them.
 
-They are for bf16 and CPUs with AVX-512. Where that or a C++ compiler is absent, the same is done by torch's operations,
-which the code is tested against. So are matrix products where torch's are faster (`products_pay`).
+They are for bf16 and CPUs with AVX-512 or AVX2. Where these or a C++ compiler are absent, the same is done by torch's
+operations, which the code is tested against. So are matrix products where torch's are faster (`products_pay`).
 """
 
 import ctypes
@@ -9,7 +9,7 @@ from functools import cache
 from pathlib import Path
 
 from conf.errors import UserError
-from train.native.build import Source, cpu_features, has_avx512, load
+from train.native.build import Source, cpu_features, has_avx2, load
 
 NAMES = ("adamw", "attention", "products", "rows")
 """The C++ files, each a library."""
@@ -43,8 +43,8 @@ def missed() -> str | None:
 @cache
 def lack() -> str | None:
     """Why this machine cannot have it, None if it can. The first call on a machine builds it, which takes some seconds."""
-    if not has_avx512():
-        return "this CPU has no AVX-512"
+    if not has_avx2():
+        return "this CPU has no AVX2"
     try:
         for name in NAMES:
             library(name)
@@ -75,4 +75,4 @@ def source(name: str, field: str, without: str) -> Source:
     """One of NAMES as somebody asks for it, see `Source`."""
     here = Path(__file__).parent
     flags = ("-ffp-contract=off",)  # products and sums are one operation only where the code says so
-    return Source(here / f"{name}.cpp", field, without, flags, (here / "tiles.h",))
+    return Source(here / f"{name}.cpp", field, without, flags, (here / "tiles.h", here / "vectors.h"))

@@ -1,4 +1,4 @@
-// Products of bf16 matrices, and of bf16 values with fp32 scales, for CPUs with AVX-512. Called by ctypes.
+// Products of bf16 matrices, and of bf16 values with fp32 scales, for CPUs with AVX-512 or AVX2. Called by ctypes.
 //
 // A job is a block of one product's output. Its thread packs DEPTH of the contraction of the left operand for all rows of the
 // block, which stays in the second-level cache, and then panel by panel that of the right operand, which stays in the first
@@ -60,17 +60,17 @@ template <class To>
 void scaled_tile(i64 rows, Left a, const float* panel, i64 count, const float* left, const float* right, const float* from, i64 from_row, To to, i64 to_row) {
   of_rows(rows, [=](auto constant) {
     constexpr int M = constant;
-    __m512 sum[M][2];
+    Vector sum[M][2];
 #pragma GCC unroll 16
-    for (int m = 0; m < M; ++m) sum[m][0] = sum[m][1] = _mm512_setzero_ps();
+    for (int m = 0; m < M; ++m) sum[m][0] = sum[m][1] = Vector{};
     multiply<M, true>(a, panel, count, sum);
-    const __m512 columns[2] = {_mm512_loadu_ps(right), _mm512_loadu_ps(right + 16)};
+    const Vector columns[2] = {load(right, All{}), load(right + LANES, All{})};
 #pragma GCC unroll 16
     for (int m = 0; m < M; ++m)
       for (int n = 0; n < 2; ++n) {
-        const __m512 before = from ? _mm512_loadu_ps(from + m * from_row + 16 * n) : _mm512_setzero_ps();
-        const __m512 scale = _mm512_mul_ps(_mm512_set1_ps(left[m]), columns[n]);
-        store(to + m * to_row + 16 * n, _mm512_fmadd_ps(sum[m][n], scale, before), All{});
+        const Vector before = from ? load(from + m * from_row + LANES * n, All{}) : Vector{};
+        const Vector scale = all(left[m]) * columns[n];
+        store(to + m * to_row + LANES * n, fmadd(sum[m][n], scale, before), All{});
       }
   });
 }
@@ -170,13 +170,15 @@ i64 even(i64 size, i64 most, i64 multiple) {
   return up((size + pieces - 1) / pieces, multiple);
 }
 
+#ifdef __AVX512BF16__
+
 // Seconds of so many rounds of ten operations on registers, of which none waits for another: the least of several tries.
 template <class Operation>
 double seconds(const Operation& op) {
   using clock = std::chrono::steady_clock;
   double least = 1e9;
   for (int tries = 0; tries < 20; ++tries) {
-    __m512 a{}, b{}, c{}, d{}, e{}, f{}, g{}, h{}, i{}, j{};
+    Vector a{}, b{}, c{}, d{}, e{}, f{}, g{}, h{}, i{}, j{};
     const auto start = clock::now();
     for (int round = 0; round < 4096; ++round) {
       a = op(a), b = op(b), c = op(c), d = op(d), e = op(e), f = op(f), g = op(g), h = op(h), i = op(i), j = op(j);
@@ -187,6 +189,8 @@ double seconds(const Operation& op) {
   return least;
 }
 
+#endif
+
 }  // namespace
 
 extern "C" {
@@ -194,9 +198,9 @@ extern "C" {
 // What this CPU's dot products of bf16 pairs reach of the rate of fp32's FMA; 0 without them. Takes a millisecond.
 double bf16_rate() {
 #ifdef __AVX512BF16__
-  const __m512 x = _mm512_set1_ps(1);
-  const double fma = seconds([=](__m512 sum) { return _mm512_fmadd_ps(x, x, sum); });
-  return 2 * fma / seconds([=](__m512 sum) { return _mm512_dpbf16_ps(sum, (__m512bh)x, (__m512bh)x); });
+  const Vector x = all(1);
+  const double fma = seconds([=](Vector sum) { return fmadd(x, x, sum); });
+  return 2 * fma / seconds([=](Vector sum) { return _mm512_dpbf16_ps(sum, (__m512bh)x, (__m512bh)x); });
 #else
   return 0;
 #endif

@@ -1,4 +1,4 @@
-// What the model does to rows of bf16 between its products, for CPUs with AVX-512: RMSNorm and SwiGLU of
+// What the model does to rows of bf16 between its products, for CPUs with AVX-512 or AVX2: RMSNorm and SwiGLU of
 // train/model/layers.py, and the split into heads of train/model/mla.py. Called by ctypes.
 //
 // One pass over memory each way. Values are widened to fp32 where they are read and rounded once where they are written.
@@ -18,81 +18,79 @@ using namespace tiles;
 constexpr i64 PARTS = 64, PART = 64;  // parts of the rows whose shares of a sum are added in order, at most; rows of one, at least
 
 void norm_row(const u16* x, const u16* weight, u16* y, float* rstd, i64 width, float eps) {
-  __m512 sum = _mm512_setzero_ps();
+  Vector sum{};
   along(width, [&](i64 j, auto which) {
-    const __m512 v = load(x + j, which);
-    sum = _mm512_fmadd_ps(v, v, sum);
+    const Vector v = load(x + j, which);
+    sum = fmadd(v, v, sum);
   });
-  *rstd = 1 / std::sqrt(_mm512_reduce_add_ps(sum) / float(width) + eps);
-  const __m512 factor = _mm512_set1_ps(*rstd);
+  *rstd = 1 / std::sqrt(sum_of(sum) / float(width) + eps);
+  const Vector factor = all(*rstd);
   along(width, [&](i64 j, auto which) {
-    store(y + j, _mm512_mul_ps(_mm512_mul_ps(load(x + j, which), factor), load(weight + j, which)), which);
+    store(y + j, load(x + j, which) * factor * load(weight + j, which), which);
   });
 }
 
 // With u = grad * weight: dx = rstd * (u - x * rstd^2 * mean(u * x)), and grad * x * rstd is added to dweight. Either may be null.
 void norm_row_backward(const u16* grad, const u16* x, const u16* weight, float rstd, u16* dx, float* dweight, i64 width) {
-  const __m512 factor = _mm512_set1_ps(rstd);
-  __m512 sum = _mm512_setzero_ps();
+  const Vector factor = all(rstd);
+  Vector sum{};
   along(width, [&](i64 j, auto which) {
-    const __m512 product = _mm512_mul_ps(load(x + j, which), load(grad + j, which));
-    sum = _mm512_fmadd_ps(product, load(weight + j, which), sum);
-    if (dweight) store(dweight + j, _mm512_fmadd_ps(product, factor, load(dweight + j, which)), which);
+    const Vector product = load(x + j, which) * load(grad + j, which);
+    sum = fmadd(product, load(weight + j, which), sum);
+    if (dweight) store(dweight + j, fmadd(product, factor, load(dweight + j, which)), which);
   });
   if (!dx) return;
-  const __m512 slope = _mm512_set1_ps(_mm512_reduce_add_ps(sum) * (rstd * rstd * rstd) / float(width));
+  const Vector slope = all(sum_of(sum) * (rstd * rstd * rstd) / float(width));
   along(width, [&](i64 j, auto which) {
-    const __m512 u = _mm512_mul_ps(load(grad + j, which), load(weight + j, which));
-    store(dx + j, _mm512_fnmadd_ps(load(x + j, which), slope, _mm512_mul_ps(u, factor)), which);
+    const Vector u = load(grad + j, which) * load(weight + j, which);
+    store(dx + j, fnmadd(load(x + j, which), slope, u * factor), which);
   });
 }
 
 // ---- SwiGLU
 
 struct Silu {
-  __m512 sigmoid, value;
+  Vector sigmoid, value;
 };
 
-inline Silu silu(__m512 x) {
-  const __m512 one = _mm512_set1_ps(1), e = exp(_mm512_or_ps(x, _mm512_set1_ps(-0.f)));  // of -|x|
-  const __mmask16 negative = _mm512_movepi32_mask(_mm512_castps_si512(x));
-  const __m512 sigmoid = _mm512_div_ps(_mm512_mask_mov_ps(one, negative, e), _mm512_add_ps(one, e));
-  return {sigmoid, _mm512_mul_ps(x, sigmoid)};
+inline Silu silu(Vector x) {
+  const Vector one = all(1), e = exp(minus_abs(x));
+  const Vector sigmoid = where_negative(x, e, one) / (one + e);
+  return {sigmoid, x * sigmoid};
 }
 
 void swiglu_row(const u16* h, const float* gate_value, u16* out, i64 inner) {
-  const __m512 factor = _mm512_set1_ps(gate_value ? *gate_value : 1);
+  const Vector factor = all(gate_value ? *gate_value : 1);
   along(inner, [&](i64 j, auto which) {
-    const __m512 product = _mm512_mul_ps(silu(load(h + j, which)).value, load(h + inner + j, which));
-    store(out + j, _mm512_mul_ps(product, factor), which);
+    const Vector product = silu(load(h + j, which)).value * load(h + inner + j, which);
+    store(out + j, product * factor, which);
   });
 }
 
 void swiglu_row_backward(const u16* grad, const u16* h, const float* gate_value, u16* dh, float* dgate_value, i64 inner) {
-  const __m512 factor = _mm512_set1_ps(gate_value ? *gate_value : 1), one = _mm512_set1_ps(1);
-  __m512 sum = _mm512_setzero_ps();
+  const Vector factor = all(gate_value ? *gate_value : 1), one = all(1);
+  Vector sum{};
   along(inner, [&](i64 j, auto which) {
-    const __m512 gate = load(h + j, which), up = load(h + inner + j, which), d = load(grad + j, which);
+    const Vector gate = load(h + j, which), up = load(h + inner + j, which), d = load(grad + j, which);
     const Silu s = silu(gate);
-    const __m512 dup = _mm512_mul_ps(s.value, d), dsilu = _mm512_mul_ps(_mm512_mul_ps(d, up), factor);
-    sum = _mm512_fmadd_ps(dup, up, sum);
-    const __m512 slope = _mm512_fmadd_ps(gate, _mm512_sub_ps(one, s.sigmoid), one);
-    store(dh + j, _mm512_mul_ps(_mm512_mul_ps(dsilu, s.sigmoid), slope), which);
-    store(dh + inner + j, _mm512_mul_ps(dup, factor), which);
+    const Vector dup = s.value * d, dsilu = d * up * factor;
+    sum = fmadd(dup, up, sum);
+    const Vector slope = fmadd(gate, one - s.sigmoid, one);
+    store(dh + j, dsilu * s.sigmoid * slope, which);
+    store(dh + inner + j, dup * factor, which);
   });
-  if (dgate_value) *dgate_value = _mm512_reduce_add_ps(sum);
+  if (dgate_value) *dgate_value = sum_of(sum);
 }
 
 // ---- heads
 
 constexpr i64 POSITIONS = 32;  // of a job
 
-// 8 pairs turned by 8 complex numbers, or back: every product rounded before their sum, as torch's complex ones are.
+// Pairs turned by complex numbers, or back: every product rounded before their sum, as torch's complex ones are.
 template <bool BACK>
-inline __m512 turn(__m512 x, __m512 by) {
-  const __m512 straight = _mm512_mul_ps(x, _mm512_moveldup_ps(by)), one = _mm512_set1_ps(1);
-  const __m512 across = _mm512_mul_ps(_mm512_permute_ps(x, 0xB1), _mm512_movehdup_ps(by));
-  return BACK ? _mm512_fmsubadd_ps(straight, one, across) : _mm512_fmaddsub_ps(straight, one, across);
+inline Vector turn(Vector x, Vector by) {
+  const Vector straight = x * evens(by), across = swapped(x) * odds(by);
+  return BACK ? add_subtract(straight, across) : subtract_add(straight, across);
 }
 
 template <bool BACK, class From>
@@ -137,7 +135,7 @@ struct Split {
         copy(values.at(b, h, t), latent + nope, value);
         float* sum = sums + (t - first) * rope;
         along(rope, [&](i64 j, auto which) {
-          store(sum + j, _mm512_add_ps(load(sum + j, which), load(key + nope + j, which)), which);
+          store(sum + j, load(sum + j, which) + load(key + nope + j, which), which);
         });
       }
     for (i64 t = first; t < last; ++t)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from conf.schema import Fp8
-from train.native.build import has_avx512
+from train.native.build import has_avx2
 from train.precision import scaled_products
 from train.precision.compiled import CompiledCasts, load_casts
 from train.precision.compiled_engine import CompiledEngine
@@ -72,7 +72,7 @@ def cpu_engine(fp8: Fp8, meta: bool = False) -> CpuEngine:
     if not fp8.compiled:
         return CpuEngine(exact, packed)
     casts = CompiledCasts(None) if meta else load_casts()
-    if not has_avx512():
+    if not has_avx2():
         return CpuEngine(exact, packed, casts)
     if not meta:
         scaled_products.need_compiled()

@@ -6,7 +6,7 @@ product is left @ right^T.
 The CPU has no FP8 arithmetic, so the emulation multiplies the dequantised operands and accumulates in fp32.  Its
 operands are exact: where every scale is a power of two they fit bf16, and the product costs what a bf16 one costs;
 with fp32 scales `CpuEngine` takes fp32 operands and an fp32 product, or, by choice, operands rounded to bf16.
-`CompiledEngine` (train/precision/compiled_engine.py) keeps values and fp32 scales apart where the CPU has AVX-512, so
+`CompiledEngine` (train/precision/compiled_engine.py) keeps values and fp32 scales apart where the CPU has AVX2, so
 that this product, too, costs about what a bf16 one costs.  That one sums each 128 of the contraction apart, as Hopper
 kernels do; `CpuEngine` has one product per call, which differs by 3e-7 relative, far below the 4e-2 of the quantisation.
 An expert's rows are taken with padding up to STEP (train/precision/grouped.py says why).

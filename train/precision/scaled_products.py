@@ -1,4 +1,4 @@
-"""Products of values in bf16 with fp32 scales, on a CPU with AVX-512: `train/native/products.cpp`.
+"""Products of values in bf16 with fp32 scales, on a CPU with AVX2: `train/native/products.cpp`.
 
 An operand (O, C) is `Quantized` with its values in bf16, or a tensor in bf16, whose scales are all one. A scale stands
 for tiles of 128 along the contraction, or for all of it.
