@@ -35,7 +35,7 @@ class Groups:
         starts = [sum(padded[:expert]) for expert in range(len(padded))]
         if padded == counts:
             return cls(counts, starts, padded, None)
-        before = torch.tensor([start - sum(counts[:e]) for e, start in enumerate(starts)], device=counts_E.device)
+        before = on_device([start - sum(counts[:e]) for e, start in enumerate(starts)], counts_E.device)
         rows = sum(counts)
         shift_R = before.repeat_interleave(counts_E, output_size=rows)
         return cls(counts, starts, padded, shift_R + torch.arange(rows, device=counts_E.device))
@@ -59,3 +59,10 @@ class Groups:
         """Padded positions of each expert's own rows, and of padding up to a multiple of step, a divisor of 128."""
         ends = [start + -(-count // step) * step for start, count in zip(self.starts, self.counts, strict=True)]
         return [slice(start, end) for start, end in zip(self.starts, ends, strict=True)]
+
+
+def on_device(numbers: list, device: torch.device, dtype: torch.dtype = torch.int64) -> Tensor:
+    """The numbers as a tensor there. For a GPU they are copied from page-locked memory: from any other the host would wait
+    until the copy is done, and so for all work that was asked of the GPU before.
+    """
+    return torch.tensor(numbers, dtype=dtype, pin_memory=device.type == "cuda").to(device, non_blocking=True)

@@ -27,7 +27,7 @@ from conf.errors import UserError
 from conf.schema import Fp8
 from train.precision import swiglu
 from train.precision.formats import E4M3, TILE, Cast
-from train.precision.groups import Groups
+from train.precision.groups import Groups, on_device
 from train.precision.products import Source
 from train.precision.quantize import Quantized, dequantize, dequantize_reference, quantize_reference
 from train.precision.recipe import Rule
@@ -134,7 +134,7 @@ class HopperEngine:
         out_PN = left.q.new_empty(groups.rows, right.outer, dtype=torch.bfloat16)
         if groups.rows == 0:
             return out_PN.to(dtype)
-        counts = torch.tensor(groups.padded, device=out_PN.device)
+        counts = on_device(groups.padded, out_PN.device)
         experts = torch.arange(len(groups.padded), dtype=torch.int32, device=out_PN.device)
         expert_P = experts.repeat_interleave(counts, output_size=groups.rows)
         self._deep_gemm.m_grouped_fp8_gemm_nt_contiguous(
@@ -156,7 +156,7 @@ class HopperEngine:
         shape = len(groups.padded), left.outer, right.outer
         out_EON = left.q.new_zeros(shape, dtype=torch.float32)
         if groups.rows:
-            lengths = torch.tensor(groups.padded, dtype=torch.int32, device=out_EON.device)
+            lengths = on_device(groups.padded, out_EON.device, torch.int32)
             self._deep_gemm.k_grouped_fp8_gemm_nt_contiguous(
                 (left.q, left.scale),
                 (right.q, right.scale),
@@ -305,4 +305,4 @@ def _expanded(x: Tensor, cast: Cast, transposed: bool, groups: Groups | None, ou
 
 def _ends(groups: Groups, device: torch.device) -> Tensor:
     """Where the padded rows of each expert end, for grouped_mm."""
-    return torch.tensor(groups.padded, device=device).cumsum(0).to(torch.int32)
+    return on_device(groups.padded, device).cumsum(0).to(torch.int32)

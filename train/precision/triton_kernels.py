@@ -21,6 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from train.precision.formats import TILE, Cast
+from train.precision.groups import on_device
 
 ROWS = 32
 """Rows that one program works on."""
@@ -245,4 +246,4 @@ def _tile_places(lengths: list[int], columns: int, device: torch.device) -> tupl
         base += range(before * columns, before * columns + length, TILE)
         stride += [length] * (length // TILE)
         before += length
-    return torch.tensor([base, stride], dtype=torch.int64, device=device).unbind(0)
+    return on_device([base, stride], device).unbind(0)
