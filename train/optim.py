@@ -118,7 +118,7 @@ def _update(piece: Piece, group: dict, count: int, factor: Tensor | float | None
     if compiled(weight.device.type, exp_avg.dtype):
         _update_compiled(piece, group, count, 1.0 if factor is None else float(factor))
         return
-    step = torch.tensor(float(count), device=weight.device)
+    step = torch.full((), float(count), device=weight.device)  # written there: a copy of it would be waited for
     if factor is not None:
         grad.mul_(factor)
     whole = weight.numel() // VECTOR * VECTOR

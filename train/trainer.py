@@ -177,9 +177,9 @@ class Trainer:
             self.measure.last.mtp_weight = plan.mtp_weight
 
     def _update_biases(self, measured: Measured, plan: StepPlan) -> None:
+        loads_LE = measured.loads_LE.to(self.device)  # all at once: the host waits for each copy
         for name, router in self.measure.routers.items():
-            load_E = measured.loads_LE[self.measure.layers.index(name)]
-            update_bias(router.bias_E, load_E.to(self.device), plan.bias_speed)
+            update_bias(router.bias_E, loads_LE[self.measure.layers.index(name)], plan.bias_speed)
 
     def _skipped(self, plan: StepPlan, measured: Measured, bad: list[str]) -> None:
         """Count and name a step without update; too many in a row end the run."""
