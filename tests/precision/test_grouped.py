@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from train.precision import grouped
+from train.precision import grouped, high
 from train.precision.grouped import STEP
 
 ROWS = {
@@ -58,3 +58,11 @@ def test_shapes_are_few():
         grouped.product(x, w.transpose(1, 2), rows)
         grouped.weight_gradient(dy, x, rows)
     assert {size for size in sizes.found if size > 80} <= set(range(STEP, 256, STEP))
+
+
+def test_without_rows_no_kernel_of_a_gpu_is_asked(monkeypatch):
+    monkeypatch.delattr(high.F, "grouped_mm")
+    x, w, dy = _operands([0, 0, 0])
+    ends = torch.zeros(3, dtype=torch.int32)
+    assert high.grouped_product(x, w.transpose(1, 2), ends).shape == (0, 80)
+    assert torch.equal(high.grouped_weight_gradient(dy, x, ends), torch.zeros(3, 80, 48, dtype=torch.bfloat16))

@@ -91,6 +91,8 @@ def grouped_product(x_RI: Tensor, weight_EIO: Tensor, groups: Groups) -> Tensor:
         if fits(x_RI, weight_EIO):
             return compiled_products.grouped(x_RI, weight_EIO.mT, groups)
         return grouped.product(x_RI, weight_EIO, groups)
+    if len(x_RI) == 0:  # a rank may get none, and torch's CUDA kernel refuses some empty operands
+        return x_RI.new_empty(0, weight_EIO.shape[2])
     return F.grouped_mm(x_RI, weight_EIO, offs=groups)
 
 
@@ -100,4 +102,6 @@ def grouped_weight_gradient(grad_RO: Tensor, x_RI: Tensor, groups: Groups) -> Te
         if fits(grad_RO, x_RI):
             return compiled_products.grouped_weight_gradient(grad_RO.t(), x_RI.t(), groups)
         return grouped.weight_gradient(grad_RO, x_RI, groups)
+    if len(x_RI) == 0:
+        return x_RI.new_zeros(len(groups), grad_RO.shape[1], x_RI.shape[1])
     return F.grouped_mm(grad_RO.t(), x_RI, offs=groups)

@@ -28,6 +28,7 @@ from conf.schema import Fp8
 from train.precision import swiglu
 from train.precision.formats import E4M3, TILE, Cast
 from train.precision.groups import Groups, on_device
+from train.precision.high import grouped_product, grouped_weight_gradient
 from train.precision.products import Source
 from train.precision.quantize import Quantized, dequantize, dequantize_reference, quantize_reference
 from train.precision.recipe import Rule
@@ -130,7 +131,7 @@ class HopperEngine:
 
     def grouped(self, left: Operand | Tensor, right: Operand | Tensor, groups: Groups, dtype: torch.dtype) -> Tensor:
         if isinstance(left, Tensor):
-            return F.grouped_mm(left, right.mT, offs=_ends(groups, left.device)).to(dtype)
+            return grouped_product(left, right.mT, _ends(groups, left.device)).to(dtype)
         out_PN = left.q.new_empty(groups.rows, right.outer, dtype=torch.bfloat16)
         if groups.rows == 0:
             return out_PN.to(dtype)
@@ -152,7 +153,7 @@ class HopperEngine:
         self, left: Operand | Tensor, right: Operand | Tensor, groups: Groups, dtype: torch.dtype
     ) -> Tensor:
         if isinstance(left, Tensor):
-            return F.grouped_mm(left, right.mT, offs=_ends(groups, left.device)).to(dtype)
+            return grouped_weight_gradient(left.mT, right.mT, _ends(groups, left.device)).to(dtype)
         shape = len(groups.padded), left.outer, right.outer
         out_EON = left.q.new_zeros(shape, dtype=torch.float32)
         if groups.rows:
