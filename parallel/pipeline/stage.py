@@ -33,6 +33,10 @@ class Stage(PipelineStage):
         self._one_piece = getattr(module, "backward_in_one_piece", False)
         """The module's graph cannot be split into inputs and weights: both are done where the inputs are due."""
 
+    def _get_init_p2p_neighbors_ops(self):
+        # torch 2.11 greets the neighbours of every stage, itself too where a rank holds both; gloo has no way to oneself.
+        return [op for op in super()._get_init_p2p_neighbors_ops() if op.group_peer != self.group_rank]
+
     # Receive buffers
 
     def _prepare_forward_infra(self, *args, **kwargs):
