@@ -20,3 +20,9 @@ def test_an_intact_run_a_flipped_bit_and_a_wrong_path(tmp_path, capsys):
     assert main([str(tmp_path)]) == EXIT_CRASH and victim.name in capsys.readouterr().out
     assert main([str(tmp_path / "checkpoints" / "step_00000001")]) == EXIT_OK
     assert main([str(tmp_path / "nowhere")]) == EXIT_USER and main([]) == EXIT_USER
+
+
+def test_a_run_without_a_checkpoint_is_not_called_sound(tmp_path, capsys):
+    (tmp_path / "checkpoints").mkdir()
+    assert main([str(tmp_path)]) == EXIT_USER and "without a checkpoint" in capsys.readouterr().err
+    assert main(["--help"]) == EXIT_OK and "FOLDER" in capsys.readouterr().out

@@ -12,20 +12,30 @@ from train.checkpoint.manifest import verify
 
 
 def main(folders: list[str]) -> int:
-    if not folders:
+    if not folders or {"-h", "--help"} & set(folders):
         print(__doc__)
-        return EXIT_USER
+        return EXIT_OK if folders else EXIT_USER
     code = EXIT_OK
     try:
         for folder in map(Path, folders):
-            inner = folder / "checkpoints"
-            for checkpoint in sorted(inner.glob("step_*")) if inner.is_dir() else [folder]:
+            for checkpoint in _checkpoints(folder):
                 problems = verify(checkpoint, full=True)
                 print(f"{checkpoint}: {'; '.join(problems) or 'intact'}")
                 code = EXIT_CRASH if problems else code
     except UserError as error:
         return report(error)
     return code
+
+
+def _checkpoints(folder: Path) -> list[Path]:
+    """Those of a run, or the checkpoint itself. Raises UserError for a run without any: nothing read is nothing proven."""
+    inner = folder / "checkpoints"
+    if not inner.is_dir():
+        return [folder]
+    found = sorted(inner.glob("step_*"))
+    if not found:
+        raise UserError("FOLDER", folder, "is a run without a checkpoint", "give a run that has one")
+    return found
 
 
 if __name__ == "__main__":
