@@ -1,6 +1,7 @@
 """Rules that join several fields. Pure: reads the configuration, touches nothing, raises UserError."""
 
 import itertools
+import math
 import re
 
 from conf.check_plan import check_plan
@@ -12,6 +13,10 @@ DISPATCHERS = ("flat", "node_limited", "deepep")
 WIRES = ("bf16", "fp8")
 SCHEDULES = ("1f1b", "interleaved", "zbv", "dualpipev")
 NEEDS_NO_DATA = (Mode.generate, Mode.plan, Mode.dry_run)
+SEEDS = 2**63
+"""Seeds that every generator takes."""
+SMALLEST_SHARE = 1e-6
+"""Of a mix: what train/data/mix.py can tell from nothing."""
 
 
 def check(config: Config) -> None:
@@ -45,9 +50,13 @@ def _not_negative(section: object, prefix: str, names: str) -> None:
         _require(value >= 0, prefix + name, value, "must not be negative", f"set {prefix}{name} to 0 or more")
 
 
+def _check_seed(field: str, seed: int) -> None:
+    _require(0 <= seed < SEEDS, field, seed, f"must be from 0 to {SEEDS - 1}", "take a smaller number, not negative")
+
+
 def _check_top(config: Config) -> None:
     _positive(config, "", "steps seq_len batch_size micro_batch_size")
-    _not_negative(config, "", "seed")
+    _check_seed("seed", config.seed)
     _require(
         re.fullmatch(r"[\w.\-+=,]+(/\d+)?", config.name) is not None and config.name not in (".", ".."),
         "name",
@@ -268,6 +277,13 @@ def _check_optim(config: Config) -> None:
 def _check_data(config: Config) -> None:
     data = config.data
     _require(
+        data.path != "",
+        "data.path",
+        data.path,
+        "is empty, as a shell leaves it where a variable is not set",
+        "set data.path=FOLDER_OR_FILE, or leave it out for the recipe's own data",
+    )
+    _require(
         not (data.path and data.mix),
         "data.mix",
         [source.path for source in data.mix],
@@ -290,10 +306,10 @@ def _check_data(config: Config) -> None:
     )
     for source in data.mix:
         _require(
-            source.weight > 0,
+            0 < source.weight < math.inf,
             "data.mix.weight",
             source.weight,
-            "must be greater than 0",
+            "must be a number greater than 0",
             f"raise it or drop {source.path}",
         )
         _require(
@@ -302,6 +318,15 @@ def _check_data(config: Config) -> None:
             source.path,
             "every part of a mix needs a path, unless its format is stdlib",
             "give it",
+        )
+    total = sum(source.weight for source in data.mix)
+    for source in data.mix:
+        _require(
+            source.weight / total >= SMALLEST_SHARE,
+            "data.mix.weight",
+            source.weight,
+            f"is {source.weight / total:.1g} of the mix, and with less than {SMALLEST_SHARE:g} a source may never be read",
+            f"raise it or drop {source.path}",
         )
     _require(0 <= data.fim_rate <= 1, "data.fim_rate", data.fim_rate, "is a share, 0 to 1", "use 0.1 as the paper does")
     _require(
@@ -368,7 +393,8 @@ def _check_export(config: Config) -> None:
 
 def _check_generate(generate: Generate) -> None:
     _positive(generate, "generate.", "tokens")
-    _not_negative(generate, "generate.", "temperature seed")
+    _not_negative(generate, "generate.", "temperature")
+    _check_seed("generate.seed", generate.seed)
     _require(
         0 < generate.top_p <= 1, "generate.top_p", generate.top_p, "is a probability, above 0 and at most 1", "use 0.95"
     )

@@ -1,5 +1,6 @@
 """Rules of the sections hardware, plan and dry_run."""
 
+import math
 import re
 
 from conf.errors import UserError
@@ -26,24 +27,32 @@ def _check_hardware(hardware: Hardware) -> None:
         raise UserError("hardware.devices_per_node", hardware.devices_per_node, "must be 1 or more", "use 8")
     for name in FIGURES:
         value = getattr(hardware, name)
-        if value is not None and value < 0:
-            raise UserError(f"hardware.{name}", value, "must not be negative", "leave it out for not known")
+        if value is not None and not 0 <= value < math.inf:
+            raise UserError(f"hardware.{name}", value, "must be a number, not negative", "leave it out for not known")
     if not 0 <= hardware.communication_share <= 1:
         raise UserError(
             "hardware.communication_share", hardware.communication_share, "is a share, 0 to 1", "use 0 for none"
         )
     for kind, rate in hardware.rates.items():
         for name, value in vars(rate).items():
-            if value < 0:
-                raise UserError(f"hardware.rates.{kind}.{name}", value, "must not be negative", "use 0 for no limit")
+            if not 0 <= value < math.inf:
+                raise UserError(
+                    f"hardware.rates.{kind}.{name}", value, "must be a number, not negative", "use 0 for no limit"
+                )
 
 
 def _check_plan(plan: Plan) -> None:
     if plan.devices < 0:
         raise UserError("plan.devices", plan.devices, "must not be negative", "use 0 for parallel.pp x parallel.dp")
-    if plan.tokens is not None and plan.tokens <= 0:
-        raise UserError("plan.tokens", plan.tokens, "must be greater than 0", "use null for the recipe's own tokens")
-    if plan.imbalance < 1:
+    if plan.devices and not plan.search:
+        raise UserError(
+            "plan.devices", plan.devices, "is what a search fills", "add plan.search=true, or set parallel.pp and dp"
+        )
+    if plan.tokens is not None and not 0 < plan.tokens < math.inf:
+        raise UserError(
+            "plan.tokens", plan.tokens, "must be a number greater than 0", "use null for the recipe's own tokens"
+        )
+    if not 1 <= plan.imbalance < math.inf:
         raise UserError("plan.imbalance", plan.imbalance, "the busiest rank has at least the mean", "use 1 or more")
     if plan.write is not None and not plan.search:
         raise UserError("plan.write", plan.write, "writes the best layout of a search", "add plan.search=true")

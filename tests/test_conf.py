@@ -47,6 +47,17 @@ def test_v3_recipe_is_the_papers():
         (["data.fim_rate=2"], "data.fim_rate"),
         (["data.format=text"], "data.path"),
         (["name=../up"], "name"),
+        ([f"seed={2**63}"], "seed"),
+        ([f"generate.seed={2**64}"], "generate.seed"),
+        (["data.path="], "data.path"),
+        (["data.mix=[{path: a, weight: inf}]"], "data.mix.weight"),
+        (["data.mix=[{path: a, weight: 1}, {path: b, weight: -1}]"], "data.mix.weight"),
+        (["data.mix=[{path: a, weight: 1e9}, {path: b, weight: 1}]"], "data.mix.weight"),
+        (["plan.devices=16"], "plan.devices"),
+        (["plan.imbalance=nan"], "plan.imbalance"),
+        (["plan.tokens=inf"], "plan.tokens"),
+        (["hardware.memory_bytes=nan"], "hardware.memory_bytes"),
+        (["hardware=h100", "hardware.rates.across.bandwidth=nan"], "hardware.rates.across.bandwidth"),
     ],
 )
 def test_rules_name_the_field(overrides, field):

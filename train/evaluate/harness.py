@@ -52,7 +52,7 @@ def run_tasks(config: Config, model: DeepSeekV3, tokenizer: Tokenizer, start_id:
             bootstrap_iters=BOOTSTRAPS,
             log_samples=False,
             random_seed=config.seed,
-            numpy_random_seed=config.seed,
+            numpy_random_seed=config.seed % 2**32,  # numpy takes no more
             torch_random_seed=config.seed,
             fewshot_random_seed=config.seed,
         )
