@@ -129,6 +129,11 @@ def test_an_exported_folder_has_the_loss_of_its_checkpoint(trained, tmp_path):
     assert found["step"] is None and found["sources"][0]["documents"] == "all"
     assert found["total"]["loss"] == pytest.approx(expected["total"]["loss"], rel=1e-6)
     assert found["total"]["mtp"] == [pytest.approx(draft, rel=1e-6) for draft in expected["total"]["mtp"]]
+    body = json.loads((theirs / "config.json").read_text())
+    (theirs / "config.json").write_text(json.dumps(body | {"max_position_embeddings": 23}))
+    with pytest.raises(UserError, match="max_position_embeddings = 23") as caught:
+        find_target(config)
+    assert caught.value.field == "seq_len"
 
 
 def test_a_checkpoint_is_named_by_its_folder_or_its_run(trained):

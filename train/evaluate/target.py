@@ -53,7 +53,11 @@ def _of_hf_folder(config: Config, folder: Path) -> Target:
     ):
         if wrong:
             raise UserError(field, value, f"{rule}: {folder}", cure)
-    config = _with_tokenizer(replace(config, model=read_model(folder, "evaluate.checkpoint")), folder)
+    model = read_model(folder, "evaluate.checkpoint")
+    if config.seq_len > model.max_seq_len:
+        rule = f"must not exceed max_position_embeddings = {model.max_seq_len} of {folder}"
+        raise UserError("seq_len", config.seq_len, rule, f"set seq_len={model.max_seq_len} or less")
+    config = _with_tokenizer(replace(config, model=model), folder)
     if config.data.tokenizer is None:
         raise UserError(
             "data.tokenizer", None, f"{folder} brings no tokenizer.json", "set data.tokenizer to the weights' own"
