@@ -164,6 +164,27 @@ def test_other_models_are_refused(tmp_path, key):
     assert caught.value.field == "init_from"
 
 
+@pytest.mark.parametrize(
+    "key, value",
+    [
+        ("architectures", "LlamaForCausalLM"),
+        ("architectures", [1]),
+        ("rope_scaling", "yarn"),
+        ("rope_scaling", {"type": "yarn", "factor": None}),
+        ("rope_theta", "10000"),
+        ("quantization_config", 3),
+        ("hidden_size", 32.0),
+        ("num_hidden_layers", True),
+        ("max_position_embeddings", None),
+    ],
+)
+def test_values_of_a_wrong_type_are_refused(tmp_path, key, value):
+    write_json(tmp_path / "config.json", released_config(Model(**MODEL)) | {key: value})
+    with pytest.raises(UserError) as caught:
+        read_model(tmp_path)
+    assert caught.value.value == tmp_path / "config.json" and "L, l" not in caught.value.rule
+
+
 def test_a_broken_or_incomplete_file_is_named(tmp_path):
     with pytest.raises(UserError, match=r"must hold a config\.json"):
         read_model(tmp_path)

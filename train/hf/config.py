@@ -3,7 +3,7 @@
 import json
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 from conf.check import check_model
 from conf.errors import UserError
@@ -79,12 +79,12 @@ def read_model(folder: Path, field: str = "init_from") -> Model:
     values["shared_experts"] = values["shared_experts"] or 0
     length = body.get("max_position_embeddings", Model.max_seq_len)
     mtp = body.get("num_nextn_predict_layers", body.get("num_mtp_layers", 0))
-    rope = body.get("rope_scaling") or {}
-    rope = (body.get("rope_parameters") or {}) | rope
-    theta = float(rope.get("rope_theta", body.get("rope_theta", Model.rope_theta)))
+    rope = (_section(field, path, body, "rope_parameters") or {}) | (_section(field, path, body, "rope_scaling") or {})
+    theta = rope.get("rope_theta", body.get("rope_theta", Model.rope_theta))
     yarn = _yarn(field, path, rope, length)
     model = Model(**values, mtp_depth=mtp, max_seq_len=length, rope_theta=theta, yarn=yarn)
     try:
+        _check_types(model)
         check_model(model)
     except UserError as error:
         raise _refuse(field, path, f"{error.field} = {error.value} {error.rule}", "give other weights") from error
@@ -94,17 +94,35 @@ def read_model(folder: Path, field: str = "init_from") -> Model:
     return model
 
 
+def _section(field: str, path: Path, body: dict[str, Any], key: str) -> dict[str, Any] | None:
+    """An object of the file, or null."""
+    value = body.get(key)
+    if value is not None and not isinstance(value, dict):
+        raise _refuse(field, path, f"{key} must be an object, and is {value!r}", "download it again")
+    return value
+
+
+def _check_types(model: Model) -> None:
+    """Raise TypeError for a value that is no number of the kind that its field takes."""
+    for part in (model, model.yarn):
+        for name, kind in get_type_hints(type(part)).items():
+            value = getattr(part, name)
+            numbers = {int: (int,), float: (int, float), int | None: (int, type(None))}.get(kind)
+            if numbers and (not isinstance(value, numbers) or isinstance(value, bool)):
+                raise TypeError(f"{FIELDS.get(name) or YARN.get(name) or name} = {value!r}")
+
+
 def _check_kind(field: str, path: Path, body: Any) -> None:
     architectures = body.get("architectures") if isinstance(body, dict) else None
     if architectures != [ARCHITECTURE]:
-        named = ", ".join(architectures) if architectures else "none"
+        named = ", ".join(map(str, architectures)) if isinstance(architectures, list) else architectures or "none"
         raise _refuse(field, path, f"must name the architecture {ARCHITECTURE}, it names {named}", "give other weights")
     for key, value in FIXED.items():
         if body.get(key, value) != value:
             raise _refuse(
                 field, path, f"{key} must be {value}, as in every DeepSeek-V3, and is {body[key]}", "give other weights"
             )
-    quantised = body.get("quantization_config")
+    quantised = _section(field, path, body, "quantization_config")
     if quantised is None:
         return
     found = quantised.get("quant_method"), quantised.get("fmt", "e4m3"), quantised.get("weight_block_size")
