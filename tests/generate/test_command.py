@@ -75,6 +75,13 @@ def test_lines_of_stdin_are_prompts(trained, capfd, monkeypatch):
     assert together.endswith(">>> the bias keeps\n" + capfd.readouterr().out + "\n")
 
 
+def test_lines_that_are_not_utf8_are_refused(trained, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"caf\xe9\n"), encoding="utf-8"))
+    with pytest.raises(UserError, match="is not UTF-8") as caught:
+        say(trained)
+    assert caught.value.field == "generate.prompt" and "caf" in caught.value.value
+
+
 def test_a_conversation_goes_on_after_a_mistake(trained, capfd, monkeypatch):
     typed = iter(["the expert", "the " * 100, ""])
 

@@ -4,6 +4,7 @@ The prompt is `generate.prompt`, or what a person types line by line, or each li
 writes no file.
 """
 
+import io
 import itertools
 import os
 import readline  # noqa: F401, gives input() its history and editing
@@ -38,6 +39,8 @@ def generate(config: Config) -> int:
         elif sys.stdin.isatty():
             _converse(writer)
         else:
+            if isinstance(sys.stdin, io.TextIOWrapper):
+                sys.stdin.reconfigure(errors="surrogateescape")  # `start` says what is not UTF-8, whatever the locale
             lines = (line.rstrip("\r\n") for line in sys.stdin)
             for prompts in _batches(lines):
                 writer.show(prompts, titles=True)

@@ -1,5 +1,6 @@
 """One call from a prompt to its continuation."""
 
+from conf.errors import UserError
 from train.generate.generation import Generation, Limits
 from train.generate.sampling import Sampler
 from train.generate.source import Source
@@ -15,7 +16,9 @@ def start(
     seed: int = 1,
     speculative: bool = False,
 ) -> Generation:
-    """A generation of these prompts that has not begun. Raises UserError for a prompt over the context."""
+    """A generation of these prompts that has not begun. Raises UserError for a prompt over the context or not in UTF-8."""
+    for prompt in prompts:
+        _require_text(prompt)
     return Generation(
         source.decoder,
         [[source.start_id, *source.tokenizer.encode(prompt)] for prompt in prompts],
@@ -32,3 +35,12 @@ def complete(source: Source, prompt: str, **how: object) -> str:
     for _ in generation.steps():
         pass
     return source.tokenizer.decode(generation.tokens[0])
+
+
+def _require_text(prompt: str) -> None:
+    """Bytes that are not UTF-8 come as lone surrogates, which no tokenizer takes."""
+    try:
+        prompt.encode()
+    except UnicodeEncodeError as error:
+        shown = ascii(prompt[max(0, error.start - 20) : error.end + 20])
+        raise UserError("generate.prompt", shown, "is not UTF-8", "convert it (iconv -t UTF-8)") from error
