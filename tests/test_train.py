@@ -76,14 +76,15 @@ def test_resume_is_bit_equal(unbroken):
     assert first.read_bytes() == second.read_bytes()
 
 
-def test_a_run_that_goes_on_with_another_seed_and_other_data_says_so(unbroken):
+def test_a_run_that_goes_on_with_another_seed_other_data_and_no_average_says_so(unbroken):
     tmp_path, _ = unbroken
     folder = tmp_path / "runs" / "changed"
     shutil.copytree(tmp_path / "runs" / "whole", folder)
     shutil.rmtree(folder / "checkpoints" / "step_00000006")
     changes = ("seed=7", "data.validation_fraction=0.2", f"data.tokenizer={folder}")
-    done = train(tmp_path, "name=changed", "optim.ema_decay=0.9", *changes)
+    done = train(tmp_path, "name=changed", *changes)
     assert done.returncode == 0 and "seed was" in done.stdout, done.stderr
+    assert "optim.ema_decay is 0: the average of the weights that the checkpoint has ends here" in done.stdout
     assert "the data are not those that step 4 was trained on" in done.stdout
 
 

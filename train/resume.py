@@ -108,7 +108,7 @@ def _load(state: State, meta: dict[str, Any], load: Callable[[dict[str, Shard]],
     try:
         load(state.wanted(meta["has_ema"]))
     except Damaged as error:
-        problem = str(error)
+        problem = error.line
     problems: list[Any] = [None] * state.mesh.layout.world
     dist.all_gather_object(problems, problem)
     problem = next((text for text in problems if text), None)
@@ -140,6 +140,13 @@ def _changed(config: Config, data: Prepared, meta: dict[str, Any]) -> list[str]:
             f"the data are not those that step {meta['step']} was trained on: samples from here on are those that the new "
             "data would have at this step"
         )
+    averaged = config.optim.ema_decay > 0
+    if averaged and not meta["has_ema"]:
+        found.append(
+            "the checkpoint has no average of the weights: the average starts with the weights as they are now"
+        )
+    if meta["has_ema"] and not averaged:
+        found.append("optim.ema_decay is 0: the average of the weights that the checkpoint has ends here")
     return found
 
 
