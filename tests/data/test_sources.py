@@ -101,7 +101,7 @@ def test_wrong_bytes_are_named_with_their_place(tmp_path):
     [
         (b"{oops", "not JSON"),
         (b'{"body": "x"}', "has no key 'text', only: body"),
-        (b"[1]", "has no key 'text', only: list"),
+        (b"[1]", "must be an object with the text under 'text', and is a list"),
         (b'{"text": 3}', "has a int, not a string"),
         (b'{"text": "\\ud800"}', "not Unicode"),
         (b'{"text": "\xff"}', "not UTF-8"),
@@ -187,3 +187,12 @@ def test_without_the_package_or_the_network_the_error_says_so(tmp_path, monkeypa
     assert "cannot be loaded" in error.rule and "without a network" in error.cure
     monkeypatch.setitem(__import__("sys").modules, "datasets", None)
     assert "datasets" in error_of("hf://any").rule
+
+
+def test_a_key_of_plain_text_is_refused(tmp_path):
+    """So that lines of JSON under another name are not trained on as they stand."""
+    (tmp_path / "a.json").write_bytes(lines(["one"], "body"))
+    with pytest.raises(UserError, match="read as plain text") as caught:
+        documents(tmp_path, text_key="body")
+    assert caught.value.field == "data.text_key" and "data.format" in caught.value.cure
+    assert documents(tmp_path, text_key="body", format=DataFormat.jsonl) == [("a.json:1", "one")]

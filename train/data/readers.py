@@ -75,8 +75,11 @@ def _text_of(line: str, text_key: str, place: str, field: str) -> str:
         record = json.loads(line)
     except ValueError as error:
         raise UserError(field, place, f"is not JSON: {error}", "mend or remove this line") from error
-    if not isinstance(record, dict) or text_key not in record:
-        keys = ", ".join(list(record)[:8]) if isinstance(record, dict) else type(record).__name__
+    if not isinstance(record, dict):
+        rule = f"must be an object with the text under {text_key!r}, and is a {type(record).__name__}"
+        raise UserError(field, place, rule, "write one object per line (jq -c '.[]' does so with a list)")
+    if text_key not in record:
+        keys = ", ".join(list(record)[:8])
         raise UserError(
             field, place, f"has no key {text_key!r}, only: {keys}", f"set {text_key_of(field)} to the key of the text"
         )

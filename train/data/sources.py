@@ -22,7 +22,7 @@ from conf.errors import UserError
 from conf.schema import Config, DataFormat
 from conf.schema import Source as SourceConfig
 from train.data.files import File, Progress, digest_files, find_files, hash_id
-from train.data.readers import read_jsonl, read_parquet, read_text
+from train.data.readers import read_jsonl, read_parquet, read_text, text_key_of
 
 JSONL = (".jsonl", ".ndjson", ".jsonl.gz", ".jsonl.zst", ".ndjson.gz", ".ndjson.zst", ".json.gz", ".json.zst")
 PARQUET = (".parquet",)
@@ -124,6 +124,10 @@ def open_source(source: SourceConfig, key: str) -> Source:
         from train.data.hub import open_hub  # needs the optional package datasets
 
         return open_hub(source.path, source.text_key, key)
+    if kind == DataFormat.text and source.text_key != "text":
+        rule = f"names a field, and {source.path} is read as plain text, each file a document"
+        cure = f"leave it out, or set {key.removesuffix('path')}format to jsonl or parquet"
+        raise UserError(text_key_of(key), source.text_key, rule, cure)
     root, text_key, binary = Path(source.path).expanduser(), source.text_key, set()
     suffixes, reader = {
         DataFormat.text: (None, lambda file: read_text(file, key, binary if root.is_dir() else None)),
@@ -140,7 +144,7 @@ def open_source(source: SourceConfig, key: str) -> Source:
 
 
 def no_text(source: Source) -> UserError:
-    return UserError(source.field, source.name, " ".join(["holds no text", *source.notes()]), "check the path")
+    return UserError(source.field, source.name, "; ".join(["holds no text", *source.notes()]), "check the path")
 
 
 def format_of(source: SourceConfig, key: str) -> DataFormat:
