@@ -196,3 +196,5 @@ def test_a_key_of_plain_text_is_refused(tmp_path):
         documents(tmp_path, text_key="body")
     assert caught.value.field == "data.text_key" and "data.format" in caught.value.cure
     assert documents(tmp_path, text_key="body", format=DataFormat.jsonl) == [("a.json:1", "one")]
+    with pytest.raises(UserError, match="Python's standard library is read as plain text"):
+        documents("", text_key="body")

@@ -26,6 +26,7 @@ from train.data.readers import read_jsonl, read_parquet, read_text, text_key_of
 
 JSONL = (".jsonl", ".ndjson", ".jsonl.gz", ".jsonl.zst", ".ndjson.gz", ".ndjson.zst", ".json.gz", ".json.zst")
 PARQUET = (".parquet",)
+STDLIB = "Python's standard library"
 NOT_STDLIB = frozenset({"site-packages", "dist-packages", "__pycache__", "test", "tests", "idle_test"})
 
 
@@ -117,17 +118,17 @@ def sources_of(config: Config) -> list[tuple[SourceConfig, str]]:
 
 def open_source(source: SourceConfig, key: str) -> Source:
     """Find the files of a source. Raises UserError when there is no data or the format is unclear."""
-    if not source.path:
-        return _stdlib(key)
     kind = format_of(source, key)
+    if kind in (DataFormat.text, DataFormat.stdlib) and source.text_key != "text":
+        rule = f"names a field, and {source.path or STDLIB} is read as plain text, each file a document"
+        cure = f"leave it out, or set {key.removesuffix('path')}format to jsonl or parquet"
+        raise UserError(text_key_of(key), source.text_key, rule, cure)
+    if kind == DataFormat.stdlib:
+        return _stdlib(key)
     if kind == DataFormat.huggingface:
         from train.data.hub import open_hub  # needs the optional package datasets
 
         return open_hub(source.path, source.text_key, key)
-    if kind == DataFormat.text and source.text_key != "text":
-        rule = f"names a field, and {source.path} is read as plain text, each file a document"
-        cure = f"leave it out, or set {key.removesuffix('path')}format to jsonl or parquet"
-        raise UserError(text_key_of(key), source.text_key, rule, cure)
     root, text_key, binary = Path(source.path).expanduser(), source.text_key, set()
     suffixes, reader = {
         DataFormat.text: (None, lambda file: read_text(file, key, binary if root.is_dir() else None)),
@@ -161,7 +162,7 @@ def _stdlib(key: str) -> Source:
         raise UserError(
             key, root, "this Python comes without the source of its library", "set data.path=FOLDER_OR_FILE"
         )
-    return FileSource(key, "Python's standard library", root, files, lambda file: read_text(file, key, None), "text")
+    return FileSource(key, STDLIB, root, files, lambda file: read_text(file, key, None), "text")
 
 
 def _guess(source: SourceConfig, key: str) -> DataFormat:
