@@ -22,6 +22,7 @@ from conf.load import compose
 from conf.schema import ROOT, Config
 from parallel.expert.build import build_wire
 from parallel.expert.stand_in import Load, build_stand_in
+from parallel.pipeline.graph import kept_graph
 from parallel.pipeline.lone_stage import GRADIENT_STD, HIDDEN_STD
 from train.dry_run.piece import for_device, shrunk
 from train.dry_run.routing import group_of
@@ -90,10 +91,12 @@ class Layer:
     def inputs(self, y_BTD: Tensor) -> list:
         """The gradient of the input; returns what `weights` needs."""
         self.x_BTD.grad = None
+        self._graph = kept_graph(y_BTD)
         return stage_backward_input([y_BTD], [self.dy_BTD], [self.x_BTD], self.chunk.parameters())[1]
 
     def weights(self, groups: list) -> None:
         stage_backward_weight(self.chunk.parameters(), groups)
+        self._graph = None
 
     def flops(self) -> dict[str, float]:
         """Of every part, as train/model/count.py counts: causal, without what is computed again."""

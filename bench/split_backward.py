@@ -19,6 +19,7 @@ from torch.distributed.pipelining._backward import stage_backward_input, stage_b
 from torch.utils.flop_counter import FlopCounterMode
 
 from conf.load import compose
+from parallel.pipeline.graph import kept_graph
 from train.model.deepseek import DeepSeekV3
 from train.model.init import initialise
 from train.precision.build import activation_dtype, build_precision
@@ -81,9 +82,10 @@ def _round(chunk: DeepSeekV3, hidden_BTD: Tensor, best: dict[str, tuple[int, flo
     out = counted("F", lambda: chunk(hidden_BTD))
     counted("B", lambda: out.backward(upstream))
     out = chunk(hidden_BTD)
-    weights = list(chunk.parameters())
+    weights, graph = list(chunk.parameters()), kept_graph(out)
     _, groups = counted("I", lambda: stage_backward_input([out], [upstream], [hidden_BTD], iter(weights)))
     counted("W", lambda: stage_backward_weight(iter(weights), groups))
+    del graph
     chunk.zero_grad()
     hidden_BTD.grad = None
 

@@ -11,8 +11,10 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import Node
 from torch.distributed.pipelining import PipelineStage
 
+from parallel.pipeline.graph import kept_graph
 from parallel.pipeline.timeline import Timeline
 
 
@@ -32,6 +34,8 @@ class Stage(PipelineStage):
         self._timeline = timeline
         self._one_piece = getattr(module, "backward_in_one_piece", False)
         """The module's graph cannot be split into inputs and weights: both are done where the inputs are due."""
+        self._graphs: dict[int, Node | None] = {}
+        """Of every micro-batch between the two, see `kept_graph`."""
 
     def _get_init_p2p_neighbors_ops(self):
         # torch 2.11 greets the neighbours of every stage, itself too where a rank holds both; gloo has no way to oneself.
@@ -79,6 +83,7 @@ class Stage(PipelineStage):
             return
         with self._timeline.action("W", self.stage_index, bwd_chunk_id):
             super().backward_weight_one_chunk(bwd_chunk_id, *args, **kwargs)
+            del self._graphs[bwd_chunk_id]
 
     def run_forward(self, micro_batch: int, *args, **kwargs):
         """forward_one_chunk without its record, for a caller that times a pair as one action."""
@@ -90,6 +95,8 @@ class Stage(PipelineStage):
     def run_backward(self, micro_batch: int, loss: Tensor | None = None, full_backward: bool = True, **kwargs) -> None:
         """backward_one_chunk without its record."""
         full_backward = full_backward or self._one_piece
+        if not full_backward:
+            self._graphs[micro_batch] = kept_graph(loss if self.is_last else self.fwd_cache[micro_batch][0][0])
         super().backward_one_chunk(micro_batch, loss=loss, full_backward=full_backward, **kwargs)
         if not self.is_last:
             _move(self.grad_recv_info[micro_batch], torch.device("meta"))

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 from torch.distributed.pipelining._backward import stage_backward_input, stage_backward_weight
 
+from parallel.pipeline.graph import kept_graph
 from train.model.needed import gradients_needed
 
 
@@ -38,10 +39,12 @@ def test_each_gradient_is_computed_once():
     wanted = [x.grad, *(w.grad for w in weights)]
     log.clear()
     x, weights, loss = _model(log)
+    graph = kept_graph(loss)
     (dx,), groups = stage_backward_input([loss], None, [x], iter(weights))
     assert log == ["x", "x"]
     log.clear()
     stage_backward_weight(iter(weights), groups)
+    del graph
     assert log == ["w", "w"]
     assert all(torch.equal(a, b) for a, b in zip(wanted, [dx, *(w.grad for w in weights)], strict=True))
 

@@ -10,6 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import train.native.model as native
 from conf.load import compose
 from conf.schema import Recompute
+from parallel.pipeline.graph import kept_graph
 from tests.model.test_deepseek import CONFIG, build
 from train.model.deepseek import DeepSeekV3
 from train.model.init import initialise
@@ -40,10 +41,12 @@ def test_input_then_weight_backward_equals_backward(last, recompute):
         router.clear()
 
     out = chunk(hidden, tokens_BS=tokens_BS)
+    graph = kept_graph(out)
     # on the last chunk the schedule passes no gradient of the loss
     grads, groups = stage_backward_input([out], None if last else [upstream], [hidden], iter(chunk.parameters()))
     assert torch.equal(grads[0], expected_input)
     stage_backward_weight(iter(chunk.parameters()), groups)
+    del graph
     for name, parameter in chunk.named_parameters():
         assert torch.equal(parameter.grad, expected[name]), name
     for name, router in chunk.routers().items():
@@ -80,8 +83,10 @@ def test_each_product_is_computed_in_one_part(name, compiled, monkeypatch):
     out = chunk(hidden)
     (dx, *dws), whole = counted(lambda: torch.autograd.grad(out, [hidden, *weights], upstream))
     out = chunk(hidden)
+    graph = kept_graph(out)
     ((again,), groups), inputs = counted(lambda: stage_backward_input([out], [upstream], [hidden], iter(weights)))
     _, rest = counted(lambda: stage_backward_weight(iter(weights), groups))
+    del graph
     if not compiled:
         assert inputs + rest == whole and 0 < rest < inputs  # attention is in the first part
     assert torch.equal(again, dx)

@@ -22,6 +22,7 @@ from torch.distributed.pipelining._backward import stage_backward_input, stage_b
 from conf.schema import Model, Recompute
 from parallel.expert.build import build_wire
 from parallel.expert.stand_in import Group, Load, build_stand_in
+from parallel.pipeline.graph import kept_graph
 from train.model.deepseek import DeepSeekV3
 from train.model.mla import MLA
 from train.model.moe import LocalDispatcher
@@ -208,7 +209,7 @@ class Run:
         return self._finish()
 
     def inputs(self) -> Pass:
-        self._node = self._y.grad_fn
+        self._node, self._graph = self._y.grad_fn, kept_graph(self._y)
         dy = None if self._part == "end" else [torch.empty_like(self._y)]
         self._dy = dy
         self._begin()
@@ -223,6 +224,7 @@ class Run:
         self._begin()
         stage_backward_weight(self._module.parameters(), self._groups)
         self._groups.clear()
+        self._graph = None
         return self._finish()
 
     def _empty(self) -> Tensor:
