@@ -19,6 +19,8 @@ from conf.errors import EXIT_CRASH, EXIT_DIVERGED, EXIT_OK, EXIT_STOPPED, EXIT_U
 
 CERTAIN = {-signal.SIGKILL, -signal.SIGSEGV, -signal.SIGBUS, -signal.SIGILL, -signal.SIGFPE}
 """Exit codes of a rank that is no victim; a victim may still abort, as libraries do when they lose a peer."""
+NCCL_TIMEOUT = "Watchdog caught collective operation timeout"
+"""What torch prints before it aborts a rank that waited too long in a collective on GPUs."""
 
 
 class Kind(Enum):
@@ -108,6 +110,10 @@ def name_cause(reports: list[RankReport], names: dict[int, str]) -> Cause | None
         text = user.failure.message if user.failure else f"rank {user.rank} says so:\n{user.log_tail}"
         return _cause(Kind.user, text, [user], names, EXIT_USER)
     vanished = [report for report in reports if report.bad and report.failure is None]
+    late = [report for report in vanished if report.code == -signal.SIGABRT]
+    if not any(NCCL_TIMEOUT in report.log_tail for report in late):  # rank 0 of a local run has no log
+        late = []
+    vanished = [report for report in vanished if report not in late]
     vanished = [report for report in vanished if report.code in CERTAIN] or vanished
     if vanished:
         lines = [f"{_who(report, names)} ended by {how(report.code)}" for report in vanished]
@@ -115,9 +121,13 @@ def name_cause(reports: list[RankReport], names: dict[int, str]) -> Cause | None
         kind = Kind.diverged if code == EXIT_DIVERGED else Kind.killed
         return _cause(kind, "; ".join(lines), vanished, names, code, vanished[0].log_tail)
     silent = [report for report in reports if not report.ended and report.failure is None]
-    if first is not None and first.failure.kind == "timeout" and silent:
+    if silent and (late if first is None else first.failure.kind == "timeout"):
         ranks = ", ".join(_who(report, names) for report in silent) + (" hangs" if len(silent) == 1 else " hang")
         return _cause(Kind.hang, f"{ranks}: no answer while the others waited in a collective", silent, names)
+    if first is None and late:
+        ranks = ", ".join(_who(report, names) for report in late)
+        text = f"{ranks} waited longer than cluster.timeout in a collective"
+        return _cause(Kind.hang, text, late, names, log=late[-1].log_tail)
     if first is None:
         return None
     kind = Kind.diverged if first.failure.code == EXIT_DIVERGED else Kind.crash

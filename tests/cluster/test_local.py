@@ -20,6 +20,9 @@ rank, logs = int(os.environ["RANK"]), Path(sys.argv[1])
 def fail(kind, message, code=1):
     Failure(rank, time.time(), kind, message, code).write(logs); sys.exit(code)
 def wait(): time.sleep(60)
+def abort_by_nccl():
+    print(f"[Rank {rank}] Watchdog caught collective operation timeout: WorkNCCL(OpType=ALLREDUCE)", flush=True)
+    os.abort()
 """
 
 
@@ -55,6 +58,9 @@ def test_contract_and_success(tmp_path):
         # a peer that lost its connection may abort; the one that was killed outright is no victim
         ("os.kill(os.getpid(), signal.SIGKILL if rank == 2 else signal.SIGABRT)", EXIT_CRASH,
          "error: rank 2 ended by signal SIGKILL (out of memory?)\n"),
+        # torch aborts a rank that waited too long for others on GPUs
+        ("wait() if rank == 1 else abort_by_nccl()", EXIT_CRASH, "rank 1 hangs"),
+        ("abort_by_nccl()", EXIT_CRASH, "rank 0, rank 1, rank 2 waited longer than cluster.timeout in a collective"),
         # what a rank without an error file printed last
         ("(print('no such device'), sys.exit(7)) if rank == 1 else time.sleep(1)", EXIT_CRASH, "no such device"),
     ],
