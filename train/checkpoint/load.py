@@ -107,10 +107,10 @@ def _pieces(manifest: Manifest, name: str, shard: Shard) -> list[tuple[int, Piec
     spans = [(start, count) for _, start, count in entry.intervals]
     if (hole := first_hole(spans, shard.offset, stop)) is not None:
         raise UserError(
-            f"resume: {name}",
+            f"checkpoint: {name}",
             manifest.folder,
             f"must hold elements {shard.offset} to {stop} of {name}; element {hole} is in no file",
-            "resume from another checkpoint",
+            "take another checkpoint",
         )
     found, reached = [], shard.offset
     for rank, start, count in entry.intervals:
@@ -127,14 +127,14 @@ def _compatible(manifest: Manifest, name: str, shard: Shard) -> Entry:
     entry, shape = manifest.tensors.get(name), tuple(shard.shape)
     if entry is None:
         raise UserError(
-            f"resume: {name}",
+            f"checkpoint: {name}",
             manifest.folder,
             f"must hold the tensor {name}; it holds {len(manifest.tensors)} others",
             "use the model and optimizer settings that the checkpoint was written with: those in config.yaml of its run",
         )
     if entry.shape != shape:
         raise UserError(
-            f"resume: {name}",
+            f"checkpoint: {name}",
             manifest.folder,
             f"the tensor has shape {entry.shape} in the checkpoint, but {shape} in this model",
             "use the model settings that the checkpoint was written with: those in config.yaml of its run",
@@ -142,7 +142,7 @@ def _compatible(manifest: Manifest, name: str, shard: Shard) -> Entry:
     stored, dtype = TORCH[entry.dtype], shard.local.dtype
     if dtype != stored and dtype not in LOSSLESS.get(stored, ()):
         raise UserError(
-            f"resume: {name}",
+            f"checkpoint: {name}",
             manifest.folder,
             f"the tensor is {stored} in the checkpoint and {dtype} in this run, which cannot hold every value",
             "use the precision settings that the checkpoint was written with: those in config.yaml of its run",

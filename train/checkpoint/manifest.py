@@ -43,7 +43,7 @@ class Damaged(UserError):
 
     def __init__(self, file: Path, problem: str):
         super().__init__(
-            "resume", file, f"is damaged: {problem}", "resume from another checkpoint, or use resume=auto to skip it"
+            "checkpoint", file, f"is damaged: {problem}", "take another one; a run with resume=auto passes over it"
         )
 
     @property
