@@ -103,7 +103,12 @@ def test_wider_types_take_every_value(tmp_path):
     [
         ("v", whole(torch.zeros(6)), "checkpoint: v", "must hold the tensor v"),
         ("w", whole(torch.zeros(3, 2)), "checkpoint: w", "shape (2, 3) in the checkpoint, but (3, 2)"),
-        ("w", whole(torch.zeros(2, 3).bfloat16()), "checkpoint: w", "torch.float32 in the checkpoint and torch.bfloat16"),
+        (
+            "w",
+            whole(torch.zeros(2, 3).bfloat16()),
+            "checkpoint: w",
+            "torch.float32 in the checkpoint and torch.bfloat16",
+        ),
         ("w", whole(torch.zeros(2, 3, dtype=torch.int32)), "checkpoint: w", "cannot hold every value"),
     ],
 )

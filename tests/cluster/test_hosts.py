@@ -129,13 +129,13 @@ def test_a_killed_rank(hosts, tmp_path):
 def test_a_dead_agent(hosts, tmp_path):
     launch = Launch(hosts, tmp_path, "steps=600")
     launch.wait_for("checkpoint")
-    broke = time.time()
+    broke, seen = time.time(), len(launch.events())
     assert hosts.signal(2, signal.SIGKILL, "ray::Agent") >= 1
     launch.wait_for("recovered")
+    launch.wait_for("attempt", after=seen, dp=3)  # at once, or on a busy machine after one without the node
     launch.hurry()
     assert launch.wait() == EXIT_OK, launch.output.read_text()
     measure(launch, "agent killed", broke)
-    assert launch.dps() == [3, 3]
     failure = next(event for event in launch.events() if event["kind"] == "failure")
     assert failure["nodes"] == ["h2"] and "its agent died" in failure["text"]
 
@@ -205,7 +205,7 @@ def test_a_killed_driver_leaves_no_rank_and_a_new_launch_resumes(hosts, tmp_path
     again.hurry()
     assert again.wait() == EXIT_OK, again.output.read_text()
     attempts = [event["attempt"] for event in again.events() if event["kind"] == "attempt"]
-    assert attempts == [1, 2]
+    assert attempts[:2] == [1, 2]
 
 
 def test_a_node_that_ray_drains_is_left_at_a_checkpoint(hosts, tmp_path):
@@ -250,7 +250,7 @@ TOY = [
     "seq_len=32",
     "batch_size=12",
     "micro_batch_size=1",
-    "steps=40",
+    "steps=28",
     "log.wandb=disabled",
     "log.sample_tokens=0",
     "cluster.threads=1",
