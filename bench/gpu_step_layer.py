@@ -29,7 +29,7 @@ from train.dry_run.routing import group_of
 from train.model.count import attention_products, layer_flops
 from train.model.deepseek import DeepSeekV3
 from train.model.init import initialise
-from train.plan.measured import Meter
+from train.plan.memory.ledger import PeakMeter
 from train.precision.build import activation_dtype, build_precision
 
 EP, RANKS_PER_NODE = 64, 8
@@ -157,7 +157,7 @@ def times(layer: Layer, rounds: int) -> dict[str, float]:
 def peaks(layer: Layer) -> dict[str, int]:
     """Most bytes of tensors at a time, in forward and in backward; weights and gradients of this layer among them."""
     found = {}
-    with Meter(layer.device) as meter:
+    with PeakMeter(layer.device) as meter:
         y_BTD = layer.forward()
         found["forward"] = meter.mark()
         layer.backward(y_BTD)

@@ -86,7 +86,7 @@ def run(cell: Cell, rank: int, store: str) -> Sample:
 
     import train.parallelize  # noqa: F401
     from train.memory import peak_memory
-    from train.plan.measured import Meter
+    from train.plan.memory.ledger import PeakMeter
 
     torch.set_num_threads(cell.threads)
     dist.init_process_group("gloo", init_method=f"file://{store}/store", rank=rank, world_size=cell.dp)
@@ -94,7 +94,7 @@ def run(cell: Cell, rank: int, store: str) -> Sample:
     step = own_step(cell, BALANCE_LOSS)
     samples = [_timed(step) for _ in range(WARM_STEPS + cell.steps)][WARM_STEPS:]
     peak = peak_memory(torch.device("cpu")) - before
-    with Meter(torch.device("cpu")) as meter:
+    with PeakMeter(torch.device("cpu")) as meter:
         step()
         tensors = meter.mark()
     dist.barrier()
@@ -111,8 +111,8 @@ def _timed(step) -> tuple[float, float, float, float]:
 def count(cell: Cell) -> Arithmetic:
     """The least that a rank has to do and to hold."""
     from train.model.count import flops_per_token
-    from train.plan.memory import plan_memory
-    from train.plan.weights import FP32
+    from train.plan.memory.rank import plan_memory
+    from train.plan.memory.weights import FP32
 
     config = cell.config("hardware=cpu")
     plan = plan_memory(config)[0]

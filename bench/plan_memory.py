@@ -1,6 +1,6 @@
 """The planned peak of memory beside the measured one, for many layouts and recipes on the CPU.
 
-Every rank of a small model runs two whole steps; in the second, every tensor of the rank is counted (train/plan/ledger.py).
+Every rank of a small model runs two whole steps; in the second, every tensor of the rank is counted (train/plan/memory/ledger.py).
 The three columns are the peaks of forward and backward passes, of the reduction of gradients, and of the update; the error
 is that of the largest. Of all ranks the one with the largest error is shown.
 
@@ -22,8 +22,8 @@ from conf.load import compose
 from conf.schema import Config
 from parallel.mesh import Layout, build_mesh
 from train.parallelize import Parallelized, parallelize
-from train.plan.measured import Meter
-from train.plan.memory import phases, scene_of
+from train.plan.memory.ledger import PeakMeter
+from train.plan.memory.rank import phases, scene_of
 
 RUN = ["conf=tiny", "hardware=cpu", "cluster.device=cpu", "seq_len=128", "batch_size=4", "micro_batch_size=1"]
 ALL = "model.recompute=[norm,mla_up,swiglu]"
@@ -93,7 +93,7 @@ def measure(config: Config, rank: int) -> dict[str, int]:
         positions_S = torch.arange(config.seq_len + 1, dtype=torch.int32)
         documents_BS = (4 * positions_S // len(positions_S)).repeat(share, 1)
     step(config, parts, tokens_BS, documents_BS, 1)
-    with Meter(torch.device("cpu")) as meter:
+    with PeakMeter(torch.device("cpu")) as meter:
         return step(config, parts, tokens_BS, documents_BS, 2, meter)
 
 
@@ -103,7 +103,7 @@ def step(
     tokens_BS: torch.Tensor,
     documents_BS: torch.Tensor | None,
     number: int,
-    meter: Meter | None = None,
+    meter: PeakMeter | None = None,
 ) -> dict[str, int]:
     """A whole training step; peaks by phase."""
     parts.precision.start_step(number)

@@ -24,9 +24,10 @@ from conf.schema import Config
 from parallel.pipeline.simulate import Action, schedule_actions, simulate
 from train.model.count import flops_per_token
 from train.plan.budget import budget_of
-from train.plan.rates import load_rates
-from train.plan.stages import Stages
-from train.plan.step import StepTime, layout_of, plan_time
+from train.plan.job import layout_of
+from train.plan.time.rates import load_rates
+from train.plan.time.stages import Stages
+from train.plan.time.step import StepTime, plan_time
 
 DEEPSEEK = (
     "conf=deepseek_v3", "data.path=none", "precision=fp8", "hardware=h800", "parallel.pp=16", "parallel.dp=128",

@@ -180,7 +180,7 @@ def own_step(case: Case, balance_loss: float = 0.0) -> Callable[[], tuple[float,
 
     from parallel.mesh import build_mesh
     from train.parallelize import parallelize
-    from train.plan.step import layout_of
+    from train.plan.job import layout_of
 
     config = case.config()
     mesh = build_mesh(layout_of(config))

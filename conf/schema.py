@@ -364,6 +364,16 @@ class Precision:
     fp8: Fp8 | None = None
     """The FP8 recipe; null where no product is FP8."""
 
+    @property
+    def weight_bytes(self) -> int:
+        """Of a weight as the model computes with it, and of an activation."""
+        return 4 if self.name == "fp32" else 2
+
+    @property
+    def moment_bytes(self) -> int:
+        """Of each of Adam's two moments of a weight."""
+        return {"bf16": 2, "fp32": 4}[self.moments]
+
 
 @dataclass
 class Checkpoint:
@@ -457,7 +467,7 @@ class Hardware:
     watts: float | None = None
     """Of one device at full load; null for not given."""
     rates: dict[str, Rate] = field(default_factory=dict)
-    """What kernels and links reach, by kind of work (train/plan/rates.py): all times come from here; empty needs plan.calibration."""
+    """What kernels and links reach, by kind of work (train/plan/time/rates.py): all times come from here; empty needs plan.calibration."""
 
 
 @dataclass

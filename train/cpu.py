@@ -1,8 +1,10 @@
-"""Settings of this process that make training on CPU faster; made before torch is imported."""
+"""The processor of this machine: its name, and settings that make training on it faster, made before torch is imported."""
 
 import ctypes
 import os
+import platform
 import sys
+from pathlib import Path
 
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4
 
@@ -25,6 +27,14 @@ def tune_cpu() -> None:
 def threads_of(given: int, ranks: int) -> int:
     """Of each of so many ranks of this machine: as given, or for 0 an equal share of the cores."""
     return given or max(1, len(os.sched_getaffinity(0)) // ranks)
+
+
+def cpu_name() -> str:
+    """The processor of this machine, as the system calls it."""
+    file = Path("/proc/cpuinfo")
+    lines = file.read_text().splitlines() if file.exists() else []
+    names = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
 
 
 def _tune_malloc() -> None:

@@ -12,7 +12,7 @@ from train.dry_run.piece import Piece, choose_piece, choose_rank
 from train.dry_run.record import dry_run_screen, find
 from train.dry_run.routing import load_of
 from train.layout import check_layout
-from train.plan.step import with_nodes
+from train.plan.job import with_nodes
 
 TINY = [
     "mode=dry_run",

@@ -10,7 +10,7 @@ from tests.dry_run.pieces import invented, piece_of, screen_of
 from train.dry_run import expected as module
 from train.dry_run.expected import again, expect
 from train.dry_run.record import find
-from train.plan.step import plan_time
+from train.plan.time.step import plan_time
 
 CPU = torch.device("cpu")
 JOB = ["parallel.pp=2", "parallel.dp=4", "parallel.ep=4", "batch_size=32", "hardware=h100"]

@@ -11,8 +11,8 @@ from tests.dry_run.pieces import TINY, piece_of, screen_of
 from train.dry_run import piece as module
 from train.dry_run.piece import choose_rank, shrunk
 from train.dry_run.routing import load_of
-from train.plan.memory import plan_memory
-from train.plan.step import with_nodes
+from train.plan.job import with_nodes
+from train.plan.memory.rank import plan_memory
 
 CPU = torch.device("cpu")
 

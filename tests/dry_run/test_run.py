@@ -16,7 +16,7 @@ from tests.ranks import run_processes
 from tests.small import train
 from train.dry_run.lone import run_alone
 from train.dry_run.record import FILE
-from train.plan.memory import phases, rank_memory
+from train.plan.memory.rank import phases, rank_memory
 
 TOLERANCE = 0.01
 """Of a peak: on a model this small, numbers and views of a few bytes that the plan leaves out come to some 0.3 %."""

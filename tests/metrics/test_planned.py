@@ -10,6 +10,7 @@ from rich.console import Console
 from conf.errors import EXIT_OK
 from conf.load import compose, write_config
 from conf.schema import ROOT, Rate
+from train.cpu import cpu_name
 from train.metrics.jsonl import read_heads
 from train.metrics.planned import plan_rows, plan_words, planned
 from train.metrics.report import write_report
@@ -17,7 +18,6 @@ from train.metrics.screens import final_screen
 from train.metrics.series import read_series
 from train.metrics.writer import open_writer
 from train.native.model import parts_in_use
-from train.plan.rates import cpu_name
 from train.plan.run import run_plan
 
 LOG = ["log.wandb=disabled", "log.progress=false"]

@@ -12,12 +12,11 @@ from conf.load import compose
 from conf.schema import ROOT, Rate
 from tests.small import environment
 from train.plan.budget import make_plan
-from train.plan.changes import broken_rule, changed, fitted_ramp, overrides
-from train.plan.cures import find_cures
 from train.plan.run import run_plan
-from train.plan.search import search
-from train.plan.step import plan_time
-from train.plan.write import write_parallel
+from train.plan.search.changes import broken_rule, changed, fitted_ramp, overrides, write_parallel
+from train.plan.search.cures import find_cures
+from train.plan.search.search import search
+from train.plan.time.step import plan_time
 
 SMALL = ("conf=tiny", "hardware=h800", "micro_batch_size=2", "batch_size=32")
 

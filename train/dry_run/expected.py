@@ -18,10 +18,11 @@ from conf.schema import Config, Rate
 from parallel.pipeline.simulate import Action, simulate
 from train.dry_run.piece import Piece
 from train.parallelize import split
-from train.plan.rates import LINKS, load_rates
-from train.plan.stages import Stages, require_rule
-from train.plan.step import StepTime, layout_of, plan_time
-from train.plan.update import Update, held_weights, update_time
+from train.plan.job import layout_of
+from train.plan.time.rates import LINKS, load_rates
+from train.plan.time.stages import Stages, require_rule
+from train.plan.time.step import StepTime, plan_time
+from train.plan.time.update import UpdateTime, count_weights, update_time
 
 
 @dataclass(frozen=True)
@@ -31,7 +32,7 @@ class Expected:
     stages: Stages
     actions: Mapping[str, float]
     """All of the rank's actions of a kind in a step."""
-    update: Update
+    update: UpdateTime
 
     @property
     def schedule(self) -> float:
@@ -114,5 +115,5 @@ def _expected(config: Config, piece: Piece, layers: list[range], actions: list[A
     seconds: Counter[str] = Counter()
     for action in actions:
         seconds[action.kind] += stages.elapsed(action).seconds
-    held = held_weights(config, layers, piece.stages, len(layers) - 1)
+    held = count_weights(config, layers, piece.stages, len(layers) - 1)
     return Expected(stages, seconds, update_time(config, layout, silent, held))

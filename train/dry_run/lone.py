@@ -23,8 +23,8 @@ from parallel.pipeline.lone_stage import LoneStage
 from train.dry_run.piece import Piece
 from train.dry_run.routing import group_of
 from train.parallelize import Parallelized, parallelize
-from train.plan.measured import Meter
-from train.plan.step import layout_of
+from train.plan.job import layout_of
+from train.plan.memory.ledger import PeakMeter
 
 PHASES = ("schedule", "reduction", "update")
 
@@ -85,7 +85,7 @@ def _steps(config: Config, parts: Parallelized, device: torch.device) -> Measure
     measured = Measured()
     parts.zero.set_lr(0.0)  # the same work, and weights that stay sound without the other ranks' shards
     _step(config, parts, tokens_BS, 1, Measured())
-    with Meter(device) as meter:
+    with PeakMeter(device) as meter:
         _step(config, parts, tokens_BS, 2, measured, meter)
     measured = replace(Measured(), phases=measured.phases, items=measured.items)
     for number in range(3, 3 + config.dry_run.steps):
@@ -94,7 +94,12 @@ def _steps(config: Config, parts: Parallelized, device: torch.device) -> Measure
 
 
 def _step(
-    config: Config, parts: Parallelized, tokens_BS: Tensor, number: int, measured: Measured, meter: Meter | None = None
+    config: Config,
+    parts: Parallelized,
+    tokens_BS: Tensor,
+    number: int,
+    measured: Measured,
+    meter: PeakMeter | None = None,
 ) -> None:
     """One optimizer step, as train/trainer.py makes it."""
     micro_batches = len(tokens_BS) // config.micro_batch_size

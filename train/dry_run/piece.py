@@ -17,9 +17,9 @@ from parallel.expert.stand_in import Load
 from parallel.pipeline.split import stage_placement
 from train.model.count import head_flops, layer_flops
 from train.parallelize import split
-from train.plan.memory import plan_memory, rank_memory, scene_of
-from train.plan.step import layout_of
-from train.plan.trace import Scene
+from train.plan.job import layout_of
+from train.plan.memory.part import Scene
+from train.plan.memory.rank import plan_memory, rank_memory, scene_of
 
 CPU_WORK = 4e11
 """Operations of a step that a CPU does in some ten seconds."""

@@ -13,9 +13,9 @@ from train.dry_run.expected import Expected, Times, again
 from train.dry_run.lone import PHASES, Measured
 from train.dry_run.piece import Piece
 from train.metrics.screens import GOOD, WARN, show
-from train.plan.memory import chunk_parts, phases, rank_memory, scene_of
-from train.plan.weights import FP32, rank_weights
-from train.plan.words import error, gib, seconds
+from train.metrics.words import error, gib, seconds
+from train.plan.memory.rank import chunk_parts, phases, rank_memory, scene_of
+from train.plan.memory.weights import FP32, rank_weights
 
 FILE = "dry_run.json"
 KINDS = {"F": "forward", "B": "backward", "I": "backward, inputs", "W": "backward, weights", "FB": "overlapped pair"}

@@ -12,7 +12,7 @@ from conf.errors import UserError
 from conf.schema import Config
 from parallel.expert.stand_in import Group, Load
 from train.metrics.jsonl import FILE, read_heads_with_loads, read_steps
-from train.plan.step import layout_of
+from train.plan.job import layout_of
 
 SKEW = 1.5
 

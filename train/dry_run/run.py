@@ -15,8 +15,8 @@ from train.dry_run.piece import choose_piece, choose_rank
 from train.dry_run.record import FILE, dry_run_screen, find, record
 from train.dry_run.routing import load_of
 from train.layout import check_layout
-from train.plan.rates import read_calibration
-from train.plan.step import with_nodes
+from train.plan.job import with_nodes
+from train.plan.time.rates import read_calibration
 from train.worker import choose_device
 
 

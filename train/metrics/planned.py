@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from conf.schema import Config
+from train.cpu import cpu_name
 from train.metrics.headline import last, median
 from train.metrics.names import Record
 from train.metrics.series import Series
-from train.plan.words import error, gib, seconds, share
+from train.metrics.words import error, gib, seconds, share
 
 FILE = "plan.json"
 PARTS = {
@@ -68,8 +69,6 @@ def _is_here(plan: dict[str, Any], config: Config) -> bool:
     """Whether the device of a plan (part of CUDA's name for it, or a processor's whole name) is the one that trains, on a
     CPU with as many threads."""
     import torch  # a writer starts without it
-
-    from train.plan.rates import cpu_name
 
     if config.cluster.device != "cpu" and torch.cuda.is_available():
         return plan["device"] in torch.cuda.get_device_name()

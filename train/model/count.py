@@ -113,5 +113,5 @@ def flops_per_token(config: Model, seq_len: int, causal: bool = True, mtp: bool 
 def checkpoint_bytes(config: Config) -> int:
     """Size of one checkpoint: fp32 master weights, two moments, and the average of the weights where one is kept."""
     counts = count(config.model)
-    moment = {"bf16": 2, "fp32": 4}[config.precision.moments]
-    return (counts.total + counts.mtp) * (4 + 2 * moment + (4 if config.optim.ema_decay else 0))
+    moments = 2 * config.precision.moment_bytes
+    return (counts.total + counts.mtp) * (4 + moments + (4 if config.optim.ema_decay else 0))

@@ -4,9 +4,9 @@ from dataclasses import dataclass
 
 from conf.schema import Config
 from train.layout import check_layout
-from train.plan.memory import RankMemory, plan_memory
-from train.plan.rates import require_hardware
-from train.plan.step import StepTime, layout_of, plan_time, with_nodes
+from train.plan.job import device_memory, layout_of, require_hardware, with_nodes
+from train.plan.memory.rank import RankMemory, plan_memory
+from train.plan.time.step import StepTime, plan_time
 from train.schedules import Schedules
 
 HOUR, KWH_IN_JOULES, TRILLION = 3600.0, 3.6e6, 1e12
@@ -74,12 +74,3 @@ def budget_of(config: Config, step: StepTime) -> Budget:
         cost=None if hardware.price_per_hour is None else hours * devices * hardware.price_per_hour,
         energy_kwh=None if hardware.watts is None else hours * HOUR * devices * hardware.watts / KWH_IN_JOULES,
     )
-
-
-def device_memory(config: Config) -> int:
-    """Bytes of one device; of a CPU the share of each of this machine's ranks."""
-    if config.hardware.memory_bytes:
-        return int(config.hardware.memory_bytes)
-    import psutil
-
-    return psutil.virtual_memory().total // layout_of(config).ranks_per_node

@@ -9,19 +9,19 @@ from conf.schema import Config
 from train.checkpoint.files import atomic_write_text
 from train.native.model import choose
 from train.plan.budget import make_plan
-from train.plan.cures import find_cures
-from train.plan.page import PAGE, write_page
-from train.plan.record import FILE, plan_record
-from train.plan.screen import calibration_screen, plan_screen, search_screen
-from train.plan.search import Search, search
-from train.plan.write import write_parallel
+from train.plan.report.page import PAGE, write_page
+from train.plan.report.record import FILE, plan_record
+from train.plan.report.screen import calibration_screen, plan_screen, search_screen
+from train.plan.search.changes import write_parallel
+from train.plan.search.cures import find_cures
+from train.plan.search.search import Search, search
 
 
 def run_plan(config: Config) -> int:
     """Do what the plan section asks for; returns the exit code."""
     choose(config.cluster.compiled)
     if config.plan.calibrate:
-        from train.plan.calibrate import calibrate  # the one part that runs kernels
+        from train.plan.time.calibrate import calibrate  # the one part that runs kernels
 
         calibration_screen(calibrate(config))
         return EXIT_OK

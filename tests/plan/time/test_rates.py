@@ -1,0 +1,132 @@
+"""Rates: the shipped ones are fits of published timings, stand-ins are found, and a foreign calibration is refused."""
+
+import json
+
+import pytest
+
+from conf.errors import UserError
+from conf.load import compose
+from conf.schema import Rate
+from train.cpu import cpu_name
+from train.native.model import parts_in_use
+from train.plan.time import rates
+from train.plan.time.calibrate import fit_rate
+from train.plan.time.rates import Rates, load_rates
+from train.plan.time.step import plan_time
+from train.plan.time.work import Work
+
+# DeepGEMM README at 55ab91f, H800, FP8 operands and bf16 results: groups, M, N, K, TFLOP/s.
+FPROP = [
+    (1, 4096, 2112, 7168, 1009), (1, 4096, 24576, 1536, 1125), (1, 4096, 32768, 512, 751),
+    (1, 4096, 7168, 16384, 1426), (1, 4096, 4096, 7168, 1265), (1, 4096, 7168, 2048, 1168),
+    (4, 8192, 4096, 7168, 1346), (4, 8192, 7168, 2048, 1214), (8, 4096, 4096, 7168, 1346), (8, 4096, 7168, 2048, 1214),
+]  # fmt: skip
+# DeepGEMM pull request 95: weight gradients with fp32 results, which are read and written.
+WGRAD = [
+    (1, 7168, 2112, 4096, 920), (1, 1536, 24576, 4096, 986), (1, 512, 32768, 4096, 878), (1, 16384, 7168, 4096, 994),
+    (1, 7168, 4096, 4096, 942), (1, 2048, 7168, 4096, 920), (1, 7168, 2112, 8192, 1052), (1, 1536, 24576, 8192, 1092),
+    (1, 512, 32768, 8192, 1014),
+]  # fmt: skip
+
+
+def _sample(groups: int, m: int, n: int, k: int, tflops: float, result_bytes: int) -> tuple[float, float, float]:
+    flops = 2 * groups * m * n * k
+    return flops, groups * (m * k + n * k + result_bytes * m * n), flops / tflops / 1e12
+
+
+@pytest.mark.parametrize(("kind", "table", "result_bytes"), [("fprop_fp8", FPROP, 2), ("wgrad_fp8", WGRAD, 8)])
+def test_shipped_products_are_the_fit_of_published_timings(kind, table, result_bytes):
+    rate, worst = fit_rate([_sample(*row, result_bytes) for row in table])
+    shipped = compose("hardware=h800").hardware.rates[kind]
+    assert worst < 0.12, "a roofline explains the published table to 12 %"
+    assert vars(shipped) == pytest.approx(vars(rate), rel=0.01)
+
+
+def test_a_fit_finds_exact_limits_and_never_a_negative_one():
+    exact = Rate(2e-6, 1e12, 1e11)
+    sizes = [(1e9, 1e6), (1e10, 5e6), (1e8, 1e7), (5e9, 2e8)]
+    samples = [(f, b, exact.seconds + f / exact.flops + b / exact.bandwidth) for f, b in sizes]
+    rate, worst = fit_rate(samples)
+    assert vars(rate) == pytest.approx(vars(exact)) and worst < 1e-9
+    rate, _ = fit_rate([(0.0, 1e6, 3e-4), (0.0, 4e6, 5e-4), (0.0, 9e6, 7e-4)])
+    assert rate.flops == 0 and rate.bandwidth > 0 and rate.seconds >= 0
+
+
+def test_a_roofline_adds_calls_operations_and_bytes():
+    rates = Rates({"fprop_bf16": Rate(1e-6, 1e12, 1e11), "memory": Rate(0, 0, 1e10)}, "made up")
+    assert rates.of(Work("fprop_bf16", 2e12, 3e11, 4)) == pytest.approx(4e-6 + 2 + 3)
+    assert rates.of(Work("dgrad_bf16", 2e12)) == pytest.approx(2 + 1e-6), "fprop stands in"
+    assert rates.of(Work("norm_forward", bytes=1e10)) == pytest.approx(1), "memory stands in"
+    with pytest.raises(UserError, match="no rate for this kind"):
+        rates.of(Work("attention_forward", 1.0))
+
+
+def test_in_a_pass_every_call_costs_its_launch():
+    kernels, launch = {"memory": Rate(0, 0, 1e10)}, {"launch": Rate(1e-3)}
+    works = [Work("memory", bytes=1e10, calls=3), Work("memory", bytes=2e10)]
+    assert Rates(kernels | launch, "made up", {"passes": 2.0}).passes(works) == pytest.approx(2 * 3 + 4e-3)
+    assert Rates(kernels, "published").passes(works) == pytest.approx(3)
+
+
+def _calibration(path, **more) -> str:
+    made_up = {name: {"seconds": 1e-6, "flops": 1e11, "bandwidth": 1e10} for name in ("fprop_fp32", "memory")}
+    content = {
+        "device": cpu_name(),
+        "precision": "fp32",
+        "threads": 1,
+        "rates_alone": made_up,
+        "rates_together": made_up,
+    }
+    content["compiled"] = parts_in_use()
+    path.write_text(json.dumps(content | {"factors_alone": {}, "factors_together": {}} | more))
+    return str(path)
+
+
+def test_a_calibration_of_another_device_is_refused(tmp_path):
+    foreign = _calibration(tmp_path / "c.json", device="NVIDIA H100 80GB HBM3")
+    with pytest.raises(UserError, match="was measured on NVIDIA H100") as caught:
+        load_rates(compose("hardware=cpu", "precision=fp32", f"plan.calibration={foreign}"), alone=True)
+    assert caught.value.field == "plan.calibration"
+    load_rates(compose("hardware=h100", f"plan.calibration={foreign}"), alone=True)
+    mine = _calibration(tmp_path / "mine.json")
+    with pytest.raises(UserError, match="precision=fp32"):
+        load_rates(compose("hardware=cpu", "precision=bf16", f"plan.calibration={mine}"), alone=True)
+    assert load_rates(compose("hardware=cpu", "precision=fp32", f"plan.calibration={mine}"), alone=True).rates
+
+
+def test_a_calibration_of_other_code_is_refused(tmp_path, monkeypatch):
+    """On a CPU: a run with compiled code, and products among it, has other rates than one without."""
+    words = (
+        "hardware=cpu",
+        "precision=fp32",
+        f"plan.calibration={_calibration(tmp_path / 'c.json', compiled=['adamw'])}",
+    )
+    monkeypatch.setattr(rates, "parts_in_use", lambda: ["adamw", "products"])
+    with pytest.raises(
+        UserError, match=r"code for adamw, and here there is some for adamw, products(.|\n)*cluster\.compiled"
+    ):
+        load_rates(compose(*words), alone=True)
+    monkeypatch.setattr(rates, "parts_in_use", lambda: ["adamw"])
+    assert load_rates(compose(*words), alone=True).rates
+
+
+@pytest.mark.parametrize("text", ["", "[]", '{"device": "x"}'])
+def test_what_is_no_calibration_is_refused(tmp_path, text):
+    (tmp_path / "c.json").write_text(text)
+    with pytest.raises(UserError, match="must be a file that"):
+        load_rates(compose("hardware=cpu", f"plan.calibration={tmp_path / 'c.json'}"), alone=True)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "field"),
+    [
+        ((), "hardware"),
+        (("hardware=cpu",), "plan.calibration"),
+        (("hardware=h800", "data.mask_documents=true"), "data.mask_documents"),
+        (("hardware=cpu", "precision=fp8"), "precision.name"),
+    ],
+)
+def test_what_cannot_be_planned_says_why(overrides, field):
+    with pytest.raises(UserError) as caught:
+        plan_time(compose(*overrides))
+    assert caught.value.field == field and caught.value.cure

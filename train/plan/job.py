@@ -1,0 +1,69 @@
+"""What every part of a plan asks of the job that it plans: its devices, how they are laid out, and its pipeline's actions."""
+
+from dataclasses import replace
+from functools import lru_cache
+
+from conf.errors import UserError
+from conf.schema import Config, Hardware
+from parallel.mesh import Layout
+from parallel.pipeline.simulate import Action, schedule_actions
+
+
+def require_hardware(hardware: Hardware) -> None:
+    """Raise UserError where no description was chosen."""
+    if hardware.name is None:
+        raise UserError(
+            "hardware",
+            "none",
+            "a plan needs to know the devices",
+            "choose hardware=h800, h100, h200, b200, gb200_nvl72 or cpu (conf/hardware)",
+        )
+
+
+def device_kind(config: Config) -> str:
+    """cpu or cuda: that of the description, or of this machine where there is none."""
+    if config.hardware.name is not None:
+        return "cpu" if config.hardware.device == "cpu" else "cuda"
+    if config.cluster.device == "auto":
+        import torch
+
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    return config.cluster.device
+
+
+def device_memory(config: Config) -> int:
+    """Bytes of one device; of a CPU the share of each of this machine's ranks."""
+    if config.hardware.memory_bytes:
+        return int(config.hardware.memory_bytes)
+    import psutil
+
+    return psutil.virtual_memory().total // layout_of(config).ranks_per_node
+
+
+def layout_of(config: Config) -> Layout:
+    """The layout of a recipe on the hardware that is planned for."""
+    parallel = config.parallel
+    world = parallel.pp * parallel.dp
+    node = config.cluster.ranks_per_node or min(world, config.hardware.devices_per_node)
+    return Layout(parallel.pp, parallel.dp, parallel.ep, node)
+
+
+def with_nodes(config: Config) -> Config:
+    """The recipe with the ranks per node of its hardware, which rules about nodes ask for."""
+    nodes = replace(config.cluster, ranks_per_node=layout_of(config).ranks_per_node)
+    return replace(config, cluster=nodes)
+
+
+def micro_batches_of(config: Config) -> int:
+    """Micro-batches of a rank in a step at the full batch."""
+    return config.batch_size // (config.micro_batch_size * config.parallel.dp)
+
+
+def actions_of(config: Config) -> list[list[Action]]:
+    """What every rank of a pipeline does in a step, in order."""
+    return _actions(config.parallel.schedule, config.parallel.pp, micro_batches_of(config))
+
+
+@lru_cache(maxsize=64)
+def _actions(schedule: str, pp: int, micro_batches: int) -> list[list[Action]]:
+    return schedule_actions(schedule, pp, micro_batches)

@@ -1,0 +1,173 @@
+"""What the passes of a pipeline chunk take: those of its parts one after another (train/plan/memory/part.py).
+
+With h the bytes of hidden states (B, T, D), n parts (blocks, then the end if it is here) and x_0 ... x_n their inputs and
+outputs, what is alive is a sum of
+
+    own_i       what part i keeps for its backward beside its input
+    x_i         every part keeps its input, and the stage holds x_0 and x_n; h each
+    E           the embedding's output where MTP modules need it; in the first chunk it is x_0
+    dx_i, dE    gradients on their way
+
+and a pass of part i sees the sum over all other parts as a constant below its own numbers. Those count x_i, and where they
+are alive x_i+1 and the gradients of both. The end has no output worth counting, and E as a second input.
+"""
+
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property, lru_cache
+
+from train.plan.memory.part import PassMemory, Scene, Stretch, trace_backward, trace_forward, trace_split_backward
+
+Parts = tuple[str, ...]
+"""Names of a chunk's parts in order: embedding, dense, moe, end."""
+
+
+@lru_cache(maxsize=4096)
+def chunk_of(scene: Scene, parts: Parts) -> "ChunkMemory":
+    """The chunk with these parts; the same object every time."""
+    return ChunkMemory(scene, parts)
+
+
+@dataclass(frozen=True)
+class ChunkMemory:
+    """The passes of one chunk. Bytes; x_0, x_n and their gradients count in every pass while they are alive."""
+
+    scene: Scene
+    parts: Parts
+
+    @property
+    def _has_embedding(self) -> bool:
+        return self.parts[0] == "embedding"
+
+    @property
+    def has_end(self) -> bool:
+        return self.parts[-1] == "end"
+
+    @property
+    def _names(self) -> Parts:
+        return self.parts[self._has_embedding :]
+
+    @property
+    def _joins(self) -> bool:
+        """Whether MTP modules take the embedding's output."""
+        return self.has_end and self.scene.model.section.mtp_depth > 0
+
+    @cached_property
+    def hidden(self) -> int:
+        """h."""
+        return trace_forward(self.scene, "embedding").output
+
+    @cached_property
+    def _own(self) -> list[int]:
+        return [sum(self._kept(name).values()) for name in self._names]
+
+    def _kept(self, name: str) -> Counter:
+        """own_i by item."""
+        kept = Counter(trace_forward(self.scene, name).kept)
+        kept["activations"] -= self.hidden * (1 + (name == "end" and self._joins))
+        return kept
+
+    @cached_property
+    def kept(self) -> Counter:
+        """What stays for backward by item, x_n apart, and x_0 where it was received."""
+        kept: Counter = Counter()
+        for name in self._names:
+            kept += self._kept(name)
+        inside = len(self._names) - 1 + (self._has_embedding or self._joins)
+        kept["activations"] += inside * self.hidden
+        return kept
+
+    @property
+    def _held(self) -> int:
+        """All of x_0 ... x_n, and E."""
+        count = len(self._names) + (not self.has_end) + (self._joins and not self._has_embedding)
+        return count * self.hidden
+
+    @cached_property
+    def forward(self) -> PassMemory:
+        lifted = (_lifted(trace_forward(self.scene, name).run, below) for name, below in self.ascent())
+        return PassMemory(self._input, _joined([run.pieces for run in lifted]))
+
+    def ascent(self) -> Iterator[tuple[str, int]]:
+        """Parts in the order of forward, and what lies below each one's own numbers."""
+        if self._has_embedding or self._joins:
+            yield "embedding", self._input
+        early = self.hidden * (self._joins and not self._has_embedding)  # E, made before the blocks run
+        for i, name in enumerate(self._names):
+            own = self.hidden * (name == "end" and self._joins)  # of E, which the end's own numbers have
+            yield name, sum(self._own[:i]) + i * self.hidden + early - own
+
+    @property
+    def _input(self) -> int:
+        """x_0 where it was received."""
+        return 0 if self._has_embedding else self.hidden
+
+    def backward(self, first: bool, table_first: bool) -> PassMemory:
+        """A whole backward. first: it makes the gradients of the weights, which then count. table_first: also that of the
+        embedding, which two chunks of a rank may share.
+        """
+        start = sum(self._own) + self._held + (0 if self.has_end else self.hidden)
+
+        def run_of(name: str, held: bool) -> PassMemory:
+            return trace_backward(self.scene, name, table_first if name == "embedding" else first, held)
+
+        return PassMemory(start, _joined([_lifted(run, below).pieces for _, run, below in self.descent(run_of)]))
+
+    def descent(self, run_of: Callable[[str, bool], PassMemory]) -> Iterator[tuple[str, PassMemory, int]]:
+        """Parts in the order of backward, their passes, and what lies below each one's own numbers.
+
+        run_of: the pass of a part; held as in trace_backward. What it leaves behind counts from there on.
+        """
+        h, names = self.hidden, self._names
+        output = 0 if self.has_end else h
+        rest = 0  # alive of parts that are through, but for the gradient of their input
+        for i in reversed(range(len(names))):
+            run = run_of(names[i], i == len(names) - 1)
+            below = sum(self._own[:i]) + i * h + output + rest
+            if names[i] == "end":
+                below -= h * (self._joins and self._has_embedding)  # E is x_0
+            yield names[i], run, below
+            rest += run.end - h  # of the end dE goes on to the embedding, and stays in the rest until then
+        if self._has_embedding or self._joins:
+            arrived = h * self._joins  # dE
+            yield "embedding", run_of("embedding", False), output + rest - arrived + self._input
+
+    def split(self, first: bool) -> tuple[PassMemory, PassMemory]:
+        """The two passes of a backward in parts, inputs and weights; not for the first chunk.
+
+        The graph, all hidden states and the gradients of block outputs stay until the second is through.
+        """
+        h, names = self.hidden, self._names
+        runs = [trace_split_backward(self.scene, name, first) for name in names]
+        outer = [h if name == "end" else 3 * h for name in names]  # x_i, x_i+1, dx_i+1: counted by each run
+        after = [run.end - h - out for (run, _), out in zip(runs, outer, strict=True)]
+        left = [run.end - out for (_, run), out in zip(runs, outer, strict=True)]
+        own = [kept + h * (self._joins and name == "end") for kept, name in zip(self._own, names, strict=True)]
+        states = (len(names) + (not self.has_end)) * h
+        inputs, weights = [], []
+        for i in range(len(names)):
+            above = sum(after[i + 1 :]) + sum(h for name in names[i + 1 :] if name != "end")
+            others = above + states - min(outer[i], 2 * h)
+            inputs.append(_lifted(runs[i][0], sum(own[:i]) + others).pieces)
+            weights.append(_lifted(runs[i][1], sum(left[:i]) + others).pieces)
+        start = sum(own) + states + (0 if self.has_end else h)
+        between = sum(after) + states + sum(h for name in names if name != "end")
+        return PassMemory(start, _joined(inputs[::-1])), PassMemory(between, _joined(weights))
+
+
+def _lifted(run: PassMemory, below: int) -> PassMemory:
+    """A pass on top of what else is alive."""
+    return PassMemory(run.start + below, tuple(Stretch(piece.peak + below, piece.end + below) for piece in run.pieces))
+
+
+def _joined(runs: Sequence[Sequence[Stretch]]) -> tuple[Stretch, ...]:
+    """Runs one after another: the last piece of one and the first of the next are one."""
+    joined: list[Stretch] = []
+    for pieces in runs:
+        first, *others = pieces
+        if joined:
+            last = joined.pop()
+            first = Stretch(max(last.peak, first.peak), first.end)
+        joined += [first, *others]
+    return tuple(joined)

@@ -1,0 +1,133 @@
+"""Every byte of tensor memory that code takes and gives back, counted without the allocator's help.
+
+A Ledger is a dispatch mode: it sees every operation and enters each new storage with its size and the tag in force; a
+storage leaves when its last tensor dies. It works on the CPU, where it is the measurement, and on the meta device,
+where it tells what code would take without taking it. What kernels take inside one operation is not seen.
+
+Operations of other threads are not seen either, unless the mode is entered there too; autograd's passes on the CPU and
+on meta run in the thread that starts them.
+"""
+
+import gc
+import threading
+import weakref
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+
+@dataclass
+class Snapshot:
+    """Bytes that were alive at one time, in all and by tag."""
+
+    total: int = 0
+    by_tag: Counter = field(default_factory=Counter)
+    event: str = ""
+
+
+class Ledger(TorchDispatchMode):
+    """Bytes alive, now and at the peak since `mark`.
+
+    tag: entered with every new storage. event: what is going on, kept with the peak. The device tells which storages
+    count: one kind only.
+    """
+
+    def __init__(self, device: torch.device | str):
+        super().__init__()
+        self._kind = torch.device(device).type
+        self._live: dict[int, tuple[int, str]] = {}
+        self._lock = threading.RLock()
+        self.now = Snapshot()
+        self.peak = Snapshot()
+        self.tag = "workspace"
+        self.event = ""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if any(kind not in (Tensor, nn.Parameter) for kind in types):
+            return NotImplemented  # a tensor made of others turns to operations on those, which come by here
+        out = func(*args, **(kwargs or {}))
+        self._enter_all(out)
+        return out
+
+    def _enter_all(self, out: object) -> None:
+        if isinstance(out, Tensor):
+            self.enter(out)
+        elif isinstance(out, tuple | list):
+            for one in out:
+                self._enter_all(one)
+
+    def enter(self, tensor: Tensor, tag: str | None = None) -> None:
+        """Count the storage of a tensor, unless it is counted already."""
+        if tensor.device.type != self._kind or type(tensor) not in (Tensor, nn.Parameter):
+            return
+        storage = tensor.untyped_storage()
+        key = storage._cdata
+        with self._lock:
+            if key in self._live:
+                return
+            size, tag = storage.nbytes(), self.tag if tag is None else tag
+            self._live[key] = size, tag
+            self._add(size, tag)
+        weakref.finalize(storage, self._leave, key)
+
+    def _leave(self, key: int) -> None:
+        with self._lock:
+            size, tag = self._live.pop(key)
+            self._add(-size, tag)
+
+    def _add(self, size: int, tag: str) -> None:
+        now = self.now
+        now.total += size
+        now.by_tag[tag] += size
+        if now.total > self.peak.total:
+            self.peak = Snapshot(now.total, Counter(now.by_tag), self.event)
+
+    def mark(self) -> Snapshot:
+        """The peak since the last mark; a new one begins at what is alive now."""
+        peak, now = self.peak, self.now
+        self.peak = Snapshot(now.total, Counter(now.by_tag), self.event)
+        return peak
+
+    @contextmanager
+    def tagged(self, tag: str) -> Iterator[None]:
+        """New storages carry this tag inside."""
+        before, self.tag = self.tag, tag
+        try:
+            yield
+        finally:
+            self.tag = before
+
+
+class PeakMeter:
+    """Inside its `with`, `mark` tells the peak since the last mark. On the CPU operations take a little longer there."""
+
+    def __init__(self, device: torch.device):
+        self._device = device
+        self._ledger = None if device.type == "cuda" else Ledger(device)
+
+    def __enter__(self) -> "PeakMeter":
+        if self._ledger is None:
+            torch.cuda.reset_peak_memory_stats(self._device)
+        else:
+            for one in gc.get_objects():
+                if isinstance(one, torch.Tensor):
+                    self._ledger.enter(one, "before")
+            self._ledger.__enter__()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        if self._ledger is not None:
+            self._ledger.__exit__(*error)
+
+    def mark(self) -> int:
+        """Bytes."""
+        if self._ledger is not None:
+            return self._ledger.mark().total
+        peak = torch.cuda.max_memory_allocated(self._device)
+        torch.cuda.reset_peak_memory_stats(self._device)
+        return peak

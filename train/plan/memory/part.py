@@ -1,0 +1,349 @@
+"""What a part of the model takes and keeps, by running its real code on the meta device under a Ledger.
+
+A chunk is a chain of parts: embedding, blocks, and the end (final norm, MTP modules, head and loss). Each part is run alone,
+forward and backward, between a border that makes its input and a border that makes its incoming gradient, so that both
+live as long as they would in the chain. Passes of a chunk are then the passes of its parts one after another
+(train/plan/memory/chunk.py), and nothing has to be known here about what a layer saves under which recipe.
+
+All sizes in bytes. Weights are not counted, nor are their gradients, but for those that a first backward makes.
+
+Shapes: B sequences, S = T + 1 tokens of a sample, T positions, D width.
+"""
+
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+from torch import Tensor
+from torch.distributed.pipelining._backward import stage_backward_input, stage_backward_weight
+
+from conf.schema import Model, Recompute
+from parallel.expert.build import build_wire
+from parallel.expert.stand_in import Group, Load, build_stand_in
+from parallel.pipeline.graph import kept_graph
+from train.model.deepseek import DeepSeekV3
+from train.model.mla import MLA
+from train.model.moe import LocalDispatcher
+from train.plan.memory.ledger import Ledger
+from train.plan.memory.meta_device import shadow, shadow_precision
+from train.precision.build import activation_dtype
+
+
+class Frozen:
+    """A configuration section as a key of caches: equal by value."""
+
+    def __init__(self, section: object):
+        self.section, self._text = section, repr(section)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Frozen) and self._text == other._text
+
+    def __hash__(self) -> int:
+        return hash(self._text)
+
+
+@dataclass(frozen=True)
+class Scene:
+    """Everything that the memory of a micro-batch's passes through a part depends on."""
+
+    model: Frozen
+    precision: Frozen
+    kind: str
+    """Device: cuda or cpu."""
+    seq_len: int
+    sequences: int
+    """B, of a micro-batch."""
+    dispatch: str
+    """flat, node_limited or deepep; local where a rank has all experts."""
+    wire: str
+    ep: int
+    ranks_per_node: int
+    """Of an expert-parallel group."""
+    load: Load
+    """Rows of this rank's experts."""
+    gloo: bool
+    """The ranks talk by gloo, which keeps what was sent until the step ends, and lacks a sum that scatters."""
+    compiled: bool
+    """The model runs compiled code where it can (train/native/model.py), which keeps and takes less."""
+
+
+@dataclass(frozen=True)
+class Stretch:
+    """A stretch of a pass up to a point where an overlapped pair may change lanes."""
+
+    peak: int
+    end: int
+    """Alive at its end."""
+
+
+@dataclass(frozen=True)
+class PassMemory:
+    """One pass through a part. Its input and output, or the gradients of them, count while they are alive."""
+
+    start: int
+    pieces: tuple[Stretch, ...]
+
+    @property
+    def end(self) -> int:
+        return self.pieces[-1].end
+
+    @property
+    def peak(self) -> int:
+        return max(self.start, *(piece.peak for piece in self.pieces))
+
+
+@dataclass(frozen=True)
+class Forward:
+    """A forward pass and what stays of it."""
+
+    run: PassMemory
+    kept: Counter
+    """By item; with the input where backward needs it, without the output."""
+    output: int
+
+
+@lru_cache(maxsize=4096)
+def trace_forward(scene: Scene, part: str) -> Forward:
+    """part: embedding, dense, moe or end."""
+    with Run(scene, part) as run:
+        return run.forward()
+
+
+@lru_cache(maxsize=4096)
+def trace_backward(scene: Scene, part: str, first: bool, held: bool) -> PassMemory:
+    """Whole backward. first: the gradients of the weights are made in it, and count. held: the incoming gradient is kept
+    to the end, as torch's stage does with that of a chunk's last part.
+    """
+    with Run(scene, part, first) as run:
+        run.forward()
+        return run.backward(held)
+
+
+@lru_cache(maxsize=4096)
+def trace_split_backward(scene: Scene, part: str, first: bool) -> tuple[PassMemory, PassMemory]:
+    """The input part and the weight part of a backward, by torch's own functions.
+
+    Output and incoming gradient, which the stage holds through both, count. At the end of the second what stays is what
+    the graph holds on to until it falls as a whole.
+    """
+    with Run(scene, part, first) as run:
+        run.forward(leaves=True)
+        return run.inputs(), run.weights()
+
+
+class Run:
+    """One part between its borders, under a ledger. Call forward, then backward, or inputs and weights."""
+
+    def __init__(self, scene: Scene, part: str, first: bool = False):
+        self._scene, self._part, self._first = scene, part, first
+        self._ledger = Ledger("meta")
+        self._rows: list[int] = []
+        """Of every expert, in the dispatch under way."""
+        self._shadow = shadow(scene.kind, self._rows)
+        self._base, self._start = 0, 0
+        self._pieces: list[Stretch] | None = None
+        self._incoming: list[Tensor] = []
+        """Gradients of the inputs."""
+
+    def __enter__(self) -> "Run":
+        self._module = _build(self._scene, self._part, self._cut, self._ledger, self._rows)
+        _make_tables(self._module, self._scene)
+        for param in self._module.parameters():
+            param.grad_dtype = torch.float32
+            param.grad = None if self._first else torch.empty_like(param, dtype=torch.float32)
+        self._shadow.__enter__()
+        self._ledger.__enter__()
+        for tensor in (*self._module.parameters(), *self._module.buffers()):
+            self._ledger.enter(tensor)
+            if tensor.grad is not None:
+                self._ledger.enter(tensor.grad)
+        tokens = self._scene.sequences, self._scene.seq_len + 1
+        self._tokens_BS = torch.empty(tokens, dtype=torch.int64, device="meta")
+        self._anchor = torch.empty(0, device="meta", requires_grad=True)
+        self._base = self._ledger.now.total
+        self._ledger.now.by_tag.clear()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._ledger.__exit__(*error)
+        self._shadow.__exit__(*error)
+
+    def forward(self, leaves: bool = False) -> Forward:
+        """leaves: inputs stand at the ends of the graph, as torch's split of a backward wants them."""
+        self._ledger.tag = "activations"
+        joins = self._scene.model.section.mtp_depth > 0 and not leaves
+        borders = {"embedding": 0, "end": 1 + joins}.get(self._part, 1)
+        self._inputs = [
+            self._empty().requires_grad_() if leaves else _Entry.apply(self._anchor, self._empty, self._incoming.append)
+            for _ in range(borders)
+        ]
+        self._begin()
+        if self._part == "embedding":
+            self._y = self._module(self._tokens_BS)
+        elif self._part == "end":
+            self._y = self._module(*self._inputs, tokens_BS=self._tokens_BS)
+        else:
+            self._y = self._module(self._inputs[0])
+        run = self._finish()
+        output = self._y.untyped_storage().nbytes()
+        kept = Counter(self._ledger.now.by_tag)
+        kept["activations"] -= output
+        self._ledger.tag = "workspace"
+        return Forward(run, kept, output)
+
+    def backward(self, held: bool) -> PassMemory:
+        kept: list[Tensor] = []
+
+        def started(dy: Tensor) -> None:
+            if held:
+                kept.append(dy)
+            self._begin()
+
+        token = _Exit.apply(self._y, started)
+        if not held:
+            del self._y
+        self._inputs.clear()
+        torch.autograd.backward(token, torch.empty_like(token))
+        return self._finish()
+
+    def inputs(self) -> PassMemory:
+        self._node, self._graph = self._y.grad_fn, kept_graph(self._y)
+        dy = None if self._part == "end" else [torch.empty_like(self._y)]
+        self._dy = dy
+        self._begin()
+        grads, self._groups = stage_backward_input((self._y,), dy, self._inputs, self._module.parameters())
+        run = self._finish()
+        del grads
+        for x in self._inputs:
+            x.grad = None
+        return run
+
+    def weights(self) -> PassMemory:
+        self._begin()
+        stage_backward_weight(self._module.parameters(), self._groups)
+        self._groups.clear()
+        self._graph = None
+        return self._finish()
+
+    def _empty(self) -> Tensor:
+        """Hidden states (B, T, D)."""
+        shape = self._scene.sequences, self._scene.seq_len, self._scene.model.section.hidden
+        return torch.empty(shape, dtype=activation_dtype(self._scene.precision.section), device="meta")
+
+    def _begin(self) -> None:
+        self._ledger.mark()
+        self._start, self._pieces = self._ledger.now.total - self._base, []
+
+    def _cut(self) -> None:
+        """End of a piece; also called where the dispatcher waits for its peers."""
+        if self._pieces is not None:
+            peak = self._ledger.mark().total
+            self._pieces.append(Stretch(peak - self._base, self._ledger.now.total - self._base))
+
+    def _finish(self) -> PassMemory:
+        self._cut()
+        pieces, self._pieces = self._pieces, None
+        assert pieces is not None
+        return PassMemory(self._start, tuple(pieces))
+
+
+class _Entry(torch.autograd.Function):
+    """Makes an input of the part; its gradient arrives here."""
+
+    @staticmethod
+    def forward(ctx, anchor: Tensor, make: Callable[[], Tensor], arrived: Callable[[Tensor], None]) -> Tensor:
+        ctx.arrived = arrived
+        return make()
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        ctx.arrived(grad)
+        return grad.new_empty(0, dtype=torch.float32), None, None
+
+
+class _Exit(torch.autograd.Function):
+    """Takes the output of the part; its gradient starts here."""
+
+    @staticmethod
+    def forward(ctx, y: Tensor, started: Callable[[Tensor], None]) -> Tensor:
+        ctx.shape, ctx.dtype, ctx.started = y.shape, y.dtype, started
+        return y.new_empty(0, dtype=torch.float32)
+
+    @staticmethod
+    def backward(ctx, grad: Tensor):
+        dy = grad.new_empty(ctx.shape, dtype=ctx.dtype)
+        ctx.started(dy)
+        return dy, None
+
+
+class _End(DeepSeekV3):
+    """Everything behind the blocks of the last chunk."""
+
+    def forward(self, x: Tensor, embedding_BTD: Tensor | None = None, *, tokens_BS: Tensor) -> Tensor:
+        if embedding_BTD is None and len(self.mtp):
+            embedding_BTD = self._embed(tokens_BS[:, :-1])
+        return torch.stack([self._loss(self.norm(x), embedding_BTD, tokens_BS, None)])
+
+
+class _Tagged:
+    """A dispatcher whose memory goes by its own name, and which tells how many rows come."""
+
+    def __init__(self, dispatcher, ledger: Ledger, load: Load, rows: list[int]):
+        self._dispatcher, self._ledger, self._load, self._rows = dispatcher, ledger, load, rows
+
+    def dispatch_begin(self, x_TD: Tensor, *args):
+        self._rows[:] = self._load.rows_L(len(x_TD))
+        with self._ledger.tagged("dispatch"):
+            self._pending = self._dispatcher.dispatch_begin(x_TD, *args)
+        return self
+
+    def wait(self):
+        with self._ledger.tagged("dispatch"):
+            return self.__dict__.pop("_pending").wait()
+
+    def combine(self, *args):
+        with self._ledger.tagged("dispatch"):
+            return self._dispatcher.combine(*args)
+
+
+def _build(scene: Scene, part: str, on_wait: Callable[[], None], ledger: Ledger, rows: list[int]) -> DeepSeekV3:
+    model: Model = scene.model.section
+    recompute = Recompute.swiglu in model.recompute
+    precision = shadow_precision(scene.precision.section, scene.kind, recompute)
+    layers = {"dense": range(1), "moe": range(model.dense_layers, model.dense_layers + 1)}.get(part, range(0))
+    kind = _End if part == "end" else DeepSeekV3
+    chunk = kind(
+        model,
+        precision,
+        seq_len=scene.seq_len,
+        layers=layers,
+        has_embedding=part == "embedding",
+        has_head=part == "end",
+        dispatcher=_Tagged(_dispatcher(scene, on_wait), ledger, scene.load, rows),
+        local_experts=range(model.experts // scene.ep),
+        dtype=activation_dtype(scene.precision.section),
+        device="meta",
+    )
+    if part == "end":
+        chunk.head.register_forward_pre_hook(lambda *_: setattr(ledger, "tag", "logits"))
+        chunk.head.register_forward_hook(lambda *_: setattr(ledger, "tag", "activations"))
+    return chunk
+
+
+def _dispatcher(scene: Scene, on_wait: Callable[[], None]):
+    model: Model = scene.model.section
+    if scene.ep == 1:
+        return LocalDispatcher(model.experts)
+    group = Group(scene.ep, scene.ranks_per_node, model.experts, model.top_k, model.groups, model.top_groups)
+    return build_stand_in(
+        scene.dispatch, group, build_wire(scene.wire, scene.precision.section.fp8 is not None), scene.load, on_wait
+    )
+
+
+def _make_tables(module: DeepSeekV3, scene: Scene) -> None:
+    """Let the parts make what they make once and keep."""
+    for part in module.modules():
+        if isinstance(part, MLA):
+            part._rope.table(scene.seq_len, torch.device("meta"))

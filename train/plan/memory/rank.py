@@ -1,0 +1,178 @@
+"""How much memory every rank of a run will need: its state, and the schedule walked through action by action.
+
+    state       weights, master weights and moments, in DeepSpeed's groups and shards (weights.py)
+    schedule    torch's own action list of the rank (schedule.py); what passes take and keep comes from the model's own code,
+                run on the meta device (part.py, chunk.py)
+    reduction   gradients reduced, sharded and applied at the end of the step (step_end.py)
+
+The largest of all moments is the peak, and what is alive then is listed by item. Ranks with the same place in the pipeline
+are alike, but for the rows that reach their experts: `plan.imbalance` says by how much the busiest exceeds the mean.
+"""
+
+from collections import Counter
+from dataclasses import dataclass
+
+from conf.schema import Config
+from parallel.expert.stand_in import Group, Load
+from parallel.pipeline.split import stage_placement
+from train.native.model import in_use
+from train.parallelize import split
+from train.plan.job import actions_of, device_kind, layout_of
+from train.plan.memory.chunk import Parts, chunk_of
+from train.plan.memory.part import Frozen, Scene
+from train.plan.memory.schedule import MemoryPeak, StagePlan, Walk
+from train.plan.memory.step_end import StepEnd
+from train.plan.memory.weights import FP32, Shards, needs_table, part_weights, rank_weights, shards
+from train.plan.memory.zero3 import Zero3Memory
+
+
+@dataclass(frozen=True)
+class RankMemory:
+    """The peak of the ranks at one place of the pipeline. Bytes."""
+
+    pp_rank: int
+    layers: list[range]
+    """Of its stages, in order of stages."""
+    items: dict[str, int]
+    """What is alive at the peak: weights, master, moments, gradients, activations (with hidden states inside stages),
+    dispatch, logits, in_flight (hidden states and gradients between stages), reduction, workspace, buffers; items that are
+    0 are left out."""
+    peak_bytes: int
+    """Sum of the items."""
+    peak_event: str
+    """What runs at the peak."""
+    in_flight: int
+    """Micro-batches that wait for their backward when the schedule is at its highest, over all stages of the rank."""
+
+
+def plan_memory(config: Config) -> list[RankMemory]:
+    """One entry per pipeline rank. Runs on the meta device: needs no memory of the size of the model."""
+    pp = config.parallel.pp
+    return [rank_memory(config, pp_rank, scene_of(config)) for pp_rank in range(pp)]
+
+
+def rank_memory(config: Config, pp_rank: int, scene: Scene, layers: list[range] | None = None) -> RankMemory:
+    """The entry of one pipeline rank under a scene. layers: of every stage, instead of the split of the layout."""
+    state, moments = _moments(config, pp_rank, 0, scene, layers)
+    peak = max(moments.values(), key=lambda moment: moment.total)
+    items = {name: size for name, size in (state + peak.items).items() if size}
+    return RankMemory(
+        pp_rank, _layers(config, layers)[pp_rank], items, sum(items.values()), peak.event, moments["schedule"].in_flight
+    )
+
+
+def phases(
+    config: Config, pp_rank: int, dp_rank: int, scene: Scene, layers: list[range] | None = None
+) -> dict[str, int]:
+    """Peak bytes of one rank in each phase of a step: schedule, reduction, update. layers: as in rank_memory."""
+    state, moments = _moments(config, pp_rank, dp_rank, scene, layers)
+    return {name: sum(state.values()) + moment.total for name, moment in moments.items()}
+
+
+def _moments(
+    config: Config, pp_rank: int, dp_rank: int, scene: Scene, layers: list[range] | None
+) -> tuple[Counter, dict[str, MemoryPeak]]:
+    """What a rank holds all the time, and on top of it the peak of each phase."""
+    chunks = chunk_parts(config, layers)[pp_rank]
+    groups = shards(config, rank_weights(config, list(chunks.values())))
+    if config.parallel.zero == 3:
+        stage3 = Zero3Memory(config, groups, chunk_of(scene, chunks[0]))
+        size, event = stage3.schedule()
+        schedule, reduced, updated = (
+            MemoryPeak(size, Counter(workspace=size), event, 1),
+            stage3.reduction(),
+            stage3.update(),
+        )
+        state = Counter(stage3.state())
+    else:
+        reduced, updated = StepEnd(config, groups, dp_rank, scene.kind).peaks()
+        schedule, state = _walk(config, pp_rank, chunks, scene), state_items(config, groups)
+    state["buffers"] += buffer_bytes(config, chunks)
+    return state, {
+        "schedule": schedule,
+        "reduction": MemoryPeak(reduced, Counter(reduction=reduced), "reduction of gradients"),
+        "update": MemoryPeak(updated, Counter(reduction=updated), "update of weights"),
+    }
+
+
+def scene_of(config: Config, load: Load | None = None) -> Scene:
+    """What all passes of a run have in common. load: instead of an even one, times plan.imbalance."""
+    model, parallel = config.model, config.parallel
+    layout = layout_of(config)
+    if load is None:
+        group = Group(parallel.ep, 1, model.experts, model.top_k, model.groups, model.top_groups)
+        load = Load.even(group, config.plan.imbalance if parallel.ep > 1 else 1.0)
+    return Scene(
+        Frozen(model),
+        Frozen(config.precision),
+        device_kind(config),
+        config.seq_len,
+        config.micro_batch_size,
+        parallel.dispatch if parallel.ep > 1 else "local",
+        parallel.wire if parallel.ep > 1 else "bf16",
+        parallel.ep,
+        layout.ep_ranks_per_node,
+        load,
+        gloo=device_kind(config) == "cpu",
+        compiled=device_kind(config) == "cpu" and in_use(),
+    )
+
+
+def chunk_parts(config: Config, layers: list[range] | None = None) -> list[dict[int, Parts]]:
+    """For every pipeline rank the parts of its stages. layers: of every stage, instead of the split of the layout."""
+    placement = stage_placement(config.parallel.schedule, config.parallel.pp)
+    last, dense = sum(map(len, placement)) - 1, config.model.dense_layers
+    layers = layers or split(config)
+
+    def parts(stage: int) -> Parts:
+        blocks = ["dense" if index < dense else "moe" for index in layers[stage]]
+        return (*["embedding"] * (stage == 0), *blocks, *["end"] * (stage == last))
+
+    return [{stage: parts(stage) for stage in stages} for stages in placement]
+
+
+def _layers(config: Config, layers: list[range] | None = None) -> list[list[range]]:
+    placement = stage_placement(config.parallel.schedule, config.parallel.pp)
+    layers = layers or split(config)
+    return [[layers[stage] for stage in stages] for stages in placement]
+
+
+def state_items(config: Config, groups: list[Shards]) -> Counter:
+    """What a rank holds all the time."""
+    precision = config.precision
+    owned = sum(group.partition for group in groups)
+    whole = sum(group.partition * group.ranks for group in groups)
+    return Counter(
+        weights=precision.weight_bytes * whole, master=FP32 * owned, moments=2 * precision.moment_bytes * owned
+    )
+
+
+def buffer_bytes(config: Config, chunks: dict[int, Parts]) -> int:
+    """Tables of RoPE, counters of routers, and the tokens of a step."""
+    model = config.model
+    tables = len(chunks) * 8 * config.seq_len * model.rope_head_dim // 2
+    routers = sum((part == "moe") + (part == "end") * model.mtp_depth for parts in chunks.values() for part in parts)
+    per_token = 8 + 4 * config.data.mask_documents
+    tokens = config.batch_size // config.parallel.dp * (config.seq_len + 1)
+    return tables + routers * 16 * model.experts + per_token * tokens
+
+
+def _walk(config: Config, pp_rank: int, chunks: dict[int, Parts], scene: Scene) -> MemoryPeak:
+    model, parallel = config.model, config.parallel
+    share = model.experts // parallel.ep
+    last = max(max(stages) for stages in stage_placement(parallel.schedule, parallel.pp))
+
+    def gradients(*names: str) -> int:
+        return FP32 * sum(w.elements for name in names for w in part_weights(scene.model, name, share))
+
+    stages = {
+        stage: StagePlan(
+            chunk_of(scene, parts),
+            gradients(*(part for part in parts if part != "embedding")),
+            gradients("embedding") * needs_table(model, parts),
+            one_piece=stage == last and model.mtp_depth > 1,
+        )
+        for stage, parts in chunks.items()
+    }
+    holds_sent = scene.gloo and parallel.schedule != "1f1b"  # torch waits for sends at the end of a step
+    return Walk(stages, last + 1, holds_sent).run(actions_of(config)[pp_rank])

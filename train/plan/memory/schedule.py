@@ -1,0 +1,202 @@
+"""A rank's action list, walked through: what every action finds, takes and leaves behind.
+
+Alive between actions, beside the rank's state:
+
+    kept        what a forward has kept for its backward, by item (chunk.py)
+    hidden      hidden states at a border between two stages: made or received, until the stages here are through with them
+    gradient    the same of their gradients
+    gradients   of weights, fp32, from the first backward of a stage on
+
+torch's stage holds input and output of a chunk to the end of its backward. Where the first and the last stage share a rank
+the embedding is one table with one gradient. gloo holds what was sent until the step ends.
+"""
+
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from functools import cache
+
+from parallel.pipeline.simulate import Action
+from train.plan.memory.chunk import ChunkMemory
+from train.plan.memory.part import PassMemory
+
+
+@dataclass(frozen=True)
+class MemoryPeak:
+    """The moment at which most is alive. Bytes."""
+
+    total: int = 0
+    items: Counter = field(default_factory=Counter)
+    event: str = ""
+    in_flight: int = 0
+    """Micro-batches that wait for their backward, over all stages of the rank."""
+
+
+@dataclass(frozen=True)
+class StagePlan:
+    """One stage of the rank."""
+
+    chunk: ChunkMemory
+    gradients: int
+    """Bytes of the gradients of its weights, the embedding's apart."""
+    table: int
+    """Bytes of the embedding's gradient where the stage uses it, else 0."""
+    one_piece: bool = False
+    """The whole backward runs where its input part is due."""
+
+
+SENT = -1
+"""Holder of a tensor in place of a stage: the transport."""
+
+
+class Walk:
+    """One rank of a pipeline over one step."""
+
+    def __init__(self, stages: dict[int, StagePlan], num_stages: int, holds_sent: bool):
+        """stages: those of the rank. holds_sent: what was sent to other ranks stays until the step ends."""
+        self._stages, self._last, self._holds_sent = stages, num_stages - 1, holds_sent
+        self._alive: dict[tuple[str, int, int], Counter] = {}
+        """By kind, stage (of a border the upper one) and micro-batch."""
+        self._holders: defaultdict[tuple[str, int, int], set[int]] = defaultdict(set)
+        self._made: set[int] = set()
+        """Stages whose weights have gradients."""
+        self._table_made = False
+        self._gradients = 0
+        self._passes = cache(self._make_pass)
+        self.peak = MemoryPeak()
+
+    def run(self, actions: Sequence[Action]) -> MemoryPeak:
+        """Walk the whole list."""
+        for action in actions:
+            parts = [part for part in action.halves[::-1] or (action,) if self._kind(part)]  # backward goes first
+            for part in parts:
+                self._receive(part)
+            if parts:
+                self._play(action, parts)
+            for part in parts:
+                self._finish(part)
+        return self.peak
+
+    def _kind(self, action: Action) -> str:
+        """What really runs: F, B, I, W, or nothing.
+
+        The first stage does the whole backward in its W, a stage in one piece in its I.
+        """
+        kind, stage = action.kind, action.stage
+        if kind == "I":
+            return "" if stage == 0 else "B" if self._stages[stage].one_piece else "I"
+        if kind == "W":
+            return "B" if stage == 0 else "" if self._stages[stage].one_piece else "W"
+        return kind
+
+    def _receive(self, action: Action) -> None:
+        """Hidden states or their gradient from another rank."""
+        stage, m = action.stage, action.micro_batch
+        chunk = self._stages[stage].chunk
+        if self._kind(action) == "F" and stage > 0:
+            self._hold("hidden", stage, m, chunk.hidden, stage)
+        if self._kind(action) in ("B", "I") and stage < self._last:
+            self._hold("gradient", stage + 1, m, chunk.hidden, stage)
+
+    def _play(self, action: Action, parts: Sequence[Action]) -> None:
+        """The passes of an action on top of all that is alive beside what they count themselves."""
+        total = self._gradients + sum(sum(one.values()) for one in self._alive.values())
+        lanes = [self._pass(part) for part in parts]
+        below = total - sum(sum(sum(self._alive[key].values()) for key in self._counted(part)) for part in parts)
+        peak = below + _highest(lanes)
+        if peak <= self.peak.total:
+            return
+        items: Counter = Counter(gradients=self._gradients)
+        for one in self._alive.values():
+            items += one
+        items["workspace"] += peak - total
+        waiting = sum(kind == "kept" for kind, _, _ in self._alive)
+        self.peak = MemoryPeak(peak, items, _name(action), waiting + sum(self._kind(part) == "F" for part in parts))
+
+    def _counted(self, action: Action) -> Iterator[tuple[str, int, int]]:
+        """Keys of what a pass includes in its own numbers."""
+        stage, m = action.stage, action.micro_batch
+        keys = [("hidden", stage, m)]
+        if self._kind(action) != "F":
+            keys += [("kept", stage, m), ("hidden", stage + 1, m), ("gradient", stage + 1, m)]
+        return (key for key in keys if key in self._alive)
+
+    def _pass(self, action: Action) -> PassMemory:
+        stage, kind = action.stage, self._kind(action)
+        first = kind in "BW" and stage not in self._made
+        return self._passes(stage, kind, first, first and not self._table_made)
+
+    def _make_pass(self, stage: int, kind: str, first: bool, table_first: bool) -> PassMemory:
+        chunk = self._stages[stage].chunk
+        if kind == "F":
+            return chunk.forward
+        if kind == "B":
+            return chunk.backward(first, table_first)
+        return chunk.split(first)[kind == "W"]
+
+    def _finish(self, action: Action) -> None:
+        stage, m, kind = action.stage, action.micro_batch, self._kind(action)
+        plan = self._stages[stage]
+        hidden = plan.chunk.hidden
+        if kind == "F":
+            self._alive["kept", stage, m] = Counter(plan.chunk.kept)
+            if stage < self._last:
+                self._hold("hidden", stage + 1, m, hidden, stage)
+                self._send("hidden", stage + 1, m, stage + 1)
+            return
+        if kind in "BI" and stage > 0:
+            self._hold("gradient", stage, m, hidden, stage - 1 if stage - 1 in self._stages else stage)
+            self._send("gradient", stage, m, stage - 1)
+            if stage - 1 not in self._stages:
+                self._let_go("gradient", stage, m, stage)
+        if kind == "I":
+            start = plan.chunk.split(first=False)[1].start
+            outside = [key for key in self._counted(action) if key[0] != "kept"]
+            kept = self._alive["kept", stage, m]
+            kept["activations"] += start - sum(kept.values()) - sum(sum(self._alive[key].values()) for key in outside)
+            return
+        if stage not in self._made:
+            self._made.add(stage)
+            self._gradients += plan.gradients + (0 if self._table_made else plan.table)
+            self._table_made |= plan.table > 0
+        del self._alive["kept", stage, m]
+        for name, border in (("hidden", stage), ("hidden", stage + 1), ("gradient", stage + 1)):
+            self._let_go(name, border, m, stage)
+
+    def _hold(self, name: str, border: int, m: int, size: int, holder: int) -> None:
+        key = name, border, m
+        self._holders[key].add(holder)
+        self._alive.setdefault(key, Counter(in_flight=size))
+
+    def _let_go(self, name: str, border: int, m: int, holder: int) -> None:
+        key = name, border, m
+        if key in self._holders:
+            self._holders[key].discard(holder)
+            if not self._holders[key]:
+                del self._holders[key], self._alive[key]
+
+    def _send(self, name: str, border: int, m: int, to: int) -> None:
+        if self._holds_sent and to not in self._stages:
+            self._holders[name, border, m].add(SENT)
+
+
+def _highest(lanes: Sequence[PassMemory]) -> int:
+    """The largest sum of passes that take turns, the first beginning, and the other going on where one has ended."""
+    now = [lane.start for lane in lanes]
+    left = [list(lane.pieces) for lane in lanes]
+    highest, turn = sum(now), 0
+    while any(left):
+        if left[turn]:
+            piece = left[turn].pop(0)
+            highest = max(highest, sum(now) - now[turn] + piece.peak)
+            now[turn] = piece.end
+        turn = (turn + 1) % len(lanes)
+    return highest
+
+
+def _name(action: Action) -> str:
+    """As a person reads it: forward of stage 3, micro-batch 12."""
+    kinds = {"F": "forward", "B": "backward", "I": "backward of inputs", "W": "backward of weights"}
+    if action.halves:
+        return " beside ".join(map(_name, action.halves))
+    return f"{kinds[action.kind]} of stage {action.stage}, micro-batch {action.micro_batch}"

@@ -1,0 +1,209 @@
+"""What the end of a step takes: gradients brought into DeepSpeed's bucket, reduced and sharded, then the update.
+
+This follows DeepSpeed 0.19 (stage_1_and_2.py) buffer by buffer, since on small models and few micro-batches the peak of the
+whole step lies here. Gradients are fp32 and whole when it begins (parallel/zero12.py):
+
+    own        gradients of a group that this rank shares with nobody stay as they are to the end (with bf16 weights)
+    fill       a gradient is copied into the bucket, and its own memory freed; one that is larger than the bucket stays
+    reduce     when the bucket is full: the slices of every group are put together in a copy and summed over its ranks
+    keep       with bf16 weights, sums go to a flat shard per group, made when first needed; with fp32 weights the
+               gradients of which this rank has a piece are copied whole into one buffer
+    update     group by group; with fp32 weights the shard is copied together first; then the optimizer's scratch
+
+Gradients that are other ranks' business are let go after their reduction at stage 2, and at stage 1 only when their group is
+updated, and with them the bucket, of which they have become views.
+
+All sizes in bytes unless a name says elements.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+
+from conf.schema import Config
+from parallel.zero import BUCKET_ELEMENTS
+from train.optim import moments_dtype, scratch_bytes
+from train.plan.memory.weights import FP32, Shards, Weight
+
+
+@dataclass
+class _Bytes:
+    """Bytes in use, and the most there were since the last mark."""
+
+    now: int = 0
+    peak: int = 0
+
+    def take(self, size: int) -> None:
+        self.now += size
+        self.peak = max(self.peak, self.now)
+
+    def mark(self) -> int:
+        peak, self.peak = self.peak, self.now
+        return peak
+
+
+@dataclass(frozen=True)
+class Slice:
+    """A piece of a gradient that one rank keeps."""
+
+    owner: int
+    elements: int
+
+
+@dataclass(frozen=True)
+class Gradient:
+    """One weight's gradient among those of its group."""
+
+    group: int
+    weight: Weight
+    slices: list[Slice]
+    mine: bool
+    """This rank keeps a piece."""
+
+    @property
+    def size(self) -> int:
+        return FP32 * self.weight.elements
+
+
+def _gradients(groups: Sequence[Shards], ranks: Sequence[int]) -> Iterator[Gradient]:
+    """In DeepSpeed's order. ranks: this rank's number in every group."""
+    for number, (group, rank) in enumerate(zip(groups, ranks, strict=True)):
+        begin, part = 0, group.partition
+        for weight in group.weights:
+            end, slices = begin + weight.elements, []
+            while begin < end:
+                until = min(end, (begin // part + 1) * part)
+                slices.append(Slice(begin // part, until - begin))
+                begin = until
+            yield Gradient(number, weight, slices, any(one.owner == rank for one in slices))
+
+
+class StepEnd:
+    """Gradients of one rank from the end of the schedule to the next step."""
+
+    def __init__(self, config: Config, groups: Sequence[Shards], dp_rank: int, kind: str):
+        """kind: of the device, cuda or cpu."""
+        self._groups, self._kind = groups, kind
+        self._stage, self._bf16 = config.parallel.zero, config.precision.name != "fp32"
+        self._moments = moments_dtype(config.precision)
+        self._ranks = [dp_rank * group.ranks // config.parallel.dp for group in groups]
+        self._own = [group for group in groups if self._is_own(group)]
+        self._gradients = [one for one in _gradients(groups, self._ranks) if not self._is_own(groups[one.group])]
+        self._bucket = min(max(1, sum(one.weight.elements for one in self._gradients)), BUCKET_ELEMENTS)
+
+    def peaks(self) -> tuple[int, int]:
+        """Most bytes of gradients, buffers and scratch at a time, in the reduction and in the update."""
+        self._meter = _Bytes()
+        self._meter.take(sum(one.size for one in self._gradients))
+        self._meter.take(FP32 * sum(group.elements for group in self._own))
+        self._meter.take(FP32 * self._bucket)
+        self._shards: set[int] = set()
+        self._whole = False
+        waiting: list[Gradient] = []
+        for one in self._gradients:
+            if sum(w.weight.elements for w in waiting) + one.weight.elements > self._bucket:
+                self._reduce(waiting)
+                waiting = []
+            if self._fits(one):
+                self._meter.take(-one.size)
+            waiting.append(one)
+        self._reduce(waiting)
+        self._end()
+        return self._meter.mark(), self._update()
+
+    def _is_own(self, group: Shards) -> bool:
+        return self._bf16 and group.ranks == 1
+
+    def _fits(self, one: Gradient) -> bool:
+        return one.weight.elements <= self._bucket
+
+    def _reduce(self, waiting: Sequence[Gradient]) -> None:
+        """Sum the gradients that wait over their ranks, and keep this rank's."""
+        meter = self._meter
+        if self._bf16:
+            for one in waiting:
+                if one.mine and one.group not in self._shards:
+                    self._shards.add(one.group)
+                    meter.take(FP32 * self._groups[one.group].partition)
+        for experts in (False, True):  # each over ranks of its own
+            slices = [one for one in waiting if (one.weight.kind == "experts") == experts]
+            for copied in self._copies(slices):
+                meter.take(FP32 * copied)
+                meter.take(-FP32 * copied)
+        for one in waiting:
+            if not one.mine:
+                if self._stage == 2 and not self._fits(one):
+                    meter.take(-one.size)
+            elif not self._bf16:
+                if not self._whole:
+                    self._whole = True
+                    meter.take(self._whole_size)
+                if not self._fits(one):
+                    meter.take(-one.size)
+            elif self._stage == 1 and not self._fits(one):
+                meter.take(-one.size)
+
+    @property
+    def _whole_size(self) -> int:
+        """Of the buffer for whole gradients, with fp32 weights."""
+        return sum(one.size for one in self._gradients if one.mine)
+
+    def _copies(self, gradients: Sequence[Gradient]) -> Iterator[int]:
+        """Elements of each copy that slices are put together in; a slice alone is not copied."""
+        slices: list[int] = []
+        for mine, run in groupby(
+            ((one, piece) for one in gradients for piece in one.slices),
+            key=lambda pair: (pair[0].group, pair[1].owner) if not self._is_kept(*pair) else pair,
+        ):
+            del mine
+            slices.append(sum(piece.elements for _, piece in run))
+        copied: list[int] = []
+        for elements in slices:
+            copied.append(elements)
+            if sum(copied) > self._bucket:
+                yield sum(copied) if len(copied) > 1 else 0
+                copied = []
+        if len(copied) > 1:
+            yield sum(copied)
+
+    def _is_kept(self, one: Gradient, piece: Slice) -> bool:
+        return self._bf16 and piece.owner == self._ranks[one.group]
+
+    def _end(self) -> None:
+        """Everything is reduced: the bucket goes unless gradients are views of it."""
+        meter = self._meter
+        if self._views():
+            return
+        meter.take(-FP32 * self._bucket)
+        if self._stage == 2:
+            meter.take(-sum(one.size for one in self._gradients if self._stays(one)))
+
+    def _views(self) -> set[int]:
+        """Groups with gradients of other ranks, at stage 1 with bf16 weights."""
+        if self._stage == 2 or not self._bf16:
+            return set()
+        return {one.group for one in self._gradients if not one.mine and self._fits(one)}
+
+    def _stays(self, one: Gradient) -> bool:
+        """Whether a gradient too large for the bucket has outlived its reduction."""
+        if self._fits(one):
+            return False
+        return (self._stage == 1 and not one.mine) or (self._stage == 2 and self._bf16 and one.mine)
+
+    def _update(self) -> int:
+        meter, views, last = self._meter, self._views(), len(self._groups) - 1
+        for number, group in enumerate(self._groups):
+            if self._bf16:
+                meter.take(-sum(one.size for one in self._gradients if one.group == number and self._stays(one)))
+                if views and number == max(views):
+                    meter.take(-FP32 * self._bucket)
+            shard = 0 if self._is_own(group) else FP32 * group.partition
+            if not self._bf16:
+                meter.take(shard)
+                if number == last:
+                    meter.take(-self._whole_size)
+            scratch = scratch_bytes(self._kind, self._moments, group.partition)
+            meter.take(scratch)
+            meter.take(-scratch)
+            meter.take(-shard)
+        return meter.mark()

@@ -1,0 +1,131 @@
+"""What ZeRO stage 3 takes beside this rank's shards (parallel/zero3.py): weights and gradients of the part at work.
+
+The model's units work one after another: embedding, blocks, final norm, MTP modules, head, and back. While one is at work
+its weights are there, and some of those that come next (zero3_gather.py). Gradients leave for a bucket, which stays for the whole
+run, and are reduced on the way (zero3_scatter.py). All sizes in bytes.
+"""
+
+from collections.abc import Sequence
+from functools import cached_property
+
+from conf.schema import Config
+from parallel.zero import BUCKET_ELEMENTS
+from train.optim import moments_dtype, scratch_bytes
+from train.plan.memory.chunk import ChunkMemory
+from train.plan.memory.part import Frozen, PassMemory
+from train.plan.memory.weights import FP32, Shards, Weight, part_weights
+from train.plan.memory.zero3_gather import Gathered, Shared, follow_gathers
+from train.plan.memory.zero3_scatter import (
+    NOTHING,
+    Bucket,
+    Visit,
+    Waiting,
+    trace_unit_backward,
+    trace_unit_forward,
+    unit_of,
+)
+
+
+class Zero3Memory:
+    """One rank, which has the whole model in one chunk."""
+
+    def __init__(self, config: Config, groups: Sequence[Shards], chunk: ChunkMemory):
+        self._config, self._groups, self._chunk = config, groups, chunk
+        self._element = config.precision.weight_bytes
+        self._moment = config.precision.moment_bytes
+
+    def state(self) -> dict[str, int]:
+        """What is there all the time."""
+        owned = sum(group.scattered for group in self._groups)
+        return {
+            "weights": self._element * owned,
+            "master": FP32 * owned,
+            "moments": 2 * self._moment * owned,
+            "gradients": FP32 * owned,
+            "reduction": FP32 * self._bucket.limit,
+        }
+
+    def schedule(self) -> tuple[int, str]:
+        """Most bytes in forward and backward passes, and the unit at work."""
+        forward, (backward, _) = self._forward, self._backward
+        held, elements = self._held, self._element
+        moments = []
+        for number, (visit, gathered) in enumerate(zip((*forward, *backward), held, strict=True)):
+            most = max(visit.peak + elements * gathered.working, visit.start + elements * gathered.fetching)
+            moments.append((most, f"{'forward' if number < len(forward) else 'backward'}: {visit.unit}"))
+        return max(moments)
+
+    def reduction(self) -> int:
+        """Most bytes when what is left of the last micro-batch is reduced.
+
+        The embedding's input has no gradient, so DeepSpeed does not see its backward end, and its weights are still there.
+        """
+        _, left = self._backward
+        outside = 0 if self._bucket.takes(left.elements) else FP32 * left.elements
+        return self._bucket.reduction(left) + outside + self._element * self._held[-1].working
+
+    @cached_property
+    def _bucket(self) -> Bucket:
+        parallel, limit = self._config.parallel, min(sum(group.elements for group in self._groups), BUCKET_ELEMENTS)
+        return Bucket(limit, parallel.dp, parallel.dp // parallel.ep, self._chunk.scene.gloo)
+
+    @cached_property
+    def _forward(self) -> list[Visit]:
+        scene = self._chunk.scene
+        return [
+            visit.lifted(below) for part, below in self._chunk.ascent() for visit in trace_unit_forward(scene, part)
+        ]
+
+    @cached_property
+    def _backward(self) -> tuple[list[Visit], Waiting]:
+        """Units in the order of backward, and the gradients that wait at its end."""
+        scene, waiting = self._chunk.scene, NOTHING
+        visits: tuple[Visit, ...] = ()
+
+        def run_of(part: str, held: bool) -> PassMemory:
+            nonlocal visits, waiting
+            run, visits, waiting = trace_unit_backward(scene, part, held, self._bucket, waiting)
+            return run
+
+        found = [visit.lifted(below) for _, _, below in self._chunk.descent(run_of) for visit in visits]
+        return found, waiting
+
+    @cached_property
+    def _held(self) -> list[Gathered]:
+        """What is gathered at the visits of forward, then of backward."""
+        units = self._units()
+        last, depths = len(units) - 1, self._config.model.mtp_depth
+        down = range(last, 0, -1)  # the model itself comes first in each pass, a unit without weights
+        visits = [*range(last + 1), 0, *[last] * depths, *down]  # the head once for every output
+        done = [True] * (last + 2) + [False] * depths + [True] * last
+        limit = max(sum(weight.elements for weight in unit) for unit in units)
+        held = follow_gathers(units, list(zip(visits, done, strict=True)), limit)
+        return held[1 : last + 1] + held[-last:]
+
+    def _units(self) -> list[list[Shared]]:
+        """Weights by unit; the first is the model itself, which has none of its own."""
+        found: list[list[Shared]] = [[]]
+        for part in self._chunk.parts:
+            by_unit: dict[str, list[Shared]] = {}
+            for weight in self._weights(part):
+                by_unit.setdefault(unit_of(weight.name) if part == "end" else part, []).append(self._shared(weight))
+            head = by_unit.pop("head", None)  # at work last
+            found += [*by_unit.values(), *([head] if head else [])]
+        return found
+
+    def _shared(self, weight: Weight) -> Shared:
+        parallel = self._config.parallel
+        experts = weight.kind == "experts"
+        return Shared(
+            weight.elements, "experts" if experts else "dense", parallel.dp // (parallel.ep if experts else 1)
+        )
+
+    def _weights(self, part: str) -> Sequence[Weight]:
+        share = self._config.model.experts // self._config.parallel.ep
+        return part_weights(Frozen(self._config.model), part, share)
+
+    def update(self) -> int:
+        """Most bytes while the weights are updated, group by group: a copy of the gradients and scratch."""
+        kind, moments = self._chunk.scene.kind, moments_dtype(self._config.precision)
+        sizes = [group.scattered for group in self._groups]
+        return max(FP32 * size + scratch_bytes(kind, moments, size) for size in sizes)

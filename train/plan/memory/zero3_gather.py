@@ -1,0 +1,149 @@
+"""What ZeRO stage 3 has gathered while each unit of the model is at work, by DeepSpeed's own rules.
+
+DeepSpeed 0.19 (runtime/zero/partitioned_param_coordinator.py) learns in which order units work and, before each, gathers
+
+    what is missing of the unit itself, and waits for it
+    weights of the next ones, weight by weight, until `limit` elements are on their way or 2 limit are there in all
+
+Weights that are gathered together come in one buffer, and when the first unit that needs any of them waits, each is copied
+out of it. The buffer stays until the last of them was waited for. A weight that comes alone, or that no other rank
+shares, is not copied. After its work a unit's weights go, unless the next gathers have already counted on them.
+
+All sizes in elements.
+"""
+
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from enum import Enum
+from typing import NamedTuple
+
+
+class Shared(NamedTuple):
+    """A weight, the process group that shares it, and the ranks in that group."""
+
+    elements: int
+    group: str
+    ranks: int
+
+    @property
+    def padded(self) -> int:
+        """With what makes all shards equally long."""
+        return -(-self.elements // self.ranks) * self.ranks
+
+
+class Gathered(NamedTuple):
+    """Gathered elements around one visit of a unit."""
+
+    fetching: int
+    """Most while its weights come."""
+    working: int
+    """While it is at work."""
+
+
+class _Status(Enum):
+    away = 0
+    coming = 1
+    here = 2
+
+
+@dataclass(eq=False)
+class _Weight:
+    """One weight in one simulation. next_use: number of the visit that the latest gather or wait was for."""
+
+    shared: Shared
+    status: _Status = _Status.away
+    next_use: int = -1
+    size: int = 0
+    """Elements of its own memory."""
+
+
+@dataclass(eq=False)
+class _Gather:
+    """Weights on their way together. buffers: elements, not those that become a weight's own memory."""
+
+    waited: list[_Weight]
+    copied: list[_Weight] = field(default_factory=list)
+    buffers: int = 0
+
+
+def follow_gathers(units: Sequence[Sequence[Shared]], visits: Sequence[tuple[int, bool]], limit: int) -> list[Gathered]:
+    """What is gathered at every visit. visits: a unit's number, and whether it is done with when the visit ends."""
+    return _Coordinator(units, visits, limit).run()
+
+
+class _Coordinator:
+    def __init__(self, units: Sequence[Sequence[Shared]], visits: Sequence[tuple[int, bool]], limit: int):
+        self._units = [[_Weight(weight) for weight in unit] for unit in units]
+        self._visits, self._limit = visits, limit
+        self._queue = deque((weight, number) for number, (unit, _) in enumerate(visits) for weight in self._units[unit])
+        self._coming: dict[_Weight, _Gather] = {}
+        self._counted = 0
+        """Elements that DeepSpeed takes for gathered: without padding and buffers."""
+
+    def run(self) -> list[Gathered]:
+        found = []
+        for number, (unit, done) in enumerate(self._visits):
+            weights = self._units[unit]
+            self._gather([weight for weight in weights if weight.status is _Status.away])
+            highest = self._wait(weights)
+            self._gather_ahead(weights, number)
+            found.append(Gathered(max(highest, self._size()), self._size()))
+            if done:
+                self._release(weights, number)
+        return found
+
+    def _gather(self, weights: list[_Weight]) -> None:
+        gather = _Gather(list(weights))
+        for group in {weight.shared.group: None for weight in weights}:
+            members = [weight for weight in weights if weight.shared.group == group]
+            if members[0].shared.ranks == 1:
+                continue
+            if len(members) == 1:
+                members[0].size = members[0].shared.padded
+            else:
+                gather.copied += members
+                gather.buffers += sum(weight.shared.padded for weight in members)
+        for weight in weights:
+            weight.status = _Status.coming
+            self._coming[weight] = gather
+            self._counted += weight.shared.elements
+
+    def _wait(self, weights: list[_Weight]) -> int:
+        """Let a unit's weights arrive. Returns the most elements that are there meanwhile."""
+        highest = self._size()
+        for weight in weights:
+            if weight not in self._coming:
+                continue
+            gather = self._coming[weight]
+            for one in gather.waited:
+                one.status = _Status.here
+            for one in gather.copied:
+                one.size = one.shared.elements
+            gather.waited, gather.copied = [], []
+            highest = max(highest, self._size())
+            del self._coming[weight]
+        return highest
+
+    def _gather_ahead(self, weights: list[_Weight], number: int) -> None:
+        for _ in range(sum(weight.next_use < number for weight in weights)):
+            weight, use = self._queue.popleft()
+            weight.next_use = use
+        room = min(2 * self._limit - self._counted, self._limit)
+        ahead: list[_Weight] = []
+        while self._queue and sum(weight.shared.elements for weight in ahead) < room:
+            weight, use = self._queue.popleft()
+            weight.next_use = max(weight.next_use, use)
+            if weight.status is _Status.away and weight not in ahead:
+                ahead.append(weight)
+        self._gather(ahead)
+
+    def _release(self, weights: list[_Weight], number: int) -> None:
+        for weight in weights:
+            if weight.status is _Status.here and weight.next_use <= number + 1:
+                weight.status, weight.size = _Status.away, 0
+                self._counted -= weight.shared.elements
+
+    def _size(self) -> int:
+        buffers = {id(gather): gather.buffers for gather in self._coming.values()}
+        return sum(buffers.values()) + sum(weight.size for unit in self._units for weight in unit)

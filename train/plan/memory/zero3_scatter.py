@@ -1,0 +1,163 @@
+"""Passes of a part under ZeRO stage 3: unit by unit, with gradients that leave as they come (parallel/zero3.py).
+
+Gradients of weights, whole and in fp32, are handed over in the reverse of the module order and copied into a bucket. What
+waits there is reduced when the next belongs to another group of ranks, dense or experts, or has no room: put together with
+the shards in order, summed, and added to the shards' sums. A gradient larger than the bucket stays what it is until then.
+"""
+
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from train.plan.memory.part import PassMemory, Run, Scene
+from train.plan.memory.weights import FP32
+
+
+class Waiting(NamedTuple):
+    """Gradients handed over and not yet reduced."""
+
+    elements: int = 0
+    padded: int = 0
+    """With what makes all shards equally long."""
+    tensors: int = 0
+    experts: bool = False
+
+
+NOTHING = Waiting()
+
+
+@dataclass(frozen=True)
+class Bucket:
+    """The rules of the reduction."""
+
+    limit: int
+    """Elements."""
+    dense_ranks: int
+    expert_ranks: int
+    gloo: bool
+
+    def is_full(self, waiting: Waiting, elements: int, experts: bool) -> bool:
+        """Whether what waits is reduced before a gradient of this kind comes."""
+        return waiting.tensors > 0 and (experts != waiting.experts or waiting.elements + elements > self.limit)
+
+    def add(self, waiting: Waiting, elements: int, experts: bool) -> Waiting:
+        ranks = self.expert_ranks if experts else self.dense_ranks
+        padded = -(-elements // ranks) * ranks
+        return Waiting(waiting.elements + elements, waiting.padded + padded, waiting.tensors + 1, experts)
+
+    def takes(self, elements: int) -> bool:
+        """Whether a gradient is copied into the bucket."""
+        return elements <= self.limit
+
+    def reduction(self, waiting: Waiting) -> int:
+        """Most bytes that a reduction takes. gloo makes a copy to sum in; experts' shards are scaled after the sum."""
+        ranks = self.expert_ranks if waiting.experts else self.dense_ranks
+        in_order = 0 if waiting.tensors == 1 and waiting.elements == waiting.padded else waiting.padded
+        summed = waiting.padded if self.gloo else 0
+        scaled = waiting.padded // ranks if ranks != self.dense_ranks else 0
+        return FP32 * (in_order + max(summed, scaled))
+
+
+class Visit(NamedTuple):
+    """A unit's work in a pass: bytes alive when it begins, and at most."""
+
+    unit: str
+    start: int
+    peak: int
+
+    def lifted(self, below: int) -> "Visit":
+        """On top of what else is alive."""
+        return Visit(self.unit, self.start + below, self.peak + below)
+
+
+@lru_cache(maxsize=4096)
+def trace_unit_forward(scene: Scene, part: str) -> tuple[Visit, ...]:
+    """Forward. unit: the part's own name, of the end norm, mtp.0 ... and head."""
+    with _UnitRun(scene, part) as run:
+        return run.visits(run.forward().run)
+
+
+@lru_cache(maxsize=4096)
+def trace_unit_backward(
+    scene: Scene, part: str, held: bool, bucket: Bucket, waiting: Waiting
+) -> tuple[PassMemory, tuple[Visit, ...], Waiting]:
+    """Whole backward, its visits, and what waits then. held: as in trace_backward. waiting: at the start."""
+    with _UnitRun(scene, part, bucket, waiting) as run:
+        run.forward()
+        whole = run.backward(held)
+        return whole, run.visits(whole), run.waiting
+
+
+class _UnitRun(Run):
+    """A run that knows when units begin, and hands gradients over."""
+
+    def __init__(self, scene: Scene, part: str, bucket: Bucket | None = None, waiting: Waiting = NOTHING):
+        super().__init__(scene, part, first=bucket is not None)
+        self._bucket, self.waiting = bucket, waiting
+
+    def __enter__(self) -> "_UnitRun":
+        super().__enter__()
+        for name, unit in self._module.named_modules():
+            if self._part == "end" and name and unit_of(name) == name:
+                unit.register_forward_pre_hook(lambda *_, name=name: self._visit(name))
+                unit.register_forward_hook(lambda _, __, out, name=name: self._watch(out, name))
+        own = [(name, param) for name, param in self._module.named_parameters() if unit_of(name) or self._part != "end"]
+        self._order = [(param, ".experts." in name) for name, param in reversed(own)]
+        self._ready: set[nn.Parameter] = set()
+        self._large: list[Tensor] = []
+        """Gradients that wait outside of the bucket."""
+        if self._bucket is not None:
+            if not self._bucket.takes(self.waiting.elements):
+                self._large.append(torch.empty(self.waiting.elements, device="meta"))
+            for param, _ in self._order:
+                param.register_post_accumulate_grad_hook(self._arrived)
+        return self
+
+    def visits(self, whole: PassMemory) -> tuple[Visit, ...]:
+        """Of the pass that has just run."""
+        found, firsts = [], [0, *(first for _, first in self._begun[1:]), len(whole.pieces)]
+        for (unit, _), first, end in zip(self._begun, firsts, firsts[1:], strict=False):
+            start = whole.pieces[first - 1].end if first else whole.start
+            found.append(Visit(unit, start, max(start, *(piece.peak for piece in whole.pieces[first:end]))))
+        return tuple(found)
+
+    def _begin(self) -> None:
+        super()._begin()
+        self._begun: list[tuple[str, int]] = [] if self._part == "end" else [(self._part, 0)]
+
+    def _visit(self, unit: str) -> None:
+        if self._pieces is not None and unit not in (name for name, _ in self._begun):
+            self._cut()
+            self._begun.append((unit, len(self._pieces)))
+
+    def _watch(self, out: Tensor | list[Tensor], unit: str) -> None:
+        """Its backward begins with the gradient of an output."""
+        for tensor in out if isinstance(out, list) else [out]:
+            tensor.register_hook(lambda _: self._visit(unit))
+
+    def _arrived(self, param: nn.Parameter) -> None:
+        self._ready.add(param)
+        while self._order and self._order[0][0] in self._ready:
+            self._hand_over(*self._order.pop(0))
+
+    def _hand_over(self, param: nn.Parameter, experts: bool) -> None:
+        bucket, elements = self._bucket, param.numel()
+        if bucket.is_full(self.waiting, elements, experts):
+            torch.empty(bucket.reduction(self.waiting), dtype=torch.uint8, device="meta")
+            self.waiting = NOTHING
+            self._large.clear()
+        if not bucket.takes(elements):
+            self._large.append(param.grad)
+        self.waiting = bucket.add(self.waiting, elements, experts)
+        param.grad = None
+
+
+def unit_of(name: str) -> str:
+    """The unit of a module or a weight of the end; empty for one that is in none, as the embedding."""
+    first, *rest = name.split(".")
+    if first == "mtp":
+        return f"mtp.{rest[0]}" if rest else ""
+    return first if first in ("norm", "head") else ""

@@ -1,0 +1,1 @@
+"""What a plan tells: a screen, a page, plan.json."""

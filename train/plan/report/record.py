@@ -1,0 +1,116 @@
+"""What a plan says: plan.json for programs, and the sentences that the terminal and the page share.
+
+Units are in the names of plan.json's fields; train/docs/plan.md describes each.
+"""
+
+from typing import Any
+
+from parallel.pipeline.simulate import Action
+from train.cpu import cpu_name
+from train.metrics.planned import recipe_of
+from train.metrics.words import gib
+from train.plan.budget import RunPlan
+from train.plan.job import layout_of, micro_batches_of
+from train.plan.search.cures import Cure
+from train.plan.time.rates import load_rates
+from train.plan.time.stages import Stages
+
+FILE = "plan.json"
+
+
+def plan_record(plan: RunPlan, cures: list[Cure]) -> dict[str, Any]:
+    """The content of plan.json but for a search."""
+    config, step, budget = plan.config, plan.step, plan.budget
+    layout, parallel = layout_of(config), config.parallel
+    stages = Stages(config, layout, load_rates(config, alone=layout.world == 1))
+    inside, across = stages.spread.step_bytes(stages.sizes.tokens * stages.sizes.micro_batches)
+    return {
+        "name": config.name,
+        "hardware": config.hardware.name,
+        "device": cpu_name() if config.hardware.device == "cpu" else config.hardware.device,
+        "on_cpu": config.hardware.device == "cpu",
+        "rates": step.rates,
+        "threads": step.threads,
+        "devices": layout.world,
+        "devices_per_node": layout.ranks_per_node,
+        "device_memory_bytes": plan.memory_bytes,
+        "layout": {
+            **vars(parallel),
+            "micro_batch_size": config.micro_batch_size,
+            "micro_batches": stages.sizes.micro_batches,
+            "recompute": [what.value for what in config.model.recompute],
+            "precision": config.precision.name,
+        },
+        "recipe": recipe_of(config),
+        "fits": plan.fits,
+        "room_bytes": plan.room_bytes,
+        "fullest_pp_rank": plan.fullest.pp_rank,
+        "cures": [vars(cure) for cure in cures],
+        "ranks": [
+            {
+                "pp_rank": rank.pp_rank,
+                "peak_bytes": rank.peak_bytes,
+                "peak_event": rank.peak_event,
+                "items_bytes": rank.items,
+            }
+            for rank in plan.ranks
+        ],
+        "stages": [_stage(stages, stage) for stage in range(len(stages.layers))],
+        "step_seconds": step.step_seconds,
+        "pipeline_seconds": step.pipeline_seconds,
+        "bubble_seconds": step.bubble_seconds,
+        "bubble_share": step.bubble_share,
+        "action_seconds": step.action_seconds,
+        "work_seconds": step.work_seconds,
+        "exchange_seconds": step.exchange_seconds,
+        "exposed_communication_seconds": step.exposed_communication_seconds,
+        "exchange_bytes_per_layer": {"inside": inside, "across": across},
+        "reduce_seconds": step.update.reduce,
+        "optimizer_seconds": step.update.optimizer,
+        "gather_seconds": step.update.gather,
+        "tokens_per_second": step.tokens_per_second,
+        "tokens_per_second_per_gpu": step.tokens_per_second_per_gpu,
+        "mfu_causal": step.mfu_causal,
+        "mfu_full": step.mfu_full,
+        **vars(budget),
+    }
+
+
+def _stage(stages: Stages, stage: int) -> dict[str, Any]:
+    layers = stages.layers[stage]
+    rank = next(rank for rank, ids in enumerate(stages.placement) if stage in ids)
+    return {
+        "stage": stage,
+        "pp_rank": rank,
+        "first_layer": layers.start,
+        "layers": len(layers),
+        "forward_seconds": stages.elapsed(Action("F", stage, 0)).seconds,
+        "backward_seconds": stages.elapsed(Action("B", stage, 0)).seconds,
+    }
+
+
+def verdict(plan: RunPlan) -> str:
+    """Fits or does not, by how much, which rank."""
+    rank = f"pipeline rank {plan.fullest.pp_rank}"
+    if plan.fits:
+        return f"fits, with {gib(plan.room_bytes)} of {gib(plan.memory_bytes)} to spare on {rank}"
+    return f"does not fit, {gib(-plan.room_bytes)} over the {gib(plan.memory_bytes)} of a device on {rank}"
+
+
+def layout_words(plan: RunPlan) -> str:
+    """How the work is spread."""
+    config, parallel = plan.config, plan.config.parallel
+    again = ", ".join(what.value for what in config.model.recompute) or "nothing"
+    return (
+        f"pp {parallel.pp} ({parallel.schedule}), dp {parallel.dp}, ep {parallel.ep} ({parallel.dispatch}, {parallel.wire}), "
+        f"ZeRO {parallel.zero}, {micro_batches_of(config)} micro-batches of {config.micro_batch_size}, computed again: {again}"
+    )
+
+
+def uneven_words(plan: RunPlan) -> str | None:
+    """What to say where one rank of the pipeline works much longer than the others."""
+    busy = plan.step.simulation.busy
+    mean, most = sum(busy) / len(busy), max(busy)
+    if len(busy) == 1 or most < 1.1 * mean:
+        return None
+    return f"pipeline rank {busy.index(most)} works {most / mean:.2f} times the mean of all; the others wait for it"

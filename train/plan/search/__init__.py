@@ -1,0 +1,1 @@
+"""Which layouts there are, and what would make one fit."""

@@ -1,0 +1,55 @@
+"""The layouts that a search looks at: every combination of its choices for a number of devices."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import product
+
+from conf.schema import Config, Recompute
+from parallel.pipeline.split import SCHEDULES
+from train.plan.search.changes import LIGHTEST, changed, fitted_ramp
+
+MICRO_BATCHES = (1, 2, 4, 8)
+RECOMPUTE = ([], [Recompute.norm, Recompute.swiglu], LIGHTEST)
+
+
+@dataclass
+class Candidate:
+    """One layout, and bounds on what it takes (train/plan/search/bounds.py)."""
+
+    config: Config
+    family: str
+    """All layouts of one pipeline length and schedule."""
+    seconds: float = 0.0
+    """Bound on the step; 0 where the bound on memory is more than a device has."""
+    least_bytes: int = 0
+    """Bound on the memory of the fullest rank."""
+    fullest: int = 0
+    """The pipeline rank of that bound."""
+
+
+def candidates(config: Config, devices: int) -> Iterator[Candidate]:
+    """Every combination for these devices, whatever the rules say of it."""
+    model = config.model
+    recompute = [list(what) for what in RECOMPUTE]
+    if config.model.recompute not in recompute:
+        recompute.append(config.model.recompute)
+    ways = [("flat", "bf16"), ("flat", "fp8"), ("node_limited", "bf16"), ("node_limited", "fp8")]
+    if config.parallel.dispatch == "deepep":
+        ways += [("deepep", "bf16"), ("deepep", "fp8")]
+    for pp in _divisors(devices):
+        dp = devices // pp
+        for schedule in SCHEDULES if pp > 1 else ("1f1b",):
+            family = "pp=1" if pp == 1 else f"pp>{model.layers}" if pp > model.layers else f"pp={pp} {schedule}"
+            for ep in (ep for ep in _divisors(dp) if model.experts % ep == 0):
+                for size, again, (dispatch, wire), zero in product(
+                    MICRO_BATCHES, recompute, ways if ep > 1 else ways[:1], (1,) if pp > 1 else (1, 2, 3)
+                ):
+                    one = changed(
+                        fitted_ramp(config, size * dp, 2 * pp), pp=pp, dp=dp, ep=ep, schedule=schedule, micro_batch_size=size, recompute=again,
+                        dispatch=dispatch, wire=wire, zero=zero, overlap=True,
+                    )  # fmt: skip
+                    yield Candidate(one, family)
+
+
+def _divisors(number: int) -> list[int]:
+    return [one for one in range(1, number + 1) if number % one == 0]

@@ -1,0 +1,122 @@
+"""Recipes that differ from a given one in how the work is spread, and which of them may run."""
+
+import math
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from conf.check import check
+from conf.errors import UserError
+from conf.schema import ROOT, Config, Recompute
+from train.layout import check_layout
+from train.plan.job import with_nodes
+from train.plan.time.stages import require_rule
+
+LIGHTEST = [Recompute.norm, Recompute.mla_up, Recompute.swiglu]
+"""All that may be computed again."""
+
+
+def changed(config: Config, **values: Any) -> Config:
+    """The recipe with other values of parallel's fields, micro_batch_size, recompute, loss_chunk, moments."""
+    parallel = {name: value for name, value in values.items() if hasattr(config.parallel, name)}
+    model = {name: value for name, value in values.items() if name in ("recompute", "loss_chunk")}
+    precision = {name: value for name, value in values.items() if name == "moments"}
+    return replace(
+        config,
+        micro_batch_size=values.get("micro_batch_size", config.micro_batch_size),
+        parallel=replace(config.parallel, **parallel),
+        model=replace(config.model, **model),
+        precision=replace(config.precision, **precision),
+    )
+
+
+def fitted_ramp(config: Config, share: int, least: int) -> Config:
+    """The recipe with a batch ramp in steps that `share` sequences divide, from at least `least` shares on: what another
+    layout asks for. Unchanged without a ramp, and where no such step divides the full batch."""
+    optim = config.optim
+    if optim.batch_ramp_start is None:
+        return config
+    step = math.lcm(optim.batch_ramp_increment, share)
+    start = -(-max(optim.batch_ramp_start, least * share) // step) * step
+    if config.batch_size % step or start > config.batch_size:
+        return config
+    return replace(config, optim=replace(optim, batch_ramp_increment=step, batch_ramp_start=start))
+
+
+def broken_rule(config: Config) -> UserError | None:
+    """The first rule that keeps a recipe from running or from being planned; None where there is none."""
+    try:
+        check(config)
+        check_layout(with_nodes(config))
+        require_rule(config)
+    except UserError as error:
+        return error
+    return None
+
+
+def overrides(config: Config, base: Config) -> list[str]:
+    """The command line that turns the base recipe into this one."""
+    found = []
+    for name, value in vars(config.parallel).items():
+        if value != getattr(base.parallel, name):
+            found.append(f"parallel.{name}={str(value).lower() if isinstance(value, bool) else value}")
+    for name in ("batch_ramp_start", "batch_ramp_increment"):
+        if getattr(config.optim, name) != getattr(base.optim, name):
+            found.append(f"optim.{name}={getattr(config.optim, name)}")
+    if config.micro_batch_size != base.micro_batch_size:
+        found.append(f"micro_batch_size={config.micro_batch_size}")
+    if config.model.recompute != base.model.recompute:
+        found.append(f"model.recompute=[{','.join(what.value for what in config.model.recompute)}]")
+    if config.model.loss_chunk != base.model.loss_chunk:
+        found.append(f"model.loss_chunk={config.model.loss_chunk}")
+    if config.precision.moments != base.precision.moments:
+        found.append(f"precision.moments={config.precision.moments}")
+    return found
+
+
+def lighter(config: Config) -> Iterator[Config]:
+    """Single changes that may save memory, without a promise that they do or that they may run."""
+    parallel, model = config.parallel, config.model
+    if set(model.recompute) != set(LIGHTEST):
+        yield changed(config, recompute=LIGHTEST)
+    size = config.micro_batch_size
+    if size > 1:
+        yield changed(config, micro_batch_size=size // 2)
+        yield changed(config, micro_batch_size=1)
+    for stage in (2, 3):
+        if parallel.pp == 1 and parallel.zero < stage and parallel.dp > 1:
+            yield changed(config, zero=stage)
+    for schedule in ("1f1b", "interleaved", "zbv", "dualpipev"):
+        if parallel.pp > 1 and schedule != parallel.schedule:
+            yield changed(config, schedule=schedule)
+    for factor in (2, 4):
+        if parallel.dp % (parallel.ep * factor) == 0:
+            yield changed(config, ep=parallel.ep * factor)
+        if parallel.dp % factor == 0 and parallel.dp > 1:
+            dp = parallel.dp // factor
+            yield changed(config, pp=parallel.pp * factor, dp=dp, ep=min(parallel.ep, dp), zero=1)
+    if parallel.pp > 1 and parallel.pp % 2 == 0:
+        yield changed(config, pp=parallel.pp // 2, dp=parallel.dp * 2)
+    if config.precision.moments == "fp32":
+        yield changed(config, moments="bf16")
+    if model.loss_chunk > 512:
+        yield changed(config, loss_chunk=512)
+    yield changed(config, dp=parallel.dp * 2)
+
+
+def write_parallel(config: Config, name: str, base: Config, folder: Path | None = None) -> Path:
+    """Write conf/parallel/<name>.yaml; returns its path. Raises UserError where the name is taken by another file.
+
+    What is not of the group (micro-batch, recomputation) stands in a comment, as the arguments to give with it.
+    """
+    path = (folder or ROOT / "conf" / "parallel") / f"{name}.yaml"
+    rest = [part for part in overrides(config, base) if not part.startswith("parallel.")]
+    head = f"# Found by plan.search for conf={base.name}, hardware={config.hardware.name}; use with: parallel={name}"
+    lines = [" ".join([head, *rest])]
+    for field, value in vars(config.parallel).items():
+        lines.append(f"{field}: {str(value).lower() if isinstance(value, bool) else value}")
+    if path.exists() and not path.read_text().startswith("# Found by plan.search"):
+        raise UserError("plan.write", name, f"{path} is there and was not written by a search", "choose another name")
+    path.write_text("\n".join(lines) + "\n")
+    return path

@@ -1,0 +1,83 @@
+"""What would make a plan fit: changes that were really evaluated, the cheapest first."""
+
+from dataclasses import dataclass
+from itertools import combinations
+
+from conf.schema import Config
+from train.plan.budget import RunPlan
+from train.plan.job import device_memory, layout_of
+from train.plan.memory.rank import plan_memory, rank_memory, scene_of
+from train.plan.search.changes import broken_rule, changed, lighter, overrides
+from train.plan.time.step import plan_time
+
+SHOWN = 3
+PAIRED = 5
+"""Single changes that save most, which are tried in pairs where none is enough."""
+
+
+@dataclass(frozen=True)
+class Cure:
+    """A change that makes the recipe fit."""
+
+    overrides: list[str]
+    room_bytes: int
+    step_seconds: float
+    gpu_seconds: float
+    """step_seconds of all devices: what a step costs."""
+    devices: int
+
+
+def find_cures(plan: RunPlan) -> list[Cure]:
+    """Up to three cures, the cheapest step first: single changes, else pairs of those that save most."""
+    saved: list[tuple[int, Config]] = []
+    found = []
+    for config in lighter(plan.config):
+        if broken_rule(config) is None:
+            peak = _peak_of_fullest(config, plan)
+            saved.append((peak, config))
+            found += _cure(config, plan, peak)
+    if not found:
+        best = [config for _, config in sorted(saved, key=lambda pair: pair[0])[:PAIRED]]
+        for one, other in combinations(best, 2):
+            both = _both(plan.config, one, other)
+            if both is not None and broken_rule(both) is None:
+                found += _cure(both, plan, _peak_of_fullest(both, plan))
+    return sorted(found, key=lambda cure: cure.gpu_seconds)[:SHOWN]
+
+
+def _peak_of_fullest(config: Config, plan: RunPlan) -> int:
+    """Peak of the place in the pipeline that was fullest, a first look before all ranks are walked through."""
+    rank = min(plan.fullest.pp_rank, config.parallel.pp - 1)
+    return rank_memory(config, rank, scene_of(config)).peak_bytes
+
+
+def _cure(config: Config, plan: RunPlan, first_look: int) -> list[Cure]:
+    memory = device_memory(config)
+    if first_look > memory:
+        return []
+    room = memory - max(rank.peak_bytes for rank in plan_memory(config))
+    if room < 0:
+        return []
+    seconds, devices = plan_time(config).step_seconds, layout_of(config).world
+    return [Cure(overrides(config, plan.config), room, seconds, seconds * devices, devices)]
+
+
+def _both(base: Config, one: Config, other: Config) -> Config | None:
+    """The recipe with both changes; None where they change the same field."""
+    values = [_values(config, base) for config in (one, other)]
+    if values[0].keys() & values[1].keys():
+        return None
+    return changed(base, **values[0], **values[1])
+
+
+def _values(config: Config, base: Config) -> dict[str, object]:
+    found = {name: value for name, value in vars(config.parallel).items() if value != getattr(base.parallel, name)}
+    for name, mine, theirs in (
+        ("micro_batch_size", config.micro_batch_size, base.micro_batch_size),
+        ("recompute", config.model.recompute, base.model.recompute),
+        ("loss_chunk", config.model.loss_chunk, base.model.loss_chunk),
+        ("moments", config.precision.moments, base.precision.moments),
+    ):
+        if mine != theirs:
+            found[name] = mine
+    return found

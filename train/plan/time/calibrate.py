@@ -1,0 +1,318 @@
+"""plan.calibrate=true: time the recipe's kernels on the present device and write the rates that a plan uses.
+
+    1. Every kind of kernel is timed at several sizes (kernels.py) and fitted: seconds a call, operations, bytes.
+    2. With several devices, or a CPU with cores for several ranks, the same happens with all of them at work, as they share
+       memory and caches; and the links between them are timed: all-to-all, send, reduction, gather.
+    3. One rank's whole step is timed, passes and update, at two sizes of a micro-batch. What the kernels do not explain of the
+       passes is a cost of every launch (Python, autograd) and a factor on the kernels (cold caches); of the update, a factor.
+
+A single-threaded CPU is timed by the processor's own clock, which stands still while other processes have the core.
+
+The file says on what, with how many threads and when it was measured. A plan refuses it for another device.
+"""
+
+import json
+import multiprocessing
+import os
+import tempfile
+import time
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from conf.errors import UserError
+from conf.schema import Config, Parallel, Rate
+from parallel.mesh import Layout, build_mesh
+from train.cpu import cpu_name, threads_of, tune_cpu
+from train.native.model import choose, parts_in_use
+from train.parallelize import parallelize
+from train.plan.time import work
+from train.plan.time.kernels import Kernels, batches
+from train.plan.time.rates import FILE, Rates
+from train.plan.time.step import plan_time
+
+BUDGET_SECONDS = 0.12
+"""Of one kernel at one size."""
+LEAST = 5
+"""Times that each is run, at least. The shortest stands: other work on a machine only ever adds time."""
+LINK_BYTES = (2**14, 2**18, 2**22)
+STEPS = 8
+
+
+def calibrate(config: Config) -> Path:
+    """Measure and write runs/<name>/calibration.json; returns its path."""
+    device = torch.device("cuda" if config.cluster.device != "cpu" and torch.cuda.is_available() else "cpu")
+    if device.type == "cpu" and config.precision.fp8 is not None:
+        raise UserError(
+            "precision.name",
+            config.precision.name,
+            "the planner has no rule for FP8 as CPUs emulate it",
+            "calibrate with precision=bf16",
+        )
+    threads = threads_of(config.cluster.threads, config.parallel.pp * config.parallel.dp)
+    ranks = torch.cuda.device_count() if device.type == "cuda" else max(1, len(os.sched_getaffinity(0)) // threads)
+    found = _measure_on(ranks, config, device.type, threads)
+    name = torch.cuda.get_device_name() if device.type == "cuda" else cpu_name()
+    content = {
+        "device": name,
+        "threads": threads,
+        "ranks": ranks,
+        "precision": config.precision.name,
+        "compiled": parts_in_use() if device.type == "cpu" else [],
+        "recipe": config.name,
+        "torch": torch.__version__,
+        "measured": time.strftime("%Y-%m-%d %H:%M"),
+        **found,
+    }
+    folder = Path(config.runs) / config.name
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / FILE).write_text(json.dumps(content, indent=1))
+    return folder / FILE
+
+
+def _measure_on(ranks: int, config: Config, kind: str, threads: int) -> dict[str, Any]:
+    """Run the measurements in `ranks` processes and return what rank 0 found."""
+    context = multiprocessing.get_context("spawn")
+    barrier, results = context.Barrier(ranks), context.SimpleQueue()
+    with tempfile.TemporaryDirectory() as folder:
+        processes = [
+            context.Process(target=_rank, args=(rank, ranks, config, kind, threads, folder, barrier, results))
+            for rank in range(ranks)
+        ]
+        for process in processes:
+            process.start()
+        try:
+            while any(process.is_alive() for process in processes) and results.empty():
+                if any(process.exitcode for process in processes):
+                    barrier.abort()
+                    break
+                time.sleep(0.05)
+            found = None if results.empty() else results.get()
+        finally:
+            for process in processes:
+                process.join(10)
+                process.kill()
+    if found is None:
+        raise RuntimeError("a measuring process died; its own output says why")
+    return found
+
+
+def _rank(rank: int, ranks: int, config: Config, kind: str, threads: int, folder: str, barrier, results) -> None:
+    """Body of one measuring process."""
+    tune_cpu()
+    choose(config.cluster.compiled)
+    if kind == "cpu":
+        torch.set_num_threads(threads)
+    else:
+        torch.cuda.set_device(rank)
+    device = torch.device(kind, rank) if kind == "cuda" else torch.device(kind)
+    found: dict[str, Any] = {}
+    launch = Rate()
+    if rank == 0:
+        found["rates_alone"], found["residues_alone"] = _all_rates(config, device)
+        launch, found["factors_alone"] = _around_alone(config, device, found["rates_alone"])
+        found["rates_alone"]["launch"] = vars(launch)
+    barrier.wait()
+    if ranks > 1:
+        found["rates_together"], found["residues_together"] = _all_rates(config, device)
+        barrier.wait()
+        found["factors_together"] = _factors_together(config, device, found["rates_together"], launch, barrier)
+        found["rates_together"]["launch"] = vars(launch)
+        barrier.wait()
+        found["rates_together"] |= _links(rank, ranks, device, folder)
+    else:
+        found |= {name.replace("alone", "together"): value for name, value in found.items()}
+    if rank == 0:
+        results.put(found)
+
+
+def _all_rates(config: Config, device: torch.device) -> tuple[dict[str, dict], dict[str, float]]:
+    """Fitted rates of all kinds, and the worst relative residue of each fit."""
+    kernels = Kernels(config, device)
+    samples: dict[str, list[tuple[float, float, float]]] = defaultdict(list)
+    for case in kernels.cases():
+        kind, *amounts, calls = case.work
+        amounts.append(seconds_of(case.run, device))
+        samples[kind].append(tuple(amount / calls for amount in amounts))
+    fits = {kind: fit_rate(found) for kind, found in samples.items()}
+    rates = {kind: rate for kind, (rate, _) in fits.items()}
+    for sizes, run in kernels.loss():
+        counted = work.head(sizes, [sizes.tokens]).forward
+        products = Rates(rates, "").seconds(one for one in counted if one.kind[:6] in ("fprop_", "dgrad_", "wgrad_"))
+        (loss,) = (one for one in counted if one.kind == "loss")
+        samples["loss"].append((0.0, loss.bytes, max(seconds_of(run, device) - products, 1e-7)))
+    fits["loss"] = fit_rate(samples["loss"])
+    return {kind: vars(rate) for kind, (rate, _) in fits.items()}, {kind: worst for kind, (_, worst) in fits.items()}
+
+
+def fit_rate(samples: Sequence[tuple[float, float, float]]) -> tuple[Rate, float]:
+    """The rate of samples (operations, bytes, seconds) of one call each, and the largest relative error of the fit.
+
+    A rate is three limits: seconds = calls a + operations / flops + bytes / bandwidth. Least squares of the relative errors
+    under the condition that no limit is negative: with three unknowns the best of the seven subsets of them that may be
+    non-zero is found by trying all.
+    """
+    rows_N3 = np.array([[1.0, flops, moved] for flops, moved, _ in samples])
+    seconds_N = np.array([seconds for *_, seconds in samples])
+    relative_N3 = rows_N3 / seconds_N[:, None]
+    best, least = np.zeros(3), np.inf
+    usable = [column for column in range(3) if relative_N3[:, column].any()]
+    for size in range(1, len(usable) + 1):
+        for columns in combinations(usable, size):
+            scale = relative_N3[:, columns].max(0)  # operations are 1e9 times a call: keep the matrix well conditioned
+            part, *_ = np.linalg.lstsq(relative_N3[:, columns] / scale, np.ones(len(samples)), rcond=None)
+            error = np.square(relative_N3[:, columns] / scale @ part - 1).sum()
+            if (part >= 0).all() and error < least * (1 - 1e-9):
+                best, least = np.zeros(3), error
+                best[list(columns)] = part / scale
+    worst = float(np.abs(relative_N3 @ best - 1).max())
+    call, per_flop, per_byte = best.tolist()
+    return Rate(call, 1 / per_flop if per_flop else 0.0, 1 / per_byte if per_byte else 0.0), worst
+
+
+def seconds_of(run: Callable[[], object], device: torch.device) -> float:
+    """Shortest time of a call, after one that does not count."""
+    times: list[float] = []
+    run()
+    used = 0.0
+    while len(times) < LEAST or used < BUDGET_SECONDS:
+        started = _now(device)
+        run()
+        times.append(_now(device) - started)
+        used += times[-1]
+        if used > 10 * BUDGET_SECONDS and len(times) >= 3:
+            break
+    return min(times)
+
+
+def _now(device: torch.device) -> float:
+    """The clock, when all that was asked of the device is done."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    elif torch.get_num_threads() == 1:
+        return time.process_time()
+    return time.perf_counter()
+
+
+def _around_alone(config: Config, device: torch.device, rates: dict[str, dict]) -> tuple[Rate, dict[str, float]]:
+    """What one rank's step takes beyond its kernels: the rate of a launch, and factors on passes and update.
+
+    Steps at two sizes of a micro-batch tell launches, the same in both, from kernels.
+    """
+    steps = [_Step(config, *batch, rates, device) for batch in batches(config)]
+    first, second = steps
+    factor = (first.passes - second.passes) / (first.kernels - second.kernels)
+    launch = (first.passes - factor * first.kernels) / first.launches
+    if factor <= 0 or launch < 0:  # a device that hides launches, or noise
+        factor, launch = first.passes / first.kernels, 0.0
+    return Rate(seconds=launch), {"passes": factor, "update": first.update}
+
+
+def _factors_together(
+    config: Config, device: torch.device, rates: dict[str, dict], launch: Rate, barrier
+) -> dict[str, float]:
+    """The factors where all ranks work at once. launch: as of a rank alone, which has its own core for it."""
+    step = _Step(config, *batches(config)[0], rates, device, barrier)
+    return {"passes": (step.passes - launch.seconds * step.launches) / step.kernels, "update": step.update}
+
+
+class _Step:
+    """A step of two micro-batches of one rank: measured, and what the plan says of its kernels."""
+
+    def __init__(self, config: Config, sequences: int, length: int, rates: dict[str, dict], device, barrier=None):
+        alone = replace(
+            config,
+            parallel=Parallel(),
+            seq_len=length,
+            micro_batch_size=sequences,
+            batch_size=2 * sequences,
+            cluster=replace(config.cluster, ranks_per_node=1),
+            hardware=replace(config.hardware, name="here", device="", fp8_flops=1.0),
+            optim=replace(config.optim, batch_ramp_start=None, batch_ramp_steps=0),
+        )
+        known = {kind: Rate(**rate) for kind, rate in rates.items() if kind != "launch"}
+        plan = plan_time(alone, Rates(known, "this device"))
+        self.kernels = plan.pipeline_seconds
+        self.launches = plan_time(alone, Rates(dict.fromkeys(known, Rate(seconds=1.0)), "calls")).pipeline_seconds
+        """Their number."""
+        self.passes, updated = _step(alone, device, barrier)
+        self.update = updated / plan.update.seconds
+        """Measured over planned."""
+
+
+def _step(config: Config, device: torch.device, barrier) -> tuple[float, float]:
+    """Shortest seconds of the passes over two micro-batches, and of the update, of a rank alone."""
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        parts = parallelize(config, build_mesh(Layout()), device)
+        shape = config.batch_size, config.seq_len + 1
+        tokens_BS = torch.randint(config.model.vocab_size, shape, device=device)
+        times = []
+        for _ in range(STEPS):
+            if barrier is not None:
+                barrier.wait()
+            started = _now(device)
+            with parts.zero.accumulate():
+                parts.pipeline.step(tokens_BS, micro_batches=2)
+                passed = _now(device)
+            parts.zero.step()
+            times.append((passed - started, _now(device) - passed))
+        return min(first for first, _ in times), min(second for _, second in times)
+    finally:
+        dist.destroy_process_group()
+
+
+def _links(rank: int, ranks: int, device: torch.device, folder: str) -> dict[str, dict]:
+    """Rates of the transfers between the ranks of this machine."""
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+    dist.init_process_group(backend, init_method=f"file://{folder}/store", rank=rank, world_size=ranks)
+    samples: dict[str, list[tuple[float, float, float]]] = defaultdict(list)
+    for size in LINK_BYTES:
+        mine, all_of_it = torch.ones(size // 4, device=device), torch.ones(size // 4 * ranks, device=device)
+        received = torch.empty_like(all_of_it)
+        others = (ranks - 1) / ranks
+        for name, moved, run in (
+            ("all_to_all", others * size * ranks, lambda a=all_of_it, b=received: dist.all_to_all_single(b, a)),
+            ("reduce", 2 * others * size, lambda a=mine: dist.all_reduce(a)),
+            ("gather", others * size * ranks, lambda a=mine, b=received: dist.all_gather_into_tensor(b, a)),
+            ("send", size, lambda a=mine: _shift(a, rank, ranks)),
+        ):
+            samples[f"{name}_inside"].append((0.0, moved, _seconds_in_step(run, device)))
+    dist.destroy_process_group()
+    return {kind: vars(fit_rate(found)[0]) for kind, found in samples.items()}
+
+
+def _shift(tensor: torch.Tensor, rank: int, ranks: int) -> None:
+    """Send to the next rank and receive from the one before."""
+    received = torch.empty_like(tensor)
+    works = dist.batch_isend_irecv(
+        [
+            dist.P2POp(dist.isend, tensor, (rank + 1) % ranks),
+            dist.P2POp(dist.irecv, received, (rank - 1) % ranks),
+        ]
+    )
+    for one in works:
+        one.wait()
+
+
+def _seconds_in_step(run: Callable[[], object], device: torch.device) -> float:
+    """Shortest time of a collective, its start aligned; every rank runs it as often as the others."""
+    times = []
+    for _ in range(4 * LEAST):
+        dist.barrier()
+        started = time.perf_counter()
+        run()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        times.append(time.perf_counter() - started)
+    return min(times)

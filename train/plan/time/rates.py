@@ -1,0 +1,192 @@
+"""Seconds of work: the rates of a description or of a calibration, and which kind stands in for which.
+
+Shipped descriptions know a few kinds (products, attention, memory); a calibration measures all that this project's own
+code does. A kind that is not there takes the rate of the kind that it is an instance of, along KINDS; a kind without any
+is an error.
+"""
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from conf.errors import UserError
+from conf.schema import Config, Rate
+from train.cpu import cpu_name
+from train.native.model import parts_in_use
+from train.plan.job import require_hardware
+from train.plan.time.work import Work
+
+KINDS = {
+    "fprop": "",
+    "dgrad": "fprop",
+    "wgrad": "fprop",
+    "grouped_fprop": "fprop",
+    "grouped_dgrad": "grouped_fprop",
+    "grouped_wgrad": "wgrad",
+}
+"""Kinds of products, each in a format (fprop_bf16), and what stands in for them."""
+MEMORY = (
+    "accumulate",
+    "add",
+    "cast",
+    "collect",
+    "copy",
+    "embed_backward",
+    "embed_forward",
+    "heads_backward",
+    "heads_forward",
+    "loss",
+    "norm_backward",
+    "norm_forward",
+    "optimizer",
+    "permute",
+    "route_backward",
+    "route_forward",
+    "swiglu_backward",
+    "swiglu_forward",
+)
+"""Kinds bound by memory, for which `memory` stands in."""
+LINKS = {
+    "all_to_all_inside": "inside",
+    "all_to_all_across": "across",
+    "send_inside": "inside",
+    "send_across": "across",
+    "reduce_inside": "inside",
+    "reduce_across": "across",
+    "gather_inside": "inside",
+    "gather_across": "across",
+}
+"""Kinds of transfers and what stands in for them: inside and across, bytes of one device in one direction."""
+FILE = "calibration.json"
+REQUIRED = {
+    "device",
+    "precision",
+    "compiled",
+    "threads",
+    "rates_alone",
+    "rates_together",
+    "factors_alone",
+    "factors_together",
+}
+
+
+@dataclass(frozen=True)
+class Rates:
+    """Rates of one device. source: for a person."""
+
+    rates: Mapping[str, Rate]
+    source: str
+    factors: Mapping[str, float] = field(default_factory=dict)
+    """Of passes and of update: what kernels do not explain of them, as a factor; 1 where not measured."""
+    threads: int | None = None
+    """Of a rank on the CPU that was calibrated."""
+
+    def rate(self, kind: str) -> Rate:
+        """The rate of a kind, or of what stands in for it. Raises UserError where there is none."""
+        name: str | None = kind
+        while name and name not in self.rates:
+            name = _stand_in(name)
+        if not name:
+            raise UserError(
+                "hardware.rates",
+                kind,
+                f"{self.source} has no rate for this kind of work, nor for one that could stand in",
+                "calibrate on the device: mode=plan plan.calibrate=true",
+            )
+        return self.rates[name]
+
+    def seconds(self, work: Iterable[Work]) -> float:
+        """Time of kernels one after another."""
+        return sum(self.of(one) for one in work)
+
+    def passes(self, work: Sequence[Work]) -> float:
+        """The same inside the passes of a step, with what Python and autograd take to launch them (calibrations only)."""
+        launch = self.rates.get("launch", Rate()).seconds
+        return self.factor("passes") * self.seconds(work) + launch * sum(one.calls for one in work)
+
+    def factor(self, what: str) -> float:
+        return self.factors.get(what, 1.0)
+
+    def of(self, work: Work) -> float:
+        rate = self.rate(work.kind)
+        operations = work.flops / rate.flops if rate.flops else 0.0
+        moved = work.bytes / rate.bandwidth if rate.bandwidth else 0.0
+        return work.calls * rate.seconds + operations + moved
+
+
+def _stand_in(kind: str) -> str | None:
+    if kind in MEMORY:
+        return "memory"
+    if kind in LINKS:
+        return LINKS[kind]
+    product, _, form = kind.rpartition("_")
+    other = KINDS.get(product)
+    return f"{other}_{form}" if other else None
+
+
+def load_rates(config: Config, alone: bool) -> Rates:
+    """The rates that a plan of this recipe uses. alone: only one rank of a machine works (CPUs share their memory).
+
+    Raises UserError without a description, without rates, and for a calibration of another device.
+    """
+    hardware = config.hardware
+    require_hardware(hardware)
+    if config.plan.calibration is None:
+        if not hardware.rates:
+            raise UserError(
+                "plan.calibration",
+                None,
+                f"hardware={hardware.name} has no rates of its own: they differ from machine to machine",
+                "run mode=plan plan.calibrate=true on it, then give plan.calibration=runs/<name>/calibration.json",
+            )
+        return Rates(hardware.rates, f"published figures of hardware={hardware.name}")
+    found = read_calibration(config.plan.calibration)
+    check_device(config, found)
+    together = "alone" if alone else "together"
+    rates = {kind: Rate(**rate) for kind, rate in found[f"rates_{together}"].items()}
+    threads = found["threads"] if config.hardware.device == "cpu" else None
+    return Rates(rates, f"calibration of {found['device']}", found[f"factors_{together}"], threads)
+
+
+def read_calibration(path: str) -> dict[str, Any]:
+    """Content of a calibration file."""
+    try:
+        found = json.loads(Path(path).read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(
+            "plan.calibration", path, f"must be a file that plan.calibrate=true wrote ({error})", "calibrate again"
+        ) from error
+    if not isinstance(found, dict) or not found.keys() >= REQUIRED:
+        raise UserError("plan.calibration", path, "must be a file that plan.calibrate=true wrote", "calibrate again")
+    return found
+
+
+def check_device(config: Config, calibration: Mapping[str, Any]) -> None:
+    """Raise UserError where a calibration is not of the device that is planned for, or of another number format."""
+    hardware, device = config.hardware, calibration["device"]
+    wanted = cpu_name() if hardware.device == "cpu" else hardware.device
+    same = device == wanted if hardware.device == "cpu" else wanted in device
+    if not same:
+        raise UserError(
+            "plan.calibration",
+            config.plan.calibration,
+            f"was measured on {device}, and hardware={hardware.name} is {wanted}",
+            "choose the hardware of the calibration, or calibrate on this one",
+        )
+    if hardware.device == "cpu" and config.precision.name != calibration["precision"]:
+        raise UserError(
+            "plan.calibration",
+            config.plan.calibration,
+            f"was measured with precision={calibration['precision']}, and this recipe has {config.precision.name}",
+            f"calibrate with precision={config.precision.name}",
+        )
+    if hardware.device == "cpu" and calibration["compiled"] != parts_in_use():
+        theirs, ours = (", ".join(parts) or "nothing" for parts in (calibration["compiled"], parts_in_use()))
+        raise UserError(
+            "plan.calibration",
+            config.plan.calibration,
+            f"was measured with compiled code for {theirs}, and here there is some for {ours}",
+            "calibrate again, or set cluster.compiled as it was then",
+        )

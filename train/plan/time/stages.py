@@ -1,0 +1,225 @@
+"""Seconds of every action of a pipeline: the work of a stage's layers, at the rates of a device.
+
+The layers of a stage are those of train/parallelize.py. Each kind of block is counted once; a stage adds them up as
+segments (passes.py), so that the schedule can overlap what it overlaps.
+"""
+
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+
+from conf.errors import UserError
+from conf.schema import Config
+from parallel.mesh import Layout
+from parallel.pipeline.simulate import Action
+from parallel.pipeline.split import stage_placement
+from train.parallelize import split
+from train.plan.job import micro_batches_of
+from train.plan.time import work
+from train.plan.time.passes import Elapsed, Segment, alone, overlapped
+from train.plan.time.rates import Rates
+from train.plan.time.traffic import Spread, spread_of
+from train.plan.time.work import Passes, Sizes, Work
+
+
+@dataclass
+class PassTime:
+    """One pass over some layers: segments for time, and the work in them by kind."""
+
+    segments: list[Segment] = field(default_factory=list)
+    work: list[Work] = field(default_factory=list)
+
+    def add(self, other: "PassTime") -> "PassTime":
+        self.segments += other.segments
+        self.work += other.work
+        return self
+
+
+@dataclass
+class Directions:
+    """Forward; backward whole; its inputs alone; its weights alone."""
+
+    forward: PassTime = field(default_factory=PassTime)
+    backward: PassTime = field(default_factory=PassTime)
+    inputs: PassTime = field(default_factory=PassTime)
+    weights: PassTime = field(default_factory=PassTime)
+
+    def add(self, other: "Directions") -> "Directions":
+        """Layers after these: backward comes to them first."""
+        self.forward.add(other.forward)
+        for name in ("backward", "inputs", "weights"):
+            mine, theirs = getattr(self, name), getattr(other, name)
+            setattr(self, name, PassTime(theirs.segments + mine.segments, theirs.work + mine.work))
+        return self
+
+
+class Stages:
+    """Durations of the actions of a recipe's pipeline."""
+
+    def __init__(self, config: Config, layout: Layout, rates: Rates):
+        self.config, self.layout, self.rates = config, layout, rates
+        self.placement = stage_placement(config.parallel.schedule, layout.pp)
+        self.layers = split(config)
+        self.taken = config.hardware.communication_share
+        parallel = config.parallel
+        self.sizes = Sizes(
+            config,
+            tokens=config.micro_batch_size * config.seq_len,
+            micro_batches=micro_batches_of(config),
+            local_experts=config.model.experts // parallel.ep,
+        )
+        self._made: dict[tuple, Directions] = {}
+        self._elapsed: dict[tuple, Elapsed] = {}
+
+    @cached_property
+    def spread(self) -> Spread:
+        """Where the tokens of a layer of experts go."""
+        return spread_of(self.config, self.layout)
+
+    def directions(self, stage: int) -> Directions:
+        """The passes of a stage. Stages with equal layers share them."""
+        dense = self.config.model.dense_layers
+        blocks = [index < dense for index in self.layers[stage]]
+        first, last = stage == 0, stage == len(self.layers) - 1
+        key = (sum(blocks), len(blocks), first, last)
+        if key not in self._made:
+            self._made[key] = self._stage(blocks, first, last)
+        return self._made[key]
+
+    def _stage(self, blocks: list[bool], first: bool, last: bool) -> Directions:
+        model = self.config.model
+        made = Directions()
+        if first or (last and model.mtp_depth):
+            made.add(self._plain(work.embedding(self.sizes)))
+        for dense in blocks:
+            made.add(self._block(dense))
+        if last:
+            for depth in range(1, model.mtp_depth + 1):
+                part = replace(self.sizes, tokens=self._positions(depth))
+                made.add(self._plain(work.mtp_join(part))).add(self._block(False))
+            positions = [self._positions(depth) for depth in range(model.mtp_depth + 1)]
+            made.add(self._plain(work.head(self.sizes, positions)))
+        if first:  # nothing to send on: torch's split does nothing in I and everything in W
+            made = Directions(made.forward, made.backward, PassTime(), made.backward)
+        elif last and model.mtp_depth > 1:  # DeepSeekV3.backward_in_one_piece
+            made = Directions(made.forward, made.backward, made.backward, PassTime())
+        return made
+
+    def _positions(self, depth: int) -> int:
+        return self.config.micro_batch_size * (self.config.seq_len - depth)
+
+    def _block(self, dense: bool) -> Directions:
+        made = self._plain(work.attention(self.sizes))
+        if dense:
+            passes = work.norm(self.sizes, self.sizes.tokens, self.config.model.hidden)
+            passes.add(work.ffn(self.sizes, self.config.model.dense_width))
+            residual = work.add(self.sizes, self.sizes.tokens, self.config.model.hidden)
+            passes.add(Passes([residual], [residual]))
+            return made.add(self._plain(passes))
+        return made.add(self._experts())
+
+    def _plain(self, passes: Passes) -> Directions:
+        """Computing without transfers."""
+
+        def one(work: list[Work]) -> PassTime:
+            return PassTime([Segment(self.seconds(work))], list(work))
+
+        backward = passes.weights + passes.inputs
+        return Directions(one(passes.forward), one(backward), one(passes.inputs), one(passes.weights))
+
+    def _experts(self) -> Directions:
+        """Router, dispatch, experts and shared experts, combine (train/model/moe.py)."""
+        sizes, model, seconds = self.sizes, self.config.model, self.seconds
+        imbalance = self.config.plan.imbalance if self.layout.ep > 1 else 1.0
+        rows = sizes.tokens * model.top_k * imbalance
+        router, experts = work.router(sizes), work.experts(sizes, rows)
+        shared = work.ffn(sizes, model.shared_experts * model.expert_width) if model.shared_experts else Passes()
+        sums = [work.add(sizes, sizes.tokens, model.hidden)] * (2 if model.shared_experts else 1)
+        out, back = work.permutation(sizes, self.spread)
+        spread = self.spread
+        dispatch = self.exchange(spread.row_bytes)
+        combine = self.exchange(spread.high_bytes)
+        out_again, back_again = self.exchange(spread.gradient_bytes), self.exchange(spread.high_gradient_bytes)
+        begin, land = seconds(out) / 2, seconds(back) / 2  # half of the copying lies before an exchange, half behind it
+        forward = PassTime(
+            [
+                Segment(seconds(router.forward) + begin, dispatch, seconds(shared.forward)),
+                Segment(begin + seconds(experts.forward) + land, combine),
+                Segment(land + seconds(sums)),
+            ],
+            router.forward + out + shared.forward + experts.forward + back + sums,
+        )
+
+        def backward(inputs: bool, weights: bool) -> PassTime:
+            def part(passes: Passes) -> list[Work]:
+                return (passes.inputs if inputs else []) + (passes.weights if weights else [])
+
+            parts = [part(experts), part(shared), part(router)]
+            together = [one for works in parts for one in works]
+            if not inputs:
+                return PassTime([Segment(seconds(together))], together)
+            segments = [
+                Segment(seconds(sums) + begin, out_again),
+                Segment(begin + seconds(parts[0]) + land, back_again, seconds(parts[1])),
+                Segment(land + seconds(parts[2])),
+            ]
+            return PassTime(segments, sums + out + together + back)
+
+        return Directions(forward, backward(True, True), backward(True, False), backward(False, True))
+
+    def seconds(self, works: list[Work]) -> float:
+        """Time of computing in a pass."""
+        return self.rates.passes(works)
+
+    def exchange(self, row_bytes: float) -> float:
+        """Seconds of one all-to-all of a micro-batch, of the rank that has most to move."""
+        spread, parallel = self.spread, self.config.parallel
+        if spread.ranks == 1:
+            return 0.0
+        tokens = self.sizes.tokens * self.config.plan.imbalance * row_bytes
+        hops = [
+            self.rates.of(Work(f"all_to_all_{where}", bytes=tokens * messages))
+            for where, messages in (("across", spread.across), ("inside", spread.inside))
+            if messages
+        ]
+        return sum(hops) if parallel.dispatch == "node_limited" else max(hops)
+
+    def elapsed(self, action: Action) -> Elapsed:
+        """Time of an action."""
+        key = (action.kind, *(half.stage for half in action.halves or (action,)))
+        if key not in self._elapsed:
+            self._elapsed[key] = self._time(action)
+        return self._elapsed[key]
+
+    def _time(self, action: Action) -> Elapsed:
+        if action.halves:
+            forward, backward = (self.directions(half.stage) for half in action.halves)
+            first, second = forward.forward.segments, backward.backward.segments
+            if self.config.parallel.overlap:
+                return overlapped(first, second, self.taken)
+            one, other = alone(first, self.taken), alone(second, self.taken)
+            return Elapsed(one.seconds + other.seconds, one.exposed + other.exposed)
+        made = self.directions(action.stage)
+        passes = {"F": made.forward, "B": made.backward, "I": made.inputs, "W": made.weights}
+        return alone(passes[action.kind].segments, self.taken)
+
+
+def require_rule(config: Config) -> None:
+    """Raise UserError for a recipe whose step time this file has no rule for."""
+    if config.data.mask_documents:
+        raise UserError(
+            "data.mask_documents",
+            True,
+            "the planner has no rule for attention inside documents: its work depends on their lengths",
+            "plan with data.mask_documents=false, an upper bound",
+        )
+    if config.hardware.device == "cpu" and config.precision.fp8 is not None:
+        raise UserError(
+            "precision.name",
+            config.precision.name,
+            "the planner has no rule for the step time of FP8 as CPUs emulate it",
+            "plan with precision=bf16, or for a GPU: hardware=h100",
+        )
+    if config.precision.fp8 is not None and not config.hardware.fp8_flops:
+        raise UserError(
+            "hardware.fp8_flops", 0, f"hardware={config.hardware.name} has no FP8 products", "choose precision=bf16"
+        )

@@ -1,0 +1,101 @@
+"""Where tokens go: copies of a token at every hop and the bytes of the exchanges between ranks.
+
+With balanced routing every expert is as likely as any other, so the expected number of nodes, ranks and experts a
+token reaches follows from the router's rule alone. It is counted on random scores by that very rule (paper 2.1.2):
+groups by their best top_k / top_groups scores, then the top_k experts in them. Messages as in parallel/expert: a row on
+the wire and what travels beside it.
+"""
+
+from dataclasses import dataclass
+from functools import cache
+
+import numpy as np
+
+from conf.schema import Config, Model
+from parallel.mesh import Layout
+
+SAMPLES = 4096
+"""Random tokens to count on: the standard error of a mean copy count is below 0.5 %."""
+TILE = 128
+"""Values that share a scale on the FP8 wire."""
+
+
+@dataclass(frozen=True)
+class Spread:
+    """Expected copies of one token in one layer of experts, and what its messages cost. Means over tokens."""
+
+    ranks: int
+    """Ranks of the expert group."""
+    copies: tuple[float, ...]
+    """Messages that a hop makes of a token: one hop for flat, two for node-limited over nodes; those kept included."""
+    arrivals: float
+    """Messages that reach the expert's ranks, per token of a rank."""
+    row_bytes: int
+    """Of a message on the way out of the forward pass: a row on the wire and what travels beside it."""
+    gradient_bytes: int
+    """On the way out of the backward pass: a row on the wire alone."""
+    high_bytes: int
+    """On the way back of the forward pass: a row in the activations' format."""
+    high_gradient_bytes: int
+    """On the way back of the backward pass: such a row and the gradients of its gates."""
+    inside: float
+    """Messages of a token to other ranks of the same node."""
+    across: float
+    """Messages of a token to other nodes."""
+
+    def step_bytes(self, tokens: float) -> tuple[float, float]:
+        """Bytes that tokens of one layer cost in forward and backward together: inside nodes and across."""
+        row = self.row_bytes + self.gradient_bytes + self.high_bytes + self.high_gradient_bytes
+        return tokens * self.inside * row, tokens * self.across * row
+
+
+def spread_of(config: Config, layout: Layout) -> Spread:
+    """The spread of a recipe's tokens over the expert group of a layout."""
+    model, element = config.model, config.precision.weight_bytes
+    if layout.ep == 1:
+        return Spread(1, (), 1.0, 0, 0, 0, 0, 0.0, 0.0)
+    per_node = layout.ep_ranks_per_node
+    nodes, ranks, experts = reached(model, layout.ep // per_node, per_node)
+    high = _round_up(model.hidden * element, 4)
+    coded = high if config.parallel.wire == "bf16" else _round_up(model.hidden + -(-model.hidden // TILE), 4)
+    other_node, same_node = 1 - per_node / layout.ep, (per_node - 1) / layout.ep
+    if config.parallel.dispatch == "flat":
+        side, gates, copies, arrivals = 4, 4, (experts,), experts
+        across, inside = experts * other_node, experts * same_node
+    else:
+        gates = 4 * model.top_k
+        side = gates + _round_up(2 * model.top_k, 4)
+        across, arrivals = nodes * other_node, ranks
+        inside = ranks * (1 - 1 / per_node)
+        copies = (nodes, ranks) if layout.ep > per_node and per_node > 1 else (ranks,)
+    row = coded + side
+    return Spread(layout.ep, copies, arrivals, row, coded, high, high + gates, inside, across)
+
+
+@cache
+def _chosen(experts: int, top_k: int, groups: int, top_groups: int) -> np.ndarray:
+    """Expert ids (SAMPLES, top_k) of random scores under the router's rule."""
+    scores_SE = np.random.default_rng(0).random((SAMPLES, experts), dtype=np.float32)
+    if top_groups < groups:
+        grouped_SGX = scores_SE.reshape(SAMPLES, groups, -1)
+        best = np.sort(grouped_SGX, -1)[..., -(top_k // top_groups) :].sum(-1)
+        closed_SG = np.argsort(np.argsort(-best, -1), -1) >= top_groups
+        scores_SE = np.where(closed_SG[..., None], -1.0, grouped_SGX).reshape(SAMPLES, experts)
+    return np.argpartition(-scores_SE, top_k - 1, -1)[:, :top_k]
+
+
+def reached(model: Model, nodes: int, per_node: int) -> tuple[float, float, int]:
+    """Expected nodes and ranks that hold an expert of a token, and its experts; experts spread in order over ranks."""
+    ids_SK = _chosen(model.experts, model.top_k, model.groups, model.top_groups)
+    per_rank = model.experts // (nodes * per_node)
+
+    def distinct(holders: int, size: int) -> float:
+        hit_SH = np.zeros((SAMPLES, holders), dtype=bool)
+        np.put_along_axis(hit_SH, ids_SK // size, True, 1)
+        return float(hit_SH.sum(1).mean())
+
+    return distinct(nodes, per_rank * per_node), distinct(nodes * per_node, per_rank), model.top_k
+
+
+def _round_up(value: int, multiple: int) -> int:
+    return -(-value // multiple) * multiple

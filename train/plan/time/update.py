@@ -1,0 +1,121 @@
+"""Seconds between the last micro-batch and the next step: gradients reduced, weights updated and gathered again.
+
+As parallel/zero12.py runs DeepSpeed: gradients are summed over all ranks that hold the same weights (an all-reduce, of
+which each rank keeps its shard), in fp32; then every rank updates its shard and the weights are gathered in their own
+format. Dense weights are shared by the data-parallel group, experts by the ranks with the same experts. Nothing of
+it runs beside a pipeline's work. At stage 3 the gathers and the reduction happen in every micro-batch instead, and
+what is left is the update.
+"""
+
+from dataclasses import dataclass
+
+from conf.schema import Config
+from parallel.mesh import Layout
+from train.model.count import count
+from train.plan.time.rates import Rates
+from train.plan.time.work import Work
+
+DEVICE_PASSES = 20
+"""Bytes per gradient that DeepSpeed moves around the reduction: into its bucket, out of it, divided. Gradients that no
+other rank shares stay where they are, with bf16 weights."""
+NORM_BYTES, CLIP_BYTES = 4, 8
+"""The same per element of the shard: read for the norm; read and written to clip, at stage 3 (else the update clips)."""
+ADAM_BYTES = 12
+"""The same of an update: weight and gradient read, weight written. Its moments and the weight in its own format come on top."""
+
+
+@dataclass(frozen=True)
+class UpdateTime:
+    """Seconds of the three parts."""
+
+    reduce: float
+    optimizer: float
+    gather: float
+
+    @property
+    def seconds(self) -> float:
+        return self.reduce + self.optimizer + self.gather
+
+
+@dataclass(frozen=True)
+class WeightCounts:
+    """Weights of one rank, by who else holds them."""
+
+    dense: float
+    experts: float
+
+
+def count_weights(config: Config, layers: list[range], stage_ids: list[int], last: int) -> WeightCounts:
+    """Weights of the stages of one pipeline rank, experts those of one rank of the expert group."""
+    model, parallel = config.model, config.parallel
+    counts = count(model)
+    per_layer = counts.expert * model.experts
+    dense = experts = 0.0
+    for stage in stage_ids:
+        for index in layers[stage]:
+            moe = index >= model.dense_layers
+            dense += counts.moe_block - per_layer if moe else counts.dense_block
+            experts += per_layer if moe else 0
+    modules = model.mtp_depth if last in stage_ids else 0
+    if last in stage_ids:
+        dense += counts.embedding + model.hidden + counts.mtp - modules * per_layer
+        experts += modules * per_layer
+    if 0 in stage_ids or modules:  # one table where first and last stage share a rank
+        dense += counts.embedding
+    return WeightCounts(dense, experts / parallel.ep)
+
+
+def ring_bandwidth_share(group: int, per_node: int) -> tuple[str, float]:
+    """Which link a ring of `group` ranks, `per_node` of them on each node, is bound by, and how many it has of it."""
+    return ("inside", 1.0) if group <= per_node else ("across", float(per_node))
+
+
+def update_time(config: Config, layout: Layout, rates: Rates, held: WeightCounts) -> UpdateTime:
+    """Seconds of the update of a rank with these weights."""
+    element = config.precision.weight_bytes
+    moment = config.precision.moment_bytes
+    inside_node = min(layout.dp, layout.ranks_per_node)
+    groups = [
+        (held.dense, layout.dp, inside_node),
+        (held.experts, layout.edp, max(1, inside_node // layout.ep)),
+    ]
+    reduce = gather = shard = copied = 0.0
+    for weights, group, per_node in groups:
+        shard += weights / group
+        if config.parallel.zero < 3 and (group > 1 or config.precision.name == "fp32"):
+            copied += weights
+        if group == 1 or not weights:
+            continue
+        moved = weights * (group - 1) / group
+        if config.parallel.zero < 3:
+            reduce += _collective("reduce", rates, 2 * moved * 4, group, per_node)
+            gather += _collective("gather", rates, moved * element, group, per_node)
+    shard_bytes = NORM_BYTES + (CLIP_BYTES if config.parallel.zero == 3 else 0)
+    passes = [Work("memory", bytes=copied * DEVICE_PASSES), Work("memory", bytes=shard * shard_bytes)]
+    update = Work("optimizer", bytes=shard * (ADAM_BYTES + 4 * moment + element))
+    factor = rates.factor("update")
+    own = factor * rates.of(passes[0]), factor * (rates.of(passes[1]) + rates.of(update))
+    return UpdateTime(reduce + own[0], own[1], gather)
+
+
+def _collective(name: str, rates: Rates, moved: float, group: int, per_node: int) -> float:
+    """Seconds of a ring over the group. Over nodes every rank of a node brings its own adapter, up to the inside speed."""
+    where, links = ring_bandwidth_share(group, per_node)
+    seconds = rates.of(Work(f"{name}_{where}", bytes=moved / links))
+    return seconds if where == "inside" else max(seconds, rates.of(Work(f"{name}_inside", bytes=moved)))
+
+
+def stage3_seconds(config: Config, layout: Layout, rates: Rates, held: WeightCounts) -> tuple[float, float]:
+    """Seconds of communication that stage 3 adds to a micro-batch: in forward a gather, in backward one and a reduction."""
+    element = config.precision.weight_bytes
+    inside_node = min(layout.dp, layout.ranks_per_node)
+    gather = reduce = 0.0
+    for weights, group, per_node in (
+        (held.dense, layout.dp, inside_node),
+        (held.experts, layout.edp, max(1, inside_node // layout.ep)),
+    ):
+        if group > 1 and weights:
+            moved = weights * (group - 1) / group
+            gather += _collective("gather", rates, moved * element, group, per_node)
+            reduce += _collective("reduce", rates, moved * 4, group, per_node)
+    return gather, gather + reduce

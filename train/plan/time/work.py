@@ -1,0 +1,265 @@
+"""What the kernels of a model do, counted per module: operations and bytes, by kind of work.
+
+A kind names a rate of the calibration (rates.py). Bytes are those that a kernel must read and write once; what it
+really moves, a CPU's several passes included, is in its rate. The order of the modules is that of train/model.
+
+Shapes: T tokens of a micro-batch, D width, F inner width, R rows of this rank's experts, E its experts, V vocabulary.
+"""
+
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from conf.schema import Config, Recompute
+from train.native.model import in_use, products_pay
+from train.plan.job import device_kind
+from train.plan.time.traffic import Spread
+
+
+class Work(NamedTuple):
+    """One kernel, or several of one kind together."""
+
+    kind: str
+    flops: float = 0.0
+    bytes: float = 0.0
+    calls: float = 1.0
+
+
+@dataclass
+class Passes:
+    """The work of a module: forward, gradients of inputs (with all that is computed again), gradients of weights."""
+
+    forward: list[Work] = field(default_factory=list)
+    inputs: list[Work] = field(default_factory=list)
+    weights: list[Work] = field(default_factory=list)
+
+    def add(self, other: "Passes") -> "Passes":
+        self.forward += other.forward
+        self.inputs += other.inputs
+        self.weights += other.weights
+        return self
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """What the work depends on beside the model."""
+
+    config: Config
+    tokens: int
+    """T, of one micro-batch of one rank."""
+    micro_batches: int
+    local_experts: int
+
+    @property
+    def element(self) -> int:
+        """Bytes of an activation and of a weight."""
+        return self.config.precision.weight_bytes
+
+    @property
+    def high(self) -> str:
+        """Format of products that stay out of FP8."""
+        return "fp32" if self.element == 4 else "bf16"
+
+    def fp8(self, family: str) -> bool:
+        """Whether the products of this family of layers are in FP8: dense, output, experts_up or experts_down."""
+        fp8 = self.config.precision.fp8
+        return fp8 is not None and getattr(fp8, family).fprop.activation != "bf16"
+
+    def computes_again(self, what: Recompute) -> bool:
+        return what in self.config.model.recompute
+
+    @property
+    def fp32_gradients(self) -> bool:
+        """Whether products in bf16 give the gradients of weights in fp32, as compiled ones do."""
+        return self.element == 2 and device_kind(self.config) == "cpu" and in_use() and products_pay()
+
+    def accumulate(self, weights: float, cast: bool) -> Work:
+        """Adding a micro-batch's gradient to the fp32 sum, with a cast from bf16 if that is what it came in. The first
+        one becomes the sum.
+        """
+        cast = self.element + 4 if cast else 0
+        return Work("accumulate", bytes=weights * (cast + 12 * (1 - 1 / self.micro_batches)))
+
+
+def linear(sizes: Sizes, rows: float, inputs: int, outputs: int, family: str = "dense") -> Passes:
+    """y = x w^T of rows x inputs; in FP8 with the casts of all operands."""
+    return _product(sizes, rows, inputs, outputs, 1, family, "")
+
+
+def grouped(sizes: Sizes, rows: float, inputs: int, outputs: int, family: str) -> Passes:
+    """The same with the weight of each row's expert."""
+    return _product(sizes, rows, inputs, outputs, sizes.local_experts, family, "grouped_")
+
+
+def _product(sizes: Sizes, rows: float, inputs: int, outputs: int, experts: int, family: str, prefix: str) -> Passes:
+    weights, x, y = experts * inputs * outputs, rows * inputs, rows * outputs
+    fp8, element = sizes.fp8(family), sizes.element
+    form, operand = ("fp8", 1) if fp8 else (sizes.high, element)
+    flops = 2 * rows * inputs * outputs
+    cast = element == 2 and (fp8 or not sizes.fp32_gradients)
+
+    def product(name: str, read: float, written: float) -> Work:
+        return Work(f"{prefix}{name}_{form}", flops, read * operand + written * element)
+
+    passes = Passes(
+        [product("fprop", x + weights, y)],
+        [product("dgrad", y + weights, x)],
+        [product("wgrad", x + y, weights), sizes.accumulate(weights, cast)],
+    )
+    if fp8:
+        once, kept = element + 1, 2  # read in bf16, written as FP8; what was kept in FP8 is read as FP8
+        passes.forward.append(Work("cast", bytes=(x + weights) * once, calls=2))
+        passes.inputs.append(Work("cast", bytes=(y + weights) * once, calls=2))
+        passes.weights.append(Work("cast", bytes=y * once + x * kept, calls=2))
+    return passes
+
+
+def norm(sizes: Sizes, rows: float, width: int) -> Passes:
+    """RMSNorm. Its backward, which makes both gradients at once, counts as inputs."""
+    moved = rows * width * sizes.element
+    passes = Passes([Work("norm_forward", bytes=2 * moved)], [Work("norm_backward", bytes=3 * moved)])
+    if sizes.computes_again(Recompute.norm):
+        passes.inputs += passes.forward
+    return passes
+
+
+def add(sizes: Sizes, rows: float, width: int) -> Work:
+    """A sum of two tensors."""
+    return Work("add", bytes=3 * rows * width * sizes.element)
+
+
+def attention(sizes: Sizes) -> Passes:
+    """MLA of one block with the norm before it and the residual sum (train/model/mla.py)."""
+    model, tokens, seq_len = sizes.config.model, sizes.tokens, sizes.config.seq_len
+    heads, qk, value = model.heads, model.nope_head_dim + model.rope_head_dim, model.v_head_dim
+    passes = norm(sizes, tokens, model.hidden)
+    up = Passes()
+    if model.q_rank is None:
+        passes.add(linear(sizes, tokens, model.hidden, heads * qk))
+    else:
+        passes.add(linear(sizes, tokens, model.hidden, model.q_rank))
+        up.add(norm(sizes, tokens, model.q_rank)).add(linear(sizes, tokens, model.q_rank, heads * qk))
+    passes.add(linear(sizes, tokens, model.hidden, model.kv_rank + model.rope_head_dim))
+    up.add(norm(sizes, tokens, model.kv_rank))
+    up.add(linear(sizes, tokens, model.kv_rank, heads * (model.nope_head_dim + value)))
+    spread = tokens * heads * (3 * qk + model.nope_head_dim + 2 * value) * sizes.element
+    up.add(Passes([Work("heads_forward", bytes=spread)], [Work("heads_backward", bytes=spread)]))
+    passes.add(up)
+    if sizes.computes_again(Recompute.mla_up):  # its norms are computed again once, whichever rule asks for it
+        norms = {"norm_forward"} if sizes.computes_again(Recompute.norm) else set()
+        passes.inputs += [work for work in up.forward if work.kind not in norms]
+    pairs = tokens * seq_len / 2  # causal
+    forward, backward = 2 * pairs * heads * (qk + value), 2 * pairs * heads * (3 * qk + 2 * value)
+    passes.forward.append(Work("attention_forward", forward))
+    passes.inputs.append(Work("attention_backward", backward))
+    copy = Work("copy", bytes=2 * tokens * heads * value * sizes.element)
+    passes.forward.append(copy)
+    passes.inputs.append(copy)
+    passes.add(linear(sizes, tokens, heads * value, model.hidden, "output"))
+    residual = add(sizes, tokens, model.hidden)
+    passes.forward.append(residual)
+    passes.inputs += [residual, residual]  # the norm's gradient joins the residual's; q_down's joins kv_down's
+    return passes
+
+
+def swiglu(sizes: Sizes, rows: float, inner: int) -> Passes:
+    one = rows * inner * sizes.element
+    passes = Passes([Work("swiglu_forward", bytes=3 * one)], [Work("swiglu_backward", bytes=5 * one)])
+    if sizes.computes_again(Recompute.swiglu):
+        passes.inputs += passes.forward
+    return passes
+
+
+def ffn(sizes: Sizes, inner: int) -> Passes:
+    """A dense FFN or the shared experts, without norm and residual."""
+    width = sizes.config.model.hidden
+    passes = linear(sizes, sizes.tokens, width, 2 * inner)
+    passes.add(swiglu(sizes, sizes.tokens, inner))
+    return passes.add(linear(sizes, sizes.tokens, inner, width))
+
+
+def router(sizes: Sizes) -> Passes:
+    """The norm before the experts, the router's fp32 product, and the choice of experts."""
+    model, tokens = sizes.config.model, sizes.tokens
+    passes = norm(sizes, tokens, model.hidden)
+    flops, logits = 2 * tokens * model.hidden * model.experts, tokens * model.experts * 4
+    widened = 0 if sizes.element == 4 else tokens * model.hidden * 6
+    moved = (tokens * model.hidden + model.experts * model.hidden) * 4 + logits
+    product = [Work("fprop_fp32", flops, moved), Work("copy", bytes=widened)]
+    passes.forward += [*product, Work("route_forward", bytes=logits)]
+    passes.inputs += [Work("route_backward", bytes=logits), Work("dgrad_fp32", flops, moved)]
+    passes.weights += [Work("wgrad_fp32", flops, moved), Work("copy", bytes=widened)]
+    residual = add(sizes, tokens, model.hidden)
+    passes.inputs += [residual] * 3  # the residual, and the router's, experts' and shared experts' gradients of one x
+    return passes
+
+
+def experts(sizes: Sizes, rows: float) -> Passes:
+    """The routed experts of this rank."""
+    model = sizes.config.model
+    passes = grouped(sizes, rows, model.hidden, 2 * model.expert_width, "experts_up")
+    passes.add(swiglu(sizes, rows, model.expert_width))
+    return passes.add(grouped(sizes, rows, model.expert_width, model.hidden, "experts_down"))
+
+
+def permutation(sizes: Sizes, spread: Spread) -> tuple[list[Work], list[Work]]:
+    """Work on the device around the exchanges: of the way out and of the way back (parallel/expert/dispatcher.py)."""
+    width, element, tokens = sizes.config.model.hidden, sizes.element, sizes.tokens
+    row = width * element
+    out, back = [], []
+    if spread.ranks > 1 and sizes.config.parallel.wire == "fp8":
+        out.append(Work("cast", bytes=tokens * width * (element + 1)))
+        out.append(Work("cast", bytes=tokens * spread.arrivals * width * (element + 1)))
+    sources = tokens
+    wire = spread.row_bytes or row
+    for copies in spread.copies:  # of every token, at each hop; the last sort is on the expert's rank
+        out.append(Work("permute", bytes=2 * copies * tokens * wire))
+        back.append(Work("collect", bytes=(copies * tokens + sources) * row))
+        sources = copies * tokens
+    rows = tokens * sizes.config.model.top_k
+    out.append(Work("permute", bytes=2 * rows * row))
+    back.append(Work("collect", bytes=(rows + sources) * row))
+    return out, back
+
+
+def embedding(sizes: Sizes) -> Passes:
+    """Lookup; its gradient is a whole fp32 table per micro-batch."""
+    model, tokens = sizes.config.model, sizes.tokens
+    table = model.vocab_size * model.hidden
+    row = tokens * model.hidden
+    return Passes(
+        [Work("embed_forward", bytes=2 * row * sizes.element)],
+        [],
+        [
+            Work("embed_backward", bytes=4 * table + row * (sizes.element + 8)),
+            Work("accumulate", bytes=12 * table * (1 - 1 / sizes.micro_batches)),
+        ],
+    )
+
+
+def head(sizes: Sizes, positions: list[int]) -> Passes:
+    """Final norm, output head and loss at every depth; positions: tokens of each depth. Gradients come in forward."""
+    model = sizes.config.model
+    width, vocabulary, element = model.hidden, model.vocab_size, sizes.element
+    passes = norm(sizes, sizes.tokens, width)
+    table = width * vocabulary
+    for tokens in positions:
+        chunks = -(-tokens // model.loss_chunk)
+        flops, logits = 2 * tokens * width * vocabulary, tokens * vocabulary
+        moved = (tokens * width + chunks * table + logits) * element
+        passes.forward += [Work(f"{name}_{sizes.high}", flops, moved, chunks) for name in ("fprop", "dgrad", "wgrad")]
+        passes.forward.append(Work("loss", bytes=4 * logits, calls=chunks))
+        passes.forward.append(Work("accumulate", bytes=table * (8 * chunks + 4 * (chunks - 1))))
+        passes.inputs.append(Work("copy", bytes=2 * tokens * width * element))
+        passes.weights.append(Work("accumulate", bytes=8 * table))
+    passes.weights.append(Work("accumulate", bytes=12 * table * (len(positions) - 1 / sizes.micro_batches)))
+    return passes
+
+
+def mtp_join(sizes: Sizes) -> Passes:
+    """What an MTP module does beside its block: two norms, the projection, the norm at its end."""
+    width, tokens = sizes.config.model.hidden, sizes.tokens
+    passes = norm(sizes, tokens, width).add(norm(sizes, tokens, width)).add(norm(sizes, tokens, width))
+    joined = Work("copy", bytes=4 * tokens * width * sizes.element)
+    passes.forward.append(joined)
+    passes.inputs.append(joined)
+    return passes.add(linear(sizes, tokens, 2 * width, width))
