@@ -13,9 +13,10 @@ import torch.distributed as dist
 from torch import nn
 
 from conf.schema import Optim
+from parallel import exchange
 from parallel.mesh import Layout, build_mesh
 from parallel.zero import Zero
-from tests.ranks import run_ranks
+from tests.ranks import plain, run_ranks, tensor_of
 from train.optim import AdamW, decays
 
 EXPERTS, STEPS = 4, 3
@@ -145,11 +146,11 @@ def reference(layout_dp, dtype, clip):
 
 def gather(shards):
     """All shards of the world, put together; checks that they cover each tensor exactly once."""
-    everything = [None] * dist.get_world_size()
-    dist.all_gather_object(everything, {k: (s.local.clone(), s.offset, s.shape) for k, s in shards.items()})
+    everything = exchange.gather({k: (plain(s.local), s.offset, s.shape) for k, s in shards.items()})
     tensors, covered = {}, {}
     for part in everything:
-        for name, (local, offset, shape) in part.items():
+        for name, (values, offset, shape) in part.items():
+            local = tensor_of(values)
             flat = tensors.setdefault(name, torch.full((math.prod(shape),), torch.nan, dtype=local.dtype))
             seen = covered.setdefault(name, torch.zeros(math.prod(shape), dtype=torch.int))
             flat[offset : offset + local.numel()] = local
@@ -231,8 +232,7 @@ def check_skip(rank):
             set_gradients(zero, 0, bad="0.weight" if rank == 0 else None)
         update = zero.step()
         assert not update.applied and not math.isfinite(update.grad_norm)
-        names = [None, None]
-        dist.all_gather_object(names, update.bad_parameters)
+        names = exchange.gather(update.bad_parameters)
         assert set(names[0] + names[1]) == {"0.weight"}
         with zero.accumulate():
             set_gradients(zero, 0)

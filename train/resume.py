@@ -1,33 +1,24 @@
 """Where a run starts: rank 0 looks for the checkpoint, every rank reads its part of it."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from pathlib import Path
-from typing import Any, TypeVar
-
-import torch.distributed as dist
+from typing import Any
 
 from conf.errors import UserError
 from conf.schema import Config
+from parallel.exchange import from_rank_0, gather
 from parallel.shard import Shard
 from train.checkpoint.checkpointer import Checkpointer
 from train.checkpoint.load import fill
-from train.checkpoint.manifest import Damaged, Manifest, newest_intact, read_manifest
+from train.checkpoint.manifest import Damaged, manifest_of, newest_intact, read_manifest
 from train.checkpoint.memory import MemoryCopies
 from train.data.prepare import Prepared
 from train.data.tokenizer import Tokenizer
+from train.hf.folder import Folder, Stored
 from train.hf.start import check_start, start_from
 from train.run_folder import RunPaths, resume_point
 from train.state import State
 from train.trained_with import require_tokenizer
-
-T = TypeVar("T")
-
-
-def from_rank_0(rank: int, make: Callable[[], T]) -> T:
-    """What `make` gives on rank 0, on every rank."""
-    box: list[Any] = [make() if rank == 0 else None]
-    dist.broadcast_object_list(box, src=0)
-    return box[0]
 
 
 def restore(
@@ -47,35 +38,43 @@ def restore(
     if copies is not None and _restore_copies(config, data, state, copies, notes):
         return notes
     while True:
-        found = from_rank_0(state.mesh.rank, lambda: resume_point(config, skip=skip))
-        notes += [f"passed over a damaged checkpoint: {warning}" for warning in found.warnings if not skip]
-        if found.path is None and notes:  # the weights may be half loaded, and nobody asked to begin anew
+        name, warnings = from_rank_0(lambda: _resume_point(config, skip))
+        notes += [f"passed over a damaged checkpoint: {warning}" for warning in warnings if not skip]
+        if name is None and notes:  # the weights may be half loaded, and nobody asked to begin anew
             raise UserError(
                 "resume",
                 config.resume,
                 f"there is no checkpoint on disk, and copies in memory are of no use: {'; '.join(notes)}",
                 "start once with checkpoint.every_memory=0 to begin anew, or take another name=",
             )
-        if found.path is None:
+        if name is None:
             return notes if config.init_from is None else notes + _start(config, data.tokenizer, state)
-        meta = read_manifest(found.path).meta
-        _fits(config, data.tokenizer, found.path, meta)
-        problem = _load(state, meta, lambda wanted, path=found.path: checkpointer.load(path, wanted))
+        path = Path(name)
+        meta = read_manifest(path).meta
+        _fits(config, data.tokenizer, path, meta)
+        problem = _load(state, meta, lambda wanted, path=path: checkpointer.load(path, wanted))
         if problem is None:
-            return [*notes, f"resumed from step {state.step}: {found.path}", *_changed(config, data, meta)]
+            return [*notes, f"resumed from step {state.step}: {path}", *_changed(config, data, meta)]
         if config.resume != "auto":
             raise UserError("resume", config.resume, problem, "give another checkpoint, or use resume=auto")
         notes.append(f"passed over a damaged checkpoint: {problem}")
-        skip.add(found.path)
+        skip.add(path)
+
+
+def _resume_point(config: Config, skip: Collection[Path]) -> tuple[str | None, list[str]]:
+    """On rank 0: the checkpoint to resume from, if any, and what is wrong with those passed over."""
+    found = resume_point(config, skip=skip)
+    return None if found.path is None else str(found.path), found.warnings
 
 
 def _restore_copies(config: Config, data: Prepared, state: State, copies: MemoryCopies, notes: list[str]) -> bool:
     """Load the set in memory, if it is newer than every checkpoint on disk; whether that worked. Adds to the notes."""
-    manifest, warning = from_rank_0(state.mesh.rank, lambda: _newest_copy(config, copies))
+    body, warning = from_rank_0(lambda: _newest_copy(config, copies))
     if warning is not None:
         notes.append(f"passed over copies in memory: {warning}")
-    if manifest is None:
+    if body is None:
         return False
+    manifest = manifest_of(Path(body["folder"]), body)
     _fits(config, data.tokenizer, manifest.folder, manifest.meta)
     problem = _load(state, manifest.meta, lambda wanted: fill(manifest, copies.files(), wanted))
     if problem is not None:
@@ -89,8 +88,10 @@ def _restore_copies(config: Config, data: Prepared, state: State, copies: Memory
     return True
 
 
-def _newest_copy(config: Config, copies: MemoryCopies) -> tuple[Manifest | None, str | None]:
-    """On rank 0: the set to resume from, None if there is none or the disk has a newer state; and what is wrong with it."""
+def _newest_copy(config: Config, copies: MemoryCopies) -> tuple[dict[str, Any] | None, str | None]:
+    """On rank 0: the body of the manifest of the set to resume from, None if there is none or the disk has a newer state;
+    and what is wrong with it.
+    """
     try:
         manifest = copies.manifest()
     except Damaged as error:
@@ -99,7 +100,7 @@ def _newest_copy(config: Config, copies: MemoryCopies) -> tuple[Manifest | None,
         disk = newest_intact(RunPaths(config).checkpoints).path
         if disk is not None and read_manifest(disk).age > manifest.age:
             return None, None
-    return manifest, None
+    return manifest and manifest.body(), None
 
 
 def _load(state: State, meta: dict[str, Any], load: Callable[[dict[str, Shard]], Any]) -> str | None:
@@ -109,9 +110,7 @@ def _load(state: State, meta: dict[str, Any], load: Callable[[dict[str, Shard]],
         load(state.wanted(meta["has_ema"]))
     except Damaged as error:
         problem = error.line
-    problems: list[Any] = [None] * state.mesh.layout.world
-    dist.all_gather_object(problems, problem)
-    problem = next((text for text in problems if text), None)
+    problem = next((text for text in gather(problem) if text), None)
     if problem is None:
         state.loaded(meta, meta["has_ema"])
     return problem
@@ -119,7 +118,14 @@ def _load(state: State, meta: dict[str, Any], load: Callable[[dict[str, Shard]],
 
 def _start(config: Config, tokenizer: Tokenizer, state: State) -> list[str]:
     """Begin from the weights of init_from; rank 0 alone looks at all headers."""
-    folder, notes = from_rank_0(state.mesh.rank, lambda: check_start(config, tokenizer))
+
+    def look() -> tuple[str, dict[str, tuple], list[str]]:
+        folder, notes = check_start(config, tokenizer)
+        return str(folder.path), {name: (at.file, at.dtype, at.shape) for name, at in folder.stored.items()}, notes
+
+    path, headers, notes = from_rank_0(look)
+    stored = {name: Stored(file, dtype, tuple(shape)) for name, (file, dtype, shape) in headers.items()}
+    folder = Folder(Path(path), stored)
     start_from(config, folder, state)
     return [*notes, f"started from the weights of {folder.path}: {len(folder.stored)} tensors"]
 

@@ -1,11 +1,13 @@
 """Samples the pipeline's timeline in a few steps of a run; see train/metrics/timeline.py for the file."""
 
+from itertools import chain
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
 from conf.schema import Config
+from parallel.exchange import gather
 from parallel.mesh import Mesh
 from parallel.pipeline.schedule import Pipeline
 from parallel.pipeline.timeline import StepRecord
@@ -37,17 +39,12 @@ class TimelineSampler:
         """Bring the first pipeline's records to rank 0, which writes them. Collective over that pipeline."""
         if self._mesh.dp_rank:
             return
-        records: list[Any] = [None] * self._mesh.layout.pp
-        dist.all_gather_object(records, self._pipeline.timeline.newest(), group=self._mesh.pp_group)
+        record = self._pipeline.timeline.newest()
+        mine = round(record.span, 6), plain_actions(record, self._mesh.rank, self._mesh.pp_rank)
+        spans, actions = zip(*gather(mine, self._mesh.pp_group), strict=True)
         if self._mesh.rank == 0:
-            ranks = self._mesh.layout.pp_groups()[0]
-            actions = [
-                action
-                for pp_rank, record in enumerate(records)
-                for action in plain_actions(record, ranks[pp_rank], pp_rank)
-            ]
-            spans = [round(record.span, 6) for record in records]
-            write_timeline(self._folder, SampledStep(step, str(self._schedule), spans, actions))
+            sampled = SampledStep(step, str(self._schedule), list(spans), list(chain.from_iterable(actions)))
+            write_timeline(self._folder, sampled)
 
 
 def plain_actions(record: StepRecord, rank: int, pp_rank: int) -> list[dict[str, Any]]:

@@ -8,14 +8,14 @@ record, validate and save when due. The logging rank is rank 0 and the only one 
 import math
 import sys
 import time
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from typing import Any
 
 import torch
-import torch.distributed as dist
 
 from conf.errors import EXIT_CRASH, EXIT_DIVERGED, EXIT_OK, EXIT_STOPPED
 from conf.schema import Config
+from parallel.exchange import gather
 from parallel.mesh import Mesh
 from train.balance import update_bias
 from train.checkpoint.checkpointer import Checkpointer
@@ -28,7 +28,7 @@ from train.memory import peak_memory
 from train.metrics.balance import balance_record
 from train.metrics.writer import MetricsWriter
 from train.parallelize import Parallelized
-from train.precision.health import merge
+from train.precision.health import Report, merge
 from train.rank_progress import RankProgress
 from train.run_folder import RunPaths
 from train.schedules import Schedules, StepPlan
@@ -185,9 +185,7 @@ class Trainer:
         """Count and name a step without update; too many in a row end the run."""
         self.state.skipped += 1
         self._bad_in_a_row += 1
-        everyone: list[Any] = [None] * self.mesh.layout.world
-        dist.all_gather_object(everyone, bad)
-        names = sorted({name for rank in everyone for name in rank})
+        names = sorted({name for rank in gather(bad) for name in rank})
         shown = ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
         what = f"non-finite gradient in {shown}" if math.isfinite(measured.main_loss) else "non-finite loss"
         text = f"step {plan.step} skipped: {what}"
@@ -232,10 +230,8 @@ class Trainer:
         fp8 = self.config.precision.fp8
         if fp8 is None or not fp8.health.every or plan.step % fp8.health.every:
             return {}
-        mine = self.parts.precision.health()
-        reports: list[Any] = [None] * self.mesh.layout.world
-        dist.all_gather_object(reports, mine)
-        together = merge(reports)
+        reports = gather(asdict(self.parts.precision.health()))
+        together = merge([Report(**report) for report in reports])
         for warning in together.warnings:
             self._note(warning)
         return together.metrics | together.layers

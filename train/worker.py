@@ -25,6 +25,7 @@ from cluster.copies import given_shelves  # noqa: E402
 from cluster.launch import Place, given_attempt, given_run  # noqa: E402
 from conf.errors import EXIT_CRASH, EXIT_USER, UserError  # noqa: E402
 from conf.schema import Config  # noqa: E402
+from parallel.exchange import from_rank_0, refuse_pickles  # noqa: E402
 from parallel.mesh import Layout, build_mesh  # noqa: E402
 from parallel.zero import import_deepspeed  # noqa: E402
 from train.checkpoint.checkpointer import Checkpointer  # noqa: E402
@@ -42,7 +43,7 @@ from train.model.count import flops_per_token  # noqa: E402
 from train.native.model import choose, missed  # noqa: E402
 from train.parallelize import parallelize  # noqa: E402
 from train.precision.build import activation_dtype  # noqa: E402
-from train.resume import from_rank_0, restore  # noqa: E402
+from train.resume import restore  # noqa: E402
 from train.run_folder import RunPaths  # noqa: E402
 from train.state import State  # noqa: E402
 from train.step_work import StepWork  # noqa: E402
@@ -97,7 +98,7 @@ def _run(config: Config, place: Place, stop: StopRequest) -> int:
     mesh = build_mesh(layout, timedelta(seconds=config.cluster.timeout))
     data = in_turn(place, lambda progress: prepare(config, progress))
     paths = RunPaths(config)
-    attempt = from_rank_0(place.rank, lambda: given_attempt() or next_attempt(paths.checkpoints))
+    attempt = from_rank_0(lambda: given_attempt() or next_attempt(paths.checkpoints))
     parts = parallelize(config, mesh, device)
     measure = Measure(config.model, mesh, parts.chunks, device, StepWork(parts, mesh.layout))
     state = State(config, mesh, parts.zero, measure.routers, len(measure.layers))
@@ -164,6 +165,7 @@ def choose_device(config: Config, place: Place) -> torch.device:
 
 def start_process_group(config: Config, place: Place, device: torch.device) -> None:
     """The default group of all ranks; a single rank needs no address for it."""
+    refuse_pickles()
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     timeout = timedelta(seconds=config.cluster.timeout)
     if place.world == 1:

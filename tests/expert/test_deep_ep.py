@@ -9,12 +9,21 @@ from types import SimpleNamespace
 import pytest
 import torch
 import torch.distributed as dist
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
+from parallel.exchange import gather
 from parallel.expert.build import build_dispatcher
 from tests.expert import test_dispatch as common
-from tests.ranks import run_ranks
+from tests.ranks import plain, run_ranks, tensor_of
 
 WIDTH = 256
+
+
+def gather_tensors(tree):
+    """Every rank's tensors, in tuples as the own ones; None stays None."""
+    leaves, shape = tree_flatten(tree)
+    parts = gather([None if leaf is None else plain(leaf) for leaf in leaves])
+    return [tree_unflatten([None if leaf is None else tensor_of(leaf) for leaf in part], shape) for part in parts]
 
 
 class Buffer:
@@ -33,11 +42,6 @@ class Buffer:
 
     get_combine_config = get_dispatch_config
 
-    def _gather(self, value):
-        values = [None] * self.size
-        dist.all_gather_object(values, value)
-        return values
-
     def get_dispatch_layout(self, topk_idx, num_experts):
         self.local = num_experts // self.size
         in_rank = torch.stack([(topk_idx // self.local == rank).any(1) for rank in range(self.size)], 1)
@@ -51,7 +55,7 @@ class Buffer:
             "num_tokens_per_rdma_rank",
         ]
         in_rank = is_token_in_rank if handle is None else handle[self.rank]
-        sources = self._gather((tuple(part.view(torch.uint8) for part in parts), in_rank, topk_idx, topk_weights))
+        sources = gather_tensors((tuple(part.view(torch.uint8) for part in parts), in_rank, topk_idx, topk_weights))
         received = []
         for index, part in enumerate(parts):
             bytes_RB = torch.cat([source[0][index][source[1][:, self.rank]] for source in sources])
@@ -68,7 +72,7 @@ class Buffer:
     def combine(self, x, handle, topk_weights=None):
         weights = topk_weights if topk_weights is not None else x.new_zeros(x.shape[0], 1)
         lengths = [int(in_rank[:, self.rank].sum()) for in_rank in handle]
-        experts = self._gather((x.split(lengths), weights.split(lengths)))
+        experts = gather_tensors((x.split(lengths), weights.split(lengths)))
         mine = handle[self.rank]
         y, total = x.new_zeros(mine.shape[0], x.shape[1]), weights.new_zeros(mine.shape[0], weights.shape[1])
         for rank, (rows, side) in enumerate(experts):

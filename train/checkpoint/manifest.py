@@ -82,6 +82,11 @@ class Manifest:
         """Order of writing: a later attempt is newer even where it resumed from an earlier step."""
         return self.attempt, self.step
 
+    def body(self) -> dict[str, Any]:
+        """What `manifest_of` makes this manifest of again, for another rank; JSON."""
+        tensors = {name: (entry.dtype, entry.shape, entry.intervals) for name, entry in self.tensors.items()}
+        return {**vars(self), "folder": str(self.folder), "tensors": tensors}
+
 
 def step_name(step: int) -> str:
     return f"step_{step:08d}"

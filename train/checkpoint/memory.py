@@ -22,6 +22,7 @@ import torch.distributed as dist
 from cluster.copies import Shelves
 from cluster.memory import Peer, SetId, prune, size
 from conf.errors import UserError
+from parallel.exchange import gather
 from parallel.shard import Shard
 from train.checkpoint.files import atomic_write_json
 from train.checkpoint.intervals import NotCovered, merge
@@ -125,8 +126,7 @@ class MemoryCopies:
         """
         home = self.shelves.home(self.rank)
         room = shutil.disk_usage(self._folder).free + size(self._folder)
-        everyone: list[Any] = [None] * self.world_size
-        dist.all_gather_object(everyone, (home, room, plan(shards).data_bytes))
+        everyone = gather((home, room, plan(shards).data_bytes))
         for node, shelf in enumerate(self.shelves.nodes):
             rooms = [free for at, free, _ in everyone if at == node]
             parts = [bytes_ for at, _, bytes_ in everyone if node in (at, self.shelves.next(at))]
