@@ -15,7 +15,9 @@ from parallel.shard import whole
 from tests.checkpoint.world import checkpointers, save
 from tests.hf.small import FP8, MODEL, random_tensors, write_folder
 from tests.small import arguments, train
-from train.data.tokenizer import Tokenizer, train_bpe
+from tests.test_read_json import BAD
+from train.data.tokenizer import Tokenizer, load_tokenizer, train_bpe
+from train.generate.source import start_token
 from train.hf.export import export
 from train.hf.folder import match, open_folder
 from train.hf.load import load_hf_model
@@ -26,6 +28,7 @@ from train.run_folder import RunPaths
 torch.set_num_threads(1)
 
 MTP = Model(**(MODEL | {"mtp_depth": 1}))
+TOKENIZER = Tokenizer(train_bpe(["some text"], 300))
 FP8_WEIGHT = "model.layers.1.self_attn.o_proj.weight"
 
 
@@ -83,6 +86,57 @@ def changed(path: Path, kind: str, change, model: Model = MTP) -> Path:
     found = random_tensors(model, kind)
     change(found)
     return write_folder(path, model, found, **(FP8 if kind == "fp8" else {}))
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_no_json_of_a_folder_ends_in_a_traceback(sound, name):
+    content, _ = BAD[name]
+    write_tokenizer(sound, TOKENIZER, None, 100)
+    load_hf_model(sound)
+    for file, read in (
+        ("config.json", lambda: load_hf_model(sound)),
+        ("model.safetensors.index.json", lambda: load_hf_model(sound)),
+        ("tokenizer.json", lambda: check_tokenizer(sound, TOKENIZER, None)),
+        ("tokenizer.json", lambda: load_tokenizer(str(sound))),
+        ("tokenizer_config.json", lambda: load_tokenizer(str(sound))),
+        ("tokenizer_config.json", lambda: start_token(sound, TOKENIZER)),
+        ("tokenizer_config.json", lambda: write_tokenizer(sound, TOKENIZER, sound, 100)),
+    ):
+        path = sound / file
+        before = path.read_bytes()
+        path.write_bytes(content)
+        with pytest.raises(UserError) as caught:
+            read()
+        assert file in str(caught.value) or (file == "tokenizer.json" and str(sound) in str(caught.value))
+        assert caught.value.cure and len(str(caught.value)) < 500
+        path.write_bytes(before)
+    header = len(content).to_bytes(8, "little") + content
+    (sound / "model-00002-of-00003.safetensors").write_bytes(header)
+    refused(sound, r"model-00002-of-00003\.safetensors is damaged or cut short")
+
+
+def test_values_of_a_wrong_type_in_the_other_files(sound):
+    write_tokenizer(sound, TOKENIZER, None, 100)
+    index, settings = sound / "model.safetensors.index.json", sound / "tokenizer_config.json"
+    for weight_map in ({"a": 3}, {"a": ["b"]}, None, [], "a"):
+        index.write_text(json.dumps({"weight_map": weight_map}))
+        refused(sound, "its weight_map must give tensors their files")
+    index.write_text(json.dumps({"weight_map": {"a": "b" * 300, "b": "a\0"}}))
+    refused(sound, "lacks 2 of 2 files")
+    for token in (5, ["a"], {"content": {}}):
+        settings.write_text(json.dumps({"eos_token": token, "bos_token": token, "add_bos_token": True}))
+        with pytest.raises(UserError, match="its eos_token must be the name of a token"):
+            load_tokenizer(str(sound))
+        with pytest.raises(UserError, match="its bos_token must be the name of a token"):
+            start_token(sound, TOKENIZER)
+    settings.write_text(json.dumps({"add_bos_token": True, "bos_token": None}))
+    with pytest.raises(UserError, match="its bos_token None is not in the tokenizer"):
+        start_token(sound, TOKENIZER)
+
+
+@pytest.mark.parametrize("name", ["model.layers", "model.layers.\u00b2.a", "model.layers." + "9" * 5000 + ".a"])
+def test_names_of_tensors_that_are_no_layers(tmp_path, name):
+    refused(changed(tmp_path / "a", "bf16", lambda t: t.update({name: torch.ones(3)})), "no place for: model.layers")
 
 
 def test_scales_without_weights_and_weights_without_scales(tmp_path):
@@ -223,4 +277,8 @@ def test_exit_code_2_before_anything_is_started(tmp_path):
     done = train(tmp_path, "name=a", f"init_from={tmp_path}")
     assert done.returncode == EXIT_USER, done.stderr
     assert "error: init_from = " in done.stderr and "names LlamaForCausalLM" in done.stderr
-    assert not (tmp_path / "runs").exists()
+    (tmp_path / "config.json").write_text("[" * 200_000)
+    done = train(tmp_path, "name=a", f"init_from={tmp_path}")
+    assert done.returncode == EXIT_USER and "Traceback" not in done.stderr
+    assert f"error: init_from = {tmp_path / 'config.json'}" in done.stderr and "nested too deep" in done.stderr
+    assert "cure: download it again" in done.stderr and not (tmp_path / "runs").exists()

@@ -23,6 +23,7 @@ from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
 from tokenizers import Tokenizer as Backend
 
 from conf.errors import UserError
+from conf.read_json import read_json, read_text
 from train.checkpoint.files import atomic_write_text
 
 EOS = "<\uff5cend\u2581of\u2581sentence\uff5c>"  # full-width bars and low blocks, as in DeepSeek's file
@@ -131,8 +132,8 @@ def load_tokenizer(choice: str) -> Tokenizer:
         path = Path(choice).expanduser()
         path = path / "tokenizer.json" if path.is_dir() else path
     try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
+        text = read_text(path)
+    except ValueError as error:
         raise _refuse(choice, f"cannot be read: {error}", "give the path of a tokenizer.json") from error
     return Tokenizer(text, _configured_eos(path.with_name("tokenizer_config.json")), name=choice)
 
@@ -141,11 +142,16 @@ def _configured_eos(path: Path) -> str | None:
     """The eos_token of a tokenizer_config.json, if there is one."""
     if not path.is_file():
         return None
-    try:
-        eos = json.loads(path.read_text(encoding="utf-8")).get("eos_token")
-    except (OSError, ValueError, AttributeError) as error:
-        raise _refuse(str(path), f"cannot be read: {error}", "mend or remove this file") from error
-    return eos.get("content") if isinstance(eos, dict) else eos
+    return named_token(path, "eos_token", "data.tokenizer", "correct or remove this file")
+
+
+def named_token(path: Path, key: str, field: str, cure: str) -> str | None:
+    """The token that a tokenizer_config.json names under this key, if any. Raises UserError: field, path, rule, cure."""
+    token = read_json(path, field, cure).get(key)
+    token = token.get("content") if isinstance(token, dict) else token
+    if token is not None and not isinstance(token, str):
+        raise UserError(field, path, f"its {key} must be the name of a token, and is {token!r:.80}", cure)
+    return token
 
 
 def train_bpe(texts: Iterable[str], vocab_size: int) -> str:

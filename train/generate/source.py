@@ -1,15 +1,15 @@
 """Where the weights come from: a checkpoint of ours or a Hugging Face folder, whole, in one process."""
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 
 from conf.errors import UserError
+from conf.read_json import read_json
 from conf.schema import Config
 from train.checkpoint.manifest import read_manifest
-from train.data.tokenizer import Tokenizer, check_fit, load_tokenizer
+from train.data.tokenizer import Tokenizer, check_fit, load_tokenizer, named_token
 from train.evaluate.target import is_hf_folder
 from train.generate.decoder import Decoder
 from train.hf.config import read_model
@@ -80,12 +80,9 @@ def _from_hugging_face(config: Config, folder: Path, device: torch.device) -> So
 def start_token(folder: Path, tokenizer: Tokenizer) -> int:
     """The begin-of-text token where the folder's tokenizer puts one in front of every text, else eos, as in our training."""
     path = folder / SETTINGS
-    try:
-        settings = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-        name = settings.get("bos_token") if settings.get("add_bos_token") else tokenizer.eos
-        name = name["content"] if isinstance(name, dict) else name
-    except (OSError, ValueError, AttributeError, KeyError) as error:
-        raise UserError(FIELD, path, f"cannot be read: {error!r}", "download it again") from error
-    if (found := tokenizer.id_of(name)) is None:
+    if not path.exists() or not read_json(path, FIELD, "download it again").get("add_bos_token"):
+        return tokenizer.eos_id
+    name = named_token(path, "bos_token", FIELD, "download it again")
+    if name is None or (found := tokenizer.id_of(name)) is None:
         raise UserError(FIELD, path, f"its bos_token {name} is not in the tokenizer", "download both files again")
     return found

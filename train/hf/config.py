@@ -1,12 +1,12 @@
 """config.json of a DeepseekV3ForCausalLM folder, to our model and back. Imports no torch: the driver reads it too."""
 
-import json
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, get_type_hints
 
 from conf.check import check_model
 from conf.errors import UserError
+from conf.read_json import read_json
 from conf.schema import Config, Model, Yarn
 
 ARCHITECTURE = "DeepseekV3ForCausalLM"
@@ -65,12 +65,9 @@ def read_model(folder: Path, field: str = "init_from") -> Model:
     field: what the errors name. Where the file asks for YaRN it is in force at any length (`yarn.always`), else never.
     """
     path = folder / "config.json"
-    try:
-        body = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise _refuse(field, folder, "must hold a config.json", "give a folder as from_pretrained takes") from None
-    except (OSError, ValueError) as error:
-        raise _refuse(field, path, f"cannot be read: {error}", "download it again") from error
+    if not path.exists():
+        raise _refuse(field, folder, "must hold a config.json", "give a folder as from_pretrained takes")
+    body = read_json(path, field, "download it again")
     _check_kind(field, path, body)
     missing = [theirs for theirs in FIELDS.values() if theirs not in body]
     if missing:
@@ -113,7 +110,7 @@ def _check_types(model: Model) -> None:
 
 
 def _check_kind(field: str, path: Path, body: Any) -> None:
-    architectures = body.get("architectures") if isinstance(body, dict) else None
+    architectures = body.get("architectures")
     if architectures != [ARCHITECTURE]:
         named = ", ".join(map(str, architectures)) if isinstance(architectures, list) else architectures or "none"
         raise _refuse(field, path, f"must name the architecture {ARCHITECTURE}, it names {named}", "give other weights")

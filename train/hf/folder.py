@@ -4,7 +4,7 @@ Reads no weights and imports no torch: the driver checks a folder before anythin
 files that only pickle can open are refused.
 """
 
-import json
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +12,7 @@ from pathlib import Path
 from safetensors import SafetensorError, safe_open
 
 from conf.errors import UserError
+from conf.read_json import read_json
 from conf.schema import Model
 from train.hf.config import BLOCK, scale_shape
 from train.hf.names import SCALE, Placed, tensors
@@ -77,16 +78,18 @@ def _index(folder: Folder) -> dict[str, list[str]]:
                 "convert them to safetensors with a program that you trust",
             )
         raise folder.refuse(f"must hold {INDEX} or {SINGLE}", "give a downloaded Hugging Face folder")
-    try:
-        weight_map = json.loads(path.read_text(encoding="utf-8"))["weight_map"]
-        files: dict[str, list[str]] = {}
-        for name, file in weight_map.items():
-            files.setdefault(file, []).append(name)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise folder.refuse(f"{INDEX} cannot be read: {error!r}", "download it again") from error
+    weight_map = read_json(path, folder.field, "download it again", value=folder.path).get("weight_map")
+    if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
+        raise folder.refuse(
+            f"{INDEX} cannot be read: its weight_map must give tensors their files", "download it again"
+        )
+    files: dict[str, list[str]] = {}
+    for name, file in weight_map.items():
+        files.setdefault(file, []).append(name)
     if outside := [file for file in files if Path(file).name != file]:
         raise folder.refuse(f"{INDEX} must name files of this folder, not {_some(outside)}", "download it again")
-    if missing := [file for file in files if not (folder.path / file).is_file()]:
+    here = {file.name for file in folder.path.iterdir()}
+    if missing := [file for file in files if file not in here]:
         raise folder.refuse(f"lacks {len(missing)} of {len(files)} files: {_some(missing)}", "download them")
     return files
 
@@ -138,8 +141,8 @@ def match(folder: Folder, model: Model) -> list[Placed]:
 
 def _beyond(name: str, model: Model) -> bool:
     """Whether a tensor belongs to an MTP module that this model does without."""
-    parts = name.split(".")
-    return parts[:2] == ["model", "layers"] and parts[2].isdigit() and int(parts[2]) >= model.layers + model.mtp_depth
+    layer = re.match(r"model\.layers\.([0-9]{1,9})\.", name)
+    return layer is not None and int(layer[1]) >= model.layers + model.mtp_depth
 
 
 def _check_scales(folder: Folder) -> None:

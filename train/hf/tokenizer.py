@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from conf.errors import UserError
+from conf.read_json import parse_json, read_json, read_text
 from train.data.tokenizer import Tokenizer
 
 FILE = "tokenizer.json"
@@ -17,10 +18,12 @@ def check_tokenizer(folder: Path, tokenizer: Tokenizer, choice: str | None) -> l
     if not path.is_file():
         return [f"{folder} holds no {FILE}, so nobody can tell whether its weights know the tokens of this run"]
     try:
-        text = path.read_text(encoding="utf-8")
+        text = read_text(path)
         same = text == tokenizer.json_text or _meaning(text) == _meaning(tokenizer.json_text)
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UserError("init_from", path, f"cannot be read: {error!r}", "download it again") from error
+    except ValueError as error:
+        raise UserError("init_from", path, f"cannot be read: {error}", "download it again") from error
+    except (KeyError, TypeError, AttributeError) as error:
+        raise UserError("init_from", path, f"cannot be read: it lacks {error!r}", "download it again") from error
     if not same:
         raise UserError(
             "data.tokenizer",
@@ -33,7 +36,7 @@ def check_tokenizer(folder: Path, tokenizer: Tokenizer, choice: str | None) -> l
 
 def _meaning(text: str) -> tuple[Any, ...]:
     """What decides on ids: words, merges, added tokens. Two files with the same can differ in spelling."""
-    body = json.loads(text)
+    body = parse_json(text)
     merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in body["model"].get("merges", ())]
     added = {(token["id"], token["content"]) for token in body.get("added_tokens", ())}
     words = {(index, word) for word, index in body["model"]["vocab"].items()}
@@ -47,7 +50,7 @@ def write_tokenizer(folder: Path, tokenizer: Tokenizer, source: Path | None, len
     """
     settings: dict[str, Any] = {}
     if source is not None and (source / SETTINGS).is_file():
-        settings = json.loads((source / SETTINGS).read_text(encoding="utf-8"))
+        settings = read_json(source / SETTINGS, "data.tokenizer", "correct or remove this file")
     settings = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "add_bos_token": False,  # training puts none in front of documents

@@ -5,13 +5,13 @@ code does. A kind that is not there takes the rate of the kind that it is an ins
 is an error.
 """
 
-import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from conf.errors import UserError
+from conf.read_json import parse_json, read_text
 from conf.schema import Config, Rate
 from train.cpu import cpu_name
 from train.native.model import parts_in_use
@@ -153,12 +153,12 @@ def load_rates(config: Config, alone: bool) -> Rates:
 def read_calibration(path: str) -> dict[str, Any]:
     """Content of a calibration file."""
     try:
-        found = json.loads(Path(path).read_text())
-    except (OSError, ValueError) as error:
+        found = parse_json(read_text(Path(path)))
+    except ValueError as error:
         raise UserError(
             "plan.calibration", path, f"must be a file that plan.calibrate=true wrote ({error})", "calibrate again"
         ) from error
-    if not isinstance(found, dict) or not found.keys() >= REQUIRED:
+    if not found.keys() >= REQUIRED:
         raise UserError("plan.calibration", path, "must be a file that plan.calibrate=true wrote", "calibrate again")
     return found
 
