@@ -1,0 +1,82 @@
+"""What the ghost was asked for, in a process that runs on it.
+
+with recorded() as calls:
+    step()
+print(calls.launches, calls.waits, calls.kernels.most_common(5))
+"""
+
+import ctypes
+from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+KINDS = (
+    "kernel", "product", "collective", "to device", "to host", "on device", "fill", "wait", "order", "allocation", "refusal",
+)  # fmt: skip
+"""In the order of ghost.h, from 1 on."""
+LAUNCHED = ("kernel", "product", "collective", "to device", "to host", "on device", "fill")
+"""Kinds that put work on the GPU, each at the cost of one launch."""
+CAPACITY = 1 << 21
+
+
+class _Event(ctypes.Structure):
+    _fields_ = (("kind", ctypes.c_int32), ("name", ctypes.c_char_p), ("bytes", ctypes.c_uint64))
+
+
+@dataclass(frozen=True)
+class Calls:
+    """Events of one stretch of a program."""
+
+    kinds: Counter[str] = field(default_factory=Counter)
+    """How many of each of KINDS."""
+    bytes: Counter[str] = field(default_factory=Counter)
+    """Bytes of copies, fills and allocations, by kind."""
+    kernels: Counter[str] = field(default_factory=Counter)
+    """Kernels, products and collectives by name."""
+
+    @property
+    def launches(self) -> int:
+        """Everything that was put on the GPU."""
+        return sum(self.kinds[kind] for kind in LAUNCHED)
+
+    @property
+    def waits(self) -> int:
+        """How often the host waited."""
+        return self.kinds["wait"]
+
+
+def on_ghost() -> bool:
+    """Whether this process runs on it."""
+    return hasattr(ctypes.CDLL(None), "ghost_note")
+
+
+@contextmanager
+def recorded() -> Iterator[Calls]:
+    """The calls of the block, filled in at its end."""
+    library, calls = ctypes.CDLL(None), Calls()
+    count = ctypes.c_int32.in_dll(library, "ghost_count")
+    first = count.value
+    yield calls
+    last = count.value
+    if last > CAPACITY:
+        raise RuntimeError(f"the ghost's log of {CAPACITY} calls is full: record shorter stretches, in fresh processes")
+    for event in (_Event * CAPACITY).in_dll(library, "ghost_events")[first:last]:
+        kind = KINDS[event.kind - 1]
+        calls.kinds[kind] += 1
+        calls.bytes[kind] += event.bytes
+        if kind in ("kernel", "product", "collective"):
+            calls.kernels[event.name.decode()] += 1
+
+
+def note_kernel(name: str) -> None:
+    """Count a kernel that a stand-in written in Python takes the place of."""
+    ctypes.CDLL(None).ghost_note(KINDS.index("kernel") + 1, ctypes.c_char_p(_kept(name)), ctypes.c_uint64(0))
+
+
+_names: dict[str, bytes] = {}
+
+
+def _kept(name: str) -> bytes:
+    """The log holds on to the address."""
+    return _names.setdefault(name, name.encode())
