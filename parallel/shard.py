@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from torch import Tensor, nn
 
@@ -38,6 +39,13 @@ class Fragment:
     master: Tensor
     """fp32, 1-D; shares memory with the live state, as the moments do."""
     moments: dict[str, Tensor]
+
+
+class Sharing(NamedTuple):
+    """How many ranks hold the same weights, and which of them this rank is."""
+
+    ranks: int
+    rank: int
 
 
 @dataclass

@@ -10,6 +10,6 @@ import train.metrics.report
 import train.metrics.writer
 import train.parallelize
 import train.trainer  # noqa: F401
-from parallel.zero import import_deepspeed
+from parallel.zero.engine import import_deepspeed
 
 import_deepspeed(on_cuda=False)

@@ -11,7 +11,7 @@ from parallel.expert.build import Dispatcher, build_dispatcher
 from parallel.mesh import Mesh
 from parallel.pipeline.schedule import Pipeline, build_schedule
 from parallel.pipeline.split import split_layers, stage_placement
-from parallel.zero import Zero
+from parallel.zero.engine import Zero
 from train.model.block import Block
 from train.model.count import head_flops, layer_flops
 from train.model.deepseek import DeepSeekV3

@@ -16,7 +16,7 @@ import torch
 from conf.schema import Config
 from parallel.mesh import Mesh
 from parallel.shard import Shard, whole
-from parallel.zero import Zero
+from parallel.zero.engine import Zero
 from train.ema import Ema
 from train.metrics.balance import RunningLoad, update_running
 from train.model.router import Router

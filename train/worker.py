@@ -27,7 +27,7 @@ from conf.errors import EXIT_CRASH, EXIT_USER, UserError  # noqa: E402
 from conf.schema import Config  # noqa: E402
 from parallel.exchange import from_rank_0, refuse_pickles  # noqa: E402
 from parallel.mesh import Layout, build_mesh  # noqa: E402
-from parallel.zero import import_deepspeed  # noqa: E402
+from parallel.zero.engine import import_deepspeed  # noqa: E402
 from train.checkpoint.checkpointer import Checkpointer  # noqa: E402
 from train.checkpoint.commit import next_attempt  # noqa: E402
 from train.checkpoint.memory import MemoryCopies  # noqa: E402

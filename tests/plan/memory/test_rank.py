@@ -79,7 +79,7 @@ def _compare_peaks(rank: int, overrides: list[str], bucket: int | None) -> None:
     """Within 0.3 %: some small tensors of the loop around the model are in no plan."""
     import torch
 
-    import parallel.zero as zero
+    import parallel.zero.engine as zero
     import train.model.router as router
     import train.plan.memory.zero3 as stage3
 

@@ -1,7 +1,7 @@
 """What the end of a step takes: gradients brought into DeepSpeed's bucket, reduced and sharded, then the update.
 
 This follows DeepSpeed 0.19 (stage_1_and_2.py) buffer by buffer, since on small models and few micro-batches the peak of the
-whole step lies here. Gradients are fp32 and whole when it begins (parallel/zero12.py):
+whole step lies here. Gradients are fp32 and whole when it begins (parallel/zero/whole_weights.py):
 
     own        gradients of a group that this rank shares with nobody stay as they are to the end (with bf16 weights)
     fill       a gradient is copied into the bucket, and its own memory freed; one that is larger than the bucket stays
@@ -10,8 +10,8 @@ whole step lies here. Gradients are fp32 and whole when it begins (parallel/zero
                gradients of which this rank has a piece are copied whole into one buffer
     update     group by group; with fp32 weights the shard is copied together first; then the optimizer's scratch
 
-Gradients that are other ranks' business are let go after their reduction at stage 2, and at stage 1 only when their group is
-updated, and with them the bucket, of which they have become views.
+Gradients that are other ranks' business are let go after their reduction at stage 2, and at stage 1 only when all are
+reduced.
 
 All sizes in bytes unless a name says elements.
 """
@@ -21,7 +21,7 @@ from dataclasses import dataclass
 from itertools import groupby
 
 from conf.schema import Config
-from parallel.zero import BUCKET_ELEMENTS
+from parallel.zero.engine import BUCKET_ELEMENTS
 from train.optim import moments_dtype, scratch_bytes
 from train.plan.memory.weights import FP32, Shards, Weight
 
@@ -140,8 +140,6 @@ class StepEnd:
                     meter.take(self._whole_size)
                 if not self._fits(one):
                     meter.take(-one.size)
-            elif self._stage == 1 and not self._fits(one):
-                meter.take(-one.size)
 
     @property
     def _whole_size(self) -> int:
@@ -170,33 +168,15 @@ class StepEnd:
         return self._bf16 and piece.owner == self._ranks[one.group]
 
     def _end(self) -> None:
-        """Everything is reduced: the bucket goes unless gradients are views of it."""
-        meter = self._meter
-        if self._views():
-            return
-        meter.take(-FP32 * self._bucket)
-        if self._stage == 2:
-            meter.take(-sum(one.size for one in self._gradients if self._stays(one)))
-
-    def _views(self) -> set[int]:
-        """Groups with gradients of other ranks, at stage 1 with bf16 weights."""
-        if self._stage == 2 or not self._bf16:
-            return set()
-        return {one.group for one in self._gradients if not one.mine and self._fits(one)}
-
-    def _stays(self, one: Gradient) -> bool:
-        """Whether a gradient too large for the bucket has outlived its reduction."""
-        if self._fits(one):
-            return False
-        return (self._stage == 1 and not one.mine) or (self._stage == 2 and self._bf16 and one.mine)
+        """Everything is reduced: the bucket goes, and gradients too large for it that have outlived their reduction."""
+        stays = (
+            one for one in self._gradients if not self._fits(one) and (self._bf16 if one.mine else self._stage == 1)
+        )
+        self._meter.take(-FP32 * self._bucket - sum(one.size for one in stays))
 
     def _update(self) -> int:
-        meter, views, last = self._meter, self._views(), len(self._groups) - 1
+        meter, last = self._meter, len(self._groups) - 1
         for number, group in enumerate(self._groups):
-            if self._bf16:
-                meter.take(-sum(one.size for one in self._gradients if one.group == number and self._stays(one)))
-                if views and number == max(views):
-                    meter.take(-FP32 * self._bucket)
             shard = 0 if self._is_own(group) else FP32 * group.partition
             if not self._bf16:
                 meter.take(shard)

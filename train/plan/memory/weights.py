@@ -1,4 +1,4 @@
-"""The weights of a rank in the order in which DeepSpeed has them, and what ZeRO makes of them (parallel/zero*.py).
+"""The weights of a rank in the order in which DeepSpeed has them, and what ZeRO makes of them (parallel/zero).
 
 All sizes in bytes unless a name says elements.
 """

@@ -1,4 +1,4 @@
-"""What ZeRO stage 3 takes beside this rank's shards (parallel/zero3.py): weights and gradients of the part at work.
+"""What ZeRO stage 3 takes beside this rank's shards (parallel/zero/sharded_weights.py): weights and gradients of the part at work.
 
 The model's units work one after another: embedding, blocks, final norm, MTP modules, head, and back. While one is at work
 its weights are there, and some of those that come next (zero3_gather.py). Gradients leave for a bucket, which stays for the whole
@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from functools import cached_property
 
 from conf.schema import Config
-from parallel.zero import BUCKET_ELEMENTS
+from parallel.zero.engine import BUCKET_ELEMENTS
 from train.optim import moments_dtype, scratch_bytes
 from train.plan.memory.chunk import ChunkMemory
 from train.plan.memory.part import Frozen, PassMemory

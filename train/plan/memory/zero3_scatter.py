@@ -1,4 +1,4 @@
-"""Passes of a part under ZeRO stage 3: unit by unit, with gradients that leave as they come (parallel/zero3.py).
+"""Passes of a part under ZeRO stage 3: unit by unit, with gradients that leave as they come (parallel/zero/sharded_weights.py).
 
 Gradients of weights, whole and in fp32, are handed over in the reverse of the module order and copied into a bucket. What
 waits there is reduced when the next belongs to another group of ranks, dense or experts, or has no room: put together with

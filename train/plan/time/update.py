@@ -1,6 +1,6 @@
 """Seconds between the last micro-batch and the next step: gradients reduced, weights updated and gathered again.
 
-As parallel/zero12.py runs DeepSpeed: gradients are summed over all ranks that hold the same weights (an all-reduce, of
+As parallel/zero/whole_weights.py runs DeepSpeed: gradients are summed over all ranks that hold the same weights (an all-reduce, of
 which each rank keeps its shard), in fp32; then every rank updates its shard and the weights are gathered in their own
 format. Dense weights are shared by the data-parallel group, experts by the ranks with the same experts. Nothing of
 it runs beside a pipeline's work. At stage 3 the gathers and the reduction happen in every micro-batch instead, and

@@ -13,24 +13,17 @@ called itself, so hooks on the chunk say when a pass begins.
 Gradients are reduced during backward, into fp32 shards that add up over micro-batches. They are handed over in one
 fixed order on all ranks, the reverse of the module order: a parameter without gradient gets zeros in its place when the
 pass ends, where DeepSpeed's own hooks, which take gradients as they come, would mix up parameters or hang.
-
-Private names of DeepSpeed 0.19 that this file touches, each for a reason:
-  _grad_acc_hooks, _leaf_module_hooks     replaced by the fixed order
-  reduce_independent_p_g_buckets_and_remove_grads, independent_gradient_partition_epilogue    reduce one; the rest
-  grad_partitions_flat_buffer, micro_step_id     the sum over micro-batches
-  get_param_coordinator, reset_step, release_backward_leftovers, _clean_inflight_param_registry    begin and end of a pass
-  _get_norm_groups, averaged_gradients    one norm over all ranks
-  fp16_groups, ds_tensor, fp32_partitioned_groups_flat, grad_position    where a parameter's shard lies
-  _reassign_or_swap_out_partitioned_parameters     make the weights the rounded masters
 """
 
 import contextlib
+import math
 from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor, nn
 
-from parallel.shard import Fragment
+from parallel.shard import Fragment, Sharing
+from parallel.zero.private_names import require_names
 
 
 def stage3_config(module: nn.Module, units: tuple[type[nn.Module], ...]) -> dict:
@@ -56,72 +49,72 @@ def find_units(module: nn.Module, units: tuple[type[nn.Module], ...]) -> list[nn
 
 
 class ShardedWeights:
-    """norm: the global gradient norm, called once per step."""
+    """client: our optimizer under DeepSpeed's. shapes: of the whole parameters, in module order. shares: who else holds a
+    parameter. norm: the global gradient norm, called once per step.
+    """
 
     def __init__(
         self,
         engine,
-        params: list[nn.Parameter],
-        allocate: Callable[[Tensor], dict[str, Tensor]],
+        client,
+        shapes: dict[nn.Parameter, tuple[int, ...]],
+        shares: Callable[[nn.Parameter], Sharing],
         norm: Callable[[], Tensor],
     ):
         self._optimizer = optimizer = engine.optimizer
         self._coordinator = optimizer.parameter_offload.get_param_coordinator()
-        self._allocate = allocate
-        self._order = params[::-1]
+        self._shapes, self._shares = shapes, shares
+        self._order = list(shapes)[::-1]
         self._ready: set[nn.Parameter] = set()
         self._handed = 0
         """Parameters of the order that were handed to DeepSpeed in this pass."""
         self._in_pass = False
+        require_names(optimizer3=optimizer, coordinator=self._coordinator, param3=self._order[0])
         optimizer._get_norm_groups = lambda: [norm()]
         for hook in (*optimizer._grad_acc_hooks, *optimizer._leaf_module_hooks):
             hook.remove()
-        for param in params:
+        for param in shapes:
             param.register_post_accumulate_grad_hook(self._arrived)
         for chunk in engine.module:
             chunk.register_forward_pre_hook(self._begin_pass, prepend=True)
             chunk.register_forward_hook(self._end_forward)
         for flat in optimizer.fp32_partitioned_groups_flat:
-            allocate(flat)
+            self._moments = tuple(client.allocate(flat))
 
     @contextlib.contextmanager
     def accumulate(self) -> Iterator[None]:
         """Everything between two optimizer steps runs inside."""
-        self._optimizer.grad_partitions_flat_buffer.zero_()
-        self._optimizer.micro_step_id = 1  # 0 would overwrite the sum
+        self._optimizer.micro_step_id = 0  # the first micro-batch overwrites the sum of the step before
         yield
         self._end_pass()
         self._coordinator.release_backward_leftovers()
 
     def gradients(self) -> Iterator[tuple[nn.Parameter, Tensor, int]]:
         """Gradients of this rank's shard without padding, and what they are still to be divided by."""
-        for group, params in enumerate(self._optimizer.fp16_groups):
-            for param, gradient in zip(params, self._optimizer.averaged_gradients[group], strict=True):
-                yield param, gradient[: _interval(param)[1]], 1
+        from deepspeed.utils import safe_get_local_grad
+
+        for param in self._shapes:
+            yield param, safe_get_local_grad(param)[: self._interval(param)[1]], 1
 
     def forget_gradients(self) -> None:
         """Nothing is kept here."""
 
     def fragments(self) -> Iterator[Fragment]:
-        optimizer = self._optimizer
-        for params in optimizer.fp16_groups:
-            for param in params:
-                offset, length = _interval(param)
-                if length == 0:
-                    continue
-                group, start, _ = optimizer.grad_position[optimizer.get_param_id(param)]
-                flat = optimizer.fp32_partitioned_groups_flat[group]
-                part = slice(start, start + length)
-                moments = {key: moment[part] for key, moment in self._allocate(flat).items()}
-                yield Fragment(param, offset, flat.detach()[part], moments)
+        from deepspeed.utils import safe_get_local_fp32_param, safe_get_local_optimizer_state
+
+        for param in self._shapes:
+            offset, length = self._interval(param)
+            if length:
+                moments = {key: safe_get_local_optimizer_state(param, key)[:length] for key in self._moments}
+                yield Fragment(param, offset, safe_get_local_fp32_param(param).detach()[:length], moments)
 
     def weights(self) -> Iterator[Tensor]:
         """What this rank holds of the weights between steps."""
-        return (param.ds_tensor for params in self._optimizer.fp16_groups for param in params)
+        return (param.ds_tensor for param in self._shapes)
 
     def refresh(self) -> None:
         """Make the weights the rounded masters."""
-        for group in range(len(self._optimizer.fp16_groups)):
+        for group in range(len(self._optimizer.fp32_partitioned_groups_flat)):
             self._optimizer._reassign_or_swap_out_partitioned_parameters(group)
 
     def _begin_pass(self, *_: object) -> None:
@@ -146,9 +139,10 @@ class ShardedWeights:
         """Reduce what is left of this micro-batch, zeros for missing gradients."""
         for param in self._order[self._handed :]:
             if param.grad is None:
-                _set_zero_gradient(param)
+                _set_zero_gradient(param, self._shapes[param])
             self._hand_over(param)
         self._optimizer.independent_gradient_partition_epilogue()
+        self._optimizer.micro_step_id = 1  # the next micro-batches add to the sum
         self._ready.clear()
         self._handed = 0
         self._in_pass = False
@@ -157,17 +151,16 @@ class ShardedWeights:
         self._handed += 1
         self._optimizer.reduce_independent_p_g_buckets_and_remove_grads(param)
 
+    def _interval(self, param: nn.Parameter) -> tuple[int, int]:
+        """First element and length of this rank's shard of a parameter; the last shards may be short or empty."""
+        size = param.ds_tensor.numel()
+        offset = size * self._shares(param).rank
+        return offset, max(0, min(size, math.prod(self._shapes[param]) - offset))
 
-def _interval(param: nn.Parameter) -> tuple[int, int]:
-    """First element and length of this rank's shard of a parameter; the last shards may be short or empty."""
-    size = param.partition_numel()
-    offset = size * param.ds_zero_partition_rank
-    return offset, max(0, min(size, param.ds_numel - offset))
 
-
-def _set_zero_gradient(param: nn.Parameter) -> None:
+def _set_zero_gradient(param: nn.Parameter, shape: tuple[int, ...]) -> None:
     """torch checks the shape of a gradient against the parameter's, which is empty while the weights are away."""
     data = param.data
-    param.data = data.new_empty(()).expand(param.ds_shape)
-    param.grad = torch.zeros(param.ds_shape, dtype=torch.float32, device=data.device)
+    param.data = data.new_empty(()).expand(shape)
+    param.grad = torch.zeros(shape, dtype=torch.float32, device=data.device)
     param.data = data

@@ -15,7 +15,7 @@ from torch import nn
 from conf.schema import Optim
 from parallel import exchange
 from parallel.mesh import Layout, build_mesh
-from parallel.zero import Zero
+from parallel.zero.engine import Zero
 from tests.ranks import plain, run_ranks, tensor_of
 from train.optim import AdamW, decays
 

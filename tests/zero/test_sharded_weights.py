@@ -14,7 +14,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 
 from conf.load import compose
 from parallel.mesh import Layout, build_mesh
-from parallel.zero3 import find_units
+from parallel.zero.sharded_weights import find_units
 from tests.layouts import run_layout
 from tests.ranks import run_ranks
 from tests.small import arguments, metrics

@@ -1,14 +1,11 @@
-"""DeepSpeed ZeRO around the chunks of one rank. Of this project only the files parallel/zero*.py know deepspeed.
+"""DeepSpeed ZeRO around the chunks of one rank. Of this project only the files of this folder know deepspeed.
 
 One engine per rank holds a ModuleList of the rank's chunks; the raw modules go to the pipeline. Master weights are fp32
 shards, gradients fp32 also where weights are bf16; the moments belong to our optimizer. How weights and gradients are
-held depends on the stage: zero12.py and zero3.py. The chunks are built whole before they are sharded, so a rank needs
-memory for all its weights once, at stage 3 too.
+held depends on the stage: whole_weights.py (stages 1 and 2) and sharded_weights.py (stage 3). The chunks are built whole
+before they are sharded, so a rank needs memory for all its weights once, at stage 3 too.
 
-Private names of DeepSpeed 0.19 that this file touches, each for a reason:
-  _configure_distributed_model        experts are known by their marked parameters, not by deepspeed.moe.MoE
-  _do_optimizer_sanity_check          bf16 with fp32 gradients would silently select BF16_Optimizer, which lacks coalescing
-  _validate_zero3_moe_compatibility   the same for stage 3
+What these files use of DeepSpeed beyond its public functions is listed, with reasons, in private_names.py.
 """
 
 import logging
@@ -25,9 +22,10 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from parallel.mesh import Mesh
-from parallel.shard import Shard
-from parallel.zero3 import ShardedWeights, find_units, stage3_config
-from parallel.zero12 import WholeWeights
+from parallel.shard import Shard, Sharing
+from parallel.zero.private_names import require_names
+from parallel.zero.sharded_weights import ShardedWeights, find_units, stage3_config
+from parallel.zero.whole_weights import WholeWeights
 
 BUCKET_ELEMENTS = 50_000_000
 """Gradients that are reduced together, at most."""
@@ -89,19 +87,29 @@ class Zero:
         config = _config(stage, clip, dtype, self._reduced_elements(stage, dtype))
         module = nn.ModuleList(chunks)
         deepspeed = import_deepspeed(on_cuda=next(iter(self.names)).is_cuda)
+        require_names(module=deepspeed.utils.groups)
         _tell_groups(deepspeed, mesh)
         if stage == 3:
             config["zero_optimization"] |= stage3_config(module, units)
             for unit in find_units(module, units):
                 deepspeed.utils.set_z3_leaf_module(unit, True)
         self.client = make_optimizer(groups)
+        members = [group["params"] for group in groups]  # DeepSpeed puts its own in their place
         self.engine = _initialize(deepspeed, module, self.client, config, mesh)
         self.optimizer = self.engine.optimizer
-        params = list(self.names)
         if stage == 3:
-            self._weights = ShardedWeights(self.engine, params, self.client.allocate, self._global_norm)
+            self._weights = ShardedWeights(self.engine, self.client, self.shapes, self._shares, self._global_norm)
         else:
-            self._weights = WholeWeights(self.engine, params, self.client.allocate, self._global_norm, self._sum_tied)
+            self._weights = WholeWeights(
+                self.engine,
+                self.client,
+                members,
+                self._shares,
+                ranks=mesh.layout.dp,
+                norm=self._global_norm,
+                close=self._sum_tied,
+                clip=clip,
+            )
 
     def set_lr(self, lr: float) -> None:
         for group in self.optimizer.param_groups:
@@ -116,19 +124,22 @@ class Zero:
         self._valid = valid
         self.engine.step()
         self._weights.forget_gradients()
-        applied = not self.optimizer.overflow
+        applied = self.engine.was_step_applied()
         if applied:
             self.client.updates += 1
         return Update(float(self._norm), applied, self._bad)
 
     def _reduced_elements(self, stage: int, dtype: torch.dtype) -> int:
-        """Of the weights whose gradients pass through DeepSpeed's bucket, see zero12.py."""
-        sharing = {True: self.mesh.layout.dp, False: self.mesh.layout.edp}
-        return sum(
-            param.numel()
-            for param in self.names
-            if stage == 3 or dtype == torch.float32 or sharing[getattr(param, "allreduce", True)] > 1
-        )
+        """Of the weights whose gradients pass through DeepSpeed's bucket, see whole_weights.py."""
+        whole = stage == 3 or dtype == torch.float32
+        return sum(param.numel() for param in self.names if whole or self._shares(param).ranks > 1)
+
+    def _shares(self, param: nn.Parameter) -> Sharing:
+        """The ranks that hold the same weights as this one does of a parameter."""
+        mesh = self.mesh
+        if getattr(param, "allreduce", True):
+            return Sharing(mesh.layout.dp, mesh.dp_rank)
+        return Sharing(mesh.layout.edp, mesh.dp_rank // mesh.layout.ep)
 
     def _global_norm(self) -> Tensor:
         """Norm over all parameters of all ranks: shards are disjoint over the world, experts included."""
@@ -254,7 +265,6 @@ def _tell_groups(deepspeed: types.ModuleType, mesh: Mesh) -> None:
     groups = deepspeed.utils.groups
     name, layout, rank = f"ep_size_{mesh.layout.ep}", mesh.layout, mesh.rank
     groups._EXPERT_PARALLEL_GROUP[name] = mesh.ep_group
-    groups._EXPERT_PARALLEL_GROUP_RANKS[name] = next(g for g in layout.ep_groups() if rank in g)
     groups._EXPERT_DATA_PARALLEL_GROUP[name] = mesh.edp_group
     groups._EXPERT_DATA_PARALLEL_GROUP_RANKS[name] = next(g for g in layout.edp_groups() if rank in g)
 
@@ -291,16 +301,16 @@ class _Mpu:
 
 
 def _initialize(deepspeed, module: nn.Module, optimizer: torch.optim.Optimizer, config: dict, mesh: Mesh):
-    import deepspeed.runtime.engine as runtime
+    from deepspeed.runtime.engine import ZERO_OPTIMIZATION
+
+    has_experts = any(not getattr(param, "allreduce", True) for param in module.parameters())
+    require_names(engine=deepspeed.DeepSpeedEngine)
 
     class Engine(deepspeed.DeepSpeedEngine):
-        def _configure_distributed_model(self, model: nn.Module) -> None:
-            super()._configure_distributed_model(model)
-            self.has_moe_layers = any(not getattr(param, "allreduce", True) for param in model.parameters())
+        has_moe_layers = property(lambda self: has_experts, lambda self, found: None)
 
-        def _do_optimizer_sanity_check(self, basic_optimizer):
-            kind = super()._do_optimizer_sanity_check(basic_optimizer)
-            return runtime.ZERO_OPTIMIZATION if kind == runtime.BFLOAT16 else kind
+        def _do_optimizer_sanity_check(self, basic_optimizer) -> str:
+            return ZERO_OPTIMIZATION
 
         def _validate_zero3_moe_compatibility(self) -> None:
             """Our experts carry their ZeRO-3 placement on the parameters."""

@@ -1,0 +1,128 @@
+"""ZeRO stages 1 and 2: every rank holds all weights and its shard of the optimizer's state.
+
+Gradients stay local during the schedule, as fp32 `.grad`, and are reduced once when the step's last micro-batch is
+through, by DeepSpeed's public coalesce_grad_reduction. That works under pipelines too, where a schedule with split
+backward runs no gradient hooks. Gradients that no other rank shares (dp = 1; experts with ep = dp) need no reduction: the
+optimizer takes them where they are, which DeepSpeed would copy five times on the way through its bucket.
+
+DeepSpeed calls back for the norm, which is taken over all ranks (engine.py), and for clipping, which the optimizer does in
+its own pass over the gradients.
+"""
+
+import contextlib
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor, nn
+
+from parallel.shard import Fragment, Pieces, Sharing
+from parallel.zero.private_names import require_names
+
+
+class WholeWeights:
+    """client: our optimizer under DeepSpeed's. groups: the parameters of each of its groups. shares: who else holds a
+    parameter. ranks: over whose gradients the mean is taken. norm: the global gradient norm, called once per step. close:
+    called before the gradients are reduced. clip: the norm to clip to, 0 for none.
+    """
+
+    def __init__(
+        self,
+        engine,
+        client,
+        groups: list[list[nn.Parameter]],
+        shares: Callable[[nn.Parameter], Sharing],
+        *,
+        ranks: int,
+        norm: Callable[[], Tensor],
+        close: Callable[[], None],
+        clip: float,
+    ):
+        self._engine, self._client, self._ranks, self._close, self._clip = engine, client, ranks, close, clip
+        self._optimizer = optimizer = engine.optimizer
+        # DeepSpeed puts one flat master in the place of each group's parameters, and keeps the order of the groups.
+        self._masters: list[Tensor] = [group["params"][0] for group in client.param_groups]
+        self._groups = groups
+        for master in self._masters:
+            client.allocate(master)
+        is_bf16 = self._groups[0][0].dtype == torch.bfloat16
+        self._unshared = [
+            number for number, params in enumerate(self._groups) if is_bf16 and shares(params[0]).ranks == 1
+        ]
+        """Groups whose gradients need no reduction; with fp32 weights DeepSpeed puts the shard together in the step."""
+        require_names(optimizer12=optimizer, param12=self._groups[0][0])
+        optimizer.scaled_global_norm = lambda norm_type=2: self._take_norm(norm())
+        optimizer.check_overflow = lambda partition_gradients=True: None  # a norm that is not finite skips the step
+        optimizer.unscale_and_clip_grads = lambda gradients, norm: None
+        optimizer.use_grad_accum_attribute = False
+        optimizer._gradient_reduction_buffer_dtype = lambda: torch.float32
+
+    def _take_norm(self, norm: Tensor) -> Tensor:
+        """Let the update clip by this norm."""
+        self._client.factor = 1 / ((norm + 1e-6) / self._clip).clamp_min(1) if self._clip > 0 else None
+        return norm
+
+    @contextlib.contextmanager
+    def accumulate(self) -> Iterator[None]:
+        """Everything between two optimizer steps runs inside."""
+        params = [param for group in self._groups for param in group]
+        with self._engine.coalesce_grad_reduction():
+            try:
+                yield
+            except BaseException:
+                # Leaving reduces what there is, also after an error, and would wait for a rank that no longer answers.
+                for param in params:
+                    param.grad = None
+                raise
+            for param in params:
+                # A missing gradient on one rank alone would shift the buckets of the others.
+                if param.grad is None:
+                    param.grad = torch.zeros_like(param, dtype=torch.float32)
+            self._close()
+            self._keep_unshared()
+
+    def _keep_unshared(self) -> None:
+        """Hand the gradients of groups that this rank has to itself to the optimizer as they are."""
+        from deepspeed.runtime.zero.stage_1_and_2 import GradPartitionBufferGroup
+
+        for number in self._unshared:
+            params, master = self._groups[number], self._masters[number]
+            self._client.pieces[master] = Pieces([param.grad.view(-1) for param in params], self._ranks)
+            for param in params:
+                param.grad = None
+            stand_in = torch.zeros(1, device=master.device).expand(master.shape)  # DeepSpeed looks at its shape alone
+            self._optimizer.averaged_gradients[number] = GradPartitionBufferGroup([], stand_in)
+
+    def forget_gradients(self) -> None:
+        """Call when a step is over, made or skipped."""
+        self._client.pieces.clear()
+
+    def weights(self) -> Iterator[Tensor]:
+        """What this rank holds of the weights between steps."""
+        return (param for group in self._groups for param in group)
+
+    def gradients(self) -> Iterator[tuple[nn.Parameter, Tensor, int]]:
+        """Gradients of this rank's shard without padding, and what they are still to be divided by."""
+        for number, (group, master) in enumerate(zip(self._groups, self._masters, strict=True)):
+            if master in self._client.pieces:
+                pieces = self._client.pieces[master]
+                yield from ((param, grad, pieces.divisor) for param, grad in zip(group, pieces.gradients, strict=True))
+                continue
+            gradients = self._optimizer.averaged_gradients[number]
+            real = [grad for grad in gradients if not getattr(grad, "_zero_padding", False)]
+            params = self._optimizer.params_in_partition[number]
+            yield from ((param, grad, 1) for param, grad in zip(params, real, strict=False))
+
+    def fragments(self) -> Iterator[Fragment]:
+        for group, master in zip(self._groups, self._masters, strict=True):
+            for param in group:
+                mapping = getattr(param, "_hp_mapping", None)
+                if mapping is None:
+                    continue  # nothing of this parameter lies in this rank's shard
+                part = mapping.get_hp_fragment_address()
+                shard = slice(part.start, part.start + part.numel)
+                moments = {key: moment[shard] for key, moment in self._client.allocate(master).items()}
+                yield Fragment(param, mapping.lp_fragment_address.start, master.detach()[shard], moments)
+
+    def refresh(self) -> None:
+        """Make the weights the rounded masters."""
+        self._optimizer.update_lp_params()
