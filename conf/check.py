@@ -145,8 +145,18 @@ def check_model(model: Model) -> None:
         "rope_theta norm_eps init_std loss_chunk",
     )
     _not_negative(model, "model.", "dense_layers mtp_depth experts shared_experts")
-    if model.q_rank is not None:
-        _positive(model, "model.", "q_rank")
+    for name in ("q_rank", "latent_norm_eps", "group_top_k"):
+        if getattr(model, name) is not None:
+            _positive(model, "model.", name)
+    _positive(model.yarn, "model.yarn.", "factor original_seq_len beta_fast beta_slow attention_factor")
+    _not_negative(model.yarn, "model.yarn.", "mscale")
+    _require(
+        model.rope_theta > 1,
+        "model.rope_theta",
+        model.rope_theta,
+        "must be greater than 1: later pairs turn slower",
+        "take 10000",
+    )
     _require(
         model.rope_head_dim % 2 == 0,
         "model.rope_head_dim",
@@ -195,14 +205,23 @@ def check_model(model: Model) -> None:
         f"must not exceed the experts in top_groups groups: {model.experts} / {model.groups} x {model.top_groups} = {reachable}",
         "lower model.top_k or raise model.top_groups",
     )
-    per_group = model.top_k // model.top_groups
+    if model.groups == 1:
+        return
+    per_group, size = model.resolved_group_top_k, model.experts // model.groups
     _require(
-        model.groups == 1 or (model.top_k % model.top_groups == 0 and per_group <= model.experts // model.groups),
+        model.group_top_k is None or per_group <= size,
+        "model.group_top_k",
+        model.group_top_k,
+        f"must not exceed the experts of a group: {model.experts} / {model.groups} = {size}",
+        f"take {size} or less",
+    )
+    _require(
+        model.group_top_k is not None or (model.top_k % model.top_groups == 0 and per_group <= size),
         "model.top_k",
         model.top_k,
         f"must be a multiple of model.top_groups = {model.top_groups} when there are groups: a group's score is the sum of its "
         "top_k / top_groups best experts (paper 2.1.2)",
-        f"take {max(1, per_group) * model.top_groups}",
+        f"take {max(1, per_group) * model.top_groups}, or set model.group_top_k",
     )
 
 

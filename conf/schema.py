@@ -80,7 +80,12 @@ class Yarn:
     """Length of pretraining, in tokens."""
     beta_fast: float = 32.0
     beta_slow: float = 1.0
+    truncate: bool = True
+    """Round the bounds of the ramp from fast to slow pairs outwards to whole pairs."""
     mscale: float = 1.0
+    """Attention scores are multiplied by (0.1 mscale ln factor + 1)^2; 0 leaves them. Hugging Face: mscale_all_dim."""
+    attention_factor: float = 1.0
+    """Factor on the parts of queries and keys that carry RoPE. Hugging Face: attention_factor, or what it infers."""
 
 
 @dataclass
@@ -121,6 +126,9 @@ class Model:
     """Expert groups; one group lives on one node in a large run."""
     top_groups: int = 2
     """Groups that a token may reach."""
+    group_top_k: int | None = None
+    """A group counts by the sum of this many of its best scores; null takes top_k / top_groups (paper 2.1.2). transformers and
+    DeepSeek's code for inference take 2, which is the same in DeepSeek-V3."""
     route_scale: float = 2.5
     """Factor on the normalised gate values."""
     mtp_depth: int = 1
@@ -130,12 +138,24 @@ class Model:
     rope_theta: float = 10000.0
     yarn: Yarn = field(default_factory=Yarn)
     norm_eps: float = 1e-6
+    latent_norm_eps: float | None = None
+    """Of the norms of the query and key-value latents; null takes norm_eps. transformers takes 1e-6 whatever rms_norm_eps is."""
     init_std: float = 0.006
     """Standard deviation of every weight at the start (paper 4.2)."""
     recompute: list[Recompute] = field(default_factory=lambda: [Recompute.norm, Recompute.mla_up, Recompute.swiglu])
     """What the backward pass computes again instead of keeping it."""
     loss_chunk: int = 2048
     """Tokens whose logits exist at one time in the cross-entropy."""
+
+    @property
+    def resolved_group_top_k(self) -> int:
+        """group_top_k in force."""
+        return self.top_k // self.top_groups if self.group_top_k is None else self.group_top_k
+
+    @property
+    def resolved_latent_norm_eps(self) -> float:
+        """latent_norm_eps in force."""
+        return self.norm_eps if self.latent_norm_eps is None else self.latent_norm_eps
 
 
 @dataclass

@@ -4,6 +4,7 @@ import subprocess
 import sys
 
 import pytest
+from omegaconf import OmegaConf
 
 from conf.check import check
 from conf.errors import UserError
@@ -38,6 +39,13 @@ def test_v3_recipe_is_the_papers():
         (["model.experts=15"], "model.experts"),
         (["model.top_k=12", "model.top_groups=2"], "model.top_k"),
         (["model.top_groups=5"], "model.top_groups"),
+        (["model.group_top_k=5"], "model.group_top_k"),
+        (["model.group_top_k=0"], "model.group_top_k"),
+        (["model.latent_norm_eps=0"], "model.latent_norm_eps"),
+        (["model.rope_theta=1"], "model.rope_theta"),
+        (["model.yarn.factor=0"], "model.yarn.factor"),
+        (["model.yarn.mscale=-1"], "model.yarn.mscale"),
+        (["model.yarn.attention_factor=0"], "model.yarn.attention_factor"),
         (["seq_len=5000"], "seq_len"),
         (["batch_size=15"], "batch_size"),
         (["parallel.dp=2", "parallel.ep=3"], "batch_size"),
@@ -105,3 +113,25 @@ def test_help_lists_recipes():
 
 def test_check_accepts_a_config_object():
     check(compose())
+
+
+def test_a_group_may_count_by_another_number_of_experts_than_its_share():
+    assert compose().model.resolved_group_top_k == 2 and compose().model.resolved_latent_norm_eps == 1e-6
+    model = compose("model.top_k=5", "model.group_top_k=2", "model.norm_eps=1e-5", "model.latent_norm_eps=1e-6").model
+    assert (model.resolved_group_top_k, model.resolved_latent_norm_eps) == (2, 1e-6)
+
+
+def test_a_file_of_before_means_what_it_meant(tmp_path):
+    """Keys that came later are absent from the config.yaml of an older run."""
+    config = compose("model.top_k=6", "model.norm_eps=1e-5", "model.yarn.always=true")
+    node = OmegaConf.structured(config)
+    OmegaConf.set_struct(node, False)
+    plain = OmegaConf.to_container(node, enum_to_str=True)
+    for name in ("group_top_k", "latent_norm_eps"):
+        del plain["model"][name]
+    for name in ("truncate", "attention_factor"):
+        del plain["model"]["yarn"][name]
+    OmegaConf.save(OmegaConf.create(plain), tmp_path / "config.yaml")
+    read = read_config(str(tmp_path / "config.yaml"))
+    assert read == config
+    assert (read.model.resolved_group_top_k, read.model.resolved_latent_norm_eps) == (3, 1e-5)

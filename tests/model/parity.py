@@ -41,8 +41,8 @@ def _parameter(name: str) -> str:
     return rest if kind == "master" else f"{rest}.moe.router.bias_E"
 
 
-def transformers_model(config: Model, seq_len: int) -> DeepseekV3ForCausalLM:
-    """transformers' model of the same shape, fp32, with an attention that is exact."""
+def transformers_model(config: Model, seq_len: int, **changes) -> DeepseekV3ForCausalLM:
+    """transformers' model of the same shape, fp32, with an attention that is exact. changes: of its configuration."""
     rope = {"rope_type": "default", "rope_theta": config.rope_theta}
     yarn = config.yarn
     if seq_len > yarn.original_seq_len:
@@ -54,35 +54,37 @@ def transformers_model(config: Model, seq_len: int) -> DeepseekV3ForCausalLM:
             "beta_slow": yarn.beta_slow,
             "mscale": yarn.mscale,
             "mscale_all_dim": yarn.mscale,
+            "attention_factor": float(yarn.attention_factor),
+            "truncate": yarn.truncate,
             "original_max_position_embeddings": yarn.original_seq_len,
         }
-    theirs = DeepseekV3Config(
-        vocab_size=config.vocab_size,
-        hidden_size=config.hidden,
-        intermediate_size=config.dense_width,
-        moe_intermediate_size=config.expert_width,
-        num_hidden_layers=config.layers,
-        num_attention_heads=config.heads,
-        num_key_value_heads=config.heads,
-        n_shared_experts=config.shared_experts,
-        n_routed_experts=config.experts,
-        routed_scaling_factor=config.route_scale,
-        kv_lora_rank=config.kv_rank,
-        q_lora_rank=config.q_rank,
-        qk_rope_head_dim=config.rope_head_dim,
-        v_head_dim=config.v_head_dim,
-        qk_nope_head_dim=config.nope_head_dim,
-        n_group=config.groups,
-        topk_group=config.top_groups,
-        num_experts_per_tok=config.top_k,
-        first_k_dense_replace=config.dense_layers,
-        max_position_embeddings=max(seq_len, yarn.original_seq_len),
-        rms_norm_eps=config.norm_eps,
-        rope_parameters=rope,
-        num_mtp_layers=0,
-        use_cache=False,
-    )
-    return DeepseekV3ForCausalLM(theirs)
+    fields = {
+        "vocab_size": config.vocab_size,
+        "hidden_size": config.hidden,
+        "intermediate_size": config.dense_width,
+        "moe_intermediate_size": config.expert_width,
+        "num_hidden_layers": config.layers,
+        "num_attention_heads": config.heads,
+        "num_key_value_heads": config.heads,
+        "n_shared_experts": config.shared_experts,
+        "n_routed_experts": config.experts,
+        "routed_scaling_factor": config.route_scale,
+        "kv_lora_rank": config.kv_rank,
+        "q_lora_rank": config.q_rank,
+        "qk_rope_head_dim": config.rope_head_dim,
+        "v_head_dim": config.v_head_dim,
+        "qk_nope_head_dim": config.nope_head_dim,
+        "n_group": config.groups,
+        "topk_group": config.top_groups,
+        "num_experts_per_tok": config.top_k,
+        "first_k_dense_replace": config.dense_layers,
+        "max_position_embeddings": max(seq_len, yarn.original_seq_len),
+        "rms_norm_eps": config.norm_eps,
+        "rope_parameters": rope,
+        "num_mtp_layers": 0,
+        "use_cache": False,
+    }
+    return DeepseekV3ForCausalLM(DeepseekV3Config(**fields | changes))
 
 
 def randomise(model: DeepseekV3ForCausalLM, std: float) -> None:

@@ -19,7 +19,10 @@ class Plain:
         self.load: dict[str, Tensor] = {}
 
     def norm(self, name: str, x: Tensor) -> Tensor:
-        return x / (x.pow(2).mean(-1, keepdim=True) + self.config.norm_eps).sqrt() * self.weights[name + ".weight"]
+        eps = self.config.norm_eps
+        if name.endswith(("q_norm", "kv_norm")) and self.config.latent_norm_eps is not None:
+            eps = self.config.latent_norm_eps
+        return x / (x.pow(2).mean(-1, keepdim=True) + eps).sqrt() * self.weights[name + ".weight"]
 
     def rope(self, x_BTHR: Tensor) -> Tensor:
         width = x_BTHR.size(-1)
@@ -56,7 +59,7 @@ class Plain:
     def choose(self, biased_E: Tensor) -> list[int]:
         """Experts of one token."""
         c = self.config
-        size, per_group = c.experts // c.groups, c.top_k // c.top_groups
+        size, per_group = c.experts // c.groups, c.group_top_k or c.top_k // c.top_groups
         groups = sorted(
             range(c.groups),
             key=lambda g: -biased_E[g * size : (g + 1) * size].sort(descending=True).values[:per_group].sum().item(),

@@ -63,6 +63,10 @@ def plain(model: DeepSeekV3) -> Plain:
         ({"mtp_depth": 2, "q_rank": None, "shared_experts": 0, "groups": 1, "top_groups": 1, "recompute": []}, False),
         ({"mtp_depth": 2, "dense_layers": 0, "shared_experts": 2, "top_k": 2, "top_groups": 1}, True),
         ({"mtp_depth": 0, "dense_layers": 3}, False),
+        (
+            {"mtp_depth": 1, "top_k": 3, "top_groups": 2, "group_top_k": 2, "norm_eps": 1e-2, "latent_norm_eps": 0.3},
+            False,
+        ),
     ],
 )
 def test_losses_and_gradients_equal_the_plain_formulas(change, packed):

@@ -111,6 +111,21 @@ def test_yarn_of_deepseek_v3():
     assert torch.allclose(slowed[23:], torch.full((9,), 40.0))
 
 
+def test_yarn_of_the_paper_scales_what_turns():
+    """attention_factor on the turned parts alone, and on gradients on their way back; bounds of the ramp between pairs."""
+    yarn = Yarn(factor=8.0, original_seq_len=32, truncate=False, mscale=0.0, attention_factor=1.5)
+    config = Model(rope_head_dim=8, rope_theta=100.0, yarn=yarn)
+    plain, long = Rope(config, seq_len=32), Rope(config, seq_len=33)
+    assert long.softmax_scale == plain.softmax_scale
+    table, x = long.table(33, torch.device("cpu")), torch.randn(1, 33, 2, 8)
+    torch.testing.assert_close(table.abs(), torch.full((33, 4), 1.5))
+    torch.testing.assert_close(plain.table(32, x.device).abs(), torch.ones(32, 4))
+    torch.testing.assert_close(rotate(rotate(x, table), table.conj()), x * 1.5**2)
+    bound = 8 * math.log(32 / (2 * math.pi)) / (2 * math.log(100))  # 1.413, and 2 were it rounded
+    slowed = torch.tensor([0, 1 / bound, 1, 1])
+    torch.testing.assert_close(long.frequencies(), plain.frequencies() * (1 - slowed * 7 / 8))
+
+
 def test_embedding_sums_its_gradient_in_fp32():
     """One token 1000 times: in bf16 the sum would stop at 256."""
     embedding = Embedding(4, 2, dtype=torch.bfloat16)

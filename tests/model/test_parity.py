@@ -15,12 +15,13 @@ torch.set_num_threads(1)
 
 
 def random_config(seed: int) -> tuple[Model, int]:
-    """A small model with odd sizes, and a length. transformers always sums the best 2 experts of a group."""
+    """A small model with odd sizes, and a length. transformers always sums the best 2 experts of a group, and takes 1e-6 in
+    the norms of latents."""
     draw = random.Random(seed)
     groups = draw.choice([1, 1, 2, 4])
     top_groups = draw.randint(1, groups)
     experts = groups * draw.choice([2, 3, 4]) if groups > 1 else draw.choice([4, 5, 7])
-    top_k = 2 * top_groups if groups > 1 else draw.randint(1, experts)
+    top_k = draw.randint(2, experts // groups * top_groups)
     layers = draw.randint(1, 3)
     config = Model(
         vocab_size=draw.choice([37, 64, 101]),
@@ -42,7 +43,16 @@ def random_config(seed: int) -> tuple[Model, int]:
         top_groups=top_groups,
         route_scale=draw.choice([1.0, 2.5]),
         mtp_depth=0,
-        yarn=Yarn(factor=8.0, original_seq_len=draw.choice([8, 4096])),
+        group_top_k=2,
+        norm_eps=draw.choice([1e-6, 1e-5, 1e-3]),
+        latent_norm_eps=1e-6,
+        yarn=Yarn(
+            factor=draw.choice([1.0, 8.0]),
+            original_seq_len=draw.choice([4, 8, 4096]),
+            truncate=draw.choice([True, False]),
+            mscale=draw.choice([0.0, 0.7, 1.0]),
+            attention_factor=draw.choice([1.0, 1.3]),
+        ),
         recompute=draw.sample(list(Recompute), draw.randint(0, 3)),
         loss_chunk=draw.choice([5, 1000]),
     )

@@ -17,8 +17,7 @@ def plain_choice(biased: list[float], rule: Rule) -> list[int]:
     """Python's stable sort, so that of equal values the lower index comes first."""
     size = len(biased) // rule.groups
     members = [range(g * size, (g + 1) * size) for g in range(rule.groups)]
-    per_group = rule.top_k // rule.top_groups
-    best = [sum(sorted((biased[e] for e in group), reverse=True)[:per_group]) for group in members]
+    best = [sum(sorted((biased[e] for e in group), reverse=True)[: rule.group_top_k]) for group in members]
     groups = sorted(range(rule.groups), key=lambda g: -best[g])[: rule.top_groups]
     allowed = [e for g in sorted(groups) for e in members[g]]
     return sorted(allowed, key=lambda e: -biased[e])[: rule.top_k]
@@ -31,8 +30,8 @@ def test_choice_with_ties_and_negative_scores(data):
     groups = data.draw(st.sampled_from([1, 2, 4]))
     top_groups = data.draw(st.integers(1, groups))
     size = data.draw(st.integers(2, 4))
-    per_group = data.draw(st.integers(1, size))
-    rule = Rule(per_group * top_groups, groups, top_groups, 1.0)
+    top_k = data.draw(st.integers(1, size * top_groups))
+    rule = Rule(top_k, groups, top_groups, 1.0, group_top_k=data.draw(st.integers(1, size)))
     biased = data.draw(
         st.lists(st.sampled_from([-2.0, -0.5, 0.0, 0.25, 1.0]), min_size=groups * size, max_size=groups * size)
     )

@@ -37,10 +37,10 @@ class MLA(nn.Module):
             self.q = Linear(width, heads * qk_width, precision, **factory)
         else:
             self.q_down = Linear(width, config.q_rank, precision, **factory)
-            self.q_norm = RMSNorm(config.q_rank, config.norm_eps, recompute_norm, **factory)
+            self.q_norm = RMSNorm(config.q_rank, config.resolved_latent_norm_eps, recompute_norm, **factory)
             self.q_up = Linear(config.q_rank, heads * qk_width, precision, **factory)
         self.kv_down = Linear(width, config.kv_rank + config.rope_head_dim, precision, **factory)
-        self.kv_norm = RMSNorm(config.kv_rank, config.norm_eps, recompute_norm, **factory)
+        self.kv_norm = RMSNorm(config.kv_rank, config.resolved_latent_norm_eps, recompute_norm, **factory)
         self.kv_up = Linear(config.kv_rank, heads * (config.nope_head_dim + config.v_head_dim), precision, **factory)
         self.out = Linear(heads * config.v_head_dim, width, precision, kind="output", **factory)
         self._config, self._rope = config, rope

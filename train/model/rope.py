@@ -1,7 +1,8 @@
 """Rotary positions on adjacent pairs (paper 2.1.1), and their extension by YaRN (paper 4.3).
 
 Pair j of the R rope elements of position t turns by t * theta^(-2j/R), as a complex product in fp32.
-YaRN lets fast pairs be, slows the slow ones by `factor`, and mixes linearly between; it also sharpens the softmax.
+YaRN lets fast pairs be, slows the slow ones by `factor`, and mixes linearly between; it also sharpens the softmax, by
+`mscale` for whole queries and keys (DeepSeek), by `attention_factor` for their turned parts (the YaRN paper, 3.4), or both.
 
 Shapes: B sequences, T positions, H heads, R rope width.
 """
@@ -41,10 +42,12 @@ class Rope:
         if not self._extended:
             return plain
         yarn = self._config.yarn
-        low = max(math.floor(self._pair_with_turns(yarn.beta_fast)), 0)
-        high = min(math.ceil(self._pair_with_turns(yarn.beta_slow)), width - 1)
+        low, high = self._pair_with_turns(yarn.beta_fast), self._pair_with_turns(yarn.beta_slow)
+        if yarn.truncate:
+            low, high = math.floor(low), math.ceil(high)
+        low, high = max(low, 0), min(high, width - 1)
         pairs = torch.arange(width // 2, dtype=torch.float32)
-        slowed = ((pairs - low) / max(high - low, 0.001)).clamp(0, 1)
+        slowed = ((pairs - low) / ((high - low) or 0.001)).clamp(0, 1)
         return plain / yarn.factor * slowed + plain * (1 - slowed)
 
     def _pair_with_turns(self, turns: float) -> float:
@@ -53,16 +56,17 @@ class Rope:
         return width * math.log(yarn.original_seq_len / (turns * 2 * math.pi)) / (2 * math.log(self._config.rope_theta))
 
     def table(self, length: int, device: torch.device) -> Tensor:
-        """exp(i angle) of the first `length` positions, complex64 (T, R/2)."""
+        """exp(i angle) of the first `length` positions, times attention_factor under YaRN, complex64 (T, R/2)."""
         table = self._tables.get(device)
         if table is None or table.size(0) < length:
             positions = torch.arange(max(length, self._seq_len), dtype=torch.float32)
             angles = torch.outer(positions, self.frequencies())
-            table = self._tables[device] = torch.polar(torch.ones_like(angles), angles).to(device)
+            size = self._config.yarn.attention_factor if self._extended else 1.0
+            table = self._tables[device] = torch.polar(torch.full_like(angles, size), angles).to(device)
         return table[:length]
 
 
 def rotate(x_BTHR: Tensor, table: Tensor) -> Tensor:
-    """Turn adjacent pairs of the last axis by the complex table (T, R/2); fp32 result. table.conj() turns back."""
+    """Multiply adjacent pairs of the last axis by the complex table (T, R/2); fp32 result. table.conj() does so to gradients."""
     pairs = torch.view_as_complex(x_BTHR.float().unflatten(-1, (-1, 2)).contiguous())
     return torch.view_as_real(pairs * table.unsqueeze(1)).flatten(-2)

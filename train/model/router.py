@@ -1,7 +1,7 @@
 """The router (paper 2.1.2): sigmoid scores, bias for balance, limited groups, sequence-wise balance loss.
 
     s = sigmoid(W x)                              fp32
-    chosen = top_k of (s + bias), inside the top_groups groups whose best top_k / top_groups biased scores sum highest
+    chosen = top_k of (s + bias), inside the top_groups groups whose best group_top_k biased scores sum highest
     gates = route_scale * s[chosen] / sum(s[chosen])
 
 The bias only selects. Equal scores go to the lower index. The sequence-wise loss (eq. 17-20) is
@@ -31,6 +31,7 @@ class Rule(NamedTuple):
     groups: int
     top_groups: int
     route_scale: float
+    group_top_k: int
 
 
 class Router(nn.Module):
@@ -52,7 +53,8 @@ class Router(nn.Module):
             ("balance_loss", (), torch.float32),
         ):
             self.register_buffer(name, torch.zeros(shape, dtype=dtype, device=device), persistent=False)
-        self.rule = Rule(config.top_k, config.groups, config.top_groups, config.route_scale)
+        limit = config.groups, config.top_groups
+        self.rule = Rule(config.top_k, *limit, config.route_scale, config.resolved_group_top_k)
         self.balance_weight = 0.0
 
     def forward(self, x_BTD: Tensor, recipe: AbstractContextManager) -> tuple[Tensor, Tensor]:
@@ -114,7 +116,7 @@ def choose(biased_BTE: Tensor, rule: Rule) -> Tensor:
     """Expert ids (B, T, K) from biased scores, in the allowed groups only."""
     if rule.top_groups < rule.groups:
         grouped_BTGX = biased_BTE.unflatten(-1, (rule.groups, -1))
-        best = grouped_BTGX.topk(rule.top_k // rule.top_groups, dim=-1).values
+        best = grouped_BTGX.topk(rule.group_top_k, dim=-1).values
         group_ids = top_indices(best.sum(-1), rule.top_groups)
         closed_BTG1 = torch.ones_like(best[..., 0], dtype=torch.bool).scatter_(-1, group_ids, False).unsqueeze(-1)
         biased_BTE = grouped_BTGX.masked_fill(closed_BTG1, -torch.inf).flatten(-2)

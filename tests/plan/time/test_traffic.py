@@ -17,11 +17,12 @@ def _config(*more: str):
     return compose(*MODEL, "precision=fp32", "parallel.dp=4", "parallel.ep=4", "micro_batch_size=4", *more)
 
 
-def test_random_routing_is_the_routers():
+@pytest.mark.parametrize("more", [(), ("model.group_top_k=1",), ("model.top_k=3", "model.group_top_k=4")])
+def test_random_routing_is_the_routers(more):
     """Distinct nodes and ranks of 20,000 tokens through the real rule; standard errors are below 0.5 % on either side."""
-    model = _config().model
+    model = _config(*more).model
     scores = torch.rand(1, 20_000, 16, generator=torch.Generator().manual_seed(3))
-    ids = choose(scores, Rule(model.top_k, model.groups, model.top_groups, 1.0))[0]
+    ids = choose(scores, Rule(model.top_k, model.groups, model.top_groups, 1.0, model.resolved_group_top_k))[0]
     for holders, mine in ((2, 0), (4, 1)):
         distinct = torch.zeros(len(ids), holders).scatter_(1, ids // (16 // holders), 1.0).sum(1).mean().item()
         assert reached(model, 2, 2)[mine] == pytest.approx(distinct, rel=0.02)
@@ -51,7 +52,7 @@ def _compare_bytes(rank: int, dispatch: str, wire: str) -> None:
     )  # fmt: skip
     generator = torch.Generator().manual_seed(rank)
     tokens, model = 4096, config.model
-    rule = Rule(model.top_k, model.groups, model.top_groups, 1.0)
+    rule = Rule(model.top_k, model.groups, model.top_groups, 1.0, model.resolved_group_top_k)
     ids = choose(torch.rand(1, tokens, 16, generator=generator), rule)[0]
     x = torch.randn(tokens, 64, generator=generator).requires_grad_()
     gates = torch.rand(tokens, 4, generator=generator).requires_grad_()

@@ -2,7 +2,7 @@
 
 With balanced routing every expert is as likely as any other, so the expected number of nodes, ranks and experts a
 token reaches follows from the router's rule alone. It is counted on random scores by that very rule (paper 2.1.2):
-groups by their best top_k / top_groups scores, then the top_k experts in them. Messages as in parallel/expert: a row on
+groups by their best group_top_k scores, then the top_k experts in them. Messages as in parallel/expert: a row on
 the wire and what travels beside it.
 """
 
@@ -73,12 +73,12 @@ def spread_of(config: Config, layout: Layout) -> Spread:
 
 
 @cache
-def _chosen(experts: int, top_k: int, groups: int, top_groups: int) -> np.ndarray:
+def _chosen(experts: int, top_k: int, groups: int, top_groups: int, group_top_k: int) -> np.ndarray:
     """Expert ids (SAMPLES, top_k) of random scores under the router's rule."""
     scores_SE = np.random.default_rng(0).random((SAMPLES, experts), dtype=np.float32)
     if top_groups < groups:
         grouped_SGX = scores_SE.reshape(SAMPLES, groups, -1)
-        best = np.sort(grouped_SGX, -1)[..., -(top_k // top_groups) :].sum(-1)
+        best = np.sort(grouped_SGX, -1)[..., -group_top_k:].sum(-1)
         closed_SG = np.argsort(np.argsort(-best, -1), -1) >= top_groups
         scores_SE = np.where(closed_SG[..., None], -1.0, grouped_SGX).reshape(SAMPLES, experts)
     return np.argpartition(-scores_SE, top_k - 1, -1)[:, :top_k]
@@ -86,7 +86,8 @@ def _chosen(experts: int, top_k: int, groups: int, top_groups: int) -> np.ndarra
 
 def reached(model: Model, nodes: int, per_node: int) -> tuple[float, float, int]:
     """Expected nodes and ranks that hold an expert of a token, and its experts; experts spread in order over ranks."""
-    ids_SK = _chosen(model.experts, model.top_k, model.groups, model.top_groups)
+    limit = model.groups, model.top_groups, model.resolved_group_top_k
+    ids_SK = _chosen(model.experts, model.top_k, *limit)
     per_rank = model.experts // (nodes * per_node)
 
     def distinct(holders: int, size: int) -> float:
