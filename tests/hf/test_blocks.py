@@ -82,6 +82,21 @@ def test_power_of_two_scales_come_back():
     assert same_bits(q, first.q) and same_bits(scale, first.scale)
 
 
+def test_a_power_of_two_whose_largest_q_was_rounded_to_224_is_halved():
+    """The values are those of a block with half the scale and a largest q of 448, to which the same rule gives that scale."""
+    cast = replace(CAST, pow2=True)
+    x = torch.randn(128, 384, generator=torch.Generator().manual_seed(7)).clamp(-3, 3)
+    x[0, ::128] = torch.tensor([225.0, 231.5, 233.0]) / 64
+    first = quantize_reference(x, cast)
+    assert first.scale.flatten().tolist() == [1 / 64] * 3 and first.q[0, ::128].tolist() == [224, 224, 240]
+    values = plain(first.q, first.scale)
+    q, scale = requantize(values)
+    assert torch.equal(plain(q, scale), values)
+    assert scale.flatten().tolist() == [1 / 128, 1 / 128, 1 / 64]
+    assert same_bits(q[:, 256:], first.q[:, 256:]) and torch.equal(q[:, :256].float(), 2 * first.q[:, :256].float())
+    assert same_bits(scale, quantize_reference(values, cast).scale)
+
+
 def test_values_stay_where_the_scale_is_not_determined():
     """Blocks of small q: they move to the top binade, with a smaller scale and the same values."""
     generator = torch.Generator().manual_seed(5)

@@ -11,7 +11,9 @@ other values. So `requantize` tries candidates and keeps the first that reproduc
 What none reproduces was trained since, and is rounded with 1. Hence the rule: unchanged FP8 weights keep their values
 whatever their scales, and q and s bit for bit where the largest |q| of a block exceeds 224 and its values determine s.
 They do unless all are zero, or no |q| is a power of two, when two neighbours of s can give the same values: blocks of
-weights always have one. Power-of-two scales (UE8M0) are covered, as their largest |q| lies in (224, 448] too.
+weights always have one. Power-of-two scales (UE8M0) put the largest weight into (224 s, 448 s], so their largest |q| exceeds
+224 too, unless that weight was below 232 s and was rounded to 224 s. Such a block is also 2 q and s / 2, which is how a block
+whose largest weight was 224 s is held; values cannot tell the two apart, and both get the latter.
 
 Shapes: M rows, K columns, m and k blocks of rows and columns, N blocks, X values of a block.
 """
