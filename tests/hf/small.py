@@ -34,9 +34,9 @@ MODEL = {
 SEQ_LEN = 24
 
 
-def transformers_folder(path: Path, model: Model, **options):
-    """transformers' model with random weights, saved by transformers itself; returns it."""
-    theirs = parity.transformers_model(model, SEQ_LEN)
+def transformers_folder(path: Path, model: Model, changes: dict | None = None, **options):
+    """transformers' model with random weights, saved by transformers itself; returns it. changes: of its configuration."""
+    theirs = parity.transformers_model(model, SEQ_LEN, **changes or {})
     parity.randomise(theirs, 0.1)
     theirs.save_pretrained(path, **options)
     return theirs.eval()

@@ -126,6 +126,30 @@ def test_yarn_must_be_in_force_as_it_was(released):
         check_recipe(other, read_model(released), released)
 
 
+def test_what_null_means_is_compared_and_cured(tmp_path):
+    """A recipe that says nothing of latents and of groups means norm_eps and its share: the cure makes it the folder's model."""
+    theirs = Model(**(MODEL | {"top_k": 6, "experts": 16, "norm_eps": 1e-5}))
+    write_json(tmp_path / "config.json", released_config(theirs) | {"rms_norm_eps": 1e-5})
+    shape = [f"model.{key}={getattr(theirs, key)}" for key in MODEL]
+    for more in ([], ["model.norm_eps=1e-5"], ["model.top_k=4", "model.experts=16"]):
+        overrides = ["data=stdlib", *shape, *more]
+        with pytest.raises(UserError, match=r"model\.latent_norm_eps 1e-05, there 1e-06") as caught:
+            check_recipe(compose(*overrides), read_model(tmp_path), tmp_path)
+        assert "model.group_top_k 3, there 2" in caught.value.rule
+        cured = [*overrides, *caught.value.cure.removeprefix("set ").split()]
+        assert check_recipe(compose(*cured), read_model(tmp_path), tmp_path) == []
+
+
+def test_yarn_of_another_kind_is_compared(tmp_path):
+    rope = {"type": "yarn", "factor": 8.0, "original_max_position_embeddings": 64, "truncate": False}
+    write_json(tmp_path / "config.json", released_config(Model(**MODEL)) | {"rope_scaling": rope})
+    shape = [f"model.{key}={value}" for key, value in MODEL.items()]
+    base = ["data=stdlib", *shape, "model.yarn.always=true"]
+    with pytest.raises(UserError, match=r"model\.yarn\.truncate True, there False") as caught:
+        check_recipe(compose(*base), read_model(tmp_path), tmp_path)
+    assert check_recipe(compose(*base, *caught.value.cure[4:].split()), read_model(tmp_path), tmp_path) == []
+
+
 def test_less_mtp_and_longer_sequences_are_said(tmp_path):
     write_json(tmp_path / "config.json", released_config(Model(**(MODEL | {"mtp_depth": 1}))))
     theirs = read_model(tmp_path)
@@ -149,7 +173,10 @@ WRONG = {
     "topk_method": ("greedy", "topk_method must be noaux_tc"),
     "tie_word_embeddings": (True, "tie_word_embeddings must be False"),
     "quantization_config": ({"quant_method": "awq"}, "must be fp8, e4m3, blocks of"),
-    "rope_scaling": ({"type": "linear", "factor": 4}, "must be yarn with mscale = mscale_all_dim"),
+    "rope_scaling": (
+        {"type": "linear", "factor": 4},
+        "rope_scaling: its type must be default or yarn, and is 'linear'",
+    ),
     "n_group": (None, "a wrong type"),
     "hidden_size": ("7168", "a wrong type"),
 }

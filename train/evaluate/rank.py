@@ -95,9 +95,8 @@ def _report(config: Config, target: Target, losses: list[tuple[EvaluatedSource, 
     )
     path = evaluation.write(RunPaths(config).path)
     console = Console(highlight=False)
-    for source, _ in losses:
-        for note in source.data.notes:
-            console.print(note, soft_wrap=True, markup=False)
+    for note in (*target.notes, *(note for source, _ in losses for note in source.data.notes)):
+        console.print(note, soft_wrap=True, markup=False)
     show(evaluation, path, console)
 
 

@@ -20,6 +20,8 @@ class Target:
     meta: dict[str, Any] | None
     """What a checkpoint of ours keeps; None for a Hugging Face folder, of whose data nothing is known."""
     step: int | None
+    notes: tuple[str, ...] = ()
+    """What the user should know of the weights."""
 
 
 def find_target(config: Config) -> Target:
@@ -43,7 +45,7 @@ def is_hf_folder(folder: Path) -> bool:
 
 
 def _of_hf_folder(config: Config, folder: Path) -> Target:
-    from train.hf.config import read_model
+    from train.hf.folder import open_model
 
     ranks = config.parallel.pp * config.parallel.dp
     for wrong, field, value, rule, cure in (
@@ -53,7 +55,7 @@ def _of_hf_folder(config: Config, folder: Path) -> Target:
     ):
         if wrong:
             raise UserError(field, value, f"{rule}: {folder}", cure)
-    model = read_model(folder, "evaluate.checkpoint")
+    _, model, notes = open_model(folder, "evaluate.checkpoint")
     if config.seq_len > model.max_seq_len:
         rule = f"must not exceed max_position_embeddings = {model.max_seq_len} of {folder}"
         raise UserError("seq_len", config.seq_len, rule, f"set seq_len={model.max_seq_len} or less")
@@ -62,7 +64,7 @@ def _of_hf_folder(config: Config, folder: Path) -> Target:
         raise UserError(
             "data.tokenizer", None, f"{folder} brings no tokenizer.json", "set data.tokenizer to the weights' own"
         )
-    return Target(config, folder, None, None)
+    return Target(config, folder, None, None, tuple(notes))
 
 
 def _with_tokenizer(config: Config, folder: Path) -> Config:

@@ -32,7 +32,8 @@ def generate(config: Config) -> int:
     """Returns the exit code. Raises UserError."""
     source = open_source(config, choose_device(config, Place(rank=0, world=1, local_rank=0, local_world=1)))
     writer = Writer(config, source)
-    _say(writer.headline())
+    for line in (writer.headline(), *source.notes):
+        _say(line)
     try:
         if config.generate.prompt is not None:
             writer.show([config.generate.prompt])

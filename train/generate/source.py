@@ -12,7 +12,7 @@ from train.checkpoint.manifest import read_manifest
 from train.data.tokenizer import Tokenizer, check_fit, load_tokenizer, named_token
 from train.evaluate.target import is_hf_folder
 from train.generate.decoder import Decoder
-from train.hf.config import read_model
+from train.hf.folder import open_model
 from train.hf.load import load_hf_model
 from train.hf.tokenizer import SETTINGS
 from train.precision.build import activation_dtype
@@ -35,6 +35,8 @@ class Source:
     """Token in front of every text."""
     title: str
     """What it is, for the user."""
+    notes: tuple[str, ...] = ()
+    """What else the user should know of it."""
 
 
 def open_source(config: Config, device: torch.device) -> Source:
@@ -66,7 +68,8 @@ def _from_hugging_face(config: Config, folder: Path, device: torch.device) -> So
             "take precision=bf16",
         )
     dtype = activation_dtype(config.precision)
-    require_memory(read_model(folder, FIELD), dtype.itemsize, FIELD, folder)
+    _, model_config, notes = open_model(folder, FIELD)
+    require_memory(model_config, dtype.itemsize, FIELD, folder)
     if config.data.tokenizer is None and not (folder / "tokenizer.json").is_file():
         raise UserError(FIELD, folder, "holds no tokenizer.json", "set data.tokenizer to the one of these weights")
     choice = config.data.tokenizer or str(folder)
@@ -74,7 +77,8 @@ def _from_hugging_face(config: Config, folder: Path, device: torch.device) -> So
     model_config, model, _ = load_hf_model(folder, dtype, FIELD)
     check_fit(tokenizer, choice, model_config.vocab_size, fim_rate=0)
     decoder = Decoder(model.to(device), min(model_config.max_seq_len, model_config.yarn.original_seq_len))
-    return Source(decoder, tokenizer, model_config.max_seq_len, start_token(folder, tokenizer), folder.name)
+    start_id = start_token(folder, tokenizer)
+    return Source(decoder, tokenizer, model_config.max_seq_len, start_id, folder.name, tuple(notes))
 
 
 def start_token(folder: Path, tokenizer: Tokenizer) -> int:

@@ -1,8 +1,9 @@
 """config.json of a DeepseekV3ForCausalLM folder, to our model and back. Imports no torch: the driver reads it too."""
 
-from dataclasses import asdict
+import math
+from dataclasses import fields, replace
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any, get_args, get_type_hints
 
 from conf.check import check_model
 from conf.errors import UserError
@@ -45,13 +46,88 @@ FIXED = {
     "rope_interleave": True,
 }
 """What every DeepSeek-V3 has, and this program knows no other way of. A file may leave it out."""
-YARN = {
-    "factor": "factor",
-    "original_seq_len": "original_max_position_embeddings",
-    "beta_fast": "beta_fast",
-    "beta_slow": "beta_slow",
-    "mscale": "mscale",
+FIXED_ELSEWHERE = {"partial_rotary_factor": 1.0, "is_causal": True, "is_encoder_decoder": False}
+"""The same for fields of other models, which transformers obeys in this one too. Files of DeepSeek-V3 have none of them."""
+READ_APART = (
+    "architectures",
+    "quantization_config",
+    "max_position_embeddings",
+    "num_nextn_predict_layers",
+    "num_mtp_layers",
+    "rope_theta",
+    "rope_scaling",
+    "rope_parameters",
+    "num_key_value_heads",
+    "head_dim",
+    "qk_head_dim",
+    "num_local_experts",
+)
+"""Fields with a rule of their own in `read_model`."""
+GENERATION = """
+    bad_words_ids begin_suppress_tokens diversity_penalty do_sample early_stopping encoder_no_repeat_ngram_size
+    exponential_decay_length_penalty forced_bos_token_id forced_eos_token_id length_penalty max_length min_length
+    no_repeat_ngram_size num_beam_groups num_beams num_return_sequences output_scores remove_invalid_values
+    repetition_penalty return_dict_in_generate suppress_tokens temperature top_k top_p typical_p
+"""
+OTHER_MODELS = """
+    add_cross_attention cross_attention_hidden_size decoder_start_token_id finetuning_task is_decoder prefix pruned_heads
+    sep_token_id task_specific_params tf_legacy_loss tie_encoder_decoder torchscript use_bfloat16
+"""
+HARMLESS = {
+    "model_type": "names the class of the file, and the architecture is what counts",
+    "auto_map": "names Python files of the folder, of which none is ever run",
+    "_name_or_path": "where the folder came from",
+    "name_or_path": "where the folder came from",
+    "_commit_hash": "where the folder came from",
+    "transformers_version": "what wrote the folder",
+    "dtype": "every tensor says its own type",
+    "torch_dtype": "every tensor says its own type",
+    "initializer_range": "of weights before the training",
+    "attention_dropout": "acts in training alone, and ours has none",
+    "aux_loss_alpha": "a loss of the training; optim.balance_loss is ours",
+    "seq_aux": "a loss of the training; optim.balance_loss is ours",
+    "output_router_logits": "asks for results beside the logits",
+    "output_hidden_states": "asks for results beside the logits",
+    "output_attentions": "asks for results beside the logits",
+    "return_dict": "the form of results in Python",
+    "ep_size": "how one program spreads experts over devices",
+    "pretraining_tp": "cuts products into parts that add up to the same",
+    "chunk_size_feed_forward": "cuts products into parts, in other models",
+    "use_cache": "whether generation keeps a cache",
+    "attn_implementation": "which kernel computes the same attention",
+    "_attn_implementation": "which kernel computes the same attention",
+    "_attn_implementation_autoset": "which kernel computes the same attention",
+    "experts_implementation": "which kernel computes the same experts",
+    "bos_token_id": "the tokenizer's files say it",
+    "eos_token_id": "the tokenizer's files say it",
+    "pad_token_id": "its row of the embedding is a weight like any other",
+    "tokenizer_class": "tokenizer.json is read instead",
+    "id2label": "of classifiers, which this architecture is not",
+    "label2id": "of classifiers, which this architecture is not",
+    "num_labels": "of classifiers, which this architecture is not",
+    "problem_type": "of classifiers, which this architecture is not",
+    **dict.fromkeys(GENERATION.split(), "how text is drawn; the section generate is ours"),
+    **dict.fromkeys(OTHER_MODELS.split(), "older transformers wrote it into every file, and other models read it"),
 }
+"""Fields that change nothing in what the model computes here, and why. All others are refused unless they are null."""
+ROPE_NUMBERS = {
+    "factor",
+    "original_max_position_embeddings",
+    "beta_fast",
+    "beta_slow",
+    "mscale",
+    "mscale_all_dim",
+    "attention_factor",
+}
+ROPE = {"rope_type", "type", "rope_theta", "truncate", "partial_rotary_factor"} | ROPE_NUMBERS
+"""Parameters of the positions that have a meaning here. All others are refused unless they are null."""
+LARGEST = 2.0**63
+"""Numbers beyond mean nothing anywhere."""
+GROUP_TOP_K = 2
+"""transformers ranks groups of experts by the sum of their best two scores, whatever config.json says."""
+LATENT_NORM_EPS = 1e-6
+"""transformers gives it to the norms of latents, whatever config.json says."""
+YARN = tuple(field.name for field in fields(Yarn) if field.name != "always")
 
 
 def scale_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
@@ -60,9 +136,10 @@ def scale_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
 
 
 def read_model(folder: Path, field: str = "init_from") -> Model:
-    """The model that config.json describes. Raises UserError for another architecture or one we cannot express.
+    """The model that config.json describes, as transformers reads it. Raises UserError for one we cannot express.
 
     field: what the errors name. Where the file asks for YaRN it is in force at any length (`yarn.always`), else never.
+    Weights are read through `folder.open_model`, which also looks at what MTP modules there are.
     """
     path = folder / "config.json"
     if not path.exists():
@@ -75,11 +152,16 @@ def read_model(folder: Path, field: str = "init_from") -> Model:
     values = {ours: body[theirs] for ours, theirs in FIELDS.items()}
     values["shared_experts"] = values["shared_experts"] or 0
     length = body.get("max_position_embeddings", Model.max_seq_len)
-    mtp = body.get("num_nextn_predict_layers", body.get("num_mtp_layers", 0))
-    rope = (_section(field, path, body, "rope_parameters") or {}) | (_section(field, path, body, "rope_scaling") or {})
-    theta = rope.get("rope_theta", body.get("rope_theta", Model.rope_theta))
-    yarn = _yarn(field, path, rope, length)
-    model = Model(**values, mtp_depth=mtp, max_seq_len=length, rope_theta=theta, yarn=yarn)
+    rope = _rope(field, path, body)
+    model = Model(
+        **values,
+        group_top_k=None if values["groups"] == 1 else GROUP_TOP_K,
+        latent_norm_eps=None if values["norm_eps"] == LATENT_NORM_EPS else LATENT_NORM_EPS,
+        mtp_depth=body.get("num_nextn_predict_layers", body.get("num_mtp_layers", 0)),
+        max_seq_len=length,
+        rope_theta=rope.get("rope_theta", body.get("rope_theta", Model.rope_theta)),
+        yarn=_yarn(rope, length),
+    )
     try:
         _check_types(model)
         check_model(model)
@@ -88,6 +170,7 @@ def read_model(folder: Path, field: str = "init_from") -> Model:
     except TypeError as error:
         wrong = f"has a value of a wrong type: {error}"
         raise _refuse(field, path, wrong, "take the config.json that belongs to the weights") from error
+    _check_derived(field, path, body, model)
     return model
 
 
@@ -104,9 +187,12 @@ def _check_types(model: Model) -> None:
     for part in (model, model.yarn):
         for name, kind in get_type_hints(type(part)).items():
             value = getattr(part, name)
-            numbers = {int: (int,), float: (int, float), int | None: (int, type(None))}.get(kind)
-            if numbers and (not isinstance(value, numbers) or isinstance(value, bool)):
-                raise TypeError(f"{FIELDS.get(name) or YARN.get(name) or name} = {value!r}")
+            kinds = get_args(kind) or (kind,)
+            if float in kinds:
+                kinds += (int,)
+            numbers = {int, float, bool} & set(kinds)
+            if numbers and not (type(value) in kinds and (value is None or abs(value) < LARGEST)):
+                raise TypeError(f"{FIELDS.get(name, name)} = {value!r:.80}")
 
 
 def _check_kind(field: str, path: Path, body: Any) -> None:
@@ -114,11 +200,20 @@ def _check_kind(field: str, path: Path, body: Any) -> None:
     if architectures != [ARCHITECTURE]:
         named = ", ".join(map(str, architectures)) if isinstance(architectures, list) else architectures or "none"
         raise _refuse(field, path, f"must name the architecture {ARCHITECTURE}, it names {named}", "give other weights")
-    for key, value in FIXED.items():
+    for key, value in (FIXED | FIXED_ELSEWHERE).items():
         if body.get(key, value) != value:
             raise _refuse(
                 field, path, f"{key} must be {value}, as in every DeepSeek-V3, and is {body[key]}", "give other weights"
             )
+    known = {*FIELDS.values(), *FIXED, *FIXED_ELSEWHERE, *READ_APART, *HARMLESS}
+    unknown = [key for key, value in body.items() if key not in known and value is not None]
+    if unknown:
+        raise _refuse(
+            field,
+            path,
+            f"has fields that are not known here, and may change the model: {', '.join(unknown[:6])}",
+            "give other weights; where you know that a field changes nothing, remove it from the file",
+        )
     quantised = _section(field, path, body, "quantization_config")
     if quantised is None:
         return
@@ -132,16 +227,69 @@ def _check_kind(field: str, path: Path, body: Any) -> None:
         )
 
 
-def _yarn(field: str, path: Path, rope: dict[str, Any], length: int) -> Yarn:
+def _check_derived(field: str, path: Path, body: dict[str, Any], model: Model) -> None:
+    """Fields that say again what others say must agree with them; null says nothing."""
+    said = {
+        "num_key_value_heads": model.heads,
+        "head_dim": model.rope_head_dim,
+        "qk_head_dim": model.nope_head_dim + model.rope_head_dim,
+        "num_local_experts": model.experts,
+        "num_mtp_layers": model.mtp_depth,
+    }
+    for key, value in said.items():
+        if body.get(key, value) not in (value, None):
+            rule = f"{key} must be {value}, as the other fields say, and is {body[key]!r:.80}"
+            raise _refuse(field, path, rule, "take the config.json that belongs to the weights")
+
+
+def _rope(field: str, path: Path, body: dict[str, Any]) -> dict[str, Any]:
+    """Parameters of the positions: rope_scaling, or where it is empty rope_parameters. Raises UserError for others than ours."""
+    older, newer = (_section(field, path, body, key) for key in ("rope_scaling", "rope_parameters"))
+    name, rope = ("rope_scaling", older) if older else ("rope_parameters", newer or {})
     kind = rope.get("rope_type", rope.get("type", "default"))
-    if kind == "default":
+    problem = None
+    if kind not in ("default", "yarn"):
+        problem = f"its type must be default or yarn, and is {kind!r:.80}"
+    elif unknown := [key for key, value in rope.items() if key not in ROPE and value is not None]:
+        problem = f"has parameters that are not known here: {', '.join(unknown[:6])}"
+    elif rope.get("partial_rotary_factor") not in (None, 1):
+        problem = f"partial_rotary_factor must be 1, and is {rope['partial_rotary_factor']!r:.80}"
+    elif kind == "yarn":
+        for key in sorted(ROPE_NUMBERS & rope.keys() | {"factor"}):
+            value = rope.get(key)
+            if (value is None and key == "factor") or not (value is None or _is_size(value)):
+                problem = f"{key} must be a number, 0 or more, and is {value!r:.80}"
+    if problem:
+        raise _refuse(field, path, f"{name}: {problem}", "give other weights")
+    return rope
+
+
+def _is_size(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < LARGEST
+
+
+def _yarn(rope: dict[str, Any], length: int) -> Yarn:
+    """What transformers makes of these parameters, which `_rope` has checked."""
+    if rope.get("rope_type", rope.get("type", "default")) == "default":
         return Yarn(original_seq_len=length)
-    both = rope.get("mscale", 1.0), rope.get("mscale_all_dim", rope.get("mscale", 1.0))
-    if kind != "yarn" or both[0] != both[1]:
-        raise _refuse(
-            field, path, f"rope_scaling must be yarn with mscale = mscale_all_dim, and is {rope}", "give other weights"
-        )
-    return Yarn(always=True, **{ours: rope.get(theirs, getattr(Yarn, ours)) for ours, theirs in YARN.items()})
+    factor, given = rope["factor"], rope.get("attention_factor")
+    mscale, all_dim = rope.get("mscale"), rope.get("mscale_all_dim")
+    return Yarn(
+        always=True,
+        factor=factor,
+        original_seq_len=rope.get("original_max_position_embeddings", length),
+        beta_fast=rope.get("beta_fast") or Yarn.beta_fast,
+        beta_slow=rope.get("beta_slow") or Yarn.beta_slow,
+        truncate=rope.get("truncate", True),
+        mscale=all_dim or 0.0,
+        attention_factor=_inferred_factor(factor, mscale, all_dim) if given is None else given,
+    )
+
+
+def _inferred_factor(factor: float, mscale: float | None, all_dim: float | None) -> float:
+    """The attention_factor of a file that states none."""
+    growth = 0.1 * math.log(factor) if factor > 1 else 0.0
+    return (mscale * growth + 1) / (all_dim * growth + 1) if mscale and all_dim else growth + 1
 
 
 def yarn_in_force(model: Model, seq_len: int) -> bool:
@@ -159,6 +307,12 @@ def check_recipe(config: Config, theirs: Model, folder: Path) -> list[str]:
         notes.append(f"{folder} has {theirs.mtp_depth} MTP modules, the recipe {ours.mtp_depth}: the rest is left out")
     wrong = [name for name in names if getattr(ours, name) != getattr(theirs, name)]
     values = {f"model.{name}": (getattr(ours, name), getattr(theirs, name)) for name in wrong}
+    # null takes these from fields that may have been wrong
+    cured = replace(ours, top_k=theirs.top_k, top_groups=theirs.top_groups, norm_eps=theirs.norm_eps)
+    eps = cured.resolved_latent_norm_eps, theirs.resolved_latent_norm_eps
+    values |= {"model.latent_norm_eps": eps} if eps[0] != eps[1] else {}
+    ranked = cured.resolved_group_top_k, theirs.resolved_group_top_k
+    values |= {"model.group_top_k": ranked} if theirs.top_groups < theirs.groups and ranked[0] != ranked[1] else {}
     in_force = yarn_in_force(ours, config.seq_len)
     if theirs.yarn.always and in_force:
         pairs = {f"model.yarn.{name}": (getattr(ours.yarn, name), getattr(theirs.yarn, name)) for name in YARN}
@@ -198,9 +352,15 @@ def config_json(model: Model, seq_len: int, dtype: str, eos_id: int) -> dict[str
         "torch_dtype": "float32" if dtype == "fp32" else "bfloat16",
     }
     if in_force:
-        yarn = asdict(model.yarn)
-        body["rope_scaling"] = {"type": "yarn", "mscale_all_dim": model.yarn.mscale}
-        body["rope_scaling"] |= {theirs: yarn[ours] for ours, theirs in YARN.items()}
+        yarn = model.yarn
+        rope: dict[str, Any] = {"type": "yarn", "mscale": yarn.mscale, "mscale_all_dim": yarn.mscale}
+        rope |= {key: getattr(yarn, key) for key in ("factor", "beta_fast", "beta_slow")}
+        rope["original_max_position_embeddings"] = yarn.original_seq_len
+        if not yarn.truncate:
+            rope["truncate"] = False
+        if yarn.attention_factor != _inferred_factor(yarn.factor, yarn.mscale, yarn.mscale):
+            rope["attention_factor"] = float(yarn.attention_factor)
+        body["rope_scaling"] = rope
     if dtype == "fp8":
         body["quantization_config"] = {
             "quant_method": "fp8",

@@ -26,7 +26,7 @@ from train.checkpoint.manifest import Manifest, read_manifest
 from train.data.files import Progress
 from train.data.progress import show_progress
 from train.hf.blocks import requantize
-from train.hf.config import BLOCK, config_json
+from train.hf.config import BLOCK, GROUP_TOP_K, LATENT_NORM_EPS, config_json
 from train.hf.folder import INDEX
 from train.hf.names import tensors
 from train.hf.plan import File, Written, fates, index_json, left_out, lines, plan, source_name, write_json
@@ -39,8 +39,6 @@ CHUNK = 1 << 24
 """Elements that are converted at a time, at most: 64 MB in fp32."""
 SMALL_FILES = 64 << 20
 """Bytes of disk for tokenizer, configuration and the table, amply."""
-NORM_EPS = 1e-6
-"""What transformers gives the norms of latents."""
 
 
 def export(config: Config) -> int:
@@ -212,10 +210,13 @@ def _write_configs(folder: Path, config: Config, seq_len: int, eos_id: int) -> i
 
 def _notes(model: Model) -> Iterator[str]:
     """Where transformers computes otherwise than this model was trained, whatever the weights."""
-    if model.top_groups < model.groups and model.top_k // model.top_groups != 2:
+    if model.top_groups < model.groups and model.resolved_group_top_k != GROUP_TOP_K:
         yield (
-            f"note: this model ranks groups of experts by their best {model.top_k // model.top_groups}, transformers by "
-            "their best 2 whatever the model, as DeepSeek-V3 has it: it will choose other experts"
+            f"note: this model ranks groups of experts by their best {model.resolved_group_top_k}, transformers by "
+            f"their best {GROUP_TOP_K} whatever the model, as DeepSeek-V3 has it: it will choose other experts"
         )
-    if model.norm_eps != NORM_EPS:
-        yield f"note: this model has norm_eps = {model.norm_eps}; transformers takes {NORM_EPS} for the latents' norms"
+    if model.resolved_latent_norm_eps != LATENT_NORM_EPS:
+        yield (
+            f"note: this model takes {model.resolved_latent_norm_eps} in the norms of its latents, transformers "
+            f"{LATENT_NORM_EPS} whatever the model: its logits will differ"
+        )

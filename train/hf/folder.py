@@ -6,7 +6,7 @@ files that only pickle can open are refused.
 
 import re
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
@@ -14,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 from conf.errors import UserError
 from conf.read_json import read_json
 from conf.schema import Model
-from train.hf.config import BLOCK, scale_shape
+from train.hf.config import BLOCK, read_model, scale_shape
 from train.hf.names import SCALE, Placed, tensors
 
 INDEX = "model.safetensors.index.json"
@@ -63,6 +63,24 @@ def open_folder(path: Path, field: str = "init_from") -> Folder:
             raise folder.refuse(f"{file} holds what another file holds too: {_some(twice)}", "download it again")
         folder.stored.update(here)
     return folder
+
+
+def open_model(path: Path, field: str = "init_from") -> tuple[Folder, Model, list[str]]:
+    """The headers of a folder, its model, and notes for the user: the one way to weights from elsewhere.
+
+    MTP modules that config.json names and the weights lack, as transformers writes folders, are left out of the model.
+    Raises UserError for a damaged folder and for a model that cannot be expressed.
+    """
+    folder, model = open_folder(path, field), read_model(path, field)
+    found = 0
+    while found < model.mtp_depth and any(
+        name.startswith(f"model.layers.{model.layers + found}.") for name in folder.stored
+    ):
+        found += 1
+    if found == model.mtp_depth:
+        return folder, model, []
+    note = f"{path}: its config.json names {model.mtp_depth} MTP modules and its weights hold {found}: the rest is left out"
+    return folder, replace(model, mtp_depth=found), [note]
 
 
 def _index(folder: Folder) -> dict[str, list[str]]:
@@ -121,7 +139,12 @@ def match(folder: Folder, model: Model) -> list[Placed]:
     known = {each.theirs for each in expected}
     _check_scales(folder)
     weights = [name for name in folder.stored if not name.endswith(SCALE)]
-    extra = [name for name in weights if name not in known and not _beyond(name, model)]
+    # a tensor without elements, as transformers writes for no shared experts, says nothing
+    extra = [
+        name
+        for name in weights
+        if name not in known and not _beyond(name, model) and 0 not in folder.stored[name].shape
+    ]
     if extra:
         raise folder.refuse(
             f"holds {len(extra)} tensors that the model has no place for: {_some(extra)}",

@@ -6,8 +6,7 @@ import torch
 
 from conf.schema import Model
 from parallel.shard import whole
-from train.hf.config import read_model
-from train.hf.folder import match, open_folder
+from train.hf.folder import match, open_model
 from train.hf.read import fill
 from train.model.deepseek import DeepSeekV3
 from train.model.init import materialise
@@ -23,8 +22,7 @@ def load_hf_model(
     name. Raises UserError for a folder that is no sound DeepSeek-V3.
     """
     path = Path(folder).expanduser()
-    headers = open_folder(path, field)
-    config = read_model(path, field)
+    headers, config, _ = open_model(path, field)
     placed = match(headers, config)
     seq_len = min(config.max_seq_len, config.yarn.original_seq_len)
     model = DeepSeekV3.whole(config, HighPrecision(dtype), seq_len=seq_len, dtype=dtype, device="meta")

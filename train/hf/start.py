@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 
 from conf.schema import Config
 from train.data.tokenizer import Tokenizer
-from train.hf.config import check_recipe, read_model
-from train.hf.folder import Folder, match, open_folder
+from train.hf.config import check_recipe
+from train.hf.folder import Folder, match, open_model
 from train.hf.tokenizer import check_tokenizer
 
 if TYPE_CHECKING:
@@ -23,8 +23,8 @@ def check_start(config: Config, tokenizer: Tokenizer) -> tuple[Folder, list[str]
     Raises UserError where the folder is damaged, holds another model than the recipe's, or knows another tokenizer.
     """
     path = Path(config.init_from).expanduser()
-    folder = open_folder(path)
-    notes = check_recipe(config, read_model(path), path)
+    folder, model, notes = open_model(path)
+    notes += check_recipe(config, model, path)
     match(folder, config.model)
     return folder, notes + check_tokenizer(path, tokenizer, config.data.tokenizer)
 
