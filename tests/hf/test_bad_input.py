@@ -17,6 +17,7 @@ from tests.hf.small import FP8, MODEL, random_tensors, write_folder
 from tests.small import arguments, train
 from tests.test_read_json import BAD
 from train.data.tokenizer import Tokenizer, load_tokenizer, train_bpe
+from train.evaluate.target import is_hf_folder
 from train.generate.source import start_token
 from train.hf.export import export
 from train.hf.folder import match, open_folder
@@ -52,6 +53,10 @@ def sound(tmp_path) -> Path:
 
 def test_no_folder_no_weights_or_only_pickles(tmp_path):
     refused(tmp_path / "nowhere", "no such folder")
+    refused(tmp_path / ("a" * 300), "no such folder")
+    assert not is_hf_folder(tmp_path / ("a" * 300))
+    with pytest.raises(UserError, match="File name too long"):
+        load_tokenizer("a" * 300)
     refused(tmp_path, r"must hold model\.safetensors\.index\.json or model\.safetensors")
     (tmp_path / "pytorch_model-00001-of-00002.bin").write_bytes(b"")
     refused(tmp_path, r"no safetensors but pytorch_model-00001-of-00002\.bin: pickle files can run any code")

@@ -14,6 +14,7 @@ V = vocabulary.
 import hashlib
 import importlib.util
 import json
+import os
 from collections.abc import Iterable
 from functools import cached_property
 from pathlib import Path
@@ -130,7 +131,7 @@ def load_tokenizer(choice: str) -> Tokenizer:
         path = Path(spec.origin).parent / "tokenizer.json"
     else:
         path = Path(choice).expanduser()
-        path = path / "tokenizer.json" if path.is_dir() else path
+        path = path / "tokenizer.json" if os.path.isdir(path) else path
     try:
         text = read_text(path)
     except ValueError as error:

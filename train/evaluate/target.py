@@ -1,5 +1,6 @@
 """What is evaluated: the checkpoint that the configuration means, and the configuration that fits it. Imports no torch."""
 
+import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -41,7 +42,7 @@ def find_target(config: Config) -> Target:
 
 def is_hf_folder(folder: Path) -> bool:
     """Whether this is one of theirs and not a run or a checkpoint."""
-    return (folder / "config.json").is_file() and not (folder / "config.yaml").exists()
+    return os.path.isfile(folder / "config.json") and not os.path.exists(folder / "config.yaml")
 
 
 def _of_hf_folder(config: Config, folder: Path) -> Target:

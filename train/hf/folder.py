@@ -4,6 +4,7 @@ Reads no weights and imports no torch: the driver checks a folder before anythin
 files that only pickle can open are refused.
 """
 
+import os
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
@@ -53,9 +54,13 @@ class Folder:
 def open_folder(path: Path, field: str = "init_from") -> Folder:
     """Read all headers. Raises UserError for a folder without safetensors, a missing or truncated file."""
     folder = Folder(path, {}, field)
-    if not path.is_dir():
+    if not os.path.isdir(path):  # Path.is_dir raises for a name that is too long
         raise folder.refuse("no such folder", "give a downloaded Hugging Face folder")
-    for file, names in _index(folder).items():
+    try:
+        files = _index(folder)
+    except OSError as error:
+        raise folder.refuse(f"cannot be read: {error}", "give a folder that you may read") from error
+    for file, names in files.items():
         here = _header(folder, file)
         if absent := [name for name in names if name not in here]:
             raise folder.refuse(f"{file} must hold what {INDEX} says, and lacks {_some(absent)}", "download it again")
