@@ -121,6 +121,16 @@ def test_a_field_that_nobody_knows_is_refused_unless_it_is_null(tmp_path):
     assert read(tmp_path, attention_sinks=None) == read(tmp_path)
 
 
+@pytest.mark.parametrize(
+    "name", ["architectures", "hidden_act", "hidden_size", "rope_scaling", "quantization_config", "unknown"]
+)
+def test_what_is_said_of_a_huge_value_is_one_screen(tmp_path, name):
+    for value in ("9" * 10**6, ["9" * 10**6], {"quant_method": "9" * 10**6, "type": "9" * 10**6}):
+        with pytest.raises(UserError) as caught:
+            read(tmp_path, **{name if name != "unknown" else "x" * 10**6: value})
+        assert len(str(caught.value)) < 1000
+
+
 OTHER_YARN = {
     "rope_theta": 5000.0,
     "factor": 8.0,

@@ -1,6 +1,7 @@
 """config.json of a DeepseekV3ForCausalLM folder, to our model and back. Imports no torch: the driver reads it too."""
 
 import math
+from collections.abc import Iterable
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
@@ -10,6 +11,8 @@ from conf.errors import UserError
 from conf.read_json import read_json
 from conf.schema import Config, Model, Yarn
 
+SHOWN = 6
+"""Names in an error message."""
 ARCHITECTURE = "DeepseekV3ForCausalLM"
 BLOCK = 128
 """Side of the blocks that share a scale in FP8 weights."""
@@ -135,6 +138,13 @@ def scale_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(-(-size // BLOCK) for size in shape)
 
 
+def some(names: Iterable[str]) -> str:
+    """The first of some names, for an error message of one screen."""
+    names = list(names)
+    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
+    return ", ".join(f"{name:.200}" for name in names[:SHOWN]) + more
+
+
 def read_model(folder: Path, field: str = "init_from") -> Model:
     """The model that config.json describes, as transformers reads it. Raises UserError for one we cannot express.
 
@@ -178,7 +188,7 @@ def _section(field: str, path: Path, body: dict[str, Any], key: str) -> dict[str
     """An object of the file, or null."""
     value = body.get(key)
     if value is not None and not isinstance(value, dict):
-        raise _refuse(field, path, f"{key} must be an object, and is {value!r}", "download it again")
+        raise _refuse(field, path, f"{key} must be an object, and is {value!r:.80}", "download it again")
     return value
 
 
@@ -199,11 +209,16 @@ def _check_kind(field: str, path: Path, body: Any) -> None:
     architectures = body.get("architectures")
     if architectures != [ARCHITECTURE]:
         named = ", ".join(map(str, architectures)) if isinstance(architectures, list) else architectures or "none"
-        raise _refuse(field, path, f"must name the architecture {ARCHITECTURE}, it names {named}", "give other weights")
+        raise _refuse(
+            field, path, f"must name the architecture {ARCHITECTURE}, it names {named!s:.80}", "give other weights"
+        )
     for key, value in (FIXED | FIXED_ELSEWHERE).items():
         if body.get(key, value) != value:
             raise _refuse(
-                field, path, f"{key} must be {value}, as in every DeepSeek-V3, and is {body[key]}", "give other weights"
+                field,
+                path,
+                f"{key} must be {value}, as in every DeepSeek-V3, and is {body[key]!s:.80}",
+                "give other weights",
             )
     known = {*FIELDS.values(), *FIXED, *FIXED_ELSEWHERE, *READ_APART, *HARMLESS}
     unknown = [key for key, value in body.items() if key not in known and value is not None]
@@ -211,7 +226,7 @@ def _check_kind(field: str, path: Path, body: Any) -> None:
         raise _refuse(
             field,
             path,
-            f"has fields that are not known here, and may change the model: {', '.join(unknown[:6])}",
+            f"has fields that are not known here, and may change the model: {some(unknown)}",
             "give other weights; where you know that a field changes nothing, remove it from the file",
         )
     quantised = _section(field, path, body, "quantization_config")
@@ -222,7 +237,7 @@ def _check_kind(field: str, path: Path, body: Any) -> None:
         raise _refuse(
             field,
             path,
-            f"quantization_config must be fp8, e4m3, blocks of [{BLOCK}, {BLOCK}], and is {found}",
+            f"quantization_config must be fp8, e4m3, blocks of [{BLOCK}, {BLOCK}], and is {found!s:.200}",
             "give weights in bf16, fp32, or DeepSeek's FP8",
         )
 
@@ -251,7 +266,7 @@ def _rope(field: str, path: Path, body: dict[str, Any]) -> dict[str, Any]:
     if kind not in ("default", "yarn"):
         problem = f"its type must be default or yarn, and is {kind!r:.80}"
     elif unknown := [key for key, value in rope.items() if key not in ROPE and value is not None]:
-        problem = f"has parameters that are not known here: {', '.join(unknown[:6])}"
+        problem = f"has parameters that are not known here: {some(unknown)}"
     elif rope.get("partial_rotary_factor") not in (None, 1):
         problem = f"partial_rotary_factor must be 1, and is {rope['partial_rotary_factor']!r:.80}"
     elif kind == "yarn":

@@ -6,7 +6,6 @@ files that only pickle can open are refused.
 
 import os
 import re
-from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -15,7 +14,7 @@ from safetensors import SafetensorError, safe_open
 from conf.errors import UserError
 from conf.read_json import read_json
 from conf.schema import Model
-from train.hf.config import BLOCK, read_model, scale_shape
+from train.hf.config import BLOCK, read_model, scale_shape, some
 from train.hf.names import SCALE, Placed, tensors
 
 INDEX = "model.safetensors.index.json"
@@ -24,8 +23,6 @@ PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 PLAIN = ("F32", "BF16", "F16")
 SCALE_TYPES = ("F32", "BF16", "F16", "F8_E8M0")
 FP8 = "F8_E4M3"
-SHOWN = 6
-"""Names in an error message."""
 
 
 @dataclass(frozen=True)
@@ -63,9 +60,9 @@ def open_folder(path: Path, field: str = "init_from") -> Folder:
     for file, names in files.items():
         here = _header(folder, file)
         if absent := [name for name in names if name not in here]:
-            raise folder.refuse(f"{file} must hold what {INDEX} says, and lacks {_some(absent)}", "download it again")
+            raise folder.refuse(f"{file} must hold what {INDEX} says, and lacks {some(absent)}", "download it again")
         if twice := [name for name in here if name in folder.stored]:
-            raise folder.refuse(f"{file} holds what another file holds too: {_some(twice)}", "download it again")
+            raise folder.refuse(f"{file} holds what another file holds too: {some(twice)}", "download it again")
         folder.stored.update(here)
     return folder
 
@@ -97,7 +94,7 @@ def _index(folder: Folder) -> dict[str, list[str]]:
         pickles = [file.name for kind in PICKLES for file in sorted(folder.path.glob(kind))]
         if pickles:
             raise folder.refuse(
-                f"holds no safetensors but {_some(pickles)}: pickle files can run any code and are never opened",
+                f"holds no safetensors but {some(pickles)}: pickle files can run any code and are never opened",
                 "convert them to safetensors with a program that you trust",
             )
         raise folder.refuse(f"must hold {INDEX} or {SINGLE}", "give a downloaded Hugging Face folder")
@@ -110,10 +107,10 @@ def _index(folder: Folder) -> dict[str, list[str]]:
     for name, file in weight_map.items():
         files.setdefault(file, []).append(name)
     if outside := [file for file in files if Path(file).name != file]:
-        raise folder.refuse(f"{INDEX} must name files of this folder, not {_some(outside)}", "download it again")
+        raise folder.refuse(f"{INDEX} must name files of this folder, not {some(outside)}", "download it again")
     here = {file.name for file in folder.path.iterdir()}
     if missing := [file for file in files if file not in here]:
-        raise folder.refuse(f"lacks {len(missing)} of {len(files)} files: {_some(missing)}", "download them")
+        raise folder.refuse(f"lacks {len(missing)} of {len(files)} files: {some(missing)}", "download them")
     return files
 
 
@@ -138,7 +135,7 @@ def match(folder: Folder, model: Model) -> list[Placed]:
     if needed:
         mtp = all(name.startswith(f"model.layers.{model.layers}.") for name in needed)
         raise folder.refuse(
-            f"lacks {len(needed)} of the model's {len(expected)} tensors: {_some(needed)}",
+            f"lacks {len(needed)} of the model's {len(expected)} tensors: {some(needed)}",
             "set model.mtp_depth=0: the folder has no MTP module" if mtp else "give the whole folder",
         )
     known = {each.theirs for each in expected}
@@ -152,7 +149,7 @@ def match(folder: Folder, model: Model) -> list[Placed]:
     ]
     if extra:
         raise folder.refuse(
-            f"holds {len(extra)} tensors that the model has no place for: {_some(extra)}",
+            f"holds {len(extra)} tensors that the model has no place for: {some(extra)}",
             "give weights of a plain DeepSeek-V3",
         )
     wrong = [
@@ -162,7 +159,7 @@ def match(folder: Folder, model: Model) -> list[Placed]:
     ]
     if wrong:
         raise folder.refuse(
-            f"{len(wrong)} tensors have another shape than its config.json says: {_some(wrong)}", "download it again"
+            f"{len(wrong)} tensors have another shape than its config.json says: {some(wrong)}", "download it again"
         )
     return [each for each in expected if each.theirs in folder.stored]
 
@@ -197,9 +194,4 @@ def _check_scales(folder: Folder) -> None:
         name for name in stored if name.endswith(SCALE) and getattr(stored.get(name[: -len(SCALE)]), "dtype", "") != FP8
     ]
     if alone:
-        raise folder.refuse(f"holds scales without an FP8 weight: {_some(alone)}", "give the whole folder")
-
-
-def _some(names: Iterable[str]) -> str:
-    names = list(names)
-    return ", ".join(names[:SHOWN]) + (f" and {len(names) - SHOWN} more" if len(names) > SHOWN else "")
+        raise folder.refuse(f"holds scales without an FP8 weight: {some(alone)}", "give the whole folder")
