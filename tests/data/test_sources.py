@@ -129,6 +129,14 @@ def test_damaged_archives_are_refused(tmp_path, name, pack):
     error_of(path)  # noticed by a line that is no JSON, or at the latest by the checksum at the end
 
 
+def test_json_that_is_nested_too_deep_is_refused_by_line(tmp_path):
+    path = tmp_path / "a.jsonl"
+    for opening in (b"[", b'{"text":'):
+        path.write_bytes(lines(["fine"]) + opening * 100_000 + b"\n")
+        error = error_of(path)
+        assert str(error.value) == f"{path}:2" and "nested too deep" in error.rule
+
+
 def test_damaged_parquet_and_wrong_columns_are_refused(tmp_path):
     path = tmp_path / "a.parquet"
     pyarrow.parquet.write_table(pyarrow.table({"n": [1, 2]}), path)

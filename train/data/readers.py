@@ -73,6 +73,8 @@ def read_jsonl(file: File, text_key: str, field: str) -> Iterator[tuple[str, str
 def _text_of(line: str, text_key: str, place: str, field: str) -> str:
     try:
         record = json.loads(line)
+    except RecursionError as error:
+        raise UserError(field, place, "is JSON nested too deep to read", "remove this line") from error
     except ValueError as error:
         raise UserError(field, place, f"is not JSON: {error}", "mend or remove this line") from error
     if not isinstance(record, dict):

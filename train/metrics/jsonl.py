@@ -131,7 +131,7 @@ def _whole_lines(path: Path) -> Iterator[bytes]:
 def _parse(line: bytes) -> Iterator[Record]:
     try:
         record = json.loads(line)
-    except ValueError:
+    except (ValueError, RecursionError):
         return
     if isinstance(record, dict) and isinstance(record.get("step"), int):
         yield {
