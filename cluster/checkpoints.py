@@ -56,5 +56,5 @@ def _attempt_of(path: Path, inode: int, written: int) -> int | None:
     """
     try:
         return int(json.loads(path.read_bytes())["attempt"])
-    except (ValueError, TypeError, KeyError):
+    except (ValueError, TypeError, KeyError, RecursionError):
         return None

@@ -1,7 +1,10 @@
 """Damage is found, named, and passed over."""
 
+import json
 import random
 import shutil
+import zlib
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -11,7 +14,7 @@ from conf.errors import UserError
 from parallel.shard import whole
 from tests.checkpoint.world import blank, checkpointers, same_bits, save
 from train.checkpoint.load import load
-from train.checkpoint.manifest import Damaged, newest_intact, seal, verify
+from train.checkpoint.manifest import Damaged, newest_intact, read_manifest, seal, verify
 
 torch.set_num_threads(1)
 
@@ -98,3 +101,67 @@ def test_a_newer_format_is_not_passed_over(tmp_path):
     (newer / "manifest.json").write_text(seal({"format": "sluice checkpoint", "version": 2}))
     with pytest.raises(UserError, match="version 2"):
         newest_intact(tmp_path)
+
+
+def rewrite(path: Path, change: Callable[[dict], None]) -> None:
+    """Change a manifest and seal it again, as an edit by hand or another program would."""
+    body = json.loads(path.read_text())
+    del body["crc32"]
+    change(body)
+    path.write_text(seal(body))
+
+
+FIELDS = ("version", "step", "attempt", "world_size", "meta", "files", "tensors")
+CASES = [(name, value) for name in FIELDS for value in (None, "7", -1, [[1]], {"a": {"b": 1}})]
+
+
+@pytest.mark.parametrize(
+    "name, value", [case for case in CASES if case not in (("version", -1), ("meta", CASES[4][1]))]
+)
+def test_a_sealed_manifest_that_lacks_something_is_damaged(tmp_path, name, value):
+    two_checkpoints(tmp_path)
+    path = tmp_path / "step_00000020" / "manifest.json"
+    rewrite(path, lambda body: body.pop(name) if value is None else body.update({name: value}))
+    with pytest.raises(Damaged, match=r"(?s)manifest\.json is|manifest\.json\n"):
+        read_manifest(path.parent)
+    assert newest_intact(tmp_path).path == tmp_path / "step_00000010"
+
+
+def test_a_manifest_names_what_its_meta_lacks(tmp_path):
+    two_checkpoints(tmp_path)
+    path = tmp_path / "step_00000020" / "manifest.json"
+    with pytest.raises(Damaged, match="its meta holds no 'tokenizer'"):
+        _ = read_manifest(path.parent).meta["tokenizer"]
+    rewrite(path, lambda body: body["meta"].update(step="20"))
+    with pytest.raises(Damaged, match="its meta holds step = '20'"):
+        _ = read_manifest(path.parent).meta["step"]
+
+
+@pytest.mark.parametrize("text", [b"[" * 100_000, b'{"a":' * 100_000, b"\xff", b"3", b"null"])
+def test_a_manifest_that_is_no_json_object_is_named(tmp_path, text):
+    two_checkpoints(tmp_path)
+    (tmp_path / "step_00000020" / "manifest.json").write_bytes(text)
+    assert newest_intact(tmp_path).path == tmp_path / "step_00000010"
+
+
+def test_a_sealed_index_that_describes_no_data_file_is_damaged(tmp_path):
+    two_checkpoints(tmp_path)
+    folder = tmp_path / "step_00000020"
+    whole_text = (folder / "rank_00000.json").read_text()
+    for change in (
+        lambda index: index.pop("tensors"),
+        lambda index: index.update(blocks_crc32=[]),
+        lambda index: index.update(header_bytes="8"),
+        lambda index: index["tensors"].clear(),
+        lambda index: index["tensors"].update(w0=["F32", [300], 0, 300, 10**9]),
+        lambda index: index["tensors"].update(w0=["F99", [300], 0, 300, 0]),
+        lambda index: index["tensors"].update(w0=3),
+    ):
+        index = json.loads(whole_text)
+        change(index)
+        text = json.dumps(index).encode()
+        (folder / "rank_00000.json").write_bytes(text)
+        checksum = [len(text), zlib.crc32(text)]
+        rewrite(folder / "manifest.json", lambda body, it=checksum: body["files"].update({"rank_00000.json": it}))
+        with pytest.raises(Damaged, match=r"rank_00000\.json"):
+            load(folder, {"w0": whole(torch.zeros(300))})

@@ -19,7 +19,17 @@ from torch import Tensor
 from conf.errors import UserError
 from parallel.shard import Shard
 from train.checkpoint.intervals import first_hole
-from train.checkpoint.manifest import BLOCK, Damaged, Entry, Manifest, check_index, data_name, index_name, read_manifest
+from train.checkpoint.manifest import (
+    BLOCK,
+    MANIFEST,
+    Damaged,
+    Entry,
+    Manifest,
+    check_index,
+    data_name,
+    index_name,
+    read_manifest,
+)
 from train.checkpoint.stage import DTYPES
 
 TORCH = {name: dtype for dtype, name in DTYPES.items()}
@@ -139,6 +149,8 @@ def _compatible(manifest: Manifest, name: str, shard: Shard) -> Entry:
             f"the tensor has shape {entry.shape} in the checkpoint, but {shape} in this model",
             "use the model settings that the checkpoint was written with: those in config.yaml of its run",
         )
+    if entry.dtype not in TORCH:
+        raise Damaged(manifest.folder / MANIFEST, f"{name} has an element type {entry.dtype} that does not exist")
     stored, dtype = TORCH[entry.dtype], shard.local.dtype
     if dtype != stored and dtype not in LOSSLESS.get(stored, ()):
         raise UserError(
@@ -153,18 +165,22 @@ def _compatible(manifest: Manifest, name: str, shard: Shard) -> Entry:
 def _read_rank(manifest: Manifest, files: Files, rank: int, pieces: list[Piece], buffer: Tensor) -> None:
     """Fill the pieces that lie in one rank's file, in the order of the file, so that a shared block is read once."""
     index = check_index(manifest, rank, files.index(rank))
-    tensors = index["tensors"]
+    tensors, path = index["tensors"], manifest.folder / data_name(rank)
+    for piece in pieces:
+        if piece.name not in tensors or tensors[piece.name][0] not in TORCH:
+            raise Damaged(manifest.folder / index_name(rank), f"does not tell where {piece.name} lies")
 
     def first_byte(piece: Piece) -> int:
         dtype, _, start, _, at = tensors[piece.name]
         return at + (piece.start - start) * TORCH[dtype].itemsize
 
-    path = manifest.folder / data_name(rank)
     with files.data(rank) as read:
         held = -1
         for piece in sorted(pieces, key=first_byte):
             stored = TORCH[tensors[piece.name][0]]
             at, done = first_byte(piece), 0
+            if not 0 <= at <= index["data_bytes"] - piece.target.numel() * stored.itemsize:
+                raise Damaged(manifest.folder / index_name(rank), f"places {piece.name} outside of its data file")
             while done < piece.target.numel():
                 number, offset = divmod(at + done * stored.itemsize, BLOCK)
                 if number != held:

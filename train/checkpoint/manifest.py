@@ -36,6 +36,13 @@ VERSION = 1
 MANIFEST = "manifest.json"
 BLOCK = 4 << 20
 """Bytes of data under one CRC-32; a multiple of every item size, so that no element spans two blocks."""
+META = {
+    **dict.fromkeys(("step", "samples", "skipped", "updates", "seed", "seq_len"), int),
+    **dict.fromkeys(("tokenizer", "data"), str),
+    "has_ema": bool,
+    "held_out": dict,
+}
+"""Types of what modes read of the meta."""
 
 
 class Damaged(UserError):
@@ -50,6 +57,25 @@ class Damaged(UserError):
     def line(self) -> str:
         """The file and what is wrong with it."""
         return f"{self.value} {self.rule}"
+
+
+class Meta(dict[str, Any]):
+    """What the run stored beside the tensors: samples, tokenizer, data, seed, ... Damaged where one reads a name that is
+    missing or of a type that no run stores.
+    """
+
+    def __init__(self, path: Path, stored: dict[str, Any]):
+        """path: of the file that holds it."""
+        super().__init__(stored)
+        self._path = path
+
+    def __getitem__(self, name: str) -> Any:
+        if name not in self:
+            raise Damaged(self._path, f"its meta holds no {name!r}")
+        value = super().__getitem__(name)
+        if not isinstance(value, META.get(name, object)):
+            raise Damaged(self._path, f"its meta holds {name} = {value!r}")
+        return value
 
 
 @dataclass(frozen=True)
@@ -71,8 +97,7 @@ class Manifest:
     step: int
     attempt: int
     world_size: int
-    meta: dict[str, Any]
-    """What the run stored beside the tensors: samples, tokenizer, data, seed, ..."""
+    meta: Meta
     files: dict[str, list[int]]
     """Size in bytes and, for an index, CRC-32; a data file's checksums are in its index."""
     tensors: dict[str, Entry] = field(repr=False)
@@ -115,13 +140,17 @@ def read_manifest(folder: Path) -> Manifest:
         raise Damaged(path, "the file is missing") if ours else _foreign(folder, f"holds no {MANIFEST}")
     try:
         body = json.loads(path.read_bytes())
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise Damaged(path, f"not valid JSON ({error})") from None
+    except OSError as error:
+        raise Damaged(path, f"cannot be read ({error})") from None
+    if not isinstance(body, dict) and ours:
+        raise Damaged(path, "not a JSON object")
     if not (isinstance(body, dict) and (ours or body.get("format") == FORMAT)):
         raise _foreign(folder, f"has a {MANIFEST} that does not say format = {FORMAT}")
     if body.pop("crc32", None) != zlib.crc32(json.dumps(body).encode()):
         raise Damaged(path, "its checksum does not match")
-    if body["version"] > VERSION:
+    if _field(path, body, "version", int) > VERSION:
         raise UserError(
             "resume",
             folder,
@@ -133,12 +162,41 @@ def read_manifest(folder: Path) -> Manifest:
 
 def manifest_of(folder: Path, body: dict[str, Any]) -> Manifest:
     """The manifest with this body, as `train.checkpoint.intervals.merge` makes it."""
-    tensors = {
-        name: Entry(dtype, tuple(shape), [tuple(interval) for interval in intervals])
-        for name, (dtype, shape, intervals) in body["tensors"].items()
-    }
-    parts = (body["step"], body["attempt"], body["world_size"], body["meta"], body["files"])
-    return Manifest(folder, *parts, tensors)
+    path = folder / MANIFEST
+    step, attempt, ranks = (_field(path, body, name, int) for name in ("step", "attempt", "world_size"))
+    meta, files, tensors = (_field(path, body, name, dict) for name in ("meta", "files", "tensors"))
+    if not (0 < ranks <= len(files) and _are_counts([step, attempt])):
+        raise Damaged(path, f"says step {step} of attempt {attempt} by {ranks} ranks, with {len(files)} files")
+    for name in (name for rank in range(ranks) for name in (data_name(rank), index_name(rank))):
+        if not _are_counts(files.get(name), 2 if name.endswith(".json") else 1):
+            raise Damaged(path, f"does not tell the size of {name}")
+    return Manifest(folder, step, attempt, ranks, Meta(path, meta), files, _entries(path, tensors))
+
+
+def _entries(path: Path, tensors: dict[str, Any]) -> dict[str, Entry]:
+    found = {}
+    for name, entry in tensors.items():
+        match entry:
+            case [str(dtype), shape, [*intervals]] if _are_counts(shape) and all(_are_counts(i, 3) for i in intervals):
+                found[name] = Entry(dtype, tuple(shape), [tuple(interval) for interval in intervals])
+            case _:
+                raise Damaged(path, f"does not tell where {name} lies")
+    return found
+
+
+def _are_counts(found: Any, length: int | None = None) -> bool:
+    """Whether this is a list of integers from 0 on, of this length if one is given."""
+    listed = isinstance(found, list | tuple) and length in (None, len(found))
+    return listed and all(isinstance(count, int) and count >= 0 for count in found)
+
+
+def _field(path: Path, body: dict[str, Any], name: str, kind: type) -> Any:
+    """A field of the body; Damaged if it is missing or of another type."""
+    if name not in body:
+        raise Damaged(path, f"holds no {name!r}")
+    if not isinstance(body[name], kind) or isinstance(body[name], bool):
+        raise Damaged(path, f"{name} must be {'a number' if kind is int else 'an object'}, not {body[name]!r}"[:200])
+    return body[name]
 
 
 def read_index(manifest: Manifest, rank: int) -> dict[str, Any]:
@@ -148,6 +206,8 @@ def read_index(manifest: Manifest, rank: int) -> dict[str, Any]:
         text = path.read_bytes()
     except FileNotFoundError:
         raise Damaged(path, "the file is missing") from None
+    except OSError as error:
+        raise Damaged(path, f"cannot be read ({error})") from None
     return check_index(manifest, rank, text)
 
 
@@ -156,7 +216,27 @@ def check_index(manifest: Manifest, rank: int, text: bytes) -> dict[str, Any]:
     path = manifest.folder / index_name(rank)
     if [len(text), zlib.crc32(text)] != manifest.files[path.name]:
         raise Damaged(path, "its checksum does not match the manifest's")
-    return json.loads(text)
+    try:
+        body = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise Damaged(path, f"not valid JSON ({error})") from None
+    match body:
+        case {
+            "header_bytes": int(),
+            "header_crc32": int(),
+            "data_bytes": int(size),
+            "blocks_crc32": [*blocks],
+            "tensors": {**tensors},
+        } if len(blocks) == -(-size // BLOCK) and all(map(_is_place, tensors.values())):
+            return body
+    raise Damaged(path, "does not tell what its data file holds")
+
+
+def _is_place(found: Any) -> bool:
+    match found:
+        case [str(), shape, int(), int(), int()] if _are_counts(shape):
+            return True
+    return False
 
 
 def verify(folder: Path, full: bool = False) -> list[str]:
