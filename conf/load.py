@@ -9,6 +9,7 @@ import os
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import hydra
@@ -23,6 +24,7 @@ from conf.check import check
 from conf.errors import EXIT_OK, EXIT_USER, UserError
 from conf.run_settings import LOOKS_AT_A_RUN, over_run_settings
 from conf.schema import ROOT, Config
+from conf.yaml_file import UNREADABLE, read_yaml, unreadable
 
 
 def recipes() -> list[str]:
@@ -82,7 +84,7 @@ def to_config(node: DictConfig) -> Config:
 
 def read_config(path: str) -> Config:
     """The configuration that the driver wrote to a run folder."""
-    return to_config(OmegaConf.load(path))
+    return to_config(read_yaml(Path(path)))
 
 
 def write_config(config: Config, path: str) -> None:
@@ -126,7 +128,12 @@ def run(job: Callable[[list[Config]], int]) -> int:
         nodes.append(over_run_settings(node, hydra_config.overrides.task, list(hydra_config.runtime.choices)))
 
     try:
-        collect()
+        try:
+            collect()
+        except (UserError, HydraException, OmegaConfBaseException):
+            raise
+        except UNREADABLE as error:
+            raise unreadable(error) from error
         configs = [to_config(node) for node in nodes]
         return job(configs) if configs else EXIT_OK
     except UserError as error:

@@ -11,8 +11,11 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
+from conf.errors import UserError
 from conf.schema import Config, Mode
+from conf.yaml_file import read_yaml
 
 LOOKS_AT_A_RUN = (Mode.export, Mode.evaluate, Mode.generate, Mode.dashboard)
 SOURCES = ("path", "mix", "format", "text_key")
@@ -30,7 +33,12 @@ def over_run_settings(node: DictConfig, overrides: Sequence[str], groups: Sequen
     file = next((folder / "config.yaml" for folder in _folders(node) if (folder / "config.yaml").is_file()), None)
     if file is None:
         return node
-    settings = OmegaConf.merge(OmegaConf.structured(Config), OmegaConf.load(file))
+    try:
+        settings = OmegaConf.merge(OmegaConf.structured(Config), read_yaml(file))
+    except OmegaConfBaseException as error:
+        rule = f"holds what this version does not know: {str(error).splitlines()[0]}"
+        cure = "use the version that trained the run, or correct the file"
+        raise UserError(file.name, file, rule, cure) from error
     if (file.parent / "tokenizer.json").is_file():  # the path in the settings may mean nothing here
         settings.data.tokenizer = str(file.parent)
     if any(key.startswith("data.") and key.split(".")[1] in SOURCES for key in keys):

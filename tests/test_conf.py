@@ -7,8 +7,8 @@ import pytest
 from omegaconf import OmegaConf
 
 from conf.check import check
-from conf.errors import UserError
-from conf.load import compose, read_config, recipes, write_config
+from conf.errors import EXIT_USER, UserError
+from conf.load import compose, read_config, recipes, run, write_config
 from conf.schema import ROOT
 
 
@@ -92,6 +92,37 @@ def test_command_line_mistakes_are_one_screen(argument, words, tmp_path):
     assert words in done.stderr
     assert "Traceback" not in done.stderr and len(done.stderr.splitlines()) < 15
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "steps: !!python/object:os.system {}",
+        "steps: !foo 1",
+        "steps: [",
+        "steps: 1\nsteps: 2",
+        "steps: *nothing",
+        "steps: \x01",
+        "!!binary aGk=",
+        "defaults: 3",
+        "steps: " + "[" * 3000,
+        "steps: \udcff",
+        "steps: 2001-99-99",
+        "[1, 2]",
+    ],
+)
+def test_a_file_of_settings_that_cannot_be_read_is_one_screen(text, tmp_path, monkeypatch, capsys):
+    (tmp_path / "conf").mkdir()
+    raw = ("# @package _global_\n" + text).encode(errors="surrogateescape")
+    (tmp_path / "conf" / "mine.yaml").write_bytes(raw)
+    monkeypatch.setattr(sys, "argv", ["train", "--config-dir", str(tmp_path), "conf=mine"])
+    assert run(lambda configs: pytest.fail("a run was started")) == EXIT_USER
+    said = capsys.readouterr().err
+    assert "error: " in said and "cure: " in said and "mine" in said and len(said.splitlines()) < 15
+    (tmp_path / "run").mkdir()  # the same as config.yaml of a run
+    (tmp_path / "run" / "config.yaml").write_bytes(raw)
+    with pytest.raises(UserError, match=r"config\.yaml"):
+        compose("mode=export", f"runs={tmp_path}", "name=run", "export.to=nowhere")
 
 
 def test_no_folder_beside_the_program_hides_a_key():

@@ -67,7 +67,7 @@ def _read_text(path: Path) -> str:
 def _settings(text: str) -> Mapping[str, Any]:
     try:
         settings = yaml.safe_load(text)
-    except yaml.YAMLError:
+    except (yaml.YAMLError, ValueError, RecursionError):  # ValueError: a date that does not exist
         return {}  # the page shows the text as it is
     return settings if isinstance(settings, dict) else {}
 
