@@ -231,7 +231,9 @@ class Agent:
         report = RankReport(rank, code)
         with contextlib.suppress(FileNotFoundError):  # a rank that did not fail wrote none
             report.failure = Failure(**json.loads((self._scratch / f"rank_{rank}.error.json").read_text()))
-        with contextlib.suppress(FileNotFoundError):  # a rank that has not begun its loop wrote none
+        with contextlib.suppress(
+            FileNotFoundError, ValueError
+        ):  # none before the loop; on a full disk written in place
             progress = json.loads((self._scratch / f"rank_{rank}.progress.json").read_text())
             report.step, report.phase, report.busy = progress["step"], progress["phase"], progress.get("busy")
         if code is None:

@@ -131,7 +131,9 @@ def name_cause(reports: list[RankReport], names: dict[int, str]) -> Cause | None
     if first is None:
         return None
     kind = Kind.diverged if first.failure.code == EXIT_DIVERGED else Kind.crash
-    text = f"{_who(first, names)} failed: {first.failure.message.strip().splitlines()[-1]}"
+    said = first.failure.message.strip()
+    said = said if "\n  rule: " in said else said.splitlines()[-1]  # one screen, or the end of a traceback
+    text = f"{_who(first, names)} failed: {said}"
     return _cause(kind, text, [first], names, first.failure.code, first.failure.message)
 
 

@@ -16,6 +16,7 @@ from pathlib import Path
 
 from cluster.memory import SetId, folder_name
 from cluster.topology import Node, Placement
+from conf.disk import naming
 
 
 @dataclass(frozen=True)
@@ -76,7 +77,8 @@ class Copies:
         path = self._folder / "attempts" / "memory_id"
         path.parent.mkdir(exist_ok=True)
         if not path.exists():
-            path.write_text(secrets.token_hex(4))
+            with naming(path):
+                path.write_text(secrets.token_hex(4))
         return path.read_text()
 
     def folder_on(self, node: Node) -> str:
@@ -129,7 +131,8 @@ class Copies:
     def write(self, number: int, shelves: Shelves) -> dict[str, str]:
         """Leave them for the ranks of an attempt; returns the environment that tells them where."""
         path = self._folder / "attempts" / f"{number:05d}.memory.json"
-        path.write_text(json.dumps(asdict(shelves)))
+        with naming(path):
+            path.write_text(json.dumps(asdict(shelves)))
         return {"SLUICE_MEMORY": str(path), "SLUICE_MEMORY_TOKEN": self.token}
 
 

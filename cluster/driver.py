@@ -20,6 +20,7 @@ from cluster.preflight import Preflight
 from cluster.supervisor import Supervisor
 from cluster.topology import Node, Placement
 from cluster.view import View
+from conf.disk import explain, naming
 from conf.errors import EXIT_OK, EXIT_STOPPED
 from conf.load import write_config
 from conf.schema import Config
@@ -51,7 +52,7 @@ class Driver:
     ):
         self.config, self.folder, self.arguments = config, folder, arguments
         self.fleet, self.rank_folder, self.view, self.clock = fleet, rank_folder, view, clock
-        self.journal = Journal(folder)
+        self.journal = Journal(folder, lambda text: view.note("disk", text))
         self.first = first_attempt(folder)
         self.supervisor = Supervisor(policy_of(config, self.first), clock())
         self.preflight = Preflight(folder, gpus)
@@ -296,8 +297,15 @@ class Driver:
         if reply.error is not None:
             self._tell(m.StartFailed(number, reply.node, reply.error))
             return
-        arguments = [*self.arguments[:-1], str(self._attempt_config(number, placement.dp))]
-        shared = self._tell_of_copies(number, placement) | {
+        try:
+            arguments = [*self.arguments[:-1], str(self._attempt_config(number, placement.dp))]
+            copies = self._tell_of_copies(number, placement)
+        except OSError as error:  # the disk of the run folder is full, say
+            self._tell(
+                m.StartFailed(number, reply.node, f"the driver cannot tell the ranks what to do: {explain(error)}")
+            )
+            return
+        shared = copies | {
             "WORLD_SIZE": str(placement.world),
             "MASTER_ADDR": placement.seats[0].node.address,
             "MASTER_PORT": str(reply.value),
@@ -333,7 +341,8 @@ class Driver:
             config = dataclasses.replace(config, resume="auto")
         path = self.folder / "attempts" / f"{number:05d}.yaml"
         path.parent.mkdir(exist_ok=True)
-        write_config(config, str(path))
+        with naming(path):
+            write_config(config, str(path))
         return path
 
     def _note(self, kind: str, text: str, **fields) -> None:

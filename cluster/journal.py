@@ -12,11 +12,15 @@ The file is only ever appended to; a later launch of the same run goes on in it.
 """
 
 import contextlib
+import errno
 import json
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from conf.disk import explain, naming
 
 FILE = "events.jsonl"
 
@@ -44,27 +48,40 @@ KINDS = {
 
 
 class Journal:
-    """Appends to events.jsonl and to logs/rank_N.log of a run folder."""
+    """Appends to events.jsonl and to logs/rank_N.log of a run folder.
 
-    def __init__(self, folder: Path):
-        self._path = folder / FILE
+    note: called with a sentence, once, when the disk refuses a piece; the run goes on without it.
+    """
+
+    def __init__(self, folder: Path, note: Callable[[str], None] = print):
+        self._path, self._note, self._refused = folder / FILE, note, False
         self._logs = folder / "logs"
         self._logs.mkdir(parents=True, exist_ok=True)
         if self._path.exists() and not self._path.read_bytes().endswith(b"\n"):
-            with self._path.open("ab") as file:  # end the line in which a crash cut off the launch before
-                file.write(b"\n")
+            self._append(self._path, b"\n")  # ends the line in which a crash cut off the launch before
 
     def write(self, kind: str, attempt: int, text: str, **fields: Any) -> None:
         """Append one event."""
         assert kind in KINDS, f"event {kind!r} is missing from cluster/journal.py"
         line = json.dumps({"time": round(time.time(), 3), "kind": kind, "attempt": attempt, "text": text, **fields})
-        with self._path.open("ab", buffering=0) as file:
-            file.write(line.encode() + b"\n")
+        self._append(self._path, line.encode() + b"\n")
 
     def output(self, rank: int, piece: bytes) -> None:
         """Append to the log of a rank."""
-        with (self._logs / f"rank_{rank}.log").open("ab", buffering=0) as file:
-            file.write(piece)
+        self._append(self._logs / f"rank_{rank}.log", piece)
+
+    def _append(self, path: Path, piece: bytes) -> None:
+        """All of the piece or nothing."""
+        try:
+            with naming(path, len(piece)), path.open("ab", buffering=0) as file:
+                size = file.tell()
+                if (written := file.write(piece)) != len(piece):
+                    file.truncate(size)
+                    raise OSError(errno.ENOSPC, f"{written} of {len(piece)} bytes written")
+        except OSError as error:
+            if not self._refused:
+                self._refused = True
+                self._note(f"events or output of ranks could not be written ({explain(error)}); the run goes on")
 
 
 def read_events(folder: Path) -> list[dict[str, Any]]:

@@ -2,21 +2,6 @@
 
 from typing import Any
 
-
-class UserError(ValueError):
-    """Something in the input is wrong. Says which field has which value, the rule it breaks, and the cure.
-
-    Every entry point prints it as one screen without a traceback and exits with code 2.
-    """
-
-    def __init__(self, field: str, value: Any, rule: str, cure: str):
-        self.field, self.value, self.rule, self.cure = field, value, rule, cure
-        super().__init__(field, value, rule, cure)
-
-    def __str__(self) -> str:
-        return f"{self.field} = {self.value}\n  rule: {self.rule}\n  cure: {self.cure}"
-
-
 # Exit codes of `python -m train`; scripts may rely on them.
 EXIT_OK = 0
 EXIT_CRASH = 1
@@ -28,3 +13,25 @@ EXIT_STOPPED = 75
 """A signal stopped the run; a checkpoint was written if a step was done, and the same command, without resume=, goes on."""
 EXIT_INTERRUPTED = 130
 """Ctrl-C ended mode=generate."""
+
+
+class UserError(ValueError):
+    """Something in the input is wrong. Says which field has which value, the rule it breaks, and the cure.
+
+    Every entry point prints it as one screen without a traceback and exits with `code`.
+    """
+
+    code = EXIT_USER
+
+    def __init__(self, field: str, value: Any, rule: str, cure: str):
+        self.field, self.value, self.rule, self.cure = field, value, rule, cure
+        super().__init__(field, value, rule, cure)
+
+    def __str__(self) -> str:
+        return f"{self.field} = {self.value}\n  rule: {self.rule}\n  cure: {self.cure}"
+
+
+class DiskFailed(UserError):
+    """A disk refused, in the middle of a run, what the run cannot do without; what was trained may be lost."""
+
+    code = EXIT_CRASH

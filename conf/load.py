@@ -21,7 +21,8 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from conf.check import check
-from conf.errors import EXIT_OK, EXIT_USER, UserError
+from conf.disk import disk_errors
+from conf.errors import EXIT_OK, UserError
 from conf.run_settings import LOOKS_AT_A_RUN, over_run_settings
 from conf.schema import ROOT, Config
 from conf.yaml_file import UNREADABLE, read_yaml, unreadable
@@ -135,7 +136,8 @@ def run(job: Callable[[list[Config]], int]) -> int:
         except UNREADABLE as error:
             raise unreadable(error) from error
         configs = [to_config(node) for node in nodes]
-        return job(configs) if configs else EXIT_OK
+        with disk_errors(*configs):
+            return job(configs) if configs else EXIT_OK
     except UserError as error:
         return report(error)
     except (HydraException, OmegaConfBaseException) as error:
@@ -145,7 +147,7 @@ def run(job: Callable[[list[Config]], int]) -> int:
 def report(error: UserError) -> int:
     """Print the error on one screen; returns its exit code."""
     print(f"error: {error}", file=sys.stderr)
-    return EXIT_USER
+    return error.code
 
 
 def _explain(error: Exception) -> UserError:

@@ -8,6 +8,7 @@ from train.cpu import tune_cpu
 tune_cpu()  # before torch allocates anything
 
 from cluster.launch import Place, given_place, is_driver, launch  # noqa: E402
+from conf.disk import let_output_be_lost  # noqa: E402
 from conf.errors import EXIT_INTERRUPTED, EXIT_OK, EXIT_STOPPED, EXIT_USER, UserError  # noqa: E402
 from conf.load import run  # noqa: E402
 from conf.schema import Config, Mode  # noqa: E402
@@ -127,4 +128,5 @@ def _dashboard(config: Config, alone: bool) -> int:
 
 
 if __name__ == "__main__":
+    let_output_be_lost()
     sys.exit(run(main))

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import torch
 
-from conf.errors import EXIT_OK, EXIT_STOPPED
+from conf.disk import explain
+from conf.errors import EXIT_OK, EXIT_STOPPED, UserError
 from conf.schema import Config
 from train.checkpoint.manifest import newest_intact, read_manifest
 from train.data.tokenizer import Tokenizer
@@ -29,7 +30,7 @@ def finish(
     """Called on rank 0 when the run has ended with this exit code. seconds: wall time of the training."""
     paths = RunPaths(config)
     checkpoint = newest_intact(paths.checkpoints).path
-    report = write_report(paths.path)
+    report = _report(config, paths.path)
     if code == EXIT_STOPPED:
         step = read_manifest(checkpoint).step if checkpoint else 0
         # resume= told where to start; to go on is what happens without it.
@@ -53,6 +54,17 @@ def finish(
             report=report,
             wandb=wandb,
         )
+
+
+def _report(config: Config, folder: Path) -> Path | str:
+    """The report that was written, or why it was not: the training is done in any case."""
+    try:
+        return write_report(folder)
+    except OSError as error:
+        why = explain(error)
+    except UserError as error:  # a file of the run folder is damaged
+        why = f"{error.value} {error.rule}"
+    return f"not written ({why}); later: python -m train mode=report name={config.name} runs={config.runs}"
 
 
 def sample(config: Config, checkpoint: Path | None, tokenizer: Tokenizer, device: torch.device) -> str | None:

@@ -1,22 +1,42 @@
 """A small file per rank that says what it is doing, for whoever watches over the ranks."""
 
+import contextlib
 import json
 import os
 import time
+from collections.abc import Callable
 from pathlib import Path
+
+from conf.disk import explain, naming
 
 
 class RankProgress:
     """Writes logs/rank_N.progress.json: step, phase (step, validation, checkpoint), Unix time, and busy.
 
     busy: seconds of the step before that the rank worked, without its waits for other ranks; null at the start.
+    note: called with a sentence, once, when the disk refuses the file; training goes on.
     """
 
-    def __init__(self, logs: Path, rank: int):
+    def __init__(self, logs: Path, rank: int, note: Callable[[str], None]):
         self._path = logs / f"rank_{rank}.progress.json"
         self._temporary = self._path.with_name(f".{self._path.name}")
+        self._note, self._refused = note, False
 
     def write(self, step: int, phase: str, busy: float | None = None) -> None:
         """Replace the file in one move, so that a reader never sees a part."""
-        self._temporary.write_text(json.dumps({"step": step, "phase": phase, "time": time.time(), "busy": busy}))
-        os.replace(self._temporary, self._path)
+        text = json.dumps({"step": step, "phase": phase, "time": time.time(), "busy": busy})
+        try:
+            with naming(self._path, len(text)):
+                self._temporary.write_text(text)
+                os.replace(self._temporary, self._path)
+        except OSError as error:
+            self._write_over(text)
+            if not self._refused:
+                self._refused = True
+                self._note(f"progress could not be written ({explain(error)}); training goes on")
+
+    def _write_over(self, text: str) -> None:
+        """Put the text in the place of the old one, which takes no more room: a rank whose file stands still looks as if it hung."""
+        with contextlib.suppress(OSError), self._path.open("r+b", buffering=0) as file:
+            size = os.fstat(file.fileno()).st_size
+            file.write(text.encode().ljust(size))

@@ -16,11 +16,13 @@ import fcntl
 import os
 import shutil
 import socket
+import sys
 from collections.abc import Collection
 from dataclasses import replace
 from pathlib import Path
 
-from conf.errors import UserError
+from conf.disk import disk_errors, explain, naming, room
+from conf.errors import EXIT_USER, UserError
 from conf.load import write_config
 from conf.schema import Config
 from train.checkpoint.files import atomic_write_text, fsync_folder
@@ -51,8 +53,12 @@ class RunFolder(RunPaths):
         the disk cannot hold the checkpoints, or resume forbids to go on with the checkpoints there.
         """
         super().__init__(config)
-        _make(config, self.path)
-        self._lock = _lock(self.path / ".lock", config.name)
+        with disk_errors(config):
+            _make(config, self.path)
+            self._lock = _lock(self.path / ".lock", config.name)
+            self._begin(config, checkpoint_bytes)
+
+    def _begin(self, config: Config, checkpoint_bytes: int) -> None:
         try:
             _refuse_existing(config, self.checkpoints)
             _check_space(config, self, checkpoint_bytes)
@@ -66,10 +72,13 @@ class RunFolder(RunPaths):
 
     def take_back(self) -> None:
         """Undo the writing of config.yaml: the ranks refused to start. What was there describes the checkpoints."""
-        if self._before is None:
-            self.config_path.unlink()
-        else:
-            atomic_write_text(self.config_path, self._before)
+        try:
+            if self._before is None:
+                self.config_path.unlink()
+            else:
+                atomic_write_text(self.config_path, self._before)
+        except OSError as error:  # why the ranks refused is told in any case
+            print(f"{self.config_path} keeps the settings of this start: {explain(error)}", file=sys.stderr)
 
     def close(self) -> None:
         """Let go of the lock. The kernel does it too when the process dies, however it dies."""
@@ -79,7 +88,7 @@ class RunFolder(RunPaths):
         return self
 
     def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
-        if isinstance(error, UserError):
+        if isinstance(error, UserError) and error.code == EXIT_USER:
             self.take_back()
         self.close()
 
@@ -147,9 +156,8 @@ def _make(config: Config, root: Path) -> None:
     try:
         root.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UserError(
-            "runs", config.runs, f"the run folder {root} cannot be created: {error.strerror}", "set runs=FOLDER"
-        ) from error
+        rule = f"the run folder {root} cannot be created: {error.strerror}; {room(root)}"
+        raise UserError("runs", config.runs, rule, "set runs=FOLDER") from error
     owner = root.stat().st_uid
     if owner != os.geteuid():
         raise UserError(
@@ -186,7 +194,12 @@ def _lock(path: Path, name: str) -> int:
             "mount it with flock, or set runs=",
         ) from error
     os.ftruncate(handle, 0)
-    os.write(handle, f"process {os.getpid()} on host {socket.gethostname()}\n".encode())
+    try:
+        with naming(path):
+            os.write(handle, f"process {os.getpid()} on host {socket.gethostname()}\n".encode())
+    except OSError:
+        os.close(handle)
+        raise
     return handle
 
 
@@ -211,7 +224,7 @@ def _check_space(config: Config, paths: RunPaths, checkpoint_bytes: int) -> None
             "runs",
             config.runs,
             f"no disk space: {copies} checkpoints of about {checkpoint_bytes / 1e9:.1f} GB need {needed / 1e9:.1f} GB, "
-            f"and {free / 1e9:.1f} GB are free",
+            f"and {free / 1e9:.1f} GB are free: {room(paths.path)}",
             "free some, set runs= to a larger disk, or lower checkpoint.keep",
         )
 
@@ -219,6 +232,7 @@ def _check_space(config: Config, paths: RunPaths, checkpoint_bytes: int) -> None
 def _write_config(config: Config, paths: RunPaths) -> None:
     """Ranks that start meanwhile read the old file or the new one, never a part."""
     temporary = paths.config_path.with_name(".config.yaml.tmp")
-    write_config(config, str(temporary))
+    with naming(paths.config_path):
+        write_config(config, str(temporary))
     os.replace(temporary, paths.config_path)
     fsync_folder(paths.path)

@@ -1,11 +1,13 @@
 """Samples the pipeline's timeline in a few steps of a run; see train/metrics/timeline.py for the file."""
 
+from collections.abc import Callable
 from itertools import chain
 from typing import Any
 
 import torch
 import torch.distributed as dist
 
+from conf.disk import explain
 from conf.schema import Config
 from parallel.exchange import gather
 from parallel.mesh import Mesh
@@ -35,8 +37,11 @@ class TimelineSampler:
         """Let the ranks of the pipeline start together. Collective over the pipeline, right before its step."""
         dist.all_reduce(torch.zeros(1, device=self._pipeline.device), group=self._mesh.pp_group)
 
-    def save(self, step: int) -> None:
-        """Bring the first pipeline's records to rank 0, which writes them. Collective over that pipeline."""
+    def save(self, step: int, note: Callable[[str], None]) -> None:
+        """Bring the first pipeline's records to rank 0, which writes them. Collective over that pipeline.
+
+        note: called with a sentence when the disk refuses the file.
+        """
         if self._mesh.dp_rank:
             return
         record = self._pipeline.timeline.newest()
@@ -44,7 +49,10 @@ class TimelineSampler:
         spans, actions = zip(*gather(mine, self._mesh.pp_group), strict=True)
         if self._mesh.rank == 0:
             sampled = SampledStep(step, str(self._schedule), list(spans), list(chain.from_iterable(actions)))
-            write_timeline(self._folder, sampled)
+            try:
+                write_timeline(self._folder, sampled)
+            except OSError as error:
+                note(f"the timeline of step {step} could not be written ({explain(error)})")
 
 
 def plain_actions(record: StepRecord, rank: int, pp_rank: int) -> list[dict[str, Any]]:

@@ -13,7 +13,8 @@ from typing import Any
 
 import torch
 
-from conf.errors import EXIT_CRASH, EXIT_DIVERGED, EXIT_OK, EXIT_STOPPED
+from conf.disk import disk_errors
+from conf.errors import EXIT_CRASH, EXIT_DIVERGED, EXIT_OK, EXIT_STOPPED, DiskFailed
 from conf.schema import Config
 from parallel.exchange import gather
 from parallel.mesh import Mesh
@@ -82,7 +83,7 @@ class Trainer:
         self.config, self.mesh, self.parts, self.data = config, mesh, parts, data
         self.measure, self.state, self.checkpointer, self.copies = measure, state, checkpointer, copies
         self.writer, self.stop, self.flops, self.device = writer, stop, flops, device
-        self.rank_progress = RankProgress(RunPaths(config).logs, mesh.rank)
+        self.rank_progress = RankProgress(RunPaths(config).logs, mesh.rank, self._warn)
         self.schedules = Schedules(config)
         self.timeline = TimelineSampler(config, mesh, parts.pipeline, state.step)
         self._bad_in_a_row = 0
@@ -92,7 +93,11 @@ class Trainer:
         """Seconds that the training waited for a checkpoint since the last record."""
 
     def run(self) -> int:
-        """Train from the state's step to the last; returns the exit code. Raises Diverged."""
+        """Train from the state's step to the last; returns the exit code. Raises Diverged, DiskFailed."""
+        with disk_errors(self.config, kind=DiskFailed):
+            return self._run()
+
+    def _run(self) -> int:
         steps = range(self.state.step + 1, self.config.steps + 1)
         if not steps:
             self._note(f"this run has all its {self.config.steps} steps behind it; raise steps= to train on")
@@ -149,7 +154,7 @@ class Trainer:
         record |= self._speed(plan, time.perf_counter() - started)
         record |= self._health(plan)
         if self.timeline.wants(plan.step):
-            self.timeline.save(plan.step)
+            self.timeline.save(plan.step, self._note)
         every = self.config.log.validate_every
         if plan.step == self.config.steps or (every and plan.step % every == 0):
             record |= self.validate()
@@ -271,7 +276,7 @@ class Trainer:
         self._event("checkpoint")
         self._stall += self.copies.save(self.state.step, self.state.shards(), self._meta())
         for warning in self.copies.poll():
-            self._note(warning) if self.writer is not None else print(warning, file=sys.stderr)
+            self._warn(warning)
         self._event(None)
 
     def _meta(self) -> dict[str, Any]:
@@ -305,3 +310,7 @@ class Trainer:
     def _note(self, text: str) -> None:
         if self.writer is not None:
             self.writer.note(text)
+
+    def _warn(self, text: str) -> None:
+        """Of this rank alone: at the terminal, or in the rank's log."""
+        self._note(text) if self.writer is not None else print(text, file=sys.stderr)

@@ -23,7 +23,8 @@ import torch.distributed as dist  # noqa: E402
 from cluster.cause import Failure  # noqa: E402
 from cluster.copies import given_shelves  # noqa: E402
 from cluster.launch import Place, given_attempt, given_run  # noqa: E402
-from conf.errors import EXIT_CRASH, EXIT_USER, UserError  # noqa: E402
+from conf.disk import disk_errors, let_output_be_lost  # noqa: E402
+from conf.errors import EXIT_CRASH, EXIT_USER, DiskFailed, UserError  # noqa: E402
 from conf.schema import Config  # noqa: E402
 from parallel.exchange import from_rank_0, refuse_pickles  # noqa: E402
 from parallel.mesh import Layout, build_mesh  # noqa: E402
@@ -65,7 +66,7 @@ def run_rank(config: Config, place: Place, failures: Path | None = None) -> int:
     """Train as one rank; returns the exit code. failures: see `guarded`."""
     stop = StopRequest()
     try:
-        return guarded(place, failures, lambda: _run(config, place, stop))
+        return guarded(place, failures, disk_errors(config)(lambda: _run(config, place, stop)))
     finally:
         stop.close()
 
@@ -145,7 +146,8 @@ def _run(config: Config, place: Place, stop: StopRequest) -> int:
             device,
         ).run()
     if writer is not None:
-        finish(config, code, data.tokenizer, device, time.monotonic() - started, writer.wandb_run)
+        with disk_errors(config, kind=DiskFailed):
+            finish(config, code, data.tokenizer, device, time.monotonic() - started, writer.wandb_run)
     return code
 
 
@@ -199,15 +201,18 @@ def count_flops(config: Config, device: torch.device, place: Place) -> Flops:
 
 def _report(error: Exception, place: Place, failures: Path | None) -> int:
     """Leave the error where the driver finds it, or print it where there is none."""
-    code = EXIT_USER if isinstance(error, UserError) else getattr(error, "code", EXIT_CRASH)
+    code = getattr(error, "code", EXIT_CRASH)
     kind = "user" if code == EXIT_USER else "timeout" if _is_timeout(error) else "crash"
     expected = isinstance(error, (UserError, Diverged, Overtaken))
     text = str(error) if expected else "".join(traceback.format_exception(error))
-    if failures is not None:
-        Failure(place.rank, time.time(), kind, text, code).write(failures)
-    else:
-        who = "" if place.world == 1 else f"rank {place.rank}: "
-        print(f"error: {who}{text}", file=sys.stderr)
+    try:
+        if failures is not None:
+            Failure(place.rank, time.time(), kind, text, code).write(failures)
+            return code
+    except OSError as refused:
+        text = f"{text}\n(the driver cannot read this, as {refused})"
+    who = "" if place.world == 1 else f"rank {place.rank}: "
+    print(f"error: {who}{text}", file=sys.stderr)
     return code
 
 
@@ -221,6 +226,7 @@ def _is_timeout(error: BaseException | None) -> bool:
 
 
 def main() -> int:
+    let_output_be_lost()
     config, place = given_run()
     return run_rank(config, place, RunPaths(config).logs)
 

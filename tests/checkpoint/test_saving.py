@@ -2,7 +2,6 @@
 
 import errno
 import os
-import subprocess
 import threading
 import time
 from pathlib import Path
@@ -11,6 +10,7 @@ import pytest
 import torch
 
 from parallel.shard import Shard, whole
+from tests import disks
 from tests.checkpoint.world import blank, checkpointers, same_bits, save
 from train.checkpoint.checkpointer import Checkpointer, SaveFailed
 from train.checkpoint.commit import Committer, Fenced, Save, next_attempt
@@ -112,13 +112,8 @@ def test_synchronous_saves_are_done_when_save_returns(tmp_path):
 @pytest.fixture
 def small_disk(tmp_path):
     """A file system of 3 MB."""
-    disk = tmp_path / "disk"
-    disk.mkdir()
-    command = ["mount", "-t", "tmpfs", "-o", "size=3m", "tmpfs", str(disk)]
-    if os.geteuid() != 0 or subprocess.run(command, capture_output=True).returncode != 0:
-        pytest.skip("needs root to mount a small file system")
-    yield disk
-    subprocess.run(["umount", "-l", str(disk)], check=True)
+    with disks.small_disk(tmp_path / "disk", "3m") as disk:
+        yield disk
 
 
 def test_a_full_disk_costs_one_checkpoint(small_disk):

@@ -5,9 +5,11 @@ import time
 
 import pytest
 
-from cluster.journal import Journal
+from cluster.journal import Journal, read_events
 from conf.load import compose
+from tests.disks import fill, small_disk
 from tests.metrics.wandb_file import history
+from train.metrics.goodput import GoodputRecord
 from train.metrics.jsonl import read_heads
 from train.metrics.report import write_report
 from train.metrics.writer import open_writer
@@ -29,6 +31,25 @@ def journal(tmp_path):
         for after, kind, fields in events:
             file.write(json.dumps({"time": began + after, "kind": kind, "attempt": 1, "text": kind, **fields}) + "\n")
     return journal
+
+
+def test_a_full_disk_costs_events_and_is_told_once(tmp_path):
+    notes = []
+    with small_disk(tmp_path / "disk", "200k") as disk:
+        journal = Journal(disk, notes.append)
+        journal.write("launch", 0, "first")
+        ballast = fill(disk)
+        for _ in range(200):
+            journal.write("node_lost", 1, "x" * 100, node="n0")
+            journal.output(0, b"y" * 100)
+        assert len(notes) == 1 and f"the disk at {disk} has" in notes[0] and "the run goes on" in notes[0]
+        ballast.unlink()
+        journal.write("finish", 1, "last", code=0)
+        events = read_events(disk)
+        assert [events[0]["text"], events[-1]["text"]] == ["first", "last"]
+        assert (disk / "events.jsonl").read_bytes().count(b"\n") == len(events)
+        (disk / "events.jsonl").unlink()
+        assert GoodputRecord(disk)()["cluster/attempt"] == 0
 
 
 def test_every_step_of_a_supervised_run_has_the_figures(tmp_path, journal, monkeypatch):

@@ -11,19 +11,27 @@ import threading
 import time
 import traceback
 from collections import deque
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from conf.disk import explain
+from conf.errors import DiskFailed
 from parallel.shard import Shard
 from train.checkpoint.commit import Committer, Fenced, Save, SaveAbandoned
 from train.checkpoint.intervals import NotCovered, merge
 from train.checkpoint.load import load
+from train.checkpoint.manifest import data_name
 from train.checkpoint.stage import Stage
 
 
-class SaveFailed(RuntimeError):
+class SaveFailed(DiskFailed):
     """The save that had to succeed did not."""
+
+    def __init__(self, root: Path, why: str):
+        cure = "free space there or make it writable, and start the same command again: it goes on from the newest checkpoint"
+        super().__init__("checkpoint", root, why, cure)
 
 
 @dataclass(frozen=True)
@@ -117,10 +125,12 @@ class Checkpointer:
         done = self._join(self._longest())
         results = self.poll()
         if required and not done:
-            raise SaveFailed(f"the last checkpoint was not written within {self._longest():.0f} s")
+            why = f"the last checkpoint was not written within {self._longest():.0f} s"
+            raise SaveFailed(self.committer.root, why)
         if required and self._unsaved is not None:
             why = [result.warning for result in results if result.step == self._unsaved]
-            raise SaveFailed(why[-1] if why else f"the checkpoint of step {self._unsaved} was not written")
+            lost = f"the checkpoint of step {self._unsaved} was not written"
+            raise SaveFailed(self.committer.root, why[-1] if why else lost)
         return results
 
     def load(self, path: Path, wanted: dict[str, Shard]) -> dict[str, Any]:
@@ -148,7 +158,9 @@ class Checkpointer:
         try:
             warning = self._write(save)
             path = self._commit(save, meta) if self.rank == 0 else self.committer.path(save)
-        except (OSError, Fenced, SaveAbandoned, NotCovered) as error:
+        except OSError as error:
+            warning = explain(error)
+        except (Fenced, SaveAbandoned, NotCovered) as error:
             warning = str(error)
         except Exception:  # a bug of ours in this thread must reach the loop as text, not vanish with the thread
             warning = traceback.format_exc()
@@ -172,7 +184,9 @@ class Checkpointer:
                 self.committer.vote(save, self.rank, {**identity, **index})
                 return warning
             except OSError as error:
-                warning = f"try {attempt + 1} to write the checkpoint of step {save.step} failed: {error}"
+                with suppress(OSError):  # what is there of the file takes room that others may need
+                    (folder / data_name(self.rank)).unlink(missing_ok=True)
+                warning = f"try {attempt + 1} to write the checkpoint of step {save.step} failed: {explain(error)}"
                 if attempt == self.retries:
                     raise
                 time.sleep(self.retry_wait * 2**attempt)

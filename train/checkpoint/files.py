@@ -9,9 +9,11 @@ import json
 import os
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
+
+from conf.disk import naming
 
 
 def fsync_folder(path: Path) -> None:
@@ -27,13 +29,14 @@ def atomic_write_text(path: Path, text: str) -> None:
     """Replace the file by `text` (UTF-8) in one step. OSError leaves the old file as it was."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with open(temporary, "w", encoding="utf-8") as file:
+        with naming(path, len(text)), open(temporary, "w", encoding="utf-8") as file:
             file.write(text)
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except BaseException:
-        temporary.unlink(missing_ok=True)
+        with suppress(OSError):  # it was not even made
+            temporary.unlink(missing_ok=True)
         raise
     fsync_folder(path.parent)
 

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from conf.disk import naming
 from parallel.shard import Shard
 from train.checkpoint.manifest import BLOCK, data_name
 
@@ -93,7 +94,8 @@ class Stage:
     def write(self, folder: Path, rank: int) -> dict[str, Any]:
         """Write and fsync this rank's data file. Returns what its index says about it; OSError if it cannot."""
         header, blocks, left = self.layout.header, [], self.layout.data_bytes
-        with open(folder / data_name(rank), "wb", buffering=0) as file:
+        path = folder / data_name(rank)
+        with naming(path, len(header) + left), open(path, "wb", buffering=0) as file:
             _write_all(file.fileno(), memoryview(header))
             for segment in self.segments:
                 view = memoryview(segment.numpy())[:left]

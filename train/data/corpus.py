@@ -183,7 +183,7 @@ class _Builder:
             done += size
             self.progress("tokenising", done, max(total, done))
 
-        with StoreWriter(path, tokenizer.vocab_size, tokenizer.json_text, tokenizer.fingerprint) as writer:
+        with StoreWriter(path, tokenizer.vocab_size, tokenizer.json_text, tokenizer.fingerprint, total) as writer:
             for task in tokenise(source.documents(), tokenizer, self.data.workers, total, advance):
                 writer.append(task.ids_N, task.lengths_D, task.hashes_D, task.text_bytes)
             if writer.tokens == 0:

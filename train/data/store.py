@@ -29,6 +29,7 @@ from typing import Any
 
 import numpy as np
 
+from conf.disk import room, size
 from conf.errors import UserError
 
 VERSION = 1
@@ -55,13 +56,16 @@ class TokenStore:
 
 
 @contextmanager
-def space_errors(path: Path) -> Iterator[None]:
-    """Turn a full disk or a folder that cannot be written into UserError."""
+def space_errors(path: Path, needed: int | None = None) -> Iterator[None]:
+    """Turn a full disk or a folder that cannot be written into UserError. needed: bytes in all, if that is known."""
     try:
         yield
     except OSError as error:
         if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            rule, cure = "no space left on this disk", "free some, or set data.cache (or SLUICE_CACHE) to another disk"
+            rule = f"no space left on this disk: {room(path)}" + (
+                f", about {size(needed)} are needed" if needed else ""
+            )
+            cure = "free some, or set data.cache (or SLUICE_CACHE) to another disk"
         elif error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.ENOENT):
             rule, cure = f"cannot be written: {error.strerror}", "set data.cache (or SLUICE_CACHE) to a folder of yours"
         else:
@@ -71,7 +75,7 @@ def space_errors(path: Path) -> Iterator[None]:
 
 def write_atomically(path: Path, content: bytes) -> None:
     """Write a small file whole or not at all."""
-    with space_errors(path.parent):
+    with space_errors(path.parent, len(content)):
         path.parent.mkdir(parents=True, exist_ok=True)
         temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
         try:
@@ -106,8 +110,9 @@ def locked(path: Path, waiting: Callable[[], None]) -> Iterator[None]:
 class StoreWriter:
     """Writes a token folder. Use as a context: it appears under its name on success, and leaves nothing on failure."""
 
-    def __init__(self, path: Path, vocab_size: int, tokenizer_json: str, fingerprint: str):
-        self.path = path
+    def __init__(self, path: Path, vocab_size: int, tokenizer_json: str, fingerprint: str, expected: int = 0):
+        """expected: bytes of text that will come, about; an error of a full disk says how much room they take."""
+        self.path, self.expected = path, expected
         self.dtype = np.dtype("<u2" if vocab_size <= 1 << 16 else "<u4")
         self.tokenizer_json, self.fingerprint = tokenizer_json, fingerprint
         self.lengths: list[np.ndarray] = []
@@ -125,7 +130,7 @@ class StoreWriter:
     def append(self, ids_N: np.ndarray, lengths_D: np.ndarray, hashes_D: np.ndarray, text_bytes: int) -> None:
         """Add documents: their tokens one after another, and per document its length and hash."""
         raw = ids_N.astype(self.dtype).tobytes()
-        with space_errors(self.path.parent):
+        with space_errors(self.path.parent, self._needed(len(raw))):
             self._stream.write(raw)
         self.crc = zlib.crc32(raw, self.crc)
         self.lengths.append(lengths_D)
@@ -133,9 +138,14 @@ class StoreWriter:
         self.tokens += len(ids_N)
         self.text_bytes += text_bytes
 
+    def _needed(self, more: int = 0) -> int:
+        """Bytes of all tokens, as far as those that are there and `more` bytes of them tell."""
+        there = self.tokens * self.dtype.itemsize + more
+        return round(there * max(1.0, self.expected / self.text_bytes)) if self.text_bytes else there
+
     def __exit__(self, kind: type | None, *_: object) -> None:
         try:
-            with space_errors(self.path.parent):
+            with space_errors(self.path.parent, self._needed()):
                 if kind is None:
                     self._finish()
                 self._stream.close()
@@ -186,14 +196,18 @@ def open_store(path: Path, marks: Path) -> TokenStore:
         dtype, count, documents = np.dtype(meta["dtype"]), int(meta["tokens"]), int(meta["documents"])
         offsets_D1 = np.load(path / "documents.npy")
         hashes_D = np.load(path / "hashes.npy")
-        size = (path / "tokens.bin").stat().st_size
-    except (OSError, ValueError, KeyError, TypeError, EOFError) as error:
+        stored = (path / "tokens.bin").stat().st_size
+    except (OSError, ValueError, KeyError, TypeError, EOFError, OverflowError, RecursionError) as error:
         raise Damaged(f"{type(error).__name__}: {error}") from error
     if meta.get("version") != VERSION or dtype not in (np.uint16, np.uint32):
         raise Damaged(f"meta.json has version {meta.get('version')} and dtype {dtype}")
-    if size != count * dtype.itemsize or count == 0:
-        raise Damaged(f"tokens.bin has {size} bytes, not {count * dtype.itemsize}")
-    whole = len(hashes_D) == documents and offsets_D1.shape == (documents + 1,) and offsets_D1[0] == 0
+    if stored != count * dtype.itemsize or count == 0:
+        raise Damaged(f"tokens.bin has {stored} bytes, not {count * dtype.itemsize}")
+    if not (isinstance(offsets_D1, np.ndarray) and isinstance(hashes_D, np.ndarray)):
+        raise Damaged("documents.npy or hashes.npy is no array of numpy")
+    if not isinstance(meta.get("crc32", {}), dict):
+        raise Damaged("meta.json has crc32 that is no object")
+    whole = hashes_D.shape == (documents,) and offsets_D1.shape == (documents + 1,) and offsets_D1[0] == 0
     if not whole or offsets_D1[-1] != count or np.any(np.diff(offsets_D1) <= 0):
         raise Damaged("documents.npy and hashes.npy do not divide tokens.bin into documents")
     tokens_N = np.asarray(np.memmap(path / "tokens.bin", dtype=dtype.newbyteorder("<"), mode="r"))

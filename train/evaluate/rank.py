@@ -12,6 +12,7 @@ import torch  # noqa: E402
 from rich.console import Console  # noqa: E402
 
 from cluster.launch import Place, given_run  # noqa: E402
+from conf.disk import disk_errors  # noqa: E402
 from conf.errors import EXIT_OK  # noqa: E402
 from conf.schema import Config  # noqa: E402
 from parallel.mesh import Layout, Mesh, build_mesh  # noqa: E402
@@ -37,7 +38,7 @@ FOLDER = "evaluate"
 
 def run_rank(config: Config, place: Place, failures: Path | None = None) -> int:
     """Evaluate as one rank; returns the exit code. failures: see train.worker.guarded."""
-    return guarded(place, failures, lambda: _run(config, place))
+    return guarded(place, failures, disk_errors(config)(lambda: _run(config, place)))
 
 
 def _run(config: Config, place: Place) -> int:

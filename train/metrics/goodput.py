@@ -18,10 +18,11 @@ class GoodputRecord:
     """The figures for every step of a run; the events are read again when there are new ones."""
 
     def __init__(self, run_folder: Path):
-        self._folder, self._size = run_folder, -1
+        self._folder, self._size, self._events = run_folder, -1, []
 
     def __call__(self) -> Record:
-        size = (self._folder / FILE).stat().st_size
+        path = self._folder / FILE
+        size = path.stat().st_size if path.exists() else -1  # a full disk may have refused the events
         if size != self._size:
             self._events, self._size = read_events(self._folder), size
         found = goodput(self._events, now=time.time())

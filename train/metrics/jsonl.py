@@ -6,6 +6,7 @@ resumed step, so that no step occurs twice.
 """
 
 import contextlib
+import errno
 import json
 import math
 import re
@@ -13,6 +14,7 @@ from collections.abc import Callable, Container, Iterator
 from pathlib import Path
 from typing import Any
 
+from conf.disk import explain, naming
 from train.metrics.names import LAYERS_MARK, Record, is_layer_metric, order
 
 FILE = "metrics.jsonl"
@@ -50,7 +52,7 @@ class JsonlSink:
     """
 
     def __init__(self, path: Path, resumed_step: int, note: Callable[[str], None]):
-        self._note, self._refused = note, 0
+        self._path, self._note, self._refused = path, note, 0
         path.parent.mkdir(parents=True, exist_ok=True)
         self._file = open(path, "a+b", buffering=0)  # noqa: SIM115  closed by close()
         self._size = _end_of_step(self._file, resumed_step)
@@ -59,9 +61,10 @@ class JsonlSink:
     def write(self, record: Record) -> None:
         line = encode(_with_loads_now_and_then(record))
         try:
-            written = self._file.write(line)
-            if written != len(line):
-                raise OSError(f"{written} of {len(line)} bytes written")
+            with naming(self._path, len(line)):
+                written = self._file.write(line)
+                if written != len(line):
+                    raise OSError(errno.ENOSPC, f"{written} of {len(line)} bytes written")
         except OSError as error:
             self._take_back(error)
         else:
@@ -73,7 +76,7 @@ class JsonlSink:
         self._refused += 1
         if self._refused == 1:
             self._note(
-                f"metrics.jsonl: a line could not be written ({error}); training goes on, further ones are tried"
+                f"metrics.jsonl: a line could not be written ({explain(error)}); training goes on, further ones are tried"
             )
 
     def close(self) -> None:

@@ -27,13 +27,13 @@ def final_screen(
     plan: str | None = None,
     sample: str | None = None,
     checkpoint: Path | None = None,
-    report: Path | None = None,
+    report: Path | str | None = None,
     wandb: str | None = None,
     console: Console | None = None,
 ) -> None:
     """The end of a run, on stdout. What is None is left out. seconds: wall time of the run.
 
-    plan: what mode=plan said beside what was measured. wandb: address of the W&B run, or folder of the offline run.
+    plan: what mode=plan said beside what was measured. report: its path, or why there is none. wandb: address of the W&B run, or folder of the offline run.
     """
     took = f" in {duration(seconds)}" if seconds is not None else ""
     rows = []
@@ -44,7 +44,8 @@ def final_screen(
     if sample:
         rows.append(("Sample", _quoted(sample)))
     rows += [("Checkpoint", str(checkpoint))] if checkpoint else []
-    rows += [("Report", f"{report}  (open it in a browser)")] if report else []
+    if report:
+        rows.append(("Report", f"{report}  (open it in a browser)" if isinstance(report, Path) else report))
     if wandb:
         rows.append(("W&B", wandb if wandb.startswith("http") else f"offline; upload with: wandb sync {wandb}"))
     show(console or Console(highlight=False), f"{name}: {steps} steps done{took}", GOOD, rows)

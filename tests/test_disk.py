@@ -1,0 +1,131 @@
+"""Disks that are full or read-only: at the start, in the middle of a run, at its last save."""
+
+import json
+import os
+import time
+from pathlib import Path
+
+import pytest
+
+from conf.errors import EXIT_CRASH, EXIT_OK, EXIT_USER
+from conf.schema import ROOT
+from tests.disks import fill, read_only, small_disk
+from tests.ranks import start_module
+from tests.small import arguments, environment, metrics, train
+from train.checkpoint.manifest import newest_intact
+
+
+@pytest.fixture
+def disk(tmp_path):
+    """The disk that holds the runs; data and cache are elsewhere."""
+    with small_disk(tmp_path / "runs", "6m") as folder:
+        yield folder
+
+
+class Training:
+    """A run in its own process, whose disk changes while it trains."""
+
+    def __init__(self, tmp_path: Path, *overrides: str):
+        self.folder = tmp_path / "runs" / "tiny"
+        self.outputs = [tmp_path / "stdout", tmp_path / "stderr"]
+        command = "train", arguments(tmp_path, *overrides), ROOT, environment()
+        self.process = start_module(*command, self.outputs)
+
+    def wait_for_step(self, step: int, rank: int = 0) -> None:
+        """Until a rank is at this step, as its progress tells, which a full disk does not stop."""
+        path, deadline = self.folder / "logs" / f"rank_{rank}.progress.json", time.monotonic() + 90
+        while not (path.exists() and json.loads(path.read_text() or "{}").get("step", 0) >= step):
+            assert self.process.is_alive() and time.monotonic() < deadline, self.said()
+            time.sleep(0.01)
+
+    def end(self) -> int:
+        self.process.join(90)
+        return self.process.exitcode
+
+    def said(self) -> str:
+        return "".join(path.read_text() for path in self.outputs)
+
+
+def is_one_screen(said: str, field: str, *words: str) -> bool:
+    assert "Traceback" not in said, said
+    return all(word in said for word in (f"{field} = ", "rule: ", "cure: ", *words)) or pytest.fail(said)
+
+
+def test_a_full_disk_at_the_start_is_one_screen(tmp_path, disk):
+    fill(disk)
+    done = train(tmp_path)
+    assert done.returncode == EXIT_USER
+    assert is_one_screen(done.stderr, "runs", f"the disk at {disk} has 0 B of 6.29 MB free", "larger disk")
+    fill(disk, left=16384)  # enough for the folder and its lock, not for a checkpoint
+    done = train(tmp_path)
+    assert done.returncode == EXIT_USER
+    assert is_one_screen(done.stderr, "runs", "no disk space", "need", str(disk))
+
+
+@pytest.mark.parametrize("layout", [[], ["parallel.dp=2", "parallel.ep=2"]])
+def test_a_run_goes_on_while_its_disk_is_full(tmp_path, disk, layout):
+    run = Training(tmp_path, "steps=4000", "checkpoint.every=0", "log.validate_every=0", *layout)
+    run.wait_for_step(3)
+    ballast = fill(disk)
+    run.wait_for_step(60)
+    run.wait_for_step(60, rank=len(layout) // 2)
+    ballast.unlink()
+    run.process.kill()
+    run.process.join()
+    steps = sorted(metrics(tmp_path, "tiny"))
+    assert steps[:3] == [1, 2, 3]
+    assert is_full_note(run.said(), "progress could not be written") or is_full_note(run.said(), "metrics.jsonl")
+
+
+def is_full_note(said: str, what: str) -> bool:
+    return what in said and "No space left on device" in said and "goes on" in said
+
+
+def test_saves_that_a_full_disk_refuses_are_named_and_the_last_one_ends_the_run(tmp_path, disk):
+    run = Training(tmp_path, "steps=40", "checkpoint.every=4", "checkpoint.keep=1")
+    run.wait_for_step(6)
+    fill(disk)
+    assert run.end() == EXIT_CRASH
+    said = run.said()
+    assert "checkpoint of step 8 not written" in said.replace("\n", " ") or "checkpoint of step 12 not written" in said
+    words = ("No space left on device", f"the disk at {disk} has", "are needed", "start the same command again")
+    assert is_one_screen(said, "checkpoint", *words)
+
+
+def test_a_run_whose_folder_became_read_only_goes_on_to_its_last_save(tmp_path):
+    run = Training(tmp_path, "steps=60", "checkpoint.every=10", "log.validate_every=0")
+    run.wait_for_step(12)
+    with read_only(run.folder):
+        assert run.end() == EXIT_CRASH
+        assert "Read-only file system" in run.said() and "not written" in run.said()
+        assert is_one_screen(run.said(), "checkpoint", str(run.folder), "make it writable")
+        for overrides in ([], ["mode=report"], ["mode=evaluate"]):
+            done = train(tmp_path, "steps=80", *overrides)
+            assert done.returncode == EXIT_USER, done.stdout + done.stderr
+            assert is_one_screen(done.stderr, "runs", "Read-only file system", "another folder")
+    assert newest_intact(run.folder / "checkpoints", full=True).path is not None
+    assert train(tmp_path, "steps=60").returncode == EXIT_OK
+
+
+def test_a_full_cache_of_tokens_names_the_disk_and_what_is_needed(tmp_path):
+    corpus = tmp_path / "corpus"
+    corpus.mkdir()
+    text = " ".join(str(number * 7919 % 100_003) for number in range(200_000))
+    (corpus / "big.txt").write_text(text)
+    with small_disk(tmp_path / "cache", "500k") as cache:
+        done = train(tmp_path)
+        assert done.returncode == EXIT_USER
+        words = ("no space left", f"the disk at {cache} has", "are needed", "SLUICE_CACHE")
+        assert is_one_screen(done.stderr, "data.cache", *words)
+    assert not list(cache.iterdir())
+
+
+def test_output_to_a_full_disk_is_dropped(tmp_path):
+    with small_disk(tmp_path / "logs", "100k") as logs:
+        fill(logs)
+        command = "train", arguments(tmp_path), ROOT, environment()
+        process = start_module(*command, [logs / "stdout", logs / "stderr"])
+        process.join(90)
+        assert process.exitcode == EXIT_OK
+        assert os.stat(logs / "stdout").st_size == 0
+    assert len(metrics(tmp_path, "tiny")) == 6
