@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from conf.errors import UserError
 from tests.metrics.synthetic import sampled_step, write_run
 from train.metrics.headline import headline
 from train.metrics.jsonl import JsonlSink
@@ -209,3 +210,12 @@ def test_training_time_counts_the_steps_that_log_every_left_out():
     series = Series(np.array([1, 10, 20]), columns, [], nothing, nothing, nothing)
     cards = {card.label: card for card in headline(series, {"model": {"vocab_size": 1000}})}
     assert "20 steps, 0:22" in cards["Tokens trained"].caption
+
+
+@pytest.mark.parametrize("name", ["plan.json", "timeline.json"])
+@pytest.mark.parametrize("text", ["{", "[1]", "{}", '{"ranks": []}', "[" * 100_000])
+def test_a_damaged_file_of_the_run_is_named(tmp_path, name, text):
+    (tmp_path / "metrics.jsonl").write_text('{"step":1,"loss":1.0}\n')
+    (tmp_path / name).write_text(text)
+    with pytest.raises(UserError, match=name):
+        write_report(tmp_path)

@@ -10,6 +10,7 @@ from enum import Enum
 from pathlib import Path
 from typing import Any
 
+from conf.errors import UserError
 from conf.schema import Config
 from train.cpu import cpu_name
 from train.metrics.headline import last, median
@@ -50,7 +51,7 @@ def planned(config: Config, run_folder: Path) -> Record:
     plan = _read(run_folder)
     if plan is None or plan.get("recipe") != recipe_of(config):
         return {}
-    found: Record = {"memory_predicted_bytes": _peak(plan)}
+    found: Record = {"memory_predicted_bytes": plan["peak"]}
     if _is_here(plan, config):
         found["step_predicted_seconds"] = plan["step_seconds"]
     return found
@@ -58,11 +59,14 @@ def planned(config: Config, run_folder: Path) -> Record:
 
 def _read(run_folder: Path) -> dict[str, Any] | None:
     path = run_folder / FILE
-    return json.loads(path.read_bytes()) if path.is_file() else None
-
-
-def _peak(plan: dict[str, Any]) -> int:
-    return next(rank["peak_bytes"] for rank in plan["ranks"] if rank["pp_rank"] == 0)
+    try:
+        if not path.is_file():
+            return None
+        plan = json.loads(path.read_bytes())
+        return plan | {"peak": next(rank["peak_bytes"] for rank in plan["ranks"] if rank["pp_rank"] == 0)}
+    except (ValueError, TypeError, KeyError, StopIteration, RecursionError) as error:
+        rule = f"is no plan that mode=plan wrote: {type(error).__name__}: {error}"
+        raise UserError(FILE, path, rule, "remove it, or write it again with mode=plan") from error
 
 
 def _is_here(plan: dict[str, Any], config: Config) -> bool:
@@ -82,7 +86,7 @@ Row = tuple[str, str, str, str]
 def plan_rows(run_folder: Path, series: Series) -> list[Row]:
     """Predictions beside what the run measured, medians over the run; none where the run had no plan."""
     plan, predicted = _read(run_folder), last(series, "memory_predicted_bytes")
-    if plan is None or predicted != _peak(plan):
+    if plan is None or predicted != plan["peak"]:
         return []
     rows = [_memory(plan, series)]
     if not series.has("step_predicted_seconds"):
@@ -100,7 +104,7 @@ def plan_rows(run_folder: Path, series: Series) -> list[Row]:
 
 
 def _memory(plan: dict[str, Any], series: Series) -> Row:
-    peak, measured = _peak(plan), max(series.finite("memory_bytes"), default=0.0)
+    peak, measured = plan["peak"], max(series.finite("memory_bytes"), default=0.0)
     if plan["on_cpu"]:  # a process is more than its tensors: mode=dry_run measures those
         return "memory of tensors", gib(peak), f"{gib(measured)} of the whole process", ""
     return "peak memory", gib(peak), gib(measured), error(peak, measured)

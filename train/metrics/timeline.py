@@ -28,6 +28,9 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from conf.disk import naming
+from conf.errors import UserError
+
 FILE = "timeline.json"
 
 
@@ -55,11 +58,16 @@ class SampledStep:
 def write_timeline(folder: Path, sampled: SampledStep) -> None:
     """Write timeline.json into a run folder, in one move."""
     part = folder / f".{FILE}.part"
-    part.write_text(json.dumps(asdict(sampled), separators=(",", ":")))
-    os.replace(part, folder / FILE)
+    text = json.dumps(asdict(sampled), separators=(",", ":"))
+    with naming(folder / FILE, len(text)):
+        part.write_text(text)
+        os.replace(part, folder / FILE)
 
 
 def read_timeline(folder: Path) -> SampledStep | None:
     """The sampled step of a run; None for a run that has none."""
     path = folder / FILE
-    return SampledStep(**json.loads(path.read_text())) if path.exists() else None
+    try:
+        return SampledStep(**json.loads(path.read_text())) if path.exists() else None
+    except (ValueError, TypeError, RecursionError) as error:
+        raise UserError(FILE, path, f"is damaged: {error}", "remove it; the run writes another one") from error
