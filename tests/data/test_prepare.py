@@ -8,7 +8,7 @@ import threading
 import time
 import zlib
 from dataclasses import replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +21,7 @@ from train.data import corpus, tokenise
 from train.data.corpus import build_corpus
 from train.data.prefetch import Prefetch
 from train.data.prepare import Prepared, prepare
-from train.data.tokenizer import train_bpe
+from train.data.tokenizer import in_parts, train_bpe
 
 DOCUMENTS = {
     f"{number:02}.txt": f"document {number}: " + f"w{number * 37 % 101} \u00fc\n" * (number + 1) for number in range(40)
@@ -213,6 +213,38 @@ def test_two_processes_at_once_make_it_once(folder, tmp_path):
     assert [process.returncode for process in processes] == [0] * 3
     assert len({fingerprint for fingerprint, _ in outputs}) == 1
     assert sorted(made for _, made in outputs) == ["False", "False", "True"]
+
+
+def test_parts_of_documents_make_the_same_tokens(folder, tmp_path, monkeypatch):
+    (folder / "long.txt").write_text("a line that has no end and goes on " * 300)
+    (folder / "zz.txt").write_text("the last one")
+    whole = build_corpus(config_of(folder, tmp_path / "whole")).parts[0].whole
+    monkeypatch.setattr(tokenise, "in_parts", partial(in_parts, limit=70))
+    monkeypatch.setattr(tokenise, "TASK_BYTES", 300)
+    parts = build_corpus(config_of(folder, tmp_path / "parts")).parts[0].whole
+    for name in ("tokens", "starts_D", "lengths_D"):
+        assert np.array_equal(getattr(whole, name), getattr(parts, name)), name
+    hashes = [np.load(next((tmp_path / name / "tokens").glob("*/hashes.npy"))) for name in ("whole", "parts")]
+    assert np.array_equal(*hashes)
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.jsonl"])
+def test_a_document_of_one_line_is_prepared_in_bounded_memory(tmp_path, cache, name):
+    """2.6 MB, which would take 0.8 GB if they were encoded at once."""
+    text = " ".join(f"{number * 7919 % 30_011:x}" for number in range(500_000))
+    (tmp_path / name).write_text(text if name == "a.txt" else json.dumps({"text": text}) + "\n")
+    code = (
+        "import resource, sys; from train.data import tokenise; from train.data.corpus import build_corpus\n"
+        "from conf.load import compose; tokenise.PER_WORKER = 1 << 19\n"
+        "build_corpus(compose(*sys.argv[1:]))\n"
+        "print(*(resource.getrusage(who).ru_maxrss for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)))"
+    )
+    overrides = ["model.vocab_size=400", "data.workers=2", f"data.path={tmp_path / name}", f"data.cache={cache}"]
+    root = Path(corpus.__file__).resolve().parents[2]
+    done = subprocess.run([sys.executable, "-c", code, *overrides], stdout=subprocess.PIPE, text=True, cwd=root)
+    assert done.returncode == 0
+    own, child = (int(kilobytes) >> 10 for kilobytes in done.stdout.split())
+    assert own < 450 and child < 250, f"{own} MiB and {child} MiB per child"
 
 
 def test_a_full_disk_is_an_error_and_leaves_nothing(folder, cache, tmp_path, monkeypatch):

@@ -11,7 +11,7 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 from conf.errors import UserError
 from conf.load import compose
 from conf.schema import ROOT
-from train.data.tokenizer import EOS, FIM, SMALLEST_VOCAB, Tokenizer, check_fit, load_tokenizer, train_bpe
+from train.data.tokenizer import EOS, FIM, SMALLEST_VOCAB, Tokenizer, check_fit, in_parts, load_tokenizer, train_bpe
 
 TEXTS = [
     "def main():\n    return 12345\n",
@@ -38,6 +38,51 @@ def test_every_text_comes_back_and_its_bytes_are_counted(text):
     assert tokenizer.bytes_V[ids].sum() == len(text.encode())
     assert not {tokenizer.eos_id, *tokenizer.fim_ids} & set(ids)  # text never spells a special token
     assert tokenizer.encode_batch([text, "x"]) == [ids, tokenizer.encode("x")]
+
+
+WORDS = st.lists(
+    st.tuples(
+        st.sampled_from(
+            ["expert", "load", "\u00e9t\u00e9", "it's", "1234", "x", "\u4e13\u5bb6\uff0c", "def", "\u0915\u093f"]
+        ),
+        st.sampled_from([" ", " ", "\n", "\r\n", "\n\n    ", ". ", ", ", "\t", "  ", "; ", "_ "]),
+    ),
+    max_size=60,
+).map(lambda pairs: "".join(word + gap for word, gap in pairs))
+
+
+def gpt2_like() -> str:
+    backend = Backend(models.BPE())
+    backend.pre_tokenizer, backend.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=400, special_tokens=["</s>"], initial_alphabet=backend.pre_tokenizer.alphabet(), show_progress=False
+    )
+    backend.train_from_iterator(TEXTS, trainer)
+    return backend.to_str()
+
+
+@pytest.mark.parametrize("trained", [TRAINED, gpt2_like()])
+@settings(max_examples=300, deadline=None)
+@given(WORDS)
+def test_the_parts_of_a_text_have_the_tokens_of_the_whole(trained, text):
+    tokenizer = Tokenizer(trained)
+    parts = list(in_parts(text, limit=60))
+    assert "".join(parts) == text and all(len(part) <= 60 for part in parts)
+    assert [id for part in parts for id in tokenizer.encode(part)] == tokenizer.encode(text)
+
+
+@settings(max_examples=300, deadline=None)
+@given(UTF8)
+def test_parts_of_any_text_make_it_up(text):
+    parts = list(in_parts(text, limit=4))
+    assert "".join(parts) == text and all(len(part) <= 4 for part in parts)
+
+
+def test_a_tokenizer_that_adds_a_space_takes_no_parts():
+    assert Tokenizer(TRAINED).takes_parts
+    body = json.loads(TRAINED)
+    body["pre_tokenizer"] = {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": True, "use_regex": True}
+    assert not Tokenizer(json.dumps(body)).takes_parts
 
 
 def test_training_gives_exactly_the_ids_asked_for_and_the_same_each_time(tokenizer):

@@ -185,7 +185,7 @@ class _Builder:
 
         with StoreWriter(path, tokenizer.vocab_size, tokenizer.json_text, tokenizer.fingerprint, total) as writer:
             for task in tokenise(source.documents(), tokenizer, self.data.workers, total, advance):
-                writer.append(task.ids_N, task.lengths_D, task.hashes_D, task.text_bytes)
+                writer.append(task.ids_N, task.lengths_D, task.hashes_D, task.text_bytes, task.continues)
             if writer.tokens == 0:
                 raise no_text(source)
 

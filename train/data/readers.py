@@ -3,6 +3,7 @@
 import gzip
 import io
 import json
+import re
 import zlib
 from collections.abc import Iterator
 from typing import BinaryIO
@@ -13,6 +14,7 @@ from train.data.files import File
 PIECE = 16 << 20
 """Bytes after which a text file is cut, at the next line end before."""
 CHUNK = 1 << 20
+SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 def read_text(file: File, field: str, binary: set[str] | None) -> Iterator[tuple[str, str]]:
@@ -60,14 +62,15 @@ def _decode(raw: bytes, file: File, offset: int, field: str) -> str:
 
 def read_jsonl(file: File, text_key: str, field: str) -> Iterator[tuple[str, str]]:
     """One document per line, whose string stands under text_key."""
-    offset = 0
-    for number, line in enumerate(_lines(file, field), 1):
+    offset = number = 0
+    for line in _lines(file, field):
+        number, size = number + 1, len(line)
         if line.strip():
-            yield (
-                f"{file.name}:{number}",
-                _text_of(_decode(line, file, offset, field), text_key, f"{file.path}:{number}", field),
-            )
-        offset += len(line)
+            text = _decode(line, file, offset, field)
+            del line  # a line may be as large as the file
+            text = _text_of(text, text_key, f"{file.path}:{number}", field)
+            yield f"{file.name}:{number}", text
+        offset += size
 
 
 def _text_of(line: str, text_key: str, place: str, field: str) -> str:
@@ -100,10 +103,9 @@ def check_text(value: object, place: str, text_key: str, field: str) -> str:
     if not isinstance(value, str):
         rule = f"has a {type(value).__name__}, not a string, under {text_key!r}"
         raise UserError(field, place, rule, f"set {text_key_of(field)} to the key of the text")
-    try:
-        value.encode()
-    except UnicodeEncodeError as error:
-        raise UserError(field, place, f"is not Unicode text: {error}", "mend or remove this line") from error
+    if found := SURROGATE.search(value):
+        rule = f"is not Unicode text: character {found.start()} is half of a pair, U+{ord(found[0]):04X}"
+        raise UserError(field, place, rule, "mend or remove this line")
     return value
 
 

@@ -17,6 +17,11 @@ from train.data.sources import Source, no_text
 from train.data.store import TokenStore
 from train.data.tokenizer import Tokenizer
 
+CHUNK = 1 << 20
+"""Tokens that are looked at in one go."""
+LONGEST = 16 << 20
+"""Characters of one document that a tokenizer is trained on, at most."""
+
 
 def held_out_D(hashes_D: np.ndarray, fraction: float) -> np.ndarray:
     """Whether each of two or more documents is held out (bool)."""
@@ -32,7 +37,7 @@ def split(store: TokenStore, tokenizer: Tokenizer, fraction: float) -> tuple[Doc
     """Training and held-out documents of a token folder."""
     starts_D, lengths_D = store.offsets_D1[:-1], np.diff(store.offsets_D1)
     if len(starts_D) == 1:
-        cut = _cut(tokenizer.bytes_V[store.tokens_N], fraction)
+        cut = _cut(store.tokens_N, tokenizer.bytes_V, fraction)
         starts_D, lengths_D = np.array([0, cut]), np.array([cut, len(store.tokens_N) - cut])
         held_D = np.array([False, True])
     else:
@@ -45,10 +50,15 @@ def all_documents(store: TokenStore) -> Documents:
     return Documents(store.tokens_N, store.offsets_D1[:-1], np.diff(store.offsets_D1))
 
 
-def _cut(bytes_N: np.ndarray, fraction: float) -> int:
+def _cut(tokens_N: np.ndarray, bytes_V: np.ndarray, fraction: float) -> int:
     """Tokens that stay for training: as many as lie whole in the first part of the bytes; at least one on each side."""
-    ends_N = np.cumsum(bytes_N)
-    return int(np.clip(np.searchsorted(ends_N, (1 - fraction) * ends_N[-1], side="right"), 1, len(bytes_N) - 1))
+    chunks = [slice(first, first + CHUNK) for first in range(0, len(tokens_N), CHUNK)]
+    ends = np.cumsum([bytes_V[tokens_N[chunk]].sum() for chunk in chunks])
+    goal = (1 - fraction) * ends[-1]
+    chunk = min(int(np.searchsorted(ends, goal, side="right")), len(chunks) - 1)
+    ends_N = np.cumsum(bytes_V[tokens_N[chunks[chunk]]]) + (ends[chunk - 1] if chunk else 0)
+    cut = chunk * CHUNK + int(np.searchsorted(ends_N, goal, side="right"))
+    return min(max(cut, 1), len(tokens_N) - 1)
 
 
 def training_texts(sources: list[Source], limit: int, fraction: float) -> Iterator[str]:
@@ -69,6 +79,7 @@ def _enough(documents: Iterator[tuple[str, str]], limit: int, fraction: float) -
     """The first documents, until those for training have `limit` characters."""
     taken, size = [], 0
     for name, text in documents:
+        text = text[:LONGEST]
         taken.append((name, text))
         size += len(text) if hash_id(name) >= fraction * 2**64 else 0
         if size >= limit:

@@ -127,14 +127,28 @@ class StoreWriter:
             self._stream = (self._temporary / "tokens.bin").open("wb")
         return self
 
-    def append(self, ids_N: np.ndarray, lengths_D: np.ndarray, hashes_D: np.ndarray, text_bytes: int) -> None:
-        """Add documents: their tokens one after another, and per document its length and hash."""
+    def append(
+        self,
+        ids_N: np.ndarray,
+        lengths_D: np.ndarray,
+        hashes_D: np.ndarray,
+        text_bytes: int,
+        continues: bool = False,
+    ) -> None:
+        """Add documents: their tokens one after another, and per document its length and hash.
+
+        continues: the first one goes on with the last one before. Documents without a token are left out.
+        """
         raw = ids_N.astype(self.dtype).tobytes()
         with space_errors(self.path.parent, self._needed(len(raw))):
             self._stream.write(raw)
         self.crc = zlib.crc32(raw, self.crc)
-        self.lengths.append(lengths_D)
-        self.hashes.append(hashes_D)
+        if continues:
+            self.lengths[-1][-1] += lengths_D[0]
+            lengths_D, hashes_D = lengths_D[1:], hashes_D[1:]
+        if len(lengths_D):  # the last of the lists then ends with the last document
+            self.lengths.append(lengths_D)
+            self.hashes.append(hashes_D)
         self.tokens += len(ids_N)
         self.text_bytes += text_bytes
 
@@ -157,9 +171,10 @@ class StoreWriter:
     def _finish(self) -> None:
         self._stream.flush()
         os.fsync(self._stream.fileno())
-        offsets_D1 = np.concatenate([[0], *self.lengths]).cumsum().astype("<i8")
+        lengths_D, hashes_D = np.concatenate(self.lengths), np.concatenate(self.hashes)
+        offsets_D1 = np.concatenate([[0], lengths_D[lengths_D > 0]]).cumsum().astype("<i8")
         _save(self._temporary / "documents.npy", offsets_D1)
-        _save(self._temporary / "hashes.npy", np.concatenate(self.hashes).astype("<u8"))
+        _save(self._temporary / "hashes.npy", hashes_D[lengths_D > 0].astype("<u8"))
         (self._temporary / "tokenizer.json").write_text(self.tokenizer_json, encoding="utf-8")
         names = ("documents.npy", "hashes.npy", "tokenizer.json")
         checksums = {name: zlib.crc32((self._temporary / name).read_bytes()) for name in names}

@@ -1,7 +1,8 @@
 """Tokenising in parallel, in order and in bounded memory.
 
 One process reads the documents and hands them, about a MiB of text at a time, to child processes over pipes; the tokens
-come back in the order of the documents. At most two tasks per child wait at any time. The children are plain
+come back in the order of the documents. A long document is cut into parts, which may be in several tasks, so that memory
+does not grow with the length of documents. At most two tasks per child wait at any time. The children are plain
 `python -m train.data.tokenise`, not multiprocessing: they neither inherit threads nor import the caller's main module.
 
 D = documents of a task, N = their tokens.
@@ -15,7 +16,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from queue import SimpleQueue
 from typing import BinaryIO
@@ -23,7 +24,7 @@ from typing import BinaryIO
 import numpy as np
 
 from train.data.files import hash_id
-from train.data.tokenizer import Tokenizer
+from train.data.tokenizer import Tokenizer, in_parts
 
 TASK_BYTES = 1 << 20
 PER_WORKER = 4 << 20
@@ -35,9 +36,12 @@ class Tokenised:
     ids_N: np.ndarray
     """uint32, the documents one after another."""
     lengths_D: np.ndarray
+    """Tokens of each document; 0 where a normaliser leaves nothing of a text."""
     hashes_D: np.ndarray
     """uint64, of the documents' ids."""
     text_bytes: int
+    continues: bool
+    """The first of these documents began in the task before."""
 
 
 def tokenise(
@@ -45,10 +49,10 @@ def tokenise(
 ) -> Iterator[Tokenised]:
     """Tokens of the documents, task by task. workers: 0 for one per core; size: bytes to expect; advance is told the bytes of each finished task."""
     workers = min(workers or len(os.sched_getaffinity(0)), max(1, size // PER_WORKER))
-    tasks = _tasks(documents)
+    tasks = _tasks(documents, tokenizer.takes_parts)
     if workers == 1:
-        for names, texts in tasks:
-            result = _assemble(names, texts, tokenizer.encode_batch)
+        for task in tasks:
+            result = _assemble(task, tokenizer.encode_batch)
             advance(result.text_bytes)
             yield result
         return
@@ -58,16 +62,16 @@ def tokenise(
             free.put(stack.enter_context(_Child(tokenizer.json_text)))
         pool = stack.enter_context(ThreadPoolExecutor(workers))
 
-        def work(names: list[str], texts: list[str]) -> Tokenised:
+        def work(task: _Task) -> Tokenised:
             child = free.get()
             try:
-                return _assemble(names, texts, child.encode)
+                return _assemble(task, child.encode)
             finally:
                 free.put(child)
 
         waiting: deque[Future[Tokenised]] = deque()
-        for names, texts in tasks:
-            waiting.append(pool.submit(work, names, texts))
+        for task in tasks:
+            waiting.append(pool.submit(work, task))
             if len(waiting) >= 2 * workers:
                 yield _told(waiting.popleft().result(), advance)
         while waiting:
@@ -79,28 +83,47 @@ def _told(result: Tokenised, advance: Callable[[int], None]) -> Tokenised:
     return result
 
 
-def _tasks(documents: Iterator[tuple[str, str]]) -> Iterator[tuple[list[str], list[str]]]:
-    names, texts, size = [], [], 0
+@dataclass
+class _Task:
+    names: list[str] = field(default_factory=list)
+    """Of the document that each part belongs to; parts of one document follow each other."""
+    parts: list[str] = field(default_factory=list)
+    size: int = 0
+    continues: bool = False
+    """The first part goes on with the document of the task before."""
+
+
+def _tasks(documents: Iterator[tuple[str, str]], in_parts_: bool) -> Iterator[_Task]:
+    task = _Task()
     for name, text in documents:
-        names.append(name)
-        texts.append(text)
-        size += len(text)
-        if size >= TASK_BYTES:
-            yield names, texts
-            names, texts, size = [], [], 0
-    if names:
-        yield names, texts
+        for number, part in enumerate(in_parts(text) if in_parts_ else [text]):
+            task.continues |= not task.names and number > 0
+            task.names.append(name)
+            task.parts.append(part)
+            task.size += len(part)
+            if task.size >= TASK_BYTES:
+                yield task
+                task = _Task()
+    if task.names:
+        yield task
 
 
-def _assemble(names: list[str], texts: list[str], encode: Callable[[list[str]], list]) -> Tokenised:
-    ids = [np.asarray(each, dtype=np.uint32) for each in encode(texts)]
-    lengths_D = np.array([len(each) for each in ids], dtype=np.int64)
-    hashes_D = np.array([hash_id(name) for name in names], dtype=np.uint64)
+def _assemble(task: _Task, encode: Callable[[list[str]], list]) -> Tokenised:
+    ids = [np.asarray(each, dtype=np.uint32) for each in encode(task.parts)]
+    lengths_D, hashes_D, before = [], [], None
+    for name, part_ids in zip(task.names, ids, strict=True):
+        if name == before:
+            lengths_D[-1] += len(part_ids)
+        else:
+            lengths_D.append(len(part_ids))
+            hashes_D.append(hash_id(name))
+        before = name
     return Tokenised(
         np.concatenate(ids),
-        lengths_D[lengths_D > 0],  # a normaliser may leave nothing of a text
-        hashes_D[lengths_D > 0],
-        sum(len(text.encode()) for text in texts),
+        np.array(lengths_D, dtype=np.int64),
+        np.array(hashes_D, dtype=np.uint64),
+        sum(len(part.encode()) for part in task.parts),
+        task.continues,
     )
 
 
@@ -147,8 +170,8 @@ def _serve(requests: BinaryIO, answers: BinaryIO) -> None:
     with suppress(EOFError, BrokenPipeError, pickle.UnpicklingError):  # the parent is gone, maybe in mid-sentence
         tokenizer = Tokenizer(pickle.load(requests))
         while True:
-            texts = pickle.load(requests)
-            _send(answers, [np.array(ids, dtype=np.uint32) for ids in tokenizer.encode_batch(texts)])
+            texts = pickle.load(requests)  # one at a time: an encoding takes 150 times the memory of its text
+            _send(answers, [np.array(tokenizer.encode_batch([text])[0], dtype=np.uint32) for text in texts])
 
 
 if __name__ == "__main__":

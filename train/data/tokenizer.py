@@ -15,7 +15,8 @@ import hashlib
 import importlib.util
 import json
 import os
-from collections.abc import Iterable
+import unicodedata
+from collections.abc import Iterable, Iterator
 from functools import cached_property
 from pathlib import Path
 
@@ -42,6 +43,8 @@ WORDS = (
     r"[!\"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+| ?[\p{P}\p{S}]+[\r\n]*"
     r"|\s*[\r\n]+|\s+(?!\S)|\s+",
 )
+PART = 1 << 16
+"""Characters that are cut into words and encoded at a time."""
 
 
 class Tokenizer:
@@ -81,6 +84,8 @@ class Tokenizer:
         self._backend.encode_special_tokens = True
         self._backend.no_truncation()
         self._backend.no_padding()
+        self.takes_parts = self.decode(self.encode("a")) == "a"
+        """Whether a text may be encoded in parts (`in_parts`): some tokenizers put a space before every text."""
 
     def save(self, folder: Path) -> None:
         """Write tokenizer.json, and tokenizer_config.json with the name of eos, so that load_tokenizer(folder) is the same."""
@@ -155,6 +160,39 @@ def named_token(path: Path, key: str, field: str, cure: str) -> str | None:
     return token
 
 
+def in_parts(text: str, limit: int = PART) -> Iterator[str]:
+    """The text in parts of at most `limit` characters, so that its encoding takes bounded memory: 150 bytes a character.
+
+    A part ends where every usual way of cutting text into words cuts too: after a line end before a word, before a single
+    space between words, before punctuation after a word. Then the parts have the tokens of the whole. Where the second half
+    of a part has no such place, the part ends at the limit, and the tokens around that place may be others.
+    """
+    start = 0
+    while len(text) - start > limit:
+        end = _end_of_part(text, start + limit // 2, start + limit)
+        yield text[start:end]
+        start = end
+    yield text[start:] if start else text
+
+
+def _end_of_part(text: str, first: int, last: int) -> int:
+    """The last good place to cut from `first` to `last`, or else `last`."""
+    at = text.rfind("\n", first, last)
+    while at > 0 and text[at + 1].isspace():
+        at = text.rfind("\n", first, at)
+    if at > 0:
+        return at + 1
+    at = text.rfind(" ", first, last)
+    while at > 0 and not (text[at - 1].isalnum() and text[at + 1].isalnum()):
+        at = text.rfind(" ", first, at)
+    if at > 0:
+        return at
+    for at in range(last, first, -1):
+        if text[at - 1].isalnum() and text[at] not in "'\u2019" and unicodedata.category(text[at])[0] in "PS":
+            return at
+    return last
+
+
 def train_bpe(texts: Iterable[str], vocab_size: int) -> str:
     """The tokenizer.json of a byte-level BPE with vocab_size ids in all: eos, the three FIM tokens, 256 bytes, merges.
 
@@ -172,7 +210,7 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> str:
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
-    backend.train_from_iterator(texts, trainer)
+    backend.train_from_iterator((part for text in texts for part in in_parts(text)), trainer)
     return backend.to_str()
 
 
