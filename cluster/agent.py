@@ -35,7 +35,7 @@ from typing import Any
 import psutil
 
 from cluster.cause import Failure, RankReport
-from cluster.memory import Store, held, sweep
+from cluster.memory import Opened, Store, held, sweep, why_not_opened
 from cluster.network import Probe
 from cluster.preflight import Facts, Question, gather
 
@@ -116,11 +116,14 @@ class Agent:
         """One step of the network test, see cluster/network.py."""
         return getattr(self._probe, method)(*arguments)
 
-    def open_memory(self, folder: str, token: str, address: str) -> int:
-        """Hold copies of the run's state in this folder and serve them; returns the port. OSError if it cannot be used."""
-        self._store = Store(Path(folder), token, address, lambda: self._attempt)
+    def open_memory(self, folder: str, token: str, address: str) -> Opened:
+        """Hold copies of the run's state in this folder and serve them."""
+        try:
+            self._store = Store(Path(folder), token, address, lambda: self._attempt)
+        except OSError as error:
+            return why_not_opened(Path(folder), error)
         threading.Thread(target=sweep, args=(Path(folder),), daemon=True).start()
-        return self._store.port
+        return Opened(self._store.port)
 
     def drop_memory(self) -> None:
         """Give the memory of the copies back: nobody will need them."""
@@ -316,8 +319,16 @@ def _sweep() -> None:
     """Remove the scratch folders of agents of this host and user that were killed."""
     for folder in Path(tempfile.gettempdir()).glob(f"{scratch_prefix()}*-*"):
         pid = folder.name.removeprefix(scratch_prefix()).partition("-")[0]
-        if pid.isdecimal() and not psutil.pid_exists(int(pid)):
+        if pid.isdecimal() and not _lives(int(pid)):
             shutil.rmtree(folder, ignore_errors=True)  # it may be another user's
+
+
+def _lives(pid: int) -> bool:
+    """Whether there is such a process and it is no zombie."""
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
 
 
 def interface_of(address: str) -> str:

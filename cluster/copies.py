@@ -64,7 +64,7 @@ class Copies:
     """What the agents of a run hold. folder: of the run; base: where every node keeps copies; first: attempt of a launch."""
 
     def __init__(self, folder: Path, base: str, first: int):
-        self._folder, self._base, self._first = folder, base, first
+        self._folder, self.base, self._first = folder, base, first
         self.token = secrets.token_hex(32)
         self._run = hashlib.sha256(str(folder).encode()).hexdigest()[:8]
         self._ports: dict[str, int] = {}
@@ -82,7 +82,7 @@ class Copies:
         return path.read_text()
 
     def folder_on(self, node: Node) -> str:
-        return str(Path(self._base) / folder_name(self._run, self._id, node.name))
+        return str(Path(self.base) / folder_name(self._run, self._id, node.name))
 
     def opened(self, node: str, port: int) -> None:
         """The store of this node listens."""

@@ -13,6 +13,7 @@ from cluster.checkpoints import NONE, Age, first_attempt, newest, written_since
 from cluster.copies import Copies
 from cluster.fleet import Fleet, FleetLost, Reply
 from cluster.journal import Journal
+from cluster.memory import Opened
 from cluster.network import NetworkTest
 from cluster.node_state import Phase
 from cluster.policy import policy_of, with_dp
@@ -21,7 +22,7 @@ from cluster.supervisor import Supervisor
 from cluster.topology import Node, Placement
 from cluster.view import View
 from conf.disk import explain, naming
-from conf.errors import EXIT_OK, EXIT_STOPPED
+from conf.errors import EXIT_OK, EXIT_STOPPED, EXIT_USER
 from conf.load import write_config
 from conf.schema import Config
 
@@ -29,6 +30,9 @@ ASK_EVERY = 0.25
 """Seconds between questions to one agent."""
 LOOK_EVERY = 1.0
 """Seconds between looks at the list of nodes and at the checkpoints."""
+
+HELD_BACK = 2.0
+"""Seconds until a node is asked again whose folder for copies another agent holds."""
 
 
 class Driver:
@@ -67,6 +71,10 @@ class Driver:
         self._starting: tuple[int, Placement] | None = None
         self._network: NetworkTest | None = None
         self._refused: dict[str, str] = {}
+        self._held_back: dict[str, float] = {}
+        """Nodes whose folder for copies another agent holds, and when they are asked again."""
+        self._without_folder: set[str] = set()
+        """Nodes that have no folder for copies."""
         self._started_at = clock()
         self._first_step: int | None = None
         self._offsets: dict[int, int] = {}
@@ -142,6 +150,10 @@ class Driver:
             if id not in self._known and id not in self._released:
                 self._known[id] = node
                 self.fleet.call(id, "facts", self.preflight.question(node))
+        for id in [id for id, due in self._held_back.items() if self.clock() >= due]:
+            del self._held_back[id]
+            if id in self._known:
+                self._open_memory(self._known[id])
         for id, why in draining.items():
             self._tell(m.Draining(id, why))
 
@@ -191,16 +203,27 @@ class Driver:
         if problem is not None:
             self._refuse(node, problem)
         elif self.config.checkpoint.every_memory:
-            self.fleet.call(node.id, "open_memory", self.copies.folder_on(node), self.copies.token, node.address)
+            self._open_memory(node)
         else:
             self._admit(node)
 
+    def _open_memory(self, node: Node) -> None:
+        self.fleet.call(node.id, "open_memory", self.copies.folder_on(node), self.copies.token, node.address)
+
     def _take_store(self, node: Node, reply: Reply) -> None:
-        if reply.error is None:
-            self.copies.opened(node.id, reply.value)
+        opened = Opened(problem=reply.error) if reply.error is not None else reply.value
+        if opened.port:
+            self.copies.opened(node.id, opened.port)
             self._admit(node)
-        else:
-            self._refuse(node, f"cannot hold copies of the state: {reply.error}; set checkpoint.memory_folder")
+            return
+        if opened.passes:
+            self._held_back[node.id] = self.clock() + HELD_BACK
+        if not opened.passes or node.name not in self._refused:  # it is asked again and again
+            self._refuse(node, f"cannot hold copies of the state: {opened.problem}")
+        if opened.absent:
+            self._without_folder.add(node.id)
+            if self._without_folder >= set(self._known):  # more nodes will not have it either
+                self._do(m.Finish(EXIT_USER, f"no node has checkpoint.memory_folder = {self.copies.base}"))
 
     def _admit(self, node: Node) -> None:
         self._asked[node.id] = -ASK_EVERY

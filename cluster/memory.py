@@ -34,6 +34,8 @@ from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 
+from conf.disk import FULL
+
 PIECE = 1 << 20
 """Bytes that move in one call."""
 STALE = 24 * 3600.0
@@ -87,6 +89,36 @@ def size(folder: Path) -> int:
         with contextlib.suppress(FileNotFoundError):  # a writer removes it just now
             total += path.stat().st_size
     return total
+
+
+@dataclass(frozen=True)
+class Opened:
+    """What became of the wish to hold copies on a node."""
+
+    port: int = 0
+    """Where the copies are served; 0 if they are not."""
+    problem: str = ""
+    """Why not, with the cure."""
+    passes: bool = False
+    """Only for now: another agent holds the folder."""
+    absent: bool = False
+    """There is no such folder."""
+
+
+def why_not_opened(folder: Path, error: OSError) -> Opened:
+    """The error of a Store in words. An agent whose Ray died may live on for a moment and hold the folder."""
+    if isinstance(error, BlockingIOError):
+        return Opened(
+            problem=f"another agent of this run holds {folder}; the node is asked again until that one has ended",
+            passes=True,
+        )
+    if isinstance(error, FileNotFoundError | NotADirectoryError):
+        cure = "create it on every node, or set checkpoint.memory_folder to a folder that every node has"
+        return Opened(problem=f"there is no folder {folder.parent}; {cure}", absent=True)
+    cure = "free some of it" if error.errno in FULL else "make it writable"
+    return Opened(
+        problem=f"{folder} cannot be used: {error}; {cure}, or set checkpoint.memory_folder to another folder"
+    )
 
 
 class Store:

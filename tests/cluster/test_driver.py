@@ -16,6 +16,7 @@ from cluster.checkpoints import NONE, Age, newest, written_since
 from cluster.driver import Driver
 from cluster.fleet import Reply
 from cluster.journal import goodput, read_events
+from cluster.memory import Store
 from cluster.topology import Node
 from cluster.view import View
 from conf.errors import EXIT_CRASH, EXIT_OK, EXIT_STOPPED, EXIT_USER
@@ -203,6 +204,27 @@ def test_an_agent_that_cannot_start_is_a_node_refused_with_the_reason(tmp_path):
     assert run.run() == EXIT_USER
     assert "refused: n1: its agent died: no disk for its code" in run.finish.text
     assert run.only("node_refused")["node"] == "n1", "one event, not one for every try"
+
+
+def test_a_node_whose_old_agent_lives_on_is_asked_again_until_that_one_has_ended(tmp_path):
+    """As after the death of a raylet: a new one starts, and the agent of the old one still holds the copies."""
+    run = Run(tmp_path, "checkpoint.every_memory=2", f"checkpoint.memory_folder={tmp_path}", nodes=2, dp=2)
+    old = Store(Path(run.driver.copies.folder_on(run.fleet._nodes[1])), "token", "127.0.0.1", lambda: 0)
+    threading.Timer(8.0, old.close, [False]).start()  # the new agent's patience is 5 s
+    assert run.run() == EXIT_OK, run.finish.text
+    refusal = run.only("node_refused")["text"]
+    assert "another agent of this run holds" in refusal and "set checkpoint.memory_folder" not in refusal
+    assert run.only("attempt")["dp"] == 2 and not run.driver._refused
+
+
+def test_a_memory_folder_that_no_node_has_ends_the_launch_at_once(tmp_path):
+    absent = tmp_path / "absent"
+    run = Run(tmp_path, "checkpoint.every_memory=2", f"checkpoint.memory_folder={absent}", nodes=2, dp=2)
+    began = time.monotonic()
+    assert run.run() == EXIT_USER
+    assert time.monotonic() - began < run.config.cluster.wait / 2
+    assert f"no node has checkpoint.memory_folder = {absent}" in run.finish.text
+    assert f"there is no folder {absent}; create it on every node" in run.finish.text
 
 
 def test_a_node_whose_agent_starts_at_the_second_try_is_not_refused(tmp_path):
