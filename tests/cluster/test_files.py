@@ -4,6 +4,7 @@ import os
 import re
 import shlex
 import signal
+import socket
 import subprocess
 import time
 from pathlib import Path
@@ -28,8 +29,18 @@ STAND_INS = {
 @pytest.fixture
 def slurm(tmp_path):
     """Starts sluice.sbatch where Slurm's commands are stand-ins that write down how they were called."""
+    process = start(tmp_path, STAND_INS)
+    deadline = time.monotonic() + 20
+    while not (tmp_path / "ready").exists():
+        assert time.monotonic() < deadline and process.poll() is None
+        time.sleep(0.02)
+    yield process
+    process.kill()
+
+
+def start(tmp_path: Path, stand_ins: dict[str, str]) -> subprocess.Popen:
     (tmp_path / "bin").mkdir()
-    for name, body in STAND_INS.items():
+    for name, body in stand_ins.items():
         path = tmp_path / "bin" / name
         path.write_text(f"#!/bin/bash\n{body}\n")
         path.chmod(0o755)
@@ -42,13 +53,27 @@ def slurm(tmp_path):
         "SLURM_JOB_NUM_NODES": "2",
     }
     words = ["bash", str(FILES / "sluice.sbatch"), "conf=tiny", "name=a b"]
-    process = subprocess.Popen(words, env=environment, stdout=subprocess.PIPE, text=True)
-    deadline = time.monotonic() + 20
-    while not (tmp_path / "ready").exists():
-        assert time.monotonic() < deadline and process.poll() is None
-        time.sleep(0.02)
-    yield process
-    process.kill()
+    return subprocess.Popen(words, env=environment, stdout=subprocess.PIPE, text=True)
+
+
+@pytest.mark.parametrize("alive", [True, False])
+def test_another_node_queues_the_job_again_if_the_first_is_dead(tmp_path, alive):
+    """What node 1 does when its Ray has ended; a socket plays Slurm's daemon on the first node."""
+    with socket.create_server(("127.0.0.1", 0)) as daemon:
+        port = daemon.getsockname()[1]
+        stand_ins = STAND_INS | {
+            "srun": 'while [ "$1" != bash ]; do shift; done; SLURM_NODEID=1 SLUICE_HEAD_PAUSE=0 exec "$@"',
+            "scontrol": f"""echo "$@" >> "$CALLS/scontrol"
+                case "$2" in
+                    hostnames) echo localhost ;;
+                    node) echo "NodeName=localhost NodeAddr=127.0.0.1 Port={port} State=ALLOCATED" ;;
+                esac""",
+            "ray": "exit 4",
+        }
+        if not alive:
+            daemon.close()
+        assert start(tmp_path, stand_ins).wait(20) == 4
+    assert ("requeue 77" in (tmp_path / "scontrol").read_text()) != alive
 
 
 def test_slurm_starts_ray_and_the_driver_with_a_secret_token(slurm, tmp_path):
