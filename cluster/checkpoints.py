@@ -5,6 +5,8 @@ import json
 from pathlib import Path
 from typing import NamedTuple
 
+from conf.errors import UserError
+
 
 class Age(NamedTuple):
     """Order of writing: a later attempt is newer even where it resumed from an earlier step."""
@@ -25,7 +27,11 @@ def newest(folder: Path) -> Age:
 def first_attempt(folder: Path) -> int:
     """A number above that of every earlier attempt of this run, 1 or more."""
     fence = folder / "checkpoints" / ".fence"
-    fenced = int(fence.read_text()) if fence.exists() else 0
+    try:
+        fenced = int(fence.read_text()) if fence.exists() else 0
+    except ValueError as error:
+        cure = "write the highest number of the files in attempts/ into it, or remove it if no attempt of this run is alive"
+        raise UserError("checkpoint", fence, f"is damaged: {error}", cure) from error
     started = [int(path.stem) for path in (folder / "attempts").glob("*.yaml")]
     return max([fenced, *started], default=0) + 1
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from conf.errors import UserError
 from parallel.shard import Shard, whole
 from tests import disks
 from tests.checkpoint.world import blank, checkpointers, same_bits, save
@@ -266,3 +267,9 @@ def test_keep_0_keeps_all(tmp_path):
     for step in range(5):
         save(world, step, [state(0, step, 1)])
     assert steps(tmp_path) == [0, 1, 2, 3, 4]
+
+
+def test_a_damaged_fence_is_named(tmp_path):
+    (tmp_path / ".fence").write_text("")
+    with pytest.raises(UserError, match=r"(?s)\.fence.*is damaged.*remove it"):
+        next_attempt(tmp_path)

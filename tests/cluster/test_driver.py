@@ -206,6 +206,20 @@ def test_an_agent_that_cannot_start_is_a_node_refused_with_the_reason(tmp_path):
     assert run.only("node_refused")["node"] == "n1", "one event, not one for every try"
 
 
+def test_a_full_disk_at_the_order_to_start_costs_an_attempt_not_the_driver(tmp_path, monkeypatch):
+    run = Run(tmp_path, nodes=2, dp=2)
+    write, refusals = run.driver._attempt_config, [OSError(28, "No space left on device", str(tmp_path / "full"))]
+
+    def write_or_refuse(number: int, dp: int) -> Path:
+        if refusals:
+            raise refusals.pop()
+        return write(number, dp)
+
+    monkeypatch.setattr(run.driver, "_attempt_config", write_or_refuse)
+    assert run.run() == EXIT_OK, run.finish.text
+    assert "No space left on device" in run.only("failure")["text"] and "the disk at" in run.only("failure")["text"]
+
+
 def test_a_node_whose_old_agent_lives_on_is_asked_again_until_that_one_has_ended(tmp_path):
     """As after the death of a raylet: a new one starts, and the agent of the old one still holds the copies."""
     run = Run(tmp_path, "checkpoint.every_memory=2", f"checkpoint.memory_folder={tmp_path}", nodes=2, dp=2)

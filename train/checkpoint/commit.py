@@ -26,6 +26,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from conf.errors import UserError
 from train.checkpoint.files import atomic_write_json, atomic_write_text, exclusive, fsync_folder
 from train.checkpoint.manifest import MANIFEST, checkpoints, data_name, index_name, seal, step_name
 
@@ -53,6 +54,9 @@ def read_fence(root: Path) -> int:
         return int((root / ".fence").read_text())
     except FileNotFoundError:
         return -1
+    except ValueError as error:
+        cure = "write the highest number of the files in attempts/ into it, or remove it if no attempt of this run is alive"
+        raise UserError("checkpoint", root / ".fence", f"is damaged: {error}", cure) from error
 
 
 @dataclass(frozen=True)

@@ -94,11 +94,15 @@ def _report(config: Config, target: Target, losses: list[tuple[EvaluatedSource, 
         sources=losses,
         tasks=tasks,
     )
-    path = evaluation.write(RunPaths(config).path)
     console = Console(highlight=False)
     for note in (*target.notes, *(note for source, _ in losses for note in source.data.notes)):
         console.print(note, soft_wrap=True, markup=False)
-    show(evaluation, path, console)
+    try:
+        path = evaluation.write(RunPaths(config).path)
+    except OSError:
+        show(evaluation, "no file: its disk refused it", console)
+        raise
+    show(evaluation, str(path), console)
 
 
 def main() -> int:
