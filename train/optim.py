@@ -1,7 +1,7 @@
 """AdamW with fp32 weights and bf16 moments (paper 3.3.3), on the flat shards that ZeRO hands over."""
 
-import ctypes
-from ctypes import c_double, c_float, c_int64, c_void_p
+from ctypes import c_double, c_float
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from conf.schema import Optim, Precision
 from parallel.shard import Pieces
+from train.native.kernel import Array, Kernel, Number, Size, Struct, Threads
 from train.native.model import in_use, library
 
 CHUNK = {"cpu": 1 << 18, "cuda": 1 << 22}
@@ -17,6 +18,22 @@ NORM_ROW = 4096
 """Elements whose squares are summed in fp32."""
 VECTOR = 16
 """Elements of torch's widest vectors. What is left over at the end of a tensor it computes one by one, in double."""
+
+_load = partial(library, "adamw")
+_sum_of_squares = Kernel(
+    _load, "sum_of_squares", c_double, x=Array(torch.float32, "N"), elements=Size("N"), threads=Threads()
+)  # fmt: skip
+_adamw = Kernel(
+    _load, "adamw",
+    weight=Array(torch.float32, "N", out=True), gradient=Array(torch.float32, "N"),
+    mean=Array(torch.bfloat16, "N", out=True), square=Array(torch.bfloat16, "N", out=True),
+    rounded=Array(torch.bfloat16, "N", out=True, optional=True), elements=Size("N"),
+    settings=Struct(
+        factor=Number(c_float), lerp=Number(c_float), keep_square=Number(c_float), add_square=Number(c_float),
+        decay=Number(c_float), step=Number(c_float), root=Number(c_float), eps=Number(c_float),
+    ),
+    threads=Threads(),
+)  # fmt: skip
 
 
 class Piece(NamedTuple):
@@ -63,10 +80,7 @@ class AdamW(torch.optim.Optimizer):
         """Of a flat fp32 tensor, in fp64. By rows it is as exact as fp64 throughout, to 1e-7, and on a CPU ten times as fast;
         torch's norm of all at once is off by 1e-4."""
         if x.device.type == "cpu" and in_use():
-            function = library("adamw").sum_of_squares
-            function.restype = c_double
-            arguments = c_void_p(x.data_ptr()), c_int64(x.numel()), c_int64(torch.get_num_threads())
-            return torch.tensor(function(*arguments), dtype=torch.float64)
+            return torch.tensor(_sum_of_squares(x), dtype=torch.float64)
         whole = x.numel() // NORM_ROW * NORM_ROW
         rows = [
             torch.linalg.vector_norm(x[:whole].view(-1, NORM_ROW), dim=1),
@@ -139,25 +153,13 @@ def _update(piece: Piece, group: dict, count: int, factor: Tensor | float | None
         rounded.copy_(weight)
 
 
-class _Settings(ctypes.Structure):
-    """`Settings` of train/native/adamw.cpp."""
-
-    _fields_ = [
-        (name, c_float)
-        for name in ("factor", "lerp", "keep_square", "add_square", "decay", "step", "root", "eps")
-    ]  # fmt: skip
-
-
 def _update_compiled(piece: Piece, group: dict, count: int, factor: float) -> None:
     """The moments are in bf16."""
     (beta1, beta2), lr = group["betas"], group["lr"]
-    settings = _Settings(
-        factor, 1 - beta1, beta2, 1 - beta2, 1 - lr * group["weight_decay"],
+    _adamw(
+        *piece, factor, 1 - beta1, beta2, 1 - beta2, 1 - lr * group["weight_decay"],
         lr / (1 - beta1**count), (1 - beta2**count) ** 0.5, group["eps"],
     )  # fmt: skip
-    pointers = [c_void_p(None if tensor is None else tensor.data_ptr()) for tensor in piece]
-    threads = c_int64(torch.get_num_threads())
-    library("adamw").adamw(*pointers, c_int64(piece.weight.numel()), ctypes.byref(settings), threads)
 
 
 def _update_rest(rest: list[Tensor], group: dict, step: Tensor) -> None:

@@ -14,6 +14,7 @@ from train.model import compiled_rows, moe
 from train.model.layers import FFN, RMSNorm, _RMSNorm, swiglu
 from train.model.mla import PlainHeads, to_heads
 from train.model.rope import Rope, rotate
+from train.native.kernel import Kernel
 from train.precision.high import HighPrecision
 
 pytestmark = pytest.mark.skipif(native.lack() is not None, reason=native.lack() or "")
@@ -223,7 +224,7 @@ def test_what_is_made_again_has_the_same_bits():
 
 def test_the_model_takes_it_where_it_can_and_may(monkeypatch):
     called = []
-    monkeypatch.setattr("train.model.compiled_rows._call", lambda name, *rest: called.append(name))
+    monkeypatch.setattr(Kernel, "__call__", lambda kernel, *rest: called.append(kernel.name))
     x, weight = draw(4, 32), draw(32)
     _RMSNorm.apply(x, weight, EPS), swiglu(x)
     assert called == ["rms_norm_forward", "swiglu_forward"]
@@ -239,3 +240,9 @@ def test_rows_come_in_the_order_of_a_stable_sort(tokens, top_k, experts):
     ids_TK[ids_TK == 1] = 0  # an expert without rows, where there are two
     pairs = zip(compiled_rows.sort_by_expert(ids_TK, experts), moe.sort_by_expert(ids_TK, experts), strict=True)
     assert all(torch.equal(ours, expected) for ours, expected in pairs)
+
+
+@pytest.mark.parametrize("wrong", [-1, 4, 2**40])
+def test_an_expert_that_is_none_is_refused(wrong):
+    with pytest.raises(AssertionError, match=r"expert ids must be in \[0, 4\)"):
+        compiled_rows.sort_by_expert(torch.tensor([[0, 1], [2, wrong]]), 4)

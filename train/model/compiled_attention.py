@@ -1,16 +1,48 @@
 """The attention core on a CPU as compiled code: `train/native/attention.cpp`."""
 
-import ctypes
-from ctypes import c_float, c_int64, c_void_p
-from functools import cache
+from ctypes import c_float, c_int64
+from functools import partial
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from train.native.kernel import Array, Kernel, Number, Parameter, Size, Struct, Table, Threads, Zeros, table
 from train.native.model import library
 
 Spans = list[tuple[int, int, int]]
+
+_load = partial(library, "attention")
+_attention_kept = Kernel(
+    _load, "attention_kept", c_int64, spans=Table(4), heads=Number(c_int64), longest=Number(c_int64)
+)  # fmt: skip
+
+
+def _heads(width: str, out: bool = False) -> Array:
+    return Array(torch.bfloat16, f"B H T {width}", apart=3, out=out)
+
+
+def _problem(**arrays: Parameter) -> Struct:
+    """`Problem` of attention.cpp."""
+    return Struct(
+        q=_heads("Q"), k=_heads("Q"), v=_heads("V"), **arrays, heads=Size("H"), qk=Size("Q"), width=Size("V"),
+        longest=Number(c_int64), scale=Number(c_float),
+    )  # fmt: skip
+
+
+_attention_forward = Kernel(
+    _load, "attention_forward",
+    problem=_problem(out=_heads("V", out=True), dout_dq_dk_dv=Zeros(16), kept=Array(torch.bfloat16, "P", out=True)),
+    spans=Table(4), threads=Threads(),
+)  # fmt: skip
+_attention_backward = Kernel(
+    _load, "attention_backward",
+    problem=_problem(
+        out=Zeros(4), dout=_heads("V"), dq=_heads("Q", out=True), dk=_heads("Q", out=True), dv=_heads("V", out=True),
+        kept=Array(torch.bfloat16, "P"),
+    ),
+    spans=Table(4), threads=Threads(),
+)  # fmt: skip
 
 
 def fits(q_BHTQ: Tensor) -> bool:
@@ -29,12 +61,15 @@ class CompiledAttention(torch.autograd.Function):
     def forward(ctx, q_BHTQ: Tensor, k_BHTQ: Tensor, v_BHTV: Tensor, scale: float, spans: Spans | None) -> Tensor:
         q, k, v = (_readable(t) for t in (q_BHTQ, k_BHTQ, v_BHTV))
         B, H, T, V = v.shape
-        ctx.scale, ctx.table = scale, _table([(b, 0, T) for b in range(B)] if spans is None else spans)
-        longest = 2 * (2 * q.size(-1) + V) if any(ctx.needs_input_grad) else 0
-        kept = v.new_empty(_library().attention_kept(ctx.table, len(ctx.table), H, longest))
+        spans = [(b, 0, T) for b in range(B)] if spans is None else spans
+        assert all(0 <= b < B and 0 <= start <= end <= T for b, start, end in spans), (spans, q.shape)
+        ctx.scale, ctx.longest = scale, max((end - start for _, start, end in spans), default=0)
+        ctx.table = table((*span, 0) for span in spans)
+        keep = 2 * (2 * q.size(-1) + V) if any(ctx.needs_input_grad) else 0
+        kept = v.new_empty(_attention_kept(ctx.table, H, keep))  # and writes into the table what is kept where
         ctx.save_for_backward(q, k, v, kept)
         out_BHTV = v.new_empty(B, T, H, V).transpose(1, 2)  # as the output projection wants it
-        _call("attention_forward", ctx.table, scale, kept, q=q, k=k, v=v, out=out_BHTV)
+        _attention_forward(q, k, v, out_BHTV, kept, ctx.longest, scale, ctx.table)
         return out_BHTV
 
     @staticmethod
@@ -42,62 +77,10 @@ class CompiledAttention(torch.autograd.Function):
     def backward(ctx, dout_BHTV: Tensor):
         q, k, v, kept = ctx.saved_tensors
         dq, dk, dv = (torch.empty_like(t) for t in (q, k, v))
-        dout = _readable(dout_BHTV)
-        _call("attention_backward", ctx.table, ctx.scale, kept, q=q, k=k, v=v, dout=dout, dq=dq, dk=dk, dv=dv)
+        _attention_backward(q, k, v, _readable(dout_BHTV), dq, dk, dv, kept, ctx.longest, ctx.scale, ctx.table)
         return dq, dk, dv, None, None
 
 
 def _readable(t: Tensor) -> Tensor:
     """The same with the channels of a position side by side."""
     return t if t.stride(-1) == 1 else t.contiguous()
-
-
-def _table(spans: Spans) -> ctypes.Array:
-    return (_Span * len(spans))(*spans)
-
-
-def _call(name: str, table: ctypes.Array, scale: float, kept: Tensor, **tensors: Tensor) -> None:
-    q, v = tensors["q"], tensors["v"]
-    if q.is_meta:
-        return  # plans want to know what is allocated only
-    longest = max((span.end - span.start for span in table), default=0)
-    problem = _Problem(
-        kept=kept.data_ptr(), heads=q.size(1), qk=q.size(-1), width=v.size(-1), longest=longest, scale=scale
-    )
-    for field, tensor in tensors.items():
-        setattr(problem, field, Heads(tensor.data_ptr(), *tensor.stride()[:3]))
-    getattr(_library(), name)(ctypes.byref(problem), table, len(table), torch.get_num_threads())
-
-
-@cache
-def _library() -> ctypes.CDLL:
-    attention = library("attention")
-    for function in (attention.attention_forward, attention.attention_backward):
-        function.argtypes = [ctypes.POINTER(_Problem), ctypes.POINTER(_Span), c_int64, c_int64]
-        function.restype = None
-    attention.attention_kept.argtypes = [ctypes.POINTER(_Span), *[c_int64] * 3]
-    attention.attention_kept.restype = c_int64
-    return attention
-
-
-class Heads(ctypes.Structure):
-    """A tensor of heads in memory as C++ sees it."""
-
-    _fields_ = [("data", c_void_p), ("batch", c_int64), ("head", c_int64), ("position", c_int64)]
-
-
-class _Span(ctypes.Structure):
-    """`Span` of attention.cpp."""
-
-    _fields_ = [(name, c_int64) for name in ("sequence", "start", "end", "kept")]
-
-
-class _Problem(ctypes.Structure):
-    """`Problem` of attention.cpp."""
-
-    _fields_ = [
-        *((name, Heads) for name in ("q", "k", "v", "out", "dout", "dq", "dk", "dv")),
-        ("kept", c_void_p),
-        *((name, c_int64) for name in ("heads", "qk", "width", "longest")),
-        ("scale", c_float),
-    ]

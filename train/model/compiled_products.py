@@ -6,11 +6,10 @@ weight's gradient that is fp32, as paper 3.3.3 keeps it.
 Shape suffixes: O, N outer axes of a product, C contraction, E experts, R rows sorted by expert.
 """
 
-import ctypes
 from collections.abc import Sequence
 from contextlib import nullcontext
-from ctypes import c_int64, c_void_p
-from functools import cache
+from ctypes import c_int64
+from functools import partial
 from itertools import accumulate
 
 import torch
@@ -20,7 +19,36 @@ from torch.profiler import record_function
 
 from train.model import compiled_rows
 from train.model.needed import gradients_needed
+from train.native.kernel import PLAIN, Array, Kernel, Number, Parameter, Size, Struct, Table, Threads, table
 from train.native.model import library, products_pay
+
+NO_SCALES = (None, 0)
+"""All are one."""
+
+
+def _operand(side: str, matrices: str, outer: str) -> dict[str, Parameter]:
+    """`Operand` of products.cpp: values, (N, C) or (E, N, C), and scales or None.
+
+    There is a scale for every 1 << shift of the outer axis and every tile of C.
+    """
+    return {
+        side: Array(torch.bfloat16, f"*{matrices} {outer} C", apart=3, beside=2),
+        f"{side}_scale": Array(
+            torch.float32, f"*{matrices} -(-{outer}>>{side}_shift) -(-C>>7)", apart=3, beside=0, optional=True
+        ),
+        f"{side}_shift": Number(c_int64),
+    }
+
+
+_products = Kernel(
+    partial(library, "products"), "products",
+    problem=Struct(
+        **_operand("left", "1", "O"), **_operand("right", "E", "N"),
+        out=Array((torch.bfloat16, torch.float32), "*M N", out=True), fp32=Size("out_dtype"),
+        columns=Size("N"), out_stride=Size("N"),
+    ),
+    parts=Table(6), threads=Threads(),
+)  # fmt: skip
 
 Part = tuple[int, int, int, int, int, int]
 """One product: first row on the left, rows, matrix on the right, first and last of the contraction, offset of its output."""
@@ -99,58 +127,29 @@ def _rows(x: Tensor) -> Tensor:
     return x.reshape(-1, x.size(-1))
 
 
-def run(name: str, left: Tensor, right: Tensor, out: Tensor, parts: Sequence[Part], scales=((), ())) -> None:
+def run(
+    name: str, left: Tensor, right: Tensor, out: Tensor, parts: Sequence[Part], left_scales=NO_SCALES, right_scales=NO_SCALES
+) -> None:  # fmt: skip
     """Write the parts' products, (O, C) or (E, O, C) on either side, into out.
 
-    name: for torch's profiler, which sees nothing of compiled code by itself. scales: of left and right, see `_Operand`.
+    name: for torch's profiler, which sees nothing of compiled code by itself. scales: see `_operand`.
     """
     left, right = readable(left), readable(right)
-    if out.is_meta:
-        return  # plans want to know what is allocated only
-    columns = out.shape[-1]
-    operands = (_Operand(x.data_ptr(), *strides(x), *scale) for x, scale in zip((left, right), scales, strict=True))
-    problem = _Problem(*operands, out.data_ptr(), columns, columns, out.dtype == torch.float32)
-    numbers = [number for part in parts for number in part]
-    table = (c_int64 * len(numbers))(*numbers)
+    (outer, contraction), (*matrices, columns, _), places = left.shape, right.shape, out.numel()
+    count = matrices[0] if matrices else 1
+    assert all(
+        0 <= first <= first + rows <= outer and 0 <= of < count and 0 <= begin <= end <= contraction
+        and 0 <= place <= place + rows * columns <= places
+        for first, rows, of, begin, end, place in parts
+    ), (parts, left.shape, right.shape, out.shape)  # fmt: skip
     # A name costs a percent of the step of a small model, also where nobody reads it.
     with record_function(name) if torch.autograd._profiler_enabled() else nullcontext():
-        _library().products(ctypes.byref(problem), table, len(parts), torch.get_num_threads())
+        _products(left, *left_scales, right, *right_scales, out, table(parts))
 
 
 def readable(x: Tensor) -> Tensor:
     """The same, side by side in memory along the last axis or the one before, and with its values there
     (`parallel.expert.quantized_rows` has others, and gives them to torch's operations alone).
     """
-    x = x if type(x) in (Tensor, torch.nn.Parameter) else x.view(x.shape)
+    x = x if type(x) in PLAIN else x.view(x.shape)
     return x if 1 in x.stride()[-2:] else x.contiguous()
-
-
-def strides(x: Tensor) -> tuple[int, int, int]:
-    """Of matrices, rows and columns."""
-    return (0, *x.stride()) if x.dim() == 2 else x.stride()
-
-
-@cache
-def _library() -> ctypes.CDLL:
-    compiled = library("products")
-    compiled.products.argtypes = [ctypes.POINTER(_Problem), c_void_p, c_int64, c_int64]
-    compiled.products.restype = None
-    return compiled
-
-
-class _Operand(ctypes.Structure):
-    """`Operand` of products.cpp. What follows the strides of the values belongs to scales and may be left out."""
-
-    _fields_ = [
-        ("data", c_void_p), ("matrix", c_int64), ("outer", c_int64), ("inner", c_int64),
-        ("scale", c_void_p), ("scale_matrix", c_int64), ("scale_outer", c_int64), ("scale_tile", c_int64), ("shift", c_int64),
-    ]  # fmt: skip
-
-
-class _Problem(ctypes.Structure):
-    """`Problem` of products.cpp."""
-
-    _fields_ = [
-        ("left", _Operand), ("right", _Operand), ("out", c_void_p),
-        ("columns", c_int64), ("out_stride", c_int64), ("fp32", c_int64),
-    ]  # fmt: skip

@@ -5,11 +5,12 @@ operations, which the code is tested against. So are matrix products where torch
 """
 
 import ctypes
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 
 from conf.errors import UserError
 from train.native.build import Source, cpu_features, has_avx2, load
+from train.native.kernel import Kernel
 
 NAMES = ("adamw", "attention", "products", "rows")
 """The C++ files, each a library."""
@@ -60,15 +61,16 @@ def products_pay() -> bool:
     A dot product of bf16 pairs does the work of two FMAs. On some CPUs it takes the time of two, on others that of four,
     which their names do not tell: it is measured, and both are far from the border. Where AMX is, nothing comes near it.
     """
-    products = library("products")
-    products.bf16_rate.restype = ctypes.c_double
-    return "amx_bf16" not in cpu_features().split() and products.bf16_rate() < SLOW
+    return "amx_bf16" not in cpu_features().split() and _bf16_rate() < SLOW
 
 
 @cache
 def library(name: str) -> ctypes.CDLL:
     """Raises UserError where it cannot be built, kept or loaded."""
     return load(source(name, "cluster.compiled", "cluster.compiled=false: torch's operations, slower"))
+
+
+_bf16_rate = Kernel(partial(library, "products"), "bf16_rate", ctypes.c_double)
 
 
 def source(name: str, field: str, without: str) -> Source:

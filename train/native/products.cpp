@@ -91,7 +91,8 @@ struct Room {
 struct Problem {
   Operand left, right;
   void* out;
-  i64 columns, out_stride, fp32;  // else bf16
+  i64 fp32;  // else bf16
+  i64 columns, out_stride;
 
   // Of the first element of a row of the block.
   i64 place(const Block& block, i64 m) const { return block.part->out + (block.row + m) * out_stride + block.column; }

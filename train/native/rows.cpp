@@ -100,8 +100,15 @@ void turn(const From* x, const float* by, u16* to, i64 width) {
 
 inline void copy(const u16* from, u16* to, i64 n) { std::memcpy(to, from, n * sizeof(u16)); }
 
+// A tensor (B, T, H, width) in memory, channels side by side.
+struct Positions {
+  u16* data;
+  i64 batch, position, head;  // strides
+  u16* at(i64 b, i64 h, i64 t) const { return data + b * batch + t * position + h * head; }
+};
+
 struct Split {
-  Heads q, kv, shared;           // (B, T, H, nope + rope), (B, T, H, nope + value), (B, T, 1, rope); or their gradients
+  Positions q, kv, shared;       // (B, T, H, nope + rope), (B, T, H, nope + value), (B, T, 1, rope); or their gradients
   Heads queries, keys, values;   // heads first; or their gradients
   const float* table;            // (T, rope / 2) complex
   i64 batch, heads, length, nope, rope, value;
@@ -202,10 +209,13 @@ void swiglu_backward(const u16* grad, i64 grad_row, const u16* h, i64 h_row, con
                         dgates ? dgates + n : nullptr, inner);
 }
 
-// Rows in the order of their experts, those of one expert in their own order. k: rows of a token.
-void sort_by_expert(const i64* expert, i64 rows, i64 k, i64 experts, i64* order, i64* inverse, i64* tokens, i64* counts, i64) {
+// Rows in the order of their experts, those of one expert in their own order. k: rows of a token. False: there is no such expert.
+bool sort_by_expert(const i64* expert, i64* order, i64* inverse, i64* tokens, i64* counts, i64 rows, i64 k, i64 experts) {
   std::fill_n(counts, experts, 0);
-  for (i64 n = 0; n < rows; ++n) ++counts[expert[n]];
+  for (i64 n = 0; n < rows; ++n) {
+    if (expert[n] < 0 || expert[n] >= experts) return false;
+    ++counts[expert[n]];
+  }
   std::vector<i64> next(experts);
   for (i64 e = 1; e < experts; ++e) next[e] = next[e - 1] + counts[e - 1];
   for (i64 n = 0; n < rows; ++n) {
@@ -214,6 +224,7 @@ void sort_by_expert(const i64* expert, i64 rows, i64 k, i64 experts, i64* order,
     inverse[n] = to;
     tokens[to] = n / k;
   }
+  return true;
 }
 
 void heads_forward(const Split* split, i64 threads) {

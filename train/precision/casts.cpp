@@ -32,14 +32,15 @@ struct Format {
 // Matrices in memory, row by row: values, or codes and scales; null where absent. Values beside scales are without them.
 struct Matrices {
   void* values;
-  i32 fp32;  // else bf16
-  uint8_t* codes;
+  i64 fp32;         // else bf16
+  uint8_t* codes;   // of one byte
+  uint8_t* packed;  // codes of twelve bits, in pairs
   float* scale;
   i64 block_rows, block_columns;
   Format format;
-
-  i64 code_bytes(i64 columns) const { return format.width == 8 ? columns : 3 * ceil_div(columns, 2); }
 };
+
+inline i64 packed_bytes(i64 columns) { return 3 * ceil_div(columns, 2); }
 
 // ---- between memory and fp32
 
@@ -145,18 +146,17 @@ struct Cast {
       else widen((const uint16_t*)in.values + index * columns, x, count * columns);
       if (!in.scale) return;
     }
-    const i64 bytes = in.code_bytes(columns), scales = ceil_div(columns, in.block_columns);
+    const i64 scales = ceil_div(columns, in.block_columns);
     const i64 side = in.scale ? in.block_columns : columns;  // without scales all are one
     for (i64 i = 0; i < count; ++i) {
       const i64 first = (matrix * ceil_div(rows, in.block_rows) + (row + i) / in.block_rows) * scales;
-      const uint8_t* codes = in.codes + (index + i) * bytes;
-      if (in.codes && in.format.width > 8) unpack(codes, wide, ceil_div(columns, 2));
+      if (in.packed) unpack(in.packed + (index + i) * packed_bytes(columns), wide, ceil_div(columns, 2));
       for (i64 k = 0, j = 0; j < columns; ++k, j += side) {
         const i64 n = std::min(side, columns - j);
         const float factor = in.scale ? in.scale[first + k] : 1;
         float* to = x + i * columns + j;
         if (in.values) for (i64 l = 0; l < n; ++l) to[l] *= factor;
-        else if (in.format.width == 8) decode(codes + j, to, n, in.format, factor);
+        else if (in.codes) decode(in.codes + (index + i) * columns + j, to, n, in.format, factor);
         else decode(wide + j, to, n, in.format, factor);
       }
     }
@@ -169,12 +169,12 @@ struct Cast {
   }
 
   void write_codes(i64 matrix, i64 row, i64 count, const float* x, uint16_t* wide) const {
-    const i64 index = matrix * rows + row, bytes = out.code_bytes(columns);
-    if (out.format.width == 8) return encode(x, out.codes + index * bytes, count * columns, out.format);
+    const i64 index = matrix * rows + row;
+    if (out.codes) return encode(x, out.codes + index * columns, count * columns, out.format);
     for (i64 i = 0; i < count; ++i) {
       encode(x + i * columns, wide, columns, out.format);
       wide[columns] = 0;  // the second of the last pair, where columns are odd
-      pack(wide, out.codes + (index + i) * bytes, ceil_div(columns, 2));
+      pack(wide, out.packed + (index + i) * packed_bytes(columns), ceil_div(columns, 2));
     }
   }
 
@@ -242,7 +242,7 @@ struct Cast {
       const i64 count = std::min(step, last - row);
       if (!own) read(matrix, row, count, x, wide);
       round(x, inverse, count);
-      if (out.codes) write_codes(matrix, row, count, x, wide);
+      if (out.codes || out.packed) write_codes(matrix, row, count, x, wide);
       if (!out.values) continue;
       if (!out.scale) multiply(x, scale, count);
       write_values(matrix, row, count, x);

@@ -71,7 +71,7 @@ def cpu_engine(fp8: Fp8, meta: bool = False) -> CpuEngine:
     exact, packed = fp8.emulate == "fp32", fp8.cache.packed
     if not fp8.compiled:
         return CpuEngine(exact, packed)
-    casts = CompiledCasts(None) if meta else load_casts()
+    casts = CompiledCasts() if meta else load_casts()
     if not has_avx2():
         return CpuEngine(exact, packed, casts)
     if not meta:

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from train.model.compiled_products import Part, parts_by_rows, parts_by_sums, run, strides
+from train.model.compiled_products import NO_SCALES, Part, parts_by_rows, parts_by_sums, run
 from train.native.build import load
 from train.native.model import source
 from train.precision.formats import TILE
@@ -53,22 +53,19 @@ def need_compiled() -> None:
 
 
 def _run(name: str, left: Operand, right: Operand, out: Tensor, parts: Sequence[Part]) -> None:
-    run(name, _values(left), _values(right), out, parts, (_scales(left), _scales(right)))
+    run(name, _values(left), _values(right), out, parts, _scales(left), _scales(right))
 
 
 def _values(x: Operand) -> Tensor:
-    values = x.q if isinstance(x, Quantized) else x
-    assert values.dtype == torch.bfloat16
-    return values
+    return x.q if isinstance(x, Quantized) else x
 
 
-def _scales(x: Operand) -> tuple[int, ...]:
-    """Where they lie in memory: see `Operand` of products.cpp."""
+def _scales(x: Operand) -> tuple[Tensor | None, int]:
+    """One for every block of outer and tile of C; log2 of the side of a block. See `compiled_products._operand`."""
     if isinstance(x, Tensor):
-        return ()
-    matrix, outer, tile = strides(x.scale)
-    one_tile, one_outer = x.scale.shape[-1] <= 1, x.scale.shape[-2] <= 1
-    side, along = x.cast.block
+        return NO_SCALES
+    (side, along), (*lead, outer, contraction) = x.cast.block, x.shape
+    one_outer, one_tile = (size <= 1 for size in x.scale.shape[-2:])
     assert (one_tile or along == TILE) and (one_outer or side in (1, TILE))
     shift = TILE.bit_length() - 1 if side > 1 else 0
-    return x.scale.data_ptr(), matrix, 0 if one_outer else outer, 0 if one_tile else tile, shift
+    return x.scale.expand(*lead, -(-outer >> shift), -(-contraction // TILE)), shift
