@@ -74,8 +74,8 @@ class View:
 def status(name: str, steps: int, record: dict, supervisor: Supervisor, last: str) -> str:
     """Two lines: how the training is, and how the machines are."""
     parts = [name, f"step {record.get('step', 0)}/{steps}"]
-    if record.get("loss") is not None:
-        parts.append(f"loss {record['loss']:.4g}")
+    if record.get("main_loss") is not None:
+        parts.append(f"loss {record['main_loss']:.4g}")
     if record.get("tokens_per_second"):
         parts.append(f"{record['tokens_per_second']:.4g} tokens/s")
     if supervisor.attempt is not None:

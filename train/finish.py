@@ -13,6 +13,7 @@ from train.checkpoint.manifest import newest_intact, read_manifest
 from train.data.tokenizer import Tokenizer
 from train.generate.complete import complete
 from train.generate.source import from_checkpoint
+from train.metrics.headline import tail_mean
 from train.metrics.jsonl import read_heads
 from train.metrics.planned import plan_rows, plan_words
 from train.metrics.report import write_report
@@ -41,14 +42,15 @@ def finish(
         )
         stopped_screen(config.name, step, config.steps, "a signal asked for it", checkpoint=checkpoint, command=command)
     elif code == EXIT_OK:
-        last = last_validation(paths.metrics)
+        last, series = last_validation(paths.metrics), read_series(paths.metrics)
         final_screen(
             config.name,
             config.steps,
             seconds=seconds,
+            training_loss=tail_mean(series.finite("main_loss")),
             validation_loss=last.get("validation_loss"),
             bits_per_byte=last.get("validation_bits_per_byte"),
-            plan=plan_words(plan_rows(paths.path, read_series(paths.metrics))),
+            plan=plan_words(plan_rows(paths.path, series)),
             sample=sample(config, checkpoint, tokenizer, device),
             checkpoint=checkpoint,
             report=report,

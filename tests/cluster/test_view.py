@@ -12,7 +12,9 @@ from tests.cluster.world import World
 
 def test_the_status_names_step_machines_and_the_last_event(tmp_path):
     metrics = tmp_path / "metrics.jsonl"
-    metrics.write_text('{"step":6,"loss":5.0}\n{"step":7,"loss":4.25,"tokens_per_second":1234.5}\n{"step":8,"lo')
+    metrics.write_text(
+        '{"step":6,"main_loss":5.0}\n{"step":7,"loss":6.0,"main_loss":4.25,"tokens_per_second":1234.5}\n{"step":8,"lo'
+    )
     world = World(nodes=4)
     world.run(5)
     world.kill_rank(1)

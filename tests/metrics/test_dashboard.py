@@ -72,7 +72,7 @@ def test_without_a_key_it_writes_the_definition_and_says_what_to_do(config, tmp_
     assert [section["name"] for section in written] == list(sections(config.model))
     loss = written[0]["panels"][0]["config"]
     assert (
-        loss["metrics"] == ["loss", "main_loss"]
+        loss["metrics"] == ["main_loss", "validation_loss"]
         and written[0]["panels"][2]["config"]["metricRegex"] == r"^mtp_loss_\d+$"
     )
     assert '"laid_out"' in json.dumps(spec["section"]["runSets"]), "the workspace shows this run"

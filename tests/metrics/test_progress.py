@@ -9,7 +9,14 @@ from rich.console import Console
 
 from train.metrics.progress import MIN_BAR, Progress, StepClock, duration, fit, parts, short
 
-RECORD = {"step": 120, "loss": 5.31234, "tokens_per_second": 12345.6, "max_vio": 0.4, "validation_loss": 5.5}
+RECORD = {
+    "step": 120,
+    "loss": 7.5,
+    "main_loss": 5.31234,
+    "tokens_per_second": 12345.6,
+    "max_vio": 0.4,
+    "validation_loss": 5.5,
+}
 
 
 class Clock:
@@ -37,6 +44,7 @@ def test_wide_line_shows_everything():
     line = fit(parts(RECORD, 300, 75.0, "validation"), 0.4, 150)
     for piece in ("step 120/300", "loss 5.312", "held-out loss 5.5", "[validation]", "1:15 left", "12.3k tokens/s"):
         assert piece in line
+    assert "7.5" not in line, "what is minimised moves with the weights of its parts"
     assert line.count("━") + line.count("╌") >= MIN_BAR and line.count("━") / line.count("╌") == pytest.approx(
         2 / 3, abs=0.15
     )
@@ -47,7 +55,7 @@ def test_without_a_terminal_the_lines_are_few_and_plain():
     stream, progress = plain(1000, clock)
     for step in range(1, 1001):
         clock.now += 0.01
-        progress.write({"step": step, "loss": 1.0, "tokens_per_second": 1e4})
+        progress.write({"step": step, "main_loss": 1.0, "tokens_per_second": 1e4})
     progress.close()
     lines = stream.getvalue().splitlines()
     assert [line.split()[2] for line in lines[:3]] == ["1/1000", "2/1000", "3/1000"]
@@ -70,7 +78,7 @@ def test_slow_steps_get_a_line_every_few_seconds_and_fewer_in_a_long_run():
 def test_the_last_held_out_loss_stays_in_view():
     stream, progress = plain(10, Clock())
     progress.write({"step": 1, "validation_loss": 3.5})
-    progress.write({"step": 2, "loss": 4.0})
+    progress.write({"step": 2, "main_loss": 4.0})
     assert "held-out loss 3.5" in stream.getvalue().splitlines()[1]
 
 

@@ -13,6 +13,8 @@ import pytest
 
 from conf.errors import UserError
 from tests.metrics.synthetic import sampled_step, write_run
+from train.metrics.balance import balance_record, update_running
+from train.metrics.figures import build
 from train.metrics.headline import headline
 from train.metrics.jsonl import JsonlSink
 from train.metrics.pipeline_figures import BARS, ROWS, timeline_figure
@@ -132,6 +134,23 @@ def test_what_the_user_wrote_is_escaped(tmp_path):
     )
     page = write_report(tmp_path).read_text()
     assert evil not in page and page.count("&lt;script&gt;alert(1)&lt;/script&gt;") >= 4
+
+
+def test_imbalance_of_batches_and_of_the_mean_load_are_told_apart(tmp_path):
+    """Every batch has another busiest expert: bad for each exchange, even in the mean."""
+    names, running = ["layers.1"], None
+    sink = JsonlSink(tmp_path / "metrics.jsonl", 0, print)
+    for step in range(1, 401):
+        counts_LE = np.full((1, 4), 10.0)
+        counts_LE[0, step % 4] = 30.0  # MaxVio 1
+        running = update_running(running, counts_LE)
+        sink.write({"step": step, "main_loss": 5.0} | balance_record(names, counts_LE, np.zeros((1, 4)), running))
+    sink.close()
+    series = read_series(tmp_path / "metrics.jsonl")
+    cards = {card.label: card for card in headline(series, {})}
+    assert cards["Imbalance of a batch"].value == "1.00" and cards["Imbalance of the mean load"].value == "0.01"
+    (figure,) = (figure for figure in build(series, {}) if figure.key == "imbalance")
+    assert [curve.name for curve in figure.plot.data] == ["of each batch", "of the mean load of about 100 steps"]
 
 
 def test_numbers_at_a_glance_are_those_of_the_run(tmp_path):

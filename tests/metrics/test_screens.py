@@ -19,6 +19,7 @@ def test_final_screen_names_everything_and_breaks_no_path():
         "tiny",
         300,
         seconds=125.0,
+        training_loss=5.125,
         validation_loss=5.25,
         bits_per_byte=2.5,
         sample="def [bold]x[/bold]:\n\x1b[2Jpass",
@@ -28,7 +29,12 @@ def test_final_screen_names_everything_and_breaks_no_path():
         console=screen,
     )
     shown = screen.file.getvalue()
-    assert "tiny: 300 steps done in 2:05" in shown and "5.2500" in shown and "2.5000 bits per byte" in shown
+    assert (
+        "tiny: 300 steps done in 2:05" in shown
+        and "loss 5.1250" in shown
+        and "5.2500" in shown
+        and "2.5000 bits per byte" in shown
+    )
     assert f"{folder}/checkpoints/step_300\n" in shown and f"{folder}/report.html  " in shown
     assert f"wandb sync {folder}/wandb/offline-run-1\n" in shown
     assert "| def [bold]x[/bold]:\n" in shown and "\x1b" not in shown

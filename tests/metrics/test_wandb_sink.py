@@ -24,7 +24,7 @@ def attempt(first, last, *, kill_after=None, online_seconds=10.0):
                      note=lambda text: print("NOTE", text, flush=True), online_seconds=online_seconds)
     for step in range(first, last + 1):
         started = time.perf_counter()
-        sink.write({"step": step, "loss": 1.0 / step, "layer_max_vio": {"layers.1": 0.5, "mtp.0": 0.25},
+        sink.write({"step": step, "loss": 1.0 / step, "main_loss": 0.5 / step, "layer_max_vio": {"layers.1": 0.5, "mtp.0": 0.25},
                     "load": {"layers.1": [1, 2, 3, 2], "mtp.0": [2, 2, 2, 2]}})
         assert time.perf_counter() - started < 0.05
     if kill_after is not None:
@@ -70,6 +70,9 @@ def test_offline_without_a_key_says_nothing_and_keeps_everything(tmp_path):
     run = next(record.run for record in records(next(path.glob("*.wandb"))) if record.HasField("run"))
     assert run.run_id == run_id(tmp_path) and run.project == "p"
     assert {item.key: item.value_json for item in run.config.update}["seed"] == "1"
+    summed = [record.summary for record in records(next(path.glob("*.wandb"))) if record.HasField("summary")]
+    shown = {"/".join(item.nested_key): item.value_json for summary in summed for item in summary.update}
+    assert shown["main_loss"] == "0.1" and "loss" not in shown
 
 
 def test_a_killed_run_loses_a_second_at_most_and_its_next_attempt_repeats_no_step(tmp_path):

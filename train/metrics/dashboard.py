@@ -33,19 +33,19 @@ class Panel:
 
 SECTIONS: dict[str, tuple[Panel, ...]] = {
     "Loss": (
-        Panel("Loss: what is minimised, and the next token", "nats per token", ("loss", "main_loss")),
+        Panel("Loss of the next token: training, and held out", "nats per token", ("main_loss", "validation_loss")),
         Panel("MTP, mean over depths", "nats per token", ("mtp_loss",)),
         Panel("MTP, depth by depth", "nats per token", pattern=r"mtp_loss_\d+"),
-        Panel("Held-out loss", "nats per token", ("validation_loss",)),
         Panel("Held-out bits per byte", "bits per byte", ("validation_bits_per_byte",)),
         Panel("Gradient norm before clipping", "1", ("grad_norm",), log=True),
         Panel("Learning rate", "1", ("lr",)),
+        Panel("What is minimised: next token, weighted MTP and balance", "nats per token", ("loss",)),
         Panel("Weights of the other losses", "1", ("mtp_weight", "balance_loss")),
         Panel("Updates skipped", "steps", ("skipped_steps",)),
     ),
     "Balance of experts": (
         Panel("Experts by load, in fair shares (heat map)", "experts", ("load",)),
-        Panel("MaxVio: batch, and running", "1", ("max_vio", "max_vio_running")),
+        Panel("MaxVio: of each batch, and of the mean load of about 100 steps", "1", ("max_vio", "max_vio_running")),
         Panel("MaxVio, layer by layer", "1", pattern=r"layer_max_vio/.+"),
         Panel("Entropy of the load", "1", ("load_entropy",)),
         Panel("Entropy, layer by layer", "1", pattern=r"layer_entropy/.+"),

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import plotly.graph_objects as go
 
+from train.metrics.balance import HORIZON
 from train.metrics.pipeline_figures import bubble, dispatch, timeline_figure
 from train.metrics.plot import BLUE, GREEN, GREY, ORANGE, PURPLE, SKY, Curve, Figure, curves, figure, style
 from train.metrics.series import Series
@@ -49,8 +50,6 @@ def build(series: Series, settings: Mapping[str, Any], sampled: SampledStep | No
 def _loss(series: Series, settings: Mapping[str, Any]) -> Figure | None:
     depths = [name for name in sorted(series.columns) if name.startswith("mtp_loss_")]
     wanted = [Curve("training: next token", "main_loss", BLUE)]
-    if not series.has("main_loss"):
-        wanted = [Curve("training", "loss", BLUE)]
     if len(depths) > 1:
         colours = [SKY, PURPLE, GREEN, GREY]
         wanted += [
@@ -72,12 +71,14 @@ def _loss(series: Series, settings: Mapping[str, Any]) -> Figure | None:
 
 def _imbalance(series: Series, settings: Mapping[str, Any]) -> Figure | None:
     wanted = [
-        Curve("one batch", "max_vio", SKY),
-        Curve("running mean of about 100 steps", "max_vio_running", BLUE),
+        Curve("of each batch", "max_vio", SKY),
+        Curve(f"of the mean load of about {HORIZON} steps", "max_vio_running", BLUE),
     ]
     caption = (
         "MaxVio = (busiest expert's tokens - mean) / mean, averaged over layers. 0 is even; 1 means that the busiest expert "
-        "gets twice its share. The running curve should fall towards 0; single batches stay noisy."
+        "gets twice its share. Each batch has busiest experts of its own, so its curve is noisy and does not reach 0: it is what an "
+        "exchange of tokens has to carry. In the mean load, which follows later, these chances even out: what is left is lasting, and "
+        "should fall towards 0."
     )
     plot = curves(series, wanted, "MaxVio", zero=True)
     return figure("imbalance", "Imbalance between experts", caption, plot)

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from train.metrics.balance import HORIZON
 from train.metrics.progress import duration, short
 from train.metrics.series import Series
 
@@ -73,13 +74,20 @@ def _amount(series: Series) -> list[Row]:
 
 
 def _experts(series: Series) -> list[Row]:
-    vio, dead = last(series, "max_vio_running"), last(series, "dead_experts")
+    lasting, dead = last(series, "max_vio_running"), last(series, "dead_experts")
+    batch = tail_mean(series.finite("max_vio"))
     return [
         (
-            "Imbalance of experts",
-            vio,
-            f"{vio:.2f}",
-            "MaxVio over about 100 steps: 0 is even, 1 means the busiest expert got twice its share.",
+            "Imbalance of the mean load",
+            lasting,
+            f"{lasting:.2f}",
+            f"MaxVio of the mean load of about {HORIZON} steps: 0 is even, 1 means the busiest expert got twice its share.",
+        ),
+        (
+            "Imbalance of a batch",
+            batch,
+            f"{batch:.2f}",
+            "MaxVio of single batches, mean of the last steps: what an exchange of tokens has to carry.",
         ),
         ("Dead experts", dead, f"{dead:.0f}", "experts without a token in the last 20 steps; 0 is good."),
     ]
@@ -120,7 +128,7 @@ def findings(series: Series, settings: Mapping[str, Any]) -> list[str]:
         )
     if "loss" in series.columns and (lost := len(series.step_N) - len(series.finite("loss"))):
         found.append(
-            f"The loss was not a finite number in {lost:,} of {len(series.step_N):,} recorded steps: gaps in the curves."
+            f"A loss was not a finite number in {lost:,} of {len(series.step_N):,} recorded steps: gaps in the curves."
         )
     held_out = series.finite("validation_loss")
     if len(held_out) > 2 and held_out[-1] > held_out.min() + 0.02:

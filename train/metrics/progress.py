@@ -127,8 +127,8 @@ class Progress:
 def parts(record: Record, steps: int, seconds_left: float, event: str | None) -> list[str]:
     """Pieces of the line, the most important first."""
     found = [f"step {record['step']}/{steps}"]
-    if "loss" in record:
-        found.append(f"loss {record['loss']:.4g}")
+    if "main_loss" in record:  # what is minimised moves with the weights of the other losses
+        found.append(f"loss {record['main_loss']:.4g}")
     if event:
         found.append(f"[{event}]")
     if math.isfinite(seconds_left) and record["step"] < steps:

@@ -22,6 +22,7 @@ def final_screen(
     steps: int,
     *,
     seconds: float | None = None,
+    training_loss: float | None = None,
     validation_loss: float | None = None,
     bits_per_byte: float | None = None,
     plan: str | None = None,
@@ -33,10 +34,13 @@ def final_screen(
 ) -> None:
     """The end of a run, on stdout. What is None is left out. seconds: wall time of the run.
 
+    training_loss: of the next token, mean of the last steps, to be set beside the held-out one.
     plan: what mode=plan said beside what was measured. report: its path, or why there is none. wandb: address of the W&B run, or folder of the offline run.
     """
     took = f" in {duration(seconds)}" if seconds is not None else ""
     rows = []
+    if training_loss is not None and math.isfinite(training_loss):
+        rows.append(("Training", f"loss {training_loss:.4f} nats per token, mean of the last steps"))
     if validation_loss is not None:
         rows.append(("Held-out", _held_out(validation_loss, bits_per_byte)))
     if plan:

@@ -113,6 +113,8 @@ class WandbSink:
 
         (self._folder / "wandb").mkdir(parents=True, exist_ok=True)
         run = self._start(wandb)
+        # Of a run W&B shows the last value of each name. What is minimised moves with the weights of its parts: it has curves alone.
+        run.define_metric("loss", hidden=True, summary="none")
         last_step = self._folder / "wandb" / "last_step"
         last_step.touch()
         logged = int(last_step.read_bytes() or 0)
