@@ -543,7 +543,8 @@ class Log:
     sample_tokens: int = 160
     """Tokens of generated text shown at the end; 0 for none."""
     peak_flops: float = 0.0
-    """Peak of the device in FLOP/s for MFU, at the precision of the products; 0 measures a matrix product at start."""
+    """Peak of the device in FLOP/s for MFU, at the precision of the products; 0 takes the maker's figure of a GPU that is known,
+    else the best matrix product measured so far on such a device, kept in data.cache."""
 
 
 @dataclass

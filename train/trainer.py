@@ -53,11 +53,14 @@ class Overtaken(RuntimeError):
 
 @dataclass
 class Flops:
-    """What MFU needs, per token and in FLOP/s over all ranks."""
+    """What MFU needs."""
 
     causal: float
+    """Per token."""
     full: float
+    """Per token, with attention counted as if it were not causal."""
     peak: float
+    """FLOP/s of one rank's device."""
     label: str
     """Where the peak comes from, for a person."""
 
@@ -244,11 +247,13 @@ class Trainer:
     def _speed(self, plan: StepPlan, seconds: float) -> dict[str, float]:
         """Rates of the training itself, without validation and saving."""
         rate = plan.batch_size * self.config.seq_len / seconds
+        peak = self.flops.peak * self.mesh.layout.world
         return {
             "step_seconds": seconds,
             "tokens_per_second": rate,
-            "mfu": rate * self.flops.causal / self.flops.peak,
-            "mfu_full": rate * self.flops.full / self.flops.peak,
+            "mfu": rate * self.flops.causal / peak,
+            "mfu_full": rate * self.flops.full / peak,
+            "peak_flops": self.flops.peak,
         }
 
     def _log(self, record: dict[str, Any]) -> None:

@@ -125,7 +125,7 @@ def _run(config: Config, place: Place, stop: StopRequest) -> int:
         notes = [*notes, why]
     if place.rank == 0:
         data.tokenizer.save(paths.path)
-    flops = count_flops(config, device, place)
+    flops = count_flops(config, device)
     started = time.monotonic()
     writer = open_writer(config, paths.path, resumed_step=state.step) if place.rank == 0 else None
     with writer or contextlib.nullcontext():
@@ -188,13 +188,14 @@ def in_turn(place: Place, make: Callable[[Progress], T]) -> T:
     return made if place.local_rank == 0 else make(silent)
 
 
-def count_flops(config: Config, device: torch.device, place: Place) -> Flops:
-    """Operations per token, and the peak of all ranks together."""
-    peak = peak_flops(device, activation_dtype(config.precision), given=config.log.peak_flops)
+def count_flops(config: Config, device: torch.device) -> Flops:
+    """Operations per token, and the peak of this rank's device."""
+    kept = Path(config.data.cache)
+    peak = peak_flops(device, activation_dtype(config.precision), given=config.log.peak_flops, cache=kept)
     return Flops(
         causal=flops_per_token(config.model, config.seq_len),
         full=flops_per_token(config.model, config.seq_len, causal=False),
-        peak=peak.flops * place.world,
+        peak=peak.flops,
         label=f"{peak.flops / 1e12:.3g} TFLOP/s per rank: {peak.label}",
     )
 

@@ -1,10 +1,14 @@
 """What MFU is measured against."""
 
+import json
 import time
+from pathlib import Path
 
 import pytest
 import torch
 
+from tests.ranks import run_processes
+from train.metrics import peak
 from train.metrics.peak import measured_peak, named_peak, peak_flops
 
 
@@ -26,17 +30,84 @@ def test_names_as_cuda_reports_them():
 
 
 def test_a_given_figure_wins():
-    peak = peak_flops(torch.device("cpu"), torch.float32, given=1e12)
-    assert peak == (1e12, "log.peak_flops")
+    found = peak_flops(torch.device("cpu"), torch.float32, given=1e12)
+    assert found == (1e12, "log.peak_flops")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_measured_on_this_machine_in_a_moment(dtype):
     torch.set_num_threads(1)
     started = time.perf_counter()
-    peak = peak_flops(torch.device("cpu"), dtype)
+    found = peak_flops(torch.device("cpu"), dtype)
     assert time.perf_counter() - started < 2  # 0.3 s on a free machine
-    assert 1e8 < peak.flops < 1e14 and "measured" in peak.label
+    assert 1e8 < found.flops < 1e14 and "measured" in found.label
+
+
+@pytest.fixture
+def measure(monkeypatch):
+    """Lets a test say what the measurement finds."""
+    torch.set_num_threads(1)
+
+    def start(cache, flops: float, threads: int = 1, dtype: torch.dtype = torch.float32):
+        monkeypatch.setattr(peak, "measured_peak", lambda *_: flops)
+        monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+        return peak_flops(torch.device("cpu"), dtype, cache=cache)
+
+    return start
+
+
+def test_a_busy_moment_does_not_move_the_peak(tmp_path, measure):
+    first = measure(tmp_path, 2.7e11)
+    assert first.flops == 2.7e11 and "measured float32" in first.label
+    better = measure(tmp_path, 1.06e12)
+    assert better.flops == 1.06e12 and "0.27 TFLOP/s before" in better.label
+    busy = measure(tmp_path, 3e11)
+    assert (
+        busy.flops == 1.06e12 and "best float32 matrix product so far" in busy.label and "0.3 TFLOP/s now" in busy.label
+    )
+    (kept,) = tmp_path.glob("peaks/*.json")
+    assert str(kept) in busy.label
+
+
+def test_each_number_of_threads_format_and_code_has_its_own(tmp_path, measure, monkeypatch):
+    measure(tmp_path, 1e12)
+    assert measure(tmp_path, 4e11, threads=2).flops == 4e11
+    assert measure(tmp_path, 5e11, dtype=torch.bfloat16).flops == 5e11
+    monkeypatch.setattr(peak, "fits", lambda *_: True)
+    assert measure(tmp_path, 6e11).flops == 6e11 and len(list(tmp_path.glob("peaks/*.json"))) == 4
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [b"", b"{", b"[1]", b"7", b"\xff\xfe", b"[" * 100_000, b'{"flops": NaN}', b'{"flops": 1e30}', b'{"flops": "fast"}'],
+)
+def test_a_damaged_figure_is_said_and_replaced(tmp_path, measure, damage):
+    measure(tmp_path, 1e12)
+    (kept,) = tmp_path.glob("peaks/*.json")
+    kept.write_bytes(damage)
+    again = measure(tmp_path, 4e11)
+    assert again.flops == 4e11 and "could not be read" in again.label
+    assert measure(tmp_path, 3e11).flops == 4e11
+
+
+def test_a_cache_that_takes_nothing_refuses_nothing(tmp_path, measure):
+    (tmp_path / "peaks").write_text("no folder")
+    found = measure(tmp_path, 4e11)
+    assert found.flops == 4e11 and "cannot be kept" in found.label
+
+
+def test_writers_at_the_same_time_leave_a_whole_file(tmp_path):
+    run_processes(keep_figures, str(tmp_path), world_size=4)
+    (kept,) = tmp_path.glob("peaks/*")
+    assert 1e11 <= json.loads(kept.read_text())["flops"] < 2e11
+
+
+def keep_figures(rank: int, folder: str) -> None:
+    kind = {"device": "cpu", "threads": 1, "dtype": "float32", "code": "torch"}
+    for number in range(40):
+        flops = 1e11 + 1e9 * (4 * number % 50 + rank)
+        found = peak._best_seen(Path(folder) / "peaks", kind, peak.Peak(flops, "measured"))
+        assert found.flops >= flops and "could not" not in found.label, found
 
 
 @pytest.mark.gpu

@@ -15,7 +15,7 @@ from conf.errors import UserError
 from tests.metrics.synthetic import sampled_step, write_run
 from train.metrics.balance import balance_record, update_running
 from train.metrics.figures import build
-from train.metrics.headline import headline
+from train.metrics.headline import findings, headline
 from train.metrics.jsonl import JsonlSink
 from train.metrics.pipeline_figures import BARS, ROWS, timeline_figure
 from train.metrics.report import write_report
@@ -151,6 +151,15 @@ def test_imbalance_of_batches_and_of_the_mean_load_are_told_apart(tmp_path):
     assert cards["Imbalance of a batch"].value == "1.00" and cards["Imbalance of the mean load"].value == "0.01"
     (figure,) = (figure for figure in build(series, {}) if figure.key == "imbalance")
     assert [curve.name for curve in figure.plot.data] == ["of each batch", "of the mean load of about 100 steps"]
+
+
+def test_attempts_that_count_mfu_against_different_peaks_are_named(tmp_path):
+    with open(tmp_path / "metrics.jsonl", "w") as file:
+        for step in range(1, 21):
+            line = {"step": step, "main_loss": 5.0, "mfu": 0.2, "peak_flops": 2.7e11 if step < 11 else 1.06e12}
+            file.write(json.dumps(line) + "\n")
+    (said,) = (text for text in findings(read_series(tmp_path / "metrics.jsonl"), {}) if "peaks" in text)
+    assert "0.27 TFLOP/s from step 1, 1.06 TFLOP/s from step 11" in said
 
 
 def test_numbers_at_a_glance_are_those_of_the_run(tmp_path):

@@ -56,6 +56,7 @@ SECTIONS: dict[str, tuple[Panel, ...]] = {
     "Speed": (
         Panel("Tokens per second", "tokens/s", ("tokens_per_second",)),
         Panel("MFU: causal, and full attention", "share", ("mfu", "mfu_full")),
+        Panel("Peak of a device that MFU is counted against", "FLOP/s", ("peak_flops",)),
         Panel("Bubble of the pipeline", "share", ("bubble_share",)),
         Panel("Forward, backward, both together", "s", ("forward_seconds", "backward_seconds", "overlapped_seconds")),
         Panel("All-to-all: time waited", "s", ("dispatch_wait_seconds",)),

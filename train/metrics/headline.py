@@ -140,8 +140,22 @@ def findings(series: Series, settings: Mapping[str, Any]) -> list[str]:
             "MFU above 100 % means that the peak it is measured against is too low: the machine was busy when the peak was "
             "measured. Set log.peak_flops to the true figure."
         )
+    if len(peaks := _stretches(series, "peak_flops")) > 1:
+        shown = ", ".join(f"{flops / 1e12:.3g} TFLOP/s from step {step:,}" for step, flops in peaks[-8:])
+        found.append(
+            f"MFU was counted against different peaks of a device: {shown}. Compare it within a stretch, or tokens per second."
+        )
     if not series.layers:
         found.append("No expert loads were recorded, so the figures on experts are left out.")
+    return found
+
+
+def _stretches(series: Series, name: str) -> list[tuple[int, float]]:
+    """First step and value of every stretch of steps with one value."""
+    found: list[tuple[int, float]] = []
+    for step, value in zip(series.step_N, series.columns.get(name, ()), strict=False):
+        if math.isfinite(value) and (not found or found[-1][1] != value):
+            found.append((int(step), float(value)))
     return found
 
 

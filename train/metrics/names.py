@@ -67,6 +67,7 @@ SCALARS = (
     Metric("tokens_per_second", float, "tokens/s", "tokens of this step over step_seconds, all ranks together"),
     Metric("mfu", float, "share", "model FLOP/s over peak; causal attention, MTP not counted, as the paper counts"),
     Metric("mfu_full", float, "share", "the same with attention counted as if it were not causal"),
+    Metric("peak_flops", float, "FLOP/s", "peak of one rank's device that the two are counted against"),
     Metric("step_seconds", float, "s", "wall time of the step; validation and saving come on top"),
     Metric(
         "step_predicted_seconds", float, "s", "the same as mode=plan said, of a step with the full batch", PLAN_HERE

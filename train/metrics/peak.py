@@ -3,15 +3,23 @@
 For data-centre GPUs it is the maker's dense bf16 figure, also when products run in FP8: the paper counts against bf16
 (ISCA 5.1.2: 432 TFLOPS non-causal is 43.7 % of an H800's 989). For everything else, a CPU above all, no such
 figure is known, and the fastest of a few plain matrix products stands for it, made as training makes them.
+
+A measurement on a busy machine is too low, never too high. So the best figure of a kind of device, number of threads, number
+format and code is kept in the cache folder, and every start measures again, in the time that a start without a figure
+takes: it may raise the figure. From the second start on, a busy moment no longer moves what MFU is measured against.
 """
 
+import json
 import re
 import time
-from typing import NamedTuple
+from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 
-from train.model.compiled_products import fastest_product
+from train.checkpoint.files import atomic_write_json
+from train.cpu import cpu_name
+from train.model.compiled_products import fastest_product, fits
 
 NAMED = (
     (r"\bB200\b", 2250e12),
@@ -24,6 +32,8 @@ NAMED = (
 SIZES = (256, 512, 1024, 2048, 4096, 8192)
 TRIES = 3
 BUDGET_SECONDS = 0.25
+IMPOSSIBLE = 1e17
+"""FLOP/s that no device reaches; a kept figure like that is damage, and would stand for ever."""
 
 
 class Peak(NamedTuple):
@@ -33,10 +43,11 @@ class Peak(NamedTuple):
     """Where the figure comes from, for a person."""
 
 
-def peak_flops(device: torch.device, dtype: torch.dtype, *, given: float = 0.0) -> Peak:
-    """given (log.peak_flops) if it is set, else the maker's figure, else measured in under 0.3 s.
+def peak_flops(device: torch.device, dtype: torch.dtype, *, given: float = 0.0, cache: Path | None = None) -> Peak:
+    """given (log.peak_flops) if it is set, else the maker's figure, else the best one measured so far, now included.
 
-    dtype: format of the products; FP8 counts as bf16.
+    dtype: format of the products; FP8 counts as bf16. cache: folder that keeps the best figures; None keeps none. A
+    measurement takes about 0.3 s. A kept figure that cannot be read or written is said in the label, and no more.
     """
     if given > 0:
         return Peak(given, "log.peak_flops")
@@ -45,12 +56,62 @@ def peak_flops(device: torch.device, dtype: torch.dtype, *, given: float = 0.0) 
         name = torch.cuda.get_device_name(device)
         if (known := named_peak(name)) is not None:
             return Peak(known, f"{name}, bf16 figure of its maker")
-    return Peak(measured_peak(device, dtype), f"measured {str(dtype).removeprefix('torch.')} matrix product")
+    now = Peak(measured_peak(device, dtype), f"measured {_format(dtype)} matrix product")
+    return now if cache is None else _best_seen(cache / "peaks", _kind(device, dtype), now)
 
 
 def named_peak(name: str) -> float | None:
     """The maker's dense bf16 FLOP/s of a GPU by the name that CUDA reports, None if unknown."""
     return next((flops for pattern, flops in NAMED if re.search(pattern, name) and "MIG" not in name), None)
+
+
+def _format(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _kind(device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
+    """What measurements must have in common so that the best of them stands for all."""
+    on_cuda, example = device.type == "cuda", torch.empty(16, 16, device=device, dtype=dtype)
+    return {
+        "device": torch.cuda.get_device_name(device) if on_cuda else cpu_name(),
+        "threads": 0 if on_cuda else torch.get_num_threads(),
+        "dtype": _format(dtype),
+        "code": "compiled" if fits(example, example) else f"torch {torch.__version__}",
+    }
+
+
+def _best_seen(folder: Path, kind: dict[str, Any], now: Peak) -> Peak:
+    """The better of the kept figure and the one of now, which is then kept.
+
+    A file per kind, replaced in one move. Of two processes that write at once the last one's figure stays, also if it is
+    the lower one: a later start raises it again.
+    """
+    path = folder / (re.sub(r"[^A-Za-z0-9.]+", "_", " ".join(map(str, kind.values()))).strip("_")[:200] + ".json")
+    kept, problem = _read_kept(path, kind)
+    if kept >= now.flops:
+        return Peak(
+            kept, f"best {kind['dtype']} matrix product so far, kept in {path}; {now.flops / 1e12:.3g} TFLOP/s now"
+        )
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        atomic_write_json(path, kind | {"flops": now.flops})
+    except OSError as error:
+        problem = f"; it cannot be kept for later runs in {path}: {error.strerror}"
+    return Peak(now.flops, f"{now.label}{f', {kept / 1e12:.3g} TFLOP/s before' if kept else ''}{problem}")
+
+
+def _read_kept(path: Path, kind: dict[str, Any]) -> tuple[float, str]:
+    """The figure in the file, 0 without one; and what is wrong with the file, which is then written again."""
+    try:
+        found = json.loads(path.read_bytes())
+        flops = float(found.pop("flops"))
+        if found == kind and 0 < flops < IMPOSSIBLE:
+            return flops, ""
+    except FileNotFoundError:
+        return 0.0, ""
+    except (OSError, ValueError, TypeError, AttributeError, KeyError, RecursionError):
+        pass  # whatever the file holds, training needs nothing of it
+    return 0.0, f"; the figure kept in {path} could not be read and is replaced"
 
 
 def measured_peak(device: torch.device, dtype: torch.dtype, budget: float = BUDGET_SECONDS) -> float:
