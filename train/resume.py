@@ -1,6 +1,7 @@
 """Where a run starts: rank 0 looks for the checkpoint, every rank reads its part of it."""
 
 from collections.abc import Callable, Collection
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,7 @@ from conf.errors import UserError
 from conf.schema import Config
 from parallel.exchange import from_rank_0, gather
 from parallel.shard import Shard
+from train.changed_settings import changed
 from train.checkpoint.checkpointer import Checkpointer
 from train.checkpoint.load import fill
 from train.checkpoint.manifest import Damaged, manifest_of, newest_intact, read_manifest
@@ -21,22 +23,32 @@ from train.state import State
 from train.trained_with import require_tokenizer
 
 
+@dataclass
+class Restored:
+    """Where the state of a run comes from."""
+
+    notes: list[str] = field(default_factory=list)
+    """For a person."""
+    resumed: dict[str, Any] | None = None
+    """`resumed` in train/metrics/names.py; None where no checkpoint was read."""
+
+
 def restore(
     config: Config,
     data: Prepared,
     state: State,
     checkpointer: Checkpointer,
     copies: MemoryCopies | None = None,
-) -> list[str]:
-    """Load the newest copy in memory, or the checkpoint that config.resume means, if any; returns notes for the user.
+) -> Restored:
+    """Load the newest copy in memory, or the checkpoint that config.resume means, if any.
 
     What turns out damaged on any rank is passed over under resume=auto. Raises UserError if the checkpoint belongs to
     another tokenizer or a longer run.
     """
     skip: set[Path] = set()
     notes: list[str] = []
-    if copies is not None and _restore_copies(config, data, state, copies, notes):
-        return notes
+    if copies is not None and (restored := _restore_copies(config, data, state, copies, notes)):
+        return restored
     while True:
         name, warnings = from_rank_0(lambda: _resume_point(config, skip))
         notes += [f"passed over a damaged checkpoint: {warning}" for warning in warnings if not skip]
@@ -48,13 +60,13 @@ def restore(
                 "start once with checkpoint.every_memory=0 to begin anew, or take another name=",
             )
         if name is None:
-            return notes if config.init_from is None else notes + _start(config, data.tokenizer, state)
+            return Restored(notes if config.init_from is None else notes + _start(config, data.tokenizer, state))
         path = Path(name)
         meta = read_manifest(path).meta
         _fits(config, data.tokenizer, path, meta)
         problem = _load(state, meta, lambda wanted, path=path: checkpointer.load(path, wanted))
         if problem is None:
-            return [*notes, f"resumed from step {state.step}: {path}", *_changed(config, data, meta)]
+            return _resumed(config, data, meta, notes, str(path))
         if config.resume != "auto":
             raise UserError("resume", config.resume, problem, "give another checkpoint, or use resume=auto")
         notes.append(f"passed over a damaged checkpoint: {problem}")
@@ -67,25 +79,29 @@ def _resume_point(config: Config, skip: Collection[Path]) -> tuple[str | None, l
     return None if found.path is None else str(found.path), found.warnings
 
 
-def _restore_copies(config: Config, data: Prepared, state: State, copies: MemoryCopies, notes: list[str]) -> bool:
-    """Load the set in memory, if it is newer than every checkpoint on disk; whether that worked. Adds to the notes."""
+def _resumed(config: Config, data: Prepared, meta: dict[str, Any], notes: list[str], where: str) -> Restored:
+    changes = changed(config, data.fingerprint, meta)
+    resumed = {"step": meta["step"], "from": where} | changes.plain()
+    return Restored([*notes, f"resumed from step {meta['step']}: {where}", *changes.notes()], resumed)
+
+
+def _restore_copies(
+    config: Config, data: Prepared, state: State, copies: MemoryCopies, notes: list[str]
+) -> Restored | None:
+    """Load the set in memory, if it is newer than every checkpoint on disk; None if that did not work. Adds to the notes."""
     body, warning = from_rank_0(lambda: _newest_copy(config, copies))
     if warning is not None:
         notes.append(f"passed over copies in memory: {warning}")
     if body is None:
-        return False
+        return None
     manifest = manifest_of(Path(body["folder"]), body)
     _fits(config, data.tokenizer, manifest.folder, manifest.meta)
     problem = _load(state, manifest.meta, lambda wanted: fill(manifest, copies.files(), wanted))
     if problem is not None:
         notes.append(f"passed over copies in memory: {problem}")
-        return False
+        return None
     copies.resumed()
-    notes += [
-        f"resumed from step {state.step}: copies in memory, {manifest.folder}",
-        *_changed(config, data, manifest.meta),
-    ]
-    return True
+    return _resumed(config, data, manifest.meta, notes, f"copies in memory, {manifest.folder}")
 
 
 def _newest_copy(config: Config, copies: MemoryCopies) -> tuple[dict[str, Any] | None, str | None]:
@@ -128,32 +144,6 @@ def _start(config: Config, tokenizer: Tokenizer, state: State) -> list[str]:
     folder = Folder(Path(path), stored)
     start_from(config, folder, state)
     return [*notes, f"started from the weights of {folder.path}: {len(folder.stored)} tensors"]
-
-
-def _changed(config: Config, data: Prepared, meta: dict[str, Any]) -> list[str]:
-    """What may differ from the run that wrote a checkpoint, but hardly by accident."""
-    found = []
-    if meta["seq_len"] != config.seq_len:
-        found.append(
-            f"seq_len was {meta['seq_len']} and is {config.seq_len}: tokens are counted as if all samples had that length"
-        )
-    if meta["seed"] != config.seed:
-        found.append(
-            f"seed was {meta['seed']} and is {config.seed}: the order of the samples is another one from here on"
-        )
-    if meta["data"] != data.fingerprint:
-        found.append(
-            f"the data are not those that step {meta['step']} was trained on: samples from here on are those that the new "
-            "data would have at this step"
-        )
-    averaged = config.optim.ema_decay > 0
-    if averaged and not meta["has_ema"]:
-        found.append(
-            "the checkpoint has no average of the weights: the average starts with the weights as they are now"
-        )
-    if meta["has_ema"] and not averaged:
-        found.append("optim.ema_decay is 0: the average of the weights that the checkpoint has ends here")
-    return found
 
 
 def _fits(config: Config, tokenizer: Tokenizer, path: Path, meta: dict[str, Any]) -> None:

@@ -19,6 +19,7 @@ from conf.schema import Config
 from parallel.exchange import gather
 from parallel.mesh import Mesh
 from train.balance import update_bias
+from train.changed_settings import settings_of
 from train.checkpoint.checkpointer import Checkpointer
 from train.checkpoint.manifest import step_name
 from train.checkpoint.memory import MemoryCopies
@@ -89,6 +90,7 @@ class Trainer:
         self.rank_progress = RankProgress(RunPaths(config).logs, mesh.rank, self._warn)
         self.schedules = Schedules(config)
         self.timeline = TimelineSampler(config, mesh, parts.pipeline, state.step)
+        self._settings = settings_of(config)
         self._bad_in_a_row = 0
         self._busy: float | None = None
         """Seconds of this rank's own forward and backward in the step before; a straggler has more than the others."""
@@ -293,6 +295,7 @@ class Trainer:
             "held_out": self.data.held_out,
             "seed": self.config.seed,
             "seq_len": self.config.seq_len,
+            "config": self._settings,
         }
 
     def _save(self, final: bool = False) -> None:

@@ -118,7 +118,8 @@ def _run(config: Config, place: Place, stop: StopRequest) -> int:
         copies = MemoryCopies(
             *given, rank=place.rank, world_size=place.world, attempt=attempt, timeout=config.cluster.timeout
         )
-    notes = restore(config, data, state, checkpointer, copies)
+    restored = restore(config, data, state, checkpointer, copies)
+    notes = restored.notes
     if copies is not None and (why := copies.require_room(state.shards())):
         copies, notes = None, [*notes, why]
     if device.type == "cpu" and activation_dtype(config.precision) == torch.bfloat16 and (why := missed()):
@@ -127,7 +128,9 @@ def _run(config: Config, place: Place, stop: StopRequest) -> int:
         data.tokenizer.save(paths.path)
     flops = count_flops(config, device)
     started = time.monotonic()
-    writer = open_writer(config, paths.path, resumed_step=state.step) if place.rank == 0 else None
+    writer = (
+        open_writer(config, paths.path, resumed_step=state.step, resumed=restored.resumed) if place.rank == 0 else None
+    )
     with writer or contextlib.nullcontext():
         for note in [*data.notes, *notes, f"MFU is counted against {flops.label}"] if writer else []:
             writer.note(note)

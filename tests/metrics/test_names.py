@@ -4,7 +4,7 @@ import pytest
 
 from tests.metrics.wandb_file import history
 from tests.small import metrics, train
-from train.metrics.names import LAYERS, SCALARS, WANDB, table_name
+from train.metrics.names import EVENTS, LAYERS, SCALARS, WANDB, table_name
 
 ELSEWHERE = {
     "after mode=plan of the same name and recipe",
@@ -15,7 +15,7 @@ ELSEWHERE = {
     "cluster=ray",
 }
 """Conditions that one process does not meet; tests/test_timeline.py, tests/test_layouts.py and tests/cluster do."""
-TABLE = {metric.name for metric in (*SCALARS, *LAYERS)}
+TABLE = {metric.name for metric in (*SCALARS, *EVENTS, *LAYERS)}
 
 
 @pytest.fixture(scope="module")
@@ -32,11 +32,11 @@ def attempts(tmp_path_factory):
 
 def test_every_logged_name_is_documented_and_every_documented_one_logged(attempts):
     logged = {table_name(name) for record in metrics(attempts, "names").values() for name in record}
-    assert logged == {metric.name for metric in (*SCALARS, *LAYERS) if metric.when not in ELSEWHERE}
+    assert logged == {metric.name for metric in (*SCALARS, *EVENTS, *LAYERS) if metric.when not in ELSEWHERE}
 
 
 def test_what_has_no_condition_is_in_every_step(attempts):
-    always = {metric.name for metric in (*SCALARS, *LAYERS) if not metric.when}
+    always = {metric.name for metric in (*SCALARS, *EVENTS, *LAYERS) if not metric.when}
     for record in metrics(attempts, "names").values():
         assert always <= set(record)
 

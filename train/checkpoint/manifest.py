@@ -98,6 +98,7 @@ class Manifest:
     attempt: int
     world_size: int
     meta: Meta
+    """What the run stored beside the tensors: samples, tokenizer, data, seed, config (its settings), ..."""
     files: dict[str, list[int]]
     """Size in bytes and, for an index, CRC-32; a data file's checksums are in its index."""
     tensors: dict[str, Entry] = field(repr=False)

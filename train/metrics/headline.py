@@ -1,5 +1,6 @@
 """The first screen of report.html: the numbers that one wants first, and sentences on what stands out."""
 
+import json
 import math
 from collections.abc import Mapping
 from typing import Any, NamedTuple
@@ -7,8 +8,16 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from train.metrics.balance import HORIZON
+from train.metrics.names import Record
 from train.metrics.progress import duration, short
 from train.metrics.series import Series
+
+RESUMES = 8
+"""Of the resumes with other settings, those that the report tells of, the newest ones."""
+
+
+SETTING = 60
+"""Characters of a setting's value in a sentence."""
 
 
 class Card(NamedTuple):
@@ -126,6 +135,7 @@ def findings(series: Series, settings: Mapping[str, Any]) -> list[str]:
         found.append(
             f"The run has done {series.step_N[-1]:,} of {planned:,} steps: it still trains, or it was stopped."
         )
+    found += [_changes(resumed) for resumed in series.resumes if resumed.get("changed")][-RESUMES:]
     if "loss" in series.columns and (lost := len(series.step_N) - len(series.finite("loss"))):
         found.append(
             f"A loss was not a finite number in {lost:,} of {len(series.step_N):,} recorded steps: gaps in the curves."
@@ -148,6 +158,18 @@ def findings(series: Series, settings: Mapping[str, Any]) -> list[str]:
     if not series.layers:
         found.append("No expert loads were recorded, so the figures on experts are left out.")
     return found
+
+
+def _changes(resumed: Record) -> str:
+    """A sentence on the settings that changed where a run was resumed."""
+    pairs = (f"{key} from {clipped(old)} to {clipped(new)}" for key, (old, new) in resumed["changed"].items())
+    return f"Resumed from step {resumed['step']:,} with other settings: {'; '.join(pairs)}."
+
+
+def clipped(value: Any) -> str:
+    """A setting as text that a sentence can hold; config.yaml has the whole."""
+    text = value if isinstance(value, str) and value else json.dumps(value)
+    return text if len(text) <= SETTING else f"{text[: SETTING // 2]}...{text[-SETTING // 2 :]}"
 
 
 def _stretches(series: Series, name: str) -> list[tuple[int, float]]:

@@ -1,6 +1,6 @@
 """The one table of metric names: what a line of metrics.jsonl may hold, in which unit, meaning what, and when.
 
-A line is one JSON object. Its scalars come first, in the order of the table, then the values per MoE layer, so that a
+A line is one JSON object. Its scalars come first, in the order of the table, then events, then the values per MoE layer, so that a
 reader of a long file can cut a line at LAYERS_MARK and parse the head alone. An absent key was not measured in
 that step; null means that the number was not finite (NaN is no JSON).
 
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from typing import Any
 
 Record = dict[str, Any]
-"""One step: metric name -> number, or for layer metrics -> {layer name: number or list}."""
+"""One step: metric name -> number, or for layer metrics -> {layer name: number or list}, or for an event an object."""
 
 
 @dataclass(frozen=True)
@@ -163,6 +163,18 @@ SCALARS = (
     Metric("time", float, "s", "Unix time at the end of the step"),
 )
 
+EVENTS = (
+    Metric(
+        "resumed",
+        dict,
+        "event",
+        "step and checkpoint that this attempt goes on from; settings that differ from the run that wrote it, old and new; whether "
+        "all are known; facts",
+        "the first step after a resume",
+    ),
+)
+"""Of a line, what is no number."""
+
 LAYERS = (
     Metric("layer_max_vio", float, "1", "max_vio of each MoE layer"),
     Metric("layer_entropy", float, "1", "load_entropy of each MoE layer"),
@@ -189,7 +201,7 @@ LAYER_LOAD_EVERY = 10
 LAYERS_MARK = b',"layer_max_vio":'
 """Where the head of a line ends: the scalars stand before it."""
 
-_ORDER = [metric.name for metric in SCALARS + LAYERS]
+_ORDER = [metric.name for metric in SCALARS + EVENTS + LAYERS]
 
 
 def table_name(name: str) -> str:
@@ -206,6 +218,11 @@ def order(name: str) -> tuple[int, int]:
     row = table_name(name)
     assert row in _ORDER, f"metric {name!r} is missing from train/metrics/names.py"
     return _ORDER.index(row), int(name.rpartition("_")[2]) if row == "mtp_loss_K" else 0
+
+
+def is_event(name: str) -> bool:
+    """Whether the value is no number."""
+    return any(metric.name == name for metric in EVENTS)
 
 
 def is_layer_metric(name: str) -> bool:

@@ -18,7 +18,7 @@ from train.metrics.figures import build
 from train.metrics.goodput import cluster_summary
 from train.metrics.headline import Card, findings, headline
 from train.metrics.jsonl import FILE
-from train.metrics.names import SCALARS
+from train.metrics.names import EVENTS, SCALARS
 from train.metrics.planned import Row, plan_rows
 from train.metrics.plot import Figure
 from train.metrics.progress import short
@@ -104,7 +104,10 @@ def _page(
         "<h2>Configuration</h2><details><summary>Every setting of this run (config.yaml)</summary>",
         f"<pre>{html.escape(settings_text) or 'This folder has no config.yaml.'}</pre></details>",
         "<details><summary>What the names in metrics.jsonl mean</summary>",
-        table(("name", "unit", "meaning", "when"), [(m.name, m.unit, m.meaning, m.when or "always") for m in SCALARS]),
+        table(
+            ("name", "unit", "meaning", "when"),
+            [(m.name, m.unit, m.meaning, m.when or "always") for m in (*SCALARS, *EVENTS)],
+        ),
         "</details></main></body></html>",
     ]
     return "\n".join(parts)

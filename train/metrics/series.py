@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 from train.metrics.jsonl import read_heads_with_loads, read_steps
+from train.metrics.names import Record, is_event
 
 POINTS = 1000
 """Points of a curve, at most (about)."""
@@ -31,6 +32,8 @@ class Series:
     layer_vio_SL: np.ndarray
     load_SLE: np.ndarray
     """Tokens per expert."""
+    resumes: Sequence[Record] = ()
+    """Events `resumed`, oldest first."""
 
     def finite(self, metric: str) -> np.ndarray:
         """The finite values of a metric, in the order of steps; empty where it was never measured."""
@@ -71,10 +74,11 @@ def read_series(path: Path) -> Series:
         heads.append(head)
         if has_loads:
             loaded.append(head["step"])
-    names = dict.fromkeys(name for head in heads for name in head)
+    names = dict.fromkeys(name for head in heads for name in head if not is_event(name))
     columns = {name: np.array([_number(head.get(name)) for head in heads]) for name in names}
     step_N = np.array([head["step"] for head in heads], np.int64)
-    return Series(step_N, columns, *_layers(path, loaded))
+    resumes = [head["resumed"] for head in heads if isinstance(head.get("resumed"), dict)]
+    return Series(step_N, columns, *_layers(path, loaded), resumes=resumes)
 
 
 def _layers(path: Path, loaded: list[int]) -> tuple[list[str], np.ndarray, np.ndarray, np.ndarray]:

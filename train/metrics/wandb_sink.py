@@ -25,7 +25,7 @@ from urllib.parse import urlsplit
 import numpy as np
 
 from conf.schema import WandbMode
-from train.metrics.names import LAYER_LOAD_EVERY, Record, is_layer_metric
+from train.metrics.names import LAYER_LOAD_EVERY, Record, is_event, is_layer_metric
 
 ONLINE_SECONDS = 10.0
 """Longest wait for the server at the start."""
@@ -120,6 +120,8 @@ class WandbSink:
         logged = int(last_step.read_bytes() or 0)
         with open(last_step, "r+b", buffering=0) as file:
             while not self._off and (record := self._queue.get()) is not None:
+                if (resumed := record.get("resumed")) is not None:  # also where an earlier attempt has logged this step
+                    run.config.update({f"resumed_at_step_{resumed['step']}": resumed}, allow_val_change=True)
                 if record["step"] > logged:
                     run.log(to_wandb(record), step=record["step"], commit=True)
                     logged = record["step"]
@@ -188,7 +190,8 @@ def to_wandb(record: Record) -> dict[str, Any]:
     """Scalars by their names, a few scalars for each MoE layer, and histograms of expert loads."""
     import wandb
 
-    data = {name: value for name, value in record.items() if not is_layer_metric(name) and name != "step"}
+    scalars = (name for name in record if name != "step" and not is_layer_metric(name) and not is_event(name))
+    data = {name: record[name] for name in scalars}
     for name in LAYER_SCALARS:
         for layer, value in record.get(name, {}).items():
             data[f"{name}/{layer_key(layer)}"] = value

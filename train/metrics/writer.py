@@ -8,10 +8,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Protocol
 
-from omegaconf import OmegaConf
-
 from cluster.launch import given_attempt
 from conf.schema import Config
+from train.changed_settings import settings_of
 from train.metrics.goodput import GoodputRecord
 from train.metrics.jsonl import FILE, JsonlSink
 from train.metrics.names import Record
@@ -36,23 +35,27 @@ class MetricsWriter:
         *,
         every: int = 1,
         last_step: int = 0,
+        first: Record | None = None,
         extra: Callable[[], Record] = dict,
     ):
         """every: steps between records to the sinks; the first, the last and validated steps always go there.
 
-        The terminal sees every record. extra: further scalars for the sinks.
+        The terminal sees every record. first: events that the first record is to hold. extra: further scalars for the sinks.
         """
         self._sinks, self._progress, self._extra = list(sinks), progress, extra
-        self._every, self._last_step = every, last_step
+        self._every, self._last_step, self._first = every, last_step, first or {}
         self._closed = False
 
     def write(self, record: Record) -> bool:
         """Record one step; needs at least `step`. Whether it went to the sinks."""
         self._progress.write(record)
         step = record["step"]
-        due = step % self._every == 0 or step in (1, self._last_step) or "validation_loss" in record
+        due = (
+            step % self._every == 0 or step in (1, self._last_step) or "validation_loss" in record or bool(self._first)
+        )
         if due:
-            record = record | self._extra()
+            record = record | self._first | self._extra()
+            self._first = {}
             for sink in self._sinks:
                 sink.write(record)
         return due
@@ -86,19 +89,23 @@ class MetricsWriter:
         self.close()
 
 
-def open_writer(config: Config, run_folder: Path, *, resumed_step: int = 0) -> MetricsWriter:
-    """The sinks that config.log asks for. resumed_step: last step in the loaded checkpoint, 0 for a new run."""
+def open_writer(
+    config: Config, run_folder: Path, *, resumed_step: int = 0, resumed: Record | None = None
+) -> MetricsWriter:
+    """The sinks that config.log asks for. resumed_step: last step in the loaded checkpoint, 0 for a new run.
+
+    resumed: as in names.py, where it came from and what differs from the run that wrote it.
+    """
     name = config.name or run_folder.name
     progress = Progress(name, config.steps, enabled=config.log.progress, done=resumed_step)
     sinks: list[Sink] = [JsonlSink(run_folder / FILE, resumed_step, progress.note)]
     if wants_wandb(config.log.wandb):
-        plain = OmegaConf.to_container(OmegaConf.structured(config), enum_to_str=True)
         sinks.append(
             WandbSink(
                 run_folder,
                 project=config.log.wandb_project,
                 name=name,
-                config=plain,
+                config=settings_of(config),
                 mode=config.log.wandb,
                 note=progress.note,
             )
@@ -106,5 +113,10 @@ def open_writer(config: Config, run_folder: Path, *, resumed_step: int = 0) -> M
     cluster = dict if given_attempt() is None else GoodputRecord(run_folder)
     plan = planned(config, run_folder)
     return MetricsWriter(
-        sinks, progress, every=config.log.every, last_step=config.steps, extra=lambda: plan | cluster()
+        sinks,
+        progress,
+        every=config.log.every,
+        last_step=config.steps,
+        first=None if resumed is None else {"resumed": resumed},
+        extra=lambda: plan | cluster(),
     )

@@ -1,0 +1,209 @@
+"""What a resumed run does otherwise than the run that wrote its checkpoint: key by key, with the old value and the new one.
+
+A checkpoint holds the resolved settings of the run that wrote it. Every key that differs is told, in groups by what it
+can change, unless EFFECTS says that it cannot change the training. A key that EFFECTS does not name is taken to change it, so
+that a new field of the schema is told until somebody says otherwise.
+"""
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from enum import Enum
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from conf.schema import Config, Data, Fp8, Precision
+
+WIDTH, AROUND = 100, 60
+"""Characters of a line above which old and new stand below each other, and of a long value that are shown around the first
+difference."""
+
+
+class Effect(Enum):
+    """What a setting can change; the value heads its group on the screen."""
+
+    training = "change the training"
+    rounding = "change rounding and speed alone"
+    measured = "change what is measured alone"
+    none = "change nothing of the training"
+
+
+EFFECTS: dict[str, tuple[Effect, str]] = {
+    "mode": (Effect.none, "says what to do with a recipe; training alone resumes"),
+    "name": (Effect.none, "where the run lies"),
+    "runs": (Effect.none, "where the run lies"),
+    "resume": (Effect.none, "where it starts, which its own line says"),
+    "init_from": (Effect.none, "a run that has a checkpoint does not read it"),
+    "micro_batch_size": (Effect.rounding, "the same sum in other parts"),
+    "model.recompute": (Effect.rounding, "the same values, kept or computed again"),
+    "model.loss_chunk": (Effect.rounding, "the same sum in other parts"),
+    "data.cache": (Effect.none, "where tokens are kept"),
+    "data.workers": (Effect.none, "how many processes make the same tokens"),
+    "optim.max_bad_steps": (Effect.none, "when the run gives up"),
+    "parallel": (Effect.rounding, "every layout does the same sums in another order"),
+    "parallel.wire": (Effect.training, "the format of rows on their way to experts"),
+    "precision.fp8.compiled": (Effect.rounding, "the same products with another order of sums"),
+    "precision.fp8.cache.packed": (Effect.none, "the same values in another format"),
+    "precision.fp8.health": (Effect.measured, "readings and their limits"),
+    "cluster": (Effect.none, "where processes run, and how patient they are"),
+    "cluster.device": (Effect.rounding, "another device adds in another order"),
+    "cluster.threads": (Effect.rounding, "more threads add in another order"),
+    "cluster.compiled": (Effect.rounding, "other code for the same operations"),
+    "hardware": (Effect.none, "mode=plan and mode=dry_run read it"),
+    "plan": (Effect.none, "mode=plan reads it"),
+    "dry_run": (Effect.none, "mode=dry_run reads it"),
+    "log": (Effect.none, "what is shown and kept, and when"),
+    "log.validation_sequences": (Effect.measured, "the held-out loss is that of other text"),
+    "log.peak_flops": (Effect.measured, "what MFU is counted against"),
+    "checkpoint": (Effect.none, "when and where the state is saved"),
+    "evaluate": (Effect.none, "mode=evaluate reads it"),
+    "generate": (Effect.none, "mode=generate reads it"),
+    "export": (Effect.none, "mode=export reads it"),
+}
+"""By key or group of keys, the longest one that fits: what it can change, and why."""
+
+REMARKS = {
+    "steps": "schedules stretch over the new length",
+    "seq_len": "tokens are counted as if all samples had that length",
+    "batch_size": "the data go on where the checkpoint ended",
+    "seed": "the order of the samples is another one from here on",
+}
+
+
+@dataclass(frozen=True)
+class Changes:
+    """What differs from the run that wrote a checkpoint."""
+
+    settings: dict[str, tuple[Any, Any]]
+    """Old and new value by key; None where there was or is none."""
+    known: bool
+    """False for a checkpoint that does not hold the settings it was written with."""
+    facts: tuple[str, ...] = ()
+    """Sentences on what is no setting: the data themselves, the average of the weights."""
+
+    def notes(self) -> list[str]:
+        """For a person; settings by group."""
+        groups = {effect: [key for key in self.settings if effect_of(key) is effect] for effect in Effect}
+        lines = []
+        for effect, keys in groups.items():
+            if keys:
+                lines.append(f"  {effect.value}:")
+                lines += [f"    {_line(key, *self.settings[key])}" for key in keys]
+        found = ["\n".join(["settings that differ from those of the checkpoint:", *lines])] if lines else []
+        if not self.known:
+            found.append(
+                "the checkpoint does not hold the settings it was written with: what else differs is not known"
+            )
+        return [*found, *self.facts]
+
+    def plain(self) -> dict[str, Any]:
+        """For metrics.jsonl and W&B."""
+        return {
+            "changed": {key: list(pair) for key, pair in self.settings.items()},
+            "known": self.known,
+            "facts": list(self.facts),
+        }
+
+
+def settings_of(config: Config) -> dict[str, Any]:
+    """All settings, resolved, as JSON has them."""
+    return OmegaConf.to_container(OmegaConf.structured(config), enum_to_str=True)
+
+
+def effect_of(key: str) -> Effect:
+    """What a key such as `optim.lr_schedule[0].value` can change."""
+    fitting = [name for name in EFFECTS if key == name or key.startswith((f"{name}.", f"{name}["))]
+    return EFFECTS[max(fitting, key=len)][0] if fitting else Effect.training
+
+
+def changed(config: Config, fingerprint: str, meta: dict[str, Any]) -> Changes:
+    """How this run differs from the one whose checkpoint has this meta. fingerprint: of the data at hand.
+
+    A setting that the checkpoint's program did not have yet counts as its default.
+    """
+    stored, new = meta.get("config"), settings_of(config)
+    if stored is None:
+        stored = {key: meta[key] for key in ("seed", "seq_len")}
+        new = {key: new[key] for key in stored}
+    pairs = _pairs(_flat(stored), _flat(new), _flat(_defaults()))
+    found = {key: pair for key, pair in pairs if pair[0] != pair[1] and effect_of(key) is not Effect.none}
+    return Changes(found, "config" in meta, tuple(_facts(config, fingerprint, meta, found)))
+
+
+def _defaults() -> dict[str, Any]:
+    """Of every setting, those of FP8 included, but of where the cache is, which asks for the environment."""
+    config = Config(data=Data(cache=""), precision=Precision(fp8=Fp8()))
+    return OmegaConf.to_container(OmegaConf.structured(config), resolve=True, enum_to_str=True)
+
+
+def _pairs(old: dict[str, Any], new: dict[str, Any], defaults: dict[str, Any]) -> Iterator[tuple[str, tuple[Any, Any]]]:
+    """Old and new value of every key of either. A group that was or is absent as a whole is one key."""
+    old, new = _shut(old, new), _shut(new, old)
+    for key in [*new, *(key for key in old if key not in new)]:
+        before, after = old.get(key, defaults.get(key)), new.get(key)
+        yield key, (None if before == [] else before, None if after == [] else after)
+
+
+def _shut(here: dict[str, Any], there: dict[str, Any]) -> dict[str, Any]:
+    """The leaves here, but for a group that is null there, which becomes one leaf."""
+    found: dict[str, Any] = {}
+    for key, value in here.items():
+        group = next((key[:dot] for dot in _dots(key) if there.get(key[:dot], ...) is None), None)
+        found[group or key] = value if group is None else f"set, with {_count(here, group)} keys in config.yaml"
+    return found
+
+
+def _dots(key: str) -> list[int]:
+    return [place for place, character in enumerate(key) if character == "."]
+
+
+def _count(leaves: dict[str, Any], group: str) -> int:
+    return sum(key.startswith(f"{group}.") for key in leaves)
+
+
+def _facts(config: Config, fingerprint: str, meta: dict[str, Any], found: dict[str, Any]) -> Iterator[str]:
+    if meta["data"] != fingerprint:
+        yield (
+            f"the data are not those that step {meta['step']} was trained on: samples from here on are those that the new "
+            "data would have at this step"
+        )
+    elif "data.path" in found:
+        yield "the data have moved: they are those that the checkpoint was trained on"
+    averaged = config.optim.ema_decay > 0
+    if averaged and not meta["has_ema"]:
+        yield "the checkpoint has no average of the weights: the average starts with the weights as they are now"
+    if meta["has_ema"] and not averaged:
+        yield "optim.ema_decay is 0: the average of the weights that the checkpoint has ends here"
+
+
+def _flat(node: Any, prefix: str = "") -> dict[str, Any]:
+    """Leaves by dotted key; a list of groups has an index in its key, a list of numbers or words is a leaf."""
+    if isinstance(node, dict) and node:
+        parts = [(f"{prefix}.{key}" if prefix else str(key), value) for key, value in node.items()]
+    elif isinstance(node, list) and any(isinstance(item, dict) for item in node):
+        parts = [(f"{prefix}[{index}]", value) for index, value in enumerate(node)]
+    else:
+        return {prefix: node}
+    return {key: leaf for name, value in parts for key, leaf in _flat(value, name).items()}
+
+
+def _line(key: str, old: Any, new: Any) -> str:
+    old, new = _text(old), _text(new)
+    if max(len(old), len(new)) > 2 * WIDTH:
+        start = next((i for i, (a, b) in enumerate(zip(old, new, strict=False)) if a != b), min(len(old), len(new)))
+        old, new = (_cut(text, start) for text in (old, new))
+    remark = f": {REMARKS[key]}" if key in REMARKS else ""
+    line = f"{key} was {old} and is {new}{remark}"
+    return line if len(line) <= WIDTH else f"{key}{remark}\n      was    {old}\n      and is {new}"
+
+
+def _cut(text: str, start: int) -> str:
+    """What lies around the first difference, and how long the whole is."""
+    first, last = max(0, start - AROUND), start + AROUND
+    before, after = "..." if first else "", "..." if last < len(text) else ""
+    return f"{before}{text[first:last]}{after} ({len(text)} characters)"
+
+
+def _text(value: Any) -> str:
+    return value if isinstance(value, str) and value else json.dumps(value)
