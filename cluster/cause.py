@@ -6,7 +6,7 @@ When one rank fails, its peers lose their connection or wait until a time-out, a
     2. a node that no longer answers: everything else follows from it;
     3. a rank that vanished without a word: killed, or crashed in native code; a victim has time to write why;
     4. ranks that are silent while the others timed out in a collective: they hang;
-    5. the earliest error by its own clock.
+    5. the earliest error by its own clock; of a loss that is not finite, which fails all at once, where they say it began.
 """
 
 import json
@@ -45,6 +45,8 @@ class Failure:
     """user, timeout or crash."""
     message: str
     code: int
+    ranks: list[int] = field(default_factory=list)
+    """Where it began, if the rank knows that; a loss that is not finite fails all ranks at the same moment."""
 
     def write(self, logs: Path) -> None:
         logs.mkdir(parents=True, exist_ok=True)
@@ -130,11 +132,15 @@ def name_cause(reports: list[RankReport], names: dict[int, str]) -> Cause | None
         return _cause(Kind.hang, text, late, names, log=late[-1].log_tail)
     if first is None:
         return None
-    kind = Kind.diverged if first.failure.code == EXIT_DIVERGED else Kind.crash
+    if first.failure.code == EXIT_DIVERGED:
+        began = [report for report in reports if report.rank in first.failure.ranks]
+        who = ", ".join(_who(report, names) for report in began)
+        text = f"{who} failed: {first.failure.message}" if began else first.failure.message
+        return _cause(Kind.diverged, text, began or failed, names, EXIT_DIVERGED)
     said = first.failure.message.strip()
     said = said if "\n  rule: " in said else said.splitlines()[-1]  # one screen, or the end of a traceback
     text = f"{_who(first, names)} failed: {said}"
-    return _cause(kind, text, [first], names, first.failure.code, first.failure.message)
+    return _cause(Kind.crash, text, [first], names, first.failure.code, first.failure.message)
 
 
 def _cause(

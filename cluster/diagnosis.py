@@ -13,7 +13,7 @@ ADVICE = {
     Kind.crash: "the lines above come from the rank that failed first; the same command resumes once the cause is mended",
     Kind.hang: "the stacks above show where each rank waits; if they are simply that slow, raise "
     "cluster.hang_after, before the first step and in checkpoints cluster.start_timeout",
-    Kind.diverged: "lower optim.lr, or resume from an earlier checkpoint with resume=FOLDER; data of the last steps may be bad",
+    Kind.diverged: "what the first line says; the step was tried again, and the same command would try it once more",
     Kind.start: "the lines above come from the node that could not start its ranks",
 }
 LOG_LINES = 30

@@ -122,7 +122,7 @@ def changed(config: Config, fingerprint: str, meta: dict[str, Any]) -> Changes:
 
     A setting that the checkpoint's program did not have yet counts as its default.
     """
-    stored, new = meta.get("config"), settings_of(config)
+    stored, new = meta["config"] if "config" in meta else None, settings_of(config)
     if stored is None:
         stored = {key: meta[key] for key in ("seed", "seq_len")}
         new = {key: new[key] for key in stored}

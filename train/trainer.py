@@ -8,7 +8,9 @@ record, validate and save when due. The logging rank is rank 0 and the only one 
 import math
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from itertools import chain
 from typing import Any
 
 import torch
@@ -23,12 +25,14 @@ from train.changed_settings import settings_of
 from train.checkpoint.checkpointer import Checkpointer
 from train.checkpoint.manifest import step_name
 from train.checkpoint.memory import MemoryCopies
+from train.data.batch import Batch
 from train.data.prefetch import Prefetch
 from train.data.prepare import Prepared
 from train.measure import Measure, Measured
 from train.memory import peak_memory
 from train.metrics.balance import balance_record
 from train.metrics.writer import MetricsWriter
+from train.nonfinite import SHOWN, Origin, RankSaw, Watch, bad_weights, find_origin
 from train.parallelize import Parallelized
 from train.precision.health import Report, merge
 from train.rank_progress import RankProgress
@@ -41,9 +45,13 @@ from train.validation import held_out_loss
 
 
 class Diverged(RuntimeError):
-    """Too many steps in a row had a non-finite loss or gradient."""
+    """Too many steps in a row had a non-finite loss or gradient. ranks: where it began, empty where that is not known."""
 
     code = EXIT_DIVERGED
+
+    def __init__(self, text: str, ranks: Sequence[int] = ()):
+        super().__init__(text)
+        self.ranks = tuple(ranks)
 
 
 class Overtaken(RuntimeError):
@@ -133,14 +141,12 @@ class Trainer:
         waited = batches.waited
         batch = next(batches)
         data_wait = batches.waited - waited
-        micro_batches = len(batch.tokens_BS) // self.config.micro_batch_size
-        self._set_weights(plan, micro_batches)
-        documents_BS = None if batch.documents_BS is None else batch.documents_BS.to(self.device)
+        self._set_weights(plan, self._micro_batches(batch))
         zero = self.parts.zero
         if self.timeline.wants(plan.step):
             self.timeline.align()
         with zero.accumulate():
-            self.parts.pipeline.step(batch.tokens_BS.to(self.device), documents_BS, micro_batches=micro_batches)
+            self._run_passes(batch)
             if self.device.type == "cuda":
                 torch.cuda.synchronize(self.device)  # the sum over all ranks below waits for it in any case
             measured = self.measure.collect(self.stop.pending)
@@ -153,7 +159,7 @@ class Trainer:
             if self.state.ema is not None:
                 self.state.ema.update()
         else:
-            self._skipped(plan, measured, update.bad_parameters)
+            self._skipped(plan, batch, measured, update.bad_parameters)
         self.state.step, self.state.samples = plan.step, plan.first_sample + plan.batch_size
         record = self._record(plan, measured, update.grad_norm, data_wait)
         record |= self._speed(plan, time.perf_counter() - started)
@@ -166,6 +172,15 @@ class Trainer:
         self._log(record)
         self._save_when_due(plan.step)  # after its record is written: a run that resumes here goes on with the next
         return measured.stop
+
+    def _micro_batches(self, batch: Batch) -> int:
+        return len(batch.tokens_BS) // self.config.micro_batch_size
+
+    def _run_passes(self, batch: Batch) -> None:
+        """Forward and backward of all micro-batches."""
+        documents_BS = None if batch.documents_BS is None else batch.documents_BS.to(self.device)
+        tokens_BS, micro_batches = batch.tokens_BS.to(self.device), self._micro_batches(batch)
+        self.parts.pipeline.step(tokens_BS, documents_BS, micro_batches=micro_batches)
 
     def _save_when_due(self, step: int) -> None:
         """In memory, on disk, both or neither; the last state is saved when the run ends."""
@@ -191,22 +206,50 @@ class Trainer:
         for name, router in self.measure.routers.items():
             update_bias(router.bias_E, loads_LE[self.measure.layers.index(name)], plan.bias_speed)
 
-    def _skipped(self, plan: StepPlan, measured: Measured, bad: list[str]) -> None:
+    def _skipped(self, plan: StepPlan, batch: Batch, measured: Measured, bad: list[str]) -> None:
         """Count and name a step without update; too many in a row end the run."""
         self.state.skipped += 1
         self._bad_in_a_row += 1
-        names = sorted({name for rank in gather(bad) for name in rank})
-        shown = ", ".join(names[:8]) + (f" and {len(names) - 8} more" if len(names) > 8 else "")
-        what = f"non-finite gradient in {shown}" if math.isfinite(measured.main_loss) else "non-finite loss"
-        text = f"step {plan.step} skipped: {what}"
-        self._note(text)
-        if self._bad_in_a_row >= self.config.optim.max_bad_steps:
-            where = f"; parameters with non-finite gradients: {', '.join(names)}" if names else ""
+        finite, last = math.isfinite(measured.main_loss), self._bad_in_a_row >= self.config.optim.max_bad_steps
+        if self._bad_in_a_row > 1 and not last:  # the first of a row was looked at, and the last one will be
+            self._note(f"step {plan.step} skipped: again a non-finite {'gradient' if finite else 'loss'}")
+            return
+        origin = self._find_origin(finite, batch, bad)
+        self._note(f"step {plan.step} skipped: {origin.text}")
+        if last:
             self.checkpointer.finish()  # a save in flight is a place to resume from
+            samples = f"{plan.first_sample} to {plan.first_sample + plan.batch_size - 1}"
+            if origin.alone and origin.ranks:
+                samples = self._samples_of(plan, origin.ranks)
+            advice = origin.advice(self.parts.zero.client.updates, samples)
             raise Diverged(
                 f"{self._bad_in_a_row} steps in a row (optim.max_bad_steps) had a non-finite loss or gradient, the "
-                f"last was step {plan.step}{where}. Lower optim.lr, or resume from an older checkpoint with resume=PATH"
+                f"last was step {plan.step}, {origin.text}. {advice}",
+                origin.ranks,
             )
+
+    def _find_origin(self, finite_loss: bool, batch: Batch, bad: list[str]) -> Origin:
+        """Do the step once more on all ranks and watch it; weights and moments stay as they are."""
+        zero, last = self.parts.zero, self.measure.last
+        loss = None if last is None else bool(last.losses.means().isfinite().all())
+        masters = ((name, shard.local) for name, shard in zero.shards().items() if name.startswith("master."))
+        held = ((name, param) for param, name in zero.names.items() if param.numel())
+        weights = bad_weights((name.removeprefix("master."), weight) for name, weight in chain(masters, held))
+        with zero.accumulate(), Watch(self.parts.chunks) as watch:
+            self._run_passes(batch)
+        zero.step(valid=False)
+        mine = RankSaw(
+            self.mesh.rank, self.mesh.dp_rank, loss, sorted(bad)[:SHOWN], weights, watch.forward, watch.backward
+        )
+        return find_origin(finite_loss, [RankSaw.from_plain(plain) for plain in gather(mine.plain())])
+
+    def _samples_of(self, plan: StepPlan, ranks: Sequence[int]) -> str:
+        """The samples that these ranks read in a step."""
+        count = plan.batch_size // self.mesh.layout.dp
+        firsts = (
+            plan.first_sample + replica * count for replica in sorted({self.mesh.layout.dp_rank(r) for r in ranks})
+        )
+        return ", ".join(f"{first} to {first + count - 1}" for first in firsts)
 
     def _record(self, plan: StepPlan, measured: Measured, grad_norm: float, data_wait: float) -> dict[str, Any]:
         depth = max(1, len(measured.mtp_losses))

@@ -209,9 +209,10 @@ def _report(error: Exception, place: Place, failures: Path | None) -> int:
     kind = "user" if code == EXIT_USER else "timeout" if _is_timeout(error) else "crash"
     expected = isinstance(error, (UserError, Diverged, Overtaken))
     text = str(error) if expected else "".join(traceback.format_exception(error))
+    began = list(error.ranks) if isinstance(error, Diverged) else []
     try:
         if failures is not None:
-            Failure(place.rank, time.time(), kind, text, code).write(failures)
+            Failure(place.rank, time.time(), kind, text, code, began).write(failures)
             return code
     except OSError as refused:
         text = f"{text}\n(the driver cannot read this, as {refused})"
