@@ -1,22 +1,10 @@
 """One attempt to run: its ranks as their agents last saw them, its progress, and what went wrong with it."""
 
-import statistics
-from collections import deque
-from dataclasses import dataclass
-
 from cluster.cause import CERTAIN, Cause, Kind, RankReport, name_cause, name_hang
 from cluster.policy import Policy
+from cluster.straggler import Slow, Stragglers
 from cluster.topology import Placement
 from conf.errors import EXIT_USER
-
-
-@dataclass(frozen=True)
-class Slow:
-    """A rank whose own work takes longer than that of the others; seconds per step."""
-
-    rank: int
-    seconds: float
-    median: float
 
 
 class Attempt:
@@ -38,8 +26,8 @@ class Attempt:
         self.stacks: dict[int, str] = {}
         self.first_step: int | None = None
         """The first step that a rank was seen to work on."""
-        self._work: dict[int, deque[float]] = {}
-        self._slow: set[int] = set()
+        dp = placement.dp
+        self._stragglers = Stragglers([range(stage * dp, (stage + 1) * dp) for stage in range(placement.pp)])
 
     @property
     def reachable(self) -> tuple[str, ...]:
@@ -78,7 +66,7 @@ class Attempt:
             if (report.step, report.phase, report.ended) != (old.step, old.phase, old.ended):
                 self.moved = now
             if report.step != old.step and report.busy is not None:
-                self._work.setdefault(report.rank, deque(maxlen=5)).append(report.busy)
+                self._stragglers.take(report.rank, report.busy)
             self.reports[report.rank] = report
         if self.first_step is None and self.step >= 0:
             self.first_step = self.step
@@ -118,13 +106,5 @@ class Attempt:
         return Cause(Kind.node, text, ranks, tuple(nodes[id].name for id in self.lost))
 
     def new_stragglers(self, factor: float) -> list[Slow]:
-        """Ranks with over `factor` times the median work in the last 5 steps that were not named before."""
-        if not factor or len(self.reports) < 2 or len(self._work) < len(self.reports):
-            return []
-        if min(map(len, self._work.values())) < 5:
-            return []
-        work = {rank: statistics.fmean(times) for rank, times in self._work.items()}
-        median = statistics.median_low(work.values())
-        slow = {rank for rank in work if work[rank] > factor * median and work[rank] - median > 0.01}
-        new, self._slow = sorted(slow - self._slow), slow
-        return [Slow(rank, work[rank], median) for rank in new]
+        """Ranks that have become slow beside those that do the same work."""
+        return self._stragglers.new(factor)

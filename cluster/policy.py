@@ -31,8 +31,8 @@ class Policy:
     """For the checkpoint after a request to stop."""
     restarts: int = 3
     """Failures of one kind without a new checkpoint in between."""
-    straggler_factor: float = 2.0
-    """A rank with this many times the median work per step is named; 0 for never."""
+    straggler_factor: float = 1.2
+    """A rank with lastingly this many times its peers' work per step is named; 0 for never."""
     saves: bool = True
     """Whether checkpoints come at intervals; else nodes that return are used at once."""
     probe: float = 4.0

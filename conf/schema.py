@@ -448,8 +448,9 @@ class Cluster:
     """Ray: restarts after failures of one kind without a new checkpoint in between; then the run ends with a diagnosis."""
     standby: bool = True
     """Ray: keep one process per rank that has imported the program, so that a restart saves that time (0.5 GB each)."""
-    straggler_factor: float = 2.0
-    """Ray: a rank whose own work takes this many times the median is named; 0 for never."""
+    straggler_factor: float = 1.2
+    """Ray: a rank whose own work takes lastingly, beyond the noise, this many times that of the ranks of its pipeline stage is
+    named, once; 0 for never."""
 
 
 @dataclass

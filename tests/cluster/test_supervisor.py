@@ -226,9 +226,9 @@ def test_too_few_nodes_after_a_failure_names_no_checkpoint_where_there_is_none()
 
 
 def test_a_slow_rank_is_named_with_numbers():
-    world = World(steps=30)
+    world = World(steps=200)
     world.run(1)
-    for _ in range(8):
+    for _ in range(90):
         world.run(1)
         for rank in range(3):
             world.report_of(rank).busy = 0.9 if rank == 1 else 0.3
