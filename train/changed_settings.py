@@ -122,8 +122,10 @@ def changed(config: Config, fingerprint: str, meta: dict[str, Any]) -> Changes:
 
     A setting that the checkpoint's program did not have yet counts as its default.
     """
-    stored, new = meta["config"] if "config" in meta else None, settings_of(config)
-    if stored is None:
+    new = settings_of(config)
+    if "config" in meta:
+        stored = meta["config"]
+    else:
         stored = {key: meta[key] for key in ("seed", "seq_len")}
         new = {key: new[key] for key in stored}
     pairs = _pairs(_flat(stored), _flat(new), _flat(_defaults()))

@@ -41,6 +41,7 @@ META = {
     **dict.fromkeys(("tokenizer", "data"), str),
     "has_ema": bool,
     "held_out": dict,
+    "config": dict,
 }
 """Types of what modes read of the meta."""
 
