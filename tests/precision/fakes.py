@@ -39,10 +39,15 @@ def scaled_mm(a, b, *, scale_a, scale_recipe_a, scale_b, scale_recipe_b, output_
     return (left @ right.t()).to(output_dtype)
 
 
+def _by_column(scale: Tensor) -> bool:
+    """Whether DeepGEMM takes the scales as they are; it compiles a transposition for others, one per number of tiles."""
+    return scale.stride() == (1, scale.shape[0])
+
+
 def _m_grouped(a, b, d, layout, *, recipe_a, recipe_b, disable_ue8m0_cast):
     assert recipe_a == (1, 128) and recipe_b == (128, 128) and disable_ue8m0_cast
     assert layout.dtype == torch.int32 and layout.shape == (a[0].shape[0],) and d.dtype == torch.bfloat16
-    assert a[0].is_contiguous() and b[0].is_contiguous() and b[1].is_contiguous()
+    assert a[0].is_contiguous() and _by_column(a[1]) and b[0].is_contiguous() and b[1].is_contiguous()
     left = _tiles(*a)
     for tile in range(0, len(layout), 128):
         expert = layout[tile]  # the kernel reads one expert per block of 128 rows
@@ -51,6 +56,7 @@ def _m_grouped(a, b, d, layout, *, recipe_a, recipe_b, disable_ue8m0_cast):
 
 def _k_grouped(a, b, d, ks, ks_tensor, c, *, recipe):
     assert recipe == (1, 1, 128) and d.dtype == c.dtype == torch.float32 and c.data_ptr() != d.data_ptr()
+    assert _by_column(a[1]) and _by_column(b[1])
     assert ks_tensor.tolist() == ks and ks_tensor.dtype == torch.int32 and all(k % 128 == 0 for k in ks)
     start = 0
     for expert, k in enumerate(ks):

@@ -178,9 +178,8 @@ def test_grouped_operands_are_flat_per_expert(engine):
     reference = quantize_reference(x, rule.cast(transposed=True))
     flat = torch.cat([part.mT.flatten() for part in reference.q.float().split(groups.padded)])
     assert same(tiles.q, flat) and same(tiles.scale, reference.scale.mT)
-    assert (
-        tiles.scale.is_contiguous() and expanded.scale.shape == tiles.scale.shape and expanded.q.shape == tiles.q.shape
-    )
+    assert tiles.scale.t().is_contiguous() and expanded.scale.t().is_contiguous()
+    assert expanded.scale.shape == tiles.scale.shape and expanded.q.shape == tiles.q.shape
 
 
 def test_what_is_missing_is_named():
@@ -188,6 +187,9 @@ def test_what_is_missing_is_named():
         hopper.load_deep_gemm()
     fp8 = compose("precision=fp8", "precision.fp8.gradient=e5m2/1x128/fp32").precision.fp8
     with pytest.raises(UserError, match="DeepGEMM has no other format"):
+        hopper._check_recipe(fp8)
+    fp8 = compose("precision=fp8", "precision.fp8.dense.dgrad.gradient=e5m2/1x128/fp32").precision.fp8
+    with pytest.raises(UserError, match="scaled_mm takes no other format"):
         hopper._check_recipe(fp8)
     fp8 = compose("precision=fp8", "precision.fp8.weight=e4m3/row/fp32").precision.fp8
     with pytest.raises(UserError, match=r"experts_up\.fprop\.weight"):

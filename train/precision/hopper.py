@@ -7,9 +7,11 @@
 What is missing or too old is an error that names it; nothing falls back.  Granularities that the kernels lack (row,
 tensor, 128x128 on the left) are written as the tiles that hold the same scales, so that ablations run on the same kernels.
 
-All sizes are padded with zeros to multiples of 128 inside.  Two layouts are traps: cuBLASLt reads the scales of a
-128x128 operand with their number along the contraction rounded up to a multiple of 4, and DeepGEMM's K-grouped kernel
-wants a C operand and leaves the result of an expert without rows unwritten.
+All sizes are padded with zeros to multiples of 128 inside.  Three layouts are traps: cuBLASLt reads the scales of a
+128x128 operand with their number along the contraction rounded up to a multiple of 4; DeepGEMM's K-grouped kernel
+wants a C operand and leaves the result of an expert without rows unwritten; and DeepGEMM transposes scales of tiles that
+are stored row by row with a kernel that it compiles for each width, which for Wgrad means for every number of rows, and
+whose shared memory ends at 116,000 rows.  Column by column, as here, both products take them as they are.
 
 Shape suffixes: O outer, C contraction, P padded rows, E experts, N outer of the right operand.
 """
@@ -71,8 +73,9 @@ class HopperEngine:
     cast = keep
 
     def arrived(self, q_MK: Tensor, scale: Tensor, cast: Cast) -> Quantized:
-        q, by_column = _padded(q_MK.view(torch.uint8)).view(q_MK.dtype), F.pad(scale.t(), (0, -scale.shape[0] % TILE))
-        return Quantized(q, by_column.contiguous().t(), cast, q_MK.shape)
+        q = _padded(q_MK.view(torch.uint8)).view(q_MK.dtype)
+        below = len(q) - len(scale)
+        return Quantized(q, _by_column(F.pad(scale, (0, 0, 0, below)) if below else scale), cast, q_MK.shape)
 
     def operand(
         self, source: Source, rule: Rule, transposed: bool = False, groups: Groups | None = None
@@ -239,11 +242,15 @@ def _check_device() -> None:
 
 
 def _check_recipe(fp8: Fp8) -> None:
-    """DeepGEMM takes E4M3 only, and weights in blocks."""
-    for operand in _operands(fp8, "experts_up", "experts_down"):
-        if operand.startswith("e5m2"):
-            rule = "must be e4m3 or bf16 for experts on CUDA: DeepGEMM has no other format"
-            raise UserError("precision.fp8.experts_up, experts_down", operand, rule, "use e4m3/1x128/fp32")
+    """Neither product takes E5M2, and DeepGEMM takes weights in blocks only."""
+    for families, library in (
+        (("experts_up", "experts_down"), "DeepGEMM has no other format"),
+        (("dense", "output"), "blockwise torch.nn.functional.scaled_mm takes no other format"),
+    ):
+        for operand in sorted(_operands(fp8, *families)):
+            if operand.startswith("e5m2"):
+                rule = f"must be e4m3 or bf16 on CUDA: {library}"
+                raise UserError(f"precision.fp8.{', '.join(families)}", operand, rule, "use e4m3/1x128/fp32")
     for family in ("experts_up", "experts_down"):
         for product in ("fprop", "dgrad"):
             weight = getattr(getattr(fp8, family), product).weight
@@ -296,12 +303,15 @@ def _expanded(x: Tensor, cast: Cast, transposed: bool, groups: Groups | None, ou
         return Operand(q, blocks.contiguous(), False, outer)
     row_O = torch.arange(q.shape[0], device=q.device) // rows
     column_C = torch.arange(0, q.shape[1], TILE, device=q.device) // columns
-    tiles = scale[row_O[:, None], column_C[None, :]]
-    if groups is None:
-        by_column = tiles.new_empty(tiles.shape[::-1]).copy_(tiles.t())  # its strides are set even where a size is 1
-        return Operand(q, by_column.t(), True, outer)
-    parts = [part.flatten() for part in q.split(groups.padded, 1)]
-    return Operand(torch.cat(parts), tiles, True, outer)
+    tiles = _by_column(scale[row_O[:, None], column_C[None, :]])
+    if groups is not None:
+        q = torch.cat([part.flatten() for part in q.split(groups.padded, 1)])
+    return Operand(q, tiles, True, outer)
+
+
+def _by_column(scale: Tensor) -> Tensor:
+    """The same scales (O, C / 128) stored column by column; the strides say so even where a size is 1."""
+    return scale.new_empty(scale.shape[::-1]).copy_(scale.t()).t()
 
 
 def _ends(groups: Groups, device: torch.device) -> Tensor:

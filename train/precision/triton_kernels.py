@@ -171,17 +171,15 @@ def quantize_columns(
 ) -> tuple[Tensor, Tensor]:
     """q and scale of the transpose, tiles along R.
 
-    Without groups: q (C, R), scale (C, R / 128) stored column by column.  groups, the rows of each expert: q is flat, one
-    (C, rows) matrix after the other, and scale (C, R / 128) is stored row by row, as DeepGEMM's K-grouped product reads it.
+    q (C, R), scale (C, R / 128) stored column by column.  groups, the rows of each expert: q is flat, one (C, rows) matrix
+    after the other.
     """
     rows, columns = _sizes(x_RC)
     lengths = [rows] if groups is None else groups
     base, stride = _tile_places(lengths, columns, x_RC.device)
     q = x_RC.new_empty(columns * rows, dtype=cast.format.dtype)
     tiles = rows // TILE
-    shape = (tiles, columns) if groups is None else (columns, tiles)
-    scale = x_RC.new_empty(shape, dtype=torch.float32)
-    scale = scale.t() if groups is None else scale
+    scale = x_RC.new_empty(tiles, columns, dtype=torch.float32).t()
     _columns_kernel[(tiles, columns // COLUMNS)](
         x_RC, x_RC if in_scale is None else in_scale.t(), q, scale, base, stride, rows, columns, *scale.stride(),
         cast.format.max, cast.floor, cast.pow2, in_scale is not None, COLUMNS,

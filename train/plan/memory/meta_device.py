@@ -112,7 +112,7 @@ def _columns(
 ) -> tuple[Tensor, Tensor]:
     rows, columns = x_RC.shape
     q = x_RC.new_empty(columns * rows, dtype=cast.format.dtype)
-    scale = x_RC.new_empty(columns, rows // TILE, dtype=torch.float32)
+    scale = x_RC.new_empty(rows // TILE, columns, dtype=torch.float32).t()
     return (q.view(columns, rows) if groups is None else q), scale
 
 
