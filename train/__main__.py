@@ -58,10 +58,12 @@ def check_before_start(config: Config) -> None:
     """What can be refused before anything is written: data that cannot be read, a layout that cannot work."""
     from train.data.corpus import build_corpus
     from train.data.progress import show_progress
+    from train.gpu import check_gpu
 
     check_layout(config)
     if given_place() is not None:
         return  # ranks that others started wait for rank 0 with the patience of the training, until they know each other
+    check_gpu(config)
     with show_progress() as progress:
         corpus = build_corpus(config, progress)
     if config.init_from is not None:

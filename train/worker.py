@@ -37,6 +37,7 @@ from train.data.files import Progress  # noqa: E402
 from train.data.prepare import prepare  # noqa: E402
 from train.data.progress import show_progress  # noqa: E402
 from train.finish import finish  # noqa: E402
+from train.gpu import idle_gpu, probe_in_turn, usable_gpu  # noqa: E402
 from train.measure import Measure  # noqa: E402
 from train.metrics.peak import peak_flops  # noqa: E402
 from train.metrics.writer import open_writer  # noqa: E402
@@ -97,6 +98,7 @@ def _run(config: Config, place: Place, stop: StopRequest) -> int:
     ranks_per_node = config.cluster.ranks_per_node or place.local_world
     layout = Layout(config.parallel.pp, config.parallel.dp, config.parallel.ep, ranks_per_node)
     mesh = build_mesh(layout, timedelta(seconds=config.cluster.timeout))
+    probe_in_turn(config, place, device)
     data = in_turn(place, lambda progress: prepare(config, progress))
     paths = RunPaths(config)
     attempt = from_rank_0(lambda: given_attempt() or next_attempt(paths.checkpoints))
@@ -123,6 +125,8 @@ def _run(config: Config, place: Place, stop: StopRequest) -> int:
     if copies is not None and (why := copies.require_room(state.shards())):
         copies, notes = None, [*notes, why]
     if device.type == "cpu" and activation_dtype(config.precision) == torch.bfloat16 and (why := missed()):
+        notes = [*notes, why]
+    if why := idle_gpu(config, device):
         notes = [*notes, why]
     if place.rank == 0:
         data.tokenizer.save(paths.path)
@@ -157,9 +161,7 @@ def _run(config: Config, place: Place, stop: StopRequest) -> int:
 def choose_device(config: Config, place: Place) -> torch.device:
     """The device of this rank; on CPU also its share of the cores, and whether the model runs compiled code."""
     wanted = config.cluster.device
-    if wanted == "cuda" and not torch.cuda.is_available():
-        raise UserError("cluster.device", wanted, "needs a CUDA device that torch can use", "use cluster.device=cpu")
-    if wanted != "cpu" and torch.cuda.is_available():
+    if wanted != "cpu" and usable_gpu(wanted):
         device = torch.device("cuda", place.local_rank % torch.cuda.device_count())
         torch.cuda.set_device(device)
         return device

@@ -12,7 +12,7 @@ from conf.errors import UserError
 from conf.load import compose
 from parallel.expert.wire import Fp8RowsWire, Fp8Wire
 from tests.precision import fakes, interpreter
-from train.precision import hopper, swiglu, triton_kernels
+from train.precision import hopper, hopper_probe, swiglu, triton_kernels
 from train.precision.formats import E4M3, E5M2, Cast
 from train.precision.fp8 import Fp8Precision
 from train.precision.groups import Groups
@@ -180,6 +180,10 @@ def test_grouped_operands_are_flat_per_expert(engine):
     assert same(tiles.q, flat) and same(tiles.scale, reference.scale.mT)
     assert tiles.scale.t().is_contiguous() and expanded.scale.t().is_contiguous()
     assert expanded.scale.shape == tiles.scale.shape and expanded.q.shape == tiles.q.shape
+
+
+def test_the_probe_finds_these_products_right(engine):
+    assert hopper_probe.wrong_products(engine, torch.device("cpu"), experts=True) == []
 
 
 def test_what_is_missing_is_named():

@@ -24,6 +24,7 @@ from train.evaluate.sources import EvaluatedSource, choose  # noqa: E402
 from train.evaluate.target import Target, find_target  # noqa: E402
 from train.evaluate.weights import load_pipeline, make_pipeline  # noqa: E402
 from train.generate.source import start_token  # noqa: E402
+from train.gpu import probe_in_turn  # noqa: E402
 from train.hf.load import load_hf_model  # noqa: E402
 from train.precision.build import activation_dtype  # noqa: E402
 from train.run_folder import RunPaths  # noqa: E402
@@ -48,6 +49,7 @@ def _run(config: Config, place: Place) -> int:
     ranks_per_node = config.cluster.ranks_per_node or place.local_world
     layout = Layout(config.parallel.pp, config.parallel.dp, config.parallel.ep, ranks_per_node)
     mesh = build_mesh(layout, timedelta(seconds=config.cluster.timeout))
+    probe_in_turn(config, place, device)
     corpus = in_turn(place, lambda progress: build_corpus(config, progress))
     if target.meta is not None:
         require_tokenizer(corpus.tokenizer.fingerprint, config.data.tokenizer, target.checkpoint, target.meta)

@@ -18,7 +18,6 @@ Shape suffixes: O outer, C contraction, P padded rows, E experts, N outer of the
 
 import importlib
 from dataclasses import dataclass
-from importlib import metadata
 from types import ModuleType
 
 import torch
@@ -31,14 +30,10 @@ from train.precision import swiglu
 from train.precision.formats import E4M3, TILE, Cast
 from train.precision.groups import Groups, on_device
 from train.precision.high import grouped_product, grouped_weight_gradient
+from train.precision.installed import DEEP_GEMM, PACKAGES, require_fit, version
 from train.precision.products import Source
 from train.precision.quantize import Quantized, dequantize, dequantize_reference, quantize_reference
 from train.precision.recipe import Rule
-
-DEEP_GEMM = "sgl-deep-gemm"
-"""The package on PyPI that holds DeepGEMM, module deep_gemm, built for torch 2.11 with CUDA 13."""
-DEEP_GEMM_OLDEST = (0, 1, 4)
-"""The first version with the K-grouped FP8 kernel."""
 
 
 @dataclass(frozen=True)
@@ -59,10 +54,9 @@ class HopperEngine:
     """`train.precision.products.Engine` on a Hopper GPU. Raises UserError for what it lacks."""
 
     def __init__(self, fp8: Fp8):
-        _check_device()
         _check_recipe(fp8)
+        self._deep_gemm = load_deep_gemm() if needs_deep_gemm(fp8) else None
         self._kernels = load_kernels()
-        self._deep_gemm = load_deep_gemm() if _operands(fp8, "experts_up", "experts_down") != {"bf16"} else None
 
     def keep(self, x_MK: Tensor, cast: Cast) -> Quantized:
         if cast.block != (1, TILE) or cast.format.dtype is None:
@@ -191,54 +185,23 @@ class HopperEngine:
 
 def load_kernels() -> ModuleType:
     """Our Triton kernels."""
-    try:
-        return importlib.import_module("train.precision.triton_kernels")
-    except ModuleNotFoundError as error:
-        if error.name != "triton":
-            raise
-        raise _missing("triton", "is not installed", "install the CUDA build of torch, which brings triton") from error
+    require_fit(experts=False)
+    return importlib.import_module("train.precision.triton_kernels")
+
+
+def needs_deep_gemm(fp8: Fp8) -> bool:
+    """Whether experts have FP8 products."""
+    return _operands(fp8, "experts_up", "experts_down") != {"bf16"}
 
 
 def load_deep_gemm() -> ModuleType:
-    """DeepGEMM, of a version that has the kernels."""
-    cure = f"pip install {DEEP_GEMM}==0.1.5 (it needs a CUDA 13 toolkit with nvcc at run time), or run experts in bf16"
+    """DeepGEMM, of a version that has the kernels and fits the torch that is there."""
+    require_fit(experts=True)
     try:
-        module = importlib.import_module("deep_gemm")
-    except ModuleNotFoundError as error:
-        raise _missing(DEEP_GEMM, f"is not installed (no module {error.name})", cure) from error
+        return importlib.import_module("deep_gemm")
     except (ImportError, OSError, AssertionError) as error:  # an assertion where it finds no CUDA toolkit
-        raise _missing(DEEP_GEMM, f"{_version(DEEP_GEMM)} cannot be loaded: {error!r}", cure) from error
-    version = _version(DEEP_GEMM)
-    too_old = version != "unknown" and tuple(map(int, version.split(".")[:3])) < DEEP_GEMM_OLDEST
-    names = ("m_grouped_fp8_gemm_nt_contiguous", "k_grouped_fp8_gemm_nt_contiguous")
-    absent = [name for name in names if not hasattr(module, name)]
-    if too_old or absent:
-        raise _missing(DEEP_GEMM, f"{version} lacks {' and '.join(absent) or names[1]}", cure)
-    return module
-
-
-def _version(package: str) -> str:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return "unknown"
-
-
-def _missing(package: str, problem: str, cure: str) -> UserError:
-    return UserError("precision", "fp8", f"{package} {problem}", cure)
-
-
-def _check_device() -> None:
-    if not hasattr(F, "scaled_mm"):
-        raise _missing("torch", f"{torch.__version__} has no torch.nn.functional.scaled_mm", "install torch>=2.11")
-    capability = torch.cuda.get_device_capability()
-    if capability != (9, 0):
-        rule = (
-            f"needs blockwise FP8 products, which compute capability 9.0 (H100, H200) has and this GPU {capability} not"
-        )
-        raise UserError("precision", "fp8", rule, "choose precision=bf16")
-    if tuple(map(int, torch.version.cuda.split("."))) < (12, 9):
-        raise _missing("torch", f"was built with CUDA {torch.version.cuda}", "install a build with CUDA 12.9 or later")
+        rule = f"{DEEP_GEMM} {version(DEEP_GEMM)} cannot be loaded: {error!r}"
+        raise UserError("precision", "fp8", rule, PACKAGES) from error
 
 
 def _check_recipe(fp8: Fp8) -> None:

@@ -1,0 +1,99 @@
+"""Looks at this machine's GPU before data are read: one that torch cannot use, and FP8 products that do not work."""
+
+import glob
+import os
+from datetime import timedelta
+from typing import TYPE_CHECKING
+
+from cluster.launch import Place
+from conf.errors import UserError
+from conf.schema import Config
+from train.precision.hopper_probe import probe
+
+if TYPE_CHECKING:
+    import torch
+
+PROBED = "SLUICE_PROBED"
+"""Set to the FP8 recipe whose products this command has tried, for the ranks that it starts here."""
+PATIENCE = timedelta(hours=1)
+"""Longest wait for the first rank of each machine, which tries products for hopper_probe.LIMIT seconds at most."""
+GPUS = ("/dev/nvidia[0-9]*", "/dev/dxg")
+"""Files that a machine with a GPU of NVIDIA has, or a container that was given one; the second is that of Windows."""
+
+
+def check_gpu(config: Config) -> None:
+    """What the driver of local ranks can see. Raises UserError. Elsewhere ranks look at their own machines."""
+    wanted, fp8 = config.cluster.device, config.precision.fp8
+    if wanted == "cpu" or config.cluster.backend == "ray" or not (wanted == "cuda" or _gpu_files()):
+        return
+    if usable_gpu(wanted) and fp8 is not None and os.environ.get(PROBED) != str(fp8):
+        probe(config)
+        os.environ[PROBED] = str(fp8)
+
+
+def usable_gpu(wanted: str) -> bool:
+    """Whether torch can use a GPU. wanted: cluster.device, auto or cuda.
+
+    Raises UserError for a GPU that it should use and cannot.
+    """
+    import torch
+
+    if torch.cuda.is_available():
+        return True
+    if wanted == "cuda":
+        rule = f"needs a CUDA device that torch can use: {_why_not()}"
+        raise UserError("cluster.device", wanted, rule, "install what that names, or use cluster.device=cpu")
+    if _gpu_files() and torch.version.cuda is not None and os.environ.get("CUDA_VISIBLE_DEVICES") not in ("", "-1"):
+        rule = f"finds {', '.join(_gpu_files())}, which torch cannot use: {_why_not()}"
+        cure = "update the driver or install the build of torch that fits it, or say cluster.device=cpu"
+        raise UserError("cluster.device", wanted, rule, cure)
+    return False
+
+
+def idle_gpu(config: Config, device: "torch.device") -> str | None:
+    """A note for a run on the CPU of a machine with a GPU, where torch is built for the CPU alone."""
+    import torch
+
+    if device.type == "cpu" and config.cluster.device == "auto" and _gpu_files() and torch.version.cuda is None:
+        return f"this machine has a GPU, and torch {torch.__version__} is built without CUDA: the run uses the CPU"
+    return None
+
+
+def probe_in_turn(config: Config, place: Place, device: "torch.device") -> None:
+    """The first rank of every machine tries the FP8 products; the others wait, and all refuse what one refuses."""
+    fp8 = config.precision.fp8
+    if device.type != "cuda" or fp8 is None or os.environ.get(PROBED) == str(fp8):
+        return
+    import torch.distributed as dist
+
+    patient = dist.new_group(backend="gloo", timeout=PATIENCE)
+    refused = None
+    if place.local_rank == 0:
+        try:
+            probe(config, device.index)
+        except UserError as error:
+            refused = error.args
+    everyone: list[tuple | None] = [None] * place.world
+    dist.all_gather_object(everyone, refused, group=patient)
+    dist.destroy_process_group(patient)
+    for rank, args in enumerate(everyone):
+        if args is not None:
+            field, value, rule, cure = args
+            raise UserError(field, value, rule if place.world == 1 else f"{rule}\n        seen by: rank {rank}", cure)
+
+
+def _gpu_files() -> list[str]:
+    return sorted(path for pattern in GPUS for path in glob.glob(pattern))
+
+
+def _why_not() -> str:
+    """What torch says where it sees no GPU."""
+    import torch
+
+    if torch.version.cuda is None and torch.version.hip is None:
+        return f"torch {torch.__version__} is built for the CPU alone"
+    try:
+        torch.cuda.init()
+    except (RuntimeError, AssertionError) as error:
+        return str(error).strip().splitlines()[0]
+    return "it counts no device"

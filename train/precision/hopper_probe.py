@@ -1,0 +1,193 @@
+"""Whether the FP8 products of this GPU work with what is installed: tried in a process of its own, before data are read.
+
+    python -m train.precision.hopper_probe CONFIG ANSWER DEVICE
+
+Versions come first, then small products through the very calls of a training step, whose values are held against the
+emulation on the CPU (train/precision/products.py).  A library that does not fit may abort the process, in which case the
+last stage that the answer names tells where.  The parent imports no torch.
+"""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from conf.errors import UserError
+from conf.load import read_config, write_config
+from conf.schema import Config
+from train.precision.installed import BF16, PACKAGES, look, misfits, refusal
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from train.precision.products import Engine
+
+LIMIT = 300.0
+"""Seconds: importing takes some 5, each of two kernels of DeepGEMM some 10 to compile the first time."""
+BOUND = 1e-2
+"""Largest relative error of a row of a product, in the norm, against the emulation of the same operands.  Rounding to bf16
+makes 1e-3, and Hopper's tensor cores keep fewer bits than fp32 within 128 of the contraction; a scale or a row of the wrong place
+makes 0.1 and more."""
+TAIL = 1500
+"""Characters of the child's last words that the error repeats."""
+
+
+def probe(config: Config, device: int = 0) -> str:
+    """What is installed, in one line, once it has proved to work. Waits at most LIMIT seconds.
+
+    device: number of the GPU. Raises UserError naming all that does not fit.
+    """
+    name = config.precision.name
+    with tempfile.TemporaryDirectory() as folder:
+        given, answer = Path(folder) / "config.yaml", Path(folder) / "answer.json"
+        write_config(config, str(given))
+        command = [sys.executable, "-m", "train.precision.hopper_probe", str(given), str(answer), str(device)]
+        root = str(Path(__file__).resolve().parents[2])
+        environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))}
+        try:
+            done = subprocess.run(
+                command, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=LIMIT
+            )
+            how, output = _how(done.returncode), done.stdout + done.stderr
+        except subprocess.TimeoutExpired as error:
+            how, output = f"had no end after {LIMIT:.0f} s", _text(error.stdout) + _text(error.stderr)
+        said = json.loads(answer.read_text()) if answer.exists() else {"stage": "importing torch", "found": "?"}
+    if said.get("bad"):
+        raise refusal([tuple(one) for one in said["bad"]], said["found"], name)
+    if not said.get("done"):
+        last = "".join(f"\n          {line}" for line in output.strip()[-TAIL:].splitlines())
+        raise refusal([(f"a process that tried them {how} in {said['stage']}:{last}", _cures())], said["found"], name)
+    return said["found"]
+
+
+def main() -> int:
+    """The child. Writes the answer at every stage anew: the last one stays where the process aborts."""
+    config, answer, device = read_config(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])
+    fp8 = config.precision.fp8
+    assert fp8 is not None
+
+    said: dict = {"found": "?"}
+
+    def say(**more: object) -> None:
+        said.update(more)
+        temporary = answer.with_suffix(".tmp")
+        temporary.write_text(json.dumps(said))
+        temporary.replace(answer)
+
+    say(stage="asking torch for the GPU")
+    import torch
+
+    from train.precision.hopper import HopperEngine, needs_deep_gemm
+
+    torch.cuda.set_device(device)
+    found, experts = look(device), needs_deep_gemm(fp8)
+    say(stage="comparing versions", found=str(found), bad=misfits(found, experts))
+    if said["bad"]:
+        return 0
+    try:
+        say(stage="loading Triton and DeepGEMM")
+        engine = HopperEngine(fp8)
+        bad = wrong_products(engine, torch.device("cuda", device), experts, lambda stage: say(stage=stage))
+    except UserError as error:
+        bad = [(f"{error.field} = {error.value}: {error.rule}", error.cure)]
+    say(bad=bad, done=True)
+    return 0
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One product of this engine and of the reference, on the same numbers."""
+
+    name: str
+    run: "Callable[[Engine, Callable[[Tensor], Tensor]], Tensor]"
+    """From an engine and what brings a tensor to its device."""
+
+
+def wrong_products(
+    engine: "Engine", device: object, experts: bool, say: Callable[[str], None] = lambda stage: None
+) -> list[tuple[str, str]]:
+    """Each small product whose values are not those of the reference, with the cure. say: hears of each in advance."""
+    from train.precision.products import CpuEngine
+
+    bad, reference = [], CpuEngine()
+    for trial in _trials(experts):
+        say(trial.name)
+        expected = trial.run(reference, lambda x: x).float()
+        ours = trial.run(engine, lambda x: x.to(device)).float().cpu()
+        size = expected.norm(dim=-1)
+        error = ((ours - expected).norm(dim=-1) / size.clamp_min(1e-4 * size.max())).max().item()
+        if not error < BOUND:  # not a number is wrong too
+            rule = f"{trial.name} is off by {error:.2g} of a row's norm, and {BOUND} is allowed"
+            bad.append((rule, _cures()))
+    return bad
+
+
+def _trials(experts: bool) -> "Iterator[Trial]":
+    """Ragged sizes, five blocks of the contraction (no multiple of four), an expert without rows."""
+    import torch
+
+    from train.precision.formats import E4M3
+    from train.precision.groups import Groups
+    from train.precision.recipe import Rule
+
+    tiles, blocks = Rule(E4M3, "1x128", False, 1e-4), Rule(E4M3, "128x128", False, 1e-4)
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(*shape: int) -> torch.Tensor:
+        """Rows of very different size, so that scales in the wrong place are seen."""
+        x = torch.randn(shape, generator=generator) * torch.exp(torch.randn(*shape[:-1], 1, generator=generator))
+        return x.bfloat16()
+
+    x, w, g = draw(256, 640), draw(384, 640), draw(256, 384)
+
+    def dense(engine, there):
+        return engine.product(engine.operand(there(x), tiles), engine.operand(there(w), blocks), torch.bfloat16)
+
+    def wgrad(engine, there):
+        left, right = (engine.operand(there(t), tiles, transposed=True) for t in (g, x))
+        return engine.product(left, right, torch.float32)
+
+    yield Trial("torch.nn.functional.scaled_mm, 1x128 by 128x128", dense)
+    yield Trial("torch.nn.functional.scaled_mm, 1x128 by 1x128", wgrad)
+    if not experts:
+        return
+    counts, weight_ENK = torch.tensor([130, 0, 3]), draw(3, 256, 640)
+    rows_RK, grad_RN = draw(133, 640), draw(133, 256)
+
+    def grouped(engine, there):
+        groups = Groups.of(there(counts))
+        left = engine.operand(groups.pad(there(rows_RK)), tiles)
+        return engine.grouped(left, engine.operand(there(weight_ENK), blocks), groups, torch.bfloat16)
+
+    def grouped_wgrad(engine, there):
+        groups = Groups.of(there(counts))
+        left, right = (
+            engine.operand(groups.pad(there(t)), tiles, transposed=True, groups=groups) for t in (grad_RN, rows_RK)
+        )
+        return engine.grouped_wgrad(left, right, groups, torch.float32)
+
+    yield Trial("DeepGEMM's product with each row's expert", grouped)
+    yield Trial("DeepGEMM's product over the rows of each expert", grouped_wgrad)
+
+
+def _cures() -> str:
+    return f"{PACKAGES}; or {BF16}"
+
+
+def _how(code: int) -> str:
+    return f"was ended by signal {signal.Signals(-code).name}" if code < 0 else f"failed with exit code {code}"
+
+
+def _text(output: bytes | str | None) -> str:
+    """subprocess gives bytes of a child that took too long, whatever it was asked for."""
+    return output.decode(errors="replace") if isinstance(output, bytes) else output or ""
+
+
+if __name__ == "__main__":
+    sys.exit(main())

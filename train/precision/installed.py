@@ -1,0 +1,192 @@
+"""What is installed for FP8 products on a Hopper GPU, and which parts of it do not fit each other."""
+
+import ctypes
+import importlib.util
+import os
+import re
+import shutil
+import subprocess
+from dataclasses import dataclass
+from importlib import metadata
+from pathlib import Path
+
+from conf.errors import UserError
+
+DEEP_GEMM = "sgl-deep-gemm"
+"""The package on PyPI that holds DeepGEMM, module deep_gemm."""
+DEEP_GEMM_OLDEST, DEEP_GEMM_NEWEST = (0, 1, 4), (0, 1, 5)
+"""From the first version with the K-grouped FP8 kernel to the last that is built for this torch."""
+TORCH_OF_DEEP_GEMM = (2, 11)
+"""Under torch 2.12 and 2.13 these versions load, and their first call aborts the process (PyObjectSlot)."""
+CUDA_OF_DEEP_GEMM = 13
+OTHER_BUILD = "another build"
+"""A module deep_gemm that does not come from the package: its products are tried all the same."""
+OLDEST_CUDA = (12, 9)
+"""The first whose cuBLASLt multiplies FP8 in blocks."""
+OLDEST_NVCC = (12, 3)
+"""DeepGEMM's own limit."""
+CAPABILITY = (9, 0)
+
+PACKAGES = "pip install 'torch>=2.11,<2.12' sgl-deep-gemm==0.1.5, which the extra [fp8] asks for"
+TOOLKIT = "install a CUDA 13 toolkit and set CUDA_HOME to its folder, the one that holds bin/nvcc"
+BF16 = "choose precision=bf16"
+
+
+@dataclass(frozen=True)
+class Installed:
+    """Versions of all that has a part in an FP8 product; None for what is not there."""
+
+    torch: str
+    cuda: str | None
+    """What torch was built with."""
+    abi: bool
+    """Whether torch has C++11's ABI, as DeepGEMM does."""
+    scaled_mm: bool
+    """Whether torch has products of scaled operands."""
+    triton: str | None
+    deep_gemm: str | None
+    nvcc: str | None
+    """Version of the compiler in `toolkit`."""
+    toolkit: str | None
+    """Where DeepGEMM looks for it: CUDA_HOME, CUDA_PATH, the nvcc on the PATH, /usr/local/cuda."""
+    nvrtc: bool
+    """Whether DeepGEMM is told to compile with NVRTC instead (DG_JIT_USE_NVRTC)."""
+    driver: str | None
+    """The newest CUDA that the driver knows."""
+    gpu: str | None
+    capability: tuple[int, int] | None
+
+    def __str__(self) -> str:
+        """In one line."""
+        cuda, abi = f"CUDA {self.cuda}", "C++11's ABI" if self.abi else "the ABI before C++11"
+        compiler = f"nvcc {self.nvcc or 'none'} in {self.toolkit or 'no CUDA_HOME'}"
+        driver = f"driver for CUDA {self.driver or '?'}"
+        gpu = f"{self.gpu} of compute capability {'.'.join(map(str, self.capability))}" if self.gpu else "no GPU"
+        packages = f"triton {self.triton or 'none'}, {DEEP_GEMM} {self.deep_gemm or 'none'}"
+        return f"torch {self.torch} ({cuda}, {abi}), {packages}, {compiler}, {driver}, {gpu}"
+
+
+def look(device: int | None = None) -> Installed:
+    """What there is. device: number of the GPU, None for the current one. Initialises CUDA where that can be."""
+    import torch
+    from torch.nn import functional as F
+
+    toolkit, usable = _toolkit(), torch.cuda.is_available()
+    return Installed(
+        torch=torch.__version__,
+        cuda=torch.version.cuda,
+        abi=torch.compiled_with_cxx11_abi(),
+        scaled_mm=hasattr(F, "scaled_mm"),
+        triton=version("triton"),
+        deep_gemm=version(DEEP_GEMM) or (OTHER_BUILD if importlib.util.find_spec("deep_gemm") else None),
+        nvcc=None if toolkit is None else _nvcc(toolkit),
+        toolkit=toolkit,
+        nvrtc=os.environ.get("DG_JIT_USE_NVRTC", "0") not in ("", "0"),
+        driver=_driver(),
+        gpu=torch.cuda.get_device_name(device) if usable else None,
+        capability=torch.cuda.get_device_capability(device) if usable else None,
+    )
+
+
+def misfits(found: Installed, experts: bool) -> list[tuple[str, str]]:
+    """What does not fit, and its cure. experts: whether those have FP8 products, which takes DeepGEMM."""
+    bad: list[tuple[str, str]] = []
+    if found.gpu is None:
+        bad.append(("torch sees no GPU", "use cluster.device=cpu"))
+    elif found.capability != CAPABILITY:
+        bad.append((f"{found.gpu} has no blockwise FP8 products, which H100, H800 and H200 have", BF16))
+    if not found.scaled_mm:
+        bad.append((f"torch {found.torch} has no torch.nn.functional.scaled_mm", "pip install 'torch>=2.11'"))
+    if _numbers(found.cuda) < OLDEST_CUDA:
+        bad.append((f"torch is built with CUDA {found.cuda}, and it takes 12.9", "install a build with CUDA 13"))
+    if found.triton is None:
+        bad.append(("triton is not installed", "install the CUDA build of torch, which brings triton"))
+    return bad + (_of_deep_gemm(found) if experts else [])
+
+
+def require_fit(experts: bool) -> None:
+    """Raises UserError for what does not fit. experts: as in `misfits`."""
+    found = look()
+    if bad := misfits(found, experts):
+        raise refusal(bad, str(found))
+
+
+def _of_deep_gemm(found: Installed) -> list[tuple[str, str]]:
+    bad = [] if found.deep_gemm == OTHER_BUILD else _of_package(found)
+    if found.nvrtc:
+        return bad  # the probe's product tells whether that compiles
+    if found.nvcc is None:
+        where = f"there is none in {found.toolkit}" if found.toolkit else "no CUDA_HOME, PATH or /usr/local/cuda has it"
+        bad.append((f"DeepGEMM compiles its kernels with nvcc when they are first called, and {where}", TOOLKIT))
+    elif _numbers(found.nvcc) < OLDEST_NVCC:
+        bad.append((f"nvcc in {found.toolkit} is {found.nvcc}, and DeepGEMM takes 12.3", TOOLKIT))
+    return bad
+
+
+def _of_package(found: Installed) -> list[tuple[str, str]]:
+    bad: list[tuple[str, str]] = []
+    oldest, newest = (".".join(map(str, numbers)) for numbers in (DEEP_GEMM_OLDEST, DEEP_GEMM_NEWEST))
+    if found.deep_gemm is None:
+        bad.append((f"{DEEP_GEMM} is not installed", PACKAGES))
+    elif not DEEP_GEMM_OLDEST <= _numbers(found.deep_gemm) <= DEEP_GEMM_NEWEST or "post" in found.deep_gemm:
+        bad.append((f"{DEEP_GEMM} is {found.deep_gemm}, and {oldest} to {newest} fit", PACKAGES))
+    if _numbers(found.torch)[:2] != TORCH_OF_DEEP_GEMM:
+        bad.append(
+            (f"torch is {found.torch}, and {DEEP_GEMM} {oldest} to {newest} run with torch 2.11 alone", PACKAGES)
+        )
+    if _numbers(found.cuda)[:1] != (CUDA_OF_DEEP_GEMM,):
+        bad.append((f"torch is built with CUDA {found.cuda}, and {DEEP_GEMM} with CUDA 13", PACKAGES))
+    if not found.abi:
+        bad.append((f"torch is built without C++11's ABI, and {DEEP_GEMM} with it", PACKAGES))
+    return bad
+
+
+def refusal(bad: list[tuple[str, str]], found: str, value: str = "fp8") -> UserError:
+    """One error for all of them. found: what is installed. value: of the precision's name."""
+    problems = "".join(f"\n        - {problem}" for problem, _ in bad)
+    rule = f"needs parts that fit each other:{problems}\n        found: {found}"
+    return UserError("precision", value, rule, ";\n        ".join(dict.fromkeys(cure for _, cure in bad)))
+
+
+def version(package: str) -> str | None:
+    """Of what pip knows; None where it knows none."""
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _numbers(text: str | None) -> tuple[int, ...]:
+    """The leading numbers of a version, at most three."""
+    return tuple(map(int, re.findall(r"\d+", (text or "").partition("+")[0])[:3]))
+
+
+def _toolkit() -> str | None:
+    """The folder that DeepGEMM takes for CUDA's toolkit."""
+    if given := os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH"):
+        return given
+    if (nvcc := shutil.which("nvcc")) is not None:
+        return str(Path(nvcc).parent.parent)
+    return "/usr/local/cuda" if Path("/usr/local/cuda").exists() else None
+
+
+def _nvcc(toolkit: str) -> str | None:
+    """The compiler's version; None where there is none that runs."""
+    try:
+        said = subprocess.run(
+            [f"{toolkit}/bin/nvcc", "--version"], capture_output=True, text=True, timeout=60, check=True
+        )
+    except (OSError, subprocess.SubprocessError):
+        return None
+    number = re.search(r"release ([\d.]+)", said.stdout)
+    return number and number[1]
+
+
+def _driver() -> str | None:
+    """The newest CUDA that the driver knows, as it says itself."""
+    number = ctypes.c_int()
+    try:
+        ctypes.CDLL("libcuda.so.1").cuDriverGetVersion(ctypes.byref(number))
+    except (OSError, AttributeError):
+        return None
+    return f"{number.value // 1000}.{number.value % 1000 // 10}"
