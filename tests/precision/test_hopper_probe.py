@@ -109,6 +109,15 @@ def test_wrong_values_are_named():
     assert "DeepGEMM's product with each row's expert is off by" in problem and "precision=bf16" in cure
 
 
+def test_an_error_of_a_library_is_named_and_ends_the_trials():
+    class Broken(CpuEngine):
+        def grouped(self, left, right, groups, dtype):
+            raise RuntimeError("INTERNAL ASSERT FAILED\nException raised from PyObjectSlot\nframe #0\nframe #1")
+
+    [(problem, _)] = hopper_probe.wrong_products(Broken(), "cpu", experts=True)
+    assert "each row's expert fails: RuntimeError: INTERNAL ASSERT FAILED" in problem and "frame #1" not in problem
+
+
 def test_a_value_that_is_no_number_is_wrong():
     class Nan(CpuEngine):
         def product(self, left, right, dtype):

@@ -112,14 +112,21 @@ class Trial:
 def wrong_products(
     engine: "Engine", device: object, experts: bool, say: Callable[[str], None] = lambda stage: None
 ) -> list[tuple[str, str]]:
-    """Each small product whose values are not those of the reference, with the cure. say: hears of each in advance."""
+    """Each small product that fails or whose values are not those of the reference, with the cure.
+
+    say: hears of each in advance.
+    """
     from train.precision.products import CpuEngine
 
     bad, reference = [], CpuEngine()
     for trial in _trials(experts):
         say(trial.name)
         expected = trial.run(reference, lambda x: x).float()
-        ours = trial.run(engine, lambda x: x.to(device)).float().cpu()
+        try:
+            ours = trial.run(engine, lambda x: x.to(device)).float().cpu()
+        except Exception as error:  # whatever a library says of its own; a GPU in error fails what follows too
+            said = "\n          ".join(str(error).strip().splitlines()[:3])[:TAIL]
+            return [*bad, (f"{trial.name} fails: {type(error).__name__}: {said}", _cures())]
         size = expected.norm(dim=-1)
         error = ((ours - expected).norm(dim=-1) / size.clamp_min(1e-4 * size.max())).max().item()
         if not error < BOUND:  # not a number is wrong too
