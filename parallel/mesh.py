@@ -6,6 +6,10 @@ Ranks are numbered with the pipeline outermost and the experts innermost:
 
 so the ranks of one expert-parallel group are contiguous (they should share nodes), and pipeline neighbours have the
 same index in neighbouring blocks. The layout is plain arithmetic; only build_mesh makes process groups.
+
+On GPUs a group's communicator takes hundreds of megabytes of each of them, so groups with the same members are one group,
+and a communicator is made at the first collective in its group: groups of one rank and those that a layout does not use
+never have one.
 """
 
 from dataclasses import dataclass
@@ -93,6 +97,14 @@ class Layout:
         return [group[i::size] for group in self.ep_groups() for i in range(size)]
 
 
+Partition = tuple[tuple[int, ...], ...]
+"""Ranks in groups, to compare."""
+
+
+def partition(groups: list[list[int]]) -> Partition:
+    return tuple(map(tuple, groups))
+
+
 @dataclass
 class Mesh:
     """One rank's place in the layout and its process groups."""
@@ -127,10 +139,21 @@ class Mesh:
         return self.dp_rank // self.layout.ep
 
 
+def form_later() -> None:
+    """Have groups that are made from now on form their communicators at their first collective. Call once the default
+    group, bound to a device, has formed its own.
+
+    torch would else split that of all ranks for each new group at once, also for those of other ranks: at 2048 ranks
+    some 1800 times, with a communicator for groups of one rank too.
+    """
+    dist.group.WORLD.bound_device_id = None
+
+
 def build_mesh(layout: Layout, timeout: timedelta | None = None) -> Mesh:
     """Make the groups of this rank in the default process group; every rank must call it.
 
-    timeout: longest wait in a collective; groups do not inherit that of the default group.
+    timeout: longest wait in a collective; groups do not inherit that of the default group, but the one of all ranks is
+    the default group itself.
     """
     world = dist.get_world_size()
     if world != layout.world:
@@ -141,10 +164,13 @@ def build_mesh(layout: Layout, timeout: timedelta | None = None) -> Mesh:
             f"set parallel.dp={max(1, world // layout.pp)} or start {layout.world} ranks",
         )
     rank = dist.get_rank()
+    made: dict[Partition, ProcessGroup] = {(tuple(range(world)),): dist.group.WORLD}
 
     def mine(groups: list[list[int]]) -> ProcessGroup:
-        group, _ = dist.new_subgroups_by_enumeration(groups, timeout=timeout)
-        return group
+        key = partition(groups)
+        if key not in made:
+            made[key], _ = dist.new_subgroups_by_enumeration(groups, timeout=timeout)
+        return made[key]
 
     return Mesh(
         layout=layout,

@@ -50,6 +50,28 @@ def test_a_build_for_the_cpu_beside_a_gpu_is_a_note(card, monkeypatch):
     assert gpu.idle_gpu(compose("cluster.device=cpu"), torch.device("cpu")) is None
 
 
+def test_the_users_settings_of_the_allocator_stay(monkeypatch):
+    for given in ({}, {"PYTORCH_ALLOC_CONF": "max_split_size_mb:64"}, {"PYTORCH_CUDA_ALLOC_CONF": ""}):
+        environment = dict(given)
+        monkeypatch.setattr(os, "environ", environment)
+        gpu.grow_segments()
+        assert environment == (given or {"PYTORCH_ALLOC_CONF": "expandable_segments:True"})
+
+
+def test_a_rank_keeps_its_last_collectives_for_a_time_out(tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "environ", environment := {"TORCH_NCCL_DUMP_ON_TIMEOUT": "0"})
+    gpu.record_collectives(tmp_path / "logs")
+    assert environment == {
+        "TORCH_FR_BUFFER_SIZE": "2000",
+        "TORCH_FR_DUMP_TEMP_FILE": str(tmp_path / "logs" / "flight_recorder_rank_"),
+        "TORCH_NCCL_DUMP_ON_TIMEOUT": "0",
+    }
+    assert (tmp_path / "logs").is_dir()
+    monkeypatch.setattr(os, "environ", environment := {"TORCH_NCCL_DEBUG_INFO_TEMP_FILE": "mine"})
+    gpu.record_collectives(tmp_path / "others")
+    assert "TORCH_FR_DUMP_TEMP_FILE" not in environment and not (tmp_path / "others").exists()
+
+
 def test_products_are_tried_once_for_a_command(card, monkeypatch):
     tried = []
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)

@@ -6,7 +6,7 @@ import torch.distributed as dist
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from conf.errors import UserError
-from parallel.mesh import Layout, build_mesh
+from parallel.mesh import Layout, build_mesh, form_later
 from tests.ranks import run_ranks
 
 
@@ -65,6 +65,34 @@ def check_sums(rank):
 
 def test_groups_on_real_ranks():
     run_ranks(check_sums, world_size=4)
+
+
+def shared_groups(rank):
+    """ep over all of dp, one node: three kinds of groups with the same members are one, as are those of one rank."""
+    mesh = build_mesh(Layout(pp=2, dp=2, ep=2, ranks_per_node=2))
+    assert mesh.dp_group is mesh.ep_group is mesh.intra_group
+    assert mesh.edp_group is mesh.inter_group and dist.get_world_size(mesh.edp_group) == 1
+    assert mesh.pp_group is mesh.ends_group and mesh.pp_group is not mesh.dp_group
+    whole = build_mesh(Layout(dp=4, ep=4, ranks_per_node=2))
+    assert whole.dp_group is whole.ep_group is dist.group.WORLD
+    assert dist.get_process_group_ranks(whole.intra_group) == [rank // 2 * 2, rank // 2 * 2 + 1]
+
+
+def test_groups_with_the_same_members_are_one():
+    run_ranks(shared_groups, world_size=4)
+
+
+def test_a_bound_default_group_lets_others_form_later():
+    """What form_later relies on: torch decides by this whether to split the communicator of all ranks at once."""
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    try:
+        dist.group.WORLD.bound_device_id = torch.device("cpu", 0)
+        form_later()
+        assert dist.group.WORLD.bound_device_id is None
+        group = dist.new_group([0])
+        assert group.bound_device_id is None
+    finally:
+        dist.destroy_process_group()
 
 
 def wrong_world(rank):

@@ -1,8 +1,11 @@
-"""Looks at this machine's GPU before data are read: one that torch cannot use, and FP8 products that do not work."""
+"""A rank's GPU before data are read: whether torch can use it, whether FP8 products work, how its memory is cut, and what
+NCCL keeps for the day that a collective hangs.
+"""
 
 import glob
 import os
 from datetime import timedelta
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cluster.launch import Place
@@ -13,6 +16,10 @@ from train.precision.hopper_probe import probe
 if TYPE_CHECKING:
     import torch
 
+ALLOCATOR = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
+"""Settings of torch's allocator, under the name of today and of before."""
+FLIGHTS = "flight_recorder_rank_"
+"""Before the rank in the names of the files where NCCL's process groups leave their last collectives."""
 PROBED = "SLUICE_PROBED"
 """Set to the FP8 recipe whose products this command has tried, for the ranks that it starts here."""
 PATIENCE = timedelta(hours=1)
@@ -80,6 +87,27 @@ def probe_in_turn(config: Config, place: Place, device: "torch.device") -> None:
         if args is not None:
             field, value, rule, cure = args
             raise UserError(field, value, rule if place.world == 1 else f"{rule}\n        seen by: rank {rank}", cure)
+
+
+def grow_segments() -> None:
+    """Let the allocator extend what it has, unless the user set it: experts get another number of rows in each step, and
+    blocks of fixed sizes would leave holes. Call before CUDA allocates anything.
+    """
+    if not any(name in os.environ for name in ALLOCATOR):
+        os.environ[ALLOCATOR[0]] = "expandable_segments:True"
+
+
+def record_collectives(logs: Path) -> None:
+    """Have every rank keep its last 2000 collectives, and write them to logs/flight_recorder_rank_N when one times out.
+
+    Names as torch 2.11 to 2.13 read them when a process group is made; the user's own settings stay.
+    """
+    if "TORCH_NCCL_TRACE_BUFFER_SIZE" not in os.environ:
+        os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "2000")
+    if "TORCH_NCCL_DEBUG_INFO_TEMP_FILE" not in os.environ:
+        os.environ.setdefault("TORCH_FR_DUMP_TEMP_FILE", str(logs / FLIGHTS))
+        logs.mkdir(parents=True, exist_ok=True)
+    os.environ.setdefault("TORCH_NCCL_DUMP_ON_TIMEOUT", "1")
 
 
 def _gpu_files() -> list[str]:

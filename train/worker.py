@@ -27,7 +27,7 @@ from conf.disk import disk_errors, let_output_be_lost  # noqa: E402
 from conf.errors import EXIT_CRASH, EXIT_USER, DiskFailed, UserError  # noqa: E402
 from conf.schema import Config  # noqa: E402
 from parallel.exchange import from_rank_0, refuse_pickles  # noqa: E402
-from parallel.mesh import Layout, build_mesh  # noqa: E402
+from parallel.mesh import Layout, build_mesh, form_later  # noqa: E402
 from parallel.zero.engine import import_deepspeed  # noqa: E402
 from train.checkpoint.checkpointer import Checkpointer  # noqa: E402
 from train.checkpoint.commit import next_attempt  # noqa: E402
@@ -37,7 +37,7 @@ from train.data.files import Progress  # noqa: E402
 from train.data.prepare import prepare  # noqa: E402
 from train.data.progress import show_progress  # noqa: E402
 from train.finish import finish  # noqa: E402
-from train.gpu import idle_gpu, probe_in_turn, usable_gpu  # noqa: E402
+from train.gpu import grow_segments, idle_gpu, probe_in_turn, record_collectives, usable_gpu  # noqa: E402
 from train.measure import Measure  # noqa: E402
 from train.metrics.peak import peak_flops  # noqa: E402
 from train.metrics.writer import open_writer  # noqa: E402
@@ -162,6 +162,7 @@ def choose_device(config: Config, place: Place) -> torch.device:
     """The device of this rank; on CPU also its share of the cores, and whether the model runs compiled code."""
     wanted = config.cluster.device
     if wanted != "cpu" and usable_gpu(wanted):
+        grow_segments()
         device = torch.device("cuda", place.local_rank % torch.cuda.device_count())
         torch.cuda.set_device(device)
         return device
@@ -174,12 +175,17 @@ def start_process_group(config: Config, place: Place, device: torch.device) -> N
     """The default group of all ranks; a single rank needs no address for it."""
     refuse_pickles()
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    bound = device if device.type == "cuda" and place.world > 1 else None  # one rank needs no communicator
+    if bound is not None:
+        record_collectives(RunPaths(config).path / "logs")  # in the run's own folder: an agent's is removed
     timeout = timedelta(seconds=config.cluster.timeout)
     if place.world == 1:
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
     else:
-        dist.init_process_group(backend, rank=place.rank, world_size=place.world, timeout=timeout)
+        dist.init_process_group(backend, rank=place.rank, world_size=place.world, timeout=timeout, device_id=bound)
+    if bound is not None:
+        form_later()
 
 
 def in_turn(place: Place, make: Callable[[Progress], T]) -> T:

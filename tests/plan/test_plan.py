@@ -12,6 +12,7 @@ from conf.load import compose
 from conf.schema import ROOT, Rate
 from tests.small import environment
 from train.plan.budget import make_plan
+from train.plan.job import COMMUNICATOR, EXCHANGE_PEER, communicator_bytes
 from train.plan.run import run_plan
 from train.plan.search.changes import broken_rule, changed, fitted_ramp, overrides, write_parallel
 from train.plan.search.cures import find_cures
@@ -41,6 +42,24 @@ def test_the_command_writes_json_and_page_and_starts_nothing(tmp_path):
     ]
     page = (tmp_path / "planned" / "plan.html").read_text()
     assert "plot-memory" in page and "plot-timeline" in page and 'src="http' not in page
+
+
+@pytest.mark.parametrize(
+    ("layout", "communicators", "peers"),
+    [
+        ([], 0, 0),
+        (["parallel.dp=2", "parallel.ep=2"], 1, 1),  # of all, who are also the ranks of dp and ep
+        (["parallel.dp=4", "parallel.ep=2"], 3, 1),  # all, experts, copies of the same experts
+        (["parallel.pp=2", "parallel.dp=4", "parallel.ep=4", "parallel.dispatch=node_limited"], 3, 3),  # one node
+    ],
+)
+def test_communicators_are_a_line_of_their_own(layout, communicators, peers):
+    """An estimate, beside the peak of every rank; none where there is no GPU."""
+    config = compose(*SMALL, *layout)
+    plan = make_plan(config)
+    assert plan.communicator_bytes == communicators * COMMUNICATOR + peers * EXCHANGE_PEER
+    assert plan.room_bytes == plan.memory_bytes - plan.communicator_bytes - plan.fullest.peak_bytes
+    assert communicator_bytes(compose(*SMALL, *layout, "hardware=cpu")) == 0
 
 
 def test_cures_are_evaluated_and_make_it_fit():

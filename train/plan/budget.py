@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from conf.schema import Config
 from train.layout import check_layout
-from train.plan.job import device_memory, layout_of, require_hardware, with_nodes
+from train.plan.job import communicator_bytes, device_memory, layout_of, require_hardware, with_nodes
 from train.plan.memory.rank import RankMemory, plan_memory
 from train.plan.time.step import StepTime, plan_time
 from train.schedules import Schedules
@@ -43,9 +43,14 @@ class RunPlan:
         return max(self.ranks, key=lambda rank: rank.peak_bytes)
 
     @property
+    def communicator_bytes(self) -> int:
+        """What NCCL takes of a device, beside the peak of the tensors; an estimate, see train/plan/job.py."""
+        return communicator_bytes(self.config)
+
+    @property
     def room_bytes(self) -> int:
         """What the fullest rank leaves free; negative: what it lacks."""
-        return self.memory_bytes - self.fullest.peak_bytes
+        return self.memory_bytes - self.communicator_bytes - self.fullest.peak_bytes
 
     @property
     def fits(self) -> bool:

@@ -56,7 +56,10 @@ def _cards(plan: RunPlan) -> list[Card]:
     fits = "fits" if plan.fits else "does not fit"
     cards = [
         Card(
-            "Memory", fits, f"{gib(plan.fullest.peak_bytes)} of {gib(plan.memory_bytes)} on rank {plan.fullest.pp_rank}"
+            "Memory",
+            fits,
+            f"{gib(plan.fullest.peak_bytes)} and communicators {gib(plan.communicator_bytes)} of {gib(plan.memory_bytes)} "
+            f"on rank {plan.fullest.pp_rank}",
         ),
         Card("Step", seconds(step.step_seconds), f"{share(step.bubble_share)} of the pipeline's time is bubble"),
         Card("Speed", f"{step.tokens_per_second_per_gpu:.0f}", "tokens per second and device"),

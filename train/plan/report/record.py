@@ -43,6 +43,7 @@ def plan_record(plan: RunPlan, cures: list[Cure]) -> dict[str, Any]:
         },
         "recipe": recipe_of(config),
         "fits": plan.fits,
+        "communicator_bytes": plan.communicator_bytes,
         "room_bytes": plan.room_bytes,
         "fullest_pp_rank": plan.fullest.pp_rank,
         "cures": [vars(cure) for cure in cures],

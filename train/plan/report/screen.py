@@ -49,7 +49,8 @@ def plan_screen(plan: RunPlan, cures: list[Cure], folder: Path, console: Console
 def _fullest(plan: RunPlan) -> str:
     items = sorted(plan.fullest.items.items(), key=lambda item: -item[1])[:4]
     parts = ", ".join(f"{name.replace('_', ' ')} {gib(size)}" for name, size in items)
-    return f"{gib(plan.fullest.peak_bytes)} at the {plan.fullest.peak_event}: {parts}"
+    beside = f"; beside it communicators {gib(plan.communicator_bytes)} (estimate)" if plan.communicator_bytes else ""
+    return f"{gib(plan.fullest.peak_bytes)} at the {plan.fullest.peak_event}: {parts}{beside}"
 
 
 def cure_words(cure: Cure, plan: RunPlan) -> str:

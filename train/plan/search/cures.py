@@ -5,7 +5,7 @@ from itertools import combinations
 
 from conf.schema import Config
 from train.plan.budget import RunPlan
-from train.plan.job import device_memory, layout_of
+from train.plan.job import layout_of, tensor_memory
 from train.plan.memory.rank import plan_memory, rank_memory, scene_of
 from train.plan.search.changes import broken_rule, changed, lighter, overrides
 from train.plan.time.step import plan_time
@@ -52,7 +52,7 @@ def _peak_of_fullest(config: Config, plan: RunPlan) -> int:
 
 
 def _cure(config: Config, plan: RunPlan, first_look: int) -> list[Cure]:
-    memory = device_memory(config)
+    memory = tensor_memory(config)
     if first_look > memory:
         return []
     room = memory - max(rank.peak_bytes for rank in plan_memory(config))

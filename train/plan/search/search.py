@@ -15,7 +15,7 @@ from dataclasses import dataclass, field, replace
 from conf.errors import UserError
 from conf.schema import Config
 from train.metrics.words import gib
-from train.plan.job import device_memory, require_hardware
+from train.plan.job import communicator_bytes, device_memory, require_hardware
 from train.plan.memory.rank import plan_memory, rank_memory, scene_of
 from train.plan.search.bounds import bound
 from train.plan.search.candidates import Candidate, candidates
@@ -150,6 +150,7 @@ def _miss(misses: dict[str, int], candidate: Candidate, lacking: int) -> None:
 def _lacking(candidate: Candidate, memory: int) -> int:
     """Bytes that the fullest rank lacks (negative: has to spare); the likely ones are looked at first."""
     config, scene = candidate.config, scene_of(candidate.config)
+    memory -= communicator_bytes(config)
     for rank in dict.fromkeys((candidate.fullest, 0, config.parallel.pp - 1)):
         lacking = rank_memory(config, rank, scene).peak_bytes - memory
         if lacking > 0:
