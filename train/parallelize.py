@@ -40,18 +40,20 @@ def parallelize(
     mesh: Mesh,
     device: torch.device,
     *,
+    restored: bool = False,
     dispatcher: Dispatcher | None = None,
     layers: list[range] | None = None,
 ) -> Parallelized:
     """Build this rank's chunks with the weights of config.seed, and wrap them for training.
 
+    restored: the caller fills all weights from a checkpoint, so none are drawn.
     dispatcher, layers (of every stage): for a dry run, instead of those that the layout asks for.
     """
     if dispatcher is None and mesh.layout.ep > 1:
         dispatcher = make_dispatcher(config, mesh)
     recompute_swiglu = Recompute.swiglu in config.model.recompute
     precision = build_precision(config.precision, device, recompute_swiglu)
-    chunks, stage_ids, num_stages = build_chunks(config, mesh, device, dispatcher, precision, layers)
+    chunks, stage_ids, num_stages = build_chunks(config, mesh, device, dispatcher, precision, layers, restored)
     pipeline = build_schedule(
         config.parallel.schedule,
         chunks,
@@ -103,10 +105,11 @@ def build_chunks(
     dispatcher: Dispatcher | None,
     precision: HighPrecision | Fp8Precision,
     layers: list[range] | None = None,
+    restored: bool = False,
 ) -> tuple[list[DeepSeekV3], list[int], int]:
     """This rank's chunks with the weights of config.seed, their stage numbers, and the number of stages.
 
-    layers: of every stage; None for `split`.
+    layers: of every stage; None for `split`. restored: as in `parallelize`.
     """
     placement = stage_placement(config.parallel.schedule, mesh.layout.pp)
     stage_ids, num_stages = placement[mesh.pp_rank], sum(len(ids) for ids in placement)
@@ -129,7 +132,7 @@ def build_chunks(
             dtype=dtype,
             device=device,
         )
-        initialise(chunk, config.seed, device)
+        initialise(chunk, None if restored else config.seed, device)
         embedding = getattr(chunk, "embedding", embedding)
         chunks.append(chunk)
     return chunks, stage_ids, num_stages

@@ -33,15 +33,28 @@ class Restored:
     """`resumed` in train/metrics/names.py; None where no checkpoint was read."""
 
 
+def has_start(config: Config, copies: MemoryCopies | None) -> bool:
+    """Whether `restore` will fill all weights, or raise: then none need to be drawn. Collective over all ranks."""
+    return from_rank_0(lambda: _has_start(config, copies))
+
+
+def _has_start(config: Config, copies: MemoryCopies | None) -> bool:
+    """On rank 0."""
+    in_memory = copies is not None and _newest_copy(config, copies) != (None, None)
+    return in_memory or config.init_from is not None or resume_point(config).path is not None
+
+
 def restore(
     config: Config,
     data: Prepared,
     state: State,
     checkpointer: Checkpointer,
     copies: MemoryCopies | None = None,
+    required: bool = False,
 ) -> Restored:
     """Load the newest copy in memory, or the checkpoint that config.resume means, if any.
 
+    required: `has_start` said that there is one, and no weights are drawn.
     What turns out damaged on any rank is passed over under resume=auto. Raises UserError if the checkpoint belongs to
     another tokenizer or a longer run.
     """
@@ -52,11 +65,12 @@ def restore(
     while True:
         name, warnings = from_rank_0(lambda: _resume_point(config, skip))
         notes += [f"passed over a damaged checkpoint: {warning}" for warning in warnings if not skip]
-        if name is None and notes:  # the weights may be half loaded, and nobody asked to begin anew
+        gone = required and config.init_from is None
+        if name is None and (notes or gone):  # the weights may be half loaded, and nobody asked to begin anew
             raise UserError(
                 "resume",
                 config.resume,
-                f"there is no checkpoint on disk, and copies in memory are of no use: {'; '.join(notes)}",
+                f"there is no checkpoint on disk, and copies in memory are of no use: {'; '.join(notes) or 'they are gone'}",
                 "start once with checkpoint.every_memory=0 to begin anew, or take another name=",
             )
         if name is None:

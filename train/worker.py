@@ -45,7 +45,7 @@ from train.model.count import flops_per_token  # noqa: E402
 from train.native.model import choose, missed  # noqa: E402
 from train.parallelize import parallelize  # noqa: E402
 from train.precision.build import activation_dtype  # noqa: E402
-from train.resume import restore  # noqa: E402
+from train.resume import has_start, restore  # noqa: E402
 from train.run_folder import RunPaths  # noqa: E402
 from train.state import State  # noqa: E402
 from train.step_work import StepWork  # noqa: E402
@@ -102,9 +102,6 @@ def _run(config: Config, place: Place, stop: StopRequest) -> int:
     data = in_turn(place, lambda progress: prepare(config, progress))
     paths = RunPaths(config)
     attempt = from_rank_0(lambda: given_attempt() or next_attempt(paths.checkpoints))
-    parts = parallelize(config, mesh, device)
-    measure = Measure(config.model, mesh, parts.chunks, device, StepWork(parts, mesh.layout))
-    state = State(config, mesh, parts.zero, measure.routers, len(measure.layers))
     checkpointer = Checkpointer(
         paths.checkpoints,
         rank=place.rank,
@@ -120,7 +117,11 @@ def _run(config: Config, place: Place, stop: StopRequest) -> int:
         copies = MemoryCopies(
             *given, rank=place.rank, world_size=place.world, attempt=attempt, timeout=config.cluster.timeout
         )
-    restored = restore(config, data, state, checkpointer, copies)
+    is_filled = has_start(config, copies)
+    parts = parallelize(config, mesh, device, restored=is_filled)
+    measure = Measure(config.model, mesh, parts.chunks, device, StepWork(parts, mesh.layout))
+    state = State(config, mesh, parts.zero, measure.routers, len(measure.layers))
+    restored = restore(config, data, state, checkpointer, copies, is_filled)
     notes = restored.notes
     if copies is not None and (why := copies.require_room(state.shards())):
         copies, notes = None, [*notes, why]

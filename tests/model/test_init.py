@@ -6,6 +6,7 @@ import torch
 
 from conf.schema import Model
 from tests.model.test_deepseek import CONFIG
+from train.model import init
 from train.model.deepseek import DeepSeekV3
 from train.model.init import initialise
 from train.precision.high import HighPrecision
@@ -13,7 +14,7 @@ from train.precision.high import HighPrecision
 torch.set_num_threads(1)
 
 
-def build(config: Model, seed: int = 1, **parts) -> DeepSeekV3:
+def build(config: Model, seed: int | None = 1, **parts) -> DeepSeekV3:
     parts = {"layers": range(config.layers), "has_embedding": True, "has_head": True, "device": "meta"} | parts
     model = DeepSeekV3(config, HighPrecision(torch.float32), seq_len=8, **parts)
     initialise(model, seed)
@@ -27,6 +28,14 @@ def test_a_rank_draws_what_one_process_draws():
     for name, tensor in part.items():
         expected = whole[name][4:8] if ".experts." in name else whole[name]
         assert torch.equal(tensor, expected), name
+
+
+def test_weights_that_a_checkpoint_fills_are_not_drawn(monkeypatch):
+    """They are no numbers, so that one that stays by mistake is seen; biases and counters are 0 all the same."""
+    monkeypatch.setattr(init, "_draw", None)
+    model = build(CONFIG, seed=None)
+    assert all(param.isnan().all() for param in model.parameters())
+    assert all((buffer == 0).all() for buffer in model.buffers() if buffer.dtype != torch.complex64)
 
 
 def test_values():

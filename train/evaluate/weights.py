@@ -19,7 +19,7 @@ def load_pipeline(config: Config, mesh: Mesh, device: torch.device, checkpoint: 
     """This rank's part of the model, ready to evaluate, whatever layout wrote the checkpoint."""
     dispatcher = None if mesh.layout.ep == 1 else make_dispatcher(config, mesh)
     precision = build_precision(config.precision, device)
-    chunks, stage_ids, num_stages = build_chunks(config, mesh, device, dispatcher, precision)
+    chunks, stage_ids, num_stages = build_chunks(config, mesh, device, dispatcher, precision, restored=True)
     fill(chunks, checkpoint, mesh, "ema" if config.evaluate.ema else "master")
     return make_pipeline(config, mesh, device, chunks, stage_ids, num_stages)
 

@@ -1,7 +1,9 @@
 """Initial weights: every weight normal(0, init_std), every gain 1 (paper 4.2).
 
 A value depends on the seed, the global name of its parameter and, for expert weights, the global index of the expert,
-and on nothing else: any layout of chunks, ranks and devices starts from the same model. Numbers are drawn on the CPU.
+and on nothing else: any layout of chunks and ranks starts from the same model. Each device draws its own numbers, which takes
+a GPU no time to speak of and a CPU half a minute for a layer of DeepSeek-V3. So all CPUs draw the same ones, and all GPUs of
+one kind the same others: torch's generator on a GPU deals its numbers out by how many multiprocessors there are.
 """
 
 import hashlib
@@ -14,21 +16,25 @@ from train.model.layers import RMSNorm
 from train.model.moe import Experts
 
 
-def initialise(chunk: DeepSeekV3, seed: int, device: torch.device | str | None = None) -> None:
-    """Give memory to parts on the meta device (on `device`) and draw all weights; counters and biases become 0."""
+def initialise(chunk: DeepSeekV3, seed: int | None, device: torch.device | str | None = None) -> None:
+    """Give memory to parts on the meta device (on `device`) and draw all weights; counters and biases become 0.
+
+    seed: None for weights that a checkpoint will fill: they are not a number until then, so that none stays by mistake.
+    """
     materialise(chunk, device)
-    generator = torch.Generator()
     with torch.no_grad():
         for prefix, module in chunk.named_modules():
             for name, weight in module.named_parameters(recurse=False):
                 full_name = f"{prefix}.{name}"
-                if isinstance(module, RMSNorm):
+                if seed is None:
+                    weight.fill_(torch.nan)
+                elif isinstance(module, RMSNorm):
                     weight.fill_(1)
                 elif isinstance(module, Experts):
                     for index, expert in zip(module.local, weight, strict=True):
-                        _draw(expert, generator, f"{seed}/{full_name}/{index}", chunk.config.init_std)
+                        _draw(expert, f"{seed}/{full_name}/{index}", chunk.config.init_std)
                 else:
-                    _draw(weight, generator, f"{seed}/{full_name}", chunk.config.init_std)
+                    _draw(weight, f"{seed}/{full_name}", chunk.config.init_std)
             for buffer in module.buffers(recurse=False):
                 buffer.zero_()
 
@@ -44,6 +50,8 @@ def materialise(chunk: nn.Module, device: torch.device | str | None = None) -> N
                 setattr(module, name, torch.zeros_like(buffer, device=device or "cpu"))
 
 
-def _draw(weight: Tensor, generator: torch.Generator, key: str, std: float) -> None:
+def _draw(weight: Tensor, key: str, std: float) -> None:
+    generator = torch.Generator(weight.device)
     generator.manual_seed(int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "little", signed=True))
-    weight.copy_(torch.empty(weight.shape, dtype=torch.float32).normal_(0, std, generator=generator))
+    exact = torch.empty(weight.shape, dtype=torch.float32, device=weight.device)
+    weight.copy_(exact.normal_(0, std, generator=generator))
