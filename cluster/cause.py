@@ -137,9 +137,7 @@ def name_cause(reports: list[RankReport], names: dict[int, str]) -> Cause | None
         who = ", ".join(_who(report, names) for report in began)
         text = f"{who} failed: {first.failure.message}" if began else first.failure.message
         return _cause(Kind.diverged, text, began or failed, names, EXIT_DIVERGED)
-    said = first.failure.message.strip()
-    said = said if "\n  rule: " in said else said.splitlines()[-1]  # one screen, or the end of a traceback
-    text = f"{_who(first, names)} failed: {said}"
+    text = f"{_who(first, names)} failed: {_headline(first.failure.message)}"
     return _cause(Kind.crash, text, [first], names, first.failure.code, first.failure.message)
 
 
@@ -148,6 +146,14 @@ def _cause(
 ) -> Cause:
     ranks = tuple(report.rank for report in reports)
     return Cause(kind, text, ranks, tuple(sorted({names[rank] for rank in ranks if rank in names})), code, log)
+
+
+def _headline(message: str) -> str:
+    """What happened: of a traceback the last line, of a screen with rule and cure all, of other messages the first line."""
+    lines = message.strip().splitlines()
+    if "Traceback (most recent" in lines[0]:
+        return lines[-1]
+    return message.strip() if "\n  rule: " in message else lines[0]
 
 
 def _who(report: RankReport, names: dict[int, str]) -> str:

@@ -36,6 +36,7 @@ from train.data.corpus import silent  # noqa: E402
 from train.data.files import Progress  # noqa: E402
 from train.data.prepare import prepare  # noqa: E402
 from train.data.progress import show_progress  # noqa: E402
+from train.explain import Explained, explained  # noqa: E402
 from train.finish import finish  # noqa: E402
 from train.gpu import grow_segments, idle_gpu, probe_in_turn, record_collectives, usable_gpu  # noqa: E402
 from train.measure import Measure  # noqa: E402
@@ -67,7 +68,7 @@ def run_rank(config: Config, place: Place, failures: Path | None = None) -> int:
     """Train as one rank; returns the exit code. failures: see `guarded`."""
     stop = StopRequest()
     try:
-        return guarded(place, failures, disk_errors(config)(lambda: _run(config, place, stop)))
+        return guarded(place, failures, disk_errors(config)(lambda: _run_explained(config, place, stop)))
     finally:
         stop.close()
 
@@ -90,6 +91,11 @@ def guarded(place: Place, failures: Path | None, work: Callable[[], int]) -> int
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
+
+
+def _run_explained(config: Config, place: Place, stop: StopRequest) -> int:
+    with explained(config, place.rank, RunPaths(config).path / "logs"):
+        return _run(config, place, stop)
 
 
 def _run(config: Config, place: Place, stop: StopRequest) -> int:
@@ -216,7 +222,7 @@ def _report(error: Exception, place: Place, failures: Path | None) -> int:
     """Leave the error where the driver finds it, or print it where there is none."""
     code = getattr(error, "code", EXIT_CRASH)
     kind = "user" if code == EXIT_USER else "timeout" if _is_timeout(error) else "crash"
-    expected = isinstance(error, (UserError, Diverged, Overtaken))
+    expected = isinstance(error, (UserError, Diverged, Overtaken, Explained))
     text = str(error) if expected else "".join(traceback.format_exception(error))
     began = list(error.ranks) if isinstance(error, Diverged) else []
     try:
