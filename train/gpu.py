@@ -73,15 +73,16 @@ def probe_in_turn(config: Config, place: Place, device: "torch.device") -> None:
         return
     import torch.distributed as dist
 
+    from parallel.exchange import gather
+
     patient = dist.new_group(backend="gloo", timeout=PATIENCE)
     refused = None
     if place.local_rank == 0:
         try:
             probe(config, device.index)
         except UserError as error:
-            refused = error.args
-    everyone: list[tuple | None] = [None] * place.world
-    dist.all_gather_object(everyone, refused, group=patient)
+            refused = [str(part) for part in error.args]
+    everyone = gather(refused, patient)
     dist.destroy_process_group(patient)
     for rank, args in enumerate(everyone):
         if args is not None:

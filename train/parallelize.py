@@ -12,6 +12,7 @@ from parallel.mesh import Mesh
 from parallel.pipeline.schedule import Pipeline, build_schedule
 from parallel.pipeline.split import split_layers, stage_placement
 from parallel.zero.engine import Zero
+from train.model.attention import Attention, attention
 from train.model.block import Block
 from train.model.count import head_flops, layer_flops
 from train.model.deepseek import DeepSeekV3
@@ -41,19 +42,20 @@ def parallelize(
     device: torch.device,
     *,
     restored: bool = False,
+    core: Attention = attention,
     dispatcher: Dispatcher | None = None,
     layers: list[range] | None = None,
 ) -> Parallelized:
     """Build this rank's chunks with the weights of config.seed, and wrap them for training.
 
-    restored: the caller fills all weights from a checkpoint, so none are drawn.
+    restored: the caller fills all weights from a checkpoint, so none are drawn. core: of attention, see choose_attention.
     dispatcher, layers (of every stage): for a dry run, instead of those that the layout asks for.
     """
     if dispatcher is None and mesh.layout.ep > 1:
         dispatcher = make_dispatcher(config, mesh)
     recompute_swiglu = Recompute.swiglu in config.model.recompute
     precision = build_precision(config.precision, device, recompute_swiglu)
-    chunks, stage_ids, num_stages = build_chunks(config, mesh, device, dispatcher, precision, layers, restored)
+    chunks, stage_ids, num_stages = build_chunks(config, mesh, device, dispatcher, precision, layers, restored, core)
     pipeline = build_schedule(
         config.parallel.schedule,
         chunks,
@@ -106,10 +108,11 @@ def build_chunks(
     precision: HighPrecision | Fp8Precision,
     layers: list[range] | None = None,
     restored: bool = False,
+    core: Attention = attention,
 ) -> tuple[list[DeepSeekV3], list[int], int]:
     """This rank's chunks with the weights of config.seed, their stage numbers, and the number of stages.
 
-    layers: of every stage; None for `split`. restored: as in `parallelize`.
+    layers: of every stage; None for `split`. restored, core: as in `parallelize`.
     """
     placement = stage_placement(config.parallel.schedule, mesh.layout.pp)
     stage_ids, num_stages = placement[mesh.pp_rank], sum(len(ids) for ids in placement)
@@ -129,6 +132,7 @@ def build_chunks(
             dispatcher=dispatcher,
             local_experts=range(mesh.ep_rank * share, (mesh.ep_rank + 1) * share),
             embedding=embedding,
+            attention=core,
             dtype=dtype,
             device=device,
         )

@@ -29,6 +29,7 @@ from conf.schema import Config  # noqa: E402
 from parallel.exchange import from_rank_0, refuse_pickles  # noqa: E402
 from parallel.mesh import Layout, build_mesh, form_later  # noqa: E402
 from parallel.zero.engine import import_deepspeed  # noqa: E402
+from train.attention_choice import choose_attention  # noqa: E402
 from train.checkpoint.checkpointer import Checkpointer  # noqa: E402
 from train.checkpoint.commit import next_attempt  # noqa: E402
 from train.checkpoint.memory import MemoryCopies  # noqa: E402
@@ -105,6 +106,7 @@ def _run(config: Config, place: Place, stop: StopRequest) -> int:
     layout = Layout(config.parallel.pp, config.parallel.dp, config.parallel.ep, ranks_per_node)
     mesh = build_mesh(layout, timedelta(seconds=config.cluster.timeout))
     probe_in_turn(config, place, device)
+    core, core_notes = choose_attention(config, device)
     data = in_turn(place, lambda progress: prepare(config, progress))
     paths = RunPaths(config)
     attempt = from_rank_0(lambda: given_attempt() or next_attempt(paths.checkpoints))
@@ -124,7 +126,7 @@ def _run(config: Config, place: Place, stop: StopRequest) -> int:
             *given, rank=place.rank, world_size=place.world, attempt=attempt, timeout=config.cluster.timeout
         )
     is_filled = has_start(config, copies)
-    parts = parallelize(config, mesh, device, restored=is_filled)
+    parts = parallelize(config, mesh, device, restored=is_filled, core=core)
     measure = Measure(config.model, mesh, parts.chunks, device, StepWork(parts, mesh.layout))
     state = State(config, mesh, parts.zero, measure.routers, len(measure.layers))
     restored = restore(config, data, state, checkpointer, copies, is_filled)
@@ -135,6 +137,7 @@ def _run(config: Config, place: Place, stop: StopRequest) -> int:
         notes = [*notes, why]
     if why := idle_gpu(config, device):
         notes = [*notes, why]
+    notes = [*notes, *core_notes]
     if place.rank == 0:
         data.tokenizer.save(paths.path)
     flops = count_flops(config, device)

@@ -1,6 +1,6 @@
 """The attention core: causal softmax(scale q k^T) v, whole sequences or inside packed documents.
 
-CUDA uses torch's kernels. On the CPU torch's flash kernel wants values as wide as keys and keeps its products small;
+A GPU uses torch's kernels; a run says which (train/attention_choice.py). On the CPU torch's flash kernel wants values as wide as keys and keeps its products small;
 here a block of queries meets all earlier keys in one product, so memory stays linear in the sequence and work above the
 diagonal is skipped. Scores and softmax are in fp32; backward computes them again from q and k, so nothing else is kept.
 The same is there as compiled code for bf16 (train/model/compiled_attention.py), to which this is the reference; that keeps
@@ -10,7 +10,7 @@ Shapes: B sequences, H heads, T positions, Q qk width, V value width, X = B*H ro
 block, S keys up to its end.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -26,17 +26,25 @@ SCORES = 1 << 20
 """Scores of a block at a time on the CPU, in fp32 4 MiB: as many heads as that takes, so that they stay in the cache."""
 
 
+Attention = Callable[[Tensor, Tensor, Tensor, float, Tensor | None], Tensor]
+"""What `attention` is: from q, k, v, the scale and the documents."""
+
+
 def attention(q_BHTQ: Tensor, k_BHTQ: Tensor, v_BHTV: Tensor, scale: float, documents_BT: Tensor | None) -> Tensor:
     """(B, H, T, V). documents_BT: number of the document of every position; a document is contiguous and sees itself only."""
     if not q_BHTQ.is_cuda:
         spans = None if documents_BT is None else document_spans(documents_BT)
         kernel = CompiledAttention if fits(q_BHTQ) and in_use() else BlockAttention
         return kernel.apply(q_BHTQ, k_BHTQ, v_BHTV, scale, spans)
-    if documents_BT is None:
-        return F.scaled_dot_product_attention(q_BHTQ, k_BHTQ, v_BHTV, is_causal=True, scale=scale)
+    mask_B1TT = None if documents_BT is None else document_mask(documents_BT)
+    causal = mask_B1TT is None
+    return F.scaled_dot_product_attention(q_BHTQ, k_BHTQ, v_BHTV, attn_mask=mask_B1TT, is_causal=causal, scale=scale)
+
+
+def document_mask(documents_BT: Tensor) -> Tensor:
+    """Which earlier positions of its own document each position sees: bool (B, 1, T, T)."""
     same_BTT = documents_BT.unsqueeze(-1) == documents_BT.unsqueeze(-2)
-    mask_B1TT = same_BTT.tril_().unsqueeze(1)
-    return F.scaled_dot_product_attention(q_BHTQ, k_BHTQ, v_BHTV, attn_mask=mask_B1TT, scale=scale)
+    return same_BTT.tril_().unsqueeze(1)
 
 
 def document_spans(documents_BT: Tensor) -> list[tuple[int, int, int]]:

@@ -3,6 +3,7 @@
 from torch import Tensor, nn
 
 from conf.schema import Model, Recompute
+from train.model.attention import Attention, attention
 from train.model.layers import FFN, Precision, RMSNorm
 from train.model.mla import MLA
 from train.model.moe import Dispatcher, MoE
@@ -22,12 +23,13 @@ class Block(nn.Module):
         rope: Rope,
         dispatcher: Dispatcher | None,
         local_experts: range,
+        attention: Attention = attention,
         **factory,
     ):
         super().__init__()
         recompute_norm = Recompute.norm in config.recompute
         self.attention_norm = RMSNorm(config.hidden, config.norm_eps, recompute_norm, **factory)
-        self.attention = MLA(config, precision, rope, **factory)
+        self.attention = MLA(config, precision, rope, attention, **factory)
         self.ffn_norm = RMSNorm(config.hidden, config.norm_eps, recompute_norm, **factory)
         if dispatcher is None:
             recompute_swiglu = Recompute.swiglu in config.recompute

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from conf.schema import Model, Recompute
+from train.model.attention import Attention, attention
 from train.model.block import Block
 from train.model.layers import Embedding, Precision, RMSNorm
 from train.model.loss import cross_entropy
@@ -74,7 +75,7 @@ class DeepSeekV3(nn.Module):
 
     seq_len: length of the run's sequences (decides on YaRN). layers: global indices of the blocks held here.
     has_head: final norm, output head and MTP modules. dispatcher: one object for all MoE layers; None for experts that
-    are all here. local_experts: those of every layer that this rank holds; None for all. embedding: a table to share.
+    are all here. local_experts: those of every layer that this rank holds; None for all. embedding: a table to share. attention: its core.
     dtype, device: of the parameters. On the meta device build first, then call `init.initialise` or load.
     """
 
@@ -90,6 +91,7 @@ class DeepSeekV3(nn.Module):
         dispatcher: Dispatcher | None = None,
         local_experts: range | None = None,
         embedding: Embedding | None = None,
+        attention: Attention = attention,
         dtype: torch.dtype = torch.float32,
         device: torch.device | str | None = None,
     ):
@@ -114,12 +116,13 @@ class DeepSeekV3(nn.Module):
         self.layers = nn.ModuleDict()
         for index in layers:
             here = None if index < config.dense_layers else dispatcher
-            self.layers[str(index)] = Block(config, precision, rope, here, local_experts, **factory)
+            self.layers[str(index)] = Block(config, precision, rope, here, local_experts, attention, **factory)
         if has_head:
             self.norm = RMSNorm(config.hidden, config.norm_eps, Recompute.norm in config.recompute, **factory)
             self.head = Head(config.hidden, config.vocab_size, config.loss_chunk, **factory)
             self.mtp = nn.ModuleList(
-                MTP(config, precision, rope, dispatcher, local_experts, **factory) for _ in range(config.mtp_depth)
+                MTP(config, precision, rope, dispatcher, local_experts, attention, **factory)
+                for _ in range(config.mtp_depth)
             )
 
     @classmethod

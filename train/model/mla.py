@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from conf.schema import Model, Recompute
-from train.model.attention import attention
+from train.model.attention import Attention, attention
 from train.model.compiled_rows import CompiledHeads, fits
 from train.model.layers import Linear, Precision, RMSNorm
 from train.model.recompute import Recomputed
@@ -28,7 +28,7 @@ from train.model.rope import Rope, rotate
 class MLA(nn.Module):
     """Multi-head latent attention of one block."""
 
-    def __init__(self, config: Model, precision: Precision, rope: Rope, **factory):
+    def __init__(self, config: Model, precision: Precision, rope: Rope, attention: Attention = attention, **factory):
         super().__init__()
         width, heads = config.hidden, config.heads
         qk_width = config.nope_head_dim + config.rope_head_dim
@@ -43,7 +43,7 @@ class MLA(nn.Module):
         self.kv_norm = RMSNorm(config.kv_rank, config.resolved_latent_norm_eps, recompute_norm, **factory)
         self.kv_up = Linear(config.kv_rank, heads * (config.nope_head_dim + config.v_head_dim), precision, **factory)
         self.out = Linear(heads * config.v_head_dim, width, precision, kind="output", **factory)
-        self._config, self._rope = config, rope
+        self._config, self._rope, self._attention = config, rope, attention
         self._recompute_up = Recompute.mla_up in config.recompute
 
     def forward(self, x_BTD: Tensor, recipe: AbstractContextManager, documents_BT: Tensor | None = None) -> Tensor:
@@ -58,7 +58,7 @@ class MLA(nn.Module):
             sources = q_latent.detach(), kv_latent.detach(), k_rope_BTR.detach()
             keep = Recomputed(lambda: self._up(*sources), *heads)
         with keep:
-            out_BHTV = attention(*heads, self._rope.softmax_scale, documents_BT)
+            out_BHTV = self._attention(*heads, self._rope.softmax_scale, documents_BT)
         return self.out(out_BHTV.transpose(1, 2).flatten(2))
 
     def _up(self, q_latent: Tensor, kv_latent: Tensor, k_rope_BTR: Tensor) -> tuple[Tensor, Tensor, Tensor]:

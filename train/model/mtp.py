@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from conf.schema import Model, Recompute
+from train.model.attention import Attention, attention
 from train.model.block import Block
 from train.model.layers import Linear, Precision, RMSNorm
 from train.model.moe import Dispatcher
@@ -26,14 +27,21 @@ class MTP(nn.Module):
     """The module of one depth."""
 
     def __init__(
-        self, config: Model, precision: Precision, rope: Rope, dispatcher: Dispatcher, local_experts: range, **factory
+        self,
+        config: Model,
+        precision: Precision,
+        rope: Rope,
+        dispatcher: Dispatcher,
+        local_experts: range,
+        attention: Attention = attention,
+        **factory,
     ):
         super().__init__()
         recompute = Recompute.norm in config.recompute
         self.embedding_norm = RMSNorm(config.hidden, config.norm_eps, recompute, **factory)
         self.hidden_norm = RMSNorm(config.hidden, config.norm_eps, recompute, **factory)
         self.projection = Linear(2 * config.hidden, config.hidden, precision, **factory)
-        self.block = Block(config, precision, rope, dispatcher, local_experts, **factory)
+        self.block = Block(config, precision, rope, dispatcher, local_experts, attention, **factory)
         self.norm = RMSNorm(config.hidden, config.norm_eps, recompute, **factory)
 
     def forward(self, hidden_BTD: Tensor, embedding_BTD: Tensor, documents_BT: Tensor | None) -> Tensor:
