@@ -11,7 +11,8 @@ the shared run folder, so that a rank of an old attempt cannot be mistaken for o
     SIGUSR1                 makes it print the stacks of its threads to its output, if it has a handler
 
 The rank finds in its environment RANK, LOCAL_RANK, WORLD_SIZE, LOCAL_WORLD_SIZE, MASTER_ADDR, MASTER_PORT,
-GLOO_SOCKET_IFNAME, NCCL_SOCKET_IFNAME, SLUICE_LOGS (the scratch folder) and SLUICE_ATTEMPT (the number that fences checkpoints).
+GLOO_SOCKET_IFNAME, NCCL_SOCKET_IFNAME, SLUICE_LOGS (the scratch folder), SLUICE_ATTEMPT (the number that fences checkpoints)
+and SLUICE_STORE_SECRET (what seals the store where the ranks of this attempt meet, see parallel/store.py).
 
 An agent that nobody asks for `lease` seconds is cut off: it kills its ranks, as a new attempt may run elsewhere.
 """

@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import secrets
 import signal
 import time
 from collections.abc import Callable, Iterable
@@ -332,6 +333,7 @@ class Driver:
             "WORLD_SIZE": str(placement.world),
             "MASTER_ADDR": placement.seats[0].node.address,
             "MASTER_PORT": str(reply.value),
+            "SLUICE_STORE_SECRET": secrets.token_hex(32),
             "SLUICE_FOLDER": os.getcwd(),
         }
         for id, seats in placement.by_node().items():

@@ -42,6 +42,27 @@ def given_attempt() -> int | None:
     return int(os.environ["SLUICE_ATTEMPT"]) if "SLUICE_ATTEMPT" in os.environ else None
 
 
+@dataclass(frozen=True)
+class Meeting:
+    """Where the ranks that a driver started meet: a file of this machine, or an address of rank 0 and a secret."""
+
+    file: str | None = None
+    address: str = ""
+    port: int = 0
+    secret: bytes = b""
+
+
+def given_meeting() -> Meeting | None:
+    """What the driver told its ranks; None for those of torchrun, which has a store of its own. Call once: the secret does
+    not stay in the environment, which every child of the rank would have.
+    """
+    if file := os.environ.get("SLUICE_STORE"):
+        return Meeting(file)
+    if secret := os.environ.pop("SLUICE_STORE_SECRET", None):
+        return Meeting(None, os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), bytes.fromhex(secret))
+    return None
+
+
 def is_driver() -> bool:
     """Whether this process owns the run folder: the driver, or rank 0 of ranks that others started."""
     place = given_place()

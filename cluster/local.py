@@ -2,6 +2,8 @@
 
 When a rank fails, its peers lose their connection and fail too, often sooner. So the report names the cause, by the rules
 of cluster/cause.py, and not the first process to end.
+
+They meet in a file of a folder that only this user can enter, and talk over loopback.
 """
 
 import contextlib
@@ -9,9 +11,9 @@ import ctypes
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 from types import FrameType
@@ -35,7 +37,12 @@ def run_local(command: list[str], world: int, logs: Path) -> int:
     logs.mkdir(parents=True, exist_ok=True)
     for old in logs.glob("rank_*.error.json"):
         old.unlink()
-    ranks = _start(command, world, logs)
+    with tempfile.TemporaryDirectory(prefix="sluice-store-", ignore_cleanup_errors=True) as folder:  # mode 0700
+        return _run(command, world, logs, Path(folder) / "store")
+
+
+def _run(command: list[str], world: int, logs: Path, store: Path) -> int:
+    ranks = _start(command, world, logs, store)
     asked: list[int] = []
     """Signals that asked the run to stop."""
 
@@ -54,13 +61,13 @@ def run_local(command: list[str], world: int, logs: Path) -> int:
         _end(ranks)
 
 
-def _start(command: list[str], world: int, logs: Path) -> list[subprocess.Popen]:
+def _start(command: list[str], world: int, logs: Path, store: Path) -> list[subprocess.Popen]:
     environment = os.environ | {
         "WORLD_SIZE": str(world),
         "LOCAL_WORLD_SIZE": str(world),
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(_free_port()),
+        "SLUICE_STORE": str(store),
         "GLOO_SOCKET_IFNAME": os.environ.get("GLOO_SOCKET_IFNAME", "lo"),
+        "NCCL_SOCKET_IFNAME": os.environ.get("NCCL_SOCKET_IFNAME", "lo"),
     }
     ranks = []
     for rank in range(world):
@@ -146,12 +153,6 @@ def _end(ranks: list[subprocess.Popen]) -> None:
             rank.kill()
     for rank in ranks:
         rank.wait()
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def _die_with_parent() -> None:

@@ -1,7 +1,7 @@
 """Whole runs on several ranks, from the fork server, without the command line: for parity of layouts."""
 
 import os
-import socket
+import tempfile
 from pathlib import Path
 
 from cluster.launch import Place
@@ -23,17 +23,16 @@ def train_on(config: Config, world: int, timeout: float = 120.0) -> None:
     (folder / "logs").mkdir(parents=True, exist_ok=True)
     (folder / "checkpoints").mkdir(exist_ok=True)
     write_config(config, str(folder / "config.yaml"))
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    run_processes(train_rank, str(folder / "config.yaml"), world, port, world_size=world, timeout=timeout)
+    with tempfile.TemporaryDirectory() as scratch:
+        store = f"{scratch}/store"
+        run_processes(train_rank, str(folder / "config.yaml"), world, store, world_size=world, timeout=timeout)
 
 
-def train_rank(rank: int, config_path: str, world: int, port: int) -> None:
+def train_rank(rank: int, config_path: str, world: int, store: str) -> None:
     from conf.load import read_config
     from train.worker import run_rank
 
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "GLOO_SOCKET_IFNAME": "lo"}
+    os.environ |= {"SLUICE_STORE": store, "GLOO_SOCKET_IFNAME": "lo"}
     logs = Path(config_path).parent / "logs"
     code = run_rank(read_config(config_path), Place(rank, world, rank, world), logs)
     if code:

@@ -76,7 +76,7 @@ class _NanBackward(torch.autograd.Function):
         return torch.full_like(dx, torch.nan)
 
 
-def train_with_nan(rank: int, config_path: str, world: int, port: int) -> None:
+def train_with_nan(rank: int, config_path: str, world: int, store: str) -> None:
     """One rank; `nan.json` beside the runs says where to put NaN: rank, module, phase, and whether it comes again."""
     from train import trainer, worker
     from train.nonfinite import Watch
@@ -109,7 +109,7 @@ def train_with_nan(rank: int, config_path: str, world: int, port: int) -> None:
     worker.parallelize, trainer.Watch = broken, Noticed
     if not where.get("look", True):
         trainer.Trainer._find_origin = lambda *_: Origin("non-finite loss", None, "", (), False, ())
-    train_rank(rank, config_path, world, port)
+    train_rank(rank, config_path, world, store)
 
 
 def diverge(tmp_path: Path, monkeypatch, world: int, where: dict, *layout: str) -> str:

@@ -11,7 +11,7 @@ SLOW, DELAY = 1, 0.15
 """The rank, and seconds that each of its attentions takes longer."""
 
 
-def train_slow_rank(rank: int, config_path: str, world: int, port: int) -> None:
+def train_slow_rank(rank: int, config_path: str, world: int, store: str) -> None:
     from train.model.mla import MLA
     from train.rank_progress import RankProgress
 
@@ -29,7 +29,7 @@ def train_slow_rank(rank: int, config_path: str, world: int, port: int) -> None:
     if rank == SLOW:
         MLA.forward = slowly
     RankProgress.write = write_down
-    train_rank(rank, config_path, world, port)
+    train_rank(rank, config_path, world, store)
 
 
 @pytest.mark.slow

@@ -22,12 +22,13 @@ import torch.distributed as dist  # noqa: E402
 
 from cluster.cause import Failure  # noqa: E402
 from cluster.copies import given_shelves  # noqa: E402
-from cluster.launch import Place, given_attempt, given_run  # noqa: E402
+from cluster.launch import Place, given_attempt, given_meeting, given_run  # noqa: E402
 from conf.disk import disk_errors, let_output_be_lost  # noqa: E402
 from conf.errors import EXIT_CRASH, EXIT_USER, DiskFailed, UserError  # noqa: E402
 from conf.schema import Config  # noqa: E402
 from parallel.exchange import from_rank_0, refuse_pickles  # noqa: E402
 from parallel.mesh import Layout, build_mesh, form_later  # noqa: E402
+from parallel.store import open_sealed_store  # noqa: E402
 from parallel.zero.engine import import_deepspeed  # noqa: E402
 from train.attention_choice import choose_attention  # noqa: E402
 from train.checkpoint.checkpointer import Checkpointer  # noqa: E402
@@ -182,18 +183,26 @@ def choose_device(config: Config, place: Place) -> torch.device:
 
 
 def start_process_group(config: Config, place: Place, device: torch.device) -> None:
-    """The default group of all ranks; a single rank needs no address for it."""
+    """The default group of all ranks, which meet where the driver said or torchrun has a store."""
     refuse_pickles()
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     bound = device if device.type == "cuda" and place.world > 1 else None  # one rank needs no communicator
     if bound is not None:
         record_collectives(RunPaths(config).path / "logs")  # in the run's own folder: an agent's is removed
     timeout = timedelta(seconds=config.cluster.timeout)
+    store: dist.Store | None = None  # torchrun's
+    meeting = given_meeting()
     if place.world == 1:
         os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout)
-    else:
-        dist.init_process_group(backend, rank=place.rank, world_size=place.world, timeout=timeout, device_id=bound)
+        store = dist.HashStore()
+    elif meeting is not None and meeting.file is not None:
+        store = dist.FileStore(meeting.file, place.world)
+        store.set_timeout(timeout)
+    elif meeting is not None:
+        store = open_sealed_store(place.rank, meeting.address, meeting.port, meeting.secret, timeout)
+    dist.init_process_group(
+        backend, store=store, rank=place.rank, world_size=place.world, timeout=timeout, device_id=bound
+    )
     if bound is not None:
         form_later()
 

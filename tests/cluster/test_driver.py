@@ -313,6 +313,24 @@ def test_the_newest_checkpoint_is_that_of_the_latest_attempt(tmp_path):
     assert newest(tmp_path) == Age(2, 100), "a later attempt wrote the same step"
 
 
+def test_every_attempt_has_a_secret_of_its_own_that_no_file_holds(tmp_path):
+    run = Run(tmp_path, "steps=12", nodes=2, dp=2)
+    run.fault(1, "crash")
+    secrets, call = [], run.fleet.call
+
+    def listen(node: str, method: str, *arguments) -> None:
+        if method == "start":
+            secrets.append(arguments[0].environment["SLUICE_STORE_SECRET"])
+        call(node, method, *arguments)
+
+    run.fleet.call = listen
+    assert run.run() == EXIT_OK, run.finish.text
+    assert len(secrets) == 4 and len(set(secrets)) == 2, "the same for all ranks of an attempt"
+    assert all(len(bytes.fromhex(secret)) == 32 for secret in secrets)
+    written = b"".join(path.read_bytes() for path in run.folder.rglob("*") if path.is_file())
+    assert not any(secret.encode() in written for secret in secrets)
+
+
 def test_a_port_that_others_take_is_named(tmp_path, monkeypatch):
     with socket.create_server(("127.0.0.1", 0)) as taken:
         monkeypatch.setattr("cluster.agent.Agent.free_port", lambda agent: taken.getsockname()[1])

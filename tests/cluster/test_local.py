@@ -33,11 +33,14 @@ def run(body: str, logs: Path, world: int = 3) -> int:
 def test_contract_and_success(tmp_path):
     code = run(
         "(logs / f'env{rank}').write_text(' '.join(os.environ[k] for k in "
-        "('RANK', 'LOCAL_RANK', 'WORLD_SIZE', 'LOCAL_WORLD_SIZE', 'MASTER_ADDR')))",
+        "('RANK', 'LOCAL_RANK', 'WORLD_SIZE', 'LOCAL_WORLD_SIZE', 'SLUICE_STORE')));"
+        "(logs / f'mode{rank}').write_text(f'{os.stat(os.path.dirname(os.environ[\"SLUICE_STORE\"])).st_mode:o}')",
         tmp_path,
     )
     assert code == 0
-    assert (tmp_path / "env2").read_text() == "2 2 3 3 127.0.0.1"
+    *places, store = (tmp_path / "env2").read_text().split()
+    assert places == ["2", "2", "3", "3"] and (tmp_path / "mode2").read_text() == "40700"
+    assert not Path(store).parent.exists(), "the folder where the ranks met is gone"
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,6 @@ import json
 import math
 import os
 import shutil
-import socket
 from types import SimpleNamespace
 
 import pytest
@@ -150,8 +149,8 @@ def compose_and_call(trained, *overrides: str) -> dict:
     return result(trained)
 
 
-def on_ranks(rank: int, config, world: int, port: int) -> None:
-    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "GLOO_SOCKET_IFNAME": "lo"}
+def on_ranks(rank: int, config, world: int, store: str) -> None:
+    os.environ |= {"SLUICE_STORE": store, "GLOO_SOCKET_IFNAME": "lo"}
     assert run_rank(config, Place(rank, world, rank, world)) == EXIT_OK
 
 
@@ -162,12 +161,9 @@ def on_ranks(rank: int, config, world: int, port: int) -> None:
         ["parallel.pp=2", "parallel.schedule=dualpipev"],
     ],
 )
-def test_any_layout_gives_the_loss_of_one_process(trained, layout):
+def test_any_layout_gives_the_loss_of_one_process(trained, layout, tmp_path):
     expected = call(trained)["total"]
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    run_processes(on_ranks, trained.compose(*layout), 2, port, world_size=2, timeout=60)
+    run_processes(on_ranks, trained.compose(*layout), 2, str(tmp_path / "store"), world_size=2, timeout=60)
     found = result(trained)["total"]
     assert found["loss"] == pytest.approx(expected["loss"], rel=1e-6)  # fp32 sums in another order
     assert (found["tokens"], found["text_bytes"]) == (expected["tokens"], expected["text_bytes"])
