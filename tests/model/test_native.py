@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import train.native.model as native
+from conf.errors import UserError
 from conf.schema import ROOT
 from train.native import build
 
@@ -50,6 +51,67 @@ def results(compiler: str, folder: Path, environment: dict[str, str]) -> dict[st
     command = [sys.executable, "-c", RESULTS, folder / "x.pt", folder / "made.pt"]
     subprocess.run(command, env=os.environ | {"CXX": compiler} | environment, cwd=ROOT, check=True)
     return torch.load(folder / "made.pt")
+
+
+@pytest.fixture
+def made(tmp_path, monkeypatch):
+    """A source, and its library in a cache of its own."""
+    (tmp_path / "one.cpp").write_text('extern "C" int one() { return 1; }')
+    monkeypatch.setenv("SLUICE_CACHE", str(tmp_path / "cache"))
+    old = os.umask(0)  # the worst that a user can have
+    try:
+        source = build.Source(tmp_path / "one.cpp", "field", "field=false")
+        assert build.load(source).one() == 1
+    finally:
+        os.umask(old)
+    (library,) = (tmp_path / "cache" / "kernels").iterdir()
+    assert library.stat().st_mode & 0o022 == 0 and library.parent.stat().st_mode & 0o077 == 0
+    return source, library
+
+
+@pytest.mark.skipif(native.lack() is not None, reason=native.lack() or "")
+@pytest.mark.parametrize("which", ["folder", "file"])
+@pytest.mark.parametrize(
+    ("mode", "owner", "group", "words"),
+    [
+        (0o777, None, None, "can be written by every user"),
+        (0o1777, None, None, "can be written by every user"),
+        (0o775, None, 12345, "can be written by group 12345"),
+        (0o755, 12345, None, "belongs to user 12345"),
+    ],
+)
+def test_what_others_could_have_written_is_not_loaded(made, which, mode, owner, group, words):
+    source, library = made
+    path = library.parent if which == "folder" else library
+    if os.geteuid() and (owner or group):
+        pytest.skip("needs root to give a file away")
+    path.chmod(mode)
+    os.chown(path, -1 if owner is None else owner, -1 if group is None else group)
+    with pytest.raises(UserError) as refused:
+        build.load(source)
+    said = str(refused.value)
+    assert words in said and f"{path} " in said and "field=false" in said and "SLUICE_CACHE" in said
+    assert ("chmod" in said) is (owner is None)
+
+
+@pytest.mark.skipif(native.lack() is not None, reason=native.lack() or "")
+def test_a_group_of_the_user_alone_may_write(made):
+    source, library = made
+    for path in (library.parent, library):
+        path.chmod(0o775)
+    private = build._is_private(library.stat().st_gid)
+    if private:
+        assert build.load(source).one() == 1
+    else:
+        with pytest.raises(UserError, match="can be written by group"):
+            build.load(source)
+
+
+def test_which_group_is_private(monkeypatch):
+    user = build.pwd.getpwuid(os.geteuid()).pw_name
+    for name, members, expected in ((user, [], True), (user, [user], True), (user, ["eve"], False), ("lab", [], False)):
+        monkeypatch.setattr(build.grp, "getgrgid", lambda _, n=name, m=members: build.grp.struct_group((n, "x", 7, m)))
+        assert build._is_private(7) is expected
 
 
 def test_the_instructions_that_are_needed(monkeypatch):

@@ -1,13 +1,16 @@
 """C++ beside the Python, compiled at its first use and kept.
 
 The compiler is the machine's own (CXX, g++ or clang++), so that the loops use the widest vectors that the CPU has.  What is
-built lies in $SLUICE_CACHE/kernels under the hash of all that went into it, the CPU's features among them.
+built lies in $SLUICE_CACHE/kernels under the hash of all that went into it, the CPU's features among them. What somebody
+else could have put there is not loaded: whoever can write the folder or a library could run code as this user.
 """
 
 import ctypes
+import grp
 import hashlib
 import os
 import platform
+import pwd
 import shlex
 import shutil
 import subprocess
@@ -44,9 +47,12 @@ def load(source: Source) -> ctypes.CDLL:
     """The library, built if it is not there yet. Raises UserError where nothing can build, keep or load it."""
     path = _built(source)
     try:
-        return ctypes.CDLL(str(path))
+        handle = os.open(path, os.O_RDONLY)  # stays open: the loader takes an equal name for the same library
+        _require_own(os.fstat(handle), path, source)
+        name = f"/proc/self/fd/{handle}" if sys.platform.startswith("linux") else str(path)  # what was looked at
+        return ctypes.CDLL(name)
     except OSError as error:
-        rule = f"must hold libraries that can be loaded: {error}"
+        rule = f"must hold libraries that can be loaded: {path}: {error}"
         raise UserError("SLUICE_CACHE", path.parent, rule, _move(source)) from error
 
 
@@ -79,10 +85,13 @@ def _built(source: Source) -> Path:
     folder = Path(os.environ.get("SLUICE_CACHE") or Path.home() / ".cache" / "sluice") / "kernels"
     path = folder / f"{source.path.stem}_{key[:16]}.so"
     try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        _require_own(folder.stat(), folder, source)
         if not path.exists():
-            folder.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryDirectory(dir=folder) as scratch:  # ranks may build at once; the last one's stays
-                _build(source, command, Path(scratch) / path.name).replace(path)
+                library = _build(source, command, Path(scratch) / path.name)
+                library.chmod(library.stat().st_mode & ~0o022)  # whatever the umask is
+                library.replace(path)
     except OSError as error:
         raise UserError("SLUICE_CACHE", folder.parent, f"cannot be written: {error.strerror}", _move(source)) from error
     return path
@@ -110,6 +119,30 @@ def _build(source: Source, command: list[str], library: Path) -> Path:
         rule = f"{command[0]} cannot build {source.path.name}: {done.stderr.strip()[-1000:]}"
         raise UserError(source.field, True, rule, _cure(source))
     return library
+
+
+def _require_own(found: os.stat_result, path: Path, source: Source) -> None:
+    """UserError for a folder or file that somebody else than this user and root could have written."""
+    if found.st_uid not in (os.geteuid(), 0):
+        problem, cure = f"belongs to user {found.st_uid}", "remove it"
+    elif found.st_mode & 0o002:
+        problem, cure = "can be written by every user", f"`chmod go-w {path}`, if you trust what is there"
+    elif found.st_mode & 0o020 and not _is_private(found.st_gid):
+        problem, cure = f"can be written by group {found.st_gid}", f"`chmod g-w {path}`, if you trust what is there"
+    else:
+        return
+    rule = f"must hold nothing that others can change, as code is loaded from there: {path} {problem}"
+    move = f"{_move(source)} (data.cache may be shared)"
+    raise UserError("SLUICE_CACHE", path.parent, rule, f"{cure}, or {move}")
+
+
+def _is_private(group: int) -> bool:
+    """Whether nobody but this user, or root, is in the group: many systems give every user such a group."""
+    try:
+        user, entry = pwd.getpwuid(os.geteuid()).pw_name, grp.getgrgid(group)
+    except KeyError:
+        return group == 0
+    return group == 0 or (entry.gr_name == user and set(entry.gr_mem) <= {user})
 
 
 def _cure(source: Source) -> str:
