@@ -26,22 +26,29 @@ import http.client
 import os
 import re
 import shutil
+import socket
 import socketserver
+import sys
 import threading
 import time
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler
 from pathlib import Path
+from typing import Any
 
 from conf.disk import FULL
 
 PIECE = 1 << 20
 """Bytes that move in one call."""
+CONNECTIONS = 256
+"""Served at once, each by a thread; more wait until one of them ends."""
+ADMISSION = 10.0
+"""Seconds that a connection gets to show the token."""
 STALE = 24 * 3600.0
 """Seconds after which the folder of another run that no agent holds is removed."""
-_SET = re.compile(r"attempt_(\d{5,})\.step_(\d{8,})\.world_(\d+)")
-_PATH = re.compile(rf"/({_SET.pattern})/(rank_\d{{5,}}\.(?:safetensors|json))")
+_SET = re.compile(r"attempt_(\d{5,18})\.step_(\d{8,18})\.world_(\d{1,18})")
+_PATH = re.compile(rf"/({_SET.pattern})/(rank_\d{{5,18}}\.(?:safetensors|json))")
 _INDEX = re.compile(r"rank_(\d{5,})\.json")
 
 
@@ -188,11 +195,54 @@ def sweep(mine: Path) -> None:
 
 
 class _Server(socketserver.ThreadingTCPServer):
-    """http.server's own would ask the name service for this host."""
+    """A bounded number of connections, of which those without the token are soon cut. http.server's own would ask the name
+    service for this host.
+    """
 
     daemon_threads = True
-    request_queue_size = 128  # all ranks that resume read at once
+    request_queue_size = 1024  # all ranks that resume read at once
     store: Store
+
+    def __init__(self, *arguments: Any):
+        self._slots = threading.Semaphore(CONNECTIONS)
+        self._strangers: dict[socket.socket, float] = {}
+        """Connections that have not shown the token yet, and until when they may."""
+        self._closing = False
+        super().__init__(*arguments)
+
+    def admit(self, connection: socket.socket) -> None:
+        """It has shown the token."""
+        self._strangers.pop(connection, None)
+
+    def process_request(self, request: socket.socket, client_address: Any) -> None:
+        while not self._slots.acquire(timeout=0.1):
+            self.service_actions()
+            if self._closing:
+                super().shutdown_request(request)
+                return
+        self._strangers[request] = time.monotonic() + ADMISSION
+        super().process_request(request, client_address)
+
+    def service_actions(self) -> None:
+        """Cut connections that are late. The server's own thread calls it ten times a second."""
+        for connection, deadline in list(self._strangers.items()):
+            if time.monotonic() > deadline:
+                self.admit(connection)
+                with contextlib.suppress(OSError):  # it has ended
+                    connection.shutdown(socket.SHUT_RDWR)
+
+    def shutdown_request(self, request: socket.socket) -> None:
+        self.admit(request)
+        super().shutdown_request(request)
+        self._slots.release()
+
+    def shutdown(self) -> None:
+        self._closing = True
+        super().shutdown()
+
+    def handle_error(self, request: socket.socket, client_address: Any) -> None:
+        if not isinstance(sys.exception(), OSError):  # the other side went away: it reports that
+            super().handle_error(request, client_address)
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -206,8 +256,11 @@ class _Handler(BaseHTTPRequestHandler):
         match = self._admit()
         if match is None:
             return
-        store, length = self.server.store, int(self.headers["Content-Length"])
-        attempt = int(match[2])
+        given = self.headers.get("Content-Length")
+        if given is None or not re.fullmatch(r"\d{1,18}", given):
+            self._refuse(411 if given is None else 400, "Content-Length must say how many bytes come")
+            return
+        store, length, attempt = self.server.store, int(given), int(match[2])
         if attempt < store.attempt():
             self._refuse(409, f"attempt {attempt} is over, this node is in attempt {store.attempt()}")
             return
@@ -262,7 +315,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _range(self, whole: int) -> tuple[int, int]:
         """First byte and number of bytes asked for."""
-        match = re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range", f"bytes=0-{whole - 1}"))
+        match = re.fullmatch(r"bytes=(\d{1,18})-(\d{1,18})", self.headers.get("Range", f"bytes=0-{whole - 1}"))
         if match is None:
             return 0, whole
         start = min(int(match[1]), whole)
@@ -274,6 +327,7 @@ class _Handler(BaseHTTPRequestHandler):
         if not hmac.compare_digest(given.encode(), f"Bearer {self.server.store.token}".encode()):
             self._refuse(401, "wrong token")
             return None
+        self.server.admit(self.connection)
         match = _PATH.fullmatch(self.path)
         if match is None:
             self._refuse(404, "no such path")

@@ -42,9 +42,9 @@ class Probe:
         self._server: socket.socket | None = None
         self._links: list[Link] = []
 
-    def listen(self) -> int:
-        """Port of the server, on all addresses; it ends with `close`."""
-        self._server = socket.create_server(("", 0))
+    def listen(self, address: str) -> int:
+        """Port of the server, on this address of the node; it ends with `close`."""
+        self._server = socket.create_server((address, 0), family=socket.AF_INET6 if ":" in address else socket.AF_INET)
         threading.Thread(target=self._serve, args=(self._server,), daemon=True).start()
         return self._server.getsockname()[1]
 
@@ -143,7 +143,7 @@ class NetworkTest:
         self._deadline = now + 2 * PATIENCE
         self._polling: set[str] = set()
         for node in nodes:
-            fleet.call(node.id, "network", "listen")
+            fleet.call(node.id, "network", "listen", node.address)
 
     def take(self, reply: Reply) -> None:
         """An answer of an agent to one of this test's calls."""

@@ -2,10 +2,14 @@
 
 import os
 import shutil
+import socket
+import threading
 import time
+from contextlib import closing
 
 import pytest
 
+from cluster import memory
 from cluster.copies import Copies
 from cluster.memory import Peer, SetId, Store, folder_name, held, prune, sweep
 from cluster.topology import Node, place
@@ -55,6 +59,60 @@ def test_what_is_put_can_be_read_in_parts(store, tmp_path):
 def test_strangers_and_strange_paths_are_refused(store, tmp_path, token, name, file, words):
     with pytest.raises(OSError, match=words):
         peer(store, token).get(name, file)
+
+
+@pytest.mark.parametrize(
+    ("headers", "status"),
+    [
+        ("", "411"),
+        ("Transfer-Encoding: chunked", "411"),
+        ("Content-Length: many", "400"),
+        ("Content-Length: -1", "400"),
+        ("Content-Length: " + "9" * 5000, "400"),
+    ],
+)
+def test_a_body_without_a_length_is_refused(store, headers, status, capfd):
+    with socket.create_connection(("127.0.0.1", store.port), timeout=5) as connection:
+        lines = [f"PUT /{FIRST}/{DATA} HTTP/1.1", "Authorization: Bearer secret", *filter(None, [headers])]
+        connection.sendall("\r\n".join([*lines, "", "body"]).encode())
+        assert connection.recv(100).startswith(f"HTTP/1.1 {status} ".encode())
+    assert held(store.folder) == {} and not (store.folder / FIRST).exists()
+    assert "Traceback" not in capfd.readouterr().err
+
+
+def test_connections_without_the_token_are_few_and_short(tmp_path, monkeypatch, capfd):
+    monkeypatch.setattr(memory, "CONNECTIONS", 8)
+    monkeypatch.setattr(memory, "ADMISSION", 0.5)
+    store = Store(tmp_path / "sluice-0-aa-bb-n0", "secret", "127.0.0.1", lambda: 1)
+    (tmp_path / "rank_00001.json").write_text("{}")
+    before = threading.active_count()
+    idle = [socket.create_connection(("127.0.0.1", store.port), timeout=30) for _ in range(40)]
+    try:
+        for connection in idle[::2]:  # some say a little, and stop
+            connection.sendall(b"GET / HTTP/1.1\r\nX-")
+        with closing(peer(store)) as known:
+            known.put(FIRST, tmp_path / "rank_00001.json", "")  # once those before it have had their time
+            assert threading.active_count() <= before + 8
+            assert all(connection.recv(1000)[:12] in (b"", b"HTTP/1.1 401") for connection in idle)
+            time.sleep(1.0)
+            assert known.get(FIRST, "rank_00001.json") == b"{}", "a connection with the token may pause"
+    finally:
+        for connection in idle:
+            connection.close()
+        store.close(remove=True)
+    assert "Traceback" not in capfd.readouterr().err
+
+
+def test_a_store_that_is_full_of_connections_closes(tmp_path, monkeypatch):
+    monkeypatch.setattr(memory, "CONNECTIONS", 1)
+    store = Store(tmp_path / "sluice-0-aa-bb-n0", "secret", "127.0.0.1", lambda: 1)
+    idle = [socket.create_connection(("127.0.0.1", store.port), timeout=30) for _ in range(3)]
+    time.sleep(0.3)
+    started = time.monotonic()
+    store.close(remove=True)
+    assert time.monotonic() - started < 5
+    for connection in idle:
+        connection.close()
 
 
 def test_a_rank_of_an_old_attempt_changes_nothing(tmp_path):
