@@ -3,13 +3,13 @@
 One process reads the documents and hands them, about a MiB of text at a time, to child processes over pipes; the tokens
 come back in the order of the documents. A long document is cut into parts, which may be in several tasks, so that memory
 does not grow with the length of documents. At most two tasks per child wait at any time. The children are plain
-`python -m train.data.tokenise`, not multiprocessing: they neither inherit threads nor import the caller's main module.
+`python -m train.data.tokenise`, not multiprocessing: they neither inherit threads nor import the caller's main module, and
+what crosses the pipes is text and numbers, no pickles.
 
 D = documents of a task, N = their tokens.
 """
 
 import os
-import pickle
 import subprocess
 import sys
 from collections import deque
@@ -139,16 +139,16 @@ class _Child:
             cwd=root,
             process_group=0,  # Ctrl-C is for the parent alone, which ends its children
         )
-        _send(self._process.stdin, tokenizer_json)
+        _send(self._process.stdin, [tokenizer_json.encode()])
 
     def __enter__(self) -> "_Child":
         return self
 
     def encode(self, texts: list[str]) -> list[np.ndarray]:
         try:
-            _send(self._process.stdin, texts)
-            return pickle.load(self._process.stdout)
-        except (EOFError, BrokenPipeError, pickle.UnpicklingError) as error:
+            _send(self._process.stdin, [text.encode() for text in texts])
+            return [np.frombuffer(part, dtype=np.uint32) for part in _receive(self._process.stdout)]
+        except (EOFError, BrokenPipeError) as error:
             code = self._process.wait()
             raise RuntimeError(f"a tokenising process ended with code {code} (-9: often out of memory)") from error
 
@@ -160,18 +160,34 @@ class _Child:
             self._process.stdin.close()
 
 
-def _send(stream: BinaryIO, message: object) -> None:
-    pickle.dump(message, stream, pickle.HIGHEST_PROTOCOL)
+def _send(stream: BinaryIO, parts: list[bytes]) -> None:
+    """The number of parts and their lengths in bytes, as uint64, then the parts."""
+    stream.write(np.array([len(parts), *map(len, parts)], dtype=np.uint64).tobytes())
+    stream.writelines(parts)
     stream.flush()
+
+
+def _receive(stream: BinaryIO) -> list[bytes]:
+    """What `_send` sent; EOFError where the other side ended before or meanwhile."""
+
+    def read(count: int) -> bytes:
+        data = stream.read(count)
+        if len(data) < count:
+            raise EOFError
+        return data
+
+    (count,) = np.frombuffer(read(8), dtype=np.uint64).tolist()
+    return [read(length) for length in np.frombuffer(read(8 * count), dtype=np.uint64).tolist()]
 
 
 def _serve(requests: BinaryIO, answers: BinaryIO) -> None:
     """The child's life: a tokenizer.json, then lists of texts until the parent is gone."""
-    with suppress(EOFError, BrokenPipeError, pickle.UnpicklingError):  # the parent is gone, maybe in mid-sentence
-        tokenizer = Tokenizer(pickle.load(requests))
+    with suppress(EOFError, BrokenPipeError):  # the parent is gone, maybe in mid-sentence
+        tokenizer = Tokenizer(_receive(requests)[0].decode())
         while True:
-            texts = pickle.load(requests)  # one at a time: an encoding takes 150 times the memory of its text
-            _send(answers, [np.array(tokenizer.encode_batch([text])[0], dtype=np.uint32) for text in texts])
+            texts = [part.decode() for part in _receive(requests)]
+            # One at a time: an encoding takes 150 times the memory of its text.
+            _send(answers, [np.array(tokenizer.encode_batch([text])[0], dtype=np.uint32).tobytes() for text in texts])
 
 
 if __name__ == "__main__":
