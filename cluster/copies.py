@@ -137,7 +137,9 @@ class Copies:
 
 
 def given_shelves() -> tuple[Shelves, str] | None:
-    """What the driver told this rank, and the token of the stores; None without copies in memory."""
+    """What the driver told this rank, and the token of the stores; None without copies in memory. Call once: the token does
+    not stay in the environment, which every child of the rank would have.
+    """
     if "SLUICE_MEMORY" not in os.environ:
         return None
-    return Shelves.read(Path(os.environ["SLUICE_MEMORY"])), os.environ["SLUICE_MEMORY_TOKEN"]
+    return Shelves.read(Path(os.environ["SLUICE_MEMORY"])), os.environ.pop("SLUICE_MEMORY_TOKEN")

@@ -88,8 +88,13 @@ class Command:
 
 
 def pages() -> list[Path]:
-    """README and every page of train/docs and cluster/docs."""
-    return [ROOT / "README.md", *sorted(ROOT.glob("train/docs/*.md")), *sorted(ROOT.glob("cluster/docs/*.md"))]
+    """README, SECURITY and every page of train/docs and cluster/docs."""
+    return [
+        ROOT / "README.md",
+        ROOT / "SECURITY.md",
+        *sorted(ROOT.glob("train/docs/*.md")),
+        *sorted(ROOT.glob("cluster/docs/*.md")),
+    ]
 
 
 def commands(page: Path) -> Iterator[Command]:
