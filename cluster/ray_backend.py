@@ -66,6 +66,8 @@ class RayFleet:
 
         self._ray = ray
         self._config = config
+        self._folder: tempfile.TemporaryDirectory | None = None
+        """Of Ray on this machine alone."""
         self.ships = config.cluster.address is not None and "RAY_JOB_CONFIG_JSON_ENV_VAR" not in os.environ
         """Whether Ray copies the program to the nodes; a submitted job has done so itself."""
         if config.cluster.address is None:
@@ -81,7 +83,11 @@ class RayFleet:
         """Reference -> (node, method)."""
 
     def _start_embedded(self) -> None:
+        # Ray opens its folder, sockets in it, to every user of the machine, so it gets one that no other can reach. Not in
+        # TMPDIR, which may be too long for a socket.
+        self._folder = tempfile.TemporaryDirectory(prefix="sluice-ray-", dir="/tmp", ignore_cleanup_errors=True)
         self._ray.init(
+            _temp_dir=f"{self._folder.name}/ray",
             include_dashboard=False,
             log_to_driver=False,
             logging_level="ERROR",
@@ -209,6 +215,8 @@ class RayFleet:
         for actor in self._actors.values():
             self._ray.kill(actor)
         self._ray.shutdown()
+        if self._folder is not None:
+            self._folder.cleanup()
 
 
 def _settings(embedded: bool) -> None:

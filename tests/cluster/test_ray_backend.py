@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import re
 import subprocess
 import sys
 import time
@@ -35,15 +36,27 @@ def test_a_run_on_its_own_ray_survives_a_killed_rank_and_listens_on_loopback_alo
             assert driver.poll() is None, (tmp_path / "out").read_text()
             time.sleep(0.1)
         assert listening_addresses(driver.pid) <= {"127.0.0.1", "::1", "::ffff:127.0.0.1"}
+        private = folder_of_ray(driver.pid)
+        assert private.stat().st_mode & 0o777 == 0o700, "Ray opens its sockets and files in there to everybody"
         (folder / "fault_1").write_text("kill")
         assert driver.wait(60) == EXIT_OK, (tmp_path / "out").read_text()
     finally:
         driver.kill()
+    assert not private.exists()
     events = read_events(folder)
     assert [event["dp"] for event in events if event["kind"] == "attempt"] == [2, 2]
     (failure,) = [event for event in events if event["kind"] == "failure"]
     assert failure["ranks"] == [1] and "SIGKILL" in failure["text"]
     assert "rank 0 of 2 resumes at" in (folder / "logs" / "rank_0.log").read_text()
+
+
+def folder_of_ray(pid: int) -> Path:
+    """The folder around all that Ray's processes were told to use."""
+    lines = [" ".join(process.cmdline()) for process in psutil.Process(pid).children(recursive=True)]
+    (raylet,) = [line for line in lines if "/raylet/raylet " in line]
+    found = {Path(name).parent for name in re.findall(r"=(/\S+/ray)/session_", raylet)}
+    assert len(found) == 1, raylet
+    return found.pop()
 
 
 def listening_addresses(pid: int) -> set[str]:
