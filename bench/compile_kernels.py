@@ -1,48 +1,187 @@
-"""Compile the FP8 kernels for sm_90 without a GPU: triton brings the assembler."""
+"""Compile every Triton kernel for H100 and B200 as a run compiles it, without a GPU, and read what came out.
 
+    python -m bench.compile_kernels
+
+Calls the functions of train/precision/triton_kernels.py with tensors of DeepSeek-V3's widths and lets Triton's own launcher
+compile what it would launch, so that types, constants and hints of divisibility are those of a run. Triton's package brings the
+assembler and the disassembler. Fails where a kernel spills registers to memory or stores single bytes, which both cost more
+time than the arithmetic. Prints registers, spilled bytes and shared memory, and how many loads and stores of which width a
+thread makes: 4x128 is four of 128 bits.
+"""
+
+import re
+import subprocess
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
 import triton
+from torch import Tensor
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
+from triton.runtime import driver
+from triton.runtime.jit import JITFunction
 
 from train.precision import triton_kernels as kernels
+from train.precision.formats import E4M3, TILE, Cast
 
-POINTERS = {
-    "q_ptr": "*fp8e4nv",
-    "scale_ptr": "*fp32",
-    "in_scale_ptr": "*fp32",
-    "gates_ptr": "*fp32",
-    "dgates_ptr": "*fp32",
-    "base_ptr": "*i64",
-    "stride_ptr": "*i64",
-}
-"""Types of the pointer arguments; all others are bf16, or FP8 where the input is quantised already."""
-CAST = {"maximum": 448.0, "floor": 1e-4, "pow2": False}
-VARIANTS = (
-    (kernels._tiles_kernel, CAST | {"scaled": False, "block": kernels.ROWS}),
-    (kernels._tiles_kernel, CAST | {"scaled": True, "block": kernels.ROWS}),
-    (kernels._columns_kernel, CAST | {"scaled": False, "block": kernels.COLUMNS}),
-    (kernels._columns_kernel, CAST | {"scaled": True, "block": kernels.COLUMNS}),
-    (kernels._blocks_kernel, CAST | {"transposed": False}),
-    (kernels._blocks_kernel, CAST | {"transposed": True}),
-    (kernels._swiglu_kernel, CAST | {"block": kernels.ROWS}),
-    (kernels._swiglu_backward_kernel, {"scaled": False, "block": kernels.ROWS}),
-    (kernels._swiglu_backward_kernel, {"scaled": True, "block": kernels.ROWS}),
-)
+ARCHITECTURES = (90, 100)
+ROWS, HIDDEN, WIDTH = 4096, 7168, 2048
+"""Tokens, hidden width and expert width of DeepSeek-V3."""
+TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
 
 
-def compile_all() -> dict[str, int]:
-    """Bytes of the binary of every variant, by name."""
-    target = GPUTarget("cuda", 90, 32)
-    sizes = {}
-    for kernel, constants in VARIANTS:
-        source = ASTSource(kernel, _signature(kernel, constants), constants)
-        binary = triton.compile(source, target=target).asm["cubin"]
-        flags = ", ".join(name for name in ("scaled", "transposed") if constants.get(name))
-        sizes[kernel.__name__.strip("_") + (f" ({flags})" if flags else "")] = len(binary)
-    return sizes
+@dataclass(frozen=True)
+class Binary:
+    """A compiled kernel. Loads and stores are counted by bits, as they stand in the program, not as often as loops run them."""
+
+    registers: int
+    spilled: int
+    """Bytes of a thread's registers in memory."""
+    shared: int
+    """Bytes of shared memory of a block."""
+    loads: Counter[int]
+    """Of global memory."""
+    stores: Counter[int]
+    """To global memory."""
+    shared_bytewise: int
+    """Loads and stores of single bytes of shared memory."""
+
+    @property
+    def problem(self) -> str | None:
+        """What the gate refuses."""
+        found = [f"spills {self.spilled} bytes"] if self.spilled else []
+        found += [f"stores single bytes, {self.stores[8]} a thread"] if self.stores[8] else []
+        return " and ".join(found) or None
 
 
-def _signature(kernel: triton.JITFunction, constants: dict) -> dict[str, str]:
-    quantised = "*fp8e4nv" if constants.get("scaled") else "*bf16"
-    types = {"x_ptr": quantised, "h_ptr": quantised, "da_ptr": "*bf16", "a_ptr": "*bf16", "dh_ptr": "*bf16"} | POINTERS
-    return {name: "constexpr" if name in constants else types.get(name, "i32") for name in kernel.arg_names}
+def main() -> int:
+    found = compile_all()
+    print("\n".join(table(found)))
+    return 1 if any(binary.problem for binary in found.values()) else 0
+
+
+def table(found: dict[tuple[str, int], Binary]) -> list[str]:
+    """Lines to print."""
+    head = f"{f'kernel, triton {triton.__version__}':42}{'sm':>4}{'registers':>10}{'spilled':>8}{'shared':>7}"
+    lines = [f"{head}  {'loads':16}{'stores':16}shared bytewise"]
+    for (name, architecture), binary in found.items():
+        row = f"{name:42}{architecture:4}{binary.registers:10}{binary.spilled:8}{binary.shared:7}"
+        row += f"  {_widths(binary.loads):16}{_widths(binary.stores):16}{binary.shared_bytewise or '':<4}"
+        lines.append(f"{row}{f'  FAIL: {binary.problem}' if binary.problem else ''}".rstrip())
+    return lines
+
+
+def compile_all(architectures: tuple[int, ...] = ARCHITECTURES) -> dict[tuple[str, int], Binary]:
+    """Every variant for every architecture, by name and architecture."""
+    found = {}
+    for architecture in architectures:
+        for name, call in variants().items():
+            with compiling(architecture) as compiled:
+                call()
+            (kernel,) = compiled
+            found[name, architecture] = _read(kernel)
+    return found
+
+
+def variants() -> dict[str, Callable]:
+    """The calls of the FP8 engine that differ in what is compiled: formats of the input, of the scales, layouts of the result."""
+    x, wide = torch.empty(ROWS, HIDDEN, dtype=torch.bfloat16), torch.empty(ROWS, HIDDEN)
+    q, scale = torch.empty(ROWS, HIDDEN, dtype=E4M3.dtype), torch.empty(HIDDEN // TILE, ROWS).t()
+    weight, experts = x[:WIDTH], torch.empty(4, 2 * WIDTH, HIDDEN, dtype=torch.bfloat16)
+    h, da = torch.empty(ROWS, 2 * WIDTH, dtype=torch.bfloat16), torch.empty(ROWS, WIDTH, dtype=torch.bfloat16)
+    h_q, h_scale = torch.empty(ROWS, 2 * WIDTH, dtype=E4M3.dtype), torch.empty(2 * WIDTH // TILE, ROWS).t()
+    gates, groups = torch.empty(ROWS), [1024, 0, 2944, 128]
+    calls: dict[str, Callable] = {
+        "swiglu_bwd": lambda: kernels.swiglu_backward(h, gates, da),
+        "swiglu_bwd, FP8 in": lambda: kernels.swiglu_backward(h_q, gates, da, h_scale),
+    }
+    for pow2 in (False, True):
+        tiles, columns, blocks = (Cast(E4M3, block, pow2) for block in ((1, TILE), (TILE, 1), (TILE, TILE)))
+        calls |= {
+            f"{name}{', UE8M0' if pow2 else ''}": call
+            for name, call in {
+                "tiles": lambda cast=tiles: kernels.quantize_tiles(x, cast),
+                "tiles, fp32 in": lambda cast=tiles: kernels.quantize_tiles(wide, cast),
+                "tiles, FP8 in": lambda cast=tiles: kernels.quantize_tiles(q, cast, scale),
+                "columns": lambda cast=columns: kernels.quantize_columns(x, cast),
+                "columns, FP8 in": lambda cast=columns: kernels.quantize_columns(q, cast, scale),
+                "columns, grouped": lambda cast=columns: kernels.quantize_columns(x, cast, None, groups),
+                "columns, grouped, FP8 in": lambda cast=columns: kernels.quantize_columns(q, cast, scale, groups),
+                "blocks": lambda cast=blocks: kernels.quantize_blocks(weight, cast, False),
+                "blocks, transposed": lambda cast=blocks: kernels.quantize_blocks(weight, cast, True),
+                "blocks of experts": lambda cast=blocks: kernels.quantize_blocks(experts, cast, False),
+                "blocks of experts, transposed": lambda cast=blocks: kernels.quantize_blocks(experts, cast, True),
+                "swiglu": lambda cast=tiles: kernels.swiglu_tiles(h, gates, cast),
+            }.items()
+        }
+    return calls
+
+
+@contextmanager
+def compiling(architecture: int) -> Iterator[list]:
+    """Launches of the block are compiled for this architecture, and not made; the compiled kernels, in a list that grows."""
+    compiled, run, before = [], JITFunction.run, driver._active
+
+    def compile_only(kernel: JITFunction, *args: Tensor, grid: object, warmup: bool, **options: object) -> None:
+        compiled.append(run(kernel, *args, grid=grid, warmup=True, **options))
+
+    JITFunction.run = compile_only
+    driver.set_active(_Device(architecture))
+    try:
+        yield compiled
+    finally:
+        JITFunction.run = run
+        driver._active = before
+
+
+class _Device:
+    """What Triton's launcher asks of a driver before it compiles."""
+
+    def __init__(self, architecture: int):
+        self._architecture = architecture
+
+    def get_current_device(self) -> int:
+        return self._architecture  # compiled kernels are kept by device
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", self._architecture, 32)
+
+
+def _read(kernel: triton.compiler.CompiledKernel) -> Binary:
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(kernel.asm["cubin"])
+        file.flush()
+        usage = _output("cuobjdump", "-res-usage", file.name)
+        program = _output("nvdisasm", "-c", file.name)
+    registers, stack, local = (int(re.search(rf"{field}:(\d+)", usage)[1]) for field in ("REG", "STACK", "LOCAL"))
+    widths: dict[str, Counter[int]] = {operation: Counter() for operation in ("LDG", "STG", "LDS", "STS", "LDL", "STL")}
+    for operation, suffix in re.findall(r"\b(LDG|STG|LDS|STS|LDL|STL)((?:\.\w+)*)", program):
+        widths[operation][_bits(suffix)] += 1
+    bytewise = widths["LDS"][8] + widths["STS"][8]
+    return Binary(registers, stack + local, kernel.metadata.shared, widths["LDG"], widths["STG"], bytewise)
+
+
+def _bits(suffix: str) -> int:
+    """Of a load or store, from the suffixes of its instruction."""
+    named = {"U8": 8, "S8": 8, "U16": 16, "S16": 16, "64": 64, "128": 128, "256": 256}
+    return next((named[part] for part in suffix.split(".") if part in named), 32)
+
+
+def _widths(counts: Counter[int]) -> str:
+    return " ".join(f"{number}x{bits}" for bits, number in sorted(counts.items(), reverse=True))
+
+
+def _output(tool: str, *arguments: str) -> str:
+    return subprocess.run([str(TOOLS / tool), *arguments], check=True, capture_output=True, text=True).stdout
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -25,6 +25,8 @@ from train.precision.groups import on_device
 
 ROWS = 32
 """Rows that one program works on."""
+BACKWARD_ROWS = 8
+"""Rows that one program of `swiglu_backward` works on: it holds several values of each, and more rows cost most of the registers."""
 COLUMNS = 32
 """Columns that one program of `quantize_columns` works on."""
 
@@ -50,11 +52,13 @@ def _cast(scaled, maximum: tl.constexpr, dtype: tl.constexpr):
 
 
 @triton.jit
-def _load(x_ptr, scale_ptr, rows, columns, width, scale_rows, scaled: tl.constexpr):
-    """fp32 values at rows x columns; scaled: FP8 with a scale per row and 128 columns, stored column by column."""
+def _load(x_ptr, scale_ptr, rows, columns, tile, width, scale_rows, scaled: tl.constexpr):
+    """fp32 values at rows x columns, all of one tile of 128 columns; scaled: FP8 with a scale per row and tile, stored
+    column by column.
+    """
     x = tl.load(x_ptr + rows[:, None].to(tl.int64) * width + columns[None, :]).to(tl.float32)
     if scaled:
-        x *= tl.load(scale_ptr + (columns[None, :] // 128) * scale_rows + rows[:, None])
+        x *= tl.load(scale_ptr + tile * scale_rows + rows)[:, None]
     return x
 
 
@@ -65,7 +69,7 @@ def _tiles_kernel(
 ):  # fmt: skip
     rows = tl.program_id(0) * block + tl.arange(0, block)
     columns = tl.program_id(1) * 128 + tl.arange(0, 128)
-    x = _load(x_ptr, in_scale_ptr, rows, columns, width, height, scaled)
+    x = _load(x_ptr, in_scale_ptr, rows, columns, tl.program_id(1), width, height, scaled)
     scale, inverse = _scales(tl.max(tl.abs(x), axis=1), maximum, floor, pow2)
     q = _cast(x * inverse[:, None], maximum, q_ptr.dtype.element_ty)
     tl.store(q_ptr + rows[:, None].to(tl.int64) * width + columns[None, :], q)
@@ -80,10 +84,11 @@ def _columns_kernel(
     tile = tl.program_id(0)
     rows = tile * 128 + tl.arange(0, 128)
     columns = tl.program_id(1) * block + tl.arange(0, block)
-    x = _load(x_ptr, in_scale_ptr, rows, columns, width, height, scaled)
+    x = _load(x_ptr, in_scale_ptr, rows, columns, tl.program_id(1) * block // 128, width, height, scaled)
     scale, inverse = _scales(tl.max(tl.abs(x), axis=0), maximum, floor, pow2)
     q = _cast(x * inverse[None, :], maximum, q_ptr.dtype.element_ty)
-    base, stride = tl.load(base_ptr + tile), tl.load(stride_ptr + tile)
+    # Both are whole tiles; without that knowledge the compiler stores byte by byte.
+    base, stride = tl.multiple_of(tl.load(base_ptr + tile), 128), tl.multiple_of(tl.load(stride_ptr + tile), 128)
     tl.store(q_ptr + base + columns[:, None] * stride + tl.arange(0, 128)[None, :], tl.trans(q))
     tl.store(scale_ptr + columns * scale_column + tile * scale_block, scale)
 
@@ -97,7 +102,7 @@ def _blocks_kernel(
     matrix = tl.program_id(2).to(tl.int64)
     rows = tl.program_id(0) * 128 + tl.arange(0, 128)
     columns = tl.program_id(1) * 128 + tl.arange(0, 128)
-    x = _load(x_ptr + matrix * height * width, x_ptr, rows, columns, width, height, False)
+    x = _load(x_ptr + matrix * height * width, x_ptr, rows, columns, 0, width, height, False)
     scale, inverse = _scales(
         tl.max(tl.max(tl.abs(x), axis=1, keep_dims=True), axis=0, keep_dims=True), maximum, floor, pow2
     )
@@ -118,8 +123,8 @@ def _swiglu_kernel(
 ):  # fmt: skip
     rows = tl.program_id(0) * block + tl.arange(0, block)
     columns = tl.program_id(1) * 128 + tl.arange(0, 128)
-    gate = _load(h_ptr, h_ptr, rows, columns, 2 * width, height, False)
-    up = _load(h_ptr, h_ptr, rows, width + columns, 2 * width, height, False)
+    gate = _load(h_ptr, h_ptr, rows, columns, 0, 2 * width, height, False)
+    up = _load(h_ptr, h_ptr, rows, width + columns, 0, 2 * width, height, False)
     silu = tl.div_rn(gate, 1.0 + tl.exp(-gate))
     a = silu * up * tl.load(gates_ptr + rows)[:, None]
     scale, inverse = _scales(tl.max(tl.abs(a), axis=1), maximum, floor, pow2)
@@ -138,9 +143,9 @@ def _swiglu_backward_kernel(
     total = tl.zeros((block,), tl.float32)
     for start in range(0, width, 128):
         columns = start + tl.arange(0, 128)
-        gate = _load(h_ptr, in_scale_ptr, rows, columns, 2 * width, height, scaled)
-        up = _load(h_ptr, in_scale_ptr, rows, width + columns, 2 * width, height, scaled)
-        da = _load(da_ptr, h_ptr, rows, columns, width, height, False)
+        gate = _load(h_ptr, in_scale_ptr, rows, columns, start // 128, 2 * width, height, scaled)
+        up = _load(h_ptr, in_scale_ptr, rows, width + columns, (width + start) // 128, 2 * width, height, scaled)
+        da = _load(da_ptr, h_ptr, rows, columns, 0, width, height, False)
         sigmoid = tl.div_rn(tl.full(gate.shape, 1.0, tl.float32), 1.0 + tl.exp(-gate))
         plain = gate * sigmoid * up
         total += tl.sum(plain * da, axis=1)
@@ -222,9 +227,9 @@ def swiglu_backward(
     a_PF = torch.empty_like(da_PF, dtype=torch.bfloat16)
     dh_P2F = torch.empty_like(h_P2F, dtype=torch.bfloat16)
     dgates_P = torch.empty_like(gates_P)
-    _swiglu_backward_kernel[(rows // ROWS,)](
+    _swiglu_backward_kernel[(rows // BACKWARD_ROWS,)](
         h_P2F, h_P2F if in_scale is None else in_scale.t(), gates_P, da_PF.contiguous(), a_PF, dh_P2F, dgates_P,
-        rows, width, in_scale is not None, ROWS,
+        rows, width, in_scale is not None, BACKWARD_ROWS,
     )  # fmt: skip
     return a_PF, dh_P2F, dgates_P
 
