@@ -29,10 +29,10 @@ class LoneStage(Stage):
     # All stages would vote for static shapes; torch asks them by messages, which do not come.
 
     def _warmup_forward_vote(self, has_backward: bool, received_acc: Tensor | None = None) -> Tensor:
-        return torch.ones(1, dtype=torch.int32, device=self.device)
+        return torch.tensor([1], dtype=torch.int32, device=self.device)
 
     def _warmup_backward_result(self, received_result: Tensor | None = None) -> Tensor:
-        return torch.ones(1, dtype=torch.int32, device=self.device)
+        return torch.tensor([1], dtype=torch.int32, device=self.device)
 
 
 @torch.no_grad()

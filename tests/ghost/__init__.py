@@ -8,5 +8,6 @@ Both in a virtual environment whose torch is a CUDA build. Files
     runtime.c, driver.c, libraries.c        the stand-ins, one library
     build.py                                compiles it and gives the environment in which a process runs on it
     log.py                                  what was called, read from Python
-    kernels.py                              DeepGEMM's two products, checked and counted
+    stand_ins.py                            what a GPU would have to answer, made up
+    layers.py, ranks.py, scaled_mm.py       the checks, with traffic.py, which counts bytes
 """

@@ -1,6 +1,11 @@
 /* The ghost's driver: what Triton's launcher and torch's allocator ask of libcuda.so.1. See runtime.c. */
 
+/* cuda.h declares two functions with more arguments than matter here */
+#define cuTensorMapEncodeTiled declared_cuTensorMapEncodeTiled
+#define cuTensorMapEncodeIm2col declared_cuTensorMapEncodeIm2col
 #include <cuda.h>
+#undef cuTensorMapEncodeTiled
+#undef cuTensorMapEncodeIm2col
 #include <stdlib.h>
 #include <string.h>
 #include <sys/mman.h>
@@ -97,6 +102,10 @@ CUresult cuPointerGetAttribute(void *value, CUpointer_attribute attribute, CUdev
     else *(int *)value = 0;
     return CUDA_SUCCESS;
 }
+
+/* Descriptors of tensors for the copy engine: kernels that read them do not run. */
+CUresult cuTensorMapEncodeTiled() { return CUDA_SUCCESS; }
+CUresult cuTensorMapEncodeIm2col() { return CUDA_SUCCESS; }
 
 /* --- virtual memory, for the allocator's expandable segments --- */
 

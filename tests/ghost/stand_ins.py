@@ -1,27 +1,51 @@
-"""DeepGEMM on the ghost. It compiles at the first call, with nvcc, and its products need a GPU's answers; so they are counted here.
+"""What a program on the ghost cannot have from a GPU, made up.
 
-tests/precision/fakes.py checks the layouts of its arguments and computes the products, on the CPU.
+DeepGEMM compiles at the first call, with nvcc, and its products need a GPU's answers; they are counted instead.
+tests/precision/fakes.py checks the layouts of its arguments and computes the products, on the CPU. How many rows each
+expert has is a value, which the ghost does not know: they are shared out evenly.
 """
 
 from types import SimpleNamespace
 
 import torch
+from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
+from parallel.expert.stand_in import split_evenly
 from tests.ghost.log import note_kernel
 from train.precision import hopper
+from train.precision.fp8 import Fp8Precision
+from train.precision.groups import on_device
 
 
 def install() -> None:
-    """Give every FP8 engine that is built from now on these products."""
+    """For all FP8 engines that are built from now on. cuDNN's attention, which asks the GPU, is not chosen."""
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    torch.Tensor.__repr__ = _without_values
     hopper.load_deep_gemm = lambda: SimpleNamespace(
         m_grouped_fp8_gemm_nt_contiguous=lambda *args, **options: _product("m_grouped_fp8_gemm", args),
         k_grouped_fp8_gemm_nt_contiguous=lambda *args, **options: _product("k_grouped_fp8_gemm", args),
     )
+    if Fp8Precision.expert_ffn is not _evenly:
+        Fp8Precision.expert_ffn = _evenly
 
 
 def _product(name: str, args: tuple) -> None:
     for tensor in tree_leaves(args):
-        if isinstance(tensor, torch.Tensor):
+        if isinstance(tensor, Tensor):
             assert tensor.is_cuda, f"{name}: {tuple(tensor.shape)} {tensor.dtype} on {tensor.device}"
     note_kernel(name)
+
+
+def _without_values(tensor: Tensor, *, tensor_contents: object = None) -> str:
+    """torch first counts the values that it will print, and takes memory for a count that means nothing here."""
+    return f"tensor({tuple(tensor.shape)}, {tensor.dtype}, {tensor.device})"
+
+
+_expert_ffn = Fp8Precision.expert_ffn
+
+
+def _evenly(self: Fp8Precision, rows_RD: Tensor, gates_R: Tensor, w13: Tensor, w2: Tensor, counts_E: Tensor) -> Tensor:
+    assert counts_E.is_cuda, f"row counts on {counts_E.device}"
+    even = split_evenly(len(rows_RD), len(counts_E))
+    return _expert_ffn(self, rows_RD, gates_R, w13, w2, on_device(even, counts_E.device))

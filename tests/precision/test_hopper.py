@@ -11,7 +11,7 @@ import pytest
 
 @pytest.mark.skipif(
     importlib.util.find_spec("triton") is None,
-    reason="triton is not installed, so no kernel can be interpreted: pip install 'sluice[kernels]'",
+    reason="triton is not installed, so no kernel can be interpreted: the extra dev brings it on Linux",
 )
 def test_cuda_path_in_the_interpreter():
     tests = Path(__file__).parent / "interpreted.py"

@@ -1,0 +1,142 @@
+"""All checks of the GPU path that need no GPU, and their tables last. Run by .ci/gpu in a virtual environment with a CUDA build of torch.
+
+kernels    every Triton kernel compiled by this environment's triton (bench/compile_kernels.py)
+products   which calls of F.scaled_mm this torch takes
+layers     layers of DeepSeek-V3 at full width in bf16 and FP8: placement, waits of the host, launches, bytes
+ranks      `python -m train` in bf16 and FP8, and single ranks of ep, pp, node-limited and ZeRO 3 layouts
+"""
+
+import os
+import subprocess
+import sys
+import tempfile
+import traceback
+import warnings
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+
+from tests.ghost.build import NoCudaBuild, ghost_environment
+from tests.ghost.log import on_ghost
+
+LAUNCHES = {
+    ("bf16", "dense", "flat"): 119, ("bf16", "moe", "flat"): 295, ("bf16", "moe", "node_limited"): 377,
+    ("fp8", "dense", "flat"): 254, ("fp8", "moe", "flat"): 488, ("fp8", "moe", "node_limited"): 570,
+}  # fmt: skip
+"""Most launches of one layer, forward and backward, under every torch. Who adds one says why; who saves some lowers the figure."""
+WAITS = Counter({"train/precision/groups.py": 1})
+"""Most waits of the host in an FP8 layer of experts by file, for the row counts of its experts; elsewhere a layer waits for nothing."""
+
+
+def main() -> int:
+    if not on_ghost():
+        return _start_on_ghost()
+    warnings.filterwarnings("ignore")
+    from tests.ghost import stand_ins
+
+    stand_ins.install()
+    failed, lines = 0, []
+    for check in (kernels, products, layers, ranks):
+        problems, table = check()
+        for problem in problems:
+            print(f"FAIL  {check.__name__}: {problem}", flush=True)
+        failed += len(problems)
+        lines += ["", *table]
+    print("\n".join(lines))
+    print(f"\nGPU checks without a GPU: {f'{failed} failed' if failed else 'all passed'}, {_versions()}")
+    sys.stdout.flush()
+    sys.stderr.flush()
+    # At once: a thread of autograd that still holds Python objects would abort the process while Python takes itself down.
+    os._exit(1 if failed else 0)
+
+
+def kernels() -> tuple[list[str], list[str]]:
+    """In a process without the ghost, as the compiler asks for a device of its own choice."""
+    environment = {name: value for name, value in os.environ.items() if name != "LD_PRELOAD"}
+    run = subprocess.run(
+        [sys.executable, "-m", "bench.compile_kernels"], env=environment, capture_output=True, text=True, timeout=900
+    )
+    problems = [] if run.returncode == 0 else [f"bench.compile_kernels gives {run.returncode}: {run.stderr[-2000:]}"]
+    return problems, run.stdout.splitlines()
+
+
+def products() -> tuple[list[str], list[str]]:
+    from tests.ghost import scaled_mm
+
+    found = {product: product.refusal() for product in scaled_mm.PRODUCTS}
+    problems = [
+        f"{product.name} is {'taken' if refusal is None else f'refused: {refusal}'}"
+        for product, refusal in found.items()
+        if (refusal is None) != product.taken
+    ]
+    return problems, scaled_mm.table(found)
+
+
+def layers() -> tuple[list[str], list[str]]:
+    from tests.ghost import layers
+
+    found, problems = _each(layers.LAYERS, lambda key: layers.count_layer(*key))
+    for key, counts in found.items():
+        launches = counts.calls["forward"].launches + counts.calls["backward"].launches
+        if launches > LAUNCHES[key]:
+            problems.append(f"{key}: {launches} launches where at most {LAUNCHES[key]} were needed")
+        waits = Counter({place.split(":")[0]: 0 for place in counts.waits})
+        for place, number in counts.waits.items():
+            waits[place.split(":")[0]] += number
+        if waits - (WAITS if key[:2] == ("fp8", "moe") else Counter()):
+            problems.append(f"{key}: the host waits for the GPU: {counts.waits}")
+        if counts.on_host:
+            problems.append(f"{key}: computed on the host: {counts.on_host}")
+        if refused := sum(calls.kinds["refusal"] for calls in counts.calls.values()):
+            problems.append(f"{key}: {refused} calls with memory that no GPU could read")
+    return problems, layers.table(found)
+
+
+def ranks() -> tuple[list[str], list[str]]:
+    from tests.ghost import ranks
+
+    def run(key: tuple[str, str]):
+        precision, layout = key
+        if layout != "alone":
+            return ranks.run_lone(layout, precision)
+        with tempfile.TemporaryDirectory() as folder:
+            return ranks.train_alone(precision, Path(folder))
+
+    keys = [(precision, layout) for precision in ranks.PRECISIONS for layout in ("alone", *ranks.LAYOUTS)]
+    found, problems = _each(keys, run)
+    problems += [
+        f"{key}: refused {calls.kinds['refusal']} calls" for key, calls in found.items() if calls.kinds["refusal"]
+    ]
+    return problems, ranks.table({" ".join(key): calls for key, calls in found.items()})
+
+
+def _each(keys, work: Callable) -> tuple[dict, list[str]]:
+    """What every key gives, and the errors of those that give none."""
+    found, problems = {}, []
+    for key in keys:
+        try:
+            found[key] = work(key)
+        except Exception as error:
+            traceback.print_exc()
+            problems.append(f"{key}: {error!r}")
+    return found, problems
+
+
+def _versions() -> str:
+    import torch
+    import triton
+
+    return f"torch {torch.__version__}, triton {triton.__version__}"
+
+
+def _start_on_ghost() -> int:
+    try:
+        environment = ghost_environment()
+    except NoCudaBuild as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return subprocess.run([sys.executable, "-m", "tests.ghost.check"], env=environment).returncode
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,108 @@
+"""Launches, waits of the host and bytes of single layers of DeepSeek-V3 at full width, on the ghost.
+
+The layers are those of bench/gpu_step_layer.py: the trainer's own code, with a dispatcher that makes up what 63 other ranks would
+send. Counts are of the second micro-batch, when nothing is compiled or allocated any more.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from bench import gpu_step_layer
+from bench.gpu_step_layer import Layer, layer_config, waits
+from tests.ghost.log import Calls, recorded
+from tests.ghost.traffic import traffic
+
+LAYERS = (
+    ("bf16", "dense", "flat"), ("bf16", "moe", "flat"), ("bf16", "moe", "node_limited"),
+    ("fp8", "dense", "flat"), ("fp8", "moe", "flat"), ("fp8", "moe", "node_limited"),
+)  # fmt: skip
+"""Precision, kind, dispatch. A dense layer dispatches nothing."""
+PHASES = ("forward", "backward", "inputs", "weights")
+"""The last two are the same backward split in two, as zbv and dualpipev run it."""
+STAND_IN = "parallel/expert/stand_in.py"
+"""Its own waits are not in a job; a job waits once in their place, for how many rows each rank sends."""
+
+
+@dataclass(frozen=True)
+class LayerCounts:
+    """Of one layer and one micro-batch."""
+
+    calls: dict[str, Calls]
+    """By phase."""
+    bytes: dict[str, int]
+    """Moved outside products and attention, by phase; see traffic.py."""
+    on_host: dict[str, int]
+    """Operations on tensors of the host, with their line."""
+    waits: dict[str, int]
+    """Waits of forward and backward by line, without those of the stand-in."""
+
+
+def count_layer(precision: str, kind: str, dispatch: str) -> LayerCounts:
+    device = torch.device("cuda", 0)
+    made, gpu_step_layer.initialise = (
+        gpu_step_layer.initialise,
+        lambda *_: None,
+    )  # values mean nothing here, and take 20 s
+    try:
+        layer = Layer(layer_config(precision, dispatch, 1, device), kind == "dense", device)
+    finally:
+        gpu_step_layer.initialise = made
+    _run(layer, lambda phase, work: work())
+    calls, moved, on_host = {}, {}, {}
+
+    def record(phase: str, work: Callable) -> object:
+        with recorded() as calls[phase]:
+            return work()
+
+    def weigh(phase: str, work: Callable) -> object:
+        with traffic() as seen:
+            result = work()
+        moved[phase] = seen.bytes
+        on_host.update({place: count for place, count in seen.on_host.items() if STAND_IN not in place})
+        return result
+
+    _run(layer, record)
+    _run(layer, weigh)
+    places = {place: count for place, count in waits(layer).items() if not place.startswith(STAND_IN)}
+    stray = [name for name, one in _state(layer) if one.device != device]
+    assert not stray, f"not on {device}: {stray}"
+    return LayerCounts(calls, moved, on_host, places)
+
+
+def _run(layer: Layer, around: Callable) -> None:
+    """Every phase once; around(phase, work) does the work."""
+    y_BTD = around("forward", layer.forward)
+    around("backward", lambda: layer.backward(y_BTD))
+    y_BTD = layer.forward()
+    groups = around("inputs", lambda: layer.inputs(y_BTD))
+    around("weights", lambda: layer.weights(groups))
+
+
+def _state(layer: Layer) -> list[tuple[str, torch.Tensor]]:
+    gradients = [
+        (f"gradient of {name}", one.grad) for name, one in layer.chunk.named_parameters() if one.grad is not None
+    ]
+    return [
+        *layer.chunk.named_parameters(),
+        *layer.chunk.named_buffers(),
+        *gradients,
+        ("gradient of x", layer.x_BTD.grad),
+    ]
+
+
+def table(found: dict[tuple[str, str, str], LayerCounts]) -> list[str]:
+    """Lines to print."""
+    lines = [f"{'one V3 layer, 4096 tokens':26}" + "".join(f"{phase:>11}" for phase in PHASES) + f"{'fwd + bwd':>11}"]
+    for (precision, kind, dispatch), counts in found.items():
+        name = f"{precision} {kind}" + (f" {dispatch}" if kind == "moe" else "")
+        launches = [counts.calls[phase].launches for phase in PHASES]
+        lines.append(f"{name:26}" + "".join(f"{one:11d}" for one in (*launches, sum(launches[:2]))) + "  launches")
+        gigabytes = [counts.bytes[phase] / 1e9 for phase in PHASES]
+        lines.append(
+            f"{'':26}" + "".join(f"{one:11.2f}" for one in (*gigabytes, sum(gigabytes[:2]))) + "  GB outside products"
+        )
+        waited = ", ".join(f"{count} at {place}" for place, count in counts.waits.items()) or "none"
+        lines.append(f"{'':26}  waits of the host: {waited}")
+    return lines

@@ -1,0 +1,101 @@
+"""Which FP8 products this torch takes, by its own checks of their arguments.
+
+What cuBLASLt has a kernel for, only a GPU tells: torch asks it after its own checks, and the ghost always says yes.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+E4M3, E5M2 = torch.float8_e4m3fn, torch.float8_e5m2
+TILES, BLOCKS, ROWS = F.ScalingType.BlockWise1x128, F.ScalingType.BlockWise128x128, F.ScalingType.RowWise
+
+
+@dataclass(frozen=True)
+class ScaledProduct:
+    """One call, and whether torch must take it for our products to run."""
+
+    name: str
+    left: torch.dtype = E4M3
+    right: torch.dtype = E4M3
+    right_recipe: F.ScalingType = BLOCKS
+    output: torch.dtype = torch.bfloat16
+    tiles: int = 56
+    """Of the contraction."""
+    padded: bool = True
+    """The blocks' scales padded to a multiple of 4 along the contraction."""
+    grouped: bool = False
+    taken: bool = True
+
+    def refusal(self) -> str | None:
+        """The error's first line, or None."""
+        try:
+            if self.grouped:
+                _grouped(self.right_recipe)
+            else:
+                _dense(self)
+        except (RuntimeError, ValueError, NotImplementedError) as error:
+            return str(error).splitlines()[0]
+        return None
+
+
+PRODUCTS = (
+    ScaledProduct("1x128 by 128x128, bf16 (Fprop, Dgrad)"),
+    ScaledProduct("1x128 by 128x128, fp32", output=torch.float32),
+    ScaledProduct("1x128 by 1x128, bf16", right_recipe=TILES),
+    ScaledProduct("1x128 by 1x128, fp32 (Wgrad)", right_recipe=TILES, output=torch.float32),
+    ScaledProduct("1x128 by 128x128, 5 tiles, scales padded to 8", tiles=5),
+    ScaledProduct("1x128 by 128x128, 5 tiles, scales as they are", tiles=5, padded=False, taken=False),
+    ScaledProduct("E5M2 1x128 by E4M3 128x128", left=E5M2, taken=False),
+    ScaledProduct("E5M2 1x128 by E5M2 1x128", left=E5M2, right=E5M2, right_recipe=TILES, taken=False),
+    ScaledProduct("grouped, 1x128 by 128x128", grouped=True, taken=False),
+    ScaledProduct("grouped, a scale a row", grouped=True, right_recipe=ROWS),
+)
+"""As train/precision/hopper.py calls them, and what it would call if torch took it."""
+
+
+def _dense(product: ScaledProduct) -> Tensor:
+    rows, outputs, inputs = 256, 384, 128 * product.tiles
+    left = torch.empty(rows, inputs, device="cuda", dtype=product.left)
+    right = torch.empty(outputs, inputs, device="cuda", dtype=product.right)
+    tiles = product.tiles + -product.tiles % 4 if product.padded else product.tiles
+    blocks = torch.empty(outputs // 128, tiles, device="cuda").t()
+    by_tile = torch.empty(product.tiles, outputs, device="cuda").t()
+    return F.scaled_mm(
+        left,
+        right.t(),
+        scale_a=torch.empty(product.tiles, rows, device="cuda").t(),
+        scale_recipe_a=TILES,
+        scale_b=by_tile if product.right_recipe is TILES else blocks,
+        scale_recipe_b=product.right_recipe,
+        output_dtype=product.output,
+    )
+
+
+def _grouped(recipe: F.ScalingType) -> Tensor:
+    experts, rows, outputs, inputs = 4, 1024, 512, 1024
+    left = torch.empty(rows, inputs, device="cuda", dtype=E4M3)
+    right = torch.empty(experts, outputs, inputs, device="cuda", dtype=E4M3)
+    by_row = recipe is ROWS
+    blocks = torch.empty(experts, inputs // 128, outputs // 128, device="cuda")
+    return F.scaled_grouped_mm(
+        left,
+        right.transpose(1, 2),
+        scale_a=torch.empty(rows, device="cuda") if by_row else torch.empty(inputs // 128, rows, device="cuda").t(),
+        scale_recipe_a=ROWS if by_row else TILES,
+        scale_b=torch.empty(experts, outputs, device="cuda") if by_row else blocks,
+        scale_recipe_b=recipe,
+        offs=torch.arange(1, experts + 1, device="cuda", dtype=torch.int32) * (rows // experts),
+        output_dtype=torch.bfloat16,
+    )
+
+
+def table(found: dict[ScaledProduct, str | None]) -> list[str]:
+    """Lines to print."""
+    lines = [f"{f'F.scaled_mm, torch {torch.__version__}':50}by torch's checks"]
+    return lines + [
+        f"{product.name:50}{'taken' if refusal is None else f'refused: {refusal[:90]}'}"
+        for product, refusal in found.items()
+    ]
