@@ -13,13 +13,14 @@ import torch
 from conf.errors import EXIT_OK, EXIT_STOPPED
 from conf.load import compose
 from tests.ghost.log import Calls, recorded
+from tests.ghost.stand_ins import even_experts
 from tests.small import write_corpus
 from train.__main__ import main
 from train.dry_run import lone
 from train.dry_run.piece import choose_piece, choose_rank
 from train.dry_run.routing import load_of
 from train.layout import check_layout
-from train.plan.step import with_nodes
+from train.plan.job import with_nodes
 from train.trainer import Trainer
 
 TINY = ("conf=tiny", "cluster.device=cuda", "seq_len=128", "batch_size=8", "micro_batch_size=1", "log.peak_flops=1e15")
@@ -46,7 +47,7 @@ def train_alone(precision: str, folder: Path) -> Calls:
         f"data.cache={folder / 'cache'}", "data.format=text", "data.workers=1", "model.vocab_size=320",
         "log.wandb=disabled", "log.validation_sequences=4", "log.sample_tokens=4",
     )  # fmt: skip
-    with each_call(Trainer, "_step") as found:
+    with even_experts(), each_call(Trainer, "_step") as found:
         code = main([config])
     assert code in (EXIT_OK, EXIT_STOPPED), f"exit code {code}"  # whether some rank was told to stop is a value
     assert (folder / precision / "checkpoints").is_dir()
@@ -63,7 +64,7 @@ def run_lone(layout: str, precision: str) -> Calls:
     check_layout(config)
     device, rank = torch.device("cuda", 0), choose_rank(config)
     piece = choose_piece(config, rank, load_of(config, rank), device)
-    with each_call(lone, "_step") as found:
+    with even_experts(), each_call(lone, "_step") as found:
         lone.run_alone(piece, device)
     return found[-1]
 

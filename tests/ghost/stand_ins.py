@@ -5,6 +5,8 @@ tests/precision/fakes.py checks the layouts of its arguments and computes the pr
 expert has is a value, which the ghost does not know: they are shared out evenly.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from types import SimpleNamespace
 
 import torch
@@ -19,15 +21,13 @@ from train.precision.groups import on_device
 
 
 def install() -> None:
-    """For all FP8 engines that are built from now on. cuDNN's attention, which asks the GPU, is not chosen."""
+    """DeepGEMM, for all FP8 engines that are built from now on. cuDNN's attention, which asks the GPU, is not chosen."""
     torch.backends.cuda.enable_cudnn_sdp(False)
     torch.Tensor.__repr__ = _without_values
     hopper.load_deep_gemm = lambda: SimpleNamespace(
         m_grouped_fp8_gemm_nt_contiguous=lambda *args, **options: _product("m_grouped_fp8_gemm", args),
         k_grouped_fp8_gemm_nt_contiguous=lambda *args, **options: _product("k_grouped_fp8_gemm", args),
     )
-    if Fp8Precision.expert_ffn is not _evenly:
-        Fp8Precision.expert_ffn = _evenly
 
 
 def _product(name: str, args: tuple) -> None:
@@ -42,10 +42,20 @@ def _without_values(tensor: Tensor, *, tensor_contents: object = None) -> str:
     return f"tensor({tuple(tensor.shape)}, {tensor.dtype}, {tensor.device})"
 
 
-_expert_ffn = Fp8Precision.expert_ffn
+@contextmanager
+def even_experts() -> Iterator[None]:
+    """Experts of FP8 layers get equal parts of the rows, for ranks whose dispatcher makes up nothing."""
+    real = Fp8Precision.expert_ffn
 
+    def evenly(
+        self: Fp8Precision, rows_RD: Tensor, gates_R: Tensor, w13: Tensor, w2: Tensor, counts_E: Tensor
+    ) -> Tensor:
+        assert counts_E.is_cuda, f"row counts on {counts_E.device}"
+        even = split_evenly(len(rows_RD), len(counts_E))
+        return real(self, rows_RD, gates_R, w13, w2, on_device(even, counts_E.device))
 
-def _evenly(self: Fp8Precision, rows_RD: Tensor, gates_R: Tensor, w13: Tensor, w2: Tensor, counts_E: Tensor) -> Tensor:
-    assert counts_E.is_cuda, f"row counts on {counts_E.device}"
-    even = split_evenly(len(rows_RD), len(counts_E))
-    return _expert_ffn(self, rows_RD, gates_R, w13, w2, on_device(even, counts_E.device))
+    Fp8Precision.expert_ffn = evenly
+    try:
+        yield
+    finally:
+        Fp8Precision.expert_ffn = real

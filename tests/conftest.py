@@ -1,0 +1,10 @@
+"""What .ci/run has found out beside the tests stands above pytest's closing line."""
+
+import os
+
+import pytest
+
+
+def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
+    if said := os.environ.get("SLUICE_GPU_CHECKS"):
+        terminalreporter.write_line(said)
