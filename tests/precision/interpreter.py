@@ -2,7 +2,8 @@
 
 The interpreter of triton 3.6 to 3.9 loses the carry out of the mantissa when it casts fp32 to FP8 (124.3 becomes 64
 instead of 128), and truncates when it casts to bf16, so torch does these casts here as hardware does them: nearest,
-ties to even, FP8 saturating.
+ties to even, FP8 saturating. That of triton 3.6, which torch 2.11 brings, takes the bounds of a loop from arrays of one
+element, which numpy 2.4 refuses.
 """
 
 import numpy as np
@@ -21,7 +22,7 @@ def repair(monkeypatch: pytest.MonkeyPatch) -> None:
     """Round as hardware does, for one test."""
     import triton.runtime.interpreter as interpreter
 
-    convert = interpreter._convert_float
+    convert, patch = interpreter._convert_float, interpreter._patch_lang_tensor
 
     def repaired(x, source, target, rounding_mode):
         if str(target) not in FORMATS or source.primitive_bitwidth != 32:
@@ -33,4 +34,9 @@ def repair(monkeypatch: pytest.MonkeyPatch) -> None:
             values = values.clamp(-largest, largest)
         return values.to(format).view(bits).numpy().reshape(x.shape)
 
+    def with_bounds(tensor, scope):
+        patch(tensor, scope)
+        scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.squeeze()))
+
     monkeypatch.setattr(interpreter, "_convert_float", repaired)
+    monkeypatch.setattr(interpreter, "_patch_lang_tensor", with_bounds)
