@@ -7,6 +7,7 @@ ranks      `python -m train` in bf16 and FP8, and single ranks of ep, pp, node-l
 """
 
 import os
+import resource
 import subprocess
 import sys
 import tempfile
@@ -26,6 +27,8 @@ LAUNCHES = {
 """Most launches of one layer, forward and backward, under every torch. Who adds one says why; who saves some lowers the figure."""
 WAITS = Counter({"train/precision/groups.py": 1})
 """Most waits of the host in an FP8 layer of experts by file, for the row counts of its experts; elsewhere a layer waits for nothing."""
+MOST_MEMORY = 16 << 30
+"""Bytes that a process may map for its ranks, the ghost's device memory among them."""
 
 
 def main() -> int:
@@ -93,7 +96,13 @@ def layers() -> tuple[list[str], list[str]]:
 
 
 def ranks() -> tuple[list[str], list[str]]:
+    import torch
+
     from tests.ghost import ranks
+
+    torch.cuda.empty_cache()
+    # A size that a program reads from memory which no kernel wrote may be any; then it shall fail rather than fill the machine.
+    resource.setrlimit(resource.RLIMIT_DATA, (MOST_MEMORY, resource.RLIM_INFINITY))
 
     def run(key: tuple[str, str]):
         precision, layout = key

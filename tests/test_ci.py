@@ -1,0 +1,32 @@
+""".ci/gpu where it cannot check anything: it says what to install, by exit codes that .ci/run tells apart."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from conf.schema import ROOT
+
+
+def gpu_checks(tree: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess:
+    """.ci/gpu of a checkout that has nothing else."""
+    (tree / ".ci").mkdir()
+    shutil.copy(ROOT / ".ci" / "gpu", tree / ".ci")
+    outside = {name: value for name, value in os.environ.items() if name != "SLUICE_GPU_PYTHON"} | environment
+    return subprocess.run(
+        [str(tree / ".ci" / "gpu"), *arguments], env=outside, capture_output=True, text=True, timeout=60
+    )
+
+
+def test_without_a_cuda_build_it_says_how_to_get_one(tmp_path):
+    found = gpu_checks(tmp_path)
+    assert found.returncode == 3 and "pip install torch==" in found.stdout
+
+
+def test_a_python_that_is_named_must_have_a_cuda_build(tmp_path):
+    bare = tmp_path / "python"
+    bare.write_text(f'#!/bin/sh\nexec {sys.executable} -S "$@"\n')  # no installed package is seen
+    bare.chmod(0o755)
+    found = gpu_checks(tmp_path, SLUICE_GPU_PYTHON=str(bare))
+    assert found.returncode == 1 and f"{bare} has no CUDA build of torch" in found.stdout
