@@ -40,12 +40,12 @@ PRECISIONS = {"bf16": (), "fp8": ("precision=fp8", "parallel.wire=fp8")}
 
 
 def train_alone(precision: str, folder: Path) -> Calls:
-    """`python -m train` for two steps, to its end: data, training, validation, checkpoint, sample, report."""
+    """`python -m train` for two steps, to its end: data, training, validation, checkpoint, report."""
     corpus, steps = write_corpus(folder / "corpus"), 2
     config = compose(
         *TINY, *PRECISIONS[precision][:1], f"steps={steps}", f"runs={folder}", f"name={precision}", f"data.path={corpus}",
         f"data.cache={folder / 'cache'}", "data.format=text", "data.workers=1", "model.vocab_size=320",
-        "log.wandb=disabled", "log.validation_sequences=4", "log.sample_tokens=4",
+        "log.wandb=disabled", "log.validation_sequences=4", "log.sample_tokens=0",
     )  # fmt: skip
     with even_experts(), each_call(Trainer, "_step") as found:
         code = main([config])
