@@ -22,7 +22,9 @@ def ghost_environment() -> dict[str, str]:
     library = str(folder / LIBRARY)
     before = os.environ.get("LD_PRELOAD", "")
     preload = library if not before else f"{library}:{before}"
-    return os.environ | {"LD_PRELOAD": preload, "TRITON_LIBCUDA_PATH": str(folder), "CUDA_VISIBLE_DEVICES": "0"}
+    # The driver's functions for growing segments are not all there.
+    settings = {"CUDA_VISIBLE_DEVICES": "0", "PYTORCH_ALLOC_CONF": "expandable_segments:False"}
+    return os.environ | settings | {"LD_PRELOAD": preload, "TRITON_LIBCUDA_PATH": str(folder)}
 
 
 def build() -> Path:
