@@ -38,7 +38,7 @@ CASES = [Case("debug", threads=1), Case("debug", threads=2), Case("v3"), Case("v
 QUICK_CASES = [Case("debug"), Case("v3", mtp=True)]
 
 
-class Products:
+class ProductRate:
     """Rate of large matrix products, timed once a round."""
 
     def __init__(self, case: Case):
@@ -61,7 +61,7 @@ def step(case: Case, rounds: int, seconds: float) -> dict:
 
     config = case.config()
     flops = flops_per_token(config.model, config.seq_len, mtp=case.mtp)
-    products = Products(case)
+    products = ProductRate(case)
     results = compare(case, rounds, seconds, products.time)
     peak = statistics.median(products.rates)
     print(f"\nstep: {_title(case)}, {case.tokens} tokens; products {peak / 1e9:.0f} GFLOP/s")

@@ -30,7 +30,7 @@ SAVE_EVERY = 10
 """Steps between checkpoints."""
 
 
-class Record:
+class StepLog:
     """Appends to steps.jsonl, one write a line, so that lines of ranks never mix."""
 
     def __init__(self, folder: Path, rank: int):
@@ -46,7 +46,7 @@ class Record:
 def train(folder: Path, timeout: float) -> None:
     """Train until killed. `timeout` is for collectives, where the launcher has not made the process group."""
     rank = int(os.environ["RANK"])
-    record = Record(folder, rank)
+    record = StepLog(folder, rank)
     torch.set_num_threads(1)
     if not dist.is_initialized():
         dist.init_process_group("gloo", timeout=timedelta(seconds=timeout))

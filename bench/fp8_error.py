@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from train.precision.products import CpuEngine
-from train.precision.recipe import Rule, parse_rule
+from train.precision.recipe import OperandRule, parse_rule
 
 SCHEMES = {
     "bf16": ("bf16", "bf16"),
@@ -45,7 +45,7 @@ def inputs(size: int, generator: torch.Generator) -> dict[str, Tensor]:
     }
 
 
-def measure(x: Tensor, w: Tensor, left: Rule, right: Rule) -> tuple[float, float, float, float]:
+def measure(x: Tensor, w: Tensor, left: OperandRule, right: OperandRule) -> tuple[float, float, float, float]:
     """Median and worst relative error of a token, share of tokens over 10 %, share of x that became zero."""
     engine = CpuEngine()
     operand = engine.operand(x, left)

@@ -31,9 +31,9 @@ from train.precision.formats import E4M3, E5M2, E5M6, TILE, Cast
 from train.precision.fp8 import Fp8Precision
 from train.precision.products import CpuEngine
 from train.precision.quantize import quantize_reference
-from train.precision.recipe import Rule
+from train.precision.recipe import OperandRule
 
-TILES, BLOCKS = Rule(E4M3, "1x128", False, 1e-4), Rule(E4M3, "128x128", False, 1e-4)
+TILES, BLOCKS = OperandRule(E4M3, "1x128", False, 1e-4), OperandRule(E4M3, "128x128", False, 1e-4)
 PRODUCT_TOLERANCE = 5e-3
 """Relative error of a product in bf16: its rounding is 2e-3, the accumulation of Hopper about 1e-3."""
 LAYER_TOLERANCE = 3e-2

@@ -11,7 +11,7 @@ from train.precision.fp8 import Fp8Precision
 from train.precision.groups import Groups
 from train.precision.high import HighPrecision
 from train.precision.hopper import HopperEngine
-from train.precision.recipe import Rule
+from train.precision.recipe import OperandRule
 
 DENSE = {
     (4096, 2112, 7168): (1009, "q_down + kv_down"),
@@ -29,7 +29,7 @@ GROUPED = {
     (8, 4096, 7168, 2048): (1214, "w2"),
 }
 """(experts, rows of each, N, K): published TFLOP/s, what it is in V3."""
-TILES, BLOCKS = Rule(E4M3, "1x128", False, 1e-4), Rule(E4M3, "128x128", False, 1e-4)
+TILES, BLOCKS = OperandRule(E4M3, "1x128", False, 1e-4), OperandRule(E4M3, "128x128", False, 1e-4)
 
 
 def seconds(function: Callable[[], object], repeats: int = 20) -> float:
@@ -113,7 +113,7 @@ def quantisers(engine: HopperEngine) -> None:
         "1x128 FP8 to 128x1": (lambda: engine.operand(kept, TILES, transposed=True), 2 * x.numel()),
         "128x128": (lambda: engine.operand(x, BLOCKS), 3 * x.numel()),
         "SwiGLU and 1x128": (lambda: engine.swiglu(h, gates, TILES), 2 * h.numel() + h.numel() // 2),
-        "tensor": (lambda: engine.operand(x, Rule(E4M3, "tensor", False, 1e-4)), 3 * x.numel()),
+        "tensor": (lambda: engine.operand(x, OperandRule(E4M3, "tensor", False, 1e-4)), 3 * x.numel()),
     }
     for name, (work, moved) in works.items():
         print(f"{name:32s} {moved / seconds(work) / 1e12:6.2f}")

@@ -129,7 +129,7 @@ def step(
     return peaks
 
 
-def even(biased_BTE: torch.Tensor, rule: router.Rule) -> torch.Tensor:
+def even(biased_BTE: torch.Tensor, rule: router.RoutingRule) -> torch.Tensor:
     """In place of the router's choice: tokens take the experts in turn."""
     B, T, E = biased_BTE.shape
     first_T = torch.arange(B * T, device=biased_BTE.device) * rule.top_k

@@ -37,7 +37,7 @@ import psutil
 
 from cluster.cause import Failure, RankReport
 from cluster.memory import Opened, Store, held, sweep, why_not_opened
-from cluster.network import Probe
+from cluster.network import NetworkProbe
 from cluster.preflight import Facts, Question, gather
 
 CHUNK = 64 << 10
@@ -101,7 +101,7 @@ class Agent:
             None
         ).prctl  # looked up here, as a fresh fork of a threaded process must not load libraries
         self._asked = time.monotonic()
-        self._probe = Probe()
+        self._probe = NetworkProbe()
         self._store: Store | None = None
         self._leaving = False
         self._lock = threading.Lock()

@@ -16,7 +16,7 @@ from cluster.fleet import Fleet, FleetLost, Reply
 from cluster.journal import Journal
 from cluster.memory import Opened
 from cluster.network import NetworkTest
-from cluster.node_state import Phase
+from cluster.node_state import DriverPhase
 from cluster.policy import policy_of, with_dp
 from cluster.preflight import Preflight
 from cluster.supervisor import Supervisor
@@ -230,7 +230,7 @@ class Driver:
         self._asked[node.id] = -ASK_EVERY
         self._refused.pop(node.name, None)
         self._tell(m.Joined(node))
-        if self.supervisor.phase is Phase.running and self._first_step is not None:
+        if self.supervisor.phase is DriverPhase.running and self._first_step is not None:
             self._warm([node])
 
     def _refuse(self, node: Node, problem: str) -> None:

@@ -99,7 +99,7 @@ class Start:
 
 
 @dataclass(frozen=True)
-class End:
+class EndRanks:
     """Kill the ranks of this attempt and older ones on these nodes."""
 
     attempt: int
@@ -115,7 +115,7 @@ class Stop:
 
 
 @dataclass(frozen=True)
-class Probe:
+class ProbeLinks:
     nodes: tuple[str, ...]
 
 
@@ -141,4 +141,4 @@ class Finish:
     text: str
 
 
-Action = Start | End | Stop | Probe | CollectStacks | Note | Finish
+Action = Start | EndRanks | Stop | ProbeLinks | CollectStacks | Note | Finish

@@ -24,7 +24,7 @@ ROUNDS = 63
 
 
 @dataclass(frozen=True)
-class Link:
+class NodeLink:
     """What one node measured to another."""
 
     address: str
@@ -35,12 +35,12 @@ class Link:
     error: str | None = None
 
 
-class Probe:
+class NetworkProbe:
     """An agent's side: a server that echoes and swallows, and one measurement at a time, both in threads."""
 
     def __init__(self) -> None:
         self._server: socket.socket | None = None
-        self._links: list[Link] = []
+        self._links: list[NodeLink] = []
 
     def listen(self, address: str) -> int:
         """Port of the server, on this address of the node; it ends with `close`."""
@@ -58,7 +58,7 @@ class Probe:
         """Start to measure; `links` will have the result."""
         threading.Thread(target=lambda: self._links.append(measure(address, port)), daemon=True).start()
 
-    def links(self) -> list[Link]:
+    def links(self) -> list[NodeLink]:
         """All results so far."""
         return list(self._links)
 
@@ -87,8 +87,8 @@ def _answer(connection: socket.socket) -> None:
             return
 
 
-def measure(address: str, port: int) -> Link:
-    """Latency and bandwidth to a listening Probe."""
+def measure(address: str, port: int) -> NodeLink:
+    """Latency and bandwidth to a listening NetworkProbe."""
     try:
         with socket.create_connection((address, port), timeout=PATIENCE) as connection:
             connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
@@ -103,8 +103,8 @@ def measure(address: str, port: int) -> Link:
             connection.recv(1)
             seconds = time.perf_counter() - started
     except OSError as error:
-        return Link(address, error=str(error))
-    return Link(address, min(times) * 1e3, BYTES * 8 / seconds / 1e9)
+        return NodeLink(address, error=str(error))
+    return NodeLink(address, min(times) * 1e3, BYTES * 8 / seconds / 1e9)
 
 
 def rounds(count: int) -> list[list[tuple[int, int]]]:
@@ -139,7 +139,7 @@ class NetworkTest:
         self._rounds = rounds(len(nodes))[:ROUNDS]
         self._round: dict[str, Node] = {}
         """Measuring node -> partner, for results that are still out."""
-        self._links: dict[tuple[str, str], Link] = {}
+        self._links: dict[tuple[str, str], NodeLink] = {}
         self._deadline = now + 2 * PATIENCE
         self._polling: set[str] = set()
         for node in nodes:
@@ -163,7 +163,7 @@ class NetworkTest:
             return None
         for id, partner in list(self._round.items()):
             if now >= self._deadline:
-                self._links[id, partner.id] = Link(partner.address, error=f"no result within {PATIENCE:.0f} s")
+                self._links[id, partner.id] = NodeLink(partner.address, error=f"no result within {PATIENCE:.0f} s")
                 del self._round[id]
             elif id not in self._polling:
                 self._polling.add(id)
@@ -185,7 +185,7 @@ class NetworkTest:
                 self._round[here.id] = there
                 self._fleet.call(here.id, "network", "measure", there.address, self._ports[there.id])
             else:
-                self._links[here.id, there.id] = Link(there.address, error="it opened no port for the test")
+                self._links[here.id, there.id] = NodeLink(there.address, error="it opened no port for the test")
 
     def _verdict(self) -> Verdict:
         names = {node.id: node.name for node in self._nodes}

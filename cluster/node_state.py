@@ -6,7 +6,7 @@ from enum import Enum
 from cluster.topology import Node
 
 
-class Phase(Enum):
+class DriverPhase(Enum):
     gathering = "waiting for nodes"
     running = "running"
     judging = "finding the cause"
@@ -15,7 +15,7 @@ class Phase(Enum):
     done = "done"
 
 
-class Health(Enum):
+class NodeHealth(Enum):
     ok = "ok"
     silent = "does not answer"
     gone = "lost"
@@ -26,7 +26,7 @@ class Health(Enum):
 class NodeState:
     node: Node
     heard: float
-    health: Health = Health.ok
+    health: NodeHealth = NodeHealth.ok
     live: set[int] = field(default_factory=set)
     """Ranks that run there, as far as is known."""
     draining: bool = False
@@ -35,4 +35,4 @@ class NodeState:
     @property
     def usable(self) -> bool:
         """Whether an attempt may start there, once no rank lives there."""
-        return self.health is Health.ok and not self.draining
+        return self.health is NodeHealth.ok and not self.draining

@@ -24,7 +24,7 @@ from cluster.attempt import Attempt
 from cluster.cause import Cause, Kind
 from cluster.checkpoints import NONE, Age
 from cluster.diagnosis import give_up, too_few
-from cluster.node_state import Health, NodeState, Phase
+from cluster.node_state import DriverPhase, NodeHealth, NodeState
 from cluster.policy import Policy
 from cluster.topology import Node, Placement, place
 from conf.errors import EXIT_CRASH, EXIT_DIVERGED, EXIT_OK, EXIT_STOPPED, EXIT_USER
@@ -35,7 +35,7 @@ class Supervisor:
 
     def __init__(self, policy: Policy, now: float):
         self.policy = policy
-        self.phase = Phase.gathering
+        self.phase = DriverPhase.gathering
         self.nodes: dict[str, NodeState] = {}
         self.number = policy.first_attempt - 1
         self.attempt: Attempt | None = None
@@ -60,7 +60,7 @@ class Supervisor:
     @property
     def answering(self) -> dict[str, Node]:
         """Nodes that answer, by id."""
-        return {id: state.node for id, state in self.nodes.items() if state.health is Health.ok}
+        return {id: state.node for id, state in self.nodes.items() if state.health is NodeHealth.ok}
 
     @property
     def draining(self) -> set[str]:
@@ -70,13 +70,13 @@ class Supervisor:
     def handle(self, now: float, event: m.Event) -> list[m.Action]:
         """Take one event at this time (seconds, monotonic); returns actions in order."""
         self._out = []
-        if self.phase is Phase.done:
+        if self.phase is DriverPhase.done:
             return []
         match event:
             case m.Joined(node):
                 self._join(now, node)
             case m.Lost(node, why, returning):
-                self._lose(node, Health.returning if returning else Health.gone, why)
+                self._lose(node, NodeHealth.returning if returning else NodeHealth.gone, why)
             case m.Beat(node, number, ranks):
                 self._beat(now, node, number, ranks)
             case m.Probed(node):
@@ -106,11 +106,11 @@ class Supervisor:
         self.nodes[node.id] = NodeState(node, now)
         self._note(kind, f"{node.name} ({node.address}, {node.devices} devices)", node=node.name)
 
-    def _lose(self, id: str, health: Health, why: str) -> None:
+    def _lose(self, id: str, health: NodeHealth, why: str) -> None:
         state = self.nodes.get(id)
-        if state is None or state.health is Health.gone:
+        if state is None or state.health is NodeHealth.gone:
             return
-        if state.health is Health.ok or health is Health.gone:
+        if state.health is NodeHealth.ok or health is NodeHealth.gone:
             self._note("node_lost", f"{state.node.name}: {why}", node=state.node.name)
         state.health, state.live = health, set()
         self._probing.discard(id)
@@ -119,7 +119,7 @@ class Supervisor:
 
     def _beat(self, now: float, id: str, number: int, ranks: list) -> None:
         state = self.nodes.get(id)
-        if state is None or state.health in (Health.gone, Health.returning):
+        if state is None or state.health in (NodeHealth.gone, NodeHealth.returning):
             return
         state.heard = now
         live = {report.rank for report in ranks if not report.ended}
@@ -130,7 +130,7 @@ class Supervisor:
             return
         if live:  # it slept through the end of its attempt
             self._out.append(m.End(number, (id,)))
-        elif state.health is Health.silent:
+        elif state.health is NodeHealth.silent:
             self._join(now, state.node)
         if not current:  # else it has not begun yet: its ranks count as alive since the order to start
             self.nodes[id].live = live
@@ -138,7 +138,7 @@ class Supervisor:
     def _take(self, now: float, ranks: list) -> None:
         attempt = self.attempt
         attempt.take(now, ranks)
-        if self.phase is not Phase.running or attempt.first_step is None:
+        if self.phase is not DriverPhase.running or attempt.first_step is None:
             return
         if attempt.stepping and self._failed_at is not None:
             down, again = now - self._failed_at, attempt.steps_again(self._reached)
@@ -160,7 +160,7 @@ class Supervisor:
         self.saved = age
         self._got_on(age)
         self._note("checkpoint", f"step {age.step}", step=age.step)
-        if self.phase is Phase.running and self._could_grow():
+        if self.phase is DriverPhase.running and self._could_grow():
             self._grow(now)
 
     def _hold(self, age: Age) -> None:
@@ -183,14 +183,14 @@ class Supervisor:
             return
         state.draining = True
         self._note("drain", f"{state.node.name}: {why}", node=state.node.name)
-        if self.phase is Phase.running and id in self.attempt.ranks_of:
+        if self.phase is DriverPhase.running and id in self.attempt.ranks_of:
             self._stop_ranks(now) if self.attempt.step >= 0 else self._end_ranks(now)
 
     def _ask_stop(self, now: float, why: str) -> None:
         if self._stop_why is None:
             self._stop_why = why
             self._note("stop", why)
-            if self.phase is Phase.running:
+            if self.phase is DriverPhase.running:
                 self._stop_ranks(now) if self.attempt.step >= 0 else self._end_ranks(now)
 
     def _tick(self, now: float) -> None:
@@ -203,9 +203,9 @@ class Supervisor:
                 self.attempt.moved += slept
         for id, state in self.nodes.items():
             late = now - state.heard
-            if state.health is Health.ok and late > self.policy.heartbeat:
-                self._lose(id, Health.silent, f"no answer for {late:.1f} s")
-        if self.phase is Phase.running:
+            if state.health is NodeHealth.ok and late > self.policy.heartbeat:
+                self._lose(id, NodeHealth.silent, f"no answer for {late:.1f} s")
+        if self.phase is DriverPhase.running:
             self._name_stragglers()
 
     def _name_stragglers(self) -> None:
@@ -222,15 +222,15 @@ class Supervisor:
     def _advance(self, now: float) -> None:
         """Whatever the state allows at this time."""
         match self.phase:
-            case Phase.gathering:
+            case DriverPhase.gathering:
                 self._gather(now)
-            case Phase.running:
+            case DriverPhase.running:
                 self._run(now)
-            case Phase.judging:
+            case DriverPhase.judging:
                 self._decide(now)
-            case Phase.ending:
+            case DriverPhase.ending:
                 self._await_end(now)
-            case Phase.stopping:
+            case DriverPhase.stopping:
                 self._await_stop(now)
 
     def _gather(self, now: float) -> None:
@@ -239,7 +239,7 @@ class Supervisor:
             return
         states = self.nodes.values()
         free = [state.node for state in states if state.usable and not state.live]
-        hoped = any(state.health is Health.returning or state.live for state in states)
+        hoped = any(state.health is NodeHealth.returning or state.live for state in states)
         found = self._place(free)
         first = self.attempt is None
         if found and (found.dp == self.policy.dp or (not first and (not hoped or now >= self._deadline))):
@@ -251,7 +251,7 @@ class Supervisor:
 
     def _start(self, now: float, placement: Placement) -> None:
         self.number += 1
-        self.phase = Phase.running
+        self.phase = DriverPhase.running
         self.attempt = Attempt(self.number, placement, now, max(self.saved, self.held).step)
         for id, ranks in self.attempt.ranks_of.items():
             self.nodes[id].live = set(ranks)
@@ -285,14 +285,14 @@ class Supervisor:
         """All ranks ended well."""
         if all(report.code == EXIT_OK for report in self.attempt.reports.values()):
             self._finish(EXIT_OK, "all steps done")
-        elif self.phase is Phase.stopping and self._stop_why is None:
+        elif self.phase is DriverPhase.stopping and self._stop_why is None:
             self._regroup(now)
         else:
             self._finish(EXIT_STOPPED, self._stop_why or "the ranks were told to stop from outside")
 
     def _judge(self, now: float, settle: float) -> None:
         """A failure was noticed: ask every node whether it lives, and give the ranks time to say what they know."""
-        self.phase = Phase.judging
+        self.phase = DriverPhase.judging
         if self._failed_at is None:
             self._failed_at = now
         self._probing = set(self.attempt.reachable)
@@ -303,7 +303,7 @@ class Supervisor:
         if not self.attempt.settled(now, self._settled_at) or (self._probing and now < self._probed_at):
             return
         for id in sorted(self._probing):
-            self._lose(id, Health.silent, f"no answer to a probe within {self.policy.probe:.0f} s")
+            self._lose(id, NodeHealth.silent, f"no answer to a probe within {self.policy.probe:.0f} s")
         cause = self.attempt.cause = self.attempt.judge(now)
         self.failures.append((self.number, cause))
         self._spent[cause.kind] = self._spent.get(cause.kind, 0) + 1
@@ -312,7 +312,7 @@ class Supervisor:
         self._end_ranks(now)
 
     def _end_ranks(self, now: float) -> None:
-        self.phase = Phase.ending
+        self.phase = DriverPhase.ending
         self._deadline = now + self.policy.kill
         self._out.append(m.End(self.number, self.attempt.reachable))
 
@@ -321,7 +321,7 @@ class Supervisor:
         if stuck and now < self._deadline:
             return
         for id in stuck:  # SIGKILL does not end a process that waits in the kernel, for a dead disk or device
-            self._lose(id, Health.silent, f"its ranks survive SIGKILL for {self.policy.kill:.0f} s")
+            self._lose(id, NodeHealth.silent, f"its ranks survive SIGKILL for {self.policy.kill:.0f} s")
         cause = self.attempt.cause
         if cause is None and self._stop_why is None:  # a node was about to go before the first step
             self._regroup(now)
@@ -343,13 +343,13 @@ class Supervisor:
 
     def _regroup(self, now: float) -> None:
         """Go for the next attempt: at once, or after a while when a node is about to return or nothing fits."""
-        self.phase = Phase.gathering
+        self.phase = DriverPhase.gathering
         enough = self._place(self._usable())
         self._deadline = now + (self.policy.return_wait if enough else self.policy.wait)
         self._gather(now)
 
     def _stop_ranks(self, now: float) -> None:
-        self.phase = Phase.stopping
+        self.phase = DriverPhase.stopping
         self._deadline = now + self.policy.stop_timeout
         self._out.append(m.Stop(self.number, self.attempt.reachable))
 
@@ -378,7 +378,7 @@ class Supervisor:
         return place(nodes, self.policy.pp, self.policy.dp, self.policy.ep, self.policy.accept)
 
     def _finish(self, code: int, text: str) -> None:
-        self.phase = Phase.done
+        self.phase = DriverPhase.done
         self._note("finish", text, code=code)
         self._out.append(m.Finish(code, text))
 

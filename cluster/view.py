@@ -13,7 +13,7 @@ from rich.live import Live
 from rich.text import Text
 
 from cluster.checkpoints import NONE
-from cluster.node_state import Health
+from cluster.node_state import NodeHealth
 from cluster.supervisor import Supervisor
 
 QUIET = {"checkpoint", "node_joined", "first_step", "finish"}
@@ -81,7 +81,7 @@ def status(name: str, steps: int, record: dict, supervisor: Supervisor, last: st
     if supervisor.attempt is not None:
         placement = supervisor.attempt.placement
         parts.append(f"pp {placement.pp} x dp {placement.dp}")
-    up = sum(state.health is Health.ok for state in supervisor.nodes.values())
+    up = sum(state.health is NodeHealth.ok for state in supervisor.nodes.values())
     machines = [supervisor.phase.value, f"{up}/{len(supervisor.nodes)} nodes", f"attempt {supervisor.number}"]
     if supervisor.failures:
         machines.append(f"{len(supervisor.failures)} failures")

@@ -159,7 +159,7 @@ class Model:
 
 
 @dataclass
-class Source:
+class MixSource:
     """One part of a data mix."""
 
     path: str = ""
@@ -181,7 +181,7 @@ class Data:
     """How to read path; auto looks at the names. stdlib: Python's standard library when there is no path, else auto."""
     text_key: str = "text"
     """Field that holds the text in JSONL, Parquet and Hugging Face data."""
-    mix: list[Source] = field(default_factory=list)
+    mix: list[MixSource] = field(default_factory=list)
     """Several sources with weights, formats and text keys of their own, instead of path."""
     tokenizer: str | None = None
     """A tokenizer.json, a folder that holds one, or `deepseek_v3`; null trains a byte-level BPE of model.vocab_size on the data, once."""

@@ -36,7 +36,7 @@ _adamw = Kernel(
 )  # fmt: skip
 
 
-class Piece(NamedTuple):
+class UpdatePiece(NamedTuple):
     """What an update of some neighbouring elements reads and writes; all flat."""
 
     weight: Tensor
@@ -110,7 +110,7 @@ class AdamW(torch.optim.Optimizer):
                 for grad in pieces.gradients:
                     part = slice(first, first + grad.numel())
                     weight, mean, square, rounded = (None if tensor is None else tensor[part] for tensor in held)
-                    _update(Piece(weight, grad, mean, square, rounded), group, self.updates + 1, factor)
+                    _update(UpdatePiece(weight, grad, mean, square, rounded), group, self.updates + 1, factor)
                     first = part.stop
 
 
@@ -124,7 +124,7 @@ def scratch_bytes(kind: str, moments: torch.dtype, elements: int) -> int:
     return 0 if moments == torch.float32 or compiled(kind, moments) else 8 * min(CHUNK[kind], elements)
 
 
-def _update(piece: Piece, group: dict, count: int, factor: Tensor | float | None) -> None:
+def _update(piece: UpdatePiece, group: dict, count: int, factor: Tensor | float | None) -> None:
     """One pass over memory, as compiled code or by torch's fused kernel. There moments of another dtype pass through an fp32
     copy, chunk by chunk, and the gradient is left multiplied.
     """
@@ -153,7 +153,7 @@ def _update(piece: Piece, group: dict, count: int, factor: Tensor | float | None
         rounded.copy_(weight)
 
 
-def _update_compiled(piece: Piece, group: dict, count: int, factor: float) -> None:
+def _update_compiled(piece: UpdatePiece, group: dict, count: int, factor: float) -> None:
     """The moments are in bf16."""
     (beta1, beta2), lr = group["betas"], group["lr"]
     _adamw(

@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from parallel.expert.dispatcher import ChainDispatcher, Plan
+from parallel.expert.dispatcher import ChainDispatcher, DispatchPlan
 from parallel.expert.link import Link
 from parallel.expert.permute import sort_entries
 from parallel.expert.wire import Wire
@@ -33,7 +33,7 @@ class AllToAllDispatcher(ChainDispatcher):
         super().__init__([Link(group, [rank // ranks_per_node for rank in range(size)])], wire)
         self.experts = experts
 
-    def _plan(self, expert_ids_TK: Tensor) -> Plan:
+    def _plan(self, expert_ids_TK: Tensor) -> DispatchPlan:
         ranks = self.links[0].size
         ids = expert_ids_TK.flatten()
         counts_PL = ids.new_zeros(self.experts).scatter_add_(0, ids, torch.ones_like(ids)).view(ranks, -1)
@@ -44,9 +44,9 @@ class AllToAllDispatcher(ChainDispatcher):
         local_L = torch.arange(arriving_PL.shape[1], device=ids.device)
         expert_R = local_L.repeat(ranks).repeat_interleave(arriving_PL.flatten(), output_size=sum(received))
         arrivals = sort_entries(expert_R[:, None])
-        return Plan([sent], [received], sum(received), arriving_PL.sum(0), expert_ids_TK, [pairs, arrivals])
+        return DispatchPlan([sent], [received], sum(received), arriving_PL.sum(0), expert_ids_TK, [pairs, arrivals])
 
-    def _first_copies(self, plan: Plan, words_TW: Tensor, gates_TK: Tensor) -> Tensor:
+    def _first_copies(self, plan: DispatchPlan, words_TW: Tensor, gates_TK: Tensor) -> Tensor:
         pairs = plan.fans[0]
         width = words_TW.shape[1]
         message_CX = words_TW.new_empty(pairs.source_C.numel(), width + 1)
@@ -55,14 +55,14 @@ class AllToAllDispatcher(ChainDispatcher):
         message_CX[:, width].scatter_(0, pairs.copy_C, gates_TK.flatten().view(torch.int32))
         return message_CX
 
-    def _learn(self, plan: Plan, side_MX: Tensor) -> None:
+    def _learn(self, plan: DispatchPlan, side_MX: Tensor) -> None:
         raise AssertionError("all fan-outs of the flat dispatch are known beforehand")
 
-    def _row_gates(self, plan: Plan, side_MX: Tensor) -> Tensor:
+    def _row_gates(self, plan: DispatchPlan, side_MX: Tensor) -> Tensor:
         return side_MX.view(torch.float32)[:, 0].index_select(0, plan.fans[1].source_C)
 
-    def _gate_grads_by_message(self, plan: Plan, grads_R: Tensor) -> Tensor:
+    def _gate_grads_by_message(self, plan: DispatchPlan, grads_R: Tensor) -> Tensor:
         return grads_R.index_select(0, plan.fans[1].copy_C)[:, None]
 
-    def _gate_grads_by_token(self, plan: Plan, side_CX: Tensor) -> Tensor:
+    def _gate_grads_by_token(self, plan: DispatchPlan, side_CX: Tensor) -> Tensor:
         return side_CX[:, 0].index_select(0, plan.fans[0].copy_C).view(plan.ids_TK.shape)

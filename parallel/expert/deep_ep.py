@@ -19,7 +19,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from conf.errors import UserError
-from parallel.expert.dispatcher import Routed
+from parallel.expert.dispatcher import DispatchedRows
 from parallel.expert.permute import FanOut, collect, fan_out, spread
 from parallel.expert.wire import Fp8Wire, Wire
 
@@ -35,9 +35,9 @@ class _Plan:
 
 @dataclass
 class _Arrived:
-    routed: Routed
+    routed: DispatchedRows
 
-    def wait(self) -> Routed:
+    def wait(self) -> DispatchedRows:
         return self.routed
 
 
@@ -71,16 +71,16 @@ class DeepEPDispatcher:
         """The whole dispatch at once: DeepEP sizes its output from counts that the host has to wait for."""
         return _Arrived(self.dispatch(x_TD, expert_ids_TK, gates_TK))
 
-    def dispatch(self, x_TD: Tensor, expert_ids_TK: Tensor, gates_TK: Tensor) -> Routed:
+    def dispatch(self, x_TD: Tensor, expert_ids_TK: Tensor, gates_TK: Tensor) -> DispatchedRows:
         """Send every token to its experts; see ChainDispatcher.dispatch_begin."""
         assert x_TD.dtype == torch.bfloat16 and gates_TK.dtype == torch.float32
         arrived_MD, arrived_gates_MK, ids_MK, counts, handle = _Dispatch.apply(x_TD, gates_TK, expert_ids_TK, self)
         plan, counts_E = self._plan(ids_MK, counts, handle)
         rows_RD = _Spread.apply(arrived_MD, plan.rows)
         gates_R = arrived_gates_MK.flatten().take(plan.entry_of_row)
-        return Routed(rows_RD, gates_R, counts_E, plan)
+        return DispatchedRows(rows_RD, gates_R, counts_E, plan)
 
-    def combine(self, out_RD: Tensor, routed: Routed) -> Tensor:
+    def combine(self, out_RD: Tensor, routed: DispatchedRows) -> Tensor:
         """Sum of the expert outputs of every token, y_TD."""
         return _Combine.apply(_Collect.apply(out_RD, routed.state.rows), routed.state.handle, self)
 

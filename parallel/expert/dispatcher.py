@@ -36,7 +36,7 @@ from parallel.pipeline.overlap import yield_point
 
 
 @dataclass
-class Plan:
+class DispatchPlan:
     """Where the tokens of one dispatch go. Made by the forward dispatch, used again by all that follows."""
 
     sent: list[list[int]]
@@ -56,7 +56,7 @@ class Plan:
 
 
 @dataclass
-class Routed:
+class DispatchedRows:
     """Tokens at their experts."""
 
     rows_RD: Tensor
@@ -75,11 +75,11 @@ class PendingDispatch:
     def __init__(self, flight: "_Flight", ticket: Tensor):
         self._flight, self._ticket = flight, ticket
 
-    def wait(self) -> Routed:
+    def wait(self) -> DispatchedRows:
         """Finish the dispatch. Call once, on every rank of the group in the same order."""
         rows_RD, gates_R = _DispatchWait.apply(self._ticket, self._flight)
         plan = self._flight.plan
-        return Routed(rows_RD, gates_R, plan.counts_E, plan)
+        return DispatchedRows(rows_RD, gates_R, plan.counts_E, plan)
 
 
 class PendingCombine:
@@ -114,42 +114,42 @@ class ChainDispatcher(ABC):
         flight = _Flight(self, self._plan(expert_ids_TK), x_TD.shape[1], x_TD.dtype)
         return PendingDispatch(flight, _DispatchBegin.apply(x_TD, gates_TK, flight))
 
-    def dispatch(self, x_TD: Tensor, expert_ids_TK: Tensor, gates_TK: Tensor) -> Routed:
+    def dispatch(self, x_TD: Tensor, expert_ids_TK: Tensor, gates_TK: Tensor) -> DispatchedRows:
         """Send every token to its experts; see dispatch_begin."""
         return self.dispatch_begin(x_TD, expert_ids_TK, gates_TK).wait()
 
-    def combine_begin(self, out_RD: Tensor, routed: Routed) -> PendingCombine:
+    def combine_begin(self, out_RD: Tensor, routed: DispatchedRows) -> PendingCombine:
         """Start to send the experts' outputs back to their tokens."""
         assert out_RD.shape[0] == routed.state.rows
         flight = _Flight(self, routed.state, out_RD.shape[1], out_RD.dtype)
         return PendingCombine(flight, _CombineBegin.apply(out_RD, flight))
 
-    def combine(self, out_RD: Tensor, routed: Routed) -> Tensor:
+    def combine(self, out_RD: Tensor, routed: DispatchedRows) -> Tensor:
         """Sum of the expert outputs of every token, y_TD."""
         return self.combine_begin(out_RD, routed).wait()
 
     @abstractmethod
-    def _plan(self, expert_ids_TK: Tensor) -> Plan:
+    def _plan(self, expert_ids_TK: Tensor) -> DispatchPlan:
         """Exchange counts; fill the fan-outs known before anything arrives, the first at least."""
 
     @abstractmethod
-    def _first_copies(self, plan: Plan, words_TW: Tensor, gates_TK: Tensor) -> Tensor:
+    def _first_copies(self, plan: DispatchPlan, words_TW: Tensor, gates_TK: Tensor) -> Tensor:
         """Messages of the first hop: copies of the encoded rows, each followed by its side words."""
 
     @abstractmethod
-    def _learn(self, plan: Plan, side_MX: Tensor) -> None:
+    def _learn(self, plan: DispatchPlan, side_MX: Tensor) -> None:
         """Add the next fan-out to the plan, from the side words of what has arrived."""
 
     @abstractmethod
-    def _row_gates(self, plan: Plan, side_MX: Tensor) -> Tensor:
+    def _row_gates(self, plan: DispatchPlan, side_MX: Tensor) -> Tensor:
         """gates_R from the side words of the arrivals."""
 
     @abstractmethod
-    def _gate_grads_by_message(self, plan: Plan, grads_R: Tensor) -> Tensor:
+    def _gate_grads_by_message(self, plan: DispatchPlan, grads_R: Tensor) -> Tensor:
         """Transpose of _row_gates: gradients as fp32 side words of every arrival, (M, X)."""
 
     @abstractmethod
-    def _gate_grads_by_token(self, plan: Plan, side_CX: Tensor) -> Tensor:
+    def _gate_grads_by_token(self, plan: DispatchPlan, side_CX: Tensor) -> Tensor:
         """Gradients of gates_TK from the side words that came back to the source."""
 
     def _start_out(self, flight: "_Flight", rows_TD: Tensor, gates_TK: Tensor | None, traffic: Traffic) -> Transfer:
@@ -210,7 +210,7 @@ class _Flight:
     """State that the two halves of one use share."""
 
     dispatcher: ChainDispatcher
-    plan: Plan
+    plan: DispatchPlan
     width: int
     dtype: torch.dtype
     transfer: Transfer | None = None

@@ -24,7 +24,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from parallel.expert.dispatcher import ChainDispatcher, Plan
+from parallel.expert.dispatcher import ChainDispatcher, DispatchPlan
 from parallel.expert.link import Link
 from parallel.expert.permute import collect, fan_out, spread
 from parallel.expert.wire import Wire
@@ -54,7 +54,7 @@ class NodeLimitedDispatcher(ChainDispatcher):
         self.per_rank = experts // (nodes * ranks_per_node)
         self.per_node = self.per_rank * ranks_per_node
 
-    def _plan(self, expert_ids_TK: Tensor) -> Plan:
+    def _plan(self, expert_ids_TK: Tensor) -> DispatchPlan:
         hits_TE = _hits(expert_ids_TK, 0, self.experts)
         to_rank_TNL = hits_TE.unflatten(1, (self.inter.size, self.intra.size, self.per_rank)).any(3)
         to_node_TN = to_rank_TNL.any(2)
@@ -66,7 +66,7 @@ class NodeLimitedDispatcher(ChainDispatcher):
         sent, received = [counts[2 * hop] for hop in hops], [counts[2 * hop + 1] for hop in hops]
         first_TP = to_node_TN if self.inter.size > 1 else to_rank_TNL.flatten(1)
         fans = [fan_out(first_TP, sum(sent[0]))]
-        return Plan(sent, received, counts[4][0], counts_F, expert_ids_TK, fans)
+        return DispatchPlan(sent, received, counts[4][0], counts_F, expert_ids_TK, fans)
 
     def _exchange_counts(self, outer_NX: Tensor) -> tuple[list[list[int]], Tensor]:
         """Sent and received messages of both hops and the number of rows, on the host; rows per local expert."""
@@ -80,12 +80,12 @@ class NodeLimitedDispatcher(ChainDispatcher):
         host = torch.cat(parts).cpu()
         return [part.tolist() for part in host.split([part.numel() for part in parts])], counts_F
 
-    def _first_copies(self, plan: Plan, words_TW: Tensor, gates_TK: Tensor) -> Tensor:
+    def _first_copies(self, plan: DispatchPlan, words_TW: Tensor, gates_TK: Tensor) -> Tensor:
         ids_TK = plan.ids_TK.to(torch.int16)
         ids_TI = F.pad(ids_TK, (0, ids_TK.shape[1] % 2)).view(torch.int32)
         return spread(torch.cat([words_TW, gates_TK.view(torch.int32), ids_TI], 1), plan.fans[0])
 
-    def _learn(self, plan: Plan, side_MX: Tensor) -> None:
+    def _learn(self, plan: DispatchPlan, side_MX: Tensor) -> None:
         _, ids_MK = _read_side(plan, side_MX)
         node_start = self.inter.rank * self.per_node
         if len(plan.fans) < len(self.links):
@@ -101,16 +101,16 @@ class NodeLimitedDispatcher(ChainDispatcher):
         entry_R = (ids_MK.index_select(0, rows.source_C) == expert_R[:, None]).int().argmax(1)
         plan.entry_of_row = rows.source_C * ids_MK.shape[1] + entry_R
 
-    def _row_gates(self, plan: Plan, side_MX: Tensor) -> Tensor:
+    def _row_gates(self, plan: DispatchPlan, side_MX: Tensor) -> Tensor:
         gates_MK, _ = _read_side(plan, side_MX)
         return gates_MK.flatten().index_select(0, plan.entry_of_row)
 
-    def _gate_grads_by_message(self, plan: Plan, grads_R: Tensor) -> Tensor:
+    def _gate_grads_by_message(self, plan: DispatchPlan, grads_R: Tensor) -> Tensor:
         shape_MK = (plan.fans[-1].start_S.numel(), plan.ids_TK.shape[1])
         # Entries for experts elsewhere stay 0, so that summing copies only brings the entries together.
         return grads_R.new_zeros(shape_MK).view(-1).index_copy_(0, plan.entry_of_row, grads_R).view(shape_MK)
 
-    def _gate_grads_by_token(self, plan: Plan, side_CX: Tensor) -> Tensor:
+    def _gate_grads_by_token(self, plan: DispatchPlan, side_CX: Tensor) -> Tensor:
         return collect(side_CX, plan.fans[0])
 
 
@@ -122,7 +122,7 @@ def _hits(ids_SK: Tensor, first: int, experts: int) -> Tensor:
     return hits.scatter_(1, column_SK, True)[:, :experts]
 
 
-def _read_side(plan: Plan, side_MX: Tensor) -> tuple[Tensor, Tensor]:
+def _read_side(plan: DispatchPlan, side_MX: Tensor) -> tuple[Tensor, Tensor]:
     """gates_MK and ids_MK (int64) of arrived messages."""
     entries = plan.ids_TK.shape[1]
     ids_MK = side_MX[:, entries:].view(torch.int16)[:, :entries]

@@ -19,7 +19,7 @@ from torch import Tensor
 from parallel.expert.all_to_all import AllToAllDispatcher
 from parallel.expert.counters import Traffic
 from parallel.expert.deep_ep import DeepEPDispatcher
-from parallel.expert.dispatcher import ChainDispatcher, Plan
+from parallel.expert.dispatcher import ChainDispatcher, DispatchPlan
 from parallel.expert.link import Link, Transfer
 from parallel.expert.node_limited import NodeLimitedDispatcher
 from parallel.expert.permute import FanOut, fan_out, sort_entries
@@ -123,7 +123,7 @@ class FlatStandIn(AllToAllDispatcher):
         ChainDispatcher.__init__(self, [link], wire)
         self.experts, self.load = group.experts, load
 
-    def _plan(self, expert_ids_TK: Tensor) -> Plan:
+    def _plan(self, expert_ids_TK: Tensor) -> DispatchPlan:
         ranks, rows_L = self.links[0].size, self.load.rows_L(len(expert_ids_TK))
         device = expert_ids_TK.device
         sent = split_evenly(expert_ids_TK.numel(), ranks)
@@ -131,7 +131,7 @@ class FlatStandIn(AllToAllDispatcher):
         expert_R = torch.arange(len(rows_L)).repeat(ranks).repeat_interleave(arriving_PL.flatten()).to(device)
         counts_E = torch.tensor(rows_L, device=device)
         fans = [sort_entries(expert_ids_TK), sort_entries(expert_R[:, None])]
-        return Plan([sent], [arriving_PL.sum(1).tolist()], sum(rows_L), counts_E, expert_ids_TK, fans)
+        return DispatchPlan([sent], [arriving_PL.sum(1).tolist()], sum(rows_L), counts_E, expert_ids_TK, fans)
 
 
 class NodeLimitedStandIn(NodeLimitedDispatcher):
@@ -148,7 +148,7 @@ class NodeLimitedStandIn(NodeLimitedDispatcher):
         reached = {self.inter: group.reached(nodes), self.intra: group.reached(group.ranks)}
         self._per_token = [reached[link] for link in links]
 
-    def _plan(self, expert_ids_TK: Tensor) -> Plan:
+    def _plan(self, expert_ids_TK: Tensor) -> DispatchPlan:
         tokens, device = len(expert_ids_TK), expert_ids_TK.device
         totals = [max(1, round(tokens * per_token)) for per_token in self._per_token]
         sent = [split_evenly(total, link.size) for total, link in zip(totals, self.links, strict=True)]
@@ -157,9 +157,9 @@ class NodeLimitedStandIn(NodeLimitedDispatcher):
         arriving = max(1, round(totals[-1] * sum(rows_L) / expert_ids_TK.numel()), *rows_L)
         received = [*sent[:-1], split_evenly(arriving, self.links[-1].size)]
         counts_E = torch.tensor(rows_L, device=device)
-        return Plan(sent, received, sum(rows_L), counts_E, expert_ids_TK, [_fan(sent[0], tokens, device)])
+        return DispatchPlan(sent, received, sum(rows_L), counts_E, expert_ids_TK, [_fan(sent[0], tokens, device)])
 
-    def _learn(self, plan: Plan, side_MX: Tensor) -> None:
+    def _learn(self, plan: DispatchPlan, side_MX: Tensor) -> None:
         messages = len(side_MX)
         if len(plan.fans) < len(self.links):
             plan.fans.append(_fan(plan.sent[1], messages, side_MX.device))

@@ -17,7 +17,7 @@ from train.checkpoint.checkpointer import Checkpointer, SaveFailed
 from train.checkpoint.commit import Committer, Fenced, Save, next_attempt
 from train.checkpoint.load import load
 from train.checkpoint.manifest import newest_intact, read_manifest, verify
-from train.checkpoint.stage import Stage
+from train.checkpoint.stage import StagingBuffers
 
 torch.set_num_threads(1)
 
@@ -41,13 +41,13 @@ def leftovers(root: Path) -> list[str]:
 
 def hold_writes(monkeypatch) -> threading.Event:
     """Make every write wait for the returned event."""
-    gate, real = threading.Event(), Stage.write
+    gate, real = threading.Event(), StagingBuffers.write
 
     def write(stage, folder, rank):
         assert gate.wait(20)
         return real(stage, folder, rank)
 
-    monkeypatch.setattr(Stage, "write", write)
+    monkeypatch.setattr(StagingBuffers, "write", write)
     return gate
 
 
@@ -135,7 +135,7 @@ def test_a_full_disk_costs_one_checkpoint(small_disk):
 
 def break_writes(monkeypatch, checkpointer: Checkpointer, times: int) -> None:
     """The next `times` writes of this rank find the disk full."""
-    failures, real = iter(range(times)), Stage.write
+    failures, real = iter(range(times)), StagingBuffers.write
 
     def write(stage, folder, rank):
         if rank == checkpointer.rank and next(failures, None) is not None:
@@ -143,7 +143,7 @@ def break_writes(monkeypatch, checkpointer: Checkpointer, times: int) -> None:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         return real(stage, folder, rank)
 
-    monkeypatch.setattr(Stage, "write", write)
+    monkeypatch.setattr(StagingBuffers, "write", write)
 
 
 def test_a_passing_failure_is_retried(tmp_path, monkeypatch):

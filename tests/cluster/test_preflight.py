@@ -5,7 +5,7 @@ import time
 
 import pytest
 
-from cluster.network import BYTES, Link, NetworkTest, Probe, measure, rounds
+from cluster.network import BYTES, NetworkProbe, NetworkTest, NodeLink, measure, rounds
 from cluster.preflight import Preflight, _digest_of_program, gather
 from cluster.topology import Node
 from tests.cluster.local_fleet import LocalFleet
@@ -73,7 +73,7 @@ def test_every_pair_plays_once_and_nobody_twice_in_a_round(count):
 
 
 def test_a_link_is_measured_and_a_closed_port_is_an_error():
-    probe = Probe()
+    probe = NetworkProbe()
     port = probe.listen("127.0.0.1")
     link = measure("127.0.0.1", port)
     assert link.error is None and 0 < link.milliseconds < 1000 and link.gbit > BYTES * 8 / 5e9 / 10
@@ -86,9 +86,9 @@ def test_the_slow_and_the_unreachable_pair_are_named():
     try:
         test = NetworkTest(fleet.nodes(), fleet, 0.0)
         ids = [node.id for node in fleet.nodes()]
-        test._links = {(a, b): Link("x", 0.1, 10.0) for i, a in enumerate(ids) for b in ids[i + 1 :]}
-        test._links["id0", "id3"] = Link("x", 0.1, 1.0)
-        test._links["id1", "id2"] = Link("127.0.0.1", error="timed out")
+        test._links = {(a, b): NodeLink("x", 0.1, 10.0) for i, a in enumerate(ids) for b in ids[i + 1 :]}
+        test._links["id0", "id3"] = NodeLink("x", 0.1, 1.0)
+        test._links["id1", "id2"] = NodeLink("127.0.0.1", error="timed out")
         verdict = test._verdict()
     finally:
         fleet.close()

@@ -10,7 +10,7 @@ import pytest
 import zstandard
 
 from conf.errors import UserError
-from conf.schema import DataFormat, Source
+from conf.schema import DataFormat, MixSource
 from train.data.readers import PIECE
 from train.data.sources import open_source
 
@@ -22,7 +22,7 @@ def lines(texts: list[str], key: str = "text") -> bytes:
 
 
 def documents(path: Path | str, **settings: object) -> list[tuple[str, str]]:
-    return list(open_source(Source(str(path), **settings), "data.path").documents())
+    return list(open_source(MixSource(str(path), **settings), "data.path").documents())
 
 
 def error_of(path: Path | str, **settings: object) -> UserError:
@@ -63,7 +63,7 @@ def test_text_folder_leaves_out_hidden_binary_and_empty_files(tmp_path):
         "picture.png": b"\x89PNG\0\0",
     }.items():
         (tmp_path / name).write_bytes(content)
-    source = open_source(Source(str(tmp_path)), "data.path")
+    source = open_source(MixSource(str(tmp_path)), "data.path")
     assert list(source.documents()) == [("none", "no suffix"), ("sub/any.suffix", "\u00fc"), ("z.md", "last")]
     assert source.notes() == [f"{tmp_path}: left out 1 binary files"]
 
@@ -79,7 +79,7 @@ def test_a_long_file_is_cut_at_line_ends_and_nothing_is_lost(tmp_path):
 
 
 def test_the_standard_library_is_there_in_order_without_tests():
-    source = open_source(Source(format=DataFormat.stdlib), "data.path")
+    source = open_source(MixSource(format=DataFormat.stdlib), "data.path")
     names = [file.name for file in source.files]
     assert names == sorted(names) and len(names) > 400
     assert {"argparse.py", "json/decoder.py"} <= set(names)
@@ -161,7 +161,7 @@ def test_a_sample_comes_from_many_files(tmp_path, monkeypatch):
     monkeypatch.setattr("train.data.sources.SHARE", 100)
     for number in range(20):
         (tmp_path / f"{number}.jsonl").write_bytes(lines(["x" * 60] * 50))
-    source = open_source(Source(str(tmp_path)), "data.path")
+    source = open_source(MixSource(str(tmp_path)), "data.path")
     names = [name.split(".")[0] for name, _ in source.sample(4000)]
     assert len(set(names)) == 20 and len(names) < 20 * 50
     assert len(list(source.sample(10**9))) == 1000
@@ -179,7 +179,7 @@ def test_hugging_face_folders(tmp_path, monkeypatch):
     assert len(documents(f"hf://{tmp_path}/two:test")) == 3
     assert "cannot be loaded" in error_of(f"hf://{tmp_path}/two:absent").rule
     assert "has no column 'body'" in error_of(f"hf://{tmp_path}/one", text_key="body").rule
-    source = open_source(Source(f"hf://{tmp_path}/one"), "data.path")
+    source = open_source(MixSource(f"hf://{tmp_path}/one"), "data.path")
     assert 0 < len(list(source.sample(source.size // 10))) <= 60
     (tmp_path / "files").mkdir()
     (tmp_path / "files" / "a.jsonl").write_bytes(lines(TEXTS[:3]))

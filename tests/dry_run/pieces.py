@@ -7,8 +7,8 @@ from rich.console import Console
 
 from conf.load import compose
 from train.dry_run.expected import expect
-from train.dry_run.lone import PHASES, Measured
-from train.dry_run.piece import Piece, choose_piece, choose_rank
+from train.dry_run.lone import PHASES, MeasuredRank
+from train.dry_run.piece import DryRunPiece, choose_piece, choose_rank
 from train.dry_run.record import dry_run_screen, find
 from train.dry_run.routing import load_of
 from train.layout import check_layout
@@ -26,7 +26,7 @@ TINY = [
 CPU = torch.device("cpu")
 
 
-def piece_of(*overrides: str) -> Piece:
+def piece_of(*overrides: str) -> DryRunPiece:
     """What mode=dry_run would run."""
     config = with_nodes(compose(*TINY, *overrides))
     check_layout(config)
@@ -34,9 +34,9 @@ def piece_of(*overrides: str) -> Piece:
     return choose_piece(config, rank, load_of(config, rank), CPU)
 
 
-def invented(piece: Piece, seconds: float = 1.0) -> Measured:
+def invented(piece: DryRunPiece, seconds: float = 1.0) -> MeasuredRank:
     """Measurements as they might be."""
-    measured = Measured(
+    measured = MeasuredRank(
         dict.fromkeys(PHASES, 2**20), dict.fromkeys(("weights", "master", "moments", "gradients"), 2**16)
     )
     measured.actions["F"], measured.actions["B"] = [seconds], [2 * seconds]
@@ -46,7 +46,7 @@ def invented(piece: Piece, seconds: float = 1.0) -> Measured:
     return measured
 
 
-def screen_of(piece: Piece, measured: Measured | None = None) -> str:
+def screen_of(piece: DryRunPiece, measured: MeasuredRank | None = None) -> str:
     console = Console(record=True, width=500)
     dry_run_screen(find(piece, measured or invented(piece), expect(piece, CPU), CPU), Path("runs/a"), console)
     return console.export_text()

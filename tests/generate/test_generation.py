@@ -9,7 +9,7 @@ from conf.errors import UserError
 from conf.schema import Model
 from tests.generate.test_decoder import random_model
 from train.generate.decoder import Decoder
-from train.generate.generation import End, Generation, Limits
+from train.generate.generation import EndReason, Generation, Limits
 from train.generate.sampling import Sampler, draw, verify
 from train.model.deepseek import DeepSeekV3
 
@@ -109,13 +109,13 @@ def test_why_a_text_ends():
     decoder = decoder_of(1)
     for speculative in (False, True):
         by_number = run(decoder, [[3, 4]], temperature=0, tokens=7, end=-1, speculative=speculative)
-        assert by_number.ends == [End.tokens] and len(by_number.tokens[0]) == 7
+        assert by_number.ends == [EndReason.tokens] and len(by_number.tokens[0]) == 7
         token = by_number.tokens[0][3]
         by_end = run(decoder, [[3, 4]], temperature=0, tokens=7, end=token, speculative=speculative)
-        assert by_end.ends == [End.document]
+        assert by_end.ends == [EndReason.document]
         assert by_end.tokens[0] == by_number.tokens[0][: by_number.tokens[0].index(token)]
         by_context = run(decoder, [[3] * 40], temperature=0, tokens=100, end=-1, speculative=speculative)
-        assert by_context.ends == [End.context] and len(by_context.tokens[0]) == CONTEXT - 40
+        assert by_context.ends == [EndReason.context] and len(by_context.tokens[0]) == CONTEXT - 40
     with pytest.raises(UserError) as caught:
         run(decoder, [[3], [4] * CONTEXT])
     assert caught.value.field == "generate.prompt" and f"{CONTEXT} tokens" in str(caught.value)

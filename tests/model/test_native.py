@@ -60,7 +60,7 @@ def made(tmp_path, monkeypatch):
     monkeypatch.setenv("SLUICE_CACHE", str(tmp_path / "cache"))
     old = os.umask(0)  # the worst that a user can have
     try:
-        source = build.Source(tmp_path / "one.cpp", "field", "field=false")
+        source = build.CppSource(tmp_path / "one.cpp", "field", "field=false")
         assert build.load(source).one() == 1
     finally:
         os.umask(old)

@@ -8,12 +8,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from conf.schema import Model
-from train.model.router import Router, Rule, choose, top_indices
+from train.model.router import Router, RoutingRule, choose, top_indices
 
 torch.set_num_threads(1)
 
 
-def plain_choice(biased: list[float], rule: Rule) -> list[int]:
+def plain_choice(biased: list[float], rule: RoutingRule) -> list[int]:
     """Python's stable sort, so that of equal values the lower index comes first."""
     size = len(biased) // rule.groups
     members = [range(g * size, (g + 1) * size) for g in range(rule.groups)]
@@ -31,7 +31,7 @@ def test_choice_with_ties_and_negative_scores(data):
     top_groups = data.draw(st.integers(1, groups))
     size = data.draw(st.integers(2, 4))
     top_k = data.draw(st.integers(1, size * top_groups))
-    rule = Rule(top_k, groups, top_groups, 1.0, group_top_k=data.draw(st.integers(1, size)))
+    rule = RoutingRule(top_k, groups, top_groups, 1.0, group_top_k=data.draw(st.integers(1, size)))
     biased = data.draw(
         st.lists(st.sampled_from([-2.0, -0.5, 0.0, 0.25, 1.0]), min_size=groups * size, max_size=groups * size)
     )

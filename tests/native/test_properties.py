@@ -24,7 +24,7 @@ from train.model.compiled_attention import CompiledAttention, _attention_kept
 from train.model.mla import CompiledHeads, PlainHeads
 from train.model.rope import Rope
 from train.native.kernel import Array, Kernel, Number, Parameter, Struct, Table, table
-from train.optim import AdamW, Piece, _update
+from train.optim import AdamW, UpdatePiece, _update
 from train.precision import scaled_products
 from train.precision.compiled import load_casts
 from train.precision.formats import E4M3, E5M2, E5M6, TILE, WHOLE, Cast, unpack_e5m6
@@ -455,7 +455,9 @@ def adamw(draw: Draw) -> None:
     held = normal(size, dtype=FP32), normal(size, dtype=FP32), normal(size) / 10, normal(size).square() / 10
     rounded = draw(st.sampled_from([None, torch.zeros(size, dtype=BF16)]))
     group = {"lr": lr, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": decay}
-    ours, plain = (Piece(*(offset(t) for t in held), None if rounded is None else offset(rounded)) for _ in range(2))
+    ours, plain = (
+        UpdatePiece(*(offset(t) for t in held), None if rounded is None else offset(rounded)) for _ in range(2)
+    )
     with torch.no_grad():
         _update(ours, group, count, factor)
         with torchs():

@@ -18,7 +18,7 @@ from train.precision.fp8 import Fp8Precision
 from train.precision.groups import Groups
 from train.precision.products import CpuEngine
 from train.precision.quantize import dequantize_reference, quantize, quantize_reference
-from train.precision.recipe import Rule
+from train.precision.recipe import OperandRule
 
 torch.set_num_threads(1)
 
@@ -90,7 +90,7 @@ def test_swiglu_kernels_agree_with_the_plain_form():
 def test_products_agree_with_the_emulation(engine, granularity):
     """Ragged sizes, every granularity on both sides: same operands, so only the order of sums differs."""
     x, w = torch.randn(130, 200, generator=torch.Generator().manual_seed(1)), wide(70, 200)
-    rule, weight = Rule(E4M3, granularity, False, 1e-4), Rule(E4M3, "128x128", True, 1e-4)
+    rule, weight = OperandRule(E4M3, granularity, False, 1e-4), OperandRule(E4M3, "128x128", True, 1e-4)
     cpu = CpuEngine()
     for right in (weight, rule):
         y = engine.product(engine.operand(x, rule), engine.operand(w, right), torch.float32)
@@ -172,9 +172,9 @@ def _compare(outputs: list[torch.Tensor], inputs: list[torch.Tensor]) -> None:
 def test_grouped_operands_are_flat_per_expert(engine):
     groups = Groups.of(torch.tensor([100, 0, 130]))
     x = groups.pad(wide(230, 128).bfloat16())
-    rule = Rule(E4M3, "1x128", False, 1e-4)
+    rule = OperandRule(E4M3, "1x128", False, 1e-4)
     tiles = engine.operand(x, rule, transposed=True, groups=groups)
-    expanded = engine.operand(x, Rule(E4M3, "128x128", False, 1e-4), transposed=True, groups=groups)
+    expanded = engine.operand(x, OperandRule(E4M3, "128x128", False, 1e-4), transposed=True, groups=groups)
     reference = quantize_reference(x, rule.cast(transposed=True))
     flat = torch.cat([part.mT.flatten() for part in reference.q.float().split(groups.padded)])
     assert same(tiles.q, flat) and same(tiles.scale, reference.scale.mT)

@@ -17,7 +17,7 @@ from train.precision.fp8 import Fp8Precision, cpu_engine
 from train.precision.groups import Groups
 from train.precision.products import CpuEngine, Source
 from train.precision.quantize import dequantize_reference, quantize_reference
-from train.precision.recipe import Rule
+from train.precision.recipe import OperandRule
 
 torch.set_num_threads(1)
 pytestmark = pytest.mark.skipif(not has_avx2(), reason="needs AVX2")
@@ -37,7 +37,7 @@ def ours(packed: bool = True) -> CompiledEngine:
     return CompiledEngine(True, packed, load_casts())
 
 
-def values(x: Tensor, rule: Rule, transposed: bool = False) -> Tensor:
+def values(x: Tensor, rule: OperandRule, transposed: bool = False) -> Tensor:
     """Operand (O, C) in float64, by the reference."""
     x = x if rule.format is None else dequantize_reference(quantize_reference(x, rule.cast(transposed)))
     return (x.mT if transposed else x).double()
@@ -60,8 +60,8 @@ def test_product_is_that_of_the_dequantised_operands(shape, transposed):
         (t.mT.contiguous(), True) if turned else (t, False) for t, turned in zip((x, w), transposed, strict=True)
     ]
     for kinds in itertools.product(GRANULARITIES, GRANULARITIES):
-        rules = [Rule(E4M3, kinds[0], False, 1e-4), Rule(E5M2, kinds[1], False, 1e-4)]
-        for left, right in (rules, rules[::-1], (rules[0], Rule(E4M3, kinds[1], True, 1e-4))):
+        rules = [OperandRule(E4M3, kinds[0], False, 1e-4), OperandRule(E5M2, kinds[1], False, 1e-4)]
+        for left, right in (rules, rules[::-1], (rules[0], OperandRule(E4M3, kinds[1], True, 1e-4))):
             pairs = list(zip(sources, (left, right), strict=True))
             exact = [values(source, rule, turned) for (source, turned), rule in pairs]
             got = engine.product(*(engine.operand(t, rule, turned) for (t, turned), rule in pairs), torch.float32)
@@ -71,7 +71,7 @@ def test_product_is_that_of_the_dequantised_operands(shape, transposed):
 
 
 def test_a_bf16_operand_counts_with_scale_one():
-    engine, rule, high = ours(), Rule(E4M3, "1x128", False, 1e-4), Rule(None)
+    engine, rule, high = ours(), OperandRule(E4M3, "1x128", False, 1e-4), OperandRule(None)
     x, w = normal(70, 300), normal(40, 300, seed=1)
     for left, right in ((rule, high), (high, rule)):
         operands = engine.operand(x, left), engine.operand(w, right)
@@ -87,7 +87,7 @@ def test_a_bf16_operand_counts_with_scale_one():
 def test_grouped_products_are_those_of_each_expert(kinds, counts, pow2):
     """Padded rows are zero; an expert without rows has a gradient of zeros."""
     engine, plain, groups = ours(), CpuEngine(), Groups.of(torch.tensor(counts))
-    rules = [Rule(E4M3, kind, two, 1e-4) for kind, two in zip(kinds, pow2, strict=True)]
+    rules = [OperandRule(E4M3, kind, two, 1e-4) for kind, two in zip(kinds, pow2, strict=True)]
     rows, g = (groups.pad(normal(sum(counts), width, seed=3)) for width in (160, 97))
     weight = normal(len(counts), 97, 160, seed=4)
 
@@ -110,7 +110,7 @@ def test_grouped_products_are_those_of_each_expert(kinds, counts, pow2):
 
 def test_dgrad_takes_the_weights_of_experts_transposed():
     engine, plain, groups = ours(), CpuEngine(), Groups.of(torch.tensor([150, 0, 90]))
-    rule, blocks = Rule(E4M3, "1x128", False, 1e-12), Rule(E4M3, "128x128", False, 1e-4)
+    rule, blocks = OperandRule(E4M3, "1x128", False, 1e-12), OperandRule(E4M3, "128x128", False, 1e-4)
     dy, weight = groups.pad(normal(240, 200)), normal(3, 200, 130, seed=1)
     results = []
     for one in (engine, plain):
@@ -120,14 +120,14 @@ def test_dgrad_takes_the_weights_of_experts_transposed():
 
 
 def test_output_in_bf16_is_the_sum_rounded_once():
-    engine, rule = ours(), Rule(E4M3, "1x128", False, 1e-4)
+    engine, rule = ours(), OperandRule(E4M3, "1x128", False, 1e-4)
     operands = engine.operand(normal(70, 300), rule), engine.operand(normal(45, 300, seed=1), rule)
     assert torch.equal(engine.product(*operands, torch.bfloat16), engine.product(*operands, torch.float32).bfloat16())
 
 
 def test_neither_threads_nor_other_rows_change_a_bit():
     """Layouts rely on it: an expert's rows come in other numbers on other ranks."""
-    engine, rule, threads = ours(), Rule(E4M3, "1x128", False, 1e-4), torch.get_num_threads()
+    engine, rule, threads = ours(), OperandRule(E4M3, "1x128", False, 1e-4), torch.get_num_threads()
     x, w = normal(700, 600), normal(580, 600, seed=1)
 
     def product(x: Tensor, w: Tensor) -> Tensor:
@@ -145,7 +145,7 @@ def test_neither_threads_nor_other_rows_change_a_bit():
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_what_is_not_finite_stays_in_its_row(bad):
-    engine, plain, rule = ours(), CpuEngine(), Rule(E4M3, "1x128", False, 1e-4)
+    engine, plain, rule = ours(), CpuEngine(), OperandRule(E4M3, "1x128", False, 1e-4)
     x, w = normal(20, 300), normal(10, 300, seed=1)
     x[3, 200] = bad
     results = [e.product(e.operand(x, rule), e.operand(w, rule), torch.float32) for e in (engine, plain)]
@@ -229,11 +229,11 @@ def test_plans_allocate_what_runs_do(packed):
     """Every tensor of a linear layer's three products and of SwiGLU, on the meta device and for real."""
 
     def tensors(engine: CpuEngine, device: str) -> list[tuple]:
-        rule, groups = Rule(E4M3, "1x128", False, 1e-4), Groups.of(torch.tensor([30, 140]))
+        rule, groups = OperandRule(E4M3, "1x128", False, 1e-4), Groups.of(torch.tensor([30, 140]))
         x, gates = normal(groups.rows, 300).to(device), torch.rand(groups.rows).to(device)
         kept = engine.keep(x, rule.cast())
         turned = engine.operand(kept, rule, transposed=True, groups=groups)
-        left, right = engine.operand(kept, rule), engine.operand(x[:70], Rule(E4M3, "128x128", False, 1e-4))
+        left, right = engine.operand(kept, rule), engine.operand(x[:70], OperandRule(E4M3, "128x128", False, 1e-4))
         made = [kept, left, right, turned, engine.cast(x, rule.cast()), engine.swiglu(x, gates, rule)]
         made += [
             engine.product(left, right, torch.bfloat16),

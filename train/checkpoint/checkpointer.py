@@ -23,7 +23,7 @@ from train.checkpoint.commit import Committer, Fenced, Save, SaveAbandoned
 from train.checkpoint.intervals import NotCovered, merge
 from train.checkpoint.load import load
 from train.checkpoint.manifest import data_name
-from train.checkpoint.stage import Stage
+from train.checkpoint.stage import StagingBuffers
 
 
 class SaveFailed(DiskFailed):
@@ -83,7 +83,7 @@ class Checkpointer:
         self.retries, self.retry_wait = retries, retry_wait
         self.committer = Committer(Path(root).resolve(), attempt, world_size, timeout)
         self.committer.enter(rank)
-        self._stage: Stage | None = None
+        self._stage: StagingBuffers | None = None
         self._thread: threading.Thread | None = None
         self._serial = 0
         self._results: deque[SaveResult] = deque()  # the thread appends while the loop polls
@@ -104,7 +104,7 @@ class Checkpointer:
             self._results.append(SaveResult(step, None, warning, False, time.perf_counter() - began, 0))
             return time.perf_counter() - began
         if self._stage is None:
-            self._stage = Stage(pinned=any(shard.local.is_cuda for shard in shards.values()))
+            self._stage = StagingBuffers(pinned=any(shard.local.is_cuda for shard in shards.values()))
         self._stage.copy(shards)
         arguments = (save, json.loads(json.dumps(meta)), began)
         self._thread = threading.Thread(target=self._run, args=arguments, name=f"save-{step}", daemon=True)

@@ -43,7 +43,7 @@ LOSSLESS = {
 
 
 @dataclass
-class Piece:
+class FilePiece:
     """A part of one wanted shard that one file holds."""
 
     name: str
@@ -96,7 +96,7 @@ def load(path: Path, wanted: dict[str, Shard]) -> dict[str, Any]:
 
 def fill(manifest: Manifest, files: Files, wanted: dict[str, Shard]) -> dict[str, Any]:
     """The same for a checkpoint whose manifest is known and whose files may be anywhere."""
-    pieces: dict[int, list[Piece]] = {}
+    pieces: dict[int, list[FilePiece]] = {}
     for name, shard in wanted.items():
         for rank, piece in _pieces(manifest, name, shard):
             pieces.setdefault(rank, []).append(piece)
@@ -110,7 +110,7 @@ def fill(manifest: Manifest, files: Files, wanted: dict[str, Shard]) -> dict[str
     return {**manifest.meta, **identity}
 
 
-def _pieces(manifest: Manifest, name: str, shard: Shard) -> list[tuple[int, Piece]]:
+def _pieces(manifest: Manifest, name: str, shard: Shard) -> list[tuple[int, FilePiece]]:
     """(rank, piece) that together make up one wanted shard; overlaps of the stored intervals are read once."""
     entry = _compatible(manifest, name, shard)
     stop = shard.offset + shard.local.numel()
@@ -127,7 +127,7 @@ def _pieces(manifest: Manifest, name: str, shard: Shard) -> list[tuple[int, Piec
         end = min(start + count, stop)
         if start <= reached < end:
             target = shard.local.detach()[reached - shard.offset : end - shard.offset]
-            found.append((rank, Piece(name, reached, target)))
+            found.append((rank, FilePiece(name, reached, target)))
             reached = end
     return found
 
@@ -162,7 +162,7 @@ def _compatible(manifest: Manifest, name: str, shard: Shard) -> Entry:
     return entry
 
 
-def _read_rank(manifest: Manifest, files: Files, rank: int, pieces: list[Piece], buffer: Tensor) -> None:
+def _read_rank(manifest: Manifest, files: Files, rank: int, pieces: list[FilePiece], buffer: Tensor) -> None:
     """Fill the pieces that lie in one rank's file, in the order of the file, so that a shared block is read once."""
     index = check_index(manifest, rank, files.index(rank))
     tensors, path = index["tensors"], manifest.folder / data_name(rank)
@@ -170,7 +170,7 @@ def _read_rank(manifest: Manifest, files: Files, rank: int, pieces: list[Piece],
         if piece.name not in tensors or tensors[piece.name][0] not in TORCH:
             raise Damaged(manifest.folder / index_name(rank), f"does not tell where {piece.name} lies")
 
-    def first_byte(piece: Piece) -> int:
+    def first_byte(piece: FilePiece) -> int:
         dtype, _, start, _, at = tensors[piece.name]
         return at + (piece.start - start) * TORCH[dtype].itemsize
 

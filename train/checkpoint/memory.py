@@ -28,7 +28,7 @@ from train.checkpoint.files import atomic_write_json
 from train.checkpoint.intervals import NotCovered, merge
 from train.checkpoint.load import FolderFiles, Read
 from train.checkpoint.manifest import Damaged, Manifest, data_name, index_name, manifest_of
-from train.checkpoint.stage import Stage, plan
+from train.checkpoint.stage import StagingBuffers, plan
 
 SETS = 2
 """Sets that a node holds at most."""
@@ -51,7 +51,7 @@ class MemoryCopies:
         """Step of this rank's newest part that is in both places."""
         self._asked = -1
         """Step of the last save."""
-        self._stage: Stage | None = None
+        self._stage: StagingBuffers | None = None
         self._thread: threading.Thread | None = None
         self._warnings: deque[str] = deque()  # the thread appends while the loop polls
 
@@ -68,7 +68,7 @@ class MemoryCopies:
             return time.perf_counter() - began
         self._asked = step
         if self._stage is None:
-            self._stage = Stage(pinned=any(shard.local.is_cuda for shard in shards.values()))
+            self._stage = StagingBuffers(pinned=any(shard.local.is_cuda for shard in shards.values()))
         self._stage.copy(shards)
         arguments = (SetId(self.attempt, step, self.world_size), kept, json.loads(json.dumps(meta)))
         self._thread = threading.Thread(target=self._run, args=arguments, name=f"copy-{step}", daemon=True)

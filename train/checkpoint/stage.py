@@ -42,7 +42,7 @@ SEGMENT = 64 * BLOCK
 
 
 @dataclass(frozen=True)
-class Layout:
+class StagedLayout:
     """Where each shard lies in the data part of a rank's file."""
 
     places: dict[str, tuple[str, tuple[int, ...], int, int, int]]
@@ -51,7 +51,7 @@ class Layout:
     data_bytes: int
 
 
-def plan(shards: dict[str, Shard]) -> Layout:
+def plan(shards: dict[str, Shard]) -> StagedLayout:
     """Wide elements first, so that each is aligned to its own size without padding, which the format forbids."""
     order = sorted(shards, key=lambda name: (-shards[name].local.element_size(), name))
     places, header, at = {}, {}, 0
@@ -65,17 +65,17 @@ def plan(shards: dict[str, Shard]) -> Layout:
         at = end
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
-    return Layout(places, len(text).to_bytes(8, "little") + text, at)
+    return StagedLayout(places, len(text).to_bytes(8, "little") + text, at)
 
 
-class Stage:
+class StagingBuffers:
     """A rank's buffers for one save at a time."""
 
     def __init__(self, pinned: bool):
         """`pinned`: page-lock the buffers, for fast copies from a GPU."""
         self.pinned = pinned
         self.segments: list[Tensor] = []
-        self.layout = Layout({}, b"", 0)
+        self.layout = StagedLayout({}, b"", 0)
 
     def copy(self, shards: dict[str, Shard]) -> None:
         """Take a snapshot. When this returns, the shards may change."""

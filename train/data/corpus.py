@@ -15,13 +15,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from conf.errors import UserError
-from conf.schema import Config, DataFormat
-from conf.schema import Source as SourceConfig
+from conf.schema import Config, DataFormat, MixSource
 from train.data.files import Progress
 from train.data.packing import Documents
-from train.data.sources import Source, format_of, no_text, open_source, sources_of
+from train.data.sources import DocumentSource, format_of, no_text, open_source, sources_of
 from train.data.split import all_documents, split, training_texts
-from train.data.store import VERSION, Damaged, StoreWriter, TokenStore, locked, open_store, write_atomically
+from train.data.store import VERSION, DamagedStore, StoreWriter, TokenStore, locked, open_store, write_atomically
 from train.data.tokenise import tokenise
 from train.data.tokenizer import SMALLEST_VOCAB, Tokenizer, check_fit, load_tokenizer, train_bpe
 
@@ -30,7 +29,7 @@ SAMPLE_BYTES = 64 << 20
 
 
 @dataclass(frozen=True)
-class Part:
+class CorpusPart:
     """One source of the corpus, divided."""
 
     name: str
@@ -46,7 +45,7 @@ class Part:
 
 @dataclass(frozen=True)
 class Corpus:
-    parts: list[Part]
+    parts: list[CorpusPart]
     tokenizer: Tokenizer
     fingerprint: str
     """Hash of the contents, the tokenizer, the weights and the split."""
@@ -89,7 +88,7 @@ class _Builder:
                 for note in sources[key].notes():
                     self._note(note)
             sides = split(store, tokenizer, self.data.validation_fraction)
-            parts.append(Part(_name(part), _hash(store.meta), part.weight, *sides, all_documents(store)))
+            parts.append(CorpusPart(_name(part), _hash(store.meta), part.weight, *sides, all_documents(store)))
             contents.append([store.meta, part.weight])
         fingerprint = _hash(contents, tokenizer.fingerprint, self.data.fim_rate, self.data.validation_fraction)
         return Corpus(parts, tokenizer, fingerprint, self.notes)
@@ -99,7 +98,7 @@ class _Builder:
             self.notes.append(note)
 
     def _tokenizer(
-        self, memmaps: dict[str, Path], sources: dict[str, Source], digests: dict[str, str]
+        self, memmaps: dict[str, Path], sources: dict[str, DocumentSource], digests: dict[str, str]
     ) -> tuple[Tokenizer, str]:
         """The tokenizer and its name: the one that is set, else that of tokenised data, else one trained here."""
         if self.data.tokenizer is not None:
@@ -118,7 +117,7 @@ class _Builder:
             )
         return tokenizer, "null (trained on this data)"
 
-    def _trained(self, sources: dict[str, Source], digests: dict[str, str]) -> str:
+    def _trained(self, sources: dict[str, DocumentSource], digests: dict[str, str]) -> str:
         """tokenizer.json of a BPE trained on a sample of the training documents, once."""
         rows = self.config.model.vocab_size
         if rows < SMALLEST_VOCAB:
@@ -155,7 +154,7 @@ class _Builder:
 
         return self._once(path, ready, make)
 
-    def _tokens(self, source: Source, digest: str, tokenizer: Tokenizer) -> TokenStore:
+    def _tokens(self, source: DocumentSource, digest: str, tokenizer: Tokenizer) -> TokenStore:
         """The token folder of a source."""
         path = self.cache / "tokens" / _hash(digest, tokenizer.fingerprint)
 
@@ -164,7 +163,7 @@ class _Builder:
                 return None
             try:
                 return open_store(path, self.cache / "marks")
-            except Damaged as damage:
+            except DamagedStore as damage:
                 self._note(f"the cached tokens {path} were damaged ({damage}) and are made again")
                 return None
 
@@ -174,7 +173,7 @@ class _Builder:
 
         return self._once(path, ready, make)
 
-    def _write(self, path: Path, source: Source, tokenizer: Tokenizer) -> None:
+    def _write(self, path: Path, source: DocumentSource, tokenizer: Tokenizer) -> None:
         total, done = source.size, 0
         self.progress("tokenising", 0, total)
 
@@ -200,7 +199,7 @@ class _Builder:
         """Tokens that were made elsewhere, or a folder of the cache."""
         try:
             store = open_store(path, self.cache / "marks")
-        except Damaged as damage:
+        except DamagedStore as damage:
             raise UserError(key, path, f"is damaged: {damage}", "make or copy it again") from damage
         if store.largest_id >= tokenizer.vocab_size:
             raise UserError(
@@ -223,7 +222,7 @@ def _folder(path: str, key: str) -> Path:
     return folder
 
 
-def _name(source: SourceConfig) -> str:
+def _name(source: MixSource) -> str:
     if not source.path or source.path.startswith("hf://"):
         return source.path or "stdlib"
     return str(Path(source.path).expanduser().absolute())

@@ -24,7 +24,7 @@ RACE = 10**9 * 2
 
 
 @dataclass(frozen=True)
-class File:
+class SourceFile:
     path: Path
     name: str
     """Path relative to the source's root, with slashes: the same on every machine."""
@@ -33,7 +33,7 @@ class File:
     """mtime in ns."""
 
 
-def find_files(root: Path, field: str, skip_folders: frozenset[str] = frozenset()) -> list[File]:
+def find_files(root: Path, field: str, skip_folders: frozenset[str] = frozenset()) -> list[SourceFile]:
     """The file `root`, or the files under it. Raises UserError when there is nothing to read."""
     try:
         if root.is_file():
@@ -52,9 +52,9 @@ def find_files(root: Path, field: str, skip_folders: frozenset[str] = frozenset(
     return sorted(found, key=lambda file: file.name)
 
 
-def _file(path: Path, name: str) -> File:
+def _file(path: Path, name: str) -> SourceFile:
     status = path.stat()
-    return File(path, name, status.st_size, status.st_mtime_ns)
+    return SourceFile(path, name, status.st_size, status.st_mtime_ns)
 
 
 def _raise(error: OSError) -> None:
@@ -66,7 +66,7 @@ def hash_id(name: str) -> int:
     return int.from_bytes(hashlib.blake2b(name.encode("utf-8", "surrogateescape"), digest_size=8).digest(), "little")
 
 
-def digest_files(files: list[File], manifest: Path, field: str, progress: Progress) -> str:
+def digest_files(files: list[SourceFile], manifest: Path, field: str, progress: Progress) -> str:
     """Hash of the names and contents of the files.
 
     The hash of each file is remembered in the manifest with its size and mtime, so that only changed files are read.
@@ -101,7 +101,7 @@ def _read_manifest(path: Path) -> dict[str, list]:
     return manifest if isinstance(manifest, dict) else {}
 
 
-def _digest(file: File, field: str, progress: Callable[[int], None], done: int) -> str:
+def _digest(file: SourceFile, field: str, progress: Callable[[int], None], done: int) -> str:
     """Hash of the content; progress is told the bytes read, counted from done."""
     whole = hashlib.blake2b(digest_size=16)
     try:

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from typing import BinaryIO
 
 from conf.errors import UserError
-from train.data.files import File
+from train.data.files import SourceFile
 
 PIECE = 16 << 20
 """Bytes after which a text file is cut, at the next line end before."""
@@ -17,7 +17,7 @@ CHUNK = 1 << 20
 SURROGATE = re.compile("[\ud800-\udfff]")
 
 
-def read_text(file: File, field: str, binary: set[str] | None) -> Iterator[tuple[str, str]]:
+def read_text(file: SourceFile, field: str, binary: set[str] | None) -> Iterator[tuple[str, str]]:
     """The file as one document, or as several when it is longer than PIECE.
 
     A binary file (a NUL among the first 8 KiB: git's rule) yields nothing and is added to `binary`, unless that is None.
@@ -48,7 +48,7 @@ def _cut(block: bytes) -> int:
     return cut
 
 
-def _decode(raw: bytes, file: File, offset: int, field: str) -> str:
+def _decode(raw: bytes, file: SourceFile, offset: int, field: str) -> str:
     try:
         return raw.decode("utf-8")
     except UnicodeDecodeError as error:
@@ -60,7 +60,7 @@ def _decode(raw: bytes, file: File, offset: int, field: str) -> str:
         ) from error
 
 
-def read_jsonl(file: File, text_key: str, field: str) -> Iterator[tuple[str, str]]:
+def read_jsonl(file: SourceFile, text_key: str, field: str) -> Iterator[tuple[str, str]]:
     """One document per line, whose string stands under text_key."""
     offset = number = 0
     for line in _lines(file, field):
@@ -109,7 +109,7 @@ def check_text(value: object, place: str, text_key: str, field: str) -> str:
     return value
 
 
-def _lines(file: File, field: str) -> Iterator[bytes]:
+def _lines(file: SourceFile, field: str) -> Iterator[bytes]:
     """Lines of the file, decompressed by its suffix."""
     with file.path.open("rb") as raw:
         if file.name.endswith(".zst"):
@@ -158,7 +158,7 @@ class _Zstandard(io.RawIOBase):
         return size
 
 
-def read_parquet(file: File, text_key: str, field: str) -> Iterator[tuple[str, str]]:
+def read_parquet(file: SourceFile, text_key: str, field: str) -> Iterator[tuple[str, str]]:
     """One document per row, from the column text_key."""
     import pyarrow
     import pyarrow.parquet  # half a second that only those who have such files wait for

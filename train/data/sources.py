@@ -19,9 +19,8 @@ from pathlib import Path
 from typing import Protocol
 
 from conf.errors import UserError
-from conf.schema import Config, DataFormat
-from conf.schema import Source as SourceConfig
-from train.data.files import File, Progress, digest_files, find_files, hash_id
+from conf.schema import Config, DataFormat, MixSource
+from train.data.files import Progress, SourceFile, digest_files, find_files, hash_id
 from train.data.readers import read_jsonl, read_parquet, read_text, text_key_of
 
 JSONL = (".jsonl", ".ndjson", ".jsonl.gz", ".jsonl.zst", ".ndjson.gz", ".ndjson.zst", ".json.gz", ".json.zst")
@@ -34,7 +33,7 @@ SHARE = 1 << 20
 """Bytes that a sample takes from a file at least, however many files there are."""
 
 
-class Source(Protocol):
+class DocumentSource(Protocol):
     """A stream of documents that can be read again and again."""
 
     field: str
@@ -67,8 +66,8 @@ class FileSource:
     field: str
     name: str
     root: Path
-    files: list[File]
-    reader: Callable[[File], Iterator[tuple[str, str]]]
+    files: list[SourceFile]
+    reader: Callable[[SourceFile], Iterator[tuple[str, str]]]
     way: str
     """Format and text key, part of the digest."""
     binary: set[str] = field(default_factory=set)
@@ -99,7 +98,7 @@ class FileSource:
                 if taken >= share:
                     break
 
-    def _read(self, file: File) -> Iterator[tuple[str, str]]:
+    def _read(self, file: SourceFile) -> Iterator[tuple[str, str]]:
         try:
             yield from ((name, text) for name, text in self.reader(file) if text)
         except OSError as error:
@@ -108,15 +107,15 @@ class FileSource:
             ) from error
 
 
-def sources_of(config: Config) -> list[tuple[SourceConfig, str]]:
+def sources_of(config: Config) -> list[tuple[MixSource, str]]:
     """The parts of the data with the key that each comes from; one part unless there is a mix."""
     data = config.data
     if data.mix:
         return [(source, f"data.mix[{number}].path") for number, source in enumerate(data.mix)]
-    return [(SourceConfig(data.path or "", 1.0, data.format, data.text_key), "data.path")]
+    return [(MixSource(data.path or "", 1.0, data.format, data.text_key), "data.path")]
 
 
-def open_source(source: SourceConfig, key: str) -> Source:
+def open_source(source: MixSource, key: str) -> DocumentSource:
     """Find the files of a source. Raises UserError when there is no data or the format is unclear."""
     kind = format_of(source, key)
     if kind in (DataFormat.text, DataFormat.stdlib) and source.text_key != "text":
@@ -144,18 +143,18 @@ def open_source(source: SourceConfig, key: str) -> Source:
     return FileSource(key, source.path, root, files, reader, way, binary)
 
 
-def no_text(source: Source) -> UserError:
+def no_text(source: DocumentSource) -> UserError:
     return UserError(source.field, source.name, "; ".join(["holds no text", *source.notes()]), "check the path")
 
 
-def format_of(source: SourceConfig, key: str) -> DataFormat:
+def format_of(source: MixSource, key: str) -> DataFormat:
     """The format that was set, or that the names tell; with a path, stdlib means auto."""
     if not source.path:
         return DataFormat.stdlib
     return _guess(source, key) if source.format in (DataFormat.auto, DataFormat.stdlib) else source.format
 
 
-def _stdlib(key: str) -> Source:
+def _stdlib(key: str) -> DocumentSource:
     root = Path(sysconfig.get_path("stdlib"))
     files = [file for file in find_files(root, key, NOT_STDLIB) if file.name.endswith(".py")]
     if not files:
@@ -165,7 +164,7 @@ def _stdlib(key: str) -> Source:
     return FileSource(key, STDLIB, root, files, lambda file: read_text(file, key, None), "text")
 
 
-def _guess(source: SourceConfig, key: str) -> DataFormat:
+def _guess(source: MixSource, key: str) -> DataFormat:
     """The format that the names tell."""
     path = Path(source.path).expanduser()
     if (

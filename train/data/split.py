@@ -13,7 +13,7 @@ import numpy as np
 
 from train.data.files import hash_id
 from train.data.packing import Documents
-from train.data.sources import Source, no_text
+from train.data.sources import DocumentSource, no_text
 from train.data.store import TokenStore
 from train.data.tokenizer import Tokenizer
 
@@ -61,7 +61,7 @@ def _cut(tokens_N: np.ndarray, bytes_V: np.ndarray, fraction: float) -> int:
     return min(max(cut, 1), len(tokens_N) - 1)
 
 
-def training_texts(sources: list[Source], limit: int, fraction: float) -> Iterator[str]:
+def training_texts(sources: list[DocumentSource], limit: int, fraction: float) -> Iterator[str]:
     """Texts of training documents from all over the sources, of about `limit` bytes, to train a tokenizer on."""
     for source in sources:
         documents = _enough(source.sample(limit // len(sources)), limit // len(sources), fraction)

@@ -38,7 +38,7 @@ ALWAYS_CHECKED = 64 << 20
 CHUNK = 8 << 20
 
 
-class Damaged(Exception):
+class DamagedStore(Exception):
     """A token folder that is not what was written; the text says which part."""
 
 
@@ -205,7 +205,7 @@ def _save(path: Path, array: np.ndarray) -> None:
 
 
 def open_store(path: Path, marks: Path) -> TokenStore:
-    """Open and check a token folder; raises Damaged. `marks`: folder that remembers which large ones were checked."""
+    """Open and check a token folder; raises DamagedStore. `marks`: folder that remembers which large ones were checked."""
     try:
         meta = json.loads((path / "meta.json").read_text(encoding="utf-8"))
         dtype, count, documents = np.dtype(meta["dtype"]), int(meta["tokens"]), int(meta["documents"])
@@ -213,18 +213,18 @@ def open_store(path: Path, marks: Path) -> TokenStore:
         hashes_D = np.load(path / "hashes.npy")
         stored = (path / "tokens.bin").stat().st_size
     except (OSError, ValueError, KeyError, TypeError, EOFError, OverflowError, RecursionError) as error:
-        raise Damaged(f"{type(error).__name__}: {error}") from error
+        raise DamagedStore(f"{type(error).__name__}: {error}") from error
     if meta.get("version") != VERSION or dtype not in (np.uint16, np.uint32):
-        raise Damaged(f"meta.json has version {meta.get('version')} and dtype {dtype}")
+        raise DamagedStore(f"meta.json has version {meta.get('version')} and dtype {dtype}")
     if stored != count * dtype.itemsize or count == 0:
-        raise Damaged(f"tokens.bin has {stored} bytes, not {count * dtype.itemsize}")
+        raise DamagedStore(f"tokens.bin has {stored} bytes, not {count * dtype.itemsize}")
     if not (isinstance(offsets_D1, np.ndarray) and isinstance(hashes_D, np.ndarray)):
-        raise Damaged("documents.npy or hashes.npy is no array of numpy")
+        raise DamagedStore("documents.npy or hashes.npy is no array of numpy")
     if not isinstance(meta.get("crc32", {}), dict):
-        raise Damaged("meta.json has crc32 that is no object")
+        raise DamagedStore("meta.json has crc32 that is no object")
     whole = hashes_D.shape == (documents,) and offsets_D1.shape == (documents + 1,) and offsets_D1[0] == 0
     if not whole or offsets_D1[-1] != count or np.any(np.diff(offsets_D1) <= 0):
-        raise Damaged("documents.npy and hashes.npy do not divide tokens.bin into documents")
+        raise DamagedStore("documents.npy and hashes.npy do not divide tokens.bin into documents")
     tokens_N = np.asarray(np.memmap(path / "tokens.bin", dtype=dtype.newbyteorder("<"), mode="r"))
     largest = _check_content(path, tokens_N, meta.get("crc32", {}), marks)
     return TokenStore(path, tokens_N, offsets_D1.astype(np.int64), hashes_D.astype(np.uint64), meta, largest)
@@ -234,7 +234,7 @@ def _check_content(path: Path, tokens_N: np.ndarray, checksums: dict[str, int], 
     """Compare the checksums and return the largest id; skips a large tokens.bin that was checked before."""
     for name in sorted(checksums.keys() - {"tokens.bin"}):
         if not (path / name).is_file() or zlib.crc32((path / name).read_bytes()) != checksums[name]:
-            raise Damaged(f"{name} does not have the checksum in meta.json")
+            raise DamagedStore(f"{name} does not have the checksum in meta.json")
     status = (path / "tokens.bin").stat()
     now = [str(path.absolute()), status.st_size, status.st_mtime_ns, checksums.get("tokens.bin")]
     mark = marks / f"{hashlib.blake2b(now[0].encode(), digest_size=16).hexdigest()}.json"
@@ -245,7 +245,7 @@ def _check_content(path: Path, tokens_N: np.ndarray, checksums: dict[str, int], 
         chunk_N = tokens_N[first : first + CHUNK]
         crc, largest = zlib.crc32(chunk_N, crc), max(largest, int(chunk_N.max()))
     if crc != checksums.get("tokens.bin", crc):
-        raise Damaged("tokens.bin does not have the checksum in meta.json")
+        raise DamagedStore("tokens.bin does not have the checksum in meta.json")
     if status.st_size > ALWAYS_CHECKED:
         write_atomically(mark, json.dumps([*now, largest]).encode())
     return largest

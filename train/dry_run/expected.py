@@ -16,7 +16,7 @@ import torch
 from conf.errors import UserError
 from conf.schema import Config, Rate
 from parallel.pipeline.simulate import Action, simulate
-from train.dry_run.piece import Piece
+from train.dry_run.piece import DryRunPiece
 from train.parallelize import split
 from train.plan.job import layout_of
 from train.plan.time.rates import LINKS, load_rates
@@ -54,7 +54,7 @@ class Times:
     """Why one of them is missing."""
 
 
-def expect(piece: Piece, device: torch.device) -> Times:
+def expect(piece: DryRunPiece, device: torch.device) -> Times:
     """Plan the times. Raises UserError for a calibration that cannot be used; what has no rates or rules is left out."""
     job = piece.job
     if not job.hardware.rates and job.plan.calibration is None:
@@ -100,13 +100,13 @@ def _is_here(job: Config, device: torch.device) -> bool:
     return job.hardware.device == "cpu"
 
 
-def _with_load(config: Config, piece: Piece) -> Config:
+def _with_load(config: Config, piece: DryRunPiece) -> Config:
     """plan.imbalance as the rows of this rank are to those of a mean one."""
     imbalance = sum(piece.load.per_token_L) / piece.job.model.top_k
     return replace(config, plan=replace(config.plan, imbalance=imbalance))
 
 
-def _expected(config: Config, piece: Piece, layers: list[range], actions: list[Action]) -> Expected:
+def _expected(config: Config, piece: DryRunPiece, layers: list[range], actions: list[Action]) -> Expected:
     layout = layout_of(config)
     rates = load_rates(config, alone=True)
     silent = replace(rates, rates=rates.rates | {kind: Rate() for kind in (*LINKS, *LINKS.values())})

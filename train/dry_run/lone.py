@@ -20,7 +20,7 @@ from parallel.expert.build import build_wire
 from parallel.expert.stand_in import build_stand_in
 from parallel.mesh import build_mesh
 from parallel.pipeline.lone_stage import LoneStage
-from train.dry_run.piece import Piece
+from train.dry_run.piece import DryRunPiece
 from train.dry_run.routing import group_of
 from train.parallelize import Parallelized, parallelize
 from train.plan.job import layout_of
@@ -30,7 +30,7 @@ PHASES = ("schedule", "reduction", "update")
 
 
 @dataclass
-class Measured:
+class MeasuredRank:
     """What a rank took. Bytes and seconds."""
 
     phases: dict[str, int] = field(default_factory=dict)
@@ -51,7 +51,7 @@ class Measured:
         return max(self.phases.values())
 
 
-def run_alone(piece: Piece, device: torch.device) -> Measured:
+def run_alone(piece: DryRunPiece, device: torch.device) -> MeasuredRank:
     """One step to warm up, one for memory, then the timed ones. Raises UserError where the device's memory runs out."""
     config = piece.config
     warnings.filterwarnings("ignore", "`torch.distributed.*is deprecated", FutureWarning)
@@ -78,16 +78,16 @@ def run_alone(piece: Piece, device: torch.device) -> Measured:
         dist.destroy_process_group()
 
 
-def _steps(config: Config, parts: Parallelized, device: torch.device) -> Measured:
+def _steps(config: Config, parts: Parallelized, device: torch.device) -> MeasuredRank:
     draw = torch.Generator().manual_seed(config.seed)
     shape = config.batch_size // config.parallel.dp, config.seq_len + 1
     tokens_BS = torch.randint(config.model.vocab_size, shape, generator=draw).to(device)
-    measured = Measured()
+    measured = MeasuredRank()
     parts.zero.set_lr(0.0)  # the same work, and weights that stay sound without the other ranks' shards
-    _step(config, parts, tokens_BS, 1, Measured())
+    _step(config, parts, tokens_BS, 1, MeasuredRank())
     with PeakMeter(device) as meter:
         _step(config, parts, tokens_BS, 2, measured, meter)
-    measured = replace(Measured(), phases=measured.phases, items=measured.items)
+    measured = replace(MeasuredRank(), phases=measured.phases, items=measured.items)
     for number in range(3, 3 + config.dry_run.steps):
         _step(config, parts, tokens_BS, number, measured)
     return measured
@@ -98,7 +98,7 @@ def _step(
     parts: Parallelized,
     tokens_BS: Tensor,
     number: int,
-    measured: Measured,
+    measured: MeasuredRank,
     meter: PeakMeter | None = None,
 ) -> None:
     """One optimizer step, as train/trainer.py makes it."""

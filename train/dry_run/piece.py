@@ -29,7 +29,7 @@ CUDA_RESERVE = 2 * 2**30
 
 
 @dataclass(frozen=True)
-class Piece:
+class DryRunPiece:
     """What runs."""
 
     job: Config
@@ -75,7 +75,7 @@ def choose_rank(config: Config) -> int:
     return fullest.pp_rank * config.parallel.dp
 
 
-def choose_piece(config: Config, rank: int, load: Load, device: torch.device) -> Piece:
+def choose_piece(config: Config, rank: int, load: Load, device: torch.device) -> DryRunPiece:
     """The largest piece of the rank that fits the device. Raises UserError where none does."""
     here, room, wanted = for_device(config, device), free_memory(device), config.dry_run.shrink
     factor = wanted or 1
@@ -131,7 +131,7 @@ def shrunk(config: Config, factor: int) -> Config:
     return replace(config, model=small, seq_len=part(config.seq_len, 64))
 
 
-def _cut(job: Config, config: Config, rank: int, load: Load, factor: int, room: int) -> Piece | None:
+def _cut(job: Config, config: Config, rank: int, load: Load, factor: int, room: int) -> DryRunPiece | None:
     """As many of the rank's layers as fit; None where not even the fewest do."""
     pp_rank, scene = rank // job.parallel.dp, _alone(config, load)
     placement = stage_placement(job.parallel.schedule, job.parallel.pp)
@@ -148,7 +148,7 @@ def _cut(job: Config, config: Config, rank: int, load: Load, factor: int, room: 
         layers = [one[:-1] if stage == longest else one for stage, one in enumerate(layers)]
         left_out += 1
         peak = rank_memory(config, pp_rank, scene, layers).peak_bytes
-    return Piece(job, config, rank, layers, load, factor, left_out, needed, room)
+    return DryRunPiece(job, config, rank, layers, load, factor, left_out, needed, room)
 
 
 def _alone(config: Config, load: Load) -> Scene:

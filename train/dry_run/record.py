@@ -10,8 +10,8 @@ import torch
 from rich.console import Console
 
 from train.dry_run.expected import Expected, Times, again
-from train.dry_run.lone import PHASES, Measured
-from train.dry_run.piece import Piece
+from train.dry_run.lone import PHASES, MeasuredRank
+from train.dry_run.piece import DryRunPiece
 from train.metrics.screens import GOOD, WARN, show
 from train.metrics.words import error, gib, seconds
 from train.plan.memory.rank import chunk_parts, phases, rank_memory, scene_of
@@ -42,7 +42,7 @@ class Compared:
 class Findings:
     """Of one dry run."""
 
-    piece: Piece
+    piece: DryRunPiece
     device: str
     threads: int | None
     """Of a CPU."""
@@ -68,7 +68,7 @@ class Findings:
     """Why one of the two is missing."""
 
 
-def find(piece: Piece, measured: Measured, times: Times, device: torch.device) -> Findings:
+def find(piece: DryRunPiece, measured: MeasuredRank, times: Times, device: torch.device) -> Findings:
     """Set what was measured beside the plans."""
     job, part = piece.job, times.piece
     here = phases(piece.config, piece.pp_rank, piece.rank % job.parallel.dp, piece.scene, piece.layers)
@@ -96,7 +96,7 @@ def find(piece: Piece, measured: Measured, times: Times, device: torch.device) -
     )
 
 
-def _items(piece: Piece, measured: Measured, planned_peak: int) -> dict[str, Compared]:
+def _items(piece: DryRunPiece, measured: MeasuredRank, planned_peak: int) -> dict[str, Compared]:
     """What the rank holds all the time, its gradients, and the rest of the peak."""
     plan = rank_memory(piece.config, piece.pp_rank, piece.scene, piece.layers).items
     state = ("weights", "master", "moments")
@@ -194,7 +194,7 @@ def _layer_words(layers: range) -> str:
     return f"layer {layers.start}" if len(layers) == 1 else f"layers {layers.start} to {layers.stop - 1}"
 
 
-def _shrunken(piece: Piece) -> str:
+def _shrunken(piece: DryRunPiece) -> str:
     model, full = piece.config.model, piece.job.model
     return (
         f"widths, vocabulary and sequence by {piece.shrink} (hidden {model.hidden} of {full.hidden}, sequence "

@@ -9,7 +9,7 @@ from typing import Any
 
 from conf.errors import UserError
 from conf.schema import Config
-from train.data.corpus import Corpus, Part
+from train.data.corpus import Corpus, CorpusPart
 from train.data.dataset import ValidationData
 from train.data.mix import Schedule
 
@@ -44,7 +44,7 @@ def choose(corpus: Corpus, config: Config, held_out: dict[str, Any] | None) -> l
     return found
 
 
-def _counted(part: Part, own: bool) -> Part:
+def _counted(part: CorpusPart, own: bool) -> CorpusPart:
     return part if own else replace(part, validation=part.whole)
 
 

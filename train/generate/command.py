@@ -18,7 +18,7 @@ from conf.schema import Config
 from train.generate.cache import bytes_per_token, multi_head_bytes_per_token
 from train.generate.complete import start
 from train.generate.generation import Generation
-from train.generate.source import Source, open_source
+from train.generate.source import LoadedModel, open_source
 from train.generate.text import TextStream, write
 from train.worker import choose_device
 
@@ -56,7 +56,7 @@ def generate(config: Config) -> int:
 class Writer:
     """Continues prompts as the section `generate` says."""
 
-    def __init__(self, config: Config, source: Source):
+    def __init__(self, config: Config, source: LoadedModel):
         """Raises UserError where the model has no drafter and one is wanted."""
         self._settings, self._source = config.generate, source
         model = source.decoder.config

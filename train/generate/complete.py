@@ -3,11 +3,11 @@
 from conf.errors import UserError
 from train.generate.generation import Generation, Limits
 from train.generate.sampling import Sampler
-from train.generate.source import Source
+from train.generate.source import LoadedModel
 
 
 def start(
-    source: Source,
+    source: LoadedModel,
     prompts: list[str],
     *,
     tokens: int,
@@ -29,7 +29,7 @@ def start(
     )
 
 
-def complete(source: Source, prompt: str, **how: object) -> str:
+def complete(source: LoadedModel, prompt: str, **how: object) -> str:
     """The continuation of a prompt, of at most `tokens` tokens. how: as `start` takes it."""
     generation = start(source, [prompt], **how)
     for _ in generation.steps():

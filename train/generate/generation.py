@@ -21,7 +21,7 @@ from train.generate.drafter import Drafter
 from train.generate.sampling import Sampler, draw, uniforms, verify
 
 
-class End(Enum):
+class EndReason(Enum):
     """Why a text ended."""
 
     document = "the document ended"
@@ -42,7 +42,7 @@ class Limits:
 
 
 @dataclass
-class Counts:
+class GenerationCounts:
     """What a generation took."""
 
     prefill_seconds: float = 0.0
@@ -62,11 +62,11 @@ class _Row:
     """Of its prompt."""
     room: int
     """Tokens that may still come."""
-    full: End
+    full: EndReason
     """What it means when there is no room left."""
     generator: torch.Generator
     tokens: list[int] = field(default_factory=list)
-    end: End | None = None
+    end: EndReason | None = None
 
 
 class Generation:
@@ -96,7 +96,7 @@ class Generation:
         self._drafter = Drafter(decoder, sampler, starts) if speculative else None
         self.drafts = decoder.config.mtp_depth if speculative else 0
         """Drafts of a step."""
-        self.counts = Counts()
+        self.counts = GenerationCounts()
 
     @property
     def tokens(self) -> list[list[int]]:
@@ -104,7 +104,7 @@ class Generation:
         return [row.tokens for row in self._rows]
 
     @property
-    def ends(self) -> list[End | None]:
+    def ends(self) -> list[EndReason | None]:
         """Why each text ended; None while it goes on."""
         return [row.end for row in self._rows]
 
@@ -172,7 +172,7 @@ class Generation:
             before = len(row.tokens)
             for token in ids:
                 if token == self._limits.end_id:
-                    row.end = End.document
+                    row.end = EndReason.document
                     break
                 row.tokens.append(token)
                 row.room -= 1
@@ -202,5 +202,5 @@ def _row(index: int, prompt: list[int], limits: Limits, seed: int) -> _Row:
             f"must be shorter than the model's context of {limits.context} tokens",
             "shorten the prompt, or take a model that was trained on longer sequences (seq_len)",
         )
-    full = End.context if room < limits.tokens else End.tokens
+    full = EndReason.context if room < limits.tokens else EndReason.tokens
     return _Row(index, min(room, limits.tokens), full, torch.Generator().manual_seed(seed))

@@ -24,7 +24,7 @@ FIELD = "generate.checkpoint"
 
 
 @dataclass(frozen=True)
-class Source:
+class LoadedModel:
     """A model that can write, and how its tokens are read."""
 
     decoder: Decoder
@@ -39,27 +39,27 @@ class Source:
     """What else the user should know of it."""
 
 
-def open_source(config: Config, device: torch.device) -> Source:
+def open_source(config: Config, device: torch.device) -> LoadedModel:
     """What `generate.checkpoint` means; null is the newest intact checkpoint of the run. Raises UserError."""
     given = config.generate.checkpoint and Path(config.generate.checkpoint).expanduser()
     return _from_hugging_face(config, given, device) if given and is_hf_folder(given) else _from_run(config, device)
 
 
-def from_checkpoint(config: Config, checkpoint: Path, tokenizer: Tokenizer, device: torch.device) -> Source:
+def from_checkpoint(config: Config, checkpoint: Path, tokenizer: Tokenizer, device: torch.device) -> LoadedModel:
     """A checkpoint of the run that config describes."""
     decoder = Decoder(load_model(config, checkpoint, device), config.seq_len)
     title = f"{config.name}, step {read_manifest(checkpoint).step}"
-    return Source(decoder, tokenizer, config.seq_len, tokenizer.eos_id, title)
+    return LoadedModel(decoder, tokenizer, config.seq_len, tokenizer.eos_id, title)
 
 
-def _from_run(config: Config, device: torch.device) -> Source:
+def _from_run(config: Config, device: torch.device) -> LoadedModel:
     checkpoint = find_checkpoint(config, config.generate.checkpoint, FIELD)
     tokenizer = tokenizer_of(config, read_manifest(checkpoint))
     require_memory(config.model, 4, FIELD, checkpoint)
     return from_checkpoint(config, checkpoint, tokenizer, device)
 
 
-def _from_hugging_face(config: Config, folder: Path, device: torch.device) -> Source:
+def _from_hugging_face(config: Config, folder: Path, device: torch.device) -> LoadedModel:
     if config.precision.fp8 is not None:
         raise UserError(
             "precision",
@@ -78,7 +78,7 @@ def _from_hugging_face(config: Config, folder: Path, device: torch.device) -> So
     check_fit(tokenizer, choice, model_config.vocab_size, fim_rate=0)
     decoder = Decoder(model.to(device), min(model_config.max_seq_len, model_config.yarn.original_seq_len))
     start_id = start_token(folder, tokenizer)
-    return Source(decoder, tokenizer, model_config.max_seq_len, start_id, folder.name, tuple(notes))
+    return LoadedModel(decoder, tokenizer, model_config.max_seq_len, start_id, folder.name, tuple(notes))
 
 
 def start_token(folder: Path, tokenizer: Tokenizer) -> int:

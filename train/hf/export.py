@@ -29,7 +29,7 @@ from train.hf.blocks import requantize
 from train.hf.config import BLOCK, GROUP_TOP_K, LATENT_NORM_EPS, config_json
 from train.hf.folder import INDEX
 from train.hf.names import tensors
-from train.hf.plan import File, Written, fates, index_json, left_out, lines, plan, source_name, write_json
+from train.hf.plan import PlannedFile, Written, fates, index_json, left_out, lines, plan, source_name, write_json
 from train.hf.tokenizer import write_tokenizer
 from train.hf.write import PieceWriter
 from train.run_folder import find_checkpoint
@@ -83,7 +83,7 @@ def _tokenizer_folder(config: Config) -> Path | None:
     return path if config.data.tokenizer and path.is_dir() else None
 
 
-def _check_room(target: Path, files: list[File]) -> None:
+def _check_room(target: Path, files: list[PlannedFile]) -> None:
     """Raise UserError where the disk cannot hold the folder."""
     needed = SMALL_FILES + sum(written.nbytes for file in files for written in file.written)
     existing = next(folder for folder in target.parents if folder.is_dir())
@@ -118,7 +118,7 @@ def _written_whole(target: Path) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _write_weights(folder: Path, files: list[File], manifest: Manifest, ema: bool, progress: Progress) -> None:
+def _write_weights(folder: Path, files: list[PlannedFile], manifest: Manifest, ema: bool, progress: Progress) -> None:
     total, done = sum(written.placed.count for file in files for written in file.written), 0
     for file in files:
         with PieceWriter(folder / file.name, [out for written in file.written for out in written.outs]) as writer:

@@ -36,12 +36,12 @@ class Written:
 
 
 @dataclass(frozen=True)
-class File:
+class PlannedFile:
     name: str
     written: list[Written]
 
 
-def plan(placed: list[Placed], dtype: ExportType, shard_bytes: float) -> list[File]:
+def plan(placed: list[Placed], dtype: ExportType, shard_bytes: float) -> list[PlannedFile]:
     """Their tensors in order, cut into files of at most shard_bytes (a tensor that is larger has its own)."""
     groups: list[list[Written]] = []
     room = 0.0
@@ -53,7 +53,9 @@ def plan(placed: list[Placed], dtype: ExportType, shard_bytes: float) -> list[Fi
         groups[-1].append(written)
         room -= written.nbytes
     count = len(groups)
-    return [File(f"model-{number:05}-of-{count:05}.safetensors", group) for number, group in enumerate(groups, 1)]
+    return [
+        PlannedFile(f"model-{number:05}-of-{count:05}.safetensors", group) for number, group in enumerate(groups, 1)
+    ]
 
 
 def _outs(placed: Placed, dtype: ExportType) -> Iterator[Out]:
@@ -66,7 +68,7 @@ def _outs(placed: Placed, dtype: ExportType) -> Iterator[Out]:
         yield Out(placed.theirs, PLAIN[dtype], placed.shape)
 
 
-def index_json(files: list[File]) -> dict[str, Any]:
+def index_json(files: list[PlannedFile]) -> dict[str, Any]:
     """model.safetensors.index.json."""
     weight_map = {out.name: file.name for file in files for written in file.written for out in written.outs}
     total = sum(written.nbytes for file in files for written in file.written)
@@ -107,7 +109,7 @@ def _reason(name: str, reasons: dict[str, str]) -> str | None:
     return next((reason for prefix, reason in reasons.items() if name.startswith(prefix)), None)
 
 
-def fates(files: list[File], rest: dict[str, str], ema: bool) -> list[dict[str, Any]]:
+def fates(files: list[PlannedFile], rest: dict[str, str], ema: bool) -> list[dict[str, Any]]:
     """One row for every tensor that is written, and one for every tensor of the checkpoint that is not."""
     rows = [
         {

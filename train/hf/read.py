@@ -24,7 +24,7 @@ CHUNK = 1 << 23
 
 
 @dataclass
-class Part:
+class ShardPart:
     """What one wanted shard takes of one of their tensors."""
 
     placed: Placed
@@ -59,7 +59,7 @@ def fill(folder: Folder, placed: list[Placed], wanted: dict[str, Shard]) -> int:
     return reader.bytes
 
 
-def _parts(placed: list[Placed], wanted: dict[str, Shard]) -> list[Part]:
+def _parts(placed: list[Placed], wanted: dict[str, Shard]) -> list[ShardPart]:
     """Intersections of their tensors with the wanted shards, by file."""
     by_name: dict[str, list[Placed]] = {}
     for each in placed:
@@ -74,7 +74,7 @@ def _parts(placed: list[Placed], wanted: dict[str, Shard]) -> list[Part]:
             low, high = max(each.start, shard.offset), min(each.start + each.count, stop)
             if low < high:
                 target = shard.local.detach()[low - shard.offset : high - shard.offset]
-                found.append(Part(each, low - each.start, target))
+                found.append(ShardPart(each, low - each.start, target))
     return found
 
 
@@ -84,9 +84,9 @@ class _Reader:
     def __init__(self, folder: Folder):
         self.folder, self.bytes = folder, 0
 
-    def values(self, parts: list[Part]) -> Iterable[tuple[Part, int, Tensor]]:
+    def values(self, parts: list[ShardPart]) -> Iterable[tuple[ShardPart, int, Tensor]]:
         """(part, first element in its target, values) a few rows at a time, every file opened once."""
-        by_file: dict[str, list[Part]] = {}
+        by_file: dict[str, list[ShardPart]] = {}
         for part in parts:
             by_file.setdefault(self.folder.stored[part.placed.theirs].file, []).append(part)
         for file, here in sorted(by_file.items()):
@@ -94,7 +94,7 @@ class _Reader:
                 for part in here:
                     yield from self._rows(opened, part)
 
-    def _rows(self, opened, part: Part) -> Iterable[tuple[Part, int, Tensor]]:
+    def _rows(self, opened, part: ShardPart) -> Iterable[tuple[ShardPart, int, Tensor]]:
         shape = part.placed.shape
         width = shape[1] if len(shape) == 2 else 1
         stop = part.start + part.target.numel()

@@ -4,7 +4,7 @@ from torch import Tensor, nn
 
 from conf.schema import Model, Recompute
 from train.model.attention import Attention, attention
-from train.model.layers import FFN, Precision, RMSNorm
+from train.model.layers import FFN, LayerPrecision, RMSNorm
 from train.model.mla import MLA
 from train.model.moe import Dispatcher, MoE
 from train.model.rope import Rope
@@ -19,7 +19,7 @@ class Block(nn.Module):
     def __init__(
         self,
         config: Model,
-        precision: Precision,
+        precision: LayerPrecision,
         rope: Rope,
         dispatcher: Dispatcher | None,
         local_experts: range,

@@ -18,7 +18,7 @@ from torch.nn import functional as F
 from conf.schema import Model, Recompute
 from train.model.attention import Attention, attention
 from train.model.block import Block
-from train.model.layers import Embedding, Precision, RMSNorm
+from train.model.layers import Embedding, LayerPrecision, RMSNorm
 from train.model.loss import cross_entropy
 from train.model.moe import Dispatcher, LocalDispatcher
 from train.model.mtp import MTP
@@ -82,7 +82,7 @@ class DeepSeekV3(nn.Module):
     def __init__(
         self,
         config: Model,
-        precision: Precision,
+        precision: LayerPrecision,
         *,
         seq_len: int,
         layers: range,
@@ -126,7 +126,7 @@ class DeepSeekV3(nn.Module):
             )
 
     @classmethod
-    def whole(cls, config: Model, precision: Precision, *, seq_len: int, **rest) -> "DeepSeekV3":
+    def whole(cls, config: Model, precision: LayerPrecision, *, seq_len: int, **rest) -> "DeepSeekV3":
         """The model in one piece."""
         return cls(
             config,

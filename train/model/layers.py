@@ -21,7 +21,7 @@ from train.model.needed import gradients_needed
 from train.model.recompute import Recomputed
 
 
-class Precision(Protocol):
+class LayerPrecision(Protocol):
     """The number formats of the matrix products. The model asks for products and never branches on precision."""
 
     dtype: torch.dtype
@@ -48,7 +48,7 @@ class Linear(nn.Module):
     kind: `dense`, or `output` for the attention's output projection, whose input FP8 keeps in a finer format.
     """
 
-    def __init__(self, inputs: int, outputs: int, precision: Precision, kind: str = "dense", **factory):
+    def __init__(self, inputs: int, outputs: int, precision: LayerPrecision, kind: str = "dense", **factory):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(outputs, inputs, **factory))
         self._precision, self._kind = precision, kind
@@ -218,7 +218,7 @@ class _SwiGLU(torch.autograd.Function):
 class FFN(nn.Module):
     """SwiGLU feed-forward network: w2(silu(w1 x) * w3 x). w13 holds the rows of w1, then those of w3."""
 
-    def __init__(self, width: int, inner: int, precision: Precision, recompute: bool, **factory):
+    def __init__(self, width: int, inner: int, precision: LayerPrecision, recompute: bool, **factory):
         super().__init__()
         self.w13 = Linear(width, 2 * inner, precision, **factory)
         self.w2 = Linear(inner, width, precision, **factory)

@@ -20,7 +20,7 @@ from torch.autograd.function import once_differentiable
 from conf.schema import Model, Recompute
 from train.model.attention import Attention, attention
 from train.model.compiled_rows import CompiledHeads, fits
-from train.model.layers import Linear, Precision, RMSNorm
+from train.model.layers import LayerPrecision, Linear, RMSNorm
 from train.model.recompute import Recomputed
 from train.model.rope import Rope, rotate
 
@@ -28,7 +28,9 @@ from train.model.rope import Rope, rotate
 class MLA(nn.Module):
     """Multi-head latent attention of one block."""
 
-    def __init__(self, config: Model, precision: Precision, rope: Rope, attention: Attention = attention, **factory):
+    def __init__(
+        self, config: Model, precision: LayerPrecision, rope: Rope, attention: Attention = attention, **factory
+    ):
         super().__init__()
         width, heads = config.hidden, config.heads
         qk_width = config.nope_head_dim + config.rope_head_dim

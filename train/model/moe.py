@@ -20,7 +20,7 @@ from torch.nn import functional as F
 
 from conf.schema import Model, Recompute
 from train.model import compiled_rows
-from train.model.layers import FFN, Precision
+from train.model.layers import FFN, LayerPrecision
 from train.model.router import Router
 from train.native.model import in_use
 
@@ -149,7 +149,9 @@ class Experts(nn.Module):
 class MoE(nn.Module):
     """Router, routed experts and shared experts of one block. shared_experts act as one FFN of their total width."""
 
-    def __init__(self, config: Model, precision: Precision, dispatcher: Dispatcher, local_experts: range, **factory):
+    def __init__(
+        self, config: Model, precision: LayerPrecision, dispatcher: Dispatcher, local_experts: range, **factory
+    ):
         super().__init__()
         self.router = Router(config, **factory)
         self.experts = Experts(config, local_experts, **factory)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from conf.schema import Model, Recompute
 from train.model.attention import Attention, attention
 from train.model.block import Block
-from train.model.layers import Linear, Precision, RMSNorm
+from train.model.layers import LayerPrecision, Linear, RMSNorm
 from train.model.moe import Dispatcher
 from train.model.rope import Rope
 
@@ -29,7 +29,7 @@ class MTP(nn.Module):
     def __init__(
         self,
         config: Model,
-        precision: Precision,
+        precision: LayerPrecision,
         rope: Rope,
         dispatcher: Dispatcher,
         local_experts: range,

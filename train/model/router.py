@@ -24,7 +24,7 @@ from conf.schema import Model
 from train.model.needed import gradients_needed
 
 
-class Rule(NamedTuple):
+class RoutingRule(NamedTuple):
     """How experts are chosen and weighed."""
 
     top_k: int
@@ -54,7 +54,7 @@ class Router(nn.Module):
         ):
             self.register_buffer(name, torch.zeros(shape, dtype=dtype, device=device), persistent=False)
         limit = config.groups, config.top_groups
-        self.rule = Rule(config.top_k, *limit, config.route_scale, config.resolved_group_top_k)
+        self.rule = RoutingRule(config.top_k, *limit, config.route_scale, config.resolved_group_top_k)
         self.balance_weight = 0.0
 
     def forward(self, x_BTD: Tensor, recipe: AbstractContextManager) -> tuple[Tensor, Tensor]:
@@ -112,7 +112,7 @@ def top_indices(scores: Tensor, k: int) -> Tensor:
     return scores.sort(dim=-1, descending=True, stable=True).indices[..., :k]
 
 
-def choose(biased_BTE: Tensor, rule: Rule) -> Tensor:
+def choose(biased_BTE: Tensor, rule: RoutingRule) -> Tensor:
     """Expert ids (B, T, K) from biased scores, in the allowed groups only."""
     if rule.top_groups < rule.groups:
         grouped_BTGX = biased_BTE.unflatten(-1, (rule.groups, -1))
@@ -133,7 +133,7 @@ class _Route(torch.autograd.Function):
     """Everything after the logits, with one backward for the gates and the balance loss."""
 
     @staticmethod
-    def forward(ctx, logits_BTE, bias_E, rule: Rule, balance_weight: float, counters):
+    def forward(ctx, logits_BTE, bias_E, rule: RoutingRule, balance_weight: float, counters):
         batch, length, experts = logits_BTE.shape
         scores_BTE = logits_BTE.sigmoid()
         ids_BTK = choose(scores_BTE + bias_E, rule)

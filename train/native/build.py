@@ -29,7 +29,7 @@ NATIVE = {"x86_64": ["-march=native", "-mprefer-vector-width=512"], "aarch64": [
 
 
 @dataclass(frozen=True)
-class Source:
+class CppSource:
     """One file to compile, and what to say where that cannot be.
 
     flags: beside FLAGS. headers: what the file includes of ours. field: the setting that asks for it.
@@ -43,7 +43,7 @@ class Source:
     headers: tuple[Path, ...] = ()
 
 
-def load(source: Source) -> ctypes.CDLL:
+def load(source: CppSource) -> ctypes.CDLL:
     """The library, built if it is not there yet. Raises UserError where nothing can build, keep or load it."""
     path = _built(source)
     try:
@@ -69,7 +69,7 @@ def has_avx2() -> bool:
     return {"avx2", "fma"} <= set(cpu_features().split())
 
 
-def _built(source: Source) -> Path:
+def _built(source: CppSource) -> Path:
     """The shared library for this source, compiler and CPU."""
     compiler = _compiler(source)
     openmp = ["-fopenmp"] if sys.platform.startswith("linux") else []
@@ -97,7 +97,7 @@ def _built(source: Source) -> Path:
     return path
 
 
-def _compiler(source: Source) -> list[str]:
+def _compiler(source: CppSource) -> list[str]:
     """The command of the C++ compiler: CXX if it is set, else the first at hand."""
     asked = shlex.split(os.environ.get("CXX", ""))
     for command in [asked] if asked else [["g++"], ["clang++"], ["c++"]]:
@@ -112,7 +112,7 @@ def _version(*compiler: str) -> bytes:
     return subprocess.run([*compiler, "--version"], capture_output=True).stdout
 
 
-def _build(source: Source, command: list[str], library: Path) -> Path:
+def _build(source: CppSource, command: list[str], library: Path) -> Path:
     """Runs the compiler; returns the library."""
     done = subprocess.run([*command, "-o", str(library), str(source.path)], capture_output=True, text=True)
     if done.returncode:
@@ -121,7 +121,7 @@ def _build(source: Source, command: list[str], library: Path) -> Path:
     return library
 
 
-def _require_own(found: os.stat_result, path: Path, source: Source) -> None:
+def _require_own(found: os.stat_result, path: Path, source: CppSource) -> None:
     """UserError for a folder or file that somebody else than this user and root could have written."""
     if found.st_uid not in (os.geteuid(), 0):
         problem, cure = f"belongs to user {found.st_uid}", "remove it"
@@ -145,9 +145,9 @@ def _is_private(group: int) -> bool:
     return group == 0 or (entry.gr_name == user and set(entry.gr_mem) <= {user})
 
 
-def _cure(source: Source) -> str:
+def _cure(source: CppSource) -> str:
     return f"install g++ or clang++ (or name one in CXX), or set {source.without}"
 
 
-def _move(source: Source) -> str:
+def _move(source: CppSource) -> str:
     return f"set SLUICE_CACHE to a folder of yours whose files may run, or {source.without}"

@@ -9,7 +9,7 @@ from functools import cache, partial
 from pathlib import Path
 
 from conf.errors import UserError
-from train.native.build import Source, cpu_features, has_avx2, load
+from train.native.build import CppSource, cpu_features, has_avx2, load
 from train.native.kernel import Kernel
 
 NAMES = ("adamw", "attention", "products", "rows")
@@ -73,8 +73,8 @@ def library(name: str) -> ctypes.CDLL:
 _bf16_rate = Kernel(partial(library, "products"), "bf16_rate", ctypes.c_double)
 
 
-def source(name: str, field: str, without: str) -> Source:
-    """One of NAMES as somebody asks for it, see `Source`."""
+def source(name: str, field: str, without: str) -> CppSource:
+    """One of NAMES as somebody asks for it, see `CppSource`."""
     here = Path(__file__).parent
     flags = ("-ffp-contract=off",)  # products and sums are one operation only where the code says so
-    return Source(here / f"{name}.cpp", field, without, flags, (here / "tiles.h", here / "vectors.h"))
+    return CppSource(here / f"{name}.cpp", field, without, flags, (here / "tiles.h", here / "vectors.h"))

@@ -7,12 +7,12 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from train.native.build import Source, load
+from train.native.build import CppSource, load
 from train.native.kernel import Array, Kernel, Number, Size, Struct, Threads
 from train.precision.formats import E4M3, Cast
 from train.precision.quantize import Quantized, fitted
 
-SOURCE = Source(
+SOURCE = CppSource(
     Path(__file__).with_name("casts.cpp"),
     "precision.fp8.compiled",
     "precision.fp8.compiled=false: torch's operations, slower",

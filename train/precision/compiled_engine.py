@@ -17,7 +17,7 @@ from train.precision.formats import Cast
 from train.precision.groups import Groups
 from train.precision.products import CpuEngine, Rounded, Source
 from train.precision.quantize import Quantized, fitted
-from train.precision.recipe import Rule
+from train.precision.recipe import OperandRule
 
 Operand = scaled_products.Operand
 
@@ -35,7 +35,9 @@ class CompiledEngine(CpuEngine):
     def cast(self, x_MK: Tensor, cast: Cast) -> Source:
         return self._compiled.split(x_MK, cast) if self._exact and not cast.pow2 else super().cast(x_MK, cast)
 
-    def operand(self, source: Source, rule: Rule, transposed: bool = False, groups: Groups | None = None) -> Operand:
+    def operand(
+        self, source: Source, rule: OperandRule, transposed: bool = False, groups: Groups | None = None
+    ) -> Operand:
         if rule.format is None or rule.pow2 or not self._exact:
             return super().operand(source, rule, transposed, groups)
         cast = fitted(rule.cast(transposed), source)
@@ -60,7 +62,7 @@ class CompiledEngine(CpuEngine):
             return super().grouped_wgrad(left, right, groups, dtype)
         return scaled_products.grouped_wgrad(left, right, groups, dtype)
 
-    def swiglu(self, h_P2F: Tensor, gates_P: Tensor, rule: Rule) -> Operand:
+    def swiglu(self, h_P2F: Tensor, gates_P: Tensor, rule: OperandRule) -> Operand:
         if rule.format is None or rule.pow2 or rule.granularity != "1x128" or not self._exact:
             return super().swiglu(h_P2F, gates_P, rule)
         chunks = zip(swiglu.chunks(h_P2F), swiglu.chunks(gates_P, h_P2F), strict=True)

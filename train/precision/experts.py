@@ -25,12 +25,12 @@ from train.model.needed import gradients_needed
 from train.precision import swiglu
 from train.precision.formats import E4M3, TILE, Cast
 from train.precision.groups import Groups
-from train.precision.health import Probe
+from train.precision.health import LayerProbe
 from train.precision.linear import keep, left_source
 from train.precision.products import Engine, Source, pack, unpack
-from train.precision.recipe import Product, Recipe, Rule
+from train.precision.recipe import OperandRule, Product, Recipe
 
-Probes = tuple[Probe, Probe]
+Probes = tuple[LayerProbe, LayerProbe]
 
 
 def expert_ffn(
@@ -129,7 +129,7 @@ class _Down(torch.autograd.Function):
         return dh_P2F, dgates_R, dw2_EDF, None, None, None, None
 
 
-def _arrived(rows_RD: Tensor, groups: Groups, engine: Engine, rule: Rule) -> Source:
+def _arrived(rows_RD: Tensor, groups: Groups, engine: Engine, rule: OperandRule) -> Source:
     """The rows in their padded places: quantised as they came if the rule asks for that cast, else their values."""
     if isinstance(rows_RD, QuantizedRows):
         cast = Cast(E4M3, (1, TILE), pow2=True, floor=rows_RD.floor)
@@ -148,7 +148,7 @@ def _wgrad(left: Source, right: Source, rules: Product, engine: Engine, groups: 
 
 
 def _probe_forward(
-    probe: Probe, rules: Product, groups: Groups, x_PK: Tensor, weight_ENK: Tensor, y_PN: Tensor
+    probe: LayerProbe, rules: Product, groups: Groups, x_PK: Tensor, weight_ENK: Tensor, y_PN: Tensor
 ) -> None:
     """Look at the operands of a projection, and shadow the product of the busiest expert."""
     probe.operand("activation", x_PK, rules.left)

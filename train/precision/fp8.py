@@ -16,7 +16,7 @@ from train.precision import scaled_products
 from train.precision.compiled import CompiledCasts, load_casts
 from train.precision.compiled_engine import CompiledEngine
 from train.precision.experts import expert_ffn
-from train.precision.health import Health, Report
+from train.precision.health import HealthWatch, Report
 from train.precision.hopper import HopperEngine
 from train.precision.linear import linear
 from train.precision.products import CpuEngine, Engine
@@ -24,7 +24,7 @@ from train.precision.recipe import build_recipe
 
 
 class Fp8Precision:
-    """The protocol `train.model.layers.Precision` with FP8 products."""
+    """The protocol `train.model.layers.LayerPrecision` with FP8 products."""
 
     dtype = torch.bfloat16
     """Format of activations between the products."""
@@ -32,7 +32,7 @@ class Fp8Precision:
     def __init__(self, fp8: Fp8, device: torch.device, engine: Engine | None = None):
         """engine: instead of the device's own. Raises UserError where the device lacks what its engine needs."""
         self._recipe = build_recipe(fp8)
-        self._health = Health(fp8.health)
+        self._health = HealthWatch(fp8.health)
         if engine is None and device.type == "cuda":
             engine = HopperEngine(fp8)
         self._engine = engine or cpu_engine(fp8)

@@ -19,10 +19,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from conf.schema import Health as Limits
+from conf.schema import Health
 from train.precision.formats import round_to
 from train.precision.quantize import blocked, fitted, scales
-from train.precision.recipe import Rule
+from train.precision.recipe import OperandRule
 
 SHADOW_ROWS = 128
 """Rows of a product that are computed again in bf16."""
@@ -40,14 +40,14 @@ class Reading:
     """A scalar, on the device."""
 
 
-class Probe:
+class LayerProbe:
     """Takes the readings of one layer in one step."""
 
     def __init__(self, layer: str, readings: list[Reading]):
         self._layer, self._readings = layer, readings
 
     @torch.no_grad()
-    def operand(self, subject: str, x: Tensor, rule: Rule) -> None:
+    def operand(self, subject: str, x: Tensor, rule: OperandRule) -> None:
         """What the cast of x (..., M, K) by the rule loses; nothing for an operand in bf16."""
         if rule.format is None or x.numel() == 0:
             return
@@ -78,10 +78,10 @@ class Probe:
         self._readings.append(Reading(self._layer, subject, name, value))
 
 
-class Health:
+class HealthWatch:
     """Decides which steps are watched, and sums up their readings."""
 
-    def __init__(self, limits: Limits):
+    def __init__(self, limits: Health):
         self._limits = limits
         self._names: dict[int, str] = {}
         self._readings: list[Reading] = []
@@ -96,11 +96,11 @@ class Health:
         self._readings.clear()
         self._watching = self._limits.every > 0 and step % self._limits.every == 0
 
-    def probe(self, weight: Tensor) -> Probe | None:
+    def probe(self, weight: Tensor) -> LayerProbe | None:
         """For the layer of this weight, where this step is watched."""
         if not self._watching:
             return None
-        return Probe(self._names.get(id(weight), f"weight of shape {tuple(weight.shape)}"), self._readings)
+        return LayerProbe(self._names.get(id(weight), f"weight of shape {tuple(weight.shape)}"), self._readings)
 
     def report(self) -> "Report":
         """What the step showed; empty for one that was not watched. Of several readings the worst counts."""

@@ -33,7 +33,7 @@ from train.precision.high import grouped_product, grouped_weight_gradient
 from train.precision.installed import DEEP_GEMM, PACKAGES, require_fit, version
 from train.precision.products import Source
 from train.precision.quantize import Quantized, dequantize, dequantize_reference, quantize_reference
-from train.precision.recipe import Rule
+from train.precision.recipe import OperandRule
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ class HopperEngine:
         return Quantized(q, _by_column(F.pad(scale, (0, 0, 0, below)) if below else scale), cast, q_MK.shape)
 
     def operand(
-        self, source: Source, rule: Rule, transposed: bool = False, groups: Groups | None = None
+        self, source: Source, rule: OperandRule, transposed: bool = False, groups: Groups | None = None
     ) -> Operand | Tensor:
         scale = None
         if isinstance(source, Quantized):
@@ -93,7 +93,7 @@ class HopperEngine:
         return self._quantized(_padded(source), scale, rule, transposed, groups, inner if transposed else outer)
 
     def _quantized(
-        self, x: Tensor, scale: Tensor | None, rule: Rule, transposed: bool, groups: Groups | None, outer: int
+        self, x: Tensor, scale: Tensor | None, rule: OperandRule, transposed: bool, groups: Groups | None, outer: int
     ) -> Operand:
         """Operand of a padded tensor, FP8 with tiles of the last dimension where a scale is given."""
         cast, kernels = rule.cast(transposed), self._kernels
@@ -166,7 +166,7 @@ class HopperEngine:
             )
         return out_EON.to(dtype)
 
-    def swiglu(self, h_P2F: Tensor, gates_P: Tensor, rule: Rule) -> Operand | Tensor:
+    def swiglu(self, h_P2F: Tensor, gates_P: Tensor, rule: OperandRule) -> Operand | Tensor:
         if rule.format is None or rule.granularity != "1x128":
             return self.operand(swiglu.forward(h_P2F, gates_P), rule)
         return Operand(*self._kernels.swiglu_tiles(h_P2F, gates_P, rule.cast()), True, h_P2F.shape[0])

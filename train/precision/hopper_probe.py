@@ -141,9 +141,9 @@ def _trials(experts: bool) -> "Iterator[Trial]":
 
     from train.precision.formats import E4M3
     from train.precision.groups import Groups
-    from train.precision.recipe import Rule
+    from train.precision.recipe import OperandRule
 
-    tiles, blocks = Rule(E4M3, "1x128", False, 1e-4), Rule(E4M3, "128x128", False, 1e-4)
+    tiles, blocks = OperandRule(E4M3, "1x128", False, 1e-4), OperandRule(E4M3, "128x128", False, 1e-4)
     generator = torch.Generator().manual_seed(0)
 
     def draw(*shape: int) -> torch.Tensor:

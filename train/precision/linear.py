@@ -17,13 +17,13 @@ from torch.autograd.function import once_differentiable
 
 from train.model.needed import gradients_needed
 from train.model.recompute import is_free
-from train.precision.health import Probe
+from train.precision.health import LayerProbe
 from train.precision.products import Engine, Source, pack, unpack
 from train.precision.quantize import fitted
 from train.precision.recipe import LinearRecipe
 
 
-def linear(x: Tensor, weight_NK: Tensor, engine: Engine, recipe: LinearRecipe, probe: Probe | None) -> Tensor:
+def linear(x: Tensor, weight_NK: Tensor, engine: Engine, recipe: LinearRecipe, probe: LayerProbe | None) -> Tensor:
     """x (..., K) times weight transposed: (..., N) in the format of x."""
     x_TK = x.reshape(-1, x.shape[-1])
     y_TN = _Linear.apply(x_TK, weight_NK, engine, recipe, probe, not torch.is_grad_enabled(), is_free(x))

@@ -25,7 +25,7 @@ from train.precision.formats import Cast
 from train.precision.grouped import STEP
 from train.precision.groups import Groups
 from train.precision.quantize import EagerCasts, Quantized, exact_dtype, fitted
-from train.precision.recipe import Rule
+from train.precision.recipe import OperandRule
 
 
 @dataclass(frozen=True)
@@ -88,7 +88,7 @@ class Engine(Protocol):
         """What `keep` would give for values that are quantised already. scale: (M, ceil(K / 128))."""
         ...
 
-    def operand(self, source: Source, rule: Rule, transposed: bool = False, groups: Groups | None = None) -> Any:
+    def operand(self, source: Source, rule: OperandRule, transposed: bool = False, groups: Groups | None = None) -> Any:
         """Operand (O, C) of a source (O, C), or with `transposed` of a source (C, O). Leading axes stay.
 
         groups: the contraction runs over the padded rows of several experts, each on its own.
@@ -107,7 +107,7 @@ class Engine(Protocol):
         """left (O, P), right (N, P): for each expert the sum over its rows, (E, O, N)."""
         ...
 
-    def swiglu(self, h_P2F: Tensor, gates_P: Tensor, rule: Rule) -> Any:
+    def swiglu(self, h_P2F: Tensor, gates_P: Tensor, rule: OperandRule) -> Any:
         """Operand of SwiGLU's output (train/precision/swiglu.py)."""
         ...
 
@@ -157,7 +157,9 @@ class CpuEngine:
         quantized = Quantized(q_MK, scale, fitted(cast, q_MK), q_MK.shape)
         return quantized if self._packed else Rounded(self._values(quantized), quantized.cast)
 
-    def operand(self, source: Source, rule: Rule, transposed: bool = False, groups: Groups | None = None) -> Tensor:
+    def operand(
+        self, source: Source, rule: OperandRule, transposed: bool = False, groups: Groups | None = None
+    ) -> Tensor:
         if rule.format is None:
             values = self._values(source, torch.bfloat16)
         else:
@@ -188,7 +190,7 @@ class CpuEngine:
             torch.mm(left[:, rows], right[:, rows].mT, out=out_ON)
         return out_EON.to(dtype)
 
-    def swiglu(self, h_P2F: Tensor, gates_P: Tensor, rule: Rule) -> Tensor:
+    def swiglu(self, h_P2F: Tensor, gates_P: Tensor, rule: OperandRule) -> Tensor:
         if rule.format is None or rule.granularity != "1x128":
             return self.operand(swiglu.forward(h_P2F, gates_P), rule)
         parts = zip(swiglu.chunks(h_P2F), swiglu.chunks(gates_P, h_P2F), strict=True)

@@ -18,7 +18,7 @@ from train.precision.formats import E4M3, E5M2, E5M6, TILE, WHOLE, Cast, Format
 
 
 @dataclass(frozen=True)
-class Rule:
+class OperandRule:
     """How one operand is held: in bf16, or quantised."""
 
     format: Format | None
@@ -39,8 +39,8 @@ class Rule:
 class Product(NamedTuple):
     """The rules of a product's operands."""
 
-    left: Rule
-    right: Rule
+    left: OperandRule
+    right: OperandRule
 
 
 @dataclass(frozen=True)
@@ -90,9 +90,9 @@ def _linear(fp8: Fp8, products: Products, cache: str) -> LinearRecipe:
     return LinearRecipe(fprop, dgrad, wgrad, kept)
 
 
-def parse_rule(text: str, floor: float) -> Rule:
+def parse_rule(text: str, floor: float) -> OperandRule:
     """The rule of an operand as the configuration writes it, FORMAT/GRANULARITY/SCALE or bf16."""
     if text == "bf16":
-        return Rule(None)
+        return OperandRule(None)
     name, granularity, scale = text.split("/")
-    return Rule({"e4m3": E4M3, "e5m2": E5M2}[name], granularity, scale == "pow2", floor)
+    return OperandRule({"e4m3": E4M3, "e5m2": E5M2}[name], granularity, scale == "pow2", floor)

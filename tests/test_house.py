@@ -1,0 +1,19 @@
+"""Rules of the whole tree that no linter has."""
+
+import ast
+from collections import defaultdict
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+FOLDERS = ("conf", "train", "parallel", "cluster", "bench")
+
+
+def test_a_public_class_has_a_name_of_its_own():
+    """So that a name says what it is without the path of its module."""
+    places = defaultdict(list)
+    for file in (file for folder in FOLDERS for file in (ROOT / folder).rglob("*.py")):
+        for node in ast.parse(file.read_text()).body:
+            if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
+                places[node.name].append(str(file.relative_to(ROOT)))
+    assert len(places) > 300
+    assert {name: files for name, files in places.items() if len(files) > 1} == {}
