@@ -39,7 +39,7 @@ from train.model.deepseek import Head  # noqa: E402
 from train.model.mla import MLA  # noqa: E402
 from train.model.moe import LocalDispatcher, MoE  # noqa: E402
 from train.model.rope import Rope  # noqa: E402
-from train.optim import AdamW, moments_dtype  # noqa: E402
+from train.optim.adamw import AdamW, moments_dtype  # noqa: E402
 from train.precision.build import build_precision  # noqa: E402
 
 Step = Callable[[], object]

@@ -48,7 +48,7 @@ def _run(command: list[str], world: int, logs: Path, store: Path) -> int:
 
     def take(number: int, frame: FrameType | None) -> None:
         if asked and number == signal.SIGINT:
-            raise KeyboardInterrupt  # as a rank in this process does at a second Ctrl-C, see train/stop.py
+            raise KeyboardInterrupt  # as a rank in this process does at a second Ctrl-C, see train/loop/stop.py
         asked.append(number)
         _forward(ranks)
 

@@ -4,12 +4,6 @@ which take each rank 2.5 s of a core otherwise.
 Not train.worker itself: it sets how this process's memory is managed, which tests of memory must find as it was.
 """
 
-import train.finish
-import train.measure
-import train.metrics.report
-import train.metrics.writer
-import train.parallelize
-import train.trainer  # noqa: F401
 from parallel.zero.engine import import_deepspeed
 
 import_deepspeed(on_cuda=False)

@@ -21,7 +21,7 @@ def run_out_of_memory(rank: int, folder: str, where: str) -> None:
     """A run whose memory ends at a place of one layer."""
     from train.__main__ import main
     from train.model.moe import MoE
-    from train.optim import AdamW
+    from train.optim.adamw import AdamW
 
     class Fails(torch.autograd.Function):
         @staticmethod

@@ -12,8 +12,8 @@ SLOW, DELAY = 1, 0.15
 
 
 def train_slow_rank(rank: int, config_path: str, world: int, store: str) -> None:
+    from train.loop.rank_progress import RankProgress
     from train.model.mla import MLA
-    from train.rank_progress import RankProgress
 
     forward, write = MLA.forward, RankProgress.write
 

@@ -11,7 +11,7 @@ from cluster.launch import Place
 from conf.errors import EXIT_CRASH, EXIT_DIVERGED, EXIT_USER, UserError
 from tests.ranks import run_processes
 from train.data.files import Progress
-from train.trainer import Diverged
+from train.loop.trainer import Diverged
 from train.worker import _is_timeout, guarded, in_turn
 
 

@@ -68,7 +68,7 @@ def check_before_start(config: Config) -> None:
         corpus = build_corpus(config, progress)
     if config.init_from is not None:
         from train.checkpoint.manifest import newest_intact
-        from train.hf.start import check_start
+        from train.loop.start import check_start
         from train.run_folder import RunPaths
 
         if newest_intact(RunPaths(config).checkpoints).path is None:

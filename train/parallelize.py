@@ -18,7 +18,7 @@ from train.model.count import head_flops, layer_flops
 from train.model.deepseek import DeepSeekV3
 from train.model.init import initialise
 from train.model.mtp import MTP
-from train.optim import AdamW, decays, moments_dtype
+from train.optim.adamw import AdamW, decays, moments_dtype
 from train.precision.build import activation_dtype, build_precision
 from train.precision.fp8 import Fp8Precision
 from train.precision.high import HighPrecision

@@ -39,21 +39,21 @@ from train.data.files import Progress  # noqa: E402
 from train.data.prepare import prepare  # noqa: E402
 from train.data.progress import show_progress  # noqa: E402
 from train.explain import Explained, explained  # noqa: E402
-from train.finish import finish  # noqa: E402
 from train.gpu import grow_segments, idle_gpu, probe_in_turn, record_collectives, usable_gpu  # noqa: E402
-from train.measure import Measure  # noqa: E402
+from train.loop.finish import finish  # noqa: E402
+from train.loop.measure import Measure  # noqa: E402
+from train.loop.resume import has_start, restore  # noqa: E402
+from train.loop.state import State  # noqa: E402
+from train.loop.step_work import StepWork  # noqa: E402
+from train.loop.stop import StopRequest  # noqa: E402
+from train.loop.trainer import Diverged, Flops, Overtaken, Trainer  # noqa: E402
 from train.metrics.peak import peak_flops  # noqa: E402
 from train.metrics.writer import open_writer  # noqa: E402
 from train.model.count import flops_per_token  # noqa: E402
 from train.native.model import choose, missed  # noqa: E402
 from train.parallelize import parallelize  # noqa: E402
 from train.precision.build import activation_dtype  # noqa: E402
-from train.resume import has_start, restore  # noqa: E402
 from train.run_folder import RunPaths  # noqa: E402
-from train.state import State  # noqa: E402
-from train.step_work import StepWork  # noqa: E402
-from train.stop import StopRequest  # noqa: E402
-from train.trainer import Diverged, Flops, Overtaken, Trainer  # noqa: E402
 
 T = TypeVar("T")
 PREPARATION = timedelta(days=7)

@@ -20,8 +20,8 @@ from train.dry_run import lone
 from train.dry_run.piece import choose_piece, choose_rank
 from train.dry_run.routing import load_of
 from train.layout import check_layout
+from train.loop.trainer import Trainer
 from train.plan.job import with_nodes
-from train.trainer import Trainer
 
 TINY = ("conf=tiny", "cluster.device=cuda", "seq_len=128", "batch_size=8", "micro_batch_size=1", "log.peak_flops=1e15")
 EP4 = ("parallel.dp=4", "parallel.ep=4", "cluster.ranks_per_node=2")

@@ -22,10 +22,10 @@ from train.checkpoint.checkpointer import Checkpointer
 from train.data.tokenizer import Tokenizer, train_bpe
 from train.hf.export import export
 from train.hf.names import tensors
-from train.hf.start import check_start, start_from
+from train.loop.start import check_start, start_from
+from train.loop.state import State
 from train.parallelize import parallelize
 from train.run_folder import RunPaths
-from train.state import State
 
 torch.set_num_threads(1)
 

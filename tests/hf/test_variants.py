@@ -24,8 +24,8 @@ from train.hf.config import check_recipe
 from train.hf.export import export
 from train.hf.folder import match, open_model
 from train.hf.load import load_hf_model
-from train.hf.start import check_start
 from train.hf.tokenizer import write_tokenizer
+from train.loop.start import check_start
 from train.model.deepseek import DeepSeekV3
 from train.run_folder import RunPaths
 

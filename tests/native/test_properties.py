@@ -24,7 +24,7 @@ from train.model.compiled_attention import CompiledAttention, _attention_kept
 from train.model.mla import CompiledHeads, PlainHeads
 from train.model.rope import Rope
 from train.native.kernel import Array, Kernel, Number, Parameter, Struct, Table, table
-from train.optim import AdamW, UpdatePiece, _update
+from train.optim.adamw import AdamW, UpdatePiece, _update
 from train.precision import scaled_products
 from train.precision.compiled import load_casts
 from train.precision.formats import E4M3, E5M2, E5M6, TILE, WHOLE, Cast, unpack_e5m6

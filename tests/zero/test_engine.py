@@ -17,7 +17,7 @@ from parallel import exchange
 from parallel.mesh import Layout, build_mesh
 from parallel.zero.engine import Zero
 from tests.ranks import plain, run_ranks, tensor_of
-from train.optim import AdamW, decays
+from train.optim.adamw import AdamW, decays
 
 EXPERTS, STEPS = 4, 3
 

@@ -22,7 +22,7 @@ from conf.errors import UserError
 from parallel.zero.private_names import NAMES, require_names
 
 SEAM = Path(parallel.zero.__file__).parent
-OURS = [SEAM, SEAM.parent / "shard.py", SEAM.parent / "mesh.py", SEAM.parents[1] / "train" / "optim.py"]
+OURS = [SEAM, SEAM.parent / "shard.py", SEAM.parent / "mesh.py", SEAM.parents[1] / "train" / "optim"]
 PUBLIC = {
     "DeepSpeedEngine", "initialize", "coalesce_grad_reduction", "was_step_applied", "module", "optimizer", "engine", "step",
     "set_z3_leaf_module", "safe_get_local_grad", "safe_get_local_fp32_param", "safe_get_local_optimizer_state", "groups",

@@ -101,7 +101,7 @@ def _step(
     measured: MeasuredRank,
     meter: PeakMeter | None = None,
 ) -> None:
-    """One optimizer step, as train/trainer.py makes it."""
+    """One optimizer step, as train/loop/trainer.py makes it."""
     micro_batches = len(tokens_BS) // config.micro_batch_size
     parts.precision.start_step(number)
     for chunk in parts.chunks:

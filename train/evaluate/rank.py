@@ -26,10 +26,10 @@ from train.evaluate.weights import load_pipeline, make_pipeline  # noqa: E402
 from train.generate.source import start_token  # noqa: E402
 from train.gpu import probe_in_turn  # noqa: E402
 from train.hf.load import load_hf_model  # noqa: E402
+from train.loop.validation import Sums, held_out_loss  # noqa: E402
 from train.precision.build import activation_dtype  # noqa: E402
 from train.run_folder import RunPaths  # noqa: E402
 from train.trained_with import require_tokenizer  # noqa: E402
-from train.validation import Sums, held_out_loss  # noqa: E402
 from train.whole_model import require_memory  # noqa: E402
 from train.worker import choose_device, guarded, in_turn, start_process_group  # noqa: E402
 

@@ -25,7 +25,7 @@ from rich.console import Console
 
 from train.checkpoint.files import atomic_write_text
 from train.evaluate.sources import EvaluatedSource
-from train.validation import Sums
+from train.loop.validation import Sums
 
 FILE = "evaluate.json"
 

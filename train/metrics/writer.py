@@ -10,7 +10,7 @@ from typing import Protocol
 
 from cluster.launch import given_attempt
 from conf.schema import Config
-from train.changed_settings import settings_of
+from train.loop.changed_settings import settings_of
 from train.metrics.goodput import GoodputRecord
 from train.metrics.jsonl import FILE, JsonlSink
 from train.metrics.names import Record

@@ -171,3 +171,13 @@ class _Route(torch.autograd.Function):
             dscores_BTE = (frequency_B1E - mean_BT1) * (ctx.balance_weight / (batch * length) / total_BT1)
         dscores_BTE.scatter_add_(-1, ids_BTK, dchosen_BTK)
         return torch.ops.aten.sigmoid_backward(dscores_BTE, scores_BTE), None, None, None, None
+
+
+@torch.no_grad()
+def update_bias(bias_E: Tensor, load_E: Tensor, speed: float) -> None:
+    """Auxiliary-loss-free balancing (paper 2.1.2), after every step: b_i += speed * sign(mean load - load_i), in place, so that
+    the bias of an overloaded expert goes down and that of an underloaded one up. load counts tokens over the whole batch of
+    the step. The bias takes part in the choice of experts alone, never in their weights.
+    """
+    load_E = load_E.to(bias_E.dtype)
+    bias_E.add_(torch.sign(load_E.mean() - load_E), alpha=speed)

@@ -1,4 +1,4 @@
-// AdamW of train/optim.py with bf16 moments, in one pass over memory, and the norm before it, for CPUs with AVX-512 or AVX2.
+// AdamW of train/optim/adamw.py with bf16 moments, in one pass over memory, and the norm before it, for CPUs with AVX-512 or AVX2.
 // Called by ctypes.
 //
 // Every element gets the same arithmetic wherever a shard begins or ends: that of torch's kernel, in fp32, so that moments

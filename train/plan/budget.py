@@ -4,10 +4,10 @@ from dataclasses import dataclass
 
 from conf.schema import Config
 from train.layout import check_layout
+from train.optim.schedules import Schedules
 from train.plan.job import communicator_bytes, device_memory, layout_of, require_hardware, with_nodes
 from train.plan.memory.rank import RankMemory, plan_memory
 from train.plan.time.step import StepTime, plan_time
-from train.schedules import Schedules
 
 HOUR, KWH_IN_JOULES, TRILLION = 3600.0, 3.6e6, 1e12
 

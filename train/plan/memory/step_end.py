@@ -22,7 +22,7 @@ from itertools import groupby
 
 from conf.schema import Config
 from parallel.zero.engine import BUCKET_ELEMENTS
-from train.optim import moments_dtype, scratch_bytes
+from train.optim.adamw import moments_dtype, scratch_bytes
 from train.plan.memory.weights import FP32, Shards, Weight
 
 

@@ -12,7 +12,7 @@ import torch
 
 from conf.schema import Config, Model, Recompute
 from train.model.deepseek import DeepSeekV3
-from train.optim import decays
+from train.optim.adamw import decays
 from train.plan.memory.chunk import Parts
 from train.plan.memory.part import Frozen
 from train.precision.high import HighPrecision

@@ -10,7 +10,7 @@ from functools import cached_property
 
 from conf.schema import Config
 from parallel.zero.engine import BUCKET_ELEMENTS
-from train.optim import moments_dtype, scratch_bytes
+from train.optim.adamw import moments_dtype, scratch_bytes
 from train.plan.memory.chunk import ChunkMemory
 from train.plan.memory.part import Frozen, PassMemory
 from train.plan.memory.weights import FP32, Shards, Weight, part_weights

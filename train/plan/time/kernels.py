@@ -24,7 +24,7 @@ from train.model.mla import to_heads
 from train.model.moe import LocalDispatcher
 from train.model.rope import Rope
 from train.model.router import Router, _Route
-from train.optim import AdamW, moments_dtype
+from train.optim.adamw import AdamW, moments_dtype
 from train.plan.time import work
 from train.plan.time.traffic import Spread
 from train.plan.time.update import ADAM_BYTES

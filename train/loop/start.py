@@ -14,7 +14,7 @@ from train.hf.folder import Folder, match, open_model
 from train.hf.tokenizer import check_tokenizer
 
 if TYPE_CHECKING:
-    from train.state import State
+    from train.loop.state import State
 
 
 def check_start(config: Config, tokenizer: Tokenizer) -> tuple[Folder, list[str]]:

@@ -15,10 +15,10 @@ from torch import Tensor
 
 from conf.schema import Model
 from parallel.mesh import Mesh
+from train.loop.step_work import StepWork
 from train.model.count import moe_layers
 from train.model.deepseek import DeepSeekV3
 from train.model.router import Router
-from train.step_work import StepWork
 
 
 @dataclass

@@ -17,9 +17,9 @@ from conf.schema import Config
 from parallel.mesh import Mesh
 from parallel.shard import Shard, whole
 from parallel.zero.engine import Zero
-from train.ema import Ema
 from train.metrics.balance import RunningLoad, update_running
 from train.model.router import Router
+from train.optim.ema import Ema
 
 
 class State:

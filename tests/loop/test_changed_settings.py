@@ -8,8 +8,8 @@ from conf.load import compose
 from conf.schema import Config
 from tests.metrics.wandb_file import records
 from tests.small import metrics, train
-from train.changed_settings import EFFECTS, REMARKS, Effect, _flat, changed, effect_of, settings_of
 from train.checkpoint.manifest import read_manifest, seal
+from train.loop.changed_settings import EFFECTS, REMARKS, Effect, _flat, changed, effect_of, settings_of
 
 META = {"step": 6, "data": "abc", "has_ema": False, "seed": 1, "seq_len": 256}
 

@@ -1,6 +1,6 @@
 """What this rank's pipeline and dispatcher did in a step, as numbers that become metrics when summed over all ranks.
 
-Means over ranks are sent as shares of the world's size, so that a sum is all they need (train/measure.py has it). A
+Means over ranks are sent as shares of the world's size, so that a sum is all they need (train/loop/measure.py has it). A
 metric that a layout cannot have (a bubble without a pipeline, traffic without expert parallelism) is left out.
 
 A rank's busy time is that of its actions. Inside an action it may wait as well, for tokens from other experts' ranks

@@ -9,7 +9,6 @@ from conf.errors import UserError
 from conf.schema import Config
 from parallel.exchange import from_rank_0, gather
 from parallel.shard import Shard
-from train.changed_settings import changed
 from train.checkpoint.checkpointer import Checkpointer
 from train.checkpoint.load import fill
 from train.checkpoint.manifest import Damaged, manifest_of, newest_intact, read_manifest
@@ -17,9 +16,10 @@ from train.checkpoint.memory import MemoryCopies
 from train.data.prepare import Prepared
 from train.data.tokenizer import Tokenizer
 from train.hf.folder import Folder, Stored
-from train.hf.start import check_start, start_from
+from train.loop.changed_settings import changed
+from train.loop.start import check_start, start_from
+from train.loop.state import State
 from train.run_folder import RunPaths, resume_point
-from train.state import State
 from train.trained_with import require_tokenizer
 
 

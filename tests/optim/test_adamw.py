@@ -6,7 +6,7 @@ import torch
 import train.native.model as native
 from conf.schema import Optim
 from parallel.shard import Pieces
-from train.optim import CHUNK, AdamW
+from train.optim.adamw import CHUNK, AdamW
 
 SIZE = 2 * CHUNK["cpu"] + 1003
 """Whole chunks, a part of one, and elements that fill no vector."""

@@ -4,7 +4,7 @@ import pytest
 
 from conf.load import compose
 from conf.schema import Phase, Shape
-from train.schedules import Schedules, value_at
+from train.optim.schedules import Schedules, value_at
 
 
 @pytest.fixture(scope="module")

@@ -20,28 +20,28 @@ from conf.errors import EXIT_CRASH, EXIT_DIVERGED, EXIT_OK, EXIT_STOPPED, DiskFa
 from conf.schema import Config
 from parallel.exchange import gather
 from parallel.mesh import Mesh
-from train.balance import update_bias
-from train.changed_settings import settings_of
 from train.checkpoint.checkpointer import Checkpointer
 from train.checkpoint.manifest import step_name
 from train.checkpoint.memory import MemoryCopies
 from train.data.batch import Batch
 from train.data.prefetch import Prefetch
 from train.data.prepare import Prepared
-from train.measure import Measure, Measured
+from train.loop.changed_settings import settings_of
+from train.loop.measure import Measure, Measured
+from train.loop.nonfinite import SHOWN, Origin, RankSaw, Watch, bad_weights, find_origin
+from train.loop.rank_progress import RankProgress
+from train.loop.state import State
+from train.loop.stop import StopRequest
+from train.loop.timeline import TimelineSampler
+from train.loop.validation import held_out_loss
 from train.memory import peak_memory
 from train.metrics.balance import balance_record
 from train.metrics.writer import MetricsWriter
-from train.nonfinite import SHOWN, Origin, RankSaw, Watch, bad_weights, find_origin
+from train.model.router import update_bias
+from train.optim.schedules import Schedules, StepPlan
 from train.parallelize import Parallelized
 from train.precision.health import Report, merge
-from train.rank_progress import RankProgress
 from train.run_folder import RunPaths
-from train.schedules import Schedules, StepPlan
-from train.state import State
-from train.stop import StopRequest
-from train.timeline import TimelineSampler
-from train.validation import held_out_loss
 
 
 class Diverged(RuntimeError):
