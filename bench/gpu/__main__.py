@@ -1,0 +1,94 @@
+"""What Sluice does on this GPU, in ten minutes:  python -m bench.gpu [--part NAME ...] [--out FOLDER]
+
+Writes gpu.json (verdict.schema.json describes it) and gpu.html, one page to read and to send back. Every line passes, fails, or
+was not tried with the reason; the exit code is 1 if any fails. The parts:
+
+PARTS
+Every part has processes and time of its own, so that a crash or a hang takes one check with it, and all of them together
+take ten minutes at most. Without a GPU it is a dry check, which says so: the same code compares torch's operations on the
+CPU, in the place of the GPU's, with the CPU's compiled code, at small sizes.
+"""
+
+import argparse
+import json
+import sys
+import time
+from pathlib import Path
+
+from bench.gpu.line import FAIL, NOT_TRIED, Line
+from bench.gpu.page import draw, shown
+from bench.gpu.parts import PARTS, Part
+from bench.gpu.run import run_part
+from bench.gpu.verdict import PartFound, Verdict, software
+
+MINUTES = 10.0
+
+
+def main() -> int:
+    listed = "".join(f"    {part.name:13} {part.title} ({part.seconds:.0f} s)\n" for part in PARTS.values())
+    parser = argparse.ArgumentParser(
+        description=__doc__.replace("PARTS\n", listed), formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--part", nargs="+", choices=tuple(PARTS), default=list(PARTS), metavar="NAME", help="only these"
+    )
+    parser.add_argument(
+        "--device", choices=("auto", "cuda", "cpu"), default="auto", help="cpu: a dry check in any case"
+    )
+    parser.add_argument("--out", type=Path, default=Path("."), metavar="FOLDER", help="where gpu.json and gpu.html go")
+    options = parser.parse_args()
+    verdict = start(options.device)
+    options.out.mkdir(parents=True, exist_ok=True)
+    deadline = time.monotonic() + 60 * MINUTES
+    for name in options.part:
+        print(f"\n{PARTS[name].title}", flush=True)
+        verdict.parts.append(run(PARTS[name], "cuda" if verdict.on_gpu else "cpu", deadline))
+        write(verdict, options.out)
+    verdict.complete = True
+    write(verdict, options.out)
+    counts = verdict.counts()
+    print(f"\n{', '.join(f'{count} {kind}' for kind, count in counts.items())} in {verdict.seconds:.0f} s")
+    print(f"written to {options.out / 'gpu.json'} and {options.out / 'gpu.html'}")
+    if not verdict.on_gpu:
+        print("dry check: no CUDA device, nothing of this ran on a GPU")
+    return 1 if counts[FAIL] else 0
+
+
+def start(wanted: str) -> Verdict:
+    """An empty verdict on the device at hand."""
+    import torch
+
+    on_gpu = wanted != "cpu" and torch.cuda.is_available()
+    if wanted == "cuda" and not on_gpu:
+        sys.exit("--device cuda: torch finds no CUDA device that it can use; without the option this is a dry check")
+    verdict = Verdict(on_gpu, torch.cuda.get_device_name(0) if on_gpu else "a CPU", software())
+    print(f"{verdict.device}, torch {torch.__version__}")
+    if not on_gpu:
+        print("no CUDA device: dry check on the CPU at small sizes, nothing below runs on a GPU")
+    return verdict
+
+
+def run(part: Part, device: str, deadline: float) -> PartFound:
+    """The part, in its own time or in what is left of all."""
+    began = time.monotonic()
+    allowed = min(part.seconds, deadline - began)
+    if allowed <= 0:
+        lines = [Line("all checks", NOT_TRIED, f"the {MINUTES:.0f} minutes were over")]
+    else:
+        lines = run_part(part.name, device, allowed, show)
+    return PartFound(part.name, part.title, round(time.monotonic() - began, 1), round(max(0.0, allowed), 1), lines)
+
+
+def show(line: Line) -> None:
+    figures = ", ".join(f"{name} {shown(value)}" for name, value in line.figures.items())
+    rest = "; ".join(text for text in (line.reason, figures) if text)
+    print(f"  {line.verdict:10}{line.name}{': ' if rest else ''}{rest}", flush=True)
+
+
+def write(verdict: Verdict, folder: Path) -> None:
+    (folder / "gpu.json").write_text(json.dumps(verdict.record(), indent=1, allow_nan=False) + "\n")
+    (folder / "gpu.html").write_text(draw(verdict))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

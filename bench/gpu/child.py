@@ -1,0 +1,63 @@
+"""One part in a process of its own:  python -m bench.gpu.child PART DEVICE FILE
+
+FILE gets one JSON object a line: first the names of all checks, then every check as it begins and its line when it is done.
+Checks that have a line there already are left out, so that a process can go on where another one died. A check that takes
+longer than its limit ends the process, and faulthandler prints where it hung; so does an error that leaves the CUDA context
+unusable.
+"""
+
+import faulthandler
+import json
+import sys
+import warnings
+from dataclasses import asdict
+from pathlib import Path
+
+from bench.gpu.line import make_line
+
+BROKEN = 70
+"""Exit code: the checks that are left need a new process."""
+
+
+def main() -> int:
+    name, device, path = sys.argv[1:]
+    faulthandler.enable()
+    from bench.gpu.machine import Machine
+    from bench.gpu.parts import PARTS
+
+    warnings.filterwarnings("ignore", "`torch.distributed.*is deprecated", FutureWarning)
+    machine = Machine.here(device)
+    return run_checks(PARTS[name].load()(machine), machine, Path(path))
+
+
+def run_checks(checks, machine, path: Path) -> int:
+    """All that have no line in the file yet."""
+    done = {entry["line"]["name"] for entry in read_entries(path) if "line" in entry}
+    with path.open("a") as file:
+
+        def write(entry: dict) -> None:
+            print(json.dumps(entry), file=file, flush=True)
+
+        write({"checks": [check.name for check in checks]})
+        for check in checks:
+            if check.name in done:
+                continue
+            write({"begun": check.name})
+            faulthandler.dump_traceback_later(check.limit, exit=True)
+            line = make_line(check)
+            faulthandler.cancel_dump_traceback_later()
+            write({"line": asdict(line)})
+            if machine.broken():
+                return BROKEN
+    return 0
+
+
+def read_entries(path: Path) -> list[dict]:
+    """What a child wrote; a line that it was writing when it died is left out."""
+    if not path.exists():
+        return []
+    return [json.loads(line) for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,146 @@
+"""What is installed, what the device is and how fast it is at what the other parts compare with."""
+
+import os
+import time
+from functools import partial
+
+import psutil
+import torch
+from torch.nn import functional as F
+
+from bench.gpu.line import Check, Found, NotTried
+from bench.gpu.machine import Machine
+from bench.gpu.timing import median_seconds
+from bench.gpu.verdict import nvcc
+from conf.load import compose
+from train.metrics.peak import measured_peak, named_peak
+from train.precision.hopper import DEEP_GEMM
+
+BUSY = 0.9
+"""Share of a card's memory that is free when nobody else uses it."""
+
+
+def checks(machine: Machine) -> list[Check]:
+    return [
+        Check("the machine", partial(host, machine)),
+        Check("the device", partial(device, machine)),
+        Check("rate of bf16 products", partial(product_rate, machine)),
+        Check("rate of memory", partial(memory_rate, machine)),
+        Check("time of a launch", partial(launch_time, machine)),
+        Check("nvcc, for DeepGEMM", partial(compiler, machine)),
+        Check("precision=fp8 can start", partial(fp8_starts, machine)),
+        Check("attention with heads of 192 and 128", partial(attention, machine)),
+    ]
+
+
+def host(machine: Machine) -> Found:
+    return Found(
+        {"cores": os.cpu_count(), "memory (GiB)": psutil.virtual_memory().total / 2**30, "load": os.getloadavg()[0]}
+    )
+
+
+def device(machine: Machine) -> Found:
+    machine.need_gpu("this")
+    properties = torch.cuda.get_device_properties(machine.device)
+    free, total = torch.cuda.mem_get_info(machine.device)
+    busy = free < BUSY * total
+    return Found(
+        {
+            "name": properties.name, "compute capability": f"{properties.major}.{properties.minor}",
+            "SMs": properties.multi_processor_count, "memory (GiB)": total / 2**30, "free (GiB)": free / 2**30,
+            "cards of this machine": torch.cuda.device_count(),
+        },
+        f"{BUSY:.0%} of the memory is free: other programs on the card make times and the dry runs meaningless",
+        f"only {free / total:.0%} of the memory is free" if busy else None,
+    )  # fmt: skip
+
+
+def product_rate(machine: Machine) -> Found:
+    rate = measured_peak(machine.device, torch.bfloat16)
+    figures = {"rate (TFLOP/s)": rate / 1e12}
+    if not machine.on_gpu:
+        return Found(figures)
+    made = named_peak(machine.name)
+    if made is None:
+        return Found(figures | {"maker's figure": "not known for this card"})
+    problem = None if 0.4 <= rate / made <= 1.02 else f"{rate / made:.0%} of the maker's {made / 1e12:.0f} TFLOP/s"
+    bound = (
+        "between 0.4 and 1.02 of the maker's figure: large products reach 0.6 to 0.8 of it under the power limit; less "
+        "means a throttled or shared card, more that the clock of this measurement is wrong"
+    )
+    return Found(figures | {"of the maker's": rate / made}, bound, problem)
+
+
+def memory_rate(machine: Machine) -> Found:
+    size = 2**30 if machine.on_gpu else 2**26
+    source = torch.zeros(size, dtype=torch.uint8, device=machine.device)
+    target = torch.empty_like(source)
+    figures = {"copy, read and written (TB/s)": 2 * size / median_seconds(lambda: target.copy_(source), machine) / 1e12}
+    if machine.on_gpu:
+        pinned = torch.empty(2**28, dtype=torch.uint8, pin_memory=True)
+        part = target[: 2**28]
+        for name, work in {
+            "to the host (GB/s)": lambda: pinned.copy_(part, non_blocking=True),
+            "from the host (GB/s)": lambda: part.copy_(pinned, non_blocking=True),
+        }.items():
+            figures[name] = 2**28 / median_seconds(work, machine, rounds=5) / 1e9
+    return Found(figures)
+
+
+def launch_time(machine: Machine) -> Found:
+    machine.need_gpu("this")
+    x, count = torch.zeros(1, device=machine.device), 2000
+    for _ in range(100):
+        x.add_(1)
+    machine.synchronize()
+    began = time.perf_counter()
+    for _ in range(count):
+        x.add_(1)
+    issued = time.perf_counter() - began
+    machine.synchronize()
+    done = time.perf_counter() - began
+    return Found({"issued (us)": 1e6 * issued / count, "done (us)": 1e6 * done / count})
+
+
+def compiler(machine: Machine) -> Found:
+    machine.need_gpu("this")
+    if nvcc() is None:
+        raise NotTried(
+            f"there is no nvcc in CUDA_HOME, /usr/local/cuda or PATH: {DEEP_GEMM} cannot compile, so precision=fp8 has no experts"
+        )
+    return Found({"in CUDA_HOME": bool(os.environ.get("CUDA_HOME"))})
+
+
+def fp8_starts(machine: Machine) -> Found:
+    machine.need_gpu("the FP8 path")
+    from train.precision.hopper import HopperEngine
+
+    HopperEngine(compose("precision=fp8").precision.fp8)
+    return Found()
+
+
+def attention(machine: Machine) -> Found:
+    """Which of torch's kernels takes DeepSeek-V3's heads, one by one; a step takes the first that can."""
+    machine.need_gpu("torch's CUDA attention")
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    table, works = [["kernel", "forward (ms)", "forward + backward (ms)", "says"]], False
+    shapes = ((1, 16, 1024, 192), (1, 16, 1024, 192), (1, 16, 1024, 128))
+    for backend in (SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION):
+        q, k, v = (torch.randn(s, device=machine.device).bfloat16().requires_grad_() for s in shapes)
+
+        def forward(q=q, k=k, v=v):
+            return F.scaled_dot_product_attention(q, k, v, is_causal=True)
+
+        def both(q=q, k=k, v=v, forward=forward):
+            return torch.autograd.grad(forward(), (q, k, v), v.detach())
+
+        try:
+            with sdpa_kernel(backend):
+                row = [1e3 * median_seconds(work, machine, rounds=10) for work in (forward, both)]
+            table.append([backend.name, *row, "works"])
+            works = True
+        except RuntimeError as error:
+            table.append([backend.name, None, None, str(error).splitlines()[0]])
+    bound = "one of the kernels works forward and backward"
+    return Found({}, bound, None if works else "none works", table)

@@ -1,0 +1,24 @@
+"""The parts of the command: their names, what they are about, their time, and where their checks are."""
+
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from bench.gpu.line import Check
+from bench.gpu.machine import Machine
+
+
+@dataclass(frozen=True)
+class Part:
+    """Checks that share a process. Its module has `checks(machine)`."""
+
+    name: str
+    title: str
+    seconds: float
+    """Of the ten minutes."""
+
+    def load(self) -> Callable[[Machine], list[Check]]:
+        return importlib.import_module(f"bench.gpu.{self.name}").checks
+
+
+PARTS = {part.name: part for part in (Part("environment", "What is installed, and whether it works together", 50),)}

@@ -1,0 +1,66 @@
+"""A part whose checks do all that checks on a new card may do; a process of tests/bench/gpu/test_run.py runs it."""
+
+import faulthandler
+import os
+import signal
+import sys
+import time
+from pathlib import Path
+
+from bench.gpu.child import run_checks
+from bench.gpu.line import Check, Found, NotTried
+
+
+class Machine:
+    """Its context breaks when a check says so."""
+
+    def __init__(self):
+        self.context_is_broken = False
+
+    def broken(self) -> bool:
+        return self.context_is_broken
+
+
+def raises() -> Found:
+    raise RuntimeError("CUDA error: an illegal memory access was encountered")
+
+
+def not_tried() -> Found:
+    raise NotTried("TransformerEngine is not installed")
+
+
+def breaks(machine: Machine) -> Found:
+    machine.context_is_broken = True
+    raise RuntimeError("device-side assert")
+
+
+def hangs() -> Found:
+    time.sleep(60)
+    return Found()
+
+
+def main() -> int:
+    faulthandler.enable()
+    kind, path = sys.argv[1:]
+    machine = Machine()
+    if kind == "import_error":
+        raise ImportError("libcudart.so.13: cannot open shared object file")
+    checks = {
+        "first": lambda: Found({"milliseconds": 1.5}, "less than 2"),
+        "raises": raises,
+        "not tried": not_tried,
+        "breaks the context": lambda: breaks(machine),
+        "crashes": lambda: os.kill(os.getpid(), signal.SIGSEGV),
+        "exits": lambda: os._exit(3),
+        "hangs": hangs,
+        "wrong": lambda: Found({"error": float("nan")}, "below 1", "it is not a number"),
+        "last": Found,
+    }
+    if kind == "late":
+        checks = {name: checks[name] for name in ("first", "hangs", "last")}
+    limit = 60.0 if kind == "late" else 0.5
+    return run_checks([Check(name, run, limit) for name, run in checks.items()], machine, Path(path))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,104 @@
+"""Whatever a check does, its part goes on, each line has a verdict and a reason, and the time is kept."""
+
+import json
+import sys
+import time
+from pathlib import Path
+
+import jsonschema
+import pytest
+
+import bench.gpu.__main__ as command
+from bench.gpu.line import FAIL, NOT_TRIED, PASS, Line
+from bench.gpu.page import draw, shown
+from bench.gpu.parts import PARTS
+from bench.gpu.run import follow
+from bench.gpu.verdict import PartFound, Verdict
+from conf.schema import ROOT
+
+SCHEMA = json.loads((ROOT / "bench" / "gpu" / "verdict.schema.json").read_text())
+
+
+def lines_of(kind: str, folder: Path, seconds: float = 60.0) -> tuple[dict[str, Line], list[Line]]:
+    """By name, and as they were shown."""
+    shown: list[Line] = []
+    command = [sys.executable, "-m", "tests.bench.gpu.misbehaving", kind]
+    lines = follow(command, folder, time.monotonic() + seconds, shown.append)
+    return {line.name: line for line in lines}, shown
+
+
+def test_a_check_that_raises_crashes_hangs_or_breaks_the_context_takes_no_other_with_it(tmp_path):
+    lines, shown = lines_of("all", tmp_path)
+    assert [line.name for line in shown] == list(lines)
+    verdicts = {name: line.verdict for name, line in lines.items()}
+    assert verdicts == {
+        "first": PASS, "raises": FAIL, "not tried": NOT_TRIED, "breaks the context": FAIL, "crashes": FAIL, "exits": FAIL,
+        "hangs": FAIL, "wrong": FAIL, "last": PASS,
+    }  # fmt: skip
+    assert lines["first"].figures == {"milliseconds": 1.5} and lines["first"].bound == "less than 2"
+    assert "illegal memory access" in lines["raises"].reason and "misbehaving.py:" in lines["raises"].reason
+    assert lines["not tried"].reason == "TransformerEngine is not installed"
+    assert "SIGSEGV" in lines["crashes"].reason and "misbehaving.py:" in lines["crashes"].reason
+    assert "exit code 3" in lines["exits"].reason
+    assert lines["hangs"].reason.startswith("hung") and "misbehaving.py:" in lines["hangs"].reason
+    assert lines["wrong"].figures == {"error": "nan"}
+    assert str(ROOT) not in " ".join(line.reason for line in lines.values())
+
+
+def test_a_part_ends_with_its_time(tmp_path):
+    began = time.monotonic()
+    lines, _ = lines_of("late", tmp_path, seconds=3.0)
+    assert time.monotonic() - began < 20
+    assert lines["first"].verdict == PASS
+    assert lines["hangs"].verdict == FAIL and "time was over" in lines["hangs"].reason
+    assert lines["last"].verdict == NOT_TRIED and "time was over" in lines["last"].reason
+
+
+def test_a_part_that_cannot_start_is_one_line_that_fails(tmp_path):
+    lines, _ = lines_of("import_error", tmp_path)
+    (line,) = lines.values()
+    assert line.verdict == FAIL and "libcudart.so.13" in line.reason
+
+
+def test_all_parts_take_ten_minutes_and_the_last_ones_are_not_begun_without_time(monkeypatch):
+    assert sum(part.seconds for part in PARTS.values()) <= 60 * command.MINUTES
+    monkeypatch.setattr(command, "run_part", lambda *arguments: pytest.fail("a part was begun"))
+    found = command.run(next(iter(PARTS.values())), "cpu", time.monotonic() - 1)
+    (line,) = found.lines
+    assert line.verdict == NOT_TRIED and "minutes were over" in line.reason
+
+
+@pytest.mark.parametrize(("line", "code"), [(Line("one", PASS), 0), (Line("one", FAIL, "<b>wrong</b>"), 1)])
+def test_the_command_writes_page_and_file_and_fails_where_a_line_does(line, code, monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(command, "run_part", lambda *arguments: [line, Line("two", NOT_TRIED, "no GPU")])
+    monkeypatch.setattr("sys.argv", ["gpu", "--device", "cpu", "--out", str(tmp_path)])
+    assert command.main() == code
+    record = json.loads((tmp_path / "gpu.json").read_text())
+    jsonschema.validate(record, SCHEMA)
+    assert [part["name"] for part in record["parts"]] == list(PARTS) and record["complete"] and not record["on_gpu"]
+    assert record["counts"][FAIL] == code * len(PARTS)
+    page = (tmp_path / "gpu.html").read_text()
+    assert "Nothing on this page ran on a GPU" in page and "<b>wrong</b>" not in page
+    assert "nothing of this ran on a GPU" in capsys.readouterr().out
+
+
+def test_a_line_that_fails_without_a_reason_breaks_the_schema():
+    verdict = Verdict(True, "H100", {})
+    verdict.parts.append(PartFound("environment", "title", 1.0, 2.0, [Line("one", FAIL)]))
+    with pytest.raises(jsonschema.ValidationError):
+        jsonschema.validate(verdict.record(), SCHEMA)
+
+
+def test_a_run_that_was_cut_off_says_so_and_a_complete_one_on_a_gpu_is_no_dry_check():
+    verdict = Verdict(True, "H100", {"torch": "2.13"})
+    assert "not complete" in draw(verdict)
+    verdict.complete = True
+    assert "not complete" not in draw(verdict) and "Dry check" not in draw(verdict)
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [(1234.5, "1234"), (12.345, "12.3"), (0.5, "0.500"), (0.0123, "0.01230"), (1e-5, "1.00e-05"), (3, "3"), (None, "")],
+)
+def test_figures_have_three_or_four_digits(value, text):
+    assert shown(value) == text
