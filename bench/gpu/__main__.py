@@ -27,7 +27,7 @@ MINUTES = 10.0
 def main() -> int:
     listed = "".join(f"    {part.name:13} {part.title} ({part.seconds:.0f} s)\n" for part in PARTS.values())
     parser = argparse.ArgumentParser(
-        description=__doc__.replace("PARTS\n", listed), formatter_class=argparse.RawDescriptionHelpFormatter
+        description=__doc__.replace("PARTS\n", f"{listed}\n"), formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument(
         "--part", nargs="+", choices=tuple(PARTS), default=list(PARTS), metavar="NAME", help="only these"

@@ -21,4 +21,10 @@ class Part:
         return importlib.import_module(f"bench.gpu.{self.name}").checks
 
 
-PARTS = {part.name: part for part in (Part("environment", "What is installed, and whether it works together", 50),)}
+PARTS = {
+    name: Part(name, title, seconds)
+    for name, title, seconds in (
+        ("environment", "What is installed, and whether it works together", 50),
+        ("kernels", "Every kernel against its reference", 90),
+    )
+}

@@ -8,10 +8,11 @@ import itertools
 import pytest
 import torch
 
+from bench.gpu import interpreter
 from conf.errors import UserError
 from conf.load import compose
 from parallel.expert.wire import Fp8RowsWire, Fp8Wire
-from tests.precision import fakes, interpreter
+from tests.precision import fakes
 from train.precision import hopper, hopper_probe, swiglu, triton_kernels
 from train.precision.formats import E4M3, E5M2, Cast
 from train.precision.fp8 import Fp8Precision
@@ -25,7 +26,7 @@ torch.set_num_threads(1)
 
 @pytest.fixture(autouse=True)
 def rounding(monkeypatch) -> None:
-    interpreter.repair(monkeypatch)
+    interpreter.repair(monkeypatch.setattr)
 
 
 @pytest.fixture

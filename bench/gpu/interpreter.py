@@ -6,8 +6,9 @@ ties to even, FP8 saturating. That of triton 3.6, which torch 2.11 brings, takes
 element, which numpy 2.4 refuses.
 """
 
+from collections.abc import Callable
+
 import numpy as np
-import pytest
 import torch
 
 FORMATS = {
@@ -18,8 +19,8 @@ FORMATS = {
 """torch's types for a value and for its bits."""
 
 
-def repair(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Round as hardware does, for one test."""
+def repair(put: Callable[[object, str, object], None] = setattr) -> None:
+    """Round as hardware does. put: sets an attribute, for a test that takes it back."""
     import triton.runtime.interpreter as interpreter
 
     convert, patch = interpreter._convert_float, interpreter._patch_lang_tensor
@@ -38,5 +39,5 @@ def repair(monkeypatch: pytest.MonkeyPatch) -> None:
         patch(tensor, scope)
         scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.squeeze()))
 
-    monkeypatch.setattr(interpreter, "_convert_float", repaired)
-    monkeypatch.setattr(interpreter, "_patch_lang_tensor", with_bounds)
+    put(interpreter, "_convert_float", repaired)
+    put(interpreter, "_patch_lang_tensor", with_bounds)

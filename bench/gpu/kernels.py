@@ -1,0 +1,450 @@
+"""Every piece of a step that a GPU computes with code of its own, against the CPU.
+
+Quantisers must agree in every bit. Products of quantised operands are held to the same operands multiplied in fp32. All else
+is compared as bench/gpu/compare.py says. Without a GPU our Triton kernels run in Triton's interpreter where it is
+installed; products in FP8 are not tried.
+"""
+
+import importlib.util
+import itertools
+import os
+from contextlib import nullcontext
+from dataclasses import replace
+from functools import cache, partial
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from bench.gpu.compare import distances, judge, relative, seeded, three_sides, with_gradients
+from bench.gpu.line import Check, Found, NotTried
+from bench.gpu.machine import Machine
+from conf.load import compose
+from train.model.attention import attention
+from train.model.layers import RMSNorm, swiglu
+from train.model.loss import cross_entropy
+from train.model.mla import to_heads
+from train.model.moe import LocalDispatcher
+from train.model.rope import Rope
+from train.model.router import Router
+from train.optim import AdamW
+from train.precision import swiglu as plain_swiglu
+from train.precision.formats import E4M3, E5M2, E5M6, TILE, Cast
+from train.precision.fp8 import Fp8Precision
+from train.precision.groups import Groups
+from train.precision.high import HighPrecision
+from train.precision.products import CpuEngine
+from train.precision.quantize import dequantize_reference, quantize_reference
+from train.precision.recipe import Rule
+
+TILES, BLOCKS = Rule(E4M3, "1x128", False, 1e-4), Rule(E4M3, "128x128", False, 1e-4)
+PRODUCT = 5e-3
+PRODUCT_BOUND = (
+    f"relative distance {PRODUCT:g} from the same operands multiplied in fp32: rounding to bf16 makes 2e-3, and Hopper's tensor "
+    "cores drop bits inside 128 products, about 1e-3; a scale in the wrong place makes 1e-1"
+)
+BITS_BOUND = "every value and every scale is that of the CPU, bit for bit: all divisions and roundings are IEEE"
+SWIGLU_BOUND = (
+    "exp may differ in its last bit, which flips one rounding in a thousand: 1e-3 of the norm in bf16, 3e-3 in FP8"
+)
+RAGGED = [300, 0, 1, 399]
+"""Rows of experts: an idle one, a single row, and none whole tiles."""
+
+
+def checks(machine: Machine) -> list[Check]:
+    of_triton = {
+        "quantize_tiles": tiles, "quantize_columns": columns, "quantize_columns by expert": columns_by_expert,
+        "quantize_blocks": blocks, "swiglu_tiles": swiglu_tiles, "swiglu_backward": swiglu_backward,
+    }  # fmt: skip
+    of_fp8 = {
+        "FP8 product, 1x128 by 128x128": partial(dense, transposed=False),
+        "FP8 product, 1x128 by 1x128 (weight gradients)": partial(dense, transposed=True),
+        "FP8 product with each row's expert (DeepGEMM)": grouped,
+        "FP8 product over each expert's rows (DeepGEMM)": grouped_wgrad,
+    }
+    of_step = {
+        "attention, heads of 192 and 128": attend,
+        "attention inside documents": partial(attend, documents=True),
+        "bf16 linear layer": linear,
+        "bf16 experts": experts,
+        "SwiGLU": eager_swiglu,
+        "RMSNorm": norm,
+        "heads and RoPE": heads,
+        "tokens to experts and back": permutation,
+        "head and cross-entropy": loss,
+    }
+    found = [Check(f"Triton kernel {name}", partial(work, machine)) for name, work in of_triton.items()]
+    found.append(Check("cast to E5M6", partial(e5m6, machine)))
+    found += [Check(name, partial(work, machine), limit=90) for name, work in of_fp8.items()]
+    found += [Check(name, partial(three_sides, machine, work)) for name, work in of_step.items()]
+    found += [Check("router", partial(router, machine)), Check("AdamW, three updates", partial(adamw, machine))]
+    found += [
+        Check(f"FP8 layers, {name}", partial(layers, machine, given), limit=90) for name, given in RECIPES.items()
+    ]
+    return found
+
+
+RECIPES = {
+    "precision=fp8": ("precision=fp8",),
+    "precision=fp8_ue8m0": ("precision=fp8_ue8m0",),
+    "gradients in 128x128": ("precision=fp8", "precision.fp8.gradient=e4m3/128x128/fp32"),
+    "one scale per tensor": (
+        "precision=fp8", "precision.fp8.gradient=e4m3/tensor/fp32", "precision.fp8.weight=e4m3/tensor/fp32",
+    ),
+    "one scale per row": (
+        "precision=fp8", "precision.fp8.activation=e4m3/row/fp32", "precision.fp8.dispatched=e4m3/row/pow2",
+    ),
+}  # fmt: skip
+
+
+# Our Triton kernels
+
+
+@cache
+def triton_kernels(machine: Machine) -> ModuleType:
+    """Compiled for the GPU, or interpreted. Raises NotTried where triton is missing."""
+    if importlib.util.find_spec("triton") is None:
+        raise NotTried("triton is not installed (the CUDA builds of torch bring it)")
+    if not machine.on_gpu:
+        os.environ["TRITON_INTERPRET"] = "1"  # read when triton is first imported
+        from bench.gpu.interpreter import repair
+
+        repair()
+    from train.precision import triton_kernels
+
+    return triton_kernels
+
+
+def wide(machine: Machine, columns: int = 896) -> list[Tensor]:
+    """Values over many orders of magnitude, with a row of zeros, in both formats that occur; smaller where interpreted."""
+    rows, columns = (512, columns) if machine.on_gpu else (256, 256)
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(rows, columns, generator=generator) * torch.exp(3 * torch.randn(rows, columns, generator=generator))
+    x[3] = 0
+    return [x, x.bfloat16()]
+
+
+def casts(machine: Machine, block: tuple[int, int]) -> list[Cast]:
+    floors = (1e-4, 1e-12) if machine.on_gpu else (1e-4,)
+    return [Cast(f, block, pow2, floor) for f, pow2, floor in itertools.product((E4M3, E5M2), (False, True), floors)]
+
+
+def bits(pairs: list[tuple[str, Tensor, Tensor]]) -> Found:
+    """Whether all pairs are equal; FP8 is compared by value, as its zero may have a sign."""
+    wrong = []
+    for name, ours, expected in pairs:
+        differ = (ours.float().cpu() != expected.float()).sum().item()
+        if ours.shape != expected.shape or differ:
+            wrong.append(f"{name}: {differ} of {expected.numel()} differ")
+    return Found({"tensors": len(pairs)}, BITS_BOUND, "; ".join(wrong[:3]) or None)
+
+
+def tiles(machine: Machine) -> Found:
+    kernels, pairs = triton_kernels(machine), []
+    for x, cast in itertools.product(wide(machine), casts(machine, (1, TILE))):
+        expected = quantize_reference(x, cast)
+        q, scale = kernels.quantize_tiles(x.to(machine.device), cast)
+        pairs += [(f"{cast} of {x.dtype}", q, expected.q), (f"scales, {cast} of {x.dtype}", scale, expected.scale)]
+        again = replace(cast, pow2=True)
+        from_fp8 = quantize_reference(dequantize_reference(expected), again)
+        q, scale = kernels.quantize_tiles(q, again, scale)
+        pairs += [(f"{again} of FP8", q, from_fp8.q), (f"scales, {again} of FP8", scale, from_fp8.scale)]
+    return bits(pairs)
+
+
+def columns(machine: Machine) -> Found:
+    kernels, pairs = triton_kernels(machine), []
+    kept = Cast(E4M3, (1, TILE), False, 1e-4)
+    for x, cast in itertools.product(wide(machine), casts(machine, (TILE, 1))):
+        held, on_device = quantize_reference(x, kept), x.to(machine.device)
+        q_8, scale_8 = kernels.quantize_tiles(on_device, kept)
+        for what, given, values in (
+            (x.dtype, (on_device, cast), x),
+            ("FP8", (q_8, cast, scale_8), dequantize_reference(held)),
+        ):
+            q, scale = kernels.quantize_columns(*given)
+            expected = quantize_reference(values, cast)
+            pairs += [(f"{cast} of {what}", q.mT, expected.q), (f"scales, {cast} of {what}", scale.mT, expected.scale)]
+    return bits(pairs)
+
+
+def columns_by_expert(machine: Machine) -> Found:
+    """q lies flat, one transposed matrix per expert after the other."""
+    kernels, pairs = triton_kernels(machine), []
+    for x, cast in itertools.product(wide(machine), casts(machine, (TILE, 1))):
+        rows = [len(x) - 128, 0, 128]
+        q, scale = kernels.quantize_columns(x.to(machine.device), cast, None, rows)
+        expected = quantize_reference(x, cast)
+        flat = torch.cat([part.mT.flatten() for part in expected.q.float().split(rows)])
+        pairs += [(f"{cast} of {x.dtype}", q, flat), (f"scales, {cast} of {x.dtype}", scale.mT, expected.scale)]
+    return bits(pairs)
+
+
+def blocks(machine: Machine) -> Found:
+    kernels, pairs = triton_kernels(machine), []
+    for x, cast in itertools.product(wide(machine), casts(machine, (TILE, TILE))):
+        stack = torch.stack([x, 3 * x])
+        expected = quantize_reference(stack, cast)
+        for transposed in (False, True):
+            q, scale = kernels.quantize_blocks(stack.to(machine.device), cast, transposed)
+            q, scale = (q.mT, scale.mT) if transposed else (q, scale)
+            name = f"{cast} of {x.dtype}{', transposed' if transposed else ''}"
+            pairs += [(name, q, expected.q), (f"scales, {name}", scale, expected.scale)]
+    return bits(pairs)
+
+
+def swiglu_inputs(machine: Machine) -> tuple[Tensor, Tensor, Tensor]:
+    """h (P, 2F), gates (P,), gradient of the output (P, F), on the CPU."""
+    rows, width = (1024, 2048) if machine.on_gpu else (128, 256)
+    draw = seeded(3, torch.device("cpu"), torch.bfloat16)
+    h, da = draw(rows, 2 * width, grad=False), draw(rows, width, grad=False)
+    return h, torch.rand(rows, generator=torch.Generator().manual_seed(4)), da
+
+
+def swiglu_tiles(machine: Machine) -> Found:
+    kernels, (h, gates, _), pairs = triton_kernels(machine), swiglu_inputs(machine), {}
+    for pow2 in (False, True):
+        cast = Cast(E4M3, (1, TILE), pow2, 1e-4)
+        q, scale = (t.cpu() for t in kernels.swiglu_tiles(h.to(machine.device), gates.to(machine.device), cast))
+        expected = quantize_reference(plain_swiglu.forward(h, gates), cast)
+        ours = q.float() * scale.repeat_interleave(TILE, 1)
+        pairs[f"{cast}"] = relative(ours, dequantize_reference(expected)), 3e-3
+    return within(pairs, SWIGLU_BOUND)
+
+
+def swiglu_backward(machine: Machine) -> Found:
+    kernels, (h, gates, da), pairs = triton_kernels(machine), swiglu_inputs(machine), {}
+    on_device = [t.to(machine.device) for t in (h, gates, da)]
+    kept = Cast(E4M3, (1, TILE), False, 1e-4)
+    q, scale = kernels.quantize_tiles(on_device[0], kept)
+    sources = {"bf16": (h, kernels.swiglu_backward(*on_device))}
+    sources["FP8"] = (
+        dequantize_reference(quantize_reference(h, kept)),
+        kernels.swiglu_backward(q, *on_device[1:], scale),
+    )
+    for name, (values, ours) in sources.items():
+        for what, one, expected in zip(
+            ("a", "dh", "dgates"), ours, plain_swiglu.backward(values, gates, da), strict=True
+        ):
+            pairs[f"{what}, h in {name}"] = relative(one, expected), 1e-3
+    return within(pairs, SWIGLU_BOUND)
+
+
+def within(pairs: dict[str, tuple[float, float]], bound: str) -> Found:
+    """Relative distances by name, each with its own bound."""
+    wrong = [f"{name}: {distance:.1e}" for name, (distance, most) in pairs.items() if not distance <= most]
+    table = [["tensor", "distance", "allowed"], *([name, *pair] for name, pair in pairs.items())]
+    return Found({}, bound, "; ".join(wrong) or None, table)
+
+
+def e5m6(machine: Machine) -> Found:
+    """Attention outputs wait for backward in 12 bits, by torch's operations on every device."""
+    pairs, cast = [], Cast(E5M6, (1, TILE), True)
+    for x in wide(machine):
+        ours, expected = quantize_reference(x.to(machine.device), cast), quantize_reference(x, cast)
+        pairs += [(f"of {x.dtype}", ours.q, expected.q), (f"scales of {x.dtype}", ours.scale, expected.scale)]
+    return bits(pairs)
+
+
+# Products in FP8
+
+
+@cache
+def hopper(machine: Machine):
+    """The engine of a training step. Raises UserError for what it lacks."""
+    machine.need_gpu("the FP8 product")
+    from train.precision.hopper import HopperEngine
+
+    return HopperEngine(compose("precision=fp8").precision.fp8)
+
+
+def dense(machine: Machine, transposed: bool) -> Found:
+    engine, cpu, pairs = hopper(machine), CpuEngine(), {}
+    right = TILES if transposed else BLOCKS
+    for M, N, K in ((256, 384, 640), (1000, 576, 7168), (512, 2112, 1536)):
+        draw = seeded(1, torch.device("cpu"), torch.bfloat16)
+        x, w = (draw(K, size, grad=False) if transposed else draw(size, K, grad=False) for size in (M, N))
+        operands = [
+            [side.operand(t.to(device), rule, transposed=transposed) for t, rule in ((x, TILES), (w, right))]
+            for side, device in ((engine, machine.device), (cpu, torch.device("cpu")))
+        ]
+        for dtype in (torch.bfloat16, torch.float32) if transposed else (torch.bfloat16,):
+            ours = engine.product(*operands[0], dtype)
+            pairs[f"{M} x {N} x {K}, {dtype}"] = relative(ours, cpu.product(*operands[1], torch.float32)), PRODUCT
+    return within(pairs, PRODUCT_BOUND)
+
+
+def grouped(machine: Machine) -> Found:
+    engine, cpu, pairs = hopper(machine), CpuEngine(), {}
+    for N, K in ((1024, 1792), (1792, 512)):
+        draw = seeded(5, torch.device("cpu"), torch.bfloat16)
+        rows, weight = draw(sum(RAGGED), K, grad=False), draw(len(RAGGED), N, K, grad=False)
+
+        def product(side, device, dtype, rows=rows, weight=weight):
+            groups = Groups.of(torch.tensor(RAGGED).to(device))
+            left = side.operand(groups.pad(rows.to(device)), TILES)
+            return side.grouped(left, side.operand(weight.to(device), BLOCKS), groups, dtype)
+
+        expected = product(cpu, torch.device("cpu"), torch.float32)
+        pairs[f"{N} x {K}"] = relative(product(engine, machine.device, torch.bfloat16), expected), PRODUCT
+    return within(pairs, PRODUCT_BOUND)
+
+
+def grouped_wgrad(machine: Machine) -> Found:
+    engine, cpu, pairs = hopper(machine), CpuEngine(), {}
+    for O, N in ((1024, 1792), (1792, 512)):
+        draw = seeded(6, torch.device("cpu"), torch.bfloat16)
+        grads, rows = draw(sum(RAGGED), O, grad=False), draw(sum(RAGGED), N, grad=False)
+
+        def product(side, device, grads=grads, rows=rows):
+            groups = Groups.of(torch.tensor(RAGGED).to(device))
+            left, right = (
+                side.operand(groups.pad(t.to(device)), TILES, transposed=True, groups=groups) for t in (grads, rows)
+            )
+            return side.grouped_wgrad(left, right, groups, torch.float32)
+
+        ours, expected = product(engine, machine.device), product(cpu, torch.device("cpu"))
+        pairs[f"{O} x {N}"] = relative(ours, expected), PRODUCT
+        pairs[f"{O} x {N}, the idle expert"] = ours[RAGGED.index(0)].abs().max().item(), 0.0
+    return within(pairs, PRODUCT_BOUND + "; an expert without rows has a gradient of zero")
+
+
+def layers(machine: Machine, overrides: tuple[str, ...]) -> Found:
+    """A linear layer, the output projection and ragged experts, forward and backward, beside emulation and fp32.
+
+    Without a GPU torch's emulation is held to the compiled one.
+    """
+    cpu, plain = torch.device("cpu"), () if machine.on_gpu else ("precision.fp8.compiled=false",)
+    fp8, here = (compose(*overrides, *more).precision.fp8 for more in ((), plain))
+    exact = run_layers(HighPrecision(torch.float32), cpu, torch.float32)
+    same = run_layers(Fp8Precision(fp8, cpu), cpu, torch.bfloat16)
+    ours = run_layers(Fp8Precision(here, machine.device), machine.device, torch.bfloat16)
+    return judge(distances(ours, same, exact))
+
+
+def run_layers(precision, device: torch.device, dtype: torch.dtype) -> dict[str, Tensor]:
+    draw = seeded(2, device, dtype)
+    x, w, rows = draw(300, 1536), draw(576, 1536, scale=0.025), draw(sum(RAGGED), 512)
+    w13, w2 = draw(4, 512, 512, scale=0.044), draw(4, 512, 256, scale=0.0625)
+    gates = torch.rand(sum(RAGGED), generator=torch.Generator().manual_seed(3)).to(device).requires_grad_()
+    found = {}
+    for kind in ("dense", "output"):
+        made = with_gradients({"y": precision.linear(x, w, kind)}, {"x": x, "w": w}, draw)
+        found |= {f"{kind} {name}": value for name, value in made.items()}
+    y = precision.expert_ffn(rows, gates, w13, w2, torch.tensor(RAGGED, device=device))
+    made = with_gradients({"y": y}, {"rows": rows, "gates": gates, "w13": w13, "w2": w2}, draw)
+    return found | {f"experts {name}": value for name, value in made.items()}
+
+
+# What a step does beside, by torch's operations or its libraries
+
+
+def attend(device: torch.device, dtype: torch.dtype, documents: bool = False) -> dict[str, Tensor]:
+    draw, T = seeded(7, device, dtype), 512
+    q, k, v = (draw(2, 4, T, width) for width in (192, 192, 128))
+    ends = torch.zeros(2, T, dtype=torch.int64)
+    ends[0, 200:], ends[1, 33:] = 1, 1
+    ends[1, 300:] = 2
+    out = attention(q, k, v, 192**-0.5, ends.to(device) if documents else None)
+    return with_gradients({"out": out}, {"q": q, "k": k, "v": v}, draw)
+
+
+def linear(device: torch.device, dtype: torch.dtype) -> dict[str, Tensor]:
+    draw = seeded(8, device, dtype)
+    x, w = draw(384, 1024), draw(640, 1024, scale=0.03)
+    return with_gradients({"y": HighPrecision(dtype).linear(x, w)}, {"x": x, "w": w}, draw)
+
+
+def experts(device: torch.device, dtype: torch.dtype) -> dict[str, Tensor]:
+    draw = seeded(9, device, dtype)
+    rows, w13, w2 = draw(sum(RAGGED), 256), draw(4, 512, 256, scale=0.06), draw(4, 256, 256, scale=0.06)
+    gates = torch.rand(sum(RAGGED), generator=torch.Generator().manual_seed(3)).to(device).requires_grad_()
+    y = HighPrecision(dtype).expert_ffn(rows, gates, w13, w2, torch.tensor(RAGGED, device=device))
+    return with_gradients({"y": y}, {"rows": rows, "gates": gates, "w13": w13, "w2": w2}, draw)
+
+
+def eager_swiglu(device: torch.device, dtype: torch.dtype) -> dict[str, Tensor]:
+    draw = seeded(10, device, dtype)
+    h = draw(300, 1024)
+    gates = torch.rand(300, generator=torch.Generator().manual_seed(3)).to(device).requires_grad_()
+    return with_gradients({"a": swiglu(h, gates)}, {"h": h, "gates": gates}, draw)
+
+
+def norm(device: torch.device, dtype: torch.dtype) -> dict[str, Tensor]:
+    draw = seeded(11, device, dtype)
+    module = RMSNorm(768, 1e-6, False, device=device, dtype=dtype)
+    with torch.no_grad():
+        module.weight.copy_(1 + draw(768, scale=0.1, grad=False))
+    x = draw(300, 768)
+    return with_gradients({"y": module(x)}, {"x": x, "weight": module.weight}, draw)
+
+
+def heads(device: torch.device, dtype: torch.dtype) -> dict[str, Tensor]:
+    draw, model = seeded(12, device, dtype), compose("conf=deepseek_v3", "data.path=none").model
+    q, kv, k_rope = draw(2, 256, 4, 192), draw(2, 256, 4, 256), draw(2, 256, 64)
+    table = Rope(model, 256).table(256, device)
+    outputs = dict(zip(("q", "k", "v"), to_heads(q, kv, k_rope, table, 128), strict=True))
+    return with_gradients(outputs, {"q": q, "kv": kv, "rope key": k_rope}, draw)
+
+
+def permutation(device: torch.device, dtype: torch.dtype) -> dict[str, Tensor]:
+    draw = seeded(13, device, dtype)
+    x, gates = draw(300, 256), draw(300, 6).float()
+    ids = torch.rand(300, 32, generator=torch.Generator().manual_seed(3)).topk(6).indices.to(device)
+    dispatcher = LocalDispatcher(32)
+    routed = dispatcher.dispatch(x, ids, gates)
+    y = dispatcher.combine(routed.rows_RD * 2, routed)
+    return with_gradients({"y": y, "gates by row": routed.gates_R}, {"x": x}, draw)
+
+
+def loss(device: torch.device, dtype: torch.dtype) -> dict[str, Tensor]:
+    draw = seeded(14, device, dtype)
+    hidden, head = draw(300, 256), draw(2048, 256, scale=0.06)
+    targets = torch.randint(2048, (300,), generator=torch.Generator().manual_seed(3)).to(device)
+    value = cross_entropy(hidden, head, targets, 300, 128)
+    return {"loss": value} | with_gradients({"scaled": value * 1.0}, {"hidden": hidden, "head": head}, draw)
+
+
+def router(machine: Machine) -> Found:
+    """On equal inputs: gates by value, experts by number. Scores are fp32 sums, so a near tie may fall the other way."""
+    model = compose("conf=deepseek_v3", "data.path=none").model
+    model = replace(model, hidden=512)
+    sides = []
+    for reference in (True, False):
+        device = machine.side(reference)
+        draw = seeded(15, device, torch.bfloat16)
+        module = Router(model, device=device, dtype=torch.bfloat16)
+        with torch.no_grad():
+            module.weight.copy_(draw(model.experts, 512, scale=0.02, grad=False))
+        module.balance_weight = 1e-2
+        x = draw(2, 256, 512)
+        gates, ids = module(x, nullcontext())
+        grads = torch.autograd.grad(gates, (x, module.weight), draw(*gates.shape, grad=False).float())
+        sides.append([t.cpu() for t in (gates, ids, module.load_E, module.balance_loss, *grads)])
+    (gates, ids, load, balance, dx, dw), (gates2, ids2, load2, balance2, dx2, dw2) = sides
+    moved = (ids != ids2).any(1).float().mean().item()
+    pairs = {
+        "tokens with another expert": (moved, 0.01), "gates": (relative(gates2, gates), 1e-3 + 0.5 * moved),
+        "load": (relative(load2, load), 1e-3 + moved), "balance loss": (relative(balance2, balance), 1e-3),
+        "d x": (relative(dx2, dx), 4e-3 + moved), "d weight": (relative(dw2, dw), 4e-3 + moved),
+    }  # fmt: skip
+    bound = "one token in a hundred may take another expert, where two scores are equal but for the order of fp32 sums"
+    return within(pairs, bound)
+
+
+def adamw(machine: Machine) -> Found:
+    """Of equal gradients, so that the optimizer's arithmetic alone is compared."""
+    optim, results = compose().optim, []
+    for reference in (True, False):
+        device = machine.side(reference)
+        draw = seeded(16, device, torch.float32)
+        param = torch.nn.Parameter(draw(100_003, scale=0.02, grad=False))
+        optimizer = AdamW([{"params": [param], "weight_decay": 0.1, "lr": 1e-3}], optim, torch.bfloat16)
+        for step in range(3):
+            param.grad = draw(100_003, scale=1e-3, grad=False)
+            optimizer.step()
+            optimizer.updates = step + 1
+        results.append(param.detach().cpu())
+    worst = (results[0] - results[1]).abs().max().item()
+    bound = "2e-5 at a rate of 1e-3: a bf16 moment may round the other way, 2^-8 of an update, in each of three"
+    return Found({"largest difference": worst}, bound, None if worst <= 2e-5 else f"{worst:.1e}")
