@@ -2,7 +2,8 @@
 
 Each comparison has three sides that start from equal values: the device, the CPU in the same format, and the CPU in fp32.
 How far the second is from the third is what the format costs; the device may be FACTOR times as far from the CPU. Two roundings
-that have nothing to do with each other are the square root of 2 apart; the rest is chance, in small tensors above all.
+that have nothing to do with each other are the square root of 2 apart; the rest is chance, in small tensors above all: two
+implementations on one CPU were up to 1.9 apart in one of the 148 tensors of a step of `tiny`.
 What is wrong (a scale, a row, a sign, a missing sum) shows as many times that.
 """
 
@@ -15,7 +16,7 @@ from torch import Tensor
 from bench.gpu.line import Found
 from bench.gpu.machine import Machine
 
-FACTOR = 2.0
+FACTOR = 3.0
 SAME = 2e-5
 """Relative distance that is always allowed: fp32 sums in another order, and what a tensor core keeps of them."""
 BOUND = (

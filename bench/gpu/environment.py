@@ -1,5 +1,6 @@
 """What is installed, what the device is and how fast it is at what the other parts compare with."""
 
+import importlib.util
 import os
 import time
 from functools import partial
@@ -14,7 +15,7 @@ from bench.gpu.timing import median_seconds
 from bench.gpu.verdict import nvcc
 from conf.load import compose
 from train.metrics.peak import measured_peak, named_peak
-from train.precision.hopper import DEEP_GEMM
+from train.precision.hopper import HopperEngine
 
 BUSY = 0.9
 """Share of a card's memory that is free when nobody else uses it."""
@@ -106,15 +107,21 @@ def compiler(machine: Machine) -> Found:
     machine.need_gpu("this")
     if nvcc() is None:
         raise NotTried(
-            f"there is no nvcc in CUDA_HOME, /usr/local/cuda or PATH: {DEEP_GEMM} cannot compile, so precision=fp8 has no experts"
+            "there is no nvcc in CUDA_HOME, /usr/local/cuda or PATH: DeepGEMM cannot compile, so precision=fp8 has no experts"
         )
     return Found({"in CUDA_HOME": bool(os.environ.get("CUDA_HOME"))})
 
 
 def fp8_starts(machine: Machine) -> Found:
+    """As a run of precision=fp8 finds out before it reads data."""
     machine.need_gpu("the FP8 path")
-    from train.precision.hopper import HopperEngine
-
+    capability = torch.cuda.get_device_capability(machine.device)
+    if capability != (9, 0):
+        raise NotTried(
+            f"compute capability {capability[0]}.{capability[1]} has no blockwise FP8 products, 9.0 (H100, H200) has"
+        )
+    if importlib.util.find_spec("deep_gemm") is None:
+        raise NotTried("sgl-deep-gemm is not installed: pip install -e '.[fp8]'")
     HopperEngine(compose("precision=fp8").precision.fp8)
     return Found()
 

@@ -19,6 +19,7 @@ from torch import Tensor
 from bench.gpu.compare import distances, judge, relative, seeded, three_sides, with_gradients
 from bench.gpu.line import Check, Found, NotTried
 from bench.gpu.machine import Machine
+from conf.errors import UserError
 from conf.load import compose
 from train.model.attention import attention
 from train.model.layers import RMSNorm, swiglu
@@ -33,6 +34,7 @@ from train.precision.formats import E4M3, E5M2, E5M6, TILE, Cast
 from train.precision.fp8 import Fp8Precision
 from train.precision.groups import Groups
 from train.precision.high import HighPrecision
+from train.precision.hopper import HopperEngine
 from train.precision.products import CpuEngine
 from train.precision.quantize import dequantize_reference, quantize_reference
 from train.precision.recipe import Rule
@@ -129,6 +131,12 @@ def casts(machine: Machine, block: tuple[int, int]) -> list[Cast]:
     return [Cast(f, block, pow2, floor) for f, pow2, floor in itertools.product((E4M3, E5M2), (False, True), floors)]
 
 
+def said(cast: Cast) -> str:
+    """The cast in few words."""
+    block = "x".join(map(str, cast.block))
+    return f"{cast.format.name} in {block}{', powers of two' if cast.pow2 else ''}, least {cast.floor:g}"
+
+
 def bits(pairs: list[tuple[str, Tensor, Tensor]]) -> Found:
     """Whether all pairs are equal; FP8 is compared by value, as its zero may have a sign."""
     wrong = []
@@ -144,11 +152,14 @@ def tiles(machine: Machine) -> Found:
     for x, cast in itertools.product(wide(machine), casts(machine, (1, TILE))):
         expected = quantize_reference(x, cast)
         q, scale = kernels.quantize_tiles(x.to(machine.device), cast)
-        pairs += [(f"{cast} of {x.dtype}", q, expected.q), (f"scales, {cast} of {x.dtype}", scale, expected.scale)]
+        pairs += [
+            (f"{said(cast)} of {x.dtype}", q, expected.q),
+            (f"scales, {said(cast)} of {x.dtype}", scale, expected.scale),
+        ]
         again = replace(cast, pow2=True)
         from_fp8 = quantize_reference(dequantize_reference(expected), again)
         q, scale = kernels.quantize_tiles(q, again, scale)
-        pairs += [(f"{again} of FP8", q, from_fp8.q), (f"scales, {again} of FP8", scale, from_fp8.scale)]
+        pairs += [(f"{said(again)} of FP8", q, from_fp8.q), (f"scales, {said(again)} of FP8", scale, from_fp8.scale)]
     return bits(pairs)
 
 
@@ -164,7 +175,10 @@ def columns(machine: Machine) -> Found:
         ):
             q, scale = kernels.quantize_columns(*given)
             expected = quantize_reference(values, cast)
-            pairs += [(f"{cast} of {what}", q.mT, expected.q), (f"scales, {cast} of {what}", scale.mT, expected.scale)]
+            pairs += [
+                (f"{said(cast)} of {what}", q.mT, expected.q),
+                (f"scales, {said(cast)} of {what}", scale.mT, expected.scale),
+            ]
     return bits(pairs)
 
 
@@ -176,7 +190,10 @@ def columns_by_expert(machine: Machine) -> Found:
         q, scale = kernels.quantize_columns(x.to(machine.device), cast, None, rows)
         expected = quantize_reference(x, cast)
         flat = torch.cat([part.mT.flatten() for part in expected.q.float().split(rows)])
-        pairs += [(f"{cast} of {x.dtype}", q, flat), (f"scales, {cast} of {x.dtype}", scale.mT, expected.scale)]
+        pairs += [
+            (f"{said(cast)} of {x.dtype}", q, flat),
+            (f"scales, {said(cast)} of {x.dtype}", scale.mT, expected.scale),
+        ]
     return bits(pairs)
 
 
@@ -188,7 +205,7 @@ def blocks(machine: Machine) -> Found:
         for transposed in (False, True):
             q, scale = kernels.quantize_blocks(stack.to(machine.device), cast, transposed)
             q, scale = (q.mT, scale.mT) if transposed else (q, scale)
-            name = f"{cast} of {x.dtype}{', transposed' if transposed else ''}"
+            name = f"{said(cast)} of {x.dtype}{', transposed' if transposed else ''}"
             pairs += [(name, q, expected.q), (f"scales, {name}", scale, expected.scale)]
     return bits(pairs)
 
@@ -208,7 +225,7 @@ def swiglu_tiles(machine: Machine) -> Found:
         q, scale = (t.cpu() for t in kernels.swiglu_tiles(h.to(machine.device), gates.to(machine.device), cast))
         expected = quantize_reference(plain_swiglu.forward(h, gates), cast)
         ours = q.float() * scale.repeat_interleave(TILE, 1)
-        pairs[f"{cast}"] = relative(ours, dequantize_reference(expected)), 3e-3
+        pairs[said(cast)] = relative(ours, dequantize_reference(expected)), 3e-3
     return within(pairs, SWIGLU_BOUND)
 
 
@@ -249,13 +266,32 @@ def e5m6(machine: Machine) -> Found:
 # Products in FP8
 
 
-@cache
-def hopper(machine: Machine):
-    """The engine of a training step. Raises UserError for what it lacks."""
-    machine.need_gpu("the FP8 product")
-    from train.precision.hopper import HopperEngine
+HIGH_EXPERTS = tuple(
+    f"precision.fp8.{family}.{product}.{side}=bf16"
+    for family in ("experts_up", "experts_down")
+    for product, sides in {
+        "fprop": ("activation", "weight"),
+        "dgrad": ("gradient", "weight"),
+        "wgrad": ("gradient", "activation"),
+    }.items()
+    for side in sides
+)
+"""Experts in bf16: what is left needs no DeepGEMM."""
 
-    return HopperEngine(compose("precision=fp8").precision.fp8)
+
+@cache
+def hopper(machine: Machine, experts: bool = False) -> HopperEngine:
+    """The engine of a training step. Raises NotTried with what it lacks."""
+    machine.need_gpu("the FP8 product")
+    try:
+        return HopperEngine(compose("precision=fp8", *(() if experts else HIGH_EXPERTS)).precision.fp8)
+    except UserError as error:
+        raise NotTried(lacks(error)) from error
+
+
+def lacks(error: UserError) -> str:
+    """Why FP8 is not tried; whether that is a fault of the machine is said once, among the environment."""
+    return f"precision=fp8 cannot run here: {error.rule}; {error.cure}"
 
 
 def dense(machine: Machine, transposed: bool) -> Found:
@@ -275,7 +311,7 @@ def dense(machine: Machine, transposed: bool) -> Found:
 
 
 def grouped(machine: Machine) -> Found:
-    engine, cpu, pairs = hopper(machine), CpuEngine(), {}
+    engine, cpu, pairs = hopper(machine, experts=True), CpuEngine(), {}
     for N, K in ((1024, 1792), (1792, 512)):
         draw = seeded(5, torch.device("cpu"), torch.bfloat16)
         rows, weight = draw(sum(RAGGED), K, grad=False), draw(len(RAGGED), N, K, grad=False)
@@ -291,7 +327,7 @@ def grouped(machine: Machine) -> Found:
 
 
 def grouped_wgrad(machine: Machine) -> Found:
-    engine, cpu, pairs = hopper(machine), CpuEngine(), {}
+    engine, cpu, pairs = hopper(machine, experts=True), CpuEngine(), {}
     for O, N in ((1024, 1792), (1792, 512)):
         draw = seeded(6, torch.device("cpu"), torch.bfloat16)
         grads, rows = draw(sum(RAGGED), O, grad=False), draw(sum(RAGGED), N, grad=False)
@@ -316,10 +352,13 @@ def layers(machine: Machine, overrides: tuple[str, ...]) -> Found:
     """
     cpu, plain = torch.device("cpu"), () if machine.on_gpu else ("precision.fp8.compiled=false",)
     fp8, here = (compose(*overrides, *more).precision.fp8 for more in ((), plain))
+    try:
+        precision = Fp8Precision(here, machine.device)
+    except UserError as error:
+        raise NotTried(lacks(error)) from error
     exact = run_layers(HighPrecision(torch.float32), cpu, torch.float32)
     same = run_layers(Fp8Precision(fp8, cpu), cpu, torch.bfloat16)
-    ours = run_layers(Fp8Precision(here, machine.device), machine.device, torch.bfloat16)
-    return judge(distances(ours, same, exact))
+    return judge(distances(run_layers(precision, machine.device, torch.bfloat16), same, exact))
 
 
 def run_layers(precision, device: torch.device, dtype: torch.dtype) -> dict[str, Tensor]:

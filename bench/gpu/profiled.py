@@ -1,4 +1,4 @@
-"""Time of a layer's kernels by class, from torch's profiler, for bench/gpu_step.py. On a CPU: of torch's operations.
+"""Time of a layer's kernels by class, from torch's profiler. On a CPU: of torch's operations.
 
 Forward and the two halves of a split backward are profiled apart, so that a product's place says what it is for: all
 products of the second half are gradients of weights. Classes go by the names of kernels; what no pattern knows is `rest`.
@@ -13,7 +13,7 @@ import torch
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
-from bench.gpu_step_layer import Layer, synchronize
+from bench.gpu.layer import Layer, synchronize
 
 T = TypeVar("T")
 CLASSES = (

@@ -1,54 +1,47 @@
-"""The layer benchmark without a GPU: its dry check, the arithmetic it reports, and what it makes of kernels and waits."""
+"""The layer benchmark without a GPU: the arithmetic it reports, and what it makes of kernels and waits."""
 
-import json
 import warnings
 from collections import Counter
 
 import pytest
 import torch
 
-from bench import gpu_step
-from bench.gpu_step_kernels import REST, kind_of
-from bench.gpu_step_layer import PARTS, STEP, SYNCHRONIZES, Layer, collected, layer_config
+from bench.gpu import layers, waits
+from bench.gpu.layer import PARTS, STEP, SYNCHRONIZES, Layer, collected, layer_config
+from bench.gpu.line import NotTried
+from bench.gpu.machine import Machine
+from bench.gpu.profiled import REST, kind_of
 from conf.errors import UserError
 from train.model.count import layer_flops
 
 CPU = torch.device("cpu")
+MACHINE = Machine(CPU)
 
 
-def test_the_dry_check_runs_and_says_that_it_is_one(tmp_path, capsys, monkeypatch):
-    out = tmp_path / "step.json"
-    monkeypatch.setattr("sys.argv", ["gpu_step", "--shrink", "64", "--out", str(out)])
-    assert gpu_step.main() == 0
-    assert "nothing below ran on a GPU" in capsys.readouterr().out
-    report = json.loads(out.read_text())
-    assert not report["on_gpu"] and set(report["precisions"]) == {"bf16", "fp8"}
-    for layers in report["precisions"].values():
-        for found in layers.values():
-            seconds = found["seconds"]
-            assert set(seconds) == {STEP, *PARTS} and min(seconds.values()) > 0
-            assert 0 < found["mfu_causal"] < found["mfu_full"]
-            assert found["peak_bytes"]["forward"] > 0 and found["waits"] is None
-            assert all(phase["dense products"] > 0 for phase in found["kernel_seconds"].values())
+@pytest.fixture(autouse=True)
+def small(monkeypatch) -> None:
+    monkeypatch.setattr(layers, "SHRINK", 64)
 
 
-def test_a_precision_that_cannot_run_is_named_and_the_others_run(capsys, monkeypatch, tmp_path):
-    real = gpu_step.Layer
+@pytest.mark.parametrize("kind", ["dense", "MoE"])
+def test_times_and_kernels_of_a_layer(kind):
+    found = layers.timed(MACHINE, "bf16", kind)
+    rows = {row[0]: row[1:] for row in found.table[1:]}
+    assert set(rows) == {STEP, *PARTS} and found.problem is None
+    assert all(ms > 0 and rate > 0 and 0 < share < 1 for ms, rate, share in rows.values())
+    assert 0 < found.figures["MFU, causal"] < found.figures["MFU, in full"]
+    found = layers.by_kernels(MACHINE, "bf16", kind)
+    (products,) = (row for row in found.table if row[0] == "dense products")
+    assert found.problem is None and all(value > 0 for value in products[1:])
 
+
+def test_a_precision_that_cannot_run_is_named_and_not_tried(monkeypatch):
     def without_fp8(config, *rest):
-        if config.precision.fp8 is not None:
-            raise UserError("precision", "fp8", "a package is not installed", "install it")
-        return real(config, *rest)
+        raise UserError("precision", "fp8", "a package is not installed", "install it")
 
-    out = tmp_path / "step.json"
-    monkeypatch.setattr(gpu_step, "Layer", without_fp8)
-    monkeypatch.setattr("sys.argv", ["gpu_step", "--shrink", "64", "--out", str(out)])
-    assert gpu_step.main() == 0
-    assert "fp8 cannot run: precision = fp8" in capsys.readouterr().out
-    found = json.loads(out.read_text())["precisions"]
-    assert "is not installed" in found["fp8"]["error"] and "moe" in found["bf16"]
-    monkeypatch.setattr("sys.argv", ["gpu_step", "--precision", "fp8"])
-    assert gpu_step.main() == 2
+    monkeypatch.setattr(layers, "Layer", without_fp8)
+    with pytest.raises(NotTried, match="precision=fp8 cannot run here: a package is not installed; install it"):
+        layers.timed(MACHINE, "fp8", "MoE")
 
 
 @pytest.mark.parametrize("dispatch", ["flat", "node_limited", "deepep"])
@@ -99,7 +92,7 @@ def test_waits_are_counted_by_the_line_that_waits(capsys):
         waits()
         warnings.warn("another matter")
     (place,) = found
-    assert place.startswith("tests/bench/test_gpu_step.py:") and found[place] == 2
+    assert place.startswith("tests/bench/gpu/test_layers.py:") and found[place] == 2
     assert "another matter" in capsys.readouterr().err
 
 
@@ -109,7 +102,22 @@ def test_pieces_of_the_trace_take_weight_gradients_from_the_second_half_alone():
         "inputs": {"dense products": 4.0, "grouped products": 5.0, "attention": 6.0},
         "weights": {"dense products": 7.0, "grouped products": 8.0, "casts": 9.0},
     }
-    found = gpu_step.pieces(by_phase, {STEP: 10.0})
+    found = layers.pieces(by_phase, {STEP: 10.0})
     assert found["wall"] == 10e3 and found["weight gradients"] == 15e3 and found["dense products"] == 5e3
     assert found["grouped products"] == 5e3 and found["casts"] == 12e3 and found["attention, inputs"] == 6e3
-    assert gpu_step.TRACE.keys() - {*gpu_step.ABSENT, "RoPE"} <= found.keys()
+    assert layers.TRACE.keys() - {*layers.ABSENT, "RoPE"} <= found.keys()
+
+
+def test_waits_and_launches_beyond_those_that_are_known_fail(monkeypatch):
+    monkeypatch.setattr(Machine, "on_gpu", True)
+    layer = type("Layer", (), {"forward": lambda self: None, "backward": lambda self, y: None})()
+    monkeypatch.setattr(waits, "build", lambda *arguments: layer)
+    monkeypatch.setattr(waits, "launches", lambda layer: {"kernels": 300, "copies and fills": 80})
+    for seen, problem in (
+        ({"parallel/expert/stand_in.py:9": 7, "train/precision/groups.py:33": 2}, None),
+        ({"a.py:1": 3}, "waits 3"),
+    ):
+        monkeypatch.setattr(waits, "waits", lambda layer, seen=seen: seen)
+        found = waits.counted(MACHINE, "bf16", "MoE", "node_limited", 377)
+        assert found.problem is None if problem is None else problem in found.problem
+    assert "380 GPU operations" in waits.counted(MACHINE, "bf16", "dense", "flat", 119).problem

@@ -1,7 +1,8 @@
-"""One layer of DeepSeek-V3 alone on a device: built, timed, measured, and watched for waits. For bench/gpu_step.py.
+"""One layer of DeepSeek-V3 alone on a device: built, timed, measured, and watched for waits.
 
 The layer is the trainer's own chunk of one block with its own precision, and gradients that add up in fp32, as from the
-second micro-batch of a step on. What other ranks would send to its experts is made up (parallel/expert/stand_in.py).
+second micro-batch of a step on. As one rank of 64 it has four experts, and what other ranks would send to them is made up
+(parallel/expert/stand_in.py).
 """
 
 import statistics
@@ -16,7 +17,9 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch.autograd import DeviceType
 from torch.distributed.pipelining._backward import stage_backward_input, stage_backward_weight
+from torch.profiler import ProfilerActivity, profile
 
 from conf.load import compose
 from conf.schema import ROOT, Config
@@ -28,7 +31,6 @@ from train.dry_run.piece import for_device, shrunk
 from train.dry_run.routing import group_of
 from train.model.count import attention_products, layer_flops
 from train.model.deepseek import DeepSeekV3
-from train.model.init import initialise
 from train.plan.memory.ledger import PeakMeter
 from train.precision.build import activation_dtype, build_precision
 
@@ -52,24 +54,29 @@ def layer_config(precision: str, dispatch: str, shrink: int, device: torch.devic
 
 
 class Layer:
-    """A dense block, or one of experts, with an input and the gradient of its output.
+    """A dense block, or one of experts, with an input and the gradient of its output; its weights are drawn on the device.
 
     Raises UserError where the device lacks what the precision needs.
     """
 
     def __init__(self, config: Config, dense: bool, device: torch.device):
         self.config, self.dense, self.device = config, dense, device
-        model, group = config.model, group_of(config)
-        self.load = Load.even(group)
-        wire = build_wire(config.parallel.wire, config.precision.fp8 is not None)
+        model, parallel = config.model, config.parallel
+        dispatcher, local = None, range(model.experts)
+        if parallel.ep > 1:
+            group = group_of(config)
+            self.load, local = Load.even(group), range(group.experts // group.ranks)
+            wire = build_wire(parallel.wire, config.precision.fp8 is not None)
+            dispatcher = build_stand_in(parallel.dispatch, group, wire, self.load)
         first, dtype = 0 if dense else model.dense_layers, activation_dtype(config.precision)
         self._precision = build_precision(config.precision, device)
         self.chunk = DeepSeekV3(
             model, self._precision, seq_len=config.seq_len, layers=range(first, first + 1), has_embedding=False,
-            has_head=False, dispatcher=build_stand_in(config.parallel.dispatch, group, wire, self.load),
-            local_experts=range(group.experts // group.ranks), dtype=dtype, device=device,
+            has_head=False, dispatcher=dispatcher, local_experts=local, dtype=dtype, device=device,
         )  # fmt: skip
-        initialise(self.chunk, config.seed, device)
+        with torch.no_grad():
+            for param in self.chunk.parameters():
+                param.fill_(1) if param.dim() == 1 else param.normal_(0, model.init_std)
         for router in self.chunk.routers().values():
             router.balance_weight = config.optim.balance_loss
         for param in self.chunk.parameters():
@@ -80,6 +87,13 @@ class Layer:
         shape = 1, config.seq_len, model.hidden
         self.x_BTD = torch.randn(shape, device=device).mul_(HIDDEN_STD).to(dtype).requires_grad_()
         self.dy_BTD = torch.randn(shape, device=device).mul_(GRADIENT_STD).to(dtype)
+
+    def take(self, other: "Layer") -> None:
+        """The weights, the input and its gradient of another layer of these sizes."""
+        self.chunk.load_state_dict(other.chunk.state_dict())
+        with torch.no_grad():
+            self.x_BTD.copy_(other.x_BTD)
+            self.dy_BTD.copy_(other.dy_BTD)
 
     def forward(self) -> Tensor:
         return self.chunk(self.x_BTD)
@@ -199,9 +213,21 @@ def _place() -> str:
     for frame in reversed(traceback.extract_stack()):
         path = Path(frame.filename)
         inside = path.is_relative_to(ROOT) and "site-packages" not in path.parts
-        if inside and path.parent != Path(__file__).parent:
+        if inside and not path.is_relative_to(ROOT / "bench"):
             return f"{path.relative_to(ROOT)}:{frame.lineno}"
     return "torch's own backward"
+
+
+def launches(layer: Layer) -> dict[str, int]:
+    """GPU operations of a forward and backward: kernels, and copies and fills, from torch's profiler."""
+    layer.backward(layer.forward())
+    synchronize(layer.device)
+    with profile(activities=[ProfilerActivity.CUDA]) as profiler:
+        layer.backward(layer.forward())
+        synchronize(layer.device)
+    names = [event.name for event in profiler.events() if event.device_type == DeviceType.CUDA]
+    moved = sum(name.startswith(("Memcpy", "Memset")) for name in names)
+    return {"kernels": len(names) - moved, "copies and fills": moved}
 
 
 def synchronize(device: torch.device) -> None:

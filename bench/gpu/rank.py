@@ -1,0 +1,189 @@
+"""A rank that takes a few whole steps of a recipe and writes what it found, as one process of a comparison.
+
+    python -m bench.gpu.rank TASK OUT        with RANK, WORLD_SIZE and, for several ranks, BENCH_STORE in the environment
+
+The step is the trainer's own: pipeline, DeepSpeed's engine, AdamW. Every layout gets the same random tokens for a step,
+drawn for the whole batch. OUT gets losses of every step (of ranks with the head), gradient norms and, where asked for, the
+gradients and the update of the fp32 weights of the first step.
+"""
+
+import json
+import os
+import subprocess
+import sys
+import warnings
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from datetime import timedelta
+from pathlib import Path
+
+from conf.schema import ROOT
+
+LEARNING_RATE = 1e-3
+WAIT = 120.0
+"""Longest wait in a collective, seconds."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """What the ranks do."""
+
+    overrides: tuple[str, ...]
+    device: str
+    steps: int = 1
+    tensors: bool = False
+    """Whether gradients and updates are written; for one rank."""
+    compiled: bool = True
+    """Whether a CPU runs compiled code."""
+    ranks: int = 1
+    backend: str = ""
+    """Of several ranks: what init_process_group takes."""
+    threads: int = 0
+    """Of a rank on a CPU; 0 for its share."""
+
+
+class Ranks:
+    """The processes of a task. RuntimeError, with the last words of the first to fail, where they find nothing."""
+
+    def __init__(self, task: Task, folder: Path):
+        self._folder = folder
+        folder.mkdir(parents=True)
+        shared = os.environ | {
+            "WORLD_SIZE": str(task.ranks), "LOCAL_WORLD_SIZE": str(task.ranks), "GLOO_SOCKET_IFNAME": "lo",
+            "BENCH_STORE": f"file://{folder}/store",
+        }  # fmt: skip
+        self._processes = []
+        for rank in range(task.ranks):
+            command = [sys.executable, "-m", "bench.gpu.rank", json.dumps(asdict(task)), str(folder / f"{rank}.pt")]
+            with (folder / f"{rank}.errors").open("w") as errors:
+                self._processes.append(
+                    subprocess.Popen(
+                        command, cwd=ROOT, env=shared | {"RANK": str(rank)}, stdin=subprocess.DEVNULL, stdout=errors, stderr=errors
+                    )
+                )  # fmt: skip
+
+    def found(self, seconds: float) -> list[dict]:
+        """What every rank wrote; all have ended."""
+        import time
+
+        import torch
+
+        deadline = time.monotonic() + seconds
+        try:
+            for process in self._processes:
+                process.wait(max(0.1, deadline - time.monotonic()))
+        except subprocess.TimeoutExpired as error:
+            raise RuntimeError(f"ranks had no end within {seconds:.0f} s: {self._words()}") from error
+        finally:
+            for process in self._processes:
+                process.kill()
+                process.wait()
+        if any(process.returncode for process in self._processes):
+            raise RuntimeError(self._words())
+        return [torch.load(self._folder / f"{rank}.pt") for rank in range(len(self._processes))]
+
+    def _words(self) -> str:
+        """The end of what the first failed rank printed."""
+        from bench.gpu.words import last_words
+
+        said = sorted(self._folder.glob("*.errors"), key=lambda path: path.stat().st_mtime)
+        codes = [process.returncode or 0 for process in self._processes]
+        failed = [path for path in said if codes[int(path.stem)] not in (0, -9)] or said
+        return f"rank {failed[0].stem}: {last_words(codes[int(failed[0].stem)], failed[0].read_text(errors='replace'))}"
+
+
+def run_ranks(task: Task, folder: Path, seconds: float) -> list[dict]:
+    """One task alone."""
+    return Ranks(task, folder).found(seconds)
+
+
+def losses(found: Sequence[dict]) -> list[float]:
+    """Of every step, the mean over the ranks that have the head."""
+    each = [one["losses"] for one in found if one["losses"]]
+    return [sum(at) / len(at) for at in zip(*each, strict=True)]
+
+
+def main() -> None:
+    words, out = sys.argv[1:]
+    task = Task(**json.loads(words))
+    from train.cpu import tune_cpu
+
+    tune_cpu()
+    warnings.filterwarnings("ignore", "`torch.distributed.*is deprecated", FutureWarning)
+    import torch
+
+    torch.save(take_steps(task, int(os.environ["RANK"])), out)
+
+
+def take_steps(task: Task, rank: int) -> dict:
+    import torch
+    import torch.distributed as dist
+
+    from cluster.launch import Place
+    from conf.load import compose
+    from parallel.mesh import build_mesh
+    from train.native import model as native
+    from train.parallelize import parallelize
+    from train.plan.job import layout_of
+    from train.worker import choose_device, start_process_group
+
+    config = compose(*task.overrides, f"cluster.device={task.device}", f"cluster.threads={task.threads}")
+    device = choose_device(config, Place(rank, task.ranks, 0, task.ranks))  # one card for all of them
+    native.choose(task.compiled)
+    if task.ranks == 1:
+        start_process_group(config, Place(0, 1, 0, 1), device)
+    else:
+        if "staged" in task.backend:
+            from bench.gpu import staged
+
+            staged.register()
+        store = os.environ["BENCH_STORE"]
+        dist.init_process_group(task.backend, store, timedelta(seconds=WAIT), task.ranks, rank)
+    mesh = build_mesh(layout_of(config), timedelta(seconds=WAIT))
+    parts = parallelize(config, mesh, device)
+    parts.zero.set_lr(LEARNING_RATE)
+    share = config.batch_size // config.parallel.dp
+    found: dict = {"losses": [], "norms": []}
+    for step in range(task.steps):
+        draw = torch.Generator().manual_seed(step + 1)
+        tokens_BS = torch.randint(config.model.vocab_size, (config.batch_size, config.seq_len + 1), generator=draw)
+        mine_BS = tokens_BS[mesh.dp_rank * share : (mesh.dp_rank + 1) * share].to(device)
+        found |= one_step(config, parts, mine_BS, step + 1, task.tensors and step == 0)
+        head = next((chunk for chunk in parts.chunks if chunk.has_head), None)
+        if head is not None:
+            found["losses"].append(head.losses.means()[0].item())
+        found["norms"].append(found.pop("norm"))
+    dist.destroy_process_group()
+    return found
+
+
+def one_step(config, parts, tokens_BS, number: int, tensors: bool) -> dict:
+    """As train/trainer.py makes it; the gradient norm, and with tensors the gradients and what the update added."""
+    micro_batches = len(tokens_BS) // config.micro_batch_size
+    parts.precision.start_step(number)
+    for chunk in parts.chunks:
+        chunk.losses.clear()
+        chunk.mtp_weight = config.optim.mtp_weight[0].value
+        for router in chunk.routers().values():
+            router.clear()
+            router.balance_weight = config.optim.balance_loss / micro_batches
+    found = {}
+    if tensors:
+        before = {name: shard.local.clone() for name, shard in _masters(parts)}
+    with parts.zero.accumulate():
+        parts.pipeline.step(tokens_BS, micro_batches=micro_batches)
+        if tensors:
+            # copies, since the update may multiply gradients where they lie
+            found["gradients"] = {name: param.grad.clone().cpu() for param, name in parts.zero.names.items()}
+    found["norm"] = parts.zero.step().grad_norm
+    if tensors:
+        found["updates"] = {name: (shard.local - before[name]).cpu() for name, shard in _masters(parts)}
+    return found
+
+
+def _masters(parts):
+    return [(name, shard) for name, shard in parts.zero.shards().items() if name.startswith("master.")]
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,163 @@
+"""Rates of products at DeepSeek-V3's shapes, bf16 and FP8, beside DeepGEMM's own figures; of our quantisers; of FP8 layers.
+
+Published: DeepGEMM's README of March 2025, H800, 1x128 by 128x128, bf16 out. Without a GPU nothing of this is tried.
+"""
+
+from collections.abc import Callable
+from functools import partial
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from bench.gpu.kernels import BLOCKS, TILES, hopper, lacks
+from bench.gpu.line import Check, Found, NotTried
+from bench.gpu.machine import Machine
+from bench.gpu.timing import median_seconds
+from conf.errors import UserError
+from conf.load import compose
+from train.precision.build import build_precision
+from train.precision.formats import E4M3
+from train.precision.groups import Groups
+from train.precision.recipe import Rule
+
+DENSE = {
+    (4096, 2112, 7168): (1009, "q_down + kv_down"),
+    (4096, 24576, 1536): (1125, "q_up"),
+    (4096, 32768, 512): (751, "kv_up"),
+    (4096, 7168, 16384): (1426, "attention out"),
+    (4096, 4096, 7168): (1265, "expert w13, dense"),
+    (4096, 7168, 2048): (1168, "expert w2, dense"),
+}
+"""(M, N, K): published TFLOP/s, what it is in V3."""
+GROUPED = {
+    (4, 8192, 4096, 7168): (1346, "w13"),
+    (4, 8192, 7168, 2048): (1214, "w2"),
+    (8, 4096, 4096, 7168): (1346, "w13"),
+    (8, 4096, 7168, 2048): (1214, "w2"),
+}
+"""(experts, rows of each, N, K): published TFLOP/s, what it is in V3."""
+ROUNDS = 10
+
+
+def checks(machine: Machine) -> list[Check]:
+    works = {
+        "dense products in bf16": dense_bf16, "dense products in FP8": dense_fp8, "experts' products in bf16": grouped_bf16,
+        "experts' products in FP8": grouped_fp8, "quantisers": quantisers,
+    }  # fmt: skip
+    found = [Check(name, partial(work, machine)) for name, work in works.items()]
+    return [*found, *(Check(f"layers in {name}", partial(layers, machine, name)) for name in ("bf16", "fp8"))]
+
+
+def rates(machine: Machine, works: dict[str, Callable[[], object]], work: float) -> list[float]:
+    """Of each, work per second in 1e12."""
+    return [work / median_seconds(one, machine, ROUNDS) / 1e12 for one in works.values()]
+
+
+def draw(machine: Machine, *shape: int) -> Tensor:
+    return torch.randn(shape, device=machine.device).bfloat16()
+
+
+def dense_bf16(machine: Machine) -> Found:
+    machine.need_gpu("this")
+    table = [["M x N x K", "TFLOP/s", "product"]]
+    for (M, N, K), (_, name) in DENSE.items():
+        x, w = draw(machine, M, K), draw(machine, N, K)
+        table.append([f"{M} x {N} x {K}", *rates(machine, {"": lambda x=x, w=w: x @ w.t()}, 2 * M * N * K), name])
+    return Found({}, table=table)
+
+
+def dense_fp8(machine: Machine) -> Found:
+    engine = hopper(machine)
+    table = [
+        ["M x N x K", "forward", "with casts", "inputs' gradient", "weights' gradient", "DeepGEMM, H800", "TFLOP/s of"]
+    ]
+    for (M, N, K), (published, name) in DENSE.items():
+        x, w, g = draw(machine, M, K), draw(machine, N, K), draw(machine, M, N)
+        left, right = engine.operand(x, TILES), engine.operand(w, BLOCKS)
+        g_left, w_right = engine.operand(g, TILES), engine.operand(w, BLOCKS, transposed=True)
+        g_t, x_t = engine.operand(g, TILES, transposed=True), engine.operand(x, TILES, transposed=True)
+        works = {
+            "forward": lambda a=left, b=right: engine.product(a, b, torch.bfloat16),
+            "casts": lambda x=x, w=w: engine.product(
+                engine.operand(x, TILES), engine.operand(w, BLOCKS), torch.bfloat16
+            ),
+            "inputs": lambda a=g_left, b=w_right: engine.product(a, b, torch.bfloat16),
+            "weights": lambda a=g_t, b=x_t: engine.product(a, b, torch.float32),
+        }
+        table.append([f"{M} x {N} x {K}", *rates(machine, works, 2 * M * N * K), published, name])
+    return Found({}, table=table)
+
+
+def grouped_bf16(machine: Machine) -> Found:
+    machine.need_gpu("this")
+    table = [["experts x rows x N x K", "TFLOP/s", "product"]]
+    for (E, rows, N, K), (_, name) in GROUPED.items():
+        x, w = draw(machine, E * rows, K), draw(machine, E, N, K)
+        ends = torch.arange(rows, (E + 1) * rows, rows, device=machine.device, dtype=torch.int32)[:E]
+        works = {"": lambda x=x, w=w, ends=ends: F.grouped_mm(x, w.mT, offs=ends)}
+        table.append([f"{E} x {rows} x {N} x {K}", *rates(machine, works, 2 * E * rows * N * K), name])
+    return Found({}, table=table)
+
+
+def grouped_fp8(machine: Machine) -> Found:
+    engine = hopper(machine, experts=True)
+    table = [["experts x rows x N x K", "forward", "with casts", "weights' gradient", "DeepGEMM, H800", "TFLOP/s of"]]
+    for (E, rows, N, K), (published, name) in GROUPED.items():
+        groups = Groups.of(torch.full((E,), rows))
+        x, w, g = draw(machine, E * rows, K), draw(machine, E, N, K), draw(machine, E * rows, N)
+        left, right = engine.operand(x, TILES), engine.operand(w, BLOCKS)
+        g_t, x_t = (engine.operand(t, TILES, transposed=True, groups=groups) for t in (g, x))
+        works = {
+            "forward": lambda a=left, b=right, groups=groups: engine.grouped(a, b, groups, torch.bfloat16),
+            "casts": lambda x=x, w=w, groups=groups: engine.grouped(
+                engine.operand(x, TILES), engine.operand(w, BLOCKS), groups, torch.bfloat16
+            ),
+            "weights": lambda a=g_t, b=x_t, groups=groups: engine.grouped_wgrad(a, b, groups, torch.float32),
+        }
+        table.append([f"{E} x {rows} x {N} x {K}", *rates(machine, works, 2 * E * rows * N * K), published, name])
+    return Found({}, table=table)
+
+
+def quantisers(machine: Machine) -> Found:
+    """Bytes read and written over time; the memory of an H100 moves about 3.35 TB/s."""
+    engine = hopper(machine)
+    x = draw(machine, 8192, 7168)
+    kept = engine.keep(x, TILES.cast())
+    h, gates = draw(machine, 8192, 4096), torch.rand(8192, device=machine.device)
+    works = {
+        "1x128": (lambda: engine.operand(x, TILES), 3 * x.numel()),
+        "128x1, transposed": (lambda: engine.operand(x, TILES, transposed=True), 3 * x.numel()),
+        "128x1 from 1x128": (lambda: engine.operand(kept, TILES, transposed=True), 2 * x.numel()),
+        "128x128": (lambda: engine.operand(x, BLOCKS), 3 * x.numel()),
+        "128x128, transposed": (lambda: engine.operand(x, BLOCKS, transposed=True), 3 * x.numel()),
+        "SwiGLU and 1x128": (lambda: engine.swiglu(h, gates, TILES), 2 * h.numel() + h.numel() // 2),
+        "tensor": (lambda: engine.operand(x, Rule(E4M3, "tensor", False, 1e-4)), 3 * x.numel()),
+    }
+    rows = [[name, *rates(machine, {"": work}, moved)] for name, (work, moved) in works.items()]
+    return Found({}, table=[["quantiser, 8192 x 7168", "TB/s"], *rows])
+
+
+def layers(machine: Machine, name: str) -> Found:
+    """Forward and backward of a linear layer and of eight experts."""
+    machine.need_gpu("this")
+    try:
+        precision = build_precision(compose(f"precision={name}").precision, machine.device)
+    except UserError as error:
+        raise NotTried(lacks(error)) from error
+    x, w = draw(machine, 4096, 7168).requires_grad_(), draw(machine, 7168, 7168).requires_grad_()
+    rows, gates = draw(machine, 32768, 7168).requires_grad_(), torch.rand(32768, device=machine.device).requires_grad_()
+    w13, w2 = draw(machine, 8, 4096, 7168).requires_grad_(), draw(machine, 8, 7168, 2048).requires_grad_()
+    counts = torch.full((8,), 4096, device=machine.device)
+    works = {
+        "linear, 4096 x 7168 -> 7168": lambda: torch.autograd.grad(precision.linear(x, w), (x, w), x.detach()),
+        "8 experts of 2048 on 4096 rows": lambda: torch.autograd.grad(
+            precision.expert_ffn(rows, gates, w13, w2, counts), (rows, gates, w13, w2), rows.detach()
+        ),
+    }
+    flops = (6 * 4096 * 7168 * 7168, 6 * 32768 * 3 * 7168 * 2048)
+    table = [["forward and backward", "ms", "TFLOP/s"]]
+    for (title, work), operations in zip(works.items(), flops, strict=True):
+        seconds = median_seconds(work, machine, ROUNDS)
+        table.append([title, 1e3 * seconds, operations / seconds / 1e12])
+    return Found({}, table=table)
