@@ -27,8 +27,10 @@ PARTS = {
         ("environment", "What is installed, and whether it works together", 50),
         ("kernels", "Every kernel against its reference", 90),
         ("steps", "A whole step beside the CPU: loss, gradients, updated weights", 110),
+        ("curve", "Sixty steps of tiny, beside the CPU", 60),
         ("layers", "A layer of DeepSeek-V3 at full width: times and kernels", 70),
         ("waits", "Waits of the host and launches", 40),
+        ("memory", "Memory beside the plan", 60),
         ("rates", "Rates of products, quantisers and FP8 layers", 40),
     )
 }

@@ -1,0 +1,87 @@
+"""Several ranks on one card: does every layout give the losses of one rank on it?
+
+NCCL takes one rank a card, which is tried and said. So tensors pass through the host (bench/gpu/staged.py); model, dispatch,
+pipelines and ZeRO run on the card as in a job, all processes side by side.
+"""
+
+import tempfile
+from functools import partial
+from pathlib import Path
+
+from bench.gpu.line import Check, Found, NotTried
+from bench.gpu.machine import Machine
+from bench.gpu.rank import Ranks, Task, losses, run_ranks
+
+STEPS = 3
+MODEL = (
+    "conf=tiny",
+    "model.layers=7",
+    "seq_len=128",
+    "batch_size=16",
+    "micro_batch_size=2",
+    "cluster.ranks_per_node=4",
+)
+SMALL = ("conf=tiny", "model.layers=3", "seq_len=64", "batch_size=4", "micro_batch_size=1", "cluster.ranks_per_node=1")
+LAYOUTS = {
+    "dp 8, ZeRO 2": (8, "bf16", ("parallel.dp=8", "parallel.zero=2")),
+    "ep 8, node-limited dispatch": (8, "bf16", ("parallel.dp=8", "parallel.ep=8", "parallel.dispatch=node_limited")),
+    "pp 2, dp 4, ep 4, DualPipeV": (
+        8, "bf16", ("parallel.pp=2", "parallel.dp=4", "parallel.ep=4", "parallel.schedule=dualpipev", "micro_batch_size=1"),
+    ),
+    "ep 8, FP8 with FP8 rows on the wire": (8, "fp8", ("parallel.dp=8", "parallel.ep=8", "parallel.wire=fp8")),
+}  # fmt: skip
+SMALL_LAYOUTS = {
+    "ep 2": (2, "bf16", ("parallel.dp=2", "parallel.ep=2")),
+    "pp 2, 1F1B": (2, "bf16", ("parallel.pp=2",)),
+}
+LOSS = {"bf16": 1e-3, "fp8": 3e-3}
+NORM = {"bf16": 5e-2, "fp8": 0.15}
+LIMIT = 60.0
+
+
+def checks(machine: Machine) -> list[Check]:
+    layouts = LAYOUTS if machine.on_gpu else SMALL_LAYOUTS
+    found = [Check("NCCL with two ranks on one card", partial(nccl, machine), LIMIT)]
+    for name, (ranks, precision, overrides) in layouts.items():
+        found.append(Check(f"{ranks} ranks: {name}", partial(layout, machine, ranks, precision, overrides), LIMIT))
+    return found
+
+
+def nccl(machine: Machine) -> Found:
+    """Where it works, so would several ranks with NCCL; where it is refused, the reason is what NCCL says."""
+    machine.need_gpu("NCCL")
+    overrides = (*MODEL, "parallel.dp=2", "parallel.ep=2")
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            run_ranks(Task(overrides, "cuda", ranks=2, backend="cpu:gloo,cuda:nccl"), Path(folder) / "nccl", LIMIT / 2)
+        except RuntimeError as error:
+            raise NotTried(f"NCCL does not take two ranks on one card: {error}") from error
+    return Found()
+
+
+def layout(machine: Machine, ranks: int, precision: str, overrides: tuple[str, ...]) -> Found:
+    """Losses and gradient norms of a few steps beside those of one rank on the same device."""
+    if machine.on_gpu and precision == "fp8":
+        from bench.gpu.kernels import hopper
+
+        hopper(machine, experts=True)
+    common, device = (*(MODEL if machine.on_gpu else SMALL), f"precision={precision}"), machine.device.type
+    with tempfile.TemporaryDirectory() as folder:
+        one = Ranks(Task(common, device, STEPS), Path(folder) / "one")
+        many = Ranks(
+            Task((*common, *overrides), device, STEPS, ranks=ranks, backend="staged", threads=1), Path(folder) / "many"
+        )
+        alone, together = one.found(LIMIT), many.found(LIMIT)
+    table, worst = [["step", "loss of one rank", "of all", "gradient norm of one rank", "of all"]], [0.0, 0.0]
+    columns = losses(alone), losses(together), alone[0]["norms"], together[0]["norms"]
+    for step, (a, b, c, d) in enumerate(zip(*columns, strict=True), 1):
+        table.append([step, a, b, c, d])
+        worst = [max(worst[0], abs(b / a - 1)), max(worst[1], abs(d / c - 1))]
+    most = LOSS[precision], NORM[precision]
+    good = worst[0] <= most[0] and worst[1] <= most[1]
+    bound = (
+        f"losses within {most[0]:g} and gradient norms within {most[1]:g} of one rank's: sums run in another order, a rounding in "
+        "a bf16 moment or an FP8 cast may flip, and a token near a tie takes another expert"
+    )
+    problem = None if good else f"losses differ by {worst[0]:.1e}, gradient norms by {worst[1]:.1e}"
+    return Found({"losses apart": worst[0], "gradient norms apart": worst[1]}, bound, problem, table)
