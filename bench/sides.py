@@ -166,11 +166,12 @@ def cpu_ratio(ours: Result, peer: Result) -> float:
     return statistics.median(b / a for a, b in zip(ours.cpu_seconds, peer.cpu_seconds, strict=True))
 
 
-def serve(build: Callable[[], Callable[[], object]]) -> None:
+def serve(build: Callable[[], Callable[[], object]], device: str = "cpu") -> None:
     """One rank: says when its first step is done, answers every number of steps with the seconds and CPU seconds that
     they took, and at the end says its peak memory; or says why it cannot, and ends.
 
-    What libraries print goes to the errors, since the output is for answers.
+    What libraries print goes to the errors, since the output is for answers. device: whose memory is meant. A step on a GPU
+    has to wait for its end by itself.
     """
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
@@ -191,7 +192,7 @@ def serve(build: Callable[[], Callable[[], object]]) -> None:
 
         from train.memory import peak_memory
 
-        answer(peak_memory(torch.device("cpu")))
+        answer(peak_memory(torch.device(device)))
     except Exception as error:
         answer(f"{type(error).__name__}: {' '.join(str(error).split())}")
         raise

@@ -18,6 +18,7 @@ reduced in fp32. It does not have a CPU in mind, and expects a newer torch than 
 Optimizer: torch's fused AdamW, as torchtitan's own default.
 """
 
+import importlib.util
 import subprocess
 import sys
 import sysconfig
@@ -43,14 +44,16 @@ def environment(folder: Path) -> Path:
     """Interpreter of the environment in this folder; made there on first use. RuntimeError if that fails."""
     python = folder / "bin" / "python"
     done = folder / "installed"
-    if done.exists() and done.read_text() == "\n".join(PACKAGES):
+    # a CUDA build of torch brings the triton that fits it
+    packages = [one for one in PACKAGES if not (one.startswith("triton") and importlib.util.find_spec("triton"))]
+    if done.exists() and done.read_text() == "\n".join(packages):
         return python
     print(f"installing {PACKAGES[0]} into {folder}", file=sys.stderr)
     _run(sys.executable, "-m", "venv", "--clear", "--without-pip", str(folder))
     site = next((folder / "lib").glob("python*/site-packages"))
     (site / "parent.pth").write_text(sysconfig.get_path("purelib") + "\n")
-    _run(sys.executable, "-m", "pip", "--python", str(python), "install", "--quiet", "--no-deps", *PACKAGES)
-    done.write_text("\n".join(PACKAGES))
+    _run(sys.executable, "-m", "pip", "--python", str(python), "install", "--quiet", "--no-deps", *packages)
+    done.write_text("\n".join(packages))
     return python
 
 
@@ -60,18 +63,27 @@ def _run(*words: str) -> None:
         raise RuntimeError((result.stderr or result.stdout).strip().splitlines()[-1])
 
 
-def build_step(model: Model, tokens_BS: "Tensor", dtype: "torch.dtype", mtp: bool) -> Callable[[], None]:
-    """Forward, backward, clipping to norm 1 and update on these tokens. Only in `environment`."""
+def build_step(
+    model: Model, tokens_BS: "Tensor", dtype: "torch.dtype", mtp: bool, compiled: bool = False
+) -> Callable[[], None]:
+    """Forward, backward, clipping to norm 1 and update on these tokens and their device. Only in `environment`.
+
+    compiled: every block by torch.compile, as torchtitan does on a GPU.
+    """
     import torch
     from torchtitan.components.loss import cross_entropy_loss
     from torchtitan.models.deepseek_v3 import MTPLoss
 
-    peer = _config(model, mtp).build()
-    peer.init_states(buffer_device=torch.device("cpu"))
+    device = tokens_BS.device
+    with device:
+        peer = _config(model, mtp).build()
+        peer.init_states(buffer_device=device)
     _cast(peer, dtype)
+    for layer in peer.layers.values() if compiled else ():
+        layer.compile()
     optimizer = torch.optim.AdamW(peer.parameters(), lr=1e-4, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
     inputs_BT, targets_BT = tokens_BS[:, :-1].contiguous(), tokens_BS[:, 1:].contiguous()
-    positions_BT = torch.arange(inputs_BT.shape[1]).expand_as(inputs_BT)
+    positions_BT = torch.arange(inputs_BT.shape[1], device=device).expand_as(inputs_BT)
     mtp_loss = MTPLoss(MTPLoss.Config()) if mtp else None
 
     def step() -> None:

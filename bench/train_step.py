@@ -45,9 +45,15 @@ SHAPES = {
         "nope_head_dim": 64, "rope_head_dim": 32, "v_head_dim": 64, "dense_width": 1536, "expert_width": 256,
         "experts": 64, "shared_experts": 1, "top_k": 8, "groups": 1, "top_groups": 1, "route_scale": 1.0,
     },
+    # 1.3B parameters, for a GPU
+    "gpu": {
+        "vocab_size": 32768, "hidden": 2048, "layers": 4, "dense_layers": 1, "heads": 16, "q_rank": 768, "kv_rank": 512,
+        "nope_head_dim": 128, "rope_head_dim": 64, "v_head_dim": 128, "dense_width": 8192, "expert_width": 1024,
+        "experts": 64, "shared_experts": 1, "top_k": 6, "groups": 8, "top_groups": 3, "route_scale": 2.5,
+    },
     "tiny": {},
 }  # fmt: skip
-TOKENS = {"debug": (1, 512), "v3": (1, 1024), "moe": (4, 1024), "tiny": (16, 256)}
+TOKENS = {"debug": (1, 512), "v3": (1, 1024), "moe": (4, 1024), "gpu": (2, 4096), "tiny": (16, 256)}
 """Sequences per step and their length."""
 PEERS = Path.home() / ".cache" / "sluice" / "peers"
 """Environments of peers."""
@@ -170,7 +176,7 @@ def _ours(case: Case):
     return own_step(case)
 
 
-def own_step(case: Case, balance_loss: float = 0.0) -> Callable[[], tuple[float, float]]:
+def own_step(case: Case, balance_loss: float = 0.0, device: str = "cpu") -> Callable[[], tuple[float, float]]:
     """A step of the case on this rank of the default process group, on random tokens.
 
     balance_loss: weight of the sequence-wise loss, which the peers do not have. The step returns its seconds of forward
@@ -184,12 +190,12 @@ def own_step(case: Case, balance_loss: float = 0.0) -> Callable[[], tuple[float,
 
     config = case.config()
     mesh = build_mesh(layout_of(config))
-    parts = parallelize(config, mesh, torch.device("cpu"))
+    parts = parallelize(config, mesh, torch.device(device))
     for chunk in parts.chunks:
         chunk.mtp_weight = 0.3
         for router in chunk.routers().values():
             router.balance_weight = balance_loss
-    tokens_BS = random_tokens(case, config.model.vocab_size, mesh.dp_rank)
+    tokens_BS = random_tokens(case, config.model.vocab_size, mesh.dp_rank).to(device)
     parts.zero.set_lr(1e-4)
 
     def step() -> tuple[float, float]:

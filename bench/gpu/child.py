@@ -43,7 +43,7 @@ def run_checks(checks, machine, path: Path) -> int:
             if check.name in done:
                 continue
             write({"begun": check.name})
-            faulthandler.dump_traceback_later(check.limit, exit=True)
+            faulthandler.dump_traceback_later(machine.patience * check.limit, exit=True)
             line = make_line(check)
             faulthandler.cancel_dump_traceback_later()
             write({"line": asdict(line)})

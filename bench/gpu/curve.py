@@ -47,7 +47,7 @@ def curve(machine: Machine, precision: str) -> Found:
         )
         there = start("there", "cluster.device=cpu", *common)
         for process in (here, there):
-            finish(process)
+            finish(process, machine.patience * LIMIT)
         ours, cpu = (losses(Path(folder) / name) for name in ("here", "there"))
     return beside(ours, cpu, steps, FIRST[precision], machine.on_gpu)
 
@@ -63,10 +63,10 @@ def start(name: str, *overrides: str) -> subprocess.Popen:
     )  # fmt: skip
 
 
-def finish(process: subprocess.Popen) -> None:
+def finish(process: subprocess.Popen, seconds: float) -> None:
     """RuntimeError with the end of what the run said, where it failed."""
     try:
-        said, _ = process.communicate(timeout=LIMIT)
+        said, _ = process.communicate(timeout=seconds)
     finally:
         process.kill()
     if process.returncode:

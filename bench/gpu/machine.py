@@ -7,7 +7,7 @@ import torch
 from bench.gpu.line import NotTried
 from train.native import model as native
 
-COMPILED, PLAIN = "compiled code", "torch's operations"
+PATIENCE = 4.0
 
 
 @dataclass(frozen=True)
@@ -30,8 +30,13 @@ class Machine:
         return self.device.type == "cuda"
 
     @property
+    def patience(self) -> float:
+        """What times allowed are multiplied with: a dry check may share its cores with others."""
+        return 1.0 if self.on_gpu else PATIENCE
+
+    @property
     def name(self) -> str:
-        return torch.cuda.get_device_name(self.device) if self.on_gpu else f"CPU, {PLAIN}"
+        return torch.cuda.get_device_name(self.device) if self.on_gpu else "CPU"
 
     def need_gpu(self, what: str) -> None:
         """Raises NotTried on a CPU."""

@@ -56,7 +56,7 @@ def beside_plan(machine: Machine, overrides: tuple[str, ...]) -> Found:
             sys.executable, "-m", "train", "mode=dry_run", f"cluster.device={machine.device.type}", f"runs={folder}", "name=dry",
             "dry_run.steps=2", *overrides,
         ]  # fmt: skip
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=LIMIT)
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=machine.patience * LIMIT)
         if done.returncode == 2:
             raise NotTried(last_words(2, done.stdout + done.stderr))
         if done.returncode:

@@ -24,13 +24,15 @@ class Part:
 PARTS = {
     name: Part(name, title, seconds)
     for name, title, seconds in (
-        ("environment", "What is installed, and whether it works together", 50),
-        ("kernels", "Every kernel against its reference", 90),
-        ("steps", "A whole step beside the CPU: loss, gradients, updated weights", 110),
-        ("curve", "Sixty steps of tiny, beside the CPU", 60),
-        ("layers", "A layer of DeepSeek-V3 at full width: times and kernels", 70),
-        ("waits", "Waits of the host and launches", 40),
+        ("environment", "What is installed, and whether it works together", 45),
+        ("kernels", "Every kernel against its reference", 75),
+        ("steps", "A whole step beside the CPU: loss, gradients, updated weights", 95),
+        ("curve", "Sixty steps of tiny, beside the CPU", 55),
+        ("layers", "A layer of DeepSeek-V3 at full width: times and kernels", 65),
+        ("waits", "Waits of the host and launches", 35),
         ("memory", "Memory beside the plan", 60),
-        ("rates", "Rates of products, quantisers and FP8 layers", 40),
+        ("ranks", "Eight processes on one card, beside one", 65),
+        ("rates", "Rates of products, quantisers and FP8 layers", 30),
+        ("peers", "A training step beside torchtitan, transformers and TransformerEngine", 75),
     )
 }

@@ -71,7 +71,7 @@ def layout(machine: Machine, ranks: int, precision: str, overrides: tuple[str, .
         many = Ranks(
             Task((*common, *overrides), device, STEPS, ranks=ranks, backend="staged", threads=1), Path(folder) / "many"
         )
-        alone, together = one.found(LIMIT), many.found(LIMIT)
+        alone, together = (ranks.found(machine.patience * LIMIT) for ranks in (one, many))
     table, worst = [["step", "loss of one rank", "of all", "gradient norm of one rank", "of all"]], [0.0, 0.0]
     columns = losses(alone), losses(together), alone[0]["norms"], together[0]["norms"]
     for step, (a, b, c, d) in enumerate(zip(*columns, strict=True), 1):

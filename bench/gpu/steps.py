@@ -58,7 +58,7 @@ def tiny(machine: Machine, precision: str) -> Found:
     with tempfile.TemporaryDirectory() as folder:
         ours = start(precision, machine.device.type, folder, machine.on_gpu)
         same, exact = start(precision, "cpu", folder), start("fp32", "cpu", folder)
-        (device,), (cpu,), (fp32,) = (ranks.found(LIMIT) for ranks in (ours, same, exact))
+        (device,), (cpu,), (fp32,) = (ranks.found(machine.patience * LIMIT) for ranks in (ours, same, exact))
     sides = [
         side["gradients"] | {f"update of {n}": x for n, x in side["updates"].items()} for side in (device, cpu, fp32)
     ]

@@ -14,6 +14,8 @@ from bench.gpu.line import Check, Found, NotTried
 class Machine:
     """Its context breaks when a check says so."""
 
+    patience = 1.0
+
     def __init__(self):
         self.context_is_broken = False
 
