@@ -18,6 +18,7 @@ import torch
 from bench.gpu.line import Check, Found, NotTried
 from bench.gpu.machine import Machine
 from bench.gpu.timing import median_seconds
+from bench.layouts import LayoutCase
 from bench.sides import Side, serve
 from bench.train_step import PEERS, Case, own_step, random_tokens, torch_dtype, transformers_model
 from train.model.count import flops_per_token
@@ -31,8 +32,8 @@ def checks(machine: Machine) -> list[Check]:
     return [*found, Check("FP8 layers of TransformerEngine", partial(transformer_engine, machine))]
 
 
-def case_of(machine: Machine) -> Case:
-    return Case("gpu" if machine.on_gpu else "debug")
+def case_of(machine: Machine) -> LayoutCase:
+    return LayoutCase("gpu", threads=8) if machine.on_gpu else LayoutCase("debug", length=64)
 
 
 def step(machine: Machine, name: str) -> Found:
@@ -137,7 +138,7 @@ BUILDERS = {"Sluice": sluice, "torchtitan": torchtitan, "transformers": transfor
 
 def main() -> None:
     name, device, words = sys.argv[1:]
-    case = Case(**json.loads(words))
+    case = LayoutCase(**json.loads(words))
 
     def build():
         torch.set_num_threads(case.threads)
