@@ -12,7 +12,7 @@ h1 { font-size: 1.5rem; margin: 0 0 .3rem; } h2 { font-size: 1.15rem; margin: 2.
 .banner { border-left: 5px solid; padding: .5rem 1rem; margin: 1rem 0; background: #8881; }
 .pass { color: var(--pass); } .fail { color: var(--fail); } .not { color: var(--not); }
 table { border-collapse: collapse; font-size: .88rem; } td, th { padding: .15rem .9rem .15rem 0; text-align: left; vertical-align: top; }
-th { font-weight: 600; } table.figures td + td, table.figures th + th { text-align: right; font-variant-numeric: tabular-nums; }
+th { font-weight: 600; } .number { text-align: right; font-variant-numeric: tabular-nums; }
 .line { border-top: 1px solid var(--line); padding: .55rem 0; }
 .line > b { font-weight: 600; } .verdict { display: inline-block; min-width: 5.2rem; font-weight: 700; font-size: .85rem; }
 .seconds, .bound { color: var(--soft); font-size: .85rem; } .reason { white-space: pre-wrap; overflow-wrap: anywhere; }
@@ -77,13 +77,7 @@ def _line(line: Line) -> str:
         chips = (f"<span><i>{escape(name)}</i> {shown(value)}</span>" for name, value in line.figures.items())
         body += f'<div class="chips">{" ".join(chips)}</div>'
     if line.table:
-        head, *rows = line.table
-        body += (
-            '<div class="scroll"><table class="figures">'
-            + _row(head, "th")
-            + "".join(map(_row, rows))
-            + "</table></div>"
-        )
+        body += _table(line.table)
     if line.bound:
         body += f'<div class="bound">Bound: {escape(line.bound)}</div>'
     return (
@@ -92,8 +86,21 @@ def _line(line: Line) -> str:
     )
 
 
-def _row(values: list[Figure], cell: str = "td") -> str:
-    return "<tr>" + "".join(f"<{cell}>{shown(value)}</{cell}>" for value in values) + "</tr>"
+def _table(rows: list[list[Figure]]) -> str:
+    """Numbers to the right, columns with words to the left."""
+    words = [any(isinstance(value, str) for value in column) for column in zip(*rows[1:], strict=True)] or [True] * len(
+        rows[0]
+    )
+
+    def draw_row(values: list[Figure], cell: str) -> str:
+        cells = (
+            f"<{cell}{'' if left else ' class=number'}>{shown(value)}</{cell}>"
+            for value, left in zip(values, words, strict=True)
+        )
+        return f"<tr>{''.join(cells)}</tr>"
+
+    body = draw_row(rows[0], "th") + "".join(draw_row(row, "td") for row in rows[1:])
+    return f'<div class="scroll"><table>{body}</table></div>'
 
 
 def _software(name: str, version: str | None) -> str:

@@ -122,8 +122,8 @@ def take_steps(task: Task, rank: int) -> dict:
     from cluster.launch import Place
     from conf.load import compose
     from parallel.mesh import build_mesh
+    from train import parallelize as parallelize_module
     from train.native import model as native
-    from train.parallelize import parallelize
     from train.plan.job import layout_of
     from train.worker import choose_device, start_process_group
 
@@ -140,7 +140,8 @@ def take_steps(task: Task, rank: int) -> dict:
         store = os.environ["BENCH_STORE"]
         dist.init_process_group(task.backend, store, timedelta(seconds=WAIT), task.ranks, rank)
     mesh = build_mesh(layout_of(config), timedelta(seconds=WAIT))
-    parts = parallelize(config, mesh, device)
+    parallelize_module.initialise = drawn_by_the_cpu
+    parts = parallelize_module.parallelize(config, mesh, device)
     parts.zero.set_lr(LEARNING_RATE)
     share = config.batch_size // config.parallel.dp
     found: dict = {"losses": [], "norms": []}
@@ -155,6 +156,15 @@ def take_steps(task: Task, rank: int) -> dict:
         found["norms"].append(found.pop("norm"))
     dist.destroy_process_group()
     return found
+
+
+def drawn_by_the_cpu(chunk, seed: int, device) -> None:
+    """The initial weights of a CPU on any device: sides that are compared have to start from the same."""
+    from train.model.init import initialise
+
+    chunk.to("cpu")
+    initialise(chunk, seed, "cpu")
+    chunk.to(device)
 
 
 def one_step(config, parts, tokens_BS, number: int, tensors: bool) -> dict:
