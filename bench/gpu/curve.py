@@ -6,20 +6,24 @@ larger: two runs in bf16 that sum in another order were up to 1.2 % apart (train
 paper's appendix B.1 before they are compared.
 """
 
+import atexit
 import json
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
-from bench.gpu.line import Check, Found
+from bench.gpu.kernels import hopper
+from bench.gpu.line import Check, Found, NotTried
 from bench.gpu.machine import Machine
 from bench.gpu.words import last_words
 from conf.schema import ROOT
 
 STEPS, EVERY = 60, 6
+SIZE = ("batch_size=8", "micro_batch_size=8")
 SMALL_STEPS = 12
 SMALL = ("batch_size=4", "micro_batch_size=4", "seq_len=128", "optim.warmup_steps=2", "log.validation_sequences=4")
 """Of a dry check."""
@@ -37,20 +41,42 @@ def checks(machine: Machine) -> list[Check]:
 
 def curve(machine: Machine, precision: str) -> Found:
     if machine.on_gpu and precision == "fp8":
-        from bench.gpu.kernels import hopper
-
         hopper(machine, experts=True)
     steps = STEPS if machine.on_gpu else SMALL_STEPS
-    with tempfile.TemporaryDirectory() as folder:
-        common = (f"precision={precision}", f"steps={steps}", f"runs={folder}", *(() if machine.on_gpu else SMALL))
-        here = start(
-            "here", f"cluster.device={machine.device.type}", f"cluster.compiled={str(machine.on_gpu).lower()}", *common
-        )
-        there = start("there", "cluster.device=cpu", *common)
-        for process in (here, there):
-            finish(process, machine.patience * LIMIT)
-        ours, cpu = (losses(Path(folder) / name) for name in ("here", "there"))
+    ours, cpu = (losses(runs(machine) / f"{precision}-{side}") for side in ("here", "there"))
     return beside(ours, cpu, steps - 1, FIRST[precision], machine.on_gpu)
+
+
+@cache
+def runs(machine: Machine) -> Path:
+    """The folder of all runs, which go on together once the first step is taken."""
+    folder = tempfile.mkdtemp(prefix="sluice-curve-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    steps, size = (STEPS, SIZE) if machine.on_gpu else (SMALL_STEPS, SMALL)
+    seconds, common = machine.patience * LIMIT, (f"runs={folder}", *size)
+    finish(start("first", "cluster.device=cpu", *common, "steps=1"), seconds)
+    (checkpoint,) = (Path(folder) / "first" / "checkpoints").glob("step_*")
+    threads = max(1, (os.cpu_count() or 1) // 2)
+    common = (*common, f"steps={steps}", f"resume={checkpoint}", f"cluster.threads={threads}")
+    here = f"cluster.device={machine.device.type}", f"cluster.compiled={str(machine.on_gpu).lower()}"
+    sides = {"here": here, "there": ("cluster.device=cpu",)}
+    started = [
+        start(f"{precision}-{side}", f"precision={precision}", *words, *common)
+        for precision in ("bf16", "fp8")
+        for side, words in sides.items()
+        if not (precision == "fp8" and machine.on_gpu and lacks_fp8(machine))
+    ]
+    for process in started:
+        finish(process, seconds)
+    return Path(folder)
+
+
+def lacks_fp8(machine: Machine) -> bool:
+    try:
+        hopper(machine, experts=True)
+    except NotTried:
+        return True
+    return False
 
 
 def start(name: str, *overrides: str) -> subprocess.Popen:

@@ -56,10 +56,11 @@ def layer_config(precision: str, dispatch: str, shrink: int, device: torch.devic
 class Layer:
     """A dense block, or one of experts, with an input and the gradient of its output; its weights are drawn on the device.
 
-    Raises UserError where the device lacks what the precision needs.
+    like: a layer of these sizes, whose weights, input and gradient this one takes. Raises UserError where the device lacks
+    what the precision needs.
     """
 
-    def __init__(self, config: Config, dense: bool, device: torch.device):
+    def __init__(self, config: Config, dense: bool, device: torch.device, like: "Layer | None" = None):
         self.config, self.dense, self.device = config, dense, device
         model, parallel = config.model, config.parallel
         dispatcher, local = None, range(model.experts)
@@ -74,9 +75,12 @@ class Layer:
             model, self._precision, seq_len=config.seq_len, layers=range(first, first + 1), has_embedding=False,
             has_head=False, dispatcher=dispatcher, local_experts=local, dtype=dtype, device=device,
         )  # fmt: skip
-        with torch.no_grad():
-            for param in self.chunk.parameters():
-                param.fill_(1) if param.dim() == 1 else param.normal_(0, model.init_std)
+        if like is not None:
+            self.chunk.load_state_dict(like.chunk.state_dict())
+        else:
+            with torch.no_grad():
+                for param in self.chunk.parameters():
+                    param.fill_(1) if param.dim() == 1 else param.normal_(0, model.init_std)
         for router in self.chunk.routers().values():
             router.balance_weight = config.optim.balance_loss
         for param in self.chunk.parameters():
@@ -85,15 +89,10 @@ class Layer:
         self._precision.watch(self.chunk)
         self._precision.start_step(1)
         shape = 1, config.seq_len, model.hidden
-        self.x_BTD = torch.randn(shape, device=device).mul_(HIDDEN_STD).to(dtype).requires_grad_()
-        self.dy_BTD = torch.randn(shape, device=device).mul_(GRADIENT_STD).to(dtype)
-
-    def take(self, other: "Layer") -> None:
-        """The weights, the input and its gradient of another layer of these sizes."""
-        self.chunk.load_state_dict(other.chunk.state_dict())
-        with torch.no_grad():
-            self.x_BTD.copy_(other.x_BTD)
-            self.dy_BTD.copy_(other.dy_BTD)
+        made = (torch.randn(shape, device=device).mul_(std) for std in (HIDDEN_STD, GRADIENT_STD))
+        x_BTD, dy_BTD = made if like is None else (like.x_BTD.detach(), like.dy_BTD)
+        self.x_BTD = x_BTD.to(device, dtype).requires_grad_()
+        self.dy_BTD = dy_BTD.to(device, dtype)
 
     def forward(self) -> Tensor:
         return self.chunk(self.x_BTD)

@@ -8,6 +8,7 @@ import tempfile
 from functools import partial
 from pathlib import Path
 
+from bench.gpu.kernels import hopper
 from bench.gpu.line import Check, Found, NotTried
 from bench.gpu.machine import Machine
 from bench.gpu.rank import Ranks, Task, losses, run_ranks
@@ -23,12 +24,12 @@ MODEL = (
 )
 SMALL = ("conf=tiny", "model.layers=3", "seq_len=64", "batch_size=4", "micro_batch_size=1", "cluster.ranks_per_node=1")
 LAYOUTS = {
-    "dp 8, ZeRO 2": (8, "bf16", ("parallel.dp=8", "parallel.zero=2")),
     "ep 8, node-limited dispatch": (8, "bf16", ("parallel.dp=8", "parallel.ep=8", "parallel.dispatch=node_limited")),
     "pp 2, dp 4, ep 4, DualPipeV": (
         8, "bf16", ("parallel.pp=2", "parallel.dp=4", "parallel.ep=4", "parallel.schedule=dualpipev", "micro_batch_size=1"),
     ),
     "ep 8, FP8 with FP8 rows on the wire": (8, "fp8", ("parallel.dp=8", "parallel.ep=8", "parallel.wire=fp8")),
+    "dp 8, ZeRO 2": (8, "bf16", ("parallel.dp=8", "parallel.zero=2")),
 }  # fmt: skip
 SMALL_LAYOUTS = {
     "ep 2": (2, "bf16", ("parallel.dp=2", "parallel.ep=2")),
@@ -62,8 +63,6 @@ def nccl(machine: Machine) -> Found:
 def layout(machine: Machine, ranks: int, precision: str, overrides: tuple[str, ...]) -> Found:
     """Losses and gradient norms of a few steps beside those of one rank on the same device."""
     if machine.on_gpu and precision == "fp8":
-        from bench.gpu.kernels import hopper
-
         hopper(machine, experts=True)
     common, device = (*(MODEL if machine.on_gpu else SMALL), f"precision={precision}"), machine.device.type
     with tempfile.TemporaryDirectory() as folder:

@@ -45,14 +45,15 @@ def follow(command: list[str], folder: Path, deadline: float, show: Callable[[Li
         left = written.left()
         if not written.names():
             written.add(Line("start of the part", FAIL, why))
-        elif left and written.begun() == left[0]:
-            written.add(Line(left.pop(0), FAIL, f"was not done when {why}" if late else why))
+        elif left and written.begun() == left[0] and not late:
+            written.add(Line(left.pop(0), FAIL, why))
         elif left and len(written.lines()) == before and not late:
             written.add(Line("process of the part", FAIL, why))
             late = True
-        if late:
+        if late:  # a check that hangs fails by its own limit; one that was begun too late is no fault
             for name in left:
-                written.add(Line(name, NOT_TRIED, why))
+                was = ", and it was not done" if name == written.begun() else ""
+                written.add(Line(name, NOT_TRIED, why + was))
         if not written.left():
             return written.lines()
 

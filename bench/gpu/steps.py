@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from bench.gpu.compare import BOUND, distances, judge
+from bench.gpu.kernels import hopper
 from bench.gpu.layer import Layer
 from bench.gpu.line import Check, Found, NotTried
 from bench.gpu.machine import Machine
@@ -44,8 +45,6 @@ def checks(machine: Machine) -> list[Check]:
 def tiny(machine: Machine, precision: str) -> Found:
     """Loss, every gradient and every update of the first step."""
     if machine.on_gpu and precision == "fp8":
-        from bench.gpu.kernels import hopper
-
         hopper(machine, experts=True)
     size = () if machine.on_gpu else SMALL
 
@@ -89,9 +88,7 @@ def layer_step(machine: Machine, precision: str, dense: bool) -> Found:
     sides = [results(ours)]
     for name in (precision, "fp32"):
         device = machine.side(reference=True)
-        layer = Layer(layer_config(name, machine, device), dense, device)
-        layer.take(ours)
-        sides.append(results(layer))
+        sides.append(results(Layer(layer_config(name, machine, device), dense, device, like=ours)))
     return judge(distances(*sides))
 
 
