@@ -36,7 +36,12 @@ LIMIT = 100.0
 
 
 def checks(machine: Machine) -> list[Check]:
-    return [Check(f"tiny, {name}", partial(curve, machine, name), LIMIT) for name in ("bf16", "fp8")]
+    return [Check(f"tiny, {name}", partial(curve, machine, name), LIMIT) for name in precisions(machine)]
+
+
+def precisions(machine: Machine) -> tuple[str, ...]:
+    """A dry check has no time for FP8."""
+    return ("bf16", "fp8") if machine.on_gpu else ("bf16",)
 
 
 def curve(machine: Machine, precision: str) -> Found:
@@ -55,16 +60,15 @@ def runs(machine: Machine) -> Path:
     steps, size = (STEPS, SIZE) if machine.on_gpu else (SMALL_STEPS, SMALL)
     seconds, common = machine.patience * LIMIT, (f"runs={folder}", *size)
     finish(start("first", "cluster.device=cpu", *common, "steps=1"), seconds)
-    (checkpoint,) = (Path(folder) / "first" / "checkpoints").glob("step_*")
     threads = max(1, (os.cpu_count() or 1) // 2)
-    common = (*common, f"steps={steps}", f"resume={checkpoint}", f"cluster.threads={threads}")
+    common = (*common, f"steps={steps}", f"resume={folder}/first", f"cluster.threads={threads}")
     here = f"cluster.device={machine.device.type}", f"cluster.compiled={str(machine.on_gpu).lower()}"
     sides = {"here": here, "there": ("cluster.device=cpu",)}
     started = [
         start(f"{precision}-{side}", f"precision={precision}", *words, *common)
-        for precision in ("bf16", "fp8")
+        for precision in precisions(machine)
         for side, words in sides.items()
-        if not (precision == "fp8" and machine.on_gpu and lacks_fp8(machine))
+        if not (precision == "fp8" and lacks_fp8(machine))
     ]
     for process in started:
         finish(process, seconds)

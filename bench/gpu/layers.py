@@ -32,7 +32,7 @@ TRACE = {
 overlap."""
 ABSENT = ("dispatch forward, FP8", "dispatch of gradients, FP8", "two combines, bf16", "notify and wait")
 """Pieces of the trace that need the other ranks."""
-SHRINK = 16
+SHRINK = 32
 ROUNDS = 20
 PRODUCTS = ("grouped products", "dense products")
 MOST_OF_PEAK = 1.05

@@ -26,7 +26,7 @@ CASES = {
     "tiny, one rank, bf16": TINY,
 }
 SMALL = ("batch_size=4", "micro_batch_size=4")
-SMALL_CASES = {"tiny, one rank, bf16": (*TINY, *SMALL), "tiny, one rank, fp8": (*TINY, *SMALL, "precision=fp8")}
+SMALL_CASES = {"tiny, one rank, bf16": (*TINY, *SMALL)}
 ALLOWED = 0.08
 SMALL_ALLOWED = 0.15
 """At a few MiB workspaces of libraries weigh more."""

@@ -31,10 +31,7 @@ LAYOUTS = {
     "ep 8, FP8 with FP8 rows on the wire": (8, "fp8", ("parallel.dp=8", "parallel.ep=8", "parallel.wire=fp8")),
     "dp 8, ZeRO 2": (8, "bf16", ("parallel.dp=8", "parallel.zero=2")),
 }  # fmt: skip
-SMALL_LAYOUTS = {
-    "ep 2": (2, "bf16", ("parallel.dp=2", "parallel.ep=2")),
-    "pp 2, 1F1B": (2, "bf16", ("parallel.pp=2",)),
-}
+SMALL_LAYOUTS = {"ep 2": (2, "bf16", ("parallel.dp=2", "parallel.ep=2"))}
 LOSS = {"bf16": 1e-3, "fp8": 3e-3}
 NORM = {"bf16": 5e-2, "fp8": 0.15}
 LIMIT = 60.0

@@ -5,7 +5,7 @@ dense or has eight experts, of which a token takes four: all widths are DeepSeek
 """
 
 import tempfile
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 
 import torch
@@ -46,18 +46,13 @@ def tiny(machine: Machine, precision: str) -> Found:
     """Loss, every gradient and every update of the first step."""
     if machine.on_gpu and precision == "fp8":
         hopper(machine, experts=True)
-    size = () if machine.on_gpu else SMALL
-
-    def start(name: str, device: str, folder: str, compiled: bool = True) -> Ranks:
-        overrides = ("conf=tiny", f"precision={name}", *size)
-        return Ranks(
-            Task(overrides, device, tensors=True, compiled=compiled), Path(folder) / f"{name}-{device}-{compiled}"
-        )
-
     with tempfile.TemporaryDirectory() as folder:
-        ours = start(precision, machine.device.type, folder, machine.on_gpu)
-        same, exact = start(precision, "cpu", folder), start("fp32", "cpu", folder)
-        (device,), (cpu,), (fp32,) = (ranks.found(machine.patience * LIMIT) for ranks in (ours, same, exact))
+        started = [
+            start(machine, precision, machine.device.type, Path(folder) / "ours", machine.on_gpu),
+            start(machine, precision, "cpu", Path(folder) / "same"),
+        ]
+        (device,), (cpu,) = (ranks.found(machine.patience * LIMIT) for ranks in started)
+    fp32 = exact(machine)
     sides = [
         side["gradients"] | {f"update of {n}": x for n, x in side["updates"].items()} for side in (device, cpu, fp32)
     ]
@@ -67,6 +62,19 @@ def tiny(machine: Machine, precision: str) -> Found:
     found.bound = f"losses within {LOSS[precision]:g}, where the roundings of thousands of tokens cancel; {BOUND}"
     if not error <= LOSS[precision]:
         found.problem = "; ".join(filter(None, (f"losses differ by {error:.1e}", found.problem)))
+    return found
+
+
+def start(machine: Machine, precision: str, device: str, folder: Path, compiled: bool = True) -> Ranks:
+    overrides = ("conf=tiny", f"precision={precision}", *(() if machine.on_gpu else SMALL))
+    return Ranks(Task(overrides, device, tensors=True, compiled=compiled), folder)
+
+
+@cache
+def exact(machine: Machine) -> dict:
+    """The CPU in fp32."""
+    with tempfile.TemporaryDirectory() as folder:
+        (found,) = start(machine, "fp32", "cpu", Path(folder) / "exact").found(machine.patience * LIMIT)
     return found
 
 
