@@ -10,10 +10,15 @@ import faulthandler
 import json
 import sys
 import warnings
+from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from bench.gpu.line import make_line
+from bench.gpu.line import Check, make_line
+
+if TYPE_CHECKING:  # a process that cannot import torch says so with faulthandler on
+    from bench.gpu.machine import Machine
 
 BROKEN = 70
 """Exit code: the checks that are left need a new process."""
@@ -30,10 +35,11 @@ def main() -> int:
     return run_checks(PARTS[name].load()(machine), machine, Path(path))
 
 
-def run_checks(checks, machine, path: Path) -> int:
+def run_checks(checks: list[Check], machine: "Machine", path: Path) -> int:
     """All that have no line in the file yet."""
     done = {entry["line"]["name"] for entry in read_entries(path) if "line" in entry}
     with path.open("a") as file:
+        file.write("\n")  # ends what a process was writing when it died
 
         def write(entry: dict) -> None:
             print(json.dumps(entry), file=file, flush=True)
@@ -53,10 +59,12 @@ def run_checks(checks, machine, path: Path) -> int:
 
 
 def read_entries(path: Path) -> list[dict]:
-    """What a child wrote; a line that it was writing when it died is left out."""
-    if not path.exists():
-        return []
-    return [json.loads(line) for line in path.read_text().splitlines(keepends=True) if line.endswith("\n")]
+    """What the processes wrote. A line that one was writing, or is, is left out."""
+    entries = []
+    for line in path.read_text().splitlines() if path.exists() else []:
+        with suppress(json.JSONDecodeError):
+            entries.append(json.loads(line))
+    return entries
 
 
 if __name__ == "__main__":

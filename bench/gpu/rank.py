@@ -11,15 +11,19 @@ import json
 import os
 import subprocess
 import sys
+import time
 import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from datetime import timedelta
 from pathlib import Path
 
+from bench.gpu.words import last_words
 from conf.schema import ROOT
 
 LEARNING_RATE = 1e-3
+POLL = 0.1
+"""Seconds between two looks at the processes."""
 WAIT = 120.0
 """Longest wait in a collective, seconds."""
 
@@ -63,33 +67,30 @@ class Ranks:
                 )  # fmt: skip
 
     def found(self, seconds: float) -> list[dict]:
-        """What every rank wrote; all have ended."""
-        import time
-
+        """What every rank wrote; all have ended. One that fails ends the others, which would wait for it."""
         import torch
 
         deadline = time.monotonic() + seconds
         try:
-            for process in self._processes:
-                process.wait(max(0.1, deadline - time.monotonic()))
-        except subprocess.TimeoutExpired as error:
-            raise RuntimeError(f"ranks had no end within {seconds:.0f} s: {self._words()}") from error
+            codes: list[int | None] = [None]
+            while None in codes and not any(codes) and time.monotonic() < deadline:
+                time.sleep(POLL)
+                codes = [process.poll() for process in self._processes]
         finally:
             for process in self._processes:
                 process.kill()
                 process.wait()
-        if any(process.returncode for process in self._processes):
-            raise RuntimeError(self._words())
+        if any(codes):
+            rank = next(rank for rank, code in enumerate(codes) if code)
+            raise RuntimeError(f"rank {rank}: {last_words(codes[rank], self._said(rank))}")
+        if None in codes:
+            rank = codes.index(None)
+            said = self._said(rank).strip().splitlines()[-1:]
+            raise RuntimeError(f"rank {rank} had no end within {seconds:.0f} s: {' '.join(said)}")
         return [torch.load(self._folder / f"{rank}.pt") for rank in range(len(self._processes))]
 
-    def _words(self) -> str:
-        """The end of what the first failed rank printed."""
-        from bench.gpu.words import last_words
-
-        said = sorted(self._folder.glob("*.errors"), key=lambda path: path.stat().st_mtime)
-        codes = [process.returncode or 0 for process in self._processes]
-        failed = [path for path in said if codes[int(path.stem)] not in (0, -9)] or said
-        return f"rank {failed[0].stem}: {last_words(codes[int(failed[0].stem)], failed[0].read_text(errors='replace'))}"
+    def _said(self, rank: int) -> str:
+        return (self._folder / f"{rank}.errors").read_text(errors="replace")
 
 
 def run_ranks(task: Task, folder: Path, seconds: float) -> list[dict]:

@@ -41,6 +41,12 @@ def hangs() -> Found:
     return Found()
 
 
+def writes_half_a_line(path: str) -> None:
+    with Path(path).open("a") as file:
+        file.write('{"line": {"na')
+    os._exit(4)
+
+
 def main() -> int:
     faulthandler.enable()
     kind, path = sys.argv[1:]
@@ -54,6 +60,7 @@ def main() -> int:
         "breaks the context": lambda: breaks(machine),
         "crashes": lambda: os.kill(os.getpid(), signal.SIGSEGV),
         "exits": lambda: os._exit(3),
+        "writes half a line": lambda: writes_half_a_line(path),
         "hangs": hangs,
         "wrong": lambda: Found({"error": float("nan")}, "below 1", "it is not a number"),
         "last": Found,
