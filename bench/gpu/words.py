@@ -5,12 +5,18 @@ import signal
 import traceback
 from pathlib import Path
 
+from conf.errors import EXIT_USER
 from conf.schema import ROOT
 
 LONGEST = 600
 """Characters of a reason."""
 FRAME = re.compile(r'File "(.+?)", line (\d+) in (\S+)')
 """Of faulthandler."""
+SCREEN = 5
+"""Lines of a UserError."""
+RANK = re.compile(r"^\[rank\d+\]:")
+"""What torch writes before the lines of a rank."""
+ERROR = re.compile(r"[\w.]*(Error|Exception)\b")
 
 
 def reason_of(error: BaseException) -> str:
@@ -28,8 +34,12 @@ def last_words(code: int, stderr: str) -> str:
         return f"hung, and was ended after its time{place}"
     if code < 0:
         return f"its process was ended by {signal.Signals(-code).name}{place}"
-    said = [line for line in stderr.splitlines() if line.strip()]
-    return shortened(f"its process ended with exit code {code}: {said[-1] if said else 'it said nothing'}")
+    said = [text for line in stderr.splitlines() if (text := RANK.sub("", line).strip())]
+    errors = [line for line in said if ERROR.match(line)]  # libraries may print more at their end
+    last = [*said, *errors][-1] if said else "it said nothing"
+    if code == EXIT_USER:  # field, value, rule and cure
+        last = "; ".join(said[-SCREEN:])
+    return shortened(f"its process ended with exit code {code}: {last}") + place
 
 
 def shortened(text: str) -> str:
