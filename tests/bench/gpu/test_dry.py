@@ -10,8 +10,11 @@ import torch
 
 from bench.gpu import curve, memory, ranks
 from bench.gpu.machine import Machine
+from conf.load import compose
 from conf.schema import ROOT
 from tests.bench.gpu.test_run import SCHEMA
+from train.layout import check_layout
+from train.plan.job import with_nodes
 
 
 @pytest.mark.slow
@@ -32,6 +35,21 @@ def test_the_dry_check_passes_on_a_cpu_and_says_what_it_is(tmp_path):
 def test_ranks_whose_tensors_pass_through_the_host_give_the_losses_of_one():
     found = ranks.layout(Machine(torch.device("cpu")), *ranks.SMALL_LAYOUTS["ep 2"])
     assert found.problem is None and len(found.table) == 1 + ranks.STEPS
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        *(("mode=dry_run", *overrides) for overrides in memory.CASES.values()),
+        *((*ranks.MODEL, f"precision={precision}", *layout) for _, precision, layout in ranks.LAYOUTS.values()),
+        ("conf=tiny", *curve.SIZE),
+    ],
+    ids=[*memory.CASES, *ranks.LAYOUTS, "curve"],
+)
+def test_what_runs_on_a_gpu_alone_is_a_recipe_and_a_layout_that_can_run(overrides):
+    config = with_nodes(compose(*overrides))
+    check_layout(config)
+    assert config.batch_size % (config.parallel.dp * config.micro_batch_size) == 0
 
 
 def test_curves_that_part_do_not_learn_or_are_cut_short_fail():
