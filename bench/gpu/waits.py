@@ -42,6 +42,8 @@ def counted(machine: Machine, precision: str, kind: str, dispatch: str, operatio
     problems = []
     if ours > allowed:
         problems.append(f"the host waits {ours} times, {allowed} are known of")
+    if not made["kernels"]:
+        problems.append("the profiler saw no kernel")
     if total > MORE_LAUNCHES * operations:
         problems.append(f"{total} GPU operations")
     bound = (
