@@ -19,6 +19,8 @@ from bench.gpu.machine import Machine
 FACTOR = 3.0
 SAME = 2e-5
 """Relative distance that is always allowed: fp32 sums in another order, and what a tensor core keeps of them."""
+SCALAR = 3e-4
+"""What a format is said to cost a single number, which may be right by chance."""
 BOUND = (
     f"each tensor is at most {FACTOR:g} times as far from the CPU's in the same format as that is from fp32's (two independent "
     f"roundings are sqrt 2 apart, the rest is chance), or {SAME:g} of its norm (fp32 sums in another order)"
@@ -63,7 +65,11 @@ def distances(device: dict[str, Tensor], same: dict[str, Tensor], exact: dict[st
     """Of all tensors, which must be the same ones on all sides."""
     if not device.keys() == same.keys() == exact.keys():
         raise ValueError(f"the sides differ in {sorted(device.keys() ^ same.keys() | same.keys() ^ exact.keys())}")
-    return [Distance(name, relative(x, same[name]), relative(same[name], exact[name])) for name, x in device.items()]
+    found = []
+    for name, x in device.items():
+        least = SCALAR if x.numel() == 1 else 0.0
+        found.append(Distance(name, relative(x, same[name]), max(least, relative(same[name], exact[name]))))
+    return found
 
 
 def judge(found: Sequence[Distance], show_all: bool = False) -> Found:

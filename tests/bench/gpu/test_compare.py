@@ -42,6 +42,12 @@ def test_a_missing_tensor_or_another_shape_is_an_error():
     assert relative(torch.zeros(3), torch.zeros(3)) == 0
 
 
+def test_a_single_number_that_one_format_gets_right_by_chance_allows_for_a_rounding():
+    one = {"loss": torch.tensor(8.0)}
+    assert judge(distances({"loss": torch.tensor(8.004)}, one, one)).problem is None
+    assert judge(distances({"loss": torch.tensor(8.01)}, one, one)).problem is not None
+
+
 def test_both_formats_start_from_equal_values():
     draws = [seeded(3, torch.device("cpu"), dtype)(8, 8) for dtype in (torch.bfloat16, torch.float32)]
     assert torch.equal(draws[0].float(), draws[1])
