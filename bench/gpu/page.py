@@ -113,7 +113,9 @@ def shown(value: Figure) -> str:
         return ""
     if isinstance(value, bool) or not isinstance(value, float):
         return escape(str(value))
-    if value and not 1e-3 <= abs(value) < 1e6:
+    if not value:
+        return "0"
+    if not 1e-3 <= abs(value) < 1e6:
         return f"{value:.2e}"
     digits = max(0, 3 - len(str(int(abs(value)))) + (abs(value) < 1))
     return f"{value:.{digits + (abs(value) < 0.1) * 2}f}"

@@ -98,7 +98,16 @@ def test_a_run_that_was_cut_off_says_so_and_a_complete_one_on_a_gpu_is_no_dry_ch
 
 @pytest.mark.parametrize(
     ("value", "text"),
-    [(1234.5, "1234"), (12.345, "12.3"), (0.5, "0.500"), (0.0123, "0.01230"), (1e-5, "1.00e-05"), (3, "3"), (None, "")],
+    [
+        (1234.5, "1234"),
+        (12.345, "12.3"),
+        (0.5, "0.500"),
+        (0.0123, "0.01230"),
+        (1e-5, "1.00e-05"),
+        (0.0, "0"),
+        (3, "3"),
+        (None, ""),
+    ],
 )
 def test_figures_have_three_or_four_digits(value, text):
     assert shown(value) == text
