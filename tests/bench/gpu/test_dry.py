@@ -8,7 +8,7 @@ import jsonschema
 import pytest
 import torch
 
-from bench.gpu import curve, memory, ranks
+from bench.gpu import curve, memory, ranks, steps
 from bench.gpu.machine import Machine
 from conf.load import compose
 from conf.schema import ROOT
@@ -19,7 +19,7 @@ from train.plan.job import with_nodes
 
 @pytest.mark.slow
 def test_the_dry_check_passes_on_a_cpu_and_says_what_it_is(tmp_path):
-    command = [sys.executable, "-m", "bench.gpu", "--device", "cpu", "--part", "environment", "kernels", "steps"]
+    command = [sys.executable, "-m", "bench.gpu", "--device", "cpu", "--part", "environment", "kernels"]
     done = subprocess.run([*command, "--out", tmp_path], cwd=ROOT, capture_output=True, text=True, timeout=280)
     assert done.returncode == 0, done.stdout + done.stderr
     assert "nothing of this ran on a GPU" in done.stdout
@@ -27,8 +27,28 @@ def test_the_dry_check_passes_on_a_cpu_and_says_what_it_is(tmp_path):
     jsonschema.validate(record, SCHEMA)
     assert record["counts"]["fail"] == 0 and record["counts"]["pass"] > 20 and not record["on_gpu"]
     lines = {line["name"]: line for part in record["parts"] for line in part["lines"]}
-    assert lines["tiny, bf16"]["figures"]["tensors"] > 100
+    assert lines["bf16 experts"]["figures"]["tensors"] == 5
     assert all(str(ROOT) not in json.dumps(line) for line in lines.values())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dense", [True, False], ids=["dense", "MoE"])
+def test_a_layer_agrees_with_itself_and_a_wrong_gradient_is_seen(dense, monkeypatch):
+    monkeypatch.setattr(steps, "SHRINK", 64)
+    machine = Machine(torch.device("cpu"))
+    found = steps.layer_step(machine, "bf16", dense)
+    assert found.problem is None and found.figures["tensors"] > 20
+    results, calls = steps.results, []
+
+    def wrong(layer):
+        sides = results(layer)
+        calls.append(layer)
+        if len(calls) == 1:  # the device's side
+            sides["d layers.0.attention.out.weight" if dense else "d layers.3.moe.router.weight"] *= 2
+        return sides
+
+    monkeypatch.setattr(steps, "results", wrong)
+    assert ".weight" in steps.layer_step(machine, "bf16", dense).problem
 
 
 @pytest.mark.slow
