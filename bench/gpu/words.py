@@ -12,6 +12,8 @@ LONGEST = 600
 """Characters of a reason."""
 FRAME = re.compile(r'File "(.+?)", line (\d+) in (\S+)')
 """Of faulthandler."""
+LINES = 3
+"""Of an error."""
 SCREEN = 5
 """Lines of a UserError."""
 RANK = re.compile(r"^\[rank\d+\]:")
@@ -35,8 +37,9 @@ def last_words(code: int, stderr: str) -> str:
     if code < 0:
         return f"its process was ended by {signal.Signals(-code).name}{place}"
     said = [text for line in stderr.splitlines() if (text := RANK.sub("", line).strip())]
-    errors = [line for line in said if ERROR.match(line)]  # libraries may print more at their end
-    last = [*said, *errors][-1] if said else "it said nothing"
+    errors = [number for number, line in enumerate(said) if ERROR.match(line)]
+    start = errors[-1] if errors else len(said) - 1  # libraries may print more at their end
+    last = " ".join(said[start : start + LINES]) if said else "it said nothing"
     if code == EXIT_USER:  # field, value, rule and cure
         last = "; ".join(said[-SCREEN:])
     return shortened(f"its process ended with exit code {code}: {last}") + place
