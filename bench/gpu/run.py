@@ -87,7 +87,8 @@ class Written:
 
     def add(self, line: Line) -> None:
         with self.path.open("a") as file:
-            file.write(json.dumps({"line": asdict(line)}) + "\n")
+            # the first end of a line is that of what a process was writing when it died
+            file.write("\n" + json.dumps({"line": asdict(line)}) + "\n")
 
 
 def _one_process(command: list[str], folder: Path, deadline: float, look: Callable) -> tuple[int | None, str]:

@@ -19,7 +19,7 @@ from conf.schema import ROOT
 SCHEMA = json.loads((ROOT / "bench" / "gpu" / "verdict.schema.json").read_text())
 
 
-def lines_of(kind: str, folder: Path, seconds: float = 60.0) -> tuple[dict[str, Line], list[Line]]:
+def lines_of(kind: str, folder: Path, seconds: float = 200.0) -> tuple[dict[str, Line], list[Line]]:
     """By name, and as they were shown."""
     shown: list[Line] = []
     command = [sys.executable, "-m", "tests.bench.gpu.misbehaving", kind]
