@@ -7,15 +7,16 @@ from functools import partial
 
 import psutil
 import torch
-from torch.nn import functional as F
 
 from bench.gpu.line import Check, Found, NotTried
 from bench.gpu.machine import Machine
 from bench.gpu.timing import median_seconds
 from bench.gpu.verdict import nvcc
 from conf.load import compose
+from train.attention_choice import BOUND as ATTENTION_BOUND
+from train.attention_choice import KERNELS, Kernel, problem_of
 from train.metrics.peak import measured_peak, named_peak
-from train.precision.hopper import HopperEngine
+from train.precision.hopper_probe import probe
 
 BUSY = 0.9
 """Share of a card's memory that is free when nobody else uses it."""
@@ -122,32 +123,39 @@ def fp8_starts(machine: Machine) -> Found:
         )
     if importlib.util.find_spec("deep_gemm") is None:
         raise NotTried("sgl-deep-gemm is not installed: pip install -e '.[fp8]'")
-    HopperEngine(compose("precision=fp8").precision.fp8)
-    return Found()
+    found = probe(compose("precision=fp8"), machine.device.index)
+    return Found({"found": found}, "small products have the values of the emulation (train/precision/hopper_probe.py)")
 
 
 def attention(machine: Machine) -> Found:
-    """Which of torch's kernels takes DeepSeek-V3's heads, one by one; a step takes the first that can."""
+    """Torch's kernels with DeepSeek-V3's heads, one by one; a run takes the first that is right (train/attention_choice.py)."""
     machine.need_gpu("torch's CUDA attention")
-    from torch.nn.attention import SDPBackend, sdpa_kernel
+    config = compose("conf=deepseek_v3", "mode=dry_run")
+    table, works = [["kernel", "whole sequences", "inside documents", "forward (ms)", "forward + backward (ms)"]], set()
+    for name, kernel in KERNELS.items():
+        says = [problem_of(kernel, config, machine.device, masked) for masked in (False, True)]
+        works |= {what for what, problem in zip(("whole", "documents"), says, strict=True) if problem is None}
+        row = attention_times(machine, kernel) if says[0] is None else [None, None]
+        table.append([name, *(problem or "works" for problem in says), *row])
+    missing = {"whole", "documents"} - works
+    problem = f"no kernel is right for {' and '.join(sorted(missing))}" if missing else None
+    return Found(
+        {},
+        f"one of the kernels is within {ATTENTION_BOUND:g} of the CPU's in fp32, forward and backward",
+        problem,
+        table,
+    )
 
-    table, works = [["kernel", "forward (ms)", "forward + backward (ms)", "says"]], False
-    shapes = ((1, 16, 1024, 192), (1, 16, 1024, 192), (1, 16, 1024, 128))
-    for backend in (SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION):
-        q, k, v = (torch.randn(s, device=machine.device).bfloat16().requires_grad_() for s in shapes)
 
-        def forward(q=q, k=k, v=v):
-            return F.scaled_dot_product_attention(q, k, v, is_causal=True)
+def attention_times(machine: Machine, kernel: Kernel) -> list[float]:
+    """ms of forward, and of both, with 32 heads over one sequence of 4096 tokens."""
+    shapes = [(1, 32, 4096, width) for width in (192, 192, 128)]
+    q, k, v = (torch.randn(shape, device=machine.device).bfloat16().requires_grad_() for shape in shapes)
 
-        def both(q=q, k=k, v=v, forward=forward):
-            return torch.autograd.grad(forward(), (q, k, v), v.detach())
+    def forward() -> torch.Tensor:
+        return kernel(q, k, v, None, 192**-0.5)
 
-        try:
-            with sdpa_kernel(backend):
-                row = [1e3 * median_seconds(work, machine, rounds=10) for work in (forward, both)]
-            table.append([backend.name, *row, "works"])
-            works = True
-        except RuntimeError as error:
-            table.append([backend.name, None, None, str(error).splitlines()[0]])
-    bound = "one of the kernels works forward and backward"
-    return Found({}, bound, None if works else "none works", table)
+    def both() -> object:
+        return torch.autograd.grad(forward(), (q, k, v), v.detach())
+
+    return [1e3 * median_seconds(work, machine, rounds=10) for work in (forward, both)]

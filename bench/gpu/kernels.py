@@ -17,11 +17,11 @@ import torch
 from torch import Tensor
 
 from bench.gpu.compare import distances, judge, relative, seeded, three_sides, with_gradients
+from bench.gpu.layer import attention_of
 from bench.gpu.line import Check, Found, NotTried
 from bench.gpu.machine import Machine
 from conf.errors import UserError
 from conf.load import compose
-from train.model.attention import attention
 from train.model.layers import RMSNorm, swiglu
 from train.model.loss import cross_entropy
 from train.model.mla import to_heads
@@ -387,7 +387,8 @@ def attend(device: torch.device, dtype: torch.dtype, documents: bool = False) ->
     ends = torch.zeros(2, T, dtype=torch.int64)
     ends[0, 200:], ends[1, 33:] = 1, 1
     ends[1, 300:] = 2
-    out = attention(q, k, v, 192**-0.5, ends.to(device) if documents else None)
+    core = attention_of(compose("conf=deepseek_v3", "mode=dry_run"), device)
+    out = core(q, k, v, 192**-0.5, ends.to(device) if documents else None)
     return with_gradients({"out": out}, {"q": q, "k": k, "v": v}, draw)
 
 

@@ -24,8 +24,8 @@ class Part:
 PARTS = {
     name: Part(name, title, seconds)
     for name, title, seconds in (
-        ("environment", "What is installed, and whether it works together", 45),
-        ("kernels", "Every kernel against its reference", 70),
+        ("environment", "What is installed, and whether it works together", 60),
+        ("kernels", "Every kernel against its reference", 65),
         ("steps", "A whole step beside the CPU: loss, gradients, updated weights", 90),
         ("curve", "Sixty steps of tiny, beside the CPU", 70),
         ("layers", "A layer of DeepSeek-V3 at full width: times and kernels", 60),
@@ -33,6 +33,6 @@ PARTS = {
         ("memory", "Memory beside the plan", 65),
         ("ranks", "Eight processes on one card, beside one", 65),
         ("rates", "Rates of products, quantisers and FP8 layers", 30),
-        ("peers", "A training step beside torchtitan, transformers and TransformerEngine", 70),
+        ("peers", "A training step beside torchtitan, transformers and TransformerEngine", 60),
     )
 }

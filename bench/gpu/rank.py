@@ -120,6 +120,7 @@ def take_steps(task: Task, rank: int) -> dict:
     import torch
     import torch.distributed as dist
 
+    from bench.gpu.layer import attention_of
     from cluster.launch import Place
     from conf.load import compose
     from parallel.mesh import build_mesh
@@ -142,7 +143,7 @@ def take_steps(task: Task, rank: int) -> dict:
         dist.init_process_group(task.backend, store, timedelta(seconds=WAIT), task.ranks, rank)
     mesh = build_mesh(layout_of(config), timedelta(seconds=WAIT))
     parallelize_module.initialise = drawn_by_the_cpu
-    parts = parallelize_module.parallelize(config, mesh, device)
+    parts = parallelize_module.parallelize(config, mesh, device, core=attention_of(config, device))
     parts.zero.set_lr(LEARNING_RATE)
     share = config.batch_size // config.parallel.dp
     found: dict = {"losses": [], "norms": []}
