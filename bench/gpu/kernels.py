@@ -7,7 +7,6 @@ installed; products in FP8 are not tried.
 
 import importlib.util
 import itertools
-import os
 from contextlib import nullcontext
 from dataclasses import replace
 from functools import cache, partial
@@ -104,11 +103,10 @@ RECIPES = {
 
 @cache
 def triton_kernels(machine: Machine) -> ModuleType:
-    """Compiled for the GPU, or interpreted. Raises NotTried where triton is missing."""
+    """Compiled for the GPU, or interpreted (see `Machine.here`). Raises NotTried where triton is missing."""
     if importlib.util.find_spec("triton") is None:
         raise NotTried("triton is not installed (the CUDA builds of torch bring it)")
     if not machine.on_gpu:
-        os.environ["TRITON_INTERPRET"] = "1"  # read when triton is first imported
         from bench.gpu.interpreter import repair
 
         repair()

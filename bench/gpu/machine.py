@@ -1,5 +1,6 @@
 """What the checks run on: a CUDA device, or in a dry check the CPU."""
 
+import os
 from dataclasses import dataclass
 
 import torch
@@ -18,10 +19,11 @@ class Machine:
 
     @classmethod
     def here(cls, device: str) -> "Machine":
-        """device: cuda or cpu."""
+        """device: cuda or cpu. Call it before anything imports triton, which without a GPU interprets its kernels."""
         if device == "cuda":
             torch.cuda.set_device(0)
             return cls(torch.device("cuda", 0))
+        os.environ["TRITON_INTERPRET"] = "1"
         torch.set_num_threads(min(2, torch.get_num_threads()))
         return cls(torch.device("cpu"))
 
