@@ -1,6 +1,6 @@
 """Launches, waits of the host and bytes of single layers of DeepSeek-V3 at full width, on the ghost.
 
-The layers are those of bench/gpu_step_layer.py: the trainer's own code, with a dispatcher that makes up what 63 other ranks would
+The layers are those of bench/gpu/layer.py: the trainer's own code, with a dispatcher that makes up what 63 other ranks would
 send. Counts are of the second micro-batch, when nothing is compiled or allocated any more.
 """
 
@@ -9,8 +9,7 @@ from dataclasses import dataclass
 
 import torch
 
-from bench import gpu_step_layer
-from bench.gpu_step_layer import Layer, layer_config, waits
+from bench.gpu.layer import Layer, layer_config, waits
 from tests.ghost.log import Calls, recorded
 from tests.ghost.traffic import traffic
 
@@ -41,14 +40,7 @@ class LayerCounts:
 
 def count_layer(precision: str, kind: str, dispatch: str) -> LayerCounts:
     device = torch.device("cuda", 0)
-    made, gpu_step_layer.initialise = (
-        gpu_step_layer.initialise,
-        lambda *_: None,
-    )  # values mean nothing here, and take 20 s
-    try:
-        layer = Layer(layer_config(precision, dispatch, 1, device), kind == "dense", device)
-    finally:
-        gpu_step_layer.initialise = made
+    layer = Layer(layer_config(precision, dispatch, 1, device), kind == "dense", device)
     _run(layer, lambda phase, work: work())
     calls, moved, on_host = {}, {}, {}
 
