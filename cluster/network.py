@@ -120,7 +120,7 @@ def rounds(count: int) -> list[list[tuple[int, int]]]:
 
 
 @dataclass(frozen=True)
-class Verdict:
+class LinkVerdict:
     text: str
     slow: list[tuple[str, str, float, float]]
     """(from, to, gbit, ms) of the pairs far from the median."""
@@ -157,7 +157,7 @@ class NetworkTest:
                 self._links[reply.node, partner.id] = link
                 del self._round[reply.node]
 
-    def advance(self, now: float) -> Verdict | None:
+    def advance(self, now: float) -> LinkVerdict | None:
         """The verdict once all rounds are played."""
         if len(self._ports) < len(self._nodes) and now < self._deadline:
             return None
@@ -187,7 +187,7 @@ class NetworkTest:
             else:
                 self._links[here.id, there.id] = NodeLink(there.address, error="it opened no port for the test")
 
-    def _verdict(self) -> Verdict:
+    def _verdict(self) -> LinkVerdict:
         names = {node.id: node.name for node in self._nodes}
         good = {pair: link for pair, link in self._links.items() if link.error is None}
         unreachable = [
@@ -205,4 +205,4 @@ class NetworkTest:
         text = f"{len(good)} pairs of nodes: median {gbit:.3g} Gbit/s, {delay:.3g} ms"
         for a, b, pair_gbit, pair_delay in sorted(slow, key=lambda pair: pair[2]):
             text += f"; slow: {a} - {b} {pair_gbit:.3g} Gbit/s, {pair_delay:.3g} ms"
-        return Verdict(text, slow, unreachable, len(good), gbit)
+        return LinkVerdict(text, slow, unreachable, len(good), gbit)

@@ -18,7 +18,7 @@ from pathlib import Path
 from bench.gpu.line import FAIL, NOT_TRIED, Line
 from bench.gpu.machine import PATIENCE
 from bench.gpu.page import draw, shown
-from bench.gpu.parts import PARTS, Part
+from bench.gpu.parts import PARTS, BenchPart
 from bench.gpu.run import run_part
 from bench.gpu.verdict import PartFound, Verdict, software
 
@@ -69,7 +69,7 @@ def start(wanted: str) -> Verdict:
     return verdict
 
 
-def run(part: Part, device: str, deadline: float) -> PartFound:
+def run(part: BenchPart, device: str, deadline: float) -> PartFound:
     """The part, in its own time or in what is left of all."""
     began = time.monotonic()
     allowed = min(part.seconds * (1.0 if device == "cuda" else PATIENCE), deadline - began)

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from bench.gpu.line import Found
+from bench.gpu.line import Finding
 from bench.gpu.machine import Machine
 
 FACTOR = 3.0
@@ -72,7 +72,7 @@ def distances(device: dict[str, Tensor], same: dict[str, Tensor], exact: dict[st
     return found
 
 
-def judge(found: Sequence[Distance], show_all: bool = False) -> Found:
+def judge(found: Sequence[Distance], show_all: bool = False) -> Finding:
     """A verdict on all of them; the table has the worst ones."""
     worst = sorted(found, key=lambda one: -one.ratio)
     wrong = [one for one in worst if one.too_far]
@@ -85,14 +85,14 @@ def judge(found: Sequence[Distance], show_all: bool = False) -> Found:
         )
     rows = worst if show_all or len(worst) <= 6 else worst[:6]
     table = [["tensor", "device to CPU", "CPU to fp32"], *([one.name, one.device, one.format] for one in rows)]
-    return Found({"tensors": len(found), "worst, of what is allowed": worst[0].ratio}, BOUND, problem, table)
+    return Finding({"tensors": len(found), "worst, of what is allowed": worst[0].ratio}, BOUND, problem, table)
 
 
 Sides = Callable[[torch.device, torch.dtype], dict[str, Tensor]]
 """Results by name, on this device and in this format, from values that are the same for all."""
 
 
-def three_sides(machine: Machine, work: Sides, dtype: torch.dtype = torch.bfloat16) -> Found:
+def three_sides(machine: Machine, work: Sides, dtype: torch.dtype = torch.bfloat16) -> Finding:
     """The device, the CPU in the same format, and the CPU in fp32."""
     exact = work(machine.side(reference=True), torch.float32)
     same = work(machine.side(reference=True), dtype)

@@ -17,7 +17,7 @@ from functools import cache, partial
 from pathlib import Path
 
 from bench.gpu.kernels import hopper
-from bench.gpu.line import Check, Found, NotTried
+from bench.gpu.line import Check, Finding, NotTried
 from bench.gpu.machine import Machine
 from bench.gpu.words import last_words
 from conf.schema import ROOT
@@ -44,7 +44,7 @@ def precisions(machine: Machine) -> tuple[str, ...]:
     return ("bf16", "fp8") if machine.on_gpu else ("bf16",)
 
 
-def curve(machine: Machine, precision: str) -> Found:
+def curve(machine: Machine, precision: str) -> Finding:
     if machine.on_gpu and precision == "fp8":
         hopper(machine, experts=True)
     steps = STEPS if machine.on_gpu else SMALL_STEPS
@@ -109,11 +109,11 @@ def losses(folder: Path) -> list[float]:
     return [json.loads(line)["main_loss"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
-def beside(ours: list[float], cpu: list[float], steps: int, first: float, whole: bool) -> Found:
+def beside(ours: list[float], cpu: list[float], steps: int, first: float, whole: bool) -> Finding:
     """A verdict on two curves from step 2 on. whole: of a run long enough to have learned something."""
     problems = [f"{len(one)} of {steps} steps have a loss" for one in (ours, cpu) if len(one) != steps]
     if problems:
-        return Found({}, "", "; ".join(problems))
+        return Finding({}, "", "; ".join(problems))
     differences = [a / b - 1 for a, b in zip(smooth(ours), smooth(cpu), strict=True)]
     worst = max(range(steps), key=lambda step: abs(differences[step]))
     table = [["step", "device", "CPU", "smoothed, apart"]]
@@ -132,7 +132,7 @@ def beside(ours: list[float], cpu: list[float], steps: int, first: float, whole:
     if whole:
         bound += f", the last at most {LEARNS:g} of the first"
     figures = {"largest difference": abs(differences[worst]), "last loss": ours[-1], "last loss on the CPU": cpu[-1]}
-    return Found(figures, bound, "; ".join(problems) or None, table)
+    return Finding(figures, bound, "; ".join(problems) or None, table)
 
 
 def smooth(values: list[float]) -> list[float]:

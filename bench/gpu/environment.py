@@ -8,7 +8,7 @@ from functools import partial
 import psutil
 import torch
 
-from bench.gpu.line import Check, Found, NotTried
+from bench.gpu.line import Check, Finding, NotTried
 from bench.gpu.machine import Machine
 from bench.gpu.timing import median_seconds
 from bench.gpu.verdict import nvcc
@@ -35,18 +35,18 @@ def checks(machine: Machine) -> list[Check]:
     ]
 
 
-def host(machine: Machine) -> Found:
-    return Found(
+def host(machine: Machine) -> Finding:
+    return Finding(
         {"cores": os.cpu_count(), "memory (GiB)": psutil.virtual_memory().total / 2**30, "load": os.getloadavg()[0]}
     )
 
 
-def device(machine: Machine) -> Found:
+def device(machine: Machine) -> Finding:
     machine.need_gpu("this")
     properties = torch.cuda.get_device_properties(machine.device)
     free, total = torch.cuda.mem_get_info(machine.device)
     busy = free < BUSY * total
-    return Found(
+    return Finding(
         {
             "name": properties.name, "compute capability": f"{properties.major}.{properties.minor}",
             "SMs": properties.multi_processor_count, "memory (GiB)": total / 2**30, "free (GiB)": free / 2**30,
@@ -57,23 +57,23 @@ def device(machine: Machine) -> Found:
     )  # fmt: skip
 
 
-def product_rate(machine: Machine) -> Found:
+def product_rate(machine: Machine) -> Finding:
     rate = measured_peak(machine.device, torch.bfloat16)
     figures = {"rate (TFLOP/s)": rate / 1e12}
     if not machine.on_gpu:
-        return Found(figures)
+        return Finding(figures)
     made = named_peak(machine.name)
     if made is None:
-        return Found(figures | {"maker's figure": "not known for this card"})
+        return Finding(figures | {"maker's figure": "not known for this card"})
     problem = None if 0.4 <= rate / made <= 1.02 else f"{rate / made:.0%} of the maker's {made / 1e12:.0f} TFLOP/s"
     bound = (
         "between 0.4 and 1.02 of the maker's figure: large products reach 0.6 to 0.8 of it under the power limit; less "
         "means a throttled or shared card, more that the clock of this measurement is wrong"
     )
-    return Found(figures | {"of the maker's": rate / made}, bound, problem)
+    return Finding(figures | {"of the maker's": rate / made}, bound, problem)
 
 
-def memory_rate(machine: Machine) -> Found:
+def memory_rate(machine: Machine) -> Finding:
     size = 2**30 if machine.on_gpu else 2**26
     source = torch.zeros(size, dtype=torch.uint8, device=machine.device)
     target = torch.empty_like(source)
@@ -86,10 +86,10 @@ def memory_rate(machine: Machine) -> Found:
             "from the host (GB/s)": lambda: part.copy_(pinned, non_blocking=True),
         }.items():
             figures[name] = 2**28 / median_seconds(work, machine, rounds=5) / 1e9
-    return Found(figures)
+    return Finding(figures)
 
 
-def launch_time(machine: Machine) -> Found:
+def launch_time(machine: Machine) -> Finding:
     machine.need_gpu("this")
     x, count = torch.zeros(1, device=machine.device), 2000
     for _ in range(100):
@@ -101,19 +101,19 @@ def launch_time(machine: Machine) -> Found:
     issued = time.perf_counter() - began
     machine.synchronize()
     done = time.perf_counter() - began
-    return Found({"issued (us)": 1e6 * issued / count, "done (us)": 1e6 * done / count})
+    return Finding({"issued (us)": 1e6 * issued / count, "done (us)": 1e6 * done / count})
 
 
-def compiler(machine: Machine) -> Found:
+def compiler(machine: Machine) -> Finding:
     machine.need_gpu("this")
     if nvcc() is None:
         raise NotTried(
             "there is no nvcc in CUDA_HOME, /usr/local/cuda or PATH: DeepGEMM cannot compile, so precision=fp8 has no experts"
         )
-    return Found({"in CUDA_HOME": bool(os.environ.get("CUDA_HOME"))})
+    return Finding({"in CUDA_HOME": bool(os.environ.get("CUDA_HOME"))})
 
 
-def fp8_starts(machine: Machine) -> Found:
+def fp8_starts(machine: Machine) -> Finding:
     """As a run of precision=fp8 finds out before it reads data."""
     machine.need_gpu("the FP8 path")
     capability = torch.cuda.get_device_capability(machine.device)
@@ -124,10 +124,12 @@ def fp8_starts(machine: Machine) -> Found:
     if importlib.util.find_spec("deep_gemm") is None:
         raise NotTried("sgl-deep-gemm is not installed: pip install -e '.[fp8]'")
     found = probe(compose("precision=fp8"), machine.device.index)
-    return Found({"found": found}, "small products have the values of the emulation (train/precision/hopper_probe.py)")
+    return Finding(
+        {"found": found}, "small products have the values of the emulation (train/precision/hopper_probe.py)"
+    )
 
 
-def attention(machine: Machine) -> Found:
+def attention(machine: Machine) -> Finding:
     """Torch's kernels with DeepSeek-V3's heads, one by one; a run takes the first that is right (train/attention_choice.py)."""
     machine.need_gpu("torch's CUDA attention")
     config = compose("conf=deepseek_v3", "mode=dry_run")
@@ -139,7 +141,7 @@ def attention(machine: Machine) -> Found:
         table.append([name, *(problem or "works" for problem in says), *row])
     missing = {"whole", "documents"} - works
     problem = f"no kernel is right for {' and '.join(sorted(missing))}" if missing else None
-    return Found(
+    return Finding(
         {},
         f"one of the kernels is within {ATTENTION_BOUND:g} of the CPU's in fp32, forward and backward",
         problem,

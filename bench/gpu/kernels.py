@@ -17,7 +17,7 @@ from torch import Tensor
 
 from bench.gpu.compare import distances, judge, relative, seeded, three_sides, with_gradients
 from bench.gpu.layer import attention_of
-from bench.gpu.line import Check, Found, NotTried
+from bench.gpu.line import Check, Finding, NotTried
 from bench.gpu.machine import Machine
 from conf.errors import UserError
 from conf.load import compose
@@ -27,7 +27,7 @@ from train.model.mla import to_heads
 from train.model.moe import LocalDispatcher
 from train.model.rope import Rope
 from train.model.router import Router
-from train.optim import AdamW
+from train.optim.adamw import AdamW
 from train.precision import swiglu as plain_swiglu
 from train.precision.formats import E4M3, E5M2, E5M6, TILE, Cast
 from train.precision.fp8 import Fp8Precision
@@ -36,9 +36,9 @@ from train.precision.high import HighPrecision
 from train.precision.hopper import HopperEngine
 from train.precision.products import CpuEngine
 from train.precision.quantize import dequantize_reference, quantize_reference
-from train.precision.recipe import Rule
+from train.precision.recipe import OperandRule
 
-TILES, BLOCKS = Rule(E4M3, "1x128", False, 1e-4), Rule(E4M3, "128x128", False, 1e-4)
+TILES, BLOCKS = OperandRule(E4M3, "1x128", False, 1e-4), OperandRule(E4M3, "128x128", False, 1e-4)
 PRODUCT = 5e-3
 PRODUCT_BOUND = (
     f"relative distance {PRODUCT:g} from the same operands multiplied in fp32: rounding to bf16 makes 2e-3, and Hopper's tensor "
@@ -138,17 +138,17 @@ def said(cast: Cast) -> str:
     return f"{cast.format.name} in {block}{', powers of two' if cast.pow2 else ''}, least {cast.floor:g}"
 
 
-def bits(pairs: list[tuple[str, Tensor, Tensor]]) -> Found:
+def bits(pairs: list[tuple[str, Tensor, Tensor]]) -> Finding:
     """Whether all pairs are equal; FP8 is compared by value, as its zero may have a sign."""
     wrong = []
     for name, ours, expected in pairs:
         differ = (ours.float().cpu() != expected.float()).sum().item()
         if ours.shape != expected.shape or differ:
             wrong.append(f"{name}: {differ} of {expected.numel()} differ")
-    return Found({"tensors": len(pairs)}, BITS_BOUND, "; ".join(wrong[:3]) or None)
+    return Finding({"tensors": len(pairs)}, BITS_BOUND, "; ".join(wrong[:3]) or None)
 
 
-def tiles(machine: Machine) -> Found:
+def tiles(machine: Machine) -> Finding:
     kernels, pairs = triton_kernels(machine), []
     for x, cast in itertools.product(wide(machine), casts(machine, (1, TILE))):
         expected = quantize_reference(x, cast)
@@ -164,7 +164,7 @@ def tiles(machine: Machine) -> Found:
     return bits(pairs)
 
 
-def columns(machine: Machine) -> Found:
+def columns(machine: Machine) -> Finding:
     kernels, pairs = triton_kernels(machine), []
     kept = Cast(E4M3, (1, TILE), False, 1e-4)
     for x, cast in itertools.product(wide(machine), casts(machine, (TILE, 1))):
@@ -183,7 +183,7 @@ def columns(machine: Machine) -> Found:
     return bits(pairs)
 
 
-def columns_by_expert(machine: Machine) -> Found:
+def columns_by_expert(machine: Machine) -> Finding:
     """q lies flat, one transposed matrix per expert after the other."""
     kernels, pairs = triton_kernels(machine), []
     for x, cast in itertools.product(wide(machine), casts(machine, (TILE, 1))):
@@ -198,7 +198,7 @@ def columns_by_expert(machine: Machine) -> Found:
     return bits(pairs)
 
 
-def blocks(machine: Machine) -> Found:
+def blocks(machine: Machine) -> Finding:
     kernels, pairs = triton_kernels(machine), []
     for x, cast in itertools.product(wide(machine), casts(machine, (TILE, TILE))):
         stack = torch.stack([x, 3 * x])
@@ -219,7 +219,7 @@ def swiglu_inputs(machine: Machine) -> tuple[Tensor, Tensor, Tensor]:
     return h, torch.rand(rows, generator=torch.Generator().manual_seed(4)), da
 
 
-def swiglu_tiles(machine: Machine) -> Found:
+def swiglu_tiles(machine: Machine) -> Finding:
     kernels, (h, gates, _), pairs = triton_kernels(machine), swiglu_inputs(machine), {}
     for pow2 in (False, True):
         cast = Cast(E4M3, (1, TILE), pow2, 1e-4)
@@ -230,7 +230,7 @@ def swiglu_tiles(machine: Machine) -> Found:
     return within(pairs, SWIGLU_BOUND)
 
 
-def swiglu_backward(machine: Machine) -> Found:
+def swiglu_backward(machine: Machine) -> Finding:
     kernels, (h, gates, da), pairs = triton_kernels(machine), swiglu_inputs(machine), {}
     on_device = [t.to(machine.device) for t in (h, gates, da)]
     kept = Cast(E4M3, (1, TILE), False, 1e-4)
@@ -248,14 +248,14 @@ def swiglu_backward(machine: Machine) -> Found:
     return within(pairs, SWIGLU_BOUND)
 
 
-def within(pairs: dict[str, tuple[float, float]], bound: str) -> Found:
+def within(pairs: dict[str, tuple[float, float]], bound: str) -> Finding:
     """Relative distances by name, each with its own bound."""
     wrong = [f"{name}: {distance:.1e}" for name, (distance, most) in pairs.items() if not distance <= most]
     table = [["tensor", "distance", "allowed"], *([name, *pair] for name, pair in pairs.items())]
-    return Found({}, bound, "; ".join(wrong) or None, table)
+    return Finding({}, bound, "; ".join(wrong) or None, table)
 
 
-def e5m6(machine: Machine) -> Found:
+def e5m6(machine: Machine) -> Finding:
     """Attention outputs wait for backward in 12 bits, by torch's operations on every device."""
     pairs, cast = [], Cast(E5M6, (1, TILE), True)
     for x in wide(machine):
@@ -295,7 +295,7 @@ def lacks(error: UserError) -> str:
     return f"precision=fp8 cannot run here: {error.rule}; {error.cure}"
 
 
-def dense(machine: Machine, transposed: bool) -> Found:
+def dense(machine: Machine, transposed: bool) -> Finding:
     engine, cpu, pairs = hopper(machine), CpuEngine(), {}
     right = TILES if transposed else BLOCKS
     for M, N, K in ((256, 384, 640), (1000, 576, 7168), (512, 2112, 1536)):
@@ -311,7 +311,7 @@ def dense(machine: Machine, transposed: bool) -> Found:
     return within(pairs, PRODUCT_BOUND)
 
 
-def grouped(machine: Machine) -> Found:
+def grouped(machine: Machine) -> Finding:
     engine, cpu, pairs = hopper(machine, experts=True), CpuEngine(), {}
     for N, K in ((1024, 1792), (1792, 512)):
         draw = seeded(5, torch.device("cpu"), torch.bfloat16)
@@ -327,7 +327,7 @@ def grouped(machine: Machine) -> Found:
     return within(pairs, PRODUCT_BOUND)
 
 
-def grouped_wgrad(machine: Machine) -> Found:
+def grouped_wgrad(machine: Machine) -> Finding:
     engine, cpu, pairs = hopper(machine, experts=True), CpuEngine(), {}
     for O, N in ((1024, 1792), (1792, 512)):
         draw = seeded(6, torch.device("cpu"), torch.bfloat16)
@@ -346,7 +346,7 @@ def grouped_wgrad(machine: Machine) -> Found:
     return within(pairs, PRODUCT_BOUND + "; an expert without rows has a gradient of zero")
 
 
-def layers(machine: Machine, overrides: tuple[str, ...]) -> Found:
+def layers(machine: Machine, overrides: tuple[str, ...]) -> Finding:
     """A linear layer, the output projection and ragged experts, forward and backward, beside emulation and fp32.
 
     Without a GPU torch's emulation is held to the compiled one.
@@ -446,7 +446,7 @@ def loss(device: torch.device, dtype: torch.dtype) -> dict[str, Tensor]:
     return {"loss": value} | with_gradients({"scaled": value * 1.0}, {"hidden": hidden, "head": head}, draw)
 
 
-def router(machine: Machine) -> Found:
+def router(machine: Machine) -> Finding:
     """On equal inputs: gates by value, experts by number. Scores are fp32 sums, so a near tie may fall the other way."""
     model = compose("conf=deepseek_v3", "data.path=none").model
     model = replace(model, hidden=512)
@@ -473,7 +473,7 @@ def router(machine: Machine) -> Found:
     return within(pairs, bound)
 
 
-def adamw(machine: Machine) -> Found:
+def adamw(machine: Machine) -> Finding:
     """Of equal gradients, so that the optimizer's arithmetic alone is compared."""
     optim, results = compose().optim, []
     for reference in (True, False):
@@ -488,4 +488,4 @@ def adamw(machine: Machine) -> Found:
         results.append(param.detach().cpu())
     worst = (results[0] - results[1]).abs().max().item()
     bound = "2e-5 at a rate of 1e-3: a bf16 moment may round the other way, 2^-8 of an update, in each of three"
-    return Found({"largest difference": worst}, bound, None if worst <= 2e-5 else f"{worst:.1e}")
+    return Finding({"largest difference": worst}, bound, None if worst <= 2e-5 else f"{worst:.1e}")

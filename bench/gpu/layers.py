@@ -17,7 +17,7 @@ from functools import cache, partial
 import torch
 
 from bench.gpu.layer import PARTS, STEP, Layer, layer_config, peaks, times
-from bench.gpu.line import Check, Found, NotTried
+from bench.gpu.line import Check, Finding, NotTried
 from bench.gpu.machine import Machine
 from bench.gpu.profiled import CLASSES, REST, kernels
 from conf.errors import UserError
@@ -68,7 +68,7 @@ def build(machine: Machine, precision: str, kind: str, dispatch: str = "node_lim
         raise NotTried(f"precision={precision} cannot run here: {error.rule}; {error.cure}") from error
 
 
-def timed(machine: Machine, precision: str, kind: str) -> Found:
+def timed(machine: Machine, precision: str, kind: str) -> Finding:
     layer = build(machine, precision, kind)
     model, seq_len, flops = layer.config.model, layer.config.seq_len, layer.flops()
     seconds = times(layer, ROUNDS if machine.on_gpu else 1)
@@ -89,12 +89,12 @@ def timed(machine: Machine, precision: str, kind: str) -> Found:
         figures["rows of the experts"] = sum(layer.load.rows_L(seq_len))
     figures |= {f"peak in {phase} (GiB)": size / 2**30 for phase, size in peaks(layer).items()}
     problem = None if 0 < share <= most else f"{share:.2f} of the rate of products"
-    return Found(
+    return Finding(
         figures, f"a layer takes time, and reaches at most {most:g} of the rate of its products", problem, table
     )
 
 
-def by_kernels(machine: Machine, precision: str, kind: str) -> Found:
+def by_kernels(machine: Machine, precision: str, kind: str) -> Finding:
     layer = build(machine, precision, kind)
     seconds, by_phase = times(layer, 3 if machine.on_gpu else 1), kernels(layer)
     table = [["ms", *by_phase, "all"]]
@@ -105,7 +105,7 @@ def by_kernels(machine: Machine, precision: str, kind: str) -> Found:
     table.append(["sum", *sums, sum(sums)])
     walls = [1e3 * seconds[part] for part in ("forward", "backward, inputs", "backward, weights")]
     table.append(["without the profiler", *walls, sum(walls)])
-    return Found({}, SEES, unseen(by_phase), table)
+    return Finding({}, SEES, unseen(by_phase), table)
 
 
 SEES = "the profiler sees products in every phase"
@@ -117,13 +117,13 @@ def unseen(by_phase: dict[str, dict[str, float]]) -> str | None:
     return f"the profiler saw no product in {', '.join(missing)}" if missing else None
 
 
-def traced(machine: Machine, precision: str) -> Found:
+def traced(machine: Machine, precision: str) -> Finding:
     """Where both have a figure, they are no comparison of like with like: see above."""
     machine.need_gpu("a layer at full width")
     layer = build(machine, precision, "MoE")
     by_phase = kernels(layer)
     table = [["ms", "here", "trace of 64 H800, FP8, overlapped"], *beside_trace(by_phase, times(layer, 3))]
-    return Found({}, SEES, unseen(by_phase), [list(row) for row in table])
+    return Finding({}, SEES, unseen(by_phase), [list(row) for row in table])
 
 
 def pieces(by_phase: dict[str, dict[str, float]], seconds: dict[str, float]) -> dict[str, float]:

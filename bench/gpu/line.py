@@ -16,7 +16,7 @@ class NotTried(Exception):
 
 
 @dataclass
-class Found:
+class Finding:
     """What a check found; without a problem it passes."""
 
     figures: dict[str, Figure] = field(default_factory=dict)
@@ -34,7 +34,7 @@ class Check:
     """One line of the page, before it is known."""
 
     name: str
-    run: Callable[[], Found]
+    run: Callable[[], Finding]
     limit: float = 60.0
     """Seconds, after which it has hung and its process ends."""
 

@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path
 
 from bench.gpu.kernels import hopper
-from bench.gpu.line import Check, Found
+from bench.gpu.line import Check, Finding
 from bench.gpu.machine import Machine
 from bench.gpu.words import last_words
 from conf.schema import ROOT
@@ -42,7 +42,7 @@ def checks(machine: Machine) -> list[Check]:
     return [Check(name, partial(beside_plan, machine, overrides), LIMIT) for name, overrides in cases.items()]
 
 
-def beside_plan(machine: Machine, overrides: tuple[str, ...]) -> Found:
+def beside_plan(machine: Machine, overrides: tuple[str, ...]) -> Finding:
     if machine.on_gpu and "precision=fp8" in overrides:
         hopper(machine, experts=True)
     with tempfile.TemporaryDirectory() as folder:
@@ -56,7 +56,7 @@ def beside_plan(machine: Machine, overrides: tuple[str, ...]) -> Found:
         return judge(json.loads((Path(folder) / "dry" / "dry_run.json").read_text()))
 
 
-def judge(record: dict) -> Found:
+def judge(record: dict) -> Finding:
     """From a dry_run.json."""
     small = record["peak_bytes"]["planned"] < 2**30
     allowed = SMALL_ALLOWED if small else ALLOWED
@@ -79,4 +79,4 @@ def judge(record: dict) -> Found:
         f"the peak within {allowed:.0%} of the plan, which counts tensors and not the workspaces of libraries; weights, master "
         f"weights and moments within {STATE:.0%}"
     )
-    return Found(figures, bound, "; ".join(problems) or None, table)
+    return Finding(figures, bound, "; ".join(problems) or None, table)

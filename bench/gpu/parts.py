@@ -9,7 +9,7 @@ from bench.gpu.machine import Machine
 
 
 @dataclass(frozen=True)
-class Part:
+class BenchPart:
     """Checks that share a process. Its module has `checks(machine)`."""
 
     name: str
@@ -22,7 +22,7 @@ class Part:
 
 
 PARTS = {
-    name: Part(name, title, seconds)
+    name: BenchPart(name, title, seconds)
     for name, title, seconds in (
         ("environment", "What is installed, and whether it works together", 60),
         ("kernels", "Every kernel against its reference", 65),

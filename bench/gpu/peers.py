@@ -15,7 +15,7 @@ from functools import partial
 
 import torch
 
-from bench.gpu.line import Check, Found, NotTried
+from bench.gpu.line import Check, Finding, NotTried
 from bench.gpu.machine import Machine
 from bench.gpu.timing import median_seconds
 from bench.layouts import LayoutCase
@@ -36,7 +36,7 @@ def case_of(machine: Machine) -> LayoutCase:
     return LayoutCase("gpu", threads=8) if machine.on_gpu else LayoutCase("debug", length=64)
 
 
-def step(machine: Machine, name: str) -> Found:
+def step(machine: Machine, name: str) -> Finding:
     """Tokens per second and peak memory."""
     case = case_of(machine)
     words = ["-m", "bench.gpu.peers", name, machine.device.type, json.dumps(asdict(case))]
@@ -51,7 +51,7 @@ def step(machine: Machine, name: str) -> Found:
         "tokens/s": rate, "slowest": min(rates), "fastest": max(rates), "TFLOP/s": rate * flops_per_token(config.model, config.seq_len) / 1e12,
         "peak (GiB)": peak / 2**30, "to the first step (s)": first,
     }  # fmt: skip
-    return Found(figures)
+    return Finding(figures)
 
 
 def interpreter(machine: Machine, name: str) -> str:
@@ -70,7 +70,7 @@ def interpreter(machine: Machine, name: str) -> str:
         raise NotTried(f"torchtitan cannot be installed: {error}") from error
 
 
-def transformer_engine(machine: Machine) -> Found:
+def transformer_engine(machine: Machine) -> Finding:
     """The layers of `rates`, with the 1x128 by 128x128 recipe."""
     if importlib.util.find_spec("transformer_engine") is None:
         raise NotTried("TransformerEngine is not installed: pip install 'transformer_engine[pytorch]'")
@@ -95,7 +95,7 @@ def transformer_engine(machine: Machine) -> Found:
     for name, (work, operations) in works.items():
         seconds = median_seconds(work, machine, 10)
         table.append([name, 1e3 * seconds, operations / seconds / 1e12])
-    return Found({}, table=table)
+    return Finding({}, table=table)
 
 
 # The sides, each in its own process

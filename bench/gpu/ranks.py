@@ -9,7 +9,7 @@ from functools import partial
 from pathlib import Path
 
 from bench.gpu.kernels import hopper
-from bench.gpu.line import Check, Found, NotTried
+from bench.gpu.line import Check, Finding, NotTried
 from bench.gpu.machine import Machine
 from bench.gpu.rank import Ranks, Task, losses, run_ranks
 
@@ -45,7 +45,7 @@ def checks(machine: Machine) -> list[Check]:
     return found
 
 
-def nccl(machine: Machine) -> Found:
+def nccl(machine: Machine) -> Finding:
     """Where it works, so would several ranks with NCCL; where it is refused, the reason is what NCCL says."""
     machine.need_gpu("NCCL")
     overrides = (*MODEL, "parallel.dp=2", "parallel.ep=2")
@@ -54,10 +54,10 @@ def nccl(machine: Machine) -> Found:
             run_ranks(Task(overrides, "cuda", ranks=2, backend="cpu:gloo,cuda:nccl"), Path(folder) / "nccl", LIMIT / 2)
         except RuntimeError as error:
             raise NotTried(f"NCCL does not take two ranks on one card: {error}") from error
-    return Found()
+    return Finding()
 
 
-def layout(machine: Machine, ranks: int, precision: str, overrides: tuple[str, ...]) -> Found:
+def layout(machine: Machine, ranks: int, precision: str, overrides: tuple[str, ...]) -> Finding:
     """Losses and gradient norms of a few steps beside those of one rank on the same device."""
     if machine.on_gpu and precision == "fp8":
         hopper(machine, experts=True)
@@ -80,4 +80,4 @@ def layout(machine: Machine, ranks: int, precision: str, overrides: tuple[str, .
         "a bf16 moment or an FP8 cast may flip, and a token near a tie takes another expert"
     )
     problem = None if good else f"losses differ by {worst[0]:.1e}, gradient norms by {worst[1]:.1e}"
-    return Found({"losses apart": worst[0], "gradient norms apart": worst[1]}, bound, problem, table)
+    return Finding({"losses apart": worst[0], "gradient norms apart": worst[1]}, bound, problem, table)

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from bench.gpu.kernels import BLOCKS, TILES, hopper, lacks
-from bench.gpu.line import Check, Found, NotTried
+from bench.gpu.line import Check, Finding, NotTried
 from bench.gpu.machine import Machine
 from bench.gpu.timing import median_seconds
 from conf.errors import UserError
@@ -19,7 +19,7 @@ from conf.load import compose
 from train.precision.build import build_precision
 from train.precision.formats import E4M3
 from train.precision.groups import Groups
-from train.precision.recipe import Rule
+from train.precision.recipe import OperandRule
 
 DENSE = {
     (4096, 2112, 7168): (1009, "q_down + kv_down"),
@@ -58,16 +58,16 @@ def draw(machine: Machine, *shape: int) -> Tensor:
     return torch.randn(shape, device=machine.device).bfloat16()
 
 
-def dense_bf16(machine: Machine) -> Found:
+def dense_bf16(machine: Machine) -> Finding:
     machine.need_gpu("this")
     table = [["M x N x K", "TFLOP/s", "product"]]
     for (M, N, K), (_, name) in DENSE.items():
         x, w = draw(machine, M, K), draw(machine, N, K)
         table.append([f"{M} x {N} x {K}", *rates(machine, {"": lambda x=x, w=w: x @ w.t()}, 2 * M * N * K), name])
-    return Found({}, table=table)
+    return Finding({}, table=table)
 
 
-def dense_fp8(machine: Machine) -> Found:
+def dense_fp8(machine: Machine) -> Finding:
     engine = hopper(machine)
     table = [
         ["M x N x K", "forward", "with casts", "inputs' gradient", "weights' gradient", "DeepGEMM, H800", "TFLOP/s of"]
@@ -86,10 +86,10 @@ def dense_fp8(machine: Machine) -> Found:
             "weights": lambda a=g_t, b=x_t: engine.product(a, b, torch.float32),
         }
         table.append([f"{M} x {N} x {K}", *rates(machine, works, 2 * M * N * K), published, name])
-    return Found({}, table=table)
+    return Finding({}, table=table)
 
 
-def grouped_bf16(machine: Machine) -> Found:
+def grouped_bf16(machine: Machine) -> Finding:
     machine.need_gpu("this")
     table = [["experts x rows x N x K", "TFLOP/s", "product"]]
     for (E, rows, N, K), (_, name) in GROUPED.items():
@@ -97,10 +97,10 @@ def grouped_bf16(machine: Machine) -> Found:
         ends = torch.arange(rows, (E + 1) * rows, rows, device=machine.device, dtype=torch.int32)[:E]
         works = {"": lambda x=x, w=w, ends=ends: F.grouped_mm(x, w.mT, offs=ends)}
         table.append([f"{E} x {rows} x {N} x {K}", *rates(machine, works, 2 * E * rows * N * K), name])
-    return Found({}, table=table)
+    return Finding({}, table=table)
 
 
-def grouped_fp8(machine: Machine) -> Found:
+def grouped_fp8(machine: Machine) -> Finding:
     engine = hopper(machine, experts=True)
     table = [["experts x rows x N x K", "forward", "with casts", "weights' gradient", "DeepGEMM, H800", "TFLOP/s of"]]
     for (E, rows, N, K), (published, name) in GROUPED.items():
@@ -116,10 +116,10 @@ def grouped_fp8(machine: Machine) -> Found:
             "weights": lambda a=g_t, b=x_t, groups=groups: engine.grouped_wgrad(a, b, groups, torch.float32),
         }
         table.append([f"{E} x {rows} x {N} x {K}", *rates(machine, works, 2 * E * rows * N * K), published, name])
-    return Found({}, table=table)
+    return Finding({}, table=table)
 
 
-def quantisers(machine: Machine) -> Found:
+def quantisers(machine: Machine) -> Finding:
     """Bytes read and written over time; the memory of an H100 moves about 3.35 TB/s."""
     engine = hopper(machine)
     x = draw(machine, 8192, 7168)
@@ -132,13 +132,13 @@ def quantisers(machine: Machine) -> Found:
         "128x128": (lambda: engine.operand(x, BLOCKS), 3 * x.numel()),
         "128x128, transposed": (lambda: engine.operand(x, BLOCKS, transposed=True), 3 * x.numel()),
         "SwiGLU and 1x128": (lambda: engine.swiglu(h, gates, TILES), 2 * h.numel() + h.numel() // 2),
-        "tensor": (lambda: engine.operand(x, Rule(E4M3, "tensor", False, 1e-4)), 3 * x.numel()),
+        "tensor": (lambda: engine.operand(x, OperandRule(E4M3, "tensor", False, 1e-4)), 3 * x.numel()),
     }
     rows = [[name, *rates(machine, {"": work}, moved)] for name, (work, moved) in works.items()]
-    return Found({}, table=[["quantiser, 8192 x 7168", "TB/s"], *rows])
+    return Finding({}, table=[["quantiser, 8192 x 7168", "TB/s"], *rows])
 
 
-def layers(machine: Machine, name: str) -> Found:
+def layers(machine: Machine, name: str) -> Finding:
     """Forward and backward of a linear layer and of eight experts."""
     machine.need_gpu("this")
     try:
@@ -160,4 +160,4 @@ def layers(machine: Machine, name: str) -> Found:
     for (title, work), operations in zip(works.items(), flops, strict=True):
         seconds = median_seconds(work, machine, ROUNDS)
         table.append([title, 1e3 * seconds, operations / seconds / 1e12])
-    return Found({}, table=table)
+    return Finding({}, table=table)

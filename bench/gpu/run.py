@@ -36,7 +36,7 @@ def run_part(name: str, device: str, seconds: float, show: Callable[[Line], None
 
 def follow(command: list[str], folder: Path, deadline: float, show: Callable[[Line], None]) -> list[Line]:
     """Start the command, with a file for its lines as the last argument, again and again until no check is left."""
-    written = Written(folder / "lines", show)
+    written = WrittenResults(folder / "lines", show)
     while True:
         before = len(written.lines())
         code, stderr = _one_process([*command, str(written.path)], folder, deadline, written.lines)
@@ -58,7 +58,7 @@ def follow(command: list[str], folder: Path, deadline: float, show: Callable[[Li
             return written.lines()
 
 
-class Written:
+class WrittenResults:
     """What the processes of a part wrote so far."""
 
     def __init__(self, path: Path, show: Callable[[Line], None]):

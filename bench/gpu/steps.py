@@ -14,14 +14,14 @@ from torch import Tensor
 from bench.gpu.compare import BOUND, distances, judge
 from bench.gpu.kernels import hopper
 from bench.gpu.layer import Layer
-from bench.gpu.line import Check, Found, NotTried
+from bench.gpu.line import Check, Finding, NotTried
 from bench.gpu.machine import Machine
 from bench.gpu.rank import Ranks, Task
 from conf.errors import UserError
 from conf.load import compose
 from conf.schema import Config
 from train.dry_run.piece import for_device, shrunk
-from train.optim import AdamW, moments_dtype
+from train.optim.adamw import AdamW, moments_dtype
 
 LOSS = {"bf16": 1e-3, "fp8": 4e-3, "fp8_ue8m0": 4e-3}
 """Relative. A loss is a mean over thousands of tokens, whose roundings cancel."""
@@ -42,7 +42,7 @@ def checks(machine: Machine) -> list[Check]:
     return found
 
 
-def tiny(machine: Machine, precision: str) -> Found:
+def tiny(machine: Machine, precision: str) -> Finding:
     """Loss, every gradient and every update of the first step."""
     if machine.on_gpu and precision == "fp8":
         hopper(machine, experts=True)
@@ -86,7 +86,7 @@ def layer_config(precision: str, machine: Machine, device: torch.device) -> Conf
     return config
 
 
-def layer_step(machine: Machine, precision: str, dense: bool) -> Found:
+def layer_step(machine: Machine, precision: str, dense: bool) -> Finding:
     """Output, the input's gradient, every gradient and every update."""
     torch.manual_seed(1)
     try:

@@ -8,7 +8,7 @@ from functools import partial
 
 from bench.gpu.layer import launches, waits
 from bench.gpu.layers import build
-from bench.gpu.line import Check, Found
+from bench.gpu.line import Check, Finding
 from bench.gpu.machine import Machine
 
 COUNTED = {
@@ -31,7 +31,7 @@ def checks(machine: Machine) -> list[Check]:
     return found
 
 
-def counted(machine: Machine, precision: str, kind: str, dispatch: str, operations: int) -> Found:
+def counted(machine: Machine, precision: str, kind: str, dispatch: str, operations: int) -> Finding:
     machine.need_gpu("counting waits and launches")
     layer = build(machine, precision, kind, dispatch)
     layer.backward(layer.forward())  # the first of a process builds tables and kernels
@@ -51,4 +51,6 @@ def counted(machine: Machine, precision: str, kind: str, dispatch: str, operatio
         "that were counted without a GPU (torch's libraries may use more kernels for a product here)"
     )
     table = [["waits", "place"], *([count, place] for place, count in places.items())] if places else []
-    return Found(made | {"counted without a GPU": operations, "waits": ours}, bound, "; ".join(problems) or None, table)
+    return Finding(
+        made | {"counted without a GPU": operations, "waits": ours}, bound, "; ".join(problems) or None, table
+    )

@@ -8,7 +8,7 @@ import time
 from pathlib import Path
 
 from bench.gpu.child import run_checks
-from bench.gpu.line import Check, Found, NotTried
+from bench.gpu.line import Check, Finding, NotTried
 
 
 class Machine:
@@ -23,22 +23,22 @@ class Machine:
         return self.context_is_broken
 
 
-def raises() -> Found:
+def raises() -> Finding:
     raise RuntimeError("CUDA error: an illegal memory access was encountered")
 
 
-def not_tried() -> Found:
+def not_tried() -> Finding:
     raise NotTried("TransformerEngine is not installed")
 
 
-def breaks(machine: Machine) -> Found:
+def breaks(machine: Machine) -> Finding:
     machine.context_is_broken = True
     raise RuntimeError("device-side assert")
 
 
-def hangs() -> Found:
+def hangs() -> Finding:
     time.sleep(60)
-    return Found()
+    return Finding()
 
 
 def writes_half_a_line(path: str) -> None:
@@ -54,7 +54,7 @@ def main() -> int:
     if kind == "import_error":
         raise ImportError("libcudart.so.13: cannot open shared object file")
     checks = {
-        "first": lambda: Found({"milliseconds": 1.5}, "less than 2"),
+        "first": lambda: Finding({"milliseconds": 1.5}, "less than 2"),
         "raises": raises,
         "not tried": not_tried,
         "breaks the context": lambda: breaks(machine),
@@ -62,8 +62,8 @@ def main() -> int:
         "exits": lambda: os._exit(3),
         "writes half a line": lambda: writes_half_a_line(path),
         "hangs": hangs,
-        "wrong": lambda: Found({"error": float("nan")}, "below 1", "it is not a number"),
-        "last": Found,
+        "wrong": lambda: Finding({"error": float("nan")}, "below 1", "it is not a number"),
+        "last": Finding,
     }
     if kind == "late":
         checks = {name: checks[name] for name in ("first", "hangs", "last")}
