@@ -279,14 +279,14 @@ class Driver:
                     self._network = NetworkTest(placement.nodes, self.fleet, self.clock())
                 else:
                     self.fleet.call(placement.seats[0].node.id, "free_port")
-            case m.End(number, nodes):
+            case m.EndRanks(number, nodes):
                 self._starting = self._network = None
                 for id in nodes:
                     self.fleet.call(id, "end", number)
             case m.Stop(number, nodes):
                 for id in nodes:
                     self.fleet.call(id, "stop", number)
-            case m.Probe(nodes):
+            case m.ProbeLinks(nodes):
                 for id in nodes:
                     self.fleet.call(id, "probe")
             case m.CollectStacks(number, nodes):

@@ -129,7 +129,7 @@ class Supervisor:
             self._take(now, ranks)
             return
         if live:  # it slept through the end of its attempt
-            self._out.append(m.End(number, (id,)))
+            self._out.append(m.EndRanks(number, (id,)))
         elif state.health is NodeHealth.silent:
             self._join(now, state.node)
         if not current:  # else it has not begun yet: its ranks count as alive since the order to start
@@ -297,7 +297,7 @@ class Supervisor:
             self._failed_at = now
         self._probing = set(self.attempt.reachable)
         self._probed_at, self._settled_at = now + self.policy.probe, now + settle
-        self._out.append(m.Probe(self.attempt.reachable))
+        self._out.append(m.ProbeLinks(self.attempt.reachable))
 
     def _decide(self, now: float) -> None:
         if not self.attempt.settled(now, self._settled_at) or (self._probing and now < self._probed_at):
@@ -314,7 +314,7 @@ class Supervisor:
     def _end_ranks(self, now: float) -> None:
         self.phase = DriverPhase.ending
         self._deadline = now + self.policy.kill
-        self._out.append(m.End(self.number, self.attempt.reachable))
+        self._out.append(m.EndRanks(self.number, self.attempt.reachable))
 
     def _await_end(self, now: float) -> None:
         stuck = [id for id in self.attempt.reachable if self.nodes[id].live]

@@ -65,7 +65,7 @@ class World:
                     if id in reach:
                         reach[id].attempt = number
                         reach[id].ranks = {seat.rank: RankReport(seat.rank) for seat in seats}
-            case m.End(number, nodes):
+            case m.EndRanks(number, nodes):
                 for id in nodes:
                     if id in reach and reach[id].attempt <= number:
                         reach[id].kill()
@@ -75,7 +75,7 @@ class World:
                         for rank in reach[id].live - self.hung:
                             reach[id].ranks[rank].code = 75
                         self.saved = max(self.saved, self.step - 1)
-            case m.Probe(nodes):
+            case m.ProbeLinks(nodes):
                 for id in nodes:
                     if id in reach:
                         self.tell(m.Probed(id))
