@@ -1,6 +1,7 @@
 """Rules of the whole tree that no linter has."""
 
 import ast
+import re
 from collections import defaultdict
 from pathlib import Path
 
@@ -17,3 +18,12 @@ def test_a_public_class_has_a_name_of_its_own():
                 places[node.name].append(str(file.relative_to(ROOT)))
     assert len(places) > 300
     assert {name: files for name, files in places.items() if len(files) > 1} == {}
+
+
+def test_the_map_names_files_that_are_there():
+    """Names in ARCHITECTURE.md are paths from the root, or names of files in a folder that was named before."""
+    text = (ROOT / "ARCHITECTURE.md").read_text()
+    names = re.findall(r"`([\w/]+\.py)`", text)
+    everything = {file.name for folder in FOLDERS for file in (ROOT / folder).rglob("*.py")}
+    assert len(names) > 40
+    assert [name for name in names if not (ROOT / name).is_file() and ("/" in name or name not in everything)] == []
