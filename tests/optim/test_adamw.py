@@ -120,17 +120,18 @@ def test_threads_change_no_bit(problem):
 
 
 @pytest.mark.parametrize("moments", [torch.bfloat16, torch.float32])
-def test_rounded_weights_are_written_too(problem, moments):
-    """The gradient in pieces, and padding behind the last, which nobody touches."""
+def test_gradients_in_pieces_give_the_update_of_the_whole_and_leave_padding(problem, moments):
     weights, (grad, *_) = problem
-    param, used = torch.nn.Parameter(weights.clone()), SIZE - 7
-    optimizer = AdamW([{"params": [param], "weight_decay": 0.1}], Optim(lr=1e-2), moments)
-    param.grad = torch.zeros(1).expand(SIZE)
-    optimizer.pieces[param] = Pieces([grad[:1000], grad[1000:used]], 1)
-    optimizer.rounded[param] = torch.full((SIZE,), torch.nan, dtype=torch.bfloat16)
-    optimizer.step()
-    assert torch.equal(optimizer.rounded[param][:used], param.detach()[:used].bfloat16())
-    assert optimizer.rounded[param][used:].isnan().all() and not torch.equal(param.detach()[:used], weights[:used])
+    updated, used = [], SIZE - 7
+    for pieces in (Pieces([grad[:1000], grad[1000:used]], 2), Pieces([grad[:used]], 2)):
+        param = torch.nn.Parameter(weights.clone())
+        optimizer = AdamW([{"params": [param], "weight_decay": 0.1}], Optim(lr=1e-2), moments)
+        param.grad = torch.zeros(1).expand(SIZE)
+        optimizer.pieces[param] = Pieces([one.clone() for one in pieces.gradients], pieces.divisor)
+        optimizer.step()
+        updated.append(param.detach())
+    assert torch.equal(*updated)
+    assert torch.equal(updated[0][used:], weights[used:]) and not torch.equal(updated[0][:used], weights[:used])
 
 
 @pytest.mark.parametrize("size", [0, 1, 77, 4096, 4 * 4096 + 100])

@@ -20,9 +20,9 @@ struct Settings {
   float decay, step, root, eps;
 };
 
-// A vector of elements or fewer. rounded: gets the weights as bf16, or is null.
+// A vector of elements or fewer.
 template <class Which>
-inline void update(float* weight, const float* gradient, u16* mean, u16* square, u16* rounded, const Settings& s, Which which) {
+inline void update(float* weight, const float* gradient, u16* mean, u16* square, const Settings& s, Which which) {
   const Vector g = load(gradient, which) * all(s.factor);
   Vector m = load(mean, which), v = load(square, which);
   m = fmadd(all(s.lerp), g - m, m);
@@ -31,7 +31,6 @@ inline void update(float* weight, const float* gradient, u16* mean, u16* square,
   const Vector kept = load(weight, which) * all(s.decay);
   const Vector w = kept - m * all(s.step) / scale;
   store(weight, w, which);
-  if (rounded) store(rounded, w, which);
   store(mean, m, which);
   store(square, v, which);
 }
@@ -67,12 +66,11 @@ double sum_of_squares(const float* x, i64 n, i64 threads) {
   return sum;
 }
 
-void adamw(float* weight, const float* gradient, u16* mean, u16* square, u16* rounded, i64 n, const Settings* settings,
-           i64 threads) {
+void adamw(float* weight, const float* gradient, u16* mean, u16* square, i64 n, const Settings* settings, i64 threads) {
 #pragma omp parallel for num_threads(threads) if (threads > 1)
   for (i64 i = 0; i < n; i += PIECE)
     along(std::min(PIECE, n - i), [=](i64 j, auto which) {
-      update(weight + i + j, gradient + i + j, mean + i + j, square + i + j, rounded ? rounded + i + j : nullptr, *settings, which);
+      update(weight + i + j, gradient + i + j, mean + i + j, square + i + j, *settings, which);
     });
 }
 

@@ -27,7 +27,7 @@ _adamw = Kernel(
     _load, "adamw",
     weight=Array(torch.float32, "N", out=True), gradient=Array(torch.float32, "N"),
     mean=Array(torch.bfloat16, "N", out=True), square=Array(torch.bfloat16, "N", out=True),
-    rounded=Array(torch.bfloat16, "N", out=True, optional=True), elements=Size("N"),
+    elements=Size("N"),
     settings=Struct(
         factor=Number(c_float), lerp=Number(c_float), keep_square=Number(c_float), add_square=Number(c_float),
         decay=Number(c_float), step=Number(c_float), root=Number(c_float), eps=Number(c_float),
@@ -43,8 +43,6 @@ class UpdatePiece(NamedTuple):
     grad: Tensor
     exp_avg: Tensor
     exp_avg_sq: Tensor
-    rounded: Tensor | None
-    """Gets the new weights in bf16."""
 
 
 class AdamW(torch.optim.Optimizer):
@@ -62,8 +60,6 @@ class AdamW(torch.optim.Optimizer):
         """What gradients are multiplied with on their way into the next update: the owner's clipping."""
         self.pieces: dict[Tensor, Pieces] = {}
         """Gradients in pieces of parameters whose `.grad` is a stand-in. The owner fills it before every step."""
-        self.rounded: dict[Tensor, Tensor] = {}
-        """Flat bf16 tensors that get the updated weights of a parameter in the same pass over memory."""
         self.updates = 0
         """Updates made before this step; counts bias correction for all groups alike."""
 
@@ -96,12 +92,7 @@ class AdamW(torch.optim.Optimizer):
                 if param.grad is None:
                     continue
                 state = self.allocate(param)
-                held = [
-                    param.view(-1),
-                    state["exp_avg"].view(-1),
-                    state["exp_avg_sq"].view(-1),
-                    self.rounded.get(param),
-                ]
+                held = param.view(-1), state["exp_avg"].view(-1), state["exp_avg_sq"].view(-1)
                 pieces = self.pieces.get(param) or Pieces([param.grad.view(-1)], 1)
                 factor = self.factor
                 if pieces.divisor > 1:
@@ -109,8 +100,8 @@ class AdamW(torch.optim.Optimizer):
                 first = 0
                 for grad in pieces.gradients:
                     part = slice(first, first + grad.numel())
-                    weight, mean, square, rounded = (None if tensor is None else tensor[part] for tensor in held)
-                    _update(UpdatePiece(weight, grad, mean, square, rounded), group, self.updates + 1, factor)
+                    weight, mean, square = (tensor[part] for tensor in held)
+                    _update(UpdatePiece(weight, grad, mean, square), group, self.updates + 1, factor)
                     first = part.stop
 
 
@@ -128,7 +119,7 @@ def _update(piece: UpdatePiece, group: dict, count: int, factor: Tensor | float 
     """One pass over memory, as compiled code or by torch's fused kernel. There moments of another dtype pass through an fp32
     copy, chunk by chunk, and the gradient is left multiplied.
     """
-    weight, grad, exp_avg, exp_avg_sq, rounded = piece
+    weight, grad, exp_avg, exp_avg_sq = piece
     if compiled(weight.device.type, exp_avg.dtype):
         _update_compiled(piece, group, count, 1.0 if factor is None else float(factor))
         return
@@ -149,8 +140,6 @@ def _update(piece: UpdatePiece, group: dict, count: int, factor: Tensor | float 
             moment.copy_(value)
     if whole < weight.numel():
         _update_rest([tensor[whole:] for tensor in (weight, grad, exp_avg, exp_avg_sq)], group, step)
-    if rounded is not None:
-        rounded.copy_(weight)
 
 
 def _update_compiled(piece: UpdatePiece, group: dict, count: int, factor: float) -> None:

@@ -268,10 +268,11 @@ class Kernels:
             for param in params:
                 param.grad = torch.full_like(param, 1e-3)
             adam = AdamW([{"params": params}], self.config.optim, moments)
-            if element == 2:
-                adam.rounded = dict(zip(params, parts, strict=True))
             updated = ADAM_BYTES + 4 * moments.itemsize + element
-            yield KernelCase(Work("optimizer", bytes=updated * COUNT, calls=calls), adam.step)
+            yield KernelCase(
+                Work("optimizer", bytes=updated * COUNT, calls=calls),
+                lambda a=adam, b=params, c=parts: (a.step(), _copy(c, [one.detach() for one in b])),
+            )
 
     def _fp8(self, engine) -> Iterator[KernelCase]:
         """FP8 products and casts, on a device that has them."""
