@@ -86,6 +86,8 @@ class StepEnd:
         self._groups, self._kind = groups, kind
         self._stage, self._bf16 = config.parallel.zero, config.precision.name != "fp32"
         self._moments = moments_dtype(config.precision)
+        self._has_expert_groups = config.parallel.ep > 1
+        """Else experts are summed over the same group as all other weights."""
         self._ranks = [dp_rank * group.ranks // config.parallel.dp for group in groups]
         self._own = [group for group in groups if self._is_own(group)]
         self._gradients = [one for one in _gradients(groups, self._ranks) if not self._is_own(groups[one.group])]
@@ -126,7 +128,7 @@ class StepEnd:
                     self._shards.add(one.group)
                     meter.take(FP32 * self._groups[one.group].partition)
         for experts in (False, True):  # each over ranks of its own
-            slices = [one for one in waiting if (one.weight.kind == "experts") == experts]
+            slices = [one for one in waiting if (self._has_expert_groups and one.weight.kind == "experts") == experts]
             for copied in self._copies(slices):
                 meter.take(FP32 * copied)
                 meter.take(-FP32 * copied)

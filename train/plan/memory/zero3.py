@@ -11,6 +11,7 @@ from functools import cached_property
 from conf.schema import Config
 from parallel.zero.engine import BUCKET_ELEMENTS
 from train.optim.adamw import moments_dtype, scratch_bytes
+from train.plan.job import micro_batches_of
 from train.plan.memory.chunk import ChunkMemory
 from train.plan.memory.part import Frozen, PassMemory
 from train.plan.memory.weights import FP32, Shards, Weight, part_weights
@@ -46,13 +47,15 @@ class Zero3Memory:
         }
 
     def schedule(self) -> tuple[int, str]:
-        """Most bytes in forward and backward passes, and the unit at work."""
+        """Most bytes in forward and backward passes and between them, and the unit at work."""
         forward, (backward, _) = self._forward, self._backward
         held, elements = self._held, self._element
         moments = []
         for number, (visit, gathered) in enumerate(zip((*forward, *backward), held, strict=True)):
             most = max(visit.peak + elements * gathered.working, visit.start + elements * gathered.fetching)
             moments.append((most, f"{'forward' if number < len(forward) else 'backward'}: {visit.unit}"))
+        if micro_batches_of(self._config) > 1:  # what is left of one is reduced as the next begins
+            moments.append((self.reduction(), "reduction between micro-batches"))
         return max(moments)
 
     def reduction(self) -> int:
@@ -115,7 +118,7 @@ class Zero3Memory:
 
     def _shared(self, weight: Weight) -> Shared:
         parallel = self._config.parallel
-        experts = weight.kind == "experts"
+        experts = weight.kind == "experts" and parallel.ep > 1
         return Shared(
             weight.elements, "experts" if experts else "dense", parallel.dp // (parallel.ep if experts else 1)
         )

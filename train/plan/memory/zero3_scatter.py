@@ -105,7 +105,8 @@ class _UnitRun(Run):
                 unit.register_forward_pre_hook(lambda *_, name=name: self._visit(name))
                 unit.register_forward_hook(lambda _, __, out, name=name: self._watch(out, name))
         own = [(name, param) for name, param in self._module.named_parameters() if unit_of(name) or self._part != "end"]
-        self._order = [(param, ".experts." in name) for name, param in reversed(own)]
+        apart = self._scene.ep > 1  # else experts are summed over the same group as all other weights
+        self._order = [(param, apart and ".experts." in name) for name, param in reversed(own)]
         self._ready: set[nn.Parameter] = set()
         self._large: list[Tensor] = []
         """Gradients that wait outside of the bucket."""
