@@ -18,10 +18,15 @@ from conf.errors import UserError
 from conf.schema import Config
 from parallel.expert.build import build_wire
 from parallel.expert.stand_in import build_stand_in
-from parallel.mesh import build_mesh
+from parallel.mesh import Mesh, build_mesh
 from parallel.pipeline.lone_stage import LoneStage
+from train.data.batch import Batch
 from train.dry_run.piece import DryRunPiece
 from train.dry_run.routing import group_of
+from train.loop.measure import Measure
+from train.loop.step import TrainingStep
+from train.loop.step_work import StepWork
+from train.optim.schedules import StepPlan
 from train.parallelize import Parallelized, parallelize
 from train.plan.job import layout_of
 from train.plan.memory.ledger import PeakMeter
@@ -62,9 +67,10 @@ def run_alone(piece: DryRunPiece, device: torch.device) -> MeasuredRank:
         if layout.ep > 1:
             wire = build_wire(config.parallel.wire, config.precision.fp8 is not None)
             dispatcher = build_stand_in(config.parallel.dispatch, group_of(config), wire, piece.load)
-        parts = parallelize(config, build_mesh(layout), device, dispatcher=dispatcher, layers=piece.layers)
+        mesh = build_mesh(layout)
+        parts = parallelize(config, mesh, device, dispatcher=dispatcher, layers=piece.layers)
         parts.pipeline.stage_type = LoneStage
-        measured = _steps(config, parts, device)
+        measured = _steps(config, parts, mesh, device)
         parts.zero.engine.destroy()  # its hooks would keep all of it alive for the rest of a sweep
         return measured
     except torch.OutOfMemoryError as error:
@@ -78,59 +84,41 @@ def run_alone(piece: DryRunPiece, device: torch.device) -> MeasuredRank:
         dist.destroy_process_group()
 
 
-def _steps(config: Config, parts: Parallelized, device: torch.device) -> MeasuredRank:
+def _steps(config: Config, parts: Parallelized, mesh: Mesh, device: torch.device) -> MeasuredRank:
     draw = torch.Generator().manual_seed(config.seed)
     shape = config.batch_size // config.parallel.dp, config.seq_len + 1
-    tokens_BS = torch.randint(config.model.vocab_size, shape, generator=draw).to(device)
+    batch = Batch(torch.randint(config.model.vocab_size, shape, generator=draw).to(device))
+    measure = Measure(config.model, mesh, parts.chunks, device, StepWork(parts, mesh.layout))
+    training_step = TrainingStep(config, parts, measure, device)
+
+    def run(number: int, measured: MeasuredRank, meter: PeakMeter | None = None) -> None:
+        # A rate of 0: the same work, and weights that stay sound without the other ranks' shards.
+        plan = StepPlan(number, 0, config.batch_size, 0.0, config.optim.mtp_weight[0].value, 0.0)
+        clock = [_now(device)]
+
+        def end(phase: str) -> None:
+            clock.append(_now(device))
+            measured.seconds[phase].append(clock[-1] - clock[-2])
+            if meter is not None:
+                measured.phases[phase] = meter.mark()
+                if phase == "schedule":
+                    measured.items = _items(parts)
+
+        measured.skipped += not training_step.run(plan, batch, on_phase=end).update.applied
+        measured.seconds["step"].append(clock[-1] - clock[0])
+        actions = parts.pipeline.timeline.newest().actions
+        measured.counts = Counter(action.kind for action in actions)
+        for kind in measured.counts:
+            measured.actions[kind].append(sum(action.seconds for action in actions if action.kind == kind))
+
     measured = MeasuredRank()
-    parts.zero.set_lr(0.0)  # the same work, and weights that stay sound without the other ranks' shards
-    _step(config, parts, tokens_BS, 1, MeasuredRank())
+    run(1, MeasuredRank())
     with PeakMeter(device) as meter:
-        _step(config, parts, tokens_BS, 2, measured, meter)
+        run(2, measured, meter)
     measured = replace(MeasuredRank(), phases=measured.phases, items=measured.items)
     for number in range(3, 3 + config.dry_run.steps):
-        _step(config, parts, tokens_BS, number, measured)
+        run(number, measured)
     return measured
-
-
-def _step(
-    config: Config,
-    parts: Parallelized,
-    tokens_BS: Tensor,
-    number: int,
-    measured: MeasuredRank,
-    meter: PeakMeter | None = None,
-) -> None:
-    """One optimizer step, as train/loop/trainer.py makes it."""
-    micro_batches = len(tokens_BS) // config.micro_batch_size
-    parts.precision.start_step(number)
-    for chunk in parts.chunks:
-        chunk.losses.clear()
-        chunk.mtp_weight = config.optim.mtp_weight[0].value
-        for router in chunk.routers().values():
-            router.clear()
-            router.balance_weight = config.optim.balance_loss / micro_batches
-    clock = [_now(tokens_BS.device)]
-
-    def end(phase: str) -> None:
-        clock.append(_now(tokens_BS.device))
-        measured.seconds[phase].append(clock[-1] - clock[-2])
-        if meter is not None:
-            measured.phases[phase] = meter.mark()
-
-    with parts.zero.accumulate():
-        parts.pipeline.step(tokens_BS, micro_batches=micro_batches)
-        end("schedule")
-        if meter is not None:
-            measured.items = _items(parts)
-    end("reduction")
-    measured.skipped += not parts.zero.step().applied
-    end("update")
-    measured.seconds["step"].append(clock[-1] - clock[0])
-    actions = parts.pipeline.timeline.newest().actions
-    measured.counts = Counter(action.kind for action in actions)
-    for kind in measured.counts:
-        measured.actions[kind].append(sum(action.seconds for action in actions if action.kind == kind))
 
 
 def _now(device: torch.device) -> float:

@@ -1,8 +1,7 @@
 """The loop: one optimizer step after another, on every rank alike.
 
-A step: read this rank's share of the batch; let the pipeline run forward and backward over all micro-batches; sum what
-all ranks measured; clip and update, or skip the update when loss or gradient is not finite; move the balance biases;
-record, validate and save when due. The logging rank is rank 0 and the only one with a writer.
+For each: read this rank's share of the batch, make the step (step.py), name it if it was skipped, record, validate and save
+when due. The logging rank is rank 0 and the only one with a writer.
 """
 
 import math
@@ -31,13 +30,13 @@ from train.loop.measure import Measure, Measured
 from train.loop.nonfinite import SHOWN, Origin, RankSaw, Watch, bad_weights, find_origin
 from train.loop.rank_progress import RankProgress
 from train.loop.state import State
+from train.loop.step import TrainingStep
 from train.loop.stop import StopRequest
 from train.loop.timeline import TimelineSampler
 from train.loop.validation import held_out_loss
 from train.memory import peak_memory
 from train.metrics.balance import balance_record
 from train.metrics.writer import MetricsWriter
-from train.model.router import update_bias
 from train.optim.schedules import Schedules, StepPlan
 from train.parallelize import Parallelized
 from train.precision.health import Report, merge
@@ -97,6 +96,7 @@ class Trainer:
         self.writer, self.stop, self.flops, self.device = writer, stop, flops, device
         self.rank_progress = RankProgress(RunPaths(config).logs, mesh.rank, self._warn)
         self.schedules = Schedules(config)
+        self.training_step = TrainingStep(config, parts, measure, device)
         self.timeline = TimelineSampler(config, mesh, parts.pipeline, state.step)
         self._settings = settings_of(config)
         self._bad_in_a_row = 0
@@ -141,21 +141,13 @@ class Trainer:
         waited = batches.waited
         batch = next(batches)
         data_wait = batches.waited - waited
-        self._set_weights(plan, self._micro_batches(batch))
-        zero = self.parts.zero
         if self.timeline.wants(plan.step):
             self.timeline.align()
-        with zero.accumulate():
-            self._run_passes(batch)
-            if self.device.type == "cuda":
-                torch.cuda.synchronize(self.device)  # the sum over all ranks below waits for it in any case
-            measured = self.measure.collect(self.stop.pending)
+        outcome = self.training_step.run(plan, batch, stopping=self.stop.pending)
+        measured, update = outcome.measured, outcome.update
         self._busy = self.measure.step_work.busy
-        zero.set_lr(plan.lr)
-        update = zero.step(valid=math.isfinite(measured.main_loss))
         if update.applied:
             self._bad_in_a_row = 0
-            self._update_biases(measured, plan)
             if self.state.ema is not None:
                 self.state.ema.update()
         else:
@@ -173,15 +165,6 @@ class Trainer:
         self._save_when_due(plan.step)  # after its record is written: a run that resumes here goes on with the next
         return measured.stop
 
-    def _micro_batches(self, batch: Batch) -> int:
-        return len(batch.tokens_BS) // self.config.micro_batch_size
-
-    def _run_passes(self, batch: Batch) -> None:
-        """Forward and backward of all micro-batches."""
-        documents_BS = None if batch.documents_BS is None else batch.documents_BS.to(self.device)
-        tokens_BS, micro_batches = batch.tokens_BS.to(self.device), self._micro_batches(batch)
-        self.parts.pipeline.step(tokens_BS, documents_BS, micro_batches=micro_batches)
-
     def _save_when_due(self, step: int) -> None:
         """In memory, on disk, both or neither; the last state is saved when the run ends."""
         saving = self.config.checkpoint
@@ -191,20 +174,6 @@ class Trainer:
             self._copy()
         if saving.every and step % saving.every == 0:
             self._save()
-
-    def _set_weights(self, plan: StepPlan, micro_batches: int) -> None:
-        """Tell the model what its losses weigh in this step."""
-        self.measure.clear()
-        self.parts.precision.start_step(plan.step)
-        for router in self.measure.routers.values():
-            router.balance_weight = self.config.optim.balance_loss / micro_batches
-        if self.measure.last is not None:
-            self.measure.last.mtp_weight = plan.mtp_weight
-
-    def _update_biases(self, measured: Measured, plan: StepPlan) -> None:
-        loads_LE = measured.loads_LE.to(self.device)  # all at once: the host waits for each copy
-        for name, router in self.measure.routers.items():
-            update_bias(router.bias_E, loads_LE[self.measure.layers.index(name)], plan.bias_speed)
 
     def _skipped(self, plan: StepPlan, batch: Batch, measured: Measured, bad: list[str]) -> None:
         """Count and name a step without update; too many in a row end the run."""
@@ -236,7 +205,7 @@ class Trainer:
         held = ((name, param) for param, name in zero.names.items() if param.numel())
         weights = bad_weights((name.removeprefix("master."), weight) for name, weight in chain(masters, held))
         with zero.accumulate(), Watch(self.parts.chunks) as watch:
-            self._run_passes(batch)
+            self.training_step.run_passes(batch)
         zero.step(valid=False)
         mine = RankSaw(
             self.mesh.rank, self.mesh.dp_rank, loss, sorted(bad)[:SHOWN], weights, watch.forward, watch.backward

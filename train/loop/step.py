@@ -1,0 +1,81 @@
+"""One training step of a rank: the same for a run, for a dry run and for whoever times one.
+
+weights     what losses and routers count in this step
+passes      forward and backward of all micro-batches
+measures    losses, loads and times, summed over all ranks
+update      gradients reduced, clipped and applied, unless loss or gradient is not finite
+balance     the biases of the routers move by the loads of this step (paper 2.1.2)
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from conf.schema import Config
+from parallel.zero.engine import Update
+from train.data.batch import Batch
+from train.loop.measure import Measure, Measured
+from train.model.router import update_bias
+from train.optim.schedules import StepPlan
+from train.parallelize import Parallelized
+
+
+@dataclass(frozen=True)
+class StepOutcome:
+    """What a step came to. Without an applied update the weights and biases are those before it."""
+
+    measured: Measured
+    update: Update
+
+
+class TrainingStep:
+    """Makes the steps of one rank; every rank makes the same ones."""
+
+    def __init__(self, config: Config, parts: Parallelized, measure: Measure, device: torch.device):
+        self._config, self._parts, self._measure, self._device = config, parts, measure, device
+
+    def run(
+        self, plan: StepPlan, batch: Batch, *, stopping: bool = False, on_phase: Callable[[str], None] = lambda _: None
+    ) -> StepOutcome:
+        """batch: this rank's share. stopping: this rank was asked to stop, which all ranks then know. on_phase: called at the
+        ends of `schedule` (forward and backward), `reduction` and `update`.
+        """
+        zero = self._parts.zero
+        self._set_weights(plan, batch)
+        with zero.accumulate():
+            self.run_passes(batch)
+            on_phase("schedule")
+            measured = self._measure.collect(stopping)
+        on_phase("reduction")
+        zero.set_lr(plan.lr)
+        update = zero.step(valid=math.isfinite(measured.main_loss))
+        on_phase("update")
+        if update.applied:
+            self._update_biases(measured, plan)
+        return StepOutcome(measured, update)
+
+    def run_passes(self, batch: Batch) -> None:
+        """Forward and backward of all micro-batches."""
+        documents_BS = None if batch.documents_BS is None else batch.documents_BS.to(self._device)
+        tokens_BS = batch.tokens_BS.to(self._device)
+        self._parts.pipeline.step(tokens_BS, documents_BS, micro_batches=self._micro_batches(batch))
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)  # the sum over all ranks that follows waits for it in any case
+
+    def _micro_batches(self, batch: Batch) -> int:
+        return len(batch.tokens_BS) // self._config.micro_batch_size
+
+    def _set_weights(self, plan: StepPlan, batch: Batch) -> None:
+        self._measure.clear()
+        self._parts.precision.start_step(plan.step)
+        for router in self._measure.routers.values():
+            router.balance_weight = self._config.optim.balance_loss / self._micro_batches(batch)
+        if self._measure.last is not None:
+            self._measure.last.mtp_weight = plan.mtp_weight
+
+    def _update_biases(self, measured: Measured, plan: StepPlan) -> None:
+        loads_LE = measured.loads_LE.to(self._device)  # all at once: the host waits for each copy
+        for name, router in self._measure.routers.items():
+            update_bias(router.bias_E, loads_LE[self._measure.layers.index(name)], plan.bias_speed)
