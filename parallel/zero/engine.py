@@ -139,7 +139,7 @@ class Zero:
         mesh = self.mesh
         if getattr(param, "allreduce", True):
             return Sharing(mesh.layout.dp, mesh.dp_rank)
-        return Sharing(mesh.layout.edp, mesh.dp_rank // mesh.layout.ep)
+        return Sharing(mesh.layout.edp, mesh.edp_rank)
 
     def _global_norm(self) -> Tensor:
         """Norm over all parameters of all ranks: shards are disjoint over the world, experts included."""
