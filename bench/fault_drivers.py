@@ -19,7 +19,7 @@ FAILURES = 20
 
 
 def sluice(runs: str, *overrides: str) -> int:
-    from cluster.ray_backend import run_ray
+    from cluster.driver.ray_backend import run_ray
     from conf.load import compose, write_config
 
     config = compose(f"runs={runs}", "name=run", *overrides)

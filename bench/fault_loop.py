@@ -6,7 +6,7 @@ on from the newest checkpoint in the shared folder. Each rank appends what it di
     {"kind": "start", "rank", "host", "pid", "born", "time", "step"}      in a group of ranks; step: the one it resumes from
     {"kind": "step", "rank", "host", "pid", "born", "time", "step"}       has finished this step; born: of its process
 
-Where Sluice's agent started the rank, the loop also says how far it is, as cluster/agent.py asks; it needs nothing else.
+Where Sluice's agent started the rank, the loop also says how far it is, as cluster/node/agent.py asks; it needs nothing else.
 
     python -m bench.fault_loop FOLDER TIMEOUT [CONFIG]       TIMEOUT: seconds of a collective; CONFIG is not read
 """

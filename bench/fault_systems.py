@@ -17,9 +17,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from bench.fault_drivers import FAILURES
-from cluster.hosts import NETWORK, Hosts
-from cluster.journal import read_events
-from cluster.view import last_record
+from cluster.drill.hosts import NETWORK, Hosts
+from cluster.driver.journal import read_events
+from cluster.driver.view import last_record
 
 TIMEOUT = 10
 """Seconds without a step, or in one collective, after which a system may call it a hang."""

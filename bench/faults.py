@@ -34,7 +34,7 @@ from pathlib import Path
 
 from bench.fault_loop import SAVE_EVERY
 from bench.fault_systems import ENVIRONMENT, HOSTS, PYTHON, SYSTEMS, TIMEOUT, System
-from cluster.hosts import Hosts, missing
+from cluster.drill.hosts import Hosts, missing
 from conf.schema import ROOT
 
 VICTIM = 1

@@ -103,7 +103,7 @@ def launch(
             )
         return run_rank(config, place)
     if config.cluster.backend == "ray":
-        from cluster.ray_backend import run_ray  # importing Ray takes half a second that other runs need not pay
+        from cluster.driver.ray_backend import run_ray  # importing Ray takes half a second that other runs need not pay
 
         return run_ray(config, folder, command)
     if world == 1 and alone:

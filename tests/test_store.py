@@ -15,7 +15,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from cluster.hosts import Hosts, missing
+from cluster.drill.hosts import Hosts, missing
 from cluster.launch import Place
 from conf.load import compose
 from parallel.store import SealedStore

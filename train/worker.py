@@ -21,7 +21,7 @@ import torch  # noqa: E402
 import torch.distributed as dist  # noqa: E402
 
 from cluster.cause import Failure  # noqa: E402
-from cluster.copies import given_shelves  # noqa: E402
+from cluster.driver.copies import given_shelves  # noqa: E402
 from cluster.launch import Place, given_attempt, given_meeting, given_run  # noqa: E402
 from conf.disk import disk_errors, let_output_be_lost  # noqa: E402
 from conf.errors import EXIT_CRASH, EXIT_USER, DiskFailed, UserError  # noqa: E402
@@ -61,7 +61,7 @@ PREPARATION = timedelta(days=7)
 
 
 def preload() -> None:
-    """Import what a rank needs once it knows its device, where that can only be the CPU; see cluster/standby.py."""
+    """Import what a rank needs once it knows its device, where that can only be the CPU; see cluster/node/standby.py."""
     if not torch.cuda.is_available():
         import_deepspeed(on_cuda=False)
 

@@ -7,8 +7,8 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from cluster.copies import Shelf, Shelves
-from cluster.memory import SetId, Store, held
+from cluster.driver.copies import Shelf, Shelves
+from cluster.node.copy_store import SetId, Store, held
 from conf.errors import UserError
 from parallel.shard import Shard, whole
 from tests.checkpoint.world import blank, random_tensors, same_bits, spread

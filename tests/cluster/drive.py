@@ -3,7 +3,7 @@
 import sys
 from pathlib import Path
 
-from cluster.ray_backend import run_ray
+from cluster.driver.ray_backend import run_ray
 from conf.errors import UserError
 from conf.load import compose, report, write_config
 

@@ -7,8 +7,8 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
-from cluster.agent import Agent, _inherited
-from cluster.fleet import FleetLost, Reply
+from cluster.driver.fleet import FleetLost, Reply
+from cluster.node.agent import Agent, _inherited
 from cluster.topology import Node
 from tests.ranks import CONTEXT, be_module
 

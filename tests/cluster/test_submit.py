@@ -12,8 +12,8 @@ from pathlib import Path
 
 import pytest
 
-from cluster.hosts import Hosts, missing
-from cluster.journal import read_events
+from cluster.drill.hosts import Hosts, missing
+from cluster.driver.journal import read_events
 from conf.errors import EXIT_STOPPED
 from conf.schema import ROOT
 

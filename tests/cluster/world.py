@@ -2,11 +2,11 @@
 
 from dataclasses import dataclass, field
 
-from cluster import messages as m
 from cluster.cause import Failure, RankReport
-from cluster.checkpoints import Age
-from cluster.policy import Policy
-from cluster.supervisor import Supervisor
+from cluster.driver import messages as m
+from cluster.driver.checkpoints import Age
+from cluster.driver.policy import Policy
+from cluster.driver.supervisor import Supervisor
 from cluster.topology import Node
 
 STEP = 0.5

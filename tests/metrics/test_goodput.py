@@ -5,7 +5,7 @@ import time
 
 import pytest
 
-from cluster.journal import Journal, read_events
+from cluster.driver.journal import Journal, read_events
 from conf.load import compose
 from tests.disks import fill, small_disk
 from tests.metrics.wandb_file import history

@@ -1,4 +1,4 @@
-"""A rank's side of the copies in memory (see cluster/memory.py): writing its part, and reading any part back.
+"""A rank's side of the copies in memory (see cluster/node/copy_store.py): writing its part, and reading any part back.
 
 `save` copies the shards to buffers and returns; a thread writes them to the folder of the rank's own node, and sends the
 same file to the next node. Which earlier set must stay is agreed on by all ranks before: the newest that every one of
@@ -19,8 +19,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from cluster.copies import Shelves
-from cluster.memory import Peer, SetId, prune, size
+from cluster.driver.copies import Shelves
+from cluster.node.copy_store import Peer, SetId, prune, size
 from conf.errors import UserError
 from parallel.exchange import gather
 from parallel.shard import Shard

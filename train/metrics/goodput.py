@@ -1,10 +1,10 @@
-"""How a run on a cluster used its time, from the events that its driver writes (cluster/journal.py)."""
+"""How a run on a cluster used its time, from the events that its driver writes (cluster/driver/journal.py)."""
 
 import datetime
 import time
 from pathlib import Path
 
-from cluster.journal import FILE, Goodput, goodput, read_events
+from cluster.driver.journal import FILE, Goodput, goodput, read_events
 from train.metrics.names import Record
 from train.metrics.progress import duration
 

@@ -1,0 +1,1 @@
+"""Runs that are broken on purpose, many times: `python -m cluster.drill`."""

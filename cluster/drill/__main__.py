@@ -1,0 +1,185 @@
+"""Break a run on purpose, many times, and see whether it ends as if nothing had happened.
+
+    python -m cluster.drill [--faults N] [--seed S] [--hosts N] OVERRIDES...      overrides as for `python -m train`
+
+Two runs of the recipe: one is left alone, the other meets N random faults, each once the run has recovered from the one
+before. On this machine with a Ray of its own: a rank killed or stopped (a hang), the agent killed, the driver told to stop
+or killed and started again, the newest checkpoint damaged. With --hosts on so many network namespaces (needs root), the
+first of which holds the driver and Ray's head, also: a host loses its power or its link and comes back, is told to leave,
+and the disk of the checkpoints is full. At the end the losses of every step of both runs are compared, and every
+checkpoint is read. A host more than the run needs (a spare) keeps dp, and with it the losses, the same to the last bit.
+"""
+
+import argparse
+import contextlib
+import json
+import random
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from cluster.drill.faults import Ground, HostsGround, small_disk
+from cluster.drill.hosts import Hosts, missing
+from cluster.driver.journal import goodput, read_events
+from conf.errors import EXIT_CRASH, EXIT_OK, EXIT_STOPPED, EXIT_USER, UserError
+from conf.load import compose, report
+from conf.schema import Config
+
+DEFAULTS = ["cluster=ray", "cluster.hang_after=10", "cluster.restarts=5", "log.wandb=disabled", "log.sample_tokens=0"]
+TOLERANCE = 1e-3
+"""Relative difference of losses that passes. A restart with the same dp repeats sums in the same order; the bf16 products
+of another dp round differently."""
+
+
+class Drill:
+    """One run under faults. `say` prints a line."""
+
+    def __init__(self, overrides: list[str], ground: Ground, say: Callable[[str], None]):
+        self._overrides, self._ground, self._say = [*overrides, *ground.overrides], ground, say
+        self.met: Counter[str] = Counter()
+        """How often the run met each fault."""
+
+    def run(self, faults: int) -> int:
+        """Inject up to `faults` faults, one after another, each once the run works again; returns its exit code."""
+        ground = self._ground
+        choices = [*ground.faults(), self._stop_driver, self._kill_driver]
+        try:
+            self._launch()
+            anew = True
+            for number in range(1, faults + 1):
+                if not self._await_steps(anew):
+                    break
+                fault = ground.chance.choice(choices)
+                self._say(f"{time.strftime('%H:%M:%S')} fault {number}/{faults}: {fault.__doc__}")
+                self.met[fault.__doc__] += 1
+                fault()
+                anew = fault != ground.fill_disk  # the run goes on through that one
+            return ground.driver.wait()
+        finally:
+            if ground.driver.poll() is None:
+                ground.signal_driver(signal.SIGKILL)
+
+    def _launch(self) -> None:
+        self._ground.launch(self._overrides)
+        self._seen = len(read_events(self._ground.folder))
+
+    def _await_steps(self, anew: bool = True) -> bool:
+        """Until the run has saved, anew: in an attempt that began since, and a little longer; False if the run ended."""
+        ground = self._ground
+        while ground.driver.poll() is None:
+            kinds = [event["kind"] for event in read_events(ground.folder)[self._seen :]]
+            first = kinds.index("first_step") if "first_step" in kinds else len(kinds) if anew else 0
+            if "checkpoint" in kinds[first:]:
+                time.sleep(ground.chance.uniform(0, 1.5))
+                self._seen += len(kinds)
+                return ground.driver.poll() is None
+            time.sleep(0.1)
+        return False
+
+    def _stop_driver(self) -> None:
+        """the driver gets SIGTERM and is started again"""
+        if self._ground.signal_driver(signal.SIGTERM) == EXIT_STOPPED:
+            self._launch()
+
+    def _kill_driver(self) -> None:
+        """the driver is killed and started again"""
+        self._ground.signal_driver(signal.SIGKILL)
+        self._launch()
+
+
+def losses(folder: Path) -> dict[int, float]:
+    """Loss of every step in metrics.jsonl."""
+    records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return {record["step"]: record["loss"] for record in records}
+
+
+def worst_difference(a: dict[int, float], b: dict[int, float]) -> tuple[int, float]:
+    """Step with the largest relative difference, and that difference; infinite if the steps differ."""
+    if a.keys() != b.keys():
+        return min(a.keys() ^ b.keys()), float("inf")
+    return max(((step, abs(a[step] - b[step]) / abs(a[step])) for step in a), key=lambda pair: pair[1])
+
+
+def main(arguments: list[str]) -> int:
+    parser = argparse.ArgumentParser(prog="python -m cluster.drill", description=__doc__.splitlines()[0])
+    parser.add_argument("--faults", type=int, default=10)
+    parser.add_argument("--seed", type=int, default=0, help="of the choice of faults and victims")
+    parser.add_argument("--hosts", type=int, default=0, help="network namespaces; 0 for this machine as it is")
+    parser.add_argument("--devices", type=int, default=1, help="ranks that a host can hold")
+    parser.add_argument("--disk", type=int, default=512, help="MiB for the checkpoints, with --hosts")
+    parser.add_argument("--tolerance", type=float, default=TOLERANCE, help="largest relative difference of a loss")
+    options, overrides = parser.parse_known_args(arguments)
+    overrides = [*DEFAULTS, *overrides]
+    try:
+        folders = _folders(compose(*overrides))
+        if options.hosts and (why := missing()):
+            raise UserError("--hosts", options.hosts, why, "leave it out, or run as root with iproute2")
+    except UserError as error:
+        return report(error)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(EXIT_CRASH))  # leave neither hosts nor mounts behind
+    codes = {}
+    for kind, faults in (("unbroken", 0), ("drill", options.faults)):
+        started = time.monotonic()
+        with _ground(folders[kind], options) as ground:
+            drill = Drill([*overrides, f"name={folders[kind].name}"], ground, print)
+            codes[kind] = drill.run(faults) or _verify(folders[kind])
+        print(f"{kind}: exit code {codes[kind]} after {time.monotonic() - started:.0f} s")
+    if set(codes.values()) != {EXIT_OK}:
+        print(f"error: a run did not end well; see {folders['drill'].parent}/*.log", file=sys.stderr)
+        return EXIT_USER if EXIT_USER in codes.values() else EXIT_CRASH
+    return _compare(folders, drill.met, options)
+
+
+def _folders(config: Config) -> dict[str, Path]:
+    """Where the two runs will be; UserError if one is there already."""
+    runs = Path(config.runs).absolute()
+    folders = {kind: runs / f"{config.name}-{kind}" for kind in ("unbroken", "drill")}
+    for folder in folders.values():
+        if folder.exists():
+            raise UserError("name", folder.name, f"{folder} exists", "remove it, or take another name=")
+    runs.mkdir(parents=True, exist_ok=True)
+    return folders
+
+
+@contextlib.contextmanager
+def _ground(folder: Path, options: argparse.Namespace) -> Iterator[Ground]:
+    chance = random.Random(options.seed)
+    if not options.hosts:
+        yield Ground(folder, chance)
+        return
+    with contextlib.ExitStack() as stack:
+        scratch = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        stack.enter_context(small_disk(folder / "checkpoints", options.disk))
+        (scratch / "memory").mkdir()
+        hosts = stack.enter_context(Hosts(scratch, options.hosts, options.devices))
+        yield HostsGround(folder, chance, hosts, scratch / "memory")
+
+
+def _verify(folder: Path) -> int:
+    """Read every checkpoint against its checksums; EXIT_CRASH if one is damaged."""
+    words = [sys.executable, "-m", "train.checkpoint.verify", str(folder)]
+    return subprocess.run(words, stdout=subprocess.DEVNULL).returncode
+
+
+def _compare(folders: dict[str, Path], met: Counter[str], options: argparse.Namespace) -> int:
+    events = read_events(folders["drill"])
+    down = [event["seconds"] for event in events if event["kind"] == "recovered"]
+    step, difference = worst_difference(losses(folders["unbroken"]), losses(folders["drill"]))
+    record = goodput(events)
+    for fault, times in met.most_common():
+        print(f"{times:4} x {fault}")
+    print(f"{record.attempts} attempts; failures recovered from in {', '.join(f'{s:.1f}' for s in down) or 'no'} s")
+    print(f"largest relative difference of a loss: {difference:.2g} at step {step} (limit {options.tolerance:g})")
+    if met.total() < options.faults:
+        print(f"error: the run ended after {met.total()} of {options.faults} faults; raise steps=", file=sys.stderr)
+        return EXIT_CRASH
+    return EXIT_OK if difference <= options.tolerance else EXIT_CRASH
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,196 @@
+"""Where a drill (cluster/drill/__main__.py) runs and what can be broken there: this machine, or several hosts on it.
+
+A fault is a method whose docstring says what happens; it returns once the run can be expected to recover by itself.
+"""
+
+import contextlib
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import psutil
+
+from cluster.drill.hosts import Hosts
+from cluster.driver.journal import read_events
+from conf.schema import ROOT
+
+PATIENCE = 90.0
+"""Longest wait for the run to notice a fault, in seconds."""
+RETURN = 30.0
+"""Longest wait for a host whose link has healed, in seconds."""
+
+
+class Ground:
+    """This machine, with a Ray of its own in every launch. `folder`: of the run."""
+
+    overrides: tuple[str, ...] = ()
+
+    def __init__(self, folder: Path, chance: random.Random):
+        self.folder, self.chance = folder, chance
+        self.driver: subprocess.Popen | None = None
+
+    def launch(self, words: list[str]) -> None:
+        """Start the driver of the run."""
+        with (self.folder.parent / f"{self.folder.name}.log").open("ab") as log:
+            self.driver = self._start([sys.executable, "-m", "train", *words], log)
+
+    def _start(self, words: list[str], log: object) -> subprocess.Popen:
+        return subprocess.Popen(words, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT)
+
+    def signal_driver(self, number: int) -> int:
+        """Send the driver a signal that ends it; returns its exit code."""
+        self.driver.send_signal(number)
+        return self.driver.wait()
+
+    def processes(self) -> list[psutil.Process]:
+        """All that belong to the run."""
+        return psutil.Process(self.driver.pid).children(recursive=True)
+
+    def faults(self) -> list[Callable[[], None]]:
+        return [self.kill_rank, self.stop_rank, self.kill_agent, self.damage]
+
+    def kill_rank(self) -> None:
+        """a rank is killed"""
+        self._signal(self._ranks(), signal.SIGKILL)
+
+    def stop_rank(self) -> None:
+        """a rank is stopped, as in a hang"""
+        self._signal(self._ranks(), signal.SIGSTOP)
+
+    def kill_agent(self) -> None:
+        """an agent with a rank is killed"""
+        agents = {rank.ppid() for rank in self._ranks()}  # a spare's agent would not be missed
+        self._signal([process for process in self.processes() if process.pid in agents], signal.SIGKILL)
+
+    def damage(self) -> None:
+        """the newest checkpoint is cut short and a rank is killed"""
+        manifests = sorted((self.folder / "checkpoints").glob("step_*/manifest.json"))
+        if len(manifests) > 1:
+            with contextlib.suppress(FileNotFoundError):  # it is being pruned
+                victim = max(manifests[-1].parent.iterdir(), key=lambda path: path.stat().st_size)
+                os.truncate(victim, victim.stat().st_size // 2)
+        self.kill_rank()
+
+    def fill_disk(self) -> None:
+        """the disk of the checkpoints is full until a save has failed"""  # only where they have a disk of their own
+        said = self._failed_saves()
+        ballast = self.folder / "checkpoints" / "ballast"
+        with ballast.open("wb") as file:
+            with contextlib.suppress(OSError):  # a save takes the last bytes meanwhile
+                os.posix_fallocate(file.fileno(), 0, shutil.disk_usage(ballast.parent).free)
+            deadline = time.monotonic() + PATIENCE
+            while self._failed_saves() == said and time.monotonic() < deadline and self.driver.poll() is None:
+                time.sleep(0.1)
+        ballast.unlink()
+
+    def _failed_saves(self) -> int:
+        return (self.folder / "logs" / "rank_0.log").read_text(errors="replace").count("not written")
+
+    def _ranks(self) -> list[psutil.Process]:
+        """Ranks by the log that they write to; a rank in reserve has none."""
+        found = []
+        for process in self.processes():
+            with contextlib.suppress(FileNotFoundError, ProcessLookupError):  # it ended just now
+                if Path(os.readlink(f"/proc/{process.pid}/fd/1")).name.startswith("rank_"):
+                    found.append(process)
+        return found
+
+    def _signal(self, processes: list[psutil.Process], number: int) -> None:
+        if processes:  # none while the run ends or starts again
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(self.chance.choice(processes).pid, number)
+
+    def _await(self, kind: str, seen: int) -> None:
+        """Until the run has written an event of this kind behind the first `seen`; at most PATIENCE."""
+        deadline = time.monotonic() + PATIENCE
+        while time.monotonic() < deadline and self.driver.poll() is None:
+            if any(event["kind"] == kind for event in read_events(self.folder)[seen:]):
+                return
+            time.sleep(0.1)
+
+
+class HostsGround(Ground):
+    """Network namespaces as hosts, Ray on each; the head and the driver are on the first, which stays whole."""
+
+    def __init__(self, folder: Path, chance: random.Random, hosts: Hosts, memory: Path):
+        super().__init__(folder, chance)
+        self.hosts, self._memory = hosts, memory
+        self.overrides = (f"cluster.address={hosts.address}", f"checkpoint.memory_folder={memory}")
+
+    def _start(self, words: list[str], log: object) -> subprocess.Popen:
+        command = self.hosts.command(0, *words)
+        return subprocess.Popen(command, env=self.hosts.environment, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT)
+
+    def processes(self) -> list[psutil.Process]:
+        found = []
+        for index in range(self.hosts.count):
+            for pid in self.hosts.pids(index):
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    found.append(psutil.Process(pid))
+        return found
+
+    def faults(self) -> list[Callable[[], None]]:
+        return [*super().faults(), self.power_off, self.cut_link, self.drain, self.fill_disk]
+
+    def power_off(self) -> None:
+        """a host loses its power, and gets it back later"""
+        index, seen = self._victim()
+        self.hosts.power_off(index)
+        for copies in self._memory.glob(f"*-h{index}"):
+            shutil.rmtree(copies)
+        self._await("recovered", seen)
+        self.hosts.power_on(index)
+
+    def cut_link(self) -> None:
+        """the link of a host is cut, and heals later"""
+        index, seen = self._victim()
+        self.hosts.cut(index)
+        self._await("recovered", seen)
+        self.hosts.heal(index)
+        if not self._returned(index):  # Ray ends a node that comes back after it was listed as dead
+            self._restart(index)
+
+    def drain(self) -> None:
+        """a host is told to leave, and comes back later"""
+        index, seen = self._victim()
+        self.hosts.leave(index).wait()
+        self._await("first_step", seen)
+        self._restart(index)
+
+    def _returned(self, index: int) -> bool:
+        """Whether the run takes the host back, with the Ray that it had, within RETURN seconds."""
+        seen, deadline = len(read_events(self.folder)), time.monotonic() + RETURN
+        while time.monotonic() < deadline and self.hosts.pids(index, "/raylet/raylet"):
+            news = read_events(self.folder)[seen:]
+            if any(event["kind"] in ("node_back", "node_joined") and event["node"] == f"h{index}" for event in news):
+                return True
+            time.sleep(0.2)
+        return False
+
+    def _restart(self, index: int) -> None:
+        self.hosts.signal(index, signal.SIGKILL)
+        self.hosts.power_on(index)
+
+    def _victim(self) -> tuple[int, int]:
+        """A host with ranks that is not the first, and the number of events so far."""
+        events = read_events(self.folder)
+        attempt = [event for event in events if event["kind"] == "attempt"][-1]
+        index = self.chance.choice([int(name.removeprefix("h")) for name in attempt["nodes"] if name != "h0"])
+        return index, len(events)
+
+
+@contextlib.contextmanager
+def small_disk(folder: Path, megabytes: int) -> Iterator[None]:
+    """A disk of this size, in memory, mounted at the folder."""
+    folder.mkdir(parents=True)
+    subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={megabytes}m", "tmpfs", str(folder)], check=True)
+    try:
+        yield
+    finally:
+        subprocess.run(["umount", "--lazy", str(folder)], check=True)

@@ -1,0 +1,110 @@
+"""One attempt to run: its ranks as their agents last saw them, its progress, and what went wrong with it."""
+
+from cluster.cause import CERTAIN, Cause, Kind, RankReport, name_cause, name_hang
+from cluster.driver.policy import Policy
+from cluster.driver.straggler import Slow, Stragglers
+from cluster.topology import Placement
+from conf.errors import EXIT_USER
+
+
+class Attempt:
+    """Facts of one attempt; the supervisor decides what follows from them."""
+
+    def __init__(self, number: int, placement: Placement, now: float, saved: int):
+        self.number, self.placement = number, placement
+        self.saved = max(saved, 0)
+        """Step of the newest checkpoint, on disk or in memory, when it began."""
+        self.reports = {seat.rank: RankReport(seat.rank) for seat in placement.seats}
+        self.ranks_of = {node: [seat.rank for seat in seats] for node, seats in placement.by_node().items()}
+        self.names = {seat.rank: seat.node.name for seat in placement.seats}
+        self.lost: dict[str, str] = {}
+        """Nodes that it lost, and how; they may be back in the cluster already."""
+        self.cause: Cause | None = None
+        self.moved = now
+        """When a rank last got on."""
+        self.hang_since: float | None = None
+        self.stacks: dict[int, str] = {}
+        self.first_step: int | None = None
+        """The first step that a rank was seen to work on."""
+        dp = placement.dp
+        self._stragglers = Stragglers([range(stage * dp, (stage + 1) * dp) for stage in range(placement.pp)])
+
+    @property
+    def reachable(self) -> tuple[str, ...]:
+        return tuple(node for node in self.ranks_of if node not in self.lost)
+
+    @property
+    def live_reports(self) -> list[RankReport]:
+        """Ranks on nodes that answer."""
+        return [self.reports[rank] for node in self.reachable for rank in self.ranks_of[node]]
+
+    @property
+    def step(self) -> int:
+        return max(report.step for report in self.reports.values())
+
+    @property
+    def ended(self) -> bool:
+        return all(report.ended for report in self.reports.values())
+
+    @property
+    def broken(self) -> bool:
+        return bool(self.lost or self.cause) or any(report.bad for report in self.reports.values())
+
+    @property
+    def stepping(self) -> bool:
+        """Whether it has finished a step of its own."""
+        return self.first_step is not None and self.step > min(self.first_step, self.saved + 1)
+
+    def steps_again(self, reached: int) -> int:
+        """Steps that it does a second time, when the run had worked on step `reached` before."""
+        return max(0, reached - min(self.first_step, self.saved + 1))
+
+    def take(self, now: float, reports: list[RankReport]) -> None:
+        """Remember what an agent says of its ranks."""
+        for report in reports:
+            old = self.reports[report.rank]
+            if (report.step, report.phase, report.ended) != (old.step, old.phase, old.ended):
+                self.moved = now
+            if report.step != old.step and report.busy is not None:
+                self._stragglers.take(report.rank, report.busy)
+            self.reports[report.rank] = report
+        if self.first_step is None and self.step >= 0:
+            self.first_step = self.step
+
+    def limit(self, policy: Policy) -> float:
+        """Longest time without progress in what the ranks are doing now, in seconds."""
+        at_work = all(report.phase == "step" for report in self.reports.values() if not report.ended)
+        return policy.hang_after if self.stepping and at_work else policy.start_timeout
+
+    def settled(self, now: float, until: float) -> bool:
+        """Whether to wait no longer for ranks to say why they failed."""
+        reports = self.live_reports
+        if any(report.code in CERTAIN or report.code == EXIT_USER for report in reports) or now >= until:
+            return True
+        if self.hang_since is not None:
+            return len(self.stacks) >= len(reports)
+        return bool(self.lost or self.cause) or all(report.bad or report.ended for report in reports)
+
+    def judge(self, now: float) -> Cause:
+        """The first failure, from all that is known."""
+        found = name_cause(self.live_reports, self.names)
+        if found is not None and found.kind is Kind.user:
+            return found
+        if self.lost:
+            return self._lost_nodes()
+        if self.cause is not None:
+            return self.cause
+        if self.hang_since is not None and (found is None or found.kind is not Kind.killed):
+            return name_hang(self.live_reports, self.stacks, self.names, now - self.hang_since)
+        assert found is not None, "judged without a failure"
+        return found
+
+    def _lost_nodes(self) -> Cause:
+        nodes = {seat.node.id: seat.node for seat in self.placement.seats if seat.node.id in self.lost}
+        text = "; ".join(f"{nodes[id].name} ({nodes[id].address}): {why}" for id, why in self.lost.items())
+        ranks = tuple(rank for id in self.lost for rank in self.ranks_of[id])
+        return Cause(Kind.node, text, ranks, tuple(nodes[id].name for id in self.lost))
+
+    def new_stragglers(self, factor: float) -> list[Slow]:
+        """Ranks that have become slow beside those that do the same work."""
+        return self._stragglers.new(factor)

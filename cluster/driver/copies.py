@@ -1,0 +1,145 @@
+"""The driver's view of the copies in memory (cluster/node/copy_store.py): which node holds what, and what ranks need to know.
+
+Agents report what they hold with every answer. Before an attempt starts, the driver writes attempts/NUMBER.memory.json
+for its ranks: where each node keeps its copies, who is next to whom, and the newest set that is whole on the nodes that
+answer, if there is one. Rank 0 compares its age with the newest checkpoint on disk.
+"""
+
+import hashlib
+import json
+import os
+import secrets
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from functools import cached_property
+from pathlib import Path
+
+from cluster.node.copy_store import SetId, folder_name
+from cluster.topology import Node, Placement
+from conf.disk import naming
+
+
+@dataclass(frozen=True)
+class Shelf:
+    """Where a node keeps its copies."""
+
+    name: str
+    """Of the node, for people."""
+    folder: str
+    address: str
+    """HOST:PORT of its agent's store."""
+    ranks: list[int]
+    """Ranks of this attempt that run there."""
+
+
+@dataclass(frozen=True)
+class Shelves:
+    """What the ranks of one attempt know of the copies."""
+
+    nodes: list[Shelf]
+    """Those with ranks first, in the order of the placement; the next of a node is the one behind it, in a ring."""
+    resume: str | None
+    """Name of the newest set that is whole; None if there is none."""
+    holders: list[list[int]]
+    """For every rank that wrote that set, the indexes of the nodes that hold its part."""
+    full_size: bool
+    """The attempt has all the ranks that the run wants; then its copies must fit into memory."""
+
+    @staticmethod
+    def read(path: Path) -> "Shelves":
+        text = json.loads(path.read_text())
+        return Shelves(**(text | {"nodes": [Shelf(**node) for node in text["nodes"]]}))
+
+    def home(self, rank: int) -> int:
+        """Index of the node that a rank runs on."""
+        return next(index for index, node in enumerate(self.nodes) if rank in node.ranks)
+
+    def next(self, index: int) -> int | None:
+        """Index of the node that also keeps what the ranks of this one write; None if there is no other."""
+        count = sum(bool(node.ranks) for node in self.nodes)
+        return (index + 1) % count if count > 1 else None
+
+
+class Copies:
+    """What the agents of a run hold. folder: of the run; base: where every node keeps copies; first: attempt of a launch."""
+
+    def __init__(self, folder: Path, base: str, first: int):
+        self._folder, self.base, self._first = folder, base, first
+        self.token = secrets.token_hex(32)
+        self._run = hashlib.sha256(str(folder).encode()).hexdigest()[:8]
+        self._ports: dict[str, int] = {}
+        self._held: dict[str, dict[str, list[int]]] = {}
+        """By node id: ranks by name of the set."""
+
+    @cached_property
+    def _id(self) -> str:
+        """A number that the run folder keeps."""
+        path = self._folder / "attempts" / "memory_id"
+        path.parent.mkdir(exist_ok=True)
+        if not path.exists():
+            with naming(path):
+                path.write_text(secrets.token_hex(4))
+        return path.read_text()
+
+    def folder_on(self, node: Node) -> str:
+        return str(Path(self.base) / folder_name(self._run, self._id, node.name))
+
+    def opened(self, node: str, port: int) -> None:
+        """The store of this node listens."""
+        self._ports[node] = port
+
+    def take(self, node: str, held: dict[str, list[int]]) -> None:
+        """What the agent of a node reports."""
+        self._held[node] = held
+
+    def forget(self, node: str) -> None:
+        """The node is lost."""
+        self._ports.pop(node, None)
+        self._held.pop(node, None)
+
+    def newest(self, nodes: Iterable[str]) -> SetId | None:
+        """The newest set that these nodes hold whole."""
+        ranks: dict[str, set[int]] = {}
+        for node in nodes:
+            for name, held in self._held.get(node, {}).items():
+                ranks.setdefault(name, set()).update(held)
+        found = [(SetId.parse(name), held) for name, held in ranks.items()]
+        return max((id for id, held in found if id and len(held) == id.world), default=None)
+
+    def shelves(self, placement: Placement, nodes: dict[str, Node], full_size: bool, auto: bool) -> Shelves:
+        """What the ranks of an attempt need. nodes: all that answer, by id.
+
+        auto: whether the run resumes from whatever is newest; else only from what this launch wrote.
+        """
+        ranks = {id: [seat.rank for seat in seats] for id, seats in placement.by_node().items()}
+        ids = [*ranks, *(id for id in nodes if id not in ranks and id in self._ports)]
+        shelves = [
+            Shelf(
+                nodes[id].name, self.folder_on(nodes[id]), f"{nodes[id].address}:{self._ports[id]}", ranks.get(id, [])
+            )
+            for id in ids
+        ]
+        found = self.newest(ids)
+        if found is None or not (auto or found.attempt >= self._first):
+            return Shelves(shelves, None, [], full_size)
+        holders: list[list[int]] = [[] for _ in range(found.world)]
+        for index, id in enumerate(ids):
+            for rank in self._held.get(id, {}).get(found.name, []):
+                holders[rank].append(index)
+        return Shelves(shelves, found.name, holders, full_size)
+
+    def write(self, number: int, shelves: Shelves) -> dict[str, str]:
+        """Leave them for the ranks of an attempt; returns the environment that tells them where."""
+        path = self._folder / "attempts" / f"{number:05d}.memory.json"
+        with naming(path):
+            path.write_text(json.dumps(asdict(shelves)))
+        return {"SLUICE_MEMORY": str(path), "SLUICE_MEMORY_TOKEN": self.token}
+
+
+def given_shelves() -> tuple[Shelves, str] | None:
+    """What the driver told this rank, and the token of the stores; None without copies in memory. Call once: the token does
+    not stay in the environment, which every child of the rank would have.
+    """
+    if "SLUICE_MEMORY" not in os.environ:
+        return None
+    return Shelves.read(Path(os.environ["SLUICE_MEMORY"])), os.environ.pop("SLUICE_MEMORY_TOKEN")

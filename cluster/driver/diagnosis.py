@@ -1,0 +1,59 @@
+"""The last words of a run that cannot go on: what failed, where, the lines that show it, and what to do."""
+
+from cluster.cause import Cause, Kind
+from cluster.driver.policy import Policy
+from cluster.topology import Node, Placement
+from conf.errors import UserError
+
+ADVICE = {
+    Kind.user: "mend the input and start the same command again",
+    Kind.node: "look at the machine and its network; the same command resumes with the nodes that are there",
+    Kind.killed: "look at memory (dmesg shows the kernel's out-of-memory kills) and at the device; lower micro_batch_size "
+    "or model.loss_chunk if memory is short",
+    Kind.crash: "the lines above come from the rank that failed first; the same command resumes once the cause is mended",
+    Kind.hang: "the stacks above show where each rank waits; if they are simply that slow, raise "
+    "cluster.hang_after, before the first step and in checkpoints cluster.start_timeout",
+    Kind.diverged: "what the first line says; the step was tried again, and the same command would try it once more",
+    Kind.start: "the lines above come from the node that could not start its ranks",
+}
+LOG_LINES = 30
+
+
+def give_up(cause: Cause, times: int, allowed: int, failures: list[tuple[int, Cause]], saved: int) -> str:
+    """Why no further attempt is made. failures: (attempt, cause) of all attempts; saved: newest checkpoint or -1."""
+    lines = [cause.text]
+    if times > 1:
+        lines.append(
+            f"  this was failure {times} of the kind '{cause.kind.value}' without a new checkpoint in between; "
+            f"{allowed} restarts are allowed"
+        )
+    if cause.log:
+        lines += ["  last lines:", *(f"    {line}" for line in cause.log.strip().splitlines()[-LOG_LINES:])]
+    if len(failures) > 1:
+        lines += ["  before it:", *(f"    attempt {number}: {old.text}" for number, old in failures[-6:-1])]
+    lines.append(f"  newest checkpoint: {_step(saved)}")
+    lines.append(f"  what to do: {ADVICE[cause.kind]}")
+    return "\n".join(lines)
+
+
+def too_few(policy: Policy, free: list[Node], found: Placement | None, last: Cause | None, saved: int) -> str:
+    """Why the nodes that are there do not do."""
+    devices = sum(node.devices for node in free)
+    have = f"{len(free)} nodes with {devices} devices"
+    if found is not None:
+        cure = f"add nodes, or set parallel.dp={found.dp}, which fits"
+    else:
+        cure = f"add nodes: the smallest run takes {policy.pp * policy.ep} devices (pp x ep)"
+    error = UserError(
+        "parallel.pp x parallel.dp",
+        f"{policy.pp} x {policy.dp}",
+        f"needs {policy.pp * policy.dp} devices in whole expert groups of {policy.ep}; "
+        f"after {policy.wait:.0f} s (cluster.wait) {have} are there",
+        cure,
+    )
+    before = f"\n  before it: {last.text}\n  newest checkpoint: {_step(saved)}" if last else ""
+    return f"{error}{before}"
+
+
+def _step(saved: int) -> str:
+    return f"step {saved}" if saved >= 0 else "none"

@@ -1,0 +1,391 @@
+"""The loop of the driver: asks agents, tells the supervisor, and does what it decides."""
+
+import dataclasses
+import os
+import secrets
+import signal
+import time
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+from cluster.driver import messages as m
+from cluster.driver.checkpoints import NONE, Age, first_attempt, newest, written_since
+from cluster.driver.copies import Copies
+from cluster.driver.fleet import Fleet, FleetLost, Reply
+from cluster.driver.journal import Journal
+from cluster.driver.network import NetworkTest
+from cluster.driver.node_state import DriverPhase
+from cluster.driver.policy import policy_of, with_dp
+from cluster.driver.supervisor import Supervisor
+from cluster.driver.view import View
+from cluster.node.agent import Answer, Order
+from cluster.node.copy_store import Opened
+from cluster.node.preflight import Preflight
+from cluster.topology import Node, Placement
+from conf.disk import explain, naming
+from conf.errors import EXIT_OK, EXIT_STOPPED, EXIT_USER
+from conf.load import write_config
+from conf.schema import Config
+
+ASK_EVERY = 0.25
+"""Seconds between questions to one agent."""
+LOOK_EVERY = 1.0
+"""Seconds between looks at the list of nodes and at the checkpoints."""
+
+HELD_BACK = 2.0
+"""Seconds until a node is asked again whose folder for copies another agent holds."""
+
+
+class Driver:
+    """Runs one launch of a run on a fleet.
+
+    arguments: command line of a rank behind the interpreter, whose last part is the configuration file; every attempt
+    gets its own, with the dp that it has. rank_folder: working folder of the ranks, None where Ray ships the code. gpus:
+    whether the devices of the nodes are GPUs.
+    """
+
+    def __init__(
+        self,
+        config: Config,
+        folder: Path,
+        arguments: list[str],
+        fleet: Fleet,
+        rank_folder: str | None,
+        gpus: bool,
+        view: View,
+        clock: Callable[[], float] = time.monotonic,
+    ):
+        self.config, self.folder, self.arguments = config, folder, arguments
+        self.fleet, self.rank_folder, self.view, self.clock = fleet, rank_folder, view, clock
+        self.journal = Journal(folder, lambda text: view.note("disk", text))
+        self.first = first_attempt(folder)
+        self.supervisor = Supervisor(policy_of(config, self.first), clock())
+        self.preflight = Preflight(folder, gpus)
+        self.copies = Copies(folder, config.checkpoint.memory_folder, self.first)
+        self._finish: m.Finish | None = None
+        self._known: dict[str, Node] = {}
+        """Nodes that were listed, by id; checked ones are those that the supervisor knows."""
+        self._asked: dict[str, float] = {}
+        """When an agent was last asked; absent while its answer is out."""
+        self._released: set[str] = set()
+        """Nodes that were about to go and hold nothing of the run any more."""
+        self._starting: tuple[int, Placement] | None = None
+        self._network: NetworkTest | None = None
+        self._refused: dict[str, str] = {}
+        self._held_back: dict[str, float] = {}
+        """Nodes whose folder for copies another agent holds, and when they are asked again."""
+        self._without_folder: set[str] = set()
+        """Nodes that have no folder for copies."""
+        self._started_at = clock()
+        self._first_step: int | None = None
+        self._offsets: dict[int, int] = {}
+        self._looked = -LOOK_EVERY
+        self._stop: str | None = None
+
+    def run(self) -> m.Finish:
+        """Until the run ends; returns its exit code and the reason."""
+        self.journal.write("launch", 0, f"{self.config.name}", world=self.config.parallel.pp * self.config.parallel.dp)
+        previous = {number: signal.signal(number, self._signalled) for number in (signal.SIGTERM, signal.SIGINT)}
+        try:
+            with self.view:
+                while self._finish is None:
+                    self._round()
+                self._fetch_last_words()
+                self._drop_copies()
+        finally:
+            for number, handler in previous.items():
+                signal.signal(number, handler)
+            self.preflight.close()
+        return self._finish
+
+    def _signalled(self, number: int, _) -> None:
+        if self._stop is not None and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        self._stop = f"{signal.Signals(number).name}: the ranks write a checkpoint and stop"
+
+    def _round(self) -> None:
+        if self._stop is not None:
+            self._tell(m.StopAsked(self._stop))
+        if self.clock() - self._looked >= LOOK_EVERY:
+            self._looked = self.clock()
+            self._look()
+        self._ask()
+        for reply in self.fleet.replies(0.05):
+            self._take(reply)
+        if self._network is not None:
+            self._test_network()
+        held = self.copies.newest(self.supervisor.answering)
+        self._tell(m.Held(Age(held.attempt, held.step) if held else NONE))
+        self._tell(m.Tick())
+        self.view.update(self.supervisor)
+
+    def _test_network(self) -> None:
+        verdict = self._network.advance(self.clock())
+        if verdict is None:
+            return
+        self._network = None
+        number, placement = self._starting
+        fields = {"pairs": verdict.pairs, "median_gbit": verdict.median_gbit, "slow": verdict.slow}
+        self._note("network", verdict.text, **fields)
+        if verdict.unreachable:
+            self._tell(m.StartFailed(number, placement.seats[0].node.id, "\n".join(verdict.unreachable)))
+        else:
+            self.fleet.call(placement.seats[0].node.id, "free_port")
+
+    def _look(self) -> None:
+        """At the nodes and the checkpoints."""
+        self._tell(m.Saved(newest(self.folder)))
+        try:
+            listed = {node.id: node for node in self.fleet.nodes()}
+            draining = self.fleet.draining()
+        except FleetLost as error:
+            if self._stop is None:
+                self._stop = f"{error}; the ranks write a checkpoint and stop"
+            return
+        for id in set(self._known) - set(listed):
+            del self._known[id]
+            self._asked.pop(id, None)
+            self.copies.forget(id)
+            self._tell(m.Lost(id, "the cluster lists it as dead"))
+        for id, node in listed.items():
+            if id not in self._known and id not in self._released:
+                self._known[id] = node
+                self.fleet.call(id, "facts", self.preflight.question(node))
+        for id in [id for id, due in self._held_back.items() if self.clock() >= due]:
+            del self._held_back[id]
+            if id in self._known:
+                self._open_memory(self._known[id])
+        for id, why in draining.items():
+            self._tell(m.Draining(id, why))
+
+    def _ask(self) -> None:
+        pause = max(ASK_EVERY, len(self._asked) / 400)  # a driver of thousands of agents must not drown in answers,
+        pause = min(pause, self.config.cluster.heartbeat / 2)  # nor take those that it did not ask for silent
+        for id, asked in list(self._asked.items()):
+            if self.clock() - asked >= pause:
+                del self._asked[id]
+                self.fleet.call(id, "ask", self._offsets)
+
+    def _take(self, reply: Reply) -> None:
+        if reply.node not in self._known:
+            return
+        if reply.dead:
+            self._asked.pop(reply.node, None)
+            self.copies.forget(reply.node)
+            self._tell(m.Lost(reply.node, f"its agent died: {reply.error}", returning=True))
+            node = self._known.pop(reply.node)  # the next look starts a new agent, if the node is still listed
+            if node.id not in self.supervisor.nodes and node.name not in self._refused:  # it may die at every look
+                self._refuse(node, f"its agent died: {reply.error}")
+        elif reply.method == "facts":
+            self._check_facts(self._known[reply.node], reply)
+        elif reply.method == "open_memory":
+            self._take_store(self._known[reply.node], reply)
+        elif reply.method == "ask":
+            self._asked[reply.node] = self.clock()
+            if reply.error is None:
+                self._take_answer(reply.node, reply.value)
+            else:
+                self._note("node_refused", f"{self._known[reply.node].name}: {reply.error}")
+        elif reply.method == "probe":
+            self._tell(m.Probed(reply.node))
+        elif reply.method == "network":
+            if self._network is not None:
+                self._network.take(reply)
+        elif reply.method == "free_port":
+            self._send_orders(reply)
+        elif reply.error is not None and reply.method == "start":
+            self._tell(m.StartFailed(self.supervisor.number, reply.node, f"{reply.method}: {reply.error}"))
+        elif reply.error is not None:  # ranks in reserve, say: the attempt can do without
+            name = self._known[reply.node].name
+            self._note("call_failed", f"{name}: {reply.method}: {reply.error}", node=name, method=reply.method)
+
+    def _check_facts(self, node: Node, reply: Reply) -> None:
+        problem = reply.error or self.preflight.problem(node, reply.value)
+        if problem is not None:
+            self._refuse(node, problem)
+        elif self.config.checkpoint.every_memory:
+            self._open_memory(node)
+        else:
+            self._admit(node)
+
+    def _open_memory(self, node: Node) -> None:
+        self.fleet.call(node.id, "open_memory", self.copies.folder_on(node), self.copies.token, node.address)
+
+    def _take_store(self, node: Node, reply: Reply) -> None:
+        opened = Opened(problem=reply.error) if reply.error is not None else reply.value
+        if opened.port:
+            self.copies.opened(node.id, opened.port)
+            self._admit(node)
+            return
+        if opened.passes:
+            self._held_back[node.id] = self.clock() + HELD_BACK
+        if not opened.passes or node.name not in self._refused:  # it is asked again and again
+            self._refuse(node, f"cannot hold copies of the state: {opened.problem}")
+        if opened.absent:
+            self._without_folder.add(node.id)
+            if self._without_folder >= set(self._known):  # more nodes will not have it either
+                self._do(m.Finish(EXIT_USER, f"no node has checkpoint.memory_folder = {self.copies.base}"))
+
+    def _admit(self, node: Node) -> None:
+        self._asked[node.id] = -ASK_EVERY
+        self._refused.pop(node.name, None)
+        self._tell(m.Joined(node))
+        if self.supervisor.phase is DriverPhase.running and self._first_step is not None:
+            self._warm([node])
+
+    def _refuse(self, node: Node, problem: str) -> None:
+        self._refused[node.name] = problem
+        self._note("node_refused", f"{node.name}: {problem}", node=node.name)
+
+    def _take_answer(self, node: str, answer: Answer) -> None:
+        number = self.supervisor.number
+        if answer.attempt == number:
+            for rank, piece in answer.output.items():
+                self._offsets[rank] = self._offsets.get(rank, 0) + len(piece)
+                self.journal.output(rank, piece)
+                if rank == 0:
+                    self.view.output(piece)
+        self.copies.take(node, answer.held)
+        self._tell(m.Beat(node, answer.attempt, answer.ranks))
+        if answer.leaving:
+            self._tell(m.Draining(node, "its agent was told to end"))
+        if answer.stacks:
+            self._tell(m.Stacks(answer.attempt, answer.stacks))
+        attempt = self.supervisor.attempt
+        if attempt is not None and attempt.stepping and self._first_step is None:
+            self._first_step = attempt.step
+            seconds = self.clock() - self._started_at
+            self._note("first_step", f"step {attempt.step} {seconds:.1f} s after the order to start", seconds=seconds)
+            self._warm(self.supervisor.answering.values())
+
+    def _warm(self, nodes: Iterable[Node]) -> None:
+        """Have ranks in reserve there, now that starting them slows nobody's start."""
+        if self.config.cluster.standby:
+            for node in nodes:
+                seats = self.supervisor.attempt.ranks_of.get(node.id, ())
+                self.fleet.call(node.id, "warm", self.arguments, self.rank_folder, len(seats) or node.devices)
+
+    def _tell(self, event: m.Event) -> None:
+        for action in self.supervisor.handle(self.clock(), event):
+            self._do(action)
+
+    def _do(self, action: m.Action) -> None:
+        match action:
+            case m.Start(number, placement):
+                self._let_go()
+                self._starting = number, placement
+                self._started_at, self._first_step, self._offsets = self.clock(), None, {}
+                if number == self.first and len(placement.nodes) > 1:
+                    self._network = NetworkTest(placement.nodes, self.fleet, self.clock())
+                else:
+                    self.fleet.call(placement.seats[0].node.id, "free_port")
+            case m.EndRanks(number, nodes):
+                self._starting = self._network = None
+                for id in nodes:
+                    self.fleet.call(id, "end", number)
+            case m.Stop(number, nodes):
+                for id in nodes:
+                    self.fleet.call(id, "stop", number)
+            case m.ProbeLinks(nodes):
+                for id in nodes:
+                    self.fleet.call(id, "probe")
+            case m.CollectStacks(number, nodes):
+                for id in nodes:
+                    self.fleet.call(id, "ask_stacks", number)
+            case m.Note(number, kind, text, fields):
+                self.journal.write(kind, number, text, **fields)
+                self.view.note(kind, text)
+            case m.Finish(code, text):
+                refused = "".join(f"\n  refused: {name}: {why}" for name, why in self._refused.items())
+                self._finish = m.Finish(code, text + (refused if code != EXIT_OK else ""))
+
+    def _let_go(self) -> None:
+        """End the agents of nodes that are about to go; nothing of the run is there any more."""
+        for id in self.supervisor.draining & set(self._known):
+            del self._known[id]
+            self._asked.pop(id, None)
+            self._released.add(id)
+            self.copies.forget(id)
+            self.fleet.release(id)
+            self._tell(m.Lost(id, "let go, as it is about to go"))
+
+    def _send_orders(self, reply: Reply) -> None:
+        if (
+            self._starting is None or reply.node != self._starting[1].seats[0].node.id
+        ):  # asked for an attempt that is over
+            return
+        number, placement = self._starting
+        self._starting = None
+        if self.supervisor.attempt.lost:  # it is broken, and its end is on the way; where copies lie is not known
+            return
+        if reply.error is not None:
+            self._tell(m.StartFailed(number, reply.node, reply.error))
+            return
+        try:
+            arguments = [*self.arguments[:-1], str(self._attempt_config(number, placement.dp))]
+            copies = self._tell_of_copies(number, placement)
+        except OSError as error:  # the disk of the run folder is full, say
+            self._tell(
+                m.StartFailed(number, reply.node, f"the driver cannot tell the ranks what to do: {explain(error)}")
+            )
+            return
+        shared = copies | {
+            "WORLD_SIZE": str(placement.world),
+            "MASTER_ADDR": placement.seats[0].node.address,
+            "MASTER_PORT": str(reply.value),
+            "SLUICE_STORE_SECRET": secrets.token_hex(32),
+            "SLUICE_FOLDER": os.getcwd(),
+        }
+        for id, seats in placement.by_node().items():
+            ranks = [(seat.rank, seat.local_rank) for seat in seats]
+            for rank, _ in ranks:
+                self.journal.output(rank, f"---- attempt {number} on {seats[0].node.name} ----\n".encode())
+            order = Order(number, ranks, arguments, shared, seats[0].node.address, self.rank_folder)
+            self.fleet.call(id, "start", order)
+
+    def _tell_of_copies(self, number: int, placement: Placement) -> dict[str, str]:
+        """Environment of ranks that keep copies in memory."""
+        if not self.config.checkpoint.every_memory:
+            return {}
+        full_size, auto = placement.dp == self.config.parallel.dp, self.config.resume == "auto"
+        shelves = self.copies.shelves(placement, self.supervisor.answering, full_size, auto)
+        return self.copies.write(number, shelves)
+
+    def _drop_copies(self) -> None:
+        """Nobody needs the copies once the disk has a state as new; else the next launch does."""
+        saved = newest(self.folder)
+        safe = saved > NONE and saved >= self.supervisor.held
+        if self.config.checkpoint.every_memory and self._finish.code in (EXIT_OK, EXIT_STOPPED) and safe:
+            for id in self._known:
+                self.fleet.call(id, "drop_memory")
+
+    def _attempt_config(self, number: int, dp: int) -> Path:
+        """The configuration of an attempt: its dp, and the run's own newest checkpoint once this launch has written one."""
+        config = with_dp(self.config, dp)
+        if written_since(self.folder, self.first):
+            config = dataclasses.replace(config, resume="auto")
+        path = self.folder / "attempts" / f"{number:05d}.yaml"
+        path.parent.mkdir(exist_ok=True)
+        with naming(path):
+            write_config(config, str(path))
+        return path
+
+    def _note(self, kind: str, text: str, **fields) -> None:
+        self.journal.write(kind, self.supervisor.number, text, **fields)
+        self.view.note(kind, text)
+
+    def _fetch_last_words(self) -> None:
+        """Fetch what the ranks printed last."""
+        attempt = self.supervisor.attempt
+        if attempt is None:
+            return
+        waiting = {id for id in attempt.reachable if id in self._asked}
+        for id in waiting:
+            self.fleet.call(id, "ask", self._offsets)
+        deadline = self.clock() + 2.0
+        while waiting and self.clock() < deadline:
+            for reply in self.fleet.replies(0.1):
+                if reply.method == "ask":
+                    waiting.discard(reply.node)
+                    if reply.error is None and not reply.dead:
+                        self._take_answer(reply.node, reply.value)

@@ -1,0 +1,144 @@
+"""runs/NAME/events.jsonl and the gathered output of the ranks: what happened to a run, for people and tools.
+
+One JSON object a line, written with one call:
+
+    time      Unix time in seconds
+    kind      see KINDS
+    attempt   number of the attempt that it concerns; 0 before the first
+    text      one sentence for people
+    ...       fields of the kind, see KINDS
+
+The file is only ever appended to; a later launch of the same run goes on in it.
+"""
+
+import contextlib
+import errno
+import json
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from conf.disk import explain, naming
+
+FILE = "events.jsonl"
+
+KINDS = {
+    "launch": "the driver started. world: ranks wanted",
+    "node_joined": "a node is there and passed the checks. node: its name",
+    "node_refused": "a node is there and failed a check. node",
+    "call_failed": "an agent could not do what it was asked for beside a start; the attempt goes on. node, method",
+    "node_lost": "a node does not answer or is known to be dead. node",
+    "node_back": "a node that was lost answers again, or its agent was started anew. node",
+    "network": "what the network test found. pairs, median_gbit, slow: [[from, to, gbit, ms], ...]",
+    "attempt": "ranks are started. pp, dp, nodes: names, spares: names",
+    "first_step": "the attempt has finished its first step. step, seconds: since the order to start",
+    "straggler": "a rank is slower than the others. rank, node, seconds and median per step",
+    "checkpoint": "a checkpoint is whole. step",
+    "failure": "an attempt failed. cause: user, node, killed, crash, hang, diverged, start; ranks and nodes: first to "
+    "fail; log: output or stacks that show it",
+    "recovered": "the first step after a failure. seconds: from the failure, or from the last step before a hang; "
+    "steps_again: steps done twice",
+    "grow": "the run stops to go on with nodes that came back",
+    "drain": "a node is about to go: the run stops to go on without it. node",
+    "stop": "a request to stop",
+    "finish": "the run ended. code: exit code",
+}
+
+
+class Journal:
+    """Appends to events.jsonl and to logs/rank_N.log of a run folder.
+
+    note: called with a sentence, once, when the disk refuses a piece; the run goes on without it.
+    """
+
+    def __init__(self, folder: Path, note: Callable[[str], None] = print):
+        self._path, self._note, self._refused = folder / FILE, note, False
+        self._logs = folder / "logs"
+        self._logs.mkdir(parents=True, exist_ok=True)
+        if self._path.exists() and not self._path.read_bytes().endswith(b"\n"):
+            self._append(self._path, b"\n")  # ends the line in which a crash cut off the launch before
+
+    def write(self, kind: str, attempt: int, text: str, **fields: Any) -> None:
+        """Append one event."""
+        assert kind in KINDS, f"event {kind!r} is missing from cluster/driver/journal.py"
+        line = json.dumps({"time": round(time.time(), 3), "kind": kind, "attempt": attempt, "text": text, **fields})
+        self._append(self._path, line.encode() + b"\n")
+
+    def output(self, rank: int, piece: bytes) -> None:
+        """Append to the log of a rank."""
+        self._append(self._logs / f"rank_{rank}.log", piece)
+
+    def _append(self, path: Path, piece: bytes) -> None:
+        """All of the piece or nothing."""
+        try:
+            with naming(path, len(piece)), path.open("ab", buffering=0) as file:
+                size = file.tell()
+                if (written := file.write(piece)) != len(piece):
+                    file.truncate(size)
+                    raise OSError(errno.ENOSPC, f"{written} of {len(piece)} bytes written")
+        except OSError as error:
+            if not self._refused:
+                self._refused = True
+                self._note(f"events or output of ranks could not be written ({explain(error)}); the run goes on")
+
+
+def read_events(folder: Path) -> list[dict[str, Any]]:
+    """All events in order, without lines that a crash cut off; an empty list where there is no file."""
+    path = folder / FILE
+    events = []
+    for line in path.read_bytes().splitlines() if path.exists() else []:
+        with contextlib.suppress(ValueError):
+            events.append(json.loads(line))
+    return events
+
+
+@dataclass(frozen=True)
+class Goodput:
+    """How a run used its time, over all its launches."""
+
+    attempts: int
+    nodes: int
+    """Nodes with ranks in the newest attempt."""
+    downtime_seconds: float
+    """Without training, starts included."""
+    seconds: float
+    """In which a driver ran."""
+
+    @property
+    def share(self) -> float:
+        """Of the time, with training; 1 is best."""
+        return 1 - self.downtime_seconds / self.seconds if self.seconds > 0 else 0.0
+
+
+def goodput(events: list[dict[str, Any]], now: float | None = None) -> Goodput:
+    """Add up the events of a run. now: Unix time while it runs; None if the last event was its end.
+
+    An attempt trains from its first finished step to its failure, or to the start of the next one. In a hang training
+    ended with the last step before it. Nobody wanted training between two launches, so that time does not count.
+    """
+    attempts, nodes, down, seconds = 0, 0, 0.0, 0.0
+    began = idle = failed = None
+    for before, event in zip([None, *events], events, strict=False):
+        time_, kind = event["time"], event["kind"]
+        if began is None or kind == "launch":
+            if began is not None:
+                seconds += before["time"] - began
+                down += before["time"] - idle if idle is not None else 0.0
+            began = idle = time_
+        if kind == "attempt":
+            attempts, nodes = attempts + 1, len(event.get("nodes", []))
+        if kind in ("attempt", "failure") and idle is None:
+            idle = time_
+        if kind == "failure":
+            failed = time_
+        if kind == "first_step" and idle is not None:
+            down, idle = down + time_ - idle, None
+        if kind == "recovered" and failed is not None:
+            down += max(0.0, event["seconds"] - (time_ - failed))
+    if began is not None:
+        end = events[-1]["time"] if now is None else now
+        seconds += end - began
+        down += end - idle if idle is not None else 0.0
+    return Goodput(attempts, nodes, down, seconds)

@@ -1,0 +1,144 @@
+"""What the supervisor is told (events) and what it wants done (actions)."""
+
+from dataclasses import dataclass, field
+
+from cluster.cause import RankReport
+from cluster.driver.checkpoints import Age
+from cluster.topology import Node, Placement
+
+# What happens -------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Joined:
+    """A node is there, its agent answers, and it passed the checks; it holds no rank of ours."""
+
+    node: Node
+
+
+@dataclass(frozen=True)
+class Lost:
+    """A node, or just its agent (returning), is known to be dead."""
+
+    node: str
+    why: str
+    returning: bool = False
+
+
+@dataclass(frozen=True)
+class Beat:
+    """An agent's answer: the attempt whose ranks it holds (0 for none) and how they are."""
+
+    node: str
+    attempt: int
+    ranks: list[RankReport]
+
+
+@dataclass(frozen=True)
+class Probed:
+    node: str
+
+
+@dataclass(frozen=True)
+class Stacks:
+    """Tracebacks of hung ranks of an attempt, by rank."""
+
+    attempt: int
+    texts: dict[int, str]
+
+
+@dataclass(frozen=True)
+class StartFailed:
+    attempt: int
+    node: str
+    text: str
+
+
+@dataclass(frozen=True)
+class Saved:
+    """A checkpoint is whole, the newest on disk."""
+
+    age: Age
+
+
+@dataclass(frozen=True)
+class Held:
+    """The newest copy of the state that is whole in the memory of the nodes that answer, or NONE."""
+
+    age: Age
+
+
+@dataclass(frozen=True)
+class Draining:
+    """A node is about to go."""
+
+    node: str
+    why: str
+
+
+@dataclass(frozen=True)
+class StopAsked:
+    why: str
+
+
+@dataclass(frozen=True)
+class Tick:
+    pass
+
+
+Event = Joined | Lost | Beat | Probed | Stacks | StartFailed | Saved | Held | Draining | StopAsked | Tick
+
+
+# What to do ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Start:
+    attempt: int
+    placement: Placement
+
+
+@dataclass(frozen=True)
+class EndRanks:
+    """Kill the ranks of this attempt and older ones on these nodes."""
+
+    attempt: int
+    nodes: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Stop:
+    """Ask the ranks for a checkpoint and exit code 75."""
+
+    attempt: int
+    nodes: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class ProbeLinks:
+    nodes: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class CollectStacks:
+    attempt: int
+    nodes: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Note:
+    """A line for events.jsonl and the terminal."""
+
+    attempt: int
+    kind: str
+    text: str
+    fields: dict = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Finish:
+    code: int
+    text: str
+
+
+Action = Start | EndRanks | Stop | ProbeLinks | CollectStacks | Note | Finish

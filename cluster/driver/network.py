@@ -1,0 +1,118 @@
+"""The network before step 0: every pair of nodes, latency and bandwidth over a plain socket; the slow pair is named.
+
+Pairs are tried in the rounds of a tournament, so that every node has one partner at a time and N nodes take N - 1
+rounds; above 64 nodes only the first 63 rounds are played, in which every node still meets 63 others. The transfer is
+short: it finds a bad cable or a route over the wrong interface, it is no benchmark.
+"""
+
+import statistics
+from dataclasses import dataclass
+
+from cluster.driver.fleet import Fleet, Reply
+from cluster.node.network_probe import PATIENCE, NodeLink
+from cluster.topology import Node
+
+SLOW = 3.0
+"""A pair with less than 1/3 of the median bandwidth, or over 3 times the median latency and 1 ms, is named."""
+ROUNDS = 63
+
+
+def rounds(count: int) -> list[list[tuple[int, int]]]:
+    """Circle method: in each round everyone has at most one partner; together all pairs."""
+    players = list(range(count + count % 2))
+    found = []
+    for _ in range(len(players) - 1):
+        half = len(players) // 2
+        pairs = zip(players[:half], reversed(players[half:]), strict=True)
+        found.append([(min(pair), max(pair)) for pair in pairs if max(pair) < count])
+        players = [players[0], players[-1], *players[1:-1]]
+    return found
+
+
+@dataclass(frozen=True)
+class LinkVerdict:
+    text: str
+    slow: list[tuple[str, str, float, float]]
+    """(from, to, gbit, ms) of the pairs far from the median."""
+    unreachable: list[str]
+    """One sentence for every pair without a connection."""
+    pairs: int
+    median_gbit: float
+
+
+class NetworkTest:
+    """The driver's side: plays the rounds through a fleet. Call `advance` often and `take` with every reply."""
+
+    def __init__(self, nodes: list[Node], fleet: Fleet, now: float):
+        self._nodes, self._fleet = nodes, fleet
+        self._ports: dict[str, int] = {}
+        self._rounds = rounds(len(nodes))[:ROUNDS]
+        self._round: dict[str, Node] = {}
+        """Measuring node -> partner, for results that are still out."""
+        self._links: dict[tuple[str, str], NodeLink] = {}
+        self._deadline = now + 2 * PATIENCE
+        self._polling: set[str] = set()
+        for node in nodes:
+            fleet.call(node.id, "network", "listen", node.address)
+
+    def take(self, reply: Reply) -> None:
+        """An answer of an agent to one of this test's calls."""
+        if isinstance(reply.value, int):
+            self._ports[reply.node] = reply.value
+        elif isinstance(reply.value, list):
+            self._polling.discard(reply.node)
+            partner = self._round.get(reply.node)
+            link = next((link for link in reply.value if partner and link.address == partner.address), None)
+            if link is not None:
+                self._links[reply.node, partner.id] = link
+                del self._round[reply.node]
+
+    def advance(self, now: float) -> LinkVerdict | None:
+        """The verdict once all rounds are played."""
+        if len(self._ports) < len(self._nodes) and now < self._deadline:
+            return None
+        for id, partner in list(self._round.items()):
+            if now >= self._deadline:
+                self._links[id, partner.id] = NodeLink(partner.address, error=f"no result within {PATIENCE:.0f} s")
+                del self._round[id]
+            elif id not in self._polling:
+                self._polling.add(id)
+                self._fleet.call(id, "network", "links")
+        if self._round:
+            return None
+        if self._rounds:
+            self._play(now)
+            return None
+        for node in self._nodes:
+            self._fleet.call(node.id, "network", "close")
+        return self._verdict()
+
+    def _play(self, now: float) -> None:
+        self._deadline, self._polling = now + 2 * PATIENCE, set()
+        for a, b in self._rounds.pop(0):
+            here, there = self._nodes[a], self._nodes[b]
+            if there.id in self._ports:
+                self._round[here.id] = there
+                self._fleet.call(here.id, "network", "measure", there.address, self._ports[there.id])
+            else:
+                self._links[here.id, there.id] = NodeLink(there.address, error="it opened no port for the test")
+
+    def _verdict(self) -> LinkVerdict:
+        names = {node.id: node.name for node in self._nodes}
+        good = {pair: link for pair, link in self._links.items() if link.error is None}
+        unreachable = [
+            f"{names[a]} cannot reach {names[b]} ({link.address}): {link.error}"
+            for (a, b), link in self._links.items()
+            if link.error is not None
+        ]
+        gbit = statistics.median([link.gbit for link in good.values()] or [0.0])
+        delay = statistics.median([link.milliseconds for link in good.values()] or [0.0])
+        slow = [
+            (names[a], names[b], round(link.gbit, 3), round(link.milliseconds, 3))
+            for (a, b), link in good.items()
+            if link.gbit < gbit / SLOW or link.milliseconds > max(SLOW * delay, delay + 1)
+        ]
+        text = f"{len(good)} pairs of nodes: median {gbit:.3g} Gbit/s, {delay:.3g} ms"
+        for a, b, pair_gbit, pair_delay in sorted(slow, key=lambda pair: pair[2]):
+            text += f"; slow: {a} - {b} {pair_gbit:.3g} Gbit/s, {pair_delay:.3g} ms"
+        return LinkVerdict(text, slow, unreachable, len(good), gbit)

@@ -1,0 +1,295 @@
+"""Ray underneath: reach the nodes of a cluster, or start one here, and hold one agent actor on each.
+
+The only file that imports ray, and only once a run asks for it. Ray carries calls to agents and tells which nodes are
+there; ranks, placement, detection and restarts are ours. No placement group is needed: each agent is pinned to its node
+by id and takes all its devices, so that no other job shares them.
+"""
+
+import contextlib
+import os
+import secrets
+import socket
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import IO, Any
+
+from cluster.driver.driver import Driver
+from cluster.driver.fleet import FleetLost, Reply
+from cluster.driver.view import View
+from cluster.node.agent import Agent
+from cluster.topology import Node
+from conf.errors import EXIT_OK, EXIT_STOPPED, UserError
+from conf.schema import ROOT, Config
+
+OBJECT_STORE = 100 << 20
+"""Bytes; no tensor goes through Ray."""
+CONNECT_LIMIT = 5
+"""Seconds for a connection to cluster.address."""
+CONNECT_TRIES = "8"
+"""Of Ray's own, a second apart, at a head that is there; Ray would ask one that does not take the token 20 times."""
+HEAD_LIMIT = 1
+"""Seconds for a connection to Ray's head while the run goes on."""
+CLOSE_LIMIT = 3
+"""Seconds for agents to clean up after the run; whoever does not answer is killed."""
+SHIPPED = ["conf", "train", "parallel", "cluster"]
+LEASE = 4.0
+"""An agent kills its ranks after this many heartbeats without a question."""
+
+
+def run_ray(config: Config, folder: Path, command: list[str]) -> int:
+    """Run all ranks on Ray; returns the exit code of the run. `command` starts one rank, its last part is the configuration."""
+    assert command[0] == sys.executable, "agents start their own interpreter"
+    folder = folder.absolute()
+    fleet = RayFleet(config)
+    try:
+        view = View(config.name, folder / "metrics.jsonl", config.steps)
+        here = None if fleet.ships else os.getcwd()
+        finish = Driver(config, folder, command[1:], fleet, here, fleet.gpus, view).run()
+    finally:
+        fleet.close()
+    if finish.code not in (EXIT_OK, EXIT_STOPPED):
+        print(f"error: {finish.text}\n  events: {folder / 'events.jsonl'}\n  logs: {folder / 'logs'}", file=sys.stderr)
+    elif finish.code == EXIT_STOPPED:
+        print(f"stopped: {finish.text}")
+    return finish.code
+
+
+class RayFleet:
+    """Agents as Ray actors, by Ray's node id; see cluster/driver/fleet.py."""
+
+    def __init__(self, config: Config):
+        _settings(embedded=config.cluster.address is None)
+        import ray
+
+        self._ray = ray
+        self._config = config
+        self._folder: tempfile.TemporaryDirectory | None = None
+        """Of Ray on this machine alone."""
+        self.ships = config.cluster.address is not None and "RAY_JOB_CONFIG_JSON_ENV_VAR" not in os.environ
+        """Whether Ray copies the program to the nodes; a submitted job has done so itself."""
+        if config.cluster.address is None:
+            self._start_embedded()
+        else:
+            self._join(config.cluster.address)
+        self._head = ray.get_runtime_context().gcs_address
+        self._head_seen, self._headless = time.monotonic(), False
+        self._listed: list[Node] = []
+        self.gpus = config.cluster.device != "cpu" and any(node["Resources"].get("GPU") for node in ray.nodes())
+        self._actors: dict[str, Any] = {}
+        self._pending: dict[Any, tuple[str, str]] = {}
+        """Reference -> (node, method)."""
+
+    def _start_embedded(self) -> None:
+        # Ray opens its folder, sockets in it, to every user of the machine, so it gets one that no other can reach. Not in
+        # TMPDIR, which may be too long for a socket.
+        self._folder = tempfile.TemporaryDirectory(prefix="sluice-ray-", dir="/tmp", ignore_cleanup_errors=True)
+        self._ray.init(
+            _temp_dir=f"{self._folder.name}/ray",
+            include_dashboard=False,
+            log_to_driver=False,
+            logging_level="ERROR",
+            object_store_memory=OBJECT_STORE,
+            _node_ip_address="127.0.0.1",
+        )
+
+    def _join(self, address: str) -> None:
+        environment: dict[str, Any] = {"env_vars": {"RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES": "1"}}
+        if self.ships:
+            environment |= {"working_dir": str(ROOT), "excludes": _excludes()}
+        _require_answer(address)
+        with _stderr_in_file() as said:
+            try:
+                self._ray.init(address=address, runtime_env=environment, log_to_driver=False, logging_level="CRITICAL")
+            except Exception as error:
+                said.seek(0)
+                raise _explain(address, f"{error}\n{said.read().decode(errors='replace')}") from error
+
+    def nodes(self) -> list[Node]:
+        if self._head_answers():
+            self._listed = self._list()
+        return self._listed
+
+    def _list(self) -> list[Node]:
+        found = []
+        for entry in self._ray.nodes():
+            if not entry["Alive"]:
+                continue
+            labels, resources = entry.get("Labels") or {}, entry["Resources"]
+            devices = self._devices(resources)
+            if devices:
+                name = labels.get("train/node") or entry["NodeManagerHostname"]
+                address = entry["NodeManagerAddress"]
+                found.append(Node(entry["NodeID"], name, address, devices, labels.get("train/rack", "")))
+        return found
+
+    def _head_answers(self) -> bool:
+        """Whether something listens at Ray's head, without which Ray's own calls wait for a minute and then end this
+        process. FleetLost once nothing has for long.
+        """
+        try:
+            _connect(self._head, HEAD_LIMIT)
+            self._headless, self._head_seen = False, time.monotonic()
+        except OSError as error:
+            self._headless, silent = True, time.monotonic() - self._head_seen
+            if silent > CONNECT_LIMIT:
+                raise FleetLost(f"Ray's head at {self._head} has not answered for {silent:.0f} s: {error}") from error
+        return not self._headless
+
+    def release(self, node: str) -> None:
+        if actor := self._actors.pop(node, None):
+            self._ray.kill(actor)
+
+    def draining(self) -> dict[str, str]:
+        from ray._private.state import state  # ray.nodes() does not tell, and no public call does
+
+        found: dict[str, str] = {}
+        if self._headless:
+            return found
+        for node, deadline in state.get_draining_nodes().items():
+            left = f", {deadline / 1000 - time.time():.0f} s are left" if deadline else ""
+            found[node] = f"Ray is about to take it away{left}"
+        return found
+
+    def _devices(self, resources: dict[str, float]) -> int:
+        cluster, parallel = self._config.cluster, self._config.parallel
+        if cluster.ranks_per_node:
+            return cluster.ranks_per_node
+        if self.gpus:
+            return int(resources.get("GPU", 0))
+        if cluster.address is None:  # as cluster=local does: all ranks share this machine
+            return parallel.pp * parallel.dp
+        return int(resources.get("CPU", 0))
+
+    def call(self, node: str, method: str, *arguments: Any) -> None:
+        if node not in self._actors:
+            self._actors[node] = self._new_actor(node)
+        reference = getattr(self._actors[node], method).remote(*arguments)
+        self._pending[reference] = node, method
+
+    def _new_actor(self, node: str) -> Any:
+        from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+        resources = next(entry["Resources"] for entry in self._ray.nodes() if entry["NodeID"] == node)
+        actor = (
+            self._ray.remote(Agent)
+            .options(
+                num_cpus=0,
+                num_gpus=int(resources.get("GPU", 0)) if self.gpus else 0,
+                max_restarts=0,
+                scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False),
+            )
+            .remote(LEASE * self._config.cluster.heartbeat)
+        )
+        actor.leave_on_sigterm.remote()
+        return actor
+
+    def replies(self, timeout: float) -> list[Reply]:
+        if not self._pending:
+            time.sleep(timeout)
+            return []
+        waiting = list(self._pending)
+        done, _ = self._ray.wait(waiting, num_returns=1, timeout=timeout)
+        if done:  # whatever else is there
+            done, _ = self._ray.wait(waiting, num_returns=len(waiting), timeout=0)
+        return [self._reply(reference) for reference in done]
+
+    def _reply(self, reference: Any) -> Reply:
+        node, method = self._pending.pop(reference)
+        try:
+            return Reply(node, method, self._ray.get(reference))
+        except self._ray.exceptions.RayTaskError as error:
+            return Reply(node, method, error=f"{type(error.cause).__name__}: {error.cause}")
+        except self._ray.exceptions.RayError as error:
+            self._actors.pop(node, None)
+            return Reply(node, method, error=str(error).strip().splitlines()[0], dead=True)
+
+    def close(self) -> None:
+        ends = [actor.close.remote() for actor in self._actors.values()]
+        if ends:
+            self._ray.wait(ends, num_returns=len(ends), timeout=CLOSE_LIMIT)
+        if self._headless:  # what follows would wait for the head; agents without a question end their ranks
+            return
+        for actor in self._actors.values():
+            self._ray.kill(actor)
+        self._ray.shutdown()
+        if self._folder is not None:
+            self._folder.cleanup()
+
+
+def _settings(embedded: bool) -> None:
+    """What Ray reads from the environment when it is imported or started."""
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_DEDUP_LOGS", "0")
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    if embedded:
+        os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"  # by this, on Linux too, Ray listens on loopback alone
+        os.environ["RAY_AUTH_MODE"] = "token"
+        os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)  # loopback is shared with other users of the machine
+        os.environ.pop("RAY_AUTH_TOKEN_PATH", None)
+        return
+    os.environ.setdefault("RAY_NUM_REDIS_GET_RETRIES", CONNECT_TRIES)
+    mode = os.environ.setdefault("RAY_AUTH_MODE", "token")
+    home = Path.home() / ".ray" / "auth_token"
+    if mode == "token" and not ({"RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"} & set(os.environ) or home.exists()):
+        raise UserError(
+            "RAY_AUTH_TOKEN",
+            "not set",
+            "a cluster that other machines reach must ask for a token, as whoever reaches it can run code",
+            "start Ray on every node, and this command, with the same RAY_AUTH_MODE=token and RAY_AUTH_TOKEN; "
+            "RAY_AUTH_MODE=disabled if the cluster really has none",
+        )
+
+
+def _require_answer(address: str) -> None:
+    """UserError, soon, if nothing listens there; Ray itself would try for a minute."""
+    if address == "auto":
+        return
+    try:
+        _connect(address, CONNECT_LIMIT)
+    except (OSError, ValueError) as error:
+        raise UserError(
+            "cluster.address",
+            address,
+            f"must be HOST:PORT of a running Ray (`ray start --head` prints it): {error}",
+            "start Ray there, open the port, or leave cluster.address out to start Ray on this machine",
+        ) from error
+
+
+def _connect(address: str, limit: float) -> None:
+    """OSError, or ValueError for what is no HOST:PORT, if nothing listens there."""
+    host, _, port = address.rpartition(":")
+    socket.create_connection((host, int(port)), timeout=limit).close()
+
+
+@contextlib.contextmanager
+def _stderr_in_file() -> Iterator[IO[bytes]]:
+    """Ray's native code repeats its errors on the terminal; keep them for one sentence of ours."""
+    with tempfile.TemporaryFile() as file:
+        terminal = os.dup(2)
+        os.dup2(file.fileno(), 2)
+        try:
+            yield file
+        finally:
+            os.dup2(terminal, 2)
+            os.close(terminal)
+
+
+def _explain(address: str, text: str) -> UserError:
+    """Why Ray did not let us in."""
+    text = text.strip()
+    if "AuthToken" in text or "Unauthenticated" in text:
+        return UserError(
+            "RAY_AUTH_TOKEN",
+            "(not shown)",
+            f"Ray at {address} does not accept it",
+            "give this command the token that the cluster was started with (RAY_AUTH_MODE=token, RAY_AUTH_TOKEN)",
+        )
+    return UserError("cluster.address", address, text.splitlines()[0], "see `ray status`")
+
+
+def _excludes() -> list[str]:
+    """Everything beside the program; the data of runs must not travel."""
+    return [f"/{path.name}" for path in ROOT.iterdir() if path.name not in SHIPPED]

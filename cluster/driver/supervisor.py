@@ -1,0 +1,386 @@
+"""When to start, end and restart the ranks of a run: a state machine that is told the time and everything that happens.
+
+    gathering --enough nodes--> running --all ended well--> done
+        ^                          | a rank failed, a node is silent, no step for too long
+        |                          v
+        +---- ending <-------- judging        judging: probe every node of the attempt, let the others report, collect
+        +---- stopping                        stacks; then the cause is named (cluster/cause.py) and all ranks are ended
+
+`handle(now, event)` returns what to do and does nothing itself, so that every schedule of faults can be tried in a test.
+Rules that hold whatever happens:
+
+    - An attempt starts only when no rank of an earlier one lives on a node that answers. Ranks on a node that does not
+      answer are ended by their own agent after its lease, and their checkpoints carry an older attempt number.
+    - Attempt numbers rise, also over launches.
+    - A restart takes spares first, then the largest dp that the nodes hold and the batch allows. When nodes come back, the
+      run stops itself right after a checkpoint and goes on with more. When a node is about to go, it writes a checkpoint at
+      once and goes on without that node.
+    - Every kind of cause has a budget of failures without a new checkpoint in between. So a run that moves on survives
+      any number of lost nodes, and one that cannot get past a step ends soon.
+"""
+
+from cluster.cause import Cause, Kind
+from cluster.driver import messages as m
+from cluster.driver.attempt import Attempt
+from cluster.driver.checkpoints import NONE, Age
+from cluster.driver.diagnosis import give_up, too_few
+from cluster.driver.node_state import DriverPhase, NodeHealth, NodeState
+from cluster.driver.policy import Policy
+from cluster.topology import Node, Placement, place
+from conf.errors import EXIT_CRASH, EXIT_DIVERGED, EXIT_OK, EXIT_STOPPED, EXIT_USER
+
+
+class Supervisor:
+    """The state machine; see the top of the file."""
+
+    def __init__(self, policy: Policy, now: float):
+        self.policy = policy
+        self.phase = DriverPhase.gathering
+        self.nodes: dict[str, NodeState] = {}
+        self.number = policy.first_attempt - 1
+        self.attempt: Attempt | None = None
+        self.saved = NONE
+        """The newest checkpoint."""
+        self.held = NONE
+        """The newest copy in the memory of the nodes that answer."""
+        self.failures: list[tuple[int, Cause]] = []
+        self._spent: dict[Kind, int] = {}
+        self._out: list[m.Action] = []
+        self._ticked = now
+        self._deadline = now + policy.wait
+        self._stop_why: str | None = None
+        self._probing: set[str] = set()
+        self._settled_at = self._probed_at = now
+        self._failed_at: float | None = None
+        self._reached = -1
+        """Highest step that a rank of this launch worked on."""
+        self._safe = -1
+        """Highest step that an attempt of this launch saved or held."""
+
+    @property
+    def answering(self) -> dict[str, Node]:
+        """Nodes that answer, by id."""
+        return {id: state.node for id, state in self.nodes.items() if state.health is NodeHealth.ok}
+
+    @property
+    def draining(self) -> set[str]:
+        """Ids of nodes that are about to go."""
+        return {id for id, state in self.nodes.items() if state.draining}
+
+    def handle(self, now: float, event: m.Event) -> list[m.Action]:
+        """Take one event at this time (seconds, monotonic); returns actions in order."""
+        self._out = []
+        if self.phase is DriverPhase.done:
+            return []
+        match event:
+            case m.Joined(node):
+                self._join(now, node)
+            case m.Lost(node, why, returning):
+                self._lose(node, NodeHealth.returning if returning else NodeHealth.gone, why)
+            case m.Beat(node, number, ranks):
+                self._beat(now, node, number, ranks)
+            case m.Probed(node):
+                self._probing.discard(node)
+            case m.Stacks(number, texts):
+                if self.attempt and number == self.number:
+                    self.attempt.stacks |= texts
+            case m.StartFailed(number, node, text):
+                self._start_failed(number, node, text)
+            case m.Saved(age):
+                self._save(now, age)
+            case m.Held(age):
+                self._hold(age)
+            case m.Draining(node, why):
+                self._drain(now, node, why)
+            case m.StopAsked(why):
+                self._ask_stop(now, why)
+            case m.Tick():
+                self._tick(now)
+        self._advance(now)
+        return self._out
+
+    # Events ---------------------------------------------------------------------------------------------------------
+
+    def _join(self, now: float, node: Node) -> None:
+        kind = "node_back" if node.id in self.nodes else "node_joined"
+        self.nodes[node.id] = NodeState(node, now)
+        self._note(kind, f"{node.name} ({node.address}, {node.devices} devices)", node=node.name)
+
+    def _lose(self, id: str, health: NodeHealth, why: str) -> None:
+        state = self.nodes.get(id)
+        if state is None or state.health is NodeHealth.gone:
+            return
+        if state.health is NodeHealth.ok or health is NodeHealth.gone:
+            self._note("node_lost", f"{state.node.name}: {why}", node=state.node.name)
+        state.health, state.live = health, set()
+        self._probing.discard(id)
+        if self.attempt and id in self.attempt.ranks_of:
+            self.attempt.lost.setdefault(id, why)
+
+    def _beat(self, now: float, id: str, number: int, ranks: list) -> None:
+        state = self.nodes.get(id)
+        if state is None or state.health in (NodeHealth.gone, NodeHealth.returning):
+            return
+        state.heard = now
+        live = {report.rank for report in ranks if not report.ended}
+        current = self.attempt is not None and id in self.attempt.reachable
+        if current and number == self.number:
+            state.live = live
+            self._take(now, ranks)
+            return
+        if live:  # it slept through the end of its attempt
+            self._out.append(m.EndRanks(number, (id,)))
+        elif state.health is NodeHealth.silent:
+            self._join(now, state.node)
+        if not current:  # else it has not begun yet: its ranks count as alive since the order to start
+            self.nodes[id].live = live
+
+    def _take(self, now: float, ranks: list) -> None:
+        attempt = self.attempt
+        attempt.take(now, ranks)
+        if self.phase is not DriverPhase.running or attempt.first_step is None:
+            return
+        if attempt.stepping and self._failed_at is not None:
+            down, again = now - self._failed_at, attempt.steps_again(self._reached)
+            text = f"step {attempt.step} after {down:.1f} s; {again} steps done again"
+            self._note("recovered", text, seconds=round(down, 2), steps_again=again)
+            self._failed_at = None
+        self._reached = max(self._reached, attempt.step)
+
+    def _start_failed(self, number: int, id: str, text: str) -> None:
+        if self.attempt is None or number != self.number or id not in self.attempt.reachable:
+            return
+        name = self.nodes[id].node.name
+        self.nodes[id].live = set()
+        self.attempt.cause = Cause(Kind.start, f"{name} could not start its ranks: {text}", (), (name,), log=text)
+
+    def _save(self, now: float, age: Age) -> None:
+        if age <= self.saved:
+            return
+        self.saved = age
+        self._got_on(age)
+        self._note("checkpoint", f"step {age.step}", step=age.step)
+        if self.phase is DriverPhase.running and self._could_grow():
+            self._grow(now)
+
+    def _hold(self, age: Age) -> None:
+        self.held = age
+        self._got_on(age)
+
+    def _got_on(self, age: Age) -> None:
+        """A step that no failure can take away: the budgets start anew.
+
+        A step that another attempt of this launch had reached does not count, or a run that does the same steps again
+        and again would never end. What earlier launches reached is nothing to this one, which may resume before it.
+        """
+        if age.attempt >= self.policy.first_attempt and age.step > self._safe:
+            self._safe = age.step
+            self._spent.clear()
+
+    def _drain(self, now: float, id: str, why: str) -> None:
+        state = self.nodes.get(id)
+        if state is None or state.draining:
+            return
+        state.draining = True
+        self._note("drain", f"{state.node.name}: {why}", node=state.node.name)
+        if self.phase is DriverPhase.running and id in self.attempt.ranks_of:
+            self._stop_ranks(now) if self.attempt.step >= 0 else self._end_ranks(now)
+
+    def _ask_stop(self, now: float, why: str) -> None:
+        if self._stop_why is None:
+            self._stop_why = why
+            self._note("stop", why)
+            if self.phase is DriverPhase.running:
+                self._stop_ranks(now) if self.attempt.step >= 0 else self._end_ranks(now)
+
+    def _tick(self, now: float) -> None:
+        slept = now - self._ticked - 2.0  # this process itself was stopped, or the laptop slept: nobody else is late
+        self._ticked = now
+        if slept > 0:
+            for state in self.nodes.values():
+                state.heard += slept
+            if self.attempt:
+                self.attempt.moved += slept
+        for id, state in self.nodes.items():
+            late = now - state.heard
+            if state.health is NodeHealth.ok and late > self.policy.heartbeat:
+                self._lose(id, NodeHealth.silent, f"no answer for {late:.1f} s")
+        if self.phase is DriverPhase.running:
+            self._name_stragglers()
+
+    def _name_stragglers(self) -> None:
+        for slow in self.attempt.new_stragglers(self.policy.straggler_factor):
+            name = self.attempt.names[slow.rank]
+            text = (
+                f"rank {slow.rank} on {name} works {slow.seconds:.3g} s a step, the median rank {slow.median:.3g} s "
+                f"({slow.seconds / slow.median:.1f} times)"
+            )
+            self._note("straggler", text, rank=slow.rank, node=name, seconds=slow.seconds, median=slow.median)
+
+    # Transitions ----------------------------------------------------------------------------------------------------
+
+    def _advance(self, now: float) -> None:
+        """Whatever the state allows at this time."""
+        match self.phase:
+            case DriverPhase.gathering:
+                self._gather(now)
+            case DriverPhase.running:
+                self._run(now)
+            case DriverPhase.judging:
+                self._decide(now)
+            case DriverPhase.ending:
+                self._await_end(now)
+            case DriverPhase.stopping:
+                self._await_stop(now)
+
+    def _gather(self, now: float) -> None:
+        if self._stop_why is not None:
+            self._finish(EXIT_STOPPED, f"stopped between attempts: {self._stop_why}")
+            return
+        states = self.nodes.values()
+        free = [state.node for state in states if state.usable and not state.live]
+        hoped = any(state.health is NodeHealth.returning or state.live for state in states)
+        found = self._place(free)
+        first = self.attempt is None
+        if found and (found.dp == self.policy.dp or (not first and (not hoped or now >= self._deadline))):
+            self._start(now, found)
+        elif now >= self._deadline:
+            last = self.failures[-1][1] if self.failures else None
+            left = EXIT_STOPPED if any(state.draining for state in states) else EXIT_CRASH
+            self._finish(EXIT_USER if first else left, too_few(self.policy, free, found, last, self.saved.step))
+
+    def _start(self, now: float, placement: Placement) -> None:
+        self.number += 1
+        self.phase = DriverPhase.running
+        self.attempt = Attempt(self.number, placement, now, max(self.saved, self.held).step)
+        for id, ranks in self.attempt.ranks_of.items():
+            self.nodes[id].live = set(ranks)
+        self._note(
+            "attempt",
+            f"attempt {self.number}: pp {placement.pp} x dp {placement.dp} on {len(placement.nodes)} nodes",
+            pp=placement.pp,
+            dp=placement.dp,
+            nodes=[node.name for node in placement.nodes],
+            spares=[node.name for node in placement.spares],
+        )
+        self._out.append(m.Start(self.number, placement))
+
+    def _run(self, now: float) -> None:
+        attempt = self.attempt
+        if attempt.broken:
+            self._judge(now, self.policy.settle)
+        elif attempt.ended:
+            self._leave(now)
+        elif now - attempt.moved > attempt.limit(self.policy):
+            self._hang(now)
+        elif not self.policy.saves and self._could_grow():
+            self._grow(now)
+
+    def _hang(self, now: float) -> None:
+        self.attempt.hang_since = self._failed_at = self.attempt.moved
+        self._out.append(m.CollectStacks(self.number, self.attempt.reachable))
+        self._judge(now, self.policy.stacks)
+
+    def _leave(self, now: float) -> None:
+        """All ranks ended well."""
+        if all(report.code == EXIT_OK for report in self.attempt.reports.values()):
+            self._finish(EXIT_OK, "all steps done")
+        elif self.phase is DriverPhase.stopping and self._stop_why is None:
+            self._regroup(now)
+        else:
+            self._finish(EXIT_STOPPED, self._stop_why or "the ranks were told to stop from outside")
+
+    def _judge(self, now: float, settle: float) -> None:
+        """A failure was noticed: ask every node whether it lives, and give the ranks time to say what they know."""
+        self.phase = DriverPhase.judging
+        if self._failed_at is None:
+            self._failed_at = now
+        self._probing = set(self.attempt.reachable)
+        self._probed_at, self._settled_at = now + self.policy.probe, now + settle
+        self._out.append(m.ProbeLinks(self.attempt.reachable))
+
+    def _decide(self, now: float) -> None:
+        if not self.attempt.settled(now, self._settled_at) or (self._probing and now < self._probed_at):
+            return
+        for id in sorted(self._probing):
+            self._lose(id, NodeHealth.silent, f"no answer to a probe within {self.policy.probe:.0f} s")
+        cause = self.attempt.cause = self.attempt.judge(now)
+        self.failures.append((self.number, cause))
+        self._spent[cause.kind] = self._spent.get(cause.kind, 0) + 1
+        fields = {"cause": cause.kind.name, "ranks": list(cause.ranks), "nodes": list(cause.nodes), "log": cause.log}
+        self._note("failure", cause.text, **fields)
+        self._end_ranks(now)
+
+    def _end_ranks(self, now: float) -> None:
+        self.phase = DriverPhase.ending
+        self._deadline = now + self.policy.kill
+        self._out.append(m.EndRanks(self.number, self.attempt.reachable))
+
+    def _await_end(self, now: float) -> None:
+        stuck = [id for id in self.attempt.reachable if self.nodes[id].live]
+        if stuck and now < self._deadline:
+            return
+        for id in stuck:  # SIGKILL does not end a process that waits in the kernel, for a dead disk or device
+            self._lose(id, NodeHealth.silent, f"its ranks survive SIGKILL for {self.policy.kill:.0f} s")
+        cause = self.attempt.cause
+        if cause is None and self._stop_why is None:  # a node was about to go before the first step
+            self._regroup(now)
+            return
+        if cause is None:
+            self._finish(EXIT_STOPPED, f"{self._stop_why}; no step was done yet")
+            return
+        spent = self._spent.get(cause.kind, 0)
+        allowed = min(1, self.policy.restarts) if cause.kind is Kind.diverged else self.policy.restarts
+        if cause.kind is Kind.user:
+            self._finish(EXIT_USER, cause.text)
+        elif self._stop_why is not None and self.saved > NONE:
+            self._finish(EXIT_STOPPED, f"{self._stop_why}; meanwhile {cause.text}; step {self.saved.step} is saved")
+        elif self._stop_why is not None or spent > allowed:
+            code = EXIT_DIVERGED if cause.kind is Kind.diverged else EXIT_CRASH
+            self._finish(code, give_up(cause, spent, allowed, self.failures, self.saved.step))
+        else:
+            self._regroup(now)
+
+    def _regroup(self, now: float) -> None:
+        """Go for the next attempt: at once, or after a while when a node is about to return or nothing fits."""
+        self.phase = DriverPhase.gathering
+        enough = self._place(self._usable())
+        self._deadline = now + (self.policy.return_wait if enough else self.policy.wait)
+        self._gather(now)
+
+    def _stop_ranks(self, now: float) -> None:
+        self.phase = DriverPhase.stopping
+        self._deadline = now + self.policy.stop_timeout
+        self._out.append(m.Stop(self.number, self.attempt.reachable))
+
+    def _await_stop(self, now: float) -> None:
+        if self.attempt.broken:
+            self._judge(now, self.policy.settle)
+        elif self.attempt.ended:
+            self._leave(now)
+        elif now >= self._deadline or now - self.attempt.moved > self.attempt.limit(self.policy):
+            self._hang(now)
+
+    def _could_grow(self) -> bool:
+        if self.attempt.placement.dp == self.policy.dp:
+            return False
+        found = self._place(self._usable())
+        return found is not None and found.dp > self.attempt.placement.dp
+
+    def _usable(self) -> list[Node]:
+        return [state.node for state in self.nodes.values() if state.usable]
+
+    def _grow(self, now: float) -> None:
+        self._note("grow", "nodes came back: the run stops at this checkpoint and goes on with more ranks")
+        self._stop_ranks(now)
+
+    def _place(self, nodes: list[Node]) -> Placement | None:
+        return place(nodes, self.policy.pp, self.policy.dp, self.policy.ep, self.policy.accept)
+
+    def _finish(self, code: int, text: str) -> None:
+        self.phase = DriverPhase.done
+        self._note("finish", text, code=code)
+        self._out.append(m.Finish(code, text))
+
+    def _note(self, kind: str, text: str, **fields) -> None:
+        self._out.append(m.Note(self.number, kind, text, fields))

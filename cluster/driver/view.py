@@ -1,0 +1,102 @@
+"""The run at the terminal of its driver: one live status line, above it what happens and what rank 0 prints.
+
+Where the output is no terminal (a file, a job's log), notes and the lines of rank 0 come plain, one after another.
+"""
+
+import contextlib
+import json
+import time
+from pathlib import Path
+
+from rich.console import Console
+from rich.live import Live
+from rich.text import Text
+
+from cluster.driver.checkpoints import NONE
+from cluster.driver.node_state import NodeHealth
+from cluster.driver.supervisor import Supervisor
+
+QUIET = {"checkpoint", "node_joined", "first_step", "finish"}
+"""Events that are in events.jsonl and the status line only."""
+REFRESH = 0.5
+
+
+class View:
+    """Shows a supervisor. Use it in `with`; `metrics` is the run's metrics.jsonl."""
+
+    def __init__(self, name: str, metrics: Path, steps: int, console: Console | None = None):
+        self._console = console or Console(highlight=False, stderr=False)
+        self._name, self._metrics, self._steps = name, metrics, steps
+        self._live: Live | None = None
+        self._last = ""
+        self._line = b""
+        self._refreshed = 0.0
+
+    def __enter__(self) -> "View":
+        if self._console.is_terminal and not self._console.is_dumb_terminal:
+            self._live = Live(console=self._console, auto_refresh=False, transient=True)
+            self._live.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._live is not None:
+            self._live.stop()
+            self._live = None
+        if self._line:
+            self._print(self._line.decode(errors="replace"))
+            self._line = b""
+
+    def note(self, kind: str, text: str) -> None:
+        """An event."""
+        self._last = f"{kind}: {text}".splitlines()[0]
+        if kind not in QUIET:
+            self._print(f"{time.strftime('%H:%M:%S')} {kind.replace('_', ' ')}: {text}")
+
+    def output(self, piece: bytes) -> None:
+        """More of what rank 0 prints."""
+        *lines, self._line = (self._line + piece).split(b"\n")
+        for line in lines:
+            self._print(line.decode(errors="replace"))
+
+    def update(self, supervisor: Supervisor) -> None:
+        """Draw the status line anew, if it is time."""
+        now = time.monotonic()
+        if self._live is not None and now - self._refreshed >= REFRESH:
+            self._refreshed = now
+            width = self._console.width
+            text = status(self._name, self._steps, last_record(self._metrics), supervisor, self._last)
+            self._live.update(Text("\n".join(line[:width] for line in text.splitlines())), refresh=True)
+
+    def _print(self, text: str) -> None:
+        self._console.print(text, markup=False, highlight=False, soft_wrap=True)
+
+
+def status(name: str, steps: int, record: dict, supervisor: Supervisor, last: str) -> str:
+    """Two lines: how the training is, and how the machines are."""
+    parts = [name, f"step {record.get('step', 0)}/{steps}"]
+    if record.get("main_loss") is not None:
+        parts.append(f"loss {record['main_loss']:.4g}")
+    if record.get("tokens_per_second"):
+        parts.append(f"{record['tokens_per_second']:.4g} tokens/s")
+    if supervisor.attempt is not None:
+        placement = supervisor.attempt.placement
+        parts.append(f"pp {placement.pp} x dp {placement.dp}")
+    up = sum(state.health is NodeHealth.ok for state in supervisor.nodes.values())
+    machines = [supervisor.phase.value, f"{up}/{len(supervisor.nodes)} nodes", f"attempt {supervisor.number}"]
+    if supervisor.failures:
+        machines.append(f"{len(supervisor.failures)} failures")
+    if supervisor.saved > NONE:
+        machines.append(f"saved step {supervisor.saved.step}")
+    if supervisor.held > supervisor.saved:
+        machines.append(f"in memory step {supervisor.held.step}")
+    return "  ".join(parts) + "\n" + "  ".join([*machines, last])
+
+
+def last_record(metrics: Path) -> dict:
+    """The last whole line of metrics.jsonl; empty if there is none."""
+    with contextlib.suppress(FileNotFoundError, ValueError), metrics.open("rb") as file:  # a torn line is not news
+        file.seek(0, 2)
+        file.seek(max(0, file.tell() - (256 << 10)))
+        lines = [line for line in file.read().splitlines(keepends=True) if line.endswith(b"\n")]
+        return json.loads(lines[-1]) if lines else {}
+    return {}

@@ -1,0 +1,362 @@
+"""One per node: starts the ranks of that node as child processes and says how they are. Knows nothing of Ray.
+
+Every method returns at once: an agent is asked several times a second, and an answer that is late means that the node
+is lost. What a rank says goes through files in a scratch folder of the attempt on the node's own disk, never through
+the shared run folder, so that a rank of an old attempt cannot be mistaken for one of the new:
+
+    rank_N.log              its output; sent to the driver piece by piece
+    rank_N.error.json       cluster.cause.Failure, written by the rank before it exits
+    rank_N.progress.json    {"step": 17, "phase": "step", "time": ..., "busy": ...}, written by the rank at every step;
+                            busy, if there: seconds of the last step that were its own work, not waiting for others
+    SIGUSR1                 makes it print the stacks of its threads to its output, if it has a handler
+
+The rank finds in its environment RANK, LOCAL_RANK, WORLD_SIZE, LOCAL_WORLD_SIZE, MASTER_ADDR, MASTER_PORT,
+GLOO_SOCKET_IFNAME, NCCL_SOCKET_IFNAME, SLUICE_LOGS (the scratch folder), SLUICE_ATTEMPT (the number that fences checkpoints)
+and SLUICE_STORE_SECRET (what seals the store where the ranks of this attempt meet, see parallel/store.py).
+
+An agent that nobody asks for `lease` seconds is cut off: it kills its ranks, as a new attempt may run elsewhere.
+"""
+
+import contextlib
+import ctypes
+import json
+import os
+import shutil
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from cluster.cause import Failure, RankReport
+from cluster.node.copy_store import Opened, Store, held, sweep, why_not_opened
+from cluster.node.network_probe import NetworkProbe
+from cluster.node.preflight import Facts, Question, gather
+
+CHUNK = 64 << 10
+"""Most bytes of one rank's output in one answer."""
+TAIL = 4 << 10
+"""Bytes of output that explain a rank that ended without a word."""
+
+
+@dataclass(frozen=True)
+class Order:
+    """What to start on one node."""
+
+    attempt: int
+    ranks: list[tuple[int, int]]
+    """(rank, local rank)."""
+    arguments: list[str]
+    """Command line behind the Python interpreter."""
+    environment: dict[str, str]
+    """The same for all ranks of the run."""
+    address: str
+    """IP address of the node, whose network interface the ranks use."""
+    folder: str | None = None
+    """Working folder; None for the agent's own, where Ray unpacked the code."""
+
+
+@dataclass
+class Answer:
+    """How the ranks of a node are."""
+
+    attempt: int
+    ranks: list[RankReport]
+    output: dict[int, bytes] = field(default_factory=dict)
+    """New output of ranks, from the offset that was asked for."""
+    stacks: dict[int, str] = field(default_factory=dict)
+    """Tracebacks since they were last asked for."""
+    held: dict[str, list[int]] = field(default_factory=dict)
+    """Copies of the state in this node's memory: ranks by set, see cluster/node/copy_store.py."""
+    leaving: bool = False
+    """The agent was told to end, as the node is about to go."""
+
+
+@dataclass
+class _Child:
+    process: subprocess.Popen
+    log: Path
+    stack_from: int | None = None
+    """Where in the log the stacks begin that were asked for."""
+
+
+class Agent:
+    """See the top of the file. lease: seconds without a question before the ranks are killed."""
+
+    def __init__(self, lease: float):
+        self._lease = lease
+        self._attempt = 0
+        self._children: dict[int, _Child] = {}
+        self._standbys: dict[tuple[str, str | None], list[subprocess.Popen]] = {}
+        """By module and working folder."""
+        self._scratch: Path | None = None
+        self._prctl = ctypes.CDLL(
+            None
+        ).prctl  # looked up here, as a fresh fork of a threaded process must not load libraries
+        self._asked = time.monotonic()
+        self._probe = NetworkProbe()
+        self._store: Store | None = None
+        self._leaving = False
+        self._lock = threading.Lock()
+        self._closed = threading.Event()
+        _sweep()
+        threading.Thread(target=self._watch_lease, daemon=True).start()
+
+    def facts(self, question: Question) -> Facts:
+        """What the checks before a start want to know of this node."""
+        return gather(question)
+
+    def network(self, method: str, *arguments: Any) -> Any:
+        """One step of the network test, see cluster/driver/network.py."""
+        return getattr(self._probe, method)(*arguments)
+
+    def open_memory(self, folder: str, token: str, address: str) -> Opened:
+        """Hold copies of the run's state in this folder and serve them."""
+        try:
+            self._store = Store(Path(folder), token, address, lambda: self._attempt)
+        except OSError as error:
+            return why_not_opened(Path(folder), error)
+        threading.Thread(target=sweep, args=(Path(folder),), daemon=True).start()
+        return Opened(self._store.port)
+
+    def drop_memory(self) -> None:
+        """Give the memory of the copies back: nobody will need them."""
+        if self._store is not None:
+            self._store.close(remove=True)
+            self._store = None
+
+    def leave_on_sigterm(self) -> None:
+        """From now on take SIGTERM as word that the node is about to go; call it in the main thread of the process."""
+        signal.signal(signal.SIGTERM, lambda *_: setattr(self, "_leaving", True))
+
+    def probe(self) -> None:
+        """An answer at all is the answer."""
+
+    def free_port(self) -> int:
+        """A port that is free now on all addresses of this node."""
+        with socket.socket() as probe:
+            probe.bind(("", 0))
+            return probe.getsockname()[1]
+
+    def start(self, order: Order) -> None:
+        """Start the ranks of a new attempt. Raises OSError if a process cannot be started."""
+        with self._lock:
+            assert order.attempt > self._attempt and not any(c.process.poll() is None for c in self._children.values())
+            self._forget()
+            self._attempt, self._asked = order.attempt, time.monotonic()
+            self._scratch = Path(tempfile.mkdtemp(prefix=f"{scratch_prefix()}{os.getpid()}-"))
+            for rank, local_rank in order.ranks:
+                self._children[rank] = self._spawn(order, rank, local_rank)
+
+    def _spawn(self, order: Order, rank: int, local_rank: int) -> _Child:
+        log = self._scratch / f"rank_{rank}.log"
+        log.touch()
+        interface = interface_of(order.address)
+        environment = order.environment | {
+            "RANK": str(rank),
+            "LOCAL_RANK": str(local_rank),
+            "LOCAL_WORLD_SIZE": str(len(order.ranks)),
+            "GLOO_SOCKET_IFNAME": interface,
+            "NCCL_SOCKET_IFNAME": interface,
+            "SLUICE_LOGS": str(self._scratch),
+            "SLUICE_ATTEMPT": str(order.attempt),
+            "PYTHONUNBUFFERED": "1",
+        }
+        if standby := self._take_standby(order):
+            line = {"environment": environment, "arguments": order.arguments[2:], "log": str(log)}
+            with contextlib.suppress(BrokenPipeError):  # it ended just now; its exit code tells
+                standby.stdin.write(json.dumps(line).encode() + b"\n")
+                standby.stdin.close()
+            return _Child(standby, log)
+        with log.open("ab") as output:
+            return _Child(self._popen(order.arguments, order.folder, environment, subprocess.DEVNULL, output), log)
+
+    def _popen(self, arguments: list[str], folder: str | None, environment: dict, stdin: Any, output: Any) -> Any:
+        return subprocess.Popen(
+            [sys.executable, *arguments],
+            env=_inherited() | environment,
+            cwd=folder,
+            stdin=stdin,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            start_new_session=True,
+            preexec_fn=self._die_with_parent,
+        )
+
+    def warm(self, arguments: list[str], folder: str | None, count: int) -> None:
+        """Keep `count` processes that have imported the program of these arguments, see cluster/node/standby.py."""
+        if arguments[:1] != ["-m"]:
+            return
+        with self._lock:
+            key = arguments[1], folder
+            kept = [standby for standby in self._standbys.pop(key, []) if standby.poll() is None]
+            while len(kept) < count:
+                words = ["-m", "cluster.node.standby", arguments[1]]
+                kept.append(self._popen(words, folder, {"PYTHONUNBUFFERED": "1"}, subprocess.PIPE, subprocess.DEVNULL))
+            self._standbys[key] = kept
+
+    def _take_standby(self, order: Order) -> subprocess.Popen | None:
+        kept = self._standbys.get((order.arguments[1], order.folder), []) if order.arguments[0] == "-m" else []
+        while kept:
+            standby = kept.pop()
+            if standby.poll() is None:
+                return standby
+        return None
+
+    def _die_with_parent(self) -> None:
+        pr_set_pdeathsig = 1
+        self._prctl(pr_set_pdeathsig, signal.SIGKILL)
+
+    def ask(self, offsets: dict[int, int]) -> Answer:
+        """How the ranks are, and their output from these byte offsets on (0 where none is given)."""
+        with self._lock:
+            self._asked = time.monotonic()
+            answer = Answer(self._attempt, [self._report(rank, child) for rank, child in self._children.items()])
+            answer.held = held(self._store.folder) if self._store is not None else {}
+            answer.leaving = self._leaving
+            for rank, child in self._children.items():
+                if piece := _read(child.log, offsets.get(rank, 0), CHUNK):
+                    answer.output[rank] = piece
+                if child.stack_from is not None:
+                    stack = _read(child.log, child.stack_from, 4 * CHUNK).decode(errors="replace")
+                    if "(most recent call first)" in stack:
+                        answer.stacks[rank] = stack
+            return answer
+
+    def _report(self, rank: int, child: _Child) -> RankReport:
+        code = child.process.poll()
+        report = RankReport(rank, code)
+        with contextlib.suppress(FileNotFoundError):  # a rank that did not fail wrote none
+            report.failure = Failure(**json.loads((self._scratch / f"rank_{rank}.error.json").read_text()))
+        with contextlib.suppress(
+            FileNotFoundError, ValueError
+        ):  # none before the loop; on a full disk written in place
+            progress = json.loads((self._scratch / f"rank_{rank}.progress.json").read_text())
+            report.step, report.phase, report.busy = progress["step"], progress["phase"], progress.get("busy")
+        if code is None:
+            with contextlib.suppress(psutil.NoSuchProcess):  # it ended just now
+                stopped = psutil.Process(child.process.pid).status() == psutil.STATUS_STOPPED
+                report.state = "T" if stopped else ""
+        elif report.failure is None:
+            size = child.log.stat().st_size
+            report.log_tail = _read(child.log, max(0, size - TAIL), TAIL).decode(errors="replace")
+        return report
+
+    def ask_stacks(self, attempt: int) -> None:
+        """Make every rank print its stacks; they come with the next answers."""
+        if attempt != self._attempt:
+            return
+        for child in self._running():
+            if _handles(child.process.pid, signal.SIGUSR1):  # it would kill a rank that still imports
+                child.stack_from = child.log.stat().st_size
+                child.process.send_signal(signal.SIGUSR1)
+
+    def stop(self, attempt: int) -> None:
+        """Ask the ranks of this attempt for a checkpoint and exit."""
+        for child in self._running() if attempt == self._attempt else []:
+            child.process.send_signal(signal.SIGTERM)
+
+    def end(self, attempt: int) -> None:
+        """Kill the ranks of this attempt and of older ones, and start none of them later."""
+        with self._lock:
+            if attempt < self._attempt:
+                return
+            self._kill()
+            if attempt > self._attempt:
+                self._forget()
+                self._attempt = attempt
+
+    def close(self) -> None:
+        """End everything but the copies in memory, which a new launch may need."""
+        self._closed.set()
+        with self._lock:
+            self._kill()
+            self._forget()
+            if self._store is not None:
+                self._store.close(remove=False)
+                self._store = None
+            for standby in [standby for kept in self._standbys.values() for standby in kept]:
+                standby.kill()
+                standby.wait()
+            self._standbys = {}
+
+    def _running(self) -> list[_Child]:
+        return [child for child in self._children.values() if child.process.poll() is None]
+
+    def _kill(self) -> None:
+        for child in self._running():
+            with contextlib.suppress(ProcessLookupError):  # the whole session: a rank may have started helpers
+                os.killpg(child.process.pid, signal.SIGKILL)
+        for child in self._children.values():
+            with contextlib.suppress(subprocess.TimeoutExpired):  # it waits in the kernel; the next answers tell
+                child.process.wait(1.0)
+
+    def _forget(self) -> None:
+        self._children = {}
+        if self._scratch is not None:
+            shutil.rmtree(self._scratch, ignore_errors=True)  # left-overs in a temporary folder do no harm
+            self._scratch = None
+
+    def _watch_lease(self) -> None:
+        while not self._closed.wait(self._lease / 10):
+            with self._lock:
+                if time.monotonic() - self._asked > self._lease and self._running():
+                    self._kill()
+
+
+def scratch_prefix() -> str:
+    """Start of the names of scratch folders on this host; the agent's process id follows."""
+    return f"sluice-{socket.gethostname()}-"
+
+
+def _sweep() -> None:
+    """Remove the scratch folders of agents of this host and user that were killed."""
+    for folder in Path(tempfile.gettempdir()).glob(f"{scratch_prefix()}*-*"):
+        pid = folder.name.removeprefix(scratch_prefix()).partition("-")[0]
+        if pid.isdecimal() and not _lives(int(pid)):
+            shutil.rmtree(folder, ignore_errors=True)  # it may be another user's
+
+
+def _lives(pid: int) -> bool:
+    """Whether there is such a process and it is no zombie."""
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+def interface_of(address: str) -> str:
+    """Name of the network interface that has this IP address; OSError if none has."""
+    for name, addresses in psutil.net_if_addrs().items():
+        if any(entry.address == address for entry in addresses):
+            return name
+    raise OSError(f"no network interface of {socket.gethostname()} has the address {address}")
+
+
+def _inherited() -> dict[str, str]:
+    """This process's environment without what Ray set for itself."""
+    drop = ("RAY_", "OMP_NUM_THREADS")
+    return {name: value for name, value in os.environ.items() if not name.startswith(drop)}
+
+
+def _read(path: Path, start: int, count: int) -> bytes:
+    with path.open("rb") as file:
+        file.seek(start)
+        return file.read(count)
+
+
+def _handles(pid: int, number: int) -> bool:
+    """Whether the process has a handler for this signal."""
+    try:
+        lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    except (FileNotFoundError, ProcessLookupError):
+        return False
+    caught = next(line.split()[1] for line in lines if line.startswith("SigCgt:"))
+    return bool(int(caught, 16) >> (number - 1) & 1)

@@ -1,0 +1,95 @@
+"""A node's side of the network test (cluster/driver/network.py): a server that echoes, and one measurement at a time."""
+
+import socket
+import threading
+import time
+from dataclasses import dataclass
+
+PINGS = 10
+BYTES = 4 << 20
+PATIENCE = 5.0
+"""Seconds that a pair may take before it counts as unreachable."""
+
+
+@dataclass(frozen=True)
+class NodeLink:
+    """What one node measured to another."""
+
+    address: str
+    milliseconds: float = 0.0
+    """Shortest round trip of a byte."""
+    gbit: float = 0.0
+    """Gigabits per second, one stream."""
+    error: str | None = None
+
+
+class NetworkProbe:
+    """An agent's side: a server that echoes and swallows, and one measurement at a time, both in threads."""
+
+    def __init__(self) -> None:
+        self._server: socket.socket | None = None
+        self._links: list[NodeLink] = []
+
+    def listen(self, address: str) -> int:
+        """Port of the server, on this address of the node; it ends with `close`."""
+        self._server = socket.create_server((address, 0), family=socket.AF_INET6 if ":" in address else socket.AF_INET)
+        threading.Thread(target=self._serve, args=(self._server,), daemon=True).start()
+        return self._server.getsockname()[1]
+
+    def close(self) -> None:
+        if self._server is not None:
+            self._server.shutdown(socket.SHUT_RDWR)
+            self._server.close()
+            self._server = None
+
+    def measure(self, address: str, port: int) -> None:
+        """Start to measure; `links` will have the result."""
+        threading.Thread(target=lambda: self._links.append(measure(address, port)), daemon=True).start()
+
+    def links(self) -> list[NodeLink]:
+        """All results so far."""
+        return list(self._links)
+
+    def _serve(self, server: socket.socket) -> None:
+        while True:
+            try:
+                connection, _ = server.accept()
+            except OSError:  # closed
+                return
+            threading.Thread(target=_answer, args=(connection,), daemon=True).start()
+
+
+def _answer(connection: socket.socket) -> None:
+    """Echo the pings, then swallow the transfer and say so."""
+    with connection:
+        connection.settimeout(PATIENCE)
+        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+        try:
+            for _ in range(PINGS):
+                connection.sendall(connection.recv(1))
+            left = BYTES
+            while left and (piece := connection.recv(1 << 20)):
+                left -= len(piece)
+            connection.sendall(b"!")
+        except OSError:  # the other side reports it
+            return
+
+
+def measure(address: str, port: int) -> NodeLink:
+    """Latency and bandwidth to a listening NetworkProbe."""
+    try:
+        with socket.create_connection((address, port), timeout=PATIENCE) as connection:
+            connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            times = []
+            for _ in range(PINGS):
+                started = time.perf_counter()
+                connection.sendall(b".")
+                connection.recv(1)
+                times.append(time.perf_counter() - started)
+            started = time.perf_counter()
+            connection.sendall(bytes(BYTES))
+            connection.recv(1)
+            seconds = time.perf_counter() - started
+    except OSError as error:
+        return NodeLink(address, error=str(error))
+    return NodeLink(address, min(times) * 1e3, BYTES * 8 / seconds / 1e9)

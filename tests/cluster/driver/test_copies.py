@@ -1,0 +1,112 @@
+"""Copies of the state in memory: whole runs of the trainer on agents of this process, one of which is lost."""
+
+import json
+import re
+import threading
+import time
+from collections import Counter
+from pathlib import Path
+
+import pytest
+
+from cluster.driver.driver import Driver
+from cluster.driver.journal import read_events
+from cluster.driver.view import View
+from cluster.node.copy_store import SetId
+from conf.errors import EXIT_OK
+from conf.load import compose, write_config
+from conf.schema import ROOT
+from tests.cluster.local_fleet import ForkingAgent, LocalFleet
+from tests.layouts import run_layout
+from tests.small import arguments, trajectory
+
+SIZES = ["steps=12", "batch_size=12", "parallel.dp=3", "log.progress=false", "log.sample_tokens=0"]
+
+
+class Training:
+    """The trainer on three nodes with one rank each; checkpoints on disk only at the end."""
+
+    def __init__(self, tmp_path: Path, *overrides: str):
+        memory = tmp_path / "memory"
+        memory.mkdir(exist_ok=True)
+        words = ["cluster=ray", "cluster.heartbeat=3", "checkpoint.every=0", "checkpoint.every_memory=2"]
+        words += [f"checkpoint.memory_folder={memory}", "cluster.standby=false", "name=copied"]
+        self.config = compose(*arguments(tmp_path, *SIZES, *words, *overrides))
+        self.memory, self.folder = memory, tmp_path / "runs" / "copied"
+        (self.folder / "checkpoints").mkdir(parents=True, exist_ok=True)
+        write_config(self.config, str(self.folder / "config.yaml"))
+        self.fleet = LocalFleet(nodes=3, devices=1, agent=ForkingAgent)
+        view = View("copied", self.folder / "metrics.jsonl", self.config.steps)
+        self.driver = Driver(
+            self.config, self.folder, ["-m", "train.worker", "CONFIG"], self.fleet, str(ROOT), False, view
+        )
+
+    def at_step(self, step: int, do) -> None:
+        """Call do() once this step is recorded and the copy before it is whole, from another thread."""
+
+        def wait() -> None:
+            path = self.folder / "metrics.jsonl"
+            while not path.exists() or f'{{"step":{step},' not in path.read_text() or not self.whole(step - 1):
+                time.sleep(0.02)
+            do()
+
+        threading.Thread(target=wait, daemon=True).start()
+
+    def whole(self, step: int) -> bool:
+        """Whether the copy after this step or a later one is in both places, of all three ranks."""
+        parts = Counter(path.parent.name for path in self.memory.glob("*/attempt_*/rank_*.json"))
+        return any(count == 2 * 3 and SetId.parse(name).step >= step for name, count in parts.items())
+
+    def run(self) -> int:
+        try:
+            self.finish = self.driver.run()
+        finally:
+            self.fleet.close()
+        self.events = read_events(self.folder)
+        return self.finish.code
+
+    def log(self) -> str:
+        return (self.folder / "logs" / "rank_0.log").read_text()
+
+
+@pytest.fixture(autouse=True)
+def import_path(monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+
+
+def test_a_lost_node_costs_no_step_before_the_last_copy(tmp_path):
+    """Three nodes; the second dies without a word; two go on from its neighbour's copy, part of it over the network."""
+    run_layout(tmp_path, "unbroken", 1, *SIZES, "parallel.dp=1", "checkpoint.every=0")
+    run = Training(tmp_path)
+    run.at_step(7, lambda: run.fleet.power_off("id1"))
+    assert run.run() == EXIT_OK, run.finish.text
+    assert [event["dp"] for event in run.events if event["kind"] == "attempt"] == [3, 2]
+    (recovered,) = [event for event in run.events if event["kind"] == "recovered"]
+    assert recovered["steps_again"] < 2 * 2  # while the next copy is on its way the one before it counts
+    shelves = json.loads((run.folder / "attempts" / "00002.memory.json").read_text())
+    step = int(shelves["resume"].split("step_")[1][:8])
+    assert step >= 6 and f"resumed from step {step}: copies in memory" in run.log()
+    assert any(0 not in holders for holders in shelves["holders"]), "a part must come over the network"
+    whole, broken = trajectory(tmp_path, "unbroken"), trajectory(tmp_path, "copied")
+    assert broken.keys() == whole.keys()
+    for number, (loss, norm) in whole.items():  # fp32 sums of several ranks have another order
+        assert broken[number] == (pytest.approx(loss, rel=1e-5), pytest.approx(norm, rel=1e-4))
+    assert not list(run.memory.iterdir()), "a good end gives the memory back"
+
+
+@pytest.mark.slow
+def test_damaged_copies_are_passed_over_for_the_disk(tmp_path):
+    run = Training(tmp_path, "checkpoint.every=4")
+
+    def break_off() -> None:
+        run.fleet.power_off("id1")
+        for path in run.memory.glob("*/attempt_*/rank_00001.safetensors"):
+            body = bytearray(path.read_bytes())
+            body[len(body) // 2] ^= 1
+            path.write_bytes(body)
+
+    run.at_step(7, break_off)
+    assert run.run() == EXIT_OK, run.finish.text
+    log = run.log()
+    assert "passed over copies in memory" in log and "the checksum of block" in log
+    assert re.search(r"resumed from step [48]: .*/checkpoints/step_0000000[48]", log)

@@ -1,0 +1,379 @@
+"""Driver, agents and real rank processes on this machine, without Ray and without torch."""
+
+import json
+import os
+import re
+import signal
+import socket
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from cluster.driver.checkpoints import NONE, Age, newest, written_since
+from cluster.driver.driver import Driver
+from cluster.driver.fleet import Reply
+from cluster.driver.journal import goodput, read_events
+from cluster.driver.view import View
+from cluster.node.agent import Agent
+from cluster.node.copy_store import Store
+from cluster.topology import Node
+from conf.errors import EXIT_CRASH, EXIT_OK, EXIT_STOPPED, EXIT_USER
+from conf.load import compose, write_config
+from tests.cluster.local_fleet import LocalFleet
+
+RANK = Path(__file__).parents[1] / "fake_rank.py"
+
+
+class Run:
+    """A run of fake ranks: 4 nodes with one rank each by default."""
+
+    def __init__(self, runs: Path, *overrides: str, nodes: int = 4, devices: int = 1, dp: int = 4):
+        self.config = compose(
+            f"runs={runs}",
+            "name=run",
+            "steps=30",
+            "batch_size=12",
+            "micro_batch_size=1",
+            "checkpoint.every=5",
+            "cluster=ray",
+            "cluster.hang_after=2",
+            "cluster.heartbeat=2",
+            f"parallel.dp={dp}",
+            *overrides,
+        )
+        self.folder = runs / "run"
+        self.folder.mkdir(exist_ok=True)
+        write_config(self.config, str(self.folder / "config.yaml"))
+        self.fleet = LocalFleet(nodes, devices)
+        view = View("run", self.folder / "metrics.jsonl", self.config.steps)
+        root = str(RANK.parents[2])
+        self.driver = Driver(self.config, self.folder, [str(RANK), "CONFIG"], self.fleet, root, False, view)
+
+    def fault(self, rank: int, what: str) -> None:
+        (self.folder / f"fault_{rank}").write_text(what)
+
+    def at_step(self, step: int, do) -> None:
+        """Call do() once the newest checkpoint has this step, from another thread."""
+
+        def wait() -> None:
+            while not (self.folder / "checkpoints" / f"step_{step:08d}").exists():
+                time.sleep(0.05)
+            do()
+
+        threading.Thread(target=wait, daemon=True).start()
+
+    def cut(self, node: str) -> None:
+        """No question reaches the agent, and its ranks reach nobody."""
+        self.fleet.deaf.add(node)
+        for child in self.fleet.agents[node]._children.values():
+            child.process.send_signal(signal.SIGSTOP)
+
+    def heal(self, node: str) -> None:
+        """Old questions arrive late."""
+        self.fleet.deaf.discard(node)
+        self.fleet.call(node, "ask", {})
+
+    def run(self) -> int:
+        try:
+            self.finish = self.driver.run()
+        finally:
+            self.fleet.close()
+        self.events = read_events(self.folder)
+        return self.finish.code
+
+    def kinds(self) -> list[str]:
+        return [event["kind"] for event in self.events]
+
+    def only(self, kind: str) -> dict:
+        (event,) = [event for event in self.events if event["kind"] == kind]
+        return event
+
+
+@pytest.fixture(autouse=True)
+def import_path(monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", str(RANK.parents[2]))
+
+
+def test_a_run_ends_well_and_leaves_a_record(tmp_path):
+    run = Run(tmp_path)
+    assert run.run() == EXIT_OK
+    assert run.kinds()[0] == "launch" and run.kinds()[-1] == "finish"
+    assert run.only("network")["pairs"] == 6 and run.only("attempt")["dp"] == 4
+    assert "rank 3 of 4 resumes at 0" in (run.folder / "logs" / "rank_3.log").read_text()
+    assert not (run.folder / ".preflight").exists()
+    record = goodput(run.events)
+    assert record.attempts == 1 and record.nodes == 4 and 0 < record.share < 1
+
+
+@pytest.mark.parametrize(
+    ("what", "cause", "words"),
+    [
+        ("kill", "killed", "rank 2 on n2 ended by signal SIGKILL"),
+        ("crash", "crash", "rank 2 on n2 failed: RuntimeError: boom"),
+        ("hang", "hang", "rank 2 on n2 is not in a collective, at File"),
+        ("stop", "hang", "rank 2 on n2 is stopped"),
+    ],
+)
+def test_the_first_rank_to_fail_is_named_and_the_run_goes_on(tmp_path, what, cause, words):
+    run = Run(tmp_path)
+    run.fault(2, what)
+    assert run.run() == EXIT_OK, run.finish.text
+    failure = run.only("failure")
+    assert failure["cause"] == cause and words in failure["text"] and failure["ranks"] == [2]
+    assert run.only("recovered")["seconds"] < 10
+    attempts = sorted((run.folder / "attempts").iterdir())
+    assert [path.name for path in attempts] == ["00001.yaml", "00002.yaml"]
+
+
+def test_a_cut_node_is_left_out_and_taken_back(tmp_path):
+    run = Run(tmp_path, "steps=50")
+    run.at_step(5, lambda: run.cut("id1"))
+    run.at_step(15, lambda: run.heal("id1"))
+    assert run.run() == EXIT_OK, run.finish.text
+    assert [event["dp"] for event in run.events if event["kind"] == "attempt"] == [4, 3, 4]
+    assert "n1" in run.only("failure")["text"] and run.only("grow")
+    assert "with dp 3" in (run.folder / "logs" / "rank_0.log").read_text()
+
+
+def test_a_dead_agent_is_started_again(tmp_path):
+    run = Run(tmp_path)
+    run.at_step(5, lambda: run.fleet.kill_agent("id2"))
+    assert run.run() == EXIT_OK, run.finish.text
+    assert run.only("failure")["nodes"] == ["n2"]
+    assert [event["dp"] for event in run.events if event["kind"] == "attempt"] == [4, 4]
+
+
+def test_sigterm_saves_and_the_next_launch_goes_on_with_a_higher_attempt(tmp_path):
+    run = Run(tmp_path)
+    run.at_step(5, lambda: os.kill(os.getpid(), signal.SIGTERM))
+    assert run.run() == EXIT_STOPPED
+    again = Run(tmp_path)
+    assert again.run() == EXIT_OK
+    assert [event["attempt"] for event in again.events if event["kind"] == "attempt"] == [1, 2]
+    assert "resumes at 0" not in (again.folder / "logs" / "rank_0.log").read_text().split("attempt 2")[1]
+
+
+def test_a_cause_that_stays_ends_the_run_with_a_diagnosis(tmp_path):
+    run = Run(tmp_path, "cluster.restarts=1", "checkpoint.every=100", nodes=2, dp=2)
+    run.driver.view.note = lambda kind, text: run.fault(1, "crash") if kind == "attempt" else None
+    assert run.run() == EXIT_CRASH
+    for words in ("rank 1 on n1 failed", "failure 2 of the kind", "newest checkpoint: none", "what to do"):
+        assert words in run.finish.text
+
+
+def test_ranks_in_reserve_that_cannot_start_break_no_attempt(tmp_path, monkeypatch):
+    def fail(agent: Agent, *_) -> None:
+        raise OSError("no memory")
+
+    monkeypatch.setattr("cluster.node.agent.Agent.warm", fail)
+    run = Run(tmp_path, nodes=2, dp=2)
+    assert run.run() == EXIT_OK, run.finish.text
+    assert "failure" not in run.kinds() and run.kinds().count("attempt") == 1
+    failed = [event for event in run.events if event["kind"] == "call_failed"]
+    assert failed and failed[0]["text"].endswith("warm: OSError('no memory')")
+
+
+def test_ranks_wait_in_reserve_on_every_node_also_on_one_that_joins_later(tmp_path):
+    run = Run(tmp_path, "steps=60", nodes=3, dp=2)
+    warmed, call = [], run.fleet.call
+
+    def record(node: str, method: str, *arguments) -> None:
+        if method == "warm":
+            warmed.append((node, arguments[-1]))
+        call(node, method, *arguments)
+
+    run.fleet.call = record
+    run.at_step(5, lambda: run.fleet._nodes.append(Node("id3", "n3", "127.0.0.1", 4)))
+    assert run.run() == EXIT_OK, run.finish.text
+    assert warmed == [("id0", 1), ("id1", 1), ("id2", 1), ("id3", 4)]
+
+
+def test_an_agent_that_cannot_start_is_a_node_refused_with_the_reason(tmp_path):
+    run = Run(tmp_path, "cluster.wait=3", nodes=2, dp=2)
+    call = run.fleet.call
+
+    def fail(node: str, method: str, *arguments) -> None:
+        if node == "id1":
+            run.fleet._replies.append(Reply(node, method, error="no disk for its code", dead=True))
+        else:
+            call(node, method, *arguments)
+
+    run.fleet.call = fail
+    assert run.run() == EXIT_USER
+    assert "refused: n1: its agent died: no disk for its code" in run.finish.text
+    assert run.only("node_refused")["node"] == "n1", "one event, not one for every try"
+
+
+def test_a_full_disk_at_the_order_to_start_costs_an_attempt_not_the_driver(tmp_path, monkeypatch):
+    run = Run(tmp_path, nodes=2, dp=2)
+    write, refusals = run.driver._attempt_config, [OSError(28, "No space left on device", str(tmp_path / "full"))]
+
+    def write_or_refuse(number: int, dp: int) -> Path:
+        if refusals:
+            raise refusals.pop()
+        return write(number, dp)
+
+    monkeypatch.setattr(run.driver, "_attempt_config", write_or_refuse)
+    assert run.run() == EXIT_OK, run.finish.text
+    assert "No space left on device" in run.only("failure")["text"] and "the disk at" in run.only("failure")["text"]
+
+
+def test_a_node_whose_old_agent_lives_on_is_asked_again_until_that_one_has_ended(tmp_path):
+    """As after the death of a raylet: a new one starts, and the agent of the old one still holds the copies."""
+    run = Run(tmp_path, "checkpoint.every_memory=2", f"checkpoint.memory_folder={tmp_path}", nodes=2, dp=2)
+    old = Store(Path(run.driver.copies.folder_on(run.fleet._nodes[1])), "token", "127.0.0.1", lambda: 0)
+    threading.Timer(8.0, old.close, [False]).start()  # the new agent's patience is 5 s
+    assert run.run() == EXIT_OK, run.finish.text
+    refusal = run.only("node_refused")["text"]
+    assert "another agent of this run holds" in refusal and "set checkpoint.memory_folder" not in refusal
+    assert run.only("attempt")["dp"] == 2 and not run.driver._refused
+
+
+def test_a_memory_folder_that_no_node_has_ends_the_launch_at_once(tmp_path):
+    absent = tmp_path / "absent"
+    run = Run(tmp_path, "checkpoint.every_memory=2", f"checkpoint.memory_folder={absent}", nodes=2, dp=2)
+    began = time.monotonic()
+    assert run.run() == EXIT_USER
+    assert time.monotonic() - began < run.config.cluster.wait / 2
+    assert f"no node has checkpoint.memory_folder = {absent}" in run.finish.text
+    assert f"there is no folder {absent}; create it on every node" in run.finish.text
+
+
+def test_a_node_whose_agent_starts_at_the_second_try_is_not_refused(tmp_path):
+    run = Run(tmp_path, nodes=2, dp=2)
+    run.fleet._replies.append(Reply("id1", "facts", error="killed", dead=True))
+    assert run.run() == EXIT_OK, run.finish.text
+    assert run.only("attempt")["dp"] == 2 and not run.driver._refused
+
+
+def test_a_node_lost_just_before_the_order_to_start_breaks_the_attempt_not_the_driver(tmp_path):
+    run = Run(tmp_path, "checkpoint.every_memory=2", f"checkpoint.memory_folder={tmp_path}", nodes=2, dp=2)
+    call = run.fleet.call
+
+    def lose_a_node(node: str, method: str, *arguments) -> None:
+        if method == "free_port":
+            run.fleet.call = call
+            run.fleet.kill_agent("id1")
+        call(node, method, *arguments)
+
+    run.fleet.call = lose_a_node
+    assert run.run() == EXIT_OK, run.finish.text
+    assert run.only("failure")["nodes"] == ["n1"] and run.kinds().count("attempt") == 2
+    assert not (run.folder / "attempts" / "00001.yaml").exists(), "no rank of the broken attempt was started"
+
+
+def test_a_late_answer_for_an_attempt_that_is_over_names_no_port(tmp_path):
+    run = Run(tmp_path, "steps=5", nodes=2, dp=2)
+    ports, call = [], run.fleet.call
+
+    def answer_late(node: str, method: str, *arguments) -> None:
+        if method == "free_port":
+            run.fleet._replies.append(Reply("id1", method, 1))
+        if method == "start":
+            ports.append(arguments[0].environment["MASTER_PORT"])
+        call(node, method, *arguments)
+
+    run.fleet.call = answer_late
+    assert run.run() == EXIT_OK, run.finish.text
+    assert len(set(ports)) == 1 and ports[0] != "1"
+
+
+def test_however_many_nodes_are_there_each_is_asked_within_its_heartbeat(tmp_path):
+    run = Run(tmp_path, nodes=1, dp=1)
+    asked = []
+    run.fleet.call = lambda node, method, *_: asked.append(node)
+    for seconds, expected in ((run.config.cluster.heartbeat / 4, 0), (run.config.cluster.heartbeat / 2, 4000)):
+        run.driver._asked = {f"id{i}": 0.0 for i in range(4000)}
+        run.driver.clock = lambda now=seconds: now
+        run.driver._ask()
+        assert len(asked) == expected
+    run.fleet.close()
+
+
+def test_the_newest_checkpoint_is_that_of_the_latest_attempt(tmp_path):
+    def write(step: int, text: str) -> Path:
+        path = tmp_path / "checkpoints" / f"step_{step:08d}" / "manifest.json"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+        return path
+
+    assert newest(tmp_path) == NONE and not written_since(tmp_path, 1)
+    write(100, '{"attempt": 1}')
+    assert newest(tmp_path) == Age(1, 100) and not written_since(tmp_path, 2)
+    write(50, '{"attempt": 2}')
+    write(55, '{"attempt": 2}')
+    assert newest(tmp_path) == Age(2, 55) and written_since(tmp_path, 2)
+    write(110, '{"attempt": 3')
+    assert newest(tmp_path) == Age(2, 55), "a manifest that is damaged tells no age"
+    path = tmp_path / "checkpoints" / "step_00000100"
+    path.rename(path.with_name(".step_00000100.old"))
+    write(100, '{"attempt": 2}')
+    assert newest(tmp_path) == Age(2, 100), "a later attempt wrote the same step"
+
+
+def test_every_attempt_has_a_secret_of_its_own_that_no_file_holds(tmp_path):
+    run = Run(tmp_path, "steps=12", nodes=2, dp=2)
+    run.fault(1, "crash")
+    secrets, call = [], run.fleet.call
+
+    def listen(node: str, method: str, *arguments) -> None:
+        if method == "start":
+            secrets.append(arguments[0].environment["SLUICE_STORE_SECRET"])
+        call(node, method, *arguments)
+
+    run.fleet.call = listen
+    assert run.run() == EXIT_OK, run.finish.text
+    assert len(secrets) == 4 and len(set(secrets)) == 2, "the same for all ranks of an attempt"
+    assert all(len(bytes.fromhex(secret)) == 32 for secret in secrets)
+    written = b"".join(path.read_bytes() for path in run.folder.rglob("*") if path.is_file())
+    assert not any(secret.encode() in written for secret in secrets)
+
+
+def test_a_port_that_others_take_is_named(tmp_path, monkeypatch):
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        monkeypatch.setattr("cluster.node.agent.Agent.free_port", lambda agent: taken.getsockname()[1])
+        run = Run(tmp_path, "cluster.restarts=1", nodes=2, dp=2)
+        assert run.run() == EXIT_CRASH
+    assert "rank 0 on n0 failed: OSError: [Errno 98] Address already in use" in run.finish.text
+    assert len(run.finish.text.splitlines()) < 20
+
+
+def test_nothing_is_left_in_the_temporary_folder(tmp_path, monkeypatch):
+    scratch = tmp_path / "scratch"
+    scratch.mkdir()
+    monkeypatch.setattr("tempfile.tempdir", str(scratch))
+    run = Run(tmp_path, nodes=1, devices=2, dp=2)
+    assert run.run() == EXIT_OK
+    assert not list(scratch.iterdir())
+    assert json.loads((run.folder / "events.jsonl").read_text().splitlines()[-1])["code"] == EXIT_OK
+
+
+def test_a_node_that_is_about_to_go_costs_a_checkpoint_and_no_failure(tmp_path):
+    run = Run(tmp_path, "steps=60")
+    run.at_step(5, lambda: run.fleet.leaving.update(id2="preempted"))
+    assert run.run() == EXIT_OK, run.finish.text
+    assert [event["dp"] for event in run.events if event["kind"] == "attempt"] == [4, 3]
+    assert run.only("drain")["node"] == "n2" and "preempted" in run.only("drain")["text"]
+    assert "failure" not in run.kinds() and "id2" not in run.fleet.agents
+    log = (run.folder / "logs" / "rank_0.log").read_text()
+    assert int(re.search(r"resumes at (\d+) with dp 3", log)[1]) > 5, "a checkpoint is written at once"
+
+
+def test_spares_take_the_place_of_a_node_that_is_told_to_end(tmp_path):
+    run = Run(tmp_path, "steps=60", nodes=5)
+    run.at_step(5, lambda: setattr(run.fleet.agents["id0"], "_leaving", True))
+    assert run.run() == EXIT_OK, run.finish.text
+    attempts = [event for event in run.events if event["kind"] == "attempt"]
+    assert [event["dp"] for event in attempts] == [4, 4] and attempts[1]["nodes"] == ["n1", "n2", "n3", "n4"]
+
+
+def test_without_the_head_the_run_saves_and_stops_and_the_next_launch_resumes(tmp_path):
+    run = Run(tmp_path, "steps=200")
+    run.at_step(5, lambda: setattr(run.fleet, "headless", True))
+    assert run.run() == EXIT_STOPPED and "the head has not answered" in run.finish.text
+    assert "failure" not in run.kinds()
+    again = Run(tmp_path, "steps=60")
+    assert again.run() == EXIT_OK, again.finish.text
+    assert "resumes at 0" not in (again.folder / "logs" / "rank_0.log").read_text().split("attempt 2")[1]

@@ -1,0 +1,88 @@
+"""Ray on this machine, started by the run itself: fake ranks through the whole path, and the refusals before it."""
+
+import contextlib
+import os
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+
+from cluster.driver.journal import read_events
+from conf.errors import EXIT_OK, EXIT_USER
+
+ROOT = Path(__file__).parents[3]
+
+
+def test_a_run_on_its_own_ray_survives_a_killed_rank_and_listens_on_loopback_alone(tmp_path):
+    folder = tmp_path / "run"
+    folder.mkdir()
+    words = [
+        sys.executable,
+        "-m",
+        "tests.cluster.drive",
+        str(tmp_path),
+        "parallel.dp=2",
+        "steps=40",
+        "checkpoint.every=5",
+    ]
+    with (tmp_path / "out").open("w") as out:
+        driver = subprocess.Popen(words, cwd=ROOT, env=os.environ | {"FAKE_STEP": "0.1"}, stdout=out, stderr=out)
+    try:
+        while "checkpoint" not in [event["kind"] for event in read_events(folder)]:
+            assert driver.poll() is None, (tmp_path / "out").read_text()
+            time.sleep(0.1)
+        assert listening_addresses(driver.pid) <= {"127.0.0.1", "::1", "::ffff:127.0.0.1"}
+        private = folder_of_ray(driver.pid)
+        assert private.stat().st_mode & 0o777 == 0o700, "Ray opens its sockets and files in there to everybody"
+        (folder / "fault_1").write_text("kill")
+        assert driver.wait(60) == EXIT_OK, (tmp_path / "out").read_text()
+    finally:
+        driver.kill()
+    assert not private.exists()
+    events = read_events(folder)
+    assert [event["dp"] for event in events if event["kind"] == "attempt"] == [2, 2]
+    (failure,) = [event for event in events if event["kind"] == "failure"]
+    assert failure["ranks"] == [1] and "SIGKILL" in failure["text"]
+    assert "rank 0 of 2 resumes at" in (folder / "logs" / "rank_0.log").read_text()
+
+
+def folder_of_ray(pid: int) -> Path:
+    """The folder around all that Ray's processes were told to use."""
+    lines = [" ".join(process.cmdline()) for process in psutil.Process(pid).children(recursive=True)]
+    (raylet,) = [line for line in lines if "/raylet/raylet " in line]
+    found = {Path(name).parent for name in re.findall(r"=(/\S+/ray)/session_", raylet)}
+    assert len(found) == 1, raylet
+    return found.pop()
+
+
+def listening_addresses(pid: int) -> set[str]:
+    """Addresses on which this process and all its descendants accept connections."""
+    found = set()
+    for process in [psutil.Process(pid), *psutil.Process(pid).children(recursive=True)]:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            sockets = process.net_connections(kind="inet")
+            found |= {socket.laddr.ip for socket in sockets if socket.status == psutil.CONN_LISTEN}
+    assert found, "Ray must listen somewhere"
+    return found
+
+
+@pytest.mark.parametrize(
+    ("overrides", "environment", "words"),
+    [
+        (["cluster.address=127.0.0.1:1"], {"RAY_AUTH_TOKEN": "x" * 64}, "must be HOST:PORT of a running Ray"),
+        (["cluster.address=nowhere"], {"RAY_AUTH_TOKEN": "x" * 64}, "must be HOST:PORT of a running Ray"),
+        (["cluster.address=127.0.0.1:1"], {"HOME": "/nonexistent"}, "must ask for a token"),
+    ],
+)
+def test_no_ray_and_no_token_are_refused_soon(tmp_path, overrides, environment, words):
+    started = time.monotonic()
+    clean = {name: value for name, value in os.environ.items() if not name.startswith("RAY_AUTH")}
+    words_of = [sys.executable, "-m", "tests.cluster.drive", str(tmp_path), *overrides]
+    result = subprocess.run(words_of, cwd=ROOT, env=clean | environment, capture_output=True, text=True, timeout=60)
+    assert result.returncode == EXIT_USER, result.stderr
+    assert words in result.stderr and "Traceback" not in result.stderr
+    assert time.monotonic() - started < 30

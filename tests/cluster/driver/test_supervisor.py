@@ -1,0 +1,295 @@
+"""The restart policy against simulated clusters: the cause is named, the run goes on, and it always ends."""
+
+import time
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from cluster.cause import Failure
+from cluster.driver import messages as m
+from cluster.driver.checkpoints import Age
+from conf.errors import EXIT_CRASH, EXIT_DIVERGED, EXIT_OK, EXIT_STOPPED, EXIT_USER
+from tests.cluster.world import STEP, World
+
+
+def last_failure(world: World) -> m.Note:
+    return world.notes("failure")[-1]
+
+
+def test_an_unbroken_run_is_one_attempt():
+    world = World()
+    world.run(60)
+    assert world.finish.code == EXIT_OK and len(world.starts) == 1
+
+
+def test_a_killed_rank_is_named_and_the_run_resumes_at_once():
+    world = World()
+    world.run(4)
+    world.kill_rank(1)
+    broke = world.now
+    world.run(2)
+    assert "rank 1 on n1 ended by signal SIGKILL" in last_failure(world).text
+    assert last_failure(world).fields["ranks"] == [1]
+    assert world.starts[-1].placement.dp == 3 and world.now - broke <= 2
+    world.run(60)
+    assert world.finish.code == EXIT_OK
+    assert world.notes("recovered")[0].fields["steps_again"] < 5
+
+
+def test_a_lost_node_is_named_not_the_ranks_that_lost_their_peer():
+    world = World(nodes=4)
+    world.run(4)
+    world.power_off(2)
+    world.run(10)
+    assert last_failure(world).fields["cause"] == "node"
+    assert last_failure(world).fields["nodes"] == ["n2"] and "no answer to a probe" in last_failure(world).text
+    assert world.starts[-1].placement.dp == 3
+    world.run(60)
+    assert world.finish.code == EXIT_OK
+
+
+def test_spares_come_first_and_the_batch_limits_how_far_dp_shrinks():
+    world = World(nodes=5, dp=4, accept=lambda dp: 8 % dp == 0, steps=100)
+    world.run(4)
+    world.power_off(0)
+    world.run(10)
+    assert world.starts[-1].placement.dp == 4 and len(world.starts) == 2
+    world.power_off(1)
+    world.run(10)
+    assert world.starts[-1].placement.dp == 2 and len(world.starts[-1].placement.spares) == 1
+
+
+def test_it_grows_back_at_a_checkpoint_when_a_node_returns():
+    world = World(steps=40)
+    world.run(4)
+    world.machines[1].linked = False
+    world.run(12)
+    assert world.starts[-1].placement.dp == 2
+    world.machines[1].linked = True
+    world.run(8)
+    assert world.starts[-1].placement.dp == 3
+    assert world.notes("grow") and world.notes("node_back")
+    world.run(60)
+    assert world.finish.code == EXIT_OK and len(world.notes("failure")) == 1
+
+
+def test_a_hang_is_found_within_its_limit_and_named():
+    world = World(hang_after=6.0)
+    world.run(5)
+    world.hung = {2}
+    began = world.now
+    while not world.notes("failure"):
+        world.run(0.5)
+    assert world.now - began <= 6 + 3 + 2 * STEP
+    assert "rank 2 on n2 gives no stack" in last_failure(world).text
+    world.run(60)
+    assert world.finish.code == EXIT_OK
+
+
+def test_a_silent_link_is_found_by_the_heartbeat():
+    world = World(nodes=3, heartbeat=5.0)
+    world.run(4)
+    world.machines[2].linked = False
+    world.hung = {0, 1}  # no error reaches the others
+    began = world.now
+    while not world.notes("failure"):
+        world.run(0.5)
+    assert world.now - began <= 6 and "n2" in last_failure(world).text
+
+
+def test_a_node_that_is_about_to_go_is_left_at_a_checkpoint_and_gets_no_rank_again():
+    world = World(nodes=3, steps=40)
+    world.run(8)
+    world.tell(m.Draining("id1", "preempted"))
+    world.tell(m.Draining("id1", "preempted"))
+    world.run(3)
+    assert [start.placement.dp for start in world.starts] == [3, 2] and len(world.notes("drain")) == 1
+    assert {seat.node.name for seat in world.starts[-1].placement.seats} == {"n0", "n2"}
+    world.run(60)
+    assert world.finish.code == EXIT_OK and not world.notes("failure") and len(world.starts) == 2
+
+
+def test_when_the_last_nodes_are_about_to_go_the_run_is_stopped_not_failed():
+    world = World(nodes=2, wait=10.0)
+    world.run(8)
+    for index in range(2):
+        world.tell(m.Draining(f"id{index}", "preempted"))
+    world.run(30)
+    assert world.finish.code == EXIT_STOPPED and "add nodes" in world.finish.text
+
+
+def test_a_copy_in_memory_counts_as_progress():
+    world = World(steps=100, every=1000, restarts=1)
+    for step in range(3, 30, 4):
+        world.run(2)
+        world.saved = step
+        world.tell(m.Held(Age(world.starts[-1].attempt, step)))
+        world.kill_rank(1)
+        world.run(2)
+    assert world.finish is None and len(world.starts) == 8
+    assert world.notes("recovered")[-1].fields["steps_again"] <= 2
+
+
+def test_bad_input_of_a_rank_is_never_tried_again():
+    world = World()
+    world.run(1)
+    report = world.report_of(0)
+    report.failure, report.code = Failure(0, world.now, "user", "data.path = nowhere", EXIT_USER), EXIT_USER
+    world.run(5)
+    assert world.finish.code == EXIT_USER and "data.path = nowhere" in world.finish.text and len(world.starts) == 1
+
+
+@pytest.mark.parametrize(
+    ("code", "kind", "attempts", "exit_code"), [(-9, "rank killed", 4, EXIT_CRASH), (3, "not finite", 2, EXIT_DIVERGED)]
+)
+def test_a_budget_ends_what_cannot_get_past_a_step(code, kind, attempts, exit_code):
+    world = World(steps=100)
+    while world.finish is None:
+        world.run(STEP)
+        if world.step == 7:
+            report = world.report_of(1)
+            if code > 0:
+                report.failure = Failure(1, world.now, "crash", "loss not finite in 5 steps", code)
+            world.kill_rank(1, code)
+            world.run(STEP)
+    assert world.finish.code == exit_code and len(world.starts) == attempts
+    assert kind in world.finish.text and "newest checkpoint: step 5" in world.finish.text
+    assert "what to do" in world.finish.text
+
+
+def test_a_checkpoint_refills_the_budget():
+    world = World(steps=60, restarts=1)
+    for _ in range(6):
+        world.kill_rank(0)
+        world.run(9)
+    assert world.finish is None or world.finish.code == EXIT_OK
+
+
+def test_checkpoints_of_a_run_that_went_back_count_though_an_earlier_launch_got_further():
+    """As with resume=FOLDER of an older checkpoint, or where the newest is damaged."""
+    world = World(steps=200, restarts=1, first_attempt=2)
+    world.tell(m.Saved(Age(1, 500)))
+    world.run(4)
+    assert world.supervisor.saved == (2, 5)
+    world.machines[1].linked = False
+    world.run(9)
+    assert world.starts[-1].placement.dp == 2
+    world.machines[1].linked = True
+    world.run(9)
+    assert world.starts[-1].placement.dp == 3 and world.notes("grow")
+    for _ in range(4):
+        world.kill_rank(0)
+        world.run(9)
+    assert world.finish is None and len(world.notes("failure")) == 5
+
+
+def test_steps_done_again_by_a_later_attempt_refill_no_budget():
+    world = World(steps=100, every=4, restarts=2)
+    while world.finish is None:
+        world.run(STEP)
+        if world.step == 11:  # in each attempt, behind the checkpoint of step 8, which turns out to be damaged
+            world.kill_rank(0)
+            world.saved = 4
+    assert world.finish.code == EXIT_CRASH and len(world.starts) == 3
+    assert world.supervisor.saved == (3, 8) and "newest checkpoint: step 8" in world.finish.text
+
+
+def test_stop_ends_with_75_also_while_a_restart_is_under_way():
+    world = World()
+    world.run(7)
+    world.tell(m.StopAsked("SIGTERM"))
+    world.run(5)
+    assert world.finish.code == EXIT_STOPPED
+
+    world = World()
+    world.run(7)
+    world.power_off(1)
+    world.run(1)
+    world.tell(m.StopAsked("SIGTERM"))
+    world.run(5)
+    assert world.finish.code == EXIT_STOPPED and len(world.starts) == 1
+
+
+def test_too_few_nodes_is_the_users_to_mend():
+    world = World(nodes=2, dp=4, wait=10.0)
+    world.run(30)
+    assert world.finish.code == EXIT_USER and "parallel.dp=2, which fits" in world.finish.text
+
+
+def test_too_few_nodes_after_a_failure_names_no_checkpoint_where_there_is_none():
+    world = World(nodes=2, dp=2, accept=lambda dp: dp == 2, every=1000, wait=10.0)
+    world.run(3)
+    world.power_off(1)
+    world.run(60)
+    assert world.finish.code == EXIT_CRASH and "newest checkpoint: none" in world.finish.text
+
+
+def test_a_slow_rank_is_named_with_numbers():
+    world = World(steps=200)
+    world.run(1)
+    for _ in range(90):
+        world.run(1)
+        for rank in range(3):
+            world.report_of(rank).busy = 0.9 if rank == 1 else 0.3
+    assert [note.text for note in world.notes("straggler")] == [
+        "rank 1 on n1 works 0.9 s a step, the median rank 0.3 s (3.0 times)"
+    ]
+
+
+def test_a_driver_that_slept_blames_nobody():
+    world = World()
+    world.run(5)
+    world.now += 3600
+    world.tell(m.Tick())
+    world.run(60)
+    assert world.finish.code == EXIT_OK and not world.notes("failure")
+
+
+def test_2048_ranks_cost_the_driver_little():
+    world = World(nodes=256, devices=8, steps=1000, pp=16, dp=128, ep=64)
+    started = time.process_time()
+    world.run(2 * STEP)
+    assert (time.process_time() - started) / 2 < 0.5  # 256 answers; the driver asks each agent every 0.6 s
+
+
+FAULTS = st.sampled_from(["kill", "crash", "cut", "heal", "off", "on", "agent", "hang", "wait", "drain"])
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    faults=st.lists(st.tuples(FAULTS, st.integers(0, 3), st.floats(0.5, 9)), max_size=15),
+    stop=st.booleans(),
+    devices=st.integers(1, 2),
+)
+def test_any_schedule_of_faults(faults, stop, devices):
+    """World checks at every start that attempt numbers rise and no rank of an older attempt lives where it can be reached."""
+    world = World(nodes=4, devices=devices, steps=40)
+    for fault, index, pause in faults:
+        match fault:
+            case "kill":
+                world.kill_rank(index)
+            case "crash":
+                world.kill_rank(index, 1)
+            case "cut":
+                world.machines[index].linked = False
+            case "heal":
+                world.machines[index].linked = True
+            case "off":
+                world.power_off(index)
+            case "on":
+                world.power_on(index)
+            case "agent":
+                world.kill_agent(index)
+            case "hang":
+                world.hung = {index}
+            case "drain":
+                world.tell(m.Draining(f"id{index}", "preempted"))
+        world.run(pause)
+    if stop:
+        world.tell(m.StopAsked("SIGTERM"))
+    world.run(400)
+    assert world.finish is not None, world.supervisor.phase
+    assert world.finish.code in (EXIT_OK, EXIT_CRASH, EXIT_STOPPED)
+    stops = [note for kind in ("failure", "grow", "drain") for note in world.notes(kind)]
+    assert len(world.starts) <= 1 + len(stops)

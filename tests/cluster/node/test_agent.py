@@ -1,0 +1,138 @@
+"""One agent and its ranks: contract, output, stacks, standby, lease, and nobody left behind."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from cluster.node.agent import Agent, Answer, Order, scratch_prefix
+
+ROOT = str(Path(__file__).parents[3])
+
+
+@pytest.fixture
+def agent():
+    agent = Agent(lease=30.0)
+    yield agent
+    agent.close()
+
+
+def order(body: str, attempt: int = 1, ranks: int = 2) -> Order:
+    pairs = [(10 + i, i) for i in range(ranks)]
+    return Order(attempt, pairs, ["-c", body], {"WORLD_SIZE": "20", "MASTER_PORT": "1"}, "127.0.0.1", ROOT)
+
+
+def until(agent: Agent, condition, seconds: float = 20) -> Answer:
+    deadline = time.monotonic() + seconds
+    while time.monotonic() < deadline:
+        answer = agent.ask({})
+        if condition(answer):
+            return answer
+        time.sleep(0.05)
+    raise AssertionError(f"not within {seconds} s: {answer}")
+
+
+def ended(answer: Answer) -> bool:
+    return all(report.ended for report in answer.ranks)
+
+
+def test_the_contract_of_a_rank(agent):
+    names = "RANK LOCAL_RANK LOCAL_WORLD_SIZE WORLD_SIZE MASTER_PORT GLOO_SOCKET_IFNAME SLUICE_ATTEMPT"
+    agent.start(order(f"import os; print(*[os.environ[n] for n in {names.split()}])"))
+    answer = until(agent, ended)
+    assert answer.output == {10: b"10 0 2 20 1 lo 1\n", 11: b"11 1 2 20 1 lo 1\n"}
+    assert agent.ask({10: 3, 11: 100}).output == {10: b"0 2 20 1 lo 1\n"}
+
+
+def test_a_rank_that_vanished_shows_its_last_words(agent):
+    agent.start(order("import os; print('about to die', flush=True); os.kill(os.getpid(), 9)", ranks=1))
+    (report,) = until(agent, ended).ranks
+    assert report.code == -9 and report.bad and report.log_tail == "about to die\n"
+
+
+def test_stacks_come_from_ranks_that_can_give_them_and_kill_no_other(agent):
+    body = """
+import os, time, faulthandler, signal
+if os.environ["RANK"] == "10":
+    faulthandler.register(signal.SIGUSR1)
+print("ready", flush=True)
+time.sleep(60)
+"""
+    agent.start(order(body))
+    until(agent, lambda answer: len(answer.output) == 2)
+    agent.ask_stacks(1)
+    answer = until(agent, lambda answer: answer.stacks)
+    assert list(answer.stacks) == [10] and "line 6 in <module>" in answer.stacks[10]
+    assert not any(report.ended for report in answer.ranks)
+
+
+def test_old_orders_do_nothing_and_a_kill_fences(agent):
+    agent.start(order("import time; time.sleep(60)", attempt=3))
+    agent.end(2)
+    agent.stop(2)
+    assert not ended(agent.ask({}))
+    agent.end(3)
+    assert [report.code for report in agent.ask({}).ranks] == [-9, -9]
+    agent.end(5)
+    with pytest.raises(AssertionError):
+        agent.start(order("pass", attempt=5))
+
+
+def test_an_agent_that_nobody_asks_kills_its_ranks():
+    agent = Agent(lease=1.0)
+    agent.start(order("import time; time.sleep(60)"))
+    children = [child.process for child in agent._children.values()]
+    assert [child.wait(10) for child in children] == [-9, -9]
+    agent.close()
+
+
+def test_a_standby_becomes_a_rank(agent, tmp_path):
+    (tmp_path / "toy_rank.py").write_text(
+        "import os, sys\nready = False\ndef preload():\n    global ready\n    ready = True\n"
+        "def main():\n    print(os.environ['RANK'], os.getpid(), sys.argv[1], ready, flush=True)\n    return 7\n"
+        "if __name__ == '__main__':\n    sys.exit(main())\n"
+    )
+    arguments, folder = ["-m", "toy_rank", "config.yaml"], str(tmp_path)
+    agent.warm(arguments, folder, 1)
+    (standby,) = agent._standbys["toy_rank", folder]
+    agent.start(Order(1, [(0, 0), (1, 1)], arguments, {"WORLD_SIZE": "2"}, "127.0.0.1", folder))
+    answer = until(agent, ended)
+    assert [report.code for report in answer.ranks] == [7, 7]
+    assert answer.output[0].split() == [b"0", str(standby.pid).encode(), b"config.yaml", b"True"]
+    assert answer.output[1].split()[::3] == [b"1", b"False"] and not agent._standbys["toy_rank", folder]
+
+
+def test_a_new_agent_removes_the_scratch_of_a_killed_one(tmp_path, monkeypatch):
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    ended = subprocess.Popen(["true"])
+    ended.wait()
+    (tmp_path / f"{scratch_prefix()}{ended.pid}-x").mkdir()
+    (tmp_path / f"{scratch_prefix()}{os.getpid()}-y").mkdir()
+    Agent(lease=30.0)
+    assert [path.name for path in tmp_path.iterdir()] == [f"{scratch_prefix()}{os.getpid()}-y"]
+
+
+def test_no_rank_outlives_a_killed_agent(tmp_path):
+    code = """
+import os, sys, time
+from cluster.node.agent import Agent, Order
+agent = Agent(30.0)
+agent.start(Order(1, [(0, 0)], ["-c", "import time; time.sleep(60)"], {}, "127.0.0.1", None))
+agent.warm(["-m", "json.tool"], None, 1)
+(standby,) = agent._standbys["json.tool", None]
+print(agent._children[0].process.pid, standby.pid, flush=True)
+time.sleep(60)
+"""
+    process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, cwd=ROOT)
+    pids = [int(word) for word in process.stdout.readline().split()]
+    assert all(Path(f"/proc/{pid}").exists() for pid in pids)
+    os.kill(process.pid, signal.SIGKILL)
+    process.wait()
+    deadline = time.monotonic() + 10
+    while any(Path(f"/proc/{pid}").exists() for pid in pids) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not any(Path(f"/proc/{pid}").exists() for pid in pids)
