@@ -20,7 +20,7 @@ import torch.distributed as dist
 import train.model.router as router
 from conf.load import compose
 from conf.schema import Config
-from parallel.mesh import Layout, build_mesh
+from parallel.mesh import Layout, build_mesh, read_layout
 from train.parallelize import Parallelized, parallelize
 from train.plan.memory.ledger import PeakMeter
 from train.plan.memory.rank import phases, scene_of
@@ -83,7 +83,7 @@ CASES = {
 def measure(config: Config, rank: int) -> dict[str, int]:
     """Peaks of the second step by phase."""
     parallel = config.parallel
-    layout = Layout(parallel.pp, parallel.dp, parallel.ep, config.cluster.ranks_per_node or parallel.pp * parallel.dp)
+    layout = read_layout(config, parallel.pp * parallel.dp)
     parts = parallelize(config, build_mesh(layout), torch.device("cpu"))
     share = config.batch_size // parallel.dp
     draw = torch.Generator().manual_seed(layout.dp_rank(rank))

@@ -19,12 +19,12 @@ from conf.schema import Config
 
 @dataclass(frozen=True)
 class Place:
-    """This process among the ranks of the run."""
+    """This process among the ranks of the run; by default the only one."""
 
-    rank: int
-    world: int
-    local_rank: int
-    local_world: int
+    rank: int = 0
+    world: int = 1
+    local_rank: int = 0
+    local_world: int = 1
     """Ranks on this machine; they share its cores."""
 
 
@@ -107,5 +107,5 @@ def launch(
 
         return run_ray(config, folder, command)
     if world == 1 and alone:
-        return run_rank(config, Place(0, 1, 0, 1))
+        return run_rank(config, Place())
     return run_local(command, world, folder / "logs")

@@ -1,5 +1,6 @@
-"""The one error that is the user's to mend."""
+"""Errors that say all in their own words: that of the user's input, and what ends a run."""
 
+from collections.abc import Sequence
 from typing import Any
 
 # Exit codes of `python -m train`; scripts may rely on them.
@@ -35,3 +36,13 @@ class DiskFailed(UserError):
     """A disk refused, in the middle of a run, what the run cannot do without; what was trained may be lost."""
 
     code = EXIT_CRASH
+
+
+class RunEnded(RuntimeError):
+    """A run cannot go on, and the text says why, without a traceback. ranks: where it began, empty where that is not known."""
+
+    code = EXIT_CRASH
+
+    def __init__(self, text: str, ranks: Sequence[int] = ()):
+        super().__init__(text)
+        self.ranks = tuple(ranks)

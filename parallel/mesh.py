@@ -19,6 +19,7 @@ import torch.distributed as dist
 from torch.distributed import ProcessGroup
 
 from conf.errors import UserError
+from conf.schema import Config
 
 
 @dataclass(frozen=True)
@@ -95,6 +96,12 @@ class Layout:
         """Ranks of one expert group with the same index inside their nodes."""
         size = self.ep_ranks_per_node
         return [group[i::size] for group in self.ep_groups() for i in range(size)]
+
+
+def read_layout(config: Config, node: int) -> Layout:
+    """The layout that a recipe asks for. node: ranks of a node, unless cluster.ranks_per_node says it."""
+    parallel = config.parallel
+    return Layout(parallel.pp, parallel.dp, parallel.ep, config.cluster.ranks_per_node or node)
 
 
 Partition = tuple[tuple[int, ...], ...]

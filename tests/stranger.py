@@ -31,7 +31,7 @@ class Mark:
 
 
 def rank(folder: Path) -> None:
-    from train.worker import start_process_group
+    from train.rank import start_process_group
 
     place = given_place()
     start_process_group(compose("cluster.timeout=20"), place, torch.device("cpu"))

@@ -21,7 +21,7 @@ from conf.load import compose
 from parallel.store import SealedStore
 from tests.ranks import run_processes
 from tests.test_exchange import Bomb
-from train.worker import start_process_group
+from train.rank import start_process_group
 
 SECRET = bytes(32)
 ROOT = Path(__file__).parents[1]

@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from conf.errors import EXIT_CRASH
+from conf.errors import RunEnded
 from conf.schema import Config, Recompute
 from train.gpu import FLIGHTS
 from train.metrics.words import gib
@@ -44,10 +44,8 @@ SHOWN = 400
 """Characters of the library's own words."""
 
 
-class Explained(RuntimeError):
-    """An error of the device or the network, told without a traceback: that lies in a file beside."""
-
-    code = EXIT_CRASH
+class Explained(RunEnded):
+    """An error of the device or the network; its traceback lies in a file beside."""
 
 
 @contextmanager

@@ -15,11 +15,9 @@ def check_layout(config: Config) -> None:
         check_schedule(parallel.schedule, parallel.pp, micro_batches, config.model.layers)
     if parallel.ep > 1 and parallel.dispatch == "node_limited":
         from parallel.expert.build import check_groups
-        from parallel.mesh import Layout
+        from parallel.mesh import read_layout
 
-        layout = Layout(
-            parallel.pp, parallel.dp, parallel.ep, config.cluster.ranks_per_node or parallel.dp * parallel.pp
-        )
+        layout = read_layout(config, parallel.pp * parallel.dp)
         check_groups(parallel.ep, layout.ep_ranks_per_node, config.model.groups)
 
 

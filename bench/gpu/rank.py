@@ -127,13 +127,13 @@ def take_steps(task: Task, rank: int) -> dict:
     from train import parallelize as parallelize_module
     from train.native import model as native
     from train.plan.job import layout_of
-    from train.worker import choose_device, start_process_group
+    from train.rank import choose_device, start_process_group
 
     config = compose(*task.overrides, f"cluster.device={task.device}", f"cluster.threads={task.threads}")
     device = choose_device(config, Place(rank, task.ranks, 0, task.ranks))  # one card for all of them
     native.choose(task.compiled)
     if task.ranks == 1:
-        start_process_group(config, Place(0, 1, 0, 1), device)
+        start_process_group(config, Place(), device)
     else:
         if "staged" in task.backend:
             from bench.gpu import staged

@@ -20,7 +20,7 @@ from train.evaluate.rank import run_rank
 from train.evaluate.run import evaluate
 from train.evaluate.target import find_target
 from train.hf.export import export
-from train.whole_model import load_model
+from train.weights import load_model
 
 torch.set_num_threads(1)
 

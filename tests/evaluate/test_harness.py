@@ -16,7 +16,7 @@ pytest.importorskip("lm_eval", reason="lm-eval is not installed (pip install 'sl
 from train.data.tokenizer import load_tokenizer
 from train.evaluate.harness import Harness, run_tasks
 from train.evaluate.target import find_target
-from train.whole_model import load_model
+from train.weights import load_model
 
 torch.set_num_threads(1)
 CLOZE = """

@@ -18,7 +18,7 @@ from train.data.tokenizer import load_tokenizer
 from train.hf.export import export
 from train.hf.load import load_hf_model
 from train.run_folder import RunPaths
-from train.whole_model import load_model
+from train.weights import load_model
 
 torch.set_num_threads(1)
 

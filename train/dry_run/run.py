@@ -17,7 +17,7 @@ from train.dry_run.routing import load_of
 from train.layout import check_layout
 from train.plan.job import with_nodes
 from train.plan.time.rates import read_calibration
-from train.worker import choose_device
+from train.rank import choose_device
 
 
 def dry_run(config: Config) -> int:
@@ -38,7 +38,7 @@ def dry_run(config: Config) -> int:
 
 def _choose_device(config: Config) -> torch.device:
     """As a run of one rank; a CPU with as many threads as its calibration had."""
-    device = choose_device(config, Place(0, 1, 0, 1))
+    device = choose_device(config, Place())
     if device.type == "cpu" and config.plan.calibration is not None and not config.cluster.threads:
         torch.set_num_threads(read_calibration(config.plan.calibration)["threads"])
     return device

@@ -1,7 +1,6 @@
 """One rank of an evaluation, top to bottom. `python -m train.evaluate.rank CONFIG` is a rank that the driver started."""
 
 import sys
-from datetime import timedelta
 from pathlib import Path
 
 from train.cpu import tune_cpu
@@ -15,41 +14,35 @@ from cluster.launch import Place, given_run  # noqa: E402
 from conf.disk import disk_errors  # noqa: E402
 from conf.errors import EXIT_OK  # noqa: E402
 from conf.schema import Config  # noqa: E402
-from parallel.mesh import Layout, Mesh, build_mesh  # noqa: E402
+from parallel.mesh import Mesh  # noqa: E402
 from parallel.pipeline.schedule import Pipeline  # noqa: E402
 from train.data.corpus import build_corpus  # noqa: E402
 from train.evaluate.drafts import Drafts  # noqa: E402
 from train.evaluate.result import Evaluation, show  # noqa: E402
 from train.evaluate.sources import EvaluatedSource, choose  # noqa: E402
 from train.evaluate.target import Target, find_target  # noqa: E402
-from train.evaluate.weights import load_pipeline, make_pipeline  # noqa: E402
 from train.generate.source import start_token  # noqa: E402
-from train.gpu import probe_in_turn  # noqa: E402
 from train.hf.load import load_hf_model  # noqa: E402
 from train.loop.validation import Sums, held_out_loss  # noqa: E402
 from train.precision.build import activation_dtype  # noqa: E402
+from train.rank import guarded, in_turn, set_up_rank  # noqa: E402
 from train.run_folder import RunPaths  # noqa: E402
 from train.trained_with import require_tokenizer  # noqa: E402
-from train.whole_model import require_memory  # noqa: E402
-from train.worker import choose_device, guarded, in_turn, start_process_group  # noqa: E402
+from train.weights import load_pipeline, make_pipeline, require_memory  # noqa: E402
 
 FOLDER = "evaluate"
 """Beside the run's own files: configuration and logs of an evaluation on several ranks."""
 
 
 def run_rank(config: Config, place: Place, failures: Path | None = None) -> int:
-    """Evaluate as one rank; returns the exit code. failures: see train.worker.guarded."""
+    """Evaluate as one rank; returns the exit code. failures: see train.rank.guarded."""
     return guarded(place, failures, disk_errors(config)(lambda: _run(config, place)))
 
 
 def _run(config: Config, place: Place) -> int:
     target = find_target(config)
-    config, device = target.config, choose_device(config, place)
-    start_process_group(config, place, device)
-    ranks_per_node = config.cluster.ranks_per_node or place.local_world
-    layout = Layout(config.parallel.pp, config.parallel.dp, config.parallel.ep, ranks_per_node)
-    mesh = build_mesh(layout, timedelta(seconds=config.cluster.timeout))
-    probe_in_turn(config, place, device)
+    config, rank = target.config, set_up_rank(target.config, place)
+    device, mesh = rank.device, rank.mesh
     corpus = in_turn(place, lambda progress: build_corpus(config, progress))
     if target.meta is not None:
         require_tokenizer(corpus.tokenizer.fingerprint, config.data.tokenizer, target.checkpoint, target.meta)

@@ -20,7 +20,7 @@ from train.generate.complete import start
 from train.generate.generation import Generation
 from train.generate.source import LoadedModel, open_source
 from train.generate.text import TextStream, write
-from train.worker import choose_device
+from train.rank import choose_device
 
 BATCH = 16
 """Lines of standard input that are continued together."""
@@ -30,7 +30,7 @@ PLAIN_TOKENS = 32
 
 def generate(config: Config) -> int:
     """Returns the exit code. Raises UserError."""
-    source = open_source(config, choose_device(config, Place(rank=0, world=1, local_rank=0, local_world=1)))
+    source = open_source(config, choose_device(config, Place()))
     writer = Writer(config, source)
     for line in (writer.headline(), *source.notes):
         _say(line)

@@ -18,7 +18,7 @@ from train.hf.tokenizer import SETTINGS
 from train.precision.build import activation_dtype
 from train.run_folder import find_checkpoint
 from train.trained_with import tokenizer_of
-from train.whole_model import load_model, require_memory
+from train.weights import load_model, require_memory
 
 FIELD = "generate.checkpoint"
 

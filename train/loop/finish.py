@@ -20,7 +20,7 @@ from train.metrics.report import write_report
 from train.metrics.screens import final_screen, stopped_screen
 from train.metrics.series import read_series
 from train.run_folder import RunPaths
-from train.whole_model import fits_here
+from train.weights import fits_here
 
 SAMPLE_TEMPERATURE = 0.8
 

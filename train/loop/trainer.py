@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from conf.disk import disk_errors
-from conf.errors import EXIT_CRASH, EXIT_DIVERGED, EXIT_OK, EXIT_STOPPED, DiskFailed
+from conf.errors import EXIT_DIVERGED, EXIT_OK, EXIT_STOPPED, DiskFailed, RunEnded
 from conf.schema import Config
 from parallel.exchange import gather
 from parallel.mesh import Mesh
@@ -43,20 +43,14 @@ from train.precision.health import Report, merge
 from train.run_folder import RunPaths
 
 
-class Diverged(RuntimeError):
-    """Too many steps in a row had a non-finite loss or gradient. ranks: where it began, empty where that is not known."""
+class Diverged(RunEnded):
+    """Too many steps in a row had a non-finite loss or gradient."""
 
     code = EXIT_DIVERGED
 
-    def __init__(self, text: str, ranks: Sequence[int] = ()):
-        super().__init__(text)
-        self.ranks = tuple(ranks)
 
-
-class Overtaken(RuntimeError):
+class Overtaken(RunEnded):
     """A newer attempt of this run has started elsewhere; this one must not go on."""
-
-    code = EXIT_CRASH
 
 
 @dataclass

@@ -5,7 +5,7 @@ from functools import lru_cache
 
 from conf.errors import UserError
 from conf.schema import Config, Hardware
-from parallel.mesh import Layout, partition
+from parallel.mesh import Layout, partition, read_layout
 from parallel.pipeline.simulate import Action, schedule_actions
 
 
@@ -65,10 +65,7 @@ def tensor_memory(config: Config) -> int:
 
 def layout_of(config: Config) -> Layout:
     """The layout of a recipe on the hardware that is planned for."""
-    parallel = config.parallel
-    world = parallel.pp * parallel.dp
-    node = config.cluster.ranks_per_node or min(world, config.hardware.devices_per_node)
-    return Layout(parallel.pp, parallel.dp, parallel.ep, node)
+    return read_layout(config, min(config.parallel.pp * config.parallel.dp, config.hardware.devices_per_node))
 
 
 def with_nodes(config: Config) -> Config:

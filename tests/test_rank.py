@@ -12,7 +12,7 @@ from conf.errors import EXIT_CRASH, EXIT_DIVERGED, EXIT_USER, UserError
 from tests.ranks import run_processes
 from train.data.files import Progress
 from train.loop.trainer import Diverged
-from train.worker import _is_timeout, guarded, in_turn
+from train.rank import _is_timeout, guarded, in_turn
 
 
 def wrapped(error: Exception) -> Exception:
