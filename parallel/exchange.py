@@ -6,7 +6,9 @@ rank read a pickle runs code in it. So no rank sends or reads one: values cross 
 """
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import timedelta
 from typing import Any
 
 import torch
@@ -42,6 +44,14 @@ def from_rank_0(make: Callable[[], Any]) -> Any:
         text = torch.empty(int(length), dtype=torch.uint8)
     dist.broadcast(text, src=0)
     return _decode(text)
+
+
+@contextmanager
+def patient_group(timeout: timedelta) -> Iterator[ProcessGroup]:
+    """A group of all ranks for a wait that may last longer than any collective of the training. Collective over all ranks."""
+    group = dist.new_group(backend="gloo", timeout=timeout)
+    yield group
+    dist.destroy_process_group(group)
 
 
 def refuse_pickles() -> None:

@@ -71,19 +71,16 @@ def probe_in_turn(config: Config, place: Place, device: "torch.device") -> None:
     fp8 = config.precision.fp8
     if device.type != "cuda" or fp8 is None or os.environ.get(PROBED) == str(fp8):
         return
-    import torch.distributed as dist
+    from parallel.exchange import gather, patient_group
 
-    from parallel.exchange import gather
-
-    patient = dist.new_group(backend="gloo", timeout=PATIENCE)
     refused = None
-    if place.local_rank == 0:
-        try:
-            probe(config, device.index)
-        except UserError as error:
-            refused = [str(part) for part in error.args]
-    everyone = gather(refused, patient)
-    dist.destroy_process_group(patient)
+    with patient_group(PATIENCE) as everybody:
+        if place.local_rank == 0:
+            try:
+                probe(config, device.index)
+            except UserError as error:
+                refused = [str(part) for part in error.args]
+        everyone = gather(refused, everybody)
     for rank, args in enumerate(everyone):
         if args is not None:
             field, value, rule, cure = args

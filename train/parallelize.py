@@ -18,6 +18,7 @@ from train.model.count import head_flops, layer_flops
 from train.model.deepseek import DeepSeekV3
 from train.model.init import initialise
 from train.model.mtp import MTP
+from train.model.router import Router
 from train.optim.adamw import AdamW, decays, moments_dtype
 from train.precision.build import activation_dtype, build_precision
 from train.precision.fp8 import Fp8Precision
@@ -34,6 +35,10 @@ class Parallelized:
     dispatcher: Dispatcher | None
     """None where this rank holds all experts."""
     precision: HighPrecision | Fp8Precision
+
+    def routers(self) -> dict[str, Router]:
+        """Those of all chunks, by layer."""
+        return {name: router for chunk in self.chunks for name, router in chunk.routers().items()}
 
 
 def parallelize(

@@ -20,7 +20,7 @@ from cluster.cause import Failure
 from cluster.launch import Place, given_meeting
 from conf.errors import EXIT_CRASH, EXIT_USER, RunEnded, UserError
 from conf.schema import Config
-from parallel.exchange import refuse_pickles
+from parallel.exchange import patient_group, refuse_pickles
 from parallel.mesh import Mesh, build_mesh, form_later, read_layout
 from parallel.store import open_sealed_store
 from train.cpu import threads_of
@@ -38,9 +38,8 @@ PREPARATION = timedelta(days=7)
 
 @dataclass(frozen=True)
 class RankSetup:
-    """Where a part of a run is computed."""
+    """Where a rank computes, and with whom."""
 
-    place: Place
     device: torch.device
     mesh: Mesh
 
@@ -71,7 +70,7 @@ def set_up_rank(config: Config, place: Place) -> RankSetup:
     start_process_group(config, place, device)
     mesh = build_mesh(read_layout(config, place.local_world), timedelta(seconds=config.cluster.timeout))
     probe_in_turn(config, place, device)
-    return RankSetup(place, device, mesh)
+    return RankSetup(device, mesh)
 
 
 def choose_device(config: Config, place: Place) -> torch.device:
@@ -114,12 +113,11 @@ def start_process_group(config: Config, place: Place, device: torch.device) -> N
 
 def in_turn(place: Place, make: Callable[[Progress], T]) -> T:
     """The first rank of every machine makes what is not cached yet; the others find it."""
-    patient = dist.new_group(backend="gloo", timeout=PREPARATION)
-    if place.local_rank == 0:
-        with show_progress() as progress:
-            made = make(progress)
-    dist.barrier(group=patient)
-    dist.destroy_process_group(patient)
+    with patient_group(PREPARATION) as everybody:
+        if place.local_rank == 0:
+            with show_progress() as progress:
+                made = make(progress)
+        dist.barrier(group=everybody)
     return made if place.local_rank == 0 else make(silent)
 
 

@@ -26,12 +26,10 @@ from train.data.prepare import prepare  # noqa: E402
 from train.explain import explained  # noqa: E402
 from train.gpu import idle_gpu  # noqa: E402
 from train.loop.finish import finish  # noqa: E402
-from train.loop.measure import Measure  # noqa: E402
-from train.loop.resume import has_start, restore  # noqa: E402
+from train.loop.resume import find_start, restore  # noqa: E402
 from train.loop.state import State  # noqa: E402
-from train.loop.step_work import StepWork  # noqa: E402
 from train.loop.stop import StopRequest  # noqa: E402
-from train.loop.trainer import Flops, Trainer  # noqa: E402
+from train.loop.trainer import Flops, Outputs, Trainer  # noqa: E402
 from train.metrics.peak import peak_flops  # noqa: E402
 from train.metrics.writer import open_writer  # noqa: E402
 from train.model.count import flops_per_token  # noqa: E402
@@ -84,19 +82,19 @@ def _run(config: Config, place: Place, stop: StopRequest) -> int:
         copies = MemoryCopies(
             *given, rank=place.rank, world_size=place.world, attempt=attempt, timeout=config.cluster.timeout
         )
-    is_filled = has_start(config, copies)
+    start = find_start(config, copies)
+    is_filled = start.has_weights or config.init_from is not None
     parts = parallelize(config, mesh, device, restored=is_filled, core=core)
-    measure = Measure(config.model, mesh, parts.chunks, device, StepWork(parts, mesh.layout))
-    state = State(config, mesh, parts.zero, measure.routers, len(measure.layers))
-    restored = restore(config, data, state, checkpointer, copies, is_filled)
-    notes = restored.notes
+    state = State(config, mesh, parts)
+    restored = restore(config, data, state, checkpointer, copies, start)
+    notes = [*data.notes, *restored.notes]
     if copies is not None and (why := copies.require_room(state.shards())):
-        copies, notes = None, [*notes, why]
+        copies = None
+        notes.append(why)
     if device.type == "cpu" and activation_dtype(config.precision) == torch.bfloat16 and (why := missed()):
-        notes = [*notes, why]
+        notes.append(why)
     if why := idle_gpu(config, device):
-        notes = [*notes, why]
-    notes = [*notes, *core_notes]
+        notes.append(why)
     if place.rank == 0:
         data.tokenizer.save(paths.path)
     flops = count_flops(config, device)
@@ -105,21 +103,17 @@ def _run(config: Config, place: Place, stop: StopRequest) -> int:
         open_writer(config, paths.path, resumed_step=state.step, resumed=restored.resumed) if place.rank == 0 else None
     )
     with writer or contextlib.nullcontext():
-        for note in [*data.notes, *notes, f"MFU is counted against {flops.label}"] if writer else []:
+        for note in [*notes, *core_notes, f"MFU is counted against {flops.label}"] if writer else []:
             writer.note(note)
         code = Trainer(
-            config,
-            mesh,
-            parts,
-            data,
-            measure,
-            state,
-            checkpointer,
-            copies,
-            writer,
-            stop,
-            flops,
-            device,
+            config=config,
+            rank=rank,
+            parts=parts,
+            state=state,
+            data=data,
+            outputs=Outputs(checkpointer, copies, writer),
+            flops=flops,
+            stop=stop,
         ).run()
     if writer is not None:
         with disk_errors(config, kind=DiskFailed):

@@ -91,8 +91,7 @@ def start_and_save(rank: int, config: Config, kind: str, tokenizer_json: str) ->
     parallel = config.parallel
     mesh = build_mesh(Layout(parallel.pp, parallel.dp, parallel.ep, 4), timedelta(seconds=60))
     parts = parallelize(config, mesh, torch.device("cpu"))
-    routers = {name: router for chunk in parts.chunks for name, router in chunk.routers().items()}
-    state = State(config, mesh, parts.zero, routers, 4)
+    state = State(config, mesh, parts)
     tokenizer = Tokenizer(tokenizer_json)
     folder, notes = check_start(config, tokenizer)
     assert len(notes) == 1 and "holds no tokenizer.json" in notes[0]

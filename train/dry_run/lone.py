@@ -18,18 +18,17 @@ from conf.errors import UserError
 from conf.schema import Config
 from parallel.expert.build import build_wire
 from parallel.expert.stand_in import build_stand_in
-from parallel.mesh import Mesh, build_mesh
+from parallel.mesh import build_mesh
 from parallel.pipeline.lone_stage import LoneStage
 from train.data.batch import Batch
 from train.dry_run.piece import DryRunPiece
 from train.dry_run.routing import group_of
-from train.loop.measure import Measure
 from train.loop.step import TrainingStep
-from train.loop.step_work import StepWork
 from train.optim.schedules import StepPlan
 from train.parallelize import Parallelized, parallelize
 from train.plan.job import layout_of
 from train.plan.memory.ledger import PeakMeter
+from train.rank import RankSetup
 
 PHASES = ("schedule", "reduction", "update")
 
@@ -70,7 +69,7 @@ def run_alone(piece: DryRunPiece, device: torch.device) -> MeasuredRank:
         mesh = build_mesh(layout)
         parts = parallelize(config, mesh, device, dispatcher=dispatcher, layers=piece.layers)
         parts.pipeline.stage_type = LoneStage
-        measured = _steps(config, parts, mesh, device)
+        measured = _steps(config, parts, RankSetup(device, mesh))
         parts.zero.engine.destroy()  # its hooks would keep all of it alive for the rest of a sweep
         return measured
     except torch.OutOfMemoryError as error:
@@ -84,12 +83,12 @@ def run_alone(piece: DryRunPiece, device: torch.device) -> MeasuredRank:
         dist.destroy_process_group()
 
 
-def _steps(config: Config, parts: Parallelized, mesh: Mesh, device: torch.device) -> MeasuredRank:
+def _steps(config: Config, parts: Parallelized, rank: RankSetup) -> MeasuredRank:
+    device = rank.device
     draw = torch.Generator().manual_seed(config.seed)
     shape = config.batch_size // config.parallel.dp, config.seq_len + 1
     batch = Batch(torch.randint(config.model.vocab_size, shape, generator=draw).to(device))
-    measure = Measure(config.model, mesh, parts.chunks, device, StepWork(parts, mesh.layout))
-    training_step = TrainingStep(config, parts, measure, device)
+    training_step = TrainingStep(config, parts, rank)
 
     def run(number: int, measured: MeasuredRank, meter: PeakMeter | None = None) -> None:
         # A rate of 0: the same work, and weights that stay sound without the other ranks' shards.

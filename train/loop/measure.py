@@ -14,11 +14,10 @@ import torch.distributed as dist
 from torch import Tensor
 
 from conf.schema import Model
-from parallel.mesh import Mesh
 from train.loop.step_work import StepWork
 from train.model.count import moe_layers
-from train.model.deepseek import DeepSeekV3
-from train.model.router import Router
+from train.parallelize import Parallelized
+from train.rank import RankSetup
 
 
 @dataclass
@@ -44,13 +43,12 @@ class Measured:
 class Measure:
     """Collects and clears the counters of this rank's chunks."""
 
-    def __init__(self, model: Model, mesh: Mesh, chunks: list[DeepSeekV3], device: torch.device, step_work: StepWork):
-        self.model, self.mesh, self.chunks, self.device, self.step_work = model, mesh, chunks, device, step_work
+    def __init__(self, model: Model, parts: Parallelized, rank: RankSetup):
+        self.model, self.mesh, self.device = model, rank.mesh, rank.device
+        self.step_work = StepWork(parts, rank.mesh.layout)
         self.layers = moe_layers(model)
-        self.routers: dict[str, Router] = {}
-        for chunk in chunks:
-            self.routers |= chunk.routers()
-        self.last = next((chunk for chunk in chunks if chunk.has_head), None)
+        self.routers = parts.routers()
+        self.last = next((chunk for chunk in parts.chunks if chunk.has_head), None)
 
     def clear(self) -> None:
         """Start a new step."""

@@ -1,9 +1,9 @@
 """Where a run starts: rank 0 looks for the checkpoint, every rank reads its part of it."""
 
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from conf.errors import UserError
 from conf.schema import Config
@@ -33,15 +33,38 @@ class Restored:
     """`resumed` in train/metrics/names.py; None where no checkpoint was read."""
 
 
-def has_start(config: Config, copies: MemoryCopies | None) -> bool:
-    """Whether `restore` will fill all weights, or raise: then none need to be drawn. Collective over all ranks."""
-    return from_rank_0(lambda: _has_start(config, copies))
+class StartingPoint(NamedTuple):
+    """Where rank 0 found that a run starts."""
+
+    copy: dict[str, Any] | None = None
+    """The body of the manifest of a set in memory that is newer than what the disk has; the disk was not searched then."""
+    checkpoint: str | None = None
+    """Path of the checkpoint that config.resume means."""
+    notes: Sequence[str] = ()
+    """What was passed over."""
+
+    @property
+    def has_weights(self) -> bool:
+        """Whether `restore` will fill all weights from it, or raise."""
+        return bool(self.copy or self.checkpoint or self.notes)
 
 
-def _has_start(config: Config, copies: MemoryCopies | None) -> bool:
+def find_start(config: Config, copies: MemoryCopies | None) -> StartingPoint:
+    """Look for it. Collective over all ranks; raises UserError where all that there is is damaged."""
+    return StartingPoint(*from_rank_0(lambda: _find_start(config, copies)))
+
+
+def _find_start(config: Config, copies: MemoryCopies | None) -> StartingPoint:
     """On rank 0."""
-    in_memory = copies is not None and _newest_copy(config, copies) != (None, None)
-    return in_memory or config.init_from is not None or resume_point(config).path is not None
+    body, notes = (None, []) if copies is None else _newest_copy(config, copies)
+    return StartingPoint(body, notes=notes) if body is not None else _search_disk(config, (), notes)
+
+
+def _search_disk(config: Config, skip: Collection[Path], notes: Sequence[str] = ()) -> StartingPoint:
+    """On rank 0. skip: checkpoints that were found damaged when they were read, and that notes name already."""
+    found = resume_point(config, skip=skip)
+    passed = [] if skip else [f"passed over a damaged checkpoint: {warning}" for warning in found.warnings]
+    return StartingPoint(None, None if found.path is None else str(found.path), [*notes, *passed])
 
 
 def restore(
@@ -49,33 +72,28 @@ def restore(
     data: Prepared,
     state: State,
     checkpointer: Checkpointer,
-    copies: MemoryCopies | None = None,
-    required: bool = False,
+    copies: MemoryCopies | None,
+    start: StartingPoint,
 ) -> Restored:
-    """Load the newest copy in memory, or the checkpoint that config.resume means, if any.
+    """Load the newest copy in memory, or the checkpoint that config.resume means, if any, or the weights of init_from.
 
-    required: `has_start` said that there is one, and no weights are drawn.
     What turns out damaged on any rank is passed over under resume=auto. Raises UserError if the checkpoint belongs to
     another tokenizer or a longer run.
     """
     skip: set[Path] = set()
-    notes: list[str] = []
-    if copies is not None and (restored := _restore_copies(config, data, state, copies, notes)):
-        return restored
-    while True:
-        name, warnings = from_rank_0(lambda: _resume_point(config, skip))
-        notes += [f"passed over a damaged checkpoint: {warning}" for warning in warnings if not skip]
-        gone = required and config.init_from is None
-        if name is None and (notes or gone):  # the weights may be half loaded, and nobody asked to begin anew
-            raise UserError(
-                "resume",
-                config.resume,
-                f"there is no checkpoint on disk, and copies in memory are of no use: {'; '.join(notes) or 'they are gone'}",
-                "start once with checkpoint.every_memory=0 to begin anew, or take another name=",
-            )
-        if name is None:
-            return Restored(notes if config.init_from is None else notes + _start(config, data.tokenizer, state))
-        path = Path(name)
+    notes = list(start.notes)
+    if start.copy is not None:
+        manifest = manifest_of(Path(start.copy["folder"]), start.copy)
+        _fits(config, data.tokenizer, manifest.folder, manifest.meta)
+        problem = _load(state, manifest.meta, lambda wanted: fill(manifest, copies.files(), wanted))
+        if problem is None:
+            copies.resumed()
+            return _resumed(config, data, manifest.meta, notes, f"copies in memory, {manifest.folder}")
+        notes.append(f"passed over copies in memory: {problem}")
+        start = StartingPoint(*from_rank_0(lambda: _search_disk(config, skip)))
+        notes += start.notes
+    while start.checkpoint is not None:
+        path = Path(start.checkpoint)
         meta = read_manifest(path).meta
         _fits(config, data.tokenizer, path, meta)
         problem = _load(state, meta, lambda wanted, path=path: checkpointer.load(path, wanted))
@@ -85,12 +103,15 @@ def restore(
             raise UserError("resume", config.resume, problem, "give another checkpoint, or use resume=auto")
         notes.append(f"passed over a damaged checkpoint: {problem}")
         skip.add(path)
-
-
-def _resume_point(config: Config, skip: Collection[Path]) -> tuple[str | None, list[str]]:
-    """On rank 0: the checkpoint to resume from, if any, and what is wrong with those passed over."""
-    found = resume_point(config, skip=skip)
-    return None if found.path is None else str(found.path), found.warnings
+        start = StartingPoint(*from_rank_0(lambda: _search_disk(config, skip)))
+    if notes:  # the weights may be half loaded, and nobody asked to begin anew
+        raise UserError(
+            "resume",
+            config.resume,
+            f"there is no checkpoint on disk, and copies in memory are of no use: {'; '.join(notes)}",
+            "start once with checkpoint.every_memory=0 to begin anew, or take another name=",
+        )
+    return Restored([] if config.init_from is None else _start(config, data.tokenizer, state))
 
 
 def _resumed(config: Config, data: Prepared, meta: dict[str, Any], notes: list[str], where: str) -> Restored:
@@ -99,38 +120,19 @@ def _resumed(config: Config, data: Prepared, meta: dict[str, Any], notes: list[s
     return Restored([*notes, f"resumed from step {meta['step']}: {where}", *changes.notes()], resumed)
 
 
-def _restore_copies(
-    config: Config, data: Prepared, state: State, copies: MemoryCopies, notes: list[str]
-) -> Restored | None:
-    """Load the set in memory, if it is newer than every checkpoint on disk; None if that did not work. Adds to the notes."""
-    body, warning = from_rank_0(lambda: _newest_copy(config, copies))
-    if warning is not None:
-        notes.append(f"passed over copies in memory: {warning}")
-    if body is None:
-        return None
-    manifest = manifest_of(Path(body["folder"]), body)
-    _fits(config, data.tokenizer, manifest.folder, manifest.meta)
-    problem = _load(state, manifest.meta, lambda wanted: fill(manifest, copies.files(), wanted))
-    if problem is not None:
-        notes.append(f"passed over copies in memory: {problem}")
-        return None
-    copies.resumed()
-    return _resumed(config, data, manifest.meta, notes, f"copies in memory, {manifest.folder}")
-
-
-def _newest_copy(config: Config, copies: MemoryCopies) -> tuple[dict[str, Any] | None, str | None]:
+def _newest_copy(config: Config, copies: MemoryCopies) -> tuple[dict[str, Any] | None, list[str]]:
     """On rank 0: the body of the manifest of the set to resume from, None if there is none or the disk has a newer state;
     and what is wrong with it.
     """
     try:
         manifest = copies.manifest()
     except Damaged as error:
-        return None, error.line
+        return None, [f"passed over copies in memory: {error.line}"]
     if manifest is not None and config.resume == "auto":
         disk = newest_intact(RunPaths(config).checkpoints).path
         if disk is not None and read_manifest(disk).age > manifest.age:
-            return None, None
-    return manifest and manifest.body(), None
+            return None, []
+    return manifest and manifest.body(), []
 
 
 def _load(state: State, meta: dict[str, Any], load: Callable[[dict[str, Shard]], Any]) -> str | None:

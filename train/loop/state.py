@@ -16,24 +16,24 @@ import torch
 from conf.schema import Config
 from parallel.mesh import Mesh
 from parallel.shard import Shard, whole
-from parallel.zero.engine import Zero
 from train.metrics.balance import RunningLoad, update_running
-from train.model.router import Router
+from train.model.count import moe_layers
 from train.optim.ema import Ema
+from train.parallelize import Parallelized
 
 
 class State:
     """The live state of one rank, seen as shards."""
 
-    def __init__(self, config: Config, mesh: Mesh, zero: Zero, routers: dict[str, Router], layers: int):
-        """layers: MoE layers of the whole model."""
-        self.mesh, self.zero, self.routers = mesh, zero, routers
+    def __init__(self, config: Config, mesh: Mesh, parts: Parallelized):
+        self.mesh, self.zero, self.routers = mesh, parts.zero, parts.routers()
         self.step = 0
         self.samples = 0
         self.skipped = 0
-        self.load_LE = torch.zeros(layers, config.model.experts, dtype=torch.float64)
-        self.idle_LE = torch.zeros(layers, config.model.experts, dtype=torch.int64)
-        shards = zero.shards(copies=True)
+        size_LE = len(moe_layers(config.model)), config.model.experts
+        self.load_LE = torch.zeros(size_LE, dtype=torch.float64)
+        self.idle_LE = torch.zeros(size_LE, dtype=torch.int64)
+        shards = self.zero.shards(copies=True)
         masters = {name: shard.local for name, shard in shards.items() if name.startswith("master.")}
         self.ema = Ema(masters, config.optim.ema_decay) if config.optim.ema_decay else None
 

@@ -20,6 +20,7 @@ from train.loop.measure import Measure, Measured
 from train.model.router import update_bias
 from train.optim.schedules import StepPlan
 from train.parallelize import Parallelized
+from train.rank import RankSetup
 
 
 @dataclass(frozen=True)
@@ -33,8 +34,9 @@ class StepOutcome:
 class TrainingStep:
     """Makes the steps of one rank; every rank makes the same ones."""
 
-    def __init__(self, config: Config, parts: Parallelized, measure: Measure, device: torch.device):
-        self._config, self._parts, self._measure, self._device = config, parts, measure, device
+    def __init__(self, config: Config, parts: Parallelized, rank: RankSetup):
+        self._config, self._parts, self._device = config, parts, rank.device
+        self.measure = Measure(config.model, parts, rank)
 
     def run(
         self, plan: StepPlan, batch: Batch, *, stopping: bool = False, on_phase: Callable[[str], None] = lambda _: None
@@ -47,7 +49,7 @@ class TrainingStep:
         with zero.accumulate():
             self.run_passes(batch)
             on_phase("schedule")
-            measured = self._measure.collect(stopping)
+            measured = self.measure.collect(stopping)
         on_phase("reduction")
         zero.set_lr(plan.lr)
         update = zero.step(valid=math.isfinite(measured.main_loss))
@@ -68,14 +70,14 @@ class TrainingStep:
         return len(batch.tokens_BS) // self._config.micro_batch_size
 
     def _set_weights(self, plan: StepPlan, batch: Batch) -> None:
-        self._measure.clear()
+        self.measure.clear()
         self._parts.precision.start_step(plan.step)
-        for router in self._measure.routers.values():
+        for router in self.measure.routers.values():
             router.balance_weight = self._config.optim.balance_loss / self._micro_batches(batch)
-        if self._measure.last is not None:
-            self._measure.last.mtp_weight = plan.mtp_weight
+        if self.measure.last is not None:
+            self.measure.last.mtp_weight = plan.mtp_weight
 
     def _update_biases(self, measured: Measured, plan: StepPlan) -> None:
         loads_LE = measured.loads_LE.to(self._device)  # all at once: the host waits for each copy
-        for name, router in self._measure.routers.items():
-            update_bias(router.bias_E, loads_LE[self._measure.layers.index(name)], plan.bias_speed)
+        for name, router in self.measure.routers.items():
+            update_bias(router.bias_E, loads_LE[self.measure.layers.index(name)], plan.bias_speed)

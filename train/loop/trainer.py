@@ -12,13 +12,10 @@ from dataclasses import asdict, dataclass
 from itertools import chain
 from typing import Any
 
-import torch
-
 from conf.disk import disk_errors
 from conf.errors import EXIT_DIVERGED, EXIT_OK, EXIT_STOPPED, DiskFailed, RunEnded
 from conf.schema import Config
 from parallel.exchange import gather
-from parallel.mesh import Mesh
 from train.checkpoint.checkpointer import Checkpointer
 from train.checkpoint.manifest import step_name
 from train.checkpoint.memory import MemoryCopies
@@ -26,7 +23,7 @@ from train.data.batch import Batch
 from train.data.prefetch import Prefetch
 from train.data.prepare import Prepared
 from train.loop.changed_settings import settings_of
-from train.loop.measure import Measure, Measured
+from train.loop.measure import Measured
 from train.loop.nonfinite import SHOWN, Origin, RankSaw, Watch, bad_weights, find_origin
 from train.loop.rank_progress import RankProgress
 from train.loop.state import State
@@ -40,6 +37,7 @@ from train.metrics.writer import MetricsWriter
 from train.optim.schedules import Schedules, StepPlan
 from train.parallelize import Parallelized
 from train.precision.health import Report, merge
+from train.rank import RankSetup
 from train.run_folder import RunPaths
 
 
@@ -67,31 +65,41 @@ class Flops:
     """Where the peak comes from, for a person."""
 
 
+@dataclass
+class Outputs:
+    """What a rank of a run writes to."""
+
+    checkpointer: Checkpointer
+    copies: MemoryCopies | None
+    """In the memory of the nodes; None for a run that keeps none."""
+    writer: MetricsWriter | None
+    """Of metrics, on rank 0; None on the others."""
+
+
 class Trainer:
-    """One rank of a run. `writer` is None on all ranks but 0."""
+    """One rank of a run: parts and state are trained on data, until the last step or a request to stop."""
 
     def __init__(
         self,
+        *,
         config: Config,
-        mesh: Mesh,
+        rank: RankSetup,
         parts: Parallelized,
-        data: Prepared,
-        measure: Measure,
         state: State,
-        checkpointer: Checkpointer,
-        copies: MemoryCopies | None,
-        writer: MetricsWriter | None,
-        stop: StopRequest,
+        data: Prepared,
+        outputs: Outputs,
         flops: Flops,
-        device: torch.device,
+        stop: StopRequest,
     ):
-        self.config, self.mesh, self.parts, self.data = config, mesh, parts, data
-        self.measure, self.state, self.checkpointer, self.copies = measure, state, checkpointer, copies
-        self.writer, self.stop, self.flops, self.device = writer, stop, flops, device
-        self.rank_progress = RankProgress(RunPaths(config).logs, mesh.rank, self._warn)
+        self.config, self.device, self.mesh = config, rank.device, rank.mesh
+        self.parts, self.state, self.data = parts, state, data
+        self.checkpointer, self.copies, self.writer = outputs.checkpointer, outputs.copies, outputs.writer
+        self.flops, self.stop = flops, stop
+        self.rank_progress = RankProgress(RunPaths(config).logs, self.mesh.rank, self._warn)
         self.schedules = Schedules(config)
-        self.training_step = TrainingStep(config, parts, measure, device)
-        self.timeline = TimelineSampler(config, mesh, parts.pipeline, state.step)
+        self.training_step = TrainingStep(config, parts, rank)
+        self.measure = self.training_step.measure
+        self.timeline = TimelineSampler(config, self.mesh, parts.pipeline, state.step)
         self._settings = settings_of(config)
         self._bad_in_a_row = 0
         self._busy: float | None = None
