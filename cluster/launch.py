@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cluster.local import run_local
-from conf.errors import UserError
+from conf.check import check_world
 from conf.load import read_config
 from conf.schema import Config
 
@@ -91,21 +91,15 @@ def launch(
     `command` starts one rank as a child process; `run_rank` runs one in this process, which only the sole run of a
     process may do, since torch's process groups and DeepSpeed leave traces.
     """
-    world = config.parallel.pp * config.parallel.dp
-    place = given_place()
+    parallel, place = config.parallel, given_place()
     if place is not None:
-        if place.world != world:
-            raise UserError(
-                "parallel.pp x parallel.dp",
-                f"{config.parallel.pp} x {config.parallel.dp}",
-                f"must equal WORLD_SIZE = {place.world}",
-                f"set parallel.dp={max(1, place.world // config.parallel.pp)}, or start {world} ranks",
-            )
+        check_world(parallel.pp, parallel.dp, place.world, f"WORLD_SIZE = {place.world}")
         return run_rank(config, place)
     if config.cluster.backend == "ray":
         from cluster.driver.ray_backend import run_ray  # importing Ray takes half a second that other runs need not pay
 
         return run_ray(config, folder, command)
+    world = parallel.pp * parallel.dp
     if world == 1 and alone:
         return run_rank(config, Place())
     return run_local(command, world, folder / "logs")

@@ -9,12 +9,11 @@ from conf.check_precision import check_precision
 from conf.errors import UserError
 from conf.schema import Config, DataFormat, Generate, Mode, Model, Phase
 
-DISPATCHERS = ("flat", "node_limited", "deepep")
-WIRES = ("bf16", "fp8")
-SCHEDULES = ("1f1b", "interleaved", "zbv", "dualpipev")
 NEEDS_NO_DATA = (Mode.generate, Mode.plan, Mode.dry_run)
 SEEDS = 2**63
 """Seeds that every generator takes."""
+MAX_EXPERTS = 32767
+"""Expert ids are sorted and sent as int16."""
 SMALLEST_SHARE = 1e-6
 """Of a mix: what train/data/mix.py can tell from nothing."""
 
@@ -110,23 +109,9 @@ def _check_top(config: Config) -> None:
     )
     _positive(config.log, "log.", "every validation_sequences")
     _not_negative(config.log, "log.", "validate_every sample_tokens peak_flops")
-    _require(
-        config.cluster.device in ("auto", "cpu", "cuda"),
-        "cluster.device",
-        config.cluster.device,
-        "must be auto, cpu or cuda",
-        "leave it at auto",
-    )
     _not_negative(config.cluster, "cluster.", "threads")
     _positive(config.cluster, "cluster.", "timeout wait heartbeat hang_after start_timeout stop_timeout")
     _not_negative(config.cluster, "cluster.", "ranks_per_node restarts straggler_factor")
-    _require(
-        config.cluster.backend in ("local", "ray"),
-        "cluster.backend",
-        config.cluster.backend,
-        "must be local or ray",
-        "take the group: cluster=local or cluster=ray",
-    )
     _require(
         config.cluster.address is None or config.cluster.backend == "ray",
         "cluster.address",
@@ -383,18 +368,28 @@ def _check_parallel(config: Config) -> None:
         "the weights anew for every micro-batch",
         "use parallel.zero=1",
     )
-    for name, options in (("dispatch", DISPATCHERS), ("wire", WIRES), ("schedule", SCHEDULES)):
-        value = getattr(parallel, name)
-        _require(
-            value in options, f"parallel.{name}", value, f"must be one of {', '.join(options)}", f"use {options[0]}"
-        )
-    moe = config.model.dense_layers < config.model.layers or config.model.mtp_depth > 0
+    if config.model.dense_layers < config.model.layers or config.model.mtp_depth > 0:
+        check_experts(config.model.experts, parallel.ep)
+
+
+def check_experts(experts: int, ep: int) -> None:
+    """Raise UserError unless every one of ep ranks gets the same number of experts."""
+    if experts % ep:
+        near = [size for size in range(1, experts + 1) if experts % size == 0]
+        cure = f"set parallel.ep to one of {near}, or model.experts to a multiple of {ep}"
+        raise UserError("parallel.ep", ep, f"must divide model.experts = {experts}", cure)
+    if experts > MAX_EXPERTS:
+        raise UserError("model.experts", experts, f"at most {MAX_EXPERTS} experts per layer", "use fewer experts")
+
+
+def check_world(pp: int, dp: int, world: int, given: str) -> None:
+    """Raise UserError unless the layout takes all ranks that were started. given: what says how many."""
     _require(
-        not moe or config.model.experts % parallel.ep == 0,
-        "parallel.ep",
-        parallel.ep,
-        f"must divide model.experts = {config.model.experts}",
-        "lower ep",
+        pp * dp == world,
+        "parallel.pp x parallel.dp",
+        f"{pp} x {dp}",
+        f"must equal {given}",
+        f"set parallel.dp={max(1, world // pp)}, or start {pp * dp} ranks",
     )
 
 

@@ -5,16 +5,11 @@ import re
 from conf.errors import UserError
 from conf.schema import Fp8, Precision, Products
 
-NAMES = ("fp32", "bf16", "fp8", "fp8_ue8m0")
 OPERAND = re.compile(r"bf16|(e4m3|e5m2)/(1x128|128x128|row|tensor)/(fp32|pow2)")
 
 
 def check_precision(precision: Precision) -> None:
     """Raise UserError for the first rule that the section breaks."""
-    if precision.name not in NAMES:
-        raise UserError("precision.name", precision.name, f"must be one of {', '.join(NAMES)}", "choose precision=bf16")
-    if precision.moments not in ("bf16", "fp32"):
-        raise UserError("precision.moments", precision.moments, "must be bf16 or fp32", "use bf16")
     if (precision.fp8 is not None) != precision.name.startswith("fp8"):
         raise UserError(
             "precision.fp8",
@@ -29,22 +24,10 @@ def check_precision(precision: Precision) -> None:
 def _check_fp8(fp8: Fp8) -> None:
     for family in ("dense", "output", "experts_up", "experts_down"):
         _check_products(f"precision.fp8.{family}", getattr(fp8, family))
-    for name, allowed in (
-        ("linear", ("fp8", "bf16")),
-        ("attention_output", ("e5m6", "fp8", "bf16")),
-        ("swiglu", ("fp8", "bf16")),
-    ):
-        value = getattr(fp8.cache, name)
-        if value not in allowed:
-            raise UserError(
-                f"precision.fp8.cache.{name}", value, f"must be one of {', '.join(allowed)}", f"use {allowed[0]}"
-            )
     for name in ("activation_floor", "gradient_floor"):
         value = getattr(fp8, name)
         if not 1e-30 <= value <= 1.0:
             raise UserError(f"precision.fp8.{name}", value, "must lie in [1e-30, 1]", "leave it at its default")
-    if fp8.emulate not in ("fp32", "bf16"):
-        raise UserError("precision.fp8.emulate", fp8.emulate, "must be fp32 or bf16", "use fp32")
     health = fp8.health
     if health.every < 0:
         raise UserError("precision.fp8.health.every", health.every, "must not be negative", "set it to 0 for no checks")

@@ -6,6 +6,7 @@ would be a group, and a folder of runs would hide the key `runs`.
 
 import difflib
 import os
+import re
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -165,6 +166,10 @@ def _explain(error: Exception) -> UserError:
     rule = " ".join(
         line for line in dict.fromkeys(lines) if not line.startswith(("full_key", "object_type", "reference_type"))
     )
+    if choices := re.search(r"expected one of \[(.+)\]", rule):
+        return UserError(
+            named, given.get(named, "?"), f"must be one of {choices[1]}", f"use {choices[1].split(', ')[0]}"
+        )
     cure = f"did you mean {' or '.join(close)}? " if close else ""
     return UserError(
         named, given.get(named, "?"), rule, cure + "`python -m train --help` lists recipes, groups and keys"

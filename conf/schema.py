@@ -5,56 +5,32 @@ that join several fields. Nothing here is ever written after load.
 """
 
 from dataclasses import dataclass, field
-from enum import Enum
+from enum import StrEnum
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 """The folder that holds conf/, train/, parallel/ and cluster/."""
 
 
-class Mode(Enum):
-    """What `python -m train` does with a recipe."""
-
-    train = "train"
-    report = "report"
-    plan = "plan"
-    dry_run = "dry_run"
-    evaluate = "evaluate"
-    generate = "generate"
-    export = "export"
-    dashboard = "dashboard"
-
-
-class Shape(Enum):
-    """How a schedule phase moves from the value before it to its own value."""
-
-    constant = "constant"
-    linear = "linear"
-    cosine = "cosine"
-
-
-class Recompute(Enum):
-    """What the backward pass computes again instead of keeping it (paper 3.2.3 and 3.3.3)."""
-
-    norm = "norm"
-    mla_up = "mla_up"
-    swiglu = "swiglu"
-
-
-class DataFormat(Enum):
-    auto = "auto"
-    stdlib = "stdlib"
-    text = "text"
-    jsonl = "jsonl"
-    parquet = "parquet"
-    huggingface = "huggingface"
-    memmap = "memmap"
-
-
-class WandbMode(Enum):
-    auto = "auto"
-    offline = "offline"
-    disabled = "disabled"
+# Choices. Their members are strings, so code may compare them with plain ones.
+Mode = StrEnum("Mode", ["train", "report", "plan", "dry_run", "evaluate", "generate", "export", "dashboard"])
+"""What `python -m train` does with a recipe."""
+Shape = StrEnum("Shape", ["constant", "linear", "cosine"])
+"""How a schedule phase moves from the value before it to its own value."""
+Recompute = StrEnum("Recompute", ["norm", "mla_up", "swiglu"])
+"""What the backward pass computes again instead of keeping it (paper 3.2.3 and 3.3.3)."""
+DataFormat = StrEnum("DataFormat", ["auto", "stdlib", "text", "jsonl", "parquet", "huggingface", "memmap"])
+WandbMode = StrEnum("WandbMode", ["auto", "offline", "disabled"])
+PipelineSchedule = StrEnum("PipelineSchedule", ["1f1b", "interleaved", "zbv", "dualpipev"])
+DispatchKind = StrEnum("DispatchKind", ["flat", "node_limited", "deepep"])
+WireFormat = StrEnum("WireFormat", ["bf16", "fp8"])
+KeptInput = StrEnum("KeptInput", ["fp8", "bf16"])
+KeptOutput = StrEnum("KeptOutput", ["e5m6", "fp8", "bf16"])
+HighFormat = StrEnum("HighFormat", ["fp32", "bf16"])
+PrecisionName = StrEnum("PrecisionName", ["fp32", "bf16", "fp8", "fp8_ue8m0"])
+ExportType = StrEnum("ExportType", ["bf16", "fp32", "fp8"])
+ClusterBackend = StrEnum("ClusterBackend", ["local", "ray"])
+DeviceKind = StrEnum("DeviceKind", ["auto", "cpu", "cuda"])
 
 
 @dataclass
@@ -243,15 +219,15 @@ class Parallel:
     """Ranks that share the experts of one layer; divides dp."""
     zero: int = 1
     """ZeRO stage, 1 to 3; 1 with pipelines."""
-    schedule: str = "1f1b"
+    schedule: PipelineSchedule = PipelineSchedule["1f1b"]
     """Order of the pipeline's actions: 1f1b, interleaved, zbv or dualpipev; the last three give every rank two stages."""
     overlap: bool = True
     """dualpipev, also on a pipeline of one rank: run the forward of one micro-batch and the backward of another together, so
     that the all-to-all of either flies under the computation of the other; false runs them one after the other."""
-    dispatch: str = "flat"
+    dispatch: DispatchKind = DispatchKind.flat
     """How tokens reach experts on other ranks: flat (one all-to-all, a row per token and expert), node_limited (each token
     crosses to a node once and fans out inside it) or deepep (the DeepEP package, on GPUs)."""
-    wire: str = "bf16"
+    wire: WireFormat = WireFormat.bf16
     """Format of rows on their way to the experts and of gradients on theirs: bf16 (the activations' own format) or fp8
     (E4M3 with power-of-two scales per 128 values, paper 3.3.3). The ways back are always in the activations' format."""
 
@@ -308,11 +284,11 @@ def _experts_down() -> Products:
 class Cache:
     """What the backward pass keeps (paper 3.3.3): fp8 (values and scales as Fprop used them) or bf16."""
 
-    linear: str = "fp8"
+    linear: KeptInput = KeptInput.fp8
     """Inputs of linear layers and of the experts' up-projection."""
-    attention_output: str = "e5m6"
+    attention_output: KeptOutput = KeptOutput.e5m6
     """Input of the attention's output projection: e5m6 (12 bits), fp8 or bf16."""
-    swiglu: str = "fp8"
+    swiglu: KeptInput = KeptInput.fp8
     """Input of the experts' SwiGLU, whose output is computed again."""
     packed: bool = True
     """False, on CPU only: hold the same values in bf16 or fp32, which takes more memory and less time."""
@@ -362,7 +338,7 @@ class Fp8:
     """Smallest max-abs of activations and weights that a scale is made for, as in DeepSeek's kernels."""
     gradient_floor: float = 1e-12
     """The same for gradients, which lie far below activations."""
-    emulate: str = "fp32"
+    emulate: HighFormat = HighFormat.fp32
     """On CPU, the products of operands whose scales are not powers of two: fp32 is exact, and costs an fp32 product where
     they are not compiled; bf16 rounds the operands (by 2^-9, beside 2^-4 of E4M3) and costs no more than a bf16 product."""
     compiled: bool = True
@@ -377,9 +353,9 @@ class Fp8:
 class Precision:
     """Number formats of the matrix products. Master weights are fp32 in all of them."""
 
-    name: str = "fp32"
+    name: PrecisionName = PrecisionName.fp32
     """fp32, bf16, or a recipe with FP8 products: fp8 (the paper's) or fp8_ue8m0 (every scale a power of two)."""
-    moments: str = "bf16"
+    moments: HighFormat = HighFormat.bf16
     """Format of the two Adam moments: bf16 (paper 3.3.3) or fp32."""
     fp8: Fp8 | None = None
     """The FP8 recipe; null where no product is FP8."""
@@ -418,9 +394,9 @@ class Checkpoint:
 class Cluster:
     """Where the processes run."""
 
-    backend: str = "local"
+    backend: ClusterBackend = ClusterBackend.local
     """local: ranks are children of this process, or of torchrun; ray: they run wherever Ray has nodes."""
-    device: str = "auto"
+    device: DeviceKind = DeviceKind.auto
     """auto (a GPU where there is one), cpu or cuda."""
     threads: int = 0
     """CPU threads per rank; 0 shares the cores among the ranks of a machine."""
@@ -586,14 +562,6 @@ class Generate:
     """The same seed, prompt and settings give the same text."""
     speculative: bool = False
     """Let the MTP modules draft tokens that the model then checks together: the same distribution, fewer steps."""
-
-
-class ExportType(Enum):
-    """Number format of exported weights."""
-
-    bf16 = "bf16"
-    fp32 = "fp32"
-    fp8 = "fp8"
 
 
 @dataclass

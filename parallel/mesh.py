@@ -18,6 +18,7 @@ from datetime import timedelta
 import torch.distributed as dist
 from torch.distributed import ProcessGroup
 
+from conf.check import check_world
 from conf.errors import UserError
 from conf.schema import Config
 
@@ -32,8 +33,7 @@ class Layout:
     ranks_per_node: int = 1
 
     def __post_init__(self) -> None:
-        if self.dp % self.ep:
-            raise UserError("parallel.ep", self.ep, f"must divide parallel.dp = {self.dp}", "raise dp or lower ep")
+        assert self.dp % self.ep == 0, "conf/check.py comes first"
 
     @property
     def world(self) -> int:
@@ -163,13 +163,7 @@ def build_mesh(layout: Layout, timeout: timedelta | None = None) -> Mesh:
     the default group itself.
     """
     world = dist.get_world_size()
-    if world != layout.world:
-        raise UserError(
-            "parallel.pp x parallel.dp",
-            f"{layout.pp} x {layout.dp}",
-            f"must equal the number of ranks, {world}",
-            f"set parallel.dp={max(1, world // layout.pp)} or start {layout.world} ranks",
-        )
+    check_world(layout.pp, layout.dp, world, f"the number of ranks, {world}")
     rank = dist.get_rank()
     made: dict[Partition, ProcessGroup] = {(tuple(range(world)),): dist.group.WORLD}
 

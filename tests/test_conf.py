@@ -82,6 +82,12 @@ def test_rules_name_the_field(overrides, field):
         ("model.expert=3", "did you mean model.experts"),
         ("steps=two", "could not be converted to Integer"),
         ("nothing=1", "Key 'nothing' not in"),
+        (
+            "parallel.schedule=gpipe",
+            "parallel.schedule = gpipe\n  rule: must be one of 1f1b, interleaved, zbv, dualpipev",
+        ),
+        ("parallel.dispatch=ring", "rule: must be one of flat, node_limited, deepep\n  cure: use flat"),
+        ("parallel.wire=int8", "rule: must be one of bf16, fp8\n  cure: use bf16"),
     ],
 )
 def test_command_line_mistakes_are_one_screen(argument, words, tmp_path):

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from conf.schema import Config, Recompute
-from parallel.expert.build import Dispatcher, build_dispatcher
+from parallel.expert.build import RemoteDispatcher, build_dispatcher
 from parallel.mesh import Mesh
 from parallel.pipeline.schedule import Pipeline, build_schedule
 from parallel.pipeline.split import split_layers, stage_placement
@@ -32,7 +32,7 @@ class Parallelized:
     chunks: list[DeepSeekV3]
     pipeline: Pipeline
     zero: Zero
-    dispatcher: Dispatcher | None
+    dispatcher: RemoteDispatcher | None
     """None where this rank holds all experts."""
     precision: HighPrecision | Fp8Precision
 
@@ -48,7 +48,7 @@ def parallelize(
     *,
     restored: bool = False,
     core: Attention = attention,
-    dispatcher: Dispatcher | None = None,
+    dispatcher: RemoteDispatcher | None = None,
     layers: list[range] | None = None,
 ) -> Parallelized:
     """Build this rank's chunks with the weights of config.seed, and wrap them for training.
@@ -109,7 +109,7 @@ def build_chunks(
     config: Config,
     mesh: Mesh,
     device: torch.device,
-    dispatcher: Dispatcher | None,
+    dispatcher: RemoteDispatcher | None,
     precision: HighPrecision | Fp8Precision,
     layers: list[range] | None = None,
     restored: bool = False,
@@ -147,7 +147,7 @@ def build_chunks(
     return chunks, stage_ids, num_stages
 
 
-def make_dispatcher(config: Config, mesh: Mesh) -> Dispatcher:
+def make_dispatcher(config: Config, mesh: Mesh) -> RemoteDispatcher:
     """The one object that brings tokens of all layers to experts on other ranks."""
     return build_dispatcher(
         config.parallel.dispatch,

@@ -8,20 +8,7 @@ from parallel.expert.deep_ep import DeepEPDispatcher
 from parallel.expert.node_limited import NodeLimitedDispatcher
 from parallel.expert.wire import Fp8RowsWire, Fp8Wire, HighWire, Wire
 
-Dispatcher = AllToAllDispatcher | NodeLimitedDispatcher | DeepEPDispatcher
-
-MAX_EXPERTS = 32767
-"""Expert ids are sorted and sent as int16."""
-
-
-def check_experts(experts: int, ep: int) -> None:
-    """Raise UserError unless every one of ep ranks gets the same number of experts."""
-    if experts % ep:
-        near = [size for size in range(1, experts + 1) if experts % size == 0]
-        cure = f"set parallel.ep to one of {near}, or model.experts to a multiple of {ep}"
-        raise UserError("parallel.ep", ep, f"must divide model.experts = {experts}", cure)
-    if experts > MAX_EXPERTS:
-        raise UserError("model.experts", experts, f"at most {MAX_EXPERTS} experts per layer", "use fewer experts")
+RemoteDispatcher = AllToAllDispatcher | NodeLimitedDispatcher | DeepEPDispatcher
 
 
 def check_groups(ep: int, ranks_per_node: int, groups: int) -> None:
@@ -49,10 +36,7 @@ def check_groups(ep: int, ranks_per_node: int, groups: int) -> None:
 
 def build_wire(name: str, quantized: bool = False) -> Wire:
     """bf16 (the activation format, whichever that is) or fp8. quantized: experts take FP8 rows as they arrive."""
-    wires = {wire.name: wire for wire in (HighWire, Fp8RowsWire if quantized else Fp8Wire)}
-    if name not in wires:
-        raise UserError("parallel.wire", name, f"must be one of {sorted(wires)}", "set parallel.wire=bf16")
-    return wires[name]()
+    return HighWire() if name == "bf16" else Fp8RowsWire() if quantized else Fp8Wire()
 
 
 def build_dispatcher(
@@ -67,7 +51,7 @@ def build_dispatcher(
     ranks_per_node: int = 1,
     groups: int = 1,
     width: int = 0,
-) -> Dispatcher:
+) -> RemoteDispatcher:
     """A dispatcher for one layer or, as it keeps no state between uses, for all layers of a rank.
 
     name: flat, node_limited or deepep. experts: routed experts of a layer. wire, quantized: see `build_wire`.
@@ -76,13 +60,9 @@ def build_dispatcher(
     ranks_per_node: consecutive ranks of the group on one node. groups: the router's expert groups.
     width: hidden width, for deepep. Raises UserError where the sizes do not fit.
     """
-    ep = 1 if ep_group is None else dist.get_world_size(ep_group)
-    check_experts(experts, ep)
     if name == "flat":
         return AllToAllDispatcher(ep_group, experts, ranks_per_node, build_wire(wire, quantized))
     if name == "node_limited":
-        check_groups(ep, ranks_per_node, groups)
+        check_groups(1 if ep_group is None else dist.get_world_size(ep_group), ranks_per_node, groups)
         return NodeLimitedDispatcher(inter_group, intra_group, experts, build_wire(wire, quantized))
-    if name == "deepep":
-        return DeepEPDispatcher(ep_group, experts, width, build_wire(wire, quantized))
-    raise UserError("parallel.dispatch", name, "must be flat, node_limited or deepep", "set parallel.dispatch=flat")
+    return DeepEPDispatcher(ep_group, experts, width, build_wire(wire, quantized))

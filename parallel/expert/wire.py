@@ -31,8 +31,6 @@ E4M3_MAX = 448.0
 class Wire(Protocol):
     """How dispatchers use a wire."""
 
-    name: str
-
     def row_bytes(self, width: int, dtype: torch.dtype) -> int:
         """Bytes of one message row for rows of width channels, a multiple of 4."""
 
@@ -45,8 +43,6 @@ class Wire(Protocol):
 
 class HighWire:
     """The activation format itself: encode and decode are views where the width allows it."""
-
-    name = "bf16"
 
     def row_bytes(self, width: int, dtype: torch.dtype) -> int:
         return _round_up(width * dtype.itemsize, 4)
@@ -66,8 +62,6 @@ class Fp8Wire:
     gradient_floor: the same for gradients. Theirs can lie far below 1e-4 as a whole and would lose their range
         to that clamp, so it is torchao's 1e-12, which only guards the division.
     """
-
-    name = "fp8"
 
     def __init__(self, activation_floor: float = 1e-4, gradient_floor: float = 1e-12):
         assert min(activation_floor, gradient_floor) >= 2.0**-110, "the scale's reciprocal must stay finite"

@@ -13,8 +13,9 @@ from collections.abc import Sequence
 from itertools import accumulate, pairwise, permutations
 
 from conf.errors import UserError
+from conf.schema import PipelineSchedule
 
-SCHEDULES = {"1f1b": 1, "interleaved": 2, "zbv": 2, "dualpipev": 2}
+SCHEDULES = {schedule: 1 if schedule == "1f1b" else 2 for schedule in PipelineSchedule}
 """Schedule names and the number of stages that each rank holds."""
 
 
@@ -37,8 +38,6 @@ def check_schedule(name: str, pp: int, micro_batches: int, layers: int) -> None:
 
     micro_batches: micro-batches per step and data-parallel rank, batch_size / (micro_batch_size x dp).
     """
-    if name not in SCHEDULES:
-        raise UserError("parallel.schedule", name, "must be a known schedule", f"use one of {', '.join(SCHEDULES)}")
     stages = pp * SCHEDULES[name]
     if layers < stages - 2:
         raise UserError(

@@ -2,9 +2,10 @@ import sys
 
 import pytest
 
+from conf.check import check_experts
 from conf.errors import UserError
 from parallel.expert.all_to_all import AllToAllDispatcher
-from parallel.expert.build import build_dispatcher, build_wire, check_experts, check_groups
+from parallel.expert.build import build_dispatcher, check_groups
 
 
 def test_experts_that_do_not_divide_name_the_sizes_that_do():
@@ -38,13 +39,6 @@ def test_groups_that_straddle_nodes_are_refused_with_a_cure(ep, ranks_per_node, 
     with pytest.raises(UserError) as error:
         check_groups(ep, ranks_per_node, groups)
     assert error.value.field == field and cure in error.value.cure
-
-
-def test_unknown_names_list_the_known_ones():
-    with pytest.raises(UserError, match=r"bf16.*fp8"):
-        build_wire("int8")
-    with pytest.raises(UserError, match="flat, node_limited or deepep"):
-        build_dispatcher("ring", experts=8)
 
 
 def test_one_rank_needs_no_group():

@@ -118,7 +118,6 @@ def test_static_and_frugal():
 @pytest.mark.parametrize(
     ("name", "pp", "micro_batches", "layers", "message"),
     [
-        ("gpipe", 1, 1, 4, r"parallel.schedule = gpipe"),
         ("zbv", 4, 8, 5, r"parallel.pp = 4 with parallel.schedule=zbv(.|\n)*8 stages(.|\n)*use parallel.pp <= 3"),
         ("1f1b", 4, 3, 8, r"batch_size = 3 micro-batches(.|\n)*at least 4"),
         ("dualpipev", 4, 7, 8, r"batch_size = 7 micro-batches(.|\n)*at least 8"),

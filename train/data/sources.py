@@ -138,8 +138,8 @@ def open_source(source: MixSource, key: str) -> DocumentSource:
     if suffixes and root.is_dir():
         files = [file for file in files if file.name.endswith(suffixes)]
     if not files:
-        raise UserError(key, source.path, f"holds no {kind.value} files", "check the path")
-    way = kind.value if kind == DataFormat.text else f"{kind.value}:{text_key}"
+        raise UserError(key, source.path, f"holds no {kind} files", "check the path")
+    way = kind if kind == DataFormat.text else f"{kind}:{text_key}"
     return FileSource(key, source.path, root, files, reader, way, binary)
 
 
@@ -177,7 +177,7 @@ def _guess(source: MixSource, key: str) -> DataFormat:
         return DataFormat.memmap
     kinds = {_kind(file.name) for file in find_files(path, key)}
     if len(kinds) > 1:
-        names = " and ".join(sorted(kind.value for kind in kinds))
+        names = " and ".join(sorted(kinds))
         raise UserError(
             key,
             source.path,

@@ -61,7 +61,7 @@ def export(config: Config) -> int:
         length = _write_configs(folder, config, manifest.meta["seq_len"], tokenizer.eos_id)
         write_tokenizer(folder, tokenizer, _tokenizer_folder(config), length)
         source = {"checkpoint": str(checkpoint.absolute()), "step": manifest.step, "ema": ema}
-        write_json(folder / "export.json", {**source, "dtype": config.export.dtype.value, "tensors": rows})
+        write_json(folder / "export.json", {**source, "dtype": config.export.dtype, "tensors": rows})
     for line in (*lines(rows), *_notes(config.model), f"Exported step {manifest.step} of {checkpoint} to {target}"):
         print(line)
     return EXIT_OK
@@ -202,7 +202,7 @@ def _write(writer: PieceWriter, cut: Cut, values: Tensor) -> None:
 
 def _write_configs(folder: Path, config: Config, seq_len: int, eos_id: int) -> int:
     """config.json and generation_config.json; returns the most tokens of a sequence. seq_len: that of the training."""
-    body = config_json(config.model, seq_len, config.export.dtype.value, eos_id)
+    body = config_json(config.model, seq_len, config.export.dtype, eos_id)
     write_json(folder / "config.json", body)
     write_json(folder / "generation_config.json", {"bos_token_id": eos_id, "eos_token_id": eos_id})
     return body["max_position_embeddings"]

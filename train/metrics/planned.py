@@ -6,7 +6,6 @@ that trains, by the rates of its description or by a calibration.
 
 import json
 from dataclasses import asdict
-from enum import Enum
 from pathlib import Path
 from typing import Any
 
@@ -38,12 +37,7 @@ def recipe_of(config: Config) -> dict[str, Any]:
         "batch_size": config.batch_size,
         "micro_batch_size": config.micro_batch_size,
     }
-    return json.loads(json.dumps(found, default=_plain))
-
-
-def _plain(value: object) -> object:
-    assert isinstance(value, Enum), value
-    return value.value
+    return json.loads(json.dumps(found))
 
 
 def planned(config: Config, run_folder: Path) -> Record:

@@ -38,7 +38,7 @@ def plan_record(plan: RunPlan, cures: list[Cure]) -> dict[str, Any]:
             **vars(parallel),
             "micro_batch_size": config.micro_batch_size,
             "micro_batches": stages.sizes.micro_batches,
-            "recompute": [what.value for what in config.model.recompute],
+            "recompute": config.model.recompute,
             "precision": config.precision.name,
         },
         "recipe": recipe_of(config),
@@ -101,7 +101,7 @@ def verdict(plan: RunPlan) -> str:
 def layout_words(plan: RunPlan) -> str:
     """How the work is spread."""
     config, parallel = plan.config, plan.config.parallel
-    again = ", ".join(what.value for what in config.model.recompute) or "nothing"
+    again = ", ".join(config.model.recompute) or "nothing"
     return (
         f"pp {parallel.pp} ({parallel.schedule}), dp {parallel.dp}, ep {parallel.ep} ({parallel.dispatch}, {parallel.wire}), "
         f"ZeRO {parallel.zero}, {micro_batches_of(config)} micro-batches of {config.micro_batch_size}, computed again: {again}"

@@ -67,7 +67,7 @@ def overrides(config: Config, base: Config) -> list[str]:
     if config.micro_batch_size != base.micro_batch_size:
         found.append(f"micro_batch_size={config.micro_batch_size}")
     if config.model.recompute != base.model.recompute:
-        found.append(f"model.recompute=[{','.join(what.value for what in config.model.recompute)}]")
+        found.append(f"model.recompute=[{','.join(config.model.recompute)}]")
     if config.model.loss_chunk != base.model.loss_chunk:
         found.append(f"model.loss_chunk={config.model.loss_chunk}")
     if config.precision.moments != base.precision.moments:
