@@ -16,6 +16,7 @@ from enum import Enum
 from pathlib import Path
 
 from conf.errors import EXIT_CRASH, EXIT_DIVERGED, EXIT_OK, EXIT_STOPPED, EXIT_USER
+from conf.files import atomic_write_text
 
 CERTAIN = {-signal.SIGKILL, -signal.SIGSEGV, -signal.SIGBUS, -signal.SIGILL, -signal.SIGFPE}
 """Exit codes of a rank that is no victim; a victim may still abort, as libraries do when they lose a peer."""
@@ -50,9 +51,7 @@ class Failure:
 
     def write(self, logs: Path) -> None:
         logs.mkdir(parents=True, exist_ok=True)
-        temporary = logs / f".rank_{self.rank}.error.tmp"
-        temporary.write_text(json.dumps(self.__dict__))
-        temporary.rename(logs / f"rank_{self.rank}.error.json")
+        atomic_write_text(logs / f"rank_{self.rank}.error.json", json.dumps(self.__dict__), durable=False)
 
 
 @dataclass

@@ -24,6 +24,7 @@ from omegaconf.errors import OmegaConfBaseException
 from conf.check import check
 from conf.disk import disk_errors
 from conf.errors import EXIT_OK, UserError
+from conf.files import atomic_write_text
 from conf.run_settings import LOOKS_AT_A_RUN, over_run_settings
 from conf.schema import ROOT, Config
 from conf.yaml_file import UNREADABLE, read_yaml, unreadable
@@ -90,8 +91,8 @@ def read_config(path: str) -> Config:
 
 
 def write_config(config: Config, path: str) -> None:
-    """Write every value, resolved, so that a rank needs no Hydra."""
-    OmegaConf.save(OmegaConf.structured(config), path)
+    """Write every value, resolved, so that a rank needs no Hydra. One that starts meanwhile reads the old file or the new one."""
+    atomic_write_text(Path(path), OmegaConf.to_yaml(OmegaConf.structured(config)))
 
 
 def compose(*overrides: str) -> Config:

@@ -23,9 +23,9 @@ from pathlib import Path
 
 from conf.disk import disk_errors, explain, naming, room
 from conf.errors import EXIT_USER, UserError
+from conf.files import atomic_write_text
 from conf.load import write_config
 from conf.schema import Config
-from train.checkpoint.files import atomic_write_text, fsync_folder
 from train.checkpoint.manifest import Found, checkpoints, newest_intact, verify
 
 
@@ -65,7 +65,7 @@ class RunFolder(RunPaths):
             self.checkpoints.mkdir(exist_ok=True)
             self.logs.mkdir(exist_ok=True)
             self._before = self.config_path.read_text() if self.config_path.is_file() else None
-            _write_config(config, self)
+            write_config(config, str(self.config_path))
         except BaseException:
             self.close()
             raise
@@ -227,12 +227,3 @@ def _check_space(config: Config, paths: RunPaths, checkpoint_bytes: int) -> None
             f"and {free / 1e9:.1f} GB are free: {room(paths.path)}",
             "free some, set runs= to a larger disk, or lower checkpoint.keep",
         )
-
-
-def _write_config(config: Config, paths: RunPaths) -> None:
-    """Ranks that start meanwhile read the old file or the new one, never a part."""
-    temporary = paths.config_path.with_name(".config.yaml.tmp")
-    with naming(paths.config_path):
-        write_config(config, str(temporary))
-    os.replace(temporary, paths.config_path)
-    fsync_folder(paths.path)

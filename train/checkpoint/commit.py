@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from conf.errors import UserError
-from train.checkpoint.files import atomic_write_json, atomic_write_text, exclusive, fsync_folder
+from conf.files import atomic_write_json, atomic_write_text, exclusive, fsync_folder
 from train.checkpoint.manifest import MANIFEST, checkpoints, data_name, index_name, seal, step_name
 
 HIDDEN = re.compile(

@@ -22,9 +22,9 @@ import torch.distributed as dist
 from cluster.driver.copies import Shelves
 from cluster.node.copy_store import Peer, SetId, prune, size
 from conf.errors import UserError
+from conf.files import atomic_write_json
 from parallel.exchange import gather
 from parallel.shard import Shard
-from train.checkpoint.files import atomic_write_json
 from train.checkpoint.intervals import NotCovered, merge
 from train.checkpoint.load import FolderFiles, Read
 from train.checkpoint.manifest import Damaged, Manifest, data_name, index_name, manifest_of

@@ -9,8 +9,10 @@ any tool can open it. It is written here because the library's writer neither co
 """
 
 import json
+import math
 import os
 import zlib
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,6 +39,8 @@ DTYPES = {
     torch.bool: "BOOL",
 }
 """Element types and their names in the safetensors format."""
+SIZES = {name: dtype.itemsize for dtype, name in DTYPES.items()}
+"""Bytes of an element, by these names."""
 SEGMENT = 64 * BLOCK
 """Bytes of one buffer. A power of two, as page-locked allocations are rounded up to one."""
 
@@ -52,20 +56,34 @@ class StagedLayout:
 
 
 def plan(shards: dict[str, Shard]) -> StagedLayout:
-    """Wide elements first, so that each is aligned to its own size without padding, which the format forbids."""
-    order = sorted(shards, key=lambda name: (-shards[name].local.element_size(), name))
-    places, header, at = {}, {}, 0
-    for name in order:
-        shard = shards[name]
+    """The file of these shards; it names each by an interval of one dimension."""
+    for name, shard in shards.items():
         assert shard.local.dtype in DTYPES, f"{name}: {shard.local.dtype} has no name in the safetensors format"
-        dtype, count = DTYPES[shard.local.dtype], shard.local.numel()
-        places[name] = (dtype, tuple(shard.shape), shard.offset, count, at)
-        end = at + shard.local.nbytes
-        header[name] = {"dtype": dtype, "shape": [count], "data_offsets": [at, end]}
+    header, offsets, size = safetensors_header(
+        (name, DTYPES[shards[name].local.dtype], [shards[name].local.numel()]) for name in sorted(shards)
+    )
+    places = {}
+    for name, at in offsets.items():
+        local = shards[name].local
+        places[name] = (DTYPES[local.dtype], tuple(shards[name].shape), shards[name].offset, local.numel(), at)
+    return StagedLayout(places, header, size)
+
+
+def safetensors_header(
+    tensors: Iterable[tuple[str, str, Sequence[int]]], metadata: dict[str, str] | None = None
+) -> tuple[bytes, dict[str, int], int]:
+    """The first bytes of a file with these tensors (name, type and shape), the first byte of each in the data part, and the
+    bytes of that part. Wide elements come first, so that each is aligned to its own size without padding, which the format
+    forbids; else the order is the given one.
+    """
+    header, offsets, at = {} if metadata is None else {"__metadata__": metadata}, {}, 0
+    for name, dtype, shape in sorted(tensors, key=lambda tensor: -SIZES[tensor[1]]):
+        offsets[name], end = at, at + math.prod(shape) * SIZES[dtype]
+        header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [at, end]}
         at = end
     text = json.dumps(header).encode()
     text += b" " * (-len(text) % 8)
-    return StagedLayout(places, len(text).to_bytes(8, "little") + text, at)
+    return len(text).to_bytes(8, "little") + text, offsets, at
 
 
 class StagingBuffers:

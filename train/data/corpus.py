@@ -20,7 +20,7 @@ from train.data.files import Progress
 from train.data.packing import Documents
 from train.data.sources import DocumentSource, format_of, no_text, open_source, sources_of
 from train.data.split import all_documents, split, training_texts
-from train.data.store import VERSION, DamagedStore, StoreWriter, TokenStore, locked, open_store, write_atomically
+from train.data.store import VERSION, DamagedStore, StoreWriter, TokenStore, keep_text, locked, open_store
 from train.data.tokenise import tokenise
 from train.data.tokenizer import SMALLEST_VOCAB, Tokenizer, check_fit, load_tokenizer, train_bpe
 
@@ -148,7 +148,7 @@ class _Builder:
             self.progress("training the tokenizer", 0, size)
             texts = training_texts(list(sources.values()), SAMPLE_BYTES, self.data.validation_fraction)
             trained = train_bpe(texts, rows)
-            write_atomically(path, json.dumps({"crc32": zlib.crc32(trained.encode()), "json": trained}).encode())
+            keep_text(path, json.dumps({"crc32": zlib.crc32(trained.encode()), "json": trained}))
             self.progress("training the tokenizer", size, size)
             return trained
 

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from conf.errors import UserError
-from train.data.store import write_atomically
+from train.data.store import keep_text
 
 Progress = Callable[[str, int, int], None]
 """Called with what is being done, how much is done and how much there is (in bytes)."""
@@ -86,7 +86,7 @@ def digest_files(files: list[SourceFile], manifest: Path, field: str, progress: 
     if changed:
         settled = time.time_ns() - RACE
         kept = {name: entry for name, entry in entries.items() if entry[1] < settled}
-        write_atomically(manifest, json.dumps(kept).encode())
+        keep_text(manifest, json.dumps(kept))
     return hashlib.blake2b(
         json.dumps([[name, entry[2]] for name, entry in entries.items()]).encode(), digest_size=16
     ).hexdigest()

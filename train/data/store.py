@@ -31,6 +31,7 @@ import numpy as np
 
 from conf.disk import room, size
 from conf.errors import UserError
+from conf.files import atomic_write_text
 
 VERSION = 1
 ALWAYS_CHECKED = 64 << 20
@@ -73,16 +74,11 @@ def space_errors(path: Path, needed: int | None = None) -> Iterator[None]:
         raise UserError("data.cache", path, rule, cure) from error
 
 
-def write_atomically(path: Path, content: bytes) -> None:
-    """Write a small file whole or not at all."""
-    with space_errors(path.parent, len(content)):
+def keep_text(path: Path, text: str) -> None:
+    """Write a small file of the cache, whole or not at all."""
+    with space_errors(path.parent, len(text)):
         path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
-        try:
-            temporary.write_bytes(content)
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
+        atomic_write_text(path, text, durable=False)
 
 
 @contextmanager
@@ -247,7 +243,7 @@ def _check_content(path: Path, tokens_N: np.ndarray, checksums: dict[str, int], 
     if crc != checksums.get("tokens.bin", crc):
         raise DamagedStore("tokens.bin does not have the checksum in meta.json")
     if status.st_size > ALWAYS_CHECKED:
-        write_atomically(mark, json.dumps([*now, largest]).encode())
+        keep_text(mark, json.dumps([*now, largest]))
     return largest
 
 

@@ -25,8 +25,8 @@ from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
 from tokenizers import Tokenizer as Backend
 
 from conf.errors import UserError
+from conf.files import atomic_write_text
 from conf.read_json import read_json, read_text
-from train.checkpoint.files import atomic_write_text
 
 EOS = "<\uff5cend\u2581of\u2581sentence\uff5c>"  # full-width bars and low blocks, as in DeepSeek's file
 FIM = tuple(f"<\uff5cfim\u2581{part}\uff5c>" for part in ("begin", "hole", "end"))

@@ -7,8 +7,8 @@ import torch
 
 from cluster.launch import Place
 from conf.errors import EXIT_OK
+from conf.files import atomic_write_text
 from conf.schema import Config
-from train.checkpoint.files import atomic_write_text
 from train.dry_run.expected import expect
 from train.dry_run.lone import run_alone
 from train.dry_run.piece import choose_piece, choose_rank

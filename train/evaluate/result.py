@@ -23,7 +23,7 @@ from typing import Any
 
 from rich.console import Console
 
-from train.checkpoint.files import atomic_write_text
+from conf.files import atomic_write_text
 from train.evaluate.sources import EvaluatedSource
 from train.loop.validation import Sums
 

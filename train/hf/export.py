@@ -18,9 +18,9 @@ import torch
 from torch import Tensor
 
 from conf.errors import EXIT_OK, UserError
+from conf.files import fsync_folder
 from conf.schema import Config, Model
 from parallel.shard import Shard
-from train.checkpoint.files import fsync_folder
 from train.checkpoint.load import TORCH, FolderFiles, fill
 from train.checkpoint.manifest import Manifest, read_manifest
 from train.data.files import Progress

@@ -1,10 +1,8 @@
 """Safetensors files written in pieces: the header says where everything will lie, then the values come as they are made.
 
-The library's own writer wants all tensors of a file in memory; this one needs only the piece at hand. Within a file wide
-elements come first, so that each lies at a multiple of its own size.
+The library's own writer wants all tensors of a file in memory; this one needs only the piece at hand.
 """
 
-import json
 import math
 import os
 from dataclasses import dataclass
@@ -13,9 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from train.checkpoint.stage import DTYPES
-
-SIZES = {name: dtype.itemsize for dtype, name in DTYPES.items()}
+from train.checkpoint.stage import DTYPES, SIZES, safetensors_header
 
 
 @dataclass(frozen=True)
@@ -37,18 +33,11 @@ class PieceWriter:
 
     def __init__(self, path: Path, outs: list[Out]):
         self._outs = {out.name: out for out in outs}
-        self._offsets: dict[str, int] = {}
-        header, at = {"__metadata__": {"format": "pt"}}, 0
-        for out in sorted(outs, key=lambda out: -SIZES[out.dtype]):
-            self._offsets[out.name] = at
-            places = [at, at + out.nbytes]
-            header[out.name] = {"dtype": out.dtype, "shape": list(out.shape), "data_offsets": places}
-            at += out.nbytes
-        text = json.dumps(header).encode()
-        text += b" " * (-len(text) % 8)
-        self._start, self._left = 8 + len(text), at
+        tensors = [(out.name, out.dtype, out.shape) for out in outs]
+        header, self._offsets, self._left = safetensors_header(tensors, {"format": "pt"})
+        self._start = len(header)
         self._handle = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o644)
-        self._write(len(text).to_bytes(8, "little") + text, 0)
+        self._write(header, 0)
 
     def write(self, name: str, start: int, values: Tensor) -> None:
         """Put values, of the type that was announced, from element `start` on. OSError if the disk cannot take them."""

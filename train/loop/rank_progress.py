@@ -7,7 +7,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from conf.disk import explain, naming
+from conf.disk import explain
+from conf.files import atomic_write_text
 
 
 class RankProgress:
@@ -19,16 +20,13 @@ class RankProgress:
 
     def __init__(self, logs: Path, rank: int, note: Callable[[str], None]):
         self._path = logs / f"rank_{rank}.progress.json"
-        self._temporary = self._path.with_name(f".{self._path.name}")
         self._note, self._refused = note, False
 
     def write(self, step: int, phase: str, busy: float | None = None) -> None:
         """Replace the file in one move, so that a reader never sees a part."""
         text = json.dumps({"step": step, "phase": phase, "time": time.time(), "busy": busy})
         try:
-            with naming(self._path, len(text)):
-                self._temporary.write_text(text)
-                os.replace(self._temporary, self._path)
+            atomic_write_text(self._path, text, durable=False)
         except OSError as error:
             self._write_over(text)
             if not self._refused:

@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any
 
 from conf.errors import EXIT_OK, UserError
+from conf.files import atomic_write_text
 from conf.schema import Config, Model
-from train.checkpoint.files import atomic_write_text
 from train.metrics.wandb_sink import has_key, layer_key
 from train.model.count import moe_layers
 

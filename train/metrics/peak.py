@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from train.checkpoint.files import atomic_write_json
+from conf.files import atomic_write_json
 from train.cpu import cpu_name
 from train.model.compiled_products import fastest_product, fits
 

@@ -13,7 +13,7 @@ from typing import Any
 import yaml
 from plotly.offline import get_plotlyjs
 
-from train.checkpoint.files import atomic_write_text
+from conf.files import atomic_write_text
 from train.metrics.figures import build
 from train.metrics.goodput import cluster_summary
 from train.metrics.headline import Card, findings, headline

@@ -23,13 +23,12 @@ the median and 1 ms at most for two processes on two busy CPU cores; on CUDA the
 """
 
 import json
-import os
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from conf.disk import naming
 from conf.errors import UserError
+from conf.files import atomic_write_text
 
 FILE = "timeline.json"
 
@@ -57,11 +56,7 @@ class SampledStep:
 
 def write_timeline(folder: Path, sampled: SampledStep) -> None:
     """Write timeline.json into a run folder, in one move."""
-    part = folder / f".{FILE}.part"
-    text = json.dumps(asdict(sampled), separators=(",", ":"))
-    with naming(folder / FILE, len(text)):
-        part.write_text(text)
-        os.replace(part, folder / FILE)
+    atomic_write_text(folder / FILE, json.dumps(asdict(sampled), separators=(",", ":")))
 
 
 def read_timeline(folder: Path) -> SampledStep | None:

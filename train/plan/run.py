@@ -5,8 +5,8 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 from conf.errors import EXIT_OK
+from conf.files import atomic_write_text
 from conf.schema import Config
-from train.checkpoint.files import atomic_write_text
 from train.native.model import choose
 from train.plan.budget import make_plan
 from train.plan.report.page import PAGE, write_page

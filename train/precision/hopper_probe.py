@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from conf.errors import UserError
+from conf.files import atomic_write_text
 from conf.load import read_config, write_config
 from conf.schema import Config
 from train.precision.installed import BF16, PACKAGES, look, misfits, refusal
@@ -76,9 +77,7 @@ def main() -> int:
 
     def say(**more: object) -> None:
         said.update(more)
-        temporary = answer.with_suffix(".tmp")
-        temporary.write_text(json.dumps(said))
-        temporary.replace(answer)
+        atomic_write_text(answer, json.dumps(said), durable=False)
 
     say(stage="asking torch for the GPU")
     import torch

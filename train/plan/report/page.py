@@ -8,7 +8,7 @@ from typing import Any
 
 import plotly.graph_objects as go
 
-from train.checkpoint.files import atomic_write_text
+from conf.files import atomic_write_text
 from train.metrics.headline import Card
 from train.metrics.pipeline_figures import timeline_figure
 from train.metrics.plot import BLUE, GREEN, GREY, ORANGE, PURPLE, SKY, Figure, figure, look

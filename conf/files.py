@@ -1,4 +1,4 @@
-"""Small file operations that survive a crash at any instruction. Imports no torch: the driver uses them too.
+"""Small file operations that survive a crash at any instruction.
 
 A reader sees the old file or the new one, never a part: write under another name, fsync, rename, and fsync the
 folder, as a rename is durable only once its folder is.
@@ -8,6 +8,7 @@ import fcntl
 import json
 import os
 import time
+import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -25,20 +26,25 @@ def fsync_folder(path: Path) -> None:
         os.close(handle)
 
 
-def atomic_write_text(path: Path, text: str) -> None:
-    """Replace the file by `text` (UTF-8) in one step. OSError leaves the old file as it was."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+def atomic_write_text(path: Path, text: str, durable: bool = True) -> None:
+    """Replace the file by `text` (UTF-8) in one step. OSError leaves the old file as it was.
+
+    durable: survive a crash of the machine as well as one of this process.
+    """
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
     try:
         with naming(path, len(text)), open(temporary, "w", encoding="utf-8") as file:
             file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
+            if durable:
+                file.flush()
+                os.fsync(file.fileno())
         os.replace(temporary, path)
     except BaseException:
         with suppress(OSError):  # it was not even made
             temporary.unlink(missing_ok=True)
         raise
-    fsync_folder(path.parent)
+    if durable:
+        fsync_folder(path.parent)
 
 
 def atomic_write_json(path: Path, value: Any) -> None:
