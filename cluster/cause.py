@@ -9,12 +9,15 @@ When one rank fails, its peers lose their connection or wait until a time-out, a
     5. the earliest error by its own clock; of a loss that is not finite, which fails all at once, where they say it began.
 """
 
+import contextlib
 import json
+import os
 import signal
 from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
 
+from cluster.run_files import failure_path, log_path
 from conf.errors import EXIT_CRASH, EXIT_DIVERGED, EXIT_OK, EXIT_STOPPED, EXIT_USER
 from conf.files import atomic_write_text
 
@@ -22,6 +25,8 @@ CERTAIN = {-signal.SIGKILL, -signal.SIGSEGV, -signal.SIGBUS, -signal.SIGILL, -si
 """Exit codes of a rank that is no victim; a victim may still abort, as libraries do when they lose a peer."""
 NCCL_TIMEOUT = "Watchdog caught collective operation timeout"
 """What torch prints before it aborts a rank that waited too long in a collective on GPUs."""
+TAIL = 4 << 10
+"""Bytes of output that explain a rank that ended without a word."""
 
 
 class Kind(Enum):
@@ -51,7 +56,7 @@ class Failure:
 
     def write(self, logs: Path) -> None:
         logs.mkdir(parents=True, exist_ok=True)
-        atomic_write_text(logs / f"rank_{self.rank}.error.json", json.dumps(self.__dict__), durable=False)
+        atomic_write_text(failure_path(logs, self.rank), json.dumps(self.__dict__), durable=False)
 
 
 @dataclass
@@ -81,6 +86,18 @@ class RankReport:
     @property
     def bad(self) -> bool:
         return self.failure is not None or self.code not in (None, EXIT_OK, EXIT_STOPPED)
+
+
+def read_report(rank: int, code: int | None, logs: Path) -> RankReport:
+    """What a rank with this exit code left in its folder. Call after the code is known: one that has ended wrote all it will."""
+    report = RankReport(rank, code)
+    with contextlib.suppress(FileNotFoundError):  # a rank that did not fail wrote none
+        report.failure = Failure(**json.loads(failure_path(logs, rank).read_text()))
+    if report.bad and report.failure is None:
+        with contextlib.suppress(FileNotFoundError), log_path(logs, rank).open("rb") as log:
+            log.seek(max(0, os.fstat(log.fileno()).st_size - TAIL))
+            report.log_tail = log.read(TAIL).decode(errors="replace")
+    return report
 
 
 @dataclass(frozen=True)

@@ -6,9 +6,6 @@ of cluster/cause.py, and not the first process to end.
 They meet in a file of a folder that only this user can enter, and talk over loopback.
 """
 
-import contextlib
-import ctypes
-import json
 import os
 import signal
 import subprocess
@@ -18,15 +15,15 @@ import time
 from pathlib import Path
 from types import FrameType
 
-from cluster.cause import Failure, Kind, RankReport, name_cause
+from cluster.cause import Kind, RankReport, name_cause, read_report
+from cluster.run_files import failure_path, log_path
+from cluster.spawn import spawn
 from conf.errors import EXIT_OK, EXIT_STOPPED
 
 SETTLE = 3.0
 """Seconds that the other ranks get to report after the first one failed."""
 CLOSE = 60.0
 """Seconds that a rank which still runs then gets to end by itself: rank 0 may have much to send to W&B."""
-TAIL = 4 << 10
-"""Bytes of output that explain a rank that ended without a word."""
 
 
 def run_local(command: list[str], world: int, logs: Path) -> int:
@@ -35,7 +32,7 @@ def run_local(command: list[str], world: int, logs: Path) -> int:
     SIGTERM and Ctrl-C are passed on to the ranks as SIGTERM; a second Ctrl-C ends them at once, as KeyboardInterrupt.
     """
     logs.mkdir(parents=True, exist_ok=True)
-    for old in logs.glob("rank_*.error.json"):
+    for old in logs.glob(failure_path(logs, "*").name):
         old.unlink()
     with tempfile.TemporaryDirectory(prefix="sluice-store-", ignore_cleanup_errors=True) as folder:  # mode 0700
         return _run(command, world, logs, Path(folder) / "store")
@@ -72,18 +69,8 @@ def _start(command: list[str], world: int, logs: Path, store: Path) -> list[subp
     ranks = []
     for rank in range(world):
         # Rank 0 keeps the terminal: it draws the progress. The others write to their logs.
-        output = None if rank == 0 else (logs / f"rank_{rank}.log").open("w")
-        ranks.append(
-            subprocess.Popen(
-                command,
-                env=environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
-                stdin=subprocess.DEVNULL,
-                stdout=output,
-                stderr=subprocess.STDOUT if output else None,
-                start_new_session=True,  # Ctrl-C reaches the driver alone, which passes it on once
-                preexec_fn=_die_with_parent,
-            )
-        )
+        output = None if rank == 0 else log_path(logs, rank).open("w")
+        ranks.append(spawn(command, environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)}, output))
         if output:
             output.close()
     return ranks
@@ -100,12 +87,8 @@ def _watch(ranks: list[subprocess.Popen], logs: Path, asked: list[int]) -> int:
 
 
 def _reports(ranks: list[subprocess.Popen], logs: Path) -> list[RankReport]:
-    reports = [RankReport(n, rank.poll()) for n, rank in enumerate(ranks)]  # a rank that has ended wrote all it will
-    for report in reports:
-        with contextlib.suppress(FileNotFoundError):  # a rank that did not fail wrote none
-            report.failure = Failure(**json.loads((logs / f"rank_{report.rank}.error.json").read_text()))
-        if report.bad and report.failure is None and report.rank != 0:  # rank 0 said it on the terminal
-            report.log_tail = (logs / f"rank_{report.rank}.log").read_bytes()[-TAIL:].decode(errors="replace")
+    reports = [read_report(number, rank.poll(), logs) for number, rank in enumerate(ranks)]
+    reports[0].log_tail = ""  # it said it on the terminal; a log would be of an earlier run
     return reports
 
 
@@ -153,9 +136,3 @@ def _end(ranks: list[subprocess.Popen]) -> None:
             rank.kill()
     for rank in ranks:
         rank.wait()
-
-
-def _die_with_parent() -> None:
-    """Ask the kernel to kill this child when the driver dies, however it dies."""
-    pr_set_pdeathsig = 1
-    ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGKILL)

@@ -21,6 +21,7 @@ from collections.abc import Collection
 from dataclasses import replace
 from pathlib import Path
 
+from cluster.run_files import STEP_FOLDERS
 from conf.disk import disk_errors, explain, naming, room
 from conf.errors import EXIT_USER, UserError
 from conf.files import atomic_write_text
@@ -205,7 +206,7 @@ def _lock(path: Path, name: str) -> int:
 
 def _refuse_existing(config: Config, folder: Path) -> None:
     """resume=never is for new runs: UserError if the run has checkpoints, sound or not."""
-    if config.resume == "never" and (existing := sorted(folder.glob("step_*"))):
+    if config.resume == "never" and (existing := sorted(folder.glob(STEP_FOLDERS))):
         raise UserError(
             "resume",
             config.resume,

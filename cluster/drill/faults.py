@@ -18,6 +18,7 @@ import psutil
 
 from cluster.drill.hosts import Hosts
 from cluster.driver.journal import read_events
+from cluster.run_files import MANIFEST, STEP_FOLDERS
 from conf.schema import ROOT
 
 PATIENCE = 90.0
@@ -70,7 +71,7 @@ class Ground:
 
     def damage(self) -> None:
         """the newest checkpoint is cut short and a rank is killed"""
-        manifests = sorted((self.folder / "checkpoints").glob("step_*/manifest.json"))
+        manifests = sorted((self.folder / "checkpoints").glob(f"{STEP_FOLDERS}/{MANIFEST}"))
         if len(manifests) > 1:
             with contextlib.suppress(FileNotFoundError):  # it is being pruned
                 victim = max(manifests[-1].parent.iterdir(), key=lambda path: path.stat().st_size)

@@ -1,22 +1,10 @@
-"""What the driver needs to know of a run's checkpoints: names and attempt numbers (see train/checkpoint/manifest.py)."""
+"""What the driver needs to know of a run's checkpoints: ages and attempt numbers."""
 
 import functools
 import json
 from pathlib import Path
-from typing import NamedTuple
 
-from conf.errors import UserError
-
-
-class Age(NamedTuple):
-    """Order of writing: a later attempt is newer even where it resumed from an earlier step."""
-
-    attempt: int
-    step: int
-
-
-NONE = Age(0, -1)
-"""Before every state of a run."""
+from cluster.run_files import MANIFEST, NONE, STEP_FOLDERS, Age, read_fence
 
 
 def newest(folder: Path) -> Age:
@@ -25,15 +13,9 @@ def newest(folder: Path) -> Age:
 
 
 def first_attempt(folder: Path) -> int:
-    """A number above that of every earlier attempt of this run, 1 or more."""
-    fence = folder / "checkpoints" / ".fence"
-    try:
-        fenced = int(fence.read_text()) if fence.exists() else 0
-    except ValueError as error:
-        cure = "write the highest number of the files in attempts/ into it, or remove it if no attempt of this run is alive"
-        raise UserError("checkpoint", fence, f"is damaged: {error}", cure) from error
+    """A number above that of every earlier attempt of this run, 1 or more. Raises UserError for a damaged fence."""
     started = [int(path.stem) for path in (folder / "attempts").glob("*.yaml")]
-    return max([fenced, *started], default=0) + 1
+    return max([0, read_fence(folder / "checkpoints"), *started]) + 1
 
 
 def written_since(folder: Path, attempt: int) -> bool:
@@ -44,7 +26,7 @@ def written_since(folder: Path, attempt: int) -> bool:
 def _ages(folder: Path) -> list[Age]:
     """Of all checkpoints but those whose manifest is damaged: nobody can tell their age, and no rank resumes from them."""
     found = []
-    for path in (folder / "checkpoints").glob("step_*/manifest.json"):
+    for path in (folder / "checkpoints").glob(f"{STEP_FOLDERS}/{MANIFEST}"):
         try:
             status = path.stat()
             attempt = _attempt_of(path, status.st_ino, status.st_mtime_ns)

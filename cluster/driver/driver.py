@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from cluster.driver import messages as m
-from cluster.driver.checkpoints import NONE, Age, first_attempt, newest, written_since
+from cluster.driver.checkpoints import first_attempt, newest, written_since
 from cluster.driver.copies import Copies
 from cluster.driver.fleet import Fleet, FleetLost, Reply
 from cluster.driver.journal import Journal
@@ -21,6 +21,7 @@ from cluster.driver.view import View
 from cluster.node.agent import Answer, Order
 from cluster.node.copy_store import Opened
 from cluster.node.preflight import Preflight
+from cluster.run_files import NONE, Age
 from cluster.topology import Node, Placement
 from conf.disk import explain, naming
 from conf.errors import EXIT_OK, EXIT_STOPPED, EXIT_USER

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from cluster.run_files import log_path
 from conf.disk import explain, naming
 
 FILE = "events.jsonl"
@@ -68,7 +69,7 @@ class Journal:
 
     def output(self, rank: int, piece: bytes) -> None:
         """Append to the log of a rank."""
-        self._append(self._logs / f"rank_{rank}.log", piece)
+        self._append(log_path(self._logs, rank), piece)
 
     def _append(self, path: Path, piece: bytes) -> None:
         """All of the piece or nothing."""

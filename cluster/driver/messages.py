@@ -3,7 +3,7 @@
 from dataclasses import dataclass, field
 
 from cluster.cause import RankReport
-from cluster.driver.checkpoints import Age
+from cluster.run_files import Age
 from cluster.topology import Node, Placement
 
 # What happens -------------------------------------------------------------------------------------------------------

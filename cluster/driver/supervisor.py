@@ -22,10 +22,10 @@ Rules that hold whatever happens:
 from cluster.cause import Cause, Kind
 from cluster.driver import messages as m
 from cluster.driver.attempt import Attempt
-from cluster.driver.checkpoints import NONE, Age
 from cluster.driver.diagnosis import give_up, too_few
 from cluster.driver.node_state import DriverPhase, NodeHealth, NodeState
 from cluster.driver.policy import Policy
+from cluster.run_files import NONE, Age
 from cluster.topology import Node, Placement, place
 from conf.errors import EXIT_CRASH, EXIT_DIVERGED, EXIT_OK, EXIT_STOPPED, EXIT_USER
 

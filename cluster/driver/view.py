@@ -12,9 +12,9 @@ from rich.console import Console
 from rich.live import Live
 from rich.text import Text
 
-from cluster.driver.checkpoints import NONE
 from cluster.driver.node_state import NodeHealth
 from cluster.driver.supervisor import Supervisor
+from cluster.run_files import NONE
 
 QUIET = {"checkpoint", "node_joined", "first_step", "finish"}
 """Events that are in events.jsonl and the status line only."""

@@ -1,14 +1,9 @@
 """One per node: starts the ranks of that node as child processes and says how they are. Knows nothing of Ray.
 
 Every method returns at once: an agent is asked several times a second, and an answer that is late means that the node
-is lost. What a rank says goes through files in a scratch folder of the attempt on the node's own disk, never through
-the shared run folder, so that a rank of an old attempt cannot be mistaken for one of the new:
-
-    rank_N.log              its output; sent to the driver piece by piece
-    rank_N.error.json       cluster.cause.Failure, written by the rank before it exits
-    rank_N.progress.json    {"step": 17, "phase": "step", "time": ..., "busy": ...}, written by the rank at every step;
-                            busy, if there: seconds of the last step that were its own work, not waiting for others
-    SIGUSR1                 makes it print the stacks of its threads to its output, if it has a handler
+is lost. What a rank says goes through files (cluster/run_files.py) in a scratch folder of the attempt on the node's own
+disk, never through the shared run folder, so that a rank of an old attempt cannot be mistaken for one of the new. Its
+output is sent to the driver piece by piece. SIGUSR1 makes a rank that has a handler print the stacks of its threads there.
 
 The rank finds in its environment RANK, LOCAL_RANK, WORLD_SIZE, LOCAL_WORLD_SIZE, MASTER_ADDR, MASTER_PORT,
 GLOO_SOCKET_IFNAME, NCCL_SOCKET_IFNAME, SLUICE_LOGS (the scratch folder), SLUICE_ATTEMPT (the number that fences checkpoints)
@@ -18,7 +13,6 @@ An agent that nobody asks for `lease` seconds is cut off: it kills its ranks, as
 """
 
 import contextlib
-import ctypes
 import json
 import os
 import shutil
@@ -35,15 +29,15 @@ from typing import Any
 
 import psutil
 
-from cluster.cause import Failure, RankReport
+from cluster.cause import RankReport, read_report
 from cluster.node.copy_store import Opened, Store, held, sweep, why_not_opened
 from cluster.node.network_probe import NetworkProbe
 from cluster.node.preflight import Facts, Question, gather
+from cluster.run_files import log_path, progress_path
+from cluster.spawn import spawn
 
 CHUNK = 64 << 10
 """Most bytes of one rank's output in one answer."""
-TAIL = 4 << 10
-"""Bytes of output that explain a rank that ended without a word."""
 
 
 @dataclass(frozen=True)
@@ -97,9 +91,6 @@ class Agent:
         self._standbys: dict[tuple[str, str | None], list[subprocess.Popen]] = {}
         """By module and working folder."""
         self._scratch: Path | None = None
-        self._prctl = ctypes.CDLL(
-            None
-        ).prctl  # looked up here, as a fresh fork of a threaded process must not load libraries
         self._asked = time.monotonic()
         self._probe = NetworkProbe()
         self._store: Store | None = None
@@ -156,7 +147,7 @@ class Agent:
                 self._children[rank] = self._spawn(order, rank, local_rank)
 
     def _spawn(self, order: Order, rank: int, local_rank: int) -> _Child:
-        log = self._scratch / f"rank_{rank}.log"
+        log = log_path(self._scratch, rank)
         log.touch()
         interface = interface_of(order.address)
         environment = order.environment | {
@@ -179,16 +170,7 @@ class Agent:
             return _Child(self._popen(order.arguments, order.folder, environment, subprocess.DEVNULL, output), log)
 
     def _popen(self, arguments: list[str], folder: str | None, environment: dict, stdin: Any, output: Any) -> Any:
-        return subprocess.Popen(
-            [sys.executable, *arguments],
-            env=_inherited() | environment,
-            cwd=folder,
-            stdin=stdin,
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-            preexec_fn=self._die_with_parent,
-        )
+        return spawn([sys.executable, *arguments], _inherited() | environment, output, folder, stdin)
 
     def warm(self, arguments: list[str], folder: str | None, count: int) -> None:
         """Keep `count` processes that have imported the program of these arguments, see cluster/node/standby.py."""
@@ -210,10 +192,6 @@ class Agent:
                 return standby
         return None
 
-    def _die_with_parent(self) -> None:
-        pr_set_pdeathsig = 1
-        self._prctl(pr_set_pdeathsig, signal.SIGKILL)
-
     def ask(self, offsets: dict[int, int]) -> Answer:
         """How the ranks are, and their output from these byte offsets on (0 where none is given)."""
         with self._lock:
@@ -232,21 +210,16 @@ class Agent:
 
     def _report(self, rank: int, child: _Child) -> RankReport:
         code = child.process.poll()
-        report = RankReport(rank, code)
-        with contextlib.suppress(FileNotFoundError):  # a rank that did not fail wrote none
-            report.failure = Failure(**json.loads((self._scratch / f"rank_{rank}.error.json").read_text()))
+        report = read_report(rank, code, self._scratch)
         with contextlib.suppress(
             FileNotFoundError, ValueError
         ):  # none before the loop; on a full disk written in place
-            progress = json.loads((self._scratch / f"rank_{rank}.progress.json").read_text())
+            progress = json.loads(progress_path(self._scratch, rank).read_text())
             report.step, report.phase, report.busy = progress["step"], progress["phase"], progress.get("busy")
         if code is None:
             with contextlib.suppress(psutil.NoSuchProcess):  # it ended just now
                 stopped = psutil.Process(child.process.pid).status() == psutil.STATUS_STOPPED
                 report.state = "T" if stopped else ""
-        elif report.failure is None:
-            size = child.log.stat().st_size
-            report.log_tail = _read(child.log, max(0, size - TAIL), TAIL).decode(errors="replace")
         return report
 
     def ask_stacks(self, attempt: int) -> None:

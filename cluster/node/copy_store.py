@@ -37,6 +37,7 @@ from http.server import BaseHTTPRequestHandler
 from pathlib import Path
 from typing import Any
 
+from cluster.run_files import RANK_FILE
 from conf.disk import FULL
 
 PIECE = 1 << 20
@@ -48,8 +49,7 @@ ADMISSION = 10.0
 STALE = 24 * 3600.0
 """Seconds after which the folder of another run that no agent holds is removed."""
 _SET = re.compile(r"attempt_(\d{5,18})\.step_(\d{8,18})\.world_(\d{1,18})")
-_PATH = re.compile(rf"/({_SET.pattern})/(rank_\d{{5,18}}\.(?:safetensors|json))")
-_INDEX = re.compile(r"rank_(\d{5,})\.json")
+_PATH = re.compile(rf"/({_SET.pattern})/({RANK_FILE.pattern})")
 
 
 @dataclass(frozen=True, order=True)
@@ -75,7 +75,8 @@ def held(folder: Path) -> dict[str, list[int]]:
     found: dict[str, list[int]] = {}
     for inner in folder.glob("attempt_*"):
         with contextlib.suppress(FileNotFoundError):  # a writer removes it just now
-            ranks = [int(match[1]) for name in os.listdir(inner) if (match := _INDEX.fullmatch(name))]
+            parts = [match for name in os.listdir(inner) if (match := RANK_FILE.fullmatch(name))]
+            ranks = [int(match[1]) for match in parts if match[2] == "json"]
             if ranks:
                 found[inner.name] = sorted(ranks)
     return found

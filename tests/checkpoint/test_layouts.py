@@ -11,11 +11,12 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from cluster.run_files import data_name
 from conf.errors import UserError
 from parallel.shard import Shard, whole
 from tests.checkpoint.world import blank, checkpointers, random_tensors, same_bits, save, spread
 from train.checkpoint.load import load
-from train.checkpoint.manifest import data_name, seal, verify
+from train.checkpoint.manifest import seal, verify
 
 torch.set_num_threads(1)
 

@@ -4,9 +4,9 @@ from dataclasses import dataclass, field
 
 from cluster.cause import Failure, RankReport
 from cluster.driver import messages as m
-from cluster.driver.checkpoints import Age
 from cluster.driver.policy import Policy
 from cluster.driver.supervisor import Supervisor
+from cluster.run_files import Age
 from cluster.topology import Node
 
 STEP = 0.5

@@ -16,13 +16,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from cluster.run_files import data_name
 from conf.disk import explain
 from conf.errors import DiskFailed
 from parallel.shard import Shard
 from train.checkpoint.commit import Committer, Fenced, Save, SaveAbandoned
 from train.checkpoint.intervals import NotCovered, merge
 from train.checkpoint.load import load
-from train.checkpoint.manifest import data_name
 from train.checkpoint.stage import StagingBuffers
 
 

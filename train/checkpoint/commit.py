@@ -26,9 +26,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from conf.errors import UserError
+from cluster.run_files import MANIFEST, data_name, index_name, read_fence, step_name, write_fence
 from conf.files import atomic_write_json, atomic_write_text, exclusive, fsync_folder
-from train.checkpoint.manifest import MANIFEST, checkpoints, data_name, index_name, seal, step_name
+from train.checkpoint.manifest import checkpoints, seal
 
 HIDDEN = re.compile(
     r"\.(?P<name>step_\d+)\.attempt_(?P<attempt>\d+)\.(save_(?P<serial>\d+)\.)?(?P<kind>tmp|replaced|pruned)"
@@ -46,17 +46,6 @@ class SaveAbandoned(RuntimeError):
 def next_attempt(root: Path) -> int:
     """The number for a new attempt at the run whose checkpoints are in `root`: above every earlier one."""
     return read_fence(root) + 1
-
-
-def read_fence(root: Path) -> int:
-    """The highest attempt number that ever wrote here; -1 for none."""
-    try:
-        return int((root / ".fence").read_text())
-    except FileNotFoundError:
-        return -1
-    except ValueError as error:
-        cure = "write the highest number of the files in attempts/ into it, or remove it if no attempt of this run is alive"
-        raise UserError("checkpoint", root / ".fence", f"is damaged: {error}", cure) from error
 
 
 @dataclass(frozen=True)
@@ -89,7 +78,7 @@ class Committer:
         with self._lock():
             self._check_fence()
             if read_fence(self.root) < self.attempt:
-                atomic_write_text(self.root / ".fence", str(self.attempt))
+                write_fence(self.root, self.attempt)
 
     def sweep(self) -> None:
         """Clear what dead attempts left: half-written and half-removed folders."""

@@ -5,7 +5,8 @@ import math
 import zlib
 from typing import Any
 
-from train.checkpoint.manifest import FORMAT, VERSION, data_name, index_name
+from cluster.run_files import data_name, index_name
+from train.checkpoint.manifest import FORMAT, VERSION
 
 
 class NotCovered(ValueError):

@@ -16,20 +16,11 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from cluster.run_files import MANIFEST, data_name, index_name
 from conf.errors import UserError
 from parallel.shard import Shard
 from train.checkpoint.intervals import first_hole
-from train.checkpoint.manifest import (
-    BLOCK,
-    MANIFEST,
-    Damaged,
-    Entry,
-    Manifest,
-    check_index,
-    data_name,
-    index_name,
-    read_manifest,
-)
+from train.checkpoint.manifest import BLOCK, Damaged, Entry, Manifest, check_index, read_manifest
 from train.checkpoint.stage import DTYPES
 
 TORCH = {name: dtype for dtype, name in DTYPES.items()}

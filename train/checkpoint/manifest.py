@@ -28,12 +28,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from cluster.run_files import MANIFEST, STEP_FOLDERS, Age, data_name, index_name
 from conf.errors import UserError
 
 FORMAT = "sluice checkpoint"
 VERSION = 1
 """Raised when older code could not read what newer code writes."""
-MANIFEST = "manifest.json"
 BLOCK = 4 << 20
 """Bytes of data under one CRC-32; a multiple of every item size, so that no element spans two blocks."""
 META = {
@@ -105,26 +105,13 @@ class Manifest:
     tensors: dict[str, Entry] = field(repr=False)
 
     @property
-    def age(self) -> tuple[int, int]:
-        """Order of writing: a later attempt is newer even where it resumed from an earlier step."""
-        return self.attempt, self.step
+    def age(self) -> Age:
+        return Age(self.attempt, self.step)
 
     def body(self) -> dict[str, Any]:
         """What `manifest_of` makes this manifest of again, for another rank; JSON."""
         tensors = {name: (entry.dtype, entry.shape, entry.intervals) for name, entry in self.tensors.items()}
         return {**vars(self), "folder": str(self.folder), "tensors": tensors}
-
-
-def step_name(step: int) -> str:
-    return f"step_{step:08d}"
-
-
-def data_name(rank: int) -> str:
-    return f"rank_{rank:05d}.safetensors"
-
-
-def index_name(rank: int) -> str:
-    return f"rank_{rank:05d}.json"
 
 
 def seal(body: dict[str, Any]) -> str:
@@ -311,7 +298,7 @@ def checkpoints(root: Path) -> list[Manifest]:
 def _newest_first(root: Path, warnings: list[str]) -> list[Manifest]:
     """The sound manifests in `root`, by falling age; what is wrong with the others goes to `warnings`."""
     sound: list[Manifest] = []
-    for folder in root.glob("step_*"):
+    for folder in root.glob(STEP_FOLDERS):
         try:
             sound.append(read_manifest(folder))
         except Damaged as error:

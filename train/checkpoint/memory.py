@@ -21,13 +21,14 @@ import torch.distributed as dist
 
 from cluster.driver.copies import Shelves
 from cluster.node.copy_store import Peer, SetId, prune, size
+from cluster.run_files import data_name, index_name
 from conf.errors import UserError
 from conf.files import atomic_write_json
 from parallel.exchange import gather
 from parallel.shard import Shard
 from train.checkpoint.intervals import NotCovered, merge
 from train.checkpoint.load import FolderFiles, Read
-from train.checkpoint.manifest import Damaged, Manifest, data_name, index_name, manifest_of
+from train.checkpoint.manifest import Damaged, Manifest, manifest_of
 from train.checkpoint.stage import StagingBuffers, plan
 
 SETS = 2

@@ -20,9 +20,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from cluster.run_files import data_name
 from conf.disk import naming
 from parallel.shard import Shard
-from train.checkpoint.manifest import BLOCK, data_name
+from train.checkpoint.manifest import BLOCK
 
 DTYPES = {
     torch.float64: "F64",

@@ -6,6 +6,7 @@ FOLDER: a checkpoint, or a run, whose checkpoints are all read. Prints what is w
 import sys
 from pathlib import Path
 
+from cluster.run_files import STEP_FOLDERS
 from conf.errors import EXIT_CRASH, EXIT_OK, EXIT_USER, UserError
 from conf.load import report
 from train.checkpoint.manifest import verify
@@ -32,7 +33,7 @@ def _checkpoints(folder: Path) -> list[Path]:
     inner = folder / "checkpoints"
     if not inner.is_dir():
         return [folder]
-    found = sorted(inner.glob("step_*"))
+    found = sorted(inner.glob(STEP_FOLDERS))
     if not found:
         raise UserError("FOLDER", folder, "is a run without a checkpoint", "give a run that has one")
     return found

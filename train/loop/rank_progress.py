@@ -7,19 +7,20 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from cluster.run_files import progress_path
 from conf.disk import explain
 from conf.files import atomic_write_text
 
 
 class RankProgress:
-    """Writes logs/rank_N.progress.json: step, phase (step, validation, checkpoint), Unix time, and busy.
+    """Writes the file of cluster.run_files.progress_path: step, phase (step, validation, checkpoint), Unix time, and busy.
 
     busy: seconds of the step before that the rank worked, without its waits for other ranks; null at the start.
     note: called with a sentence, once, when the disk refuses the file; training goes on.
     """
 
     def __init__(self, logs: Path, rank: int, note: Callable[[str], None]):
-        self._path = logs / f"rank_{rank}.progress.json"
+        self._path = progress_path(logs, rank)
         self._note, self._refused = note, False
 
     def write(self, step: int, phase: str, busy: float | None = None) -> None:

@@ -12,12 +12,12 @@ from dataclasses import asdict, dataclass
 from itertools import chain
 from typing import Any
 
+from cluster.run_files import step_name
 from conf.disk import disk_errors
 from conf.errors import EXIT_DIVERGED, EXIT_OK, EXIT_STOPPED, DiskFailed, RunEnded
 from conf.schema import Config
 from parallel.exchange import gather
 from train.checkpoint.checkpointer import Checkpointer
-from train.checkpoint.manifest import step_name
 from train.checkpoint.memory import MemoryCopies
 from train.data.batch import Batch
 from train.data.prefetch import Prefetch

@@ -13,6 +13,7 @@ from typing import Any
 import yaml
 from plotly.offline import get_plotlyjs
 
+from cluster.run_files import STEP_FOLDERS
 from conf.files import atomic_write_text
 from train.metrics.figures import build
 from train.metrics.goodput import cluster_summary
@@ -75,7 +76,7 @@ def _settings(text: str) -> Mapping[str, Any]:
 def _checkpoints(run_folder: Path) -> list[tuple[str, str, str]]:
     """Name, size and time of every checkpoint, oldest first."""
     found = []
-    for folder in (run_folder / "checkpoints").glob("step_*"):
+    for folder in (run_folder / "checkpoints").glob(STEP_FOLDERS):
         number = folder.name.removeprefix("step_")
         if number.isdecimal() and folder.is_dir():
             size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())

@@ -11,13 +11,14 @@ from pathlib import Path
 
 import pytest
 
-from cluster.driver.checkpoints import NONE, Age, newest, written_since
+from cluster.driver.checkpoints import newest, written_since
 from cluster.driver.driver import Driver
 from cluster.driver.fleet import Reply
 from cluster.driver.journal import goodput, read_events
 from cluster.driver.view import View
 from cluster.node.agent import Agent
 from cluster.node.copy_store import Store
+from cluster.run_files import NONE, Age
 from cluster.topology import Node
 from conf.errors import EXIT_CRASH, EXIT_OK, EXIT_STOPPED, EXIT_USER
 from conf.load import compose, write_config

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from cluster.cause import Failure
 from cluster.driver import messages as m
-from cluster.driver.checkpoints import Age
+from cluster.run_files import Age
 from conf.errors import EXIT_CRASH, EXIT_DIVERGED, EXIT_OK, EXIT_STOPPED, EXIT_USER
 from tests.cluster.world import STEP, World
 

@@ -1,0 +1,76 @@
+"""What the processes of a run leave on disk for each other: names and formats, which ranks and drivers alike take from here.
+
+checkpoints/.fence                       highest attempt number that ever wrote there; see train/checkpoint/commit.py
+checkpoints/step_00001234/               a committed checkpoint; see train/checkpoint/manifest.py
+    manifest.json                        is there before the folder has this name, and says which attempt wrote it
+    rank_00003.safetensors               a rank's part
+    rank_00003.json                      its index, written last; both look the same in the memory of a node
+logs/rank_3.log                          output
+logs/rank_3.error.json                   cluster.cause.Failure, written before it exits
+logs/rank_3.progress.json                {"step": 17, "phase": "step", "time": ..., "busy": ...}, at every step;
+                                         busy, if there: seconds of the last step that were its own work
+"""
+
+import re
+from pathlib import Path
+from typing import NamedTuple
+
+from conf.errors import UserError
+from conf.files import atomic_write_text
+
+MANIFEST = "manifest.json"
+STEP_FOLDERS = "step_*"
+"""Pattern of the folders of checkpoints."""
+RANK_FILE = re.compile(r"rank_(\d{5,18})\.(safetensors|json)")
+_FENCE = ".fence"
+
+
+class Age(NamedTuple):
+    """Order of writing: a later attempt is newer even where it resumed from an earlier step."""
+
+    attempt: int
+    step: int
+
+
+NONE = Age(0, -1)
+"""Before every state of a run."""
+
+
+def step_name(step: int) -> str:
+    return f"step_{step:08d}"
+
+
+def data_name(rank: int) -> str:
+    return f"rank_{rank:05d}.safetensors"
+
+
+def index_name(rank: int) -> str:
+    return f"rank_{rank:05d}.json"
+
+
+def log_path(logs: Path, rank: int) -> Path:
+    return logs / f"rank_{rank}.log"
+
+
+def failure_path(logs: Path, rank: int) -> Path:
+    return logs / f"rank_{rank}.error.json"
+
+
+def progress_path(logs: Path, rank: int) -> Path:
+    return logs / f"rank_{rank}.progress.json"
+
+
+def read_fence(checkpoints: Path) -> int:
+    """The highest attempt number that ever wrote there; -1 for none."""
+    try:
+        return int((checkpoints / _FENCE).read_text())
+    except FileNotFoundError:
+        return -1
+    except ValueError as error:
+        cure = "write the highest number of the files in attempts/ into it, or remove it if no attempt of this run is alive"
+        raise UserError("checkpoint", checkpoints / _FENCE, f"is damaged: {error}", cure) from error
+
+
+def write_fence(checkpoints: Path, attempt: int) -> None:
+    """Shut out the attempts before this one."""
+    atomic_write_text(checkpoints / _FENCE, str(attempt))
