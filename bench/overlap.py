@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from bench.schedules import HIDDEN, SEQ, Sleep, run_ranks
 from parallel.pipeline.overlap import yield_point
-from parallel.pipeline.schedule import build_schedule
+from parallel.pipeline.schedule import Pipeline
 from parallel.pipeline.split import SCHEDULES, stage_placement
 
 NAME = "dualpipev"
@@ -116,7 +116,7 @@ def measure(rank: int, folder: str, results, args: argparse.Namespace) -> None:
             Chunk(args.layers, args.attention / 1000, args.experts / 1000, exchanges, stage == 0, stage == stages - 1)
             for stage in placement[rank]
         ]
-        pipeline = build_schedule(
+        pipeline = Pipeline(
             NAME, chunks, placement[rank], stages, None, torch.device("cpu"), hidden=HIDDEN, dtype=torch.float32,
             overlap=overlap,
         )  # fmt: skip

@@ -26,7 +26,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from parallel.pipeline.schedule import build_schedule
+from parallel.pipeline.schedule import Pipeline
 from parallel.pipeline.simulate import Action, idle_time, schedule_actions, simulate
 from parallel.pipeline.split import SCHEDULES, stage_placement
 from parallel.pipeline.timeline import StepRecord
@@ -73,9 +73,7 @@ def measure(rank: int, folder: str, results, pp: int, micro_batches: int, steps:
         placement, stages = stage_placement(name, pp), pp * SCHEDULES[name]
         chunks = [SleepChunk(lengths[name], stage == 0, stage == stages - 1) for stage in placement[rank]]
         device = torch.device("cpu")
-        pipeline = build_schedule(
-            name, chunks, placement[rank], stages, None, device, hidden=HIDDEN, dtype=torch.float32
-        )
+        pipeline = Pipeline(name, chunks, placement[rank], stages, None, device, hidden=HIDDEN, dtype=torch.float32)
         tokens_BS = torch.zeros(micro_batches, SEQ + 1, dtype=torch.int64)
         records = []
         for _ in range(steps + 1):

@@ -9,7 +9,7 @@ from torch import nn
 from conf.schema import Config, Recompute
 from parallel.expert.build import RemoteDispatcher, build_dispatcher
 from parallel.mesh import Mesh
-from parallel.pipeline.schedule import Pipeline, build_schedule
+from parallel.pipeline.schedule import Pipeline
 from parallel.pipeline.split import split_layers, stage_placement
 from parallel.zero.engine import Zero
 from train.model.attention import Attention, attention
@@ -61,18 +61,7 @@ def parallelize(
     recompute_swiglu = Recompute.swiglu in config.model.recompute
     precision = build_precision(config.precision, device, recompute_swiglu)
     chunks, stage_ids, num_stages = build_chunks(config, mesh, device, dispatcher, precision, layers, restored, core)
-    pipeline = build_schedule(
-        config.parallel.schedule,
-        chunks,
-        stage_ids,
-        num_stages,
-        mesh.pp_group,
-        device,
-        hidden=config.model.hidden,
-        dtype=activation_dtype(config.precision),
-        overlap=config.parallel.overlap,
-        timeout=config.cluster.timeout,
-    )
+    pipeline = build_pipeline(config, mesh, device, chunks, stage_ids, num_stages, config.parallel.overlap)
     optim = config.optim
     zero = Zero(
         chunks,
@@ -89,6 +78,30 @@ def parallelize(
     for chunk in chunks:
         precision.watch(chunk)
     return Parallelized(chunks, pipeline, zero, dispatcher, precision)
+
+
+def build_pipeline(
+    config: Config,
+    mesh: Mesh,
+    device: torch.device,
+    chunks: list[DeepSeekV3],
+    stage_ids: list[int],
+    num_stages: int,
+    overlap: bool,
+) -> Pipeline:
+    """The schedule over these chunks; a whole model is one chunk, stage 0 of 1."""
+    return Pipeline(
+        config.parallel.schedule if num_stages > 1 else "1f1b",
+        chunks,
+        stage_ids,
+        num_stages,
+        mesh.pp_group,
+        device,
+        hidden=config.model.hidden,
+        dtype=activation_dtype(config.precision),
+        overlap=overlap,
+        timeout=config.cluster.timeout,
+    )
 
 
 def split(config: Config) -> list[range]:

@@ -9,13 +9,13 @@ import torch
 from conf.errors import UserError
 from conf.schema import Config, Model
 from parallel.mesh import Mesh
-from parallel.pipeline.schedule import Pipeline, build_schedule
+from parallel.pipeline.schedule import Pipeline
 from parallel.shard import Shard, whole
 from train.checkpoint.load import load
 from train.model.count import count
 from train.model.deepseek import DeepSeekV3
 from train.model.init import materialise
-from train.parallelize import build_chunks, make_dispatcher
+from train.parallelize import build_chunks, build_pipeline, make_dispatcher
 from train.precision.build import activation_dtype, build_precision
 
 
@@ -62,25 +62,7 @@ def load_pipeline(config: Config, mesh: Mesh, device: torch.device, checkpoint: 
     precision = build_precision(config.precision, device)
     chunks, stage_ids, num_stages = build_chunks(config, mesh, device, dispatcher, precision, restored=True)
     fill(chunks, checkpoint, "ema" if config.evaluate.ema else "master", mesh.ep_rank, mesh.layout.ep)
-    return make_pipeline(config, mesh, device, chunks, stage_ids, num_stages)
-
-
-def make_pipeline(
-    config: Config, mesh: Mesh, device: torch.device, chunks: list[DeepSeekV3], stage_ids: list[int], num_stages: int
-) -> Pipeline:
-    """The schedule over these chunks; a whole model is one chunk, stage 0 of 1."""
-    return build_schedule(
-        config.parallel.schedule if num_stages > 1 else "1f1b",
-        chunks,
-        stage_ids,
-        num_stages,
-        mesh.pp_group,
-        device,
-        hidden=config.model.hidden,
-        dtype=activation_dtype(config.precision),
-        overlap=False,
-        timeout=config.cluster.timeout,
-    )
+    return build_pipeline(config, mesh, device, chunks, stage_ids, num_stages, overlap=False)
 
 
 @torch.no_grad()

@@ -33,7 +33,7 @@ _TORCH = {
 
 
 class Pipeline:
-    """This rank's part of a pipeline. Make it with build_schedule."""
+    """This rank's part of a pipeline."""
 
     def __init__(
         self,
@@ -43,10 +43,20 @@ class Pipeline:
         num_stages: int,
         group: dist.ProcessGroup | None,
         device: torch.device,
+        *,
         hidden: int,
         dtype: torch.dtype,
-        lanes: Lanes | None,
+        overlap: bool = True,
+        timeout: float = 600.0,
     ):
+        """Collective over group.
+
+        modules: this rank's chunks in stage order, called as chunk(x, tokens_BS=..., documents_BS=...) where x is tokens_BS
+        for stage 0 and hidden states (B, T, D) else; stage_ids as in split.stage_placement; group: the ranks of this
+        pipeline in order (None: the world); hidden: D; dtype: of the hidden states between stages; overlap: whether the
+        pairs of dualpipev run interleaved (overlap.py) or one after the other; timeout: longest wait of one half for the
+        other, in seconds.
+        """
         assert len(modules) == len(stage_ids) == SCHEDULES[name] and list(stage_ids) == sorted(stage_ids)
         self.name, self.modules, self.stage_ids, self.num_stages = name, list(modules), list(stage_ids), num_stages
         self.group, self.device, self.hidden, self.dtype = group, device, hidden, dtype
@@ -54,10 +64,14 @@ class Pipeline:
         """When each action of the last steps ran."""
         self.stage_type: type[Stage] = Stage
         """What stages are made as, before the first step."""
-        self._lanes = lanes
+        self._lanes = Lanes(device, timeout) if overlap and name == "dualpipev" else None
         placement = stage_placement(name, num_stages // SCHEDULES[name])
         self._rank_of = {stage: rank for rank, stages in enumerate(placement) for stage in stages}
         self._schedules: dict[tuple, Any] = {}
+        if dist.get_world_size(group) > 1:
+            # torch opens the group's communicator at the first mixed send and receive, where only two ranks meet; NCCL
+            # wants all of them there, so open it here.
+            dist.all_reduce(torch.zeros(1, device=device), group=group)
 
     @property
     def has_last(self) -> bool:
@@ -178,32 +192,3 @@ class Pipeline:
         if boundary == self.num_stages:
             return torch.empty(1, dtype=torch.float32, device="meta", requires_grad=True)
         return torch.empty(B, S - 1, self.hidden, dtype=self.dtype, device="meta", requires_grad=True)
-
-
-def build_schedule(
-    name: str,
-    modules: Sequence[nn.Module],
-    stage_ids: Sequence[int],
-    num_stages: int,
-    group: dist.ProcessGroup | None,
-    device: torch.device,
-    *,
-    hidden: int,
-    dtype: torch.dtype,
-    overlap: bool = True,
-    timeout: float = 600.0,
-) -> Pipeline:
-    """The pipeline of this rank.
-
-    modules: this rank's chunks in stage order, called as chunk(x, tokens_BS=..., documents_BS=...) where x is tokens_BS
-    for stage 0 and hidden states (B, T, D) else; stage_ids as in split.stage_placement; group: the ranks of this
-    pipeline in order (None: the world); hidden: D; dtype: of the hidden states between stages; overlap: whether the pairs
-    of dualpipev run interleaved (overlap.py) or one after the other; timeout: longest wait of one half for the other,
-    in seconds. Collective over group.
-    """
-    if dist.get_world_size(group) > 1:
-        # torch opens the group's communicator at the first mixed send and receive, where only two ranks meet; NCCL
-        # wants all of them there, so open it here.
-        dist.all_reduce(torch.zeros(1, device=device), group=group)
-    lanes = Lanes(device, timeout) if overlap and name == "dualpipev" else None
-    return Pipeline(name, modules, stage_ids, num_stages, group, device, hidden, dtype, lanes)

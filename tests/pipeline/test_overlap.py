@@ -10,7 +10,7 @@ import torch.distributed as dist
 from torch import nn
 
 from parallel.pipeline.overlap import Lanes, LaneStopped, yield_point
-from parallel.pipeline.schedule import build_schedule
+from parallel.pipeline.schedule import Pipeline
 from parallel.pipeline.simulate import schedule_actions
 from parallel.pipeline.split import stage_placement
 from tests.pipeline import toy
@@ -174,7 +174,7 @@ def _overlapped_step(rank: int, pp: int) -> None:
                 expert = _Expert(flight=0.012, seconds=0.006)
                 expert.inner.load_state_dict(chunk.layers[key].state_dict())
                 chunk.layers[key] = expert
-        pipeline = build_schedule(
+        pipeline = Pipeline(
             "dualpipev",
             chunks,
             placement[rank],
@@ -252,7 +252,7 @@ def _expert_peers(rank: int) -> None:
         for chunk in chunks:
             for key, layer in chunk.layers.items():
                 chunk.layers[key] = _ExchangeLayer(layer, dist.group.WORLD, random.Random(rank))
-        pipeline = build_schedule(
+        pipeline = Pipeline(
             "dualpipev", chunks, [0, 1], 2, alone, CPU, hidden=toy.HIDDEN, dtype=torch.float32, overlap=overlap
         )
         results.append((pipeline.step(tokens_BS, micro_batches=6), toy.gradients(chunks)))

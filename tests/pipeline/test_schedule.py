@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from conf.errors import UserError
-from parallel.pipeline.schedule import Pipeline, build_schedule
+from parallel.pipeline.schedule import Pipeline
 from parallel.pipeline.simulate import schedule_actions
 from parallel.pipeline.split import check_schedule, split_layers, stage_placement
 from tests.pipeline import toy
@@ -20,7 +20,7 @@ def _pipeline(rank: int, name: str, pp: int, tied: bool = False) -> tuple[Pipeli
     layers = split_layers([1.0] * LAYERS, 1.0, 2.0, placement)
     whole = toy.whole_model(LAYERS, tied)
     chunks = toy.take(whole, layers, placement[rank])
-    pipeline = build_schedule(name, chunks, placement[rank], stages, None, CPU, hidden=toy.HIDDEN, dtype=torch.float32)
+    pipeline = Pipeline(name, chunks, placement[rank], stages, None, CPU, hidden=toy.HIDDEN, dtype=torch.float32)
     return pipeline, whole
 
 

@@ -24,11 +24,12 @@ from train.evaluate.target import Target, find_target  # noqa: E402
 from train.generate.source import start_token  # noqa: E402
 from train.hf.load import load_hf_model  # noqa: E402
 from train.loop.validation import Sums, held_out_loss  # noqa: E402
+from train.parallelize import build_pipeline  # noqa: E402
 from train.precision.build import activation_dtype  # noqa: E402
 from train.rank import guarded, in_turn, set_up_rank  # noqa: E402
 from train.run_folder import RunPaths  # noqa: E402
 from train.trained_with import require_tokenizer  # noqa: E402
-from train.weights import load_pipeline, make_pipeline, require_memory  # noqa: E402
+from train.weights import load_pipeline, require_memory  # noqa: E402
 
 FOLDER = "evaluate"
 """Beside the run's own files: configuration and logs of an evaluation on several ranks."""
@@ -70,7 +71,7 @@ def _load(target: Target, mesh: Mesh, device: torch.device) -> Pipeline:
     if target.meta is not None:
         return load_pipeline(target.config, mesh, device, target.checkpoint)
     _, model, _ = load_hf_model(target.checkpoint, dtype, "evaluate.checkpoint")
-    return make_pipeline(target.config, mesh, device, [model.to(device)], [0], 1)
+    return build_pipeline(target.config, mesh, device, [model.to(device)], [0], 1, overlap=False)
 
 
 def _loss(config: Config, source: EvaluatedSource, pipeline: Pipeline, mesh: Mesh, device: torch.device) -> Sums:

@@ -123,14 +123,16 @@ class Kernels:
             shapes += [(model.hidden, model.q_rank), (model.q_rank, model.heads * qk)]
         return [shape for shape in shapes if min(shape)]
 
-    def _products(self, sizes: Sizes) -> Iterator[KernelCase]:
+    def _linear_layers(self, sizes: Sizes) -> Iterator[tuple]:
+        """The work of each shape, its input, weight, and the gradient of its output."""
         for inputs, outputs in self.linear_shapes():
-            counted = work.linear(sizes, sizes.tokens, inputs, outputs)
             x, w, dy = (
-                self._tensor(sizes.tokens, inputs),
-                self._tensor(outputs, inputs),
-                self._tensor(sizes.tokens, outputs),
+                self._tensor(*shape) for shape in ((sizes.tokens, inputs), (outputs, inputs), (sizes.tokens, outputs))
             )
+            yield work.linear(sizes, sizes.tokens, inputs, outputs), x, w, dy
+
+    def _products(self, sizes: Sizes) -> Iterator[KernelCase]:
+        for counted, x, w, dy in self._linear_layers(sizes):
             gradient = torch.float32 if sizes.fp32_gradients else self.dtype
             yield KernelCase(counted.forward[0], lambda x=x, w=w: fastest_product(x, w, self.dtype))
             yield KernelCase(counted.inputs[0], lambda dy=dy, w=w: fastest_product(dy, w.t(), self.dtype))
@@ -278,13 +280,7 @@ class Kernels:
         """FP8 products and casts, on a device that has them."""
         sizes = replace(self.sizes, config=self.config)
         recipe = build_recipe(self.config.precision.fp8).dense
-        for inputs, outputs in self.linear_shapes():
-            counted = work.linear(sizes, sizes.tokens, inputs, outputs)
-            x, w, dy = (
-                self._tensor(sizes.tokens, inputs),
-                self._tensor(outputs, inputs),
-                self._tensor(sizes.tokens, outputs),
-            )
+        for counted, x, w, dy in self._linear_layers(sizes):
             for one, rules, left, right, flips in (
                 (counted.forward, recipe.fprop, x, w, (False, False)),
                 (counted.inputs, recipe.dgrad, dy, w, (False, True)),
