@@ -21,9 +21,13 @@ import train.model.router as router
 from conf.load import compose
 from conf.schema import Config
 from parallel.mesh import Layout, build_mesh, read_layout
-from train.parallelize import Parallelized, parallelize
+from train.data.batch import Batch
+from train.loop.step import TrainingStep
+from train.optim.schedules import StepPlan
+from train.parallelize import parallelize
 from train.plan.memory.ledger import PeakMeter
 from train.plan.memory.rank import phases, scene_of
+from train.rank import RankSetup
 
 RUN = ["conf=tiny", "hardware=cpu", "cluster.device=cpu", "seq_len=128", "batch_size=4", "micro_batch_size=1"]
 ALL = "model.recompute=[norm,mla_up,swiglu]"
@@ -84,7 +88,8 @@ def measure(config: Config, rank: int) -> dict[str, int]:
     """Peaks of the second step by phase."""
     parallel = config.parallel
     layout = read_layout(config, parallel.pp * parallel.dp)
-    parts = parallelize(config, build_mesh(layout), torch.device("cpu"))
+    mesh = build_mesh(layout)
+    parts = parallelize(config, mesh, torch.device("cpu"))
     share = config.batch_size // parallel.dp
     draw = torch.Generator().manual_seed(layout.dp_rank(rank))
     tokens_BS = torch.randint(0, config.model.vocab_size, (share, config.seq_len + 1), generator=draw)
@@ -92,40 +97,21 @@ def measure(config: Config, rank: int) -> dict[str, int]:
     if config.data.mask_documents:  # four to a sample
         positions_S = torch.arange(config.seq_len + 1, dtype=torch.int32)
         documents_BS = (4 * positions_S // len(positions_S)).repeat(share, 1)
-    step(config, parts, tokens_BS, documents_BS, 1)
+    training_step = TrainingStep(config, parts, RankSetup(torch.device("cpu"), mesh))
+    peaks: dict[str, int] = {}
+
+    def run(number: int, meter: PeakMeter | None = None) -> None:
+        def mark(phase: str) -> None:
+            if meter is not None:
+                time.sleep(LET_GO)
+                peaks[phase] = meter.mark()
+
+        plan = StepPlan(number, 0, config.batch_size, lr=1e-4, mtp_weight=0.3, bias_speed=0.0)
+        training_step.run(plan, Batch(tokens_BS, documents_BS), on_phase=mark)
+
+    run(1)
     with PeakMeter(torch.device("cpu")) as meter:
-        return step(config, parts, tokens_BS, documents_BS, 2, meter)
-
-
-def step(
-    config: Config,
-    parts: Parallelized,
-    tokens_BS: torch.Tensor,
-    documents_BS: torch.Tensor | None,
-    number: int,
-    meter: PeakMeter | None = None,
-) -> dict[str, int]:
-    """A whole training step; peaks by phase."""
-    parts.precision.start_step(number)
-    for chunk in parts.chunks:
-        chunk.losses.clear()
-        chunk.mtp_weight = 0.3
-        for gate in chunk.routers().values():
-            gate.balance_weight = 1e-4
-    peaks = {}
-
-    def mark() -> int:
-        if meter is None:
-            return 0
-        time.sleep(LET_GO)
-        return meter.mark()
-
-    with parts.zero.accumulate():
-        parts.pipeline.step(tokens_BS, documents_BS, micro_batches=len(tokens_BS) // config.micro_batch_size)
-        peaks["schedule"] = mark()
-    peaks["reduction"] = mark()
-    parts.zero.step()
-    peaks["update"] = mark()
+        run(2, meter)
     return peaks
 
 

@@ -125,9 +125,11 @@ def take_steps(task: Task, rank: int) -> dict:
     from conf.load import compose
     from parallel.mesh import build_mesh
     from train import parallelize as parallelize_module
+    from train.loop.step import TrainingStep
     from train.native import model as native
+    from train.optim.schedules import StepPlan
     from train.plan.job import layout_of
-    from train.rank import choose_device, start_process_group
+    from train.rank import RankSetup, choose_device, start_process_group
 
     config = compose(*task.overrides, f"cluster.device={task.device}", f"cluster.threads={task.threads}")
     device = choose_device(config, Place(rank, task.ranks, 0, task.ranks))  # one card for all of them
@@ -144,14 +146,15 @@ def take_steps(task: Task, rank: int) -> dict:
     mesh = build_mesh(layout_of(config), timedelta(seconds=WAIT))
     parallelize_module.initialise = drawn_by_the_cpu
     parts = parallelize_module.parallelize(config, mesh, device, core=attention_of(config, device))
-    parts.zero.set_lr(LEARNING_RATE)
+    training_step = TrainingStep(config, parts, RankSetup(device, mesh))
     share = config.batch_size // config.parallel.dp
     found: dict = {"losses": [], "norms": []}
     for step in range(task.steps):
         draw = torch.Generator().manual_seed(step + 1)
         tokens_BS = torch.randint(config.model.vocab_size, (config.batch_size, config.seq_len + 1), generator=draw)
         mine_BS = tokens_BS[mesh.dp_rank * share : (mesh.dp_rank + 1) * share].to(device)
-        found |= one_step(config, parts, mine_BS, step + 1, task.tensors and step == 0)
+        plan = StepPlan(step + 1, 0, config.batch_size, LEARNING_RATE, config.optim.mtp_weight[0].value, bias_speed=0.0)
+        found |= one_step(training_step, parts, plan, mine_BS, task.tensors and step == 0)
         head = next((chunk for chunk in parts.chunks if chunk.has_head), None)
         if head is not None:
             found["losses"].append(head.losses.means()[0].item())
@@ -169,25 +172,20 @@ def drawn_by_the_cpu(chunk, seed: int, device) -> None:
     chunk.to(device)
 
 
-def one_step(config, parts, tokens_BS, number: int, tensors: bool) -> dict:
-    """As train/trainer.py makes it; the gradient norm, and with tensors the gradients and what the update added."""
-    micro_batches = len(tokens_BS) // config.micro_batch_size
-    parts.precision.start_step(number)
-    for chunk in parts.chunks:
-        chunk.losses.clear()
-        chunk.mtp_weight = config.optim.mtp_weight[0].value
-        for router in chunk.routers().values():
-            router.clear()
-            router.balance_weight = config.optim.balance_loss / micro_batches
+def one_step(training_step, parts, plan, tokens_BS, tensors: bool) -> dict:
+    """The gradient norm, and with tensors the gradients and what the update added."""
+    from train.data.batch import Batch
+
     found = {}
     if tensors:
         before = {name: shard.local.clone() for name, shard in _masters(parts)}
-    with parts.zero.accumulate():
-        parts.pipeline.step(tokens_BS, micro_batches=micro_batches)
-        if tensors:
+
+    def keep(phase: str) -> None:
+        if tensors and phase == "schedule":
             # copies, since the update may multiply gradients where they lie
             found["gradients"] = {name: param.grad.clone().cpu() for param, name in parts.zero.names.items()}
-    found["norm"] = parts.zero.step().grad_norm
+
+    found["norm"] = training_step.run(plan, Batch(tokens_BS), on_phase=keep).update.grad_norm
     if tensors:
         found["updates"] = {name: (shard.local - before[name]).cpu() for name, shard in _masters(parts)}
     return found
