@@ -16,7 +16,7 @@ from pathlib import Path
 from types import FrameType
 
 from cluster.cause import Kind, RankReport, name_cause, read_report
-from cluster.run_files import failure_path, log_path
+from cluster.run_files import FAILURES, log_path
 from cluster.spawn import spawn
 from conf.errors import EXIT_OK, EXIT_STOPPED
 
@@ -32,7 +32,7 @@ def run_local(command: list[str], world: int, logs: Path) -> int:
     SIGTERM and Ctrl-C are passed on to the ranks as SIGTERM; a second Ctrl-C ends them at once, as KeyboardInterrupt.
     """
     logs.mkdir(parents=True, exist_ok=True)
-    for old in logs.glob(failure_path(logs, "*").name):
+    for old in logs.glob(FAILURES):
         old.unlink()
     with tempfile.TemporaryDirectory(prefix="sluice-store-", ignore_cleanup_errors=True) as folder:  # mode 0700
         return _run(command, world, logs, Path(folder) / "store")

@@ -21,6 +21,8 @@ from conf.files import atomic_write_text
 MANIFEST = "manifest.json"
 STEP_FOLDERS = "step_*"
 """Pattern of the folders of checkpoints."""
+FAILURES = "rank_*.error.json"
+"""Pattern of `failure_path`."""
 RANK_FILE = re.compile(r"rank_(\d{5,18})\.(safetensors|json)")
 _FENCE = ".fence"
 

@@ -5,7 +5,8 @@ import signal
 import subprocess
 from typing import IO
 
-_PRCTL = ctypes.CDLL(None).prctl  # looked up here, as a fresh fork of a threaded process must not load libraries
+PR_SET_PDEATHSIG = 1
+"""Of prctl: the signal that a process gets when its parent dies."""
 
 
 def spawn(
@@ -20,6 +21,7 @@ def spawn(
 
     output: of both streams; None leaves the child the terminal. folder: to work in; None for that of this process.
     """
+    prctl = ctypes.CDLL(None).prctl  # looked up here, as a fresh fork of a threaded process must not load libraries
     return subprocess.Popen(
         command,
         env=environment,
@@ -28,10 +30,5 @@ def spawn(
         stdout=output,
         stderr=None if output is None else subprocess.STDOUT,
         start_new_session=True,
-        preexec_fn=_die_with_parent,
+        preexec_fn=lambda: prctl(PR_SET_PDEATHSIG, signal.SIGKILL),
     )
-
-
-def _die_with_parent() -> None:
-    pr_set_pdeathsig = 1
-    _PRCTL(pr_set_pdeathsig, signal.SIGKILL)
