@@ -18,6 +18,8 @@ import sys
 import tempfile
 from pathlib import Path
 
+from conf.schema import PipelineSchedule
+
 MODEL = [
     "model.vocab_size=512",
     "model.hidden=64",
@@ -48,7 +50,6 @@ def _pp(ranks: int, schedule: str, *more: str) -> list[str]:
     return [f"parallel.pp={ranks}", f"parallel.schedule={schedule}", *more]
 
 
-SCHEDULES = ("1f1b", "interleaved", "zbv", "dualpipev")
 LAYOUTS = {
     **{f"dp2 zero{stage}": ["parallel.dp=2", f"parallel.zero={stage}"] for stage in (1, 2, 3)},
     "ep2": ["parallel.dp=2", "parallel.ep=2"],
@@ -61,9 +62,9 @@ LAYOUTS = {
     ],
     "dp4 ep2": ["parallel.dp=4", "parallel.ep=2"],
     "dp4 ep2 zero3": ["parallel.dp=4", "parallel.ep=2", "parallel.zero=3"],
-    **{f"pp2 {name}": _pp(2, name) for name in SCHEDULES},
-    **{f"pp4 {name}": _pp(4, name) for name in SCHEDULES},
-    **{f"pp2 dp2 ep2 {name}": _pp(2, name, "parallel.dp=2", "parallel.ep=2") for name in SCHEDULES},
+    **{f"pp2 {name}": _pp(2, name) for name in PipelineSchedule},
+    **{f"pp4 {name}": _pp(4, name) for name in PipelineSchedule},
+    **{f"pp2 dp2 ep2 {name}": _pp(2, name, "parallel.dp=2", "parallel.ep=2") for name in PipelineSchedule},
     "pp2 dp2 ep2 dualpipev, MTP depth 2": _pp(2, "dualpipev", "parallel.dp=2", "parallel.ep=2", "model.mtp_depth=2"),
     "ep2, MTP depth 2": ["parallel.dp=2", "parallel.ep=2", "model.mtp_depth=2"],
 }

@@ -8,12 +8,12 @@ from typing import Any
 
 from conf.check import check
 from conf.errors import UserError
-from conf.schema import ROOT, Config, Recompute
+from conf.schema import ROOT, Config, PipelineSchedule, Recompute
 from train.layout import check_layout
 from train.plan.job import with_nodes
 from train.plan.time.stages import require_rule
 
-LIGHTEST = [Recompute.norm, Recompute.mla_up, Recompute.swiglu]
+LIGHTEST = list(Recompute)
 """All that may be computed again."""
 
 
@@ -87,7 +87,7 @@ def lighter(config: Config) -> Iterator[Config]:
     for stage in (2, 3):
         if parallel.pp == 1 and parallel.zero < stage and parallel.dp > 1:
             yield changed(config, zero=stage)
-    for schedule in ("1f1b", "interleaved", "zbv", "dualpipev"):
+    for schedule in PipelineSchedule:
         if parallel.pp > 1 and schedule != parallel.schedule:
             yield changed(config, schedule=schedule)
     for factor in (2, 4):
