@@ -140,14 +140,14 @@ def run(job: Callable[[list[Config]], int]) -> int:
         configs = [to_config(node) for node in nodes]
         with disk_errors(*configs):
             return job(configs) if configs else EXIT_OK
-    except UserError as error:
+    except (UserError, HydraException, OmegaConfBaseException) as error:
         return report(error)
-    except (HydraException, OmegaConfBaseException) as error:
-        return report(_explain(error))
 
 
-def report(error: UserError) -> int:
+def report(error: UserError | HydraException | OmegaConfBaseException) -> int:
     """Print the error on one screen; returns its exit code."""
+    if not isinstance(error, UserError):
+        error = _explain(error)
     print(f"error: {error}", file=sys.stderr)
     return error.code
 

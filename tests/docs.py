@@ -1,6 +1,6 @@
 """Commands of the documentation: where they stand, and what they need.
 
-A command is a line of an indented or fenced block, or a span of code in the text with `-m train` in it. What a block needs
+A command is a line of an indented or fenced block, or a span of code in the text with `-m train` or `sluice` in it. What a block needs
 that a test has not stands in a comment in front of it:  <!-- needs: 8 GPUs -->   or, for a whole page, under its title:
 <!-- all need: Slurm -->
 """
@@ -47,7 +47,9 @@ PROGRAMS = {
         "lm_eval",
     ),
 }
-TRAIN = re.compile(r"(?:-m\s+train|sluice\.sbatch)(?=\s|$)")
+TRAIN = re.compile(r"(?:-m\s+train|(?:^|\s)sluice|sluice\.sbatch)(?=\s|$)")
+ASKS = {"doctor"}
+"""Words that ask about the machine; overrides may follow."""
 NEEDS = re.compile(r"<!--\s*needs:\s*(.+?)\s*-->")
 ALL_NEED = re.compile(r"<!--\s*all need:\s*(.+?)\s*-->")
 SHELL = {"|", "||", "&&", "&", ";", ">", ">>", "<", "2>&1"}
@@ -66,7 +68,7 @@ class Command:
         return TRAIN.search(self.text) is not None
 
     def arguments(self) -> list[str]:
-        """What follows `-m train`, up to the end of this command."""
+        """What follows `-m train` or `sluice`, up to the end of this command."""
         words = shlex.split(self.text[TRAIN.search(self.text).end() :])
         end = next((place for place, word in enumerate(words) if word in SHELL), len(words))
         return words[:end]
@@ -78,8 +80,8 @@ class Command:
         values = []
         skip = False
         for word in words:
-            if skip or word.startswith("-"):
-                skip = word in ("--cfg", "--config-dir", "--info")
+            if skip or word.startswith("-") or word in ASKS:
+                skip = word in ("--cfg", "--config-dir", "--info", "--help")
                 continue
             key, _, value = word.partition("=")
             several = value.split(",") if sweeps and not value.startswith(("[", "{")) else [value]

@@ -1,7 +1,13 @@
-"""`python -m train [conf=RECIPE] [group=option] [key=value]`: compose, check, then do what `mode` says."""
+"""`sluice [conf=RECIPE] [group=option] [key=value]`, or `python -m train`: compose, check, then do what `mode` says."""
 
+import os
 import sys
 from pathlib import Path
+
+from train.program import environment_of_children, guard_names
+
+if __name__ == "__main__":
+    guard_names()  # before a package is looked for that the working folder may hide
 
 from train.cpu import tune_cpu
 
@@ -129,6 +135,17 @@ def _dashboard(config: Config, alone: bool) -> int:
     return build_dashboard(config)
 
 
-if __name__ == "__main__":
+def command() -> int:
+    """What was typed after `sluice` or `python -m train`; returns the exit code."""
+    os.environ |= environment_of_children()
     let_output_be_lost()
-    sys.exit(run(main))
+    words = sys.argv[1:]
+    if words[:1] in (["--version"], ["doctor"]):
+        from train import doctor
+
+        return doctor.main(words)
+    return run(main)
+
+
+if __name__ == "__main__":
+    sys.exit(command())

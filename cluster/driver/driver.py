@@ -337,6 +337,8 @@ class Driver:
             "SLUICE_STORE_SECRET": secrets.token_hex(32),
             "SLUICE_FOLDER": os.getcwd(),
         }
+        if safe := os.environ.get("PYTHONSAFEPATH"):  # a rank takes no package from the folder that it is started in
+            shared["PYTHONSAFEPATH"] = safe
         for id, seats in placement.by_node().items():
             ranks = [(seat.rank, seat.local_rank) for seat in seats]
             for rank, _ in ranks:

@@ -86,14 +86,16 @@ class RayFleet:
         # Ray opens its folder, sockets in it, to every user of the machine, so it gets one that no other can reach. Not in
         # TMPDIR, which may be too long for a socket.
         self._folder = tempfile.TemporaryDirectory(prefix="sluice-ray-", dir="/tmp", ignore_cleanup_errors=True)
-        self._ray.init(
-            _temp_dir=f"{self._folder.name}/ray",
-            include_dashboard=False,
-            log_to_driver=False,
-            logging_level="ERROR",
-            object_store_memory=OBJECT_STORE,
-            _node_ip_address="127.0.0.1",
-        )
+        # Agents look for packages where Ray is started: in the program's folder, not in the user's, whose names may be ours.
+        with contextlib.chdir(ROOT):
+            self._ray.init(
+                _temp_dir=f"{self._folder.name}/ray",
+                include_dashboard=False,
+                log_to_driver=False,
+                logging_level="ERROR",
+                object_store_memory=OBJECT_STORE,
+                _node_ip_address="127.0.0.1",
+            )
 
     def _join(self, address: str) -> None:
         environment: dict[str, Any] = {"env_vars": {"RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES": "1"}}

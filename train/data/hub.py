@@ -13,6 +13,7 @@ from typing import Any
 from conf.errors import UserError
 from train.data.files import Progress
 from train.data.readers import check_text, text_key_of
+from train.program import install_words
 
 ROWS = 256
 
@@ -61,9 +62,7 @@ def open_hub(path: str, text_key: str, key: str) -> HubSource:
         import datasets
     except ImportError as error:
         rule = "needs the Python package datasets, which is not installed"
-        raise UserError(
-            key, path, rule, "in the program's folder: pip install -e '.[datasets]'; or give files"
-        ) from error
+        raise UserError(key, path, rule, f"{install_words('datasets')}; or give files") from error
     match = re.fullmatch(r"(?:hf://)?(.+?)(?:@([^@:/]+))?(?::([^:/]+))?", path)
     if match is None:
         raise UserError(key, path, "must be hf://NAME[@CONFIG][:SPLIT]", "write it so")

@@ -10,6 +10,7 @@ from conf.schema import Config
 from train.data.corpus import build_corpus
 from train.data.progress import show_progress
 from train.evaluate.target import find_target
+from train.program import install_words
 from train.run_folder import RunPaths
 
 
@@ -40,5 +41,5 @@ def _require_harness(config: Config) -> None:
             "evaluate.tasks",
             config.evaluate.tasks,
             "tasks run in lm-evaluation-harness, the package lm-eval, which is not installed",
-            "in the program's folder: pip install -e '.[eval]'",
+            install_words("eval"),
         )

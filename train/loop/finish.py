@@ -19,6 +19,7 @@ from train.metrics.planned import plan_rows, plan_words
 from train.metrics.report import write_report
 from train.metrics.screens import final_screen, stopped_screen
 from train.metrics.series import read_series
+from train.program import typed_command
 from train.run_folder import RunPaths
 from train.weights import fits_here
 
@@ -35,9 +36,10 @@ def finish(
     if code == EXIT_STOPPED:
         step = read_manifest(checkpoint).step if checkpoint else 0
         # resume= told where to start; to go on is what happens without it.
+        typed = typed_command()
         command = (
-            shlex.join(["python", "-m", "train", *(word for word in sys.argv[1:] if not word.startswith("resume="))])
-            if sys.argv[0].endswith("__main__.py")
+            shlex.join([*typed, *(word for word in sys.argv[1:] if not word.startswith("resume="))])
+            if typed
             else "the same command"
         )
         stopped_screen(config.name, step, config.steps, "a signal asked for it", checkpoint=checkpoint, command=command)

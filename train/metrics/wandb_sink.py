@@ -139,7 +139,7 @@ class WandbSink:
         }
         wandb.setup(wandb.Settings(silent=True))
         arguments = self._arguments | {"id": run_id(self._folder), "resume": "allow"}
-        if self._goes_online(wandb):
+        if goes_online(self._mode, wandb):
             try:
                 run = wandb.init(**arguments, mode="online", settings=wandb.Settings(**settings))
             except Exception as error:
@@ -153,12 +153,12 @@ class WandbSink:
         self._where = str(Path(run.dir).parent)
         return run
 
-    def _goes_online(self, wandb: ModuleType) -> bool:
-        if self._mode == WandbMode.offline:
-            return False
-        if os.environ.get("WANDB_MODE") in ("offline", "dryrun"):
-            return False
-        return has_key(wandb)
+
+def goes_online(mode: WandbMode, wandb: ModuleType) -> bool:
+    """Whether a run tries W&B's server, or stays offline at once."""
+    if mode == WandbMode.offline or os.environ.get("WANDB_MODE") in ("offline", "dryrun"):
+        return False
+    return has_key(wandb)
 
 
 def has_key(wandb: ModuleType) -> bool:

@@ -69,6 +69,12 @@ def has_avx2() -> bool:
     return {"avx2", "fma"} <= set(cpu_features().split())
 
 
+def compiler_name(source: CppSource) -> str:
+    """The C++ compiler that would build it, in its own words. Raises UserError where there is none."""
+    compiler = _compiler(source)
+    return (_version(*compiler).decode(errors="replace").splitlines() or [shlex.join(compiler)])[0]
+
+
 def _built(source: CppSource) -> Path:
     """The shared library for this source, compiler and CPU."""
     compiler = _compiler(source)

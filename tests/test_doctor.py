@@ -1,0 +1,91 @@
+"""What `sluice doctor` finds, on machines that lack something."""
+
+import io
+
+import pytest
+from rich.console import Console
+
+from conf.errors import EXIT_OK, EXIT_USER
+from conf.load import compose
+from train import doctor
+from train.doctor import Finding, doctor_screen, look, main, requirements
+
+
+def found(label: str, *overrides: str) -> Finding:
+    return next(one for one in look(compose("cluster.device=cpu", *overrides)) if one.label == label)
+
+
+def screen(*findings: Finding) -> tuple[int, str]:
+    output = io.StringIO()
+    return doctor_screen(list(findings), Console(file=output, width=200)), output.getvalue()
+
+
+def test_every_part_has_a_line(capsys):
+    assert main(["doctor", "cluster.device=cpu"]) == EXIT_OK
+    said = capsys.readouterr().out
+    for label in (
+        "Program",
+        "Packages",
+        "Device",
+        "CPU",
+        "Compiler",
+        "W&B",
+        "Ray",
+        "Runs",
+        "Cache",
+        "Extras",
+        "Folder",
+    ):
+        assert f"\n  {label} " in said, said
+    assert main(["doctor", "modle.layers=4"]) == EXIT_USER
+
+
+def test_a_machine_without_a_compiler_is_told_to_install_one(monkeypatch):
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    one = found("Compiler")
+    assert "CXX=no-such-compiler is not on the PATH" in one.state and "install g++" in one.cure and not one.stops
+
+
+def test_a_package_that_does_not_fit_stops_runs(monkeypatch):
+    monkeypatch.setattr(doctor, "requirements", lambda: ["numpy>=999", "surely-not-there>=1", "pytest; extra == 'dev'"])
+    one = found("Packages")
+    assert one.stops and "numpy is " in one.state and "surely-not-there is not installed" in one.state
+    assert one.cure == "pip install 'numpy>=999' 'surely-not-there>=1'"
+
+
+def test_what_the_program_asks_for_is_known_with_and_without_an_installation(monkeypatch):
+    def absent(name: str) -> list[str]:
+        raise doctor.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(doctor.metadata, "requires", absent)
+    assert any(line.startswith("torch") for line in requirements())
+
+
+def test_checkpoints_that_no_disk_holds_are_named(tmp_path):
+    one = found("Runs", f"runs={tmp_path}", "checkpoint.keep=1000000000")
+    assert one.stops and "checkpoints of this recipe take" in one.state and "runs=FOLDER" in one.cure
+
+
+def test_a_gpu_that_is_asked_for_and_absent_stops_runs():
+    torch = pytest.importorskip("torch")
+    if torch.cuda.is_available():
+        pytest.skip("this machine has a GPU")
+    one = next(one for one in look(compose("cluster.device=cuda")) if one.label == "Device")
+    assert one.stops and "needs a CUDA device" in one.state
+
+
+def test_wandb_says_whether_it_goes_online(monkeypatch):
+    monkeypatch.setattr("train.metrics.wandb_sink.has_key", lambda wandb: True)
+    assert "online at http" in found("W&B").state
+    assert "offline" in found("W&B", "log.wandb=offline").state
+    assert found("W&B", "log.wandb=disabled").state == "disabled"
+
+
+def test_the_title_tells_what_stops_and_what_could_be_better():
+    fine, better = Finding("CPU", "fast"), Finding("Compiler", "none", "install g++")
+    bad = Finding("Disk", "full", "free space", stops=True)
+    assert screen(fine) == (EXIT_OK, "\nready to train\n  CPU         fast\n")
+    code, said = screen(fine, better)
+    assert code == EXIT_OK and "ready to train; could be better: Compiler" in said and "to do: install g++" in said
+    code, said = screen(fine, better, bad)
+    assert code == EXIT_USER and said.startswith("\nnot ready to train: Disk\n") and "error: free space" in said
