@@ -12,9 +12,28 @@ ROOT = Path(__file__).resolve().parent.parent
 """The folder that holds conf/, train/, parallel/ and cluster/."""
 
 
-# Choices. Their members are strings, so code may compare them with plain ones.
-Mode = StrEnum("Mode", ["train", "report", "plan", "dry_run", "evaluate", "generate", "export", "dashboard"])
-"""What `python -m train` does with a recipe."""
+class Mode(StrEnum):
+    """What `sluice`, or `python -m train`, does with a recipe."""
+
+    train = "train"
+    """Train the recipe's model, or go on where the run of this name ended."""
+    report = "report"
+    """Write report.html of a run that is there, also while it trains."""
+    plan = "plan"
+    """Say whether the run fits its devices, how fast it will be and what it costs."""
+    dry_run = "dry_run"
+    """Measure one rank of the run, alone on the device at hand."""
+    evaluate = "evaluate"
+    """Held-out loss, and standard tasks, of a checkpoint."""
+    generate = "generate"
+    """Let a checkpoint or a Hugging Face folder write."""
+    export = "export"
+    """Write a checkpoint as a Hugging Face folder."""
+    dashboard = "dashboard"
+    """Make a W&B workspace that lays the run out."""
+
+
+# More choices. Members are strings, so code may compare them with plain ones.
 Shape = StrEnum("Shape", ["constant", "linear", "cosine"])
 """How a schedule phase moves from the value before it to its own value."""
 Recompute = StrEnum("Recompute", ["norm", "mla_up", "swiglu"])
@@ -52,10 +71,13 @@ class Yarn:
     always: bool = False
     """In force at any seq_len: for weights that were extended with it, as DeepSeek's released ones were."""
     factor: float = 40.0
+    """How many times longer than original_seq_len sequences may be."""
     original_seq_len: int = 4096
     """Length of pretraining, in tokens."""
     beta_fast: float = 32.0
+    """Pairs that turn more often than this over original_seq_len stay as they are."""
     beta_slow: float = 1.0
+    """Pairs that turn less often than this over original_seq_len are slowed by factor; a ramp lies between."""
     truncate: bool = True
     """Round the bounds of the ramp from fast to slow pairs outwards to whole pairs."""
     mscale: float = 1.0
@@ -112,10 +134,12 @@ class Model:
     max_seq_len: int = 4096
     """Longest sequence that the positions are made for, in tokens."""
     rope_theta: float = 10000.0
+    """Base of RoPE's frequencies."""
     yarn: Yarn = field(default_factory=Yarn)
     norm_eps: float = 1e-6
+    """What every RMSNorm adds to the mean square, so that it divides by no zero."""
     latent_norm_eps: float | None = None
-    """Of the norms of the query and key-value latents; null takes norm_eps. transformers takes 1e-6 whatever rms_norm_eps is."""
+    """norm_eps of the norms of the query and key-value latents; null takes norm_eps. transformers takes 1e-6 whatever rms_norm_eps is."""
     init_std: float = 0.006
     """Standard deviation of every weight at the start (paper 4.2)."""
     recompute: list[Recompute] = field(default_factory=lambda: [Recompute.norm, Recompute.mla_up, Recompute.swiglu])
@@ -139,11 +163,13 @@ class MixSource:
     """One part of a data mix."""
 
     path: str = ""
-    """As in Data; empty for format stdlib."""
+    """Where it lies, as data.path; empty for format stdlib."""
     weight: float = 1.0
     """Share of the samples, relative to the other parts."""
     format: DataFormat = DataFormat.auto
+    """How to read path, as data.format."""
     text_key: str = "text"
+    """Field that holds the text, as data.text_key."""
 
 
 @dataclass
@@ -184,7 +210,9 @@ class Optim:
     lr_schedule: list[Phase] = field(default_factory=lambda: [Phase()])
     """Factor on lr after warm-up."""
     betas: list[float] = field(default_factory=lambda: [0.9, 0.95])
+    """How much of Adam's two averages stays in a step: of the gradient and of its square."""
     eps: float = 1e-8
+    """What Adam adds to the root of the average square, so that it divides by no zero."""
     weight_decay: float = 0.1
     """Decay of matrices; gains of norms are left out."""
     clip: float = 1.0
@@ -237,7 +265,9 @@ class Fprop:
     """Operands of y = x w^T, contracted over the inputs."""
 
     activation: str = "${precision.fp8.activation}"
+    """Operand x: FORMAT/GRANULARITY/SCALE or bf16."""
     weight: str = "${precision.fp8.weight}"
+    """Operand w: FORMAT/GRANULARITY/SCALE or bf16."""
 
 
 @dataclass
@@ -245,7 +275,9 @@ class Dgrad:
     """Operands of dx = dy w, contracted over the outputs."""
 
     gradient: str = "${precision.fp8.gradient}"
+    """Operand dy: FORMAT/GRANULARITY/SCALE or bf16."""
     weight: str = "${precision.fp8.weight}"
+    """Operand w: FORMAT/GRANULARITY/SCALE or bf16."""
 
 
 @dataclass
@@ -253,7 +285,9 @@ class Wgrad:
     """Operands of dw = dy^T x, contracted over the tokens."""
 
     gradient: str = "${precision.fp8.gradient}"
+    """Operand dy: FORMAT/GRANULARITY/SCALE or bf16."""
     activation: str = "${precision.fp8.activation}"
+    """Operand x: FORMAT/GRANULARITY/SCALE or bf16."""
 
 
 @dataclass
@@ -320,6 +354,7 @@ class Fp8:
     activation: str = "e4m3/1x128/fp32"
     """Inputs of linear layers."""
     weight: str = "e4m3/128x128/fp32"
+    """Weights of linear layers."""
     gradient: str = "e4m3/1x128/fp32"
     """Gradients of outputs. Blocks of 128x128 made the paper's model diverge (B.2)."""
     attention_output: str = "e4m3/1x128/pow2"
@@ -434,7 +469,7 @@ class Rate:
     """How long a kernel takes: calls x seconds + operations / flops + bytes / bandwidth. 0 for no such limit."""
 
     seconds: float = 0.0
-    """Of every call, whatever its size."""
+    """Seconds of every call, whatever its size."""
     flops: float = 0.0
     """Operations per second."""
     bandwidth: float = 0.0
@@ -446,13 +481,13 @@ class Hardware:
     """A kind of device and how such devices are joined, for mode=plan (conf/hardware has the sources of the figures)."""
 
     name: str | None = None
-    """Of the description; null where none was chosen."""
+    """Name of the description; null where none was chosen."""
     device: str = ""
     """Part of the name that CUDA gives the device; cpu for the processor of this machine."""
     devices_per_node: int = 8
     """Devices that share the fast network: a node, or a larger NVLink domain."""
     memory_bytes: float = 0.0
-    """Of one device; 0 for its share of this machine's memory."""
+    """Memory of one device, in bytes; 0 for its share of this machine's memory."""
     bf16_flops: float = 0.0
     """Dense peak of one device, FLOP/s: what MFU is counted against."""
     fp8_flops: float = 0.0
@@ -460,9 +495,9 @@ class Hardware:
     communication_share: float = 0.0
     """Share of a device's computing that is taken by a transfer in flight, 0 to 1."""
     price_per_hour: float | None = None
-    """Of one device; null for not given."""
+    """Price of one device for an hour; null for not given."""
     watts: float | None = None
-    """Of one device at full load; null for not given."""
+    """Power of one device at full load, in watts; null for not given."""
     rates: dict[str, Rate] = field(default_factory=dict)
     """What kernels and links reach, by kind of work (train/plan/time/rates.py): all times come from here; empty needs plan.calibration."""
 
@@ -515,6 +550,7 @@ class Log:
     wandb: WandbMode = WandbMode.auto
     """auto: online with a key, else offline."""
     wandb_project: str = "sluice"
+    """Project of the W&B run."""
     progress: bool = True
     """Show the live progress bar (in a terminal) or a line now and then (elsewhere)."""
     sample_tokens: int = 160
