@@ -35,17 +35,6 @@ def recipes() -> list[str]:
     return sorted(path.stem for path in (ROOT / "conf" / "conf").glob("*.yaml"))
 
 
-HELP = f"""Train a DeepSeek-V3-class model:  python -m train [conf=RECIPE] [group=option] [key=value] [-m]
-
-Recipes (conf=):  {", ".join(recipes())}
-$APP_CONFIG_GROUPS
-Configuration with these arguments:
-
-$CONFIG
---cfg job prints the configuration and starts nothing; -m runs every combination of comma-separated values.
-"""
-
-
 @dataclass
 class _Primary(Config):
     """The schema with Hydra's own settings: which groups are taken by default, and that Hydra writes no files."""
@@ -72,7 +61,6 @@ class _Primary(Config):
             "run": {"dir": "."},
             "sweep": {"dir": "${runs}/sweeps", "subdir": "${hydra.job.num}"},
             "job": {"name": "train", "chdir": False},
-            "help": {"app_name": "train", "template": HELP},
         }
     )
 
@@ -97,12 +85,18 @@ def write_config(config: Config, path: str) -> None:
 
 def compose(*overrides: str) -> Config:
     """Configuration for these command-line overrides, for tests and tools."""
+    node = compose_node(*overrides)
+    return to_config(over_run_settings(node, list(overrides), list(node.hydra.runtime.choices)))
+
+
+def compose_node(*overrides: str) -> DictConfig:
+    """The same before interpolations are resolved and rules are checked, with Hydra's own settings."""
     register()
     with hydra.initialize_config_dir(str(ROOT / "conf"), version_base="1.3", job_name="train"):
         node = hydra.compose("train", list(overrides), return_hydra_config=True)
-        if node.name is None:
-            node.name = node.hydra.runtime.choices.conf
-        return to_config(over_run_settings(node, list(overrides), list(node.hydra.runtime.choices)))
+    if node.name is None:
+        node.name = node.hydra.runtime.choices.conf
+    return node
 
 
 def register() -> None:

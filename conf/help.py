@@ -1,0 +1,146 @@
+"""`sluice --help`: what can be said on the command line, all of it read from the schema and the folders of conf/.
+
+sluice --help                      modes, recipes, groups, the keys at the top
+sluice --help parallel             every key of a section; optim.lr is one key
+sluice --help optim conf=NAME      with the values of that recipe
+"""
+
+import difflib
+from collections.abc import Iterator
+from pathlib import Path
+
+from hydra.errors import HydraException
+from omegaconf import DictConfig
+from omegaconf.errors import OmegaConfBaseException
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table
+
+from conf.errors import EXIT_OK, UserError
+from conf.keys import Group, Key, attribute_meanings, groups, value_words
+from conf.load import compose_node, report
+from conf.schema import ROOT, Mode
+
+HELP = {"--help", "-h"}
+EXAMPLES = (
+    ("sluice", "train the recipe tiny, a small DeepSeek-V3, here and now"),
+    ("sluice conf=tiny data.path=FOLDER name=mine", "on text of your own"),
+    ("sluice steps=2000 optim.lr=1e-3 name=long", "with other values"),
+    ("sluice -m optim.lr=1e-3,2e-3", "every combination of values, one run after another"),
+    ("sluice mode=generate name=mine", "let the trained model write"),
+    ("sluice --cfg job", "show every value and start nothing"),
+    ("sluice doctor", "what this machine has and lacks; --version for versions"),
+)
+
+
+def show_help(words: list[str], console: Console | None = None) -> int:
+    """The screen for a command line that asks for help; returns the exit code."""
+    asked = [word for word in words if word not in HELP]
+    overrides = [word for word in asked if "=" in word]
+    names = [word for word in asked if "=" not in word and not word.startswith("-")]
+    console = console or Console(highlight=False)
+    try:
+        values = compose_node(*overrides)
+        if not names:
+            _overview(console, values)
+        for name in names:
+            console.print(*_section(name, values), sep="\n")
+    except (UserError, HydraException, OmegaConfBaseException) as error:
+        return report(error)
+    return EXIT_OK
+
+
+def recipe_lines() -> dict[str, str]:
+    """Every recipe with its first line of comment."""
+    return {name: option_line(ROOT / "conf" / "conf" / f"{name}.yaml") for name in options("conf")}
+
+
+def options(group: str) -> list[str]:
+    """Names of the files of a Hydra group."""
+    return sorted(path.stem for path in (ROOT / "conf" / group).glob("*.yaml"))
+
+
+def option_groups() -> list[str]:
+    """Folders of conf/ with options, recipes aside."""
+    return sorted(path.name for path in (ROOT / "conf").iterdir() if path.name != "conf" and any(path.glob("*.yaml")))
+
+
+def option_line(path: Path) -> str:
+    """The first line of comment of an option that is meant for people; empty where it has none."""
+    comments = (line[1:].strip() for line in path.read_text().splitlines() if line.startswith("#"))
+    return next((line for line in comments if not line.startswith(("@package", "yaml-language-server"))), "")
+
+
+def _overview(console: Console, values: DictConfig) -> None:
+    console.print(
+        "[bold]sluice[/] \\[conf=RECIPE] \\[GROUP=OPTION] \\[KEY=VALUE ...] \\[-m]   trains a DeepSeek-V3-class model"
+    )
+    meanings = attribute_meanings(Mode)
+    _two_columns(console, "Examples", EXAMPLES)
+    _two_columns(console, "Modes (mode=)", [(mode.name, meanings[mode.name]) for mode in Mode])
+    _two_columns(console, "Recipes (conf=)", recipe_lines().items())
+    _two_columns(console, "Groups (GROUP=OPTION)", [(group, ", ".join(options(group))) for group in option_groups()])
+    top, *sections = groups()
+    _two_columns(
+        console,
+        "Sections of keys (sluice --help SECTION shows them)",
+        [(section.name, f"{len(section.keys)} keys. {section.meaning}") for section in sections],
+    )
+    console.print(*_screen(top, values), sep="\n")
+
+
+def _two_columns(console: Console, title: str, rows: object) -> None:
+    table = Table.grid(padding=(0, 2))
+    table.add_column(style="cyan", no_wrap=True)
+    table.add_column()
+    for name, text in rows:
+        table.add_row(f"  {escape(name)}", escape(text))
+    console.print(f"\n[bold]{escape(title)}[/]")
+    console.print(table)
+
+
+def _section(name: str, values: DictConfig) -> Iterator[object]:
+    """The screen of a section, a part of one, or a key."""
+    everything = groups()
+    for group in everything:
+        if name == group.name:
+            return _screen(group, values)
+    keys = tuple(
+        key
+        for group in everything
+        for key in group.keys
+        if key.path == name or key.path.startswith((f"{name}.", f"{name}[]"))
+    )
+    if not keys:
+        known = [group.name for group in everything if group.name] + [
+            key.path for group in everything for key in group.keys
+        ]
+        close = difflib.get_close_matches(name, known, n=3)
+        cure = f"did you mean {' or '.join(close)}? " if close else ""
+        raise UserError("--help", name, "is neither a section nor a key", f"{cure}`sluice --help` lists the sections")
+    return _screen(Group(name, "", keys, ()), values)
+
+
+def _screen(group: Group, values: DictConfig) -> Iterator[object]:
+    """A title, the notes of the sections in it, and a table of keys."""
+    yield f"\n[bold]{escape(group.name or 'Keys at the top')}[/]  {escape(group.meaning)}"
+    for path, note in group.notes:
+        yield f"  [cyan]{escape(path)}[/]  [dim]{escape(note)}[/]"
+    table = Table(box=None, pad_edge=False, header_style="dim", padding=(0, 2, 0, 0))
+    table.add_column("  key", style="cyan", no_wrap=True)
+    table.add_column("value", style="green", overflow="fold", max_width=28)
+    table.add_column("meaning, and what it takes", overflow="fold")
+    for key in group.keys:
+        table.add_row(
+            f"  {escape(key.path)}",
+            escape(value_words(key.path, values)),
+            f"{escape(key.meaning)} [dim]{escape(takes(key))}[/]",
+        )
+    yield table
+
+
+def takes(key: Key) -> str:
+    """What a key takes: its choices, else its type."""
+    words = " | ".join(key.choices) if key.choices else key.type
+    words = f"list of {words}" if key.choices and key.type.startswith("list") else words
+    return f"({words}{' or null' if key.nullable else ''})"

@@ -1,0 +1,181 @@
+"""Every key of the schema with its type, choices and meaning, read from conf/schema.py itself.
+
+`sluice --help`, the page train/docs/keys.md and the JSON schema for editors are made of this.
+"""
+
+import ast
+import dataclasses
+import enum
+import inspect
+import types
+import typing
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+import yaml
+from omegaconf import DictConfig, OmegaConf
+
+from conf import schema
+from conf.schema import Config
+
+WORDS = {int: "whole number", float: "number", bool: "true or false", str: "text"}
+"""Types as a person calls them."""
+ITEM, NAME = "[]", "NAME"
+"""In a path: any entry of a list, and any name in a mapping."""
+
+
+@dataclass(frozen=True)
+class Key:
+    """One setting. path: as it stands on a command line, `optim.lr`; `optim.lr_schedule[].until` is one of an entry."""
+
+    path: str
+    type: str
+    """In words."""
+    choices: tuple[str, ...]
+    """All that it takes; empty where it takes whatever fits its type."""
+    nullable: bool
+    meaning: str
+    """One line, with the unit."""
+
+
+@dataclass(frozen=True)
+class Group:
+    """A section of the configuration, or of a section. name: its path, empty for the keys at the top."""
+
+    name: str
+    meaning: str
+    keys: tuple[Key, ...]
+    notes: tuple[tuple[str, str], ...] = ()
+    """Sections in it, with what holds for all of their keys."""
+
+
+@cache
+def groups() -> tuple[Group, ...]:
+    """All sections in the order of the schema, the keys at the top first."""
+    sections = [
+        name for name, found in typing.get_type_hints(Config).items() if dataclasses.is_dataclass(plain(found)[0])
+    ]
+    top = tuple(key for key in _keys(Config, "") if "." not in key.path)  # the others stand in their sections
+    found = [Group("", "The run as a whole.", top)]
+    for name in sections:
+        cls = plain(typing.get_type_hints(Config)[name])[0]
+        notes = tuple(_notes(cls, f"{name}.", set()))
+        found.append(Group(name, docstring(cls), tuple(_keys(cls, f"{name}.")), notes))
+    return tuple(found)
+
+
+def _keys(cls: type, prefix: str) -> Iterator[Key]:
+    """The keys of a section and of those in it."""
+    hints, meanings = typing.get_type_hints(cls), attribute_meanings(cls)
+    for item in dataclasses.fields(cls):
+        found, nullable = plain(hints[item.name])
+        path = prefix + item.name
+        inner, mark = inner_section(found)
+        if mark is not None or inner is None:
+            yield Key(path, type_words(found), choices_of(found), nullable, meanings.get(item.name, ""))
+        if inner is not None:
+            yield from _keys(inner, f"{path}{mark or ''}.")
+
+
+def _notes(cls: type, prefix: str, described: set[type]) -> Iterator[tuple[str, str]]:
+    """Sections in a section: what the field says, then, where it comes up first, what the class says."""
+    meanings = attribute_meanings(cls)
+    for name, hint in typing.get_type_hints(cls).items():
+        inner, mark = inner_section(plain(hint)[0])
+        if inner is None:
+            continue
+        path, said = f"{prefix}{name}{mark or ''}", [meanings.get(name, "")] if mark is None else []
+        if inner not in described:
+            described.add(inner)
+            yield path, " ".join(words for words in (*said, docstring(inner)) if words)
+            yield from _notes(inner, f"{path}.", described)
+        elif said and said[0]:
+            yield path, said[0]
+
+
+def inner_section(found: Any) -> tuple[type | None, str | None]:
+    """The section in a type, and how a path names it: one of a list or mapping, or itself (None)."""
+    if dataclasses.is_dataclass(found):
+        return found, None
+    arguments = typing.get_args(found)
+    if arguments and dataclasses.is_dataclass(arguments[-1]):
+        return arguments[-1], ITEM if typing.get_origin(found) is list else f".{NAME}"
+    return None, None
+
+
+def plain(found: Any) -> tuple[Any, bool]:
+    """A type without `| None`, and whether it had it."""
+    if isinstance(found, types.UnionType):
+        (inner,) = (each for each in typing.get_args(found) if each is not type(None))
+        return inner, True
+    return found, False
+
+
+def type_words(found: Any) -> str:
+    """A type for a person."""
+    arguments = typing.get_args(found)
+    if typing.get_origin(found) is list:
+        inner = arguments[0]
+        return "list of entries" if dataclasses.is_dataclass(inner) else f"list of {type_words(inner)}"
+    if typing.get_origin(found) is dict:
+        return "entries by name"
+    return "word" if issubclass(found, enum.Enum) else WORDS[found]
+
+
+def choices_of(found: Any) -> tuple[str, ...]:
+    """All values of a type, where they are words that the schema knows."""
+    inner = typing.get_args(found)[0] if typing.get_origin(found) is list else found
+    return tuple(inner.__members__) if isinstance(inner, type) and issubclass(inner, enum.Enum) else ()
+
+
+def docstring(cls: type) -> str:
+    """Of a section, in one line."""
+    return " ".join(inspect.getdoc(cls).split())
+
+
+@cache
+def attribute_meanings(cls: type) -> dict[str, str]:
+    """The docstring under each field of a section, or member of an enumeration, in one line."""
+    (node,) = (each for each in _tree().body if isinstance(each, ast.ClassDef) and each.name == cls.__name__)
+    found = {}
+    for before, after in zip(node.body, node.body[1:], strict=False):
+        if not (isinstance(after, ast.Expr) and isinstance(after.value, ast.Constant)):
+            continue
+        if isinstance(before, (ast.AnnAssign, ast.Assign)):
+            target = before.target if isinstance(before, ast.AnnAssign) else before.targets[0]
+            found[target.id] = " ".join(str(after.value.value).split())
+    return found
+
+
+@cache
+def _tree() -> ast.Module:
+    return ast.parse(inspect.getsource(schema))
+
+
+def value_words(path: str, values: DictConfig) -> str:
+    """The value of a key in a composed configuration, as YAML writes it; of an entry of a list, the default."""
+    place: Any = values
+    for part in path.split("."):
+        place = None if ITEM in part or part == NAME else place._get_node(part) if place is not None else None
+        if place is None or place._is_none():
+            return _default_words(path) if place is None or part != path.split(".")[-1] else "null"
+    found = OmegaConf.to_container(place, enum_to_str=True) if OmegaConf.is_config(place) else place._value()
+    return yaml_words(found)
+
+
+def _default_words(path: str) -> str:
+    """What the schema itself says, for sections that a configuration does not have."""
+    cls, parts = Config, path.replace(ITEM, "").split(".")
+    for part in parts[:-1]:
+        if part != NAME:
+            cls = inner_section(plain(typing.get_type_hints(cls)[part])[0])[0]
+    return yaml_words(getattr(cls(), parts[-1]))
+
+
+def yaml_words(value: Any) -> str:
+    """A value as one types it."""
+    if isinstance(value, enum.Enum):
+        return value.name
+    return yaml.safe_dump(value, default_flow_style=True, width=10_000).removesuffix("\n...\n").strip()

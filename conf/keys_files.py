@@ -1,0 +1,133 @@
+"""Write what is made of the schema: the page train/docs/keys.md and conf/recipe.schema.json, by which editors complete recipes.
+
+python -m conf.keys_files
+"""
+
+import dataclasses
+import enum
+import json
+import sys
+import typing
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from conf.errors import EXIT_OK
+from conf.help import takes
+from conf.keys import Group, attribute_meanings, choices_of, docstring, groups, inner_section, plain, value_words
+from conf.load import compose_node
+from conf.schema import ROOT, Config
+
+PAGE = ROOT / "train" / "docs" / "keys.md"
+EDITORS = ROOT / "conf" / "recipe.schema.json"
+HEAD = """# Every key
+
+All settings of a run, with the value that `sluice` takes without arguments, what they take, and what they mean. The same in a terminal, with
+the values of any arguments:
+
+    sluice --help
+    sluice --help parallel
+    sluice --help optim optim=deepseek_v3
+
+`KEY[]` is an entry of a list, `NAME` any name. This page is made of [conf/schema.py](../../conf/schema.py) by `python -m conf.keys_files`.
+"""
+JSON_TYPES = {int: ["integer"], float: ["number"], bool: ["boolean"], str: ["string", "number"]}
+"""Of values in YAML; OmegaConf takes a number for a text."""
+INTERPOLATION = {"type": "string", "pattern": r"\$\{"}
+"""A value that is taken from elsewhere, ${optim.lr} say."""
+
+
+def keys_page() -> str:
+    """The page."""
+    values = compose_node()
+    return HEAD + "".join(_section(group, values) for group in groups())
+
+
+def _section(group: Group, values: Any) -> str:
+    lines = [f"\n## {group.name or 'At the top'}\n", f"{_cell(group.meaning)}\n"]
+    lines += [f"`{path}`: {_cell(note)}\n" for path, note in group.notes if note]
+    lines += ["| key | value | takes | meaning |", "|---|---|---|---|"]
+    for key in group.keys:
+        words = takes(key).strip("()").replace(" | ", ", ")
+        lines.append(
+            f"| `{key.path}` | `{_cell(value_words(key.path, values))}` | {_cell(words)} | {_cell(key.meaning)} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", "\\|").replace("<", "&lt;")
+
+
+def recipe_schema() -> str:
+    """JSON schema of a recipe (conf/conf/NAME.yaml), for the YAML support of editors. A key has a line."""
+    sections = {Config.__name__: Config}
+    _collect(Config, sections)
+    bodies = ",\n".join(f' "{name}": {_object(cls)}' for name, cls in sections.items())
+    dialect = "https://json-schema.org/draft/2020-12/schema"
+    return f'{{"$schema": "{dialect}", "title": "A recipe of Sluice", "$ref": "#/$defs/Config", "$defs": {{\n{bodies}\n}}}}\n'
+
+
+def _collect(cls: type, sections: dict[str, type]) -> None:
+    """All sections below one, by name."""
+    for hint in typing.get_type_hints(cls).values():
+        inner, _ = inner_section(plain(hint)[0])
+        if inner is not None and inner.__name__ not in sections:
+            sections[inner.__name__] = inner
+            _collect(inner, sections)
+
+
+def _object(cls: type) -> str:
+    """One section, as JSON."""
+    properties = {item.name: _property(cls, item) for item in dataclasses.fields(cls)}
+    if cls is Config:
+        properties["defaults"] = {"type": "array", "description": "What the recipe starts from (Hydra)."}
+    lines = ",\n".join(f"  {json.dumps(name)}: {json.dumps(body)}" for name, body in properties.items())
+    head = json.dumps({"type": "object", "description": docstring(cls), "additionalProperties": False})
+    return f'{head[:-1]}, "properties": {{\n{lines}}}}}'
+
+
+def _property(cls: type, item: dataclasses.Field) -> dict[str, Any]:
+    meanings = attribute_meanings(cls)
+    found, nullable = plain(typing.get_type_hints(cls)[item.name])
+    default = _default(item)
+    return {
+        **({"description": meanings[item.name]} if item.name in meanings else {}),
+        **({"default": default} if default is not None else {}),
+        "anyOf": [_value(found), INTERPOLATION, *([{"type": "null"}] if nullable else [])],
+    }
+
+
+def _value(found: Any) -> dict[str, Any]:
+    inner, _ = inner_section(found)
+    section = {"$ref": f"#/$defs/{inner.__name__}"} if inner is not None else {}
+    words = choices_of(found)
+    if typing.get_origin(found) is dict:
+        return {"type": "object", "additionalProperties": section}
+    if typing.get_origin(found) is list:
+        entry = section or ({"enum": words} if words else {"type": JSON_TYPES[typing.get_args(found)[0]]})
+        return {"type": "array", "items": entry}
+    return section or ({"enum": words} if words else {"type": JSON_TYPES[found]})
+
+
+def _default(item: dataclasses.Field) -> Any:
+    """The schema's own, where it is a plain value."""
+    if item.default is dataclasses.MISSING:
+        made = item.default_factory()
+        return (
+            None
+            if dataclasses.is_dataclass(made)
+            else OmegaConf.to_container(OmegaConf.structured({"_": made}), enum_to_str=True)["_"]
+        )
+    return item.default.name if isinstance(item.default, enum.Enum) else item.default
+
+
+def main() -> int:
+    PAGE.write_text(keys_page())
+    EDITORS.write_text(recipe_schema())
+    print(f"{PAGE}\n{EDITORS}")
+    return EXIT_OK
+
+
+if __name__ == "__main__":
+    sys.exit(main())

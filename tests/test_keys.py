@@ -1,0 +1,133 @@
+"""Every key of the schema: its line in `sluice --help`, on the page of the guides, and in the schema for editors."""
+
+import io
+import json
+
+import jsonschema
+import pytest
+import yaml
+from omegaconf import OmegaConf
+from omegaconf.errors import ValidationError
+from rich.console import Console
+
+from conf.errors import EXIT_OK, EXIT_USER
+from conf.help import option_line, recipe_lines, show_help
+from conf.keys import attribute_meanings, groups
+from conf.keys_files import EDITORS, PAGE, keys_page, recipe_schema
+from conf.load import compose_node
+from conf.schema import ROOT, Mode
+from tests.ranks import run_module
+from tests.small import environment
+
+KEYS = [key for group in groups() for key in group.keys]
+MADE = "it is not what the schema says now; run: python -m conf.keys_files"
+
+
+def screen(*words: str, terminal: bool = False) -> tuple[int, str]:
+    output = io.StringIO()
+    console = Console(file=output, width=400, force_terminal=terminal, highlight=False)
+    return show_help(list(words), console), output.getvalue()
+
+
+def test_every_key_and_mode_has_a_line():
+    assert len(KEYS) > 200 and len({key.path for key in KEYS}) == len(KEYS)
+    assert [key.path for key in KEYS if not key.meaning.endswith(".")] == []
+    assert set(attribute_meanings(Mode)) == {mode.name for mode in Mode}
+    assert [group.name for group in groups() if not group.meaning] == []
+    assert all(recipe_lines().values())
+
+
+def test_help_shows_every_key_in_its_section():
+    for group in groups():
+        code, said = screen("--help", *([group.name] if group.name else []))
+        assert code == EXIT_OK
+        for key in group.keys:
+            (line,) = (line for line in said.splitlines() if line.startswith(f"  {key.path} "))
+            assert key.meaning in line and all(choice in line for choice in key.choices), line
+
+
+def test_help_names_modes_recipes_groups_sections_and_examples():
+    code, said = screen("--help")
+    assert code == EXIT_OK
+    for words in (
+        "deepseek_v3_16b",
+        "dry_run",
+        "hardware",
+        "sluice -m optim.lr=1e-3,2e-3",
+        "sluice --help SECTION",
+        "h800",
+    ):
+        assert words in said
+
+
+def test_help_shows_the_values_of_the_recipe_that_is_named():
+    assert " 0.002 " in screen("--help", "optim.lr")[1]
+    assert " 0.00022 " in screen("--help", "optim.lr", "conf=deepseek_v3")[1]
+    assert (
+        " e4m3/1x128/pow2 " in screen("-h", "precision.fp8.dispatched")[1]
+    )  # also where precision=bf16 has no such section
+    assert "\x1b[36m" in screen("--help", "optim", terminal=True)[1]
+
+
+@pytest.mark.parametrize(
+    "words, cure",
+    [(["optim.lrr"], "did you mean optim.lr"), (["paralel"], "parallel"), (["optim", "conf=tinny"], "tiny")],
+)
+def test_help_for_what_is_not_there_says_what_is_near(words, cure, capsys):
+    assert screen("--help", *words)[0] == EXIT_USER
+    assert cure in capsys.readouterr().err
+
+
+def test_the_command_itself_shows_help(tmp_path):
+    done = run_module("train", ["--help", "parallel"], ROOT, environment())
+    assert done.returncode == EXIT_OK and "parallel.dp" in done.stdout, done.stderr
+
+
+def test_a_key_takes_its_choices_and_no_other_word():
+    values = compose_node("precision=fp8")
+    keys = [key for key in KEYS if key.type == "word" and "[]" not in key.path]
+    assert len(keys) > 10 and all(key.choices for key in keys)
+    for key in keys:
+        for choice in key.choices:
+            OmegaConf.update(values, key.path, choice)
+            assert str(OmegaConf.select(values, key.path)) == choice
+        with pytest.raises(ValidationError, match=key.choices[-1]):
+            OmegaConf.update(values, key.path, "nonsense")
+
+
+def test_the_page_and_the_schema_for_editors_are_up_to_date():
+    assert PAGE.read_text() == keys_page(), MADE
+    assert EDITORS.read_text() == recipe_schema(), MADE
+
+
+def test_the_schema_for_editors_takes_our_recipes():
+    schema = json.loads(EDITORS.read_text())
+    for path in (ROOT / "conf" / "conf").glob("*.yaml"):
+        jsonschema.validate(yaml.safe_load(path.read_text()), schema)
+        assert "# yaml-language-server: $schema=../recipe.schema.json" in path.read_text().splitlines()
+        assert not option_line(path).startswith("yaml")
+    jsonschema.validate(
+        {"optim": {"lr": "${seed}", "lr_schedule": [{"until": 1.0, "shape": "cosine"}]}, "init_from": None}, schema
+    )
+    jsonschema.validate(
+        {"precision": {"fp8": {"dense": {"fprop": {"weight": "bf16"}}}}, "model": {"recompute": ["norm"]}}, schema
+    )
+
+
+@pytest.mark.parametrize(
+    "recipe",
+    [
+        {"stesp": 3},
+        {"mode": "trian"},
+        {"optim": {"lr": "fast"}},
+        {"steps": 1.5},
+        {"steps": None},
+        {"parallel": {"wire": "fp4"}},
+        {"optim": {"lr_schedule": [{"untill": 1.0}]}},
+        {"hardware": {"rates": {"bf16": {"flop": 1}}}},
+    ],
+    ids=str,
+)
+def test_the_schema_for_editors_refuses_what_a_run_refuses(recipe):
+    with pytest.raises(jsonschema.ValidationError):
+        jsonschema.validate(recipe, json.loads(EDITORS.read_text()))
