@@ -25,6 +25,19 @@ from train.model.count import checkpoint_bytes  # noqa: E402
 
 def main(configs: list[Config]) -> int:
     """One run, or those of a sweep one after another, until one is told to stop; returns the worst exit code."""
+    worst = EXIT_OK
+    for done, config in enumerate(configs, 1):
+        code = do(config, alone=len(configs) == 1)
+        worst = max(worst, code)
+        if code in (EXIT_STOPPED, EXIT_INTERRUPTED):  # a signal means the command, not the one job it found
+            if left := len(configs) - done:
+                print(f"stopped: {left} of {len(configs)} jobs of the sweep were not started", file=sys.stderr)
+            break
+    return worst
+
+
+def do(config: Config, alone: bool) -> int:
+    """What `mode` says; returns the exit code. alone: the only job of this process, which may then be its rank."""
     modes = {
         Mode.train: _train,
         Mode.report: _report,
@@ -35,15 +48,7 @@ def main(configs: list[Config]) -> int:
         Mode.plan: _plan,
         Mode.dry_run: _dry_run,
     }
-    worst = EXIT_OK
-    for done, config in enumerate(configs, 1):
-        code = modes[config.mode](config, alone=len(configs) == 1)
-        worst = max(worst, code)
-        if code in (EXIT_STOPPED, EXIT_INTERRUPTED):  # a signal means the command, not the one job it found
-            if left := len(configs) - done:
-                print(f"stopped: {left} of {len(configs)} jobs of the sweep were not started", file=sys.stderr)
-            break
-    return worst
+    return modes[config.mode](config, alone=alone)
 
 
 def _train(config: Config, alone: bool) -> int:

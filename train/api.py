@@ -1,0 +1,168 @@
+"""Sluice from Python and notebooks: what the commands do, as functions. `import train` gives all of them.
+
+    config = train.compose("conf=tiny", "steps=20", "name=first")
+    run = train.run(config)
+    model = train.load(run.folder)
+    print(train.complete(model, "def main(", tokens=40))
+
+Settings are the words of the command line. Bad ones raise conf.errors.UserError, with field, value, rule and cure.
+"""
+
+import os
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from conf.disk import disk_errors
+from conf.errors import EXIT_OK, EXIT_STOPPED, UserError
+from conf.load import compose
+from conf.schema import Config
+from train.checkpoint.manifest import newest_intact
+from train.metrics.jsonl import FILE, read_heads
+from train.program import environment_of_children
+from train.run_folder import RunPaths
+
+if TYPE_CHECKING:
+    import pandas
+
+    from train.generate.source import LoadedModel
+    from train.model.deepseek import DeepSeekV3
+
+__all__ = ["RunFailed", "RunResult", "build_model", "complete", "compose", "load", "open_run", "run"]
+
+
+class RunFailed(RuntimeError):
+    """A run ended with an exit code that is not 0. What was wrong stands in its output. code: of conf/errors.py."""
+
+    def __init__(self, folder: Path, code: int):
+        super().__init__(f"the run in {folder} ended with exit code {code}; its last output says why")
+        self.folder, self.code = folder, code
+
+
+@dataclass(frozen=True)
+class RunResult:
+    """A run folder, finished or not."""
+
+    folder: Path
+    code: int = EXIT_OK
+    """Exit code of the command that was run last here; 75 where a signal stopped it."""
+
+    @property
+    def checkpoint(self) -> Path | None:
+        """The newest intact one; None where there is none."""
+        return newest_intact(self.folder / "checkpoints").path
+
+    def records(self) -> list[dict[str, Any]]:
+        """One dictionary a recorded step, of the scalars that train/metrics/names.py explains; NaN for what was not finite."""
+        path = self.folder / FILE
+        return list(read_heads(path)) if path.is_file() else []
+
+    def frame(self) -> "pandas.DataFrame":
+        """The same as a data frame whose index is the step. Raises UserError where pandas is not installed."""
+        try:
+            import pandas
+        except ImportError as error:
+            rule = "a data frame is one of pandas, which is not installed"
+            raise UserError("frame", self.folder, rule, "pip install pandas, or take records()") from error
+        records = self.records()
+        return pandas.DataFrame(records).set_index("step") if records else pandas.DataFrame()
+
+
+def run(config: Config) -> RunResult:
+    """Do what config.mode says, as the command does: train (or go on), evaluate, export, plan, ...
+
+    Ranks are processes of their own, so that this one stays free for the next run. Raises UserError for what is refused
+    before a start, and RunFailed for a run that fails later.
+    """
+    from train.__main__ import do
+
+    folder = RunPaths(config).path
+    with disk_errors(config), _environment(environment_of_children()):
+        code = do(config, alone=False)
+    if code not in (EXIT_OK, EXIT_STOPPED):
+        raise RunFailed(folder, code)
+    return RunResult(folder, code)
+
+
+def open_run(folder: Path | str) -> RunResult:
+    """A run that is there, also while it trains. Raises UserError if the folder is none."""
+    folder = Path(folder).expanduser().absolute()
+    if not (folder / "config.yaml").is_file():
+        raise UserError("folder", folder, "is no run: it holds no config.yaml", "give runs/NAME of a run")
+    return RunResult(folder)
+
+
+def build_model(config: Config, device: str = "cpu") -> "DeepSeekV3":
+    """The whole model of a recipe with the weights that a run of it starts from, in the recipe's precision.
+
+    `model(tokens)` takes token ids (B, T + 1) and gives the loss (1,), nats per token; `model.logits(tokens)` takes (B, T)
+    and gives (B, T, vocabulary). In train mode, as it comes, the loss is of the next token; MTP's is added with
+    `model.mtp_weight`. Raises UserError if memory cannot hold it.
+    """
+    from train.model.deepseek import DeepSeekV3
+    from train.model.init import initialise
+    from train.precision.build import activation_dtype, build_precision
+    from train.weights import require_memory
+
+    require_memory(config.model, 4, "model", Path(config.name))
+    precision = build_precision(config.precision, _device(config, device))
+    model = DeepSeekV3.whole(config.model, precision, seq_len=config.seq_len, device="meta")
+    initialise(model, config.seed, device)
+    for param in model.parameters():
+        param.data = param.data.to(activation_dtype(config.precision))
+    return model
+
+
+def load(path: Path | str, *overrides: str) -> "LoadedModel":
+    """A model that can write, from a run, a checkpoint or a Hugging Face folder: `complete` takes it, and
+    `.decoder.model` is the torch module, in eval mode. overrides: as on the command line, cluster.device=cpu say.
+
+    Raises UserError for what is not there, is damaged or does not fit in memory.
+    """
+    from cluster.launch import Place
+    from train.generate.source import open_source
+    from train.rank import choose_device
+
+    config = compose("mode=generate", f"generate.checkpoint={_quoted(str(path))}", *overrides)
+    return open_source(config, choose_device(config, Place()))
+
+
+def complete(model: "LoadedModel", prompt: str, *, tokens: int = 200, **how: Any) -> str:
+    """The continuation of a prompt, of at most so many tokens. how: temperature, top_p, seed and speculative, as in the
+    section `generate`.
+    """
+    from train.generate.complete import complete as continuation
+
+    return continuation(model, prompt, tokens=tokens, **how)
+
+
+def _device(config: Config, device: str) -> Any:
+    import torch
+
+    from train.native.model import choose
+
+    choose(config.cluster.compiled)
+    return torch.device(device)
+
+
+def _quoted(text: str) -> str:
+    """A value on Hydra's command line, whatever is in it: backslashes count only in front of a quote."""
+    return '"' + re.sub(r'(\\*)("|$)', lambda found: found[1] * 2 + ("\\" + found[2] if found[2] else ""), text) + '"'
+
+
+@contextmanager
+def _environment(values: dict[str, str]) -> Iterator[None]:
+    """These variables for the processes that are started meanwhile."""
+    before = {name: os.environ.get(name) for name in values}
+    os.environ |= values
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
