@@ -21,7 +21,6 @@ from conf.keys import Group, Key, attribute_meanings, groups, value_words
 from conf.load import compose_node, report
 from conf.schema import ROOT, Mode
 
-HELP = {"--help", "-h"}
 EXAMPLES = (
     ("sluice", "train the recipe tiny, a small DeepSeek-V3, here and now"),
     ("sluice conf=tiny data.path=FOLDER name=mine", "on text of your own"),
@@ -35,9 +34,7 @@ EXAMPLES = (
 
 def show_help(words: list[str], console: Console | None = None) -> int:
     """The screen for a command line that asks for help; returns the exit code."""
-    asked = [word for word in words if word not in HELP]
-    overrides = [word for word in asked if "=" in word]
-    names = [word for word in asked if "=" not in word and not word.startswith("-")]
+    overrides, names = _sorted_out(words)
     console = console or Console(highlight=False)
     try:
         values = compose_node(*overrides)
@@ -48,6 +45,18 @@ def show_help(words: list[str], console: Console | None = None) -> int:
     except (UserError, HydraException, OmegaConfBaseException) as error:
         return report(error)
     return EXIT_OK
+
+
+def _sorted_out(words: list[str]) -> tuple[list[str], list[str]]:
+    """Overrides, a folder of recipes (--config-dir) among them, and names of sections or keys. Other flags play no part."""
+    overrides, names, left = [], [], iter(words)
+    for word in left:
+        flag, _, value = word.partition("=")
+        if flag in ("--config-dir", "-cd"):
+            overrides.append(f'hydra.searchpath=["{Path(value or next(left, ".")).absolute()}"]')
+        elif not word.startswith("-"):
+            (overrides if "=" in word else names).append(word)
+    return overrides, names
 
 
 def recipe_lines() -> dict[str, str]:

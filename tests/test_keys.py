@@ -69,6 +69,14 @@ def test_help_shows_the_values_of_the_recipe_that_is_named():
     assert "\x1b[36m" in screen("--help", "optim", terminal=True)[1]
 
 
+def test_help_shows_the_values_of_a_recipe_of_ones_own(tmp_path):
+    (tmp_path / "conf").mkdir()
+    (tmp_path / "conf" / "mine.yaml").write_text("# @package _global_\ndefaults: [tiny, _self_]\nsteps: 77\n")
+    for flag in (["--config-dir", str(tmp_path)], [f"--config-dir={tmp_path}"]):
+        code, said = screen("--help", *flag, "conf=mine", "steps")
+        assert code == EXIT_OK and " 77 " in said
+
+
 @pytest.mark.parametrize(
     "words, cure",
     [(["optim.lrr"], "did you mean optim.lr"), (["paralel"], "parallel"), (["optim", "conf=tinny"], "tiny")],

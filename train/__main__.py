@@ -16,7 +16,6 @@ tune_cpu()  # before torch allocates anything
 from cluster.launch import Place, given_place, is_driver, launch  # noqa: E402
 from conf.disk import let_output_be_lost  # noqa: E402
 from conf.errors import EXIT_INTERRUPTED, EXIT_OK, EXIT_STOPPED, EXIT_USER, UserError  # noqa: E402
-from conf.help import HELP, show_help  # noqa: E402
 from conf.load import run  # noqa: E402
 from conf.schema import Config, Mode  # noqa: E402
 from train.layout import check_layout  # noqa: E402
@@ -150,7 +149,9 @@ def command() -> int:
         from train import doctor
 
         return doctor.main(words)
-    if HELP & set(words):
+    if {"--help", "-h"} & set(words):
+        from conf.help import show_help
+
         return show_help(words)
     return run(main)
 
