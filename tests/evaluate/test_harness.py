@@ -11,7 +11,7 @@ from conf.schema import ROOT
 from tests.ranks import run_module
 from tests.small import TEXT, environment
 
-pytest.importorskip("lm_eval", reason="lm-eval is not installed (pip install 'sluice[eval]')")
+pytest.importorskip("lm_eval", reason="lm-eval is not installed (pip install 'sluice-train[eval]')")
 
 from train.data.tokenizer import load_tokenizer
 from train.evaluate.harness import Harness, run_tasks
