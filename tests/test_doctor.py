@@ -1,12 +1,15 @@
 """What `sluice doctor` finds, on machines that lack something."""
 
+import dataclasses
 import io
+from types import SimpleNamespace
 
 import pytest
 from rich.console import Console
 
 from conf.errors import EXIT_OK, EXIT_USER
 from conf.load import compose
+from tests.precision.test_hopper_probe import GOOD
 from train import doctor
 from train.doctor import Finding, doctor_screen, look, main, requirements
 
@@ -72,6 +75,27 @@ def test_a_gpu_that_is_asked_for_and_absent_stops_runs():
         pytest.skip("this machine has a GPU")
     one = next(one for one in look(compose("cluster.device=cuda")) if one.label == "Device")
     assert one.stops and "needs a CUDA device" in one.state
+
+
+@pytest.mark.parametrize(
+    ("change", "precision", "stops"),
+    [({}, "fp8", False), ({"deep_gemm": None}, "fp8", True), ({"deep_gemm": None}, "bf16", False)],
+    ids=["all fits", "no DeepGEMM for a recipe in FP8", "no DeepGEMM for a recipe without"],
+)
+def test_a_gpu_and_its_fp8_products_have_a_line_each(monkeypatch, change, precision, stops):
+    """A card that is not there, as torch and train/precision/installed.py would describe it."""
+    card = SimpleNamespace(name="NVIDIA H100 80GB HBM3", total_memory=80e9)
+    monkeypatch.setattr("train.gpu.usable_gpu", lambda wanted: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 8)
+    monkeypatch.setattr("torch.cuda.get_device_properties", lambda number: card)
+    monkeypatch.setattr("train.precision.installed.look", lambda: dataclasses.replace(GOOD, **change))
+    lines = {one.label: one for one in look(compose("cluster.device=cuda", f"precision={precision}"))}
+    assert (
+        lines["Device"].state.startswith("8 of CUDA ") and "NVIDIA H100 80GB HBM3 with 80 GB" in lines["Device"].state
+    )
+    fp8 = lines["FP8"]
+    assert fp8.stops == stops and (fp8.cure is not None) == stops
+    assert ("sgl-deep-gemm is not installed" in fp8.state) == bool(change)
 
 
 def test_wandb_says_whether_it_goes_online(monkeypatch):
