@@ -17,7 +17,7 @@ from rich.markup import escape
 from rich.table import Table
 
 from conf.errors import EXIT_OK, UserError
-from conf.keys import Group, Key, attribute_meanings, groups, value_words
+from conf.keys import Key, KeyGroup, attribute_meanings, groups, value_words
 from conf.load import compose_node, report
 from conf.schema import ROOT, Mode
 
@@ -127,10 +127,10 @@ def _section(name: str, values: DictConfig) -> Iterator[object]:
         close = difflib.get_close_matches(name, known, n=3)
         cure = f"did you mean {' or '.join(close)}? " if close else ""
         raise UserError("--help", name, "is neither a section nor a key", f"{cure}`sluice --help` lists the sections")
-    return _screen(Group(name, "", keys, ()), values)
+    return _screen(KeyGroup(name, "", keys, ()), values)
 
 
-def _screen(group: Group, values: DictConfig) -> Iterator[object]:
+def _screen(group: KeyGroup, values: DictConfig) -> Iterator[object]:
     """A title, the notes of the sections in it, and a table of keys."""
     yield f"\n[bold]{escape(group.name or 'Keys at the top')}[/]  {escape(group.meaning)}"
     for path, note in group.notes:

@@ -41,7 +41,7 @@ class Key:
 
 
 @dataclass(frozen=True)
-class Group:
+class KeyGroup:
     """A section of the configuration, or of a section. name: its path, empty for the keys at the top."""
 
     name: str
@@ -52,17 +52,17 @@ class Group:
 
 
 @cache
-def groups() -> tuple[Group, ...]:
+def groups() -> tuple[KeyGroup, ...]:
     """All sections in the order of the schema, the keys at the top first."""
     sections = [
         name for name, found in typing.get_type_hints(Config).items() if dataclasses.is_dataclass(plain(found)[0])
     ]
     top = tuple(key for key in _keys(Config, "") if "." not in key.path)  # the others stand in their sections
-    found = [Group("", "The run as a whole.", top)]
+    found = [KeyGroup("", "The run as a whole.", top)]
     for name in sections:
         cls = plain(typing.get_type_hints(Config)[name])[0]
         notes = tuple(_notes(cls, f"{name}.", set()))
-        found.append(Group(name, docstring(cls), tuple(_keys(cls, f"{name}.")), notes))
+        found.append(KeyGroup(name, docstring(cls), tuple(_keys(cls, f"{name}.")), notes))
     return tuple(found)
 
 

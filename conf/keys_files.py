@@ -14,7 +14,7 @@ from omegaconf import OmegaConf
 
 from conf.errors import EXIT_OK
 from conf.help import takes
-from conf.keys import Group, attribute_meanings, choices_of, docstring, groups, inner_section, plain, value_words
+from conf.keys import KeyGroup, attribute_meanings, choices_of, docstring, groups, inner_section, plain, value_words
 from conf.load import compose_node
 from conf.schema import ROOT, Config
 
@@ -43,7 +43,7 @@ def keys_page() -> str:
     return HEAD + "".join(_section(group, values) for group in groups())
 
 
-def _section(group: Group, values: Any) -> str:
+def _section(group: KeyGroup, values: Any) -> str:
     lines = [f"\n## {group.name or 'At the top'}\n", f"{_cell(group.meaning)}\n"]
     lines += [f"`{path}`: {_cell(note)}\n" for path, note in group.notes if note]
     lines += ["| key | value | takes | meaning |", "|---|---|---|---|"]

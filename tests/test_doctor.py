@@ -11,14 +11,14 @@ from conf.errors import EXIT_OK, EXIT_USER
 from conf.load import compose
 from tests.precision.test_hopper_probe import GOOD
 from train import doctor
-from train.doctor import Finding, doctor_screen, look, main, requirements
+from train.doctor import DoctorLine, doctor_screen, look, main, requirements
 
 
-def found(label: str, *overrides: str) -> Finding:
+def found(label: str, *overrides: str) -> DoctorLine:
     return next(one for one in look(compose("cluster.device=cpu", *overrides)) if one.label == label)
 
 
-def screen(*findings: Finding) -> tuple[int, str]:
+def screen(*findings: DoctorLine) -> tuple[int, str]:
     output = io.StringIO()
     return doctor_screen(list(findings), Console(file=output, width=200)), output.getvalue()
 
@@ -106,8 +106,8 @@ def test_wandb_says_whether_it_goes_online(monkeypatch):
 
 
 def test_the_title_tells_what_stops_and_what_could_be_better():
-    fine, better = Finding("CPU", "fast"), Finding("Compiler", "none", "install g++")
-    bad = Finding("Disk", "full", "free space", stops=True)
+    fine, better = DoctorLine("CPU", "fast"), DoctorLine("Compiler", "none", "install g++")
+    bad = DoctorLine("Disk", "full", "free space", stops=True)
     assert screen(fine) == (EXIT_OK, "\nready to train\n  CPU         fast\n")
     code, said = screen(fine, better)
     assert code == EXIT_OK and "ready to train; could be better: Compiler" in said and "to do: install g++" in said

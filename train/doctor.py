@@ -37,7 +37,7 @@ EXTRAS = {"datasets": "datasets", "eval": "lm_eval"}
 
 
 @dataclass(frozen=True)
-class Finding:
+class DoctorLine:
     """One line of the screen. cure: what to do, None where nothing lacks. stops: whether runs cannot start like this."""
 
     label: str
@@ -65,7 +65,7 @@ def version_line() -> str:
     return f"{COMMAND} {__version__}, torch {version('torch')}, deepspeed {version('deepspeed')}"
 
 
-def doctor_screen(findings: list[Finding], console: Console) -> int:
+def doctor_screen(findings: list[DoctorLine], console: Console) -> int:
     """Print all; EXIT_USER where something stops runs."""
     bad, lacks = [one for one in findings if one.stops], [one for one in findings if one.cure]
     rows = [
@@ -79,7 +79,7 @@ def doctor_screen(findings: list[Finding], console: Console) -> int:
     return EXIT_USER if bad else EXIT_OK
 
 
-def look(config: Config) -> Iterator[Finding]:
+def look(config: Config) -> Iterator[DoctorLine]:
     """All findings, in the order in which one reads them."""
     yield _program()
     yield _packages()
@@ -93,11 +93,11 @@ def look(config: Config) -> Iterator[Finding]:
     yield _folder(Path.cwd())
 
 
-def _program() -> Finding:
-    return Finding("Program", f"{version_line()}, Python {platform.python_version()}, in {ROOT}")
+def _program() -> DoctorLine:
+    return DoctorLine("Program", f"{version_line()}, Python {platform.python_version()}, in {ROOT}")
 
 
-def _packages() -> Finding:
+def _packages() -> DoctorLine:
     """Whether what is installed is what the program asks for."""
     wanted = [
         one for one in map(Requirement, requirements()) if one.marker is None or one.marker.evaluate({"extra": ""})
@@ -108,9 +108,9 @@ def _packages() -> Finding:
         if found is None or not one.specifier.contains(found, prereleases=True):
             bad.append((str(one), f"{one.name} is {found or 'not installed'}"))
     if not bad:
-        return Finding("Packages", f"all {len(wanted)} fit")
+        return DoctorLine("Packages", f"all {len(wanted)} fit")
     cure = "pip install " + " ".join(f"'{requirement}'" for requirement, _ in bad)
-    return Finding("Packages", "; ".join(words for _, words in bad), cure, stops=True)
+    return DoctorLine("Packages", "; ".join(words for _, words in bad), cure, stops=True)
 
 
 def requirements() -> list[str]:
@@ -121,7 +121,7 @@ def requirements() -> list[str]:
         return tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["dependencies"]
 
 
-def _device(config: Config) -> Iterator[Finding]:
+def _device(config: Config) -> Iterator[DoctorLine]:
     """The device that a run would take, and FP8 where the recipe wants it."""
     import torch
 
@@ -132,32 +132,32 @@ def _device(config: Config) -> Iterator[Finding]:
     try:
         usable = config.cluster.device != "cpu" and usable_gpu(config.cluster.device)
     except UserError as error:
-        yield Finding("Device", error.rule, error.cure, stops=True)
+        yield DoctorLine("Device", error.rule, error.cure, stops=True)
         return
     if not usable:
         why = idle_gpu(config, torch.device("cpu"))
-        yield Finding("Device", f"CPU{f' ({why})' if why else ''}", why and "install a build of torch with CUDA")
+        yield DoctorLine("Device", f"CPU{f' ({why})' if why else ''}", why and "install a build of torch with CUDA")
         return
     devices = [torch.cuda.get_device_properties(number) for number in range(torch.cuda.device_count())]
     names = ", ".join(f"{one.name} with {size(one.total_memory)}" for one in devices)
-    yield Finding("Device", f"{len(devices)} of CUDA {torch.version.cuda}: {names}")
+    yield DoctorLine("Device", f"{len(devices)} of CUDA {torch.version.cuda}: {names}")
     found = look_at_fp8()
     bad = misfits(found, experts=True)
     wanted = config.precision.fp8 is not None
     problems, cures = "; ".join(problem for problem, _ in bad), "; ".join(dict.fromkeys(cure for _, cure in bad))
-    yield Finding(
+    yield DoctorLine(
         "FP8", f"not here: {problems}" if bad else str(found), cures if bad and wanted else None, bool(bad) and wanted
     )
 
 
-def _cpu(config: Config) -> Iterator[Finding]:
+def _cpu(config: Config) -> Iterator[DoctorLine]:
     """The processor, the compiler, and whether the compiled parts of a step can be had."""
     from train.native.build import compiler_name, cpu_features, has_avx2
     from train.native.model import NAMES, library, source
 
     cores, memory = len(os.sched_getaffinity(0)), psutil.virtual_memory()
     features = [name for name in FEATURES if name in cpu_features().split()]
-    yield Finding(
+    yield DoctorLine(
         "CPU",
         f"{cpu_name()}, {cores} cores, {', '.join(features) or 'no features that help'}; "
         f"memory {size(memory.available)} of {size(memory.total)} free",
@@ -166,37 +166,37 @@ def _cpu(config: Config) -> Iterator[Finding]:
     try:
         compiler = compiler_name(example)
     except UserError as error:
-        yield Finding("Compiler", error.rule, error.cure)
+        yield DoctorLine("Compiler", error.rule, error.cure)
         return
-    yield Finding("Compiler", compiler)
+    yield DoctorLine("Compiler", compiler)
     if not has_avx2():
-        yield Finding("Compiled", "nothing: this CPU has no AVX2, so a step on it is made of torch's operations")
+        yield DoctorLine("Compiled", "nothing: this CPU has no AVX2, so a step on it is made of torch's operations")
         return
     try:
         for name in NAMES:
             library(name)
     except UserError as error:
-        yield Finding("Compiled", error.rule, error.cure)
+        yield DoctorLine("Compiled", error.rule, error.cure)
         return
-    yield Finding("Compiled", f"{', '.join(NAMES)}: built, kept and loaded")
+    yield DoctorLine("Compiled", f"{', '.join(NAMES)}: built, kept and loaded")
 
 
-def _wandb(config: Config) -> Finding:
+def _wandb(config: Config) -> DoctorLine:
     from train.metrics.wandb_sink import goes_online, wants_wandb
 
     if not wants_wandb(config.log.wandb):
-        return Finding("W&B", "disabled")
+        return DoctorLine("W&B", "disabled")
     import wandb
 
     found = f"wandb {wandb.__version__}"
     if goes_online(config.log.wandb, wandb):
-        return Finding("W&B", f"{found}, online at {wandb.setup().settings.base_url}")
-    return Finding(
+        return DoctorLine("W&B", f"{found}, online at {wandb.setup().settings.base_url}")
+    return DoctorLine(
         "W&B", f"{found}, offline: runs stay in runs/NAME/wandb; `wandb login` makes the next ones go online"
     )
 
 
-def _ray() -> Finding:
+def _ray() -> DoctorLine:
     """Ray is looked at from outside: connecting to it would start things."""
     heads = [
         next(
@@ -209,7 +209,7 @@ def _ray() -> Finding:
     state = (
         f"a head listens at port {', '.join(heads)}" if heads else "none runs here; cluster=ray starts one for a run"
     )
-    return Finding("Ray", f"ray {version('ray')}, {state}")
+    return DoctorLine("Ray", f"ray {version('ray')}, {state}")
 
 
 def _checkpoint_bytes(config: Config) -> int:
@@ -219,35 +219,39 @@ def _checkpoint_bytes(config: Config) -> int:
     return checkpoint_bytes(config) * max(1, config.checkpoint.keep)
 
 
-def _disk(label: str, folder: Path, setting: str, needed: int) -> Finding:
+def _disk(label: str, folder: Path, setting: str, needed: int) -> DoctorLine:
     place = folder.expanduser().absolute()
     while not place.exists():
         place = place.parent
     state = f"{folder}: {room(place)}" + (f"; checkpoints of this recipe take {size(needed)}" if needed else "")
     if not os.access(place, os.W_OK | os.X_OK):
-        return Finding(label, f"{state}; {place} cannot be written", f"set {setting} to a folder of yours", stops=True)
+        return DoctorLine(
+            label, f"{state}; {place} cannot be written", f"set {setting} to a folder of yours", stops=True
+        )
     short = shutil.disk_usage(place).free < needed
-    return Finding(label, state, f"free space there, or set {setting} on a larger disk" if short else None, stops=short)
+    return DoctorLine(
+        label, state, f"free space there, or set {setting} on a larger disk" if short else None, stops=short
+    )
 
 
-def _extras() -> Finding:
+def _extras() -> DoctorLine:
     has = {extra: importlib.util.find_spec(module) is not None for extra, module in EXTRAS.items()}
     words = ", ".join(f"{extra} {'installed' if there else 'not installed'}" for extra, there in has.items())
     absent = ",".join(extra for extra, there in has.items() if not there)
-    return Finding("Extras", words + (f" ({install_words(absent)})" if absent else ""))
+    return DoctorLine("Extras", words + (f" ({install_words(absent)})" if absent else ""))
 
 
-def _folder(here: Path) -> Finding:
+def _folder(here: Path) -> DoctorLine:
     """Files of the working folder that `python -m train` would run instead of the program."""
     if here == ROOT:
-        return Finding("Folder", f"{here}: the program's own")
+        return DoctorLine("Folder", f"{here}: the program's own")
     found = _hiding(here, ("train.py", "train/__init__.py"))
     state = (
         f"{here}: `python -m train` runs {', '.join(found)} there, not this program"
         if found
         else f"{here}: hides nothing"
     )
-    return Finding("Folder", state, f"type `{COMMAND}`, which does not look there" if found else None)
+    return DoctorLine("Folder", state, f"type `{COMMAND}`, which does not look there" if found else None)
 
 
 def _hiding(here: Path, names: Iterable[str]) -> list[str]:
