@@ -6,6 +6,7 @@ Returns when nothing runs here any longer, or when the time is up.
 """
 
 import argparse
+import os
 import re
 import subprocess
 import sys
@@ -18,16 +19,29 @@ from conf.errors import EXIT_CRASH, EXIT_OK
 
 
 def raylets() -> list[tuple[psutil.Process, str, str]]:
-    """Every raylet that serves an address of this host, its node id, and the address of its head."""
+    """Every raylet that serves an address of this host, its node id, and the address of its head.
+
+    One in another network namespace, of a container, say, may have the same address, 127.0.0.1 at least: it is not of this host.
+    """
     mine = {entry.address for entries in psutil.net_if_addrs().values() for entry in entries}
     found = []
     for process in psutil.process_iter(["name", "cmdline"]):
-        if process.info["name"] == "raylet":
+        if process.info["name"] == "raylet" and shares_network(process):
             pairs = re.findall(r"--([\w-]+)=(\S*)", " ".join(process.info["cmdline"]))
             words = {name.replace("_", "-"): value for name, value in pairs}  # Ray writes both
             if words.get("node-ip-address") in mine:
                 found.append((process, words["node-id"], words["gcs-address"]))
     return found
+
+
+def shares_network(process: psutil.Process) -> bool:
+    """Whether it is in this process's network namespace; True where that cannot be read, as of another user's process."""
+    try:
+        return os.readlink(f"/proc/{process.pid}/ns/net") == os.readlink("/proc/self/ns/net")
+    except FileNotFoundError:  # it has ended, or this is no Linux
+        return process.is_running()
+    except PermissionError:
+        return True
 
 
 def runs(process: psutil.Process) -> bool:
