@@ -9,6 +9,7 @@ name at the end; nothing half-written ever has it.
 import math
 import os
 import shutil
+from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -155,12 +156,13 @@ class Cut:
 
 def _batches(written: list[Written]) -> Iterator[list[Cut]]:
     """Cuts in order, as many at a time as CHUNK has room for."""
-    batch: list[Cut] = []
+    batch, room = [], CHUNK
     for cut in (cut for each in written for cut in _cuts(each)):
-        if batch and sum(each.count for each in batch) + cut.count > CHUNK:
+        if batch and cut.count > room:
             yield batch
-            batch = []
+            batch, room = [], CHUNK
         batch.append(cut)
+        room -= cut.count
     yield batch
 
 
@@ -176,8 +178,10 @@ def _cuts(written: Written) -> Iterator[Cut]:
 def _read(manifest: Manifest, batch: list[Cut], ema: bool) -> dict[str, Shard]:
     """Of each tensor of ours, the elements that the batch needs: they follow each other, as our order is theirs."""
     spans: dict[str, Shard] = {}
-    for name in {source_name(cut.written.placed, ema) for cut in batch}:
-        cuts = [cut for cut in batch if source_name(cut.written.placed, ema) == name]
+    needed = defaultdict(list)
+    for cut in batch:
+        needed[source_name(cut.written.placed, ema)].append(cut)
+    for name, cuts in needed.items():
         low, high = min(cut.start for cut in cuts), max(cut.start + cut.count for cut in cuts)
         spans[name] = Shard(torch.empty(high - low), low, cuts[0].written.placed.whole)
     fill(manifest, FolderFiles(manifest.folder), spans)
