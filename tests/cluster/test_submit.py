@@ -7,6 +7,7 @@ import secrets
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -59,7 +60,7 @@ def test_symmetric_run_on_two_hosts(tmp_path):
 
 
 @pytest.fixture
-def dashboard(tmp_path, tmp_path_factory):
+def dashboard(tmp_path):
     """A Ray with its dashboard, as a cluster has it, and the environment of whoever submits to it."""
     if importlib.util.find_spec("aiohttp_cors") is None:
         pytest.skip("needs ray[default]")
@@ -68,8 +69,9 @@ def dashboard(tmp_path, tmp_path_factory):
     ports = {name: free_port() for name in ("port", "dashboard-port")}
     words = [RAY, "start", "--head", "--block", "--node-ip-address=127.0.0.1", "--dashboard-host=127.0.0.1"]
     words += [f"--{name}={port}" for name, port in ports.items()]
+    folder = tempfile.TemporaryDirectory(dir="/tmp", ignore_cleanup_errors=True)  # short: sockets go there
     words += [
-        f"--temp-dir={tmp_path_factory.mktemp('ray')}",
+        f"--temp-dir={folder.name}",
         "--num-cpus=2",
         "--object-store-memory=80000000",
         "--disable-usage-stats",
@@ -89,6 +91,7 @@ def dashboard(tmp_path, tmp_path_factory):
             ray.wait(40)
         except subprocess.TimeoutExpired:
             ray.kill()
+        folder.cleanup()
 
 
 def listens(port: int) -> bool:
