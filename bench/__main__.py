@@ -1,4 +1,4 @@
-"""All comparisons of speed in one run:  python -m bench [--quick] [--out bench.json]
+"""All comparisons of speed with peers in one run:  python -m bench [--quick] [--out bench.json]
 
 Prints tables and writes them, with every single measurement, to bench.json:
 
@@ -11,10 +11,11 @@ Prints tables and writes them, with every single measurement, to bench.json:
     dispatch    an MoE layer over 2 ranks beside DeepSpeed's MoE and AutoEP (bench/dispatch.py)
 
 Peers take turns with ours in every round, at equal sizes, dtype of products (bf16) and threads; the optimizers differ, see
-bench/train_step.py. The share of products
-counts the arithmetic of train/model/count.py (causal attention) against a product of large matrices timed in the same
-rounds. torchtitan is installed into an environment of its own on first use. A peer that cannot run is named with the reason.
---quick takes two short rounds, enough to see that all of it works. megatron-core is not here: it does not run on CPU.
+bench/train_step.py. The share of products counts the arithmetic of train/model/count.py (causal attention) against a product
+of large matrices timed in the same rounds. torchtitan is installed into an environment of its own on first use. A peer that
+cannot run is named with the reason. megatron-core is not here: it does not run on CPU.
+
+Takes about 20 minutes. --quick takes two short rounds, enough to see that all of it works.
 """
 
 import argparse
@@ -29,6 +30,7 @@ from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+from bench.catalog import listed
 from bench.layouts import LAYOUTS
 from bench.layouts import measure as measure_layout
 from bench.sides import Result, ratios
@@ -129,7 +131,9 @@ def _cpuinfo() -> list[str]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, epilog=listed(), formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--quick", action="store_true", help="two short rounds of fewer cases")
     parser.add_argument("--out", type=Path, default=Path("bench.json"))
     options = parser.parse_args()

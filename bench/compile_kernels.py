@@ -7,6 +7,8 @@ compile what it would launch, so that types, constants and hints of divisibility
 assembler and the disassembler. Fails where a kernel spills registers to memory or stores single bytes, which both cost more
 time than the arithmetic. Prints registers, spilled bytes and shared memory, and how many loads and stores of which width a
 thread makes: 4x128 is four of 128 bits.
+
+Takes about half a minute.
 """
 
 import re

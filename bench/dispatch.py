@@ -13,6 +13,8 @@ freed memory in the process, for every layer alike; `plain` leaves the C library
     deepspeed MoE       deepspeed.moe.layer.MoE with drop_tokens=False: pads every expert to the fullest one; random
                         routers load experts almost evenly, so that this is 7 % more products here, not the worst case
     deepspeed AutoEP    AutoEPMoELayer made from a one-layer Mixtral, grouped_mm experts
+
+Takes about half a minute.
 """
 
 import argparse

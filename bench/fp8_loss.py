@@ -13,6 +13,8 @@ the loss, also both in bf16, so that it takes several to see it. The paper's bou
     block            gradients in 128x128 blocks, which made the paper's model diverge (B.2)
     wgrad_bf16       weight gradients in bf16
     rounding         bf16 in micro-batches of 4: the same arithmetic summed in another order, for the noise of a run itself
+
+Takes about an hour for each seed.
 """
 
 import argparse

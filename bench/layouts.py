@@ -23,6 +23,8 @@ tokens per second of all ranks together, their range, the ratio of ours to each 
 of a step of all ranks together and the peer's over ours, which other work on the machine disturbs less, the peak memory of the
 largest rank, and seconds from the command to the first step. Where there are more ranks than cores, they share them, and other
 ranks fill the waits of a pipeline. A peer that cannot run is named with the reason.
+
+Takes about 10 minutes.
 """
 
 import argparse

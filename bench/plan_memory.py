@@ -7,6 +7,8 @@ is that of the largest. Of all ranks the one with the largest error is shown.
 Routing is forced to be even, so that the plan needs no guess of it.
 
     python -m bench.plan_memory [CASE ...]
+
+Takes about 3 minutes.
 """
 
 import argparse

@@ -11,6 +11,8 @@ on all. Prints medians, the ratio of ours to each, and the range of the ratio ov
 named with the reason.
 
     python -m bench.train_step [--threads 2] [--dtype bf16] [--rounds 7] [--shape debug|v3|tiny] [--mtp]
+
+Takes about 2 minutes.
 """
 
 import argparse

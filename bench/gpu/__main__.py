@@ -1,7 +1,9 @@
-"""What Sluice does on this GPU, in ten minutes:  python -m bench.gpu [--part NAME ...] [--out FOLDER]
+"""What Sluice does on this GPU: every check and every time that needs a card.
 
-Writes gpu.json (verdict.schema.json describes it) and gpu.html, one page to read and to send back. Every line passes, fails, or
-was not tried with the reason; the exit code is 1 if any fails. The parts:
+    python -m bench.gpu [--part NAME ...] [--out FOLDER]
+
+Takes about 10 minutes. Writes gpu.json (verdict.schema.json describes it) and gpu.html, one page to read and to send back.
+Every line passes, fails, or was not tried with the reason; the exit code is 1 if any fails. The parts:
 
 PARTS
 Every part has processes and time of its own, so that a crash or a hang takes one check with it, and all of them together
