@@ -40,6 +40,7 @@ class Launch:
         words = [sys.executable, "-m", *self.program(runs), f"cluster.address={hosts.address}"]
         words += ["parallel.dp=3", "checkpoint.every=10", "cluster.heartbeat=3", *overrides]
         self.output = runs / "driver.log"
+        self._began = self._marked = len(read_events(self.folder))
         self.process = subprocess.Popen(
             hosts.command(0, *words),
             env=hosts.environment | {"PYTHONPATH": str(ROOT), "FAKE_STEP": str(step_seconds)} | environment,
@@ -74,7 +75,22 @@ class Launch:
         (self.folder / "hurry").touch()
 
     def events(self) -> list[dict]:
-        return read_events(self.folder)
+        """Since the mark, or of this launch where none was set."""
+        return read_events(self.folder)[self._marked :]
+
+    def mark(self) -> None:
+        """From here on a test counts events: another one used this launch before it."""
+        self._marked = len(read_events(self.folder))
+
+    def attempts(self) -> list[dict]:
+        """All of the run, earlier launches included."""
+        return [event for event in read_events(self.folder) if event["kind"] == "attempt"]
+
+    def is_whole(self) -> bool:
+        """Whether the newest attempt of this launch has three ranks and has written a checkpoint."""
+        kinds = [event["kind"] for event in read_events(self.folder)[self._began :]]
+        begun = len(kinds) - kinds[::-1].index("attempt") if "attempt" in kinds else len(kinds)
+        return "checkpoint" in kinds[begun:] and self.attempts()[-1]["dp"] == 3
 
     def wait(self, seconds: float = 90) -> int:
         try:
@@ -85,6 +101,42 @@ class Launch:
 
     def dps(self) -> list[int]:
         return [event["dp"] for event in self.events() if event["kind"] == "attempt"]
+
+
+class Shared:
+    """A run that the tests of this file break one after another; each finds it whole. To start and to end one takes longer
+    than most faults."""
+
+    def __init__(self, hosts: Hosts, runs: Path):
+        self._hosts, self._runs, self._launch = hosts, runs, None
+
+    def launch(self) -> Launch:
+        """A launch of the run, the first or a later one."""
+        self._launch = Launch(self._hosts, self._runs, "steps=2500")
+        return self._launch
+
+    def whole(self) -> Launch:
+        """The launch that runs, or a new one, with a rank on every host and a checkpoint; its events count from here on."""
+        if self._launch is None or self._launch.process.poll() is not None:
+            self.launch()
+        deadline = time.monotonic() + 90
+        while not self._launch.is_whole():
+            assert self._launch.process.poll() is None and time.monotonic() < deadline, self._launch.output.read_text()
+            time.sleep(0.05)
+        self._launch.mark()
+        return self._launch
+
+    def close(self) -> None:
+        if self._launch is not None and self._launch.process.poll() is None:
+            self._launch.process.terminate()
+            assert self._launch.wait() == EXIT_STOPPED, self._launch.output.read_text()
+
+
+@pytest.fixture(scope="module")
+def shared(hosts, tmp_path_factory):
+    shared = Shared(hosts, tmp_path_factory.mktemp("shared"))
+    yield shared
+    shared.close()
 
 
 def measure(launch: Launch, name: str, fault_time: float) -> None:
@@ -114,37 +166,30 @@ def test_launch_reads_topology_from_labels_and_ends_well(hosts, tmp_path):
         assert f"attempt 1 on h{rank}" in (launch.folder / "logs" / f"rank_{rank}.log").read_text()
 
 
-def test_a_killed_rank(hosts, tmp_path):
-    launch = Launch(hosts, tmp_path, "steps=600")
-    launch.wait_for("checkpoint")
+def test_a_killed_rank(hosts, shared):
+    launch = shared.whole()
     broke = time.time()
     assert hosts.signal(1, signal.SIGKILL, "fake_rank") == 1
     launch.wait_for("recovered")
-    launch.hurry()
-    assert launch.wait() == EXIT_OK, launch.output.read_text()
-    assert launch.dps() == [3, 3]
+    assert launch.dps() == [3]
     measure(launch, "rank killed", broke)
     failure = next(event for event in launch.events() if event["kind"] == "failure")
     assert failure["text"].startswith("rank 1 on h1 ended by signal SIGKILL")
 
 
-def test_a_dead_agent(hosts, tmp_path):
-    launch = Launch(hosts, tmp_path, "steps=600")
-    launch.wait_for("checkpoint")
-    broke, seen = time.time(), len(launch.events())
+def test_a_dead_agent(hosts, shared):
+    launch = shared.whole()
+    broke = time.time()
     assert hosts.signal(2, signal.SIGKILL, "ray::Agent") >= 1
     launch.wait_for("recovered")
-    launch.wait_for("attempt", after=seen, dp=3)  # at once, or on a busy machine after one without the node
-    launch.hurry()
-    assert launch.wait() == EXIT_OK, launch.output.read_text()
+    launch.wait_for("attempt", dp=3)  # at once, or on a busy machine after one without the node
     measure(launch, "agent killed", broke)
     failure = next(event for event in launch.events() if event["kind"] == "failure")
     assert failure["nodes"] == ["h2"] and "its agent died" in failure["text"]
 
 
-def test_a_cut_link_that_heals(hosts, tmp_path):
-    launch = Launch(hosts, tmp_path, "steps=600")
-    launch.wait_for("checkpoint")
+def test_a_cut_link_that_heals(hosts, shared):
+    launch = shared.whole()
     broke = time.time()
     hosts.cut(2)
     try:
@@ -154,17 +199,15 @@ def test_a_cut_link_that_heals(hosts, tmp_path):
     finally:
         hosts.heal(2)
     launch.wait_for("attempt", after=seen, dp=3)
-    launch.hurry()
-    assert launch.wait() == EXIT_OK, launch.output.read_text()
     measure(launch, "link cut", broke)
-    assert launch.dps()[:2] == [3, 2] and launch.dps()[-1] == 3
-    assert not hosts.pids(2, "fake_rank")
+    assert launch.dps()[0] == 2 and launch.dps()[-1] == 3
+    launch.wait_for("first_step", attempt=launch.attempts()[-1]["attempt"])
+    assert len(hosts.pids(2, "fake_rank")) == 1, "that of before the cut has ended"
 
 
-def test_power_off_and_return(hosts, tmp_path):
-    launch = Launch(hosts, tmp_path, "steps=1500")
-    launch.wait_for("checkpoint")
-    broke = time.time()
+def test_power_off_and_return(hosts, shared):
+    launch = shared.whole()
+    before, broke = len(launch.attempts()), time.time()
     hosts.power_off(1)
     try:
         failure = launch.wait_for("failure")
@@ -174,51 +217,30 @@ def test_power_off_and_return(hosts, tmp_path):
     assert failure["cause"] == "node" and failure["nodes"] == ["h1"]
     launch.wait_for("grow")
     measure(launch, "power off", broke)
-    launch.wait_for("attempt", attempt=3, dp=3)
-    launch.process.send_signal(signal.SIGTERM)
-    assert launch.wait() == EXIT_STOPPED, launch.output.read_text()
+    launch.wait_for("attempt", attempt=before + 2, dp=3)
 
 
-def test_a_dead_raylet(hosts, tmp_path):
-    launch = Launch(hosts, tmp_path, "steps=600")
-    launch.wait_for("checkpoint")
+def test_a_dead_raylet(hosts, shared):
+    launch = shared.whole()
     broke = time.time()
     assert hosts.signal(2, signal.SIGKILL, "/raylet/raylet") == 1
-    launch.wait_for("recovered")
-    measure(launch, "raylet killed", broke)
-    launch.hurry()
-    assert launch.wait() == EXIT_OK, launch.output.read_text()
-    assert launch.dps() == [3, 2]
-    hosts.signal(2, signal.SIGKILL)
-    hosts.power_on(2)
+    try:
+        launch.wait_for("recovered")
+        measure(launch, "raylet killed", broke)
+        assert launch.dps() == [2]
+    finally:
+        hosts.signal(2, signal.SIGKILL)
+        hosts.power_on(2)
 
 
-def test_a_killed_driver_leaves_no_rank_and_a_new_launch_resumes(hosts, tmp_path):
-    launch = Launch(hosts, tmp_path, "steps=600")
-    launch.wait_for("checkpoint")
-    hosts.signal(0, signal.SIGKILL, "tests.cluster.drive")
-    launch.process.wait(10)
-    deadline = time.monotonic() + 20
-    while any(hosts.pids(i, "fake_rank") for i in range(3)) and time.monotonic() < deadline:
-        time.sleep(0.1)
-    assert not any(hosts.pids(i, "fake_rank") for i in range(3))
-    again = Launch(hosts, tmp_path, "steps=600")
-    again.wait_for("first_step", attempt=2)
-    again.hurry()
-    assert again.wait() == EXIT_OK, again.output.read_text()
-    attempts = [event["attempt"] for event in again.events() if event["kind"] == "attempt"]
-    assert attempts[:2] == [1, 2]
-
-
-def test_a_node_that_ray_drains_is_left_at_a_checkpoint(hosts, tmp_path):
-    launch = Launch(hosts, tmp_path, "steps=1500")
-    launch.wait_for("checkpoint")
-    told = time.time()
+def test_a_node_that_ray_drains_is_left_at_a_checkpoint(hosts, shared):
+    launch = shared.whole()
+    next_attempt, told = len(launch.attempts()) + 1, time.time()
     leaving = hosts.leave(2)
     try:
         drained = launch.wait_for("drain")
-        attempt = launch.wait_for("attempt", attempt=2)
-        launch.wait_for("first_step", attempt=2)
+        attempt = launch.wait_for("attempt", attempt=next_attempt)
+        launch.wait_for("first_step", attempt=next_attempt)
         assert leaving.wait(30) == 0 and not hosts.pids(2, "/raylet/raylet"), "Ray ends once the run has left"
     finally:
         leaving.kill()
@@ -228,18 +250,32 @@ def test_a_node_that_ray_drains_is_left_at_a_checkpoint(hosts, tmp_path):
     assert not [event for event in launch.events() if event["kind"] == "failure"]
     print(json.dumps({"fault": "drain", "seen": drained["time"] - told, "restarted": attempt["time"] - told}))
     launch.wait_for("grow")
-    launch.process.send_signal(signal.SIGTERM)
-    assert launch.wait() == EXIT_STOPPED, launch.output.read_text()
 
 
-def test_sigterm_to_an_agent_is_a_drain(hosts, tmp_path):
-    launch = Launch(hosts, tmp_path, "steps=1500")
-    launch.wait_for("checkpoint")
+def test_sigterm_to_an_agent_is_a_drain(hosts, shared):
+    launch = shared.whole()
+    before = len(launch.attempts())
     assert hosts.signal(1, signal.SIGTERM, "ray::Agent") >= 1
     assert launch.wait_for("drain")["node"] == "h1"
-    assert launch.wait_for("attempt", attempt=2)["dp"] == 2
-    launch.process.send_signal(signal.SIGTERM)
+    assert launch.wait_for("attempt", attempt=before + 1)["dp"] == 2
+    launch.process.send_signal(signal.SIGTERM)  # this launch does not take h1 back
     assert launch.wait() == EXIT_STOPPED, launch.output.read_text()
+
+
+def test_a_killed_driver_leaves_no_rank_and_a_new_launch_resumes(hosts, shared):
+    launch = shared.whole()
+    before = len(launch.attempts())
+    hosts.signal(0, signal.SIGKILL, "tests.cluster.drive")
+    launch.process.wait(10)
+    deadline = time.monotonic() + 20
+    while any(hosts.pids(i, "fake_rank") for i in range(3)) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert not any(hosts.pids(i, "fake_rank") for i in range(3))
+    again = shared.launch()
+    again.wait_for("first_step", attempt=before + 1)
+    again.hurry()
+    assert again.wait() == EXIT_OK, again.output.read_text()
+    assert [event["attempt"] for event in again.attempts()[: before + 1]] == list(range(1, before + 2))
 
 
 TOY = [
