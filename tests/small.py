@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 
 from conf.schema import ROOT
-from tests.ranks import run_module
+from tests.ranks import run_module, start_module
 
 MODEL = {
     "vocab_size": 320,
@@ -81,12 +81,23 @@ def train_in_shell(tmp_path: Path, *more: str) -> subprocess.CompletedProcess:
     return subprocess.run(command, cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=120)
 
 
-def start(tmp_path: Path, *more: str) -> subprocess.Popen:
-    """The same, not waited for."""
-    command = [sys.executable, "-m", "train", *arguments(tmp_path, *more)]
-    return subprocess.Popen(
-        command, cwd=ROOT, env=environment(), stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
+class Started:
+    """A run that a test signals while it trains; what it prints goes to one file."""
+
+    def __init__(self, tmp_path: Path, *more: str):
+        self._output = tmp_path / "output"
+        command = "train", arguments(tmp_path, *more), ROOT, environment()
+        self._process = start_module(*command, [self._output, self._output])
+        self.pid = self._process.pid
+
+    def end(self, timeout: float = 60) -> tuple[int | None, str]:
+        """Wait for its end; returns its exit code, None if it goes on, and all that it printed."""
+        self._process.join(timeout)
+        return self._process.exitcode, self._output.read_text()
+
+    def kill(self) -> None:
+        self._process.kill()
+        self._process.join()
 
 
 def metrics(tmp_path: Path, name: str) -> dict[int, dict]:

@@ -16,7 +16,7 @@ from conf.errors import EXIT_DIVERGED, EXIT_STOPPED, EXIT_USER
 from conf.load import compose
 from conf.schema import ROOT
 from tests.ranks import run_module, start_module
-from tests.small import arguments, environment, metrics, start, train, train_in_shell, trajectory
+from tests.small import Started, arguments, environment, metrics, train, train_in_shell, trajectory
 from train.__main__ import main
 from train.checkpoint.manifest import newest_intact, verify
 from train.metrics.names import SCALARS
@@ -106,11 +106,11 @@ def wait_for_step(tmp_path: Path, name: str, step: int) -> None:
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_saves_and_the_same_command_goes_on(tmp_path, number):
-    process = start(tmp_path, "steps=5000", "checkpoint.every=0")
+    run = Started(tmp_path, "steps=5000", "checkpoint.every=0")
     wait_for_step(tmp_path, "tiny", 3)
-    process.send_signal(number)
-    output, _ = process.communicate(timeout=60)
-    assert process.returncode == EXIT_STOPPED, output
+    os.kill(run.pid, number)
+    code, output = run.end()
+    assert code == EXIT_STOPPED, output
     assert "stopped at step" in output and "Go on with" in output
     found = newest_intact(tmp_path / "runs" / "tiny" / "checkpoints", full=True)
     step = int(found.path.name.removeprefix("step_"))
@@ -170,30 +170,29 @@ def test_every_kind_of_bad_input_is_one_screen(unbroken):
 
 
 def test_a_run_folder_serves_one_run_at_a_time(tmp_path):
-    process = start(tmp_path, "steps=5000")
+    run = Started(tmp_path, "steps=5000")
     try:
         wait_for_step(tmp_path, "tiny", 1)
         done = train(tmp_path)
-        assert done.returncode == EXIT_USER and f"process {process.pid}" in done.stderr
+        assert done.returncode == EXIT_USER and f"process {run.pid}" in done.stderr
     finally:
-        process.kill()
-        process.communicate()
+        run.kill()
 
 
 @pytest.mark.parametrize(
     ("number", "words"), [(signal.SIGKILL, "rank 1 ended by signal SIGKILL"), (signal.SIGSTOP, "rank 1 hangs")]
 )
 def test_a_rank_that_dies_or_hangs_is_named(tmp_path, number, words):
-    process = start(tmp_path, "steps=5000", "parallel.dp=2", "parallel.ep=2", "cluster.timeout=5", "checkpoint.every=0")
+    run = Started(tmp_path, "steps=5000", "parallel.dp=2", "parallel.ep=2", "cluster.timeout=5", "checkpoint.every=0")
     try:
         wait_for_step(tmp_path, "tiny", 2)
-        children = [int(pid) for pid in Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()]
+        children = [int(pid) for pid in Path(f"/proc/{run.pid}/task/{run.pid}/children").read_text().split()]
         ranks = {pid: Path(f"/proc/{pid}/environ").read_bytes().split(b"\0") for pid in children}
         os.kill(next(pid for pid, environment in ranks.items() if b"RANK=1" in environment), number)
-        output, _ = process.communicate(timeout=60)
-        assert process.returncode == 1 and words in output, output
+        code, output = run.end()
+        assert code == 1 and words in output, output
     finally:
-        process.kill()  # its ranks die with it
+        run.kill()  # its ranks die with it
 
 
 def test_ranks_of_torchrun_train_like_ranks_of_one_command(unbroken):
