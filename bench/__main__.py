@@ -51,10 +51,11 @@ class ProductRate:
         import torch
 
         from bench.train_step import torch_dtype
+        from train.kernels import build_kernels
         from train.metrics.peak import measured_peak
 
         torch.set_num_threads(self._case.threads)
-        self.rates.append(measured_peak(torch.device("cpu"), torch_dtype(self._case)))
+        self.rates.append(measured_peak(torch.device("cpu"), torch_dtype(self._case), build_kernels("cpu")))
 
 
 def step(case: Case, rounds: int, seconds: float) -> dict:

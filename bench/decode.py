@@ -39,6 +39,7 @@ from train.generate.decoder import Decoder  # noqa: E402
 from train.generate.generation import Generation, Limits  # noqa: E402
 from train.generate.sampling import Sampler  # noqa: E402
 from train.generate.source import from_checkpoint  # noqa: E402
+from train.kernels import build_kernels  # noqa: E402
 from train.model.deepseek import DeepSeekV3  # noqa: E402
 from train.precision.high import HighPrecision  # noqa: E402
 
@@ -74,7 +75,7 @@ def measure_beside_transformers(options: argparse.Namespace) -> None:
     dtype = DTYPES[options.dtype]
     theirs = parity.transformers_model(config, length)
     parity.randomise(theirs, 0.04)
-    ours = DeepSeekV3.whole(config, HighPrecision(dtype), seq_len=length)
+    ours = DeepSeekV3.whole(config, HighPrecision(dtype, build_kernels("cpu")), seq_len=length)
     parity.load(ours, theirs)
     for parameter in ours.parameters():
         parameter.data = parameter.data.to(dtype)

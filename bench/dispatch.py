@@ -37,6 +37,7 @@ from torch.nn import functional as F
 from bench.expert_loop import expert_loop
 from parallel.expert.build import build_dispatcher
 from train.cpu import tune_cpu
+from train.kernels import build_kernels
 from train.precision.high import HighPrecision
 
 RANKS, TOKENS, HIDDEN, FFN, EXPERTS, TOP_K = 2, 1024, 256, 512, 16, 4
@@ -53,7 +54,8 @@ class Ours(nn.Module):
         self.w2 = nn.Parameter(0.05 * torch.randn(local, HIDDEN, FFN, dtype=dtype))
         world = dist.group.WORLD
         alone = [dist.new_group([rank]) for rank in range(RANKS)][dist.get_rank()]
-        self.experts = HighPrecision(dtype, recompute_swiglu=False).expert_ffn if experts == "grouped" else expert_loop
+        high = HighPrecision(dtype, build_kernels("cpu"), recompute_swiglu=False)
+        self.experts = high.expert_ffn if experts == "grouped" else expert_loop
         self.dispatcher = build_dispatcher(
             name, experts=EXPERTS, wire=wire, ep_group=world, intra_group=world, inter_group=alone, ranks_per_node=RANKS
         )

@@ -21,6 +21,7 @@ tune_cpu()  # before torch allocates, as in training
 import torch  # noqa: E402
 
 from conf.load import compose  # noqa: E402
+from train.kernels import build_kernels  # noqa: E402
 from train.model.deepseek import DeepSeekV3  # noqa: E402
 from train.model.init import initialise  # noqa: E402
 from train.precision.fp8 import Fp8Precision  # noqa: E402
@@ -54,8 +55,9 @@ def _precisions() -> dict[str, HighPrecision | Fp8Precision]:
         "fp8": ["precision=fp8"],
         "fp8 fast": ["precision=fp8", "precision.fp8.cache.packed=false", "precision.fp8.emulate=bf16"],
     }
-    fp8 = {name: Fp8Precision(compose(*given).precision.fp8, torch.device("cpu")) for name, given in recipes.items()}
-    return {"bf16": HighPrecision(torch.bfloat16), **fp8}
+    cpu, kernels = torch.device("cpu"), build_kernels("cpu")
+    fp8 = {name: Fp8Precision(compose(*given).precision.fp8, cpu, kernels) for name, given in recipes.items()}
+    return {"bf16": HighPrecision(torch.bfloat16, kernels), **fp8}
 
 
 def _linear_works() -> Iterable[tuple[str, dict[str, Callable]]]:

@@ -34,8 +34,8 @@ tune_cpu()  # before torch allocates, as in training
 import torch  # noqa: E402
 
 from bench.train_step import SHAPES, TOKENS, Case, random_tokens, torch_dtype, transformers_model  # noqa: E402
+from train.kernels import build_kernels  # noqa: E402
 from train.metrics.peak import measured_peak  # noqa: E402
-from train.model.compiled_products import fastest_product  # noqa: E402
 from train.model.count import attention_products, expert_params, head_flops  # noqa: E402
 from train.model.deepseek import Head  # noqa: E402
 from train.model.mla import MLA  # noqa: E402
@@ -80,7 +80,8 @@ class Parts:
     def __init__(self, case: Case):
         self.case, self.config = case, case.config()
         self.model, self.dtype = self.config.model, torch_dtype(case)
-        self._precision = build_precision(self.config.precision, torch.device("cpu"), False)
+        self._kernels = build_kernels("cpu")
+        self._precision = build_precision(self.config.precision, torch.device("cpu"), self._kernels, False)
         self._factory = {"dtype": self.dtype}
         self._peer = transformers_model(case, layers=self.model.dense_layers + 1)
         batch, length = TOKENS[case.shape]
@@ -118,7 +119,8 @@ class Parts:
 
     def _moe(self) -> Part:
         experts = self.model.experts
-        ours = _small(MoE(self.model, self._precision, LocalDispatcher(experts), range(experts), **self._factory))
+        dispatcher = LocalDispatcher(experts, self._kernels)
+        ours = _small(MoE(self.model, self._precision, dispatcher, range(experts), **self._factory))
         peer = self._peer.model.layers[-1].mlp
         active = (self.model.top_k + self.model.shared_experts) * expert_params(self.model)
         return Part(
@@ -144,10 +146,10 @@ class Parts:
         def step() -> None:
             for (R, F), (w13, w2) in zip(sizes, weights, strict=True):
                 for left, weight in ((x[:R], w13), (a[:R, :F], w2)):  # forward
-                    fastest_product(left, weight, self.dtype)
+                    self._kernels.product(left, weight, self.dtype)
                 for grad, left, weight in ((x[:R], a[:R, :F], w2), (h[:R, : 2 * F], x[:R], w13)):  # backward
-                    fastest_product(grad, weight.t(), self.dtype)
-                    fastest_product(grad.t(), left.t(), self.dtype)
+                    self._kernels.product(grad, weight.t(), self.dtype)
+                    self._kernels.product(grad.t(), left.t(), self.dtype)
 
         return step
 
@@ -156,7 +158,8 @@ class Parts:
         return torch.randn(2 * width, hidden, dtype=self.dtype), torch.randn(hidden, width, dtype=self.dtype)
 
     def _loss(self) -> Part:
-        ours = _small(Head(self.model.hidden, self.model.vocab_size, self.model.loss_chunk, **self._factory))
+        model = self.model
+        ours = _small(Head(model.hidden, model.vocab_size, model.loss_chunk, self._kernels, **self._factory))
         peer, labels = self._peer, self._tokens[:, :-1]
         return Part(
             self._step(lambda x_BTD: ours([x_BTD], self._tokens, self.case.tokens)[0]),
@@ -169,7 +172,7 @@ class Parts:
         ours, theirs = (torch.nn.Parameter(torch.randn(size)) for _ in range(2))
         ours.grad, theirs.grad = torch.randn(size), torch.randn(size)
         group = {"params": [ours], "weight_decay": 0.1}
-        mine = AdamW([group], self.config.optim, moments_dtype(self.config.precision))
+        mine = AdamW([group], self.config.optim, moments_dtype(self.config.precision), "adamw" in self._kernels.parts)
         torchs = torch.optim.AdamW([theirs], lr=1e-4, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
         return Part(mine.step, torchs.step, 0.0)
 
@@ -203,7 +206,7 @@ def measure(case: Case, rounds: int) -> dict[str, PartResult]:
 
 
 def _gemm(case: Case) -> float:
-    return measured_peak(torch.device("cpu"), torch_dtype(case), budget=0.1)
+    return measured_peak(torch.device("cpu"), torch_dtype(case), build_kernels("cpu"), budget=0.1)
 
 
 def _seconds(step: Step) -> float:

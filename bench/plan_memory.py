@@ -24,6 +24,7 @@ from conf.load import compose
 from conf.schema import Config
 from parallel.mesh import Layout, build_mesh, read_layout
 from train.data.batch import Batch
+from train.kernels import build_kernels
 from train.loop.step import TrainingStep
 from train.optim.schedules import StepPlan
 from train.parallelize import parallelize
@@ -91,7 +92,7 @@ def measure(config: Config, rank: int) -> dict[str, int]:
     parallel = config.parallel
     layout = read_layout(config, parallel.pp * parallel.dp)
     mesh = build_mesh(layout)
-    parts = parallelize(config, mesh, torch.device("cpu"))
+    parts = parallelize(config, mesh, torch.device("cpu"), build_kernels("cpu", config.cluster.compiled))
     share = config.batch_size // parallel.dp
     draw = torch.Generator().manual_seed(layout.dp_rank(rank))
     tokens_BS = torch.randint(0, config.model.vocab_size, (share, config.seq_len + 1), generator=draw)

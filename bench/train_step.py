@@ -187,14 +187,14 @@ def own_step(case: Case, balance_loss: float = 0.0, device: str = "cpu") -> Call
     import torch
 
     from parallel.mesh import build_mesh
-    from train.attention_choice import choose_attention
+    from train.kernels import choose_kernels
     from train.parallelize import parallelize
     from train.plan.job import layout_of
 
     config = case.config()
     mesh = build_mesh(layout_of(config))
-    core, _ = choose_attention(config, torch.device(device))
-    parts = parallelize(config, mesh, torch.device(device), core=core)
+    kernels, _ = choose_kernels(config, torch.device(device))
+    parts = parallelize(config, mesh, torch.device(device), kernels)
     for chunk in parts.chunks:
         chunk.mtp_weight = 0.3
         for router in chunk.routers().values():

@@ -7,10 +7,11 @@ from conf.errors import UserError
 from conf.load import compose
 from conf.schema import Model
 from train import attention_choice
-from train.attention_choice import FusedAttention, choose_attention, own_choice, problem_of
-from train.model.attention import attention
+from train.attention_choice import FusedAttention, own_choice, problem_of
+from train.kernels import build_kernels, choose_kernels
 from train.model.deepseek import DeepSeekV3
 from train.model.init import initialise
+from train.model.kernels import Kernels
 from train.model.mla import MLA
 from train.precision.high import HighPrecision
 
@@ -79,7 +80,8 @@ def test_where_none_works_the_run_is_refused(config, monkeypatch):
 
 
 def test_a_cpu_has_the_models_own():
-    assert choose_attention(compose(), CPU) == (attention, [])
+    kernels, notes = choose_kernels(compose(), CPU)
+    assert type(kernels) is type(build_kernels("cpu")) and notes == []
 
 
 def test_every_block_takes_the_core_that_it_is_given():
@@ -96,10 +98,12 @@ def test_every_block_takes_the_core_that_it_is_given():
     tokens_BS = torch.randint(64, (2, 13), generator=torch.Generator().manual_seed(0))
     documents_BS = (torch.arange(13) > 6).int().expand(2, -1)
     losses = []
-    for core in (attention, FusedAttention(kernel, kernel)):
-        model = DeepSeekV3.whole(small, HighPrecision(torch.float32), seq_len=12, device="meta", attention=core)
+    for core in (Kernels().attention, FusedAttention(kernel, kernel)):
+        kernels = Kernels()
+        kernels.attention = core
+        model = DeepSeekV3.whole(small, HighPrecision(torch.float32, kernels), seq_len=12, device="meta")
         initialise(model, 1)
-        assert all(module._attention is core for module in model.modules() if isinstance(module, MLA))
+        assert all(module._kernels.attention is core for module in model.modules() if isinstance(module, MLA))
         losses += [model(tokens_BS), model(tokens_BS, documents_BS=documents_BS)]
     torch.testing.assert_close(losses[:2], losses[2:])
     assert used == [None] * 3 + [(2, 1, 12, 12)] * 2 + [(2, 1, 11, 11)]

@@ -13,7 +13,7 @@ from torch.nn import functional as F
 
 from conf.errors import UserError
 from conf.schema import Config
-from train.model.attention import Attention, BlockAttention, attention, document_mask, document_spans
+from train.model.attention import Attention, BlockAttention, document_mask, document_spans
 from train.precision.build import activation_dtype
 
 Kernel = Callable[[Tensor, Tensor, Tensor, Tensor | None, float], Tensor]
@@ -56,7 +56,7 @@ KERNELS: dict[str, Kernel] = {
 
 
 class FusedAttention:
-    """`train.model.attention.attention` on a GPU, with the kernels that were found to work."""
+    """`Kernels.attention` of a GPU, with the kernels that were found to work."""
 
     def __init__(self, causal: Kernel, masked: Kernel):
         self._causal, self._masked = causal, masked
@@ -70,12 +70,10 @@ class FusedAttention:
 
 
 def choose_attention(config: Config, device: torch.device) -> tuple[Attention, list[str]]:
-    """The attention of this run, on a CPU the model's own, and notes on what does not work.
+    """The attention of a run on this GPU, and notes on what does not work.
 
     Raises UserError where no kernel gives the right values.
     """
-    if device.type != "cuda":
-        return attention, []
     causal, notes = _first_that_works(config, device, masked=False)
     if not config.data.mask_documents:
         return FusedAttention(causal, own_choice), notes

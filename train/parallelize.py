@@ -12,11 +12,11 @@ from parallel.mesh import Mesh
 from parallel.pipeline.schedule import Pipeline
 from parallel.pipeline.split import split_layers, stage_placement
 from parallel.zero.engine import Zero
-from train.model.attention import Attention, attention
 from train.model.block import Block
 from train.model.count import head_flops, layer_flops
 from train.model.deepseek import DeepSeekV3
 from train.model.init import initialise
+from train.model.kernels import Kernels
 from train.model.mtp import MTP
 from train.model.router import Router
 from train.optim.adamw import AdamW, decays, moments_dtype
@@ -45,27 +45,27 @@ def parallelize(
     config: Config,
     mesh: Mesh,
     device: torch.device,
+    kernels: Kernels,
     *,
     restored: bool = False,
-    core: Attention = attention,
     dispatcher: RemoteDispatcher | None = None,
     layers: list[range] | None = None,
 ) -> Parallelized:
     """Build this rank's chunks with the weights of config.seed, and wrap them for training.
 
-    restored: the caller fills all weights from a checkpoint, so none are drawn. core: of attention, see choose_attention.
+    restored: the caller fills all weights from a checkpoint, so none are drawn.
     dispatcher, layers (of every stage): for a dry run, instead of those that the layout asks for.
     """
     if dispatcher is None and mesh.layout.ep > 1:
         dispatcher = make_dispatcher(config, mesh)
     recompute_swiglu = Recompute.swiglu in config.model.recompute
-    precision = build_precision(config.precision, device, recompute_swiglu)
-    chunks, stage_ids, num_stages = build_chunks(config, mesh, device, dispatcher, precision, layers, restored, core)
+    precision = build_precision(config.precision, device, kernels, recompute_swiglu)
+    chunks, stage_ids, num_stages = build_chunks(config, mesh, device, dispatcher, precision, layers, restored)
     pipeline = build_pipeline(config, mesh, device, chunks, stage_ids, num_stages, config.parallel.overlap)
     optim = config.optim
     zero = Zero(
         chunks,
-        lambda groups: AdamW(groups, optim, moments_dtype(config.precision)),
+        lambda groups: AdamW(groups, optim, moments_dtype(config.precision), "adamw" in kernels.parts),
         mesh,
         stage=config.parallel.zero,
         clip=optim.clip,
@@ -126,11 +126,10 @@ def build_chunks(
     precision: HighPrecision | Fp8Precision,
     layers: list[range] | None = None,
     restored: bool = False,
-    core: Attention = attention,
 ) -> tuple[list[DeepSeekV3], list[int], int]:
     """This rank's chunks with the weights of config.seed, their stage numbers, and the number of stages.
 
-    layers: of every stage; None for `split`. restored, core: as in `parallelize`.
+    layers: of every stage; None for `split`. restored: as in `parallelize`.
     """
     placement = stage_placement(config.parallel.schedule, mesh.layout.pp)
     stage_ids, num_stages = placement[mesh.pp_rank], sum(len(ids) for ids in placement)
@@ -150,7 +149,6 @@ def build_chunks(
             dispatcher=dispatcher,
             local_experts=range(mesh.ep_rank * share, (mesh.ep_rank + 1) * share),
             embedding=embedding,
-            attention=core,
             dtype=dtype,
             device=device,
         )

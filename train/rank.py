@@ -28,7 +28,6 @@ from train.data.corpus import silent
 from train.data.files import Progress
 from train.data.progress import show_progress
 from train.gpu import grow_segments, probe_in_turn, record_collectives, usable_gpu
-from train.native.model import choose
 from train.run_folder import RunPaths
 
 T = TypeVar("T")
@@ -74,7 +73,7 @@ def set_up_rank(config: Config, place: Place) -> RankSetup:
 
 
 def choose_device(config: Config, place: Place) -> torch.device:
-    """The device of this rank; on CPU also its share of the cores, and whether the model runs compiled code."""
+    """The device of this rank; on CPU also its share of the cores."""
     wanted = config.cluster.device
     if wanted != "cpu" and usable_gpu(wanted):
         grow_segments()
@@ -82,7 +81,6 @@ def choose_device(config: Config, place: Place) -> torch.device:
         torch.cuda.set_device(device)
         return device
     torch.set_num_threads(threads_of(config.cluster.threads, place.local_world))
-    choose(config.cluster.compiled)
     return torch.device("cpu")
 
 

@@ -12,6 +12,7 @@ from parallel.mesh import Mesh
 from parallel.pipeline.schedule import Pipeline
 from parallel.shard import Shard, whole
 from train.checkpoint.load import load
+from train.kernels import build_kernels
 from train.model.count import count
 from train.model.deepseek import DeepSeekV3
 from train.model.init import materialise
@@ -47,7 +48,8 @@ def require_memory(model: Model, item_bytes: int, field: str, what: Path) -> Non
 
 def load_model(config: Config, checkpoint: Path, device: torch.device) -> DeepSeekV3:
     """The whole model in eval mode, from a checkpoint of any layout."""
-    dtype, precision = activation_dtype(config.precision), build_precision(config.precision, device)
+    kernels = build_kernels(device.type, config.cluster.compiled)
+    dtype, precision = activation_dtype(config.precision), build_precision(config.precision, device, kernels)
     model = DeepSeekV3.whole(config.model, precision, seq_len=config.seq_len, device="meta")
     materialise(model, "cpu")
     fill([model], checkpoint)
@@ -59,7 +61,8 @@ def load_model(config: Config, checkpoint: Path, device: torch.device) -> DeepSe
 def load_pipeline(config: Config, mesh: Mesh, device: torch.device, checkpoint: Path) -> Pipeline:
     """This rank's part of the model, ready to evaluate, whatever layout wrote the checkpoint."""
     dispatcher = None if mesh.layout.ep == 1 else make_dispatcher(config, mesh)
-    precision = build_precision(config.precision, device)
+    kernels = build_kernels(device.type, config.cluster.compiled)
+    precision = build_precision(config.precision, device, kernels)
     chunks, stage_ids, num_stages = build_chunks(config, mesh, device, dispatcher, precision, restored=True)
     fill(chunks, checkpoint, "ema" if config.evaluate.ema else "master", mesh.ep_rank, mesh.layout.ep)
     return build_pipeline(config, mesh, device, chunks, stage_ids, num_stages, overlap=False)

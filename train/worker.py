@@ -18,13 +18,13 @@ from conf.errors import DiskFailed  # noqa: E402
 from conf.schema import Config  # noqa: E402
 from parallel.exchange import from_rank_0  # noqa: E402
 from parallel.zero.engine import import_deepspeed  # noqa: E402
-from train.attention_choice import choose_attention  # noqa: E402
 from train.checkpoint.checkpointer import Checkpointer  # noqa: E402
 from train.checkpoint.commit import next_attempt  # noqa: E402
 from train.checkpoint.memory import MemoryCopies  # noqa: E402
 from train.data.prepare import prepare  # noqa: E402
 from train.explain import explained  # noqa: E402
 from train.gpu import idle_gpu  # noqa: E402
+from train.kernels import choose_kernels  # noqa: E402
 from train.loop.finish import finish  # noqa: E402
 from train.loop.resume import find_start, restore  # noqa: E402
 from train.loop.state import State  # noqa: E402
@@ -33,7 +33,7 @@ from train.loop.trainer import Flops, Outputs, Trainer  # noqa: E402
 from train.metrics.peak import peak_flops  # noqa: E402
 from train.metrics.writer import open_writer  # noqa: E402
 from train.model.count import flops_per_token  # noqa: E402
-from train.native.model import missed  # noqa: E402
+from train.model.kernels import Kernels  # noqa: E402
 from train.parallelize import parallelize  # noqa: E402
 from train.precision.build import activation_dtype  # noqa: E402
 from train.rank import guarded, in_turn, set_up_rank  # noqa: E402
@@ -63,7 +63,7 @@ def _run_explained(config: Config, place: Place, stop: StopRequest) -> int:
 def _run(config: Config, place: Place, stop: StopRequest) -> int:
     rank = set_up_rank(config, place)
     device, mesh = rank.device, rank.mesh
-    core, core_notes = choose_attention(config, device)
+    kernels, kernel_notes = choose_kernels(config, device)
     data = in_turn(place, lambda progress: prepare(config, progress))
     paths = RunPaths(config)
     attempt = from_rank_0(lambda: given_attempt() or next_attempt(paths.checkpoints))
@@ -84,26 +84,24 @@ def _run(config: Config, place: Place, stop: StopRequest) -> int:
         )
     start = find_start(config, copies)
     is_filled = start.has_weights or config.init_from is not None
-    parts = parallelize(config, mesh, device, restored=is_filled, core=core)
+    parts = parallelize(config, mesh, device, kernels, restored=is_filled)
     state = State(config, mesh, parts)
     restored = restore(config, data, state, checkpointer, copies, start)
     notes = [*data.notes, *restored.notes]
     if copies is not None and (why := copies.require_room(state.shards())):
         copies = None
         notes.append(why)
-    if device.type == "cpu" and activation_dtype(config.precision) == torch.bfloat16 and (why := missed()):
-        notes.append(why)
     if why := idle_gpu(config, device):
         notes.append(why)
     if place.rank == 0:
         data.tokenizer.save(paths.path)
-    flops = count_flops(config, device)
+    flops = count_flops(config, device, kernels)
     started = time.monotonic()
     writer = (
         open_writer(config, paths.path, resumed_step=state.step, resumed=restored.resumed) if place.rank == 0 else None
     )
     with writer or contextlib.nullcontext():
-        for note in [*notes, *core_notes, f"MFU is counted against {flops.label}"] if writer else []:
+        for note in [*notes, *kernel_notes, f"MFU is counted against {flops.label}"] if writer else []:
             writer.note(note)
         code = Trainer(
             config=config,
@@ -121,10 +119,10 @@ def _run(config: Config, place: Place, stop: StopRequest) -> int:
     return code
 
 
-def count_flops(config: Config, device: torch.device) -> Flops:
+def count_flops(config: Config, device: torch.device, kernels: Kernels) -> Flops:
     """Operations per token, and the peak of this rank's device."""
     kept = Path(config.data.cache)
-    peak = peak_flops(device, activation_dtype(config.precision), given=config.log.peak_flops, cache=kept)
+    peak = peak_flops(device, activation_dtype(config.precision), kernels, given=config.log.peak_flops, cache=kept)
     return Flops(
         causal=flops_per_token(config.model, config.seq_len),
         full=flops_per_token(config.model, config.seq_len, causal=False),

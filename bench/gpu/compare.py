@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from bench.gpu.line import Finding
-from bench.gpu.machine import Machine
+from bench.gpu.machine import Machine, Side
 
 FACTOR = 3.0
 SAME = 2e-5
@@ -88,8 +88,8 @@ def judge(found: Sequence[Distance], show_all: bool = False) -> Finding:
     return Finding({"tensors": len(found), "worst, of what is allowed": worst[0].ratio}, BOUND, problem, table)
 
 
-Sides = Callable[[torch.device, torch.dtype], dict[str, Tensor]]
-"""Results by name, on this device and in this format, from values that are the same for all."""
+Sides = Callable[[Side, torch.dtype], dict[str, Tensor]]
+"""Results by name, on this side and in this format, from values that are the same for all."""
 
 
 def three_sides(machine: Machine, work: Sides, dtype: torch.dtype = torch.bfloat16) -> Finding:

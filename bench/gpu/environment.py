@@ -15,6 +15,7 @@ from bench.gpu.verdict import nvcc
 from conf.load import compose
 from train.attention_choice import BOUND as ATTENTION_BOUND
 from train.attention_choice import KERNELS, Kernel, problem_of
+from train.kernels import build_kernels
 from train.metrics.peak import measured_peak, named_peak
 from train.precision.hopper_probe import probe
 
@@ -58,7 +59,7 @@ def device(machine: Machine) -> Finding:
 
 
 def product_rate(machine: Machine) -> Finding:
-    rate = measured_peak(machine.device, torch.bfloat16)
+    rate = measured_peak(machine.device, torch.bfloat16, build_kernels(machine.device.type))
     figures = {"rate (TFLOP/s)": rate / 1e12}
     if not machine.on_gpu:
         return Finding(figures)

@@ -16,14 +16,13 @@ import torch
 from torch import Tensor
 
 from bench.gpu.compare import distances, judge, relative, seeded, three_sides, with_gradients
-from bench.gpu.layer import attention_of
 from bench.gpu.line import Check, Finding, NotTried
-from bench.gpu.machine import Machine
+from bench.gpu.machine import Machine, Side
 from conf.errors import UserError
 from conf.load import compose
+from train.kernels import build_kernels
 from train.model.layers import RMSNorm, swiglu
 from train.model.loss import cross_entropy
-from train.model.mla import to_heads
 from train.model.moe import LocalDispatcher
 from train.model.rope import Rope
 from train.model.router import Router
@@ -354,11 +353,12 @@ def layers(machine: Machine, overrides: tuple[str, ...]) -> Finding:
     cpu, plain = torch.device("cpu"), () if machine.on_gpu else ("precision.fp8.compiled=false",)
     fp8, here = (compose(*overrides, *more).precision.fp8 for more in ((), plain))
     try:
-        precision = Fp8Precision(here, machine.device)
+        precision = Fp8Precision(here, *machine.side(reference=False))
     except UserError as error:
         raise NotTried(lacks(error)) from error
-    exact = run_layers(HighPrecision(torch.float32), cpu, torch.float32)
-    same = run_layers(Fp8Precision(fp8, cpu), cpu, torch.bfloat16)
+    kernels = build_kernels("cpu")
+    exact = run_layers(HighPrecision(torch.float32, kernels), cpu, torch.float32)
+    same = run_layers(Fp8Precision(fp8, cpu, kernels), cpu, torch.bfloat16)
     return judge(distances(run_layers(precision, machine.device, torch.bfloat16), same, exact))
 
 
@@ -379,70 +379,69 @@ def run_layers(precision, device: torch.device, dtype: torch.dtype) -> dict[str,
 # What a step does beside, by torch's operations or its libraries
 
 
-def attend(device: torch.device, dtype: torch.dtype, documents: bool = False) -> dict[str, Tensor]:
-    draw, T = seeded(7, device, dtype), 512
+def attend(side: Side, dtype: torch.dtype, documents: bool = False) -> dict[str, Tensor]:
+    draw, T = seeded(7, side.device, dtype), 512
     q, k, v = (draw(2, 4, T, width) for width in (192, 192, 128))
     ends = torch.zeros(2, T, dtype=torch.int64)
     ends[0, 200:], ends[1, 33:] = 1, 1
     ends[1, 300:] = 2
-    core = attention_of(compose("conf=deepseek_v3", "mode=dry_run"), device)
-    out = core(q, k, v, 192**-0.5, ends.to(device) if documents else None)
+    out = side.kernels.attention(q, k, v, 192**-0.5, ends.to(side.device) if documents else None)
     return with_gradients({"out": out}, {"q": q, "k": k, "v": v}, draw)
 
 
-def linear(device: torch.device, dtype: torch.dtype) -> dict[str, Tensor]:
-    draw = seeded(8, device, dtype)
+def linear(side: Side, dtype: torch.dtype) -> dict[str, Tensor]:
+    draw = seeded(8, side.device, dtype)
     x, w = draw(384, 1024), draw(640, 1024, scale=0.03)
-    return with_gradients({"y": HighPrecision(dtype).linear(x, w)}, {"x": x, "w": w}, draw)
+    return with_gradients({"y": HighPrecision(dtype, side.kernels).linear(x, w)}, {"x": x, "w": w}, draw)
 
 
-def experts(device: torch.device, dtype: torch.dtype) -> dict[str, Tensor]:
-    draw = seeded(9, device, dtype)
+def experts(side: Side, dtype: torch.dtype) -> dict[str, Tensor]:
+    draw = seeded(9, side.device, dtype)
     rows, w13, w2 = draw(sum(RAGGED), 256), draw(4, 512, 256, scale=0.06), draw(4, 256, 256, scale=0.06)
-    gates = torch.rand(sum(RAGGED), generator=torch.Generator().manual_seed(3)).to(device).requires_grad_()
-    y = HighPrecision(dtype).expert_ffn(rows, gates, w13, w2, torch.tensor(RAGGED, device=device))
+    gates = torch.rand(sum(RAGGED), generator=torch.Generator().manual_seed(3)).to(side.device).requires_grad_()
+    y = HighPrecision(dtype, side.kernels).expert_ffn(rows, gates, w13, w2, torch.tensor(RAGGED, device=side.device))
     return with_gradients({"y": y}, {"rows": rows, "gates": gates, "w13": w13, "w2": w2}, draw)
 
 
-def eager_swiglu(device: torch.device, dtype: torch.dtype) -> dict[str, Tensor]:
-    draw = seeded(10, device, dtype)
+def eager_swiglu(side: Side, dtype: torch.dtype) -> dict[str, Tensor]:
+    draw = seeded(10, side.device, dtype)
     h = draw(300, 1024)
-    gates = torch.rand(300, generator=torch.Generator().manual_seed(3)).to(device).requires_grad_()
-    return with_gradients({"a": swiglu(h, gates)}, {"h": h, "gates": gates}, draw)
+    gates = torch.rand(300, generator=torch.Generator().manual_seed(3)).to(side.device).requires_grad_()
+    return with_gradients({"a": swiglu(h, gates, side.kernels)}, {"h": h, "gates": gates}, draw)
 
 
-def norm(device: torch.device, dtype: torch.dtype) -> dict[str, Tensor]:
-    draw = seeded(11, device, dtype)
-    module = RMSNorm(768, 1e-6, False, device=device, dtype=dtype)
+def norm(side: Side, dtype: torch.dtype) -> dict[str, Tensor]:
+    draw = seeded(11, side.device, dtype)
+    module = RMSNorm(768, 1e-6, False, side.kernels, device=side.device, dtype=dtype)
     with torch.no_grad():
         module.weight.copy_(1 + draw(768, scale=0.1, grad=False))
     x = draw(300, 768)
     return with_gradients({"y": module(x)}, {"x": x, "weight": module.weight}, draw)
 
 
-def heads(device: torch.device, dtype: torch.dtype) -> dict[str, Tensor]:
-    draw, model = seeded(12, device, dtype), compose("conf=deepseek_v3", "data.path=none").model
+def heads(side: Side, dtype: torch.dtype) -> dict[str, Tensor]:
+    draw, model = seeded(12, side.device, dtype), compose("conf=deepseek_v3", "data.path=none").model
     q, kv, k_rope = draw(2, 256, 4, 192), draw(2, 256, 4, 256), draw(2, 256, 64)
-    table = Rope(model, 256).table(256, device)
-    outputs = dict(zip(("q", "k", "v"), to_heads(q, kv, k_rope, table, 128), strict=True))
+    table = Rope(model, 256).table(256, side.device)
+    outputs = dict(zip(("q", "k", "v"), side.kernels.to_heads(q, kv, k_rope, table, 128), strict=True))
     return with_gradients(outputs, {"q": q, "kv": kv, "rope key": k_rope}, draw)
 
 
-def permutation(device: torch.device, dtype: torch.dtype) -> dict[str, Tensor]:
-    draw = seeded(13, device, dtype)
+def permutation(side: Side, dtype: torch.dtype) -> dict[str, Tensor]:
+    draw = seeded(13, side.device, dtype)
     x, gates = draw(300, 256), draw(300, 6).float()
-    ids = torch.rand(300, 32, generator=torch.Generator().manual_seed(3)).topk(6).indices.to(device)
-    dispatcher = LocalDispatcher(32)
+    ids = torch.rand(300, 32, generator=torch.Generator().manual_seed(3)).topk(6).indices.to(side.device)
+    dispatcher = LocalDispatcher(32, side.kernels)
     routed = dispatcher.dispatch(x, ids, gates)
     y = dispatcher.combine(routed.rows_RD * 2, routed)
     return with_gradients({"y": y, "gates by row": routed.gates_R}, {"x": x}, draw)
 
 
-def loss(device: torch.device, dtype: torch.dtype) -> dict[str, Tensor]:
-    draw = seeded(14, device, dtype)
+def loss(side: Side, dtype: torch.dtype) -> dict[str, Tensor]:
+    draw = seeded(14, side.device, dtype)
     hidden, head = draw(300, 256), draw(2048, 256, scale=0.06)
-    targets = torch.randint(2048, (300,), generator=torch.Generator().manual_seed(3)).to(device)
-    value = cross_entropy(hidden, head, targets, 300, 128)
+    targets = torch.randint(2048, (300,), generator=torch.Generator().manual_seed(3)).to(side.device)
+    value = cross_entropy(hidden, head, targets, 300, 128, side.kernels)
     return {"loss": value} | with_gradients({"scaled": value * 1.0}, {"hidden": hidden, "head": head}, draw)
 
 
@@ -452,7 +451,7 @@ def router(machine: Machine) -> Finding:
     model = replace(model, hidden=512)
     sides = []
     for reference in (True, False):
-        device = machine.side(reference)
+        device, _ = machine.side(reference)
         draw = seeded(15, device, torch.bfloat16)
         module = Router(model, device=device, dtype=torch.bfloat16)
         with torch.no_grad():
@@ -477,10 +476,11 @@ def adamw(machine: Machine) -> Finding:
     """Of equal gradients, so that the optimizer's arithmetic alone is compared."""
     optim, results = compose().optim, []
     for reference in (True, False):
-        device = machine.side(reference)
+        device, kernels = machine.side(reference)
         draw = seeded(16, device, torch.float32)
         param = torch.nn.Parameter(draw(100_003, scale=0.02, grad=False))
-        optimizer = AdamW([{"params": [param], "weight_decay": 0.1, "lr": 1e-3}], optim, torch.bfloat16)
+        group = {"params": [param], "weight_decay": 0.1, "lr": 1e-3}
+        optimizer = AdamW([group], optim, torch.bfloat16, "adamw" in kernels.parts)
         for step in range(3):
             param.grad = draw(100_003, scale=1e-3, grad=False)
             optimizer.step()

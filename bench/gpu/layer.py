@@ -21,19 +21,18 @@ from torch.autograd import DeviceType
 from torch.distributed.pipelining._backward import stage_backward_input, stage_backward_weight
 from torch.profiler import ProfilerActivity, profile
 
-from conf.errors import UserError
+from bench.gpu.machine import kernels_of
 from conf.load import compose
 from conf.schema import ROOT, Config
 from parallel.expert.build import build_wire
 from parallel.expert.stand_in import Load, build_stand_in
 from parallel.pipeline.graph import kept_graph
 from parallel.pipeline.lone_stage import GRADIENT_STD, HIDDEN_STD
-from train.attention_choice import choose_attention
 from train.dry_run.piece import for_device, shrunk
 from train.dry_run.routing import group_of
-from train.model.attention import Attention, attention
 from train.model.count import attention_products, layer_flops
 from train.model.deepseek import DeepSeekV3
+from train.model.kernels import Kernels
 from train.plan.memory.ledger import PeakMeter
 from train.precision.build import activation_dtype, build_precision
 
@@ -56,22 +55,21 @@ def layer_config(precision: str, dispatch: str, shrink: int, device: torch.devic
     return shrunk(for_device(config, device), shrink)
 
 
-def attention_of(config: Config, device: torch.device) -> Attention:
-    """What a run takes. Where no kernel is right, a line of the environment fails, and torch's own choice is measured here."""
-    try:
-        return choose_attention(config, device)[0]
-    except UserError:
-        return attention
-
-
 class Layer:
     """A dense block, or one of experts, with an input and the gradient of its output; its weights are drawn on the device.
 
-    like: a layer of these sizes, whose weights, input and gradient this one takes. Raises UserError where the device lacks
+    kernels: if not given, those of a run. like: a layer of these sizes, whose weights, input and gradient this one takes. Raises UserError where the device lacks
     what the precision needs.
     """
 
-    def __init__(self, config: Config, dense: bool, device: torch.device, like: "Layer | None" = None):
+    def __init__(
+        self,
+        config: Config,
+        dense: bool,
+        device: torch.device,
+        kernels: Kernels | None = None,
+        like: "Layer | None" = None,
+    ):
         self.config, self.dense, self.device = config, dense, device
         model, parallel = config.model, config.parallel
         dispatcher, local = None, range(model.experts)
@@ -81,11 +79,11 @@ class Layer:
             wire = build_wire(parallel.wire, config.precision.fp8 is not None)
             dispatcher = build_stand_in(parallel.dispatch, group, wire, self.load)
         first, dtype = 0 if dense else model.dense_layers, activation_dtype(config.precision)
-        self._precision = build_precision(config.precision, device)
+        self.kernels = kernels or kernels_of(config, device)
+        self._precision = build_precision(config.precision, device, self.kernels)
         self.chunk = DeepSeekV3(
             model, self._precision, seq_len=config.seq_len, layers=range(first, first + 1), has_embedding=False,
-            has_head=False, dispatcher=dispatcher, local_experts=local, attention=attention_of(config, device), dtype=dtype,
-            device=device,
+            has_head=False, dispatcher=dispatcher, local_experts=local, dtype=dtype, device=device,
         )  # fmt: skip
         if like is not None:
             self.chunk.load_state_dict(like.chunk.state_dict())

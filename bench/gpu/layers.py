@@ -21,6 +21,7 @@ from bench.gpu.line import Check, Finding, NotTried
 from bench.gpu.machine import Machine
 from bench.gpu.profiled import CLASSES, REST, kernels
 from conf.errors import UserError
+from train.kernels import build_kernels
 from train.metrics.peak import measured_peak, peak_flops
 from train.model.count import layer_flops
 
@@ -54,13 +55,12 @@ def checks(machine: Machine) -> list[Check]:
 @cache
 def product_rate(machine: Machine) -> float:
     """Of large bf16 products on this device, FLOP/s."""
-    return measured_peak(machine.device, torch.bfloat16)
+    return measured_peak(machine.device, torch.bfloat16, build_kernels(machine.device.type))
 
 
 def build(machine: Machine, precision: str, kind: str, dispatch: str = "node_limited") -> Layer:
     """Raises NotTried where the device lacks what the precision needs."""
     gc.collect()  # an earlier layer goes only then, and its memory would be counted
-    machine.side(reference=True)
     config = layer_config(precision, dispatch, 1 if machine.on_gpu else SHRINK, machine.device)
     try:
         return Layer(config, kind == "dense", machine.device)
@@ -72,7 +72,7 @@ def timed(machine: Machine, precision: str, kind: str) -> Finding:
     layer = build(machine, precision, kind)
     model, seq_len, flops = layer.config.model, layer.config.seq_len, layer.flops()
     seconds = times(layer, ROUNDS if machine.on_gpu else 1)
-    rate, peak = product_rate(machine), peak_flops(machine.device, torch.bfloat16)
+    rate, peak = product_rate(machine), peak_flops(machine.device, torch.bfloat16, layer.kernels)
     share = flops[STEP] / seconds[STEP] / rate
     full = seq_len * layer_flops(model, seq_len, layer.dense, causal=False)
     most = MOST_OF_PEAK * (2 if precision.startswith("fp8") else 1)

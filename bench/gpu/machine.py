@@ -2,13 +2,34 @@
 
 import os
 from dataclasses import dataclass
+from functools import cached_property
+from typing import NamedTuple
 
 import torch
 
 from bench.gpu.line import NotTried
-from train.native import model as native
+from conf.errors import UserError
+from conf.load import compose
+from conf.schema import Config
+from train.kernels import build_kernels, choose_kernels
+from train.model.kernels import Kernels
 
 PATIENCE = 4.0
+
+
+class Side(NamedTuple):
+    """One side of a comparison."""
+
+    device: torch.device
+    kernels: Kernels
+
+
+def kernels_of(config: Config, device: torch.device) -> Kernels:
+    """What a run takes. Where no attention is right, a line of the environment fails, and torch's own choice is measured."""
+    try:
+        return choose_kernels(config, device)[0]
+    except UserError:
+        return build_kernels(device.type)
 
 
 @dataclass(frozen=True)
@@ -57,10 +78,13 @@ class Machine:
             return True
         return False
 
-    def side(self, reference: bool) -> torch.device:
-        """The device to compute one side of a comparison on: the reference is always the CPU.
+    def side(self, reference: bool) -> Side:
+        """Where and how to compute one side of a comparison: the reference is always the CPU.
 
         Without a GPU both sides are the CPU, and what differs is whether it runs compiled code.
         """
-        native.choose(reference or self.on_gpu)
-        return torch.device("cpu") if reference else self.device
+        return Side(torch.device("cpu"), build_kernels("cpu")) if reference else Side(self.device, self._kernels)
+
+    @cached_property
+    def _kernels(self) -> Kernels:
+        return kernels_of(compose("conf=deepseek_v3", "mode=dry_run"), self.device) if self.on_gpu else Kernels()

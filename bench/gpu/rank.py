@@ -120,20 +120,19 @@ def take_steps(task: Task, rank: int) -> dict:
     import torch
     import torch.distributed as dist
 
-    from bench.gpu.layer import attention_of
+    from bench.gpu.machine import kernels_of
     from cluster.launch import Place
     from conf.load import compose
     from parallel.mesh import build_mesh
     from train import parallelize as parallelize_module
     from train.loop.step import TrainingStep
-    from train.native import model as native
     from train.optim.schedules import StepPlan
     from train.plan.job import layout_of
     from train.rank import RankSetup, choose_device, start_process_group
 
-    config = compose(*task.overrides, f"cluster.device={task.device}", f"cluster.threads={task.threads}")
+    more = [] if task.compiled else ["cluster.compiled=false"]
+    config = compose(*task.overrides, f"cluster.device={task.device}", f"cluster.threads={task.threads}", *more)
     device = choose_device(config, Place(rank, task.ranks, 0, task.ranks))  # one card for all of them
-    native.choose(task.compiled)
     if task.ranks == 1:
         start_process_group(config, Place(), device)
     else:
@@ -145,7 +144,7 @@ def take_steps(task: Task, rank: int) -> dict:
         dist.init_process_group(task.backend, store, timedelta(seconds=WAIT), task.ranks, rank)
     mesh = build_mesh(layout_of(config), timedelta(seconds=WAIT))
     parallelize_module.initialise = drawn_by_the_cpu
-    parts = parallelize_module.parallelize(config, mesh, device, core=attention_of(config, device))
+    parts = parallelize_module.parallelize(config, mesh, device, kernels_of(config, device))
     training_step = TrainingStep(config, parts, RankSetup(device, mesh))
     share = config.batch_size // config.parallel.dp
     found: dict = {"losses": [], "norms": []}

@@ -142,7 +142,7 @@ def layers(machine: Machine, name: str) -> Finding:
     """Forward and backward of a linear layer and of eight experts."""
     machine.need_gpu("this")
     try:
-        precision = build_precision(compose(f"precision={name}").precision, machine.device)
+        precision = build_precision(compose(f"precision={name}").precision, *machine.side(reference=False))
     except UserError as error:
         raise NotTried(lacks(error)) from error
     x, w = draw(machine, 4096, 7168).requires_grad_(), draw(machine, 7168, 7168).requires_grad_()

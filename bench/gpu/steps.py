@@ -90,13 +90,13 @@ def layer_step(machine: Machine, precision: str, dense: bool) -> Finding:
     """Output, the input's gradient, every gradient and every update."""
     torch.manual_seed(1)
     try:
-        ours = Layer(layer_config(precision, machine, machine.device), dense, machine.side(reference=False))
+        ours = Layer(layer_config(precision, machine, machine.device), dense, *machine.side(reference=False))
     except UserError as error:
         raise NotTried(f"precision={precision} cannot run here: {error.rule}; {error.cure}") from error
     sides = [results(ours)]
     for name in (precision, "fp32"):
-        device = machine.side(reference=True)
-        sides.append(results(Layer(layer_config(name, machine, device), dense, device, like=ours)))
+        device, kernels = machine.side(reference=True)
+        sides.append(results(Layer(layer_config(name, machine, device), dense, device, kernels, like=ours)))
     return judge(distances(*sides))
 
 
@@ -118,5 +118,5 @@ def update(layer: Layer, param: torch.nn.Parameter) -> Tensor:
     before = master.detach().clone()
     master.grad = param.grad.view(-1)
     group = {"params": [master], "weight_decay": 0.1, "lr": RATE}
-    AdamW([group], layer.config.optim, moments_dtype(layer.config.precision)).step()
+    AdamW([group], layer.config.optim, moments_dtype(layer.config.precision), "adamw" in layer.kernels.parts).step()
     return master.detach() - before

@@ -10,6 +10,7 @@ from parallel.expert.quantized_rows import QuantizedRows, dequantize
 from parallel.expert.wire import Fp8RowsWire, Fp8Wire
 from tests.expert.test_dispatch import groups_of
 from tests.ranks import run_ranks
+from train.kernels import build_kernels
 from train.precision.build import build_precision
 from train.precision.quantize import EagerCasts, quantize
 
@@ -19,7 +20,7 @@ WIDTH, INNER = 160, 64
 
 
 def precision_of(*overrides: str):
-    return build_precision(compose(*overrides).precision, torch.device("cpu"))
+    return build_precision(compose(*overrides).precision, torch.device("cpu"), build_kernels("cpu"))
 
 
 def spread_out(rows: int, seed: int) -> torch.Tensor:

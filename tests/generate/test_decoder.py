@@ -8,6 +8,7 @@ from conf.schema import Model, Yarn
 from tests.model.test_parity import random_config
 from train.generate.cache import FIRST_COLUMNS, LatentCache, bytes_per_token, multi_head_bytes_per_token
 from train.generate.decoder import Decoder
+from train.kernels import build_kernels
 from train.model.deepseek import DeepSeekV3
 from train.precision.high import HighPrecision
 
@@ -18,7 +19,7 @@ FP32 = torch.float32
 def random_model(config: Model, seq_len: int, dtype: torch.dtype = FP32) -> DeepSeekV3:
     """Weights, gains and balance biases with nothing special about them."""
     torch.manual_seed(1)
-    model = DeepSeekV3.whole(config, HighPrecision(dtype), seq_len=seq_len)
+    model = DeepSeekV3.whole(config, HighPrecision(dtype, build_kernels("cpu")), seq_len=seq_len)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             parameter.normal_(1.0 if "norm" in name else 0.0, 0.15)

@@ -22,6 +22,7 @@ from train.checkpoint.checkpointer import Checkpointer
 from train.data.tokenizer import Tokenizer, train_bpe
 from train.hf.export import export
 from train.hf.names import tensors
+from train.kernels import build_kernels
 from train.loop.start import check_start, start_from
 from train.loop.state import State
 from train.parallelize import parallelize
@@ -90,7 +91,7 @@ def expected_masters(model: Model, found: dict[str, torch.Tensor]) -> dict[str, 
 def start_and_save(rank: int, config: Config, kind: str, tokenizer_json: str) -> None:
     parallel = config.parallel
     mesh = build_mesh(Layout(parallel.pp, parallel.dp, parallel.ep, 4), timedelta(seconds=60))
-    parts = parallelize(config, mesh, torch.device("cpu"))
+    parts = parallelize(config, mesh, torch.device("cpu"), build_kernels("cpu"))
     state = State(config, mesh, parts)
     tokenizer = Tokenizer(tokenizer_json)
     folder, notes = check_start(config, tokenizer)

@@ -8,8 +8,13 @@ import pytest
 import torch
 
 from tests.ranks import run_processes
+from train.kernels import build_kernels
 from train.metrics import peak
 from train.metrics.peak import measured_peak, named_peak, peak_flops
+from train.model.compiled import CompiledKernels
+from train.model.kernels import Kernels
+
+PLAIN = Kernels()
 
 
 def test_names_as_cuda_reports_them():
@@ -30,7 +35,7 @@ def test_names_as_cuda_reports_them():
 
 
 def test_a_given_figure_wins():
-    found = peak_flops(torch.device("cpu"), torch.float32, given=1e12)
+    found = peak_flops(torch.device("cpu"), torch.float32, PLAIN, given=1e12)
     assert found == (1e12, "log.peak_flops")
 
 
@@ -38,7 +43,7 @@ def test_a_given_figure_wins():
 def test_measured_on_this_machine_in_a_moment(dtype):
     torch.set_num_threads(1)
     started = time.perf_counter()
-    found = peak_flops(torch.device("cpu"), dtype)
+    found = peak_flops(torch.device("cpu"), dtype, PLAIN)
     assert time.perf_counter() - started < 2  # 0.3 s on a free machine
     assert 1e8 < found.flops < 1e14 and "measured" in found.label
 
@@ -48,10 +53,10 @@ def measure(monkeypatch):
     """Lets a test say what the measurement finds."""
     torch.set_num_threads(1)
 
-    def start(cache, flops: float, threads: int = 1, dtype: torch.dtype = torch.float32):
+    def start(cache, flops: float, threads: int = 1, dtype: torch.dtype = torch.float32, kernels: Kernels = PLAIN):
         monkeypatch.setattr(peak, "measured_peak", lambda *_: flops)
         monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
-        return peak_flops(torch.device("cpu"), dtype, cache=cache)
+        return peak_flops(torch.device("cpu"), dtype, kernels, cache=cache)
 
     return start
 
@@ -69,12 +74,14 @@ def test_a_busy_moment_does_not_move_the_peak(tmp_path, measure):
     assert str(kept) in busy.label
 
 
-def test_each_number_of_threads_format_and_code_has_its_own(tmp_path, measure, monkeypatch):
+def test_each_number_of_threads_format_and_code_has_its_own(tmp_path, measure):
     measure(tmp_path, 1e12)
     assert measure(tmp_path, 4e11, threads=2).flops == 4e11
     assert measure(tmp_path, 5e11, dtype=torch.bfloat16).flops == 5e11
-    monkeypatch.setattr(peak, "fits", lambda *_: True)
-    assert measure(tmp_path, 6e11).flops == 6e11 and len(list(tmp_path.glob("peaks/*.json"))) == 4
+    compiled = CompiledKernels(products=True)
+    assert measure(tmp_path, 6e11, dtype=torch.bfloat16, kernels=compiled).flops == 6e11
+    assert measure(tmp_path, 7e11, kernels=compiled).flops == 1e12  # products in fp32 are torch's
+    assert len(list(tmp_path.glob("peaks/*.json"))) == 4
 
 
 @pytest.mark.parametrize(
@@ -114,5 +121,5 @@ def keep_figures(rank: int, folder: str) -> None:
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 def test_measured_rate_is_near_the_makers_figure():
     device = torch.device("cuda")
-    rate, known = measured_peak(device, torch.bfloat16), named_peak(torch.cuda.get_device_name())
+    rate, known = measured_peak(device, torch.bfloat16, build_kernels("cuda")), named_peak(torch.cuda.get_device_name())
     assert rate > 1e12 and (known is None or 0.4 * known < rate < 1.1 * known)

@@ -11,13 +11,13 @@ from conf.errors import EXIT_OK
 from conf.load import compose, write_config
 from conf.schema import ROOT, Rate
 from train.cpu import cpu_name
+from train.kernels import build_kernels
 from train.metrics.jsonl import read_heads
 from train.metrics.planned import plan_rows, plan_words, planned
 from train.metrics.report import write_report
 from train.metrics.screens import final_screen
 from train.metrics.series import read_series
 from train.metrics.writer import open_writer
-from train.native.model import parts_in_use
 from train.plan.run import run_plan
 
 LOG = ["log.wandb=disabled", "log.progress=false"]
@@ -45,7 +45,7 @@ def planned_here(tmp_path_factory):
         "rates_alone": rates,
         "rates_together": rates,
     }
-    content |= {"compiled": parts_in_use(), "factors_alone": {}, "factors_together": {}}
+    content |= {"compiled": list(build_kernels("cpu").parts), "factors_alone": {}, "factors_together": {}}
     (runs / "calibration.json").write_text(json.dumps(content))
     calibration = f"plan.calibration={runs / 'calibration.json'}"
     config = compose("mode=plan", "hardware=cpu", calibration, "name=a", f"runs={runs}", "cluster.device=cpu", *LOG)

@@ -7,10 +7,13 @@ import torch
 from torch import Tensor
 
 import train.native.model as native
+from conf.load import compose
 from tests.small import train, trajectory
-from train.model.attention import BlockAttention, attention
-from train.model.compiled_attention import CompiledAttention, fits
+from train.kernels import build_kernels, choose_kernels
+from train.model.attention import BlockAttention
+from train.model.compiled_attention import CompiledAttention
 
+CPU = torch.device("cpu")
 needs_it = pytest.mark.skipif(native.lack() is not None, reason=native.lack() or "")
 BITS = 5e-3
 """Of the norm of a result: its own rounding to bf16 is 2e-3 on average, those of probabilities and their gradients add to it."""
@@ -131,32 +134,31 @@ def test_threads_change_no_bit():
 
 
 @needs_it
-def test_the_model_takes_it_where_it_can_and_may(monkeypatch):
+def test_the_model_takes_it_where_it_can_and_may():
     q, k, v, _ = draw(1, 2, 40, 24, 16)
     positions_first = lambda out: out.transpose(1, 2).is_contiguous()  # noqa: E731 - how compiled code writes
-    assert positions_first(attention(q, k, v, 0.2, None))
-    assert not positions_first(attention(q.float(), k.float(), v.float(), 0.2, None))
-    monkeypatch.setattr(native, "_chosen", False)
-    assert not positions_first(attention(q, k, v, 0.2, None))
-    assert native.missed() is None
-    assert not fits(q.float())
+    kernels = build_kernels("cpu")
+    assert positions_first(kernels.attention(q, k, v, 0.2, None)) and "attention" in kernels.parts
+    assert not positions_first(kernels.attention(q.float(), k.float(), v.float(), 0.2, None))
+    config = compose("cluster.compiled=false")
+    kernels, notes = choose_kernels(config, CPU)
+    assert not positions_first(kernels.attention(q, k, v, 0.2, None)) and not kernels.parts
+    assert notes == []
 
 
 def test_a_run_says_why_it_goes_without(monkeypatch, tmp_path):
     monkeypatch.setattr(native, "has_avx2", lambda: False)
     monkeypatch.setattr(native, "lack", native.lack.__wrapped__)
-    assert native.missed().endswith("this CPU has no AVX2") and not native.in_use()
+    kernels, [note] = choose_kernels(compose(), CPU)
+    assert note.endswith("this CPU has no AVX2") and not kernels.parts
     monkeypatch.setattr(native, "has_avx2", lambda: True)
     monkeypatch.setattr(native, "library", native.library.__wrapped__)
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.delenv("CXX", raising=False)
-    assert "this machine has none" in native.missed() and "cluster.compiled=false" in native.missed()
-    native_choice = native._chosen
-    try:
-        native.choose(False)
-        assert native.missed() is None
-    finally:
-        native.choose(native_choice)
+    _, [note] = choose_kernels(compose(), CPU)
+    assert "this machine has none" in note and "cluster.compiled=false" in note
+    _, notes = choose_kernels(compose("cluster.compiled=false"), CPU)
+    assert notes == []
 
 
 @needs_it

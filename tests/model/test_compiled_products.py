@@ -9,7 +9,9 @@ from torch.nn import functional as F
 
 import train.native.model as native
 from train.model import compiled_products
-from train.model.compiled_products import CompiledLinear, fastest_product, grouped, grouped_weight_gradient, product
+from train.model.compiled import CompiledKernels
+from train.model.compiled_products import CompiledLinear, grouped, grouped_weight_gradient, product
+from train.model.kernels import Kernels
 from train.precision.high import HighPrecision
 
 torch.set_num_threads(1)
@@ -29,12 +31,6 @@ SHAPES = [
     (24, 900, 64),
 ]
 """Outer, contraction, outer: smaller than every tile and block and ragged beyond it, odd and even."""
-
-
-@pytest.fixture(autouse=True)
-def _products_pay(monkeypatch):
-    """As on a CPU where they do."""
-    monkeypatch.setattr(compiled_products, "products_pay", lambda: True)
 
 
 def draw(*shape: int, seed: int = 0) -> Tensor:
@@ -157,24 +153,23 @@ def test_they_are_taken_where_they_pay_and_may_be(monkeypatch):
         compiled_products, "run", lambda name, *args, **more: calls.append(name) or real(name, *args, **more)
     )
     x, weight, experts = draw(30, 48), draw(64, 48), (draw(2, 32, 48), draw(2, 48, 16))
-    high, gates, counts = HighPrecision(torch.bfloat16), torch.ones(30), torch.tensor([10, 20])
+    gates, counts = torch.ones(30), torch.tensor([10, 20])
 
-    def use() -> list[str]:
+    def use(kernels: Kernels) -> list[str]:
         calls.clear()
+        high = HighPrecision(torch.bfloat16, kernels)
         high.linear(x, weight)
-        fastest_product(x, weight, torch.float32)
+        kernels.product(x, weight, torch.float32)
         high.expert_ffn(x, gates, *experts, counts)
         return list(calls)
 
-    assert use() == ["gemm", "gemm", "grouped_gemm", "grouped_gemm"]
-    HighPrecision(torch.float32).linear(x.float(), weight.float())
+    assert use(CompiledKernels(products=True)) == ["gemm", "gemm", "grouped_gemm", "grouped_gemm"]
+    HighPrecision(torch.float32, CompiledKernels(products=True)).linear(x.float(), weight.float())
     assert len(calls) == 4  # fp32 is torch's
-    monkeypatch.setattr(compiled_products, "products_pay", lambda: False)
-    assert use() == []
-    assert torch.equal(high.linear(x, weight), F.linear(x, weight))
-    monkeypatch.setattr(compiled_products, "products_pay", lambda: True)
-    monkeypatch.setattr(native, "_chosen", False)
-    assert use() == []
+    plain = CompiledKernels(products=False)
+    assert use(plain) == [] and "products" not in plain.parts
+    assert torch.equal(HighPrecision(torch.bfloat16, plain).linear(x, weight), F.linear(x, weight))
+    assert use(Kernels()) == []
 
 
 def test_amx_is_left_to_torch_and_the_rate_of_bf16_is_one_of_a_cpu(monkeypatch):

@@ -1,6 +1,7 @@
 """The compiled norm, SwiGLU and split into heads beside torch's operations, and beside the formulas in fp64."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 import pytest
@@ -10,14 +11,16 @@ from torch.nn import functional as F
 
 import train.native.model as native
 from conf.schema import Model
-from train.model import compiled_rows, moe
+from train.model import compiled_rows
+from train.model.compiled import CompiledKernels
+from train.model.kernels import Kernels
 from train.model.layers import FFN, RMSNorm, _RMSNorm, swiglu
-from train.model.mla import PlainHeads, to_heads
-from train.model.rope import Rope, rotate
+from train.model.rope import PlainHeads, Rope, rotate
 from train.native.kernel import Kernel
 from train.precision.high import HighPrecision
 
 pytestmark = pytest.mark.skipif(native.lack() is not None, reason=native.lack() or "")
+KERNELS = CompiledKernels(products=True)
 EPS = 1e-6
 ROUNDING = 2**-7
 """Of a value: two bf16 numbers are neighbours, so that they may be roundings of two fp32 numbers that differ in the last bit."""
@@ -27,6 +30,7 @@ BITS = 2.5e-3
 
 class Case(NamedTuple):
     function: Callable
+    """Of the kernels and the inputs."""
     formula: Callable
     """In fp64."""
     inputs: list[Tensor]
@@ -43,7 +47,9 @@ def norm(rows: int, width: int) -> Case:
         return x * (x.pow(2).mean(-1, keepdim=True) + EPS).rsqrt() * weight
 
     inputs = [draw(1, rows, width), draw(width)]
-    return Case(lambda x, weight: _RMSNorm.apply(x, weight, EPS), formula, inputs, [draw(1, rows, width)])
+    return Case(
+        lambda kernels, x, weight: _RMSNorm.apply(x, weight, EPS, kernels), formula, inputs, [draw(1, rows, width)]
+    )
 
 
 def gated(rows: int, inner: int, with_gates: bool) -> Case:
@@ -52,7 +58,7 @@ def gated(rows: int, inner: int, with_gates: bool) -> Case:
         return F.silu(gate) * up * (1 if gates is None else gates[:, None])
 
     inputs = [4 * draw(rows, 2 * inner), *([draw(rows, dtype=torch.float32)] if with_gates else [])]
-    return Case(swiglu, formula, inputs, [draw(rows, inner)])
+    return Case(lambda kernels, h, gates=None: swiglu(h, gates, kernels), formula, inputs, [draw(rows, inner)])
 
 
 def heads(batch: int, length: int, count: int, nope: int, rope: int, value: int) -> Case:
@@ -69,7 +75,7 @@ def heads(batch: int, length: int, count: int, nope: int, rope: int, value: int)
 
     inputs = [draw(batch, length, count, nope + width) for width in (rope, value)] + [draw(batch, length, rope)]
     grads = [draw(batch, count, length, width) for width in (nope + rope, nope + rope, value)]
-    return Case(lambda *given: to_heads(*given, table, nope), formula, inputs, grads)
+    return Case(lambda kernels, *given: kernels.to_heads(*given, table, nope), formula, inputs, grads)
 
 
 CASES = {
@@ -109,18 +115,17 @@ def both_ways(function: Callable, inputs: list[Tensor], grads: list[Tensor]) -> 
 
 
 def test_results_and_gradients_are_those_of_the_formula(case):
-    got = both_ways(case.function, case.inputs, case.grads)
+    got = both_ways(partial(case.function, KERNELS), case.inputs, case.grads)
     exact = both_ways(case.formula, *([t.double() for t in some] for some in (case.inputs, case.grads)))
     for ours, expected in zip(got, exact, strict=True):
         bound = BITS if ours.dtype == torch.bfloat16 else 1e-6
         assert ours.shape == expected.shape and (ours - expected).norm() <= bound * expected.norm()
 
 
-def test_results_are_those_of_torchs_operations(case, monkeypatch):
+def test_results_are_those_of_torchs_operations(case):
     """But for the last bits of fp32, where sums have another order and exp another polynomial."""
-    got = both_ways(case.function, case.inputs, case.grads)
-    monkeypatch.setattr(native, "_chosen", False)
-    plain = both_ways(case.function, case.inputs, case.grads)
+    got = both_ways(partial(case.function, KERNELS), case.inputs, case.grads)
+    plain = both_ways(partial(case.function, Kernels()), case.inputs, case.grads)
     for ours, theirs in zip(got, plain, strict=True):
         assert (ours.shape, ours.dtype) == (theirs.shape, theirs.dtype)
         off = (ours.double() - theirs.double()).abs()
@@ -138,7 +143,7 @@ def test_heads_are_those_of_torchs_operations_to_the_bit(sizes):
     case = heads(*sizes)
     table = Rope(Model(rope_head_dim=sizes[4]), sizes[1]).table(sizes[1], torch.device("cpu"))
     table, nope = table * 1.3, sizes[3]  # as under YaRN with an attention_factor
-    ours = both_ways(lambda *given: to_heads(*given, table, nope), case.inputs, case.grads)
+    ours = both_ways(lambda *given: KERNELS.to_heads(*given, table, nope), case.inputs, case.grads)
     plain = both_ways(lambda *given: PlainHeads.apply(*given, table, nope), case.inputs, case.grads)
     assert all(torch.equal(a, b) for a, b in zip(ours[:5], plain[:5], strict=True))
     assert torch.equal(ours[0][:, :, :, nope:], rotate(case.inputs[0][..., nope:], table).transpose(1, 2).bfloat16())
@@ -156,9 +161,9 @@ def test_memory_between_rows_is_not_read(case):
         return apart(t.transpose(0, -1)).transpose(0, -1)
 
     given = case.inputs, case.grads
-    side_by_side = both_ways(case.function, *given)
+    side_by_side = both_ways(partial(case.function, KERNELS), *given)
     for placed in (apart, transposed):
-        strided = both_ways(case.function, *([placed(t) for t in some] for some in given))
+        strided = both_ways(partial(case.function, KERNELS), *([placed(t) for t in some] for some in given))
         assert all(torch.equal(a, b) for a, b in zip(side_by_side, strided, strict=True))
 
 
@@ -167,7 +172,7 @@ def test_threads_change_no_bit(case):
     try:
         for count in (1, 3):
             torch.set_num_threads(count)
-            results.append(both_ways(case.function, case.inputs, case.grads))
+            results.append(both_ways(partial(case.function, KERNELS), case.inputs, case.grads))
     finally:
         torch.set_num_threads(threads)
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
@@ -175,8 +180,10 @@ def test_threads_change_no_bit(case):
 
 def test_meta_tensors_take_what_real_ones_take(case):
     """The rope table of `heads` stays real: what counts is where the activations are."""
-    real = both_ways(case.function, case.inputs, case.grads)
-    meta = both_ways(case.function, *([t.to("meta") for t in some] for some in (case.inputs, case.grads)))
+    real = both_ways(partial(case.function, KERNELS), case.inputs, case.grads)
+    meta = both_ways(
+        partial(case.function, KERNELS), *([t.to("meta") for t in some] for some in (case.inputs, case.grads))
+    )
     for a, b in zip(real, meta, strict=True):
         assert b.is_meta and (a.shape, a.stride(), a.dtype) == (b.shape, b.stride(), b.dtype)
 
@@ -187,21 +194,21 @@ def test_a_norm_makes_the_gradients_that_are_wanted(needed):
     case = norm(70, 40)
     inputs = [t.requires_grad_() for t in case.inputs]
     inputs[1].grad_dtype = torch.float32
-    both = torch.autograd.grad(case.function(*inputs), inputs, case.grads)
-    (one,) = torch.autograd.grad(case.function(*inputs), inputs[needed], case.grads)
+    both = torch.autograd.grad(case.function(KERNELS, *inputs), inputs, case.grads)
+    (one,) = torch.autograd.grad(case.function(KERNELS, *inputs), inputs[needed], case.grads)
     inputs[1 - needed].requires_grad_(False)
-    (alone,) = torch.autograd.grad(case.function(*inputs), inputs[needed], case.grads)
+    (alone,) = torch.autograd.grad(case.function(KERNELS, *inputs), inputs[needed], case.grads)
     assert torch.equal(one, both[needed]) and torch.equal(alone, both[needed])
 
 
 def test_what_is_not_finite_stays_so():
     h = torch.tensor([[torch.nan, torch.inf, 1e30, -300.0, 0.0, 1, 1, 1, 1, 1]]).bfloat16().requires_grad_()
-    out = swiglu(h)
+    out = swiglu(h, None, KERNELS)
     assert out[0, 0].isnan() and out[0, 1].isinf() and out[0, 2] == h[0, 2] and out[0, 3:].tolist() == [0, 0]
     (dh,) = torch.autograd.grad(out, h, torch.ones_like(out))
     assert dh[0, 0].isnan() and dh[0, 2:5].tolist() == [1, 0, 0.5]
     x = torch.tensor([[1, torch.inf], [1, torch.nan]]).bfloat16()
-    assert _RMSNorm.apply(x, torch.ones(2).bfloat16(), EPS)[:, 1].isnan().all()
+    assert _RMSNorm.apply(x, torch.ones(2).bfloat16(), EPS, KERNELS)[:, 1].isnan().all()
 
 
 def test_what_is_made_again_has_the_same_bits():
@@ -210,8 +217,8 @@ def test_what_is_made_again_has_the_same_bits():
         torch.manual_seed(0)
         factory = {"dtype": torch.bfloat16}
         normed, ffn = (
-            RMSNorm(40, EPS, recompute, **factory),
-            FFN(40, 24, HighPrecision(torch.bfloat16), recompute, **factory),
+            RMSNorm(40, EPS, recompute, KERNELS, **factory),
+            FFN(40, 24, HighPrecision(torch.bfloat16, KERNELS), recompute, **factory),
         )
         parameters = [*normed.parameters(), *ffn.parameters()]
         for parameter in parameters:
@@ -226,11 +233,11 @@ def test_the_model_takes_it_where_it_can_and_may(monkeypatch):
     called = []
     monkeypatch.setattr(Kernel, "__call__", lambda kernel, *rest: called.append(kernel.name))
     x, weight = draw(4, 32), draw(32)
-    _RMSNorm.apply(x, weight, EPS), swiglu(x)
+    _RMSNorm.apply(x, weight, EPS, KERNELS), swiglu(x, None, KERNELS)
     assert called == ["rms_norm_forward", "swiglu_forward"]
-    _RMSNorm.apply(x.float(), weight.float(), EPS), swiglu(x.float()), _RMSNorm.apply(x, weight.float(), EPS)
-    monkeypatch.setattr(native, "_chosen", False)
-    _RMSNorm.apply(x, weight, EPS), swiglu(x)
+    _RMSNorm.apply(x.float(), weight.float(), EPS, KERNELS), swiglu(x.float(), None, KERNELS)
+    _RMSNorm.apply(x, weight.float(), EPS, KERNELS)
+    _RMSNorm.apply(x, weight, EPS, Kernels()), swiglu(x, None, Kernels())
     assert len(called) == 2
 
 
@@ -238,7 +245,7 @@ def test_the_model_takes_it_where_it_can_and_may(monkeypatch):
 def test_rows_come_in_the_order_of_a_stable_sort(tokens, top_k, experts):
     ids_TK = torch.randint(experts, (tokens, top_k))
     ids_TK[ids_TK == 1] = 0  # an expert without rows, where there are two
-    pairs = zip(compiled_rows.sort_by_expert(ids_TK, experts), moe.sort_by_expert(ids_TK, experts), strict=True)
+    pairs = zip(compiled_rows.sort_by_expert(ids_TK, experts), Kernels().sort_by_expert(ids_TK, experts), strict=True)
     assert all(torch.equal(ours, expected) for ours, expected in pairs)
 
 

@@ -5,6 +5,7 @@ import pytest
 from conf.load import compose
 from train.model.count import count, flops_per_token
 from train.model.deepseek import DeepSeekV3
+from train.model.kernels import Kernels
 from train.model.moe import Experts
 
 
@@ -55,4 +56,4 @@ def test_counts_equal_the_model_built(name):
 class _Nothing:
     """A precision for models that are only counted."""
 
-    dtype = None
+    dtype, kernels = None, Kernels()

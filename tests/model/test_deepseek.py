@@ -8,9 +8,10 @@ import torch
 import train.native.model as native
 from conf.schema import Model, Recompute
 from tests.model.plain import Plain
-from train.model import compiled_rows, moe
+from train.kernels import build_kernels
 from train.model.deepseek import DeepSeekV3
 from train.model.init import initialise
+from train.model.kernels import Kernels
 from train.precision.high import HighPrecision
 
 torch.set_num_threads(1)
@@ -41,7 +42,7 @@ CONFIG = Model(
 
 def build(config: Model, seed: int = 3, **parts) -> DeepSeekV3:
     parts = {"layers": range(config.layers), "has_embedding": True, "has_head": True} | parts
-    model = DeepSeekV3(config, HighPrecision(torch.float32), seq_len=12, device="meta", **parts)
+    model = DeepSeekV3(config, HighPrecision(torch.float32, build_kernels("cpu")), seq_len=12, device="meta", **parts)
     initialise(model, seed)
     generator = torch.Generator().manual_seed(5)
     for name, router in sorted(model.routers().items()):
@@ -132,7 +133,7 @@ def test_chunks_in_one_process_share_the_embedding():
     first = build(CONFIG, layers=range(2), has_head=False)
     last = DeepSeekV3(
         CONFIG,
-        HighPrecision(torch.float32),
+        HighPrecision(torch.float32, build_kernels("cpu")),
         seq_len=12,
         layers=range(2, 3),
         has_embedding=False,
@@ -180,7 +181,9 @@ def test_bf16_is_near_fp32(recompute):
     config = dataclasses.replace(CONFIG, recompute=recompute, init_std=0.1, experts=4, top_k=4, groups=1, top_groups=1)
     torch.manual_seed(0)
     exact = build(config)
-    model = DeepSeekV3.whole(config, HighPrecision(torch.bfloat16), seq_len=12, dtype=torch.bfloat16)
+    model = DeepSeekV3.whole(
+        config, HighPrecision(torch.bfloat16, build_kernels("cpu")), seq_len=12, dtype=torch.bfloat16
+    )
     model.load_state_dict(exact.state_dict())
     for parameter in model.parameters():
         parameter.grad_dtype = torch.float32
@@ -201,19 +204,19 @@ def test_bf16_is_near_fp32(recompute):
 
 @pytest.mark.skipif(native.lack() is not None, reason=native.lack() or "")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_one_expert_a_token_makes_the_same_model_with_and_without_compiled_code(dtype, monkeypatch):
+def test_one_expert_a_token_makes_the_same_model_with_and_without_compiled_code(dtype):
     """Every bit of loss, logits and gradients. In bf16 torch does the order of rows alone: the rest rounds differently, which
     could send a token elsewhere."""
     config = dataclasses.replace(CONFIG, top_k=1, groups=1, top_groups=1)
-    model = DeepSeekV3.whole(config, HighPrecision(dtype), seq_len=12, dtype=dtype)
-    model.load_state_dict(build(config).state_dict())
     tokens_BS = torch.randint(50, (2, 13), generator=torch.Generator().manual_seed(1))
     results = []
-    for compiled in (True, False):
-        if not compiled and dtype == torch.float32:
-            monkeypatch.setattr(native, "_chosen", False)
-        elif not compiled:
-            monkeypatch.setattr(compiled_rows, "sort_by_expert", moe.sort_by_expert)
+    compiled, plain = build_kernels("cpu"), Kernels()
+    if dtype == torch.bfloat16:
+        plain = build_kernels("cpu")
+        plain.sort_by_expert = Kernels().sort_by_expert
+    for kernels in (compiled, plain):
+        model = DeepSeekV3.whole(config, HighPrecision(dtype, kernels), seq_len=12, dtype=dtype)
+        model.load_state_dict(build(config).state_dict())
         loss = model(tokens_BS)
         grads = torch.autograd.grad(loss, list(model.parameters()))
         results.append([loss, model.logits(tokens_BS[:, :-1]), *grads])

@@ -6,6 +6,7 @@ import torch
 
 from conf.schema import Model
 from tests.model.test_deepseek import CONFIG
+from train.kernels import build_kernels
 from train.model import init
 from train.model.deepseek import DeepSeekV3
 from train.model.init import initialise
@@ -16,7 +17,7 @@ torch.set_num_threads(1)
 
 def build(config: Model, seed: int | None = 1, **parts) -> DeepSeekV3:
     parts = {"layers": range(config.layers), "has_embedding": True, "has_head": True, "device": "meta"} | parts
-    model = DeepSeekV3(config, HighPrecision(torch.float32), seq_len=8, **parts)
+    model = DeepSeekV3(config, HighPrecision(torch.float32, build_kernels("cpu")), seq_len=8, **parts)
     initialise(model, seed)
     return model
 

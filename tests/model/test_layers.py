@@ -7,9 +7,10 @@ import torch
 from torch.nn import functional as F
 
 from conf.schema import Model, Yarn
+from train.kernels import build_kernels
 from train.model import attention as attention_module
-from train.model import layers
-from train.model.attention import BLOCK, attention
+from train.model import kernels
+from train.model.attention import BLOCK
 from train.model.layers import Embedding, RMSNorm, swiglu
 from train.model.rope import Rope, rotate
 
@@ -22,7 +23,7 @@ def gradients(output, inputs, upstream):
 
 def test_rms_norm_equals_the_formula():
     torch.manual_seed(0)
-    norm = RMSNorm(10, 1e-6, recompute=False, dtype=torch.float32)
+    norm = RMSNorm(10, 1e-6, recompute=False, kernels=build_kernels("cpu"), dtype=torch.float32)
     torch.nn.init.normal_(norm.weight)
     x = torch.randn(3, 4, 10, requires_grad=True)
     y = norm(x)
@@ -37,11 +38,11 @@ def test_rms_norm_equals_the_formula():
 def test_swiglu_equals_the_formula(with_gates, monkeypatch):
     """In several pieces, the last one short."""
     rows, inner = 11, 6
-    monkeypatch.setattr(layers, "PIECE", 4 * 2 * inner)
+    monkeypatch.setattr(kernels, "PIECE", 4 * 2 * inner)
     torch.manual_seed(0)
     h = torch.randn(rows, 2 * inner, requires_grad=True)
     gates = torch.rand(rows, requires_grad=True) if with_gates else None
-    out = swiglu(h, gates)
+    out = swiglu(h, gates, build_kernels("cpu"))
     gate, up = h.chunk(2, -1)
     expected = F.silu(gate) * up * (gates[:, None] if with_gates else 1)
     torch.testing.assert_close(out, expected)
@@ -70,7 +71,7 @@ def test_attention_equals_the_masked_formula(length, packed, heads_at_a_time, mo
     documents_BT = None
     if packed:
         documents_BT = torch.sort(torch.randint(3, (2, length)), dim=1).values.int()
-    out = attention(q, k, v, 0.4, documents_BT)
+    out = build_kernels("cpu").attention(q, k, v, 0.4, documents_BT)
     expected = masked_attention(q, k, v, 0.4, documents_BT)
     torch.testing.assert_close(out, expected)
     upstream = torch.randn_like(out)
@@ -81,7 +82,7 @@ def test_attention_in_bf16_is_as_exact_as_its_roundings():
     """Scores are in fp32, so even peaked softmaxes (scores near 50) stay within a few roundings of 2^-8."""
     torch.manual_seed(0)
     q, k, v = (torch.randn(1, 2, 100, 16).bfloat16() for _ in range(3))
-    out = attention(q, k, v, 3.0, None).float()
+    out = build_kernels("cpu").attention(q, k, v, 3.0, None).float()
     expected = masked_attention(q.double(), k.double(), v.double(), 3.0, None).float()
     assert (out - expected).norm() / expected.norm() < 5e-3
 

@@ -5,6 +5,7 @@ import torch
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from train.kernels import build_kernels
 from train.model.loss import cross_entropy
 
 torch.set_num_threads(1)
@@ -16,7 +17,7 @@ def test_equals_torch(chunk):
     hidden = torch.randn(23, 8, requires_grad=True)
     head = torch.randn(31, 8, requires_grad=True)
     targets = torch.randint(31, (23,))
-    loss = cross_entropy(hidden, head, targets, 50, chunk)
+    loss = cross_entropy(hidden, head, targets, 50, chunk, build_kernels("cpu"))
     expected = F.cross_entropy(hidden @ head.T, targets, reduction="sum") / 50
     torch.testing.assert_close(loss, expected)
     got = torch.autograd.grad(loss * 3, [hidden, head])
@@ -25,9 +26,9 @@ def test_equals_torch(chunk):
 
 def test_only_the_gradients_that_are_asked_for():
     hidden, head, targets = torch.randn(5, 4), torch.randn(6, 4, requires_grad=True), torch.randint(6, (5,))
-    cross_entropy(hidden, head, targets, 5, 2).backward()
+    cross_entropy(hidden, head, targets, 5, 2, build_kernels("cpu")).backward()
     assert head.grad is not None
-    assert not cross_entropy(hidden, head.detach(), targets, 5, 2).requires_grad
+    assert not cross_entropy(hidden, head.detach(), targets, 5, 2, build_kernels("cpu")).requires_grad
 
 
 def test_bf16_head_sums_its_gradient_over_chunks_in_fp32():
@@ -38,7 +39,7 @@ def test_bf16_head_sums_its_gradient_over_chunks_in_fp32():
     for chunk in (4, 256):
         head = torch.nn.Parameter(torch.randn(10, 16, generator=torch.Generator().manual_seed(1)).bfloat16())
         head.grad_dtype = torch.float32
-        loss = cross_entropy(hidden, head, targets, 256, chunk)
+        loss = cross_entropy(hidden, head, targets, 256, chunk, build_kernels("cpu"))
         assert loss.dtype == torch.float32
         loss.backward()
         assert head.grad.dtype == torch.float32
@@ -62,5 +63,5 @@ class LargestTensor(TorchDispatchMode):
 def test_logits_of_all_tokens_never_exist():
     hidden, head = torch.randn(64, 4, requires_grad=True), torch.randn(500, 4, requires_grad=True)
     with LargestTensor() as largest:
-        cross_entropy(hidden, head, torch.randint(500, (64,)), 64, 8).backward()
+        cross_entropy(hidden, head, torch.randint(500, (64,)), 64, 8, build_kernels("cpu")).backward()
     assert largest.numel == 8 * 500

@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
+from train.kernels import build_kernels
 from train.model.moe import LocalDispatcher
 from train.precision.high import HighPrecision
 
@@ -36,11 +37,13 @@ def test_dispatch_experts_combine_equal_a_loop(recompute):
     gates_TK = torch.rand(tokens, top_k, requires_grad=True)
     ids_TK = torch.stack([torch.tensor([0, 2, 3, 4])[torch.randperm(4)[:top_k]] for _ in range(tokens)])
     w13, w2 = weights(experts, width, inner)
-    dispatcher = LocalDispatcher(experts)
+    dispatcher = LocalDispatcher(experts, build_kernels("cpu"))
     routed = dispatcher.dispatch(x_TD, ids_TK, gates_TK)
     assert torch.equal(routed.counts_E, ids_TK.flatten().bincount(minlength=experts))
     assert routed.counts_E.dtype == torch.int64
-    out = HighPrecision(torch.float32, recompute).expert_ffn(routed.rows_RD, routed.gates_R, w13, w2, routed.counts_E)
+    out = HighPrecision(torch.float32, build_kernels("cpu"), recompute).expert_ffn(
+        routed.rows_RD, routed.gates_R, w13, w2, routed.counts_E
+    )
     y_TD = dispatcher.combine(out, routed)
     expected = plain(x_TD, ids_TK, gates_TK, w13, w2)
     torch.testing.assert_close(y_TD, expected)
@@ -57,10 +60,12 @@ def test_no_tokens(dtype):
     x_TD = torch.zeros(0, 16, dtype=dtype, requires_grad=True)
     gates_TK = torch.zeros(0, 2, requires_grad=True)
     w13, w2 = weights(4, 16, 8, dtype)
-    dispatcher = LocalDispatcher(4)
+    dispatcher = LocalDispatcher(4, build_kernels("cpu"))
     routed = dispatcher.dispatch(x_TD, torch.zeros(0, 2, dtype=torch.int64), gates_TK)
     assert routed.counts_E.tolist() == [0, 0, 0, 0]
-    out = HighPrecision(dtype).expert_ffn(routed.rows_RD, routed.gates_R, w13, w2, routed.counts_E)
+    out = HighPrecision(dtype, build_kernels("cpu")).expert_ffn(
+        routed.rows_RD, routed.gates_R, w13, w2, routed.counts_E
+    )
     y_TD = dispatcher.combine(out, routed)
     assert y_TD.shape == (0, 16)
     y_TD.sum().backward()
@@ -81,7 +86,9 @@ def test_bf16_experts_give_fp32_gradients_near_exact(recompute):
         for parameter in parameters:
             parameter.grad_dtype = torch.float32
         x, g = rows.bfloat16().to(dtype).requires_grad_(), gates_R.clone().requires_grad_()
-        HighPrecision(dtype, recompute).expert_ffn(x, g, *parameters, counts_E).square().sum().backward()
+        HighPrecision(dtype, build_kernels("cpu"), recompute).expert_ffn(
+            x, g, *parameters, counts_E
+        ).square().sum().backward()
         assert all(parameter.grad.dtype == torch.float32 for parameter in parameters)
         results.append([x.grad.float(), g.grad, *(parameter.grad for parameter in parameters)])
     for exact, rounded in zip(*results, strict=True):

@@ -8,6 +8,7 @@ import torch
 from conf.load import compose
 from conf.schema import Model, Recompute, Yarn
 from tests.model import parity
+from train.kernels import build_kernels
 from train.model.deepseek import DeepSeekV3
 from train.precision.high import HighPrecision
 
@@ -65,7 +66,7 @@ def test_logits_and_gradients_equal_transformers(seed):
     config, seq_len = random_config(seed)
     theirs = parity.transformers_model(config, seq_len)
     parity.randomise(theirs, 0.15)
-    ours = DeepSeekV3.whole(config, HighPrecision(torch.float32), seq_len=seq_len)
+    ours = DeepSeekV3.whole(config, HighPrecision(torch.float32, build_kernels("cpu")), seq_len=seq_len)
     parity.load(ours, theirs)
     tokens_BS = torch.randint(config.vocab_size, (2, seq_len + 1))
 
@@ -93,7 +94,7 @@ def test_tiny_recipe_equals_transformers():
     config = compose("conf=tiny", "model.mtp_depth=0", "model.vocab_size=128").model
     theirs = parity.transformers_model(config, 64)
     parity.randomise(theirs, 0.04)
-    ours = DeepSeekV3.whole(config, HighPrecision(torch.float32), seq_len=64)
+    ours = DeepSeekV3.whole(config, HighPrecision(torch.float32, build_kernels("cpu")), seq_len=64)
     parity.load(ours, theirs)
     tokens_BT = torch.randint(config.vocab_size, (2, 64))
     with torch.no_grad():

@@ -9,6 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from conf.schema import Recompute
 from tests.model.test_deepseek import CONFIG
+from train.kernels import build_kernels
 from train.model.deepseek import DeepSeekV3
 from train.model.init import initialise
 from train.model.recompute import Recomputed
@@ -40,7 +41,7 @@ def run(recompute: list[Recompute]) -> tuple[int, dict[str, torch.Tensor]]:
     """Bytes alive between forward and backward, and the gradients."""
     # a wide block in place of a wide vocabulary: the loss keeps gradients of the head that are no activations
     config = dataclasses.replace(CONFIG, recompute=recompute, vocab_size=8, mtp_depth=1, init_std=0.1, top_k=6)
-    precision = HighPrecision(torch.float32, Recompute.swiglu in recompute)
+    precision = HighPrecision(torch.float32, build_kernels("cpu"), Recompute.swiglu in recompute)
     model = DeepSeekV3.whole(config, precision, seq_len=64, device="meta")
     initialise(model, 1)
     tokens_BS = torch.randint(8, (2, 65), generator=torch.Generator().manual_seed(0))

@@ -7,11 +7,11 @@ import torch
 from torch.distributed.pipelining._backward import stage_backward_input, stage_backward_weight
 from torch.utils.flop_counter import FlopCounterMode
 
-import train.native.model as native
 from conf.load import compose
 from conf.schema import Recompute
 from parallel.pipeline.graph import kept_graph
 from tests.model.test_deepseek import CONFIG, build
+from train.kernels import build_kernels
 from train.model.deepseek import DeepSeekV3
 from train.model.init import initialise
 from train.precision.build import build_precision
@@ -62,14 +62,13 @@ PRODUCTS = {
 
 @pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("name", ["fp32", "bf16", "fp8", "fp8_ue8m0"])
-def test_each_product_is_computed_in_one_part(name, compiled, monkeypatch):
+def test_each_product_is_computed_in_one_part(name, compiled):
     """In every precision the parts take together what an undivided backward takes, and give its bits. Products are counted in
     torch's operations: the counter sees no compiled code."""
-    monkeypatch.setattr(native, "_chosen", compiled)
     config = dataclasses.replace(CONFIG, recompute=list(Recompute))
     more = [f"precision.fp8.compiled={str(compiled).lower()}"] if name.startswith("fp8") else []
     section = compose(f"precision={name}", *more).precision
-    precision = build_precision(section, torch.device("cpu"))
+    precision = build_precision(section, torch.device("cpu"), build_kernels("cpu", compiled))
     parts = {"layers": range(2), "has_embedding": False, "has_head": False, "dtype": precision.dtype}
     chunk = DeepSeekV3(config, precision, seq_len=12, **parts)
     initialise(chunk, 3)

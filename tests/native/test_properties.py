@@ -18,13 +18,14 @@ from torch.nn import functional as F
 
 import train.native.model as native
 from conf.errors import UserError
-from conf.schema import ROOT, Model
-from train.model import compiled_products, compiled_rows, layers, moe
+from conf.schema import ROOT, Model, Optim
+from train.model import compiled_products, compiled_rows
 from train.model.compiled_attention import CompiledAttention, _attention_kept
-from train.model.mla import CompiledHeads, PlainHeads
-from train.model.rope import Rope
+from train.model.compiled_rows import CompiledHeads
+from train.model.kernels import Kernels
+from train.model.rope import PlainHeads, Rope
 from train.native.kernel import Array, Kernel, Number, Parameter, Struct, Table, table
-from train.optim.adamw import AdamW, UpdatePiece, _update
+from train.optim.adamw import AdamW, UpdatePiece, _update, _update_compiled
 from train.precision import scaled_products
 from train.precision.compiled import load_casts
 from train.precision.formats import E4M3, E5M2, E5M6, TILE, WHOLE, Cast, unpack_e5m6
@@ -171,14 +172,6 @@ def placed(draw: Draw, x: Tensor) -> Tensor:
     return WAYS[draw(st.sampled_from(list(WAYS)))](x)
 
 
-@contextmanager
-def torchs() -> Iterator[None]:
-    """Inside, the model runs torch's operations."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(native, "_chosen", False)
-        yield
-
-
 def close(ours: Tensor, exact: Tensor, size: Tensor | float = 0.0, factor: float = 1.0) -> None:
     """Off by the rounding of a result in bf16, and by factor * SUM of the sum of its absolute terms."""
     assert ours.shape == exact.shape
@@ -200,19 +193,18 @@ def norm_inputs(draw: Draw) -> tuple[Tensor, Tensor, float]:
 
 def rms_norm_forward(draw: Draw) -> None:
     x, weight, eps = norm_inputs(draw)
-    (y, rstd), (plain_x, plain_weight) = layers.rms_norm(x, weight, eps), (x.double(), weight.double())
+    (y, rstd), (plain_x, plain_weight) = compiled_rows.rms_norm(x, weight, eps), (x.double(), weight.double())
     exact = (plain_x.pow(2).mean(-1, keepdim=True) + eps).rsqrt()
     close(rstd, exact, exact)
     close(y, plain_x * exact * plain_weight, (plain_x * exact * plain_weight).abs())
-    with torchs():
-        theirs = layers.rms_norm(x, weight, eps)
+    theirs = Kernels().rms_norm(x, weight, eps)
     assert all((a.shape, a.dtype) == (b.shape, b.dtype) for a, b in zip((y, rstd), theirs, strict=True))
 
 
 def rms_norm_backward(draw: Draw) -> None:
     x, weight, eps = norm_inputs(draw)
     grad, needed = placed(draw, normal(*x.shape)), (draw(st.booleans()), draw(st.booleans()))
-    _, rstd = layers.rms_norm(x, weight, eps)
+    _, rstd = compiled_rows.rms_norm(x, weight, eps)
     dx, dweight = compiled_rows.rms_norm_backward(grad, x, weight, rstd, *needed)
     assert (dx is not None, dweight is not None) == needed
     x, weight, grad, rstd = (t.double() for t in (x, weight, grad, rstd))
@@ -261,7 +253,7 @@ def sort_by_expert(draw: Draw) -> None:
     top_k = draw(st.integers(1, min(experts, 8)))
     chosen_TE = torch.rand(tokens, experts).argsort(-1)
     ids_TK = placed(draw, chosen_TE)[:, :top_k]  # as what takes the best of all leaves them
-    pairs = zip(compiled_rows.sort_by_expert(ids_TK, experts), moe.sort_by_expert(ids_TK, experts), strict=True)
+    pairs = zip(compiled_rows.sort_by_expert(ids_TK, experts), Kernels().sort_by_expert(ids_TK, experts), strict=True)
     assert all(torch.equal(ours, theirs) and ours.dtype == theirs.dtype for ours, theirs in pairs)
 
 
@@ -456,9 +448,8 @@ def adamw(draw: Draw) -> None:
     group = {"lr": lr, "betas": (0.9, 0.95), "eps": 1e-8, "weight_decay": decay}
     ours, plain = (UpdatePiece(*(offset(t) for t in held)) for _ in range(2))
     with torch.no_grad():
-        _update(ours, group, count, factor)
-        with torchs():
-            _update(plain, group, count, factor)
+        _update_compiled(ours, group, count, factor)
+        _update(plain, group, count, factor)
     torch.testing.assert_close(ours.weight, plain.weight, rtol=1e-6, atol=1e-7)
     for one, other in ((ours.exp_avg, plain.exp_avg), (ours.exp_avg_sq, plain.exp_avg_sq)):
         assert torch.equal(one, other)
@@ -468,7 +459,8 @@ def adamw(draw: Draw) -> None:
 def sum_of_squares(draw: Draw) -> None:
     x = offset(normal(draw(flat), dtype=FP32))
     exact = x.double().square().sum()
-    torch.testing.assert_close(AdamW.sum_of_squares(x), exact, rtol=1e-6, atol=0)
+    optimizer = AdamW([torch.nn.Parameter(x)], Optim(), torch.bfloat16, compiled=True)
+    torch.testing.assert_close(optimizer.sum_of_squares(x), exact, rtol=1e-6, atol=0)
 
 
 # ---- casts

@@ -12,23 +12,27 @@ SIZE = 2 * CHUNK["cpu"] + 1003
 """Whole chunks, a part of one, and elements that fill no vector."""
 
 
-def run(weights, grads, moments, steps=4):
+@pytest.fixture(params=["compiled", "torch"])
+def build(request):
+    """Makes optimizers whose updates with bf16 moments are compiled code, or torch's kernel."""
+    if request.param == "compiled" and native.lack() is not None:
+        pytest.skip(native.lack())
+
+    def optimizer(param, moments):
+        group = {"params": [param], "weight_decay": 0.1}
+        return AdamW([group], Optim(lr=1e-2), moments, request.param == "compiled")
+
+    return optimizer
+
+
+def run(build, weights, grads, moments, steps=4):
     param = torch.nn.Parameter(weights.clone())
-    optimizer = AdamW([{"params": [param], "weight_decay": 0.1}], Optim(lr=1e-2), moments)
+    optimizer = build(param, moments)
     for grad in grads[:steps]:
         param.grad = grad.clone()
         optimizer.step()
         optimizer.updates += 1
     return param.detach()
-
-
-@pytest.fixture(params=["compiled", "torch"], autouse=True)
-def way(request, monkeypatch):
-    """Updates with bf16 moments as compiled code, and by torch's kernel."""
-    if request.param == "compiled" and native.lack() is not None:
-        pytest.skip(native.lack())
-    monkeypatch.setattr(native, "_chosen", request.param == "compiled")
-    return request.param
 
 
 @pytest.fixture
@@ -50,10 +54,10 @@ def plain_update(weight, grad, exp_avg, exp_avg_sq, lr, count):
 
 
 @pytest.mark.parametrize("moments", [torch.bfloat16, torch.float32])
-def test_one_pass_equals_plain_operations(problem, moments):
+def test_one_pass_equals_plain_operations(build, problem, moments):
     weights, grads = problem
     param = torch.nn.Parameter(weights.clone())
-    optimizer = AdamW([{"params": [param], "weight_decay": 0.1}], Optim(lr=1e-2), moments)
+    optimizer = build(param, moments)
     expected, exp_avg, exp_avg_sq = weights.clone(), *(torch.zeros(SIZE, dtype=moments) for _ in range(2))
     for count, grad in enumerate(grads, 1):
         param.grad = grad.clone()
@@ -68,7 +72,7 @@ def test_one_pass_equals_plain_operations(problem, moments):
         torch.testing.assert_close(optimizer.state[param][name], moment, rtol=rtol, atol=1e-7)
 
 
-def test_fp32_moments_equal_torch(problem):
+def test_fp32_moments_equal_torch(build, problem):
     weights, grads = problem
     reference = torch.nn.Parameter(weights.clone())
     optimizer = torch.optim.AdamW([reference], lr=1e-2, betas=(0.9, 0.95), eps=1e-8, weight_decay=0.1)
@@ -76,56 +80,58 @@ def test_fp32_moments_equal_torch(problem):
         reference.grad = grad.clone()
         optimizer.step()
     # The two associate the bias correction differently: a few units in the last place.
-    torch.testing.assert_close(run(weights, grads, torch.float32), reference.detach(), rtol=2e-6, atol=1e-6)
+    torch.testing.assert_close(run(build, weights, grads, torch.float32), reference.detach(), rtol=2e-6, atol=1e-6)
 
 
-def test_bf16_moments_stay_close(problem):
+def test_bf16_moments_stay_close(build, problem):
     weights, grads = problem
-    exact, rounded = run(weights, grads, torch.float32), run(weights, grads, torch.bfloat16)
+    exact, rounded = run(build, weights, grads, torch.float32), run(build, weights, grads, torch.bfloat16)
     # bf16 keeps 8 bits: each update of about lr is off by at most a percent or so.
     assert (exact - rounded).abs().max() < 4 * 1e-2 * 0.05
     assert not torch.equal(exact, rounded)
 
 
-def test_any_sharding_is_bit_equal(problem):
+def test_any_sharding_is_bit_equal(build, problem):
     weights, grads = problem
-    whole = run(weights, grads, torch.bfloat16)
+    whole = run(build, weights, grads, torch.bfloat16)
     for cut in (1, 777, CHUNK["cpu"] - 3, SIZE - 5):
-        parts = [run(weights[s], [g[s] for g in grads], torch.bfloat16) for s in (slice(0, cut), slice(cut, None))]
+        parts = [
+            run(build, weights[s], [g[s] for g in grads], torch.bfloat16) for s in (slice(0, cut), slice(cut, None))
+        ]
         assert torch.equal(torch.cat(parts), whole)
 
 
 @pytest.mark.parametrize("moments", [torch.bfloat16, torch.float32])
-def test_the_factor_of_the_gradient_is_that_of_a_product_before(problem, moments):
+def test_the_factor_of_the_gradient_is_that_of_a_product_before(build, problem, moments):
     weights, (grad, *_) = problem
     updated = []
     for factor, given in ((torch.tensor(0.3), grad.clone()), (None, grad * 0.3)):
         param = torch.nn.Parameter(weights.clone())
-        optimizer = AdamW([{"params": [param], "weight_decay": 0.1}], Optim(lr=1e-2), moments)
+        optimizer = build(param, moments)
         param.grad, optimizer.factor = given, factor
         optimizer.step()
         updated.append(param.detach())
     assert torch.equal(*updated)
 
 
-def test_threads_change_no_bit(problem):
+def test_threads_change_no_bit(build, problem):
     threads, results = torch.get_num_threads(), []
     try:
         for count in (1, 3):
             torch.set_num_threads(count)
-            results.append(run(*problem, torch.bfloat16))
+            results.append(run(build, *problem, torch.bfloat16))
     finally:
         torch.set_num_threads(threads)
     assert torch.equal(*results)
 
 
 @pytest.mark.parametrize("moments", [torch.bfloat16, torch.float32])
-def test_gradients_in_pieces_give_the_update_of_the_whole_and_leave_padding(problem, moments):
+def test_gradients_in_pieces_give_the_update_of_the_whole_and_leave_padding(build, problem, moments):
     weights, (grad, *_) = problem
     updated, used = [], SIZE - 7
     for pieces in (Pieces([grad[:1000], grad[1000:used]], 2), Pieces([grad[:used]], 2)):
         param = torch.nn.Parameter(weights.clone())
-        optimizer = AdamW([{"params": [param], "weight_decay": 0.1}], Optim(lr=1e-2), moments)
+        optimizer = build(param, moments)
         param.grad = torch.zeros(1).expand(SIZE)
         optimizer.pieces[param] = Pieces([one.clone() for one in pieces.gradients], pieces.divisor)
         optimizer.step()
@@ -135,11 +141,11 @@ def test_gradients_in_pieces_give_the_update_of_the_whole_and_leave_padding(prob
 
 
 @pytest.mark.parametrize("size", [0, 1, 77, 4096, 4 * 4096 + 100])
-def test_the_sum_of_squares_is_that_in_fp64(problem, size):
-    x = problem[0][:size] * 1e3
-    total = AdamW.sum_of_squares(x)
+def test_the_sum_of_squares_is_that_in_fp64(build, problem, size):
+    x, optimizer = problem[0][:size] * 1e3, build(torch.nn.Parameter(torch.zeros(1)), torch.bfloat16)
+    total = optimizer.sum_of_squares(x)
     assert total.dtype == torch.float64 and total.item() == pytest.approx(x.double().square().sum().item(), rel=2e-7)
     if size:
         for bad in (torch.inf, torch.nan):
             x[size // 2] = bad
-            assert not AdamW.sum_of_squares(x).isfinite()
+            assert not optimizer.sum_of_squares(x).isfinite()

@@ -13,6 +13,7 @@ from conf.errors import UserError
 from conf.load import compose
 from parallel.expert.wire import Fp8RowsWire, Fp8Wire
 from tests.precision import fakes
+from train.kernels import build_kernels
 from train.precision import hopper, hopper_probe, swiglu, triton_kernels
 from train.precision.formats import E4M3, E5M2, Cast
 from train.precision.fp8 import Fp8Precision
@@ -115,7 +116,7 @@ def test_products_agree_with_the_emulation(engine, granularity):
 def test_model_products_agree_with_the_emulation(engine, overrides):
     """Forward and backward of a linear layer, the output projection and ragged experts, one of them without rows."""
     fp8 = compose("precision=fp8", *overrides).precision.fp8
-    ours, cpu = (Fp8Precision(fp8, torch.device("cpu"), which) for which in (engine, CpuEngine()))
+    ours, cpu = (Fp8Precision(fp8, torch.device("cpu"), build_kernels("cpu"), which) for which in (engine, CpuEngine()))
     generator = torch.Generator().manual_seed(5)
     x, w = torch.randn(2, 40, 192, generator=generator), torch.randn(136, 192, generator=generator) / 14
     counts = torch.tensor([3, 0, 130])
@@ -144,7 +145,9 @@ def test_rows_from_an_fp8_wire_are_taken_as_they_are(engine, monkeypatch, overri
         return quantize_tiles(x, *rest)
 
     monkeypatch.setattr(triton_kernels, "quantize_tiles", counted)
-    precision = Fp8Precision(compose("precision=fp8", *overrides).precision.fp8, torch.device("cpu"), engine)
+    precision = Fp8Precision(
+        compose("precision=fp8", *overrides).precision.fp8, torch.device("cpu"), build_kernels("cpu"), engine
+    )
     rows, width, counts = sum(counts), 384, torch.tensor(counts)
     gates, w13 = torch.rand(rows), torch.randn(3, 256, width).bfloat16() / 20
     w2, results = torch.randn(3, width, 128).bfloat16() / 11, []

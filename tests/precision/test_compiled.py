@@ -17,7 +17,7 @@ from conf.errors import UserError
 from conf.load import compose
 from conf.schema import ROOT
 from tests.precision.test_quantize import BLOCKS, wide
-from train.model import compiled_products
+from train.model.compiled import CompiledKernels
 from train.native import build
 from train.native.build import has_avx2
 from train.precision import compiled, fp8
@@ -160,9 +160,8 @@ def test_products_are_the_same_with_and_without(recipe, more, monkeypatch):
         ("true", False, False), ("false", False, False), ("true", can, False), ("true", can, can)
     ):  # fmt: skip
         monkeypatch.setattr(fp8, "has_avx2", lambda answer=scaled: answer)
-        monkeypatch.setattr(compiled_products, "products_pay", lambda answer=plain: answer)
         section = compose(f"precision={recipe}", f"precision.fp8.compiled={compiled_casts}", *more).precision.fp8
-        precision = Fp8Precision(section, torch.device("cpu"))
+        precision = Fp8Precision(section, torch.device("cpu"), CompiledKernels(products=plain))
         outputs = [precision.linear(x, w), precision.linear(x, w, "output")]
         outputs.append(precision.expert_ffn(rows, gates, w13, w2, counts))
         grads = [torch.randn(output.shape, generator=torch.Generator().manual_seed(5)).bfloat16() for output in outputs]

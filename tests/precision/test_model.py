@@ -8,6 +8,7 @@ from torch import Tensor
 
 from conf.load import compose
 from conf.schema import Model
+from train.kernels import build_kernels
 from train.model.deepseek import DeepSeekV3
 from train.model.init import initialise
 from train.precision.build import activation_dtype, build_precision
@@ -23,7 +24,9 @@ SMALL = Model(
 
 
 def fp8(*overrides: str, name: str = "fp8") -> Fp8Precision:
-    return Fp8Precision(compose(f"precision={name}", *overrides).precision.fp8, torch.device("cpu"))
+    return Fp8Precision(
+        compose(f"precision={name}", *overrides).precision.fp8, torch.device("cpu"), build_kernels("cpu")
+    )
 
 
 def build(precision, config: Model = SMALL) -> DeepSeekV3:
@@ -48,7 +51,7 @@ def test_model_trains_close_to_bf16(name):
     """Dense layers: with experts, a token that changes its expert moves the gradients by far more than a rounding."""
     config = replace(SMALL, dense_layers=2, mtp_depth=0)
     loss, gradients = loss_and_gradients(fp8(name=name), config)
-    expected_loss, expected = loss_and_gradients(HighPrecision(torch.bfloat16), config)
+    expected_loss, expected = loss_and_gradients(HighPrecision(torch.bfloat16, build_kernels("cpu")), config)
     assert abs(loss - expected_loss) < 2.5e-3 * expected_loss  # the paper's bound on the loss
     for key, gradient in gradients.items():
         # 4 % a product, and what the products of all later layers passed on
@@ -73,7 +76,7 @@ def test_which_weights_are_asked_for_in_fp8():
 
 def test_state_holds_nothing_of_fp8():
     """So that a bf16 run resumes in FP8 and back."""
-    model, plain = build(fp8()), build(HighPrecision(torch.bfloat16))
+    model, plain = build(fp8()), build(HighPrecision(torch.bfloat16, build_kernels("cpu")))
     model(tokens()).sum().backward()
     state, expected = model.state_dict(), plain.state_dict()
     assert state.keys() == expected.keys()
@@ -123,6 +126,6 @@ def test_readings_measure_what_the_casts_lose():
 def test_the_precision_section_chooses_the_products():
     for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16), ("fp8", torch.bfloat16)):
         section = compose(f"precision={name}").precision
-        precision = build_precision(section, torch.device("cpu"))
+        precision = build_precision(section, torch.device("cpu"), build_kernels("cpu"))
         assert isinstance(precision, Fp8Precision if name == "fp8" else HighPrecision)
         assert precision.dtype == activation_dtype(section) == dtype

@@ -10,6 +10,7 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from conf.errors import UserError
 from conf.load import compose
+from train.kernels import build_kernels
 from train.model.recompute import Recomputed
 from train.native.build import has_avx2
 from train.precision import fp8, swiglu
@@ -23,7 +24,9 @@ torch.set_num_threads(1)
 
 
 def build(*overrides: str, name: str = "fp8") -> Fp8Precision:
-    return Fp8Precision(compose(f"precision={name}", *overrides).precision.fp8, torch.device("cpu"))
+    return Fp8Precision(
+        compose(f"precision={name}", *overrides).precision.fp8, torch.device("cpu"), build_kernels("cpu")
+    )
 
 
 def normal(*shape: int, seed: int = 0) -> Tensor:
@@ -118,7 +121,7 @@ def test_a_recipe_of_bf16_operands_is_bf16():
     overrides = [f"precision.fp8.{name}=bf16" for name in names]
     overrides += [f"precision.fp8.cache.{name}=bf16" for name in ("linear", "attention_output", "swiglu")]
     x, w, g = normal(2, 30, 64), normal(48, 64, seed=1), normal(2, 30, 48, seed=2)
-    high = HighPrecision(torch.bfloat16)
+    high = HighPrecision(torch.bfloat16, build_kernels("cpu"))
     for ours, expected in zip(run(build(*overrides).linear, [x, w], g), run(high.linear, [x, w], g), strict=True):
         assert torch.equal(ours, expected)
 
@@ -137,7 +140,7 @@ def test_half_a_product_in_bf16_is_refused():
 def test_bytes_kept_per_value():
     """Beside 2 bytes in bf16: 1 and a fp32 scale per 128 values, or 1.5 and a scale for the output projection."""
     x, w = normal(256, 512).requires_grad_(), normal(128, 512, seed=1).requires_grad_()
-    high = saved_bytes(lambda: HighPrecision(torch.bfloat16).linear(x, w), w)
+    high = saved_bytes(lambda: HighPrecision(torch.bfloat16, build_kernels("cpu")).linear(x, w), w)
     assert high == 2 * x.numel()
     assert saved_bytes(lambda: build().linear(x, w), w) == x.numel() * (1 + 4 / 128)
     assert saved_bytes(lambda: build().linear(x, w, "output"), w) == x.numel() * (1.5 + 4 / 128)
@@ -205,7 +208,10 @@ def test_experts_follow_the_paper_each_on_its_own(agrees: Check):
 def test_experts_keep_a_byte_a_value():
     rows, gates, w13, w2 = (tensor.requires_grad_() for tensor in experts_inputs())
     padded = Groups.of(COUNTS).rows
-    for precision, values in ((build(), padded * (160 + 192)), (HighPrecision(torch.bfloat16), None)):
+    for precision, values in (
+        (build(), padded * (160 + 192)),
+        (HighPrecision(torch.bfloat16, build_kernels("cpu")), None),
+    ):
         kept = saved_bytes(
             lambda precision=precision: precision.expert_ffn(rows, gates, w13, w2, COUNTS), rows, gates, w13, w2
         )

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from conf.load import compose
 from tests.precision.test_quantize import wide
+from train.kernels import build_kernels
 from train.native.build import has_avx2
 from train.precision import fp8
 from train.precision.compiled import CompiledCasts, load_casts
@@ -34,7 +35,7 @@ def normal(*shape: int, seed: int = 0) -> Tensor:
 
 
 def ours(packed: bool = True) -> CompiledEngine:
-    return CompiledEngine(True, packed, load_casts())
+    return CompiledEngine(True, packed, load_casts(), build_kernels("cpu"))
 
 
 def values(x: Tensor, rule: OperandRule, transposed: bool = False) -> Tensor:
@@ -202,7 +203,9 @@ def test_layers_are_those_of_products_in_fp32(recipe):
     results = []
     for compiled in ("true", "false"):
         overrides = [f"precision.fp8.{one}" for one in (*RECIPES[recipe], f"compiled={compiled}")]
-        precision = Fp8Precision(compose("precision=fp8", *overrides).precision.fp8, torch.device("cpu"))
+        precision = Fp8Precision(
+            compose("precision=fp8", *overrides).precision.fp8, torch.device("cpu"), build_kernels("cpu")
+        )
         outputs = [precision.linear(x, w), precision.linear(x, w, "output")]
         outputs.append(precision.expert_ffn(rows, gates, w13, w2, counts))
         grads = [normal(*output.shape, seed=7) for output in outputs]
@@ -215,7 +218,9 @@ def test_layers_are_those_of_products_in_fp32(recipe):
 
 def test_it_is_chosen_where_it_can_run(monkeypatch):
     def engine(*overrides: str, meta: bool = False) -> CpuEngine:
-        return cpu_engine(compose(f"precision={overrides[0]}", *overrides[1:]).precision.fp8, meta)
+        return cpu_engine(
+            compose(f"precision={overrides[0]}", *overrides[1:]).precision.fp8, build_kernels("cpu"), meta
+        )
 
     assert type(engine("fp8")) is type(engine("fp8", meta=True)) is CompiledEngine
     assert type(engine("fp8", "precision.fp8.compiled=false")) is CpuEngine
@@ -241,7 +246,9 @@ def test_plans_allocate_what_runs_do(packed):
         ]
         return [(t.shape, t.stride(), t.dtype) for one in made for t in _parts(one)]
 
-    assert tensors(CompiledEngine(True, packed, CompiledCasts()), "meta") == tensors(ours(packed), "cpu")
+    assert tensors(CompiledEngine(True, packed, CompiledCasts(), build_kernels("cpu")), "meta") == tensors(
+        ours(packed), "cpu"
+    )
 
 
 def _parts(source: Source) -> tuple[Tensor, ...]:

@@ -17,6 +17,7 @@ from parallel import exchange
 from parallel.mesh import Layout, build_mesh
 from parallel.zero.engine import Zero
 from tests.ranks import plain, run_ranks, tensor_of
+from train.kernels import build_kernels
 from train.optim.adamw import AdamW, decays
 
 EXPERTS, STEPS = 4, 3
@@ -88,7 +89,7 @@ def make_zero(mesh, dtype, stage, clip, moments=torch.float32):
     share = EXPERTS // layout.ep
     chunk = Toy(layers, range(mesh.ep_rank * share, (mesh.ep_rank + 1) * share), dtype)
     return Zero(
-        [chunk], lambda groups: AdamW(groups, Optim(), moments), mesh, stage=stage, clip=clip,
+        [chunk], lambda groups: AdamW(groups, Optim(), moments, "adamw" in build_kernels("cpu").parts), mesh, stage=stage, clip=clip,
         is_expert=lambda name: "experts" in name, decays=decays, weight_decay=0.1, units=(Part,),
     )  # fmt: skip
 
@@ -129,7 +130,7 @@ def reference(layout_dp, dtype, clip):
     master = {name: param.detach().float() for name, param in chunk.named_parameters()}
     params = {name: nn.Parameter(tensor.clone()) for name, tensor in master.items()}
     groups = [{"params": [p], "weight_decay": 0.1 if p.dim() > 1 else 0.0} for p in params.values()]
-    optimizer, norms = AdamW(groups, Optim(), torch.float32), []
+    optimizer, norms = AdamW(groups, Optim(), torch.float32, "adamw" in build_kernels("cpu").parts), []
     for step in range(STEPS):
         for name, param in params.items():
             param.grad = sum(gradient(name, param, step, d, tuple(param.shape)) for d in range(layout_dp)) / layout_dp

@@ -18,6 +18,7 @@ from parallel.zero.sharded_weights import find_units
 from tests.layouts import run_layout
 from tests.ranks import run_ranks
 from tests.small import arguments, metrics
+from train.kernels import build_kernels
 from train.model.block import Block
 from train.model.mtp import MTP
 from train.parallelize import parallelize
@@ -70,7 +71,7 @@ def test_resumes_stage_1_and_is_resumed_by_it(runs):
 def check_memory(rank, overrides, moe_layers):
     config = compose(*overrides)
     layout = Layout(dp=2, ep=config.parallel.ep)
-    parts = parallelize(config, build_mesh(layout), torch.device("cpu"))
+    parts = parallelize(config, build_mesh(layout), torch.device("cpu"), build_kernels("cpu"))
     zero, chunk = parts.zero, parts.chunks[0]
     refs: dict[str, StorageWeakRef] = {}
     live: list[int] = []

@@ -23,6 +23,7 @@ from parallel.pipeline.lone_stage import LoneStage
 from train.data.batch import Batch
 from train.dry_run.piece import DryRunPiece
 from train.dry_run.routing import group_of
+from train.kernels import build_kernels
 from train.loop.step import TrainingStep
 from train.optim.schedules import StepPlan
 from train.parallelize import Parallelized, parallelize
@@ -66,8 +67,8 @@ def run_alone(piece: DryRunPiece, device: torch.device) -> MeasuredRank:
         if layout.ep > 1:
             wire = build_wire(config.parallel.wire, config.precision.fp8 is not None)
             dispatcher = build_stand_in(config.parallel.dispatch, group_of(config), wire, piece.load)
-        mesh = build_mesh(layout)
-        parts = parallelize(config, mesh, device, dispatcher=dispatcher, layers=piece.layers)
+        mesh, kernels = build_mesh(layout), build_kernels(device.type, config.cluster.compiled)
+        parts = parallelize(config, mesh, device, kernels, dispatcher=dispatcher, layers=piece.layers)
         parts.pipeline.stage_type = LoneStage
         measured = _steps(config, parts, RankSetup(device, mesh))
         parts.zero.engine.destroy()  # its hooks would keep all of it alive for the rest of a sweep

@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from train.model.deepseek import DeepSeekV3
-from train.model.loss import cross_entropy
 
 
 class Drafts:
@@ -33,8 +32,7 @@ class Drafts:
         head_VD, chunk = self._last.head.weight, self._last.config.loss_chunk
         main_BT = named(states[0], head_VD, chunk)
         for depth, hidden_BTD in enumerate(states[1:], 1):
-            targets_N = tokens_BS[:, depth + 1 :].flatten()
-            nats = cross_entropy(hidden_BTD.flatten(0, 1), head_VD, targets_N, 1, chunk)
+            nats = self._last.head.loss(hidden_BTD, tokens_BS[:, depth + 1 :], 1)
             agreed = (named(hidden_BTD, head_VD, chunk) == main_BT[:, depth:]).sum()
             self._sums[depth - 1] = torch.stack([nats.double(), agreed.double()])
 

@@ -23,6 +23,7 @@ from train.evaluate.sources import EvaluatedSource, choose  # noqa: E402
 from train.evaluate.target import Target, find_target  # noqa: E402
 from train.generate.source import start_token  # noqa: E402
 from train.hf.load import load_hf_model  # noqa: E402
+from train.kernels import build_kernels  # noqa: E402
 from train.loop.validation import Sums, held_out_loss  # noqa: E402
 from train.parallelize import build_pipeline  # noqa: E402
 from train.precision.build import activation_dtype  # noqa: E402
@@ -70,7 +71,8 @@ def _load(target: Target, mesh: Mesh, device: torch.device) -> Pipeline:
         require_memory(target.config.model, item_bytes, "evaluate.checkpoint", target.checkpoint)
     if target.meta is not None:
         return load_pipeline(target.config, mesh, device, target.checkpoint)
-    _, model, _ = load_hf_model(target.checkpoint, dtype, "evaluate.checkpoint")
+    kernels = build_kernels(device.type, target.config.cluster.compiled)
+    _, model, _ = load_hf_model(target.checkpoint, dtype, "evaluate.checkpoint", kernels)
     return build_pipeline(target.config, mesh, device, [model.to(device)], [0], 1, overlap=False)
 
 

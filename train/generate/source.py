@@ -15,6 +15,7 @@ from train.generate.decoder import Decoder
 from train.hf.folder import open_model
 from train.hf.load import load_hf_model
 from train.hf.tokenizer import SETTINGS
+from train.kernels import build_kernels
 from train.precision.build import activation_dtype
 from train.run_folder import find_checkpoint
 from train.trained_with import tokenizer_of
@@ -74,7 +75,8 @@ def _from_hugging_face(config: Config, folder: Path, device: torch.device) -> Lo
         raise UserError(FIELD, folder, "holds no tokenizer.json", "set data.tokenizer to the one of these weights")
     choice = config.data.tokenizer or str(folder)
     tokenizer = load_tokenizer(choice)
-    model_config, model, _ = load_hf_model(folder, dtype, FIELD)
+    kernels = build_kernels(device.type, config.cluster.compiled)
+    model_config, model, _ = load_hf_model(folder, dtype, FIELD, kernels)
     check_fit(tokenizer, choice, model_config.vocab_size, fim_rate=0)
     decoder = Decoder(model.to(device), min(model_config.max_seq_len, model_config.yarn.original_seq_len))
     start_id = start_token(folder, tokenizer)

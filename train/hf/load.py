@@ -10,22 +10,25 @@ from train.hf.folder import match, open_model
 from train.hf.read import fill
 from train.model.deepseek import DeepSeekV3
 from train.model.init import materialise
+from train.model.kernels import Kernels
 from train.precision.high import HighPrecision
 
 
 def load_hf_model(
-    folder: str | Path, dtype: torch.dtype = torch.float32, field: str = "init_from"
+    folder: str | Path, dtype: torch.dtype = torch.float32, field: str = "init_from", kernels: Kernels | None = None
 ) -> tuple[Model, DeepSeekV3, Path | None]:
     """The whole model of a folder on CPU in eval mode, its configuration, and the path of its tokenizer.json, if any.
 
     Weights are held and multiplied in dtype, and read straight into it: memory for the model once. field: what errors
-    name. Raises UserError for a folder that is no sound DeepSeek-V3.
+    name. kernels: that the model computes with; torch's operations if not given. Raises UserError for a folder that is no sound DeepSeek-V3.
     """
     path = Path(folder).expanduser()
     headers, config, _ = open_model(path, field)
     placed = match(headers, config)
     seq_len = min(config.max_seq_len, config.yarn.original_seq_len)
-    model = DeepSeekV3.whole(config, HighPrecision(dtype), seq_len=seq_len, dtype=dtype, device="meta")
+    model = DeepSeekV3.whole(
+        config, HighPrecision(dtype, kernels or Kernels()), seq_len=seq_len, dtype=dtype, device="meta"
+    )
     materialise(model, "cpu")
     wanted = {f"master.{name}": whole(param) for name, param in model.named_parameters()}
     fill(headers, placed, wanted | {f"bias.{name}": whole(router.bias_E) for name, router in model.routers().items()})

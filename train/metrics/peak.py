@@ -19,7 +19,7 @@ import torch
 
 from conf.files import atomic_write_json
 from train.cpu import cpu_name
-from train.model.compiled_products import fastest_product, fits
+from train.model.kernels import Kernels
 
 NAMED = (
     (r"\bB200\b", 2250e12),
@@ -43,10 +43,12 @@ class Peak(NamedTuple):
     """Where the figure comes from, for a person."""
 
 
-def peak_flops(device: torch.device, dtype: torch.dtype, *, given: float = 0.0, cache: Path | None = None) -> Peak:
+def peak_flops(
+    device: torch.device, dtype: torch.dtype, kernels: Kernels, *, given: float = 0.0, cache: Path | None = None
+) -> Peak:
     """given (log.peak_flops) if it is set, else the maker's figure, else the best one measured so far, now included.
 
-    dtype: format of the products; FP8 counts as bf16. cache: folder that keeps the best figures; None keeps none. A
+    dtype: format of the products; FP8 counts as bf16. kernels: what makes them. cache: folder that keeps the best figures; None keeps none. A
     measurement takes about 0.3 s. A kept figure that cannot be read or written is said in the label, and no more.
     """
     if given > 0:
@@ -56,8 +58,8 @@ def peak_flops(device: torch.device, dtype: torch.dtype, *, given: float = 0.0, 
         name = torch.cuda.get_device_name(device)
         if (known := named_peak(name)) is not None:
             return Peak(known, f"{name}, bf16 figure of its maker")
-    now = Peak(measured_peak(device, dtype), f"measured {_format(dtype)} matrix product")
-    return now if cache is None else _best_seen(cache / "peaks", _kind(device, dtype), now)
+    now = Peak(measured_peak(device, dtype, kernels), f"measured {_format(dtype)} matrix product")
+    return now if cache is None else _best_seen(cache / "peaks", _kind(device, dtype, kernels), now)
 
 
 def named_peak(name: str) -> float | None:
@@ -69,14 +71,14 @@ def _format(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
 
 
-def _kind(device: torch.device, dtype: torch.dtype) -> dict[str, Any]:
+def _kind(device: torch.device, dtype: torch.dtype, kernels: Kernels) -> dict[str, Any]:
     """What measurements must have in common so that the best of them stands for all."""
-    on_cuda, example = device.type == "cuda", torch.empty(16, 16, device=device, dtype=dtype)
+    on_cuda, compiled = device.type == "cuda", dtype == torch.bfloat16 and "products" in kernels.parts
     return {
         "device": torch.cuda.get_device_name(device) if on_cuda else cpu_name(),
         "threads": 0 if on_cuda else torch.get_num_threads(),
         "dtype": _format(dtype),
-        "code": "compiled" if fits(example, example) else f"torch {torch.__version__}",
+        "code": "compiled" if compiled else f"torch {torch.__version__}",
     }
 
 
@@ -114,39 +116,39 @@ def _read_kept(path: Path, kind: dict[str, Any]) -> tuple[float, str]:
     return 0.0, f"; the figure kept in {path} could not be read and is replaced"
 
 
-def measured_peak(device: torch.device, dtype: torch.dtype, budget: float = BUDGET_SECONDS) -> float:
+def measured_peak(device: torch.device, dtype: torch.dtype, kernels: Kernels, budget: float = BUDGET_SECONDS) -> float:
     """Best rate of square matrix products of growing size within about `budget` seconds.
 
     On a busy machine CPU threads that wait for each other can be a hundred times slower than one thread alone, so half of
     the budget goes to a single thread; the better of the two stands.
     """
     if device.type != "cpu" or torch.get_num_threads() == 1:
-        return _best_rate(device, dtype, budget)
-    rate, threads = _best_rate(device, dtype, budget / 2), torch.get_num_threads()
+        return _best_rate(device, dtype, kernels, budget)
+    rate, threads = _best_rate(device, dtype, kernels, budget / 2), torch.get_num_threads()
     try:
         torch.set_num_threads(1)
-        return max(rate, _best_rate(device, dtype, budget / 2))
+        return max(rate, _best_rate(device, dtype, kernels, budget / 2))
     finally:
         torch.set_num_threads(threads)
 
 
-def _best_rate(device: torch.device, dtype: torch.dtype, budget: float) -> float:
+def _best_rate(device: torch.device, dtype: torch.dtype, kernels: Kernels, budget: float) -> float:
     rate, used, deadline = 0.0, 0.0, time.perf_counter() + budget
     for size in SIZES:
         a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
-        best = min(_seconds(a, b) for _ in range(TRIES))
+        best = min(_seconds(a, b, kernels) for _ in range(TRIES))
         rate = max(rate, 2 * size**3 / best)
         used += TRIES * best  # not what passed on the clock: the first product of a size may load a kernel
         if used + TRIES * 8 * best > budget:  # twice the size takes eight times as long
             break
     while time.perf_counter() < deadline:  # the best of many tries saw the fewest interruptions
-        rate = max(rate, 2 * size**3 / _seconds(a, b))
+        rate = max(rate, 2 * size**3 / _seconds(a, b, kernels))
     return rate
 
 
-def _seconds(a: torch.Tensor, b: torch.Tensor) -> float:
+def _seconds(a: torch.Tensor, b: torch.Tensor, kernels: Kernels) -> float:
     started = time.perf_counter()
-    fastest_product(a, b.t(), a.dtype)
+    kernels.product(a, b.t(), a.dtype)
     if a.is_cuda:
         torch.cuda.synchronize(a.device)
     return time.perf_counter() - started

@@ -17,9 +17,6 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from train.model.compiled_attention import CompiledAttention, fits
-from train.native.model import in_use
-
 BLOCK = 128
 """Queries of a block on the CPU; half of it in spans below four blocks, where more would lie above the diagonal."""
 SCORES = 1 << 20
@@ -27,18 +24,7 @@ SCORES = 1 << 20
 
 
 Attention = Callable[[Tensor, Tensor, Tensor, float, Tensor | None], Tensor]
-"""What `attention` is: from q, k, v, the scale and the documents."""
-
-
-def attention(q_BHTQ: Tensor, k_BHTQ: Tensor, v_BHTV: Tensor, scale: float, documents_BT: Tensor | None) -> Tensor:
-    """(B, H, T, V). documents_BT: number of the document of every position; a document is contiguous and sees itself only."""
-    if not q_BHTQ.is_cuda:
-        spans = None if documents_BT is None else document_spans(documents_BT)
-        kernel = CompiledAttention if fits(q_BHTQ) and in_use() else BlockAttention
-        return kernel.apply(q_BHTQ, k_BHTQ, v_BHTV, scale, spans)
-    mask_B1TT = None if documents_BT is None else document_mask(documents_BT)
-    causal = mask_B1TT is None
-    return F.scaled_dot_product_attention(q_BHTQ, k_BHTQ, v_BHTV, attn_mask=mask_B1TT, is_causal=causal, scale=scale)
+"""From q, k (B, H, T, Q), v (B, H, T, V), the scale and the documents, see `train.model.kernels.Kernels.attention`."""
 
 
 def document_mask(documents_BT: Tensor) -> Tensor:
@@ -47,8 +33,10 @@ def document_mask(documents_BT: Tensor) -> Tensor:
     return same_BTT.tril_().unsqueeze(1)
 
 
-def document_spans(documents_BT: Tensor) -> list[tuple[int, int, int]]:
-    """(sequence, start, end) of every document."""
+def document_spans(documents_BT: Tensor | None) -> list[tuple[int, int, int]] | None:
+    """(sequence, start, end) of every document; None for whole sequences."""
+    if documents_BT is None:
+        return None
     spans = []
     for row, documents_T in enumerate(documents_BT):
         ends = torch.unique_consecutive(documents_T, return_counts=True)[1].cumsum(0).tolist()

@@ -3,7 +3,6 @@
 from torch import Tensor, nn
 
 from conf.schema import Model, Recompute
-from train.model.attention import Attention, attention
 from train.model.layers import FFN, LayerPrecision, RMSNorm
 from train.model.mla import MLA
 from train.model.moe import Dispatcher, MoE
@@ -23,14 +22,13 @@ class Block(nn.Module):
         rope: Rope,
         dispatcher: Dispatcher | None,
         local_experts: range,
-        attention: Attention = attention,
         **factory,
     ):
         super().__init__()
-        recompute_norm = Recompute.norm in config.recompute
-        self.attention_norm = RMSNorm(config.hidden, config.norm_eps, recompute_norm, **factory)
-        self.attention = MLA(config, precision, rope, attention, **factory)
-        self.ffn_norm = RMSNorm(config.hidden, config.norm_eps, recompute_norm, **factory)
+        recompute_norm, kernels = Recompute.norm in config.recompute, precision.kernels
+        self.attention_norm = RMSNorm(config.hidden, config.norm_eps, recompute_norm, kernels, **factory)
+        self.attention = MLA(config, precision, rope, **factory)
+        self.ffn_norm = RMSNorm(config.hidden, config.norm_eps, recompute_norm, kernels, **factory)
         if dispatcher is None:
             recompute_swiglu = Recompute.swiglu in config.recompute
             self.ffn = FFN(config.hidden, config.dense_width, precision, recompute_swiglu, **factory)

@@ -45,13 +45,8 @@ _attention_backward = Kernel(
 )  # fmt: skip
 
 
-def fits(q_BHTQ: Tensor) -> bool:
-    """Whether the kernel takes such heads."""
-    return q_BHTQ.dtype == torch.bfloat16
-
-
 class CompiledAttention(torch.autograd.Function):
-    """`train.model.attention` on CPU tensors that fit. spans: (sequence, start, end) of every document.
+    """`train.model.kernels.Kernels.attention` in bf16. spans: (sequence, start, end) of every document.
 
     The probabilities of a span are kept for backward where they take about as much memory as its queries, keys and values,
     or less; those of longer ones are computed again, so memory is linear in the sequence.

@@ -17,10 +17,9 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.profiler import record_function
 
-from train.model import compiled_rows
 from train.model.needed import gradients_needed
 from train.native.kernel import PLAIN, Array, Kernel, Number, Parameter, Size, Struct, Table, Threads, table
-from train.native.model import library, products_pay
+from train.native.model import library
 
 NO_SCALES = (None, 0)
 """All are one."""
@@ -52,18 +51,6 @@ _products = Kernel(
 
 Part = tuple[int, int, int, int, int, int]
 """One product: first row on the left, rows, matrix on the right, first and last of the contraction, offset of its output."""
-
-
-def fits(*tensors: Tensor) -> bool:
-    """Whether compiled code multiplies such tensors, in this process."""
-    return compiled_rows.fits(*tensors) and products_pay()
-
-
-def fastest_product(left_OC: Tensor, right_NC: Tensor, dtype: torch.dtype) -> Tensor:
-    """left right^T by compiled code, where that takes them and is faster, or by torch: (O, N)."""
-    if fits(left_OC, right_NC):
-        return product(left_OC, right_NC, dtype)
-    return (left_OC @ right_NC.t()).to(dtype)
 
 
 def product(left_OC: Tensor, right_NC: Tensor, dtype: torch.dtype) -> Tensor:
@@ -105,7 +92,7 @@ def _starts(rows: Sequence[int]) -> list[int]:
 
 
 class CompiledLinear(torch.autograd.Function):
-    """`F.linear` without bias on tensors that fit."""
+    """`F.linear` without bias in bf16."""
 
     @staticmethod
     def forward(ctx, x: Tensor, weight_NC: Tensor) -> Tensor:

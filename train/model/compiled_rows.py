@@ -1,6 +1,6 @@
 """Norm, SwiGLU and the split into heads in bf16 on a CPU, and the order of rows, as compiled code: `train/native/rows.cpp`.
 
-Shapes as in layers.py and mla.py. Tensors on the meta device take what real ones would, so that plans count it.
+Shapes as in train/model/kernels.py. Tensors on the meta device take what real ones would, so that plans count it.
 """
 
 from ctypes import c_bool, c_float, c_int64
@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from train.native.kernel import Array, Kernel, Number, Size, Struct, Threads
-from train.native.model import in_use, library
+from train.native.model import library
 
 BF16, FP32, INT64 = torch.bfloat16, torch.float32, torch.int64
 _load = partial(library, "rows")
@@ -62,11 +62,6 @@ def _heads(name: str, back: bool) -> Kernel:
 _heads_forward, _heads_backward = _heads("heads_forward", back=False), _heads("heads_backward", back=True)
 
 
-def fits(*tensors: Tensor) -> bool:
-    """Whether compiled code takes such tensors, in this process."""
-    return all(t.dtype == torch.bfloat16 and not t.is_cuda for t in tensors) and in_use()
-
-
 def rms_norm(x: Tensor, weight_D: Tensor, eps: float) -> tuple[Tensor, Tensor]:
     """Normalised x, and 1 / rms(x) as fp32 (..., 1)."""
     x_ND, y = _rows(x), x.new_empty(x.shape)
@@ -103,7 +98,7 @@ def swiglu_backward(grad_NF: Tensor, h_N2F: Tensor, gates_N: Tensor | None) -> t
 
 
 def sort_by_expert(expert_ids_TK: Tensor, experts: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """`train.model.moe.sort_by_expert`."""
+    """`train.model.kernels.Kernels.sort_by_expert`."""
     ids_TK = expert_ids_TK.contiguous()
     order_R, inverse_R, tokens_R = (ids_TK.new_empty(ids_TK.numel()) for _ in range(3))
     counts_E = ids_TK.new_empty(experts)
@@ -113,7 +108,7 @@ def sort_by_expert(expert_ids_TK: Tensor, experts: int) -> tuple[Tensor, Tensor,
 
 
 class CompiledHeads(torch.autograd.Function):
-    """`train.model.mla.to_heads` on CPU tensors that fit."""
+    """`train.model.kernels.Kernels.to_heads` in bf16."""
 
     @staticmethod
     def forward(ctx, q_BTHQ: Tensor, kv_BTHX: Tensor, k_rope_BTR: Tensor, table: Tensor, nope: int):

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from conf.schema import Model, Recompute
-from train.model.attention import Attention, attention
 from train.model.block import Block
+from train.model.kernels import Kernels
 from train.model.layers import Embedding, LayerPrecision, RMSNorm
 from train.model.loss import cross_entropy
 from train.model.moe import Dispatcher, LocalDispatcher
@@ -54,20 +54,22 @@ class Losses:
 class Head(nn.Module):
     """Output head. It is called once for all depths, as what a module call needs may be brought for it."""
 
-    def __init__(self, width: int, vocab_size: int, chunk: int, **factory):
+    def __init__(self, width: int, vocab_size: int, chunk: int, kernels: Kernels, **factory):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(vocab_size, width, **factory))
-        self._chunk = chunk
+        self._chunk, self._kernels = chunk, kernels
 
     def forward(self, states: list[Tensor], tokens_BS: Tensor, positions: int) -> list[Tensor]:
         """Losses of the main model (states[0], (B, T, D)) and of the MTP depths (one position shorter each).
 
         Divided by all positions of the main model, also at MTP depths, which have fewer (eq. 24).
         """
-        return [
-            cross_entropy(hidden_BTD.flatten(0, 1), self.weight, tokens_BS[:, depth:].flatten(), positions, self._chunk)
-            for depth, hidden_BTD in enumerate(states, 1)
-        ]
+        return [self.loss(hidden, tokens_BS[:, depth:], positions) for depth, hidden in enumerate(states, 1)]
+
+    def loss(self, hidden_BTD: Tensor, targets_BT: Tensor, divisor: int) -> Tensor:
+        """Sum of the cross-entropies over divisor."""
+        hidden_ND, targets_N = hidden_BTD.flatten(0, 1), targets_BT.flatten()
+        return cross_entropy(hidden_ND, self.weight, targets_N, divisor, self._chunk, self._kernels)
 
 
 class DeepSeekV3(nn.Module):
@@ -75,7 +77,7 @@ class DeepSeekV3(nn.Module):
 
     seq_len: length of the run's sequences (decides on YaRN). layers: global indices of the blocks held here.
     has_head: final norm, output head and MTP modules. dispatcher: one object for all MoE layers; None for experts that
-    are all here. local_experts: those of every layer that this rank holds; None for all. embedding: a table to share. attention: its core.
+    are all here. local_experts: those of every layer that this rank holds; None for all. embedding: a table to share.
     dtype, device: of the parameters. On the meta device build first, then call `init.initialise` or load.
     """
 
@@ -91,14 +93,13 @@ class DeepSeekV3(nn.Module):
         dispatcher: Dispatcher | None = None,
         local_experts: range | None = None,
         embedding: Embedding | None = None,
-        attention: Attention = attention,
         dtype: torch.dtype = torch.float32,
         device: torch.device | str | None = None,
     ):
         super().__init__()
         factory = {"dtype": dtype, "device": device}
         rope = Rope(config, seq_len)
-        dispatcher = dispatcher or LocalDispatcher(config.experts)
+        dispatcher = dispatcher or LocalDispatcher(config.experts, precision.kernels)
         local_experts = range(config.experts) if local_experts is None else local_experts
         self.config, self.has_embedding, self.has_head = config, has_embedding, has_head
         self.losses = Losses(config.mtp_depth)
@@ -116,13 +117,13 @@ class DeepSeekV3(nn.Module):
         self.layers = nn.ModuleDict()
         for index in layers:
             here = None if index < config.dense_layers else dispatcher
-            self.layers[str(index)] = Block(config, precision, rope, here, local_experts, attention, **factory)
+            self.layers[str(index)] = Block(config, precision, rope, here, local_experts, **factory)
         if has_head:
-            self.norm = RMSNorm(config.hidden, config.norm_eps, Recompute.norm in config.recompute, **factory)
-            self.head = Head(config.hidden, config.vocab_size, config.loss_chunk, **factory)
+            recompute, kernels = Recompute.norm in config.recompute, precision.kernels
+            self.norm = RMSNorm(config.hidden, config.norm_eps, recompute, kernels, **factory)
+            self.head = Head(config.hidden, config.vocab_size, config.loss_chunk, kernels, **factory)
             self.mtp = nn.ModuleList(
-                MTP(config, precision, rope, dispatcher, local_experts, attention, **factory)
-                for _ in range(config.mtp_depth)
+                MTP(config, precision, rope, dispatcher, local_experts, **factory) for _ in range(config.mtp_depth)
             )
 
     @classmethod

@@ -13,33 +13,37 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from train.model.compiled_products import fastest_product
+from train.model.kernels import Kernels
 from train.model.needed import gradients_needed
 
 BLOCK = 1 << 18
 """Logits in fp32 at a time on CPU: 1 MiB."""
 
 
-def cross_entropy(hidden_ND: Tensor, head_VD: Tensor, targets_N: Tensor, divisor: int, chunk: int) -> Tensor:
+def cross_entropy(
+    hidden_ND: Tensor, head_VD: Tensor, targets_N: Tensor, divisor: int, chunk: int, kernels: Kernels
+) -> Tensor:
     """Sum over tokens of -log softmax(hidden head^T)[target], divided by divisor; fp32 scalar."""
-    return _CrossEntropy.apply(hidden_ND, head_VD, targets_N, divisor, chunk)
+    return _CrossEntropy.apply(hidden_ND, head_VD, targets_N, divisor, chunk, kernels)
 
 
 class _CrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, hidden_ND, head_VD, targets_N, divisor: int, chunk: int):
+    def forward(ctx, hidden_ND, head_VD, targets_N, divisor: int, chunk: int, kernels: Kernels):
         head = head_VD.to(hidden_ND.dtype)
         want_hidden, want_head = ctx.needs_input_grad[:2]
+        scale = 1 / divisor if want_hidden or want_head else None
         loss = torch.zeros((), dtype=torch.float32, device=hidden_ND.device)
         dhidden, dhead_VD = [], None
         for hidden_CD, targets_C in zip(hidden_ND.split(chunk), targets_N.split(chunk), strict=True):
-            logits_CV = fastest_product(hidden_CD, head, head.dtype)
-            loss += _loss_and_gradient(logits_CV, targets_C, 1 / divisor if want_hidden or want_head else None)
+            logits_CV = kernels.product(hidden_CD, head, head.dtype)
+            rows = kernels.rows_at_once(logits_CV, BLOCK)
+            loss += _loss_and_gradient(logits_CV, targets_C, scale, rows)
             dlogits_CV = logits_CV  # it has replaced them
             if want_hidden:
-                dhidden.append(fastest_product(dlogits_CV, head.t(), head.dtype))
+                dhidden.append(kernels.product(dlogits_CV, head.t(), head.dtype))
             if want_head:
-                part_VD = fastest_product(dlogits_CV.t(), hidden_CD.t(), torch.float32)
+                part_VD = kernels.product(dlogits_CV.t(), hidden_CD.t(), torch.float32)
                 dhead_VD = part_VD if dhead_VD is None else dhead_VD.add_(part_VD)
         ctx.save_for_backward(torch.cat(dhidden) if want_hidden else None, dhead_VD)
         return loss / divisor
@@ -50,12 +54,11 @@ class _CrossEntropy(torch.autograd.Function):
         dhidden_ND, dhead_VD = ctx.saved_tensors
         hidden_needed, head_needed, *_ = gradients_needed(ctx)
         dhidden_ND = dhidden_ND * grad.to(dhidden_ND.dtype) if hidden_needed else None
-        return dhidden_ND, dhead_VD * grad if head_needed else None, None, None, None
+        return dhidden_ND, dhead_VD * grad if head_needed else None, None, None, None, None
 
 
-def _loss_and_gradient(logits_CV: Tensor, targets_C: Tensor, scale: float | None) -> Tensor:
-    """Sum of the losses, fp32. Writes their gradient times scale over the logits, unless scale is None."""
-    rows = max(1, len(logits_CV) if logits_CV.is_cuda else BLOCK // logits_CV.size(1))
+def _loss_and_gradient(logits_CV: Tensor, targets_C: Tensor, scale: float | None, rows: int) -> Tensor:
+    """Sum of the losses, fp32, so many rows at a time. Writes their gradient times scale over the logits, unless scale is None."""
     loss = torch.zeros((), dtype=torch.float32, device=logits_CV.device)
     for logits_RV, targets_R in zip(logits_CV.split(rows), targets_C.split(rows), strict=True):
         targets_R1 = targets_R.unsqueeze(-1)

@@ -15,37 +15,32 @@ from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from conf.schema import Model, Recompute
-from train.model.attention import Attention, attention
-from train.model.compiled_rows import CompiledHeads, fits
 from train.model.layers import LayerPrecision, Linear, RMSNorm
 from train.model.recompute import Recomputed
-from train.model.rope import Rope, rotate
+from train.model.rope import Rope
 
 
 class MLA(nn.Module):
     """Multi-head latent attention of one block."""
 
-    def __init__(
-        self, config: Model, precision: LayerPrecision, rope: Rope, attention: Attention = attention, **factory
-    ):
+    def __init__(self, config: Model, precision: LayerPrecision, rope: Rope, **factory):
         super().__init__()
         width, heads = config.hidden, config.heads
         qk_width = config.nope_head_dim + config.rope_head_dim
-        recompute_norm = Recompute.norm in config.recompute
+        recompute_norm, kernels = Recompute.norm in config.recompute, precision.kernels
         if config.q_rank is None:
             self.q = Linear(width, heads * qk_width, precision, **factory)
         else:
             self.q_down = Linear(width, config.q_rank, precision, **factory)
-            self.q_norm = RMSNorm(config.q_rank, config.resolved_latent_norm_eps, recompute_norm, **factory)
+            self.q_norm = RMSNorm(config.q_rank, config.resolved_latent_norm_eps, recompute_norm, kernels, **factory)
             self.q_up = Linear(config.q_rank, heads * qk_width, precision, **factory)
         self.kv_down = Linear(width, config.kv_rank + config.rope_head_dim, precision, **factory)
-        self.kv_norm = RMSNorm(config.kv_rank, config.resolved_latent_norm_eps, recompute_norm, **factory)
+        self.kv_norm = RMSNorm(config.kv_rank, config.resolved_latent_norm_eps, recompute_norm, kernels, **factory)
         self.kv_up = Linear(config.kv_rank, heads * (config.nope_head_dim + config.v_head_dim), precision, **factory)
         self.out = Linear(heads * config.v_head_dim, width, precision, kind="output", **factory)
-        self._config, self._rope, self._attention = config, rope, attention
+        self._config, self._rope, self._kernels = config, rope, kernels
         self._recompute_up = Recompute.mla_up in config.recompute
 
     def forward(self, x_BTD: Tensor, recipe: AbstractContextManager, documents_BT: Tensor | None = None) -> Tensor:
@@ -60,7 +55,7 @@ class MLA(nn.Module):
             sources = q_latent.detach(), kv_latent.detach(), k_rope_BTR.detach()
             keep = Recomputed(lambda: self._up(*sources), *heads)
         with keep:
-            out_BHTV = self._attention(*heads, self._rope.softmax_scale, documents_BT)
+            out_BHTV = self._kernels.attention(*heads, self._rope.softmax_scale, documents_BT)
         return self.out(out_BHTV.transpose(1, 2).flatten(2))
 
     def _up(self, q_latent: Tensor, kv_latent: Tensor, k_rope_BTR: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -75,40 +70,4 @@ class MLA(nn.Module):
             kv = self.kv_up(kv_latent)
         table = self._rope.table(q_latent.size(1), q_latent.device)
         q, kv = (t.unflatten(-1, (config.heads, -1)) for t in (q_latent, kv))
-        return to_heads(q, kv, k_rope_BTR, table, config.nope_head_dim)
-
-
-def to_heads(q_BTHQ: Tensor, kv_BTHX: Tensor, k_rope_BTR: Tensor, table: Tensor, nope: int) -> tuple[Tensor, ...]:
-    """Turn the rope parts, give every head the one rope key, put heads first: queries, keys, values.
-
-    kv_BTHX: per head [nope key | value]. table: see `Rope.table`.
-    """
-    kernel = CompiledHeads if fits(q_BTHQ, kv_BTHX, k_rope_BTR) else PlainHeads
-    return kernel.apply(q_BTHQ, kv_BTHX, k_rope_BTR, table, nope)
-
-
-class PlainHeads(torch.autograd.Function):
-    """In torch's operations."""
-
-    @staticmethod
-    def forward(ctx, q_BTHQ, kv_BTHX, k_rope_BTR, table, nope: int):
-        batch, length, heads, width = q_BTHQ.shape
-        q_out, k_out = (q_BTHQ.new_empty(batch, heads, length, width) for _ in range(2))
-        q_out[..., :nope] = q_BTHQ[..., :nope].transpose(1, 2)
-        q_out[..., nope:] = rotate(q_BTHQ[..., nope:], table).transpose(1, 2)
-        k_out[..., :nope] = kv_BTHX[..., :nope].transpose(1, 2)
-        k_out[..., nope:] = rotate(k_rope_BTR.unsqueeze(2), table).transpose(1, 2)
-        ctx.table, ctx.nope = table, nope
-        return q_out, k_out, kv_BTHX[..., nope:].transpose(1, 2).contiguous()
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, dq_BHTQ, dk_BHTQ, dv_BHTV):
-        nope, back = ctx.nope, ctx.table.conj()
-        batch, heads, length, width = dq_BHTQ.shape
-        dq_BTHQ = dq_BHTQ.new_empty(batch, length, heads, width)
-        dq_BTHQ[..., :nope] = dq_BHTQ[..., :nope].transpose(1, 2)
-        dq_BTHQ[..., nope:] = rotate(dq_BHTQ[..., nope:].transpose(1, 2), back)
-        dkv_BTHX = torch.cat([dk_BHTQ[..., :nope], dv_BHTV], -1).transpose(1, 2).contiguous()
-        shared_BT1R = dk_BHTQ[..., nope:].sum(1, dtype=torch.float32).unsqueeze(2)
-        return dq_BTHQ, dkv_BTHX, rotate(shared_BT1R, back).squeeze(2).to(dk_BHTQ.dtype), None, None
+        return self._kernels.to_heads(q, kv, k_rope_BTR, table, config.nope_head_dim)

@@ -19,10 +19,9 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from conf.schema import Model, Recompute
-from train.model import compiled_rows
+from train.model.kernels import Kernels
 from train.model.layers import FFN, LayerPrecision
 from train.model.router import Router
-from train.native.model import in_use
 
 
 @dataclass
@@ -72,31 +71,20 @@ class Arrived:
 class LocalDispatcher:
     """All experts are here: a stable sort by expert, and its inverse. No waiting for the device."""
 
-    def __init__(self, experts: int):
-        self._experts = experts
+    def __init__(self, experts: int, kernels: Kernels):
+        self._experts, self._kernels = experts, kernels
 
     def dispatch_begin(self, x_TD: Tensor, expert_ids_TK: Tensor, gates_TK: Tensor) -> "Arrived":
         return Arrived(self.dispatch(x_TD, expert_ids_TK, gates_TK))
 
     def dispatch(self, x_TD: Tensor, expert_ids_TK: Tensor, gates_TK: Tensor) -> Routed:
-        sort = compiled_rows.sort_by_expert if not expert_ids_TK.is_cuda and in_use() else sort_by_expert
-        order_R, inverse_R, tokens_R, counts_E = sort(expert_ids_TK, self._experts)
+        order_R, inverse_R, tokens_R, counts_E = self._kernels.sort_by_expert(expert_ids_TK, self._experts)
         inverse_TK = inverse_R.view(expert_ids_TK.shape)
         rows_RD, gates_R = _Permute.apply(x_TD, gates_TK, order_R, tokens_R, inverse_TK)
         return Routed(rows_RD, gates_R, counts_E, (tokens_R, inverse_TK))
 
     def combine(self, out_RD: Tensor, routed: Routed) -> Tensor:
         return _Unpermute.apply(out_RD, *routed.state)
-
-
-def sort_by_expert(expert_ids_TK: Tensor, experts: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Places of the rows in the order of their experts, the way back, the token of every sorted row, and rows per expert."""
-    sorted_R, order_R = expert_ids_TK.flatten().sort(stable=True)
-    inverse_R = torch.empty_like(order_R)
-    inverse_R[order_R] = torch.arange(order_R.numel(), device=order_R.device)
-    ends_E = torch.searchsorted(sorted_R, torch.arange(1, experts + 1, device=sorted_R.device))
-    counts_E = ends_E.diff(prepend=ends_E.new_zeros(1))
-    return order_R, inverse_R, order_R // expert_ids_TK.size(1), counts_E
 
 
 def _gather_sum(rows_RD: Tensor, inverse_TK: Tensor) -> Tensor:

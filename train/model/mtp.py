@@ -16,7 +16,6 @@ import torch
 from torch import Tensor, nn
 
 from conf.schema import Model, Recompute
-from train.model.attention import Attention, attention
 from train.model.block import Block
 from train.model.layers import LayerPrecision, Linear, RMSNorm
 from train.model.moe import Dispatcher
@@ -33,16 +32,15 @@ class MTP(nn.Module):
         rope: Rope,
         dispatcher: Dispatcher,
         local_experts: range,
-        attention: Attention = attention,
         **factory,
     ):
         super().__init__()
-        recompute = Recompute.norm in config.recompute
-        self.embedding_norm = RMSNorm(config.hidden, config.norm_eps, recompute, **factory)
-        self.hidden_norm = RMSNorm(config.hidden, config.norm_eps, recompute, **factory)
+        recompute, kernels = Recompute.norm in config.recompute, precision.kernels
+        self.embedding_norm = RMSNorm(config.hidden, config.norm_eps, recompute, kernels, **factory)
+        self.hidden_norm = RMSNorm(config.hidden, config.norm_eps, recompute, kernels, **factory)
         self.projection = Linear(2 * config.hidden, config.hidden, precision, **factory)
-        self.block = Block(config, precision, rope, dispatcher, local_experts, attention, **factory)
-        self.norm = RMSNorm(config.hidden, config.norm_eps, recompute, **factory)
+        self.block = Block(config, precision, rope, dispatcher, local_experts, **factory)
+        self.norm = RMSNorm(config.hidden, config.norm_eps, recompute, kernels, **factory)
 
     def forward(self, hidden_BTD: Tensor, embedding_BTD: Tensor, documents_BT: Tensor | None) -> Tensor:
         """Normalised hidden states of this depth, for the shared head and for the next depth.

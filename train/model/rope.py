@@ -4,13 +4,14 @@ Pair j of the R rope elements of position t turns by t * theta^(-2j/R), as a com
 YaRN lets fast pairs be, slows the slow ones by `factor`, and mixes linearly between; it also sharpens the softmax, by
 `mscale` for whole queries and keys (DeepSeek), by `attention_factor` for their turned parts (the YaRN paper, 3.4), or both.
 
-Shapes: B sequences, T positions, H heads, R rope width.
+Shapes: B sequences, T positions, H heads, R rope width, Q qk width, V value width.
 """
 
 import math
 
 import torch
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from conf.schema import Model
 
@@ -70,3 +71,30 @@ def rotate(x_BTHR: Tensor, table: Tensor) -> Tensor:
     """Multiply adjacent pairs of the last axis by the complex table (T, R/2); fp32 result. table.conj() does so to gradients."""
     pairs = torch.view_as_complex(x_BTHR.float().unflatten(-1, (-1, 2)).contiguous())
     return torch.view_as_real(pairs * table.unsqueeze(1)).flatten(-2)
+
+
+class PlainHeads(torch.autograd.Function):
+    """`train.model.kernels.Kernels.to_heads`."""
+
+    @staticmethod
+    def forward(ctx, q_BTHQ, kv_BTHX, k_rope_BTR, table, nope: int):
+        batch, length, heads, width = q_BTHQ.shape
+        q_out, k_out = (q_BTHQ.new_empty(batch, heads, length, width) for _ in range(2))
+        q_out[..., :nope] = q_BTHQ[..., :nope].transpose(1, 2)
+        q_out[..., nope:] = rotate(q_BTHQ[..., nope:], table).transpose(1, 2)
+        k_out[..., :nope] = kv_BTHX[..., :nope].transpose(1, 2)
+        k_out[..., nope:] = rotate(k_rope_BTR.unsqueeze(2), table).transpose(1, 2)
+        ctx.table, ctx.nope = table, nope
+        return q_out, k_out, kv_BTHX[..., nope:].transpose(1, 2).contiguous()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dq_BHTQ, dk_BHTQ, dv_BHTV):
+        nope, back = ctx.nope, ctx.table.conj()
+        batch, heads, length, width = dq_BHTQ.shape
+        dq_BTHQ = dq_BHTQ.new_empty(batch, length, heads, width)
+        dq_BTHQ[..., :nope] = dq_BHTQ[..., :nope].transpose(1, 2)
+        dq_BTHQ[..., nope:] = rotate(dq_BHTQ[..., nope:].transpose(1, 2), back)
+        dkv_BTHX = torch.cat([dk_BHTQ[..., :nope], dv_BHTV], -1).transpose(1, 2).contiguous()
+        shared_BT1R = dk_BHTQ[..., nope:].sum(1, dtype=torch.float32).unsqueeze(2)
+        return dq_BTHQ, dkv_BTHX, rotate(shared_BT1R, back).squeeze(2).to(dk_BHTQ.dtype), None, None

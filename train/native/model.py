@@ -1,7 +1,7 @@
-"""The parts of a step that a CPU runs as compiled code: which there are, and whether this process uses them.
+"""The parts of a step that a CPU can run as compiled code: which there are, and whether this machine can have them.
 
 They are for bf16 and CPUs with AVX-512 or AVX2. Where these or a C++ compiler are absent, the same is done by torch's
-operations, which the code is tested against. So are matrix products where torch's are faster (`products_pay`).
+operations, which the code is tested against. So are matrix products where torch's are faster (`products_pay`). Who uses them is decided in train/kernels.py.
 """
 
 import ctypes
@@ -16,29 +16,6 @@ NAMES = ("adamw", "attention", "products", "rows")
 """The C++ files, each a library."""
 SLOW = 0.75
 """Of the rate of FMA: torch's products reach nine tenths of what a CPU has for bf16, compiled ones eight tenths of FMA's."""
-_chosen = True
-
-
-def choose(compiled: bool) -> None:
-    """Use compiled code in this process where that can be, or not at all."""
-    global _chosen
-    _chosen = compiled
-
-
-def in_use() -> bool:
-    return _chosen and lack() is None
-
-
-def parts_in_use() -> list[str]:
-    """What this process runs as compiled code, by NAMES."""
-    return [name for name in NAMES if name != "products" or products_pay()] if in_use() else []
-
-
-def missed() -> str | None:
-    """A note for a person where compiled code is wanted and cannot be used."""
-    return (
-        f"the model trains in torch's operations, slower than compiled code: {lack()}" if _chosen and lack() else None
-    )
 
 
 @cache

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from conf.schema import Optim, Precision
 from parallel.shard import Pieces
 from train.native.kernel import Array, Kernel, Number, Size, Struct, Threads
-from train.native.model import in_use, library
+from train.native.model import library
 
 CHUNK = {"cpu": 1 << 18, "cuda": 1 << 22}
 """Elements updated at a time where moments are bf16: their fp32 copies stay in the cache, so memory is passed over once."""
@@ -49,13 +49,13 @@ class AdamW(torch.optim.Optimizer):
     """Decoupled weight decay; moments kept in `moments` dtype, arithmetic in fp32.
 
     A parameter is a flat fp32 tensor: ZeRO's shard of the master weights. Element order does not matter, so that
-    any sharding gives the same update bit for bit.
+    any sharding gives the same update bit for bit. compiled: whether a CPU runs compiled code, see `Kernels.parts`.
     """
 
-    def __init__(self, groups: list[dict], optim: Optim, moments: torch.dtype):
+    def __init__(self, groups: list[dict], optim: Optim, moments: torch.dtype, compiled: bool):
         beta1, beta2 = optim.betas
         super().__init__(groups, {"lr": optim.lr, "betas": (beta1, beta2), "eps": optim.eps, "weight_decay": 0.0})
-        self.moments = moments
+        self.moments, self._compiled = moments, compiled
         self.factor: Tensor | None = None
         """What gradients are multiplied with on their way into the next update: the owner's clipping."""
         self.pieces: dict[Tensor, Pieces] = {}
@@ -71,11 +71,10 @@ class AdamW(torch.optim.Optimizer):
             state["exp_avg_sq"] = torch.zeros_like(param, dtype=self.moments)
         return state
 
-    @staticmethod
-    def sum_of_squares(x: Tensor) -> Tensor:
+    def sum_of_squares(self, x: Tensor) -> Tensor:
         """Of a flat fp32 tensor, in fp64. By rows it is as exact as fp64 throughout, to 1e-7, and on a CPU ten times as fast;
         torch's norm of all at once is off by 1e-4."""
-        if x.device.type == "cpu" and in_use():
+        if self._compiled:
             return torch.tensor(_sum_of_squares(x), dtype=torch.float64)
         whole = x.numel() // NORM_ROW * NORM_ROW
         rows = [
@@ -87,6 +86,7 @@ class AdamW(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self, closure: None = None) -> None:
         """One update of every group that has gradients; `updates` is advanced by the owner, once per step."""
+        update = _update_compiled if self._compiled and self.moments == torch.bfloat16 else _update
         for group in self.param_groups:
             for param in group["params"]:
                 if param.grad is None:
@@ -101,28 +101,20 @@ class AdamW(torch.optim.Optimizer):
                 for grad in pieces.gradients:
                     part = slice(first, first + grad.numel())
                     weight, mean, square = (tensor[part] for tensor in held)
-                    _update(UpdatePiece(weight, grad, mean, square), group, self.updates + 1, factor)
+                    update(UpdatePiece(weight, grad, mean, square), group, self.updates + 1, factor)
                     first = part.stop
 
 
-def compiled(kind: str, moments: torch.dtype) -> bool:
-    """Whether updates run as compiled code, which needs no scratch. kind: of the device."""
-    return kind == "cpu" and moments == torch.bfloat16 and in_use()
-
-
-def scratch_bytes(kind: str, moments: torch.dtype, elements: int) -> int:
-    """What an update of so many elements takes beside its operands."""
-    return 0 if moments == torch.float32 or compiled(kind, moments) else 8 * min(CHUNK[kind], elements)
+def scratch_bytes(kind: str, moments: torch.dtype, elements: int, compiled: bool) -> int:
+    """What an update of so many elements takes beside its operands. kind: of the device."""
+    return 0 if moments == torch.float32 or compiled else 8 * min(CHUNK[kind], elements)
 
 
 def _update(piece: UpdatePiece, group: dict, count: int, factor: Tensor | float | None) -> None:
-    """One pass over memory, as compiled code or by torch's fused kernel. There moments of another dtype pass through an fp32
-    copy, chunk by chunk, and the gradient is left multiplied.
+    """One pass over memory by torch's fused kernel. Moments of another dtype pass through an fp32 copy, chunk by chunk, and the
+    gradient is left multiplied.
     """
     weight, grad, exp_avg, exp_avg_sq = piece
-    if compiled(weight.device.type, exp_avg.dtype):
-        _update_compiled(piece, group, count, 1.0 if factor is None else float(factor))
-        return
     step = torch.full((), float(count), device=weight.device)  # written there: a copy of it would be waited for
     if factor is not None:
         grad.mul_(factor)
@@ -142,11 +134,11 @@ def _update(piece: UpdatePiece, group: dict, count: int, factor: Tensor | float 
         _update_rest([tensor[whole:] for tensor in (weight, grad, exp_avg, exp_avg_sq)], group, step)
 
 
-def _update_compiled(piece: UpdatePiece, group: dict, count: int, factor: float) -> None:
-    """The moments are in bf16."""
+def _update_compiled(piece: UpdatePiece, group: dict, count: int, factor: Tensor | float | None) -> None:
+    """The same as compiled code, for moments in bf16."""
     (beta1, beta2), lr = group["betas"], group["lr"]
     _adamw(
-        *piece, factor, 1 - beta1, beta2, 1 - beta2, 1 - lr * group["weight_decay"],
+        *piece, 1.0 if factor is None else float(factor), 1 - beta1, beta2, 1 - beta2, 1 - lr * group["weight_decay"],
         lr / (1 - beta1**count), (1 - beta2**count) ** 0.5, group["eps"],
     )  # fmt: skip
 

@@ -7,7 +7,6 @@ from pathlib import Path
 from conf.errors import EXIT_OK
 from conf.files import atomic_write_text
 from conf.schema import Config
-from train.native.model import choose
 from train.plan.budget import make_plan
 from train.plan.report.page import PAGE, write_page
 from train.plan.report.record import FILE, plan_record
@@ -19,7 +18,6 @@ from train.plan.search.search import Search, search
 
 def run_plan(config: Config) -> int:
     """Do what the plan section asks for; returns the exit code."""
-    choose(config.cluster.compiled)
     if config.plan.calibrate:
         from train.plan.time.calibrate import calibrate  # the one part that runs kernels
 

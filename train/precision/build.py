@@ -3,20 +3,21 @@
 import torch
 
 from conf.schema import Precision
+from train.model.kernels import Kernels
 from train.precision.fp8 import Fp8Precision
 from train.precision.high import HighPrecision
 
 
 def build_precision(
-    precision: Precision, device: torch.device, recompute_swiglu: bool = True
+    precision: Precision, device: torch.device, kernels: Kernels, recompute_swiglu: bool = True
 ) -> HighPrecision | Fp8Precision:
     """The products of a checked section on this device. Raises UserError where the device lacks what FP8 needs.
 
-    recompute_swiglu: whether experts in fp32 or bf16 make their SwiGLU output again in backward; FP8 always does.
+    kernels: what the model computes with on this device, see train/kernels.py. recompute_swiglu: whether experts in fp32 or bf16 make their SwiGLU output again in backward; FP8 always does.
     """
     if precision.fp8 is not None:
-        return Fp8Precision(precision.fp8, device)
-    return HighPrecision(activation_dtype(precision), recompute_swiglu)
+        return Fp8Precision(precision.fp8, device, kernels)
+    return HighPrecision(activation_dtype(precision), kernels, recompute_swiglu)
 
 
 def activation_dtype(precision: Precision) -> torch.dtype:

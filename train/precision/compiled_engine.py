@@ -10,7 +10,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from train.model.compiled_products import fits
+from train.model.kernels import Kernels
 from train.precision import scaled_products, swiglu
 from train.precision.compiled import CompiledCasts
 from train.precision.formats import Cast
@@ -28,9 +28,9 @@ class CompiledEngine(CpuEngine):
     If exact, values of operands with fp32 scales are rounded to bf16 nowhere.
     """
 
-    def __init__(self, exact: bool, packed: bool, casts: CompiledCasts):
+    def __init__(self, exact: bool, packed: bool, casts: CompiledCasts, kernels: Kernels):
         super().__init__(exact, packed, casts)
-        self._compiled = casts
+        self._compiled, self._plain_too = casts, "products" in kernels.parts
 
     def cast(self, x_MK: Tensor, cast: Cast) -> Source:
         return self._compiled.split(x_MK, cast) if self._exact and not cast.pow2 else super().cast(x_MK, cast)
@@ -48,17 +48,17 @@ class CompiledEngine(CpuEngine):
         return _transposed(operand) if transposed else operand
 
     def product(self, left: Operand, right: Operand, dtype: torch.dtype) -> Tensor:
-        if _torchs(left, right):
+        if self._is_torchs(left, right):
             return super().product(left, right, dtype)
         return scaled_products.product(left, right, dtype)
 
     def grouped(self, left: Operand, right: Operand, groups: Groups, dtype: torch.dtype) -> Tensor:
-        if _torchs(left, right):
+        if self._is_torchs(left, right):
             return super().grouped(left, right, groups, dtype)
         return scaled_products.grouped(left, right, groups, dtype)
 
     def grouped_wgrad(self, left: Operand, right: Operand, groups: Groups, dtype: torch.dtype) -> Tensor:
-        if _torchs(left, right):
+        if self._is_torchs(left, right):
             return super().grouped_wgrad(left, right, groups, dtype)
         return scaled_products.grouped_wgrad(left, right, groups, dtype)
 
@@ -70,10 +70,11 @@ class CompiledEngine(CpuEngine):
         q_PF, scale = torch.cat([part.q for part in parts]), torch.cat([part.scale for part in parts])
         return Quantized(q_PF, scale, parts[0].cast, q_PF.shape)
 
-
-def _torchs(left: Operand, right: Operand) -> bool:
-    """Whether the product is one for torch: no scales, and no faster as compiled code."""
-    return isinstance(left, Tensor) and isinstance(right, Tensor) and not fits(left, right)
+    def _is_torchs(self, left: Operand, right: Operand) -> bool:
+        """Whether the product is one for torch: no scales, and no faster as compiled code."""
+        if not (isinstance(left, Tensor) and isinstance(right, Tensor)):
+            return False
+        return not (self._plain_too and left.dtype == right.dtype == torch.bfloat16)
 
 
 def _transposed(x: Quantized) -> Quantized:

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from conf.schema import Fp8
+from train.model.kernels import Kernels
 from train.native.build import has_avx2
 from train.precision import scaled_products
 from train.precision.compiled import CompiledCasts, load_casts
@@ -29,13 +30,14 @@ class Fp8Precision:
     dtype = torch.bfloat16
     """Format of activations between the products."""
 
-    def __init__(self, fp8: Fp8, device: torch.device, engine: Engine | None = None):
+    def __init__(self, fp8: Fp8, device: torch.device, kernels: Kernels, engine: Engine | None = None):
         """engine: instead of the device's own. Raises UserError where the device lacks what its engine needs."""
+        self.kernels = kernels
         self._recipe = build_recipe(fp8)
         self._health = HealthWatch(fp8.health)
         if engine is None and device.type == "cuda":
             engine = HopperEngine(fp8)
-        self._engine = engine or cpu_engine(fp8)
+        self._engine = engine or cpu_engine(fp8, kernels)
 
     def linear(self, x: Tensor, weight: Tensor, kind: str = "dense") -> Tensor:
         """x (..., K) times weight (N, K) transposed. kind: dense, or output for the attention's output projection."""
@@ -63,8 +65,8 @@ class Fp8Precision:
         return self._health.report()
 
 
-def cpu_engine(fp8: Fp8, meta: bool = False) -> CpuEngine:
-    """The emulation that a checked section describes. meta: for plans, which run no compiled code.
+def cpu_engine(fp8: Fp8, kernels: Kernels, meta: bool = False) -> CpuEngine:
+    """The emulation that a checked section describes. kernels: for products without scales. meta: for plans, which run no compiled code.
 
     Raises UserError where compiled code is asked for and cannot be built, kept or loaded.
     """
@@ -76,4 +78,4 @@ def cpu_engine(fp8: Fp8, meta: bool = False) -> CpuEngine:
         return CpuEngine(exact, packed, casts)
     if not meta:
         scaled_products.need_compiled()
-    return CompiledEngine(exact, packed, casts)
+    return CompiledEngine(exact, packed, casts, kernels)

@@ -26,10 +26,10 @@ from torch.nn import functional as F
 
 from conf.errors import UserError
 from conf.schema import Fp8
+from train.model import grouped
 from train.precision import swiglu
 from train.precision.formats import E4M3, TILE, Cast
 from train.precision.groups import Groups, on_device
-from train.precision.high import grouped_product, grouped_weight_gradient
 from train.precision.installed import DEEP_GEMM, PACKAGES, require_fit, version
 from train.precision.products import Source
 from train.precision.quantize import Quantized, dequantize, dequantize_reference, quantize_reference
@@ -128,7 +128,7 @@ class HopperEngine:
 
     def grouped(self, left: Operand | Tensor, right: Operand | Tensor, groups: Groups, dtype: torch.dtype) -> Tensor:
         if isinstance(left, Tensor):
-            return grouped_product(left, right.mT, _ends(groups, left.device)).to(dtype)
+            return grouped.product_to_ends(left, right.mT, _ends(groups, left.device)).to(dtype)
         out_PN = left.q.new_empty(groups.rows, right.outer, dtype=torch.bfloat16)
         if groups.rows == 0:
             return out_PN.to(dtype)
@@ -150,7 +150,7 @@ class HopperEngine:
         self, left: Operand | Tensor, right: Operand | Tensor, groups: Groups, dtype: torch.dtype
     ) -> Tensor:
         if isinstance(left, Tensor):
-            return grouped_weight_gradient(left.mT, right.mT, _ends(groups, left.device)).to(dtype)
+            return grouped.weight_gradient_to_ends(left.mT, right.mT, _ends(groups, left.device)).to(dtype)
         shape = len(groups.padded), left.outer, right.outer
         out_EON = left.q.new_zeros(shape, dtype=torch.float32)
         if groups.rows:

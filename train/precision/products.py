@@ -9,7 +9,7 @@ with fp32 scales `CpuEngine` takes fp32 operands and an fp32 product, or, by cho
 `CompiledEngine` (train/precision/compiled_engine.py) keeps values and fp32 scales apart where the CPU has AVX2, so
 that this product, too, costs about what a bf16 one costs.  That one sums each 128 of the contraction apart, as Hopper
 kernels do; `CpuEngine` has one product per call, which differs by 3e-7 relative, far below the 4e-2 of the quantisation.
-An expert's rows are taken with padding up to STEP (train/precision/grouped.py says why).
+An expert's rows are taken with padding up to STEP (train/model/grouped.py says why).
 
 Shape suffixes: O outer, C contraction, P padded rows (train/precision/groups.py), E experts, N outer of the right operand.
 """
@@ -20,9 +20,9 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from train.model.grouped import STEP
 from train.precision import swiglu
 from train.precision.formats import Cast
-from train.precision.grouped import STEP
 from train.precision.groups import Groups
 from train.precision.quantize import EagerCasts, Quantized, exact_dtype, fitted
 from train.precision.recipe import OperandRule

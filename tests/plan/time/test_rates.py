@@ -1,6 +1,7 @@
 """Rates: the shipped ones are fits of published timings, stand-ins are found, and a foreign calibration is refused."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 
@@ -8,7 +9,7 @@ from conf.errors import UserError
 from conf.load import compose
 from conf.schema import Rate
 from train.cpu import cpu_name
-from train.native.model import parts_in_use
+from train.kernels import build_kernels
 from train.plan.time import rates
 from train.plan.time.calibrate import fit_rate
 from train.plan.time.rates import Rates, load_rates
@@ -77,7 +78,7 @@ def _calibration(path, **more) -> str:
         "rates_alone": made_up,
         "rates_together": made_up,
     }
-    content["compiled"] = parts_in_use()
+    content["compiled"] = list(build_kernels("cpu").parts)
     path.write_text(json.dumps(content | {"factors_alone": {}, "factors_together": {}} | more))
     return str(path)
 
@@ -101,12 +102,12 @@ def test_a_calibration_of_other_code_is_refused(tmp_path, monkeypatch):
         "precision=fp32",
         f"plan.calibration={_calibration(tmp_path / 'c.json', compiled=['adamw'])}",
     )
-    monkeypatch.setattr(rates, "parts_in_use", lambda: ["adamw", "products"])
+    monkeypatch.setattr(rates, "build_kernels", lambda *_: SimpleNamespace(parts=("adamw", "products")))
     with pytest.raises(
         UserError, match=r"code for adamw, and here there is some for adamw, products(.|\n)*cluster\.compiled"
     ):
         load_rates(compose(*words), alone=True)
-    monkeypatch.setattr(rates, "parts_in_use", lambda: ["adamw"])
+    monkeypatch.setattr(rates, "build_kernels", lambda *_: SimpleNamespace(parts=("adamw",)))
     assert load_rates(compose(*words), alone=True).rates
 
 

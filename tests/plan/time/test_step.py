@@ -96,12 +96,13 @@ def test_weights_of_a_rank_are_those_that_it_builds():
 
     import torch
 
+    from train.kernels import build_kernels
     from train.precision.build import build_precision
 
     layout = layout_of(config)
     for pp_rank in range(2):
         mesh = SimpleNamespace(layout=layout, pp_rank=pp_rank, ep_rank=0)
-        precision = build_precision(config.precision, torch.device("cpu"))
+        precision = build_precision(config.precision, torch.device("cpu"), build_kernels("cpu"))
         chunks, ids, count = build_chunks(config, mesh, torch.device("cpu"), None, precision)
         params = {param: name for chunk in chunks for name, param in chunk.named_parameters()}
         experts = sum(param.numel() for param, name in params.items() if ".experts." in name)

@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from conf.schema import Fp8, Precision
+from train.model.kernels import Kernels
 from train.precision.build import activation_dtype
 from train.precision.formats import TILE, Cast
 from train.precision.fp8 import Fp8Precision, cpu_engine
@@ -85,17 +86,19 @@ def _attention(q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None = None,
     return out
 
 
-def shadow_precision(precision: Precision, kind: str, recompute_swiglu: bool) -> HighPrecision | Fp8Precision:
+def shadow_precision(
+    precision: Precision, kind: str, kernels: Kernels, recompute_swiglu: bool
+) -> HighPrecision | Fp8Precision:
     """`build_precision` without the device."""
     if precision.fp8 is None:
-        return HighPrecision(activation_dtype(precision), recompute_swiglu)
-    return Fp8Precision(precision.fp8, torch.device("meta"), shadow_engine(precision.fp8, kind))
+        return HighPrecision(activation_dtype(precision), kernels, recompute_swiglu)
+    return Fp8Precision(precision.fp8, torch.device("meta"), kernels, shadow_engine(precision.fp8, kind, kernels))
 
 
-def shadow_engine(fp8: Fp8, kind: str) -> Engine:
+def shadow_engine(fp8: Fp8, kind: str, kernels: Kernels) -> Engine:
     """The engine of the device, with kernels that return tensors of the right size."""
     if kind == "cpu":
-        return cpu_engine(fp8, meta=True)
+        return cpu_engine(fp8, kernels, meta=True)
     engine = HopperEngine.__new__(HopperEngine)  # its constructor asks for a GPU and for packages
     engine._kernels, engine._deep_gemm = _KERNELS, _DEEP_GEMM
     return engine

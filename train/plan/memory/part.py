@@ -23,7 +23,9 @@ from conf.schema import Model, Recompute
 from parallel.expert.build import build_wire
 from parallel.expert.stand_in import Group, Load, build_stand_in
 from parallel.pipeline.graph import kept_graph
+from train.kernels import build_kernels
 from train.model.deepseek import DeepSeekV3
+from train.model.kernels import Kernels
 from train.model.mla import MLA
 from train.model.moe import LocalDispatcher
 from train.plan.memory.ledger import Ledger
@@ -66,7 +68,7 @@ class Scene:
     gloo: bool
     """The ranks talk by gloo, which keeps what was sent until the step ends, and lacks a sum that scatters."""
     compiled: bool
-    """The model runs compiled code where it can (train/native/model.py), which keeps and takes less."""
+    """A CPU runs compiled code where it can (train/kernels.py), which keeps and takes less."""
 
 
 @dataclass(frozen=True)
@@ -311,7 +313,8 @@ class _Tagged:
 def _build(scene: Scene, part: str, on_wait: Callable[[], None], ledger: Ledger, rows: list[int]) -> DeepSeekV3:
     model: Model = scene.model.section
     recompute = Recompute.swiglu in model.recompute
-    precision = shadow_precision(scene.precision.section, scene.kind, recompute)
+    kernels = build_kernels(scene.kind, scene.compiled)
+    precision = shadow_precision(scene.precision.section, scene.kind, kernels, recompute)
     layers = {"dense": range(1), "moe": range(model.dense_layers, model.dense_layers + 1)}.get(part, range(0))
     kind = _End if part == "end" else DeepSeekV3
     chunk = kind(
@@ -321,7 +324,7 @@ def _build(scene: Scene, part: str, on_wait: Callable[[], None], ledger: Ledger,
         layers=layers,
         has_embedding=part == "embedding",
         has_head=part == "end",
-        dispatcher=_Tagged(_dispatcher(scene, on_wait), ledger, scene.load, rows),
+        dispatcher=_Tagged(_dispatcher(scene, kernels, on_wait), ledger, scene.load, rows),
         local_experts=range(model.experts // scene.ep),
         dtype=activation_dtype(scene.precision.section),
         device="meta",
@@ -332,10 +335,10 @@ def _build(scene: Scene, part: str, on_wait: Callable[[], None], ledger: Ledger,
     return chunk
 
 
-def _dispatcher(scene: Scene, on_wait: Callable[[], None]):
+def _dispatcher(scene: Scene, kernels: Kernels, on_wait: Callable[[], None]):
     model: Model = scene.model.section
     if scene.ep == 1:
-        return LocalDispatcher(model.experts)
+        return LocalDispatcher(model.experts, kernels)
     group = Group(scene.ep, scene.ranks_per_node, model.experts, model.top_k, model.groups, model.top_groups)
     return build_stand_in(
         scene.dispatch, group, build_wire(scene.wire, scene.precision.section.fp8 is not None), scene.load, on_wait

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from conf.schema import Config
 from parallel.expert.stand_in import Group, Load
 from parallel.pipeline.split import stage_placement
-from train.native.model import in_use
+from train.kernels import build_kernels
 from train.parallelize import split
 from train.plan.job import actions_of, device_kind, layout_of
 from train.plan.memory.chunk import Parts, chunk_of
@@ -85,7 +85,7 @@ def _moments(
         )
         state = Counter(stage3.state())
     else:
-        reduced, updated = StepEnd(config, groups, dp_rank, scene.kind).peaks()
+        reduced, updated = StepEnd(config, groups, dp_rank, scene).peaks()
         schedule, state = _walk(config, pp_rank, chunks, scene), state_items(config, groups)
     state["buffers"] += buffer_bytes(config, chunks)
     return state, {
@@ -114,7 +114,7 @@ def scene_of(config: Config, load: Load | None = None) -> Scene:
         layout.ep_ranks_per_node,
         load,
         gloo=device_kind(config) == "cpu",
-        compiled=device_kind(config) == "cpu" and in_use(),
+        compiled=bool(build_kernels(device_kind(config), config.cluster.compiled).parts),
     )
 
 

@@ -23,6 +23,7 @@ from itertools import groupby
 from conf.schema import Config
 from parallel.zero.engine import BUCKET_ELEMENTS
 from train.optim.adamw import moments_dtype, scratch_bytes
+from train.plan.memory.part import Scene
 from train.plan.memory.weights import FP32, Shards, Weight
 
 
@@ -81,9 +82,8 @@ def _gradients(groups: Sequence[Shards], ranks: Sequence[int]) -> Iterator[Gradi
 class StepEnd:
     """Gradients of one rank from the end of the schedule to the next step."""
 
-    def __init__(self, config: Config, groups: Sequence[Shards], dp_rank: int, kind: str):
-        """kind: of the device, cuda or cpu."""
-        self._groups, self._kind = groups, kind
+    def __init__(self, config: Config, groups: Sequence[Shards], dp_rank: int, scene: Scene):
+        self._groups, self._scene = groups, scene
         self._stage, self._bf16 = config.parallel.zero, config.precision.name != "fp32"
         self._moments = moments_dtype(config.precision)
         self._has_expert_groups = config.parallel.ep > 1
@@ -184,7 +184,7 @@ class StepEnd:
                 meter.take(shard)
                 if number == last:
                     meter.take(-self._whole_size)
-            scratch = scratch_bytes(self._kind, self._moments, group.partition)
+            scratch = scratch_bytes(self._scene.kind, self._moments, group.partition, self._scene.compiled)
             meter.take(scratch)
             meter.take(-scratch)
             meter.take(-shard)

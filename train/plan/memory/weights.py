@@ -10,8 +10,9 @@ from functools import lru_cache
 
 import torch
 
-from conf.schema import Config, Model, Recompute
+from conf.schema import Config, Model
 from train.model.deepseek import DeepSeekV3
+from train.model.kernels import Kernels
 from train.optim.adamw import decays
 from train.plan.memory.chunk import Parts
 from train.plan.memory.part import Frozen
@@ -38,7 +39,7 @@ def part_weights(model: Frozen, part: str, local_experts: int) -> tuple[Weight, 
     layers = {"dense": range(1), "moe": range(config.dense_layers, config.dense_layers + 1)}.get(part, range(0))
     chunk = DeepSeekV3(
         config,
-        HighPrecision(torch.float32, Recompute.swiglu in config.recompute),
+        HighPrecision(torch.float32, Kernels()),
         seq_len=1,
         layers=layers,
         has_embedding=part == "embedding",

@@ -129,6 +129,6 @@ class Zero3Memory:
 
     def update(self) -> int:
         """Most bytes while the weights are updated, group by group: a copy of the gradients and scratch."""
-        kind, moments = self._chunk.scene.kind, moments_dtype(self._config.precision)
+        scene, moments = self._chunk.scene, moments_dtype(self._config.precision)
         sizes = [group.scattered for group in self._groups]
-        return max(FP32 * size + scratch_bytes(kind, moments, size) for size in sizes)
+        return max(FP32 * size + scratch_bytes(scene.kind, moments, size, scene.compiled) for size in sizes)

@@ -31,10 +31,10 @@ from conf.errors import UserError
 from conf.schema import Config, Parallel, Rate
 from parallel.mesh import Layout, build_mesh
 from train.cpu import cpu_name, threads_of, tune_cpu
-from train.native.model import choose, parts_in_use
+from train.kernels import build_kernels
 from train.parallelize import parallelize
 from train.plan.time import work
-from train.plan.time.kernels import Kernels, batches
+from train.plan.time.kernels import KernelCases, batches
 from train.plan.time.rates import FILE, Rates
 from train.plan.time.step import plan_time
 
@@ -65,7 +65,7 @@ def calibrate(config: Config) -> Path:
         "threads": threads,
         "ranks": ranks,
         "precision": config.precision.name,
-        "compiled": parts_in_use() if device.type == "cpu" else [],
+        "compiled": list(build_kernels(device.type, config.cluster.compiled).parts),
         "recipe": config.name,
         "torch": torch.__version__,
         "measured": time.strftime("%Y-%m-%d %H:%M"),
@@ -107,7 +107,6 @@ def _measure_on(ranks: int, config: Config, kind: str, threads: int) -> dict[str
 def _rank(rank: int, ranks: int, config: Config, kind: str, threads: int, folder: str, barrier, results) -> None:
     """Body of one measuring process."""
     tune_cpu()
-    choose(config.cluster.compiled)
     if kind == "cpu":
         torch.set_num_threads(threads)
     else:
@@ -135,7 +134,7 @@ def _rank(rank: int, ranks: int, config: Config, kind: str, threads: int, folder
 
 def _all_rates(config: Config, device: torch.device) -> tuple[dict[str, dict], dict[str, float]]:
     """Fitted rates of all kinds, and the worst relative residue of each fit."""
-    kernels = Kernels(config, device)
+    kernels = KernelCases(config, device)
     samples: dict[str, list[tuple[float, float, float]]] = defaultdict(list)
     for case in kernels.cases():
         kind, *amounts, calls = case.work
@@ -253,7 +252,8 @@ def _step(config: Config, device: torch.device, barrier) -> tuple[float, float]:
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     try:
-        parts = parallelize(config, build_mesh(Layout()), device)
+        kernels = build_kernels(device.type, config.cluster.compiled)
+        parts = parallelize(config, build_mesh(Layout()), device, kernels)
         shape = config.batch_size, config.seq_len + 1
         tokens_BS = torch.randint(config.model.vocab_size, shape, device=device)
         times = []

@@ -16,11 +16,9 @@ from torch.nn import functional as F
 
 from conf.schema import Config
 from parallel.expert.wire import Fp8Wire
-from train.model.attention import attention
-from train.model.compiled_products import fastest_product
+from train.kernels import build_kernels
 from train.model.layers import Embedding, RMSNorm, swiglu
 from train.model.loss import cross_entropy
-from train.model.mla import to_heads
 from train.model.moe import LocalDispatcher
 from train.model.rope import Rope
 from train.model.router import Router, _Route
@@ -30,7 +28,6 @@ from train.plan.time.traffic import Spread
 from train.plan.time.update import ADAM_BYTES
 from train.plan.time.work import Sizes, Work
 from train.precision.build import activation_dtype
-from train.precision.high import grouped_product, grouped_weight_gradient, groups_of
 from train.precision.hopper import HopperEngine
 from train.precision.recipe import Product, build_recipe
 
@@ -58,11 +55,12 @@ class KernelCase(NamedTuple):
     run: Callable[[], object]
 
 
-class Kernels:
+class KernelCases:
     """Cases of a recipe on a device. Tensors are made when a case is, and dropped with it."""
 
     def __init__(self, config: Config, device: torch.device):
         self.config, self.device = config, device
+        self.kernels = build_kernels(device.type, config.cluster.compiled)
         self.dtype = activation_dtype(config.precision)
         tokens = config.micro_batch_size * config.seq_len
         self.batches = batches(config)
@@ -95,7 +93,9 @@ class Kernels:
             sizes = replace(self.sizes, tokens=batch * length)
             yield (
                 sizes,
-                lambda hidden=hidden, targets=targets: cross_entropy(hidden, head, targets, 1, model.loss_chunk),
+                lambda hidden=hidden, targets=targets: cross_entropy(
+                    hidden, head, targets, 1, model.loss_chunk, self.kernels
+                ),
             )
 
     def _tensor(self, *shape: int, dtype: torch.dtype | None = None) -> Tensor:
@@ -134,10 +134,10 @@ class Kernels:
     def _products(self, sizes: Sizes) -> Iterator[KernelCase]:
         for counted, x, w, dy in self._linear_layers(sizes):
             gradient = torch.float32 if sizes.fp32_gradients else self.dtype
-            yield KernelCase(counted.forward[0], lambda x=x, w=w: fastest_product(x, w, self.dtype))
-            yield KernelCase(counted.inputs[0], lambda dy=dy, w=w: fastest_product(dy, w.t(), self.dtype))
+            yield KernelCase(counted.forward[0], lambda x=x, w=w: self.kernels.product(x, w, self.dtype))
+            yield KernelCase(counted.inputs[0], lambda dy=dy, w=w: self.kernels.product(dy, w.t(), self.dtype))
             yield KernelCase(
-                counted.weights[0], lambda dy=dy, x=x, gradient=gradient: fastest_product(dy.t(), x.t(), gradient)
+                counted.weights[0], lambda dy=dy, x=x, gradient=gradient: self.kernels.product(dy.t(), x.t(), gradient)
             )
         if self.dtype != torch.float32:
             yield from self._router_products(sizes)
@@ -159,7 +159,7 @@ class Kernels:
         rows = sizes.tokens * model.top_k
         draw = torch.Generator().manual_seed(0)  # uneven as a balanced router leaves them
         ids_R = torch.randint(sizes.local_experts, (rows,), generator=draw)
-        groups = groups_of(ids_R.bincount(minlength=sizes.local_experts).to(self.device), self.dtype)
+        groups = self.kernels.groups(ids_R.bincount(minlength=sizes.local_experts).to(self.device), self.dtype)
         for inputs, outputs, family in (
             (model.hidden, 2 * model.expert_width, "experts_up"),
             (model.expert_width, model.hidden, "experts_down"),
@@ -167,9 +167,11 @@ class Kernels:
             counted = work.grouped(sizes, rows, inputs, outputs, family)
             x, dy = self._tensor(rows, inputs), self._tensor(rows, outputs)
             w = self._tensor(sizes.local_experts, outputs, inputs)
-            yield KernelCase(counted.forward[0], lambda x=x, w=w: grouped_product(x, w.transpose(1, 2), groups))
-            yield KernelCase(counted.inputs[0], lambda dy=dy, w=w: grouped_product(dy, w, groups))
-            yield KernelCase(counted.weights[0], lambda dy=dy, x=x: grouped_weight_gradient(dy, x, groups))
+            yield KernelCase(
+                counted.forward[0], lambda x=x, w=w: self.kernels.grouped_product(x, w.transpose(1, 2), groups)
+            )
+            yield KernelCase(counted.inputs[0], lambda dy=dy, w=w: self.kernels.grouped_product(dy, w, groups))
+            yield KernelCase(counted.weights[0], lambda dy=dy, x=x: self.kernels.grouped_weight_gradient(dy, x, groups))
 
     def _both(self, passes: work.Passes, call: Callable[[], Tensor], *leaves: Tensor) -> Iterator[KernelCase]:
         """Forward of `call` and its backward to the leaves."""
@@ -181,7 +183,7 @@ class Kernels:
     def _rowwise(self, sizes: Sizes) -> Iterator[KernelCase]:
         model = self.config.model
         for width in {model.hidden, model.kv_rank}:
-            layer = RMSNorm(width, model.norm_eps, False, device=self.device, dtype=self.dtype)
+            layer = RMSNorm(width, model.norm_eps, False, self.kernels, device=self.device, dtype=self.dtype)
             torch.nn.init.ones_(layer.weight)
             x = self._tensor(sizes.tokens, width).requires_grad_()
             yield from self._both(
@@ -189,7 +191,7 @@ class Kernels:
             )
         for rows, inner in ((sizes.tokens, model.dense_width), (sizes.tokens * model.top_k, model.expert_width)):
             h = self._tensor(rows, 2 * inner).requires_grad_()
-            yield from self._both(work.swiglu(sizes, rows, inner), lambda h=h: swiglu(h), h)
+            yield from self._both(work.swiglu(sizes, rows, inner), lambda h=h: swiglu(h, None, self.kernels), h)
         x, y = self._tensor(sizes.tokens, model.hidden), self._tensor(sizes.tokens, model.hidden)
         yield KernelCase(work.add(sizes, sizes.tokens, model.hidden), lambda: x + y)
 
@@ -202,7 +204,7 @@ class Kernels:
         core = work.Passes(
             [_of_kind("attention_forward", counted.forward)], [_of_kind("attention_backward", counted.inputs)]
         )
-        yield from self._both(core, lambda: attention(q, k, v, qk**-0.5, None), q, k, v)
+        yield from self._both(core, lambda: self.kernels.attention(q, k, v, qk**-0.5, None), q, k, v)
         yield KernelCase(_of_kind("copy", counted.forward), lambda: v.transpose(1, 2).flatten(2))
         table = Rope(model, length).table(length, self.device)
         queries = self._tensor(batch, length, heads, qk).requires_grad_()
@@ -210,9 +212,9 @@ class Kernels:
         shared = self._tensor(batch, length, model.rope_head_dim).requires_grad_()
         yield KernelCase(
             _of_kind("heads_forward", counted.forward),
-            lambda: to_heads(queries, latent, shared, table, model.nope_head_dim),
+            lambda: self.kernels.to_heads(queries, latent, shared, table, model.nope_head_dim),
         )
-        made = to_heads(queries, latent, shared, table, model.nope_head_dim)
+        made = self.kernels.to_heads(queries, latent, shared, table, model.nope_head_dim)
         grads, leaves = [torch.ones_like(one) for one in made], (queries, latent, shared)
         yield KernelCase(
             _of_kind("heads_backward", counted.inputs),
@@ -236,7 +238,7 @@ class Kernels:
             lambda: torch.autograd.grad(gates, logits, grad, retain_graph=True),
         )
         out, back = work.permutation(sizes, Spread(1, (), 1.0, 0, 0, 0, 0, 0.0, 0.0))
-        x, dispatcher = self._tensor(sizes.tokens, model.hidden), LocalDispatcher(model.experts)
+        x, dispatcher = self._tensor(sizes.tokens, model.hidden), LocalDispatcher(model.experts, self.kernels)
         routed = dispatcher.dispatch(x, ids.flatten(0, 1), gates.detach().flatten(0, 1))
         wire = Fp8Wire()
         coded = Work("cast", bytes=x.numel() * (sizes.element + 1))
@@ -269,7 +271,7 @@ class Kernels:
             params = [torch.nn.Parameter(one.clone()) for one in others]
             for param in params:
                 param.grad = torch.full_like(param, 1e-3)
-            adam = AdamW([{"params": params}], self.config.optim, moments)
+            adam = AdamW([{"params": params}], self.config.optim, moments, "adamw" in self.kernels.parts)
             updated = ADAM_BYTES + 4 * moments.itemsize + element
             yield KernelCase(
                 Work("optimizer", bytes=updated * COUNT, calls=calls),

@@ -14,7 +14,7 @@ from conf.errors import UserError
 from conf.read_json import parse_json, read_text
 from conf.schema import Config, Rate
 from train.cpu import cpu_name
-from train.native.model import parts_in_use
+from train.kernels import build_kernels
 from train.plan.job import require_hardware
 from train.plan.time.work import Work
 
@@ -182,8 +182,9 @@ def check_device(config: Config, calibration: Mapping[str, Any]) -> None:
             f"was measured with precision={calibration['precision']}, and this recipe has {config.precision.name}",
             f"calibrate with precision={config.precision.name}",
         )
-    if hardware.device == "cpu" and calibration["compiled"] != parts_in_use():
-        theirs, ours = (", ".join(parts) or "nothing" for parts in (calibration["compiled"], parts_in_use()))
+    compiled = list(build_kernels("cpu", config.cluster.compiled).parts)
+    if hardware.device == "cpu" and calibration["compiled"] != compiled:
+        theirs, ours = (", ".join(parts) or "nothing" for parts in (calibration["compiled"], compiled))
         raise UserError(
             "plan.calibration",
             config.plan.calibration,

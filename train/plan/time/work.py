@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from conf.schema import Config, Recompute
-from train.native.model import in_use, products_pay
+from train.kernels import build_kernels
 from train.plan.job import device_kind
 from train.plan.time.traffic import Spread
 
@@ -70,7 +70,8 @@ class Sizes:
     @property
     def fp32_gradients(self) -> bool:
         """Whether products in bf16 give the gradients of weights in fp32, as compiled ones do."""
-        return self.element == 2 and device_kind(self.config) == "cpu" and in_use() and products_pay()
+        kernels = build_kernels(device_kind(self.config), self.config.cluster.compiled)
+        return self.element == 2 and "products" in kernels.parts
 
     def accumulate(self, weights: float, cast: bool) -> Work:
         """Adding a micro-batch's gradient to the fp32 sum, with a cast from bf16 if that is what it came in. The first

@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from train.precision import grouped, high
-from train.precision.grouped import STEP
+from train.model import grouped
+from train.model.grouped import STEP
 
 ROWS = {
     "ragged": [37, 0, 1, 64, 200, 31],
@@ -61,8 +61,8 @@ def test_shapes_are_few():
 
 
 def test_without_rows_no_kernel_of_a_gpu_is_asked(monkeypatch):
-    monkeypatch.delattr(high.F, "grouped_mm")
+    monkeypatch.delattr(grouped.F, "grouped_mm")
     x, w, dy = _operands([0, 0, 0])
     ends = torch.zeros(3, dtype=torch.int32)
-    assert high.grouped_product(x, w.transpose(1, 2), ends).shape == (0, 80)
-    assert torch.equal(high.grouped_weight_gradient(dy, x, ends), torch.zeros(3, 80, 48, dtype=torch.bfloat16))
+    assert grouped.product_to_ends(x, w.transpose(1, 2), ends).shape == (0, 80)
+    assert torch.equal(grouped.weight_gradient_to_ends(dy, x, ends), torch.zeros(3, 80, 48, dtype=torch.bfloat16))

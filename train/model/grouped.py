@@ -1,9 +1,9 @@
-"""Products in bf16 with the weight of each row's expert, on a CPU.
+"""Products with the weight of each row's expert, from rows of every expert (bf16 on a CPU) or from where they end.
 
 oneDNN compiles a kernel for every shape it meets: some 0.4 ms, as long as a product of a few hundred rows takes, and how many
 rows an expert gets is hardly ever the same twice. So rows are rounded up to a multiple of STEP here. Where rows are
 independent, the product reads and writes into the next expert's, which come later and overwrite that. Where rows are summed
-over, zeros are added.
+over, zeros are added. In fp32 and on a GPU torch's own grouped product takes where the rows of each expert end, int32 (E,).
 
 Shapes: R rows sorted by expert, E experts, I inputs and O outputs of a product.
 """
@@ -13,6 +13,7 @@ from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 STEP = 32
 """Rows. 16 and 64 are as fast: more kernels, or more added rows."""
@@ -44,6 +45,25 @@ def weight_gradient(grad_RO: Tensor, x_RI: Tensor, rows: Sequence[int]) -> Tenso
             padded[end - start : size] = 0
         torch.mm(grad_PO[:size].t(), x_PI[:size], out=dweight_OI)
     return dweight_EOI
+
+
+def ends_of(counts_E: Tensor) -> Tensor:
+    """Where the rows of each expert end. counts_E: how many there are."""
+    return counts_E.cumsum(0).to(torch.int32)
+
+
+def product_to_ends(x_RI: Tensor, weight_EIO: Tensor, ends_E: Tensor) -> Tensor:
+    """(R, O)."""
+    if len(x_RI) == 0:  # a rank may get none, and torch's CUDA kernel refuses some empty operands
+        return x_RI.new_empty(0, weight_EIO.shape[2])
+    return F.grouped_mm(x_RI, weight_EIO, offs=ends_E)
+
+
+def weight_gradient_to_ends(grad_RO: Tensor, x_RI: Tensor, ends_E: Tensor) -> Tensor:
+    """grad^T x over the rows of each expert: (E, O, I)."""
+    if len(x_RI) == 0:
+        return x_RI.new_zeros(len(ends_E), grad_RO.shape[1], x_RI.shape[1])
+    return F.grouped_mm(grad_RO.t(), x_RI, offs=ends_E)
 
 
 def _parts(by_expert: Tensor, rows: Sequence[int]) -> Iterator[tuple[Tensor, int, int]]:

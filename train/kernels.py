@@ -1,0 +1,33 @@
+"""Which kernels compute the model (train/model/kernels.py): compiled code or torch's operations on a CPU, fused ones on a GPU."""
+
+import torch
+
+from conf.schema import Config
+from train.attention_choice import choose_attention
+from train.model.attention import Attention
+from train.model.compiled import CompiledKernels
+from train.model.fused import FusedKernels, scaled_dot_product
+from train.model.kernels import Kernels
+from train.native import model as native
+from train.precision.build import activation_dtype
+
+
+def build_kernels(kind: str, compiled: bool = True, attention: Attention = scaled_dot_product) -> Kernels:
+    """kind: of the device, cpu or cuda. compiled: whether a CPU that can runs compiled code. attention: of a GPU."""
+    if kind == "cuda":
+        return FusedKernels(attention)
+    return CompiledKernels(native.products_pay()) if compiled and native.lack() is None else Kernels()
+
+
+def choose_kernels(config: Config, device: torch.device) -> tuple[Kernels, list[str]]:
+    """The kernels of a run, and notes on what is slower than it could be.
+
+    Raises UserError where no attention of a GPU gives the right values.
+    """
+    if device.type == "cuda":
+        attention, notes = choose_attention(config, device)
+        return build_kernels("cuda", attention=attention), notes
+    compiled, notes = config.cluster.compiled, []
+    if compiled and activation_dtype(config.precision) == torch.bfloat16 and (why := native.lack()):
+        notes.append(f"the model trains in torch's operations, slower than compiled code: {why}")
+    return build_kernels("cpu", compiled), notes
