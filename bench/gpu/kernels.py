@@ -32,7 +32,7 @@ from train.precision.formats import E4M3, E5M2, E5M6, TILE, Cast
 from train.precision.fp8 import Fp8Precision
 from train.precision.groups import Groups
 from train.precision.high import HighPrecision
-from train.precision.hopper import HopperEngine
+from train.precision.hopper import HopperEngine, load_hopper
 from train.precision.products import CpuEngine
 from train.precision.quantize import dequantize_reference, quantize_reference
 from train.precision.recipe import OperandRule
@@ -284,7 +284,7 @@ def hopper(machine: Machine, experts: bool = False) -> HopperEngine:
     """The engine of a training step. Raises NotTried with what it lacks."""
     machine.need_gpu("the FP8 product")
     try:
-        return HopperEngine(compose("precision=fp8", *(() if experts else HIGH_EXPERTS)).precision.fp8)
+        return load_hopper(compose("precision=fp8", *(() if experts else HIGH_EXPERTS)).precision.fp8)
     except UserError as error:
         raise NotTried(lacks(error)) from error
 

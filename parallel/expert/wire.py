@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from parallel.expert.quantized_rows import TILE, QuantizedRows, dequantize, in_tiles
+from parallel.expert.quantized_rows import TILE, QuantizedRows, Widen, dequantize, in_tiles, widen
 
 E4M3_MAX = 448.0
 
@@ -67,6 +67,7 @@ class Fp8Wire:
         assert min(activation_floor, gradient_floor) >= 2.0**-110, "the scale's reciprocal must stay finite"
         self.activation_floor = activation_floor
         self.gradient_floor = gradient_floor
+        self.widen: Widen = widen
 
     def row_bytes(self, width: int, dtype: torch.dtype) -> int:
         return _round_up(width + _tiles(width), 4)
@@ -95,14 +96,15 @@ class Fp8Wire:
 
     def received(self, q_RD: Tensor, scale_RS: Tensor, dtype: torch.dtype, *, gradient: bool) -> Tensor:
         """The rows that these parts stand for."""
-        return dequantize(q_RD, scale_RS, dtype)
+        return dequantize(q_RD, scale_RS, dtype, self.widen)
 
 
 class Fp8RowsWire(Fp8Wire):
     """The same, for experts that compute in FP8: what arrives stays quantized (parallel/expert/quantized_rows.py)."""
 
     def received(self, q_RD: Tensor, scale_RS: Tensor, dtype: torch.dtype, *, gradient: bool) -> Tensor:
-        return QuantizedRows(q_RD, scale_RS, self.gradient_floor if gradient else self.activation_floor, dtype)
+        floor = self.gradient_floor if gradient else self.activation_floor
+        return QuantizedRows(q_RD, scale_RS, floor, dtype, self.widen)
 
 
 def _tiles(width: int) -> int:

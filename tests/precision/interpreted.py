@@ -31,11 +31,8 @@ def rounding(monkeypatch) -> None:
 
 
 @pytest.fixture
-def engine(monkeypatch) -> hopper.HopperEngine:
-    monkeypatch.setattr(hopper.F, "scaled_mm", fakes.scaled_mm)
-    engine = hopper.HopperEngine.__new__(hopper.HopperEngine)
-    engine._kernels, engine._deep_gemm = triton_kernels, fakes.deep_gemm
-    return engine
+def engine() -> hopper.HopperEngine:
+    return hopper.HopperEngine(triton_kernels, fakes.deep_gemm, fakes.scaled_mm)
 
 
 def same(a: torch.Tensor, b: torch.Tensor) -> bool:

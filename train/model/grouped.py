@@ -54,14 +54,16 @@ def ends_of(counts_E: Tensor) -> Tensor:
 
 def product_to_ends(x_RI: Tensor, weight_EIO: Tensor, ends_E: Tensor) -> Tensor:
     """(R, O)."""
-    if len(x_RI) == 0:  # a rank may get none, and torch's CUDA kernel refuses some empty operands
-        return x_RI.new_empty(0, weight_EIO.shape[2])
+    if (
+        len(x_RI) == 0 or x_RI.is_meta
+    ):  # a rank may get none, which torch's CUDA kernel refuses; on meta it takes bf16 alone
+        return x_RI.new_empty(len(x_RI), weight_EIO.shape[2])
     return F.grouped_mm(x_RI, weight_EIO, offs=ends_E)
 
 
 def weight_gradient_to_ends(grad_RO: Tensor, x_RI: Tensor, ends_E: Tensor) -> Tensor:
     """grad^T x over the rows of each expert: (E, O, I)."""
-    if len(x_RI) == 0:
+    if len(x_RI) == 0 or x_RI.is_meta:
         return x_RI.new_zeros(len(ends_E), grad_RO.shape[1], x_RI.shape[1])
     return F.grouped_mm(grad_RO.t(), x_RI, offs=ends_E)
 

@@ -31,7 +31,7 @@ class Recomputed:
 
     def __init__(self, function: Callable[[], Tensor | tuple[Tensor, ...]], *outputs: Tensor):
         self._function = function
-        self._index = {output.data_ptr(): (i, output.numel()) for i, output in enumerate(outputs)}
+        self._index = {_address(output): (i, output.numel()) for i, output in enumerate(outputs)}
         self._saved = 0
         self._waiting = 0
         self._made: tuple[Tensor, ...] | None = None
@@ -48,14 +48,14 @@ class Recomputed:
 
     def makes(self, tensor: Tensor) -> bool:
         """Whether the tensor is one of the outputs."""
-        _, numel = self._index.get(tensor.data_ptr(), (None, 0))
+        _, numel = self._index.get(_address(tensor), (None, 0))
         return 0 < tensor.numel() <= numel
 
     def _pack(self, tensor: Tensor) -> Tensor | tuple:
         if not self.makes(tensor):
             return tensor
         self._saved += 1
-        return self._index[tensor.data_ptr()][0], tensor.size(), tensor.stride()
+        return self._index[_address(tensor)][0], tensor.size(), tensor.stride()
 
     def _unpack(self, packed: Tensor | tuple) -> Tensor:
         if isinstance(packed, Tensor):
@@ -71,3 +71,8 @@ class Recomputed:
         if self._waiting == 0:  # the last reader: free the result, a further backward pass makes it again
             self._made = None
         return base.as_strided(size, stride, base.storage_offset())
+
+
+def _address(tensor: Tensor) -> tuple[int, int]:
+    """Where the tensor starts; on the meta device too, where there is no memory."""
+    return tensor.untyped_storage()._cdata, tensor.storage_offset()

@@ -18,7 +18,7 @@ from train.precision.compiled import CompiledCasts, load_casts
 from train.precision.compiled_engine import CompiledEngine
 from train.precision.experts import expert_ffn
 from train.precision.health import HealthWatch, Report
-from train.precision.hopper import HopperEngine
+from train.precision.hopper import load_hopper
 from train.precision.linear import linear
 from train.precision.products import CpuEngine, Engine
 from train.precision.recipe import build_recipe
@@ -36,7 +36,7 @@ class Fp8Precision:
         self._recipe = build_recipe(fp8)
         self._health = HealthWatch(fp8.health)
         if engine is None and device.type == "cuda":
-            engine = HopperEngine(fp8)
+            engine = load_hopper(fp8)
         self._engine = engine or cpu_engine(fp8, kernels)
 
     def linear(self, x: Tensor, weight: Tensor, kind: str = "dense") -> Tensor:

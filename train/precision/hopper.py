@@ -17,8 +17,10 @@ Shape suffixes: O outer, C contraction, P padded rows, E experts, N outer of the
 """
 
 import importlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -51,12 +53,11 @@ class Operand:
 
 
 class HopperEngine:
-    """`train.precision.products.Engine` on a Hopper GPU. Raises UserError for what it lacks."""
+    """`train.precision.products.Engine` on a Hopper GPU, out of three libraries; see `load_hopper`."""
 
-    def __init__(self, fp8: Fp8):
-        _check_recipe(fp8)
-        self._deep_gemm = load_deep_gemm() if needs_deep_gemm(fp8) else None
-        self._kernels = load_kernels()
+    def __init__(self, kernels: Any, deep_gemm: Any, scaled_mm: Callable[..., Tensor] = F.scaled_mm):
+        """kernels: train.precision.triton_kernels. deep_gemm: None where experts have no FP8 products."""
+        self._kernels, self._deep_gemm, self._scaled_mm = kernels, deep_gemm, scaled_mm
 
     def keep(self, x_MK: Tensor, cast: Cast) -> Quantized:
         if cast.block != (1, TILE) or cast.format.dtype is None:
@@ -115,7 +116,7 @@ class HopperEngine:
         right_scale, recipe = right.scale, F.ScalingType.BlockWise1x128
         if not right.tiles:
             right_scale, recipe = _padded_blocks(right.scale), F.ScalingType.BlockWise128x128
-        out = F.scaled_mm(
+        out = self._scaled_mm(
             left.q,
             right.q.t(),
             scale_a=left_scale,
@@ -181,6 +182,13 @@ class HopperEngine:
         # the same kernel, so the same bits; what it also computes from the zeros is not used
         da_PF = gates_P.new_zeros(h.shape[0], h.shape[1] // 2, dtype=torch.bfloat16)
         return self.swiglu_backward(h, gates_P, da_PF)[0]
+
+
+def load_hopper(fp8: Fp8) -> HopperEngine:
+    """The engine of this GPU. Raises UserError for what it lacks."""
+    _check_recipe(fp8)
+    deep_gemm = load_deep_gemm() if needs_deep_gemm(fp8) else None
+    return HopperEngine(load_kernels(), deep_gemm)
 
 
 def load_kernels() -> ModuleType:

@@ -82,7 +82,7 @@ def main() -> int:
     say(stage="asking torch for the GPU")
     import torch
 
-    from train.precision.hopper import HopperEngine, needs_deep_gemm
+    from train.precision.hopper import load_hopper, needs_deep_gemm
 
     torch.cuda.set_device(device)
     found, experts = look(device), needs_deep_gemm(fp8)
@@ -91,7 +91,7 @@ def main() -> int:
         return 0
     try:
         say(stage="loading Triton and DeepGEMM")
-        engine = HopperEngine(fp8)
+        engine = load_hopper(fp8)
         bad = wrong_products(engine, torch.device("cuda", device), experts, lambda stage: say(stage=stage))
     except UserError as error:
         bad = [(f"{error.field} = {error.value}: {error.rule}", error.cure)]

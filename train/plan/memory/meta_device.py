@@ -1,107 +1,67 @@
 """The model on the meta device as if it were on a GPU or a CPU: the same operations, no memory and no values.
 
-Code that asks a tensor where it is, or that waits for numbers, is answered here; kernels that only exist on GPUs are
-stood in for by what they return. Everything else is torch's own shape arithmetic.
+The model gets objects of that device: its kernels and products, where those that only exist on GPUs are stood in for by
+what they return. Nothing of torch is exchanged, and everything else is its own shape arithmetic.
+
+torch's FakeTensorMode is not used: a GPU's fake tensors abort autograd where torch is built without CUDA, and a CPU's take 20
+times as long as meta tensors. Nor is its MemTracker: it finds the bytes that a Ledger (ledger.py) finds in twice the time, and
+tells them by module, without the items of a plan and without peaks between two points.
 """
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
 from types import SimpleNamespace
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
-from conf.schema import Fp8, Precision
+from conf.schema import Precision
+from parallel.expert.build import build_wire
+from parallel.expert.wire import Fp8Wire, Wire
+from train.kernels import build_kernels
+from train.model.attention import document_mask
 from train.model.kernels import Kernels
 from train.precision.build import activation_dtype
 from train.precision.formats import TILE, Cast
 from train.precision.fp8 import Fp8Precision, cpu_engine
 from train.precision.high import HighPrecision
 from train.precision.hopper import HopperEngine
-from train.precision.products import Engine
-
-
-@contextmanager
-def shadow(kind: str, rows: Sequence[int]) -> Iterator[None]:
-    """Inside, meta tensors behave as those of a device of this kind do; other tensors are left alone.
-
-    rows: how many rows each expert gets, the one thing that code waits for; the list may change. torch's own hook for such answers, a
-    function mode, does not reach into autograd's passes, so the attributes themselves are exchanged for the time being.
-    """
-    fakes = [
-        (torch.Tensor, "is_cuda", property(_meta_or(torch.Tensor.is_cuda.__get__, lambda _: kind == "cuda"))),
-        (torch.Tensor, "data_ptr", _meta_or(torch.Tensor.data_ptr, _address)),
-        (torch.Tensor, "tolist", _meta_or(torch.Tensor.tolist, lambda _: list(rows))),
-        (F, "grouped_mm", _meta_or(F.grouped_mm, _grouped_mm)),
-    ]
-    if kind == "cuda":
-        fakes += [
-            (F, "scaled_dot_product_attention", _meta_or(F.scaled_dot_product_attention, _attention)),
-            (F, "scaled_mm", _meta_or(F.scaled_mm, _scaled_mm)),
-        ]
-    with ExitStack() as stack:
-        for owner, name, fake in fakes:
-            stack.enter_context(_exchanged(owner, name, fake))
-        yield
-
-
-@contextmanager
-def _exchanged(owner: object, name: str, fake: object) -> Iterator[None]:
-    own, before = name in vars(owner), getattr(owner, name)
-    setattr(owner, name, fake)
-    try:
-        yield
-    finally:
-        if own:
-            setattr(owner, name, before)
-        else:  # it was inherited
-            delattr(owner, name)
-
-
-def _meta_or(real: Callable, fake: Callable) -> Callable:
-    """The fake for a meta tensor as first argument, else the real one."""
-    return lambda tensor, *args, **kwargs: (fake if tensor.is_meta else real)(tensor, *args, **kwargs)
-
-
-def _address(tensor: Tensor) -> int:
-    """Tells tensors apart as an address does."""
-    return tensor.untyped_storage()._cdata + tensor.storage_offset() * tensor.element_size()
-
-
-def _grouped_mm(a: Tensor, b: Tensor, *, offs: Tensor) -> Tensor:
-    """torch's own for meta tensors takes bf16 only."""
-    return a.new_empty(*([len(offs)] if b.dim() == 2 else []), a.shape[0], b.shape[-1])
 
 
 def _scaled_mm(a: Tensor, b: Tensor, *, output_dtype: torch.dtype, **scales: Any) -> Tensor:
     return a.new_empty(a.shape[0], b.shape[1], dtype=output_dtype)
 
 
-def _attention(q: Tensor, k: Tensor, v: Tensor, attn_mask: Tensor | None = None, **rest: Any) -> Tensor:
+def _attention(q: Tensor, k: Tensor, v: Tensor, scale: float, documents_BT: Tensor | None) -> Tensor:
     """A fused kernel: it keeps q, k, v, its output and one fp32 per query and head."""
-    scale, causal = rest.get("scale"), rest.get("is_causal", False)
-    out, *_ = torch.ops.aten._scaled_dot_product_efficient_attention(q, k, v, attn_mask, True, 0.0, causal, scale=scale)
+    mask, causal = None if documents_BT is None else document_mask(documents_BT), documents_BT is None
+    out, *_ = torch.ops.aten._scaled_dot_product_efficient_attention(q, k, v, mask, True, 0.0, causal, scale=scale)
     return out
 
 
-def shadow_precision(
+def meta_kernels(kind: str, compiled: bool) -> Kernels:
+    """`build_kernels` of such a device."""
+    return build_kernels(kind, compiled, _attention)
+
+
+def meta_wire(name: str, quantized: bool, kind: str) -> Wire:
+    """`build_wire` of such a device."""
+    wire = build_wire(name, quantized)
+    if isinstance(wire, Fp8Wire) and kind == "cuda":
+        wire.widen = Tensor.float
+    return wire
+
+
+def meta_precision(
     precision: Precision, kind: str, kernels: Kernels, recompute_swiglu: bool
 ) -> HighPrecision | Fp8Precision:
-    """`build_precision` without the device."""
+    """`build_precision` of such a device."""
     if precision.fp8 is None:
         return HighPrecision(activation_dtype(precision), kernels, recompute_swiglu)
-    return Fp8Precision(precision.fp8, torch.device("meta"), kernels, shadow_engine(precision.fp8, kind, kernels))
-
-
-def shadow_engine(fp8: Fp8, kind: str, kernels: Kernels) -> Engine:
-    """The engine of the device, with kernels that return tensors of the right size."""
     if kind == "cpu":
-        return cpu_engine(fp8, kernels, meta=True)
-    engine = HopperEngine.__new__(HopperEngine)  # its constructor asks for a GPU and for packages
-    engine._kernels, engine._deep_gemm = _KERNELS, _DEEP_GEMM
-    return engine
+        engine = cpu_engine(precision.fp8, kernels, meta=True)
+    else:
+        engine = HopperEngine(_KERNELS, _DEEP_GEMM, _scaled_mm)
+    return Fp8Precision(precision.fp8, torch.device("meta"), kernels, engine)
 
 
 def _tiles(x_RC: Tensor, cast: Cast, in_scale: Tensor | None = None) -> tuple[Tensor, Tensor]:

@@ -20,16 +20,14 @@ from torch import Tensor
 from torch.distributed.pipelining._backward import stage_backward_input, stage_backward_weight
 
 from conf.schema import Model, Recompute
-from parallel.expert.build import build_wire
 from parallel.expert.stand_in import Group, Load, build_stand_in
 from parallel.pipeline.graph import kept_graph
-from train.kernels import build_kernels
 from train.model.deepseek import DeepSeekV3
 from train.model.kernels import Kernels
 from train.model.mla import MLA
 from train.model.moe import LocalDispatcher
 from train.plan.memory.ledger import Ledger
-from train.plan.memory.meta_device import shadow, shadow_precision
+from train.plan.memory.meta_device import meta_kernels, meta_precision, meta_wire
 from train.precision.build import activation_dtype
 
 
@@ -141,21 +139,17 @@ class Run:
     def __init__(self, scene: Scene, part: str, first: bool = False):
         self._scene, self._part, self._first = scene, part, first
         self._ledger = Ledger("meta")
-        self._rows: list[int] = []
-        """Of every expert, in the dispatch under way."""
-        self._shadow = shadow(scene.kind, self._rows)
         self._base, self._start = 0, 0
         self._pieces: list[Stretch] | None = None
         self._incoming: list[Tensor] = []
         """Gradients of the inputs."""
 
     def __enter__(self) -> "Run":
-        self._module = _build(self._scene, self._part, self._cut, self._ledger, self._rows)
+        self._module = _build(self._scene, self._part, self._cut, self._ledger)
         _make_tables(self._module, self._scene)
         for param in self._module.parameters():
             param.grad_dtype = torch.float32
             param.grad = None if self._first else torch.empty_like(param, dtype=torch.float32)
-        self._shadow.__enter__()
         self._ledger.__enter__()
         for tensor in (*self._module.parameters(), *self._module.buffers()):
             self._ledger.enter(tensor)
@@ -170,7 +164,6 @@ class Run:
 
     def __exit__(self, *error: object) -> None:
         self._ledger.__exit__(*error)
-        self._shadow.__exit__(*error)
 
     def forward(self, leaves: bool = False) -> Forward:
         """leaves: inputs stand at the ends of the graph, as torch's split of a backward wants them."""
@@ -290,31 +283,34 @@ class _End(DeepSeekV3):
 
 
 class _Tagged:
-    """A dispatcher whose memory goes by its own name, and which tells how many rows come."""
+    """A dispatcher whose memory goes by its own name, and whose counts of rows, which code waits for, can be asked."""
 
-    def __init__(self, dispatcher, ledger: Ledger, load: Load, rows: list[int]):
-        self._dispatcher, self._ledger, self._load, self._rows = dispatcher, ledger, load, rows
+    def __init__(self, dispatcher, ledger: Ledger, load: Load):
+        self._dispatcher, self._ledger, self._load = dispatcher, ledger, load
 
     def dispatch_begin(self, x_TD: Tensor, *args):
-        self._rows[:] = self._load.rows_L(len(x_TD))
+        self._rows_L = self._load.rows_L(len(x_TD))
         with self._ledger.tagged("dispatch"):
             self._pending = self._dispatcher.dispatch_begin(x_TD, *args)
         return self
 
     def wait(self):
         with self._ledger.tagged("dispatch"):
-            return self.__dict__.pop("_pending").wait()
+            routed = self.__dict__.pop("_pending").wait()
+        rows_L = self._rows_L
+        routed.counts_E.tolist = lambda: list(rows_L)  # of this one tensor: on the meta device it has no values
+        return routed
 
     def combine(self, *args):
         with self._ledger.tagged("dispatch"):
             return self._dispatcher.combine(*args)
 
 
-def _build(scene: Scene, part: str, on_wait: Callable[[], None], ledger: Ledger, rows: list[int]) -> DeepSeekV3:
+def _build(scene: Scene, part: str, on_wait: Callable[[], None], ledger: Ledger) -> DeepSeekV3:
     model: Model = scene.model.section
     recompute = Recompute.swiglu in model.recompute
-    kernels = build_kernels(scene.kind, scene.compiled)
-    precision = shadow_precision(scene.precision.section, scene.kind, kernels, recompute)
+    kernels = meta_kernels(scene.kind, scene.compiled)
+    precision = meta_precision(scene.precision.section, scene.kind, kernels, recompute)
     layers = {"dense": range(1), "moe": range(model.dense_layers, model.dense_layers + 1)}.get(part, range(0))
     kind = _End if part == "end" else DeepSeekV3
     chunk = kind(
@@ -324,7 +320,7 @@ def _build(scene: Scene, part: str, on_wait: Callable[[], None], ledger: Ledger,
         layers=layers,
         has_embedding=part == "embedding",
         has_head=part == "end",
-        dispatcher=_Tagged(_dispatcher(scene, kernels, on_wait), ledger, scene.load, rows),
+        dispatcher=_Tagged(_dispatcher(scene, kernels, on_wait), ledger, scene.load),
         local_experts=range(model.experts // scene.ep),
         dtype=activation_dtype(scene.precision.section),
         device="meta",
@@ -341,7 +337,11 @@ def _dispatcher(scene: Scene, kernels: Kernels, on_wait: Callable[[], None]):
         return LocalDispatcher(model.experts, kernels)
     group = Group(scene.ep, scene.ranks_per_node, model.experts, model.top_k, model.groups, model.top_groups)
     return build_stand_in(
-        scene.dispatch, group, build_wire(scene.wire, scene.precision.section.fp8 is not None), scene.load, on_wait
+        scene.dispatch,
+        group,
+        meta_wire(scene.wire, scene.precision.section.fp8 is not None, scene.kind),
+        scene.load,
+        on_wait,
     )
 
 

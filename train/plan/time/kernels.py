@@ -28,7 +28,7 @@ from train.plan.time.traffic import Spread
 from train.plan.time.update import ADAM_BYTES
 from train.plan.time.work import Sizes, Work
 from train.precision.build import activation_dtype
-from train.precision.hopper import HopperEngine
+from train.precision.hopper import load_hopper
 from train.precision.recipe import Product, build_recipe
 
 SHORTER = 4
@@ -81,7 +81,7 @@ class KernelCases:
             yield from self._tables(sizes)
         yield from self._weights()
         if self.config.precision.fp8 is not None:
-            yield from self._fp8(HopperEngine(self.config.precision.fp8))
+            yield from self._fp8(load_hopper(self.config.precision.fp8))
 
     def loss(self) -> Iterator[tuple[Sizes, Callable[[], object]]]:
         """The cross-entropy, whose products are timed with the others: `loss` is what they leave of it."""
