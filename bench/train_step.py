@@ -182,33 +182,30 @@ def own_step(case: Case, balance_loss: float = 0.0, device: str = "cpu") -> Call
     """A step of the case on this rank of the default process group, on random tokens.
 
     balance_loss: weight of the sequence-wise loss, which the peers do not have. The step returns its seconds of forward
-    and backward, and of reduction and update.
+    and backward, and of what follows: measures, reduction and update.
     """
     import torch
 
     from parallel.mesh import build_mesh
+    from train.data.batch import Batch
     from train.kernels import choose_kernels
+    from train.loop.step import TrainingStep
+    from train.optim.schedules import StepPlan
     from train.parallelize import parallelize
     from train.plan.job import layout_of
+    from train.rank import RankSetup
 
-    config = case.config()
+    config, here = case.config(f"optim.balance_loss={balance_loss}"), torch.device(device)
     mesh = build_mesh(layout_of(config))
-    kernels, _ = choose_kernels(config, torch.device(device))
-    parts = parallelize(config, mesh, torch.device(device), kernels)
-    for chunk in parts.chunks:
-        chunk.mtp_weight = 0.3
-        for router in chunk.routers().values():
-            router.balance_weight = balance_loss
-    tokens_BS = random_tokens(case, config.model.vocab_size, mesh.dp_rank).to(device)
-    parts.zero.set_lr(1e-4)
+    kernels, _ = choose_kernels(config, here)
+    training_step = TrainingStep(config, parallelize(config, mesh, here, kernels), RankSetup(here, mesh))
+    batch = Batch(random_tokens(case, config.model.vocab_size, mesh.dp_rank).to(here))
+    plan = StepPlan(1, 0, config.batch_size, lr=1e-4, mtp_weight=0.3, bias_speed=0.0)
 
     def step() -> tuple[float, float]:
-        began = time.perf_counter()
-        with parts.zero.accumulate():
-            parts.pipeline.step(tokens_BS, micro_batches=case.micro_batches)
-            computed = time.perf_counter()
-        parts.zero.step()
-        return computed - began, time.perf_counter() - computed
+        marks = [time.perf_counter()]
+        training_step.run(plan, batch, on_phase=lambda _: marks.append(time.perf_counter()))
+        return marks[1] - marks[0], marks[-1] - marks[1]
 
     return step
 

@@ -31,12 +31,16 @@ from conf.errors import UserError
 from conf.schema import Config, Parallel, Rate
 from parallel.mesh import Layout, build_mesh
 from train.cpu import cpu_name, threads_of, tune_cpu
+from train.data.batch import Batch
 from train.kernels import build_kernels
+from train.loop.step import TrainingStep
+from train.optim.schedules import StepPlan
 from train.parallelize import parallelize
 from train.plan.time import work
 from train.plan.time.kernels import KernelCases, batches
 from train.plan.time.rates import FILE, Rates
 from train.plan.time.step import plan_time
+from train.rank import RankSetup
 
 BUDGET_SECONDS = 0.12
 """Of one kernel at one size."""
@@ -247,25 +251,24 @@ class _Step:
 
 
 def _step(config: Config, device: torch.device, barrier) -> tuple[float, float]:
-    """Shortest seconds of the passes over two micro-batches, and of the update, of a rank alone."""
+    """Shortest seconds of the passes over two micro-batches, and of what follows until the update, of a rank alone."""
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
     dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     try:
         kernels = build_kernels(device.type, config.cluster.compiled)
-        parts = parallelize(config, build_mesh(Layout()), device, kernels)
+        mesh = build_mesh(Layout())
+        training_step = TrainingStep(config, parallelize(config, mesh, device, kernels), RankSetup(device, mesh))
         shape = config.batch_size, config.seq_len + 1
-        tokens_BS = torch.randint(config.model.vocab_size, shape, device=device)
+        batch = Batch(torch.randint(config.model.vocab_size, shape, device=device))
         times = []
-        for _ in range(STEPS):
+        for number in range(1, STEPS + 1):
+            plan = StepPlan(number, 0, config.batch_size, 0.0, config.optim.mtp_weight[0].value, 0.0)
             if barrier is not None:
                 barrier.wait()
-            started = _now(device)
-            with parts.zero.accumulate():
-                parts.pipeline.step(tokens_BS, micro_batches=2)
-                passed = _now(device)
-            parts.zero.step()
-            times.append((passed - started, _now(device) - passed))
+            marks = [_now(device)]
+            training_step.run(plan, batch, on_phase=lambda _, marks=marks: marks.append(_now(device)))
+            times.append((marks[1] - marks[0], marks[-1] - marks[1]))
         return min(first for first, _ in times), min(second for _, second in times)
     finally:
         dist.destroy_process_group()
