@@ -1,7 +1,7 @@
 """The one shape in which state leaves and enters a rank: an interval of a flattened logical tensor."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from torch import Tensor, nn
@@ -49,13 +49,26 @@ class Sharing(NamedTuple):
 
 
 @dataclass
-class Pieces:
-    """The gradient of a flat parameter in pieces, one after another from its first element on."""
+class GradientHandover:
+    """What ZeRO hands to the optimizer for its next update, beside the `.grad` of the flat parameters. The one object that both
+    know; ZeRO fills it and the optimizer reads it.
+    """
 
-    gradients: list[Tensor]
-    """1-D, fp32. Elements behind the last have none."""
-    divisor: int
-    """They are sums over so many ranks' data, of which the mean is wanted."""
+    factor: Tensor | None = None
+    """All gradients are multiplied with it on their way into the update, which so clips them."""
+    unreduced: dict[Tensor, list[Tensor]] = field(default_factory=dict)
+    """By flat parameter the gradients of one that no other rank shares, where they lie: 1-D, fp32, one after another from its
+    first element on, none for padding at its end. Its `.grad` is a stand-in."""
+    divisor: int = 1
+    """Those are sums over so many ranks' data, of which the mean is wanted."""
+
+    def of(self, param: Tensor) -> tuple[list[Tensor], Tensor | float | None]:
+        """The gradient of a flat parameter in pieces, and what to multiply them with."""
+        if param not in self.unreduced:
+            return [param.grad.view(-1)], self.factor
+        if self.divisor == 1:
+            return self.unreduced[param], self.factor
+        return self.unreduced[param], (1.0 if self.factor is None else self.factor) / self.divisor
 
 
 def whole(tensor: Tensor) -> Shard:

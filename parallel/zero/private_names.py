@@ -45,17 +45,12 @@ NAMES = (
     ),
     PrivateName("optimizer12", "check_overflow", "the same; the norm tells what is not finite"),
     PrivateName("optimizer12", "averaged_gradients", "what the norm is taken over"),
-    PrivateName("optimizer12", "params_in_partition", "whose gradients those are"),
-    PrivateName("gradient", "_zero_padding", "which of them are padding"),
     PrivateName("optimizer12", "use_grad_accum_attribute", "gradients stay in `.grad`, which is fp32 already"),
     PrivateName(
         "optimizer12", "_gradient_reduction_buffer_dtype", "else fp32 gradients are rounded to bf16 in the bucket"
     ),
     PrivateName("optimizer12", "unscale_and_clip_grads", "the optimizer clips as it reads the gradients", True),
     PrivateName("import", "GradPartitionBufferGroup", "gradients that need no reduction are not copied", True),
-    PrivateName("param12", "_hp_mapping", "which part of a weight lies in this rank's shard, for checkpoints"),
-    PrivateName("mapping", "get_hp_fragment_address", "where in the shard"),
-    PrivateName("mapping", "lp_fragment_address", "where in the weight"),
     PrivateName("optimizer12", "update_lp_params", "makes the weights the rounded masters after loading"),
     # stage 3: DeepSpeedZeroOptimizer_Stage3 and its coordinator of gathers
     PrivateName("optimizer3", "_grad_acc_hooks", "take gradients as they come, which mixes up weights between ranks"),
@@ -69,7 +64,6 @@ NAMES = (
     PrivateName(
         "optimizer3", "fp32_partitioned_groups_flat", "the masters, whose moments are made before the first step"
     ),
-    PrivateName("optimizer3", "_reassign_or_swap_out_partitioned_parameters", "makes the weights the rounded masters"),
     PrivateName("param3", "ds_tensor", "this rank's shard of a weight"),
     PrivateName("optimizer3", "parameter_offload", "has the coordinator"),
     PrivateName("offload", "get_param_coordinator", "the coordinator of gathers"),
@@ -83,7 +77,7 @@ NAMES = (
 
 def require_names(**owners: object) -> None:
     """Raise UserError where the installed DeepSpeed lacks a listed name of these owners: module (deepspeed.utils.groups), engine
-    (DeepSpeedEngine), optimizer12 and optimizer3 (the two optimizers, built), param12 and param3 (a weight under them),
+    (DeepSpeedEngine), optimizer12 and optimizer3 (the two optimizers, built), param3 (a weight at stage 3) and
     coordinator. The other owners of the list fail as they are imported or called.
     """
     missing = [one for one in NAMES if one.owner in owners and not _has(owners[one.owner], one.name)]

@@ -114,8 +114,10 @@ class ShardedWeights:
 
     def refresh(self) -> None:
         """Make the weights the rounded masters."""
-        for group in range(len(self._optimizer.fp32_partitioned_groups_flat)):
-            self._optimizer._reassign_or_swap_out_partitioned_parameters(group)
+        from deepspeed.utils import safe_get_local_fp32_param
+
+        for param in self._shapes:
+            param.ds_tensor.data.copy_(safe_get_local_fp32_param(param).detach())
 
     def _begin_pass(self, *_: object) -> None:
         """Forward of a chunk begins; the backward of the micro-batch before is over."""

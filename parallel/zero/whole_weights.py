@@ -10,13 +10,24 @@ its own pass over the gradients.
 """
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from parallel.shard import Fragment, Pieces, Sharing
+from parallel.shard import Fragment, Sharing
 from parallel.zero.private_names import require_names
+
+
+class ShardSlice(NamedTuple):
+    """The elements of a parameter that lie in this rank's shard of its group."""
+
+    param: nn.Parameter
+    offset: int
+    """First element, in the flattened parameter."""
+    place: slice
+    """In the shard."""
 
 
 class WholeWeights:
@@ -37,11 +48,17 @@ class WholeWeights:
         close: Callable[[], None],
         clip: float,
     ):
-        self._engine, self._client, self._ranks, self._close, self._clip = engine, client, ranks, close, clip
+        self._engine, self._client, self._close, self._clip = engine, client, close, clip
+        self._handover = client.handover
+        self._handover.divisor = ranks
         self._optimizer = optimizer = engine.optimizer
         # DeepSpeed puts one flat master in the place of each group's parameters, and keeps the order of the groups.
         self._masters: list[Tensor] = [group["params"][0] for group in client.param_groups]
         self._groups = groups
+        self._slices = [
+            slices_of(params, len(master), shares(params[0]).rank)
+            for params, master in zip(groups, self._masters, strict=True)
+        ]
         for master in self._masters:
             client.allocate(master)
         is_bf16 = self._groups[0][0].dtype == torch.bfloat16
@@ -49,7 +66,7 @@ class WholeWeights:
             number for number, params in enumerate(self._groups) if is_bf16 and shares(params[0]).ranks == 1
         ]
         """Groups whose gradients need no reduction; with fp32 weights DeepSpeed puts the shard together in the step."""
-        require_names(optimizer12=optimizer, param12=self._groups[0][0])
+        require_names(optimizer12=optimizer)
         optimizer.scaled_global_norm = lambda norm_type=2: self._take_norm(norm())
         optimizer.check_overflow = lambda partition_gradients=True: None  # a norm that is not finite skips the step
         optimizer.unscale_and_clip_grads = lambda gradients, norm: None
@@ -58,7 +75,7 @@ class WholeWeights:
 
     def _take_norm(self, norm: Tensor) -> Tensor:
         """Let the update clip by this norm."""
-        self._client.factor = 1 / ((norm + 1e-6) / self._clip).clamp_min(1) if self._clip > 0 else None
+        self._handover.factor = 1 / ((norm + 1e-6) / self._clip).clamp_min(1) if self._clip > 0 else None
         return norm
 
     @contextlib.contextmanager
@@ -86,7 +103,7 @@ class WholeWeights:
 
         for number in self._unshared:
             params, master = self._groups[number], self._masters[number]
-            self._client.pieces[master] = Pieces([param.grad.view(-1) for param in params], self._ranks)
+            self._handover.unreduced[master] = [param.grad.view(-1) for param in params]
             for param in params:
                 param.grad = None
             stand_in = torch.zeros(1, device=master.device).expand(master.shape)  # DeepSpeed looks at its shape alone
@@ -94,7 +111,7 @@ class WholeWeights:
 
     def forget_gradients(self) -> None:
         """Call when a step is over, made or skipped."""
-        self._client.pieces.clear()
+        self._handover.unreduced.clear()
 
     def weights(self) -> Iterator[Tensor]:
         """What this rank holds of the weights between steps."""
@@ -102,27 +119,32 @@ class WholeWeights:
 
     def gradients(self) -> Iterator[tuple[nn.Parameter, Tensor, int]]:
         """Gradients of this rank's shard without padding, and what they are still to be divided by."""
-        for number, (group, master) in enumerate(zip(self._groups, self._masters, strict=True)):
-            if master in self._client.pieces:
-                pieces = self._client.pieces[master]
-                yield from ((param, grad, pieces.divisor) for param, grad in zip(group, pieces.gradients, strict=True))
-                continue
-            gradients = self._optimizer.averaged_gradients[number]
-            real = [grad for grad in gradients if not getattr(grad, "_zero_padding", False)]
-            params = self._optimizer.params_in_partition[number]
-            yield from ((param, grad, 1) for param, grad in zip(params, real, strict=False))
+        for number, (slices, master) in enumerate(zip(self._slices, self._masters, strict=True)):
+            gradients, divisor = self._handover.unreduced.get(master), self._handover.divisor
+            if gradients is None:
+                gradients, divisor = self._optimizer.averaged_gradients[number], 1
+            # What DeepSpeed has more than slices is the padding behind them.
+            yield from ((part.param, gradient, divisor) for part, gradient in zip(slices, gradients, strict=False))
 
     def fragments(self) -> Iterator[Fragment]:
-        for group, master in zip(self._groups, self._masters, strict=True):
-            for param in group:
-                mapping = getattr(param, "_hp_mapping", None)
-                if mapping is None:
-                    continue  # nothing of this parameter lies in this rank's shard
-                part = mapping.get_hp_fragment_address()
-                shard = slice(part.start, part.start + part.numel)
-                moments = {key: moment[shard] for key, moment in self._client.allocate(master).items()}
-                yield Fragment(param, mapping.lp_fragment_address.start, master.detach()[shard], moments)
+        for slices, master in zip(self._slices, self._masters, strict=True):
+            for param, offset, place in slices:
+                moments = {key: moment[place] for key, moment in self._client.allocate(master).items()}
+                yield Fragment(param, offset, master.detach()[place], moments)
 
     def refresh(self) -> None:
         """Make the weights the rounded masters."""
         self._optimizer.update_lp_params()
+
+
+def slices_of(params: Sequence[nn.Parameter], size: int, rank: int) -> list[ShardSlice]:
+    """What lies in the shard of a rank, `size` elements of the group's parameters one after another. DeepSpeed has made all of
+    them views of one tensor, so that each knows its own place there.
+    """
+    found = []
+    for param in params:
+        first = param.storage_offset() - params[0].storage_offset() - rank * size  # in the shard
+        start, end = max(0, first), min(size, first + param.numel())
+        if start < end:
+            found.append(ShardSlice(param, start - first, slice(start, end)))
+    return found

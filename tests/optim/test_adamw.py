@@ -5,7 +5,6 @@ import torch
 
 import train.native.model as native
 from conf.schema import Optim
-from parallel.shard import Pieces
 from train.optim.adamw import CHUNK, AdamW
 
 SIZE = 2 * CHUNK["cpu"] + 1003
@@ -108,7 +107,7 @@ def test_the_factor_of_the_gradient_is_that_of_a_product_before(build, problem, 
     for factor, given in ((torch.tensor(0.3), grad.clone()), (None, grad * 0.3)):
         param = torch.nn.Parameter(weights.clone())
         optimizer = build(param, moments)
-        param.grad, optimizer.factor = given, factor
+        param.grad, optimizer.handover.factor = given, factor
         optimizer.step()
         updated.append(param.detach())
     assert torch.equal(*updated)
@@ -129,11 +128,12 @@ def test_threads_change_no_bit(build, problem):
 def test_gradients_in_pieces_give_the_update_of_the_whole_and_leave_padding(build, problem, moments):
     weights, (grad, *_) = problem
     updated, used = [], SIZE - 7
-    for pieces in (Pieces([grad[:1000], grad[1000:used]], 2), Pieces([grad[:used]], 2)):
+    for pieces in ([grad[:1000], grad[1000:used]], [grad[:used]]):
         param = torch.nn.Parameter(weights.clone())
         optimizer = build(param, moments)
         param.grad = torch.zeros(1).expand(SIZE)
-        optimizer.pieces[param] = Pieces([one.clone() for one in pieces.gradients], pieces.divisor)
+        optimizer.handover.unreduced[param] = [one.clone() for one in pieces]
+        optimizer.handover.divisor = 2
         optimizer.step()
         updated.append(param.detach())
     assert torch.equal(*updated)

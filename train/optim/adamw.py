@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from conf.schema import Optim, Precision
-from parallel.shard import Pieces
+from parallel.shard import GradientHandover
 from train.native.kernel import Array, Kernel, Number, Size, Struct, Threads
 from train.native.model import library
 
@@ -56,10 +56,7 @@ class AdamW(torch.optim.Optimizer):
         beta1, beta2 = optim.betas
         super().__init__(groups, {"lr": optim.lr, "betas": (beta1, beta2), "eps": optim.eps, "weight_decay": 0.0})
         self.moments, self._compiled = moments, compiled
-        self.factor: Tensor | None = None
-        """What gradients are multiplied with on their way into the next update: the owner's clipping."""
-        self.pieces: dict[Tensor, Pieces] = {}
-        """Gradients in pieces of parameters whose `.grad` is a stand-in. The owner fills it before every step."""
+        self.handover = GradientHandover()
         self.updates = 0
         """Updates made before this step; counts bias correction for all groups alike."""
 
@@ -93,12 +90,9 @@ class AdamW(torch.optim.Optimizer):
                     continue
                 state = self.allocate(param)
                 held = param.view(-1), state["exp_avg"].view(-1), state["exp_avg_sq"].view(-1)
-                pieces = self.pieces.get(param) or Pieces([param.grad.view(-1)], 1)
-                factor = self.factor
-                if pieces.divisor > 1:
-                    factor = (1.0 if factor is None else factor) / pieces.divisor
+                gradients, factor = self.handover.of(param)
                 first = 0
-                for grad in pieces.gradients:
+                for grad in gradients:
                     part = slice(first, first + grad.numel())
                     weight, mean, square = (tensor[part] for tensor in held)
                     update(UpdatePiece(weight, grad, mean, square), group, self.updates + 1, factor)
