@@ -9,16 +9,14 @@ import difflib
 from collections.abc import Iterator
 from pathlib import Path
 
-from hydra.errors import HydraException
 from omegaconf import DictConfig
-from omegaconf.errors import OmegaConfBaseException
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
 from conf.errors import EXIT_OK, UserError
 from conf.keys import Key, KeyGroup, attribute_meanings, groups, value_words
-from conf.load import compose_node, report
+from conf.load import compose_node, explained, report
 from conf.schema import ROOT, Mode
 
 EXAMPLES = (
@@ -37,12 +35,13 @@ def show_help(words: list[str], console: Console | None = None) -> int:
     overrides, names = _sorted_out(words)
     console = console or Console(highlight=False)
     try:
-        values = compose_node(*overrides)
+        with explained(overrides):
+            values = compose_node(*overrides)
         if not names:
             _overview(console, values)
         for name in names:
             console.print(*_section(name, values), sep="\n")
-    except (UserError, HydraException, OmegaConfBaseException) as error:
+    except UserError as error:
         return report(error)
     return EXIT_OK
 

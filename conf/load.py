@@ -8,7 +8,8 @@ import difflib
 import os
 import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -99,6 +100,15 @@ def compose_node(*overrides: str) -> DictConfig:
     return node
 
 
+@contextmanager
+def explained(words: Sequence[str]) -> Iterator[None]:
+    """Turn errors of Hydra and OmegaConf in this block into UserError. words: of the command line that it composes."""
+    try:
+        yield
+    except (HydraException, OmegaConfBaseException) as error:
+        raise _explain(error, words) from error
+
+
 def register() -> None:
     """Make the schema known to Hydra, and `${is_set:${KEY}}` to recipes: whether a key is not null."""
     OmegaConf.register_new_resolver("is_set", lambda value: value is not None, replace=True)
@@ -134,21 +144,21 @@ def run(job: Callable[[list[Config]], int]) -> int:
         configs = [to_config(node) for node in nodes]
         with disk_errors(*configs):
             return job(configs) if configs else EXIT_OK
-    except (UserError, HydraException, OmegaConfBaseException) as error:
+    except UserError as error:
         return report(error)
+    except (HydraException, OmegaConfBaseException) as error:
+        return report(_explain(error, sys.argv[1:]))
 
 
-def report(error: UserError | HydraException | OmegaConfBaseException) -> int:
+def report(error: UserError) -> int:
     """Print the error on one screen; returns its exit code."""
-    if not isinstance(error, UserError):
-        error = _explain(error)
     print(f"error: {error}", file=sys.stderr)
     return error.code
 
 
-def _explain(error: Exception) -> UserError:
+def _explain(error: Exception, words: Sequence[str]) -> UserError:
     """Turn an error of Hydra or OmegaConf into field, value, rule and cure."""
-    given = {part.partition("=")[0].lstrip("+~"): part.partition("=")[2] for part in sys.argv[1:]}
+    given = {part.partition("=")[0].lstrip("+~"): part.partition("=")[2] for part in words}
     cause = error.__cause__ if isinstance(error.__cause__, OmegaConfBaseException) else error
     lines = [line.strip() for line in str(error).splitlines() + str(cause).splitlines() if line.strip()]
     message = lines[0] if lines else type(error).__name__

@@ -86,6 +86,8 @@ def test_bad_settings_are_refused_before_anything_starts(tmp_path):
     with pytest.raises(UserError) as caught:
         sluice.compose("batch_size=15")
     assert caught.value.field == "batch_size" and caught.value.code == EXIT_USER
+    with pytest.raises(UserError, match="modle"):
+        sluice.compose("modle.layers=4")
     with pytest.raises(UserError):
         sluice.run(sluice.compose(*arguments(tmp_path, "data.path=/nowhere", "name=none")))
     assert not (tmp_path / "runs").exists()

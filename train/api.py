@@ -16,9 +16,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from conf import load as load_settings
 from conf.disk import disk_errors
 from conf.errors import EXIT_OK, EXIT_STOPPED, UserError
-from conf.load import compose
 from conf.schema import Config
 from train.checkpoint.manifest import newest_intact
 from train.metrics.jsonl import FILE, read_heads
@@ -69,6 +69,12 @@ class RunResult:
             raise UserError("frame", self.folder, rule, "pip install pandas, or take records()") from error
         records = self.records()
         return pandas.DataFrame(records).set_index("step") if records else pandas.DataFrame()
+
+
+def compose(*words: str) -> Config:
+    """The checked settings for words of the command line. Raises UserError for what is mistyped or does not fit together."""
+    with load_settings.explained(words):
+        return load_settings.compose(*words)
 
 
 def run(config: Config) -> RunResult:

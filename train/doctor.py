@@ -15,14 +15,12 @@ from importlib import metadata
 from pathlib import Path
 
 import psutil
-from hydra.errors import HydraException
-from omegaconf.errors import OmegaConfBaseException
 from packaging.requirements import Requirement
 from rich.console import Console
 
 from conf.disk import room, size
 from conf.errors import EXIT_OK, EXIT_USER, UserError
-from conf.load import compose, report
+from conf.load import compose, explained, report
 from conf.schema import ROOT, Config
 from train import __version__
 from train.cpu import cpu_name
@@ -52,10 +50,12 @@ def main(words: list[str]) -> int:
         print(version_line())
         return EXIT_OK
     try:
-        config, console = compose(*words[1:]), Console(highlight=False)
+        with explained(words[1:]):
+            config = compose(*words[1:])
+        console = Console(highlight=False)
         with console.status("looking at this machine"):
             findings = list(look(config))
-    except (UserError, HydraException, OmegaConfBaseException) as error:
+    except UserError as error:
         return report(error)
     return doctor_screen(findings, console)
 
