@@ -108,13 +108,17 @@ def build_model(config: Config, device: str = "cpu") -> "DeepSeekV3":
     and gives (B, T, vocabulary). In train mode, as it comes, the loss is of the next token; MTP's is added with
     `model.mtp_weight`. Raises UserError if memory cannot hold it.
     """
+    import torch
+
+    from train.kernels import choose_kernels
     from train.model.deepseek import DeepSeekV3
     from train.model.init import initialise
     from train.precision.build import activation_dtype, build_precision
     from train.weights import require_memory
 
     require_memory(config.model, 4, "model", Path(config.name))
-    precision = build_precision(config.precision, _device(config, device))
+    place = torch.device(device)
+    precision = build_precision(config.precision, place, choose_kernels(config, place)[0])
     model = DeepSeekV3.whole(config.model, precision, seq_len=config.seq_len, device="meta")
     initialise(model, config.seed, device)
     for param in model.parameters():
@@ -143,15 +147,6 @@ def complete(model: "LoadedModel", prompt: str, *, tokens: int = 200, **how: Any
     from train.generate.complete import complete as continuation
 
     return continuation(model, prompt, tokens=tokens, **how)
-
-
-def _device(config: Config, device: str) -> Any:
-    import torch
-
-    from train.native.model import choose
-
-    choose(config.cluster.compiled)
-    return torch.device(device)
 
 
 def _quoted(text: str) -> str:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from bench.gpu.line import Finding
-from bench.gpu.machine import Machine, Side
+from bench.gpu.machine import DeviceSide, Machine
 
 FACTOR = 3.0
 SAME = 2e-5
@@ -88,7 +88,7 @@ def judge(found: Sequence[Distance], show_all: bool = False) -> Finding:
     return Finding({"tensors": len(found), "worst, of what is allowed": worst[0].ratio}, BOUND, problem, table)
 
 
-Sides = Callable[[Side, torch.dtype], dict[str, Tensor]]
+Sides = Callable[[DeviceSide, torch.dtype], dict[str, Tensor]]
 """Results by name, on this side and in this format, from values that are the same for all."""
 
 

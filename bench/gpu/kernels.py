@@ -17,7 +17,7 @@ from torch import Tensor
 
 from bench.gpu.compare import distances, judge, relative, seeded, three_sides, with_gradients
 from bench.gpu.line import Check, Finding, NotTried
-from bench.gpu.machine import Machine, Side
+from bench.gpu.machine import DeviceSide, Machine
 from conf.errors import UserError
 from conf.load import compose
 from train.kernels import build_kernels
@@ -379,7 +379,7 @@ def run_layers(precision, device: torch.device, dtype: torch.dtype) -> dict[str,
 # What a step does beside, by torch's operations or its libraries
 
 
-def attend(side: Side, dtype: torch.dtype, documents: bool = False) -> dict[str, Tensor]:
+def attend(side: DeviceSide, dtype: torch.dtype, documents: bool = False) -> dict[str, Tensor]:
     draw, T = seeded(7, side.device, dtype), 512
     q, k, v = (draw(2, 4, T, width) for width in (192, 192, 128))
     ends = torch.zeros(2, T, dtype=torch.int64)
@@ -389,13 +389,13 @@ def attend(side: Side, dtype: torch.dtype, documents: bool = False) -> dict[str,
     return with_gradients({"out": out}, {"q": q, "k": k, "v": v}, draw)
 
 
-def linear(side: Side, dtype: torch.dtype) -> dict[str, Tensor]:
+def linear(side: DeviceSide, dtype: torch.dtype) -> dict[str, Tensor]:
     draw = seeded(8, side.device, dtype)
     x, w = draw(384, 1024), draw(640, 1024, scale=0.03)
     return with_gradients({"y": HighPrecision(dtype, side.kernels).linear(x, w)}, {"x": x, "w": w}, draw)
 
 
-def experts(side: Side, dtype: torch.dtype) -> dict[str, Tensor]:
+def experts(side: DeviceSide, dtype: torch.dtype) -> dict[str, Tensor]:
     draw = seeded(9, side.device, dtype)
     rows, w13, w2 = draw(sum(RAGGED), 256), draw(4, 512, 256, scale=0.06), draw(4, 256, 256, scale=0.06)
     gates = torch.rand(sum(RAGGED), generator=torch.Generator().manual_seed(3)).to(side.device).requires_grad_()
@@ -403,14 +403,14 @@ def experts(side: Side, dtype: torch.dtype) -> dict[str, Tensor]:
     return with_gradients({"y": y}, {"rows": rows, "gates": gates, "w13": w13, "w2": w2}, draw)
 
 
-def eager_swiglu(side: Side, dtype: torch.dtype) -> dict[str, Tensor]:
+def eager_swiglu(side: DeviceSide, dtype: torch.dtype) -> dict[str, Tensor]:
     draw = seeded(10, side.device, dtype)
     h = draw(300, 1024)
     gates = torch.rand(300, generator=torch.Generator().manual_seed(3)).to(side.device).requires_grad_()
     return with_gradients({"a": swiglu(h, gates, side.kernels)}, {"h": h, "gates": gates}, draw)
 
 
-def norm(side: Side, dtype: torch.dtype) -> dict[str, Tensor]:
+def norm(side: DeviceSide, dtype: torch.dtype) -> dict[str, Tensor]:
     draw = seeded(11, side.device, dtype)
     module = RMSNorm(768, 1e-6, False, side.kernels, device=side.device, dtype=dtype)
     with torch.no_grad():
@@ -419,7 +419,7 @@ def norm(side: Side, dtype: torch.dtype) -> dict[str, Tensor]:
     return with_gradients({"y": module(x)}, {"x": x, "weight": module.weight}, draw)
 
 
-def heads(side: Side, dtype: torch.dtype) -> dict[str, Tensor]:
+def heads(side: DeviceSide, dtype: torch.dtype) -> dict[str, Tensor]:
     draw, model = seeded(12, side.device, dtype), compose("conf=deepseek_v3", "data.path=none").model
     q, kv, k_rope = draw(2, 256, 4, 192), draw(2, 256, 4, 256), draw(2, 256, 64)
     table = Rope(model, 256).table(256, side.device)
@@ -427,7 +427,7 @@ def heads(side: Side, dtype: torch.dtype) -> dict[str, Tensor]:
     return with_gradients(outputs, {"q": q, "kv": kv, "rope key": k_rope}, draw)
 
 
-def permutation(side: Side, dtype: torch.dtype) -> dict[str, Tensor]:
+def permutation(side: DeviceSide, dtype: torch.dtype) -> dict[str, Tensor]:
     draw = seeded(13, side.device, dtype)
     x, gates = draw(300, 256), draw(300, 6).float()
     ids = torch.rand(300, 32, generator=torch.Generator().manual_seed(3)).topk(6).indices.to(side.device)
@@ -437,7 +437,7 @@ def permutation(side: Side, dtype: torch.dtype) -> dict[str, Tensor]:
     return with_gradients({"y": y, "gates by row": routed.gates_R}, {"x": x}, draw)
 
 
-def loss(side: Side, dtype: torch.dtype) -> dict[str, Tensor]:
+def loss(side: DeviceSide, dtype: torch.dtype) -> dict[str, Tensor]:
     draw = seeded(14, side.device, dtype)
     hidden, head = draw(300, 256), draw(2048, 256, scale=0.06)
     targets = torch.randint(2048, (300,), generator=torch.Generator().manual_seed(3)).to(side.device)

@@ -17,7 +17,7 @@ from train.model.kernels import Kernels
 PATIENCE = 4.0
 
 
-class Side(NamedTuple):
+class DeviceSide(NamedTuple):
     """One side of a comparison."""
 
     device: torch.device
@@ -78,12 +78,16 @@ class Machine:
             return True
         return False
 
-    def side(self, reference: bool) -> Side:
+    def side(self, reference: bool) -> DeviceSide:
         """Where and how to compute one side of a comparison: the reference is always the CPU.
 
         Without a GPU both sides are the CPU, and what differs is whether it runs compiled code.
         """
-        return Side(torch.device("cpu"), build_kernels("cpu")) if reference else Side(self.device, self._kernels)
+        return (
+            DeviceSide(torch.device("cpu"), build_kernels("cpu"))
+            if reference
+            else DeviceSide(self.device, self._kernels)
+        )
 
     @cached_property
     def _kernels(self) -> Kernels:

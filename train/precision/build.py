@@ -13,7 +13,8 @@ def build_precision(
 ) -> HighPrecision | Fp8Precision:
     """The products of a checked section on this device. Raises UserError where the device lacks what FP8 needs.
 
-    kernels: what the model computes with on this device, see train/kernels.py. recompute_swiglu: whether experts in fp32 or bf16 make their SwiGLU output again in backward; FP8 always does.
+    kernels: what the model computes with on this device, see train/kernels.py. recompute_swiglu: whether experts in fp32 or
+    bf16 make their SwiGLU output again in backward; FP8 always does.
     """
     if precision.fp8 is not None:
         return Fp8Precision(precision.fp8, device, kernels)
