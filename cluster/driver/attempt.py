@@ -1,4 +1,7 @@
-"""One attempt to run: its ranks as their agents last saw them, its progress, and what went wrong with it."""
+"""One attempt to run: its ranks as their agents last saw them, its progress, and what went wrong with it.
+
+What is asked at every tick is counted as reports come in, so that an answer costs as much as its node has ranks.
+"""
 
 from cluster.cause import CERTAIN, Cause, Kind, RankReport, name_cause, name_hang
 from cluster.driver.policy import Policy
@@ -22,6 +25,10 @@ class Attempt:
         self.cause: Cause | None = None
         self.moved = now
         """When a rank last got on."""
+        self.step = -1
+        """The highest step that a rank was seen to work on."""
+        self._ended = self._bad = self._at_work = 0
+        """Ranks that ended, that failed, and that run and are in a step."""
         self.hang_since: float | None = None
         self.stacks: dict[int, str] = {}
         self.first_step: int | None = None
@@ -39,16 +46,12 @@ class Attempt:
         return [self.reports[rank] for node in self.reachable for rank in self.ranks_of[node]]
 
     @property
-    def step(self) -> int:
-        return max(report.step for report in self.reports.values())
-
-    @property
     def ended(self) -> bool:
-        return all(report.ended for report in self.reports.values())
+        return self._ended == len(self.reports)
 
     @property
     def broken(self) -> bool:
-        return bool(self.lost or self.cause) or any(report.bad for report in self.reports.values())
+        return bool(self.lost or self.cause or self._bad)
 
     @property
     def stepping(self) -> bool:
@@ -68,12 +71,16 @@ class Attempt:
             if report.step != old.step and report.busy is not None:
                 self._stragglers.take(report.rank, report.busy)
             self.reports[report.rank] = report
+            self.step = max(self.step, report.step)
+            self._ended += report.ended - old.ended
+            self._bad += report.bad - old.bad
+            self._at_work += _is_at_work(report) - _is_at_work(old)
         if self.first_step is None and self.step >= 0:
             self.first_step = self.step
 
     def limit(self, policy: Policy) -> float:
         """Longest time without progress in what the ranks are doing now, in seconds."""
-        at_work = all(report.phase == "step" for report in self.reports.values() if not report.ended)
+        at_work = self._at_work == len(self.reports) - self._ended
         return policy.hang_after if self.stepping and at_work else policy.start_timeout
 
     def settled(self, now: float, until: float) -> bool:
@@ -108,3 +115,7 @@ class Attempt:
     def new_stragglers(self, factor: float) -> list[Slow]:
         """Ranks that have become slow beside those that do the same work."""
         return self._stragglers.new(factor)
+
+
+def _is_at_work(report: RankReport) -> bool:
+    return not report.ended and report.phase == "step"

@@ -28,8 +28,10 @@ from conf.errors import EXIT_OK, EXIT_STOPPED, EXIT_USER
 from conf.load import write_config
 from conf.schema import Config
 
-ASK_EVERY = 0.25
-"""Seconds between questions to one agent."""
+PATIENCE = 0.25
+"""Seconds after which an agent without news answers; it is asked again at once."""
+ANSWERS = 800
+"""A second at most: of many agents each has more patience, so that the driver does not drown in answers without news."""
 LOOK_EVERY = 1.0
 """Seconds between looks at the list of nodes and at the checkpoints."""
 
@@ -66,8 +68,8 @@ class Driver:
         self._finish: m.Finish | None = None
         self._known: dict[str, Node] = {}
         """Nodes that were listed, by id; checked ones are those that the supervisor knows."""
-        self._asked: dict[str, float] = {}
-        """When an agent was last asked; absent while its answer is out."""
+        self._ask_later: set[str] = set()
+        """Nodes whose agent could not answer; they are asked again at the next look."""
         self._released: set[str] = set()
         """Nodes that were about to go and hold nothing of the run any more."""
         self._starting: tuple[int, Placement] | None = None
@@ -110,13 +112,12 @@ class Driver:
         if self.clock() - self._looked >= LOOK_EVERY:
             self._looked = self.clock()
             self._look()
-        self._ask()
         for reply in self.fleet.replies(0.05):
             self._take(reply)
         if self._network is not None:
             self._test_network()
-        held = self.copies.newest(self.supervisor.answering)
-        self._tell(m.Held(Age(held.attempt, held.step) if held else NONE))
+        if self.supervisor.phase is not DriverPhase.running:  # what can be saved is about to count
+            self._look_at_copies()
         self._tell(m.Tick())
         self.view.update(self.supervisor)
 
@@ -136,6 +137,7 @@ class Driver:
     def _look(self) -> None:
         """At the nodes and the checkpoints."""
         self._tell(m.Saved(newest(self.folder)))
+        self._look_at_copies()
         try:
             listed = {node.id: node for node in self.fleet.nodes()}
             draining = self.fleet.draining()
@@ -145,7 +147,6 @@ class Driver:
             return
         for id in set(self._known) - set(listed):
             del self._known[id]
-            self._asked.pop(id, None)
             self.copies.forget(id)
             self._tell(m.Lost(id, "the cluster lists it as dead"))
         for id, node in listed.items():
@@ -158,20 +159,28 @@ class Driver:
                 self._open_memory(self._known[id])
         for id, why in draining.items():
             self._tell(m.Draining(id, why))
+        for id in self._ask_later & set(self._known):
+            self._ask(id)
+        self._ask_later.clear()
 
-    def _ask(self) -> None:
-        pause = max(ASK_EVERY, len(self._asked) / 400)  # a driver of thousands of agents must not drown in answers,
-        pause = min(pause, self.config.cluster.heartbeat / 2)  # nor take those that it did not ask for silent
-        for id, asked in list(self._asked.items()):
-            if self.clock() - asked >= pause:
-                del self._asked[id]
-                self.fleet.call(id, "ask", self._offsets)
+    def _look_at_copies(self) -> None:
+        held = self.copies.newest(self.supervisor.answering)
+        self._tell(m.Held(Age(held.attempt, held.step) if held else NONE))
+
+    def _ask(self, id: str) -> None:
+        """Ask an agent for its next news; each has one such question at a time."""
+        patience = min(max(PATIENCE, len(self._known) / ANSWERS), self.config.cluster.heartbeat / 2)
+        self.fleet.call(id, "ask", self._offsets_on(id), self.supervisor.number, patience)
+
+    def _offsets_on(self, id: str) -> dict[int, int]:
+        """How much of the output of each rank of a node is here."""
+        ranks = self.supervisor.attempt.ranks_of.get(id, ()) if self.supervisor.attempt else ()
+        return {rank: self._offsets[rank] for rank in ranks if rank in self._offsets}
 
     def _take(self, reply: Reply) -> None:
         if reply.node not in self._known:
             return
         if reply.dead:
-            self._asked.pop(reply.node, None)
             self.copies.forget(reply.node)
             self._tell(m.Lost(reply.node, f"its agent died: {reply.error}", returning=True))
             node = self._known.pop(reply.node)  # the next look starts a new agent, if the node is still listed
@@ -182,11 +191,13 @@ class Driver:
         elif reply.method == "open_memory":
             self._take_store(self._known[reply.node], reply)
         elif reply.method == "ask":
-            self._asked[reply.node] = self.clock()
             if reply.error is None:
                 self._take_answer(reply.node, reply.value)
+                if reply.node in self._known:  # else it was let go
+                    self._ask(reply.node)
             else:
-                self._note("node_refused", f"{self._known[reply.node].name}: {reply.error}")
+                self._note("call_failed", f"{self._known[reply.node].name}: {reply.method}: {reply.error}")
+                self._ask_later.add(reply.node)
         elif reply.method == "probe":
             self._tell(m.Probed(reply.node))
         elif reply.method == "network":
@@ -228,9 +239,9 @@ class Driver:
                 self._do(m.Finish(EXIT_USER, f"no node has checkpoint.memory_folder = {self.copies.base}"))
 
     def _admit(self, node: Node) -> None:
-        self._asked[node.id] = -ASK_EVERY
         self._refused.pop(node.name, None)
         self._tell(m.Joined(node))
+        self._ask(node.id)
         if self.supervisor.phase is DriverPhase.running and self._first_step is not None:
             self._warm([node])
 
@@ -304,7 +315,6 @@ class Driver:
         """End the agents of nodes that are about to go; nothing of the run is there any more."""
         for id in self.supervisor.draining & set(self._known):
             del self._known[id]
-            self._asked.pop(id, None)
             self._released.add(id)
             self.copies.forget(id)
             self.fleet.release(id)
@@ -382,13 +392,13 @@ class Driver:
         attempt = self.supervisor.attempt
         if attempt is None:
             return
-        waiting = {id for id in attempt.reachable if id in self._asked}
-        for id in waiting:
-            self.fleet.call(id, "ask", self._offsets)
+        waiting = {id for id in attempt.reachable if id in self._known}
         deadline = self.clock() + 2.0
+        for id in waiting:
+            self.fleet.call(id, "last_words", self._offsets_on(id), attempt.number)
         while waiting and self.clock() < deadline:
             for reply in self.fleet.replies(0.1):
-                if reply.method == "ask":
+                if reply.method == "last_words":
                     waiting.discard(reply.node)
                     if reply.error is None and not reply.dead:
                         self._take_answer(reply.node, reply.value)

@@ -8,6 +8,9 @@ from typing import Any, Protocol
 
 from cluster.topology import Node
 
+WAITING = ("ask", "network")
+"""Methods of an agent that take their time; the others return at once."""
+
 
 @dataclass(frozen=True)
 class Reply:
@@ -42,7 +45,10 @@ class Fleet(Protocol):
         ...
 
     def call(self, node: str, method: str, *arguments: Any) -> None:
-        """Call a method of cluster.node.agent.Agent there, after the calls before it. The first call starts the agent."""
+        """Call a method of cluster.node.agent.Agent there. The first call starts the agent.
+
+        Calls of WAITING methods come one after another, and so do all others; neither waits for the other.
+        """
         ...
 
     def replies(self, timeout: float) -> list[Reply]:

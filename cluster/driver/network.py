@@ -1,8 +1,8 @@
 """The network before step 0: every pair of nodes, latency and bandwidth over a plain socket; the slow pair is named.
 
 Pairs are tried in the rounds of a tournament, so that every node has one partner at a time and N nodes take N - 1
-rounds; above 64 nodes only the first 63 rounds are played, in which every node still meets 63 others. The transfer is
-short: it finds a bad cable or a route over the wrong interface, it is no benchmark.
+rounds. Not more than 63 rounds are played, and of thousands of nodes fewer, down to 7: every node still meets that many
+others. The transfer is short: it finds a bad cable or a route over the wrong interface, it is no benchmark.
 """
 
 import statistics
@@ -15,13 +15,16 @@ from cluster.topology import Node
 SLOW = 3.0
 """A pair with less than 1/3 of the median bandwidth, or over 3 times the median latency and 1 ms, is named."""
 ROUNDS = 63
+LEAST_ROUNDS = 7
+PAIRS = 16384
+"""Where 63 rounds have more pairs than this, fewer rounds are played."""
 
 
 def rounds(count: int) -> list[list[tuple[int, int]]]:
-    """Circle method: in each round everyone has at most one partner; together all pairs."""
+    """Circle method: in each round everyone has at most one partner; together all pairs, up to the limits above."""
     players = list(range(count + count % 2))
     found = []
-    for _ in range(len(players) - 1):
+    for _ in range(min(len(players) - 1, ROUNDS, max(LEAST_ROUNDS, 2 * PAIRS // max(count, 1)))):
         half = len(players) // 2
         pairs = zip(players[:half], reversed(players[half:]), strict=True)
         found.append([(min(pair), max(pair)) for pair in pairs if max(pair) < count])
@@ -46,12 +49,11 @@ class NetworkTest:
     def __init__(self, nodes: list[Node], fleet: Fleet, now: float):
         self._nodes, self._fleet = nodes, fleet
         self._ports: dict[str, int] = {}
-        self._rounds = rounds(len(nodes))[:ROUNDS]
+        self._rounds = rounds(len(nodes))
         self._round: dict[str, Node] = {}
         """Measuring node -> partner, for results that are still out."""
         self._links: dict[tuple[str, str], NodeLink] = {}
         self._deadline = now + 2 * PATIENCE
-        self._polling: set[str] = set()
         for node in nodes:
             fleet.call(node.id, "network", "listen", node.address)
 
@@ -59,27 +61,21 @@ class NetworkTest:
         """An answer of an agent to one of this test's calls."""
         if isinstance(reply.value, int):
             self._ports[reply.node] = reply.value
-        elif isinstance(reply.value, list):
-            self._polling.discard(reply.node)
+        elif isinstance(reply.value, NodeLink):
             partner = self._round.get(reply.node)
-            link = next((link for link in reply.value if partner and link.address == partner.address), None)
-            if link is not None:
-                self._links[reply.node, partner.id] = link
+            if partner is not None and reply.value.address == partner.address:  # else of a round that is over
+                self._links[reply.node, partner.id] = reply.value
                 del self._round[reply.node]
 
     def advance(self, now: float) -> LinkVerdict | None:
         """The verdict once all rounds are played."""
         if len(self._ports) < len(self._nodes) and now < self._deadline:
             return None
-        for id, partner in list(self._round.items()):
-            if now >= self._deadline:
-                self._links[id, partner.id] = NodeLink(partner.address, error=f"no result within {PATIENCE:.0f} s")
-                del self._round[id]
-            elif id not in self._polling:
-                self._polling.add(id)
-                self._fleet.call(id, "network", "links")
-        if self._round:
+        if self._round and now < self._deadline:
             return None
+        for id, partner in self._round.items():
+            self._links[id, partner.id] = NodeLink(partner.address, error=f"no result within {2 * PATIENCE:.0f} s")
+        self._round = {}
         if self._rounds:
             self._play(now)
             return None
@@ -88,7 +84,7 @@ class NetworkTest:
         return self._verdict()
 
     def _play(self, now: float) -> None:
-        self._deadline, self._polling = now + 2 * PATIENCE, set()
+        self._deadline = now + 2 * PATIENCE
         for a, b in self._rounds.pop(0):
             here, there = self._nodes[a], self._nodes[b]
             if there.id in self._ports:

@@ -44,6 +44,11 @@ class Policy:
     return_wait: float = 6.0
     """For a node whose agent is being started again."""
 
+    @property
+    def world(self) -> int:
+        """Ranks that the whole run has."""
+        return self.pp * self.dp
+
 
 def policy_of(config: Config, attempt: int) -> Policy:
     """What the configuration asks of the supervisor."""

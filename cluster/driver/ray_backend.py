@@ -7,17 +7,19 @@ by id and takes all its devices, so that no other job shares them.
 
 import contextlib
 import os
+import queue
 import secrets
 import socket
 import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from concurrent.futures import Future
 from pathlib import Path
 from typing import IO, Any
 
 from cluster.driver.driver import Driver
-from cluster.driver.fleet import FleetLost, Reply
+from cluster.driver.fleet import WAITING, FleetLost, Reply
 from cluster.driver.view import View
 from cluster.node.agent import Agent
 from cluster.topology import Node
@@ -79,8 +81,11 @@ class RayFleet:
         self._listed: list[Node] = []
         self.gpus = config.cluster.device != "cpu" and any(node["Resources"].get("GPU") for node in ray.nodes())
         self._actors: dict[str, Any] = {}
-        self._pending: dict[Any, tuple[str, str]] = {}
-        """Reference -> (node, method)."""
+        self._resources: dict[str, dict[str, float]] = {}
+        """Of every node that was listed, by its id."""
+        self._done: queue.SimpleQueue[tuple[str, str, Future]] = queue.SimpleQueue()
+        """Calls that ended, as (node, method, outcome); Ray's own thread puts them there, so that a call costs the same
+        however many others are out."""
 
     def _start_embedded(self) -> None:
         # Ray opens its folder, sockets in it, to every user of the machine, so it gets one that no other can reach. Not in
@@ -120,6 +125,7 @@ class RayFleet:
             if not entry["Alive"]:
                 continue
             labels, resources = entry.get("Labels") or {}, entry["Resources"]
+            self._resources[entry["NodeID"]] = resources
             devices = self._devices(resources)
             if devices:
                 name = labels.get("train/node") or entry["NodeManagerHostname"]
@@ -168,40 +174,35 @@ class RayFleet:
     def call(self, node: str, method: str, *arguments: Any) -> None:
         if node not in self._actors:
             self._actors[node] = self._new_actor(node)
-        reference = getattr(self._actors[node], method).remote(*arguments)
-        self._pending[reference] = node, method
+        group = "waiting" if method in WAITING else None
+        reference = getattr(self._actors[node], method).options(concurrency_group=group).remote(*arguments)
+        reference.future().add_done_callback(lambda outcome: self._done.put((node, method, outcome)))
 
     def _new_actor(self, node: str) -> Any:
         from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-        resources = next(entry["Resources"] for entry in self._ray.nodes() if entry["NodeID"] == node)
-        actor = (
-            self._ray.remote(Agent)
+        return (
+            self._ray.remote(concurrency_groups={"waiting": 1})(Agent)
             .options(
                 num_cpus=0,
-                num_gpus=int(resources.get("GPU", 0)) if self.gpus else 0,
+                num_gpus=int(self._resources[node].get("GPU", 0)) if self.gpus else 0,
                 max_restarts=0,
                 scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False),
             )
-            .remote(LEASE * self._config.cluster.heartbeat)
+            .remote(LEASE * self._config.cluster.heartbeat, leave_on_sigterm=True)
         )
-        actor.leave_on_sigterm.remote()
-        return actor
 
     def replies(self, timeout: float) -> list[Reply]:
-        if not self._pending:
-            time.sleep(timeout)
-            return []
-        waiting = list(self._pending)
-        done, _ = self._ray.wait(waiting, num_returns=1, timeout=timeout)
-        if done:  # whatever else is there
-            done, _ = self._ray.wait(waiting, num_returns=len(waiting), timeout=0)
-        return [self._reply(reference) for reference in done]
+        found = []
+        with contextlib.suppress(queue.Empty):  # the first, and whatever else is there
+            found.append(self._reply(*self._done.get(timeout=timeout)))
+            while True:
+                found.append(self._reply(*self._done.get_nowait()))
+        return found
 
-    def _reply(self, reference: Any) -> Reply:
-        node, method = self._pending.pop(reference)
+    def _reply(self, node: str, method: str, outcome: Future) -> Reply:
         try:
-            return Reply(node, method, self._ray.get(reference))
+            return Reply(node, method, outcome.result())
         except self._ray.exceptions.RayTaskError as error:
             return Reply(node, method, error=f"{type(error.cause).__name__}: {error.cause}")
         except self._ray.exceptions.RayError as error:

@@ -15,10 +15,10 @@ It is named once, and once more only after it was as fast as its peers for a who
 """
 
 import math
-import statistics
-from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
+
+import numpy as np
 
 BLOCK, BLOCKS = 10, 8
 """Steps of a block, and blocks of the window."""
@@ -29,6 +29,8 @@ MEDIAN_ERROR = 1.2533
 """Standard error of a median over that of a mean."""
 LEAST_SECONDS = 0.01
 """A step: less is nobody's concern."""
+LEAST = 1e-9
+"""Seconds that a step counts at least, as its logarithm is taken."""
 LONE_FACTOR = 2.0
 """A stage of one rank has no peers. It is set beside all ranks, whose work may differ by nature, and must stand out by this."""
 
@@ -46,69 +48,63 @@ class Stragglers:
     """Takes the times of single ranks and names those that are slow."""
 
     def __init__(self, stages: Sequence[Sequence[int]]):
-        """stages: ranks that do the same work, stage by stage."""
+        """stages: ranks that do the same work, stage by stage; the ranks of all stages are numbered from 0."""
         everyone = [rank for ranks in stages for rank in ranks]
-        self._groups = [list(ranks) for ranks in stages if len(ranks) > 1]
-        self._lone = {ranks[0] for ranks in stages if len(ranks) == 1}
-        self._everyone = everyone if self._lone and len(everyone) > 1 else []
-        self._steps: dict[int, deque[float]] = {rank: deque(maxlen=BLOCK * BLOCKS) for rank in everyone}
-        self._seen = dict.fromkeys(everyone, 0)
+        self._groups = [np.array(ranks) for ranks in stages if len(ranks) > 1]
+        self._lone = np.array([ranks[0] for ranks in stages if len(ranks) == 1], int)
+        self._everyone = np.array(everyone) if len(self._lone) and len(everyone) > 1 else None
+        self._steps_RW = np.ones((len(everyone), BLOCK * BLOCKS))
+        """Seconds of the newest steps of each rank; step s of a rank is in column s modulo the window."""
+        self._seen_R = np.zeros(len(everyone), int)
+        self._filled = 0
+        """Blocks that ranks have filled, over all ranks."""
         self._judged = 0
         """Blocks of steps behind the last look."""
         self._named: set[int] = set()
 
     def take(self, rank: int, busy: float) -> None:
         """Seconds of a rank's own work in its newest step."""
-        self._steps[rank].append(busy)
-        self._seen[rank] += 1
+        seen = self._seen_R[rank]
+        self._steps_RW[rank, seen % (BLOCK * BLOCKS)] = max(busy, LEAST)
+        self._seen_R[rank] = seen + 1
+        self._filled += (seen + 1) % BLOCK == 0
 
     def new(self, factor: float) -> list[Slow]:
         """Ranks that became slow since the last call; looks only when all ranks have a block of steps more."""
-        blocks = min(self._seen.values()) // BLOCK
-        if not factor or blocks < BLOCKS or blocks == self._judged:
+        if not factor or self._filled < len(self._seen_R) * max(BLOCKS, self._judged + 1):
+            return []
+        blocks = int(self._seen_R.min()) // BLOCK
+        if blocks < BLOCKS or blocks == self._judged:
             return []
         self._judged = blocks
-        found = [slow for ranks in self._groups for slow in self._judge(ranks, factor, set(ranks))]
-        if self._everyone:
+        found = [slow for ranks in self._groups for slow in self._judge(ranks, factor, ranks)]
+        if self._everyone is not None:
             found += self._judge(self._everyone, max(factor, LONE_FACTOR), self._lone)
         return sorted(found, key=lambda slow: slow.rank)
 
-    def _judge(self, ranks: Sequence[int], factor: float, wanted: set[int]) -> list[Slow]:
-        """Those of the wanted ranks that became slow beside these."""
-        logs = {rank: _blocks([math.log(max(s, 1e-9)) for s in self._steps[rank]]) for rank in ranks}
-        medians = {rank: [statistics.median(block) for block in blocks] for rank, blocks in logs.items()}
+    def _judge(self, ranks: np.ndarray, factor: float, wanted: np.ndarray) -> list[Slow]:
+        """Those of the wanted ranks that became slow beside these. Shapes: R ranks, B blocks, S steps of a block."""
+        order_RW = (self._seen_R[ranks, None] + np.arange(BLOCK * BLOCKS)) % (BLOCK * BLOCKS)  # oldest first
+        seconds_RW = np.take_along_axis(self._steps_RW[ranks], order_RW, 1)
+        logs_RBS = np.log(seconds_RW).reshape(len(ranks), BLOCKS, BLOCK)
+        medians_RB = np.median(logs_RBS, 2)
         # Of two ranks the faster one is the measure, of more the middle one.
-        middle = [statistics.median_low(medians[rank][block] for rank in ranks) for block in range(BLOCKS)]
-        over = {rank: [mine - its for mine, its in zip(medians[rank], middle, strict=True)] for rank in ranks}
-        errors = {
-            rank: SPREAD
-            * MEDIAN_ERROR
-            * statistics.median(abs(s - m) for block, m in zip(logs[rank], medians[rank], strict=True) for s in block)
-            / math.sqrt(BLOCK)
-            for rank in ranks
-        }
-        error = statistics.median(errors.values())
-        spread = SPREAD * statistics.median(abs(d) for rank in ranks for d in over[rank]) if len(ranks) > 2 else 0.0
-        return [
-            slow
-            for rank in ranks
-            if rank in wanted
-            and (slow := self._changed(rank, over[rank], max(math.hypot(errors[rank], error), spread), factor, middle))
+        middle_B = np.sort(medians_RB, 0)[(len(ranks) - 1) // 2]
+        over_RB = medians_RB - middle_B
+        spread_R = np.median(np.abs(logs_RBS - medians_RB[..., None]).reshape(len(ranks), -1), 1)
+        errors_R = SPREAD * MEDIAN_ERROR * spread_R / math.sqrt(BLOCK)
+        spread = SPREAD * np.median(np.abs(over_RB)) if len(ranks) > 2 else 0.0
+        noise_R = np.maximum(np.hypot(errors_R, np.median(errors_R)), spread)
+        limits_R = np.maximum(math.log(factor), NOISE * noise_R)
+        means_R, usual = over_RB.mean(1), math.exp(np.median(middle_B))
+        medians_R = np.median(seconds_RW, 1)
+        again_R = over_RB.max(1) < limits_R / 2  # as fast as the others for a whole window
+        self._named -= set(ranks[again_R & np.isin(ranks, wanted)].tolist())
+        slow_R = (means_R >= limits_R) & (over_RB.min(1) >= means_R / 2) & (medians_R - usual >= LEAST_SECONDS)
+        found = [
+            Slow(int(rank), float(seconds), usual)
+            for rank, seconds in zip(ranks[slow_R], medians_R[slow_R], strict=True)
+            if rank in wanted and rank not in self._named
         ]
-
-    def _changed(
-        self, rank: int, over: Sequence[float], noise: float, factor: float, middle: Sequence[float]
-    ) -> Slow | None:
-        """The rank, if it is slow and was not; forgets that it was named once it is as fast as the others again."""
-        mean, limit = statistics.fmean(over), max(math.log(factor), NOISE * noise)
-        seconds, usual = statistics.median(self._steps[rank]), math.exp(statistics.median(middle))
-        if max(over) < limit / 2:
-            self._named.discard(rank)
-        if rank in self._named or mean < limit or min(over) < mean / 2 or seconds - usual < LEAST_SECONDS:
-            return None
-        self._named.add(rank)
-        return Slow(rank, seconds, usual)
-
-
-def _blocks(values: Sequence[float]) -> list[Sequence[float]]:
-    return [values[start : start + BLOCK] for start in range(0, BLOCK * BLOCKS, BLOCK)]
+        self._named |= {slow.rank for slow in found}
+        return found

@@ -7,7 +7,8 @@
         +---- stopping                        stacks; then the cause is named (cluster/cause.py) and all ranks are ended
 
 `handle(now, event)` returns what to do and does nothing itself, so that every schedule of faults can be tried in a test.
-Rules that hold whatever happens:
+Events are remembered, and what follows from them is decided at the next tick, so that an answer of one of thousands of nodes
+costs little. Rules that hold whatever happens:
 
     - An attempt starts only when no rank of an earlier one lives on a node that answers. Ranks on a node that does not
       answer are ended by their own agent after its lease, and their checkpoints carry an older attempt number.
@@ -49,6 +50,8 @@ class Supervisor:
         self._ticked = now
         self._deadline = now + policy.wait
         self._stop_why: str | None = None
+        self._placed: tuple[tuple[str, ...] | None, Placement | None] = None, None
+        """The nodes that were placed last, and what came of it."""
         self._probing: set[str] = set()
         self._settled_at = self._probed_at = now
         self._failed_at: float | None = None
@@ -96,7 +99,7 @@ class Supervisor:
                 self._ask_stop(now, why)
             case m.Tick():
                 self._tick(now)
-        self._advance(now)
+                self._advance(now)
         return self._out
 
     # Events ---------------------------------------------------------------------------------------------------------
@@ -240,8 +243,10 @@ class Supervisor:
         states = self.nodes.values()
         free = [state.node for state in states if state.usable and not state.live]
         hoped = any(state.health is NodeHealth.returning or state.live for state in states)
-        found = self._place(free)
         first = self.attempt is None
+        if (first or hoped) and now < self._deadline and sum(node.devices for node in free) < self.policy.world:
+            return  # only the whole run may start now, and cannot
+        found = self._place(free)
         if found and (found.dp == self.policy.dp or (not first and (not hoped or now >= self._deadline))):
             self._start(now, found)
         elif now >= self._deadline:
@@ -375,7 +380,10 @@ class Supervisor:
         self._stop_ranks(now)
 
     def _place(self, nodes: list[Node]) -> Placement | None:
-        return place(nodes, self.policy.pp, self.policy.dp, self.policy.ep, self.policy.accept)
+        key = tuple(sorted(node.id for node in nodes))
+        if key != self._placed[0]:
+            self._placed = key, place(nodes, self.policy.pp, self.policy.dp, self.policy.ep, self.policy.accept)
+        return self._placed[1]
 
     def _finish(self, code: int, text: str) -> None:
         self.phase = DriverPhase.done

@@ -1,9 +1,10 @@
 """One per node: starts the ranks of that node as child processes and says how they are. Knows nothing of Ray.
 
-Every method returns at once: an agent is asked several times a second, and an answer that is late means that the node
-is lost. What a rank says goes through files (cluster/run_files.py) in a scratch folder of the attempt on the node's own
-disk, never through the shared run folder, so that a rank of an old attempt cannot be mistaken for one of the new. Its
-output is sent to the driver piece by piece. SIGUSR1 makes a rank that has a handler print the stacks of its threads there.
+Two methods wait: `ask` for news, and `network` for a measurement; RayFleet gives them a thread of their own. All others return
+at once, as an answer that is late means that the node is lost. What a rank says goes through files (cluster/run_files.py) in
+a scratch folder of the attempt on the node's own disk, never through the shared run folder, so that a rank of an old attempt
+cannot be mistaken for one of the new. Its output is sent to the driver piece by piece. SIGUSR1 makes a rank that has a handler
+print the stacks of its threads there.
 
 The rank finds in its environment RANK, LOCAL_RANK, WORLD_SIZE, LOCAL_WORLD_SIZE, MASTER_ADDR, MASTER_PORT,
 GLOO_SOCKET_IFNAME, NCCL_SOCKET_IFNAME, SLUICE_LOGS (the scratch folder), SLUICE_ATTEMPT (the number that fences checkpoints)
@@ -36,6 +37,10 @@ from cluster.node.preflight import Facts, Question, gather
 from cluster.run_files import log_path, progress_path
 from cluster.spawn import spawn
 
+LOOK = 0.05
+"""Seconds between an agent's looks for news while a question waits."""
+STACKS_WITHIN = 0.25
+"""A question waits no longer than this for stacks that were asked for."""
 CHUNK = 64 << 10
 """Most bytes of one rank's output in one answer."""
 
@@ -82,9 +87,13 @@ class _Child:
 
 
 class Agent:
-    """See the top of the file. lease: seconds without a question before the ranks are killed."""
+    """See the top of the file.
 
-    def __init__(self, lease: float):
+    lease: seconds without a question before the ranks are killed. leave_on_sigterm: take SIGTERM as word that the node is
+    about to go; then make the agent in the main thread of its process.
+    """
+
+    def __init__(self, lease: float, leave_on_sigterm: bool = False):
         self._lease = lease
         self._attempt = 0
         self._children: dict[int, _Child] = {}
@@ -95,8 +104,12 @@ class Agent:
         self._probe = NetworkProbe()
         self._store: Store | None = None
         self._leaving = False
+        self._told: tuple | None = None
+        """The news that the last answer told."""
         self._lock = threading.Lock()
         self._closed = threading.Event()
+        if leave_on_sigterm:
+            signal.signal(signal.SIGTERM, lambda *_: setattr(self, "_leaving", True))
         _sweep()
         threading.Thread(target=self._watch_lease, daemon=True).start()
 
@@ -105,7 +118,7 @@ class Agent:
         return gather(question)
 
     def network(self, method: str, *arguments: Any) -> Any:
-        """One step of the network test, see cluster/driver/network.py."""
+        """One step of the network test, see cluster/driver/network.py; a measurement waits for its result."""
         return getattr(self._probe, method)(*arguments)
 
     def open_memory(self, folder: str, token: str, address: str) -> Opened:
@@ -122,10 +135,6 @@ class Agent:
         if self._store is not None:
             self._store.close(remove=True)
             self._store = None
-
-    def leave_on_sigterm(self) -> None:
-        """From now on take SIGTERM as word that the node is about to go; call it in the main thread of the process."""
-        signal.signal(signal.SIGTERM, lambda *_: setattr(self, "_leaving", True))
 
     def probe(self) -> None:
         """An answer at all is the answer."""
@@ -192,21 +201,45 @@ class Agent:
                 return standby
         return None
 
-    def ask(self, offsets: dict[int, int]) -> Answer:
-        """How the ranks are, and their output from these byte offsets on (0 where none is given)."""
+    def ask(self, offsets: dict[int, int], attempt: int | None = None, patience: float = 0.0) -> Answer:
+        """How the ranks are, and their output from these byte offsets on (0 where none is given).
+
+        attempt: the one that the offsets belong to; the answer has no output of any other. patience: seconds until the
+        answer where there is no news. The end of a rank is news, and so is an attempt or that the node is about to go.
+        """
+        self._asked = time.monotonic()
+        while (left := self._asked + patience - time.monotonic()) > 0 and not self._has_news(patience - left):
+            time.sleep(min(LOOK, left))
         with self._lock:
-            self._asked = time.monotonic()
+            self._told = self._news()
             answer = Answer(self._attempt, [self._report(rank, child) for rank, child in self._children.items()])
             answer.held = held(self._store.folder) if self._store is not None else {}
             answer.leaving = self._leaving
             for rank, child in self._children.items():
+                if attempt not in (None, self._attempt):
+                    break
                 if piece := _read(child.log, offsets.get(rank, 0), CHUNK):
                     answer.output[rank] = piece
+            for rank, child in self._children.items():
                 if child.stack_from is not None:
                     stack = _read(child.log, child.stack_from, 4 * CHUNK).decode(errors="replace")
                     if "(most recent call first)" in stack:
                         answer.stacks[rank] = stack
             return answer
+
+    def last_words(self, offsets: dict[int, int], attempt: int) -> Answer:
+        """`ask` for a driver that ends: at once, whatever other question waits."""
+        return self.ask(offsets, attempt)
+
+    def _news(self) -> tuple:
+        """What a waiting question is answered for as soon as it changes."""
+        ended = [rank for rank, child in self._children.items() if child.process.poll() is not None]
+        return self._attempt, ended, self._leaving
+
+    def _has_news(self, waited: float) -> bool:
+        with self._lock:
+            stacks = waited >= STACKS_WITHIN and any(child.stack_from is not None for child in self._children.values())
+            return stacks or self._news() != self._told
 
     def _report(self, rank: int, child: _Child) -> RankReport:
         code = child.process.poll()

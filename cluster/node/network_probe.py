@@ -1,4 +1,4 @@
-"""A node's side of the network test (cluster/driver/network.py): a server that echoes, and one measurement at a time."""
+"""A node's side of the network test (cluster/driver/network.py): a server that echoes, and measurements of other nodes'."""
 
 import socket
 import threading
@@ -24,11 +24,10 @@ class NodeLink:
 
 
 class NetworkProbe:
-    """An agent's side: a server that echoes and swallows, and one measurement at a time, both in threads."""
+    """An agent's side: a server, in a thread, that echoes and swallows, and measurements of other servers."""
 
     def __init__(self) -> None:
         self._server: socket.socket | None = None
-        self._links: list[NodeLink] = []
 
     def listen(self, address: str) -> int:
         """Port of the server, on this address of the node; it ends with `close`."""
@@ -42,13 +41,9 @@ class NetworkProbe:
             self._server.close()
             self._server = None
 
-    def measure(self, address: str, port: int) -> None:
-        """Start to measure; `links` will have the result."""
-        threading.Thread(target=lambda: self._links.append(measure(address, port)), daemon=True).start()
-
-    def links(self) -> list[NodeLink]:
-        """All results so far."""
-        return list(self._links)
+    def measure(self, address: str, port: int) -> NodeLink:
+        """Measure the way to another node's server; waits for the result, at most some PATIENCE."""
+        return measure(address, port)
 
     def _serve(self, server: socket.socket) -> None:
         while True:

@@ -1,13 +1,16 @@
 """A fleet whose agents live in this process: one node or several, all on loopback."""
 
+import contextlib
 import os
+import queue
 import shutil
 import signal
 import subprocess
+import threading
 from pathlib import Path
 from typing import Any
 
-from cluster.driver.fleet import FleetLost, Reply
+from cluster.driver.fleet import WAITING, FleetLost, Reply
 from cluster.node.agent import Agent, _inherited
 from cluster.topology import Node
 from tests.ranks import CONTEXT, be_module
@@ -55,7 +58,7 @@ class LocalFleet:
         self._nodes = [Node(f"id{i}", f"n{i}", "127.0.0.1", devices) for i in range(nodes)]
         self.agents: dict[str, Agent] = {}
         self._lease = lease
-        self._replies: list[Reply] = []
+        self._replies: queue.SimpleQueue[Reply] = queue.SimpleQueue()
         self.deaf: set[str] = set()
         """Nodes whose link is cut."""
         self.leaving: dict[str, str] = {}
@@ -79,22 +82,31 @@ class LocalFleet:
             return
         if node not in self.agents:
             self.agents[node] = self._agent(self._lease)
+        call = node, self.agents[node], method, arguments
+        if method in WAITING:
+            threading.Thread(target=self._answer, args=call, daemon=True).start()
+        else:
+            self._answer(*call)
+
+    def _answer(self, node: str, agent: Agent, method: str, arguments: tuple) -> None:
         try:
-            self._replies.append(Reply(node, method, getattr(self.agents[node], method)(*arguments)))
+            reply = Reply(node, method, getattr(agent, method)(*arguments))
         except Exception as error:
-            self._replies.append(Reply(node, method, error=repr(error)))
+            reply = Reply(node, method, error=repr(error))
+        if node not in self.deaf and self.agents.get(node) is agent:
+            self._replies.put(reply)
 
     def replies(self, timeout: float) -> list[Reply]:
-        import time
-
-        if not self._replies:
-            time.sleep(timeout)
-        found, self._replies = self._replies, []
+        found = []
+        with contextlib.suppress(queue.Empty):
+            found.append(self._replies.get(timeout=timeout))
+            while True:
+                found.append(self._replies.get_nowait())
         return found
 
     def kill_agent(self, node: str) -> None:
         self.agents.pop(node).close()
-        self._replies.append(Reply(node, "ask", error="killed", dead=True))
+        self._replies.put(Reply(node, "ask", error="killed", dead=True))
 
     def power_off(self, node: str) -> None:
         """The node, its ranks and its memory are gone, without a word."""

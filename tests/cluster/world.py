@@ -47,6 +47,7 @@ class World:
         self.saved = 0
         for machine in self.machines:
             self.tell(m.Joined(machine.node))
+        self.tell(m.Tick())  # as at the end of a round of the driver
 
     def tell(self, event: m.Event) -> None:
         for action in self.supervisor.handle(self.now, event):

@@ -197,7 +197,7 @@ def test_an_agent_that_cannot_start_is_a_node_refused_with_the_reason(tmp_path):
 
     def fail(node: str, method: str, *arguments) -> None:
         if node == "id1":
-            run.fleet._replies.append(Reply(node, method, error="no disk for its code", dead=True))
+            run.fleet._replies.put(Reply(node, method, error="no disk for its code", dead=True))
         else:
             call(node, method, *arguments)
 
@@ -244,7 +244,7 @@ def test_a_memory_folder_that_no_node_has_ends_the_launch_at_once(tmp_path):
 
 def test_a_node_whose_agent_starts_at_the_second_try_is_not_refused(tmp_path):
     run = Run(tmp_path, nodes=2, dp=2)
-    run.fleet._replies.append(Reply("id1", "facts", error="killed", dead=True))
+    run.fleet._replies.put(Reply("id1", "facts", error="killed", dead=True))
     assert run.run() == EXIT_OK, run.finish.text
     assert run.only("attempt")["dp"] == 2 and not run.driver._refused
 
@@ -271,7 +271,7 @@ def test_a_late_answer_for_an_attempt_that_is_over_names_no_port(tmp_path):
 
     def answer_late(node: str, method: str, *arguments) -> None:
         if method == "free_port":
-            run.fleet._replies.append(Reply("id1", method, 1))
+            run.fleet._replies.put(Reply("id1", method, 1))
         if method == "start":
             ports.append(arguments[0].environment["MASTER_PORT"])
         call(node, method, *arguments)
@@ -284,12 +284,11 @@ def test_a_late_answer_for_an_attempt_that_is_over_names_no_port(tmp_path):
 def test_however_many_nodes_are_there_each_is_asked_within_its_heartbeat(tmp_path):
     run = Run(tmp_path, nodes=1, dp=1)
     asked = []
-    run.fleet.call = lambda node, method, *_: asked.append(node)
-    for seconds, expected in ((run.config.cluster.heartbeat / 4, 0), (run.config.cluster.heartbeat / 2, 4000)):
-        run.driver._asked = {f"id{i}": 0.0 for i in range(4000)}
-        run.driver.clock = lambda now=seconds: now
-        run.driver._ask()
-        assert len(asked) == expected
+    run.fleet.call = lambda node, method, *arguments: asked.append((node, arguments))
+    for count, patience in ((10, 0.25), (600, 0.75), (4000, run.config.cluster.heartbeat / 2)):
+        run.driver._known = {f"id{i}": None for i in range(count)}
+        run.driver._ask("id3")
+        assert asked.pop() == ("id3", ({}, 0, patience))
     run.fleet.close()
 
 

@@ -147,8 +147,7 @@ def test_a_budget_ends_what_cannot_get_past_a_step(code, kind, attempts, exit_co
     world = World(steps=100)
     while world.finish is None:
         world.run(STEP)
-        if world.step == 7:
-            report = world.report_of(1)
+        if world.step == 7 and (report := world.report_of(1)):
             if code > 0:
                 report.failure = Failure(1, world.now, "crash", "loss not finite in 5 steps", code)
             world.kill_rank(1, code)

@@ -18,7 +18,7 @@ def test_the_status_names_step_machines_and_the_last_event(tmp_path):
     world = World(nodes=4)
     world.run(5)
     world.kill_rank(1)
-    world.run(1)
+    world.run(2)
     text = status("run", 20, last_record(metrics), world.supervisor, "failure: rank 1 died")
     assert text.splitlines() == [
         "run  step 7/20  loss 4.25  1234 tokens/s  pp 1 x dp 4",

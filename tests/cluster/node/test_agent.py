@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -68,6 +69,23 @@ time.sleep(60)
     answer = until(agent, lambda answer: answer.stacks)
     assert list(answer.stacks) == [10] and "line 6 in <module>" in answer.stacks[10]
     assert not any(report.ended for report in answer.ranks)
+
+
+def test_a_question_waits_for_news_and_the_end_of_a_rank_is_news(agent):
+    agent.start(order("import sys; print('here', flush=True); sys.stdin.read(); import time; time.sleep(60)"))
+    until(agent, lambda answer: len(answer.output) == 2)
+    began = time.monotonic()
+    assert not ended(agent.ask({}, 1, patience=0.5)) and time.monotonic() - began >= 0.5
+    threading.Timer(0.5, agent.end, [1]).start()
+    assert any(report.ended for report in agent.ask({}, 1, patience=60).ranks)
+    until(agent, ended)
+    assert time.monotonic() - began < 30, "long before its patience was over"
+
+
+def test_output_of_another_attempt_than_the_question_is_about_is_kept_back(agent):
+    agent.start(order("print('words')", attempt=2, ranks=1))
+    until(agent, ended)
+    assert agent.ask({10: 3}, attempt=1).output == {} and agent.ask({10: 3}, attempt=2).output == {10: b"ds\n"}
 
 
 def test_old_orders_do_nothing_and_a_kill_fences(agent):
