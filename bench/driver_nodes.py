@@ -1,0 +1,101 @@
+"""Stand-ins for the nodes of bench/driver.py: a host process plays many agents, which answer as cluster/node/agent.py does."""
+
+import asyncio
+import functools
+import time
+from dataclasses import dataclass, field
+from typing import Any
+
+from cluster.cause import RankReport
+from cluster.node import preflight
+from cluster.node.agent import Answer, Order
+from cluster.node.network_probe import NodeLink
+
+STEP = 5.0
+"""Seconds of a stub's step."""
+LOOK = 0.2
+"""Seconds between a stub's looks for news."""
+FOREVER = 3600.0
+
+
+@dataclass
+class StubNode:
+    """One agent and its ranks."""
+
+    attempt: int = 0
+    ranks: dict[int, int | None] = field(default_factory=dict)
+    """Exit codes."""
+    began: float = 0.0
+    told: tuple | None = None
+    silent: bool = False
+
+    def news(self) -> tuple:
+        return self.attempt, [rank for rank, code in self.ranks.items() if code is not None]
+
+    def end(self, code: int) -> None:
+        self.ranks = {rank: code if old is None else old for rank, old in self.ranks.items()}
+
+
+class StubHost:
+    """Plays the agents of many nodes, in one process."""
+
+    def __init__(self) -> None:
+        self._nodes: dict[str, StubNode] = {}
+        preflight._digest_of_program = functools.cache(preflight._digest_of_program)  # one program, thousands of nodes
+
+    async def call(self, id: str, method: str, *arguments: Any) -> Any:
+        node = self._nodes.setdefault(id, StubNode())
+        if node.silent:
+            await asyncio.sleep(FOREVER)
+        return await getattr(self, f"_{method}")(node, *arguments)
+
+    async def be_silent(self, id: str) -> float:
+        """From now on nothing is heard of this node; returns the time."""
+        self._nodes[id].silent = True
+        return time.time()
+
+    async def kill_rank(self, id: str) -> float:
+        """One rank of this node dies; returns the time."""
+        ranks = self._nodes[id].ranks
+        ranks[next(iter(ranks))] = -9
+        return time.time()
+
+    async def _facts(self, node: StubNode, question: preflight.Question) -> preflight.Facts:
+        return preflight.gather(question)
+
+    async def _network(self, node: StubNode, method: str, *arguments: Any) -> Any:
+        return {"listen": 1, "measure": NodeLink(str(arguments[0]), 0.1, 10.0), "close": None}[method]
+
+    async def _free_port(self, node: StubNode) -> int:
+        return 1
+
+    async def _start(self, node: StubNode, order: Order) -> None:
+        node.attempt, node.began = order.attempt, time.monotonic()
+        node.ranks = {rank: None for rank, _ in order.ranks}
+
+    async def _ask(self, node: StubNode, offsets: dict[int, int], attempt: int = 0, patience: float = 0.0) -> Answer:
+        until = time.monotonic() + patience
+        while (left := until - time.monotonic()) > 0 and node.news() == node.told:
+            await asyncio.sleep(min(LOOK, left))
+        if node.silent:
+            await asyncio.sleep(FOREVER)
+        node.told = node.news()
+        step = int((time.monotonic() - node.began) / STEP)
+        return Answer(node.attempt, [RankReport(r, code, None, step, "step", STEP) for r, code in node.ranks.items()])
+
+    _last_words = _ask
+
+    async def _probe(self, node: StubNode) -> None:
+        pass
+
+    async def _end(self, node: StubNode, attempt: int) -> None:
+        node.end(-9)
+
+    async def _stop(self, node: StubNode, attempt: int) -> None:
+        node.end(75)
+
+    async def _warm(self, node: StubNode, *_: Any) -> None:
+        pass
+
+    async def _close(self, node: StubNode) -> None:
+        pass
