@@ -191,7 +191,9 @@ def measure(nodes: int, hosts: int, window: float, answer: Any) -> None:
             watch.join(10)
         finally:
             fleet.close()
-    answer.send(watch.figures | ({"error": watch.error or finish.text} if "memory" not in watch.figures else {}))
+    answer.send(
+        watch.figures | ({"error": (watch.error or finish.text)[:300]} if "memory" not in watch.figures else {})
+    )
 
 
 def main(arguments: list[str] | None = None) -> int:

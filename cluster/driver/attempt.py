@@ -9,6 +9,9 @@ from cluster.driver.straggler import Slow, Stragglers
 from cluster.topology import Placement
 from conf.errors import EXIT_USER
 
+NAMED = 8
+"""Lost nodes that a cause tells about one by one; events.jsonl has a line for each."""
+
 
 class Attempt:
     """Facts of one attempt; the supervisor decides what follows from them."""
@@ -108,7 +111,9 @@ class Attempt:
 
     def _lost_nodes(self) -> Cause:
         nodes = {seat.node.id: seat.node for seat in self.placement.seats if seat.node.id in self.lost}
-        text = "; ".join(f"{nodes[id].name} ({nodes[id].address}): {why}" for id, why in self.lost.items())
+        told = [f"{nodes[id].name} ({nodes[id].address}): {why}" for id, why in self.lost.items()]
+        more = f"; and {len(told) - NAMED} more nodes" if len(told) > NAMED else ""
+        text = "; ".join(told[:NAMED]) + more
         ranks = tuple(rank for id in self.lost for rank in self.ranks_of[id])
         return Cause(Kind.node, text, ranks, tuple(nodes[id].name for id in self.lost))
 

@@ -30,7 +30,7 @@ from conf.schema import Config
 
 PATIENCE = 0.25
 """Seconds after which an agent without news answers; it is asked again at once."""
-ANSWERS = 800
+ANSWERS = 400
 """A second at most: of many agents each has more patience, so that the driver does not drown in answers without news."""
 LOOK_EVERY = 1.0
 """Seconds between looks at the list of nodes and at the checkpoints."""

@@ -285,7 +285,7 @@ def test_however_many_nodes_are_there_each_is_asked_within_its_heartbeat(tmp_pat
     run = Run(tmp_path, nodes=1, dp=1)
     asked = []
     run.fleet.call = lambda node, method, *arguments: asked.append((node, arguments))
-    for count, patience in ((10, 0.25), (600, 0.75), (4000, run.config.cluster.heartbeat / 2)):
+    for count, patience in ((10, 0.25), (300, 0.75), (4000, run.config.cluster.heartbeat / 2)):
         run.driver._known = {f"id{i}": None for i in range(count)}
         run.driver._ask("id3")
         assert asked.pop() == ("id3", ({}, 0, patience))
