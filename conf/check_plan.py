@@ -29,6 +29,8 @@ def _check_hardware(hardware: Hardware) -> None:
         value = getattr(hardware, name)
         if value is not None and not 0 <= value < math.inf:
             raise UserError(f"hardware.{name}", value, "must be a number, not negative", "leave it out for not known")
+    if re.fullmatch("[A-Z]{3}", hardware.currency) is None:
+        raise UserError("hardware.currency", hardware.currency, "must be three capital letters (ISO 4217)", "use USD")
     if not 0 <= hardware.communication_share <= 1:
         raise UserError(
             "hardware.communication_share", hardware.communication_share, "is a share, 0 to 1", "use 0 for none"

@@ -495,7 +495,9 @@ class Hardware:
     communication_share: float = 0.0
     """Share of a device's computing that is taken by a transfer in flight, 0 to 1."""
     price_per_hour: float | None = None
-    """Price of one device for an hour; null for not given."""
+    """Price of one device for an hour, in `currency`; null for not given."""
+    currency: str = "USD"
+    """Currency of price_per_hour: three capital letters, as ISO 4217 has them."""
     watts: float | None = None
     """Power of one device at full load, in watts; null for not given."""
     rates: dict[str, Rate] = field(default_factory=dict)

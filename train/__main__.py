@@ -52,12 +52,14 @@ def do(config: Config, alone: bool) -> int:
 
 def _train(config: Config, alone: bool) -> int:
     """alone: the only run of this process, which may then be its rank."""
+    from train.metrics.origin import record_start
     from train.run_folder import RunFolder
 
     if not is_driver():
         return launch(config, Path(config.runs) / config.name, [], _run_rank)
     check_before_start(config)
     with RunFolder(config, checkpoint_bytes(config)) as folder:
+        record_start(folder.path)
         command = [sys.executable, "-m", "train.worker", str(folder.config_path)]
         code = launch(config, folder.path, command, _run_rank, alone)
         if code == EXIT_USER:

@@ -7,6 +7,8 @@ runs/NAME/
     timeline.json      a step of a pipeline, see train/metrics/timeline.py
     checkpoints/       see train/checkpoint/manifest.py
     logs/rank_N.log
+    starts.json        how it was started, by what code and where, see train/metrics/origin.py
+    sample.json        what the model wrote at the end
     report.html
     wandb/
     .lock              locked, with process and host, as long as the run lives

@@ -5,7 +5,7 @@ import sys
 import time
 from pathlib import Path
 
-from train.cpu import tune_cpu
+from train.cpu import cpu_name, tune_cpu
 
 tune_cpu()  # before torch allocates anything
 
@@ -14,7 +14,7 @@ import torch  # noqa: E402
 from cluster.driver.copies import given_shelves  # noqa: E402
 from cluster.launch import Place, given_attempt, given_run  # noqa: E402
 from conf.disk import disk_errors, let_output_be_lost  # noqa: E402
-from conf.errors import DiskFailed  # noqa: E402
+from conf.errors import EXIT_OK, DiskFailed  # noqa: E402
 from conf.schema import Config  # noqa: E402
 from parallel.exchange import from_rank_0  # noqa: E402
 from parallel.zero.engine import import_deepspeed  # noqa: E402
@@ -25,11 +25,12 @@ from train.data.prepare import prepare  # noqa: E402
 from train.explain import explained  # noqa: E402
 from train.gpu import idle_gpu  # noqa: E402
 from train.kernels import choose_kernels  # noqa: E402
-from train.loop.finish import finish  # noqa: E402
+from train.loop.finish import finish, sample  # noqa: E402
 from train.loop.resume import find_start, restore  # noqa: E402
 from train.loop.state import State  # noqa: E402
 from train.loop.stop import StopRequest  # noqa: E402
 from train.loop.trainer import Flops, Outputs, Trainer  # noqa: E402
+from train.metrics.origin import record_machine  # noqa: E402
 from train.metrics.peak import peak_flops  # noqa: E402
 from train.metrics.writer import open_writer  # noqa: E402
 from train.model.count import flops_per_token  # noqa: E402
@@ -95,11 +96,14 @@ def _run(config: Config, place: Place, stop: StopRequest) -> int:
         notes.append(why)
     if place.rank == 0:
         data.tokenizer.save(paths.path)
+        gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else None
+        record_machine(paths.path, gpu or cpu_name(), place.world)
     flops = count_flops(config, device, kernels)
     started = time.monotonic()
     writer = (
         open_writer(config, paths.path, resumed_step=state.step, resumed=restored.resumed) if place.rank == 0 else None
     )
+    text = None
     with writer or contextlib.nullcontext():
         for note in [*notes, *kernel_notes, f"MFU is counted against {flops.label}"] if writer else []:
             writer.note(note)
@@ -113,9 +117,13 @@ def _run(config: Config, place: Place, stop: StopRequest) -> int:
             flops=flops,
             stop=stop,
         ).run()
+        seconds = time.monotonic() - started
+        if writer is not None and code == EXIT_OK:
+            with disk_errors(config, kind=DiskFailed):
+                text = sample(config, data.tokenizer, device)
     if writer is not None:
         with disk_errors(config, kind=DiskFailed):
-            finish(config, code, data.tokenizer, device, time.monotonic() - started, writer.wandb_run)
+            finish(config, code, seconds, writer.wandb_run, text)
     return code
 
 

@@ -4,6 +4,7 @@ import json
 import re
 import shutil
 import subprocess
+import sys
 import time
 from html.parser import HTMLParser
 from pathlib import Path
@@ -17,9 +18,10 @@ from train.metrics.balance import balance_record, update_running
 from train.metrics.figures import build
 from train.metrics.headline import findings, headline
 from train.metrics.jsonl import JsonlSink
+from train.metrics.origin import command_to_go_on, record_machine, record_start
 from train.metrics.pipeline_figures import BARS, ROWS, timeline_figure
 from train.metrics.report import write_report
-from train.metrics.series import POINTS, Series, read_series, stretch_means, thin
+from train.metrics.series import POINTS, Series, read_series, smoothed, stretch_means, thin
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
 FLAGS = [
@@ -199,6 +201,50 @@ def test_the_picture_of_a_pipeline_has_its_idle_time_and_bounded_size():
     assert timeline_figure(sampled_step(7, 1, 8)) is None and timeline_figure(None) is None
 
 
+def test_a_noisy_curve_is_each_step_and_the_mean_of_the_steps_around_it(tmp_path):
+    figures = {figure.key: figure for figure in build(read_series(write_run(tmp_path, 200) / "metrics.jsonl"), {})}
+    raw, main, raw_mtp, mtp, held_out, _ = figures["loss"].plot.data
+    assert main.name == "training: next token" and "(MTP)" in mtp.name and held_out.name.startswith("held-out")
+    assert raw.legendgroup == main.legendgroup and not raw.showlegend and raw_mtp.legendgroup == mtp.legendgroup
+    assert np.abs(np.diff(main.y[50:])).mean() < 0.5 * np.abs(np.diff(raw.y[50:])).mean()
+    assert len({trace.line.color for trace in (main, mtp, held_out)}) == 3 and main.line.dash != mtp.line.dash
+
+
+def test_smoothing_keeps_the_mean_and_the_gaps():
+    y = np.arange(400.0)
+    y[7] = np.nan
+    mean = smoothed(y)
+    assert np.isnan(mean[7]) and np.isfinite(np.delete(mean, 7)).all()
+    assert mean[200] == 200.0 and mean[8] == np.nanmean(y[3:14])  # five on either side
+
+
+def test_the_axis_of_tokens_follows_a_batch_that_grows(tmp_path):
+    with open(tmp_path / "metrics.jsonl", "w") as file:
+        for step in range(1, 101):
+            tokens = 1000 * step if step <= 50 else 50_000 + 3000 * (step - 50)
+            file.write(json.dumps({"step": step, "tokens": tokens, "main_loss": 5.0}) + "\n")
+    (loss,) = (figure for figure in build(read_series(tmp_path / "metrics.jsonl"), {}) if figure.key == "loss")
+    axis = loss.plot.layout.xaxis2
+    shown = dict(zip(axis.ticktext, axis.tickvals, strict=True))
+    assert shown["50k"] == 50 and shown["200k"] == 100 and shown["100k"] == pytest.approx(50 + 50 / 3)
+
+
+def test_the_report_says_how_by_what_and_where_and_what_the_model_writes(tmp_path, monkeypatch):
+    folder = write_run(tmp_path / "run", 3)
+    monkeypatch.setattr(sys, "argv", ["/x/train/__main__.py", "conf=tiny", "data.text_key=a b", "resume=never"])
+    record_start(folder)
+    monkeypatch.setattr(sys, "argv", ["/x/train/__main__.py", "conf=tiny", "steps=3"])
+    record_start(folder)
+    record_machine(folder, "NVIDIA H100 80GB HBM3", 8)
+    (folder / "sample.json").write_text(json.dumps({"step": 3, "temperature": 0.8, "text": "def \x1b[2J <main>"}))
+    text = " ".join(outline(write_report(folder)).text)
+    for expected in ("python -m train conf=tiny steps=3", "H100 80GB", "torch 2.", "git commit", "after step 3"):
+        assert expected in text
+    assert "def \N{REPLACEMENT CHARACTER}[2J <main>" in text
+    assert "python -m train conf=tiny 'data.text_key=a b' resume=never" in text
+    assert command_to_go_on(folder) == "python -m train conf=tiny steps=3"
+
+
 @pytest.mark.slow
 def test_a_long_run_makes_a_small_page_in_bounded_time(tmp_path):
     write_run(tmp_path, 100_000)
@@ -210,7 +256,7 @@ def test_a_long_run_makes_a_small_page_in_bounded_time(tmp_path):
 
 def test_a_large_model_makes_a_small_page(tmp_path):
     path = write_report(write_run(tmp_path, 150, layers=59, experts=256))
-    assert path.stat().st_size < 8e6
+    assert path.stat().st_size < 2.5e6
     assert read_series(tmp_path / "metrics.jsonl").load_SLE.shape[1:] == (59, 256)
 
 
@@ -240,7 +286,7 @@ def test_training_time_counts_the_steps_that_log_every_left_out():
     assert "20 steps, 0:22" in cards["Tokens trained"].caption
 
 
-@pytest.mark.parametrize("name", ["plan.json", "timeline.json"])
+@pytest.mark.parametrize("name", ["plan.json", "timeline.json", "starts.json", "sample.json"])
 @pytest.mark.parametrize("text", ["{", "[1]", "{}", '{"ranks": []}', "[" * 100_000])
 def test_a_damaged_file_of_the_run_is_named(tmp_path, name, text):
     (tmp_path / "metrics.jsonl").write_text('{"step":1,"loss":1.0}\n')

@@ -6,6 +6,7 @@ A long run is thinned so that the page stays small: curves as plot.py says; a he
 """
 
 from collections.abc import Mapping
+from itertools import cycle
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,20 @@ import plotly.graph_objects as go
 
 from train.metrics.balance import HORIZON
 from train.metrics.pipeline_figures import bubble, dispatch, timeline_figure
-from train.metrics.plot import BLUE, GREEN, GREY, ORANGE, PURPLE, SKY, Curve, Figure, curves, figure, style
+from train.metrics.plot import (
+    BLUE,
+    GREEN,
+    GREY,
+    ORANGE,
+    PURPLE,
+    SKY,
+    Curve,
+    Figure,
+    add_tokens_axis,
+    curves,
+    figure,
+    style,
+)
 from train.metrics.series import Series
 from train.metrics.timeline import SampledStep
 
@@ -49,24 +63,25 @@ def build(series: Series, settings: Mapping[str, Any], sampled: SampledStep | No
 
 def _loss(series: Series, settings: Mapping[str, Any]) -> Figure | None:
     depths = [name for name in sorted(series.columns) if name.startswith("mtp_loss_")]
-    wanted = [Curve("training: next token", "main_loss", BLUE)]
+    wanted = [Curve("training: next token", "main_loss", BLUE, smooth=True)]
     if len(depths) > 1:
-        colours = [SKY, PURPLE, GREEN, GREY]
+        looks = [(PURPLE, "dot"), (GREEN, "dash"), (GREY, "dashdot"), (SKY, "longdash")]
         wanted += [
-            Curve(f"training: {int(name.rsplit('_', 1)[1])} further (MTP)", name, colours[i % 4])
-            for i, name in enumerate(depths)
+            Curve(f"training: {int(name.rsplit('_', 1)[1])} further (MTP)", name, colour, dash=dash, smooth=True)
+            for name, (colour, dash) in zip(depths, cycle(looks), strict=False)
         ]
     else:
-        wanted.append(Curve("training: token after next (MTP)", "mtp_loss", SKY))
+        wanted.append(Curve("training: token after next (MTP)", "mtp_loss", PURPLE, dash="dot", smooth=True))
     wanted.append(Curve("held-out: next token", "validation_loss", ORANGE, markers=True))
     caption = (
         "How badly the model predicts text, in nats per token; it should fall, steeply at first. Held-out text was never "
         "trained on: a held-out curve that rises while the training curve falls means memorising. MTP modules (multi-token prediction) "
         "look further ahead, which is harder, so their curve lies higher."
     )
-    return figure(
-        "loss", "Loss: how well the model predicts", caption, curves(series, wanted, "loss (nats per token)"), True
-    )
+    plot = curves(series, wanted, "loss (nats per token)", height=440)
+    if plot is not None:
+        add_tokens_axis(plot, series)
+    return figure("loss", "Loss: how well the model predicts", caption, plot, True)
 
 
 def _imbalance(series: Series, settings: Mapping[str, Any]) -> Figure | None:
@@ -96,7 +111,7 @@ def _layer_heat(series: Series, settings: Mapping[str, Any]) -> Figure | None:
         zmin=0,
         zmax=max(top, 1.0),
         colorscale="Cividis",
-        colorbar={"title": "MaxVio"},
+        colorbar={"title": {"text": "MaxVio"}},
         hovertemplate="step %{x}, %{y}: MaxVio %{z:.2f}<extra></extra>",
     )
     plot = style(go.Figure(heat), series.layer_step_S, height=int(min(620, 180 + 16 * len(series.layers))))
@@ -126,25 +141,20 @@ def _load_heat(series: Series, settings: Mapping[str, Any]) -> Figure | None:
             zmax=LOAD_TOP,
             colorscale=LOAD_COLOURS,
             colorbar={
-                "title": "% of fair share",
+                "title": {"text": "% of fair share"},
                 "tickvals": [0, 100, 200, 300],
-                "ticktext": ["0: no token", "100: fair", "200", "300 and more"],
+                "ticktext": ["0", "100", "200", "300+"],
             },
             hovertemplate="step %{x}, expert %{y}: %{z} % of a fair share<extra></extra>",
         )
     style(plot, series.layer_step_S, height=460)
-    buttons = [
-        {"label": layer, "method": "restyle", "args": ["visible", [other == layer for other in series.layers]]}
-        for layer in series.layers
-    ]
-    menu = {"buttons": buttons, "x": 0, "xanchor": "left", "y": 1.02, "yanchor": "bottom", "direction": "down"}
-    plot.update_layout(showlegend=False, hovermode="closest", updatemenus=[menu], margin={"t": 60})
+    plot.update_layout(showlegend=False, hovermode="closest")
     plot.update_yaxes(title="expert")
     caption = (
         "Choose a layer above the picture. Each row is one expert, each column a step: white is a fair share of the tokens, red "
         "is too many, blue too few. The balance bias should make the picture paler as training goes on."
     )
-    return figure("load", "Tokens per expert", caption, plot, True)
+    return figure("load", "Tokens per expert", caption, plot, True, series.layers)
 
 
 def _bias(series: Series, settings: Mapping[str, Any]) -> Figure | None:
@@ -167,15 +177,15 @@ def _dead(series: Series, settings: Mapping[str, Any]) -> Figure | None:
 
 
 def _throughput(series: Series, settings: Mapping[str, Any]) -> Figure | None:
-    plot = curves(series, [Curve("tokens per second", "tokens_per_second", GREEN)], "tokens/s", zero=True)
+    plot = curves(series, [Curve("tokens per second", "tokens_per_second", GREEN, smooth=True)], "tokens/s", zero=True)
     caption = "Tokens trained per second, all processes together; level is good. Validation and saving are not counted."
     return figure("throughput", "Speed", caption, plot)
 
 
 def _mfu(series: Series, settings: Mapping[str, Any]) -> Figure | None:
     wanted = [
-        Curve("causal attention counted", "mfu", GREEN, 100.0),
-        Curve("full attention counted", "mfu_full", GREY, 100.0),
+        Curve("causal attention counted", "mfu", GREEN, 100.0, smooth=True),
+        Curve("full attention counted", "mfu_full", GREY, 100.0, dash="dot", smooth=True),
     ]
     caption = (
         "Model FLOP/s utilisation: the share of the device's peak arithmetic that went into the model, higher is better. "
@@ -186,11 +196,11 @@ def _mfu(series: Series, settings: Mapping[str, Any]) -> Figure | None:
 
 def _times(series: Series, settings: Mapping[str, Any]) -> Figure | None:
     wanted = [
-        Curve("whole step", "step_seconds", BLUE),
-        Curve("forward passes", "forward_seconds", SKY),
-        Curve("backward passes", "backward_seconds", GREEN),
-        Curve("both passes at once", "overlapped_seconds", GREY),
-        Curve("waiting for data", "data_wait_seconds", ORANGE),
+        Curve("whole step", "step_seconds", BLUE, smooth=True),
+        Curve("forward passes", "forward_seconds", SKY, smooth=True),
+        Curve("backward passes", "backward_seconds", GREEN, smooth=True),
+        Curve("both passes at once", "overlapped_seconds", GREY, smooth=True),
+        Curve("waiting for data", "data_wait_seconds", ORANGE, smooth=True),
         Curve("waiting for a checkpoint", "checkpoint_stall_seconds", PURPLE),
     ]
     caption = (
@@ -201,7 +211,7 @@ def _times(series: Series, settings: Mapping[str, Any]) -> Figure | None:
 
 
 def _grad_norm(series: Series, settings: Mapping[str, Any]) -> Figure | None:
-    plot = curves(series, [Curve("before clipping", "grad_norm", BLUE)], "gradient norm", log=True)
+    plot = curves(series, [Curve("before clipping", "grad_norm", BLUE, smooth=True)], "gradient norm", log=True)
     clip = (settings.get("optim") or {}).get("clip")
     limit = ""
     if plot is not None and isinstance(clip, (int, float)) and clip > 0:

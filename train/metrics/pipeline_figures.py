@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import plotly.graph_objects as go
 
-from train.metrics.plot import BLUE, GREEN, ORANGE, PURPLE, SKY, Curve, Figure, curves, figure, look
+from train.metrics.plot import BLUE, GREEN, IDLE, ORANGE, PURPLE, SKY, Curve, Figure, curves, figure, look
 from train.metrics.series import Series
 from train.metrics.timeline import SampledStep
 
@@ -37,7 +37,7 @@ def timeline_figure(sampled: SampledStep | None) -> Figure | None:
     rows = {row: _row_name(row, stages[row]) for row in rows}
     unit, scale = ("ms", 1e3) if sampled.span < 10 else ("s", 1.0)
     plot = go.Figure()
-    idle = {"color": "#E3E5E8"}
+    idle = {"color": IDLE}
     x, y = [end * scale] * len(rows), list(rows.values())
     plot.add_bar(name="waiting", x=x, y=y, orientation="h", marker=idle, hoverinfo="skip")
     for kind in KINDS:
@@ -121,7 +121,9 @@ def _timeline_caption(sampled: SampledStep, drawn: list, kept: list, rows: int) 
 
 def bubble(series: Series, settings: Mapping[str, Any]) -> Figure | None:
     """Idle share over the steps."""
-    plot = curves(series, [Curve("waiting for neighbours", "bubble_share", ORANGE, 100.0)], "% of time", zero=True)
+    plot = curves(
+        series, [Curve("waiting for neighbours", "bubble_share", ORANGE, 100.0, smooth=True)], "% of time", zero=True
+    )
     caption = (
         "Share of forward and backward in which a process of the pipeline had nothing to do, mean over all processes, each until "
         "its own last piece of work; lower is better. More micro-batches per step make it smaller. Waiting for experts counts as work here."

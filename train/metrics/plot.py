@@ -2,8 +2,9 @@
 
 Shape suffixes as in series.py.
 
-A long run is thinned so that the page stays small: a curve keeps the lowest and the highest point of every stretch,
-hence every spike, as a pale band around its mean.
+A noisy curve is drawn twice: every step as a pale line, and the mean of the steps around it as a strong one. A long run is thinned
+so that the page stays small: a curve keeps the lowest and the highest point of every stretch, hence every spike, as a pale band
+around its mean.
 """
 
 from collections.abc import Sequence
@@ -13,10 +14,27 @@ from typing import NamedTuple
 import numpy as np
 import plotly.graph_objects as go
 
-from train.metrics.series import POINTS, Series, stretch_means, thin
+from train.metrics.progress import short
+from train.metrics.series import POINTS, Series, smoothed, stretch_means, thin
 
 # Okabe and Ito's palette, told apart with any colour vision.
 BLUE, ORANGE, GREEN, SKY, PURPLE, GREY = "#0072B2", "#D55E00", "#009E73", "#56B4E9", "#CC79A7", "#666666"
+COLOURS = (BLUE, ORANGE, GREEN, PURPLE, SKY, GREY)
+IDLE = "#E3E5E8"
+DARK = {
+    BLUE: "#4AA8E0",
+    ORANGE: "#F0803C",
+    GREEN: "#2DBE95",
+    SKY: "#8CCBF0",
+    PURPLE: "#DE9CC2",
+    GREY: "#A5ABB4",
+    IDLE: "#3A3F48",
+}
+"""What a colour becomes on a dark page: the same hue, lighter."""
+FEW = 60
+"""Steps up to which every one of them is a dot, and nothing is smoothed."""
+TICKS = 6
+"""Numbers on the axis of tokens."""
 
 
 class Curve(NamedTuple):
@@ -25,6 +43,9 @@ class Curve(NamedTuple):
     colour: str
     scale: float = 1.0
     markers: bool = False
+    dash: str = "solid"
+    smooth: bool = False
+    """Whether it is noisy: drawn pale, with the mean of the steps around it over it."""
 
 
 @dataclass(frozen=True)
@@ -34,44 +55,74 @@ class Figure:
     caption: str
     plot: go.Figure
     wide: bool = False
+    choices: Sequence[str] = ()
+    """Names of its traces where the reader sees one of them at a time."""
 
 
 def curves(
-    series: Series, wanted: Sequence[Curve], unit: str, *, log: bool = False, zero: bool = False
+    series: Series, wanted: Sequence[Curve], unit: str, *, log: bool = False, zero: bool = False, height: int = 320
 ) -> go.Figure | None:
     """Line plot over steps of those curves that have values, None without any."""
     plot = go.Figure()
     for curve in wanted:
         if series.has(curve.metric):
-            _add_curve(plot, curve, series.step_N, series.columns[curve.metric] * curve.scale)
+            add_curve(plot, curve, series.step_N, series.columns[curve.metric] * curve.scale)
     if not plot.data:
         return None
-    plot.update_yaxes(title=unit, type="log" if log else "linear", rangemode="tozero" if zero else "normal")
+    plot.update_yaxes(title=unit, rangemode="tozero" if zero else "normal")
     if log:
-        plot.update_yaxes(dtick="D2", tickformat=".1~g")  # labels at 1, 2 and 5
-    return style(plot, series.step_N)
+        log_axis(plot)
+    return style(plot, series.step_N, height)
 
 
-def _add_curve(plot: go.Figure, curve: Curve, x_N: np.ndarray, y_N: np.ndarray) -> None:
+def log_axis(plot: go.Figure) -> None:
+    """Make the y axis logarithmic, with labels at 1, 2 and 5."""
+    plot.update_yaxes(type="log", dtick="D2", tickformat=".1~g")
+
+
+def add_curve(plot: go.Figure, curve: Curve, x_N: np.ndarray, y_N: np.ndarray) -> None:
+    """Draw a curve of these values, as the beginning of this file says."""
     if curve.markers:  # measured now and then: no gaps between the measurements
         measured = np.isfinite(y_N)
         x_N, y_N = x_N[measured], y_N[measured]
-    line, marker = {"color": curve.colour, "width": 1.6}, {"size": 6}
+    line, marker = {"color": curve.colour, "width": 1.8, "dash": curve.dash}, {"size": 6}
+    pale = {"mode": "lines", "line": {"color": curve.colour, "width": 1}, "opacity": 0.35, "legendgroup": curve.name}
+    few = len(x_N) <= FEW
     if len(x_N) > POINTS:  # a pale band from lowest to highest, and the mean in it
         x, y = thin(x_N, y_N)
-        plot.add_scatter(x=x, y=y, mode="lines", line=line, opacity=0.3, showlegend=False, hoverinfo="skip")
+        plot.add_scatter(x=x, y=y, **pale, showlegend=False, hoverinfo="skip")
         x_N, y_N = stretch_means(x_N, y_N)
-    mode = "lines+markers" if curve.markers or len(x_N) <= 60 else "lines"
-    plot.add_scatter(x=x_N, y=y_N, name=curve.name, mode=mode, line=line, marker=marker)
+    elif curve.smooth and not few:
+        plot.add_scatter(x=x_N, y=y_N, **pale, showlegend=False, name=f"{curve.name}, this step")
+        y_N = smoothed(y_N)
+    mode = "lines+markers" if curve.markers or few else "lines"
+    plot.add_scatter(x=x_N, y=y_N, name=curve.name, legendgroup=curve.name, mode=mode, line=line, marker=marker)
+
+
+def add_tokens_axis(plot: go.Figure, series: Series) -> None:
+    """Tokens trained, above a figure over steps; the batch may grow, so that the steps between its numbers differ."""
+    tokens_N = series.columns.get("tokens", np.zeros(0))
+    known = np.isfinite(tokens_N)
+    if known.sum() < 2:
+        return
+    steps, tokens = series.step_N[known], tokens_N[known]
+    room = (tokens[-1] - tokens[0]) / TICKS
+    size = 10 ** np.floor(np.log10(room)) if room > 0 else 1.0
+    unit = size * next(factor for factor in (1, 2, 2.5, 5, 10) if factor * size >= room)
+    shown = np.arange(np.ceil(tokens[0] / unit), np.floor(tokens[-1] / unit) + 1) * unit
+    plot.add_scatter(x=[steps[0], steps[-1]], y=[None, None], xaxis="x2", showlegend=False, hoverinfo="skip")
+    axis = {"overlaying": "x", "matches": "x", "side": "top", "showgrid": False, "zeroline": False}
+    ticks = {"tickvals": np.interp(shown, tokens, steps).tolist(), "ticktext": [short(one) for one in shown]}
+    plot.update_layout(xaxis2=axis | ticks | {"title": {"text": "tokens", "standoff": 4}})
+    plot.update_layout(legend={"y": 1.16}, margin={"t": 80})
 
 
 def look(plot: go.Figure, height: int = 320) -> go.Figure:
-    """The look that all figures share."""
+    """The look that all figures share; train/metrics/page.py adds what depends on light or dark."""
     plot.update_layout(
-        template="plotly_white",
         height=height,
         margin={"l": 70, "r": 20, "t": 30, "b": 50},
-        font={"size": 13, "color": "#222"},
+        font={"size": 13},
         hovermode="x unified",
         showlegend=True,
         legend={"orientation": "h", "y": 1.02, "yanchor": "bottom", "x": 0},
@@ -87,5 +138,7 @@ def style(plot: go.Figure, step_N: np.ndarray, height: int = 320) -> go.Figure:
     return plot
 
 
-def figure(key: str, title: str, caption: str, plot: go.Figure | None, wide: bool = False) -> Figure | None:
-    return None if plot is None else Figure(key, title, caption, plot, wide)
+def figure(
+    key: str, title: str, caption: str, plot: go.Figure | None, wide: bool = False, choices: Sequence[str] = ()
+) -> Figure | None:
+    return None if plot is None else Figure(key, title, caption, plot, wide, choices)

@@ -139,6 +139,8 @@ def parts(record: Record, steps: int, seconds_left: float, event: str | None) ->
         found.append(f"held-out loss {record['validation_loss']:.4g}")
     if "max_vio" in record:
         found.append(f"max_vio {record['max_vio']:.2f}")
+    if "mtp_loss" in record:
+        found.append(f"MTP loss {record['mtp_loss']:.4g}")
     return found
 
 

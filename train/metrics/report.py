@@ -6,56 +6,49 @@ report can be written again at any time, also beside a run that still trains or 
 
 import datetime
 import html
-from collections.abc import Iterable, Mapping
+import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import yaml
-from plotly.offline import get_plotlyjs
 
 from cluster.run_files import STEP_FOLDERS
+from conf.errors import UserError
 from conf.files import atomic_write_text
 from train.metrics.figures import build
 from train.metrics.goodput import cluster_summary
-from train.metrics.headline import Card, findings, headline
+from train.metrics.headline import findings, headline
 from train.metrics.jsonl import FILE
 from train.metrics.names import EVENTS, SCALARS
+from train.metrics.origin import Start, code_words, read_starts
+from train.metrics.page import HOW_TO_READ, cards_html, closing, figure_html, opening, table
 from train.metrics.planned import Row, plan_rows
-from train.metrics.plot import Figure
+from train.metrics.plot import FEW, Figure
 from train.metrics.progress import short
+from train.metrics.screens import printable
 from train.metrics.series import POINTS, Series, read_series
 from train.metrics.timeline import SampledStep, read_timeline
+from train.metrics.words import gib
 
 REPORT = "report.html"
-HOW_TO_READ = "Drag over a figure to zoom, double-click to zoom out."
-NO_NETWORK = "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline'; img-src data: blob:"
-
-STYLE = """
-body { font: 16px/1.5 system-ui, sans-serif; color: #222; background: #f4f5f7; margin: 0; }
-main { max-width: 1280px; margin: 0 auto; padding: 16px 24px 48px; }
-h1 { margin: 16px 0 0; } h2 { margin: 32px 0 8px; } h3 { margin: 0; font-size: 18px; }
-p { margin: 4px 0; } .sub { color: #555; }
-.cards { display: grid; grid-template-columns: repeat(auto-fill, minmax(225px, 1fr)); gap: 12px; }
-.card, figure { background: #fff; border: 1px solid #dcdfe4; border-radius: 8px; padding: 12px 16px; }
-.card b { display: block; font-size: 26px; line-height: 1.25; } .card small { color: #555; display: block; }
-.figures { display: grid; grid-template-columns: 1fr 1fr; gap: 12px; }
-figure { margin: 0; min-width: 0; } figure.wide { grid-column: 1 / -1; } figcaption { color: #555; font-size: 14px; }
-@media (max-width: 900px) { .figures { grid-template-columns: 1fr; } }
-pre { background: #fff; border: 1px solid #dcdfe4; border-radius: 8px; padding: 12px; overflow: auto; font-size: 13px; }
-table { border-collapse: collapse; background: #fff; } td, th { border: 1px solid #dcdfe4; padding: 4px 12px; text-align: left; }
-summary { cursor: pointer; font-weight: 600; }
-"""
+SAMPLE = "sample.json"
+"""What the model wrote at the end of the run: step, temperature, text."""
 
 
 def write_report(run_folder: Path) -> Path:
     """Write report.html into the run folder and return its path. An older report is replaced in one move."""
-    settings_text = _read_text(run_folder / "config.yaml")
-    settings = _settings(settings_text)
+    settings_text, settings = _read_text(run_folder / "config.yaml"), read_settings(run_folder)
     series = read_series(run_folder / FILE)
     sampled = read_timeline(run_folder)
     name = str(settings.get("name") or run_folder.name)
-    sections = _plan_parts(plan_rows(run_folder, series)) + _cluster_parts(cluster_summary(run_folder))
-    page = _page(name, series, settings, settings_text, sections + _checkpoint_table(_checkpoints(run_folder)), sampled)
+    sections = (
+        _sample_parts(run_folder)
+        + _plan_parts(plan_rows(run_folder, series))
+        + _cluster_parts(cluster_summary(run_folder))
+    )
+    sections += _checkpoint_table(_checkpoints(run_folder)) + _origin_parts(run_folder)
+    page = _page(name, series, settings, settings_text, sections, sampled)
     path = run_folder / REPORT
     atomic_write_text(path, page)
     return path
@@ -65,9 +58,10 @@ def _read_text(path: Path) -> str:
     return path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
 
 
-def _settings(text: str) -> Mapping[str, Any]:
+def read_settings(run_folder: Path) -> Mapping[str, Any]:
+    """The content of config.yaml; empty where there is none or it cannot be read."""
     try:
-        settings = yaml.safe_load(text)
+        settings = yaml.safe_load(_read_text(run_folder / "config.yaml"))
     except (yaml.YAMLError, ValueError, RecursionError):  # ValueError: a date that does not exist
         return {}  # the page shows the text as it is
     return settings if isinstance(settings, dict) else {}
@@ -96,8 +90,9 @@ def _page(
     """sections: what stands below the figures."""
     written = datetime.datetime.now().strftime("%Y-%m-%d %H:%M")
     parts = opening(f"Training report: {name}", f"{_description(settings)} Written {written}.")
+    figures = build(series, settings, sampled) if len(series.step_N) else []
     if len(series.step_N):
-        parts += _run_parts(series, settings, sampled)
+        parts += _run_parts(series, settings, figures)
     else:
         parts.append("<p>No step has been recorded yet.</p>")
     parts += [
@@ -109,54 +104,25 @@ def _page(
             ("name", "unit", "meaning", "when"),
             [(m.name, m.unit, m.meaning, m.when or "always") for m in (*SCALARS, *EVENTS)],
         ),
-        "</details></main></body></html>",
+        "</details>",
+        *closing(figures),
     ]
     return "\n".join(parts)
 
 
-def opening(title: str, subtitle: str) -> list[str]:
-    """The beginning of a page that needs no network; it ends with </main></body></html>."""
-    return [
-        "<!DOCTYPE html>",
-        f'<html lang="en"><head><meta charset="utf-8"><title>{html.escape(title)}</title>',
-        f'<meta http-equiv="Content-Security-Policy" content="{NO_NETWORK}">',
-        '<meta name="viewport" content="width=device-width, initial-scale=1">',
-        f"<style>{STYLE}</style><script>{get_plotlyjs()}</script></head><body><main>",
-        f"<h1>{html.escape(title)}</h1>",
-        f'<p class="sub">{html.escape(subtitle)}</p>',
-    ]
-
-
-def _run_parts(series: Series, settings: Mapping[str, Any], sampled: SampledStep | None) -> list[str]:
+def _run_parts(series: Series, settings: Mapping[str, Any], figures: list[Figure]) -> list[str]:
     notes = "".join(f"<li>{html.escape(text)}</li>" for text in findings(series, settings))
-    band = " A pale band runs from the lowest to the highest step of a stretch, the line is its mean."
-    band = band if len(series.step_N) > POINTS else ""
-    figures = "".join(figure_html(figure) for figure in build(series, settings, sampled))
+    band = ""
+    if len(series.step_N) > POINTS:
+        band = " A pale band runs from the lowest to the highest step of a stretch, the line is its mean."
+    elif len(series.step_N) > FEW:
+        band = " A pale line is each step, the strong line over it the mean of the steps around it."
     return [
         f'<h2>At a glance</h2><div class="cards">{cards_html(headline(series, settings))}</div>',
         f"<h2>Worth knowing</h2><ul>{notes}</ul>" if notes else "",
         f'<h2>Over the course of training</h2><p class="sub">{HOW_TO_READ}{band}</p>',
-        f'<div class="figures">{figures}</div>',
+        f'<div class="figures">{"".join(map(figure_html, figures))}</div>',
     ]
-
-
-def cards_html(cards: Iterable[Card]) -> str:
-    """One box per figure."""
-    return "".join(
-        f'<div class="card">{html.escape(card.label)}<b>{html.escape(card.value)}</b><small>{html.escape(card.caption)}</small></div>'
-        for card in cards
-    )
-
-
-def figure_html(figure: Figure) -> str:
-    plot = figure.plot.to_html(
-        full_html=False,
-        include_plotlyjs=False,
-        div_id=f"plot-{figure.key}",
-        config={"displayModeBar": False, "responsive": True},
-    )
-    wide = ' class="wide"' if figure.wide else ""
-    return f"<figure{wide}><h3>{html.escape(figure.title)}</h3>{plot}<figcaption>{html.escape(figure.caption)}</figcaption></figure>"
 
 
 def _description(settings: Mapping[str, Any]) -> str:
@@ -169,6 +135,57 @@ def _description(settings: Mapping[str, Any]) -> str:
         f"A DeepSeek-V3-style language model with {model['layers']} layers of width {model['hidden']}, "
         f"{model['experts']} experts per expert layer of which each token uses {model['top_k']}, trained on {source}."
     )
+
+
+def _sample_parts(run_folder: Path) -> list[str]:
+    """What the model wrote."""
+    path = run_folder / SAMPLE
+    if not path.exists():
+        return []
+    try:
+        sample = json.loads(path.read_text())
+        title = f"What the model writes after step {sample['step']:,}"
+        how = f"Drawn at temperature {sample['temperature']:g} from nothing but the start of a document."
+        text = printable(sample["text"], "utf-8")
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
+        raise UserError(SAMPLE, path, f"is damaged: {error}", "remove it; the run writes another one") from error
+    return [f'<h2>{title}</h2><p class="sub">{how}</p>', f'<pre class="text">{html.escape(text)}</pre>']
+
+
+def _origin_parts(run_folder: Path) -> list[str]:
+    """How, by what and where the run was started."""
+    starts = read_starts(run_folder)
+    if not starts:
+        return []
+    newest, earlier = starts[-1], starts[:-1]
+    parts = [
+        "<h2>How it was started</h2>",
+        f'<pre class="text">{html.escape(newest["command"])}</pre>',
+        table(("fact", "value"), _origin_rows(newest)),
+    ]
+    if earlier:
+        rows = [(_when(start), start["command"], code_words(start)) for start in earlier]
+        parts += ["<details><summary>Earlier starts</summary>", table(("time", "command", "code"), rows), "</details>"]
+    return parts
+
+
+def _origin_rows(start: Start) -> list[tuple[str, str]]:
+    rows = [("time", _when(start)), ("folder", start["folder"]), ("code", code_words(start))]
+    machine = start.get("machine")
+    if machine:
+        ranks = start["ranks"]
+        memory = gib(machine["memory_bytes"])
+        rows += [
+            ("ranks", f"{ranks}, rank 0 on {machine['host']}" if ranks > 1 else f"1, on {machine['host']}"),
+            ("device", f"{machine['device']}; {machine['cores']} cores and {memory} of memory for the process"),
+            ("system", machine["system"]),
+            ("versions", ", ".join(f"{name} {version}" for name, version in start["versions"].items())),
+        ]
+    return rows
+
+
+def _when(start: Start) -> str:
+    return datetime.datetime.fromtimestamp(start["time"]).strftime("%Y-%m-%d %H:%M:%S")
 
 
 def _plan_parts(rows: list[Row]) -> list[str]:
@@ -197,9 +214,3 @@ def _checkpoint_table(checkpoints: list[tuple[str, str, str]]) -> list[str]:
     if not checkpoints:
         return []
     return ["<h2>Checkpoints in this folder</h2>", table(("name", "size", "written"), checkpoints)]
-
-
-def table(head: Iterable[str], rows: Iterable[Iterable[str]]) -> str:
-    titles = "".join(f"<th>{html.escape(text)}</th>" for text in head)
-    body = "".join("<tr>" + "".join(f"<td>{html.escape(text)}</td>" for text in row) + "</tr>" for row in rows)
-    return f"<table><tr>{titles}</tr>{body}</table>"

@@ -67,6 +67,16 @@ def stretch_means(x_N: np.ndarray, y_N: np.ndarray, stretches: int = POINTS // 4
     return np.array([x_N[part[len(part) // 2]] for part in parts]), np.array(means)
 
 
+def smoothed(y_N: np.ndarray) -> np.ndarray:
+    """Mean of the finite values around each, over a fortieth of them; NaN where a value is not finite."""
+    half = max(1, len(y_N) // 80)
+    finite = np.isfinite(y_N)
+    window = np.ones(2 * half + 1)
+    sums = np.convolve(np.where(finite, y_N, 0.0), window, "full")[half : half + len(y_N)]
+    counts = np.convolve(finite.astype(np.float64), window, "full")[half : half + len(y_N)]
+    return np.where(finite, sums / np.maximum(counts, 1), np.nan)
+
+
 def read_series(path: Path) -> Series:
     """The scalars of every step, and layers and loads of evenly spaced steps. A missing file is a run without steps."""
     heads, loaded = [], []

@@ -21,7 +21,7 @@ class Budget:
     gpu_hours: float
     gpu_hours_per_trillion_tokens: float
     cost: float | None
-    """In the currency of hardware.price_per_hour; None without one."""
+    """In hardware.currency; None without hardware.price_per_hour."""
     energy_kwh: float | None
     """Of the devices at their limit of power; None where it is not given."""
 

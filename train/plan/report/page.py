@@ -10,9 +10,9 @@ import plotly.graph_objects as go
 
 from conf.files import atomic_write_text
 from train.metrics.headline import Card
+from train.metrics.page import HOW_TO_READ, cards_html, closing, figure_html, opening, table
 from train.metrics.pipeline_figures import timeline_figure
 from train.metrics.plot import BLUE, GREEN, GREY, ORANGE, PURPLE, SKY, Figure, figure, look
-from train.metrics.report import HOW_TO_READ, cards_html, figure_html, opening, table
 from train.metrics.timeline import SampledStep
 from train.metrics.words import GIB, amount, gib, length_of_run, seconds, share
 from train.plan.budget import RunPlan
@@ -33,8 +33,9 @@ def _parts(plan: RunPlan, record: dict[str, Any]) -> list[str]:
     parts = opening(
         f"Plan: {config.name} on {devices} x {config.hardware.name}", f"It {verdict(plan)}. {layout_words(plan)}."
     )
-    figures = [memory_figure(plan), time_figure(plan), step_figure(plan)]
-    drawn = "".join(figure_html(one) for one in figures if one is not None)
+    made = (memory_figure(plan), time_figure(plan), step_figure(plan))
+    figures = [figure for figure in made if figure is not None]
+    drawn = "".join(map(figure_html, figures))
     notes = [f"Rates: {plan.step.rates}."]
     if (uneven := uneven_words(plan)) is not None:
         notes.append(f"The stages are uneven: {uneven}.")
@@ -46,7 +47,8 @@ def _parts(plan: RunPlan, record: dict[str, Any]) -> list[str]:
         "<h2>Stages</h2>",
         _stages(record),
         "<h2>Everything</h2><details><summary>plan.json</summary>",
-        f"<pre>{html.escape(json.dumps(record, indent=1))}</pre></details></main></body></html>",
+        f"<pre>{html.escape(json.dumps(record, indent=1))}</pre></details>",
+        *closing(figures),
     ]
     return parts
 
@@ -72,7 +74,9 @@ def _cards(plan: RunPlan) -> list[Card]:
         ),
     ]
     if budget.cost is not None:
-        cards.append(Card("Cost", amount(budget.cost), f"at {plan.config.hardware.price_per_hour} an hour and device"))
+        hardware = plan.config.hardware
+        price = f"{hardware.price_per_hour:g} {hardware.currency}"
+        cards.append(Card("Cost", f"{amount(budget.cost)} {hardware.currency}", f"at {price} an hour and device"))
     if budget.energy_kwh is not None:
         cards.append(Card("Energy", f"{amount(budget.energy_kwh)} kWh", "of the devices at their power limit"))
     return cards

@@ -79,7 +79,9 @@ def _run(plan: RunPlan) -> str:
     budget, hardware = plan.budget, plan.config.hardware
     words = f"{amount(budget.tokens)} tokens in {length_of_run(budget.days)}: {amount(budget.gpu_hours)} device hours"
     if budget.cost is not None:
-        words += f", {amount(budget.cost)} at {hardware.price_per_hour} an hour"
+        words += (
+            f", {amount(budget.cost)} {hardware.currency} at {hardware.price_per_hour:g} {hardware.currency} an hour"
+        )
     if budget.energy_kwh is not None:
         words += f", {amount(budget.energy_kwh)} kWh"
     return f"{words} ({amount(budget.gpu_hours_per_trillion_tokens)} per trillion tokens)"

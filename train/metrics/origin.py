@@ -1,0 +1,147 @@
+"""starts.json of a run folder: how the run was started each time, by what code, on what machine. For the report and W&B.
+
+One JSON list, a start after the other:
+
+    time        when the command was given, Unix seconds
+    command     the command, as a shell takes it
+    folder      where it was given
+    commit      of the program's own repository; null where it is not one, as when it was installed
+    modified    whether files of that commit were changed
+    machine     of rank 0: host, system, device, cores and memory_bytes; absent until it has started
+    ranks       of the run
+    versions    Python's and those of the packages that compute, as rank 0 has them
+
+The driver adds an entry, and rank 0, which may run elsewhere, completes it. Imports no torch: the driver uses it.
+"""
+
+import json
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+import sys
+import time
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from cluster.launch import given_place
+from conf.errors import UserError
+from conf.files import atomic_write_json
+from conf.schema import ROOT
+from train import __version__
+from train.program import COMMAND, typed_command
+
+FILE = "starts.json"
+KEPT = 100
+"""Starts in the file, the newest ones."""
+PACKAGES = ("torch", "deepspeed", "numpy", "ray", "triton")
+GIT_SECONDS = 10.0
+TYPES = {"time": (int, float), "command": str, "folder": str, "commit": (str, type(None)), "modified": bool}
+RUNNING = {"machine": dict, "ranks": int, "versions": dict}
+MACHINE = {"host": str, "system": str, "device": str, "cores": int, "memory_bytes": int}
+Start = dict[str, Any]
+
+
+def record_start(folder: Path) -> None:
+    """Add this command to the file."""
+    commit, modified = code_version()
+    start = {"time": time.time(), "command": command(), "folder": os.getcwd()}
+    _write(folder, [*read_starts(folder), start | {"commit": commit, "modified": modified}])
+
+
+def record_machine(folder: Path, device: str, ranks: int) -> None:
+    """Complete the newest start. device: name of the GPU or processor of rank 0."""
+    if not (starts := read_starts(folder)):
+        return  # a rank that was started by hand
+    *before, newest = starts
+    machine = {
+        "host": platform.node(),
+        "system": f"{platform.system()} {platform.release()}, {platform.machine()}",
+        "device": device,
+        "cores": len(os.sched_getaffinity(0)),
+        "memory_bytes": psutil.virtual_memory().total,
+    }
+    versions = {COMMAND: __version__, "python": platform.python_version()} | {name: _version(name) for name in PACKAGES}
+    found = {name: version for name, version in versions.items() if version is not None}
+    _write(folder, [*before, newest | {"machine": machine, "ranks": ranks, "versions": found}])
+
+
+def read_starts(folder: Path) -> list[Start]:
+    """All starts, oldest first; empty where there is no file. Raises UserError for a damaged one."""
+    path = folder / FILE
+    try:
+        starts = json.loads(path.read_text()) if path.exists() else []
+        if not isinstance(starts, list):
+            raise TypeError("it is no list")
+        for start in starts:
+            _require(start, TYPES)
+            if "machine" in start:
+                _require(start, RUNNING)
+                _require(start["machine"], MACHINE)
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
+        raise UserError(FILE, path, f"is damaged: {error}", "remove it; the next start writes another one") from error
+    return starts
+
+
+def _require(values: dict[str, Any], types: dict[str, Any]) -> None:
+    for name, kind in types.items():
+        if not isinstance(values[name], kind):
+            raise TypeError(f"{name} is {values[name]!r}")
+
+
+def command_to_go_on(folder: Path) -> str:
+    """What was typed last, without resume=, which told where to start: to go on is what happens without it."""
+    starts = read_starts(folder)
+    if not starts:
+        return "the same command"
+    return shlex.join(word for word in shlex.split(starts[-1]["command"]) if not word.startswith("resume="))
+
+
+def command() -> str:
+    """What was typed, as a shell takes it."""
+    if (place := given_place()) is not None:
+        nodes = ["--nnodes", str(place.world // place.local_world)] if place.world > place.local_world else []
+        start = ["torchrun", *nodes, "--nproc-per-node", str(place.local_world), "-m", "train"]
+    else:
+        start = typed_command() or [Path(sys.argv[0]).name]
+    return shlex.join([*start, *sys.argv[1:]])
+
+
+def code_version() -> tuple[str | None, bool]:
+    """Commit of the repository that this program runs from, None where it is none, and whether its files were changed."""
+    if not (ROOT / ".git").exists() or shutil.which("git") is None:
+        return None, False
+    commit = _git("rev-parse", "HEAD")
+    return commit, bool(commit and _git("status", "--porcelain", "--untracked-files=no"))
+
+
+def code_words(start: Start) -> str:
+    """The version of the code, for a person."""
+    if start["commit"] is None:
+        return "installed, not a git repository"
+    return f"git commit {start['commit']}{', with changed files' if start['modified'] else ''}"
+
+
+def _git(*words: str) -> str | None:
+    try:
+        done = subprocess.run(
+            ["git", "-C", str(ROOT), *words], capture_output=True, text=True, timeout=GIT_SECONDS, check=True
+        )
+    except (OSError, subprocess.SubprocessError):  # another user's repository, a damaged one, a slow disk
+        return None
+    return done.stdout.strip()
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _write(folder: Path, starts: list[Start]) -> None:
+    atomic_write_json(folder / FILE, starts[-KEPT:])
