@@ -56,13 +56,15 @@ def _check_seed(field: str, seed: int) -> None:
 def _check_top(config: Config) -> None:
     _positive(config, "", "steps seq_len batch_size micro_batch_size")
     _check_seed("seed", config.seed)
-    _require(
-        re.fullmatch(r"[\w.\-+=,]+(/\d+)?", config.name) is not None and config.name not in (".", ".."),
-        "name",
-        config.name,
-        "must be a plain folder name: letters, digits, and . _ - + = ,",
-        "choose a simpler name",
-    )
+    several = config.mode is Mode.report and config.name.startswith("[") and config.name.endswith("]")
+    for name in config.name[1:-1].split(",") if several else [config.name]:
+        _require(
+            re.fullmatch(r"[\w.\-+=,]+(/\d+)?", name.strip()) is not None and name not in (".", ".."),
+            "name",
+            config.name,
+            "must be a plain folder name: letters, digits, and . _ - + = ,",
+            "choose a simpler name; mode=report also takes 'name=[A,B]'",
+        )
     _require(
         config.seq_len <= config.model.max_seq_len,
         "seq_len",

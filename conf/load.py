@@ -27,7 +27,7 @@ from conf.disk import disk_errors
 from conf.errors import EXIT_OK, UserError
 from conf.files import atomic_write_text
 from conf.run_settings import LOOKS_AT_A_RUN, over_run_settings
-from conf.schema import ROOT, Config
+from conf.schema import ROOT, Config, Mode
 from conf.yaml_file import UNREADABLE, read_yaml, unreadable
 
 
@@ -94,7 +94,7 @@ def compose_node(*overrides: str) -> DictConfig:
     """The same before interpolations are resolved and rules are checked, with Hydra's own settings."""
     register()
     with hydra.initialize_config_dir(str(ROOT / "conf"), version_base="1.3", job_name="train"):
-        node = hydra.compose("train", list(overrides), return_hydra_config=True)
+        node = hydra.compose("train", [_names_as_text(word) for word in overrides], return_hydra_config=True)
     if node.name is None:
         node.name = node.hydra.runtime.choices.conf
     return node
@@ -107,6 +107,12 @@ def explained(words: Sequence[str]) -> Iterator[None]:
         yield
     except (HydraException, OmegaConfBaseException) as error:
         raise _explain(error, words) from error
+
+
+def _names_as_text(word: str) -> str:
+    """`name=[a,b]`, several runs for mode=report, as the text that the field holds; Hydra would read a list."""
+    key, _, value = word.partition("=")
+    return f'name="{value}"' if key == "name" and value.startswith("[") and value.endswith("]") else word
 
 
 def register() -> None:
@@ -122,6 +128,7 @@ def run(job: Callable[[list[Config]], int]) -> int:
     """
     register()
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises instead of printing, so that every error has one form
+    sys.argv[1:] = [_names_as_text(word) for word in sys.argv[1:]]
     nodes: list[DictConfig] = []
 
     @hydra.main(version_base="1.3", config_path=str(ROOT / "conf"), config_name="train")
@@ -129,7 +136,7 @@ def run(job: Callable[[list[Config]], int]) -> int:
         hydra_config = HydraConfig.get()
         if node.name is None:
             node.name = hydra_config.runtime.choices.conf
-        if hydra_config.mode == RunMode.MULTIRUN and node.mode not in LOOKS_AT_A_RUN:
+        if hydra_config.mode == RunMode.MULTIRUN and node.mode not in (*LOOKS_AT_A_RUN, Mode.report):
             # Each job of a sweep has its own run folder.
             node.name = f"{node.name}/{hydra_config.job.num}"
         nodes.append(over_run_settings(node, hydra_config.overrides.task, list(hydra_config.runtime.choices)))

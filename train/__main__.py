@@ -24,15 +24,23 @@ from train.model.count import checkpoint_bytes  # noqa: E402
 
 def main(configs: list[Config]) -> int:
     """One run, or those of a sweep one after another, until one is told to stop; returns the worst exit code."""
-    worst = EXIT_OK
-    for done, config in enumerate(configs, 1):
-        code = do(config, alone=len(configs) == 1)
-        worst = max(worst, code)
-        if code in (EXIT_STOPPED, EXIT_INTERRUPTED):  # a signal means the command, not the one job it found
-            if left := len(configs) - done:
-                print(f"stopped: {left} of {len(configs)} jobs of the sweep were not started", file=sys.stderr)
-            break
-    return worst
+    codes: list[int] = []
+    try:
+        for config in configs:
+            codes.append(do(config, alone=len(configs) == 1))
+            if codes[-1] in (EXIT_STOPPED, EXIT_INTERRUPTED):  # a signal means the command, not the one job it found
+                if left := len(configs) - len(codes):
+                    print(f"stopped: {left} of {len(configs)} jobs of the sweep were not started", file=sys.stderr)
+                break
+    except UserError as error:
+        codes.append(error.code)
+        raise
+    finally:
+        if len(configs) > 1 and configs[0].mode is Mode.train and is_driver():
+            from train.metrics.sweep import sweep_screen
+
+            sweep_screen(configs, codes)
+    return max(codes)
 
 
 def do(config: Config, alone: bool) -> int:
@@ -107,14 +115,10 @@ def _dry_run(config: Config, alone: bool) -> int:
 
 
 def _report(config: Config, alone: bool) -> int:
-    from train.metrics.report import write_report
+    from train.metrics.compare import report
 
-    folder = Path(config.runs) / config.name
-    if not (folder / "metrics.jsonl").exists():
-        raise UserError(
-            "name", config.name, f"needs metrics of an earlier run in {folder}", "train first, or give name="
-        )
-    print(write_report(folder))
+    for page in report(config):
+        print(page)
     return EXIT_OK
 
 

@@ -9,7 +9,7 @@ from conf.schema import Config
 from tests.metrics.wandb_file import records
 from tests.small import metrics, train
 from train.checkpoint.manifest import read_manifest, seal
-from train.loop.changed_settings import EFFECTS, REMARKS, Effect, _flat, changed, effect_of, settings_of
+from train.loop.changed_settings import EFFECTS, REMARKS, Effect, changed, effect_of, flat, settings_of
 
 META = {"step": 6, "data": "abc", "has_ema": False, "seed": 1, "seq_len": 256}
 
@@ -21,7 +21,7 @@ def between(*new: str, old: tuple[str, ...] = (), **meta):
 
 
 def test_every_rule_is_about_a_key_that_there_is():
-    keys = _flat(settings_of(compose("conf=tiny", "precision=fp8")))
+    keys = flat(settings_of(compose("conf=tiny", "precision=fp8")))
     for rule in (*EFFECTS, *REMARKS):
         assert any(key == rule or key.startswith((f"{rule}.", f"{rule}[")) for key in keys), rule
     assert all(why for _, why in EFFECTS.values())

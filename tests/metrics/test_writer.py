@@ -4,7 +4,7 @@ import subprocess
 import sys
 
 from conf.load import compose
-from tests.metrics.wandb_file import history
+from tests.metrics.wandb_file import history, records
 from train.metrics.jsonl import read_heads
 from train.metrics.writer import open_writer
 
@@ -21,6 +21,15 @@ def test_all_sinks_get_every_step_and_closing_twice_is_fine(tmp_path, capsys):
     assert [line["step"] for line in read_heads(tmp_path / "metrics.jsonl")] == [1, 2, 3]
     assert [line["_step"] for line in history(tmp_path)] == [1, 2, 3]
     assert capsys.readouterr().out.splitlines()[-1] == "a note"
+
+
+def test_the_jobs_of_a_sweep_are_one_group_of_wandb(tmp_path):
+    for job in (0, 1):
+        with open_writer(compose(f"name=rates/{job}", "log.wandb=offline"), tmp_path / str(job)) as writer:
+            writer.write({"step": 1, "loss": 2.0})
+    files = tmp_path.glob("*/wandb/offline-run-*/*.wandb")
+    runs = [next(record.run for record in records(file) if record.HasField("run")) for file in files]
+    assert sorted((run.run_group, run.display_name) for run in runs) == [("rates", "rates/0"), ("rates", "rates/1")]
 
 
 def test_resuming_shows_and_keeps_the_steps_before(tmp_path, capsys):

@@ -128,7 +128,7 @@ def changed(config: Config, fingerprint: str, meta: dict[str, Any]) -> Changes:
     else:
         stored = {key: meta[key] for key in ("seed", "seq_len")}
         new = {key: new[key] for key in stored}
-    pairs = _pairs(_flat(stored), _flat(new), _flat(_defaults()))
+    pairs = _pairs(flat(stored), flat(new), flat(_defaults()))
     found = {key: pair for key, pair in pairs if pair[0] != pair[1] and effect_of(key) is not Effect.none}
     return Changes(found, "config" in meta, tuple(_facts(config, fingerprint, meta, found)))
 
@@ -179,7 +179,7 @@ def _facts(config: Config, fingerprint: str, meta: dict[str, Any], found: dict[s
         yield "optim.ema_decay is 0: the average of the weights that the checkpoint has ends here"
 
 
-def _flat(node: Any, prefix: str = "") -> dict[str, Any]:
+def flat(node: Any, prefix: str = "") -> dict[str, Any]:
     """Leaves by dotted key; a list of groups has an index in its key, a list of numbers or words is a leaf."""
     if isinstance(node, dict) and node:
         parts = [(f"{prefix}.{key}" if prefix else str(key), value) for key, value in node.items()]
@@ -187,7 +187,7 @@ def _flat(node: Any, prefix: str = "") -> dict[str, Any]:
         parts = [(f"{prefix}[{index}]", value) for index, value in enumerate(node)]
     else:
         return {prefix: node}
-    return {key: leaf for name, value in parts for key, leaf in _flat(value, name).items()}
+    return {key: leaf for name, value in parts for key, leaf in flat(value, name).items()}
 
 
 def _line(key: str, old: Any, new: Any) -> str:

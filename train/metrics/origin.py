@@ -107,7 +107,7 @@ def command() -> str:
         nodes = ["--nnodes", str(place.world // place.local_world)] if place.world > place.local_world else []
         start = ["torchrun", *nodes, "--nproc-per-node", str(place.local_world), "-m", "train"]
     else:
-        start = typed_command() or [Path(sys.argv[0]).name]
+        start = typed_command() or [Path(sys.argv[0]).name or "python"]
     return shlex.join([*start, *sys.argv[1:]])
 
 

@@ -48,7 +48,7 @@ def wants_wandb(mode: WandbMode) -> bool:
 class WandbSink:
     """Logs records to the W&B run of a run folder.
 
-    config: what W&B shows as the configuration, plain values. note: called with one sentence when W&B goes offline against
+    config: what W&B shows as the configuration, plain values. group: what it shows together, such as a sweep. note: called with one sentence when W&B goes offline against
     expectation, or off. online_seconds: longest wait for the server, for tests.
     """
 
@@ -61,10 +61,12 @@ class WandbSink:
         config: Mapping[str, Any],
         mode: WandbMode,
         note: Callable[[str], None],
+        group: str | None = None,
         online_seconds: float = ONLINE_SECONDS,
     ):
         self._folder, self._note, self._online_seconds = run_folder, note, online_seconds
         self._arguments = {"project": project, "name": name, "config": dict(config), "dir": str(run_folder)}
+        self._arguments |= {"group": group}
         self._mode = mode
         self._queue: queue.Queue[Record | None] = queue.Queue(WAITING_RECORDS)
         self._off = False

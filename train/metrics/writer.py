@@ -108,6 +108,7 @@ def open_writer(
                 config=settings_of(config),
                 mode=config.log.wandb,
                 note=progress.note,
+                group=name.rpartition("/")[0] or None,  # a sweep's jobs are NAME/0, NAME/1 and so on
             )
         )
     cluster = dict if given_attempt() is None else GoodputRecord(run_folder)

@@ -1,0 +1,167 @@
+"""Several runs on one page: how their settings differ, how each ended, and their curves over each other.
+
+`mode=report name=SWEEP` compares the jobs of a sweep, `mode=report 'name=[a,b,c]'` any runs. Curves lie over tokens, as steps
+of runs with different batches are different work.
+"""
+
+import html
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import cycle, product
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import plotly.graph_objects as go
+
+from conf.errors import UserError
+from conf.files import atomic_write_text
+from conf.schema import Config
+from train.loop.changed_settings import flat
+from train.metrics.headline import clipped, last, median, tail_mean
+from train.metrics.jsonl import FILE
+from train.metrics.names import SCALARS
+from train.metrics.page import HOW_TO_READ, closing, figure_html, opening, table
+from train.metrics.plot import COLOURS, Curve, Figure, add_curve, log_axis, look
+from train.metrics.progress import short
+from train.metrics.report import read_settings, write_report
+from train.metrics.series import Series, read_series
+
+PAGE, OF_A_SWEEP = "comparison.html", "sweep.html"
+WHERE_IT_LIES = ("name", "runs", "resume")
+"""Settings that say which run it is, not what it does."""
+DASHES = ("solid", "dash", "dot", "dashdot")
+UNITS = {metric.name: metric.unit for metric in SCALARS}
+DRAWN = (
+    ("validation_loss", "Held-out loss", "On text never trained on; lower is better."),
+    ("main_loss", "Training loss, next token", "Read it beside the held-out loss: far below it is memorising."),
+    ("tokens_per_second", "Speed", "All processes of a run together; higher is better."),
+    ("grad_norm", "Gradient norm before clipping", "Spikes show unstable steps."),
+    ("max_vio_running", "Imbalance of the mean load", "MaxVio of the mean load of about 100 steps; 0 is even."),
+    ("lr", "Learning rate", "What the schedules say."),
+)
+"""Metric, title and what to look for."""
+
+
+@dataclass(frozen=True)
+class RunToCompare:
+    name: str
+    settings: dict[str, Any]
+    """By dotted key."""
+    series: Series
+
+
+def report(config: Config) -> list[Path]:
+    """Write what mode=report is asked for: of a run its report, of several or of a sweep a comparison. Returns the pages.
+
+    Raises UserError for a name that is neither a run nor a sweep.
+    """
+    runs = Path(config.runs)
+    names = names_of(config.name)
+    if len(names) > 1:
+        return [_write(runs / PAGE, f"Comparison of {len(names)} runs", [_read(runs, name) for name in names])]
+    folder, jobs = runs / names[0], sweep_jobs(runs / names[0])
+    pages = [write_report(folder)] if (folder / FILE).exists() else []
+    if jobs:
+        compared = [_read(runs, f"{names[0]}/{job}") for job in jobs]
+        pages.append(_write(folder / OF_A_SWEEP, f"Sweep: {names[0]}", compared))
+    if not pages:
+        raise _no_run(names[0], folder)
+    return pages
+
+
+def names_of(name: str) -> list[str]:
+    """`[a,b]` names several runs."""
+    return [one.strip() for one in name[1:-1].split(",")] if name.startswith("[") else [name]
+
+
+def sweep_jobs(folder: Path) -> list[int]:
+    """Numbers of the jobs of a sweep that have recorded steps."""
+    found = (path.parent.name for path in folder.glob(f"*/{FILE}"))
+    return sorted(int(name) for name in found if name.isdecimal())
+
+
+def _read(runs: Path, name: str) -> RunToCompare:
+    folder = runs / name
+    if not (folder / FILE).exists():
+        raise _no_run(name, folder)
+    return RunToCompare(name, flat(dict(read_settings(folder))), read_series(folder / FILE))
+
+
+def _no_run(name: str, folder: Path) -> UserError:
+    return UserError("name", name, f"needs metrics of an earlier run in {folder}", "train first, or give name=")
+
+
+def _write(path: Path, title: str, runs: list[RunToCompare]) -> Path:
+    differing = varied([run.settings for run in runs])
+    figures = list(_figures(runs))
+    rows = [(key, *(clipped(run.settings.get(key, "")) for run in runs)) for key in differing]
+    parts = opening(title, "Curves lie over the tokens trained, so that runs with different batches can be compared.")
+    parts += ["<h2>What differs</h2>"]
+    parts += [table(("setting", *(run.name for run in runs)), rows)] if rows else ["<p>No setting differs.</p>"]
+    parts += [
+        "<h2>How they ended</h2>",
+        table(("", *(label for label, _ in RESULTS)), [(run.name, *_results(run.series)) for run in runs]),
+        f'<h2>Over the course of training</h2><p class="sub">{html.escape(HOW_TO_READ)}</p>',
+        f'<div class="figures">{"".join(map(figure_html, figures))}</div>',
+        *closing(figures),
+    ]
+    atomic_write_text(path, "\n".join(parts))
+    return path
+
+
+def varied(settings: Sequence[dict[str, Any]]) -> list[str]:
+    """Dotted keys in which some of the settings differ, in the order of the schema."""
+    keys = dict.fromkeys(key for one in settings for key in one if key not in WHERE_IT_LIES)
+    return [key for key in keys if any(one.get(key) != settings[0].get(key) for one in settings)]
+
+
+RESULTS = (
+    ("steps", lambda series: float(series.step_N[-1]) if len(series.step_N) else math.nan),
+    ("tokens", lambda series: last(series, "tokens")),
+    ("held-out loss", lambda series: last(series, "validation_loss")),
+    ("bits per byte", lambda series: last(series, "validation_bits_per_byte")),
+    ("training loss", lambda series: tail_mean(series.finite("main_loss"))),
+    ("tokens/s", lambda series: median(series, "tokens_per_second")),
+    ("MFU", lambda series: 100 * median(series, "mfu")),
+    ("MaxVio", lambda series: last(series, "max_vio_running")),
+    ("skipped steps", lambda series: last(series, "skipped_steps")),
+)
+FORMATS = {
+    "steps": ",.0f",
+    "tokens": "short",
+    "tokens/s": "short",
+    "MFU": ".1f",
+    "MaxVio": ".2f",
+    "skipped steps": ".0f",
+}
+
+
+def _results(series: Series) -> Iterator[str]:
+    for label, measure in RESULTS:
+        value, style = measure(series), FORMATS.get(label, ".4f")
+        text = short(value) if style == "short" else f"{value:{style}}"
+        yield text if math.isfinite(value) else ""
+
+
+def _figures(runs: list[RunToCompare]) -> Iterator[Figure]:
+    looks = cycle((colour, dash) for dash, colour in product(DASHES, COLOURS))
+    looks = [next(looks) for _ in runs]
+    for metric, title, caption in DRAWN:
+        plot = go.Figure()
+        for run, (colour, dash) in zip(runs, looks, strict=True):
+            if run.series.has(metric):
+                curve = Curve(run.name, metric, colour, 1.0, metric == "validation_loss", dash, metric != "lr")
+                add_curve(plot, curve, _tokens(run.series), run.series.columns[metric])
+        if plot.data:
+            look(plot, 440 if metric == "validation_loss" else 360).update_xaxes(title="tokens")
+            plot.update_yaxes(title=UNITS[metric], rangemode="tozero" if metric == "tokens_per_second" else "normal")
+            if metric == "grad_norm":
+                log_axis(plot)
+            yield Figure(metric, title, caption, plot, metric == "validation_loss")
+
+
+def _tokens(series: Series) -> np.ndarray:
+    """Of every recorded step; the steps themselves where tokens were not recorded."""
+    return series.columns["tokens"] if series.has("tokens") else series.step_N
