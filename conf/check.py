@@ -110,6 +110,8 @@ def _check_top(config: Config) -> None:
         "take /dev/shm",
     )
     _positive(config.log, "log.", "every validation_sequences")
+    for tag in config.log.wandb_tags:
+        _require(1 <= len(tag) <= 64, "log.wandb_tags", tag, "must have 1 to 64 characters, as W&B asks", "shorten it")
     _not_negative(config.log, "log.", "validate_every sample_tokens peak_flops")
     _not_negative(config.cluster, "cluster.", "threads")
     _positive(config.cluster, "cluster.", "timeout wait heartbeat hang_after start_timeout stop_timeout")

@@ -553,6 +553,16 @@ class Log:
     """auto: online with a key, else offline."""
     wandb_project: str = "sluice"
     """Project of the W&B run."""
+    wandb_entity: str | None = None
+    """W&B user or team that the project belongs to; null takes the account's own."""
+    wandb_tags: list[str] = field(default_factory=list)
+    """Words to find the run by in W&B."""
+    wandb_notes: str | None = None
+    """What W&B shows as the run's description."""
+    wandb_group: str | None = None
+    """What W&B shows together; null makes the jobs of a sweep one group."""
+    wandb_alerts: bool = True
+    """Let W&B write to you (as your account says) of divergence, crashes, restarts, stalled or slow ranks and full disks."""
     progress: bool = True
     """Show the live progress bar (in a terminal) or a line now and then (elsewhere)."""
     sample_tokens: int = 160

@@ -15,11 +15,13 @@ import pytest
 from conf.errors import EXIT_DIVERGED, EXIT_STOPPED, EXIT_USER
 from conf.load import compose
 from conf.schema import ROOT
+from tests.metrics.wandb_file import run_records
 from tests.ranks import run_module, start_module
 from tests.small import Started, arguments, environment, metrics, train, train_in_shell, trajectory
 from train.__main__ import main
 from train.checkpoint.manifest import newest_intact, verify
 from train.metrics.names import SCALARS
+from train.metrics.origin import read_starts
 
 
 @pytest.fixture(scope="module")
@@ -38,6 +40,13 @@ def test_a_run_shows_and_leaves_what_it_promises(unbroken):
         assert words in done.stdout, done.stdout
     assert (folder / "config.yaml").exists() and (folder / "report.html").stat().st_size > 10_000
     assert newest_intact(folder / "checkpoints", full=True).path == folder / "checkpoints" / "step_00000006"
+    (start,) = read_starts(folder)
+    assert start["command"].startswith("python -m train model.vocab_size=320") and start["ranks"] == 1
+    page = (folder / "report.html").read_text()
+    assert "What the model writes after step 6" in page and start["machine"]["host"] in page
+    saved = [set(record.artifact.aliases) for record in run_records(folder) if record.artifact.type == "model"]
+    assert saved == [{"latest", f"step_{step:08}"} for step in (2, 4, 6)]
+    assert list(folder.glob("wandb/offline-run-*/files/media/table/samples_*"))
     records = metrics(tmp_path, "whole")
     assert sorted(records) == list(range(1, 7))
     assert {metric.name for metric in SCALARS if not metric.when} <= set(records[2])

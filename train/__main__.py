@@ -15,7 +15,7 @@ tune_cpu()  # before torch allocates anything
 
 from cluster.launch import Place, given_place, is_driver, launch  # noqa: E402
 from conf.disk import let_output_be_lost  # noqa: E402
-from conf.errors import EXIT_INTERRUPTED, EXIT_OK, EXIT_STOPPED, EXIT_USER, UserError  # noqa: E402
+from conf.errors import EXIT_CRASH, EXIT_DIVERGED, EXIT_INTERRUPTED, EXIT_OK, EXIT_STOPPED, EXIT_USER, UserError  # noqa: E402
 from conf.load import run  # noqa: E402
 from conf.schema import Config, Mode  # noqa: E402
 from train.layout import check_layout  # noqa: E402
@@ -61,6 +61,7 @@ def do(config: Config, alone: bool) -> int:
 def _train(config: Config, alone: bool) -> int:
     """alone: the only run of this process, which may then be its rank."""
     from train.metrics.origin import record_start
+    from train.metrics.writer import tell_of_end
     from train.run_folder import RunFolder
 
     if not is_driver():
@@ -72,6 +73,8 @@ def _train(config: Config, alone: bool) -> int:
         code = launch(config, folder.path, command, _run_rank, alone)
         if code == EXIT_USER:
             folder.take_back()
+        elif config.cluster.backend == "ray" and code in (EXIT_CRASH, EXIT_DIVERGED):
+            tell_of_end(config, folder.path, code)
         return code
 
 

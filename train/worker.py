@@ -32,6 +32,7 @@ from train.loop.stop import StopRequest  # noqa: E402
 from train.loop.trainer import Flops, Outputs, Trainer  # noqa: E402
 from train.metrics.origin import record_machine  # noqa: E402
 from train.metrics.peak import peak_flops  # noqa: E402
+from train.metrics.wandb_items import sample_table  # noqa: E402
 from train.metrics.writer import open_writer  # noqa: E402
 from train.model.count import flops_per_token  # noqa: E402
 from train.model.kernels import Kernels  # noqa: E402
@@ -121,6 +122,8 @@ def _run(config: Config, place: Place, stop: StopRequest) -> int:
         if writer is not None and code == EXIT_OK:
             with disk_errors(config, kind=DiskFailed):
                 text = sample(config, data.tokenizer, device)
+            if text is not None:
+                writer.show(sample_table(state.step, text))
     if writer is not None:
         with disk_errors(config, kind=DiskFailed):
             finish(config, code, seconds, writer.wandb_run, text)

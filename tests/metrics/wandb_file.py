@@ -31,11 +31,15 @@ def records(path: Path) -> Iterator[Any]:
             yield record
 
 
+def run_records(run_folder: Path) -> list[Any]:
+    """All records of the attempts of a run folder, in the order of their start."""
+    return [record for path in sorted(run_folder.glob("wandb/*run-*/run-*.wandb")) for record in records(path)]
+
+
 def history(run_folder: Path) -> list[dict[str, Any]]:
     """What the attempts of a run folder logged, in the order of their start."""
     return [
         {item.key or "/".join(item.nested_key): json.loads(item.value_json) for item in record.history.item}
-        for path in sorted(run_folder.glob("wandb/*run-*/run-*.wandb"))
-        for record in records(path)
+        for record in run_records(run_folder)
         if record.WhichOneof("record_type") == "history"
     ]

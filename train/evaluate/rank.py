@@ -25,6 +25,9 @@ from train.generate.source import start_token  # noqa: E402
 from train.hf.load import load_hf_model  # noqa: E402
 from train.kernels import build_kernels  # noqa: E402
 from train.loop.validation import Sums, held_out_loss  # noqa: E402
+from train.metrics.wandb_items import evaluation_tables  # noqa: E402
+from train.metrics.wandb_sink import wants_wandb  # noqa: E402
+from train.metrics.writer import open_wandb  # noqa: E402
 from train.parallelize import build_pipeline  # noqa: E402
 from train.precision.build import activation_dtype  # noqa: E402
 from train.rank import guarded, in_turn, set_up_rank  # noqa: E402
@@ -101,6 +104,16 @@ def _report(config: Config, target: Target, losses: list[tuple[EvaluatedSource, 
         show(evaluation, "no file: its disk refused it", console)
         raise
     show(evaluation, str(path), console)
+    _tell_wandb(config, evaluation, console)
+
+
+def _tell_wandb(config: Config, evaluation: Evaluation, console: Console) -> None:
+    """Add the figures to the W&B run of the run that was evaluated, if it has one."""
+    folder = RunPaths(config).path
+    if wants_wandb(config.log.wandb) and (folder / "wandb" / "run_id").is_file():
+        sink = open_wandb(config, folder, lambda text: console.print(text, soft_wrap=True, markup=False))
+        sink.do(evaluation_tables(evaluation.plain()))
+        sink.close()
 
 
 def main() -> int:

@@ -17,7 +17,7 @@ from conf.disk import disk_errors
 from conf.errors import EXIT_DIVERGED, EXIT_OK, EXIT_STOPPED, DiskFailed, RunEnded
 from conf.schema import Config
 from parallel.exchange import gather
-from train.checkpoint.checkpointer import Checkpointer
+from train.checkpoint.checkpointer import Checkpointer, SaveResult
 from train.checkpoint.memory import MemoryCopies
 from train.data.batch import Batch
 from train.data.prefetch import Prefetch
@@ -33,6 +33,7 @@ from train.loop.timeline import TimelineSampler
 from train.loop.validation import held_out_loss
 from train.memory import peak_memory
 from train.metrics.balance import balance_record
+from train.metrics.wandb_items import checkpoint
 from train.metrics.writer import MetricsWriter
 from train.optim.schedules import Schedules, StepPlan
 from train.parallelize import Parallelized
@@ -321,7 +322,16 @@ class Trainer:
                 raise Overtaken(result.warning or "a newer attempt of this run has started")
             if result.warning:
                 self._note(result.warning)
+            if self.writer is not None:
+                self._tell_of(result)
         self._event(None)
+
+    def _tell_of(self, result: SaveResult) -> None:
+        """Let W&B know of a checkpoint, or of why there is none."""
+        if result.path is not None:
+            self.writer.show(checkpoint(result.step, result.path))
+        else:
+            self.writer.alert("a checkpoint is not written", result.warning or "")
 
     def _event(self, text: str | None) -> None:
         if text is not None:

@@ -113,7 +113,7 @@ def build_dashboard(config: Config) -> int:
 
     wandb.setup(wandb.Settings(silent=True))
     online = has_key(wandb)
-    entity = _entity(wandb, config) if online else ""
+    entity = config.log.wandb_entity or (_entity(wandb, config) if online else "")
     workspace = make_workspace(config, entity)
     atomic_write_text(folder / FILE, json.dumps(specification(workspace), indent=1) + "\n")
     print(f"the workspace's definition: {folder / FILE}")

@@ -2,6 +2,7 @@
 
 import datetime
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 from cluster.driver.journal import FILE, Goodput, goodput, read_events
@@ -14,17 +15,28 @@ ROUTINE = {"checkpoint"}
 """Kinds that the report leaves out."""
 
 
-class GoodputRecord:
-    """The figures for every step of a run; the events are read again when there are new ones."""
+ALERTS = {"straggler": "a rank is slow", "node_lost": "a node is lost"}
+"""Kinds that somebody is told of while the run goes on, and in which words."""
 
-    def __init__(self, run_folder: Path):
-        self._folder, self._size, self._events = run_folder, -1, []
+
+class GoodputRecord:
+    """The figures for every step of a run; the events are read again when there are new ones.
+
+    tell: called with a few words and a sentence for each new event of ALERTS.
+    """
+
+    def __init__(self, run_folder: Path, tell: Callable[[str, str], None] = lambda *_: None):
+        self._folder, self._size, self._tell = run_folder, -1, tell
+        self._events = read_events(run_folder)
 
     def __call__(self) -> Record:
         path = self._folder / FILE
         size = path.stat().st_size if path.exists() else -1  # a full disk may have refused the events
         if size != self._size:
-            self._events, self._size = read_events(self._folder), size
+            seen, self._events, self._size = len(self._events), read_events(self._folder), size
+            for event in self._events[seen:]:
+                if event["kind"] in ALERTS:
+                    self._tell(ALERTS[event["kind"]], event["text"])
         found = goodput(self._events, now=time.time())
         return {
             "cluster/attempt": found.attempts,
@@ -32,6 +44,12 @@ class GoodputRecord:
             "cluster/goodput": found.share,
             "cluster/downtime_seconds": found.downtime_seconds,
         }
+
+
+def last_failure(run_folder: Path) -> str:
+    """What ended the attempt before this one; empty where that is not known."""
+    texts = [event["text"] for event in read_events(run_folder) if event["kind"] == "failure"]
+    return texts[-1] if texts else ""
 
 
 def cluster_summary(run_folder: Path) -> tuple[str, list[tuple[str, str, str, str]]] | None:

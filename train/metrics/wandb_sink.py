@@ -24,8 +24,9 @@ from urllib.parse import urlsplit
 
 import numpy as np
 
-from conf.schema import WandbMode
+from conf.schema import ROOT, Log, WandbMode
 from train.metrics.names import LAYER_LOAD_EVERY, Record, is_event, is_layer_metric
+from train.metrics.wandb_items import Item, define_metrics
 
 ONLINE_SECONDS = 10.0
 """Longest wait for the server at the start."""
@@ -46,9 +47,10 @@ def wants_wandb(mode: WandbMode) -> bool:
 
 
 class WandbSink:
-    """Logs records to the W&B run of a run folder.
+    """Logs records, and what else `do` is given, to the W&B run of a run folder.
 
-    config: what W&B shows as the configuration, plain values. group: what it shows together, such as a sweep. note: called with one sentence when W&B goes offline against
+    config: what W&B shows as the configuration, plain values. log: who and what the run belongs to;
+    group: what W&B shows together if that does not say. commit: of the program. note: called with one sentence when W&B goes offline against
     expectation, or off. online_seconds: longest wait for the server, for tests.
     """
 
@@ -61,14 +63,18 @@ class WandbSink:
         config: Mapping[str, Any],
         mode: WandbMode,
         note: Callable[[str], None],
+        log: Log | None = None,
         group: str | None = None,
+        commit: str | None = None,
         online_seconds: float = ONLINE_SECONDS,
     ):
         self._folder, self._note, self._online_seconds = run_folder, note, online_seconds
         self._arguments = {"project": project, "name": name, "config": dict(config), "dir": str(run_folder)}
-        self._arguments |= {"group": group}
-        self._mode = mode
-        self._queue: queue.Queue[Record | None] = queue.Queue(WAITING_RECORDS)
+        log = log or Log()
+        self._arguments |= {"entity": log.wandb_entity, "tags": log.wandb_tags or None, "notes": log.wandb_notes}
+        self._arguments |= {"group": log.wandb_group or group}
+        self._mode, self._commit = mode, commit
+        self._queue: queue.Queue[Record | Item | None] = queue.Queue(WAITING_RECORDS)
         self._off = False
         self._where: str | None = None
         self._thread = threading.Thread(target=self._work, name="wandb", daemon=True)
@@ -76,10 +82,17 @@ class WandbSink:
 
     def write(self, record: Record) -> None:
         """Hand a record over; returns at once."""
+        self._put(record)
+
+    def do(self, item: Item) -> None:
+        """Hand over what is no record, see wandb_items.py; it comes after the records before it. Returns at once."""
+        self._put(item)
+
+    def _put(self, what: Record | Item) -> None:
         if self._off:
             return
         try:
-            self._queue.put_nowait(record)
+            self._queue.put_nowait(what)
         except queue.Full:
             self._switch_off(f"{WAITING_RECORDS} records wait and W&B takes none")
 
@@ -115,13 +128,15 @@ class WandbSink:
 
         (self._folder / "wandb").mkdir(parents=True, exist_ok=True)
         run = self._start(wandb)
-        # Of a run W&B shows the last value of each name. What is minimised moves with the weights of its parts: it has curves alone.
-        run.define_metric("loss", hidden=True, summary="none")
+        define_metrics(run)
         last_step = self._folder / "wandb" / "last_step"
         last_step.touch()
         logged = int(last_step.read_bytes() or 0)
         with open(last_step, "r+b", buffering=0) as file:
             while not self._off and (record := self._queue.get()) is not None:
+                if callable(record):
+                    self._do(record, wandb, run, logged)
+                    continue
                 if (resumed := record.get("resumed")) is not None:  # also where an earlier attempt has logged this step
                     run.config.update({f"resumed_at_step_{resumed['step']}": resumed}, allow_val_change=True)
                 if record["step"] > logged:
@@ -131,6 +146,12 @@ class WandbSink:
         run.finish()
         wandb.teardown()  # finish alone returns before the last records are on disk
 
+    def _do(self, item: Item, wandb: ModuleType, run: Any, logged: int) -> None:
+        try:
+            item(wandb, run, logged)
+        except Exception as error:  # such as a checkpoint that is removed meanwhile; the records go on
+            self._note(f"W&B does without {item.__qualname__.partition('.')[0]}: {_first_line(error)}")
+
     def _start(self, wandb: ModuleType) -> Any:
         settings = {
             "silent": True,
@@ -138,6 +159,9 @@ class WandbSink:
             "x_transaction_log_flush_interval": FLUSH_SECONDS,
             "init_timeout": self._online_seconds,
             "finish_timeout": FINISH_SECONDS,
+            "git_root": str(ROOT),  # else W&B looks for a repository where the command was typed
+            "git_commit": self._commit,
+            "disable_git": self._commit is None,
         }
         wandb.setup(wandb.Settings(silent=True))
         arguments = self._arguments | {"id": run_id(self._folder), "resume": "allow"}

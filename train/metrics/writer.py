@@ -4,18 +4,22 @@ The trainer of the logging rank opens one MetricsWriter and hands it one flat re
 names.py. Sinks are independent; none of them stops the training.
 """
 
-from collections.abc import Callable, Sequence
+import sys
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from cluster.launch import given_attempt
+from conf.errors import EXIT_DIVERGED, DiskFailed
 from conf.schema import Config
 from train.loop.changed_settings import settings_of
-from train.metrics.goodput import GoodputRecord
+from train.metrics.goodput import GoodputRecord, last_failure
 from train.metrics.jsonl import FILE, JsonlSink
 from train.metrics.names import Record
+from train.metrics.origin import read_starts
 from train.metrics.planned import planned
 from train.metrics.progress import Progress
+from train.metrics.wandb_items import Item, alert
 from train.metrics.wandb_sink import WandbSink, wants_wandb
 
 
@@ -37,14 +41,17 @@ class MetricsWriter:
         last_step: int = 0,
         first: Record | None = None,
         extra: Callable[[], Record] = dict,
+        alerts: str | None = None,
     ):
         """every: steps between records to the sinks; the first, the last and validated steps always go there.
 
         The terminal sees every record. first: events that the first record is to hold. extra: further scalars for the sinks.
+        alerts: the name that begins the title of an alert of W&B; None sends none.
         """
         self._sinks, self._progress, self._extra = list(sinks), progress, extra
         self._every, self._last_step, self._first = every, last_step, first or {}
-        self._closed = False
+        self._wandb = next((sink for sink in self._sinks if isinstance(sink, WandbSink)), None)
+        self._alerts, self._closed = alerts, False
 
     def write(self, record: Record) -> bool:
         """Record one step; needs at least `step`. Whether it went to the sinks."""
@@ -68,10 +75,20 @@ class MetricsWriter:
         """A sentence for the person at the terminal."""
         self._progress.note(text)
 
+    def show(self, item: Item) -> None:
+        """Something beside steps for W&B, see wandb_items.py."""
+        if self._wandb is not None:
+            self._wandb.do(item)
+
+    def alert(self, what: str, text: str) -> None:
+        """Let W&B write to whoever watches the run. what: ends the title, as `diverged`."""
+        if self._alerts is not None:
+            self.show(alert(f"{self._alerts}: {what}", text))
+
     @property
     def wandb_run(self) -> str | None:
         """Address or offline folder of the W&B run, for the last screen; None without one."""
-        return next((sink.where for sink in self._sinks if isinstance(sink, WandbSink)), None)
+        return self._wandb.where if self._wandb is not None else None
 
     def close(self) -> None:
         """Finish every sink; may wait for W&B. Calling it again does nothing."""
@@ -85,8 +102,21 @@ class MetricsWriter:
     def __enter__(self) -> "MetricsWriter":
         return self
 
-    def __exit__(self, *exception: object) -> None:
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: object) -> None:
+        if isinstance(error, Exception):
+            self.alert(what_ended(error), str(error))
         self.close()
+
+
+def what_ended(error: BaseException) -> str:
+    """A run, in two words."""
+    if getattr(error, "code", None) == EXIT_DIVERGED:
+        return "diverged"
+    if isinstance(error, DiskFailed):
+        return "a disk refused the run"
+    if isinstance(error, RuntimeError) and "timed out" in str(error).lower():
+        return "a rank stalled"
+    return "crashed"
 
 
 def open_writer(
@@ -98,26 +128,54 @@ def open_writer(
     """
     name = config.name or run_folder.name
     progress = Progress(name, config.steps, enabled=config.log.progress, done=resumed_step)
-    sinks: list[Sink] = [JsonlSink(run_folder / FILE, resumed_step, progress.note)]
+
+    def disk_note(text: str) -> None:
+        progress.note(text)
+        writer.alert("a disk refused metrics", text)
+
+    sinks: list[Sink] = [JsonlSink(run_folder / FILE, resumed_step, disk_note)]
     if wants_wandb(config.log.wandb):
-        sinks.append(
-            WandbSink(
-                run_folder,
-                project=config.log.wandb_project,
-                name=name,
-                config=settings_of(config),
-                mode=config.log.wandb,
-                note=progress.note,
-                group=name.rpartition("/")[0] or None,  # a sweep's jobs are NAME/0, NAME/1 and so on
-            )
-        )
-    cluster = dict if given_attempt() is None else GoodputRecord(run_folder)
+        code = {name: start[name] for start in read_starts(run_folder)[-1:] for name in ("commit", "modified")}
+        sinks.append(open_wandb(config, run_folder, progress.note, settings_of(config) | {"code": code}))
+    attempt = given_attempt()
+    cluster = dict if attempt is None else GoodputRecord(run_folder, lambda *told: writer.alert(*told))
     plan = planned(config, run_folder)
-    return MetricsWriter(
+    writer = MetricsWriter(
         sinks,
         progress,
         every=config.log.every,
         last_step=config.steps,
         first=None if resumed is None else {"resumed": resumed},
         extra=lambda: plan | cluster(),
+        alerts=name if config.log.wandb_alerts else None,
     )
+    if attempt is not None and attempt > 1:
+        writer.alert(f"restarted, attempt {attempt}", f"From step {resumed_step:,}. {last_failure(run_folder)}")
+    return writer
+
+
+def open_wandb(
+    config: Config, run_folder: Path, note: Callable[[str], None], settings: Mapping[str, Any] | None = None
+) -> WandbSink:
+    """The W&B run of a run folder. note: for a sentence to the person at the terminal. settings: to be shown with the run."""
+    starts = read_starts(run_folder)
+    name = config.name or run_folder.name
+    return WandbSink(
+        run_folder,
+        project=config.log.wandb_project,
+        name=name,
+        config=settings or {},
+        mode=config.log.wandb,
+        note=note,
+        log=config.log,
+        group=name.rpartition("/")[0] or None,  # a sweep's jobs are NAME/0, NAME/1 and so on
+        commit=starts[-1]["commit"] if starts else None,
+    )
+
+
+def tell_of_end(config: Config, run_folder: Path, code: int) -> None:
+    """Alert of a run on a cluster that has failed for good; its rank 0, which sends the other alerts, is gone."""
+    if config.log.wandb_alerts and wants_wandb(config.log.wandb) and (run_folder / "wandb" / "run_id").is_file():
+        sink = open_wandb(config, run_folder, lambda text: print(text, file=sys.stderr))
+        sink.do(alert(f"{config.name}: ended with exit code {code}", last_failure(run_folder)))
+        sink.close()
