@@ -1,0 +1,73 @@
+"""The two pictures of the README: the report of a run, and a plan of the 671B model on 2048 H800s. Needs chromium.
+
+    python -m bench.pictures RUN            writes train/docs/report.png and train/docs/plan.png
+
+RUN is the folder of a run that has trained, such as runs/tiny. The pages are the program's own; for the pictures they get a wider grid.
+
+Takes about 30 seconds.
+"""
+
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from conf.load import compose
+from conf.schema import ROOT
+from train.metrics.report import write_report
+from train.plan.budget import make_plan
+from train.plan.report.page import write_page
+from train.plan.report.record import plan_record
+
+DOCS = ROOT / "train" / "docs"
+PLANNED = ("conf=deepseek_v3", "data=stdlib", "parallel=deepseek_v3", "precision=fp8", "hardware=h800",
+           "optim.batch_ramp_start=4096", "parallel.schedule=1f1b", "mode=plan")  # fmt: skip
+WIDTH, HEIGHT, SCALE = 1500, 1150, 0.7
+MOST = 150_000
+"""Bytes of a picture, so that a clone stays small."""
+GRID = """<style>
+main { max-width: none; padding: 4px 20px; } h1 { margin: 4px 0 0; } h2 { display: none; } main > p:not(.sub), ul { display: none; }
+h2 + p.sub { display: none; } .cards { grid-template-columns: repeat(6, 1fr); margin-bottom: 12px; } .card small { display: none; }
+.figures { grid-template-columns: repeat(6, 1fr); } figure { grid-column: span 3; } figure.wide { grid-column: span 6; } figcaption { display: none; }
+</style>"""
+OF_REPORT = ""
+OF_PLAN = "<style>figure:nth-child(2) { display: none; }</style>"
+
+
+def main(run: Path) -> None:
+    """Write both pictures. run: folder of a run."""
+    with tempfile.TemporaryDirectory() as folder:
+        page = Path(folder) / "plan.html"
+        plan = make_plan(compose(*PLANNED))
+        write_page(page, plan, plan_record(plan, []))
+        take(write_report(run), DOCS / "report.png", OF_REPORT, Path(folder))
+        take(page, DOCS / "plan.png", OF_PLAN, Path(folder))
+
+
+def take(page: Path, picture: Path, style: str, folder: Path) -> None:
+    """The upper part of a page as a picture. style: what this page gets beside GRID; folder: for a copy."""
+    chromium = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+    if chromium is None:
+        sys.exit("this needs chromium: apt-get install chromium")
+    copy = folder / "copy.html"
+    copy.write_text(page.read_text().replace("</head>", f"{GRID}{style}</head>", 1))
+    flags = ["--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--virtual-time-budget=20000"]
+    flags += [
+        f"--window-size={WIDTH},{HEIGHT}",
+        f"--force-device-scale-factor={SCALE}",
+        f"--user-data-dir={folder}/profile",
+    ]
+    flags += ["--blink-settings=preferredColorScheme=1"]
+    command = [chromium, *flags, f"--screenshot={picture}", copy.as_uri()]
+    subprocess.run(command, check=True, capture_output=True, timeout=120)
+    size = picture.stat().st_size
+    print(f"{picture.relative_to(ROOT)}: {size:,} bytes")
+    if size > MOST:
+        sys.exit(f"{picture.name} has more than {MOST:,} bytes: make it smaller (HEIGHT, SCALE)")
+
+
+if __name__ == "__main__":
+    if len(sys.argv) != 2:
+        sys.exit("usage: python -m bench.pictures RUN")
+    main(Path(sys.argv[1]))
