@@ -278,6 +278,16 @@ def test_a_browser_draws_every_figure_without_an_error(tmp_path, steps):
         assert re.search(r'class="(js-line|point|hm|js-fill)|<image', drawn), f"{name} has axes but no data"
 
 
+@pytest.mark.skipif(CHROMIUM is None, reason="needs chromium")
+@pytest.mark.parametrize(("scheme", "blue"), [(1, "rgb(0, 114, 178)"), (0, "rgb(74, 168, 224)")])
+def test_colours_follow_the_scheme_of_the_reader(tmp_path, scheme, blue):
+    path = write_report(write_run(tmp_path / "run", 3, layers=0))
+    flags = [*FLAGS, f"--blink-settings=preferredColorScheme={scheme}", f"--user-data-dir={tmp_path}/profile"]
+    result = subprocess.run([CHROMIUM, *flags, path.as_uri()], capture_output=True, text=True, timeout=100)
+    drawn = result.stdout.split('id="plot-loss"', 1)[1].split("</figure>", 1)[0]
+    assert blue in drawn
+
+
 def test_training_time_counts_the_steps_that_log_every_left_out():
     nothing = np.zeros(0)
     columns = {"step_seconds": np.ones(3), "checkpoint_stall_seconds": np.array([0.0, 0.0, 2.0]), "tokens": np.ones(3)}
