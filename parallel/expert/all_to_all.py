@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from parallel.expert.dispatcher import ChainDispatcher, DispatchPlan
+from parallel.expert.dispatcher import ChainDispatcher, DispatchPlan, from_words
 from parallel.expert.link import Link
 from parallel.expert.permute import sort_entries
 from parallel.expert.wire import Wire
@@ -49,17 +49,18 @@ class AllToAllDispatcher(ChainDispatcher):
     def _first_copies(self, plan: DispatchPlan, words_TW: Tensor, gates_TK: Tensor) -> Tensor:
         pairs = plan.fans[0]
         width = words_TW.shape[1]
-        message_CX = words_TW.new_empty(pairs.source_C.numel(), width + 1)
+        gates_CX = gates_TK.reshape(-1, 1).view(torch.int32)
+        message_CX = words_TW.new_empty(pairs.source_C.numel(), width + gates_CX.shape[1])
         torch.index_select(words_TW, 0, pairs.source_C, out=message_CX[:, :width])
         # copy_C maps (token, entry) to its place among the copies, so writing through it sorts the gates.
-        message_CX[:, width].scatter_(0, pairs.copy_C, gates_TK.flatten().view(torch.int32))
+        message_CX[:, width:].index_copy_(0, pairs.copy_C, gates_CX)
         return message_CX
 
     def _learn(self, plan: DispatchPlan, side_MX: Tensor) -> None:
         raise AssertionError("all fan-outs of the flat dispatch are known beforehand")
 
     def _row_gates(self, plan: DispatchPlan, side_MX: Tensor) -> Tensor:
-        return side_MX.view(torch.float32)[:, 0].index_select(0, plan.fans[1].source_C)
+        return from_words(side_MX, plan.gates_dtype)[:, 0].index_select(0, plan.fans[1].source_C)
 
     def _gate_grads_by_message(self, plan: DispatchPlan, grads_R: Tensor) -> Tensor:
         return grads_R.index_select(0, plan.fans[1].copy_C)[:, None]

@@ -53,6 +53,8 @@ class DispatchPlan:
     """One per hop, then the one from arrivals to rows sorted by expert. Later ones may need arrivals of earlier hops."""
     entry_of_row: Tensor | None = None
     """For node-limited dispatch: which entry of the arrivals' gates, (M, K) flattened, is each row's."""
+    gates_dtype: torch.dtype = torch.float32
+    """As the router made them: they and their gradients travel so."""
 
 
 @dataclass
@@ -108,10 +110,13 @@ class ChainDispatcher(ABC):
     def dispatch_begin(self, x_TD: Tensor, expert_ids_TK: Tensor, gates_TK: Tensor) -> PendingDispatch:
         """Start to send every token to its experts. Needs one copy of split sizes to the host.
 
-        x_TD: fp32 or bf16. expert_ids_TK: int64 ids over the whole group, those of a token distinct. gates_TK: fp32.
+        x_TD: fp32 or bf16. expert_ids_TK: int64 ids over the whole group, those of a token distinct. gates_TK: fp32. All
+        may be fp64, as a proof has them.
         """
-        assert gates_TK.dtype == torch.float32 and expert_ids_TK.shape == gates_TK.shape
-        flight = _Flight(self, self._plan(expert_ids_TK), x_TD.shape[1], x_TD.dtype)
+        assert gates_TK.dtype in (torch.float32, torch.float64) and expert_ids_TK.shape == gates_TK.shape
+        plan = self._plan(expert_ids_TK)
+        plan.gates_dtype = gates_TK.dtype
+        flight = _Flight(self, plan, x_TD.shape[1], x_TD.dtype)
         return PendingDispatch(flight, _DispatchBegin.apply(x_TD, gates_TK, flight))
 
     def dispatch(self, x_TD: Tensor, expert_ids_TK: Tensor, gates_TK: Tensor) -> DispatchedRows:
@@ -202,7 +207,12 @@ class ChainDispatcher(ABC):
         words = self._back_wire.row_bytes(flight.width, flight.dtype) // 4
         bytes_CB = message_CX[:, :words].view(torch.uint8)
         rows_CD = self._back_wire.decode(bytes_CB, flight.width, flight.dtype)
-        return rows_CD, message_CX[:, words:].view(torch.float32)
+        return rows_CD, from_words(message_CX[:, words:], flight.plan.gates_dtype)
+
+
+def from_words(words_MX: Tensor, dtype: torch.dtype) -> Tensor:
+    """Values of one or two words each: a view, but for values of two words, which may lie across their borders."""
+    return (words_MX if dtype.itemsize == 4 else words_MX.contiguous()).view(dtype)
 
 
 @dataclass

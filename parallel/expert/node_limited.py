@@ -24,7 +24,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
-from parallel.expert.dispatcher import ChainDispatcher, DispatchPlan
+from parallel.expert.dispatcher import ChainDispatcher, DispatchPlan, from_words
 from parallel.expert.link import Link
 from parallel.expert.permute import collect, fan_out, spread
 from parallel.expert.wire import Wire
@@ -125,5 +125,6 @@ def _hits(ids_SK: Tensor, first: int, experts: int) -> Tensor:
 def _read_side(plan: DispatchPlan, side_MX: Tensor) -> tuple[Tensor, Tensor]:
     """gates_MK and ids_MK (int64) of arrived messages."""
     entries = plan.ids_TK.shape[1]
-    ids_MK = side_MX[:, entries:].view(torch.int16)[:, :entries]
-    return side_MX[:, :entries].view(torch.float32), ids_MK.long()
+    words = entries * plan.gates_dtype.itemsize // 4
+    ids_MK = side_MX[:, words:].view(torch.int16)[:, :entries]
+    return from_words(side_MX[:, :words], plan.gates_dtype), ids_MK.long()

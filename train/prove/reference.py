@@ -1,0 +1,353 @@
+"""DeepSeek-V3 and its training in one file, as plain as the formulas are: what mode=prove holds every layout against.
+
+Read it from top to bottom to learn the model. Nothing here is fast: one process, one expert after another, autograd for every
+gradient, and all arithmetic in the format of the weights it is given, fp64 in a proof. It shares no code with what it judges;
+only the settings (conf/schema.py) and the names of the weights are the same.
+
+    settings of a step     learning rate, weights and batch size as the run goes on          plan_step
+    forward                embedding -> blocks -> head and MTP modules -> losses             PlainModel
+    backward               autograd                                                          gradients
+    update                 clip by the global norm, AdamW, average of the weights            clip_factor, adamw, average
+    balance                the routers' biases follow the loads                              move_bias
+
+Equations and sections are those of the DeepSeek-V3 report (arXiv 2412.19437).
+
+Shapes: B sequences, S = T + 1 tokens of a sample, T positions, D width, V vocabulary, H heads, Q = nope + rope width of a head,
+R rope width, N tokens in a row (B*T), E experts, G groups, K experts of a token, F inner width.
+"""
+
+import math
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from conf.schema import Config, Model, Optim, Phase, Shape
+
+Weights = dict[str, Tensor]
+"""Every weight by its name; those of the experts are stacked: w13 (E, 2F, D) with the rows of w1, then of w3, w2 (E, D, F)."""
+
+
+# --- Settings of a step (4.2) ---------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class PlainPlan:
+    """What one step trains with."""
+
+    first_sample: int
+    batch_size: int
+    lr: float
+    mtp_weight: float
+    bias_speed: float
+
+
+def plan_step(config: Config, step: int) -> PlainPlan:
+    """Settings of step 1, 2, ... Schedules are measured in samples: a step stands at the middle of its batch."""
+    sizes = [batch_size(config, index) for index in range(config.steps)]
+    optim, before = config.optim, sum(sizes[: step - 1])
+    done = (before + sizes[step - 1] / 2) / sum(sizes)
+    warmed = 1.0 if optim.warmup_steps == 0 else min(1.0, step / optim.warmup_steps)
+    return PlainPlan(
+        before,
+        sizes[step - 1],
+        optim.lr * warmed * scheduled(optim.lr_schedule, done),
+        scheduled(optim.mtp_weight, done),
+        scheduled(optim.bias_speed, done),
+    )
+
+
+def batch_size(config: Config, index: int) -> int:
+    """Sequences of the step with this index from 0: they grow linearly, in whole increments, over the ramp."""
+    optim = config.optim
+    if optim.batch_ramp_start is None or index >= optim.batch_ramp_steps:
+        return config.batch_size
+    share = index / optim.batch_ramp_steps
+    grown = optim.batch_ramp_start + (config.batch_size - optim.batch_ramp_start) * share
+    return math.floor(grown / optim.batch_ramp_increment) * optim.batch_ramp_increment
+
+
+def scheduled(phases: list[Phase], done: float) -> float:
+    """Value of a schedule when this share of the run is done. Each phase starts at the value in which the one before ended."""
+    index = next(i for i, phase in enumerate(phases) if done <= phase.until)
+    phase, earlier = phases[index], phases[index - 1] if index else None
+    start, value = (0.0, phase.value) if earlier is None else (earlier.until, earlier.value)
+    part = (done - start) / (phase.until - start)
+    if phase.shape == Shape.constant:
+        return phase.value
+    if phase.shape == Shape.cosine:
+        part = (1 - math.cos(math.pi * part)) / 2
+    return value + (phase.value - value) * part
+
+
+# --- Parts of a block -----------------------------------------------------------------------------------------------
+
+
+def rms_norm(x: Tensor, gain_D: Tensor, eps: float) -> Tensor:
+    """x over the root of the mean of its squares, times a learnt gain."""
+    return x / (x.square().mean(-1, keepdim=True) + eps).sqrt() * gain_D
+
+
+def swiglu(x_ND: Tensor, w13_2FD: Tensor, w2_DF: Tensor) -> Tensor:
+    """The feed-forward network: w2 (silu(w1 x) * w3 x)."""
+    gate_NF, up_NF = (x_ND @ w13_2FD.T).chunk(2, -1)
+    return (F.silu(gate_NF) * up_NF) @ w2_DF.T
+
+
+def turns(model: Model, seq_len: int, length: int, like: Tensor) -> Tensor:
+    """Angle by which pair j turns at position t, (T, R/2): t / theta^(2j/R), stretched by YaRN for long sequences (4.3).
+
+    YaRN keeps pairs that turn more than beta_fast times over the original length, divides the angle of those that turn
+    less than beta_slow times by `factor`, and goes linearly from one to the other between.
+    """
+    yarn, width = model.yarn, model.rope_head_dim
+    pair = torch.arange(width // 2, dtype=like.dtype, device=like.device)
+    frequency = model.rope_theta ** (-2 * pair / width)
+    if stretched(model, seq_len):
+
+        def pair_that_turns(times: float) -> float:
+            return width / 2 * math.log(yarn.original_seq_len / (2 * math.pi * times)) / math.log(model.rope_theta)
+
+        low, high = pair_that_turns(yarn.beta_fast), pair_that_turns(yarn.beta_slow)
+        if yarn.truncate:
+            low, high = math.floor(low), math.ceil(high)
+        low, high = max(low, 0), min(high, width - 1)
+        slow = ((pair - low) / (high - low if high != low else 0.001)).clamp(0, 1)
+        frequency = frequency * (1 - slow) + frequency / yarn.factor * slow
+    return torch.outer(torch.arange(length, dtype=like.dtype, device=like.device), frequency)
+
+
+def stretched(model: Model, seq_len: int) -> bool:
+    """Whether YaRN is in force."""
+    return model.yarn.always or seq_len > model.yarn.original_seq_len
+
+
+def rotate(x: Tensor, angle: Tensor, size: float) -> Tensor:
+    """Turn the adjacent pairs of the last axis: (a, b) -> (a cos - b sin, a sin + b cos), times size."""
+    a, b = x[..., 0::2], x[..., 1::2]
+    cos, sin = angle.cos() * size, angle.sin() * size
+    return torch.stack([a * cos - b * sin, a * sin + b * cos], -1).flatten(-2)
+
+
+# --- The model (2.1, 2.2) -------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Watched:
+    """What a forward pass came to; `values` keep their gradients through the backward pass."""
+
+    values: dict[str, Tensor] = field(default_factory=dict)
+    """Outputs of the parts, by name, in the order in which they were made."""
+    main: Tensor | float = 0.0
+    """Cross-entropy of the next token, nats."""
+    mtp: list[Tensor] = field(default_factory=list)
+    """The same for every MTP depth, unweighted."""
+    balance: Tensor | float = 0.0
+    """Sequence-wise balance losses of all layers, weighted."""
+    loads: dict[str, Tensor] = field(default_factory=dict)
+    """Tokens of every expert, by the name of the layer."""
+
+    def keep(self, name: str, value: Tensor) -> Tensor:
+        if value.requires_grad:
+            value.retain_grad()
+        self.values[name] = value
+        return value
+
+
+class PlainModel:
+    """The model with given weights and routers' biases.
+
+    choices: experts (N, K) that the tokens of a layer go to, instead of those that the router would choose; by name.
+    """
+
+    def __init__(
+        self, config: Config, weights: Weights, biases: Weights, choices: dict[str, Tensor] | None = None
+    ) -> None:
+        self.config, self.model, self.optim = config, config.model, config.optim
+        self.weights, self.biases, self.choices = weights, biases, choices or {}
+
+    def losses(self, tokens_BS: Tensor, documents_BS: Tensor | None, with_mtp: bool = True) -> Watched:
+        """Main loss, MTP losses (eq. 21-25) and balance losses of a batch, as means over all sequences.
+
+        documents_BS: number of the document of every token; attention then stays inside documents.
+        """
+        model, seen = self.model, Watched()
+        inputs_BT = tokens_BS[:, :-1]
+        documents_BT = None if documents_BS is None else documents_BS[:, :-1]
+        embedded_BTD = seen.keep("embedding", self.weights["embedding.weight"][inputs_BT])
+        x_BTD = embedded_BTD
+        for layer in range(model.layers):
+            x_BTD = self.block(f"layers.{layer}", layer < model.dense_layers, x_BTD, documents_BT, seen)
+        state_BTD = seen.keep("norm", rms_norm(x_BTD, self.weights["norm.weight"], model.norm_eps))
+        seen.main = self.cross_entropy(state_BTD, tokens_BS[:, 1:], inputs_BT.numel())
+        for depth in range(1, model.mtp_depth + 1) if with_mtp else ():
+            # Position i of depth k knows tokens up to i + k and predicts token i + k + 1.
+            documents = None if documents_BT is None else documents_BT[:, :-depth]
+            state_BTD = self.mtp(f"mtp.{depth - 1}", state_BTD[:, :-1], embedded_BTD[:, depth:], documents, seen)
+            seen.mtp.append(self.cross_entropy(state_BTD, tokens_BS[:, depth + 1 :], inputs_BT.numel()))
+        return seen
+
+    def cross_entropy(self, state_BTD: Tensor, targets_BT: Tensor, positions: int) -> Tensor:
+        """Sum of -log softmax(head state)[target], over the positions of the main model, also at MTP depths (eq. 24)."""
+        logits_NV = state_BTD.flatten(0, 1) @ self.weights["head.weight"].T
+        return F.cross_entropy(logits_NV, targets_BT.flatten(), reduction="sum") / positions
+
+    def mtp(self, name: str, state_BTD: Tensor, next_BTD: Tensor, documents_BT: Tensor | None, seen: Watched) -> Tensor:
+        """One MTP module: join the state with the embedding of a later token, and run a whole block (eq. 21, 22)."""
+        w, eps = self.weights, self.model.norm_eps
+        embedding_BTD = rms_norm(next_BTD, w[f"{name}.embedding_norm.weight"], eps)
+        hidden_BTD = rms_norm(state_BTD, w[f"{name}.hidden_norm.weight"], eps)
+        joined = torch.cat([embedding_BTD, hidden_BTD], -1) @ w[f"{name}.projection.weight"].T
+        x_BTD = self.block(f"{name}.block", False, joined, documents_BT, seen)
+        return seen.keep(name, rms_norm(x_BTD, w[f"{name}.norm.weight"], eps))
+
+    def block(self, name: str, dense: bool, x_BTD: Tensor, documents_BT: Tensor | None, seen: Watched) -> Tensor:
+        """x += attention(norm(x)); x += ffn(norm(x)), the FFN dense or a mixture of experts."""
+        w, eps = self.weights, self.model.norm_eps
+        normed_BTD = rms_norm(x_BTD, w[f"{name}.attention_norm.weight"], eps)
+        x_BTD = x_BTD + self.attention(f"{name}.attention", normed_BTD, documents_BT, seen)
+        normed_BTD = rms_norm(x_BTD, w[f"{name}.ffn_norm.weight"], eps)
+        if dense:
+            ffn_BTD = swiglu(normed_BTD, w[f"{name}.ffn.w13.weight"], w[f"{name}.ffn.w2.weight"])
+            return seen.keep(name, x_BTD + seen.keep(f"{name}.ffn", ffn_BTD))
+        return seen.keep(name, x_BTD + self.experts(f"{name}.moe", normed_BTD, seen))
+
+    def attention(self, name: str, x_BTD: Tensor, documents_BT: Tensor | None, seen: Watched) -> Tensor:
+        """Multi-head latent attention (eq. 1-11): queries, keys and values come from two small latents."""
+        model, w = self.model, self.weights
+        B, T, _ = x_BTD.shape
+        H, nope, R = model.heads, model.nope_head_dim, model.rope_head_dim
+        eps = model.norm_eps if model.latent_norm_eps is None else model.latent_norm_eps
+        if model.q_rank is None:
+            q = x_BTD @ w[f"{name}.q.weight"].T
+        else:
+            latent = rms_norm(x_BTD @ w[f"{name}.q_down.weight"].T, w[f"{name}.q_norm.weight"], eps)
+            q = latent @ w[f"{name}.q_up.weight"].T
+        latent, k_rope_BTR = (x_BTD @ w[f"{name}.kv_down.weight"].T).split([model.kv_rank, R], -1)
+        kv = rms_norm(latent, w[f"{name}.kv_norm.weight"], eps) @ w[f"{name}.kv_up.weight"].T
+        q_BHTQ = q.view(B, T, H, -1).transpose(1, 2)
+        k_BHTn, v_BHTV = kv.view(B, T, H, -1).transpose(1, 2).split([nope, model.v_head_dim], -1)
+        yarn = stretched(model, self.config.seq_len)
+        angle, size = turns(model, self.config.seq_len, T, x_BTD), model.yarn.attention_factor if yarn else 1.0
+        # The rope key is one for all heads.
+        q_BHTQ = torch.cat([q_BHTQ[..., :nope], rotate(q_BHTQ[..., nope:], angle, size)], -1)
+        k_rope_BHTR = rotate(k_rope_BTR, angle, size).unsqueeze(1).expand(B, H, T, R)
+        k_BHTQ = torch.cat([k_BHTn, k_rope_BHTR], -1)
+        scale = (nope + R) ** -0.5
+        if yarn and model.yarn.factor > 1:
+            scale *= (0.1 * model.yarn.mscale * math.log(model.yarn.factor) + 1) ** 2
+        scores_BHTT = q_BHTQ @ k_BHTQ.transpose(2, 3) * scale
+        unseen_TT = torch.ones(T, T, dtype=torch.bool, device=x_BTD.device).triu(1)
+        if documents_BT is not None:
+            unseen_TT = unseen_TT | (documents_BT[:, None, :, None] != documents_BT[:, None, None, :])
+        out_BHTV = scores_BHTT.masked_fill(unseen_TT, -math.inf).softmax(-1) @ v_BHTV
+        return seen.keep(name, out_BHTV.transpose(1, 2).flatten(2) @ w[f"{name}.out.weight"].T)
+
+    def experts(self, name: str, x_BTD: Tensor, seen: Watched) -> Tensor:
+        """Shared experts, which every token meets, plus the gated sum of the chosen ones (eq. 12). No token is dropped."""
+        w, x_ND = self.weights, x_BTD.flatten(0, 1)
+        gates_NK, ids_NK = self.route(f"{name}.router", x_BTD, seen)
+        y_ND = torch.zeros_like(x_ND)
+        for expert in range(self.model.experts):
+            token, place = (ids_NK == expert).nonzero(as_tuple=True)
+            if len(token):
+                out = swiglu(x_ND[token], w[f"{name}.experts.w13"][expert], w[f"{name}.experts.w2"][expert])
+                y_ND = y_ND.index_add(0, token, gates_NK[token, place, None] * out)
+        if self.model.shared_experts:
+            shared = swiglu(x_ND, w[f"{name}.shared.w13.weight"], w[f"{name}.shared.w2.weight"])
+            y_ND = y_ND + seen.keep(f"{name}.shared", shared)
+        return seen.keep(name, y_ND.view(x_BTD.shape))
+
+    def route(self, name: str, x_BTD: Tensor, seen: Watched) -> tuple[Tensor, Tensor]:
+        """Gates (N, K) and expert ids (N, K) (eq. 13-16). The bias takes part in the choice alone, never in the gate."""
+        layer = name.removesuffix(".moe.router").removesuffix(".block")
+        scores_NE = (x_BTD.flatten(0, 1) @ self.weights[f"{name}.weight"].T).sigmoid()
+        biased_NE = seen.keep(f"{name}.biased", (scores_NE + self.biases[layer]).detach())
+        ids_NK = self.choices.get(name, choose(self.model, biased_NE))
+        chosen_NK = scores_NE.gather(1, ids_NK)
+        gates_NK = self.model.route_scale * chosen_NK / (chosen_NK.sum(1, keepdim=True) + 1e-20)
+        seen.loads[layer] = torch.bincount(ids_NK.flatten(), minlength=self.model.experts)
+        seen.balance = seen.balance + self.optim.balance_loss * self.balance_loss(scores_NE.view(*x_BTD.shape[:2], -1))
+        seen.values[f"{name}.ids"] = ids_NK
+        return seen.keep(f"{name}.gates", gates_NK), ids_NK
+
+    def balance_loss(self, scores_BTE: Tensor) -> Tensor:
+        """sum_i f_i P_i of every sequence (eq. 17-20), mean over sequences: f_i says how often expert i is among the K best
+        without bias, over an even share, and P_i is its mean share of the scores.
+        """
+        model, (B, T, E) = self.model, scores_BTE.shape
+        best_BTK = best(scores_BTE.detach(), model.top_k)
+        f_BE = F.one_hot(best_BTK, E).sum((1, 2)) * (E / (model.top_k * T))
+        P_BE = (scores_BTE / scores_BTE.sum(-1, keepdim=True)).mean(1)
+        return (f_BE * P_BE).sum() / B
+
+
+def best(scores: Tensor, count: int) -> Tensor:
+    """Indices of the largest of the last axis; of equal ones the lower index."""
+    return scores.sort(-1, descending=True, stable=True).indices[..., :count]
+
+
+def choose(model: Model, biased_NE: Tensor) -> Tensor:
+    """The K experts with the highest biased scores inside the top_groups best groups (2.1.2, node-limited routing)."""
+    if model.top_groups < model.groups:
+        open_NG = torch.zeros(len(biased_NE), model.groups, dtype=torch.bool, device=biased_NE.device)
+        open_NG.scatter_(1, best(group_scores(model, biased_NE), model.top_groups), True)
+        closed_NE = ~open_NG.repeat_interleave(model.experts // model.groups, 1)
+        biased_NE = biased_NE.masked_fill(closed_NE, -math.inf)
+    return best(biased_NE, model.top_k)
+
+
+def group_scores(model: Model, biased_NE: Tensor) -> Tensor:
+    """(N, G): the sum of the best scores of a group, as many as a token takes from a group on average."""
+    count = model.top_k // model.top_groups if model.group_top_k is None else model.group_top_k
+    return biased_NE.unflatten(1, (model.groups, -1)).sort(-1, descending=True).values[..., :count].sum(-1)
+
+
+# --- Backward and update (4.2) --------------------------------------------------------------------------------------
+
+
+def gradients(plain: PlainModel, tokens_BS: Tensor, documents_BS: Tensor | None, mtp_weight: float) -> Watched:
+    """Forward and backward of a batch: every weight's `.grad`, and those of what was watched. The minimised loss is
+
+    main + mtp_weight / depths * sum of MTP losses + balance_loss * sum over layers of sequence-wise losses
+    """
+    seen = plain.losses(tokens_BS, documents_BS)
+    loss = seen.main + seen.balance
+    if seen.mtp:
+        loss = loss + mtp_weight / len(seen.mtp) * sum(seen.mtp)
+    loss.backward()
+    return seen
+
+
+def global_norm(gradients_of: Weights) -> Tensor:
+    """Of all weights together."""
+    return torch.stack([gradient.square().sum() for gradient in gradients_of.values()]).sum().sqrt()
+
+
+def clip_factor(norm: float, optim: Optim) -> float:
+    """What gradients are multiplied with so that their norm is at most optim.clip; 1e-6 as in torch.nn.utils."""
+    return 1.0 if optim.clip == 0 else min(1.0, optim.clip / (norm + 1e-6))
+
+
+def adamw(
+    optim: Optim, lr: float, update: int, weight: Tensor, gradient: Tensor, mean: Tensor, square: Tensor, decays: bool
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Weight, mean and mean of squares after update number 1, 2, ... decays: not so for the gains of norms."""
+    beta1, beta2 = optim.betas
+    mean = beta1 * mean + (1 - beta1) * gradient
+    square = beta2 * square + (1 - beta2) * gradient.square()
+    step = (mean / (1 - beta1**update)) / ((square / (1 - beta2**update)).sqrt() + optim.eps)
+    decay = lr * optim.weight_decay if decays else 0.0
+    return weight * (1 - decay) - lr * step, mean, square
+
+
+def average(before: Tensor, weight: Tensor, decay: float) -> Tensor:
+    """The moving average of the weights (3.2.3)."""
+    return decay * before + (1 - decay) * weight
+
+
+def move_bias(bias_E: Tensor, load_E: Tensor, speed: float) -> Tensor:
+    """Balance without a loss (2.1.2): an expert with more than the mean load is chosen less from now on, and the reverse."""
+    load_E = load_E.to(bias_E.dtype)
+    return bias_E + speed * torch.sign(load_E.mean() - load_E)
