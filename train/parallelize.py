@@ -26,12 +26,11 @@ from train.precision.high import HighPrecision
 
 
 @dataclass
-class Parallelized:
-    """This rank's part of the model and the machinery around it."""
+class RankModel:
+    """This rank's part of the model, and how it runs."""
 
     chunks: list[DeepSeekV3]
     pipeline: Pipeline
-    zero: Zero
     dispatcher: RemoteDispatcher | None
     """None where this rank holds all experts."""
     precision: HighPrecision | Fp8Precision
@@ -39,6 +38,13 @@ class Parallelized:
     def routers(self) -> dict[str, Router]:
         """Those of all chunks, by layer."""
         return {name: router for chunk in self.chunks for name, router in chunk.routers().items()}
+
+
+@dataclass
+class Parallelized(RankModel):
+    """The same with what updates its weights."""
+
+    zero: Zero
 
 
 def parallelize(
@@ -56,13 +62,8 @@ def parallelize(
     restored: the caller fills all weights from a checkpoint, so none are drawn.
     dispatcher, layers (of every stage): for a dry run, instead of those that the layout asks for.
     """
-    if dispatcher is None and mesh.layout.ep > 1:
-        dispatcher = make_dispatcher(config, mesh)
-    recompute_swiglu = Recompute.swiglu in config.model.recompute
-    precision = build_precision(config.precision, device, kernels, recompute_swiglu)
-    chunks, stage_ids, num_stages = build_chunks(config, mesh, device, dispatcher, precision, layers, restored)
-    pipeline = build_pipeline(config, mesh, device, chunks, stage_ids, num_stages, config.parallel.overlap)
-    optim = config.optim
+    model = build_rank_model(config, mesh, device, kernels, restored, dispatcher, layers)
+    chunks, optim = model.chunks, config.optim
     zero = Zero(
         chunks,
         lambda groups: AdamW(groups, optim, moments_dtype(config.precision), "adamw" in kernels.parts),
@@ -76,8 +77,27 @@ def parallelize(
         units=(Block, MTP),
     )
     for chunk in chunks:
-        precision.watch(chunk)
-    return Parallelized(chunks, pipeline, zero, dispatcher, precision)
+        model.precision.watch(chunk)
+    return Parallelized(chunks, model.pipeline, model.dispatcher, model.precision, zero)
+
+
+def build_rank_model(
+    config: Config,
+    mesh: Mesh,
+    device: torch.device,
+    kernels: Kernels,
+    restored: bool = False,
+    dispatcher: RemoteDispatcher | None = None,
+    layers: list[range] | None = None,
+) -> RankModel:
+    """The same without an optimizer, for a proof."""
+    if dispatcher is None and mesh.layout.ep > 1:
+        dispatcher = make_dispatcher(config, mesh)
+    recompute_swiglu = Recompute.swiglu in config.model.recompute
+    precision = build_precision(config.precision, device, kernels, recompute_swiglu)
+    chunks, stage_ids, num_stages = build_chunks(config, mesh, device, dispatcher, precision, layers, restored)
+    pipeline = build_pipeline(config, mesh, device, chunks, stage_ids, num_stages, config.parallel.overlap)
+    return RankModel(chunks, pipeline, dispatcher, precision)
 
 
 def build_pipeline(

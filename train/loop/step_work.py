@@ -13,7 +13,7 @@ that wait for it. With NCCL the host does not wait for tokens: there a slow rank
 from collections.abc import Sequence
 
 from parallel.mesh import Layout
-from train.parallelize import Parallelized
+from train.parallelize import RankModel
 
 _BYTES = ("dispatch_bytes_inside", "dispatch_bytes_across")
 
@@ -21,7 +21,7 @@ _BYTES = ("dispatch_bytes_inside", "dispatch_bytes_across")
 class StepWork:
     """Reads the pipeline's timeline and the dispatcher's counters; names as in train/metrics/names.py."""
 
-    def __init__(self, parts: Parallelized, layout: Layout):
+    def __init__(self, parts: RankModel, layout: Layout):
         self._timeline, self._layout = parts.pipeline.timeline, layout
         self._counters = None if parts.dispatcher is None else parts.dispatcher.counters
         self._has_pairs = parts.pipeline.name == "dualpipev"
