@@ -72,6 +72,8 @@ class Zero:
         self.tied = tied
         # Of two copies, the last rank's is left out of the norm and of checkpoints.
         self.copy = tied if tied is not None and mesh.pp_rank > 0 else None
+        self.observer: Callable[[dict[str, Shard]], None] | None = None
+        """Is called before every update with copies of the reduced gradients of this rank's shard, by logical name."""
         self._valid = True
         self._bad: list[str] = []
         dtype = next(iter(self.names)).dtype
@@ -148,6 +150,8 @@ class Zero:
             if param is not self.copy:
                 names.append(self.names[param])
                 sums.append(self.client.sum_of_squares(gradient.detach().view(-1)) / divisor**2)
+        if self.observer is not None:
+            self.observer(self._gradient_shards())
         squares = torch.stack(sums)
         finite = squares.isfinite().tolist()[1:]  # waits for the device once
         self._bad = [name for name, good in zip(names, finite, strict=True) if not good]
@@ -172,14 +176,26 @@ class Zero:
             param, name, offset = part.param, self.names[part.param], part.offset
             if param is self.copy and not copies:
                 continue
-            shape = self.shapes[param]
-            if not getattr(param, "allreduce", True):  # experts are split over ep along their first dimension
-                offset += self.mesh.ep_rank * math.prod(shape)
-                shape = (shape[0] * self.mesh.layout.ep, *shape[1:])
+            offset, shape = self._place(param, offset)
             found[f"master.{name}"] = Shard(part.master, offset, shape)
             for key, moment in part.moments.items():
                 found[f"{key}.{name}"] = Shard(moment, offset, shape)
         return found
+
+    def _place(self, param: nn.Parameter, offset: int) -> tuple[int, tuple[int, ...]]:
+        """Of an element of this rank's parameter: where it is in the logical tensor, and the shape of that."""
+        shape = self.shapes[param]
+        if not getattr(param, "allreduce", True):  # experts are split over ep along their first dimension
+            return offset + self.mesh.ep_rank * math.prod(shape), (shape[0] * self.mesh.layout.ep, *shape[1:])
+        return offset, shape
+
+    def _gradient_shards(self) -> dict[str, Shard]:
+        offsets = {part.param: part.offset for part in self._weights.fragments()}
+        return {
+            self.names[param]: Shard(gradient.detach().flatten() / divisor, *self._place(param, offsets[param]))
+            for param, gradient, divisor in self._weights.gradients()
+            if param in offsets and param is not self.copy
+        }
 
     def loaded(self, updates: int) -> None:
         """Call after the shards were filled from a checkpoint: refreshes the weights from the masters."""

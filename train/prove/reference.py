@@ -29,6 +29,44 @@ Weights = dict[str, Tensor]
 """Every weight by its name; those of the experts are stacked: w13 (E, 2F, D) with the rows of w1, then of w3, w2 (E, D, F)."""
 
 
+def weight_shapes(model: Model) -> dict[str, tuple[int, ...]]:
+    """Every weight, in the order in which a forward pass meets it. Products without bias; gains of norms are vectors."""
+    D, H, E, F_ = model.hidden, model.heads, model.experts, model.expert_width
+    Q = model.nope_head_dim + model.rope_head_dim
+    queries = {"q.weight": (H * Q, D)}
+    if model.q_rank is not None:
+        queries = {"q_down.weight": (model.q_rank, D), "q_norm.weight": (model.q_rank,)}
+        queries["q_up.weight"] = (H * Q, model.q_rank)
+    attention = queries | {
+        "kv_down.weight": (model.kv_rank + model.rope_head_dim, D),
+        "kv_norm.weight": (model.kv_rank,),
+        "kv_up.weight": (H * (model.nope_head_dim + model.v_head_dim), model.kv_rank),
+        "out.weight": (D, H * model.v_head_dim),
+    }
+
+    def ffn(width: int) -> dict[str, tuple[int, ...]]:
+        return {"w13.weight": (2 * width, D), "w2.weight": (D, width)}
+
+    def under(name: str, parts: dict[str, tuple[int, ...]]) -> dict[str, tuple[int, ...]]:
+        return {f"{name}.{part}": shape for part, shape in parts.items()}
+
+    shared = under("shared", ffn(model.shared_experts * F_)) if model.shared_experts else {}
+    moe = {"router.weight": (E, D), "experts.w13": (E, 2 * F_, D), "experts.w2": (E, D, F_)} | shared
+    parts = {True: under("ffn", ffn(model.dense_width)), False: under("moe", moe)}
+    block = {
+        dense: {"attention_norm.weight": (D,)} | under("attention", attention) | {"ffn_norm.weight": (D,)} | part
+        for dense, part in parts.items()
+    }
+    shapes: dict[str, tuple[int, ...]] = {"embedding.weight": (model.vocab_size, D)}
+    for layer in range(model.layers):
+        shapes |= under(f"layers.{layer}", block[layer < model.dense_layers])
+    shapes |= {"norm.weight": (D,), "head.weight": (model.vocab_size, D)}
+    joined = {"embedding_norm.weight": (D,), "hidden_norm.weight": (D,), "projection.weight": (D, 2 * D)}
+    for depth in range(model.mtp_depth):
+        shapes |= under(f"mtp.{depth}", joined | under("block", block[False]) | {"norm.weight": (D,)})
+    return shapes
+
+
 # --- Settings of a step (4.2) ---------------------------------------------------------------------------------------
 
 
@@ -139,11 +177,11 @@ class Watched:
 
     values: dict[str, Tensor] = field(default_factory=dict)
     """Outputs of the parts, by name, in the order in which they were made."""
-    main: Tensor | float = 0.0
+    main: Tensor = field(default_factory=lambda: torch.zeros(()))
     """Cross-entropy of the next token, nats."""
     mtp: list[Tensor] = field(default_factory=list)
     """The same for every MTP depth, unweighted."""
-    balance: Tensor | float = 0.0
+    balance: Tensor = field(default_factory=lambda: torch.zeros(()))
     """Sequence-wise balance losses of all layers, weighted."""
     loads: dict[str, Tensor] = field(default_factory=dict)
     """Tokens of every expert, by the name of the layer."""
@@ -285,7 +323,7 @@ class PlainModel:
 
 def best(scores: Tensor, count: int) -> Tensor:
     """Indices of the largest of the last axis; of equal ones the lower index."""
-    return scores.sort(-1, descending=True, stable=True).indices[..., :count]
+    return scores.sort(dim=-1, descending=True, stable=True).indices[..., :count]
 
 
 def choose(model: Model, biased_NE: Tensor) -> Tensor:
@@ -301,7 +339,7 @@ def choose(model: Model, biased_NE: Tensor) -> Tensor:
 def group_scores(model: Model, biased_NE: Tensor) -> Tensor:
     """(N, G): the sum of the best scores of a group, as many as a token takes from a group on average."""
     count = model.top_k // model.top_groups if model.group_top_k is None else model.group_top_k
-    return biased_NE.unflatten(1, (model.groups, -1)).sort(-1, descending=True).values[..., :count].sum(-1)
+    return biased_NE.unflatten(1, (model.groups, -1)).sort(dim=-1, descending=True).values[..., :count].sum(-1)
 
 
 # --- Backward and update (4.2) --------------------------------------------------------------------------------------

@@ -1,0 +1,47 @@
+"""Proofs on ranks of the fork server."""
+
+import os
+import shutil
+import tempfile
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+from cluster.launch import Place
+from conf.load import compose, write_config
+from conf.schema import Config
+from tests.ranks import run_processes
+from tests.small import SMALL
+
+PROOF = [*SMALL, "batch_size=8", "micro_batch_size=1", "steps=4", "model.init_std=0.02", "data.path=none", "optim.ema_decay=0.9"]
+
+
+def small_proof(tmp_path: Path, *overrides: str) -> Config:
+    """A recipe that needs no shrinking, with its folder."""
+    config = compose(*PROOF, f"runs={tmp_path}", "name=proof", *overrides)
+    shutil.rmtree(tmp_path / "proof", ignore_errors=True)
+    (tmp_path / "proof" / "logs").mkdir(parents=True)
+    write_config(config, str(tmp_path / "proof" / "config.yaml"))
+    return config
+
+
+def gather_evidence(config: Config, patch: Callable[[], None] | None = None, timeout: float = 120.0) -> None:
+    """Let every rank leave its evidence. patch: called on every rank before it starts; a function of a module."""
+    world = config.parallel.pp * config.parallel.dp
+    path = str(Path(config.runs) / config.name / "config.yaml")
+    with tempfile.TemporaryDirectory() as scratch:
+        run_processes(prove_rank, path, world, f"{scratch}/store", patch, world_size=world, timeout=timeout)
+
+
+def prove_rank(rank: int, path: str, world: int, store: str, patch: Callable[[], None] | None) -> None:
+    from conf.load import read_config
+    from train.prove.rank import run_rank
+
+    os.environ |= {"SLUICE_STORE": store, "GLOO_SOCKET_IFNAME": "lo"}
+    if patch is not None:
+        patch()
+    logs = Path(path).parent / "logs"
+    code = run_rank(read_config(path), Place(rank, world, rank, world), logs)
+    if code:
+        error = logs / f"rank_{rank}.error.json"
+        raise AssertionError(error.read_text() if error.exists() else f"exit code {code}")

@@ -1,0 +1,49 @@
+"""How far two honest computations of the same quantity may be apart, and why.
+
+u is the unit roundoff of a format: a rounded result is off by at most u of itself. A chain of n products whose sums have K
+terms rounds n sqrt(K) times on the way that errors usually add up.
+"""
+
+from dataclasses import dataclass
+
+from conf.schema import Config, Model
+
+EXACT = 1e-10
+"""Pass exact: of the tensor's largest value."""
+UNIT = {"fp64": 2.0**-53, "fp32": 2.0**-24, "bf16": 2.0**-8, "e4m3": 2.0**-4}
+ROOM = 8.0
+"""What norms, softmax and the router's sigmoid may enlarge an error by on its way."""
+
+
+@dataclass(frozen=True)
+class Bound:
+    """Largest difference that is allowed."""
+
+    value: float
+    reason: str
+
+
+def chain(model: Model) -> int:
+    """Products between a token and the loss and back: 8 of a block each way (attention has six, an FFN two), and the head."""
+    return 2 * (8 * (model.layers + model.mtp_depth) + 1)
+
+
+def terms(config: Config) -> int:
+    """Of the longest sum: over a width, over a vocabulary, or over the tokens of a batch."""
+    model = config.model
+    return max(model.hidden, model.dense_width, model.vocab_size, config.batch_size * config.seq_len)
+
+
+def computed(proof: str, config: Config) -> Bound:
+    """Outputs, losses and gradients of a pass: what the chain of products makes of rounding."""
+    if proof == "exact":
+        return Bound(EXACT, "fp64 rounds by 1e-16, and sums of any order stay far below")
+    n, K = chain(config.model), terms(config)
+    if proof == "fp32":
+        value = ROOM * UNIT["fp32"] * (n * K) ** 0.5
+        return Bound(value, f"{ROOM:g} x 2^-24 x sqrt({n} products x {K} terms)")
+    name = "e4m3" if config.precision.fp8 is not None else "bf16" if config.precision.name != "fp32" else "fp32"
+    if name == "fp32":
+        return computed("fp32", config)
+    value = min(0.5, 2 * UNIT[name] * n**0.5)
+    return Bound(value, f"2 x unit roundoff {UNIT[name]:g} of {name} x sqrt({n} products), of the tensor's norm")

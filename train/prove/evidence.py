@@ -1,0 +1,147 @@
+"""What a rank saw in one step of a proof, and how it gets from the rank to whoever judges it: a file of safetensors.
+
+Keys of tensors are KIND/NAME, those of what a micro-batch made KIND/NAME/NUMBER:
+
+    forward, backward      output of a part of the model, and the gradient that came back to it, by micro-batch
+    local                  gradient of a weight on this rank alone, before any reduction
+    reduced                gradient of a weight as the update takes it: this rank's shard
+    after                  masters, moments, averages and biases after the step; before the first one of a part of a run, `loaded`
+"""
+
+import json
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from parallel.shard import Shard
+from train.model.block import Block
+from train.model.deepseek import DeepSeekV3
+from train.model.layers import FFN, Embedding
+from train.model.mla import MLA
+from train.model.moe import MoE
+from train.model.mtp import MTP
+from train.model.router import Router
+
+WATCHED = (Block, Embedding, FFN, MLA, MTP, MoE, Router)
+
+
+@dataclass
+class StepInfo:
+    """What a step says of itself, in numbers."""
+
+    proof: str
+    """Pass: exact, fp32 or recipe."""
+    part: int
+    """0, and 1 for the part of the run that goes on from the checkpoint in another layout."""
+    step: int
+    """0 for the state that a part began with."""
+    rank: int
+    layout: str
+    dp: int = 1
+    dp_rank: int = 0
+    micro_batch_size: int = 1
+    plan: dict[str, float] = field(default_factory=dict)
+    main_loss: float = 0.0
+    mtp_losses: list[float] = field(default_factory=list)
+    balance_loss: float = 0.0
+    loads: list[list[float]] = field(default_factory=list)
+    """Tokens of every expert, by layer with experts."""
+    grad_norm: float = 0.0
+    applied: bool = True
+    validation_loss: float | None = None
+    updates: int = 0
+    samples: int = 0
+
+
+@dataclass
+class Evidence:
+    """One rank's view of one step."""
+
+    info: StepInfo
+    tensors: dict[str, Tensor] = field(default_factory=dict)
+    places: dict[str, tuple[int, tuple[int, ...]]] = field(default_factory=dict)
+    """Of every shard its first element in the flattened tensor, and the tensor's shape."""
+
+    def add(self, kind: str, name: str, tensor: Tensor) -> None:
+        self.tensors[f"{kind}/{name}"] = tensor.detach().cpu().clone().contiguous()
+
+    def add_shard(self, kind: str, name: str, shard: Shard) -> None:
+        self.add(kind, name, shard.local)
+        self.places[f"{kind}/{name}"] = shard.offset, tuple(shard.shape)
+
+    def of_kind(self, kind: str) -> Iterator[tuple[str, Tensor]]:
+        """(name, tensor)"""
+        for key, tensor in self.tensors.items():
+            if key.startswith(f"{kind}/"):
+                yield key.removeprefix(f"{kind}/"), tensor
+
+    def write(self, folder: Path) -> None:
+        folder.mkdir(parents=True, exist_ok=True)
+        info = self.info
+        path = folder / f"{info.proof}_{info.part}_{info.step}.rank_{info.rank}.safetensors"
+        metadata = {"info": json.dumps(asdict(info)), "places": json.dumps(self.places)}
+        save_file(self.tensors, path, metadata)
+
+    @classmethod
+    def read(cls, path: Path) -> "Evidence":
+        with safe_open(path, "pt") as file:
+            metadata, tensors = file.metadata(), {key: file.get_tensor(key) for key in file.keys()}
+        places = {key: (offset, tuple(shape)) for key, (offset, shape) in json.loads(metadata["places"]).items()}
+        return cls(StepInfo(**json.loads(metadata["info"])), tensors, places)
+
+
+def read_all(folder: Path, proof: str) -> dict[tuple[int, int], list[Evidence]]:
+    """Every rank's view of every step of a pass, by (part, step), in order."""
+    found: dict[tuple[int, int], list[Evidence]] = {}
+    for path in sorted(folder.glob(f"{proof}_*.safetensors")):
+        evidence = Evidence.read(path)
+        found.setdefault((evidence.info.part, evidence.info.step), []).append(evidence)
+    for ranks in found.values():
+        ranks.sort(key=lambda evidence: evidence.info.rank)
+    return dict(sorted(found.items()))
+
+
+class Watch:
+    """Keeps what the parts of these chunks put out while they train, and the gradients that come back to them.
+
+    Micro-batches go through a chunk in their order, whatever the schedule, so a count of calls tells which one it is.
+    """
+
+    def __init__(self, chunks: list[DeepSeekV3]):
+        self.seen: dict[str, Tensor] = {}
+        self._calls: dict[str, int] = {}
+        tables = [chunk.embedding for chunk in chunks if hasattr(chunk, "embedding")]
+        for chunk in chunks:
+            for name, module in chunk.named_modules():
+                shared = name == "embedding" and len(tables) > 1  # calls of two chunks could not be told apart
+                if (isinstance(module, WATCHED) or name == "norm") and not shared:
+                    module.register_forward_hook(partial(self._take, name))
+
+    def clear(self) -> None:
+        self.seen, self._calls = {}, {}
+
+    def give(self, evidence: Evidence) -> None:
+        for key, tensor in self.seen.items():
+            evidence.add(*key.split("/", 1), tensor)
+
+    def _take(self, name: str, module: nn.Module, _: Any, output: Any) -> None:
+        if not module.training:
+            return
+        number = self._calls[name] = self._calls.get(name, -1) + 1
+        if isinstance(module, Router):
+            gates, ids = output
+            self.seen[f"forward/{name}.ids/{number}"] = ids.detach().clone()
+            name, output = f"{name}.gates", gates
+        self.seen[f"forward/{name}/{number}"] = output.detach().clone()
+        if output.requires_grad and name != "embedding":  # whose gradient comes in two parts where two ranks hold it
+            output.register_hook(partial(self._take_gradient, f"backward/{name}/{number}"))
+
+    def _take_gradient(self, key: str, gradient: Tensor) -> None:
+        self.seen[key] = gradient.detach().clone()

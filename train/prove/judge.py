@@ -1,0 +1,457 @@
+"""What the ranks saw, held against the reference.
+
+Every step is judged on its own: the reference starts from the state that the ranks had before it, which is what they were judged
+to have after the step before. So differences do not grow from step to step, and each bound is that of one step; the steps
+together are the run.
+
+The order of the comparisons is that of the computation, so the first one that fails says where a fault begins:
+
+    start          the state is that which the proof gave, or the checkpoint's, bit for bit
+    forward        outputs of all parts, first to last; losses; loads
+    backward       from the last part to the first: the gradient that comes back to a part, then those of its weights
+    update         norm, masters, moments, average of the weights, biases
+    validation     loss on held-out sequences
+
+Shapes as in train/prove/reference.py.
+"""
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from conf.schema import Config
+from train.prove import reference
+from train.prove.bounds import UNIT, Bound, computed
+from train.prove.evidence import Evidence, read_all
+from train.prove.reference import PlainModel, Watched
+from train.prove.samples import HELD_OUT, Samples, initial_biases, initial_weights
+
+State = dict[str, Tensor]
+"""Whole tensors by the name of their shards, fp64: master.NAME, exp_avg.NAME, exp_avg_sq.NAME, ema.NAME, bias.LAYER."""
+
+
+@dataclass(frozen=True)
+class Difference:
+    """A comparison that failed."""
+
+    proof: str
+    part: int
+    step: int
+    phase: str
+    quantity: str
+    name: str
+    """Of the tensor, or of the part of the model whose output it is."""
+    rank: int | None
+    """None where all ranks were put together."""
+    got: float
+    want: float
+    error: float
+    bound: float
+    reason: str
+
+    def text(self) -> str:
+        """One sentence."""
+        who = "" if self.rank is None else f", rank {self.rank}"
+        return (
+            f"pass {self.proof}, step {self.step}{who}, {self.phase}: {self.quantity} of {self.name} is {self.got:.9g} and "
+            f"should be {self.want:.9g}, an error of {self.error:.2g} where {self.bound:.2g} is allowed"
+        )
+
+
+@dataclass
+class Verdict:
+    """Of a pass, on one quantity."""
+
+    proof: str
+    quantity: str
+    compared: int = 0
+    worst: float = 0.0
+    bound: float = 0.0
+    where: str = ""
+    reason: str = ""
+    failed: int = 0
+
+
+@dataclass
+class Findings:
+    """Of all passes."""
+
+    verdicts: dict[tuple[str, str], Verdict] = field(default_factory=dict)
+    differences: list[Difference] = field(default_factory=list)
+    """In the order of the computation."""
+
+
+class Judge:
+    """Judges one pass."""
+
+    def __init__(self, proof: str, config: Config, folder: Path, findings: Findings):
+        """config: as the ranks ran it."""
+        self.proof, self.config, self.findings = proof, config, findings
+        self.model = config.model
+        self.steps = read_all(folder, proof)
+        self.samples = Samples(config)
+        self.bound = computed(proof, config)
+        self.phase = "start"
+        self.part = self.step = 0
+
+    def judge(self) -> None:
+        before: State | None = None
+        for (part, step), ranks in self.steps.items():
+            self.part, self.step = part, step
+            if step == 0:
+                before = self._judge_start(ranks, before)
+            else:
+                before = self._judge_step(ranks, before or self._given())
+
+    # The state
+
+    def _given(self) -> State:
+        """What a proof starts from."""
+        weights = {name: weight.double() for name, weight in initial_weights(self.config).items()}
+        names = reference_layers(self.config)
+        biases = {f"bias.{name}": bias.double() for name, bias in initial_biases(self.config, names).items()}
+        state = {f"master.{name}": weight for name, weight in weights.items()} | biases
+        for kind in ("exp_avg", "exp_avg_sq"):
+            state |= {f"{kind}.{name}": torch.zeros_like(weight) for name, weight in weights.items()}
+        if self.config.optim.ema_decay:
+            state |= {f"ema.{name}": weight for name, weight in weights.items()}
+        return state
+
+    def _judge_start(self, ranks: list[Evidence], before: State | None) -> State:
+        self.phase = "start" if before is None else "checkpoint"
+        want = self._given() if before is None else before
+        got = self._after(ranks)
+        self._same_names("state", got, want)
+        quantity = "state at the start" if before is None else "state from the checkpoint"
+        for name in want:
+            if name in got:
+                self._compare(quantity, name, None, got[name], want[name], Bound(0.0, "bit for bit"))
+        self._judge_own_biases(ranks, want)
+        return got
+
+    def _after(self, ranks: list[Evidence]) -> State:
+        """The state, put together from the shards of all ranks."""
+        return {name: tensor for name, tensor in assemble(ranks, "after").items() if not name.startswith("running.")}
+
+    def _judge_own_biases(self, ranks: list[Evidence], want: State) -> None:
+        """Every rank's copy of the biases, not only the one that is saved."""
+        for rank in ranks:
+            for name, bias in rank.of_kind("own"):
+                self._compare("biases", name, rank.info.rank, bias, want[name], self._bias_bound())
+
+    def _bias_bound(self) -> Bound:
+        unit = UNIT["fp64" if self.proof == "exact" else "fp32"]
+        return Bound(4 * unit, "two roundings of a sum")
+
+    # A step
+
+    def _judge_step(self, ranks: list[Evidence], before: State) -> State:
+        info = ranks[0].info
+        plan = reference.plan_step(self.config, self.step)
+        self.phase = "settings"
+        for name, value in info.plan.items():
+            self._number("settings of the step", name, None, value, getattr(plan, name), Bound(1e-12, "a formula in fp64"))
+        batch = self.samples.batch(plan.first_sample, plan.batch_size)
+        plain = self._plain(before, self._choices(ranks, plan.batch_size))
+        seen = reference.gradients(plain, batch.tokens_BS, batch.documents_BS, plan.mtp_weight)
+        self._judge_forward(ranks, seen, plan.batch_size)
+        gradients = {name: torch.zeros_like(w) if w.grad is None else w.grad for name, w in plain.weights.items()}
+        self._judge_backward(ranks, seen, gradients, plan.batch_size)
+        if self.proof == "exact":
+            self._judge_biases(ranks, before, seen, plan.bias_speed)
+            return before
+        return self._judge_update(ranks, before, seen, plan)
+
+    def _plain(self, before: State, choices: dict[str, Tensor] | None = None) -> PlainModel:
+        weights = {}
+        for name, master in _under("master", before).items():
+            rounded = master.bfloat16().double() if self._low else master
+            weights[name] = rounded.clone().requires_grad_()
+        return PlainModel(self.config, weights, _under("bias", before), choices)
+
+    @property
+    def _low(self) -> bool:
+        """Whether the model computes with weights in bf16."""
+        return self.proof == "recipe" and self.config.precision.name != "fp32"
+
+    def _rows(self, rank: Evidence, number: int, batch_size: int) -> slice:
+        """Samples of a micro-batch, within the batch."""
+        first = rank.info.dp_rank * (batch_size // rank.info.dp) + number * rank.info.micro_batch_size
+        return slice(first, first + rank.info.micro_batch_size)
+
+    def _choices(self, ranks: list[Evidence], batch_size: int) -> dict[str, Tensor] | None:
+        """Where rounding may choose other experts: those that the ranks chose, which `_judge_choices` then looks at."""
+        if not self._low:
+            return None
+        parts: dict[str, dict[int, Tensor]] = {}
+        for rank in ranks:
+            for key, ids in rank.of_kind("forward"):
+                name, number = key.rsplit("/", 1)
+                if name.endswith(".ids"):
+                    first = self._rows(rank, int(number), batch_size).start
+                    parts.setdefault(name.removesuffix(".ids"), {})[first] = ids
+        return {name: torch.cat([ids[first] for first in sorted(ids)]) for name, ids in parts.items()}
+
+    def _judge_forward(self, ranks: list[Evidence], seen: Watched, batch_size: int) -> None:
+        self.phase = "forward"
+        made: dict[str, list[tuple[Evidence, int, Tensor]]] = {}
+        for rank in ranks:
+            for key, value in rank.of_kind("forward"):
+                name, number = key.rsplit("/", 1)
+                made.setdefault(name, []).append((rank, int(number), value))
+        for name in seen.values:
+            if name.endswith(".biased"):
+                continue
+            if name not in made and name == "embedding":
+                continue  # where one rank holds it for two stages; the layer behind it tells as much
+            if name not in made:
+                self._fail("outputs", name, None, math.nan, math.nan, "no rank has made it")
+                continue
+            want = self._by_sample(seen.values[name].detach(), batch_size)
+            if name.endswith(".ids"):
+                self._judge_choices(name.removesuffix(".ids"), made[name], seen, batch_size)
+                continue
+            scale = _size(want, self._low)
+            for rank, number, value in made[name]:
+                rows = want[self._rows(rank, number, batch_size)]
+                self._compare("outputs", name, rank.info.rank, value, rows, self.bound, scale)
+        for rank in ranks:
+            self._judge_losses(rank, seen)
+
+    def _by_sample(self, value: Tensor, batch_size: int) -> Tensor:
+        """(B, ...) also where rows of all samples lie in one axis."""
+        return value if value.size(0) == batch_size else value.unflatten(0, (batch_size, -1))
+
+    def _judge_choices(self, name: str, made: list, seen: Watched, batch_size: int) -> None:
+        biased = self._by_sample(seen.values[f"{name}.biased"], batch_size)
+        want = self._by_sample(seen.values[f"{name}.ids"], batch_size)
+        for rank, number, ids in made:
+            rows = self._rows(rank, number, batch_size)
+            if self._low:
+                excess = choice_excess(self.model, biased[rows].flatten(0, -2), ids)
+                bound = Bound(self.bound.value, "only experts whose scores rounding can have put in the place of others")
+                self._number("chosen experts", name, rank.info.rank, excess, 0.0, bound, scale=1.0)
+            else:
+                exact = Bound(0.0, "the same experts in the same order")
+                self._compare("chosen experts", name, rank.info.rank, ids, want[rows], exact, 1.0)
+
+    def _judge_losses(self, rank: Evidence, seen: Watched) -> None:
+        info, who = rank.info, rank.info.rank
+        self._number("losses", "main_loss", who, info.main_loss, seen.main.item(), self.bound)
+        for depth, (got, want) in enumerate(zip(info.mtp_losses, seen.mtp, strict=True), 1):
+            self._number("losses", f"mtp_loss_{depth}", who, got, want.item(), self.bound)
+        self._number("losses", "balance_loss", who, info.balance_loss, seen.balance.item(), self.bound)
+        for got, name in zip(info.loads, seen.loads, strict=True):
+            want = seen.loads[name].double()
+            self._compare("loads", name, who, torch.tensor(got).double(), want, Bound(0.0, "whole numbers"))
+
+    def _judge_backward(self, ranks: list[Evidence], seen: Watched, gradients: State, batch_size: int) -> None:
+        self.phase = "backward"
+        came: dict[str, list[tuple[Evidence, int, Tensor]]] = {}
+        for rank in ranks:
+            for key, value in rank.of_kind("backward"):
+                name, number = key.rsplit("/", 1)
+                came.setdefault(name, []).append((rank, int(number), value))
+        exact = self.proof == "exact"
+        found = sum_over_ranks(ranks, reference.weight_shapes(self.model)) if exact else assemble(ranks, "reduced")
+        self._same_names("gradients of weights", found, gradients)
+        for name in backward_order(list(gradients), list(came)):
+            if name in gradients and name in found:
+                self._compare("gradients of weights", name, None, found[name], gradients[name], self.bound)
+            for rank, number, value in came.get(name, ()):
+                want = seen.values[name].grad
+                if want is None:
+                    continue
+                want = self._by_sample(want * rank.info.dp, batch_size)
+                rows = want[self._rows(rank, number, batch_size)]
+                scale = _size(want, self._low)
+                self._compare("gradients of outputs", name, rank.info.rank, value, rows, self.bound, scale)
+
+    def _judge_biases(self, ranks: list[Evidence], before: State, seen: Watched, speed: float) -> None:
+        self.phase = "update"
+        for rank in ranks:
+            for name, bias in rank.of_kind("after"):
+                layer = name.removeprefix("bias.")
+                want = reference.move_bias(before[name], seen.loads[layer], speed)
+                self._compare("biases", name, rank.info.rank, bias, want, self._bias_bound())
+
+    def _judge_update(self, ranks: list[Evidence], before: State, seen: Watched, plan: reference.PlainPlan) -> State:
+        """The update of the gradients that the ranks had, which were judged by themselves."""
+        self.phase = "update"
+        reduced, after, optim, info = assemble(ranks, "reduced"), self._after(ranks), self.config.optim, ranks[0].info
+        norm = float(reference.global_norm(reduced))
+        fp32 = Bound(16 * UNIT["fp32"], "sums of squares in fp32 by rows, 16 x 2^-24")
+        for rank in ranks:
+            self._number("global norm", "all weights", rank.info.rank, rank.info.grad_norm, norm, fp32)
+        factor = reference.clip_factor(norm, optim)
+        self._number("applied updates", "all weights", None, float(info.applied), 1.0, Bound(0.0, "every step counts"))
+        updates = info.updates
+        want: State = {}
+        for name, gradient in reduced.items():
+            names = [f"{kind}.{name}" for kind in ("master", "exp_avg", "exp_avg_sq")]
+            new = reference.adamw(
+                optim, plan.lr, updates, before[names[0]], gradient * factor, before[names[1]], before[names[2]],
+                gradient.dim() >= 2,
+            )  # fmt: skip
+            want |= dict(zip(names, new, strict=True))
+            if optim.ema_decay:
+                want[f"ema.{name}"] = reference.average(before[f"ema.{name}"], after[names[0]], optim.ema_decay)
+        for layer, load in seen.loads.items():
+            want[f"bias.{layer}"] = reference.move_bias(before[f"bias.{layer}"], load, plan.bias_speed)
+        self._same_names("state", after, want)
+        bounds = self._update_bounds(plan.lr)
+        for name in want:
+            if name in after:
+                kind = name.split(".", 1)[0]
+                self._compare(QUANTITIES[kind], name, None, after[name], want[name], bounds[kind])
+        self._judge_own_biases(ranks, want)
+        if info.validation_loss is not None:
+            self._judge_validation(ranks, after)
+        return after
+
+    def _update_bounds(self, lr: float) -> dict[str, Bound]:
+        moments = "bf16" if self.config.precision.moments == "bf16" else "fp32"
+        fp32 = Bound(64 * UNIT["fp32"], "some ten roundings of fp32, each element by itself: 64 x 2^-24")
+        moment = fp32 if moments == "fp32" else Bound(1.5 * UNIT["bf16"], "moments are kept in bf16: rounded once, 2^-8")
+        return {"master": fp32, "ema": fp32, "exp_avg": moment, "exp_avg_sq": moment, "bias": self._bias_bound()}
+
+    def _judge_validation(self, ranks: list[Evidence], after: State) -> None:
+        self.phase = "validation"
+        batch = self.samples.batch(-HELD_OUT, HELD_OUT)
+        with torch.no_grad():
+            want = float(self._plain(after).losses(batch.tokens_BS, batch.documents_BS, with_mtp=False).main)
+        for rank in ranks:
+            self._number("held-out loss", "main_loss", rank.info.rank, rank.info.validation_loss, want, self.bound)
+
+    # Comparisons
+
+    def _same_names(self, quantity: str, got: Iterable[str], want: Iterable[str]) -> None:
+        for name in want:
+            if name not in got:
+                self._fail(quantity, name, None, math.nan, math.nan, "no rank has it")
+        for name in got:
+            if name not in want:
+                self._fail(quantity, name, None, math.nan, math.nan, "the reference has no such tensor")
+
+    def _number(
+        self, quantity: str, name: str, rank: int | None, got: float, want: float, bound: Bound, scale: float | None = None
+    ) -> None:
+        self._compare(quantity, name, rank, torch.tensor([got]).double(), torch.tensor([want]).double(), bound, scale)
+
+    def _compare(
+        self, quantity: str, name: str, rank: int | None, got: Tensor, want: Tensor, bound: Bound, scale: float | None = None
+    ) -> None:
+        """scale: what the difference is measured in; None for the size of `want`: its largest value, in low precision its norm."""
+        low = self._low and quantity in LOOSE
+        got, want = got.double().flatten(), want.detach().double().flatten()
+        if got.numel() != want.numel():
+            self._fail(quantity, name, rank, got.numel(), want.numel(), "another number of elements")
+            return
+        if not got.numel():
+            return
+        scale = _size(want, low) if scale is None else scale
+        difference = (got - want).abs()
+        size = (difference.square().mean().sqrt() if low else difference.max()).item()
+        error = size / scale if scale else (0.0 if size == 0 else math.inf)
+        error = math.inf if math.isnan(error) else error
+        verdict = self.findings.verdicts.setdefault((self.proof, quantity), Verdict(self.proof, quantity))
+        verdict.compared += got.numel()
+        verdict.bound, verdict.reason = max(verdict.bound, bound.value), bound.reason
+        if error >= verdict.worst:
+            verdict.worst, verdict.where = error, f"step {self.step}, {name}"
+        if error > bound.value:
+            verdict.failed += 1
+            place = int(difference.nan_to_num(math.inf).argmax())
+            self._differ(quantity, name, rank, got[place].item(), want[place].item(), error, bound)
+
+    def _fail(self, quantity: str, name: str, rank: int | None, got: float, want: float, reason: str) -> None:
+        verdict = self.findings.verdicts.setdefault((self.proof, quantity), Verdict(self.proof, quantity))
+        verdict.failed, verdict.worst, verdict.where = verdict.failed + 1, math.inf, f"step {self.step}, {name}"
+        self._differ(quantity, name, rank, got, want, math.inf, Bound(0.0, reason))
+
+    def _differ(self, quantity, name, rank, got: float, want: float, error: float, bound: Bound) -> None:
+        self.findings.differences.append(
+            Difference(
+                self.proof, self.part, self.step, self.phase, quantity, name, rank, got, want, error, bound.value, bound.reason
+            )  # fmt: skip
+        )
+
+
+LOOSE = ("outputs", "losses", "gradients of weights", "gradients of outputs")
+"""Quantities that pass recipe measures by their norm."""
+QUANTITIES = {"master": "master weights", "exp_avg": "first moments", "exp_avg_sq": "second moments", "ema": "average of weights",
+              "bias": "biases"}  # fmt: skip
+
+
+def _size(tensor: Tensor, low: bool) -> float:
+    return (tensor.double().square().mean().sqrt() if low else tensor.double().abs().max()).item()
+
+
+def _under(kind: str, state: State) -> State:
+    return {name.removeprefix(f"{kind}."): tensor for name, tensor in state.items() if name.startswith(f"{kind}.")}
+
+
+def reference_layers(config: Config) -> list[str]:
+    """Layers with experts, in order."""
+    model = config.model
+    return [f"layers.{i}" for i in range(model.dense_layers, model.layers)] + [f"mtp.{k}" for k in range(model.mtp_depth)]
+
+
+def assemble(ranks: list[Evidence], kind: str) -> State:
+    """Whole tensors, fp64, from the shards of all ranks. What no rank has is not a number."""
+    found: State = {}
+    for rank in ranks:
+        for name, tensor in rank.of_kind(kind):
+            offset, shape = rank.places[f"{kind}/{name}"]
+            whole = found.setdefault(name, torch.full(shape, math.nan, dtype=torch.float64))
+            whole.view(-1)[offset : offset + tensor.numel()] = tensor.double()
+    return found
+
+
+def sum_over_ranks(ranks: list[Evidence], shapes: dict[str, tuple[int, ...]]) -> State:
+    """The mean over data-parallel ranks of the gradients that ranks made: here, and not by the product's own reduction."""
+    found: State = {}
+    for rank in ranks:
+        for name, tensor in rank.of_kind("local"):
+            offset, _ = rank.places[f"local/{name}"]
+            whole = found.setdefault(name, torch.zeros(shapes.get(name, tensor.shape), dtype=torch.float64))
+            whole.view(-1)[offset : offset + tensor.numel()] += tensor.double().flatten() / rank.info.dp
+    return found
+
+
+def choice_excess(model, biased_NE: Tensor, ids_NK: Tensor) -> float:
+    """By how much scores must have been off for the choice to be right: 0 for the reference's own."""
+    count = model.top_k // model.top_groups if model.group_top_k is None else model.group_top_k
+    excess = 0.0
+    open_NE = torch.ones_like(biased_NE, dtype=torch.bool)
+    size = model.experts // model.groups
+    if model.top_groups < model.groups:
+        groups_NG = reference.group_scores(model, biased_NE)
+        least_N1 = groups_NG.sort(dim=-1, descending=True).values[:, model.top_groups - 1 : model.top_groups]
+        behind_NK = (least_N1 - groups_NG.gather(1, ids_NK // size)).clamp_min(0)
+        excess = behind_NK.max().item() / (2 * count)
+        # A group that is open beyond doubt stands out by more than that excess.
+        open_NE = (groups_NG >= least_N1 + 2 * count * excess).repeat_interleave(size, 1)
+    inside_NE = biased_NE.masked_fill(~open_NE, -math.inf)
+    kth_N1 = inside_NE.sort(dim=-1, descending=True).values[:, model.top_k - 1 : model.top_k]
+    behind_NK = (kth_N1 - biased_NE.gather(1, ids_NK)).clamp_min(0)
+    return max(excess, behind_NK.max().item() / 2)
+
+
+def backward_order(weights: list[str], outputs: list[str]) -> list[str]:
+    """Names of weights and of outputs in the order in which their gradients are made: those of the last part come first, that of
+    an output before those of the weights that made it.
+    """
+    place = {name: float(number) for number, name in enumerate(weights)}
+
+    def after(output: str) -> tuple[float, int]:
+        prefix = output.removesuffix(".gates") + "."
+        inside = [number for name, number in place.items() if name.startswith(prefix)]
+        return max(inside, default=-1.0) + 0.5, -len(output)
+
+    order = sorted([*((number, -math.inf, name) for name, number in place.items()), *((*after(name), name) for name in outputs)])
+    return [name for *_, name in reversed(order)]

@@ -1,0 +1,59 @@
+"""The layouts of a proof: the recipe's own, and the one that reads its checkpoint."""
+
+from collections.abc import Iterator
+from dataclasses import replace
+from math import gcd
+
+from conf.check import check
+from conf.errors import UserError
+from conf.schema import Config, Parallel
+from train.layout import check_layout
+
+
+def stop_step(config: Config) -> int:
+    """The step after which the first part of a run stops, with a checkpoint."""
+    return max(1, config.steps // 2)
+
+
+def second_layout(config: Config) -> Parallel:
+    """Another layout of as many ranks; the same one where the rules allow no other."""
+    for parallel in _others(config):
+        try:
+            other = in_layout(config, parallel)
+            check(replace(other, name="proof"))
+            check_layout(other)
+        except UserError:
+            continue
+        return parallel
+    return config.parallel
+
+
+def in_layout(config: Config, parallel: Parallel) -> Config:
+    """The recipe in another layout, one sequence at a time, so that more layouts divide the batch."""
+    ranks_per_node = 0 if parallel.dispatch == "flat" else config.cluster.ranks_per_node
+    cluster = replace(config.cluster, ranks_per_node=ranks_per_node)
+    return replace(config, parallel=parallel, micro_batch_size=1, cluster=cluster)
+
+
+def _others(config: Config) -> Iterator[Parallel]:
+    """The farther from the recipe's, the earlier."""
+    own, world = config.parallel, config.parallel.pp * config.parallel.dp
+    plain = replace(own, pp=1, dp=world, ep=1, zero=1, schedule="1f1b", dispatch="flat")
+    shared = gcd(world, config.model.experts)
+    if own.pp > 1:
+        for zero in (3, 2, 1):
+            yield replace(plain, ep=1 if own.ep == shared else shared, zero=zero)
+    elif world % 2 == 0:
+        half = world // 2
+        for schedule in ("zbv", "1f1b"):
+            yield replace(plain, pp=2, dp=half, ep=gcd(half, config.model.experts), schedule=schedule)
+    yield from (replace(plain, ep=ep, zero=zero) for ep in {shared, 1} for zero in {1, 2, 3} - {own.zero})
+
+
+def layout_name(config: Config) -> str:
+    """For a person."""
+    parallel = config.parallel
+    parts = [f"{name} {value}" for name in ("pp", "dp", "ep") if (value := getattr(parallel, name)) > 1]
+    parts += [parallel.schedule] if parallel.pp > 1 or parallel.schedule != "1f1b" else []
+    parts += [parallel.dispatch] if parallel.ep > 1 else []
+    return ", ".join([*parts, f"ZeRO {parallel.zero}"])

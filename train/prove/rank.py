@@ -1,0 +1,329 @@
+"""One rank of a proof, top to bottom. `python -m train.prove.rank CONFIG` is a rank that the driver started.
+
+It trains as the product does, by the product's own code, and leaves what it saw. It judges nothing.
+
+    exact      one step in fp64 with the gradients of this rank alone, before any reduction
+    fp32       steps of the Trainer through DeepSpeed, a checkpoint, and steps from there in another layout
+    recipe     the same in the recipe's own precision
+"""
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from datetime import timedelta
+from pathlib import Path
+
+from train.cpu import tune_cpu
+
+tune_cpu()  # before torch allocates anything
+
+import torch  # noqa: E402
+from torch import Tensor  # noqa: E402
+
+from cluster.launch import Place, given_run  # noqa: E402
+from conf.disk import disk_errors  # noqa: E402
+from conf.errors import EXIT_OK  # noqa: E402
+from conf.schema import Config, Precision  # noqa: E402
+from parallel.exchange import from_rank_0  # noqa: E402
+from parallel.mesh import Layout, Mesh, build_mesh  # noqa: E402
+from parallel.zero.engine import Update, Zero  # noqa: E402
+from train.attention_choice import choose_attention  # noqa: E402
+from train.checkpoint.checkpointer import Checkpointer  # noqa: E402
+from train.checkpoint.commit import next_attempt  # noqa: E402
+from train.checkpoint.manifest import step_name  # noqa: E402
+from train.loop.measure import Measure  # noqa: E402
+from train.loop.resume import restore  # noqa: E402
+from train.loop.state import State  # noqa: E402
+from train.loop.step import StepOutcome, TrainingStep  # noqa: E402
+from train.loop.step_work import StepWork  # noqa: E402
+from train.loop.trainer import Flops, Trainer  # noqa: E402
+from train.model.count import moe_layers  # noqa: E402
+from train.model.deepseek import DeepSeekV3  # noqa: E402
+from train.model.moe import Experts  # noqa: E402
+from train.optim.schedules import Schedules, StepPlan  # noqa: E402
+from train.parallelize import Parallelized, build_rank_model, parallelize  # noqa: E402
+from train.prove.double import in_double  # noqa: E402
+from train.prove.evidence import Evidence, StepInfo, Watch  # noqa: E402
+from train.prove.layouts import in_layout, layout_name, second_layout, stop_step  # noqa: E402
+from train.prove.samples import ProofData, initial_biases, initial_weights  # noqa: E402
+from train.run_folder import RunPaths  # noqa: E402
+from train.worker import choose_device, guarded, start_process_group  # noqa: E402
+
+EVIDENCE = "evidence"
+"""Folder of what ranks saw, in the proof's own."""
+
+
+def run_rank(config: Config, place: Place, failures: Path | None = None) -> int:
+    """Leave this rank's evidence of all passes; returns the exit code. failures: see train.worker.guarded."""
+    return guarded(place, failures, disk_errors(config)(lambda: _run(config, place)))
+
+
+def _run(config: Config, place: Place) -> int:
+    device = choose_device(config, place)
+    start_process_group(config, place, device)
+    for proof in PASSES:
+        PASSES[proof](config, place, device)
+    return EXIT_OK
+
+
+def mesh_of(config: Config, place: Place) -> Mesh:
+    parallel, ranks_per_node = config.parallel, config.cluster.ranks_per_node or place.local_world
+    layout = Layout(parallel.pp, parallel.dp, parallel.ep, ranks_per_node)
+    return build_mesh(layout, timedelta(seconds=config.cluster.timeout))
+
+
+def in_fp32(config: Config) -> Config:
+    """The recipe with fp32 products, and what only other formats can have switched off."""
+    parallel = replace(config.parallel, wire="bf16")  # the activations' own format
+    if parallel.dispatch == "deepep":
+        parallel = replace(parallel, dispatch="flat")
+    return replace(config, precision=Precision(name="fp32", moments="fp32"), parallel=parallel)
+
+
+# Exact: the model, its pipeline and its dispatchers in fp64
+
+
+def prove_exact(config: Config, place: Place, device: torch.device) -> None:
+    """One step of TrainingStep, without an optimizer."""
+    config = in_fp32(config)
+    mesh, plan = mesh_of(config, place), Schedules(config).plan(1)
+    count = plan.batch_size // mesh.layout.dp
+    # Drawn outside, as in fp64 other numbers would be drawn.
+    batch = ProofData.of(config).train.batch(plan.first_sample + mesh.dp_rank * count, count)
+    weights, biases = initial_weights(config), initial_biases(config, moe_layers(config.model))
+    with in_double():
+        model = build_rank_model(config, mesh, device, restored=True)
+        fill_chunks(model.chunks, weights)
+        local = _LocalGradients(model.chunks)
+        parts = Parallelized(model.chunks, model.pipeline, model.dispatcher, model.precision, local)
+        measure = Measure(config.model, mesh, parts.chunks, device, StepWork(parts, mesh.layout))
+        fill_biases(measure, biases)
+        watch = Watch(parts.chunks)
+        outcome = TrainingStep(config, parts, measure, device).run(plan, batch)
+    evidence = Evidence(_info("exact", 0, config, mesh, plan, outcome))
+    watch.give(evidence)
+    local.give(evidence)
+    for name, router in measure.routers.items():
+        evidence.add("after", f"bias.{name}", router.bias_E)
+    evidence.write(RunPaths(config).path / EVIDENCE)
+
+
+class _LocalGradients:
+    """In the place of ZeRO: gradients stay where they were made, and no weight changes."""
+
+    def __init__(self, chunks: list[DeepSeekV3]):
+        self._chunks = chunks
+        self.gradients: dict[str, tuple[Tensor, int, int]] = {}
+
+    @contextmanager
+    def accumulate(self) -> Iterator[None]:
+        yield
+
+    def set_lr(self, lr: float) -> None:
+        """Nothing is updated."""
+
+    def step(self, valid: bool = True) -> Update:
+        return Update(0.0, valid, [])
+
+    def give(self, evidence: Evidence) -> None:
+        """Of experts, the offset says which ones."""
+        done: set[int] = set()
+        for chunk in self._chunks:
+            for prefix, module in chunk.named_modules():
+                for name, weight in module.named_parameters(recurse=False):
+                    if id(weight) in done:
+                        continue  # a table that two chunks share
+                    done.add(id(weight))
+                    first = module.local.start * weight[0].numel() if isinstance(module, Experts) else 0
+                    gradient = torch.zeros_like(weight) if weight.grad is None else weight.grad
+                    evidence.add("local", f"{prefix}.{name}", gradient)
+                    evidence.places[f"local/{prefix}.{name}"] = first, tuple(weight.shape)
+
+
+@torch.no_grad()
+def fill_chunks(chunks: list[DeepSeekV3], weights: dict[str, Tensor]) -> None:
+    """Give the weights of a proof to whole chunks."""
+    for chunk in chunks:
+        for prefix, module in chunk.named_modules():
+            for name, weight in module.named_parameters(recurse=False):
+                value = weights[f"{prefix}.{name}"]
+                if isinstance(module, Experts):
+                    value = value[module.local.start : module.local.stop]
+                weight.copy_(value)
+
+
+def fill_biases(measure: Measure, biases: dict[str, Tensor]) -> None:
+    """Give them to the routers that are here."""
+    for name, router in measure.routers.items():
+        router.bias_E.copy_(biases[name])
+
+
+# Trained: the product's Trainer, DeepSpeed and checkpoints
+
+
+def prove_trained(proof: str, config: Config, place: Place, device: torch.device) -> None:
+    """Some steps, a checkpoint, and the rest of the steps from it in another layout."""
+    config = replace(config, name=f"{config.name}/{proof}")
+    for folder in (RunPaths(config).checkpoints, RunPaths(config).logs):
+        folder.mkdir(parents=True, exist_ok=True)
+    _train(proof, 0, config, place, device)
+    checkpoint = RunPaths(config).checkpoints / step_name(stop_step(config))
+    other = in_layout(config, second_layout(config))
+    _train(proof, 1, replace(other, resume=str(checkpoint)), place, device)
+
+
+def _train(proof: str, part: int, config: Config, place: Place, device: torch.device) -> None:
+    mesh = mesh_of(config, place)
+    core, _ = choose_attention(config, device)
+    data = ProofData.of(config)
+    attempt = from_rank_0(lambda: next_attempt(RunPaths(config).checkpoints))
+    checkpointer = Checkpointer(
+        RunPaths(config).checkpoints,
+        rank=place.rank,
+        world_size=place.world,
+        attempt=attempt,
+        keep=0,
+        timeout=config.cluster.timeout,
+    )
+    parts = parallelize(config, mesh, device, restored=True, core=core)
+    measure = Measure(config.model, mesh, parts.chunks, device, StepWork(parts, mesh.layout))
+    state = State(config, mesh, parts.zero, measure.routers, len(measure.layers))
+    if part == 0:
+        fill_state(config, state, measure)
+    else:
+        restore(config, data, state, checkpointer, required=True)
+    trainer = _ProvenTrainer(proof, part, config, mesh, parts, data, measure, state, checkpointer, device)
+    trainer.leave_state(StepInfo(proof, part, 0, mesh.rank, layout_name(config)))
+    trainer.run()
+    parts.zero.engine.destroy()
+
+
+@torch.no_grad()
+def fill_state(config: Config, state: State, measure: Measure) -> None:
+    """Give the weights of a proof to the masters, moments of 0, and the biases."""
+    weights = initial_weights(config)
+    for name, shard in state.zero.shards(copies=True).items():
+        kind, weight = name.split(".", 1)
+        if kind == "master":
+            flat = weights[weight].flatten()
+            shard.local.copy_(flat[shard.offset : shard.offset + shard.local.numel()])
+        else:
+            shard.local.zero_()
+    fill_biases(measure, initial_biases(config, measure.layers))
+    state.zero.loaded(0)
+    if state.ema is not None:
+        state.ema.restart()
+
+
+class _Stop:
+    """In the place of signals: nobody asks a proof to stop but the proof."""
+
+    pending = False
+
+
+class _ProvenTrainer(Trainer):
+    """The product's, which leaves evidence of every step."""
+
+    def __init__(self, proof, part, config, mesh, parts, data, measure, state, checkpointer, device):
+        flops = Flops(0.0, 0.0, 1.0, "")
+        super().__init__(
+            config, mesh, parts, data, measure, state, checkpointer, None, None, _Stop(), flops, device
+        )
+        self._proof, self._part = proof, part
+        self._folder = RunPaths(config).path.parent / EVIDENCE
+        self._watch = Watch(parts.chunks)
+        self.training_step = _WatchedStep(self.training_step, self._saw, stop_step(config) if part == 0 else 0)
+        self._validation_loss: float | None = None
+
+    def leave_state(self, info: StepInfo, evidence: Evidence | None = None) -> None:
+        """Write what the rank holds of the state of the run, and what it saw in the step."""
+        evidence = evidence or Evidence(info)
+        info.updates, info.samples = self.state.zero.client.updates, self.state.samples
+        for name, shard in self.state.shards().items():
+            evidence.add_shard("after", name, shard)
+        for name, router in self.measure.routers.items():
+            evidence.add("own", f"bias.{name}", router.bias_E)
+        evidence.write(self._folder)
+
+    def validate(self) -> dict[str, float]:
+        found = super().validate()
+        self._validation_loss = found["validation_loss"]
+        return found
+
+    def _step(self, plan: StepPlan, batches) -> bool:
+        self._watch.clear()
+        stop = super()._step(plan, batches)
+        outcome, reduced = self._outcome
+        info = _info(self._proof, self._part, self.config, self.mesh, plan, outcome)
+        info.validation_loss = self._validation_loss
+        evidence = Evidence(info)
+        self._watch.give(evidence)
+        for name, shard in reduced.items():
+            evidence.add_shard("reduced", name, shard)
+        self.leave_state(info, evidence)
+        return stop
+
+    def _saw(self, outcome: StepOutcome, reduced: dict) -> None:
+        self._outcome = outcome, reduced
+
+
+class _WatchedStep:
+    """A TrainingStep whose reduced gradients are copied on their way into the update. last: the step that asks to stop."""
+
+    def __init__(self, step: TrainingStep, saw: Callable, last: int):
+        self._inner, self._saw, self._last = step, saw, last
+
+    def run(self, plan: StepPlan, batch, *, stopping: bool = False, on_phase=lambda _: None) -> StepOutcome:
+        reduced: dict = {}
+        zero: Zero = self._inner._parts.zero
+        zero.observer = lambda gradients: reduced.update(gradients)
+        outcome = self._inner.run(plan, batch, stopping=plan.step == self._last, on_phase=on_phase)
+        self._saw(outcome, reduced)
+        return outcome
+
+    def run_passes(self, batch) -> None:
+        self._inner.run_passes(batch)
+
+
+def _info(proof: str, part: int, config: Config, mesh: Mesh, plan: StepPlan, outcome: StepOutcome) -> StepInfo:
+    measured = outcome.measured
+    return StepInfo(
+        proof=proof,
+        part=part,
+        step=plan.step,
+        rank=mesh.rank,
+        layout=layout_name(config),
+        dp=mesh.layout.dp,
+        dp_rank=mesh.dp_rank,
+        micro_batch_size=config.micro_batch_size,
+        plan={
+            "first_sample": plan.first_sample,
+            "batch_size": plan.batch_size,
+            "lr": plan.lr,
+            "mtp_weight": plan.mtp_weight,
+            "bias_speed": plan.bias_speed,
+        },
+        main_loss=measured.main_loss,
+        mtp_losses=measured.mtp_losses,
+        balance_loss=measured.balance_loss,
+        loads=measured.loads_LE.tolist(),
+        grad_norm=outcome.update.grad_norm,
+        applied=outcome.update.applied,
+    )
+
+
+PASSES: dict[str, Callable[[Config, Place, torch.device], None]] = {
+    "exact": prove_exact,
+    "fp32": lambda config, place, device: prove_trained("fp32", in_fp32(config), place, device),
+    "recipe": lambda config, place, device: prove_trained("recipe", config, place, device),
+}
+
+
+def main() -> int:
+    config, place = given_run()
+    return run_rank(config, place, RunPaths(config).logs)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,98 @@
+"""What a proof trains on and starts from: both follow from the seed, an index or a name, and nothing else.
+
+Tokens are drawn unevenly, so that a few of them come often and some never, as in text. Weights are larger than a training's
+first ones, gains are not 1 and biases not 0: what is multiplied by 1 or added to 0 would not be proven.
+
+Shapes: B sequences, S = seq_len + 1.
+"""
+
+import hashlib
+from dataclasses import dataclass, field
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from conf.schema import Config
+from train.data.batch import Batch
+from train.prove.reference import weight_shapes
+
+HELD_OUT = 3
+"""Held-out sequences: an odd number, so that some rank has fewer than another."""
+BIAS = 0.05
+"""Spread of the routers' biases at the start, beside scores between 0 and 1."""
+
+
+class Samples:
+    """Training samples by number, as train/data/dataset.py gives them; those below 0 are held out."""
+
+    def __init__(self, config: Config):
+        self._config = config
+
+    def batch(self, first_sample: int, count: int) -> Batch:
+        rows = [self._sample(number) for number in range(first_sample, first_sample + count)]
+        tokens_BS = torch.stack([tokens_S for tokens_S, _ in rows])
+        if not self._config.data.mask_documents:
+            return Batch(tokens_BS)
+        return Batch(tokens_BS, torch.stack([documents_S for _, documents_S in rows]))
+
+    def _sample(self, number: int) -> tuple[Tensor, Tensor]:
+        draw, length = _generator(f"{self._config.seed}/sample/{number}"), self._config.seq_len + 1
+        share_S = torch.rand(length, generator=draw, dtype=torch.float64)
+        tokens_S = (share_S**2 * self._config.model.vocab_size).long()
+        ends_S = torch.rand(length, generator=draw) < 3 / length
+        return tokens_S, ends_S.cumsum(0).int()
+
+
+@dataclass
+class HeldOut:
+    """Held-out sequences, as train/data/dataset.py gives them."""
+
+    samples: Samples
+
+    def __len__(self) -> int:
+        return HELD_OUT
+
+    def batch(self, first: int, count: int) -> Batch:
+        return self.samples.batch(first - HELD_OUT, min(count, HELD_OUT - first))
+
+    def text_bytes(self, batch: Batch) -> int:
+        return batch.tokens_BS.numel()
+
+
+@dataclass
+class ProofData:
+    """In the place of train.data.prepare.Prepared."""
+
+    train: Samples
+    validation: HeldOut
+    tokenizer: Any = field(default_factory=lambda: SimpleNamespace(fingerprint="proof"))
+    fingerprint: str = "proof"
+    held_out: dict[str, Any] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+    @classmethod
+    def of(cls, config: Config) -> "ProofData":
+        samples = Samples(config)
+        return cls(samples, HeldOut(samples))
+
+
+def initial_weights(config: Config) -> dict[str, Tensor]:
+    """Every weight, fp32, by name: a product of normal size for an input of normal size, gains about 1."""
+    weights = {}
+    for name, shape in weight_shapes(config.model).items():
+        drawn = torch.randn(shape, generator=_generator(f"{config.seed}/{name}"))
+        weights[name] = 1 + 0.2 * drawn if len(shape) == 1 else drawn if name == "embedding.weight" else drawn / shape[-1] ** 0.5
+    return weights
+
+
+def initial_biases(config: Config, layers: list[str]) -> dict[str, Tensor]:
+    """Of every router, fp32 (E,)."""
+    experts = config.model.experts
+    return {name: BIAS * torch.randn(experts, generator=_generator(f"{config.seed}/bias/{name}")) for name in layers}
+
+
+def _generator(key: str) -> torch.Generator:
+    seed = int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "little", signed=True)
+    return torch.Generator().manual_seed(seed)
