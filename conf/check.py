@@ -9,7 +9,7 @@ from conf.check_precision import check_precision
 from conf.errors import UserError
 from conf.schema import Config, DataFormat, Generate, Mode, Model, Phase
 
-NEEDS_NO_DATA = (Mode.generate, Mode.plan, Mode.dry_run)
+NEEDS_NO_DATA = (Mode.generate, Mode.plan, Mode.dry_run, Mode.prove)
 SEEDS = 2**63
 """Seeds that every generator takes."""
 MAX_EXPERTS = 32767
@@ -30,6 +30,7 @@ def check(config: Config) -> None:
     _check_evaluate(config)
     _check_generate(config.generate)
     _check_export(config)
+    _positive(config.prove, "prove.", "ranks")
 
 
 def _require(ok: bool, field: str, value: object, rule: str, cure: str) -> None:

@@ -23,6 +23,8 @@ class Mode(StrEnum):
     """Say whether the run fits its devices, how fast it will be and what it costs."""
     dry_run = "dry_run"
     """Measure one rank of the run, alone on the device at hand."""
+    prove = "prove"
+    """Show on a miniature of the recipe whether its layout trains its model."""
     evaluate = "evaluate"
     """Held-out loss, and standard tasks, of a checkpoint."""
     generate = "generate"
@@ -540,6 +542,14 @@ class DryRun:
 
 
 @dataclass
+class Prove:
+    """mode=prove: whether this layout trains this model, shown on a miniature of the recipe (train/docs/prove.md)."""
+
+    ranks: int = 8
+    """Ranks that run, at most. A larger layout becomes the smallest one with the same structure, and what was cut is told."""
+
+
+@dataclass
 class Log:
     """What is shown and kept."""
 
@@ -662,6 +672,7 @@ class Config:
     hardware: Hardware = field(default_factory=Hardware)
     plan: Plan = field(default_factory=Plan)
     dry_run: DryRun = field(default_factory=DryRun)
+    prove: Prove = field(default_factory=Prove)
     log: Log = field(default_factory=Log)
     checkpoint: Checkpoint = field(default_factory=Checkpoint)
     evaluate: Evaluate = field(default_factory=Evaluate)

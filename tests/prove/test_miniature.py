@@ -1,0 +1,153 @@
+"""The miniature of every recipe keeps its structure and passes the same checks. Pure configuration, nothing runs."""
+
+from copy import deepcopy
+from functools import cache
+
+import pytest
+import torch
+import yaml
+
+from conf.check import check
+from conf.errors import UserError
+from conf.load import compose, recipes
+from conf.schema import Config
+from parallel.pipeline.split import SCHEDULES
+from train.layout import batch_sizes, check_layout
+from train.model.count import count
+from train.plan.job import layout_of
+from train.prove.miniature import CLIP, VOCABULARY, Miniature, RandomTokens, shrink, without_gpu
+
+LAYOUTS = {
+    "one": [],
+    "zero3": ["parallel.dp=2", "parallel.ep=2", "parallel.zero=3"],
+    "fits": ["parallel.pp=2", "parallel.dp=4", "parallel.ep=2"],
+    "long_1f1b": ["parallel.pp=5", "parallel.dp=2", "precision=fp8"],
+    "interleaved": ["parallel.pp=2", "parallel.dp=16", "parallel.ep=16", "parallel.schedule=interleaved"],
+    "zbv": ["parallel.pp=3", "parallel.dp=32", "parallel.ep=8", "parallel.schedule=zbv", "parallel.wire=fp8"],
+    "nodes": [
+        "parallel.dp=32",
+        "parallel.ep=16",
+        "parallel.dispatch=node_limited",
+        "cluster.ranks_per_node=8",
+        "parallel.zero=2",
+    ],
+    "dualpipev": ["parallel.pp=3", "parallel.dp=8", "parallel.ep=4", "parallel.schedule=dualpipev", "model.layers=9"],
+    "deepep": ["parallel.dp=16", "parallel.ep=8", "parallel.dispatch=deepep", "data.mask_documents=true"],
+}
+
+
+@cache
+def composed(*overrides: str) -> Config:
+    return compose("mode=prove", "micro_batch_size=1", "batch_size=15360", *overrides)
+
+
+def recipe(name: str, *overrides: str) -> Config:
+    """The recipe with groups and values. Hydra, which takes a second, composes each set of groups once."""
+    groups = [override for override in overrides if override.split("=")[0] in ("parallel", "precision")]
+    cfg = deepcopy(composed(f"conf={name}", *groups))
+    for override in overrides:
+        if override not in groups:
+            key, value = override.split("=")
+            *section, last = key.split(".")
+            setattr(getattr(cfg, section[0]) if section else cfg, last, yaml.safe_load(value))
+    check(cfg)
+    check_layout(cfg)
+    return cfg
+
+
+def paper() -> Config:
+    return recipe("deepseek_v3", "parallel=deepseek_v3", "precision=fp8", "optim.batch_ramp_start=4096")
+
+
+def assert_same_structure(cfg: Config, mini: Miniature) -> None:
+    small = mini.cfg
+    before, after = layout_of(cfg), layout_of(small)
+    assert after.world <= cfg.prove.ranks
+    lost = "leaves no room" in " ".join(mini.cuts)
+    for name in ("pp", "dp", "ep", "edp"):
+        assert lost or (getattr(before, name) > 1) == (getattr(after, name) > 1), name
+    for name in ("schedule", "zero", "dispatch", "wire", "overlap"):
+        assert getattr(small.parallel, name) == getattr(cfg.parallel, name)
+    for name in ("groups", "top_groups", "top_k", "mtp_depth", "recompute", "shared_experts", "group_top_k"):
+        assert getattr(small.model, name) == getattr(cfg.model, name)
+    assert small.precision == cfg.precision and small.data.mask_documents == cfg.data.mask_documents
+    assert (small.model.q_rank is None) == (cfg.model.q_rank is None)
+    assert (small.model.dense_layers > 0) == (cfg.model.dense_layers > 0)
+    assert small.optim.weight_decay == cfg.optim.weight_decay and (small.optim.clip > 0) == (cfg.optim.clip > 0)
+    assert (len(batch_sizes(small)) > 1) == (len(batch_sizes(cfg)) > 1)
+    assert small.model.layers >= min(cfg.model.layers, small.parallel.pp * SCHEDULES[small.parallel.schedule])
+
+
+@pytest.mark.parametrize("name", recipes())
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_every_recipe_in_every_layout_shrinks_to_one_that_passes_the_checks(name, layout):
+    cfg = recipe(name, "optim.batch_ramp_start=null", "optim.batch_ramp_steps=0", *LAYOUTS[layout])
+    mini = shrink(cfg)
+    check(mini.cfg)
+    check_layout(mini.cfg)
+    assert_same_structure(cfg, mini)
+    assert count(mini.cfg.model).total < 3e6
+    assert mini.cfg.batch_size // (mini.cfg.micro_batch_size * mini.cfg.parallel.dp) <= 7
+
+
+def test_the_papers_own_layout_becomes_eight_ranks_and_says_what_was_cut():
+    cfg = paper()
+    mini = shrink(cfg)
+    check(mini.cfg)
+    check_layout(mini.cfg)
+    assert_same_structure(cfg, mini)
+    parallel = mini.cfg.parallel
+    assert (parallel.pp, parallel.dp, parallel.ep) == (2, 4, 2) and mini.cfg.cluster.ranks_per_node == 1
+    assert (mini.cfg.model.experts, mini.cfg.model.groups, mini.cfg.model.top_k) == (64, 8, 8)
+    told = "\n".join(mini.cuts)
+    for name in ("model.hidden is 136 instead of 7168", "model.layers", "seq_len", "model.vocab_size", "model.experts"):
+        assert name in told
+    assert "parallel.dp is 4 instead of 128." in mini.cuts
+    assert "several ranks of an expert group on one node" in told
+
+
+def test_more_ranks_keep_more_of_the_structure():
+    assert layout_of(shrink(compose_ranks(16)).cfg).ep_ranks_per_node == 2
+    assert layout_of(shrink(compose_ranks(1)).cfg).world == 1
+    with pytest.raises(UserError, match=r"prove\.ranks"):
+        compose_ranks(0)
+
+
+def compose_ranks(ranks: int) -> Config:
+    return recipe("deepseek_v3", "parallel=deepseek_v3", "optim.batch_ramp_start=4096", f"prove.ranks={ranks}")
+
+
+def test_a_layout_that_fits_is_kept_with_its_experts():
+    cfg = recipe("tiny", *LAYOUTS["fits"])
+    mini = shrink(cfg)
+    assert mini.cfg.parallel == cfg.parallel and mini.cfg.model.experts == cfg.model.experts
+    assert not any("parallel." in cut for cut in mini.cuts)
+
+
+def test_yarn_is_in_force_where_it_was():
+    long = recipe("tiny", "seq_len=8192", "model.max_seq_len=8192")
+    assert shrink(long).cfg.seq_len > shrink(long).cfg.model.yarn.original_seq_len
+    short = recipe("tiny")
+    assert shrink(short).cfg.seq_len <= shrink(short).cfg.model.yarn.original_seq_len
+
+
+def test_clipping_that_is_off_stays_off():
+    assert shrink(recipe("tiny", "optim.clip=0")).cfg.optim.clip == 0
+    assert shrink(recipe("tiny")).cfg.optim.clip == CLIP
+
+
+def test_deepep_is_flat_on_a_cpu_and_says_so():
+    parallel, cuts = without_gpu(recipe("tiny", *LAYOUTS["deepep"]).parallel)
+    assert parallel.dispatch == "flat" and "DeepEP" in cuts[0]
+    assert without_gpu(parallel) == (parallel, [])
+
+
+def test_random_tokens_depend_on_the_sample_alone_and_have_borders():
+    tokens = RandomTokens(shrink(recipe("tiny", "data.mask_documents=true")).cfg)
+    together, apart = tokens.batch(0, 6), tokens.batch(4, 2)
+    assert torch.equal(together.tokens_BS[4:], apart.tokens_BS)
+    assert torch.equal(together.documents_BS[4:], apart.documents_BS)
+    assert together.documents_BS[:, 0].eq(0).all() and together.documents_BS.max() > 0
+    assert together.tokens_BS.min() >= 0 and together.tokens_BS.max() < VOCABULARY
+    assert len(together.tokens_BS.unique(dim=0)) == 6
+    assert RandomTokens(shrink(recipe("tiny")).cfg).batch(0, 1).documents_BS is None

@@ -1,0 +1,281 @@
+"""The recipe in miniature: small enough to run on this machine in seconds, and the same in everything that a layout can get wrong.
+
+Widths, vocabulary, sequence, layers, experts of a group and the number of micro-batches become small. Pipeline, data and expert parallelism,
+expert groups and their nodes, top-k, schedule, ZeRO stage, dispatch, wire, MTP, recomputation, masks, clipping, ramp and
+precision stay. Where the ranks are more than `prove.ranks`, every degree becomes the smallest that still has its structure:
+
+    pipeline ranks x copies of every expert x nodes of an expert group x ranks of the group on a node
+
+each 1 where the recipe has 1, else 2 (a divisor of the recipe's, where routing asks for one). If that is still too many, degrees
+become 1, what a proof loses least by first. Whatever became smaller is told in `cuts`.
+
+Small odd sizes are chosen on purpose: the vocabulary leaves a remainder in every split, so that ZeRO pads its shards, and the
+last chunk of the loss is shorter than the others.
+"""
+
+import itertools
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, fields, is_dataclass, replace
+from typing import Any
+
+import torch
+
+from conf.errors import UserError
+from conf.schema import (
+    Checkpoint,
+    Cluster,
+    Config,
+    Data,
+    DryRun,
+    Evaluate,
+    Export,
+    Generate,
+    Hardware,
+    Log,
+    Mode,
+    Model,
+    Optim,
+    Parallel,
+    Plan,
+)
+from parallel.mesh import Layout
+from parallel.pipeline.split import SCHEDULES, check_schedule
+from train.data.batch import Batch
+from train.layout import batch_sizes
+from train.plan.job import layout_of
+
+STEPS = 4
+SEQUENCE = 24
+VOCABULARY = 97
+WIDTH, TILED_WIDTH = 32, 136
+"""The second where products are in FP8 or rows travel so: two tiles of 128, of which the last is not full."""
+DEEP_EP_WIDTH = 128
+"""DeepEP takes multiples of this alone."""
+EXPERTS = 64
+CLIP = 0.1
+"""Gradients of the miniature are longer than this, so that clipping acts."""
+SHOWN = ("model", "optim", "parallel", "data")
+
+
+@dataclass(frozen=True)
+class Miniature:
+    """What is proven in the place of a recipe."""
+
+    cfg: Config
+    cuts: list[str]
+    """A sentence for everything that is smaller than in the recipe."""
+
+
+@dataclass(frozen=True)
+class _Degrees:
+    pp: int
+    edp: int
+    nodes: int
+    inside: int
+
+    @property
+    def ranks(self) -> int:
+        return math.prod(vars(self).values())
+
+
+LOST = {
+    "inside": "several ranks of an expert group on one node",
+    "edp": "several copies of an expert",
+    "nodes": "expert groups over several nodes",
+    "pp": "the pipeline",
+}
+"""What is given up where even the smallest layout has too many ranks, in this order."""
+
+
+def shrink(cfg: Config) -> Miniature:
+    """The miniature of a recipe that has passed check_layout. Pure, and passes the same checks."""
+    layout, structure = _shrink_layout(cfg)
+    model = _shrink_model(cfg, layout)
+    micro_batch_size = min(cfg.micro_batch_size, 2)
+    seq_len = min(cfg.seq_len, SEQUENCE)
+    model = replace(model, loss_chunk=_chunk(cfg, micro_batch_size * seq_len))
+    start, full = _micro_batches(cfg, layout, model.layers)
+    share = micro_batch_size * layout.dp
+    small = replace(
+        cfg,
+        mode=Mode.prove,
+        steps=min(cfg.steps, STEPS),
+        seq_len=seq_len,
+        batch_size=full * share,
+        micro_batch_size=micro_batch_size,
+        resume="never",
+        init_from=None,
+        model=model,
+        data=Data(mask_documents=cfg.data.mask_documents),
+        optim=_shrink_optim(cfg.optim, start * share, (full - start) * share),
+        parallel=replace(cfg.parallel, pp=layout.pp, dp=layout.dp, ep=layout.ep),
+        cluster=Cluster(
+            device=cfg.cluster.device,
+            threads=cfg.cluster.threads,
+            compiled=cfg.cluster.compiled,
+            ranks_per_node=layout.ranks_per_node,
+        ),
+        checkpoint=Checkpoint(asynchronous=cfg.checkpoint.asynchronous),
+        log=Log(progress=cfg.log.progress),
+        hardware=Hardware(),
+        plan=Plan(),
+        dry_run=DryRun(),
+        evaluate=Evaluate(),
+        generate=Generate(),
+        export=Export(),
+    )
+    return Miniature(small, [*structure, *_differences(cfg, small)])
+
+
+def without_gpu(parallel: Parallel) -> tuple[Parallel, list[str]]:
+    """The layout for ranks on a CPU, where DeepEP has no kernels, and a sentence if that changes it."""
+    if parallel.dispatch != "deepep":
+        return parallel, []
+    cut = "parallel.dispatch is flat instead of deepep, which needs GPUs: DeepEP's own transfers are not part of the proof."
+    return replace(parallel, dispatch="flat"), [cut]
+
+
+def _shrink_layout(cfg: Config) -> tuple[Layout, list[str]]:
+    """At most prove.ranks ranks with the structure of the recipe's, and what of it is lost."""
+    whole, most = layout_of(cfg), cfg.prove.ranks
+    inside = whole.ep_ranks_per_node if cfg.parallel.dispatch == "node_limited" else whole.ep
+    if whole.world <= most:
+        return whole, []
+    given = _Degrees(whole.pp, whole.edp, whole.ep // inside, inside)
+    degrees = _Degrees(min(given.pp, 2), min(given.edp, 2), _least(given.nodes), _least(given.inside))
+    lost = []
+    for name, what in LOST.items():
+        if degrees.ranks > most and getattr(degrees, name) > 1:
+            degrees = replace(degrees, **{name: 1})
+            lost.append(f"prove.ranks = {most} leaves no room for {what}: that is not part of the proof.")
+    if given.pp >= 3 and degrees.pp == 2 and degrees.ranks // 2 * 3 <= most:
+        degrees = replace(degrees, pp=3)  # a rank that has neither end
+    ep = degrees.nodes * degrees.inside
+    return Layout(degrees.pp, degrees.edp * ep, ep, degrees.inside), lost
+
+
+def _least(degree: int) -> int:
+    """The smallest prime factor: what divides experts and groups by the degree divides them by it."""
+    return next((part for part in range(2, degree + 1) if degree % part == 0), 1)
+
+
+def _shrink_model(cfg: Config, layout: Layout) -> Model:
+    model, seq_len = cfg.model, min(cfg.seq_len, SEQUENCE)
+    tiled = cfg.precision.fp8 is not None or cfg.parallel.wire == "fp8"
+    hidden = min(model.hidden, DEEP_EP_WIDTH if cfg.parallel.dispatch == "deepep" else TILED_WIDTH if tiled else WIDTH)
+    stages = layout.pp * SCHEDULES.get(cfg.parallel.schedule, 1)
+    dense, moe = min(model.dense_layers, 1), min(model.layers - model.dense_layers, 2)
+    layers = min(model.layers, max(dense + moe, stages))
+    yarn = model.yarn
+    if cfg.seq_len > yarn.original_seq_len:  # in force because of the length, which it stays
+        yarn = replace(yarn, original_seq_len=max(1, seq_len * yarn.original_seq_len // cfg.seq_len))
+    return replace(
+        model,
+        vocab_size=min(model.vocab_size, VOCABULARY),
+        hidden=hidden,
+        layers=layers,
+        dense_layers=dense if moe else layers,
+        heads=min(model.heads, 2),
+        q_rank=None if model.q_rank is None else min(model.q_rank, 24),
+        kv_rank=min(model.kv_rank, 16),
+        nope_head_dim=min(model.nope_head_dim, 16),
+        rope_head_dim=min(model.rope_head_dim, 8),
+        v_head_dim=min(model.v_head_dim, 12),
+        dense_width=min(model.dense_width, 48),
+        expert_width=min(model.expert_width, 16),
+        experts=_experts(model, layout.ep),
+        max_seq_len=min(model.max_seq_len, 2 * SEQUENCE),
+        yarn=yarn,
+        # Outputs of a layer keep their size: they grow with the root of its inputs.
+        init_std=model.init_std * math.sqrt(model.hidden / hidden),
+    )
+
+
+def _experts(model: Model, ep: int) -> int:
+    """Some EXPERTS, a multiple of groups and ranks. If it could, a token still chooses among more than its top_k."""
+    size = model.experts // model.groups
+    needed = max(model.resolved_group_top_k + 1, math.ceil(2 * model.top_k / model.top_groups))
+    least = min(size, max(needed, EXPERTS // model.groups))
+    return next(model.groups * few for few in itertools.count(least) if model.groups * few % ep == 0)
+
+
+def _chunk(cfg: Config, tokens: int) -> int:
+    """Tokens of a chunk of the loss: several chunks where the recipe has several, of which the last is shorter."""
+    whole = cfg.micro_batch_size * cfg.seq_len
+    if cfg.model.loss_chunk >= whole:
+        return tokens
+    return max(1, min(tokens - 1, math.ceil(tokens * cfg.model.loss_chunk / whole) + 1))
+
+
+def _micro_batches(cfg: Config, layout: Layout, layers: int) -> tuple[int, int]:
+    """Of a rank in a step, at the start of the ramp and after it: enough for every phase of the schedule."""
+    sizes = [batch // (cfg.micro_batch_size * cfg.parallel.dp) for batch in batch_sizes(cfg)]
+    wanted = (2 * layout.pp if cfg.parallel.schedule == "dualpipev" else layout.pp) + 1
+
+    def allowed(count: int) -> bool:
+        try:
+            check_schedule(cfg.parallel.schedule, layout.pp, count, layers)
+        except UserError:
+            return False
+        return True
+
+    start = next(count for count in itertools.count(min(sizes[0], wanted)) if allowed(count))
+    if len(sizes) == 1 or sizes[0] == sizes[-1]:
+        return start, start
+    return start, next(start + more for more in range(1, start + 1) if start % more == 0 and allowed(start + more))
+
+
+def _shrink_optim(optim: Optim, start: int, more: int) -> Optim:
+    """The same schedules over the few steps, and gradients that are clipped if the recipe clips."""
+    ramp = {}
+    if optim.batch_ramp_start is not None:
+        ramp = {"batch_ramp_start": start, "batch_ramp_steps": 2, "batch_ramp_increment": more or start}
+    clip = min(optim.clip, CLIP)
+    return replace(optim, warmup_steps=min(optim.warmup_steps, 2), clip=clip, **ramp)
+
+
+def _differences(cfg: Config, small: Config) -> list[str]:
+    """A sentence for every setting of the model, its training and its layout that differs."""
+    found = [
+        f"{name} is {_text(here)} instead of {_text(there)}."
+        for name, there, here in _pairs("", cfg, small)
+        if here != there and not name.startswith("data.")
+    ]
+    return [*found, "The tokens are drawn at random, in documents of random length."]
+
+
+def _pairs(prefix: str, cfg: Any, small: Any) -> Iterator[tuple[str, Any, Any]]:
+    for entry in fields(cfg):
+        there, here = getattr(cfg, entry.name), getattr(small, entry.name)
+        if is_dataclass(there):
+            if prefix or entry.name in SHOWN:
+                yield from _pairs(f"{prefix}{entry.name}.", there, here)
+        elif prefix or entry.name in ("steps", "seq_len", "batch_size", "micro_batch_size"):
+            yield prefix + entry.name, there, here
+
+
+def _text(value: Any) -> str:
+    return f"{value:.3g}" if isinstance(value, float) else str(value)
+
+
+class RandomTokens:
+    """Training samples that need no text. Sample i is a function of the seed, the sizes and i alone."""
+
+    def __init__(self, cfg: Config):
+        self._seed, self._mask = cfg.seed, cfg.data.mask_documents
+        self._vocabulary, self._seq_len = cfg.model.vocab_size, cfg.seq_len
+
+    def batch(self, first_sample: int, count: int) -> Batch:
+        """Samples first_sample .. first_sample + count - 1, as tokens (count, seq_len + 1), with documents if they are masked."""
+        samples = [self._sample(number) for number in range(first_sample, first_sample + count)]
+        tokens_BS = torch.stack([tokens for tokens, _ in samples])
+        return Batch(tokens_BS, torch.stack([documents for _, documents in samples]) if self._mask else None)
+
+    def _sample(self, number: int) -> tuple[torch.Tensor, torch.Tensor]:
+        generator = torch.Generator().manual_seed((self._seed * 1_000_003 + number) % 2**63)
+        # Squares make some tokens frequent, as in text, so that experts get unequal loads.
+        drawn = torch.rand(self._seq_len + 1, generator=generator) ** 2
+        ends = torch.rand(self._seq_len + 1, generator=generator) < 3 / (self._seq_len + 1)
+        documents = ends.cumsum(0, dtype=torch.int32) - ends.to(torch.int32)
+        return (drawn * self._vocabulary).long().clamp_max(self._vocabulary - 1), documents
