@@ -1,0 +1,208 @@
+"""Proofs over layouts and models, and over bugs that were put in: does every certificate hold that should, and no other?
+
+    python -m bench.prove                 all rows of bench/prove_rows.csv; exits 1 if one fails
+    python -m bench.prove --rows 3,17     these rows alone
+    python -m bench.prove --share 10      a tenth of them, another one at every commit
+    python -m bench.prove --mutations     tests/prove/mutations.py: which bugs are found, and where a certificate points
+    python -m bench.prove --make-rows     make the rows again
+
+Rows are so small that they need no miniature. Those of as many ranks follow one another in the same processes, as starting
+them takes as long as a proof. Needs what the extra dev installs, and one machine of 2 cores.
+"""
+
+import argparse
+import shutil
+import sys
+import tempfile
+import time
+import traceback
+import warnings
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
+from itertools import groupby
+from pathlib import Path
+
+from bench.prove_rows import Row, read_rows, rotated, to_config, write_rows
+from cluster.launch import Place
+from conf.load import read_config, write_config
+from conf.schema import Config
+
+TOGETHER = 8
+"""Rows of the same processes: more would keep what torch and DeepSpeed never give back."""
+TIMEOUT = 120.0
+"""Longest proof of a row, seconds."""
+
+
+class RowResult:
+    """What came of a row."""
+
+    def __init__(self, number: int, row: Row):
+        self.number, self.row, self.seconds = number, row, 0.0
+        self.verdicts: list = []
+        self.first = ""
+        """The first difference, or the error of a rank; empty where all held."""
+
+
+def prove_rows(rows: dict[int, Row], folder: Path) -> Iterator[RowResult]:
+    """Results as they come, rows of as many ranks after one another. folder: for evidence and checkpoints; is emptied."""
+    by_world = sorted(rows, key=lambda number: (_world(rows[number]), number))
+    for world, numbers in groupby(by_world, key=lambda number: _world(rows[number])):
+        chosen = list(numbers)
+        for first in range(0, len(chosen), TOGETHER):
+            yield from _together({number: rows[number] for number in chosen[first : first + TOGETHER]}, world, folder)
+
+
+def _world(row: Row) -> int:
+    return row["parallel.pp"] * row["parallel.dp"]
+
+
+def _together(rows: dict[int, Row], world: int, folder: Path) -> Iterator[RowResult]:
+    started = time.perf_counter()
+    error = _gather(rows, world, folder)
+    if error and len(rows) > 1:  # which of them it was shows where each runs alone
+        for number, row in rows.items():
+            yield from _together({number: row}, world, folder)
+        return
+    share = (time.perf_counter() - started) / len(rows)
+    for number, row in rows.items():
+        result, started = RowResult(number, row), time.perf_counter()
+        if error:
+            result.first = error
+        else:
+            _judge(result, folder / str(number))
+        result.seconds = share + time.perf_counter() - started
+        yield result
+        shutil.rmtree(folder / str(number), ignore_errors=True)
+
+
+def _gather(rows: dict[int, Row], world: int, folder: Path) -> str:
+    """Let ranks prove these rows; returns the first error of one, or nothing."""
+    from tests.ranks import run_processes
+
+    paths = []
+    for number, row in rows.items():
+        config = replace(to_config(row), runs=str(folder / str(number)), name="proof")
+        (folder / str(number)).mkdir(parents=True, exist_ok=True)
+        paths.append(str(folder / str(number) / "config.yaml"))
+        write_config(config, paths[-1])
+    with tempfile.TemporaryDirectory() as scratch:
+        try:
+            timeout = TIMEOUT * len(rows)
+            run_processes(_prove_as_rank, paths, world, f"{scratch}/store", world_size=world, timeout=timeout)
+        except AssertionError as error:
+            return str(error)
+    return ""
+
+
+def _prove_as_rank(rank: int, paths: list[str], world: int, store: str) -> None:
+    import os
+
+    from train.prove.rank import PASSES
+    from train.worker import choose_device, start_process_group
+
+    os.environ |= {"SLUICE_STORE": store, "GLOO_SOCKET_IFNAME": "lo"}
+    warnings.filterwarnings("ignore", "`torch.distributed.*is deprecated", FutureWarning)  # as train.worker does
+    place = Place(rank, world, rank, world)
+    for path in paths:
+        config = read_config(path)
+        device = choose_device(config, place)
+        if path == paths[0]:
+            start_process_group(config, place, device)
+        for proof in PASSES.values():
+            proof(config, place, device)
+
+
+def _judge(result: RowResult, folder: Path) -> None:
+    from train.prove.judge import Findings, Judge
+    from train.prove.rank import EVIDENCE, PASSES, in_fp32
+
+    config, findings = read_config(str(folder / "config.yaml")), Findings()
+    try:
+        for proof in PASSES:
+            judged: Config = config if proof == "recipe" else in_fp32(config)
+            Judge(proof, judged, Path(config.runs) / config.name / EVIDENCE, findings).judge()
+    except Exception:
+        result.first = traceback.format_exc()
+        return
+    result.verdicts = list(findings.verdicts.values())
+    if findings.differences:
+        result.first = findings.differences[0].text()
+
+
+def show_worst(results: Iterable[RowResult]) -> None:
+    """A line for every quantity of every pass: its worst difference as a share of what is allowed, and where that was."""
+    worst: dict[tuple[str, str], tuple[float, float, float, int, int]] = {}
+    for result in results:
+        for verdict in result.verdicts:
+            key = verdict.proof, verdict.quantity
+            share = verdict.worst / verdict.bound if verdict.bound else verdict.worst
+            kept = worst.get(key, (-1.0, 0.0, 0.0, 0, 0))
+            compared = kept[4] + verdict.compared
+            if share > kept[0]:
+                kept = share, verdict.worst, verdict.bound, result.number, compared
+            worst[key] = (*kept[:4], compared)
+    print(f"{'pass':7} {'quantity':28} {'numbers':>12} {'worst':>9} {'allowed':>9} {'share':>7}  row")
+    for (proof, quantity), (share, error, bound, number, compared) in worst.items():
+        print(f"{proof:7} {quantity:28} {compared:12,} {error:9.2g} {bound:9.2g} {share:7.1%}  {number}")
+
+
+def show_mutations() -> int:
+    """A line for every bug; returns the exit code."""
+    from tests.prove.mutants import first_differences
+    from tests.prove.mutations import MUTATIONS
+
+    started = time.perf_counter()
+    with tempfile.TemporaryDirectory() as folder:
+        found = first_differences(MUTATIONS, Path(folder), timeout=900.0)
+    print(f"{'mutation':42} {'phase':6} {'layer':6} pointed to")
+    for name, first in found.items():
+        mutation = MUTATIONS[name]
+        if first is None:
+            print(f"{name:42} NOT FOUND ({mutation.had})")
+            continue
+        right = ["right" if ok else "-" for ok in (mutation.phase_is_right(first), mutation.layer_is_right(first))]
+        place = f"pass {first.proof}, step {first.step}, {first.phase}: {first.quantity} of {first.name}"
+        print(f"{name:42} {right[0]:6} {right[1]:6} {place}")
+    met = [first is not None for first in found.values()]
+    right = [
+        first is not None and (MUTATIONS[name].phase_is_right(first) or MUTATIONS[name].layer_is_right(first))
+        for name, first in found.items()
+    ]
+    print(
+        f"{sum(met)} of {len(met)} found, {sum(right)} to the right phase or layer; {time.perf_counter() - started:.0f} s"
+    )
+    return int(not all(met))
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m bench.prove", description=__doc__.splitlines()[0])
+    parser.add_argument("--rows", help="numbers of rows, with commas")
+    parser.add_argument("--share", type=int, help="one in so many rows, other ones at every commit")
+    parser.add_argument("--mutations", action="store_true")
+    parser.add_argument("--make-rows", action="store_true")
+    given = parser.parse_args()
+    if given.make_rows:
+        write_rows()
+        return 0
+    if given.mutations:
+        return show_mutations()
+    rows = dict(enumerate(read_rows()))
+    if given.share:
+        rows = rotated(rows, given.share)
+    if given.rows:
+        rows = {int(number): rows[int(number)] for number in given.rows.split(",")}
+    started, results = time.perf_counter(), []
+    with tempfile.TemporaryDirectory() as folder:
+        for result in prove_rows(rows, Path(folder)):
+            results.append(result)
+            print(f"row {result.number:3} {result.seconds:5.1f} s  {result.first or 'holds'}", flush=True)
+    show_worst(results)
+    failed = [result.number for result in results if result.first]
+    print(f"{len(results) - len(failed)} of {len(results)} rows hold; {time.perf_counter() - started:.0f} s")
+    if failed:
+        print(f"failed: {','.join(map(str, failed))}")
+    return int(bool(failed))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,186 @@
+"""The layouts and models that `python -m bench.prove` proves: every three settings meet, in every combination that the rules allow.
+
+Faults of layouts hide where a few settings meet (a split backward, a shared embedding and clipping, say), hardly ever where
+only all of twenty do. So a covering array of strength three, made by covertable, finds with some hundred rows what all
+combinations would take millions for. Rows drawn at random fill it up: they meet some fours as well.
+
+What may stand together is asked of conf/check.py and train/layout.py themselves. The rows lie in prove_rows.csv, as
+covertable takes a minute for them; `python -m bench.prove --make-rows` writes them again after a change of SWITCHES.
+"""
+
+import contextlib
+import csv
+import hashlib
+import itertools
+import random
+import subprocess
+from copy import deepcopy
+from functools import cache, reduce
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from conf.check import check
+from conf.errors import UserError
+from conf.load import compose
+from conf.schema import ROOT, Config, Recompute
+from train.layout import check_layout
+
+FILE = Path(__file__).with_suffix(".csv")
+ROWS = 200
+LARGEST_WORLD = 4
+MICRO_BATCHES = 4
+"""Of a rank in a step, what every schedule on two pipeline ranks takes; where the batch grows, two more follow."""
+SEED = 1
+
+MODEL = {
+    "vocab_size": 53, "hidden": 16, "layers": 4, "dense_layers": 1, "heads": 2, "kv_rank": 8, "nope_head_dim": 8,
+    "rope_head_dim": 4, "v_head_dim": 6, "dense_width": 24, "expert_width": 8, "experts": 8, "top_k": 2, "top_groups": 2,
+    "loss_chunk": 7, "init_std": 0.2, "yarn.original_seq_len": 6,
+}  # fmt: skip
+BASE = [
+    *(f"model.{key}={value}" for key, value in MODEL.items()),
+    "mode=prove", "steps=4", "seq_len=12", "cluster.threads=1", "cluster.device=cpu", "optim.warmup_steps=2",
+    "optim.bias_speed=[{until: 1.0, value: 0.02}]",
+]  # fmt: skip
+
+SWITCHES: dict[str, list[Any]] = {
+    "parallel.pp": [1, 2],
+    "parallel.dp": [1, 2, 4],
+    "parallel.ep": [1, 2],
+    "parallel.zero": [1, 2, 3],
+    "parallel.schedule": ["1f1b", "interleaved", "zbv", "dualpipev"],
+    "parallel.overlap": [True, False],
+    "parallel.dispatch": ["flat", "node_limited"],
+    "parallel.wire": ["bf16", "fp8"],
+    "cluster.ranks_per_node": [1, 2],
+    "precision": ["fp32", "bf16", "fp8"],
+    "precision.moments": ["fp32", "bf16"],
+    "model.mtp_depth": [0, 1, 2],
+    "recompute": [False, True],
+    "model.q_rank": [None, 8],
+    "model.shared_experts": [0, 1, 2],
+    "model.groups": [1, 4],
+    "model.dense_layers": [0, 1],
+    "model.yarn.always": [False, True],
+    "data.mask_documents": [False, True],
+    "optim.clip": [0.0, 0.1],
+    "optim.balance_loss": [0.0, 0.01],
+    "optim.ema_decay": [0.0, 0.9],
+    "micro_batch_size": [1, 2],
+    "ramp": [False, True],
+}
+"""Settings by name and their values; `precision` is a group, `recompute` all or nothing, `ramp` whether the batch grows."""
+SPREAD = (
+    "parallel.pp",
+    "parallel.dp",
+    "parallel.ep",
+    "parallel.zero",
+    "parallel.schedule",
+    "parallel.dispatch",
+    "model.groups",
+)
+"""The switches that rules of the configuration join."""
+
+Row = dict[str, Any]
+
+
+def read_rows() -> list[Row]:
+    """The covering array and the rows behind it."""
+    with FILE.open(newline="") as file:
+        return [{key: yaml.safe_load(value) for key, value in row.items()} for row in csv.DictReader(file)]
+
+
+def write_rows() -> None:
+    """Make the covering array, fill it up to ROWS, and write both; the same at every call."""
+    rows = _fill(covering_rows())
+    with FILE.open("w", newline="") as file:
+        writer = csv.DictWriter(file, list(SWITCHES), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows({key: "null" if value is None else value for key, value in row.items()} for row in rows)
+
+
+def covering_rows() -> list[Row]:
+    """Rows in which every three settings meet that the rules allow together."""
+    from covertable import make  # of the extra dev, and of nobody else
+
+    switches = {key.replace(".", "/"): values for key, values in SWITCHES.items()}  # covertable splits names at dots
+    made = make(switches, strength=3, constraints=_constraints())
+    return [{key: row[key.replace(".", "/")] for key in SWITCHES} for row in made]
+
+
+def _fill(rows: list[Row]) -> list[Row]:
+    """Rows drawn at random behind these, up to ROWS."""
+    rows, drawn = [*rows], random.Random(SEED)
+    while len(rows) < ROWS:
+        row = {key: drawn.choice(values) for key, values in SWITCHES.items()}
+        if tuple(row[key] for key in SPREAD) in allowed_spreads() and row not in rows:
+            rows.append(row)
+    return rows
+
+
+def _constraints() -> list[dict[str, Any]]:
+    """For covertable: every two, every three and all of SPREAD, as the values that allowed rows have there.
+
+    The small ones follow from the large one, and let a row that cannot be finished be seen at its second or third value.
+    """
+    subsets = [subset for size in (2, 3, len(SPREAD)) for subset in itertools.combinations(range(len(SPREAD)), size)]
+    return [_constraint(subset) for subset in subsets]
+
+
+def _constraint(subset: tuple[int, ...]) -> dict[str, Any]:
+    names = [SPREAD[place].replace(".", "/") for place in subset]
+    seen = {tuple(values[place] for place in subset) for values in allowed_spreads()}
+    return {"operator": "fn", "requires": names, "evaluate": lambda row: tuple(row[name] for name in names) in seen}
+
+
+@cache
+def allowed_spreads() -> set[tuple]:
+    """Values of SPREAD that the rules allow."""
+    others = {key: values[-1] for key, values in SWITCHES.items()}
+    found = set()
+    for values in itertools.product(*(SWITCHES[key] for key in SPREAD)):
+        row = others | dict(zip(SPREAD, values, strict=True))
+        if row["parallel.pp"] * row["parallel.dp"] <= LARGEST_WORLD:
+            with contextlib.suppress(UserError):
+                to_config(row)
+                found.add(values)
+    return found
+
+
+def to_config(row: Row) -> Config:
+    """The run of a row. Raises UserError where its settings do not fit each other."""
+    cfg = deepcopy(_composed(row["precision"]))
+    for key, value in row.items():
+        *section, last = key.split(".")
+        if section or key == "micro_batch_size":
+            setattr(reduce(getattr, section, cfg), last, value)
+    cfg.model.recompute = [*Recompute] if row["recompute"] else []
+    cfg.model.top_groups = min(cfg.model.top_groups, cfg.model.groups)
+    share = cfg.micro_batch_size * cfg.parallel.dp
+    cfg.batch_size = MICRO_BATCHES * share
+    if row["ramp"]:
+        cfg.batch_size += 2 * share
+        cfg.optim.batch_ramp_start, cfg.optim.batch_ramp_steps = MICRO_BATCHES * share, 1
+        cfg.optim.batch_ramp_increment = 2 * share
+    check(cfg)
+    check_layout(cfg)
+    return cfg
+
+
+@cache
+def _composed(precision: str) -> Config:
+    """Hydra takes most of a second, so it composes each precision once."""
+    return compose(*BASE, f"precision={precision}")
+
+
+def rotated(rows: dict[int, Row], share: int = 10) -> dict[int, Row]:
+    """One in `share` of the rows, other ones at every commit; those from the first one on where there is no git."""
+    git = ["git", "rev-parse", "HEAD"]
+    try:
+        commit = subprocess.run(git, cwd=ROOT, capture_output=True, text=True, timeout=10).stdout.strip()
+    except OSError:
+        commit = ""
+    first = int(hashlib.sha256(commit.encode()).hexdigest(), 16) % share if commit else 0
+    return dict(list(rows.items())[first::share])
