@@ -3,8 +3,7 @@
 import os
 import shutil
 import tempfile
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from cluster.launch import Place
@@ -12,6 +11,7 @@ from conf.load import compose, write_config
 from conf.schema import Config
 from tests.ranks import run_processes
 from tests.small import SMALL
+from train.prove.layouts import PROOFS
 
 PROOF = [*SMALL, "batch_size=8", "micro_batch_size=1", "steps=4", "model.init_std=0.02", "data.path=none", "optim.ema_decay=0.9"]
 
@@ -25,15 +25,17 @@ def small_proof(tmp_path: Path, *overrides: str) -> Config:
     return config
 
 
-def gather_evidence(config: Config, patch: Callable[[], None] | None = None, timeout: float = 120.0) -> None:
-    """Let every rank leave its evidence. patch: called on every rank before it starts; a function of a module."""
+def gather_evidence(
+    config: Config, patch: Callable[[], None] | None = None, proofs: Sequence[str] = tuple(PROOFS), timeout: float = 300.0
+) -> None:
+    """Let every rank leave its evidence of these passes. patch: called on every rank before it starts; a function of a module."""
     world = config.parallel.pp * config.parallel.dp
     path = str(Path(config.runs) / config.name / "config.yaml")
     with tempfile.TemporaryDirectory() as scratch:
-        run_processes(prove_rank, path, world, f"{scratch}/store", patch, world_size=world, timeout=timeout)
+        run_processes(prove_rank, path, world, f"{scratch}/store", patch, tuple(proofs), world_size=world, timeout=timeout)
 
 
-def prove_rank(rank: int, path: str, world: int, store: str, patch: Callable[[], None] | None) -> None:
+def prove_rank(rank: int, path: str, world: int, store: str, patch: Callable[[], None] | None, proofs: Sequence[str]) -> None:
     from conf.load import read_config
     from train.prove.rank import run_rank
 
@@ -41,7 +43,7 @@ def prove_rank(rank: int, path: str, world: int, store: str, patch: Callable[[],
     if patch is not None:
         patch()
     logs = Path(path).parent / "logs"
-    code = run_rank(read_config(path), Place(rank, world, rank, world), logs)
+    code = run_rank(read_config(path), Place(rank, world, rank, world), logs, proofs)
     if code:
         error = logs / f"rank_{rank}.error.json"
         raise AssertionError(error.read_text() if error.exists() else f"exit code {code}")

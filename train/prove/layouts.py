@@ -1,13 +1,25 @@
-"""The layouts of a proof: the recipe's own, and the one that reads its checkpoint."""
+"""In what form a recipe runs: in each pass of a proof, and in the layout that reads its checkpoint."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from math import gcd
 
 from conf.check import check
 from conf.errors import UserError
-from conf.schema import Config, Parallel
+from conf.schema import Config, Parallel, Precision
 from train.layout import check_layout
+
+
+def in_fp32(config: Config) -> Config:
+    """The recipe with fp32 products, and without what only other formats have."""
+    parallel = replace(config.parallel, wire="bf16")  # the activations' own format
+    if parallel.dispatch == "deepep":
+        parallel = replace(parallel, dispatch="flat")
+    return replace(config, precision=Precision(name="fp32", moments="fp32"), parallel=parallel)
+
+
+PROOFS: dict[str, Callable[[Config], Config]] = {"exact": in_fp32, "fp32": in_fp32, "recipe": lambda config: config}
+"""The passes, and the recipe as it runs in each."""
 
 
 def stop_step(config: Config) -> int:

@@ -8,7 +8,7 @@ It trains as the product does, by the product's own code, and leaves what it saw
 """
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from datetime import timedelta
@@ -24,7 +24,7 @@ from torch import Tensor  # noqa: E402
 from cluster.launch import Place, given_run  # noqa: E402
 from conf.disk import disk_errors  # noqa: E402
 from conf.errors import EXIT_OK  # noqa: E402
-from conf.schema import Config, Precision  # noqa: E402
+from conf.schema import Config  # noqa: E402
 from parallel.exchange import from_rank_0  # noqa: E402
 from parallel.mesh import Layout, Mesh, build_mesh  # noqa: E402
 from parallel.zero.engine import Update, Zero  # noqa: E402
@@ -45,7 +45,7 @@ from train.optim.schedules import Schedules, StepPlan  # noqa: E402
 from train.parallelize import Parallelized, build_rank_model, parallelize  # noqa: E402
 from train.prove.double import in_double  # noqa: E402
 from train.prove.evidence import Evidence, StepInfo, Watch  # noqa: E402
-from train.prove.layouts import in_layout, layout_name, second_layout, stop_step  # noqa: E402
+from train.prove.layouts import PROOFS, in_layout, layout_name, second_layout, stop_step  # noqa: E402
 from train.prove.samples import ProofData, initial_biases, initial_weights  # noqa: E402
 from train.run_folder import RunPaths  # noqa: E402
 from train.worker import choose_device, guarded, start_process_group  # noqa: E402
@@ -54,16 +54,22 @@ EVIDENCE = "evidence"
 """Folder of what ranks saw, in the proof's own."""
 
 
-def run_rank(config: Config, place: Place, failures: Path | None = None) -> int:
-    """Leave this rank's evidence of all passes; returns the exit code. failures: see train.worker.guarded."""
-    return guarded(place, failures, disk_errors(config)(lambda: _run(config, place)))
+def run_rank(
+    config: Config, place: Place, failures: Path | None = None, proofs: Sequence[str] = tuple(PROOFS)
+) -> int:
+    """Leave this rank's evidence of these passes; returns the exit code. failures: see train.worker.guarded."""
+    return guarded(place, failures, disk_errors(config)(lambda: _run(config, place, proofs)))
 
 
-def _run(config: Config, place: Place) -> int:
+def _run(config: Config, place: Place, proofs: Sequence[str]) -> int:
     device = choose_device(config, place)
     start_process_group(config, place, device)
-    for proof in PASSES:
-        PASSES[proof](config, place, device)
+    for proof in proofs:
+        as_run = PROOFS[proof](config)
+        if proof == "exact":
+            prove_exact(as_run, place, device)
+        else:
+            prove_trained(proof, as_run, place, device)
     return EXIT_OK
 
 
@@ -73,20 +79,11 @@ def mesh_of(config: Config, place: Place) -> Mesh:
     return build_mesh(layout, timedelta(seconds=config.cluster.timeout))
 
 
-def in_fp32(config: Config) -> Config:
-    """The recipe with fp32 products, and what only other formats can have switched off."""
-    parallel = replace(config.parallel, wire="bf16")  # the activations' own format
-    if parallel.dispatch == "deepep":
-        parallel = replace(parallel, dispatch="flat")
-    return replace(config, precision=Precision(name="fp32", moments="fp32"), parallel=parallel)
-
-
 # Exact: the model, its pipeline and its dispatchers in fp64
 
 
 def prove_exact(config: Config, place: Place, device: torch.device) -> None:
     """One step of TrainingStep, without an optimizer."""
-    config = in_fp32(config)
     mesh, plan = mesh_of(config, place), Schedules(config).plan(1)
     count = plan.batch_size // mesh.layout.dp
     # Drawn outside, as in fp64 other numbers would be drawn.
@@ -311,13 +308,6 @@ def _info(proof: str, part: int, config: Config, mesh: Mesh, plan: StepPlan, out
         grad_norm=outcome.update.grad_norm,
         applied=outcome.update.applied,
     )
-
-
-PASSES: dict[str, Callable[[Config, Place, torch.device], None]] = {
-    "exact": prove_exact,
-    "fp32": lambda config, place, device: prove_trained("fp32", in_fp32(config), place, device),
-    "recipe": lambda config, place, device: prove_trained("recipe", config, place, device),
-}
 
 
 def main() -> int:

@@ -316,7 +316,7 @@ class PlainModel:
         """
         model, (B, T, E) = self.model, scores_BTE.shape
         best_BTK = best(scores_BTE.detach(), model.top_k)
-        f_BE = F.one_hot(best_BTK, E).sum((1, 2)) * (E / (model.top_k * T))
+        f_BE = F.one_hot(best_BTK, E).sum((1, 2)).to(scores_BTE.dtype) * (E / (model.top_k * T))
         P_BE = (scores_BTE / scores_BTE.sum(-1, keepdim=True)).mean(1)
         return (f_BE * P_BE).sum() / B
 
