@@ -25,7 +25,6 @@ from pathlib import Path
 from bench.prove_rows import Row, read_rows, rotated, to_config, write_rows
 from cluster.launch import Place
 from conf.load import read_config, write_config
-from conf.schema import Config
 
 TOGETHER = 8
 """Rows of the same processes: more would keep what torch and DeepSpeed never give back."""
@@ -97,7 +96,8 @@ def _gather(rows: dict[int, Row], world: int, folder: Path) -> str:
 def _prove_as_rank(rank: int, paths: list[str], world: int, store: str) -> None:
     import os
 
-    from train.prove.rank import PASSES
+    from train.prove.layouts import PROOFS
+    from train.prove.rank import run_pass
     from train.worker import choose_device, start_process_group
 
     os.environ |= {"SLUICE_STORE": store, "GLOO_SOCKET_IFNAME": "lo"}
@@ -108,19 +108,19 @@ def _prove_as_rank(rank: int, paths: list[str], world: int, store: str) -> None:
         device = choose_device(config, place)
         if path == paths[0]:
             start_process_group(config, place, device)
-        for proof in PASSES.values():
-            proof(config, place, device)
+        for proof in PROOFS:
+            run_pass(proof, config, place, device)
 
 
 def _judge(result: RowResult, folder: Path) -> None:
     from train.prove.judge import Findings, Judge
-    from train.prove.rank import EVIDENCE, PASSES, in_fp32
+    from train.prove.layouts import PROOFS
+    from train.prove.rank import EVIDENCE
 
     config, findings = read_config(str(folder / "config.yaml")), Findings()
     try:
-        for proof in PASSES:
-            judged: Config = config if proof == "recipe" else in_fp32(config)
-            Judge(proof, judged, Path(config.runs) / config.name / EVIDENCE, findings).judge()
+        for proof, as_run in PROOFS.items():
+            Judge(proof, as_run(config), Path(config.runs) / config.name / EVIDENCE, findings).judge()
     except Exception:
         result.first = traceback.format_exc()
         return

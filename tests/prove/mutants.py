@@ -15,7 +15,8 @@ from conf.schema import Config
 from tests.prove.mutations import FORWARD, LAYOUTS, MUTATIONS, UPDATE, Mutation
 from tests.ranks import run_processes
 from train.prove.judge import Difference, Findings, Judge
-from train.prove.rank import EVIDENCE, PASSES, in_fp32
+from train.prove.layouts import PROOFS
+from train.prove.rank import EVIDENCE, run_pass
 
 UNTOUCHED = {
     f"nothing in {layout}, {proof}": Mutation("", "", layout, (phase,), "", lambda patch: None)
@@ -54,7 +55,7 @@ def of(config: Config, name: str) -> Config:
 
 def judge(mutation: Mutation, config: Config) -> Difference | None:
     findings = Findings()
-    Judge(mutation.proof, in_fp32(config), Path(config.runs) / config.name / EVIDENCE, findings).judge()
+    Judge(mutation.proof, PROOFS[mutation.proof](config), Path(config.runs) / config.name / EVIDENCE, findings).judge()
     return findings.differences[0] if findings.differences else None
 
 
@@ -72,4 +73,4 @@ def _prove_mutants(rank: int, path: str, names: list[str], world: int, store: st
     for name in names:
         with pytest.MonkeyPatch.context() as patch:
             ALL[name].apply(patch)
-            PASSES[ALL[name].proof](of(config, name), place, device)
+            run_pass(ALL[name].proof, of(config, name), place, device)

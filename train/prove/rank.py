@@ -54,9 +54,7 @@ EVIDENCE = "evidence"
 """Folder of what ranks saw, in the proof's own."""
 
 
-def run_rank(
-    config: Config, place: Place, failures: Path | None = None, proofs: Sequence[str] = tuple(PROOFS)
-) -> int:
+def run_rank(config: Config, place: Place, failures: Path | None = None, proofs: Sequence[str] = tuple(PROOFS)) -> int:
     """Leave this rank's evidence of these passes; returns the exit code. failures: see train.worker.guarded."""
     return guarded(place, failures, disk_errors(config)(lambda: _run(config, place, proofs)))
 
@@ -65,12 +63,17 @@ def _run(config: Config, place: Place, proofs: Sequence[str]) -> int:
     device = choose_device(config, place)
     start_process_group(config, place, device)
     for proof in proofs:
-        as_run = PROOFS[proof](config)
-        if proof == "exact":
-            prove_exact(as_run, place, device)
-        else:
-            prove_trained(proof, as_run, place, device)
+        run_pass(proof, config, place, device)
     return EXIT_OK
+
+
+def run_pass(proof: str, config: Config, place: Place, device: torch.device) -> None:
+    """Leave the evidence of one pass. Needs the process group of all ranks."""
+    as_run = PROOFS[proof](config)
+    if proof == "exact":
+        prove_exact(as_run, place, device)
+    else:
+        prove_trained(proof, as_run, place, device)
 
 
 def mesh_of(config: Config, place: Place) -> Mesh:
@@ -224,9 +227,7 @@ class _ProvenTrainer(Trainer):
 
     def __init__(self, proof, part, config, mesh, parts, data, measure, state, checkpointer, device):
         flops = Flops(0.0, 0.0, 1.0, "")
-        super().__init__(
-            config, mesh, parts, data, measure, state, checkpointer, None, None, _Stop(), flops, device
-        )
+        super().__init__(config, mesh, parts, data, measure, state, checkpointer, None, None, _Stop(), flops, device)
         self._proof, self._part = proof, part
         self._folder = RunPaths(config).path.parent / EVIDENCE
         self._watch = Watch(parts.chunks)
