@@ -54,6 +54,7 @@ def do(config: Config, alone: bool) -> int:
         Mode.dashboard: _dashboard,
         Mode.plan: _plan,
         Mode.dry_run: _dry_run,
+        Mode.prove: _prove,
     }
     return modes[config.mode](config, alone=alone)
 
@@ -115,6 +116,12 @@ def _dry_run(config: Config, alone: bool) -> int:
     from train.dry_run.run import dry_run
 
     return dry_run(config)
+
+
+def _prove(config: Config, alone: bool) -> int:
+    from train.prove.run import prove
+
+    return prove(config, alone)
 
 
 def _report(config: Config, alone: bool) -> int:

@@ -13,7 +13,15 @@ from tests.ranks import run_processes
 from tests.small import SMALL
 from train.prove.layouts import PROOFS
 
-PROOF = [*SMALL, "batch_size=8", "micro_batch_size=1", "steps=4", "model.init_std=0.02", "data.path=none", "optim.ema_decay=0.9"]
+PROOF = [
+    *SMALL,
+    "batch_size=8",
+    "micro_batch_size=1",
+    "steps=4",
+    "model.init_std=0.02",
+    "data.path=none",
+    "optim.ema_decay=0.9",
+]
 
 
 def small_proof(tmp_path: Path, *overrides: str) -> Config:
@@ -26,16 +34,23 @@ def small_proof(tmp_path: Path, *overrides: str) -> Config:
 
 
 def gather_evidence(
-    config: Config, patch: Callable[[], None] | None = None, proofs: Sequence[str] = tuple(PROOFS), timeout: float = 300.0
+    config: Config,
+    patch: Callable[[], None] | None = None,
+    proofs: Sequence[str] = tuple(PROOFS),
+    timeout: float = 300.0,
 ) -> None:
     """Let every rank leave its evidence of these passes. patch: called on every rank before it starts; a function of a module."""
     world = config.parallel.pp * config.parallel.dp
     path = str(Path(config.runs) / config.name / "config.yaml")
     with tempfile.TemporaryDirectory() as scratch:
-        run_processes(prove_rank, path, world, f"{scratch}/store", patch, tuple(proofs), world_size=world, timeout=timeout)
+        run_processes(
+            prove_rank, path, world, f"{scratch}/store", patch, tuple(proofs), world_size=world, timeout=timeout
+        )
 
 
-def prove_rank(rank: int, path: str, world: int, store: str, patch: Callable[[], None] | None, proofs: Sequence[str]) -> None:
+def prove_rank(
+    rank: int, path: str, world: int, store: str, patch: Callable[[], None] | None, proofs: Sequence[str]
+) -> None:
     from conf.load import read_config
     from train.prove.rank import run_rank
 

@@ -26,6 +26,7 @@ from train.metrics.page import HOW_TO_READ, cards_html, closing, figure_html, op
 from train.metrics.planned import Row, plan_rows
 from train.metrics.plot import FEW, Figure
 from train.metrics.progress import short
+from train.metrics.proof_rows import report_rows
 from train.metrics.screens import printable
 from train.metrics.series import POINTS, Series, read_series
 from train.metrics.timeline import SampledStep, read_timeline
@@ -45,6 +46,7 @@ def write_report(run_folder: Path) -> Path:
     sections = (
         _sample_parts(run_folder)
         + _plan_parts(plan_rows(run_folder, series))
+        + _proof_parts(report_rows(run_folder))
         + _cluster_parts(cluster_summary(run_folder))
     )
     sections += _checkpoint_table(_checkpoints(run_folder)) + _origin_parts(run_folder)
@@ -208,6 +210,15 @@ def _cluster_parts(cluster: tuple[str, list] | None) -> list[str]:
         f'<h2>On the cluster</h2><p class="sub">{html.escape(sentence)}</p>',
         f"<details><summary>Events</summary>{table(('time', 'attempt', 'event', 'what happened'), rows)}</details>",
     ]
+
+
+def _proof_parts(proof: tuple[str, list] | None) -> list[str]:
+    """What mode=prove found."""
+    if proof is None:
+        return []
+    sentence, rows = proof
+    head = ("pass", "quantity", "", "worst error", "allowed", "why so much")
+    return [f'<h2>Proven</h2><p class="sub">{html.escape(sentence)}</p>', table(head, rows)]
 
 
 def _checkpoint_table(checkpoints: list[tuple[str, str, str]]) -> list[str]:

@@ -15,7 +15,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -29,6 +28,8 @@ from train.model.moe import MoE
 from train.model.mtp import MTP
 from train.model.router import Router
 
+EVIDENCE = "evidence"
+"""Folder of what ranks saw, in the proof's own."""
 WATCHED = (Block, Embedding, FFN, MLA, MTP, MoE, Router)
 
 
@@ -44,6 +45,7 @@ class StepInfo:
     """0 for the state that a part began with."""
     rank: int
     layout: str
+    device: str
     dp: int = 1
     dp_rank: int = 0
     micro_batch_size: int = 1
@@ -92,7 +94,7 @@ class Evidence:
     @classmethod
     def read(cls, path: Path) -> "Evidence":
         with safe_open(path, "pt") as file:
-            metadata, tensors = file.metadata(), {key: file.get_tensor(key) for key in file.keys()}
+            metadata, tensors = file.metadata(), {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
         places = {key: (offset, tuple(shape)) for key, (offset, shape) in json.loads(metadata["places"]).items()}
         return cls(StepInfo(**json.loads(metadata["info"])), tensors, places)
 

@@ -26,9 +26,11 @@ from torch import Tensor
 from conf.schema import Config
 from train.prove import reference
 from train.prove.bounds import UNIT, Bound, computed
-from train.prove.evidence import Evidence, read_all
+from train.prove.evidence import EVIDENCE, Evidence, read_all
+from train.prove.layouts import PROOFS
 from train.prove.reference import PlainModel, Watched
 from train.prove.samples import HELD_OUT, Samples, initial_biases, initial_weights
+from train.run_folder import RunPaths
 
 State = dict[str, Tensor]
 """Whole tensors by the name of their shards, fp64: master.NAME, exp_avg.NAME, exp_avg_sq.NAME, ema.NAME, bias.LAYER."""
@@ -83,6 +85,16 @@ class Findings:
     verdicts: dict[tuple[str, str], Verdict] = field(default_factory=dict)
     differences: list[Difference] = field(default_factory=list)
     """In the order of the computation."""
+    device: str = "cpu"
+    """Kind of device that the ranks had."""
+
+
+def judge_all(config: Config) -> Findings:
+    """Every pass of a proof whose ranks have ended. config: that which they read."""
+    findings = Findings()
+    for proof, as_run in PROOFS.items():
+        Judge(proof, as_run(config), RunPaths(config).path / EVIDENCE, findings).judge()
+    return findings
 
 
 class Judge:
@@ -100,12 +112,12 @@ class Judge:
 
     def judge(self) -> None:
         before: State | None = None
+        assert self.steps, f"no rank left evidence of pass {self.proof}"
         for (part, step), ranks in self.steps.items():
             self.part, self.step = part, step
-            if step == 0:
-                before = self._judge_start(ranks, before)
-            else:
-                before = self._judge_step(ranks, before or self._given())
+            self.findings.device = ranks[0].info.device
+            judge = self._judge_step if step else self._judge_start
+            before = judge(ranks, before if before is not None or step == 0 else self._given())
 
     # The state
 
@@ -154,7 +166,9 @@ class Judge:
         plan = reference.plan_step(self.config, self.step)
         self.phase = "settings"
         for name, value in info.plan.items():
-            self._number("settings of the step", name, None, value, getattr(plan, name), Bound(1e-12, "a formula in fp64"))
+            self._number(
+                "settings of the step", name, None, value, getattr(plan, name), Bound(1e-12, "a formula in fp64")
+            )
         batch = self.samples.batch(plan.first_sample, plan.batch_size)
         plain = self._plain(before, self._choices(ranks, plan.batch_size))
         seen = reference.gradients(plain, batch.tokens_BS, batch.documents_BS, plan.mtp_weight)
@@ -233,7 +247,9 @@ class Judge:
             rows = self._rows(rank, number, batch_size)
             if self._low:
                 excess = choice_excess(self.model, biased[rows].flatten(0, -2), ids)
-                bound = Bound(self.bound.value, "only experts whose scores rounding can have put in the place of others")
+                bound = Bound(
+                    self.bound.value, "only experts whose scores rounding can have put in the place of others"
+                )
                 self._number("chosen experts", name, rank.info.rank, excess, 0.0, bound, scale=1.0)
             else:
                 exact = Bound(0.0, "the same experts in the same order")
@@ -316,7 +332,9 @@ class Judge:
     def _update_bounds(self, lr: float) -> dict[str, Bound]:
         moments = "bf16" if self.config.precision.moments == "bf16" else "fp32"
         fp32 = Bound(64 * UNIT["fp32"], "some ten roundings of fp32, each element by itself: 64 x 2^-24")
-        moment = fp32 if moments == "fp32" else Bound(1.5 * UNIT["bf16"], "moments are kept in bf16: rounded once, 2^-8")
+        moment = (
+            fp32 if moments == "fp32" else Bound(1.5 * UNIT["bf16"], "moments are kept in bf16: rounded once, 2^-8")
+        )
         return {"master": fp32, "ema": fp32, "exp_avg": moment, "exp_avg_sq": moment, "bias": self._bias_bound()}
 
     def _judge_validation(self, ranks: list[Evidence], after: State) -> None:
@@ -338,12 +356,26 @@ class Judge:
                 self._fail(quantity, name, None, math.nan, math.nan, "the reference has no such tensor")
 
     def _number(
-        self, quantity: str, name: str, rank: int | None, got: float, want: float, bound: Bound, scale: float | None = None
+        self,
+        quantity: str,
+        name: str,
+        rank: int | None,
+        got: float,
+        want: float,
+        bound: Bound,
+        scale: float | None = None,
     ) -> None:
         self._compare(quantity, name, rank, torch.tensor([got]).double(), torch.tensor([want]).double(), bound, scale)
 
     def _compare(
-        self, quantity: str, name: str, rank: int | None, got: Tensor, want: Tensor, bound: Bound, scale: float | None = None
+        self,
+        quantity: str,
+        name: str,
+        rank: int | None,
+        got: Tensor,
+        want: Tensor,
+        bound: Bound,
+        scale: float | None = None,
     ) -> None:
         """scale: what the difference is measured in; None for the size of `want`: its largest value, in low precision its norm."""
         low = self._low and quantity in LOOSE
@@ -376,8 +408,19 @@ class Judge:
     def _differ(self, quantity, name, rank, got: float, want: float, error: float, bound: Bound) -> None:
         self.findings.differences.append(
             Difference(
-                self.proof, self.part, self.step, self.phase, quantity, name, rank, got, want, error, bound.value, bound.reason
-            )  # fmt: skip
+                self.proof,
+                self.part,
+                self.step,
+                self.phase,
+                quantity,
+                name,
+                rank,
+                got,
+                want,
+                error,
+                bound.value,
+                bound.reason,
+            )
         )
 
 
@@ -398,7 +441,9 @@ def _under(kind: str, state: State) -> State:
 def reference_layers(config: Config) -> list[str]:
     """Layers with experts, in order."""
     model = config.model
-    return [f"layers.{i}" for i in range(model.dense_layers, model.layers)] + [f"mtp.{k}" for k in range(model.mtp_depth)]
+    return [f"layers.{i}" for i in range(model.dense_layers, model.layers)] + [
+        f"mtp.{k}" for k in range(model.mtp_depth)
+    ]
 
 
 def assemble(ranks: list[Evidence], kind: str) -> State:
@@ -453,5 +498,7 @@ def backward_order(weights: list[str], outputs: list[str]) -> list[str]:
         inside = [number for name, number in place.items() if name.startswith(prefix)]
         return max(inside, default=-1.0) + 0.5, -len(output)
 
-    order = sorted([*((number, -math.inf, name) for name, number in place.items()), *((*after(name), name) for name in outputs)])
+    order = sorted(
+        [*((number, -math.inf, name) for name, number in place.items()), *((*after(name), name) for name in outputs)]
+    )
     return [name for *_, name in reversed(order)]

@@ -44,14 +44,11 @@ from train.model.moe import Experts  # noqa: E402
 from train.optim.schedules import Schedules, StepPlan  # noqa: E402
 from train.parallelize import Parallelized, build_rank_model, parallelize  # noqa: E402
 from train.prove.double import in_double  # noqa: E402
-from train.prove.evidence import Evidence, StepInfo, Watch  # noqa: E402
+from train.prove.evidence import EVIDENCE, Evidence, StepInfo, Watch  # noqa: E402
 from train.prove.layouts import PROOFS, in_layout, layout_name, second_layout, stop_step  # noqa: E402
 from train.prove.samples import ProofData, initial_biases, initial_weights  # noqa: E402
 from train.run_folder import RunPaths  # noqa: E402
 from train.worker import choose_device, guarded, start_process_group  # noqa: E402
-
-EVIDENCE = "evidence"
-"""Folder of what ranks saw, in the proof's own."""
 
 
 def run_rank(config: Config, place: Place, failures: Path | None = None, proofs: Sequence[str] = tuple(PROOFS)) -> int:
@@ -101,7 +98,7 @@ def prove_exact(config: Config, place: Place, device: torch.device) -> None:
         fill_biases(measure, biases)
         watch = Watch(parts.chunks)
         outcome = TrainingStep(config, parts, measure, device).run(plan, batch)
-    evidence = Evidence(_info("exact", 0, config, mesh, plan, outcome))
+    evidence = Evidence(_info("exact", 0, config, mesh, device, plan, outcome))
     watch.give(evidence)
     local.give(evidence)
     for name, router in measure.routers.items():
@@ -194,7 +191,7 @@ def _train(proof: str, part: int, config: Config, place: Place, device: torch.de
     else:
         restore(config, data, state, checkpointer, required=True)
     trainer = _ProvenTrainer(proof, part, config, mesh, parts, data, measure, state, checkpointer, device)
-    trainer.leave_state(StepInfo(proof, part, 0, mesh.rank, layout_name(config)))
+    trainer.leave_state(StepInfo(proof, part, 0, mesh.rank, layout_name(config), device.type))
     trainer.run()
     parts.zero.engine.destroy()
 
@@ -253,7 +250,7 @@ class _ProvenTrainer(Trainer):
         self._watch.clear()
         stop = super()._step(plan, batches)
         outcome, reduced = self._outcome
-        info = _info(self._proof, self._part, self.config, self.mesh, plan, outcome)
+        info = _info(self._proof, self._part, self.config, self.mesh, self.device, plan, outcome)
         info.validation_loss = self._validation_loss
         evidence = Evidence(info)
         self._watch.give(evidence)
@@ -284,7 +281,9 @@ class _WatchedStep:
         self._inner.run_passes(batch)
 
 
-def _info(proof: str, part: int, config: Config, mesh: Mesh, plan: StepPlan, outcome: StepOutcome) -> StepInfo:
+def _info(
+    proof: str, part: int, config: Config, mesh: Mesh, device: torch.device, plan: StepPlan, outcome: StepOutcome
+) -> StepInfo:
     measured = outcome.measured
     return StepInfo(
         proof=proof,
@@ -292,6 +291,7 @@ def _info(proof: str, part: int, config: Config, mesh: Mesh, plan: StepPlan, out
         step=plan.step,
         rank=mesh.rank,
         layout=layout_name(config),
+        device=device.type,
         dp=mesh.layout.dp,
         dp_rank=mesh.dp_rank,
         micro_batch_size=config.micro_batch_size,

@@ -83,7 +83,9 @@ def initial_weights(config: Config) -> dict[str, Tensor]:
     weights = {}
     for name, shape in weight_shapes(config.model).items():
         drawn = torch.randn(shape, generator=_generator(f"{config.seed}/{name}"))
-        weights[name] = 1 + 0.2 * drawn if len(shape) == 1 else drawn if name == "embedding.weight" else drawn / shape[-1] ** 0.5
+        weights[name] = (
+            1 + 0.2 * drawn if len(shape) == 1 else drawn if name == "embedding.weight" else drawn / shape[-1] ** 0.5
+        )
     return weights
 
 

@@ -1,0 +1,107 @@
+"""What a proof came to: prove.json and a screen."""
+
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+
+from train.checkpoint.files import atomic_write_text
+from train.metrics.progress import duration
+from train.metrics.proof_rows import FILE
+from train.metrics.screens import GOOD, WARN, show
+from train.prove.judge import Difference, Verdict
+
+PROOFS_SAY = {
+    "exact": "in fp64, without an optimizer: the model, its pipeline and its dispatchers are the reference's function",
+    "fp32": "in fp32 through DeepSpeed: reduction, norm, update, balance, and a checkpoint read in another layout",
+    "recipe": "in the recipe's own precision, within what its formats round",
+}
+NEVER_PROVEN = [
+    "kernels of GPUs, and NCCL, unless the ranks ran on GPUs",
+    "sizes beyond the miniature: memory, overflow of counters, speed",
+    "the data pipeline: a proof draws its own tokens",
+    "whether the recipe learns well: only that the layout trains what the recipe says",
+]
+
+
+@dataclass(frozen=True)
+class Certificate:
+    """Of one recipe in one layout."""
+
+    name: str
+    layout: str
+    second_layout: str
+    """That which read the checkpoint."""
+    ranks: int
+    device: str
+    steps: int
+    cuts: Sequence[str]
+    """What is smaller than in the recipe, a sentence each."""
+    seconds: float
+    verdicts: Sequence[Verdict]
+    differences: Sequence[Difference]
+    """In the order of the computation."""
+
+    @property
+    def holds(self) -> bool:
+        return bool(self.verdicts) and not self.differences
+
+    @property
+    def first(self) -> Difference | None:
+        """Where a fault begins."""
+        return self.differences[0] if self.differences else None
+
+    def record(self) -> dict[str, Any]:
+        """prove.json. Errors and bounds are relative; null for a difference without a measure."""
+        return {
+            "name": self.name,
+            "holds": self.holds,
+            "layout": self.layout,
+            "second_layout": self.second_layout,
+            "ranks": self.ranks,
+            "device": self.device,
+            "steps": self.steps,
+            "cuts": list(self.cuts),
+            "seconds": self.seconds,
+            "passes": PROOFS_SAY,
+            "quantities": [_finite(asdict(verdict)) for verdict in self.verdicts],
+            "first_difference": _finite(asdict(self.first)) if self.first else None,
+            "differences": len(self.differences),
+            "not_proven": NEVER_PROVEN,
+        }
+
+    def write(self, folder: Path) -> Path:
+        atomic_write_text(folder / FILE, json.dumps(self.record(), indent=1))
+        return folder / FILE
+
+    def show(self, path: Path, console: Console | None = None) -> None:
+        """On one screen."""
+        said = "this layout trains this model" if self.holds else "this layout does NOT train this model"
+        rows = [("Layout", f"{self.layout}, {self.ranks} ranks on {self.device}, {self.steps} steps")]
+        rows.append(("Checkpoint", f"read in another layout: {self.second_layout}"))
+        rows += [("Smaller", "\n".join(self.cuts))] if self.cuts else []
+        for proof, says in PROOFS_SAY.items():
+            own = [verdict for verdict in self.verdicts if verdict.proof == proof]
+            rows.append((proof, "\n".join([says, *map(_line, own)]) if own else f"did not run ({says})"))
+        if self.first is not None:
+            rows.append(("First", f"{self.first.text()}\n{len(self.differences)} comparisons failed in all"))
+        rows.append(("Not proven", "\n".join(NEVER_PROVEN)))
+        rows.append(("File", str(path)))
+        title = f"{self.name}: {said}, in miniature, after {duration(self.seconds)}"
+        show(console or Console(highlight=False), title, GOOD if self.holds else WARN, rows)
+
+
+def _line(verdict: Verdict) -> str:
+    mark = "ok    " if not verdict.failed else "FAILED"
+    return f"{mark} {verdict.quantity:<24} worst {verdict.worst:<8.2g} allowed {verdict.bound:<8.2g} ({verdict.where})"
+
+
+def _finite(record: dict[str, Any]) -> dict[str, Any]:
+    """JSON has no infinity and no NaN."""
+    return {
+        key: None if isinstance(value, float) and not math.isfinite(value) else value for key, value in record.items()
+    }
