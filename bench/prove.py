@@ -98,7 +98,7 @@ def _prove_as_rank(rank: int, paths: list[str], world: int, store: str) -> None:
 
     from train.prove.layouts import PROOFS
     from train.prove.rank import run_pass
-    from train.worker import choose_device, start_process_group
+    from train.rank import choose_device, start_process_group
 
     os.environ |= {"SLUICE_STORE": store, "GLOO_SOCKET_IFNAME": "lo"}
     warnings.filterwarnings("ignore", "`torch.distributed.*is deprecated", FutureWarning)  # as train.worker does

@@ -63,7 +63,7 @@ def _prove_mutants(rank: int, path: str, names: list[str], world: int, store: st
     import os
 
     from conf.load import read_config
-    from train.worker import choose_device, start_process_group
+    from train.rank import choose_device, start_process_group
 
     os.environ |= {"SLUICE_STORE": store, "GLOO_SOCKET_IFNAME": "lo"}
     warnings.filterwarnings("ignore", "`torch.distributed.*is deprecated", FutureWarning)  # as train.worker does

@@ -2,6 +2,7 @@
 
 import json
 import math
+import textwrap
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -9,7 +10,7 @@ from typing import Any
 
 from rich.console import Console
 
-from train.checkpoint.files import atomic_write_text
+from conf.files import atomic_write_text
 from train.metrics.progress import duration
 from train.metrics.proof_rows import FILE
 from train.metrics.screens import GOOD, WARN, show
@@ -20,6 +21,8 @@ PROOFS_SAY = {
     "fp32": "in fp32 through DeepSpeed: reduction, norm, update, balance, and a checkpoint read in another layout",
     "recipe": "in the recipe's own precision, within what its formats round",
 }
+WIDTH = 100
+"""Columns of what is wrapped."""
 NEVER_PROVEN = [
     "kernels of GPUs, and NCCL, unless the ranks ran on GPUs",
     "sizes beyond the miniature: memory, overflow of counters, speed",
@@ -83,10 +86,9 @@ class Certificate:
         said = "this layout trains this model" if self.holds else "this layout does NOT train this model"
         rows = [("Layout", f"{self.layout}, {self.ranks} ranks on {self.device}, {self.steps} steps")]
         rows.append(("Checkpoint", f"read in another layout: {self.second_layout}"))
-        rows += [("Smaller", "\n".join(self.cuts))] if self.cuts else []
+        rows += [("Smaller", "\n".join(textwrap.wrap(" ".join(self.cuts), WIDTH)))] if self.cuts else []
         for proof, says in PROOFS_SAY.items():
-            own = [verdict for verdict in self.verdicts if verdict.proof == proof]
-            rows.append((proof, "\n".join([says, *map(_line, own)]) if own else f"did not run ({says})"))
+            rows.append((proof, "\n".join([says, *_lines([one for one in self.verdicts if one.proof == proof])])))
         if self.first is not None:
             rows.append(("First", f"{self.first.text()}\n{len(self.differences)} comparisons failed in all"))
         rows.append(("Not proven", "\n".join(NEVER_PROVEN)))
@@ -95,9 +97,18 @@ class Certificate:
         show(console or Console(highlight=False), title, GOOD if self.holds else WARN, rows)
 
 
-def _line(verdict: Verdict) -> str:
-    mark = "ok    " if not verdict.failed else "FAILED"
-    return f"{mark} {verdict.quantity:<24} worst {verdict.worst:<8.2g} allowed {verdict.bound:<8.2g} ({verdict.where})"
+def _lines(verdicts: list[Verdict]) -> list[str]:
+    """What failed; or how much was compared, and what came nearest to its bound."""
+    if failed := [verdict for verdict in verdicts if verdict.failed]:
+        return [
+            f"FAILED: {one.quantity}, error {one.worst:.2g}, allowed {one.bound:.2g} ({one.where})" for one in failed
+        ]
+    nearest = max(verdicts, key=lambda one: one.worst / one.bound if one.bound else 0.0)
+    count = sum(verdict.compared for verdict in verdicts)
+    return [
+        f"holds: {len(verdicts)} quantities, {count:,} numbers",
+        f"nearest to its bound: {nearest.quantity}, {nearest.worst:.2g} of {nearest.bound:.2g} ({nearest.where})",
+    ]
 
 
 def _finite(record: dict[str, Any]) -> dict[str, Any]:

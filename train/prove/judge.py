@@ -124,8 +124,7 @@ class Judge:
     def _given(self) -> State:
         """What a proof starts from."""
         weights = {name: weight.double() for name, weight in initial_weights(self.config).items()}
-        names = reference_layers(self.config)
-        biases = {f"bias.{name}": bias.double() for name, bias in initial_biases(self.config, names).items()}
+        biases = {f"bias.{name}": bias.double() for name, bias in initial_biases(self.config).items()}
         state = {f"master.{name}": weight for name, weight in weights.items()} | biases
         for kind in ("exp_avg", "exp_avg_sq"):
             state |= {f"{kind}.{name}": torch.zeros_like(weight) for name, weight in weights.items()}
@@ -436,14 +435,6 @@ def _size(tensor: Tensor, low: bool) -> float:
 
 def _under(kind: str, state: State) -> State:
     return {name.removeprefix(f"{kind}."): tensor for name, tensor in state.items() if name.startswith(f"{kind}.")}
-
-
-def reference_layers(config: Config) -> list[str]:
-    """Layers with experts, in order."""
-    model = config.model
-    return [f"layers.{i}" for i in range(model.dense_layers, model.layers)] + [
-        f"mtp.{k}" for k in range(model.mtp_depth)
-    ]
 
 
 def assemble(ranks: list[Evidence], kind: str) -> State:

@@ -10,7 +10,7 @@ It trains as the product does, by the product's own code, and leaves what it saw
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import asdict, replace
 from datetime import timedelta
 from pathlib import Path
 
@@ -22,33 +22,32 @@ import torch  # noqa: E402
 from torch import Tensor  # noqa: E402
 
 from cluster.launch import Place, given_run  # noqa: E402
+from cluster.run_files import step_name  # noqa: E402
 from conf.disk import disk_errors  # noqa: E402
 from conf.errors import EXIT_OK  # noqa: E402
 from conf.schema import Config  # noqa: E402
 from parallel.exchange import from_rank_0  # noqa: E402
-from parallel.mesh import Layout, Mesh, build_mesh  # noqa: E402
+from parallel.mesh import build_mesh, read_layout  # noqa: E402
+from parallel.shard import Shard  # noqa: E402
 from parallel.zero.engine import Update, Zero  # noqa: E402
 from train.attention_choice import choose_attention  # noqa: E402
 from train.checkpoint.checkpointer import Checkpointer  # noqa: E402
 from train.checkpoint.commit import next_attempt  # noqa: E402
-from train.checkpoint.manifest import step_name  # noqa: E402
-from train.loop.measure import Measure  # noqa: E402
-from train.loop.resume import restore  # noqa: E402
+from train.data.batch import Batch  # noqa: E402
+from train.loop.resume import find_start, restore  # noqa: E402
 from train.loop.state import State  # noqa: E402
 from train.loop.step import StepOutcome, TrainingStep  # noqa: E402
-from train.loop.step_work import StepWork  # noqa: E402
-from train.loop.trainer import Flops, Trainer  # noqa: E402
-from train.model.count import moe_layers  # noqa: E402
+from train.loop.trainer import Flops, Outputs, Trainer  # noqa: E402
 from train.model.deepseek import DeepSeekV3  # noqa: E402
 from train.model.moe import Experts  # noqa: E402
 from train.optim.schedules import Schedules, StepPlan  # noqa: E402
-from train.parallelize import Parallelized, build_rank_model, parallelize  # noqa: E402
+from train.parallelize import Parallelized, RankModel, build_rank_model, parallelize  # noqa: E402
 from train.prove.double import in_double  # noqa: E402
 from train.prove.evidence import EVIDENCE, Evidence, StepInfo, Watch  # noqa: E402
 from train.prove.layouts import PROOFS, in_layout, layout_name, second_layout, stop_step  # noqa: E402
 from train.prove.samples import ProofData, initial_biases, initial_weights  # noqa: E402
+from train.rank import RankSetup, choose_device, guarded, start_process_group  # noqa: E402
 from train.run_folder import RunPaths  # noqa: E402
-from train.worker import choose_device, guarded, start_process_group  # noqa: E402
 
 
 def run_rank(config: Config, place: Place, failures: Path | None = None, proofs: Sequence[str] = tuple(PROOFS)) -> int:
@@ -73,10 +72,10 @@ def run_pass(proof: str, config: Config, place: Place, device: torch.device) -> 
         prove_trained(proof, as_run, place, device)
 
 
-def mesh_of(config: Config, place: Place) -> Mesh:
-    parallel, ranks_per_node = config.parallel, config.cluster.ranks_per_node or place.local_world
-    layout = Layout(parallel.pp, parallel.dp, parallel.ep, ranks_per_node)
-    return build_mesh(layout, timedelta(seconds=config.cluster.timeout))
+def in_groups(config: Config, place: Place, device: torch.device) -> RankSetup:
+    """The rank in the groups of a layout, which may be another than that of the part before."""
+    mesh = build_mesh(read_layout(config, place.local_world), timedelta(seconds=config.cluster.timeout))
+    return RankSetup(device, mesh)
 
 
 # Exact: the model, its pipeline and its dispatchers in fp64
@@ -84,24 +83,23 @@ def mesh_of(config: Config, place: Place) -> Mesh:
 
 def prove_exact(config: Config, place: Place, device: torch.device) -> None:
     """One step of TrainingStep, without an optimizer."""
-    mesh, plan = mesh_of(config, place), Schedules(config).plan(1)
-    count = plan.batch_size // mesh.layout.dp
+    rank, plan = in_groups(config, place, device), Schedules(config).plan(1)
+    count = plan.batch_size // rank.mesh.layout.dp
     # Drawn outside, as in fp64 other numbers would be drawn.
-    batch = ProofData.of(config).train.batch(plan.first_sample + mesh.dp_rank * count, count)
-    weights, biases = initial_weights(config), initial_biases(config, moe_layers(config.model))
+    batch = ProofData.of(config).train.batch(plan.first_sample + rank.mesh.dp_rank * count, count)
+    weights, biases = initial_weights(config), initial_biases(config)
     with in_double():
-        model = build_rank_model(config, mesh, device, restored=True)
+        model = build_rank_model(config, rank.mesh, device, restored=True)
         fill_chunks(model.chunks, weights)
+        fill_biases(model, biases)
         local = _LocalGradients(model.chunks)
         parts = Parallelized(model.chunks, model.pipeline, model.dispatcher, model.precision, local)
-        measure = Measure(config.model, mesh, parts.chunks, device, StepWork(parts, mesh.layout))
-        fill_biases(measure, biases)
         watch = Watch(parts.chunks)
-        outcome = TrainingStep(config, parts, measure, device).run(plan, batch)
-    evidence = Evidence(_info("exact", 0, config, mesh, device, plan, outcome))
+        outcome = TrainingStep(config, parts, rank).run(plan, batch)
+    evidence = Evidence(_info("exact", 0, config, rank, plan, outcome))
     watch.give(evidence)
     local.give(evidence)
-    for name, router in measure.routers.items():
+    for name, router in model.routers().items():
         evidence.add("after", f"bias.{name}", router.bias_E)
     evidence.write(RunPaths(config).path / EVIDENCE)
 
@@ -150,9 +148,9 @@ def fill_chunks(chunks: list[DeepSeekV3], weights: dict[str, Tensor]) -> None:
                 weight.copy_(value)
 
 
-def fill_biases(measure: Measure, biases: dict[str, Tensor]) -> None:
+def fill_biases(model: RankModel, biases: dict[str, Tensor]) -> None:
     """Give them to the routers that are here."""
-    for name, router in measure.routers.items():
+    for name, router in model.routers().items():
         router.bias_E.copy_(biases[name])
 
 
@@ -171,33 +169,35 @@ def prove_trained(proof: str, config: Config, place: Place, device: torch.device
 
 
 def _train(proof: str, part: int, config: Config, place: Place, device: torch.device) -> None:
-    mesh = mesh_of(config, place)
+    rank, data, paths = in_groups(config, place, device), ProofData.of(config), RunPaths(config)
     core, _ = choose_attention(config, device)
-    data = ProofData.of(config)
-    attempt = from_rank_0(lambda: next_attempt(RunPaths(config).checkpoints))
+    attempt = from_rank_0(lambda: next_attempt(paths.checkpoints))
+    timeout = config.cluster.timeout
     checkpointer = Checkpointer(
-        RunPaths(config).checkpoints,
-        rank=place.rank,
-        world_size=place.world,
-        attempt=attempt,
-        keep=0,
-        timeout=config.cluster.timeout,
+        paths.checkpoints, rank=place.rank, world_size=place.world, attempt=attempt, keep=0, timeout=timeout
     )
-    parts = parallelize(config, mesh, device, restored=True, core=core)
-    measure = Measure(config.model, mesh, parts.chunks, device, StepWork(parts, mesh.layout))
-    state = State(config, mesh, parts.zero, measure.routers, len(measure.layers))
+    parts = parallelize(config, rank.mesh, device, restored=True, core=core)
+    state = State(config, rank.mesh, parts)
     if part == 0:
-        fill_state(config, state, measure)
+        fill_state(config, state, parts)
     else:
-        restore(config, data, state, checkpointer, required=True)
-    trainer = _ProvenTrainer(proof, part, config, mesh, parts, data, measure, state, checkpointer, device)
-    trainer.leave_state(StepInfo(proof, part, 0, mesh.rank, layout_name(config), device.type))
-    trainer.run()
+        restore(config, data, state, checkpointer, None, find_start(config, None))
+    trainer = _ProvenTrainer(
+        config=config,
+        rank=rank,
+        parts=parts,
+        state=state,
+        data=data,
+        outputs=Outputs(checkpointer, None, None),
+        flops=Flops(0.0, 0.0, 1.0, ""),
+        stop=_Stop(),
+    )
+    trainer.prove(proof, part, rank)
     parts.zero.engine.destroy()
 
 
 @torch.no_grad()
-def fill_state(config: Config, state: State, measure: Measure) -> None:
+def fill_state(config: Config, state: State, parts: Parallelized) -> None:
     """Give the weights of a proof to the masters, moments of 0, and the biases."""
     weights = initial_weights(config)
     for name, shard in state.zero.shards(copies=True).items():
@@ -207,7 +207,7 @@ def fill_state(config: Config, state: State, measure: Measure) -> None:
             shard.local.copy_(flat[shard.offset : shard.offset + shard.local.numel()])
         else:
             shard.local.zero_()
-    fill_biases(measure, initial_biases(config, measure.layers))
+    fill_biases(parts, initial_biases(config))
     state.zero.loaded(0)
     if state.ema is not None:
         state.ema.restart()
@@ -222,14 +222,16 @@ class _Stop:
 class _ProvenTrainer(Trainer):
     """The product's, which leaves evidence of every step."""
 
-    def __init__(self, proof, part, config, mesh, parts, data, measure, state, checkpointer, device):
-        flops = Flops(0.0, 0.0, 1.0, "")
-        super().__init__(config, mesh, parts, data, measure, state, checkpointer, None, None, _Stop(), flops, device)
-        self._proof, self._part = proof, part
-        self._folder = RunPaths(config).path.parent / EVIDENCE
-        self._watch = Watch(parts.chunks)
-        self.training_step = _WatchedStep(self.training_step, self._saw, stop_step(config) if part == 0 else 0)
+    def prove(self, proof: str, part: int, rank: RankSetup) -> None:
+        """Train as `run` does. part: of the run, 0 up to the checkpoint and 1 from there."""
+        self._proof, self._part, self._rank = proof, part, rank
+        self._folder = RunPaths(self.config).path.parent / EVIDENCE
+        self._watch = Watch(self.parts.chunks)
+        last = stop_step(self.config) if part == 0 else self.config.steps
+        self.training_step = _WatchedStep(self.training_step, self.parts.zero, self._saw, last)
         self._validation_loss: float | None = None
+        self.leave_state(StepInfo(proof, part, 0, self.mesh.rank, layout_name(self.config), self.device.type))
+        self.run()
 
     def leave_state(self, info: StepInfo, evidence: Evidence | None = None) -> None:
         """Write what the rank holds of the state of the run, and what it saw in the step."""
@@ -237,7 +239,7 @@ class _ProvenTrainer(Trainer):
         info.updates, info.samples = self.state.zero.client.updates, self.state.samples
         for name, shard in self.state.shards().items():
             evidence.add_shard("after", name, shard)
-        for name, router in self.measure.routers.items():
+        for name, router in self.parts.routers().items():
             evidence.add("own", f"bias.{name}", router.bias_E)
         evidence.write(self._folder)
 
@@ -250,7 +252,7 @@ class _ProvenTrainer(Trainer):
         self._watch.clear()
         stop = super()._step(plan, batches)
         outcome, reduced = self._outcome
-        info = _info(self._proof, self._part, self.config, self.mesh, self.device, plan, outcome)
+        info = _info(self._proof, self._part, self.config, self._rank, plan, outcome)
         info.validation_loss = self._validation_loss
         evidence = Evidence(info)
         self._watch.give(evidence)
@@ -266,42 +268,33 @@ class _ProvenTrainer(Trainer):
 class _WatchedStep:
     """A TrainingStep whose reduced gradients are copied on their way into the update. last: the step that asks to stop."""
 
-    def __init__(self, step: TrainingStep, saw: Callable, last: int):
-        self._inner, self._saw, self._last = step, saw, last
+    def __init__(self, step: TrainingStep, zero: Zero, saw: Callable[[StepOutcome, dict], None], last: int):
+        self._inner, self._zero, self._saw, self._last = step, zero, saw, last
 
-    def run(self, plan: StepPlan, batch, *, stopping: bool = False, on_phase=lambda _: None) -> StepOutcome:
-        reduced: dict = {}
-        zero: Zero = self._inner._parts.zero
-        zero.observer = lambda gradients: reduced.update(gradients)
+    def run(self, plan: StepPlan, batch: Batch, *, stopping: bool = False, on_phase=lambda _: None) -> StepOutcome:
+        reduced: dict[str, Shard] = {}
+        self._zero.observer = reduced.update
         outcome = self._inner.run(plan, batch, stopping=plan.step == self._last, on_phase=on_phase)
         self._saw(outcome, reduced)
         return outcome
 
-    def run_passes(self, batch) -> None:
+    def run_passes(self, batch: Batch) -> None:
         self._inner.run_passes(batch)
 
 
-def _info(
-    proof: str, part: int, config: Config, mesh: Mesh, device: torch.device, plan: StepPlan, outcome: StepOutcome
-) -> StepInfo:
-    measured = outcome.measured
+def _info(proof: str, part: int, config: Config, rank: RankSetup, plan: StepPlan, outcome: StepOutcome) -> StepInfo:
+    measured, mesh = outcome.measured, rank.mesh
     return StepInfo(
         proof=proof,
         part=part,
         step=plan.step,
         rank=mesh.rank,
         layout=layout_name(config),
-        device=device.type,
+        device=rank.device.type,
         dp=mesh.layout.dp,
         dp_rank=mesh.dp_rank,
         micro_batch_size=config.micro_batch_size,
-        plan={
-            "first_sample": plan.first_sample,
-            "batch_size": plan.batch_size,
-            "lr": plan.lr,
-            "mtp_weight": plan.mtp_weight,
-            "bias_speed": plan.bias_speed,
-        },
+        plan={name: value for name, value in asdict(plan).items() if name != "step"},
         main_loss=measured.main_loss,
         mtp_losses=measured.mtp_losses,
         balance_loss=measured.balance_loss,

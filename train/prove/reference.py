@@ -67,6 +67,12 @@ def weight_shapes(model: Model) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
+def layers_with_experts(model: Model) -> list[str]:
+    """In the order of a forward pass; every MTP module is one."""
+    main = [f"layers.{layer}" for layer in range(model.dense_layers, model.layers)]
+    return main + [f"mtp.{depth}" for depth in range(model.mtp_depth)]
+
+
 # --- Settings of a step (4.2) ---------------------------------------------------------------------------------------
 
 

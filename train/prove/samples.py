@@ -16,7 +16,7 @@ from torch import Tensor
 
 from conf.schema import Config
 from train.data.batch import Batch
-from train.prove.reference import weight_shapes
+from train.prove.reference import layers_with_experts, weight_shapes
 
 HELD_OUT = 3
 """Held-out sequences: an odd number, so that some rank has fewer than another."""
@@ -89,10 +89,13 @@ def initial_weights(config: Config) -> dict[str, Tensor]:
     return weights
 
 
-def initial_biases(config: Config, layers: list[str]) -> dict[str, Tensor]:
+def initial_biases(config: Config) -> dict[str, Tensor]:
     """Of every router, fp32 (E,)."""
     experts = config.model.experts
-    return {name: BIAS * torch.randn(experts, generator=_generator(f"{config.seed}/bias/{name}")) for name in layers}
+    return {
+        name: BIAS * torch.randn(experts, generator=_generator(f"{config.seed}/bias/{name}"))
+        for name in layers_with_experts(config.model)
+    }
 
 
 def _generator(key: str) -> torch.Generator:
