@@ -304,12 +304,14 @@ class Judge:
             self._number("global norm", "all weights", rank.info.rank, rank.info.grad_norm, norm, fp32)
         factor = reference.clip_factor(norm, optim)
         self._number("applied updates", "all weights", None, float(info.applied), 1.0, Bound(0.0, "every step counts"))
-        updates = info.updates
+        for rank in ranks:
+            updates = float(rank.info.updates)
+            self._number("applied updates", "Adam's count", rank.info.rank, updates, self.step, Bound(0.0, "one a step"))
         want: State = {}
         for name, gradient in reduced.items():
             names = [f"{kind}.{name}" for kind in ("master", "exp_avg", "exp_avg_sq")]
             new = reference.adamw(
-                optim, plan.lr, updates, before[names[0]], gradient * factor, before[names[1]], before[names[2]],
+                optim, plan.lr, self.step, before[names[0]], gradient * factor, before[names[1]], before[names[2]],
                 gradient.dim() >= 2,
             )  # fmt: skip
             want |= dict(zip(names, new, strict=True))
