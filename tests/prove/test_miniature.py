@@ -4,7 +4,6 @@ from copy import deepcopy
 from functools import cache
 
 import pytest
-import torch
 import yaml
 
 from conf.check import check
@@ -12,10 +11,11 @@ from conf.errors import UserError
 from conf.load import compose, recipes
 from conf.schema import Config
 from parallel.pipeline.split import SCHEDULES
+from train import gpu
 from train.layout import batch_sizes, check_layout
 from train.model.count import count
 from train.plan.job import layout_of
-from train.prove.miniature import CLIP, VOCABULARY, Miniature, RandomTokens, shrink, without_gpu
+from train.prove.miniature import CLIP, Miniature, shrink
 
 LAYOUTS = {
     "one": [],
@@ -66,7 +66,7 @@ def assert_same_structure(cfg: Config, mini: Miniature) -> None:
     lost = "leaves no room" in " ".join(mini.cuts)
     for name in ("pp", "dp", "ep", "edp"):
         assert lost or (getattr(before, name) > 1) == (getattr(after, name) > 1), name
-    for name in ("schedule", "zero", "dispatch", "wire", "overlap"):
+    for name in ("schedule", "zero", "wire", "overlap"):
         assert getattr(small.parallel, name) == getattr(cfg.parallel, name)
     for name in ("groups", "top_groups", "top_k", "mtp_depth", "recompute", "shared_experts", "group_top_k"):
         assert getattr(small.model, name) == getattr(cfg.model, name)
@@ -136,18 +136,10 @@ def test_clipping_that_is_off_stays_off():
     assert shrink(recipe("tiny")).cfg.optim.clip == CLIP
 
 
-def test_deepep_is_flat_on_a_cpu_and_says_so():
-    parallel, cuts = without_gpu(recipe("tiny", *LAYOUTS["deepep"]).parallel)
-    assert parallel.dispatch == "flat" and "DeepEP" in cuts[0]
-    assert without_gpu(parallel) == (parallel, [])
-
-
-def test_random_tokens_depend_on_the_sample_alone_and_have_borders():
-    tokens = RandomTokens(shrink(recipe("tiny", "data.mask_documents=true")).cfg)
-    together, apart = tokens.batch(0, 6), tokens.batch(4, 2)
-    assert torch.equal(together.tokens_BS[4:], apart.tokens_BS)
-    assert torch.equal(together.documents_BS[4:], apart.documents_BS)
-    assert together.documents_BS[:, 0].eq(0).all() and together.documents_BS.max() > 0
-    assert together.tokens_BS.min() >= 0 and together.tokens_BS.max() < VOCABULARY
-    assert len(together.tokens_BS.unique(dim=0)) == 6
-    assert RandomTokens(shrink(recipe("tiny")).cfg).batch(0, 1).documents_BS is None
+def test_deepep_is_flat_where_there_is_no_gpu_and_says_so(monkeypatch):
+    cfg = recipe("tiny", *LAYOUTS["deepep"], "cluster.device=cpu")
+    mini = shrink(cfg)
+    assert mini.cfg.parallel.dispatch == "flat" and "parallel.dispatch is flat instead of deepep." in mini.cuts
+    monkeypatch.setattr(gpu, "usable_gpu", lambda wanted: True)
+    mini = shrink(recipe("tiny", *LAYOUTS["deepep"], "cluster.device=cuda"))
+    assert mini.cfg.parallel.dispatch == "deepep" and mini.cfg.model.hidden == 128

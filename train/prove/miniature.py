@@ -19,8 +19,6 @@ from collections.abc import Iterator
 from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import Any
 
-import torch
-
 from conf.errors import UserError
 from conf.schema import (
     Checkpoint,
@@ -36,12 +34,10 @@ from conf.schema import (
     Mode,
     Model,
     Optim,
-    Parallel,
     Plan,
 )
 from parallel.mesh import Layout
 from parallel.pipeline.split import SCHEDULES, check_schedule
-from train.data.batch import Batch
 from train.layout import batch_sizes
 from train.plan.job import layout_of
 
@@ -89,7 +85,10 @@ LOST = {
 
 
 def shrink(cfg: Config) -> Miniature:
-    """The miniature of a recipe that has passed check_layout. Pure, and passes the same checks."""
+    """The miniature of a recipe that has passed check_layout; it passes the same checks. Starts nothing."""
+    whole = cfg
+    if cfg.parallel.dispatch == "deepep" and not _has_gpu(cfg):  # whose kernels need one
+        cfg = replace(cfg, parallel=replace(cfg.parallel, dispatch="flat"))
     layout, structure = _shrink_layout(cfg)
     model = _shrink_model(cfg, layout)
     micro_batch_size = min(cfg.micro_batch_size, 2)
@@ -125,15 +124,13 @@ def shrink(cfg: Config) -> Miniature:
         generate=Generate(),
         export=Export(),
     )
-    return Miniature(small, [*structure, *_differences(cfg, small)])
+    return Miniature(small, [*structure, *_differences(whole, small)])
 
 
-def without_gpu(parallel: Parallel) -> tuple[Parallel, list[str]]:
-    """The layout for ranks on a CPU, where DeepEP has no kernels, and a sentence if that changes it."""
-    if parallel.dispatch != "deepep":
-        return parallel, []
-    cut = "parallel.dispatch is flat instead of deepep, which needs GPUs: DeepEP's own transfers are not part of the proof."
-    return replace(parallel, dispatch="flat"), [cut]
+def _has_gpu(cfg: Config) -> bool:
+    from train.gpu import usable_gpu  # imports torch, which takes seconds
+
+    return cfg.cluster.device != "cpu" and usable_gpu(cfg.cluster.device)
 
 
 def _shrink_layout(cfg: Config) -> tuple[Layout, list[str]]:
@@ -187,8 +184,6 @@ def _shrink_model(cfg: Config, layout: Layout) -> Model:
         experts=_experts(model, layout.ep),
         max_seq_len=min(model.max_seq_len, 2 * SEQUENCE),
         yarn=yarn,
-        # Outputs of a layer keep their size: they grow with the root of its inputs.
-        init_std=model.init_std * math.sqrt(model.hidden / hidden),
     )
 
 
@@ -257,25 +252,3 @@ def _pairs(prefix: str, cfg: Any, small: Any) -> Iterator[tuple[str, Any, Any]]:
 
 def _text(value: Any) -> str:
     return f"{value:.3g}" if isinstance(value, float) else str(value)
-
-
-class RandomTokens:
-    """Training samples that need no text. Sample i is a function of the seed, the sizes and i alone."""
-
-    def __init__(self, cfg: Config):
-        self._seed, self._mask = cfg.seed, cfg.data.mask_documents
-        self._vocabulary, self._seq_len = cfg.model.vocab_size, cfg.seq_len
-
-    def batch(self, first_sample: int, count: int) -> Batch:
-        """Samples first_sample .. first_sample + count - 1, as tokens (count, seq_len + 1), with documents if they are masked."""
-        samples = [self._sample(number) for number in range(first_sample, first_sample + count)]
-        tokens_BS = torch.stack([tokens for tokens, _ in samples])
-        return Batch(tokens_BS, torch.stack([documents for _, documents in samples]) if self._mask else None)
-
-    def _sample(self, number: int) -> tuple[torch.Tensor, torch.Tensor]:
-        generator = torch.Generator().manual_seed((self._seed * 1_000_003 + number) % 2**63)
-        # Squares make some tokens frequent, as in text, so that experts get unequal loads.
-        drawn = torch.rand(self._seq_len + 1, generator=generator) ** 2
-        ends = torch.rand(self._seq_len + 1, generator=generator) < 3 / (self._seq_len + 1)
-        documents = ends.cumsum(0, dtype=torch.int32) - ends.to(torch.int32)
-        return (drawn * self._vocabulary).long().clamp_max(self._vocabulary - 1), documents
