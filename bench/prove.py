@@ -101,7 +101,7 @@ def _prove_as_rank(rank: int, paths: list[str], world: int, store: str) -> None:
     from train.rank import choose_device, start_process_group
 
     os.environ |= {"SLUICE_STORE": store, "GLOO_SOCKET_IFNAME": "lo"}
-    warnings.filterwarnings("ignore", "`torch.distributed.*is deprecated", FutureWarning)  # as train.worker does
+    warnings.filterwarnings("ignore", "`torch.distributed.*is deprecated", FutureWarning)  # as train.rank does
     place = Place(rank, world, rank, world)
     for path in paths:
         config = read_config(path)
@@ -113,14 +113,10 @@ def _prove_as_rank(rank: int, paths: list[str], world: int, store: str) -> None:
 
 
 def _judge(result: RowResult, folder: Path) -> None:
-    from train.prove.judge import Findings, Judge
-    from train.prove.layouts import PROOFS
-    from train.prove.rank import EVIDENCE
+    from train.prove.judge import judge_all
 
-    config, findings = read_config(str(folder / "config.yaml")), Findings()
     try:
-        for proof, as_run in PROOFS.items():
-            Judge(proof, as_run(config), Path(config.runs) / config.name / EVIDENCE, findings).judge()
+        findings = judge_all(read_config(str(folder / "config.yaml")))
     except Exception:
         result.first = traceback.format_exc()
         return

@@ -66,7 +66,7 @@ def _prove_mutants(rank: int, path: str, names: list[str], world: int, store: st
     from train.rank import choose_device, start_process_group
 
     os.environ |= {"SLUICE_STORE": store, "GLOO_SOCKET_IFNAME": "lo"}
-    warnings.filterwarnings("ignore", "`torch.distributed.*is deprecated", FutureWarning)  # as train.worker does
+    warnings.filterwarnings("ignore", "`torch.distributed.*is deprecated", FutureWarning)  # as train.rank does
     config, place = read_config(path), Place(rank, world, rank, world)
     device = choose_device(config, place)
     start_process_group(config, place, device)
