@@ -1,0 +1,160 @@
+"""Proofs of the product as it is hold, in one process and in layouts, and what fails is named."""
+
+import json
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from conf.errors import EXIT_OK, UserError
+from conf.load import compose
+from tests.prove.proofs import gather_evidence, small_proof
+from tests.small import SMALL, environment
+from train.metrics.report import write_report
+from train.prove import judge as judging
+from train.prove.double import grouped_product, in_double
+from train.prove.judge import Findings, Judge, backward_order, choice_excess, judge_all
+from train.prove.layouts import PROOFS, in_layout, layout_name, second_layout
+from train.prove.reference import choose, weight_shapes
+from train.prove.run import prove
+from train.run_folder import RunPaths
+
+ROOM = ["model.mtp_depth=2", "data.mask_documents=true", "optim.clip=0.1"]
+LAYOUTS = {
+    "ep2_zero2_bf16": ["parallel.dp=2", "parallel.ep=2", "parallel.zero=2", "precision=bf16"],
+    "pp2_zbv": ["parallel.pp=2", "parallel.schedule=zbv"],
+}
+LARGE = {
+    "pp2_dp2_ep2_dualpipev_fp8": [
+        "parallel.pp=2", "parallel.dp=2", "parallel.ep=2", "parallel.schedule=dualpipev", "parallel.wire=fp8", "precision=fp8",
+    ],
+    "dp4_ep2_zero3": ["parallel.dp=4", "parallel.ep=2", "parallel.zero=3"],
+    "ep4_nodes_bf16": [
+        "parallel.dp=4", "parallel.ep=4", "parallel.dispatch=node_limited", "cluster.ranks_per_node=2", "precision=bf16",
+    ],
+}  # fmt: skip
+
+
+def assert_holds(findings: Findings) -> None:
+    assert [difference.text() for difference in findings.differences[:3]] == []
+    assert {verdict.proof for verdict in findings.verdicts.values()} == set(PROOFS)
+    assert all(verdict.compared and verdict.worst <= verdict.bound for verdict in findings.verdicts.values())
+
+
+def test_the_reference_equals_the_product_in_one_process(tmp_path):
+    config = small_proof(tmp_path, *ROOM)
+    gather_evidence(config, proofs=["exact"])
+    findings = Findings()
+    Judge("exact", PROOFS["exact"](config), RunPaths(config).path / "evidence", findings).judge()
+    assert [difference.text() for difference in findings.differences[:3]] == []
+    quantities = {quantity for _, quantity in findings.verdicts}
+    assert quantities >= {"outputs", "chosen experts", "losses", "loads", "gradients of weights", "biases"}
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_a_layout_is_proven(tmp_path, name):
+    config = small_proof(tmp_path, *ROOM, *LAYOUTS[name])
+    gather_evidence(config)
+    assert_holds(judge_all(config))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", LARGE)
+def test_a_layout_of_four_ranks_is_proven(tmp_path, name):
+    config = small_proof(tmp_path, *ROOM, *LARGE[name])
+    gather_evidence(config)
+    assert_holds(judge_all(config))
+
+
+def test_the_first_difference_is_that_of_the_computation(tmp_path, monkeypatch):
+    """Against a reference whose second layer is another: what comes before is right, and is not named."""
+    config = small_proof(tmp_path)
+    gather_evidence(config, proofs=["exact"])
+    given = judging.initial_weights
+
+    def other(config):
+        weights = given(config)
+        weights["layers.1.attention.out.weight"][0, 0] += 1e-6
+        return weights
+
+    monkeypatch.setattr(judging, "initial_weights", other)
+    findings = Findings()
+    Judge("exact", PROOFS["exact"](config), RunPaths(config).path / "evidence", findings).judge()
+    first = findings.differences[0]
+    assert (first.phase, first.name, first.step, first.rank) == ("forward", "layers.1.attention", 1, 0)
+    assert first.got != first.want and "layers.1.attention" in first.text()
+
+
+def test_the_command_leaves_a_certificate_and_the_report_has_it(tmp_path):
+    config = compose(*SMALL, "mode=prove", "name=here", f"runs={tmp_path}", "data.path=none", "batch_size=2")
+    from tests.ranks import run_module
+
+    given = [*SMALL, "mode=prove", "name=here", f"runs={tmp_path}", "data.path=none", "batch_size=2"]
+    done = run_module("train", given, tmp_path, environment(), timeout=240)
+    assert done.returncode == EXIT_OK, done.stderr
+    assert "here: this layout trains this model" in done.stdout
+    record = json.loads((tmp_path / "here" / "prove.json").read_text())
+    assert record["holds"] and record["first_difference"] is None and record["ranks"] == 1
+    assert {each["proof"] for each in record["quantities"]} == set(PROOFS)
+    assert all(each["reason"] for each in record["quantities"])
+    assert not (RunPaths(config).path / "prove" / "evidence").exists()
+    page = write_report(tmp_path / "here").read_text()
+    assert "<h2>Proven</h2>" in page and "gradients of weights" in page
+
+
+def test_a_proof_starts_no_ray():
+    config = compose("mode=prove", "cluster=ray")
+    with pytest.raises(UserError, match=r"cluster\.backend"):
+        prove(config, alone=True)
+
+
+@pytest.mark.parametrize("overrides", [*LAYOUTS.values(), *LARGE.values(), ["parallel.dp=2"], ["parallel.dp=3"], []])
+def test_the_second_layout_is_another_of_as_many_ranks(overrides):
+    config = compose(*SMALL, "data.path=none", "batch_size=12", "micro_batch_size=1", *overrides)
+    other = in_layout(config, second_layout(config))
+    assert other.parallel.pp * other.parallel.dp == config.parallel.pp * config.parallel.dp
+    assert layout_name(other) != layout_name(config)
+
+
+def test_the_plain_grouped_product_is_torchs():
+    draw = torch.Generator().manual_seed(0)
+    left, right = torch.randn(12, 8, generator=draw), torch.randn(3, 8, 16, generator=draw)
+    ends = torch.tensor([5, 5, 12], dtype=torch.int32)
+    torch.testing.assert_close(grouped_product(left, right, ends), F.grouped_mm(left, right, offs=ends))
+    other = torch.randn(12, 16, generator=draw)
+    torch.testing.assert_close(grouped_product(left.t(), other, ends), F.grouped_mm(left.t(), other, offs=ends))
+
+
+def test_in_double_nothing_is_fp32():
+    with in_double():
+        made = torch.zeros(2, dtype=torch.float32), torch.ones(2).float(), torch.arange(2).to(torch.float32) / 2
+        assert {tensor.dtype for tensor in made} == {torch.float64}
+        assert torch.polar(torch.ones(2), torch.ones(2)).dtype == torch.complex128
+    assert torch.zeros(2).dtype == torch.float32
+
+
+def test_gradients_come_from_the_last_part_to_the_first():
+    weights = list(weight_shapes(compose(*SMALL, "data.path=none").model))
+    order = backward_order(
+        weights, ["layers.0", "layers.0.attention", "layers.0.ffn", "layers.1", "norm", "layers.1.moe.router.gates"]
+    )
+    place = {name: number for number, name in enumerate(order)}
+    forward = [
+        "embedding.weight", "layers.0.attention.out.weight", "layers.0.attention", "layers.0.ffn_norm.weight",
+        "layers.0.ffn.w2.weight", "layers.0.ffn", "layers.0", "layers.1.moe.router.weight", "layers.1.moe.router.gates",
+        "layers.1.moe.experts.w13", "layers.1", "norm.weight", "norm", "head.weight",
+    ]  # fmt: skip
+    assert [place[name] for name in forward] == sorted((place[name] for name in forward), reverse=True)
+    assert len(order) == len(weights) + 6
+
+
+def test_a_choice_is_right_as_far_as_scores_may_be_off():
+    model = compose(*SMALL, "data.path=none").model
+    biased_NE = torch.rand(50, model.experts, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    right_NK = choose(model, biased_NE)
+    assert choice_excess(model, biased_NE, right_NK) == 0
+    noise_NE = 1e-3 * (
+        torch.rand(biased_NE.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64) * 2 - 1
+    )
+    assert 0 <= choice_excess(model, biased_NE, choose(model, biased_NE + noise_NE)) <= 1e-3
+    assert choice_excess(model, biased_NE, right_NK.flip(0)) > 0.05
