@@ -11,6 +11,8 @@ from conf.schema import Config, Model
 EXACT = 1e-10
 """Pass exact: of the tensor's largest value."""
 UNIT = {"fp64": 2.0**-53, "fp32": 2.0**-24, "bf16": 2.0**-8, "e4m3": 2.0**-4}
+MOST = 0.5
+"""In low precision: what is off by half has lost its meaning, whatever the chain."""
 ROOM = 8.0
 """What norms, softmax and the router's sigmoid may enlarge an error by on its way."""
 
@@ -45,5 +47,27 @@ def computed(proof: str, config: Config) -> Bound:
     name = "e4m3" if config.precision.fp8 is not None else "bf16" if config.precision.name != "fp32" else "fp32"
     if name == "fp32":
         return computed("fp32", config)
-    value = min(0.5, 2 * UNIT[name] * n**0.5)
-    return Bound(value, f"2 x unit roundoff {UNIT[name]:g} of {name} x sqrt({n} products), of the tensor's norm")
+    value = min(MOST, 2 * UNIT[name] * n**0.5)
+    return Bound(
+        value, f"2 x unit roundoff {UNIT[name]:g} of {name} x sqrt({n} products), at most {MOST:g}, of the norm"
+    )
+
+
+def averaged(proof: str, config: Config, sequences: int) -> Bound:
+    """Losses: in low precision the roundings of one token are not those of another, and a mean has fewer of them."""
+    bound, tokens = computed(proof, config), sequences * config.seq_len
+    if not is_low(proof, config):
+        return bound
+    return Bound(2 * bound.value / tokens**0.5, f"{bound.reason}, x 2 / sqrt({tokens} tokens)")
+
+
+def chosen(proof: str, config: Config) -> Bound:
+    """By how much scores may be off for an expert to be chosen in the place of another: a sigmoid's slope is a quarter."""
+    if not is_low(proof, config):
+        return Bound(0.0, "the same experts in the same order")
+    return Bound(computed(proof, config).value / 4, "what outputs may be off by, times a sigmoid's slope of 1/4")
+
+
+def is_low(proof: str, config: Config) -> bool:
+    """Whether the model computes with weights in bf16."""
+    return proof == "recipe" and config.precision.name != "fp32"

@@ -25,7 +25,7 @@ from torch import Tensor
 
 from conf.schema import Config
 from train.prove import reference
-from train.prove.bounds import UNIT, Bound, computed
+from train.prove.bounds import UNIT, Bound, averaged, chosen, computed, is_low
 from train.prove.evidence import EVIDENCE, Evidence, read_all
 from train.prove.layouts import PROOFS
 from train.prove.reference import PlainModel, Watched
@@ -107,6 +107,7 @@ class Judge:
         self.steps = read_all(folder, proof)
         self.samples = Samples(config)
         self.bound = computed(proof, config)
+        self.is_low = is_low(proof, config)
         self.phase = "start"
         self.part = self.step = 0
 
@@ -182,14 +183,9 @@ class Judge:
     def _plain(self, before: State, choices: dict[str, Tensor] | None = None) -> PlainModel:
         weights = {}
         for name, master in _under("master", before).items():
-            rounded = master.bfloat16().double() if self._low else master
+            rounded = master.bfloat16().double() if self.is_low else master
             weights[name] = rounded.clone().requires_grad_()
         return PlainModel(self.config, weights, _under("bias", before), choices)
-
-    @property
-    def _low(self) -> bool:
-        """Whether the model computes with weights in bf16."""
-        return self.proof == "recipe" and self.config.precision.name != "fp32"
 
     def _rows(self, rank: Evidence, number: int, batch_size: int) -> slice:
         """Samples of a micro-batch, within the batch."""
@@ -198,7 +194,7 @@ class Judge:
 
     def _choices(self, ranks: list[Evidence], batch_size: int) -> dict[str, Tensor] | None:
         """Where rounding may choose other experts: those that the ranks chose, which `_judge_choices` then looks at."""
-        if not self._low:
+        if not self.is_low:
             return None
         parts: dict[str, dict[int, Tensor]] = {}
         for rank in ranks:
@@ -228,7 +224,7 @@ class Judge:
             if name.endswith(".ids"):
                 self._judge_choices(name.removesuffix(".ids"), made[name], seen, batch_size)
                 continue
-            scale = _size(want, self._low)
+            scale = _size(want, self.is_low)
             for rank, number, value in made[name]:
                 rows = want[self._rows(rank, number, batch_size)]
                 self._compare("outputs", name, rank.info.rank, value, rows, self.bound, scale)
@@ -242,24 +238,22 @@ class Judge:
     def _judge_choices(self, name: str, made: list, seen: Watched, batch_size: int) -> None:
         biased = self._by_sample(seen.values[f"{name}.biased"], batch_size)
         want = self._by_sample(seen.values[f"{name}.ids"], batch_size)
+        bound = chosen(self.proof, self.config)
         for rank, number, ids in made:
             rows = self._rows(rank, number, batch_size)
-            if self._low:
+            if self.is_low:
                 excess = choice_excess(self.model, biased[rows].flatten(0, -2), ids)
-                bound = Bound(
-                    self.bound.value, "only experts whose scores rounding can have put in the place of others"
-                )
                 self._number("chosen experts", name, rank.info.rank, excess, 0.0, bound, scale=1.0)
             else:
-                exact = Bound(0.0, "the same experts in the same order")
-                self._compare("chosen experts", name, rank.info.rank, ids, want[rows], exact, 1.0)
+                self._compare("chosen experts", name, rank.info.rank, ids, want[rows], bound, 1.0)
 
     def _judge_losses(self, rank: Evidence, seen: Watched) -> None:
         info, who = rank.info, rank.info.rank
-        self._number("losses", "main_loss", who, info.main_loss, seen.main.item(), self.bound)
+        bound = averaged(self.proof, self.config, int(info.plan["batch_size"]))
+        self._number("losses", "main_loss", who, info.main_loss, seen.main.item(), bound)
         for depth, (got, want) in enumerate(zip(info.mtp_losses, seen.mtp, strict=True), 1):
-            self._number("losses", f"mtp_loss_{depth}", who, got, want.item(), self.bound)
-        self._number("losses", "balance_loss", who, info.balance_loss, seen.balance.item(), self.bound)
+            self._number("losses", f"mtp_loss_{depth}", who, got, want.item(), bound)
+        self._number("losses", "balance_loss", who, info.balance_loss, seen.balance.item(), bound)
         for got, name in zip(info.loads, seen.loads, strict=True):
             want = seen.loads[name].double()
             self._compare("loads", name, who, torch.tensor(got).double(), want, Bound(0.0, "whole numbers"))
@@ -283,7 +277,7 @@ class Judge:
                     continue
                 want = self._by_sample(want * rank.info.dp, batch_size)
                 rows = want[self._rows(rank, number, batch_size)]
-                scale = _size(want, self._low)
+                scale = _size(want, self.is_low)
                 self._compare("gradients of outputs", name, rank.info.rank, value, rows, self.bound, scale)
 
     def _judge_biases(self, ranks: list[Evidence], before: State, seen: Watched, speed: float) -> None:
@@ -306,7 +300,9 @@ class Judge:
         self._number("applied updates", "all weights", None, float(info.applied), 1.0, Bound(0.0, "every step counts"))
         for rank in ranks:
             updates = float(rank.info.updates)
-            self._number("applied updates", "Adam's count", rank.info.rank, updates, self.step, Bound(0.0, "one a step"))
+            self._number(
+                "applied updates", "Adam's count", rank.info.rank, updates, self.step, Bound(0.0, "one a step")
+            )
         want: State = {}
         for name, gradient in reduced.items():
             names = [f"{kind}.{name}" for kind in ("master", "exp_avg", "exp_avg_sq")]
@@ -340,11 +336,12 @@ class Judge:
 
     def _judge_validation(self, ranks: list[Evidence], after: State) -> None:
         self.phase = "validation"
+        bound = averaged(self.proof, self.config, HELD_OUT)
         batch = self.samples.batch(-HELD_OUT, HELD_OUT)
         with torch.no_grad():
             want = float(self._plain(after).losses(batch.tokens_BS, batch.documents_BS, with_mtp=False).main)
         for rank in ranks:
-            self._number("held-out loss", "main_loss", rank.info.rank, rank.info.validation_loss, want, self.bound)
+            self._number("held-out loss", "main_loss", rank.info.rank, rank.info.validation_loss, want, bound)
 
     # Comparisons
 
@@ -379,7 +376,7 @@ class Judge:
         scale: float | None = None,
     ) -> None:
         """scale: what the difference is measured in; None for the size of `want`: its largest value, in low precision its norm."""
-        low = self._low and quantity in LOOSE
+        low = self.is_low and quantity in LOOSE
         got, want = got.double().flatten(), want.detach().double().flatten()
         if got.numel() != want.numel():
             self._fail(quantity, name, rank, got.numel(), want.numel(), "another number of elements")
