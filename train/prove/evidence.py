@@ -4,6 +4,7 @@ Keys of tensors are KIND/NAME, those of what a micro-batch made KIND/NAME/NUMBER
 
     forward, backward      output of a part of the model, and the gradient that came back to it, by micro-batch
     local                  gradient of a weight on this rank alone, before any reduction
+    drawn                  master weights as the product draws them when a run begins
     reduced                gradient of a weight as the update takes it: this rank's shard
     after                  masters, moments, averages and biases after the step; before the first one of a part of a run, `loaded`
 """

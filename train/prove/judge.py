@@ -24,6 +24,9 @@ import torch
 from torch import Tensor
 
 from conf.schema import Config
+from train.model.deepseek import DeepSeekV3
+from train.model.init import initialise
+from train.precision.build import build_precision
 from train.prove import reference
 from train.prove.bounds import UNIT, Bound, averaged, chosen, computed, is_low
 from train.prove.evidence import EVIDENCE, Evidence, read_all
@@ -143,7 +146,19 @@ class Judge:
             if name in got:
                 self._compare(quantity, name, None, got[name], want[name], Bound(0.0, "bit for bit"))
         self._judge_own_biases(ranks, want)
+        if self.proof == "fp32" and (drawn := assemble(ranks, "drawn")):
+            self._judge_drawn(drawn, ranks[0].info.device)
         return got
+
+    def _judge_drawn(self, drawn: State, device: str) -> None:
+        """The weights that a run would have begun with: in every layout those of the model in one piece."""
+        plain = build_precision(self.config.precision, torch.device("cpu"))
+        whole = DeepSeekV3.whole(self.model, plain, seq_len=self.config.seq_len, device="meta")
+        initialise(whole, self.config.seed, device)
+        want = {name: weight.double().cpu() for name, weight in whole.named_parameters()}
+        self._same_names("initial weights", drawn, want)
+        for name in want:
+            self._compare("initial weights", name, None, drawn[name], want[name], Bound(0.0, "bit for bit"))
 
     def _after(self, ranks: list[Evidence]) -> State:
         """The state, put together from the shards of all ranks."""

@@ -176,9 +176,13 @@ def _train(proof: str, part: int, config: Config, place: Place, device: torch.de
     checkpointer = Checkpointer(
         paths.checkpoints, rank=place.rank, world_size=place.world, attempt=attempt, keep=0, timeout=timeout
     )
-    parts = parallelize(config, rank.mesh, device, restored=True, core=core)
+    parts = parallelize(config, rank.mesh, device, restored=part > 0, core=core)
     state = State(config, rank.mesh, parts)
+    start = Evidence(StepInfo(proof, part, 0, place.rank, layout_name(config), device.type))
     if part == 0:
+        for name, shard in state.zero.shards().items():
+            if name.startswith("master."):
+                start.add_shard("drawn", name.removeprefix("master."), shard)
         fill_state(config, state, parts)
     else:
         restore(config, data, state, checkpointer, None, find_start(config, None))
@@ -192,7 +196,7 @@ def _train(proof: str, part: int, config: Config, place: Place, device: torch.de
         flops=Flops(0.0, 0.0, 1.0, ""),
         stop=_Stop(),
     )
-    trainer.prove(proof, part, rank)
+    trainer.prove(rank, start)
     parts.zero.engine.destroy()
 
 
@@ -222,21 +226,20 @@ class _Stop:
 class _ProvenTrainer(Trainer):
     """The product's, which leaves evidence of every step."""
 
-    def prove(self, proof: str, part: int, rank: RankSetup) -> None:
-        """Train as `run` does. part: of the run, 0 up to the checkpoint and 1 from there."""
-        self._proof, self._part, self._rank = proof, part, rank
+    def prove(self, rank: RankSetup, start: Evidence) -> None:
+        """Train as `run` does. start: what is known of the state before the first step."""
+        self._rank, self._proof, self._part = rank, start.info.proof, start.info.part
         self._folder = RunPaths(self.config).path.parent / EVIDENCE
         self._watch = Watch(self.parts.chunks)
-        last = stop_step(self.config) if part == 0 else self.config.steps
+        last = stop_step(self.config) if self._part == 0 else self.config.steps
         self.training_step = _WatchedStep(self.training_step, self.parts.zero, self._saw, last)
         self._validation_loss: float | None = None
-        self.leave_state(StepInfo(proof, part, 0, self.mesh.rank, layout_name(self.config), self.device.type))
+        self.leave_state(start)
         self.run()
 
-    def leave_state(self, info: StepInfo, evidence: Evidence | None = None) -> None:
-        """Write what the rank holds of the state of the run, and what it saw in the step."""
-        evidence = evidence or Evidence(info)
-        info.updates, info.samples = self.state.zero.client.updates, self.state.samples
+    def leave_state(self, evidence: Evidence) -> None:
+        """Add what the rank holds of the state of the run, and write it."""
+        evidence.info.updates, evidence.info.samples = self.state.zero.client.updates, self.state.samples
         for name, shard in self.state.shards().items():
             evidence.add_shard("after", name, shard)
         for name, router in self.parts.routers().items():
@@ -258,7 +261,7 @@ class _ProvenTrainer(Trainer):
         self._watch.give(evidence)
         for name, shard in reduced.items():
             evidence.add_shard("reduced", name, shard)
-        self.leave_state(info, evidence)
+        self.leave_state(evidence)
         return stop
 
     def _saw(self, outcome: StepOutcome, reduced: dict) -> None:
