@@ -4,14 +4,17 @@ import json
 
 import pytest
 import torch
+from rich.console import Console
 from torch.nn import functional as F
 
 from conf.errors import EXIT_OK, UserError
 from conf.load import compose
 from tests.prove.proofs import gather_evidence, small_proof
 from tests.small import SMALL, environment
+from train.metrics.proof_rows import report_rows
 from train.metrics.report import write_report
 from train.prove import judge as judging
+from train.prove.certificate import Certificate
 from train.prove.double import grouped_product, in_double
 from train.prove.judge import Findings, Judge, backward_order, choice_excess, judge_all
 from train.prove.layouts import PROOFS, in_layout, layout_name, second_layout
@@ -83,6 +86,27 @@ def test_the_first_difference_is_that_of_the_computation(tmp_path, monkeypatch):
     first = findings.differences[0]
     assert (first.phase, first.name, first.step, first.rank) == ("forward", "layers.1.attention", 1, 0)
     assert first.got != first.want and "layers.1.attention" in first.text()
+    assert_told(findings, tmp_path)
+
+
+def assert_told(findings: Findings, folder) -> None:
+    """On the screen, in prove.json and in the report."""
+    certificate = Certificate(
+        name="proof", layout="ZeRO 1", second_layout="ZeRO 2", ranks=1, device="cpu", steps=4, cuts=["It is small."],
+        seconds=1.0, verdicts=list(findings.verdicts.values()), differences=findings.differences,
+    )  # fmt: skip
+    console = Console(record=True, width=200)
+    certificate.show(certificate.write(folder), console)
+    text = console.export_text()
+    assert "this layout does NOT train this model" in text and findings.differences[0].text() in text
+    assert "FAILED: outputs" in text and "It is small." in text
+    record = json.loads((folder / "prove.json").read_text())
+    assert not record["holds"] and record["first_difference"]["name"] == "layers.1.attention"
+    sentence, rows = report_rows(folder)
+    assert "does not train this model" in sentence and "layers.1.attention" in sentence
+    assert [row[2] for row in rows if row[1] == "outputs"] == ["failed"]
+    (folder / "prove.json").write_text("{")
+    assert report_rows(folder) is None
 
 
 def test_the_command_leaves_a_certificate_and_the_report_has_it(tmp_path):
@@ -111,9 +135,17 @@ def test_a_proof_starts_no_ray():
 @pytest.mark.parametrize("overrides", [*LAYOUTS.values(), *LARGE.values(), ["parallel.dp=2"], ["parallel.dp=3"], []])
 def test_the_second_layout_is_another_of_as_many_ranks(overrides):
     config = compose(*SMALL, "data.path=none", "batch_size=12", "micro_batch_size=1", *overrides)
-    other = in_layout(config, second_layout(config))
-    assert other.parallel.pp * other.parallel.dp == config.parallel.pp * config.parallel.dp
+    world = config.parallel.pp * config.parallel.dp
+    other = in_layout(config, second_layout(config, world))
+    assert other.parallel.pp * other.parallel.dp == world
     assert layout_name(other) != layout_name(config)
+
+
+@pytest.mark.parametrize("batch", [2, 3])
+def test_what_one_rank_saves_two_read(batch):
+    config = compose(*SMALL, "data.path=none", f"batch_size={batch}", "micro_batch_size=1")
+    other = second_layout(config, 2)
+    assert other.pp * other.dp == 2
 
 
 def test_the_plain_grouped_product_is_torchs():

@@ -90,6 +90,8 @@ class Findings:
     """In the order of the computation."""
     device: str = "cpu"
     """Kind of device that the ranks had."""
+    second_layout: str = ""
+    """In which the checkpoint was read, and on how many ranks."""
 
 
 def judge_all(config: Config) -> Findings:
@@ -120,6 +122,8 @@ class Judge:
         for (part, step), ranks in self.steps.items():
             self.part, self.step = part, step
             self.findings.device = ranks[0].info.device
+            if part == 1:
+                self.findings.second_layout = f"{ranks[0].info.layout}, {len(ranks)} ranks"
             judge = self._judge_step if step else self._judge_start
             before = judge(ranks, before if before is not None or step == 0 else self._given())
 

@@ -27,9 +27,9 @@ def stop_step(config: Config) -> int:
     return max(1, config.steps // 2)
 
 
-def second_layout(config: Config) -> Parallel:
-    """Another layout of as many ranks; the same one where the rules allow no other."""
-    for parallel in _others(config):
+def second_layout(config: Config, ranks: int) -> Parallel:
+    """Another layout, of so many ranks; the recipe's own where the rules allow no other."""
+    for parallel in _others(config, ranks):
         try:
             other = in_layout(config, parallel)
             check(replace(other, name="proof"))
@@ -47,15 +47,17 @@ def in_layout(config: Config, parallel: Parallel) -> Config:
     return replace(config, parallel=parallel, micro_batch_size=1, cluster=cluster)
 
 
-def _others(config: Config) -> Iterator[Parallel]:
+def _others(config: Config, world: int) -> Iterator[Parallel]:
     """The farther from the recipe's, the earlier."""
-    own, world = config.parallel, config.parallel.pp * config.parallel.dp
+    own = config.parallel
     plain = replace(own, pp=1, dp=world, ep=1, zero=1, schedule="1f1b", dispatch="flat")
     shared = gcd(world, config.model.experts)
     if own.pp > 1:
         for zero in (3, 2, 1):
             yield replace(plain, ep=1 if own.ep == shared else shared, zero=zero)
-    elif world % 2 == 0:
+    elif own.dp == 1:
+        yield replace(plain, ep=shared, zero=2)
+    if own.pp == 1 and world % 2 == 0:
         half = world // 2
         for schedule in ("zbv", "1f1b"):
             yield replace(plain, pp=2, dp=half, ep=gcd(half, config.model.experts), schedule=schedule)

@@ -1,4 +1,4 @@
-"""One rank of a proof, top to bottom. `python -m train.prove.rank CONFIG` is a rank that the driver started.
+"""One rank of a proof, top to bottom. `python -m train.prove.rank CONFIG [PART]` is a rank that the driver started.
 
 It trains as the product does, by the product's own code, and leaves what it saw. It judges nothing.
 
@@ -49,27 +49,38 @@ from train.prove.samples import ProofData, initial_biases, initial_weights  # no
 from train.rank import RankSetup, choose_device, guarded, start_process_group  # noqa: E402
 from train.run_folder import RunPaths  # noqa: E402
 
-
-def run_rank(config: Config, place: Place, failures: Path | None = None, proofs: Sequence[str] = tuple(PROOFS)) -> int:
-    """Leave this rank's evidence of these passes; returns the exit code. failures: see train.worker.guarded."""
-    return guarded(place, failures, disk_errors(config)(lambda: _run(config, place, proofs)))
+PARTS = (0, 1)
+"""Of a run, see run_pass."""
 
 
-def _run(config: Config, place: Place, proofs: Sequence[str]) -> int:
+def run_rank(
+    config: Config,
+    place: Place,
+    failures: Path | None = None,
+    proofs: Sequence[str] = tuple(PROOFS),
+    parts: Sequence[int] = PARTS,
+) -> int:
+    """Leave this rank's evidence of these passes; returns the exit code. failures: see train.rank.guarded. parts: see run_pass."""
+    return guarded(place, failures, disk_errors(config)(lambda: _run(config, place, proofs, parts)))
+
+
+def _run(config: Config, place: Place, proofs: Sequence[str], parts: Sequence[int]) -> int:
     device = choose_device(config, place)
     start_process_group(config, place, device)
     for proof in proofs:
-        run_pass(proof, config, place, device)
+        run_pass(proof, config, place, device, parts)
     return EXIT_OK
 
 
-def run_pass(proof: str, config: Config, place: Place, device: torch.device) -> None:
-    """Leave the evidence of one pass. Needs the process group of all ranks."""
+def run_pass(proof: str, config: Config, place: Place, device: torch.device, parts: Sequence[int] = PARTS) -> None:
+    """Leave the evidence of one pass. Needs the process group of all ranks. parts: of a run, 0 up to the checkpoint, 1 from there
+    in another layout of all ranks that there are.
+    """
     as_run = PROOFS[proof](config)
-    if proof == "exact":
+    if proof != "exact":
+        prove_trained(proof, as_run, place, device, parts)
+    elif 0 in parts:
         prove_exact(as_run, place, device)
-    else:
-        prove_trained(proof, as_run, place, device)
 
 
 def in_groups(config: Config, place: Place, device: torch.device) -> RankSetup:
@@ -157,15 +168,17 @@ def fill_biases(model: RankModel, biases: dict[str, Tensor]) -> None:
 # Trained: the product's Trainer, DeepSpeed and checkpoints
 
 
-def prove_trained(proof: str, config: Config, place: Place, device: torch.device) -> None:
+def prove_trained(proof: str, config: Config, place: Place, device: torch.device, parts: Sequence[int]) -> None:
     """Some steps, a checkpoint, and the rest of the steps from it in another layout."""
     config = replace(config, name=f"{config.name}/{proof}")
     for folder in (RunPaths(config).checkpoints, RunPaths(config).logs):
         folder.mkdir(parents=True, exist_ok=True)
-    _train(proof, 0, config, place, device)
-    checkpoint = RunPaths(config).checkpoints / step_name(stop_step(config))
-    other = in_layout(config, second_layout(config))
-    _train(proof, 1, replace(other, resume=str(checkpoint)), place, device)
+    if 0 in parts:
+        _train(proof, 0, config, place, device)
+    if 1 in parts:
+        checkpoint = RunPaths(config).checkpoints / step_name(stop_step(config))
+        other = in_layout(config, second_layout(config, place.world))
+        _train(proof, 1, replace(other, resume=str(checkpoint)), place, device)
 
 
 def _train(proof: str, part: int, config: Config, place: Place, device: torch.device) -> None:
@@ -309,7 +322,8 @@ def _info(proof: str, part: int, config: Config, rank: RankSetup, plan: StepPlan
 
 def main() -> int:
     config, place = given_run()
-    return run_rank(config, place, RunPaths(config).logs)
+    parts = [int(part) for part in sys.argv[2:]] or PARTS
+    return run_rank(config, place, RunPaths(config).logs, parts=parts)
 
 
 if __name__ == "__main__":

@@ -3,7 +3,9 @@
 import shutil
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from cluster.launch import Place, given_place, launch
@@ -34,8 +36,7 @@ def prove(config: Config, alone: bool) -> int:
         _clear(run_folder)
         (folder / "logs").mkdir(parents=True, exist_ok=True)
         write_config(small, str(folder / "config.yaml"))
-    command = [sys.executable, "-m", "train.prove.rank", str(folder / "config.yaml")]
-    code = launch(small, folder, command, _run_rank, alone)
+    code = _launch(small, folder, alone)
     if code != EXIT_OK or (place is not None and place.rank > 0):
         return code
     code = _judge(config, small, mini.cuts, started)
@@ -43,10 +44,20 @@ def prove(config: Config, alone: bool) -> int:
     return code
 
 
-def _run_rank(config: Config, place: Place) -> int:
+def _launch(small: Config, folder: Path, alone: bool) -> int:
+    """Let the ranks run. What one rank saves, two read, where this process may start them; else as many as saved it."""
+    command = [sys.executable, "-m", "train.prove.rank", str(folder / "config.yaml")]
+    other = in_layout(small, second_layout(small, 2))
+    if small.parallel.pp * small.parallel.dp > 1 or given_place() is not None or other.parallel == small.parallel:
+        return launch(small, folder, command, partial(_run_rank, parts=(0, 1)), alone)
+    code = launch(small, folder, [*command, "0"], partial(_run_rank, parts=(0,)), alone)
+    return code or launch(other, folder, [*command, "1"], partial(_run_rank, parts=(1,)), alone)
+
+
+def _run_rank(config: Config, place: Place, parts: Sequence[int]) -> int:
     from train.prove.rank import run_rank  # imports torch, which the driver of other ranks can do without
 
-    return run_rank(config, place)
+    return run_rank(config, place, parts=parts)
 
 
 def _judge(config: Config, small: Config, cuts: list[str], started: float) -> int:
@@ -57,7 +68,7 @@ def _judge(config: Config, small: Config, cuts: list[str], started: float) -> in
     certificate = Certificate(
         name=config.name,
         layout=layout_name(small),
-        second_layout=layout_name(in_layout(small, second_layout(small))),
+        second_layout=findings.second_layout,
         ranks=small.parallel.pp * small.parallel.dp,
         device=findings.device,
         steps=small.steps,
