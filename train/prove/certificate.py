@@ -99,6 +99,8 @@ class Certificate:
 
 def _lines(verdicts: list[Verdict]) -> list[str]:
     """What failed; or how much was compared, and what came nearest to its bound."""
+    if not verdicts:
+        return ["did not run"]
     if failed := [verdict for verdict in verdicts if verdict.failed]:
         return [
             f"FAILED: {one.quantity}, error {one.worst:.2g}, allowed {one.bound:.2g} ({one.where})" for one in failed
