@@ -13,6 +13,7 @@ from conf.errors import EXIT_CRASH, EXIT_OK, UserError
 from conf.load import write_config
 from conf.schema import Config
 from train.layout import check_layout
+from train.metrics.proof_rows import FILE
 from train.prove.layouts import PROOFS, in_layout, layout_name, second_layout
 
 FOLDER = "prove"
@@ -84,7 +85,7 @@ def _judge(config: Config, small: Config, cuts: list[str], started: float) -> in
 
 def _clear(run_folder: Path) -> None:
     """An old certificate must not be taken for that of a proof that fails to end."""
-    (run_folder / "prove.json").unlink(missing_ok=True)
+    (run_folder / FILE).unlink(missing_ok=True)
     shutil.rmtree(run_folder / FOLDER, ignore_errors=True)
 
 
