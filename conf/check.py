@@ -7,7 +7,7 @@ import re
 from conf.check_plan import check_plan
 from conf.check_precision import check_precision
 from conf.errors import UserError
-from conf.schema import Config, DataFormat, Generate, Mode, Model, Phase
+from conf.schema import Config, DataFormat, Generate, Mode, Model, Phase, PipelineSchedule
 
 NEEDS_NO_DATA = (Mode.generate, Mode.plan, Mode.dry_run, Mode.prove)
 SEEDS = 2**63
@@ -372,6 +372,14 @@ def _check_parallel(config: Config) -> None:
         "must be 1 with pipelines: stage 2 would keep whole gradients until the step ends anyway, and stage 3 would gather "
         "the weights anew for every micro-batch",
         "use parallel.zero=1",
+    )
+    _require(
+        not (parallel.zero == 3 and parallel.schedule == PipelineSchedule.dualpipev and parallel.overlap),
+        "parallel.overlap",
+        parallel.overlap,
+        "must be false with parallel.zero=3 and schedule=dualpipev: weights are gathered for one pass at a time, and here a "
+        "forward and a backward take turns",
+        "use parallel.overlap=false, another schedule, or parallel.zero=1 or 2",
     )
     if config.model.dense_layers < config.model.layers or config.model.mtp_depth > 0:
         check_experts(config.model.experts, parallel.ep)

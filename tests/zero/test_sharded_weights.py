@@ -27,6 +27,8 @@ BASE = ["steps=5", "micro_batch_size=1", "checkpoint.every=2", "log.validate_eve
 ZERO3 = {
     "dp2": (2, ["parallel.dp=2", "parallel.zero=3"]),
     "dp4_ep2": (4, ["parallel.dp=4", "parallel.ep=2", "parallel.zero=3"]),
+    # Two stages on every rank, and a schedule that would split backward.
+    "dp2_zbv": (2, ["parallel.dp=2", "parallel.zero=3", "parallel.schedule=zbv"]),
 }
 
 

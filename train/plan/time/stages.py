@@ -98,10 +98,10 @@ class Stages:
                 made.add(self._plain(work.mtp_join(part))).add(self._block(False))
             positions = [self._positions(depth) for depth in range(model.mtp_depth + 1)]
             made.add(self._plain(work.head(self.sizes, positions)))
-        if first:  # nothing to send on: torch's split does nothing in I and everything in W
-            made = Directions(made.forward, made.backward, PassTime(), made.backward)
-        elif last and model.mtp_depth > 1:  # DeepSeekV3.backward_in_one_piece
+        if self.config.parallel.zero == 3 or (last and model.mtp_depth > 1):  # backward_in_one_piece
             made = Directions(made.forward, made.backward, made.backward, PassTime())
+        elif first:  # nothing to send on: torch's split does nothing in I and everything in W
+            made = Directions(made.forward, made.backward, PassTime(), made.backward)
         return made
 
     def _positions(self, depth: int) -> int:
