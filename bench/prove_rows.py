@@ -78,6 +78,7 @@ SPREAD = (
     "parallel.ep",
     "parallel.zero",
     "parallel.schedule",
+    "parallel.overlap",
     "parallel.dispatch",
     "model.groups",
 )
