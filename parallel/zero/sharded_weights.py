@@ -76,7 +76,9 @@ class ShardedWeights:
         for param in shapes:
             param.register_post_accumulate_grad_hook(self._arrived)
         for chunk in engine.module:
-            chunk.backward_in_one_piece = True  # torch's split backward sets gradients, which weights that are away refuse
+            chunk.backward_in_one_piece = (
+                True  # torch's split backward sets gradients, which weights that are away refuse
+            )
             chunk.register_forward_pre_hook(self._begin_pass, prepend=True)
             chunk.register_forward_hook(self._end_forward)
         for flat in optimizer.fp32_partitioned_groups_flat:

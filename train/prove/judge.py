@@ -26,6 +26,7 @@ from torch import Tensor
 from conf.schema import Config
 from train.model.deepseek import DeepSeekV3
 from train.model.init import initialise
+from train.model.kernels import Kernels
 from train.precision.build import build_precision
 from train.prove import reference
 from train.prove.bounds import UNIT, Bound, averaged, chosen, computed, is_low
@@ -156,7 +157,7 @@ class Judge:
 
     def _judge_drawn(self, drawn: State, device: str) -> None:
         """The weights that a run would have begun with: in every layout those of the model in one piece."""
-        plain = build_precision(self.config.precision, torch.device("cpu"))
+        plain = build_precision(self.config.precision, torch.device("cpu"), Kernels())
         whole = DeepSeekV3.whole(self.model, plain, seq_len=self.config.seq_len, device="meta")
         initialise(whole, self.config.seed, device)
         want = {name: weight.double().cpu() for name, weight in whole.named_parameters()}

@@ -30,10 +30,10 @@ from parallel.exchange import from_rank_0  # noqa: E402
 from parallel.mesh import build_mesh, read_layout  # noqa: E402
 from parallel.shard import Shard  # noqa: E402
 from parallel.zero.engine import Update, Zero  # noqa: E402
-from train.attention_choice import choose_attention  # noqa: E402
 from train.checkpoint.checkpointer import Checkpointer  # noqa: E402
 from train.checkpoint.commit import next_attempt  # noqa: E402
 from train.data.batch import Batch  # noqa: E402
+from train.kernels import build_kernels, choose_kernels  # noqa: E402
 from train.loop.resume import find_start, restore  # noqa: E402
 from train.loop.state import State  # noqa: E402
 from train.loop.step import StepOutcome, TrainingStep  # noqa: E402
@@ -100,7 +100,8 @@ def prove_exact(config: Config, place: Place, device: torch.device) -> None:
     batch = ProofData.of(config).train.batch(plan.first_sample + rank.mesh.dp_rank * count, count)
     weights, biases = initial_weights(config), initial_biases(config)
     with in_double():
-        model = build_rank_model(config, rank.mesh, device, restored=True)
+        kernels = build_kernels(device.type, config.cluster.compiled)
+        model = build_rank_model(config, rank.mesh, device, kernels, restored=True)
         fill_chunks(model.chunks, weights)
         fill_biases(model, biases)
         local = _LocalGradients(model.chunks)
@@ -183,13 +184,13 @@ def prove_trained(proof: str, config: Config, place: Place, device: torch.device
 
 def _train(proof: str, part: int, config: Config, place: Place, device: torch.device) -> None:
     rank, data, paths = in_groups(config, place, device), ProofData.of(config), RunPaths(config)
-    core, _ = choose_attention(config, device)
+    kernels, _ = choose_kernels(config, device)
     attempt = from_rank_0(lambda: next_attempt(paths.checkpoints))
     timeout = config.cluster.timeout
     checkpointer = Checkpointer(
         paths.checkpoints, rank=place.rank, world_size=place.world, attempt=attempt, keep=0, timeout=timeout
     )
-    parts = parallelize(config, rank.mesh, device, restored=part > 0, core=core)
+    parts = parallelize(config, rank.mesh, device, kernels, restored=part > 0)
     state = State(config, rank.mesh, parts)
     start = Evidence(StepInfo(proof, part, 0, place.rank, layout_name(config), device.type))
     if part == 0:
