@@ -63,7 +63,7 @@ def averaged(proof: str, config: Config, sequences: int) -> Bound:
 
 def chosen(proof: str, config: Config) -> Bound:
     """By how much scores may be off for an expert to be chosen in the place of another: a sigmoid's slope is a quarter."""
-    if not is_low(proof, config):
+    if proof == "exact":
         return Bound(0.0, "the same experts in the same order")
     return Bound(computed(proof, config).value / 4, "what outputs may be off by, times a sigmoid's slope of 1/4")
 

@@ -214,7 +214,7 @@ class Judge:
 
     def _choices(self, ranks: list[Evidence], batch_size: int) -> dict[str, Tensor] | None:
         """Where rounding may choose other experts: those that the ranks chose, which `_judge_choices` then looks at."""
-        if not self.is_low:
+        if self.proof == "exact":
             return None
         parts: dict[str, dict[int, Tensor]] = {}
         for rank in ranks:
@@ -261,7 +261,7 @@ class Judge:
         bound = chosen(self.proof, self.config)
         for rank, number, ids in made:
             rows = self._rows(rank, number, batch_size)
-            if self.is_low:
+            if self.proof != "exact":
                 excess = choice_excess(self.model, biased[rows].flatten(0, -2), ids)
                 self._number("chosen experts", name, rank.info.rank, excess, 0.0, bound, scale=1.0)
             else:
