@@ -294,7 +294,7 @@ def balance_loss_detached(patch: Patch) -> None:
 def balance_loss_divided_by_ranks(patch: Patch) -> None:
     def set_weights(original, self, *arguments):
         original(self, *arguments)
-        for one in self._measure.routers.values():
+        for one in self.measure.routers.values():
             one.balance_weight /= 2
 
     around(patch, training_step.TrainingStep, "_set_weights", set_weights)
@@ -329,8 +329,8 @@ def mtp_embedding_one_token_early(patch: Patch) -> None:
 def mtp_losses_not_averaged(patch: Patch) -> None:
     def set_weights(original, self, *arguments):
         original(self, *arguments)
-        if self._measure.last is not None:
-            self._measure.last.mtp_weight *= 2
+        if self.measure.last is not None:
+            self.measure.last.mtp_weight *= 2
 
     around(patch, training_step.TrainingStep, "_set_weights", set_weights)
 
@@ -463,10 +463,10 @@ def bias_updated_twice(patch: Patch) -> None:
 @mutation("AI-Hypercomputer/maxtext#2494: a routing bias that nothing updates", "copies", UPDATE, "bias")
 def bias_of_mtp_not_updated(patch: Patch) -> None:
     def update_biases(original, self, measured, plan):
-        routers = self._measure.routers
-        self._measure.routers = {name: one for name, one in routers.items() if not name.startswith("mtp")}
+        routers = self.measure.routers
+        self.measure.routers = {name: one for name, one in routers.items() if not name.startswith("mtp")}
         original(self, measured, plan)
-        self._measure.routers = routers
+        self.measure.routers = routers
 
     around(patch, training_step.TrainingStep, "_update_biases", update_biases)
 

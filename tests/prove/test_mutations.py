@@ -25,6 +25,12 @@ def test_there_are_enough_of_them_and_each_says_who_had_it():
     assert all("#" in mutation.had and mutation.layout and mutation.phases for mutation in MUTATIONS.values())
 
 
+def test_each_finds_what_it_patches(monkeypatch):
+    for mutation in MUTATIONS.values():
+        with monkeypatch.context() as patch:
+            mutation.apply(patch)
+
+
 @pytest.mark.slow
 def test_the_product_as_it_is_has_no_difference_in_these_layouts(tmp_path):
     found = first_differences(UNTOUCHED, tmp_path)
