@@ -121,7 +121,7 @@ def run_config(nodes: int, runs: str) -> Config:
     return compose(*words, "cluster.device=cpu", "cluster.wait=300")
 
 
-class Watch(threading.Thread):
+class FaultWatch(threading.Thread):
     """Breaks the run of a driver in its own thread, and measures."""
 
     def __init__(self, driver: Driver, fleet: StubFleet, window: float):
@@ -185,7 +185,7 @@ def measure(nodes: int, hosts: int, window: float, answer: Any) -> None:
         try:
             view = View("stub", folder / "metrics.jsonl", config.steps, Console(file=sys.stderr, quiet=True))
             driver = Driver(config, folder, ["-m", "train.worker", "config.yaml"], fleet, None, False, view)
-            watch = Watch(driver, fleet, window)
+            watch = FaultWatch(driver, fleet, window)
             watch.start()
             finish = driver.run()
             watch.join(10)

@@ -111,7 +111,7 @@ def read_all(folder: Path, proof: str) -> dict[tuple[int, int], list[Evidence]]:
     return dict(sorted(found.items()))
 
 
-class Watch:
+class EvidenceWatch:
     """Keeps what the parts of these chunks put out while they train, and the gradients that come back to them.
 
     Micro-batches go through a chunk in their order, whatever the schedule, so a count of calls tells which one it is.

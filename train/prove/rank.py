@@ -43,7 +43,7 @@ from train.model.moe import Experts  # noqa: E402
 from train.optim.schedules import Schedules, StepPlan  # noqa: E402
 from train.parallelize import Parallelized, RankModel, build_rank_model, parallelize  # noqa: E402
 from train.prove.double import in_double  # noqa: E402
-from train.prove.evidence import EVIDENCE, Evidence, StepInfo, Watch  # noqa: E402
+from train.prove.evidence import EVIDENCE, Evidence, EvidenceWatch, StepInfo  # noqa: E402
 from train.prove.layouts import PROOFS, in_layout, layout_name, second_layout, stop_step  # noqa: E402
 from train.prove.samples import ProofData, initial_biases, initial_weights  # noqa: E402
 from train.rank import RankSetup, choose_device, guarded, start_process_group  # noqa: E402
@@ -106,7 +106,7 @@ def prove_exact(config: Config, place: Place, device: torch.device) -> None:
         fill_biases(model, biases)
         local = _LocalGradients(model.chunks)
         parts = Parallelized(model.chunks, model.pipeline, model.dispatcher, model.precision, local)
-        watch = Watch(parts.chunks)
+        watch = EvidenceWatch(parts.chunks)
         outcome = TrainingStep(config, parts, rank).run(plan, batch)
     evidence = Evidence(_info("exact", 0, config, rank, plan, outcome))
     watch.give(evidence)
@@ -244,7 +244,7 @@ class _ProvenTrainer(Trainer):
         """Train as `run` does. start: what is known of the state before the first step."""
         self._rank, self._proof, self._part = rank, start.info.proof, start.info.part
         self._folder = RunPaths(self.config).path.parent / EVIDENCE
-        self._watch = Watch(self.parts.chunks)
+        self._watch = EvidenceWatch(self.parts.chunks)
         last = stop_step(self.config) if self._part == 0 else self.config.steps
         self.training_step = _WatchedStep(self.training_step, self.parts.zero, self._saw, last)
         self._validation_loss: float | None = None
