@@ -14,7 +14,7 @@ from conf.load import compose, write_config
 from conf.schema import Config
 from tests.prove.mutations import FORWARD, LAYOUTS, MUTATIONS, UPDATE, Mutation
 from tests.ranks import run_processes
-from train.prove.judge import Difference, Findings, Judge
+from train.prove.judge import Difference, Judge, ProofFindings
 from train.prove.layouts import PROOFS
 from train.prove.rank import EVIDENCE, run_pass
 
@@ -54,7 +54,7 @@ def of(config: Config, name: str) -> Config:
 
 
 def judge(mutation: Mutation, config: Config) -> Difference | None:
-    findings = Findings()
+    findings = ProofFindings()
     Judge(mutation.proof, PROOFS[mutation.proof](config), Path(config.runs) / config.name / EVIDENCE, findings).judge()
     return findings.differences[0] if findings.differences else None
 

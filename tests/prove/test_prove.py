@@ -16,7 +16,7 @@ from train.metrics.report import write_report
 from train.prove import judge as judging
 from train.prove.certificate import Certificate
 from train.prove.double import grouped_product, in_double
-from train.prove.judge import Findings, Judge, backward_order, choice_excess, judge_all
+from train.prove.judge import Judge, ProofFindings, backward_order, choice_excess, judge_all
 from train.prove.layouts import PROOFS, in_layout, layout_name, second_layout
 from train.prove.reference import choose, weight_shapes
 from train.prove.run import prove
@@ -38,7 +38,7 @@ LARGE = {
 }  # fmt: skip
 
 
-def assert_holds(findings: Findings) -> None:
+def assert_holds(findings: ProofFindings) -> None:
     assert [difference.text() for difference in findings.differences[:3]] == []
     assert {verdict.proof for verdict in findings.verdicts.values()} == set(PROOFS)
     assert all(verdict.compared and verdict.worst <= verdict.bound for verdict in findings.verdicts.values())
@@ -47,7 +47,7 @@ def assert_holds(findings: Findings) -> None:
 def test_the_reference_equals_the_product_in_one_process(tmp_path):
     config = small_proof(tmp_path, *ROOM)
     gather_evidence(config, proofs=["exact"])
-    findings = Findings()
+    findings = ProofFindings()
     Judge("exact", PROOFS["exact"](config), RunPaths(config).path / "evidence", findings).judge()
     assert [difference.text() for difference in findings.differences[:3]] == []
     quantities = {quantity for _, quantity in findings.verdicts}
@@ -81,7 +81,7 @@ def test_the_first_difference_is_that_of_the_computation(tmp_path, monkeypatch):
         return weights
 
     monkeypatch.setattr(judging, "initial_weights", other)
-    findings = Findings()
+    findings = ProofFindings()
     Judge("exact", PROOFS["exact"](config), RunPaths(config).path / "evidence", findings).judge()
     first = findings.differences[0]
     assert (first.phase, first.name, first.step, first.rank) == ("forward", "layers.1.attention", 1, 0)
@@ -89,7 +89,7 @@ def test_the_first_difference_is_that_of_the_computation(tmp_path, monkeypatch):
     assert_told(findings, tmp_path)
 
 
-def assert_told(findings: Findings, folder) -> None:
+def assert_told(findings: ProofFindings, folder) -> None:
     """On the screen, in prove.json and in the report."""
     certificate = Certificate(
         name="proof", layout="ZeRO 1", second_layout="ZeRO 2", ranks=1, device="cpu", steps=4, cuts=["It is small."],

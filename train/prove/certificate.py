@@ -14,7 +14,7 @@ from conf.files import atomic_write_text
 from train.metrics.progress import duration
 from train.metrics.proof_rows import FILE
 from train.metrics.screens import GOOD, WARN, show
-from train.prove.judge import Difference, Verdict
+from train.prove.judge import Difference, ProofVerdict
 
 PROOFS_SAY = {
     "exact": "in fp64, without an optimizer: the model, its pipeline and its dispatchers are the reference's function",
@@ -45,7 +45,7 @@ class Certificate:
     cuts: Sequence[str]
     """What is smaller than in the recipe, a sentence each."""
     seconds: float
-    verdicts: Sequence[Verdict]
+    verdicts: Sequence[ProofVerdict]
     differences: Sequence[Difference]
     """In the order of the computation."""
 
@@ -97,7 +97,7 @@ class Certificate:
         show(console or Console(highlight=False), title, GOOD if self.holds else WARN, rows)
 
 
-def _lines(verdicts: list[Verdict]) -> list[str]:
+def _lines(verdicts: list[ProofVerdict]) -> list[str]:
     """What failed; or how much was compared, and what came nearest to its bound."""
     if not verdicts:
         return ["did not run"]

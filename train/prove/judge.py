@@ -69,7 +69,7 @@ class Difference:
 
 
 @dataclass
-class Verdict:
+class ProofVerdict:
     """Of a pass, on one quantity."""
 
     proof: str
@@ -83,10 +83,10 @@ class Verdict:
 
 
 @dataclass
-class Findings:
+class ProofFindings:
     """Of all passes."""
 
-    verdicts: dict[tuple[str, str], Verdict] = field(default_factory=dict)
+    verdicts: dict[tuple[str, str], ProofVerdict] = field(default_factory=dict)
     differences: list[Difference] = field(default_factory=list)
     """In the order of the computation."""
     device: str = "cpu"
@@ -95,9 +95,9 @@ class Findings:
     """In which the checkpoint was read, and on how many ranks."""
 
 
-def judge_all(config: Config) -> Findings:
+def judge_all(config: Config) -> ProofFindings:
     """Every pass of a proof whose ranks have ended. config: that which they read."""
-    findings = Findings()
+    findings = ProofFindings()
     for proof, as_run in PROOFS.items():
         Judge(proof, as_run(config), RunPaths(config).path / EVIDENCE, findings).judge()
     return findings
@@ -106,7 +106,7 @@ def judge_all(config: Config) -> Findings:
 class Judge:
     """Judges one pass."""
 
-    def __init__(self, proof: str, config: Config, folder: Path, findings: Findings):
+    def __init__(self, proof: str, config: Config, folder: Path, findings: ProofFindings):
         """config: as the ranks ran it."""
         self.proof, self.config, self.findings = proof, config, findings
         self.model = config.model
@@ -408,7 +408,7 @@ class Judge:
         size = (difference.square().mean().sqrt() if low else difference.max()).item()
         error = size / scale if scale else (0.0 if size == 0 else math.inf)
         error = math.inf if math.isnan(error) else error
-        verdict = self.findings.verdicts.setdefault((self.proof, quantity), Verdict(self.proof, quantity))
+        verdict = self.findings.verdicts.setdefault((self.proof, quantity), ProofVerdict(self.proof, quantity))
         verdict.compared += got.numel()
         verdict.bound, verdict.reason = max(verdict.bound, bound.value), bound.reason
         if error >= verdict.worst:
@@ -419,7 +419,7 @@ class Judge:
             self._differ(quantity, name, rank, got[place].item(), want[place].item(), error, bound)
 
     def _fail(self, quantity: str, name: str, rank: int | None, got: float, want: float, reason: str) -> None:
-        verdict = self.findings.verdicts.setdefault((self.proof, quantity), Verdict(self.proof, quantity))
+        verdict = self.findings.verdicts.setdefault((self.proof, quantity), ProofVerdict(self.proof, quantity))
         verdict.failed, verdict.worst, verdict.where = verdict.failed + 1, math.inf, f"step {self.step}, {name}"
         self._differ(quantity, name, rank, got, want, math.inf, Bound(0.0, reason))
 
