@@ -1,17 +1,15 @@
 """Rules that join several fields. Pure: reads the configuration, touches nothing, raises UserError."""
 
 import itertools
-import math
 import re
 
 from conf.check_plan import check_plan
 from conf.check_precision import check_precision
 from conf.errors import UserError
-from conf.schema import Config, DataFormat, Generate, Mode, Model, Phase, PipelineSchedule
+from conf.fields import check_fields
+from conf.schema import Config, DataFormat, Mode, Model, Phase, PipelineSchedule
 
 NEEDS_NO_DATA = (Mode.generate, Mode.plan, Mode.dry_run, Mode.prove)
-SEEDS = 2**63
-"""Seeds that every generator takes."""
 MAX_EXPERTS = 32767
 """Expert ids are sorted and sent as int16."""
 SMALLEST_SHARE = 1e-6
@@ -20,6 +18,7 @@ SMALLEST_SHARE = 1e-6
 
 def check(config: Config) -> None:
     """Raise UserError for the first rule that the configuration breaks."""
+    check_fields(config)
     _check_top(config)
     check_model(config.model)
     _check_optim(config)
@@ -28,9 +27,7 @@ def check(config: Config) -> None:
     check_precision(config.precision)
     check_plan(config)
     _check_evaluate(config)
-    _check_generate(config.generate)
     _check_export(config)
-    _positive(config.prove, "prove.", "ranks")
 
 
 def _require(ok: bool, field: str, value: object, rule: str, cure: str) -> None:
@@ -38,25 +35,7 @@ def _require(ok: bool, field: str, value: object, rule: str, cure: str) -> None:
         raise UserError(field, value, rule, cure)
 
 
-def _positive(section: object, prefix: str, names: str) -> None:
-    for name in names.split():
-        value = getattr(section, name)
-        _require(value > 0, prefix + name, value, "must be greater than 0", f"set {prefix}{name} to 1 or more")
-
-
-def _not_negative(section: object, prefix: str, names: str) -> None:
-    for name in names.split():
-        value = getattr(section, name)
-        _require(value >= 0, prefix + name, value, "must not be negative", f"set {prefix}{name} to 0 or more")
-
-
-def _check_seed(field: str, seed: int) -> None:
-    _require(0 <= seed < SEEDS, field, seed, f"must be from 0 to {SEEDS - 1}", "take a smaller number, not negative")
-
-
 def _check_top(config: Config) -> None:
-    _positive(config, "", "steps seq_len batch_size micro_batch_size")
-    _check_seed("seed", config.seed)
     several = config.mode is Mode.report and config.name.startswith("[") and config.name.endswith("]")
     for name in config.name[1:-1].split(",") if several else [config.name]:
         _require(
@@ -95,7 +74,6 @@ def _check_top(config: Config) -> None:
         f"must be a multiple of micro_batch_size x parallel.dp = {config.micro_batch_size} x {config.parallel.dp}",
         f"take {max(share, config.batch_size // share * share)}, or change micro_batch_size",
     )
-    _not_negative(config.checkpoint, "checkpoint.", "every every_memory keep keep_every")
     _require(
         config.checkpoint.every_memory == 0 or config.cluster.backend == "ray",
         "checkpoint.every_memory",
@@ -110,13 +88,8 @@ def _check_top(config: Config) -> None:
         "must be an absolute path, the same on every node",
         "take /dev/shm",
     )
-    _positive(config.log, "log.", "every validation_sequences")
     for tag in config.log.wandb_tags:
         _require(1 <= len(tag) <= 64, "log.wandb_tags", tag, "must have 1 to 64 characters, as W&B asks", "shorten it")
-    _not_negative(config.log, "log.", "validate_every sample_tokens peak_flops")
-    _not_negative(config.cluster, "cluster.", "threads")
-    _positive(config.cluster, "cluster.", "timeout wait heartbeat hang_after start_timeout stop_timeout")
-    _not_negative(config.cluster, "cluster.", "ranks_per_node restarts straggler_factor")
     _require(
         config.cluster.address is None or config.cluster.backend == "ray",
         "cluster.address",
@@ -128,25 +101,7 @@ def _check_top(config: Config) -> None:
 
 def check_model(model: Model) -> None:
     """The rules of the model section alone, for models that come from elsewhere."""
-    _positive(
-        model,
-        "model.",
-        "vocab_size hidden layers heads kv_rank nope_head_dim rope_head_dim v_head_dim dense_width max_seq_len "
-        "rope_theta norm_eps init_std loss_chunk",
-    )
-    _not_negative(model, "model.", "dense_layers mtp_depth experts shared_experts")
-    for name in ("q_rank", "latent_norm_eps", "group_top_k"):
-        if getattr(model, name) is not None:
-            _positive(model, "model.", name)
-    _positive(model.yarn, "model.yarn.", "factor original_seq_len beta_fast beta_slow attention_factor")
-    _not_negative(model.yarn, "model.yarn.", "mscale")
-    _require(
-        model.rope_theta > 1,
-        "model.rope_theta",
-        model.rope_theta,
-        "must be greater than 1: later pairs turn slower",
-        "take 10000",
-    )
+    check_fields(model, "model.")
     _require(
         model.rope_head_dim % 2 == 0,
         "model.rope_head_dim",
@@ -163,7 +118,9 @@ def check_model(model: Model) -> None:
     )
     if model.dense_layers == model.layers and model.mtp_depth == 0:
         return
-    _positive(model, "model.", "expert_width experts top_k groups top_groups route_scale")
+    for name in ("expert_width", "experts", "top_k", "groups", "top_groups", "route_scale"):
+        value = getattr(model, name)
+        _require(value > 0, f"model.{name}", value, "must be above 0 in a model with experts", "set 1 or more")
     for name in ("hidden", "expert_width"):
         value = getattr(model, name)
         _require(
@@ -219,25 +176,16 @@ def _check_phases(field: str, phases: list[Phase]) -> None:
     _require(len(phases) > 0, field, phases, "needs at least one phase", "give [{until: 1.0, value: ...}]")
     ends = [phase.until for phase in phases]
     _require(
-        all(0 < a <= 1 for a in ends) and all(a < b for a, b in itertools.pairwise(ends)) and ends[-1] == 1.0,
+        all(a < b for a, b in itertools.pairwise(ends)) and ends[-1] == 1.0,
         field,
         ends,
         "phases must end at rising fractions in (0, 1], the last at 1.0",
         "set until of the last phase to 1.0",
     )
-    _require(
-        all(phase.value >= 0 for phase in phases),
-        field,
-        [phase.value for phase in phases],
-        "values must not be negative",
-        "use 0 or more",
-    )
 
 
 def _check_optim(config: Config) -> None:
     optim = config.optim
-    _positive(optim, "optim.", "lr eps max_bad_steps batch_ramp_increment")
-    _not_negative(optim, "optim.", "warmup_steps weight_decay clip balance_loss batch_ramp_steps")
     for name in ("lr_schedule", "mtp_weight", "bias_speed"):
         _check_phases(f"optim.{name}", getattr(optim, name))
     _require(
@@ -246,9 +194,6 @@ def _check_optim(config: Config) -> None:
         optim.betas,
         "must be two numbers in [0, 1)",
         "use [0.9, 0.95]",
-    )
-    _require(
-        0 <= optim.ema_decay < 1, "optim.ema_decay", optim.ema_decay, "must be in [0, 1)", "use 0.999, or 0 for none"
     )
     start, share = optim.batch_ramp_start, config.micro_batch_size * config.parallel.dp
     _require(
@@ -260,7 +205,7 @@ def _check_optim(config: Config) -> None:
     )
     if start is not None:
         _require(
-            0 < start <= config.batch_size,
+            start <= config.batch_size,
             "optim.batch_ramp_start",
             start,
             f"must be between 1 and batch_size = {config.batch_size}",
@@ -315,13 +260,6 @@ def _check_data(config: Config) -> None:
     )
     for source in data.mix:
         _require(
-            0 < source.weight < math.inf,
-            "data.mix.weight",
-            source.weight,
-            "must be a number greater than 0",
-            f"raise it or drop {source.path}",
-        )
-        _require(
             bool(source.path) or source.format == DataFormat.stdlib,
             "data.mix.path",
             source.path,
@@ -337,33 +275,16 @@ def _check_data(config: Config) -> None:
             f"is {source.weight / total:.1g} of the mix, and with less than {SMALLEST_SHARE:g} a source may never be read",
             f"raise it or drop {source.path}",
         )
-    _require(0 <= data.fim_rate <= 1, "data.fim_rate", data.fim_rate, "is a share, 0 to 1", "use 0.1 as the paper does")
-    _require(
-        0 < data.validation_fraction < 1,
-        "data.validation_fraction",
-        data.validation_fraction,
-        "is a share between 0 and 1",
-        "use 0.05",
-    )
-    _not_negative(data, "data.", "workers")
 
 
 def _check_parallel(config: Config) -> None:
     parallel = config.parallel
-    _positive(parallel, "parallel.", "pp dp ep zero")
     _require(
         parallel.dp % parallel.ep == 0,
         "parallel.ep",
         parallel.ep,
         f"must divide parallel.dp = {parallel.dp}",
         "ranks that share experts are data-parallel ranks: raise dp or lower ep",
-    )
-    _require(
-        parallel.zero in (1, 2, 3),
-        "parallel.zero",
-        parallel.zero,
-        "must be 1, 2 or 3 (DeepSpeed's stage 0 clips with a wrong norm)",
-        "use 1",
     )
     _require(
         parallel.pp == 1 or parallel.zero == 1,
@@ -415,24 +336,10 @@ def _check_export(config: Config) -> None:
         "mode=export needs a folder to write to",
         "set export.to=FOLDER",
     )
-    _positive(export, "export.", "shard_gb")
-
-
-def _check_generate(generate: Generate) -> None:
-    _positive(generate, "generate.", "tokens")
-    _not_negative(generate, "generate.", "temperature")
-    _check_seed("generate.seed", generate.seed)
-    _require(
-        0 < generate.top_p <= 1, "generate.top_p", generate.top_p, "is a probability, above 0 and at most 1", "use 0.95"
-    )
 
 
 def _check_evaluate(config: Config) -> None:
     evaluate = config.evaluate
-    for name in ("sequences", "shots"):
-        if getattr(evaluate, name) is not None:
-            _not_negative(evaluate, "evaluate.", name)
-    _not_negative(evaluate, "evaluate.", "task_limit")
     _require(
         bool(evaluate.tasks) or not (evaluate.task_path or evaluate.task_limit or evaluate.shots),
         "evaluate.tasks",

@@ -8,8 +8,12 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
 
+from conf.fields import number
+
 ROOT = Path(__file__).resolve().parent.parent
 """The folder that holds conf/, train/, parallel/ and cluster/."""
+LARGEST_SEED = 2**63 - 1
+"""Every generator takes it."""
 
 
 class Mode(StrEnum):
@@ -58,9 +62,9 @@ DeviceKind = StrEnum("DeviceKind", ["auto", "cpu", "cuda"])
 class Phase:
     """One piece of a schedule."""
 
-    until: float = 1.0
+    until: float = number(1.0, above=0, most=1)
     """End of the phase, as a fraction of the run's tokens, 0 < until <= 1."""
-    value: float = 1.0
+    value: float = number(1.0, least=0)
     """Value at the end of the phase."""
     shape: Shape = Shape.constant
     """How to get there from the value at the end of the phase before."""
@@ -72,19 +76,19 @@ class Yarn:
 
     always: bool = False
     """In force at any seq_len: for weights that were extended with it, as DeepSeek's released ones were."""
-    factor: float = 40.0
+    factor: float = number(40.0, above=0)
     """How many times longer than original_seq_len sequences may be."""
-    original_seq_len: int = 4096
+    original_seq_len: int = number(4096, least=1)
     """Length of pretraining, in tokens."""
-    beta_fast: float = 32.0
+    beta_fast: float = number(32.0, above=0)
     """Pairs that turn more often than this over original_seq_len stay as they are."""
-    beta_slow: float = 1.0
+    beta_slow: float = number(1.0, above=0)
     """Pairs that turn less often than this over original_seq_len are slowed by factor; a ramp lies between."""
     truncate: bool = True
     """Round the bounds of the ramp from fast to slow pairs outwards to whole pairs."""
-    mscale: float = 1.0
+    mscale: float = number(1.0, least=0)
     """Attention scores are multiplied by (0.1 mscale ln factor + 1)^2; 0 leaves them. Hugging Face: mscale_all_dim."""
-    attention_factor: float = 1.0
+    attention_factor: float = number(1.0, above=0)
     """Factor on the parts of queries and keys that carry RoPE. Hugging Face: attention_factor, or what it infers."""
 
 
@@ -92,33 +96,33 @@ class Yarn:
 class Model:
     """Shape of a DeepSeek-V3 model (paper 2.1, 2.2 and 4.2)."""
 
-    vocab_size: int = 4096
+    vocab_size: int = number(4096, least=1)
     """Rows of the embedding and of the output head."""
-    hidden: int = 256
+    hidden: int = number(256, least=1)
     """Width of the residual stream."""
-    layers: int = 4
+    layers: int = number(4, least=1)
     """Transformer blocks, dense ones included, MTP modules not."""
-    dense_layers: int = 1
+    dense_layers: int = number(1, least=0)
     """How many of the first blocks have a dense FFN instead of experts."""
-    heads: int = 4
+    heads: int = number(4, least=1)
     """Attention heads."""
-    q_rank: int | None = 128
+    q_rank: int | None = number(128, least=1)
     """Width of the query latent; null projects queries directly."""
-    kv_rank: int = 64
+    kv_rank: int = number(64, least=1)
     """Width of the key-value latent, the part that generation caches."""
-    nope_head_dim: int = 32
+    nope_head_dim: int = number(32, least=1)
     """Per-head width of queries and keys without position."""
-    rope_head_dim: int = 16
+    rope_head_dim: int = number(16, least=1)
     """Per-head width of queries, and width of the one shared key, that carry RoPE. Even."""
-    v_head_dim: int = 32
+    v_head_dim: int = number(32, least=1)
     """Per-head width of values."""
-    dense_width: int = 768
+    dense_width: int = number(768, least=1)
     """Inner width of a dense FFN."""
     expert_width: int = 128
     """Inner width of one expert."""
-    experts: int = 16
+    experts: int = number(16, least=0)
     """Routed experts per MoE layer."""
-    shared_experts: int = 1
+    shared_experts: int = number(1, least=0)
     """Experts that see every token."""
     top_k: int = 4
     """Routed experts per token."""
@@ -126,27 +130,27 @@ class Model:
     """Expert groups; one group lives on one node in a large run."""
     top_groups: int = 2
     """Groups that a token may reach."""
-    group_top_k: int | None = None
+    group_top_k: int | None = number(None, least=1)
     """A group counts by the sum of this many of its best scores; null takes top_k / top_groups (paper 2.1.2). transformers and
     DeepSeek's code for inference take 2, which is the same in DeepSeek-V3."""
     route_scale: float = 2.5
     """Factor on the normalised gate values."""
-    mtp_depth: int = 1
+    mtp_depth: int = number(1, least=0)
     """Multi-token-prediction modules; 0 for none."""
-    max_seq_len: int = 4096
+    max_seq_len: int = number(4096, least=1)
     """Longest sequence that the positions are made for, in tokens."""
-    rope_theta: float = 10000.0
+    rope_theta: float = number(10000.0, above=1)
     """Base of RoPE's frequencies."""
     yarn: Yarn = field(default_factory=Yarn)
-    norm_eps: float = 1e-6
+    norm_eps: float = number(1e-6, above=0)
     """What every RMSNorm adds to the mean square, so that it divides by no zero."""
-    latent_norm_eps: float | None = None
+    latent_norm_eps: float | None = number(None, above=0)
     """norm_eps of the norms of the query and key-value latents; null takes norm_eps. transformers takes 1e-6 whatever rms_norm_eps is."""
-    init_std: float = 0.006
+    init_std: float = number(0.006, above=0)
     """Standard deviation of every weight at the start (paper 4.2)."""
     recompute: list[Recompute] = field(default_factory=lambda: [Recompute.norm, Recompute.mla_up, Recompute.swiglu])
     """What the backward pass computes again instead of keeping it."""
-    loss_chunk: int = 2048
+    loss_chunk: int = number(2048, least=1)
     """Tokens whose logits exist at one time in the cross-entropy."""
 
     @property
@@ -166,7 +170,7 @@ class MixSource:
 
     path: str = ""
     """Where it lies, as data.path; empty for format stdlib."""
-    weight: float = 1.0
+    weight: float = number(1.0, above=0)
     """Share of the samples, relative to the other parts."""
     format: DataFormat = DataFormat.auto
     """How to read path, as data.format."""
@@ -191,13 +195,13 @@ class Data:
     """A tokenizer.json, a folder that holds one, or `deepseek_v3`; null trains a byte-level BPE of model.vocab_size on the data, once."""
     mask_documents: bool = False
     """Keep attention inside each packed document (the paper does not, 4.1)."""
-    fim_rate: float = 0.0
+    fim_rate: float = number(0.0, least=0, most=1, what="a share")
     """Share of documents rearranged for fill-in-the-middle, PSM order (paper 4.1: 0.1)."""
-    validation_fraction: float = 0.05
+    validation_fraction: float = number(0.05, above=0, below=1, what="a share")
     """Share of documents (whole files for text) held out for validation."""
     cache: str = "${oc.env:SLUICE_CACHE,${oc.env:HOME}/.cache/sluice}"
     """Folder for tokenizers and tokens, named by content, shared by runs."""
-    workers: int = 0
+    workers: int = number(0, least=0)
     """Processes that tokenise; 0 means one per core."""
 
 
@@ -205,35 +209,35 @@ class Data:
 class Optim:
     """AdamW and everything that changes over the run (paper 4.2)."""
 
-    lr: float = 2.2e-4
+    lr: float = number(2.2e-4, above=0)
     """Peak learning rate."""
-    warmup_steps: int = 2000
+    warmup_steps: int = number(2000, least=0)
     """Steps of linear warm-up from 0."""
     lr_schedule: list[Phase] = field(default_factory=lambda: [Phase()])
     """Factor on lr after warm-up."""
     betas: list[float] = field(default_factory=lambda: [0.9, 0.95])
     """How much of Adam's two averages stays in a step: of the gradient and of its square."""
-    eps: float = 1e-8
+    eps: float = number(1e-8, above=0)
     """What Adam adds to the root of the average square, so that it divides by no zero."""
-    weight_decay: float = 0.1
+    weight_decay: float = number(0.1, least=0)
     """Decay of matrices; gains of norms are left out."""
-    clip: float = 1.0
+    clip: float = number(1.0, least=0)
     """Largest global gradient norm; 0 switches clipping off."""
     mtp_weight: list[Phase] = field(default_factory=lambda: [Phase(value=0.3)])
     """Weight lambda of the MTP loss (paper 2.2)."""
     bias_speed: list[Phase] = field(default_factory=lambda: [Phase(value=0.001)])
     """Speed gamma of the balance bias, per step (paper 2.1.2)."""
-    balance_loss: float = 1e-4
+    balance_loss: float = number(1e-4, least=0)
     """Weight alpha of the sequence-wise balance loss; 0 switches it off."""
-    batch_ramp_start: int | None = None
+    batch_ramp_start: int | None = number(None, least=1)
     """Sequences per step at the start of the ramp; null for no ramp."""
-    batch_ramp_steps: int = 0
+    batch_ramp_steps: int = number(0, least=0)
     """Steps over which the batch grows linearly to batch_size."""
-    batch_ramp_increment: int = 1
+    batch_ramp_increment: int = number(1, least=1)
     """The growing batch is rounded down to a multiple of this; a multiple of micro_batch_size x dp."""
-    ema_decay: float = 0.0
+    ema_decay: float = number(0.0, least=0, below=1)
     """Decay of the moving average of the weights kept in CPU memory; 0 for none."""
-    max_bad_steps: int = 5
+    max_bad_steps: int = number(5, least=1)
     """Steps in a row with a non-finite loss or gradient that may be skipped before the run stops."""
 
 
@@ -241,14 +245,14 @@ class Optim:
 class Parallel:
     """How the work is spread. World size = pp x dp; dp = expert-data-parallel x ep."""
 
-    pp: int = 1
+    pp: int = number(1, least=1)
     """Pipeline ranks."""
-    dp: int = 1
+    dp: int = number(1, least=1)
     """Data-parallel ranks."""
-    ep: int = 1
+    ep: int = number(1, least=1)
     """Ranks that share the experts of one layer; divides dp."""
-    zero: int = 1
-    """ZeRO stage, 1 to 3; 1 with pipelines."""
+    zero: int = number(1, least=1, most=3)
+    """ZeRO stage, 1 to 3; 1 with pipelines. DeepSpeed's stage 0 would clip with a wrong norm."""
     schedule: PipelineSchedule = PipelineSchedule["1f1b"]
     """Order of the pipeline's actions: 1f1b, interleaved, zbv or dualpipev; the last three give every rank two stages."""
     overlap: bool = True
@@ -334,13 +338,13 @@ class Cache:
 class Health:
     """Checks of the quantised tensors; a limit that is passed gives a warning with the layer's name."""
 
-    every: int = 100
+    every: int = number(100, least=0)
     """Steps between checks; 0 for none."""
-    flushed: float = 0.05
+    flushed: float = number(0.05, least=0)
     """Limit on the share of non-zero values that become zero."""
-    saturated: float = 0.0
+    saturated: float = number(0.0, least=0)
     """Limit on the share of values that were clamped to the format's maximum."""
-    error: float = 0.1
+    error: float = number(0.1, least=0)
     """Limit on the relative error of a product against bf16 operands."""
 
 
@@ -371,9 +375,9 @@ class Fp8:
     """Gate and up projection of the routed experts."""
     experts_down: Products = field(default_factory=_experts_down)
     """Down projection of the routed experts."""
-    activation_floor: float = 1e-4
+    activation_floor: float = number(1e-4, least=1e-30, most=1)
     """Smallest max-abs of activations and weights that a scale is made for, as in DeepSeek's kernels."""
-    gradient_floor: float = 1e-12
+    gradient_floor: float = number(1e-12, least=1e-30, most=1)
     """The same for gradients, which lie far below activations."""
     emulate: HighFormat = HighFormat.fp32
     """On CPU, the products of operands whose scales are not powers of two: fp32 is exact, and costs an fp32 product where
@@ -412,16 +416,16 @@ class Precision:
 class Checkpoint:
     """When and where the state is saved."""
 
-    every: int = 100
+    every: int = number(100, least=0)
     """Steps between checkpoints; 0 saves only at the end and on a signal."""
-    every_memory: int = 0
+    every_memory: int = number(0, least=0)
     """Ray: steps between copies of the state in the memory of its own node and of the next one, from which a run resumes
     when a node is lost; 0 for none."""
     memory_folder: str = "/dev/shm"
     """Where every node keeps those copies: memory, or a fast disk of its own."""
-    keep: int = 3
+    keep: int = number(3, least=0)
     """Newest checkpoints that stay; 0 keeps all."""
-    keep_every: int = 0
+    keep_every: int = number(0, least=0)
     """Checkpoints at multiples of this many steps stay for good; 0 for none."""
     asynchronous: bool = True
     """Write beside the training; false waits for the disk."""
@@ -435,33 +439,33 @@ class Cluster:
     """local: ranks are children of this process, or of torchrun; ray: they run wherever Ray has nodes."""
     device: DeviceKind = DeviceKind.auto
     """auto (a GPU where there is one), cpu or cuda."""
-    threads: int = 0
+    threads: int = number(0, least=0)
     """CPU threads per rank; 0 shares the cores among the ranks of a machine."""
     compiled: bool = True
     """On a CPU with AVX-512 or AVX2, parts of a step in bf16 as compiled code, built at its first use by the machine's C++
     compiler; matrix products where that is faster than torch's, which is measured. Where it cannot be, a run says so and
     uses torch's operations. false: those everywhere."""
-    timeout: float = 600.0
+    timeout: float = number(600.0, above=0)
     """Longest wait in a collective, in seconds."""
     address: str | None = None
     """Ray: HOST:PORT of a running cluster, or auto for the one on this machine; null starts Ray here for this run."""
-    ranks_per_node: int = 0
+    ranks_per_node: int = number(0, least=0)
     """Ranks of one node. 0 means all ranks that a machine was given; with Ray one per GPU, or per CPU where there is none."""
-    wait: float = 60.0
+    wait: float = number(60.0, above=0)
     """Ray: longest wait for enough nodes, in seconds."""
-    heartbeat: float = 5.0
+    heartbeat: float = number(5.0, above=0)
     """Ray: a node without an answer for this many seconds counts as lost."""
-    hang_after: float = 300.0
+    hang_after: float = number(300.0, above=0)
     """Ray: a run without a finished step for this many seconds counts as hung."""
-    start_timeout: float = 900.0
+    start_timeout: float = number(900.0, above=0)
     """Ray: the same until the first step is done, and in checkpoints and validations, in seconds."""
-    stop_timeout: float = 600.0
+    stop_timeout: float = number(600.0, above=0)
     """Ray: longest wait for the last checkpoint after a request to stop, in seconds."""
-    restarts: int = 3
+    restarts: int = number(3, least=0)
     """Ray: restarts after failures of one kind without a new checkpoint in between; then the run ends with a diagnosis."""
     standby: bool = True
     """Ray: keep one process per rank that has imported the program, so that a restart saves that time (0.5 GB each)."""
-    straggler_factor: float = 1.2
+    straggler_factor: float = number(1.2, least=0)
     """Ray: a rank whose own work takes lastingly, beyond the noise, this many times that of the ranks of its pipeline stage is
     named, once; 0 for never."""
 
@@ -470,11 +474,11 @@ class Cluster:
 class Rate:
     """How long a kernel takes: calls x seconds + operations / flops + bytes / bandwidth. 0 for no such limit."""
 
-    seconds: float = 0.0
+    seconds: float = number(0.0, least=0)
     """Seconds of every call, whatever its size."""
-    flops: float = 0.0
+    flops: float = number(0.0, least=0)
     """Operations per second."""
-    bandwidth: float = 0.0
+    bandwidth: float = number(0.0, least=0)
     """Bytes per second."""
 
 
@@ -486,21 +490,21 @@ class Hardware:
     """Name of the description; null where none was chosen."""
     device: str = ""
     """Part of the name that CUDA gives the device; cpu for the processor of this machine."""
-    devices_per_node: int = 8
+    devices_per_node: int = number(8, least=1)
     """Devices that share the fast network: a node, or a larger NVLink domain."""
-    memory_bytes: float = 0.0
+    memory_bytes: float = number(0.0, least=0)
     """Memory of one device, in bytes; 0 for its share of this machine's memory."""
-    bf16_flops: float = 0.0
+    bf16_flops: float = number(0.0, least=0)
     """Dense peak of one device, FLOP/s: what MFU is counted against."""
-    fp8_flops: float = 0.0
+    fp8_flops: float = number(0.0, least=0)
     """Dense peak, FLOP/s; 0 for a device without FP8 products."""
-    communication_share: float = 0.0
+    communication_share: float = number(0.0, least=0, most=1, what="a share")
     """Share of a device's computing that is taken by a transfer in flight, 0 to 1."""
-    price_per_hour: float | None = None
+    price_per_hour: float | None = number(None, least=0)
     """Price of one device for an hour, in `currency`; null for not given."""
     currency: str = "USD"
     """Currency of price_per_hour: three capital letters, as ISO 4217 has them."""
-    watts: float | None = None
+    watts: float | None = number(None, least=0)
     """Power of one device at full load, in watts; null for not given."""
     rates: dict[str, Rate] = field(default_factory=dict)
     """What kernels and links reach, by kind of work (train/plan/time/rates.py): all times come from here; empty needs plan.calibration."""
@@ -516,13 +520,13 @@ class Plan:
     """A file that plan.calibrate=true wrote on such a device, instead of the rates of the description."""
     search: bool = False
     """Search the layouts for plan.devices devices and show the best ten."""
-    devices: int = 0
+    devices: int = number(0, least=0)
     """Devices to search for; 0 takes parallel.pp x parallel.dp."""
     write: str | None = None
     """With plan.search: write the best layout as conf/parallel/<write>.yaml."""
-    tokens: float | None = None
+    tokens: float | None = number(None, above=0)
     """Token budget for hours, cost and energy; null takes all tokens of the recipe."""
-    imbalance: float = 1.0
+    imbalance: float = number(1.0, least=1)
     """Rows of the busiest rank of an expert group over the mean, 1 or more: that rank sets the pace."""
 
 
@@ -532,12 +536,12 @@ class DryRun:
 
     rank: str = "worst"
     """Number of the rank, or worst: the one with the least room by plan."""
-    steps: int = 3
+    steps: int = number(3, least=1)
     """Steps that are timed, after one to warm up and one whose memory is measured."""
     routing: str = "balanced"
     """How many rows the other ranks send to this rank's experts: balanced, skewed (1.5 times the mean, the first expert more
     than the last), or the folder of a run whose last record of loads is taken."""
-    shrink: int = 0
+    shrink: int = number(0, least=0)
     """Divides widths, vocabulary and sequence; 0 takes 1 on a GPU and as much as is needed for seconds a step on a CPU."""
 
 
@@ -545,7 +549,7 @@ class DryRun:
 class Prove:
     """mode=prove: whether this layout trains this model, shown on a miniature of the recipe (train/docs/prove.md)."""
 
-    ranks: int = 8
+    ranks: int = number(8, least=1)
     """Ranks that run, at most. A larger layout becomes the smallest one with the same structure, and what was cut is told."""
 
 
@@ -553,11 +557,11 @@ class Prove:
 class Log:
     """What is shown and kept."""
 
-    every: int = 1
+    every: int = number(1, least=1)
     """Steps between lines of metrics.jsonl."""
-    validate_every: int = 0
+    validate_every: int = number(0, least=0)
     """Steps between validations; 0 validates only at the end."""
-    validation_sequences: int = 64
+    validation_sequences: int = number(64, least=1)
     """Sequences of seq_len per validation."""
     wandb: WandbMode = WandbMode.auto
     """auto: online with a key, else offline."""
@@ -575,9 +579,9 @@ class Log:
     """Let W&B write to you (as your account says) of divergence, crashes, restarts, stalled or slow ranks and full disks."""
     progress: bool = True
     """Show the live progress bar (in a terminal) or a line now and then (elsewhere)."""
-    sample_tokens: int = 160
+    sample_tokens: int = number(160, least=0)
     """Tokens of generated text shown at the end; 0 for none."""
-    peak_flops: float = 0.0
+    peak_flops: float = number(0.0, least=0)
     """Peak of the device in FLOP/s for MFU, at the precision of the products; 0 takes the maker's figure of a GPU that is known,
     else the best matrix product measured so far on such a device, kept in data.cache."""
 
@@ -590,15 +594,15 @@ class Evaluate:
     """A checkpoint or run folder, or a Hugging Face folder; null takes the newest intact checkpoint of this run."""
     ema: bool = False
     """Take the moving average of the weights (optim.ema_decay) instead of the weights."""
-    sequences: int | None = None
+    sequences: int | None = number(None, least=0)
     """Sequences of seq_len, spread evenly over the documents; null takes log.validation_sequences, 0 reads all."""
     tasks: list[str] = field(default_factory=list)
     """Tasks of lm-evaluation-harness, run in one process beside the loss (package lm-eval)."""
     task_path: str | None = None
     """Folder with task definitions of your own (yaml); the harness's own tasks are then left out."""
-    task_limit: int = 0
+    task_limit: int = number(0, least=0)
     """Examples of each task, the first ones; 0 for all."""
-    shots: int | None = None
+    shots: int | None = number(None, least=0)
     """Solved examples in front of each question; null leaves it to the task."""
 
 
@@ -610,13 +614,13 @@ class Generate:
     """A checkpoint or run folder, or a Hugging Face folder; null takes the newest intact checkpoint of this run."""
     prompt: str | None = None
     """The beginning of the text; null asks for it in a terminal, and takes each line of standard input elsewhere."""
-    tokens: int = 200
+    tokens: int = number(200, least=1)
     """New tokens per text, at most; a text also ends with its document or at the end of the context."""
-    temperature: float = 0.8
+    temperature: float = number(0.8, least=0)
     """Below 1 likely tokens become likelier; 0 always takes the likeliest."""
-    top_p: float = 1.0
+    top_p: float = number(1.0, above=0, most=1, what="a probability")
     """Draw only from the likeliest tokens that together have this probability."""
-    seed: int = 1
+    seed: int = number(1, least=0, most=LARGEST_SEED)
     """The same seed, prompt and settings give the same text."""
     speculative: bool = False
     """Let the MTP modules draft tokens that the model then checks together: the same distribution, fewer steps."""
@@ -634,7 +638,7 @@ class Export:
     """A checkpoint or run folder; null takes the newest intact checkpoint of this run."""
     ema: bool = False
     """Take the moving average of the weights (optim.ema_decay) instead of the weights."""
-    shard_gb: float = 5.0
+    shard_gb: float = number(5.0, above=0)
     """Largest size of one file, in GB."""
 
 
@@ -646,15 +650,15 @@ class Config:
     """Name of the run, whose folder is runs/<name>; null takes the recipe's name."""
     mode: Mode = Mode.train
     """What to do with the recipe."""
-    seed: int = 1
+    seed: int = number(1, least=0, most=LARGEST_SEED)
     """Seed of the weights, the sample order and FIM."""
-    steps: int = 300
+    steps: int = number(300, least=1)
     """Optimizer steps of the whole run."""
-    seq_len: int = 256
+    seq_len: int = number(256, least=1)
     """Tokens per sequence."""
-    batch_size: int = 16
+    batch_size: int = number(16, least=1)
     """Sequences per optimizer step, over all ranks."""
-    micro_batch_size: int = 16
+    micro_batch_size: int = number(16, least=1)
     """Sequences per forward pass of one rank."""
     resume: str = "auto"
     """auto (newest intact checkpoint of this run, if any), never (start new; an existing run is an error), or a checkpoint folder."""

@@ -1,0 +1,105 @@
+"""What the schema says of a number besides its type: its bounds.
+
+conf/schema.py declares them beside the default, `check_fields` holds every value against them, and conf/mistakes.py
+reads them when a command line does not fit.
+"""
+
+import dataclasses
+import difflib
+import math
+from collections.abc import Iterable, Iterator
+from functools import cache
+from typing import Any
+
+from conf.errors import UserError
+
+
+@dataclasses.dataclass(frozen=True)
+class Bounds:
+    """What a number must keep. An infinite number or NaN keeps none."""
+
+    least: float = -math.inf
+    above: float = -math.inf
+    most: float = math.inf
+    below: float = math.inf
+    what: str = ""
+    """What the number is, where that explains the bounds: a share, a probability."""
+
+    def hold(self, value: float) -> bool:
+        """Whether the value lies inside."""
+        return math.isfinite(value) and self.above < value < self.below and self.least <= value <= self.most
+
+    def rule(self) -> str:
+        """As a rule for a person."""
+        if self.what:
+            return f"is {self.what}, {self.words()}"
+        return "must not be negative" if self == Bounds(least=0) else f"must be {self.words()}"
+
+    def words(self) -> str:
+        """Which numbers those are: `1 or more`, `above 0 and at most 1`."""
+        if self == Bounds(what=self.what):
+            return "finite"
+        if math.isfinite(self.least) and math.isfinite(self.most):
+            return f"from {_text(self.least)} to {_text(self.most)}"
+        named = [
+            ("above {}", self.above),
+            ("{} or more", self.least),
+            ("below {}", self.below),
+            ("at most {}", self.most),
+        ]
+        return " and ".join(text.format(_text(value)) for text, value in named if math.isfinite(value))
+
+
+def number(default: Any, **bounds: Any) -> Any:
+    """A field that holds a number, or null, with `Bounds` given by name."""
+    return dataclasses.field(default=default, metadata={"bounds": Bounds(**bounds)})
+
+
+def check_fields(section: Any, prefix: str = "") -> None:
+    """Raise UserError for the first value in a section, or in what it holds, that breaks its own bounds.
+
+    prefix: of the keys of the section, such as `model.`.
+    """
+    for field in _fields(type(section)):
+        key, value = prefix + field.name, getattr(section, field.name)
+        if value is None:
+            continue
+        bounds = field.metadata.get("bounds", Bounds())
+        if isinstance(value, (int, float)) and not bounds.hold(value):
+            raise UserError(key, value, bounds.rule(), _cure(key, field, bounds))
+        for below, inner in _sections(value):
+            check_fields(inner, f"{key}.{below}")
+
+
+def wrong_choice(key: str, value: Any, choices: Iterable[str], instead: str) -> UserError:
+    """A word that is none of the choices. instead: the cure where no choice is close."""
+    choices = list(choices)
+    close = difflib.get_close_matches(str(value), choices, n=1, cutoff=0.8)  # closer than online is to offline
+    cure = f"did you mean {key}={close[0]}?" if close else instead
+    return UserError(key, value, f"must be one of {', '.join(choices)}", cure)
+
+
+def _cure(key: str, field: dataclasses.Field, bounds: Bounds) -> str:
+    """Names the default too where it says more than the bounds do: that of a fraction."""
+    default, words = field.default, bounds.words()
+    example = f", such as {_text(default)}" if isinstance(default, float) and default and bounds.hold(default) else ""
+    return f"set {key} to {'a number ' if words[0].isalpha() else ''}{words}{example}"
+
+
+def _text(value: float) -> str:
+    return str(value) if isinstance(value, int) else f"{value:g}"
+
+
+def _sections(value: Any) -> Iterator[tuple[str, Any]]:
+    """Sections that a value is or holds, each with what stands before its keys."""
+    if dataclasses.is_dataclass(value):
+        yield "", value
+    elif isinstance(value, list):
+        yield from (("", item) for item in value if dataclasses.is_dataclass(item))
+    elif isinstance(value, dict):
+        yield from ((f"{name}.", item) for name, item in value.items())
+
+
+@cache
+def _fields(section: type) -> tuple[dataclasses.Field, ...]:
+    return dataclasses.fields(section)
