@@ -80,24 +80,29 @@ def _train(config: Config, alone: bool) -> int:
 
 
 def check_before_start(config: Config) -> None:
-    """What can be refused before anything is written: data that cannot be read, a layout that cannot work."""
+    """What can be refused before anything is written: a layout that cannot work, a checkpoint of another model, data that
+    cannot be read.
+    """
+    from train.checkpoint.manifest import read_manifest
     from train.data.corpus import build_corpus
     from train.data.progress import show_progress
     from train.gpu import check_gpu
+    from train.run_folder import resume_point
+    from train.trained_with import require_model
 
     check_layout(config)
     if given_place() is not None:
         return  # ranks that others started wait for rank 0 with the patience of the training, until they know each other
     check_gpu(config)
+    start = resume_point(config).path
+    if start is not None:
+        require_model(config, start, read_manifest(start).meta)
     with show_progress() as progress:
         corpus = build_corpus(config, progress)
-    if config.init_from is not None:
-        from train.checkpoint.manifest import newest_intact
+    if config.init_from is not None and start is None:
         from train.loop.start import check_start
-        from train.run_folder import RunPaths
 
-        if newest_intact(RunPaths(config).checkpoints).path is None:
-            check_start(config, corpus.tokenizer)
+        check_start(config, corpus.tokenizer)
 
 
 def _run_rank(config: Config, place: Place) -> int:

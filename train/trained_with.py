@@ -1,5 +1,6 @@
-"""The tokenizer that a checkpoint was trained with: its tokens mean nothing to another."""
+"""What a checkpoint was trained with and cannot go on without: its tokenizer, and the shape of its model."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -7,6 +8,42 @@ from conf.errors import UserError
 from conf.schema import Config
 from train.checkpoint.manifest import Manifest
 from train.data.tokenizer import Tokenizer, load_tokenizer
+
+SHAPE = [
+    "vocab_size",
+    "hidden",
+    "layers",
+    "dense_layers",
+    "heads",
+    "q_rank",
+    "kv_rank",
+    "nope_head_dim",
+    "rope_head_dim",
+    "v_head_dim",
+    "dense_width",
+    "expert_width",
+    "experts",
+    "shared_experts",
+    "mtp_depth",
+]
+"""Fields of the model section that names and shapes of its tensors follow from."""
+
+
+def require_model(config: Config, checkpoint: Path, meta: dict[str, Any]) -> None:
+    """UserError if the checkpoint's model has other tensors, naming the fields that differ. A checkpoint that does not hold
+    its settings is compared tensor by tensor when it is loaded.
+    """
+    stored = meta.get("config", {}).get("model", {})
+    differ = {name: stored[name] for name in SHAPE if stored.get(name, ...) not in (..., getattr(config.model, name))}
+    if differ:
+        raise UserError(
+            ", ".join(f"model.{name}" for name in differ),
+            ", ".join(str(getattr(config.model, name)) for name in differ),
+            f"the model must have the shape of the one in {checkpoint}, which has "
+            + ", ".join(f"model.{name} = {value}" for name, value in differ.items()),
+            f"set {' '.join(f'model.{name}={json.dumps(value)}' for name, value in differ.items())}, or take another name= "
+            "for a new run",
+        )
 
 
 def tokenizer_of(config: Config, checkpoint: Manifest) -> Tokenizer:

@@ -72,11 +72,14 @@ class _Builder:
 
     def build(self) -> Corpus:
         named = sources_of(self.config)
+        given = (
+            None if self.data.tokenizer is None else load_tokenizer(self.data.tokenizer)
+        )  # before long data are read
         memmaps = {key: part.path for part, key in named if format_of(part, key) == DataFormat.memmap}
         memmaps = {key: _folder(path, key) for key, path in memmaps.items()}
         sources = {key: open_source(part, key) for part, key in named if key not in memmaps}
         digests = {key: source.digest(self.cache / "manifests", self.progress) for key, source in sources.items()}
-        tokenizer, name = self._tokenizer(memmaps, sources, digests)
+        tokenizer, name = (given, self.data.tokenizer) if given else self._tokenizer(memmaps, sources, digests)
         check_fit(tokenizer, name, self.config.model.vocab_size, self.data.fim_rate)
 
         parts, contents = [], []
@@ -100,9 +103,7 @@ class _Builder:
     def _tokenizer(
         self, memmaps: dict[str, Path], sources: dict[str, DocumentSource], digests: dict[str, str]
     ) -> tuple[Tokenizer, str]:
-        """The tokenizer and its name: the one that is set, else that of tokenised data, else one trained here."""
-        if self.data.tokenizer is not None:
-            return load_tokenizer(self.data.tokenizer), self.data.tokenizer
+        """The tokenizer and its name where none is set: that of tokenised data, else one trained here."""
         for key, path in memmaps.items():
             if not (path / "tokenizer.json").is_file():
                 raise UserError(

@@ -137,6 +137,14 @@ def load_tokenizer(choice: str) -> Tokenizer:
     else:
         path = Path(choice).expanduser()
         path = path / "tokenizer.json" if os.path.isdir(path) else path
+        if not path.exists():
+            raise _refuse(
+                choice,
+                "must be deepseek_v3, or a tokenizer.json or a folder that holds one on this machine; there is none at this "
+                "path, and names on the Hugging Face Hub are not fetched",
+                f"`hf download {choice} tokenizer.json tokenizer_config.json --local-dir {Path(choice).name}`, then set "
+                f"data.tokenizer={Path(choice).name}; or leave data.tokenizer out, which trains one on the data",
+            )
     try:
         text = read_text(path)
     except ValueError as error:

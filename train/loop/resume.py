@@ -20,7 +20,7 @@ from train.loop.changed_settings import changed
 from train.loop.start import check_start, start_from
 from train.loop.state import State
 from train.run_folder import RunPaths, resume_point
-from train.trained_with import require_tokenizer
+from train.trained_with import require_model, require_tokenizer
 
 
 @dataclass
@@ -78,7 +78,7 @@ def restore(
     """Load the newest copy in memory, or the checkpoint that config.resume means, if any, or the weights of init_from.
 
     What turns out damaged on any rank is passed over under resume=auto. Raises UserError if the checkpoint belongs to
-    another tokenizer or a longer run.
+    another model, another tokenizer or a longer run.
     """
     skip: set[Path] = set()
     notes = list(start.notes)
@@ -163,6 +163,7 @@ def _start(config: Config, tokenizer: Tokenizer, state: State) -> list[str]:
 
 
 def _fits(config: Config, tokenizer: Tokenizer, path: Path, meta: dict[str, Any]) -> None:
+    require_model(config, path, meta)
     require_tokenizer(tokenizer.fingerprint, config.data.tokenizer, path, meta)
     if meta["step"] > config.steps:
         raise UserError(
