@@ -75,7 +75,7 @@ def wrong_choice(key: str, value: Any, choices: Iterable[str], instead: str) -> 
     """A word that is none of the choices. instead: the cure where no choice is close."""
     choices = list(choices)
     close = difflib.get_close_matches(str(value), choices, n=1, cutoff=0.8)  # closer than online is to offline
-    cure = f"did you mean {key}={close[0]}?" if close else instead
+    cure = f"did you mean {close[0]}?" if close else instead
     return UserError(key, value, f"must be one of {', '.join(choices)}", cure)
 
 

@@ -4,9 +4,7 @@ Folders in conf/ are the groups: conf/ the recipes, model/, data/ and so on. Not
 would be a group, and a folder of runs would hide the key `runs`.
 """
 
-import difflib
 import os
-import re
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -26,6 +24,7 @@ from conf.check import check
 from conf.disk import disk_errors
 from conf.errors import EXIT_OK, UserError
 from conf.files import atomic_write_text
+from conf.mistakes import check_words, explain
 from conf.run_settings import LOOKS_AT_A_RUN, over_run_settings
 from conf.schema import ROOT, Config, Mode
 from conf.yaml_file import UNREADABLE, read_yaml, unreadable
@@ -106,7 +105,7 @@ def explained(words: Sequence[str]) -> Iterator[None]:
     try:
         yield
     except (HydraException, OmegaConfBaseException) as error:
-        raise _explain(error, words) from error
+        raise explain(error, words) from error
 
 
 def _names_as_text(word: str) -> str:
@@ -126,9 +125,13 @@ def run(job: Callable[[list[Config]], int]) -> int:
 
     All are checked before job is called, so that a mistake in the last of a sweep does not wait for the others.
     """
+    words = sys.argv[1:] = [_names_as_text(word) for word in sys.argv[1:]]
+    try:
+        check_words(words)
+    except UserError as error:
+        return report(error)
     register()
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises instead of printing, so that every error has one form
-    sys.argv[1:] = [_names_as_text(word) for word in sys.argv[1:]]
     nodes: list[DictConfig] = []
 
     @hydra.main(version_base="1.3", config_path=str(ROOT / "conf"), config_name="train")
@@ -154,49 +157,10 @@ def run(job: Callable[[list[Config]], int]) -> int:
     except UserError as error:
         return report(error)
     except (HydraException, OmegaConfBaseException) as error:
-        return report(_explain(error, sys.argv[1:]))
+        return report(explain(error, words))
 
 
 def report(error: UserError) -> int:
     """Print the error on one screen; returns its exit code."""
     print(f"error: {error}", file=sys.stderr)
     return error.code
-
-
-def _explain(error: Exception, words: Sequence[str]) -> UserError:
-    """Turn an error of Hydra or OmegaConf into field, value, rule and cure."""
-    given = {part.partition("=")[0].lstrip("+~"): part.partition("=")[2] for part in words}
-    cause = error.__cause__ if isinstance(error.__cause__, OmegaConfBaseException) else error
-    lines = [line.strip() for line in str(error).splitlines() + str(cause).splitlines() if line.strip()]
-    message = lines[0] if lines else type(error).__name__
-    named = getattr(cause, "full_key", None) or next((key for key in given if key and key in message), None)
-    known = _keys() + list(ConfigStore.instance().repo) + recipes()
-    if named is None:
-        named = next((word.strip("'\"") for word in message.split() if word.startswith("'")), "command line")
-    close = difflib.get_close_matches(str(given.get(named) or named).split("/")[-1], known, n=3)
-    close += [key for key in difflib.get_close_matches(str(named), known, n=3) if key not in close]
-    rule = " ".join(
-        line for line in dict.fromkeys(lines) if not line.startswith(("full_key", "object_type", "reference_type"))
-    )
-    if choices := re.search(r"expected one of \[(.+)\]", rule):
-        return UserError(
-            named, given.get(named, "?"), f"must be one of {choices[1]}", f"use {choices[1].split(', ')[0]}"
-        )
-    cure = f"did you mean {' or '.join(close)}? " if close else ""
-    return UserError(
-        named, given.get(named, "?"), rule, cure + "`python -m train --help` lists recipes, groups and keys"
-    )
-
-
-def _keys() -> list[str]:
-    """Every dotted key of the schema."""
-
-    def walk(node: Any, prefix: str) -> list[str]:
-        found = []
-        for key in node:
-            found.append(prefix + key)
-            if OmegaConf.is_dict(child := node._get_node(key)):
-                found += walk(child, f"{prefix}{key}.")
-        return found
-
-    return walk(OmegaConf.structured(Config), "")

@@ -1,0 +1,443 @@
+"""What a mistyped command line means: the key, the rule that it breaks, and the line that was meant.
+
+Hydra and OmegaConf say what they could not do with a word. Here each word is held against the schema and the options of the
+groups instead, so that a wrong type, choice, key or way of writing has a cure of its own. Bounds and rules that join
+several fields are not seen here: conf/check.py holds those, once the configuration is typed.
+"""
+
+import difflib
+import re
+import shlex
+import typing
+from collections.abc import Iterable, Sequence
+from dataclasses import MISSING, fields, is_dataclass
+from enum import Enum
+from pathlib import Path
+from typing import Any
+
+import yaml
+from hydra.core.override_parser.overrides_parser import OverridesParser
+from hydra.core.override_parser.types import ValueType
+from hydra.errors import HydraException, MissingConfigException
+from omegaconf import OmegaConf
+from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBaseException
+
+from conf.errors import UserError
+from conf.fields import wrong_choice
+from conf.keys import attribute_meanings, plain
+from conf.schema import ROOT, Config, Mode
+
+FLAGS = {
+    name: takes_value
+    for names, takes_value in (
+        ("--help -h --hydra-help --version --resolve --run -r --multirun -m --shell-completion -sc", False),
+        (
+            "--cfg -c --package -p --config-path -cp --config-name -cn --config-dir -cd --experimental-rerun --info -i",
+            True,
+        ),
+    )
+    for name in names.split()
+}
+"""Hydra's, and whether a value follows as a word of its own."""
+COMPLETION = {"--shell-completion", "-sc", "--hydra-help"}
+"""Flags with which the other words are not settings."""
+LISTS = "`sluice --help`, or `python -m train --help`, lists recipes, groups and keys"
+RECIPE_OF_YOUR_OWN = "train/docs/your_recipe.md shows how to write one of your own"
+
+
+def check_words(words: Sequence[str]) -> None:
+    """Raise UserError for the first word of a command line that cannot be taken."""
+    if COMPLETION & {*words}:
+        return
+    _check_flags(words)
+    if mistake := _first_mistake(words, _settings(words)):
+        raise mistake
+
+
+def _first_mistake(words: Sequence[str], settings: Sequence[str]) -> UserError | None:
+    """Of the settings among the words."""
+    sweeps = any(word in ("-m", "--multirun") for word in words)
+    groups = _groups(_own(words))
+    found = (
+        _mistake(word, settings[:place], settings[place + 1 :], sweeps, groups) for place, word in enumerate(settings)
+    )
+    return next((mistake for mistake in found if mistake), None)
+
+
+def _check_flags(words: Sequence[str]) -> None:
+    """Raise UserError for a word that looks like a flag and is none, and for a flag that does not fit."""
+    rest = iter(enumerate(words))
+    for place, word in rest:
+        name, equals, value = word.partition("=")
+        if not name.startswith("-"):
+            continue
+        following = words[place + 1] if place + 1 < len(words) else ""
+        value = value if equals else following
+        if name in ("--config-name", "-cn", "--config-path", "-cp"):
+            raise _names_a_file(name, value)
+        if name in ("--config-dir", "-cd") and not Path(value).is_dir():
+            raise UserError(name, value, "must be an existing folder with recipes of your own", RECIPE_OF_YOUR_OWN)
+        if name not in FLAGS:
+            raise _unknown_flag(name, "" if not equals and "=" in following else value)
+        if FLAGS[name] and not equals:
+            next(rest, None)
+
+
+def _own(words: Sequence[str]) -> list[Path]:
+    """Folders of the user's recipes."""
+    flags = [value for name, value in zip(words, [*words[1:], ""], strict=True) if name in ("--config-dir", "-cd")]
+    given = [match[1] for word in words if (match := re.fullmatch(r'hydra\.searchpath=\["(.*)"\]', word))]
+    return [Path(value) for value in (*flags, *given)]
+
+
+def _settings(words: Sequence[str]) -> list[str]:
+    """Words that are neither flags nor their values."""
+    return [
+        word
+        for place, word in enumerate(words)
+        if not word.startswith("-") and not (place and FLAGS.get(words[place - 1], False))
+    ]
+
+
+def _groups(own: Iterable[Path] = ()) -> dict[str, list[str]]:
+    """Options by group."""
+    files = sorted(file for folder in (ROOT / "conf", *own) for file in folder.glob("*/*.yaml"))
+    groups: dict[str, list[str]] = {}
+    for file in files:
+        groups.setdefault(file.parent.name, []).append(file.stem)
+    return groups
+
+
+def _mistake(
+    word: str, before: Sequence[str], after: Sequence[str], sweeps: bool, groups: dict[str, list[str]]
+) -> UserError | None:
+    """What is wrong with one word; None if nothing is that can be seen in it alone."""
+    bare = word.lstrip("+~")
+    key, equals, text = bare.partition("=")
+    following = after[0] if after else ""
+    if not equals or not key:
+        return None if word.startswith("~") else _no_assignment(word, before, after, groups)
+    if key == "name" and text.startswith("["):
+        return None  # several runs, as text once it is composed
+    if following and not text and "=" not in following:
+        return UserError(key, "", "there must be no space around =", f"write {key}={following}")
+    try:
+        parsed = OverridesParser.create().parse_override(word)
+    except HydraException:
+        return _unreadable(key, text, after)
+    key = parsed.key_or_group.partition("@")[0]
+    if key.startswith("hydra") or "/" in key or parsed.is_delete():
+        return None
+    if key not in groups and _type_of(key) is None:
+        return _unknown_key(key, text, groups)
+    if parsed.is_sweep_override() and not sweeps:
+        if typing.get_origin(_type_of(key)) is list:
+            return UserError(key, text, "a list stands in brackets", f"write '{key}=[{text}]'")
+        rule = "is several values, and one run has one"
+        return UserError(key, text, rule, f"add -m, which runs one after another: -m {key}={text}")
+    if parsed.value_type is ValueType.GLOB_CHOICE_SWEEP:
+        return None
+    values = parsed.sweep_iterator() if parsed.is_sweep_override() else [parsed.value()]
+    for value in values:
+        mistake = _wrong_option(key, value, groups) if key in groups else _wrong_value(key, value)
+        if mistake and not parsed.is_sweep_override():
+            return UserError(mistake.field, text, mistake.rule, mistake.cure)
+        if mistake:
+            return mistake
+    if parsed.is_add() and not word.startswith("++") and key not in groups:
+        return UserError(key, text, "is a key already: + is for keys that there are not", f"write {bare}")
+    return None
+
+
+def _wrong_value(key: str, value: Any) -> UserError | None:
+    """The mistake where the schema's type does not take the value of this key; None if it does."""
+    if (problem := _refused(key, value)) is None:
+        return None
+    kind = _type_of(key)
+    default = _default(key)
+    example = f"for example {_written(key, default)}" if default not in (None, [], "", 0) else f"{LISTS}"
+    if value == "" and kind is not str:
+        return UserError(key, "", "is empty, as a shell leaves it where a variable is not set", example)
+    if str(value).lower() in ("none", "null", "~") and _refused(key, None) is None:
+        return UserError(key, value, "is a word here, not nothing", f"write {key}=null")
+    if isinstance(problem, (ConfigKeyError, ConfigAttributeError)):
+        return _unknown_part(key, value, kind)
+    shown = _plain(value)
+    if typing.get_origin(kind) is list:
+        return _wrong_list(key, value, kind, default)
+    if is_dataclass(kind):
+        inside = ", ".join(f"{key}.{field.name}" for field in fields(kind))
+        return UserError(key, shown, "is a section, not a value", f"set one of its keys: {inside}")
+    if isinstance(kind, type) and issubclass(kind, Enum):
+        choices = [choice.value for choice in kind]
+        section, _, name = key.rpartition(".")
+        usual = f"use {default.value}, the default, or another. "
+        return wrong_choice(
+            key, shown, choices, usual + attribute_meanings(_type_of(section) if section else Config).get(name, "")
+        )
+    if kind is bool:
+        return UserError(key, shown, "must be true or false", f"write {key}=true or {key}=false")
+    if kind in (int, float):
+        return UserError(key, shown, f"must be {_singular(kind)}", _number_meant(key, value, kind) or example)
+    if kind is str:
+        return UserError(key, shown, "must be text, one value", f"quote it: '{key}=\"{shown}\"'")
+    return UserError(key, shown, " ".join(str(problem).splitlines()[:1]), example)
+
+
+def _number_meant(key: str, value: Any, kind: type) -> str | None:
+    """The number that was meant by a fraction, a percentage or a number with a unit."""
+    if kind is int and isinstance(value, float) and value == value // 1:
+        return f"write it out: {key}={int(value)}"
+    if kind is int and isinstance(value, float):
+        return f"round it: {key}={max(1, round(value))}"
+    if found := re.fullmatch(r"([\d.]+)\s*%", str(value)):
+        return f"write a fraction: {key}={float(found[1]) / 100:g}"
+    if re.fullmatch(r"[\d.]+(?:e[+-]?\d+)?\s*[A-Za-z]+", str(value)):
+        return "write the number alone, in the unit that the key has"
+    return None
+
+
+def _wrong_list(key: str, value: Any, kind: Any, default: Any) -> UserError:
+    item = typing.get_args(kind)[0]
+    rule = f"must be a list of {_plural(item)}"
+    if not isinstance(value, list) and not default and _refused(key, [value]) is None:
+        return UserError(key, _plain(value), rule, f"write '{key}=[{_plain(value)}]'")
+    if is_dataclass(item):
+        inside = ", ".join(f"{field.name}: ..." for field in fields(item))
+        return UserError(key, _plain(value), rule, f"write '{key}=[{{{inside}}}]', leaving out what stays as it is")
+    return UserError(key, _plain(value), rule, f"for example {_written(key, default)}")
+
+
+def _unknown_part(key: str, value: Any, kind: Any) -> UserError:
+    """A mapping, or a list of them, with a key that its section does not have."""
+    section = typing.get_args(kind)[0] if typing.get_origin(kind) is list else kind
+    known = [field.name for field in fields(section)] if is_dataclass(section) else []
+    given = [name for part in (value if isinstance(value, list) else [value]) for name in part]
+    wrong = next((name for name in given if name not in known), key)
+    close = difflib.get_close_matches(str(wrong), known, n=1)
+    cure = f"did you mean {close[0]}?" if close else "leave it out"
+    return UserError(f"{key}: {wrong}", _plain(value), f"the keys here are {', '.join(known)}", cure)
+
+
+def _wrong_option(group: str, value: Any, groups: dict[str, list[str]]) -> UserError | None:
+    if isinstance(value, list) and value and all(each in groups[group] for each in value):
+        return None
+    name = str(value).removesuffix(".yaml")
+    if name in groups[group]:
+        return None
+    if value == "":
+        rule = (
+            f"is empty, as a shell leaves it where a variable is not set; it must be one of {', '.join(groups[group])}"
+        )
+        return UserError(group, "", rule, "take one of them, or leave it out")
+    if Path(name).name in groups[group]:
+        return UserError(group, value, "is the name of a file, without its folders", f"write {group}={Path(name).name}")
+    section = _type_of(group)
+    first = fields(section)[0] if section else None
+    single = (
+        f", or set single keys, such as {group}.{first.name}=VALUE"
+        if first and not first.metadata.get("choices") and first.name != "name"
+        else ""
+    )
+    return wrong_choice(group, _plain(value), groups[group], f"take one of them{single}; {RECIPE_OF_YOUR_OWN}")
+
+
+def _unknown_key(key: str, text: str, groups: dict[str, list[str]]) -> UserError:
+    meant = [f"{each}={text}" for each in _close_keys(key, [*groups])]
+    cure = f"did you mean {' or '.join(meant)}? " if meant else ""
+    return UserError(key, text, "is not a key of the schema", cure + LISTS)
+
+
+def _close_keys(key: str, more: Sequence[str] = ()) -> list[str]:
+    """Keys that may be meant: those that end in this one, else those that look like it."""
+    known = [*dict.fromkeys([*keys(), *more])]
+    last = key.split(".")[-1]
+    if same := [each for each in known if each.split(".")[-1] == last]:
+        return same[:3]
+    near = difflib.get_close_matches(key, known, n=3, cutoff=0.75)
+    ends = {each.split(".")[-1] for each in known}
+    for end in difflib.get_close_matches(last, sorted(ends), n=2, cutoff=0.75):
+        near += [each for each in known if each.split(".")[-1] == end and each not in near]
+    near = near or difflib.get_close_matches(key, known, n=3)
+    return near[:3]
+
+
+def _no_assignment(
+    word: str, before: Sequence[str], after: Sequence[str], groups: dict[str, list[str]]
+) -> UserError | None:
+    """A word without `key=`."""
+    rule = "every word is KEY=VALUE or a flag"
+    following = after[0] if after else ""
+    if following.startswith("="):
+        value = following[1:] or (after[1] if len(after) > 1 else "")
+        return UserError(word, following, "there must be no space around =", f"write {word}={value}")
+    if (cut := re.fullmatch(r"([\w.]+):(.*)", word)) and _type_of(cut[1]) is not None:
+        return UserError(word, "", rule, f"write {cut[1]}={cut[2] or following}")
+    if word in [mode.value for mode in Mode]:
+        usual = ", or leave it out, as it is the default" if word == Mode.train.value else ""
+        return UserError(word, "", rule, f"write mode={word}{usual}")
+    if word in groups["conf"]:
+        return UserError(word, "", rule, f"write conf={word}")
+    if _type_of(word) is not None or word in groups:
+        value = following if following and "=" not in following else "VALUE"
+        return UserError(word, "", rule, f"write {word}={value}")
+    if word in ("help", "version"):
+        return UserError(word, "", rule, f"write --{word}")
+    if before and before[-1].startswith("name="):
+        return UserError("name", f"{before[-1][5:]} {word}", "must be one word", f"write {before[-1]}_{word}")
+    if before and "=" in before[-1]:
+        return UserError(word, "", f"{rule}; a value with spaces is quoted", f'write "{before[-1]} {word}"')
+    close = [f"{each}=VALUE" for each in _close_keys(word)]
+    return UserError(word, "", rule, f"did you mean {' or '.join(close)}? {LISTS}" if close else LISTS)
+
+
+def _unreadable(key: str, text: str, after: Sequence[str]) -> UserError:
+    """A value that is cut by the shell, or has characters that mean something to Hydra."""
+    if text.count("[") + text.count("{") > text.count("]") + text.count("}"):
+        whole = " ".join([text, *after])
+        end = max(whole.rfind("]"), whole.rfind("}")) + 1
+        rule = "a list or a mapping is one word: closed, and quoted where it holds spaces"
+        return UserError(key, text, rule, f"write '{key}={whole[:end]}'" if end else f"close it: '{key}={text}...]'")
+    if text.startswith("="):
+        return UserError(key, text, "one = stands between key and value", f"write {key}={text.lstrip('=')}")
+    if (mistake := _wrong_value(key, text)) and _type_of(key) in (int, float, bool):
+        return mistake
+    if text.endswith(","):
+        return UserError(
+            key, text, "a value must follow the comma", f"write {key}={text.rstrip(',')}, or -m and several"
+        )
+    word = f'{key}="{text}"' if '"' not in text else f"{key}='{text}'"
+    rule = "has characters that mean something here: quotes, brackets, =, or commas"
+    return UserError(key, text, rule, f"if they belong to the value, quote it twice: {shlex.quote(word)}")
+
+
+def _names_a_file(flag: str, value: str) -> UserError:
+    rule = "says where Hydra finds the schema, and that does not change; a recipe is named by conf="
+    name = Path(value).stem
+    cure = (
+        f"write conf={name}" if name in _groups()["conf"] else "write conf=NAME, with --config-dir FOLDER for your own"
+    )
+    return UserError(flag, value, rule, cure)
+
+
+def _unknown_flag(flag: str, value: str) -> UserError:
+    rule = "is no flag; settings are written KEY=VALUE, without dashes"
+    name = flag.strip("-")
+    for each in (name, name.replace("-", "_")):
+        if _type_of(each) is not None or each in _groups():
+            return UserError(flag, value, rule, f"write {each}={value or 'VALUE'}")
+    if close := difflib.get_close_matches(flag, FLAGS, n=1, cutoff=0.75):
+        return UserError(flag, value, rule, f"did you mean {close[0]}?")
+    meant = [f"{each}={value or 'VALUE'}" for each in _close_keys(name.replace("-", "_"), [*_groups()])]
+    return UserError(flag, value, rule, f"did you mean {' or '.join(meant)}? {LISTS}" if meant else LISTS)
+
+
+def explain(error: Exception, words: Sequence[str]) -> UserError:
+    """An error of Hydra or OmegaConf as field, value, rule and cure: of a setting, where help was asked for with some, else of
+    a recipe, as `check_words` found nothing.
+    """
+    if mistake := _first_mistake(words, [word for word in _settings(words) if "=" in word]):
+        return mistake
+    groups = _groups(_own(words))
+    if isinstance(error, MissingConfigException) and error.missing_cfg_file:
+        group, _, name = error.missing_cfg_file.rpartition("/")
+        if mistake := group in groups and _wrong_option(group, name, groups):
+            return mistake
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    told = {name: value.strip() for name, colon, value in (line.partition(":") for line in lines) if colon}
+    key = re.sub(r"\[\d+\].*", "", told.get("full_key", getattr(error, "full_key", None) or ""))
+    place = f"in {found[1]}.yaml: " if (found := re.match(r"In '([^']*)'", lines[0] if lines else "")) else ""
+    if key and _type_of(key) is None:
+        mistake = _unknown_key(key, "VALUE", groups)
+        return UserError(key, "VALUE", place + mistake.rule, mistake.cure)
+    if key and (found := re.search(r"alue '([^']*)'(?: of type '(\w+)')?", str(error))):
+        value = yaml.safe_load(found[1]) if found[2] not in (None, "str") else found[1]
+        if mistake := _wrong_value(key, value):
+            return UserError(key, value, place + mistake.rule, mistake.cure)
+    rule = " ".join(line for line in lines if not re.match(r"(full_key|object_type|reference_type)\b", line))
+    return UserError(key or "recipe", "?", rule, f"correct the recipe; {LISTS}")
+
+
+def keys() -> list[str]:
+    """Every dotted key of the schema."""
+
+    def walk(section: type, prefix: str) -> list[str]:
+        found = []
+        for name, kind in _kinds(section).items():
+            found.append(prefix + name)
+            if is_dataclass(kind):
+                found += walk(kind, f"{prefix}{name}.")
+        return found
+
+    return walk(Config, "")
+
+
+def _kinds(section: type) -> dict[str, Any]:
+    """The type of every field of a section, that of `int | None` being int."""
+    return {name: plain(kind)[0] for name, kind in typing.get_type_hints(section).items()}
+
+
+def _type_of(key: str) -> Any:
+    """The type of a key, None if the schema does not have it. Names of rates are free."""
+    kind: Any = Config
+    for name in key.split("."):
+        if typing.get_origin(kind) is dict:
+            kind = typing.get_args(kind)[1]
+        elif is_dataclass(kind) and name in (known := _kinds(kind)):
+            kind = known[name]
+        else:
+            return None
+    return kind
+
+
+def _refused(key: str, value: Any) -> OmegaConfBaseException | None:
+    """Why the schema's type does not take this value."""
+    section, _, name = key.rpartition(".")
+    kind: Any = _type_of(section) if section else Config
+    if not is_dataclass(kind):
+        return None
+    try:
+        OmegaConf.update(OmegaConf.structured(kind), name, value)
+    except OmegaConfBaseException as error:
+        return error
+    return None
+
+
+def _default(key: str) -> Any:
+    section, _, name = key.rpartition(".")
+    kind: Any = _type_of(section) if section else Config
+    if not is_dataclass(kind):
+        return None
+    field = next(field for field in fields(kind) if field.name == name)
+    return field.default_factory() if field.default_factory is not MISSING else field.default
+
+
+def _written(key: str, value: Any) -> str:
+    """A setting as one types it."""
+    word = f"{key}={_plain(value)}"
+    return f"'{word}'" if set(word) & set(" [{") else word
+
+
+def _plain(value: Any) -> str:
+    """A value as one types it."""
+    if isinstance(value, bool) or value is None:
+        return {True: "true", False: "false", None: "null"}[value]
+    if isinstance(value, Enum):
+        return str(value.value)
+    if isinstance(value, (list, tuple)):
+        return f"[{', '.join(_plain(each) for each in value)}]"
+    if is_dataclass(value):
+        value = vars(value)
+    if isinstance(value, dict):
+        return "{" + ", ".join(f"{name}: {_plain(each)}" for name, each in value.items()) + "}"
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def _singular(kind: type) -> str:
+    return {int: "a whole number", float: "a number"}[kind]
+
+
+def _plural(item: Any) -> str:
+    if isinstance(item, type) and issubclass(item, Enum):
+        return ", ".join(choice.value for choice in item)
+    return {int: "whole numbers", float: "numbers", str: "words"}.get(item, "mappings, each with keys of its own")

@@ -1,0 +1,178 @@
+"""Lines as people mistype them, each with the cure that it must be told, through the entry of `python -m train`."""
+
+import shlex
+import sys
+
+import pytest
+import torch
+
+from conf.errors import EXIT_USER
+from conf.load import compose, run
+from conf.mistakes import keys
+from parallel.shard import Shard
+from tests.checkpoint.world import checkpointers, save
+from tests.small import arguments
+from train.__main__ import main
+from train.loop.changed_settings import settings_of
+
+MISTAKES = {
+    # range
+    "optim.lr=0": "set optim.lr to a number above 0, such as 0.00022",
+    "optim.lr=-1e-3": "set optim.lr to a number above 0",
+    "optim.lr=nan": "set optim.lr to a number above 0",
+    "optim.eps=0": "set optim.eps to a number above 0, such as 1e-08",
+    "optim.clip=-1": "set optim.clip to 0 or more",
+    "optim.ema_decay=1": "set optim.ema_decay to 0 or more and below 1",
+    "optim.betas=[0.9]": "use [0.9, 0.95]",
+    "'optim.lr_schedule=[{until: 2.0}]'": "set optim.lr_schedule.until to a number above 0 and at most 1",
+    "steps=0": "set steps to 1 or more",
+    "steps=-5": "set steps to 1 or more",
+    "seed=-1": "set seed to a number from 0 to 9223372036854775807",
+    "micro_batch_size=0": "set micro_batch_size to 1 or more",
+    "model.layers=0": "set model.layers to 1 or more",
+    "model.q_rank=0": "set model.q_rank to 1 or more",
+    "model.init_std=0": "set model.init_std to a number above 0, such as 0.006",
+    "model.yarn.factor=0": "set model.yarn.factor to a number above 0, such as 40",
+    "parallel.zero=4": "set parallel.zero to a number from 1 to 3",
+    "data.fim_rate=2": "set data.fim_rate to a number from 0 to 1",
+    "data.validation_fraction=1": "set data.validation_fraction to a number above 0 and below 1, such as 0.05",
+    "generate.top_p=2": "set generate.top_p to a number above 0 and at most 1",
+    "generate.temperature=-1": "set generate.temperature to 0 or more, such as 0.8",
+    "checkpoint.every=-1": "set checkpoint.every to 0 or more",
+    "log.every=0": "set log.every to 1 or more",
+    "cluster.timeout=0": "set cluster.timeout to a number above 0, such as 600",
+    "cluster.timeout=inf": "set cluster.timeout to a number above 0",
+    "hardware.memory_bytes=-1": "set hardware.memory_bytes to 0 or more",
+    "plan.imbalance=0.5": "set plan.imbalance to 1 or more, such as 1",
+    # type
+    "optim.lr=fast": "for example optim.lr=0.00022",
+    "optim.lr=2e-3)": "for example optim.lr=0.00022",
+    "steps=ten": "for example steps=300",
+    "steps=1e1": "write it out: steps=10",
+    "steps=10.5": "round it: steps=10",
+    "steps=": "for example steps=300",
+    "seed=x": "for example seed=1",
+    "model.layers=four": "for example model.layers=4",
+    "model.experts=1.5": "round it: model.experts=2",
+    "model.q_rank=none": "write model.q_rank=null",
+    "model.yarn=true": "set one of its keys: model.yarn.always, model.yarn.factor",
+    "data.fim_rate=10%": "write a fraction: data.fim_rate=0.1",
+    "log.progress=maybe": "write log.progress=true or log.progress=false",
+    "cluster.timeout=10m": "write the number alone, in the unit that the key has",
+    "hardware.memory_bytes=80GB": "write the number alone, in the unit that the key has",
+    "checkpoint.keep=all": "for example checkpoint.keep=3",
+    "optim.betas=0.9": "for example 'optim.betas=[0.9, 0.95]'",
+    "optim.betas=[a,b]": "for example 'optim.betas=[0.9, 0.95]'",
+    "optim.betas=0.9,0.95": "write 'optim.betas=[0.9,0.95]'",
+    "evaluate.tasks=hellaswag": "write 'evaluate.tasks=[hellaswag]'",
+    "data.mix=a": "write 'data.mix=[{path: ..., weight: ...,",
+    "'data.mix=[{path: a, wieght: 2}]'": "did you mean weight?",
+    "'optim.lr_schedule=[{unti: 1.0}]'": "did you mean until?",
+    "optim=[1]": "take one of them, or set single keys, such as optim.lr=VALUE",
+    # choice
+    "precision=fp16": "take one of them",
+    "precision.name=fp16": "use fp32, the default, or another. fp32, bf16, or a recipe with FP8 products",
+    "model=big": "take one of them, or set single keys, such as model.vocab_size=VALUE",
+    "hardware=a100": "take one of them; train/docs/your_recipe.md shows how to write one of your own",
+    "data=openwebtext": "take one of them, or set single keys, such as data.path=VALUE",
+    "optim=adam": "take one of them, or set single keys, such as optim.lr=VALUE",
+    "cluster=slurm": "take one of them",
+    "conf=deepseekv3": "did you mean deepseek_v3?",
+    "conf=conf/conf/tiny.yaml": "write conf=tiny",
+    "conf=": "take one of them, or leave it out",
+    "mode=sing": "use train, the default, or another",
+    "mode=trian": "did you mean train?",
+    "log.wandb=online": "auto: online with a key, else offline",
+    "log.wandb=true": "use auto, the default, or another",
+    "model.recompute=[nrom]": "for example 'model.recompute=[norm, mla_up, swiglu]'",
+    "data.format=csv": "use auto, the default, or another",
+    "export.dtype=int8": "use bf16, the default, or another",
+    "parallel.schedule=gpipe": "use 1f1b, the default, or another. Order of the pipeline's actions: 1f1b, interleaved",
+    "parallel.dispatch=node_limitted": "did you mean node_limited?",
+    "cluster.device=gpu": "auto (a GPU where there is one), cpu or cuda",
+    "data.tokenizer=gpt2": "`hf download gpt2 tokenizer.json",
+    # key
+    "stesp=10": "did you mean steps=10",
+    "+stesp=10": "did you mean steps=10",
+    "model.expert=3": "did you mean model.experts=3",
+    "modle.layers=3": "did you mean model.layers=3?",
+    "optimizer.lr=1e-3": "did you mean optim.lr=1e-3?",
+    "lr=1e-3": "did you mean optim.lr=1e-3?",
+    "dp=2": "did you mean parallel.dp=2?",
+    "device=cuda": "did you mean cluster.device=cuda",
+    "batch=4": "did you mean batch_size=4?",
+    "epochs=3": "`python -m train --help`, lists recipes, groups and keys",
+    "-m stesp=1,2": "did you mean steps=1,2",
+    # way of writing
+    "--config-name tiny": "write conf=tiny",
+    "--config-name=mine": "write conf=NAME, with --config-dir FOLDER for your own",
+    "--config-dir /nowhere conf=mine": "train/docs/your_recipe.md",
+    "--steps 10": "write steps=10",
+    "--steps=10": "write steps=10",
+    "--optim.lr 1e-3": "write optim.lr=1e-3",
+    "--batch-size 8": "write batch_size=8",
+    "--lr 1e-3": "did you mean optim.lr=1e-3?",
+    "--conf tiny": "write conf=tiny",
+    "--hlep": "did you mean --help?",
+    "+steps=10": "write steps=10",
+    "train steps=10": "write mode=train, or leave it out, as it is the default",
+    "evaluate name=mine": "write mode=evaluate",
+    "tiny": "write conf=tiny",
+    "help": "write --help",
+    "steps 10": "write steps=10",
+    "steps =10": "write steps=10",
+    "steps = 10": "write steps=10",
+    "steps= 10": "write steps=10",
+    "steps:10": "write steps=10",
+    "steps==10": "write steps=10",
+    "steps=10,20": "add -m, which runs one after another: -m steps=10,20",
+    "conf=tiny,deepseek_v3": "add -m",
+    "-m optim.lr=1e-3,fast": "for example optim.lr=0.00022",
+    "model=tiny,": "write model=tiny",
+    "data.path=my folder": 'write "data.path=my folder"',
+    "name=my run": "write name=my_run",
+    "name=a/b": "choose a simpler name",
+    "name=a=b": "quote it twice: 'name=\"a=b\"'",
+    "data.mix=[{path: a}, {path: b}]": "write 'data.mix=[{path: a}, {path: b}]'",
+}
+
+
+def said_of(line: str, monkeypatch, capsys) -> str:
+    """What the program says of a line that it refuses, on one screen."""
+    monkeypatch.setattr(sys, "argv", ["train", *shlex.split(line)])
+    assert run(main) == EXIT_USER
+    said = capsys.readouterr().err
+    assert "error: " in said and "  rule: " in said and len(said.splitlines()) == 3, said
+    return said.split("  cure: ")[1]
+
+
+@pytest.mark.parametrize("line", MISTAKES)
+def test_a_mistake_has_its_own_cure(line, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert MISTAKES[line] in said_of(line, monkeypatch, capsys)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_mistake_in_a_recipe_of_one_s_own_is_told_by_key(tmp_path, monkeypatch, capsys):
+    (tmp_path / "conf").mkdir()
+    for text, cure in {
+        "optim: {lr: fast}": "for example optim.lr=0.00022",
+        "steps: 1e1": "write it out: steps=10",
+        "stesp: 1": "did you mean steps=",
+        "mode: sing": "use train, the default, or another",
+        "defaults: [{override /model: big}]": "such as model.vocab_size=VALUE",
+    }.items():
+        (tmp_path / "conf" / "mine.yaml").write_text(f"# @package _global_\n{text}\n")
+        assert cure in said_of(f"--config-dir {tmp_path} conf=mine", monkeypatch, capsys), text
+
+
+def test_a_checkpoint_of_another_model_names_the_fields_that_differ(tmp_path, monkeypatch, capsys):
+    given = arguments(tmp_path, "name=old")
+    world = checkpointers(tmp_path / "runs" / "old" / "checkpoints", 1)
+    save(world, 2, [{"one": Shard(torch.zeros(1), 0, (1,))}], config=settings_of(compose(*given)))
+    cure = said_of(shlex.join([*given, "model.layers=5", "model.q_rank=null"]), monkeypatch, capsys)
+    assert "set model.layers=4 model.q_rank=16, or take another name=" in cure
+
+
+def test_every_key_that_is_meant_exists():
+    assert {"steps", "model.yarn.factor", "precision.fp8.cache.linear", "optim.lr"} <= set(keys())
