@@ -7,6 +7,7 @@ from conf.check_plan import check_plan
 from conf.check_precision import check_precision
 from conf.errors import UserError
 from conf.fields import check_fields
+from conf.micro_batches import check_batch
 from conf.schema import Config, DataFormat, Mode, Model, Phase, PipelineSchedule
 
 NEEDS_NO_DATA = (Mode.generate, Mode.plan, Mode.dry_run, Mode.prove)
@@ -66,14 +67,7 @@ def _check_top(config: Config) -> None:
         f"resume={config.resume} starts from a checkpoint, weights and all",
         "give one of the two",
     )
-    share = config.micro_batch_size * config.parallel.dp
-    _require(
-        config.batch_size % share == 0,
-        "batch_size",
-        config.batch_size,
-        f"must be a multiple of micro_batch_size x parallel.dp = {config.micro_batch_size} x {config.parallel.dp}",
-        f"take {max(share, config.batch_size // share * share)}, or change micro_batch_size",
-    )
+    check_batch(config)
     _require(
         config.checkpoint.every_memory == 0 or config.cluster.backend == "ray",
         "checkpoint.every_memory",

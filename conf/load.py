@@ -23,7 +23,9 @@ from omegaconf.errors import OmegaConfBaseException
 from conf.check import check
 from conf.disk import disk_errors
 from conf.errors import EXIT_OK, UserError
+from conf.fields import check_fields
 from conf.files import atomic_write_text
+from conf.micro_batches import choose_micro_batch_size
 from conf.mistakes import check_words, explain
 from conf.run_settings import LOOKS_AT_A_RUN, over_run_settings
 from conf.schema import ROOT, Config, Mode
@@ -33,6 +35,10 @@ from conf.yaml_file import UNREADABLE, read_yaml, unreadable
 def recipes() -> list[str]:
     """Names that conf= accepts."""
     return sorted(path.stem for path in (ROOT / "conf" / "conf").glob("*.yaml"))
+
+
+SPREADS = (Mode.train, Mode.plan, Mode.dry_run)
+"""Modes in which the layout is the job's own, and worth a line where it was chosen."""
 
 
 @dataclass
@@ -65,12 +71,28 @@ class _Primary(Config):
     )
 
 
-def to_config(node: DictConfig) -> Config:
-    """Typed and checked configuration from a composed node; raises UserError."""
+def to_config(node: DictConfig, said: Callable[[str], None] | None = None) -> Config:
+    """Typed and checked configuration from a composed node; raises UserError. said: takes a sentence on each value chosen here."""
     plain = OmegaConf.to_container(OmegaConf.masked_copy(node, [key for key in node if key != "hydra"]), resolve=True)
     config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), plain))
+    check_fields(config)
+    choices = list(_choose(config))
     check(config)
+    for choice in choices if said else []:
+        said(choice)
     return config
+
+
+def _choose(config: Config) -> Iterator[str]:
+    """Fill what the recipe leaves to be chosen, with a sentence on each. Nothing is written to a configuration later."""
+    if config.micro_batch_size is None:
+        config.micro_batch_size = size = choose_micro_batch_size(config)
+        count = config.batch_size // (size * config.parallel.dp)
+        ranks = f" on each of {config.parallel.dp} data-parallel ranks" if config.parallel.dp > 1 else ""
+        yield (
+            f"micro_batch_size={size} is chosen: a step is {count} micro-batch{'es' * (count > 1)} of "
+            f"{size * config.seq_len} tokens{ranks}"
+        )
 
 
 def read_config(path: str) -> Config:
@@ -151,13 +173,19 @@ def run(job: Callable[[list[Config]], int]) -> int:
             raise
         except UNREADABLE as error:
             raise unreadable(error) from error
-        configs = [to_config(node) for node in nodes]
+        configs = [to_config(node, _say if node.mode in SPREADS else None) for node in nodes]
         with disk_errors(*configs):
             return job(configs) if configs else EXIT_OK
     except UserError as error:
         return report(error)
     except (HydraException, OmegaConfBaseException) as error:
         return report(explain(error, words))
+
+
+def _say(choice: str) -> None:
+    """A line on the screen, by one of the ranks that torchrun starts."""
+    if os.environ.get("RANK", "0") == "0":
+        print(f"note: {choice}", flush=True)
 
 
 def report(error: UserError) -> int:

@@ -45,6 +45,10 @@ def over_run_settings(node: DictConfig, overrides: Sequence[str], groups: Sequen
         keys += [f"data.{name}" for name in SOURCES]
     for key in ["parallel", "cluster", "runs", *(key for key in keys if key in groups), *keys]:
         OmegaConf.update(settings, key, OmegaConf.select(node, key), merge=False)
+    if "micro_batch_size" not in keys and settings.micro_batch_size:
+        share, rest = divmod(settings.batch_size, settings.parallel.dp)
+        if rest or share % settings.micro_batch_size:
+            settings.micro_batch_size = None  # it was chosen for the layout of the training
     return settings
 
 

@@ -658,8 +658,11 @@ class Config:
     """Tokens per sequence."""
     batch_size: int = number(16, least=1)
     """Sequences per optimizer step, over all ranks."""
-    micro_batch_size: int = number(16, least=1)
-    """Sequences per forward pass of one rank."""
+    micro_batch_size: int | None = number(None, least=1)
+    """Sequences per forward pass of one rank; null takes the most that divide a rank's share of the batch, keep to
+    micro_batch_tokens and leave the pipeline schedule enough micro-batches. Never null after load."""
+    micro_batch_tokens: int = number(4096, least=1)
+    """With micro_batch_size=null: most tokens per forward pass of one rank."""
     resume: str = "auto"
     """auto (newest intact checkpoint of this run, if any), never (start new; an existing run is an error), or a checkpoint folder."""
     init_from: str | None = None

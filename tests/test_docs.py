@@ -76,7 +76,15 @@ def test_the_pages_have_commands():
 
 @pytest.mark.parametrize(
     "typo",
-    ["modle.layers=4", "model.layer=4", "conf=tinny", "steps=many", "batch_size=15", "mode=trian", "precision=fp9"],
+    [
+        "modle.layers=4",
+        "model.layer=4",
+        "conf=tinny",
+        "steps=many",
+        "batch_size=15 micro_batch_size=4",
+        "mode=trian",
+        "precision=fp9",
+    ],
 )
 def test_a_typo_in_a_page_fails(typo, tmp_path):
     page = tmp_path / "page.md"

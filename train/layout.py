@@ -1,5 +1,6 @@
 """Whether a layout can run, before anything starts. No torch, which takes seconds to import, unless a rule needs it."""
 
+from conf.micro_batches import batch_sizes
 from conf.schema import Config
 from parallel.pipeline.split import check_schedule
 
@@ -19,9 +20,3 @@ def check_layout(config: Config) -> None:
 
         layout = read_layout(config, parallel.pp * parallel.dp)
         check_groups(parallel.ep, layout.ep_ranks_per_node, config.model.groups)
-
-
-def batch_sizes(config: Config) -> list[int]:
-    """Sequences per step that a run may have: those of its ramp, and the full batch."""
-    start, step = config.optim.batch_ramp_start or config.batch_size, config.optim.batch_ramp_increment
-    return [*range(start, config.batch_size, step), config.batch_size]

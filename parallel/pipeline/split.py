@@ -13,6 +13,7 @@ from collections.abc import Sequence
 from itertools import accumulate, pairwise, permutations
 
 from conf.errors import UserError
+from conf.micro_batches import broken_schedule
 from conf.schema import PipelineSchedule
 
 SCHEDULES = {schedule: 1 if schedule == "1f1b" else 2 for schedule in PipelineSchedule}
@@ -46,21 +47,14 @@ def check_schedule(name: str, pp: int, micro_batches: int, layers: int) -> None:
             f"{name} makes {stages} stages, of which all but the first and the last need a layer, and model.layers={layers}",
             f"use parallel.pp <= {(layers + 2) // SCHEDULES[name]}, or model.layers >= {stages - 2}",
         )
-    rounds = max(1, micro_batches // pp)
-    least = {"1f1b": pp, "dualpipev": 2 * pp}.get(name, 1)
-    if micro_batches < least:
-        rule = f"{name} needs at least {least} micro-batches to fill {pp} pipeline ranks"
-    elif name == "interleaved" and micro_batches % rounds:
-        rule = f"interleaved needs micro-batches that {rounds} rounds of about {pp} divide (a multiple of pp is safe)"
-    else:
-        return
-    raise UserError(
-        "batch_size",
-        f"{micro_batches} micro-batches per step and data-parallel rank",
-        rule,
-        "change batch_size, micro_batch_size or parallel.dp (micro-batches = batch_size / (micro_batch_size x dp)), "
-        "or choose another parallel.schedule",
-    )
+    if rule := broken_schedule(name, pp, micro_batches):
+        raise UserError(
+            "batch_size",
+            f"{micro_batches} micro-batches per step and data-parallel rank",
+            rule,
+            "change batch_size, micro_batch_size or parallel.dp (micro-batches = batch_size / (micro_batch_size x dp)), "
+            "or choose another parallel.schedule",
+        )
 
 
 def split_layers(

@@ -8,6 +8,7 @@ from typing import Any
 
 from conf.check import check
 from conf.errors import UserError
+from conf.micro_batches import choose_micro_batch_size
 from conf.schema import ROOT, Config, PipelineSchedule, Recompute
 from train.layout import check_layout
 from train.plan.job import with_nodes
@@ -64,8 +65,11 @@ def overrides(config: Config, base: Config) -> list[str]:
     for name in ("batch_ramp_start", "batch_ramp_increment"):
         if getattr(config.optim, name) != getattr(base.optim, name):
             found.append(f"optim.{name}={getattr(config.optim, name)}")
-    if config.micro_batch_size != base.micro_batch_size:
-        found.append(f"micro_batch_size={config.micro_batch_size}")
+    size = config.micro_batch_size
+    if size != base.micro_batch_size or (
+        found and size != choose_micro_batch_size(config)
+    ):  # as null would under this layout
+        found.append(f"micro_batch_size={size}")
     if config.model.recompute != base.model.recompute:
         found.append(f"model.recompute=[{','.join(config.model.recompute)}]")
     if config.model.loss_chunk != base.model.loss_chunk:
