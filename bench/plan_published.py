@@ -34,7 +34,6 @@ from train.plan.time.step import StepTime, plan_time
 DEEPSEEK = (
     "conf=deepseek_v3", "data.path=none", "precision=fp8", "hardware=h800", "parallel.pp=16", "parallel.dp=128",
     "parallel.ep=64", "parallel.schedule=dualpipev", "parallel.dispatch=deepep", "parallel.wire=fp8",
-    "optim.batch_ramp_start=4096",
 )  # fmt: skip
 NVIDIA = (
     "conf=deepseek_v3", "data.path=none", "precision=fp8", "hardware=h100", "parallel.pp=8", "parallel.dp=128",

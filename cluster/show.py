@@ -1,6 +1,6 @@
 """Show where the ranks of a recipe would go, and start nothing:  python -m cluster.show NODESxDEVICES[/RACK] OVERRIDES...
 
-256 nodes with 8 devices, 32 nodes in a rack:  python -m cluster.show 256x8/32 conf=deepseek_v3 parallel=deepseek_v3 optim.batch_ramp_start=4096 data=stdlib
+256 nodes with 8 devices, 32 nodes in a rack:  python -m cluster.show 256x8/32 conf=deepseek_v3 data=stdlib
 """
 
 import re

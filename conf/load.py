@@ -28,7 +28,7 @@ from conf.files import atomic_write_text
 from conf.micro_batches import choose_micro_batch_size
 from conf.mistakes import check_words, explain
 from conf.run_settings import LOOKS_AT_A_RUN, over_run_settings
-from conf.schema import ROOT, Config, Mode
+from conf.schema import ROOT, Config, Hardware, Mode
 from conf.yaml_file import UNREADABLE, read_yaml, unreadable
 
 
@@ -39,6 +39,8 @@ def recipes() -> list[str]:
 
 SPREADS = (Mode.train, Mode.plan, Mode.dry_run)
 """Modes in which the layout is the job's own, and worth a line where it was chosen."""
+PLANNED = "h800"
+"""What mode=plan plans for where nothing is said."""
 
 
 @dataclass
@@ -93,6 +95,12 @@ def _choose(config: Config) -> Iterator[str]:
             f"micro_batch_size={size} is chosen: a step is {count} micro-batch{'es' * (count > 1)} of "
             f"{size * config.seq_len} tokens{ranks}"
         )
+    if config.mode == Mode.plan and config.hardware.name is None:
+        described = OmegaConf.merge(
+            OmegaConf.structured(Hardware), read_yaml(ROOT / "conf" / "hardware" / f"{PLANNED}.yaml")
+        )
+        config.hardware = OmegaConf.to_object(described)
+        yield f"no hardware= is given: the plan is for {PLANNED}, the GPUs of the paper"
 
 
 def read_config(path: str) -> Config:

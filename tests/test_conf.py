@@ -30,7 +30,7 @@ def test_v3_recipe_is_the_papers():
     assert (model.dense_width, model.expert_width, model.route_scale, model.mtp_depth) == (18432, 2048, 2.5, 1)
     assert (model.init_std, model.norm_eps, model.rope_theta) == (0.006, 1e-6, 10000.0)
     assert (optim.betas, optim.weight_decay, optim.clip, optim.balance_loss) == ([0.9, 0.95], 0.1, 1.0, 1e-4)
-    assert (config.seq_len, config.batch_size, optim.batch_ramp_start, optim.warmup_steps) == (4096, 15360, 3072, 2000)
+    assert (config.seq_len, config.batch_size, optim.batch_ramp_start, optim.warmup_steps) == (4096, 15360, 4096, 2000)
 
 
 @pytest.mark.parametrize(
@@ -47,7 +47,7 @@ def test_v3_recipe_is_the_papers():
         (["model.yarn.mscale=-1"], "model.yarn.mscale"),
         (["model.yarn.attention_factor=0"], "model.yarn.attention_factor"),
         (["seq_len=5000"], "seq_len"),
-        (["batch_size=15", "micro_batch_size=16"], "batch_size"),
+        (["batch_size=15", "micro_batch_size=16"], "micro_batch_size"),
         (["parallel.dp=3", "parallel.ep=3"], "batch_size"),
         (["parallel.dp=2", "micro_batch_size=16"], "micro_batch_size"),
         (["parallel.dp=4", "parallel.ep=3", "micro_batch_size=4"], "parallel.ep"),

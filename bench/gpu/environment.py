@@ -133,7 +133,7 @@ def fp8_starts(machine: Machine) -> Finding:
 def attention(machine: Machine) -> Finding:
     """Torch's kernels with DeepSeek-V3's heads, one by one; a run takes the first that is right (train/attention_choice.py)."""
     machine.need_gpu("torch's CUDA attention")
-    config = compose("conf=deepseek_v3", "mode=dry_run")
+    config = compose("conf=deepseek_v3", "mode=dry_run", "precision=bf16")
     table, works = [["kernel", "whole sequences", "inside documents", "forward (ms)", "forward + backward (ms)"]], set()
     for name, kernel in KERNELS.items():
         says = [problem_of(kernel, config, machine.device, masked) for masked in (False, True)]

@@ -49,7 +49,7 @@ def layer_config(precision: str, dispatch: str, shrink: int, device: torch.devic
     """DeepSeek-V3 with its experts over 64 ranks; FP8 rows on the wire where the experts take them. shrink divides widths."""
     wire = "fp8" if precision.startswith("fp8") else "bf16"
     config = compose(
-        "conf=deepseek_v3", "mode=dry_run", f"precision={precision}", f"parallel.dp={EP}", f"parallel.ep={EP}",
+        "conf=deepseek_v3", "mode=dry_run", "parallel=single", f"precision={precision}", f"parallel.dp={EP}", f"parallel.ep={EP}",
         f"parallel.dispatch={dispatch}", f"parallel.wire={wire}", f"cluster.ranks_per_node={RANKS_PER_NODE}",
     )  # fmt: skip
     return shrunk(for_device(config, device), shrink)

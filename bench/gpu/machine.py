@@ -91,4 +91,8 @@ class Machine:
 
     @cached_property
     def _kernels(self) -> Kernels:
-        return kernels_of(compose("conf=deepseek_v3", "mode=dry_run"), self.device) if self.on_gpu else Kernels()
+        return (
+            kernels_of(compose("conf=deepseek_v3", "mode=dry_run", "precision=bf16"), self.device)
+            if self.on_gpu
+            else Kernels()
+        )

@@ -20,7 +20,7 @@ TINY = ("conf=tiny",)
 MIDDLE = ("conf=deepseek_v3_16b", "parallel.pp=4", "parallel.dp=8", "parallel.ep=8", "batch_size=64", "data.path=none")
 LARGE = (
     "conf=deepseek_v3", "parallel.pp=16", "parallel.dp=64", "parallel.ep=64", "batch_size=1024", "optim.batch_ramp_start=1024",
-    "data.path=none",
+    "parallel=single", "precision=bf16", "data.path=none",
 )  # fmt: skip
 CASES = {
     "DeepSeek-V3 16B, pp 4, ep 8, bf16": MIDDLE,

@@ -80,7 +80,7 @@ def exact(machine: Machine) -> dict:
 
 def layer_config(precision: str, machine: Machine, device: torch.device) -> Config:
     tokens = TOKENS if machine.on_gpu else SMALL_TOKENS
-    config = compose("conf=deepseek_v3", "mode=dry_run", f"precision={precision}", *FEW_EXPERTS)
+    config = compose("conf=deepseek_v3", "mode=dry_run", "parallel=single", f"precision={precision}", *FEW_EXPERTS)
     config = shrunk(for_device(config, device), 1 if machine.on_gpu else SHRINK)
     config.seq_len = tokens
     return config

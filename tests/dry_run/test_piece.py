@@ -35,7 +35,7 @@ def test_a_small_model_runs_whole():
 
 def test_a_cpu_shrinks_a_large_model_and_says_so():
     """The paper's own job: the experts, the layout and the schedule stay, widths are divided."""
-    overrides = ["conf=deepseek_v3", "parallel=deepseek_v3", "hardware=h800", "optim.batch_ramp_start=4096"]
+    overrides = ["conf=deepseek_v3", "precision=bf16", "hardware=h800"]
     config = with_nodes(compose("mode=dry_run", *overrides, "dry_run.rank=1920", "cluster.device=cpu"))
     piece = module.choose_piece(config, 1920, load_of(config, 1920), CPU)
     small, full = piece.config.model, config.model

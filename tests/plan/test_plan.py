@@ -13,7 +13,6 @@ from conf.schema import ROOT, Rate
 from tests.small import environment
 from train.plan.budget import make_plan
 from train.plan.job import COMMUNICATOR, EXCHANGE_PEER, communicator_bytes
-from train.plan.run import run_plan
 from train.plan.search.changes import broken_rule, changed, fitted_ramp, overrides, write_parallel
 from train.plan.search.cures import find_cures
 from train.plan.search.search import search
@@ -112,7 +111,7 @@ def test_a_file_of_ones_own_is_not_written_over(found):
 
 
 def test_a_cluster_that_cannot_hold_the_model_is_an_error():
-    config = compose("conf=deepseek_v3", "data.path=none", "hardware=h800", "plan.search=true", "plan.devices=8",
+    config = compose("conf=deepseek_v3", "data.path=none", "hardware=h800", "plan.search=true", "plan.devices=8", "parallel=single",
                      "batch_size=3072", "optim.batch_ramp_start=null", "optim.batch_ramp_steps=0")  # fmt: skip
     with pytest.raises(UserError, match="cannot hold this recipe under any of") as caught:
         search(config)
@@ -120,7 +119,7 @@ def test_a_cluster_that_cannot_hold_the_model_is_an_error():
 
 
 def test_a_ramp_is_fitted_to_a_layout_and_shown():
-    base = compose("conf=deepseek_v3", "data.path=none")
+    base = compose("conf=deepseek_v3", "data.path=none", "parallel=single", "optim.batch_ramp_start=3072")
     fitted = fitted_ramp(base, share=256, least=16)
     assert (fitted.optim.batch_ramp_increment, fitted.optim.batch_ramp_start) == (256, 4096)
     assert overrides(fitted, base) == ["optim.batch_ramp_start=4096", "optim.batch_ramp_increment=256"]
@@ -138,6 +137,12 @@ def test_faster_links_and_kernels_make_faster_plans():
     assert slow.step_seconds > before.step_seconds, "the busiest rank sets the pace"
 
 
-def test_plan_asks_for_hardware(tmp_path):
+def test_a_plan_without_hardware_is_for_h800():
+    assert compose("conf=tiny", "mode=plan").hardware == compose("conf=tiny", "mode=plan", "hardware=h800").hardware
     with pytest.raises(UserError, match="needs to know the devices"):
-        run_plan(compose("conf=tiny", "mode=plan", f"runs={tmp_path}"))
+        make_plan(compose("conf=tiny"))
+
+
+def test_the_largest_recipe_is_planned_as_it_is_typed():
+    plan = make_plan(compose("conf=deepseek_v3", "mode=plan"))
+    assert len(plan.ranks) == 16 and plan.step.step_seconds > 0 and plan.config.hardware.name == "h800"

@@ -14,7 +14,7 @@ from train.plan.time.stages import Stages
 from train.plan.time.step import plan_time
 from train.plan.time.update import count_weights, update_time
 
-V3 = ("conf=deepseek_v3", "data.path=none", "precision=fp8", "hardware=h800", "parallel.dispatch=deepep",
+V3 = ("conf=deepseek_v3", "data.path=none", "parallel=single", "hardware=h800", "parallel.dispatch=deepep",
       "parallel.wire=fp8", "optim.batch_ramp_start=null", "optim.batch_ramp_steps=0")  # fmt: skip
 EVEN = ("model.layers=8", "model.dense_layers=0", "model.mtp_depth=0", "model.vocab_size=64")
 
@@ -34,7 +34,7 @@ def test_work_is_the_models_flops(recipe):
 
     Attention's backward is 832 / 640 of twice its forward for heads of 192 and 128, as scores are computed again.
     """
-    config = compose(f"conf={recipe}", "data.path=none", "hardware=h800", "model.recompute=[]",
+    config = compose(f"conf={recipe}", "data.path=none", "hardware=h800", "parallel=single", "precision=bf16", "model.recompute=[]",
                      "optim.batch_ramp_start=null", "optim.batch_ramp_steps=0")  # fmt: skip
     model, tokens = config.model, config.batch_size * config.seq_len
     planned = plan_time(config, _products_only(config))
