@@ -174,5 +174,14 @@ def test_a_checkpoint_of_another_model_names_the_fields_that_differ(tmp_path, mo
     assert "set model.layers=4 model.q_rank=16, or take another name=" in cure
 
 
+def test_a_disk_and_a_memory_that_are_too_small_are_told_before_data_are_read(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("train.data.corpus.build_corpus", lambda *_: pytest.fail("data were read"))
+    line = f"conf=deepseek_v3 data=stdlib cluster.device=cpu runs={tmp_path}"
+    assert "set runs= to a larger disk" in said_of(line, monkeypatch, capsys)
+    monkeypatch.setattr("train.run_folder.check_space", lambda *_: None)
+    assert "mode=plan says which machines the job needs" in said_of(line, monkeypatch, capsys)
+    assert not list(tmp_path.iterdir())
+
+
 def test_every_key_that_is_meant_exists():
     assert {"steps", "model.yarn.factor", "precision.fp8.cache.linear", "optim.lr"} <= set(keys())

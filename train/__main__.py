@@ -80,19 +80,21 @@ def _train(config: Config, alone: bool) -> int:
 
 
 def check_before_start(config: Config) -> None:
-    """What can be refused before anything is written: a layout that cannot work, a checkpoint of another model, data that
-    cannot be read.
+    """What can be refused before anything is written, the quickest first: a layout that cannot work, a disk or a memory that
+    is too small, a checkpoint of another model, data that cannot be read.
     """
     from train.checkpoint.manifest import read_manifest
     from train.data.corpus import build_corpus
     from train.data.progress import show_progress
-    from train.gpu import check_gpu
-    from train.run_folder import resume_point
+    from train.gpu import check_gpu, check_memory
+    from train.run_folder import check_space, resume_point
     from train.trained_with import require_model
 
     check_layout(config)
     if given_place() is not None:
         return  # ranks that others started wait for rank 0 with the patience of the training, until they know each other
+    check_space(config, checkpoint_bytes(config))
+    check_memory(config, checkpoint_bytes(config))
     check_gpu(config)
     start = resume_point(config).path
     if start is not None:

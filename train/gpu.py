@@ -8,6 +8,8 @@ from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import psutil
+
 from cluster.launch import Place
 from conf.errors import UserError
 from conf.schema import Config
@@ -36,6 +38,21 @@ def check_gpu(config: Config) -> None:
     if usable_gpu(wanted) and fp8 is not None and os.environ.get(PROBED) != str(fp8):
         probe(config)
         os.environ[PROBED] = str(fp8)
+
+
+def check_memory(config: Config, state_bytes: int) -> None:
+    """UserError where ranks of this machine's CPU have less memory, all together, than weights and optimizer state take."""
+    if config.cluster.backend == "ray" or (config.cluster.device != "cpu" and _gpu_files()):
+        return
+    total = psutil.virtual_memory().total
+    if state_bytes > total:
+        raise UserError(
+            "cluster.device",
+            config.cluster.device,
+            f"ranks run on this machine's CPU, and its {total / 1e9:.0f} GB of memory do not hold weights and optimizer state, "
+            f"{state_bytes / 1e9:.0f} GB",
+            "mode=plan says which machines the job needs; conf=tiny fits here",
+        )
 
 
 def usable_gpu(wanted: str) -> bool:

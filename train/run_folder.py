@@ -64,7 +64,7 @@ class RunFolder(RunPaths):
     def _begin(self, config: Config, checkpoint_bytes: int) -> None:
         try:
             _refuse_existing(config, self.checkpoints)
-            _check_space(config, self, checkpoint_bytes)
+            check_space(config, checkpoint_bytes)
             self.checkpoints.mkdir(exist_ok=True)
             self.logs.mkdir(exist_ok=True)
             self._before = self.config_path.read_text() if self.config_path.is_file() else None
@@ -217,16 +217,18 @@ def _refuse_existing(config: Config, folder: Path) -> None:
         )
 
 
-def _check_space(config: Config, paths: RunPaths, checkpoint_bytes: int) -> None:
+def check_space(config: Config, checkpoint_bytes: int) -> None:
     """UserError if the disk cannot take the checkpoints still missing from `keep`, and the one in the making."""
+    paths = RunPaths(config)
     most = config.checkpoint.keep + 1 if config.checkpoint.every else 1  # without any on the way: the one at the end
     copies = max(1, most - len(checkpoints(paths.checkpoints)))
-    needed, free = copies * checkpoint_bytes, shutil.disk_usage(paths.path).free
+    place = next(folder for folder in (paths.path, *paths.path.parents) if folder.exists())
+    needed, free = copies * checkpoint_bytes, shutil.disk_usage(place).free
     if free < needed:
         raise UserError(
             "runs",
             config.runs,
             f"no disk space: {copies} checkpoints of about {checkpoint_bytes / 1e9:.1f} GB need {needed / 1e9:.1f} GB, "
-            f"and {free / 1e9:.1f} GB are free: {room(paths.path)}",
+            f"and {free / 1e9:.1f} GB are free: {room(place)}",
             "free some, set runs= to a larger disk, or lower checkpoint.keep",
         )

@@ -12,6 +12,7 @@ from typing import Any
 
 from conf.errors import UserError
 from train.data.files import Progress
+from train.data.reach import hub, offline_reason
 from train.data.readers import check_text, text_key_of
 from train.program import install_words
 
@@ -58,16 +59,17 @@ class HubSource:
 
 def open_hub(path: str, text_key: str, key: str) -> HubSource:
     """Load the split. Raises UserError without the package, the network, the dataset, the split or the column."""
-    try:
-        import datasets
-    except ImportError as error:
-        rule = "needs the Python package datasets, which is not installed"
-        raise UserError(key, path, rule, f"{install_words('datasets')}; or give files") from error
     match = re.fullmatch(r"(?:hf://)?(.+?)(?:@([^@:/]+))?(?::([^:/]+))?", path)
     if match is None:
         raise UserError(key, path, "must be hf://NAME[@CONFIG][:SPLIT]", "write it so")
     name, config, split = match[1], match[2], match[3] or "train"
     folder = Path(name).expanduser()
+    offline = None if folder.is_dir() else offline_reason()
+    try:
+        import datasets
+    except ImportError as error:
+        rule = "needs the Python package datasets, which is not installed"
+        raise UserError(key, path, rule, f"{install_words('datasets')}; or give files") from error
     try:
         if any((folder / mark).is_file() for mark in ("dataset_info.json", "dataset_dict.json")):
             table = datasets.load_from_disk(folder)
@@ -77,6 +79,8 @@ def open_hub(path: str, text_key: str, key: str) -> HubSource:
     except (OSError, ValueError, KeyError, RuntimeError, datasets.exceptions.DatasetsError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         cure = "check name, @CONFIG and :SPLIT; without a network give files, or a folder made by save_to_disk"
+        if offline is not None:
+            reason = f"{hub()} cannot be reached ({offline}), and the dataset is not in the cache of this machine"
         raise UserError(key, path, f"cannot be loaded: {reason}", cure) from error
     if text_key not in table.column_names:
         rule = f"has no column {text_key!r}, only: {', '.join(table.column_names[:20])}"

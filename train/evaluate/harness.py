@@ -21,6 +21,7 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 
 from conf.errors import UserError
 from conf.schema import Config
+from train.data.reach import hub, offline_reason
 from train.data.tokenizer import Tokenizer
 from train.generate.decoder import Decoder
 from train.generate.generation import Generation, Limits
@@ -39,28 +40,39 @@ def run_tasks(config: Config, model: DeepSeekV3, tokenizer: Tokenizer, start_id:
     model: whole, in eval mode. start_id: token in front of every text.
     """
     wanted = config.evaluate
+    found = simple_evaluate(
+        model=Harness(model, tokenizer, start_id, config),
+        tasks=list(wanted.tasks),
+        task_manager=load_tasks(config),
+        num_fewshot=wanted.shots,
+        limit=wanted.task_limit or None,
+        bootstrap_iters=BOOTSTRAPS,
+        log_samples=False,
+        random_seed=config.seed,
+        numpy_random_seed=config.seed % 2**32,  # numpy takes no more
+        torch_random_seed=config.seed,
+        fewshot_random_seed=config.seed,
+    )
+    return {task: _numbers(results) for task, results in found["results"].items()}
+
+
+def load_tasks(config: Config) -> TaskManager:
+    """The harness's tasks, those that are wanted with their data. Raises UserError for one that is unknown or cannot be had."""
+    wanted = config.evaluate
     logging.getLogger("lm_eval").setLevel(logging.ERROR)
+    offline = offline_reason()
     try:
         manager = TaskManager(include_path=wanted.task_path, include_defaults=wanted.task_path is None)
         _require_known(wanted.tasks, manager.all_tasks)
-        found = simple_evaluate(
-            model=Harness(model, tokenizer, start_id, config),
-            tasks=list(wanted.tasks),
-            task_manager=manager,
-            num_fewshot=wanted.shots,
-            limit=wanted.task_limit or None,
-            bootstrap_iters=BOOTSTRAPS,
-            log_samples=False,
-            random_seed=config.seed,
-            numpy_random_seed=config.seed % 2**32,  # numpy takes no more
-            torch_random_seed=config.seed,
-            fewshot_random_seed=config.seed,
-        )
-    except OSError as error:
-        raise UserError(
-            "evaluate.tasks", wanted.tasks, f"cannot be loaded: {error}", "check evaluate.task_path and the task's data"
-        ) from error
-    return {task: _numbers(results) for task, results in found["results"].items()}
+        manager.load(list(wanted.tasks))
+    except (OSError, RuntimeError) as error:
+        why = str(error).splitlines()[0] if str(error) else type(error).__name__
+        cure = "check evaluate.task_path and the task's data"
+        if offline is not None:
+            why = f"{why}; {hub()} cannot be reached ({offline}), and what the tasks need from it is not in the cache of this machine"
+            cure = "run it once with a network, or take tasks whose data are here: evaluate.task_path"
+        raise UserError("evaluate.tasks", wanted.tasks, f"cannot be loaded: {why}", cure) from error
+    return manager
 
 
 def _require_known(tasks: Sequence[str], known: Sequence[str]) -> None:

@@ -46,6 +46,13 @@ def run_rank(config: Config, place: Place, failures: Path | None = None) -> int:
 
 def _run(config: Config, place: Place) -> int:
     target = find_target(config)
+    if config.evaluate.tasks:
+        from train.data.reach import offline_reason
+
+        offline_reason()  # before lm_eval is imported, which would look for the hub itself
+        from train.evaluate.harness import load_tasks, run_tasks  # lm_eval takes seconds
+
+        load_tasks(config)  # what is missing is told before weights are read
     config, rank = target.config, set_up_rank(target.config, place)
     device, mesh = rank.device, rank.mesh
     corpus = in_turn(place, lambda progress: build_corpus(config, progress))
@@ -56,8 +63,6 @@ def _run(config: Config, place: Place) -> int:
     losses = [(source, _loss(config, source, pipeline, mesh, device)) for source in sources]
     tasks = {}
     if config.evaluate.tasks:
-        from train.evaluate.harness import run_tasks  # imports lm_eval, which takes seconds
-
         tokenizer = corpus.tokenizer
         start_id = tokenizer.eos_id if target.meta is not None else start_token(target.checkpoint, tokenizer)
         tasks = run_tasks(config, pipeline.modules[0].eval(), tokenizer, start_id)
