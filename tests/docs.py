@@ -1,8 +1,8 @@
 """Commands of the documentation: where they stand, and what they need.
 
 A command is a line of an indented or fenced block, or a span of code in the text with `-m train` or `sluice` in it. What a block needs
-that a test has not stands in a comment in front of it:  <!-- needs: 8 GPUs -->   or, for a whole page, under its title:
-<!-- all need: Slurm -->
+that a test has not stands in a line of its own in front of it, where readers see it too:  *Needs: 8 GPUs.*   or, for a whole
+page, under its title:  *All commands of this page need: Slurm.*
 """
 
 import re
@@ -50,8 +50,8 @@ PROGRAMS = {
 TRAIN = re.compile(r"(?:-m\s+train|(?:^|\s)sluice|sluice\.sbatch)(?=\s|$)")
 ASKS = {"doctor"}
 """Words that ask about the machine; overrides may follow."""
-NEEDS = re.compile(r"<!--\s*needs:\s*(.+?)\s*-->")
-ALL_NEED = re.compile(r"<!--\s*all need:\s*(.+?)\s*-->")
+NEEDS = re.compile(r"^\*Needs: (.+)\.\*$")
+ALL_NEED = re.compile(r"^\*All commands of this page need: (.+)\.\*$", re.M)
 SHELL = {"|", "||", "&&", "&", ";", ">", ">>", "<", "2>&1"}
 
 

@@ -66,6 +66,10 @@ def test_every_command_holds(page, tmp_path):
             pytest.fail(f"{where}\n{error}")
 
 
+def test_no_page_hides_a_note_from_its_readers():
+    assert not [page for page in pages() if "<!--" in page.read_text()]
+
+
 def test_the_pages_have_commands():
     """So that a change of style does not hide them from the test above."""
     trained = {command.page for command in ALL if command.trains}
@@ -101,7 +105,7 @@ def test_a_typo_in_a_page_fails(typo, tmp_path):
 def test_a_command_that_nobody_can_run_must_say_why(tmp_path):
     page = tmp_path / "page.md"
     page.write_text(
-        "Type\n\n    kubectl apply -f a.yaml\n\n<!-- needs: Kubernetes -->\n\n    kubectl get pods\n\nand\n\n    ray stop\n"
+        "Type\n\n    kubectl apply -f a.yaml\n\n*Needs: Kubernetes.*\n\n    kubectl get pods\n\nand\n\n    ray stop\n"
     )
     assert [says_why_not(command) for command in commands(page)] == [False, True, False]
 
