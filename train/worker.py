@@ -36,6 +36,7 @@ from train.metrics.wandb_items import sample_table  # noqa: E402
 from train.metrics.writer import open_writer  # noqa: E402
 from train.model.count import flops_per_token  # noqa: E402
 from train.model.kernels import Kernels  # noqa: E402
+from train.optim.schedules import Schedules  # noqa: E402
 from train.parallelize import parallelize  # noqa: E402
 from train.precision.build import activation_dtype  # noqa: E402
 from train.rank import guarded, in_turn, set_up_rank  # noqa: E402
@@ -90,6 +91,10 @@ def _run(config: Config, place: Place, stop: StopRequest) -> int:
     state = State(config, mesh, parts)
     restored = restore(config, data, state, checkpointer, copies, start)
     notes = [*data.notes, *restored.notes]
+    if state.step < config.steps:
+        samples = Schedules(config).samples
+        if why := data.train.repeats(state.samples + samples[-1] - samples[state.step]):
+            notes.append(why)
     if copies is not None and (why := copies.require_room(state.shards())):
         copies = None
         notes.append(why)

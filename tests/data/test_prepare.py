@@ -357,6 +357,15 @@ def test_a_mix_takes_its_shares_from_each_source(folder, cache, tmp_path):
     assert 1 <= sum(held_out) <= 2 and len(prepared.train.epochs(100)) == 2
 
 
+def test_text_that_is_read_again_is_told(folder, cache):
+    data = prepare(config_of(folder, cache)).train
+    (name,) = data.epochs(0)
+    once = next(samples for samples in range(10**6) if data.epochs(samples)[name] > 1)
+    assert name == str(folder) and data.repeats(once - 1) is None and f"{folder} 2" in data.repeats(2 * once)
+    assert data.read_once(once - 8, once) == [name]
+    assert data.read_once(once, once + 8) == data.read_once(0, once - 1) == []
+
+
 def test_too_small_a_vocabulary(folder, cache):
     with pytest.raises(UserError, match="260 ids or more"):
         prepare(config_of(folder, cache, "model.vocab_size=259"))

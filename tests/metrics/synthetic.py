@@ -44,6 +44,7 @@ def write_run(
             "step": step,
             "tokens": step * 4096,
             "samples": step * 16,
+            "epochs": step * 4096 / 1e6,
             "loss": math.nan if bad else main + 0.3 * (main + 0.4),
             "main_loss": math.nan if bad else main,
             "balance_loss": 1e-4,

@@ -19,6 +19,7 @@ class TrainingData:
 
     def __init__(self, corpus: Corpus, config: Config):
         self.seq_len, self.mask = config.seq_len, config.data.mask_documents
+        self._names = [part.name for part in corpus.parts]
         self._schedule = Schedule([part.weight for part in corpus.parts])
         self._streams = [
             Stream(
@@ -40,13 +41,28 @@ class TrainingData:
                 stream.read(window * self.seq_len, tokens_BS[row], numbers_BS[row] if self.mask else None)
         return _batch(tokens_BS, numbers_BS)
 
-    def epochs(self, samples: int) -> list[float]:
-        """How often each source has been read after this many samples."""
+    def epochs(self, samples: int) -> dict[str, float]:
+        """How often the training text of each source has been read after this many samples."""
         counts = self._schedule.counts(samples)
-        return [
-            float(count * self.seq_len / stream.mean_tokens)
-            for count, stream in zip(counts, self._streams, strict=True)
-        ]
+        return {
+            name: float(count * self.seq_len / stream.mean_tokens)
+            for name, count, stream in zip(self._names, counts, self._streams, strict=True)
+        }
+
+    def repeats(self, samples: int) -> str | None:
+        """A warning where so many samples read a source more than once; None where they do not."""
+        often = [f"{name} {times:.3g} times" for name, times in self.epochs(samples).items() if times > 1]
+        if not often:
+            return None
+        return (
+            f"the run reads its training text more than once ({', '.join(often)}): repeated text teaches less than new text, and "
+            "the held-out loss tells when it no longer helps"
+        )
+
+    def read_once(self, before: int, after: int) -> list[str]:
+        """Sources of which the sample number `after` begins a second reading that the sample `before` had not begun."""
+        then = self.epochs(before)
+        return [name for name, times in self.epochs(after).items() if then[name] <= 1 < times]
 
 
 class ValidationData:

@@ -156,6 +156,8 @@ class Trainer:
         else:
             self._skipped(plan, batch, measured, update.bad_parameters)
         self.state.step, self.state.samples = plan.step, plan.first_sample + plan.batch_size
+        for source in self.data.train.read_once(plan.first_sample, self.state.samples):
+            self._note(f"step {plan.step}: all training text of {source} has been read once; from here on it repeats")
         record = self._record(plan, measured, update.grad_norm, data_wait)
         record |= self._speed(plan, time.perf_counter() - started)
         record |= self._health(plan)
@@ -230,6 +232,7 @@ class Trainer:
             "step": plan.step,
             "tokens": self.state.samples * self.config.seq_len,
             "samples": self.state.samples,
+            "epochs": max(self.data.train.epochs(self.state.samples).values()),
             "loss": measured.main_loss + plan.mtp_weight * mtp_loss + measured.balance_loss,
             "main_loss": measured.main_loss,
             "balance_loss": measured.balance_loss,

@@ -39,6 +39,7 @@ SECTIONS: dict[str, tuple[Panel, ...]] = {
         Panel("Held-out bits per byte", "bits per byte", ("validation_bits_per_byte",)),
         Panel("Gradient norm before clipping", "1", ("grad_norm",), log=True),
         Panel("Learning rate", "1", ("lr",)),
+        Panel("How often the training text has been read", "1", ("epochs",)),
         Panel("What is minimised: next token, weighted MTP and balance", "nats per token", ("loss",)),
         Panel("Weights of the other losses", "1", ("mtp_weight", "balance_loss")),
         Panel("Updates skipped", "steps", ("skipped_steps",)),

@@ -39,6 +39,9 @@ SCALARS = (
     Metric("tokens", int, "tokens", "tokens consumed since the start of the run"),
     Metric("samples", int, "sequences", "sequences consumed since the start of the run"),
     Metric(
+        "epochs", float, "1", "how often the training text has been read; of a mix, the source that was read most often"
+    ),
+    Metric(
         "loss",
         float,
         "nats per token",

@@ -137,6 +137,8 @@ def parts(record: Record, steps: int, seconds_left: float, event: str | None) ->
         found.append(f"{short(record['tokens_per_second'])} tokens/s")
     if "validation_loss" in record:
         found.append(f"held-out loss {record['validation_loss']:.4g}")
+    if "epochs" in record:
+        found.append(f"epoch {record['epochs']:.2f}")
     if "max_vio" in record:
         found.append(f"max_vio {record['max_vio']:.2f}")
     if "mtp_loss" in record:
