@@ -33,6 +33,7 @@ PROGRAMS = {
         "helm",
         "docker",
         "wandb",
+        "hf",
         "bash",
         "sh",
         "source",

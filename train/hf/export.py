@@ -27,6 +27,7 @@ from train.checkpoint.manifest import Manifest, read_manifest
 from train.data.files import Progress
 from train.data.progress import show_progress
 from train.hf.blocks import requantize
+from train.hf.card import CARD, model_card
 from train.hf.config import BLOCK, GROUP_TOP_K, LATENT_NORM_EPS, config_json
 from train.hf.folder import INDEX
 from train.hf.names import tensors
@@ -62,8 +63,10 @@ def export(config: Config) -> int:
         length = _write_configs(folder, config, manifest.meta["seq_len"], tokenizer.eos_id)
         write_tokenizer(folder, tokenizer, _tokenizer_folder(config), length)
         source = {"checkpoint": str(checkpoint.absolute()), "step": manifest.step, "ema": ema}
+        notes = list(_notes(config.model))
+        (folder / CARD).write_text(model_card(config, manifest, notes, length), encoding="utf-8")
         write_json(folder / "export.json", {**source, "dtype": config.export.dtype, "tensors": rows})
-    for line in (*lines(rows), *_notes(config.model), f"Exported step {manifest.step} of {checkpoint} to {target}"):
+    for line in (*lines(rows), *notes, f"Exported step {manifest.step} of {checkpoint} to {target}"):
         print(line)
     return EXIT_OK
 

@@ -1,0 +1,137 @@
+"""README.md of an exported folder: the model card, with what the model is, how it was trained and what it is worth.
+
+Whatever it says is known: shape and recipe from the settings in the checkpoint, figures from metrics.jsonl and evaluate.json
+of the run where they belong to the exported step. What it cannot know stands under "Before you publish". Paths of this machine do
+not leave it: of data the card has the last name alone.
+"""
+
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from conf.read_json import read_json
+from conf.schema import Config, DataFormat
+from train.checkpoint.manifest import Manifest
+from train.data.sources import STDLIB
+from train.metrics.jsonl import read_heads
+from train.model.count import count
+
+CARD = "README.md"
+HEAD = {
+    "library_name": "transformers",
+    "pipeline_tag": "text-generation",
+    "tags": ["deepseek_v3", "mixture-of-experts", "sluice"],
+}
+MAIN = ("seed", "seq_len", "steps", "batch_size")
+UNFINISHED = "TO BE FILLED IN"
+"""What only the author knows."""
+
+
+def model_card(config: Config, checkpoint: Manifest, notes: list[str], length: int) -> str:
+    """The text. notes: where transformers computes otherwise. length: most tokens of a sequence."""
+    counts, step = count(config.model), checkpoint.step
+    folder, settings = checkpoint.folder.absolute(), checkpoint.meta.get("config", {})
+    weights = "the moving average of the weights" if config.export.ema else "the weights themselves"
+    parts = [
+        f"---\n{yaml.safe_dump(HEAD, sort_keys=False)}---\n",
+        f"# {config.name}\n",
+        f"A language model of the DeepSeek-V3 architecture with {_short(counts.total)} parameters, of which a token uses "
+        f"{_short(counts.active)}, and {_count(config.model.mtp_depth, 'module')} for multi-token prediction. Trained with Sluice; step {step:,}, {weights}, as "
+        f"{config.export.dtype}. Sequences have up to {length:,} tokens.\n",
+        "## Use\n",
+        "```python\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
+        'model = AutoModelForCausalLM.from_pretrained("PATH_OR_NAME")\n'
+        'tokenizer = AutoTokenizer.from_pretrained("PATH_OR_NAME")\n```\n',
+        "It is a base model: it goes on with a text, and was not taught to follow instructions.\n",
+        *(f"On transformers: {note.removeprefix('note: ')}.\n" for note in notes),
+        "## Figures\n",
+        *_table(("", "", ""), _figures(folder, step, config)),
+        "## Training\n",
+        *_table(("", ""), _recipe(config, settings, checkpoint.meta)),
+        "<details><summary>Model, optimizer and precision, every value</summary>\n",
+        f"```yaml\n{yaml.safe_dump(_sections(settings), sort_keys=False)}```\n\n</details>\n",
+        "## Before you publish\n",
+        f"- License: {UNFINISHED} (`license:` in the head of this file). It must agree with that of the training text.",
+        f"- Training text: {UNFINISHED}. What it is, in which languages, from when, and what was left out.",
+        f"- Limits and risks: {UNFINISHED}. The model was not examined for bias, harm or private data in its text.\n",
+    ]
+    return "\n".join(parts)
+
+
+def _figures(checkpoint: Path, step: int, config: Config) -> Iterator[tuple[str, str, str]]:
+    """Name, value and meaning of what was measured at this step."""
+    run = checkpoint.parents[1]
+    file = run / "metrics.jsonl"
+    heads = [head for head in read_heads(file) if head.get("step") == step] if file.is_file() else []
+    head = heads[-1] if heads else {}
+    for name, meaning in (
+        ("main_loss", "loss of the next token on the batch of this step, nats per token"),
+        ("validation_loss", "the same on held-out text"),
+        ("validation_bits_per_byte", "bits per byte of held-out text, comparable between tokenizers"),
+    ):
+        if math.isfinite(value := head.get(name, math.nan)) and not config.export.ema:  # the average was not measured
+            yield name, f"{value:.4f}", meaning
+    yield from _evaluated(run / "evaluate.json", checkpoint, "ema" if config.export.ema else "master")
+
+
+def _evaluated(file: Path, checkpoint: Path, weights: str) -> Iterator[tuple[str, str, str]]:
+    """What mode=evaluate has found of these weights."""
+    found = read_json(file, "name", "remove it; mode=evaluate makes it again") if file.is_file() else {}
+    if (found.get("checkpoint"), found.get("weights")) != (str(checkpoint), weights):
+        return
+    for source in found["sources"]:
+        if source["bits_per_byte"] is not None:
+            meaning = f"bits per byte of {_name(source['name'])}, {source['documents']} documents, {source['tokens']:,} tokens"
+            yield "bits_per_byte", f"{source['bits_per_byte']:.4f}", meaning
+    for task, metrics in found["tasks"].items():
+        for metric, value in metrics.items():
+            yield f"{task}, {metric}", f"{value:.4f}", "lm-evaluation-harness"
+
+
+def _recipe(config: Config, settings: dict[str, Any], meta: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    yield "tokens", f"{meta['samples'] * meta['seq_len']:,}"
+    yield from ((name, str(settings[name])) for name in MAIN if name in settings)
+    yield "training text", ", ".join(_sources(config))
+    if "precision" in settings:
+        yield "precision", settings["precision"]["name"]
+        yield "learning rate", f"{settings['optim']['lr']:g}"
+
+
+def _sources(config: Config) -> list[str]:
+    data = config.data
+    if data.mix:
+        return [f"{_name(source.path) or STDLIB} (weight {source.weight:g})" for source in data.mix]
+    return [STDLIB if not data.path and data.format == DataFormat.stdlib else _name(data.path or UNFINISHED)]
+
+
+def _sections(settings: dict[str, Any]) -> dict[str, Any]:
+    """What has no path of this machine in it."""
+    return {name: settings[name] for name in ("model", "optim", "precision") if name in settings}
+
+
+def _name(path: str) -> str:
+    """hf://NAME as it is, else the last part of a path."""
+    return path if path.startswith("hf://") else Path(path).name
+
+
+def _table(head: tuple[str, ...], rows: Iterator[tuple[str, ...]]) -> list[str]:
+    found = list(rows)
+    if not found:
+        return ["Nothing was measured at this step; `mode=evaluate` measures a checkpoint.\n"]
+    lines = [head, ("---",) * len(head), *found]
+    return [*(f"| {' | '.join(line)} |" for line in lines), ""]
+
+
+def _short(number: float) -> str:
+    """671.03B, 33.0M."""
+    for size, suffix in ((1e9, "B"), (1e6, "M")):
+        if number >= size:
+            return f"{number / size:.4g}{suffix}"
+    return f"{number:,.0f}"
+
+
+def _count(number: int, word: str) -> str:
+    return f"{number} {word}{'s' * (number != 1)}"
