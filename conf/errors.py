@@ -3,17 +3,16 @@
 from collections.abc import Sequence
 from typing import Any
 
-# Exit codes of `python -m train`; scripts may rely on them.
-EXIT_OK = 0
-EXIT_CRASH = 1
-EXIT_USER = 2
-"""Bad input; nothing was started or written."""
-EXIT_DIVERGED = 3
-"""Too many non-finite steps in a row."""
-EXIT_STOPPED = 75
-"""A signal stopped the run; a checkpoint was written if a step was done, and the same command, without resume=, goes on."""
-EXIT_INTERRUPTED = 130
-"""Ctrl-C ended mode=generate."""
+EXIT_OK, EXIT_CRASH, EXIT_USER, EXIT_DIVERGED, EXIT_STOPPED, EXIT_INTERRUPTED = 0, 1, 2, 3, 75, 130
+EXIT_CODES = {
+    EXIT_OK: "all was done",
+    EXIT_CRASH: "it failed: a crash, a rank that was killed or hangs, a disk that refused the last checkpoint",
+    EXIT_USER: "the input is wrong: the error names field, rule and cure, and nothing was started or written",
+    EXIT_DIVERGED: "the loss or a gradient was not finite, `optim.max_bad_steps` times in a row",
+    EXIT_STOPPED: "a signal stopped it, with a checkpoint if a step was done; the same command, without `resume=`, goes on",
+    EXIT_INTERRUPTED: "Ctrl-C ended `mode=generate`",
+}
+"""What the exit codes of a command mean; scripts may rely on them. The table in train/docs/troubleshooting.md is this one."""
 
 
 class UserError(ValueError):

@@ -10,7 +10,7 @@ import pytest
 from hydra.errors import HydraException
 from omegaconf.errors import OmegaConfBaseException
 
-from conf.errors import UserError
+from conf.errors import EXIT_CODES, UserError
 from conf.load import compose
 from conf.schema import ROOT
 from tests.docs import Command, commands, files, pages
@@ -68,6 +68,11 @@ def test_every_command_holds(page, tmp_path):
 
 def test_no_page_hides_a_note_from_its_readers():
     assert not [page for page in pages() if "<!--" in page.read_text()]
+
+
+def test_the_page_of_exit_codes_is_that_of_the_program():
+    rows = re.findall(r"^\| (\d+) \| (.+) \|$", (ROOT / "train/docs/troubleshooting.md").read_text(), re.M)
+    assert {int(code): meaning for code, meaning in rows} == EXIT_CODES
 
 
 def test_the_pages_have_commands():
