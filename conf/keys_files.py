@@ -27,7 +27,7 @@ the values of any arguments:
 
     sluice --help
     sluice --help parallel
-    sluice --help optim optim=deepseek_v3
+    sluice --help optim optim=deepseek_v3_16b
 
 `KEY[]` is an entry of a list, `NAME` any name. This page is made of [conf/schema.py](../../conf/schema.py) by `python -m conf.keys_files`.
 """
