@@ -29,7 +29,7 @@ PIPELINE = ("parallel.pp=2", "micro_batch_size=4")
 LAYOUTS = {
     "one rank": (),
     "one rank, 4 micro-batches": ("micro_batch_size=4",),
-    "one rank, all computed again": ("micro_batch_size=4", "model.recompute=[norm,mla_up,swiglu]"),
+    "one rank, all recomputed": ("micro_batch_size=4", "model.recompute=[norm,mla_up,swiglu]"),
     "one rank, a wider model": (
         "micro_batch_size=4",
         "model.hidden=512",

@@ -285,7 +285,7 @@ def _check_parallel(config: Config) -> None:
         "parallel.zero",
         parallel.zero,
         "must be 1 with pipelines: stage 2 would keep whole gradients until the step ends anyway, and stage 3 would gather "
-        "the weights anew for every micro-batch",
+        "the weights again for every micro-batch",
         "use parallel.zero=1",
     )
     _require(

@@ -24,7 +24,7 @@ EXAMPLES = (
     ("sluice conf=tiny data.path=FOLDER name=mine", "on text of your own"),
     ("sluice steps=2000 optim.lr=1e-3 name=long", "with other values"),
     ("sluice -m optim.lr=1e-3,2e-3", "every combination of values, one run after another"),
-    ("sluice mode=generate name=mine", "let the trained model write"),
+    ("sluice mode=generate name=mine", "generate text from the trained model"),
     ("sluice --cfg job", "show every value and start nothing"),
     ("sluice doctor", "what this machine has and lacks; --version for versions"),
 )

@@ -32,18 +32,18 @@ class Mode(StrEnum):
     evaluate = "evaluate"
     """Held-out loss, and standard tasks, of a checkpoint."""
     generate = "generate"
-    """Let a checkpoint or a Hugging Face folder write."""
+    """Generate text from a checkpoint or a Hugging Face folder."""
     export = "export"
     """Write a checkpoint as a Hugging Face folder."""
     dashboard = "dashboard"
-    """Make a W&B workspace that lays the run out."""
+    """Make a W&B workspace that shows the run."""
 
 
 # More choices. Members are strings, so code may compare them with plain ones.
 Shape = StrEnum("Shape", ["constant", "linear", "cosine"])
 """How a schedule phase moves from the value before it to its own value."""
 Recompute = StrEnum("Recompute", ["norm", "mla_up", "swiglu"])
-"""What the backward pass computes again instead of keeping it (paper 3.2.3 and 3.3.3)."""
+"""What the backward pass recomputes instead of keeping it (paper 3.2.3 and 3.3.3)."""
 DataFormat = StrEnum("DataFormat", ["auto", "stdlib", "text", "jsonl", "parquet", "huggingface", "memmap"])
 WandbMode = StrEnum("WandbMode", ["auto", "offline", "disabled"])
 PipelineSchedule = StrEnum("PipelineSchedule", ["1f1b", "interleaved", "zbv", "dualpipev"])
@@ -149,7 +149,7 @@ class Model:
     init_std: float = number(0.006, above=0)
     """Standard deviation of every weight at the start (paper 4.2)."""
     recompute: list[Recompute] = field(default_factory=lambda: [Recompute.norm, Recompute.mla_up, Recompute.swiglu])
-    """What the backward pass computes again instead of keeping it."""
+    """What the backward pass recomputes instead of keeping it."""
     loss_chunk: int = number(2048, least=1)
     """Tokens whose logits exist at one time in the cross-entropy."""
 
@@ -329,7 +329,7 @@ class Cache:
     attention_output: KeptOutput = KeptOutput.e5m6
     """Input of the attention's output projection: e5m6 (12 bits), fp8 or bf16."""
     swiglu: KeptInput = KeptInput.fp8
-    """Input of the experts' SwiGLU, whose output is computed again."""
+    """Input of the experts' SwiGLU, whose output is recomputed."""
     packed: bool = True
     """False, on CPU only: hold the same values in bf16 or fp32, which takes more memory and less time."""
 

@@ -100,7 +100,7 @@ def resume_point(config: Config, skip: Collection[Path] = ()) -> Found:
     """The checkpoint to start from (path None: start new), with a warning for each damaged one passed over.
 
     `skip`: checkpoints that `load` found damaged. Raises UserError if a named checkpoint is damaged, or if all there
-    are: starting new beside them would throw training away unasked. Make rank 0's Checkpointer first: it mends a
+    are: starting new beside them would throw training away unasked. Make rank 0's Checkpointer first: it repairs a
     commit that was cut in two.
     """
     own = RunPaths(config).checkpoints
@@ -114,7 +114,7 @@ def resume_point(config: Config, skip: Collection[Path] = ()) -> Found:
             "resume",
             config.resume,
             "no checkpoint of this run is intact: " + "; ".join([*found.warnings, *map(str, skip)]),
-            f"mend or remove them in {own}, or start anew under another name=",
+            f"correct or remove them in {own}, or start from the beginning under another name=",
         )
     return found
 

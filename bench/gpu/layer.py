@@ -122,7 +122,7 @@ class Layer:
         self._graph = None
 
     def flops(self) -> dict[str, float]:
-        """Of every part, as train/model/count.py counts: causal, without what is computed again."""
+        """Of every part, as train/model/count.py counts: causal, without what is recomputed."""
         model, seq_len = self.config.model, self.config.seq_len
         forward = layer_flops(model, seq_len, self.dense) / 3
         ffn = model.dense_width if self.dense else (model.top_k + model.shared_experts) * model.expert_width

@@ -5,7 +5,7 @@ hidden 7168, recomputation as in the recipe, node-limited dispatch. There are no
 the dispatcher makes up the rows that a balanced group would send, a copy in this GPU's memory.
 
 Times are medians by CUDA events; backward whole, and its two halves, inputs and weights, as zbv and dualpipev run them.
-Operations as in train/model/count.py, without what is computed again; shares of the rate of this card's own large bf16
+Operations as in train/model/count.py, without what is recomputed; shares of the rate of this card's own large bf16
 products, measured here; MFU against the maker's figure. DeepSeek's trace (profile-data) differs: an H800 whose compute
 kernels had 112 of its 132 SMs, FP8, the forward of one micro-batch overlapped with the backward of another, and its wall
 time hides an all-to-all over 64 GPUs that is absent here. Without a GPU widths are divided by SHRINK.

@@ -50,15 +50,15 @@ class Drill:
         choices = [*ground.faults(), self._stop_driver, self._kill_driver]
         try:
             self._launch()
-            anew = True
+            new_attempt = True
             for number in range(1, faults + 1):
-                if not self._await_steps(anew):
+                if not self._await_steps(new_attempt):
                     break
                 fault = ground.chance.choice(choices)
                 self._say(f"{time.strftime('%H:%M:%S')} fault {number}/{faults}: {fault.__doc__}")
                 self.met[fault.__doc__] += 1
                 fault()
-                anew = fault != ground.fill_disk  # the run goes on through that one
+                new_attempt = fault != ground.fill_disk  # the run goes on through that one
             return ground.driver.wait()
         finally:
             if ground.driver.poll() is None:
@@ -68,12 +68,12 @@ class Drill:
         self._ground.launch(self._overrides)
         self._seen = len(read_events(self._ground.folder))
 
-    def _await_steps(self, anew: bool = True) -> bool:
-        """Until the run has saved, anew: in an attempt that began since, and a little longer; False if the run ended."""
+    def _await_steps(self, new_attempt: bool = True) -> bool:
+        """Until the run has saved, with new_attempt in an attempt that began since, and a little longer; False if the run ended."""
         ground = self._ground
         while ground.driver.poll() is None:
             kinds = [event["kind"] for event in read_events(ground.folder)[self._seen :]]
-            first = kinds.index("first_step") if "first_step" in kinds else len(kinds) if anew else 0
+            first = kinds.index("first_step") if "first_step" in kinds else len(kinds) if new_attempt else 0
             if "checkpoint" in kinds[first:]:
                 time.sleep(ground.chance.uniform(0, 1.5))
                 self._seen += len(kinds)

@@ -6,11 +6,11 @@ from cluster.topology import Node, Placement
 from conf.errors import UserError
 
 ADVICE = {
-    Kind.user: "mend the input and start the same command again",
+    Kind.user: "correct the input and start the same command again",
     Kind.node: "look at the machine and its network; the same command resumes with the nodes that are there",
     Kind.killed: "look at memory (dmesg shows the kernel's out-of-memory kills) and at the device; lower micro_batch_size "
     "or model.loss_chunk if memory is short",
-    Kind.crash: "the lines above come from the rank that failed first; the same command resumes once the cause is mended",
+    Kind.crash: "the lines above come from the rank that failed first; the same command resumes once the cause is removed",
     Kind.hang: "the stacks above show where each rank waits; if they are simply that slow, raise "
     "cluster.hang_after, before the first step and in checkpoints cluster.start_timeout",
     Kind.diverged: "what the first line says; the step was tried again, and the same command would try it once more",

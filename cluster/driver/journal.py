@@ -31,7 +31,7 @@ KINDS = {
     "node_refused": "a node is there and failed a check. node",
     "call_failed": "an agent could not do what it was asked for beside a start; the attempt goes on. node, method",
     "node_lost": "a node does not answer or is known to be dead. node",
-    "node_back": "a node that was lost answers again, or its agent was started anew. node",
+    "node_back": "a node that was lost answers again, or its agent was started again. node",
     "network": "what the network test found. pairs, median_gbit, slow: [[from, to, gbit, ms], ...]",
     "attempt": "ranks are started. pp, dp, nodes: names, spares: names",
     "first_step": "the attempt has finished its first step. step, seconds: since the order to start",

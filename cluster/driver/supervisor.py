@@ -171,7 +171,7 @@ class Supervisor:
         self._got_on(age)
 
     def _got_on(self, age: Age) -> None:
-        """A step that no failure can take away: the budgets start anew.
+        """A step that no failure can take away: the budgets start full again.
 
         A step that another attempt of this launch had reached does not count, or a run that does the same steps again
         and again would never end. What earlier launches reached is nothing to this one, which may resume before it.

@@ -59,7 +59,7 @@ class View:
             self._print(line.decode(errors="replace"))
 
     def update(self, supervisor: Supervisor) -> None:
-        """Draw the status line anew, if it is time."""
+        """Draw the status line again, if it is time."""
         now = time.monotonic()
         if self._live is not None and now - self._refreshed >= REFRESH:
             self._refreshed = now

@@ -171,7 +171,7 @@ def _take_lock(handle: int, folder: Path, patience: float = 5.0) -> None:
 
 
 def folder_name(run: str, id: str, node: str) -> str:
-    """Name of the folder for a run on a node. id: made anew with the run folder, so that no copy outlives its run."""
+    """Name of the folder for a run on a node. id: made with each new run folder, so that no copy outlives its run."""
     return f"sluice-{os.geteuid()}-{run}-{id}-{re.sub(r'[^A-Za-z0-9.]', '_', node)}"
 
 

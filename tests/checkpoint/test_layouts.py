@@ -123,7 +123,7 @@ def test_what_does_not_fit_is_refused_before_anything_is_written(tmp_path, name,
 
 
 def test_a_hole_is_named_at_the_save(tmp_path):
-    """Found when it can still be mended, not at the resume."""
+    """Found when it can still be repaired, not at the resume."""
     shards = [{"w": Shard(torch.ones(4), 0, (2, 5))}, {"w": Shard(torch.ones(5), 5, (2, 5))}]
     result = save(checkpointers(tmp_path, 2), 1, shards)[0]
     assert not result.ok and "no rank saved element 4 of w" in result.warning

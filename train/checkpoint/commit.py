@@ -5,7 +5,7 @@
 2. Rank 0 waits for all votes, merges them into manifest.json, and renames the folder to step_N. That rename is
    the commit: before it nothing carries the final name, after it everything is durable.
 A rank that cannot write leaves a note, rank_R.failed, so that rank 0 gives up at once instead of at its timeout.
-When rank 0 gives up it removes the folder. A rank that comes later still makes it anew; the next save clears it.
+When rank 0 gives up it removes the folder. A rank that comes later still makes it again; the next save clears it.
 
 Fencing. Ranks on a node that lost its network live on while a new attempt already runs elsewhere, and must not
 rename or prune over its checkpoints. `.fence` holds the highest attempt number. A new attempt raises it, and an

@@ -93,7 +93,7 @@ def digest_files(files: list[SourceFile], manifest: Path, field: str, progress: 
 
 
 def _read_manifest(path: Path) -> dict[str, list]:
-    """What was remembered; a manifest that is missing or damaged remembers nothing, and is written anew."""
+    """What was remembered; a manifest that is missing or damaged remembers nothing, and is written again."""
     try:
         manifest = json.loads(path.read_bytes())
     except (OSError, ValueError):

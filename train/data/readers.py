@@ -79,7 +79,7 @@ def _text_of(line: str, text_key: str, place: str, field: str) -> str:
     except RecursionError as error:
         raise UserError(field, place, "is JSON nested too deep to read", "remove this line") from error
     except ValueError as error:
-        raise UserError(field, place, f"is not JSON: {error}", "mend or remove this line") from error
+        raise UserError(field, place, f"is not JSON: {error}", "correct or remove this line") from error
     if not isinstance(record, dict):
         rule = f"must be an object with the text under {text_key!r}, and is a {type(record).__name__}"
         raise UserError(field, place, rule, "write one object per line (jq -c '.[]' does so with a list)")
@@ -105,7 +105,7 @@ def check_text(value: object, place: str, text_key: str, field: str) -> str:
         raise UserError(field, place, rule, f"set {text_key_of(field)} to the key of the text")
     if found := SURROGATE.search(value):
         rule = f"is not Unicode text: character {found.start()} is half of a pair, U+{ord(found[0]):04X}"
-        raise UserError(field, place, rule, "mend or remove this line")
+        raise UserError(field, place, rule, "correct or remove this line")
     return value
 
 

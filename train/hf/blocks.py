@@ -1,6 +1,6 @@
 """FP8 weights in blocks of 128x128 with one fp32 scale each (paper 3.3.2): to fp32 and back, with nothing lost.
 
-A block holds fp32(q * s). Cutting the scale anew from the block's max-abs, s = amax / 448, gives q and s back bit for bit
+A block holds fp32(q * s). Taking the scale again from the block's max-abs, s = amax / 448, gives q and s back bit for bit
 where s was made that way, as DeepSeek made its weights: then the largest |q| is 448, and the two roundings, of 448 s and
 of the division, cannot add up to a place of s. Blocks that were scaled by another rule would get another s and with it
 other values. So `requantize` tries candidates and keeps the first that reproduces every value of the block:

@@ -116,7 +116,7 @@ def _written_whole(target: Path) -> Iterator[Path]:
         fsync_folder(target.parent)
     except OSError as error:
         raise UserError(
-            "export.to", target, f"cannot be written: {error}", "mend that, or give another folder"
+            "export.to", target, f"cannot be written: {error}", "correct that, or give another folder"
         ) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)

@@ -37,7 +37,7 @@ EFFECTS: dict[str, tuple[Effect, str]] = {
     "init_from": (Effect.none, "a run that has a checkpoint does not read it"),
     "micro_batch_size": (Effect.rounding, "the same sum in other parts"),
     "micro_batch_tokens": (Effect.none, "bounds the micro_batch_size that is chosen, which has a line of its own"),
-    "model.recompute": (Effect.rounding, "the same values, kept or computed again"),
+    "model.recompute": (Effect.rounding, "the same values, kept or recomputed"),
     "model.loss_chunk": (Effect.rounding, "the same sum in other parts"),
     "data.cache": (Effect.none, "where tokens are kept"),
     "data.workers": (Effect.none, "how many processes make the same tokens"),

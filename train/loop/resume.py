@@ -104,12 +104,12 @@ def restore(
         notes.append(f"passed over a damaged checkpoint: {problem}")
         skip.add(path)
         start = StartingPoint(*from_rank_0(lambda: _search_disk(config, skip)))
-    if notes:  # the weights may be half loaded, and nobody asked to begin anew
+    if notes:  # the weights may be half loaded, and nobody asked to begin from the start
         raise UserError(
             "resume",
             config.resume,
             f"there is no checkpoint on disk, and copies in memory are of no use: {'; '.join(notes)}",
-            "start once with checkpoint.every_memory=0 to begin anew, or take another name=",
+            "start once with checkpoint.every_memory=0 to begin from the start, or take another name=",
         )
     return Restored([] if config.init_from is None else _start(config, data.tokenizer, state))
 

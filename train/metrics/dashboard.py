@@ -1,4 +1,4 @@
-"""A W&B workspace that lays out a run, built by the library wandb-workspaces: `mode=dashboard`.
+"""A W&B workspace that shows a run, built by the library wandb-workspaces: `mode=dashboard`.
 
 What to show is plain data, SECTIONS below; the names are those of names.py. With a key the workspace is saved and its link
 printed; in any case its definition lies in dashboard.json of the run's folder, so that one can see it without an account.

@@ -49,7 +49,7 @@ class CompiledAttention(torch.autograd.Function):
     """`train.model.kernels.Kernels.attention` in bf16. spans: (sequence, start, end) of every document.
 
     The probabilities of a span are kept for backward where they take about as much memory as its queries, keys and values,
-    or less; those of longer ones are computed again, so memory is linear in the sequence.
+    or less; those of longer ones are recomputed, so memory is linear in the sequence.
     """
 
     @staticmethod

@@ -6,7 +6,7 @@
     down        y = Q(silu(g) u * gate) Q(w2)^T        the router's gate value inside SwiGLU, before the cast
                                                        keeps Q(h) and the gates
       backward  da = Q(dy) Q(w2)
-                a, dh, dgate from D(Q(h)) and da       SwiGLU's output is computed again (paper 3.3.3)
+                a, dh, dgate from D(Q(h)) and da       SwiGLU's output is recomputed (paper 3.3.3)
                 dw2 = Q'(D(Q(dy)))^T Q'(a)             dy is what the dispatcher's wire brought: FP8 already
 
 Rows are padded per expert to 128 once, on entry (train/precision/groups.py).  Where the dispatcher's wire is FP8, x and dy

@@ -25,7 +25,7 @@ from train.precision.quantize import blocked, fitted, scales
 from train.precision.recipe import OperandRule
 
 SHADOW_ROWS = 128
-"""Rows of a product that are computed again in bf16."""
+"""Rows of a product that are recomputed in bf16."""
 
 
 @dataclass(frozen=True)

@@ -68,7 +68,7 @@ def probe(config: Config, device: int = 0) -> str:
 
 
 def main() -> int:
-    """The child. Writes the answer at every stage anew: the last one stays where the process aborts."""
+    """The child. Writes the answer at every stage again: the last one stays where the process aborts."""
     config, answer, device = read_config(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])
     fp8 = config.precision.fp8
     assert fp8 is not None

@@ -63,7 +63,7 @@ class Recipe:
     """The attention's output projection."""
     experts_up: LinearRecipe
     experts_down: LinearRecipe
-    """Its cache is None: its input is computed again from the SwiGLU input."""
+    """Its cache is None: its input is recomputed from the SwiGLU input."""
     swiglu: Cast | None
     """None keeps the input of the experts' SwiGLU in bf16."""
 

@@ -61,7 +61,7 @@ def test_a_full_disk_costs_a_save_and_no_more(tmp_path):
         try:
             assert drill._await_steps()
             ground.fill_disk()
-            assert drill._await_steps(anew=False), "saves go on once there is room"
+            assert drill._await_steps(new_attempt=False), "saves go on once there is room"
             assert ground.signal_driver(signal.SIGTERM) == EXIT_STOPPED
         finally:
             if ground.driver.poll() is None:

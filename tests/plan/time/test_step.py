@@ -32,7 +32,7 @@ def _products_only(config):
 def test_work_is_the_models_flops(recipe):
     """Operations of a step at 1 TFLOP/s each: those of train/model/count.py, with MTP and the router, which it leaves out.
 
-    Attention's backward is 832 / 640 of twice its forward for heads of 192 and 128, as scores are computed again.
+    Attention's backward is 832 / 640 of twice its forward for heads of 192 and 128, as scores are recomputed.
     """
     config = compose(f"conf={recipe}", "data.path=none", "hardware=h800", "parallel=single", "precision=bf16", "model.recompute=[]",
                      "optim.batch_ramp_start=null", "optim.batch_ramp_steps=0")  # fmt: skip

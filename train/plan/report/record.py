@@ -104,7 +104,7 @@ def layout_words(plan: RunPlan) -> str:
     again = ", ".join(config.model.recompute) or "nothing"
     return (
         f"pp {parallel.pp} ({parallel.schedule}), dp {parallel.dp}, ep {parallel.ep} ({parallel.dispatch}, {parallel.wire}), "
-        f"ZeRO {parallel.zero}, {micro_batches_of(config)} micro-batches of {config.micro_batch_size}, computed again: {again}"
+        f"ZeRO {parallel.zero}, {micro_batches_of(config)} micro-batches of {config.micro_batch_size}, recomputed: {again}"
     )
 
 

@@ -15,7 +15,7 @@ from train.plan.job import with_nodes
 from train.plan.time.stages import require_rule
 
 LIGHTEST = list(Recompute)
-"""All that may be computed again."""
+"""All that may be recomputed."""
 
 
 def changed(config: Config, **values: Any) -> Config:

@@ -26,7 +26,7 @@ class Work(NamedTuple):
 
 @dataclass
 class Passes:
-    """The work of a module: forward, gradients of inputs (with all that is computed again), gradients of weights."""
+    """The work of a module: forward, gradients of inputs (with all that is recomputed), gradients of weights."""
 
     forward: list[Work] = field(default_factory=list)
     inputs: list[Work] = field(default_factory=list)
@@ -64,7 +64,7 @@ class Sizes:
         fp8 = self.config.precision.fp8
         return fp8 is not None and getattr(fp8, family).fprop.activation != "bf16"
 
-    def computes_again(self, what: Recompute) -> bool:
+    def recomputes(self, what: Recompute) -> bool:
         return what in self.config.model.recompute
 
     @property
@@ -118,7 +118,7 @@ def norm(sizes: Sizes, rows: float, width: int) -> Passes:
     """RMSNorm. Its backward, which makes both gradients at once, counts as inputs."""
     moved = rows * width * sizes.element
     passes = Passes([Work("norm_forward", bytes=2 * moved)], [Work("norm_backward", bytes=3 * moved)])
-    if sizes.computes_again(Recompute.norm):
+    if sizes.recomputes(Recompute.norm):
         passes.inputs += passes.forward
     return passes
 
@@ -145,8 +145,8 @@ def attention(sizes: Sizes) -> Passes:
     spread = tokens * heads * (3 * qk + model.nope_head_dim + 2 * value) * sizes.element
     up.add(Passes([Work("heads_forward", bytes=spread)], [Work("heads_backward", bytes=spread)]))
     passes.add(up)
-    if sizes.computes_again(Recompute.mla_up):  # its norms are computed again once, whichever rule asks for it
-        norms = {"norm_forward"} if sizes.computes_again(Recompute.norm) else set()
+    if sizes.recomputes(Recompute.mla_up):  # its norms are recomputed once, whichever rule asks for it
+        norms = {"norm_forward"} if sizes.recomputes(Recompute.norm) else set()
         passes.inputs += [work for work in up.forward if work.kind not in norms]
     pairs = tokens * seq_len / 2  # causal
     forward, backward = 2 * pairs * heads * (qk + value), 2 * pairs * heads * (3 * qk + 2 * value)
@@ -165,7 +165,7 @@ def attention(sizes: Sizes) -> Passes:
 def swiglu(sizes: Sizes, rows: float, inner: int) -> Passes:
     one = rows * inner * sizes.element
     passes = Passes([Work("swiglu_forward", bytes=3 * one)], [Work("swiglu_backward", bytes=5 * one)])
-    if sizes.computes_again(Recompute.swiglu):
+    if sizes.recomputes(Recompute.swiglu):
         passes.inputs += passes.forward
     return passes
 
