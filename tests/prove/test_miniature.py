@@ -44,7 +44,11 @@ def composed(*overrides: str) -> Config:
 def recipe(name: str, *overrides: str) -> Config:
     """The recipe with groups and values. Hydra, which takes a second, composes each set of groups once."""
     groups = [override for override in overrides if override.split("=")[0] in ("parallel", "precision")]
-    cfg = deepcopy(composed(f"conf={name}", *groups))
+    given = [group.split("=")[0] for group in groups]
+    plain = [
+        f"{group}={value}" for group, value in (("parallel", "single"), ("precision", "bf16")) if group not in given
+    ]
+    cfg = deepcopy(composed(f"conf={name}", *plain, *groups))
     for override in overrides:
         if override not in groups:
             key, value = override.split("=")
