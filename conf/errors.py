@@ -6,7 +6,7 @@ from typing import Any
 EXIT_OK, EXIT_CRASH, EXIT_USER, EXIT_DIVERGED, EXIT_STOPPED, EXIT_INTERRUPTED = 0, 1, 2, 3, 75, 130
 EXIT_CODES = {
     EXIT_OK: "all was done",
-    EXIT_CRASH: "it failed: a crash, a rank that was killed or hangs, a disk that refused the last checkpoint",
+    EXIT_CRASH: "it failed: a crash, a rank that was killed or hangs, a disk that refused the last checkpoint, a proof that does not hold",
     EXIT_USER: "the input is wrong: the error names field, rule and cure, and nothing was started or written",
     EXIT_DIVERGED: "the loss or a gradient was not finite, `optim.max_bad_steps` times in a row",
     EXIT_STOPPED: "a signal stopped it, with a checkpoint if a step was done; the same command, without `resume=`, goes on",

@@ -9,10 +9,11 @@ import yaml
 from conf.check import check
 from conf.errors import UserError
 from conf.load import compose, recipes
+from conf.micro_batches import batch_sizes
 from conf.schema import Config
 from parallel.pipeline.split import SCHEDULES
 from train import gpu
-from train.layout import batch_sizes, check_layout
+from train.layout import check_layout
 from train.model.count import count
 from train.plan.job import layout_of
 from train.prove.miniature import CLIP, Miniature, shrink

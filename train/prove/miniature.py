@@ -20,6 +20,7 @@ from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import Any
 
 from conf.errors import UserError
+from conf.micro_batches import batch_sizes
 from conf.schema import (
     Checkpoint,
     Cluster,
@@ -38,7 +39,6 @@ from conf.schema import (
 )
 from parallel.mesh import Layout
 from parallel.pipeline.split import SCHEDULES, check_schedule
-from train.layout import batch_sizes
 from train.plan.job import layout_of
 
 STEPS = 4
