@@ -37,6 +37,13 @@ class Samples:
             return Batch(tokens_BS)
         return Batch(tokens_BS, torch.stack([documents_S for _, documents_S in rows]))
 
+    def epochs(self, samples: int) -> dict[str, float]:
+        """Samples that are drawn come to no end."""
+        return {"drawn": 0.0}
+
+    def read_once(self, before: int, after: int) -> list[str]:
+        return []
+
     def _sample(self, number: int) -> tuple[Tensor, Tensor]:
         draw, length = _generator(f"{self._config.seed}/sample/{number}"), self._config.seq_len + 1
         share_S = torch.rand(length, generator=draw, dtype=torch.float64)
