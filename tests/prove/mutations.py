@@ -23,14 +23,13 @@ from parallel.zero.engine import Zero
 from parallel.zero.whole_weights import WholeWeights
 from train.loop import step as training_step
 from train.loop.state import State
-from train.model import deepseek, mla, router
+from train.model import rope, router
 from train.model.deepseek import DeepSeekV3, Head
 from train.model.mtp import MTP
 from train.model.recompute import Recomputed
 from train.model.rope import Rope
 from train.optim.adamw import AdamW
 from train.optim.schedules import Schedules
-from train.precision import high
 from train.precision.high import HighPrecision
 from train.prove.judge import Difference
 
@@ -303,11 +302,10 @@ def balance_loss_divided_by_ranks(patch: Patch) -> None:
 @mutation("radixark/miles#2215: the targets of MTP one position off", "copies", FORWARD, "mtp")
 def mtp_targets_shifted_by_one(patch: Patch) -> None:
     def forward(original, self, states, tokens_BS, positions):
-        main, *rest = original(self, states[:1], tokens_BS, positions)
-        for depth, hidden_BTD in enumerate(states[1:], 1):
-            targets = tokens_BS[:, depth:-1].flatten()
-            rest.append(deepseek.cross_entropy(hidden_BTD.flatten(0, 1), self.weight, targets, positions, self._chunk))
-        return [main, *rest]
+        found = original(self, states[:1], tokens_BS, positions)
+        for depth, hidden_BTD in enumerate(states[1:], 1):  # the head's first target is the second of its tokens
+            found += original(self, [hidden_BTD], tokens_BS[:, depth - 1 : -1], positions)
+        return found
 
     around(patch, Head, "forward", forward)
 
@@ -406,11 +404,12 @@ def gate_on_the_input_of_experts(patch: Patch) -> None:
     "experts|moe|layers",
 )
 def empty_expert_dropped(patch: Patch) -> None:
-    def groups_of(original, counts_E, dtype):
+    def expert_ffn(original, self, *operands):
+        *others, counts_E = operands
         filled = counts_E[counts_E > 0]
-        return original(F.pad(filled, (0, len(counts_E) - len(filled))), dtype)
+        return original(self, *others, F.pad(filled, (0, len(counts_E) - len(filled))))
 
-    around(patch, high, "groups_of", groups_of)
+    around(patch, HighPrecision, "expert_ffn", expert_ffn)
 
 
 @mutation(
@@ -493,7 +492,7 @@ def rope_pairs_the_halves(patch: Patch) -> None:
         halves = x_BTHR.unflatten(-1, (2, -1)).transpose(-1, -2).flatten(-2)
         return original(halves, table).unflatten(-1, (-1, 2)).transpose(-1, -2).flatten(-2)
 
-    around(patch, mla, "rotate", rotate)
+    around(patch, rope, "rotate", rotate)
 
 
 @mutation(
