@@ -582,7 +582,7 @@ def adam_counts_one_ahead(patch: Patch) -> None:
 
 
 @mutation(
-    "NVIDIA-NeMo/Megatron-Bridge#5399, verl-project/verl#3674: the rate lags one step behind", "copies", UPDATE, ""
+    "NVIDIA-NeMo/Megatron-Bridge#5399, verl-project/verl#3674: the rate lags one step behind", "copies", SETTINGS, "lr"
 )
 def rate_of_the_step_before(patch: Patch) -> None:
     def plan(original, self, step, shift=0):
@@ -595,7 +595,10 @@ def rate_of_the_step_before(patch: Patch) -> None:
 
 
 @mutation(
-    "verl-project/verl#7401, modelscope/ms-swift#10050: the data do not go on where they ended", "copies", RESUME, ""
+    "verl-project/verl#7401, modelscope/ms-swift#10050: the data do not go on where they ended",
+    "copies",
+    RESUME,
+    "first_sample",
 )
 def resumed_one_sample_off(patch: Patch) -> None:
     def loaded(original, self, meta, with_ema):
