@@ -1,5 +1,6 @@
 """Proofs of the product as it is hold, in one process and in layouts, and what fails is named."""
 
+import ast
 import json
 
 import pytest
@@ -9,6 +10,7 @@ from torch.nn import functional as F
 
 from conf.errors import EXIT_OK, UserError
 from conf.load import compose
+from conf.schema import ROOT
 from tests.prove.proofs import gather_evidence, small_proof
 from tests.small import SMALL, environment
 from train.metrics.proof_rows import report_rows
@@ -190,3 +192,10 @@ def test_a_choice_is_right_as_far_as_scores_may_be_off():
     )
     assert 0 <= choice_excess(model, biased_NE, choose(model, biased_NE + noise_NE)) <= 1e-3
     assert choice_excess(model, biased_NE, right_NK.flip(0)) > 0.05
+
+
+def test_the_reference_is_one_short_file_that_shares_no_code_with_what_it_judges():
+    text = (ROOT / "train" / "prove" / "reference.py").read_text()
+    modules = [node.module for node in ast.walk(ast.parse(text)) if isinstance(node, ast.ImportFrom)]
+    assert len(text.splitlines()) <= 400
+    assert [name for name in modules if name.split(".")[0] in ("train", "parallel", "cluster")] == []
