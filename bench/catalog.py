@@ -36,4 +36,4 @@ def listed() -> str:
     rows = [(row.name, row.takes.removeprefix("about "), row.line.rstrip(".")) for row in commands()]
     names, times = (max(len(row[column]) for row in rows) for column in (0, 1))
     lines = [f"    {name:{names}}  {takes:{times}}  {line}" for name, takes, line in rows]
-    return "\n".join(["One question each, by python -m bench.NAME, and about how long it takes:", *lines])
+    return "\n".join(["One question each, by python -m bench.NAME, and about how long it takes on two cores:", *lines])

@@ -14,6 +14,8 @@ step every few seconds. For every number of nodes:
 
 Exits 1 where a target is missed. Without --nodes: 64 to 8192 nodes, each beside the one before. Cores are shared with the
 hosts, so that figures of a machine with few of them are upper limits.
+
+Takes about a minute for each number of nodes.
 """
 
 import argparse

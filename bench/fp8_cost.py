@@ -6,7 +6,7 @@ In every round each precision takes one step of the same work, in turn, so that 
 Prints the least wall time and the least CPU time (which a busy machine disturbs less), and their ratios to bf16.
 `fast` keeps values instead of bytes for backward, and rounds operands with fp32 scales to bf16.
 
-Takes about 2 minutes.
+Takes about 5 minutes.
 """
 
 import argparse

@@ -16,7 +16,7 @@ multiple of the floor, and the share of the large product's rate that the part r
 train/model/count.py; none for the optimizer). The shape `moe` has the most for MoE to do beside products: 64 experts,
 top 8, 4096 tokens.
 
-Takes about a minute.
+Takes about half a minute.
 """
 
 import argparse

@@ -8,7 +8,7 @@ Routing is forced to be even, so that the plan needs no guess of it.
 
     python -m bench.plan_memory [CASE ...]
 
-Takes about 3 minutes.
+Takes about 4 minutes.
 """
 
 import argparse

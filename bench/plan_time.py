@@ -8,7 +8,7 @@ in the same spirit. The plan is told how unevenly that step's tokens were spread
 (`plan.imbalance`, from the logged load: the busiest rank's share, mean over the layers), as all wait for the busiest in
 every layer. Ranks beyond the cores would share them, which the planner has no rule for: two cores, two ranks.
 
-Takes about 8 minutes.
+Takes about 6 minutes.
 """
 
 import argparse

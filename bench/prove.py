@@ -8,6 +8,8 @@
 
 Rows are so small that they need no miniature. Those of as many ranks follow one another in the same processes, as starting
 them takes as long as a proof. Needs what the extra dev installs, and one machine of 2 cores.
+
+Takes about a few seconds for each row.
 """
 
 import argparse
