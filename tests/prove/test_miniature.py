@@ -61,7 +61,7 @@ def recipe(name: str, *overrides: str) -> Config:
 
 
 def paper() -> Config:
-    return recipe("deepseek_v3", "parallel=deepseek_v3", "precision=fp8", "optim.batch_ramp_start=4096")
+    return recipe("deepseek_v3")
 
 
 def assert_same_structure(cfg: Config, mini: Miniature) -> None:
@@ -86,7 +86,8 @@ def assert_same_structure(cfg: Config, mini: Miniature) -> None:
 @pytest.mark.parametrize("name", recipes())
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_every_recipe_in_every_layout_shrinks_to_one_that_passes_the_checks(name, layout):
-    cfg = recipe(name, "optim.batch_ramp_start=null", "optim.batch_ramp_steps=0", *LAYOUTS[layout])
+    plain = ["parallel=single", "optim.batch_ramp_start=null", "optim.batch_ramp_steps=0"]
+    cfg = recipe(name, *plain, *LAYOUTS[layout])
     mini = shrink(cfg)
     check(mini.cfg)
     check_layout(mini.cfg)
@@ -119,7 +120,7 @@ def test_more_ranks_keep_more_of_the_structure():
 
 
 def compose_ranks(ranks: int) -> Config:
-    return recipe("deepseek_v3", "parallel=deepseek_v3", "optim.batch_ramp_start=4096", f"prove.ranks={ranks}")
+    return recipe("deepseek_v3", f"prove.ranks={ranks}")
 
 
 def test_a_layout_that_fits_is_kept_with_its_experts():
