@@ -20,6 +20,7 @@ from train.prove.certificate import Certificate
 from train.prove.double import grouped_product, in_double
 from train.prove.judge import Judge, ProofFindings, backward_order, choice_excess, judge_all
 from train.prove.layouts import PROOFS, in_layout, layout_name, second_layout
+from train.prove.miniature import shrink
 from train.prove.reference import choose, weight_shapes
 from train.prove.run import prove
 from train.run_folder import RunPaths
@@ -141,6 +142,13 @@ def test_the_second_layout_is_another_of_as_many_ranks(overrides):
     other = in_layout(config, second_layout(config, world))
     assert other.parallel.pp * other.parallel.dp == world
     assert layout_name(other) != layout_name(config)
+
+
+@pytest.mark.parametrize("recipe", ["tiny", "deepseek_v3", "deepseek_v3_16b"])
+def test_the_miniature_of_a_recipe_has_a_second_layout(recipe):
+    small = shrink(compose("mode=prove", f"conf={recipe}")).cfg
+    world = max(2, small.parallel.pp * small.parallel.dp)
+    assert layout_name(in_layout(small, second_layout(small, world))) != layout_name(small)
 
 
 @pytest.mark.parametrize("batch", [2, 3])

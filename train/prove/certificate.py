@@ -85,7 +85,9 @@ class Certificate:
         """On one screen."""
         said = "this layout trains this model" if self.holds else "this layout does NOT train this model"
         rows = [("Layout", f"{self.layout}, {self.ranks} ranks on {self.device}, {self.steps} steps")]
-        rows.append(("Checkpoint", f"read in another layout: {self.second_layout}"))
+        same = self.second_layout.startswith(f"{self.layout}, {self.ranks} ")
+        read = "read in the same layout, as the rules allow no other" if same else "read in another layout"
+        rows.append(("Checkpoint", f"{read}: {self.second_layout}"))
         rows += [("Smaller", "\n".join(textwrap.wrap(" ".join(self.cuts), WIDTH)))] if self.cuts else []
         for proof, says in PROOFS_SAY.items():
             rows.append((proof, "\n".join([says, *_lines([one for one in self.verdicts if one.proof == proof])])))

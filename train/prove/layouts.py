@@ -62,6 +62,9 @@ def _others(config: Config, world: int) -> Iterator[Parallel]:
         for schedule in ("zbv", "1f1b"):
             yield replace(plain, pp=2, dp=half, ep=gcd(half, config.model.experts), schedule=schedule)
     yield from (replace(plain, ep=ep, zero=zero) for ep in {shared, 1} for zero in {1, 2, 3} - {own.zero})
+    kept = replace(plain, pp=own.pp, dp=own.dp)  # where the batch divides among no other number of ranks
+    sizes = [ep for ep in range(own.dp, 0, -1) if own.dp % ep == 0 and config.model.experts % ep == 0 and ep != own.ep]
+    yield from (replace(kept, ep=ep, zero=zero) for ep in sizes for zero in (2, 1))
 
 
 def layout_name(config: Config) -> str:
