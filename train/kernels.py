@@ -16,7 +16,7 @@ def build_kernels(kind: str, compiled: bool = True, attention: Attention = scale
     """kind: of the device, cpu or cuda. compiled: whether a CPU that can runs compiled code. attention: of a GPU."""
     if kind == "cuda":
         return FusedKernels(attention)
-    return CompiledKernels(native.products_pay()) if compiled and native.lack() is None else Kernels()
+    return CompiledKernels(native.products_pay()) if compiled and native.why_absent() is None else Kernels()
 
 
 def choose_kernels(config: Config, device: torch.device) -> tuple[Kernels, list[str]]:
@@ -28,6 +28,6 @@ def choose_kernels(config: Config, device: torch.device) -> tuple[Kernels, list[
         attention, notes = choose_attention(config, device)
         return build_kernels("cuda", attention=attention), notes
     compiled, notes = config.cluster.compiled, []
-    if compiled and activation_dtype(config.precision) == torch.bfloat16 and (why := native.lack()):
+    if compiled and activation_dtype(config.precision) == torch.bfloat16 and (why := native.why_absent()):
         notes.append(f"the model trains in torch's operations, slower than compiled code: {why}")
     return build_kernels("cpu", compiled), notes

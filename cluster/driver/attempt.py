@@ -61,7 +61,7 @@ class Attempt:
         """Whether it has finished a step of its own."""
         return self.first_step is not None and self.step > min(self.first_step, self.saved + 1)
 
-    def steps_again(self, reached: int) -> int:
+    def count_repeated(self, reached: int) -> int:
         """Steps that it does a second time, when the run had worked on step `reached` before."""
         return max(0, reached - min(self.first_step, self.saved + 1))
 
@@ -86,7 +86,7 @@ class Attempt:
         at_work = self._at_work == len(self.reports) - self._ended
         return policy.hang_after if self.stepping and at_work else policy.start_timeout
 
-    def settled(self, now: float, until: float) -> bool:
+    def is_settled(self, now: float, until: float) -> bool:
         """Whether to wait no longer for ranks to say why they failed."""
         reports = self.live_reports
         if any(report.code in CERTAIN or report.code == EXIT_USER for report in reports) or now >= until:

@@ -84,7 +84,7 @@ class Copies:
     def folder_on(self, node: Node) -> str:
         return str(Path(self.base) / folder_name(self._run, self._id, node.name))
 
-    def opened(self, node: str, port: int) -> None:
+    def note_port(self, node: str, port: int) -> None:
         """The store of this node listens."""
         self._ports[node] = port
 

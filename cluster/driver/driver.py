@@ -226,7 +226,7 @@ class Driver:
     def _take_store(self, node: Node, reply: Reply) -> None:
         opened = Opened(problem=reply.error) if reply.error is not None else reply.value
         if opened.port:
-            self.copies.opened(node.id, opened.port)
+            self.copies.note_port(node.id, opened.port)
             self._admit(node)
             return
         if opened.passes:

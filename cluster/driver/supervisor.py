@@ -144,7 +144,7 @@ class Supervisor:
         if self.phase is not DriverPhase.running or attempt.first_step is None:
             return
         if attempt.stepping and self._failed_at is not None:
-            down, again = now - self._failed_at, attempt.steps_again(self._reached)
+            down, again = now - self._failed_at, attempt.count_repeated(self._reached)
             text = f"step {attempt.step} after {down:.1f} s; {again} steps done again"
             self._note("recovered", text, seconds=round(down, 2), steps_again=again)
             self._failed_at = None
@@ -305,7 +305,7 @@ class Supervisor:
         self._out.append(m.ProbeLinks(self.attempt.reachable))
 
     def _decide(self, now: float) -> None:
-        if not self.attempt.settled(now, self._settled_at) or (self._probing and now < self._probed_at):
+        if not self.attempt.is_settled(now, self._settled_at) or (self._probing and now < self._probed_at):
             return
         for id in sorted(self._probing):
             self._lose(id, NodeHealth.silent, f"no answer to a probe within {self.policy.probe:.0f} s")

@@ -104,7 +104,7 @@ class DeepEPDispatcher:
         """bf16 rows from what DeepEP gives."""
         if not isinstance(received, tuple):
             return received
-        return self.wire.received(*received, torch.bfloat16, gradient=gradient)
+        return self.wire.unpack(*received, torch.bfloat16, gradient=gradient)
 
 
 class _Dispatch(torch.autograd.Function):

@@ -92,9 +92,9 @@ class Fp8Wire:
         return q_RD, (exponent_RS << 23).view(torch.float32)
 
     def decode(self, bytes_RB: Tensor, width: int, dtype: torch.dtype, *, gradient: bool = False) -> Tensor:
-        return self.received(*self.decode_parts(bytes_RB, width), dtype, gradient=gradient)
+        return self.unpack(*self.decode_parts(bytes_RB, width), dtype, gradient=gradient)
 
-    def received(self, q_RD: Tensor, scale_RS: Tensor, dtype: torch.dtype, *, gradient: bool) -> Tensor:
+    def unpack(self, q_RD: Tensor, scale_RS: Tensor, dtype: torch.dtype, *, gradient: bool) -> Tensor:
         """The rows that these parts stand for."""
         return dequantize(q_RD, scale_RS, dtype, self.widen)
 
@@ -102,7 +102,7 @@ class Fp8Wire:
 class Fp8RowsWire(Fp8Wire):
     """The same, for experts that compute in FP8: what arrives stays quantized (parallel/expert/quantized_rows.py)."""
 
-    def received(self, q_RD: Tensor, scale_RS: Tensor, dtype: torch.dtype, *, gradient: bool) -> Tensor:
+    def unpack(self, q_RD: Tensor, scale_RS: Tensor, dtype: torch.dtype, *, gradient: bool) -> Tensor:
         floor = self.gradient_floor if gradient else self.activation_floor
         return QuantizedRows(q_RD, scale_RS, floor, dtype, self.widen)
 

@@ -197,7 +197,7 @@ class Zero:
             if param in offsets and param is not self.copy
         }
 
-    def loaded(self, updates: int) -> None:
+    def finish_load(self, updates: int) -> None:
         """Call after the shards were filled from a checkpoint: refreshes the weights from the masters."""
         self.client.updates = updates
         self._weights.refresh()

@@ -14,7 +14,7 @@ from train.model.attention import BlockAttention
 from train.model.compiled_attention import CompiledAttention
 
 CPU = torch.device("cpu")
-needs_it = pytest.mark.skipif(native.lack() is not None, reason=native.lack() or "")
+needs_it = pytest.mark.skipif(native.why_absent() is not None, reason=native.why_absent() or "")
 BITS = 5e-3
 """Of the norm of a result: its own rounding to bf16 is 2e-3 on average, those of probabilities and their gradients add to it."""
 
@@ -148,7 +148,7 @@ def test_the_model_takes_it_where_it_can_and_may():
 
 def test_a_run_says_why_it_goes_without(monkeypatch, tmp_path):
     monkeypatch.setattr(native, "has_avx2", lambda: False)
-    monkeypatch.setattr(native, "lack", native.lack.__wrapped__)
+    monkeypatch.setattr(native, "why_absent", native.why_absent.__wrapped__)
     kernels, [note] = choose_kernels(compose(), CPU)
     assert note.endswith("this CPU has no AVX2") and not kernels.parts
     monkeypatch.setattr(native, "has_avx2", lambda: True)

@@ -15,7 +15,7 @@ from train.model.kernels import Kernels
 from train.precision.high import HighPrecision
 
 torch.set_num_threads(1)
-pytestmark = pytest.mark.skipif(native.lack() is not None, reason=native.lack() or "")
+pytestmark = pytest.mark.skipif(native.why_absent() is not None, reason=native.why_absent() or "")
 SUM = 2**-19
 """Error of a sum in fp32 beside the sum of its absolute terms: 1000 terms, each rounding 2^-24, and those do not add up in a row."""
 BF16 = 2**-8

@@ -19,7 +19,7 @@ from train.model.rope import PlainHeads, Rope, rotate
 from train.native.kernel import Kernel
 from train.precision.high import HighPrecision
 
-pytestmark = pytest.mark.skipif(native.lack() is not None, reason=native.lack() or "")
+pytestmark = pytest.mark.skipif(native.why_absent() is not None, reason=native.why_absent() or "")
 KERNELS = CompiledKernels(products=True)
 EPS = 1e-6
 ROUNDING = 2**-7

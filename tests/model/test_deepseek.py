@@ -202,7 +202,7 @@ def test_bf16_is_near_fp32(recompute):
         assert error < 0.05, (name, error)
 
 
-@pytest.mark.skipif(native.lack() is not None, reason=native.lack() or "")
+@pytest.mark.skipif(native.why_absent() is not None, reason=native.why_absent() or "")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_one_expert_a_token_makes_the_same_model_with_and_without_compiled_code(dtype):
     """Every bit of loss, logits and gradients. In bf16 torch does the order of rows alone: the rest rounds differently, which

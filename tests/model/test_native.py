@@ -26,7 +26,7 @@ torch.save(made | {"special": product(special.t(), torch.ones(1, 1).bfloat16(), 
 """
 
 
-@pytest.mark.skipif(native.lack() is not None, reason=native.lack() or "")
+@pytest.mark.skipif(native.why_absent() is not None, reason=native.why_absent() or "")
 def test_with_fewer_instructions_the_results_are_the_same(tmp_path):
     """Without those for bf16, and on vectors half as wide, where the sum of a norm has another order."""
     x = torch.randn(30, 70, generator=torch.Generator().manual_seed(0)).bfloat16()
@@ -69,7 +69,7 @@ def made(tmp_path, monkeypatch):
     return source, library
 
 
-@pytest.mark.skipif(native.lack() is not None, reason=native.lack() or "")
+@pytest.mark.skipif(native.why_absent() is not None, reason=native.why_absent() or "")
 @pytest.mark.parametrize("which", ["folder", "file"])
 @pytest.mark.parametrize(
     ("mode", "owner", "group", "words"),
@@ -94,7 +94,7 @@ def test_what_others_could_have_written_is_not_loaded(made, which, mode, owner, 
     assert ("chmod" in said) is (owner is None)
 
 
-@pytest.mark.skipif(native.lack() is not None, reason=native.lack() or "")
+@pytest.mark.skipif(native.why_absent() is not None, reason=native.why_absent() or "")
 def test_a_group_of_the_user_alone_may_write(made):
     source, library = made
     for path in (library.parent, library):

@@ -67,8 +67,8 @@ def name(request) -> str:
             load_casts()
         except UserError as error:
             pytest.skip(str(error))
-    elif native.lack() is not None:
-        pytest.skip(native.lack())
+    elif native.why_absent() is not None:
+        pytest.skip(native.why_absent())
     return request.param
 
 

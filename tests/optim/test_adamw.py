@@ -14,8 +14,8 @@ SIZE = 2 * CHUNK["cpu"] + 1003
 @pytest.fixture(params=["compiled", "torch"])
 def build(request):
     """Makes optimizers whose updates with bf16 moments are compiled code, or torch's kernel."""
-    if request.param == "compiled" and native.lack() is not None:
-        pytest.skip(native.lack())
+    if request.param == "compiled" and native.why_absent() is not None:
+        pytest.skip(native.why_absent())
 
     def optimizer(param, moments):
         group = {"params": [param], "weight_decay": 0.1}

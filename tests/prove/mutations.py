@@ -601,20 +601,20 @@ def rate_of_the_step_before(patch: Patch) -> None:
     "first_sample",
 )
 def resumed_one_sample_off(patch: Patch) -> None:
-    def loaded(original, self, meta, with_ema):
+    def finish_load(original, self, meta, with_ema):
         original(self, meta | {"samples": meta["samples"] + 1}, with_ema)
 
-    around(patch, State, "loaded", loaded)
+    around(patch, State, "finish_load", finish_load)
 
 
 @mutation("flagos-ai/FlagScale#411: balance biases are not in the checkpoint", "copies", RESUME, "bias")
 def biases_lost_in_the_checkpoint(patch: Patch) -> None:
-    def loaded(original, self, meta, with_ema):
+    def finish_load(original, self, meta, with_ema):
         original(self, meta, with_ema)
         for one in self.routers.values():
             one.bias_E.zero_()
 
-    around(patch, State, "loaded", loaded)
+    around(patch, State, "finish_load", finish_load)
 
 
 @mutation(
@@ -624,18 +624,18 @@ def biases_lost_in_the_checkpoint(patch: Patch) -> None:
     "updates|master",
 )
 def adam_count_lost_in_the_checkpoint(patch: Patch) -> None:
-    def loaded(original, self, meta, with_ema):
+    def finish_load(original, self, meta, with_ema):
         original(self, meta | {"updates": 0}, with_ema)
 
-    around(patch, State, "loaded", loaded)
+    around(patch, State, "finish_load", finish_load)
 
 
 @mutation("LBANN/lbann#1510: one of the two moments is not handed on", "copies", RESUME, "exp_avg")
 def moments_lost_in_the_checkpoint(patch: Patch) -> None:
-    def loaded(original, self, meta, with_ema):
+    def finish_load(original, self, meta, with_ema):
         original(self, meta, with_ema)
         for name, shard in self.zero.shards().items():
             if name.startswith("exp_avg_sq."):
                 shard.local.zero_()
 
-    around(patch, State, "loaded", loaded)
+    around(patch, State, "finish_load", finish_load)

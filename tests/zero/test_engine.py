@@ -277,7 +277,7 @@ def check_moves(rank, path):
         if state is not None:
             for name, shard in zero.shards().items():
                 shard.local.copy_(state[name].flatten()[shard.offset : shard.offset + shard.local.numel()])
-            zero.loaded(updates=1)
+            zero.finish_load(updates=1)
             tensors, covered = gather(zero.shards())
             assert all((count == 1).all() for count in covered.values()) and tensors.keys() == state.keys()
             assert all(torch.equal(tensors[name], state[name]) for name in state)

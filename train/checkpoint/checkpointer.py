@@ -169,7 +169,7 @@ class Checkpointer:
             warning = f"checkpoint of step {save.step} not written: {warning}"
         elif self.rank == 0:
             warning = self._prune(warning)
-        fenced, seconds = self.committer.overtaken(), time.perf_counter() - began
+        fenced, seconds = self.committer.is_overtaken(), time.perf_counter() - began
         self._results.append(SaveResult(save.step, path, warning, fenced, seconds, self._stage.layout.data_bytes))
 
     def _write(self, save: Save) -> str | None:

@@ -113,7 +113,7 @@ class Committer:
         if not self._temporary(save).is_dir():
             raise SaveAbandoned("rank 0 gave up; its log says why")
 
-    def overtaken(self) -> bool:
+    def is_overtaken(self) -> bool:
         """Whether a newer attempt has started, which may be why an operation failed. Never raises OSError."""
         try:
             return read_fence(self.root) > self.attempt

@@ -166,7 +166,7 @@ class MemoryCopies:
     def files(self) -> "ShelfFiles":
         return ShelfFiles(self.shelves, self.token, self.rank, self.timeout)
 
-    def resumed(self) -> None:
+    def mark_resumed(self) -> None:
         """The state was loaded from the set; keep it until there is a newer one."""
         self._resumed = self.shelves.resume
 

@@ -87,7 +87,7 @@ def restore(
         _fits(config, data.tokenizer, manifest.folder, manifest.meta)
         problem = _load(state, manifest.meta, lambda wanted: fill(manifest, copies.files(), wanted))
         if problem is None:
-            copies.resumed()
+            copies.mark_resumed()
             return _resumed(config, data, manifest.meta, notes, f"copies in memory, {manifest.folder}")
         notes.append(f"passed over copies in memory: {problem}")
         start = StartingPoint(*from_rank_0(lambda: _search_disk(config, skip)))
@@ -144,7 +144,7 @@ def _load(state: State, meta: dict[str, Any], load: Callable[[dict[str, Shard]],
         problem = error.line
     problem = next((text for text in gather(problem) if text), None)
     if problem is None:
-        state.loaded(meta, meta["has_ema"])
+        state.finish_load(meta, meta["has_ema"])
     return problem
 
 

@@ -35,4 +35,4 @@ def start_from(config: Config, folder: Folder, state: "State") -> None:
 
     weights = {name: shard for name, shard in state.wanted(False).items() if name.startswith(("master.", "bias."))}
     fill(folder, match(folder, config.model), weights)
-    state.loaded({"step": 0, "samples": 0, "skipped": 0, "updates": 0}, with_ema=False)
+    state.finish_load({"step": 0, "samples": 0, "skipped": 0, "updates": 0}, with_ema=False)

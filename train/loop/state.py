@@ -41,7 +41,7 @@ class State:
     def running(self) -> RunningLoad:
         return RunningLoad(self.load_LE.numpy(), self.idle_LE.numpy(), self.step)
 
-    def saw(self, loads_LE: torch.Tensor) -> RunningLoad:
+    def record_loads(self, loads_LE: torch.Tensor) -> RunningLoad:
         """Take the loads of a step into the running ones."""
         running = update_running(self.running, loads_LE)
         self.load_LE.copy_(torch.from_numpy(running.load_LE))
@@ -66,10 +66,10 @@ class State:
         averages = self._averages(shards) if self.ema is not None and with_ema else {}
         return shards | averages | self._biases() | self._loads()
 
-    def loaded(self, meta: dict[str, Any], with_ema: bool) -> None:
+    def finish_load(self, meta: dict[str, Any], with_ema: bool) -> None:
         """Take over after the wanted shards were filled."""
         self.step, self.samples, self.skipped = meta["step"], meta["samples"], meta["skipped"]
-        self.zero.loaded(meta["updates"])
+        self.zero.finish_load(meta["updates"])
         if self.ema is not None and not with_ema:
             self.ema.restart()
 

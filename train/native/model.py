@@ -19,7 +19,7 @@ SLOW = 0.75
 
 
 @cache
-def lack() -> str | None:
+def why_absent() -> str | None:
     """Why this machine cannot have it, None if it can. The first call on a machine builds it, which takes some seconds."""
     if not has_avx2():
         return "this CPU has no AVX2"

@@ -135,7 +135,7 @@ def _arrived(rows_RD: Tensor, groups: Groups, engine: Engine, rule: OperandRule)
         cast = Cast(E4M3, (1, TILE), pow2=True, floor=rows_RD.floor)
         if rule.format is not None and rule.cast() == cast:
             q_PD = groups.pad(rows_RD.q_RD.view(torch.uint8)).view(rows_RD.q_RD.dtype)
-            return engine.arrived(q_PD, groups.pad(rows_RD.scale_RS), cast)
+            return engine.take_arrived(q_PD, groups.pad(rows_RD.scale_RS), cast)
         rows_RD = rows_RD.values()
     return groups.pad(rows_RD)
 

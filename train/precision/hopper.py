@@ -67,7 +67,7 @@ class HopperEngine:
 
     cast = keep
 
-    def arrived(self, q_MK: Tensor, scale: Tensor, cast: Cast) -> Quantized:
+    def take_arrived(self, q_MK: Tensor, scale: Tensor, cast: Cast) -> Quantized:
         q = _padded(q_MK.view(torch.uint8)).view(q_MK.dtype)
         below = len(q) - len(scale)
         return Quantized(q, _by_column(F.pad(scale, (0, 0, 0, below)) if below else scale), cast, q_MK.shape)

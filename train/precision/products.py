@@ -84,7 +84,7 @@ class Engine(Protocol):
         """The same to use at once, in whatever form is cheapest."""
         ...
 
-    def arrived(self, q_MK: Tensor, scale: Tensor, cast: Cast) -> Source:
+    def take_arrived(self, q_MK: Tensor, scale: Tensor, cast: Cast) -> Source:
         """What `keep` would give for values that are quantised already. scale: (M, ceil(K / 128))."""
         ...
 
@@ -153,7 +153,7 @@ class CpuEngine:
     def cast(self, x_MK: Tensor, cast: Cast) -> Rounded:
         return Rounded(self._casts.fake_quantize(x_MK, cast, exact_dtype(cast)), fitted(cast, x_MK))
 
-    def arrived(self, q_MK: Tensor, scale: Tensor, cast: Cast) -> Source:
+    def take_arrived(self, q_MK: Tensor, scale: Tensor, cast: Cast) -> Source:
         quantized = Quantized(q_MK, scale, fitted(cast, q_MK), q_MK.shape)
         return quantized if self._packed else Rounded(self._values(quantized), quantized.cast)
 

@@ -226,7 +226,7 @@ def fill_state(config: Config, state: State, parts: Parallelized) -> None:
         else:
             shard.local.zero_()
     fill_biases(parts, initial_biases(config))
-    state.zero.loaded(0)
+    state.zero.finish_load(0)
     if state.ema is not None:
         state.ema.restart()
 

@@ -175,7 +175,7 @@ def test_the_newest_set_is_whole_on_the_nodes_that_answer(tmp_path):
     nodes = {f"id{i}": Node(f"id{i}", f"n{i}", f"10.0.0.{i}", 1) for i in range(3)}
     copies = Copies(tmp_path, "/dev/shm", first=2)
     for i, node in enumerate(nodes.values()):
-        copies.opened(node.id, 1000 + i)
+        copies.note_port(node.id, 1000 + i)
         copies.take(node.id, {FIRST: [i, (i - 1) % 3], SECOND: [i] if i else [0, 2]})
     assert copies.newest(nodes) == SetId(1, 10, 3)
     assert copies.newest(["id0", "id1"]) == SetId(1, 10, 3) and copies.newest(["id1", "id2"]) == SetId(1, 5, 3)
