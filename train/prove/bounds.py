@@ -44,7 +44,10 @@ def computed(proof: str, config: Config) -> Bound:
     if proof == "fp32":
         value = ROOM * UNIT["fp32"] * (n * K) ** 0.5
         return Bound(value, f"{ROOM:g} x 2^-24 x sqrt({n} products x {K} terms)")
-    name = "e4m3" if config.precision.fp8 is not None else "bf16" if config.precision.name != "fp32" else "fp32"
+    travels = config.parallel.wire == "fp8"  # rounded on the way to the experts, in fp32 and in the second layout too
+    name = (
+        "e4m3" if config.precision.fp8 is not None or travels else "bf16" if config.precision.name != "fp32" else "fp32"
+    )
     if name == "fp32":
         return computed("fp32", config)
     value = min(MOST, 2 * UNIT[name] * n**0.5)
