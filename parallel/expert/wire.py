@@ -52,7 +52,10 @@ class HighWire:
         return F.pad(bytes_RB, (0, -bytes_RB.shape[1] % 4))
 
     def decode(self, bytes_RB: Tensor, width: int, dtype: torch.dtype, *, gradient: bool = False) -> Tensor:
-        return bytes_RB[:, : width * dtype.itemsize].view(dtype)
+        rows_RB = bytes_RB[:, : width * dtype.itemsize]
+        if bytes_RB.stride(0) % dtype.itemsize:  # fp64, beside an odd number of 4-byte words
+            rows_RB = rows_RB.contiguous()
+        return rows_RB.view(dtype)
 
 
 class Fp8Wire:

@@ -83,3 +83,10 @@ def test_no_rows():
     wire = Fp8Wire()
     bytes_RB = wire.encode(torch.zeros(0, 130))
     assert wire.decode(bytes_RB, 130, torch.float32).shape == (0, 130)
+
+
+def test_rows_in_fp64_are_read_beside_an_odd_number_of_words():
+    x_RD = torch.arange(6, dtype=torch.float64).view(3, 2)
+    wire = HighWire()
+    message_RB = torch.cat([wire.encode(x_RD), torch.zeros(3, 4, dtype=torch.uint8)], 1)
+    assert torch.equal(wire.decode(message_RB[:, :16], 2, torch.float64), x_RD)
