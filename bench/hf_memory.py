@@ -97,7 +97,7 @@ def import_ranks(config: Config, source: Path, ranks: int) -> dict[str, float]:
     folder, paths = open_folder(source), RunPaths(config)
     placed = match(folder, read_model(source))
     tokenizer = Tokenizer(train_bpe(["a few words"], 300))
-    meta = {"has_ema": False, "tokenizer": tokenizer.fingerprint, "seq_len": config.seq_len}
+    meta = {"has_ema": False, "tokenizer": tokenizer.fingerprint, "seq_len": config.seq_len, "samples": 0}
     savers = [Checkpointer(paths.checkpoints, rank=rank, world_size=ranks, asynchronous=False) for rank in range(ranks)]
     base, found = peak(), {}
     for rank in reversed(range(ranks)):  # rank 0 waits for the files of the others

@@ -84,7 +84,7 @@ def test_a_built_model_starts_where_a_run_starts(trained, tmp_path):
 
 def test_bad_settings_are_refused_before_anything_starts(tmp_path):
     with pytest.raises(UserError) as caught:
-        sluice.compose("batch_size=15")
+        sluice.compose("batch_size=15", "parallel.dp=2")
     assert caught.value.field == "batch_size" and caught.value.code == EXIT_USER
     with pytest.raises(UserError, match="modle"):
         sluice.compose("modle.layers=4")

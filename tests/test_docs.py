@@ -13,7 +13,7 @@ from omegaconf.errors import OmegaConfBaseException
 from conf.errors import EXIT_CODES, UserError
 from conf.load import compose
 from conf.schema import ROOT
-from tests.docs import Command, commands, files, pages
+from tests.docs import ASKS, Command, commands, files, pages
 from tests.ranks import run_module
 from tests.small import SMALL, environment, write_corpus
 
@@ -139,7 +139,7 @@ def shrunk(command: Command) -> list[str]:
         if key in ("steps", "checkpoint.every", "checkpoint.keep_every"):
             word = f"{key}={int(value) // 10}"
         words.append(re.sub(r"step_(\d{8})", lambda number: f"step_{int(number[1]) // 10:08}", word))
-    flags = [word for word in words if word.startswith("-") or word == "job"]
+    flags = [word for word in words if word.startswith("-") or word in ("job", *ASKS)]
     rest = [word for word in words if word not in flags]
     return [*flags, *SMALL, "data.path=corpus", "data.cache=cache", *rest, "micro_batch_size=2"]
 

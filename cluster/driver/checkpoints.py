@@ -4,6 +4,7 @@ import functools
 import json
 from pathlib import Path
 
+from cluster.driver.journal import read_events
 from cluster.run_files import MANIFEST, NONE, STEP_FOLDERS, Age, read_fence
 
 
@@ -15,7 +16,8 @@ def newest(folder: Path) -> Age:
 def first_attempt(folder: Path) -> int:
     """A number above that of every earlier attempt of this run, 1 or more. Raises UserError for a damaged fence."""
     started = [int(path.stem) for path in (folder / "attempts").glob("*.yaml")]
-    return max([0, read_fence(folder / "checkpoints"), *started]) + 1
+    told = [event["attempt"] for event in read_events(folder)]  # also one that ended before its ranks were started
+    return max([0, read_fence(folder / "checkpoints"), *started, *told]) + 1
 
 
 def written_since(folder: Path, attempt: int) -> bool:

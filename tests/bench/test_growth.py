@@ -99,4 +99,4 @@ def test_startup_times_a_run_help_and_an_error(tmp_path, capsys, monkeypatch):
 
 def test_startup_of_a_run_that_fails_says_why(tmp_path):
     with pytest.raises(RuntimeError, match="batch_size"):
-        startup.first_step(["batch_size=15"])
+        startup.first_step(["batch_size=15", "parallel.dp=2"])

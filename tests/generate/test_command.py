@@ -108,7 +108,7 @@ def test_a_conversation_goes_on_after_a_mistake(trained, capfd, monkeypatch):
         (["data.tokenizer={}/other.json", "generate.prompt=a"], "data.tokenizer", "its fingerprint differs"),
         (["generate.temperature=-1"], "generate.temperature", "must not be negative"),
         (["generate.top_p=0"], "generate.top_p", "is a probability"),
-        (["generate.tokens=0"], "generate.tokens", "greater than 0"),
+        (["generate.tokens=0"], "generate.tokens", "must be 1 or more"),
     ],
 )
 def test_mistakes_are_named(trained, overrides, field, words):

@@ -107,7 +107,7 @@ def _export(tmp_path: Path, model: Model, ours: DeepSeekV3) -> None:
     config = replace(base, model=model)
     shards = {f"master.{name}": whole(param.detach()) for name, param in ours.named_parameters()}
     shards |= {f"bias.{name}": whole(router.bias_E) for name, router in ours.routers().items()}
-    meta = {"has_ema": False, "tokenizer": TOKENIZER.fingerprint, "seq_len": SEQ_LEN}
+    meta = {"has_ema": False, "tokenizer": TOKENIZER.fingerprint, "seq_len": SEQ_LEN, "samples": 0}
     paths = RunPaths(config)
     assert save(checkpointers(paths.checkpoints, 1), 1, [shards], **meta)[0].ok
     TOKENIZER.save(paths.path)

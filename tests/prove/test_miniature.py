@@ -61,7 +61,7 @@ def recipe(name: str, *overrides: str) -> Config:
 
 
 def paper() -> Config:
-    return recipe("deepseek_v3")
+    return recipe("deepseek_v3", "parallel=deepseek_v3", "precision=fp8")
 
 
 def assert_same_structure(cfg: Config, mini: Miniature) -> None:
@@ -120,7 +120,7 @@ def test_more_ranks_keep_more_of_the_structure():
 
 
 def compose_ranks(ranks: int) -> Config:
-    return recipe("deepseek_v3", f"prove.ranks={ranks}")
+    return recipe("deepseek_v3", "parallel=deepseek_v3", "precision=fp8", f"prove.ranks={ranks}")
 
 
 def test_a_layout_that_fits_is_kept_with_its_experts():

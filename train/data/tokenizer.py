@@ -137,7 +137,7 @@ def load_tokenizer(choice: str) -> Tokenizer:
     else:
         path = Path(choice).expanduser()
         path = path / "tokenizer.json" if os.path.isdir(path) else path
-        if not path.exists():
+        if _is_absent(path):
             raise _refuse(
                 choice,
                 "must be deepseek_v3, or a tokenizer.json or a folder that holds one on this machine; there is none at this "
@@ -150,6 +150,16 @@ def load_tokenizer(choice: str) -> Tokenizer:
     except ValueError as error:
         raise _refuse(choice, f"cannot be read: {error}", "give the path of a tokenizer.json") from error
     return Tokenizer(text, _configured_eos(path.with_name("tokenizer_config.json")), name=choice)
+
+
+def _is_absent(path: Path) -> bool:
+    try:
+        path.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        return True
+    except OSError:  # reading it says why
+        return False
+    return False
 
 
 def _configured_eos(path: Path) -> str | None:

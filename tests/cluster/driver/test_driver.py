@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pytest
 
-from cluster.driver.checkpoints import newest, written_since
+from cluster.driver.checkpoints import first_attempt, newest, written_since
 from cluster.driver.driver import Driver
 from cluster.driver.fleet import Reply
-from cluster.driver.journal import goodput, read_events
+from cluster.driver.journal import Journal, goodput, read_events
 from cluster.driver.view import View
 from cluster.node.agent import Agent
 from cluster.node.copy_store import Store
@@ -311,6 +311,11 @@ def test_the_newest_checkpoint_is_that_of_the_latest_attempt(tmp_path):
     path.rename(path.with_name(".step_00000100.old"))
     write(100, '{"attempt": 2}')
     assert newest(tmp_path) == Age(2, 100), "a later attempt wrote the same step"
+
+
+def test_the_number_of_an_attempt_that_started_no_rank_is_not_given_again(tmp_path):
+    Journal(tmp_path, print).write("attempt", 12, "attempt 12: stopped before the order to start")
+    assert first_attempt(tmp_path) == 13
 
 
 def test_every_attempt_has_a_secret_of_its_own_that_no_file_holds(tmp_path):
