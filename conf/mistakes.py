@@ -85,7 +85,7 @@ def _check_flags(words: Sequence[str]) -> None:
 
 def _own(words: Sequence[str]) -> list[Path]:
     """Folders of the user's recipes."""
-    flags = [value for name, value in zip(words, [*words[1:], ""], strict=True) if name in ("--config-dir", "-cd")]
+    flags = [value for name, value in zip(words, [*words[1:], ""], strict=False) if name in ("--config-dir", "-cd")]
     given = [match[1] for word in words if (match := re.fullmatch(r'hydra\.searchpath=\["(.*)"\]', word))]
     return [Path(value) for value in (*flags, *given)]
 

@@ -8,7 +8,7 @@ import torch
 
 from conf.errors import EXIT_USER
 from conf.load import compose, run
-from conf.mistakes import keys
+from conf.mistakes import check_words, keys
 from parallel.shard import Shard
 from tests.checkpoint.world import checkpointers, save
 from tests.small import arguments
@@ -181,6 +181,10 @@ def test_a_disk_and_a_memory_that_are_too_small_are_told_before_data_are_read(tm
     monkeypatch.setattr("train.run_folder.check_space", lambda *_: None)
     assert "mode=plan says which machines the job needs" in said_of(line, monkeypatch, capsys)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_command_without_words_has_no_mistake():
+    check_words([])
 
 
 def test_every_key_that_is_meant_exists():
