@@ -215,12 +215,10 @@ class Agent:
             answer = Answer(self._attempt, [self._report(rank, child) for rank, child in self._children.items()])
             answer.held = held(self._store.folder) if self._store is not None else {}
             answer.leaving = self._leaving
+            wanted = attempt in (None, self._attempt)
             for rank, child in self._children.items():
-                if attempt not in (None, self._attempt):
-                    break
-                if piece := _read(child.log, offsets.get(rank, 0), CHUNK):
+                if wanted and (piece := _read(child.log, offsets.get(rank, 0), CHUNK)):
                     answer.output[rank] = piece
-            for rank, child in self._children.items():
                 if child.stack_from is not None:
                     stack = _read(child.log, child.stack_from, 4 * CHUNK).decode(errors="replace")
                     if "(most recent call first)" in stack:
