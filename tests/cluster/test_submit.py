@@ -4,6 +4,7 @@ import importlib.util
 import json
 import os
 import secrets
+import shutil
 import socket
 import subprocess
 import sys
@@ -66,7 +67,8 @@ def dashboard(tmp_path):
         pytest.skip("needs ray[default]")
     token = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32), "RAY_USAGE_STATS_ENABLED": "0"}
     environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")} | token
-    ports = {name: free_port() for name in ("port", "dashboard-port")}
+    # The agent takes jobs for the dashboard. Its own port is fixed unless given, and another Ray of this machine may hold it.
+    ports = {name: free_port() for name in ("port", "dashboard-port", "dashboard-agent-listen-port")}
     words = [RAY, "start", "--head", "--block", "--node-ip-address=127.0.0.1", "--dashboard-host=127.0.0.1"]
     words += [f"--{name}={port}" for name, port in ports.items()]
     folder = tempfile.TemporaryDirectory(dir="/tmp", ignore_cleanup_errors=True)  # short: sockets go there
@@ -109,23 +111,34 @@ def test_a_ray_job_is_stopped_with_a_checkpoint_and_resumes(dashboard, tmp_path)
     runtime = json.dumps({"env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": "60"}})
     submit = [RAY, "job", "submit", "--no-wait", "--working-dir", str(shipped(tmp_path)), "--runtime-env-json", runtime]
     run = ["--", sys.executable, "-m", "tests.cluster.drive", str(tmp_path), "cluster.address=auto", *FAKE, "steps=900"]
-    subprocess.run([*submit, "--submission-id=first", *run], env=dashboard, check=True, capture_output=True)
+    must([*submit, "--submission-id=first", *run], dashboard)
     await_event(tmp_path / "run", "checkpoint")
-    subprocess.run([RAY, "job", "stop", "first"], env=dashboard, check=True, capture_output=True)
+    must([RAY, "job", "stop", "first"], dashboard)
     assert await_event(tmp_path / "run", "finish")["code"] == EXIT_STOPPED
-    subprocess.run([*submit, "--submission-id=second", *run], env=dashboard, check=True, capture_output=True)
+    must([*submit, "--submission-id=second", *run], dashboard)
     await_event(tmp_path / "run", "first_step", attempt=2)
     log = (tmp_path / "run" / "logs" / "rank_0.log").read_text()
     assert "resumes at 0 " not in log.split("attempt 2")[1]
-    subprocess.run([RAY, "job", "stop", "--no-wait", "second"], env=dashboard, check=True, capture_output=True)
+    must([RAY, "job", "stop", "--no-wait", "second"], dashboard)
+
+
+def must(words: list[str], environment: dict[str, str]) -> None:
+    """Run a command of Ray's; what it printed is the message where it fails."""
+    done = subprocess.run(words, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, f"{words}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
 
 
 def shipped(tmp_path: Path) -> Path:
     """A folder with the program, as a user would submit it, and the fake ranks of the tests."""
     folder = tmp_path / "program"
-    folder.mkdir()
-    for name in ("conf", "train", "parallel", "cluster", "tests"):
-        (folder / name).symlink_to(ROOT / name)
+    for name in (
+        "conf",
+        "train",
+        "parallel",
+        "cluster",
+        "tests",
+    ):  # copies: bytecode that other tests write meanwhile comes and goes
+        shutil.copytree(ROOT / name, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
     return folder
 
 
