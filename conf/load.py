@@ -134,7 +134,7 @@ def explained(words: Sequence[str]) -> Iterator[None]:
     """Turn errors of Hydra and OmegaConf in this block into UserError. words: of the command line that it composes."""
     try:
         yield
-    except (HydraException, OmegaConfBaseException) as error:
+    except (HydraException, OmegaConfBaseException, AssertionError) as error:
         raise explain(error, words) from error
 
 
@@ -179,6 +179,8 @@ def run(job: Callable[[list[Config]], int]) -> int:
             collect()
         except (UserError, HydraException, OmegaConfBaseException):
             raise
+        except AssertionError as error:
+            return report(explain(error, words))
         except UNREADABLE as error:
             raise unreadable(error) from error
         configs = [to_config(node, _say if node.mode in SPREADS else None) for node in nodes]

@@ -9,7 +9,7 @@ import difflib
 import re
 import shlex
 import typing
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import MISSING, fields, is_dataclass
 from enum import Enum
 from pathlib import Path
@@ -338,6 +338,10 @@ def explain(error: Exception, words: Sequence[str]) -> UserError:
     """
     if mistake := _first_mistake(words, [word for word in _settings(words) if "=" in word]):
         return mistake
+    if isinstance(error, AssertionError):  # OmegaConf's, for a key of a section that is null
+        if mistake := _in_null_section(words):
+            return mistake
+        raise error
     groups = _groups(_own(words))
     if isinstance(error, MissingConfigException) and error.missing_cfg_file:
         group, _, name = error.missing_cfg_file.rpartition("/")
@@ -346,7 +350,8 @@ def explain(error: Exception, words: Sequence[str]) -> UserError:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     told = {name: value.strip() for name, colon, value in (line.partition(":") for line in lines) if colon}
     key = re.sub(r"\[\d+\].*", "", told.get("full_key", getattr(error, "full_key", None) or ""))
-    place = f"in {found[1]}.yaml: " if (found := re.match(r"In '([^']*)'", lines[0] if lines else "")) else ""
+    recipe = found[1] if (found := re.match(r"In '([^']*)'", lines[0] if lines else "")) else ""
+    place = f"in {recipe}.yaml: " if recipe else ""
     if key and _type_of(key) is None:
         mistake = _unknown_key(key, "VALUE", groups)
         return UserError(key, "VALUE", place + mistake.rule, mistake.cure)
@@ -354,8 +359,43 @@ def explain(error: Exception, words: Sequence[str]) -> UserError:
         value = yaml.safe_load(found[1]) if found[2] not in (None, "str") else found[1]
         if mistake := _wrong_value(key, value):
             return UserError(key, value, place + mistake.rule, mistake.cure)
+    if recipe and (mistake := _in_recipe(recipe, _own(words))):
+        return UserError(mistake.field, mistake.value, place + mistake.rule, mistake.cure)
     rule = " ".join(line for line in lines if not re.match(r"(full_key|object_type|reference_type)\b", line))
     return UserError(key or "recipe", "?", rule, f"correct the recipe; {LISTS}")
+
+
+def _in_null_section(words: Sequence[str]) -> UserError | None:
+    """The first setting of a section that may be null, as what the recipe chose left it."""
+    for word in _settings(words):
+        key, _, value = word.lstrip("+").partition("=")
+        names = key.split(".")
+        for section in (".".join(names[:count]) for count in range(1, len(names))):
+            if is_dataclass(_type_of(section)) and _refused(section, None) is None:
+                group, _, inside = section.partition(".")
+                files = sorted((ROOT / "conf" / group).glob("*.yaml"))
+                having = [
+                    f"{group}={file.stem}" for file in files if (yaml.safe_load(file.read_text()) or {}).get(inside)
+                ]
+                rule = f"is a key of {section}, which is null with what is chosen for {group}"
+                return UserError(key, value, rule, f"choose {' or '.join(having)}, or leave it out")
+    return None
+
+
+def _in_recipe(name: str, own: Sequence[Path]) -> UserError | None:
+    """The first value in a recipe that its key does not take. name: its group and its own, such as `conf/mine`."""
+    path = next((path for folder in own if (path := folder / f"{name}.yaml").is_file()), None)
+
+    def walk(section: dict[str, Any], prefix: str) -> Iterator[UserError]:
+        for name, value in section.items():
+            key = f"{prefix}{name}"
+            if isinstance(value, dict) and is_dataclass(_type_of(key)):
+                yield from walk(value, f"{key}.")
+            elif _type_of(key) is not None and (mistake := _wrong_value(key, value)):
+                yield mistake
+
+    given = yaml.safe_load(path.read_text()) if path else None
+    return next(walk(given, ""), None) if isinstance(given, dict) else None
 
 
 def keys() -> list[str]:

@@ -103,6 +103,7 @@ MISTAKES = {
     "batch=4": "did you mean batch_size=4?",
     "epochs=3": "`python -m train --help`, lists recipes, groups and keys",
     "-m stesp=1,2": "did you mean steps=1,2",
+    "precision=bf16 precision.fp8.cache.linear=fp8": "choose precision=fp8 or precision=fp8_ue8m0, or leave it out",
     # way of writing
     "--config-name tiny": "write conf=tiny",
     "--config-name=mine": "write conf=NAME, with --config-dir FOLDER for your own",
@@ -161,6 +162,9 @@ def test_a_mistake_in_a_recipe_of_one_s_own_is_told_by_key(tmp_path, monkeypatch
         "stesp: 1": "did you mean steps=",
         "mode: sing": "use train, the default, or another",
         "defaults: [{override /model: big}]": "such as model.vocab_size=VALUE",
+        "optim: 3": "set one of its keys: optim.",
+        "data: {mix: 3}": "data.mix",
+        "model: {layers: [3]}": "for example model.layers=",
     }.items():
         (tmp_path / "conf" / "mine.yaml").write_text(f"# @package _global_\n{text}\n")
         assert cure in said_of(f"--config-dir {tmp_path} conf=mine", monkeypatch, capsys), text
