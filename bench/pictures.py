@@ -40,7 +40,7 @@ def main(run: Path) -> None:
     with tempfile.TemporaryDirectory() as folder:
         page = Path(folder) / "plan.html"
         plan = make_plan(compose(*PLANNED))
-        write_page(page, plan, plan_record(plan, []))
+        write_page(page, plan, None, plan_record(plan, [], None))
         take(write_report(run), DOCS / "report.png", OF_REPORT, Path(folder))
         take(page, DOCS / "plan.png", OF_PLAN, Path(folder))
 

@@ -273,6 +273,14 @@ def _check_data(config: Config) -> None:
 
 def _check_parallel(config: Config) -> None:
     parallel = config.parallel
+    numbers = isinstance(parallel.split, list) and all(type(each) is int and each >= 0 for each in parallel.split)
+    _require(
+        numbers or parallel.split in ("cost", "even"),
+        "parallel.split",
+        parallel.split,
+        "must be cost, even, or a list with the number of layers of every stage",
+        "leave it at cost, or write a list such as 'parallel.split=[1,2,2,1]'",
+    )
     _require(
         parallel.dp % parallel.ep == 0,
         "parallel.ep",

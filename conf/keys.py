@@ -20,7 +20,7 @@ from omegaconf import DictConfig, OmegaConf
 from conf import schema
 from conf.schema import Config
 
-WORDS = {int: "whole number", float: "number", bool: "true or false", str: "text"}
+WORDS = {int: "whole number", float: "number", bool: "true or false", str: "text", Any: "word or list of whole numbers"}
 """Types as a person calls them."""
 ITEM, NAME = "[]", "NAME"
 """In a path: any entry of a list, and any name in a mapping."""

@@ -31,7 +31,13 @@ the values of any arguments:
 
 `KEY[]` is an entry of a list, `NAME` any name. This page is made of [conf/schema.py](../../conf/schema.py) by `python -m conf.keys_files`.
 """
-JSON_TYPES = {int: ["integer"], float: ["number"], bool: ["boolean"], str: ["string", "number"]}
+JSON_TYPES = {
+    int: ["integer"],
+    float: ["number"],
+    bool: ["boolean"],
+    str: ["string", "number"],
+    Any: ["string", "array"],
+}
 """Of values in YAML; OmegaConf takes a number for a text."""
 INTERPOLATION = {"type": "string", "pattern": r"\$\{"}
 """A value that is taken from elsewhere, ${optim.lr} say."""

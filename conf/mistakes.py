@@ -131,7 +131,7 @@ def _mistake(
     if key not in groups and _type_of(key) is None:
         return _unknown_key(key, text, groups)
     if parsed.is_sweep_override() and not sweeps:
-        if typing.get_origin(_type_of(key)) is list:
+        if typing.get_origin(kind := _type_of(key)) is list or kind is Any:
             return UserError(key, text, "a list stands in brackets", f"write '{key}=[{text}]'")
         rule = "is several values, and one run has one"
         return UserError(key, text, rule, f"add -m, which runs one after another: -m {key}={text}")

@@ -7,6 +7,7 @@ that join several fields. Nothing here is ever written after load.
 from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
+from typing import Any
 
 from conf.fields import number
 
@@ -255,6 +256,9 @@ class Parallel:
     """ZeRO stage, 1 to 3; 1 with pipelines. DeepSpeed's stage 0 would clip with a wrong norm."""
     schedule: PipelineSchedule = PipelineSchedule["1f1b"]
     """Order of the pipeline's actions: 1f1b, interleaved, zbv or dualpipev; the last three give every rank two stages."""
+    split: Any = "cost"
+    """Layers of the pipeline's stages: cost (the operations of a rank as even as can be, head and MTP modules included), even (as
+    many layers for every stage), or the number for each stage in order, [1,2,2,1]: only the first and the last may be 0."""
     overlap: bool = True
     """dualpipev, also on a pipeline of one rank: run the forward of one micro-batch and the backward of another together, so
     that the all-to-all of either flies under the computation of the other; false runs them one after the other."""

@@ -52,6 +52,8 @@ def test_v3_recipe_is_the_papers():
         (["parallel.dp=2", "micro_batch_size=16"], "micro_batch_size"),
         (["parallel.dp=4", "parallel.ep=3", "micro_batch_size=4"], "parallel.ep"),
         (["parallel.zero=0"], "parallel.zero"),
+        (["parallel.split=eve"], "parallel.split"),
+        (["parallel.split=[1,-2]"], "parallel.split"),
         (["parallel.zero=3", "parallel.schedule=dualpipev"], "parallel.overlap"),
         (["optim.lr_schedule=[{until: 0.5, value: 1.0}]"], "optim.lr_schedule"),
         (["data.fim_rate=2"], "data.fim_rate"),

@@ -31,6 +31,7 @@ LAYOUTS = {
     "ep4_nodes": (4, ["parallel.dp=4", "parallel.ep=4", "parallel.dispatch=node_limited", "cluster.ranks_per_node=2"]),
     "pp2_1f1b": (2, ["parallel.pp=2"]),
     **{f"pp2_{name}": (2, ["parallel.pp=2", f"parallel.schedule={name}"]) for name in TWO_STAGES},
+    "pp2_zbv_split": (2, ["parallel.pp=2", "parallel.schedule=zbv", "parallel.split=[0,4,3,1]"]),
     # Without a pipeline, dualpipev runs the forward of one micro-batch together with the backward of another.
     "ep2_dualpipev": (2, ["parallel.dp=2", "parallel.ep=2", "parallel.schedule=dualpipev"]),
     "pp4_dualpipev": (4, ["parallel.pp=4", "parallel.schedule=dualpipev"]),

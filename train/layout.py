@@ -2,7 +2,7 @@
 
 from conf.micro_batches import batch_sizes
 from conf.schema import Config
-from parallel.pipeline.split import check_schedule
+from parallel.pipeline.split import check_schedule, check_split
 
 
 def check_layout(config: Config) -> None:
@@ -14,6 +14,8 @@ def check_layout(config: Config) -> None:
     for batch in batch_sizes(config):
         micro_batches = batch // (config.micro_batch_size * parallel.dp)
         check_schedule(parallel.schedule, parallel.pp, micro_batches, config.model.layers)
+    if isinstance(parallel.split, list):
+        check_split(parallel.split, parallel.schedule, parallel.pp, config.model.layers)
     if parallel.ep > 1 and parallel.dispatch == "node_limited":
         from parallel.expert.build import check_groups
         from parallel.mesh import read_layout

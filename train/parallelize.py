@@ -10,7 +10,7 @@ from conf.schema import Config, Recompute
 from parallel.expert.build import RemoteDispatcher, build_dispatcher
 from parallel.mesh import Mesh
 from parallel.pipeline.schedule import Pipeline
-from parallel.pipeline.split import split_layers, stage_placement
+from parallel.pipeline.split import SCHEDULES, split_as_given, split_evenly, split_layers, stage_placement
 from parallel.zero.engine import Zero
 from train.model.block import Block
 from train.model.count import head_flops, layer_flops
@@ -125,8 +125,12 @@ def build_pipeline(
 
 
 def split(config: Config) -> list[range]:
-    """Layers of every stage, balanced by the operations of a training step."""
+    """Layers of every stage, as parallel.split says: by cost they are balanced by the operations of a training step."""
     model, seq_len, parallel = config.model, config.seq_len, config.parallel
+    if isinstance(parallel.split, list):
+        return split_as_given(parallel.split)
+    if parallel.split == "even":
+        return split_evenly(model.layers, parallel.pp * SCHEDULES[parallel.schedule])
     costs = [layer_flops(model, seq_len, dense=index < model.dense_layers) for index in range(model.layers)]
     mtp = layer_flops(model, seq_len, dense=False) + 12 * model.hidden**2 + head_flops(model)
     return list(_split(tuple(costs), head_flops(model) + model.mtp_depth * mtp, parallel.schedule, parallel.pp))

@@ -67,6 +67,11 @@ class Simulation:
         """Idle share of all ranks' time."""
         return 1 - sum(self.busy) / (len(self.busy) * self.makespan)
 
+    @property
+    def imbalance(self) -> float:
+        """The busiest rank's time over the mean."""
+        return max(self.busy) * len(self.busy) / sum(self.busy)
+
 
 def idle_time(name: str, pp: int, forward: float, inputs: float, weights: float, pair: float) -> float:
     """Idle seconds of a rank in one step, in closed form; stages equal, transfers free, micro-batches enough.

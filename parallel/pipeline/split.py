@@ -57,6 +57,45 @@ def check_schedule(name: str, pp: int, micro_batches: int, layers: int) -> None:
         )
 
 
+def check_split(lengths: Sequence[int], name: str, pp: int, layers: int) -> None:
+    """Raise UserError when these are not layers of every stage of a pipeline. Pure; called before anything starts."""
+    stages, given = pp * SCHEDULES[name], "[" + ",".join(map(str, lengths)) + "]"
+    if len(lengths) != stages:
+        raise UserError(
+            "parallel.split",
+            given,
+            f"has {len(lengths)} stages, and parallel.pp={pp} with parallel.schedule={name} makes {stages}",
+            f"give {stages} numbers, or take parallel.split=cost",
+        )
+    if sum(lengths) != layers:
+        raise UserError(
+            "parallel.split",
+            given,
+            f"has {sum(lengths)} layers in all, and model.layers={layers}",
+            f"{'add' if sum(lengths) < layers else 'take away'} {abs(layers - sum(lengths))}, or take parallel.split=cost",
+        )
+    if empty := [stage for stage in range(1, stages - 1) if lengths[stage] == 0]:
+        raise UserError(
+            "parallel.split",
+            given,
+            f"leaves stage {empty[0]} without a layer, which only the first and the last may be",
+            "give it a layer of another stage, or take parallel.split=cost",
+        )
+
+
+def split_evenly(layers: int, stages: int) -> list[range]:
+    """Contiguous layers of every stage, as many for each as can be; with too few, the first and the last do without."""
+    bounds = [layers * stage // stages for stage in range(stages + 1)]
+    if stages > 2 and layers < stages:
+        bounds = [0, *(layers * stage // (stages - 2) for stage in range(stages - 1)), layers]
+    return [range(begin, end) for begin, end in pairwise(bounds)]
+
+
+def split_as_given(lengths: Sequence[int]) -> list[range]:
+    """Contiguous layers of every stage, so many each."""
+    return [range(begin, end) for begin, end in pairwise(accumulate(lengths, initial=0))]
+
+
 def split_layers(
     costs: Sequence[float], first_cost: float, last_cost: float, placement: list[list[int]]
 ) -> list[range]:
@@ -85,9 +124,7 @@ def split_layers(
             and bounds[-2] <= layers
         )
 
-    best = [layers * stage // stages for stage in range(stages + 1)]
-    if layers < stages:  # the inner ones first
-        best = [0, *(layers * stage // (stages - 2) for stage in range(stages - 1)), layers] if stages > 2 else best
+    best = [0, *(one.stop for one in split_evenly(layers, stages))]
     while True:
         moved = (_move(best, source, target) for source, target in permutations(range(stages), 2))
         found = min((bounds for bounds in moved if allowed(bounds)), key=badness, default=best)

@@ -2,10 +2,12 @@
 
 import itertools
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from parallel.pipeline.split import SCHEDULES, split_layers, stage_placement
+from conf.errors import UserError
+from parallel.pipeline.split import SCHEDULES, check_split, split_as_given, split_evenly, split_layers, stage_placement
 
 PLACEMENTS = [("1f1b", 1), ("1f1b", 2), ("1f1b", 3), ("interleaved", 2), ("zbv", 1), ("zbv", 2), ("dualpipev", 3)]
 
@@ -64,3 +66,20 @@ def test_placement():
     assert stage_placement("1f1b", 3) == [[0], [1], [2]]
     assert stage_placement("interleaved", 3) == [[0, 3], [1, 4], [2, 5]]
     assert stage_placement("zbv", 3) == stage_placement("dualpipev", 3) == [[0, 5], [1, 4], [2, 3]]
+
+
+def test_an_even_split_and_one_by_hand():
+    assert [len(one) for one in split_evenly(7, 4)] == [1, 2, 2, 2]
+    assert [len(one) for one in split_evenly(2, 4)] == [0, 1, 1, 0]
+    assert split_as_given([0, 2, 1]) == [range(0), range(2), range(2, 3)]
+
+
+@pytest.mark.parametrize(
+    ("lengths", "rule"),
+    [([2, 2, 2], "makes 4"), ([2, 2, 2, 1], "has 7 layers in all"), ([4, 0, 3, 1], "leaves stage 1 without")],
+)
+def test_a_split_that_does_not_fit_is_named(lengths, rule):
+    with pytest.raises(UserError, match=rule) as caught:
+        check_split(lengths, "zbv", 2, 8)
+    assert caught.value.field == "parallel.split"
+    check_split([0, 4, 4, 0], "zbv", 2, 8)

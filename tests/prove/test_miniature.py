@@ -130,6 +130,17 @@ def test_a_layout_that_fits_is_kept_with_its_experts():
     assert not any("parallel." in cut for cut in mini.cuts)
 
 
+def test_a_split_by_hand_keeps_its_empty_ends_and_its_unevenness():
+    layout = ["parallel.pp=2", "parallel.schedule=zbv", "model.layers=12", "model.mtp_depth=1"]
+    mini = shrink(recipe("tiny", *layout, "parallel.split=[0,6,4,2]"))
+    check_layout(mini.cfg)
+    assert mini.cfg.parallel.split == [0, 2, 1, 1] and mini.cfg.model.layers == 4
+    lengths = [1] + [2] * 30 + [0]
+    mini = shrink(recipe("deepseek_v3", "parallel=deepseek_v3", f"parallel.split={lengths}".replace(" ", "")))
+    check_layout(mini.cfg)
+    assert mini.cfg.parallel.split == [1, 2, 1, 0]
+
+
 def test_yarn_is_in_force_where_it_was():
     long = recipe("tiny", "seq_len=8192", "model.max_seq_len=8192")
     assert shrink(long).cfg.seq_len > shrink(long).cfg.model.yarn.original_seq_len

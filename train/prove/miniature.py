@@ -90,7 +90,8 @@ def shrink(cfg: Config) -> Miniature:
     if cfg.parallel.dispatch == "deepep" and not _has_gpu(cfg):  # whose kernels need one
         cfg = replace(cfg, parallel=replace(cfg.parallel, dispatch="flat"))
     layout, structure = _shrink_layout(cfg)
-    model = _shrink_model(cfg, layout)
+    layers, split = _shrink_layers(cfg, layout)
+    model = _shrink_model(cfg, layout, layers)
     micro_batch_size = min(cfg.micro_batch_size, 2)
     seq_len = min(cfg.seq_len, SEQUENCE)
     model = replace(model, loss_chunk=_chunk(cfg, micro_batch_size * seq_len))
@@ -108,7 +109,7 @@ def shrink(cfg: Config) -> Miniature:
         model=model,
         data=Data(mask_documents=cfg.data.mask_documents),
         optim=_shrink_optim(cfg.optim, start * share, (full - start) * share),
-        parallel=replace(cfg.parallel, pp=layout.pp, dp=layout.dp, ep=layout.ep),
+        parallel=replace(cfg.parallel, pp=layout.pp, dp=layout.dp, ep=layout.ep, split=split),
         cluster=Cluster(
             device=cfg.cluster.device,
             threads=cfg.cluster.threads,
@@ -157,13 +158,24 @@ def _least(degree: int) -> int:
     return next((part for part in range(2, degree + 1) if degree % part == 0), 1)
 
 
-def _shrink_model(cfg: Config, layout: Layout) -> Model:
+def _shrink_layers(cfg: Config, layout: Layout) -> tuple[int, str | list[int]]:
+    """How many, and parallel.split. Of a list for more stages: ends without layers stay so, and where inner stages differ one does."""
+    model, given, stages = cfg.model, cfg.parallel.split, layout.pp * SCHEDULES[cfg.parallel.schedule]
+    dense, moe = min(model.dense_layers, 1), min(model.layers - model.dense_layers, 2)
+    layers = min(model.layers, max(dense + moe, stages))
+    if not isinstance(given, list):
+        return layers, given
+    split = [1] * stages
+    split[0], split[-1] = min(given[0], 1), min(given[-1], 1)
+    longest = max(range(stages), key=lambda stage: given[stage * len(given) // stages])
+    split[longest] += max(len({*given[1:-1]}) > 1, layers - sum(split))
+    return sum(split), split
+
+
+def _shrink_model(cfg: Config, layout: Layout, layers: int) -> Model:
     model, seq_len = cfg.model, min(cfg.seq_len, SEQUENCE)
     tiled = cfg.precision.fp8 is not None or cfg.parallel.wire == "fp8"
     hidden = min(model.hidden, DEEP_EP_WIDTH if cfg.parallel.dispatch == "deepep" else TILED_WIDTH if tiled else WIDTH)
-    stages = layout.pp * SCHEDULES.get(cfg.parallel.schedule, 1)
-    dense, moe = min(model.dense_layers, 1), min(model.layers - model.dense_layers, 2)
-    layers = min(model.layers, max(dense + moe, stages))
     yarn = model.yarn
     if cfg.seq_len > yarn.original_seq_len:  # in force because of the length, which it stays
         yarn = replace(yarn, original_seq_len=max(1, seq_len * yarn.original_seq_len // cfg.seq_len))
@@ -172,7 +184,7 @@ def _shrink_model(cfg: Config, layout: Layout) -> Model:
         vocab_size=min(model.vocab_size, VOCABULARY),
         hidden=hidden,
         layers=layers,
-        dense_layers=dense if moe else layers,
+        dense_layers=min(model.dense_layers, 1) if model.dense_layers < model.layers else layers,
         heads=min(model.heads, 2),
         q_rank=None if model.q_rank is None else min(model.q_rank, 24),
         kv_rank=min(model.kv_rank, 16),

@@ -16,18 +16,19 @@ from train.metrics.plot import BLUE, GREEN, GREY, ORANGE, PURPLE, SKY, Figure, f
 from train.metrics.timeline import SampledStep
 from train.metrics.words import GIB, amount, gib, length_of_run, seconds, share
 from train.plan.budget import RunPlan
-from train.plan.report.record import layout_words, uneven_words, verdict
+from train.plan.report.record import layout_words, split_words, verdict
+from train.plan.search.cures import FasterSplit
 
 PAGE = "plan.html"
 COLOURS = (BLUE, SKY, GREEN, "#93D9C3", ORANGE, "#E69F00", PURPLE, "#7A8B1C", GREY, "#B0B4BA", "#5B4A8A", "#C9A27E")
 
 
-def write_page(path: Path, plan: RunPlan, record: dict[str, Any]) -> None:
+def write_page(path: Path, plan: RunPlan, split: FasterSplit | None, record: dict[str, Any]) -> None:
     """Write the page in one move. record: the content of plan.json."""
-    atomic_write_text(path, "\n".join(_parts(plan, record)))
+    atomic_write_text(path, "\n".join(_parts(plan, split, record)))
 
 
-def _parts(plan: RunPlan, record: dict[str, Any]) -> list[str]:
+def _parts(plan: RunPlan, split: FasterSplit | None, record: dict[str, Any]) -> list[str]:
     config = plan.config
     devices = config.parallel.pp * config.parallel.dp
     parts = opening(
@@ -37,8 +38,8 @@ def _parts(plan: RunPlan, record: dict[str, Any]) -> list[str]:
     figures = [figure for figure in made if figure is not None]
     drawn = "".join(map(figure_html, figures))
     notes = [f"Rates: {plan.step.rates}."]
-    if (uneven := uneven_words(plan)) is not None:
-        notes.append(f"The stages are uneven: {uneven}.")
+    if (stages := split_words(plan, split)) is not None:
+        notes.append(f"Stages: {stages}.")
     parts += [
         f'<h2>At a glance</h2><div class="cards">{cards_html(_cards(plan))}</div>',
         "".join(f"<p>{html.escape(note)}</p>" for note in notes),

@@ -3,22 +3,25 @@
 Units are in the names of plan.json's fields; train/docs/plan.md describes each.
 """
 
+from itertools import groupby
 from typing import Any
 
 from parallel.pipeline.simulate import Action
 from train.cpu import cpu_name
 from train.metrics.planned import recipe_of
 from train.metrics.words import gib
+from train.parallelize import split as stage_layers
 from train.plan.budget import RunPlan
 from train.plan.job import layout_of, micro_batches_of
-from train.plan.search.cures import Cure
+from train.plan.search.changes import words as as_typed
+from train.plan.search.cures import Cure, FasterSplit
 from train.plan.time.rates import load_rates
 from train.plan.time.stages import Stages
 
 FILE = "plan.json"
 
 
-def plan_record(plan: RunPlan, cures: list[Cure]) -> dict[str, Any]:
+def plan_record(plan: RunPlan, cures: list[Cure], split: FasterSplit | None) -> dict[str, Any]:
     """The content of plan.json but for a search."""
     config, step, budget = plan.config, plan.step, plan.budget
     layout, parallel = layout_of(config), config.parallel
@@ -57,6 +60,8 @@ def plan_record(plan: RunPlan, cures: list[Cure]) -> dict[str, Any]:
             for rank in plan.ranks
         ],
         "stages": [_stage(stages, stage) for stage in range(len(stages.layers))],
+        "split_imbalance": plan.step.simulation.imbalance,
+        "faster_split": None if split is None else vars(split),
         "step_seconds": step.step_seconds,
         "pipeline_seconds": step.pipeline_seconds,
         "bubble_seconds": step.bubble_seconds,
@@ -108,10 +113,25 @@ def layout_words(plan: RunPlan) -> str:
     )
 
 
-def uneven_words(plan: RunPlan) -> str | None:
-    """What to say where one rank of the pipeline works much longer than the others."""
-    busy = plan.step.simulation.busy
-    mean, most = sum(busy) / len(busy), max(busy)
-    if len(busy) == 1 or most < 1.1 * mean:
+def split_words(plan: RunPlan, split: FasterSplit | None) -> str | None:
+    """Layers of every stage, how unevenly they load the ranks, and a better split where there is one; None without a pipeline."""
+    simulation, parallel = plan.step.simulation, plan.config.parallel
+    if parallel.pp == 1:
         return None
-    return f"pipeline rank {busy.index(most)} works {most / mean:.2f} times the mean of all; the others wait for it"
+    lengths = [len(one) for one in stage_layers(plan.config)]
+    runs = [(length, len(list(same))) for length, same in groupby(lengths)]
+    counts = ", ".join(f"{number} x {length}" if number > 1 else str(length) for length, number in runs)
+    rule = (
+        "given" if isinstance(parallel.split, list) else f"by {parallel.split}" if parallel.split == "cost" else "even"
+    )
+    words = f"{counts} layers, {rule}"
+    if simulation.imbalance >= 1.005:
+        rank = simulation.busy.index(max(simulation.busy))
+        words += (
+            f"; pipeline rank {rank} works {simulation.imbalance:.2f} times the mean of all, and the others wait for it"
+        )
+    if split is not None:
+        faster = 100 * (1 - split.step_seconds / plan.step.step_seconds)
+        room = f"{gib(abs(split.room_bytes))} {'to spare' if split.room_bytes >= 0 else 'too little'}"
+        words += f"; {faster:.1f} % faster, with {room}: parallel.split={as_typed(split.layers)}"
+    return words

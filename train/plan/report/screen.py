@@ -8,12 +8,14 @@ from train.metrics.screens import GOOD, WARN, show
 from train.metrics.words import amount, gib, length_of_run, seconds, share
 from train.plan.budget import RunPlan
 from train.plan.report.page import PAGE
-from train.plan.report.record import FILE, layout_words, uneven_words, verdict
-from train.plan.search.cures import Cure
+from train.plan.report.record import FILE, layout_words, split_words, verdict
+from train.plan.search.cures import Cure, FasterSplit
 from train.plan.search.search import FoundLayout, Search
 
 
-def plan_screen(plan: RunPlan, cures: list[Cure], folder: Path, console: Console | None = None) -> None:
+def plan_screen(
+    plan: RunPlan, cures: list[Cure], split: FasterSplit | None, folder: Path, console: Console | None = None
+) -> None:
     """The plan on one screen."""
     config, step = plan.config, plan.step
     parallel = config.parallel
@@ -29,6 +31,7 @@ def plan_screen(plan: RunPlan, cures: list[Cure], folder: Path, console: Console
     update = step.update
     rows += [
         ("Layout", layout_words(plan)),
+        *([("Split", stages)] if (stages := split_words(plan, split)) is not None else []),
         (
             "Step",
             f"{seconds(step.step_seconds)}: pipeline {seconds(step.pipeline_seconds)} with {share(step.bubble_share)} bubble, "
@@ -39,8 +42,6 @@ def plan_screen(plan: RunPlan, cures: list[Cure], folder: Path, console: Console
         ("Run", _run(plan)),
         ("Rates", step.rates),
     ]
-    if (uneven := uneven_words(plan)) is not None:
-        rows.insert(-1, ("Uneven", uneven))
     rows.append(("Written", f"{folder / FILE}, {folder / PAGE}  (open it in a browser)"))
     what = f"{config.name} on {devices} x {config.hardware.name}"
     show(console or Console(highlight=False), f"{what}: {verdict(plan)}", GOOD if plan.fits else WARN, rows)

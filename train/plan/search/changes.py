@@ -10,6 +10,7 @@ from conf.check import check
 from conf.errors import UserError
 from conf.micro_batches import choose_micro_batch_size
 from conf.schema import ROOT, Config, PipelineSchedule, Recompute
+from parallel.pipeline.split import SCHEDULES
 from train.layout import check_layout
 from train.plan.job import with_nodes
 from train.plan.time.stages import require_rule
@@ -19,14 +20,18 @@ LIGHTEST = list(Recompute)
 
 
 def changed(config: Config, **values: Any) -> Config:
-    """The recipe with other values of parallel's fields, micro_batch_size, recompute, loss_chunk, moments."""
+    """The recipe with other values of parallel's fields, micro_batch_size, recompute, loss_chunk, moments. A list of layers that
+    another pipeline has no stages for gives way to a split by cost."""
     parallel = {name: value for name, value in values.items() if hasattr(config.parallel, name)}
     model = {name: value for name, value in values.items() if name in ("recompute", "loss_chunk")}
     precision = {name: value for name, value in values.items() if name == "moments"}
+    spread = replace(config.parallel, **parallel)
+    if isinstance(spread.split, list) and len(spread.split) != spread.pp * SCHEDULES[spread.schedule]:
+        spread = replace(spread, split="cost")
     return replace(
         config,
         micro_batch_size=values.get("micro_batch_size", config.micro_batch_size),
-        parallel=replace(config.parallel, **parallel),
+        parallel=spread,
         model=replace(config.model, **model),
         precision=replace(config.precision, **precision),
     )
@@ -56,12 +61,17 @@ def broken_rule(config: Config) -> UserError | None:
     return None
 
 
+def words(value: Any) -> str:
+    """A value of the section parallel as a command line has it."""
+    return str(value).replace(" ", "").lower() if isinstance(value, bool | list) else str(value)
+
+
 def overrides(config: Config, base: Config) -> list[str]:
     """The command line that turns the base recipe into this one."""
     found = []
     for name, value in vars(config.parallel).items():
         if value != getattr(base.parallel, name):
-            found.append(f"parallel.{name}={str(value).lower() if isinstance(value, bool) else value}")
+            found.append(f"parallel.{name}={words(value)}")
     for name in ("batch_ramp_start", "batch_ramp_increment"):
         if getattr(config.optim, name) != getattr(base.optim, name):
             found.append(f"optim.{name}={getattr(config.optim, name)}")
@@ -119,7 +129,7 @@ def write_parallel(config: Config, name: str, base: Config, folder: Path | None 
     head = f"# Found by plan.search for conf={base.name}, hardware={config.hardware.name}; use with: parallel={name}"
     lines = [" ".join([head, *rest])]
     for field, value in vars(config.parallel).items():
-        lines.append(f"{field}: {str(value).lower() if isinstance(value, bool) else value}")
+        lines.append(f"{field}: {words(value)}")
     if path.exists() and not path.read_text().startswith("# Found by plan.search"):
         raise UserError("plan.write", name, f"{path} is there and was not written by a search", "choose another name")
     path.write_text("\n".join(lines) + "\n")

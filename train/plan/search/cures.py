@@ -8,11 +8,16 @@ from train.plan.budget import RunPlan
 from train.plan.job import layout_of, tensor_memory
 from train.plan.memory.rank import plan_memory, rank_memory, scene_of
 from train.plan.search.changes import broken_rule, changed, lighter, overrides
+from train.plan.time.rates import load_rates
+from train.plan.time.stages import Stages
 from train.plan.time.step import plan_time
 
 SHOWN = 3
 PAIRED = 5
 """Single changes that save most, which are tried in pairs where none is enough."""
+
+WORTH = 0.01
+"""Share of a step that another split must save to be named."""
 
 
 @dataclass(frozen=True)
@@ -43,6 +48,28 @@ def find_cures(plan: RunPlan) -> list[Cure]:
             if both is not None and broken_rule(both) is None:
                 found += _cure(both, plan, _peak_of_fullest(both, plan))
     return sorted(found, key=lambda cure: cure.gpu_seconds)[:SHOWN]
+
+
+@dataclass(frozen=True)
+class FasterSplit:
+    """Layers of every stage that make the plan's step shorter, and what is left of a device with them (negative: lacking)."""
+
+    layers: list[int]
+    step_seconds: float
+    room_bytes: int
+
+
+def find_split(plan: RunPlan) -> FasterSplit | None:
+    """The split that the planned times call for, where it shortens the step by at least WORTH."""
+    layout = layout_of(plan.config)
+    if layout.pp == 1:
+        return None
+    lengths = Stages(plan.config, layout, load_rates(plan.config, alone=False)).balanced()
+    config = changed(plan.config, split=lengths)
+    seconds = plan_time(config).step_seconds
+    if seconds > plan.step.step_seconds * (1 - WORTH):
+        return None
+    return FasterSplit(lengths, seconds, tensor_memory(config) - max(rank.peak_bytes for rank in plan_memory(config)))
 
 
 def _peak_of_fullest(config: Config, plan: RunPlan) -> int:

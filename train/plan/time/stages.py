@@ -11,7 +11,7 @@ from conf.errors import UserError
 from conf.schema import Config
 from parallel.mesh import Layout
 from parallel.pipeline.simulate import Action
-from parallel.pipeline.split import stage_placement
+from parallel.pipeline.split import split_layers, stage_placement
 from train.parallelize import split
 from train.plan.job import micro_batches_of
 from train.plan.time import work
@@ -84,6 +84,21 @@ class Stages:
         if key not in self._made:
             self._made[key] = self._stage(blocks, first, last)
         return self._made[key]
+
+    def balanced(self) -> list[int]:
+        """Layers of every stage with which the ranks are as evenly busy as can be by these times, as parallel.split takes them."""
+        model = self.config.model
+        dense, moe = (self._pair(self._stage([kind], False, False)) for kind in (True, False))
+        costs = [dense if index < model.dense_layers else moe for index in range(model.layers)]
+        first, last = (self._pair(self._stage([], end == 0, end == 1)) for end in range(2))
+        return [len(one) for one in split_layers(costs, first, last, self.placement)]
+
+    def _pair(self, made: Directions) -> float:
+        """Seconds of a forward and a backward, run together where the schedule does."""
+        forward, backward = made.forward.segments, made.backward.segments
+        if self.config.parallel.schedule == "dualpipev" and self.config.parallel.overlap:
+            return overlapped(forward, backward, self.taken).seconds
+        return alone(forward, self.taken).seconds + alone(backward, self.taken).seconds
 
     def _stage(self, blocks: list[bool], first: bool, last: bool) -> Directions:
         model = self.config.model
