@@ -44,10 +44,7 @@ def computed(proof: str, config: Config) -> Bound:
     if proof == "fp32":
         value = ROOM * UNIT["fp32"] * (n * K) ** 0.5
         return Bound(value, f"{ROOM:g} x 2^-24 x sqrt({n} products x {K} terms)")
-    travels = config.parallel.wire == "fp8"  # rounded on the way to the experts, in fp32 and in the second layout too
-    name = (
-        "e4m3" if config.precision.fp8 is not None or travels else "bf16" if config.precision.name != "fp32" else "fp32"
-    )
+    name = coarsest(config)
     if name == "fp32":
         return computed("fp32", config)
     value = min(MOST, 2 * UNIT[name] * n**0.5)
@@ -56,10 +53,17 @@ def computed(proof: str, config: Config) -> Bound:
     )
 
 
+def coarsest(config: Config) -> str:
+    """The format of UNIT in which a recipe rounds most. A wire of FP8 rounds on the way to the experts, in any precision."""
+    if config.precision.fp8 is not None or config.parallel.wire == "fp8":
+        return "e4m3"
+    return "bf16" if config.precision.name != "fp32" else "fp32"
+
+
 def averaged(proof: str, config: Config, sequences: int) -> Bound:
     """Losses: in low precision the roundings of one token are not those of another, and a mean has fewer of them."""
     bound, tokens = computed(proof, config), sequences * config.seq_len
-    if not is_low(proof, config):
+    if not is_rounded(proof, config):
         return bound
     return Bound(2 * bound.value / tokens**0.5, f"{bound.reason}, x 2 / sqrt({tokens} tokens)")
 
@@ -69,6 +73,11 @@ def chosen(proof: str, config: Config) -> Bound:
     if proof == "exact":
         return Bound(0.0, "the same experts in the same order")
     return Bound(computed(proof, config).value / 4, "what outputs may be off by, times a sigmoid's slope of 1/4")
+
+
+def is_rounded(proof: str, config: Config) -> bool:
+    """Whether a format below fp32 takes part, so that outputs and gradients are measured by their norm."""
+    return proof == "recipe" and coarsest(config) != "fp32"
 
 
 def is_low(proof: str, config: Config) -> bool:

@@ -16,8 +16,9 @@ Shapes as in train/prove/reference.py.
 """
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -29,11 +30,12 @@ from train.model.init import initialise
 from train.model.kernels import Kernels
 from train.precision.build import build_precision
 from train.prove import reference
-from train.prove.bounds import UNIT, Bound, averaged, chosen, computed, is_low
+from train.prove.bounds import UNIT, Bound, averaged, chosen, coarsest, computed, is_low, is_rounded
 from train.prove.evidence import EVIDENCE, Evidence, read_all
 from train.prove.layouts import PROOFS
 from train.prove.reference import PlainModel, Watched
 from train.prove.samples import HELD_OUT, Samples, initial_biases, initial_weights
+from train.prove.shaken import ReferenceStep, Shaken, run_step
 from train.run_folder import RunPaths
 
 State = dict[str, Tensor]
@@ -113,9 +115,13 @@ class Judge:
         self.steps = read_all(folder, proof)
         self.samples = Samples(config)
         self.bound = computed(proof, config)
-        self.is_low = is_low(proof, config)
+        self.is_low, self.is_rounded = is_low(proof, config), is_rounded(proof, config)
         self.phase = "start"
         self.part = self.step = 0
+        self.want: ReferenceStep
+        """Of the step that is judged."""
+        self.shaken: Shaken | None = None
+        """The same step, shaken by rounding, where a format below fp32 takes part."""
 
     def judge(self) -> None:
         before: State | None = None
@@ -189,12 +195,12 @@ class Judge:
             self._number(
                 "settings of the step", name, None, value, getattr(plan, name), Bound(1e-12, "a formula in fp64")
             )
-        batch = self.samples.batch(plan.first_sample, plan.batch_size)
         plain = self._plain(before, self._choices(ranks, plan.batch_size))
-        seen = reference.gradients(plain, batch.tokens_BS, batch.documents_BS, plan.mtp_weight)
+        self.want = run_step(plain, self.samples, plan)
+        self.shaken = Shaken(plain, self.samples, plan, UNIT[coarsest(self.config)]) if self.is_rounded else None
+        seen = self.want.seen
         self._judge_forward(ranks, seen, plan.batch_size)
-        gradients = {name: torch.zeros_like(w) if w.grad is None else w.grad for name, w in plain.weights.items()}
-        self._judge_backward(ranks, seen, gradients, plan.batch_size)
+        self._judge_backward(ranks, plan.batch_size)
         if self.proof == "exact":
             self._judge_biases(ranks, before, seen, plan.bias_speed)
             return before
@@ -240,14 +246,17 @@ class Judge:
             if name not in made:
                 self._fail("outputs", name, None, math.nan, math.nan, "no rank has made it")
                 continue
-            want = self._by_sample(seen.values[name].detach(), batch_size)
             if name.endswith(".ids"):
                 self._judge_choices(name.removesuffix(".ids"), made[name], seen, batch_size)
                 continue
-            scale = _size(want, self.is_low)
+            scale = _size(seen.values[name], self.is_rounded)
             for rank, number, value in made[name]:
-                rows = want[self._rows(rank, number, batch_size)]
-                self._compare("outputs", name, rank.info.rank, value, rows, self.bound, scale)
+                rows = self._rows(rank, number, batch_size)
+
+                def part(step: ReferenceStep, name: str = name, rows: slice = rows) -> Tensor:
+                    return self._by_sample(step.seen.values[name], batch_size)[rows]
+
+                self._compare_part("outputs", name, rank.info.rank, value, part, self.bound, scale)
         for rank in ranks:
             self._judge_losses(rank, seen)
 
@@ -256,29 +265,38 @@ class Judge:
         return value if value.size(0) == batch_size else value.unflatten(0, (batch_size, -1))
 
     def _judge_choices(self, name: str, made: list, seen: Watched, batch_size: int) -> None:
-        biased = self._by_sample(seen.values[f"{name}.biased"], batch_size)
         want = self._by_sample(seen.values[f"{name}.ids"], batch_size)
         bound = chosen(self.proof, self.config)
         for rank, number, ids in made:
             rows = self._rows(rank, number, batch_size)
             if self.proof != "exact":
-                excess = choice_excess(self.model, biased[rows].flatten(0, -2), ids)
-                self._number("chosen experts", name, rank.info.rank, excess, 0.0, bound, scale=1.0)
+
+                def excess(step: ReferenceStep, rows: slice = rows, ids: Tensor = ids) -> Tensor:
+                    scores = self._by_sample(step.seen.values[f"{name}.biased"], batch_size)[rows]
+                    return torch.tensor([choice_excess(self.model, scores.flatten(0, -2), ids)]).double()
+
+                got, none = excess(self.want), torch.zeros(1, dtype=torch.float64)
+                widen = partial(self._widen, excess, got)
+                self._compare("chosen experts", name, rank.info.rank, got, none, bound, 1.0, widen)
             else:
                 self._compare("chosen experts", name, rank.info.rank, ids, want[rows], bound, 1.0)
 
     def _judge_losses(self, rank: Evidence, seen: Watched) -> None:
         info, who = rank.info, rank.info.rank
         bound = averaged(self.proof, self.config, int(info.plan["batch_size"]))
-        self._number("losses", "main_loss", who, info.main_loss, seen.main.item(), bound)
-        for depth, (got, want) in enumerate(zip(info.mtp_losses, seen.mtp, strict=True), 1):
-            self._number("losses", f"mtp_loss_{depth}", who, got, want.item(), bound)
-        self._number("losses", "balance_loss", who, info.balance_loss, seen.balance.item(), bound)
+        parts: dict[str, tuple[float, Callable[[ReferenceStep], Tensor]]] = {
+            "main_loss": (info.main_loss, lambda step: step.seen.main),
+            "balance_loss": (info.balance_loss, lambda step: step.seen.balance),
+        }
+        for depth, (got, _) in enumerate(zip(info.mtp_losses, seen.mtp, strict=True)):
+            parts[f"mtp_loss_{depth + 1}"] = got, lambda step, depth=depth: step.seen.mtp[depth]
+        for name, (got, part) in parts.items():
+            self._compare_part("losses", name, who, torch.tensor(got, dtype=torch.float64), part, bound)
         for got, name in zip(info.loads, seen.loads, strict=True):
             want = seen.loads[name].double()
             self._compare("loads", name, who, torch.tensor(got).double(), want, Bound(0.0, "whole numbers"))
 
-    def _judge_backward(self, ranks: list[Evidence], seen: Watched, gradients: State, batch_size: int) -> None:
+    def _judge_backward(self, ranks: list[Evidence], batch_size: int) -> None:
         self.phase = "backward"
         came: dict[str, list[tuple[Evidence, int, Tensor]]] = {}
         for rank in ranks:
@@ -287,18 +305,26 @@ class Judge:
                 came.setdefault(name, []).append((rank, int(number), value))
         exact = self.proof == "exact"
         found = sum_over_ranks(ranks, reference.weight_shapes(self.model)) if exact else assemble(ranks, "reduced")
+        gradients = self.want.gradients
         self._same_names("gradients of weights", found, gradients)
         for name in backward_order(list(gradients), list(came)):
             if name in gradients and name in found:
-                self._compare("gradients of weights", name, None, found[name], gradients[name], self.bound)
+
+                def whole(step: ReferenceStep, name: str = name) -> Tensor:
+                    return step.gradients[name]
+
+                self._compare_part("gradients of weights", name, None, found[name], whole, self.bound)
             for rank, number, value in came.get(name, ()):
-                want = seen.values[name].grad
-                if want is None:
+                gradient = self.want.seen.values[name].grad
+                if gradient is None:
                     continue
-                want = self._by_sample(want * rank.info.dp, batch_size)
-                rows = want[self._rows(rank, number, batch_size)]
-                scale = _size(want, self.is_low)
-                self._compare("gradients of outputs", name, rank.info.rank, value, rows, self.bound, scale)
+                rows, dp = self._rows(rank, number, batch_size), rank.info.dp
+
+                def part(step: ReferenceStep, name: str = name, rows: slice = rows, dp: int = dp) -> Tensor:
+                    return self._by_sample(step.seen.values[name].grad * dp, batch_size)[rows]
+
+                scale = _size(gradient * dp, self.is_rounded)
+                self._compare_part("gradients of outputs", name, rank.info.rank, value, part, self.bound, scale)
 
     def _judge_biases(self, ranks: list[Evidence], before: State, seen: Watched, speed: float) -> None:
         self.phase = "update"
@@ -385,6 +411,27 @@ class Judge:
     ) -> None:
         self._compare(quantity, name, rank, torch.tensor([got]).double(), torch.tensor([want]).double(), bound, scale)
 
+    def _compare_part(
+        self,
+        quantity: str,
+        name: str,
+        rank: int | None,
+        got: Tensor,
+        part: Callable[[ReferenceStep], Tensor],
+        bound: Bound,
+        scale: float | None = None,
+    ) -> None:
+        """Compare with what `part` takes out of the reference's step. In low precision a step that is more sensitive than `bound`
+        knows is given what rounding does to it.
+        """
+        want = part(self.want).detach()
+        self._compare(quantity, name, rank, got, want, bound, scale, partial(self._widen, part, want))
+
+    def _widen(self, part: Callable[[ReferenceStep], Tensor], want: Tensor, bound: Bound, scale: float) -> Bound:
+        if self.shaken is None:
+            return bound
+        return max(bound, self.shaken.bound(part, want, scale), key=lambda one: one.value)
+
     def _compare(
         self,
         quantity: str,
@@ -394,9 +441,10 @@ class Judge:
         want: Tensor,
         bound: Bound,
         scale: float | None = None,
+        widen: Callable[[Bound, float], Bound] | None = None,
     ) -> None:
         """scale: what the difference is measured in; None for the size of `want`: its largest value, in low precision its norm."""
-        low = self.is_low and quantity in LOOSE
+        low = self.is_rounded and quantity in LOOSE
         got, want = got.double().flatten(), want.detach().double().flatten()
         if got.numel() != want.numel():
             self._fail(quantity, name, rank, got.numel(), want.numel(), "another number of elements")
@@ -408,11 +456,13 @@ class Judge:
         size = (difference.square().mean().sqrt() if low else difference.max()).item()
         error = size / scale if scale else (0.0 if size == 0 else math.inf)
         error = math.inf if math.isnan(error) else error
+        if error > bound.value and widen:
+            bound = widen(bound, scale)
         verdict = self.findings.verdicts.setdefault((self.proof, quantity), ProofVerdict(self.proof, quantity))
         verdict.compared += got.numel()
-        verdict.bound, verdict.reason = max(verdict.bound, bound.value), bound.reason
-        if error >= verdict.worst:
-            verdict.worst, verdict.where = error, f"step {self.step}, {name}"
+        if _share(error, bound.value) >= _share(verdict.worst, verdict.bound):
+            verdict.worst, verdict.bound, verdict.reason = error, bound.value, bound.reason
+            verdict.where = f"step {self.step}, {name}"
         if error > bound.value:
             verdict.failed += 1
             place = int(difference.nan_to_num(math.inf).argmax())
@@ -448,8 +498,14 @@ QUANTITIES = {"master": "master weights", "exp_avg": "first moments", "exp_avg_s
               "bias": "biases"}  # fmt: skip
 
 
+def _share(error: float, bound: float) -> float:
+    """Of what is allowed; where nothing is, an error is beyond all measure."""
+    return error / bound if bound else (math.inf if error else 0.0)
+
+
 def _size(tensor: Tensor, low: bool) -> float:
-    return (tensor.double().square().mean().sqrt() if low else tensor.double().abs().max()).item()
+    tensor = tensor.detach().double()
+    return (tensor.square().mean().sqrt() if low else tensor.abs().max()).item()
 
 
 def _under(kind: str, state: State) -> State:

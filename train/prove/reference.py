@@ -210,13 +210,14 @@ class PlainModel:
     ) -> None:
         self.config, self.model, self.optim = config, config.model, config.optim
         self.weights, self.biases, self.choices = weights, biases, choices or {}
+        self.watched: type[Watched] = Watched
 
     def losses(self, tokens_BS: Tensor, documents_BS: Tensor | None, with_mtp: bool = True) -> Watched:
         """Main loss, MTP losses (eq. 21-25) and balance losses of a batch, as means over all sequences.
 
         documents_BS: number of the document of every token; attention then stays inside documents.
         """
-        model, seen = self.model, Watched()
+        model, seen = self.model, self.watched()
         inputs_BT = tokens_BS[:, :-1]
         documents_BT = None if documents_BS is None else documents_BS[:, :-1]
         embedded_BTD = seen.keep("embedding", self.weights["embedding.weight"][inputs_BT])

@@ -1,0 +1,81 @@
+"""What rounding does to the reference itself: how far a step moves when every part of it is shaken by as much as a format rounds.
+
+A bound from the number of products alone does not know how sensitive a step is. Where a softmax is sharp, a gradient is the
+difference of large numbers, or a width of 16 averages few roundings, honest ranks differ by several times that bound. So the
+reference runs the step again with every weight, every output of a part and every gradient of one off at random by the unit
+roundoff of the format: no sum of roundings on that way is likely to be larger.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from train.prove import reference
+from train.prove.bounds import MOST, Bound
+from train.prove.reference import PlainModel, PlainPlan, Watched, Weights
+from train.prove.samples import Samples
+
+RUNS = 3
+"""Of the shaken reference."""
+MARGIN = 2.0
+"""By how much a difference may exceed the largest of these runs."""
+
+
+@dataclass(frozen=True)
+class ReferenceStep:
+    """What the reference came to in a step."""
+
+    seen: Watched
+    gradients: Weights
+
+
+def run_step(plain: PlainModel, samples: Samples, plan: PlainPlan) -> ReferenceStep:
+    """Forward and backward of the batch of a step. A weight that nothing reached has a gradient of zeros."""
+    batch = samples.batch(plan.first_sample, plan.batch_size)
+    seen = reference.gradients(plain, batch.tokens_BS, batch.documents_BS, plan.mtp_weight)
+    return ReferenceStep(seen, {n: torch.zeros_like(w) if w.grad is None else w.grad for n, w in plain.weights.items()})
+
+
+class Shaken:
+    """The shaken runs of one step, which are made when the first of them is asked for."""
+
+    def __init__(self, plain: PlainModel, samples: Samples, plan: PlainPlan, unit: float):
+        """unit: roundoff of the format, of the value itself."""
+        self._plain, self._samples, self._plan, self._unit = plain, samples, plan, unit
+        self._runs: list[ReferenceStep] = []
+
+    def bound(self, part: Callable[[ReferenceStep], Tensor], want: Tensor, scale: float) -> Bound:
+        """How far `part` of a step may be from `want`, by the norm and in units of `scale`."""
+        if not self._runs:
+            self._runs = [self._run(seed) for seed in range(RUNS)]
+        spread = (
+            max((part(run).detach().flatten() - want.flatten()).square().mean().sqrt().item() for run in self._runs)
+            / scale
+        )
+        reason = (
+            f"{MARGIN:g} x what the reference itself moves by where each part of the step is off by {self._unit:g} at random, "
+            f"the largest of {RUNS} runs, at most {MOST:g}, of the norm"
+        )
+        return Bound(min(MOST, MARGIN * spread), reason)
+
+    def _run(self, seed: int) -> ReferenceStep:
+        generator = torch.Generator().manual_seed(seed)
+
+        def shake(value: Tensor) -> Tensor:
+            noise = torch.randn(value.shape, generator=generator, dtype=value.dtype)
+            return value * (1 + self._unit * noise)
+
+        class ShakenParts(Watched):
+            def keep(self, name: str, value: Tensor) -> Tensor:
+                value = shake(value)
+                if value.requires_grad:
+                    value.register_hook(shake)
+                return super().keep(name, value)
+
+        plain = self._plain
+        weights = {name: shake(weight.detach()).requires_grad_() for name, weight in plain.weights.items()}
+        moved = PlainModel(plain.config, weights, plain.biases, plain.choices)
+        moved.watched = ShakenParts
+        return run_step(moved, self._samples, self._plan)
