@@ -93,13 +93,13 @@ def launch(
     """
     parallel, place = config.parallel, given_place()
     if place is not None:
-        check_world(parallel.pp, parallel.dp, place.world, f"WORLD_SIZE = {place.world}")
+        check_world(parallel.pp, parallel.dp, parallel.cp, place.world, f"WORLD_SIZE = {place.world}")
         return run_rank(config, place)
     if config.cluster.backend == "ray":
         from cluster.driver.ray_backend import run_ray  # importing Ray takes half a second that other runs need not pay
 
         return run_ray(config, folder, command)
-    world = parallel.pp * parallel.dp
+    world = parallel.world
     if world == 1 and alone:
         return run_rank(config, Place())
     return run_local(command, world, folder / "logs")

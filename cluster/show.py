@@ -29,7 +29,7 @@ def main(arguments: list[str]) -> int:
         return EXIT_OK
     try:
         parallel = compose(*arguments[1:]).parallel
-        print(table(require(nodes_of(arguments[0]), parallel.pp, parallel.dp, parallel.ep)))
+        print(table(require(nodes_of(arguments[0]), parallel.pp, parallel.stage_ranks, parallel.ep)))
     except UserError as error:
         return report(error)
     return EXIT_OK

@@ -11,6 +11,8 @@ from conf.micro_batches import check_batch
 from conf.schema import Config, DataFormat, Mode, Model, Phase, PipelineSchedule
 
 NEEDS_NO_DATA = (Mode.generate, Mode.plan, Mode.dry_run, Mode.prove)
+KNOWS_WHOLE_SEQUENCES = (Mode.generate, Mode.evaluate, Mode.plan, Mode.dry_run, Mode.prove)
+"""Modes that parallel.cp means nothing to."""
 MAX_EXPERTS = 32767
 """Expert ids are sorted and sent as int16."""
 SMALLEST_SHARE = 1e-6
@@ -282,12 +284,15 @@ def _check_parallel(config: Config) -> None:
         "leave it at cost, or write a list such as 'parallel.split=[1,2,2,1]'",
     )
     _require(
-        parallel.dp % parallel.ep == 0,
+        parallel.stage_ranks % parallel.ep == 0,
         "parallel.ep",
         parallel.ep,
-        f"must divide parallel.dp = {parallel.dp}",
+        f"must divide parallel.dp = {parallel.dp}"
+        if parallel.cp == 1
+        else f"must divide parallel.dp x parallel.cp = {parallel.stage_ranks}",
         "ranks that share experts are data-parallel ranks: raise dp or lower ep",
     )
+    _check_pieces(config)
     _require(
         parallel.pp == 1 or parallel.zero == 1,
         "parallel.zero",
@@ -308,6 +313,36 @@ def _check_parallel(config: Config) -> None:
         check_experts(config.model.experts, parallel.ep)
 
 
+def _check_pieces(config: Config) -> None:
+    """Sequences that cp ranks share are cut into 2 cp pieces of one length."""
+    cp, length = config.parallel.cp, config.seq_len
+    if cp == 1:
+        return
+    _require(
+        length % (2 * cp) == 0,
+        "seq_len",
+        length,
+        f"must be a multiple of 2 x parallel.cp = {2 * cp}: each of the ranks that share a sequence has an early and a late "
+        "piece of it",
+        f"take seq_len={max(1, length // (2 * cp)) * 2 * cp}, or another parallel.cp",
+    )
+    _require(
+        length // (2 * cp) > config.model.mtp_depth,
+        "parallel.cp",
+        cp,
+        f"leaves pieces of seq_len / (2 cp) = {length // (2 * cp)} tokens, which must exceed model.mtp_depth = "
+        f"{config.model.mtp_depth}: each MTP module is one position shorter",
+        "lower parallel.cp or lengthen seq_len",
+    )
+    _require(
+        config.mode not in KNOWS_WHOLE_SEQUENCES,
+        "parallel.cp",
+        cp,
+        f"is how a training spreads its sequences, and mode={config.mode} takes whole ones",
+        "leave parallel.cp out",
+    )
+
+
 def check_experts(experts: int, ep: int) -> None:
     """Raise UserError unless every one of ep ranks gets the same number of experts."""
     if experts % ep:
@@ -318,14 +353,14 @@ def check_experts(experts: int, ep: int) -> None:
         raise UserError("model.experts", experts, f"at most {MAX_EXPERTS} experts per layer", "use fewer experts")
 
 
-def check_world(pp: int, dp: int, world: int, given: str) -> None:
+def check_world(pp: int, dp: int, cp: int, world: int, given: str) -> None:
     """Raise UserError unless the layout takes all ranks that were started. given: what says how many."""
     _require(
-        pp * dp == world,
-        "parallel.pp x parallel.dp",
-        f"{pp} x {dp}",
+        pp * dp * cp == world,
+        "parallel.pp x parallel.dp" if cp == 1 else "parallel.pp x parallel.dp x parallel.cp",
+        f"{pp} x {dp}" if cp == 1 else f"{pp} x {dp} x {cp}",
         f"must equal {given}",
-        f"set parallel.dp={max(1, world // pp)}, or start {pp * dp} ranks",
+        f"set parallel.dp={max(1, world // (pp * cp))}, or start {pp * dp * cp} ranks",
     )
 
 
@@ -357,9 +392,9 @@ def _check_evaluate(config: Config) -> None:
         "leave cluster=ray out",
     )
     _require(
-        not evaluate.tasks or config.parallel.pp * config.parallel.dp == 1,
+        not evaluate.tasks or config.parallel.world == 1,
         "evaluate.tasks",
         evaluate.tasks,
         "tasks run in one process",
-        "set parallel.pp=1 parallel.dp=1 parallel.ep=1, or leave the tasks out",
+        "set parallel.pp=1 parallel.dp=1 parallel.ep=1 and leave parallel.cp out, or leave the tasks out",
     )

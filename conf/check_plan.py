@@ -32,7 +32,7 @@ def _check_plan(plan: Plan) -> None:
 
 
 def _check_dry_run(config: Config) -> None:
-    dry_run, world = config.dry_run, config.parallel.pp * config.parallel.dp
+    dry_run, world = config.dry_run, config.parallel.world
     if dry_run.rank != "worst" and not (dry_run.rank.isdecimal() and int(dry_run.rank) < world):
         rule = f"must be worst or the number of a rank, 0 to {world - 1} = parallel.pp x parallel.dp - 1"
         raise UserError("dry_run.rank", dry_run.rank, rule, "use worst")

@@ -244,14 +244,17 @@ class Optim:
 
 @dataclass
 class Parallel:
-    """How the work is spread. World size = pp x dp; dp = expert-data-parallel x ep."""
+    """How the work is spread. World size = pp x dp x cp; dp x cp = expert-data-parallel x ep."""
 
     pp: int = number(1, least=1)
     """Pipeline ranks."""
     dp: int = number(1, least=1)
-    """Data-parallel ranks."""
+    """Data-parallel ranks, among which the sequences of a batch are divided."""
+    cp: int = number(1, least=1)
+    """Ranks that share each sequence: of its 2 cp pieces a rank has an early and a late one (train/docs/layouts.md). Divides
+    seq_len / 2."""
     ep: int = number(1, least=1)
-    """Ranks that share the experts of one layer; divides dp."""
+    """Ranks that share the experts of one layer; divides dp x cp."""
     zero: int = number(1, least=1, most=3)
     """ZeRO stage, 1 to 3; 1 with pipelines. DeepSpeed's stage 0 would clip with a wrong norm."""
     schedule: PipelineSchedule = PipelineSchedule["1f1b"]
@@ -268,6 +271,16 @@ class Parallel:
     wire: WireFormat = WireFormat.bf16
     """Format of rows on their way to the experts and of gradients on theirs: bf16 (the activations' own format) or fp8
     (E4M3 with power-of-two scales per 128 values, paper 3.3.3). The ways back are always in the activations' format."""
+
+    @property
+    def stage_ranks(self) -> int:
+        """Ranks that hold the same stage of the pipeline: ZeRO shards over them, and experts are spread over them."""
+        return self.dp * self.cp
+
+    @property
+    def world(self) -> int:
+        """All ranks."""
+        return self.pp * self.stage_ranks
 
 
 @dataclass

@@ -1,11 +1,14 @@
-"""Who works with whom: pipeline, data, expert and expert-data groups of every rank.
+"""Who works with whom: pipeline, stage, context, expert and expert-data groups of every rank.
 
-Ranks are numbered with the pipeline outermost and the experts innermost:
+Ranks are numbered with the pipeline outermost. Those of a stage, which hold the same layers, are numbered twice: by what they
+read, and by the experts that they hold:
 
-    rank = pp_rank * dp + dp_rank,   dp_rank = edp_rank * ep + ep_rank
+    rank = pp_rank * stage_ranks + stage_rank,   stage_ranks = dp * cp
+    stage_rank = dp_rank * cp + cp_rank = edp_rank * ep + ep_rank
 
-so the ranks of one expert-parallel group are contiguous (they should share nodes), and pipeline neighbours have the
-same index in neighbouring blocks. The layout is plain arithmetic; only build_mesh makes process groups.
+so the ranks of one context group, and those of one expert-parallel group, are contiguous (they should share nodes), and
+pipeline neighbours have the same index in neighbouring blocks. For experts and for ZeRO a rank that shares sequences is one
+that has sequences of its own. The layout is plain arithmetic; only build_mesh makes process groups.
 
 On GPUs a group's communicator takes hundreds of megabytes of each of them, so groups with the same members are one group,
 and a communicator is made at the first collective in its group: groups of one rank and those that a layout does not use
@@ -31,24 +34,38 @@ class Layout:
     dp: int = 1
     ep: int = 1
     ranks_per_node: int = 1
+    cp: int = 1
 
     def __post_init__(self) -> None:
-        assert self.dp % self.ep == 0, "conf/check.py comes first"
+        assert self.stage_ranks % self.ep == 0, "conf/check.py comes first"
+
+    @property
+    def stage_ranks(self) -> int:
+        """Ranks that hold the same stage of the pipeline."""
+        return self.dp * self.cp
 
     @property
     def world(self) -> int:
-        return self.pp * self.dp
+        return self.pp * self.stage_ranks
 
     @property
     def edp(self) -> int:
-        """Copies of every expert: data-parallel ranks that hold the same experts."""
-        return self.dp // self.ep
+        """Copies of every expert: ranks of a stage that hold the same experts."""
+        return self.stage_ranks // self.ep
 
     def pp_rank(self, rank: int) -> int:
-        return rank // self.dp
+        return rank // self.stage_ranks
+
+    def stage_rank(self, rank: int) -> int:
+        return rank % self.stage_ranks
 
     def dp_rank(self, rank: int) -> int:
-        return rank % self.dp
+        """Which share of the batch."""
+        return self.stage_rank(rank) // self.cp
+
+    def cp_rank(self, rank: int) -> int:
+        """Which share of each of its sequences."""
+        return rank % self.cp
 
     def ep_rank(self, rank: int) -> int:
         return rank % self.ep
@@ -57,17 +74,22 @@ class Layout:
         return rank // self.ranks_per_node
 
     def pp_groups(self) -> list[list[int]]:
-        return [[p * self.dp + d for p in range(self.pp)] for d in range(self.dp)]
+        return [[p * self.stage_ranks + s for p in range(self.pp)] for s in range(self.stage_ranks)]
 
-    def dp_groups(self) -> list[list[int]]:
-        return [[p * self.dp + d for d in range(self.dp)] for p in range(self.pp)]
+    def stage_groups(self) -> list[list[int]]:
+        return [[p * self.stage_ranks + s for s in range(self.stage_ranks)] for p in range(self.pp)]
+
+    def cp_groups(self) -> list[list[int]]:
+        return [[first + i for i in range(self.cp)] for first in range(0, self.world, self.cp)]
 
     def ep_groups(self) -> list[list[int]]:
         return [[first + i for i in range(self.ep)] for first in range(0, self.world, self.ep)]
 
     def edp_groups(self) -> list[list[int]]:
         return [
-            [p * self.dp + e * self.ep + i for e in range(self.edp)] for p in range(self.pp) for i in range(self.ep)
+            [p * self.stage_ranks + e * self.ep + i for e in range(self.edp)]
+            for p in range(self.pp)
+            for i in range(self.ep)
         ]
 
     @property
@@ -101,7 +123,7 @@ class Layout:
 def read_layout(config: Config, node: int) -> Layout:
     """The layout that a recipe asks for. node: ranks of a node, unless cluster.ranks_per_node says it."""
     parallel = config.parallel
-    return Layout(parallel.pp, parallel.dp, parallel.ep, config.cluster.ranks_per_node or node)
+    return Layout(parallel.pp, parallel.dp, parallel.ep, config.cluster.ranks_per_node or node, parallel.cp)
 
 
 Partition = tuple[tuple[int, ...], ...]
@@ -119,7 +141,10 @@ class Mesh:
     layout: Layout
     rank: int
     pp_group: ProcessGroup
-    dp_group: ProcessGroup
+    stage_group: ProcessGroup
+    """Ranks that hold the same stage."""
+    cp_group: ProcessGroup
+    """Ranks that share my sequences."""
     ep_group: ProcessGroup
     edp_group: ProcessGroup
     intra_group: ProcessGroup
@@ -134,8 +159,16 @@ class Mesh:
         return self.layout.pp_rank(self.rank)
 
     @property
+    def stage_rank(self) -> int:
+        return self.layout.stage_rank(self.rank)
+
+    @property
     def dp_rank(self) -> int:
         return self.layout.dp_rank(self.rank)
+
+    @property
+    def cp_rank(self) -> int:
+        return self.layout.cp_rank(self.rank)
 
     @property
     def ep_rank(self) -> int:
@@ -143,7 +176,7 @@ class Mesh:
 
     @property
     def edp_rank(self) -> int:
-        return self.dp_rank // self.layout.ep
+        return self.stage_rank // self.layout.ep
 
 
 def form_later() -> None:
@@ -163,7 +196,7 @@ def build_mesh(layout: Layout, timeout: timedelta | None = None) -> Mesh:
     the default group itself.
     """
     world = dist.get_world_size()
-    check_world(layout.pp, layout.dp, world, f"the number of ranks, {world}")
+    check_world(layout.pp, layout.dp, layout.cp, world, f"the number of ranks, {world}")
     rank = dist.get_rank()
     made: dict[Partition, ProcessGroup] = {(tuple(range(world)),): dist.group.WORLD}
 
@@ -177,7 +210,8 @@ def build_mesh(layout: Layout, timeout: timedelta | None = None) -> Mesh:
         layout=layout,
         rank=rank,
         pp_group=mine(layout.pp_groups()),
-        dp_group=mine(layout.dp_groups()),
+        stage_group=mine(layout.stage_groups()),
+        cp_group=mine(layout.cp_groups()),
         ep_group=mine(layout.ep_groups()),
         edp_group=mine(layout.edp_groups()),
         ends_group=mine(layout.ends_groups()),

@@ -34,6 +34,10 @@ LAYOUTS = {
     "pp2_zbv_split": (2, ["parallel.pp=2", "parallel.schedule=zbv", "parallel.split=[0,4,3,1]"]),
     # Without a pipeline, dualpipev runs the forward of one micro-batch together with the backward of another.
     "ep2_dualpipev": (2, ["parallel.dp=2", "parallel.ep=2", "parallel.schedule=dualpipev"]),
+    "cp2": (2, ["parallel.cp=2"]),
+    "cp4_zero3": (4, ["parallel.cp=4", "parallel.zero=3"]),
+    "cp2_dp2_ep4": (4, ["parallel.cp=2", "parallel.dp=2", "parallel.ep=4"]),
+    "pp2_cp2_zbv": (4, ["parallel.pp=2", "parallel.cp=2", "parallel.schedule=zbv"]),
     "pp4_dualpipev": (4, ["parallel.pp=4", "parallel.schedule=dualpipev"]),
     "pp2_dp2_ep2_1f1b": (4, ["parallel.pp=2", "parallel.dp=2", "parallel.ep=2"]),
     **{

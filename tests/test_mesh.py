@@ -15,7 +15,7 @@ def test_v3_layout_groups_partition_the_world():
     assert layout.world == 2048 and layout.edp == 2
     for groups, size in (
         (layout.pp_groups(), 16),
-        (layout.dp_groups(), 128),
+        (layout.stage_groups(), 128),
         (layout.ep_groups(), 64),
         (layout.edp_groups(), 2),
         (layout.intra_groups(), 8),
@@ -26,6 +26,17 @@ def test_v3_layout_groups_partition_the_world():
     assert all(group == list(range(group[0], group[0] + 64)) for group in layout.ep_groups())
     assert {len({layout.node(rank) for rank in group}) for group in layout.ep_groups()} == {8}
     assert {len({layout.node(rank) for rank in group}) for group in layout.intra_groups()} == {1}
+
+
+def test_context_groups_lie_inside_a_stage_and_experts_spread_over_them():
+    layout = Layout(pp=2, dp=3, cp=4, ep=6, ranks_per_node=2)
+    assert layout.world == 24 and layout.stage_ranks == 12 and layout.edp == 2
+    assert layout.cp_groups()[1] == [4, 5, 6, 7] and layout.pp_groups()[1] == [1, 13]
+    for rank in range(24):
+        stage = rank % 12
+        assert (layout.dp_rank(rank), layout.cp_rank(rank)) == divmod(stage, 4)
+        assert [rank in group for group in layout.edp_groups()].count(True) == 1
+    assert layout.edp_groups()[0] == [0, 6] and layout.stage_groups()[1] == list(range(12, 24))
 
 
 @pytest.mark.parametrize("rank", [0, 777, 2047])
@@ -41,7 +52,7 @@ def test_v3_mesh_on_a_fake_process_group(rank):
             rank % 128 // 64,
         )
         assert ranks(mesh.pp_group) == [p * 128 + rank % 128 for p in range(16)]
-        assert ranks(mesh.dp_group) == [rank // 128 * 128 + d for d in range(128)]
+        assert ranks(mesh.stage_group) == [rank // 128 * 128 + d for d in range(128)]
         assert ranks(mesh.ep_group) == [rank // 64 * 64 + i for i in range(64)]
         assert ranks(mesh.edp_group) == [rank // 128 * 128 + rank % 64 + e * 64 for e in range(2)]
         assert ranks(mesh.intra_group) == [rank // 8 * 8 + i for i in range(8)]
@@ -54,7 +65,7 @@ def check_sums(rank):
     mesh = build_mesh(Layout(pp=2, dp=2, ep=2, ranks_per_node=2))
     for group, expected in (
         (mesh.pp_group, rank % 2 + rank % 2 + 2),
-        (mesh.dp_group, 1 if rank < 2 else 5),
+        (mesh.stage_group, 1 if rank < 2 else 5),
         (mesh.edp_group, rank),
         (mesh.inter_group, rank),
     ):
@@ -70,11 +81,11 @@ def test_groups_on_real_ranks():
 def shared_groups(rank):
     """ep over all of dp, one node: three kinds of groups with the same members are one, as are those of one rank."""
     mesh = build_mesh(Layout(pp=2, dp=2, ep=2, ranks_per_node=2))
-    assert mesh.dp_group is mesh.ep_group is mesh.intra_group
+    assert mesh.stage_group is mesh.ep_group is mesh.intra_group
     assert mesh.edp_group is mesh.inter_group and dist.get_world_size(mesh.edp_group) == 1
-    assert mesh.pp_group is mesh.ends_group and mesh.pp_group is not mesh.dp_group
+    assert mesh.pp_group is mesh.ends_group and mesh.pp_group is not mesh.stage_group
     whole = build_mesh(Layout(dp=4, ep=4, ranks_per_node=2))
-    assert whole.dp_group is whole.ep_group is dist.group.WORLD
+    assert whole.stage_group is whole.ep_group is dist.group.WORLD
     assert dist.get_process_group_ranks(whole.intra_group) == [rank // 2 * 2, rank // 2 * 2 + 1]
 
 

@@ -20,5 +20,5 @@ def check_layout(config: Config) -> None:
         from parallel.expert.build import check_groups
         from parallel.mesh import read_layout
 
-        layout = read_layout(config, parallel.pp * parallel.dp)
+        layout = read_layout(config, parallel.world)
         check_groups(parallel.ep, layout.ep_ranks_per_node, config.model.groups)

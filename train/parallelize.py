@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from conf.schema import Config, Recompute
+from parallel.context import ContextParallel
 from parallel.expert.build import RemoteDispatcher, build_dispatcher
 from parallel.mesh import Mesh
 from parallel.pipeline.schedule import Pipeline
@@ -34,6 +35,8 @@ class RankModel:
     dispatcher: RemoteDispatcher | None
     """None where this rank holds all experts."""
     precision: HighPrecision | Fp8Precision
+    share: ContextParallel | None
+    """None where this rank has whole sequences."""
 
     def routers(self) -> dict[str, Router]:
         """Those of all chunks, by layer."""
@@ -78,7 +81,7 @@ def parallelize(
     )
     for chunk in chunks:
         model.precision.watch(chunk)
-    return Parallelized(chunks, model.pipeline, model.dispatcher, model.precision, zero)
+    return Parallelized(chunks, model.pipeline, model.dispatcher, model.precision, model.share, zero)
 
 
 def build_rank_model(
@@ -93,11 +96,12 @@ def build_rank_model(
     """The same without an optimizer, for a proof."""
     if dispatcher is None and mesh.layout.ep > 1:
         dispatcher = make_dispatcher(config, mesh)
+    share = make_share(mesh)
     recompute_swiglu = Recompute.swiglu in config.model.recompute
     precision = build_precision(config.precision, device, kernels, recompute_swiglu)
-    chunks, stage_ids, num_stages = build_chunks(config, mesh, device, dispatcher, precision, layers, restored)
+    chunks, stage_ids, num_stages = build_chunks(config, mesh, device, dispatcher, precision, layers, restored, share)
     pipeline = build_pipeline(config, mesh, device, chunks, stage_ids, num_stages, config.parallel.overlap)
-    return RankModel(chunks, pipeline, dispatcher, precision)
+    return RankModel(chunks, pipeline, dispatcher, precision, share)
 
 
 def build_pipeline(
@@ -119,6 +123,7 @@ def build_pipeline(
         device,
         hidden=config.model.hidden,
         dtype=activation_dtype(config.precision),
+        cp=mesh.layout.cp,
         overlap=overlap,
         timeout=config.cluster.timeout,
     )
@@ -150,6 +155,7 @@ def build_chunks(
     precision: HighPrecision | Fp8Precision,
     layers: list[range] | None = None,
     restored: bool = False,
+    share: ContextParallel | None = None,
 ) -> tuple[list[DeepSeekV3], list[int], int]:
     """This rank's chunks with the weights of config.seed, their stage numbers, and the number of stages.
 
@@ -158,7 +164,7 @@ def build_chunks(
     placement = stage_placement(config.parallel.schedule, mesh.layout.pp)
     stage_ids, num_stages = placement[mesh.pp_rank], sum(len(ids) for ids in placement)
     layers = layers or split(config)
-    share = config.model.experts // mesh.layout.ep
+    held = config.model.experts // mesh.layout.ep
     dtype = activation_dtype(config.precision)
     chunks: list[DeepSeekV3] = []
     embedding = None  # where first and last stage share a rank, they share the table
@@ -171,8 +177,9 @@ def build_chunks(
             has_embedding=stage == 0,
             has_head=stage == num_stages - 1,
             dispatcher=dispatcher,
-            local_experts=range(mesh.ep_rank * share, (mesh.ep_rank + 1) * share),
+            local_experts=range(mesh.ep_rank * held, (mesh.ep_rank + 1) * held),
             embedding=embedding,
+            share=share,
             dtype=dtype,
             device=device,
         )
@@ -180,6 +187,13 @@ def build_chunks(
         embedding = getattr(chunk, "embedding", embedding)
         chunks.append(chunk)
     return chunks, stage_ids, num_stages
+
+
+def make_share(mesh: Mesh) -> ContextParallel | None:
+    """What brings other positions of this rank's sequences, for all layers; None where it has whole ones."""
+    if mesh.layout.cp == 1:
+        return None
+    return ContextParallel(mesh.cp_group, mesh.layout.cp > mesh.layout.ranks_per_node)
 
 
 def make_dispatcher(config: Config, mesh: Mesh) -> RemoteDispatcher:

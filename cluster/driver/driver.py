@@ -15,7 +15,7 @@ from cluster.driver.fleet import Fleet, FleetLost, Reply
 from cluster.driver.journal import Journal
 from cluster.driver.network import NetworkTest
 from cluster.driver.node_state import DriverPhase
-from cluster.driver.policy import policy_of, with_dp
+from cluster.driver.policy import policy_of, with_stage_ranks
 from cluster.driver.supervisor import Supervisor
 from cluster.driver.view import View
 from cluster.node.agent import Answer, Order
@@ -87,7 +87,7 @@ class Driver:
 
     def run(self) -> m.Finish:
         """Until the run ends; returns its exit code and the reason."""
-        self.journal.write("launch", 0, f"{self.config.name}", world=self.config.parallel.pp * self.config.parallel.dp)
+        self.journal.write("launch", 0, f"{self.config.name}", world=self.config.parallel.world)
         previous = {number: signal.signal(number, self._signalled) for number in (signal.SIGTERM, signal.SIGINT)}
         try:
             with self.view:
@@ -360,7 +360,7 @@ class Driver:
         """Environment of ranks that keep copies in memory."""
         if not self.config.checkpoint.every_memory:
             return {}
-        full_size, auto = placement.dp == self.config.parallel.dp, self.config.resume == "auto"
+        full_size, auto = placement.dp == self.config.parallel.stage_ranks, self.config.resume == "auto"
         shelves = self.copies.shelves(placement, self.supervisor.answering, full_size, auto)
         return self.copies.write(number, shelves)
 
@@ -374,7 +374,7 @@ class Driver:
 
     def _attempt_config(self, number: int, dp: int) -> Path:
         """The configuration of an attempt: its dp, and the run's own newest checkpoint once this launch has written one."""
-        config = with_dp(self.config, dp)
+        config = with_stage_ranks(self.config, dp)
         if written_since(self.folder, self.first):
             config = dataclasses.replace(config, resume="auto")
         path = self.folder / "attempts" / f"{number:05d}.yaml"

@@ -54,16 +54,18 @@ def policy_of(config: Config, attempt: int) -> Policy:
     """What the configuration asks of the supervisor."""
     parallel, cluster = config.parallel, config.cluster
 
-    def accept(dp: int) -> bool:
+    def accept(ranks: int) -> bool:
+        if ranks % parallel.cp:
+            return False
         try:
-            check(with_dp(config, dp))
+            check(with_stage_ranks(config, ranks))
         except UserError:
             return False
         return True
 
     return Policy(
         pp=parallel.pp,
-        dp=parallel.dp,
+        dp=parallel.stage_ranks,
         ep=parallel.ep,
         accept=accept,
         first_attempt=attempt,
@@ -78,6 +80,6 @@ def policy_of(config: Config, attempt: int) -> Policy:
     )
 
 
-def with_dp(config: Config, dp: int) -> Config:
-    """The same run on another number of data-parallel ranks."""
-    return dataclasses.replace(config, parallel=dataclasses.replace(config.parallel, dp=dp))
+def with_stage_ranks(config: Config, ranks: int) -> Config:
+    """The same run on another number of ranks a stage, a multiple of parallel.cp."""
+    return dataclasses.replace(config, parallel=dataclasses.replace(config.parallel, dp=ranks // config.parallel.cp))

@@ -168,7 +168,7 @@ class RayFleet:
         if self.gpus:
             return int(resources.get("GPU", 0))
         if cluster.address is None:  # as cluster=local does: all ranks share this machine
-            return parallel.pp * parallel.dp
+            return parallel.world
         return int(resources.get("CPU", 0))
 
     def call(self, node: str, method: str, *arguments: Any) -> None:

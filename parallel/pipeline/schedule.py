@@ -46,6 +46,7 @@ class Pipeline:
         *,
         hidden: int,
         dtype: torch.dtype,
+        cp: int = 1,
         overlap: bool = True,
         timeout: float = 600.0,
     ):
@@ -53,13 +54,14 @@ class Pipeline:
 
         modules: this rank's chunks in stage order, called as chunk(x, tokens_BS=..., documents_BS=...) where x is tokens_BS
         for stage 0 and hidden states (B, T, D) else; stage_ids as in split.stage_placement; group: the ranks of this
-        pipeline in order (None: the world); hidden: D; dtype: of the hidden states between stages; overlap: whether the
+        pipeline in order (None: the world); hidden: D; dtype: of the hidden states between stages; cp: ranks that share the
+        positions of each sequence, of which T = (S - 1) / cp cross from stage to stage; overlap: whether the
         pairs of dualpipev run interleaved (overlap.py) or one after the other; timeout: longest wait of one half for the
         other, in seconds.
         """
         assert len(modules) == len(stage_ids) == SCHEDULES[name] and list(stage_ids) == sorted(stage_ids)
         self.name, self.modules, self.stage_ids, self.num_stages = name, list(modules), list(stage_ids), num_stages
-        self.group, self.device, self.hidden, self.dtype = group, device, hidden, dtype
+        self.group, self.device, self.hidden, self.dtype, self._cp = group, device, hidden, dtype, cp
         self.timeline = Timeline(device)
         """When each action of the last steps ran."""
         self.stage_type: type[Stage] = Stage
@@ -191,4 +193,4 @@ class Pipeline:
             return torch.empty(B, S, dtype=torch.int64, device="meta")
         if boundary == self.num_stages:
             return torch.empty(1, dtype=torch.float32, device="meta", requires_grad=True)
-        return torch.empty(B, S - 1, self.hidden, dtype=self.dtype, device="meta", requires_grad=True)
+        return torch.empty(B, (S - 1) // self._cp, self.hidden, dtype=self.dtype, device="meta", requires_grad=True)

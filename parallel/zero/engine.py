@@ -107,7 +107,7 @@ class Zero:
                 self.client,
                 members,
                 self._shares,
-                ranks=mesh.layout.dp,
+                ranks=mesh.layout.stage_ranks,
                 norm=self._global_norm,
                 close=self._sum_tied,
                 clip=clip,
@@ -140,7 +140,7 @@ class Zero:
         """The ranks that hold the same weights as this one does of a parameter."""
         mesh = self.mesh
         if getattr(param, "allreduce", True):
-            return Sharing(mesh.layout.dp, mesh.dp_rank)
+            return Sharing(mesh.layout.stage_ranks, mesh.stage_rank)
         return Sharing(mesh.layout.edp, mesh.edp_rank)
 
     def _global_norm(self) -> Tensor:
@@ -292,13 +292,13 @@ class _Mpu:
         self.mesh = mesh
 
     def get_data_parallel_group(self):
-        return self.mesh.dp_group
+        return self.mesh.stage_group
 
     def get_data_parallel_world_size(self) -> int:
-        return self.mesh.layout.dp
+        return self.mesh.layout.stage_ranks
 
     def get_data_parallel_rank(self) -> int:
-        return self.mesh.dp_rank
+        return self.mesh.stage_rank
 
     def get_model_parallel_group(self):
         return self.mesh.pp_group

@@ -23,7 +23,7 @@ def evaluate(config: Config, alone: bool) -> int:
         build_corpus(target.config, progress)
     folder = RunPaths(config).path / "evaluate"
     command = [sys.executable, "-m", "train.evaluate.rank", str(folder / "config.yaml")]
-    if given_place() is None and (config.parallel.pp * config.parallel.dp > 1 or not alone):
+    if given_place() is None and (config.parallel.world > 1 or not alone):
         folder.mkdir(parents=True, exist_ok=True)
         write_config(config, command[-1])
     return launch(config, folder, command, _run_rank, alone)

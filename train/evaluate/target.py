@@ -48,7 +48,7 @@ def is_hf_folder(folder: Path) -> bool:
 def _of_hf_folder(config: Config, folder: Path) -> Target:
     from train.hf.folder import open_model
 
-    ranks = config.parallel.pp * config.parallel.dp
+    ranks = config.parallel.world
     for wrong, field, value, rule, cure in (
         (ranks > 1, "parallel", ranks, "one process holds all of the folder's weights", "leave parallel out"),
         (config.evaluate.ema, "evaluate.ema", True, "a Hugging Face folder holds no average", "leave it out"),

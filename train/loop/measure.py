@@ -2,7 +2,7 @@
 
 Each rank holds some layers and some of the tokens. The vector below has a place for every number of every layer;
 a rank fills in its own and the sum over all ranks is the whole: losses from the last pipeline stage, expert loads
-from every stage, balance biases from the first data-parallel rank of a stage, times and traffic from every rank.
+from every stage, balance biases from the first rank of a stage, times and traffic from every rank.
 
 L MoE layers (MTP modules included), E experts.
 """
@@ -66,12 +66,12 @@ class Measure:
         biases_LE = torch.zeros(shape, dtype=torch.float64, device=self.device)
         scalars[0] = float(stop)
         if self.last is not None:
-            scalars[1 : 2 + depth] = self.last.losses.means().double() / self.mesh.layout.dp
+            scalars[1 : 2 + depth] = self.last.losses.means().double() / self.mesh.layout.stage_ranks
         for name, router in self.routers.items():
             row = self.layers.index(name)
             loads_LE[row] = router.load_E
             scalars[-1] += router.balance_loss.double() / self.mesh.layout.dp
-            if self.mesh.dp_rank == 0:
+            if self.mesh.stage_rank == 0:
                 biases_LE[row] = router.bias_E
         work = torch.tensor(self.step_work.collect(), dtype=torch.float64, device=self.device)
         parts = [scalars, loads_LE.flatten(), biases_LE.flatten(), work]

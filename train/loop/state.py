@@ -54,7 +54,7 @@ class State:
         if self.ema is not None:
             self.ema.flush()
             shards |= self._averages(shards)
-        if self.mesh.dp_rank == 0:
+        if self.mesh.stage_rank == 0:
             shards |= self._biases()
         if self.mesh.rank == 0:
             shards |= self._loads()

@@ -42,7 +42,7 @@ class TimelineSampler:
 
         note: called with a sentence when the disk refuses the file.
         """
-        if self._mesh.dp_rank:
+        if self._mesh.stage_rank:
             return
         record = self._pipeline.timeline.newest()
         mine = round(record.span, 6), plain_actions(record, self._mesh.rank, self._mesh.pp_rank)

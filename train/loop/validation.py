@@ -71,8 +71,9 @@ def held_out_loss(
         loss = pipeline.evaluate(batch.tokens_BS.to(device), documents_BS, micro_batches=1)
         own = torch.zeros(4, dtype=torch.float64)
         if loss is not None:
-            tokens = batch.tokens_BS[:, 1:].numel()
-            sums = [len(batch.tokens_BS), tokens, data.text_bytes(batch), loss.item() * tokens]
+            # The ranks that share sequences have a loss each, of as many positions; one of them counts what is the sequences'.
+            tokens, first = batch.tokens_BS[:, 1:].numel() // mesh.layout.cp, mesh.cp_rank == 0
+            sums = [len(batch.tokens_BS) * first, tokens, data.text_bytes(batch) * first, loss.item() * tokens]
             own = torch.tensor(sums, dtype=torch.float64)
         own = own if more is None else torch.cat([own, more().cpu()])
         totals = totals + own * (mine < len(data))

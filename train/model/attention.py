@@ -10,12 +10,14 @@ Shapes: B sequences, H heads, T positions, Q qk width, V value width, X = B*H ro
 block, S keys up to its end.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
+
+from train.model.sequence import Rectangle
 
 BLOCK = 128
 """Queries of a block on the CPU; half of it in spans below four blocks, where more would lie above the diagonal."""
@@ -78,6 +80,70 @@ def _add_product(sum_32: Tensor, a: Tensor, b: Tensor) -> None:
         sum_32.baddbmm_(a, b)
     else:
         sum_32 += torch.bmm(a, b)
+
+
+def _rectangle_blocks(rectangles: Sequence[Rectangle], batch: int, heads: int) -> Iterator[tuple]:
+    """Rows of the batched products, positions of the queries, those of the keys that any of them sees, and what is added to scores."""
+    for sequence, first_query, last_query, first_key, last_key, before in rectangles:
+        rows = range(batch * heads) if sequence is None else range(sequence * heads, (sequence + 1) * heads)
+        for first in range(first_query, last_query, BLOCK):
+            last = min(first + BLOCK, last_query)
+            seen = min(last_key, first_key + before + last - first_query)
+            count = max(1, SCORES // ((last - first) * (seen - first_key)))
+            diagonal = before + first - first_query
+            for row in range(rows.start, rows.stop, count):
+                yield slice(row, min(row + count, rows.stop)), slice(first, last), slice(first_key, seen), diagonal
+
+
+def _scores(q_XCQ: Tensor, k_XSQ: Tensor, scale: float, diagonal: int) -> Tensor:
+    """(X, C, S) in fp32; -inf behind the diagonal, which lies so many keys to the right."""
+    scores_XCS = torch.bmm(q_XCQ, k_XSQ.transpose(1, 2)).mul_(scale)
+    if diagonal >= k_XSQ.size(1) - 1:
+        return scores_XCS
+    unseen_CS = torch.ones(scores_XCS.shape[1:], dtype=torch.bool, device=scores_XCS.device).triu_(diagonal + 1)
+    return scores_XCS.masked_fill_(unseen_CS, -torch.inf)
+
+
+def attend(
+    q_BHTQ: Tensor, k_BHSQ: Tensor, v_BHSV: Tensor, scale: float, rectangles: Sequence[Rectangle]
+) -> tuple[Tensor, Tensor]:
+    """`train.model.kernels.Kernels.attend` in torch's operations."""
+    q32, k32, v32 = (t.flatten(0, 1).float() for t in (q_BHTQ, k_BHSQ, v_BHSV))
+    out = torch.zeros(*q32.shape[:2], v32.size(-1), dtype=torch.float32, device=q32.device)
+    lse = torch.full(q32.shape[:2], -torch.inf, dtype=torch.float32, device=q32.device)
+    for rows, queries, keys, diagonal in _rectangle_blocks(rectangles, *q_BHTQ.shape[:2]):
+        scores_XCS = _scores(q32[rows, queries], k32[rows, keys], scale, diagonal)
+        lse_XC = scores_XCS.logsumexp(-1)
+        out[rows, queries] = torch.bmm(scores_XCS.sub_(lse_XC.unsqueeze(-1)).exp_(), v32[rows, keys])
+        lse[rows, queries] = lse_XC
+    return out.view(*q_BHTQ.shape[:3], -1), lse.view(q_BHTQ.shape[:3])
+
+
+def attend_backward(
+    dout_BHTV: Tensor,
+    q_BHTQ: Tensor,
+    k_BHSQ: Tensor,
+    v_BHSV: Tensor,
+    lse_BHT: Tensor,
+    delta_BHT: Tensor,
+    scale: float,
+    rectangles: Sequence[Rectangle],
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`train.model.kernels.Kernels.attend_backward` in torch's operations."""
+    dout32, q32, k32, v32 = (t.flatten(0, 1).float() for t in (dout_BHTV, q_BHTQ, k_BHSQ, v_BHSV))
+    lse, delta = (t.flatten(0, 1).unsqueeze(-1) for t in (lse_BHT, delta_BHT))
+    dq, dk, dv = torch.zeros_like(q32), torch.zeros_like(k32), torch.zeros_like(v32)
+    for rows, queries, keys, diagonal in _rectangle_blocks(rectangles, *q_BHTQ.shape[:2]):
+        p_XCS = _scores(q32[rows, queries], k32[rows, keys], scale, diagonal).sub_(lse[rows, queries]).exp_()
+        dout = dout32[rows, queries]
+        dv[rows, keys] += torch.bmm(p_XCS.transpose(1, 2), dout)
+        dscores_XCS = (
+            torch.bmm(dout, v32[rows, keys].transpose(1, 2)).sub_(delta[rows, queries]).mul_(p_XCS).mul_(scale)
+        )
+        dq[rows, queries] += torch.bmm(dscores_XCS, k32[rows, keys])
+        dk[rows, keys] += torch.bmm(dscores_XCS.transpose(1, 2), q32[rows, queries])
+    grads = ((dq, q_BHTQ), (dk, k_BHSQ), (dv, v_BHSV))
+    return tuple(grad.to(of.dtype).view(of.shape) for grad, of in grads)
 
 
 class BlockAttention(torch.autograd.Function):

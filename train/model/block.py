@@ -7,12 +7,13 @@ from train.model.layers import FFN, LayerPrecision, RMSNorm
 from train.model.mla import MLA
 from train.model.moe import Dispatcher, MoE
 from train.model.rope import Rope
+from train.model.sequence import Positions
 
 
 class Block(nn.Module):
     """Block of the main model or of an MTP module.
 
-    dispatcher: None makes a dense block. Keeps (B, T, D).
+    dispatcher: None makes a dense block. Keeps (B, T, D). positions: those of x; None for all of whole sequences.
     """
 
     def __init__(
@@ -36,10 +37,10 @@ class Block(nn.Module):
             self.moe = MoE(config, precision, dispatcher, local_experts, **factory)
         self._is_dense = dispatcher is None
 
-    def forward(self, x_BTD: Tensor, documents_BT: Tensor | None = None) -> Tensor:
+    def forward(self, x_BTD: Tensor, positions: Positions | None = None) -> Tensor:
         normed_BTD, recipe = self.attention_norm.with_recipe(x_BTD)
-        x_BTD = x_BTD + self.attention(normed_BTD, recipe, documents_BT)
+        x_BTD = x_BTD + self.attention(normed_BTD, recipe, positions)
         normed_BTD, recipe = self.ffn_norm.with_recipe(x_BTD)
         if self._is_dense:
             return x_BTD + self.ffn(normed_BTD.flatten(0, 1), recipe).view(x_BTD.shape)
-        return x_BTD + self.moe(normed_BTD, recipe)
+        return x_BTD + self.moe(normed_BTD, recipe, positions)

@@ -24,6 +24,7 @@ from train.model.moe import Dispatcher, LocalDispatcher
 from train.model.mtp import MTP
 from train.model.rope import Rope
 from train.model.router import Router
+from train.model.sequence import Positions, SequenceShare
 
 
 class Losses:
@@ -59,12 +60,14 @@ class Head(nn.Module):
         self.weight = nn.Parameter(torch.empty(vocab_size, width, **factory))
         self._chunk, self._kernels = chunk, kernels
 
-    def forward(self, states: list[Tensor], tokens_BS: Tensor, positions: int) -> list[Tensor]:
+    def forward(self, states: list[Tensor], tokens_BS: Tensor, positions: Positions) -> list[Tensor]:
         """Losses of the main model (states[0], (B, T, D)) and of the MTP depths (one position shorter each).
 
-        Divided by all positions of the main model, also at MTP depths, which have fewer (eq. 24).
+        Divided by all positions of the main model here, also at MTP depths, which have fewer (eq. 24).
         """
-        return [self.loss(hidden, tokens_BS[:, depth:], positions) for depth, hidden in enumerate(states, 1)]
+        targets = (positions.shorter(depth).take(tokens_BS, depth + 1) for depth in range(len(states)))
+        divisor = len(tokens_BS) * positions.count
+        return [self.loss(hidden, target_BT, divisor) for hidden, target_BT in zip(states, targets, strict=True)]
 
     def loss(self, hidden_BTD: Tensor, targets_BT: Tensor, divisor: int) -> Tensor:
         """Sum of the cross-entropies over divisor."""
@@ -78,6 +81,7 @@ class DeepSeekV3(nn.Module):
     seq_len: length of the run's sequences (decides on YaRN). layers: global indices of the blocks held here.
     has_head: final norm, output head and MTP modules. dispatcher: one object for all MoE layers; None for experts that
     are all here. local_experts: those of every layer that this rank holds; None for all. embedding: a table to share.
+    share: what brings other positions of the sequences; None where whole sequences are here.
     dtype, device: of the parameters. On the meta device build first, then call `init.initialise` or load.
     """
 
@@ -93,6 +97,7 @@ class DeepSeekV3(nn.Module):
         dispatcher: Dispatcher | None = None,
         local_experts: range | None = None,
         embedding: Embedding | None = None,
+        share: SequenceShare | None = None,
         dtype: torch.dtype = torch.float32,
         device: torch.device | str | None = None,
     ):
@@ -108,6 +113,7 @@ class DeepSeekV3(nn.Module):
         self.observer: Callable[[list[Tensor], Tensor], None] | None = None
         """In eval mode, where the MTP modules else stay idle, they run for it: it is called with the states of the
         main model (B, T, D) and of every depth, as the head takes them, and with tokens_BS."""
+        self._share = share
         self.backward_in_one_piece = has_head and config.mtp_depth > 1
         """torch's split into input and weight gradients cannot serve a weight that enters the graph again behind itself,
         as the embedding does from MTP depth 2 on."""
@@ -142,24 +148,29 @@ class DeepSeekV3(nn.Module):
     def forward(self, x: Tensor, *, tokens_BS: Tensor | None = None, documents_BS: Tensor | None = None) -> Tensor:
         """Hidden states (B, T, D), or of the last chunk the loss, fp32 (1,).
 
-        x: tokens (B, S) for the first chunk, else hidden states. tokens_BS: needed by the last chunk (where it is the
-        first too, x will do). documents_BS: document of every token; keeps attention inside documents.
-        The training loss is main + mtp_weight / depths * sum of MTP losses; in eval mode it is the main loss.
+        x: tokens (B, S) for the first chunk, else hidden states of the positions here. tokens_BS: of whole sequences, needed
+        by the last chunk (where it is the first too, x will do) and where sequences are shared. documents_BS: document of
+        every token; keeps attention inside documents. The training loss is main + mtp_weight / depths * sum of MTP losses,
+        of the positions here; in eval mode it is the main loss.
         """
         tokens_BS = x if self.has_embedding else tokens_BS
         documents_BT = None if documents_BS is None else documents_BS[:, :-1]
+        length = x.size(1) if tokens_BS is None else tokens_BS.size(1) - 1
+        positions = Positions(length, documents_BT, self._share)
         embedding_BTD = None
-        if self.has_embedding or (self.has_head and self._runs_mtp and len(self.mtp)):
-            embedding_BTD = self._embed(tokens_BS[:, :-1])
-        hidden_BTD = self._run_layers(embedding_BTD if self.has_embedding else x, documents_BT)
+        if self.has_embedding or self._depths:
+            embedding_BTD = self._embed(positions.take_with_next(tokens_BS, self._depths))
+        if self.has_embedding:
+            x = embedding_BTD if self._share is None else positions.shifted(embedding_BTD, self._depths, 0)
+        hidden_BTD = self._run_layers(x, positions)
         if not self.has_head:
             return hidden_BTD
-        loss = self._loss(self.norm(hidden_BTD), embedding_BTD, tokens_BS, documents_BT)
+        loss = self._loss(self.norm(hidden_BTD), embedding_BTD, tokens_BS, positions)
         return torch.stack([loss])  # no view: pipeline schedules detach it in place
 
     def logits(self, x: Tensor, last: bool = False) -> Tensor:
         """fp32 logits (B, T, V) of tokens (B, T), or of hidden states for a last chunk; last: only of the last position."""
-        hidden_BTD = self.norm(self._run_layers(self._embed(x) if self.has_embedding else x, None))
+        hidden_BTD = self.norm(self._run_layers(self._embed(x) if self.has_embedding else x, Positions(x.size(1))))
         if last:
             hidden_BTD = hidden_BTD[:, -1:]
         return F.linear(hidden_BTD, self.head.weight.to(hidden_BTD.dtype)).float()
@@ -173,26 +184,27 @@ class DeepSeekV3(nn.Module):
         }
 
     @property
-    def _runs_mtp(self) -> bool:
-        return self.training or self.observer is not None
+    def _depths(self) -> int:
+        """MTP modules that run."""
+        return len(self.mtp) if self.has_head and (self.training or self.observer is not None) else 0
 
     def _embed(self, tokens_BT: Tensor) -> Tensor:
         return self.embedding(tokens_BT).to(self._dtype)
 
-    def _run_layers(self, hidden_BTD: Tensor, documents_BT: Tensor | None) -> Tensor:
+    def _run_layers(self, hidden_BTD: Tensor, positions: Positions) -> Tensor:
         for layer in self.layers.values():
-            hidden_BTD = layer(hidden_BTD, documents_BT)
+            hidden_BTD = layer(hidden_BTD, positions)
         return hidden_BTD
 
     def _loss(
-        self, hidden_BTD: Tensor, embedding_BTD: Tensor | None, tokens_BS: Tensor, documents_BT: Tensor | None
+        self, hidden_BTD: Tensor, embedding_BTD: Tensor | None, tokens_BS: Tensor, positions: Positions
     ) -> Tensor:
         """Scalar loss from the hidden states after the final norm."""
-        positions = hidden_BTD.size(0) * hidden_BTD.size(1)
         states = [hidden_BTD]
-        for depth, module in enumerate(self.mtp if self._runs_mtp else (), 1):
-            documents = None if documents_BT is None else documents_BT[:, :-depth]
-            states.append(module(states[-1][:, :-1], embedding_BTD[:, depth:], documents))
+        for depth, module in zip(range(1, self._depths + 1), self.mtp, strict=False):
+            left = positions.shorter(depth)
+            later_BTD = positions.shifted(embedding_BTD, self._depths, depth)
+            states.append(module(states[-1].narrow(1, 0, left.count), later_BTD, left))
         main, *mtp = self.head(states if self.training else states[:1], tokens_BS, positions)
         if not self.training:
             if self.observer is not None:

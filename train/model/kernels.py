@@ -9,15 +9,16 @@ V value width, R rows sorted by expert, E experts, K experts per token, I inputs
 """
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from train.model import grouped
-from train.model.attention import BlockAttention, document_spans
+from train.model.attention import BlockAttention, attend, attend_backward, document_spans
 from train.model.rope import PlainHeads
+from train.model.sequence import Rectangle
 
 Groups = Tensor | list[int]
 """Which rows are an expert's: how many each has, or where those of each end, int32 (E,)."""
@@ -102,6 +103,32 @@ class Kernels:
         documents_BT: number of the document of every position; a document is contiguous and sees itself only.
         """
         return BlockAttention.apply(q_BHTQ, k_BHTQ, v_BHTV, scale, document_spans(documents_BT))
+
+    def attend(
+        self, q_BHTQ: Tensor, k_BHSQ: Tensor, v_BHSV: Tensor, scale: float, rectangles: Sequence[Rectangle]
+    ) -> tuple[Tensor, Tensor]:
+        """Of queries and one block of keys: softmax(scale q k^T) v (B, H, T, V) and the log-sum-exp of the scores, fp32 (B, H, T).
+
+        Of a query that is in no rectangle 0 and -inf. Not differentiable: see `attend_backward`.
+        """
+        return attend(q_BHTQ, k_BHSQ, v_BHSV, scale, rectangles)
+
+    def attend_backward(
+        self,
+        dout_BHTV: Tensor,
+        q_BHTQ: Tensor,
+        k_BHSQ: Tensor,
+        v_BHSV: Tensor,
+        lse_BHT: Tensor,
+        delta_BHT: Tensor,
+        scale: float,
+        rectangles: Sequence[Rectangle],
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """What the block adds to the gradients of q, and the gradients of its k and v.
+
+        lse: over all blocks that the queries meet. delta: the sum over channels of dout and the output over all blocks.
+        """
+        return attend_backward(dout_BHTV, q_BHTQ, k_BHSQ, v_BHSV, lse_BHT, delta_BHT, scale, rectangles)
 
     def sort_by_expert(self, expert_ids_TK: Tensor, experts: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Places of the rows in the order of their experts, the way back, the token of every sorted row, and rows per expert."""

@@ -19,7 +19,9 @@ from torch import Tensor, nn
 from conf.schema import Model, Recompute
 from train.model.layers import LayerPrecision, Linear, RMSNorm
 from train.model.recompute import Recomputed
-from train.model.rope import Rope
+from train.model.rope import Rope, rotate, turn_queries
+from train.model.sequence import Positions
+from train.model.shared_attention import KeysOfLatents, SharedAttention
 
 
 class MLA(nn.Module):
@@ -43,31 +45,76 @@ class MLA(nn.Module):
         self._config, self._rope, self._kernels = config, rope, kernels
         self._recompute_up = Recompute.mla_up in config.recompute
 
-    def forward(self, x_BTD: Tensor, recipe: AbstractContextManager, documents_BT: Tensor | None = None) -> Tensor:
-        """recipe: the context in which saving x costs nothing (`RMSNorm.with_recipe`). Returns (B, T, D)."""
+    def forward(self, x_BTD: Tensor, recipe: AbstractContextManager, positions: Positions | None = None) -> Tensor:
+        """recipe: the context in which saving x costs nothing (`RMSNorm.with_recipe`). positions: those of x; None for all of
+        whole sequences. Returns (B, T, D).
+        """
+        positions = positions or Positions(x_BTD.size(1))
         with recipe:
             # q_latent is the whole query where queries are not compressed
             q_latent = self.q(x_BTD) if self._config.q_rank is None else self.q_down(x_BTD)
             kv_latent, k_rope_BTR = self.kv_down(x_BTD).split([self._config.kv_rank, self._config.rope_head_dim], -1)
+        if positions.share is not None:
+            return self.out(self._attend_shared(positions, q_latent, kv_latent, k_rope_BTR))
         heads = self._up(q_latent, kv_latent, k_rope_BTR)
         keep = nullcontext()
         if self._recompute_up and torch.is_grad_enabled():
             sources = q_latent.detach(), kv_latent.detach(), k_rope_BTR.detach()
             keep = Recomputed(lambda: self._up(*sources), *heads)
         with keep:
-            out_BHTV = self._kernels.attention(*heads, self._rope.softmax_scale, documents_BT)
+            out_BHTV = self._kernels.attention(*heads, self._rope.softmax_scale, positions.documents_BT)
         return self.out(out_BHTV.transpose(1, 2).flatten(2))
 
     def _up(self, q_latent: Tensor, kv_latent: Tensor, k_rope_BTR: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys (B, H, T, Q) and values (B, H, T, V) from the latents."""
         config = self._config
-        if config.q_rank is not None:
-            q_latent, recipe = self.q_norm.with_recipe(q_latent)
-            with recipe:
-                q_latent = self.q_up(q_latent)
+        q_latent = self._up_queries(q_latent)
         kv_latent, recipe = self.kv_norm.with_recipe(kv_latent)
         with recipe:
             kv = self.kv_up(kv_latent)
         table = self._rope.table(q_latent.size(1), q_latent.device)
         q, kv = (t.unflatten(-1, (config.heads, -1)) for t in (q_latent, kv))
         return self._kernels.to_heads(q, kv, k_rope_BTR, table, config.nope_head_dim)
+
+    def _up_queries(self, q_latent: Tensor) -> Tensor:
+        """(B, T, H * Q); q_latent is that already where queries are not compressed."""
+        if self._config.q_rank is None:
+            return q_latent
+        q_latent, recipe = self.q_norm.with_recipe(q_latent)
+        with recipe:
+            return self.q_up(q_latent)
+
+    def _attend_shared(self, positions: Positions, q_latent: Tensor, kv_latent: Tensor, k_rope_BTR: Tensor) -> Tensor:
+        """(B, T, H * V) where other ranks have the rest of the sequences: normed latents and turned rope keys travel, once."""
+        config, table = self._config, self._rope.table(positions.whole_length, q_latent.device)
+        table = torch.cat([table[piece.start : piece.stop] for piece in positions.here])
+
+        def to_travel(kv_latent: Tensor, k_rope_BTR: Tensor) -> Tensor:
+            turned = rotate(k_rope_BTR.unsqueeze(2), table).squeeze(2).to(k_rope_BTR.dtype)
+            return torch.cat([self.kv_norm(kv_latent), turned], -1)
+
+        def queries(q_latent: Tensor) -> Tensor:
+            return turn_queries(
+                self._up_queries(q_latent).unflatten(-1, (config.heads, -1)), table, config.nope_head_dim
+            )
+
+        latents_BTX = to_travel(kv_latent, k_rope_BTR)
+        gathering = positions.share.gather_begin(latents_BTX.detach(), [len(piece) for piece in positions.pieces])
+        q_BHTQ = queries(q_latent)
+        keep = nullcontext()
+        if self._recompute_up and torch.is_grad_enabled():
+            sources = q_latent.detach(), kv_latent.detach(), k_rope_BTR.detach()
+            keep = Recomputed(lambda: (queries(sources[0]), to_travel(*sources[1:])), q_BHTQ, latents_BTX)
+        keys = KeysOfLatents(self.kv_up, config.heads, config.kv_rank, config.nope_head_dim)
+        with keep:
+            out_BHTV = SharedAttention.apply(
+                q_BHTQ,
+                latents_BTX,
+                self.kv_up.weight,
+                keys,
+                self._kernels,
+                self._rope.softmax_scale,
+                positions,
+                gathering,
+            )
+        return out_BHTV.transpose(1, 2).flatten(2)

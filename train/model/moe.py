@@ -22,6 +22,7 @@ from conf.schema import Model, Recompute
 from train.model.kernels import Kernels
 from train.model.layers import FFN, LayerPrecision
 from train.model.router import Router
+from train.model.sequence import Positions
 
 
 @dataclass
@@ -150,9 +151,9 @@ class MoE(nn.Module):
             self.shared = FFN(config.hidden, width, precision, recompute, **factory)
         self._precision, self._dispatcher = precision, dispatcher
 
-    def forward(self, x_BTD: Tensor, recipe: AbstractContextManager) -> Tensor:
+    def forward(self, x_BTD: Tensor, recipe: AbstractContextManager, positions: Positions | None = None) -> Tensor:
         """recipe: the context in which saving x costs nothing (`RMSNorm.with_recipe`). Returns (B, T, D)."""
-        gates_TK, ids_TK = self.router(x_BTD, recipe)
+        gates_TK, ids_TK = self.router(x_BTD, recipe, positions)
         x_TD = x_BTD.flatten(0, 1)
         pending = self._dispatcher.dispatch_begin(x_TD, ids_TK, gates_TK)
         shared_TD = None if self.shared is None else self.shared(x_TD, recipe)  # while the tokens are on their way

@@ -20,6 +20,7 @@ from train.model.block import Block
 from train.model.layers import LayerPrecision, Linear, RMSNorm
 from train.model.moe import Dispatcher
 from train.model.rope import Rope
+from train.model.sequence import Positions
 
 
 class MTP(nn.Module):
@@ -42,10 +43,11 @@ class MTP(nn.Module):
         self.block = Block(config, precision, rope, dispatcher, local_experts, **factory)
         self.norm = RMSNorm(config.hidden, config.norm_eps, recompute, kernels, **factory)
 
-    def forward(self, hidden_BTD: Tensor, embedding_BTD: Tensor, documents_BT: Tensor | None) -> Tensor:
+    def forward(self, hidden_BTD: Tensor, embedding_BTD: Tensor, positions: Positions) -> Tensor:
         """Normalised hidden states of this depth, for the shared head and for the next depth.
 
-        hidden_BTD: of the depth before, without its last position. embedding_BTD: of the tokens k further on.
+        hidden_BTD: of the depth before, without its last position. embedding_BTD: of the tokens k further on. positions: of
+        this depth.
         """
         joined = torch.cat([self.embedding_norm(embedding_BTD), self.hidden_norm(hidden_BTD)], -1)
-        return self.norm(self.block(self.projection(joined), documents_BT))
+        return self.norm(self.block(self.projection(joined), positions))

@@ -73,6 +73,12 @@ def rotate(x_BTHR: Tensor, table: Tensor) -> Tensor:
     return torch.view_as_real(pairs * table.unsqueeze(1)).flatten(-2)
 
 
+def turn_queries(q_BTHQ: Tensor, table: Tensor, nope: int) -> Tensor:
+    """The rope parts turned and heads first: (B, H, T, Q). Differentiable, as all of torch's operations."""
+    turned = rotate(q_BTHQ[..., nope:], table).to(q_BTHQ.dtype)
+    return torch.cat([q_BTHQ[..., :nope], turned], -1).transpose(1, 2)
+
+
 class PlainHeads(torch.autograd.Function):
     """`train.model.kernels.Kernels.to_heads`."""
 

@@ -22,6 +22,7 @@ from torch.nn import functional as F
 
 from conf.schema import Model
 from train.model.needed import gradients_needed
+from train.model.sequence import Positions
 
 
 class RoutingRule(NamedTuple):
@@ -39,7 +40,8 @@ class Router(nn.Module):
 
     bias_E (fp32) is state of the run: it is saved and updated, never trained by gradient. balance_weight is set by
     whoever runs the step: alpha / micro-batches. While training, every forward adds to load_E (tokens per expert, int64),
-    score_E (sum over sequences of P_i) and balance_loss (its weighted value); `clear` starts a new step.
+    score_E (sum over sequences of P_i) and balance_loss (its weighted value); `clear` starts a new step. Where ranks share
+    sequences, how often an expert is chosen is counted over all of each, and what is added to is this rank's part.
     """
 
     def __init__(self, config: Model, **factory):
@@ -57,16 +59,20 @@ class Router(nn.Module):
         self.rule = RoutingRule(config.top_k, *limit, config.route_scale, config.resolved_group_top_k)
         self.balance_weight = 0.0
 
-    def forward(self, x_BTD: Tensor, recipe: AbstractContextManager) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, x_BTD: Tensor, recipe: AbstractContextManager, positions: Positions | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Gate values fp32 (B*T, K), differentiable, and expert ids int64 (B*T, K).
 
-        recipe: the context in which saving x costs nothing (`RMSNorm.with_recipe`).
+        recipe: the context in which saving x costs nothing (`RMSNorm.with_recipe`). positions: those of x; None for all of
+        whole sequences.
         """
+        positions = positions or Positions(x_BTD.size(1))
         with recipe:
             logits_BTE = _Logits.apply(x_BTD, self.weight)
         counters = (self.load_E, self.score_E, self.balance_loss) if self.training else None
         weight = self.balance_weight if self.training else 0.0
-        gates_BTK, ids_BTK = _Route.apply(logits_BTE, self.bias_E, self.rule, weight, counters)
+        gates_BTK, ids_BTK = _Route.apply(logits_BTE, self.bias_E, self.rule, weight, counters, positions)
         return gates_BTK.flatten(0, 1), ids_BTK.flatten(0, 1)
 
     def _apply(self, fn, recurse=True):
@@ -133,8 +139,8 @@ class _Route(torch.autograd.Function):
     """Everything after the logits, with one backward for the gates and the balance loss."""
 
     @staticmethod
-    def forward(ctx, logits_BTE, bias_E, rule: RoutingRule, balance_weight: float, counters):
-        batch, length, experts = logits_BTE.shape
+    def forward(ctx, logits_BTE, bias_E, rule: RoutingRule, balance_weight: float, counters, positions: Positions):
+        (batch, _, experts), length, share = logits_BTE.shape, positions.length, positions.share
         scores_BTE = logits_BTE.sigmoid()
         ids_BTK = choose(scores_BTE + bias_E, rule)
         chosen_BTK = scores_BTE.gather(-1, ids_BTK)
@@ -148,11 +154,15 @@ class _Route(torch.autograd.Function):
             share_BE = ((1 / total_BT1).transpose(1, 2) @ scores_BTE).squeeze(1) / length
             score_E += share_BE.sum(0)
             if balance_weight:
-                frequency_BE = count(top_indices(scores_BTE, rule.top_k), experts) * (experts / (rule.top_k * length))
+                best_BE = count(top_indices(scores_BTE, rule.top_k), experts)
+                best_BE = best_BE if share is None else share.total(best_BE)
+                frequency_BE = best_BE * (experts / (rule.top_k * length))
                 balance_loss += balance_weight * (frequency_BE * share_BE).sum() / batch
                 frequency_B1E = frequency_BE.unsqueeze(1)
         ctx.save_for_backward(scores_BTE, ids_BTK, gates_BTK, factor_BT1, frequency_B1E, total_BT1)
-        ctx.route_scale, ctx.balance_weight = rule.route_scale, balance_weight
+        ctx.route_scale = rule.route_scale
+        # The gradients of ranks that share sequences are averaged, where each has a part of the loss.
+        ctx.balance_weight = balance_weight * (1 if share is None else share.ranks) / (batch * max(length, 1))
         ctx.mark_non_differentiable(ids_BTK)
         return gates_BTK, ids_BTK
 
@@ -166,11 +176,10 @@ class _Route(torch.autograd.Function):
             dscores_BTE = torch.zeros_like(scores_BTE)
         else:
             # d/ds_j of sum_i f_i s_i / S is (f_j - sum_i f_i s_i / S) / S
-            batch, length, _ = scores_BTE.shape
             mean_BT1 = (scores_BTE @ frequency_B1E.transpose(1, 2)) / total_BT1
-            dscores_BTE = (frequency_B1E - mean_BT1) * (ctx.balance_weight / (batch * length) / total_BT1)
+            dscores_BTE = (frequency_B1E - mean_BT1) * (ctx.balance_weight / total_BT1)
         dscores_BTE.scatter_add_(-1, ids_BTK, dchosen_BTK)
-        return torch.ops.aten.sigmoid_backward(dscores_BTE, scores_BTE), None, None, None, None
+        return torch.ops.aten.sigmoid_backward(dscores_BTE, scores_BTE), None, None, None, None, None
 
 
 @torch.no_grad()

@@ -53,7 +53,14 @@ def communicator_bytes(config: Config) -> int:
     if device_kind(config) == "cpu" or layout.world == 1:
         return 0
     exchange = [layout.inter_groups(), layout.intra_groups()] if node_limited else [layout.ep_groups()]
-    used = [[list(range(layout.world))], layout.pp_groups(), layout.dp_groups(), layout.edp_groups(), *exchange]
+    used = [
+        [list(range(layout.world))],
+        layout.pp_groups(),
+        layout.stage_groups(),
+        layout.cp_groups(),
+        layout.edp_groups(),
+        *exchange,
+    ]
     communicators = {partition(groups) for groups in used if len(groups[0]) > 1}
     return COMMUNICATOR * len(communicators) + EXCHANGE_PEER * (layout.ep_ranks_per_node - 1)
 
@@ -65,7 +72,7 @@ def tensor_memory(config: Config) -> int:
 
 def layout_of(config: Config) -> Layout:
     """The layout of a recipe on the hardware that is planned for."""
-    return read_layout(config, min(config.parallel.pp * config.parallel.dp, config.hardware.devices_per_node))
+    return read_layout(config, min(config.parallel.world, config.hardware.devices_per_node))
 
 
 def with_nodes(config: Config) -> Config:

@@ -105,7 +105,7 @@ def prove_exact(config: Config, place: Place, device: torch.device) -> None:
         fill_chunks(model.chunks, weights)
         fill_biases(model, biases)
         local = _LocalGradients(model.chunks)
-        parts = Parallelized(model.chunks, model.pipeline, model.dispatcher, model.precision, local)
+        parts = Parallelized(model.chunks, model.pipeline, model.dispatcher, model.precision, model.share, local)
         watch = EvidenceWatch(parts.chunks)
         outcome = TrainingStep(config, parts, rank).run(plan, batch)
     evidence = Evidence(_info("exact", 0, config, rank, plan, outcome))

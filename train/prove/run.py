@@ -49,7 +49,7 @@ def _launch(small: Config, folder: Path, alone: bool) -> int:
     """Let the ranks run. What one rank saves, two read, where this process may start them; else as many as saved it."""
     command = [sys.executable, "-m", "train.prove.rank", str(folder / "config.yaml")]
     other = in_layout(small, second_layout(small, 2))
-    if small.parallel.pp * small.parallel.dp > 1 or given_place() is not None or other.parallel == small.parallel:
+    if small.parallel.world > 1 or given_place() is not None or other.parallel == small.parallel:
         return launch(small, folder, command, partial(_run_rank, parts=(0, 1)), alone)
     code = launch(small, folder, [*command, "0"], partial(_run_rank, parts=(0,)), alone)
     return code or launch(other, folder, [*command, "1"], partial(_run_rank, parts=(1,)), alone)
@@ -70,7 +70,7 @@ def _judge(config: Config, small: Config, cuts: list[str], started: float) -> in
         name=config.name,
         layout=layout_name(small),
         second_layout=findings.second_layout,
-        ranks=small.parallel.pp * small.parallel.dp,
+        ranks=small.parallel.world,
         device=findings.device,
         steps=small.steps,
         cuts=cuts,

@@ -26,6 +26,7 @@ from train.model.deepseek import DeepSeekV3
 from train.model.kernels import Kernels
 from train.model.mla import MLA
 from train.model.moe import LocalDispatcher
+from train.model.sequence import Positions
 from train.plan.memory.ledger import Ledger
 from train.plan.memory.meta_device import meta_kernels, meta_precision, meta_wire
 from train.precision.build import activation_dtype
@@ -279,7 +280,8 @@ class _End(DeepSeekV3):
     def forward(self, x: Tensor, embedding_BTD: Tensor | None = None, *, tokens_BS: Tensor) -> Tensor:
         if embedding_BTD is None and len(self.mtp):
             embedding_BTD = self._embed(tokens_BS[:, :-1])
-        return torch.stack([self._loss(self.norm(x), embedding_BTD, tokens_BS, None)])
+        positions = Positions(tokens_BS.size(1) - 1)
+        return torch.stack([self._loss(self.norm(x), embedding_BTD, tokens_BS, positions)])
 
 
 class _Tagged:

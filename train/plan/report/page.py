@@ -30,7 +30,7 @@ def write_page(path: Path, plan: RunPlan, split: FasterSplit | None, record: dic
 
 def _parts(plan: RunPlan, split: FasterSplit | None, record: dict[str, Any]) -> list[str]:
     config = plan.config
-    devices = config.parallel.pp * config.parallel.dp
+    devices = config.parallel.world
     parts = opening(
         f"Plan: {config.name} on {devices} x {config.hardware.name}", f"It {verdict(plan)}. {layout_words(plan)}."
     )

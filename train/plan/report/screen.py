@@ -19,7 +19,7 @@ def plan_screen(
     """The plan on one screen."""
     config, step = plan.config, plan.step
     parallel = config.parallel
-    devices = parallel.pp * parallel.dp
+    devices = parallel.world
     rows = [("Fullest", _fullest(plan))]
     if not plan.fits:
         rows += [("Cure", cure_words(cure, plan)) for cure in cures] or [
@@ -56,7 +56,7 @@ def _fullest(plan: RunPlan) -> str:
 
 def cure_words(cure: Cure, plan: RunPlan) -> str:
     slower = cure.step_seconds / plan.step.step_seconds - 1
-    more = f" on {cure.devices} devices" if cure.devices != plan.config.parallel.pp * plan.config.parallel.dp else ""
+    more = f" on {cure.devices} devices" if cure.devices != plan.config.parallel.world else ""
     return f"{' '.join(cure.overrides)}{more}: {gib(cure.room_bytes)} to spare, {100 * slower:+.1f} % time a step"
 
 

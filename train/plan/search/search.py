@@ -88,7 +88,7 @@ class Search:
 def search(config: Config) -> Search:
     """The ten fastest layouts that fit. Raises UserError where none does."""
     require_hardware(config.hardware)
-    devices = config.plan.devices or config.parallel.pp * config.parallel.dp
+    devices = config.plan.devices or config.parallel.world
     rates = load_rates(config, alone=devices == 1)
     rules: dict[str, UserError] = {}
     admitted: list[Candidate] = []

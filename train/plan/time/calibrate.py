@@ -60,7 +60,7 @@ def calibrate(config: Config) -> Path:
             "the planner has no rule for FP8 as CPUs emulate it",
             "calibrate with precision=bf16",
         )
-    threads = threads_of(config.cluster.threads, config.parallel.pp * config.parallel.dp)
+    threads = threads_of(config.cluster.threads, config.parallel.world)
     ranks = torch.cuda.device_count() if device.type == "cuda" else max(1, len(os.sched_getaffinity(0)) // threads)
     found = _measure_on(ranks, config, device.type, threads)
     name = torch.cuda.get_device_name() if device.type == "cuda" else cpu_name()

@@ -1,0 +1,88 @@
+"""Context parallelism: the ranks of a group share each sequence, and exchange what attention needs of all of it.
+
+Rank r of N works on pieces r and 2 N - 1 - r of the 2 N pieces of a sequence (train/model/sequence.py). What travels is the
+latent of MLA and its rope key, kv_rank + rope_head_dim values a token and layer: gathered before attention, gathered again in its
+backward rather than kept, and the gradients of the latents go back by an all-to-all, in the activations' format, whose
+arrivals are summed in fp32. A sum on the way would round after every rank and take as many bytes.
+
+A rank sends (N - 1) times its own latents in each gather, and (N - 1) / N of all latents' gradients in the scatter, which is as much:
+for T positions and B sequences, C values of b bytes each
+
+    3 (N - 1) / N * B * T * C * b      a layer, forward and backward
+
+All collectives are of the group's ranks, which hold the same stage and run the same actions, and are waited for inside the lane that
+issued them (parallel/pipeline/overlap.py).
+
+Shapes: B sequences, T own positions, L positions of a piece, X any width, N ranks.
+"""
+
+from collections.abc import Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.nn import functional as F
+
+from parallel.expert.counters import Counters
+
+
+class ContextParallel:
+    """What a rank shares its sequences by: `train.model.sequence.SequenceShare`.
+
+    group: the ranks that share sequences, in the order of their pieces. across: whether they lie on several nodes.
+    """
+
+    def __init__(self, group: dist.ProcessGroup, across: bool = False):
+        self.group, self._across = group, across
+        self.ranks, self.rank = dist.get_world_size(group), dist.get_rank(group)
+        self.counters = Counters()
+        """Bytes sent: those of gathers as forward, those of scatters as backward."""
+
+    def gather_begin(self, own_BTX: Tensor, rows: Sequence[int]) -> "LatentsOnTheirWay":
+        """Start to bring (B, rows[j], X) of every piece j, in order. own_BTX: of this rank's two pieces."""
+        size = max(rows)
+        own_BTX = F.pad(own_BTX, (0, 0, 0, 2 * size - own_BTX.size(1))).contiguous()
+        all_NBTX = own_BTX.new_empty(self.ranks, *own_BTX.shape)
+        work = dist.all_gather_into_tensor(all_NBTX.flatten(0, 1), own_BTX, group=self.group, async_op=True)
+        self._count(own_BTX, self.ranks - 1, gather=True)
+        return LatentsOnTheirWay(own_BTX, all_NBTX, work, rows)
+
+    def scatter_sum(self, pieces: list[Tensor]) -> Tensor:
+        """The sum over all ranks of what each has for this rank's pieces: (B, T, X)."""
+        size = max(piece.size(1) for piece in pieces)
+        own = pieces[self.rank].size(1) + pieces[-1 - self.rank].size(1)
+        padded = [F.pad(piece, (0, 0, 0, size - piece.size(1))) for piece in pieces]
+        sent_NBTX = torch.stack([torch.cat([padded[r], padded[-1 - r]], 1) for r in range(self.ranks)])
+        arrived_NBTX = torch.empty_like(sent_NBTX)
+        dist.all_to_all_single(arrived_NBTX, sent_NBTX, group=self.group)
+        self._count(sent_NBTX[0], self.ranks - 1, gather=False)
+        return arrived_NBTX.sum(0, dtype=torch.float32).to(sent_NBTX.dtype)[:, :own]
+
+    def total(self, counts: Tensor) -> Tensor:
+        """The sum over all ranks, on each."""
+        counts = counts.clone()
+        dist.all_reduce(counts, group=self.group)
+        return counts
+
+    def _count(self, part: Tensor, times: int, gather: bool) -> None:
+        traffic = self.counters.forward if gather else self.counters.backward
+        sent = part.numel() * part.element_size() * times
+        if self._across:
+            traffic.across_bytes += sent
+        else:
+            traffic.inside_bytes += sent
+
+
+class LatentsOnTheirWay:
+    """A gather that is under way. Holds on to what it sends."""
+
+    def __init__(self, own_BTX: Tensor, all_NBTX: Tensor, work: dist.Work, rows: Sequence[int]):
+        self._own_BTX, self._all_NBTX, self._work, self._rows = own_BTX, all_NBTX, work, rows
+
+    def wait(self) -> list[Tensor]:
+        """(B, rows[j], X) of every piece j: views of what arrived. Call once."""
+        self._work.wait()
+        size = self._all_NBTX.size(2) // 2
+        early, late = (list(half) for half in self._all_NBTX.split(size, 2)) if size else ([], [])
+        pieces = [*early, *late[::-1]]
+        return [piece[:, :rows] for piece, rows in zip(pieces, self._rows, strict=True)]

@@ -1,0 +1,171 @@
+"""Which positions of its sequences a process works on, and what brings it the others.
+
+Mostly it has whole sequences. Where N ranks share each sequence (context parallelism), its T positions are cut into 2 N equal
+pieces, of which rank r works on pieces r and 2 N - 1 - r: an early one, whose queries see few keys, and a late one, whose
+queries see many, so that all ranks have the same work. Every rank has the tokens of the whole sequence, which are few bytes;
+all else, from the embedding to the loss, it has for its own positions alone. Attention alone looks at other positions
+(train/model/shared_attention.py), the balance loss counts over them (train/model/router.py), and the modules of MTP look at the
+next tokens, also behind the end of a piece.
+
+Shapes: B sequences, S = T + 1 tokens of a sample, T positions.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from functools import cached_property
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+
+class Gathering(Protocol):
+    """A gather that is under way."""
+
+    def wait(self) -> list[Tensor]:
+        """What was gathered, piece by piece. Call once."""
+        ...
+
+
+class SequenceShare(Protocol):
+    """Shares sequences with other ranks: brings what they have of the same sequences. Every rank must call the same."""
+
+    ranks: int
+    """N."""
+    rank: int
+    """r."""
+
+    def gather_begin(self, own_BTX: Tensor, rows: Sequence[int]) -> Gathering:
+        """Start to bring (B, rows[j], X) of every piece j, in order. own_BTX: of this rank's two pieces."""
+        ...
+
+    def scatter_sum(self, pieces: list[Tensor]) -> Tensor:
+        """The sum over all ranks of what each has for this rank's pieces, (B, own positions, X); the transpose of the gather."""
+        ...
+
+    def total(self, counts: Tensor) -> Tensor:
+        """The sum over all ranks, on each."""
+        ...
+
+
+class Rectangle(NamedTuple):
+    """Queries that meet keys: query i, from `first_query` on, sees the keys j with j - first_key <= i - first_query + before.
+
+    sequence: None for all. The queries are rows of this process, and the keys rows of a block of keys.
+    """
+
+    sequence: int | None
+    first_query: int
+    last_query: int
+    """One behind."""
+    first_key: int
+    last_key: int
+    before: int
+
+
+@dataclass(frozen=True)
+class Positions:
+    """Of a micro-batch: T positions of each of its sequences, of which some are here."""
+
+    length: int
+    """T."""
+    documents_BT: Tensor | None = None
+    """Number of the document of every position; attention stays inside documents. None for whole sequences."""
+    share: SequenceShare | None = None
+    """None where whole sequences are here."""
+    whole: int = field(default=-1)
+    """T of the main model, which an MTP depth has fewer of; -1 for `length`."""
+
+    @property
+    def whole_length(self) -> int:
+        """T of the main model."""
+        return self.length if self.whole < 0 else self.whole
+
+    @cached_property
+    def pieces(self) -> list[range]:
+        """All of them, in order."""
+        count = 1 if self.share is None else 2 * self.share.ranks
+        size = self.whole_length // count
+        return [range(j * size, min((j + 1) * size, self.length)) for j in range(count - 1)] + [
+            range((count - 1) * size, self.length)
+        ]
+
+    @cached_property
+    def here(self) -> list[range]:
+        """The pieces of this process."""
+        if self.share is None:
+            return self.pieces
+        return [self.pieces[self.share.rank], self.pieces[-1 - self.share.rank]]
+
+    @property
+    def count(self) -> int:
+        """Positions that are here."""
+        return sum(map(len, self.here))
+
+    def shorter(self, by: int) -> "Positions":
+        """Without the last ones of each sequence, which leaves the first `count` of those here."""
+        documents_BT = None if self.documents_BT is None else self.documents_BT[:, :-by]
+        return replace(self, length=self.length - by, documents_BT=documents_BT, whole=self.whole_length)
+
+    def take(self, x: Tensor, shift: int = 0) -> Tensor:
+        """Of (B, S, ...) over whole sequences what belongs to the positions here, each so many further on."""
+        return _joined([x[:, piece.start + shift : piece.stop + shift] for piece in self.here])
+
+    def take_with_next(self, x: Tensor, more: int) -> Tensor:
+        """The same of the positions here and of `more` behind each piece, as far as there are positions."""
+        return _joined([x[:, piece.start : self._end(piece, more)] for piece in self.here])
+
+    def shifted(self, x: Tensor, more: int, depth: int) -> Tensor:
+        """Of what `take_with_next` gave: that which is `depth` positions behind those here at this depth."""
+        if more == depth == 0:
+            return x
+        parts, first = [], 0
+        for piece, left in zip(self.here, self.shorter(depth).here, strict=True):
+            parts.append(x[:, first + depth : first + depth + len(left)])
+            first += self._end(piece, more) - piece.start
+        return _joined(parts)
+
+    def _end(self, piece: range, more: int) -> int:
+        return min(piece.stop + more, self.length)
+
+    @cached_property
+    def documents(self) -> list[tuple[int | None, range]]:
+        """The positions of every document, by sequence; one for all sequences where they are whole."""
+        if self.documents_BT is None:
+            return [(None, range(self.length))]
+        found: list[tuple[int | None, range]] = []
+        for sequence, documents_T in enumerate(self.documents_BT):
+            ends = torch.unique_consecutive(documents_T, return_counts=True)[1].cumsum(0).tolist()
+            found += [(sequence, range(*span)) for span in zip([0, *ends], ends, strict=False)]
+        return found
+
+    def rectangles(self, block: range) -> list[Rectangle]:
+        """Which queries here see keys at these positions, of one block."""
+        found, row = [], 0
+        for piece in self.here:
+            for sequence, document in self.documents:
+                keys = _common(document, block)
+                queries = _common(document, piece)
+                queries = range(max(queries.start, keys.start), queries.stop)
+                if keys and queries:
+                    first = row + queries.start - piece.start
+                    found.append(
+                        Rectangle(
+                            sequence,
+                            first,
+                            first + len(queries),
+                            keys.start - block.start,
+                            keys.stop - block.start,
+                            queries.start - keys.start,
+                        )
+                    )
+            row += len(piece)
+        return found
+
+
+def _common(one: range, other: range) -> range:
+    return range(max(one.start, other.start), min(one.stop, other.stop))
+
+
+def _joined(parts: list[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts, 1)
