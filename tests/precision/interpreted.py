@@ -15,11 +15,11 @@ from parallel.expert.wire import Fp8RowsWire, Fp8Wire
 from tests.precision import fakes
 from train.kernels import build_kernels
 from train.precision import hopper, hopper_probe, swiglu, triton_kernels
-from train.precision.formats import E4M3, E5M2, Cast
+from train.precision.formats import E4M3, E5M2, E5M6, Cast
 from train.precision.fp8 import Fp8Precision
 from train.precision.groups import Groups
 from train.precision.products import CpuEngine
-from train.precision.quantize import dequantize_reference, quantize, quantize_reference
+from train.precision.quantize import dequantize, dequantize_reference, quantize, quantize_reference
 from train.precision.recipe import OperandRule
 
 torch.set_num_threads(1)
@@ -69,6 +69,26 @@ def test_kernels_give_the_bits_of_the_reference(dtype):
             q_b, scale_b = triton_kernels.quantize_blocks(stack, blocks, transposed)
             assert same(q_b, expected.q.mT if transposed else expected.q)
             assert same(scale_b, expected.scale.mT if transposed else expected.scale)
+
+
+def test_twelve_bits_are_packed_and_read_as_the_reference_says(engine):
+    """Of values down to the steps below the smallest normal one, up to the largest, in whole tiles and ragged."""
+    x = torch.cat([wide(128, 256), 2.0 ** torch.linspace(-30, 20, 128 * 256).view(128, 256)])
+    x[5, 7], x[130, 3] = float("inf"), 3e38
+    for dtype, pow2 in itertools.product((torch.bfloat16, torch.float32), (True, False)):
+        cast, columns = Cast(E5M6, (1, 128), pow2), Cast(E4M3, (128, 1), False, 1e-12)
+        q, scale = triton_kernels.quantize_e5m6(x.to(dtype), cast)
+        reference = quantize_reference(x.to(dtype), cast)
+        assert torch.equal(q, reference.q) and torch.equal(scale, reference.scale)
+        finite = quantize_reference(x[6:134].nan_to_num(posinf=0).to(dtype), cast)
+        expected = quantize_reference(dequantize_reference(finite), columns)
+        q_t, scale_t = triton_kernels.quantize_columns(finite.q, columns, finite.scale.t().contiguous().t())
+        assert same(q_t, expected.q.mT) and same(scale_t, expected.scale.mT)
+    kept = engine.keep(wide(130, 200).bfloat16(), Cast(E5M6, (1, 128), True))
+    rule = OperandRule(E4M3, "1x128", False, 1e-4)
+    values = dequantize(kept)[:130, :200]
+    expected, ours = (engine.operand(source, rule, transposed=True) for source in (values, kept))
+    assert same(ours.q, expected.q) and same(ours.scale, expected.scale) and ours.outer == 200
 
 
 def test_swiglu_kernels_agree_with_the_plain_form():

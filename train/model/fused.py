@@ -1,10 +1,13 @@
-"""torch's fused kernels, as GPUs have them. Shapes as in train/model/kernels.py."""
+"""A GPU's kernels: torch's fused ones where it has them, our own in Triton where it has none (train/model/fused_rows.py).
+
+Shapes as in train/model/kernels.py.
+"""
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from train.model import grouped
+from train.model import fused_rows, grouped
 from train.model.attention import Attention, document_mask
 from train.model.kernels import Groups, Kernels
 
@@ -36,6 +39,17 @@ class FusedKernels(Kernels):
             grad.contiguous(), x, weight_D.shape, rstd, weight_D, [x_needed, weight_needed]
         )
         return dx if x_needed else None, dweight_D if weight_needed else None
+
+    def swiglu(self, h_N2F: Tensor, gates_N: Tensor | None) -> Tensor:
+        return fused_rows.swiglu(h_N2F, gates_N)
+
+    def swiglu_backward(self, grad_NF: Tensor, h_N2F: Tensor, gates_N: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        return fused_rows.swiglu_backward(grad_NF, h_N2F, gates_N)
+
+    def to_heads(
+        self, q_BTHQ: Tensor, kv_BTHX: Tensor, k_rope_BTR: Tensor, table: Tensor, nope: int
+    ) -> tuple[Tensor, ...]:
+        return fused_rows.FusedHeads.apply(q_BTHQ, kv_BTHX, k_rope_BTR, table, nope)
 
     def groups(self, counts_E: Tensor, dtype: torch.dtype) -> Groups:
         return grouped.ends_of(counts_E)

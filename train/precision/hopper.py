@@ -60,9 +60,10 @@ class HopperEngine:
         self._kernels, self._deep_gemm, self._scaled_mm = kernels, deep_gemm, scaled_mm
 
     def keep(self, x_MK: Tensor, cast: Cast) -> Quantized:
-        if cast.block != (1, TILE) or cast.format.dtype is None:
+        if cast.block != (1, TILE):
             return quantize_reference(x_MK, cast)
-        q, scale = self._kernels.quantize_tiles(_padded(x_MK), cast)
+        quantize = self._kernels.quantize_e5m6 if cast.format.dtype is None else self._kernels.quantize_tiles
+        q, scale = quantize(_padded(x_MK), cast)
         return Quantized(q, scale, cast, x_MK.shape)
 
     cast = keep
@@ -78,7 +79,8 @@ class HopperEngine:
         scale = None
         if isinstance(source, Quantized):
             outer, inner = source.shape[-2:]
-            kernel_layout = source.cast.block == (1, TILE) and source.cast.format.dtype is not None
+            in_tiles, packed = source.cast.block == (1, TILE), source.cast.format.dtype is None
+            kernel_layout = in_tiles and (not packed or (transposed and rule.granularity == "1x128"))
             if kernel_layout and rule.format is not None and not transposed and source.cast == rule.cast():
                 return Operand(source.q, source.scale, True, outer)
             if kernel_layout and rule.format is not None:
@@ -91,7 +93,8 @@ class HopperEngine:
             return source.bfloat16().mT if transposed else source.bfloat16()
         if source.dim() == 3:
             _check_expert_sizes(source)
-        return self._quantized(_padded(source), scale, rule, transposed, groups, inner if transposed else outer)
+        padded = _padded(source) if scale is None else source  # what is quantised was padded before
+        return self._quantized(padded, scale, rule, transposed, groups, inner if transposed else outer)
 
     def _quantized(
         self, x: Tensor, scale: Tensor | None, rule: OperandRule, transposed: bool, groups: Groups | None, outer: int

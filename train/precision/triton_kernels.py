@@ -5,11 +5,12 @@ Each kernel reads its input once and writes FP8 values and fp32 scales in the la
     quantize_tiles      (R, C) -> q (R, C) and one scale per row and 128 columns         left operands
     quantize_columns    (R, C) -> q^T (C, R) and one scale per column and 128 rows       both operands of Wgrad
     quantize_blocks     (R, C) -> q (R, C) or (C, R) and one scale per 128x128           weights
+    quantize_e5m6       (R, C) -> q (R, 3 C / 2), twelve bits a value             what waits for Wgrad in a finer format
     swiglu_tiles        SwiGLU with the gate value, then quantize_tiles                  the down-projection's input
     swiglu_backward     a, dh and dw from h and da                                       see train/precision/swiglu.py
 
 An input may itself be FP8 with a scale per row and 128 columns: it is dequantised on the way in, so that what is cached
-for Wgrad goes from 1x128 to 128x1 in one pass (paper 3.5.2).  Divisions are IEEE (`div_rn`): `/` is approximate on
+for Wgrad goes from 1x128 to 128x1 in one pass (paper 3.5.2); for `quantize_columns` it may be E5M6, too.  Divisions are IEEE (`div_rn`): `/` is approximate on
 NVIDIA GPUs and would break the equality.  Sizes are multiples of 128; the caller pads.
 
 The module needs triton and is imported only where its kernels run.  Shape suffixes: R rows, C columns.
@@ -77,14 +78,64 @@ def _tiles_kernel(
 
 
 @triton.jit
+def _e5m6_kernel(
+    x_ptr, q_ptr, scale_ptr, height, width,
+    maximum: tl.constexpr, floor: tl.constexpr, pow2: tl.constexpr, block: tl.constexpr,
+):  # fmt: skip
+    """Eight values are three words of 32 bits: `train.precision.formats.pack_e5m6`."""
+    rows = tl.program_id(0) * block + tl.arange(0, block)
+    columns = tl.program_id(1) * 128 + tl.arange(0, 128)
+    x = _load(x_ptr, x_ptr, rows, columns, 0, width, height, False)
+    scale, inverse = _scales(tl.max(tl.abs(x), axis=1), maximum, floor, pow2)
+    x = tl.clamp(x * inverse[:, None], -maximum, maximum, propagate_nan=tl.PropagateNan.ALL)
+    # Round as `formats.round_to`: the addition leaves no bit below six of the mantissa, or below the smallest normal's.
+    step = tl.maximum(x.to(tl.int32, bitcast=True) & 0x7F800000, 113 << 23) + ((17 << 23) + 0x400000)
+    x = (x + step.to(tl.float32, bitcast=True)) - step.to(tl.float32, bitcast=True)
+    codes = (x.to(tl.float16).to(tl.int16, bitcast=True).to(tl.int32) >> 4) & 0xFFF
+    even, odd = tl.split(tl.reshape(codes, (block, 64, 2)))
+    pairs = even | (odd << 12)  # 24 bits each
+    even, odd = tl.split(tl.reshape(pairs, (block, 32, 2)))
+    first, third = tl.split(tl.reshape(even, (block, 16, 2)))
+    second, fourth = tl.split(tl.reshape(odd, (block, 16, 2)))
+    words = rows[:, None].to(tl.int64) * (width // 8 * 3) + tl.program_id(1) * 48 + tl.arange(0, 16)[None, :] * 3
+    tl.store(q_ptr + words, first | (second << 24))
+    tl.store(q_ptr + words + 1, ((second >> 8) & 0xFFFF) | (third << 16))
+    tl.store(q_ptr + words + 2, ((third >> 16) & 0xFF) | (fourth << 8))
+    tl.store(scale_ptr + tl.program_id(1) * height + rows, scale)
+
+
+@triton.jit
+def _load_e5m6(q_ptr, scale_ptr, rows, start, tile, width, height, count: tl.constexpr):
+    """fp32 values at rows x `count` columns from `start` on, all of one tile of 128 columns, of packed words of 32 bits."""
+    words = rows[:, None].to(tl.int64) * (width // 8 * 3) + (start // 8 + tl.arange(0, count // 8))[None, :] * 3
+    low, middle, high = tl.load(q_ptr + words), tl.load(q_ptr + words + 1), tl.load(q_ptr + words + 2)
+    first = low & 0xFFFFFF
+    second = ((low >> 24) & 0xFF) | ((middle & 0xFFFF) << 8)
+    third = ((middle >> 16) & 0xFFFF) | ((high & 0xFF) << 16)
+    fourth = (high >> 8) & 0xFFFFFF
+    size: tl.constexpr = rows.shape[0]
+    even = tl.reshape(tl.join(first, third), (size, count // 4))
+    odd = tl.reshape(tl.join(second, fourth), (size, count // 4))
+    pairs = tl.reshape(tl.join(even, odd), (size, count // 2))
+    codes = tl.reshape(tl.join(pairs & 0xFFF, pairs >> 12), (size, count))
+    x = (codes << 4).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
+    return x * tl.load(scale_ptr + tile * height + rows)[:, None]
+
+
+@triton.jit
 def _columns_kernel(
     x_ptr, in_scale_ptr, q_ptr, scale_ptr, base_ptr, stride_ptr, height, width, scale_column, scale_block,
-    maximum: tl.constexpr, floor: tl.constexpr, pow2: tl.constexpr, scaled: tl.constexpr, block: tl.constexpr,
+    maximum: tl.constexpr, floor: tl.constexpr, pow2: tl.constexpr, scaled: tl.constexpr, packed: tl.constexpr,
+    block: tl.constexpr,
 ):  # fmt: skip
     tile = tl.program_id(0)
     rows = tile * 128 + tl.arange(0, 128)
     columns = tl.program_id(1) * block + tl.arange(0, block)
-    x = _load(x_ptr, in_scale_ptr, rows, columns, tl.program_id(1) * block // 128, width, height, scaled)
+    if packed:
+        start = tl.program_id(1) * block
+        x = _load_e5m6(x_ptr, in_scale_ptr, rows, start, start // 128, width, height, block)
+    else:
+        x = _load(x_ptr, in_scale_ptr, rows, columns, tl.program_id(1) * block // 128, width, height, scaled)
     scale, inverse = _scales(tl.max(tl.abs(x), axis=0), maximum, floor, pow2)
     q = _cast(x * inverse[None, :], maximum, q_ptr.dtype.element_ty)
     # Both are whole tiles; without that knowledge the compiler stores byte by byte.
@@ -171,15 +222,29 @@ def quantize_tiles(x_RC: Tensor, cast: Cast, in_scale: Tensor | None = None) -> 
     return q, scale.t()
 
 
+def quantize_e5m6(x_RC: Tensor, cast: Cast) -> tuple[Tensor, Tensor]:
+    """q uint8 (R, 3 C / 2), as `train.precision.formats.pack_e5m6` packs it, and scale (R, C / 128) stored column by column."""
+    rows, columns = _sizes(x_RC)
+    q = x_RC.new_empty(rows, columns // 2 * 3, dtype=torch.uint8)
+    scale = x_RC.new_empty(columns // TILE, rows, dtype=torch.float32)
+    _e5m6_kernel[(rows // ROWS, columns // TILE)](
+        x_RC, q.view(torch.int32), scale, rows, columns, cast.format.max, cast.floor, cast.pow2, ROWS
+    )
+    return q, scale.t()
+
+
 def quantize_columns(
     x_RC: Tensor, cast: Cast, in_scale: Tensor | None = None, groups: list[int] | None = None
 ) -> tuple[Tensor, Tensor]:
     """q and scale of the transpose, tiles along R.
 
     q (C, R), scale (C, R / 128) stored column by column.  groups, the rows of each expert: q is flat, one (C, rows) matrix
-    after the other.
+    after the other.  x_RC may be the q of `quantize_e5m6`, with its scale.
     """
-    rows, columns = _sizes(x_RC)
+    packed = x_RC.dtype == torch.uint8
+    if packed:
+        x_RC = x_RC.view(torch.int32)
+    rows, columns = x_RC.shape[0], x_RC.shape[1] // 3 * 8 if packed else _sizes(x_RC)[1]
     lengths = [rows] if groups is None else groups
     base, stride = _tile_places(lengths, columns, x_RC.device)
     q = x_RC.new_empty(columns * rows, dtype=cast.format.dtype)
@@ -187,7 +252,7 @@ def quantize_columns(
     scale = x_RC.new_empty(tiles, columns, dtype=torch.float32).t()
     _columns_kernel[(tiles, columns // COLUMNS)](
         x_RC, x_RC if in_scale is None else in_scale.t(), q, scale, base, stride, rows, columns, *scale.stride(),
-        cast.format.max, cast.floor, cast.pow2, in_scale is not None, COLUMNS,
+        cast.format.max, cast.floor, cast.pow2, in_scale is not None, packed, COLUMNS,
     )  # fmt: skip
     return (q.view(columns, rows) if groups is None else q), scale
 

@@ -70,10 +70,18 @@ def _tiles(x_RC: Tensor, cast: Cast, in_scale: Tensor | None = None) -> tuple[Te
     return torch.empty_like(x_RC, dtype=cast.format.dtype), scale.t()
 
 
+def _e5m6(x_RC: Tensor, cast: Cast) -> tuple[Tensor, Tensor]:
+    rows, columns = x_RC.shape
+    scale = x_RC.new_empty(columns // TILE, rows, dtype=torch.float32)
+    return x_RC.new_empty(rows, columns // 2 * 3, dtype=torch.uint8), scale.t()
+
+
 def _columns(
     x_RC: Tensor, cast: Cast, in_scale: Tensor | None = None, groups: list[int] | None = None
 ) -> tuple[Tensor, Tensor]:
     rows, columns = x_RC.shape
+    if x_RC.dtype == torch.uint8:
+        columns = columns // 3 * 2
     q = x_RC.new_empty(columns * rows, dtype=cast.format.dtype)
     scale = x_RC.new_empty(rows // TILE, columns, dtype=torch.float32).t()
     return (q.view(columns, rows) if groups is None else q), scale
@@ -97,6 +105,7 @@ def _swiglu_backward(h_P2F: Tensor, gates_P: Tensor, da_PF: Tensor, in_scale: Te
 
 _KERNELS = SimpleNamespace(
     quantize_tiles=_tiles,
+    quantize_e5m6=_e5m6,
     quantize_columns=_columns,
     quantize_blocks=_blocks,
     swiglu_tiles=_swiglu_tiles,

@@ -1,0 +1,70 @@
+"""A GPU's kernels between the products, in Triton's interpreter, against torch's operations (train/model/kernels.py).
+
+Collected by test_fused.py in a process of its own, with TRITON_INTERPRET=1: triton reads it when it is first imported.
+"""
+
+import pytest
+import torch
+
+from bench.gpu import interpreter
+from train.model.fused import FusedKernels
+from train.model.kernels import Kernels
+
+torch.set_num_threads(1)
+OURS, PLAIN = FusedKernels(), Kernels()
+FLIP = {"rtol": 2.0**-7, "atol": 1e-6}
+"""fp32 results that differ in their last bits (exp, the order of a sum) may round to neighbouring numbers of bf16."""
+
+
+@pytest.fixture(autouse=True)
+def rounding(monkeypatch) -> None:
+    interpreter.repair(monkeypatch.setattr)
+
+
+def draw(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).bfloat16()
+
+
+@pytest.mark.parametrize("rows, width", [(0, 64), (1, 64), (7, 96), (33, 600)])
+@pytest.mark.parametrize("gated", [False, True])
+def test_swiglu(rows, width, gated):
+    h, grad, gates = draw(rows, 2 * width), draw(rows, width, seed=1), None
+    h[:1] *= 100  # exp of its negative is infinite
+    if gated:
+        gates = torch.rand(rows, generator=torch.Generator().manual_seed(2))
+    torch.testing.assert_close(OURS.swiglu(h, gates), PLAIN.swiglu(h, gates), **FLIP)
+    dh, dgates = OURS.swiglu_backward(grad, h, gates)
+    expected_dh, expected_dgates = PLAIN.swiglu_backward(grad, h, gates)
+    torch.testing.assert_close(dh, expected_dh, **FLIP)
+    if gated:
+        # a sum of `width` products in another order: each addition is off by 2^-24 of what is summed so far
+        gate, up = h.float().chunk(2, 1)
+        size = (torch.nn.functional.silu(gate) * up * grad).abs().sum(1, keepdim=True)
+        assert ((dgates - expected_dgates)[:, None].abs() <= (width + 8) * 2.0**-24 * size).all()
+    else:
+        assert dgates is None
+
+
+@pytest.mark.parametrize("batch, length, heads, nope, rope, value", [
+    (2, 5, 3, 16, 8, 16), (1, 1, 2, 24, 8, 12), (1, 17, 4, 128, 64, 128), (1, 0, 2, 16, 8, 16),
+])  # fmt: skip
+def test_heads_have_the_bits_of_the_plain_form(batch, length, heads, nope, rope, value):
+    """Also from a rope key that is a part of wider rows, and from gradients with positions before heads."""
+    q, kv = draw(batch, length, heads, nope + rope), draw(batch, length, heads, nope + value, seed=1)
+    k_rope = draw(batch, length, 8 + rope, seed=2)[..., 8:]
+    table = torch.polar(torch.ones(length, rope // 2), draw(length, rope // 2, seed=3).float())
+    inputs = [t.requires_grad_() for t in (q, kv, k_rope)]
+    ours, expected = (kernels.to_heads(*inputs, table, nope) for kernels in (OURS, PLAIN))
+    assert all(torch.equal(one, other) for one, other in zip(ours, expected, strict=True))
+    grads = [draw(batch, length, heads, out.size(3), seed=4 + i).transpose(1, 2) for i, out in enumerate(ours)]
+    dq, dkv, dk_rope = torch.autograd.grad(ours, inputs, grads)
+    expected = torch.autograd.grad(expected, inputs, grads)
+    assert torch.equal(dq, expected[0]) and torch.equal(dkv, expected[1])
+    torch.testing.assert_close(dk_rope, expected[2], **FLIP)
+
+
+def test_on_the_meta_device_results_are_as_large():
+    """A plan runs them there, also where triton is missing."""
+    h, gates = torch.empty(4, 16, device="meta", dtype=torch.bfloat16), torch.empty(4, device="meta")
+    assert OURS.swiglu(h, gates).shape == (4, 8)
+    assert [t.shape for t in OURS.swiglu_backward(h[:, :8], h, gates)] == [(4, 16), (4,)]
