@@ -2,7 +2,7 @@
 
     python -m bench.compile_kernels
 
-Calls the functions of train/precision/triton_kernels.py with tensors of DeepSeek-V3's widths and lets Triton's own launcher
+Calls the functions of train/precision/triton_kernels.py, train/model/fused_rows.py and parallel/expert/triton_rows.py with tensors of DeepSeek-V3's widths and lets Triton's own launcher
 compile what it would launch, so that types, constants and hints of divisibility are those of a run. Triton's package brings the
 assembler and the disassembler. Fails where a kernel spills registers to memory or stores single bytes, which both cost more
 time than the arithmetic. Prints registers, spilled bytes and shared memory, and how many loads and stores of which width a
@@ -28,8 +28,10 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
+from parallel.expert import triton_rows
+from train.model import fused_rows
 from train.precision import triton_kernels as kernels
-from train.precision.formats import E4M3, TILE, Cast
+from train.precision.formats import E4M3, E5M6, TILE, Cast
 
 ARCHITECTURES = (90, 100)
 ROWS, HIDDEN, WIDTH = 4096, 7168, 2048
@@ -85,7 +87,7 @@ def compile_all(architectures: tuple[int, ...] = ARCHITECTURES) -> dict[tuple[st
         for name, call in variants().items():
             with compiling(architecture) as compiled:
                 call()
-            (kernel,) = compiled
+            kernel = compiled[-1]  # the last, where a call has several
             found[name, architecture] = _read(kernel)
     return found
 
@@ -97,10 +99,13 @@ def variants() -> dict[str, Callable]:
     weight, experts = x[:WIDTH], torch.empty(4, 2 * WIDTH, HIDDEN, dtype=torch.bfloat16)
     h, da = torch.empty(ROWS, 2 * WIDTH, dtype=torch.bfloat16), torch.empty(ROWS, WIDTH, dtype=torch.bfloat16)
     h_q, h_scale = torch.empty(ROWS, 2 * WIDTH, dtype=E4M3.dtype), torch.empty(2 * WIDTH // TILE, ROWS).t()
+    packed = torch.empty(ROWS, HIDDEN // 2 * 3, dtype=torch.uint8)
     gates, groups = torch.empty(ROWS), [1024, 0, 2944, 128]
     calls: dict[str, Callable] = {
         "swiglu_bwd": lambda: kernels.swiglu_backward(h, gates, da),
         "swiglu_bwd, FP8 in": lambda: kernels.swiglu_backward(h_q, gates, da, h_scale),
+        "e5m6": lambda: kernels.quantize_e5m6(x, Cast(E5M6, (1, TILE), True)),
+        "columns, E5M6 in": lambda: kernels.quantize_columns(packed, Cast(E4M3, (TILE, 1), False), scale),
     }
     for pow2 in (False, True):
         tiles, columns, blocks = (Cast(E4M3, block, pow2) for block in ((1, TILE), (TILE, 1), (TILE, TILE)))
@@ -121,7 +126,40 @@ def variants() -> dict[str, Callable]:
                 "swiglu": lambda cast=tiles: kernels.swiglu_tiles(h, gates, cast),
             }.items()
         }
-    return calls
+    return of_the_model() | of_the_dispatch() | calls
+
+
+def of_the_model() -> dict[str, Callable]:
+    """What the layers call between the products."""
+    bf16 = torch.bfloat16
+    h, rows, gates = torch.empty(ROWS, 2 * WIDTH, dtype=bf16), torch.empty(ROWS, WIDTH, dtype=bf16), torch.empty(ROWS)
+    q, kv, latent = (torch.empty(1, ROWS, *size, dtype=bf16) for size in ((128, 192), (128, 256), (576,)))
+    table = torch.empty(ROWS, 32, dtype=torch.complex64)
+    grads = [torch.empty(1, ROWS, 128, width, dtype=bf16).transpose(1, 2) for width in (192, 192, 128)]
+    return {
+        "model: swiglu": lambda: fused_rows.swiglu(h, None),
+        "model: swiglu, gated": lambda: fused_rows.swiglu(h, gates),
+        "model: swiglu_bwd": lambda: fused_rows.swiglu_backward(rows, h, None),
+        "model: swiglu_bwd, gated": lambda: fused_rows.swiglu_backward(rows, h, gates),
+        "model: heads": lambda: fused_rows.heads(q, kv, latent[..., 512:], table, 128),
+        "model: heads_bwd": lambda: fused_rows.heads_backward(*grads, table),
+    }
+
+
+def of_the_dispatch() -> dict[str, Callable]:
+    """What brings rows to experts and back: nodes, ranks of a node and experts of a rank of 64, and messages with side words."""
+    ids, side = torch.empty(ROWS, 8, dtype=torch.int64), torch.empty(ROWS, 8, dtype=torch.int16)
+    rows, wide = torch.empty(ROWS, HIDDEN, dtype=torch.bfloat16), torch.empty(ROWS, HIDDEN + 16, dtype=torch.bfloat16)
+    gates, places = torch.empty(ROWS, 8), torch.empty(ROWS, dtype=torch.int64)
+    coded = torch.empty(ROWS, HIDDEN + 56, dtype=torch.uint8)
+    return {
+        "dispatch: count_hits": lambda: triton_rows.count_hits(ids, 0, 1, 256),
+        "dispatch: place_hits": lambda: triton_rows.place_hits(side, 32, 4, 8, ROWS),
+        "dispatch: collect": lambda: triton_rows.collect(rows, places, places, rows),
+        "dispatch: collect, messages": lambda: triton_rows.collect(wide[:, :HIDDEN], places, places, wide[:, :HIDDEN]),
+        "dispatch: collect, side words": lambda: triton_rows.collect(gates, places, places, gates),
+        "dispatch: encode": lambda: triton_rows.encode(rows, coded, 1e-4),
+    }
 
 
 @contextmanager

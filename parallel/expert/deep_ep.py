@@ -20,7 +20,7 @@ from torch import Tensor
 
 from conf.errors import UserError
 from parallel.expert.dispatcher import DispatchedRows
-from parallel.expert.permute import FanOut, collect, fan_out, spread
+from parallel.expert.permute import FanOut, Wanted, collect, fan_out_with_entries, spread
 from parallel.expert.wire import Fp8Wire, Wire
 
 
@@ -85,13 +85,8 @@ class DeepEPDispatcher:
         return _Combine.apply(_Collect.apply(out_RD, routed.state.rows), routed.state.handle, self)
 
     def _plan(self, ids_MK: Tensor, counts: list[int], handle: Any) -> tuple[_Plan, Tensor]:
-        column_MK = ids_MK.long().where(ids_MK >= 0, self.local)
-        hits = torch.zeros(ids_MK.shape[0], self.local + 1, dtype=torch.bool, device=ids_MK.device)
-        rows = fan_out(hits.scatter_(1, column_MK, True)[:, : self.local], sum(counts))
-        counts_E = torch.tensor(counts, device=ids_MK.device)
-        expert_R = torch.arange(self.local, device=ids_MK.device).repeat_interleave(counts_E, output_size=sum(counts))
-        entry_R = (ids_MK.index_select(0, rows.source_C) == expert_R[:, None]).int().argmax(1)
-        return _Plan(handle, rows, rows.source_C * ids_MK.shape[1] + entry_R), counts_E
+        rows, entry_of_row = fan_out_with_entries(ids_MK, Wanted(0, 1, self.local), sum(counts))
+        return _Plan(handle, rows, entry_of_row), torch.tensor(counts, device=ids_MK.device)
 
     def encode(self, rows_TD: Tensor, *, gradient: bool) -> Any:
         """What DeepEP takes: bf16 rows, or FP8 rows and their scales."""

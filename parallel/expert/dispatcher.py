@@ -184,14 +184,12 @@ class ChainDispatcher(ABC):
 
     def _start_back(self, flight: "_Flight", rows_RD: Tensor, side_MX: Tensor | None, traffic: Traffic) -> Transfer:
         plan = flight.plan
-        rows_MD = collect(rows_RD, plan.fans[-1])
         for hop in range(len(self.links) - 1, 0, -1):
-            message_MX = self._back_message(rows_MD, side_MX)
+            message_MX = self._back_message(rows_RD, plan.fans[hop + 1], side_MX)
             transfer = self.links[hop].start(message_MX, plan.received[hop], plan.sent[hop], traffic)
-            rows_CD, side_CX = self._split(flight, transfer.wait())
-            rows_MD = collect(rows_CD, plan.fans[hop])
+            rows_RD, side_CX = self._split(flight, transfer.wait())
             side_MX = None if side_MX is None else collect(side_CX, plan.fans[hop])
-        message_MX = self._back_message(rows_MD, side_MX)
+        message_MX = self._back_message(rows_RD, plan.fans[1], side_MX)
         return self.links[0].start(message_MX, plan.received[0], plan.sent[0], traffic)
 
     def _finish_back(self, flight: "_Flight", transfer: Transfer) -> tuple[Tensor, Tensor]:
@@ -199,9 +197,16 @@ class ChainDispatcher(ABC):
         rows_CD, side_CX = self._split(flight, transfer.wait())
         return collect(rows_CD, flight.plan.fans[0]), side_CX
 
-    def _back_message(self, rows_MD: Tensor, side_MX: Tensor | None) -> Tensor:
-        words_MW = self._back_wire.encode(rows_MD).view(torch.int32)
-        return words_MW if side_MX is None else torch.cat([words_MW, side_MX.view(torch.int32)], 1)
+    def _back_message(self, rows_CD: Tensor, fan: FanOut, side_MX: Tensor | None) -> Tensor:
+        """Summed rows as words, followed by their side words, where the sums are written at once."""
+        wire, width, dtype = self._back_wire, rows_CD.shape[1], rows_CD.dtype
+        if side_MX is None:
+            return wire.encode(collect(rows_CD, fan)).view(torch.int32)
+        side_MX, words = side_MX.view(torch.int32), wire.row_bytes(width, dtype) // 4
+        message_MX = side_MX.new_empty(len(side_MX), words + side_MX.shape[1])
+        message_MX[:, words:] = side_MX
+        collect(rows_CD, fan, wire.decode(message_MX[:, :words].view(torch.uint8), width, dtype))
+        return message_MX
 
     def _split(self, flight: "_Flight", message_CX: Tensor) -> tuple[Tensor, Tensor]:
         words = self._back_wire.row_bytes(flight.width, flight.dtype) // 4

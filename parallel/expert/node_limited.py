@@ -26,7 +26,7 @@ from torch import Tensor
 
 from parallel.expert.dispatcher import ChainDispatcher, DispatchPlan, from_words
 from parallel.expert.link import Link
-from parallel.expert.permute import collect, fan_out, spread
+from parallel.expert.permute import Wanted, collect, count_hits, fan_out_of, fan_out_with_entries, spread
 from parallel.expert.wire import Wire
 
 
@@ -55,17 +55,14 @@ class NodeLimitedDispatcher(ChainDispatcher):
         self.per_node = self.per_rank * ranks_per_node
 
     def _plan(self, expert_ids_TK: Tensor) -> DispatchPlan:
-        hits_TE = _hits(expert_ids_TK, 0, self.experts)
-        to_rank_TNL = hits_TE.unflatten(1, (self.inter.size, self.intra.size, self.per_rank)).any(3)
-        to_node_TN = to_rank_TNL.any(2)
-        outer_NX = torch.cat(
-            [to_node_TN.sum(0)[:, None], to_rank_TNL.sum(0), hits_TE.sum(0).view(self.inter.size, -1)], 1
-        )
+        nodes, ranks = self.inter.size, self.intra.size
+        to_node, to_rank = Wanted(0, self.per_node, nodes), Wanted(0, self.per_rank, nodes * ranks)
+        wanted = to_node, to_rank, Wanted(0, 1, self.experts)
+        outer_NX = torch.cat([count_hits(expert_ids_TK, each).view(nodes, -1) for each in wanted], 1)
         counts, counts_F = self._exchange_counts(outer_NX)
         hops = [hop for hop, link in enumerate((self.inter, self.intra)) if link in self.links]
         sent, received = [counts[2 * hop] for hop in hops], [counts[2 * hop + 1] for hop in hops]
-        first_TP = to_node_TN if self.inter.size > 1 else to_rank_TNL.flatten(1)
-        fans = [fan_out(first_TP, sum(sent[0]))]
+        fans = [fan_out_of(expert_ids_TK, to_node if nodes > 1 else to_rank, sum(sent[0]))]
         return DispatchPlan(sent, received, counts[4][0], counts_F, expert_ids_TK, fans)
 
     def _exchange_counts(self, outer_NX: Tensor) -> tuple[list[list[int]], Tensor]:
@@ -89,17 +86,13 @@ class NodeLimitedDispatcher(ChainDispatcher):
         _, ids_MK = _read_side(plan, side_MX)
         node_start = self.inter.rank * self.per_node
         if len(plan.fans) < len(self.links):
-            to_expert_ME = _hits(ids_MK, node_start, self.per_node)
-            to_rank_ML = to_expert_ME.unflatten(1, (self.intra.size, self.per_rank)).any(2)
-            plan.fans.append(fan_out(to_rank_ML, sum(plan.sent[1])))
+            to_rank = Wanted(node_start, self.per_rank, self.intra.size)
+            plan.fans.append(fan_out_of(ids_MK, to_rank, sum(plan.sent[1])))
             return
         rank_start = node_start + self.intra.rank * self.per_rank
-        rows = fan_out(_hits(ids_MK, rank_start, self.per_rank), plan.rows)
+        to_expert = Wanted(rank_start, 1, self.per_rank)
+        rows, plan.entry_of_row = fan_out_with_entries(ids_MK, to_expert, plan.rows)
         plan.fans.append(rows)
-        expert_F = torch.arange(rank_start, rank_start + self.per_rank, device=ids_MK.device)
-        expert_R = expert_F.repeat_interleave(plan.counts_E, output_size=plan.rows)
-        entry_R = (ids_MK.index_select(0, rows.source_C) == expert_R[:, None]).int().argmax(1)
-        plan.entry_of_row = rows.source_C * ids_MK.shape[1] + entry_R
 
     def _row_gates(self, plan: DispatchPlan, side_MX: Tensor) -> Tensor:
         gates_MK, _ = _read_side(plan, side_MX)
@@ -114,17 +107,9 @@ class NodeLimitedDispatcher(ChainDispatcher):
         return collect(side_CX, plan.fans[0])
 
 
-def _hits(ids_SK: Tensor, first: int, experts: int) -> Tensor:
-    """Which of the experts [first, first + experts) each source wants, bool (S, experts)."""
-    column_SK = ids_SK - first
-    column_SK = column_SK.where((column_SK >= 0) & (column_SK < experts), experts)
-    hits = torch.zeros(ids_SK.shape[0], experts + 1, dtype=torch.bool, device=ids_SK.device)
-    return hits.scatter_(1, column_SK, True)[:, :experts]
-
-
 def _read_side(plan: DispatchPlan, side_MX: Tensor) -> tuple[Tensor, Tensor]:
-    """gates_MK and ids_MK (int64) of arrived messages."""
+    """gates_MK and ids_MK (int16) of arrived messages."""
     entries = plan.ids_TK.shape[1]
     words = entries * plan.gates_dtype.itemsize // 4
     ids_MK = side_MX[:, words:].view(torch.int16)[:, :entries]
-    return from_words(side_MX[:, :words], plan.gates_dtype), ids_MK.long()
+    return from_words(side_MX[:, :words], plan.gates_dtype), ids_MK

@@ -10,9 +10,14 @@ other's backward pass, and neither scatters or adds in place:
 a sum would first write all copies again. Dispatch is a chain of spreads with an exchange between two of them,
 combine the same chain backwards with collects.
 
+On a GPU a fan-out of experts is two kernels and `collect` is one (parallel/expert/triton_rows.py); what stands here is the same in
+torch's operations.
+
 Shapes: S sources, C copies, N targets, K entries per source, X any width.
 """
 
+import importlib
+from types import ModuleType
 from typing import NamedTuple
 
 import torch
@@ -45,6 +50,51 @@ def fan_out(hits_SN: Tensor, copies: int) -> FanOut:
     return FanOut(source_C, copy_C, lengths_S.cumsum(0) - lengths_S)
 
 
+class Wanted(NamedTuple):
+    """Targets that hold experts, per_target each, from the expert `first` on."""
+
+    first: int
+    per_target: int
+    targets: int
+
+
+def fan_out_of(ids_SK: Tensor, wanted: Wanted, copies: int) -> FanOut:
+    """One copy of source s for every target that holds one of its experts ids_SK[s]; those of other targets are passed over."""
+    if ids_SK.is_cuda:
+        return FanOut(*triton_rows().place_hits(ids_SK, *wanted, copies)[:3])
+    return fan_out(hits(ids_SK, wanted), copies)
+
+
+def fan_out_with_entries(ids_SK: Tensor, wanted: Wanted, copies: int) -> tuple[FanOut, Tensor]:
+    """`fan_out_of` for targets of one expert each, and which entry of ids_SK, flattened, every copy is for: int64 (C,)."""
+    assert wanted.per_target == 1
+    if ids_SK.is_cuda:
+        *fan, entry_C = triton_rows().place_hits(ids_SK, *wanted, copies)
+        return FanOut(*fan), entry_C
+    hits_SN = hits(ids_SK, wanted)
+    fan = fan_out(hits_SN, copies)
+    expert_N = torch.arange(wanted.first, wanted.first + wanted.targets, device=ids_SK.device)
+    expert_C = expert_N.repeat_interleave(hits_SN.sum(0), output_size=copies)
+    entry_C = (ids_SK.index_select(0, fan.source_C) == expert_C[:, None]).int().argmax(1)
+    return fan, fan.source_C * ids_SK.shape[1] + entry_C
+
+
+def count_hits(ids_SK: Tensor, wanted: Wanted) -> Tensor:
+    """How many sources have an expert of each target, int64 (N,)."""
+    if ids_SK.is_cuda:
+        return triton_rows().count_hits(ids_SK, *wanted).sum(0)
+    return hits(ids_SK, wanted).sum(0)
+
+
+def hits(ids_SK: Tensor, wanted: Wanted) -> Tensor:
+    """Which targets hold one of each source's experts, bool (S, N)."""
+    first, per_target, targets = wanted
+    column_SK = (ids_SK - first).div(per_target, rounding_mode="floor").long()
+    column_SK = column_SK.where((column_SK >= 0) & (column_SK < targets), targets)
+    hits = torch.zeros(ids_SK.shape[0], targets + 1, dtype=torch.bool, device=ids_SK.device)
+    return hits.scatter_(1, column_SK, True)[:, :targets]
+
+
 def sort_entries(target_SK: Tensor) -> FanOut:
     """One copy for every entry of target_SK (values below 32768), so a source may go K times to one target."""
     sources, entries = target_SK.shape
@@ -60,6 +110,17 @@ def spread(rows_SX: Tensor, fan: FanOut) -> Tensor:
     return rows_SX.index_select(0, fan.source_C)
 
 
-def collect(rows_CX: Tensor, fan: FanOut) -> Tensor:
-    """Sum of every source's copies, (S, X), added in the order of their targets and rounded once."""
-    return F.embedding_bag(fan.copy_C, rows_CX, fan.start_S, mode="sum")
+def collect(rows_CX: Tensor, fan: FanOut, out_SX: Tensor | None = None) -> Tensor:
+    """Sum of every source's copies, (S, X), added in the order of their targets and rounded once. out_SX: where to write it."""
+    if not rows_CX.is_cuda:
+        sum_SX = F.embedding_bag(fan.copy_C, rows_CX, fan.start_S, mode="sum")
+        return sum_SX if out_SX is None else out_SX.copy_(sum_SX)
+    if out_SX is None:
+        out_SX = rows_CX.new_empty(len(fan.start_S), rows_CX.shape[1])
+    triton_rows().collect(rows_CX, fan.copy_C, fan.start_S, out_SX)
+    return out_SX
+
+
+def triton_rows() -> ModuleType:
+    """The kernels of a GPU."""
+    return importlib.import_module("parallel.expert.triton_rows")

@@ -80,4 +80,6 @@ def dequantize(q_RD: Tensor, scale_RS: Tensor, dtype: torch.dtype, widen: Widen 
 def in_tiles(x_RD: Tensor) -> Tensor:
     """Rows as (R, S, 128), the last tile filled with zeros."""
     width = x_RD.shape[1]
-    return torch.nn.functional.pad(x_RD, (0, -width % TILE)).unflatten(1, (-(-width // TILE), TILE))
+    if width % TILE:
+        x_RD = torch.nn.functional.pad(x_RD, (0, -width % TILE))
+    return x_RD.unflatten(1, (-(-width // TILE), TILE))

@@ -11,6 +11,7 @@ import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 from types import SimpleNamespace
 
 import torch
@@ -22,7 +23,7 @@ from parallel.expert.deep_ep import DeepEPDispatcher
 from parallel.expert.dispatcher import ChainDispatcher, DispatchPlan
 from parallel.expert.link import Link, Transfer
 from parallel.expert.node_limited import NodeLimitedDispatcher
-from parallel.expert.permute import FanOut, fan_out, sort_entries
+from parallel.expert.permute import FanOut, Wanted, fan_out_of, sort_entries
 from parallel.expert.wire import Wire
 
 
@@ -171,14 +172,21 @@ class NodeLimitedStandIn(NodeLimitedDispatcher):
 
 def _fan(copies_N: Sequence[int], sources: int, device: torch.device) -> FanOut:
     """A FanOut with so many copies for every target, taken from the sources in turn."""
-    hits_SN = torch.zeros(sources, len(copies_N), dtype=torch.bool, device=device)
+    targets = len(copies_N)
+    return fan_out_of(_ids(tuple(copies_N), sources, device), Wanted(0, 1, targets), sum(copies_N))
+
+
+@cache
+def _ids(copies_N: tuple[int, ...], sources: int, device: torch.device) -> Tensor:
+    """The targets of every source, -1 for none: (S, N)."""
+    ids_SN = torch.full((sources, len(copies_N)), -1, dtype=torch.int16, device=device)
     first = 0
     for target, copies in enumerate(copies_N):
         assert copies <= sources, f"{copies} copies of {sources} different messages"
-        hits_SN[first : first + copies, target] = True
-        hits_SN[: max(0, first + copies - sources), target] = True
+        ids_SN[first : first + copies, target] = target
+        ids_SN[: max(0, first + copies - sources), target] = target
         first = (first + copies) % sources
-    return fan_out(hits_SN, sum(copies_N))
+    return ids_SN
 
 
 class DeepEPStandIn(DeepEPDispatcher):

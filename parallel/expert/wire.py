@@ -23,6 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from parallel.expert.permute import triton_rows
 from parallel.expert.quantized_rows import TILE, QuantizedRows, Widen, dequantize, in_tiles, widen
 
 E4M3_MAX = 448.0
@@ -49,7 +50,8 @@ class HighWire:
 
     def encode(self, x_RD: Tensor, *, gradient: bool = False) -> Tensor:
         bytes_RB = x_RD.contiguous().view(torch.uint8)
-        return F.pad(bytes_RB, (0, -bytes_RB.shape[1] % 4))
+        missing = -bytes_RB.shape[1] % 4
+        return F.pad(bytes_RB, (0, missing)) if missing else bytes_RB  # to pad by nothing makes a copy
 
     def decode(self, bytes_RB: Tensor, width: int, dtype: torch.dtype, *, gradient: bool = False) -> Tensor:
         rows_RB = bytes_RB[:, : width * dtype.itemsize]
@@ -77,8 +79,13 @@ class Fp8Wire:
 
     def encode(self, x_RD: Tensor, *, gradient: bool = False) -> Tensor:
         rows, width = x_RD.shape
+        floor = self.gradient_floor if gradient else self.activation_floor
+        if x_RD.is_cuda and width % TILE == 0:
+            bytes_RB = torch.empty(rows, self.row_bytes(width, x_RD.dtype), dtype=torch.uint8, device=x_RD.device)
+            triton_rows().encode(x_RD, bytes_RB, floor)
+            return bytes_RB
         tiles_RST = in_tiles(x_RD.float())
-        amax_RS = tiles_RST.abs().amax(2).clamp_min(self.gradient_floor if gradient else self.activation_floor)
+        amax_RS = tiles_RST.abs().amax(2).clamp_min(floor)
         exponent_RS = ((amax_RS.view(torch.int32) + 0x1FFFFF) >> 23) - 8
         inverse_RS = ((254 - exponent_RS) << 23).view(torch.float32)
         # The clamp acts on infinities only: they stay infinite through the scale, which a cast would not promise.

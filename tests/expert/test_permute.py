@@ -1,3 +1,10 @@
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -48,3 +55,14 @@ def test_collect_of_bf16_rounds_once():
     exact = rows_CX.double().sum(0, keepdim=True)
     # Half a unit in the last of bf16's 8 bits, where a bf16 running sum errs several times as much.
     assert ((collect(rows_CX, fan).double() - exact).abs() <= exact.abs() * 2.0**-8 + 1e-6).all()
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec("triton") is None,
+    reason="triton is not installed, so no kernel can be interpreted: the extra dev brings it on Linux",
+)
+def test_kernels_of_a_gpu_in_the_interpreter():
+    tests = Path(__file__).parent / "interpreted.py"
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--timeout=240", str(tests)]
+    run = subprocess.run(command, env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True)
+    assert run.returncode == 0, run.stdout + run.stderr

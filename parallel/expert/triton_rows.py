@@ -1,0 +1,170 @@
+"""A GPU's kernels for rows on their way to experts and back: equal in every bit to parallel/expert/permute.py and wire.py.
+
+    count_hits, place_hits      which copies are made of which sources, from the experts that each source wants
+    collect                     the copies of every source, summed in fp32 and rounded once
+    encode                      rows to the bytes of the FP8 wire
+
+What is decided by values stays on the device: no kernel waits for the host. The module needs triton and is imported only where
+its kernels run. Shapes as in permute.py and wire.py; a message row is `row` elements away from the next.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+HITS = 4096
+"""Sources times targets of a program that counts or places, and 128 sources at most."""
+BLOCKS = 32
+"""Blocks of sources whose counts are summed at a time."""
+COLUMNS = 1024
+"""Columns of a program of `collect`: eight values a thread."""
+ROWS, TILES = 8, 4
+"""Rows and tiles of a program of `encode`: the exponents of four tiles are one word."""
+
+
+@triton.jit
+def _hits(ids_ptr, sources, number, first, per_target, K: tl.constexpr, TARGETS: tl.constexpr):
+    """Which targets every source has an entry for, and the last such entry: int32 (sources, TARGETS), the entry -1 for none."""
+    target = tl.arange(0, TARGETS)[None, :]
+    entry = tl.full((sources.shape[0], TARGETS), -1, tl.int32)
+    for k in tl.static_range(K):
+        id = tl.load(ids_ptr + sources.to(tl.int64) * K + k, sources < number, -1).to(tl.int32) - first
+        wanted = tl.where(id >= 0, id // per_target, -1)[:, None]
+        entry = tl.where(wanted == target, k, entry)
+    return entry
+
+
+@triton.jit
+def _count_kernel(
+    ids_ptr, counts_ptr, number, first, per_target, targets,
+    K: tl.constexpr, TARGETS: tl.constexpr, SOURCES: tl.constexpr,
+):  # fmt: skip
+    sources = tl.program_id(0) * SOURCES + tl.arange(0, SOURCES)
+    hit = (_hits(ids_ptr, sources, number, first, per_target, K, TARGETS) >= 0).to(tl.int32)
+    target = tl.arange(0, TARGETS)
+    tl.store(counts_ptr + tl.program_id(0) * targets + target, tl.sum(hit, axis=0), target < targets)
+
+
+@triton.jit
+def _place_kernel(
+    ids_ptr, counts_ptr, source_ptr, copy_ptr, start_ptr, entry_ptr, number, first, per_target, targets, blocks,
+    K: tl.constexpr, TARGETS: tl.constexpr, SOURCES: tl.constexpr, BLOCKS: tl.constexpr,
+):  # fmt: skip
+    """A copy lies behind all of earlier targets and, of its own, all of earlier sources; it is listed behind all of earlier
+    sources and, of its own, all of earlier targets."""
+    block = tl.program_id(0)
+    sources = block * SOURCES + tl.arange(0, SOURCES)
+    entry = _hits(ids_ptr, sources, number, first, per_target, K, TARGETS)
+    target = tl.arange(0, TARGETS)
+    before, totals = tl.zeros((TARGETS,), tl.int32), tl.zeros((TARGETS,), tl.int32)
+    for start in range(0, blocks, BLOCKS):
+        b = start + tl.arange(0, BLOCKS)[:, None]
+        counts = tl.load(counts_ptr + b * targets + target[None, :], (b < blocks) & (target < targets)[None, :], 0)
+        before += tl.sum(tl.where(b < block, counts, 0), axis=0)
+        totals += tl.sum(counts, axis=0)
+    first_place = tl.cumsum(totals, axis=0) - totals + before
+    hit = (entry >= 0) & (target < targets)[None, :]
+    ones = hit.to(tl.int32)
+    place = first_place[None, :] + tl.cumsum(ones, axis=0) - ones
+    of_source = tl.sum(ones, axis=1)
+    start = tl.sum(before, axis=0) + tl.cumsum(of_source, axis=0) - of_source
+    listed = start[:, None] + tl.cumsum(ones, axis=1) - ones
+    tl.store(source_ptr + place, tl.broadcast_to(sources[:, None], hit.shape).to(tl.int64), hit)
+    tl.store(entry_ptr + place, (sources[:, None] * K + entry).to(tl.int64), hit)
+    tl.store(copy_ptr + listed, place.to(tl.int64), hit)
+    tl.store(start_ptr + sources, start.to(tl.int64), sources < number)
+
+
+@triton.jit
+def _collect_kernel(
+    rows_ptr, copy_ptr, start_ptr, out_ptr, sources, copies, width, row, out_row, COLUMNS: tl.constexpr
+):  # fmt: skip
+    source = tl.program_id(0)
+    columns = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    first = tl.load(start_ptr + source)
+    last = tl.load(start_ptr + source + 1, source + 1 < sources, copies)
+    total = tl.zeros((COLUMNS,), tl.float32)
+    for place in range(first, last):
+        copy = tl.load(copy_ptr + place)
+        total += tl.load(rows_ptr + copy * row + columns, columns < width, 0.0).to(tl.float32)
+    tl.store(out_ptr + source.to(tl.int64) * out_row + columns, total, columns < width)
+
+
+@triton.jit
+def _encode_kernel(
+    x_ptr, bytes_ptr, words_ptr, rows_R, width, tiles, units, floor: tl.constexpr,
+    ALIGN: tl.constexpr, ROWS: tl.constexpr, TILES: tl.constexpr,
+):  # fmt: skip
+    """`Fp8Wire.encode` of four tiles of some rows. A row has units * ALIGN bytes: so the compiler knows what divides them."""
+    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    first = tl.program_id(1) * TILES
+    columns = first * 128 + tl.arange(0, TILES * 128)
+    there = (rows < rows_R)[:, None] & (columns < width)[None, :]
+    x = tl.load(x_ptr + rows[:, None].to(tl.int64) * width + columns[None, :], there, 0.0).to(tl.float32)
+    x = tl.reshape(x, (ROWS, TILES, 128))
+    amax = tl.maximum(tl.max(tl.abs(x), axis=2), floor)
+    exponent = ((amax.to(tl.int32, bitcast=True) + 0x1FFFFF) >> 23) - 8
+    inverse = ((254 - exponent) << 23).to(tl.float32, bitcast=True)
+    q = tl.clamp(x * inverse[:, :, None], -448.0, 448.0, propagate_nan=tl.PropagateNan.ALL).to(tl.float8e4nv)
+    q = tl.reshape(q, (ROWS, TILES * 128)).to(tl.uint8, bitcast=True)
+    place = rows[:, None].to(tl.int64) * (units * ALIGN)
+    tl.store(bytes_ptr + place + columns[None, :], q, there)
+    tile = tl.arange(0, TILES)[None, :]
+    word = tl.sum(tl.where(first + tile < tiles, (exponent & 0xFF) << (8 * tile), 0), axis=1)
+    tl.store(
+        words_ptr + rows.to(tl.int64) * (units * (ALIGN // 4)) + width // 4 + tl.program_id(1), word, rows < rows_R
+    )
+
+
+def count_hits(ids_SK: Tensor, first: int, per_target: int, targets: int) -> Tensor:
+    """How many sources have one of the per_target experts of a target, by blocks of sources: int32 (blocks, targets)."""
+    ids_SK, size = ids_SK.contiguous(), _sources(targets)
+    counts_BN = ids_SK.new_empty(triton.cdiv(len(ids_SK), size), targets, dtype=torch.int32)
+    if len(ids_SK):
+        _count_kernel[(len(counts_BN),)](
+            ids_SK, counts_BN, len(ids_SK), first, per_target, targets,
+            ids_SK.shape[1], triton.next_power_of_2(targets), size,
+        )  # fmt: skip
+    return counts_BN
+
+
+def place_hits(
+    ids_SK: Tensor, first: int, per_target: int, targets: int, copies: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """The three parts of a FanOut, and of which entry of ids_SK, flattened, every copy is; all int64."""
+    ids_SK = ids_SK.contiguous()
+    counts_BN = count_hits(ids_SK, first, per_target, targets)
+    source_C, copy_C, entry_C = (ids_SK.new_empty(copies, dtype=torch.int64) for _ in range(3))
+    start_S = ids_SK.new_empty(len(ids_SK), dtype=torch.int64)
+    if len(ids_SK):
+        _place_kernel[(len(counts_BN),)](
+            ids_SK, counts_BN, source_C, copy_C, start_S, entry_C, len(ids_SK), first, per_target, targets, len(counts_BN),
+            ids_SK.shape[1], triton.next_power_of_2(targets), _sources(targets), BLOCKS,
+        )  # fmt: skip
+    return source_C, copy_C, start_S, entry_C
+
+
+def collect(rows_CX: Tensor, copy_C: Tensor, start_S: Tensor, out_SX: Tensor) -> None:
+    """The sum of every source's copies. Rows of both may be apart in memory."""
+    (sources, width), grid = out_SX.shape, (len(out_SX), triton.cdiv(out_SX.shape[1], COLUMNS))
+    if out_SX.numel():
+        _collect_kernel[grid](
+            rows_CX, copy_C, start_S, out_SX, sources, len(copy_C), width, rows_CX.stride(0), out_SX.stride(0), COLUMNS
+        )
+
+
+def encode(x_RD: Tensor, bytes_RB: Tensor, floor: float) -> None:
+    """Rows, whole tiles wide, to the bytes of the FP8 wire."""
+    (rows, width), row = x_RD.shape, bytes_RB.shape[1]
+    tiles, words = width // 128, bytes_RB.view(torch.int32)
+    align = row & -row
+    if bytes_RB.numel():
+        _encode_kernel[(triton.cdiv(rows, ROWS), triton.cdiv(tiles, TILES))](
+            x_RD.contiguous(), bytes_RB, words, rows, width, tiles, row // align, floor, align, ROWS, TILES
+        )
+
+
+def _sources(targets: int) -> int:
+    """That one program looks at."""
+    return max(1, min(128, HITS // triton.next_power_of_2(targets)))
