@@ -24,7 +24,7 @@ import yaml
 from conf.check import check
 from conf.errors import UserError
 from conf.load import compose
-from conf.schema import ROOT, Config, Recompute
+from conf.schema import ROOT, SELECTIVE, Config
 from train.layout import check_layout
 
 FILE = Path(__file__).with_suffix(".csv")
@@ -157,7 +157,7 @@ def to_config(row: Row) -> Config:
         *section, last = key.split(".")
         if section or key == "micro_batch_size":
             setattr(reduce(getattr, section, cfg), last, value)
-    cfg.model.recompute = [*Recompute] if row["recompute"] else []
+    cfg.model.recompute = [*map(str, SELECTIVE)] if row["recompute"] else []
     cfg.model.top_groups = min(cfg.model.top_groups, cfg.model.groups)
     share = cfg.micro_batch_size * cfg.parallel.dp
     cfg.batch_size = MICRO_BATCHES * share

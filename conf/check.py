@@ -6,9 +6,9 @@ import re
 from conf.check_plan import check_plan
 from conf.check_precision import check_precision
 from conf.errors import UserError
-from conf.fields import check_fields
+from conf.fields import check_fields, wrong_choice
 from conf.micro_batches import check_batch
-from conf.schema import Config, DataFormat, Mode, Model, Phase, PipelineSchedule
+from conf.schema import Config, DataFormat, Mode, Model, Phase, PipelineSchedule, Recompute
 
 NEEDS_NO_DATA = (Mode.generate, Mode.plan, Mode.dry_run, Mode.prove)
 KNOWS_WHOLE_SEQUENCES = (Mode.generate, Mode.evaluate, Mode.plan, Mode.dry_run, Mode.prove)
@@ -98,6 +98,7 @@ def _check_top(config: Config) -> None:
 def check_model(model: Model) -> None:
     """The rules of the model section alone, for models that come from elsewhere."""
     check_fields(model, "model.")
+    _check_recompute(model.recompute)
     _require(
         model.rope_head_dim % 2 == 0,
         "model.rope_head_dim",
@@ -166,6 +167,16 @@ def check_model(model: Model) -> None:
         "top_k / top_groups best experts (paper 2.1.2)",
         f"take {max(1, per_group) * model.top_groups}, or set model.group_top_k",
     )
+
+
+def _check_recompute(words: list[str]) -> None:
+    share = re.compile(f"{Recompute.layer}:[1-9][0-9]*")
+    for word in words:
+        if word not in list(Recompute) and not share.fullmatch(word):
+            usual = f"use [{','.join(Recompute)}], or layer:N for the first N blocks of every stage"
+            raise wrong_choice("model.recompute", word, [*Recompute, "layer:N"], usual)
+    whole = [word for word in words if word.startswith(Recompute.layer)]
+    _require(len(whole) < 2, "model.recompute", whole, "say twice how many layers", f"keep {whole[-1:]}")
 
 
 def _check_phases(field: str, phases: list[Phase]) -> None:

@@ -43,8 +43,10 @@ class Mode(StrEnum):
 # More choices. Members are strings, so code may compare them with plain ones.
 Shape = StrEnum("Shape", ["constant", "linear", "cosine"])
 """How a schedule phase moves from the value before it to its own value."""
-Recompute = StrEnum("Recompute", ["norm", "mla_up", "swiglu"])
-"""What the backward pass recomputes instead of keeping it (paper 3.2.3 and 3.3.3)."""
+Recompute = StrEnum("Recompute", ["norm", "mla_up", "swiglu", "layer"])
+"""What the backward pass recomputes instead of keeping it (paper 3.2.3 and 3.3.3); `layer` is of no paper recipe."""
+SELECTIVE = [Recompute.norm, Recompute.mla_up, Recompute.swiglu]
+"""What the paper recomputes."""
 DataFormat = StrEnum("DataFormat", ["auto", "stdlib", "text", "jsonl", "parquet", "huggingface", "memmap"])
 WandbMode = StrEnum("WandbMode", ["auto", "offline", "disabled"])
 PipelineSchedule = StrEnum("PipelineSchedule", ["1f1b", "interleaved", "zbv", "dualpipev"])
@@ -149,10 +151,19 @@ class Model:
     """norm_eps of the norms of the query and key-value latents; null takes norm_eps. transformers takes 1e-6 whatever rms_norm_eps is."""
     init_std: float = number(0.006, above=0)
     """Standard deviation of every weight at the start (paper 4.2)."""
-    recompute: list[Recompute] = field(default_factory=lambda: [Recompute.norm, Recompute.mla_up, Recompute.swiglu])
-    """What the backward pass recomputes instead of keeping it."""
+    recompute: list[str] = field(default_factory=lambda: [str(what) for what in SELECTIVE])
+    """What the backward pass recomputes instead of keeping it: norm (outputs of norms), mla_up (queries, keys and values), swiglu,
+    and layer (whole blocks, of which only the input is kept) or layer:N (the first N blocks of every stage)."""
     loss_chunk: int = number(2048, least=1)
     """Tokens whose logits exist at one time in the cross-entropy."""
+
+    @property
+    def repeated_layers(self) -> int:
+        """How many of the first blocks of every stage backward runs again as a whole; layers for all."""
+        if Recompute.layer in self.recompute:
+            return self.layers
+        shares = [what.partition(":")[2] for what in self.recompute if what.startswith(f"{Recompute.layer}:")]
+        return int(shares[0]) if shares else 0
 
     @property
     def resolved_group_top_k(self) -> int:

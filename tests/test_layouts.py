@@ -32,6 +32,16 @@ LAYOUTS = {
     "pp2_1f1b": (2, ["parallel.pp=2"]),
     **{f"pp2_{name}": (2, ["parallel.pp=2", f"parallel.schedule={name}"]) for name in TWO_STAGES},
     "pp2_zbv_split": (2, ["parallel.pp=2", "parallel.schedule=zbv", "parallel.split=[0,4,3,1]"]),
+    "pp2_dp2_ep2_layers_again": (
+        4,
+        [
+            "parallel.pp=2",
+            "parallel.dp=2",
+            "parallel.ep=2",
+            "parallel.schedule=dualpipev",
+            "model.recompute=[norm,layer:2]",
+        ],
+    ),
     # Without a pipeline, dualpipev runs the forward of one micro-batch together with the backward of another.
     "ep2_dualpipev": (2, ["parallel.dp=2", "parallel.ep=2", "parallel.schedule=dualpipev"]),
     "cp2": (2, ["parallel.cp=2"]),

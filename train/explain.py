@@ -17,7 +17,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from conf.errors import RunEnded
-from conf.schema import Config, Recompute
+from conf.schema import SELECTIVE, Config, Recompute
 from train.gpu import FLIGHTS
 from train.metrics.words import gib
 
@@ -161,9 +161,11 @@ def _lighter(config: Config) -> str:
     changes = []
     if config.micro_batch_size > 1:
         changes.append(f"micro_batch_size={config.micro_batch_size // 2} (now {config.micro_batch_size})")
-    missing = [what for what in Recompute if what not in model.recompute]
+    missing = [what for what in SELECTIVE if what not in model.recompute]
     if missing:
-        changes.append(f"model.recompute=[{','.join(Recompute)}] ({', '.join(missing)} missing)")
+        changes.append(f"model.recompute=[{','.join(SELECTIVE)}] ({', '.join(missing)} missing)")
+    elif model.repeated_layers < model.layers:
+        changes.append(f"model.recompute=[{','.join(Recompute)}] (layer missing: whole layers run again)")
     changes.append(f"a smaller model.loss_chunk (now {model.loss_chunk})")
     if parallel.pp == 1 and parallel.dp > 1 and parallel.zero < 3:
         changes.append(f"parallel.zero={parallel.zero + 1} (now {parallel.zero})")

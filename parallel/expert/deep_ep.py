@@ -31,6 +31,10 @@ class _Plan:
     rows: FanOut
     entry_of_row: Tensor
     """Which entry of the arrivals' gates, (M, K) flattened, is each row's."""
+    counts_E: Tensor
+    """Rows per local expert."""
+    gates_MK: Tensor
+    """The arrivals' gates, without gradient: a dispatch on the same ways does not bring them again."""
 
 
 @dataclass
@@ -67,26 +71,35 @@ class DeepEPDispatcher:
         across = max(config.get_rdma_buffer_size_hint(row_bytes, size) for config in configs)
         return buffer_type(group, inside, across)
 
-    def dispatch_begin(self, x_TD: Tensor, expert_ids_TK: Tensor, gates_TK: Tensor) -> "_Arrived":
+    def dispatch_begin(
+        self, x_TD: Tensor, expert_ids_TK: Tensor, gates_TK: Tensor, again: "_Plan | None" = None
+    ) -> "_Arrived":
         """The whole dispatch at once: DeepEP sizes its output from counts that the host has to wait for."""
-        return _Arrived(self.dispatch(x_TD, expert_ids_TK, gates_TK))
+        return _Arrived(self.dispatch(x_TD, expert_ids_TK, gates_TK, again))
 
-    def dispatch(self, x_TD: Tensor, expert_ids_TK: Tensor, gates_TK: Tensor) -> DispatchedRows:
+    def dispatch(
+        self, x_TD: Tensor, expert_ids_TK: Tensor, gates_TK: Tensor, again: "_Plan | None" = None
+    ) -> DispatchedRows:
         """Send every token to its experts; see ChainDispatcher.dispatch_begin."""
         assert x_TD.dtype == torch.bfloat16 and gates_TK.dtype == torch.float32
-        arrived_MD, arrived_gates_MK, ids_MK, counts, handle = _Dispatch.apply(x_TD, gates_TK, expert_ids_TK, self)
-        plan, counts_E = self._plan(ids_MK, counts, handle)
-        rows_RD = _Spread.apply(arrived_MD, plan.rows)
-        gates_R = arrived_gates_MK.flatten().take(plan.entry_of_row)
-        return DispatchedRows(rows_RD, gates_R, counts_E, plan)
+        if again is None:
+            arrived_MD, arrived_gates_MK, ids_MK, counts, handle = _Dispatch.apply(x_TD, gates_TK, expert_ids_TK, self)
+            again = self._plan(ids_MK, arrived_gates_MK.detach(), counts, handle)
+        else:  # for a known handle DeepEP takes no gates; what runs again is not differentiated
+            received, *_ = self.buffer.dispatch(self.encode(x_TD, gradient=False), handle=again.handle)
+            arrived_MD = self.decode(received, gradient=False).requires_grad_()
+            arrived_gates_MK = again.gates_MK.detach().requires_grad_()
+        rows_RD = _Spread.apply(arrived_MD, again.rows)
+        gates_R = arrived_gates_MK.flatten().take(again.entry_of_row)
+        return DispatchedRows(rows_RD, gates_R, again.counts_E, again)
 
     def combine(self, out_RD: Tensor, routed: DispatchedRows) -> Tensor:
         """Sum of the expert outputs of every token, y_TD."""
         return _Combine.apply(_Collect.apply(out_RD, routed.state.rows), routed.state.handle, self)
 
-    def _plan(self, ids_MK: Tensor, counts: list[int], handle: Any) -> tuple[_Plan, Tensor]:
-        rows, entry_of_row = fan_out_with_entries(ids_MK, Wanted(0, 1, self.local), sum(counts))
-        return _Plan(handle, rows, entry_of_row), torch.tensor(counts, device=ids_MK.device)
+    def _plan(self, ids_MK: Tensor, gates_MK: Tensor, counts: list[int], handle: Any) -> _Plan:
+        rows, entry_R = fan_out_with_entries(ids_MK, Wanted(0, 1, self.local), sum(counts))
+        return _Plan(handle, rows, entry_R, torch.tensor(counts, device=ids_MK.device), gates_MK)
 
     def encode(self, rows_TD: Tensor, *, gradient: bool) -> Any:
         """What DeepEP takes: bf16 rows, or FP8 rows and their scales."""

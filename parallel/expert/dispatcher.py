@@ -107,14 +107,17 @@ class ChainDispatcher(ABC):
         self.counters = Counters()
         self._back_wire = HighWire()
 
-    def dispatch_begin(self, x_TD: Tensor, expert_ids_TK: Tensor, gates_TK: Tensor) -> PendingDispatch:
+    def dispatch_begin(
+        self, x_TD: Tensor, expert_ids_TK: Tensor, gates_TK: Tensor, again: DispatchPlan | None = None
+    ) -> PendingDispatch:
         """Start to send every token to its experts. Needs one copy of split sizes to the host.
 
         x_TD: fp32 or bf16. expert_ids_TK: int64 ids over the whole group, those of a token distinct. gates_TK: fp32. All
-        may be fp64, as a proof has them.
+        may be fp64, as a proof has them. again: the state of an earlier dispatch of these tokens, whose rows go the same ways
+        without an exchange of counts.
         """
         assert gates_TK.dtype in (torch.float32, torch.float64) and expert_ids_TK.shape == gates_TK.shape
-        plan = self._plan(expert_ids_TK)
+        plan = self._plan(expert_ids_TK) if again is None else again
         plan.gates_dtype = gates_TK.dtype
         flight = _Flight(self, plan, x_TD.shape[1], x_TD.dtype)
         return PendingDispatch(flight, _DispatchBegin.apply(x_TD, gates_TK, flight))

@@ -32,6 +32,9 @@ LAYOUTS = {
     "node_limited skewed": [*EP4, "parallel.dispatch=node_limited", "dry_run.routing=skewed"],
     "zero 2": ["parallel.dp=2", "parallel.zero=2"],
     "zero 3": ["parallel.dp=2", "parallel.zero=3"],
+    "zbv ep2, layers again": [*PP2, "parallel.ep=2", "parallel.schedule=zbv", "dry_run.rank=3", "model.recompute=[norm,layer]"],
+    "dualpipev fp8, a layer again": [*PP2, "parallel.ep=2", "parallel.schedule=dualpipev", "precision=fp8", "batch_size=12",
+                                     "model.recompute=[norm,mla_up,swiglu,layer:1]"],
     "MTP 2, all recomputed": ["model.mtp_depth=2", "model.recompute=[norm,mla_up,swiglu]"],
 }  # fmt: skip
 

@@ -8,7 +8,7 @@ from torch.distributed.pipelining._backward import stage_backward_input, stage_b
 from torch.utils.flop_counter import FlopCounterMode
 
 from conf.load import compose
-from conf.schema import Recompute
+from conf.schema import SELECTIVE, Recompute
 from parallel.pipeline.graph import kept_graph
 from tests.model.test_deepseek import CONFIG, build
 from train.kernels import build_kernels
@@ -19,7 +19,7 @@ from train.precision.build import build_precision
 torch.set_num_threads(1)
 
 
-@pytest.mark.parametrize("recompute", [[], list(Recompute)])
+@pytest.mark.parametrize("recompute", [[], SELECTIVE, list(Recompute)])
 @pytest.mark.parametrize("last", [False, True])
 def test_input_then_weight_backward_equals_backward(last, recompute):
     config = dataclasses.replace(CONFIG, recompute=recompute)
@@ -62,10 +62,11 @@ PRODUCTS = {
 
 @pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("name", ["fp32", "bf16", "fp8", "fp8_ue8m0"])
-def test_each_product_is_computed_in_one_part(name, compiled):
+@pytest.mark.parametrize("recompute", [SELECTIVE, list(Recompute)])
+def test_each_product_is_computed_in_one_part(name, compiled, recompute):
     """In every precision the parts take together what an undivided backward takes, and give its bits. Products are counted in
     torch's operations: the counter sees no compiled code."""
-    config = dataclasses.replace(CONFIG, recompute=list(Recompute))
+    config = dataclasses.replace(CONFIG, recompute=recompute)
     more = [f"precision.fp8.compiled={str(compiled).lower()}"] if name.startswith("fp8") else []
     section = compose(f"precision={name}", *more).precision
     precision = build_precision(section, torch.device("cpu"), build_kernels("cpu", compiled))

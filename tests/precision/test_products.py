@@ -158,7 +158,7 @@ def test_an_input_that_is_made_again_is_not_kept():
 
     def layer(w: Tensor) -> Tensor:
         x = source * 2
-        with Recomputed(again, x):
+        with Recomputed(again, (), x):
             return precision.linear(x, w)
 
     assert saved_bytes(lambda: layer(w.detach().requires_grad_()), w) == 0

@@ -102,6 +102,7 @@ LAYOUTS = {
     "experts": [*BASE, "parallel.dp=2", "parallel.ep=2"],
     "copies": [*BASE, "parallel.dp=2"],
     "pipeline": [*BASE, "parallel.pp=2"],
+    "layers again": [*BASE, "parallel.dp=2", "parallel.ep=2", "model.recompute=[layer]"],
 }
 
 
@@ -450,6 +451,26 @@ def loads_counted_twice(patch: Patch) -> None:
     around(patch, router.Router, "forward", forward)
 
 
+@mutation(
+    "NVIDIA-NeMo/Automodel#3247: a layer that runs again counts its tokens again", "layers again", FORWARD, "load"
+)
+def loads_counted_in_the_second_run(patch: Patch) -> None:
+    patch.setattr(router, "is_repeated", lambda: False)
+
+
+@mutation(
+    "NVIDIA-NeMo/Automodel#3140, #3325: a layer that runs again sends other rows to its experts than before",
+    "layers again",
+    BACKWARD,
+    "layers|mtp",
+)
+def second_run_routed_by_other_rows(patch: Patch) -> None:
+    def dispatch(original, self, x_TD, ids_TK, gates_TK, again=None):
+        return original(self, x_TD if again is None else x_TD.roll(1, 0), ids_TK, gates_TK, again)
+
+    around(patch, AllToAllDispatcher, "dispatch_begin", dispatch)
+
+
 @mutation("pytorch/torchtitan#1593: one update of the bias for every count of the tokens", "copies", UPDATE, "bias")
 def bias_updated_twice(patch: Patch) -> None:
     def update(original, *arguments):
@@ -536,11 +557,7 @@ def documents_not_masked_in_mtp(patch: Patch) -> None:
     r"layers|mtp",
 )
 def recomputation_differs(patch: Patch) -> None:
-    def unpack(original, self, packed):
-        value = original(self, packed)
-        return value if isinstance(packed, torch.Tensor) else value * 1.01
-
-    around(patch, Recomputed, "_unpack", unpack)
+    around(patch, Recomputed, "make", lambda original, *arguments: original(*arguments) * 1.01)
 
 
 # --- Update ---------------------------------------------------------------------------------------------------------

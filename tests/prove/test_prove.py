@@ -28,13 +28,14 @@ from train.run_folder import RunPaths
 ROOM = ["model.mtp_depth=2", "data.mask_documents=true", "optim.clip=0.1"]
 LAYOUTS = {
     "ep2_zero2_bf16": ["parallel.dp=2", "parallel.ep=2", "parallel.zero=2", "precision=bf16"],
-    "pp2_zbv": ["parallel.pp=2", "parallel.schedule=zbv"],
+    "pp2_zbv_layers_again": ["parallel.pp=2", "parallel.schedule=zbv", "model.recompute=[norm,layer]"],
 }
 LARGE = {
     "pp2_dp2_ep2_dualpipev_fp8": [
         "parallel.pp=2", "parallel.dp=2", "parallel.ep=2", "parallel.schedule=dualpipev", "parallel.wire=fp8", "precision=fp8",
+        "model.recompute=[norm,mla_up,swiglu,layer]",
     ],
-    "dp4_ep2_zero3": ["parallel.dp=4", "parallel.ep=2", "parallel.zero=3"],
+    "dp4_ep2_zero3": ["parallel.dp=4", "parallel.ep=2", "parallel.zero=3", "model.recompute=[layer]"],
     "ep4_nodes_bf16": [
         "parallel.dp=4", "parallel.ep=4", "parallel.dispatch=node_limited", "cluster.ranks_per_node=2", "precision=bf16",
     ],

@@ -1,11 +1,15 @@
 """One transformer block: x += attention(norm(x)); x += ffn(norm(x)), the FFN dense or a mixture of experts."""
 
+from functools import partial
+
+import torch
 from torch import Tensor, nn
 
 from conf.schema import Model, Recompute
 from train.model.layers import FFN, LayerPrecision, RMSNorm
 from train.model.mla import MLA
 from train.model.moe import Dispatcher, MoE
+from train.model.recompute import repeatable
 from train.model.rope import Rope
 from train.model.sequence import Positions
 
@@ -13,7 +17,8 @@ from train.model.sequence import Positions
 class Block(nn.Module):
     """Block of the main model or of an MTP module.
 
-    dispatcher: None makes a dense block. Keeps (B, T, D). positions: those of x; None for all of whole sequences.
+    dispatcher: None makes a dense block. repeat: backward runs the whole block again, of which nothing is kept but its input.
+    Keeps (B, T, D). positions: those of x; None for all of whole sequences.
     """
 
     def __init__(
@@ -23,6 +28,7 @@ class Block(nn.Module):
         rope: Rope,
         dispatcher: Dispatcher | None,
         local_experts: range,
+        repeat: bool,
         **factory,
     ):
         super().__init__()
@@ -35,9 +41,14 @@ class Block(nn.Module):
             self.ffn = FFN(config.hidden, config.dense_width, precision, recompute_swiglu, **factory)
         else:
             self.moe = MoE(config, precision, dispatcher, local_experts, **factory)
-        self._is_dense = dispatcher is None
+        self._is_dense, self._repeat = dispatcher is None, repeat
 
     def forward(self, x_BTD: Tensor, positions: Positions | None = None) -> Tensor:
+        if self._repeat and torch.is_grad_enabled():
+            return repeatable(partial(self._run, positions), x_BTD)
+        return self._run(positions, x_BTD)
+
+    def _run(self, positions: Positions | None, x_BTD: Tensor) -> Tensor:
         normed_BTD, recipe = self.attention_norm.with_recipe(x_BTD)
         x_BTD = x_BTD + self.attention(normed_BTD, recipe, positions)
         normed_BTD, recipe = self.ffn_norm.with_recipe(x_BTD)

@@ -121,9 +121,9 @@ class DeepSeekV3(nn.Module):
         if has_embedding or (has_head and config.mtp_depth):
             self.embedding = embedding or Embedding(config.vocab_size, config.hidden, **factory)
         self.layers = nn.ModuleDict()
-        for index in layers:
-            here = None if index < config.dense_layers else dispatcher
-            self.layers[str(index)] = Block(config, precision, rope, here, local_experts, **factory)
+        for place, index in enumerate(layers):
+            here, repeat = None if index < config.dense_layers else dispatcher, place < config.repeated_layers
+            self.layers[str(index)] = Block(config, precision, rope, here, local_experts, repeat, **factory)
         if has_head:
             recompute, kernels = Recompute.norm in config.recompute, precision.kernels
             self.norm = RMSNorm(config.hidden, config.norm_eps, recompute, kernels, **factory)

@@ -100,9 +100,8 @@ class RMSNorm(nn.Module):
         y = self(x)
         if not (self._recompute and torch.is_grad_enabled()):
             return y, nullcontext()
-        source = x.detach()
         # The weight is asked for when it is needed: it may be away in the meantime (ZeRO stage 3).
-        return y, Recomputed(lambda: self._kernels.rms_norm(source, self.weight, self._eps)[0], y)
+        return y, Recomputed(lambda source: self._kernels.rms_norm(source, self.weight, self._eps)[0], (x,), y)
 
 
 class _RMSNorm(torch.autograd.Function):
@@ -164,5 +163,5 @@ def recomputed_swiglu(a_NF: Tensor, h_N2F: Tensor, gates_N: Tensor | None, kerne
     """Context in which saving a = swiglu(h, gates) keeps nothing new: h and gates are kept for SwiGLU anyway."""
     if not torch.is_grad_enabled():
         return nullcontext()
-    h, gates = h_N2F.detach(), None if gates_N is None else gates_N.detach()
-    return Recomputed(lambda: kernels.swiglu(h, gates), a_NF)
+    sources = (h_N2F,) if gates_N is None else (h_N2F, gates_N)
+    return Recomputed(lambda h, gates=None: kernels.swiglu(h, gates), sources, a_NF)

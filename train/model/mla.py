@@ -59,8 +59,7 @@ class MLA(nn.Module):
         heads = self._up(q_latent, kv_latent, k_rope_BTR)
         keep = nullcontext()
         if self._recompute_up and torch.is_grad_enabled():
-            sources = q_latent.detach(), kv_latent.detach(), k_rope_BTR.detach()
-            keep = Recomputed(lambda: self._up(*sources), *heads)
+            keep = Recomputed(self._up, (q_latent, kv_latent, k_rope_BTR), *heads)
         with keep:
             out_BHTV = self._kernels.attention(*heads, self._rope.softmax_scale, positions.documents_BT)
         return self.out(out_BHTV.transpose(1, 2).flatten(2))

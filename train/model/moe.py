@@ -11,7 +11,7 @@ one per token and chosen expert.
 
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +21,7 @@ from torch.nn import functional as F
 from conf.schema import Model, Recompute
 from train.model.kernels import Kernels
 from train.model.layers import FFN, LayerPrecision
+from train.model.recompute import recall, remember
 from train.model.router import Router
 from train.model.sequence import Positions
 
@@ -50,8 +51,9 @@ class Pending(Protocol):
 class Dispatcher(Protocol):
     """Brings tokens to experts and back. Differentiable in x and gates."""
 
-    def dispatch_begin(self, x_TD: Tensor, expert_ids_TK: Tensor, gates_TK: Tensor) -> Pending:
-        """Start to send every token to its K experts."""
+    def dispatch_begin(self, x_TD: Tensor, expert_ids_TK: Tensor, gates_TK: Tensor, again: Any = None) -> Pending:
+        """Start to send every token to its K experts. again: `Routed.state` of an earlier dispatch of these tokens, whose
+        rows go the same ways."""
         ...
 
     def combine(self, out_RD: Tensor, routed: Routed) -> Tensor:
@@ -69,23 +71,35 @@ class Arrived:
         return self.routed
 
 
+class _Sorted(NamedTuple):
+    """The order of rows by expert."""
+
+    order_R: Tensor
+    inverse_TK: Tensor
+    tokens_R: Tensor
+    counts_E: Tensor
+
+
 class LocalDispatcher:
     """All experts are here: a stable sort by expert, and its inverse. No waiting for the device."""
 
     def __init__(self, experts: int, kernels: Kernels):
         self._experts, self._kernels = experts, kernels
 
-    def dispatch_begin(self, x_TD: Tensor, expert_ids_TK: Tensor, gates_TK: Tensor) -> "Arrived":
-        return Arrived(self.dispatch(x_TD, expert_ids_TK, gates_TK))
+    def dispatch_begin(
+        self, x_TD: Tensor, expert_ids_TK: Tensor, gates_TK: Tensor, again: _Sorted | None = None
+    ) -> "Arrived":
+        return Arrived(self.dispatch(x_TD, expert_ids_TK, gates_TK, again))
 
-    def dispatch(self, x_TD: Tensor, expert_ids_TK: Tensor, gates_TK: Tensor) -> Routed:
-        order_R, inverse_R, tokens_R, counts_E = self._kernels.sort_by_expert(expert_ids_TK, self._experts)
-        inverse_TK = inverse_R.view(expert_ids_TK.shape)
-        rows_RD, gates_R = _Permute.apply(x_TD, gates_TK, order_R, tokens_R, inverse_TK)
-        return Routed(rows_RD, gates_R, counts_E, (tokens_R, inverse_TK))
+    def dispatch(self, x_TD: Tensor, expert_ids_TK: Tensor, gates_TK: Tensor, again: _Sorted | None = None) -> Routed:
+        if again is None:
+            order_R, inverse_R, tokens_R, counts_E = self._kernels.sort_by_expert(expert_ids_TK, self._experts)
+            again = _Sorted(order_R, inverse_R.view(expert_ids_TK.shape), tokens_R, counts_E)
+        rows_RD, gates_R = _Permute.apply(x_TD, gates_TK, again.order_R, again.tokens_R, again.inverse_TK)
+        return Routed(rows_RD, gates_R, again.counts_E, again)
 
     def combine(self, out_RD: Tensor, routed: Routed) -> Tensor:
-        return _Unpermute.apply(out_RD, *routed.state)
+        return _Unpermute.apply(out_RD, routed.state.tokens_R, routed.state.inverse_TK)
 
 
 def _gather_sum(rows_RD: Tensor, inverse_TK: Tensor) -> Tensor:
@@ -155,9 +169,10 @@ class MoE(nn.Module):
         """recipe: the context in which saving x costs nothing (`RMSNorm.with_recipe`). Returns (B, T, D)."""
         gates_TK, ids_TK = self.router(x_BTD, recipe, positions)
         x_TD = x_BTD.flatten(0, 1)
-        pending = self._dispatcher.dispatch_begin(x_TD, ids_TK, gates_TK)
+        pending = self._dispatcher.dispatch_begin(x_TD, ids_TK, gates_TK, recall())
         shared_TD = None if self.shared is None else self.shared(x_TD, recipe)  # while the tokens are on their way
         routed = pending.wait()
+        remember(routed.state)
         out_RD = self.run_experts(routed)
         y_TD = self._dispatcher.combine(out_RD, routed)
         if shared_TD is not None:

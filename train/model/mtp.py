@@ -37,10 +37,11 @@ class MTP(nn.Module):
     ):
         super().__init__()
         recompute, kernels = Recompute.norm in config.recompute, precision.kernels
+        repeat = Recompute.layer in config.recompute
         self.embedding_norm = RMSNorm(config.hidden, config.norm_eps, recompute, kernels, **factory)
         self.hidden_norm = RMSNorm(config.hidden, config.norm_eps, recompute, kernels, **factory)
         self.projection = Linear(2 * config.hidden, config.hidden, precision, **factory)
-        self.block = Block(config, precision, rope, dispatcher, local_experts, **factory)
+        self.block = Block(config, precision, rope, dispatcher, local_experts, repeat, **factory)
         self.norm = RMSNorm(config.hidden, config.norm_eps, recompute, kernels, **factory)
 
     def forward(self, hidden_BTD: Tensor, embedding_BTD: Tensor, positions: Positions) -> Tensor:

@@ -22,6 +22,7 @@ from torch.nn import functional as F
 
 from conf.schema import Model
 from train.model.needed import gradients_needed
+from train.model.recompute import is_repeated, recall, remember
 from train.model.sequence import Positions
 
 
@@ -142,23 +143,27 @@ class _Route(torch.autograd.Function):
     def forward(ctx, logits_BTE, bias_E, rule: RoutingRule, balance_weight: float, counters, positions: Positions):
         (batch, _, experts), length, share = logits_BTE.shape, positions.length, positions.share
         scores_BTE = logits_BTE.sigmoid()
-        ids_BTK = choose(scores_BTE + bias_E, rule)
+        ids_BTK = recall()
+        if ids_BTK is None:
+            ids_BTK = remember(choose(scores_BTE + bias_E, rule))
         chosen_BTK = scores_BTE.gather(-1, ids_BTK)
         factor_BT1 = rule.route_scale / (chosen_BTK.sum(-1, keepdim=True) + 1e-20)
         gates_BTK = chosen_BTK * factor_BT1
         frequency_B1E = total_BT1 = None
         if counters is not None and length > 0:
-            load_E, score_E, balance_loss = counters
-            load_E += count(ids_BTK, experts).sum(0)
             total_BT1 = scores_BTE.sum(-1, keepdim=True)
-            share_BE = ((1 / total_BT1).transpose(1, 2) @ scores_BTE).squeeze(1) / length
-            score_E += share_BE.sum(0)
             if balance_weight:
                 best_BE = count(top_indices(scores_BTE, rule.top_k), experts)
                 best_BE = best_BE if share is None else share.total(best_BE)
                 frequency_BE = best_BE * (experts / (rule.top_k * length))
-                balance_loss += balance_weight * (frequency_BE * share_BE).sum() / batch
                 frequency_B1E = frequency_BE.unsqueeze(1)
+            if not is_repeated():
+                load_E, score_E, balance_loss = counters
+                load_E += count(ids_BTK, experts).sum(0)
+                share_BE = ((1 / total_BT1).transpose(1, 2) @ scores_BTE).squeeze(1) / length
+                score_E += share_BE.sum(0)
+                if balance_weight:
+                    balance_loss += balance_weight * (frequency_BE * share_BE).sum() / batch
         ctx.save_for_backward(scores_BTE, ids_BTK, gates_BTK, factor_BT1, frequency_B1E, total_BT1)
         ctx.route_scale = rule.route_scale
         # The gradients of ranks that share sequences are averaged, where each has a part of the loss.

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from conf.schema import Health
+from train.model.recompute import is_repeated
 from train.precision.formats import round_to
 from train.precision.quantize import blocked, fitted, scales
 from train.precision.recipe import OperandRule
@@ -98,7 +99,7 @@ class HealthWatch:
 
     def probe(self, weight: Tensor) -> LayerProbe | None:
         """For the layer of this weight, where this step is watched."""
-        if not self._watching:
+        if not self._watching or is_repeated():
             return None
         return LayerProbe(self._names.get(id(weight), f"weight of shape {tuple(weight.shape)}"), self._readings)
 

@@ -27,6 +27,7 @@ from train.model.layers import FFN, Embedding
 from train.model.mla import MLA
 from train.model.moe import MoE
 from train.model.mtp import MTP
+from train.model.recompute import is_repeated
 from train.model.router import Router
 
 EVIDENCE = "evidence"
@@ -135,7 +136,7 @@ class EvidenceWatch:
             evidence.add(*key.split("/", 1), tensor)
 
     def _take(self, name: str, module: nn.Module, _: Any, output: Any) -> None:
-        if not module.training:
+        if not module.training or is_repeated():
             return
         number = self._calls[name] = self._calls.get(name, -1) + 1
         if isinstance(module, Router):

@@ -20,7 +20,7 @@ from functools import cached_property, lru_cache
 from train.plan.memory.part import PassMemory, Scene, Stretch, trace_backward, trace_forward, trace_split_backward
 
 Parts = tuple[str, ...]
-"""Names of a chunk's parts in order: embedding, dense, moe, end."""
+"""Names of a chunk's parts in order: embedding, dense, moe, end; dense_again and moe_again where backward runs the block again."""
 
 
 @lru_cache(maxsize=4096)

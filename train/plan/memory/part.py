@@ -12,7 +12,7 @@ Shapes: B sequences, S = T + 1 tokens of a sample, T positions, D width.
 
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 
 import torch
@@ -30,6 +30,9 @@ from train.model.sequence import Positions
 from train.plan.memory.ledger import Ledger
 from train.plan.memory.meta_device import meta_kernels, meta_precision, meta_wire
 from train.precision.build import activation_dtype
+
+AGAIN = "_again"
+"""Behind the name of a block that backward runs again."""
 
 
 class Frozen:
@@ -107,7 +110,7 @@ class Forward:
 
 @lru_cache(maxsize=4096)
 def trace_forward(scene: Scene, part: str) -> Forward:
-    """part: embedding, dense, moe or end."""
+    """part: one of a chunk's (train/plan/memory/chunk.py)."""
     with Run(scene, part) as run:
         return run.forward()
 
@@ -308,12 +311,19 @@ class _Tagged:
             return self._dispatcher.combine(*args)
 
 
+def kind_of(part: str) -> str:
+    """embedding, dense, moe or end: a part whatever backward does with it."""
+    return part.removesuffix(AGAIN)
+
+
 def _build(scene: Scene, part: str, on_wait: Callable[[], None], ledger: Ledger) -> DeepSeekV3:
     model: Model = scene.model.section
+    if part in ("dense", "moe"):
+        model = replace(model, recompute=[what for what in model.recompute if not what.startswith(Recompute.layer)])
     recompute = Recompute.swiglu in model.recompute
     kernels = meta_kernels(scene.kind, scene.compiled)
     precision = meta_precision(scene.precision.section, scene.kind, kernels, recompute)
-    layers = {"dense": range(1), "moe": range(model.dense_layers, model.dense_layers + 1)}.get(part, range(0))
+    layers = {"dense": range(1), "moe": range(model.dense_layers, model.dense_layers + 1)}.get(kind_of(part), range(0))
     kind = _End if part == "end" else DeepSeekV3
     chunk = kind(
         model,

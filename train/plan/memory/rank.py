@@ -19,7 +19,7 @@ from train.kernels import build_kernels
 from train.parallelize import split
 from train.plan.job import actions_of, device_kind, layout_of
 from train.plan.memory.chunk import Parts, chunk_of
-from train.plan.memory.part import Frozen, Scene
+from train.plan.memory.part import AGAIN, Frozen, Scene, kind_of
 from train.plan.memory.schedule import MemoryPeak, StagePlan, Walk
 from train.plan.memory.step_end import StepEnd
 from train.plan.memory.weights import FP32, Shards, needs_table, part_weights, rank_weights, shards
@@ -125,7 +125,10 @@ def chunk_parts(config: Config, layers: list[range] | None = None) -> list[dict[
     layers = layers or split(config)
 
     def parts(stage: int) -> Parts:
-        blocks = ["dense" if index < dense else "moe" for index in layers[stage]]
+        blocks = [
+            ("dense" if index < dense else "moe") + AGAIN * (place < config.model.repeated_layers)
+            for place, index in enumerate(layers[stage])
+        ]
         return (*["embedding"] * (stage == 0), *blocks, *["end"] * (stage == last))
 
     return [{stage: parts(stage) for stage in stages} for stages in placement]
@@ -151,7 +154,9 @@ def buffer_bytes(config: Config, chunks: dict[int, Parts]) -> int:
     """Tables of RoPE, counters of routers, and the tokens of a step."""
     model = config.model
     tables = len(chunks) * 8 * config.seq_len * model.rope_head_dim // 2
-    routers = sum((part == "moe") + (part == "end") * model.mtp_depth for parts in chunks.values() for part in parts)
+    routers = sum(
+        (kind_of(part) == "moe") + (part == "end") * model.mtp_depth for parts in chunks.values() for part in parts
+    )
     per_token = 8 + 4 * config.data.mask_documents
     tokens = config.batch_size // config.parallel.dp * (config.seq_len + 1)
     return tables + routers * 16 * model.experts + per_token * tokens

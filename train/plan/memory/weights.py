@@ -15,7 +15,7 @@ from train.model.deepseek import DeepSeekV3
 from train.model.kernels import Kernels
 from train.optim.adamw import decays
 from train.plan.memory.chunk import Parts
-from train.plan.memory.part import Frozen
+from train.plan.memory.part import Frozen, kind_of
 from train.precision.high import HighPrecision
 
 FP32 = 4
@@ -36,7 +36,9 @@ class Weight:
 def part_weights(model: Frozen, part: str, local_experts: int) -> tuple[Weight, ...]:
     """The weights of a part (train/plan/memory/part.py); of the end without the embedding, which is a part of its own."""
     config: Model = model.section
-    layers = {"dense": range(1), "moe": range(config.dense_layers, config.dense_layers + 1)}.get(part, range(0))
+    layers = {"dense": range(1), "moe": range(config.dense_layers, config.dense_layers + 1)}.get(
+        kind_of(part), range(0)
+    )
     chunk = DeepSeekV3(
         config,
         HighPrecision(torch.float32, Kernels()),

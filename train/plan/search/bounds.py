@@ -79,12 +79,19 @@ def _state_bytes(config: Config, held: WeightCounts) -> int:
 
 def _kept_bytes(stages: Stages, ids: list[int], flight: int) -> int:
     """The least that so many micro-batches of one stage keep: of a layer the inputs of both norms and the attention's output,
-    with experts their inputs and those of their SwiGLU."""
+    with experts their inputs and those of their SwiGLU; of one that runs again its input."""
     config, model, element = stages.config, stages.config.model, stages.sizes.element
     quantised = 1 if config.precision.fp8 is not None else element
     row = 2 * model.hidden * element + model.heads * model.v_head_dim * quantised
     routed = model.top_k * (model.hidden + 2 * model.expert_width) * quantised
-    layers = [[row if index < model.dense_layers else row + routed for index in stages.layers[stage]] for stage in ids]
+    again = model.hidden * element
+    layers = [
+        [
+            again if place < model.repeated_layers else row if index < model.dense_layers else row + routed
+            for place, index in enumerate(stages.layers[stage])
+        ]
+        for stage in ids
+    ]
     return int(flight * min(sum(rows) for rows in layers) * stages.sizes.tokens)
 
 

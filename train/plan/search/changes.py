@@ -9,13 +9,13 @@ from typing import Any
 from conf.check import check
 from conf.errors import UserError
 from conf.micro_batches import choose_micro_batch_size
-from conf.schema import ROOT, Config, PipelineSchedule, Recompute
+from conf.schema import ROOT, SELECTIVE, Config, PipelineSchedule
 from parallel.pipeline.split import SCHEDULES
 from train.layout import check_layout
 from train.plan.job import with_nodes
 from train.plan.time.stages import require_rule
 
-LIGHTEST = list(Recompute)
+LIGHTEST = list(SELECTIVE)
 """All that may be recomputed."""
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from functools import cached_property
 
 from conf.errors import UserError
-from conf.schema import Config
+from conf.schema import Config, Recompute
 from parallel.mesh import Layout
 from parallel.pipeline.simulate import Action
 from parallel.pipeline.split import split_layers, stage_placement
@@ -78,9 +78,10 @@ class Stages:
     def directions(self, stage: int) -> Directions:
         """The passes of a stage. Stages with equal layers share them."""
         dense = self.config.model.dense_layers
-        blocks = [index < dense for index in self.layers[stage]]
+        again = self.config.model.repeated_layers
+        blocks = [(index < dense, place < again) for place, index in enumerate(self.layers[stage])]
         first, last = stage == 0, stage == len(self.layers) - 1
-        key = (sum(blocks), len(blocks), first, last)
+        key = (*blocks, first, last)
         if key not in self._made:
             self._made[key] = self._stage(blocks, first, last)
         return self._made[key]
@@ -88,7 +89,8 @@ class Stages:
     def balanced(self) -> list[int]:
         """Layers of every stage with which the ranks are as evenly busy as can be by these times, as parallel.split takes them."""
         model = self.config.model
-        dense, moe = (self._pair(self._stage([kind], False, False)) for kind in (True, False))
+        again = model.repeated_layers >= model.layers  # a share of every stage goes with the stage, not with the layer
+        dense, moe = (self._pair(self._stage([(kind, again)], False, False)) for kind in (True, False))
         costs = [dense if index < model.dense_layers else moe for index in range(model.layers)]
         first, last = (self._pair(self._stage([], end == 0, end == 1)) for end in range(2))
         return [len(one) for one in split_layers(costs, first, last, self.placement)]
@@ -100,17 +102,18 @@ class Stages:
             return overlapped(forward, backward, self.taken).seconds
         return alone(forward, self.taken).seconds + alone(backward, self.taken).seconds
 
-    def _stage(self, blocks: list[bool], first: bool, last: bool) -> Directions:
+    def _stage(self, blocks: list[tuple[bool, bool]], first: bool, last: bool) -> Directions:
+        """blocks: whether each is dense, and whether it runs again in backward."""
         model = self.config.model
         made = Directions()
         if first or (last and model.mtp_depth):
             made.add(self._plain(work.embedding(self.sizes)))
-        for dense in blocks:
-            made.add(self._block(dense))
+        for dense, again in blocks:
+            made.add(self._block(dense, again))
         if last:
             for depth in range(1, model.mtp_depth + 1):
                 part = replace(self.sizes, tokens=self._positions(depth))
-                made.add(self._plain(work.mtp_join(part))).add(self._block(False))
+                made.add(self._plain(work.mtp_join(part))).add(self._block(False, Recompute.layer in model.recompute))
             positions = [self._positions(depth) for depth in range(model.mtp_depth + 1)]
             made.add(self._plain(work.head(self.sizes, positions)))
         if self.config.parallel.zero == 3 or (last and model.mtp_depth > 1):  # backward_in_one_piece
@@ -122,7 +125,20 @@ class Stages:
     def _positions(self, depth: int) -> int:
         return self.config.micro_batch_size * (self.config.seq_len - depth)
 
-    def _block(self, dense: bool) -> Directions:
+    def _block(self, dense: bool, again: bool) -> Directions:
+        made = self._once(dense)
+        if (
+            again
+        ):  # before the backward of inputs, without the way back from the experts: the block's output is not wanted
+            *segments, last = made.forward.segments
+            if not dense:
+                segments[-1] = replace(segments[-1], transfer=0.0)
+            repeated = segments if not dense else [*segments, last]
+            for passes in (made.backward, made.inputs):
+                passes.segments, passes.work = repeated + passes.segments, made.forward.work + passes.work
+        return made
+
+    def _once(self, dense: bool) -> Directions:
         made = self._plain(work.attention(self.sizes))
         if dense:
             passes = work.norm(self.sizes, self.sizes.tokens, self.config.model.hidden)
