@@ -102,8 +102,8 @@ class MLA(nn.Module):
         q_BHTQ = queries(q_latent)
         keep = nullcontext()
         if self._recompute_up and torch.is_grad_enabled():
-            sources = q_latent.detach(), kv_latent.detach(), k_rope_BTR.detach()
-            keep = Recomputed(lambda: (queries(sources[0]), to_travel(*sources[1:])), q_BHTQ, latents_BTX)
+            sources = q_latent, kv_latent, k_rope_BTR
+            keep = Recomputed(lambda q, *others: (queries(q), to_travel(*others)), sources, q_BHTQ, latents_BTX)
         keys = KeysOfLatents(self.kv_up, config.heads, config.kv_rank, config.nope_head_dim)
         with keep:
             out_BHTV = SharedAttention.apply(
