@@ -7,7 +7,7 @@ from conf.check_plan import check_plan
 from conf.check_precision import check_precision
 from conf.errors import UserError
 from conf.fields import check_fields, wrong_choice
-from conf.micro_batches import check_batch
+from conf.micro_batches import batch_unit, check_batch
 from conf.schema import Config, DataFormat, Mode, Model, Phase, PipelineSchedule, Recompute
 
 NEEDS_NO_DATA = (Mode.generate, Mode.plan, Mode.dry_run, Mode.prove)
@@ -202,7 +202,7 @@ def _check_optim(config: Config) -> None:
         "must be two numbers in [0, 1)",
         "use [0.9, 0.95]",
     )
-    start, share = optim.batch_ramp_start, config.micro_batch_size * config.parallel.dp
+    start, share = optim.batch_ramp_start, batch_unit(config)
     _require(
         (start is None) == (optim.batch_ramp_steps == 0),
         "optim.batch_ramp_steps",
@@ -223,7 +223,7 @@ def _check_optim(config: Config) -> None:
                 value % share == 0,
                 f"optim.{name}",
                 value,
-                f"must be a multiple of micro_batch_size x parallel.dp = {share}",
+                f"must be a multiple of micro_batch_size x {'ranks in lockstep' if config.parallel.uneven else 'parallel.dp'} = {share}",
                 f"take {share}",
             )
         _require(

@@ -1,12 +1,14 @@
 """How a step's sequences become micro-batches: what a schedule asks for, the size that is chosen where none is given, and the rule.
 
-Every data-parallel rank has its share of the batch, batch_size / dp, and cuts it into micro-batches of one size.
+Every data-parallel rank has its share of the batch and cuts it into micro-batches of one size. The shares are batch_size / dp;
+with parallel.uneven those of an expert group, whose ranks work in lockstep, may be a micro-batch larger than those of another.
+(With parallel.cp the lockstep is that of all ranks that expert groups and shared sequences connect.)
 """
 
 import math
 
 from conf.errors import UserError
-from conf.schema import Config
+from conf.schema import Config, Parallel
 
 
 def broken_schedule(schedule: str, pp: int, micro_batches: int) -> str | None:
@@ -26,6 +28,39 @@ def batch_sizes(config: Config) -> list[int]:
     return [*range(start, config.batch_size, step), config.batch_size]
 
 
+def in_lockstep(parallel: Parallel) -> int:
+    """Data-parallel ranks that do their micro-batches together."""
+    return parallel.ep // math.gcd(parallel.ep, parallel.cp)
+
+
+def share_of(config: Config, batch: int, dp_rank: int) -> tuple[int, int]:
+    """First sequence and number of sequences of a data-parallel rank, of a step with so many."""
+    size, together = config.micro_batch_size, in_lockstep(config.parallel)
+    group, index = divmod(dp_rank, together)
+    each, more = divmod(batch // (size * together), config.parallel.dp // together)
+    before = (group * each + min(group, more)) * size * together
+    count = (each + (group < more)) * size
+    return before + index * count, count
+
+
+def most_micro_batches(config: Config) -> int:
+    """Of a rank with the largest share, in a step with the full batch."""
+    return share_of(config, config.batch_size, 0)[1] // config.micro_batch_size
+
+
+def micro_batch_counts(config: Config) -> set[int]:
+    """Those that ranks have in a step, over all batches of the ramp: of the largest share and of the smallest."""
+    ranks = 0, config.parallel.dp - 1
+    return {
+        share_of(config, batch, rank)[1] // config.micro_batch_size for batch in batch_sizes(config) for rank in ranks
+    }
+
+
+def batch_unit(config: Config) -> int:
+    """What every batch is a multiple of."""
+    return config.micro_batch_size * (in_lockstep(config.parallel) if config.parallel.uneven else config.parallel.dp)
+
+
 def choose_micro_batch_size(config: Config) -> int:
     """The largest size that divides a rank's share of every batch, keeps to config.micro_batch_tokens, and leaves the schedule as
     many micro-batches as it needs; 1 where no size does.
@@ -41,12 +76,16 @@ def choose_micro_batch_size(config: Config) -> int:
 
 
 def check_batch(config: Config) -> None:
-    """Raise UserError unless every data-parallel rank has the same whole number of micro-batches.
+    """Raise UserError unless every data-parallel rank has the same whole number of micro-batches, or with parallel.uneven every
+    rank of an expert group.
 
     The cure is the change nearest to what was asked for.
     """
     batch, size, dp = config.batch_size, config.micro_batch_size, config.parallel.dp
     if batch % (size * dp) == 0:
+        return
+    if config.parallel.uneven:
+        _check_uneven(config)
         return
     if batch % dp == 0:
         fitting = max(each for each in divisors(batch // dp) if each <= size)
@@ -62,6 +101,22 @@ def check_batch(config: Config) -> None:
     if around:
         cure += f", or parallel.dp={' or '.join(map(str, around))}, which {batch} sequences divide among"
     raise UserError("batch_size", batch, f"must be a multiple of micro_batch_size x parallel.dp = {size} x {dp}", cure)
+
+
+def _check_uneven(config: Config) -> None:
+    batch, size, parallel = config.batch_size, config.micro_batch_size, config.parallel
+    if parallel.zero == 3:
+        rule = "needs equal shares with parallel.zero=3, where all ranks gather weights for every micro-batch together"
+        raise UserError("parallel.uneven", True, rule, "use parallel.zero=1 or 2, or a dp that divides the batch")
+    if batch % batch_unit(config):
+        together = in_lockstep(parallel)
+        rule = f"must be a multiple of {size} x {together}: micro_batch_size, and ranks that work in lockstep (parallel.ep)"
+        raise UserError(
+            "batch_size", batch, rule, f"take batch_size={-(-batch // batch_unit(config)) * batch_unit(config)}"
+        )
+    if min(batch_sizes(config)) < size * parallel.dp:
+        rule = f"must leave every rank a micro-batch: at least micro_batch_size x parallel.dp = {size} x {parallel.dp} sequences"
+        raise UserError("batch_size", min(batch_sizes(config)), rule, "lower parallel.dp or micro_batch_size")
 
 
 def divisors(number: int) -> list[int]:

@@ -246,7 +246,8 @@ class Optim:
     batch_ramp_steps: int = number(0, least=0)
     """Steps over which the batch grows linearly to batch_size."""
     batch_ramp_increment: int = number(1, least=1)
-    """The growing batch is rounded down to a multiple of this; a multiple of micro_batch_size x dp."""
+    """The growing batch is rounded down to a multiple of this; a multiple of micro_batch_size x dp, or x ep with
+    parallel.uneven."""
     ema_decay: float = number(0.0, least=0, below=1)
     """Decay of the moving average of the weights kept in CPU memory; 0 for none."""
     max_bad_steps: int = number(5, least=1)
@@ -266,6 +267,9 @@ class Parallel:
     seq_len / 2."""
     ep: int = number(1, least=1)
     """Ranks that share the experts of one layer; divides dp x cp."""
+    uneven: bool = False
+    """Let expert groups have shares of the batch that differ by one micro-batch a rank, where dp does not divide the batch; losses
+    are weighted by tokens. A run on Ray that goes on with fewer ranks sets it. Needs zero 1 or 2."""
     zero: int = number(1, least=1, most=3)
     """ZeRO stage, 1 to 3; 1 with pipelines. DeepSpeed's stage 0 would clip with a wrong norm."""
     schedule: PipelineSchedule = PipelineSchedule["1f1b"]

@@ -27,6 +27,10 @@ LAYOUTS = {
     "dp2_zero2": (2, ["parallel.dp=2", "parallel.zero=2"]),
     "ep2": (2, ["parallel.dp=2", "parallel.ep=2"]),
     "dp4_ep2": (4, ["parallel.dp=4", "parallel.ep=2"]),
+    # 8 sequences over 3 ranks: 3, 3 and 2; over 3 expert groups of 2: 4 rounds are 2, 1 and 1.
+    "dp3_uneven": (3, ["parallel.dp=3", "parallel.uneven=true"]),
+    "dp6_ep2_uneven": (6, ["parallel.dp=6", "parallel.ep=2", "parallel.uneven=true", "parallel.zero=2"]),
+    "pp2_dp3_uneven": (6, ["parallel.pp=2", "parallel.dp=3", "parallel.uneven=true"]),
     "ep4": (4, ["parallel.dp=4", "parallel.ep=4"]),
     "ep4_nodes": (4, ["parallel.dp=4", "parallel.ep=4", "parallel.dispatch=node_limited", "cluster.ranks_per_node=2"]),
     "pp2_1f1b": (2, ["parallel.pp=2"]),

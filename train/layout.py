@@ -1,6 +1,6 @@
 """Whether a layout can run, before anything starts. No torch, which takes seconds to import, unless a rule needs it."""
 
-from conf.micro_batches import batch_sizes
+from conf.micro_batches import micro_batch_counts
 from conf.schema import Config
 from parallel.pipeline.split import check_schedule, check_split
 
@@ -11,8 +11,7 @@ def check_layout(config: Config) -> None:
     One rank too: a pipeline of one stage still follows its schedule.
     """
     parallel = config.parallel
-    for batch in batch_sizes(config):
-        micro_batches = batch // (config.micro_batch_size * parallel.dp)
+    for micro_batches in micro_batch_counts(config):
         check_schedule(parallel.schedule, parallel.pp, micro_batches, config.model.layers)
     if isinstance(parallel.split, list):
         check_split(parallel.split, parallel.schedule, parallel.pp, config.model.layers)

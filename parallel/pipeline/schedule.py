@@ -3,8 +3,8 @@
 torch.distributed.pipelining owns the order of the actions and the transfers between stages.  Every rank of a pipeline
 reads the same batch; tokens_BS (and documents_BS) are cut into micro-batches along B and reach every local chunk
 as keywords, so that only hidden states cross stages.  The last chunk turns them into its loss, of shape (1,): no
-logits enter the schedule.  The schedule weighs each loss by 1 / micro-batches and sums gradients, so gradients are
-those of the mean over micro-batches.  A single stage is a pipeline of one and runs through the same object, in the
+logits enter the schedule.  The schedule weighs each loss by 1 / micro-batches (of the mean pipeline, where those that work
+side by side have shares of a batch that differ) and sums gradients, so gradients are those of the mean over micro-batches.  A single stage is a pipeline of one and runs through the same object, in the
 1F1B order F0 B0 F1 B1 ...
 
 Shapes: B sequences, S = T + 1 tokens of a batch row (T inputs and T targets), T positions, D hidden width.
@@ -80,14 +80,16 @@ class Pipeline:
         """Whether this rank holds the last stage, and so sees the loss."""
         return self.stage_ids[-1] == self.num_stages - 1
 
-    def step(self, tokens_BS: Tensor, documents_BS: Tensor | None = None, *, micro_batches: int) -> Tensor | None:
+    def step(
+        self, tokens_BS: Tensor, documents_BS: Tensor | None = None, *, micro_batches: int, mean: float | None = None
+    ) -> Tensor | None:
         """Run all micro-batches forward and backward; gradients are added to the parameters' .grad.
 
         tokens_BS int64 and documents_BS int32 (or None) are the same on every rank of the pipeline, with B a multiple
-        of micro_batches. Returns the mean loss over micro-batches, a detached scalar, on the rank with the last stage,
-        and None elsewhere.
+        of micro_batches. mean: what losses are divided by, micro_batches if it is not given. Returns the sum of the
+        losses after that, a detached scalar, on the rank with the last stage, and None elsewhere.
         """
-        schedule = self._schedule(tokens_BS, micro_batches)
+        schedule = self._schedule(tokens_BS, micro_batches, float(micro_batches) if mean is None else mean)
         keywords = {"tokens_BS": tokens_BS} | ({} if documents_BS is None else {"documents_BS": documents_BS})
         losses: list[Tensor] = []
         with self.timeline.step():
@@ -154,16 +156,16 @@ class Pipeline:
     def _transfer(self, operation, tensor: Tensor, stage: int) -> dist.P2POp:
         return dist.P2POp(operation, tensor, group=self.group, group_peer=self._rank_of[stage])
 
-    def _schedule(self, tokens_BS: Tensor, micro_batches: int):
+    def _schedule(self, tokens_BS: Tensor, micro_batches: int, mean: float):
         """The torch schedule for this number and shape of micro-batches; a batch ramp changes the number."""
         B, S = tokens_BS.shape
         assert B % micro_batches == 0, (B, micro_batches)
-        key = (micro_batches, B // micro_batches, S)
+        key = (micro_batches, B // micro_batches, S, mean)
         if key not in self._schedules:
             self._schedules[key] = self._make_schedule(*key)
         return self._schedules[key]
 
-    def _make_schedule(self, micro_batches: int, B: int, S: int):
+    def _make_schedule(self, micro_batches: int, B: int, S: int, mean: float):
         stages = [
             self.stage_type(
                 module,
@@ -180,7 +182,7 @@ class Pipeline:
         schedule = _TORCH[self.name](
             stages[0] if self.name == "1f1b" else stages,
             micro_batches,
-            loss_fn=lambda loss, _: loss.sum() / micro_batches,
+            loss_fn=lambda loss, _: loss.sum() / mean,
             scale_grads=False,
         )
         if self._lanes is not None:

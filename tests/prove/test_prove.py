@@ -29,6 +29,7 @@ ROOM = ["model.mtp_depth=2", "data.mask_documents=true", "optim.clip=0.1"]
 LAYOUTS = {
     "ep2_zero2_bf16": ["parallel.dp=2", "parallel.ep=2", "parallel.zero=2", "precision=bf16"],
     "pp2_zbv_layers_again": ["parallel.pp=2", "parallel.schedule=zbv", "model.recompute=[norm,layer]"],
+    "dp3_uneven": ["parallel.dp=3", "parallel.uneven=true"],
 }
 LARGE = {
     "pp2_dp2_ep2_dualpipev_fp8": [

@@ -15,6 +15,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from conf.errors import UserError
+from conf.micro_batches import share_of
 from conf.schema import Config
 from parallel.expert.build import build_wire
 from parallel.expert.stand_in import build_stand_in
@@ -87,7 +88,7 @@ def run_alone(piece: DryRunPiece, device: torch.device) -> MeasuredRank:
 def _steps(config: Config, parts: Parallelized, rank: RankSetup) -> MeasuredRank:
     device = rank.device
     draw = torch.Generator().manual_seed(config.seed)
-    shape = config.batch_size // config.parallel.dp, config.seq_len + 1
+    shape = share_of(config, config.batch_size, 0)[1], config.seq_len + 1
     batch = Batch(torch.randint(config.model.vocab_size, shape, generator=draw).to(device))
     training_step = TrainingStep(config, parts, rank)
 

@@ -49,9 +49,11 @@ class Measure:
         self.layers = moe_layers(model)
         self.routers = parts.routers()
         self.last = next((chunk for chunk in parts.chunks if chunk.has_head), None)
+        self._weight = 1.0
 
-    def clear(self) -> None:
-        """Start a new step."""
+    def clear(self, weight: float) -> None:
+        """Start a new step. weight: of this rank's mean losses, its share of the batch over the mean share."""
+        self._weight = weight
         for router in self.routers.values():
             router.clear()
         if self.last is not None:
@@ -66,7 +68,7 @@ class Measure:
         biases_LE = torch.zeros(shape, dtype=torch.float64, device=self.device)
         scalars[0] = float(stop)
         if self.last is not None:
-            scalars[1 : 2 + depth] = self.last.losses.means().double() / self.mesh.layout.stage_ranks
+            scalars[1 : 2 + depth] = self.last.losses.means().double() * self._weight / self.mesh.layout.stage_ranks
         for name, router in self.routers.items():
             row = self.layers.index(name)
             loads_LE[row] = router.load_E

@@ -36,6 +36,11 @@ class TrainingStep:
 
     def __init__(self, config: Config, parts: Parallelized, rank: RankSetup):
         self._config, self._parts, self._device = config, parts, rank.device
+        self._sequences = config.micro_batch_size * rank.mesh.layout.dp
+        """Of one micro-batch of every data-parallel rank."""
+        self._mean_micro_batches = 0.0
+        """Of a data-parallel rank in this step: what losses are divided by, so that all tokens of the batch weigh the same where
+        shares differ (parallel.uneven)."""
         self.measure = Measure(config.model, parts, rank)
 
     def run(
@@ -62,7 +67,9 @@ class TrainingStep:
         """Forward and backward of all micro-batches."""
         documents_BS = None if batch.documents_BS is None else batch.documents_BS.to(self._device)
         tokens_BS = batch.tokens_BS.to(self._device)
-        self._parts.pipeline.step(tokens_BS, documents_BS, micro_batches=self._micro_batches(batch))
+        self._parts.pipeline.step(
+            tokens_BS, documents_BS, micro_batches=self._micro_batches(batch), mean=self._mean_micro_batches
+        )
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)  # the sum over all ranks that follows waits for it in any case
 
@@ -70,10 +77,11 @@ class TrainingStep:
         return len(batch.tokens_BS) // self._config.micro_batch_size
 
     def _set_weights(self, plan: StepPlan, batch: Batch) -> None:
-        self.measure.clear()
+        self._mean_micro_batches = plan.batch_size / self._sequences
+        self.measure.clear(self._micro_batches(batch) / self._mean_micro_batches)
         self._parts.precision.start_step(plan.step)
         for router in self.measure.routers.values():
-            router.balance_weight = self._config.optim.balance_loss / self._micro_batches(batch)
+            router.balance_weight = self._config.optim.balance_loss / self._mean_micro_batches
         if self.measure.last is not None:
             self.measure.last.mtp_weight = plan.mtp_weight
 

@@ -15,6 +15,7 @@ from typing import Any
 from cluster.run_files import step_name
 from conf.disk import disk_errors
 from conf.errors import EXIT_DIVERGED, EXIT_OK, EXIT_STOPPED, DiskFailed, RunEnded
+from conf.micro_batches import share_of
 from conf.schema import Config
 from parallel.exchange import gather
 from train.checkpoint.checkpointer import Checkpointer, SaveResult
@@ -135,8 +136,8 @@ class Trainer:
 
     def _share(self, plan: StepPlan) -> tuple[int, int]:
         """First sample and number of samples of this rank: a contiguous part of the step's batch."""
-        count = plan.batch_size // self.mesh.layout.dp
-        return plan.first_sample + self.mesh.dp_rank * count, count
+        first, count = share_of(self.config, plan.batch_size, self.mesh.dp_rank)
+        return plan.first_sample + first, count
 
     def _step(self, plan: StepPlan, batches: Prefetch) -> bool:
         """One step; returns whether the run was asked to stop."""
@@ -219,11 +220,10 @@ class Trainer:
 
     def _samples_of(self, plan: StepPlan, ranks: Sequence[int]) -> str:
         """The samples that these ranks read in a step."""
-        count = plan.batch_size // self.mesh.layout.dp
-        firsts = (
-            plan.first_sample + replica * count for replica in sorted({self.mesh.layout.dp_rank(r) for r in ranks})
-        )
-        return ", ".join(f"{first} to {first + count - 1}" for first in firsts)
+        replicas = sorted({self.mesh.layout.dp_rank(rank) for rank in ranks})
+        shares = (share_of(self.config, plan.batch_size, replica) for replica in replicas)
+        firsts = ((plan.first_sample + first, count) for first, count in shares)
+        return ", ".join(f"{first} to {first + count - 1}" for first, count in firsts)
 
     def _record(self, plan: StepPlan, measured: Measured, grad_norm: float, data_wait: float) -> dict[str, Any]:
         depth = max(1, len(measured.mtp_losses))

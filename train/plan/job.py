@@ -4,6 +4,7 @@ from dataclasses import replace
 from functools import lru_cache
 
 from conf.errors import UserError
+from conf.micro_batches import most_micro_batches
 from conf.schema import Config, Hardware
 from parallel.mesh import Layout, partition, read_layout
 from parallel.pipeline.simulate import Action, schedule_actions
@@ -82,8 +83,8 @@ def with_nodes(config: Config) -> Config:
 
 
 def micro_batches_of(config: Config) -> int:
-    """Micro-batches of a rank in a step at the full batch."""
-    return config.batch_size // (config.micro_batch_size * config.parallel.dp)
+    """Micro-batches of the rank with most of them, in a step at the full batch."""
+    return most_micro_batches(config)
 
 
 def actions_of(config: Config) -> list[list[Action]]:

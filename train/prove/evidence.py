@@ -50,6 +50,8 @@ class StepInfo:
     device: str
     dp: int = 1
     dp_rank: int = 0
+    first: int = 0
+    """Of its samples, in the step's batch."""
     micro_batch_size: int = 1
     plan: dict[str, float] = field(default_factory=dict)
     main_loss: float = 0.0

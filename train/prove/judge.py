@@ -213,9 +213,9 @@ class Judge:
             weights[name] = rounded.clone().requires_grad_()
         return PlainModel(self.config, weights, _under("bias", before), choices)
 
-    def _rows(self, rank: Evidence, number: int, batch_size: int) -> slice:
+    def _rows(self, rank: Evidence, number: int) -> slice:
         """Samples of a micro-batch, within the batch."""
-        first = rank.info.dp_rank * (batch_size // rank.info.dp) + number * rank.info.micro_batch_size
+        first = rank.info.first + number * rank.info.micro_batch_size
         return slice(first, first + rank.info.micro_batch_size)
 
     def _choices(self, ranks: list[Evidence], batch_size: int) -> dict[str, Tensor] | None:
@@ -227,7 +227,7 @@ class Judge:
             for key, ids in rank.of_kind("forward"):
                 name, number = key.rsplit("/", 1)
                 if name.endswith(".ids"):
-                    first = self._rows(rank, int(number), batch_size).start
+                    first = self._rows(rank, int(number)).start
                     parts.setdefault(name.removesuffix(".ids"), {})[first] = ids
         return {name: torch.cat([ids[first] for first in sorted(ids)]) for name, ids in parts.items()}
 
@@ -251,7 +251,7 @@ class Judge:
                 continue
             scale = _size(seen.values[name], self.is_rounded)
             for rank, number, value in made[name]:
-                rows = self._rows(rank, number, batch_size)
+                rows = self._rows(rank, number)
 
                 def part(step: ReferenceStep, name: str = name, rows: slice = rows) -> Tensor:
                     return self._by_sample(step.seen.values[name], batch_size)[rows]
@@ -268,7 +268,7 @@ class Judge:
         want = self._by_sample(seen.values[f"{name}.ids"], batch_size)
         bound = chosen(self.proof, self.config)
         for rank, number, ids in made:
-            rows = self._rows(rank, number, batch_size)
+            rows = self._rows(rank, number)
             if self.proof != "exact":
 
                 def excess(step: ReferenceStep, rows: slice = rows, ids: Tensor = ids) -> Tensor:
@@ -318,7 +318,7 @@ class Judge:
                 gradient = self.want.seen.values[name].grad
                 if gradient is None:
                     continue
-                rows, dp = self._rows(rank, number, batch_size), rank.info.dp
+                rows, dp = self._rows(rank, number), rank.info.dp
 
                 def part(step: ReferenceStep, name: str = name, rows: slice = rows, dp: int = dp) -> Tensor:
                     return self._by_sample(step.seen.values[name].grad * dp, batch_size)[rows]

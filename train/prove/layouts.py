@@ -73,4 +73,9 @@ def layout_name(config: Config) -> str:
     parts = [f"{name} {value}" for name in ("pp", "dp", "ep") if (value := getattr(parallel, name)) > 1]
     parts += [parallel.schedule] if parallel.pp > 1 or parallel.schedule != "1f1b" else []
     parts += [parallel.dispatch] if parallel.ep > 1 else []
+    parts += (
+        ["shares that differ"]
+        if parallel.uneven and config.batch_size % (config.micro_batch_size * parallel.dp)
+        else []
+    )
     return ", ".join([*parts, f"ZeRO {parallel.zero}"])

@@ -96,19 +96,22 @@ def shrink(cfg: Config) -> Miniature:
     seq_len = min(cfg.seq_len, SEQUENCE)
     model = replace(model, loss_chunk=_chunk(cfg, micro_batch_size * seq_len))
     start, full = _micro_batches(cfg, layout, model.layers)
-    share = micro_batch_size * layout.dp
+    share, less = micro_batch_size * layout.dp, 0
+    if cfg.parallel.uneven and layout.edp > 1:
+        start = full  # a ramp has larger steps than the difference of the shares
+        less = micro_batch_size * layout.ep
     small = replace(
         cfg,
         mode=Mode.prove,
         steps=min(cfg.steps, STEPS),
         seq_len=seq_len,
-        batch_size=full * share,
+        batch_size=full * share - less,
         micro_batch_size=micro_batch_size,
         resume="never",
         init_from=None,
         model=model,
         data=Data(mask_documents=cfg.data.mask_documents),
-        optim=_shrink_optim(cfg.optim, start * share, (full - start) * share),
+        optim=_shrink_optim(cfg.optim, start * share - less, (full - start) * share),
         parallel=replace(cfg.parallel, pp=layout.pp, dp=layout.dp, ep=layout.ep, split=split),
         cluster=Cluster(
             device=cfg.cluster.device,
@@ -222,7 +225,8 @@ def _micro_batches(cfg: Config, layout: Layout, layers: int) -> tuple[int, int]:
 
     def allowed(count: int) -> bool:
         try:
-            check_schedule(cfg.parallel.schedule, layout.pp, count, layers)
+            for each in {count, count - cfg.parallel.uneven}:  # of the largest share and of the smallest
+                check_schedule(cfg.parallel.schedule, layout.pp, each, layers)
         except UserError:
             return False
         return True

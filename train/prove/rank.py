@@ -25,6 +25,7 @@ from cluster.launch import Place, given_run  # noqa: E402
 from cluster.run_files import step_name  # noqa: E402
 from conf.disk import disk_errors  # noqa: E402
 from conf.errors import EXIT_OK  # noqa: E402
+from conf.micro_batches import share_of  # noqa: E402
 from conf.schema import Config  # noqa: E402
 from parallel.exchange import from_rank_0  # noqa: E402
 from parallel.mesh import build_mesh, read_layout  # noqa: E402
@@ -95,9 +96,9 @@ def in_groups(config: Config, place: Place, device: torch.device) -> RankSetup:
 def prove_exact(config: Config, place: Place, device: torch.device) -> None:
     """One step of TrainingStep, without an optimizer."""
     rank, plan = in_groups(config, place, device), Schedules(config).plan(1)
-    count = plan.batch_size // rank.mesh.layout.dp
+    first, count = share_of(config, plan.batch_size, rank.mesh.dp_rank)
     # Drawn outside, as in fp64 other numbers would be drawn.
-    batch = ProofData.of(config).train.batch(plan.first_sample + rank.mesh.dp_rank * count, count)
+    batch = ProofData.of(config).train.batch(plan.first_sample + first, count)
     weights, biases = initial_weights(config), initial_biases(config)
     with in_double():
         kernels = build_kernels(device.type, config.cluster.compiled)
@@ -310,6 +311,7 @@ def _info(proof: str, part: int, config: Config, rank: RankSetup, plan: StepPlan
         device=rank.device.type,
         dp=mesh.layout.dp,
         dp_rank=mesh.dp_rank,
+        first=share_of(config, plan.batch_size, mesh.dp_rank)[0],
         micro_batch_size=config.micro_batch_size,
         plan={name: value for name, value in asdict(plan).items() if name != "step"},
         main_loss=measured.main_loss,

@@ -12,6 +12,7 @@ are alike, but for the rows that reach their experts: `plan.imbalance` says by h
 from collections import Counter
 from dataclasses import dataclass
 
+from conf.micro_batches import share_of
 from conf.schema import Config
 from parallel.expert.stand_in import Group, Load
 from parallel.pipeline.split import stage_placement
@@ -158,7 +159,7 @@ def buffer_bytes(config: Config, chunks: dict[int, Parts]) -> int:
         (kind_of(part) == "moe") + (part == "end") * model.mtp_depth for parts in chunks.values() for part in parts
     )
     per_token = 8 + 4 * config.data.mask_documents
-    tokens = config.batch_size // config.parallel.dp * (config.seq_len + 1)
+    tokens = share_of(config, config.batch_size, 0)[1] * (config.seq_len + 1)
     return tables + routers * 16 * model.experts + per_token * tokens
 
 
