@@ -91,7 +91,7 @@ class StubHost:
     async def _end(self, node: StubNode, attempt: int) -> None:
         node.end(-9)
 
-    async def _stop(self, node: StubNode, attempt: int) -> None:
+    async def _stop(self, node: StubNode, attempt: int, in_memory: bool = False) -> None:
         node.end(75)
 
     async def _warm(self, node: StubNode, *_: Any) -> None:

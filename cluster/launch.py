@@ -7,7 +7,7 @@ starts the ranks as children.
 
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -84,12 +84,18 @@ def given_run() -> tuple[Config, Place]:
 
 
 def launch(
-    config: Config, folder: Path, command: list[str], run_rank: Callable[[Config, Place], int], alone: bool = True
+    config: Config,
+    folder: Path,
+    command: list[str],
+    run_rank: Callable[[Config, Place], int],
+    alone: bool = True,
+    planner: Sequence[str] = (),
 ) -> int:
     """Run all ranks (or this one); returns the exit code of the run.
 
     `command` starts one rank as a child process; `run_rank` runs one in this process, which only the sole run of a
-    process may do, since torch's process groups and DeepSpeed leave traces.
+    process may do, since torch's process groups and DeepSpeed leave traces. planner: what a driver may start, as in
+    cluster/driver/driver.py.
     """
     parallel, place = config.parallel, given_place()
     if place is not None:
@@ -98,7 +104,7 @@ def launch(
     if config.cluster.backend == "ray":
         from cluster.driver.ray_backend import run_ray  # importing Ray takes half a second that other runs need not pay
 
-        return run_ray(config, folder, command)
+        return run_ray(config, folder, command, planner)
     world = parallel.world
     if world == 1 and alone:
         return run_rank(config, Place())

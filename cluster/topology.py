@@ -8,14 +8,18 @@ stages of a pipeline, so consecutive stages of the same data-parallel block get 
        node, a node has devices // ep seats; else a seat is ep / g nodes with g ranks each, g the largest divisor of
        ep that the nodes can hold, first inside racks, then from what the racks have left over.
     2. A block is one expert group of every stage: pp seats. A block has whole pipelines, so a lost device costs at
-       most one block, and dp shrinks by ep. Seat i takes stage i % pp of block i // pp.
+       most one block of the attempt; which smaller layout follows says cluster/driver/shapes.py. Seat i takes stage i % pp of
+       block i // pp.
     3. Nodes without a rank are spares.
+    4. After a failure ranks stay where they were, next to their copies in memory; a spare takes the place of each node that
+       is missing, one of the same rack where there is one. Where that would spread more groups over racks than the steps above
+       do, those count.
 
 Every node holds the same number of ranks of an expert group, as the two-hop dispatcher requires.
 """
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 from conf.errors import UserError
@@ -33,6 +37,19 @@ class Node:
     devices: int
     """Ranks that it can hold: its GPUs, or an agreed number on CPU."""
     rack: str = ""
+    device_bytes: int = 0
+    """Memory of a device; 0 where it is not known."""
+
+
+@dataclass(frozen=True)
+class Shape:
+    """How many ranks a stage has, how many of them share experts, and what follows for the busiest of them."""
+
+    dp: int
+    """parallel.dp x parallel.cp."""
+    ep: int
+    micro_batches: int = 0
+    """Of the busiest rank in a step."""
 
 
 @dataclass(frozen=True)
@@ -50,11 +67,18 @@ class Placement:
     """An ordered rank list."""
 
     pp: int
-    dp: int
-    ep: int
+    shape: Shape
     seats: tuple[Seat, ...]
     """By rank."""
     spares: tuple[Node, ...]
+
+    @property
+    def dp(self) -> int:
+        return self.shape.dp
+
+    @property
+    def ep(self) -> int:
+        return self.shape.ep
 
     @property
     def world(self) -> int:
@@ -74,31 +98,40 @@ class Placement:
 
 
 def place(
-    nodes: list[Node], pp: int, dp: int, ep: int, accept: Callable[[int], bool] = lambda dp: True
+    nodes: list[Node],
+    pp: int,
+    shapes: Iterable[Shape],
+    allowed: Callable[[Shape], bool] = lambda shape: True,
+    near: Placement | None = None,
 ) -> Placement | None:
-    """The placement with the largest dp that fits these nodes, at most the given one; None if nothing fits.
+    """The placement of the first of these shapes that fits the nodes and is allowed; None if there is none.
 
-    dp stays a multiple of ep, so that every rank belongs to a whole pipeline and a whole expert group. accept: whether
-    a smaller dp is allowed, as the batch must still divide among its ranks.
+    near: an earlier placement, whose ranks stay where they were if the shape is the same.
     """
-    assert dp % ep == 0
     ordered = sorted(nodes, key=_position)
-    best: tuple[int, list[list[tuple[Node, int]]], int] | None = None
-    for inside in sorted((g for g in range(1, ep + 1) if ep % g == 0), reverse=True):
-        seats = list(_seats(ordered, ep, inside))
-        allowed = (size for size in range(min(dp, len(seats) // pp * ep), 0, -ep) if accept(size))
-        size = next(allowed, 0)
-        if size and (best is None or size > best[0]):
-            best = size, seats, inside
-    if best is None:
-        return None
-    size, seats, _ = best
-    return _number(ordered, seats[: pp * size // ep], pp, size, ep)
+    rooms: dict[int, list[_Seats]] = {}
+    for shape in shapes:
+        assert shape.dp % shape.ep == 0
+        if shape.ep not in rooms:
+            rooms[shape.ep] = _rooms(ordered, shape.ep)
+        wanted = pp * shape.dp // shape.ep
+        seats = next((seats for seats in rooms[shape.ep] if len(seats) >= wanted), None)
+        if seats is None or not allowed(shape):
+            continue
+        fresh = _number(ordered, seats[:wanted], pp, shape)
+        kept = None if near is None or (near.pp, near.shape) != (pp, shape) else _replace_missing(ordered, near)
+        return kept if kept is not None and _straddling(kept) <= _straddling(fresh) else fresh
+    return None
+
+
+def room(nodes: Iterable[Node], ep: int) -> int:
+    """How many expert groups of this size the nodes hold."""
+    return max(len(seats) for seats in _rooms(sorted(nodes, key=_position), ep))
 
 
 def require(nodes: list[Node], pp: int, dp: int, ep: int) -> Placement:
     """The placement of exactly pp x dp ranks; UserError if the nodes cannot hold them."""
-    found = place(nodes, pp, dp, ep)
+    found = place(nodes, pp, [Shape(size, ep) for size in range(dp, 0, -ep)])
     if found is not None and found.dp == dp:
         return found
     devices = sum(node.devices for node in nodes)
@@ -115,6 +148,34 @@ def require(nodes: list[Node], pp: int, dp: int, ep: int) -> Placement:
     )
 
 
+def _replace_missing(ordered: list[Node], near: Placement) -> Placement | None:
+    """The same seats, with a spare in the place of every node that is not there; None if there are too few."""
+    index = {node.id: place for place, node in enumerate(ordered)}
+    used = near.by_node()
+    spares = [node for node in ordered if node.id not in used]
+    now: dict[str, Node] = {}
+    for id, seats in used.items():
+        needed, old = 1 + max(seat.local_rank for seat in seats), seats[0].node
+        if id in index and ordered[index[id]].devices >= needed:
+            now[id] = ordered[index[id]]
+            continue
+        fitting = [node for node in spares if node.devices >= needed]
+        if not fitting:
+            return None
+        now[id] = next((node for node in fitting if node.rack == old.rack), fitting[0])
+        spares.remove(now[id])
+    seats = tuple(Seat(seat.rank, now[seat.node.id], seat.local_rank) for seat in near.seats)
+    return Placement(near.pp, near.shape, seats, tuple(spares))
+
+
+def _straddling(placement: Placement) -> int:
+    """Expert groups that are in more than one rack."""
+    racks: dict[int, set[str]] = {}
+    for seat in placement.seats:
+        racks.setdefault(seat.rank // placement.ep, set()).add(seat.node.rack)
+    return sum(len(each) > 1 for each in racks.values())
+
+
 def _position(node: Node) -> tuple:
     return _natural(node.rack), _natural(node.name), _natural(node.address), node.id
 
@@ -122,6 +183,14 @@ def _position(node: Node) -> tuple:
 def _natural(text: str) -> list[tuple[bool, int, str]]:
     """Sort key by which node10 comes after node9."""
     return [(part.isdecimal(), int(part) if part.isdecimal() else 0, part) for part in re.split(r"(\d+)", text)]
+
+
+_Seats = list[list[tuple[Node, int]]]
+
+
+def _rooms(ordered: list[Node], ep: int) -> list[_Seats]:
+    """All places of expert groups, for every number of ranks that a node may have of each; the largest number first."""
+    return [list(_seats(ordered, ep, inside)) for inside in range(ep, 0, -1) if ep % inside == 0]
 
 
 def _seats(nodes: list[Node], ep: int, inside: int) -> Iterator[list[tuple[Node, int]]]:
@@ -146,8 +215,9 @@ def _seats(nodes: list[Node], ep: int, inside: int) -> Iterator[list[tuple[Node,
     yield from straddling
 
 
-def _number(nodes: list[Node], seats: list[list[tuple[Node, int]]], pp: int, dp: int, ep: int) -> Placement:
+def _number(nodes: list[Node], seats: _Seats, pp: int, shape: Shape) -> Placement:
     """Give out rank numbers: rank = stage * dp + block * ep + index in the expert group."""
+    dp, ep = shape.dp, shape.ep
     placed: list[Seat] = []
     for index, seat in enumerate(seats):
         block, stage = divmod(index, pp)
@@ -157,7 +227,7 @@ def _number(nodes: list[Node], seats: list[list[tuple[Node, int]]], pp: int, dp:
             placed += [Seat(start + i, node, first + i) for i in range(share)]
     used = {seat.node.id for seat in placed}
     spares = tuple(node for node in nodes if node.id not in used)
-    return Placement(pp, dp, ep, tuple(sorted(placed, key=lambda seat: seat.rank)), spares)
+    return Placement(pp, shape, tuple(sorted(placed, key=lambda seat: seat.rank)), spares)
 
 
 def table(placement: Placement) -> str:

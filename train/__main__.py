@@ -71,7 +71,8 @@ def _train(config: Config, alone: bool) -> int:
     with RunFolder(config, checkpoint_bytes(config)) as folder:
         record_start(folder.path)
         command = [sys.executable, "-m", "train.worker", str(folder.config_path)]
-        code = launch(config, folder.path, command, _run_rank, alone)
+        planner = [sys.executable, "-m", "train.plan.layouts", str(folder.config_path)]
+        code = launch(config, folder.path, command, _run_rank, alone, planner)
         if code == EXIT_USER:
             folder.take_back()
         elif config.cluster.backend == "ray" and code in (EXIT_CRASH, EXIT_DIVERGED):

@@ -113,7 +113,7 @@ def _run(config: Config, place: Place, stop: StopRequest) -> int:
     with writer or contextlib.nullcontext():
         for note in [*notes, *kernel_notes, f"MFU is counted against {flops.label}"] if writer else []:
             writer.note(note)
-        code = Trainer(
+        trainer = Trainer(
             config=config,
             rank=rank,
             parts=parts,
@@ -122,14 +122,15 @@ def _run(config: Config, place: Place, stop: StopRequest) -> int:
             outputs=Outputs(checkpointer, copies, writer),
             flops=flops,
             stop=stop,
-        ).run()
+        )
+        code = trainer.run()
         seconds = time.monotonic() - started
         if writer is not None and code == EXIT_OK:
             with disk_errors(config, kind=DiskFailed):
                 text = sample(config, data.tokenizer, device)
             if text is not None:
                 writer.show(sample_table(state.step, text))
-    if writer is not None:
+    if writer is not None and not trainer.goes_on:
         with disk_errors(config, kind=DiskFailed):
             finish(config, code, seconds, writer.wandb_run, text)
     return code

@@ -38,17 +38,13 @@ def give_up(cause: Cause, times: int, allowed: int, failures: list[tuple[int, Ca
 
 def too_few(policy: Policy, free: list[Node], found: Placement | None, last: Cause | None, saved: int) -> str:
     """Why the nodes that are there do not do."""
-    devices = sum(node.devices for node in free)
-    have = f"{len(free)} nodes with {devices} devices"
-    if found is not None:
-        cure = f"add nodes, or set parallel.dp={found.dp}, which fits"
-    else:
-        cure = f"add nodes: the smallest run takes {policy.pp * policy.ep} devices (pp x ep)"
+    shapes, devices = policy.shapes, sum(node.devices for node in free)
+    cure = f"add nodes, or set {shapes.words(found.shape)}, which fits" if found else shapes.why_nothing(free)
     error = UserError(
         "parallel.pp x parallel.dp",
-        f"{policy.pp} x {policy.dp}",
-        f"needs {policy.pp * policy.dp} devices in whole expert groups of {policy.ep}; "
-        f"after {policy.wait:.0f} s (cluster.wait) {have} are there",
+        f"{shapes.pp} x {shapes.own.dp}",
+        f"needs {policy.world} devices in whole expert groups of {shapes.own.ep}; "
+        f"after {policy.wait:.0f} s (cluster.wait) {len(free)} nodes with {devices} devices are there",
         cure,
     )
     before = f"\n  before it: {last.text}\n  newest checkpoint: {_step(saved)}" if last else ""

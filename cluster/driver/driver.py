@@ -4,8 +4,9 @@ import dataclasses
 import os
 import secrets
 import signal
+import subprocess
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 from cluster.driver import messages as m
@@ -15,14 +16,15 @@ from cluster.driver.fleet import Fleet, FleetLost, Reply
 from cluster.driver.journal import Journal
 from cluster.driver.network import NetworkTest
 from cluster.driver.node_state import DriverPhase
-from cluster.driver.policy import policy_of, with_stage_ranks
+from cluster.driver.policy import policy_of
+from cluster.driver.shapes import Shapes, with_shape
 from cluster.driver.supervisor import Supervisor
 from cluster.driver.view import View
 from cluster.node.agent import Answer, Order
 from cluster.node.copy_store import Opened
 from cluster.node.preflight import Preflight
 from cluster.run_files import NONE, Age
-from cluster.topology import Node, Placement
+from cluster.topology import Node, Placement, Shape
 from conf.disk import explain, naming
 from conf.errors import EXIT_OK, EXIT_STOPPED, EXIT_USER
 from conf.load import write_config
@@ -43,8 +45,9 @@ class Driver:
     """Runs one launch of a run on a fleet.
 
     arguments: command line of a rank behind the interpreter, whose last part is the configuration file; every attempt
-    gets its own, with the dp that it has. rank_folder: working folder of the ranks, None where Ray ships the code. gpus:
-    whether the devices of the nodes are GPUs.
+    gets its own, with the layout that it has. rank_folder: working folder of the ranks, None where Ray ships the code. gpus:
+    whether the devices of the nodes are GPUs. planner: a command that writes layouts.json for cluster/driver/shapes.py, given cpu
+    or cuda behind it; it is started once the run trains.
     """
 
     def __init__(
@@ -57,14 +60,19 @@ class Driver:
         gpus: bool,
         view: View,
         clock: Callable[[], float] = time.monotonic,
+        planner: Sequence[str] = (),
     ):
         self.config, self.folder, self.arguments = config, folder, arguments
         self.fleet, self.rank_folder, self.view, self.clock = fleet, rank_folder, view, clock
         self.journal = Journal(folder, lambda text: view.note("disk", text))
         self.first = first_attempt(folder)
-        self.supervisor = Supervisor(policy_of(config, self.first), clock())
+        self.shapes = Shapes(config, folder)
+        self.supervisor = Supervisor(policy_of(config, self.first, self.shapes), clock())
         self.preflight = Preflight(folder, gpus)
         self.copies = Copies(folder, config.checkpoint.memory_folder, self.first)
+        self._planner = [*planner, "cuda" if gpus else "cpu"] if planner else []
+        self._planning: subprocess.Popen | None = None
+        self._limits_told = False
         self._finish: m.Finish | None = None
         self._known: dict[str, Node] = {}
         """Nodes that were listed, by id; checked ones are those that the supervisor knows."""
@@ -99,6 +107,9 @@ class Driver:
             for number, handler in previous.items():
                 signal.signal(number, handler)
             self.preflight.close()
+            if self._planning is not None:
+                self._planning.kill()
+                self._planning.wait()
         return self._finish
 
     def _signalled(self, number: int, _) -> None:
@@ -138,6 +149,9 @@ class Driver:
         """At the nodes and the checkpoints."""
         self._tell(m.Saved(newest(self.folder)))
         self._look_at_copies()
+        if not self._limits_told and self.shapes.is_planned and self.supervisor.phase is DriverPhase.running:
+            self._limits_told = True
+            self._tell(m.Planned())
         try:
             listed = {node.id: node for node in self.fleet.nodes()}
             draining = self.fleet.draining()
@@ -213,6 +227,8 @@ class Driver:
 
     def _check_facts(self, node: Node, reply: Reply) -> None:
         problem = reply.error or self.preflight.problem(node, reply.value)
+        if problem is None:
+            node = self._known[node.id] = dataclasses.replace(node, device_bytes=reply.value.device_bytes)
         if problem is not None:
             self._refuse(node, problem)
         elif self.config.checkpoint.every_memory:
@@ -269,6 +285,13 @@ class Driver:
             seconds = self.clock() - self._started_at
             self._note("first_step", f"step {attempt.step} {seconds:.1f} s after the order to start", seconds=seconds)
             self._warm(self.supervisor.answering.values())
+            self._plan_layouts()
+
+    def _plan_layouts(self) -> None:
+        """Find out which smaller layouts fit, unless an earlier launch has."""
+        if self._planner and self._planning is None and self.shapes.smaller and not self.shapes.is_planned:
+            quiet = {"stdin": subprocess.DEVNULL, "stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+            self._planning = subprocess.Popen(self._planner, **quiet)
 
     def _warm(self, nodes: Iterable[Node]) -> None:
         """Have ranks in reserve there, now that starting them slows nobody's start."""
@@ -295,9 +318,9 @@ class Driver:
                 self._starting = self._network = None
                 for id in nodes:
                     self.fleet.call(id, "end", number)
-            case m.Stop(number, nodes):
+            case m.Stop(number, nodes, in_memory):
                 for id in nodes:
-                    self.fleet.call(id, "stop", number)
+                    self.fleet.call(id, "stop", number, in_memory)
             case m.ProbeLinks(nodes):
                 for id in nodes:
                     self.fleet.call(id, "probe")
@@ -333,7 +356,7 @@ class Driver:
             self._tell(m.StartFailed(number, reply.node, reply.error))
             return
         try:
-            arguments = [*self.arguments[:-1], str(self._attempt_config(number, placement.dp))]
+            arguments = [*self.arguments[:-1], str(self._attempt_config(number, placement.shape))]
             copies = self._tell_of_copies(number, placement)
         except OSError as error:  # the disk of the run folder is full, say
             self._tell(
@@ -360,7 +383,7 @@ class Driver:
         """Environment of ranks that keep copies in memory."""
         if not self.config.checkpoint.every_memory:
             return {}
-        full_size, auto = placement.dp == self.config.parallel.stage_ranks, self.config.resume == "auto"
+        full_size, auto = placement.shape == self.shapes.own, self.config.resume == "auto"
         shelves = self.copies.shelves(placement, self.supervisor.answering, full_size, auto)
         return self.copies.write(number, shelves)
 
@@ -372,9 +395,9 @@ class Driver:
             for id in self._known:
                 self.fleet.call(id, "drop_memory")
 
-    def _attempt_config(self, number: int, dp: int) -> Path:
-        """The configuration of an attempt: its dp, and the run's own newest checkpoint once this launch has written one."""
-        config = with_stage_ranks(self.config, dp)
+    def _attempt_config(self, number: int, shape: Shape) -> Path:
+        """The configuration of an attempt: its layout, and the run's own newest checkpoint once this launch has written one."""
+        config = self.config if shape == self.shapes.own else with_shape(self.config, shape)
         if written_since(self.folder, self.first):
             config = dataclasses.replace(config, resume="auto")
         path = self.folder / "attempts" / f"{number:05d}.yaml"

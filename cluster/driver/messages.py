@@ -82,11 +82,16 @@ class StopAsked:
 
 
 @dataclass(frozen=True)
+class Planned:
+    """It is known what smaller layouts need."""
+
+
+@dataclass(frozen=True)
 class Tick:
     pass
 
 
-Event = Joined | Lost | Beat | Probed | Stacks | StartFailed | Saved | Held | Draining | StopAsked | Tick
+Event = Joined | Lost | Beat | Probed | Stacks | StartFailed | Saved | Held | Draining | StopAsked | Planned | Tick
 
 
 # What to do ---------------------------------------------------------------------------------------------------------
@@ -108,10 +113,11 @@ class EndRanks:
 
 @dataclass(frozen=True)
 class Stop:
-    """Ask the ranks for a checkpoint and exit code 75."""
+    """Ask the ranks for a checkpoint and exit code 75. in_memory: a copy in memory will do."""
 
     attempt: int
     nodes: tuple[str, ...]
+    in_memory: bool = False
 
 
 @dataclass(frozen=True)

@@ -1,11 +1,8 @@
 """What a run wants of its nodes, and how patient it is."""
 
-import dataclasses
-from collections.abc import Callable
 from dataclasses import dataclass
 
-from conf.check import check
-from conf.errors import UserError
+from cluster.driver.shapes import Shapes
 from conf.schema import Config
 
 
@@ -13,11 +10,8 @@ from conf.schema import Config
 class Policy:
     """What the run wants, and its patience in seconds."""
 
-    pp: int
-    dp: int
-    ep: int
-    accept: Callable[[int], bool] = lambda dp: True
-    """Whether the batch divides among a smaller dp."""
+    shapes: Shapes
+    """Its layout, and those that it may shrink to."""
     first_attempt: int = 1
     wait: float = 60.0
     """For enough nodes."""
@@ -35,6 +29,8 @@ class Policy:
     """A rank with lastingly this many times its peers' work per step is named; 0 for never."""
     saves: bool = True
     """Whether checkpoints come at intervals; else nodes that return are used at once."""
+    copies: bool = False
+    """Whether ranks keep copies of the state in memory, from which they go on with more nodes."""
     probe: float = 4.0
     settle: float = 1.5
     """For the other ranks to report after the first failure."""
@@ -47,27 +43,14 @@ class Policy:
     @property
     def world(self) -> int:
         """Ranks that the whole run has."""
-        return self.pp * self.dp
+        return self.shapes.pp * self.shapes.own.dp
 
 
-def policy_of(config: Config, attempt: int) -> Policy:
+def policy_of(config: Config, attempt: int, shapes: Shapes) -> Policy:
     """What the configuration asks of the supervisor."""
-    parallel, cluster = config.parallel, config.cluster
-
-    def accept(ranks: int) -> bool:
-        if ranks % parallel.cp:
-            return False
-        try:
-            check(with_stage_ranks(config, ranks))
-        except UserError:
-            return False
-        return True
-
+    cluster = config.cluster
     return Policy(
-        pp=parallel.pp,
-        dp=parallel.stage_ranks,
-        ep=parallel.ep,
-        accept=accept,
+        shapes=shapes,
         first_attempt=attempt,
         wait=cluster.wait,
         heartbeat=cluster.heartbeat,
@@ -77,9 +60,5 @@ def policy_of(config: Config, attempt: int) -> Policy:
         restarts=cluster.restarts,
         straggler_factor=cluster.straggler_factor,
         saves=config.checkpoint.every > 0,
+        copies=config.checkpoint.every_memory > 0,
     )
-
-
-def with_stage_ranks(config: Config, ranks: int) -> Config:
-    """The same run on another number of ranks a stage, a multiple of parallel.cp."""
-    return dataclasses.replace(config, parallel=dataclasses.replace(config.parallel, dp=ranks // config.parallel.cp))

@@ -13,7 +13,7 @@ import socket
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future
 from pathlib import Path
 from typing import IO, Any
@@ -41,15 +41,17 @@ LEASE = 4.0
 """An agent kills its ranks after this many heartbeats without a question."""
 
 
-def run_ray(config: Config, folder: Path, command: list[str]) -> int:
-    """Run all ranks on Ray; returns the exit code of the run. `command` starts one rank, its last part is the configuration."""
+def run_ray(config: Config, folder: Path, command: list[str], planner: Sequence[str] = ()) -> int:
+    """Run all ranks on Ray; returns the exit code of the run. `command` starts one rank, its last part is the configuration.
+    planner: as in cluster/driver/driver.py.
+    """
     assert command[0] == sys.executable, "agents start their own interpreter"
     folder = folder.absolute()
     fleet = RayFleet(config)
     try:
         view = View(config.name, folder / "metrics.jsonl", config.steps)
         here = None if fleet.ships else os.getcwd()
-        finish = Driver(config, folder, command[1:], fleet, here, fleet.gpus, view).run()
+        finish = Driver(config, folder, command[1:], fleet, here, fleet.gpus, view, planner=planner).run()
     finally:
         fleet.close()
     if finish.code not in (EXIT_OK, EXIT_STOPPED):

@@ -13,12 +13,15 @@ costs little. Rules that hold whatever happens:
     - An attempt starts only when no rank of an earlier one lives on a node that answers. Ranks on a node that does not
       answer are ended by their own agent after its lease, and their checkpoints carry an older attempt number.
     - Attempt numbers rise, also over launches.
-    - A restart takes spares first, then the largest dp that the nodes hold and the batch allows. When nodes come back, the
-      run stops itself right after a checkpoint and goes on with more. When a node is about to go, it writes a checkpoint at
+    - A restart takes spares first, then the fastest layout that the nodes hold and rules and memory allow (shapes.py); what
+      is idle then is told. When nodes come back, the run stops itself right after a checkpoint or a whole copy in memory, and
+      goes on with more. When a node is about to go, it writes a checkpoint at
       once and goes on without that node.
     - Every kind of cause has a budget of failures without a new checkpoint in between. So a run that moves on survives
       any number of lost nodes, and one that cannot get past a step ends soon.
 """
+
+from functools import partial
 
 from cluster.cause import Cause, Kind
 from cluster.driver import messages as m
@@ -29,6 +32,9 @@ from cluster.driver.policy import Policy
 from cluster.run_files import NONE, Age
 from cluster.topology import Node, Placement, place
 from conf.errors import EXIT_CRASH, EXIT_DIVERGED, EXIT_OK, EXIT_STOPPED, EXIT_USER
+
+SHOWN = 8
+"""Names of idle nodes in a sentence; the event has all."""
 
 
 class Supervisor:
@@ -50,7 +56,7 @@ class Supervisor:
         self._ticked = now
         self._deadline = now + policy.wait
         self._stop_why: str | None = None
-        self._placed: tuple[tuple[str, ...] | None, Placement | None] = None, None
+        self._placed: tuple[tuple | None, Placement | None] = None, None
         """The nodes that were placed last, and what came of it."""
         self._probing: set[str] = set()
         self._settled_at = self._probed_at = now
@@ -92,11 +98,13 @@ class Supervisor:
             case m.Saved(age):
                 self._save(now, age)
             case m.Held(age):
-                self._hold(age)
+                self._hold(now, age)
             case m.Draining(node, why):
                 self._drain(now, node, why)
             case m.StopAsked(why):
                 self._ask_stop(now, why)
+            case m.Planned():
+                self._tell_limits()
             case m.Tick():
                 self._tick(now)
                 self._advance(now)
@@ -166,9 +174,12 @@ class Supervisor:
         if self.phase is DriverPhase.running and self._could_grow():
             self._grow(now)
 
-    def _hold(self, age: Age) -> None:
+    def _hold(self, now: float, age: Age) -> None:
+        news = age > self.held and age.attempt == self.number
         self.held = age
         self._got_on(age)
+        if news and self.phase is DriverPhase.running and self._could_grow():
+            self._grow(now)
 
     def _got_on(self, age: Age) -> None:
         """A step that no failure can take away: the budgets start full again.
@@ -195,6 +206,16 @@ class Supervisor:
             self._note("stop", why)
             if self.phase is DriverPhase.running:
                 self._stop_ranks(now) if self.attempt.step >= 0 else self._end_ranks(now)
+
+    def _tell_limits(self) -> None:
+        """Say so where the attempt would have no successor without one of its nodes."""
+        placement, shapes = self.attempt.placement, self.policy.shapes
+        usable = [node for node in self._usable() if node.id != placement.nodes[0].id]
+        if place(usable, shapes.pp, [shapes.own, *shapes.smaller], partial(shapes.allows, nodes=usable)) is None:
+            text = (
+                "no layout may run without one of these nodes, so that a lost one stops the run until another is there"
+            )
+            self._note("limits", f"{text}; {shapes.why_nothing(usable)}")
 
     def _tick(self, now: float) -> None:
         slept = now - self._ticked - 2.0  # this process itself was stopped, or the laptop slept: nobody else is late
@@ -247,7 +268,7 @@ class Supervisor:
         if (first or hoped) and now < self._deadline and sum(node.devices for node in free) < self.policy.world:
             return  # only the whole run may start now, and cannot
         found = self._place(free)
-        if found and (found.dp == self.policy.dp or (not first and (not hoped or now >= self._deadline))):
+        if found and (found.shape == self.policy.shapes.own or (not first and (not hoped or now >= self._deadline))):
             self._start(now, found)
         elif now >= self._deadline:
             last = self.failures[-1][1] if self.failures else None
@@ -262,13 +283,22 @@ class Supervisor:
             self.nodes[id].live = set(ranks)
         self._note(
             "attempt",
-            f"attempt {self.number}: pp {placement.pp} x dp {placement.dp} on {len(placement.nodes)} nodes",
+            f"attempt {self.number}: {self.policy.shapes.name(placement.shape)} on {len(placement.nodes)} nodes",
             pp=placement.pp,
             dp=placement.dp,
+            ep=placement.ep,
             nodes=[node.name for node in placement.nodes],
             spares=[node.name for node in placement.spares],
         )
+        if placement.shape != self.policy.shapes.own and placement.spares:
+            self._tell_of_idle(placement)
         self._out.append(m.Start(self.number, placement))
+
+    def _tell_of_idle(self, placement: Placement) -> None:
+        names = [node.name for node in placement.spares]
+        why = self.policy.shapes.why_idle(placement.shape, [*placement.nodes, *placement.spares])
+        shown = ", ".join(names[:SHOWN]) + (f" and {len(names) - SHOWN} more" if len(names) > SHOWN else "")
+        self._note("idle", f"{len(names)} nodes have no ranks ({shown}): {why}", nodes=names)
 
     def _run(self, now: float) -> None:
         attempt = self.attempt
@@ -353,10 +383,10 @@ class Supervisor:
         self._deadline = now + (self.policy.return_wait if enough else self.policy.wait)
         self._gather(now)
 
-    def _stop_ranks(self, now: float) -> None:
+    def _stop_ranks(self, now: float, in_memory: bool = False) -> None:
         self.phase = DriverPhase.stopping
         self._deadline = now + self.policy.stop_timeout
-        self._out.append(m.Stop(self.number, self.attempt.reachable))
+        self._out.append(m.Stop(self.number, self.attempt.reachable, in_memory))
 
     def _await_stop(self, now: float) -> None:
         if self.attempt.broken:
@@ -367,22 +397,26 @@ class Supervisor:
             self._hang(now)
 
     def _could_grow(self) -> bool:
-        if self.attempt.placement.dp == self.policy.dp:
+        has = self.attempt.placement.shape.micro_batches
+        if has <= self.policy.shapes.own.micro_batches:
             return False
         found = self._place(self._usable())
-        return found is not None and found.dp > self.attempt.placement.dp
+        return found is not None and found.shape.micro_batches < has
 
     def _usable(self) -> list[Node]:
         return [state.node for state in self.nodes.values() if state.usable]
 
     def _grow(self, now: float) -> None:
-        self._note("grow", "nodes came back: the run stops at this checkpoint and goes on with more ranks")
-        self._stop_ranks(now)
+        what = "copy in memory" if self.policy.copies else "checkpoint"
+        self._note("grow", f"nodes came back: the run stops after this {what} and goes on with more ranks")
+        self._stop_ranks(now, in_memory=self.policy.copies)
 
     def _place(self, nodes: list[Node]) -> Placement | None:
-        key = tuple(sorted(node.id for node in nodes))
+        shapes, near = self.policy.shapes, self.attempt and self.attempt.placement
+        key = self.number, shapes.is_planned, tuple(sorted(node.id for node in nodes))
         if key != self._placed[0]:
-            self._placed = key, place(nodes, self.policy.pp, self.policy.dp, self.policy.ep, self.policy.accept)
+            allowed = partial(shapes.allows, nodes=nodes)
+            self._placed = key, place(nodes, shapes.pp, [shapes.own, *shapes.smaller], allowed, near)
         return self._placed[1]
 
     def _finish(self, code: int, text: str) -> None:

@@ -80,7 +80,9 @@ def status(name: str, steps: int, record: dict, supervisor: Supervisor, last: st
         parts.append(f"{record['tokens_per_second']:.4g} tokens/s")
     if supervisor.attempt is not None:
         placement = supervisor.attempt.placement
-        parts.append(f"pp {placement.pp} x dp {placement.dp}")
+        parts.append(supervisor.policy.shapes.name(placement.shape))
+        if placement.shape != supervisor.policy.shapes.own and placement.spares:
+            parts.append(f"{len(placement.spares)} nodes idle")
     up = sum(state.health is NodeHealth.ok for state in supervisor.nodes.values())
     machines = [supervisor.phase.value, f"{up}/{len(supervisor.nodes)} nodes", f"attempt {supervisor.number}"]
     if supervisor.failures:

@@ -262,10 +262,11 @@ class Agent:
                 child.stack_from = child.log.stat().st_size
                 child.process.send_signal(signal.SIGUSR1)
 
-    def stop(self, attempt: int) -> None:
-        """Ask the ranks of this attempt for a checkpoint and exit."""
+    def stop(self, attempt: int, in_memory: bool = False) -> None:
+        """Ask the ranks of this attempt for a checkpoint and exit. in_memory: a copy in memory will do, see train/loop/stop.py."""
         for child in self._running() if attempt == self._attempt else []:
-            child.process.send_signal(signal.SIGTERM)
+            wanted = signal.SIGUSR2 if in_memory and _handles(child.process.pid, signal.SIGUSR2) else signal.SIGTERM
+            child.process.send_signal(wanted)
 
     def end(self, attempt: int) -> None:
         """Kill the ranks of this attempt and of older ones, and start none of them later."""

@@ -8,6 +8,7 @@ reads, as a path that exists on every node need not be the same storage.
 import hashlib
 import importlib.metadata
 import platform
+import re
 import secrets
 import shutil
 import subprocess
@@ -16,6 +17,8 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
+import psutil
+
 from cluster.topology import Node
 from conf.schema import ROOT
 
@@ -23,6 +26,8 @@ CLOCK_LIMIT = 2.0
 """Seconds that a node's clock may be off: errors of several ranks are put in order by their times."""
 SCRATCH_LIMIT = 256 << 20
 """Free bytes that a node needs for the output of its ranks."""
+DRIVER_LEAVES = 0.99
+"""Of a GPU's memory: 81008 of 81559 MiB of an H100."""
 PROBES = ".preflight"
 SOURCES = (".py", ".cpp", ".h")
 """C++ is compiled on every node by itself, so its source must be the same too."""
@@ -36,7 +41,9 @@ class Question:
     """Content of the file that the driver wrote there."""
     node: str
     devices: int
-    """GPUs that the node is expected to show; 0 on CPU."""
+    """Ranks that it may hold."""
+    on_gpus: bool
+    """Whether each has a GPU."""
 
 
 @dataclass(frozen=True)
@@ -51,6 +58,8 @@ class Facts:
     """Digest of the run's config.yaml as the node reads it."""
     clock: float
     gpus: int
+    device_bytes: int
+    """Memory of the smallest device; on CPU what each of the node's ranks has of its memory."""
     free_bytes: int
     """In its folder for temporary files."""
     storage: str
@@ -60,13 +69,15 @@ class Facts:
 def gather(question: Question) -> Facts:
     """The facts of this node."""
     storage, recipe = _try_storage(question)
+    gpus = _gpu_bytes() if question.on_gpus else []
     return Facts(
         python=platform.python_version(),
         torch=_version("torch"),
         program=_digest_of_program(),
         recipe=recipe,
         clock=time.time(),
-        gpus=_count_gpus() if question.devices else 0,
+        gpus=len(gpus),
+        device_bytes=min(gpus, default=psutil.virtual_memory().total // max(1, question.devices)),
         free_bytes=shutil.disk_usage(tempfile.gettempdir()).free,
         storage=storage,
     )
@@ -104,13 +115,15 @@ def _try_storage(question: Question) -> tuple[str, str]:
     return "", hashlib.sha256((folder / "config.yaml").read_bytes()).hexdigest()[:12]
 
 
-def _count_gpus() -> int:
-    """GPUs that answer the driver's own tool."""
+def _gpu_bytes() -> list[int]:
+    """Memory that a program has of every GPU that answers the driver's own tool; 0 where it does not say."""
+    words = ["nvidia-smi", "--query-gpu=index,memory.total", "--format=csv,noheader,nounits"]
     try:
-        result = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=20)
+        result = subprocess.run(words, capture_output=True, text=True, timeout=20)
     except (FileNotFoundError, subprocess.TimeoutExpired):
-        return 0
-    return sum(line.startswith("GPU ") for line in result.stdout.splitlines())
+        return []
+    found = re.findall(r"^\d+, (.*)$", result.stdout, re.MULTILINE)
+    return [int(DRIVER_LEAVES * int(size)) << 20 if size.isdecimal() else 0 for size in found]  # in MiB
 
 
 class Preflight:
@@ -122,11 +135,11 @@ class Preflight:
         self._sent: dict[str, float] = {}
         (folder / PROBES).mkdir(exist_ok=True)
         (folder / PROBES / "driver").write_text(self._word)
-        self._mine = gather(self.question(Node("self", "driver", "", 0)))
+        self._mine = gather(Question(str(folder), self._word, "self", 1, False))
 
     def question(self, node: Node) -> Question:
         self._sent[node.id] = time.time()
-        return Question(str(self._folder), self._word, node.id, node.devices if self._gpus else 0)
+        return Question(str(self._folder), self._word, node.id, node.devices, self._gpus)
 
     def problem(self, node: Node, facts: Facts) -> str | None:
         """Why this node must not hold ranks, with the cure; None if it may."""

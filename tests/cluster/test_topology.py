@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cluster.show import main as show
-from cluster.topology import Node, Placement, place, require, table
+from cluster.topology import Node, Placement, Shape, place, require, table
 from conf.errors import EXIT_OK, EXIT_USER, UserError
 
 
@@ -27,6 +27,11 @@ def groups(placement: Placement) -> list[list]:
     return [list(placement.seats[i : i + placement.ep]) for i in range(0, placement.world, placement.ep)]
 
 
+def largest(nodes: list[Node], pp: int, dp: int, ep: int) -> Placement | None:
+    """With as many data-parallel ranks as fit, at most dp."""
+    return place(nodes, pp, [Shape(size, ep) for size in range(dp, 0, -ep)])
+
+
 def node_number(seat) -> int:
     return int(seat.node.name[1:])
 
@@ -34,7 +39,7 @@ def node_number(seat) -> int:
 def test_deepseek_v3_on_2048_devices_in_under_a_second():
     nodes = cluster(258)
     started = time.perf_counter()
-    placement = place(nodes, pp=16, dp=128, ep=64)
+    placement = largest(nodes, pp=16, dp=128, ep=64)
     table(placement)
     assert time.perf_counter() - started < 1
     assert placement.world == 2048
@@ -51,7 +56,7 @@ def test_deepseek_v3_on_2048_devices_in_under_a_second():
 
 
 def test_a_pipeline_of_small_groups_fits_one_node():
-    placement = place(cluster(2, devices=8), pp=2, dp=8, ep=4)
+    placement = largest(cluster(2, devices=8), pp=2, dp=8, ep=4)
     for block in range(2):
         stages = [placement.seats[stage * 8 + block * 4] for stage in range(2)]
         assert stages[0].node is stages[1].node
@@ -59,19 +64,41 @@ def test_a_pipeline_of_small_groups_fits_one_node():
 
 def test_a_lost_node_costs_one_block_and_spares_come_first():
     nodes = sorted(cluster(5, devices=2), key=lambda node: node.id)
-    full = place(nodes, pp=2, dp=4, ep=2)
+    full = largest(nodes, pp=2, dp=4, ep=2)
     assert full.dp == 4 and [node.name for node in full.spares] == ["n4"]
-    with_spare = place([node for node in nodes if node.name != "n1"], pp=2, dp=4, ep=2)
+    with_spare = largest([node for node in nodes if node.name != "n1"], pp=2, dp=4, ep=2)
     assert with_spare.dp == 4 and not with_spare.spares
-    smaller = place([node for node in nodes if node.name not in ("n1", "n2")], pp=2, dp=4, ep=2)
+    smaller = largest([node for node in nodes if node.name not in ("n1", "n2")], pp=2, dp=4, ep=2)
     assert smaller.dp == 2 and len(smaller.spares) == 1
-    assert place(nodes[:1], pp=2, dp=4, ep=2) is None
+    assert largest(nodes[:1], pp=2, dp=4, ep=2) is None
 
 
-def test_the_batch_has_a_say_in_how_far_dp_shrinks():
-    batch, nodes = 8, cluster(7, devices=1)
-    assert place(nodes, pp=1, dp=8, ep=1).dp == 7
-    assert place(nodes, pp=1, dp=8, ep=1, accept=lambda dp: batch % dp == 0).dp == 4
+def test_shapes_are_tried_in_their_order_and_only_what_is_allowed_is_taken():
+    nodes, shapes = cluster(7, devices=1), [Shape(8, 1), Shape(6, 2), Shape(7, 1), Shape(4, 1)]
+    assert place(nodes, 1, shapes).shape == Shape(6, 2)
+    assert place(nodes, 1, shapes, lambda shape: shape.ep == 1).dp == 7
+    assert place(nodes, 1, shapes, lambda shape: shape.dp == 8) is None
+
+
+def test_after_a_loss_ranks_stay_where_they_were_and_a_spare_of_the_rack_takes_the_place():
+    nodes = cluster(20, devices=2, rack=10)
+    before = largest(
+        nodes, pp=1, dp=32, ep=8
+    )  # 4 groups on 4 nodes each, 2 in every rack; 2 nodes of every rack are spare
+    assert {node.name for node in before.spares} == {"n8", "n9", "n18", "n19"}
+    left = [node for node in nodes if node.name != "n12"]
+    after = place(left, 1, [before.shape], near=before)
+    moved = [(old, new) for old, new in zip(before.seats, after.seats, strict=True) if old != new]
+    assert {(old.node.name, new.node.name) for old, new in moved} == {("n12", "n18")}
+    assert [old.local_rank for old, _ in moved] == [new.local_rank for _, new in moved] == [0, 1]
+    assert {node.name for node in after.spares} == {"n8", "n9", "n19"}
+
+
+def test_ranks_move_where_groups_would_else_be_spread_over_racks():
+    nodes = cluster(12, devices=2, rack=4)
+    before = largest(nodes, pp=1, dp=16, ep=8)  # a group in each of two racks of 4 nodes, the third rack is spare
+    after = place([node for node in nodes if node.name != "n1"], 1, [before.shape], near=before)
+    assert all(len({seat.node.rack for seat in group}) == 1 for group in groups(after))
 
 
 def test_too_few_devices_say_what_would_fit():
@@ -80,7 +107,7 @@ def test_too_few_devices_say_what_would_fit():
 
 
 def test_racks_of_odd_size_leave_few_groups_straddling():
-    placement = place(cluster(10, devices=2, rack=5), pp=1, dp=20, ep=4)
+    placement = largest(cluster(10, devices=2, rack=5), pp=1, dp=20, ep=4)
     straddling = [group for group in groups(placement) if len({seat.node.rack for seat in group}) > 1]
     assert len(straddling) == 1
 
@@ -94,7 +121,7 @@ def test_racks_of_odd_size_leave_few_groups_straddling():
 )
 def test_any_cluster(devices, pp, ep, blocks):
     nodes = [Node(str(i), f"n{i}", f"10.0.0.{i}", count, f"r{i // 4}") for i, count in enumerate(devices)]
-    placement = place(nodes, pp, blocks * ep, ep)
+    placement = largest(nodes, pp, blocks * ep, ep)
     if placement is None:
         assert sum(count // ep for count in devices) < pp  # not even whole groups on single nodes
         return

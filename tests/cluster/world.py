@@ -1,16 +1,30 @@
 """A cluster that exists only as numbers: carries out the supervisor's actions and answers as agents would."""
 
 from dataclasses import dataclass, field
+from functools import cache
 
 from cluster.cause import Failure, RankReport
 from cluster.driver import messages as m
 from cluster.driver.policy import Policy
+from cluster.driver.shapes import Shapes
 from cluster.driver.supervisor import Supervisor
 from cluster.run_files import Age
 from cluster.topology import Node
+from conf.load import compose
+from conf.schema import Config
 
 STEP = 0.5
 """Simulated seconds between beats."""
+
+
+@cache
+def _recipe(*words: str) -> Config:
+    return compose("batch_size=24", "micro_batch_size=1", *words)
+
+
+def shapes_of(*words: str) -> Shapes:
+    """The layouts of a run with 24 sequences a step."""
+    return Shapes(_recipe(*words))
 
 
 @dataclass
@@ -35,10 +49,14 @@ class Machine:
 class World:
     """`steps` optimizer steps of one simulated second each, a checkpoint every `every`."""
 
-    def __init__(self, nodes: int = 3, devices: int = 1, steps: int = 20, every: int = 5, **policy):
+    def __init__(
+        self, nodes: int = 3, devices: int = 1, steps: int = 20, every: int = 5, words: tuple[str, ...] = (), **policy
+    ):
+        """words: of the recipe, whose layout has all devices if they do not say another."""
         self.now, self.steps, self.every = 100.0, steps, every
         self.machines = [Machine(Node(f"id{i}", f"n{i}", f"10.0.0.{i}", devices)) for i in range(nodes)]
-        settings = {"pp": 1, "dp": nodes * devices, "ep": 1, "hang_after": 6.0, "start_timeout": 20.0} | policy
+        shapes = shapes_of(f"parallel.dp={nodes * devices}", *words)
+        settings = {"shapes": shapes, "hang_after": 6.0, "start_timeout": 20.0} | policy
         self.supervisor = Supervisor(Policy(**settings), self.now)
         self.actions: list[m.Action] = []
         self.finish: m.Finish | None = None
@@ -70,7 +88,7 @@ class World:
                 for id in nodes:
                     if id in reach and reach[id].attempt <= number:
                         reach[id].kill()
-            case m.Stop(number, nodes):
+            case m.Stop(number, nodes, _):
                 for id in nodes:
                     if id in reach and reach[id].attempt == number:
                         for rank in reach[id].live - self.hung:

@@ -76,6 +76,13 @@ class MemoryCopies:
         self._thread.start()
         return time.perf_counter() - began
 
+    def save_and_wait(self, step: int, shards: dict[str, Shard], meta: dict[str, Any]) -> bool:
+        """The same, for a run that ends here: returns once the copy is made, and whether it is whole. Collective."""
+        if self._asked != step:
+            self.save(step, shards, meta)
+        self._join()
+        return self._oldest_stored() == step
+
     def poll(self) -> list[str]:
         """What went wrong since the last call; never waits."""
         return [self._warnings.popleft() for _ in range(len(self._warnings))]
@@ -91,12 +98,16 @@ class MemoryCopies:
 
     def _agree_on_kept(self) -> str:
         """The set to keep until the next one is whole; empty if there is none."""
-        stored = torch.tensor([self._stored])
-        dist.all_reduce(stored, op=dist.ReduceOp.MIN)
-        step = int(stored)
+        step = self._oldest_stored()
         if step < self._asked == self._stored:
             self._warnings.append(f"copy of step {self._asked} in memory is not whole; logs of the other ranks say why")
         return SetId(self.attempt, step, self.world_size).name if step >= 0 else self._resumed
+
+    def _oldest_stored(self) -> int:
+        """The newest step whose parts all ranks have in both places; -1 for none."""
+        stored = torch.tensor([self._stored])
+        dist.all_reduce(stored, op=dist.ReduceOp.MIN)
+        return int(stored)
 
     def _run(self, id: SetId, kept: str, meta: dict[str, Any]) -> None:
         """The thread: everything that can go wrong becomes a warning."""

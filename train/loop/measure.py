@@ -15,6 +15,7 @@ from torch import Tensor
 
 from conf.schema import Model
 from train.loop.step_work import StepWork
+from train.loop.stop import StopKind
 from train.model.count import moe_layers
 from train.parallelize import Parallelized
 from train.rank import RankSetup
@@ -34,8 +35,8 @@ class Measured:
     """Tokens routed to each expert, over the whole batch (float64)."""
     biases_LE: Tensor
     """Balance biases that were in force (float64)."""
-    stop: bool
-    """Some rank was asked to stop."""
+    stop: StopKind
+    """What some rank was asked for; the disk counts more than memory."""
     work: dict[str, float]
     """What pipeline and dispatchers did, by metric name."""
 
@@ -60,15 +61,15 @@ class Measure:
             self.last.losses.clear()
         self.step_work.clear()
 
-    def collect(self, stop: bool) -> Measured:
+    def collect(self, stop: StopKind) -> Measured:
         """Sum over all ranks; every rank gets the same."""
         depth, shape = self.model.mtp_depth, (len(self.layers), self.model.experts)
-        scalars = torch.zeros(3 + depth, dtype=torch.float64, device=self.device)
+        scalars = torch.zeros(4 + depth, dtype=torch.float64, device=self.device)
         loads_LE = torch.zeros(shape, dtype=torch.float64, device=self.device)
         biases_LE = torch.zeros(shape, dtype=torch.float64, device=self.device)
-        scalars[0] = float(stop)
+        scalars[0], scalars[1] = float(stop is StopKind.on_disk), float(stop is StopKind.in_memory)
         if self.last is not None:
-            scalars[1 : 2 + depth] = self.last.losses.means().double() * self._weight / self.mesh.layout.stage_ranks
+            scalars[2 : 3 + depth] = self.last.losses.means().double() * self._weight / self.mesh.layout.stage_ranks
         for name, router in self.routers.items():
             row = self.layers.index(name)
             loads_LE[row] = router.load_E
@@ -82,11 +83,11 @@ class Measure:
             dist.all_reduce(vector)
         scalars, loads, biases, work = vector.cpu().split([part.numel() for part in parts])
         return Measured(
-            main_loss=scalars[1].item(),
-            mtp_losses=scalars[2 : 2 + depth].tolist(),
+            main_loss=scalars[2].item(),
+            mtp_losses=scalars[3 : 3 + depth].tolist(),
             balance_loss=scalars[-1].item(),
             loads_LE=loads.view(shape),
             biases_LE=biases.view(shape),
-            stop=scalars[0].item() > 0,
+            stop=StopKind.on_disk if scalars[0] > 0 else StopKind.in_memory if scalars[1] > 0 else StopKind.none,
             work=self.step_work.named(work.tolist()),
         )

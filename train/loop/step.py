@@ -17,6 +17,7 @@ from conf.schema import Config
 from parallel.zero.engine import Update
 from train.data.batch import Batch
 from train.loop.measure import Measure, Measured
+from train.loop.stop import StopKind
 from train.model.router import update_bias
 from train.optim.schedules import StepPlan
 from train.parallelize import Parallelized
@@ -44,9 +45,14 @@ class TrainingStep:
         self.measure = Measure(config.model, parts, rank)
 
     def run(
-        self, plan: StepPlan, batch: Batch, *, stopping: bool = False, on_phase: Callable[[str], None] = lambda _: None
+        self,
+        plan: StepPlan,
+        batch: Batch,
+        *,
+        stopping: StopKind = StopKind.none,
+        on_phase: Callable[[str], None] = lambda _: None,
     ) -> StepOutcome:
-        """batch: this rank's share. stopping: this rank was asked to stop, which all ranks then know. on_phase: called at the
+        """batch: this rank's share. stopping: how this rank was asked to stop, which all ranks then know. on_phase: called at the
         ends of `schedule` (forward and backward), `reduction` and `update`.
         """
         zero = self._parts.zero

@@ -1,24 +1,42 @@
-"""SIGTERM and Ctrl-C ask the run to stop after the current step; a second Ctrl-C stops it at once."""
+"""Signals ask the run to stop after the current step: SIGTERM and Ctrl-C with a checkpoint, SIGUSR2 with a copy in memory where the
+run keeps some. A second Ctrl-C stops it at once.
+"""
 
 import signal
+from enum import Enum
 from types import FrameType
 
 
+class StopKind(Enum):
+    """How a run is to end after a step."""
+
+    none = 0
+    in_memory = 1
+    """Its next attempt is at hand, and goes on from the copies."""
+    on_disk = 2
+
+
 class StopRequest:
-    """Remembers the first signal; `pending` is read once per step and agreed among the ranks."""
+    """Remembers the first signal, and one to disk rather than one to memory; `pending` is read once per step and agreed on among
+    the ranks.
+    """
 
     def __init__(self) -> None:
         self.signal: int | None = None
-        self._previous = {number: signal.signal(number, self._take) for number in (signal.SIGTERM, signal.SIGINT)}
+        numbers = signal.SIGTERM, signal.SIGINT, signal.SIGUSR2
+        self._previous = {number: signal.signal(number, self._take) for number in numbers}
 
     @property
-    def pending(self) -> bool:
-        return self.signal is not None
+    def pending(self) -> StopKind:
+        if self.signal is None:
+            return StopKind.none
+        return StopKind.in_memory if self.signal == signal.SIGUSR2 else StopKind.on_disk
 
     def _take(self, number: int, frame: FrameType | None) -> None:
         if self.signal is not None and number == signal.SIGINT:
             raise KeyboardInterrupt
-        self.signal = number
+        if number != signal.SIGUSR2 or self.signal is None:
+            self.signal = number
 
     def close(self) -> None:
         """Give the signals back to whoever had them."""

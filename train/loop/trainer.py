@@ -29,7 +29,7 @@ from train.loop.nonfinite import SHOWN, Origin, RankSaw, Watch, bad_weights, fin
 from train.loop.rank_progress import RankProgress
 from train.loop.state import State
 from train.loop.step import TrainingStep
-from train.loop.stop import StopRequest
+from train.loop.stop import StopKind, StopRequest
 from train.loop.timeline import TimelineSampler
 from train.loop.validation import held_out_loss
 from train.memory import peak_memory
@@ -103,6 +103,8 @@ class Trainer:
         self.measure = self.training_step.measure
         self.timeline = TimelineSampler(config, self.mesh, parts.pipeline, state.step)
         self._settings = settings_of(config)
+        self.goes_on = False
+        """It stopped for another attempt, which takes its state from memory."""
         self._bad_in_a_row = 0
         self._busy: float | None = None
         """Seconds of this rank's own forward and backward in the step before; a straggler has more than the others."""
@@ -128,8 +130,11 @@ class Trainer:
         with Prefetch(self.data.train.batch, shares) as batches:
             for plan in plans:
                 self.rank_progress.write(plan.step, "step", self._busy)
-                if self._step(plan, batches):
-                    self._save(final=True)
+                stop = self._step(plan, batches)
+                if stop is not StopKind.none:
+                    self.goes_on = stop is StopKind.in_memory and self._copy_and_wait()
+                    if not self.goes_on:
+                        self._save(final=True)
                     return EXIT_STOPPED
         self._save(final=True)
         return EXIT_OK
@@ -139,8 +144,8 @@ class Trainer:
         first, count = share_of(self.config, plan.batch_size, self.mesh.dp_rank)
         return plan.first_sample + first, count
 
-    def _step(self, plan: StepPlan, batches: Prefetch) -> bool:
-        """One step; returns whether the run was asked to stop."""
+    def _step(self, plan: StepPlan, batches: Prefetch) -> StopKind:
+        """One step; returns how the run was asked to stop."""
         started = time.perf_counter()
         waited = batches.waited
         batch = next(batches)
@@ -303,6 +308,18 @@ class Trainer:
         for warning in self.copies.poll():
             self._warn(warning)
         self._event(None)
+
+    def _copy_and_wait(self) -> bool:
+        """Have the state in memory; returns whether it is there, whole. A checkpoint on its way to the disk gets there first."""
+        if self.copies is None:
+            return False
+        self._event("checkpoint")
+        self.checkpointer.finish()
+        whole = self.copies.save_and_wait(self.state.step, self.state.shards(), self._meta())
+        for warning in self.copies.poll():
+            self._warn(warning)
+        self._event(None)
+        return whole
 
     def _meta(self) -> dict[str, Any]:
         """What is saved beside the tensors."""

@@ -38,6 +38,7 @@ from train.kernels import build_kernels, choose_kernels  # noqa: E402
 from train.loop.resume import find_start, restore  # noqa: E402
 from train.loop.state import State  # noqa: E402
 from train.loop.step import StepOutcome, TrainingStep  # noqa: E402
+from train.loop.stop import StopKind  # noqa: E402
 from train.loop.trainer import Flops, Outputs, Trainer  # noqa: E402
 from train.model.deepseek import DeepSeekV3  # noqa: E402
 from train.model.moe import Experts  # noqa: E402
@@ -235,7 +236,7 @@ def fill_state(config: Config, state: State, parts: Parallelized) -> None:
 class _Stop:
     """In the place of signals: nobody asks a proof to stop but the proof."""
 
-    pending = False
+    pending = StopKind.none
 
 
 class _ProvenTrainer(Trainer):
@@ -289,10 +290,13 @@ class _WatchedStep:
     def __init__(self, step: TrainingStep, zero: Zero, saw: Callable[[StepOutcome, dict], None], last: int):
         self._inner, self._zero, self._saw, self._last = step, zero, saw, last
 
-    def run(self, plan: StepPlan, batch: Batch, *, stopping: bool = False, on_phase=lambda _: None) -> StepOutcome:
+    def run(
+        self, plan: StepPlan, batch: Batch, *, stopping: StopKind = StopKind.none, on_phase=lambda _: None
+    ) -> StepOutcome:
         reduced: dict[str, Shard] = {}
         self._zero.observer = reduced.update
-        outcome = self._inner.run(plan, batch, stopping=plan.step == self._last, on_phase=on_phase)
+        stop = StopKind.on_disk if plan.step == self._last else StopKind.none
+        outcome = self._inner.run(plan, batch, stopping=stop, on_phase=on_phase)
         self._saw(outcome, reduced)
         return outcome
 

@@ -13,20 +13,22 @@ from cluster.driver.driver import Driver
 from cluster.driver.journal import read_events
 from cluster.driver.view import View
 from cluster.node.copy_store import SetId
+from cluster.topology import Node
 from conf.errors import EXIT_OK
 from conf.load import compose, write_config
 from conf.schema import ROOT
 from tests.cluster.local_fleet import ForkingAgent, LocalFleet
 from tests.layouts import run_layout
 from tests.small import arguments, trajectory
+from train.plan.layouts import write_layouts
 
 SIZES = ["steps=12", "batch_size=12", "parallel.dp=3", "log.progress=false", "log.sample_tokens=0"]
 
 
 class Training:
-    """The trainer on three nodes with one rank each; checkpoints on disk only at the end."""
+    """The trainer on nodes with one rank each; checkpoints on disk only at the end."""
 
-    def __init__(self, tmp_path: Path, *overrides: str):
+    def __init__(self, tmp_path: Path, *overrides: str, nodes: int = 3):
         memory = tmp_path / "memory"
         memory.mkdir(exist_ok=True)
         words = ["cluster=ray", "cluster.heartbeat=3", "checkpoint.every=0", "checkpoint.every_memory=2"]
@@ -35,7 +37,7 @@ class Training:
         self.memory, self.folder = memory, tmp_path / "runs" / "copied"
         (self.folder / "checkpoints").mkdir(parents=True, exist_ok=True)
         write_config(self.config, str(self.folder / "config.yaml"))
-        self.fleet = LocalFleet(nodes=3, devices=1, agent=ForkingAgent)
+        self.fleet = LocalFleet(nodes=nodes, devices=1, agent=ForkingAgent)
         view = View("copied", self.folder / "metrics.jsonl", self.config.steps)
         self.driver = Driver(
             self.config, self.folder, ["-m", "train.worker", "CONFIG"], self.fleet, str(ROOT), False, view
@@ -53,9 +55,11 @@ class Training:
         threading.Thread(target=wait, daemon=True).start()
 
     def whole(self, step: int) -> bool:
-        """Whether the copy after this step or a later one is in both places, of all three ranks."""
+        """Whether the copy after this step or a later one is in both places, of all ranks."""
         parts = Counter(path.parent.name for path in self.memory.glob("*/attempt_*/rank_*.json"))
-        return any(count == 2 * 3 and SetId.parse(name).step >= step for name, count in parts.items())
+        return any(
+            count == 2 * SetId.parse(name).world and SetId.parse(name).step >= step for name, count in parts.items()
+        )
 
     def run(self) -> int:
         try:
@@ -92,6 +96,38 @@ def test_a_lost_node_costs_no_step_before_the_last_copy(tmp_path):
     for number, (loss, norm) in whole.items():  # fp32 sums of several ranks have another order
         assert broken[number] == (pytest.approx(loss, rel=1e-5), pytest.approx(norm, rel=1e-4))
     assert not list(run.memory.iterdir()), "a good end gives the memory back"
+
+
+@pytest.mark.slow
+def test_a_run_shrinks_to_a_smaller_ep_with_shares_that_differ_and_grows_again_from_copies_in_memory(tmp_path):
+    """Four nodes share experts by two; one dies, and three go on that hold all experts each, with 3, 3 and 2 of 8 sequences;
+    then another node comes. All losses are those of one process.
+    """
+    words = ["steps=14", "batch_size=8", "micro_batch_size=1"]
+    run_layout(tmp_path, "unbroken", 1, *SIZES, *words, "parallel.dp=1", "checkpoint.every=0")
+    run = Training(tmp_path, *words, "parallel.dp=4", "parallel.ep=2", nodes=4)
+    write_layouts(run.folder / "config.yaml", "cpu")
+
+    def lose_a_node() -> None:
+        run.fleet._nodes = [node for node in run.fleet._nodes if node.id != "id1"]
+        run.fleet.power_off("id1")
+        run.at_step(8, lambda: run.fleet._nodes.append(Node("id4", "n4", "127.0.0.1", 1)))
+
+    run.at_step(5, lose_a_node)
+    assert run.run() == EXIT_OK, run.finish.text
+    attempts = [(event["dp"], event["ep"]) for event in run.events if event["kind"] == "attempt"]
+    assert attempts == [(4, 2), (3, 1), (4, 2)]
+    assert [path.name for path in (run.folder / "checkpoints").glob("step_*")] == ["step_00000014"]
+    third = run.log().split("attempt 3")[1]
+    resumed = int(re.search(r"resumed from step (\d+): copies in memory", third)[1])
+    lines = (run.folder / "metrics.jsonl").read_text().splitlines()
+    recorded = [json.loads(line)["step"] for line in lines]
+    assert recorded.count(resumed + 1) == 1, "the copy is of the last step that was done"
+    whole, broken = trajectory(tmp_path, "unbroken"), trajectory(tmp_path, "copied")
+    assert broken.keys() == whole.keys()
+    for number, (loss, norm) in whole.items():
+        # Sums of several ranks have another order, by which an expert that was nearly chosen may be: 1e-5 of the loss was seen.
+        assert broken[number] == (pytest.approx(loss, rel=1e-4), pytest.approx(norm, rel=1e-3))
 
 
 @pytest.mark.slow

@@ -49,15 +49,17 @@ def test_a_lost_node_is_named_not_the_ranks_that_lost_their_peer():
     assert world.finish.code == EXIT_OK
 
 
-def test_spares_come_first_and_the_batch_limits_how_far_dp_shrinks():
-    world = World(nodes=5, dp=4, accept=lambda dp: 8 % dp == 0, steps=100)
+def test_spares_come_first_and_a_smaller_layout_has_no_more_ranks_than_make_it_faster():
+    world = World(nodes=9, words=("parallel.dp=8", "batch_size=8"), steps=100)
     world.run(4)
     world.power_off(0)
     world.run(10)
-    assert world.starts[-1].placement.dp == 4 and len(world.starts) == 2
+    assert world.starts[-1].placement.dp == 8 and len(world.starts) == 2 and not world.notes("idle")
     world.power_off(1)
-    world.run(10)
-    assert world.starts[-1].placement.dp == 2 and len(world.starts[-1].placement.spares) == 1
+    world.run(10)  # 8 sequences over 7 ranks take as long as over 4
+    assert world.starts[-1].placement.dp == 4 and len(world.starts[-1].placement.spares) == 3
+    assert world.notes("idle")[0].fields["nodes"] == ["n6", "n7", "n8"]
+    assert "pp 1 x dp 8, takes 8 devices in blocks of 1, and 7 are there" in world.notes("idle")[0].text
 
 
 def test_it_grows_back_at_a_checkpoint_when_a_node_returns():
@@ -211,17 +213,19 @@ def test_stop_ends_with_75_also_while_a_restart_is_under_way():
 
 
 def test_too_few_nodes_is_the_users_to_mend():
-    world = World(nodes=2, dp=4, wait=10.0)
+    world = World(nodes=2, words=("parallel.dp=4",), wait=10.0)
     world.run(30)
     assert world.finish.code == EXIT_USER and "parallel.dp=2, which fits" in world.finish.text
 
 
 def test_too_few_nodes_after_a_failure_names_no_checkpoint_where_there_is_none():
-    world = World(nodes=2, dp=2, accept=lambda dp: dp == 2, every=1000, wait=10.0)
+    world = World(nodes=2, words=("parallel.ep=2",), every=1000, wait=10.0)
     world.run(3)
     world.power_off(1)
     world.run(60)
     assert world.finish.code == EXIT_CRASH and "newest checkpoint: none" in world.finish.text
+    assert "the smallest layout that may run, pp 1 x dp 2 (ep 2), takes 2 devices" in world.finish.text
+    assert "pp 1 x dp 1 (ep 1) has room, but what it needs of a device is not known" in world.finish.text
 
 
 def test_a_slow_rank_is_named_with_numbers():
@@ -246,7 +250,12 @@ def test_a_driver_that_slept_blames_nobody():
 
 
 def test_2048_ranks_cost_the_driver_little():
-    world = World(nodes=256, devices=8, steps=1000, pp=16, dp=128, ep=64)
+    world = World(
+        nodes=256,
+        devices=8,
+        steps=1000,
+        words=("conf=deepseek_v3", "data.path=none", "parallel.dp=128", "batch_size=15360"),
+    )
     started = time.process_time()
     world.run(2 * STEP)
     assert (time.process_time() - started) / 2 < 0.5  # 256 answers; the driver asks each agent every 0.6 s

@@ -1,0 +1,170 @@
+"""Which layouts a run may have: its own and, for when nodes are missing, smaller ones. The pipeline stays as long as it is.
+
+The least that an attempt can do without is a block: an expert group of every stage. A smaller layout has fewer blocks, or blocks
+of fewer ranks, where fewer share the experts of a layer (a smaller ep), or both; where the batch does not divide, expert groups
+have shares that differ by a micro-batch a rank (parallel.uneven). A step takes as long as its busiest rank, so the best layout is
+the one whose busiest rank has the fewest micro-batches; of those that are as fast, the one with the largest ep, which is nearest
+to the recipe and needs the least memory, and then the one with the fewest ranks, which leaves spares.
+
+What a smaller layout needs of every device was planned by the program that starts the run: layouts.json in its folder has
+
+    config     digest of the config.yaml that was planned, of another one the file says nothing
+    layouts    [{"dp": 64, "ep": 64, "bytes": ...}, ...]: of every ep some dp; a larger dp needs no more. With parallel.cp all
+               ranks of a stage count as dp
+    problem    why there is no plan, else null
+
+Without a plan, or with one by which not even the run's own layout fits, memory is not known: then ep stays as it is.
+"""
+
+import dataclasses
+import hashlib
+import json
+import math
+from collections.abc import Sequence
+from pathlib import Path
+
+from cluster.topology import Node, Shape, room
+from conf.check import check
+from conf.errors import UserError
+from conf.micro_batches import batch_sizes, broken_schedule, micro_batch_counts, most_micro_batches
+from conf.schema import Config
+
+FILE = "layouts.json"
+
+
+def digest_of(folder: Path) -> str:
+    """Of the config.yaml of a run folder."""
+    return hashlib.sha256((folder / "config.yaml").read_bytes()).hexdigest()[:12]
+
+
+def with_shape(config: Config, shape: Shape) -> Config:
+    """The same run in another layout."""
+    dp = shape.dp // config.parallel.cp
+    uneven = config.parallel.uneven or any(batch % (config.micro_batch_size * dp) for batch in batch_sizes(config))
+    parallel = dataclasses.replace(config.parallel, dp=dp, ep=shape.ep, uneven=uneven)
+    return dataclasses.replace(config, parallel=parallel)
+
+
+def smaller_shapes(config: Config) -> list[Shape]:
+    """All with fewer data-parallel ranks or a smaller ep, the best first; whether rules allow them is not looked at."""
+    own, size, found = config.parallel, config.micro_batch_size, []
+    for ep in range(own.ep, 0, -1):
+        group = math.lcm(ep, own.cp)  # ranks that work in lockstep
+        rounds, rest = divmod(config.batch_size, size * group // own.cp)
+        if rest or config.model.experts % ep:
+            continue
+        for groups in range(1, min(own.stage_ranks // group, rounds) + 1):
+            found.append(Shape(groups * group, ep, -(-rounds // groups)))
+    return sorted(found, key=lambda shape: (shape.micro_batches, -shape.ep, shape.dp))
+
+
+class Shapes:
+    """The layouts of a run. folder: None for a run without one, of which no memory is planned."""
+
+    def __init__(self, config: Config, folder: Path | None = None):
+        self._config, self._folder = config, folder
+        self.pp = config.parallel.pp
+        self.own = Shape(config.parallel.stage_ranks, config.parallel.ep, most_micro_batches(config))
+        self.smaller = [shape for shape in smaller_shapes(config) if shape != self.own]
+        self._broken: dict[Shape, str | None] = {}
+        self._planned: dict[int, dict[int, int]] | None = None
+        """Bytes of a device by ep and dp."""
+        self.problem: str | None = None
+        """Why memory is not known."""
+
+    @property
+    def is_planned(self) -> bool:
+        """Whether the plan has come, with or without success."""
+        return self._folder is not None and (self._planned is not None or self._read())
+
+    def why_not(self, shape: Shape, nodes: Sequence[Node]) -> str | None:
+        """Why a layout may not run on these nodes, whose number is not looked at; None if it may."""
+        if shape == self.own:
+            return None
+        return self._broken_rule(shape) or self._lacks_memory(shape, nodes)
+
+    def allows(self, shape: Shape, nodes: Sequence[Node]) -> bool:
+        return self.why_not(shape, nodes) is None
+
+    def _broken_rule(self, shape: Shape) -> str | None:
+        if shape not in self._broken:
+            config = with_shape(self._config, shape)
+            parallel = config.parallel
+            try:
+                check(config)
+                rules = (broken_schedule(parallel.schedule, parallel.pp, n) for n in micro_batch_counts(config))
+                self._broken[shape] = next((rule for rule in rules if rule), None)
+            except UserError as error:
+                self._broken[shape] = f"{error.field} = {error.value} {error.rule}"
+        return self._broken[shape]
+
+    def _lacks_memory(self, shape: Shape, nodes: Sequence[Node]) -> str | None:
+        there = min((node.device_bytes for node in nodes if node.device_bytes), default=0)
+        own = self._bytes_of(self.own) if self.is_planned else None
+        if not there or own is None or own > there:
+            why = self.problem or (
+                "no plan says yet" if own is None else "what the plan says of the run itself is not true"
+            )
+            return None if shape.ep == self.own.ep else f"what it needs of a device is not known, as {why}"
+        needed = self._bytes_of(shape)
+        if needed is None:
+            return "the plan has no such layout"
+        if needed > there:
+            return f"it needs {needed / 1e9:.1f} GB of every device, which has {there / 1e9:.1f} GB"
+        return None
+
+    def _bytes_of(self, shape: Shape) -> int | None:
+        planned = {dp: size for dp, size in (self._planned or {}).get(shape.ep, {}).items() if dp <= shape.dp}
+        return planned[max(planned)] if planned else None
+
+    def _read(self) -> bool:
+        try:
+            plan = json.loads((self._folder / FILE).read_text())
+        except FileNotFoundError:
+            return False
+        if plan["config"] != digest_of(self._folder):  # of an earlier launch
+            return False
+        self._planned, self.problem = {}, plan["problem"]
+        for layout in plan["layouts"]:
+            self._planned.setdefault(layout["ep"], {})[layout["dp"]] = layout["bytes"]
+        return True
+
+    # For people -----------------------------------------------------------------------------------------------------
+
+    def name(self, shape: Shape) -> str:
+        cp = self._config.parallel.cp
+        more = [f"ep {shape.ep}"] * (self.own.ep > 1) + [f"cp {cp}"] * (cp > 1)
+        return f"pp {self.pp} x dp {shape.dp // cp}" + (f" ({', '.join(more)})" if more else "")
+
+    def words(self, shape: Shape) -> str:
+        """Those of the command line that ask for it."""
+        parallel = with_shape(self._config, shape).parallel
+        found = [f"parallel.dp={parallel.dp}"]
+        found += [f"parallel.ep={shape.ep}"] if shape.ep != self.own.ep else []
+        return " ".join(
+            [*found, *(["parallel.uneven=true"] if parallel.uneven and not self._config.parallel.uneven else [])]
+        )
+
+    def why_idle(self, shape: Shape, nodes: Sequence[Node]) -> str:
+        """Why these nodes do not do more than this layout, and what would make them."""
+        faster = [other for other in (self.own, *self.smaller) if other.micro_batches < shape.micro_batches]
+        rooms = {ep: room(nodes, ep) // self.pp * ep for ep in {other.ep for other in faster}}
+        refused = [other for other in faster if rooms[other.ep] >= other.dp]
+        if refused:
+            best = refused[0]
+            return f"{self.name(best)} would use more of them, but {self.why_not(best, nodes)}"
+        larger = next((other for other in reversed(faster) if self.allows(other, nodes)), self.own)
+        devices = sum(node.devices for node in nodes)
+        return (
+            f"the next larger layout that may run, {self.name(larger)}, takes {self.pp * larger.dp} devices in blocks of "
+            f"{self.pp * larger.ep}, and {devices} are there"
+        )
+
+    def why_nothing(self, nodes: Sequence[Node]) -> str:
+        """What would make these nodes hold a layout, when they hold none."""
+        every = (self.own, *self.smaller)
+        least = min((s for s in every if self.allows(s, nodes)), key=lambda shape: shape.dp)
+        text = f"add nodes: the smallest layout that may run, {self.name(least)}, takes {self.pp * least.dp} devices"
+        rooms = {ep: room(nodes, ep) // self.pp * ep for ep in {shape.ep for shape in every}}
+        refused = next((shape for shape in every if rooms[shape.ep] >= shape.dp), None)
+        return text if refused is None else f"{text}; {self.name(refused)} has room, but {self.why_not(refused, nodes)}"
