@@ -31,6 +31,7 @@ LAYOUTS = {
     "dp3_uneven": (3, ["parallel.dp=3", "parallel.uneven=true"]),
     "dp6_ep2_uneven": (6, ["parallel.dp=6", "parallel.ep=2", "parallel.uneven=true", "parallel.zero=2"]),
     "pp2_dp3_uneven": (6, ["parallel.pp=2", "parallel.dp=3", "parallel.uneven=true"]),
+    "dp3_cp2_ep2_uneven": (6, ["parallel.dp=3", "parallel.cp=2", "parallel.ep=2", "parallel.uneven=true"]),
     "ep4": (4, ["parallel.dp=4", "parallel.ep=4"]),
     "ep4_nodes": (4, ["parallel.dp=4", "parallel.ep=4", "parallel.dispatch=node_limited", "cluster.ranks_per_node=2"]),
     "pp2_1f1b": (2, ["parallel.pp=2"]),
