@@ -15,6 +15,7 @@ from pathlib import Path
 
 import psutil
 
+from cluster.spawn import lives
 from conf.errors import EXIT_CRASH, EXIT_OK
 
 
@@ -44,14 +45,6 @@ def shares_network(process: psutil.Process) -> bool:
         return True
 
 
-def runs(process: psutil.Process) -> bool:
-    """Whether it still does anything: a zombie has ended, though nobody may ever fetch its exit code."""
-    try:
-        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return False
-
-
 def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m cluster.leave", description=__doc__.splitlines()[0])
     parser.add_argument("--within", type=int, default=300, help="seconds until the node really goes")
@@ -66,7 +59,7 @@ def main(arguments: list[str]) -> int:
         if told.returncode:
             print(f"error: Ray at {head} does not let node {node} go: {told.stderr.strip()}", file=sys.stderr)
             return EXIT_CRASH
-    while time.monotonic() < deadline and any(runs(process) for process, *_ in here):
+    while time.monotonic() < deadline and any(lives(process.pid) for process, *_ in here):
         time.sleep(0.2)
     return EXIT_OK
 

@@ -1,12 +1,27 @@
-"""A rank as a child process."""
+"""A rank as a child process, and the end of a process with that of its parent."""
 
 import ctypes
+import os
 import signal
 import subprocess
+from collections.abc import Callable
 from typing import IO
+
+import psutil
+
+from conf.schema import Config
 
 PR_SET_PDEATHSIG = 1
 """Of prctl: the signal that a process gets when its parent dies."""
+LEASE = 4.0
+"""An agent kills its ranks after this many heartbeats without a question."""
+ENDING = 60.0
+"""Seconds that a killed rank may take to give back its memory."""
+
+
+def longest_afterlife(config: Config) -> float:
+    """Seconds that a rank may live on after its driver was killed."""
+    return ENDING + (LEASE * config.cluster.heartbeat if config.cluster.backend == "ray" else 0.0)
 
 
 def spawn(
@@ -21,7 +36,7 @@ def spawn(
 
     output: of both streams; None leaves the child the terminal. folder: to work in; None for that of this process.
     """
-    prctl = ctypes.CDLL(None).prctl  # looked up here, as a fresh fork of a threaded process must not load libraries
+    bind, parent = _binder(), os.getpid()
     return subprocess.Popen(
         command,
         env=environment,
@@ -30,5 +45,34 @@ def spawn(
         stdout=output,
         stderr=None if output is None else subprocess.STDOUT,
         start_new_session=True,
-        preexec_fn=lambda: prctl(PR_SET_PDEATHSIG, signal.SIGKILL),
+        preexec_fn=lambda: bind(parent),
     )
+
+
+def die_with_parent() -> None:
+    """Have the kernel kill this process when its parent dies, also where nobody reaps the dead: a parent that is a zombie
+    still has a process id, by which Ray looks whether it lives.
+    """
+    _binder()(os.getppid())
+
+
+def _binder() -> Callable[[int], None]:
+    """What ties the process that calls it to its parent. Made before a fork: a fresh fork of a threaded process must not
+    load libraries.
+    """
+    prctl = ctypes.CDLL(None).prctl
+
+    def bind(parent: int) -> None:
+        prctl(PR_SET_PDEATHSIG, signal.SIGKILL)
+        if os.getppid() != parent:  # it died before it was asked for
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    return bind
+
+
+def lives(pid: int) -> bool:
+    """Whether there is such a process and it still does anything: a zombie has ended, though nobody may ever reap it."""
+    try:
+        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False

@@ -22,6 +22,7 @@ from cluster.driver.driver import Driver
 from cluster.driver.fleet import WAITING, FleetLost, Reply
 from cluster.driver.view import View
 from cluster.node.agent import Agent
+from cluster.spawn import LEASE
 from cluster.topology import Node
 from conf.errors import EXIT_OK, EXIT_STOPPED, UserError
 from conf.schema import ROOT, Config
@@ -37,8 +38,6 @@ HEAD_LIMIT = 1
 CLOSE_LIMIT = 3
 """Seconds for agents to clean up after the run; whoever does not answer is killed."""
 SHIPPED = ["conf", "train", "parallel", "cluster"]
-LEASE = 4.0
-"""An agent kills its ranks after this many heartbeats without a question."""
 
 
 def run_ray(config: Config, folder: Path, command: list[str], planner: Sequence[str] = ()) -> int:
@@ -191,7 +190,7 @@ class RayFleet:
                 max_restarts=0,
                 scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False),
             )
-            .remote(LEASE * self._config.cluster.heartbeat, leave_on_sigterm=True)
+            .remote(LEASE * self._config.cluster.heartbeat, own_process=True)
         )
 
     def replies(self, timeout: float) -> list[Reply]:

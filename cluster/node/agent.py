@@ -14,6 +14,7 @@ An agent that nobody asks for `lease` seconds is cut off: it kills its ranks, as
 """
 
 import contextlib
+import fcntl
 import json
 import os
 import shutil
@@ -35,12 +36,14 @@ from cluster.node.copy_store import Opened, Store, held, sweep, why_not_opened
 from cluster.node.network_probe import NetworkProbe
 from cluster.node.preflight import Facts, Question, gather
 from cluster.run_files import log_path, progress_path
-from cluster.spawn import spawn
+from cluster.spawn import die_with_parent, spawn
 
 LOOK = 0.05
 """Seconds between an agent's looks for news while a question waits."""
 STACKS_WITHIN = 0.25
 """A question waits no longer than this for stacks that were asked for."""
+YOUNG = 10.0
+"""Seconds for which nobody removes a scratch folder that is not locked."""
 CHUNK = 64 << 10
 """Most bytes of one rank's output in one answer."""
 
@@ -89,17 +92,19 @@ class _Child:
 class Agent:
     """See the top of the file.
 
-    lease: seconds without a question before the ranks are killed. leave_on_sigterm: take SIGTERM as word that the node is
-    about to go; then make the agent in the main thread of its process.
+    lease: seconds without a question before the ranks are killed. own_process: nothing else is in this process, so that
+    SIGTERM means that the node is about to go, and the process ends with its parent; then make the agent in the main thread.
     """
 
-    def __init__(self, lease: float, leave_on_sigterm: bool = False):
+    def __init__(self, lease: float, own_process: bool = False):
         self._lease = lease
         self._attempt = 0
         self._children: dict[int, _Child] = {}
         self._standbys: dict[tuple[str, str | None], list[subprocess.Popen]] = {}
         """By module and working folder."""
         self._scratch: Path | None = None
+        self._scratch_lock = -1
+        """A handle that holds its lock."""
         self._asked = time.monotonic()
         self._probe = NetworkProbe()
         self._store: Store | None = None
@@ -108,7 +113,8 @@ class Agent:
         """The news that the last answer told."""
         self._lock = threading.Lock()
         self._closed = threading.Event()
-        if leave_on_sigterm:
+        if own_process:
+            die_with_parent()
             signal.signal(signal.SIGTERM, lambda *_: setattr(self, "_leaving", True))
         _sweep()
         threading.Thread(target=self._watch_lease, daemon=True).start()
@@ -151,7 +157,8 @@ class Agent:
             assert order.attempt > self._attempt and not any(c.process.poll() is None for c in self._children.values())
             self._forget()
             self._attempt, self._asked = order.attempt, time.monotonic()
-            self._scratch = Path(tempfile.mkdtemp(prefix=f"{scratch_prefix()}{os.getpid()}-"))
+            self._scratch = Path(tempfile.mkdtemp(prefix=scratch_prefix()))
+            self._scratch_lock = _lock_folder(self._scratch)
             for rank, local_rank in order.ranks:
                 self._children[rank] = self._spawn(order, rank, local_rank)
 
@@ -307,6 +314,7 @@ class Agent:
         self._children = {}
         if self._scratch is not None:
             shutil.rmtree(self._scratch, ignore_errors=True)  # left-overs in a temporary folder do no harm
+            os.close(self._scratch_lock)
             self._scratch = None
 
     def _watch_lease(self) -> None:
@@ -317,24 +325,33 @@ class Agent:
 
 
 def scratch_prefix() -> str:
-    """Start of the names of scratch folders on this host; the agent's process id follows."""
-    return f"sluice-{socket.gethostname()}-"
+    """Start of the names of scratch folders on this host."""
+    return f"sluice-agent-{socket.gethostname()}-"
+
+
+def _lock_folder(folder: Path) -> int:
+    """A handle that holds the lock of a folder; OSError if another process has it. Not the process id tells whether an agent
+    lives: containers may share a folder for temporary files, and have ids of their own.
+    """
+    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(handle)
+        raise
+    return handle
 
 
 def _sweep() -> None:
-    """Remove the scratch folders of agents of this host and user that were killed."""
-    for folder in Path(tempfile.gettempdir()).glob(f"{scratch_prefix()}*-*"):
-        pid = folder.name.removeprefix(scratch_prefix()).partition("-")[0]
-        if pid.isdecimal() and not _lives(int(pid)):
-            shutil.rmtree(folder, ignore_errors=True)  # it may be another user's
-
-
-def _lives(pid: int) -> bool:
-    """Whether there is such a process and it is no zombie."""
-    try:
-        return psutil.Process(pid).status() != psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return False
+    """Remove the scratch folders of agents of this host and user that were killed; one that was just made may not be locked
+    yet.
+    """
+    for folder in Path(tempfile.gettempdir()).glob(f"{scratch_prefix()}*"):
+        with contextlib.suppress(OSError):  # an agent holds it, another one sweeps it, or it is another user's
+            if time.time() - folder.stat().st_ctime > YOUNG:
+                handle = _lock_folder(folder)
+                shutil.rmtree(folder, ignore_errors=True)
+                os.close(handle)
 
 
 def interface_of(address: str) -> str:

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from cluster.node import agent as agent_module
 from cluster.node.agent import Agent, Answer, Order, scratch_prefix
 
 ROOT = str(Path(__file__).parents[3])
@@ -126,12 +127,15 @@ def test_a_standby_becomes_a_rank(agent, tmp_path):
 
 def test_a_new_agent_removes_the_scratch_of_a_killed_one(tmp_path, monkeypatch):
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-    ended = subprocess.Popen(["true"])
-    ended.wait()
-    (tmp_path / f"{scratch_prefix()}{ended.pid}-x").mkdir()
-    (tmp_path / f"{scratch_prefix()}{os.getpid()}-y").mkdir()
+    (tmp_path / f"{scratch_prefix()}dead").mkdir()
+    alive = Agent(lease=30.0)
+    alive.start(order("import time; time.sleep(60)"))
     Agent(lease=30.0)
-    assert [path.name for path in tmp_path.iterdir()] == [f"{scratch_prefix()}{os.getpid()}-y"]
+    assert len(list(tmp_path.iterdir())) == 2, "what was just made may not be locked yet"
+    monkeypatch.setattr(agent_module, "YOUNG", 0.0)
+    Agent(lease=30.0)
+    assert list(tmp_path.iterdir()) == [alive._scratch]
+    alive.close()
 
 
 def test_no_rank_outlives_a_killed_agent(tmp_path):
