@@ -84,7 +84,6 @@ def check_before_start(config: Config) -> None:
     """What can be refused before anything is written, the quickest first: a layout that cannot work, a disk or a memory that
     is too small, a checkpoint of another model, data that cannot be read.
     """
-    from train.checkpoint.manifest import read_manifest
     from train.data.corpus import build_corpus
     from train.data.progress import show_progress
     from train.gpu import check_gpu, check_memory
@@ -97,9 +96,9 @@ def check_before_start(config: Config) -> None:
     check_space(config, checkpoint_bytes(config))
     check_memory(config, checkpoint_bytes(config))
     check_gpu(config)
-    start = resume_point(config).path
+    start = resume_point(config).manifest
     if start is not None:
-        require_model(config, start, read_manifest(start).meta)
+        require_model(config, start.folder, start.meta)
     with show_progress() as progress:
         corpus = build_corpus(config, progress)
     if config.init_from is not None and start is None:

@@ -29,7 +29,7 @@ from conf.errors import EXIT_USER, UserError
 from conf.files import atomic_write_text
 from conf.load import write_config
 from conf.schema import Config
-from train.checkpoint.manifest import Found, checkpoints, newest_intact, verify
+from train.checkpoint.manifest import Found, checkpoints, newest_intact, read_manifest, verify
 
 
 class RunPaths:
@@ -97,7 +97,7 @@ class RunFolder(RunPaths):
 
 
 def resume_point(config: Config, skip: Collection[Path] = ()) -> Found:
-    """The checkpoint to start from (path None: start new), with a warning for each damaged one passed over.
+    """The checkpoint to start from (None: start new), with a warning for each damaged one passed over.
 
     `skip`: checkpoints that `load` found damaged. Raises UserError if a named checkpoint is damaged, or if all there
     are: starting new beside them would throw training away unasked. Make rank 0's Checkpointer first: it repairs a
@@ -151,7 +151,7 @@ def _named(path: Path) -> Found:
             "must be intact: " + "; ".join(problems),
             "give another checkpoint, or use resume=auto, which takes the newest intact one of the run",
         )
-    return Found(path, [])
+    return Found(read_manifest(path), [])
 
 
 def _make(config: Config, root: Path) -> None:

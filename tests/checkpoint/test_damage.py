@@ -13,6 +13,7 @@ import torch
 from conf.errors import UserError
 from parallel.shard import whole
 from tests.checkpoint.world import blank, checkpointers, same_bits, save
+from train.checkpoint import manifest
 from train.checkpoint.load import load
 from train.checkpoint.manifest import Damaged, newest_intact, read_manifest, seal, verify
 
@@ -93,6 +94,24 @@ def test_nothing_intact(tmp_path):
         (folder / "rank_00001.json").unlink()
     found = newest_intact(tmp_path)
     assert found.path is None and len(found.warnings) == 2
+
+
+@pytest.mark.parametrize("when", ["read_manifest", "_problems"])
+def test_what_is_pruned_during_a_search_is_looked_for_again(tmp_path, monkeypatch, when):
+    """A run that lives commits a newer checkpoint and prunes those that the search has listed."""
+    two_checkpoints(tmp_path)
+    newer, real = shutil.copytree(tmp_path / "step_00000020", tmp_path / "newer"), getattr(manifest, when)
+
+    def late(*arguments):
+        if newer.exists():
+            for folder in tmp_path.glob("step_*"):
+                shutil.rmtree(folder)
+            newer.rename(tmp_path / "step_00000030")
+        return real(*arguments)
+
+    monkeypatch.setattr(manifest, when, late)
+    found = newest_intact(tmp_path)
+    assert found.path == tmp_path / "step_00000030" and found.warnings == []
 
 
 def test_a_newer_format_is_not_passed_over(tmp_path):

@@ -266,28 +266,36 @@ def check_data(manifest: Manifest, rank: int) -> None:
 class Found:
     """Outcome of a search for the newest intact checkpoint."""
 
-    path: Path | None
+    manifest: Manifest | None
     warnings: list[str]
     """What is wrong, file by file, with each damaged checkpoint met: all without a sound manifest, whose age nobody
     can tell, and those newer than the one found."""
 
+    @property
+    def path(self) -> Path | None:
+        return self.manifest and self.manifest.folder
+
 
 def newest_intact(root: Path, full: bool = False, skip: Collection[Path] = ()) -> Found:
-    """The newest intact checkpoint in a run's checkpoints/ folder, by `verify`; path None if there is none.
+    """The newest intact checkpoint in a run's checkpoints/ folder, by `verify`; None if there is none.
 
     `skip`: checkpoints that `load` has found damaged, where the fast verification could not.
 
     Raises UserError if one has a newer format: to pass over it would throw training away.
     """
-    warnings: list[str] = []
-    for manifest in _newest_first(root, warnings):
-        if manifest.folder in skip:
-            continue
-        problems = _problems(manifest, full)
-        if not problems:
-            return Found(manifest.folder, warnings)
-        warnings += problems
-    return Found(None, warnings)
+    while True:
+        warnings: list[str] = []
+        for manifest in _newest_first(root, warnings):
+            if manifest.folder in skip:
+                continue
+            problems = _problems(manifest, full)
+            if not problems:
+                return Found(manifest, warnings)
+            if not os.path.lexists(manifest.folder):  # a run that lives has pruned it, as there are newer ones
+                break
+            warnings += problems
+        else:
+            return Found(None, warnings)
 
 
 def checkpoints(root: Path) -> list[Manifest]:
@@ -297,13 +305,21 @@ def checkpoints(root: Path) -> list[Manifest]:
 
 def _newest_first(root: Path, warnings: list[str]) -> list[Manifest]:
     """The sound manifests in `root`, by falling age; what is wrong with the others goes to `warnings`."""
-    sound: list[Manifest] = []
-    for folder in root.glob(STEP_FOLDERS):
-        try:
-            sound.append(read_manifest(folder))
-        except Damaged as error:
-            warnings.append(error.line)
-    return sorted(sound, key=lambda manifest: manifest.age, reverse=True)
+    while True:
+        sound: list[Manifest] = []
+        damaged: list[str] = []
+        for folder in root.glob(STEP_FOLDERS):
+            try:
+                sound.append(read_manifest(folder))
+            except UserError as error:
+                if not os.path.lexists(folder):  # a run that lives has pruned it: look again, as there are newer ones
+                    break
+                if not isinstance(error, Damaged):
+                    raise
+                damaged.append(error.line)
+        else:
+            warnings += damaged
+            return sorted(sound, key=lambda manifest: manifest.age, reverse=True)
 
 
 def _wrong_size(manifest: Manifest, name: str) -> Damaged | None:

@@ -129,8 +129,8 @@ def _newest_copy(config: Config, copies: MemoryCopies) -> tuple[dict[str, Any] |
     except Damaged as error:
         return None, [f"passed over copies in memory: {error.line}"]
     if manifest is not None and config.resume == "auto":
-        disk = newest_intact(RunPaths(config).checkpoints).path
-        if disk is not None and read_manifest(disk).age > manifest.age:
+        disk = newest_intact(RunPaths(config).checkpoints).manifest
+        if disk is not None and disk.age > manifest.age:
             return None, []
     return manifest and manifest.body(), []
 
