@@ -1,6 +1,7 @@
 """What the processes of a run leave on disk for each other: names and formats, which ranks and drivers alike take from here.
 
-checkpoints/.fence                       highest attempt number that ever wrote there; see train/checkpoint/commit.py
+checkpoints/.fence                       highest attempt number that may write there; see train/checkpoint/commit.py
+checkpoints/.lock                        held while the fence or the name of a checkpoint changes
 checkpoints/step_00001234/               a committed checkpoint; see train/checkpoint/manifest.py
     manifest.json                        is there before the folder has this name, and says which attempt wrote it
     rank_00003.safetensors               a rank's part
@@ -24,6 +25,7 @@ STEP_FOLDERS = "step_*"
 FAILURES = "rank_*.error.json"
 """Pattern of `failure_path`."""
 RANK_FILE = re.compile(r"rank_(\d{5,18})\.(safetensors|json)")
+LOCK = ".lock"
 _FENCE = ".fence"
 
 
@@ -63,7 +65,7 @@ def progress_path(logs: Path, rank: int) -> Path:
 
 
 def read_fence(checkpoints: Path) -> int:
-    """The highest attempt number that ever wrote there; -1 for none."""
+    """The highest attempt number that may write there; -1 for none."""
     try:
         return int((checkpoints / _FENCE).read_text())
     except FileNotFoundError:

@@ -61,7 +61,7 @@ def exclusive(path: Path, timeout: float) -> Iterator[None]:
     handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
     try:
         deadline = time.monotonic() + timeout
-        while not _try_lock(handle):
+        while not try_lock(handle):
             if time.monotonic() > deadline:
                 raise TimeoutError(f"{path} stayed locked for {timeout:.0f} s")
             time.sleep(0.01)
@@ -70,7 +70,8 @@ def exclusive(path: Path, timeout: float) -> Iterator[None]:
         os.close(handle)
 
 
-def _try_lock(handle: int) -> bool:
+def try_lock(handle: int) -> bool:
+    """Take the advisory lock of an open file; False where another holds it."""
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:

@@ -5,6 +5,7 @@ import shutil
 import socket
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,8 @@ from conf.load import compose, read_config
 from parallel.shard import whole
 from tests.checkpoint.world import checkpointers, save
 from tests.ranks import CONTEXT
-from train.run_folder import RunFolder, RunPaths, resume_point
+from train import run_folder
+from train.run_folder import RunFolder, RunPaths, held_by_rank_0, resume_point
 
 torch.set_num_threads(1)
 
@@ -53,6 +55,32 @@ def test_a_second_run_is_refused_until_the_first_is_dead(tmp_path):
         with pytest.raises(UserError, match=f"process {os.getpid()} "):
             RunFolder(config(tmp_path))
     RunFolder(config(tmp_path)).close()
+
+
+def be_rank_0(root: Path, pipe) -> None:
+    """Hold the run folder as rank 0 until told, or killed."""
+    with held_by_rank_0(RunPaths(config(root))):
+        pipe.send("held")
+        pipe.recv()
+
+
+def test_a_start_waits_for_a_rank_0_that_outlives_its_driver(tmp_path, monkeypatch, capsys):
+    ours, theirs = CONTEXT.Pipe()
+    process = CONTEXT.Process(target=be_rank_0, args=(tmp_path, theirs))
+    process.start()
+    assert ours.poll(30) and ours.recv() == "held"
+    with held_by_rank_0(RunPaths(config(tmp_path))):
+        pass  # ranks 0 of two attempts do not exclude each other
+    with monkeypatch.context() as patch:
+        patch.setattr(run_folder, "longest_afterlife", lambda _: 0.1)
+        with pytest.raises(UserError, match="rank 0 of an earlier start still writes"):
+            RunFolder(config(tmp_path))
+    assert "this start waits for it" in capsys.readouterr().err
+    killing = threading.Timer(0.3, process.kill)
+    killing.start()
+    with RunFolder(config(tmp_path)):
+        assert not process.is_alive()
+    killing.join()
 
 
 def test_child_processes_do_not_inherit_the_lock(tmp_path):

@@ -11,7 +11,9 @@ runs/NAME/
     sample.json        what the model wrote at the end
     report.html
     wandb/
-    .lock              locked, with process and host, as long as the run lives
+    .lock              locked, with process and host, as long as the driver of the run lives
+    .rank_0.lock       locked, shared, as long as a rank 0 of the run lives: it may outlive its driver, and alone writes what
+                       a start reads. A new start waits for it.
 """
 
 import fcntl
@@ -19,14 +21,17 @@ import os
 import shutil
 import socket
 import sys
-from collections.abc import Collection
+import time
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
 from cluster.run_files import STEP_FOLDERS
+from cluster.spawn import longest_afterlife
 from conf.disk import disk_errors, explain, naming, room
 from conf.errors import EXIT_USER, UserError
-from conf.files import atomic_write_text
+from conf.files import atomic_write_text, try_lock
 from conf.load import write_config
 from conf.schema import Config
 from train.checkpoint.manifest import Found, checkpoints, newest_intact, read_manifest, verify
@@ -38,6 +43,7 @@ class RunPaths:
     def __init__(self, config: Config):
         self.path = Path(config.runs).absolute() / config.name
         self.config_path = self.path / "config.yaml"
+        self.rank_lock = self.path / ".rank_0.lock"
         self.checkpoints = self.path / "checkpoints"
         self.logs = Path(os.environ.get("SLUICE_LOGS", self.path / "logs"))
         """An agent of cluster=ray gives its ranks a folder of their own and gathers what they write."""
@@ -52,8 +58,8 @@ class RunFolder(RunPaths):
     def __init__(self, config: Config, checkpoint_bytes: int = 0):
         """Create and lock the folder and write config.yaml. `checkpoint_bytes`: estimated size of one checkpoint.
 
-        Raises UserError, with nothing changed in an existing folder, if a live run holds it, another user owns it,
-        the disk cannot hold the checkpoints, or resume forbids to go on with the checkpoints there.
+        Waits for a rank 0 that has lost its driver and is about to end. Raises UserError, with nothing changed in an
+        existing folder, if a live run holds it, another user owns it, that rank does not end, the disk cannot hold the checkpoints, or resume forbids to go on with the checkpoints there.
         """
         super().__init__(config)
         with disk_errors(config):
@@ -63,6 +69,7 @@ class RunFolder(RunPaths):
 
     def _begin(self, config: Config, checkpoint_bytes: int) -> None:
         try:
+            _await_end_of_rank_0(self.rank_lock, config)
             _refuse_existing(config, self.checkpoints)
             check_space(config, checkpoint_bytes)
             self.checkpoints.mkdir(exist_ok=True)
@@ -94,6 +101,50 @@ class RunFolder(RunPaths):
         if isinstance(error, UserError) and error.code == EXIT_USER:
             self.take_back()
         self.close()
+
+
+@contextmanager
+def held_by_rank_0(paths: RunPaths) -> Iterator[None]:
+    """In rank 0, while it may write to the run folder. Ranks 0 of two attempts may hold it at once, one of them on a node
+    that was cut off; a start that has just begun may take it for a moment.
+    """
+    paths.path.mkdir(parents=True, exist_ok=True)
+    handle = os.open(paths.rank_lock, os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_SH)
+        os.ftruncate(handle, 0)
+        with naming(paths.rank_lock):
+            os.write(handle, _me().encode())
+        yield
+    finally:
+        os.close(handle)
+
+
+def _await_end_of_rank_0(path: Path, config: Config) -> None:
+    """UserError if one holds the lock for longer than a rank lives on without its driver."""
+    handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    try:
+        limit = longest_afterlife(config)
+        deadline, told = time.monotonic() + limit, False
+        while not try_lock(handle):
+            who = os.pread(handle, 200, 0).decode(errors="replace").strip()
+            if time.monotonic() > deadline:
+                raise UserError(
+                    "name",
+                    config.name,
+                    f"rank 0 of an earlier start still writes to {path.parent} after {limit:.0f} s: {who}",
+                    "end that process, or take another name=",
+                )
+            if not told:
+                print(f"rank 0 of an earlier start has not ended yet: {who}; this start waits for it", file=sys.stderr)
+                told = True
+            time.sleep(0.02)
+    finally:
+        os.close(handle)
+
+
+def _me() -> str:
+    return f"process {os.getpid()} on host {socket.gethostname()}\n"
 
 
 def resume_point(config: Config, skip: Collection[Path] = ()) -> Found:
@@ -199,7 +250,7 @@ def _lock(path: Path, name: str) -> int:
     os.ftruncate(handle, 0)
     try:
         with naming(path):
-            os.write(handle, f"process {os.getpid()} on host {socket.gethostname()}\n".encode())
+            os.write(handle, _me().encode())
     except OSError:
         os.close(handle)
         raise

@@ -1,8 +1,8 @@
 """One rank, top to bottom. `python -m train.worker CONFIG` is a rank that the driver started."""
 
-import contextlib
 import sys
 import time
+from contextlib import nullcontext
 from pathlib import Path
 
 from train.cpu import cpu_name, tune_cpu
@@ -40,7 +40,7 @@ from train.optim.schedules import Schedules  # noqa: E402
 from train.parallelize import parallelize  # noqa: E402
 from train.precision.build import activation_dtype  # noqa: E402
 from train.rank import guarded, in_turn, set_up_rank  # noqa: E402
-from train.run_folder import RunPaths  # noqa: E402
+from train.run_folder import RunPaths, held_by_rank_0  # noqa: E402
 
 
 def preload() -> None:
@@ -59,7 +59,11 @@ def run_rank(config: Config, place: Place, failures: Path | None = None) -> int:
 
 
 def _run_explained(config: Config, place: Place, stop: StopRequest) -> int:
-    with explained(config, place.rank, RunPaths(config).path / "logs"):
+    paths = RunPaths(config)
+    with (
+        held_by_rank_0(paths) if place.rank == 0 else nullcontext(),
+        explained(config, place.rank, paths.path / "logs"),
+    ):
         return _run(config, place, stop)
 
 
@@ -110,7 +114,7 @@ def _run(config: Config, place: Place, stop: StopRequest) -> int:
         open_writer(config, paths.path, resumed_step=state.step, resumed=restored.resumed) if place.rank == 0 else None
     )
     text = None
-    with writer or contextlib.nullcontext():
+    with writer or nullcontext():
         for note in [*notes, *kernel_notes, f"MFU is counted against {flops.label}"] if writer else []:
             writer.note(note)
         trainer = Trainer(

@@ -5,7 +5,8 @@ import json
 from pathlib import Path
 
 from cluster.driver.journal import read_events
-from cluster.run_files import MANIFEST, NONE, STEP_FOLDERS, Age, read_fence
+from cluster.run_files import LOCK, MANIFEST, NONE, STEP_FOLDERS, Age, read_fence, write_fence
+from conf.files import exclusive
 
 
 def newest(folder: Path) -> Age:
@@ -13,11 +14,19 @@ def newest(folder: Path) -> Age:
     return max(_ages(folder), default=NONE)
 
 
-def first_attempt(folder: Path) -> int:
-    """A number above that of every earlier attempt of this run, 1 or more. Raises UserError for a damaged fence."""
+def claim_attempt(folder: Path, timeout: float) -> int:
+    """A number above that of every earlier attempt of this run, 1 or more, which shuts those out from now on: a rank that an
+    earlier driver started may only now be about to begin. Raises UserError for a damaged fence, TimeoutError where a rank
+    keeps the folder locked for longer than this, in seconds.
+    """
     started = [int(path.stem) for path in (folder / "attempts").glob("*.yaml")]
     told = [event["attempt"] for event in read_events(folder)]  # also one that ended before its ranks were started
-    return max([0, read_fence(folder / "checkpoints"), *started, *told]) + 1
+    checkpoints = folder / "checkpoints"
+    checkpoints.mkdir(exist_ok=True)
+    with exclusive(checkpoints / LOCK, timeout):
+        number = max([0, read_fence(checkpoints), *started, *told]) + 1
+        write_fence(checkpoints, number)
+    return number
 
 
 def written_since(folder: Path, attempt: int) -> bool:

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 from cluster.driver import messages as m
-from cluster.driver.checkpoints import first_attempt, newest, written_since
+from cluster.driver.checkpoints import claim_attempt, newest, written_since
 from cluster.driver.copies import Copies
 from cluster.driver.fleet import Fleet, FleetLost, Reply
 from cluster.driver.journal import Journal
@@ -65,7 +65,7 @@ class Driver:
         self.config, self.folder, self.arguments = config, folder, arguments
         self.fleet, self.rank_folder, self.view, self.clock = fleet, rank_folder, view, clock
         self.journal = Journal(folder, lambda text: view.note("disk", text))
-        self.first = first_attempt(folder)
+        self.first = claim_attempt(folder, config.cluster.timeout)
         self.shapes = Shapes(config, folder)
         self.supervisor = Supervisor(policy_of(config, self.first, self.shapes), clock())
         self.preflight = Preflight(folder, gpus)

@@ -8,8 +8,8 @@ A rank that cannot write leaves a note, rank_R.failed, so that rank 0 gives up a
 When rank 0 gives up it removes the folder. A rank that comes later still makes it again; the next save clears it.
 
 Fencing. Ranks on a node that lost its network live on while a new attempt already runs elsewhere, and must not
-rename or prune over its checkpoints. `.fence` holds the highest attempt number. A new attempt raises it, and an
-older one that reads a higher number than its own stops. Both raising, and check plus rename, happen under one
+rename or prune over its checkpoints. `.fence` holds the highest attempt number. A new attempt, or the driver of a
+new launch, raises it, and an older one that reads a higher number than its own stops. Both raising, and check plus rename, happen under one
 advisory lock, so no attempt can be overtaken between its check and its rename, as far as the file system carries
 flock between hosts (NFSv4, Lustre with -o flock, one machine). Where it does not, the window is the few
 microseconds between the check and the rename; what would slip through is a whole, sound checkpoint of the old
@@ -26,7 +26,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cluster.run_files import MANIFEST, data_name, index_name, read_fence, step_name, write_fence
+from cluster.run_files import LOCK, MANIFEST, data_name, index_name, read_fence, step_name, write_fence
 from conf.files import atomic_write_json, atomic_write_text, exclusive, fsync_folder
 from train.checkpoint.manifest import checkpoints, seal
 
@@ -198,7 +198,7 @@ class Committer:
         return self.root / f".{name}.attempt_{self.attempt}.{kind}"
 
     def _lock(self) -> AbstractContextManager[None]:
-        return exclusive(self.root / ".lock", self.timeout)
+        return exclusive(self.root / LOCK, self.timeout)
 
     def _check_fence(self) -> None:
         if (newest := read_fence(self.root)) > self.attempt:

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from cluster.driver.checkpoints import first_attempt, newest, written_since
+from cluster.driver.checkpoints import claim_attempt, newest, written_since
 from cluster.driver.driver import Driver
 from cluster.driver.fleet import Reply
 from cluster.driver.journal import Journal, goodput, read_events
@@ -23,6 +23,7 @@ from cluster.topology import Node
 from conf.errors import EXIT_CRASH, EXIT_OK, EXIT_STOPPED, EXIT_USER
 from conf.load import compose, write_config
 from tests.cluster.local_fleet import LocalFleet
+from train.checkpoint.commit import Committer, Fenced
 
 RANK = Path(__file__).parents[1] / "fake_rank.py"
 
@@ -315,7 +316,15 @@ def test_the_newest_checkpoint_is_that_of_the_latest_attempt(tmp_path):
 
 def test_the_number_of_an_attempt_that_started_no_rank_is_not_given_again(tmp_path):
     Journal(tmp_path, print).write("attempt", 12, "attempt 12: stopped before the order to start")
-    assert first_attempt(tmp_path) == 13
+    assert claim_attempt(tmp_path, 10.0) == 13
+
+
+def test_a_new_launch_shuts_out_ranks_of_the_one_before_that_have_not_begun(tmp_path):
+    Committer(tmp_path / "checkpoints", attempt=1, world_size=1, timeout=10.0).enter(0)
+    assert claim_attempt(tmp_path, 10.0) == 2
+    with pytest.raises(Fenced, match="attempt 2 of this run has started"):
+        Committer(tmp_path / "checkpoints", attempt=1, world_size=1, timeout=10.0).enter(0)
+    Committer(tmp_path / "checkpoints", attempt=2, world_size=1, timeout=10.0).enter(0)
 
 
 def test_every_attempt_has_a_secret_of_its_own_that_no_file_holds(tmp_path):
