@@ -1,5 +1,6 @@
 """The files that start a run elsewhere: Slurm's with stand-ins for its commands, KubeRay's against its documented fields."""
 
+import copy
 import os
 import re
 import shlex
@@ -7,8 +8,10 @@ import signal
 import socket
 import subprocess
 import time
+import urllib.request
 from pathlib import Path
 
+import jsonschema
 import pytest
 import yaml
 
@@ -94,6 +97,9 @@ def test_slurms_signal_before_the_time_limit_saves_and_queues_the_job_again(slur
     assert not list(tmp_path.glob("tmp.*")), "no process id is left behind"
 
 
+CRD = (
+    "https://raw.githubusercontent.com/ray-project/kuberay/v1.5.1/helm-chart/kuberay-operator/crds/ray.io_rayjobs.yaml"
+)
 RAY_JOB = {
     "backoffLimit", "submitterConfig", "shutdownAfterJobFinishes", "ttlSecondsAfterFinished", "submissionMode",
     "entrypoint", "runtimeEnvYAML", "rayClusterSpec",
@@ -123,6 +129,41 @@ def test_the_ray_job_has_documented_fields_only(job):
             assert mounts == {volume["name"] for volume in pod["volumes"]}
             assert all(isinstance(variable["value"], str) for variable in container["env"])
     assert yaml.safe_load(job["spec"]["runtimeEnvYAML"])["env_vars"]["RAY_JOB_STOP_WAIT_TIME_S"] == "600"
+
+
+@pytest.fixture(scope="module")
+def schema():
+    """KubeRay's own, of the oldest version that the file is for. It is not ours to copy: a file that SLUICE_KUBERAY_CRD names,
+    or from the net."""
+    given = os.environ.get("SLUICE_KUBERAY_CRD")
+    try:
+        text = Path(given).read_text() if given else urllib.request.urlopen(CRD, timeout=10).read()
+    except OSError as error:
+        pytest.skip(
+            f"KubeRay's schema is not at hand: SLUICE_KUBERAY_CRD names no file, and {CRD} cannot be read: {error}"
+        )
+    versions = yaml.load(text, yaml.CSafeLoader)["spec"]["versions"]
+    return refuse_unknown(next(version for version in versions if version["name"] == "v1")["schema"]["openAPIV3Schema"])
+
+
+def refuse_unknown(schema):
+    """As Kubernetes reads it under strict validation: a field that the schema does not name is an error."""
+    if isinstance(schema, list):
+        return [refuse_unknown(part) for part in schema]
+    if not isinstance(schema, dict):
+        return schema
+    strict = {name: refuse_unknown(part) for name, part in schema.items()}
+    named = isinstance(schema.get("properties"), dict) and not schema.get("x-kubernetes-preserve-unknown-fields")
+    return {"additionalProperties": False} | strict if named else strict
+
+
+def test_kuberay_takes_the_ray_job(job, schema):
+    checker = jsonschema.Draft7Validator(schema)
+    assert not [f"{list(error.path)}: {error.message}" for error in checker.iter_errors(job)]
+    wrong = copy.deepcopy(job)
+    wrong["spec"]["rayClusterSpec"]["workerGroupSpecs"][0]["template"]["spec"]["containers"][0]["comand"] = ["sleep"]
+    wrong["spec"]["rayClusterSpec"]["headGroupSpec"]["rayStartParams"]["num-cpus"] = 0
+    assert len(list(checker.iter_errors(wrong))) == 2
 
 
 def test_a_pod_has_the_time_that_its_hook_may_take(job):
