@@ -20,6 +20,7 @@ from cluster.driver.policy import policy_of
 from cluster.driver.shapes import Shapes, with_shape
 from cluster.driver.supervisor import Supervisor
 from cluster.driver.view import View
+from cluster.driver.vitals import Vitals
 from cluster.node.agent import Answer, Order
 from cluster.node.copy_store import Opened
 from cluster.node.preflight import Preflight
@@ -73,6 +74,7 @@ class Driver:
         self._planner = [*planner, "cuda" if gpus else "cpu"] if planner else []
         self._planning: subprocess.Popen | None = None
         self._limits_told = False
+        self.vitals = Vitals()
         self._finish: m.Finish | None = None
         self._known: dict[str, Node] = {}
         """Nodes that were listed, by id; checked ones are those that the supervisor knows."""
@@ -274,6 +276,9 @@ class Driver:
                 if rank == 0:
                     self.view.output(piece)
         self.copies.take(node, answer.held)
+        name = self._known[node].name
+        for kind, text in self.vitals.take(name, answer):
+            self._note(kind, text, node=name)
         self._tell(m.Beat(node, answer.attempt, answer.ranks))
         if answer.leaving:
             self._tell(m.Draining(node, "its agent was told to end"))

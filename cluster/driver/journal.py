@@ -38,6 +38,8 @@ KINDS = {
     "limits": "what the layout can lose, where that is no node at all",
     "first_step": "the attempt has finished its first step. step, seconds: since the order to start",
     "straggler": "a rank is slower than the others. rank, node, seconds and median per step",
+    "clock": "the clock of a node jumped. node",
+    "disk": "a node has little room left for temporary files. node",
     "checkpoint": "a checkpoint is whole. step",
     "failure": "an attempt failed. cause: user, node, killed, crash, hang, diverged, start; ranks and nodes: first to "
     "fail; log: output or stacks that show it",

@@ -16,6 +16,7 @@ An agent that nobody asks for `lease` seconds is cut off: it kills its ranks, as
 import contextlib
 import fcntl
 import json
+import math
 import os
 import shutil
 import signal
@@ -77,6 +78,10 @@ class Answer:
     """Tracebacks since they were last asked for."""
     held: dict[str, list[int]] = field(default_factory=dict)
     """Copies of the state in this node's memory: ranks by set, see cluster/node/copy_store.py."""
+    clock: float = 0.0
+    """Of the node, when it answered."""
+    free_bytes: float = math.inf
+    """In its folder for temporary files."""
     leaving: bool = False
     """The agent was told to end, as the node is about to go."""
 
@@ -222,6 +227,7 @@ class Agent:
             answer = Answer(self._attempt, [self._report(rank, child) for rank, child in self._children.items()])
             answer.held = held(self._store.folder) if self._store is not None else {}
             answer.leaving = self._leaving
+            answer.clock, answer.free_bytes = time.time(), shutil.disk_usage(tempfile.gettempdir()).free
             wanted = attempt in (None, self._attempt)
             for rank, child in self._children.items():
                 if wanted and (piece := _read(child.log, offsets.get(rank, 0), CHUNK)):
