@@ -22,6 +22,7 @@ from train.model.loss import cross_entropy
 from train.model.moe import LocalDispatcher
 from train.model.rope import Rope
 from train.model.router import Router, _Route
+from train.model.sequence import Positions
 from train.optim.adamw import AdamW, moments_dtype
 from train.plan.time import work
 from train.plan.time.traffic import Spread
@@ -227,8 +228,10 @@ class KernelCases:
         logits = torch.randn(batch, length, model.experts, device=self.device).requires_grad_()
         counters = (router.load_E, router.score_E, router.balance_loss)
 
+        whole = Positions(length)
+
         def route() -> tuple[Tensor, Tensor]:
-            return _Route.apply(logits, router.bias_E, router.rule, self.config.optim.balance_loss, counters)
+            return _Route.apply(logits, router.bias_E, router.rule, self.config.optim.balance_loss, counters, whole)
 
         yield KernelCase(_of_kind("route_forward", counted.forward), route)
         gates, ids = route()
