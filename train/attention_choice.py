@@ -14,6 +14,8 @@ from torch.nn import functional as F
 from conf.errors import UserError
 from conf.schema import Config
 from train.model.attention import Attention, BlockAttention, document_mask, document_spans
+from train.model.kernels import Kernels
+from train.model.sequence import Rectangle
 from train.precision.build import activation_dtype
 
 Kernel = Callable[[Tensor, Tensor, Tensor, Tensor | None, float], Tensor]
@@ -79,6 +81,42 @@ def choose_attention(config: Config, device: torch.device) -> tuple[Attention, l
         return FusedAttention(causal, own_choice), notes
     masked, more = _first_that_works(config, device, masked=True)
     return FusedAttention(causal, masked), notes + more
+
+
+def require_blocks(kernels: Kernels, config: Config, device: torch.device) -> None:
+    """Raise UserError where this GPU does not compute right what ranks that share sequences ask of it: attention of a block of
+    keys at a time, put together by log-sum-exps.
+    """
+    dtype, model, length = activation_dtype(config.precision), config.model, LENGTHS[0]
+    width, generator = model.nope_head_dim + model.rope_head_dim, torch.Generator().manual_seed(0)
+    q, k, v, dout = (
+        torch.randn(2, 2, size, channels, generator=generator).to(dtype)
+        for size, channels in (
+            (2 * length, width),
+            (length, width),
+            (length, model.v_head_dim),
+            (2 * length, model.v_head_dim),
+        )
+    )
+    rectangles = [Rectangle(None, 0, length, 0, length, 0), Rectangle(None, length, 2 * length, 0, length, length)]
+
+    def both(kernels: Kernels, there: torch.device | str) -> list[Tensor]:
+        moved = [tensor.to(there) for tensor in (q, k, v, dout)]
+        out, lse = kernels.attend(*moved[:3], width**-0.5, rectangles)
+        lse = lse + 1.0  # as if other blocks had been met
+        grads = kernels.attend_backward(moved[3], *moved[:3], out, lse, width**-0.5, rectangles)
+        return [tensor.float().cpu() for tensor in (out, lse, *grads)]
+
+    expected = both(Kernels(), "cpu")
+    try:
+        ours = both(kernels, device)
+        errors = [((one - other).norm() / other.norm()).item() for one, other in zip(ours, expected, strict=True)]
+        problem = None if max(errors) < BOUND else f"is off by {max(errors):.2g} of its norm, and {BOUND} is allowed"
+    except RuntimeError as error:
+        problem = f"fails ({str(error).strip().splitlines()[0][:200]})"
+    if problem is not None:
+        rule = f"torch's attention of blocks of keys {problem} on {torch.cuda.get_device_name(device)}"
+        raise UserError("parallel.cp", config.parallel.cp, rule, "leave parallel.cp out, or install another torch")
 
 
 def _first_that_works(config: Config, device: torch.device, masked: bool) -> tuple[Kernel, list[str]]:

@@ -3,7 +3,7 @@
 import torch
 
 from conf.schema import Config
-from train.attention_choice import choose_attention
+from train.attention_choice import choose_attention, require_blocks
 from train.model.attention import Attention
 from train.model.compiled import CompiledKernels
 from train.model.fused import FusedKernels, scaled_dot_product
@@ -26,7 +26,10 @@ def choose_kernels(config: Config, device: torch.device) -> tuple[Kernels, list[
     """
     if device.type == "cuda":
         attention, notes = choose_attention(config, device)
-        return build_kernels("cuda", attention=attention), notes
+        kernels = build_kernels("cuda", attention=attention)
+        if config.parallel.cp > 1:
+            require_blocks(kernels, config, device)
+        return kernels, notes
     compiled, notes = config.cluster.compiled, []
     if compiled and activation_dtype(config.precision) == torch.bfloat16 and (why := native.why_absent()):
         notes.append(f"the model trains in torch's operations, slower than compiled code: {why}")

@@ -58,12 +58,9 @@ def test_blocks_put_together_are_the_whole_attention(documents_BT):
         out = sum(part[0] * (part[1] - lse).exp().unsqueeze(-1) for part in parts)
         torch.testing.assert_close(lse, take(scores.logsumexp(-1).unsqueeze(-1))[..., 0], rtol=1e-6, atol=1e-6)
         torch.testing.assert_close(out.double(), take(want.detach()), rtol=1e-5, atol=1e-6)
-        delta = (out * take(dout)).sum(-1)
         dq = torch.zeros_like(take(q))
         for keys, rectangles in blocks:
-            more = attend_backward(
-                take(dout), take(q), k[:, :, keys], v[:, :, keys], lse.float(), delta.float(), 0.4, rectangles
-            )
+            more = attend_backward(take(dout), take(q), k[:, :, keys], v[:, :, keys], out, lse.float(), 0.4, rectangles)
             dq += more[0]
             dk[:, :, keys] += more[1]
             dv[:, :, keys] += more[2]

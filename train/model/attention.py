@@ -124,14 +124,15 @@ def attend_backward(
     q_BHTQ: Tensor,
     k_BHSQ: Tensor,
     v_BHSV: Tensor,
+    out_BHTV: Tensor,
     lse_BHT: Tensor,
-    delta_BHT: Tensor,
     scale: float,
     rectangles: Sequence[Rectangle],
 ) -> tuple[Tensor, Tensor, Tensor]:
     """`train.model.kernels.Kernels.attend_backward` in torch's operations."""
     dout32, q32, k32, v32 = (t.flatten(0, 1).float() for t in (dout_BHTV, q_BHTQ, k_BHSQ, v_BHSV))
-    lse, delta = (t.flatten(0, 1).unsqueeze(-1) for t in (lse_BHT, delta_BHT))
+    delta = torch.linalg.vecdot(dout32, out_BHTV.flatten(0, 1).float()).unsqueeze(-1)
+    lse = lse_BHT.flatten(0, 1).unsqueeze(-1)
     dq, dk, dv = torch.zeros_like(q32), torch.zeros_like(k32), torch.zeros_like(v32)
     for rows, queries, keys, diagonal in _rectangle_blocks(rectangles, *q_BHTQ.shape[:2]):
         p_XCS = _scores(q32[rows, queries], k32[rows, keys], scale, diagonal).sub_(lse[rows, queries]).exp_()

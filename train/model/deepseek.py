@@ -161,7 +161,7 @@ class DeepSeekV3(nn.Module):
         if self.has_embedding or self._depths:
             embedding_BTD = self._embed(positions.take_with_next(tokens_BS, self._depths))
         if self.has_embedding:
-            x = embedding_BTD if self._share is None else positions.shifted(embedding_BTD, self._depths, 0)
+            x = embedding_BTD if self._share is None else embedding_BTD.narrow(1, 0, positions.count)
         hidden_BTD = self._run_layers(x, positions)
         if not self.has_head:
             return hidden_BTD

@@ -119,16 +119,16 @@ class Kernels:
         q_BHTQ: Tensor,
         k_BHSQ: Tensor,
         v_BHSV: Tensor,
+        out_BHTV: Tensor,
         lse_BHT: Tensor,
-        delta_BHT: Tensor,
         scale: float,
         rectangles: Sequence[Rectangle],
     ) -> tuple[Tensor, Tensor, Tensor]:
         """What the block adds to the gradients of q, and the gradients of its k and v.
 
-        lse: over all blocks that the queries meet. delta: the sum over channels of dout and the output over all blocks.
+        out, lse: output and log-sum-exp over all blocks that the queries meet.
         """
-        return attend_backward(dout_BHTV, q_BHTQ, k_BHSQ, v_BHSV, lse_BHT, delta_BHT, scale, rectangles)
+        return attend_backward(dout_BHTV, q_BHTQ, k_BHSQ, v_BHSV, out_BHTV, lse_BHT, scale, rectangles)
 
     def sort_by_expert(self, expert_ids_TK: Tensor, experts: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Places of the rows in the order of their experts, the way back, the token of every sorted row, and rows per expert."""

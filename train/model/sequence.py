@@ -112,21 +112,20 @@ class Positions:
         return _joined([x[:, piece.start + shift : piece.stop + shift] for piece in self.here])
 
     def take_with_next(self, x: Tensor, more: int) -> Tensor:
-        """The same of the positions here and of `more` behind each piece, as far as there are positions."""
-        return _joined([x[:, piece.start : self._end(piece, more)] for piece in self.here])
+        """The same of the positions here, and then of the `more` behind each piece, as far as there are positions."""
+        behind = [x[:, piece.stop : min(piece.stop + more, self.length)] for piece in self.here]
+        return _joined([x[:, piece.start : piece.stop] for piece in self.here] + [y for y in behind if y.size(1)])
 
     def shifted(self, x: Tensor, more: int, depth: int) -> Tensor:
         """Of what `take_with_next` gave: that which is `depth` positions behind those here at this depth."""
-        if more == depth == 0:
-            return x
-        parts, first = [], 0
-        for piece, left in zip(self.here, self.shorter(depth).here, strict=True):
-            parts.append(x[:, first + depth : first + depth + len(left)])
-            first += self._end(piece, more) - piece.start
+        parts, first, behind = [], 0, self.count
+        for piece in self.here:
+            next_ones = min(more, self.length - piece.stop)
+            parts.append(x[:, first + depth : first + len(piece)])
+            if next_ones and depth:
+                parts.append(x[:, behind : behind + depth])
+            first, behind = first + len(piece), behind + next_ones
         return _joined(parts)
-
-    def _end(self, piece: range, more: int) -> int:
-        return min(piece.stop + more, self.length)
 
     @cached_property
     def documents(self) -> list[tuple[int | None, range]]:

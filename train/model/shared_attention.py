@@ -97,7 +97,7 @@ class SharedAttention(torch.autograd.Function):
                 if value is None:
                     sum_BHTV.mul_(share_BHT1)
                 else:
-                    sum_BHTV.addcmul_(value, share_BHT1)
+                    sum_BHTV.addcmul_(value.to(sum_BHTV.dtype), share_BHT1)
             lse_BHT = new_BHT
         assert out_BHTV is not None and lse_BHT is not None, "a sequence has a piece"
         # Positions first in memory, as the output projection takes it.
@@ -119,7 +119,6 @@ class SharedAttention(torch.autograd.Function):
         positions, kernels = ctx.positions, ctx.kernels
         rows = [len(piece) for piece in positions.pieces]
         gathering = positions.share.gather_begin(latents_BTX, rows)
-        delta_BHT = (dout_BHTV.float() * out_BHTV.float()).sum(-1)
         dq_BHTQ = torch.zeros(q_BHTQ.shape, dtype=torch.float32, device=q_BHTQ.device)
         dweight = torch.zeros(ctx.weight.shape, dtype=torch.float32, device=q_BHTQ.device)
         dlatents = []
@@ -130,7 +129,7 @@ class SharedAttention(torch.autograd.Function):
                 continue
 
             def attend(k, v, rectangles=rectangles):
-                return kernels.attend_backward(dout_BHTV, q_BHTQ, k, v, lse_BHT, delta_BHT, ctx.scale, rectangles)
+                return kernels.attend_backward(dout_BHTV, q_BHTQ, k, v, out_BHTV, lse_BHT, ctx.scale, rectangles)
 
             dq, dlatents_BLX, part = ctx.keys.gradients(latents_BLX, ctx.weight, attend)
             dq_BHTQ += dq
