@@ -40,7 +40,7 @@ def _in_layout(layout: str, names: list[str], folder: Path, timeout: float) -> d
     config = compose(*LAYOUTS[layout], f"runs={folder}", "name=proof")
     folder.mkdir(parents=True, exist_ok=True)
     write_config(config, str(folder / "config.yaml"))
-    world = config.parallel.pp * config.parallel.dp
+    world = config.parallel.world
     with tempfile.TemporaryDirectory() as scratch:
         store = f"{scratch}/store"
         run_processes(

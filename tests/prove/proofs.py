@@ -40,7 +40,7 @@ def gather_evidence(
     timeout: float = 300.0,
 ) -> None:
     """Let every rank leave its evidence of these passes. patch: called on every rank before it starts; a function of a module."""
-    world = config.parallel.pp * config.parallel.dp
+    world = config.parallel.world
     path = str(Path(config.runs) / config.name / "config.yaml")
     with tempfile.TemporaryDirectory() as scratch:
         run_processes(

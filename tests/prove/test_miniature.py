@@ -25,6 +25,8 @@ LAYOUTS = {
     "long_1f1b": ["parallel.pp=5", "parallel.dp=2", "precision=fp8"],
     "interleaved": ["parallel.pp=2", "parallel.dp=16", "parallel.ep=16", "parallel.schedule=interleaved"],
     "zbv": ["parallel.pp=3", "parallel.dp=32", "parallel.ep=8", "parallel.schedule=zbv", "parallel.wire=fp8"],
+    "shared": ["parallel.pp=2", "parallel.dp=4", "parallel.cp=16", "parallel.ep=8", "seq_len=4096"],
+    "shared_alone": ["parallel.cp=16", "seq_len=4096"],
     "nodes": [
         "parallel.dp=32",
         "parallel.ep=16",

@@ -30,10 +30,16 @@ LAYOUTS = {
     "ep2_zero2_bf16": ["parallel.dp=2", "parallel.ep=2", "parallel.zero=2", "precision=bf16"],
     "pp2_zbv_layers_again": ["parallel.pp=2", "parallel.schedule=zbv", "model.recompute=[norm,layer]"],
     "dp3_uneven": ["parallel.dp=3", "parallel.uneven=true"],
+    "cp2": ["parallel.cp=2", "model.mtp_depth=2", "data.mask_documents=true"],
 }
 LARGE = {
     "pp2_dp2_ep2_dualpipev_fp8": [
         "parallel.pp=2", "parallel.dp=2", "parallel.ep=2", "parallel.schedule=dualpipev", "parallel.wire=fp8", "precision=fp8",
+        "model.recompute=[norm,mla_up,swiglu,layer]",
+    ],
+    "cp4_ep2_bf16": ["parallel.cp=4", "parallel.ep=2", "precision=bf16"],
+    "pp2_cp2_ep2_dualpipev_fp8": [
+        "parallel.pp=2", "parallel.cp=2", "parallel.ep=2", "parallel.schedule=dualpipev", "parallel.wire=fp8", "precision=fp8",
         "model.recompute=[norm,mla_up,swiglu,layer]",
     ],
     "dp4_ep2_zero3": ["parallel.dp=4", "parallel.ep=2", "parallel.zero=3", "model.recompute=[layer]"],
@@ -140,16 +146,16 @@ def test_a_proof_starts_no_ray():
 @pytest.mark.parametrize("overrides", [*LAYOUTS.values(), *LARGE.values(), ["parallel.dp=2"], ["parallel.dp=3"], []])
 def test_the_second_layout_is_another_of_as_many_ranks(overrides):
     config = compose(*SMALL, "data.path=none", "batch_size=12", "micro_batch_size=1", *overrides)
-    world = config.parallel.pp * config.parallel.dp
+    world = config.parallel.world
     other = in_layout(config, second_layout(config, world))
-    assert other.parallel.pp * other.parallel.dp == world
+    assert other.parallel.world == world
     assert layout_name(other) != layout_name(config)
 
 
 @pytest.mark.parametrize("recipe", ["tiny", "deepseek_v3", "deepseek_v3_16b"])
 def test_the_miniature_of_a_recipe_has_a_second_layout(recipe):
     small = shrink(compose("mode=prove", f"conf={recipe}")).cfg
-    world = max(2, small.parallel.pp * small.parallel.dp)
+    world = max(2, small.parallel.world)
     assert layout_name(in_layout(small, second_layout(small, world))) != layout_name(small)
 
 

@@ -52,6 +52,8 @@ class StepInfo:
     dp_rank: int = 0
     first: int = 0
     """Of its samples, in the step's batch."""
+    cp: int = 1
+    cp_rank: int = 0
     micro_batch_size: int = 1
     plan: dict[str, float] = field(default_factory=dict)
     main_loss: float = 0.0

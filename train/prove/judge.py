@@ -218,6 +218,23 @@ class Judge:
         first = rank.info.first + number * rank.info.micro_batch_size
         return slice(first, first + rank.info.micro_batch_size)
 
+    def _places(self, rank: Evidence, name: str, count: int | None = None) -> list[int]:
+        """Positions of a sequence that a rank has of an output: of 2 cp pieces one from the front and one from the back.
+
+        count: how many it has, if they may be more: embeddings reach behind every piece as far as MTP modules look.
+        """
+        info, last = rank.info, self.config.seq_len - depth_of(name)
+        size = self.config.seq_len // (2 * info.cp)
+        pieces = [info.cp_rank, 2 * info.cp - 1 - info.cp_rank] if info.cp > 1 else [0, 1]
+
+        if info.cp == 1:
+            return list(range(last))
+        here = [t for piece in pieces for t in range(piece * size, min((piece + 1) * size, last))]
+        if count is None or count == len(here):
+            return here
+        ends = [(piece + 1) * size for piece in pieces]
+        return here + [t for end in ends for t in range(end, min(end + self.model.mtp_depth, last))]
+
     def _choices(self, ranks: list[Evidence], batch_size: int) -> dict[str, Tensor] | None:
         """Where rounding may choose other experts: those that the ranks chose, which `_judge_choices` then looks at."""
         if self.proof == "exact":
@@ -227,9 +244,12 @@ class Judge:
             for key, ids in rank.of_kind("forward"):
                 name, number = key.rsplit("/", 1)
                 if name.endswith(".ids"):
-                    first = self._rows(rank, int(number)).start
-                    parts.setdefault(name.removesuffix(".ids"), {})[first] = ids
-        return {name: torch.cat([ids[first] for first in sorted(ids)]) for name, ids in parts.items()}
+                    rows, places = self._rows(rank, int(number)), self._places(rank, name)
+                    ids_BTK = ids.view(rows.stop - rows.start, -1, ids.size(-1))
+                    whole = ids.new_empty(len(ids_BTK), self.config.seq_len - depth_of(name), ids.size(-1))
+                    whole = parts.setdefault(name.removesuffix(".ids"), {}).setdefault(rows.start, whole)
+                    whole[:, places] = ids_BTK
+        return {name: torch.cat([ids[first] for first in sorted(ids)]).flatten(0, 1) for name, ids in parts.items()}
 
     def _judge_forward(self, ranks: list[Evidence], seen: Watched, batch_size: int) -> None:
         self.phase = "forward"
@@ -252,9 +272,12 @@ class Judge:
             scale = _size(seen.values[name], self.is_rounded)
             for rank, number, value in made[name]:
                 rows = self._rows(rank, number)
+                places = self._places(rank, name, value.size(1) if name == "embedding" else None)
 
-                def part(step: ReferenceStep, name: str = name, rows: slice = rows) -> Tensor:
-                    return self._by_sample(step.seen.values[name], batch_size)[rows]
+                def part(
+                    step: ReferenceStep, name: str = name, rows: slice = rows, places: list[int] = places
+                ) -> Tensor:
+                    return self._by_sample(step.seen.values[name], batch_size)[rows][:, places]
 
                 self._compare_part("outputs", name, rank.info.rank, value, part, self.bound, scale)
         for rank in ranks:
@@ -268,18 +291,20 @@ class Judge:
         want = self._by_sample(seen.values[f"{name}.ids"], batch_size)
         bound = chosen(self.proof, self.config)
         for rank, number, ids in made:
-            rows = self._rows(rank, number)
+            rows, places = self._rows(rank, number), self._places(rank, name)
             if self.proof != "exact":
 
-                def excess(step: ReferenceStep, rows: slice = rows, ids: Tensor = ids) -> Tensor:
-                    scores = self._by_sample(step.seen.values[f"{name}.biased"], batch_size)[rows]
+                def excess(
+                    step: ReferenceStep, rows: slice = rows, ids: Tensor = ids, places: list[int] = places
+                ) -> Tensor:
+                    scores = self._by_sample(step.seen.values[f"{name}.biased"], batch_size)[rows][:, places]
                     return torch.tensor([choice_excess(self.model, scores.flatten(0, -2), ids)]).double()
 
                 got, none = excess(self.want), torch.zeros(1, dtype=torch.float64)
                 widen = partial(self._widen, excess, got)
                 self._compare("chosen experts", name, rank.info.rank, got, none, bound, 1.0, widen)
             else:
-                self._compare("chosen experts", name, rank.info.rank, ids, want[rows], bound, 1.0)
+                self._compare("chosen experts", name, rank.info.rank, ids, want[rows][:, places], bound, 1.0)
 
     def _judge_losses(self, rank: Evidence, seen: Watched) -> None:
         info, who = rank.info, rank.info.rank
@@ -318,12 +343,19 @@ class Judge:
                 gradient = self.want.seen.values[name].grad
                 if gradient is None:
                     continue
-                rows, dp = self._rows(rank, number), rank.info.dp
+                rows, times = self._rows(rank, number), rank.info.dp * rank.info.cp
+                places = self._places(rank, name)
 
-                def part(step: ReferenceStep, name: str = name, rows: slice = rows, dp: int = dp) -> Tensor:
-                    return self._by_sample(step.seen.values[name].grad * dp, batch_size)[rows]
+                def part(
+                    step: ReferenceStep,
+                    name: str = name,
+                    rows: slice = rows,
+                    times: int = times,
+                    places: list[int] = places,
+                ) -> Tensor:
+                    return self._by_sample(step.seen.values[name].grad * times, batch_size)[rows][:, places]
 
-                scale = _size(gradient * dp, self.is_rounded)
+                scale = _size(gradient * times, self.is_rounded)
                 self._compare_part("gradients of outputs", name, rank.info.rank, value, part, self.bound, scale)
 
     def _judge_biases(self, ranks: list[Evidence], before: State, seen: Watched, speed: float) -> None:
@@ -524,14 +556,21 @@ def assemble(ranks: list[Evidence], kind: str) -> State:
 
 
 def sum_over_ranks(ranks: list[Evidence], shapes: dict[str, tuple[int, ...]]) -> State:
-    """The mean over data-parallel ranks of the gradients that ranks made: here, and not by the product's own reduction."""
+    """The mean over the ranks of a stage of the gradients that ranks made: here, and not by the product's own reduction."""
     found: State = {}
     for rank in ranks:
         for name, tensor in rank.of_kind("local"):
             offset, _ = rank.places[f"local/{name}"]
             whole = found.setdefault(name, torch.zeros(shapes.get(name, tensor.shape), dtype=torch.float64))
-            whole.view(-1)[offset : offset + tensor.numel()] += tensor.double().flatten() / rank.info.dp
+            whole.view(-1)[offset : offset + tensor.numel()] += tensor.double().flatten() / (
+                rank.info.dp * rank.info.cp
+            )
     return found
+
+
+def depth_of(name: str) -> int:
+    """How many positions fewer than the main model an output has: those of MTP modules."""
+    return int(name.split(".")[1]) + 1 if name.startswith("mtp.") else 0
 
 
 def choice_excess(model, biased_NE: Tensor, ids_NK: Tensor) -> float:

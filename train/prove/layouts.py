@@ -50,27 +50,28 @@ def in_layout(config: Config, parallel: Parallel) -> Config:
 def _others(config: Config, world: int) -> Iterator[Parallel]:
     """The farther from the recipe's, the earlier."""
     own = config.parallel
-    plain = replace(own, pp=1, dp=world, ep=1, zero=1, schedule="1f1b", dispatch="flat")
+    plain = replace(own, pp=1, dp=world, cp=1, ep=1, zero=1, schedule="1f1b", dispatch="flat")
     shared = gcd(world, config.model.experts)
     if own.pp > 1:
         for zero in (3, 2, 1):
             yield replace(plain, ep=1 if own.ep == shared else shared, zero=zero)
-    elif own.dp == 1:
+    elif own.stage_ranks == 1:
         yield replace(plain, ep=shared, zero=2)
     if own.pp == 1 and world % 2 == 0:
         half = world // 2
         for schedule in ("zbv", "1f1b"):
             yield replace(plain, pp=2, dp=half, ep=gcd(half, config.model.experts), schedule=schedule)
     yield from (replace(plain, ep=ep, zero=zero) for ep in {shared, 1} for zero in {1, 2, 3} - {own.zero})
-    kept = replace(plain, pp=own.pp, dp=own.dp)  # where the batch divides among no other number of ranks
-    sizes = [ep for ep in range(own.dp, 0, -1) if own.dp % ep == 0 and config.model.experts % ep == 0 and ep != own.ep]
+    kept = replace(plain, pp=own.pp, dp=own.dp, cp=own.cp)  # where the batch divides among no other number of ranks
+    shared, experts = own.stage_ranks, config.model.experts
+    sizes = [ep for ep in range(shared, 0, -1) if shared % ep == 0 and experts % ep == 0 and ep != own.ep]
     yield from (replace(kept, ep=ep, zero=zero) for ep in sizes for zero in (2, 1))
 
 
 def layout_name(config: Config) -> str:
     """For a person."""
     parallel = config.parallel
-    parts = [f"{name} {value}" for name in ("pp", "dp", "ep") if (value := getattr(parallel, name)) > 1]
+    parts = [f"{name} {value}" for name in ("pp", "dp", "cp", "ep") if (value := getattr(parallel, name)) > 1]
     parts += [parallel.schedule] if parallel.pp > 1 or parallel.schedule != "1f1b" else []
     parts += [parallel.dispatch] if parallel.ep > 1 else []
     parts += (

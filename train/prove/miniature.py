@@ -6,7 +6,8 @@ precision stay. Where the ranks are more than `prove.ranks`, every degree become
 
     pipeline ranks x copies of every expert x nodes of an expert group x ranks of the group on a node
 
-each 1 where the recipe has 1, else 2 (a divisor of the recipe's, where routing asks for one). If that is still too many, degrees
+each 1 where the recipe has 1, else 2 (a divisor of the recipe's, where routing asks for one). Where ranks share sequences, two
+of those of a stage do. If that is still too many, degrees
 become 1, what a proof loses least by first. Whatever became smaller is told in `cuts`.
 
 Small odd sizes are chosen on purpose: the vocabulary leaves a remainder in every split, so that ZeRO pads its shards, and the
@@ -93,7 +94,7 @@ def shrink(cfg: Config) -> Miniature:
     layers, split = _shrink_layers(cfg, layout)
     model = _shrink_model(cfg, layout, layers)
     micro_batch_size = min(cfg.micro_batch_size, 2)
-    seq_len = min(cfg.seq_len, SEQUENCE)
+    seq_len = _sequence(cfg, layout)
     model = replace(model, loss_chunk=_chunk(cfg, micro_batch_size * seq_len))
     start, full = _micro_batches(cfg, layout, model.layers)
     share, less = micro_batch_size * layout.dp, 0
@@ -112,7 +113,7 @@ def shrink(cfg: Config) -> Miniature:
         model=model,
         data=Data(mask_documents=cfg.data.mask_documents),
         optim=_shrink_optim(cfg.optim, start * share - less, (full - start) * share),
-        parallel=replace(cfg.parallel, pp=layout.pp, dp=layout.dp, ep=layout.ep, split=split),
+        parallel=replace(cfg.parallel, pp=layout.pp, dp=layout.dp, cp=layout.cp, ep=layout.ep, split=split),
         cluster=Cluster(
             device=cfg.cluster.device,
             threads=cfg.cluster.threads,
@@ -153,7 +154,25 @@ def _shrink_layout(cfg: Config) -> tuple[Layout, list[str]]:
     if given.pp >= 3 and degrees.pp == 2 and degrees.ranks // 2 * 3 <= most:
         degrees = replace(degrees, pp=3)  # a rank that has neither end
     ep = degrees.nodes * degrees.inside
-    return Layout(degrees.pp, degrees.edp * ep, ep, degrees.inside), lost
+    ranks, cp = degrees.edp * ep, 1
+    if whole.cp > 1:
+        wanted = 2 * min(whole.dp, 2)  # two that share a sequence, and two shares of the batch where it has some
+        while ranks % wanted and 2 * ranks * degrees.pp <= most:
+            ranks *= 2
+        cp = 2 - ranks % 2
+        if cp == 1:
+            lost.append(
+                f"prove.ranks = {most} leaves no room for ranks that share sequences: that is not part of the proof."
+            )
+    return Layout(degrees.pp, ranks // cp, ep, degrees.inside, cp), lost
+
+
+def _sequence(cfg: Config, layout: Layout) -> int:
+    """Some SEQUENCE tokens, of which every piece of a rank is longer than MTP modules look."""
+    if layout.cp == 1:
+        return min(cfg.seq_len, SEQUENCE)
+    pieces = 2 * layout.cp
+    return min(cfg.seq_len, pieces * max(-(-SEQUENCE // pieces), cfg.model.mtp_depth + 1))
 
 
 def _least(degree: int) -> int:
@@ -176,7 +195,7 @@ def _shrink_layers(cfg: Config, layout: Layout) -> tuple[int, str | list[int]]:
 
 
 def _shrink_model(cfg: Config, layout: Layout, layers: int) -> Model:
-    model, seq_len = cfg.model, min(cfg.seq_len, SEQUENCE)
+    model, seq_len = cfg.model, _sequence(cfg, layout)
     tiled = cfg.precision.fp8 is not None or cfg.parallel.wire == "fp8"
     hidden = min(model.hidden, DEEP_EP_WIDTH if cfg.parallel.dispatch == "deepep" else TILED_WIDTH if tiled else WIDTH)
     yarn = model.yarn
@@ -197,7 +216,7 @@ def _shrink_model(cfg: Config, layout: Layout, layers: int) -> Model:
         dense_width=min(model.dense_width, 48),
         expert_width=min(model.expert_width, 16),
         experts=_experts(model, layout.ep),
-        max_seq_len=min(model.max_seq_len, 2 * SEQUENCE),
+        max_seq_len=min(model.max_seq_len, 2 * max(SEQUENCE, seq_len)),
         yarn=yarn,
     )
 

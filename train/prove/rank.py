@@ -316,6 +316,8 @@ def _info(proof: str, part: int, config: Config, rank: RankSetup, plan: StepPlan
         dp=mesh.layout.dp,
         dp_rank=mesh.dp_rank,
         first=share_of(config, plan.batch_size, mesh.dp_rank)[0],
+        cp=mesh.layout.cp,
+        cp_rank=mesh.cp_rank,
         micro_batch_size=config.micro_batch_size,
         plan={name: value for name, value in asdict(plan).items() if name != "step"},
         main_loss=measured.main_loss,
