@@ -22,7 +22,7 @@ import torch.distributed as dist
 import train.model.router as router
 from conf.load import compose
 from conf.schema import Config
-from parallel.mesh import Layout, build_mesh, read_layout
+from parallel.mesh import build_mesh, read_layout
 from train.data.batch import Batch
 from train.kernels import build_kernels
 from train.loop.step import TrainingStep
@@ -81,6 +81,10 @@ CASES = {
     "bf16 pp2 interleaved": ["precision=bf16", *_pp(2, "interleaved")],
     "bf16 pp2 zbv": ["precision=bf16", *_pp(2, "zbv")],
     "fp32 pp4 zbv": ["precision=fp32", *_pp(4, "zbv")],
+    "bf16 cp2": ["precision=bf16", "parallel.cp=2"],
+    "fp32 cp4, MTP 2": ["precision=fp32", "parallel.cp=4", "model.mtp_depth=2"],
+    "bf16 cp2 zero3": ["precision=bf16", "parallel.cp=2", "parallel.zero=3"],
+    "bf16 pp2 cp2 zbv": ["precision=bf16", *_pp(2, "zbv", "parallel.cp=2")],
     "bf16 pp2 dualpipev": ["precision=bf16", *_pp(2, "dualpipev")],
     "fp8 pp2 ep2 dualpipev": ["precision=fp8", *_pp(2, "dualpipev", *EP2, "batch_size=16")],
     "bf16 pp2 zbv, MTP 2": ["precision=bf16", *_pp(2, "zbv", "model.mtp_depth=2")],
@@ -90,7 +94,7 @@ CASES = {
 def measure(config: Config, rank: int) -> dict[str, int]:
     """Peaks of the second step by phase."""
     parallel = config.parallel
-    layout = read_layout(config, parallel.pp * parallel.dp)
+    layout = read_layout(config, parallel.world)
     mesh = build_mesh(layout)
     parts = parallelize(config, mesh, torch.device("cpu"), build_kernels("cpu", config.cluster.compiled))
     share = config.batch_size // parallel.dp
@@ -138,7 +142,7 @@ def run_rank(rank: int, store: str, overrides: list[str], world: int, results) -
 def run(overrides: list[str]) -> dict[int, dict[str, int]]:
     """What every rank measured."""
     config = compose(*overrides)
-    world = config.parallel.pp * config.parallel.dp
+    world = config.parallel.world
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(["torch.distributed.pipelining"])
     results = context.Queue()
@@ -165,10 +169,10 @@ def main() -> None:
         if options.cases and name not in options.cases:
             continue
         config = compose(*RUN, *more)
-        layout = Layout(config.parallel.pp, config.parallel.dp, config.parallel.ep)
+        layout = read_layout(config, config.parallel.world)
         rows = []
         for rank, got in run([*RUN, *more]).items():
-            want = phases(config, layout.pp_rank(rank), layout.dp_rank(rank), scene_of(config))
+            want = phases(config, layout.pp_rank(rank), layout.stage_rank(rank), scene_of(config))
             peak = max(want.values()) / max(got.values()) - 1
             cells = [_cell(want[phase], got[phase]) for phase in names]
             rows.append(

@@ -11,7 +11,7 @@ from conf.micro_batches import batch_unit, check_batch
 from conf.schema import Config, DataFormat, Mode, Model, Phase, PipelineSchedule, Recompute
 
 NEEDS_NO_DATA = (Mode.generate, Mode.plan, Mode.dry_run, Mode.prove)
-KNOWS_WHOLE_SEQUENCES = (Mode.generate, Mode.evaluate, Mode.plan, Mode.dry_run, Mode.prove)
+KNOWS_WHOLE_SEQUENCES = (Mode.generate, Mode.evaluate)
 """Modes that parallel.cp means nothing to."""
 MAX_EXPERTS = 32767
 """Expert ids are sorted and sent as int16."""

@@ -263,7 +263,7 @@ class Parallel:
     dp: int = number(1, least=1)
     """Data-parallel ranks, among which the sequences of a batch are divided."""
     cp: int = number(1, least=1)
-    """Ranks that share each sequence: of its 2 cp pieces a rank has an early and a late one (train/docs/layouts.md). Divides
+    """Ranks that share each sequence: of its 2 cp pieces a rank has an early and a late one (train/docs/several_gpus.md). Divides
     seq_len / 2."""
     ep: int = number(1, least=1)
     """Ranks that share the experts of one layer; divides dp x cp."""

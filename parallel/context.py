@@ -43,7 +43,7 @@ class ContextParallel:
         size = max(rows)
         own_BTX = F.pad(own_BTX, (0, 0, 0, 2 * size - own_BTX.size(1))).contiguous()
         all_NBTX = own_BTX.new_empty(self.ranks, *own_BTX.shape)
-        work = dist.all_gather_into_tensor(all_NBTX.flatten(0, 1), own_BTX, group=self.group, async_op=True)
+        work = self._all_gather(all_NBTX, own_BTX)
         self._count(own_BTX, self.ranks - 1, gather=True)
         return LatentsOnTheirWay(own_BTX, all_NBTX, work, rows)
 
@@ -54,7 +54,7 @@ class ContextParallel:
         padded = [F.pad(piece, (0, 0, 0, size - piece.size(1))) for piece in pieces]
         sent_NBTX = torch.stack([torch.cat([padded[r], padded[-1 - r]], 1) for r in range(self.ranks)])
         arrived_NBTX = torch.empty_like(sent_NBTX)
-        dist.all_to_all_single(arrived_NBTX, sent_NBTX, group=self.group)
+        self._all_to_all(arrived_NBTX, sent_NBTX)
         self._count(sent_NBTX[0], self.ranks - 1, gather=False)
         return arrived_NBTX.sum(0, dtype=torch.float32).to(sent_NBTX.dtype)[:, :own]
 
@@ -63,6 +63,12 @@ class ContextParallel:
         counts = counts.clone()
         dist.all_reduce(counts, group=self.group)
         return counts
+
+    def _all_gather(self, all_NBTX: Tensor, own_BTX: Tensor) -> dist.Work | None:
+        return dist.all_gather_into_tensor(all_NBTX.flatten(0, 1), own_BTX, group=self.group, async_op=True)
+
+    def _all_to_all(self, arrived_NBTX: Tensor, sent_NBTX: Tensor) -> None:
+        dist.all_to_all_single(arrived_NBTX, sent_NBTX, group=self.group)
 
     def _count(self, part: Tensor, times: int, gather: bool) -> None:
         traffic = self.counters.forward if gather else self.counters.backward
@@ -73,15 +79,32 @@ class ContextParallel:
             traffic.inside_bytes += sent
 
 
+class LoneContext(ContextParallel):
+    """The same without the others, for a plan or a dry run: what would come from them is a copy of this rank's own."""
+
+    def __init__(self, ranks: int, rank: int = 0):
+        self.ranks, self.rank, self.counters, self._across = ranks, rank, Counters(), False
+
+    def total(self, counts: Tensor) -> Tensor:
+        return counts * self.ranks
+
+    def _all_gather(self, all_NBTX: Tensor, own_BTX: Tensor) -> None:
+        all_NBTX.copy_(own_BTX.expand_as(all_NBTX))
+
+    def _all_to_all(self, arrived_NBTX: Tensor, sent_NBTX: Tensor) -> None:
+        arrived_NBTX.copy_(sent_NBTX)
+
+
 class LatentsOnTheirWay:
     """A gather that is under way. Holds on to what it sends."""
 
-    def __init__(self, own_BTX: Tensor, all_NBTX: Tensor, work: dist.Work, rows: Sequence[int]):
+    def __init__(self, own_BTX: Tensor, all_NBTX: Tensor, work: dist.Work | None, rows: Sequence[int]):
         self._own_BTX, self._all_NBTX, self._work, self._rows = own_BTX, all_NBTX, work, rows
 
     def wait(self) -> list[Tensor]:
         """(B, rows[j], X) of every piece j: views of what arrived. Call once."""
-        self._work.wait()
+        if self._work is not None:
+            self._work.wait()
         size = self._all_NBTX.size(2) // 2
         early, late = (list(half) for half in self._all_NBTX.split(size, 2)) if size else ([], [])
         pieces = [*early, *late[::-1]]

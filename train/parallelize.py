@@ -59,13 +59,14 @@ def parallelize(
     restored: bool = False,
     dispatcher: RemoteDispatcher | None = None,
     layers: list[range] | None = None,
+    share: ContextParallel | None = None,
 ) -> Parallelized:
     """Build this rank's chunks with the weights of config.seed, and wrap them for training.
 
     restored: the caller fills all weights from a checkpoint, so none are drawn.
-    dispatcher, layers (of every stage): for a dry run, instead of those that the layout asks for.
+    dispatcher, layers (of every stage), share: for a dry run, instead of those that the layout asks for.
     """
-    model = build_rank_model(config, mesh, device, kernels, restored, dispatcher, layers)
+    model = build_rank_model(config, mesh, device, kernels, restored, dispatcher, layers, share)
     chunks, optim = model.chunks, config.optim
     zero = Zero(
         chunks,
@@ -92,11 +93,13 @@ def build_rank_model(
     restored: bool = False,
     dispatcher: RemoteDispatcher | None = None,
     layers: list[range] | None = None,
+    share: ContextParallel | None = None,
 ) -> RankModel:
     """The same without an optimizer, for a proof."""
     if dispatcher is None and mesh.layout.ep > 1:
         dispatcher = make_dispatcher(config, mesh)
-    share = make_share(mesh)
+    if share is None and mesh.layout.cp > 1:
+        share = make_share(mesh)
     recompute_swiglu = Recompute.swiglu in config.model.recompute
     precision = build_precision(config.precision, device, kernels, recompute_swiglu)
     chunks, stage_ids, num_stages = build_chunks(config, mesh, device, dispatcher, precision, layers, restored, share)
@@ -189,10 +192,8 @@ def build_chunks(
     return chunks, stage_ids, num_stages
 
 
-def make_share(mesh: Mesh) -> ContextParallel | None:
-    """What brings other positions of this rank's sequences, for all layers; None where it has whole ones."""
-    if mesh.layout.cp == 1:
-        return None
+def make_share(mesh: Mesh) -> ContextParallel:
+    """The one object that brings other positions of this rank's sequences, for all layers."""
     return ContextParallel(mesh.cp_group, mesh.layout.cp > mesh.layout.ranks_per_node)
 
 

@@ -180,4 +180,4 @@ def test_the_entrypoint_is_a_run(job):
     config = compose(*overrides)
     assert config.cluster.backend == "ray" and config.cluster.address == "auto" and Path(config.runs).is_absolute()
     (group,) = job["spec"]["rayClusterSpec"]["workerGroupSpecs"]
-    assert config.parallel.pp * config.parallel.dp == group["replicas"] * int(group["rayStartParams"]["num-gpus"])
+    assert config.parallel.world == group["replicas"] * int(group["rayStartParams"]["num-gpus"])

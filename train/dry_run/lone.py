@@ -17,6 +17,7 @@ from torch import Tensor
 from conf.errors import UserError
 from conf.micro_batches import share_of
 from conf.schema import Config
+from parallel.context import LoneContext
 from parallel.expert.build import build_wire
 from parallel.expert.stand_in import build_stand_in
 from parallel.mesh import build_mesh
@@ -69,7 +70,8 @@ def run_alone(piece: DryRunPiece, device: torch.device) -> MeasuredRank:
             wire = build_wire(config.parallel.wire, config.precision.fp8 is not None)
             dispatcher = build_stand_in(config.parallel.dispatch, group_of(config), wire, piece.load)
         mesh, kernels = build_mesh(layout), build_kernels(device.type, config.cluster.compiled)
-        parts = parallelize(config, mesh, device, kernels, dispatcher=dispatcher, layers=piece.layers)
+        share = LoneContext(layout.cp, mesh.cp_rank) if layout.cp > 1 else None
+        parts = parallelize(config, mesh, device, kernels, dispatcher=dispatcher, layers=piece.layers, share=share)
         parts.pipeline.stage_type = LoneStage
         measured = _steps(config, parts, RankSetup(device, mesh))
         parts.zero.engine.destroy()  # its hooks would keep all of it alive for the rest of a sweep

@@ -50,7 +50,7 @@ class DryRunPiece:
 
     @property
     def pp_rank(self) -> int:
-        return self.rank // self.job.parallel.dp
+        return self.rank // self.job.parallel.stage_ranks
 
     @property
     def stages(self) -> list[int]:
@@ -72,7 +72,7 @@ def choose_rank(config: Config) -> int:
     if config.dry_run.rank != "worst":
         return int(config.dry_run.rank)
     fullest = max(plan_memory(config), key=lambda rank: rank.peak_bytes)
-    return fullest.pp_rank * config.parallel.dp
+    return fullest.pp_rank * config.parallel.stage_ranks
 
 
 def choose_piece(config: Config, rank: int, load: Load, device: torch.device) -> DryRunPiece:
@@ -133,7 +133,7 @@ def shrunk(config: Config, factor: int) -> Config:
 
 def _cut(job: Config, config: Config, rank: int, load: Load, factor: int, room: int) -> DryRunPiece | None:
     """As many of the rank's layers as fit; None where not even the fewest do."""
-    pp_rank, scene = rank // job.parallel.dp, _alone(config, load)
+    pp_rank, scene = rank // job.parallel.stage_ranks, _alone(config, load)
     placement = stage_placement(job.parallel.schedule, job.parallel.pp)
     layers, stages = split(job), placement[pp_rank]
     last = sum(map(len, placement)) - 1
@@ -159,11 +159,11 @@ def _work(job: Config, config: Config, rank: int) -> float:
     """Operations of one step of this rank with all its layers, by the recipe as it runs here."""
     model, seq_len, parallel = config.model, config.seq_len, config.parallel
     placement, layers = stage_placement(parallel.schedule, parallel.pp), split(job)
-    stages = placement[rank // parallel.dp]
+    stages = placement[rank // parallel.stage_ranks]
     dense = sum(index < model.dense_layers for stage in stages for index in layers[stage])
     moe = sum(len(layers[stage]) for stage in stages) - dense
     last = len(layers) - 1 in stages
     per_token = dense * layer_flops(model, seq_len, dense=True)
     per_token += (moe + last * model.mtp_depth) * layer_flops(model, seq_len, dense=False)
     per_token += last * (1 + model.mtp_depth) * head_flops(model)
-    return per_token * config.batch_size // parallel.dp * seq_len
+    return per_token * config.batch_size * seq_len // parallel.stage_ranks

@@ -71,7 +71,7 @@ class Findings:
 def find(piece: DryRunPiece, measured: MeasuredRank, times: Times, device: torch.device) -> Findings:
     """Set what was measured beside the plans."""
     job, part = piece.job, times.piece
-    here = phases(piece.config, piece.pp_rank, piece.rank % job.parallel.dp, piece.scene, piece.layers)
+    here = phases(piece.config, piece.pp_rank, piece.rank % job.parallel.stage_ranks, piece.scene, piece.layers)
     actions = {kind: median(totals) for kind, totals in measured.actions.items()}
     steps = {name: median(each) for name, each in measured.seconds.items()}
     return Findings(

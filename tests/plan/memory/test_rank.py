@@ -4,7 +4,7 @@ import pytest
 
 from bench.plan_memory import ALL, EP2, RUN, even, measure
 from conf.load import compose
-from parallel.mesh import Layout
+from parallel.mesh import read_layout
 from tests.ranks import run_ranks
 from train.plan.memory.rank import phases, plan_memory, scene_of
 from train.plan.search.bounds import in_flight
@@ -48,13 +48,14 @@ def test_peak_activations_follow_what_is_in_flight():
     [
         pytest.param(["precision=fp8", *EP2, "parallel.wire=fp8", ALL], id="fp8_experts"),
         pytest.param([*DUALPIPEV, "precision=bf16"], id="dualpipev"),
+        pytest.param(["precision=bf16", "parallel.cp=2"], id="shared_sequences"),
         pytest.param(["precision=bf16", "parallel.dp=2", "parallel.zero=2"], id="zero2", marks=pytest.mark.slow),
         pytest.param(["precision=fp32", "data.mask_documents=true"], id="documents", marks=pytest.mark.slow),
     ],
 )
 def test_planned_peaks_are_the_measured_ones(overrides):
     config = compose(*RUN, *overrides)
-    run_ranks(_compare_peaks, [*RUN, *overrides], None, world_size=config.parallel.pp * config.parallel.dp)
+    run_ranks(_compare_peaks, [*RUN, *overrides], None, world_size=config.parallel.world)
 
 
 @pytest.mark.parametrize(
@@ -88,7 +89,7 @@ def _compare_peaks(rank: int, overrides: list[str], bucket: int | None) -> None:
     if bucket is not None:
         zero.BUCKET_ELEMENTS = stage3.BUCKET_ELEMENTS = bucket
     config = compose(*overrides)
-    layout = Layout(config.parallel.pp, config.parallel.dp, config.parallel.ep)
-    planned = phases(config, layout.pp_rank(rank), layout.dp_rank(rank), scene_of(config))
+    layout = read_layout(config, config.parallel.world)
+    planned = phases(config, layout.pp_rank(rank), layout.stage_rank(rank), scene_of(config))
     measured = measure(config, rank)
     assert planned == pytest.approx(measured, rel=0.003), f"planned {planned}, measured {measured}"

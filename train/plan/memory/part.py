@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.distributed.pipelining._backward import stage_backward_input, stage_backward_weight
 
 from conf.schema import Model, Recompute
+from parallel.context import LoneContext
 from parallel.expert.stand_in import Group, Load, build_stand_in
 from parallel.pipeline.graph import kept_graph
 from train.model.deepseek import DeepSeekV3
@@ -71,6 +72,8 @@ class Scene:
     """The ranks talk by gloo, which keeps what was sent until the step ends, and lacks a sum that scatters."""
     compiled: bool
     """A CPU runs compiled code where it can (train/kernels.py), which keeps and takes less."""
+    cp: int = 1
+    """Ranks that share every sequence; those with the first and the last piece have no fewer than others."""
 
 
 @dataclass(frozen=True)
@@ -175,8 +178,8 @@ class Run:
         joins = self._scene.model.section.mtp_depth > 0 and not leaves
         borders = {"embedding": 0, "end": 1 + joins}.get(self._part, 1)
         self._inputs = [
-            self._empty().requires_grad_() if leaves else _Entry.apply(self._anchor, self._empty, self._incoming.append)
-            for _ in range(borders)
+            make().requires_grad_() if leaves else _Entry.apply(self._anchor, make, self._incoming.append)
+            for make in (self._empty, self._embedded)[:borders]
         ]
         self._begin()
         if self._part == "embedding":
@@ -184,7 +187,7 @@ class Run:
         elif self._part == "end":
             self._y = self._module(*self._inputs, tokens_BS=self._tokens_BS)
         else:
-            self._y = self._module(self._inputs[0])
+            self._y = self._module(self._inputs[0], tokens_BS=self._tokens_BS)
         run = self._finish()
         output = self._y.untyped_storage().nbytes()
         kept = Counter(self._ledger.now.by_tag)
@@ -227,8 +230,16 @@ class Run:
         return self._finish()
 
     def _empty(self) -> Tensor:
-        """Hidden states (B, T, D)."""
-        shape = self._scene.sequences, self._scene.seq_len, self._scene.model.section.hidden
+        """Hidden states (B, T, D) of the positions of one rank."""
+        return self._states(self._scene.seq_len // self._scene.cp)
+
+    def _embedded(self) -> Tensor:
+        """The embedding's output, which the end takes: with the tokens behind the pieces of a rank."""
+        positions = Positions(self._scene.seq_len, None, self._module._share)
+        return self._states(positions.take_with_next(self._tokens_BS, self._module._depths).size(1))
+
+    def _states(self, positions: int) -> Tensor:
+        shape = self._scene.sequences, positions, self._scene.model.section.hidden
         return torch.empty(shape, dtype=activation_dtype(self._scene.precision.section), device="meta")
 
     def _begin(self) -> None:
@@ -281,9 +292,9 @@ class _End(DeepSeekV3):
     """Everything behind the blocks of the last chunk."""
 
     def forward(self, x: Tensor, embedding_BTD: Tensor | None = None, *, tokens_BS: Tensor) -> Tensor:
+        positions = Positions(tokens_BS.size(1) - 1, None, self._share)
         if embedding_BTD is None and len(self.mtp):
-            embedding_BTD = self._embed(tokens_BS[:, :-1])
-        positions = Positions(tokens_BS.size(1) - 1)
+            embedding_BTD = self._embed(positions.take_with_next(tokens_BS, self._depths))
         return torch.stack([self._loss(self.norm(x), embedding_BTD, tokens_BS, positions)])
 
 
@@ -334,6 +345,7 @@ def _build(scene: Scene, part: str, on_wait: Callable[[], None], ledger: Ledger)
         has_head=part == "end",
         dispatcher=_Tagged(_dispatcher(scene, kernels, on_wait), ledger, scene.load),
         local_experts=range(model.experts // scene.ep),
+        share=LoneContext(scene.cp) if scene.cp > 1 else None,
         dtype=activation_dtype(scene.precision.section),
         device="meta",
     )

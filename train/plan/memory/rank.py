@@ -63,15 +63,15 @@ def rank_memory(config: Config, pp_rank: int, scene: Scene, layers: list[range] 
 
 
 def phases(
-    config: Config, pp_rank: int, dp_rank: int, scene: Scene, layers: list[range] | None = None
+    config: Config, pp_rank: int, stage_rank: int, scene: Scene, layers: list[range] | None = None
 ) -> dict[str, int]:
     """Peak bytes of one rank in each phase of a step: schedule, reduction, update. layers: as in rank_memory."""
-    state, moments = _moments(config, pp_rank, dp_rank, scene, layers)
+    state, moments = _moments(config, pp_rank, stage_rank, scene, layers)
     return {name: sum(state.values()) + moment.total for name, moment in moments.items()}
 
 
 def _moments(
-    config: Config, pp_rank: int, dp_rank: int, scene: Scene, layers: list[range] | None
+    config: Config, pp_rank: int, stage_rank: int, scene: Scene, layers: list[range] | None
 ) -> tuple[Counter, dict[str, MemoryPeak]]:
     """What a rank holds all the time, and on top of it the peak of each phase."""
     chunks = chunk_parts(config, layers)[pp_rank]
@@ -86,7 +86,7 @@ def _moments(
         )
         state = Counter(stage3.state())
     else:
-        reduced, updated = StepEnd(config, groups, dp_rank, scene).peaks()
+        reduced, updated = StepEnd(config, groups, stage_rank, scene).peaks()
         schedule, state = _walk(config, pp_rank, chunks, scene), state_items(config, groups)
     state["buffers"] += buffer_bytes(config, chunks)
     return state, {
@@ -116,6 +116,7 @@ def scene_of(config: Config, load: Load | None = None) -> Scene:
         load,
         gloo=device_kind(config) == "cpu",
         compiled=bool(build_kernels(device_kind(config), config.cluster.compiled).parts),
+        cp=parallel.cp,
     )
 
 

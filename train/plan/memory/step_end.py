@@ -82,13 +82,13 @@ def _gradients(groups: Sequence[Shards], ranks: Sequence[int]) -> Iterator[Gradi
 class StepEnd:
     """Gradients of one rank from the end of the schedule to the next step."""
 
-    def __init__(self, config: Config, groups: Sequence[Shards], dp_rank: int, scene: Scene):
+    def __init__(self, config: Config, groups: Sequence[Shards], stage_rank: int, scene: Scene):
         self._groups, self._scene = groups, scene
         self._stage, self._bf16 = config.parallel.zero, config.precision.name != "fp32"
         self._moments = moments_dtype(config.precision)
         self._has_expert_groups = config.parallel.ep > 1
         """Else experts are summed over the same group as all other weights."""
-        self._ranks = [dp_rank * group.ranks // config.parallel.dp for group in groups]
+        self._ranks = [stage_rank * group.ranks // config.parallel.stage_ranks for group in groups]
         self._own = [group for group in groups if self._is_own(group)]
         self._gradients = [one for one in _gradients(groups, self._ranks) if not self._is_own(groups[one.group])]
         self._bucket = min(max(1, sum(one.weight.elements for one in self._gradients)), BUCKET_ELEMENTS)

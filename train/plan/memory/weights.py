@@ -94,6 +94,7 @@ class Shards:
 def shards(config: Config, weights: Sequence[Weight]) -> list[Shards]:
     """The groups of a rank that are not empty, in DeepSpeed's order."""
     parallel = config.parallel
-    ranks = {"dense": parallel.dp, "gains": parallel.dp, "experts": parallel.dp // parallel.ep}
+    shared = parallel.stage_ranks
+    ranks = {"dense": shared, "gains": shared, "experts": shared // parallel.ep}
     groups = [Shards([weight for weight in weights if weight.kind == kind], ranks[kind]) for kind in KINDS]
     return [group for group in groups if group.weights]

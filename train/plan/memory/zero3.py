@@ -70,7 +70,7 @@ class Zero3Memory:
     @cached_property
     def _bucket(self) -> Bucket:
         parallel, limit = self._config.parallel, min(sum(group.elements for group in self._groups), BUCKET_ELEMENTS)
-        return Bucket(limit, parallel.dp, parallel.dp // parallel.ep, self._chunk.scene.gloo)
+        return Bucket(limit, parallel.stage_ranks, parallel.stage_ranks // parallel.ep, self._chunk.scene.gloo)
 
     @cached_property
     def _forward(self) -> list[Visit]:
@@ -120,7 +120,7 @@ class Zero3Memory:
         parallel = self._config.parallel
         experts = weight.kind == "experts" and parallel.ep > 1
         return Shared(
-            weight.elements, "experts" if experts else "dense", parallel.dp // (parallel.ep if experts else 1)
+            weight.elements, "experts" if experts else "dense", parallel.stage_ranks // (parallel.ep if experts else 1)
         )
 
     def _weights(self, part: str) -> Sequence[Weight]:

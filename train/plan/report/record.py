@@ -17,6 +17,7 @@ from train.plan.search.changes import words as as_typed
 from train.plan.search.cures import Cure, FasterSplit
 from train.plan.time.rates import load_rates
 from train.plan.time.stages import Stages
+from train.plan.time.traffic import latent_bytes
 
 FILE = "plan.json"
 
@@ -71,6 +72,7 @@ def plan_record(plan: RunPlan, cures: list[Cure], split: FasterSplit | None) -> 
         "exchange_seconds": step.exchange_seconds,
         "exposed_communication_seconds": step.exposed_communication_seconds,
         "exchange_bytes_per_layer": {"inside": inside, "across": across},
+        "latent_bytes_per_layer": 3 * latent_bytes(plan.config) * micro_batches_of(plan.config),
         "reduce_seconds": step.update.reduce,
         "optimizer_seconds": step.update.optimizer,
         "gather_seconds": step.update.gather,
@@ -106,9 +108,10 @@ def verdict(plan: RunPlan) -> str:
 def layout_words(plan: RunPlan) -> str:
     """How the work is spread."""
     config, parallel = plan.config, plan.config.parallel
+    shared = f"cp {parallel.cp}, " if parallel.cp > 1 else ""
     again = ", ".join(config.model.recompute) or "nothing"
     return (
-        f"pp {parallel.pp} ({parallel.schedule}), dp {parallel.dp}, ep {parallel.ep} ({parallel.dispatch}, {parallel.wire}), "
+        f"pp {parallel.pp} ({parallel.schedule}), dp {parallel.dp}, {shared}ep {parallel.ep} ({parallel.dispatch}, {parallel.wire}), "
         f"ZeRO {parallel.zero}, {micro_batches_of(config)} micro-batches of {config.micro_batch_size}, recomputed: {again}"
     )
 

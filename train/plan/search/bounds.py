@@ -69,7 +69,7 @@ def _state_bytes(config: Config, held: WeightCounts) -> int:
     """Weights, fp32 gradients, master weights and moments of a rank, sharded as ZeRO does."""
     parallel = config.parallel
     element = config.precision.weight_bytes
-    shard = held.dense / parallel.dp + held.experts / (parallel.dp // parallel.ep)
+    shard = held.dense / parallel.stage_ranks + held.experts / (parallel.stage_ranks // parallel.ep)
     whole = held.dense + held.experts
     moments = 2 * config.precision.moment_bytes
     weights = shard if parallel.zero == 3 else whole

@@ -17,7 +17,7 @@ from train.plan.job import micro_batches_of
 from train.plan.time import work
 from train.plan.time.passes import Elapsed, Segment, alone, overlapped
 from train.plan.time.rates import Rates
-from train.plan.time.traffic import Spread, spread_of
+from train.plan.time.traffic import Spread, latent_bytes, spread_of
 from train.plan.time.work import Passes, Sizes, Work
 
 
@@ -63,7 +63,7 @@ class Stages:
         parallel = config.parallel
         self.sizes = Sizes(
             config,
-            tokens=config.micro_batch_size * config.seq_len,
+            tokens=config.micro_batch_size * config.seq_len // parallel.cp,
             micro_batches=micro_batches_of(config),
             local_experts=config.model.experts // parallel.ep,
         )
@@ -123,6 +123,8 @@ class Stages:
         return made
 
     def _positions(self, depth: int) -> int:
+        if self.config.parallel.cp > 1:  # of the ranks that have not the last piece
+            return self.sizes.tokens
         return self.config.micro_batch_size * (self.config.seq_len - depth)
 
     def _block(self, dense: bool, again: bool) -> Directions:
@@ -139,7 +141,7 @@ class Stages:
         return made
 
     def _once(self, dense: bool) -> Directions:
-        made = self._plain(work.attention(self.sizes))
+        made = self._attention()
         if dense:
             passes = work.norm(self.sizes, self.sizes.tokens, self.config.model.hidden)
             passes.add(work.ffn(self.sizes, self.config.model.dense_width))
@@ -147,6 +149,28 @@ class Stages:
             passes.add(Passes([residual], [residual]))
             return made.add(self._plain(passes))
         return made.add(self._experts())
+
+    def _attention(self) -> Directions:
+        """With ranks that share sequences also the latents' gathers and the scatter of their gradients, which are waited for where
+        they are issued (parallel/context.py): nothing is counted as hidden.
+        """
+        made = self._plain(work.attention(self.sizes))
+        if self.config.parallel.cp == 1:
+            return made
+        gather, scatter = self.latents()
+        for part, seconds in (
+            (made.forward, gather),
+            (made.backward, gather + scatter),
+            (made.inputs, gather + scatter),
+        ):
+            part.segments = [Segment(part.segments[0].compute + seconds)]
+        return made
+
+    def latents(self) -> tuple[float, float]:
+        """Seconds of a gather of a layer's latents, and of the scatter of their gradients."""
+        cp, moved = self.layout.cp, latent_bytes(self.config)
+        where = "inside" if cp <= self.layout.ranks_per_node else "across"
+        return tuple(self.rates.of(Work(f"{name}_{where}", bytes=moved)) for name in ("gather", "all_to_all"))
 
     def _plain(self, passes: Passes) -> Directions:
         """Computing without transfers."""

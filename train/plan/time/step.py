@@ -103,7 +103,7 @@ def _transfer(stages: Stages) -> float:
     layout, sizes = stages.layout, stages.sizes
     if layout.pp == 1:
         return 0.0
-    where = "inside" if layout.dp < layout.ranks_per_node else "across"
+    where = "inside" if layout.stage_ranks < layout.ranks_per_node else "across"
     moved = sizes.tokens * stages.config.model.hidden * sizes.element
     return stages.rates.of(Work(f"send_{where}", bytes=moved))
 

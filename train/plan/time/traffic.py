@@ -72,6 +72,14 @@ def spread_of(config: Config, layout: Layout) -> Spread:
     return Spread(layout.ep, copies, arrivals, row, coded, high, high + gates, inside, across)
 
 
+def latent_bytes(config: Config) -> int:
+    """What a rank sends in one gather of the latents of a layer and micro-batch, and in one scatter of their gradients. A layer takes
+    two gathers and a scatter (parallel/context.py)."""
+    model, cp = config.model, config.parallel.cp
+    own = config.micro_batch_size * config.seq_len // cp
+    return (cp - 1) * own * (model.kv_rank + model.rope_head_dim) * config.precision.weight_bytes
+
+
 @cache
 def _chosen(experts: int, top_k: int, groups: int, top_groups: int, group_top_k: int) -> np.ndarray:
     """Expert ids (SAMPLES, top_k) of random scores under the router's rule."""

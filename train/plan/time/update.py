@@ -2,7 +2,7 @@
 
 As parallel/zero/whole_weights.py runs DeepSpeed: gradients are summed over all ranks that hold the same weights (an all-reduce, of
 which each rank keeps its shard), in fp32; then every rank updates its shard and the weights are gathered in their own
-format. Dense weights are shared by the data-parallel group, experts by the ranks with the same experts. Nothing of
+format. Dense weights are shared by all ranks of a stage, experts by the ranks with the same experts. Nothing of
 it runs beside a pipeline's work. At stage 3 the gathers and the reduction happen in every micro-batch instead, and
 what is left is the update.
 """
@@ -75,9 +75,9 @@ def update_time(config: Config, layout: Layout, rates: Rates, held: WeightCounts
     """Seconds of the update of a rank with these weights."""
     element = config.precision.weight_bytes
     moment = config.precision.moment_bytes
-    inside_node = min(layout.dp, layout.ranks_per_node)
+    inside_node = min(layout.stage_ranks, layout.ranks_per_node)
     groups = [
-        (held.dense, layout.dp, inside_node),
+        (held.dense, layout.stage_ranks, inside_node),
         (held.experts, layout.edp, max(1, inside_node // layout.ep)),
     ]
     reduce = gather = shard = copied = 0.0
@@ -109,10 +109,10 @@ def _collective(name: str, rates: Rates, moved: float, group: int, per_node: int
 def stage3_seconds(config: Config, layout: Layout, rates: Rates, held: WeightCounts) -> tuple[float, float]:
     """Seconds of communication that stage 3 adds to a micro-batch: in forward a gather, in backward one and a reduction."""
     element = config.precision.weight_bytes
-    inside_node = min(layout.dp, layout.ranks_per_node)
+    inside_node = min(layout.stage_ranks, layout.ranks_per_node)
     gather = reduce = 0.0
     for weights, group, per_node in (
-        (held.dense, layout.dp, inside_node),
+        (held.dense, layout.stage_ranks, inside_node),
         (held.experts, layout.edp, max(1, inside_node // layout.ep)),
     ):
         if group > 1 and weights:

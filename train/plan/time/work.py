@@ -141,8 +141,12 @@ def attention(sizes: Sizes) -> Passes:
         up.add(norm(sizes, tokens, model.q_rank)).add(linear(sizes, tokens, model.q_rank, heads * qk))
     passes.add(linear(sizes, tokens, model.hidden, model.kv_rank + model.rope_head_dim))
     up.add(norm(sizes, tokens, model.kv_rank))
-    up.add(linear(sizes, tokens, model.kv_rank, heads * (model.nope_head_dim + value)))
-    spread = tokens * heads * (3 * qk + model.nope_head_dim + 2 * value) * sizes.element
+    shared = sizes.config.parallel.cp  # keys and values of all positions, and again in backward
+    keys = linear(sizes, tokens * shared, model.kv_rank, heads * (model.nope_head_dim + value))
+    up.add(keys)
+    if shared > 1 and not sizes.recomputes(Recompute.mla_up):
+        passes.inputs += keys.forward
+    spread = tokens * heads * (2 * qk + shared * (qk + model.nope_head_dim + 2 * value)) * sizes.element
     up.add(Passes([Work("heads_forward", bytes=spread)], [Work("heads_backward", bytes=spread)]))
     passes.add(up)
     if sizes.recomputes(Recompute.mla_up):  # its norms are recomputed once, whichever rule asks for it
