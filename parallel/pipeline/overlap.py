@@ -23,12 +23,15 @@ The backward lane is a second thread, since autograd cannot be paused in any oth
 run at a time.  So there is no data race, and the order of everything both lanes do is that of one thread.
 
 No deadlock between ranks.  Collectives on a group match when all its ranks issue them in the same order.  The ranks of an
-expert group hold the same stages and run the same list of actions, so they pair the same forward with the same
-backward.  Within a pair the order is a function of the sequence of yield points of either lane alone: the baton
+expert group, and those that share sequences, hold the same stages and run the same list of actions, so they pair the same
+forward with the same backward.  Within a pair the order is a function of the sequence of yield points of either lane alone: the baton
 changes hands at each of them, never by time, until a lane ends, and then the other one runs to its end.  The sequence
 of yield points follows from the layers of the stage, which are the same on all these ranks; it must not depend
 on data (a dispatcher yields also when it has no row to send).  By induction over turns every rank issues the same
-collectives in the same order.  Pipeline sends and receives happen before and after the pair, never inside it.
+collectives in the same order.  Those of shared sequences (the gather of latents before attention and in its backward, the
+scatter of their gradients, the count of chosen experts in the router; parallel/context.py) are issued and waited for inside
+one turn, as often as there are layers, whatever the data: they have no yield point of their own, and so a fixed place between
+two of the others.  Pipeline sends and receives happen before and after the pair, never inside it.
 """
 
 import queue

@@ -1,0 +1,118 @@
+"""Sequences shared by ranks (parallel.cp) beside whole ones: the same step of `tiny` on long sequences, on the CPU with one thread a rank.
+
+For each number of ranks: loss and norm of the gradient of the second of two steps, how far they are from those of one rank, bytes of latents
+that a rank sends, counted and by the formula of parallel/context.py, the peak of a rank's memory in forward and backward beyond weights
+and gradients over an even share of one rank's, and the seconds of a core that a rank takes for the step over an even share.
+
+    python -m bench.context [--tokens 8192] [--ranks 1 2 4] [--precision fp32]
+
+Takes about 2 minutes.
+"""
+
+import argparse
+import multiprocessing
+import tempfile
+import time
+
+import torch
+import torch.distributed as dist
+
+from conf.load import compose
+from conf.schema import Config
+from parallel.mesh import build_mesh, read_layout
+from train.data.batch import Batch
+from train.kernels import build_kernels
+from train.loop.step import TrainingStep
+from train.optim.schedules import StepPlan
+from train.parallelize import parallelize
+from train.plan.memory.ledger import PeakMeter
+from train.plan.time.traffic import latent_bytes
+from train.rank import RankSetup
+
+CPU = torch.device("cpu")
+
+
+def config_of(tokens: int, ranks: int, precision: str) -> Config:
+    """One sequence a step."""
+    return compose(
+        "conf=tiny", "cluster.device=cpu", f"seq_len={tokens}", f"model.max_seq_len={tokens}", "batch_size=1", "micro_batch_size=1",
+        f"parallel.cp={ranks}", f"precision={precision}",
+    )  # fmt: skip
+
+
+def run_rank(rank: int, store: str, config: Config, results) -> None:
+    """Body of one rank's process."""
+    torch.set_num_threads(1)
+    world = config.parallel.world
+    dist.init_process_group("gloo", init_method=f"file://{store}/store", rank=rank, world_size=world)
+    mesh = build_mesh(read_layout(config, world))
+    parts = parallelize(config, mesh, CPU, build_kernels("cpu", config.cluster.compiled))
+    draw = torch.Generator().manual_seed(1)
+    batch = Batch(torch.randint(config.model.vocab_size, (1, config.seq_len + 1), generator=draw))
+    step, found = TrainingStep(config, parts, RankSetup(CPU, mesh)), {}
+
+    def run(number: int, on_phase=lambda _: None):
+        return step.run(StepPlan(number, 0, 1, lr=1e-4, mtp_weight=0.3, bias_speed=0.0), batch, on_phase=on_phase)
+
+    run(1)
+    if parts.share is not None:
+        parts.share.counters.take()
+    dist.barrier()
+    before = time.process_time()
+    outcome = run(2)
+    found["seconds"] = time.process_time() - before
+    found["loss"], found["norm"] = outcome.measured.main_loss, outcome.update.grad_norm
+    taken = None if parts.share is None else parts.share.counters.take()
+    found["bytes"] = 0 if taken is None else taken.forward.inside_bytes + taken.backward.inside_bytes
+    held = sum(weight.nbytes + 4 * weight.numel() for weight in parts.zero.weights())
+    held += sum(shard.local.nbytes for shard in parts.zero.shards().values())
+    with PeakMeter(CPU) as meter:
+        run(3, lambda phase: found.setdefault(phase, meter.mark() - held))
+    results.put((rank, found))
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+def run(config: Config) -> list[dict[str, float]]:
+    """What every rank found."""
+    context, world = multiprocessing.get_context("spawn"), config.parallel.world
+    results = context.Queue()
+    with tempfile.TemporaryDirectory() as store:
+        ranks = [context.Process(target=run_rank, args=(rank, store, config, results)) for rank in range(world)]
+        for process in ranks:
+            process.start()
+        found = dict(results.get(timeout=900) for _ in ranks)
+        for process in ranks:
+            process.join()
+    return [found[rank] for rank in range(world)]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tokens", type=int, default=8192)
+    parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2, 4])
+    parser.add_argument("--precision", default="fp32")
+    options = parser.parse_args()
+    print(
+        f"{'cp':>3} {'loss':>10} {'off':>8} {'norm':>10} {'off':>8} {'MB sent':>8} {'formula':>8} {'memory':>8} {'of share':>8} "
+        f"{'core s':>8} {'of share':>8}"
+    )
+    one = None
+    for ranks in options.ranks:
+        config = config_of(options.tokens, ranks, options.precision)
+        found = run(config)
+        one = one or found[0]
+        loss, norm = found[0]["loss"], found[0]["norm"]
+        layers = config.model.layers + config.model.mtp_depth
+        formula = 3 * layers * latent_bytes(config)
+        memory, seconds = (max(rank[name] for rank in found) for name in ("schedule", "seconds"))
+        print(
+            f"{ranks:>3} {loss:10.6f} {abs(loss / one['loss'] - 1):8.1e} {norm:10.6f} {abs(norm / one['norm'] - 1):8.1e} "
+            f"{found[0]['bytes'] / 1e6:8.2f} {formula / 1e6:8.2f} {memory / 1e6:8.1f} {memory * ranks / one['schedule']:8.3f} "
+            f"{seconds:8.2f} {seconds * ranks / one['seconds']:8.3f}",
+            flush=True,
+        )
+
+
+if __name__ == "__main__":
+    main()
