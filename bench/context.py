@@ -13,6 +13,7 @@ import argparse
 import multiprocessing
 import tempfile
 import time
+from collections.abc import Callable
 
 import torch
 import torch.distributed as dist
@@ -22,9 +23,9 @@ from conf.schema import Config
 from parallel.mesh import build_mesh, read_layout
 from train.data.batch import Batch
 from train.kernels import build_kernels
-from train.loop.step import TrainingStep
+from train.loop.step import StepOutcome, TrainingStep
 from train.optim.schedules import StepPlan
-from train.parallelize import parallelize
+from train.parallelize import Parallelized, parallelize
 from train.plan.memory.ledger import PeakMeter
 from train.plan.time.traffic import latent_bytes
 from train.rank import RankSetup
@@ -40,30 +41,50 @@ def config_of(tokens: int, ranks: int, precision: str) -> Config:
     )  # fmt: skip
 
 
+def build(config: Config) -> tuple[Parallelized, Callable[..., StepOutcome]]:
+    """A rank in the process group that there is, and its step by number; all steps have the same random tokens."""
+    mesh = build_mesh(read_layout(config, config.parallel.world))
+    parts = parallelize(config, mesh, CPU, build_kernels("cpu", config.cluster.compiled))
+    draw = torch.Generator().manual_seed(1)
+    count = config.batch_size // config.parallel.dp
+    batch = Batch(torch.randint(config.model.vocab_size, (count, config.seq_len + 1), generator=draw))
+    step = TrainingStep(config, parts, RankSetup(CPU, mesh))
+
+    def run(number: int, on_phase: Callable[[str], None] = lambda _: None) -> StepOutcome:
+        plan = StepPlan(number, 0, config.batch_size, lr=1e-4, mtp_weight=0.3, bias_speed=0.0)
+        return step.run(plan, batch, on_phase=on_phase)
+
+    return parts, run
+
+
+def latents_sent(parts: Parallelized) -> int:
+    """Bytes since the last call."""
+    if parts.share is None:
+        return 0
+    taken = parts.share.counters.take()
+    return sum(traffic.inside_bytes + traffic.across_bytes for traffic in (taken.forward, taken.backward))
+
+
+def formula(config: Config) -> int:
+    """Bytes that a rank sends in a step of one pipeline rank: of every layer two gathers and a scatter, for each micro-batch."""
+    layers = config.model.layers + config.model.mtp_depth
+    return 3 * layers * latent_bytes(config) * (config.batch_size // (config.micro_batch_size * config.parallel.dp))
+
+
 def run_rank(rank: int, store: str, config: Config, results) -> None:
     """Body of one rank's process."""
     torch.set_num_threads(1)
     world = config.parallel.world
     dist.init_process_group("gloo", init_method=f"file://{store}/store", rank=rank, world_size=world)
-    mesh = build_mesh(read_layout(config, world))
-    parts = parallelize(config, mesh, CPU, build_kernels("cpu", config.cluster.compiled))
-    draw = torch.Generator().manual_seed(1)
-    batch = Batch(torch.randint(config.model.vocab_size, (1, config.seq_len + 1), generator=draw))
-    step, found = TrainingStep(config, parts, RankSetup(CPU, mesh)), {}
-
-    def run(number: int, on_phase=lambda _: None):
-        return step.run(StepPlan(number, 0, 1, lr=1e-4, mtp_weight=0.3, bias_speed=0.0), batch, on_phase=on_phase)
-
+    (parts, run), found = build(config), {}
     run(1)
-    if parts.share is not None:
-        parts.share.counters.take()
+    latents_sent(parts)
     dist.barrier()
     before = time.process_time()
     outcome = run(2)
     found["seconds"] = time.process_time() - before
     found["loss"], found["norm"] = outcome.measured.main_loss, outcome.update.grad_norm
-    taken = None if parts.share is None else parts.share.counters.take()
-    found["bytes"] = 0 if taken is None else taken.forward.inside_bytes + taken.backward.inside_bytes
+    found["bytes"] = latents_sent(parts)
     held = sum(weight.nbytes + 4 * weight.numel() for weight in parts.zero.weights())
     held += sum(shard.local.nbytes for shard in parts.zero.shards().values())
     with PeakMeter(CPU) as meter:
@@ -103,12 +124,10 @@ def main() -> None:
         found = run(config)
         one = one or found[0]
         loss, norm = found[0]["loss"], found[0]["norm"]
-        layers = config.model.layers + config.model.mtp_depth
-        formula = 3 * layers * latent_bytes(config)
         memory, seconds = (max(rank[name] for rank in found) for name in ("schedule", "seconds"))
         print(
             f"{ranks:>3} {loss:10.6f} {abs(loss / one['loss'] - 1):8.1e} {norm:10.6f} {abs(norm / one['norm'] - 1):8.1e} "
-            f"{found[0]['bytes'] / 1e6:8.2f} {formula / 1e6:8.2f} {memory / 1e6:8.1f} {memory * ranks / one['schedule']:8.3f} "
+            f"{found[0]['bytes'] / 1e6:8.2f} {formula(config) / 1e6:8.2f} {memory / 1e6:8.1f} {memory * ranks / one['schedule']:8.3f} "
             f"{seconds:8.2f} {seconds * ranks / one['seconds']:8.3f}",
             flush=True,
         )
