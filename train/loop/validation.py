@@ -72,8 +72,8 @@ def held_out_loss(
         own = torch.zeros(4, dtype=torch.float64)
         if loss is not None:
             # The ranks that share sequences have a loss each, of as many positions; one of them counts what is the sequences'.
-            tokens, first = batch.tokens_BS[:, 1:].numel() // mesh.layout.cp, mesh.cp_rank == 0
-            sums = [len(batch.tokens_BS) * first, tokens, data.text_bytes(batch) * first, loss.item() * tokens]
+            tokens, counts = batch.tokens_BS[:, 1:].numel() // mesh.layout.cp, mesh.cp_rank == 0
+            sums = [len(batch.tokens_BS) * counts, tokens, data.text_bytes(batch) * counts, loss.item() * tokens]
             own = torch.tensor(sums, dtype=torch.float64)
         own = own if more is None else torch.cat([own, more().cpu()])
         totals = totals + own * (mine < len(data))

@@ -21,7 +21,7 @@ from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import Any
 
 from conf.errors import UserError
-from conf.micro_batches import batch_sizes
+from conf.micro_batches import batch_sizes, in_lockstep
 from conf.schema import (
     Checkpoint,
     Cluster,
@@ -98,9 +98,10 @@ def shrink(cfg: Config) -> Miniature:
     model = replace(model, loss_chunk=_chunk(cfg, micro_batch_size * seq_len))
     start, full = _micro_batches(cfg, layout, model.layers)
     share, less = micro_batch_size * layout.dp, 0
-    if cfg.parallel.uneven and layout.edp > 1:
+    together = in_lockstep(replace(cfg.parallel, cp=layout.cp, ep=layout.ep))
+    if cfg.parallel.uneven and layout.dp > together:
         start = full  # a ramp has larger steps than the difference of the shares
-        less = micro_batch_size * layout.ep
+        less = micro_batch_size * together
     small = replace(
         cfg,
         mode=Mode.prove,
