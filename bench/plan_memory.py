@@ -32,7 +32,15 @@ from train.plan.memory.ledger import PeakMeter
 from train.plan.memory.rank import phases, scene_of
 from train.rank import RankSetup
 
-RUN = ["conf=tiny", "hardware=cpu", "cluster.device=cpu", "seq_len=128", "batch_size=4", "micro_batch_size=1"]
+RUN = [
+    "conf=tiny",
+    "hardware=cpu",
+    "cluster.device=cpu",
+    "seq_len=128",
+    "batch_size=4",
+    "micro_batch_size=1",
+    "plan.imbalance=1",
+]
 ALL = "model.recompute=[norm,mla_up,swiglu]"
 
 

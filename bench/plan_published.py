@@ -15,7 +15,10 @@ stages a rank, batch 8192.
 Every rate comes from published timings of kernels (conf/hardware), none from these tables. The trace of DeepSeek's profile
 (one layer, forward and backward in a pair, 4096 tokens, EP 64) is not an input either; its pieces are compared one by one.
 
-Takes about 5 seconds.
+Experts are balanced in these plans, as NVIDIA forces them to be. A layout that ran for others may not fit in this trainer, which keeps
+other tensors and does not split layers: each table ends with the plan's verdict on that.
+
+Takes about 10 seconds.
 """
 
 from collections.abc import Callable
@@ -25,20 +28,21 @@ from conf.load import compose
 from conf.schema import Config
 from parallel.pipeline.simulate import Action, schedule_actions, simulate
 from train.model.count import flops_per_token
-from train.plan.budget import budget_of
+from train.plan.budget import RunPlan, make_plan
 from train.plan.job import layout_of
+from train.plan.report.record import reserve_words, verdict
 from train.plan.time.rates import load_rates
 from train.plan.time.stages import Stages
 from train.plan.time.step import StepTime, plan_time
 
 DEEPSEEK = (
     "conf=deepseek_v3", "data.path=none", "precision=fp8", "hardware=h800", "parallel.pp=16", "parallel.dp=128",
-    "parallel.ep=64", "parallel.schedule=dualpipev", "parallel.dispatch=deepep", "parallel.wire=fp8",
+    "parallel.ep=64", "parallel.schedule=dualpipev", "parallel.dispatch=deepep", "parallel.wire=fp8", "plan.imbalance=1",
 )  # fmt: skip
 NVIDIA = (
     "conf=deepseek_v3", "data.path=none", "precision=fp8", "hardware=h100", "parallel.pp=8", "parallel.dp=128",
     "parallel.ep=64", "parallel.schedule=interleaved", "parallel.dispatch=deepep", "parallel.wire=bf16", "batch_size=8192",
-    "optim.batch_ramp_start=null", "optim.batch_ramp_steps=0",
+    "optim.batch_ramp_start=null", "optim.batch_ramp_steps=0", "plan.imbalance=1",
 )  # fmt: skip
 PUBLISHED = {
     "step (s)": 19.926,
@@ -168,27 +172,35 @@ def show(title: str, published: dict[str, float], columns: dict[str, dict[str, f
         print(f"  {name:33}{value:10.2f}{cells}")
 
 
+def fits(plan: RunPlan) -> str:
+    """Whether this trainer could run the layout."""
+    return f"  (in this trainer the layout {verdict(plan)}; {reserve_words(plan.reserve)})"
+
+
 def main() -> None:
     config = compose(*DEEPSEEK)
-    step = plan_time(config)
+    plan = make_plan(config)
     columns = {
         "even stages": figures(config, even(config)),
-        "the trainer's split": figures(config, own(step)),
+        "the trainer's split": figures(config, own(plan.step)),
     }
     show("DeepSeek-V3 on 2048 H800", PUBLISHED, columns)
-    budget = budget_of(config, step)
+    budget = plan.budget
     print(
         f"  (with the trainer's split, all {budget.tokens / 1e12:.1f}T tokens cost {budget.cost / 1e6:.2f} M USD at 2 an hour)"
     )
+    print(fits(plan))
     show("One layer of experts in a pair, ms", TRACE, {"plan": pieces(config)})
     config = compose(*NVIDIA)
-    mapped = {"even stages": even(config), "the trainer's split": own(plan_time(config))}
+    plan = make_plan(config)
+    mapped = {"even stages": even(config), "the trainer's split": own(plan.step)}
     rates = {
         name: {"tokens/s a GPU": config.batch_size * config.seq_len / one.step / layout_of(config).world}
         for name, one in mapped.items()
     }
     show("NVIDIA's DeepSeek-V3 on 1024 H100", {"tokens/s a GPU": 1297 * 330 / 338}, rates)
     print("  (their figure for blocks of 128x128; 1297 with their other FP8 recipe)")
+    print(fits(plan))
 
 
 if __name__ == "__main__":

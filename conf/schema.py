@@ -558,8 +558,10 @@ class Plan:
     """With plan.search: write the best layout as conf/parallel/<write>.yaml."""
     tokens: float | None = number(None, above=0)
     """Token budget for hours, cost and energy; null takes all tokens of the recipe."""
-    imbalance: float = number(1.0, least=1)
-    """Rows of the busiest rank of an expert group over the mean, 1 or more: that rank sets the pace."""
+    imbalance: float = number(1.1, least=1)
+    """Rows of the busiest rank of an expert group over the mean, 1 or more: that rank sets the pace, and needs the most memory."""
+    reserve: float | None = number(None, least=0)
+    """Bytes of a device that no tensor can have; null estimates them: CUDA's context, communicators, buffers of exchanges, and gaps."""
 
 
 @dataclass

@@ -11,8 +11,9 @@ from conf.errors import UserError
 from conf.load import compose
 from conf.schema import ROOT, Rate
 from tests.small import environment
-from train.plan.budget import make_plan
-from train.plan.job import COMMUNICATOR, EXCHANGE_PEER, communicator_bytes
+from train.plan import reserve
+from train.plan.budget import Verdict, make_plan, verdict_of
+from train.plan.reserve import reserve_of, tensor_memory
 from train.plan.search.changes import broken_rule, changed, fitted_ramp, overrides, write_parallel
 from train.plan.search.cures import find_cures
 from train.plan.search.search import search
@@ -43,22 +44,53 @@ def test_the_command_writes_json_and_page_and_starts_nothing(tmp_path):
     assert "plot-memory" in page and "plot-timeline" in page and 'src="http' not in page
 
 
+MEASURED = {"dp": reserve.COMMUNICATOR, "pair": reserve.PAIR_COMMUNICATOR}
+CONNECTIONS = 16 * reserve.INSIDE
+"""Between two ranks of a node of H800: two channels for each of eight links."""
+
+
 @pytest.mark.parametrize(
-    ("layout", "communicators", "peers"),
+    ("layout", "communicators", "exchange"),
     [
         ([], 0, 0),
-        (["parallel.dp=2", "parallel.ep=2"], 1, 1),  # of all, who are also the ranks of dp and ep
-        (["parallel.dp=4", "parallel.ep=2"], 3, 1),  # all, experts, copies of the same experts
-        (["parallel.pp=2", "parallel.dp=4", "parallel.ep=4", "parallel.dispatch=node_limited"], 3, 3),  # one node
+        (["parallel.dp=2", "parallel.ep=2"], MEASURED["pair"], CONNECTIONS),  # of all, who are also the ranks of dp
+        (["parallel.dp=4", "parallel.ep=2"], MEASURED["dp"] + MEASURED["pair"], CONNECTIONS),  # and of copies of experts
+        (["parallel.pp=2", "parallel.dp=4", "parallel.ep=4", "parallel.dispatch=node_limited"],
+         2 * MEASURED["dp"] + CONNECTIONS, 3 * CONNECTIONS),  # all and dp, and a neighbour in the pipeline; one node
     ],
-)
-def test_communicators_are_a_line_of_their_own(layout, communicators, peers):
-    """An estimate, beside the peak of every rank; none where there is no GPU."""
+)  # fmt: skip
+def test_the_reserve_is_beside_the_peak_of_every_rank(layout, communicators, exchange):
     config = compose(*SMALL, *layout)
     plan = make_plan(config)
-    assert plan.communicator_bytes == communicators * COMMUNICATOR + peers * EXCHANGE_PEER
-    assert plan.room_bytes == plan.memory_bytes - plan.communicator_bytes - plan.fullest.peak_bytes
-    assert communicator_bytes(compose(*SMALL, *layout, "hardware=cpu")) == 0
+    assert (plan.reserve["communicators"], plan.reserve["exchange"]) == (communicators, exchange)
+    assert plan.room_bytes == plan.memory_bytes - sum(plan.reserve.values()) - plan.fullest.peak_bytes
+    assert plan.room_bytes == tensor_memory(config) - plan.fullest.peak_bytes
+    assert reserve_of(compose(*SMALL, *layout, "hardware=cpu")) == {}
+    assert reserve_of(compose(*SMALL, *layout, "plan.reserve=3e9")) == {"given": 3_000_000_000}
+
+
+def test_exchanges_that_were_measured_or_have_a_formula():
+    """Eight H100: 3.28 GB (nccl issue 1685). Over 64 ranks the channels are shared out; DeepEP's are its own formulas."""
+    eight = compose(
+        "conf=deepseek_v3_16b", "data.path=none", "hardware=h100", "batch_size=64", "parallel.dp=8", "parallel.ep=8"
+    )
+    assert reserve_of(eight)["exchange"] == pytest.approx(3.28e9, rel=0.15)
+    paper = ("conf=deepseek_v3", "data.path=none", "hardware=h800")
+    sizes = {
+        name: reserve_of(compose(*paper, f"parallel.dispatch={name}"))["exchange"]
+        for name in ("flat", "deepep", "node_limited")
+    }
+    assert sizes["flat"] < sizes["deepep"] < sizes["node_limited"]
+    assert sizes["deepep"] == 10 * 8 * 288 * 16392 + 2 * 10 * 8 * 128 * 16392
+
+
+def test_the_verdict_has_a_margin():
+    assert [verdict_of(room, 1000) for room in (-1, 0, 29, 30)] == [
+        Verdict["not"],
+        Verdict.barely,
+        Verdict.barely,
+        Verdict.fits,
+    ]
 
 
 def test_cures_are_evaluated_and_make_it_fit():

@@ -20,12 +20,11 @@ from train.parallelize import split
 from train.plan.job import layout_of
 from train.plan.memory.part import Scene
 from train.plan.memory.rank import plan_memory, rank_memory, scene_of
+from train.plan.reserve import fragmentation
 
 CPU_WORK = 4e11
 """Operations of a step that a CPU does in some ten seconds."""
 MOST_SHRINK = 256
-CUDA_RESERVE = 2 * 2**30
-"""What CUDA's context and the allocator's gaps may take."""
 
 
 @dataclass(frozen=True)
@@ -102,9 +101,10 @@ def for_device(config: Config, device: torch.device) -> Config:
 
 
 def free_memory(device: torch.device) -> int:
-    """Bytes that a dry run may use."""
+    """Bytes that a dry run may use: of a GPU what CUDA's context, which is there by now, and gaps between tensors leave."""
     if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0] - CUDA_RESERVE
+        free, total = torch.cuda.mem_get_info(device)
+        return free - fragmentation(total)
     return psutil.virtual_memory().available // 2
 
 

@@ -14,8 +14,11 @@ from train.dry_run.lone import PHASES, MeasuredRank
 from train.dry_run.piece import DryRunPiece
 from train.metrics.screens import GOOD, WARN, show
 from train.metrics.words import error, gib, seconds
+from train.plan.budget import verdict_of
 from train.plan.memory.rank import chunk_parts, phases, rank_memory, scene_of
 from train.plan.memory.weights import FP32, rank_weights
+from train.plan.report.record import reserve_words
+from train.plan.reserve import reserve_of, tensor_memory
 
 FILE = "dry_run.json"
 KINDS = {"F": "forward", "B": "backward", "I": "backward, inputs", "W": "backward, weights", "FB": "overlapped pair"}
@@ -60,6 +63,8 @@ class Findings:
     """Timed steps without an update."""
     job_peak: int
     """Planned peak of the whole rank on the job's own hardware."""
+    job_room: int | None
+    """What that peak leaves beside the reserve, as in a plan; None without a description of the hardware."""
     job_step: float | None
     """Seconds of the job's step as planned; None where there are no rates."""
     job_step_again: float | None
@@ -72,6 +77,7 @@ def find(piece: DryRunPiece, measured: MeasuredRank, times: Times, device: torch
     """Set what was measured beside the plans."""
     job, part = piece.job, times.piece
     here = phases(piece.config, piece.pp_rank, piece.rank % job.parallel.stage_ranks, piece.scene, piece.layers)
+    job_peak = rank_memory(job, piece.pp_rank, scene_of(job, piece.load)).peak_bytes
     actions = {kind: median(totals) for kind, totals in measured.actions.items()}
     steps = {name: median(each) for name, each in measured.seconds.items()}
     return Findings(
@@ -89,7 +95,8 @@ def find(piece: DryRunPiece, measured: MeasuredRank, times: Times, device: torch
         counts=dict(measured.counts),
         steps={name: Compared(each, _planned_phase(part, name)) for name, each in steps.items()},
         skipped=measured.skipped,
-        job_peak=rank_memory(job, piece.pp_rank, scene_of(job, piece.load)).peak_bytes,
+        job_peak=job_peak,
+        job_room=tensor_memory(job) - job_peak if job.hardware.memory_bytes else None,
         job_step=times.job.step_seconds if times.job else None,
         job_step_again=again(times, actions, steps["reduction"] + steps["update"]) if times.whole else None,
         reason=times.reason,
@@ -142,6 +149,7 @@ def record(found: Findings) -> dict[str, Any]:
         "phase_seconds": {name: one.record() for name, one in found.steps.items()},
         "steps_without_update": found.skipped,
         "job_peak_bytes": found.job_peak,
+        "job_room_bytes": found.job_room,
         "job_step_seconds": found.job_step,
         "job_step_seconds_measured": found.job_step_again,
     }
@@ -227,9 +235,12 @@ def _table(rows: dict[str, Compared], words: Callable[[float], str]) -> str:
 
 
 def _job(found: Findings) -> str:
-    where = found.piece.job.hardware.name or "this device"
-    room = found.piece.job.hardware.memory_bytes
-    words = f"this rank whole on {where}: {gib(found.job_peak)} planned" + (f" of {gib(room)}" if room else "")
+    job = found.piece.job
+    where = job.hardware.name or "this device"
+    words = f"this rank whole on {where}: {gib(found.job_peak)} planned"
+    if found.job_room is not None:
+        reserve, memory = reserve_words(reserve_of(job)), int(job.hardware.memory_bytes)
+        words += f" of {gib(memory)}, {reserve}: {verdict_of(found.job_room, memory)}"
     if found.job_step is not None:
         words += f"; a step {seconds(found.job_step)} planned"
     if found.job_step_again is not None:

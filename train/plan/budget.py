@@ -1,15 +1,28 @@
 """A plan as a whole: does it fit, how fast is it, and what does the run cost."""
 
 from dataclasses import dataclass
+from enum import StrEnum
 
 from conf.schema import Config
 from train.layout import check_layout
 from train.optim.schedules import Schedules
-from train.plan.job import communicator_bytes, device_memory, layout_of, require_hardware, with_nodes
+from train.plan.job import device_memory, layout_of, require_hardware, with_nodes
 from train.plan.memory.rank import RankMemory, plan_memory
+from train.plan.reserve import reserve_of
 from train.plan.time.step import StepTime, plan_time
 
 HOUR, KWH_IN_JOULES, TRILLION = 3600.0, 3.6e6, 1e12
+
+
+Verdict = StrEnum("Verdict", {"fits": "fits", "barely": "fits barely", "not": "does not fit"})
+BARELY = 0.03
+"""Share of a device that must be left beside reserve and imbalance: planned tensors have been within 1 % of measured ones, and the
+reserve is an estimate that may be off by a third."""
+
+
+def verdict_of(room: int, memory: int) -> Verdict:
+    """Whether a peak that leaves `room` of a device's memory, its reserve apart, is one that a run can rely on."""
+    return Verdict["not"] if room < 0 else Verdict.barely if room < BARELY * memory else Verdict.fits
 
 
 @dataclass
@@ -43,18 +56,22 @@ class RunPlan:
         return max(self.ranks, key=lambda rank: rank.peak_bytes)
 
     @property
-    def communicator_bytes(self) -> int:
-        """What NCCL takes of a device, beside the peak of the tensors; an estimate, see train/plan/job.py."""
-        return communicator_bytes(self.config)
+    def reserve(self) -> dict[str, int]:
+        """What of a device no tensor can have, by name (train/plan/reserve.py)."""
+        return reserve_of(self.config)
 
     @property
     def room_bytes(self) -> int:
-        """What the fullest rank leaves free; negative: what it lacks."""
-        return self.memory_bytes - self.communicator_bytes - self.fullest.peak_bytes
+        """What the fullest rank leaves free beside the reserve; negative: what it lacks."""
+        return self.memory_bytes - sum(self.reserve.values()) - self.fullest.peak_bytes
 
     @property
     def fits(self) -> bool:
         return self.room_bytes >= 0
+
+    @property
+    def verdict(self) -> Verdict:
+        return verdict_of(self.room_bytes, self.memory_bytes)
 
 
 def make_plan(config: Config) -> RunPlan:

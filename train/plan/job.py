@@ -6,7 +6,7 @@ from functools import lru_cache
 from conf.errors import UserError
 from conf.micro_batches import most_micro_batches
 from conf.schema import Config, Hardware
-from parallel.mesh import Layout, partition, read_layout
+from parallel.mesh import Layout, read_layout
 from parallel.pipeline.simulate import Action, schedule_actions
 
 
@@ -39,36 +39,6 @@ def device_memory(config: Config) -> int:
     import psutil
 
     return psutil.virtual_memory().total // layout_of(config).ranks_per_node
-
-
-COMMUNICATOR = 688_000_000
-"""Bytes that NCCL takes of a GPU for a communicator of more than two ranks, an estimate until it is measured here: what
-github.com/NVIDIA/nccl issue 964 measured on A100s with NVLink."""
-EXCHANGE_PEER = 470_000_000
-"""The same per rank of its node that a rank sends tokens to: issue 1685 measured 3.28 GB for an all-to-all of eight H100."""
-
-
-def communicator_bytes(config: Config) -> int:
-    """What NCCL takes of every device beside all tensors: one communicator per set of ranks with a collective."""
-    layout, node_limited = layout_of(config), config.parallel.dispatch == "node_limited"
-    if device_kind(config) == "cpu" or layout.world == 1:
-        return 0
-    exchange = [layout.inter_groups(), layout.intra_groups()] if node_limited else [layout.ep_groups()]
-    used = [
-        [list(range(layout.world))],
-        layout.pp_groups(),
-        layout.stage_groups(),
-        layout.cp_groups(),
-        layout.edp_groups(),
-        *exchange,
-    ]
-    communicators = {partition(groups) for groups in used if len(groups[0]) > 1}
-    return COMMUNICATOR * len(communicators) + EXCHANGE_PEER * (layout.ep_ranks_per_node - 1)
-
-
-def tensor_memory(config: Config) -> int:
-    """Bytes of one device that tensors can have."""
-    return device_memory(config) - communicator_bytes(config)
 
 
 def layout_of(config: Config) -> Layout:

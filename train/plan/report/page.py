@@ -16,7 +16,7 @@ from train.metrics.plot import BLUE, GREEN, GREY, ORANGE, PURPLE, SKY, Figure, f
 from train.metrics.timeline import SampledStep
 from train.metrics.words import GIB, amount, gib, length_of_run, seconds, share
 from train.plan.budget import RunPlan
-from train.plan.report.record import layout_words, split_words, verdict
+from train.plan.report.record import layout_words, reserve_words, split_words, verdict
 from train.plan.search.cures import FasterSplit
 
 PAGE = "plan.html"
@@ -37,7 +37,7 @@ def _parts(plan: RunPlan, split: FasterSplit | None, record: dict[str, Any]) -> 
     made = (memory_figure(plan), time_figure(plan), step_figure(plan))
     figures = [figure for figure in made if figure is not None]
     drawn = "".join(map(figure_html, figures))
-    notes = [f"Rates: {plan.step.rates}."]
+    notes = [f"Rates: {plan.step.rates}.", f"Of a device {reserve_words(plan.reserve)}."]
     if (stages := split_words(plan, split)) is not None:
         notes.append(f"Stages: {stages}.")
     parts += [
@@ -56,12 +56,11 @@ def _parts(plan: RunPlan, split: FasterSplit | None, record: dict[str, Any]) -> 
 
 def _cards(plan: RunPlan) -> list[Card]:
     step, budget = plan.step, plan.budget
-    fits = "fits" if plan.fits else "does not fit"
     cards = [
         Card(
             "Memory",
-            fits,
-            f"{gib(plan.fullest.peak_bytes)} and communicators {gib(plan.communicator_bytes)} of {gib(plan.memory_bytes)} "
+            plan.verdict,
+            f"{gib(plan.fullest.peak_bytes)} and {gib(sum(plan.reserve.values()))} reserved of {gib(plan.memory_bytes)} "
             f"on rank {plan.fullest.pp_rank}",
         ),
         Card("Step", seconds(step.step_seconds), f"{share(step.bubble_share)} of the pipeline's time is bubble"),

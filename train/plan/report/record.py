@@ -47,7 +47,9 @@ def plan_record(plan: RunPlan, cures: list[Cure], split: FasterSplit | None) -> 
         },
         "recipe": recipe_of(config),
         "fits": plan.fits,
-        "communicator_bytes": plan.communicator_bytes,
+        "verdict": plan.verdict,
+        "imbalance": config.plan.imbalance,
+        "reserve_bytes": plan.reserve,
         "room_bytes": plan.room_bytes,
         "fullest_pp_rank": plan.fullest.pp_rank,
         "cures": [vars(cure) for cure in cures],
@@ -98,11 +100,19 @@ def _stage(stages: Stages, stage: int) -> dict[str, Any]:
 
 
 def verdict(plan: RunPlan) -> str:
-    """Fits or does not, by how much, which rank."""
-    rank = f"pipeline rank {plan.fullest.pp_rank}"
+    """Fits, fits barely or does not, by how much, which rank."""
+    rank, memory = f"pipeline rank {plan.fullest.pp_rank}", gib(plan.memory_bytes)
     if plan.fits:
-        return f"fits, with {gib(plan.room_bytes)} of {gib(plan.memory_bytes)} to spare on {rank}"
-    return f"does not fit, {gib(-plan.room_bytes)} over the {gib(plan.memory_bytes)} of a device on {rank}"
+        return f"{plan.verdict}, with {gib(plan.room_bytes)} of {memory} to spare on {rank}"
+    return f"{plan.verdict}, {gib(-plan.room_bytes)} over the {memory} of a device on {rank}"
+
+
+def reserve_words(reserve: dict[str, int]) -> str:
+    """What of a device is kept free of tensors."""
+    if len(reserve) < 2:
+        return f"{gib(sum(reserve.values()))} reserved"
+    parts = ", ".join(f"{name} {gib(size)}" for name, size in reserve.items() if size)
+    return f"{gib(sum(reserve.values()))} reserved (estimate: {parts})"
 
 
 def layout_words(plan: RunPlan) -> str:

@@ -6,9 +6,9 @@ from rich.console import Console
 
 from train.metrics.screens import GOOD, WARN, show
 from train.metrics.words import amount, gib, length_of_run, seconds, share
-from train.plan.budget import RunPlan
+from train.plan.budget import RunPlan, Verdict
 from train.plan.report.page import PAGE
-from train.plan.report.record import FILE, layout_words, split_words, verdict
+from train.plan.report.record import FILE, layout_words, reserve_words, split_words, verdict
 from train.plan.search.cures import Cure, FasterSplit
 from train.plan.search.search import FoundLayout, Search
 
@@ -21,6 +21,8 @@ def plan_screen(
     parallel = config.parallel
     devices = parallel.world
     rows = [("Fullest", _fullest(plan))]
+    if plan.reserve:
+        rows.append(("Margins", _beside(plan)))
     if not plan.fits:
         rows += [("Cure", cure_words(cure, plan)) for cure in cures] or [
             (
@@ -44,14 +46,29 @@ def plan_screen(
     ]
     rows.append(("Written", f"{folder / FILE}, {folder / PAGE}  (open it in a browser)"))
     what = f"{config.name} on {devices} x {config.hardware.name}"
-    show(console or Console(highlight=False), f"{what}: {verdict(plan)}", GOOD if plan.fits else WARN, rows)
+    show(
+        console or Console(highlight=False),
+        f"{what}: {verdict(plan)}",
+        GOOD if plan.verdict == Verdict.fits else WARN,
+        rows,
+    )
 
 
 def _fullest(plan: RunPlan) -> str:
     items = sorted(plan.fullest.items.items(), key=lambda item: -item[1])[:4]
     parts = ", ".join(f"{name.replace('_', ' ')} {gib(size)}" for name, size in items)
-    beside = f"; beside it communicators {gib(plan.communicator_bytes)} (estimate)" if plan.communicator_bytes else ""
-    return f"{gib(plan.fullest.peak_bytes)} at the {plan.fullest.peak_event}: {parts}{beside}"
+    return f"{gib(plan.fullest.peak_bytes)} at the {plan.fullest.peak_event}: {parts}"
+
+
+def _beside(plan: RunPlan) -> str:
+    """What the verdict counts beside the peak, and in it."""
+    imbalance = plan.config.plan.imbalance
+    more = (
+        f"; the busiest experts get {imbalance:g} times the mean (plan.imbalance)"
+        if plan.config.parallel.ep > 1
+        else ""
+    )
+    return f"{reserve_words(plan.reserve)}{more}"
 
 
 def cure_words(cure: Cure, plan: RunPlan) -> str:

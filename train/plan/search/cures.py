@@ -5,8 +5,9 @@ from itertools import combinations
 
 from conf.schema import Config
 from train.plan.budget import RunPlan
-from train.plan.job import layout_of, tensor_memory
+from train.plan.job import layout_of
 from train.plan.memory.rank import plan_memory, rank_memory, scene_of
+from train.plan.reserve import tensor_memory
 from train.plan.search.changes import broken_rule, changed, lighter, overrides
 from train.plan.time.rates import load_rates
 from train.plan.time.stages import Stages

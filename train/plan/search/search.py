@@ -15,8 +15,9 @@ from dataclasses import dataclass, field, replace
 from conf.errors import UserError
 from conf.schema import Config
 from train.metrics.words import gib
-from train.plan.job import communicator_bytes, device_memory, require_hardware
+from train.plan.job import device_memory, require_hardware
 from train.plan.memory.rank import plan_memory, rank_memory, scene_of
+from train.plan.reserve import tensor_memory
 from train.plan.search.bounds import bound
 from train.plan.search.candidates import Candidate, candidates
 from train.plan.search.changes import broken_rule, changed, overrides
@@ -134,7 +135,7 @@ def _fitting(admitted: list[Candidate], memory: int, rates: Rates) -> tuple[list
         best = sorted(fit.step_seconds for fit in fitting)[:SHOWN]
         if len(fitting) >= SIMULATED or (len(best) == SHOWN and candidate.seconds > best[-1]):
             break
-        lacking = _lacking(candidate, memory)
+        lacking = _lacking(candidate)
         if lacking > 0:
             _miss(misses, candidate, lacking)
             continue
@@ -147,10 +148,10 @@ def _miss(misses: dict[str, int], candidate: Candidate, lacking: int) -> None:
     misses[candidate.family] = min(lacking, misses.get(candidate.family, lacking))
 
 
-def _lacking(candidate: Candidate, memory: int) -> int:
+def _lacking(candidate: Candidate) -> int:
     """Bytes that the fullest rank lacks (negative: has to spare); the likely ones are looked at first."""
     config, scene = candidate.config, scene_of(candidate.config)
-    memory -= communicator_bytes(config)
+    memory = tensor_memory(config)
     for rank in dict.fromkeys((candidate.fullest, 0, config.parallel.pp - 1)):
         lacking = rank_memory(config, rank, scene).peak_bytes - memory
         if lacking > 0:
@@ -204,7 +205,7 @@ def _distance(members: list[Candidate], missed: int | None, memory: int, fitting
         slower = 100 * (quickest / fitting[0].step_seconds - 1)
         return f"at least {slower:.1f} % slower than the best, were it to fit"
     lightest = min(possible, key=lambda one: one.least_bytes)
-    lacking = _lacking(lightest, memory)
+    lacking = _lacking(lightest)
     if missed is not None:
         lacking = min(lacking, missed)
     return f"does not fit: the nearest that was looked at lacks {gib(lacking)}" if lacking > 0 else "slower"

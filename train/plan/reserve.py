@@ -1,0 +1,126 @@
+"""What of a device no tensor can have, by name: the one home of this estimate, for plans and for dry runs.
+
+    context          the CUDA context, kernels as they are loaded, workspaces of libraries
+    communicators    NCCL's buffers for the collectives of every group, and for what the stages of a pipeline send
+    exchange         buffers of the exchange of experts' rows: NCCL's to every rank, or DeepEP's
+    fragmentation    gaps between tensors, in torch's allocator
+
+NCCL (2.30; the files are of github.com/NVIDIA/nccl) makes a communicator's buffers at the first collective that needs them. A
+connection receives into 10 MiB and sends from 2 inside a node (src/transport/p2p.cc: three protocols of 0.5, 4.7 and 4 MiB, rounded up), from 10 over a
+network. A ring takes one connection of each kind on every channel, a tree up to three. So the buffers of a group depend on its
+channels, and no longer on its ranks beyond two nodes (issue 864):
+
+    several ranks a node     16 channels over nodes (issue 1538: two nodes of eight H100), ring and tree: some 0.6 GB; measured on
+                             A100 with NVLink: 0.69 GB, and 0.54 of two ranks (issue 964)
+    one rank a node          4 channels (issue 1189: 8 for two ranks a node)
+    sends and exchanges      inside a node every pair of ranks has a connection on each of up to 32 channels, two for every NVLink
+                             (src/graph/paths.cc: ncclTopoGetNchannels); measured on eight H100: 3.28 GB (issue 1685). Over a network all peers share
+                             two buffers of 2 MiB a channel (src/transport/net.cc: NCCL_SHARED_STEPS)
+
+A group over several nodes divides the channels among its peers, eight at a time (ncclTopoComputeP2pChannels). DeepEP's two buffers are those
+of its formulas (github.com/deepseek-ai/DeepEP, csrc/config.hpp) for the configurations in deep_ep/buffer.py.
+"""
+
+from functools import lru_cache
+
+from conf.schema import Config
+from parallel.mesh import Layout
+from train.plan.job import device_kind, device_memory, layout_of
+
+MIB = 2**20
+CONTEXT = 1_060_000_000
+"""Bytes beside tensors on an H100 with torch and NCCL loaded, before its first exchange (nccl issue 1685). The context alone is some
+0.4 GB where kernels are loaded when they are first used (pytorch issue 109888)."""
+COMMUNICATOR, PAIR_COMMUNICATOR = 688_000_000, 544_000_000
+"""Of collectives in a group with several ranks a node, and with two in all (nccl issue 964)."""
+INSIDE, ACROSS = 12 * MIB, 20 * MIB
+"""Of a connection in both directions."""
+CHANNELS_ACROSS = 4
+"""Of a group with one rank a node: one network adapter each."""
+MOST_CHANNELS = 32
+LINK_RATE = 16.7e9
+"""Bytes per second that an all-to-all gets out of an NVLink in one direction: conf/hardware's rate of an H100 over its 18."""
+SHARED = 4 * MIB
+"""Of sends and receives over a network, on every channel."""
+BATCH = 8
+"""Peers that NCCL sends to at a time."""
+FRAGMENTATION = 0.02
+"""Share of the device. With expandable segments, which runs switch on, gaps are pages of 2 MiB and what tensors of another size leave; a
+dry run on a GPU measures it."""
+
+
+def reserve_of(config: Config) -> dict[str, int]:
+    """Bytes of each device by name; a CPU has none. plan.reserve replaces the estimate."""
+    if device_kind(config) == "cpu":
+        return {}
+    if config.plan.reserve is not None:
+        return {"given": int(config.plan.reserve)}
+    layout = layout_of(config)
+    return {
+        "context": CONTEXT,
+        "communicators": _collectives(layout) + _sends(config, layout),
+        "exchange": _exchange(config, layout),
+        "fragmentation": fragmentation(device_memory(config)),
+    }
+
+
+def tensor_memory(config: Config) -> int:
+    """Bytes of one device that tensors can have."""
+    return device_memory(config) - sum(reserve_of(config).values())
+
+
+def fragmentation(memory: int) -> int:
+    """What gaps between tensors may take of so many bytes."""
+    return int(FRAGMENTATION * memory)
+
+
+@lru_cache(maxsize=4096)
+def _collectives(layout: Layout) -> int:
+    """Of all ranks, of a stage, of a context and of the copies of experts: those with the same ranks are one, and those of one rank
+    have no communicator (parallel/mesh.py). Ranks of a group: of the first one, as all are alike.
+    """
+    stage = layout.stage_ranks
+    groups = {range(layout.world), range(stage), range(layout.cp), range(0, stage, layout.ep)}
+    return sum(_communicator(layout, ranks) for ranks in groups if len(ranks) > 1)
+
+
+def _communicator(layout: Layout, ranks: range) -> int:
+    nodes = len({layout.node(rank) for rank in ranks})
+    if nodes == len(ranks):  # a ring, and a tree with up to three neighbours
+        return CHANNELS_ACROSS * ACROSS * (1 + min(3, len(ranks) - 1))
+    return COMMUNICATOR if len(ranks) > 2 else PAIR_COMMUNICATOR
+
+
+def _sends(config: Config, layout: Layout) -> int:
+    """Between stages: a rank has up to two neighbours."""
+    return _peers(config, layout, range(0, layout.world, layout.stage_ranks), 2)
+
+
+def _exchange(config: Config, layout: Layout) -> int:
+    if layout.ep == 1:
+        return 0
+    dispatch, size = config.parallel.dispatch, layout.ep_ranks_per_node
+    if dispatch == "deepep":
+        return _deep_ep(config, layout)
+    groups = (range(0, layout.ep, size), range(size)) if dispatch == "node_limited" else (range(layout.ep),)
+    return sum(_peers(config, layout, ranks, layout.ep) for ranks in groups)
+
+
+def _peers(config: Config, layout: Layout, ranks: range, most: int) -> int:
+    """Sends and receives of the first rank with so many others of its group at most, those of its node first."""
+    others = [layout.node(rank) == layout.node(ranks[0]) for rank in ranks[1:]]
+    near, far = min(most, sum(others)), not all(others)
+    link = config.hardware.rates.get("inside")
+    links = MOST_CHANNELS if link is None else round(link.bandwidth / LINK_RATE)
+    channels = min(MOST_CHANNELS, 1 << (2 * links - 1).bit_length() if links else 1)
+    if far:
+        channels = max(1, min(channels, MOST_CHANNELS // -(-len(ranks) // BATCH)))
+    return near * channels * INSIDE + far * MOST_CHANNELS * SHARED
+
+
+def _deep_ep(config: Config, layout: Layout) -> int:
+    """For bf16 rows: ten channels, each with slots for every rank of a node and, twice, for every node."""
+    inside, nodes = min(layout.ep, 8), -(-layout.ep // 8)
+    slots = 256 if layout.ep <= 8 else 288 if layout.ep <= 64 else 560 if layout.ep <= 128 else 720
+    row = 2 * config.model.hidden + 8 + 128 * (8 + 4 + 4)
+    return 10 * row * (inside * slots + (2 * nodes * 128 if nodes > 1 else 0))
