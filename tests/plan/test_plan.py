@@ -14,6 +14,7 @@ from tests.small import environment
 from train.plan import reserve
 from train.plan.budget import Verdict, make_plan, verdict_of
 from train.plan.reserve import reserve_of, tensor_memory
+from train.plan.search.candidates import candidates
 from train.plan.search.changes import broken_rule, changed, fitted_ramp, overrides, write_parallel
 from train.plan.search.cures import find_cures
 from train.plan.search.search import search
@@ -148,6 +149,24 @@ def test_a_cluster_that_cannot_hold_the_model_is_an_error():
     with pytest.raises(UserError, match="cannot hold this recipe under any of") as caught:
         search(config)
     assert caught.value.field == "plan.devices" and "GiB" in caught.value.rule
+
+
+@pytest.mark.parametrize(("devices", "near"), [(7, "plan.devices=6 or plan.devices=8"), (100_000, "plan.devices=96, ")])
+def test_devices_that_no_layout_divides_are_no_matter_of_memory(devices, near):
+    config = compose("conf=tiny", "hardware=h800", "plan.search=true", f"plan.devices={devices}")
+    with pytest.raises(UserError, match="whatever their memory") as caught:
+        search(config)
+    assert near in caught.value.cure and "GiB" not in caught.value.rule
+
+
+def test_deep_ep_is_tried_whatever_the_recipe_has():
+    base = compose("conf=deepseek_v3_16b", "data.path=none", "hardware=h100", "batch_size=64", "parallel=single")
+    tried = {(one.config.parallel.dispatch, one.config.parallel.ep) for one in candidates(base, 8)}
+    assert ("deepep", 8) in tried and ("deepep", 1) not in tried
+    on_cpus = {
+        one.config.parallel.dispatch for one in candidates(replace(base, hardware=compose("hardware=cpu").hardware), 8)
+    }
+    assert "deepep" not in on_cpus
 
 
 def test_a_ramp_is_fitted_to_a_layout_and_shown():

@@ -6,10 +6,13 @@ from itertools import product
 
 from conf.schema import Config, Recompute
 from parallel.pipeline.split import SCHEDULES
+from train.plan.job import device_kind
 from train.plan.search.changes import LIGHTEST, changed, fitted_ramp
 
 MICRO_BATCHES = (1, 2, 4, 8)
-RECOMPUTE = ([], [Recompute.norm, Recompute.swiglu], LIGHTEST)
+DEEP_EP_RANKS = (2, 4, 8, 16, 24, 32, 64, 128, 144, 160)
+"""Sizes of an expert group that DeepEP has a configuration for (its deep_ep/buffer.py)."""
+RECOMPUTE = ([], [Recompute.norm, Recompute.swiglu], LIGHTEST, [*LIGHTEST, f"{Recompute.layer}:1"], [Recompute.layer])
 
 
 @dataclass
@@ -34,21 +37,31 @@ def candidates(config: Config, devices: int) -> Iterator[Candidate]:
     if config.model.recompute not in recompute:
         recompute.append(config.model.recompute)
     ways = [("flat", "bf16"), ("flat", "fp8"), ("node_limited", "bf16"), ("node_limited", "fp8")]
-    if config.parallel.dispatch == "deepep":
-        ways += [("deepep", "bf16"), ("deepep", "fp8")]
+    with_deep_ep = [*ways, ("deepep", "bf16"), ("deepep", "fp8")]
+    can_deep_ep = device_kind(config) == "cuda" and model.hidden % 128 == 0
     for pp in _divisors(devices):
         dp = devices // pp
         for schedule in SCHEDULES if pp > 1 else ("1f1b",):
             family = "pp=1" if pp == 1 else f"pp>{model.layers}" if pp > model.layers else f"pp={pp} {schedule}"
             for ep in (ep for ep in _divisors(dp) if model.experts % ep == 0):
+                sent = ways[:1] if ep == 1 else with_deep_ep if can_deep_ep and ep in DEEP_EP_RANKS else ways
                 for size, again, (dispatch, wire), zero in product(
-                    MICRO_BATCHES, recompute, ways if ep > 1 else ways[:1], (1,) if pp > 1 else (1, 2, 3)
+                    MICRO_BATCHES, recompute, sent, (1,) if pp > 1 else (1, 2, 3)
                 ):
                     one = changed(
-                        fitted_ramp(config, size * dp, 2 * pp), pp=pp, dp=dp, ep=ep, schedule=schedule, micro_batch_size=size, recompute=again,
+                        _ramp(config, size * dp, pp, schedule), pp=pp, dp=dp, ep=ep, schedule=schedule, micro_batch_size=size, recompute=again,
                         dispatch=dispatch, wire=wire, zero=zero, overlap=True,
                     )  # fmt: skip
                     yield Candidate(one, family)
+
+
+def _ramp(config: Config, share: int, pp: int, schedule: str) -> Config:
+    """The recipe with a ramp for this pipeline; interleaved's micro-batches come in rounds of pp, where the full batch does."""
+    if schedule == "interleaved":
+        whole = fitted_ramp(config, share * pp, 2)
+        if whole is not config:
+            return whole
+    return fitted_ramp(config, share, 2 * pp)
 
 
 def _divisors(number: int) -> list[int]:

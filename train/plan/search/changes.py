@@ -8,8 +8,8 @@ from typing import Any
 
 from conf.check import check
 from conf.errors import UserError
-from conf.micro_batches import choose_micro_batch_size
-from conf.schema import ROOT, SELECTIVE, Config, PipelineSchedule
+from conf.micro_batches import check_batch, choose_micro_batch_size
+from conf.schema import ROOT, SELECTIVE, Config, PipelineSchedule, Recompute
 from parallel.pipeline.split import SCHEDULES
 from train.layout import check_layout
 from train.plan.job import with_nodes
@@ -53,6 +53,7 @@ def fitted_ramp(config: Config, share: int, least: int) -> Config:
 def broken_rule(config: Config) -> UserError | None:
     """The first rule that keeps a recipe from running or from being planned; None where there is none."""
     try:
+        check_batch(config)  # what most layouts of a search break, and costs nothing
         check(config)
         check_layout(with_nodes(config))
         require_rule(config)
@@ -92,8 +93,9 @@ def overrides(config: Config, base: Config) -> list[str]:
 def lighter(config: Config) -> Iterator[Config]:
     """Single changes that may save memory, without a promise that they do or that they may run."""
     parallel, model = config.parallel, config.model
-    if set(model.recompute) != set(LIGHTEST):
-        yield changed(config, recompute=LIGHTEST)
+    for again in (LIGHTEST, [*LIGHTEST, f"{Recompute.layer}:1"], [Recompute.layer]):
+        if set(model.recompute) != set(again):
+            yield changed(config, recompute=again)
     size = config.micro_batch_size
     if size > 1:
         yield changed(config, micro_batch_size=size // 2)

@@ -1,7 +1,7 @@
 """plan.search=true: which layout is fastest on these devices, and why the others are not.
 
     1. Every combination of pipeline, experts, schedule, micro-batch, recomputation, dispatch and wire that the rules admit
-       (candidates.py).
+       (candidates.py). Where ranks of a pipeline work unevenly, the split of stages that the planned times call for is tried too.
     2. Bounds on its memory and its step (bounds.py).
     3. From the smallest bound on time upwards: the memory model, and for what fits the simulation, until ten are found
        that no bound of the rest undercuts.
@@ -13,18 +13,25 @@ why: the rule that all of it breaks, how far its lightest layout is from fitting
 from dataclasses import dataclass, field, replace
 
 from conf.errors import UserError
+from conf.micro_batches import divisors
 from conf.schema import Config
 from train.metrics.words import gib
-from train.plan.job import device_memory, require_hardware
+from train.plan.job import device_memory, layout_of, require_hardware
 from train.plan.memory.rank import plan_memory, rank_memory, scene_of
 from train.plan.reserve import tensor_memory
 from train.plan.search.bounds import bound
 from train.plan.search.candidates import Candidate, candidates
 from train.plan.search.changes import broken_rule, changed, overrides
+from train.plan.search.cures import WORTH
 from train.plan.time.rates import Rates, load_rates
+from train.plan.time.stages import Stages
 from train.plan.time.step import plan_time
 
 SHOWN = 10
+REASONS = 3
+"""Kinds of layouts whose rule is told where none runs."""
+UNEVEN = 1.03
+"""The busiest rank's work over the mean from which on another split of the stages is looked at."""
 SIMULATED = 40
 """Fitting layouts that are simulated at most; the bounds are within a few percent of the simulation."""
 
@@ -108,7 +115,7 @@ def search(config: Config) -> Search:
     found.best = [_found(one, base=config) for one in fitting[:SHOWN]]
     found.rejected = _rejected(found, fitting, misses, rules, admitted, memory)
     if not found.best:
-        raise _nothing_fits(config, found, devices)
+        raise _nothing_fits(config, found, devices) if admitted else _nothing_runs(config, found, devices)
     return found
 
 
@@ -122,6 +129,7 @@ class _Fit:
     room_bytes: int
     step_seconds: float
     mfu_causal: float | None
+    imbalance: float
 
 
 def _fitting(admitted: list[Candidate], memory: int, rates: Rates) -> tuple[list[_Fit], dict[str, int]]:
@@ -139,9 +147,28 @@ def _fitting(admitted: list[Candidate], memory: int, rates: Rates) -> tuple[list
         if lacking > 0:
             _miss(misses, candidate, lacking)
             continue
-        step = plan_time(candidate.config, rates)
-        fitting.append(_Fit(candidate, -lacking, step.step_seconds, step.mfu_causal))
+        fitting.append(_faster(_Fit(candidate, -lacking, *_speed(candidate.config, rates)), rates))
     return sorted(fitting, key=lambda fit: fit.step_seconds), misses
+
+
+def _speed(config: Config, rates: Rates) -> tuple[float, float | None, float]:
+    """Seconds of a step, MFU, and how much longer than the mean the busiest rank of a pipeline works."""
+    step = plan_time(config, rates)
+    return step.step_seconds, step.mfu_causal, step.simulation.imbalance
+
+
+def _faster(fit: _Fit, rates: Rates) -> _Fit:
+    """The same layout with the split of stages that the planned times call for, where that is faster and fits."""
+    config = fit.candidate.config
+    if fit.imbalance < UNEVEN:
+        return fit
+    split = changed(config, split=Stages(config, layout_of(config), rates).balanced())
+    speed = _speed(split, rates)
+    if speed[0] > fit.step_seconds * (1 - WORTH):
+        return fit
+    other = replace(fit.candidate, config=split)
+    lacking = _lacking(other)
+    return fit if lacking > 0 else _Fit(other, -lacking, *speed)
 
 
 def _miss(misses: dict[str, int], candidate: Candidate, lacking: int) -> None:
@@ -209,6 +236,31 @@ def _distance(members: list[Candidate], missed: int | None, memory: int, fitting
     if missed is not None:
         lacking = min(lacking, missed)
     return f"does not fit: the nearest that was looked at lacks {gib(lacking)}" if lacking > 0 else "slower"
+
+
+def _nothing_runs(config: Config, found: Search, devices: int) -> UserError:
+    """No layout on so many devices keeps the rules: it is a matter of numbers that divide, not of memory."""
+    reasons = "; ".join(f"{family.name}: {family.reason}" for family in found.rejected[:REASONS])
+    more = f"; and so for {len(found.rejected) - REASONS} more" if len(found.rejected) > REASONS else ""
+    return UserError(
+        "plan.devices",
+        devices,
+        f"no layout of {devices} devices divides this recipe, whatever their memory ({reasons}{more})",
+        _near(config, devices),
+    )
+
+
+def _near(config: Config, devices: int) -> str:
+    """The nearest numbers of devices that a pipeline no longer than the model and the batch divide among."""
+    longest = config.model.layers + 2
+    shares = divisors(config.batch_size)
+    able = {pp * dp for pp in range(1, longest + 1) for dp in shares}
+    below, above = (
+        max((n for n in able if n < devices), default=None),
+        min((n for n in able if n > devices), default=None),
+    )
+    near = " or ".join(f"plan.devices={each}" for each in (below, above) if each is not None)
+    return f"take {near}, or another batch_size"
 
 
 def _nothing_fits(config: Config, found: Search, devices: int) -> UserError:
