@@ -21,8 +21,9 @@ from conf.files import atomic_write_json
 from conf.load import read_config
 from conf.schema import Config
 from train.layout import check_layout
-from train.plan.job import communicator_bytes, with_nodes
+from train.plan.job import with_nodes
 from train.plan.memory.rank import plan_memory
+from train.plan.reserve import reserve_of
 
 
 def planned_shapes(config: Config) -> list[Shape]:
@@ -46,7 +47,7 @@ def plan_layouts(config: Config) -> list[dict[str, int]]:
             check_layout(smaller)
         except UserError:
             continue  # the driver holds the same rules against it, and names them
-        size = max(rank.peak_bytes for rank in plan_memory(smaller)) + communicator_bytes(smaller)
+        size = max(rank.peak_bytes for rank in plan_memory(smaller)) + sum(reserve_of(smaller).values())
         found.append({"dp": shape.dp, "ep": shape.ep, "bytes": size})
     return found
 

@@ -60,7 +60,7 @@ def reserve_of(config: Config) -> dict[str, int]:
         "context": CONTEXT,
         "communicators": _collectives(layout) + _sends(config, layout),
         "exchange": _exchange(config, layout),
-        "fragmentation": fragmentation(device_memory(config)),
+        "fragmentation": fragmentation(int(config.hardware.memory_bytes)),  # 0 where nobody says how much there is
     }
 
 

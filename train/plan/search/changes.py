@@ -94,7 +94,7 @@ def lighter(config: Config) -> Iterator[Config]:
     """Single changes that may save memory, without a promise that they do or that they may run."""
     parallel, model = config.parallel, config.model
     for again in (LIGHTEST, [*LIGHTEST, f"{Recompute.layer}:1"], [Recompute.layer]):
-        if set(model.recompute) != set(again):
+        if set(model.recompute) != set(again) and (parallel.dispatch != "deepep" or set(again) <= set(LIGHTEST)):
             yield changed(config, recompute=again)
     size = config.micro_batch_size
     if size > 1:
@@ -112,6 +112,8 @@ def lighter(config: Config) -> Iterator[Config]:
         if parallel.dp % factor == 0 and parallel.dp > 1:
             dp = parallel.dp // factor
             yield changed(config, pp=parallel.pp * factor, dp=dp, ep=min(parallel.ep, dp), zero=1)
+    if parallel.dp % 2 == 0 and config.seq_len % (4 * parallel.cp) == 0:
+        yield changed(config, dp=parallel.dp // 2, cp=parallel.cp * 2)
     if parallel.pp > 1 and parallel.pp % 2 == 0:
         yield changed(config, pp=parallel.pp // 2, dp=parallel.dp * 2)
     if config.precision.moments == "fp32":

@@ -1,6 +1,6 @@
 """plan.search=true: which layout is fastest on these devices, and why the others are not.
 
-    1. Every combination of pipeline, experts, schedule, micro-batch, recomputation, dispatch and wire that the rules admit
+    1. Every combination of pipeline, contexts, experts, schedule, micro-batch, recomputation, dispatch and wire that the rules admit
        (candidates.py). Where ranks of a pipeline work unevenly, the split of stages that the planned times call for is tried too.
     2. Bounds on its memory and its step (bounds.py).
     3. From the smallest bound on time upwards: the memory model, and for what fits the simulation, until ten are found
@@ -120,7 +120,7 @@ def search(config: Config) -> Search:
 
 
 def _on(config: Config, pp: int, devices: int) -> Config:
-    return changed(config, pp=pp, dp=devices // pp, ep=1)
+    return changed(config, pp=pp, dp=devices // pp, cp=1, ep=1)
 
 
 @dataclass
