@@ -55,7 +55,7 @@ class GradientHandover:
     """
 
     factor: Tensor | None = None
-    """All gradients are multiplied with it on their way into the update, which so clips them."""
+    """All gradients are multiplied with it on their way into the update, which so clips them; a scalar on the host."""
     unreduced: dict[Tensor, list[Tensor]] = field(default_factory=dict)
     """By flat parameter the gradients of one that no other rank shares, where they lie: 1-D, fp32, one after another from its
     first element on, none for padding at its end. Its `.grad` is a stand-in."""

@@ -74,7 +74,7 @@ class Zero:
         self.copy = tied if tied is not None and mesh.pp_rank > 0 else None
         self.observer: Callable[[dict[str, Shard]], None] | None = None
         """Is called before every update with copies of the reduced gradients of this rank's shard, by logical name."""
-        self._valid = True
+        self._valid: bool | Tensor = True
         self._bad: list[str] = []
         dtype = next(iter(self.names)).dtype
         expert_name = f"ep_size_{mesh.layout.ep}"
@@ -121,8 +121,10 @@ class Zero:
         """Everything between two optimizer steps runs inside; afterwards the gradients are reduced."""
         return self._weights.accumulate()
 
-    def step(self, valid: bool = True) -> Update:
-        """Clip, update the shard, gather the weights. Skips the update if not `valid` or a gradient is not finite."""
+    def step(self, valid: bool | Tensor = True) -> Update:
+        """Clip, update the shard, gather the weights. Skips the update if not `valid`, which may be a scalar on the device, or a
+        gradient is not finite. Waits for the device once.
+        """
         self._valid = valid
         self.engine.step()
         self._weights.forget_gradients()
@@ -145,21 +147,25 @@ class Zero:
 
     def _global_norm(self) -> Tensor:
         """Norm over all parameters of all ranks: shards are disjoint over the world, experts included."""
-        names, sums = [], [torch.zeros((), dtype=torch.float64, device=self.engine.device)]
+        pieces: dict[int, dict[str, Tensor]] = {}
         for param, gradient, divisor in self._weights.gradients():
             if param is not self.copy:
-                names.append(self.names[param])
-                sums.append(self.client.sum_of_squares(gradient.detach().view(-1)) / divisor**2)
+                pieces.setdefault(divisor, {})[self.names[param]] = gradient.detach().view(-1)
         if self.observer is not None:
             self.observer(self._gradient_shards())
-        squares = torch.stack(sums)
-        finite = squares.isfinite().tolist()[1:]  # waits for the device once
-        self._bad = [name for name, good in zip(names, finite, strict=True) if not good]
+        sums = [torch.zeros(0, dtype=torch.float64, device=self.engine.device)]
+        sums += [self.client.sums_of_squares(list(one.values())) / divisor**2 for divisor, one in pieces.items()]
+        squares, names = torch.cat(sums), [name for one in pieces.values() for name in one]
         total = squares.sum()
-        if not self._valid:
+        if isinstance(self._valid, Tensor):
+            total = total.where(self._valid, torch.nan)
+        elif not self._valid:
             total += torch.nan
         dist.all_reduce(total)
-        self._norm = total.sqrt().float()
+        *finite, total = torch.cat([squares.isfinite(), total.view(1)]).tolist()  # waits for the device
+        self._bad = [name for name, good in zip(names, finite, strict=True) if not good]
+        # DeepSpeed asks several times whether it is finite, and would wait for each answer.
+        self._norm = torch.tensor(math.sqrt(total), dtype=torch.float32)
         return self._norm
 
     def weights(self) -> Iterator[Tensor]:

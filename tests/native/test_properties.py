@@ -460,7 +460,7 @@ def sum_of_squares(draw: Draw) -> None:
     x = offset(normal(draw(flat), dtype=FP32))
     exact = x.double().square().sum()
     optimizer = AdamW([torch.nn.Parameter(x)], Optim(), torch.bfloat16, compiled=True)
-    torch.testing.assert_close(optimizer.sum_of_squares(x), exact, rtol=1e-6, atol=0)
+    torch.testing.assert_close(optimizer._sum_of_squares(x), exact, rtol=1e-6, atol=0)
 
 
 # ---- casts

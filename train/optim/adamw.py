@@ -1,5 +1,9 @@
-"""AdamW with fp32 weights and bf16 moments (paper 3.3.3), on the flat shards that ZeRO hands over."""
+"""AdamW with fp32 weights and bf16 moments (paper 3.3.3), on the flat shards that ZeRO hands over.
 
+torch's fused kernel is the reference; CPUs with AVX2 run compiled code (train/native/adamw.cpp), GPUs train/optim/triton_adamw.py.
+"""
+
+from collections.abc import Sequence
 from ctypes import c_double, c_float
 from functools import partial
 from typing import NamedTuple
@@ -12,7 +16,7 @@ from parallel.shard import GradientHandover
 from train.native.kernel import Array, Kernel, Number, Size, Struct, Threads
 from train.native.model import library
 
-CHUNK = {"cpu": 1 << 18, "cuda": 1 << 22}
+CHUNK = 1 << 18
 """Elements updated at a time where moments are bf16: their fp32 copies stay in the cache, so memory is passed over once."""
 NORM_ROW = 4096
 """Elements whose squares are summed in fp32."""
@@ -68,9 +72,17 @@ class AdamW(torch.optim.Optimizer):
             state["exp_avg_sq"] = torch.zeros_like(param, dtype=self.moments)
         return state
 
-    def sum_of_squares(self, x: Tensor) -> Tensor:
-        """Of a flat fp32 tensor, in fp64. By rows it is as exact as fp64 throughout, to 1e-7, and on a CPU ten times as fast;
-        torch's norm of all at once is off by 1e-4."""
+    def sums_of_squares(self, pieces: Sequence[Tensor]) -> Tensor:
+        """Of every flat fp32 tensor, in fp64: (pieces,)."""
+        if pieces and pieces[0].is_cuda:
+            from train.optim import triton_adamw
+
+            return triton_adamw.sums_of_squares(pieces)
+        sums = [self._sum_of_squares(piece) for piece in pieces]
+        return torch.stack(sums) if sums else torch.zeros(0, dtype=torch.float64)
+
+    def _sum_of_squares(self, x: Tensor) -> Tensor:
+        """By rows it is as exact as fp64 throughout, to 1e-7, and ten times as fast; torch's norm of all at once is off by 1e-4."""
         if self._compiled:
             return torch.tensor(_sum_of_squares(x), dtype=torch.float64)
         whole = x.numel() // NORM_ROW * NORM_ROW
@@ -83,7 +95,7 @@ class AdamW(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self, closure: None = None) -> None:
         """One update of every group that has gradients; `updates` is advanced by the owner, once per step."""
-        update = _update_compiled if self._compiled and self.moments == torch.bfloat16 else _update
+        compiled = self._compiled and self.moments == torch.bfloat16
         for group in self.param_groups:
             for param in group["params"]:
                 if param.grad is None:
@@ -91,7 +103,10 @@ class AdamW(torch.optim.Optimizer):
                 state = self.allocate(param)
                 held = param.view(-1), state["exp_avg"].view(-1), state["exp_avg_sq"].view(-1)
                 gradients, factor = self.handover.of(param)
-                first = 0
+                if param.is_cuda:
+                    _update_on_gpu(held, gradients, group, self.updates + 1, factor)
+                    continue
+                update, first = _update_compiled if compiled else _update, 0
                 for grad in gradients:
                     part = slice(first, first + grad.numel())
                     weight, mean, square = (tensor[part] for tensor in held)
@@ -101,7 +116,7 @@ class AdamW(torch.optim.Optimizer):
 
 def scratch_bytes(kind: str, moments: torch.dtype, elements: int, compiled: bool) -> int:
     """What an update of so many elements takes beside its operands. kind: of the device."""
-    return 0 if moments == torch.float32 or compiled else 8 * min(CHUNK[kind], elements)
+    return 0 if kind == "cuda" or moments == torch.float32 or compiled else 8 * min(CHUNK, elements)
 
 
 def _update(piece: UpdatePiece, group: dict, count: int, factor: Tensor | float | None) -> None:
@@ -113,7 +128,7 @@ def _update(piece: UpdatePiece, group: dict, count: int, factor: Tensor | float 
     if factor is not None:
         grad.mul_(factor)
     whole = weight.numel() // VECTOR * VECTOR
-    size = max(1, whole) if exp_avg.dtype == torch.float32 else CHUNK[weight.device.type]
+    size = max(1, whole) if exp_avg.dtype == torch.float32 else CHUNK
     parts = [tensor[:whole].split(size) for tensor in (weight, grad, exp_avg, exp_avg_sq)]
     scratch = [torch.empty(min(size, whole), device=weight.device) for _ in range(2 * (exp_avg.dtype != torch.float32))]
     for weight_C, grad_C, *moments in zip(*parts, strict=True):
@@ -130,11 +145,26 @@ def _update(piece: UpdatePiece, group: dict, count: int, factor: Tensor | float 
 
 def _update_compiled(piece: UpdatePiece, group: dict, count: int, factor: Tensor | float | None) -> None:
     """The same as compiled code, for moments in bf16."""
+    _adamw(*piece, *_settings(group, count, factor).values())
+
+
+def _update_on_gpu(
+    held: tuple[Tensor, ...], gradients: Sequence[Tensor], group: dict, count: int, factor: Tensor | float | None
+) -> None:
+    """The same in one launch for all pieces of the gradient. held: weight and moments, flat."""
+    from train.optim import triton_adamw
+
+    triton_adamw.update(*held, gradients, **_settings(group, count, factor))
+
+
+def _settings(group: dict, count: int, factor: Tensor | float | None) -> dict[str, float]:
+    """What the update number `count` multiplies with, see `Settings` of train/native/adamw.cpp."""
     (beta1, beta2), lr = group["betas"], group["lr"]
-    _adamw(
-        *piece, 1.0 if factor is None else float(factor), 1 - beta1, beta2, 1 - beta2, 1 - lr * group["weight_decay"],
-        lr / (1 - beta1**count), (1 - beta2**count) ** 0.5, group["eps"],
-    )  # fmt: skip
+    return {
+        "factor": 1.0 if factor is None else float(factor), "lerp": 1 - beta1,
+        "keep_square": beta2, "add_square": 1 - beta2, "decay": 1 - lr * group["weight_decay"],
+        "step": lr / (1 - beta1**count), "root": (1 - beta2**count) ** 0.5, "eps": group["eps"],
+    }  # fmt: skip
 
 
 def _update_rest(rest: list[Tensor], group: dict, step: Tensor) -> None:

@@ -1,0 +1,162 @@
+"""AdamW of train/optim/adamw.py on a GPU, in one pass over memory, and the norm before it.
+
+An update reads weight, gradient and two moments and writes all but the gradient: 20 bytes a parameter with bf16 moments. Neither
+it nor the norm is launched more often for more parameters: one launch works on many pieces of memory, of which a table on the
+device says where they are. A program takes CHUNK elements of one piece; their number is known before, so that the host makes
+one line of the table for each piece and the device the rest.
+
+Every element gets the same arithmetic wherever a shard begins or ends: that of the compiled code for CPUs, in fp32.
+
+The module needs triton and is imported only where its kernels run.
+"""
+
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+CHUNK, BLOCK = 1 << 14, 1 << 11
+"""Elements of a program, and at a time."""
+ALIGNED = 16
+"""Bytes from which on addresses let threads read 128 bits at a time, and elements of a piece's place in the shard."""
+
+
+class _Layout(NamedTuple):
+    """Pieces cut into chunks; the tensors are on the device and int64."""
+
+    starts: Tensor
+    """Of every piece, and behind the last: the first of its elements among all."""
+    first_chunks: Tensor
+    """Of every piece, and behind the last."""
+    piece_of_chunk: Tensor
+
+
+@triton.jit
+def _chunk(pointers_ptr, starts_ptr, firsts_ptr, pieces_ptr, chunk: tl.constexpr, aligned: tl.constexpr):
+    """What this program works on: the address of its piece, its place there, the place of the piece among all, and its end there."""
+    piece = tl.load(pieces_ptr + tl.program_id(0))
+    start = tl.load(starts_ptr + piece)
+    size = tl.load(starts_ptr + piece + 1) - start
+    address = tl.load(pointers_ptr + piece)
+    if aligned:
+        address, start = tl.multiple_of(address, 16), tl.multiple_of(start, 16)
+    first = (tl.program_id(0) - tl.load(firsts_ptr + piece)) * chunk
+    return address.to(tl.pointer_type(tl.float32)), first, start, size
+
+
+@triton.jit
+def _update_kernel(
+    weight_ptr, mean_ptr, square_ptr, pointers_ptr, starts_ptr, firsts_ptr, pieces_ptr,
+    factor, lerp, keep_square, add_square, decay, step, root, eps,
+    aligned: tl.constexpr, chunk: tl.constexpr, block: tl.constexpr,
+):  # fmt: skip
+    gradient_ptr, first, start, size = _chunk(pointers_ptr, starts_ptr, firsts_ptr, pieces_ptr, chunk, aligned)
+    for begin in range(0, chunk, block):
+        at = first + begin + tl.arange(0, block)
+        here, place = at < size, start + at
+        g = tl.load(gradient_ptr + at, here, 0.0) * factor
+        m = tl.load(mean_ptr + place, here, 0.0).to(tl.float32)
+        v = tl.load(square_ptr + place, here, 0.0).to(tl.float32)
+        w = tl.load(weight_ptr + place, here, 0.0) * decay
+        m = tl.fma(g - m, lerp, m)
+        v = tl.fma(g * add_square, g, v * keep_square)
+        w -= tl.div_rn(m * step, tl.div_rn(tl.sqrt_rn(v), root) + eps)
+        tl.store(weight_ptr + place, w, here)
+        tl.store(mean_ptr + place, m.to(mean_ptr.dtype.element_ty), here)
+        tl.store(square_ptr + place, v.to(square_ptr.dtype.element_ty), here)
+
+
+@triton.jit
+def _squares_kernel(
+    sums_ptr, pointers_ptr, starts_ptr, firsts_ptr, pieces_ptr,
+    aligned: tl.constexpr, chunk: tl.constexpr, block: tl.constexpr,
+):  # fmt: skip
+    x_ptr, first, _, size = _chunk(pointers_ptr, starts_ptr, firsts_ptr, pieces_ptr, chunk, aligned)
+    total = tl.zeros((block,), tl.float32)
+    for begin in range(0, chunk, block):
+        at = first + begin + tl.arange(0, block)
+        x = tl.load(x_ptr + at, at < size, 0.0)
+        total += x * x
+    tl.store(sums_ptr + tl.program_id(0), tl.sum(total.to(tl.float64)))
+
+
+@triton.jit
+def _sums_kernel(chunks_ptr, out_ptr, firsts_ptr, block: tl.constexpr):
+    """Of every piece the sum over its chunks, in their order."""
+    first, end = tl.load(firsts_ptr + tl.program_id(0)), tl.load(firsts_ptr + tl.program_id(0) + 1)
+    total = tl.zeros((block,), tl.float64)
+    for begin in range(first, end, block):
+        at = begin + tl.arange(0, block)
+        total += tl.load(chunks_ptr + at, at < end, 0.0)
+    tl.store(out_ptr + tl.program_id(0), tl.sum(total))
+
+
+def update(
+    weight: Tensor, mean: Tensor, square: Tensor, gradients: Sequence[Tensor],
+    *, factor: float, lerp: float, keep_square: float, add_square: float, decay: float, step: float, root: float, eps: float,
+) -> None:  # fmt: skip
+    """Of a flat shard by its gradients, 1-D and fp32, which lie one after another from its first element on. They are multiplied
+    with the factor. mean += lerp (g - mean); square =
+    keep_square square + add_square g^2; weight = decay weight - step mean / (sqrt(square) / root + eps).
+    """
+    gradients = [one for one in gradients if one.numel()]
+    if not gradients:
+        return
+    layout, pointers, aligned = _table(gradients)
+    _update_kernel[(len(layout.piece_of_chunk),)](
+        weight, mean, square, pointers, layout.starts, layout.first_chunks, layout.piece_of_chunk,
+        factor, lerp, keep_square, add_square, decay, step, root, eps, aligned, CHUNK, BLOCK, num_warps=8,
+    )  # fmt: skip
+
+
+def sums_of_squares(pieces: Sequence[Tensor]) -> Tensor:
+    """Of every piece, fp32 and 1-D: fp64 (pieces,). By columns of a chunk in fp32, then in fp64."""
+    if not pieces:
+        return torch.zeros(0, dtype=torch.float64)
+    layout, pointers, aligned = _table(pieces)
+    chunks, out = len(layout.piece_of_chunk), pointers.new_empty(len(pieces), dtype=torch.float64)
+    sums = pointers.new_empty(chunks, dtype=torch.float64)
+    if chunks:
+        _squares_kernel[(chunks,)](
+            sums,
+            pointers,
+            layout.starts,
+            layout.first_chunks,
+            layout.piece_of_chunk,
+            aligned,
+            CHUNK,
+            BLOCK,
+            num_warps=8,
+        )
+    _sums_kernel[(len(pieces),)](sums, out, layout.first_chunks, BLOCK)
+    return out
+
+
+def _table(pieces: Sequence[Tensor]) -> tuple[_Layout, Tensor, bool]:
+    """How the pieces are cut, where each begins, and whether all begin at whole lines."""
+    device = pieces[0].device
+    assert all(one.dtype == torch.float32 and one.is_contiguous() and one.device == device for one in pieces)
+    sizes, addresses = tuple(one.numel() for one in pieces), [one.data_ptr() for one in pieces]
+    aligned = not any(size % ALIGNED for size in sizes[:-1]) and not any(address % ALIGNED for address in addresses)
+    return _layout(sizes, device), _there(addresses, device), aligned
+
+
+@lru_cache(maxsize=64)
+def _layout(sizes: tuple[int, ...], device: torch.device) -> _Layout:
+    """The same in every step of a run."""
+    starts, firsts = [0], [0]
+    for size in sizes:
+        starts.append(starts[-1] + size)
+        firsts.append(firsts[-1] - -size // CHUNK)
+    chunks = torch.repeat_interleave(torch.tensor(firsts).diff())
+    return _Layout(_there(starts, device), _there(firsts, device), _there(chunks, device))
+
+
+def _there(numbers: Sequence[int] | Tensor, device: torch.device) -> Tensor:
+    """int64 on the device. From page-locked memory, as the host would wait for a copy from any other."""
+    numbers = torch.as_tensor(numbers)
+    return (numbers.pin_memory() if device.type == "cuda" else numbers).to(device, non_blocking=True)
