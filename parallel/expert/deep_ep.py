@@ -99,7 +99,9 @@ class DeepEPDispatcher:
 
     def _plan(self, ids_MK: Tensor, gates_MK: Tensor, counts: list[int], handle: Any) -> _Plan:
         rows, entry_R = fan_out_with_entries(ids_MK, Wanted(0, 1, self.local), sum(counts))
-        return _Plan(handle, rows, entry_R, torch.tensor(counts, device=ids_MK.device), gates_MK)
+        # From page-locked memory: the host would wait for a copy from any other.
+        counts_E = torch.tensor(counts, pin_memory=ids_MK.is_cuda).to(ids_MK.device, non_blocking=True)
+        return _Plan(handle, rows, entry_R, counts_E, gates_MK)
 
     def encode(self, rows_TD: Tensor, *, gradient: bool) -> Any:
         """What DeepEP takes: bf16 rows, or FP8 rows and their scales."""

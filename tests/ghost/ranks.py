@@ -20,7 +20,7 @@ from train.dry_run import lone
 from train.dry_run.piece import choose_piece, choose_rank
 from train.dry_run.routing import load_of
 from train.layout import check_layout
-from train.loop.trainer import Trainer
+from train.loop.step import TrainingStep
 from train.plan.job import with_nodes
 
 TINY = ("conf=tiny", "cluster.device=cuda", "seq_len=128", "batch_size=8", "micro_batch_size=1", "log.peak_flops=1e15")
@@ -47,7 +47,7 @@ def train_alone(precision: str, folder: Path) -> Calls:
         f"data.cache={folder / 'cache'}", "data.format=text", "data.workers=1", "model.vocab_size=320",
         "log.wandb=disabled", "log.validation_sequences=4", "log.sample_tokens=0",
     )  # fmt: skip
-    with even_experts(), each_call(Trainer, "_step") as found:
+    with even_experts(), each_call(TrainingStep, "run") as found:
         code = main([config])
     assert code in (EXIT_OK, EXIT_STOPPED), f"exit code {code}"  # whether some rank was told to stop is a value
     assert (folder / precision / "checkpoints").is_dir()
@@ -64,7 +64,7 @@ def run_lone(layout: str, precision: str) -> Calls:
     check_layout(config)
     device, rank = torch.device("cuda", 0), choose_rank(config)
     piece = choose_piece(config, rank, load_of(config, rank), device)
-    with even_experts(), each_call(lone, "_step") as found:
+    with even_experts(), each_call(TrainingStep, "run") as found:
         lone.run_alone(piece, device)
     return found[-1]
 

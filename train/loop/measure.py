@@ -8,6 +8,7 @@ L MoE layers (MTP modules included), E experts.
 """
 
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 import torch.distributed as dist
@@ -61,33 +62,59 @@ class Measure:
             self.last.losses.clear()
         self.step_work.clear()
 
-    def collect(self, stop: StopKind) -> Measured:
-        """Sum over all ranks; every rank gets the same."""
+    def collect(self, stop: StopKind) -> "Collected":
+        """Sum over all ranks; every rank gets the same. Waits for no device."""
         depth, shape = self.model.mtp_depth, (len(self.layers), self.model.experts)
-        scalars = torch.zeros(4 + depth, dtype=torch.float64, device=self.device)
-        loads_LE = torch.zeros(shape, dtype=torch.float64, device=self.device)
-        biases_LE = torch.zeros(shape, dtype=torch.float64, device=self.device)
-        scalars[0], scalars[1] = float(stop is StopKind.on_disk), float(stop is StopKind.in_memory)
+        zeros = partial(torch.zeros, dtype=torch.float64, device=self.device)
+        losses, loads_LE, biases_LE = zeros(2 + depth), zeros(shape), zeros(shape)
         if self.last is not None:
-            scalars[2 : 3 + depth] = self.last.losses.means().double() * self._weight / self.mesh.layout.stage_ranks
+            losses[: 1 + depth] = self.last.losses.means().double() * self._weight / self.mesh.layout.stage_ranks
         for name, router in self.routers.items():
             row = self.layers.index(name)
             loads_LE[row] = router.load_E
-            scalars[-1] += router.balance_loss.double() / self.mesh.layout.dp
+            losses[-1] += router.balance_loss.double() / self.mesh.layout.dp
             if self.mesh.stage_rank == 0:
                 biases_LE[row] = router.bias_E
-        work = torch.tensor(self.step_work.collect(), dtype=torch.float64, device=self.device)
-        parts = [scalars, loads_LE.flatten(), biases_LE.flatten(), work]
+        asked = [float(stop is kind) for kind in (StopKind.on_disk, StopKind.in_memory)]
+        own = torch.tensor([*asked, *self.step_work.collect()], dtype=torch.float64)
+        parts = [losses, loads_LE.flatten(), biases_LE.flatten(), to_device(own, self.device)]
         vector = torch.cat(parts)
         if self.mesh.layout.world > 1:
             dist.all_reduce(vector)
-        scalars, loads, biases, work = vector.cpu().split([part.numel() for part in parts])
+        return Collected(self, vector, [part.numel() for part in parts])
+
+
+class Collected:
+    """The sums, on their way to the host."""
+
+    def __init__(self, measure: Measure, vector: Tensor, sizes: list[int]):
+        self._measure, self._sizes = measure, sizes
+        losses, loads, *_ = vector.split(sizes)
+        self.finite = losses[0].isfinite()
+        """Whether the main loss is: bool, on the device."""
+        self.loads_LE = loads.view(-1, measure.model.experts)
+        """As in `Measured`, on the device."""
+        self._host = vector
+        if vector.is_cuda:
+            self._host = torch.empty(vector.shape, dtype=vector.dtype, pin_memory=True).copy_(vector, non_blocking=True)
+
+    def read(self) -> Measured:
+        """Call when the host has waited for something that the device was asked for later, which no step of training lacks."""
+        losses, loads, biases, own = self._host.split(self._sizes)
+        main_loss, *mtp_losses, balance_loss = losses.tolist()
+        on_disk, in_memory, *work = own.tolist()
+        shape = self.loads_LE.shape
         return Measured(
-            main_loss=scalars[2].item(),
-            mtp_losses=scalars[3 : 3 + depth].tolist(),
-            balance_loss=scalars[-1].item(),
+            main_loss=main_loss,
+            mtp_losses=mtp_losses,
+            balance_loss=balance_loss,
             loads_LE=loads.view(shape),
             biases_LE=biases.view(shape),
-            stop=StopKind.on_disk if scalars[0] > 0 else StopKind.in_memory if scalars[1] > 0 else StopKind.none,
-            work=self.step_work.named(work.tolist()),
+            stop=StopKind.on_disk if on_disk > 0 else StopKind.in_memory if in_memory > 0 else StopKind.none,
+            work=self._measure.step_work.named(work),
         )
+
+
+def to_device(x: Tensor, device: torch.device) -> Tensor:
+    """A tensor of the host there. For a GPU it is copied from page-locked memory: for any other copy the host would wait."""
+    return (x.pin_memory() if device.type == "cuda" and not x.is_cuda else x).to(device, non_blocking=True)

@@ -7,16 +7,16 @@ update      gradients reduced, clipped and applied, unless loss or gradient is n
 balance     the biases of the routers move by the loads of this step (paper 2.1.2)
 """
 
-import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
 from conf.schema import Config
 from parallel.zero.engine import Update
 from train.data.batch import Batch
-from train.loop.measure import Measure, Measured
+from train.loop.measure import Measure, Measured, to_device
 from train.loop.stop import StopKind
 from train.model.router import update_bias
 from train.optim.schedules import StepPlan
@@ -60,24 +60,25 @@ class TrainingStep:
         with zero.accumulate():
             self.run_passes(batch)
             on_phase("schedule")
-            measured = self.measure.collect(stopping)
+            collected = self.measure.collect(stopping)
         on_phase("reduction")
         zero.set_lr(plan.lr)
-        update = zero.step(valid=math.isfinite(measured.main_loss))
+        update = zero.step(valid=collected.finite)
+        measured = collected.read()  # the update has waited for the norm of the gradients
         on_phase("update")
         if update.applied:
-            self._update_biases(measured, plan)
+            self._update_biases(collected.loads_LE, plan)
         return StepOutcome(measured, update)
 
     def run_passes(self, batch: Batch) -> None:
         """Forward and backward of all micro-batches."""
-        documents_BS = None if batch.documents_BS is None else batch.documents_BS.to(self._device)
-        tokens_BS = batch.tokens_BS.to(self._device)
+        documents_BS = None if batch.documents_BS is None else to_device(batch.documents_BS, self._device)
+        tokens_BS = to_device(batch.tokens_BS, self._device)
         self._parts.pipeline.step(
             tokens_BS, documents_BS, micro_batches=self._micro_batches(batch), mean=self._mean_micro_batches
         )
         if self._device.type == "cuda":
-            torch.cuda.synchronize(self._device)  # the sum over all ranks that follows waits for it in any case
+            torch.cuda.synchronize(self._device)  # what the passes took is part of what all ranks are told
 
     def _micro_batches(self, batch: Batch) -> int:
         return len(batch.tokens_BS) // self._config.micro_batch_size
@@ -91,7 +92,6 @@ class TrainingStep:
         if self.measure.last is not None:
             self.measure.last.mtp_weight = plan.mtp_weight
 
-    def _update_biases(self, measured: Measured, plan: StepPlan) -> None:
-        loads_LE = measured.loads_LE.to(self._device)  # all at once: the host waits for each copy
+    def _update_biases(self, loads_LE: Tensor, plan: StepPlan) -> None:
         for name, router in self.measure.routers.items():
             update_bias(router.bias_E, loads_LE[self.measure.layers.index(name)], plan.bias_speed)
