@@ -30,6 +30,7 @@ from triton.runtime.jit import JITFunction
 
 from parallel.expert import triton_rows
 from train.model import fused_rows
+from train.model.triton_grouped import grouped_weight_gradient
 from train.precision import triton_kernels as kernels
 from train.precision.formats import E4M3, E5M6, TILE, Cast
 
@@ -101,7 +102,10 @@ def variants() -> dict[str, Callable]:
     h_q, h_scale = torch.empty(ROWS, 2 * WIDTH, dtype=E4M3.dtype), torch.empty(2 * WIDTH // TILE, ROWS).t()
     packed = torch.empty(ROWS, HIDDEN // 2 * 3, dtype=torch.uint8)
     gates, groups = torch.empty(ROWS), [1024, 0, 2944, 128]
+    ends, sums = torch.empty(4, dtype=torch.int32), torch.empty(4, 2 * WIDTH, HIDDEN)
     calls: dict[str, Callable] = {
+        "wgrad of experts, bf16": lambda: grouped_weight_gradient(h, x, ends, None),
+        "wgrad of experts, bf16, added": lambda: grouped_weight_gradient(h, x, ends, sums),
         "swiglu_bwd": lambda: kernels.swiglu_backward(h, gates, da),
         "swiglu_bwd, FP8 in": lambda: kernels.swiglu_backward(h_q, gates, da, h_scale),
         "e5m6": lambda: kernels.quantize_e5m6(x, Cast(E5M6, (1, TILE), True)),

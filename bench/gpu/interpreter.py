@@ -2,7 +2,7 @@
 
 The interpreter of triton 3.6 to 3.9 loses the carry out of the mantissa when it casts fp32 to FP8 (124.3 becomes 64
 instead of 128), and truncates when it casts to bf16, so torch does these casts here as hardware does them: nearest,
-ties to even, FP8 saturating. That of triton 3.6, which torch 2.11 brings, takes the bounds of a loop from arrays of one
+ties to even, FP8 saturating. It multiplies the bits of bf16 matrices as if they were values, so they are widened before. That of triton 3.6, which torch 2.11 brings, takes the bounds of a loop from arrays of one
 element, which numpy 2.4 refuses.
 """
 
@@ -24,6 +24,7 @@ def repair(put: Callable[[object, str, object], None] = setattr) -> None:
     import triton.runtime.interpreter as interpreter
 
     convert, patch = interpreter._convert_float, interpreter._patch_lang_tensor
+    dot = interpreter.InterpreterBuilder.create_dot
 
     def repaired(x, source, target, rounding_mode):
         if str(target) not in FORMATS or source.primitive_bitwidth != 32:
@@ -39,5 +40,20 @@ def repair(put: Callable[[object, str, object], None] = setattr) -> None:
         patch(tensor, scope)
         scope.set_attr(tensor, "__index__", lambda self: int(self.handle.data.squeeze()))
 
+    def with_values(builder, a, b, *rest):
+        return dot(builder, widened(a), widened(b), *rest)
+
     put(interpreter, "_convert_float", repaired)
+    put(interpreter.InterpreterBuilder, "create_dot", with_values)
     put(interpreter, "_patch_lang_tensor", with_bounds)
+
+
+def widened(operand):
+    """A matrix of the interpreter's, in fp32 if it is bf16."""
+    import triton.language as tl
+    from triton.runtime.interpreter import TensorHandle
+
+    if str(operand.dtype.scalar) != "bf16":
+        return operand
+    bits = np.ascontiguousarray(operand.data).view(np.uint16).astype(np.uint32) << 16
+    return TensorHandle(bits.view(np.float32), tl.float32)

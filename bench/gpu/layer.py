@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 from torch.autograd import DeviceType
-from torch.distributed.pipelining._backward import stage_backward_input, stage_backward_weight
+from torch.distributed.pipelining._backward import stage_backward_input
 from torch.profiler import ProfilerActivity, profile
 
 from bench.gpu.machine import kernels_of
@@ -26,7 +26,7 @@ from conf.load import compose
 from conf.schema import ROOT, Config
 from parallel.expert.build import build_wire
 from parallel.expert.stand_in import Load, build_stand_in
-from parallel.pipeline.graph import kept_graph
+from parallel.pipeline.graph import backward_of_weights, kept_graph
 from parallel.pipeline.lone_stage import GRADIENT_STD, HIDDEN_STD
 from train.dry_run.piece import for_device, shrunk
 from train.dry_run.routing import group_of
@@ -118,7 +118,7 @@ class Layer:
         return stage_backward_input([y_BTD], [self.dy_BTD], [self.x_BTD], self.chunk.parameters())[1]
 
     def weights(self, groups: list) -> None:
-        stage_backward_weight(self.chunk.parameters(), groups)
+        backward_of_weights(groups)
         self._graph = None
 
     def flops(self) -> dict[str, float]:

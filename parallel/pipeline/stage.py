@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.autograd.graph import Node
 from torch.distributed.pipelining import PipelineStage
 
-from parallel.pipeline.graph import kept_graph
+from parallel.pipeline.graph import backward_of_weights, kept_graph
 from parallel.pipeline.timeline import Timeline
 
 
@@ -84,6 +84,11 @@ class Stage(PipelineStage):
         with self._timeline.action("W", self.stage_index, bwd_chunk_id):
             super().backward_weight_one_chunk(bwd_chunk_id, *args, **kwargs)
             del self._graphs[bwd_chunk_id]
+
+    def backward_maybe_with_nosync(self, backward_type: str, bwd_kwargs: dict, last_backward: bool = False):
+        if backward_type != "weight":
+            return super().backward_maybe_with_nosync(backward_type, bwd_kwargs, last_backward)
+        return backward_of_weights(bwd_kwargs["param_groups"]), None
 
     def run_forward(self, micro_batch: int, *args, **kwargs):
         """forward_one_chunk without its record, for a caller that times a pair as one action."""

@@ -21,6 +21,7 @@ from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.graph import Node, get_gradient_edge
 
 from parallel.shard import Fragment, Sharing
 from parallel.zero.private_names import require_names
@@ -73,8 +74,9 @@ class ShardedWeights:
         optimizer._get_norm_groups = lambda: [norm()]
         for hook in (*optimizer._grad_acc_hooks, *optimizer._leaf_module_hooks):
             hook.remove()
-        for param in shapes:
-            param.register_post_accumulate_grad_hook(self._arrived)
+        self._nodes = [_node_of(param, shape) for param, shape in shapes.items()]
+        for param, node in zip(shapes, self._nodes, strict=True):
+            node.register_hook(lambda *_, param=param: self._arrived(param))
         for chunk in engine.module:
             chunk.backward_in_one_piece = (
                 True  # torch's split backward sets gradients, which weights that are away refuse
@@ -135,7 +137,9 @@ class ShardedWeights:
             self._coordinator._clean_inflight_param_registry()  # fetched ahead for a backward that does not come
 
     def _arrived(self, param: nn.Parameter) -> None:
-        """Hand over what is complete of the order."""
+        """The node of a weight has run: whatever a pass adds to its gradient is there. Hand over what is complete of the order."""
+        if param.grad is None:
+            return
         self._ready.add(param)
         while self._handed < len(self._order) and self._order[self._handed] in self._ready:
             self._hand_over(self._order[self._handed])
@@ -163,9 +167,24 @@ class ShardedWeights:
         return offset, max(0, min(size, math.prod(self._shapes[param]) - offset))
 
 
-def _set_zero_gradient(param: nn.Parameter, shape: tuple[int, ...]) -> None:
-    """torch checks the shape of a gradient against the parameter's, which is empty while the weights are away."""
+@contextlib.contextmanager
+def _in_shape(param: nn.Parameter, shape: tuple[int, ...]) -> Iterator[None]:
+    """With values of no matter: the parameter is empty while the weights are away, and torch checks shapes against it."""
     data = param.data
     param.data = data.new_empty(()).expand(shape)
-    param.grad = torch.zeros(shape, dtype=torch.float32, device=data.device)
-    param.data = data
+    try:
+        yield
+    finally:
+        param.data = data
+
+
+def _set_zero_gradient(param: nn.Parameter, shape: tuple[int, ...]) -> None:
+    with _in_shape(param, shape):
+        param.grad = torch.zeros(shape, dtype=torch.float32, device=param.device)
+
+
+def _node_of(param: nn.Parameter, shape: tuple[int, ...]) -> Node:
+    """Where autograd adds up the parameter's gradient, or would, where products add to it themselves. Every graph has the same
+    one while somebody holds it."""
+    with _in_shape(param, shape):
+        return get_gradient_edge(param).node

@@ -1,7 +1,7 @@
 """Bytes that a stretch of a program moves, and what it computes on tensors of the host, seen at torch's dispatcher.
 
 An estimate of memory traffic: every operation reads its inputs once and writes its outputs once. Products and attention are left
-out, as they are bound by arithmetic; so are views and tensors that are only made. Kernels of Triton count all their tensors.
+out, as they are bound by arithmetic; so are views and tensors that are only made. Other kernels of Triton count all their tensors.
 """
 
 import traceback
@@ -19,6 +19,7 @@ from conf.schema import ROOT
 from parallel.expert.quantized_rows import QuantizedRows
 
 PRODUCTS = ("mm", "bmm", "addmm", "baddbmm", "_grouped_mm", "_scaled_mm", "_scaled_mm_v2")
+TRITON_PRODUCTS = ("_gradient_kernel",)
 ATTENTION = "_scaled_dot_product"
 ONLY_WRITTEN = (
     "zero_",
@@ -95,7 +96,8 @@ def traffic() -> Iterator[Traffic]:
     mode, run = Traffic(), JITFunction.run
 
     def counted(kernel, *args, **options):
-        mode.add(_tensors(args))
+        if kernel.fn.__name__ not in TRITON_PRODUCTS:
+            mode.add(_tensors(args))
         return run(kernel, *args, **options)
 
     JITFunction.run = counted

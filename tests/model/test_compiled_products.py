@@ -10,7 +10,7 @@ from torch.nn import functional as F
 import train.native.model as native
 from train.model import compiled_products
 from train.model.compiled import CompiledKernels
-from train.model.compiled_products import CompiledLinear, grouped, grouped_weight_gradient, product
+from train.model.compiled_products import grouped, grouped_weight_gradient, product
 from train.model.kernels import Kernels
 from train.precision.high import HighPrecision
 
@@ -95,7 +95,7 @@ def test_experts_get_their_own_rows(rows):
     total, experts = sum(rows), len(rows)
     x, dy, weight = draw(total, 70), draw(total, 40, seed=1), draw(experts, 40, 70, seed=2)
     y, dx = grouped(x, weight, rows), grouped(dy, weight.mT, rows)
-    dweight = grouped_weight_gradient(dy.t(), x.t(), rows)
+    dweight = grouped_weight_gradient(dy.t(), x.t(), rows, torch.float32)
     assert y.shape == (total, 40) and dx.shape == x.shape and dweight.shape == weight.shape
     assert dweight.dtype == torch.float32
     for one, got, mine in zip(weight, dweight, torch.arange(total).split(rows), strict=True):
@@ -107,7 +107,7 @@ def test_experts_get_their_own_rows(rows):
 def linear(x: Tensor, weight: Tensor, dy: Tensor) -> list[Tensor]:
     x, weight = x.detach().requires_grad_(), weight.detach().requires_grad_()
     weight.grad_dtype = torch.float32
-    y = CompiledLinear.apply(x, weight)
+    y = CompiledKernels(products=True).linear(x, weight)
     return [y.detach(), *torch.autograd.grad(y, (x, weight), dy)]
 
 
@@ -129,7 +129,7 @@ def test_only_wanted_gradients_are_made(monkeypatch):
     monkeypatch.setattr(compiled_products, "product", lambda *args: made.append(args[2]) or real(*args))
     x, weight = draw(6, 48).requires_grad_(), draw(64, 48).requires_grad_()
     weight.grad_dtype = torch.float32
-    y = CompiledLinear.apply(x, weight)
+    y = CompiledKernels(products=True).linear(x, weight)
     torch.autograd.grad(y, x, torch.ones_like(y), retain_graph=True)
     assert made == [torch.bfloat16] * 2  # forward, and the input's
     torch.autograd.grad(y, weight, torch.ones_like(y))
@@ -140,7 +140,7 @@ def test_meta_tensors_take_what_real_ones_take():
     def shapes(device: str) -> list[tuple]:
         results = linear(*(t.to(device) for t in (draw(2, 3, 48), draw(64, 48), draw(2, 3, 64))))
         x, dy, weight = (t.to(device) for t in (draw(22, 70), draw(22, 40), draw(2, 40, 70)))
-        results += [grouped(x, weight, [9, 13]), grouped_weight_gradient(dy.t(), x.t(), [9, 13])]
+        results += [grouped(x, weight, [9, 13]), grouped_weight_gradient(dy.t(), x.t(), [9, 13], torch.float32)]
         return [(t.shape, t.stride(), t.dtype) for t in results]
 
     assert shapes("meta") == shapes("cpu")

@@ -2,9 +2,9 @@
 
 import torch
 from torch import Tensor
-from torch.distributed.pipelining._backward import stage_backward_input, stage_backward_weight
+from torch.distributed.pipelining._backward import stage_backward_input
 
-from parallel.pipeline.graph import kept_graph
+from parallel.pipeline.graph import backward_of_weights, kept_graph
 from train.model.needed import gradients_needed
 
 
@@ -43,7 +43,7 @@ def test_each_gradient_is_computed_once():
     (dx,), groups = stage_backward_input([loss], None, [x], iter(weights))
     assert log == ["x", "x"]
     log.clear()
-    stage_backward_weight(iter(weights), groups)
+    backward_of_weights(groups)
     del graph
     assert log == ["w", "w"]
     assert all(torch.equal(a, b) for a, b in zip(wanted, [dx, *(w.grad for w in weights)], strict=True))

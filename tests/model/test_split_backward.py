@@ -4,12 +4,12 @@ import dataclasses
 
 import pytest
 import torch
-from torch.distributed.pipelining._backward import stage_backward_input, stage_backward_weight
+from torch.distributed.pipelining._backward import stage_backward_input
 from torch.utils.flop_counter import FlopCounterMode
 
 from conf.load import compose
 from conf.schema import SELECTIVE, Recompute
-from parallel.pipeline.graph import kept_graph
+from parallel.pipeline.graph import backward_of_weights, kept_graph
 from tests.model.test_deepseek import CONFIG, build
 from train.kernels import build_kernels
 from train.model.deepseek import DeepSeekV3
@@ -45,7 +45,7 @@ def test_input_then_weight_backward_equals_backward(last, recompute):
     # on the last chunk the schedule passes no gradient of the loss
     grads, groups = stage_backward_input([out], None if last else [upstream], [hidden], iter(chunk.parameters()))
     assert torch.equal(grads[0], expected_input)
-    stage_backward_weight(iter(chunk.parameters()), groups)
+    backward_of_weights(groups)
     del graph
     for name, parameter in chunk.named_parameters():
         assert torch.equal(parameter.grad, expected[name]), name
@@ -85,7 +85,7 @@ def test_each_product_is_computed_in_one_part(name, compiled, recompute):
     out = chunk(hidden)
     graph = kept_graph(out)
     ((again,), groups), inputs = counted(lambda: stage_backward_input([out], [upstream], [hidden], iter(weights)))
-    _, rest = counted(lambda: stage_backward_weight(iter(weights), groups))
+    _, rest = counted(lambda: backward_of_weights(groups))
     del graph
     if not compiled:
         assert inputs + rest == whole and 0 < rest < inputs  # attention is in the first part

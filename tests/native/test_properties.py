@@ -380,7 +380,7 @@ def product_of_experts(draw: Draw) -> None:
     x, dy = (placed(draw, normal(sum(rows), width)) for width in (inputs, outputs))
     weight = placed(draw, normal(len(rows), outputs, inputs))
     y, dx = compiled_products.grouped(x, weight, rows), compiled_products.grouped(dy, weight.mT, rows)
-    dweight = compiled_products.grouped_weight_gradient(dy.t(), x.t(), rows)
+    dweight = compiled_products.grouped_weight_gradient(dy.t(), x.t(), rows, torch.float32)
     assert dweight.dtype == FP32
     for expert, mine in enumerate(torch.arange(sum(rows)).split(rows)):
         check_product(y[mine], x[mine], weight[expert])

@@ -102,7 +102,7 @@ class Watch:
         for part, param in module.named_parameters(recurse=False):
             if param.requires_grad:
                 at = Sighting(layer, start.boundary, f"the weight {name}.{part}", catching=True)
-                self._handles.append(param.register_hook(partial(self._see_gradient, at)))
+                self._handles.append(param.register_hook(partial(self._see_weights_gradient, at, param)))
         return end.boundary
 
     def _see(self, values: Any, at: Sighting) -> None:
@@ -111,6 +111,12 @@ class Watch:
                 self.forward = at
             if value.requires_grad and torch.is_grad_enabled():
                 value.register_hook(partial(self._see_gradient, at))
+
+    def _see_weights_gradient(self, at: Sighting, param: nn.Parameter, gradient: Tensor | None) -> None:
+        """Where autograd has none the product has added it to the sum: not finite once, not finite from there on."""
+        gradient = param.grad if gradient is None else gradient
+        if gradient is not None:
+            self._see_gradient(at, gradient)
 
     def _see_gradient(self, at: Sighting, gradient: Tensor) -> None:
         if (self.backward is None or at > self.backward) and not is_finite(gradient):

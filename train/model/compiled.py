@@ -10,6 +10,7 @@ from train.model import compiled_products, compiled_rows
 from train.model.attention import document_spans
 from train.model.compiled_attention import CompiledAttention
 from train.model.kernels import Groups, Kernels
+from train.model.weight_gradient import LinearProduct
 from train.native.model import NAMES
 
 
@@ -58,21 +59,23 @@ class CompiledKernels(Kernels):
     def linear(self, x: Tensor, weight_OI: Tensor) -> Tensor:
         if not self.compiles_product(x, weight_OI):
             return super().linear(x, weight_OI)
-        return compiled_products.CompiledLinear.apply(x, weight_OI)
+        return LinearProduct.apply(x, weight_OI, self)
 
-    def product(self, left_OC: Tensor, right_NC: Tensor, dtype: torch.dtype) -> Tensor:
+    def product(self, left_OC: Tensor, right_NC: Tensor, dtype: torch.dtype, into_ON: Tensor | None = None) -> Tensor:
         kernel = compiled_products.product if self.compiles_product(left_OC, right_NC) else super().product
-        return kernel(left_OC, right_NC, dtype)
+        return kernel(left_OC, right_NC, dtype, into_ON)
 
     def grouped_product(self, x_RI: Tensor, weight_EIO: Tensor, groups: Groups) -> Tensor:
         if not self.compiles_product(x_RI, weight_EIO):
             return super().grouped_product(x_RI, weight_EIO, groups)
         return compiled_products.grouped(x_RI, weight_EIO.mT, groups)
 
-    def grouped_weight_gradient(self, grad_RO: Tensor, x_RI: Tensor, groups: Groups) -> Tensor:
+    def grouped_weight_gradient(
+        self, grad_RO: Tensor, x_RI: Tensor, groups: Groups, dtype: torch.dtype, into_EOI: Tensor | None = None
+    ) -> Tensor:
         if not self.compiles_product(grad_RO, x_RI):
-            return super().grouped_weight_gradient(grad_RO, x_RI, groups)
-        return compiled_products.grouped_weight_gradient(grad_RO.t(), x_RI.t(), groups)
+            return super().grouped_weight_gradient(grad_RO, x_RI, groups, dtype, into_EOI)
+        return compiled_products.grouped_weight_gradient(grad_RO.t(), x_RI.t(), groups, dtype, into_EOI)
 
     def compiles_product(self, *tensors: Tensor) -> bool:
         return self._products and _in_bf16(*tensors)

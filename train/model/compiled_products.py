@@ -14,10 +14,8 @@ from itertools import accumulate
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.profiler import record_function
 
-from train.model.needed import gradients_needed
 from train.native.kernel import PLAIN, Array, Kernel, Number, Parameter, Size, Struct, Table, Threads, table
 from train.native.model import library
 
@@ -44,7 +42,7 @@ _products = Kernel(
     problem=Struct(
         **_operand("left", "1", "O"), **_operand("right", "E", "N"),
         out=Array((torch.bfloat16, torch.float32), "*M N", out=True), fp32=Size("out_dtype"),
-        columns=Size("N"), out_stride=Size("N"),
+        columns=Size("N"), out_stride=Size("N"), into=Number(c_int64),
     ),
     parts=Table(6), threads=Threads(),
 )  # fmt: skip
@@ -53,11 +51,11 @@ Part = tuple[int, int, int, int, int, int]
 """One product: first row on the left, rows, matrix on the right, first and last of the contraction, offset of its output."""
 
 
-def product(left_OC: Tensor, right_NC: Tensor, dtype: torch.dtype) -> Tensor:
-    """left right^T: (O, N)."""
+def product(left_OC: Tensor, right_NC: Tensor, dtype: torch.dtype, into_ON: Tensor | None = None) -> Tensor:
+    """left right^T: (O, N). into: fp32, to which the product is added."""
     (rows, contraction), columns = left_OC.shape, right_NC.shape[0]
-    out_ON = left_OC.new_empty(rows, columns, dtype=dtype)
-    run("gemm", left_OC, right_NC, out_ON, [(0, rows, 0, 0, contraction, 0)])
+    out_ON = left_OC.new_empty(rows, columns, dtype=dtype) if into_ON is None else into_ON
+    run("gemm", left_OC, right_NC, out_ON, [(0, rows, 0, 0, contraction, 0)], into=into_ON is not None)
     return out_ON
 
 
@@ -69,11 +67,14 @@ def grouped(left_RC: Tensor, right_ENC: Tensor, rows: Sequence[int]) -> Tensor:
     return out_RN
 
 
-def grouped_weight_gradient(left_OR: Tensor, right_NR: Tensor, rows: Sequence[int]) -> Tensor:
-    """For each expert the sum over its rows: (E, O, N), fp32."""
+def grouped_weight_gradient(
+    left_OR: Tensor, right_NR: Tensor, rows: Sequence[int], dtype: torch.dtype, into_EON: Tensor | None = None
+) -> Tensor:
+    """For each expert the sum over its rows: (E, O, N). into: as in `product`."""
     outer, columns = left_OR.shape[0], right_NR.shape[0]
-    out_EON = left_OR.new_empty(len(rows), outer, columns, dtype=torch.float32)
-    run("grouped_gemm", left_OR, right_NR, out_EON, parts_by_sums(_starts(rows), rows, outer, columns))
+    out_EON = left_OR.new_empty(len(rows), outer, columns, dtype=dtype) if into_EON is None else into_EON
+    parts = parts_by_sums(_starts(rows), rows, outer, columns)
+    run("grouped_gemm", left_OR, right_NR, out_EON, parts, into=into_EON is not None)
     return out_EON
 
 
@@ -91,36 +92,15 @@ def _starts(rows: Sequence[int]) -> list[int]:
     return list(accumulate(rows, initial=0))[:-1]
 
 
-class CompiledLinear(torch.autograd.Function):
-    """`F.linear` without bias in bf16."""
-
-    @staticmethod
-    def forward(ctx, x: Tensor, weight_NC: Tensor) -> Tensor:
-        ctx.save_for_backward(x, weight_NC)
-        return product(_rows(x), weight_NC, x.dtype).view(*x.shape[:-1], -1)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, dy: Tensor):
-        x, weight_NC = ctx.saved_tensors
-        x_needed, weight_needed = gradients_needed(ctx)
-        dy_ON, dx = _rows(dy), None
-        if x_needed:
-            dx = product(dy_ON, weight_NC.t(), x.dtype).view(x.shape)
-        return dx, product(dy_ON.t(), _rows(x).t(), torch.float32) if weight_needed else None
-
-
-def _rows(x: Tensor) -> Tensor:
-    return x.reshape(-1, x.size(-1))
-
-
 def run(
-    name: str, left: Tensor, right: Tensor, out: Tensor, parts: Sequence[Part], left_scales=NO_SCALES, right_scales=NO_SCALES
+    name: str, left: Tensor, right: Tensor, out: Tensor, parts: Sequence[Part], left_scales=NO_SCALES, right_scales=NO_SCALES,
+    into: bool = False,
 ) -> None:  # fmt: skip
-    """Write the parts' products, (O, C) or (E, O, C) on either side, into out.
+    """Write the parts' products, (O, C) or (E, O, C) on either side, into out, or add them to what is in it, fp32.
 
     name: for torch's profiler, which sees nothing of compiled code by itself. scales: see `_operand`.
     """
+    assert not into or out.dtype == torch.float32, out.dtype
     left, right = readable(left), readable(right)
     (outer, contraction), (*matrices, columns, _), places = left.shape, right.shape, out.numel()
     count = matrices[0] if matrices else 1
@@ -131,7 +111,7 @@ def run(
     ), (parts, left.shape, right.shape, out.shape)  # fmt: skip
     # A name costs a percent of the step of a small model, also where nobody reads it.
     with record_function(name) if torch.autograd._profiler_enabled() else nullcontext():
-        _products(left, *left_scales, right, *right_scales, out, table(parts))
+        _products(left, *left_scales, right, *right_scales, out, int(into), table(parts))
 
 
 def readable(x: Tensor) -> Tensor:

@@ -13,6 +13,7 @@ from train.model import fused_rows, grouped
 from train.model.attention import Attention, document_mask
 from train.model.kernels import Groups, Kernels
 from train.model.sequence import Rectangle
+from train.model.weight_gradient import LinearProduct
 
 
 def scaled_dot_product(
@@ -115,6 +116,34 @@ class FusedKernels(Kernels):
         self, q_BTHQ: Tensor, kv_BTHX: Tensor, k_rope_BTR: Tensor, table: Tensor, nope: int
     ) -> tuple[Tensor, ...]:
         return fused_rows.FusedHeads.apply(q_BTHQ, kv_BTHX, k_rope_BTR, table, nope)
+
+    def linear(self, x: Tensor, weight_OI: Tensor) -> Tensor:
+        return LinearProduct.apply(x, weight_OI, self)
+
+    def product(self, left_OC: Tensor, right_NC: Tensor, dtype: torch.dtype, into_ON: Tensor | None = None) -> Tensor:
+        if dtype != torch.float32 or left_OC.dtype != torch.bfloat16:
+            return super().product(left_OC, right_NC, dtype, into_ON)
+        if left_OC.is_meta:
+            return left_OC.new_empty(len(left_OC), len(right_NC), dtype=dtype) if into_ON is None else into_ON
+        if not left_OC.is_cuda:  # torch has neither there; the same but for the order of sums
+            return super().product(left_OC.float(), right_NC.float(), dtype, into_ON)
+        if into_ON is None:
+            return torch.mm(left_OC, right_NC.t(), out_dtype=dtype)
+        return torch.addmm(into_ON, left_OC, right_NC.t(), out_dtype=dtype, out=into_ON)
+
+    def grouped_weight_gradient(
+        self, grad_RO: Tensor, x_RI: Tensor, groups: Groups, dtype: torch.dtype, into_EOI: Tensor | None = None
+    ) -> Tensor:
+        if dtype != torch.float32 or grad_RO.dtype != torch.bfloat16:
+            return super().grouped_weight_gradient(grad_RO, x_RI, groups, dtype, into_EOI)
+        if grad_RO.is_meta:
+            shape = len(groups), grad_RO.shape[1], x_RI.shape[1]
+            return grad_RO.new_empty(shape, dtype=dtype) if into_EOI is None else into_EOI
+        if not grad_RO.is_cuda:
+            return super().grouped_weight_gradient(grad_RO.float(), x_RI.float(), groups, dtype, into_EOI)
+        from train.model.triton_grouped import grouped_weight_gradient
+
+        return grouped_weight_gradient(grad_RO, x_RI, groups, into_EOI)
 
     def groups(self, counts_E: Tensor, dtype: torch.dtype) -> Groups:
         return grouped.ends_of(counts_E)

@@ -143,9 +143,9 @@ class Kernels:
         """x W^T. Differentiable."""
         return F.linear(x, weight_OI)
 
-    def product(self, left_OC: Tensor, right_NC: Tensor, dtype: torch.dtype) -> Tensor:
-        """left right^T: (O, N)."""
-        return (left_OC @ right_NC.t()).to(dtype)
+    def product(self, left_OC: Tensor, right_NC: Tensor, dtype: torch.dtype, into_ON: Tensor | None = None) -> Tensor:
+        """left right^T: (O, N). into: of dtype; the product is added to it, and it is returned."""
+        return added((left_OC @ right_NC.t()).to(dtype), into_ON)
 
     def groups(self, counts_E: Tensor, dtype: torch.dtype) -> Groups:
         """What the two products below take, for operands in dtype. counts_E: rows of every expert."""
@@ -157,11 +157,18 @@ class Kernels:
             return grouped.product(x_RI, weight_EIO, groups)
         return grouped.product_to_ends(x_RI, weight_EIO, groups)
 
-    def grouped_weight_gradient(self, grad_RO: Tensor, x_RI: Tensor, groups: Groups) -> Tensor:
-        """grad^T x over the rows of each expert: (E, O, I); of compiled code in fp32."""
-        if isinstance(groups, list):
-            return grouped.weight_gradient(grad_RO, x_RI, groups)
-        return grouped.weight_gradient_to_ends(grad_RO, x_RI, groups)
+    def grouped_weight_gradient(
+        self, grad_RO: Tensor, x_RI: Tensor, groups: Groups, dtype: torch.dtype, into_EOI: Tensor | None = None
+    ) -> Tensor:
+        """grad^T x over the rows of each expert: (E, O, I). into: as in `product`."""
+        by_rows = isinstance(groups, list)
+        gradient = grouped.weight_gradient if by_rows else grouped.weight_gradient_to_ends
+        return added(gradient(grad_RO, x_RI, groups).to(dtype), into_EOI)
+
+
+def added(made: Tensor, into: Tensor | None) -> Tensor:
+    """The same, or the sum that it was added to."""
+    return made if into is None else into.add_(made)
 
 
 def _swiglu_backward(grad_NF: Tensor, h_N2F: Tensor, gates_N: Tensor | None) -> tuple[Tensor, Tensor | None]:

@@ -15,6 +15,7 @@ from torch.autograd.function import once_differentiable
 
 from train.model.kernels import Kernels
 from train.model.needed import gradients_needed
+from train.model.weight_gradient import weight_gradient
 
 BLOCK = 1 << 18
 """Logits in fp32 at a time on CPU: 1 MiB."""
@@ -43,8 +44,7 @@ class _CrossEntropy(torch.autograd.Function):
             if want_hidden:
                 dhidden.append(kernels.product(dlogits_CV, head.t(), head.dtype))
             if want_head:
-                part_VD = kernels.product(dlogits_CV.t(), hidden_CD.t(), torch.float32)
-                dhead_VD = part_VD if dhead_VD is None else dhead_VD.add_(part_VD)
+                dhead_VD = kernels.product(dlogits_CV.t(), hidden_CD.t(), torch.float32, dhead_VD)
         ctx.save_for_backward(torch.cat(dhidden) if want_hidden else None, dhead_VD)
         return loss / divisor
 
@@ -54,7 +54,13 @@ class _CrossEntropy(torch.autograd.Function):
         dhidden_ND, dhead_VD = ctx.saved_tensors
         hidden_needed, head_needed, *_ = gradients_needed(ctx)
         dhidden_ND = dhidden_ND * grad.to(dhidden_ND.dtype) if hidden_needed else None
-        return dhidden_ND, dhead_VD * grad if head_needed else None, None, None, None, None
+        if head_needed:
+
+            def scaled(dtype: torch.dtype, into_VD: Tensor | None) -> Tensor:
+                return dhead_VD * grad if into_VD is None else into_VD.addcmul_(dhead_VD, grad)
+
+            dhead_VD = weight_gradient(ctx, 1, dhead_VD, scaled)
+        return dhidden_ND, dhead_VD if head_needed else None, None, None, None, None
 
 
 def _loss_and_gradient(logits_CV: Tensor, targets_C: Tensor, scale: float | None, rows: int) -> Tensor:

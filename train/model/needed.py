@@ -10,6 +10,9 @@ the engine instead.
 from typing import Any
 
 import torch
+from torch.autograd.graph import Node
+
+SKIPPED, EXECUTED, HANDED_OUT = "skipped", "executed", "handed out"
 
 
 def gradients_needed(ctx: Any) -> tuple[bool, ...]:
@@ -18,15 +21,26 @@ def gradients_needed(ctx: Any) -> tuple[bool, ...]:
     Call inside backward, with its ctx. In an ordinary backward it equals ctx.needs_input_grad.
     """
     nodes = iter(node for node, _ in ctx.next_functions if node is not None)
-    return tuple(required and _runs(next(nodes)) for required in ctx.needs_input_grad)
+    return tuple(required and _fate(next(nodes)) != SKIPPED for required in ctx.needs_input_grad)
 
 
-def _runs(node: torch.autograd.graph.Node) -> bool:
-    """Whether the running pass will execute this node, or hand out the gradient that arrives at it."""
+def node_of(ctx: Any, argument: int) -> Node:
+    """Where the gradient of an argument that requires one goes."""
+    nodes = [node for node, _ in ctx.next_functions if node is not None]
+    return nodes[sum(ctx.needs_input_grad[:argument])]
+
+
+def will_accumulate(node: Node) -> bool:
+    """Whether the running pass adds what arrives at this leaf to its `.grad`, rather than hand it out."""
+    return _fate(node) == EXECUTED
+
+
+def _fate(node: Node) -> str:
+    """What the running pass does with a node, or with the gradient that arrives at it."""
     try:
-        return torch._C._will_engine_execute_node(node)
+        return EXECUTED if torch._C._will_engine_execute_node(node) else SKIPPED
     except RuntimeError as error:
-        # The engine refuses to answer for a leaf whose gradient autograd.grad() was asked for: it is wanted.
+        # The engine refuses to answer for a leaf whose gradient autograd.grad() was asked for.
         if "leaf node" not in str(error):
             raise
-        return True
+        return HANDED_OUT

@@ -93,6 +93,7 @@ struct Problem {
   void* out;
   i64 fp32;  // else bf16
   i64 columns, out_stride;
+  i64 into;  // the products are added to what is in out, which is fp32
 
   // Of the first element of a row of the block.
   i64 place(const Block& block, i64 m) const { return block.part->out + (block.row + m) * out_stride + block.column; }
@@ -101,6 +102,13 @@ struct Problem {
   template <class To>
   void run(Room& room, const Block& block) const {
     const Part& part = *block.part;
+    if (into && part.begin >= part.end) return;
+    const i64 width = up(block.columns, PANEL), whole = part.begin < part.end ? block.columns / PANEL * PANEL : 0;
+    for (i64 m = 0; m < block.rows && into && whole < block.columns; ++m) {
+      const float* from = (const float*)out + place(block, m) + whole;
+      float* to = room.sums.get() + m * width + whole;
+      along(block.columns - whole, [=](i64 j, auto which) { store(to + j, load(from + j, which), All{}); });
+    }
     for (i64 begin = part.begin; begin < part.end; begin += DEPTH) {
       const i64 end = std::min(begin + DEPTH, part.end);
       left.pack<ROWS>(0, part.first + block.row, block.rows, begin, end, room.left.get());
@@ -111,7 +119,6 @@ struct Problem {
         add<To>(room, block, n, begin, end);
       }
     }
-    const i64 width = up(block.columns, PANEL), whole = part.begin < part.end ? block.columns / PANEL * PANEL : 0;
     if (part.begin >= part.end) std::fill_n(room.sums.get(), block.rows * width, 0.f);
     for (i64 m = 0; m < block.rows && whole < block.columns; ++m) {
       const float* from = room.sums.get() + m * width + whole;
@@ -140,17 +147,19 @@ struct Problem {
         const float* panel = room.panel.get() + (k - begin) * PANEL;
         const float *left_scales = room.scales.get() + (k - begin) / TILE * block.rows + m, *columns = right_scales;
         float* sums = room.sums.get() + m * width + n;
-        const float* before = k > part.begin ? sums : nullptr;
+        const bool first = k == part.begin, ragged = n + PANEL > block.columns;
+        To* to = (To*)out + place(block, m) + n;
+        const float* before = first && !into ? nullptr : first && !ragged ? (const float*)to : sums;
+        const i64 before_row = first && into && !ragged ? out_stride : width;
         // By value: what is captured by reference is read from memory again in the innermost loop.
-        const auto into = [=](auto to, i64 to_row) {
-          if (scaled) scaled_tile(rows, a, panel, count, left_scales, columns, before, width, to, to_row);
-          else tile<true>(rows, a, panel, count, before, width, to, to_row);
+        const auto write = [=](auto to, i64 to_row) {
+          if (scaled) scaled_tile(rows, a, panel, count, left_scales, columns, before, before_row, to, to_row);
+          else tile<true>(rows, a, panel, count, before, before_row, to, to_row);
         };
         // The last sums go where they belong at once, if their panel is whole.
-        To* to = (To*)out + place(block, m) + n;
-        if (k + count < part.end || n + PANEL > block.columns) into(sums, width);
-        else if (lines) into(Stream{(float*)to}, out_stride);
-        else into(to, out_stride);
+        if (k + count < part.end || ragged) write(sums, width);
+        else if (lines) write(Stream{(float*)to}, out_stride);
+        else write(to, out_stride);
       }
     }
   }

@@ -47,20 +47,22 @@ class CompiledEngine(CpuEngine):
             operand = self._compiled.split(source.values if isinstance(source, Rounded) else source, cast)
         return _transposed(operand) if transposed else operand
 
-    def product(self, left: Operand, right: Operand, dtype: torch.dtype) -> Tensor:
+    def product(self, left: Operand, right: Operand, dtype: torch.dtype, into: Tensor | None = None) -> Tensor:
         if self._is_torchs(left, right):
-            return super().product(left, right, dtype)
-        return scaled_products.product(left, right, dtype)
+            return super().product(left, right, dtype, into)
+        return scaled_products.product(left, right, dtype, into)
 
     def grouped(self, left: Operand, right: Operand, groups: Groups, dtype: torch.dtype) -> Tensor:
         if self._is_torchs(left, right):
             return super().grouped(left, right, groups, dtype)
         return scaled_products.grouped(left, right, groups, dtype)
 
-    def grouped_wgrad(self, left: Operand, right: Operand, groups: Groups, dtype: torch.dtype) -> Tensor:
+    def grouped_wgrad(
+        self, left: Operand, right: Operand, groups: Groups, dtype: torch.dtype, into: Tensor | None = None
+    ) -> Tensor:
         if self._is_torchs(left, right):
-            return super().grouped_wgrad(left, right, groups, dtype)
-        return scaled_products.grouped_wgrad(left, right, groups, dtype)
+            return super().grouped_wgrad(left, right, groups, dtype, into)
+        return scaled_products.grouped_wgrad(left, right, groups, dtype, into)
 
     def swiglu(self, h_P2F: Tensor, gates_P: Tensor, rule: OperandRule) -> Operand:
         if rule.format is None or rule.pow2 or rule.granularity != "1x128" or not self._exact:

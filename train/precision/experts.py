@@ -16,12 +16,15 @@ Q(x) and Q(dy) above are what the wire brought, and quantising its values again 
 Shape suffixes: R rows sorted by expert, P padded rows, D width, F inner width, E experts.
 """
 
+from functools import partial
+
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from parallel.expert.quantized_rows import QuantizedRows
 from train.model.needed import gradients_needed
+from train.model.weight_gradient import Wgrad, weight_gradient
 from train.precision import swiglu
 from train.precision.formats import E4M3, TILE, Cast
 from train.precision.groups import Groups
@@ -85,7 +88,8 @@ class _Up(torch.autograd.Function):
             if ctx.probe is not None:
                 ctx.probe.operand("gradient", dh_P2F, rules.dgrad.left)
         if weight_needed:
-            dw13_E2FD = _wgrad(dh_P2F, x, rules.wgrad, engine, groups, w13_E2FD.dtype)
+            product = _wgrad(dh_P2F, x, rules.wgrad, engine, groups)
+            dw13_E2FD = weight_gradient(ctx, 1, w13_E2FD, product)
         return dx_RD, dw13_E2FD, None, None, None, None
 
 
@@ -125,7 +129,7 @@ class _Down(torch.autograd.Function):
         elif weight_needed:
             a_PF = engine.swiglu_again(h, gates_P)
         if weight_needed:
-            dw2_EDF = _wgrad(dy, a_PF, rules.wgrad, engine, groups, w2_EDF.dtype)
+            dw2_EDF = weight_gradient(ctx, 2, w2_EDF, _wgrad(dy, a_PF, rules.wgrad, engine, groups))
         return dh_P2F, dgates_R, dw2_EDF, None, None, None, None
 
 
@@ -140,11 +144,11 @@ def _arrived(rows_RD: Tensor, groups: Groups, engine: Engine, rule: OperandRule)
     return groups.pad(rows_RD)
 
 
-def _wgrad(left: Source, right: Source, rules: Product, engine: Engine, groups: Groups, dtype: torch.dtype) -> Tensor:
-    """The gradient of every expert's weight, contracted over its own rows."""
+def _wgrad(left: Source, right: Source, rules: Product, engine: Engine, groups: Groups) -> Wgrad:
+    """The product that is the gradient of every expert's weight, contracted over its own rows."""
     left = engine.operand(left, rules.left, transposed=True, groups=groups)
     right = engine.operand(right, rules.right, transposed=True, groups=groups)
-    return engine.grouped_wgrad(left, right, groups, dtype)
+    return partial(engine.grouped_wgrad, left, right, groups)
 
 
 def _probe_forward(

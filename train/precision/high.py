@@ -6,6 +6,7 @@ Shapes: D width, F inner width, E experts of this rank, R rows sorted by expert;
 """
 
 from contextlib import nullcontext
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -14,6 +15,7 @@ from torch.autograd.function import once_differentiable
 from train.model.kernels import Groups, Kernels
 from train.model.layers import recomputed_swiglu, swiglu
 from train.model.needed import gradients_needed
+from train.model.weight_gradient import weight_gradient
 from train.precision.health import Report
 
 
@@ -67,5 +69,8 @@ class _GroupedProduct(torch.autograd.Function):
         x_RI, weight_EOI = ctx.saved_tensors
         x_needed, weight_needed, *_ = gradients_needed(ctx)
         dx_RI = ctx.kernels.grouped_product(grad_RO, weight_EOI, ctx.groups) if x_needed else None
-        dweight_EOI = ctx.kernels.grouped_weight_gradient(grad_RO, x_RI, ctx.groups) if weight_needed else None
+        dweight_EOI = None
+        if weight_needed:
+            product = partial(ctx.kernels.grouped_weight_gradient, grad_RO, x_RI, ctx.groups)
+            dweight_EOI = weight_gradient(ctx, 1, weight_EOI, product)
         return dx_RI, dweight_EOI, None, None

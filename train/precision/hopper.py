@@ -29,6 +29,8 @@ from torch.nn import functional as F
 from conf.errors import UserError
 from conf.schema import Fp8
 from train.model import grouped
+from train.model.fused import FusedKernels
+from train.model.kernels import added
 from train.precision import swiglu
 from train.precision.formats import E4M3, TILE, Cast
 from train.precision.groups import Groups, on_device
@@ -112,9 +114,11 @@ class HopperEngine:
             return Operand(*kernels.quantize_blocks(x, cast, transposed), False, outer)
         return _expanded(x, cast, transposed, groups, outer)
 
-    def product(self, left: Operand | Tensor, right: Operand | Tensor, dtype: torch.dtype) -> Tensor:
+    def product(
+        self, left: Operand | Tensor, right: Operand | Tensor, dtype: torch.dtype, into: Tensor | None = None
+    ) -> Tensor:
         if isinstance(left, Tensor):
-            return (left @ right.mT).to(dtype)
+            return FusedKernels().product(left, right, dtype, into)
         left_scale = left.scale if left.tiles else _as_tiles(left.scale)
         right_scale, recipe = right.scale, F.ScalingType.BlockWise1x128
         if not right.tiles:
@@ -128,7 +132,7 @@ class HopperEngine:
             scale_recipe_b=recipe,
             output_dtype=dtype,
         )
-        return out[: left.outer, : right.outer].contiguous()
+        return added(out[: left.outer, : right.outer].contiguous(), into)
 
     def grouped(self, left: Operand | Tensor, right: Operand | Tensor, groups: Groups, dtype: torch.dtype) -> Tensor:
         if isinstance(left, Tensor):
@@ -151,10 +155,16 @@ class HopperEngine:
         return out_PN.to(dtype)
 
     def grouped_wgrad(
-        self, left: Operand | Tensor, right: Operand | Tensor, groups: Groups, dtype: torch.dtype
+        self,
+        left: Operand | Tensor,
+        right: Operand | Tensor,
+        groups: Groups,
+        dtype: torch.dtype,
+        into: Tensor | None = None,
     ) -> Tensor:
         if isinstance(left, Tensor):
-            return grouped.weight_gradient_to_ends(left.mT, right.mT, _ends(groups, left.device)).to(dtype)
+            ends_E = _ends(groups, left.device)
+            return FusedKernels().grouped_weight_gradient(left.mT, right.mT, ends_E, dtype, into)
         shape = len(groups.padded), left.outer, right.outer
         out_EON = left.q.new_zeros(shape, dtype=torch.float32)
         if groups.rows:
@@ -168,7 +178,7 @@ class HopperEngine:
                 torch.zeros_like(out_EON),
                 recipe=(1, 1, TILE),
             )
-        return out_EON.to(dtype)
+        return added(out_EON.to(dtype), into)
 
     def swiglu(self, h_P2F: Tensor, gates_P: Tensor, rule: OperandRule) -> Operand | Tensor:
         if rule.format is None or rule.granularity != "1x128":

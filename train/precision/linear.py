@@ -11,12 +11,15 @@ backward, with the same result.
 Shape suffixes: T tokens (leading axes flattened), K inputs, N outputs.
 """
 
+from functools import partial
+
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from train.model.needed import gradients_needed
 from train.model.recompute import is_free
+from train.model.weight_gradient import weight_gradient
 from train.precision.health import LayerProbe
 from train.precision.products import Engine, Source, pack, unpack
 from train.precision.quantize import fitted
@@ -73,7 +76,7 @@ class _Linear(torch.autograd.Function):
                 kept = engine.cast(kept, recipe.cache)
             left = engine.operand(dy_TN, recipe.wgrad.left, transposed=True)
             right = engine.operand(kept, recipe.wgrad.right, transposed=True)
-            dw_NK = engine.product(left, right, weight_NK.dtype)
+            dw_NK = weight_gradient(ctx, 1, weight_NK, partial(engine.product, left, right))
         if probe is not None and dx_TK is not None:
             probe.operand("gradient", dy_TN, recipe.dgrad.left)
             probe.product("dgrad", dx_TK, dy_TN, weight_NK.t())

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from train.model.grouped import STEP
+from train.model.kernels import added
 from train.precision import swiglu
 from train.precision.formats import Cast
 from train.precision.groups import Groups
@@ -95,16 +96,18 @@ class Engine(Protocol):
         """
         ...
 
-    def product(self, left: Any, right: Any, dtype: torch.dtype) -> Tensor:
-        """left @ right^T."""
+    def product(self, left: Any, right: Any, dtype: torch.dtype, into: Tensor | None = None) -> Tensor:
+        """left @ right^T. into: of dtype; the product is added to it, and it is returned."""
         ...
 
     def grouped(self, left: Any, right: Any, groups: Groups, dtype: torch.dtype) -> Tensor:
         """left (P, C), right (E, N, C): each expert's rows times its own matrix, (P, N), zero in the padding."""
         ...
 
-    def grouped_wgrad(self, left: Any, right: Any, groups: Groups, dtype: torch.dtype) -> Tensor:
-        """left (O, P), right (N, P): for each expert the sum over its rows, (E, O, N)."""
+    def grouped_wgrad(
+        self, left: Any, right: Any, groups: Groups, dtype: torch.dtype, into: Tensor | None = None
+    ) -> Tensor:
+        """left (O, P), right (N, P): for each expert the sum over its rows, (E, O, N). into: as in `product`."""
         ...
 
     def swiglu(self, h_P2F: Tensor, gates_P: Tensor, rule: OperandRule) -> Any:
@@ -172,9 +175,9 @@ class CpuEngine:
                 values = self._values(source, dtype)
         return values.mT if transposed else values
 
-    def product(self, left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
+    def product(self, left: Tensor, right: Tensor, dtype: torch.dtype, into: Tensor | None = None) -> Tensor:
         left, right = _common(left, right)
-        return (left @ right.mT).to(dtype)
+        return added((left @ right.mT).to(dtype), into)
 
     def grouped(self, left: Tensor, right: Tensor, groups: Groups, dtype: torch.dtype) -> Tensor:
         left, right = _common(left, right)
@@ -183,12 +186,14 @@ class CpuEngine:
             torch.mm(left[rows], right_NC.mT, out=out_PN[rows])
         return out_PN.to(dtype)
 
-    def grouped_wgrad(self, left: Tensor, right: Tensor, groups: Groups, dtype: torch.dtype) -> Tensor:
+    def grouped_wgrad(
+        self, left: Tensor, right: Tensor, groups: Groups, dtype: torch.dtype, into: Tensor | None = None
+    ) -> Tensor:
         left, right = _common(left, right)
         out_EON = left.new_empty(len(groups.counts), left.shape[0], right.shape[0])
         for rows, out_ON in zip(groups.real(STEP), out_EON, strict=True):
             torch.mm(left[:, rows], right[:, rows].mT, out=out_ON)
-        return out_EON.to(dtype)
+        return added(out_EON.to(dtype), into)
 
     def swiglu(self, h_P2F: Tensor, gates_P: Tensor, rule: OperandRule) -> Tensor:
         if rule.format is None or rule.granularity != "1x128":

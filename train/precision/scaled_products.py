@@ -21,11 +21,11 @@ from train.precision.quantize import Quantized
 Operand = Tensor | Quantized
 
 
-def product(left_OC: Operand, right_NC: Operand, dtype: torch.dtype) -> Tensor:
-    """left right^T: (O, N)."""
+def product(left_OC: Operand, right_NC: Operand, dtype: torch.dtype, into_ON: Tensor | None = None) -> Tensor:
+    """left right^T: (O, N). into: fp32, to which the product is added."""
     (rows, contraction), columns = left_OC.shape, right_NC.shape[0]
-    out_ON = _values(left_OC).new_empty(rows, columns, dtype=dtype)
-    _run("scaled_gemm", left_OC, right_NC, out_ON, [(0, rows, 0, 0, contraction, 0)])
+    out_ON = _values(left_OC).new_empty(rows, columns, dtype=dtype) if into_ON is None else into_ON
+    _run("scaled_gemm", left_OC, right_NC, out_ON, [(0, rows, 0, 0, contraction, 0)], into_ON is not None)
     return out_ON
 
 
@@ -38,12 +38,15 @@ def grouped(left_PC: Operand, right_ENC: Operand, groups: Groups, dtype: torch.d
     return out_PN
 
 
-def grouped_wgrad(left_OP: Operand, right_NP: Operand, groups: Groups, dtype: torch.dtype) -> Tensor:
-    """For each expert the sum over its rows: (E, O, N)."""
+def grouped_wgrad(
+    left_OP: Operand, right_NP: Operand, groups: Groups, dtype: torch.dtype, into_EON: Tensor | None = None
+) -> Tensor:
+    """For each expert the sum over its rows: (E, O, N). into: as in `product`."""
     rows, columns = left_OP.shape[0], right_NP.shape[0]
-    out_EON = _values(left_OP).new_empty(len(groups.counts), rows, columns, dtype=dtype)
+    shape = len(groups.counts), rows, columns
+    out_EON = _values(left_OP).new_empty(shape, dtype=dtype) if into_EON is None else into_EON
     parts = parts_by_sums(groups.starts, groups.counts, rows, columns)
-    _run("grouped_scaled_gemm", left_OP, right_NP, out_EON, parts)
+    _run("grouped_scaled_gemm", left_OP, right_NP, out_EON, parts, into_EON is not None)
     return out_EON
 
 
@@ -52,8 +55,8 @@ def need_compiled() -> None:
     load(source("products", "precision.fp8.compiled", "precision.fp8.compiled=false: torch's operations, slower"))
 
 
-def _run(name: str, left: Operand, right: Operand, out: Tensor, parts: Sequence[Part]) -> None:
-    run(name, _values(left), _values(right), out, parts, _scales(left), _scales(right))
+def _run(name: str, left: Operand, right: Operand, out: Tensor, parts: Sequence[Part], into: bool = False) -> None:
+    run(name, _values(left), _values(right), out, parts, _scales(left), _scales(right), into)
 
 
 def _values(x: Operand) -> Tensor:

@@ -17,12 +17,12 @@ from functools import lru_cache
 
 import torch
 from torch import Tensor
-from torch.distributed.pipelining._backward import stage_backward_input, stage_backward_weight
+from torch.distributed.pipelining._backward import stage_backward_input
 
 from conf.schema import Model, Recompute
 from parallel.context import LoneContext
 from parallel.expert.stand_in import Group, Load, build_stand_in
-from parallel.pipeline.graph import kept_graph
+from parallel.pipeline.graph import backward_of_weights, kept_graph
 from train.model.deepseek import DeepSeekV3
 from train.model.kernels import Kernels
 from train.model.mla import MLA
@@ -224,7 +224,7 @@ class Run:
 
     def weights(self) -> PassMemory:
         self._begin()
-        stage_backward_weight(self._module.parameters(), self._groups)
+        backward_of_weights(self._groups)
         self._groups.clear()
         self._graph = None
         return self._finish()

@@ -134,7 +134,7 @@ class KernelCases:
 
     def _products(self, sizes: Sizes) -> Iterator[KernelCase]:
         for counted, x, w, dy in self._linear_layers(sizes):
-            gradient = torch.float32 if sizes.fp32_gradients else self.dtype
+            gradient = torch.float32 if sizes.products_add else self.dtype
             yield KernelCase(counted.forward[0], lambda x=x, w=w: self.kernels.product(x, w, self.dtype))
             yield KernelCase(counted.inputs[0], lambda dy=dy, w=w: self.kernels.product(dy, w.t(), self.dtype))
             yield KernelCase(
@@ -172,7 +172,10 @@ class KernelCases:
                 counted.forward[0], lambda x=x, w=w: self.kernels.grouped_product(x, w.transpose(1, 2), groups)
             )
             yield KernelCase(counted.inputs[0], lambda dy=dy, w=w: self.kernels.grouped_product(dy, w, groups))
-            yield KernelCase(counted.weights[0], lambda dy=dy, x=x: self.kernels.grouped_weight_gradient(dy, x, groups))
+            yield KernelCase(
+                counted.weights[0],
+                lambda dy=dy, x=x: self.kernels.grouped_weight_gradient(dy, x, groups, torch.float32),
+            )
 
     def _both(self, passes: work.Passes, call: Callable[[], Tensor], *leaves: Tensor) -> Iterator[KernelCase]:
         """Forward of `call` and its backward to the leaves."""

@@ -68,17 +68,25 @@ class Sizes:
         return what in self.config.model.recompute
 
     @property
-    def fp32_gradients(self) -> bool:
-        """Whether products in bf16 give the gradients of weights in fp32, as compiled ones do."""
-        kernels = build_kernels(device_kind(self.config), self.config.cluster.compiled)
-        return self.element == 2 and "products" in kernels.parts
-
-    def accumulate(self, weights: float, cast: bool) -> Work:
-        """Adding a micro-batch's gradient to the fp32 sum, with a cast from bf16 if that is what it came in. The first
-        one becomes the sum.
+    def products_add(self) -> bool:
+        """Whether products of bf16 add to the fp32 gradients of weights themselves (train/model/weight_gradient.py): on a GPU, and
+        as compiled code. torch's on a CPU give bf16, which is added.
         """
-        cast = self.element + 4 if cast else 0
-        return Work("accumulate", bytes=weights * (cast + 12 * (1 - 1 / self.micro_batches)))
+        kind = device_kind(self.config)
+        return self.element == 2 and (
+            kind == "cuda" or "products" in build_kernels(kind, self.config.cluster.compiled).parts
+        )
+
+    def weight_gradient(self, kind: str, flops: float, operands: float, weights: float) -> list[Work]:
+        """The product, and adding it to the fp32 sum where it does not itself. The first micro-batch's becomes the sum.
+        operands: bytes.
+        """
+        later = 1 - 1 / self.micro_batches
+        if self.products_add:
+            return [Work(kind, flops, operands + 4 * weights * (1 + later))]
+        cast = self.element + 4 if self.element == 2 else 0
+        added = Work("accumulate", bytes=weights * (cast + 12 * later))
+        return [Work(kind, flops, operands + weights * self.element), added]
 
 
 def linear(sizes: Sizes, rows: float, inputs: int, outputs: int, family: str = "dense") -> Passes:
@@ -96,7 +104,6 @@ def _product(sizes: Sizes, rows: float, inputs: int, outputs: int, experts: int,
     fp8, element = sizes.fp8(family), sizes.element
     form, operand = ("fp8", 1) if fp8 else (sizes.high, element)
     flops = 2 * rows * inputs * outputs
-    cast = element == 2 and (fp8 or not sizes.fp32_gradients)
 
     def product(name: str, read: float, written: float) -> Work:
         return Work(f"{prefix}{name}_{form}", flops, read * operand + written * element)
@@ -104,7 +111,7 @@ def _product(sizes: Sizes, rows: float, inputs: int, outputs: int, experts: int,
     passes = Passes(
         [product("fprop", x + weights, y)],
         [product("dgrad", y + weights, x)],
-        [product("wgrad", x + y, weights), sizes.accumulate(weights, cast)],
+        sizes.weight_gradient(f"{prefix}wgrad_{form}", flops, (x + y) * operand, weights),
     )
     if fp8:
         once, kept = element + 1, 2  # read in bf16, written as FP8; what was kept in FP8 is read as FP8

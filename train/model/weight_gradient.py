@@ -1,0 +1,74 @@
+"""Where the gradient of a product's weight is added up: one seam for all products, precisions and devices.
+
+The gradient of a weight is a sum over micro-batches in fp32, its `.grad`, also where the weight is bf16 (paper 3.3.3). autograd
+would have a product write a tensor of its own, rounded to the weight's format, and then add that to the sum: 18 bytes a weight
+that move through memory for a bf16 product. Here the product adds to the sum itself, 8 bytes, and nothing is rounded on the way.
+
+autograd sees an undefined gradient then. It still runs the weight's node, once all Functions that take the weight are through:
+that is where to learn that the gradient of a pass is complete (parallel/zero/sharded_weights.py), for hooks of the tensor are
+called for gradients alone that autograd adds itself.
+
+Shapes: N rows (any leading axes flattened), I inputs and O outputs of a product.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from train.model.needed import gradients_needed, node_of, will_accumulate
+
+if TYPE_CHECKING:
+    from train.model.kernels import Kernels
+
+Wgrad = Callable[[torch.dtype, Tensor | None], Tensor]
+"""The product: given the format of the gradient, and either the fp32 sum that it adds to and returns, or None."""
+
+
+def weight_gradient(ctx: Any, argument: int, weight: Tensor, product: Wgrad) -> Tensor | None:
+    """What a Function's backward returns for the weight that is this argument of it: None where the product was added to `.grad`.
+
+    That is where the gradient of the weight is fp32 and the running pass adds it up; it is handed to autograd where
+    autograd.grad() asked for it, where the weight is no leaf, and in formats without a product that adds.
+    """
+    node = node_of(ctx, argument)
+    leaf = getattr(node, "variable", None)
+    if leaf is None:
+        return product(weight.dtype, None)
+    dtype = leaf.grad_dtype or weight.dtype
+    if dtype != torch.float32 or not will_accumulate(node):
+        return product(dtype, None)
+    if leaf.grad is None:
+        leaf.grad = product(dtype, None)
+    else:
+        product(dtype, leaf.grad)
+    return None
+
+
+class LinearProduct(torch.autograd.Function):
+    """`F.linear` without bias by the products of these kernels."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, weight_OI: Tensor, kernels: "Kernels") -> Tensor:
+        ctx.save_for_backward(x, weight_OI)
+        ctx.kernels = kernels
+        return kernels.product(_rows(x), weight_OI, x.dtype).view(*x.shape[:-1], -1)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy: Tensor):
+        (x, weight_OI), kernels = ctx.saved_tensors, ctx.kernels
+        x_needed, weight_needed, *_ = gradients_needed(ctx)
+        dy_NO, dx, dweight_OI = _rows(dy), None, None
+        if x_needed:
+            dx = kernels.product(dy_NO, weight_OI.t(), x.dtype).view(x.shape)
+        if weight_needed:
+            dweight_OI = weight_gradient(ctx, 1, weight_OI, partial(kernels.product, dy_NO.t(), _rows(x).t()))
+        return dx, dweight_OI, None
+
+
+def _rows(x: Tensor) -> Tensor:
+    return x.reshape(-1, x.size(-1))
