@@ -27,6 +27,8 @@ LAUNCHES = {
 """Most launches of one layer, forward and backward, under every torch. Who adds one says why; who saves some lowers the figure."""
 WAITS = Counter({"train/precision/groups.py": 1})
 """Most waits of the host in an FP8 layer of experts by file, for the row counts of its experts; elsewhere a layer waits for nothing."""
+STEP_WAITS = 2
+"""Most waits of the host in a step of a rank by itself in bf16: for what the passes took, and for the norm."""
 MOST_MEMORY = 16 << 30
 """Bytes that a process may map for its ranks, the ghost's device memory among them."""
 
@@ -92,7 +94,10 @@ def layers() -> tuple[list[str], list[str]]:
             problems.append(f"{key}: computed on the host: {counts.on_host}")
         if refused := sum(calls.kinds["refusal"] for calls in counts.calls.values()):
             problems.append(f"{key}: {refused} calls with memory that no GPU could read")
-    return problems, layers.table(found)
+    few, many = (layers.count_update(parameters, 5000) for parameters in (2, 300))
+    if few != many:
+        problems.append(f"an update of 2 parameters takes {few} launches and one of 300 takes {many}")
+    return problems, [*layers.table(found), f"the norm and an update of any number of parameters: {many} launches"]
 
 
 def ranks() -> tuple[list[str], list[str]]:
@@ -116,6 +121,9 @@ def ranks() -> tuple[list[str], list[str]]:
     problems += [
         f"{key}: refused {calls.kinds['refusal']} calls" for key, calls in found.items() if calls.kinds["refusal"]
     ]
+    alone = found.get(("bf16", "alone"))
+    if alone is not None and alone.waits > STEP_WAITS:
+        problems.append(f"a step waits {alone.waits} times where {STEP_WAITS} will do")
     return problems, ranks.table({" ".join(key): calls for key, calls in found.items()})
 
 

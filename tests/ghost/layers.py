@@ -10,8 +10,10 @@ from dataclasses import dataclass
 import torch
 
 from bench.gpu.layer import Layer, layer_config, waits
+from conf.schema import Optim
 from tests.ghost.log import Calls, recorded
 from tests.ghost.traffic import traffic
+from train.optim.adamw import AdamW
 
 LAYERS = (
     ("bf16", "dense", "flat"), ("bf16", "moe", "flat"), ("bf16", "moe", "node_limited"),
@@ -98,3 +100,23 @@ def table(found: dict[tuple[str, str, str], LayerCounts]) -> list[str]:
         waited = ", ".join(f"{count} at {place}" for place, count in counts.waits.items()) or "none"
         lines.append(f"{'':26}  waits of the host: {waited}")
     return lines
+
+
+def count_update(parameters: int, elements: int) -> int:
+    """Launches of the norm and an update of so many parameters whose gradients lie apart, in a step that is not the first."""
+    device = torch.device("cuda", 0)
+    shard = torch.nn.Parameter(torch.zeros(parameters * elements, device=device))
+    optimizer = AdamW([{"params": [shard], "weight_decay": 0.1}], Optim(), torch.bfloat16, compiled=False)
+    shard.grad = torch.zeros(1, device=device).expand(shard.shape)
+    pieces = [torch.zeros(elements, device=device) for _ in range(parameters)]
+    optimizer.handover.unreduced[shard] = pieces
+
+    def step() -> None:
+        optimizer.sums_of_squares(pieces)
+        optimizer.step()
+
+    step()
+    with recorded() as calls:
+        step()
+    assert not calls.waits, "the update waits for the device"
+    return calls.launches
