@@ -31,6 +31,7 @@ from triton.runtime.jit import JITFunction
 from parallel.expert import triton_rows
 from train.model import fused_rows
 from train.model.triton_grouped import grouped_weight_gradient
+from train.optim import triton_adamw
 from train.precision import triton_kernels as kernels
 from train.precision.formats import E4M3, E5M6, TILE, Cast
 
@@ -103,9 +104,21 @@ def variants() -> dict[str, Callable]:
     packed = torch.empty(ROWS, HIDDEN // 2 * 3, dtype=torch.uint8)
     gates, groups = torch.empty(ROWS), [1024, 0, 2944, 128]
     ends, sums = torch.empty(4, dtype=torch.int32), torch.empty(4, 2 * WIDTH, HIDDEN)
+    shard = torch.empty(ROWS * HIDDEN)
+    moments, pieces = (
+        [torch.empty(len(shard), dtype=torch.bfloat16) for _ in range(2)],
+        {"": [shard, shard], " apart": [shard[1:]]},
+    )
+    settings = dict.fromkeys(("factor", "lerp", "keep_square", "add_square", "decay", "step", "root", "eps"), 0.5)
     calls: dict[str, Callable] = {
+        f"adamw{kind}": lambda given=given: triton_adamw.update(shard, *moments, given, **settings)
+        for kind, given in pieces.items()
+    }
+    calls |= {
         "wgrad of experts, bf16": lambda: grouped_weight_gradient(h, x, ends, None),
         "wgrad of experts, bf16, added": lambda: grouped_weight_gradient(h, x, ends, sums),
+        "squares": lambda: triton_adamw.squares_of_chunks([shard]),
+        "sums of squares": lambda: triton_adamw.sums_of_squares([shard]),
         "swiglu_bwd": lambda: kernels.swiglu_backward(h, gates, da),
         "swiglu_bwd, FP8 in": lambda: kernels.swiglu_backward(h_q, gates, da, h_scale),
         "e5m6": lambda: kernels.quantize_e5m6(x, Cast(E5M6, (1, TILE), True)),

@@ -22,7 +22,7 @@ from torch import Tensor
 CHUNK, BLOCK = 1 << 14, 1 << 11
 """Elements of a program, and at a time."""
 ALIGNED = 16
-"""Bytes from which on addresses let threads read 128 bits at a time, and elements of a piece's place in the shard."""
+"""Of a multiple of so many bytes the address of a piece lets threads read 128 bits at a time, if its elements are one too."""
 
 
 class _Layout(NamedTuple):
@@ -43,7 +43,7 @@ def _chunk(pointers_ptr, starts_ptr, firsts_ptr, pieces_ptr, chunk: tl.constexpr
     size = tl.load(starts_ptr + piece + 1) - start
     address = tl.load(pointers_ptr + piece)
     if aligned:
-        address, start = tl.multiple_of(address, 16), tl.multiple_of(start, 16)
+        address, start, size = tl.multiple_of(address, 16), tl.multiple_of(start, 16), tl.multiple_of(size, 16)
     first = (tl.program_id(0) - tl.load(firsts_ptr + piece)) * chunk
     return address.to(tl.pointer_type(tl.float32)), first, start, size
 
@@ -114,15 +114,20 @@ def update(
 
 
 def sums_of_squares(pieces: Sequence[Tensor]) -> Tensor:
-    """Of every piece, fp32 and 1-D: fp64 (pieces,). By columns of a chunk in fp32, then in fp64."""
-    if not pieces:
-        return torch.zeros(0, dtype=torch.float64)
+    """Of every piece, fp32 and 1-D: fp64 (pieces,)."""
+    chunks, first_chunks = squares_of_chunks(pieces)
+    out = chunks.new_empty(len(pieces))
+    _sums_kernel[(len(pieces),)](chunks, out, first_chunks, BLOCK)
+    return out
+
+
+def squares_of_chunks(pieces: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    """Sums of squares of the pieces' chunks, in fp32 by columns of a chunk and then in fp64; and the first chunk of every piece."""
     layout, pointers, aligned = _table(pieces)
-    chunks, out = len(layout.piece_of_chunk), pointers.new_empty(len(pieces), dtype=torch.float64)
-    sums = pointers.new_empty(chunks, dtype=torch.float64)
-    if chunks:
-        _squares_kernel[(chunks,)](
-            sums,
+    chunks = pointers.new_empty(len(layout.piece_of_chunk), dtype=torch.float64)
+    if len(chunks):
+        _squares_kernel[(len(chunks),)](
+            chunks,
             pointers,
             layout.starts,
             layout.first_chunks,
@@ -132,8 +137,7 @@ def sums_of_squares(pieces: Sequence[Tensor]) -> Tensor:
             BLOCK,
             num_warps=8,
         )
-    _sums_kernel[(len(pieces),)](sums, out, layout.first_chunks, BLOCK)
-    return out
+    return chunks, layout.first_chunks
 
 
 def _table(pieces: Sequence[Tensor]) -> tuple[_Layout, Tensor, bool]:
@@ -141,7 +145,7 @@ def _table(pieces: Sequence[Tensor]) -> tuple[_Layout, Tensor, bool]:
     device = pieces[0].device
     assert all(one.dtype == torch.float32 and one.is_contiguous() and one.device == device for one in pieces)
     sizes, addresses = tuple(one.numel() for one in pieces), [one.data_ptr() for one in pieces]
-    aligned = not any(size % ALIGNED for size in sizes[:-1]) and not any(address % ALIGNED for address in addresses)
+    aligned = not any(size % ALIGNED for size in sizes) and not any(address % ALIGNED for address in addresses)
     return _layout(sizes, device), _there(addresses, device), aligned
 
 
