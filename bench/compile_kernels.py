@@ -2,11 +2,12 @@
 
     python -m bench.compile_kernels
 
-Calls the functions of train/precision/triton_kernels.py, train/model/fused_rows.py and parallel/expert/triton_rows.py with tensors of DeepSeek-V3's widths and lets Triton's own launcher
-compile what it would launch, so that types, constants and hints of divisibility are those of a run. Triton's package brings the
-assembler and the disassembler. Fails where a kernel spills registers to memory or stores single bytes, which both cost more
-time than the arithmetic. Prints registers, spilled bytes and shared memory, and how many loads and stores of which width a
-thread makes: 4x128 is four of 128 bits.
+Calls the functions of train/precision/triton_kernels.py and triton_products.py, train/model/fused_rows.py and
+parallel/expert/triton_rows.py with tensors of DeepSeek-V3's widths and lets Triton's own launcher compile what it would launch, so
+that types, constants and hints of divisibility are those of a run. Triton's package brings the assembler and the disassembler. Fails where a kernel spills registers to memory, moves single bytes to or from global memory,
+takes more shared memory than a block can have, or multiplies by the instructions of older tensor cores: each costs more time than
+the arithmetic. Prints registers, spilled bytes and shared memory, how many loads and stores of which width a thread makes (4x128 is
+four of 128 bits), and instructions of tensor cores.
 
 Takes about half a minute.
 """
@@ -33,11 +34,16 @@ from train.model import fused_rows
 from train.model.triton_grouped import grouped_weight_gradient
 from train.optim import triton_adamw
 from train.precision import triton_kernels as kernels
+from train.precision import triton_products as products
 from train.precision.formats import E4M3, E5M6, TILE, Cast
 
 ARCHITECTURES = (90, 100)
 ROWS, HIDDEN, WIDTH = 4096, 7168, 2048
 """Tokens, hidden width and expert width of DeepSeek-V3."""
+SHARED = 227 << 10
+"""Most bytes of shared memory that a block gets on either, if it asks."""
+TENSOR_CORES = "QGMMA|UTCQMMA|HGMMA|UTCHMMA|QMMA|HMMA"
+"""Instructions that multiply matrices: FP8 on Hopper and on Blackwell, bf16 on these, and those of GPUs before."""
 TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
 
 
@@ -56,12 +62,18 @@ class Binary:
     """To global memory."""
     shared_bytewise: int
     """Loads and stores of single bytes of shared memory."""
+    products: Counter[str]
+    """Instructions of tensor cores."""
 
     @property
     def problem(self) -> str | None:
         """What the gate refuses."""
         found = [f"spills {self.spilled} bytes"] if self.spilled else []
         found += [f"stores single bytes, {self.stores[8]} a thread"] if self.stores[8] else []
+        found += [f"takes {self.shared} bytes of shared memory"] if self.shared > SHARED else []
+        found += (
+            [f"multiplies with {', '.join(other)}"] if (other := self.products.keys() - {"QGMMA", "UTCQMMA"}) else []
+        )
         return " and ".join(found) or None
 
 
@@ -74,10 +86,13 @@ def main() -> int:
 def table(found: dict[tuple[str, int], Binary]) -> list[str]:
     """Lines to print."""
     head = f"{f'kernel, triton {triton.__version__}':42}{'sm':>4}{'registers':>10}{'spilled':>8}{'shared':>7}"
-    lines = [f"{head}  {'loads':16}{'stores':16}shared bytewise"]
+    lines = [f"{head}  {'loads':23}{'stores':15}{'tensor cores':14}shared bytewise"]
     for (name, architecture), binary in found.items():
         row = f"{name:42}{architecture:4}{binary.registers:10}{binary.spilled:8}{binary.shared:7}"
-        row += f"  {_widths(binary.loads):16}{_widths(binary.stores):16}{binary.shared_bytewise or '':<4}"
+        instructions = " ".join(f"{number} {name}" for name, number in binary.products.items())
+        row += (
+            f"  {_widths(binary.loads):23}{_widths(binary.stores):15}{instructions:14}{binary.shared_bytewise or '':<4}"
+        )
         lines.append(f"{row}{f'  FAIL: {binary.problem}' if binary.problem else ''}".rstrip())
     return lines
 
@@ -143,7 +158,7 @@ def variants() -> dict[str, Callable]:
                 "swiglu": lambda cast=tiles: kernels.swiglu_tiles(h, gates, cast),
             }.items()
         }
-    return of_the_model() | of_the_dispatch() | calls
+    return of_the_model() | of_the_dispatch() | calls | products_of()
 
 
 def of_the_model() -> dict[str, Callable]:
@@ -176,6 +191,26 @@ def of_the_dispatch() -> dict[str, Callable]:
         "dispatch: collect, messages": lambda: triton_rows.collect(wide[:, :HIDDEN], places, places, wide[:, :HIDDEN]),
         "dispatch: collect, side words": lambda: triton_rows.collect(gates, places, places, gates),
         "dispatch: encode": lambda: triton_rows.encode(rows, coded, 1e-4),
+    }
+
+
+def products_of() -> dict[str, Callable]:
+    """The calls of the FP8 engine that multiply: experts of w13, and a dense layer of its size."""
+    outer, E = 2 * WIDTH, 8
+    left, left_scale = torch.empty(ROWS, HIDDEN, dtype=E4M3.dtype), torch.empty(HIDDEN // TILE, ROWS).t()
+    right, blocks = torch.empty(E, outer, HIDDEN, dtype=E4M3.dtype), torch.empty(E, outer // TILE, HIDDEN // TILE)
+    grad, grad_scale = torch.empty(outer, ROWS, dtype=E4M3.dtype), torch.empty(ROWS // TILE, outer).t()
+    x, x_scale = torch.empty(HIDDEN, ROWS, dtype=E4M3.dtype), torch.empty(ROWS // TILE, HIDDEN).t()
+    ends, out = torch.empty(E, dtype=torch.int32), torch.empty(ROWS, outer, dtype=torch.bfloat16)
+    sums, rounded = (torch.empty(E, outer, HIDDEN, dtype=dtype) for dtype in (torch.float32, torch.bfloat16))
+    wgrad = grad, grad_scale, x, x_scale
+    return {
+        "product of experts": lambda: products.product(left, left_scale, right, blocks, out, ends),
+        "product": lambda: products.product(left, left_scale, right[:1], blocks[:1], out),
+        "wgrad of experts": lambda: products.wgrad(*wgrad, sums, False, ends),
+        "wgrad of experts in bf16": lambda: products.wgrad(*wgrad, rounded, False, ends),
+        "wgrad of experts, added": lambda: products.wgrad(*wgrad, sums, True, ends),
+        "wgrad, added": lambda: products.wgrad(*wgrad, sums[:1], True),
     }
 
 
@@ -219,11 +254,12 @@ def _read(kernel: triton.compiler.CompiledKernel) -> Binary:
         usage = _output("cuobjdump", "-res-usage", file.name)
         program = _output("nvdisasm", "-c", file.name)
     registers, stack, local = (int(re.search(rf"{field}:(\d+)", usage)[1]) for field in ("REG", "STACK", "LOCAL"))
-    widths: dict[str, Counter[int]] = {operation: Counter() for operation in ("LDG", "STG", "LDS", "STS", "LDL", "STL")}
-    for operation, suffix in re.findall(r"\b(LDG|STG|LDS|STS|LDL|STL)((?:\.\w+)*)", program):
+    widths: dict[str, Counter[int]] = {operation: Counter() for operation in ("LDG", "LDGSTS", "STG", "LDS", "STS")}
+    for operation, suffix in re.findall(r"\b(LDGSTS|LDG|STG|LDS|STS)\b((?:\.\w+)*)", program):
         widths[operation][_bits(suffix)] += 1
-    bytewise = widths["LDS"][8] + widths["STS"][8]
-    return Binary(registers, stack + local, kernel.metadata.shared, widths["LDG"], widths["STG"], bytewise)
+    loads, bytewise = widths["LDG"] + widths["LDGSTS"], widths["LDS"][8] + widths["STS"][8]
+    multiplied = Counter(re.findall(rf"\b({TENSOR_CORES})\b", program))
+    return Binary(registers, stack + local, kernel.metadata.shared, loads, widths["STG"], bytewise, multiplied)
 
 
 def _bits(suffix: str) -> int:

@@ -55,6 +55,7 @@ WireFormat = StrEnum("WireFormat", ["bf16", "fp8"])
 KeptInput = StrEnum("KeptInput", ["fp8", "bf16"])
 KeptOutput = StrEnum("KeptOutput", ["e5m6", "fp8", "bf16"])
 HighFormat = StrEnum("HighFormat", ["fp32", "bf16"])
+Fp8Backend = StrEnum("Fp8Backend", ["triton", "deepgemm"])
 PrecisionName = StrEnum("PrecisionName", ["fp32", "bf16", "fp8", "fp8_ue8m0"])
 ExportType = StrEnum("ExportType", ["bf16", "fp32", "fp8"])
 ClusterBackend = StrEnum("ClusterBackend", ["local", "ray"])
@@ -418,6 +419,9 @@ class Fp8:
     """On CPU, use code that is compiled at the first use, which takes seconds and a C++ compiler: for casts, and with
     AVX2 for products; false: torch's own operations, slower. Casts are the same bits, products the same but for the
     order of sums."""
+    backend: Fp8Backend = Fp8Backend.triton
+    """On a GPU, products of experts and those added to a gradient. triton: our own kernels, with no other package; deepgemm:
+    DeepGEMM's, which runs with torch 2.11 alone and compiles them with nvcc (the extra [fp8])."""
     cache: Cache = field(default_factory=Cache)
     health: Health = field(default_factory=Health)
 

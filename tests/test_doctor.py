@@ -78,24 +78,29 @@ def test_a_gpu_that_is_asked_for_and_absent_stops_runs():
 
 
 @pytest.mark.parametrize(
-    ("change", "precision", "stops"),
-    [({}, "fp8", False), ({"deep_gemm": None}, "fp8", True), ({"deep_gemm": None}, "bf16", False)],
-    ids=["all fits", "no DeepGEMM for a recipe in FP8", "no DeepGEMM for a recipe without"],
+    ("change", "recipe", "stops"),
+    [
+        ({"deep_gemm": None}, ["precision=fp8"], False),
+        ({}, ["precision=fp8", "precision.fp8.backend=deepgemm"], False),
+        ({"deep_gemm": None}, ["precision=fp8", "precision.fp8.backend=deepgemm"], True),
+        ({"deep_gemm": None}, ["precision=bf16"], False),
+    ],
+    ids=["our kernels", "DeepGEMM", "no DeepGEMM for a recipe that asks for it", "no DeepGEMM for a recipe without"],
 )
-def test_a_gpu_and_its_fp8_products_have_a_line_each(monkeypatch, change, precision, stops):
+def test_a_gpu_and_its_fp8_products_have_a_line_each(monkeypatch, change, recipe, stops):
     """A card that is not there, as torch and train/precision/installed.py would describe it."""
     card = SimpleNamespace(name="NVIDIA H100 80GB HBM3", total_memory=80e9)
     monkeypatch.setattr("train.gpu.usable_gpu", lambda wanted: True)
     monkeypatch.setattr("torch.cuda.device_count", lambda: 8)
     monkeypatch.setattr("torch.cuda.get_device_properties", lambda number: card)
     monkeypatch.setattr("train.precision.installed.look", lambda: dataclasses.replace(GOOD, **change))
-    lines = {one.label: one for one in look(compose("cluster.device=cuda", f"precision={precision}"))}
+    lines = {one.label: one for one in look(compose("cluster.device=cuda", *recipe))}
     assert (
         lines["Device"].state.startswith("8 of CUDA ") and "NVIDIA H100 80GB HBM3 with 80 GB" in lines["Device"].state
     )
     fp8 = lines["FP8"]
     assert fp8.stops == stops and (fp8.cure is not None) == stops
-    assert ("sgl-deep-gemm is not installed" in fp8.state) == bool(change)
+    assert ("sgl-deep-gemm is not installed" in fp8.state) == stops
 
 
 def test_wandb_says_whether_it_goes_online(monkeypatch):

@@ -126,6 +126,7 @@ def _device(config: Config) -> Iterator[DoctorLine]:
     import torch
 
     from train.gpu import idle_gpu, usable_gpu
+    from train.precision.hopper import needs_deep_gemm
     from train.precision.installed import look as look_at_fp8
     from train.precision.installed import misfits
 
@@ -142,8 +143,8 @@ def _device(config: Config) -> Iterator[DoctorLine]:
     names = ", ".join(f"{one.name} with {size(one.total_memory)}" for one in devices)
     yield DoctorLine("Device", f"{len(devices)} of CUDA {torch.version.cuda}: {names}")
     found = look_at_fp8()
-    bad = misfits(found, experts=True)
     wanted = config.precision.fp8 is not None
+    bad = misfits(found, deep_gemm=wanted and needs_deep_gemm(config.precision.fp8))
     problems, cures = "; ".join(problem for problem, _ in bad), "; ".join(dict.fromkeys(cure for _, cure in bad))
     yield DoctorLine(
         "FP8", f"not here: {problems}" if bad else str(found), cures if bad and wanted else None, bool(bad) and wanted

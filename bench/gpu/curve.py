@@ -46,7 +46,7 @@ def precisions(machine: Machine) -> tuple[str, ...]:
 
 def curve(machine: Machine, precision: str) -> Finding:
     if machine.on_gpu and precision == "fp8":
-        hopper(machine, experts=True)
+        hopper(machine)
     steps = STEPS if machine.on_gpu else SMALL_STEPS
     ours, cpu = (losses(runs(machine) / f"{precision}-{side}") for side in ("here", "there"))
     return beside(ours, cpu, steps - 1, FIRST[precision], machine.on_gpu)
@@ -77,7 +77,7 @@ def runs(machine: Machine) -> Path:
 
 def lacks_fp8(machine: Machine) -> bool:
     try:
-        hopper(machine, experts=True)
+        hopper(machine)
     except NotTried:
         return True
     return False

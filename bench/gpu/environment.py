@@ -31,7 +31,8 @@ def checks(machine: Machine) -> list[Check]:
         Check("rate of memory", partial(memory_rate, machine)),
         Check("time of a launch", partial(launch_time, machine)),
         Check("nvcc, for DeepGEMM", partial(compiler, machine)),
-        Check("precision=fp8 can start", partial(fp8_starts, machine)),
+        Check("precision=fp8 can start", partial(fp8_starts, machine, "triton")),
+        Check("precision=fp8 can start with DeepGEMM", partial(fp8_starts, machine, "deepgemm")),
         Check("attention with heads of 192 and 128", partial(attention, machine)),
     ]
 
@@ -109,12 +110,12 @@ def compiler(machine: Machine) -> Finding:
     machine.need_gpu("this")
     if nvcc() is None:
         raise NotTried(
-            "there is no nvcc in CUDA_HOME, /usr/local/cuda or PATH: DeepGEMM cannot compile, so precision=fp8 has no experts"
+            "there is no nvcc in CUDA_HOME, /usr/local/cuda or PATH: precision.fp8.backend=deepgemm cannot compile its kernels"
         )
     return Finding({"in CUDA_HOME": bool(os.environ.get("CUDA_HOME"))})
 
 
-def fp8_starts(machine: Machine) -> Finding:
+def fp8_starts(machine: Machine, backend: str) -> Finding:
     """As a run of precision=fp8 finds out before it reads data."""
     machine.need_gpu("the FP8 path")
     capability = torch.cuda.get_device_capability(machine.device)
@@ -122,9 +123,9 @@ def fp8_starts(machine: Machine) -> Finding:
         raise NotTried(
             f"compute capability {capability[0]}.{capability[1]} has no blockwise FP8 products, 9.0 (H100, H200) has"
         )
-    if importlib.util.find_spec("deep_gemm") is None:
+    if backend == "deepgemm" and importlib.util.find_spec("deep_gemm") is None:
         raise NotTried("sgl-deep-gemm is not installed: pip install -e '.[fp8]'")
-    found = probe(compose("precision=fp8"), machine.device.index)
+    found = probe(compose("precision=fp8", f"precision.fp8.backend={backend}"), machine.device.index)
     return Finding(
         {"found": found}, "small products have the values of the emulation (train/precision/hopper_probe.py)"
     )

@@ -30,7 +30,6 @@ from train.optim.adamw import AdamW
 from train.precision import swiglu as plain_swiglu
 from train.precision.formats import E4M3, E5M2, E5M6, TILE, Cast
 from train.precision.fp8 import Fp8Precision
-from train.precision.groups import Groups
 from train.precision.high import HighPrecision
 from train.precision.hopper import HopperEngine, load_hopper
 from train.precision.products import CpuEngine
@@ -59,9 +58,18 @@ def checks(machine: Machine) -> list[Check]:
     of_fp8 = {
         "FP8 product, 1x128 by 128x128": partial(dense, transposed=False),
         "FP8 product, 1x128 by 1x128 (weight gradients)": partial(dense, transposed=True),
-        "FP8 product with each row's expert (DeepGEMM)": grouped,
-        "FP8 product over each expert's rows (DeepGEMM)": grouped_wgrad,
     }
+    for backend, library in BACKENDS.items():
+        of_fp8 |= {
+            f"FP8 product added to a gradient ({library})": partial(
+                dense, transposed=True, backend=backend, added=True
+            ),
+            f"FP8 product with each row's expert ({library})": partial(grouped, backend=backend),
+            f"FP8 product over each expert's rows ({library})": partial(grouped_wgrad, backend=backend),
+            f"FP8 product over each expert's rows, added ({library})": partial(
+                grouped_wgrad, backend=backend, added=True
+            ),
+        }
     of_step = {
         "attention, heads of 192 and 128": attend,
         "attention inside documents": partial(attend, documents=True),
@@ -84,8 +92,11 @@ def checks(machine: Machine) -> list[Check]:
     return found
 
 
+BACKENDS = {"triton": "Triton", "deepgemm": "DeepGEMM"}
+"""Values of precision.fp8.backend, and what they are called."""
 RECIPES = {
     "precision=fp8": ("precision=fp8",),
+    "precision=fp8, DeepGEMM": ("precision=fp8", "precision.fp8.backend=deepgemm"),
     "precision=fp8_ue8m0": ("precision=fp8_ue8m0",),
     "gradients in 128x128": ("precision=fp8", "precision.fp8.gradient=e4m3/128x128/fp32"),
     "one scale per tensor": (
@@ -266,25 +277,12 @@ def e5m6(machine: Machine) -> Finding:
 # Products in FP8
 
 
-HIGH_EXPERTS = tuple(
-    f"precision.fp8.{family}.{product}.{side}=bf16"
-    for family in ("experts_up", "experts_down")
-    for product, sides in {
-        "fprop": ("activation", "weight"),
-        "dgrad": ("gradient", "weight"),
-        "wgrad": ("gradient", "activation"),
-    }.items()
-    for side in sides
-)
-"""Experts in bf16: what is left needs no DeepGEMM."""
-
-
 @cache
-def hopper(machine: Machine, experts: bool = False) -> HopperEngine:
+def hopper(machine: Machine, backend: str = "triton") -> HopperEngine:
     """The engine of a training step. Raises NotTried with what it lacks."""
     machine.need_gpu("the FP8 product")
     try:
-        return load_hopper(compose("precision=fp8", *(() if experts else HIGH_EXPERTS)).precision.fp8)
+        return load_hopper(compose("precision=fp8", f"precision.fp8.backend={backend}").precision.fp8)
     except UserError as error:
         raise NotTried(lacks(error)) from error
 
@@ -294,8 +292,8 @@ def lacks(error: UserError) -> str:
     return f"precision=fp8 cannot run here: {error.rule}; {error.cure}"
 
 
-def dense(machine: Machine, transposed: bool) -> Finding:
-    engine, cpu, pairs = hopper(machine), CpuEngine(), {}
+def dense(machine: Machine, transposed: bool, backend: str = "triton", added: bool = False) -> Finding:
+    engine, cpu, pairs = hopper(machine, backend), CpuEngine(), {}
     right = TILES if transposed else BLOCKS
     for M, N, K in ((256, 384, 640), (1000, 576, 7168), (512, 2112, 1536)):
         draw = seeded(1, torch.device("cpu"), torch.bfloat16)
@@ -304,42 +302,48 @@ def dense(machine: Machine, transposed: bool) -> Finding:
             [side.operand(t.to(device), rule, transposed=transposed) for t, rule in ((x, TILES), (w, right))]
             for side, device in ((engine, machine.device), (cpu, torch.device("cpu")))
         ]
-        for dtype in (torch.bfloat16, torch.float32) if transposed else (torch.bfloat16,):
-            ours = engine.product(*operands[0], dtype)
-            pairs[f"{M} x {N} x {K}, {dtype}"] = relative(ours, cpu.product(*operands[1], torch.float32)), PRODUCT
+        expected = cpu.product(*operands[1], torch.float32)
+        into = expected.to(machine.device) if added else None  # what is added to is as large
+        for dtype in (
+            (torch.float32,) if added else (torch.bfloat16, torch.float32) if transposed else (torch.bfloat16,)
+        ):
+            ours = engine.product(*operands[0], dtype, into)
+            pairs[f"{M} x {N} x {K}, {dtype}"] = relative(ours, 2 * expected if added else expected), PRODUCT
     return within(pairs, PRODUCT_BOUND)
 
 
-def grouped(machine: Machine) -> Finding:
-    engine, cpu, pairs = hopper(machine, experts=True), CpuEngine(), {}
+def grouped(machine: Machine, backend: str) -> Finding:
+    engine, cpu, pairs = hopper(machine, backend), CpuEngine(), {}
     for N, K in ((1024, 1792), (1792, 512)):
         draw = seeded(5, torch.device("cpu"), torch.bfloat16)
         rows, weight = draw(sum(RAGGED), K, grad=False), draw(len(RAGGED), N, K, grad=False)
 
         def product(side, device, dtype, rows=rows, weight=weight):
-            groups = Groups.of(torch.tensor(RAGGED).to(device))
+            groups = side.groups(torch.tensor(RAGGED).to(device), len(rows))
             left = side.operand(groups.pad(rows.to(device)), TILES)
-            return side.grouped(left, side.operand(weight.to(device), BLOCKS), groups, dtype)
+            return groups.unpad(side.grouped(left, side.operand(weight.to(device), BLOCKS), groups, dtype))
 
         expected = product(cpu, torch.device("cpu"), torch.float32)
         pairs[f"{N} x {K}"] = relative(product(engine, machine.device, torch.bfloat16), expected), PRODUCT
     return within(pairs, PRODUCT_BOUND)
 
 
-def grouped_wgrad(machine: Machine) -> Finding:
-    engine, cpu, pairs = hopper(machine, experts=True), CpuEngine(), {}
+def grouped_wgrad(machine: Machine, backend: str, added: bool = False) -> Finding:
+    engine, cpu, pairs = hopper(machine, backend), CpuEngine(), {}
     for O, N in ((1024, 1792), (1792, 512)):
         draw = seeded(6, torch.device("cpu"), torch.bfloat16)
         grads, rows = draw(sum(RAGGED), O, grad=False), draw(sum(RAGGED), N, grad=False)
 
-        def product(side, device, grads=grads, rows=rows):
-            groups = Groups.of(torch.tensor(RAGGED).to(device))
+        def product(side, device, into=None, grads=grads, rows=rows):
+            groups = side.groups(torch.tensor(RAGGED).to(device), len(rows))
             left, right = (
                 side.operand(groups.pad(t.to(device)), TILES, transposed=True, groups=groups) for t in (grads, rows)
             )
-            return side.grouped_wgrad(left, right, groups, torch.float32)
+            return side.grouped_wgrad(left, right, groups, torch.float32, into)
 
-        ours, expected = product(engine, machine.device), product(cpu, torch.device("cpu"))
+        expected = product(cpu, torch.device("cpu"))
+        ours = product(engine, machine.device, expected.to(machine.device) if added else None)
+        expected *= 2 if added else 1
         pairs[f"{O} x {N}"] = relative(ours, expected), PRODUCT
         pairs[f"{O} x {N}, the idle expert"] = ours[RAGGED.index(0)].abs().max().item(), 0.0
     return within(pairs, PRODUCT_BOUND + "; an expert without rows has a gradient of zero")

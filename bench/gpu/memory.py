@@ -44,7 +44,7 @@ def checks(machine: Machine) -> list[Check]:
 
 def beside_plan(machine: Machine, overrides: tuple[str, ...]) -> Finding:
     if machine.on_gpu and "precision=fp8" in overrides:
-        hopper(machine, experts=True)
+        hopper(machine)
     with tempfile.TemporaryDirectory() as folder:
         command = [
             sys.executable, "-m", "train", "mode=dry_run", f"cluster.device={machine.device.type}", f"runs={folder}", "name=dry",

@@ -19,13 +19,13 @@ T = TypeVar("T")
 CLASSES = (
     ("attention", r"flash|fmha|sdpa"),
     ("grouped products", r"GroupProblemShape|grouped|deep_gemm"),
-    ("dense products", r"gemm|nvjet|cutlass|xmma|cublas|splitK|aten::(mm|addmm|bmm|baddbmm)"),
+    ("dense products", r"gemm|nvjet|cutlass|xmma|cublas|splitK|_(product|wgrad)_kernel|aten::(mm|addmm|bmm|baddbmm)"),
     ("SwiGLU", r"swiglu|silu"),
     ("casts", r"_(tiles|columns|blocks)_kernel|float8"),
     ("norms", r"norm(?!al)|GammaBeta"),
     ("permutation", r"index|embedding_?bag|gather|scatter|sort|scan|nonzero"),
 )
-"""The first that matches, upper or lower case. The casts are those of train/precision/triton_kernels.py and torch's to FP8."""
+"""The first that matches, upper or lower case. Our own are those of train/precision/triton_kernels.py and triton_products.py."""
 REST = "rest"
 PHASES = ("forward", "inputs", "weights")
 REPEATS = 3

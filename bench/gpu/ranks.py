@@ -60,7 +60,7 @@ def nccl(machine: Machine) -> Finding:
 def layout(machine: Machine, ranks: int, precision: str, overrides: tuple[str, ...]) -> Finding:
     """Losses and gradient norms of a few steps beside those of one rank on the same device."""
     if machine.on_gpu and precision == "fp8":
-        hopper(machine, experts=True)
+        hopper(machine)
     common, device = (*(MODEL if machine.on_gpu else SMALL), f"precision={precision}"), machine.device.type
     with tempfile.TemporaryDirectory() as folder:
         one = Ranks(Task(common, device, STEPS), Path(folder) / "one")

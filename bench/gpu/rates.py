@@ -4,13 +4,14 @@ Published: DeepGEMM's README of March 2025, H800, 1x128 by 128x128, bf16 out. Wi
 """
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from bench.gpu.kernels import BLOCKS, TILES, hopper, lacks
+from bench.gpu.kernels import BACKENDS, BLOCKS, TILES, hopper, lacks
 from bench.gpu.line import Check, Finding, NotTried
 from bench.gpu.machine import Machine
 from bench.gpu.timing import median_seconds
@@ -18,6 +19,7 @@ from conf.errors import UserError
 from conf.load import compose
 from train.precision.build import build_precision
 from train.precision.formats import E4M3
+from train.precision.grouped_products import Operand
 from train.precision.groups import Groups
 from train.precision.recipe import OperandRule
 
@@ -37,16 +39,22 @@ GROUPED = {
     (8, 4096, 7168, 2048): (1214, "w2"),
 }
 """(experts, rows of each, N, K): published TFLOP/s, what it is in V3."""
+LAYERS = {
+    "bf16": ("precision=bf16",),
+    "fp8": ("precision=fp8",),
+    "fp8, DeepGEMM": ("precision=fp8", "precision.fp8.backend=deepgemm"),
+}
 ROUNDS = 10
 
 
 def checks(machine: Machine) -> list[Check]:
     works = {
         "dense products in bf16": dense_bf16, "dense products in FP8": dense_fp8, "experts' products in bf16": grouped_bf16,
-        "experts' products in FP8": grouped_fp8, "quantisers": quantisers,
+        **{f"experts' products in FP8 ({library})": partial(grouped_fp8, backend=backend) for backend, library in BACKENDS.items()},
+        "quantisers": quantisers,
     }  # fmt: skip
     found = [Check(name, partial(work, machine)) for name, work in works.items()]
-    return [*found, *(Check(f"layers in {name}", partial(layers, machine, name)) for name in ("bf16", "fp8"))]
+    return [*found, *(Check(f"layers in {name}", partial(layers, machine, given)) for name, given in LAYERS.items())]
 
 
 def rates(machine: Machine, works: dict[str, Callable[[], object]], work: float) -> list[float]:
@@ -70,23 +78,35 @@ def dense_bf16(machine: Machine) -> Finding:
 def dense_fp8(machine: Machine) -> Finding:
     engine = hopper(machine)
     table = [
-        ["M x N x K", "forward", "with casts", "inputs' gradient", "weights' gradient", "DeepGEMM, H800", "TFLOP/s of"]
-    ]
+        [
+            "M x N x K", "forward", "by Triton", "with casts", "inputs' gradient", "weights' gradient",
+            "added by Triton", "DeepGEMM, H800", "TFLOP/s of",
+        ]
+    ]  # fmt: skip
     for (M, N, K), (published, name) in DENSE.items():
         x, w, g = draw(machine, M, K), draw(machine, N, K), draw(machine, M, N)
         left, right = engine.operand(x, TILES), engine.operand(w, BLOCKS)
         g_left, w_right = engine.operand(g, TILES), engine.operand(w, BLOCKS, transposed=True)
         g_t, x_t = engine.operand(g, TILES, transposed=True), engine.operand(x, TILES, transposed=True)
+        sums = torch.zeros(N, K, device=machine.device)
+        one, all_rows = one_expert(right), Groups(torch.tensor([M], device=machine.device), M)
         works = {
             "forward": lambda a=left, b=right: engine.product(a, b, torch.bfloat16),
+            "Triton": lambda a=left, b=one, groups=all_rows: engine.grouped(a, b, groups, torch.bfloat16),
             "casts": lambda x=x, w=w: engine.product(
                 engine.operand(x, TILES), engine.operand(w, BLOCKS), torch.bfloat16
             ),
             "inputs": lambda a=g_left, b=w_right: engine.product(a, b, torch.bfloat16),
             "weights": lambda a=g_t, b=x_t: engine.product(a, b, torch.float32),
+            "added": lambda a=g_t, b=x_t, sums=sums: engine.product(a, b, torch.float32, sums),
         }
         table.append([f"{M} x {N} x {K}", *rates(machine, works, 2 * M * N * K), published, name])
     return Finding({}, table=table)
+
+
+def one_expert(weight: Operand) -> Operand:
+    """A weight as that of a single expert, whose products are our kernels'."""
+    return replace(weight, q=weight.q.unsqueeze(0), scale=weight.scale.unsqueeze(0))
 
 
 def grouped_bf16(machine: Machine) -> Finding:
@@ -100,20 +120,26 @@ def grouped_bf16(machine: Machine) -> Finding:
     return Finding({}, table=table)
 
 
-def grouped_fp8(machine: Machine) -> Finding:
-    engine = hopper(machine, experts=True)
-    table = [["experts x rows x N x K", "forward", "with casts", "weights' gradient", "DeepGEMM, H800", "TFLOP/s of"]]
+def grouped_fp8(machine: Machine, backend: str) -> Finding:
+    engine = hopper(machine, backend)
+    head = ["forward", "with casts", "weights' gradient", "added to a sum", "DeepGEMM, H800", "TFLOP/s of"]
+    table = [["experts x rows x N x K", *head]]
     for (E, rows, N, K), (published, name) in GROUPED.items():
-        groups = Groups.of(torch.full((E,), rows))
+        groups = engine.groups(torch.full((E,), rows, device=machine.device), E * rows)
         x, w, g = draw(machine, E * rows, K), draw(machine, E, N, K), draw(machine, E * rows, N)
+        x, g = groups.pad(x), groups.pad(g)
         left, right = engine.operand(x, TILES), engine.operand(w, BLOCKS)
         g_t, x_t = (engine.operand(t, TILES, transposed=True, groups=groups) for t in (g, x))
+        sums = torch.zeros(E, N, K, device=machine.device)
         works = {
             "forward": lambda a=left, b=right, groups=groups: engine.grouped(a, b, groups, torch.bfloat16),
             "casts": lambda x=x, w=w, groups=groups: engine.grouped(
                 engine.operand(x, TILES), engine.operand(w, BLOCKS), groups, torch.bfloat16
             ),
             "weights": lambda a=g_t, b=x_t, groups=groups: engine.grouped_wgrad(a, b, groups, torch.float32),
+            "added": lambda a=g_t, b=x_t, groups=groups, sums=sums: engine.grouped_wgrad(
+                a, b, groups, torch.float32, sums
+            ),
         }
         table.append([f"{E} x {rows} x {N} x {K}", *rates(machine, works, 2 * E * rows * N * K), published, name])
     return Finding({}, table=table)
@@ -138,11 +164,11 @@ def quantisers(machine: Machine) -> Finding:
     return Finding({}, table=[["quantiser, 8192 x 7168", "TB/s"], *rows])
 
 
-def layers(machine: Machine, name: str) -> Finding:
+def layers(machine: Machine, recipe: tuple[str, ...]) -> Finding:
     """Forward and backward of a linear layer and of eight experts."""
     machine.need_gpu("this")
     try:
-        precision = build_precision(compose(f"precision={name}").precision, *machine.side(reference=False))
+        precision = build_precision(compose(*recipe).precision, *machine.side(reference=False))
     except UserError as error:
         raise NotTried(lacks(error)) from error
     x, w = draw(machine, 4096, 7168).requires_grad_(), draw(machine, 7168, 7168).requires_grad_()

@@ -45,7 +45,7 @@ def checks(machine: Machine) -> list[Check]:
 def tiny(machine: Machine, precision: str) -> Finding:
     """Loss, every gradient and every update of the first step."""
     if machine.on_gpu and precision == "fp8":
-        hopper(machine, experts=True)
+        hopper(machine)
     with tempfile.TemporaryDirectory() as folder:
         started = [
             start(machine, precision, machine.device.type, Path(folder) / "ours", machine.on_gpu),

@@ -67,16 +67,3 @@ def recorded() -> Iterator[Calls]:
         calls.bytes[kind] += event.bytes
         if kind in ("kernel", "product", "collective"):
             calls.kernels[event.name.decode()] += 1
-
-
-def note_kernel(name: str) -> None:
-    """Count a kernel that a stand-in written in Python takes the place of."""
-    ctypes.CDLL(None).ghost_note(KINDS.index("kernel") + 1, ctypes.c_char_p(_kept(name)), ctypes.c_uint64(0))
-
-
-_names: dict[str, bytes] = {}
-
-
-def _kept(name: str) -> bytes:
-    """The log holds on to the address."""
-    return _names.setdefault(name, name.encode())

@@ -2,44 +2,27 @@
 
 What a run tries on the GPU at its start, FP8 products and attention, is decided by values: FP8 counts as sound, and of
 attention's kernels the memory-efficient one, since cuDNN asks the GPU.
-DeepGEMM compiles at the first call, with nvcc, and its products need a GPU's answers; they are counted instead.
-tests/precision/fakes.py checks the layouts of its arguments and computes the products, on the CPU. How many rows each
-expert has is a value, which the ghost does not know: they are shared out evenly.
+How many rows each expert has is a value, which the ghost does not know: they are shared out evenly.
 """
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from types import SimpleNamespace
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves
 
 from parallel.expert.stand_in import split_evenly
-from tests.ghost.log import note_kernel
 from train import attention_choice, gpu
-from train.precision import hopper
 from train.precision.fp8 import Fp8Precision
 from train.precision.groups import on_device
 
 
 def install() -> None:
-    """DeepGEMM, for all FP8 engines that are built from now on, and the answers of what a run tries at its start."""
+    """The answers of what a run tries at its start."""
     gpu.probe = lambda *_: ""
     attention_choice.problem_of = lambda kernel, *_: None if kernel is attention_choice.efficient else "not tried"
     torch.backends.cuda.enable_cudnn_sdp(False)
     torch.Tensor.__repr__ = _without_values
-    hopper.load_deep_gemm = lambda: SimpleNamespace(
-        m_grouped_fp8_gemm_nt_contiguous=lambda *args, **options: _product("m_grouped_fp8_gemm", args),
-        k_grouped_fp8_gemm_nt_contiguous=lambda *args, **options: _product("k_grouped_fp8_gemm", args),
-    )
-
-
-def _product(name: str, args: tuple) -> None:
-    for tensor in tree_leaves(args):
-        if isinstance(tensor, Tensor):
-            assert tensor.is_cuda, f"{name}: {tuple(tensor.shape)} {tensor.dtype} on {tensor.device}"
-    note_kernel(name)
 
 
 def _without_values(tensor: Tensor, *, tensor_contents: object = None) -> str:

@@ -19,7 +19,7 @@ from conf.schema import ROOT
 from parallel.expert.quantized_rows import QuantizedRows
 
 PRODUCTS = ("mm", "bmm", "addmm", "baddbmm", "_grouped_mm", "_scaled_mm", "_scaled_mm_v2")
-TRITON_PRODUCTS = ("_gradient_kernel",)
+TRITON_PRODUCTS = ("_product_kernel", "_wgrad_kernel", "_gradient_kernel")
 ATTENTION = "_scaled_dot_product"
 ONLY_WRITTEN = (
     "zero_",

@@ -422,7 +422,7 @@ def scaled_product(draw: Draw) -> None:
         )
         got = scaled_products.product(left, right, dtype)
         return check_product(got, left_values, right_values)
-    groups = Groups.of(torch.tensor(rows_of_experts(draw)))
+    groups = Groups(torch.tensor(rows_of_experts(draw)))
     left, left_values = scaled(draw, normal(groups.rows, contraction))
     right, right_values = scaled(draw, normal(len(groups.counts), draw(widths), contraction))
     got = scaled_products.grouped(left, right, groups, dtype)

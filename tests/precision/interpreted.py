@@ -14,9 +14,10 @@ from conf.load import compose
 from parallel.expert.wire import Fp8RowsWire, Fp8Wire
 from tests.precision import fakes
 from train.kernels import build_kernels
-from train.precision import hopper, hopper_probe, swiglu, triton_kernels
+from train.precision import hopper, hopper_probe, swiglu, triton_kernels, triton_products
 from train.precision.formats import E4M3, E5M2, E5M6, Cast
 from train.precision.fp8 import Fp8Precision
+from train.precision.grouped_products import DeepGemmProducts, TritonProducts, load_deep_gemm
 from train.precision.groups import Groups
 from train.precision.products import CpuEngine
 from train.precision.quantize import dequantize, dequantize_reference, quantize, quantize_reference
@@ -31,8 +32,14 @@ def rounding(monkeypatch) -> None:
 
 
 @pytest.fixture
-def engine() -> hopper.HopperEngine:
-    return hopper.HopperEngine(triton_kernels, fakes.deep_gemm, fakes.scaled_mm)
+def engine(request) -> hopper.HopperEngine:
+    """Our products in the interpreter, or where a test asks for it what DeepGEMM would be given."""
+    deep_gemm = getattr(request, "param", "triton") == "deepgemm"
+    products = DeepGemmProducts(fakes.deep_gemm) if deep_gemm else TritonProducts(triton_products)
+    return hopper.HopperEngine(triton_kernels, products, fakes.scaled_mm)
+
+
+either_backend = pytest.mark.parametrize("engine", ["triton", "deepgemm"], indirect=True)
 
 
 def same(a: torch.Tensor, b: torch.Tensor) -> bool:
@@ -127,6 +134,7 @@ def test_products_agree_with_the_emulation(engine, granularity):
     torch.testing.assert_close(dw, expected, rtol=1e-5, atol=1e-5 * expected.abs().max().item())
 
 
+@either_backend
 @pytest.mark.parametrize(
     "overrides", [[], ["precision.fp8.gradient=e4m3/tensor/fp32", "precision.fp8.weight=e4m3/tensor/fp32"]]
 )
@@ -190,8 +198,9 @@ def _compare(outputs: list[torch.Tensor], inputs: list[torch.Tensor]) -> None:
         assert (ours.float() - expected.float()).norm() < 8e-3 * expected.float().norm()
 
 
-def test_grouped_operands_are_flat_per_expert(engine):
-    groups = Groups.of(torch.tensor([100, 0, 130]))
+@pytest.mark.parametrize("engine", ["deepgemm"], indirect=True)
+def test_grouped_operands_of_deep_gemm_are_flat_per_expert(engine):
+    groups = Groups(torch.tensor([100, 0, 130]))
     x = groups.pad(wide(230, 128).bfloat16())
     rule = OperandRule(E4M3, "1x128", False, 1e-4)
     tiles = engine.operand(x, rule, transposed=True, groups=groups)
@@ -203,15 +212,16 @@ def test_grouped_operands_are_flat_per_expert(engine):
     assert expanded.scale.shape == tiles.scale.shape and expanded.q.shape == tiles.q.shape
 
 
+@either_backend
 def test_the_probe_finds_these_products_right(engine):
-    assert hopper_probe.wrong_products(engine, torch.device("cpu"), experts=True) == []
+    assert hopper_probe.wrong_products(engine, torch.device("cpu"), compose("precision=fp8").precision.fp8) == []
 
 
 def test_what_is_missing_is_named():
     with pytest.raises(UserError, match="sgl-deep-gemm is not installed"):
-        hopper.load_deep_gemm()
+        load_deep_gemm()
     fp8 = compose("precision=fp8", "precision.fp8.gradient=e5m2/1x128/fp32").precision.fp8
-    with pytest.raises(UserError, match="DeepGEMM has no other format"):
+    with pytest.raises(UserError, match="the products of experts have no other format"):
         hopper._check_recipe(fp8)
     fp8 = compose("precision=fp8", "precision.fp8.dense.dgrad.gradient=e5m2/1x128/fp32").precision.fp8
     with pytest.raises(UserError, match="scaled_mm takes no other format"):

@@ -9,7 +9,7 @@ import torch
 from conf.errors import UserError
 from conf.load import compose
 from train.precision import hopper_probe
-from train.precision.hopper import needs_deep_gemm
+from train.precision.hopper import has_fp8_experts, needs_deep_gemm
 from train.precision.installed import OTHER_BUILD, Installed, look, misfits, refusal
 from train.precision.products import CpuEngine
 
@@ -27,6 +27,7 @@ GOOD = Installed(
     gpu="NVIDIA H100 80GB HBM3",
     capability=(9, 0),
 )
+FP8, DEEPGEMM = (compose("precision=fp8", *given).precision.fp8 for given in ((), ("precision.fp8.backend=deepgemm",)))
 MISFITS = {
     "torch": ({"torch": "2.13.0+cu130"}, "torch is 2.13.0.* run with torch 2.11 alone", "torch>=2.11,<2.12"),
     "newer DeepGEMM": ({"deep_gemm": "0.2.5"}, "sgl-deep-gemm is 0.2.5", "sgl-deep-gemm==0.1.5"),
@@ -45,18 +46,18 @@ MISFITS = {
 
 
 def test_what_fits_is_not_refused():
-    assert misfits(GOOD, experts=True) == []
+    assert misfits(GOOD, deep_gemm=True) == []
     newer = dataclasses.replace(GOOD, torch="2.13.0+cu130", deep_gemm=None, nvcc=None)
-    assert misfits(newer, experts=False) == []
-    assert misfits(dataclasses.replace(GOOD, nvcc=None, nvrtc=True), experts=True) == []
+    assert misfits(newer, deep_gemm=False) == []
+    assert misfits(dataclasses.replace(GOOD, nvcc=None, nvrtc=True), deep_gemm=True) == []
     own = dataclasses.replace(GOOD, torch="2.13.0+cu130", deep_gemm=OTHER_BUILD)
-    assert misfits(own, experts=True) == []
+    assert misfits(own, deep_gemm=True) == []
 
 
 @pytest.mark.parametrize(("change", "problem", "cure"), MISFITS.values(), ids=MISFITS)
 def test_each_misfit_is_named_with_its_cure(change, problem, cure):
     found = dataclasses.replace(GOOD, **change)
-    error = refusal(misfits(found, experts=True), str(found))
+    error = refusal(misfits(found, deep_gemm=True), str(found))
     with pytest.raises(UserError, match=problem):
         raise error
     assert cure in error.cure
@@ -64,7 +65,7 @@ def test_each_misfit_is_named_with_its_cure(change, problem, cure):
 
 def test_all_misfits_stand_in_one_error():
     found = dataclasses.replace(GOOD, torch="2.13.0+cu130", triton=None, nvcc=None)
-    error = refusal(misfits(found, experts=True), str(found), "fp8_ue8m0")
+    error = refusal(misfits(found, deep_gemm=True), str(found), "fp8_ue8m0")
     assert error.value == "fp8_ue8m0" and error.rule.count("\n        - ") == 3
     assert "found: torch 2.13.0+cu130 (CUDA 13.0" in error.rule and "NVIDIA H100" in error.rule
 
@@ -103,10 +104,26 @@ def test_wrong_values_are_named():
             return super().grouped(left.roll(1, 0), right, groups, dtype)
 
     stages: list[str] = []
-    assert hopper_probe.wrong_products(CpuEngine(), "cpu", True, stages.append) == []
-    assert len(stages) == 4
-    [(problem, cure)] = hopper_probe.wrong_products(Wrong(), "cpu", True)
-    assert "DeepGEMM's product with each row's expert is off by" in problem and "precision=bf16" in cure
+    assert hopper_probe.wrong_products(CpuEngine(), "cpu", FP8, stages.append) == []
+    assert len(stages) == 6
+    [(problem, cure)] = hopper_probe.wrong_products(Wrong(), "cpu", FP8)
+    assert "Triton's product with each row's expert is off by" in problem and "precision=bf16" in cure
+    [(problem, cure)] = hopper_probe.wrong_products(Wrong(), "cpu", DEEPGEMM)
+    assert "DeepGEMM's product with each row's expert is off by" in problem and "backend=triton" in cure
+
+
+def test_a_sum_that_is_lost_is_wrong():
+    """One that returns the product alone, where it should have been added to a gradient."""
+
+    class Forgetful(CpuEngine):
+        def product(self, left, right, dtype, into=None):
+            return super().product(left, right, dtype)
+
+        def grouped_wgrad(self, left, right, groups, dtype, into=None):
+            return super().grouped_wgrad(left, right, groups, dtype)
+
+    problems = [problem for problem, _ in hopper_probe.wrong_products(Forgetful(), "cpu", FP8)]
+    assert len(problems) == 2 and all("added" in problem for problem in problems)
 
 
 def test_an_error_of_a_library_is_named_and_ends_the_trials():
@@ -114,17 +131,25 @@ def test_an_error_of_a_library_is_named_and_ends_the_trials():
         def grouped(self, left, right, groups, dtype):
             raise RuntimeError("INTERNAL ASSERT FAILED\nException raised from PyObjectSlot\nframe #0\nframe #1")
 
-    [(problem, _)] = hopper_probe.wrong_products(Broken(), "cpu", experts=True)
+    [(problem, _)] = hopper_probe.wrong_products(Broken(), "cpu", DEEPGEMM)
     assert "each row's expert fails: RuntimeError: INTERNAL ASSERT FAILED" in problem and "frame #1" not in problem
 
 
 def test_a_value_that_is_no_number_is_wrong():
     class Nan(CpuEngine):
-        def product(self, left, right, dtype):
-            return super().product(left, right, dtype) * torch.nan
+        def product(self, left, right, dtype, into=None):
+            return super().product(left, right, dtype, into) * torch.nan
 
-    assert len(hopper_probe.wrong_products(Nan(), "cpu", experts=False)) == 2
+    assert len(hopper_probe.wrong_products(Nan(), "cpu", FP8)) == 3
 
 
-def test_experts_in_bf16_need_no_deep_gemm():
-    assert needs_deep_gemm(compose("precision=fp8").precision.fp8)
+def test_deep_gemm_is_needed_where_it_is_asked_for():
+    assert needs_deep_gemm(DEEPGEMM) and not needs_deep_gemm(FP8)
+    products = {"fprop": ("activation", "weight"), "dgrad": ("gradient", "weight"), "wgrad": ("gradient", "activation")}
+    high = [
+        f"precision.fp8.{family}.{product}.{operand}=bf16"
+        for family in ("experts_up", "experts_down")
+        for product, operands in products.items()
+        for operand in operands
+    ]
+    assert has_fp8_experts(FP8) and not has_fp8_experts(compose("precision=fp8", *high).precision.fp8)

@@ -207,7 +207,7 @@ def test_experts_follow_the_paper_each_on_its_own(agrees: Check):
 
 def test_experts_keep_a_byte_a_value():
     rows, gates, w13, w2 = (tensor.requires_grad_() for tensor in experts_inputs())
-    padded = Groups.of(COUNTS).rows
+    padded = Groups(COUNTS).rows
     for precision, values in (
         (build(), padded * (160 + 192)),
         (HighPrecision(torch.bfloat16, build_kernels("cpu")), None),

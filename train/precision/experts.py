@@ -50,7 +50,7 @@ def expert_ffn(
 
     rows_RD and the gradient of the result may be `QuantizedRows`.
     """
-    groups = Groups.of(counts_E)
+    groups = engine.groups(counts_E, len(rows_RD))
     up, down = (None, None) if probes is None else probes
     h_P2F = _Up.apply(rows_RD, w13_E2FD, groups, engine, recipe, up)
     return _Down.apply(h_P2F, gates_R, w2_EDF, groups, engine, recipe, down)

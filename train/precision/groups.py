@@ -3,10 +3,14 @@
 FP8 kernels work on whole tiles: 128 rows of one expert share a kernel block in Fprop and Dgrad, and 128 rows share a
 scale in Wgrad, where a tile must not mix experts.  The padding is zeros, which changes neither scales nor sums.
 
+How many rows an expert has, a GPU knows first.  Products that read it there need no host that knows it: given how many rows
+there are in all, they get as many padded rows as those could take.
+
 Shape suffixes: R rows as the dispatcher gave them, P padded rows, E experts.
 """
 
-from dataclasses import dataclass
+from functools import cached_property
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -14,36 +18,54 @@ from torch import Tensor
 from train.precision.formats import TILE
 
 
-@dataclass(frozen=True)
 class Groups:
     """Where the rows of each expert lie."""
 
-    counts: list[int]
-    """Rows of each expert."""
-    starts: list[int]
-    """First padded row of each expert."""
-    padded: list[int]
-    """Padded rows of each expert, multiples of 128."""
-    slots_R: Tensor | None
-    """Padded position of every row, int64; None where nothing is padded."""
+    def __init__(self, counts_E: Tensor, rows: int | None = None):
+        """counts_E: rows of each expert. rows: their sum, where the device shall not be waited for."""
+        self._counts_E, self._rows = counts_E, rows
 
-    @classmethod
-    def of(cls, counts_E: Tensor) -> "Groups":
-        """The layout of these row counts. Waits for the device: FP8 kernels need the counts on the host."""
-        counts = counts_E.tolist()
-        padded = [-(-count // TILE) * TILE for count in counts]
-        starts = [sum(padded[:expert]) for expert in range(len(padded))]
-        if padded == counts:
-            return cls(counts, starts, padded, None)
-        before = on_device([start - sum(counts[:e]) for e, start in enumerate(starts)], counts_E.device)
-        rows = sum(counts)
-        shift_R = before.repeat_interleave(counts_E, output_size=rows)
-        return cls(counts, starts, padded, shift_R + torch.arange(rows, device=counts_E.device))
+    @cached_property
+    def counts(self) -> list[int]:
+        """Rows of each expert. Waits for the device."""
+        return self._counts_E.tolist()
 
-    @property
+    @cached_property
+    def padded(self) -> list[int]:
+        """Padded rows of each expert, multiples of 128. Waits for the device."""
+        return [-(-count // TILE) * TILE for count in self.counts]
+
+    @cached_property
+    def starts(self) -> list[int]:
+        """First padded row of each expert. Waits for the device."""
+        return list(accumulate(self.padded, initial=0))[:-1]
+
+    @cached_property
     def rows(self) -> int:
-        """Padded rows of all experts."""
-        return sum(self.padded)
+        """Padded rows of all experts; where the device is not waited for as many as they may be, the last ones nobody's."""
+        if self._rows is None:
+            return sum(self.padded)
+        return (self._rows + min(self._rows, len(self._counts_E)) * (TILE - 1)) // TILE * TILE
+
+    @cached_property
+    def ends_E(self) -> Tensor:
+        """Where the padded rows of each expert end, int32, on the device."""
+        return self._padded_E.cumsum(0, dtype=torch.int32)
+
+    @cached_property
+    def slots_R(self) -> Tensor | None:
+        """Padded position of every row, int64; None where nothing is padded, as far as the host knows."""
+        if self._rows is None and self.padded == self.counts:
+            return None
+        counts_E = self._counts_E
+        rows = sum(self.counts) if self._rows is None else self._rows
+        before_E = (self._padded_E - counts_E).cumsum(0) - (self._padded_E - counts_E)
+        shift_R = before_E.repeat_interleave(counts_E, output_size=rows)
+        return shift_R + torch.arange(rows, device=counts_E.device)
+
+    @cached_property
+    def _padded_E(self) -> Tensor:
+        return (self._counts_E + (TILE - 1)) // TILE * TILE
 
     def pad(self, rows_RX: Tensor) -> Tensor:
         """(R, ...) -> (P, ...) with zero rows between the experts."""

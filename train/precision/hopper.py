@@ -2,24 +2,21 @@
 
     quantise            our Triton kernels (train/precision/triton_kernels.py)
     dense products      torch's blockwise scaled_mm (cuBLASLt): 1x128 by 128x128 and 1x128 by 1x128
-    grouped products    DeepGEMM: M-grouped 1x128 by 128x128 (Fprop, Dgrad), K-grouped 1x128 by 1x128 (Wgrad, fp32 out)
+    added to a sum      our Triton kernels or DeepGEMM (train/precision/grouped_products.py): scaled_mm cannot
+    grouped products    the same
 
 What is missing or too old is an error that names it; nothing falls back.  Granularities that the kernels lack (row,
 tensor, 128x128 on the left) are written as the tiles that hold the same scales, so that ablations run on the same kernels.
 
-All sizes are padded with zeros to multiples of 128 inside.  Three layouts are traps: cuBLASLt reads the scales of a
-128x128 operand with their number along the contraction rounded up to a multiple of 4; DeepGEMM's K-grouped kernel
-wants a C operand and leaves the result of an expert without rows unwritten; and DeepGEMM transposes scales of tiles that
-are stored row by row with a kernel that it compiles for each width, which for Wgrad means for every number of rows, and
-whose shared memory ends at 116,000 rows.  Column by column, as here, both products take them as they are.
+All sizes are padded with zeros to multiples of 128 inside.  A trap: cuBLASLt reads the scales of a 128x128 operand with their
+number along the contraction rounded up to a multiple of 4.
 
 Shape suffixes: O outer, C contraction, P padded rows, E experts, N outer of the right operand.
 """
 
 import importlib
 from collections.abc import Callable
-from dataclasses import dataclass
-from types import ModuleType
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -27,39 +24,25 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from conf.errors import UserError
-from conf.schema import Fp8
+from conf.schema import Fp8, Fp8Backend
 from train.model import grouped
 from train.model.fused import FusedKernels
-from train.model.kernels import added
 from train.precision import swiglu
 from train.precision.formats import E4M3, TILE, Cast
-from train.precision.groups import Groups, on_device
-from train.precision.installed import DEEP_GEMM, PACKAGES, require_fit, version
+from train.precision.grouped_products import DeepGemmProducts, GroupedProducts, Operand, TritonProducts, load_deep_gemm
+from train.precision.groups import Groups
+from train.precision.installed import require_fit
 from train.precision.products import Source
 from train.precision.quantize import Quantized, dequantize, dequantize_reference, quantize_reference
 from train.precision.recipe import OperandRule
 
 
-@dataclass(frozen=True)
-class Operand:
-    """A quantised operand in the layout of the kernels, sizes padded to multiples of 128."""
-
-    q: Tensor
-    """(..., O, C); in a K-grouped product flat, one (O, rows of the expert) matrix after the other."""
-    scale: Tensor
-    """Tiles: (O, C / 128) stored column by column. Blocks: (..., O / 128, C / 128), contiguous."""
-    tiles: bool
-    """One scale per row and 128 of the contraction; otherwise one per 128x128."""
-    outer: int
-    """O without the padding."""
-
-
 class HopperEngine:
-    """`train.precision.products.Engine` on a Hopper GPU, out of three libraries; see `load_hopper`."""
+    """`train.precision.products.Engine` on a Hopper GPU; see `load_hopper`."""
 
-    def __init__(self, kernels: Any, deep_gemm: Any, scaled_mm: Callable[..., Tensor] = F.scaled_mm):
-        """kernels: train.precision.triton_kernels. deep_gemm: None where experts have no FP8 products."""
-        self._kernels, self._deep_gemm, self._scaled_mm = kernels, deep_gemm, scaled_mm
+    def __init__(self, kernels: Any, products: GroupedProducts, scaled_mm: Callable[..., Tensor] = F.scaled_mm):
+        """kernels: train.precision.triton_kernels. products: of whichever library."""
+        self._kernels, self._products, self._scaled_mm = kernels, products, scaled_mm
 
     def keep(self, x_MK: Tensor, cast: Cast) -> Quantized:
         if cast.block != (1, TILE):
@@ -103,8 +86,9 @@ class HopperEngine:
     ) -> Operand:
         """Operand of a padded tensor, FP8 with tiles of the last dimension where a scale is given."""
         cast, kernels = rule.cast(transposed), self._kernels
+        flat = groups.padded if groups is not None and self._products.flat else None
         if rule.granularity == "1x128" and transposed:
-            q, scale = kernels.quantize_columns(x, cast, scale, None if groups is None else groups.padded)
+            q, scale = kernels.quantize_columns(x, cast, scale, flat)
             return Operand(q, scale, True, outer)
         if rule.granularity == "1x128":
             return Operand(*kernels.quantize_tiles(x, cast, scale), True, outer)
@@ -112,47 +96,39 @@ class HopperEngine:
             x = dequantize_reference(Quantized(x, scale, Cast(E4M3, (1, TILE), False), x.shape))
         if rule.granularity == "128x128" and groups is None:
             return Operand(*kernels.quantize_blocks(x, cast, transposed), False, outer)
-        return _expanded(x, cast, transposed, groups, outer)
+        return _expanded(x, cast, transposed, flat, outer)
+
+    def groups(self, counts_E: Tensor, rows: int) -> Groups:
+        return Groups(counts_E, None if self._products.counted else rows)
 
     def product(
         self, left: Operand | Tensor, right: Operand | Tensor, dtype: torch.dtype, into: Tensor | None = None
     ) -> Tensor:
         if isinstance(left, Tensor):
             return FusedKernels().product(left, right, dtype, into)
-        left_scale = left.scale if left.tiles else _as_tiles(left.scale)
+        if into is not None:
+            self._products.wgrad(_tiled(left), _tiled(right), None, into.unsqueeze(0), added=True)
+            return into
         right_scale, recipe = right.scale, F.ScalingType.BlockWise1x128
         if not right.tiles:
             right_scale, recipe = _padded_blocks(right.scale), F.ScalingType.BlockWise128x128
         out = self._scaled_mm(
             left.q,
             right.q.t(),
-            scale_a=left_scale,
+            scale_a=_tiled(left).scale,
             scale_recipe_a=F.ScalingType.BlockWise1x128,
             scale_b=right_scale,
             scale_recipe_b=recipe,
             output_dtype=dtype,
         )
-        return added(out[: left.outer, : right.outer].contiguous(), into)
+        return out[: left.outer, : right.outer].contiguous()
 
     def grouped(self, left: Operand | Tensor, right: Operand | Tensor, groups: Groups, dtype: torch.dtype) -> Tensor:
         if isinstance(left, Tensor):
-            return grouped.product_to_ends(left, right.mT, _ends(groups, left.device)).to(dtype)
-        out_PN = left.q.new_empty(groups.rows, right.outer, dtype=torch.bfloat16)
+            return grouped.product_to_ends(left, right.mT, groups.ends_E).to(dtype)
         if groups.rows == 0:
-            return out_PN.to(dtype)
-        counts = on_device(groups.padded, out_PN.device)
-        experts = torch.arange(len(groups.padded), dtype=torch.int32, device=out_PN.device)
-        expert_P = experts.repeat_interleave(counts, output_size=groups.rows)
-        self._deep_gemm.m_grouped_fp8_gemm_nt_contiguous(
-            (left.q, left.scale if left.tiles else _as_tiles(left.scale)),
-            (right.q, right.scale),
-            out_PN,
-            expert_P,
-            recipe_a=(1, TILE),
-            recipe_b=(TILE, TILE),
-            disable_ue8m0_cast=True,
-        )
-        return out_PN.to(dtype)
+            return left.q.new_empty(0, right.outer, dtype=dtype)
+        return self._products.grouped(_tiled(left), right, groups).to(dtype)
 
     def grouped_wgrad(
         self,
@@ -163,22 +139,15 @@ class HopperEngine:
         into: Tensor | None = None,
     ) -> Tensor:
         if isinstance(left, Tensor):
-            ends_E = _ends(groups, left.device)
-            return FusedKernels().grouped_weight_gradient(left.mT, right.mT, ends_E, dtype, into)
-        shape = len(groups.padded), left.outer, right.outer
-        out_EON = left.q.new_zeros(shape, dtype=torch.float32)
+            return FusedKernels().grouped_weight_gradient(left.mT, right.mT, groups.ends_E, dtype, into)
+        if groups.rows == 0 and into is None:
+            return left.q.new_zeros(len(groups.ends_E), left.outer, right.outer, dtype=dtype)
+        out_EON = into
+        if out_EON is None:
+            out_EON = left.q.new_empty(len(groups.ends_E), left.outer, right.outer, dtype=dtype)
         if groups.rows:
-            lengths = on_device(groups.padded, out_EON.device, torch.int32)
-            self._deep_gemm.k_grouped_fp8_gemm_nt_contiguous(
-                (left.q, left.scale),
-                (right.q, right.scale),
-                out_EON,
-                groups.padded,
-                lengths,
-                torch.zeros_like(out_EON),
-                recipe=(1, 1, TILE),
-            )
-        return added(out_EON.to(dtype), into)
+            self._products.wgrad(left, right, groups, out_EON, added=into is not None)
+        return out_EON
 
     def swiglu(self, h_P2F: Tensor, gates_P: Tensor, rule: OperandRule) -> Operand | Tensor:
         if rule.format is None or rule.granularity != "1x128":
@@ -200,35 +169,27 @@ class HopperEngine:
 def load_hopper(fp8: Fp8) -> HopperEngine:
     """The engine of this GPU. Raises UserError for what it lacks."""
     _check_recipe(fp8)
-    deep_gemm = load_deep_gemm() if needs_deep_gemm(fp8) else None
-    return HopperEngine(load_kernels(), deep_gemm)
+    require_fit(deep_gemm=False)
+    kernels, ours = (
+        importlib.import_module(f"train.precision.{name}") for name in ("triton_kernels", "triton_products")
+    )
+    return HopperEngine(kernels, DeepGemmProducts(load_deep_gemm()) if needs_deep_gemm(fp8) else TritonProducts(ours))
 
 
-def load_kernels() -> ModuleType:
-    """Our Triton kernels."""
-    require_fit(experts=False)
-    return importlib.import_module("train.precision.triton_kernels")
-
-
-def needs_deep_gemm(fp8: Fp8) -> bool:
+def has_fp8_experts(fp8: Fp8) -> bool:
     """Whether experts have FP8 products."""
     return _operands(fp8, "experts_up", "experts_down") != {"bf16"}
 
 
-def load_deep_gemm() -> ModuleType:
-    """DeepGEMM, of a version that has the kernels and fits the torch that is there."""
-    require_fit(experts=True)
-    try:
-        return importlib.import_module("deep_gemm")
-    except (ImportError, OSError, AssertionError) as error:  # an assertion where it finds no CUDA toolkit
-        rule = f"{DEEP_GEMM} {version(DEEP_GEMM)} cannot be loaded: {error!r}"
-        raise UserError("precision", "fp8", rule, PACKAGES) from error
+def needs_deep_gemm(fp8: Fp8) -> bool:
+    """Whether DeepGEMM has a part in the products."""
+    return fp8.backend == Fp8Backend.deepgemm
 
 
 def _check_recipe(fp8: Fp8) -> None:
-    """Neither product takes E5M2, and DeepGEMM takes weights in blocks only."""
+    """No product takes E5M2, and those of experts take weights in blocks only."""
     for families, library in (
-        (("experts_up", "experts_down"), "DeepGEMM has no other format"),
+        (("experts_up", "experts_down"), "the products of experts have no other format"),
         (("dense", "output"), "blockwise torch.nn.functional.scaled_mm takes no other format"),
     ):
         for operand in sorted(_operands(fp8, *families)):
@@ -239,7 +200,7 @@ def _check_recipe(fp8: Fp8) -> None:
         for product in ("fprop", "dgrad"):
             weight = getattr(getattr(fp8, family), product).weight
             if weight.split("/")[1:2] not in ([], ["128x128"], ["tensor"]):
-                rule = "must be 128x128 or tensor for experts on CUDA: DeepGEMM reads weights in blocks"
+                rule = "must be 128x128 or tensor for experts on CUDA: their products read weights in blocks"
                 raise UserError(f"precision.fp8.{family}.{product}.weight", weight, rule, "use e4m3/128x128/fp32")
 
 
@@ -271,13 +232,15 @@ def _padded_blocks(scale: Tensor) -> Tensor:
     return F.pad(scale, (0, -scale.shape[1] % 4), value=1.0).t()
 
 
-def _as_tiles(scale: Tensor) -> Tensor:
+def _tiled(x: Operand) -> Operand:
     """Scales per 128x128 (O / 128, C / 128) as scales per row and 128 columns, stored column by column."""
-    return scale.t().repeat_interleave(TILE, 1).t()
+    return x if x.tiles else replace(x, scale=x.scale.t().repeat_interleave(TILE, 1).t(), tiles=True)
 
 
-def _expanded(x: Tensor, cast: Cast, transposed: bool, groups: Groups | None, outer: int) -> Operand:
-    """An operand whose scales cover more than the kernels' blocks, written with each scale repeated."""
+def _expanded(x: Tensor, cast: Cast, transposed: bool, flat: list[int] | None, outer: int) -> Operand:
+    """An operand whose scales cover more than the kernels' blocks, written with each scale repeated. flat: rows of the
+    experts whose matrices shall lie one after the other.
+    """
     quantized = quantize_reference(x, cast)
     q, scale, (rows, columns) = quantized.q, quantized.scale, quantized.cast.block
     if transposed:
@@ -288,16 +251,11 @@ def _expanded(x: Tensor, cast: Cast, transposed: bool, groups: Groups | None, ou
     row_O = torch.arange(q.shape[0], device=q.device) // rows
     column_C = torch.arange(0, q.shape[1], TILE, device=q.device) // columns
     tiles = _by_column(scale[row_O[:, None], column_C[None, :]])
-    if groups is not None:
-        q = torch.cat([part.flatten() for part in q.split(groups.padded, 1)])
+    if flat is not None:
+        q = torch.cat([part.flatten() for part in q.split(flat, 1)])
     return Operand(q, tiles, True, outer)
 
 
 def _by_column(scale: Tensor) -> Tensor:
     """The same scales (O, C / 128) stored column by column; the strides say so even where a size is 1."""
     return scale.new_empty(scale.shape[::-1]).copy_(scale.t()).t()
-
-
-def _ends(groups: Groups, device: torch.device) -> Tensor:
-    """Where the padded rows of each expert end, for grouped_mm."""
-    return on_device(groups.padded, device).cumsum(0).to(torch.int32)

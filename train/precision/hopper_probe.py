@@ -15,13 +15,14 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from conf.errors import UserError
 from conf.files import atomic_write_text
 from conf.load import read_config, write_config
-from conf.schema import Config
+from conf.schema import Config, Fp8
 from train.precision.installed import BF16, PACKAGES, look, misfits, refusal
 
 if TYPE_CHECKING:
@@ -63,7 +64,11 @@ def probe(config: Config, device: int = 0) -> str:
         raise refusal([tuple(one) for one in said["bad"]], said["found"], name)
     if not said.get("done"):
         last = "".join(f"\n          {line}" for line in output.strip()[-TAIL:].splitlines())
-        raise refusal([(f"a process that tried them {how} in {said['stage']}:{last}", _cures())], said["found"], name)
+        raise refusal(
+            [(f"a process that tried them {how} in {said['stage']}:{last}", _cures(config.precision.fp8))],
+            said["found"],
+            name,
+        )
     return said["found"]
 
 
@@ -85,14 +90,14 @@ def main() -> int:
     from train.precision.hopper import load_hopper, needs_deep_gemm
 
     torch.cuda.set_device(device)
-    found, experts = look(device), needs_deep_gemm(fp8)
-    say(stage="comparing versions", found=str(found), bad=misfits(found, experts))
+    found, deep_gemm = look(device), needs_deep_gemm(fp8)
+    say(stage="comparing versions", found=str(found), bad=misfits(found, deep_gemm))
     if said["bad"]:
         return 0
     try:
-        say(stage="loading Triton and DeepGEMM")
+        say(stage="loading Triton and DeepGEMM" if deep_gemm else "loading Triton")
         engine = load_hopper(fp8)
-        bad = wrong_products(engine, torch.device("cuda", device), experts, lambda stage: say(stage=stage))
+        bad = wrong_products(engine, torch.device("cuda", device), fp8, lambda stage: say(stage=stage))
     except UserError as error:
         bad = [(f"{error.field} = {error.value}: {error.rule}", error.cure)]
     say(bad=bad, done=True)
@@ -109,37 +114,37 @@ class Trial:
 
 
 def wrong_products(
-    engine: "Engine", device: object, experts: bool, say: Callable[[str], None] = lambda stage: None
+    engine: "Engine", device: object, fp8: Fp8, say: Callable[[str], None] = lambda stage: None
 ) -> list[tuple[str, str]]:
     """Each small product that fails or whose values are not those of the reference, with the cure.
 
-    say: hears of each in advance.
+    fp8: names the library of the experts' products, and says whether there are any. say: hears of each in advance.
     """
     from train.precision.products import CpuEngine
 
     bad, reference = [], CpuEngine()
-    for trial in _trials(experts):
+    for trial in _trials(fp8):
         say(trial.name)
         expected = trial.run(reference, lambda x: x).float()
         try:
             ours = trial.run(engine, lambda x: x.to(device)).float().cpu()
         except Exception as error:  # whatever a library says of its own; a GPU in error fails what follows too
             said = "\n          ".join(str(error).strip().splitlines()[:3])[:TAIL]
-            return [*bad, (f"{trial.name} fails: {type(error).__name__}: {said}", _cures())]
+            return [*bad, (f"{trial.name} fails: {type(error).__name__}: {said}", _cures(fp8))]
         size = expected.norm(dim=-1)
         error = ((ours - expected).norm(dim=-1) / size.clamp_min(1e-4 * size.max())).max().item()
         if not error < BOUND:  # not a number is wrong too
             rule = f"{trial.name} is off by {error:.2g} of a row's norm, and {BOUND} is allowed"
-            bad.append((rule, _cures()))
+            bad.append((rule, _cures(fp8)))
     return bad
 
 
-def _trials(experts: bool) -> "Iterator[Trial]":
+def _trials(fp8: Fp8) -> "Iterator[Trial]":
     """Ragged sizes, five blocks of the contraction (no multiple of four), an expert without rows."""
     import torch
 
     from train.precision.formats import E4M3
-    from train.precision.groups import Groups
+    from train.precision.hopper import has_fp8_experts
     from train.precision.recipe import OperandRule
 
     tiles, blocks = OperandRule(E4M3, "1x128", False, 1e-4), OperandRule(E4M3, "128x128", False, 1e-4)
@@ -155,35 +160,41 @@ def _trials(experts: bool) -> "Iterator[Trial]":
     def dense(engine, there):
         return engine.product(engine.operand(there(x), tiles), engine.operand(there(w), blocks), torch.bfloat16)
 
-    def wgrad(engine, there):
+    def wgrad(engine, there, start=None):
         left, right = (engine.operand(there(t), tiles, transposed=True) for t in (g, x))
-        return engine.product(left, right, torch.float32)
+        return engine.product(left, right, torch.float32, None if start is None else there(start.clone()))
 
     yield Trial("torch.nn.functional.scaled_mm, 1x128 by 128x128", dense)
     yield Trial("torch.nn.functional.scaled_mm, 1x128 by 1x128", wgrad)
-    if not experts:
+    library = {"triton": "Triton", "deepgemm": "DeepGEMM"}[fp8.backend]
+    yield Trial(f"{library}'s product added to a gradient", partial(wgrad, start=30 * draw(384, 640).float()))
+    if not has_fp8_experts(fp8):
         return
     counts, weight_ENK = torch.tensor([130, 0, 3]), draw(3, 256, 640)
     rows_RK, grad_RN = draw(133, 640), draw(133, 256)
 
     def grouped(engine, there):
-        groups = Groups.of(there(counts))
+        groups = engine.groups(there(counts), len(rows_RK))
         left = engine.operand(groups.pad(there(rows_RK)), tiles)
-        return engine.grouped(left, engine.operand(there(weight_ENK), blocks), groups, torch.bfloat16)
+        y = engine.grouped(left, engine.operand(there(weight_ENK), blocks), groups, torch.bfloat16)
+        return groups.unpad(y)
 
-    def grouped_wgrad(engine, there):
-        groups = Groups.of(there(counts))
+    def grouped_wgrad(engine, there, start=None):
+        groups = engine.groups(there(counts), len(rows_RK))
         left, right = (
             engine.operand(groups.pad(there(t)), tiles, transposed=True, groups=groups) for t in (grad_RN, rows_RK)
         )
-        return engine.grouped_wgrad(left, right, groups, torch.float32)
+        return engine.grouped_wgrad(left, right, groups, torch.float32, None if start is None else there(start.clone()))
 
-    yield Trial("DeepGEMM's product with each row's expert", grouped)
-    yield Trial("DeepGEMM's product over the rows of each expert", grouped_wgrad)
+    yield Trial(f"{library}'s product with each row's expert", grouped)
+    yield Trial(f"{library}'s product over the rows of each expert", grouped_wgrad)
+    start = 30 * draw(3, 256, 640).float()
+    yield Trial(f"{library}'s product over the rows of each expert, added", partial(grouped_wgrad, start=start))
 
 
-def _cures() -> str:
-    return f"{PACKAGES}; or {BF16}"
+def _cures(fp8: Fp8) -> str:
+    torch = "install a CUDA build of a torch that is tried, 'torch>=2.11,<2.14', with the triton that it brings"
+    return f"{PACKAGES if fp8.backend == 'deepgemm' else torch}; or {BF16}"
 
 
 def _how(code: int) -> str:

@@ -27,8 +27,14 @@ OLDEST_NVCC = (12, 3)
 """DeepGEMM's own limit."""
 CAPABILITY = (9, 0)
 
-PACKAGES = "pip install 'torch>=2.11,<2.12' sgl-deep-gemm==0.1.5, which the extra [fp8] asks for"
-TOOLKIT = "install a CUDA 13 toolkit and set CUDA_HOME to its folder, the one that holds bin/nvcc"
+PACKAGES = (
+    "use precision.fp8.backend=triton, which needs no such package, or "
+    "pip install 'torch>=2.11,<2.12' sgl-deep-gemm==0.1.5, which the extra [fp8] asks for"
+)
+TOOLKIT = (
+    "use precision.fp8.backend=triton, which needs no nvcc, or "
+    "install a CUDA 13 toolkit and set CUDA_HOME to its folder, the one that holds bin/nvcc"
+)
 BF16 = "choose precision=bf16"
 
 
@@ -88,8 +94,8 @@ def look(device: int | None = None) -> Installed:
     )
 
 
-def misfits(found: Installed, experts: bool) -> list[tuple[str, str]]:
-    """What does not fit, and its cure. experts: whether those have FP8 products, which takes DeepGEMM."""
+def misfits(found: Installed, deep_gemm: bool) -> list[tuple[str, str]]:
+    """What does not fit, and its cure. deep_gemm: whether the experts' products are DeepGEMM's."""
     bad: list[tuple[str, str]] = []
     if found.gpu is None:
         bad.append(("torch sees no GPU", "use cluster.device=cpu"))
@@ -101,13 +107,13 @@ def misfits(found: Installed, experts: bool) -> list[tuple[str, str]]:
         bad.append((f"torch is built with CUDA {found.cuda}, and it takes 12.9", "install a build with CUDA 13"))
     if found.triton is None:
         bad.append(("triton is not installed", "install the CUDA build of torch, which brings triton"))
-    return bad + (_of_deep_gemm(found) if experts else [])
+    return bad + (_of_deep_gemm(found) if deep_gemm else [])
 
 
-def require_fit(experts: bool) -> None:
-    """Raises UserError for what does not fit. experts: as in `misfits`."""
+def require_fit(deep_gemm: bool) -> None:
+    """Raises UserError for what does not fit. deep_gemm: as in `misfits`."""
     found = look()
-    if bad := misfits(found, experts):
+    if bad := misfits(found, deep_gemm):
         raise refusal(bad, str(found))
 
 

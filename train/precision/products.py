@@ -96,6 +96,10 @@ class Engine(Protocol):
         """
         ...
 
+    def groups(self, counts_E: Tensor, rows: int) -> Groups:
+        """The layout of so many rows in all of experts with these row counts, for all that has `groups` here."""
+        ...
+
     def product(self, left: Any, right: Any, dtype: torch.dtype, into: Tensor | None = None) -> Tensor:
         """left @ right^T. into: of dtype; the product is added to it, and it is returned."""
         ...
@@ -174,6 +178,9 @@ class CpuEngine:
             else:
                 values = self._values(source, dtype)
         return values.mT if transposed else values
+
+    def groups(self, counts_E: Tensor, rows: int) -> Groups:
+        return Groups(counts_E)
 
     def product(self, left: Tensor, right: Tensor, dtype: torch.dtype, into: Tensor | None = None) -> Tensor:
         left, right = _common(left, right)

@@ -126,6 +126,7 @@ def _load_e5m6(q_ptr, scale_ptr, rows, start, tile, width, height, count: tl.con
 def _columns_kernel(
     x_ptr, in_scale_ptr, q_ptr, scale_ptr, base_ptr, stride_ptr, height, width, scale_column, scale_block,
     maximum: tl.constexpr, floor: tl.constexpr, pow2: tl.constexpr, scaled: tl.constexpr, packed: tl.constexpr,
+    flat: tl.constexpr,
     block: tl.constexpr,
 ):  # fmt: skip
     tile = tl.program_id(0)
@@ -138,8 +139,9 @@ def _columns_kernel(
         x = _load(x_ptr, in_scale_ptr, rows, columns, tl.program_id(1) * block // 128, width, height, scaled)
     scale, inverse = _scales(tl.max(tl.abs(x), axis=0), maximum, floor, pow2)
     q = _cast(x * inverse[None, :], maximum, q_ptr.dtype.element_ty)
-    # Both are whole tiles; without that knowledge the compiler stores byte by byte.
-    base, stride = tl.multiple_of(tl.load(base_ptr + tile), 128), tl.multiple_of(tl.load(stride_ptr + tile), 128)
+    base, stride = tile * 128, tl.cast(height, tl.int64)
+    if flat:  # both are whole tiles; without that knowledge the compiler stores byte by byte
+        base, stride = tl.multiple_of(tl.load(base_ptr + tile), 128), tl.multiple_of(tl.load(stride_ptr + tile), 128)
     tl.store(q_ptr + base + columns[:, None] * stride + tl.arange(0, 128)[None, :], tl.trans(q))
     tl.store(scale_ptr + columns * scale_column + tile * scale_block, scale)
 
@@ -234,27 +236,26 @@ def quantize_e5m6(x_RC: Tensor, cast: Cast) -> tuple[Tensor, Tensor]:
 
 
 def quantize_columns(
-    x_RC: Tensor, cast: Cast, in_scale: Tensor | None = None, groups: list[int] | None = None
+    x_RC: Tensor, cast: Cast, in_scale: Tensor | None = None, flat: list[int] | None = None
 ) -> tuple[Tensor, Tensor]:
     """q and scale of the transpose, tiles along R.
 
-    q (C, R), scale (C, R / 128) stored column by column.  groups, the rows of each expert: q is flat, one (C, rows) matrix
+    q (C, R), scale (C, R / 128) stored column by column.  flat, the rows of each expert: q is flat, one (C, rows) matrix
     after the other.  x_RC may be the q of `quantize_e5m6`, with its scale.
     """
     packed = x_RC.dtype == torch.uint8
     if packed:
         x_RC = x_RC.view(torch.int32)
     rows, columns = x_RC.shape[0], x_RC.shape[1] // 3 * 8 if packed else _sizes(x_RC)[1]
-    lengths = [rows] if groups is None else groups
-    base, stride = _tile_places(lengths, columns, x_RC.device)
+    base, stride = (x_RC, x_RC) if flat is None else _tile_places(flat, columns, x_RC.device)
     q = x_RC.new_empty(columns * rows, dtype=cast.format.dtype)
     tiles = rows // TILE
     scale = x_RC.new_empty(tiles, columns, dtype=torch.float32).t()
     _columns_kernel[(tiles, columns // COLUMNS)](
         x_RC, x_RC if in_scale is None else in_scale.t(), q, scale, base, stride, rows, columns, *scale.stride(),
-        cast.format.max, cast.floor, cast.pow2, in_scale is not None, packed, COLUMNS,
+        cast.format.max, cast.floor, cast.pow2, in_scale is not None, packed, flat is not None, COLUMNS,
     )  # fmt: skip
-    return (q.view(columns, rows) if groups is None else q), scale
+    return (q.view(columns, rows) if flat is None else q), scale
 
 
 def quantize_blocks(x_RC: Tensor, cast: Cast, transposed: bool) -> tuple[Tensor, Tensor]:

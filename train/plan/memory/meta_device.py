@@ -23,8 +23,9 @@ from train.model.kernels import Kernels
 from train.precision.build import activation_dtype
 from train.precision.formats import TILE, Cast
 from train.precision.fp8 import Fp8Precision, cpu_engine
+from train.precision.grouped_products import DeepGemmProducts, TritonProducts
 from train.precision.high import HighPrecision
-from train.precision.hopper import HopperEngine
+from train.precision.hopper import HopperEngine, needs_deep_gemm
 
 
 def _scaled_mm(a: Tensor, b: Tensor, *, output_dtype: torch.dtype, **scales: Any) -> Tensor:
@@ -60,7 +61,9 @@ def meta_precision(
     if kind == "cpu":
         engine = cpu_engine(precision.fp8, kernels, meta=True)
     else:
-        engine = HopperEngine(_KERNELS, _DEEP_GEMM, _scaled_mm)
+        deep_gemm = needs_deep_gemm(precision.fp8)
+        products = DeepGemmProducts(_DEEP_GEMM) if deep_gemm else TritonProducts(_PRODUCTS)
+        engine = HopperEngine(_KERNELS, products, _scaled_mm)
     return Fp8Precision(precision.fp8, torch.device("meta"), kernels, engine)
 
 
@@ -77,14 +80,14 @@ def _e5m6(x_RC: Tensor, cast: Cast) -> tuple[Tensor, Tensor]:
 
 
 def _columns(
-    x_RC: Tensor, cast: Cast, in_scale: Tensor | None = None, groups: list[int] | None = None
+    x_RC: Tensor, cast: Cast, in_scale: Tensor | None = None, flat: list[int] | None = None
 ) -> tuple[Tensor, Tensor]:
     rows, columns = x_RC.shape
     if x_RC.dtype == torch.uint8:
         columns = columns // 3 * 2
     q = x_RC.new_empty(columns * rows, dtype=cast.format.dtype)
     scale = x_RC.new_empty(rows // TILE, columns, dtype=torch.float32).t()
-    return (q.view(columns, rows) if groups is None else q), scale
+    return (q.view(columns, rows) if flat is None else q), scale
 
 
 def _blocks(x_RC: Tensor, cast: Cast, transposed: bool) -> tuple[Tensor, Tensor]:
@@ -113,8 +116,14 @@ _KERNELS = SimpleNamespace(
 )
 """In place of train/precision/triton_kernels.py."""
 
+_PRODUCTS = SimpleNamespace(
+    product=lambda left, left_scale, right, right_scale, out, ends=None: out,
+    wgrad=lambda left, left_scale, right, right_scale, out, added, ends=None: out,
+)
+"""In place of train/precision/triton_products.py, whose kernels write into tensors that the engine made."""
+
 _DEEP_GEMM = SimpleNamespace(
     m_grouped_fp8_gemm_nt_contiguous=lambda *args, **kwargs: None,
     k_grouped_fp8_gemm_nt_contiguous=lambda *args, **kwargs: None,
 )
-"""Its kernels write into tensors that the engine made."""
+"""Its kernels do, too."""
