@@ -12,7 +12,7 @@ NVIDIA's job (1024 H100, Megatron Bridge 25.09, FP8, forced balance: 1297 tokens
 128x128, which is this recipe) uses tensor parallelism, which is not here: mapped to pp 8, dp 128, ep 64, interleaved with 2
 stages a rank, batch 8192.
 
-Every rate comes from published timings of kernels (conf/hardware), none from these tables. The trace of DeepSeek's profile
+Both ran kernels of DeepGEMM's rate, so that is the backend here. Every rate comes from published timings of kernels (conf/hardware), none from these tables. The trace of DeepSeek's profile
 (one layer, forward and backward in a pair, 4096 tokens, EP 64) is not an input either; its pieces are compared one by one.
 
 Experts are balanced in these plans, as NVIDIA forces them to be. A layout that ran for others may not fit in this trainer, which keeps
@@ -38,11 +38,13 @@ from train.plan.time.step import StepTime, plan_time
 DEEPSEEK = (
     "conf=deepseek_v3", "data.path=none", "precision=fp8", "hardware=h800", "parallel.pp=16", "parallel.dp=128",
     "parallel.ep=64", "parallel.schedule=dualpipev", "parallel.dispatch=deepep", "parallel.wire=fp8", "plan.imbalance=1",
+    "precision.fp8.backend=deepgemm",
 )  # fmt: skip
 NVIDIA = (
     "conf=deepseek_v3", "data.path=none", "precision=fp8", "hardware=h100", "parallel.pp=8", "parallel.dp=128",
     "parallel.ep=64", "parallel.schedule=interleaved", "parallel.dispatch=deepep", "parallel.wire=bf16", "batch_size=8192",
     "optim.batch_ramp_start=null", "optim.batch_ramp_steps=0", "plan.imbalance=1",
+    "precision.fp8.backend=deepgemm",
 )  # fmt: skip
 PUBLISHED = {
     "step (s)": 19.926,

@@ -4,6 +4,7 @@ import json
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 from conf.errors import UserError
 from conf.load import compose
@@ -12,9 +13,11 @@ from train.cpu import cpu_name
 from train.kernels import build_kernels
 from train.plan.time import rates
 from train.plan.time.calibrate import fit_rate
+from train.plan.time.kernels import KernelCases
 from train.plan.time.rates import Rates, load_rates
 from train.plan.time.step import plan_time
 from train.plan.time.work import Work
+from train.precision.products import CpuEngine
 
 # DeepGEMM README at 55ab91f, H800, FP8 operands and bf16 results: groups, M, N, K, TFLOP/s.
 FPROP = [
@@ -131,3 +134,41 @@ def test_what_cannot_be_planned_says_why(overrides, field):
     with pytest.raises(UserError) as caught:
         plan_time(compose(*overrides))
     assert caught.value.field == field and caught.value.cure
+
+
+def test_the_rates_of_our_fp8_products_are_deep_gemms_and_a_published_ratio():
+    """SGLang pull requests 5207 and 5820, 4096 rows: microseconds of DeepGEMM over those of a Triton kernel."""
+    ratio = (293.120 / 562.688 + 37.632 / 68.672) / 2
+    for name in ("h100", "h200", "h800"):
+        shipped = compose(f"hardware={name}").hardware.rates
+        for ours, theirs in (
+            ("triton_grouped_fprop_fp8", "fprop_fp8"), ("triton_wgrad_fp8", "wgrad_fp8"),
+            ("triton_grouped_wgrad_fp8", "grouped_wgrad_fp8"),
+        ):  # fmt: skip
+            assert shipped[ours].flops / shipped[theirs].flops == pytest.approx(ratio, abs=0.01)
+            assert shipped[ours].bandwidth / shipped[theirs].bandwidth == pytest.approx(ratio, abs=0.01)
+            assert shipped[theirs].seconds / shipped[ours].seconds == pytest.approx(ratio, abs=0.01)
+
+
+def test_the_backend_moves_a_plan():
+    given = ("conf=deepseek_v3", "data.path=none", "precision=fp8", "hardware=h100", "parallel.pp=16", "parallel.dp=128",
+             "parallel.ep=64", "parallel.schedule=dualpipev", "parallel.dispatch=deepep", "parallel.wire=fp8")  # fmt: skip
+    ours, deep_gemm = (
+        plan_time(compose(*given, f"precision.fp8.backend={backend}")).step_seconds
+        for backend in ("triton", "deepgemm")
+    )
+    assert deep_gemm < ours < 1.2 * deep_gemm
+
+
+def test_fp8_products_can_be_timed_and_are_counted_with_the_sum_that_they_add_to():
+    """By the emulation, for want of a GPU: every case runs, of the kinds that a plan asks for."""
+    config = compose("precision=fp8", "hardware=h100", "model.vocab_size=256", "seq_len=64", "micro_batch_size=1")
+    cases = list(KernelCases(config, torch.device("cpu"))._fp8(CpuEngine()))
+    assert {case.work.kind for case in cases} == {
+        "fprop_fp8", "dgrad_fp8", "triton_wgrad_fp8", "triton_grouped_fprop_fp8", "triton_grouped_dgrad_fp8",
+        "triton_grouped_wgrad_fp8", "cast",
+    }  # fmt: skip
+    for case in cases:
+        made = case.run()
+        if case.work.kind.endswith("wgrad_fp8"):
+            assert made.dtype == torch.float32 and case.work.bytes > 8 * made.numel()

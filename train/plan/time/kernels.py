@@ -8,7 +8,8 @@ Shapes as in train/plan/time/work.py.
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from typing import NamedTuple
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -29,8 +30,10 @@ from train.plan.time.traffic import Spread
 from train.plan.time.update import ADAM_BYTES
 from train.plan.time.work import Sizes, Work
 from train.precision.build import activation_dtype
+from train.precision.groups import Groups
 from train.precision.hopper import load_hopper
-from train.precision.recipe import Product, build_recipe
+from train.precision.products import Engine
+from train.precision.recipe import Product, Recipe, build_recipe
 
 SHORTER = 4
 """The second number of tokens is this part of the first."""
@@ -284,19 +287,46 @@ class KernelCases:
                 lambda a=adam, b=params, c=parts: (a.step(), _copy(c, [one.detach() for one in b])),
             )
 
-    def _fp8(self, engine) -> Iterator[KernelCase]:
-        """FP8 products and casts, on a device that has them."""
+    def _fp8(self, engine: Engine) -> Iterator[KernelCase]:
+        """FP8 products and casts, on a device that has them. Those of weights add to a sum that is there."""
         sizes = replace(self.sizes, config=self.config)
-        recipe = build_recipe(self.config.precision.fp8).dense
+        recipe = build_recipe(self.config.precision.fp8)
         for counted, x, w, dy in self._linear_layers(sizes):
             for one, rules, left, right, flips in (
-                (counted.forward, recipe.fprop, x, w, (False, False)),
-                (counted.inputs, recipe.dgrad, dy, w, (False, True)),
-                (counted.weights, recipe.wgrad, dy, x, (True, True)),
+                (counted.forward, recipe.dense.fprop, x, w, (False, False)),
+                (counted.inputs, recipe.dense.dgrad, dy, w, (False, True)),
             ):
-                yield from _fp8_product(engine, one[0], rules, left, right, flips)
+                operands = _operands(engine, rules, left, right, flips)
+                yield KernelCase(one[0], partial(engine.product, *operands, torch.bfloat16))
+            operands, sums = _operands(engine, recipe.dense.wgrad, dy, x, (True, True)), _sums(w)
+            yield KernelCase(_added(counted, sums), partial(engine.product, *operands, torch.float32, sums))
             cast = Work("cast", bytes=x.numel() * 3)
-            yield KernelCase(cast, lambda x=x: engine.operand(x, recipe.fprop.left))
+            yield KernelCase(cast, lambda x=x: engine.operand(x, recipe.dense.fprop.left))
+        yield from self._fp8_grouped(engine, sizes, recipe)
+
+    def _fp8_grouped(self, engine: Engine, sizes: Sizes, recipe: Recipe) -> Iterator[KernelCase]:
+        """The same of experts."""
+        model = self.config.model
+        rows = sizes.tokens * model.top_k
+        draw = torch.Generator().manual_seed(0)
+        ids_R = torch.randint(sizes.local_experts, (rows,), generator=draw)
+        groups = engine.groups(ids_R.bincount(minlength=sizes.local_experts).to(self.device), rows)
+        for inputs, outputs, family in (
+            (model.hidden, 2 * model.expert_width, "experts_up"),
+            (model.expert_width, model.hidden, "experts_down"),
+        ):
+            counted, rules = work.grouped(sizes, rows, inputs, outputs, family), getattr(recipe, family)
+            x, dy = (groups.pad(self._tensor(rows, width)) for width in (inputs, outputs))
+            w = self._tensor(sizes.local_experts, outputs, inputs)
+            for one, product, left, flip in (
+                (counted.forward, rules.fprop, x, False),
+                (counted.inputs, rules.dgrad, dy, True),
+            ):
+                operands = _operands(engine, product, left, w, (False, flip))
+                yield KernelCase(one[0], partial(engine.grouped, *operands, groups, torch.bfloat16))
+            operands, sums = _operands(engine, rules.wgrad, dy, x, (True, True), groups), _sums(w)
+            run = partial(engine.grouped_wgrad, *operands, groups, torch.float32, sums)
+            yield KernelCase(_added(counted, sums), run)
 
 
 def _accumulate(sums: Sequence[Tensor], parts: Sequence[Tensor]) -> None:
@@ -314,9 +344,21 @@ def _of_kind(kind: str, works: list[Work]) -> Work:
     return next(one for one in works if one.kind == kind)
 
 
-def _fp8_product(
-    engine, counted: Work, rules: Product, left: Tensor, right: Tensor, flips: tuple[bool, bool]
-) -> Iterator[KernelCase]:
-    a = engine.operand(left, rules.left, transposed=flips[0])
-    b = engine.operand(right, rules.right, transposed=flips[1])
-    yield KernelCase(counted, lambda: engine.product(a, b, torch.bfloat16))
+def _operands(
+    engine: Engine, rules: Product, left: Tensor, right: Tensor, flips: tuple[bool, bool], groups: Groups | None = None
+) -> tuple[Any, Any]:
+    """Of a product, each transposed or not."""
+    return (
+        engine.operand(left, rules.left, transposed=flips[0], groups=groups),
+        engine.operand(right, rules.right, transposed=flips[1], groups=groups),
+    )
+
+
+def _sums(weight: Tensor) -> Tensor:
+    """Of gradients, in fp32."""
+    return torch.zeros_like(weight, dtype=torch.float32, requires_grad=False)
+
+
+def _added(counted: work.Passes, sums: Tensor) -> Work:
+    """The product of the weights' gradient of a micro-batch after the first: it also reads the sum."""
+    return counted.weights[0]._replace(bytes=counted.weights[0].bytes + 4 * sums.numel())

@@ -25,8 +25,12 @@ KINDS = {
     "grouped_fprop": "fprop",
     "grouped_dgrad": "grouped_fprop",
     "grouped_wgrad": "wgrad",
+    "triton_grouped_fprop": "grouped_fprop",
+    "triton_grouped_dgrad": "triton_grouped_fprop",
+    "triton_grouped_wgrad": "grouped_wgrad",
+    "triton_wgrad": "wgrad",
 }
-"""Kinds of products, each in a format (fprop_bf16), and what stands in for them."""
+"""Kinds of products, each in a format (fprop_bf16), and what stands in for them. Those of triton are our kernels, in FP8."""
 MEMORY = (
     "accumulate",
     "add",

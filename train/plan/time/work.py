@@ -9,7 +9,7 @@ Shapes: T tokens of a micro-batch, D width, F inner width, R rows of this rank's
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from conf.schema import Config, Recompute
+from conf.schema import Config, Fp8Backend, Recompute
 from train.kernels import build_kernels
 from train.plan.job import device_kind
 from train.plan.time.traffic import Spread
@@ -104,14 +104,17 @@ def _product(sizes: Sizes, rows: float, inputs: int, outputs: int, experts: int,
     fp8, element = sizes.fp8(family), sizes.element
     form, operand = ("fp8", 1) if fp8 else (sizes.high, element)
     flops = 2 * rows * inputs * outputs
+    triton = fp8 and sizes.config.precision.fp8.backend == Fp8Backend.triton
+    ours = "triton_" if prefix and triton else ""
+    added = "triton_" if triton and sizes.products_add else ours  # on a GPU a dense one too
 
     def product(name: str, read: float, written: float) -> Work:
-        return Work(f"{prefix}{name}_{form}", flops, read * operand + written * element)
+        return Work(f"{ours}{prefix}{name}_{form}", flops, read * operand + written * element)
 
     passes = Passes(
         [product("fprop", x + weights, y)],
         [product("dgrad", y + weights, x)],
-        sizes.weight_gradient(f"{prefix}wgrad_{form}", flops, (x + y) * operand, weights),
+        sizes.weight_gradient(f"{added}{prefix}wgrad_{form}", flops, (x + y) * operand, weights),
     )
     if fp8:
         once, kept = element + 1, 2  # read in bf16, written as FP8; what was kept in FP8 is read as FP8
