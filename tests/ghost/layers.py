@@ -4,6 +4,7 @@ The layers are those of bench/gpu/layer.py: the trainer's own code, with a dispa
 send. Counts are of the second micro-batch, when nothing is compiled or allocated any more.
 """
 
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -12,7 +13,7 @@ import torch
 from bench.gpu.layer import Layer, layer_config, waits
 from conf.schema import Optim
 from tests.ghost.log import Calls, recorded
-from tests.ghost.traffic import traffic
+from tests.ghost.traffic import STAND_IN, traffic
 from train.optim.adamw import AdamW
 
 LAYERS = (
@@ -20,10 +21,10 @@ LAYERS = (
     ("fp8", "dense", "flat"), ("fp8", "moe", "flat"), ("fp8", "moe", "node_limited"),
 )  # fmt: skip
 """Precision, kind, dispatch. A dense layer dispatches nothing."""
+BANDWIDTH = 3e12
+"""Bytes a second, some nine tenths of an H100's 3.35e12."""
 PHASES = ("forward", "backward", "inputs", "weights")
 """The last two are the same backward split in two, as zbv and dualpipev run it."""
-STAND_IN = "parallel/expert/stand_in.py"
-"""Its own waits are not in a job; a job waits once in their place, for how many rows each rank sends."""
 
 
 @dataclass(frozen=True)
@@ -34,17 +35,30 @@ class LayerCounts:
     """By phase."""
     bytes: dict[str, int]
     """Moved outside products and attention, by phase; see traffic.py."""
+    lines: Counter[str]
+    """The same of forward and backward by line."""
     on_host: dict[str, int]
     """Operations on tensors of the host, with their line."""
     waits: dict[str, int]
-    """Waits of forward and backward by line, without those of the stand-in."""
+    """Waits of forward and backward by line, without those of the stand-in: a job waits once in their place, for how many rows
+    each rank sends."""
+
+    @property
+    def milliseconds(self) -> float:
+        """What the bytes of forward and backward take at BANDWIDTH."""
+        return (self.bytes["forward"] + self.bytes["backward"]) / BANDWIDTH * 1e3
+
+    @property
+    def launches(self) -> int:
+        """Of forward and backward."""
+        return self.calls["forward"].launches + self.calls["backward"].launches
 
 
 def count_layer(precision: str, kind: str, dispatch: str) -> LayerCounts:
     device = torch.device("cuda", 0)
     layer = Layer(layer_config(precision, dispatch, 1, device), kind == "dense", device)
     _run(layer, lambda phase, work: work())
-    calls, moved, on_host = {}, {}, {}
+    calls, moved, on_host, lines = {}, {}, {}, Counter()
 
     def record(phase: str, work: Callable) -> object:
         with recorded() as calls[phase]:
@@ -54,6 +68,8 @@ def count_layer(precision: str, kind: str, dispatch: str) -> LayerCounts:
         with traffic() as seen:
             result = work()
         moved[phase] = seen.bytes
+        if phase in ("forward", "backward"):
+            lines.update(seen.by_line)
         on_host.update({place: count for place, count in seen.on_host.items() if STAND_IN not in place})
         return result
 
@@ -62,7 +78,7 @@ def count_layer(precision: str, kind: str, dispatch: str) -> LayerCounts:
     places = {place: count for place, count in waits(layer).items() if not place.startswith(STAND_IN)}
     stray = [name for name, one in _state(layer) if one.device != device]
     assert not stray, f"not on {device}: {stray}"
-    return LayerCounts(calls, moved, on_host, places)
+    return LayerCounts(calls, moved, lines, on_host, places)
 
 
 def _run(layer: Layer, around: Callable) -> None:
@@ -94,9 +110,8 @@ def table(found: dict[tuple[str, str, str], LayerCounts]) -> list[str]:
         launches = [counts.calls[phase].launches for phase in PHASES]
         lines.append(f"{name:26}" + "".join(f"{one:11d}" for one in (*launches, sum(launches[:2]))) + "  launches")
         gigabytes = [counts.bytes[phase] / 1e9 for phase in PHASES]
-        lines.append(
-            f"{'':26}" + "".join(f"{one:11.2f}" for one in (*gigabytes, sum(gigabytes[:2]))) + "  GB outside products"
-        )
+        figures = "".join(f"{one:11.2f}" for one in (*gigabytes, sum(gigabytes[:2])))
+        lines.append(f"{'':26}{figures}  GB outside products and attention: {counts.milliseconds:.2f} ms at 3 TB/s")
         waited = ", ".join(f"{count} at {place}" for place, count in counts.waits.items()) or "none"
         lines.append(f"{'':26}  waits of the host: {waited}")
     return lines
@@ -120,3 +135,9 @@ def count_update(parameters: int, elements: int) -> int:
         step()
     assert not calls.waits, "the update waits for the device"
     return calls.launches
+
+
+def by_line(counts: LayerCounts, rows: int = 20) -> list[str]:
+    """The largest items of one layer, to print."""
+    items = counts.lines.most_common(rows)
+    return [f"{moved / BANDWIDTH * 1e3:8.3f} ms{moved / 1e6:10.1f} MB  {line}" for line, moved in items if moved]

@@ -1,7 +1,8 @@
 """Bytes that a stretch of a program moves, and what it computes on tensors of the host, seen at torch's dispatcher.
 
 An estimate of memory traffic: every operation reads its inputs once and writes its outputs once. Products and attention are left
-out, as they are bound by arithmetic; so are views and tensors that are only made. Other kernels of Triton count all their tensors.
+out, as they are bound by arithmetic; so are views and tensors that are only made, and what stands in for other ranks. Other kernels
+of Triton count all their tensors.
 """
 
 import traceback
@@ -34,6 +35,8 @@ ONLY_WRITTEN = (
     "full_like",
 )
 """Operations that do not read their first argument."""
+STAND_IN = "parallel/expert/stand_in.py"
+"""It copies rows where a job has an exchange, and makes up which rows: neither is in a job."""
 TO_THE_DEVICE = (
     "_to_copy",
     "copy_",
@@ -54,7 +57,7 @@ class Traffic(TorchDispatchMode):
         super().__init__()
         self.bytes = 0
         self.by_line: Counter[str] = Counter()
-        """Bytes by the line of this project that asked for the operation."""
+        """Bytes by the line of this project that asked for the operation, or by the name of our kernel."""
         self.on_host: Counter[str] = Counter()
         """Operations that compute on the host's tensors, with their line."""
 
@@ -75,13 +78,16 @@ class Traffic(TorchDispatchMode):
             self.add(taken, outputs)
         return result
 
-    def add(self, *sides: list[Tensor]) -> None:
-        """Tensors that are read, and those that are written."""
+    def add(self, *sides: list[Tensor], name: str = "") -> None:
+        """Tensors that are read, and those that are written. name: of a kernel, which stands for its line."""
+        place = project_line()
+        if place.startswith(STAND_IN):
+            return
         moved = sum(
             sum({(one.data_ptr(), one.numel()): _bytes(one) for one in side if one.is_cuda}.values()) for side in sides
         )
         self.bytes += moved
-        self.by_line[project_line()] += moved
+        self.by_line[name or place] += moved
 
     def _note_host(self, name: str, tensors: list[Tensor]) -> None:
         if any(one.device.type == "cpu" and one.numel() > 1 for one in tensors):
@@ -97,7 +103,7 @@ def traffic() -> Iterator[Traffic]:
 
     def counted(kernel, *args, **options):
         if kernel.fn.__name__ not in TRITON_PRODUCTS:
-            mode.add(_tensors(args))
+            mode.add(_tensors(args), name=f"Triton kernel {kernel.fn.__name__.strip('_').removesuffix('_kernel')}")
         return run(kernel, *args, **options)
 
     JITFunction.run = counted

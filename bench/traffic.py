@@ -1,0 +1,58 @@
+"""Memory traffic, launches and waits of DeepSeek-V3's layers on a GPU, line by line, counted without one.
+
+    python -m bench.traffic [--precision fp8] [--kind moe] [--dispatch node_limited] [--rows 20]
+
+Builds the layers at full width, 4096 tokens, forward and backward, on the stand-in for a GPU of tests/ghost, and prints what each moves
+outside products and attention, in milliseconds at 3 TB/s: in all, and the largest items by line of this project or by the name of
+our kernel. Nothing is computed, so these are counts and no times. Needs a CUDA build of torch (.ci/gpu says how to get one).
+
+Takes about a minute.
+"""
+
+import argparse
+import subprocess
+import sys
+import warnings
+
+from tests.ghost.build import NoCudaBuild, ghost_environment
+from tests.ghost.log import on_ghost
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for name, choices in (
+        ("--precision", ("bf16", "fp8")),
+        ("--kind", ("dense", "moe")),
+        ("--dispatch", ("flat", "node_limited")),
+    ):
+        parser.add_argument(name, choices=choices)
+    parser.add_argument("--rows", type=int, default=20, help="largest items of every layer")
+    options = parser.parse_args()
+    if on_ghost():
+        return show(options)
+    try:
+        environment = ghost_environment()
+    except NoCudaBuild as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return subprocess.run([sys.executable, "-m", "bench.traffic", *sys.argv[1:]], env=environment).returncode
+
+
+def show(options: argparse.Namespace) -> int:
+    """Count and print, in a process on the ghost."""
+    warnings.filterwarnings("ignore")
+    from tests.ghost import layers, stand_ins
+
+    stand_ins.install()
+    wanted = options.precision, options.kind, options.dispatch
+    keys = [key for key in layers.LAYERS if all(want in (None, part) for want, part in zip(wanted, key, strict=True))]
+    found = {key: layers.count_layer(*key) for key in keys}
+    for key, counts in found.items():
+        print("\n".join([f"\n{' '.join(key)}: {counts.milliseconds:.2f} ms", *layers.by_line(counts, options.rows)]))
+    print("\n".join(["", *layers.table(found)]))
+    sys.stdout.flush()
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
