@@ -30,7 +30,8 @@ from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
 from parallel.expert import triton_rows
-from train.model import fused_rows
+from train.model import fused_rows, triton_route
+from train.model.routing import RoutingRule
 from train.model.triton_grouped import grouped_weight_gradient
 from train.optim import triton_adamw
 from train.precision import triton_kernels as kernels
@@ -168,7 +169,17 @@ def of_the_model() -> dict[str, Callable]:
     q, kv, latent = (torch.empty(1, ROWS, *size, dtype=bf16) for size in ((128, 192), (128, 256), (576,)))
     table = torch.empty(ROWS, 32, dtype=torch.complex64)
     grads = [torch.empty(1, ROWS, 128, width, dtype=bf16).transpose(1, 2) for width in (192, 192, 128)]
+    rule, float32 = RoutingRule(8, 8, 4, 2.5, 2), torch.float32
+    logits, ids, eight, one = (
+        torch.empty(1, ROWS, n, dtype=t) for n, t in ((256, float32), (8, torch.int64), (8, float32), (1, float32))
+    )
+    bias, loads, count = torch.empty(256), torch.empty(256, dtype=torch.int64), torch.empty(1)
+    sums = [torch.empty(1, ROWS // triton_route.TOKENS, 256, dtype=t) for t in (torch.int32, float32, torch.int32)]
+    made = logits, ids, eight, one, one
     return {
+        "model: route": lambda: triton_route.route(logits, bias, rule, made, sums, False, True),
+        "model: route, finish": lambda: triton_route.finish(sums, (loads, bias, count), bias, rule, ROWS, 1e-4, True),
+        "model: route_bwd": lambda: triton_route.backward(eight, (*made, bias), logits, rule, 1e-4),
         "model: swiglu": lambda: fused_rows.swiglu(h, None),
         "model: swiglu, gated": lambda: fused_rows.swiglu(h, gates),
         "model: swiglu_bwd": lambda: fused_rows.swiglu_backward(rows, h, None),

@@ -455,9 +455,9 @@ def router(machine: Machine) -> Finding:
     model = replace(model, hidden=512)
     sides = []
     for reference in (True, False):
-        device, _ = machine.side(reference)
+        device, kernels = machine.side(reference)
         draw = seeded(15, device, torch.bfloat16)
-        module = Router(model, device=device, dtype=torch.bfloat16)
+        module = Router(model, kernels, device=device, dtype=torch.bfloat16)
         with torch.no_grad():
             module.weight.copy_(draw(model.experts, 512, scale=0.02, grad=False))
         module.balance_weight = 1e-2

@@ -9,6 +9,8 @@ import torch
 from bench.gpu import interpreter
 from train.model.fused import FusedKernels
 from train.model.kernels import Kernels
+from train.model.routing import RoutingRule
+from train.model.sequence import Positions
 
 torch.set_num_threads(1)
 OURS, PLAIN = FusedKernels(), Kernels()
@@ -68,3 +70,31 @@ def test_on_the_meta_device_results_are_as_large():
     h, gates = torch.empty(4, 16, device="meta", dtype=torch.bfloat16), torch.empty(4, device="meta")
     assert OURS.swiglu(h, gates).shape == (4, 8)
     assert [t.shape for t in OURS.swiglu_backward(h[:, :8], h, gates)] == [(4, 16), (4,)]
+
+
+@pytest.mark.parametrize("batch, length, experts, rule", [
+    (2, 21, 16, RoutingRule(4, 4, 2, 2.5, 2)), (1, 1, 8, RoutingRule(2, 1, 1, 1.0, 2)), (1, 40, 20, RoutingRule(3, 5, 3, 2.5, 2)),
+    (1, 18, 256, RoutingRule(8, 8, 4, 2.5, 2)), (1, 0, 8, RoutingRule(2, 2, 1, 1.0, 2)),
+])  # fmt: skip
+@pytest.mark.parametrize("weight", [None, 0.0, 0.3], ids=["uncounted", "counted", "balanced"])
+def test_the_router_chooses_the_same(batch, length, experts, rule, weight):
+    """Equal scores among them, which go to the lower index; sums of at most 256 numbers differ in the last bits of fp32."""
+    logits = (8 * draw(batch, length, experts).float()).round() / 8
+    bias = (draw(experts, seed=1).float() * 4).round() / 64
+    results = []
+    for kernels in (OURS, PLAIN):
+        x = logits.clone().requires_grad_()
+        counters = torch.ones(experts, dtype=torch.int64), torch.ones(experts), torch.tensor(1.0)
+        gates, ids = kernels.route(
+            x, bias, rule, weight or 0.0, None if weight is None else counters, Positions(length)
+        )
+        (dx,) = torch.autograd.grad(gates, x, draw(*gates.shape, seed=2).float())
+        results.append((gates, dx, ids, *counters))
+    (gates, dx, ids, *counters), (expected_gates, expected_dx, expected_ids, *expected_counters) = results
+    assert torch.equal(ids, expected_ids) and torch.equal(counters[0], expected_counters[0])
+    torch.testing.assert_close(gates, expected_gates, rtol=2e-6, atol=0)
+    torch.testing.assert_close(
+        dx, expected_dx, rtol=1e-4, atol=1e-7
+    )  # differences of numbers near 1, off by some 2^-24
+    for one, other in zip(counters[1:], expected_counters[1:], strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=0)

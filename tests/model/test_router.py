@@ -8,7 +8,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from conf.schema import Model
-from train.model.router import Router, RoutingRule, choose, top_indices
+from train.kernels import build_kernels
+from train.model.router import Router
+from train.model.routing import RoutingRule, choose, top_indices
 
 torch.set_num_threads(1)
 
@@ -46,7 +48,7 @@ def test_top_indices_are_stable():
 def router_with(bias: torch.Tensor | None = None, **change) -> Router:
     torch.manual_seed(0)
     shape = {"hidden": 8, "experts": 8, "top_k": 2, "groups": 4, "top_groups": 2, "route_scale": 2.5} | change
-    router = Router(Model(**shape))
+    router = Router(Model(**shape), build_kernels("cpu"))
     torch.nn.init.normal_(router.weight)
     if bias is not None:
         router.bias_E.copy_(bias)

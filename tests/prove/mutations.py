@@ -23,7 +23,7 @@ from parallel.zero.engine import Zero
 from parallel.zero.whole_weights import WholeWeights
 from train.loop import step as training_step
 from train.loop.state import State
-from train.model import rope, router
+from train.model import rope, router, routing
 from train.model.deepseek import DeepSeekV3, Head
 from train.model.mtp import MTP
 from train.model.recompute import Recomputed
@@ -286,7 +286,7 @@ def balance_loss_detached(patch: Patch) -> None:
         ctx.balance_weight = 0.0
         return original(ctx, *grads)
 
-    around(patch, router._Route, "backward", backward)
+    around(patch, routing.Route, "backward", backward)
 
 
 @mutation("NVIDIA/Megatron-LM#3672: the balance loss shrinks with the number of data-parallel ranks", "copies",
@@ -361,7 +361,7 @@ def bias_in_the_gate(patch: Patch) -> None:
         biased = (logits_BTE.sigmoid() + bias_E).clamp(1e-6, 1 - 1e-6)
         return original(ctx, biased.logit(), torch.zeros_like(bias_E), *rest)
 
-    around(patch, router._Route, "forward", forward)
+    around(patch, routing.Route, "forward", forward)
 
 
 @mutation(
@@ -374,7 +374,7 @@ def route_scale_skipped(patch: Patch) -> None:
     def forward(original, ctx, logits_BTE, bias_E, rule, *rest):
         return original(ctx, logits_BTE, bias_E, rule._replace(route_scale=1.0), *rest)
 
-    around(patch, router._Route, "forward", forward)
+    around(patch, routing.Route, "forward", forward)
 
 
 @mutation("EricLBuehler/mistral.rs#1278: groups chosen by another rule", "copies", FORWARD, "load|moe|layers")
@@ -382,7 +382,7 @@ def groups_by_their_best_expert(patch: Patch) -> None:
     def choose(original, biased_BTE, rule):
         return original(biased_BTE, rule._replace(group_top_k=1))
 
-    around(patch, router, "choose", choose)
+    around(patch, routing, "choose", choose)
 
 
 @mutation(
@@ -455,7 +455,7 @@ def loads_counted_twice(patch: Patch) -> None:
     "NVIDIA-NeMo/Automodel#3247: a layer that runs again counts its tokens again", "layers again", FORWARD, "load"
 )
 def loads_counted_in_the_second_run(patch: Patch) -> None:
-    patch.setattr(router, "is_repeated", lambda: False)
+    patch.setattr(routing, "is_repeated", lambda: False)
 
 
 @mutation(

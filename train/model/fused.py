@@ -11,8 +11,10 @@ from torch.nn import functional as F
 
 from train.model import fused_rows, grouped
 from train.model.attention import Attention, document_mask
+from train.model.fused_route import FusedRoute
 from train.model.kernels import Groups, Kernels
-from train.model.sequence import Rectangle
+from train.model.routing import Counters, Route, RoutingRule
+from train.model.sequence import Positions, Rectangle
 from train.model.weight_gradient import LinearProduct
 
 
@@ -144,6 +146,20 @@ class FusedKernels(Kernels):
         from train.model.triton_grouped import grouped_weight_gradient
 
         return grouped_weight_gradient(grad_RO, x_RI, groups, into_EOI)
+
+    def route(
+        self,
+        logits_BTE: Tensor,
+        bias_E: Tensor,
+        rule: RoutingRule,
+        balance_weight: float,
+        counters: Counters | None,
+        positions: Positions,
+    ) -> tuple[Tensor, Tensor]:
+        # fp64 is a proof's; ranks that share a sequence exchange counts between the two kernels
+        one_kernel = logits_BTE.dtype == torch.float32 and positions.share is None
+        route = FusedRoute if one_kernel else Route
+        return route.apply(logits_BTE, bias_E, rule, balance_weight, counters, positions)
 
     def groups(self, counts_E: Tensor, dtype: torch.dtype) -> Groups:
         return grouped.ends_of(counts_E)

@@ -18,7 +18,8 @@ from torch.nn import functional as F
 from train.model import grouped
 from train.model.attention import BlockAttention, attend, attend_backward, document_spans
 from train.model.rope import PlainHeads
-from train.model.sequence import Rectangle
+from train.model.routing import Counters, Route, RoutingRule
+from train.model.sequence import Positions, Rectangle
 
 Groups = Tensor | list[int]
 """Which rows are an expert's: how many each has, or where those of each end, int32 (E,)."""
@@ -129,6 +130,21 @@ class Kernels:
         out, lse: output and log-sum-exp over all blocks that the queries meet.
         """
         return attend_backward(dout_BHTV, q_BHTQ, k_BHSQ, v_BHSV, out_BHTV, lse_BHT, scale, rectangles)
+
+    def route(
+        self,
+        logits_BTE: Tensor,
+        bias_E: Tensor,
+        rule: RoutingRule,
+        balance_weight: float,
+        counters: Counters | None,
+        positions: Positions,
+    ) -> tuple[Tensor, Tensor]:
+        """Gate values fp32 and expert ids int64, (B, T, K), from the router's logits. Differentiable, with the balance loss.
+
+        In a repeated run of a block the ids are those of the first, and nothing is counted (train/model/recompute.py).
+        """
+        return Route.apply(logits_BTE, bias_E, rule, balance_weight, counters, positions)
 
     def sort_by_expert(self, expert_ids_TK: Tensor, experts: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Places of the rows in the order of their experts, the way back, the token of every sorted row, and rows per expert."""

@@ -156,7 +156,7 @@ class MoE(nn.Module):
         self, config: Model, precision: LayerPrecision, dispatcher: Dispatcher, local_experts: range, **factory
     ):
         super().__init__()
-        self.router = Router(config, **factory)
+        self.router = Router(config, precision.kernels, **factory)
         self.experts = Experts(config, local_experts, **factory)
         self.shared = None
         if config.shared_experts:

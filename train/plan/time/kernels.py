@@ -22,7 +22,7 @@ from train.model.layers import Embedding, RMSNorm, swiglu
 from train.model.loss import cross_entropy
 from train.model.moe import LocalDispatcher
 from train.model.rope import Rope
-from train.model.router import Router, _Route
+from train.model.router import Router
 from train.model.sequence import Positions
 from train.optim.adamw import AdamW, moments_dtype
 from train.plan.time import work
@@ -230,14 +230,15 @@ class KernelCases:
 
     def _routing(self, sizes: Sizes, batch: int, length: int) -> Iterator[KernelCase]:
         model = self.config.model
-        counted, router = work.router(sizes), Router(model, device=self.device, dtype=self.dtype)
+        counted, router = work.router(sizes), Router(model, self.kernels, device=self.device, dtype=self.dtype)
         logits = torch.randn(batch, length, model.experts, device=self.device).requires_grad_()
         counters = (router.load_E, router.score_E, router.balance_loss)
 
         whole = Positions(length)
 
         def route() -> tuple[Tensor, Tensor]:
-            return _Route.apply(logits, router.bias_E, router.rule, self.config.optim.balance_loss, counters, whole)
+            weight = self.config.optim.balance_loss
+            return self.kernels.route(logits, router.bias_E, router.rule, weight, counters, whole)
 
         yield KernelCase(_of_kind("route_forward", counted.forward), route)
         gates, ids = route()
