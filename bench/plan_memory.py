@@ -19,7 +19,7 @@ import time
 import torch
 import torch.distributed as dist
 
-import train.model.router as router
+import train.model.routing as routing
 from conf.load import compose
 from conf.schema import Config
 from parallel.mesh import build_mesh, read_layout
@@ -130,7 +130,7 @@ def measure(config: Config, rank: int) -> dict[str, int]:
     return peaks
 
 
-def even(biased_BTE: torch.Tensor, rule: router.RoutingRule) -> torch.Tensor:
+def even(biased_BTE: torch.Tensor, rule: routing.RoutingRule) -> torch.Tensor:
     """In place of the router's choice: tokens take the experts in turn."""
     B, T, E = biased_BTE.shape
     first_T = torch.arange(B * T, device=biased_BTE.device) * rule.top_k
@@ -140,7 +140,7 @@ def even(biased_BTE: torch.Tensor, rule: router.RoutingRule) -> torch.Tensor:
 def run_rank(rank: int, store: str, overrides: list[str], world: int, results) -> None:
     """Body of one rank's process."""
     torch.set_num_threads(1)
-    router.choose = even
+    routing.choose = even
     dist.init_process_group("gloo", init_method=f"file://{store}/store", rank=rank, world_size=world)
     results.put((rank, measure(compose(*overrides), rank)))
     dist.barrier()

@@ -20,6 +20,8 @@ from bench.gpu.line import Check, Finding, NotTried
 from bench.gpu.machine import DeviceSide, Machine
 from conf.errors import UserError
 from conf.load import compose
+from parallel.expert.permute import FanOut, Wanted, collect, fan_out_with_entries, hits
+from parallel.expert.wire import Fp8Wire
 from train.kernels import build_kernels
 from train.model.layers import RMSNorm, swiglu
 from train.model.loss import cross_entropy
@@ -54,6 +56,7 @@ def checks(machine: Machine) -> list[Check]:
     of_triton = {
         "quantize_tiles": tiles, "quantize_columns": columns, "quantize_columns by expert": columns_by_expert,
         "quantize_blocks": blocks, "swiglu_tiles": swiglu_tiles, "swiglu_backward": swiglu_backward,
+        "quantize_e5m6": e5m6, "place_hits, collect and encode of dispatchers": dispatched,
     }  # fmt: skip
     of_fp8 = {
         "FP8 product, 1x128 by 128x128": partial(dense, transposed=False),
@@ -82,7 +85,6 @@ def checks(machine: Machine) -> list[Check]:
         "head and cross-entropy": loss,
     }
     found = [Check(f"Triton kernel {name}", partial(work, machine)) for name, work in of_triton.items()]
-    found.append(Check("cast to E5M6", partial(e5m6, machine)))
     found += [Check(name, partial(work, machine), limit=90) for name, work in of_fp8.items()]
     found += [Check(name, partial(three_sides, machine, work)) for name, work in of_step.items()]
     found += [Check("router", partial(router, machine)), Check("AdamW, three updates", partial(adamw, machine))]
@@ -266,11 +268,37 @@ def within(pairs: dict[str, tuple[float, float]], bound: str) -> Finding:
 
 
 def e5m6(machine: Machine) -> Finding:
-    """Attention outputs wait for backward in 12 bits, by torch's operations on every device."""
-    pairs, cast = [], Cast(E5M6, (1, TILE), True)
+    """Attention outputs wait for backward in 12 bits."""
+    kernels, pairs, cast = triton_kernels(machine), [], Cast(E5M6, (1, TILE), True)
     for x in wide(machine):
-        ours, expected = quantize_reference(x.to(machine.device), cast), quantize_reference(x, cast)
-        pairs += [(f"of {x.dtype}", ours.q, expected.q), (f"scales of {x.dtype}", ours.scale, expected.scale)]
+        q, scale = kernels.quantize_e5m6(x.to(machine.device), cast)
+        expected = quantize_reference(x, cast)
+        pairs += [(f"of {x.dtype}", q, expected.q), (f"scales of {x.dtype}", scale, expected.scale)]
+    return bits(pairs)
+
+
+def dispatched(machine: Machine) -> Finding:
+    """Which copies are made of which tokens, their sums, and the bytes of the FP8 wire."""
+    triton_kernels(machine)  # NotTried without triton
+    from parallel.expert import triton_rows
+
+    tokens = 700 if machine.on_gpu else 140
+    ids = torch.rand(tokens, 64, generator=torch.Generator().manual_seed(4)).topk(8).indices
+    wanted = Wanted(16, 1, 16)
+    copies = int(hits(ids, wanted).sum())
+    *fan, entries = triton_rows.place_hits(ids.to(machine.device), *wanted, copies)
+    expected, expected_entries = fan_out_with_entries(ids, wanted, copies)
+    pairs = [*zip(FanOut._fields, fan, expected, strict=True), ("entries", entries, expected_entries)]
+    for x in wide(machine):
+        wire, rows = Fp8Wire(), x[:8].to(machine.device)
+        coded = torch.empty(8, wire.row_bytes(x.shape[1], x.dtype), dtype=torch.uint8, device=machine.device)
+        triton_rows.encode(rows, coded, wire.activation_floor)
+        pairs.append((f"wire of {x.dtype}", coded, wire.encode(x[:8])))
+        sources = torch.arange(copies) % len(x)
+        out = torch.empty(tokens, x.shape[1], dtype=x.dtype, device=machine.device)
+        triton_rows.collect(x[sources].to(machine.device), fan[1], fan[2], out)
+        summed = collect(x[sources].float(), expected).to(x.dtype)
+        pairs.append((f"sums of {x.dtype}", out, summed))
     return bits(pairs)
 
 

@@ -75,10 +75,7 @@ def _route_kernel(
     chosen = tl.zeros((TOKENS, CHOSEN), tl.float32)
     hits = tl.zeros((TOKENS, EXPERTS), tl.int32)
     for k in range(K):
-        if given:
-            best = tl.load(ids_ptr + token * K + k, real, 0).to(tl.int32)
-        else:
-            best = _largest(left, E - 1)
+        best = tl.load(ids_ptr + token * K + k, real, 0).to(tl.int32) if given else _largest(left, E - 1)
         taken = expert == best
         left = tl.where(taken, -float("inf"), left)
         ids = tl.where(entry == k, best, ids)

@@ -81,11 +81,11 @@ def _compare_peaks(rank: int, overrides: list[str], bucket: int | None) -> None:
     import torch
 
     import parallel.zero.engine as zero
-    import train.model.router as router
+    import train.model.routing as routing
     import train.plan.memory.zero3 as stage3
 
     torch.set_num_threads(1)
-    router.choose = even
+    routing.choose = even
     if bucket is not None:
         zero.BUCKET_ELEMENTS = stage3.BUCKET_ELEMENTS = bucket
     config = compose(*overrides)
