@@ -132,8 +132,8 @@ class _LocalGradients:
     def set_lr(self, lr: float) -> None:
         """Nothing is updated."""
 
-    def step(self, valid: bool = True) -> Update:
-        return Update(0.0, valid, [])
+    def step(self, valid: bool | Tensor = True) -> Update:
+        return Update(0.0, bool(valid), [])
 
     def give(self, evidence: Evidence) -> None:
         """Of experts, the offset says which ones."""
