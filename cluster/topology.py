@@ -21,6 +21,7 @@ Every node holds the same number of ranks of an expert group, as the two-hop dis
 import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import cached_property
 
 from conf.errors import UserError
 
@@ -86,6 +87,11 @@ class Placement:
 
     def by_node(self) -> dict[str, list[Seat]]:
         """Seats of every node that has any, by node id, ordered by local rank."""
+        return self._by_node
+
+    @cached_property
+    def _by_node(self) -> dict[str, list[Seat]]:
+        """Asked for again and again, of thousands of nodes."""
         found: dict[str, list[Seat]] = {}
         for seat in self.seats:
             found.setdefault(seat.node.id, []).append(seat)

@@ -41,7 +41,11 @@ class Attempt:
 
     @property
     def reachable(self) -> tuple[str, ...]:
+        """All nodes with ranks that were not lost; of one of them ask `reaches`."""
         return tuple(node for node in self.ranks_of if node not in self.lost)
+
+    def reaches(self, node: str) -> bool:
+        return node in self.ranks_of and node not in self.lost
 
     @property
     def live_reports(self) -> list[RankReport]:

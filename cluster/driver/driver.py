@@ -35,6 +35,8 @@ PATIENCE = 0.25
 """Seconds after which an agent without news answers; it is asked again at once."""
 ANSWERS = 400
 """A second at most: of many agents each has more patience, so that the driver does not drown in answers without news."""
+TICK_EVERY = 0.05
+"""Seconds between decisions, at least."""
 LOOK_EVERY = 1.0
 """Seconds between looks at the list of nodes and at the checkpoints."""
 
@@ -92,7 +94,7 @@ class Driver:
         self._started_at = clock()
         self._first_step: int | None = None
         self._offsets: dict[int, int] = {}
-        self._looked = -LOOK_EVERY
+        self._looked, self._ticked = -LOOK_EVERY, -TICK_EVERY
         self._stop: str | None = None
 
     def run(self) -> m.Finish:
@@ -129,6 +131,9 @@ class Driver:
             self._take(reply)
         if self._network is not None:
             self._test_network()
+        if self.clock() - self._ticked < TICK_EVERY:
+            return  # what follows looks at all nodes, and thousands of them answer one by one
+        self._ticked = self.clock()
         if self.supervisor.phase is not DriverPhase.running:  # what can be saved is about to count
             self._look_at_copies()
         self._tell(m.Tick())
@@ -268,9 +273,11 @@ class Driver:
         self._note("node_refused", f"{node.name}: {problem}", node=node.name)
 
     def _take_answer(self, node: str, answer: Answer) -> None:
-        number = self.supervisor.number
-        if answer.attempt == number:
+        number, attempt = self.supervisor.number, self.supervisor.attempt
+        if answer.attempt == number and attempt is not None:
             for rank, piece in answer.output.items():
+                if rank not in self._offsets:
+                    self.journal.output(rank, f"---- attempt {number} on {attempt.names[rank]} ----\n".encode())
                 self._offsets[rank] = self._offsets.get(rank, 0) + len(piece)
                 self.journal.output(rank, piece)
                 if rank == 0:
@@ -284,7 +291,6 @@ class Driver:
             self._tell(m.Draining(node, "its agent was told to end"))
         if answer.stacks:
             self._tell(m.Stacks(answer.attempt, answer.stacks))
-        attempt = self.supervisor.attempt
         if attempt is not None and attempt.stepping and self._first_step is None:
             self._first_step = attempt.step
             seconds = self.clock() - self._started_at
@@ -379,8 +385,6 @@ class Driver:
             shared["PYTHONSAFEPATH"] = safe
         for id, seats in placement.by_node().items():
             ranks = [(seat.rank, seat.local_rank) for seat in seats]
-            for rank, _ in ranks:
-                self.journal.output(rank, f"---- attempt {number} on {seats[0].node.name} ----\n".encode())
             order = Order(number, ranks, arguments, shared, seats[0].node.address, self.rank_folder)
             self.fleet.call(id, "start", order)
 

@@ -134,7 +134,7 @@ class Supervisor:
             return
         state.heard = now
         live = {report.rank for report in ranks if not report.ended}
-        current = self.attempt is not None and id in self.attempt.reachable
+        current = self.attempt is not None and self.attempt.reaches(id)
         if current and number == self.number:
             state.live = live
             self._take(now, ranks)
@@ -159,7 +159,7 @@ class Supervisor:
         self._reached = max(self._reached, attempt.step)
 
     def _start_failed(self, number: int, id: str, text: str) -> None:
-        if self.attempt is None or number != self.number or id not in self.attempt.reachable:
+        if self.attempt is None or number != self.number or not self.attempt.reaches(id):
             return
         name = self.nodes[id].node.name
         self.nodes[id].live = set()
