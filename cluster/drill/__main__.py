@@ -1,13 +1,13 @@
 """Break a run on purpose, many times, and see whether it ends as if nothing had happened.
 
-    python -m cluster.drill [--faults N] [--seed S] [--hosts N] OVERRIDES...      overrides as for `python -m train`
+    python -m cluster.drill [--faults N] [--only NAME] [--seed S] [--hosts N] OVERRIDES...   overrides as for `python -m train`
 
 Two runs of the recipe: one is left alone, the other meets N random faults, each once the run has recovered from the one
 before. On this machine with a Ray of its own: a rank killed or stopped (a hang), the agent killed, the driver told to stop
 or killed and started again, the newest checkpoint damaged. With --hosts on so many network namespaces (needs root), the
 first of which holds the driver and Ray's head, also: a host loses its power or its link and comes back, is told to leave,
-and the disk of the checkpoints is full. At the end the losses of every step of both runs are compared, and every
-checkpoint is read. A host more than the run needs (a spare) keeps dp, and with it the losses, the same to the last bit.
+and the disk of the checkpoints is full. With cluster=local the driver alone is stopped or killed. At the end the losses of
+every step of both runs are compared, no step may be written twice, and every checkpoint is read. A host more than the run needs (a spare) keeps dp, and with it the losses, the same to the last bit.
 """
 
 import argparse
@@ -21,14 +21,18 @@ import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from itertools import pairwise
 from pathlib import Path
+from statistics import median
 
 from cluster.drill.faults import Ground, HostsGround, small_disk
 from cluster.drill.hosts import Hosts, missing
+from cluster.driver.checkpoints import newest
 from cluster.driver.journal import goodput, read_events
+from cluster.run_files import NONE, Age
 from conf.errors import EXIT_CRASH, EXIT_OK, EXIT_STOPPED, EXIT_USER, UserError
 from conf.load import compose, report
-from conf.schema import Config
+from conf.schema import ClusterBackend, Config
 
 DEFAULTS = ["cluster=ray", "cluster.hang_after=10", "cluster.restarts=5", "log.wandb=disabled", "log.sample_tokens=0"]
 TOLERANCE = 1e-3
@@ -39,15 +43,24 @@ of another dp round differently."""
 class Drill:
     """One run under faults. `say` prints a line."""
 
-    def __init__(self, overrides: list[str], ground: Ground, say: Callable[[str], None]):
-        self._overrides, self._ground, self._say = [*overrides, *ground.overrides], ground, say
+    def __init__(self, overrides: list[str], ground: Ground, say: Callable[[str], None], only: str | None = None):
+        """only: name of the one fault to inject."""
+        self._overrides, self._ground, self._say, self._only = [*overrides, *ground.overrides], ground, say, only
         self.met: Counter[str] = Counter()
         """How often the run met each fault."""
+        self.seconds: list[float] = []
+        """From each fault to the next checkpoint."""
+        self._seen, self._began = Age(-1, -1), None
 
     def run(self, faults: int) -> int:
         """Inject up to `faults` faults, one after another, each once the run works again; returns its exit code."""
         ground = self._ground
-        choices = [*ground.faults(), self._stop_driver, self._kill_driver]
+        choices = [*ground.faults(), self.stop_driver, self.kill_driver]
+        if self._only is not None:
+            names = [fault.__name__ for fault in choices]
+            if self._only not in names:
+                raise UserError("--only", self._only, "no such fault here", f"take one of {', '.join(names)}")
+            choices = [choices[names.index(self._only)]]
         try:
             self._launch()
             new_attempt = True
@@ -57,8 +70,11 @@ class Drill:
                 fault = ground.chance.choice(choices)
                 self._say(f"{time.strftime('%H:%M:%S')} fault {number}/{faults}: {fault.__doc__}")
                 self.met[fault.__doc__] += 1
+                self._began = time.monotonic()
                 fault()
-                new_attempt = fault != ground.fill_disk  # the run goes on through that one
+                new_attempt = fault.__name__ not in ground.endured
+            if faults and self._await_steps(new_attempt, pause=False):
+                self._say("the run goes on to its end")
             return ground.driver.wait()
         finally:
             if ground.driver.poll() is None:
@@ -66,27 +82,30 @@ class Drill:
 
     def _launch(self) -> None:
         self._ground.launch(self._overrides)
-        self._seen = len(read_events(self._ground.folder))
 
-    def _await_steps(self, new_attempt: bool = True) -> bool:
-        """Until the run has saved, with new_attempt in an attempt that began since, and a little longer; False if the run ended."""
+    def _await_steps(self, new_attempt: bool = True, pause: bool = True) -> bool:
+        """Until the run has saved since the last fault, with new_attempt in an attempt that began since, and a little longer;
+        False if the run ended.
+        """
         ground = self._ground
         while ground.driver.poll() is None:
-            kinds = [event["kind"] for event in read_events(ground.folder)[self._seen :]]
-            first = kinds.index("first_step") if "first_step" in kinds else len(kinds) if new_attempt else 0
-            if "checkpoint" in kinds[first:]:
-                time.sleep(ground.chance.uniform(0, 1.5))
-                self._seen += len(kinds)
+            age = newest(ground.folder)
+            if age > NONE and (age.attempt > self._seen.attempt if new_attempt else age > self._seen):
+                if self._began is not None:
+                    self.seconds.append(time.monotonic() - self._began)
+                if pause:
+                    time.sleep(ground.chance.uniform(0, 1.5))
+                self._seen = newest(ground.folder)
                 return ground.driver.poll() is None
             time.sleep(0.1)
         return False
 
-    def _stop_driver(self) -> None:
+    def stop_driver(self) -> None:
         """the driver gets SIGTERM and is started again"""
         if self._ground.signal_driver(signal.SIGTERM) == EXIT_STOPPED:
             self._launch()
 
-    def _kill_driver(self) -> None:
+    def kill_driver(self) -> None:
         """the driver is killed and started again"""
         self._ground.signal_driver(signal.SIGKILL)
         self._launch()
@@ -94,8 +113,17 @@ class Drill:
 
 def losses(folder: Path) -> dict[int, float]:
     """Loss of every step in metrics.jsonl."""
-    records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
-    return {record["step"]: record["loss"] for record in records}
+    return {record["step"]: record["loss"] for record in _records(folder)}
+
+
+def repeated(folder: Path) -> list[int]:
+    """Steps that metrics.jsonl has twice, or behind a later one: two rank 0 wrote at once."""
+    steps = [record["step"] for record in _records(folder)]
+    return [step for before, step in pairwise(steps) if step <= before]
+
+
+def _records(folder: Path) -> list[dict]:
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
 
 
 def worst_difference(a: dict[int, float], b: dict[int, float]) -> tuple[int, float]:
@@ -108,6 +136,7 @@ def worst_difference(a: dict[int, float], b: dict[int, float]) -> tuple[int, flo
 def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m cluster.drill", description=__doc__.splitlines()[0])
     parser.add_argument("--faults", type=int, default=10)
+    parser.add_argument("--only", help="the one fault to inject, such as kill_driver")
     parser.add_argument("--seed", type=int, default=0, help="of the choice of faults and victims")
     parser.add_argument("--hosts", type=int, default=0, help="network namespaces; 0 for this machine as it is")
     parser.add_argument("--devices", type=int, default=1, help="ranks that a host can hold")
@@ -116,7 +145,8 @@ def main(arguments: list[str]) -> int:
     options, overrides = parser.parse_known_args(arguments)
     overrides = [*DEFAULTS, *overrides]
     try:
-        folders = _folders(compose(*overrides))
+        config = compose(*overrides)
+        folders = _folders(config)
         if options.hosts and (why := missing()):
             raise UserError("--hosts", options.hosts, why, "leave it out, or run as root with iproute2")
     except UserError as error:
@@ -125,14 +155,17 @@ def main(arguments: list[str]) -> int:
     codes = {}
     for kind, faults in (("unbroken", 0), ("drill", options.faults)):
         started = time.monotonic()
-        with _ground(folders[kind], options) as ground:
-            drill = Drill([*overrides, f"name={folders[kind].name}"], ground, print)
-            codes[kind] = drill.run(faults) or _verify(folders[kind])
+        with _ground(folders[kind], options, config) as ground:
+            drill = Drill([*overrides, f"name={folders[kind].name}"], ground, print, options.only)
+            try:
+                codes[kind] = drill.run(faults) or _verify(folders[kind])
+            except UserError as error:
+                return report(error)
         print(f"{kind}: exit code {codes[kind]} after {time.monotonic() - started:.0f} s")
     if set(codes.values()) != {EXIT_OK}:
         print(f"error: a run did not end well; see {folders['drill'].parent}/*.log", file=sys.stderr)
         return EXIT_USER if EXIT_USER in codes.values() else EXIT_CRASH
-    return _compare(folders, drill.met, options)
+    return _compare(folders, drill, options)
 
 
 def _folders(config: Config) -> dict[str, Path]:
@@ -147,10 +180,10 @@ def _folders(config: Config) -> dict[str, Path]:
 
 
 @contextlib.contextmanager
-def _ground(folder: Path, options: argparse.Namespace) -> Iterator[Ground]:
+def _ground(folder: Path, options: argparse.Namespace, config: Config) -> Iterator[Ground]:
     chance = random.Random(options.seed)
     if not options.hosts:
-        yield Ground(folder, chance)
+        yield Ground(folder, chance, alone=config.cluster.backend is ClusterBackend.local)
         return
     with contextlib.ExitStack() as stack:
         scratch = Path(stack.enter_context(tempfile.TemporaryDirectory()))
@@ -166,17 +199,26 @@ def _verify(folder: Path) -> int:
     return subprocess.run(words, stdout=subprocess.DEVNULL).returncode
 
 
-def _compare(folders: dict[str, Path], met: Counter[str], options: argparse.Namespace) -> int:
+def _compare(folders: dict[str, Path], drill: Drill, options: argparse.Namespace) -> int:
     events = read_events(folders["drill"])
     down = [event["seconds"] for event in events if event["kind"] == "recovered"]
     step, difference = worst_difference(losses(folders["unbroken"]), losses(folders["drill"]))
     record = goodput(events)
-    for fault, times in met.most_common():
+    for fault, times in drill.met.most_common():
         print(f"{times:4} x {fault}")
-    print(f"{record.attempts} attempts; failures recovered from in {', '.join(f'{s:.1f}' for s in down) or 'no'} s")
+    if events:
+        print(f"{record.attempts} attempts; failures recovered from in {', '.join(f'{s:.1f}' for s in down) or 'no'} s")
+    if drill.seconds:
+        print(
+            f"from a fault to the next checkpoint: median {median(drill.seconds):.1f} s, at most {max(drill.seconds):.1f} s"
+        )
     print(f"largest relative difference of a loss: {difference:.2g} at step {step} (limit {options.tolerance:g})")
-    if met.total() < options.faults:
-        print(f"error: the run ended after {met.total()} of {options.faults} faults; raise steps=", file=sys.stderr)
+    if twice := repeated(folders["drill"]):
+        print(f"error: metrics.jsonl has steps {twice[:8]} twice, or out of order", file=sys.stderr)
+        return EXIT_CRASH
+    met = drill.met.total()
+    if met < options.faults:
+        print(f"error: the run ended after {met} of {options.faults} faults; raise steps=", file=sys.stderr)
         return EXIT_CRASH
     return EXIT_OK if difference <= options.tolerance else EXIT_CRASH
 

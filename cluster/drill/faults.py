@@ -12,6 +12,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import psutil
@@ -28,12 +29,16 @@ RETURN = 30.0
 
 
 class Ground:
-    """This machine, with a Ray of its own in every launch. `folder`: of the run."""
+    """This machine, with a Ray of its own in every launch. `folder`: of the run. alone: without Ray, where a broken rank ends
+    the run.
+    """
 
     overrides: tuple[str, ...] = ()
+    endured = ("fill_disk", "fill_temporary")
+    """Faults through which the attempt goes on."""
 
-    def __init__(self, folder: Path, chance: random.Random):
-        self.folder, self.chance = folder, chance
+    def __init__(self, folder: Path, chance: random.Random, alone: bool = False):
+        self.folder, self.chance, self._alone = folder, chance, alone
         self.driver: subprocess.Popen | None = None
 
     def launch(self, words: list[str]) -> None:
@@ -54,7 +59,7 @@ class Ground:
         return psutil.Process(self.driver.pid).children(recursive=True)
 
     def faults(self) -> list[Callable[[], None]]:
-        return [self.kill_rank, self.stop_rank, self.kill_agent, self.damage]
+        return [] if self._alone else [self.kill_rank, self.stop_rank, self.kill_agent, self.damage]
 
     def kill_rank(self) -> None:
         """a rank is killed"""
@@ -81,14 +86,10 @@ class Ground:
     def fill_disk(self) -> None:
         """the disk of the checkpoints is full until a save has failed"""  # only where they have a disk of their own
         said = self._failed_saves()
-        ballast = self.folder / "checkpoints" / "ballast"
-        with ballast.open("wb") as file:
-            with contextlib.suppress(OSError):  # a save takes the last bytes meanwhile
-                os.posix_fallocate(file.fileno(), 0, shutil.disk_usage(ballast.parent).free)
+        with full(self.folder / "checkpoints"):
             deadline = time.monotonic() + PATIENCE
             while self._failed_saves() == said and time.monotonic() < deadline and self.driver.poll() is None:
                 time.sleep(0.1)
-        ballast.unlink()
 
     def _failed_saves(self) -> int:
         return (self.folder / "logs" / "rank_0.log").read_text(errors="replace").count("not written")
@@ -137,7 +138,8 @@ class HostsGround(Ground):
         return found
 
     def faults(self) -> list[Callable[[], None]]:
-        return [*super().faults(), self.power_off, self.cut_link, self.drain, self.fill_disk]
+        links = [self.cut_link, self.cut_outgoing, self.cut_incoming]
+        return [*super().faults(), self.power_off, *links, self.drain, self.fill_disk, self.fill_temporary]
 
     def power_off(self) -> None:
         """a host loses its power, and gets it back later"""
@@ -150,8 +152,19 @@ class HostsGround(Ground):
 
     def cut_link(self) -> None:
         """the link of a host is cut, and heals later"""
+        self._cut(self.hosts.cut)
+
+    def cut_outgoing(self) -> None:
+        """all that a host sends is lost, until it heals"""
+        self._cut(partial(self.hosts.cut_one_way, outgoing=True))
+
+    def cut_incoming(self) -> None:
+        """all that is sent to a host is lost, until it heals"""
+        self._cut(partial(self.hosts.cut_one_way, outgoing=False))
+
+    def _cut(self, cut: Callable[[int], None]) -> None:
         index, seen = self._victim()
-        self.hosts.cut(index)
+        cut(index)
         self._await("recovered", seen)
         self.hosts.heal(index)
         if not self._returned(index):  # Ray ends a node that comes back after it was listed as dead
@@ -163,6 +176,13 @@ class HostsGround(Ground):
         self.hosts.leave(index).wait()
         self._await("first_step", seen)
         self._restart(index)
+
+    def fill_temporary(self) -> None:
+        """the disk of one host for temporary files is full, until a checkpoint is written"""
+        index, seen = self._victim()
+        with full(self.hosts.temporary(index)):
+            self._await("disk", seen)
+            self._await("checkpoint", len(read_events(self.folder)))
 
     def _returned(self, index: int) -> bool:
         """Whether the run takes the host back, with the Ray that it had, within RETURN seconds."""
@@ -184,6 +204,19 @@ class HostsGround(Ground):
         attempt = [event for event in events if event["kind"] == "attempt"][-1]
         index = self.chance.choice([int(name.removeprefix("h")) for name in attempt["nodes"] if name != "h0"])
         return index, len(events)
+
+
+@contextlib.contextmanager
+def full(folder: Path) -> Iterator[None]:
+    """The disk of this folder has no room."""
+    ballast = folder / "ballast"
+    with ballast.open("wb") as file:
+        with contextlib.suppress(OSError):  # others take the last bytes meanwhile
+            os.posix_fallocate(file.fileno(), 0, shutil.disk_usage(folder).free)
+        try:
+            yield
+        finally:
+            ballast.unlink()
 
 
 @contextlib.contextmanager

@@ -92,6 +92,10 @@ class Hosts:
         name = f'hostname h{index}; exec "$@"'
         return ["ip", "netns", "exec", self._prefix + str(index), "unshare", "--uts", "sh", "-c", name, "sh", *words]
 
+    def temporary(self, index: int) -> Path:
+        """Folder for temporary files of a host with Ray, a disk of its own."""
+        return self.folder / f"tmp{index}"
+
     def start_rays(self) -> None:
         """Start Ray on every host, the head first, and wait until all are up."""
         self.start_ray(0)
@@ -105,8 +109,12 @@ class Hosts:
 
     def _ray_start(self, index: int) -> subprocess.Popen:
         log = (self.folder / f"ray_start_{index}.log").open("w")
-        command = self.command(index, *self.ray_words(index))
-        return subprocess.Popen(command, env=self.environment, stdout=log, stderr=log, stdin=subprocess.DEVNULL)
+        place = self.temporary(index)
+        if not place.is_mount():
+            place.mkdir(exist_ok=True)
+            subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1g", "tmpfs", str(place)], check=True)
+        command, environment = self.command(index, *self.ray_words(index)), self.environment | {"TMPDIR": str(place)}
+        return subprocess.Popen(command, env=environment, stdout=log, stderr=log, stdin=subprocess.DEVNULL)
 
     def ray_words(self, index: int) -> list[str]:
         """The command that starts Ray on a host."""
@@ -173,8 +181,20 @@ class Hosts:
     def cut(self, index: int) -> None:
         ip("link", "set", f"p{index}", "down", namespace=self._switch)
 
+    def cut_one_way(self, index: int, outgoing: bool) -> None:
+        """Lose all that a host sends, or all that is sent to it: the queue of that end of its link takes no packet."""
+        namespace, device = self._ends(index)[0 if outgoing else 1]
+        words = ["qdisc", "replace", "dev", device, "root", "tbf", "rate", "8bit", "burst", "1", "limit", "1"]
+        subprocess.run(["tc", "-n", namespace, *words], check=True, capture_output=True)
+
     def heal(self, index: int) -> None:
         ip("link", "set", f"p{index}", "up", namespace=self._switch)
+        for namespace, device in self._ends(index):  # fails where there is no such queue
+            subprocess.run(["tc", "-n", namespace, "qdisc", "del", "dev", device, "root"], capture_output=True)
+
+    def _ends(self, index: int) -> tuple[tuple[str, str], tuple[str, str]]:
+        """Namespace and device of the link's end at the host, and of the one at the switch."""
+        return (self._prefix + str(index), "eth0"), (self._switch, f"p{index}")
 
     def __exit__(self, *_: object) -> None:
         for number in (signal.SIGTERM, signal.SIGKILL):
@@ -184,6 +204,7 @@ class Hosts:
                 time.sleep(0.1)
         for i in range(self.count):
             subprocess.run(["ip", "netns", "del", self._prefix + str(i)], capture_output=True)
+            subprocess.run(["umount", "--lazy", str(self.temporary(i))], capture_output=True)  # none without Ray
             shutil.rmtree(Path("/etc/netns") / (self._prefix + str(i)), ignore_errors=True)
         subprocess.run(["ip", "netns", "del", self._switch], capture_output=True)
         with contextlib.suppress(OSError):  # others may use it
