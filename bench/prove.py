@@ -54,7 +54,7 @@ def prove_rows(rows: dict[int, Row], folder: Path) -> Iterator[RowResult]:
 
 
 def _world(row: Row) -> int:
-    return row["parallel.pp"] * row["parallel.dp"] * row["parallel.cp"]
+    return row["parallel.pp"] * row["parallel.dp"]
 
 
 def _together(rows: dict[int, Row], world: int, folder: Path) -> Iterator[RowResult]:
