@@ -90,10 +90,12 @@ def _choose(config: Config) -> Iterator[str]:
     if config.micro_batch_size is None:
         config.micro_batch_size = size = choose_micro_batch_size(config)
         count = config.batch_size // (size * config.parallel.dp)
-        ranks = f" on each of {config.parallel.dp} data-parallel ranks" if config.parallel.dp > 1 else ""
+        shared = config.parallel.stage_ranks
+        what = "data-parallel ranks" if config.parallel.cp == 1 else "ranks of a stage"
+        ranks = f" on each of {shared} {what}" if shared > 1 else ""
         yield (
             f"micro_batch_size={size} is chosen: a step is {count} micro-batch{'es' * (count > 1)} of "
-            f"{size * config.seq_len} tokens{ranks}"
+            f"{size * config.seq_len // config.parallel.cp} tokens{ranks}"
         )
     if config.mode == Mode.plan and config.hardware.name is None:
         described = OmegaConf.merge(

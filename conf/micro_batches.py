@@ -69,7 +69,7 @@ def choose_micro_batch_size(config: Config) -> int:
     whole = math.gcd(*batches)
     for size in sorted(divisors(whole // parallel.dp), reverse=True) if whole % parallel.dp == 0 else []:
         counts = {batch // (size * parallel.dp) for batch in batches}
-        fits = size == 1 or size * config.seq_len <= config.micro_batch_tokens
+        fits = size == 1 or size * config.seq_len // parallel.cp <= config.micro_batch_tokens
         if fits and not any(broken_schedule(parallel.schedule, parallel.pp, count) for count in counts):
             return size
     return 1

@@ -20,6 +20,7 @@ from train.layout import check_layout
         (("parallel.dp=16",), 1),
         (("batch_size=15", "parallel.dp=3"), 5),
         (("seq_len=1024",), 4),
+        (("seq_len=1024", "parallel.cp=2"), 8),
         (("seq_len=4096",), 1),
         (("micro_batch_tokens=1000",), 2),
         (("parallel.pp=2",), 8),
