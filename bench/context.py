@@ -1,6 +1,6 @@
-"""Sequences shared by ranks (parallel.cp) beside whole ones: the same step of `tiny` on long sequences, on the CPU with one thread a rank.
+"""Sequences shared by ranks (parallel.cp) beside whole ones: losses, bytes, memory and time of a step of `tiny`.
 
-For each number of ranks: loss and norm of the gradient of the second of two steps, how far they are from those of one rank, bytes of latents
+On the CPU, one thread a rank. For each number of ranks: loss and norm of the gradient of the second of two steps, how far they are from those of one rank, bytes of latents
 that a rank sends, counted and by the formula of parallel/context.py, the peak of a rank's memory in forward and backward beyond weights
 and gradients over an even share of one rank's, and the seconds of a core that a rank takes for the step over an even share.
 
