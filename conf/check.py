@@ -313,6 +313,13 @@ def _check_parallel(config: Config) -> None:
         "use parallel.zero=1",
     )
     _require(
+        not (parallel.offload_optimizer and parallel.zero == 3),
+        "parallel.offload_optimizer",
+        parallel.offload_optimizer,
+        "needs parallel.zero=1 or 2: stage 3 already cuts weights and gradients too, and gathers them from the device",
+        "use parallel.zero=1 or 2, or leave parallel.offload_optimizer at false",
+    )
+    _require(
         not (parallel.zero == 3 and parallel.schedule == PipelineSchedule.dualpipev and parallel.overlap),
         "parallel.overlap",
         parallel.overlap,

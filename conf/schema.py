@@ -273,6 +273,8 @@ class Parallel:
     are weighted by tokens. A run on Ray that goes on with fewer ranks sets it. Needs zero 1 or 2."""
     zero: int = number(1, least=1, most=3)
     """ZeRO stage, 1 to 3; 1 with pipelines. DeepSpeed's stage 0 would clip with a wrong norm."""
+    offload_optimizer: bool = False
+    """Keep master weights and Adam's moments in the host's memory and update them there (DeepSpeed's ZeRO-Offload); ZeRO 1 or 2."""
     schedule: PipelineSchedule = PipelineSchedule["1f1b"]
     """Order of the pipeline's actions: 1f1b, interleaved, zbv or dualpipev; the last three give every rank two stages."""
     split: Any = "cost"
@@ -530,6 +532,9 @@ class Hardware:
     """Devices that share the fast network: a node, or a larger NVLink domain."""
     memory_bytes: float = number(0.0, least=0)
     """Memory of one device, in bytes; 0 for its share of this machine's memory."""
+    host_memory_bytes: float = number(0.0, least=0)
+    """Memory of the processors of devices_per_node devices, in bytes, for what is offloaded; 0 for not known. The rates `host`
+    (bytes of one device to or from it) and `host_memory` (bytes that its processors read or write for one device) go with it."""
     bf16_flops: float = number(0.0, least=0)
     """Dense peak of one device, FLOP/s: what MFU is counted against."""
     fp8_flops: float = number(0.0, least=0)

@@ -13,6 +13,7 @@ from parallel.mesh import Mesh
 from parallel.pipeline.schedule import Pipeline
 from parallel.pipeline.split import SCHEDULES, split_as_given, split_evenly, split_layers, stage_placement
 from parallel.zero.engine import Zero
+from train.kernels import build_kernels
 from train.model.block import Block
 from train.model.count import head_flops, layer_flops
 from train.model.deepseek import DeepSeekV3
@@ -68,11 +69,14 @@ def parallelize(
     """
     model = build_rank_model(config, mesh, device, kernels, restored, dispatcher, layers, share)
     chunks, optim = model.chunks, config.optim
+    offload = config.parallel.offload_optimizer
+    updating = build_kernels("cpu", config.cluster.compiled) if offload else kernels
     zero = Zero(
         chunks,
-        lambda groups: AdamW(groups, optim, moments_dtype(config.precision), "adamw" in kernels.parts),
+        lambda groups: AdamW(groups, optim, moments_dtype(config.precision), "adamw" in updating.parts),
         mesh,
         stage=config.parallel.zero,
+        offload=offload,
         clip=optim.clip,
         is_expert=lambda name: ".experts." in name,
         decays=decays,

@@ -55,6 +55,7 @@ class Zero:
         mesh: Mesh,
         *,
         stage: int,
+        offload: bool,
         clip: float,
         is_expert: Callable[[str], bool],
         decays: Callable[[str, nn.Parameter], bool],
@@ -62,7 +63,7 @@ class Zero:
         tied: nn.Parameter | None = None,
         units: tuple[type[nn.Module], ...] = (),
     ):
-        """is_expert, decays: what a parameter's global name says about it. tied: a parameter that the first and the
+        """offload: master weights and moments lie in the host's memory. is_expert, decays: what a parameter's global name says about it. tied: a parameter that the first and the
         last rank of the pipeline both hold; its gradients are summed over the two. units: modules whose weights are
         gathered together at stage 3.
         """
@@ -86,9 +87,13 @@ class Zero:
                 param.ds_zero_placement_family = "autoep_expert"  # stage 3 knows experts by these two
                 param.ds_zero_partition_group_name = expert_name
         groups = _parameter_groups(self.names, is_expert, decays, weight_decay, expert_name)
+        on_cuda = next(iter(self.names)).is_cuda
         config = _config(stage, clip, dtype, self._reduced_elements(stage, dtype))
+        if offload:
+            config |= {"zero_force_ds_cpu_optimizer": False}  # the update is our optimizer's
+            config["zero_optimization"] |= {"offload_optimizer": {"device": "cpu", "pin_memory": on_cuda}}
         module = nn.ModuleList(chunks)
-        deepspeed = import_deepspeed(on_cuda=next(iter(self.names)).is_cuda)
+        deepspeed = import_deepspeed(on_cuda)
         require_names(module=deepspeed.utils.groups)
         _tell_groups(deepspeed, mesh)
         if stage == 3:
@@ -111,6 +116,7 @@ class Zero:
                 norm=self._global_norm,
                 close=self._sum_tied,
                 clip=clip,
+                offload=offload,
             )
 
     def set_lr(self, lr: float) -> None:
@@ -153,8 +159,10 @@ class Zero:
                 pieces.setdefault(divisor, {})[self.names[param]] = gradient.detach().view(-1)
         if self.observer is not None:
             self.observer(self._gradient_shards())
-        sums = [torch.zeros(0, dtype=torch.float64, device=self.engine.device)]
-        sums += [self.client.sums_of_squares(list(one.values())) / divisor**2 for divisor, one in pieces.items()]
+        device = self.engine.device
+        sums = [torch.zeros(0, dtype=torch.float64, device=device)]
+        for divisor, one in pieces.items():  # those of an optimizer on the host lie there
+            sums.append((self.client.sums_of_squares(list(one.values())) / divisor**2).to(device))
         squares, names = torch.cat(sums), [name for one in pieces.values() for name in one]
         total = squares.sum()
         if isinstance(self._valid, Tensor):

@@ -54,6 +54,9 @@ NAMES = (
     PrivateName("optimizer12", "unscale_and_clip_grads", "the optimizer clips as it reads the gradients", True),
     PrivateName("import", "GradPartitionBufferGroup", "gradients that need no reduction are not copied", True),
     PrivateName("optimizer12", "update_lp_params", "makes the weights the rounded masters after loading"),
+    PrivateName(
+        "offload12", "temp_grad_buffer_for_gpu_offload", "as large as the largest weight, and never used", True
+    ),
     # stage 3: DeepSpeedZeroOptimizer_Stage3 and its coordinator of gathers
     PrivateName("optimizer3", "_grad_acc_hooks", "take gradients as they come, which mixes up weights between ranks"),
     PrivateName("optimizer3", "_leaf_module_hooks", "the same"),
@@ -79,7 +82,7 @@ NAMES = (
 
 def require_names(**owners: object) -> None:
     """Raise UserError where the installed DeepSpeed lacks a listed name of these owners: module (deepspeed.utils.groups), engine
-    (DeepSpeedEngine), optimizer12 and optimizer3 (the two optimizers, built), param3 (a weight at stage 3) and
+    (DeepSpeedEngine), optimizer12, offload12 (the same with offload) and optimizer3 (the two optimizers, built), param3 (a weight at stage 3) and
     coordinator. The other owners of the list fail as they are imported or called.
     """
     missing = [one for one in NAMES if one.owner in owners and not _has(owners[one.owner], one.name)]

@@ -5,6 +5,9 @@ through, by DeepSpeed's public coalesce_grad_reduction. That works under pipelin
 backward runs no gradient hooks. Gradients that no other rank shares (dp = 1; experts with ep = dp) need no reduction: the
 optimizer takes them where they are, which DeepSpeed would copy five times on the way through its bucket.
 
+With offload the masters lie in the host's memory, moments with them, and DeepSpeed brings the shard's gradients there as it
+reduces them. Those that need no reduction the update fetches one by one.
+
 DeepSpeed calls back for the norm, which is taken over all ranks (engine.py), and for clipping, which the optimizer does in
 its own pass over the gradients.
 """
@@ -33,7 +36,7 @@ class ShardSlice(NamedTuple):
 class WholeWeights:
     """client: our optimizer under DeepSpeed's. groups: the parameters of each of its groups. shares: who else holds a
     parameter. ranks: over whose gradients the mean is taken. norm: the global gradient norm, called once per step. close:
-    called before the gradients are reduced. clip: the norm to clip to, 0 for none.
+    called before the gradients are reduced. clip: the norm to clip to, 0 for none. offload: DeepSpeed was told to offload.
     """
 
     def __init__(
@@ -47,7 +50,9 @@ class WholeWeights:
         norm: Callable[[], Tensor],
         close: Callable[[], None],
         clip: float,
+        offload: bool,
     ):
+        self._offload = offload
         self._engine, self._client, self._close, self._clip = engine, client, close, clip
         self._handover = client.handover
         self._handover.divisor = ranks
@@ -66,7 +71,11 @@ class WholeWeights:
             number for number, params in enumerate(self._groups) if is_bf16 and shares(params[0]).ranks == 1
         ]
         """Groups whose gradients need no reduction; with fp32 weights DeepSpeed puts the shard together in the step."""
-        require_names(optimizer12=optimizer)
+        require_names(optimizer12=optimizer, **({"offload12": optimizer} if offload else {}))
+        if offload:
+            optimizer.temp_grad_buffer_for_gpu_offload = (
+                None  # for sums of several backward passes, of which it sees one
+            )
         optimizer.scaled_global_norm = lambda norm_type=2: self._take_norm(norm())
         optimizer.check_overflow = lambda partition_gradients=True: None  # a norm that is not finite skips the step
         optimizer.unscale_and_clip_grads = lambda gradients, norm: None
@@ -121,7 +130,9 @@ class WholeWeights:
         """Gradients of this rank's shard without padding, and what they are still to be divided by."""
         for number, (slices, master) in enumerate(zip(self._slices, self._masters, strict=True)):
             gradients, divisor = self._handover.unreduced.get(master), self._handover.divisor
-            if gradients is None:
+            if gradients is None and self._offload:
+                gradients, divisor = [master.grad[part.place] for part in slices], 1
+            elif gradients is None:
                 gradients, divisor = self._optimizer.averaged_gradients[number], 1
             # What DeepSpeed has more than slices is the padding behind them.
             yield from ((part.param, gradient, divisor) for part, gradient in zip(slices, gradients, strict=False))

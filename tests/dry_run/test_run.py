@@ -31,6 +31,8 @@ LAYOUTS = {
     "node_limited fp8": [*EP4, "parallel.dispatch=node_limited", "precision=fp8", "parallel.wire=fp8"],
     "node_limited skewed": [*EP4, "parallel.dispatch=node_limited", "dry_run.routing=skewed"],
     "zero 2": ["parallel.dp=2", "parallel.zero=2"],
+    "zero 1, offload": ["parallel.dp=2", "parallel.offload_optimizer=true"],
+    "ep2 zero 2, offload fp32": ["parallel.dp=2", "parallel.ep=2", "parallel.zero=2", "precision=fp32", "parallel.offload_optimizer=true"],
     "zero 3": ["parallel.dp=2", "parallel.zero=3"],
     "zbv ep2, layers again": [*PP2, "parallel.ep=2", "parallel.schedule=zbv", "dry_run.rank=3", "model.recompute=[norm,layer]"],
     "dualpipev fp8, a layer again": [*PP2, "parallel.ep=2", "parallel.schedule=dualpipev", "precision=fp8", "batch_size=12",

@@ -13,6 +13,7 @@ from conf.schema import ROOT, Rate
 from tests.small import environment
 from train.plan import reserve
 from train.plan.budget import Verdict, make_plan, verdict_of
+from train.plan.memory.rank import plan_memory
 from train.plan.reserve import reserve_of, tensor_memory
 from train.plan.search.candidates import candidates
 from train.plan.search.changes import broken_rule, changed, fitted_ramp, overrides, write_parallel
@@ -197,3 +198,24 @@ def test_a_plan_without_hardware_is_for_h800():
 def test_the_largest_recipe_is_planned_as_it_is_typed():
     plan = make_plan(compose("conf=deepseek_v3", "mode=plan"))
     assert len(plan.ranks) == 16 and plan.step.step_seconds > 0 and plan.config.hardware.name == "h800"
+
+
+OFFLOAD = ["conf=deepseek_v3", "mode=plan", "hardware=h200", "parallel.pp=8", "parallel.dp=8", "parallel.ep=8", "parallel.schedule=1f1b",
+           "parallel.offload_optimizer=true"]  # fmt: skip
+
+
+def test_the_host_has_what_the_device_has_not():
+    """The paper's model on 64 H200: its state lies in the memory of the nodes, which are filled rank by rank."""
+    there, here = (plan_memory(compose(*OFFLOAD, *more)) for more in ([], ["parallel.offload_optimizer=false"]))
+    for one, other in zip(there, here, strict=True):
+        assert {"master", "moments"} <= one.host_items.keys() and not other.host_items
+        assert not {"master", "moments"} & one.items.keys()
+        moved = sum(other.items[name] for name in ("master", "moments"))
+        assert one.peak_bytes == other.peak_bytes - moved and one.host_bytes > moved
+
+
+def test_an_unknown_or_small_host_is_named():
+    with pytest.raises(UserError, match=r"hardware\.host_memory_bytes = 0"):
+        make_plan(compose(*OFFLOAD, "hardware.host_memory_bytes=0"))
+    with pytest.raises(UserError, match=r"parallel\.offload_optimizer = True"):
+        compose("parallel.dp=2", "parallel.zero=3", "parallel.offload_optimizer=true")

@@ -27,7 +27,13 @@ from train.run_folder import RunPaths
 
 ROOM = ["model.mtp_depth=2", "data.mask_documents=true", "optim.clip=0.1"]
 LAYOUTS = {
-    "ep2_zero2_bf16": ["parallel.dp=2", "parallel.ep=2", "parallel.zero=2", "precision=bf16"],
+    "ep2_zero2_bf16": [
+        "parallel.dp=2",
+        "parallel.ep=2",
+        "parallel.zero=2",
+        "precision=bf16",
+        "parallel.offload_optimizer=true",
+    ],
     "pp2_zbv_layers_again": ["parallel.pp=2", "parallel.schedule=zbv", "model.recompute=[norm,layer]"],
     "dp3_uneven": ["parallel.dp=3", "parallel.uneven=true"],
     "cp2": ["parallel.cp=2", "model.mtp_depth=2", "data.mask_documents=true"],

@@ -83,13 +83,13 @@ def gradient(name: str, param: torch.Tensor, step: int, dp_rank: int, shape) -> 
     return value(name, shape, seed=1000 * step + dp_rank + 1) * (0.5 + step)
 
 
-def make_zero(mesh, dtype, stage, clip, moments=torch.float32):
+def make_zero(mesh, dtype, stage, clip, moments=torch.float32, offload=False):
     layout = mesh.layout
     layers = range(2) if layout.pp == 1 else [mesh.pp_rank]
     share = EXPERTS // layout.ep
     chunk = Toy(layers, range(mesh.ep_rank * share, (mesh.ep_rank + 1) * share), dtype)
     return Zero(
-        [chunk], lambda groups: AdamW(groups, Optim(), moments, "adamw" in build_kernels("cpu").parts), mesh, stage=stage, clip=clip,
+        [chunk], lambda groups: AdamW(groups, Optim(), moments, "adamw" in build_kernels("cpu").parts), mesh, stage=stage, clip=clip, offload=offload,
         is_expert=lambda name: "experts" in name, decays=decays, weight_decay=0.1, units=(Part,),
     )  # fmt: skip
 
@@ -225,9 +225,10 @@ def test_four_ranks():
 
 
 def check_skip(rank):
-    for dtype, stage in ((FP32, 1), (BF16, 1), (FP32, 3), (BF16, 3)):
+    cases = ((FP32, 1, False), (BF16, 1, False), (FP32, 2, True), (BF16, 1, True), (FP32, 3, False), (BF16, 3, False))
+    for dtype, stage, offload in cases:
         mesh = build_mesh(Layout(dp=2, ep=2))
-        zero = make_zero(mesh, dtype, stage, 1.0)
+        zero = make_zero(mesh, dtype, stage, 1.0, offload=offload)
         before = {name: shard.local.clone() for name, shard in zero.shards().items()}
         with zero.accumulate():
             set_gradients(zero, 0, bad="0.weight" if rank == 0 else None)
@@ -273,7 +274,7 @@ def check_moves(rank, path):
     """Masters and moments go from stage to stage and layout to layout unchanged, and training goes on alike."""
     state = None
     for stage, layout in path:
-        zero = make_zero(build_mesh(layout), BF16, stage, 1.0, moments=BF16)
+        zero = make_zero(build_mesh(layout), BF16, stage, 1.0, moments=BF16, offload=stage == 2)
         if state is not None:
             for name, shard in zero.shards().items():
                 shard.local.copy_(state[name].flatten()[shard.offset : shard.offset + shard.local.numel()])

@@ -50,7 +50,7 @@ class UpdatePiece(NamedTuple):
 
 
 class AdamW(torch.optim.Optimizer):
-    """Decoupled weight decay; moments kept in `moments` dtype, arithmetic in fp32.
+    """Decoupled weight decay; moments kept in `moments` dtype, arithmetic in fp32. Computes where the weights lie.
 
     A parameter is a flat fp32 tensor: ZeRO's shard of the master weights. Element order does not matter, so that
     any sharding gives the same update bit for bit. compiled: whether a CPU runs compiled code, see `Kernels.parts`.
@@ -107,10 +107,12 @@ class AdamW(torch.optim.Optimizer):
                     _update_on_gpu(held, gradients, group, self.updates + 1, factor)
                     continue
                 update, first = _update_compiled if compiled else _update, 0
+                if isinstance(factor, Tensor):
+                    factor = factor.to(param.device)
                 for grad in gradients:
                     part = slice(first, first + grad.numel())
                     weight, mean, square = (tensor[part] for tensor in held)
-                    update(UpdatePiece(weight, grad, mean, square), group, self.updates + 1, factor)
+                    update(UpdatePiece(weight, grad.to(param.device), mean, square), group, self.updates + 1, factor)
                     first = part.stop
 
 

@@ -6,7 +6,7 @@ from enum import StrEnum
 from conf.schema import Config
 from train.layout import check_layout
 from train.optim.schedules import Schedules
-from train.plan.job import device_memory, layout_of, require_hardware, with_nodes
+from train.plan.job import device_memory, layout_of, require_hardware, require_host, with_nodes
 from train.plan.memory.rank import RankMemory, plan_memory
 from train.plan.reserve import reserve_of
 from train.plan.time.step import StepTime, plan_time
@@ -66,17 +66,28 @@ class RunPlan:
         return self.memory_bytes - sum(self.reserve.values()) - self.fullest.peak_bytes
 
     @property
+    def host_bytes(self) -> int:
+        """What the ranks of the fullest node keep in the host's memory."""
+        layout, ranks = layout_of(self.config), self.ranks
+        copies = min(layout.world // layout.pp, layout.ranks_per_node)  # of one place of the pipeline on a node
+        most = sorted((rank.host_bytes for rank in ranks), reverse=True)[: max(1, layout.ranks_per_node // copies)]
+        return copies * sum(most)
+
+    @property
     def fits(self) -> bool:
-        return self.room_bytes >= 0
+        return self.room_bytes >= 0 and (
+            not self.host_bytes or self.host_bytes <= self.config.hardware.host_memory_bytes
+        )
 
     @property
     def verdict(self) -> Verdict:
-        return verdict_of(self.room_bytes, self.memory_bytes)
+        return verdict_of(self.room_bytes, self.memory_bytes) if self.fits else Verdict["not"]
 
 
 def make_plan(config: Config) -> RunPlan:
     """Plan a recipe. Raises UserError for a layout that cannot run and for what the planner has no rule for."""
     require_hardware(config.hardware)
+    require_host(config)
     config = with_nodes(config)
     check_layout(config)
     step = plan_time(config)

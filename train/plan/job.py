@@ -21,6 +21,20 @@ def require_hardware(hardware: Hardware) -> None:
         )
 
 
+def require_host(config: Config) -> None:
+    """Raise UserError where something is offloaded and the description does not know the host."""
+    hardware = config.hardware
+    if not config.parallel.offload_optimizer or device_kind(config) == "cpu" or hardware.host_memory_bytes:
+        return
+    raise UserError(
+        "hardware.host_memory_bytes",
+        0,
+        f"parallel.offload_optimizer=true keeps state in the host's memory, which hardware={hardware.name} does not describe",
+        "set hardware.host_memory_bytes (of a node), hardware.rates.host.bandwidth and hardware.rates.host_memory.bandwidth, or "
+        "leave parallel.offload_optimizer at false",
+    )
+
+
 def device_kind(config: Config) -> str:
     """cpu or cuda: that of the description, or of this machine where there is none."""
     if config.hardware.name is not None:

@@ -44,6 +44,13 @@ class RankMemory:
     """What runs at the peak."""
     in_flight: int
     """Micro-batches that wait for their backward when the schedule is at its highest, over all stages of the rank."""
+    host_items: dict[str, int]
+    """What it keeps in the host's memory, which on a CPU is the device's: master, moments, buffers."""
+
+    @property
+    def host_bytes(self) -> int:
+        """In the host's memory."""
+        return sum(self.host_items.values())
 
 
 def plan_memory(config: Config) -> list[RankMemory]:
@@ -54,11 +61,17 @@ def plan_memory(config: Config) -> list[RankMemory]:
 
 def rank_memory(config: Config, pp_rank: int, scene: Scene, layers: list[range] | None = None) -> RankMemory:
     """The entry of one pipeline rank under a scene. layers: of every stage, instead of the split of the layout."""
-    state, moments = _moments(config, pp_rank, 0, scene, layers)
+    state, host, moments = _moments(config, pp_rank, 0, scene, layers)
     peak = max(moments.values(), key=lambda moment: moment.total)
     items = {name: size for name, size in (state + peak.items).items() if size}
     return RankMemory(
-        pp_rank, _layers(config, layers)[pp_rank], items, sum(items.values()), peak.event, moments["schedule"].in_flight
+        pp_rank,
+        _layers(config, layers)[pp_rank],
+        items,
+        sum(items.values()),
+        peak.event,
+        moments["schedule"].in_flight,
+        dict(host),
     )
 
 
@@ -66,16 +79,17 @@ def phases(
     config: Config, pp_rank: int, stage_rank: int, scene: Scene, layers: list[range] | None = None
 ) -> dict[str, int]:
     """Peak bytes of one rank in each phase of a step: schedule, reduction, update. layers: as in rank_memory."""
-    state, moments = _moments(config, pp_rank, stage_rank, scene, layers)
+    state, _, moments = _moments(config, pp_rank, stage_rank, scene, layers)
     return {name: sum(state.values()) + moment.total for name, moment in moments.items()}
 
 
 def _moments(
     config: Config, pp_rank: int, stage_rank: int, scene: Scene, layers: list[range] | None
-) -> tuple[Counter, dict[str, MemoryPeak]]:
-    """What a rank holds all the time, and on top of it the peak of each phase."""
+) -> tuple[Counter, Counter, dict[str, MemoryPeak]]:
+    """What a rank holds all the time, what of it on the host, and on top of the first the peak of each phase."""
     chunks = chunk_parts(config, layers)[pp_rank]
     groups = shards(config, rank_weights(config, list(chunks.values())))
+    host: Counter = Counter()
     if config.parallel.zero == 3:
         stage3 = Zero3Memory(config, groups, chunk_of(scene, chunks[0]))
         size, event = stage3.schedule()
@@ -88,12 +102,22 @@ def _moments(
     else:
         reduced, updated = StepEnd(config, groups, stage_rank, scene).peaks()
         schedule, state = _walk(config, pp_rank, chunks, scene), state_items(config, groups)
+        if config.parallel.offload_optimizer:
+            host = Counter(
+                {name: state.pop(name) for name in ("master", "moments")}, buffers=_offload_buffers(config, groups)
+            )
+        if scene.kind == "cpu":
+            state, host = state + host, Counter()
     state["buffers"] += buffer_bytes(config, chunks)
-    return state, {
-        "schedule": schedule,
-        "reduction": MemoryPeak(reduced, Counter(reduction=reduced), "reduction of gradients"),
-        "update": MemoryPeak(updated, Counter(reduction=updated), "update of weights"),
-    }
+    return (
+        state,
+        host,
+        {
+            "schedule": schedule,
+            "reduction": MemoryPeak(reduced, Counter(reduction=reduced), "reduction of gradients"),
+            "update": MemoryPeak(updated, Counter(reduction=updated), "update of weights"),
+        },
+    )
 
 
 def scene_of(config: Config, load: Load | None = None) -> Scene:
@@ -150,6 +174,13 @@ def state_items(config: Config, groups: list[Shards]) -> Counter:
     return Counter(
         weights=precision.weight_bytes * whole, master=FP32 * owned, moments=2 * precision.moment_bytes * owned
     )
+
+
+def _offload_buffers(config: Config, groups: list[Shards]) -> int:
+    """On the host with DeepSpeed's ZeRO-Offload: the shard's gradients, its updated weights, and a place for the largest weight."""
+    owned, element = sum(group.partition for group in groups), config.precision.weight_bytes
+    largest = max(weight.elements for group in groups for weight in group.weights)
+    return (FP32 + element) * owned + element * largest
 
 
 def buffer_bytes(config: Config, chunks: dict[int, Parts]) -> int:

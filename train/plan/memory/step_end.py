@@ -3,6 +3,9 @@
 This follows DeepSpeed 0.19 (stage_1_and_2.py) buffer by buffer, since on small models and few micro-batches the peak of the
 whole step lies here. Gradients are fp32 and whole when it begins (parallel/zero/whole_weights.py):
 
+With offload (ZeRO 1 and 2) a shard's gradients go on to the host as they are reduced: the slices that this rank keeps let go of
+their whole gradients at once, with fp32 weights nothing is put together on the device, and scratch is the host's.
+
     own        gradients of a group that this rank shares with nobody stay as they are to the end (with bf16 weights)
     fill       a gradient is copied into the bucket, and its own memory freed; one that is larger than the bucket stays
     reduce     when the bucket is full: the slices of every group are put together in a copy and summed over its ranks
@@ -85,6 +88,7 @@ class StepEnd:
     def __init__(self, config: Config, groups: Sequence[Shards], stage_rank: int, scene: Scene):
         self._groups, self._scene = groups, scene
         self._stage, self._bf16 = config.parallel.zero, config.precision.name != "fp32"
+        self._offload = config.parallel.offload_optimizer
         self._moments = moments_dtype(config.precision)
         self._has_expert_groups = config.parallel.ep > 1
         """Else experts are summed over the same group as all other weights."""
@@ -136,6 +140,9 @@ class StepEnd:
             if not one.mine:
                 if self._stage == 2 and not self._fits(one):
                     meter.take(-one.size)
+            elif self._offload:
+                if not self._fits(one):
+                    meter.take(-one.size)
             elif not self._bf16:
                 if not self._whole:
                     self._whole = True
@@ -172,7 +179,9 @@ class StepEnd:
     def _end(self) -> None:
         """Everything is reduced: the bucket goes, and gradients too large for it that have outlived their reduction."""
         stays = (
-            one for one in self._gradients if not self._fits(one) and (self._bf16 if one.mine else self._stage == 1)
+            one
+            for one in self._gradients
+            if not self._fits(one) and (self._bf16 and not self._offload if one.mine else self._stage == 1)
         )
         self._meter.take(-FP32 * self._bucket - sum(one.size for one in stays))
 
@@ -180,11 +189,15 @@ class StepEnd:
         meter, last = self._meter, len(self._groups) - 1
         for number, group in enumerate(self._groups):
             shard = 0 if self._is_own(group) else FP32 * group.partition
-            if not self._bf16:
+            if not self._bf16 and self._offload:
+                shard = 0
+            elif not self._bf16:
                 meter.take(shard)
                 if number == last:
                     meter.take(-self._whole_size)
             scratch = scratch_bytes(self._scene.kind, self._moments, group.partition, self._scene.compiled)
+            if self._offload and self._scene.kind == "cuda":
+                scratch = 0
             meter.take(scratch)
             meter.take(-scratch)
             meter.take(-shard)

@@ -51,6 +51,7 @@ def plan_record(plan: RunPlan, cures: list[Cure], split: FasterSplit | None) -> 
         "imbalance": config.plan.imbalance,
         "reserve_bytes": plan.reserve,
         "room_bytes": plan.room_bytes,
+        "host_bytes": plan.host_bytes,
         "fullest_pp_rank": plan.fullest.pp_rank,
         "cures": [vars(cure) for cure in cures],
         "ranks": [
@@ -59,6 +60,7 @@ def plan_record(plan: RunPlan, cures: list[Cure], split: FasterSplit | None) -> 
                 "peak_bytes": rank.peak_bytes,
                 "peak_event": rank.peak_event,
                 "items_bytes": rank.items,
+                "host_items_bytes": rank.host_items,
             }
             for rank in plan.ranks
         ],
@@ -104,6 +106,9 @@ def verdict(plan: RunPlan) -> str:
     rank, memory = f"pipeline rank {plan.fullest.pp_rank}", gib(plan.memory_bytes)
     if plan.fits:
         return f"{plan.verdict}, with {gib(plan.room_bytes)} of {memory} to spare on {rank}"
+    if plan.room_bytes >= 0:
+        host = plan.config.hardware.host_memory_bytes
+        return f"{plan.verdict}, {gib(plan.host_bytes - host)} over the {gib(host)} of a node's own memory"
     return f"{plan.verdict}, {gib(-plan.room_bytes)} over the {memory} of a device on {rank}"
 
 

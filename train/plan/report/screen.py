@@ -33,6 +33,7 @@ def plan_screen(
     update = step.update
     rows += [
         ("Layout", layout_words(plan)),
+        *([("Host", _host(plan))] if plan.host_bytes else []),
         *([("Split", stages)] if (stages := split_words(plan, split)) is not None else []),
         (
             "Step",
@@ -69,6 +70,10 @@ def _beside(plan: RunPlan) -> str:
         else ""
     )
     return f"{reserve_words(plan.reserve)}{more}"
+
+
+def _host(plan: RunPlan) -> str:
+    return f"{gib(plan.host_bytes)} of the {gib(plan.config.hardware.host_memory_bytes)} of a node's own memory"
 
 
 def cure_words(cure: Cure, plan: RunPlan) -> str:

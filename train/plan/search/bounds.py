@@ -74,7 +74,8 @@ def _state_bytes(config: Config, held: WeightCounts) -> int:
     moments = 2 * config.precision.moment_bytes
     weights = shard if parallel.zero == 3 else whole
     gradients = shard if parallel.zero == 3 else whole
-    return int(weights * element + gradients * 4 + shard * (4 + moments))
+    state = 0 if parallel.offload_optimizer else shard * (4 + moments)
+    return int(weights * element + gradients * 4 + state)
 
 
 def _kept_bytes(stages: Stages, ids: list[int], flight: int) -> int:

@@ -52,6 +52,8 @@ MEMORY = (
     "swiglu_forward",
 )
 """Kinds bound by memory, for which `memory` stands in."""
+HOST = ("host", "host_memory")
+"""Kinds of offload: bytes of one device to or from its host, and what its processors read and write for it. Nothing stands in."""
 LINKS = {
     "all_to_all_inside": "inside",
     "all_to_all_across": "across",

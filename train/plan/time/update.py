@@ -5,6 +5,9 @@ which each rank keeps its shard), in fp32; then every rank updates its shard and
 format. Dense weights are shared by all ranks of a stage, experts by the ranks with the same experts. Nothing of
 it runs beside a pipeline's work. At stage 3 the gathers and the reduction happen in every micro-batch instead, and
 what is left is the update.
+
+With the optimizer on the host, the shard's gradients go there over the device's link and its rounded weights come back; the update
+itself is bound by the memory of the host's processors.
 """
 
 from dataclasses import dataclass
@@ -95,8 +98,20 @@ def update_time(config: Config, layout: Layout, rates: Rates, held: WeightCounts
     passes = [Work("memory", bytes=copied * DEVICE_PASSES), Work("memory", bytes=shard * shard_bytes)]
     update = Work("optimizer", bytes=shard * (ADAM_BYTES + 4 * moment + element))
     factor = rates.factor("update")
+    if config.parallel.offload_optimizer:
+        out, back = (_to_host(config, rates, shard * size) for size in (4, element))
+        there = "optimizer" if config.hardware.device == "cpu" else "host_memory"
+        on_host = Work(there, bytes=update.bytes + shard * NORM_BYTES)
+        return UpdateTime(reduce + factor * rates.of(passes[0]) + out, factor * rates.of(on_host) + back, gather)
     own = factor * rates.of(passes[0]), factor * (rates.of(passes[1]) + rates.of(update))
     return UpdateTime(reduce + own[0], own[1], gather)
+
+
+def _to_host(config: Config, rates: Rates, moved: float) -> float:
+    """Seconds to bring so many bytes of one device to the host, or back; on a CPU they are copied where they are."""
+    if config.hardware.device == "cpu":
+        return rates.of(Work("copy", bytes=2 * moved))
+    return rates.of(Work("host", bytes=moved))
 
 
 def _collective(name: str, rates: Rates, moved: float, group: int, per_node: int) -> float:
