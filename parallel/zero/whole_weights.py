@@ -121,6 +121,9 @@ class WholeWeights:
     def forget_gradients(self) -> None:
         """Call when a step is over, made or skipped."""
         self._handover.unreduced.clear()
+        if self._offload:  # after a skipped step DeepSpeed would add the next gradients to those of that one
+            for number in range(len(self._groups)):
+                self._optimizer.averaged_gradients[number] = None
 
     def weights(self) -> Iterator[Tensor]:
         """What this rank holds of the weights between steps."""
