@@ -5,8 +5,9 @@ What they compute is that of the kernels which they are given (train/model/kerne
 Shapes: N rows (any leading axes flattened), D width, F inner width, E experts, R rows routed to experts, V vocabulary.
 """
 
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from typing import Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -18,6 +19,15 @@ from train.model.needed import gradients_needed
 from train.model.recompute import Recomputed
 
 
+class HeldInput(NamedTuple):
+    """An input of a linear layer as it waits for backward."""
+
+    source: Any
+    """In the precision's own form."""
+    values: Callable[[], Tensor]
+    """What it stands for, in the shape and format of the input."""
+
+
 class LayerPrecision(Protocol):
     """The number formats of the matrix products. The model asks for products and never branches on precision."""
 
@@ -26,8 +36,12 @@ class LayerPrecision(Protocol):
     kernels: Kernels
     """What computes, in the products and between them."""
 
-    def linear(self, x: Tensor, weight: Tensor, kind: str = "dense") -> Tensor:
-        """x (..., D) times weight (F, D) transposed: (..., F). kind: see `Linear`."""
+    def linear(self, x: Tensor, weight: Tensor, kind: str = "dense", held: "HeldInput | None" = None) -> Tensor:
+        """x (..., D) times weight (F, D) transposed: (..., F). kind: see `Linear`. held: what `hold` gave for x."""
+        ...
+
+    def hold(self, x: Tensor, kind: str) -> "HeldInput | None":
+        """The form in which `linear` keeps x for backward, for others that keep it too; None where it keeps x as it is."""
         ...
 
     def expert_ffn(
@@ -52,8 +66,12 @@ class Linear(nn.Module):
         self.weight = nn.Parameter(torch.empty(outputs, inputs, **factory))
         self._precision, self._kind = precision, kind
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self._precision.linear(x, self.weight, self._kind)
+    def forward(self, x: Tensor, held: HeldInput | None = None) -> Tensor:
+        return self._precision.linear(x, self.weight, self._kind, held)
+
+    def hold(self, x: Tensor) -> HeldInput | None:
+        """See `LayerPrecision.hold`."""
+        return self._precision.hold(x, self._kind)
 
 
 class Embedding(nn.Module):

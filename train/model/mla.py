@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from conf.schema import Model, Recompute
 from train.model.layers import LayerPrecision, Linear, RMSNorm
-from train.model.recompute import Recomputed
+from train.model.recompute import Recomputed, Replaceable
 from train.model.rope import Rope, rotate, turn_queries
 from train.model.sequence import Positions
 from train.model.shared_attention import KeysOfLatents, SharedAttention
@@ -54,15 +54,26 @@ class MLA(nn.Module):
             # q_latent is the whole query where queries are not compressed
             q_latent = self.q(x_BTD) if self._config.q_rank is None else self.q_down(x_BTD)
             kv_latent, k_rope_BTR = self.kv_down(x_BTD).split([self._config.kv_rank, self._config.rope_head_dim], -1)
+        saved = Replaceable()
         if positions.share is not None:
-            return self.out(self._attend_shared(positions, q_latent, kv_latent, k_rope_BTR))
+            return self._project(self._attend_shared(positions, q_latent, kv_latent, k_rope_BTR, saved), saved)
         heads = self._up(q_latent, kv_latent, k_rope_BTR)
         keep = nullcontext()
         if self._recompute_up and torch.is_grad_enabled():
             keep = Recomputed(self._up, (q_latent, kv_latent, k_rope_BTR), *heads)
-        with keep:
+        with saved, keep:
             out_BHTV = self._kernels.attention(*heads, self._rope.softmax_scale, positions.documents_BT)
-        return self.out(out_BHTV.transpose(1, 2).flatten(2))
+        return self._project(out_BHTV, saved)
+
+    def _project(self, out_BHTV: Tensor, saved: Replaceable) -> Tensor:
+        """(B, T, D). Where the projection keeps its input in fewer bits, attention's backward takes that too. saved: what attention
+        saved, its output among it in some kernels.
+        """
+        x_BTX = out_BHTV.transpose(1, 2).flatten(2)
+        held, heads = self.out.hold(x_BTX), out_BHTV.size(1)
+        if held is not None:
+            saved.replace(out_BHTV, lambda: held.values().unflatten(-1, (heads, -1)).transpose(1, 2))
+        return self.out(x_BTX, held)
 
     def _up(self, q_latent: Tensor, kv_latent: Tensor, k_rope_BTR: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys (B, H, T, Q) and values (B, H, T, V) from the latents."""
@@ -83,8 +94,10 @@ class MLA(nn.Module):
         with recipe:
             return self.q_up(q_latent)
 
-    def _attend_shared(self, positions: Positions, q_latent: Tensor, kv_latent: Tensor, k_rope_BTR: Tensor) -> Tensor:
-        """(B, T, H * V) where other ranks have the rest of the sequences: normed latents and turned rope keys travel, once."""
+    def _attend_shared(
+        self, positions: Positions, q_latent: Tensor, kv_latent: Tensor, k_rope_BTR: Tensor, saved: Replaceable
+    ) -> Tensor:
+        """(B, H, T, V) where other ranks have the rest of the sequences: normed latents and turned rope keys travel, once."""
         config, table = self._config, self._rope.table(positions.whole_length, q_latent.device)
         table = torch.cat([table[piece.start : piece.stop] for piece in positions.here])
 
@@ -105,8 +118,8 @@ class MLA(nn.Module):
             sources = q_latent, kv_latent, k_rope_BTR
             keep = Recomputed(lambda q, *others: (queries(q), to_travel(*others)), sources, q_BHTQ, latents_BTX)
         keys = KeysOfLatents(self.kv_up, config.heads, config.kv_rank, config.nope_head_dim)
-        with keep:
-            out_BHTV = SharedAttention.apply(
+        with saved, keep:
+            return SharedAttention.apply(
                 q_BHTQ,
                 latents_BTX,
                 self.kv_up.weight,
@@ -116,4 +129,3 @@ class MLA(nn.Module):
                 positions,
                 gathering,
             )
-        return out_BHTV.transpose(1, 2).flatten(2)

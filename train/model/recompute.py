@@ -5,6 +5,7 @@ computes does not change, be it a plain product or a hand-written function.
 
     Recomputed       an output that is cheap to make from something that is kept anyway (a norm's output from the norm's
                      input) is not kept: a recipe is, in its place.
+    Replaceable      what is saved stays as it is, until something that is kept anyway is found to stand for it.
     repeatable       a layer keeps its input alone. What its operations save is counted and let go. When backward first
                      wants some of it, the layer runs once more, and what its operations save this time goes where the
                      first was wanted, in the same order. So the graph is that of the first run, and an ordinary
@@ -139,6 +140,50 @@ class _Again:
 
     def unpack(self) -> Tensor:
         return self._context.make(*self._place)
+
+
+class Replaceable(SavedContext):
+    """Context after which something else may be kept in place of what was saved inside."""
+
+    def __init__(self) -> None:
+        self._slots: list[weakref.ref[_Slot]] = []
+
+    def pack(self, saved: Tensor | Packed) -> Tensor | Packed:
+        if not isinstance(saved, Tensor):
+            return saved
+        slot = _Slot(saved)
+        self._slots.append(weakref.ref(slot))
+        return slot
+
+    def replace(self, tensor: Tensor, make: Callable[[], Tensor]) -> None:
+        """Keep `make`, which gives nearly its values in its shape, where exactly this tensor was saved."""
+        for slot in filter(None, (ref() for ref in self._slots)):
+            if slot.holds(tensor):
+                slot.replace(make)
+
+
+class _Slot:
+    """A tensor that was saved, or what gives it."""
+
+    def __init__(self, tensor: Tensor):
+        self._tensor: Tensor | None = tensor
+        self._stride = tensor.stride()
+
+    def holds(self, tensor: Tensor) -> bool:
+        held = self._tensor
+        return held is not None and _address(held) == _address(tensor) and held.shape == tensor.shape
+
+    def replace(self, make: Callable[[], Tensor]) -> None:
+        self._tensor, self._make = None, make
+
+    def unpack(self) -> Tensor:
+        if self._tensor is not None:
+            return self._tensor
+        with torch.no_grad():
+            made = self._make()
+        if made.stride() == self._stride:
+            return made
+        return torch.empty_strided(made.shape, self._stride, dtype=made.dtype, device=made.device).copy_(made)
 
 
 def repeatable(function: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from conf.schema import Fp8
 from train.model.kernels import Kernels
+from train.model.layers import HeldInput
 from train.native.build import has_avx2
 from train.precision import scaled_products
 from train.precision.compiled import CompiledCasts, load_casts
@@ -19,9 +20,9 @@ from train.precision.compiled_engine import CompiledEngine
 from train.precision.experts import expert_ffn
 from train.precision.health import HealthWatch, Report
 from train.precision.hopper import load_hopper
-from train.precision.linear import linear
+from train.precision.linear import keep, linear
 from train.precision.products import CpuEngine, Engine
-from train.precision.recipe import build_recipe
+from train.precision.recipe import OperandRule, build_recipe
 
 
 class Fp8Precision:
@@ -39,10 +40,19 @@ class Fp8Precision:
             engine = load_hopper(fp8)
         self._engine = engine or cpu_engine(fp8, kernels)
 
-    def linear(self, x: Tensor, weight: Tensor, kind: str = "dense") -> Tensor:
+    def linear(self, x: Tensor, weight: Tensor, kind: str = "dense", held: HeldInput | None = None) -> Tensor:
         """x (..., K) times weight (N, K) transposed. kind: dense, or output for the attention's output projection."""
         recipe = getattr(self._recipe, kind)
-        return linear(x, weight, self._engine, recipe, self._health.probe(weight))
+        return linear(x, weight, self._engine, recipe, self._health.probe(weight), held)
+
+    def hold(self, x: Tensor, kind: str) -> HeldInput | None:
+        """See `LayerPrecision.hold`."""
+        recipe = getattr(self._recipe, kind)
+        if recipe.cache is None or not torch.is_grad_enabled():
+            return None
+        kept = keep(x.detach().reshape(-1, x.shape[-1]), self._engine, recipe)
+        shape, as_it_was = x.shape, OperandRule(None)
+        return HeldInput(kept, lambda: self._engine.operand(kept, as_it_was).reshape(shape))
 
     def expert_ffn(
         self, rows_RD: Tensor, gates_R: Tensor, w13_E2FD: Tensor, w2_EDF: Tensor, counts_E: Tensor

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from train.model.kernels import Groups, Kernels
-from train.model.layers import recomputed_swiglu, swiglu
+from train.model.layers import HeldInput, recomputed_swiglu, swiglu
 from train.model.needed import gradients_needed
 from train.model.weight_gradient import weight_gradient
 from train.precision.health import Report
@@ -29,8 +29,11 @@ class HighPrecision:
         self.dtype, self.kernels = dtype, kernels
         self._recompute_swiglu = recompute_swiglu
 
-    def linear(self, x: Tensor, weight: Tensor, kind: str = "dense") -> Tensor:
+    def linear(self, x: Tensor, weight: Tensor, kind: str = "dense", held: HeldInput | None = None) -> Tensor:
         return self.kernels.linear(x, weight.to(self.dtype))
+
+    def hold(self, x: Tensor, kind: str) -> None:
+        """Inputs are kept as they are."""
 
     def expert_ffn(
         self, rows_RD: Tensor, gates_R: Tensor, w13_E2FD: Tensor, w2_EDF: Tensor, counts_E: Tensor

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from train.model.layers import HeldInput
 from train.model.needed import gradients_needed
 from train.model.recompute import is_free
 from train.model.weight_gradient import weight_gradient
@@ -26,10 +27,17 @@ from train.precision.quantize import fitted
 from train.precision.recipe import LinearRecipe
 
 
-def linear(x: Tensor, weight_NK: Tensor, engine: Engine, recipe: LinearRecipe, probe: LayerProbe | None) -> Tensor:
-    """x (..., K) times weight transposed: (..., N) in the format of x."""
+def linear(
+    x: Tensor,
+    weight_NK: Tensor,
+    engine: Engine,
+    recipe: LinearRecipe,
+    probe: LayerProbe | None,
+    held: HeldInput | None = None,
+) -> Tensor:
+    """x (..., K) times weight transposed: (..., N) in the format of x. held: x as it is kept, where somebody else keeps it too."""
     x_TK = x.reshape(-1, x.shape[-1])
-    y_TN = _Linear.apply(x_TK, weight_NK, engine, recipe, probe, not torch.is_grad_enabled(), is_free(x))
+    y_TN = _Linear.apply(x_TK, weight_NK, engine, recipe, probe, not torch.is_grad_enabled(), is_free(x), held)
     return y_TN.view(*x.shape[:-1], weight_NK.shape[0])
 
 
@@ -47,8 +55,8 @@ def left_source(kept: Source, x_MK: Tensor, recipe: LinearRecipe) -> Source:
 
 class _Linear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x_TK, weight_NK, engine, recipe, probe, only_forward, free):
-        kept = x_TK if only_forward or free else keep(x_TK, engine, recipe)
+    def forward(ctx, x_TK, weight_NK, engine, recipe, probe, only_forward, free, held):
+        kept = x_TK if only_forward or free else keep(x_TK, engine, recipe) if held is None else held.source
         left = engine.operand(left_source(kept, x_TK, recipe), recipe.fprop.left)
         y_TN = engine.product(left, engine.operand(weight_NK, recipe.fprop.right), x_TK.dtype)
         tensors, ctx.forms = pack(weight_NK, kept)
@@ -80,4 +88,4 @@ class _Linear(torch.autograd.Function):
         if probe is not None and dx_TK is not None:
             probe.operand("gradient", dy_TN, recipe.dgrad.left)
             probe.product("dgrad", dx_TK, dy_TN, weight_NK.t())
-        return dx_TK, dw_NK, None, None, None, None, None
+        return dx_TK, dw_NK, None, None, None, None, None, None
