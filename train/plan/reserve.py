@@ -45,8 +45,8 @@ SHARED = 4 * MIB
 BATCH = 8
 """Peers that NCCL sends to at a time."""
 FRAGMENTATION = 0.02
-"""Share of the device. With expandable segments, which runs switch on, gaps are pages of 2 MiB and what tensors of another size leave; a
-dry run on a GPU measures it."""
+"""Share of the device. With expandable segments, which runs switch on, gaps are pages of 2 MiB and what tensors of another size leave. Not
+measured yet."""
 
 
 def reserve_of(config: Config) -> dict[str, int]:
