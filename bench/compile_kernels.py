@@ -45,6 +45,8 @@ SHARED = 227 << 10
 """Most bytes of shared memory that a block gets on either, if it asks."""
 TENSOR_CORES = "QGMMA|UTCQMMA|HGMMA|UTCHMMA|QMMA|HMMA"
 """Instructions that multiply matrices: FP8 on Hopper and on Blackwell, bf16 on these, and those of GPUs before."""
+THEIR_OWN = {"QGMMA", "UTCQMMA", "HGMMA", "UTCHMMA"}
+"""Those of Hopper and of Blackwell: the others reach a fraction of their rate."""
 TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
 
 
@@ -72,9 +74,7 @@ class Binary:
         found = [f"spills {self.spilled} bytes"] if self.spilled else []
         found += [f"stores single bytes, {self.stores[8]} a thread"] if self.stores[8] else []
         found += [f"takes {self.shared} bytes of shared memory"] if self.shared > SHARED else []
-        found += (
-            [f"multiplies with {', '.join(other)}"] if (other := self.products.keys() - {"QGMMA", "UTCQMMA"}) else []
-        )
+        found += [f"multiplies with {', '.join(other)}"] if (other := self.products.keys() - THEIR_OWN) else []
         return " and ".join(found) or None
 
 

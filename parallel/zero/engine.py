@@ -173,7 +173,7 @@ class Zero:
         *finite, total = torch.cat([squares.isfinite(), total.view(1)]).tolist()  # waits for the device
         self._bad = [name for name, good in zip(names, finite, strict=True) if not good]
         # DeepSpeed asks several times whether it is finite, and would wait for each answer.
-        self._norm = torch.tensor(math.sqrt(total), dtype=torch.float32)
+        self._norm = torch.tensor(total, dtype=torch.float64).sqrt().float()
         return self._norm
 
     def weights(self) -> Iterator[Tensor]:
