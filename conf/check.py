@@ -176,7 +176,8 @@ def _check_recompute(words: list[str]) -> None:
             usual = f"use [{','.join(Recompute)}], or layer:N for the first N blocks of every stage"
             raise wrong_choice("model.recompute", word, [*Recompute, "layer:N"], usual)
     whole = [word for word in words if word.startswith(Recompute.layer)]
-    _require(len(whole) < 2, "model.recompute", whole, "say twice how many layers", f"keep {whole[-1:]}")
+    if len(whole) > 1:
+        raise UserError("model.recompute", whole, "say twice how many layers", f"keep [{whole[-1]}]")
 
 
 def _check_phases(field: str, phases: list[Phase]) -> None:

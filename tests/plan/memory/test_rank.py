@@ -37,7 +37,9 @@ def test_peak_activations_follow_what_is_in_flight():
                      "parallel.schedule=1f1b", "batch_size=32")  # fmt: skip
     ranks = plan_memory(config)
     assert [rank.in_flight for rank in ranks] == [4, 3, 2, 1]
-    kept = [rank.items["activations"] for rank in ranks]
+    kept = [
+        rank.items["activations"] for rank in ranks[:-1]
+    ]  # the last has its peak in its only forward, which has kept none yet
     # The first stage keeps tokens' embeddings besides, the last has a loss: the two between them show the rule.
     share = kept[1] - kept[2]
     assert kept[1] == pytest.approx(3 * share, rel=0.05) and kept[2] == pytest.approx(2 * share, rel=0.05)
