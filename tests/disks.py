@@ -3,6 +3,7 @@
 import contextlib
 import os
 import subprocess
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -20,9 +21,11 @@ def small_disk(folder: Path, size: str) -> Iterator[Path]:
 @contextlib.contextmanager
 def read_only(folder: Path) -> Iterator[None]:
     """Whoever opens a file in this folder from now on can only read; files that are open stay as they are."""
-    with _mounted(["--bind", str(folder), str(folder)], folder):
-        subprocess.run(["mount", "-o", "remount,bind,ro", str(folder)], check=True)
-        yield
+    with tempfile.TemporaryDirectory() as aside, _mounted(["--bind", str(folder), aside], Path(aside)):
+        # Made read-only where nobody writes: a mount through which somebody does would be busy. Another of it is read-only at once.
+        subprocess.run(["mount", "-o", "remount,bind,ro", aside], check=True)
+        with _mounted(["--bind", aside, str(folder)], folder):
+            yield
 
 
 @contextlib.contextmanager
