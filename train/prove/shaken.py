@@ -3,7 +3,8 @@
 A bound from the number of products alone does not know how sensitive a step is. Where a softmax is sharp, a gradient is the
 difference of large numbers, or a width of 16 averages few roundings, honest ranks differ by several times that bound. So the
 reference runs the step again with every weight, every output of a part and every gradient of one off at random by the unit
-roundoff of the format: no sum of roundings on that way is likely to be larger.
+roundoff of the format: no sum of roundings on that way is likely to be larger. Where rounding alone moves a tensor by its own size, as
+FP8 does in some thin models, this pass can say nothing of it; the passes exact and fp32 do.
 """
 
 from collections.abc import Callable
@@ -13,13 +14,13 @@ import torch
 from torch import Tensor
 
 from train.prove import reference
-from train.prove.bounds import MOST, Bound
+from train.prove.bounds import Bound
 from train.prove.reference import PlainModel, PlainPlan, Watched, Weights
 from train.prove.samples import Samples
 
 RUNS = 3
 """Of the shaken reference."""
-MARGIN = 2.0
+MARGIN = 3.0
 """By how much a difference may exceed the largest of these runs."""
 
 
@@ -56,9 +57,9 @@ class Shaken:
         )
         reason = (
             f"{MARGIN:g} x what the reference itself moves by where each part of the step is off by {self._unit:g} at random, "
-            f"the largest of {RUNS} runs, at most {MOST:g}, of the norm"
+            f"the largest of {RUNS} runs, of the norm"
         )
-        return Bound(min(MOST, MARGIN * spread), reason)
+        return Bound(MARGIN * spread, reason)
 
     def _run(self, seed: int) -> ReferenceStep:
         generator = torch.Generator().manual_seed(seed)
