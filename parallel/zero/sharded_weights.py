@@ -70,6 +70,8 @@ class ShardedWeights:
         self._handed = 0
         """Parameters of the order that were handed to DeepSpeed in this pass."""
         self._in_pass = False
+        self._backward: set[nn.Module] = set()
+        """Chunks whose backward has begun in this pass."""
         require_names(optimizer3=optimizer, coordinator=self._coordinator, param3=self._order[0])
         optimizer._get_norm_groups = lambda: [norm()]
         for hook in (*optimizer._grad_acc_hooks, *optimizer._leaf_module_hooks):
@@ -132,9 +134,20 @@ class ShardedWeights:
         self._coordinator.release_backward_leftovers()  # modules whose input has no gradient, like the embedding
         self._coordinator.reset_step()
 
-    def _end_forward(self, *_: object) -> None:
-        if not torch.is_grad_enabled():
+    def _end_forward(self, chunk: nn.Module, _: object, output: Tensor) -> None:
+        if torch.is_grad_enabled():
+            output.register_hook(lambda _: self._begin_backward(chunk))
+        else:
             self._coordinator._clean_inflight_param_registry()  # fetched ahead for a backward that does not come
+
+    def _begin_backward(self, chunk: nn.Module) -> None:
+        """A schedule may run two backwards of a chunk without a forward between: the second one's gradients are of another pass, as
+        those of the first may be handed over.
+        """
+        if chunk in self._backward:
+            self._end_pass()
+            self._in_pass = True
+        self._backward.add(chunk)
 
     def _arrived(self, param: nn.Parameter) -> None:
         """The node of a weight has run: whatever a pass adds to its gradient is there. Hand over what is complete of the order."""
@@ -153,6 +166,7 @@ class ShardedWeights:
         self._optimizer.independent_gradient_partition_epilogue()
         self._optimizer.micro_step_id = 1  # the next micro-batches add to the sum
         self._ready.clear()
+        self._backward.clear()
         self._handed = 0
         self._in_pass = False
 
