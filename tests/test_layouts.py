@@ -49,6 +49,11 @@ LAYOUTS = {
     ),
     # Without a pipeline, dualpipev runs the forward of one micro-batch together with the backward of another.
     "ep2_dualpipev": (2, ["parallel.dp=2", "parallel.ep=2", "parallel.schedule=dualpipev"]),
+    # Two backwards of a chunk follow one another at the end of a step, and the weights of ZeRO 3 have one gradient at a time.
+    "ep2_zero3_dualpipev": (
+        2,
+        ["parallel.dp=2", "parallel.ep=2", "parallel.schedule=dualpipev", "parallel.zero=3", "parallel.overlap=false"],
+    ),
     "cp2": (2, ["parallel.cp=2"]),
     "cp4_zero3": (4, ["parallel.cp=4", "parallel.zero=3"]),
     "cp2_dp2_ep4": (4, ["parallel.cp=2", "parallel.dp=2", "parallel.ep=4"]),
