@@ -121,7 +121,7 @@ class Judge:
         self.want: ReferenceStep
         """Of the step that is judged."""
         self.shaken: Shaken | None = None
-        """The same step, shaken by rounding, where a format below fp32 takes part."""
+        """The same step, shaken by rounding; None in fp64."""
 
     def judge(self) -> None:
         before: State | None = None
@@ -197,7 +197,8 @@ class Judge:
             )
         plain = self._plain(before, self._choices(ranks, plan.batch_size))
         self.want = run_step(plain, self.samples, plan)
-        self.shaken = Shaken(plain, self.samples, plan, UNIT[coarsest(self.config)]) if self.is_rounded else None
+        unit = UNIT[coarsest(self.config) if self.is_rounded else "fp32"]
+        self.shaken = None if self.proof == "exact" else Shaken(plain, self.samples, plan, unit)
         seen = self.want.seen
         self._judge_forward(ranks, seen, plan.batch_size)
         self._judge_backward(ranks, plan.batch_size)
@@ -294,14 +295,18 @@ class Judge:
             rows, places = self._rows(rank, number), self._places(rank, name)
             if self.proof != "exact":
 
-                def excess(
-                    step: ReferenceStep, rows: slice = rows, ids: Tensor = ids, places: list[int] = places
-                ) -> Tensor:
-                    scores = self._by_sample(step.seen.values[f"{name}.biased"], batch_size)[rows][:, places]
-                    return torch.tensor([choice_excess(self.model, scores.flatten(0, -2), ids)]).double()
+                def scores(step: ReferenceStep, rows: slice = rows, places: list[int] = places) -> Tensor:
+                    return self._by_sample(step.seen.values[f"{name}.biased"], batch_size)[rows][:, places]
 
-                got, none = excess(self.want), torch.zeros(1, dtype=torch.float64)
-                widen = partial(self._widen, excess, got)
+                def widen(bound: Bound, _: float, scores: Callable[[ReferenceStep], Tensor] = scores) -> Bound:
+                    """Two scores were compared, and each may be off."""
+                    wider = self._widen(
+                        scores, scores(self.want), Bound(bound.value / 2, bound.reason), 1.0, by_norm=False
+                    )
+                    return Bound(2 * wider.value, wider.reason)
+
+                excess = choice_excess(self.model, scores(self.want).flatten(0, -2), ids)
+                got, none = torch.tensor([excess]).double(), torch.zeros(1, dtype=torch.float64)
                 self._compare("chosen experts", name, rank.info.rank, got, none, bound, 1.0, widen)
             else:
                 self._compare("chosen experts", name, rank.info.rank, ids, want[rows][:, places], bound, 1.0)
@@ -453,16 +458,24 @@ class Judge:
         bound: Bound,
         scale: float | None = None,
     ) -> None:
-        """Compare with what `part` takes out of the reference's step. In low precision a step that is more sensitive than `bound`
-        knows is given what rounding does to it.
+        """Compare with what `part` takes out of the reference's step. A step that is more sensitive than `bound` knows is given
+        what rounding does to it.
         """
         want = part(self.want).detach()
         self._compare(quantity, name, rank, got, want, bound, scale, partial(self._widen, part, want))
 
-    def _widen(self, part: Callable[[ReferenceStep], Tensor], want: Tensor, bound: Bound, scale: float) -> Bound:
+    def _widen(
+        self,
+        part: Callable[[ReferenceStep], Tensor],
+        want: Tensor,
+        bound: Bound,
+        scale: float,
+        by_norm: bool | None = None,
+    ) -> Bound:
         if self.shaken is None:
             return bound
-        return max(bound, self.shaken.bound(part, want, scale), key=lambda one: one.value)
+        by_norm = self.is_rounded if by_norm is None else by_norm
+        return max(bound, self.shaken.bound(part, want, scale, by_norm), key=lambda one: one.value)
 
     def _compare(
         self,

@@ -47,17 +47,15 @@ class Shaken:
         self._plain, self._samples, self._plan, self._unit = plain, samples, plan, unit
         self._runs: list[ReferenceStep] = []
 
-    def bound(self, part: Callable[[ReferenceStep], Tensor], want: Tensor, scale: float) -> Bound:
-        """How far `part` of a step may be from `want`, by the norm and in units of `scale`."""
+    def bound(self, part: Callable[[ReferenceStep], Tensor], want: Tensor, scale: float, by_norm: bool) -> Bound:
+        """How far `part` of a step may be from `want`, in units of `scale`: by the norm, or the largest of its values."""
         if not self._runs:
             self._runs = [self._run(seed) for seed in range(RUNS)]
-        spread = (
-            max((part(run).detach().flatten() - want.flatten()).square().mean().sqrt().item() for run in self._runs)
-            / scale
-        )
+        moves = [(part(run).detach().flatten() - want.flatten()).abs() for run in self._runs]
+        spread = max((move.square().mean().sqrt() if by_norm else move.max()).item() for move in moves) / scale
         reason = (
             f"{MARGIN:g} x what the reference itself moves by where each part of the step is off by {self._unit:g} at random, "
-            f"the largest of {RUNS} runs, of the norm"
+            f"the largest of {RUNS} runs"
         )
         return Bound(MARGIN * spread, reason)
 
