@@ -4,7 +4,8 @@ An engine makes operands out of tensors and multiplies two operands.  Every oper
 product is left @ right^T.
 
 The CPU has no FP8 arithmetic, so the emulation multiplies the dequantised operands and accumulates in fp32.  Its
-operands are exact: where every scale is a power of two they fit bf16, and the product costs what a bf16 one costs;
+operands are exact: where every scale is a power of two they fit bf16, and the product costs what a bf16 one costs (a
+weight's gradient, which is fp32, costs an fp32 one);
 with fp32 scales `CpuEngine` takes fp32 operands and an fp32 product, or, by choice, operands rounded to bf16.
 `CompiledEngine` (train/precision/compiled_engine.py) keeps values and fp32 scales apart where the CPU has AVX2, so
 that this product, too, costs about what a bf16 one costs.  That one sums each 128 of the contraction apart, as Hopper
@@ -183,11 +184,11 @@ class CpuEngine:
         return Groups(counts_E)
 
     def product(self, left: Tensor, right: Tensor, dtype: torch.dtype, into: Tensor | None = None) -> Tensor:
-        left, right = _common(left, right)
+        left, right = _common(left, right, dtype)
         return added((left @ right.mT).to(dtype), into)
 
     def grouped(self, left: Tensor, right: Tensor, groups: Groups, dtype: torch.dtype) -> Tensor:
-        left, right = _common(left, right)
+        left, right = _common(left, right, dtype)
         out_PN = left.new_zeros(groups.rows, right.shape[1])
         for rows, right_NC in zip(groups.real(STEP), right, strict=True):
             torch.mm(left[rows], right_NC.mT, out=out_PN[rows])
@@ -196,7 +197,7 @@ class CpuEngine:
     def grouped_wgrad(
         self, left: Tensor, right: Tensor, groups: Groups, dtype: torch.dtype, into: Tensor | None = None
     ) -> Tensor:
-        left, right = _common(left, right)
+        left, right = _common(left, right, dtype)
         out_EON = left.new_empty(len(groups.counts), left.shape[0], right.shape[0])
         for rows, out_ON in zip(groups.real(STEP), out_EON, strict=True):
             torch.mm(left[:, rows], right[:, rows].mT, out=out_ON)
@@ -222,8 +223,8 @@ class CpuEngine:
         return values.to(dtype or values.dtype)
 
 
-def _common(left: Tensor, right: Tensor) -> tuple[Tensor, Tensor]:
-    """Both in the format that holds both exactly."""
-    if left.dtype == right.dtype:
+def _common(left: Tensor, right: Tensor, result: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Both in the format that holds both exactly, or in fp32 where the result is: torch rounds a product to its operands' format."""
+    if left.dtype == right.dtype and (left.dtype == torch.float32 or result != torch.float32):
         return left, right
     return left.float(), right.float()
