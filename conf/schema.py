@@ -255,8 +255,26 @@ class Optim:
     """Steps in a row with a non-finite loss or gradient that may be skipped before the run stops."""
 
 
+class RankCounts:
+    """Counts of ranks that follow from the degrees of parallelism."""
+
+    pp: int
+    dp: int
+    cp: int
+
+    @property
+    def stage_ranks(self) -> int:
+        """Ranks that hold the same stage of the pipeline: ZeRO shards over them, and experts are spread over them."""
+        return self.dp * self.cp
+
+    @property
+    def world(self) -> int:
+        """All ranks."""
+        return self.pp * self.stage_ranks
+
+
 @dataclass
-class Parallel:
+class Parallel(RankCounts):
     """How the work is spread. World size = pp x dp x cp; dp x cp = expert-data-parallel x ep."""
 
     pp: int = number(1, least=1)
@@ -289,16 +307,6 @@ class Parallel:
     wire: WireFormat = WireFormat.bf16
     """Format of rows on their way to the experts and of gradients on theirs: bf16 (the activations' own format) or fp8
     (E4M3 with power-of-two scales per 128 values, paper 3.3.3). The ways back are always in the activations' format."""
-
-    @property
-    def stage_ranks(self) -> int:
-        """Ranks that hold the same stage of the pipeline: ZeRO shards over them, and experts are spread over them."""
-        return self.dp * self.cp
-
-    @property
-    def world(self) -> int:
-        """All ranks."""
-        return self.pp * self.stage_ranks
 
 
 @dataclass

@@ -34,7 +34,7 @@ class ContextParallel:
 
     def __init__(self, group: dist.ProcessGroup, across: bool = False):
         self.group, self._across = group, across
-        self.ranks, self.rank = dist.get_world_size(group), dist.get_rank(group)
+        self.parts, self.part = dist.get_world_size(group), dist.get_rank(group)
         self.counters = Counters()
         """Bytes sent: those of gathers as forward, those of scatters as backward."""
 
@@ -42,20 +42,20 @@ class ContextParallel:
         """Start to bring (B, rows[j], X) of every piece j, in order. own_BTX: of this rank's two pieces."""
         size = max(rows)
         own_BTX = F.pad(own_BTX, (0, 0, 0, 2 * size - own_BTX.size(1))).contiguous()
-        all_NBTX = own_BTX.new_empty(self.ranks, *own_BTX.shape)
+        all_NBTX = own_BTX.new_empty(self.parts, *own_BTX.shape)
         work = self._all_gather(all_NBTX, own_BTX)
-        self._count(own_BTX, self.ranks - 1, gather=True)
+        self._count(own_BTX, self.parts - 1, gather=True)
         return LatentsOnTheirWay(own_BTX, all_NBTX, work, rows)
 
     def scatter_sum(self, pieces: list[Tensor]) -> Tensor:
         """The sum over all ranks of what each has for this rank's pieces: (B, T, X)."""
         size = max(piece.size(1) for piece in pieces)
-        own = pieces[self.rank].size(1) + pieces[-1 - self.rank].size(1)
+        own = pieces[self.part].size(1) + pieces[-1 - self.part].size(1)
         padded = [F.pad(piece, (0, 0, 0, size - piece.size(1))) for piece in pieces]
-        sent_NBTX = torch.stack([torch.cat([padded[r], padded[-1 - r]], 1) for r in range(self.ranks)])
+        sent_NBTX = torch.stack([torch.cat([padded[r], padded[-1 - r]], 1) for r in range(self.parts)])
         arrived_NBTX = torch.empty_like(sent_NBTX)
         self._all_to_all(arrived_NBTX, sent_NBTX)
-        self._count(sent_NBTX[0], self.ranks - 1, gather=False)
+        self._count(sent_NBTX[0], self.parts - 1, gather=False)
         return arrived_NBTX.sum(0, dtype=torch.float32).to(sent_NBTX.dtype)[:, :own]
 
     def total(self, counts: Tensor) -> Tensor:
@@ -83,10 +83,10 @@ class LoneContext(ContextParallel):
     """The same without the others, for a plan or a dry run: what would come from them is a copy of this rank's own."""
 
     def __init__(self, ranks: int, rank: int = 0):
-        self.ranks, self.rank, self.counters, self._across = ranks, rank, Counters(), False
+        self.parts, self.part, self.counters, self._across = ranks, rank, Counters(), False
 
     def total(self, counts: Tensor) -> Tensor:
-        return counts * self.ranks
+        return counts * self.parts
 
     def _all_gather(self, all_NBTX: Tensor, own_BTX: Tensor) -> None:
         all_NBTX.copy_(own_BTX.expand_as(all_NBTX))

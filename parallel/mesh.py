@@ -23,11 +23,11 @@ from torch.distributed import ProcessGroup
 
 from conf.check import check_world
 from conf.errors import UserError
-from conf.schema import Config
+from conf.schema import Config, RankCounts
 
 
 @dataclass(frozen=True)
-class Layout:
+class Layout(RankCounts):
     """Degrees of parallelism and the rank arithmetic that follows from them."""
 
     pp: int = 1
@@ -38,15 +38,6 @@ class Layout:
 
     def __post_init__(self) -> None:
         assert self.stage_ranks % self.ep == 0, "conf/check.py comes first"
-
-    @property
-    def stage_ranks(self) -> int:
-        """Ranks that hold the same stage of the pipeline."""
-        return self.dp * self.cp
-
-    @property
-    def world(self) -> int:
-        return self.pp * self.stage_ranks
 
     @property
     def edp(self) -> int:

@@ -78,8 +78,8 @@ class Route(torch.autograd.Function):
                     balance_loss += balance_weight * (frequency_BE * share_BE).sum() / batch
         ctx.save_for_backward(scores_BTE, ids_BTK, gates_BTK, factor_BT1, frequency_B1E, total_BT1)
         ctx.route_scale = rule.route_scale
-        # The gradients of ranks that share sequences are averaged, where each has a part of the loss.
-        ctx.balance_weight = balance_weight * (1 if share is None else share.ranks) / (batch * max(length, 1))
+        # The gradients of those that share sequences are averaged, where each has a part of the loss.
+        ctx.balance_weight = balance_weight * (1 if share is None else share.parts) / (batch * max(length, 1))
         ctx.mark_non_differentiable(ids_BTK)
         return gates_BTK, ids_BTK
 

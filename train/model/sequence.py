@@ -1,9 +1,9 @@
 """Which positions of its sequences a process works on, and what brings it the others.
 
-Mostly it has whole sequences. Where N ranks share each sequence (context parallelism), its T positions are cut into 2 N equal
-pieces, of which rank r works on pieces r and 2 N - 1 - r: an early one, whose queries see few keys, and a late one, whose
-queries see many, so that all ranks have the same work. Every rank has the tokens of the whole sequence, which are few bytes;
-all else, from the embedding to the loss, it has for its own positions alone. Attention alone looks at other positions
+Mostly it has whole sequences. Where N processes share each sequence (context parallelism), its T positions are cut into 2 N
+equal pieces, of which process r works on pieces r and 2 N - 1 - r: an early one, whose queries see few keys, and a late one,
+whose queries see many, so that all have the same work. Each has the tokens of the whole sequence, which are few bytes; all
+else, from the embedding to the loss, it has for its own positions alone. Attention alone looks at other positions
 (train/model/shared_attention.py), the balance loss counts over them (train/model/router.py), and the modules of MTP look at the
 next tokens, also behind the end of a piece.
 
@@ -28,23 +28,23 @@ class Gathering(Protocol):
 
 
 class SequenceShare(Protocol):
-    """Shares sequences with other ranks: brings what they have of the same sequences. Every rank must call the same."""
+    """Shares sequences with other processes: brings what they have of the same sequences. All must call the same."""
 
-    ranks: int
+    parts: int
     """N."""
-    rank: int
+    part: int
     """r."""
 
     def gather_begin(self, own_BTX: Tensor, rows: Sequence[int]) -> Gathering:
-        """Start to bring (B, rows[j], X) of every piece j, in order. own_BTX: of this rank's two pieces."""
+        """Start to bring (B, rows[j], X) of every piece j, in order. own_BTX: of the two pieces here."""
         ...
 
     def scatter_sum(self, pieces: list[Tensor]) -> Tensor:
-        """The sum over all ranks of what each has for this rank's pieces, (B, own positions, X); the transpose of the gather."""
+        """The sum over all parts of what each has for the pieces here, (B, own positions, X); the transpose of the gather."""
         ...
 
     def total(self, counts: Tensor) -> Tensor:
-        """The sum over all ranks, on each."""
+        """The sum over all parts, on each."""
         ...
 
 
@@ -84,7 +84,7 @@ class Positions:
     @cached_property
     def pieces(self) -> list[range]:
         """All of them, in order."""
-        count = 1 if self.share is None else 2 * self.share.ranks
+        count = 1 if self.share is None else 2 * self.share.parts
         size = self.whole_length // count
         return [range(j * size, min((j + 1) * size, self.length)) for j in range(count - 1)] + [
             range((count - 1) * size, self.length)
@@ -95,7 +95,7 @@ class Positions:
         """The pieces of this process."""
         if self.share is None:
             return self.pieces
-        return [self.pieces[self.share.rank], self.pieces[-1 - self.share.rank]]
+        return [self.pieces[self.share.part], self.pieces[-1 - self.share.part]]
 
     @property
     def count(self) -> int:
