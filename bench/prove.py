@@ -20,9 +20,12 @@ import time
 import traceback
 import warnings
 from collections.abc import Iterable, Iterator
+from concurrent.futures import Executor, ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import replace
 from itertools import groupby
 from pathlib import Path
+
+import torch
 
 from bench.prove_rows import Row, read_rows, rotated, to_config, write_rows
 from cluster.launch import Place
@@ -30,6 +33,8 @@ from conf.load import read_config, write_config
 
 TOGETHER = 8
 """Rows of the same processes: more would keep what torch and DeepSpeed never give back."""
+AT_A_TIME = 2
+"""Groups of such rows that are proven at the same time."""
 TIMEOUT = 120.0
 """Longest proof of a row, seconds."""
 
@@ -45,47 +50,56 @@ class RowResult:
 
 
 def prove_rows(rows: dict[int, Row], folder: Path) -> Iterator[RowResult]:
-    """Results as they come, rows of as many ranks after one another. folder: for evidence and checkpoints; is emptied."""
-    by_world = sorted(rows, key=lambda number: (_world(rows[number]), number))
-    for world, numbers in groupby(by_world, key=lambda number: _world(rows[number])):
+    """Results as they come, rows of as many ranks after one another. folder: for evidence and checkpoints; is emptied.
+
+    Two groups of rows are proven at a time: the ranks of one leave a core free now and then, and a judge takes one.
+    """
+    from tests.ranks import CONTEXT
+
+    by_world, together = sorted(rows, key=lambda number: (_world(rows[number]), number)), []
+    for _, numbers in groupby(by_world, key=lambda number: _world(rows[number])):
         chosen = list(numbers)
-        for first in range(0, len(chosen), TOGETHER):
-            yield from _together({number: rows[number] for number in chosen[first : first + TOGETHER]}, world, folder)
+        together += [chosen[first : first + TOGETHER] for first in range(0, len(chosen), TOGETHER)]
+    judges, groups = ProcessPoolExecutor(AT_A_TIME, CONTEXT, torch.set_num_threads, (1,)), ThreadPoolExecutor(AT_A_TIME)
+    for number, row in rows.items():
+        _write(row, folder / str(number))
+    with judges, groups:
+        for results in groups.map(lambda some: _prove_together({n: rows[n] for n in some}, folder, judges), together):
+            yield from results
 
 
 def _world(row: Row) -> int:
     return row["parallel.pp"] * row["parallel.dp"]
 
 
-def _together(rows: dict[int, Row], world: int, folder: Path) -> Iterator[RowResult]:
+def _prove_together(rows: dict[int, Row], folder: Path, judges: Executor) -> list[RowResult]:
     started = time.perf_counter()
-    error = _gather(rows, world, folder)
+    error = _gather(rows, _world(next(iter(rows.values()))), folder)
     if error and len(rows) > 1:  # which of them it was shows where each runs alone
-        for number, row in rows.items():
-            yield from _together({number: row}, world, folder)
-        return
-    share = (time.perf_counter() - started) / len(rows)
+        return [result for number in rows for result in _prove_together({number: rows[number]}, folder, judges)]
+    share, results = (time.perf_counter() - started) / len(rows), []
     for number, row in rows.items():
         result, started = RowResult(number, row), time.perf_counter()
         if error:
             result.first = error
         else:
-            _judge(result, folder / str(number))
+            result.verdicts, result.first = judges.submit(_judge, folder / str(number)).result()
         result.seconds = share + time.perf_counter() - started
-        yield result
+        results.append(result)
         shutil.rmtree(folder / str(number), ignore_errors=True)
+    return results
 
 
-def _gather(rows: dict[int, Row], world: int, folder: Path) -> str:
+def _write(row: Row, folder: Path) -> None:
+    folder.mkdir(parents=True, exist_ok=True)
+    write_config(replace(to_config(row), runs=str(folder), name="proof"), str(folder / "config.yaml"))
+
+
+def _gather(rows: Iterable[int], world: int, folder: Path) -> str:
     """Let ranks prove these rows; returns the first error of one, or nothing."""
     from tests.ranks import run_processes
 
-    paths = []
-    for number, row in rows.items():
-        config = replace(to_config(row), runs=str(folder / str(number)), name="proof")
-        (folder / str(number)).mkdir(parents=True, exist_ok=True)
-        paths.append(str(folder / str(number) / "config.yaml"))
-        write_config(config, paths[-1])
+    paths = [str(folder / str(number) / "config.yaml") for number in rows]
     with tempfile.TemporaryDirectory() as scratch:
         try:
             timeout = TIMEOUT * len(rows)
@@ -114,17 +128,15 @@ def _prove_as_rank(rank: int, paths: list[str], world: int, store: str) -> None:
             run_pass(proof, config, place, device)
 
 
-def _judge(result: RowResult, folder: Path) -> None:
+def _judge(folder: Path) -> tuple[list, str]:
+    """Verdicts, and the first difference or the judge's own error."""
     from train.prove.judge import judge_all
 
     try:
         findings = judge_all(read_config(str(folder / "config.yaml")))
     except Exception:
-        result.first = traceback.format_exc()
-        return
-    result.verdicts = list(findings.verdicts.values())
-    if findings.differences:
-        result.first = findings.differences[0].text()
+        return [], traceback.format_exc()
+    return list(findings.verdicts.values()), findings.differences[0].text() if findings.differences else ""
 
 
 def show_worst(results: Iterable[RowResult]) -> None:
