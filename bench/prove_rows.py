@@ -30,8 +30,8 @@ from train.layout import check_layout
 FILE = Path(__file__).with_suffix(".csv")
 ROWS = 200
 LARGEST_WORLD = 4
-MICRO_BATCHES = 4
-"""Of a rank in a step, what every schedule on two pipeline ranks takes; where the batch grows, two more follow."""
+MICRO_BATCHES = {1: 2, 2: 4}
+"""Of a rank in a step, by pipeline ranks: what every schedule takes. Where the batch grows, two more follow."""
 SEED = 1
 
 MODEL = {
@@ -41,7 +41,7 @@ MODEL = {
 }  # fmt: skip
 BASE = [
     *(f"model.{key}={value}" for key, value in MODEL.items()),
-    "mode=prove", "steps=4", "seq_len=12", "cluster.threads=1", "cluster.device=cpu", "optim.warmup_steps=2",
+    "mode=prove", "steps=3", "seq_len=12", "cluster.threads=1", "cluster.device=cpu", "optim.warmup_steps=2",
     "optim.bias_speed=[{until: 1.0, value: 0.02}]",
 ]  # fmt: skip
 
@@ -160,10 +160,10 @@ def to_config(row: Row) -> Config:
     cfg.model.recompute = [*map(str, SELECTIVE)] if row["recompute"] else []
     cfg.model.top_groups = min(cfg.model.top_groups, cfg.model.groups)
     share = cfg.micro_batch_size * cfg.parallel.dp
-    cfg.batch_size = MICRO_BATCHES * share
+    cfg.batch_size = MICRO_BATCHES[cfg.parallel.pp] * share
     if row["ramp"]:
         cfg.batch_size += 2 * share
-        cfg.optim.batch_ramp_start, cfg.optim.batch_ramp_steps = MICRO_BATCHES * share, 1
+        cfg.optim.batch_ramp_start, cfg.optim.batch_ramp_steps = cfg.batch_size - 2 * share, 1
         cfg.optim.batch_ramp_increment = 2 * share
     check(cfg)
     check_layout(cfg)
