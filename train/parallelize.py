@@ -143,8 +143,9 @@ def split(config: Config) -> list[range]:
         return split_as_given(parallel.split)
     if parallel.split == "even":
         return split_evenly(model.layers, parallel.pp * SCHEDULES[parallel.schedule])
-    costs = [layer_flops(model, seq_len, dense=index < model.dense_layers) for index in range(model.layers)]
-    mtp = layer_flops(model, seq_len, dense=False) + 12 * model.hidden**2 + head_flops(model)
+    dense, moe = (layer_flops(model, seq_len, dense=kind) for kind in (True, False))
+    costs = [dense] * model.dense_layers + [moe] * (model.layers - model.dense_layers)
+    mtp = moe + 12 * model.hidden**2 + head_flops(model)
     return list(_split(tuple(costs), head_flops(model) + model.mtp_depth * mtp, parallel.schedule, parallel.pp))
 
 

@@ -109,46 +109,57 @@ def schedule_actions(name: str, pp: int, micro_batches: int) -> list[list[Action
 
 
 def simulate(actions: list[list[Action]], duration: Callable[[Action], float], transfer: float = 0.0) -> Simulation:
-    """Run the lists of all ranks against each other.
+    """Run the lists of all ranks against each other; see Program."""
+    return Program(actions).run(duration, transfer)
 
-    duration: seconds of an action (an FB is asked for as a whole); transfer: seconds between the end of an action and
-    its result being there for a stage on another rank. AssertionError when the lists wait for each other in a circle.
+
+class Program:
+    """The lists of all ranks in an order in which nothing comes before what it needs. It does not depend on how long actions
+    take, so that many lengths are tried on one.
     """
-    rank_of = {part.stage: rank for rank, line in enumerate(actions) for action in line for part in _parts(action)}
-    last = max(rank_of)
-    done: dict[tuple[str, int, int], float] = {}
-    free, position = [0.0] * len(actions), [0] * len(actions)
-    starts: list[list[float]] = [[] for _ in actions]
-    busy = [0.0] * len(actions)
-    progress = True
-    while progress:
-        progress = False
-        for rank, line in enumerate(actions):
-            while position[rank] < len(line):
-                action = line[position[rank]]
-                ready = [_ready(part, rank, last, done, rank_of, transfer) for part in _parts(action)]
-                if None in ready:
-                    break
-                start, seconds = max([free[rank], *ready]), duration(action)
-                for part in _parts(action):
-                    done[_result(part)] = start + seconds
-                free[rank], position[rank], progress = start + seconds, position[rank] + 1, True
-                starts[rank].append(start)
-                busy[rank] += seconds
-    stuck = {rank: line[at] for rank, (line, at) in enumerate(zip(actions, position, strict=True)) if at < len(line)}
-    assert not stuck, f"every rank waits for another: {stuck}"
-    return Simulation(max(free), busy, starts)
 
+    def __init__(self, actions: list[list[Action]]):
+        """AssertionError when the lists wait for each other in a circle."""
+        self.actions = actions
+        self._steps: list[tuple[int, Action, list[int]]] = []
+        """Rank, action, and the steps on other ranks that it needs."""
+        rank_of = {part.stage: rank for rank, line in enumerate(actions) for action in line for part in _parts(action)}
+        last, position = max(rank_of), [0] * len(actions)
+        made: dict[tuple[str, int, int], int] = {}
+        progress = True
+        while progress:
+            progress = False
+            for rank, line in enumerate(actions):
+                while position[rank] < len(line):
+                    action = line[position[rank]]
+                    needs = [need for part in _parts(action) for need in _needs(part, last)]
+                    if not all(need in made for need in needs):
+                        break
+                    made.update((_result(part), len(self._steps)) for part in _parts(action))
+                    self._steps.append((rank, action, [made[need] for need in needs if rank_of[need[1]] != rank]))
+                    position[rank], progress = position[rank] + 1, True
+        stuck = {
+            rank: line[at] for rank, (line, at) in enumerate(zip(actions, position, strict=True)) if at < len(line)
+        }
+        assert not stuck, f"every rank waits for another: {stuck}"
 
-def _ready(part: Action, rank: int, last: int, done: dict, rank_of: dict, transfer: float) -> float | None:
-    """When everything that this action needs has arrived; None when some of it is not computed yet."""
-    latest = 0.0
-    for need in _needs(part, last):
-        if need not in done:
-            return None
-        arrival = done[need] + (transfer if rank_of[need[1]] != rank else 0.0)
-        latest = max(latest, arrival)
-    return latest
+    def run(self, duration: Callable[[Action], float], transfer: float = 0.0) -> Simulation:
+        """duration: seconds of an action (an FB is asked for as a whole); transfer: seconds between the end of an action and its
+        result being there for a stage on another rank.
+        """
+        ranks = len(self.actions)
+        free, busy, ends = [0.0] * ranks, [0.0] * ranks, []
+        starts: list[list[float]] = [[] for _ in range(ranks)]
+        for rank, action, needs in self._steps:
+            start = free[rank]  # what the rank itself has made is there by then
+            for step in needs:
+                start = max(start, ends[step] + transfer)
+            seconds = duration(action)
+            free[rank] = start + seconds
+            ends.append(start + seconds)
+            starts[rank].append(start)
+            busy[rank] += seconds
+        return Simulation(max(free), busy, starts)
 
 
 def _needs(part: Action, last: int) -> Iterator[tuple[str, int, int]]:

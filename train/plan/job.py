@@ -7,7 +7,7 @@ from conf.errors import UserError
 from conf.micro_batches import most_micro_batches
 from conf.schema import Config, Hardware
 from parallel.mesh import Layout, read_layout
-from parallel.pipeline.simulate import Action, schedule_actions
+from parallel.pipeline.simulate import Action, Program, schedule_actions
 
 
 def require_hardware(hardware: Hardware) -> None:
@@ -33,6 +33,11 @@ def require_host(config: Config) -> None:
         "set hardware.host_memory_bytes (of a node), hardware.rates.host.bandwidth and hardware.rates.host_memory.bandwidth, or "
         "leave parallel.offload_optimizer at false",
     )
+
+
+def can_offload(config: Config) -> bool:
+    """Whether the optimizer on the host takes anything off the devices, and the description knows the host."""
+    return device_kind(config) == "cuda" and config.hardware.host_memory_bytes > 0
 
 
 def device_kind(config: Config) -> str:
@@ -71,11 +76,28 @@ def micro_batches_of(config: Config) -> int:
     return most_micro_batches(config)
 
 
-def actions_of(config: Config) -> list[list[Action]]:
-    """What every rank of a pipeline does in a step, in order."""
-    return _actions(config.parallel.schedule, config.parallel.pp, micro_batches_of(config))
+STEADY = 4
+"""Micro-batches per rank of a pipeline after which a schedule repeats itself until it ends."""
+
+
+def actions_of(config: Config, shortest: bool = False) -> list[list[Action]]:
+    """What every rank of a pipeline does in a step, in order. shortest: with no more micro-batches than bring all that a step can
+    keep."""
+    count, pp = micro_batches_of(config), config.parallel.pp
+    return list_actions(config.parallel.schedule, pp, min(count, STEADY * pp) if shortest else count)
+
+
+def program_of(config: Config, micro_batches: int | None = None) -> Program:
+    """The same, ready to be timed. micro_batches: in place of all."""
+    return _program(config.parallel.schedule, config.parallel.pp, micro_batches or micro_batches_of(config))
 
 
 @lru_cache(maxsize=64)
-def _actions(schedule: str, pp: int, micro_batches: int) -> list[list[Action]]:
+def list_actions(schedule: str, pp: int, micro_batches: int) -> list[list[Action]]:
+    """`schedule_actions`, kept."""
     return schedule_actions(schedule, pp, micro_batches)
+
+
+@lru_cache(maxsize=64)
+def _program(schedule: str, pp: int, micro_batches: int) -> Program:
+    return Program(list_actions(schedule, pp, micro_batches))

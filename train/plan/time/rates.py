@@ -88,9 +88,16 @@ class Rates:
     """Of passes and of update: what kernels do not explain of them, as a factor; 1 where not measured."""
     threads: int | None = None
     """Of a rank on the CPU that was calibrated."""
+    _found: dict[str, Rate] = field(default_factory=dict, init=False, compare=False, repr=False)
+    """By kind, as they were asked for."""
 
     def rate(self, kind: str) -> Rate:
         """The rate of a kind, or of what stands in for it. Raises UserError where there is none."""
+        if kind not in self._found:
+            self._found[kind] = self._find(kind)
+        return self._found[kind]
+
+    def _find(self, kind: str) -> Rate:
         name: str | None = kind
         while name and name not in self.rates:
             name = _stand_in(name)

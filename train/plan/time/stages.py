@@ -4,8 +4,11 @@ The layers of a stage are those of train/parallelize.py. Each kind of block is c
 segments (passes.py), so that the schedule can overlap what it overlaps.
 """
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
+from itertools import chain
+from typing import Any
 
 from conf.errors import UserError
 from conf.schema import Config, Recompute
@@ -26,12 +29,16 @@ class PassTime:
     """One pass over some layers: segments for time, and the work in them by kind."""
 
     segments: list[Segment] = field(default_factory=list)
-    work: list[Work] = field(default_factory=list)
+    pieces: list[list[Work]] = field(default_factory=list)
 
-    def add(self, other: "PassTime") -> "PassTime":
-        self.segments += other.segments
-        self.work += other.work
-        return self
+    @property
+    def work(self) -> list[Work]:
+        return list(chain.from_iterable(self.pieces))
+
+    @classmethod
+    def joined(cls, passes: Sequence["PassTime"]) -> "PassTime":
+        """One after another."""
+        return cls([one for each in passes for one in each.segments], [one for each in passes for one in each.pieces])
 
 
 @dataclass
@@ -43,19 +50,21 @@ class Directions:
     inputs: PassTime = field(default_factory=PassTime)
     weights: PassTime = field(default_factory=PassTime)
 
-    def add(self, other: "Directions") -> "Directions":
-        """Layers after these: backward comes to them first."""
-        self.forward.add(other.forward)
-        for name in ("backward", "inputs", "weights"):
-            mine, theirs = getattr(self, name), getattr(other, name)
-            setattr(self, name, PassTime(theirs.segments + mine.segments, theirs.work + mine.work))
-        return self
+    @classmethod
+    def joined(cls, layers: Sequence["Directions"]) -> "Directions":
+        """Layers one after another: backward comes to the last first."""
+        back = layers[::-1]
+        return cls(
+            PassTime.joined([one.forward for one in layers]),
+            *(PassTime.joined([getattr(one, name) for one in back]) for name in ("backward", "inputs", "weights")),
+        )
 
 
 class Stages:
     """Durations of the actions of a recipe's pipeline."""
 
-    def __init__(self, config: Config, layout: Layout, rates: Rates):
+    def __init__(self, config: Config, layout: Layout, rates: Rates, memo: dict | None = None):
+        """memo: what was counted for other layouts of this recipe at the same rates, and is added to."""
         self.config, self.layout, self.rates = config, layout, rates
         self.placement = stage_placement(config.parallel.schedule, layout.pp)
         self.layers = split(config)
@@ -67,8 +76,18 @@ class Stages:
             micro_batches=micro_batches_of(config),
             local_experts=config.model.experts // parallel.ep,
         )
-        self._made: dict[tuple, Directions] = {}
+        self._memo = {} if memo is None else memo
+        words = tuple(sorted(word for word in config.model.recompute if not word.startswith(Recompute.layer)))
+        self._alike = (self.sizes.tokens, self.sizes.micro_batches, parallel.cp, layout.ranks_per_node, words)
+        """All that a layer without experts depends on, of what layouts differ in."""
+        self._routed = (*self._alike, parallel.ep, parallel.dispatch, parallel.wire)
         self._elapsed: dict[tuple, Elapsed] = {}
+        self._kinds: dict[int, tuple] = {}
+
+    def _remembered(self, key: tuple, make: Callable[[], Any]) -> Any:
+        if key not in self._memo:
+            self._memo[key] = make()
+        return self._memo[key]
 
     @cached_property
     def spread(self) -> Spread:
@@ -77,14 +96,19 @@ class Stages:
 
     def directions(self, stage: int) -> Directions:
         """The passes of a stage. Stages with equal layers share them."""
-        dense = self.config.model.dense_layers
-        again = self.config.model.repeated_layers
-        blocks = [(index < dense, place < again) for place, index in enumerate(self.layers[stage])]
-        first, last = stage == 0, stage == len(self.layers) - 1
-        key = (*blocks, first, last)
-        if key not in self._made:
-            self._made[key] = self._stage(blocks, first, last)
-        return self._made[key]
+        return self._passes(self.kind(stage))
+
+    def kind(self, stage: int) -> tuple:
+        """Equal for stages with equal layers and ends."""
+        if stage not in self._kinds:
+            dense, again = self.config.model.dense_layers, self.config.model.repeated_layers
+            blocks = tuple((index < dense, place < again) for place, index in enumerate(self.layers[stage]))
+            self._kinds[stage] = blocks, stage == 0, stage == len(self.layers) - 1
+        return self._kinds[stage]
+
+    def _passes(self, kind: tuple) -> Directions:
+        more = Recompute.layer in self.config.model.recompute, self.config.parallel.zero == 3
+        return self._remembered((*self._routed, "stage", kind, *more), lambda: self._stage(*kind))
 
     def balanced(self) -> list[int]:
         """Layers of every stage with which the ranks are as evenly busy as can be by these times, as parallel.split takes them."""
@@ -102,20 +126,21 @@ class Stages:
             return overlapped(forward, backward, self.taken).seconds
         return alone(forward, self.taken).seconds + alone(backward, self.taken).seconds
 
-    def _stage(self, blocks: list[tuple[bool, bool]], first: bool, last: bool) -> Directions:
+    def _stage(self, blocks: Sequence[tuple[bool, bool]], first: bool, last: bool) -> Directions:
         """blocks: whether each is dense, and whether it runs again in backward."""
         model = self.config.model
-        made = Directions()
+        layers: list[Directions] = []
         if first or (last and model.mtp_depth):
-            made.add(self._plain(work.embedding(self.sizes)))
-        for dense, again in blocks:
-            made.add(self._block(dense, again))
+            layers.append(self._counted("embedding", lambda: work.embedding(self.sizes)))
+        layers += [self._block(dense, again) for dense, again in blocks]
         if last:
             for depth in range(1, model.mtp_depth + 1):
                 part = replace(self.sizes, tokens=self._positions(depth))
-                made.add(self._plain(work.mtp_join(part))).add(self._block(False, Recompute.layer in model.recompute))
+                layers.append(self._counted(f"join {depth}", lambda part=part: work.mtp_join(part)))
+                layers.append(self._block(False, Recompute.layer in model.recompute))
             positions = [self._positions(depth) for depth in range(model.mtp_depth + 1)]
-            made.add(self._plain(work.head(self.sizes, positions)))
+            layers.append(self._counted("head", lambda: work.head(self.sizes, positions)))
+        made = Directions.joined(layers)
         if self.config.parallel.zero == 3 or (last and model.mtp_depth > 1):  # backward_in_one_piece
             made = Directions(made.forward, made.backward, made.backward, PassTime())
         elif first:  # nothing to send on: torch's split does nothing in I and everything in W
@@ -127,28 +152,30 @@ class Stages:
             return self.sizes.tokens
         return self.config.micro_batch_size * (self.config.seq_len - depth)
 
-    def _block(self, dense: bool, again: bool) -> Directions:
-        made = self._once(dense)
-        if (
-            again
-        ):  # before the backward of inputs, without the way back from the experts: the block's output is not wanted
-            *segments, last = made.forward.segments
-            if not dense:
-                segments[-1] = replace(segments[-1], transfer=0.0)
-            repeated = segments if not dense else [*segments, last]
-            for passes in (made.backward, made.inputs):
-                passes.segments, passes.work = repeated + passes.segments, made.forward.work + passes.work
-        return made
+    def _counted(self, name: str, count: Callable[[], Passes]) -> Directions:
+        return self._remembered((*self._alike, name), lambda: self._plain(count()))
 
-    def _once(self, dense: bool) -> Directions:
-        made = self._attention()
-        if dense:
-            passes = work.norm(self.sizes, self.sizes.tokens, self.config.model.hidden)
-            passes.add(work.ffn(self.sizes, self.config.model.dense_width))
-            residual = work.add(self.sizes, self.sizes.tokens, self.config.model.hidden)
-            passes.add(Passes([residual], [residual]))
-            return made.add(self._plain(passes))
-        return made.add(self._experts())
+    def _block(self, dense: bool, again: bool) -> Directions:
+        return self._remembered((*self._routed, "block", dense, again), lambda: self._make_block(dense, again))
+
+    def _make_block(self, dense: bool, again: bool) -> Directions:
+        attention = self._remembered((*self._alike, "attention"), self._attention)
+        once = Directions.joined([attention, self._counted("dense", self._dense) if dense else self._experts()])
+        if not again:
+            return once
+        # before the backward of inputs, without the way back from the experts: the block's output is not wanted
+        *segments, last = once.forward.segments
+        if not dense:
+            segments[-1] = replace(segments[-1], transfer=0.0)
+        repeated = PassTime(segments if not dense else [*segments, last], once.forward.pieces)
+        backward, inputs = (PassTime.joined([repeated, passes]) for passes in (once.backward, once.inputs))
+        return Directions(once.forward, backward, inputs, once.weights)
+
+    def _dense(self) -> Passes:
+        passes = work.norm(self.sizes, self.sizes.tokens, self.config.model.hidden)
+        passes.add(work.ffn(self.sizes, self.config.model.dense_width))
+        residual = work.add(self.sizes, self.sizes.tokens, self.config.model.hidden)
+        return passes.add(Passes([residual], [residual]))
 
     def _attention(self) -> Directions:
         """With ranks that share sequences also the latents' gathers and the scatter of their gradients, which are waited for where
@@ -176,7 +203,7 @@ class Stages:
         """Computing without transfers."""
 
         def one(work: list[Work]) -> PassTime:
-            return PassTime([Segment(self.seconds(work))], list(work))
+            return PassTime([Segment(self.seconds(work))], [work])
 
         backward = passes.weights + passes.inputs
         return Directions(one(passes.forward), one(backward), one(passes.inputs), one(passes.weights))
@@ -201,7 +228,7 @@ class Stages:
                 Segment(begin + seconds(experts.forward) + land, combine),
                 Segment(land + seconds(sums)),
             ],
-            router.forward + out + shared.forward + experts.forward + back + sums,
+            [router.forward, out, shared.forward, experts.forward, back, sums],
         )
 
         def backward(inputs: bool, weights: bool) -> PassTime:
@@ -209,15 +236,14 @@ class Stages:
                 return (passes.inputs if inputs else []) + (passes.weights if weights else [])
 
             parts = [part(experts), part(shared), part(router)]
-            together = [one for works in parts for one in works]
             if not inputs:
-                return PassTime([Segment(seconds(together))], together)
+                return PassTime([Segment(seconds([one for works in parts for one in works]))], parts)
             segments = [
                 Segment(seconds(sums) + begin, out_again),
                 Segment(begin + seconds(parts[0]) + land, back_again, seconds(parts[1])),
                 Segment(land + seconds(parts[2])),
             ]
-            return PassTime(segments, sums + out + together + back)
+            return PassTime(segments, [sums, out, *parts, back])
 
         return Directions(forward, backward(True, True), backward(True, False), backward(False, True))
 
@@ -240,10 +266,17 @@ class Stages:
 
     def elapsed(self, action: Action) -> Elapsed:
         """Time of an action."""
-        key = (action.kind, *(half.stage for half in action.halves or (action,)))
+        halves = action.halves
+        key = (action.kind, halves[0].stage, halves[1].stage) if halves else (action.kind, action.stage)
         if key not in self._elapsed:
-            self._elapsed[key] = self._time(action)
+            self._elapsed[key] = self._remembered(self._long_key(action), lambda: self._time(action))
         return self._elapsed[key]
+
+    def _long_key(self, action: Action) -> tuple:
+        """The same for every layout of which the stages do the same."""
+        kinds = [self.kind(half.stage) for half in action.halves or (action,)]
+        more = Recompute.layer in self.config.model.recompute, self.config.parallel.zero == 3
+        return (*self._routed, action.kind, self.config.parallel.overlap, *kinds, *more)
 
     def _time(self, action: Action) -> Elapsed:
         if action.halves:

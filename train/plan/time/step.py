@@ -9,9 +9,9 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from conf.schema import Config
-from parallel.pipeline.simulate import Action, Simulation, simulate
+from parallel.pipeline.simulate import Action, Simulation
 from train.model.count import flops_per_token
-from train.plan.job import actions_of, layout_of, require_hardware
+from train.plan.job import layout_of, program_of, require_hardware
 from train.plan.time.rates import Rates, load_rates
 from train.plan.time.stages import Stages, require_rule
 from train.plan.time.update import UpdateTime, count_weights, stage3_seconds, update_time
@@ -57,6 +57,48 @@ class StepTime:
     """Of a rank, where they were measured on a CPU."""
 
 
+@dataclass(frozen=True)
+class SimulatedStep:
+    """What a search asks of a step; a plan adds what it consists of."""
+
+    simulation: Simulation
+    update: UpdateTime
+    length: Callable[[Action], float]
+    transfer_seconds: float
+
+    @property
+    def seconds(self) -> float:
+        return self.simulation.makespan + self.update.seconds
+
+
+def simulate_step(stages: Stages, micro_batches: int | None = None) -> SimulatedStep:
+    """The pipeline, action by action, and the update of the rank that takes longest over it. micro_batches: in place of all."""
+    extra = _stage3(stages) if stages.config.parallel.zero == 3 else {}
+
+    def duration(action: Action) -> float:
+        return stages.elapsed(action).seconds + extra.get(action.kind, 0.0)
+
+    transfer = _transfer(stages)
+    simulation = program_of(stages.config, micro_batches).run(duration, transfer)
+    return SimulatedStep(simulation, slowest_update(stages), duration, transfer)
+
+
+LONG = 12
+"""Micro-batches per rank of a pipeline from which on further ones are not simulated: each takes as long as those before it."""
+
+
+def estimate_step(stages: Stages) -> tuple[float, float]:
+    """Seconds of a step, and the busiest rank's time over the mean, from a step that is long enough to tell."""
+    pp, count = stages.layout.pp, stages.sizes.micro_batches
+    if count <= (LONG + 1) * pp or count % pp:
+        step = simulate_step(stages)
+        return step.seconds, step.simulation.imbalance
+    steps = [simulate_step(stages, few) for few in ((LONG - 1) * pp, LONG * pp)]
+    shorter, longer = (step.simulation.makespan for step in steps)
+    pipeline = longer + (longer - shorter) * (count / pp - LONG)
+    return pipeline + steps[1].update.seconds, steps[1].simulation.imbalance
+
+
 def plan_time(config: Config, rates: Rates | None = None) -> StepTime:
     """Plan the time of a step. Raises UserError for what cannot run, has no rule, or has no rates."""
     require_hardware(config.hardware)
@@ -64,16 +106,8 @@ def plan_time(config: Config, rates: Rates | None = None) -> StepTime:
     layout = layout_of(config)
     rates = rates or load_rates(config, alone=layout.world == 1)
     stages = Stages(config, layout, rates)
-    actions = actions_of(config)
-    extra = _stage3(stages) if config.parallel.zero == 3 else {}
-
-    def duration(action: Action) -> float:
-        return stages.elapsed(action).seconds + extra.get(action.kind, 0.0)
-
-    transfer = _transfer(stages)
-    result = simulate(actions, duration, transfer)
-    update = max((_update(stages, rank) for rank in range(layout.pp)), key=lambda update: update.seconds)
-    seconds = result.makespan + update.seconds
+    step, actions = simulate_step(stages), program_of(config).actions
+    result, duration, seconds = step.simulation, step.length, step.seconds
     rate = config.batch_size * config.seq_len / seconds
     return StepTime(
         step_seconds=seconds,
@@ -84,14 +118,14 @@ def plan_time(config: Config, rates: Rates | None = None) -> StepTime:
         exposed_communication_seconds=sum(stages.elapsed(a).exposed for line in actions for a in line) / layout.pp,
         work_seconds=_work(stages, rates),
         exchange_seconds=_exchanges(stages),
-        update=update,
+        update=step.update,
         tokens_per_second=rate,
         tokens_per_second_per_gpu=rate / layout.world,
-        mfu_causal=_mfu(config, rate / layout.world, causal=True),
-        mfu_full=_mfu(config, rate / layout.world, causal=False),
+        mfu_causal=mfu(config, seconds, causal=True),
+        mfu_full=mfu(config, seconds, causal=False),
         actions=actions,
         length=duration,
-        transfer_seconds=transfer,
+        transfer_seconds=step.transfer_seconds,
         simulation=result,
         rates=rates.source,
         threads=rates.threads,
@@ -108,9 +142,12 @@ def _transfer(stages: Stages) -> float:
     return stages.rates.of(Work(f"send_{where}", bytes=moved))
 
 
-def _update(stages: Stages, rank: int) -> UpdateTime:
-    held = count_weights(stages.config, stages.layers, stages.placement[rank], len(stages.layers) - 1)
-    return update_time(stages.config, stages.layout, stages.rates, held)
+def slowest_update(stages: Stages) -> UpdateTime:
+    """Of the rank that takes longest over it."""
+    last = len(stages.layers) - 1
+    held = {count_weights(stages.config, stages.layers, ids, last): None for ids in stages.placement}
+    updates = (update_time(stages.config, stages.layout, stages.rates, one) for one in held)
+    return max(updates, key=lambda update: update.seconds)
 
 
 def _stage3(stages: Stages) -> dict[str, float]:
@@ -149,7 +186,9 @@ def _exchanges(stages: Stages) -> float:
     return seconds * stages.sizes.micro_batches / stages.layout.pp
 
 
-def _mfu(config: Config, tokens_per_second: float, causal: bool) -> float | None:
+def mfu(config: Config, step_seconds: float, causal: bool) -> float | None:
+    """Against the bf16 peak of all devices; None where the description has none."""
     if not config.hardware.bf16_flops:
         return None
-    return tokens_per_second * flops_per_token(config.model, config.seq_len, causal) / config.hardware.bf16_flops
+    rate = config.batch_size * config.seq_len / step_seconds / config.parallel.world
+    return rate * flops_per_token(config.model, config.seq_len, causal) / config.hardware.bf16_flops

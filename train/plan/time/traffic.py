@@ -94,16 +94,16 @@ def _chosen(experts: int, top_k: int, groups: int, top_groups: int, group_top_k:
 
 def reached(model: Model, nodes: int, per_node: int) -> tuple[float, float, int]:
     """Expected nodes and ranks that hold an expert of a token, and its experts; experts spread in order over ranks."""
-    limit = model.groups, model.top_groups, model.resolved_group_top_k
-    ids_SK = _chosen(model.experts, model.top_k, *limit)
-    per_rank = model.experts // (nodes * per_node)
+    rule = model.experts, model.top_k, model.groups, model.top_groups, model.resolved_group_top_k
+    return _distinct(nodes, *rule), _distinct(nodes * per_node, *rule), model.top_k
 
-    def distinct(holders: int, size: int) -> float:
-        hit_SH = np.zeros((SAMPLES, holders), dtype=bool)
-        np.put_along_axis(hit_SH, ids_SK // size, True, 1)
-        return float(hit_SH.sum(1).mean())
 
-    return distinct(nodes, per_rank * per_node), distinct(nodes * per_node, per_rank), model.top_k
+@cache
+def _distinct(holders: int, experts: int, *rule: int) -> float:
+    """Expected holders of equal runs of the experts that have one of a token's."""
+    hit_SH = np.zeros((SAMPLES, holders), dtype=bool)
+    np.put_along_axis(hit_SH, _chosen(experts, *rule) // (experts // holders), True, 1)
+    return float(hit_SH.sum(1).mean())
 
 
 def _round_up(value: int, multiple: int) -> int:
