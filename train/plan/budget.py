@@ -7,7 +7,7 @@ from conf.schema import Config
 from train.layout import check_layout
 from train.optim.schedules import Schedules
 from train.plan.job import device_memory, layout_of, require_hardware, require_host, with_nodes
-from train.plan.memory.rank import RankMemory, plan_memory
+from train.plan.memory.rank import RankMemory, host_bytes, host_lacking, plan_memory
 from train.plan.reserve import reserve_of
 from train.plan.time.step import StepTime, plan_time
 
@@ -68,16 +68,11 @@ class RunPlan:
     @property
     def host_bytes(self) -> int:
         """What the ranks of the fullest node keep in the host's memory."""
-        layout, ranks = layout_of(self.config), self.ranks
-        copies = min(layout.world // layout.pp, layout.ranks_per_node)  # of one place of the pipeline on a node
-        most = sorted((rank.host_bytes for rank in ranks), reverse=True)[: max(1, layout.ranks_per_node // copies)]
-        return copies * sum(most)
+        return host_bytes(self.config, self.ranks)
 
     @property
     def fits(self) -> bool:
-        return self.room_bytes >= 0 and (
-            not self.host_bytes or self.host_bytes <= self.config.hardware.host_memory_bytes
-        )
+        return self.room_bytes >= 0 and not host_lacking(self.config, self.ranks)
 
     @property
     def verdict(self) -> Verdict:

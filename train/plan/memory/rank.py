@@ -10,7 +10,9 @@ are alike, but for the rows that reach their experts: `plan.imbalance` says by h
 """
 
 from collections import Counter
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 
 from conf.micro_batches import share_of
 from conf.schema import Config
@@ -55,13 +57,30 @@ class RankMemory:
 
 def plan_memory(config: Config) -> list[RankMemory]:
     """One entry per pipeline rank. Runs on the meta device: needs no memory of the size of the model."""
-    pp = config.parallel.pp
-    return [rank_memory(config, pp_rank, scene_of(config)) for pp_rank in range(pp)]
+    scene = scene_of(config)
+    return [rank_memory(config, pp_rank, scene) for pp_rank in range(config.parallel.pp)]
 
 
-def rank_memory(config: Config, pp_rank: int, scene: Scene, layers: list[range] | None = None) -> RankMemory:
-    """The entry of one pipeline rank under a scene. layers: of every stage, instead of the split of the layout."""
-    state, host, moments = _moments(config, pp_rank, 0, scene, layers)
+def host_bytes(config: Config, ranks: Sequence[RankMemory]) -> int:
+    """What the ranks of the fullest node keep in the host's memory. ranks: one entry per pipeline rank, in any order."""
+    layout = layout_of(config)
+    copies = min(layout.world // layout.pp, layout.ranks_per_node)  # of one place of the pipeline on a node
+    most = sorted((rank.host_bytes for rank in ranks), reverse=True)[: max(1, layout.ranks_per_node // copies)]
+    return copies * sum(most)
+
+
+def host_lacking(config: Config, ranks: Sequence[RankMemory]) -> int:
+    """By how much that is more than a node has; 0 where nothing is kept there."""
+    kept = host_bytes(config, ranks)
+    return max(0, kept - int(config.hardware.host_memory_bytes)) if kept else 0
+
+
+def rank_memory(
+    config: Config, pp_rank: int, scene: Scene, layers: list[range] | None = None, shortest: bool = False
+) -> RankMemory:
+    """The entry of one pipeline rank under a scene. layers: of every stage, instead of the split of the layout. shortest: of a step of no
+    more micro-batches than its peak asks for, which may then be said to be at another of them."""
+    state, host, moments = _moments(config, pp_rank, 0, scene, layers, shortest)
     peak = max(moments.values(), key=lambda moment: moment.total)
     items = {name: size for name, size in (state + peak.items).items() if size}
     return RankMemory(
@@ -84,7 +103,7 @@ def phases(
 
 
 def _moments(
-    config: Config, pp_rank: int, stage_rank: int, scene: Scene, layers: list[range] | None
+    config: Config, pp_rank: int, stage_rank: int, scene: Scene, layers: list[range] | None, shortest: bool = False
 ) -> tuple[Counter, Counter, dict[str, MemoryPeak]]:
     """What a rank holds all the time, what of it on the host, and on top of the first the peak of each phase."""
     chunks = chunk_parts(config, layers)[pp_rank]
@@ -101,7 +120,7 @@ def _moments(
         state = Counter(stage3.state())
     else:
         reduced, updated = StepEnd(config, groups, stage_rank, scene).peaks()
-        schedule, state = _walk(config, pp_rank, chunks, scene), state_items(config, groups)
+        schedule, state = _walk(config, pp_rank, chunks, scene, shortest), state_items(config, groups)
         if config.parallel.offload_optimizer:
             host = Counter(
                 {name: state.pop(name) for name in ("master", "moments")}, buffers=_offload_buffers(config, groups)
@@ -139,9 +158,14 @@ def scene_of(config: Config, load: Load | None = None) -> Scene:
         layout.ep_ranks_per_node,
         load,
         gloo=device_kind(config) == "cpu",
-        compiled=bool(build_kernels(device_kind(config), config.cluster.compiled).parts),
+        compiled=_is_compiled(device_kind(config), config.cluster.compiled),
         cp=parallel.cp,
     )
+
+
+@cache
+def _is_compiled(kind: str, wanted: bool) -> bool:
+    return bool(build_kernels(kind, wanted).parts)
 
 
 def chunk_parts(config: Config, layers: list[range] | None = None) -> list[dict[int, Parts]]:
@@ -195,7 +219,7 @@ def buffer_bytes(config: Config, chunks: dict[int, Parts]) -> int:
     return tables + routers * 16 * model.experts + per_token * tokens
 
 
-def _walk(config: Config, pp_rank: int, chunks: dict[int, Parts], scene: Scene) -> MemoryPeak:
+def _walk(config: Config, pp_rank: int, chunks: dict[int, Parts], scene: Scene, shortest: bool) -> MemoryPeak:
     model, parallel = config.model, config.parallel
     share = model.experts // parallel.ep
     last = max(max(stages) for stages in stage_placement(parallel.schedule, parallel.pp))
@@ -213,4 +237,4 @@ def _walk(config: Config, pp_rank: int, chunks: dict[int, Parts], scene: Scene) 
         for stage, parts in chunks.items()
     }
     holds_sent = scene.gloo and parallel.schedule != "1f1b"  # torch waits for sends at the end of a step
-    return Walk(stages, last + 1, holds_sent).run(actions_of(config)[pp_rank])
+    return Walk(stages, last + 1, holds_sent).run(actions_of(config, shortest and not holds_sent)[pp_rank])

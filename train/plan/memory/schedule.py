@@ -14,7 +14,7 @@ the embedding is one table with one gradient. gloo holds what was sent until the
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import cache
+from functools import lru_cache
 
 from parallel.pipeline.simulate import Action
 from train.plan.memory.chunk import ChunkMemory
@@ -56,14 +56,16 @@ class Walk:
         """stages: those of the rank. holds_sent: what was sent to other ranks stays until the step ends."""
         self._stages, self._last, self._holds_sent = stages, num_stages - 1, holds_sent
         self._alive: dict[tuple[str, int, int], Counter] = {}
-        """By kind, stage (of a border the upper one) and micro-batch."""
+        """By kind, stage (of a border the upper one) and micro-batch. Counters are put here and taken away, never changed."""
+        self._bytes: dict[tuple[str, int, int], int] = {}
+        self._total = 0
         self._holders: defaultdict[tuple[str, int, int], set[int]] = defaultdict(set)
         self._made: set[int] = set()
         """Stages whose weights have gradients."""
         self._table_made = False
         self._gradients = 0
-        self._passes = cache(self._make_pass)
-        self.peak = MemoryPeak()
+        self._peak: tuple = 0, 0, 0, {}, None, 0
+        """Bytes, those of them outside of the passes, gradients and all else that was alive, the action, and what it adds to what waits."""
 
     def run(self, actions: Sequence[Action]) -> MemoryPeak:
         """Walk the whole list."""
@@ -75,7 +77,7 @@ class Walk:
                 self._play(action, parts)
             for part in parts:
                 self._finish(part)
-        return self.peak
+        return self._described()
 
     def _kind(self, action: Action) -> str:
         """What really runs: F, B, I, W, or nothing.
@@ -100,18 +102,34 @@ class Walk:
 
     def _play(self, action: Action, parts: Sequence[Action]) -> None:
         """The passes of an action on top of all that is alive beside what they count themselves."""
-        total = self._gradients + sum(sum(one.values()) for one in self._alive.values())
+        total = self._gradients + self._total
         lanes = [self._pass(part) for part in parts]
-        below = total - sum(sum(sum(self._alive[key].values()) for key in self._counted(part)) for part in parts)
+        below = total - sum(self._bytes[key] for part in parts for key in self._counted(part))
         peak = below + _highest(lanes)
-        if peak <= self.peak.total:
-            return
-        items: Counter = Counter(gradients=self._gradients)
-        for one in self._alive.values():
+        if peak > self._peak[0]:
+            forwards = sum(self._kind(part) == "F" for part in parts)
+            self._peak = peak, total, self._gradients, dict(self._alive), action, forwards
+
+    def _described(self) -> MemoryPeak:
+        peak, total, gradients, alive, action, forwards = self._peak
+        if action is None:
+            return MemoryPeak()
+        items: Counter = Counter(gradients=gradients)
+        for one in alive.values():
             items += one
         items["workspace"] += peak - total
-        waiting = sum(kind == "kept" for kind, _, _ in self._alive)
-        self.peak = MemoryPeak(peak, items, _name(action), waiting + sum(self._kind(part) == "F" for part in parts))
+        waiting = sum(kind == "kept" for kind, _, _ in alive)
+        return MemoryPeak(peak, items, _name(action), waiting + forwards)
+
+    def _put(self, key: tuple[str, int, int], items: Counter) -> None:
+        self._take(key)
+        self._alive[key], self._bytes[key] = items, sum(items.values())
+        self._total += self._bytes[key]
+
+    def _take(self, key: tuple[str, int, int]) -> None:
+        if key in self._alive:
+            self._total -= self._bytes.pop(key)
+            del self._alive[key]
 
     def _counted(self, action: Action) -> Iterator[tuple[str, int, int]]:
         """Keys of what a pass includes in its own numbers."""
@@ -124,22 +142,14 @@ class Walk:
     def _pass(self, action: Action) -> PassMemory:
         stage, kind = action.stage, self._kind(action)
         first = kind in "BW" and stage not in self._made
-        return self._passes(stage, kind, first, first and not self._table_made)
-
-    def _make_pass(self, stage: int, kind: str, first: bool, table_first: bool) -> PassMemory:
-        chunk = self._stages[stage].chunk
-        if kind == "F":
-            return chunk.forward
-        if kind == "B":
-            return chunk.backward(first, table_first)
-        return chunk.split(first)[kind == "W"]
+        return _pass(self._stages[stage].chunk, kind, first, first and not self._table_made)
 
     def _finish(self, action: Action) -> None:
         stage, m, kind = action.stage, action.micro_batch, self._kind(action)
         plan = self._stages[stage]
         hidden = plan.chunk.hidden
         if kind == "F":
-            self._alive["kept", stage, m] = Counter(plan.chunk.kept)
+            self._put(("kept", stage, m), plan.chunk.kept)
             if stage < self._last:
                 self._hold("hidden", stage + 1, m, hidden, stage)
                 self._send("hidden", stage + 1, m, stage + 1)
@@ -150,34 +160,45 @@ class Walk:
             if stage - 1 not in self._stages:
                 self._let_go("gradient", stage, m, stage)
         if kind == "I":
-            start = plan.chunk.split(first=False)[1].start
-            outside = [key for key in self._counted(action) if key[0] != "kept"]
-            kept = self._alive["kept", stage, m]
-            kept["activations"] += start - sum(kept.values()) - sum(sum(self._alive[key].values()) for key in outside)
+            start = _pass(plan.chunk, "W", False, False).start
+            kept = Counter(self._alive["kept", stage, m])
+            kept["activations"] += start - sum(self._bytes[key] for key in self._counted(action))
+            self._put(("kept", stage, m), kept)
             return
         if stage not in self._made:
             self._made.add(stage)
             self._gradients += plan.gradients + (0 if self._table_made else plan.table)
             self._table_made |= plan.table > 0
-        del self._alive["kept", stage, m]
+        self._take(("kept", stage, m))
         for name, border in (("hidden", stage), ("hidden", stage + 1), ("gradient", stage + 1)):
             self._let_go(name, border, m, stage)
 
     def _hold(self, name: str, border: int, m: int, size: int, holder: int) -> None:
         key = name, border, m
         self._holders[key].add(holder)
-        self._alive.setdefault(key, Counter(in_flight=size))
+        if key not in self._alive:
+            self._put(key, Counter(in_flight=size))
 
     def _let_go(self, name: str, border: int, m: int, holder: int) -> None:
         key = name, border, m
         if key in self._holders:
             self._holders[key].discard(holder)
             if not self._holders[key]:
-                del self._holders[key], self._alive[key]
+                del self._holders[key]
+                self._take(key)
 
     def _send(self, name: str, border: int, m: int, to: int) -> None:
         if self._holds_sent and to not in self._stages:
             self._holders[name, border, m].add(SENT)
+
+
+@lru_cache(maxsize=4096)
+def _pass(chunk: ChunkMemory, kind: str, first: bool, table_first: bool) -> PassMemory:
+    if kind == "F":
+        return chunk.forward
+    if kind == "B":
+        return chunk.backward(first, table_first)
+    return chunk.split(first)[kind == "W"]
 
 
 def _highest(lanes: Sequence[PassMemory]) -> int:
