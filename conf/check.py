@@ -33,6 +33,15 @@ def check(config: Config) -> None:
     _check_export(config)
 
 
+def check_spread(config: Config) -> None:
+    """The rules that another layout of a recipe can break, where the recipe keeps all others: those of its batch, ramp and section
+    parallel."""
+    check_batch(config)  # what most layouts of a search break, and costs nothing
+    check_fields(config.parallel, "parallel.")
+    _check_optim(config)
+    _check_parallel(config)
+
+
 def _require(ok: bool, field: str, value: object, rule: str, cure: str) -> None:
     if not ok:
         raise UserError(field, value, rule, cure)

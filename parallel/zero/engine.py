@@ -274,7 +274,9 @@ def import_deepspeed(on_cuda: bool) -> types.ModuleType:
     """Import quietly, and without its three slow side roads on CPU."""
     if not on_cuda:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
-        os.environ["LOCAL_SIZE"] = "1"  # unset, stage 3 starts the program numactl for every bucket of gradients, to count devices
+        os.environ["LOCAL_SIZE"] = (
+            "1"  # unset, stage 3 starts the program numactl for every bucket of gradients, to count devices
+        )
     # Stage 3 puts weights on the device of this number.
     os.environ["LOCAL_RANK"] = str(torch.cuda.current_device()) if on_cuda else "0"
     import deepspeed

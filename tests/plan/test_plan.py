@@ -3,22 +3,28 @@
 import json
 import subprocess
 import sys
+from collections.abc import Iterator
 from dataclasses import replace
+from itertools import product
 
 import pytest
 
 from conf.errors import UserError
 from conf.load import compose
-from conf.schema import ROOT, Rate
+from conf.schema import ROOT, Config, Rate
+from parallel.pipeline.split import SCHEDULES
 from tests.small import environment
 from train.plan import reserve
 from train.plan.budget import Verdict, make_plan, verdict_of
-from train.plan.memory.rank import plan_memory
+from train.plan.memory.rank import plan_memory, scene_of
 from train.plan.reserve import reserve_of, tensor_memory
-from train.plan.search.candidates import candidates
+from train.plan.search import bounds, candidates
+from train.plan.search import search as searching
+from train.plan.search.candidates import Frame, frames
 from train.plan.search.changes import broken_rule, changed, fitted_ramp, overrides, write_parallel
 from train.plan.search.cures import find_cures
 from train.plan.search.search import search
+from train.plan.time.rates import load_rates
 from train.plan.time.step import plan_time
 
 SMALL = ("conf=tiny", "hardware=h800", "micro_batch_size=2", "batch_size=32")
@@ -127,6 +133,56 @@ def test_a_search_finds_the_fastest_and_explains_the_rest(found):
     assert all(family.reason for family in found.rejected)
 
 
+FEW = (*SMALL, "mode=plan", "plan.search=true", "plan.devices=4", "plan.reserve=0", "model.layers=6", "model.hidden=128",
+       "model.recompute=[]")  # fmt: skip
+
+
+@pytest.fixture
+def few_choices(monkeypatch):
+    """So that a test can try everything; whole layers again with DeepEP under every schedule among it."""
+    monkeypatch.setattr(candidates, "MICRO_BATCHES", (2,))
+    monkeypatch.setattr(candidates, "RECOMPUTE", ([], ["layer"]))
+    monkeypatch.setattr(candidates, "WAYS", (("flat", "bf16"), ("deepep", "fp8")))
+
+
+def _layouts(frame: Frame) -> Iterator[Config]:
+    for again, (dispatch, wire), host in product(frame.recompute, frame.ways, frame.hosts):
+        yield changed(frame.config, recompute=again, dispatch=dispatch, wire=wire, offload_optimizer=host)
+
+
+@pytest.mark.parametrize("share", [0.2, 0.6])
+def test_a_search_finds_what_trying_everything_finds(share, few_choices, monkeypatch):
+    """share: of the layouts, how many fit."""
+    monkeypatch.setattr(
+        searching, "UNEVEN", float("inf")
+    )  # other splits of the stages are tried of layouts that fit alone
+    base = compose(*FEW)
+    every = [one for frame in frames(base, 4) for one in _layouts(frame) if broken_rule(one) is None]
+    peaks = [max(rank.peak_bytes for rank in plan_memory(one)) for one in every]
+    memory = sorted(peaks)[round(share * len(peaks))]
+    fitting = [one for one, peak in zip(every, peaks, strict=True) if peak <= memory]
+    alone = [one for one in fitting if not one.parallel.offload_optimizer]
+    hosted = [one for one in fitting if one.parallel.offload_optimizer]
+    needed = [one for one in hosted if changed(one, offload_optimizer=False) not in alone]
+    assert needed and {one.parallel.dispatch for one in fitting} == {"flat", "deepep"}
+    times = sorted(plan_time(one).step_seconds for one in (*alone, *needed))
+    found = search(replace(base, hardware=replace(base.hardware, memory_bytes=float(memory))))
+    assert [one.step_seconds for one in found.best] == pytest.approx(times[:10])
+    assert all(one.room_bytes >= 0 for one in found.best)
+
+
+def test_bounds_are_below_what_they_bound(few_choices):
+    base = compose(*FEW)
+    rates, memo = load_rates(base, alone=False), {}
+    admitted = [frame for frame in frames(base, 4) if broken_rule(frame.config) is None]
+    bounded = [one for frame in admitted for one in bounds.FrameBounds(frame, rates, memo).candidates()]
+    assert {one.config.parallel.schedule for one in bounded} == set(SCHEDULES)
+    for one in bounded:
+        peak = max(rank.peak_bytes for rank in plan_memory(one.config))
+        assert max(one.least_bytes, bounds.traced_bound(one, scene_of(one.config))) <= peak, one
+        assert one.seconds <= plan_time(one.config).step_seconds * (1 + 1e-9), one
+
+
 def test_the_choice_is_a_group_file_that_loads(found):
     name = "written_by_a_test"
     path = write_parallel(found.best[0].config, name, found.base)
@@ -162,12 +218,11 @@ def test_devices_that_no_layout_divides_are_no_matter_of_memory(devices, near):
 
 def test_deep_ep_is_tried_whatever_the_recipe_has():
     base = compose("conf=deepseek_v3_16b", "data.path=none", "hardware=h100", "batch_size=64", "parallel=single")
-    tried = {(one.config.parallel.dispatch, one.config.parallel.ep) for one in candidates(base, 8)}
+    tried = {(dispatch, one.config.parallel.ep) for one in frames(base, 8) for dispatch, _ in one.ways}
     assert ("deepep", 8) in tried and ("deepep", 1) not in tried
-    on_cpus = {
-        one.config.parallel.dispatch for one in candidates(replace(base, hardware=compose("hardware=cpu").hardware), 8)
-    }
-    assert "deepep" not in on_cpus
+    on_cpus = list(frames(replace(base, hardware=compose("hardware=cpu").hardware), 8))
+    assert "deepep" not in {dispatch for one in on_cpus for dispatch, _ in one.ways}
+    assert {host for one in on_cpus for host in one.hosts} == {False}, "there the host's memory is the device's"
 
 
 def test_a_ramp_is_fitted_to_a_layout_and_shown():

@@ -1,45 +1,107 @@
-"""Lower bounds on the memory and the time of a layout, without its memory model and its simulation.
+"""Lower bounds on the memory and the time of layouts, without their memory model and their simulation.
 
 memory   weights, gradients and optimizer of each rank, and the least that its micro-batches in flight keep
 time     the busiest rank's work, the schedule's idle time in closed form, the update
+
+Layouts of a frame share their weights, their update and what is in flight. Memory comes first, and is all that is asked of
+a layout that it rules out. Times of equal layers under equal conditions are counted once in a search.
 """
 
+from collections.abc import Iterator
 from functools import cache
+from itertools import accumulate
 
-from conf.schema import Config
-from parallel.pipeline.simulate import Action, idle_time, schedule_actions
-from train.plan.job import layout_of
-from train.plan.search.candidates import Candidate
+from conf.schema import Config, Parallel
+from parallel.pipeline.simulate import Action, idle_time
+from train.plan.job import STEADY, layout_of, list_actions, micro_batches_of
+from train.plan.memory.chunk import chunk_of
+from train.plan.memory.part import Scene
+from train.plan.memory.rank import chunk_parts
+from train.plan.reserve import tensor_memory
+from train.plan.search.candidates import Candidate, Frame
+from train.plan.search.changes import changed
 from train.plan.time.rates import Rates
 from train.plan.time.stages import Stages
-from train.plan.time.update import WeightCounts, count_weights, update_time
-
-STEADY = 4
-"""Micro-batches per rank of the pipeline after which no more of them are in flight than before."""
+from train.plan.time.step import slowest_update
+from train.plan.time.update import WeightCounts, count_weights
 
 
-def bound(candidate: Candidate, rates: Rates, memory: int) -> None:
-    """Bounds on memory, and where that may fit on time, without schedule and memory model."""
-    config = candidate.config
-    stages = Stages(config, layout_of(config), rates)
-    parallel, count = config.parallel, stages.sizes.micro_batches
-    held = [count_weights(config, stages.layers, ids, len(stages.layers) - 1) for ids in stages.placement]
-    flight = in_flight(parallel.schedule, parallel.pp, min(count, STEADY * parallel.pp))
-    least = [
-        _state_bytes(config, one) + _kept_bytes(stages, ids, flight[rank])
-        for rank, (one, ids) in enumerate(zip(held, stages.placement, strict=True))
-    ]
-    candidate.least_bytes = max(least)
-    candidate.fullest = least.index(candidate.least_bytes)
-    if candidate.least_bytes > memory:
-        return
-    busy = max(_busy(stages, ids) for ids in stages.placement) * count
-    lengths = [_lengths(stages, stage) for stage in range(len(stages.layers))]
-    forward, inputs, weights = (min(column) for column in zip(*lengths, strict=True))
-    pair = min(_pair(stages, ids) for ids in stages.placement) if parallel.schedule == "dualpipev" else 0.0
-    idle = max(0.0, idle_time(parallel.schedule, parallel.pp, forward, inputs, weights, pair))
-    update = max(update_time(config, stages.layout, rates, one).seconds for one in held)
-    candidate.seconds = busy + idle + update
+class FrameBounds:
+    """Bounds of the layouts of one frame."""
+
+    def __init__(self, frame: Frame, rates: Rates, memo: dict):
+        """memo: as in Stages, of the whole search."""
+        self._frame, self._rates, self._memo = frame, rates, memo
+        self.lacking: list[int] = []
+        """Bytes that layouts lack which memory rules out."""
+
+    def candidates(self) -> Iterator[Candidate]:
+        """Those that memory does not rule out."""
+        frame = self._frame
+        stages = self._stages(frame.config)
+        last = len(stages.layers) - 1
+        held = [count_weights(frame.config, stages.layers, ids, last) for ids in stages.placement]
+        parallel, count = frame.config.parallel, stages.sizes.micro_batches
+        flight = _waiting(parallel, count)
+        placed = [changed(frame.config, offload_optimizer=host) for host in frame.hosts]
+        state = [[_state_bytes(config, one) for one in held] for config in placed]
+        memory = {way[0]: tensor_memory(changed(frame.config, dispatch=way[0])) for way in frame.ways}
+        updates: dict[bool, float] = {}
+        for again in frame.recompute:
+            config = changed(frame.config, recompute=again)
+            kept = [_kept_bytes(config, stages, ids, flight[rank]) for rank, ids in enumerate(stages.placement)]
+            least = [[sum(pair) for pair in zip(one, kept, strict=True)] for one in state]
+            for dispatch, wire in frame.ways:
+                able = [number for number, each in enumerate(least) if max(each) <= memory[dispatch]]
+                if not able:
+                    self.lacking.append(min(map(max, least)) - memory[dispatch])
+                    continue
+                one = changed(config, dispatch=dispatch, wire=wire)
+                passes = _pipeline_seconds(self._stages(one))
+                for number in able:
+                    host, total = frame.hosts[number], max(least[number])
+                    if host not in updates:
+                        updates[host] = slowest_update(self._stages(placed[number])).seconds
+                    rank = least[number].index(total)
+                    there = changed(one, offload_optimizer=host)
+                    yield Candidate(there, frame.family, passes + updates[host], total, rank, kept[rank])
+
+    def _stages(self, config: Config) -> Stages:
+        return Stages(config, layout_of(config), self._rates, self._memo)
+
+
+def traced_bound(candidate: Candidate, scene: Scene) -> int:
+    """The bound on memory with what a forward pass of the model's own code really keeps."""
+    config, rank = candidate.config, candidate.fullest
+    kept = min(sum(chunk_of(scene, parts).kept.values()) for parts in chunk_parts(config)[rank].values())
+    flight = _waiting(config.parallel, micro_batches_of(config))[rank]
+    return candidate.least_bytes - candidate.kept_bytes + flight * kept
+
+
+def _waiting(parallel: Parallel, count: int) -> list[int]:
+    """Micro-batches of which a rank is sure to keep all at one time: of two that run as a pair one is not yet, or no longer, whole."""
+    most = in_flight(parallel.schedule, parallel.pp, min(count, STEADY * parallel.pp))
+    return [each - 1 for each in most] if parallel.schedule == "dualpipev" else most
+
+
+def _pipeline_seconds(stages: Stages) -> float:
+    """Of all micro-batches on the busiest rank, and what it idles.
+
+    With 1f1b and interleaved a rank begins when the stages before its first have gone forward, and ends before those go backward: on
+    the last rank of equal ones that is the closed form. The closed forms of the others are taken at the shortest lengths.
+    """
+    parallel, ids = stages.config.parallel, range(len(stages.layers))
+    busy = [_busy(stages, own) * stages.sizes.micro_batches for own in stages.placement]
+    if parallel.schedule in ("1f1b", "interleaved"):
+        before = accumulate((_busy(stages, [stage]) for stage in range(parallel.pp - 1)), initial=0.0)
+        return max(map(sum, zip(busy, before, strict=True)))
+    lengths = {stages.kind(stage): _lengths(stages, stage) for stage in ids}
+    forward, inputs, weights = (min(column) for column in zip(*lengths.values(), strict=True))
+    pair = 0.0
+    if parallel.schedule == "dualpipev":  # more of W leaves less to idle; the first stage has all of its backward there
+        pair = min(_pair(stages, own) for own in stages.placement)
+        weights = max(each[2] for kind, each in lengths.items() if kind != stages.kind(0))
+    return max(busy) + max(0.0, idle_time(parallel.schedule, parallel.pp, forward, inputs, weights, pair))
 
 
 def _busy(stages: Stages, ids: list[int]) -> float:
@@ -78,34 +140,39 @@ def _state_bytes(config: Config, held: WeightCounts) -> int:
     return int(weights * element + gradients * 4 + state)
 
 
-def _kept_bytes(stages: Stages, ids: list[int], flight: int) -> int:
+def _kept_bytes(config: Config, stages: Stages, ids: list[int], flight: int) -> int:
     """The least that so many micro-batches of one stage keep: of a layer the inputs of both norms and the attention's output,
     with experts their inputs and those of their SwiGLU; of one that runs again its input."""
-    config, model, element = stages.config, stages.config.model, stages.sizes.element
+    model, element = config.model, stages.sizes.element
     quantised = 1 if config.precision.fp8 is not None else element
     row = 2 * model.hidden * element + model.heads * model.v_head_dim * quantised
     routed = model.top_k * (model.hidden + 2 * model.expert_width) * quantised
     again = model.hidden * element
-    layers = [
-        [
-            again if place < model.repeated_layers else row if index < model.dense_layers else row + routed
-            for place, index in enumerate(stages.layers[stage])
-        ]
-        for stage in ids
-    ]
-    return int(flight * min(sum(rows) for rows in layers) * stages.sizes.tokens)
+    repeated = model.repeated_layers
+
+    def rows(layers: range) -> int:
+        once = layers[repeated:]
+        dense = len(once[: max(0, model.dense_layers - once.start)])
+        return (len(layers) - len(once)) * again + len(once) * row + (len(once) - dense) * routed
+
+    return int(flight * min(rows(stages.layers[stage]) for stage in ids) * stages.sizes.tokens)
 
 
 @cache
 def in_flight(schedule: str, pp: int, micro_batches: int) -> list[int]:
-    """Most micro-batches of its stages that a rank has sent forward and not yet back, per rank."""
+    """Most micro-batches of its stages that a rank has sent forward and not yet back once it has gradients of all its weights, per
+    rank."""
     most = []
-    for line in schedule_actions(schedule, pp, micro_batches):
+    for line in list_actions(schedule, pp, micro_batches):
+        parts = [action.halves or (action,) for action in line]
+        without = {part.stage for each in parts for part in each}
         now = peak = 0
-        for action in line:
-            kinds = [half.kind for half in action.halves or (action,)]
+        for each in parts:
+            kinds = [part.kind for part in each]
             now += kinds.count("F")
-            peak = max(peak, now)
+            if not without:
+                peak = max(peak, now)
             now -= kinds.count("B") + kinds.count("I")
+            without -= {part.stage for part in each if part.kind in "BW"}
         most.append(peak)
     return most

@@ -6,13 +6,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from conf.check import check
+from conf.check import check, check_spread
 from conf.errors import UserError
-from conf.micro_batches import check_batch, choose_micro_batch_size
+from conf.micro_batches import choose_micro_batch_size
 from conf.schema import ROOT, SELECTIVE, Config, PipelineSchedule, Recompute
 from parallel.pipeline.split import SCHEDULES
 from train.layout import check_layout
-from train.plan.job import with_nodes
+from train.plan.job import can_offload, with_nodes
 from train.plan.time.stages import require_rule
 
 LIGHTEST = list(SELECTIVE)
@@ -53,10 +53,18 @@ def fitted_ramp(config: Config, share: int, least: int) -> Config:
 def broken_rule(config: Config) -> UserError | None:
     """The first rule that keeps a recipe from running or from being planned; None where there is none."""
     try:
-        check_batch(config)  # what most layouts of a search break, and costs nothing
         check(config)
-        check_layout(with_nodes(config))
         require_rule(config)
+    except UserError as error:
+        return error
+    return broken_layout(config)
+
+
+def broken_layout(config: Config) -> UserError | None:
+    """The same of a recipe in which all but the layout is known to keep the rules."""
+    try:
+        check_spread(config)
+        check_layout(with_nodes(config))
     except UserError as error:
         return error
     return None
@@ -94,8 +102,10 @@ def lighter(config: Config) -> Iterator[Config]:
     """Single changes that may save memory, without a promise that they do or that they may run."""
     parallel, model = config.parallel, config.model
     for again in (LIGHTEST, [*LIGHTEST, f"{Recompute.layer}:1"], [Recompute.layer]):
-        if set(model.recompute) != set(again) and (parallel.dispatch != "deepep" or set(again) <= set(LIGHTEST)):
+        if set(model.recompute) != set(again):
             yield changed(config, recompute=again)
+    if can_offload(config) and parallel.zero < 3 and not parallel.offload_optimizer:
+        yield changed(config, offload_optimizer=True)
     size = config.micro_batch_size
     if size > 1:
         yield changed(config, micro_batch_size=size // 2)

@@ -6,7 +6,7 @@ from itertools import combinations
 from conf.schema import Config
 from train.plan.budget import RunPlan
 from train.plan.job import layout_of
-from train.plan.memory.rank import plan_memory, rank_memory, scene_of
+from train.plan.memory.rank import host_lacking, plan_memory, rank_memory, scene_of
 from train.plan.reserve import tensor_memory
 from train.plan.search.changes import broken_rule, changed, lighter, overrides
 from train.plan.time.rates import load_rates
@@ -83,8 +83,9 @@ def _cure(config: Config, plan: RunPlan, first_look: int) -> list[Cure]:
     memory = tensor_memory(config)
     if first_look > memory:
         return []
-    room = memory - max(rank.peak_bytes for rank in plan_memory(config))
-    if room < 0:
+    ranks = plan_memory(config)
+    room = memory - max(rank.peak_bytes for rank in ranks)
+    if room < 0 or host_lacking(config, ranks):
         return []
     seconds, devices = plan_time(config).step_seconds, layout_of(config).world
     return [Cure(overrides(config, plan.config), room, seconds, seconds * devices, devices)]

@@ -1,39 +1,43 @@
 """plan.search=true: which layout is fastest on these devices, and why the others are not.
 
-    1. Every combination of pipeline, contexts, experts, schedule, micro-batch, recomputation, dispatch and wire that the rules admit
-       (candidates.py). Where ranks of a pipeline work unevenly, the split of stages that the planned times call for is tried too.
-    2. Bounds on its memory and its step (bounds.py).
-    3. From the smallest bound on time upwards: the memory model, and for what fits the simulation, until ten are found
-       that no bound of the rest undercuts.
+    1. Every combination of pipeline, contexts, experts, schedule, micro-batch, recomputation, dispatch, wire and place of the optimizer
+       that the rules admit (candidates.py).
+    2. Bounds on its memory and, where that may fit, on its step (bounds.py).
+    3. From the smallest bound on time upwards the simulation, and from the shortest step upwards the memory model, until ten fit and
+       no bound of the rest undercuts them. Where ranks of a pipeline work unevenly, a layout that fits is also tried with the split of
+       stages that the planned times call for.
 
-A family is all layouts of one pipeline length and schedule. Of each family that has no place among the best it is said
-why: the rule that all of it breaks, how far its lightest layout is from fitting, or how much slower its best one is.
+The optimizer lies on the host where a layout does not fit otherwise: that only takes time. A family is all layouts of one
+pipeline length and schedule. Of each family that has no place among the best it is said why: the rule that all of it breaks, how
+far its lightest layout is from fitting, or how much slower its best one is.
 """
 
+from collections import defaultdict
+from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
+from heapq import heapify, heappop, heappush
 
+from conf.check import check
 from conf.errors import UserError
 from conf.micro_batches import divisors
 from conf.schema import Config
 from train.metrics.words import gib
-from train.plan.job import device_memory, layout_of, require_hardware
-from train.plan.memory.rank import plan_memory, rank_memory, scene_of
+from train.plan.job import layout_of, require_hardware, require_host
+from train.plan.memory.rank import host_lacking, rank_memory, scene_of
 from train.plan.reserve import tensor_memory
-from train.plan.search.bounds import bound
-from train.plan.search.candidates import Candidate, candidates
-from train.plan.search.changes import broken_rule, changed, overrides
+from train.plan.search.bounds import FrameBounds, traced_bound
+from train.plan.search.candidates import Candidate, Frame, frames
+from train.plan.search.changes import broken_layout, changed, overrides
 from train.plan.search.cures import WORTH
-from train.plan.time.rates import Rates, load_rates
-from train.plan.time.stages import Stages
-from train.plan.time.step import plan_time
+from train.plan.time.rates import load_rates
+from train.plan.time.stages import Stages, require_rule
+from train.plan.time.step import estimate_step, mfu, simulate_step
 
 SHOWN = 10
 REASONS = 3
 """Kinds of layouts whose rule is told where none runs."""
 UNEVEN = 1.03
 """The busiest rank's work over the mean from which on another split of the stages is looked at."""
-SIMULATED = 40
-"""Fitting layouts that are simulated at most; the bounds are within a few percent of the simulation."""
 
 
 @dataclass(frozen=True)
@@ -96,146 +100,184 @@ class Search:
 def search(config: Config) -> Search:
     """The ten fastest layouts that fit. Raises UserError where none does."""
     require_hardware(config.hardware)
+    require_host(config)
+    check(config)
+    require_rule(config)
     devices = config.plan.devices or config.parallel.world
-    rates = load_rates(config, alone=devices == 1)
-    rules: dict[str, UserError] = {}
-    admitted: list[Candidate] = []
-    found = Search(config, devices, tried=0)
-    for candidate in candidates(config, devices):
-        found.tried += 1
-        error = broken_rule(candidate.config)
-        if error is None:
-            admitted.append(candidate)
-        else:
-            rules.setdefault(candidate.family, error)
-    memory = device_memory(_on(config, 1, devices))
-    for candidate in admitted:
-        bound(candidate, rates, memory)
-    fitting, misses = _fitting(admitted, memory, rates)
-    found.best = [_found(one, base=config) for one in fitting[:SHOWN]]
-    found.rejected = _rejected(found, fitting, misses, rules, admitted, memory)
-    if not found.best:
-        raise _nothing_fits(config, found, devices) if admitted else _nothing_runs(config, found, devices)
+    finder = _Finder(config, devices)
+    fits = finder.run()
+    found = Search(config, devices, finder.tried)
+    found.best = [finder.found(fit) for fit in fits]
+    found.rejected = list(finder.rejected(fits))
+    if not fits:
+        raise _nothing_fits(config, found, devices) if finder.runs else _nothing_runs(config, found, devices)
     return found
-
-
-def _on(config: Config, pp: int, devices: int) -> Config:
-    return changed(config, pp=pp, dp=devices // pp, cp=1, ep=1)
 
 
 @dataclass
 class _Fit:
-    candidate: Candidate
+    config: Config
+    family: str
     room_bytes: int
     step_seconds: float
-    mfu_causal: float | None
-    imbalance: float
 
 
-def _fitting(admitted: list[Candidate], memory: int, rates: Rates) -> tuple[list[_Fit], dict[str, int]]:
-    """Layouts that fit, the fastest first, and by family how many bytes its lightest one that was looked at misses."""
-    fitting: list[_Fit] = []
-    misses: dict[str, int] = {}
-    for candidate in sorted(admitted, key=lambda one: one.seconds):
-        if candidate.least_bytes > memory:
-            _miss(misses, candidate, candidate.least_bytes - memory)
-            continue
-        best = sorted(fit.step_seconds for fit in fitting)[:SHOWN]
-        if len(fitting) >= SIMULATED or (len(best) == SHOWN and candidate.seconds > best[-1]):
-            break
-        lacking = _lacking(candidate)
+@dataclass
+class _Looked:
+    """What a search has seen of a family."""
+
+    rule: UserError | None = None
+    """The first that one of its layouts breaks."""
+    runs: bool = False
+    """Some of its layouts break none."""
+    lacking: list[int] = field(default_factory=list)
+    """Bytes that layouts lack which a bound rules out: the nearest of each frame."""
+    possible: list[Candidate] = field(default_factory=list)
+    """Layouts that no bound rules out."""
+    missed: list[tuple[int, str]] = field(default_factory=list)
+    """Bytes that those lack which were looked at and do not fit, and of what."""
+    steps: list[float] = field(default_factory=list)
+    """Of those that fit."""
+
+
+class _Finder:
+    """One search."""
+
+    def __init__(self, config: Config, devices: int):
+        self._base, self._devices, self.tried = config, devices, 0
+        self._rates, self._memo = load_rates(config, alone=devices == 1), {}
+        self._families: defaultdict[str, _Looked] = defaultdict(_Looked)
+        self._on_devices: set[tuple[str, ...]] = set()
+        """Layouts that fit with the optimizer on the devices."""
+
+    @property
+    def runs(self) -> bool:
+        """Whether any layout keeps the rules."""
+        return any(family.runs for family in self._families.values())
+
+    def run(self) -> list[_Fit]:
+        """Up to ten layouts that fit, the fastest first."""
+        for frame in frames(self._base, self._devices):
+            self.tried += frame.layouts
+            family = self._families[frame.family]
+            if ways := self._ways(frame, family):
+                bounds = FrameBounds(replace(frame, ways=ways), self._rates, self._memo)
+                family.possible += bounds.candidates()
+                family.lacking += bounds.lacking
+        fits = sorted(self._fits(), key=lambda fit: fit.step_seconds)[:SHOWN]
+        for fit in fits:
+            fit.step_seconds = simulate_step(self._stages(fit.config)).seconds
+        return sorted(fits, key=lambda fit: fit.step_seconds)
+
+    def _ways(self, frame: Frame, family: _Looked) -> list[tuple[str, str]]:
+        """Those that the rules admit. Flat dispatch has no rule of its own, so what breaks one with it breaks all."""
+        errors = {"flat": broken_layout(frame.config)}
+        if errors["flat"] is None:
+            others = {dispatch for dispatch, _ in frame.ways} - {"flat"}
+            errors |= {dispatch: broken_layout(changed(frame.config, dispatch=dispatch)) for dispatch in others}
+        family.rule = family.rule or next(filter(None, errors.values()), None)
+        ways = [way for way in frame.ways if way[0] in errors and errors[way[0]] is None]
+        family.runs |= bool(ways)
+        return ways
+
+    def _fits(self) -> Iterator[_Fit]:
+        """Layouts that fit, until none of the rest can be among the ten fastest."""
+        possible = [one for family in self._families.values() for one in family.possible]
+        queue = [(one.seconds, number, False) for number, one in enumerate(possible)]
+        heapify(queue)
+        best: list[float] = []
+        while queue and not (len(best) == SHOWN and queue[0][0] > best[-1]):
+            seconds, number, simulated = heappop(queue)
+            one = possible[number]
+            if self._needs_no_host(one) or not (simulated or self._may_fit(one)):
+                continue
+            if not simulated:
+                heappush(queue, (estimate_step(self._stages(one.config))[0], number, True))
+            elif fit := self._fit(one, seconds):
+                best = sorted([*best, fit.step_seconds])[:SHOWN]
+                yield fit
+
+    def _stages(self, config: Config) -> Stages:
+        return Stages(config, layout_of(config), self._rates, self._memo)
+
+    def _needs_no_host(self, one: Candidate) -> bool:
+        """Whether a layout with the optimizer on the host fits without that, which is faster."""
+        host = one.config.parallel.offload_optimizer
+        return host and self._name(changed(one.config, offload_optimizer=False)) in self._on_devices
+
+    def _name(self, config: Config) -> tuple[str, ...]:
+        return tuple(overrides(config, self._base))
+
+    def _may_fit(self, one: Candidate) -> bool:
+        lacking = traced_bound(one, scene_of(one.config)) - tensor_memory(one.config)
         if lacking > 0:
-            _miss(misses, candidate, lacking)
-            continue
-        fitting.append(_faster(_Fit(candidate, -lacking, *_speed(candidate.config, rates)), rates))
-    return sorted(fitting, key=lambda fit: fit.step_seconds), misses
+            self._families[one.family].missed.append((lacking, ""))
+        return lacking <= 0
 
-
-def _speed(config: Config, rates: Rates) -> tuple[float, float | None, float]:
-    """Seconds of a step, MFU, and how much longer than the mean the busiest rank of a pipeline works."""
-    step = plan_time(config, rates)
-    return step.step_seconds, step.mfu_causal, step.simulation.imbalance
-
-
-def _faster(fit: _Fit, rates: Rates) -> _Fit:
-    """The same layout with the split of stages that the planned times call for, where that is faster and fits."""
-    config = fit.candidate.config
-    if fit.imbalance < UNEVEN:
+    def _fit(self, one: Candidate, seconds: float) -> _Fit | None:
+        """A layout that fits, with the faster of two splits of its stages."""
+        family, missed = self._families[one.family], _missed(one.config, one.fullest)
+        if missed[0] > 0:
+            family.missed.append(missed)
+            return None
+        if not one.config.parallel.offload_optimizer:
+            self._on_devices.add(self._name(one.config))
+        fit = self._faster(_Fit(one.config, one.family, -missed[0], seconds))
+        family.steps.append(fit.step_seconds)
         return fit
-    split = changed(config, split=Stages(config, layout_of(config), rates).balanced())
-    speed = _speed(split, rates)
-    if speed[0] > fit.step_seconds * (1 - WORTH):
-        return fit
-    other = replace(fit.candidate, config=split)
-    lacking = _lacking(other)
-    return fit if lacking > 0 else _Fit(other, -lacking, *speed)
+
+    def _faster(self, fit: _Fit) -> _Fit:
+        """The same layout with the split of stages that the planned times call for, where that is faster and fits."""
+        stages = self._stages(fit.config)
+        if estimate_step(stages)[1] < UNEVEN:
+            return fit
+        config = changed(fit.config, split=stages.balanced())
+        seconds, _ = estimate_step(self._stages(config))
+        if seconds > fit.step_seconds * (1 - WORTH):
+            return fit
+        lacking, _ = _missed(config, 0)
+        return fit if lacking > 0 else _Fit(config, fit.family, -lacking, seconds)
+
+    def found(self, fit: _Fit) -> FoundLayout:
+        """A layout as the search returns it."""
+        config = replace(fit.config, plan=self._base.plan)
+        causal = mfu(config, fit.step_seconds, causal=True)
+        return FoundLayout(config, overrides(config, self._base), fit.step_seconds, fit.room_bytes, causal)
+
+    def rejected(self, fits: list[_Fit]) -> Iterator[Family]:
+        """A reason for every family without a place among the best."""
+        shown = {fit.family for fit in fits}
+        names = (name for name in self._families if name not in shown)
+        for name in sorted(names, key=lambda name: (int("".join(filter(str.isdigit, name.split()[0]))), name)):
+            yield Family(name, self._reason(self._families[name], fits))
+
+    def _reason(self, family: _Looked, fits: list[_Fit]) -> str:
+        if not family.runs:
+            return f"{family.rule.field} = {family.rule.value}: {family.rule.rule}"
+        if family.steps:
+            return f"{100 * (min(family.steps) / fits[0].step_seconds - 1):.1f} % slower than the best"
+        if not family.possible:
+            return f"does not fit: even its lightest layout needs {gib(min(family.lacking))} more for weights, optimizer and what waits"
+        quickest = min(one.seconds for one in family.possible)
+        if fits and quickest > fits[0].step_seconds:
+            slower = 100 * (quickest / fits[0].step_seconds - 1)
+            return f"at least {slower:.1f} % slower than the best, were it to fit"
+        lightest = min(family.possible, key=lambda one: one.least_bytes)
+        lacking, what = min([*family.missed, _missed(lightest.config, lightest.fullest)])
+        return f"does not fit: the nearest that was looked at lacks {gib(lacking)}{what}" if lacking > 0 else "slower"
 
 
-def _miss(misses: dict[str, int], candidate: Candidate, lacking: int) -> None:
-    misses[candidate.family] = min(lacking, misses.get(candidate.family, lacking))
-
-
-def _lacking(candidate: Candidate) -> int:
-    """Bytes that the fullest rank lacks (negative: has to spare); the likely ones are looked at first."""
-    config, scene = candidate.config, scene_of(candidate.config)
-    memory = tensor_memory(config)
-    for rank in dict.fromkeys((candidate.fullest, 0, config.parallel.pp - 1)):
-        lacking = rank_memory(config, rank, scene).peak_bytes - memory
-        if lacking > 0:
-            return lacking
-    return max(rank.peak_bytes for rank in plan_memory(config)) - memory
-
-
-def _found(fit: _Fit, base: Config) -> FoundLayout:
-    config = replace(fit.candidate.config, plan=base.plan)
-    return FoundLayout(config, overrides(config, base), fit.step_seconds, fit.room_bytes, fit.mfu_causal)
-
-
-def _rejected(
-    found: Search,
-    fitting: list[_Fit],
-    misses: dict[str, int],
-    rules: dict[str, UserError],
-    admitted: list[Candidate],
-    memory: int,
-) -> list[Family]:
-    """A reason for every family without a place among the best."""
-    shown = {one.candidate.family for one in fitting[:SHOWN]}
-    fastest = {fit.candidate.family: fit.step_seconds for fit in reversed(fitting)}
-    by_family: dict[str, list[Candidate]] = {}
-    for candidate in admitted:
-        by_family.setdefault(candidate.family, []).append(candidate)
-    families = dict.fromkeys([*rules, *by_family])
-    reasons = []
-    for name in sorted(families, key=lambda name: (int("".join(filter(str.isdigit, name.split()[0]))), name)):
-        if name in shown:
-            continue
-        members = by_family.get(name, [])
-        if not members:
-            reason = f"{rules[name].field} = {rules[name].value}: {rules[name].rule}"
-        elif name in fastest:
-            reason = f"{100 * (fastest[name] / fitting[0].step_seconds - 1):.1f} % slower than the best"
-        else:
-            reason = _distance(members, misses.get(name), memory, fitting)
-        reasons.append(Family(name, reason))
-    return reasons
-
-
-def _distance(members: list[Candidate], missed: int | None, memory: int, fitting: list[_Fit]) -> str:
-    """Why a family in which nothing was found to fit has no place: too slow to look at, or how far from fitting."""
-    possible = [one for one in members if one.least_bytes <= memory]
-    if not possible:
-        lacking = min(one.least_bytes for one in members) - memory
-        return f"does not fit: even its lightest layout needs {gib(lacking)} more for weights, optimizer and what waits"
-    quickest = min(one.seconds for one in possible)
-    if fitting and quickest > fitting[0].step_seconds:
-        slower = 100 * (quickest / fitting[0].step_seconds - 1)
-        return f"at least {slower:.1f} % slower than the best, were it to fit"
-    lightest = min(possible, key=lambda one: one.least_bytes)
-    lacking = _lacking(lightest)
-    if missed is not None:
-        lacking = min(lacking, missed)
-    return f"does not fit: the nearest that was looked at lacks {gib(lacking)}" if lacking > 0 else "slower"
+def _missed(config: Config, fullest: int) -> tuple[int, str]:
+    """Bytes that the fullest rank lacks (negative: has to spare), and of what; the likely ranks are looked at first."""
+    scene, memory, last = scene_of(config), tensor_memory(config), config.parallel.pp - 1
+    ranks = []
+    for rank in dict.fromkeys((fullest, 0, last, *range(last))):
+        ranks.append(rank_memory(config, rank, scene, shortest=True))
+        if ranks[-1].peak_bytes > memory:
+            return ranks[-1].peak_bytes - memory, ""
+    if over := host_lacking(config, ranks):
+        return over, " of a node's own memory"
+    return max(rank.peak_bytes for rank in ranks) - memory, ""
 
 
 def _nothing_runs(config: Config, found: Search, devices: int) -> UserError:
