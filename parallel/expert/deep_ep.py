@@ -85,9 +85,11 @@ class DeepEPDispatcher:
         if again is None:
             arrived_MD, arrived_gates_MK, ids_MK, counts, handle = _Dispatch.apply(x_TD, gates_TK, expert_ids_TK, self)
             again = self._plan(ids_MK, arrived_gates_MK.detach(), counts, handle)
-        else:  # for a known handle DeepEP takes no gates; what runs again is not differentiated
-            received, *_ = self.buffer.dispatch(self.encode(x_TD, gradient=False), handle=again.handle)
-            arrived_MD = self.decode(received, gradient=False).requires_grad_()
+        else:  # for a known handle DeepEP takes no gates; what runs again is not differentiated, and saves nothing that the first run did not
+            with torch.no_grad():
+                received, *_ = self.buffer.dispatch(self.encode(x_TD, gradient=False), handle=again.handle)
+                arrived_MD = self.decode(received, gradient=False)
+            arrived_MD.requires_grad_()
             arrived_gates_MK = again.gates_MK.detach().requires_grad_()
         rows_RD = _Spread.apply(arrived_MD, again.rows)
         gates_R = arrived_gates_MK.flatten().take(again.entry_of_row)
