@@ -25,6 +25,7 @@ from cluster.node.agent import Answer, Order
 from cluster.node.copy_store import Opened
 from cluster.node.preflight import Preflight
 from cluster.run_files import NONE, Age
+from cluster.steady_clock import SteadyClock
 from cluster.topology import Node, Placement, Shape
 from conf.disk import explain, naming
 from conf.errors import EXIT_OK, EXIT_STOPPED, EXIT_USER
@@ -67,16 +68,17 @@ class Driver:
     ):
         self.config, self.folder, self.arguments = config, folder, arguments
         self.fleet, self.rank_folder, self.view, self.clock = fleet, rank_folder, view, clock
+        steady = SteadyClock()
         self.journal = Journal(folder, lambda text: view.note("disk", text))
         self.first = claim_attempt(folder, config.cluster.timeout)
         self.shapes = Shapes(config, folder)
         self.supervisor = Supervisor(policy_of(config, self.first, self.shapes), clock())
-        self.preflight = Preflight(folder, gpus)
+        self.preflight = Preflight(folder, gpus, steady)
         self.copies = Copies(folder, config.checkpoint.memory_folder, self.first)
         self._planner = [*planner, "cuda" if gpus else "cpu"] if planner else []
         self._planning: subprocess.Popen | None = None
         self._limits_told = False
-        self.vitals = Vitals()
+        self.vitals = Vitals(steady)
         self._finish: m.Finish | None = None
         self._known: dict[str, Node] = {}
         """Nodes that were listed, by id; checked ones are those that the supervisor knows."""

@@ -2,7 +2,7 @@
 
 One JSON object a line, written with one call:
 
-    time      Unix time in seconds
+    time      Unix time in seconds, by a clock that nobody sets while the driver runs
     kind      see KINDS
     attempt   number of the attempt that it concerns; 0 before the first
     text      one sentence for people
@@ -14,13 +14,13 @@ The file is only ever appended to; a later launch of the same run goes on in it.
 import contextlib
 import errno
 import json
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from cluster.run_files import log_path
+from cluster.steady_clock import SteadyClock
 from conf.disk import explain, naming
 
 FILE = "events.jsonl"
@@ -60,6 +60,7 @@ class Journal:
 
     def __init__(self, folder: Path, note: Callable[[str], None] = print):
         self._path, self._note, self._refused = folder / FILE, note, False
+        self._clock = SteadyClock()
         self._logs = folder / "logs"
         self._logs.mkdir(parents=True, exist_ok=True)
         if self._path.exists() and not self._path.read_bytes().endswith(b"\n"):
@@ -68,7 +69,9 @@ class Journal:
     def write(self, kind: str, attempt: int, text: str, **fields: Any) -> None:
         """Append one event."""
         assert kind in KINDS, f"event {kind!r} is missing from cluster/driver/journal.py"
-        line = json.dumps({"time": round(time.time(), 3), "kind": kind, "attempt": attempt, "text": text, **fields})
+        line = json.dumps(
+            {"time": round(self._clock.now(), 3), "kind": kind, "attempt": attempt, "text": text, **fields}
+        )
         self._append(self._path, line.encode() + b"\n")
 
     def output(self, rank: int, piece: bytes) -> None:

@@ -5,11 +5,11 @@ the driver's clock here, whatever the node's own says. A full disk for temporary
 next start on that node. Both are named, once each time.
 """
 
-import time
 from dataclasses import dataclass, field
 
 from cluster.node.agent import Answer
 from cluster.node.preflight import CLOCK_LIMIT, SCRATCH_LIMIT
+from cluster.steady_clock import SteadyClock
 
 
 @dataclass
@@ -22,24 +22,21 @@ class _Node:
 
 
 class Vitals:
-    """Of all nodes. Its own clock cannot jump: it counts on from the time at which this was made."""
+    """Of all nodes, by a clock that is the driver's own."""
 
-    def __init__(self) -> None:
+    def __init__(self, clock: SteadyClock) -> None:
         self._nodes: dict[str, _Node] = {}
-        self._began, self._counted = time.time(), time.monotonic()
+        self._clock = clock
 
     def take(self, name: str, answer: Answer) -> list[tuple[str, str]]:
         """Put the times of failures right; returns kind and text of what is to be told. name: of the node."""
         node = self._nodes.setdefault(name, _Node())
-        node.offsets = [*node.offsets[-1:], answer.clock - self._now()]
+        node.offsets = [*node.offsets[-1:], answer.clock - self._clock.now()]
         offset = max(node.offsets)
         for report in answer.ranks:
             if report.failure is not None:
                 report.failure.time -= offset
         return [*self._watch_clock(name, node, offset), *self._watch_disk(name, node, answer.free_bytes)]
-
-    def _now(self) -> float:
-        return self._began + time.monotonic() - self._counted
 
     def _watch_clock(self, name: str, node: _Node, offset: float) -> list[tuple[str, str]]:
         if node.known is None:

@@ -19,6 +19,7 @@ from pathlib import Path
 
 import psutil
 
+from cluster.steady_clock import SteadyClock
 from cluster.topology import Node
 from conf.schema import ROOT
 
@@ -129,8 +130,8 @@ def _gpu_bytes() -> list[int]:
 class Preflight:
     """The driver's side: questions to nodes, and what is wrong with their answers."""
 
-    def __init__(self, folder: Path, gpus: bool):
-        self._folder, self._gpus = folder, gpus
+    def __init__(self, folder: Path, gpus: bool, clock: SteadyClock):
+        self._folder, self._gpus, self._clock = folder, gpus, clock
         self._word = secrets.token_hex(8)
         self._sent: dict[str, float] = {}
         (folder / PROBES).mkdir(exist_ok=True)
@@ -138,7 +139,7 @@ class Preflight:
         self._mine = gather(Question(str(folder), self._word, "self", 1, False))
 
     def question(self, node: Node) -> Question:
-        self._sent[node.id] = time.time()
+        self._sent[node.id] = self._clock.now()
         return Question(str(self._folder), self._word, node.id, node.devices, self._gpus)
 
     def problem(self, node: Node, facts: Facts) -> str | None:
@@ -159,7 +160,7 @@ class Preflight:
             )
         if facts.recipe != self._mine.recipe:
             return f"reads another config.yaml ({facts.recipe}, here {self._mine.recipe}); set runs= to shared storage"
-        early, late = self._sent[node.id] - facts.clock, facts.clock - time.time()
+        early, late = self._sent[node.id] - facts.clock, facts.clock - self._clock.now()
         if max(early, late) > CLOCK_LIMIT:
             return f"its clock is {max(early, late):.1f} s off; start a time service such as chrony"
         if facts.free_bytes < SCRATCH_LIMIT:

@@ -1,11 +1,11 @@
 """How a run on a cluster used its time, from the events that its driver writes (cluster/driver/journal.py)."""
 
 import datetime
-import time
 from collections.abc import Callable
 from pathlib import Path
 
 from cluster.driver.journal import FILE, Goodput, goodput, read_events
+from cluster.steady_clock import SteadyClock
 from train.metrics.names import Record
 from train.metrics.progress import duration
 
@@ -27,7 +27,7 @@ class GoodputRecord:
 
     def __init__(self, run_folder: Path, tell: Callable[[str, str], None] = lambda *_: None):
         self._folder, self._size, self._tell = run_folder, -1, tell
-        self._events = read_events(run_folder)
+        self._events, self._clock = read_events(run_folder), SteadyClock()
 
     def __call__(self) -> Record:
         path = self._folder / FILE
@@ -37,7 +37,7 @@ class GoodputRecord:
             for event in self._events[seen:]:
                 if event["kind"] in ALERTS:
                     self._tell(ALERTS[event["kind"]], event["text"])
-        found = goodput(self._events, now=time.time())
+        found = goodput(self._events, now=self._clock.now())
         return {
             "cluster/attempt": found.attempts,
             "cluster/nodes": found.nodes,

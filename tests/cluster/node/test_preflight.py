@@ -8,6 +8,7 @@ import pytest
 from cluster.driver.network import NetworkTest, rounds
 from cluster.node.network_probe import BYTES, NetworkProbe, NodeLink, measure
 from cluster.node.preflight import Preflight, _digest_of_program, gather
+from cluster.steady_clock import SteadyClock
 from cluster.topology import Node
 from tests.cluster.local_fleet import LocalFleet
 
@@ -17,7 +18,7 @@ NODE = Node("id1", "n1", "10.0.0.1", 1)
 @pytest.fixture
 def preflight(tmp_path):
     (tmp_path / "config.yaml").write_text("steps: 1")
-    return Preflight(tmp_path, gpus=False)
+    return Preflight(tmp_path, False, SteadyClock())
 
 
 def test_a_node_like_the_driver_may_hold_ranks(preflight, tmp_path):
