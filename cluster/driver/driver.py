@@ -40,9 +40,10 @@ TICK_EVERY = 0.05
 """Seconds between decisions, at least."""
 LOOK_EVERY = 1.0
 """Seconds between looks at the list of nodes and at the checkpoints."""
-
 HELD_BACK = 2.0
-"""Seconds until a node is asked again whose folder for copies another agent holds."""
+"""Seconds until a node is checked again whose folder for copies another agent holds."""
+REFUSED = 10.0
+"""Seconds until a node is checked again that was refused for another reason: somebody may set its clock or clear its disk."""
 
 
 class Driver:
@@ -89,8 +90,8 @@ class Driver:
         self._starting: tuple[int, Placement] | None = None
         self._network: NetworkTest | None = None
         self._refused: dict[str, str] = {}
-        self._held_back: dict[str, float] = {}
-        """Nodes whose folder for copies another agent holds, and when they are asked again."""
+        self._check_again: dict[str, float] = {}
+        """Ids of nodes that were refused, and when they are checked again."""
         self._without_folder: set[str] = set()
         """Nodes that have no folder for copies."""
         self._started_at = clock()
@@ -175,11 +176,11 @@ class Driver:
         for id, node in listed.items():
             if id not in self._known and id not in self._released:
                 self._known[id] = node
-                self.fleet.call(id, "facts", self.preflight.question(node))
-        for id in [id for id, due in self._held_back.items() if self.clock() >= due]:
-            del self._held_back[id]
+                self._check_again[id] = self.clock()
+        for id in [id for id, due in self._check_again.items() if self.clock() >= due]:
+            del self._check_again[id]
             if id in self._known:
-                self._open_memory(self._known[id])
+                self.fleet.call(id, "facts", self.preflight.question(self._known[id]))
         for id, why in draining.items():
             self._tell(m.Draining(id, why))
         for id in self._ask_later & set(self._known):
@@ -207,7 +208,7 @@ class Driver:
             self.copies.forget(reply.node)
             self._tell(m.Lost(reply.node, f"its agent died: {reply.error}", returning=True))
             node = self._known.pop(reply.node)  # the next look starts a new agent, if the node is still listed
-            if node.id not in self.supervisor.nodes and node.name not in self._refused:  # it may die at every look
+            if node.id not in self.supervisor.nodes:
                 self._refuse(node, f"its agent died: {reply.error}")
         elif reply.method == "facts":
             self._check_facts(self._known[reply.node], reply)
@@ -254,10 +255,9 @@ class Driver:
             self.copies.note_port(node.id, opened.port)
             self._admit(node)
             return
-        if opened.passes:
-            self._held_back[node.id] = self.clock() + HELD_BACK
-        if not opened.passes or node.name not in self._refused:  # it is asked again and again
-            self._refuse(node, f"cannot hold copies of the state: {opened.problem}")
+        self._refuse(
+            node, f"cannot hold copies of the state: {opened.problem}", HELD_BACK if opened.passes else REFUSED
+        )
         if opened.absent:
             self._without_folder.add(node.id)
             if self._without_folder >= set(self._known):  # more nodes will not have it either
@@ -270,9 +270,12 @@ class Driver:
         if self.supervisor.phase is DriverPhase.running and self._first_step is not None:
             self._warm([node])
 
-    def _refuse(self, node: Node, problem: str) -> None:
+    def _refuse(self, node: Node, problem: str, again: float = REFUSED) -> None:
+        """Keep it out until a later check finds nothing, told once. again: seconds until that check."""
+        self._check_again[node.id] = self.clock() + again
+        if node.name not in self._refused:
+            self._note("node_refused", f"{node.name}: {problem}", node=node.name)
         self._refused[node.name] = problem
-        self._note("node_refused", f"{node.name}: {problem}", node=node.name)
 
     def _take_answer(self, node: str, answer: Answer) -> None:
         number, attempt = self.supervisor.number, self.supervisor.attempt

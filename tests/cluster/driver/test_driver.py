@@ -7,6 +7,7 @@ import signal
 import socket
 import threading
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -18,6 +19,7 @@ from cluster.driver.journal import Journal, goodput, read_events
 from cluster.driver.view import View
 from cluster.node.agent import Agent
 from cluster.node.copy_store import Store
+from cluster.node.preflight import gather
 from cluster.run_files import NONE, Age
 from cluster.topology import Node
 from conf.errors import EXIT_CRASH, EXIT_OK, EXIT_STOPPED, EXIT_USER
@@ -230,6 +232,21 @@ def test_a_node_whose_old_agent_lives_on_is_asked_again_until_that_one_has_ended
     assert run.run() == EXIT_OK, run.finish.text
     refusal = run.only("node_refused")["text"]
     assert "another agent of this run holds" in refusal and "set checkpoint.memory_folder" not in refusal
+    assert run.only("attempt")["dp"] == 2 and not run.driver._refused
+
+
+def test_a_node_whose_clock_is_off_is_taken_once_it_is_right(tmp_path, monkeypatch):
+    monkeypatch.setattr("cluster.driver.driver.REFUSED", 0.5)
+    off = iter([3600.0, 3600.0])
+
+    def gather_off(question):
+        facts = gather(question)
+        return replace(facts, clock=facts.clock + next(off, 0.0)) if question.node == "id1" else facts
+
+    monkeypatch.setattr("cluster.node.agent.gather", gather_off)
+    run = Run(tmp_path, nodes=2, dp=2)
+    assert run.run() == EXIT_OK, run.finish.text
+    assert "n1: its clock is 3600.0 s off" in run.only("node_refused")["text"], "told once"
     assert run.only("attempt")["dp"] == 2 and not run.driver._refused
 
 
