@@ -25,6 +25,7 @@ from cluster.node.agent import Answer, Order
 from cluster.node.copy_store import Opened
 from cluster.node.preflight import Preflight
 from cluster.run_files import NONE, Age
+from cluster.spawn import spawn
 from cluster.steady_clock import SteadyClock
 from cluster.topology import Node, Placement, Shape
 from conf.disk import explain, naming
@@ -306,8 +307,7 @@ class Driver:
     def _plan_layouts(self) -> None:
         """Find out which smaller layouts fit, unless an earlier launch has."""
         if self._planner and self._planning is None and self.shapes.smaller and not self.shapes.is_planned:
-            quiet = {"stdin": subprocess.DEVNULL, "stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-            self._planning = subprocess.Popen(self._planner, **quiet)
+            self._planning = spawn(self._planner, dict(os.environ), subprocess.DEVNULL)
 
     def _warm(self, nodes: Iterable[Node]) -> None:
         """Have ranks in reserve there, now that starting them slows nobody's start."""

@@ -69,6 +69,8 @@ class Shapes:
         self._broken: dict[Shape, str | None] = {}
         self._planned: dict[int, dict[int, int]] | None = None
         """Bytes of a device by ep and dp."""
+        self._there = 0
+        """Bytes of the smallest device among the nodes that were looked at last; 0 while none is known."""
         self.problem: str | None = None
         """Why memory is not known."""
 
@@ -99,7 +101,7 @@ class Shapes:
         return self._broken[shape]
 
     def _lacks_memory(self, shape: Shape, nodes: Sequence[Node]) -> str | None:
-        there = min((node.device_bytes for node in nodes if node.device_bytes), default=0)
+        self._there = there = min((node.device_bytes for node in nodes if node.device_bytes), default=self._there)
         own = self._bytes_of(self.own) if self.is_planned else None
         if not there or own is None or own > there:
             why = self.problem or (

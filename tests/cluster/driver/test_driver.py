@@ -5,6 +5,7 @@ import os
 import re
 import signal
 import socket
+import sys
 import threading
 import time
 from dataclasses import replace
@@ -147,6 +148,29 @@ def test_a_dead_agent_is_started_again(tmp_path):
     assert run.run() == EXIT_OK, run.finish.text
     assert run.only("failure")["nodes"] == ["n2"]
     assert [event["dp"] for event in run.events if event["kind"] == "attempt"] == [4, 4]
+
+
+@pytest.mark.slow
+def test_the_plan_that_a_driver_starts_lets_a_run_go_on_with_a_smaller_ep(tmp_path):
+    toy = ["model.hidden=32", "model.layers=2", "model.experts=8", "model.vocab_size=512", "seq_len=32"]
+    run = Run(tmp_path, "parallel.ep=2", "steps=100000", *toy, nodes=2, dp=2)
+    run.driver._planner = [sys.executable, "-m", "train.plan.layouts", str(run.folder / "config.yaml"), "cpu"]
+    note = run.driver.view.note
+
+    def follow(kind: str, text: str) -> None:
+        note(kind, text)
+        if kind == "recovered":
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    def lose_a_node() -> None:
+        while not run.driver.shapes.is_planned:
+            time.sleep(0.1)
+        run.fleet.power_off("id1")
+
+    run.driver.view.note = follow
+    threading.Thread(target=lose_a_node, daemon=True).start()
+    assert run.run() == EXIT_STOPPED, run.finish.text
+    assert [(event["dp"], event["ep"]) for event in run.events if event["kind"] == "attempt"] == [(2, 2), (1, 1)]
 
 
 def test_sigterm_saves_and_the_next_launch_goes_on_with_a_higher_attempt(tmp_path):

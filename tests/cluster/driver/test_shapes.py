@@ -47,6 +47,7 @@ def test_a_lost_node_of_256_idles_as_few_as_memory_allows(paper):
     assert found.shape.micro_batches == 128 and paper.own.micro_batches == 120
     why = paper.why_idle(found.shape, nodes[1:])
     assert why == "pp 16 x dp 127 (ep 1) would use more of them, but the plan has no such layout"
+    assert "pp 16 x dp 8 (ep 8), takes 128 devices" in paper.why_nothing([]), "also while no node is left"
     smaller = nodes_of(255, gigabytes=102)
     found = choose(paper, smaller)
     assert (found.dp, found.ep, len(found.spares)) == (96, 32, 63)
