@@ -2,12 +2,14 @@
 
     python -m cluster.drill [--faults N] [--only NAME] [--seed S] [--hosts N] OVERRIDES...   overrides as for `python -m train`
 
-Two runs of the recipe: one is left alone, the other meets N random faults, each once the run has recovered from the one
-before. On this machine with a Ray of its own: a rank killed or stopped (a hang), the agent killed, the driver told to stop
-or killed and started again, the newest checkpoint damaged. With --hosts on so many network namespaces (needs root), the
-first of which holds the driver and Ray's head, also: a host loses its power or its link and comes back, is told to leave,
-and the disk of the checkpoints is full. With cluster=local the driver alone is stopped or killed. At the end the losses of
-every step of both runs are compared, no step may be written twice, and every checkpoint is read. A host more than the run needs (a spare) keeps dp, and with it the losses, the same to the last bit.
+Two runs of the recipe: one is left alone, the other meets N faults, each once the run has recovered from the one before,
+and tells what the run said of each and after how many seconds. On this machine with a Ray of its own: a rank killed or
+stopped (a hang), the agent killed, the driver told to stop or killed and started again, the newest checkpoint damaged. With
+--hosts on so many network namespaces (needs root), the first of which holds the driver and Ray's head, also: a host loses its
+power or its link, in one direction or both, and comes back, or is told to leave; its clock is set;
+its disk for temporary files or that of the checkpoints is full. With cluster=local the driver alone is stopped or killed. At
+the end the losses of every step of both runs are compared, no step may be written twice, and every checkpoint is read. A
+host more than the run needs (a spare) keeps dp, and with it the losses, the same to the last bit.
 """
 
 import argparse
@@ -19,7 +21,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator
 from itertools import pairwise
 from pathlib import Path
@@ -35,6 +36,20 @@ from conf.load import compose, report
 from conf.schema import ClusterBackend, Config
 
 DEFAULTS = ["cluster=ray", "cluster.hang_after=10", "cluster.restarts=5", "log.wandb=disabled", "log.sample_tokens=0"]
+TELLING = {
+    "node_lost",
+    "node_refused",
+    "node_back",
+    "node_joined",
+    "clock",
+    "disk",
+    "failure",
+    "drain",
+    "idle",
+    "attempt",
+    "recovered",
+}
+"""Kinds of events that a drill shows of a fault."""
 TOLERANCE = 1e-3
 """Relative difference of losses that passes. A restart with the same dp repeats sums in the same order; the bf16 products
 of another dp round differently."""
@@ -44,33 +59,32 @@ class Drill:
     """One run under faults. `say` prints a line."""
 
     def __init__(self, overrides: list[str], ground: Ground, say: Callable[[str], None], only: str | None = None):
-        """only: name of the one fault to inject."""
+        """only: names of the faults to inject, one after another, with commas between them."""
         self._overrides, self._ground, self._say, self._only = [*overrides, *ground.overrides], ground, say, only
-        self.met: Counter[str] = Counter()
-        """How often the run met each fault."""
-        self.seconds: list[float] = []
-        """From each fault to the next checkpoint."""
-        self._seen, self._began = Age(-1, -1), None
+        self.met: dict[str, list[float]] = {}
+        """Seconds from each fault to the next checkpoint."""
+        self._seen, self._fault = Age(-1, -1), None
 
     def run(self, faults: int) -> int:
         """Inject up to `faults` faults, one after another, each once the run works again; returns its exit code."""
         ground = self._ground
         choices = [*ground.faults(), self.stop_driver, self.kill_driver]
         if self._only is not None:
-            names = [fault.__name__ for fault in choices]
-            if self._only not in names:
-                raise UserError("--only", self._only, "no such fault here", f"take one of {', '.join(names)}")
-            choices = [choices[names.index(self._only)]]
+            by_name = {fault.__name__: fault for fault in choices}
+            if unknown := set(self._only.split(",")) - by_name.keys():
+                raise UserError(
+                    "--only", ", ".join(unknown), "no such fault here", f"take some of {', '.join(by_name)}"
+                )
+            choices = [by_name[name] for name in self._only.split(",")]
         try:
             self._launch()
             new_attempt = True
             for number in range(1, faults + 1):
                 if not self._await_steps(new_attempt):
                     break
-                fault = ground.chance.choice(choices)
+                fault = choices[(number - 1) % len(choices)] if self._only else ground.chance.choice(choices)
                 self._say(f"{time.strftime('%H:%M:%S')} fault {number}/{faults}: {fault.__doc__}")
-                self.met[fault.__doc__] += 1
-                self._began = time.monotonic()
+                self._fault = fault.__doc__, time.time(), len(read_events(ground.folder))
                 fault()
                 new_attempt = fault.__name__ not in ground.endured
             if faults and self._await_steps(new_attempt, pause=False):
@@ -91,14 +105,25 @@ class Drill:
         while ground.driver.poll() is None:
             age = newest(ground.folder)
             if age > NONE and (age.attempt > self._seen.attempt if new_attempt else age > self._seen):
-                if self._began is not None:
-                    self.seconds.append(time.monotonic() - self._began)
+                if self._fault is not None:
+                    self._tell_cost()
                 if pause:
                     time.sleep(ground.chance.uniform(0, 1.5))
                 self._seen = newest(ground.folder)
                 return ground.driver.poll() is None
             time.sleep(0.1)
         return False
+
+    def _tell_cost(self) -> None:
+        """What the run said of the last fault, and the seconds that it cost."""
+        fault, began, seen = self._fault
+        self.met.setdefault(fault, []).append(time.time() - began)
+        for event in read_events(self._ground.folder)[seen:]:
+            if event["kind"] in TELLING:
+                self._say(
+                    f"  {event['time'] - began:6.1f} s {event['kind'].replace('_', ' ')}: {event['text'].splitlines()[0]}"
+                )
+        self._say(f"  {time.time() - began:6.1f} s checkpoint")
 
     def stop_driver(self) -> None:
         """the driver gets SIGTERM and is started again"""
@@ -136,7 +161,7 @@ def worst_difference(a: dict[int, float], b: dict[int, float]) -> tuple[int, flo
 def main(arguments: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="python -m cluster.drill", description=__doc__.splitlines()[0])
     parser.add_argument("--faults", type=int, default=10)
-    parser.add_argument("--only", help="the one fault to inject, such as kill_driver")
+    parser.add_argument("--only", help="faults to inject in this order, such as kill_driver,stop_rank")
     parser.add_argument("--seed", type=int, default=0, help="of the choice of faults and victims")
     parser.add_argument("--hosts", type=int, default=0, help="network namespaces; 0 for this machine as it is")
     parser.add_argument("--devices", type=int, default=1, help="ranks that a host can hold")
@@ -204,19 +229,16 @@ def _compare(folders: dict[str, Path], drill: Drill, options: argparse.Namespace
     down = [event["seconds"] for event in events if event["kind"] == "recovered"]
     step, difference = worst_difference(losses(folders["unbroken"]), losses(folders["drill"]))
     record = goodput(events)
-    for fault, times in drill.met.most_common():
-        print(f"{times:4} x {fault}")
+    for fault, seconds in drill.met.items():
+        cost = f"the next checkpoint after {median(seconds):.1f} s in the median, at most {max(seconds):.1f} s"
+        print(f"{len(seconds):4} x {fault}: {cost}")
     if events:
         print(f"{record.attempts} attempts; failures recovered from in {', '.join(f'{s:.1f}' for s in down) or 'no'} s")
-    if drill.seconds:
-        print(
-            f"from a fault to the next checkpoint: median {median(drill.seconds):.1f} s, at most {max(drill.seconds):.1f} s"
-        )
     print(f"largest relative difference of a loss: {difference:.2g} at step {step} (limit {options.tolerance:g})")
     if twice := repeated(folders["drill"]):
         print(f"error: metrics.jsonl has steps {twice[:8]} twice, or out of order", file=sys.stderr)
         return EXIT_CRASH
-    met = drill.met.total()
+    met = sum(map(len, drill.met.values()))
     if met < options.faults:
         print(f"error: the run ended after {met} of {options.faults} faults; raise steps=", file=sys.stderr)
         return EXIT_CRASH

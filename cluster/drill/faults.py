@@ -139,7 +139,8 @@ class HostsGround(Ground):
 
     def faults(self) -> list[Callable[[], None]]:
         links = [self.cut_link, self.cut_outgoing, self.cut_incoming]
-        return [*super().faults(), self.power_off, *links, self.drain, self.fill_disk, self.fill_temporary]
+        disks = [self.fill_disk, self.fill_temporary, self.start_without_disk]
+        return [*super().faults(), self.power_off, *links, self.drain, self.set_clock, *disks]
 
     def power_off(self) -> None:
         """a host loses its power, and gets it back later"""
@@ -183,6 +184,29 @@ class HostsGround(Ground):
         with full(self.hosts.temporary(index)):
             self._await("disk", seen)
             self._await("checkpoint", len(read_events(self.folder)))
+
+    def start_without_disk(self) -> None:
+        """the disk of one host for temporary files is full, and a rank there is killed"""
+        index, seen = self._victim()
+        with full(self.hosts.temporary(index)):
+            self._await("disk", seen)
+            self._kill_rank_on(index)
+            self._await("recovered", seen)
+
+    def set_clock(self) -> None:
+        """the clock of a host is set an hour ahead or back, and a rank there is killed; later the clock is right again"""
+        index, seen = self._victim()
+        self.hosts.set_clock(index, self.chance.choice([-3600, 3600]))
+        try:
+            self._await("clock", seen)
+            self._kill_rank_on(index)
+            self._await("recovered", seen)
+        finally:
+            self.hosts.set_clock(index, 0)
+
+    def _kill_rank_on(self, index: int) -> None:
+        there = self.hosts.pids(index)
+        self._signal([rank for rank in self._ranks() if rank.pid in there], signal.SIGKILL)
 
     def _returned(self, index: int) -> bool:
         """Whether the run takes the host back, with the Ray that it had, within RETURN seconds."""
