@@ -11,8 +11,6 @@ from conf.micro_batches import batch_unit, check_batch
 from conf.schema import Config, DataFormat, Mode, Model, Phase, PipelineSchedule, Recompute
 
 NEEDS_NO_DATA = (Mode.generate, Mode.plan, Mode.dry_run, Mode.prove)
-KNOWS_WHOLE_SEQUENCES = (Mode.generate, Mode.evaluate)
-"""Modes that parallel.cp means nothing to."""
 MAX_EXPERTS = 32767
 """Expert ids are sorted and sent as int16."""
 SMALLEST_SHARE = 1e-6
@@ -363,10 +361,10 @@ def _check_pieces(config: Config) -> None:
         "lower parallel.cp or lengthen seq_len",
     )
     _require(
-        config.mode not in KNOWS_WHOLE_SEQUENCES,
+        config.mode != Mode.generate,
         "parallel.cp",
         cp,
-        f"is how a training spreads its sequences, and mode={config.mode} takes whole ones",
+        "is how a training spreads its sequences, and mode=generate takes whole ones",
         "leave parallel.cp out",
     )
 

@@ -47,8 +47,8 @@ def over_run_settings(node: DictConfig, overrides: Sequence[str], groups: Sequen
         OmegaConf.update(settings, key, OmegaConf.select(node, key), merge=False)
     if "micro_batch_size" not in keys and settings.micro_batch_size:
         share, rest = divmod(settings.batch_size, settings.parallel.dp)
-        if rest or share % settings.micro_batch_size:
-            settings.micro_batch_size = None  # it was chosen for the layout of the training
+        if rest or share % settings.micro_batch_size or "seq_len" in keys:
+            settings.micro_batch_size = None  # it was chosen for the layout and the sequences of the training
     return settings
 
 

@@ -16,7 +16,7 @@ from train.kernels import build_kernels
 from train.model.count import count
 from train.model.deepseek import DeepSeekV3
 from train.model.init import materialise
-from train.parallelize import build_chunks, build_pipeline, make_dispatcher
+from train.parallelize import build_chunks, build_pipeline, make_dispatcher, make_share
 from train.precision.build import activation_dtype, build_precision
 
 
@@ -63,7 +63,10 @@ def load_pipeline(config: Config, mesh: Mesh, device: torch.device, checkpoint: 
     dispatcher = None if mesh.layout.ep == 1 else make_dispatcher(config, mesh)
     kernels = build_kernels(device.type, config.cluster.compiled)
     precision = build_precision(config.precision, device, kernels)
-    chunks, stage_ids, num_stages = build_chunks(config, mesh, device, dispatcher, precision, restored=True)
+    share = None if mesh.layout.cp == 1 else make_share(mesh)
+    chunks, stage_ids, num_stages = build_chunks(
+        config, mesh, device, dispatcher, precision, restored=True, share=share
+    )
     fill(chunks, checkpoint, "ema" if config.evaluate.ema else "master", mesh.ep_rank, mesh.layout.ep)
     return build_pipeline(config, mesh, device, chunks, stage_ids, num_stages, overlap=False)
 

@@ -16,6 +16,7 @@ from tests.ranks import run_processes
 from train.checkpoint.manifest import seal
 from train.data.corpus import build_corpus
 from train.data.dataset import ValidationData
+from train.evaluate.observed import position_ranges
 from train.evaluate.rank import run_rank
 from train.evaluate.run import evaluate
 from train.evaluate.target import find_target
@@ -58,7 +59,7 @@ def test_drafts_are_measured_as_full_logits_say(trained):
     data = ValidationData(build_corpus(config), config)
     model = load_model(config, trained.checkpoint, torch.device("cpu"))
     states, tokens_BS = [], data.batch(0, len(data)).tokens_BS
-    model.observer = lambda seen, _: states.extend(seen)
+    model.observer = lambda seen, *_: states.extend(seen)
     with torch.no_grad():
         model(tokens_BS)
     logits = [torch.nn.functional.linear(hidden, model.head.weight) for hidden in states]
@@ -69,6 +70,38 @@ def test_drafts_are_measured_as_full_logits_say(trained):
         assert draft["agreement"] == pytest.approx(agreed, abs=1e-12)
         assert draft["loss"] == pytest.approx(nats * (24 - k) / 24, rel=1e-5)
     assert [draft["depth"] for draft in found["total"]["mtp"]] == [1, 2]
+
+
+def test_the_loss_is_told_by_position(trained, capfd):
+    """Position i sees i tokens: ranges of positions against the cross-entropies of all logits; their mean is the loss."""
+    config = find_target(trained.compose("seq_len=128")).config
+    total = call(trained, "seq_len=128")["total"]
+    data = ValidationData(build_corpus(config), config)
+    tokens_BS = data.batch(0, len(data)).tokens_BS
+    with torch.no_grad():
+        logits_BTV = load_model(config, trained.checkpoint, torch.device("cpu")).logits(tokens_BS[:, :-1])
+    nats_BT = torch.nn.functional.cross_entropy(logits_BTV.transpose(1, 2), tokens_BS[:, 1:], reduction="none")
+    found = {(each["first"], each["last"]): each["loss"] for each in total["positions"]}
+    assert list(found) == [(1, 32), (33, 64), (65, 128)]
+    for (first, last), loss in found.items():
+        assert loss == pytest.approx(nats_BT[:, first - 1 : last].mean().item(), rel=1e-5)
+    assert (found[1, 32] + found[33, 64] + 2 * found[65, 128]) / 4 == pytest.approx(total["loss"], rel=1e-6)
+    assert f"{found[65, 128]:.4f}" in capfd.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "length, ends",
+    [
+        (24, [24]),
+        (64, [32, 64]),
+        (100, [50, 100]),
+        (2048, [64, 128, 256, 512, 1024, 2048]),
+        (2**17, [4096 << i for i in range(6)]),
+    ],
+)
+def test_ranges_of_positions_end_at_halves(length, ends):
+    ranges = position_ranges(length)
+    assert [each.stop for each in ranges] == ends and [i for each in ranges for i in each] == list(range(length))
 
 
 def test_drafts_name_what_training_calls_mtp_loss(trained):
@@ -159,17 +192,24 @@ def on_ranks(rank: int, config, world: int, store: str) -> None:
     [
         ["parallel.dp=2", "parallel.ep=2"],
         ["parallel.pp=2", "parallel.schedule=dualpipev"],
+        ["parallel.cp=2"],
+        ["parallel.pp=2", "parallel.cp=2", "parallel.ep=2", "parallel.schedule=zbv"],
     ],
 )
 def test_any_layout_gives_the_loss_of_one_process(trained, layout, tmp_path):
-    expected = call(trained)["total"]
-    run_processes(on_ranks, trained.compose(*layout), 2, str(tmp_path / "store"), world_size=2, timeout=60)
+    expected = call(trained, "seq_len=128")["total"]
+    config = trained.compose(*layout, "seq_len=128")
+    world = config.parallel.world
+    run_processes(on_ranks, config, world, str(tmp_path / "store"), world_size=world, timeout=60)
     found = result(trained)["total"]
     assert found["loss"] == pytest.approx(expected["loss"], rel=1e-6)  # fp32 sums in another order
     assert (found["tokens"], found["text_bytes"]) == (expected["tokens"], expected["text_bytes"])
     for mine, other in zip(found["mtp"], expected["mtp"], strict=True):
         assert mine["loss"] == pytest.approx(other["loss"], rel=1e-6)
         assert mine["agreement"] == pytest.approx(other["agreement"], abs=0.01)  # a tie may fall either way
+    assert [each["last"] for each in found["positions"]] == [32, 64, 128]
+    for mine, other in zip(found["positions"], expected["positions"], strict=True):
+        assert mine == pytest.approx(other, rel=1e-6)
 
 
 def test_bad_input_names_field_and_cure(trained, tmp_path, monkeypatch):

@@ -17,7 +17,7 @@ from conf.schema import Config  # noqa: E402
 from parallel.mesh import Mesh  # noqa: E402
 from parallel.pipeline.schedule import Pipeline  # noqa: E402
 from train.data.corpus import build_corpus  # noqa: E402
-from train.evaluate.drafts import Drafts  # noqa: E402
+from train.evaluate.observed import Observed  # noqa: E402
 from train.evaluate.result import Evaluation, show  # noqa: E402
 from train.evaluate.sources import EvaluatedSource, choose  # noqa: E402
 from train.evaluate.target import Target, find_target  # noqa: E402
@@ -85,8 +85,9 @@ def _load(target: Target, mesh: Mesh, device: torch.device) -> Pipeline:
 
 
 def _loss(config: Config, source: EvaluatedSource, pipeline: Pipeline, mesh: Mesh, device: torch.device) -> Sums:
-    drafts = Drafts(config.model.mtp_depth, pipeline.modules[-1] if pipeline.has_last else None)
-    return held_out_loss(pipeline, source.data, mesh, config.micro_batch_size, device, drafts.take)
+    last = pipeline.modules[-1] if pipeline.has_last else None
+    observed = Observed(config.model.mtp_depth, config.seq_len, last)
+    return held_out_loss(pipeline, source.data, mesh, config.micro_batch_size, device, observed.take)
 
 
 def _report(config: Config, target: Target, losses: list[tuple[EvaluatedSource, Sums]], tasks: dict) -> None:

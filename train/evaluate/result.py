@@ -11,6 +11,8 @@ In total and in each source:
     loss                            nats per token of the main model, as validation_loss in metrics.jsonl
     perplexity                      e to the loss
     bits_per_byte                   comparable between tokenizers; null where the targets are no text
+    positions                       one object per range of positions: first, last (counted from 1: position i sees i tokens and
+                                    predicts the next), loss
     mtp                             one object per depth: depth, loss (as mtp_loss in metrics.jsonl), and agreement, the
                                     share of positions where it names the token that the main model names
 """
@@ -24,6 +26,7 @@ from typing import Any
 from rich.console import Console
 
 from conf.files import atomic_write_text
+from train.evaluate.observed import position_ranges
 from train.evaluate.sources import EvaluatedSource
 from train.loop.validation import Sums
 
@@ -68,10 +71,11 @@ class Evaluation:
 
 
 def figures(sums: Sums, seq_len: int) -> dict[str, Any]:
-    """Rates from sums; `more` of the sums is that of train/evaluate/drafts.py."""
+    """Rates from sums; `more` of the sums is that of train/evaluate/observed.py."""
+    ranges = position_ranges(seq_len)
+    by_range, by_depth = sums.more[: len(ranges)], sums.more[len(ranges) :]
     mtp = []
-    for depth in range(1, len(sums.more) // 2 + 1):
-        nats, agreed = sums.more[2 * depth - 2 : 2 * depth]
+    for depth, (nats, agreed) in enumerate(zip(by_depth[::2], by_depth[1::2], strict=True), 1):
         positions = sums.sequences * (seq_len - depth)
         mtp.append({"depth": depth, "loss": _finite(nats / sums.tokens), "agreement": agreed / positions})
     return {
@@ -81,6 +85,10 @@ def figures(sums: Sums, seq_len: int) -> dict[str, Any]:
         "loss": _finite(sums.loss),
         "perplexity": _finite(math.exp(min(sums.loss, 700.0))),
         "bits_per_byte": _finite(sums.bits_per_byte),
+        "positions": [
+            {"first": each.start + 1, "last": each.stop, "loss": _finite(nats / (sums.sequences * len(each)))}
+            for each, nats in zip(ranges, by_range, strict=True)
+        ],
         "mtp": mtp,
     }
 
@@ -95,6 +103,7 @@ def show(evaluation: Evaluation, path: str, console: Console) -> None:
         rows.append((plain["total"], "together"))
     lines = [f"\n{evaluation.name}{step}{average}: {evaluation.checkpoint}", _titles(plain["total"]["mtp"])]
     lines += [_line(row, words) for row, words in rows]
+    lines += _by_position(plain["total"]["positions"])
     for task, metrics in evaluation.tasks.items():
         lines += [f"{task:>12}  {metric} {value:.4f}" for metric, value in metrics.items()]
     for line in [*lines, f"Written to {path}"]:
@@ -110,6 +119,18 @@ def _line(row: dict[str, Any], words: str) -> str:
     drafts = "".join(f"  {_text(draft['loss'], 3):>6}  {draft['agreement']:>6.1%}" for draft in row["mtp"])
     numbers = f"{_text(row['loss'], 4):>8}  {_text(row['perplexity'], 2):>10}  {_text(row['bits_per_byte'], 4):>9}"
     return f"{row['tokens']:>12,}  {numbers}{drafts}  {words}"
+
+
+def _by_position(ranges: list[dict[str, Any]]) -> list[str]:
+    """Two lines where there are several ranges."""
+    if len(ranges) == 1:
+        return []
+    titles = (f"{each['first']}-{each['last']}" for each in ranges)
+    losses = (_text(each["loss"], 4) for each in ranges)
+    return [
+        f"{name:>12}{''.join(f'{word:>15}' for word in words)}"
+        for name, words in (("positions", titles), ("loss", losses))
+    ]
 
 
 def _which(source: EvaluatedSource) -> str:

@@ -53,7 +53,9 @@ def sample_table(step: int, text: str) -> Item:
 
 
 def evaluation_tables(found: dict[str, Any]) -> Item:
-    """An evaluation, as evaluate.json has it: the table `evaluations`, and if there were any, `evaluated_tasks`."""
+    """An evaluation, as evaluate.json has it: the tables `evaluations`, `evaluated_positions`, and if there were any,
+    `evaluated_tasks`.
+    """
 
     def log(wandb: ModuleType, run: Any, logged: int) -> None:
         head = [found["step"], found["checkpoint"], found["weights"]]
@@ -62,6 +64,10 @@ def evaluation_tables(found: dict[str, Any]) -> Item:
             rows.append([*head, "together", "", *(found["total"][name] for name in FIGURES)])
         columns = ["step", "checkpoint", "weights", "source", "documents", *FIGURES]
         tables = {"evaluations": wandb.Table(columns=columns, data=rows)}
+        for table, objects in (("positions", found["total"]["positions"]),):
+            if objects:
+                data = [[found["step"], *each.values()] for each in objects]
+                tables[f"evaluated_{table}"] = wandb.Table(columns=["step", *objects[0]], data=data)
         tasks = [[found["step"], task, *pair] for task, metrics in found["tasks"].items() for pair in metrics.items()]
         if tasks:
             tables["evaluated_tasks"] = wandb.Table(columns=["step", "task", "metric", "value"], data=tasks)

@@ -110,9 +110,9 @@ class DeepSeekV3(nn.Module):
         self.losses = Losses(config.mtp_depth)
         self.mtp_weight = 0.0
         """Weight lambda of the MTP losses, set by whoever runs the step."""
-        self.observer: Callable[[list[Tensor], Tensor], None] | None = None
-        """In eval mode, where the MTP modules else stay idle, they run for it: it is called with the states of the
-        main model (B, T, D) and of every depth, as the head takes them, and with tokens_BS."""
+        self.observer: Callable[[list[Tensor], Tensor, Positions], None] | None = None
+        """In eval mode, where the MTP modules else stay idle, they run for it: it is called with what the head takes, the states
+        of the main model (B, T, D) and of every depth, tokens_BS and the positions here."""
         self._share = share
         self.backward_in_one_piece = has_head and config.mtp_depth > 1
         """torch's split into input and weight gradients cannot serve a weight that enters the graph again behind itself,
@@ -208,7 +208,7 @@ class DeepSeekV3(nn.Module):
         main, *mtp = self.head(states if self.training else states[:1], tokens_BS, positions)
         if not self.training:
             if self.observer is not None:
-                self.observer(states, tokens_BS)
+                self.observer(states, tokens_BS, positions)
             return main
         self.losses.add(main, mtp)
         return main + sum(mtp) * (self.mtp_weight / len(mtp)) if mtp else main
