@@ -210,6 +210,9 @@ class Data:
     """Keep attention inside each packed document (the paper does not, 4.1)."""
     fim_rate: float = number(0.0, least=0, most=1, what="a share")
     """Share of documents rearranged for fill-in-the-middle, PSM order (paper 4.1: 0.1)."""
+    min_tokens: int = number(0, least=0)
+    """Leave out documents of fewer tokens, in training and validation: for long sequences, which short documents would fill with
+    text that is not connected."""
     validation_fraction: float = number(0.05, above=0, below=1, what="a share")
     """Share of documents (whole files for text) held out for validation."""
     cache: str = "${oc.env:SLUICE_CACHE,${oc.env:HOME}/.cache/sluice}"

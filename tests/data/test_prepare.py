@@ -406,3 +406,24 @@ def test_prefetch_works_ahead_counts_waiting_and_stops():
     assert 5 <= len(made) <= 6 and next(batches) == 3 and batches.waited - waited < 0.04
     batches.close()
     assert not [thread for thread in threading.enumerate() if thread.name == "data"] and list(batches) == []
+
+
+def test_short_documents_are_left_out_and_those_held_out_stay_the_same(folder, cache):
+    every, long = (prepare(config_of(folder, cache, f"data.min_tokens={least}")) for least in (0, 60))
+    assert long.fingerprint == every.fingerprint  # the key itself is told where a run goes on with another one
+    assert any("data.min_tokens = 60 keeps" in note and "of 40 documents" in note for note in long.notes)
+    parts = [build_corpus(config_of(folder, cache, f"data.min_tokens={least}")).parts[0] for least in (0, 60)]
+    for side in ("train", "validation", "whole"):
+        before, after = (getattr(part, side) for part in parts)
+        kept = [pair for pair in zip(before.starts_D, before.lengths_D, strict=True) if pair[1] >= 60]
+        assert kept == list(zip(after.starts_D, after.lengths_D, strict=True)) and 0 < len(kept) < len(before)
+
+
+def test_a_length_that_leaves_no_document_is_refused_with_the_longest(folder, cache):
+    with pytest.raises(UserError, match="the longest has") as caught:
+        build_corpus(config_of(folder, cache, "data.min_tokens=100000"))
+    assert caught.value.field == "data.min_tokens"
+    longest = int(caught.value.cure.split()[1])
+    assert build_corpus(config_of(folder, cache, f"data.min_tokens={longest}"))
+    with pytest.raises(UserError, match="the longest has"):
+        build_corpus(config_of(folder, cache, f"data.min_tokens={longest + 1}"))

@@ -19,7 +19,7 @@ from conf.schema import Config, DataFormat, MixSource
 from train.data.files import Progress
 from train.data.packing import Documents
 from train.data.sources import DocumentSource, format_of, no_text, open_source, sources_of
-from train.data.split import all_documents, split, training_texts
+from train.data.split import all_documents, long_documents, split, training_texts
 from train.data.store import VERSION, DamagedStore, StoreWriter, TokenStore, keep_text, locked, open_store
 from train.data.tokenise import tokenise
 from train.data.tokenizer import SMALLEST_VOCAB, Tokenizer, check_fit, load_tokenizer, train_bpe
@@ -91,10 +91,26 @@ class _Builder:
                 for note in sources[key].notes():
                     self._note(note)
             sides = split(store, tokenizer, self.data.validation_fraction)
-            parts.append(CorpusPart(_name(part), _hash(store.meta), part.weight, *sides, all_documents(store)))
+            sides = self._without_short(_name(part), *sides, all_documents(store))
+            parts.append(CorpusPart(_name(part), _hash(store.meta), part.weight, *sides))
             contents.append([store.meta, part.weight])
         fingerprint = _hash(contents, tokenizer.fingerprint, self.data.fim_rate, self.data.validation_fraction)
         return Corpus(parts, tokenizer, fingerprint, self.notes)
+
+    def _without_short(self, name: str, *sides: Documents) -> tuple[Documents, ...]:
+        """Training and held-out documents, and both, as data.min_tokens wants them. What is held out does not depend on it."""
+        least = self.data.min_tokens
+        if not least:
+            return sides
+        longest = min(int(side.lengths_D.max()) for side in sides)
+        if longest < least:
+            rule = f"leaves none of the training documents of {name} or none of those held out: the longest has {longest} tokens"
+            raise UserError("data.min_tokens", least, rule, f"take {longest} or less, or give longer documents")
+        kept = tuple(long_documents(side, least) for side in sides)
+        share = kept[-1].lengths_D.sum() / sides[-1].lengths_D.sum()
+        documents = f"{len(kept[-1])} of {len(sides[-1])} documents"
+        self._note(f"{name}: data.min_tokens = {least} keeps {documents}, {share:.0%} of the tokens")
+        return kept
 
     def _note(self, note: str) -> None:
         if note not in self.notes:

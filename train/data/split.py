@@ -50,6 +50,12 @@ def all_documents(store: TokenStore) -> Documents:
     return Documents(store.tokens_N, store.offsets_D1[:-1], np.diff(store.offsets_D1))
 
 
+def long_documents(documents: Documents, least: int) -> Documents:
+    """Those of `least` tokens or more."""
+    long_D = documents.lengths_D >= least
+    return Documents(documents.tokens, documents.starts_D[long_D], documents.lengths_D[long_D])
+
+
 def _cut(tokens_N: np.ndarray, bytes_V: np.ndarray, fraction: float) -> int:
     """Tokens that stay for training: as many as lie whole in the first part of the bytes; at least one on each side."""
     chunks = [slice(first, first + CHUNK) for first in range(0, len(tokens_N), CHUNK)]
