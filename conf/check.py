@@ -311,7 +311,7 @@ def _check_parallel(config: Config) -> None:
         else f"must divide parallel.dp x parallel.cp = {parallel.stage_ranks}",
         "ranks that share experts are data-parallel ranks: raise dp or lower ep",
     )
-    _check_pieces(config)
+    _check_pieces(config, "seq_len", config.seq_len)
     _require(
         parallel.pp == 1 or parallel.zero == 1,
         "parallel.zero",
@@ -339,26 +339,26 @@ def _check_parallel(config: Config) -> None:
         check_experts(config.model.experts, parallel.ep)
 
 
-def _check_pieces(config: Config) -> None:
-    """Sequences that cp ranks share are cut into 2 cp pieces of one length."""
-    cp, length = config.parallel.cp, config.seq_len
+def _check_pieces(config: Config, field: str, length: int) -> None:
+    """Sequences that cp ranks share are cut into 2 cp pieces of one length. field: which key says how long they are."""
+    cp = config.parallel.cp
     if cp == 1:
         return
     _require(
         length % (2 * cp) == 0,
-        "seq_len",
+        field,
         length,
         f"must be a multiple of 2 x parallel.cp = {2 * cp}: each of the ranks that share a sequence has an early and a late "
         "piece of it",
-        f"take seq_len={max(1, length // (2 * cp)) * 2 * cp}, or another parallel.cp",
+        f"set {field} to {max(1, length // (2 * cp)) * 2 * cp}, or take another parallel.cp",
     )
     _require(
         length // (2 * cp) > config.model.mtp_depth,
         "parallel.cp",
         cp,
-        f"leaves pieces of seq_len / (2 cp) = {length // (2 * cp)} tokens, which must exceed model.mtp_depth = "
+        f"leaves pieces of {field} / (2 cp) = {length // (2 * cp)} tokens, which must exceed model.mtp_depth = "
         f"{config.model.mtp_depth}: each MTP module is one position shorter",
-        "lower parallel.cp or lengthen seq_len",
+        f"lower parallel.cp or lengthen {field}",
     )
     _require(
         config.mode != Mode.generate,
@@ -424,3 +424,22 @@ def _check_evaluate(config: Config) -> None:
         "tasks run in one process",
         "set parallel.pp=1 parallel.dp=1 parallel.ep=1 and leave parallel.cp out, or leave the tasks out",
     )
+    for depth in evaluate.needle_depths:
+        _require(0 <= depth <= 1, "evaluate.needle_depths", depth, "is a share of the text, from 0 to 1", "take 0.5")
+    _require(
+        bool(evaluate.needle_depths) or not evaluate.needle,
+        "evaluate.needle_depths",
+        evaluate.needle_depths,
+        "must say where the keys of evaluate.needle stand",
+        "leave it out",
+    )
+    for length in evaluate.needle:
+        _require(length > 0, "evaluate.needle", length, "is a length in tokens, 1 or more", "take seq_len")
+        _require(
+            config.mode != Mode.evaluate or length <= config.seq_len,
+            "evaluate.needle",
+            length,
+            f"must not exceed seq_len = {config.seq_len}, the context of the model",
+            f"take {config.seq_len} or less, or set seq_len too, which asks the model for more than it was trained with",
+        )
+        _check_pieces(config, "evaluate.needle", length)

@@ -658,6 +658,12 @@ class Evaluate:
     """Examples of each task, the first ones; 0 for all."""
     shots: int | None = number(None, least=0)
     """Solved examples in front of each question; null leaves it to the task."""
+    needle: list[int] = field(default_factory=list)
+    """Lengths of texts, in tokens, in which the model is to find a pass key (train/evaluate/needle.py); none for no such test."""
+    needle_depths: list[float] = field(default_factory=lambda: [0.0, 0.25, 0.5, 0.75, 1.0])
+    """Where the key stands in the text, 0 at the beginning, 1 right before the question."""
+    needle_texts: int = number(10, least=1)
+    """Texts of each length and depth, each with a key of its own."""
 
 
 @dataclass

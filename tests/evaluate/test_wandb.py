@@ -21,5 +21,5 @@ def test_the_run_gets_the_table_if_wandb_knows_it(tmp_path, known):
         (tmp_path / "known" / "wandb" / "run_id").write_text("abcd1234\n")
     rank._tell_wandb(config, Found(), Console(quiet=True))
     assert set(tables(tmp_path / "known")) == (
-        {"evaluations", "evaluated_positions", "evaluated_tasks"} if known else set()
+        {"evaluations", "evaluated_positions", "evaluated_needle", "evaluated_tasks"} if known else set()
     )

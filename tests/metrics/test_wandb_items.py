@@ -15,6 +15,7 @@ from train.metrics.writer import open_wandb, open_writer, tell_of_end, what_ende
 FOUND = {"sequences": 3, "tokens": 72, "text_bytes": 200, "loss": 2.5, "perplexity": 12.2, "bits_per_byte": 1.3}
 FOUND["positions"] = [{"first": 1, "last": 32, "loss": 2.5}]
 EVALUATION = {"step": 4, "checkpoint": "c", "weights": "master", "total": FOUND, "tasks": {"quiz": {"acc": 0.5}}}
+EVALUATION["needle"] = [{"length": 64, "depth": 0.5, "texts": 2, "found": 1, "nats": 3.0}]
 EVALUATION["sources"] = [FOUND | {"name": name, "documents": "held out"} for name in ("first", "second")]
 
 
@@ -79,6 +80,8 @@ def test_checkpoints_are_references_and_samples_and_evaluations_tables(tmp_path)
     assert [row[3] for row in shown["evaluations"]["data"]] == ["first", "second", "together"]
     assert shown["evaluations"]["data"][0][-3:] == [2.5, 12.2, 1.3]
     assert shown["evaluated_positions"]["data"] == [[4, 1, 32, 2.5]]
+    assert shown["evaluated_needle"]["columns"] == ["step", "length", "depth", "texts", "found", "nats"]
+    assert shown["evaluated_needle"]["data"] == [[4, 64, 0.5, 2, 1, 3.0]]
     assert shown["evaluated_tasks"]["data"] == [[4, "quiz", "acc", 0.5]]
     assert [line["_step"] for line in history(tmp_path)] == [1, 2, 3, 3]  # a table stands behind the last step
 

@@ -16,9 +16,11 @@ from conf.errors import EXIT_OK  # noqa: E402
 from conf.schema import Config  # noqa: E402
 from parallel.mesh import Mesh  # noqa: E402
 from parallel.pipeline.schedule import Pipeline  # noqa: E402
-from train.data.corpus import build_corpus  # noqa: E402
+from train.data.corpus import Corpus, build_corpus  # noqa: E402
+from train.evaluate.needle import NeedleCell  # noqa: E402
 from train.evaluate.observed import Observed  # noqa: E402
 from train.evaluate.result import Evaluation, show  # noqa: E402
+from train.evaluate.retrieve import read_fillers, search_needles  # noqa: E402
 from train.evaluate.sources import EvaluatedSource, choose  # noqa: E402
 from train.evaluate.target import Target, find_target  # noqa: E402
 from train.generate.source import start_token  # noqa: E402
@@ -61,13 +63,14 @@ def _run(config: Config, place: Place) -> int:
     sources = choose(corpus, config, target.meta and target.meta["held_out"])
     pipeline = _load(target, mesh, device)
     losses = [(source, _loss(config, source, pipeline, mesh, device)) for source in sources]
-    tasks = {}
+    needle, tasks = [], {}
+    if config.evaluate.needle:
+        fillers = read_fillers(config, corpus, sources[0].part)
+        needle = search_needles(config, pipeline, mesh, device, corpus.tokenizer, fillers, _start_id(target, corpus))
     if config.evaluate.tasks:
-        tokenizer = corpus.tokenizer
-        start_id = tokenizer.eos_id if target.meta is not None else start_token(target.checkpoint, tokenizer)
-        tasks = run_tasks(config, pipeline.modules[0].eval(), tokenizer, start_id)
+        tasks = run_tasks(config, pipeline.modules[0].eval(), corpus.tokenizer, _start_id(target, corpus))
     if place.rank == 0:
-        _report(config, target, losses, tasks)
+        _report(config, target, losses, needle, tasks)
     return EXIT_OK
 
 
@@ -90,7 +93,18 @@ def _loss(config: Config, source: EvaluatedSource, pipeline: Pipeline, mesh: Mes
     return held_out_loss(pipeline, source.data, mesh, config.micro_batch_size, device, observed.take)
 
 
-def _report(config: Config, target: Target, losses: list[tuple[EvaluatedSource, Sums]], tasks: dict) -> None:
+def _start_id(target: Target, corpus: Corpus) -> int:
+    """Token in front of a text: the end of another one, as in our training, or what a Hugging Face folder asks for."""
+    return corpus.tokenizer.eos_id if target.meta is not None else start_token(target.checkpoint, corpus.tokenizer)
+
+
+def _report(
+    config: Config,
+    target: Target,
+    losses: list[tuple[EvaluatedSource, Sums]],
+    needle: list[NeedleCell],
+    tasks: dict,
+) -> None:
     evaluation = Evaluation(
         name=config.name,
         checkpoint=target.checkpoint,
@@ -99,6 +113,7 @@ def _report(config: Config, target: Target, losses: list[tuple[EvaluatedSource, 
         precision=config.precision.name,
         seq_len=config.seq_len,
         sources=losses,
+        needle=needle,
         tasks=tasks,
     )
     console = Console(highlight=False)

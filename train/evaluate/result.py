@@ -5,6 +5,8 @@
     precision, seq_len              as evaluated
     total                           all sources together, see below
     sources                         one object per source: name, documents (held out, or all), and as in total
+    needle                          one object per length and depth: length, depth, texts, found (texts whose key the model names),
+                                    nats (of a key, mean; 11.5 for whoever guesses), see needle.py
     tasks                           task -> metric -> number, as lm-evaluation-harness names them
 In total and in each source:
     sequences, tokens, text_bytes   what was read: sequences of seq_len, targets, bytes of text they stand for
@@ -26,6 +28,7 @@ from typing import Any
 from rich.console import Console
 
 from conf.files import atomic_write_text
+from train.evaluate.needle import NeedleCell, needle_lines
 from train.evaluate.observed import position_ranges
 from train.evaluate.sources import EvaluatedSource
 from train.loop.validation import Sums
@@ -44,6 +47,7 @@ class Evaluation:
     precision: str
     seq_len: int
     sources: list[tuple[EvaluatedSource, Sums]]
+    needle: list[NeedleCell] = field(default_factory=list)
     tasks: dict[str, dict[str, float]] = field(default_factory=dict)
 
     def plain(self) -> dict[str, Any]:
@@ -61,6 +65,7 @@ class Evaluation:
             "seq_len": self.seq_len,
             "total": figures(sum((sums for _, sums in self.sources), Sums()), self.seq_len),
             "sources": rows,
+            "needle": [cell.plain() for cell in self.needle],
             "tasks": self.tasks,
         }
 
@@ -104,6 +109,7 @@ def show(evaluation: Evaluation, path: str, console: Console) -> None:
     lines = [f"\n{evaluation.name}{step}{average}: {evaluation.checkpoint}", _titles(plain["total"]["mtp"])]
     lines += [_line(row, words) for row, words in rows]
     lines += _by_position(plain["total"]["positions"])
+    lines += needle_lines(evaluation.needle)
     for task, metrics in evaluation.tasks.items():
         lines += [f"{task:>12}  {metric} {value:.4f}" for metric, value in metrics.items()]
     for line in [*lines, f"Written to {path}"]:

@@ -9,6 +9,7 @@ from conf.load import write_config
 from conf.schema import Config
 from train.data.corpus import build_corpus
 from train.data.progress import show_progress
+from train.evaluate.needle import make_needles
 from train.evaluate.target import find_target
 from train.program import install_words
 from train.run_folder import RunPaths
@@ -20,7 +21,9 @@ def evaluate(config: Config, alone: bool) -> int:
         _require_harness(config)
     target = find_target(config)
     with show_progress() as progress:
-        build_corpus(target.config, progress)
+        corpus = build_corpus(target.config, progress)
+    if config.evaluate.needle:
+        make_needles(target.config, corpus.tokenizer)  # which refuses what has no room for them
     folder = RunPaths(config).path / "evaluate"
     command = [sys.executable, "-m", "train.evaluate.rank", str(folder / "config.yaml")]
     if given_place() is None and (config.parallel.world > 1 or not alone):

@@ -24,6 +24,8 @@ class EvaluatedSource:
     name: str
     own: bool
     """The run has trained on it, so that only its held-out documents count."""
+    part: CorpusPart
+    """Of its documents, those for validation count."""
     data: ValidationData
 
 
@@ -39,13 +41,10 @@ def choose(corpus: Corpus, config: Config, held_out: dict[str, Any] | None) -> l
         if own:
             _same_share(config, held_out["fraction"])
         if count:
-            data = ValidationData(replace(corpus, parts=[_counted(part, own)]), config, count)
-            found.append(EvaluatedSource(part.name, own, data))
+            part = part if own else replace(part, validation=part.whole)
+            data = ValidationData(replace(corpus, parts=[part]), config, count)
+            found.append(EvaluatedSource(part.name, own, part, data))
     return found
-
-
-def _counted(part: CorpusPart, own: bool) -> CorpusPart:
-    return part if own else replace(part, validation=part.whole)
 
 
 def _same_share(config: Config, fraction: float) -> None:

@@ -53,8 +53,8 @@ def sample_table(step: int, text: str) -> Item:
 
 
 def evaluation_tables(found: dict[str, Any]) -> Item:
-    """An evaluation, as evaluate.json has it: the tables `evaluations`, `evaluated_positions`, and if there were any,
-    `evaluated_tasks`.
+    """An evaluation, as evaluate.json has it: the tables `evaluations` and `evaluated_positions`, and of what else was asked for,
+    `evaluated_needle` and `evaluated_tasks`.
     """
 
     def log(wandb: ModuleType, run: Any, logged: int) -> None:
@@ -64,7 +64,7 @@ def evaluation_tables(found: dict[str, Any]) -> Item:
             rows.append([*head, "together", "", *(found["total"][name] for name in FIGURES)])
         columns = ["step", "checkpoint", "weights", "source", "documents", *FIGURES]
         tables = {"evaluations": wandb.Table(columns=columns, data=rows)}
-        for table, objects in (("positions", found["total"]["positions"]),):
+        for table, objects in (("positions", found["total"]["positions"]), ("needle", found["needle"])):
             if objects:
                 data = [[found["step"], *each.values()] for each in objects]
                 tables[f"evaluated_{table}"] = wandb.Table(columns=["step", *objects[0]], data=data)
