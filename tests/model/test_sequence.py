@@ -13,7 +13,7 @@ DOCUMENTS = torch.tensor([[0] * 7 + [1] * 13 + [2] * 4, [0] * 24], dtype=torch.i
 
 
 def positions_of(rank: int, documents_BT=None) -> Positions:
-    return Positions(T, documents_BT, SimpleNamespace(ranks=N, rank=rank))
+    return Positions(T, documents_BT, SimpleNamespace(parts=N, part=rank))
 
 
 def test_pieces_cover_the_sequence_and_the_work_is_even():
