@@ -1,4 +1,4 @@
-"""The first kernel that computes attention right is taken, and what does not is named."""
+"""The first core that computes attention right is taken, and what does not is named."""
 
 import pytest
 import torch
@@ -7,76 +7,83 @@ from conf.errors import UserError
 from conf.load import compose
 from conf.schema import Model
 from train import attention_choice
-from train.attention_choice import FusedAttention, own_choice, problem_of
+from train.attention_choice import PARTS, choose_attention, problem_of
 from train.kernels import build_kernels, choose_kernels
+from train.model.attention import AttentionCore, AttentionInput, AttentionOutput
 from train.model.deepseek import DeepSeekV3
 from train.model.init import initialise
 from train.model.kernels import Kernels
-from train.model.mla import MLA
+from train.model.sequence import Positions
 from train.precision.high import HighPrecision
 
 CPU = torch.device("cpu")
+HEADS = "model.nope_head_dim=128", "model.rope_head_dim=64", "model.v_head_dim=128"
 
 
 @pytest.fixture
 def config(monkeypatch):
     """Chosen on the CPU, which stands for the GPU."""
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "NVIDIA H100")
-    return compose("model.nope_head_dim=128", "model.rope_head_dim=64", "model.v_head_dim=128")
+    return compose(*HEADS)
 
 
-def fails(q, k, v, mask, scale):
-    raise RuntimeError("cuDNN Frontend error: no plan\nmore")
+class Failing(AttentionCore):
+    def forward(self, given: AttentionInput, keep: bool = False, largest: bool = False) -> AttentionOutput:
+        raise RuntimeError("cuDNN Frontend error: no plan\nmore")
 
 
-def sees_all(q, k, v, mask, scale):
-    return torch.nn.functional.scaled_dot_product_attention(q, k, v, scale=scale)
+class AcrossDocuments(AttentionCore):
+    """Sees earlier documents, too."""
+
+    def forward(self, given: AttentionInput, keep: bool = False, largest: bool = False) -> AttentionOutput:
+        return super().forward(given._replace(seen=Positions(given.q_BHTQ.size(2)).seen[0]), keep, largest)
 
 
-def no_number(q, k, v, mask, scale):
-    return own_choice(q, k, v, mask, scale) * torch.nan
+class NoNumber(AttentionCore):
+    def forward(self, given: AttentionInput, keep: bool = False, largest: bool = False) -> AttentionOutput:
+        made = super().forward(given, keep, largest)
+        return made._replace(lse_BHT=made.lse_BHT * torch.nan)
 
 
-@pytest.mark.parametrize("masked", [False, True])
+class HalvedKeys(AttentionCore):
+    def backward(self, dout_BHTV, given: AttentionInput, made: AttentionOutput):
+        dq, dk, dv = super().backward(dout_BHTV, given, made)
+        return dq, dk / 2, dv
+
+
+@pytest.mark.parametrize("part", PARTS)
 @pytest.mark.parametrize("recipe", ["bf16", "fp32", "fp8"])
-def test_right_values_pass_and_wrong_ones_are_named(config, masked, recipe):
-    config = compose("model.nope_head_dim=128", "model.rope_head_dim=64", "model.v_head_dim=128", f"precision={recipe}")
-    assert problem_of(own_choice, config, CPU, masked) is None
-    assert "is wrong (its result is off by" in problem_of(sees_all, config, CPU, masked)
-    assert "is wrong" in problem_of(no_number, config, CPU, masked)
-    assert problem_of(fails, config, CPU, masked) == "fails (cuDNN Frontend error: no plan)"
+def test_right_values_pass_and_wrong_ones_are_named(config, part, recipe):
+    config = compose(*HEADS, f"precision={recipe}")
+    assert problem_of(AttentionCore(), config, CPU, part) is None
+    assert f"is wrong for {part} (its log-sum-exp is off by" in problem_of(NoNumber(), config, CPU, part)
+    assert f"is wrong for {part} (dk is off by" in problem_of(HalvedKeys(), config, CPU, part)
+    assert problem_of(Failing(), config, CPU, part) == f"fails for {part} (cuDNN Frontend error: no plan)"
 
 
-def test_wrong_gradients_are_seen(config):
-    class Halved(torch.autograd.Function):
-        @staticmethod
-        def forward(ctx, x):
-            return x.clone()
-
-        @staticmethod
-        def backward(ctx, grad):
-            return grad / 2
-
-    def wrong(q, k, v, mask, scale):
-        return own_choice(q, Halved.apply(k), v, mask, scale)
-
-    assert "dk is off by" in problem_of(wrong, config, CPU, masked=False)
+def test_a_core_that_is_right_for_whole_sequences_alone(config):
+    assert problem_of(AcrossDocuments(), config, CPU, "whole sequences") is None
+    assert "(its result is off by" in problem_of(AcrossDocuments(), config, CPU, "documents")
 
 
 def test_the_second_choice_is_named_in_a_note(config, monkeypatch):
-    monkeypatch.setattr(attention_choice, "KERNELS", {"one": fails, "two": sees_all, "three": own_choice})
-    kernel, [note] = attention_choice._first_that_works(config, CPU, masked=False)
-    assert kernel is own_choice
-    assert "over whole sequences is three: one fails (cuDNN Frontend" in note and "; two is wrong (" in note
-    monkeypatch.setattr(attention_choice, "KERNELS", {"one": own_choice, "two": fails})
-    assert attention_choice._first_that_works(config, CPU, masked=True) == (own_choice, [])
+    last = AttentionCore()
+    monkeypatch.setattr(attention_choice, "CORES", {"one": Failing(), "two": AcrossDocuments(), "three": last})
+    core, [note] = choose_attention(compose(*HEADS, "data.mask_documents=true"), CPU)
+    assert core is last
+    assert "this run takes three as one fails for whole sequences (cuDNN Frontend" in note
+    assert "; two is wrong for documents (" in note
+    core, [note] = choose_attention(config, CPU)
+    assert type(core) is AcrossDocuments and "documents" not in note  # which this run has none of
+    monkeypatch.setattr(attention_choice, "CORES", {"one": last, "two": Failing()})
+    assert choose_attention(config, CPU) == (last, [])
 
 
 def test_where_none_works_the_run_is_refused(config, monkeypatch):
-    monkeypatch.setattr(attention_choice, "KERNELS", {"one": fails})
-    with pytest.raises(UserError, match=r"inside documents right on NVIDIA H100: one fails") as refused:
-        attention_choice._first_that_works(config, CPU, masked=True)
-    assert "data.mask_documents=false" in refused.value.cure
+    monkeypatch.setattr(attention_choice, "CORES", {"one": Failing()})
+    with pytest.raises(UserError, match=r"is right on NVIDIA H100: one fails for whole sequences") as refused:
+        choose_attention(config, CPU)
+    assert "cluster.device=cpu" in refused.value.cure
 
 
 def test_a_cpu_has_the_models_own():
@@ -85,25 +92,29 @@ def test_a_cpu_has_the_models_own():
 
 
 def test_every_block_takes_the_core_that_it_is_given():
-    """The MTP modules' too; results are those of the model's own."""
+    """The MTP modules' too; rectangles of a micro-batch are made once."""
     used = []
 
-    def kernel(q, k, v, mask, scale):
-        used.append(None if mask is None else mask.shape)
-        return own_choice(q, k, v, mask, scale)
+    class Watched(AttentionCore):
+        def forward(self, given: AttentionInput, keep: bool = False, largest: bool = False) -> AttentionOutput:
+            used.append(given.seen)
+            return super().forward(given, keep, largest)
 
     small = Model(vocab_size=64, hidden=32, layers=2, dense_layers=1, heads=2, q_rank=16, kv_rank=16, nope_head_dim=16,
                   rope_head_dim=8, v_head_dim=16, dense_width=64, expert_width=16, experts=4, top_k=2, groups=2,
                   top_groups=1, mtp_depth=1)  # fmt: skip
     tokens_BS = torch.randint(64, (2, 13), generator=torch.Generator().manual_seed(0))
     documents_BS = (torch.arange(13) > 6).int().expand(2, -1)
-    losses = []
-    for core in (Kernels().attention, FusedAttention(kernel, kernel)):
-        kernels = Kernels()
-        kernels.attention = core
-        model = DeepSeekV3.whole(small, HighPrecision(torch.float32, kernels), seq_len=12, device="meta")
-        initialise(model, 1)
-        assert all(module._kernels.attention is core for module in model.modules() if isinstance(module, MLA))
-        losses += [model(tokens_BS), model(tokens_BS, documents_BS=documents_BS)]
-    torch.testing.assert_close(losses[:2], losses[2:])
-    assert used == [None] * 3 + [(2, 1, 12, 12)] * 2 + [(2, 1, 11, 11)]
+    kernels = Kernels()
+    kernels.core = Watched()
+    model = DeepSeekV3.whole(small, HighPrecision(torch.float32, kernels), seq_len=12, device="meta")
+    initialise(model, 1)
+    model(tokens_BS)
+    first, second, mtp = (seen.rectangles for seen in used)
+    assert first is second and first == [(None, 0, 12, 0, 12, 0)] and mtp == [(None, 0, 11, 0, 11, 0)]
+    used.clear()
+    model(tokens_BS, documents_BS=documents_BS)
+    assert used[0] is used[1]
+    assert [[(one.sequence, one.first_query, one.last_query) for one in seen.rectangles] for seen in used] == [
+        [(0, 0, 7), (0, 7, end), (1, 0, 7), (1, 7, end)] for end in (12, 12, 11)
+    ]

@@ -3,19 +3,19 @@
 import torch
 
 from conf.schema import Config
-from train.attention_choice import choose_attention, require_blocks
-from train.model.attention import Attention
+from train.attention_choice import choose_attention
+from train.model.attention import AttentionCore
 from train.model.compiled import CompiledKernels
-from train.model.fused import FusedKernels, scaled_dot_product
+from train.model.fused import FusedKernels
 from train.model.kernels import Kernels
 from train.native import model as native
 from train.precision.build import activation_dtype
 
 
-def build_kernels(kind: str, compiled: bool = True, attention: Attention = scaled_dot_product) -> Kernels:
-    """kind: of the device, cpu or cuda. compiled: whether a CPU that can runs compiled code. attention: of a GPU."""
+def build_kernels(kind: str, compiled: bool = True, core: AttentionCore | None = None) -> Kernels:
+    """kind: of the device, cpu or cuda. compiled: whether a CPU that can runs compiled code. core: of attention on a GPU."""
     if kind == "cuda":
-        return FusedKernels(attention)
+        return FusedKernels(core)
     return CompiledKernels(native.products_pay()) if compiled and native.why_absent() is None else Kernels()
 
 
@@ -25,11 +25,8 @@ def choose_kernels(config: Config, device: torch.device) -> tuple[Kernels, list[
     Raises UserError where no attention of a GPU gives the right values.
     """
     if device.type == "cuda":
-        attention, notes = choose_attention(config, device)
-        kernels = build_kernels("cuda", attention=attention)
-        if config.parallel.cp > 1:
-            require_blocks(kernels, config, device)
-        return kernels, notes
+        core, notes = choose_attention(config, device)
+        return build_kernels("cuda", core=core), notes
     compiled, notes = config.cluster.compiled, []
     if compiled and activation_dtype(config.precision) == torch.bfloat16 and (why := native.why_absent()):
         notes.append(f"the model trains in torch's operations, slower than compiled code: {why}")

@@ -12,7 +12,7 @@ from parallel.mesh import Mesh
 from parallel.pipeline.schedule import Pipeline
 from parallel.shard import Shard, whole
 from train.checkpoint.load import load
-from train.kernels import build_kernels
+from train.kernels import build_kernels, choose_kernels
 from train.model.count import count
 from train.model.deepseek import DeepSeekV3
 from train.model.init import materialise
@@ -61,7 +61,7 @@ def load_model(config: Config, checkpoint: Path, device: torch.device) -> DeepSe
 def load_pipeline(config: Config, mesh: Mesh, device: torch.device, checkpoint: Path) -> Pipeline:
     """This rank's part of the model, ready to evaluate, whatever layout wrote the checkpoint."""
     dispatcher = None if mesh.layout.ep == 1 else make_dispatcher(config, mesh)
-    kernels = build_kernels(device.type, config.cluster.compiled)
+    kernels, _ = choose_kernels(config, device)
     precision = build_precision(config.precision, device, kernels)
     share = None if mesh.layout.cp == 1 else make_share(mesh)
     chunks, stage_ids, num_stages = build_chunks(

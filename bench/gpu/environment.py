@@ -14,9 +14,11 @@ from bench.gpu.timing import median_seconds
 from bench.gpu.verdict import nvcc
 from conf.load import compose
 from train.attention_choice import BOUND as ATTENTION_BOUND
-from train.attention_choice import KERNELS, Kernel, problem_of
+from train.attention_choice import CORES, PARTS, problem_of
 from train.kernels import build_kernels
 from train.metrics.peak import measured_peak, named_peak
+from train.model.attention import Attend, AttentionCore, AttentionInput
+from train.model.sequence import Positions
 from train.precision.hopper_probe import probe
 
 BUSY = 0.9
@@ -132,32 +134,34 @@ def fp8_starts(machine: Machine, backend: str) -> Finding:
 
 
 def attention(machine: Machine) -> Finding:
-    """Torch's kernels with DeepSeek-V3's heads, one by one; a run takes the first that is right (train/attention_choice.py)."""
+    """Cores of attention with DeepSeek-V3's heads, one by one; a run takes the first that is right (train/attention_choice.py)."""
     machine.need_gpu("torch's CUDA attention")
     config = compose("conf=deepseek_v3", "mode=dry_run", "precision=bf16")
-    table, works = [["kernel", "whole sequences", "inside documents", "forward (ms)", "forward + backward (ms)"]], set()
-    for name, kernel in KERNELS.items():
-        says = [problem_of(kernel, config, machine.device, masked) for masked in (False, True)]
-        works |= {what for what, problem in zip(("whole", "documents"), says, strict=True) if problem is None}
-        row = attention_times(machine, kernel) if says[0] is None else [None, None]
-        table.append([name, *(problem or "works" for problem in says), *row])
-    missing = {"whole", "documents"} - works
-    problem = f"no kernel is right for {' and '.join(sorted(missing))}" if missing else None
+    table, works = [["core", *PARTS, "forward (ms)", "forward + backward (ms)"]], set()
+    for name, core in CORES.items():
+        says = {part: problem_of(core, config, machine.device, part) for part in PARTS}
+        works |= {part for part, problem in says.items() if problem is None}
+        row = [None, None] if says["whole sequences"] else attention_times(machine, core)
+        table.append([name, *(problem or "works" for problem in says.values()), *row])
+    missing = set(PARTS) - works
+    problem = f"no core is right for {' and '.join(sorted(missing))}" if missing else None
     return Finding(
         {},
-        f"one of the kernels is within {ATTENTION_BOUND:g} of the CPU's in fp32, forward and backward",
+        f"one of the cores is within {ATTENTION_BOUND:g} of the CPU's in fp32, forward and backward",
         problem,
         table,
     )
 
 
-def attention_times(machine: Machine, kernel: Kernel) -> list[float]:
+def attention_times(machine: Machine, core: AttentionCore) -> list[float]:
     """ms of forward, and of both, with 32 heads over one sequence of 4096 tokens."""
     shapes = [(1, 32, 4096, width) for width in (192, 192, 128)]
     q, k, v = (torch.randn(shape, device=machine.device).bfloat16().requires_grad_() for shape in shapes)
 
+    given = AttentionInput(q, k, v, 192**-0.5, Positions(4096).seen[0])
+
     def forward() -> torch.Tensor:
-        return kernel(q, k, v, None, 192**-0.5)
+        return Attend.apply(core, *given)
 
     def both() -> object:
         return torch.autograd.grad(forward(), (q, k, v), v.detach())

@@ -23,11 +23,13 @@ from conf.load import compose
 from parallel.expert.permute import FanOut, Wanted, collect, fan_out_with_entries, hits
 from parallel.expert.wire import Fp8Wire
 from train.kernels import build_kernels
+from train.model.attention import AttentionInput
 from train.model.layers import RMSNorm, swiglu
 from train.model.loss import cross_entropy
 from train.model.moe import LocalDispatcher
 from train.model.rope import Rope
 from train.model.router import Router
+from train.model.sequence import Positions
 from train.optim.adamw import AdamW
 from train.precision import swiglu as plain_swiglu
 from train.precision.formats import E4M3, E5M2, E5M6, TILE, Cast
@@ -414,10 +416,11 @@ def run_layers(precision, device: torch.device, dtype: torch.dtype) -> dict[str,
 def attend(side: DeviceSide, dtype: torch.dtype, documents: bool = False) -> dict[str, Tensor]:
     draw, T = seeded(7, side.device, dtype), 512
     q, k, v = (draw(2, 4, T, width) for width in (192, 192, 128))
-    ends = torch.zeros(2, T, dtype=torch.int64)
-    ends[0, 200:], ends[1, 33:] = 1, 1
-    ends[1, 300:] = 2
-    out = side.kernels.attention(q, k, v, 192**-0.5, ends.to(side.device) if documents else None)
+    documents_BT = torch.zeros(2, T, dtype=torch.int64)
+    documents_BT[0, 200:], documents_BT[1, 33:] = 1, 1
+    documents_BT[1, 300:] = 2
+    seen = Positions(T, documents_BT if documents else None).seen[0]
+    out = side.kernels.attention(AttentionInput(q, k, v, 192**-0.5, seen))
     return with_gradients({"out": out}, {"q": q, "k": k, "v": v}, draw)
 
 

@@ -85,8 +85,8 @@ class Pipeline:
     ) -> Tensor | None:
         """Run all micro-batches forward and backward; gradients are added to the parameters' .grad.
 
-        tokens_BS int64 and documents_BS int32 (or None) are the same on every rank of the pipeline, with B a multiple
-        of micro_batches. mean: what losses are divided by, micro_batches if it is not given. Returns the sum of the
+        tokens_BS int64 and documents_BS int32 (or None; on the host) are the same on every rank of the pipeline, with B a
+        multiple of micro_batches. mean: what losses are divided by, micro_batches if it is not given. Returns the sum of the
         losses after that, a detached scalar, on the rank with the last stage, and None elsewhere.
         """
         schedule = self._schedule(tokens_BS, micro_batches, float(micro_batches) if mean is None else mean)

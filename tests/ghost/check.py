@@ -97,7 +97,14 @@ def layers() -> tuple[list[str], list[str]]:
     few, many = (layers.count_update(parameters, 5000) for parameters in (2, 300))
     if few != many:
         problems.append(f"an update of 2 parameters takes {few} launches and one of 300 takes {many}")
-    return problems, [*layers.table(found), f"the norm and an update of any number of parameters: {many} launches"]
+    apart, more_apart = (layers.count_documents(documents) for documents in (4, 64))
+    if apart != more_apart:
+        problems.append(f"attention inside 4 documents takes {apart} launches and inside 64 {more_apart}")
+    return problems, [
+        *layers.table(found),
+        f"the norm and an update of any number of parameters: {many} launches",
+        f"attention inside any number of documents of a sequence: {apart} launches",
+    ]
 
 
 def ranks() -> tuple[list[str], list[str]]:

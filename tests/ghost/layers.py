@@ -14,6 +14,9 @@ from bench.gpu.layer import Layer, layer_config, waits
 from conf.schema import Optim
 from tests.ghost.log import Calls, recorded
 from tests.ghost.traffic import STAND_IN, traffic
+from train.kernels import build_kernels
+from train.model.attention import AttentionInput
+from train.model.sequence import Positions
 from train.optim.adamw import AdamW
 
 LAYERS = (
@@ -134,6 +137,25 @@ def count_update(parameters: int, elements: int) -> int:
     with recorded() as calls:
         step()
     assert not calls.waits, "the update waits for the device"
+    return calls.launches
+
+
+def count_documents(documents: int) -> int:
+    """Launches of attention, forward and backward, with V3's heads over 4096 tokens of so many equal documents."""
+    device, kernels, length = torch.device("cuda", 0), build_kernels("cuda"), 4096
+    shapes = [(1, 128, length, width) for width in (192, 192, 128)]
+    inputs = [torch.zeros(shape, device=device, dtype=torch.bfloat16, requires_grad=True) for shape in shapes]
+    documents_BT = (torch.arange(length) * documents // length).unsqueeze(0)
+
+    def both() -> None:
+        given = AttentionInput(*inputs, 192**-0.5, Positions(length, documents_BT).seen[0])
+        out = kernels.attention(given)
+        torch.autograd.grad(out, inputs, torch.empty_like(out))
+
+    both()
+    with recorded() as calls:
+        both()
+    assert not calls.waits, "attention inside documents waits for the device"
     return calls.launches
 
 

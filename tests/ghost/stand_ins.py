@@ -13,6 +13,7 @@ from torch import Tensor
 
 from parallel.expert.stand_in import split_evenly
 from train import attention_choice, gpu
+from train.model.fused_attention import EfficientAttention
 from train.precision.fp8 import Fp8Precision
 from train.precision.groups import on_device
 
@@ -20,8 +21,7 @@ from train.precision.groups import on_device
 def install() -> None:
     """The answers of what a run tries at its start."""
     gpu.probe = lambda *_: ""
-    attention_choice.problem_of = lambda kernel, *_: None if kernel is attention_choice.efficient else "not tried"
-    torch.backends.cuda.enable_cudnn_sdp(False)
+    attention_choice.problem_of = lambda core, *_: None if type(core) is EfficientAttention else "not tried"
     torch.Tensor.__repr__ = _without_values
 
 

@@ -21,7 +21,7 @@ from parallel.expert.quantized_rows import QuantizedRows
 
 PRODUCTS = ("mm", "bmm", "addmm", "baddbmm", "_grouped_mm", "_scaled_mm", "_scaled_mm_v2")
 TRITON_PRODUCTS = ("_product_kernel", "_wgrad_kernel", "_gradient_kernel")
-ATTENTION = "_scaled_dot_product"
+ATTENTION = "_scaled_dot_product", "_efficient_attention"
 ONLY_WRITTEN = (
     "zero_",
     "fill_",
@@ -74,7 +74,7 @@ class Traffic(TorchDispatchMode):
         view = not operation._schema.is_mutable and {_storage(one) for one in outputs} & {
             _storage(one) for one in inputs
         }
-        if not view and name not in PRODUCTS and not name.startswith((ATTENTION, "empty", "new_empty")):
+        if not view and name not in PRODUCTS and not name.startswith((*ATTENTION, "empty", "new_empty")):
             self.add(taken, outputs)
         return result
 

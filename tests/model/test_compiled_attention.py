@@ -1,5 +1,6 @@
 """The compiled attention core beside the formula in fp64 and beside torch's operations."""
 
+from functools import partial
 from multiprocessing import forkserver
 
 import pytest
@@ -10,8 +11,9 @@ import train.native.model as native
 from conf.load import compose
 from tests.small import train, trajectory
 from train.kernels import build_kernels, choose_kernels
-from train.model.attention import BlockAttention
+from train.model.attention import Attend, AttentionCore, AttentionInput
 from train.model.compiled_attention import CompiledAttention
+from train.model.sequence import Positions, Rectangle, Seen
 
 CPU = torch.device("cpu")
 needs_it = pytest.mark.skipif(native.why_absent() is not None, reason=native.why_absent() or "")
@@ -35,6 +37,19 @@ def draw(B: int, H: int, T: int, Q: int, V: int) -> tuple[Tensor, ...]:
     return q, k, v, dout
 
 
+def seen_in(spans, length: int) -> Seen:
+    if spans is None:
+        return Positions(length).seen[0]
+    return Seen([Rectangle(b, start, end, start, end, 0) for b, start, end in spans])
+
+
+def attend(core: AttentionCore, q: Tensor, k: Tensor, v: Tensor, scale: float, spans) -> Tensor:
+    return Attend.apply(core, q, k, v, scale, seen_in(spans, q.size(2)))
+
+
+compiled, plain = (partial(attend, kind()) for kind in (CompiledAttention, AttentionCore))
+
+
 def both_ways(function, q: Tensor, k: Tensor, v: Tensor, dout: Tensor, spans) -> list[Tensor]:
     """Output and gradients."""
     inputs = [t.detach().requires_grad_() for t in (q, k, v)]
@@ -56,7 +71,7 @@ def formula(q: Tensor, k: Tensor, v: Tensor, scale: float, spans) -> Tensor:
 def test_results_and_gradients_are_those_of_the_formula(shape):
     *sizes, spans = shape
     drawn = draw(*sizes)
-    got = both_ways(CompiledAttention.apply, *drawn, spans)
+    got = both_ways(compiled, *drawn, spans)
     expected = both_ways(formula, *(t.double() for t in drawn), spans)
     for ours, exact in zip(got, expected, strict=True):
         assert ours.dtype == torch.bfloat16
@@ -65,10 +80,10 @@ def test_results_and_gradients_are_those_of_the_formula(shape):
 
 @needs_it
 def test_it_is_at_least_as_exact_as_torchs_operations():
-    drawn = draw(1, 4, 300, 96, 64)
+    """Where it keeps no probabilities in bf16."""
+    drawn = draw(1, 4, 600, 96, 64)
     exact = both_ways(formula, *(t.double() for t in drawn), None)
-    ours, plain = (both_ways(kind.apply, *drawn, None) for kind in (CompiledAttention, BlockAttention))
-    for a, b, e in zip(ours, plain, exact, strict=True):
+    for a, b, e in zip(both_ways(compiled, *drawn, None), both_ways(plain, *drawn, None), exact, strict=True):
         assert (a - e).norm() <= 1.01 * (b - e).norm()
 
 
@@ -80,7 +95,7 @@ def test_peaked_and_far_scores():
         drawn = (q * factor, k, v, dout)
         got, exact = (
             both_ways(kind, *drawn, None)
-            for kind in (CompiledAttention.apply, lambda *args: formula(*(a.double() for a in args[:3]), *args[3:]))
+            for kind in (compiled, lambda *args: formula(*(a.double() for a in args[:3]), *args[3:]))
         )
         assert all(t.isfinite().all() for t in got)
         torch.testing.assert_close(got[0].double(), exact[0], atol=2e-2, rtol=1e-2)
@@ -96,8 +111,8 @@ def test_memory_between_rows_is_not_read():
         room = torch.full((B, T + 2, H, width + 6), torch.nan, dtype=torch.bfloat16)
         room[:, 1:-1, :, 2 : width + 2] = t.transpose(1, 2)
         apart.append(room[:, 1:-1, :, 2 : width + 2].transpose(1, 2))
-    plain, strided = (both_ways(CompiledAttention.apply, *t, None) for t in (drawn, apart))
-    assert all(torch.equal(a, b) for a, b in zip(plain, strided, strict=True))
+    dense, strided = (both_ways(compiled, *t, None) for t in (drawn, apart))
+    assert all(torch.equal(a, b) for a, b in zip(dense, strided, strict=True))
 
 
 @needs_it
@@ -110,7 +125,7 @@ def test_probabilities_are_kept_of_short_spans_alone():
         (200, [(0, 0, short), (0, short, 200), (1, 0, 200)], 3),
     ):
         q, k, v, dout = draw(2, 3, length, Q, V)
-        out = CompiledAttention.apply(q.requires_grad_(), k, v, 0.2, spans)
+        out = compiled(q.requires_grad_(), k, v, 0.2, spans)
         *_, probabilities = out.grad_fn.saved_tensors
         values, rest = (sum(panel * (row // panel + 1) for row in range(rows)) for rows in (short, 200 - short))
         assert probabilities.numel() == kept * (
@@ -127,7 +142,7 @@ def test_threads_change_no_bit():
     try:
         for count in (1, 3):
             torch.set_num_threads(count)
-            results.append(both_ways(CompiledAttention.apply, *drawn, None))
+            results.append(both_ways(compiled, *drawn, None))
     finally:
         torch.set_num_threads(threads)
     assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
@@ -136,13 +151,15 @@ def test_threads_change_no_bit():
 @needs_it
 def test_the_model_takes_it_where_it_can_and_may():
     q, k, v, _ = draw(1, 2, 40, 24, 16)
-    positions_first = lambda out: out.transpose(1, 2).is_contiguous()  # noqa: E731 - how compiled code writes
+    given = AttentionInput(q, k, v, 0.2, Positions(40).seen[0])
+    keeps = lambda kernels, given: kernels.core.forward(given, keep=True).kept is not None  # noqa: E731 - as compiled code does
     kernels = build_kernels("cpu")
-    assert positions_first(kernels.attention(q, k, v, 0.2, None)) and "attention" in kernels.parts
-    assert not positions_first(kernels.attention(q.float(), k.float(), v.float(), 0.2, None))
+    assert keeps(kernels, given) and "attention" in kernels.parts
+    assert not keeps(kernels, given._replace(q_BHTQ=q.float(), k_BHSQ=k.float(), v_BHSV=v.float()))
+    assert not keeps(kernels, given._replace(seen=Seen([Rectangle(None, 10, 40, 0, 10, 10)])))
     config = compose("cluster.compiled=false")
     kernels, notes = choose_kernels(config, CPU)
-    assert not positions_first(kernels.attention(q, k, v, 0.2, None)) and not kernels.parts
+    assert not keeps(kernels, given) and not kernels.parts
     assert notes == []
 
 

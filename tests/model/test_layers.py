@@ -10,9 +10,10 @@ from conf.schema import Model, Yarn
 from train.kernels import build_kernels
 from train.model import attention as attention_module
 from train.model import kernels
-from train.model.attention import BLOCK
+from train.model.attention import BLOCK, AttentionCore, AttentionInput
 from train.model.layers import Embedding, RMSNorm, swiglu
 from train.model.rope import Rope, rotate
+from train.model.sequence import Positions
 
 torch.set_num_threads(1)
 
@@ -51,13 +52,12 @@ def test_swiglu_equals_the_formula(with_gates, monkeypatch):
     torch.testing.assert_close(gradients(out, inputs, upstream), gradients(expected, inputs, upstream))
 
 
-def masked_attention(q, k, v, scale, documents_BT):
+def masked_scores(q, k, scale, documents_BT):
     length = q.size(2)
     allowed = torch.ones(length, length, dtype=torch.bool).tril()
     if documents_BT is not None:
         allowed = allowed & (documents_BT[:, :, None] == documents_BT[:, None, :]).unsqueeze(1)
-    scores = (q @ k.transpose(-1, -2) * scale).masked_fill(~allowed, -torch.inf)
-    return scores.softmax(-1) @ v
+    return (q @ k.transpose(-1, -2) * scale).masked_fill(~allowed, -torch.inf)
 
 
 @pytest.mark.parametrize("packed", [False, True])
@@ -71,9 +71,13 @@ def test_attention_equals_the_masked_formula(length, packed, heads_at_a_time, mo
     documents_BT = None
     if packed:
         documents_BT = torch.sort(torch.randint(3, (2, length)), dim=1).values.int()
-    out = build_kernels("cpu").attention(q, k, v, 0.4, documents_BT)
-    expected = masked_attention(q, k, v, 0.4, documents_BT)
+    given = AttentionInput(q, k, v, 0.4, Positions(length, documents_BT).seen[0])
+    out = build_kernels("cpu").attention(given)
+    scores = masked_scores(q, k, 0.4, documents_BT)
+    expected = scores.softmax(-1) @ v
     torch.testing.assert_close(out, expected)
+    made = AttentionCore().forward(given, largest=True)
+    torch.testing.assert_close(made[1:3], (scores.logsumexp(-1), scores.amax(-1)))
     upstream = torch.randn_like(out)
     torch.testing.assert_close(gradients(out, [q, k, v], upstream), gradients(expected, [q, k, v], upstream))
 
@@ -82,8 +86,8 @@ def test_attention_in_bf16_is_as_exact_as_its_roundings():
     """Scores are in fp32, so even peaked softmaxes (scores near 50) stay within a few roundings of 2^-8."""
     torch.manual_seed(0)
     q, k, v = (torch.randn(1, 2, 100, 16).bfloat16() for _ in range(3))
-    out = build_kernels("cpu").attention(q, k, v, 3.0, None).float()
-    expected = masked_attention(q.double(), k.double(), v.double(), 3.0, None).float()
+    out = build_kernels("cpu").attention(AttentionInput(q, k, v, 3.0, Positions(100).seen[0])).float()
+    expected = (masked_scores(q.double(), k.double(), 3.0, None).softmax(-1) @ v.double()).float()
     assert (out - expected).norm() / expected.norm() < 5e-3
 
 

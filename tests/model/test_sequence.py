@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from train.model.attention import BlockAttention, attend, attend_backward, document_spans
+from train.model.attention import AttentionCore, AttentionInput, AttentionOutput
 from train.model.sequence import Positions
 
 T, N = 24, 3
@@ -42,25 +42,29 @@ def test_blocks_put_together_are_the_whole_attention(documents_BT):
     """Outputs, log-sum-exps and gradients: the same sums in another order, in fp32."""
     draw = torch.Generator().manual_seed(1)
     q, k, v, dout = (torch.randn(2, 2, T, width, generator=draw, dtype=torch.float64) for width in (6, 6, 4, 4))
-    inputs = [t.clone().requires_grad_() for t in (q, k, v)]
     scores = (q @ k.mT * 0.4).masked_fill(torch.ones(T, T, dtype=torch.bool).triu(1), -torch.inf)
     if documents_BT is not None:
         scores.masked_fill_(documents_BT[:, None, :, None] != documents_BT[:, None, None, :], -torch.inf)
-    want = BlockAttention.apply(*inputs, 0.4, document_spans(documents_BT))
-    want_grads = torch.autograd.grad(want, inputs, dout)
+    core, all_here = AttentionCore(), AttentionInput(q, k, v, 0.4, Positions(T, documents_BT).seen[0])
+    made = core.forward(all_here)
+    want, want_grads = made.out_BHTV, core.backward(dout, all_here, made)
     dk, dv = torch.zeros_like(k), torch.zeros_like(v)
     for rank in range(N):
         places = positions_of(rank, documents_BT)
         take = lambda x, places=places: places.take(x.transpose(1, 2)).transpose(1, 2)  # noqa: E731
-        blocks = [(slice(piece.start, piece.stop), places.rectangles(piece)) for piece in places.pieces]
-        parts = [attend(take(q), k[:, :, keys], v[:, :, keys], 0.4, rectangles) for keys, rectangles in blocks]
-        lse = torch.stack([part[1].double() for part in parts]).logsumexp(0)
-        out = sum(part[0] * (part[1] - lse).exp().unsqueeze(-1) for part in parts)
+        blocks = [slice(piece.start, piece.stop) for piece in places.pieces]
+        given = [
+            AttentionInput(take(q), k[:, :, keys], v[:, :, keys], 0.4, seen)
+            for keys, seen in zip(blocks, places.seen, strict=True)
+        ]
+        parts = [core.forward(block) for block in given]
+        lse = torch.stack([part.lse_BHT.double() for part in parts]).logsumexp(0)
+        out = sum(part.out_BHTV * (part.lse_BHT - lse).exp().unsqueeze(-1) for part in parts)
         torch.testing.assert_close(lse, take(scores.logsumexp(-1).unsqueeze(-1))[..., 0], rtol=1e-6, atol=1e-6)
-        torch.testing.assert_close(out.double(), take(want.detach()), rtol=1e-5, atol=1e-6)
+        torch.testing.assert_close(out.double(), take(want), rtol=1e-5, atol=1e-6)
         dq = torch.zeros_like(take(q))
-        for keys, rectangles in blocks:
-            more = attend_backward(take(dout), take(q), k[:, :, keys], v[:, :, keys], out, lse.float(), 0.4, rectangles)
+        for keys, block in zip(blocks, given, strict=True):
+            more = core.backward(take(dout), block, AttentionOutput(out, lse.float()))
             dq += more[0]
             dk[:, :, keys] += more[1]
             dv[:, :, keys] += more[2]

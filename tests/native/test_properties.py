@@ -20,10 +20,12 @@ import train.native.model as native
 from conf.errors import UserError
 from conf.schema import ROOT, Model, Optim
 from train.model import compiled_products, compiled_rows
-from train.model.compiled_attention import CompiledAttention, _attention_kept
+from train.model.attention import AttentionInput
+from train.model.compiled_attention import CompiledAttention, _attention_kept, _most_kept
 from train.model.compiled_rows import CompiledHeads
 from train.model.kernels import Kernels
 from train.model.rope import PlainHeads, Rope
+from train.model.sequence import Rectangle, Seen
 from train.native.kernel import Array, Kernel, Number, Parameter, Struct, Table, table
 from train.optim.adamw import AdamW, UpdatePiece, _update, _update_compiled
 from train.precision import scaled_products
@@ -293,12 +295,12 @@ def heads_backward(draw: Draw) -> None:
 # ---- attention
 
 
-def attention_inputs(draw: Draw) -> tuple[list[Tensor], list[tuple[int, int, int]] | None]:
+def attention_inputs(draw: Draw) -> tuple[list[Tensor], list[tuple[int, int, int]]]:
     B, H, T = draw(st.integers(1, 2)), draw(st.integers(1, 3)), draw(st.sampled_from([1, 2, 17, 33, 70, 131]))
     Q, V = draw(widths), draw(widths)
     drawn = [placed(draw, normal(B, H, T, width)) for width in (Q, Q, V, V)]
     if draw(st.booleans()):
-        return drawn, None
+        return drawn, [(b, 0, T) for b in range(B)]
     cut = draw(st.integers(0, T))
     return drawn, [(b, start, end) for b in range(B) for start, end in ((0, cut), (cut, T))]  # one may be empty
 
@@ -306,20 +308,27 @@ def attention_inputs(draw: Draw) -> tuple[list[Tensor], list[tuple[int, int, int
 def attention_forward(draw: Draw) -> None:
     (q, k, v, dout), spans = attention_inputs(draw)
     B, _, T, Q = q.shape
-    inputs = [t.detach().requires_grad_() for t in (q, k, v)]
-    scale = Q**-0.5
-    out = CompiledAttention.apply(*inputs, scale, spans)
-    grads = torch.autograd.grad(out, inputs, dout)
-    with torch.no_grad():
-        assert torch.equal(CompiledAttention.apply(q, k, v, scale, spans), out)  # keeps no probabilities
-    allowed = torch.zeros(B, 1, T, T, dtype=torch.bool)
-    for b, start, end in [(b, 0, T) for b in range(B)] if spans is None else spans:
+    scale, core = Q**-0.5, CompiledAttention()
+    given = AttentionInput(q, k, v, scale, Seen([Rectangle(b, start, end, start, end, 0) for b, start, end in spans]))
+    keep = draw(st.booleans())
+    made = core.forward(given, keep)
+    out, grads = made.out_BHTV, core.backward(dout, given, made)
+    lone, lone_lse, largest, _ = core.forward(given, largest=True)  # keeps no probabilities
+    assert torch.equal(lone, out) and torch.equal(lone_lse, made.lse_BHT)
+    allowed, again = torch.zeros(B, 1, T, T, dtype=torch.bool), torch.zeros(B, 1, T, 1, dtype=torch.bool)
+    for b, start, end in spans:
         allowed[b, :, start:end, start:end] = True
+        again[b, :, start:end] = not keep or end - start > _most_kept(given)  # probabilities are computed again
     q, k, v, dout = (t.double() for t in (q, k, v, dout))
-    p = (q @ k.mT * scale).masked_fill(~allowed.tril(), -torch.inf).softmax(-1)
+    scores = (q @ k.mT * scale).masked_fill(~allowed.tril(), -torch.inf)
+    p, terms = scores.softmax(-1), scale * (q.abs() @ k.abs().mT)  # whose sums are in fp32, of up to 192 terms
+    for ours, exact in ((made.lse_BHT, scores.logsumexp(-1)), (largest, scores.amax(-1))):
+        assert ((ours.double() - exact).abs() <= 2**-16 * (1 + terms.amax(-1))).all()
     dp = dout @ v.mT
     ds = scale * p * (dp - (p * dp).sum(-1, keepdim=True))
-    size = scale * p * (dp.abs() + (p * dp.abs()).sum(-1, keepdim=True))
+    means = (p * dp.abs()).sum(-1, keepdim=True)
+    means += again * (dout * out.double()).abs().sum(-1, keepdim=True)  # there the sum is made of out, in bf16
+    size = scale * p * (dp.abs() + means)
     bound = 4 * ROUNDING  # of every product and sum of absolute values: probabilities may be kept in bf16
     for ours, exact, most in (
         (out, p @ v, p @ v.abs()),

@@ -1,4 +1,4 @@
-"""Attention's backward takes its output as the projection keeps it, in E5M6 (paper 3.3.3), where its kernel keeps an output at all."""
+"""Attention's backward takes its output as the projection keeps it, in E5M6 (paper 3.3.3), which are then one."""
 
 import dataclasses
 from contextlib import nullcontext
@@ -9,11 +9,12 @@ import torch
 from conf.load import compose
 from tests.model.test_deepseek import CONFIG
 from tests.model.test_recompute import LiveBytes
-from train.model.fused import scaled_dot_product
+from train.model.attention import AttentionInput
 from train.model.kernels import Kernels
 from train.model.mla import MLA
 from train.model.recompute import Replaceable
 from train.model.rope import Rope
+from train.model.sequence import Positions
 from train.precision.formats import E5M6, Cast
 from train.precision.fp8 import Fp8Precision, cpu_engine
 from train.precision.quantize import dequantize, quantize
@@ -22,18 +23,12 @@ torch.set_num_threads(1)
 B, T = 2, 64
 
 
-class KeepingKernels(Kernels):
-    """With torch's flash attention for CPUs, which keeps its output as GPU kernels do."""
-
-    attention = staticmethod(scaled_dot_product)
-
-
 def run(patch: pytest.MonkeyPatch | None = None) -> tuple[int, dict[str, torch.Tensor]]:
     """Bytes kept by an MLA, and its gradients."""
     if patch is not None:
         patch.setattr(Replaceable, "replace", lambda *_: None)
     config = dataclasses.replace(CONFIG, hidden=128, heads=4, nope_head_dim=16, rope_head_dim=16, v_head_dim=32)
-    fp8, kernels = compose("precision=fp8").precision.fp8, KeepingKernels()
+    fp8, kernels = compose("precision=fp8").precision.fp8, Kernels()
     precision = Fp8Precision(fp8, torch.device("cpu"), kernels, cpu_engine(fp8, kernels))
     mla = MLA(config, precision, Rope(config, T), dtype=torch.bfloat16)
     draw = torch.Generator().manual_seed(0)
@@ -67,9 +62,10 @@ def test_gradients_of_scores_are_off_by_the_rounding_of_one_sum():
     draw = torch.Generator().manual_seed(0)
     q, k, v, upstream = (torch.randn(B, 4, T, 32, generator=draw).requires_grad_() for _ in range(4))
     scale, saved = 32**-0.5, Replaceable()
-    exact = torch.autograd.grad(scaled_dot_product(q, k, v, scale, None), (q, v), upstream)
+    given, kernels = AttentionInput(q, k, v, scale, Positions(T).seen[0]), Kernels()
+    exact = torch.autograd.grad(kernels.attention(given), (q, v), upstream)
     with saved:
-        out = scaled_dot_product(q, k, v, scale, None)
+        out = kernels.attention(given)
     rounded = dequantize(quantize(out.detach().flatten(0, -2), Cast(E5M6, (1, 128), pow2=True)), torch.float32).view(
         out.shape
     )

@@ -25,7 +25,7 @@ from train.evaluate.sources import EvaluatedSource, choose  # noqa: E402
 from train.evaluate.target import Target, find_target  # noqa: E402
 from train.generate.source import start_token  # noqa: E402
 from train.hf.load import load_hf_model  # noqa: E402
-from train.kernels import build_kernels  # noqa: E402
+from train.kernels import choose_kernels  # noqa: E402
 from train.loop.validation import Sums, held_out_loss  # noqa: E402
 from train.metrics.wandb_items import evaluation_tables  # noqa: E402
 from train.metrics.wandb_sink import wants_wandb  # noqa: E402
@@ -82,7 +82,7 @@ def _load(target: Target, mesh: Mesh, device: torch.device) -> Pipeline:
         require_memory(target.config.model, item_bytes, "evaluate.checkpoint", target.checkpoint)
     if target.meta is not None:
         return load_pipeline(target.config, mesh, device, target.checkpoint)
-    kernels = build_kernels(device.type, target.config.cluster.compiled)
+    kernels, _ = choose_kernels(target.config, device)
     _, model, _ = load_hf_model(target.checkpoint, dtype, "evaluate.checkpoint", kernels)
     return build_pipeline(target.config, mesh, device, [model.to(device)], [0], 1, overlap=False)
 

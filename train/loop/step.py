@@ -72,10 +72,9 @@ class TrainingStep:
 
     def run_passes(self, batch: Batch) -> None:
         """Forward and backward of all micro-batches."""
-        documents_BS = None if batch.documents_BS is None else to_device(batch.documents_BS, self._device)
-        tokens_BS = to_device(batch.tokens_BS, self._device)
+        tokens_BS, micro_batches = to_device(batch.tokens_BS, self._device), self._micro_batches(batch)
         self._parts.pipeline.step(
-            tokens_BS, documents_BS, micro_batches=self._micro_batches(batch), mean=self._mean_micro_batches
+            tokens_BS, batch.documents_BS, micro_batches=micro_batches, mean=self._mean_micro_batches
         )
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)  # what the passes took is part of what all ranks are told

@@ -67,8 +67,7 @@ def held_out_loss(
         # repeats the first sequences and does not count them.
         mine = first + mesh.dp_rank * size
         batch = data.batch(mine if mine < len(data) else 0, size)
-        documents_BS = None if batch.documents_BS is None else batch.documents_BS.to(device)
-        loss = pipeline.evaluate(batch.tokens_BS.to(device), documents_BS, micro_batches=1)
+        loss = pipeline.evaluate(batch.tokens_BS.to(device), batch.documents_BS, micro_batches=1)
         own = torch.zeros(4, dtype=torch.float64)
         if loss is not None:
             # The ranks that share sequences have a loss each, of as many positions; one of them counts what is the sequences'.

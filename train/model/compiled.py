@@ -7,7 +7,6 @@ import torch
 from torch import Tensor
 
 from train.model import compiled_products, compiled_rows
-from train.model.attention import document_spans
 from train.model.compiled_attention import CompiledAttention
 from train.model.kernels import Groups, Kernels
 from train.model.weight_gradient import LinearProduct
@@ -19,6 +18,7 @@ class CompiledKernels(Kernels):
 
     def __init__(self, products: bool):
         self._products = products
+        self.core = CompiledAttention()
         self.parts = tuple(name for name in NAMES if products or name != "products")
 
     def rms_norm(self, x: Tensor, weight_D: Tensor, eps: float) -> tuple[Tensor, Tensor]:
@@ -45,13 +45,6 @@ class CompiledKernels(Kernels):
         if not _in_bf16(q_BTHQ, kv_BTHX, k_rope_BTR):
             return super().to_heads(q_BTHQ, kv_BTHX, k_rope_BTR, table, nope)
         return compiled_rows.CompiledHeads.apply(q_BTHQ, kv_BTHX, k_rope_BTR, table, nope)
-
-    def attention(
-        self, q_BHTQ: Tensor, k_BHTQ: Tensor, v_BHTV: Tensor, scale: float, documents_BT: Tensor | None
-    ) -> Tensor:
-        if not _in_bf16(q_BHTQ):
-            return super().attention(q_BHTQ, k_BHTQ, v_BHTV, scale, documents_BT)
-        return CompiledAttention.apply(q_BHTQ, k_BHTQ, v_BHTV, scale, document_spans(documents_BT))
 
     def sort_by_expert(self, expert_ids_TK: Tensor, experts: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         return compiled_rows.sort_by_expert(expert_ids_TK, experts)

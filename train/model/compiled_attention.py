@@ -5,12 +5,13 @@ from functools import partial
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from train.model.attention import AttentionCore, AttentionInput, AttentionOutput
 from train.native.kernel import Array, Kernel, Number, Parameter, Size, Struct, Table, Threads, Zeros, table
 from train.native.model import library
 
 Spans = list[tuple[int, int, int]]
+"""(sequence, start, end)."""
 
 _load = partial(library, "attention")
 _attention_kept = Kernel(
@@ -22,58 +23,96 @@ def _heads(width: str, out: bool = False) -> Array:
     return Array(torch.bfloat16, f"B H T {width}", apart=3, out=out)
 
 
+def _rows(out: bool) -> Array:
+    return Array(torch.float32, "B H T", out=out, optional=True)
+
+
 def _problem(**arrays: Parameter) -> Struct:
     """`Problem` of attention.cpp."""
     return Struct(
-        q=_heads("Q"), k=_heads("Q"), v=_heads("V"), **arrays, heads=Size("H"), qk=Size("Q"), width=Size("V"),
-        longest=Number(c_int64), scale=Number(c_float),
+        q=_heads("Q"), k=_heads("Q"), v=_heads("V"), **arrays, heads=Size("H"), length=Size("T"), qk=Size("Q"),
+        width=Size("V"), longest=Number(c_int64), scale=Number(c_float),
     )  # fmt: skip
 
 
 _attention_forward = Kernel(
     _load, "attention_forward",
-    problem=_problem(out=_heads("V", out=True), dout_dq_dk_dv=Zeros(16), kept=Array(torch.bfloat16, "P", out=True)),
+    problem=_problem(
+        out=_heads("V", out=True), dout_dq_dk_dv=Zeros(16), kept=Array(torch.bfloat16, "P", out=True), lse=_rows(out=True),
+        largest=_rows(out=True),
+    ),
     spans=Table(4), threads=Threads(),
 )  # fmt: skip
 _attention_backward = Kernel(
     _load, "attention_backward",
     problem=_problem(
-        out=Zeros(4), dout=_heads("V"), dq=_heads("Q", out=True), dk=_heads("Q", out=True), dv=_heads("V", out=True),
-        kept=Array(torch.bfloat16, "P"),
+        out=_heads("V"), dout=_heads("V"), dq=_heads("Q", out=True), dk=_heads("Q", out=True), dv=_heads("V", out=True),
+        kept=Array(torch.bfloat16, "P"), lse=_rows(out=False), largest=Zeros(1),
     ),
     spans=Table(4), threads=Threads(),
 )  # fmt: skip
 
 
-class CompiledAttention(torch.autograd.Function):
-    """`train.model.kernels.Kernels.attention` in bf16. spans: (sequence, start, end) of every document.
+class CompiledAttention(AttentionCore):
+    """In bf16, of all positions of sequences or documents; anything else in torch's operations.
 
     The probabilities of a span are kept for backward where they take about as much memory as its queries, keys and values,
     or less; those of longer ones are recomputed, so memory is linear in the sequence.
     """
 
-    @staticmethod
-    def forward(ctx, q_BHTQ: Tensor, k_BHTQ: Tensor, v_BHTV: Tensor, scale: float, spans: Spans | None) -> Tensor:
-        q, k, v = (_readable(t) for t in (q_BHTQ, k_BHTQ, v_BHTV))
+    def forward(self, given: AttentionInput, keep: bool = False, largest: bool = False) -> AttentionOutput:
+        spans = _spans(given)
+        if spans is None:
+            return super().forward(given, keep, largest)
+        q, k, v = map(_readable, given[:3])
         B, H, T, V = v.shape
-        spans = [(b, 0, T) for b in range(B)] if spans is None else spans
-        assert all(0 <= b < B and 0 <= start <= end <= T for b, start, end in spans), (spans, q.shape)
-        ctx.scale, ctx.longest = scale, max((end - start for _, start, end in spans), default=0)
-        ctx.table = table((*span, 0) for span in spans)
-        keep = 2 * (2 * q.size(-1) + V) if any(ctx.needs_input_grad) else 0
-        kept = v.new_empty(_attention_kept(ctx.table, H, keep))  # and writes into the table what is kept where
-        ctx.save_for_backward(q, k, v, kept)
-        out_BHTV = v.new_empty(B, T, H, V).transpose(1, 2)  # as the output projection wants it
-        _attention_forward(q, k, v, out_BHTV, kept, ctx.longest, scale, ctx.table)
-        return out_BHTV
+        rows = table((*span, 0) for span in spans)
+        kept = v.new_empty(
+            _attention_kept(rows, H, _most_kept(given) if keep else 0)
+        )  # writes into it what is kept where
+        out_BHTV = v.new_empty(B, T, H, V).transpose(1, 2)
+        lse_BHT = v.new_empty(B, H, T, dtype=torch.float32)
+        largest_BHT = torch.empty_like(lse_BHT) if largest else None
+        _attention_forward(q, k, v, out_BHTV, kept, lse_BHT, largest_BHT, _longest(spans), given.scale, rows)
+        return AttentionOutput(out_BHTV, lse_BHT, largest_BHT, kept)
 
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, dout_BHTV: Tensor):
-        q, k, v, kept = ctx.saved_tensors
+    def backward(
+        self, dout_BHTV: Tensor, given: AttentionInput, made: AttentionOutput
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        spans = _spans(given)
+        if spans is None:
+            return super().backward(dout_BHTV, given, made)
+        q, k, v, dout = map(_readable, (*given[:3], dout_BHTV))
         dq, dk, dv = (torch.empty_like(t) for t in (q, k, v))
-        _attention_backward(q, k, v, _readable(dout_BHTV), dq, dk, dv, kept, ctx.longest, ctx.scale, ctx.table)
-        return dq, dk, dv, None, None
+        rows = table((*span, 0) for span in spans)
+        kept = v.new_empty(0) if made.kept is None else made.kept
+        _attention_kept(rows, v.size(1), _most_kept(given) if kept.numel() else 0)
+        _attention_backward(
+            q, k, v, _readable(made.out_BHTV), dout, dq, dk, dv, kept, made.lse_BHT, _longest(spans), given.scale, rows
+        )
+        return dq, dk, dv
+
+
+def _spans(given: AttentionInput) -> Spans | None:
+    """What compiled code takes; None where it does not."""
+    if given.q_BHTQ.dtype != torch.bfloat16:
+        return None
+    B, _, T, _ = given.q_BHTQ.shape
+    spans: Spans = []
+    for sequence, first, last, *keys in given.seen.rectangles:
+        if keys != [first, last, 0]:
+            return None
+        spans += [(b, first, last) for b in (range(B) if sequence is None else [sequence])]
+    return spans if sum(last - first for _, first, last in spans) == B * T else None
+
+
+def _longest(spans: Spans) -> int:
+    return max((end - start for _, start, end in spans), default=0)
+
+
+def _most_kept(given: AttentionInput) -> int:
+    """The longest span whose probabilities are kept."""
+    return 2 * (2 * given.q_BHTQ.size(-1) + given.v_BHSV.size(-1))
 
 
 def _readable(t: Tensor) -> Tensor:

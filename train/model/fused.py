@@ -3,96 +3,24 @@
 Shapes as in train/model/kernels.py.
 """
 
-from collections.abc import Iterator, Sequence
-
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from train.model import fused_rows, grouped
-from train.model.attention import Attention, document_mask
+from train.model.attention import AttentionCore
+from train.model.fused_attention import EfficientAttention
 from train.model.fused_route import FusedRoute
 from train.model.kernels import Groups, Kernels
 from train.model.routing import Counters, Route, RoutingRule
-from train.model.sequence import Positions, Rectangle
+from train.model.sequence import Positions
 from train.model.weight_gradient import LinearProduct
 
 
-def scaled_dot_product(
-    q_BHTQ: Tensor, k_BHTQ: Tensor, v_BHTV: Tensor, scale: float, documents_BT: Tensor | None
-) -> Tensor:
-    """`Kernels.attention` by the kernel that torch takes for these sizes."""
-    mask_B1TT, causal = None if documents_BT is None else document_mask(documents_BT), documents_BT is None
-    return F.scaled_dot_product_attention(q_BHTQ, k_BHTQ, v_BHTV, attn_mask=mask_B1TT, is_causal=causal, scale=scale)
-
-
-LSE_ROWS = 32
-"""The kernel below takes and gives log-sum-exps in multiples of so many queries."""
-
-
-def _squares(rectangle: Rectangle) -> Iterator[tuple[slice, slice, bool]]:
-    """Queries, keys, and whether the first query sees the first key alone; else all see all."""
-    _, first, last, key, last_key, before = rectangle
-    keys = last_key - key
-    if before < keys - 1:
-        assert before == 0, "a block of keys is a piece, as are queries"
-        square = min(last - first, keys)
-        yield slice(first, first + square), slice(key, key + square), True
-        first += square
-    if first < last:
-        yield slice(first, last), slice(key, last_key), False
-
-
 class FusedKernels(Kernels):
-    """`Kernels` that never wait for the device. attention: see `train.attention_choice`.
+    """`Kernels` that never wait for the device. core: of attention, see `train.attention_choice`."""
 
-    Blocks of keys meet their queries in torch's memory-efficient kernel, which takes the log-sum-exp of all blocks in backward.
-    """
-
-    def __init__(self, attention: Attention = scaled_dot_product):
-        self.attention = attention
-
-    def attend(
-        self, q_BHTQ: Tensor, k_BHSQ: Tensor, v_BHSV: Tensor, scale: float, rectangles: Sequence[Rectangle]
-    ) -> tuple[Tensor, Tensor]:
-        out_BHTV = q_BHTQ.new_zeros(*q_BHTQ.shape[:3], v_BHSV.size(-1))
-        lse_BHT = q_BHTQ.new_full(q_BHTQ.shape[:3], -torch.inf, dtype=torch.float32)
-        for rectangle in rectangles:
-            own = slice(None) if rectangle.sequence is None else slice(rectangle.sequence, rectangle.sequence + 1)
-            for queries, keys, causal in _squares(rectangle):
-                q, k, v = q_BHTQ[own, :, queries], k_BHSQ[own, :, keys], v_BHSV[own, :, keys]
-                part, lse, *_ = torch.ops.aten._scaled_dot_product_efficient_attention(
-                    q, k, v, None, True, 0.0, causal, scale=scale
-                )
-                out_BHTV[own, :, queries] = part
-                lse_BHT[own, :, queries] = lse[..., : q.size(2)]
-        return out_BHTV, lse_BHT
-
-    def attend_backward(
-        self,
-        dout_BHTV: Tensor,
-        q_BHTQ: Tensor,
-        k_BHSQ: Tensor,
-        v_BHSV: Tensor,
-        out_BHTV: Tensor,
-        lse_BHT: Tensor,
-        scale: float,
-        rectangles: Sequence[Rectangle],
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        grads = tuple(torch.zeros_like(t) for t in (q_BHTQ, k_BHSQ, v_BHSV))
-        unused = torch.zeros((), dtype=torch.int64, device=q_BHTQ.device)  # of dropout
-        for rectangle in rectangles:
-            own = slice(None) if rectangle.sequence is None else slice(rectangle.sequence, rectangle.sequence + 1)
-            for queries, keys, causal in _squares(rectangle):
-                q, k, v = q_BHTQ[own, :, queries], k_BHSQ[own, :, keys], v_BHSV[own, :, keys]
-                lse = F.pad(lse_BHT[own, :, queries], (0, -q.size(2) % LSE_ROWS), value=torch.inf)
-                parts = torch.ops.aten._scaled_dot_product_efficient_attention_backward(
-                    dout_BHTV[own, :, queries], q, k, v, None, out_BHTV[own, :, queries], lse, unused, unused, 0.0,
-                    [True, True, True, False], causal, scale=scale,
-                )  # fmt: skip
-                for grad, part, rows in zip(grads, parts[:3], (queries, keys, keys), strict=True):
-                    grad[own, :, rows] += part
-        return grads
+    def __init__(self, core: AttentionCore | None = None):
+        self.core = core or EfficientAttention()
 
     def rows_at_once(self, x_ND: Tensor, elements: int) -> int:
         return max(1, x_ND.size(0))

@@ -9,17 +9,17 @@ V value width, R rows sorted by expert, E experts, K experts per token, I inputs
 """
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 from train.model import grouped
-from train.model.attention import BlockAttention, attend, attend_backward, document_spans
+from train.model.attention import Attend, AttentionCore, AttentionInput
 from train.model.rope import PlainHeads
 from train.model.routing import Counters, Route, RoutingRule
-from train.model.sequence import Positions, Rectangle
+from train.model.sequence import Positions
 
 Groups = Tensor | list[int]
 """Which rows are an expert's: how many each has, or where those of each end, int32 (E,)."""
@@ -32,6 +32,8 @@ class Kernels:
 
     parts: tuple[str, ...] = ()
     """What of a step runs as compiled code, by `train.native.model.NAMES`."""
+    core: AttentionCore = AttentionCore()
+    """Of attention."""
 
     def rows_at_once(self, x_ND: Tensor, elements: int) -> int:
         """How many rows to work on at a time, where so many elements stay in a cache."""
@@ -96,40 +98,9 @@ class Kernels:
         """
         return PlainHeads.apply(q_BTHQ, kv_BTHX, k_rope_BTR, table, nope)
 
-    def attention(
-        self, q_BHTQ: Tensor, k_BHTQ: Tensor, v_BHTV: Tensor, scale: float, documents_BT: Tensor | None
-    ) -> Tensor:
-        """Causal softmax(scale q k^T) v: (B, H, T, V). Differentiable.
-
-        documents_BT: number of the document of every position; a document is contiguous and sees itself only.
-        """
-        return BlockAttention.apply(q_BHTQ, k_BHTQ, v_BHTV, scale, document_spans(documents_BT))
-
-    def attend(
-        self, q_BHTQ: Tensor, k_BHSQ: Tensor, v_BHSV: Tensor, scale: float, rectangles: Sequence[Rectangle]
-    ) -> tuple[Tensor, Tensor]:
-        """Of queries and one block of keys: softmax(scale q k^T) v (B, H, T, V) and the log-sum-exp of the scores, fp32 (B, H, T).
-
-        Of a query that is in no rectangle 0 and -inf. Not differentiable: see `attend_backward`.
-        """
-        return attend(q_BHTQ, k_BHSQ, v_BHSV, scale, rectangles)
-
-    def attend_backward(
-        self,
-        dout_BHTV: Tensor,
-        q_BHTQ: Tensor,
-        k_BHSQ: Tensor,
-        v_BHSV: Tensor,
-        out_BHTV: Tensor,
-        lse_BHT: Tensor,
-        scale: float,
-        rectangles: Sequence[Rectangle],
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """What the block adds to the gradients of q, and the gradients of its k and v.
-
-        out, lse: output and log-sum-exp over all blocks that the queries meet.
-        """
-        return attend_backward(dout_BHTV, q_BHTQ, k_BHSQ, v_BHSV, out_BHTV, lse_BHT, scale, rectangles)
+    def attention(self, given: AttentionInput) -> Tensor:
+        """softmax(scale q k^T) v by `core`: (B, H, T, V). Differentiable."""
+        return Attend.apply(self.core, *given)
 
     def route(
         self,

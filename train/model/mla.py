@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from conf.schema import Model, Recompute
+from train.model.attention import AttentionInput
 from train.model.layers import LayerPrecision, Linear, RMSNorm
 from train.model.recompute import Recomputed, Replaceable
 from train.model.rope import Rope, rotate, turn_queries
@@ -62,7 +63,7 @@ class MLA(nn.Module):
         if self._recompute_up and torch.is_grad_enabled():
             keep = Recomputed(self._up, (q_latent, kv_latent, k_rope_BTR), *heads)
         with saved, keep:
-            out_BHTV = self._kernels.attention(*heads, self._rope.softmax_scale, positions.documents_BT)
+            out_BHTV = self._kernels.attention(AttentionInput(*heads, self._rope.softmax_scale, positions.seen[0]))
         return self._project(out_BHTV, saved)
 
     def _project(self, out_BHTV: Tensor, saved: Replaceable) -> Tensor:
@@ -124,7 +125,7 @@ class MLA(nn.Module):
                 latents_BTX,
                 self.kv_up.weight,
                 keys,
-                self._kernels,
+                self._kernels.core,
                 self._rope.softmax_scale,
                 positions,
                 gathering,

@@ -10,13 +10,15 @@ next tokens, also behind the end of a piece.
 Shapes: B sequences, S = T + 1 tokens of a sample, T positions.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
-from typing import NamedTuple, Protocol
+from typing import Any, NamedTuple, Protocol, TypeVar
 
 import torch
 from torch import Tensor
+
+X = TypeVar("X")
 
 
 class Gathering(Protocol):
@@ -63,6 +65,21 @@ class Rectangle(NamedTuple):
     before: int
 
 
+class Seen:
+    """Which queries of this process see which keys of one block. Made once a micro-batch, for all layers."""
+
+    def __init__(self, rectangles: list[Rectangle]):
+        self.rectangles = rectangles
+        self._made: dict[tuple, Any] = {}
+
+    def once(self, make: Callable[..., X], *given: Any) -> X:
+        """make(rectangles, *given): what a kernel wants to know of them, which is made once."""
+        key = (make, *given)
+        if key not in self._made:
+            self._made[key] = make(self.rectangles, *given)
+        return self._made[key]
+
+
 @dataclass(frozen=True)
 class Positions:
     """Of a micro-batch: T positions of each of its sequences, of which some are here."""
@@ -70,7 +87,8 @@ class Positions:
     length: int
     """T."""
     documents_BT: Tensor | None = None
-    """Number of the document of every position; attention stays inside documents. None for whole sequences."""
+    """Number of the document of every position, on the host; a document is contiguous, and attention stays inside it. None for
+    whole sequences."""
     share: SequenceShare | None = None
     """None where whole sequences are here."""
     whole: int = field(default=-1)
@@ -138,8 +156,12 @@ class Positions:
             found += [(sequence, range(*span)) for span in zip([0, *ends], ends, strict=False)]
         return found
 
-    def rectangles(self, block: range) -> list[Rectangle]:
-        """Which queries here see keys at these positions, of one block."""
+    @cached_property
+    def seen(self) -> list[Seen]:
+        """Which queries here see which keys of each piece; where whole sequences are here, that is all there is."""
+        return [Seen(self._rectangles(block)) for block in self.pieces]
+
+    def _rectangles(self, block: range) -> list[Rectangle]:
         found, row = [], 0
         for piece in self.here:
             for sequence, document in self.documents:

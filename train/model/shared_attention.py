@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from train.model.kernels import Kernels
+from train.model.attention import AttentionCore, AttentionInput, AttentionOutput, positions_first
 from train.model.needed import gradients_needed
 from train.model.sequence import Gathering, Positions
 
@@ -75,22 +75,21 @@ class SharedAttention(torch.autograd.Function):
         latents_BTX: Tensor,
         weight: Tensor,
         keys: KeysOfLatents,
-        kernels: Kernels,
+        core: AttentionCore,
         scale: float,
         positions: Positions,
         gathering: Gathering,
     ) -> Tensor:
         B, H, T, _ = q_BHTQ.shape
         out_BHTV, lse_BHT = None, None
-        for block, latents_BLX in zip(positions.pieces, gathering.wait(), strict=True):
+        for seen, latents_BLX in zip(positions.seen, gathering.wait(), strict=True):
             k_BHLQ, v_BHLV = keys.of(latents_BLX)
             if out_BHTV is None:
                 out_BHTV = torch.zeros(B, H, T, v_BHLV.size(-1), dtype=torch.float32, device=q_BHTQ.device)
                 lse_BHT = torch.full((B, H, T), -torch.inf, dtype=torch.float32, device=q_BHTQ.device)
-            rectangles = positions.rectangles(block)
-            if not rectangles:
+            if not seen.rectangles:
                 continue
-            part_BHTV, part_BHT = kernels.attend(q_BHTQ, k_BHLQ, v_BHLV, scale, rectangles)
+            part_BHTV, part_BHT, *_ = core.forward(AttentionInput(q_BHTQ, k_BHLQ, v_BHLV, scale, seen))
             new_BHT = torch.logaddexp(lse_BHT, part_BHT)
             for sum_BHTV, value, of in ((out_BHTV, None, lse_BHT), (out_BHTV, part_BHTV, part_BHT)):
                 share_BHT1 = (of - new_BHT).exp_().nan_to_num_(0).unsqueeze(-1)  # of a query that has met no key yet
@@ -100,10 +99,9 @@ class SharedAttention(torch.autograd.Function):
                     sum_BHTV.addcmul_(value.to(sum_BHTV.dtype), share_BHT1)
             lse_BHT = new_BHT
         assert out_BHTV is not None and lse_BHT is not None, "a sequence has a piece"
-        # Positions first in memory, as the output projection takes it.
-        out_BHTV = out_BHTV.transpose(1, 2).to(q_BHTQ.dtype, memory_format=torch.contiguous_format).transpose(1, 2)
+        out_BHTV = positions_first(out_BHTV, q_BHTQ.dtype)
         ctx.save_for_backward(q_BHTQ, latents_BTX, out_BHTV, lse_BHT)
-        ctx.weight, ctx.keys, ctx.kernels, ctx.scale, ctx.positions = weight, keys, kernels, scale, positions
+        ctx.weight, ctx.keys, ctx.core, ctx.scale, ctx.positions = weight, keys, core, scale, positions
         ctx.put_aside = None
         return out_BHTV
 
@@ -116,20 +114,19 @@ class SharedAttention(torch.autograd.Function):
             dweight, ctx.put_aside = ctx.put_aside, None
             return None, None, dweight, *rest
         q_BHTQ, latents_BTX, out_BHTV, lse_BHT = ctx.saved_tensors
-        positions, kernels = ctx.positions, ctx.kernels
+        positions, whole = ctx.positions, AttentionOutput(out_BHTV, lse_BHT)
         rows = [len(piece) for piece in positions.pieces]
         gathering = positions.share.gather_begin(latents_BTX, rows)
         dq_BHTQ = torch.zeros(q_BHTQ.shape, dtype=torch.float32, device=q_BHTQ.device)
         dweight = torch.zeros(ctx.weight.shape, dtype=torch.float32, device=q_BHTQ.device)
         dlatents = []
-        for block, latents_BLX in zip(positions.pieces, gathering.wait(), strict=True):
-            rectangles = positions.rectangles(block)
-            if not rectangles:
+        for seen, latents_BLX in zip(positions.seen, gathering.wait(), strict=True):
+            if not seen.rectangles:
                 dlatents.append(torch.zeros_like(latents_BLX))
                 continue
 
-            def attend(k, v, rectangles=rectangles):
-                return kernels.attend_backward(dout_BHTV, q_BHTQ, k, v, out_BHTV, lse_BHT, ctx.scale, rectangles)
+            def attend(k, v, seen=seen):
+                return ctx.core.backward(dout_BHTV, AttentionInput(q_BHTQ, k, v, ctx.scale, seen), whole)
 
             dq, dlatents_BLX, part = ctx.keys.gradients(latents_BLX, ctx.weight, attend)
             dq_BHTQ += dq

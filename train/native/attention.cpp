@@ -2,7 +2,8 @@
 //
 // A job is one head of one span of positions. A block of its queries meets all earlier keys at once: scores, softmax over
 // whole rows, products with the values, all in fp32. Tiles above the diagonal are skipped. Backward takes probabilities that
-// forward kept, rounded to bf16, or computes them again, and sums the gradients of keys and values in fp32.
+// forward kept, rounded to bf16, or computes them again from the log-sum-exp of their scores, and sums the gradients of keys
+// and values in fp32.
 
 #include <cmath>
 #include <vector>
@@ -32,33 +33,55 @@ struct Span {
 // Probabilities of a head before row m, if they are kept: a row has whole panels of keys up to its diagonal.
 i64 kept_before(i64 m) { return PANEL * (m / PANEL + 1) * (m / PANEL * PANEL / 2 + m % PANEL); }
 
+// The largest scaled score of a row, and the log-sum-exp of all.
+struct Sums {
+  float largest, lse;
+};
+
 // Scores of one row become probabilities, zero behind its `keys` keys up to `end`.
-void softmax(float* s, i64 keys, i64 end, float scale) {
+Sums softmax(float* s, i64 keys, i64 end, float scale) {
   Vector most = all(-INFINITY), sum{};
   for (i64 j = 0; j < keys; j += LANES)
     most = where(Some{first_of(keys - j)}, max(most, load(s + j, All{})), most);
-  const Vector factor = all(scale), top = all(largest_of(most) * scale);
+  const float largest = largest_of(most) * scale;
+  const Vector factor = all(scale), top = all(largest);
   for (i64 j = 0; j < keys; j += LANES) {
     const Vector e = exp(fmsub(load(s + j, All{}), factor, top));
     store(s + j, e, All{});
     sum = where(Some{first_of(keys - j)}, sum + e, sum);
   }
-  const Vector share = all(1 / sum_of(sum));
+  const float total = sum_of(sum);
+  const Vector share = all(1 / total);
   for (i64 j = 0; j < end; j += LANES) {
     const Vector e = load(s + j, Some{first_of(keys - j)});
     store(s + j, e * share, All{});
   }
+  return {largest, largest + std::log(total)};
+}
+
+// The same again, from the log-sum-exp.
+void probabilities_of(float* s, i64 keys, i64 end, float scale, float lse) {
+  const Vector factor = all(scale), top = all(lse), zero{};
+  for (i64 j = 0; j < end; j += LANES) {
+    const Some some{first_of(keys - j)};
+    store(s + j, where(some, exp(fmsub(load(s + j, some), factor, top)), zero), All{});
+  }
+}
+
+template <class T>
+float dot(const T* a, const T* b, i64 n) {
+  Vector sum{};
+  for (i64 j = 0; j < n; j += LANES) sum = fmadd(load(a + j, Some{first_of(n - j)}), load(b + j, Some{first_of(n - j)}), sum);
+  return sum_of(sum);
 }
 
 // Gradients of the probabilities of one row become those of its scores, scaled, zero behind its `keys` keys up to `end`.
-void softmax_backward(float* dp, const float* p, i64 keys, i64 end, float scale) {
-  Vector sum{};
-  for (i64 j = 0; j < keys; j += LANES)
-    sum = fmadd(load(dp + j, Some{first_of(keys - j)}), load(p + j, All{}), sum);
-  const Vector mean = all(sum_of(sum)), factor = all(scale);
+// mean: of them, weighted by the probabilities.
+void softmax_backward(float* dp, const float* p, i64 keys, i64 end, float scale, float mean) {
+  const Vector weighted = all(mean), factor = all(scale);
   for (i64 j = 0; j < end; j += LANES) {
     const Some some{first_of(keys - j)};
-    const Vector d = (load(dp + j, some) - mean) * load(p + j, All{});
+    const Vector d = (load(dp + j, some) - weighted) * load(p + j, All{});
     store(dp + j, d * factor, All{});
   }
 }
@@ -75,7 +98,8 @@ struct Room {
 struct Problem {
   Heads q, k, v, out, dout, dq, dk, dv;
   u16* kept;
-  i64 heads, qk, width, longest;
+  float *lse, *largest;  // the latter may be missing
+  i64 heads, length, qk, width, longest;
   float scale;
 
   // Of p and dp: whole panels of keys, and a row not a power of two long, for which the cache has little room.
@@ -113,6 +137,8 @@ struct Problem {
     }
   }
 
+  i64 place(Span span, i64 head, i64 first) const { return (span.sequence * heads + head) * length + span.start + first; }
+
   u16* kept_of(Span span, i64 head) const { return span.kept < 0 ? nullptr : kept + span.kept + head * kept_before(span.end - span.start); }
 
   void keep(const float* p, u16* kept, i64 rows, i64 before) const {
@@ -127,10 +153,12 @@ struct Problem {
     }
   }
 
-  void probabilities(Room& room, Matrix query, i64 rows, i64 before) const {
+  // one(scores of a row, how many keys it sees, how many a row has, number of the row): makes them probabilities.
+  template <class One>
+  void probabilities(Room& room, Matrix query, i64 rows, i64 before, const One& one) const {
     pack_transposed<ROWS>(query.data, query.stride, rows, qk, room.left.data());
     below(room.left.data(), room.keys_by_channel.data(), qk, room.p.data(), rows, before);
-    for (i64 m = 0; m < rows; ++m) softmax(room.p.data() + m * columns(), before + m + 1, up(before + rows, PANEL), scale);
+    for (i64 m = 0; m < rows; ++m) one(room.p.data() + m * columns(), before + m + 1, up(before + rows, PANEL), m);
   }
 
   void make_room(Room& room, bool backward) const {
@@ -158,8 +186,12 @@ struct Problem {
     pack_transposed<PANEL>(key.data, key.stride, length, qk, room.keys_by_channel.data());
     pack<PANEL>(value.data, value.stride, length, width, room.values.data());
     for (i64 first = 0; first < length; first += QUERIES) {
-      const i64 rows = std::min(QUERIES, length - first), t = span.start + first;
-      probabilities(room, matrix(q, span.sequence, head, t), rows, first);
+      const i64 rows = std::min(QUERIES, length - first), t = span.start + first, row = place(span, head, first);
+      probabilities(room, matrix(q, span.sequence, head, t), rows, first, [=](float* s, i64 keys, i64 end, i64 m) {
+        const Sums sums = softmax(s, keys, end, scale);
+        lse[row + m] = sums.lse;
+        if (largest) largest[row + m] = sums.largest;
+      });
       if (kept) keep(room.p.data(), kept, rows, first);
       along_keys(room.p.data(), room.values.data(), length, width, room.out.data(), rows, first);
       write(room.out.data(), matrix(out, span.sequence, head, t), rows, width);
@@ -169,6 +201,7 @@ struct Problem {
   void backward(Room& room, Span span, i64 head) const {
     const i64 length = span.end - span.start, b = span.sequence;
     const Matrix key = matrix(k, b, head, span.start), value = matrix(v, b, head, span.start);
+    const float* const sums = lse + place(span, head, 0);
     const u16* const kept = kept_of(span, head);
     if (!kept) pack_transposed<PANEL>(key.data, key.stride, length, qk, room.keys_by_channel.data());
     pack_transposed<PANEL>(value.data, value.stride, length, width, room.values_by_channel.data());
@@ -177,16 +210,22 @@ struct Problem {
     std::fill_n(room.dv.data(), length * up(width, PANEL), 0.f);
     for (i64 first = 0; first < length; first += QUERIES) {
       const i64 rows = std::min(QUERIES, length - first), end = up(first + rows, PANEL), t = span.start + first;
-      const Matrix query = matrix(q, b, head, t), gradient = matrix(dout, b, head, t);
+      const Matrix query = matrix(q, b, head, t), gradient = matrix(dout, b, head, t), output = matrix(out, b, head, t);
       if (kept) take(kept, room.p.data(), rows, first);
-      else probabilities(room, query, rows, first);
+      else probabilities(room, query, rows, first, [=](float* s, i64 keys, i64 end, i64 m) { probabilities_of(s, keys, end, scale, sums[first + m]); });
       pack<PANEL>(gradient.data, gradient.stride, rows, width, room.some.data());
       along_queries(room.p.data(), room.some.data(), width, room.dv.data(), rows, first);
 
       pack_transposed<ROWS>(gradient.data, gradient.stride, rows, width, room.left.data());
       below(room.left.data(), room.values_by_channel.data(), width, room.dp.data(), rows, first);
-      for (i64 m = 0, row = 0; m < rows; ++m, row += columns())
-        softmax_backward(room.dp.data() + row, room.p.data() + row, first + m + 1, end, scale);
+      for (i64 m = 0; m < rows; ++m) {
+        float* const dp = room.dp.data() + m * columns();
+        const float* const p = room.p.data() + m * columns();
+        const i64 keys = first + m + 1;
+        // Kept probabilities are rounded, and the mean is that under them. Others may be of more keys than these.
+        const float mean = kept ? dot<float>(dp, p, keys) : dot(gradient.data + m * gradient.stride, output.data + m * output.stride, width);
+        softmax_backward(dp, p, keys, end, scale, mean);
+      }
       along_keys(room.dp.data(), room.keys.data(), length, qk, room.out.data(), rows, first);
       write(room.out.data(), matrix(dq, b, head, t), rows, qk);
       pack<PANEL>(query.data, query.stride, rows, qk, room.some.data());

@@ -40,6 +40,7 @@ from train.loop.state import State  # noqa: E402
 from train.loop.step import StepOutcome, TrainingStep  # noqa: E402
 from train.loop.stop import StopKind  # noqa: E402
 from train.loop.trainer import Flops, Outputs, Trainer  # noqa: E402
+from train.model.attention import AttentionCore  # noqa: E402
 from train.model.deepseek import DeepSeekV3  # noqa: E402
 from train.model.moe import Experts  # noqa: E402
 from train.optim.schedules import Schedules, StepPlan  # noqa: E402
@@ -102,7 +103,7 @@ def prove_exact(config: Config, place: Place, device: torch.device) -> None:
     batch = ProofData.of(config).train.batch(plan.first_sample + first, count)
     weights, biases = initial_weights(config), initial_biases(config)
     with in_double():
-        kernels = build_kernels(device.type, config.cluster.compiled)
+        kernels = build_kernels(device.type, config.cluster.compiled, AttentionCore())  # a GPU's own know no fp64
         model = build_rank_model(config, rank.mesh, device, kernels, restored=True)
         fill_chunks(model.chunks, weights)
         fill_biases(model, biases)

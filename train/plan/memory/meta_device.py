@@ -18,7 +18,6 @@ from conf.schema import Precision
 from parallel.expert.build import build_wire
 from parallel.expert.wire import Fp8Wire, Wire
 from train.kernels import build_kernels
-from train.model.attention import document_mask
 from train.model.kernels import Kernels
 from train.precision.build import activation_dtype
 from train.precision.formats import TILE, Cast
@@ -32,16 +31,9 @@ def _scaled_mm(a: Tensor, b: Tensor, *, output_dtype: torch.dtype, **scales: Any
     return a.new_empty(a.shape[0], b.shape[1], dtype=output_dtype)
 
 
-def _attention(q: Tensor, k: Tensor, v: Tensor, scale: float, documents_BT: Tensor | None) -> Tensor:
-    """A fused kernel: it keeps q, k, v, its output and one fp32 per query and head."""
-    mask, causal = None if documents_BT is None else document_mask(documents_BT), documents_BT is None
-    out, *_ = torch.ops.aten._scaled_dot_product_efficient_attention(q, k, v, mask, True, 0.0, causal, scale=scale)
-    return out
-
-
 def meta_kernels(kind: str, compiled: bool) -> Kernels:
     """`build_kernels` of such a device."""
-    return build_kernels(kind, compiled, _attention)
+    return build_kernels(kind, compiled)
 
 
 def meta_wire(name: str, quantized: bool, kind: str) -> Wire:

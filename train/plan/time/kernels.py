@@ -17,7 +17,8 @@ from torch.nn import functional as F
 
 from conf.schema import Config
 from parallel.expert.wire import Fp8Wire
-from train.kernels import build_kernels
+from train.kernels import choose_kernels
+from train.model.attention import AttentionInput
 from train.model.layers import Embedding, RMSNorm, swiglu
 from train.model.loss import cross_entropy
 from train.model.moe import LocalDispatcher
@@ -64,7 +65,7 @@ class KernelCases:
 
     def __init__(self, config: Config, device: torch.device):
         self.config, self.device = config, device
-        self.kernels = build_kernels(device.type, config.cluster.compiled)
+        self.kernels, _ = choose_kernels(config, device)
         self.dtype = activation_dtype(config.precision)
         tokens = config.micro_batch_size * config.seq_len
         self.batches = batches(config)
@@ -211,7 +212,8 @@ class KernelCases:
         core = work.Passes(
             [_of_kind("attention_forward", counted.forward)], [_of_kind("attention_backward", counted.inputs)]
         )
-        yield from self._both(core, lambda: self.kernels.attention(q, k, v, qk**-0.5, None), q, k, v)
+        given = AttentionInput(q, k, v, qk**-0.5, Positions(length).seen[0])
+        yield from self._both(core, lambda: self.kernels.attention(given), q, k, v)
         yield KernelCase(_of_kind("copy", counted.forward), lambda: v.transpose(1, 2).flatten(2))
         table = Rope(model, length).table(length, self.device)
         queries = self._tensor(batch, length, heads, qk).requires_grad_()
