@@ -138,6 +138,7 @@ def variants() -> dict[str, Callable]:
         "swiglu_bwd": lambda: kernels.swiglu_backward(h, gates, da),
         "swiglu_bwd, FP8 in": lambda: kernels.swiglu_backward(h_q, gates, da, h_scale),
         "e5m6": lambda: kernels.quantize_e5m6(x, Cast(E5M6, (1, TILE), True)),
+        "decode_e5m6": lambda: kernels.decode_e5m6(packed, scale, ROWS),
         "columns, E5M6 in": lambda: kernels.quantize_columns(packed, Cast(E4M3, (TILE, 1), False), scale),
     }
     for pow2 in (False, True):
@@ -150,6 +151,12 @@ def variants() -> dict[str, Callable]:
                 "tiles, FP8 in": lambda cast=tiles: kernels.quantize_tiles(q, cast, scale),
                 "columns": lambda cast=columns: kernels.quantize_columns(x, cast),
                 "columns, FP8 in": lambda cast=columns: kernels.quantize_columns(q, cast, scale),
+                "columns of experts": lambda cast=columns: kernels.quantize_columns(x, cast, ends_E=ends),
+                "columns of experts, FP8 in": lambda cast=columns: kernels.quantize_columns(
+                    q, cast, scale, ends_E=ends
+                ),
+                "both": lambda casts=(tiles, columns): kernels.quantize_both(x, *casts),
+                "both of experts": lambda casts=(tiles, columns): kernels.quantize_both(x, *casts, ends),
                 "columns, grouped": lambda cast=columns: kernels.quantize_columns(x, cast, None, groups),
                 "columns, grouped, FP8 in": lambda cast=columns: kernels.quantize_columns(q, cast, scale, groups),
                 "blocks": lambda cast=blocks: kernels.quantize_blocks(weight, cast, False),

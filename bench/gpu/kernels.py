@@ -34,6 +34,7 @@ from train.optim.adamw import AdamW
 from train.precision import swiglu as plain_swiglu
 from train.precision.formats import E4M3, E5M2, E5M6, TILE, Cast
 from train.precision.fp8 import Fp8Precision
+from train.precision.groups import Groups
 from train.precision.high import HighPrecision
 from train.precision.hopper import HopperEngine, load_hopper
 from train.precision.products import CpuEngine
@@ -57,8 +58,8 @@ RAGGED = [300, 0, 1, 399]
 def checks(machine: Machine) -> list[Check]:
     of_triton = {
         "quantize_tiles": tiles, "quantize_columns": columns, "quantize_columns by expert": columns_by_expert,
-        "quantize_blocks": blocks, "swiglu_tiles": swiglu_tiles, "swiglu_backward": swiglu_backward,
-        "quantize_e5m6": e5m6, "place_hits, collect and encode of dispatchers": dispatched,
+        "quantize_both": both, "quantize_blocks": blocks, "swiglu_tiles": swiglu_tiles, "swiglu_backward": swiglu_backward,
+        "quantize_e5m6 and decode_e5m6": e5m6, "place_hits, collect and encode of dispatchers": dispatched,
     }  # fmt: skip
     of_fp8 = {
         "FP8 product, 1x128 by 128x128": partial(dense, transposed=False),
@@ -212,6 +213,25 @@ def columns_by_expert(machine: Machine) -> Finding:
     return bits(pairs)
 
 
+def both(machine: Machine) -> Finding:
+    """Of rows as they are, and of experts' rows, each expert's columns in whole tiles."""
+    kernels, pairs = triton_kernels(machine), []
+    for x, cast in itertools.product(wide(machine), casts(machine, (1, TILE))):
+        counts, turned = torch.tensor([len(x) - 130, 0, 130]), replace(cast, block=(TILE, 1))
+        ends, padded = counts.cumsum(0, dtype=torch.int32).to(machine.device), Groups(counts).pad(x)
+        for name, given, columns_of in (("", (), x), (" by expert", (ends,), padded)):
+            ours = kernels.quantize_both(x.to(machine.device), cast, turned, *given)
+            rows, columns = quantize_reference(x, cast), quantize_reference(columns_of, turned)
+            name = f"{said(cast)} of {x.dtype}{name}"
+            pairs += [(f"rows, {name}", ours[0][0], rows.q), (f"scales of rows, {name}", ours[0][1], rows.scale)]
+            real = len(columns_of)
+            pairs += [
+                (f"columns, {name}", ours[1][0][:, :real].mT, columns.q),
+                (f"scales of columns, {name}", ours[1][1][:, : real // TILE].mT, columns.scale),
+            ]
+    return bits(pairs)
+
+
 def blocks(machine: Machine) -> Finding:
     kernels, pairs = triton_kernels(machine), []
     for x, cast in itertools.product(wide(machine), casts(machine, (TILE, TILE))):
@@ -276,6 +296,8 @@ def e5m6(machine: Machine) -> Finding:
         q, scale = kernels.quantize_e5m6(x.to(machine.device), cast)
         expected = quantize_reference(x, cast)
         pairs += [(f"of {x.dtype}", q, expected.q), (f"scales of {x.dtype}", scale, expected.scale)]
+        values = kernels.decode_e5m6(q, scale, len(x))
+        pairs.append((f"values of {x.dtype}", values, dequantize_reference(expected)))
     return bits(pairs)
 
 

@@ -21,7 +21,7 @@ CLASSES = (
     ("grouped products", r"GroupProblemShape|grouped|deep_gemm"),
     ("dense products", r"gemm|nvjet|cutlass|xmma|cublas|splitK|_(product|wgrad)_kernel|aten::(mm|addmm|bmm|baddbmm)"),
     ("SwiGLU", r"swiglu|silu"),
-    ("casts", r"_(tiles|columns|blocks)_kernel|float8"),
+    ("casts", r"_(tiles|columns|both|blocks|e5m6|decode)_kernel|float8"),
     ("norms", r"norm(?!al)|GammaBeta"),
     ("permutation", r"index|embedding_?bag|gather|scatter|sort|scan|nonzero"),
 )

@@ -20,7 +20,6 @@ from conf.load import compose
 from train.precision.build import build_precision
 from train.precision.formats import E4M3
 from train.precision.grouped_products import Operand
-from train.precision.groups import Groups
 from train.precision.recipe import OperandRule
 
 DENSE = {
@@ -89,7 +88,7 @@ def dense_fp8(machine: Machine) -> Finding:
         g_left, w_right = engine.operand(g, TILES), engine.operand(w, BLOCKS, transposed=True)
         g_t, x_t = engine.operand(g, TILES, transposed=True), engine.operand(x, TILES, transposed=True)
         sums = torch.zeros(N, K, device=machine.device)
-        one, all_rows = one_expert(right), Groups(torch.tensor([M], device=machine.device), M)
+        one, all_rows = one_expert(right), engine.groups(torch.tensor([M], device=machine.device), M)
         works = {
             "forward": lambda a=left, b=right: engine.product(a, b, torch.bfloat16),
             "Triton": lambda a=left, b=one, groups=all_rows: engine.grouped(a, b, groups, torch.bfloat16),

@@ -78,6 +78,41 @@ def test_kernels_give_the_bits_of_the_reference(dtype):
             assert same(scale_b, expected.scale.mT if transposed else expected.scale)
 
 
+@pytest.mark.parametrize("counts", [[3, 0, 130, 7], [128, 0, 0, 128], [0, 0, 0, 0], [0, 0, 0, 5]])
+def test_rows_of_experts_are_cast_where_they_lie(counts):
+    """Without padding: the bits of a reference whose rows are padded. The tiles behind the last expert's are not compared."""
+    groups, rows = Groups(torch.tensor(counts)), sum(counts)
+    x, ends = wide(max(rows, 1), 256)[:rows].bfloat16(), torch.tensor(counts).cumsum(0, dtype=torch.int32)
+    for pow2 in (False, True):
+        tiles, columns = Cast(E4M3, (1, 128), pow2), Cast(E4M3, (128, 1), not pow2, 1e-12)
+        by_row = quantize_reference(x, tiles)
+        for values, given in ((x, (x, columns)), (dequantize_reference(by_row), (by_row.q, columns, by_row.scale))):
+            if len(given) == 3:
+                given = *given[:2], given[2].t().contiguous().t()
+            q_t, scale_t = triton_kernels.quantize_columns(*given, ends_E=ends)
+            expected = quantize_reference(groups.pad(values), columns)
+            assert same(q_t[:, : groups.rows], expected.q.mT) and same(
+                scale_t[:, : groups.rows // 128], expected.scale.mT
+            )
+        if rows:
+            (q, scale), both_t = triton_kernels.quantize_both(x, tiles, columns, ends)
+            assert same(q, by_row.q) and same(scale, by_row.scale)
+            assert all(map(same, both_t, triton_kernels.quantize_columns(x, columns, ends_E=ends)))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_rows_that_are_no_whole_tiles_are_cast_as_if_zeros_followed(dtype):
+    x = wide(130, 128).to(dtype)
+    padded = torch.nn.functional.pad(x, (0, 0, 0, 126))
+    tiles, columns = Cast(E4M3, (1, 128), False), Cast(E4M3, (128, 1), True, 1e-12)
+    by_row, by_column = triton_kernels.quantize_both(x, tiles, columns)
+    expected, expected_t = quantize_reference(padded, tiles), quantize_reference(padded, columns)
+    for q, scale in (by_row, triton_kernels.quantize_tiles(x, tiles)):
+        assert same(q, expected.q) and same(scale, expected.scale) and scale.stride() == (1, 256)
+    for q, scale in (by_column, triton_kernels.quantize_columns(x, columns)):
+        assert same(q, expected_t.q.mT) and same(scale, expected_t.scale.mT) and scale.stride() == (1, 128)
+
+
 def test_twelve_bits_are_packed_and_read_as_the_reference_says(engine):
     """Of values down to the steps below the smallest normal one, up to the largest, in whole tiles and ragged."""
     x = torch.cat([wide(128, 256), 2.0 ** torch.linspace(-30, 20, 128 * 256).view(128, 256)])
@@ -87,6 +122,10 @@ def test_twelve_bits_are_packed_and_read_as_the_reference_says(engine):
         q, scale = triton_kernels.quantize_e5m6(x.to(dtype), cast)
         reference = quantize_reference(x.to(dtype), cast)
         assert torch.equal(q, reference.q) and torch.equal(scale, reference.scale)
+        if pow2:
+            rows = triton_kernels.quantize_e5m6(x[6:136].to(dtype), cast)
+            values = dequantize_reference(quantize_reference(x[6:136].to(dtype), cast))
+            assert torch.equal(triton_kernels.decode_e5m6(*rows, 130), values.bfloat16())
         finite = quantize_reference(x[6:134].nan_to_num(posinf=0).to(dtype), cast)
         expected = quantize_reference(dequantize_reference(finite), columns)
         q_t, scale_t = triton_kernels.quantize_columns(finite.q, columns, finite.scale.t().contiguous().t())
@@ -136,7 +175,12 @@ def test_products_agree_with_the_emulation(engine, granularity):
 
 @either_backend
 @pytest.mark.parametrize(
-    "overrides", [[], ["precision.fp8.gradient=e4m3/tensor/fp32", "precision.fp8.weight=e4m3/tensor/fp32"]]
+    "overrides",
+    [
+        [],
+        ["precision.fp8.gradient=e4m3/tensor/fp32", "precision.fp8.weight=e4m3/tensor/fp32"],
+        ["precision.fp8.gradient=e4m3/128x128/fp32", "precision.fp8.dispatched=e4m3/128x128/fp32"],
+    ],
 )
 def test_model_products_agree_with_the_emulation(engine, overrides):
     """Forward and backward of a linear layer, the output projection and ragged experts, one of them without rows."""

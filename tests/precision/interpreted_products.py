@@ -106,8 +106,12 @@ def test_sums_are_scaled_and_added_in_fp32_every_128():
 
 
 def test_the_host_need_not_know_how_many_rows_an_expert_has(engine):
-    groups = engine.groups(torch.tensor([3, 0, 130]), 133)
-    exact = CpuEngine().groups(torch.tensor([3, 0, 130]), 133)
-    assert groups.rows == (133 + 3 * 127) // 128 * 128 and exact.rows == 384
-    assert "counts" not in vars(groups) and torch.equal(groups.slots_R, exact.slots_R)
-    assert groups.ends_E.tolist() == [128, 128, 384] and groups.ends_E.dtype == torch.int32
+    """Rows stay as they are, but where scales cover several rows: these are padded to as many as there may be."""
+    counts = torch.tensor([3, 0, 130])
+    plain, padded = (engine.groups(counts, 133, in_tiles) for in_tiles in (True, False))
+    exact = CpuEngine().groups(counts, 133)
+    assert (plain.rows, padded.rows, exact.rows) == (133, (133 + 3 * 127) // 128 * 128, 384)
+    assert plain.slots_R is None and torch.equal(padded.slots_R, exact.slots_R)
+    assert plain.ends_E.tolist() == [3, 3, 133] and plain.ends_E.dtype == torch.int32
+    assert padded.ends_E.tolist() == [128, 128, 384] and padded.ends_E.dtype == torch.int32
+    assert "counts" not in vars(plain) and "counts" not in vars(padded)

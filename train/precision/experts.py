@@ -9,11 +9,11 @@
                 a, dh, dgate from D(Q(h)) and da       SwiGLU's output is recomputed (paper 3.3.3)
                 dw2 = Q'(D(Q(dy)))^T Q'(a)             dy is what the dispatcher's wire brought: FP8 already
 
-Rows are padded per expert to 128 once, on entry (train/precision/groups.py).  Where the dispatcher's wire is FP8, x and dy
-arrive quantised (parallel/expert/quantized_rows.py).  They are taken as they are if the recipe asks for that very cast: then
-Q(x) and Q(dy) above are what the wire brought, and quantising its values again would give the same ones.
+Where products want rows padded per expert to 128, that is done once, on entry (train/precision/groups.py).  Where the
+dispatcher's wire is FP8, x and dy arrive quantised (parallel/expert/quantized_rows.py).  They are taken as they are if the recipe
+asks for that very cast: then Q(x) and Q(dy) above are what the wire brought, and quantising its values again would give the same.
 
-Shape suffixes: R rows sorted by expert, P padded rows, D width, F inner width, E experts.
+Shape suffixes: R rows sorted by expert, P rows as products take them, D width, F inner width, E experts.
 """
 
 from functools import partial
@@ -24,12 +24,12 @@ from torch.autograd.function import once_differentiable
 
 from parallel.expert.quantized_rows import QuantizedRows
 from train.model.needed import gradients_needed
-from train.model.weight_gradient import Wgrad, weight_gradient
+from train.model.weight_gradient import weight_gradient
 from train.precision import swiglu
 from train.precision.formats import E4M3, TILE, Cast
 from train.precision.groups import Groups
 from train.precision.health import LayerProbe
-from train.precision.linear import keep, left_source
+from train.precision.linear import gradient_operands, keep, left_source
 from train.precision.products import Engine, Source, pack, unpack
 from train.precision.recipe import OperandRule, Product, Recipe
 
@@ -50,7 +50,7 @@ def expert_ffn(
 
     rows_RD and the gradient of the result may be `QuantizedRows`.
     """
-    groups = engine.groups(counts_E, len(rows_RD))
+    groups = engine.groups(counts_E, len(rows_RD), recipe.experts_in_tiles)
     up, down = (None, None) if probes is None else probes
     h_P2F = _Up.apply(rows_RD, w13_E2FD, groups, engine, recipe, up)
     return _Down.apply(h_P2F, gates_R, w2_EDF, groups, engine, recipe, down)
@@ -82,14 +82,15 @@ class _Up(torch.autograd.Function):
         w13_E2FD, x = unpack(ctx.saved_tensors, ctx.forms)
         x_needed, weight_needed, *_ = gradients_needed(ctx)
         dx_RD = dw13_E2FD = None
+        dh, dh_t = gradient_operands(dh_P2F, engine, rules, x_needed, weight_needed, groups)
         if x_needed:
             w13 = engine.operand(w13_E2FD, rules.dgrad.right, transposed=True)
-            dx_RD = groups.unpad(engine.grouped(engine.operand(dh_P2F, rules.dgrad.left), w13, groups, ctx.dtype))
+            dx_RD = groups.unpad(engine.grouped(dh, w13, groups, ctx.dtype))
             if ctx.probe is not None:
                 ctx.probe.operand("gradient", dh_P2F, rules.dgrad.left)
         if weight_needed:
-            product = _wgrad(dh_P2F, x, rules.wgrad, engine, groups)
-            dw13_E2FD = weight_gradient(ctx, 1, w13_E2FD, product)
+            x = engine.operand(x, rules.wgrad.right, transposed=True, groups=groups)
+            dw13_E2FD = weight_gradient(ctx, 1, w13_E2FD, partial(engine.grouped_wgrad, dh_t, x, groups))
         return dx_RD, dw13_E2FD, None, None, None, None
 
 
@@ -129,12 +130,14 @@ class _Down(torch.autograd.Function):
         elif weight_needed:
             a_PF = engine.swiglu_again(h, gates_P)
         if weight_needed:
-            dw2_EDF = weight_gradient(ctx, 2, w2_EDF, _wgrad(dy, a_PF, rules.wgrad, engine, groups))
+            dy = engine.operand(dy, rules.wgrad.left, transposed=True, groups=groups)
+            a = engine.operand(a_PF, rules.wgrad.right, transposed=True, groups=groups)
+            dw2_EDF = weight_gradient(ctx, 2, w2_EDF, partial(engine.grouped_wgrad, dy, a, groups))
         return dh_P2F, dgates_R, dw2_EDF, None, None, None, None
 
 
 def _arrived(rows_RD: Tensor, groups: Groups, engine: Engine, rule: OperandRule) -> Source:
-    """The rows in their padded places: quantised as they came if the rule asks for that cast, else their values."""
+    """The rows as products take them: quantised as they came if the rule asks for that cast, else their values."""
     if isinstance(rows_RD, QuantizedRows):
         cast = Cast(E4M3, (1, TILE), pow2=True, floor=rows_RD.floor)
         if rule.format is not None and rule.cast() == cast:
@@ -142,13 +145,6 @@ def _arrived(rows_RD: Tensor, groups: Groups, engine: Engine, rule: OperandRule)
             return engine.take_arrived(q_PD, groups.pad(rows_RD.scale_RS), cast)
         rows_RD = rows_RD.values()
     return groups.pad(rows_RD)
-
-
-def _wgrad(left: Source, right: Source, rules: Product, engine: Engine, groups: Groups) -> Wgrad:
-    """The product that is the gradient of every expert's weight, contracted over its own rows."""
-    left = engine.operand(left, rules.left, transposed=True, groups=groups)
-    right = engine.operand(right, rules.right, transposed=True, groups=groups)
-    return partial(engine.grouped_wgrad, left, right, groups)
 
 
 def _probe_forward(

@@ -8,7 +8,7 @@ other; it wants a C operand, and leaves the result of an expert without rows unw
 stored row by row with a kernel that it compiles for each width, which for Wgrad means for every number of rows, and whose
 shared memory ends at 116,000 rows.  Column by column, as here, both libraries take them as they are.
 
-Shape suffixes: O, N outer, C contraction, P padded rows, E experts.
+Shape suffixes: O, N outer, C contraction, P rows as they take them, E experts.
 """
 
 import importlib
@@ -48,7 +48,7 @@ class GroupedProducts(Protocol):
     """Whether the host must know how many rows each expert has."""
 
     def grouped(self, left: Operand, right: Operand, groups: Groups) -> Tensor:
-        """left (P, C) in tiles, right (E, N, C) in blocks: (P, N) in bf16."""
+        """left (P, C or more rows) in tiles, right (E, N, C) in blocks: (P, N) in bf16."""
         ...
 
     def wgrad(self, left: Operand, right: Operand, groups: Groups | None, out_EON: Tensor, added: bool) -> None:
@@ -68,6 +68,8 @@ class TritonProducts:
 
     def grouped(self, left: Operand, right: Operand, groups: Groups) -> Tensor:
         out_PN = left.q.new_empty(groups.rows, right.outer, dtype=torch.bfloat16)
+        if groups.slots_R is not None:
+            out_PN.zero_()  # no program writes behind the last expert
         return self._kernels.product(left.q, left.scale, right.q, right.scale, out_PN, groups.ends_E)
 
     def wgrad(self, left: Operand, right: Operand, groups: Groups | None, out_EON: Tensor, added: bool) -> None:

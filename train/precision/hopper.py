@@ -8,10 +8,10 @@
 What is missing or too old is an error that names it; nothing falls back.  Granularities that the kernels lack (row,
 tensor, 128x128 on the left) are written as the tiles that hold the same scales, so that ablations run on the same kernels.
 
-All sizes are padded with zeros to multiples of 128 inside.  A trap: cuBLASLt reads the scales of a 128x128 operand with their
+Operands are padded with zeros to multiples of 128, rows by the kernels that quantise.  A trap: cuBLASLt reads the scales of a 128x128 operand with their
 number along the contraction rounded up to a multiple of 4.
 
-Shape suffixes: O outer, C contraction, P padded rows, E experts, N outer of the right operand.
+Shape suffixes: O outer, C contraction, P rows of experts (train/precision/groups.py), E experts, N outer of the right operand.
 """
 
 import importlib
@@ -48,15 +48,14 @@ class HopperEngine:
         if cast.block != (1, TILE):
             return quantize_reference(x_MK, cast)
         quantize = self._kernels.quantize_e5m6 if cast.format.dtype is None else self._kernels.quantize_tiles
-        q, scale = quantize(_padded(x_MK), cast)
+        q, scale = quantize(_padded_columns(x_MK), cast)
         return Quantized(q, scale, cast, x_MK.shape)
 
     cast = keep
 
     def take_arrived(self, q_MK: Tensor, scale: Tensor, cast: Cast) -> Quantized:
-        q = _padded(q_MK.view(torch.uint8)).view(q_MK.dtype)
-        below = len(q) - len(scale)
-        return Quantized(q, _by_column(F.pad(scale, (0, 0, 0, below)) if below else scale), cast, q_MK.shape)
+        q = _padded_columns(q_MK.view(torch.uint8)).view(q_MK.dtype)
+        return Quantized(q, _by_column(scale), cast, q_MK.shape)
 
     def operand(
         self, source: Source, rule: OperandRule, transposed: bool = False, groups: Groups | None = None
@@ -70,6 +69,8 @@ class HopperEngine:
                 return Operand(source.q, source.scale, True, outer)
             if kernel_layout and rule.format is not None:
                 source, scale = source.q, source.scale
+            elif in_tiles and packed and source.cast.pow2:
+                source = self._kernels.decode_e5m6(source.q, source.scale, outer)[:, :inner]
             else:
                 source = dequantize(source)[..., :outer, :inner]
         else:
@@ -78,28 +79,41 @@ class HopperEngine:
             return source.bfloat16().mT if transposed else source.bfloat16()
         if source.dim() == 3:
             _check_expert_sizes(source)
-        padded = _padded(source) if scale is None else source  # what is quantised was padded before
-        return self._quantized(padded, scale, rule, transposed, groups, inner if transposed else outer)
+        return self._quantized(source, scale, rule, transposed, groups, inner if transposed else outer)
+
+    def gradient(
+        self, dy: Source, for_inputs: OperandRule, for_weights: OperandRule, groups: Groups | None = None
+    ) -> tuple[Operand | Tensor, Operand | Tensor]:
+        rules = for_inputs, for_weights
+        one_pass = isinstance(dy, Tensor) and not (groups is not None and self._products.flat)
+        if not one_pass or any(rule.format is None or rule.granularity != "1x128" for rule in rules):
+            return self.operand(dy, for_inputs), self.operand(dy, for_weights, transposed=True, groups=groups)
+        casts = for_inputs.cast(), for_weights.cast(transposed=True)
+        ends_E = None if groups is None else groups.unpadded_ends_E
+        rows, columns = self._kernels.quantize_both(_padded_columns(dy), *casts, ends_E)
+        return Operand(*rows, True, dy.shape[0]), Operand(*columns, True, dy.shape[1])
 
     def _quantized(
         self, x: Tensor, scale: Tensor | None, rule: OperandRule, transposed: bool, groups: Groups | None, outer: int
     ) -> Operand:
-        """Operand of a padded tensor, FP8 with tiles of the last dimension where a scale is given."""
+        """Operand of a tensor, FP8 with tiles of the last dimension where a scale is given, its columns padded then."""
         cast, kernels = rule.cast(transposed), self._kernels
         flat = groups.padded if groups is not None and self._products.flat else None
-        if rule.granularity == "1x128" and transposed:
-            q, scale = kernels.quantize_columns(x, cast, scale, flat)
-            return Operand(q, scale, True, outer)
         if rule.granularity == "1x128":
-            return Operand(*kernels.quantize_tiles(x, cast, scale), True, outer)
+            x = _padded_columns(x) if scale is None else x
+            if not transposed:
+                return Operand(*kernels.quantize_tiles(x, cast, scale), True, outer)
+            ends_E = None if groups is None else groups.unpadded_ends_E
+            return Operand(*kernels.quantize_columns(x, cast, scale, flat, ends_E), True, outer)
         if scale is not None:
             x = dequantize_reference(Quantized(x, scale, Cast(E4M3, (1, TILE), False), x.shape))
+        x = _padded(x)
         if rule.granularity == "128x128" and groups is None:
             return Operand(*kernels.quantize_blocks(x, cast, transposed), False, outer)
         return _expanded(x, cast, transposed, flat, outer)
 
-    def groups(self, counts_E: Tensor, rows: int) -> Groups:
-        return Groups(counts_E, None if self._products.counted else rows)
+    def groups(self, counts_E: Tensor, rows: int, in_tiles: bool = True) -> Groups:
+        return Groups(counts_E) if self._products.counted else Groups(counts_E, rows, padded=not in_tiles)
 
     def product(
         self, left: Operand | Tensor, right: Operand | Tensor, dtype: torch.dtype, into: Tensor | None = None
@@ -225,6 +239,12 @@ def _padded(x_RC: Tensor) -> Tensor:
     """Whole tiles, contiguous."""
     below, right = -x_RC.shape[-2] % TILE, -x_RC.shape[-1] % TILE
     return F.pad(x_RC, (0, right, 0, below)) if below or right else x_RC.contiguous()
+
+
+def _padded_columns(x_RC: Tensor) -> Tensor:
+    """Columns of whole tiles, contiguous."""
+    right = -x_RC.shape[-1] % TILE
+    return F.pad(x_RC, (0, right)) if right else x_RC.contiguous()
 
 
 def _padded_blocks(scale: Tensor) -> Tensor:

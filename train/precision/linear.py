@@ -12,6 +12,7 @@ Shape suffixes: T tokens (leading axes flattened), K inputs, N outputs.
 """
 
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,6 +22,7 @@ from train.model.layers import HeldInput
 from train.model.needed import gradients_needed
 from train.model.recompute import is_free
 from train.model.weight_gradient import weight_gradient
+from train.precision.groups import Groups
 from train.precision.health import LayerProbe
 from train.precision.products import Engine, Source, pack, unpack
 from train.precision.quantize import fitted
@@ -53,6 +55,22 @@ def left_source(kept: Source, x_MK: Tensor, recipe: LinearRecipe) -> Source:
     return kept if same else x_MK
 
 
+def gradient_operands(
+    dy: Source,
+    engine: Engine,
+    recipe: LinearRecipe,
+    inputs_needed: bool,
+    weights_needed: bool,
+    groups: Groups | None = None,
+) -> tuple[Any, Any]:
+    """The left operands of Dgrad and of Wgrad, None for a product that is not made. groups: of an expert's rows."""
+    if inputs_needed and weights_needed:
+        return engine.gradient(dy, recipe.dgrad.left, recipe.wgrad.left, groups)
+    for_inputs = engine.operand(dy, recipe.dgrad.left) if inputs_needed else None
+    for_weights = engine.operand(dy, recipe.wgrad.left, transposed=True, groups=groups) if weights_needed else None
+    return for_inputs, for_weights
+
+
 class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x_TK, weight_NK, engine, recipe, probe, only_forward, free, held):
@@ -75,16 +93,15 @@ class _Linear(torch.autograd.Function):
         weight_NK, kept = unpack(ctx.saved_tensors, ctx.forms)
         x_needed, weight_needed, *_ = gradients_needed(ctx)
         dx_TK = dw_NK = None
+        left, left_t = gradient_operands(dy_TN, engine, recipe, x_needed, weight_needed)
         if x_needed:
-            left = engine.operand(dy_TN, recipe.dgrad.left)
             right = engine.operand(weight_NK, recipe.dgrad.right, transposed=True)
             dx_TK = engine.product(left, right, ctx.dtype)
         if weight_needed:
             if isinstance(kept, Tensor) and recipe.cache is not None:
                 kept = engine.cast(kept, recipe.cache)
-            left = engine.operand(dy_TN, recipe.wgrad.left, transposed=True)
             right = engine.operand(kept, recipe.wgrad.right, transposed=True)
-            dw_NK = weight_gradient(ctx, 1, weight_NK, partial(engine.product, left, right))
+            dw_NK = weight_gradient(ctx, 1, weight_NK, partial(engine.product, left_t, right))
         if probe is not None and dx_TK is not None:
             probe.operand("gradient", dy_TN, recipe.dgrad.left)
             probe.product("dgrad", dx_TK, dy_TN, weight_NK.t())

@@ -97,8 +97,16 @@ class Engine(Protocol):
         """
         ...
 
-    def groups(self, counts_E: Tensor, rows: int) -> Groups:
-        """The layout of so many rows in all of experts with these row counts, for all that has `groups` here."""
+    def gradient(
+        self, dy: Source, for_inputs: OperandRule, for_weights: OperandRule, groups: Groups | None = None
+    ) -> tuple[Any, Any]:
+        """Both left operands that a gradient (T, N) is: that of Dgrad, and transposed that of Wgrad."""
+        ...
+
+    def groups(self, counts_E: Tensor, rows: int, in_tiles: bool = True) -> Groups:
+        """The layout of so many rows in all of experts with these row counts, for all that has `groups` here. in_tiles: whether
+        every cast of them has scales of 1x128, or 128x1 for Wgrad.
+        """
         ...
 
     def product(self, left: Any, right: Any, dtype: torch.dtype, into: Tensor | None = None) -> Tensor:
@@ -180,7 +188,12 @@ class CpuEngine:
                 values = self._values(source, dtype)
         return values.mT if transposed else values
 
-    def groups(self, counts_E: Tensor, rows: int) -> Groups:
+    def gradient(
+        self, dy: Source, for_inputs: OperandRule, for_weights: OperandRule, groups: Groups | None = None
+    ) -> tuple[Any, Any]:
+        return self.operand(dy, for_inputs), self.operand(dy, for_weights, transposed=True, groups=groups)
+
+    def groups(self, counts_E: Tensor, rows: int, in_tiles: bool = True) -> Groups:
         return Groups(counts_E)
 
     def product(self, left: Tensor, right: Tensor, dtype: torch.dtype, into: Tensor | None = None) -> Tensor:

@@ -67,6 +67,16 @@ class Recipe:
     swiglu: Cast | None
     """None keeps the input of the experts' SwiGLU in bf16."""
 
+    @property
+    def experts_in_tiles(self) -> bool:
+        """Whether each scale of an expert's rows is that of 128 values along a contraction."""
+        rules = [
+            rule
+            for linear in (self.experts_up, self.experts_down)
+            for rule in (linear.fprop.left, linear.dgrad.left, *linear.wgrad)
+        ]
+        return all(rule.format is None or rule.granularity == "1x128" for rule in rules)
+
 
 def build_recipe(fp8: Fp8) -> Recipe:
     """The recipe that a checked `precision.fp8` section describes."""

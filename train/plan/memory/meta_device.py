@@ -23,6 +23,7 @@ from train.precision.build import activation_dtype
 from train.precision.formats import TILE, Cast
 from train.precision.fp8 import Fp8Precision, cpu_engine
 from train.precision.grouped_products import DeepGemmProducts, TritonProducts
+from train.precision.groups import most_tiles
 from train.precision.high import HighPrecision
 from train.precision.hopper import HopperEngine, needs_deep_gemm
 
@@ -60,26 +61,43 @@ def meta_precision(
 
 
 def _tiles(x_RC: Tensor, cast: Cast, in_scale: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    rows, columns = x_RC.shape
+    rows, columns = _whole(x_RC.shape[0]), x_RC.shape[1]
     scale = x_RC.new_empty(columns // TILE, rows, dtype=torch.float32)
-    return torch.empty_like(x_RC, dtype=cast.format.dtype), scale.t()
+    return x_RC.new_empty(rows, columns, dtype=cast.format.dtype), scale.t()
 
 
 def _e5m6(x_RC: Tensor, cast: Cast) -> tuple[Tensor, Tensor]:
-    rows, columns = x_RC.shape
+    rows, columns = _whole(x_RC.shape[0]), x_RC.shape[1]
     scale = x_RC.new_empty(columns // TILE, rows, dtype=torch.float32)
     return x_RC.new_empty(rows, columns // 2 * 3, dtype=torch.uint8), scale.t()
 
 
 def _columns(
-    x_RC: Tensor, cast: Cast, in_scale: Tensor | None = None, flat: list[int] | None = None
+    x_RC: Tensor,
+    cast: Cast,
+    in_scale: Tensor | None = None,
+    flat: list[int] | None = None,
+    ends_E: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    rows, columns = x_RC.shape
+    rows, columns = most_tiles(len(x_RC), 1 if ends_E is None else len(ends_E)) * TILE, x_RC.shape[1]
     if x_RC.dtype == torch.uint8:
         columns = columns // 3 * 2
     q = x_RC.new_empty(columns * rows, dtype=cast.format.dtype)
     scale = x_RC.new_empty(rows // TILE, columns, dtype=torch.float32).t()
     return (q.view(columns, rows) if flat is None else q), scale
+
+
+def _both(x_RC: Tensor, cast: Cast, cast_t: Cast, ends_E: Tensor | None = None) -> tuple:
+    return _tiles(x_RC, cast), _columns(x_RC, cast_t, ends_E=ends_E)
+
+
+def _decode_e5m6(q: Tensor, scale: Tensor, rows: int) -> Tensor:
+    return q.new_empty(rows, q.shape[1] // 3 * 2, dtype=torch.bfloat16)
+
+
+def _whole(rows: int) -> int:
+    """In whole tiles."""
+    return -(-rows // TILE) * TILE
 
 
 def _blocks(x_RC: Tensor, cast: Cast, transposed: bool) -> tuple[Tensor, Tensor]:
@@ -90,18 +108,23 @@ def _blocks(x_RC: Tensor, cast: Cast, transposed: bool) -> tuple[Tensor, Tensor]
 
 
 def _swiglu_tiles(h_P2F: Tensor, gates_P: Tensor, cast: Cast) -> tuple[Tensor, Tensor]:
-    return _tiles(h_P2F[:, : h_P2F.shape[1] // 2], cast)
+    rows, width = len(h_P2F), h_P2F.shape[1] // 2
+    scale = h_P2F.new_empty(width // TILE, rows, dtype=torch.float32)
+    return h_P2F.new_empty(rows, width, dtype=cast.format.dtype), scale.t()
 
 
 def _swiglu_backward(h_P2F: Tensor, gates_P: Tensor, da_PF: Tensor, in_scale: Tensor | None = None) -> tuple:
     a_PF = torch.empty_like(da_PF, dtype=torch.bfloat16)
-    return a_PF, torch.empty_like(h_P2F, dtype=torch.bfloat16), torch.empty_like(gates_P)
+    dh_P2F = a_PF.new_empty(len(a_PF), 2 * a_PF.shape[1])
+    return a_PF, dh_P2F, torch.empty_like(gates_P)
 
 
 _KERNELS = SimpleNamespace(
     quantize_tiles=_tiles,
     quantize_e5m6=_e5m6,
+    decode_e5m6=_decode_e5m6,
     quantize_columns=_columns,
+    quantize_both=_both,
     quantize_blocks=_blocks,
     swiglu_tiles=_swiglu_tiles,
     swiglu_backward=_swiglu_backward,
