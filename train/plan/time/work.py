@@ -9,7 +9,7 @@ Shapes: T tokens of a micro-batch, D width, F inner width, R rows of this rank's
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from conf.schema import Config, Fp8Backend, Recompute
+from conf.schema import Config, Fp8Backend, PipelineSchedule, Recompute
 from train.kernels import build_kernels
 from train.plan.job import device_kind
 from train.plan.time.traffic import Spread
@@ -72,10 +72,18 @@ class Sizes:
         """Whether products of bf16 add to the fp32 gradients of weights themselves (train/model/weight_gradient.py): on a GPU, and
         as compiled code. torch's on a CPU give bf16, which is added.
         """
-        kind = device_kind(self.config)
         return self.element == 2 and (
-            kind == "cuda" or "products" in build_kernels(kind, self.config.cluster.compiled).parts
+            self.on_gpu or "products" in build_kernels("cpu", self.config.cluster.compiled).parts
         )
+
+    @property
+    def on_gpu(self) -> bool:
+        return device_kind(self.config) == "cuda"
+
+    @property
+    def casts_gradients_once(self) -> bool:
+        """Whether one kernel casts a gradient for Dgrad and Wgrad: a GPU's, where schedules do not split the backward."""
+        return self.on_gpu and self.config.parallel.schedule not in (PipelineSchedule.zbv, PipelineSchedule.dualpipev)
 
     def weight_gradient(self, kind: str, flops: float, operands: float, weights: float) -> list[Work]:
         """The product, and adding it to the fp32 sum where it does not itself. The first micro-batch's becomes the sum.
@@ -120,7 +128,10 @@ def _product(sizes: Sizes, rows: float, inputs: int, outputs: int, experts: int,
         once, kept = element + 1, 2  # read in bf16, written as FP8; what was kept in FP8 is read as FP8
         passes.forward.append(Work("cast", bytes=(x + weights) * once, calls=2))
         passes.inputs.append(Work("cast", bytes=(y + weights) * once, calls=2))
-        passes.weights.append(Work("cast", bytes=y * once + x * kept, calls=2))
+        again = once
+        if sizes.casts_gradients_once:  # what comes from the wire is FP8 before
+            again = kept if family == "experts_down" else 1
+        passes.weights.append(Work("cast", bytes=y * again + x * kept, calls=2))
     return passes
 
 
@@ -156,8 +167,10 @@ def attention(sizes: Sizes) -> Passes:
     up.add(keys)
     if shared > 1 and not sizes.recomputes(Recompute.mla_up):
         passes.inputs += keys.forward
-    spread = tokens * heads * (2 * qk + shared * (qk + model.nope_head_dim + 2 * value)) * sizes.element
-    up.add(Passes([Work("heads_forward", bytes=spread)], [Work("heads_backward", bytes=spread)]))
+    made, row = qk + model.nope_head_dim, tokens * heads * sizes.element
+    values = 0 if sizes.on_gpu and shared == 1 else 2 * value  # a GPU's attention reads them where they are
+    spread, joined = row * (2 * qk + shared * (made + values)), row * (2 * qk + shared * (made + 2 * value))
+    up.add(Passes([Work("heads_forward", bytes=spread)], [Work("heads_backward", bytes=joined)]))
     passes.add(up)
     if sizes.recomputes(Recompute.mla_up):  # its norms are recomputed once, whichever rule asks for it
         norms = {"norm_forward"} if sizes.recomputes(Recompute.norm) else set()
