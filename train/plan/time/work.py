@@ -167,10 +167,8 @@ def attention(sizes: Sizes) -> Passes:
     up.add(keys)
     if shared > 1 and not sizes.recomputes(Recompute.mla_up):
         passes.inputs += keys.forward
-    made, row = qk + model.nope_head_dim, tokens * heads * sizes.element
-    values = 0 if sizes.on_gpu and shared == 1 else 2 * value  # a GPU's attention reads them where they are
-    spread, joined = row * (2 * qk + shared * (made + values)), row * (2 * qk + shared * (made + 2 * value))
-    up.add(Passes([Work("heads_forward", bytes=spread)], [Work("heads_backward", bytes=joined)]))
+    spread = tokens * heads * (2 * qk + shared * (qk + model.nope_head_dim + 2 * value)) * sizes.element
+    up.add(Passes([Work("heads_forward", bytes=spread)], [Work("heads_backward", bytes=spread)]))
     passes.add(up)
     if sizes.recomputes(Recompute.mla_up):  # its norms are recomputed once, whichever rule asks for it
         norms = {"norm_forward"} if sizes.recomputes(Recompute.norm) else set()
