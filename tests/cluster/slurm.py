@@ -139,12 +139,12 @@ class Slurm:
         """What Slurm knows of a job: JobState, Restarts, ExitCode, Reason, ..."""
         return dict(re.findall(r"(\w+)=(\S+)", self.run("scontrol", "show", "job", str(number), "--oneliner")))
 
-    def await_job(self, number: int, seconds: float = 60, **wanted: str) -> dict[str, str]:
+    def await_job(self, number: int, seconds: float = 180, **wanted: str) -> dict[str, str]:
         """Until a job is like this."""
         self.await_state(lambda: wanted.items() <= self.job(number).items(), seconds, lambda: self.job(number))
         return self.job(number)
 
-    def await_state(self, reached, seconds: float = 60, said=lambda: "") -> None:
+    def await_state(self, reached, seconds: float = 180, said=lambda: "") -> None:
         deadline = time.monotonic() + seconds
         while not reached():
             assert time.monotonic() < deadline, said() or self.log()

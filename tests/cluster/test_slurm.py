@@ -56,7 +56,7 @@ class Job:
         self.number = slurm.submit(SCRIPT, self._output, "conf=tiny", options=options, **environment)
         self.await_start(1)
 
-    def await_start(self, count: int, seconds: float = 60) -> str:
+    def await_start(self, count: int, seconds: float = 180) -> str:
         """Until the driver has started so many times; returns the last line of those starts."""
         self._slurm.await_state(lambda: len(self._starts()) >= count, seconds, lambda: self.said() + self._slurm.log())
         return self._starts()[-1]

@@ -142,7 +142,7 @@ def shipped(tmp_path: Path) -> Path:
     return folder
 
 
-def await_event(folder: Path, kind: str, seconds: float = 90, **fields) -> dict:
+def await_event(folder: Path, kind: str, seconds: float = 240, **fields) -> dict:
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
         for event in read_events(folder):

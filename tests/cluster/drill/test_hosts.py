@@ -19,7 +19,8 @@ from conf.errors import EXIT_OK, EXIT_STOPPED, EXIT_USER
 from conf.load import compose
 from tests.layouts import train_on
 
-pytestmark = [pytest.mark.hosts, pytest.mark.slow]
+pytestmark = [pytest.mark.hosts, pytest.mark.slow, pytest.mark.timeout(900)]
+# Waits are long: beside other tests three trainers on three Rays took more than a minute to their first checkpoint.
 ROOT = Path(__file__).parents[3]
 
 
@@ -52,7 +53,7 @@ class Launch:
     def program(self, runs: Path) -> list[str]:
         return ["tests.cluster.drive", str(runs)]
 
-    def wait_for(self, kind: str, seconds: float = 60, after: int = 0, **fields) -> dict:
+    def wait_for(self, kind: str, seconds: float = 180, after: int = 0, **fields) -> dict:
         """The first event of this kind with these fields, behind so many others."""
         deadline = time.monotonic() + seconds
         while time.monotonic() < deadline:
@@ -63,7 +64,7 @@ class Launch:
             time.sleep(0.05)
         raise AssertionError(f"no event {kind} {fields} in {seconds} s:\n{self.output.read_text()}")
 
-    def wait_for_step(self, step: int, seconds: float = 60) -> None:
+    def wait_for_step(self, step: int, seconds: float = 180) -> None:
         """Until metrics.jsonl has this step."""
         path, deadline = self.folder / "metrics.jsonl", time.monotonic() + seconds
         while not path.exists() or f'{{"step":{step},' not in path.read_text():
@@ -92,7 +93,7 @@ class Launch:
         begun = len(kinds) - kinds[::-1].index("attempt") if "attempt" in kinds else len(kinds)
         return "checkpoint" in kinds[begun:] and self.attempts()[-1]["dp"] == 3
 
-    def wait(self, seconds: float = 90) -> int:
+    def wait(self, seconds: float = 240) -> int:
         try:
             return self.process.wait(seconds)
         finally:
@@ -241,7 +242,7 @@ def test_a_node_that_ray_drains_is_left_at_a_checkpoint(hosts, shared):
         drained = launch.wait_for("drain")
         attempt = launch.wait_for("attempt", attempt=next_attempt)
         launch.wait_for("first_step", attempt=next_attempt)
-        assert leaving.wait(30) == 0 and not hosts.pids(2, "/raylet/raylet"), "Ray ends once the run has left"
+        assert leaving.wait(90) == 0 and not hosts.pids(2, "/raylet/raylet"), "Ray ends once the run has left"
     finally:
         leaving.kill()
         hosts.signal(2, signal.SIGKILL)
@@ -266,7 +267,7 @@ def test_a_killed_driver_leaves_no_rank_and_a_new_launch_resumes(hosts, shared):
     launch = shared.whole()
     before = len(launch.attempts())
     hosts.signal(0, signal.SIGKILL, "tests.cluster.drive")
-    launch.process.wait(10)
+    launch.process.wait(60)
     deadline = time.monotonic() + 20
     while any(hosts.pids(i, "fake_rank") for i in range(3)) and time.monotonic() < deadline:
         time.sleep(0.1)
@@ -323,7 +324,7 @@ def test_training_through_a_killed_rank_and_a_lost_node_ends_with_the_same_losse
     hosts.power_off(2)
     try:
         launch.wait_for("attempt", dp=2)
-        assert launch.wait(120) == EXIT_OK, launch.output.read_text()
+        assert launch.wait() == EXIT_OK, launch.output.read_text()
     finally:
         hosts.power_on(2)
     recovered = [event for event in launch.events() if event["kind"] == "recovered"]
@@ -347,7 +348,7 @@ def test_a_lost_node_costs_at_most_the_steps_since_the_last_copy_in_memory(hosts
     for folder in (tmp_path / "memory").glob("*-h1"):
         shutil.rmtree(folder)
     try:
-        assert launch.wait(200) == EXIT_OK, launch.output.read_text()
+        assert launch.wait() == EXIT_OK, launch.output.read_text()
     finally:
         hosts.power_on(1)
     measure(launch, "training: power off, copies in memory", broke)
@@ -370,7 +371,7 @@ def test_a_lost_node_costs_at_most_the_steps_since_the_last_copy_in_memory(hosts
 def test_bad_input_is_one_screen(hosts, tmp_path, overrides, environment, words):
     started = time.monotonic()
     launch = Launch(hosts, tmp_path, *overrides, **environment)
-    assert launch.wait(60) == EXIT_USER, launch.output.read_text()
+    assert launch.wait() == EXIT_USER, launch.output.read_text()
     text = launch.output.read_text()
     assert words in text and len(text.splitlines()) < 20 and "Traceback" not in text
     assert time.monotonic() - started < 45
@@ -397,7 +398,7 @@ def test_a_node_that_differs_is_refused_on_one_screen(hosts, tmp_path, shell, wo
     subprocess.run(command, env=hosts.environment, check=True, capture_output=True, timeout=120)
     try:
         launch = Launch(hosts, tmp_path / "runs", "cluster.wait=25")
-        assert launch.wait(60) == EXIT_USER
+        assert launch.wait() == EXIT_USER
     finally:
         hosts.signal(2, signal.SIGKILL)
         hosts.power_on(2)
@@ -412,7 +413,7 @@ def test_a_dead_head_ends_the_run_with_a_checkpoint_and_the_next_launch_resumes(
     broke = time.time()
     assert hosts.signal(0, signal.SIGKILL, "gcs_server") == 1
     try:
-        assert launch.wait(90) == EXIT_STOPPED, launch.output.read_text()
+        assert launch.wait() == EXIT_STOPPED, launch.output.read_text()
         stopped = time.time()
     finally:
         for index in range(hosts.count):

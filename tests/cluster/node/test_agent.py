@@ -28,7 +28,7 @@ def order(body: str, attempt: int = 1, ranks: int = 2) -> Order:
     return Order(attempt, pairs, ["-c", body], {"WORLD_SIZE": "20", "MASTER_PORT": "1"}, "127.0.0.1", ROOT)
 
 
-def until(agent: Agent, condition, seconds: float = 20) -> Answer:
+def until(agent: Agent, condition, seconds: float = 60) -> Answer:
     deadline = time.monotonic() + seconds
     while time.monotonic() < deadline:
         answer = agent.ask({})
