@@ -214,7 +214,7 @@ def _ground(folder: Path, options: argparse.Namespace, config: Config) -> Iterat
         scratch = Path(stack.enter_context(tempfile.TemporaryDirectory()))
         stack.enter_context(small_disk(folder / "checkpoints", options.disk))
         (scratch / "memory").mkdir()
-        hosts = stack.enter_context(Hosts(scratch, options.hosts, options.devices))
+        hosts = stack.enter_context(Hosts(scratch, options.hosts, options.devices, clocks=True))
         yield HostsGround(folder, chance, hosts, scratch / "memory")
 
 

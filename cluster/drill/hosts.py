@@ -1,8 +1,8 @@
 """Several hosts on one machine: network namespaces with own addresses and host names, on a bridge in its own namespace.
 
 Nothing is added to the machine's own network. Needs root and iproute2. Every process of a host is known by its
-namespace, so a host can be powered off, its link cut, and all of it removed again. A host with Ray has a clock of its own, which
-can be set while its processes run.
+namespace, so a host can be powered off, its link cut, and all of it removed again. A host with Ray may have a clock of its own,
+which can be set while its processes run.
 """
 
 import contextlib
@@ -27,7 +27,7 @@ def ahead():
         return float(file.read() or 0)  # empty while it is written
 time.time = lambda: real() + ahead()
 """
-"""What every Python process of a host with Ray starts with. libfaketime, which also has native code, ends Ray's workers."""
+"""What every Python process of a host with a clock starts with. libfaketime, which also has native code, ends Ray's workers."""
 
 
 def missing() -> str | None:
@@ -51,8 +51,9 @@ def ip(*words: str, namespace: str | None = None) -> None:
 class Hosts:
     """`count` hosts h0, h1, ... with Ray on each, the head on h0, or without Ray; use it in `with`."""
 
-    def __init__(self, folder: Path, count: int = 3, devices: int = 1, ray: bool = True):
-        self.folder, self.count, self.devices, self.ray = folder, count, devices, ray
+    def __init__(self, folder: Path, count: int = 3, devices: int = 1, ray: bool = True, clocks: bool = False):
+        """clocks: with Ray, each host has one of its own, see `set_clock`."""
+        self.folder, self.count, self.devices, self.ray, self._clocks = folder, count, devices, ray, clocks
         own = f"sl{os.getpid()}{secrets.token_hex(2)}"
         self._prefix, self._switch = f"{own}h", f"{own}sw"
         self.environment = os.environ | {
@@ -129,6 +130,8 @@ class Hosts:
 
     def _own_clock(self, index: int) -> dict[str, str]:
         """Environment in which the time of day that Python tells is that of a host; timers go on as they do when a real clock is set."""
+        if not self._clocks:
+            return {}
         self.set_clock(index, 0)
         place = self.folder / "clocks"
         place.mkdir(exist_ok=True)

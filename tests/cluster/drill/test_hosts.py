@@ -365,7 +365,7 @@ def test_a_lost_node_costs_at_most_the_steps_since_the_last_copy_in_memory(hosts
     [
         (["cluster.address=10.77.0.1:1"], {}, "must be HOST:PORT of a running Ray"),
         ([], {"RAY_AUTH_TOKEN": "f" * 64}, "does not accept it"),
-        (["parallel.dp=4", "cluster.wait=25"], {}, "parallel.dp=3, which fits"),
+        (["parallel.dp=4", "cluster.wait=50"], {}, "parallel.dp=3, which fits"),
     ],
 )
 def test_bad_input_is_one_screen(hosts, tmp_path, overrides, environment, words):
@@ -397,7 +397,7 @@ def test_a_node_that_differs_is_refused_on_one_screen(hosts, tmp_path, shell, wo
     command = hosts.command(2, "sh", "-c", shell, "sh", *hosts.ray_words(2))
     subprocess.run(command, env=hosts.environment, check=True, capture_output=True, timeout=120)
     try:
-        launch = Launch(hosts, tmp_path / "runs", "cluster.wait=25")
+        launch = Launch(hosts, tmp_path / "runs", "cluster.wait=50")
         assert launch.wait() == EXIT_USER
     finally:
         hosts.signal(2, signal.SIGKILL)
