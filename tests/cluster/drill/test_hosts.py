@@ -365,7 +365,7 @@ def test_a_lost_node_costs_at_most_the_steps_since_the_last_copy_in_memory(hosts
     [
         (["cluster.address=10.77.0.1:1"], {}, "must be HOST:PORT of a running Ray"),
         ([], {"RAY_AUTH_TOKEN": "f" * 64}, "does not accept it"),
-        (["parallel.dp=4", "cluster.wait=50"], {}, "parallel.dp=3, which fits"),
+        (["parallel.dp=4", "cluster.wait=25"], {}, "parallel.dp=3, which fits"),
     ],
 )
 def test_bad_input_is_one_screen(hosts, tmp_path, overrides, environment, words):
@@ -374,7 +374,7 @@ def test_bad_input_is_one_screen(hosts, tmp_path, overrides, environment, words)
     assert launch.wait() == EXIT_USER, launch.output.read_text()
     text = launch.output.read_text()
     assert words in text and len(text.splitlines()) < 20 and "Traceback" not in text
-    assert time.monotonic() - started < 45
+    assert time.monotonic() - started < 150
 
 
 @pytest.mark.parametrize(
