@@ -16,6 +16,7 @@ import torch
 import torch.distributed as dist
 
 from cluster.launch import given_place
+from conf.files import atomic_write_text
 from conf.load import compose
 from parallel.exchange import from_rank_0, gather
 
@@ -41,7 +42,7 @@ def rank(folder: Path) -> None:
         group = dist.new_group(range(place.world))  # meets in the store again
         assert gather(place.rank, group) == list(range(place.world))
         dist.destroy_process_group(group)
-        (folder / f"step_{place.rank}").write_text(str(step))
+        atomic_write_text(folder / f"step_{place.rank}", str(step), durable=False)
         time.sleep(0.05)
     dist.destroy_process_group()
     print("done")
