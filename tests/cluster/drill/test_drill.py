@@ -30,6 +30,7 @@ def test_the_worst_difference_is_found():
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_a_drill_of_two_faults(tmp_path, capsys):
     words = f"--faults 2 --seed 9 conf=tiny name=toy runs={tmp_path} steps=80 parallel.dp=2 checkpoint.every=5".split()
     assert main([*words, *TOY, "cluster.standby=false"]) == EXIT_OK, capsys.readouterr()
