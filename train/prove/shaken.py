@@ -20,8 +20,8 @@ from train.prove.samples import Samples
 
 RUNS = 3
 """Of the shaken reference."""
-MARGIN = 3.0
-"""By how much a difference may exceed the largest of these runs."""
+MARGIN = 4.0
+"""By how much a difference may exceed the largest of these runs, which are few: an honest rank was off by 3.1 times that."""
 
 
 @dataclass(frozen=True)
