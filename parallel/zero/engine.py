@@ -274,9 +274,8 @@ def import_deepspeed(on_cuda: bool) -> types.ModuleType:
     """Import quietly, and without its three slow side roads on CPU."""
     if not on_cuda:
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
-        os.environ["LOCAL_SIZE"] = (
-            "1"  # unset, stage 3 starts the program numactl for every bucket of gradients, to count devices
-        )
+        # Without it stage 3 starts the program numactl for every bucket of gradients, to count devices.
+        os.environ["LOCAL_SIZE"] = "1"
     # Stage 3 puts weights on the device of this number.
     os.environ["LOCAL_RANK"] = str(torch.cuda.current_device()) if on_cuda else "0"
     import deepspeed
