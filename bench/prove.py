@@ -27,9 +27,10 @@ from pathlib import Path
 
 import torch
 
-from bench.prove_rows import Row, read_rows, rotated, to_config, write_rows
+from bench.prove_rows import Row, read_rows, rotated, to_config, world_of, write_rows
 from cluster.launch import Place
-from conf.load import read_config, write_config
+from conf.schema import Config
+from train.prove.judge import ProofVerdict
 
 TOGETHER = 8
 """Rows of the same processes: more would keep what torch and DeepSpeed never give back."""
@@ -44,7 +45,7 @@ class RowResult:
 
     def __init__(self, number: int, row: Row):
         self.number, self.row, self.seconds = number, row, 0.0
-        self.verdicts: list = []
+        self.verdicts: list[ProofVerdict] = []
         self.first = ""
         """The first difference, or the error of a rank; empty where all held."""
 
@@ -56,60 +57,54 @@ def prove_rows(rows: dict[int, Row], folder: Path) -> Iterator[RowResult]:
     """
     from tests.ranks import CONTEXT
 
-    by_world, together = sorted(rows, key=lambda number: (_world(rows[number]), number)), []
-    for _, numbers in groupby(by_world, key=lambda number: _world(rows[number])):
+    by_world, together = sorted(rows, key=lambda number: (world_of(rows[number]), number)), []
+    for _, numbers in groupby(by_world, key=lambda number: world_of(rows[number])):
         chosen = list(numbers)
         together += [chosen[first : first + TOGETHER] for first in range(0, len(chosen), TOGETHER)]
     judges, groups = ProcessPoolExecutor(AT_A_TIME, CONTEXT, torch.set_num_threads, (1,)), ThreadPoolExecutor(AT_A_TIME)
-    for number, row in rows.items():
-        _write(row, folder / str(number))
+    configs = {number: _placed(row, folder / str(number)) for number, row in rows.items()}
     with judges, groups:
-        for results in groups.map(lambda some: _prove_together({n: rows[n] for n in some}, folder, judges), together):
+        for results in groups.map(lambda some: _prove_together({n: rows[n] for n in some}, configs, judges), together):
             yield from results
 
 
-def _world(row: Row) -> int:
-    return row["parallel.pp"] * row["parallel.dp"]
-
-
-def _prove_together(rows: dict[int, Row], folder: Path, judges: Executor) -> list[RowResult]:
+def _prove_together(rows: dict[int, Row], configs: dict[int, Config], judges: Executor) -> list[RowResult]:
     started = time.perf_counter()
-    error = _gather(rows, _world(next(iter(rows.values()))), folder)
+    error = _gather([configs[number] for number in rows])
     if error and len(rows) > 1:  # which of them it was shows where each runs alone
-        return [result for number in rows for result in _prove_together({number: rows[number]}, folder, judges)]
+        return [result for number in rows for result in _prove_together({number: rows[number]}, configs, judges)]
     share, results = (time.perf_counter() - started) / len(rows), []
     for number, row in rows.items():
         result, started = RowResult(number, row), time.perf_counter()
         if error:
             result.first = error
         else:
-            result.verdicts, result.first = judges.submit(_judge, folder / str(number)).result()
+            result.verdicts, result.first = judges.submit(_judge, configs[number]).result()
         result.seconds = share + time.perf_counter() - started
         results.append(result)
-        shutil.rmtree(folder / str(number), ignore_errors=True)
+        shutil.rmtree(configs[number].runs, ignore_errors=True)
     return results
 
 
-def _write(row: Row, folder: Path) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    write_config(replace(to_config(row), runs=str(folder), name="proof"), str(folder / "config.yaml"))
+def _placed(row: Row, folder: Path) -> Config:
+    return replace(to_config(row), runs=str(folder), name="proof")
 
 
-def _gather(rows: Iterable[int], world: int, folder: Path) -> str:
-    """Let ranks prove these rows; returns the first error of one, or nothing."""
+def _gather(configs: list[Config]) -> str:
+    """Let ranks prove these; returns the first error of one, or nothing."""
     from tests.ranks import run_processes
 
-    paths = [str(folder / str(number) / "config.yaml") for number in rows]
+    world = configs[0].parallel.world
     with tempfile.TemporaryDirectory() as scratch:
         try:
-            timeout = TIMEOUT * len(rows)
-            run_processes(_prove_as_rank, paths, world, f"{scratch}/store", world_size=world, timeout=timeout)
+            timeout = TIMEOUT * len(configs)
+            run_processes(_prove_as_rank, configs, world, f"{scratch}/store", world_size=world, timeout=timeout)
         except AssertionError as error:
             return str(error)
     return ""
 
 
-def _prove_as_rank(rank: int, paths: list[str], world: int, store: str) -> None:
+def _prove_as_rank(rank: int, configs: list[Config], world: int, store: str) -> None:
     import os
 
     from train.prove.layouts import PROOFS
@@ -119,41 +114,40 @@ def _prove_as_rank(rank: int, paths: list[str], world: int, store: str) -> None:
     os.environ |= {"SLUICE_STORE": store, "GLOO_SOCKET_IFNAME": "lo"}
     warnings.filterwarnings("ignore", "`torch.distributed.*is deprecated", FutureWarning)  # as train.rank does
     place = Place(rank, world, rank, world)
-    for path in paths:
-        config = read_config(path)
+    for config in configs:
         device = choose_device(config, place)
-        if path == paths[0]:
+        if config is configs[0]:
             start_process_group(config, place, device)
         for proof in PROOFS:
             run_pass(proof, config, place, device)
 
 
-def _judge(folder: Path) -> tuple[list, str]:
+def _judge(config: Config) -> tuple[list, str]:
     """Verdicts, and the first difference or the judge's own error."""
     from train.prove.judge import judge_all
 
     try:
-        findings = judge_all(read_config(str(folder / "config.yaml")))
+        findings = judge_all(config)
     except Exception:
         return [], traceback.format_exc()
     return list(findings.verdicts.values()), findings.differences[0].text() if findings.differences else ""
 
 
 def show_worst(results: Iterable[RowResult]) -> None:
-    """A line for every quantity of every pass: its worst difference as a share of what is allowed, and where that was."""
-    worst: dict[tuple[str, str], tuple[float, float, float, int, int]] = {}
+    """A line for every quantity of every pass: its worst difference as a share of what is allowed, where that was, how many numbers
+    were compared, and how many this pass cannot tell. In low precision a share near 1 is no alarm: a difference beyond the bound
+    that follows from the formats alone gets a wider one.
+    """
+    found: dict[tuple[str, str], list[tuple[int, ProofVerdict]]] = {}
     for result in results:
         for verdict in result.verdicts:
-            key = verdict.proof, verdict.quantity
-            share = verdict.worst / verdict.bound if verdict.bound else verdict.worst
-            kept = worst.get(key, (-1.0, 0.0, 0.0, 0, 0))
-            compared = kept[4] + verdict.compared
-            if share > kept[0]:
-                kept = share, verdict.worst, verdict.bound, result.number, compared
-            worst[key] = (*kept[:4], compared)
-    print(f"{'pass':7} {'quantity':28} {'numbers':>12} {'worst':>9} {'allowed':>9} {'share':>7}  row")
-    for (proof, quantity), (share, error, bound, number, compared) in worst.items():
-        print(f"{proof:7} {quantity:28} {compared:12,} {error:9.2g} {bound:9.2g} {share:7.1%}  {number}")
+            found.setdefault((verdict.proof, verdict.quantity), []).append((result.number, verdict))
+    print(f"{'pass':7} {'quantity':28} {'compared':>12} {'not told':>9} {'worst':>9} {'allowed':>9} {'share':>7}  row")
+    for (proof, quantity), ones in found.items():
+        number, worst = max(ones, key=lambda one: one[1].share)
+        compared, untold = (sum(getattr(verdict, kind) for _, verdict in ones) for kind in ("compared", "untold"))
+        figures = f"{compared:12,} {untold:9,} {worst.worst:9.2g} {worst.bound:9.2g} {worst.share:7.1%}"
+        print(f"{proof:7} {quantity:28} {figures}  {number}")
 
 
 def show_mutations() -> int:

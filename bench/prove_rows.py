@@ -24,14 +24,14 @@ import yaml
 from conf.check import check
 from conf.errors import UserError
 from conf.load import compose
-from conf.schema import ROOT, SELECTIVE, Config
+from conf.schema import ROOT, SELECTIVE, Config, Recompute
 from train.layout import check_layout
 
 FILE = Path(__file__).with_suffix(".csv")
 ROWS = 200
 LARGEST_WORLD = 4
-MICRO_BATCHES = {1: 2, 2: 4}
-"""Of a rank in a step, by pipeline ranks: what every schedule takes. Where the batch grows, two more follow."""
+MICRO_BATCHES = {1: (2, 1), 2: (4, 2)}
+"""Of a rank in a step, and how many follow where the batch grows, by pipeline ranks: what every schedule takes."""
 SEED = 1
 
 MODEL = {
@@ -47,7 +47,8 @@ BASE = [
 
 SWITCHES: dict[str, list[Any]] = {
     "parallel.pp": [1, 2],
-    "parallel.dp": [1, 2, 4],
+    "parallel.dp": [1, 2],
+    "parallel.cp": [1, 2],
     "parallel.ep": [1, 2],
     "parallel.zero": [1, 2, 3],
     "parallel.schedule": ["1f1b", "interleaved", "zbv", "dualpipev"],
@@ -58,7 +59,7 @@ SWITCHES: dict[str, list[Any]] = {
     "precision": ["fp32", "bf16", "fp8"],
     "precision.moments": ["fp32", "bf16"],
     "model.mtp_depth": [0, 1, 2],
-    "recompute": [False, True],
+    "recompute": ["nothing", "parts", "layers"],
     "model.q_rank": [None, 8],
     "model.shared_experts": [0, 1, 2],
     "model.groups": [1, 4],
@@ -71,10 +72,12 @@ SWITCHES: dict[str, list[Any]] = {
     "micro_batch_size": [1, 2],
     "ramp": [False, True],
 }
-"""Settings by name and their values; `precision` is a group, `recompute` all or nothing, `ramp` whether the batch grows."""
+"""Settings by name and their values; `precision` is a group, `recompute` as in RECOMPUTED, `ramp` whether the batch grows."""
+RECOMPUTED = {"nothing": [], "parts": [*map(str, SELECTIVE)], "layers": [str(Recompute.layer)]}
 SPREAD = (
     "parallel.pp",
     "parallel.dp",
+    "parallel.cp",
     "parallel.ep",
     "parallel.zero",
     "parallel.schedule",
@@ -112,13 +115,18 @@ def covering_rows() -> list[Row]:
 
 
 def _fill(rows: list[Row]) -> list[Row]:
-    """Rows drawn at random behind these, up to ROWS."""
+    """Rows drawn at random behind these, up to ROWS; of two ranks at most, as a row of four takes as long as five of two."""
     rows, drawn = [*rows], random.Random(SEED)
     while len(rows) < ROWS:
         row = {key: drawn.choice(values) for key, values in SWITCHES.items()}
-        if tuple(row[key] for key in SPREAD) in allowed_spreads() and row not in rows:
+        if world_of(row) <= 2 and tuple(row[key] for key in SPREAD) in allowed_spreads() and row not in rows:
             rows.append(row)
     return rows
+
+
+def world_of(row: Row) -> int:
+    """Ranks of a row."""
+    return row["parallel.pp"] * row["parallel.dp"] * row["parallel.cp"]
 
 
 def _constraints() -> list[dict[str, Any]]:
@@ -143,7 +151,7 @@ def allowed_spreads() -> set[tuple]:
     found = set()
     for values in itertools.product(*(SWITCHES[key] for key in SPREAD)):
         row = others | dict(zip(SPREAD, values, strict=True))
-        if row["parallel.pp"] * row["parallel.dp"] <= LARGEST_WORLD:
+        if world_of(row) <= LARGEST_WORLD:
             with contextlib.suppress(UserError):
                 to_config(row)
                 found.add(values)
@@ -157,14 +165,14 @@ def to_config(row: Row) -> Config:
         *section, last = key.split(".")
         if section or key == "micro_batch_size":
             setattr(reduce(getattr, section, cfg), last, value)
-    cfg.model.recompute = [*map(str, SELECTIVE)] if row["recompute"] else []
+    cfg.model.recompute = RECOMPUTED[row["recompute"]]
     cfg.model.top_groups = min(cfg.model.top_groups, cfg.model.groups)
     share = cfg.micro_batch_size * cfg.parallel.dp
-    cfg.batch_size = MICRO_BATCHES[cfg.parallel.pp] * share
+    first, more = (count * share for count in MICRO_BATCHES[cfg.parallel.pp])
+    cfg.batch_size = first
     if row["ramp"]:
-        cfg.batch_size += 2 * share
-        cfg.optim.batch_ramp_start, cfg.optim.batch_ramp_steps = cfg.batch_size - 2 * share, 1
-        cfg.optim.batch_ramp_increment = 2 * share
+        cfg.batch_size = first + more
+        cfg.optim.batch_ramp_start, cfg.optim.batch_ramp_steps, cfg.optim.batch_ramp_increment = first, 1, more
     check(cfg)
     check_layout(cfg)
     return cfg

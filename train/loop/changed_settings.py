@@ -7,8 +7,9 @@ that a new field of the schema is told until somebody says otherwise.
 
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from enum import Enum
+from functools import cache
 from typing import Any
 
 from omegaconf import OmegaConf
@@ -109,7 +110,7 @@ class Changes:
 
 def settings_of(config: Config) -> dict[str, Any]:
     """All settings, resolved, as JSON has them."""
-    return OmegaConf.to_container(OmegaConf.structured(config), enum_to_str=True)
+    return json.loads(json.dumps(asdict(config)))
 
 
 def effect_of(key: str) -> Effect:
@@ -134,6 +135,7 @@ def changed(config: Config, fingerprint: str, meta: dict[str, Any]) -> Changes:
     return Changes(found, "config" in meta, tuple(_facts(config, fingerprint, meta, found)))
 
 
+@cache
 def _defaults() -> dict[str, Any]:
     """Of every setting, those of FP8 included, but of where the cache is, which asks for the environment."""
     config = Config(data=Data(cache=""), precision=Precision(fp8=Fp8()))

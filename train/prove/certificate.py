@@ -107,12 +107,13 @@ def _lines(verdicts: list[ProofVerdict]) -> list[str]:
         return [
             f"FAILED: {one.quantity}, error {one.worst:.2g}, allowed {one.bound:.2g} ({one.where})" for one in failed
         ]
-    nearest = max(verdicts, key=lambda one: one.worst / one.bound if one.bound else 0.0)
-    count = sum(verdict.compared for verdict in verdicts)
-    return [
+    nearest = max(verdicts, key=lambda one: one.share)
+    count, untold = (sum(getattr(verdict, kind) for verdict in verdicts) for kind in ("compared", "untold"))
+    lines = [
         f"holds: {len(verdicts)} quantities, {count:,} numbers",
         f"nearest to its bound: {nearest.quantity}, {nearest.worst:.2g} of {nearest.bound:.2g} ({nearest.where})",
     ]
+    return lines + [f"not told: {untold:,} numbers that rounding alone may move by their own size"] * bool(untold)
 
 
 def _finite(record: dict[str, Any]) -> dict[str, Any]:

@@ -82,6 +82,13 @@ class ProofVerdict:
     where: str = ""
     reason: str = ""
     failed: int = 0
+    untold: int = 0
+    """Numbers that were compared with nothing, as rounding alone may move them by their own size; finite they must be."""
+
+    @property
+    def share(self) -> float:
+        """The worst error, of what is allowed."""
+        return _share(self.worst, self.bound)
 
 
 @dataclass
@@ -198,7 +205,8 @@ class Judge:
         plain = self._plain(before, self._choices(ranks, plan.batch_size))
         self.want = run_step(plain, self.samples, plan)
         unit = UNIT[coarsest(self.config) if self.is_rounded else "fp32"]
-        self.shaken = None if self.proof == "exact" else Shaken(plain, self.samples, plan, unit)
+        near = None if self.is_rounded else 2 * chosen(self.proof, self.config).value
+        self.shaken = None if self.proof == "exact" else Shaken(plain, self.samples, plan, unit, near)
         seen = self.want.seen
         self._judge_forward(ranks, seen, plan.batch_size)
         self._judge_backward(ranks, plan.batch_size)
@@ -504,8 +512,11 @@ class Judge:
         if error > bound.value and widen:
             bound = widen(bound, scale)
         verdict = self.findings.verdicts.setdefault((self.proof, quantity), ProofVerdict(self.proof, quantity))
+        if bound.value >= MISSING and math.isfinite(error):
+            verdict.untold += got.numel()
+            return
         verdict.compared += got.numel()
-        if _share(error, bound.value) >= _share(verdict.worst, verdict.bound):
+        if _share(error, bound.value) >= verdict.share:
             verdict.worst, verdict.bound, verdict.reason = error, bound.value, bound.reason
             verdict.where = f"step {self.step}, {name}"
         if error > bound.value:
@@ -537,6 +548,8 @@ class Judge:
         )
 
 
+MISSING = 1.0
+"""The error of a tensor that is missing: a bound from there on tells nothing."""
 LOOSE = ("outputs", "losses", "gradients of weights", "gradients of outputs")
 """Quantities that pass recipe measures by their norm."""
 QUANTITIES = {"master": "master weights", "exp_avg": "first moments", "exp_avg_sq": "second moments", "ema": "average of weights",

@@ -17,6 +17,7 @@ R rope width, N tokens in a row (B*T), E experts, G groups, K experts of a token
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -211,6 +212,7 @@ class PlainModel:
         self.config, self.model, self.optim = config, config.model, config.optim
         self.weights, self.biases, self.choices = weights, biases, choices or {}
         self.watched: type[Watched] = Watched
+        self.best_without_bias: Callable[[Tensor, int], Tensor] = best
 
     def losses(self, tokens_BS: Tensor, documents_BS: Tensor | None, with_mtp: bool = True) -> Watched:
         """Main loss, MTP losses (eq. 21-25) and balance losses of a batch, as means over all sequences.
@@ -322,7 +324,7 @@ class PlainModel:
         without bias, over an even share, and P_i is its mean share of the scores.
         """
         model, (B, T, E) = self.model, scores_BTE.shape
-        best_BTK = best(scores_BTE.detach(), model.top_k)
+        best_BTK = self.best_without_bias(scores_BTE.detach(), model.top_k)
         f_BE = F.one_hot(best_BTK, E).sum((1, 2)).to(scores_BTE.dtype) * (E / (model.top_k * T))
         P_BE = (scores_BTE / scores_BTE.sum(-1, keepdim=True)).mean(1)
         return (f_BE * P_BE).sum() / B
