@@ -8,7 +8,7 @@ from conf.check_precision import check_precision
 from conf.errors import UserError
 from conf.fields import check_fields, wrong_choice
 from conf.micro_batches import batch_unit, check_batch
-from conf.schema import Config, DataFormat, Mode, Model, Phase, PipelineSchedule, Recompute
+from conf.schema import Config, DataFormat, Mode, Model, Offload, Phase, PipelineSchedule, Recompute
 
 NEEDS_NO_DATA = (Mode.generate, Mode.plan, Mode.dry_run, Mode.prove)
 MAX_EXPERTS = 32767
@@ -105,7 +105,22 @@ def _check_top(config: Config) -> None:
 def check_model(model: Model) -> None:
     """The rules of the model section alone, for models that come from elsewhere."""
     check_fields(model, "model.")
-    _check_recompute(model.recompute)
+    _check_parts("model.recompute", model.recompute, list(Recompute))
+    _check_parts("model.offload", model.offload, list(Offload))
+    _require(
+        not model.offload or Recompute.layer not in model.recompute,
+        "model.offload",
+        model.offload,
+        "has nothing to bring to the host: model.recompute has `layer`, so backward runs every block again and nothing of it is kept",
+        "take `layer` out of model.recompute, or put layer:N in its place: the blocks behind the first N go to the host",
+    )
+    _require(
+        Offload.layer not in model.offload or len(model.offload) == 1,
+        "model.offload",
+        model.offload,
+        "says twice what goes to the host: `layer` is all of a block",
+        "keep [layer]",
+    )
     _require(
         model.rope_head_dim % 2 == 0,
         "model.rope_head_dim",
@@ -176,15 +191,15 @@ def check_model(model: Model) -> None:
     )
 
 
-def _check_recompute(words: list[str]) -> None:
-    share = re.compile(f"{Recompute.layer}:[1-9][0-9]*")
+def _check_parts(field: str, words: list[str], parts: list[str]) -> None:
+    """What is recomputed, or goes to the host. parts: all words but layer:N."""
     for word in words:
-        if word not in list(Recompute) and not share.fullmatch(word):
-            usual = f"use [{','.join(Recompute)}], or layer:N for the first N blocks of every stage"
-            raise wrong_choice("model.recompute", word, [*Recompute, "layer:N"], usual)
-    whole = [word for word in words if word.startswith(Recompute.layer)]
+        if word not in parts and not re.fullmatch("layer:[1-9][0-9]*", word):
+            usual = f"use [{','.join(parts)}], or layer:N for the first N blocks of every stage"
+            raise wrong_choice(field, word, [*parts, "layer:N"], usual)
+    whole = [word for word in words if word.startswith("layer")]
     if len(whole) > 1:
-        raise UserError("model.recompute", whole, "say twice how many layers", f"keep [{whole[-1]}]")
+        raise UserError(field, whole, "say twice how many layers", f"keep [{whole[-1]}]")
 
 
 def _check_phases(field: str, phases: list[Phase]) -> None:

@@ -47,6 +47,8 @@ Recompute = StrEnum("Recompute", ["norm", "mla_up", "swiglu", "layer"])
 """What the backward pass recomputes instead of keeping it (paper 3.2.3 and 3.3.3); `layer` is of no paper recipe."""
 SELECTIVE = [Recompute.norm, Recompute.mla_up, Recompute.swiglu]
 """What the paper recomputes."""
+Offload = StrEnum("Offload", ["attention", "ffn", "layer"])
+"""Parts of a block whose activations wait in the host's memory for backward; no paper recipe has any."""
 DataFormat = StrEnum("DataFormat", ["auto", "stdlib", "text", "jsonl", "parquet", "huggingface", "memmap"])
 WandbMode = StrEnum("WandbMode", ["auto", "offline", "disabled"])
 PipelineSchedule = StrEnum("PipelineSchedule", ["1f1b", "interleaved", "zbv", "dualpipev"])
@@ -155,15 +157,30 @@ class Model:
     recompute: list[str] = field(default_factory=lambda: [str(what) for what in SELECTIVE])
     """What the backward pass recomputes instead of keeping it: norm (outputs of norms), mla_up (queries, keys and values), swiglu,
     and layer (whole blocks, of which only the input is kept) or layer:N (the first N blocks of every stage)."""
+    offload: list[str] = field(default_factory=list)
+    """Whose activations wait for backward in the host's memory: attention, ffn (dense or of experts), layer (whole blocks, of which only the
+    input stays) or layer:N (N blocks of every stage). Blocks that run again (recompute) have none, and those of MTP modules stay."""
     loss_chunk: int = number(2048, least=1)
     """Tokens whose logits exist at one time in the cross-entropy."""
 
     @property
     def repeated_layers(self) -> int:
         """How many of the first blocks of every stage backward runs again as a whole; layers for all."""
-        if Recompute.layer in self.recompute:
+        return self._share(self.recompute)
+
+    def offloaded_part(self, place: int) -> str:
+        """What of the block at this place of a stage goes to the host: attention, ffn, layer for both, or nothing."""
+        if place < self.repeated_layers:
+            return ""
+        parts = [part for part in self.offload if not part.startswith(Offload.layer)]
+        whole = place < self.repeated_layers + self._share(self.offload) or len(set(parts)) > 1
+        return Offload.layer if whole else parts[0] if parts else ""
+
+    def _share(self, words: list[str]) -> int:
+        """Blocks of every stage that `layer` and `layer:N` mean; layers for all."""
+        if "layer" in words:
             return self.layers
-        shares = [what.partition(":")[2] for what in self.recompute if what.startswith(f"{Recompute.layer}:")]
+        shares = [what.partition(":")[2] for what in words if what.startswith("layer:")]
         return int(shares[0]) if shares else 0
 
     @property

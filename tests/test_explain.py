@@ -9,6 +9,7 @@ import torch.distributed as dist
 
 from conf.errors import EXIT_CRASH
 from conf.load import compose
+from parallel.pipeline.host_store import HostMemoryFull, HostStore
 from tests.ranks import run_processes
 from tests.small import arguments
 from train import explain
@@ -105,6 +106,19 @@ def test_memory_that_nccl_lacks_is_memory(tmp_path):
 def test_memory_of_a_cpu_too(tmp_path):
     error = RuntimeError("[enforce fail at alloc_cpu.cpp:117] DefaultCPUAllocator: can't allocate memory: you tried")
     assert explanation(error, tmp_path).startswith("out of memory")
+
+
+def test_memory_of_the_host_has_its_own_cure(tmp_path, monkeypatch):
+    def refuse(*_, **__):
+        raise RuntimeError("CUDA error: out of memory")
+
+    store = HostStore(torch.device("cpu"))
+    monkeypatch.setattr(torch, "empty", refuse)
+    with pytest.raises(HostMemoryFull) as error:
+        store.send([torch.zeros(8, dtype=torch.uint8)])
+    monkeypatch.undo()
+    said = explanation(error.value, tmp_path, "model.offload=[layer]")
+    assert said.startswith("out of the host's memory") and "beside 0 bytes" in said and "layer:N" in said
 
 
 def test_other_errors_pass_as_they_are(tmp_path):

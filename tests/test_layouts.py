@@ -47,6 +47,18 @@ LAYOUTS = {
             "model.recompute=[norm,layer:2]",
         ],
     ),
+    "pp2_zbv_offload": (2, ["parallel.pp=2", "parallel.schedule=zbv", "model.offload=[layer]"]),
+    "pp2_dp2_ep2_offload": (
+        4,
+        [
+            "parallel.pp=2",
+            "parallel.dp=2",
+            "parallel.ep=2",
+            "parallel.schedule=dualpipev",
+            "model.recompute=[norm,layer:1]",
+            "model.offload=[ffn]",
+        ],
+    ),
     # Without a pipeline, dualpipev runs the forward of one micro-batch together with the backward of another.
     "ep2_dualpipev": (2, ["parallel.dp=2", "parallel.ep=2", "parallel.schedule=dualpipev"]),
     # Two backwards of a chunk follow one another at the end of a step, and the weights of ZeRO 3 have one gradient at a time.

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from conf.errors import RunEnded
 from conf.schema import SELECTIVE, Config, Recompute
+from parallel.pipeline.host_store import HostMemoryFull
 from train.gpu import FLIGHTS
 from train.metrics.words import gib
 
@@ -25,6 +26,10 @@ CPU_MEMORY = "DefaultCPUAllocator: can't allocate memory"
 NCCL = "NCCL error"
 NO_MEMORY = re.compile(r"Cuda failure[^\n]*out of memory|Failed to CUDA (c|m)alloc")
 """What NCCL says where it finds no memory for its own buffers."""
+LESS_ON_HOST = (
+    "model.offload with less in it (layer:N, attention, ffn), a smaller micro_batch_size, or more ranks of a pipeline (parallel.pp); mode=plan "
+    "tells what a node's memory needs"
+)
 PHASES = {
     "forward_one_chunk": "forward",
     "run_forward": "forward",
@@ -66,6 +71,8 @@ def _explain(config: Config, error: Exception) -> str | None:
     chain = list(_chain(error))
     for one in chain:
         said = str(one)
+        if isinstance(one, HostMemoryFull):
+            return "\n".join([f"out of the host's memory{_place(chain)}", *_memory(said), f"  cure: {LESS_ON_HOST}"])
         if isinstance(one, torch.OutOfMemoryError) or (isinstance(one, RuntimeError) and CPU_MEMORY in said):
             return "\n".join([f"out of memory{_place(chain)}", *_memory(said), f"  cure: {_lighter(config)}"])
         if isinstance(one, RuntimeError) and NCCL in said and NO_MEMORY.search(said):
@@ -166,6 +173,8 @@ def _lighter(config: Config) -> str:
         changes.append(f"model.recompute=[{','.join(SELECTIVE)}] ({', '.join(missing)} missing)")
     elif model.repeated_layers < model.layers:
         changes.append(f"model.recompute=[{','.join(Recompute)}] (layer missing: whole layers run again)")
+    if torch.cuda.is_initialized() and not model.offload and model.repeated_layers < model.layers:
+        changes.append("model.offload=[layer] (activations wait in the host's memory)")
     changes.append(f"a smaller model.loss_chunk (now {model.loss_chunk})")
     if parallel.pp == 1 and parallel.dp > 1 and parallel.zero < 3:
         changes.append(f"parallel.zero={parallel.zero + 1} (now {parallel.zero})")

@@ -1,5 +1,6 @@
 """Whether a layout can run, before anything starts. No torch, which takes seconds to import, unless a rule needs it."""
 
+from conf.errors import UserError
 from conf.micro_batches import micro_batch_counts
 from conf.schema import Config
 from parallel.pipeline.split import check_schedule, check_split
@@ -15,9 +16,26 @@ def check_layout(config: Config) -> None:
         check_schedule(parallel.schedule, parallel.pp, micro_batches, config.model.layers)
     if isinstance(parallel.split, list):
         check_split(parallel.split, parallel.schedule, parallel.pp, config.model.layers)
+    if config.model.offload and config.model.repeated_layers:
+        _check_offload(config)
     if parallel.ep > 1 and parallel.dispatch == "node_limited":
         from parallel.expert.build import check_groups
         from parallel.mesh import read_layout
 
         layout = read_layout(config, parallel.world)
         check_groups(parallel.ep, layout.ep_ranks_per_node, config.model.groups)
+
+
+def _check_offload(config: Config) -> None:
+    """Some block has to be left that does not run again."""
+    from train.parallelize import split
+
+    again, longest = config.model.repeated_layers, max(map(len, split(config)))
+    if again >= longest:
+        raise UserError(
+            "model.offload",
+            config.model.offload,
+            f"has nothing to bring to the host: model.recompute runs the first {again} blocks of every stage again, and none has more "
+            f"than {longest}",
+            "lower N of layer:N in model.recompute, or leave out one of the two",
+        )

@@ -10,6 +10,7 @@ from conf.schema import Config, Recompute
 from parallel.context import ContextParallel
 from parallel.expert.build import RemoteDispatcher, build_dispatcher
 from parallel.mesh import Mesh
+from parallel.pipeline.host_store import HostStore
 from parallel.pipeline.schedule import Pipeline
 from parallel.pipeline.split import SCHEDULES, split_as_given, split_evenly, split_layers, stage_placement
 from parallel.zero.engine import Zero
@@ -106,8 +107,11 @@ def build_rank_model(
         share = make_share(mesh)
     recompute_swiglu = Recompute.swiglu in config.model.recompute
     precision = build_precision(config.precision, device, kernels, recompute_swiglu)
-    chunks, stage_ids, num_stages = build_chunks(config, mesh, device, dispatcher, precision, layers, restored, share)
-    pipeline = build_pipeline(config, mesh, device, chunks, stage_ids, num_stages, config.parallel.overlap)
+    host = HostStore(device) if config.model.offload else None
+    chunks, stage_ids, num_stages = build_chunks(
+        config, mesh, device, dispatcher, precision, layers, restored, share, host
+    )
+    pipeline = build_pipeline(config, mesh, device, chunks, stage_ids, num_stages, config.parallel.overlap, host)
     return RankModel(chunks, pipeline, dispatcher, precision, share)
 
 
@@ -119,6 +123,7 @@ def build_pipeline(
     stage_ids: list[int],
     num_stages: int,
     overlap: bool,
+    host: HostStore | None = None,
 ) -> Pipeline:
     """The schedule over these chunks; a whole model is one chunk, stage 0 of 1."""
     return Pipeline(
@@ -133,6 +138,7 @@ def build_pipeline(
         cp=mesh.layout.cp,
         overlap=overlap,
         timeout=config.cluster.timeout,
+        host=host,
     )
 
 
@@ -164,10 +170,11 @@ def build_chunks(
     layers: list[range] | None = None,
     restored: bool = False,
     share: ContextParallel | None = None,
+    host: HostStore | None = None,
 ) -> tuple[list[DeepSeekV3], list[int], int]:
     """This rank's chunks with the weights of config.seed, their stage numbers, and the number of stages.
 
-    layers: of every stage; None for `split`. restored: as in `parallelize`.
+    layers: of every stage; None for `split`. restored: as in `parallelize`. host: takes what model.offload names.
     """
     placement = stage_placement(config.parallel.schedule, mesh.layout.pp)
     stage_ids, num_stages = placement[mesh.pp_rank], sum(len(ids) for ids in placement)
@@ -188,6 +195,7 @@ def build_chunks(
             local_experts=range(mesh.ep_rank * held, (mesh.ep_rank + 1) * held),
             embedding=embedding,
             share=share,
+            host=host,
             dtype=dtype,
             device=device,
         )

@@ -37,7 +37,7 @@ two of the others.  Pipeline sends and receives happen before and after the pair
 import queue
 import threading
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
@@ -46,7 +46,6 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 if TYPE_CHECKING:  # dispatchers import this file for yield_point, and need none of torch's pipelining
     from parallel.pipeline.stage import Stage
-    from parallel.pipeline.timeline import Timeline
 
 _FORWARD, _BACKWARD = 0, 1
 _NAMES = ("forward", "backward")
@@ -184,7 +183,7 @@ class _Pair:
             raise LaneStopped(f"the {_NAMES[1 - lane]} lane failed") from self.error
 
 
-def overlapped_pair(lanes: Lanes, timeline: "Timeline") -> Callable[[Any, Any], None]:
+def overlapped_pair(lanes: Lanes, acting: Callable[..., AbstractContextManager]) -> Callable[[Any, Any], None]:
     """What torch's runtime shall do at an OVERLAP_F_B action of DualPipeV (for register_custom_function).
 
     Both receives are waited for before the pair starts and both sends come after it, as they do in the runtime's own
@@ -207,7 +206,7 @@ def overlapped_pair(lanes: Lanes, timeline: "Timeline") -> Callable[[Any, Any], 
             schedule._maybe_compute_loss(stages[f_stage], output, context.target_mbs, f_batch)
             return output
 
-        with timeline.action("FB", f_stage, f_batch, (b_stage, b_batch)):
+        with acting("FB", f_stage, f_batch, (b_stage, b_batch)):
             output, _ = lanes.run(forward, lambda: stages[b_stage].run_backward(b_batch, loss=loss))
         if f_stage + 1 in stages:
             stages[f_stage + 1].set_local_fwd_input(output, f_batch)

@@ -10,7 +10,8 @@ side by side have shares of a batch that differ) and sums gradients, so gradient
 Shapes: B sequences, S = T + 1 tokens of a batch row (T inputs and T targets), T positions, D hidden width.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -19,7 +20,9 @@ from torch import Tensor, nn
 from torch.distributed.pipelining import Schedule1F1B, ScheduleDualPipeV, ScheduleInterleaved1F1B, ScheduleZBVZeroBubble
 from torch.distributed.pipelining.schedules import OVERLAP_F_B
 
+from parallel.pipeline.host_store import HostStore
 from parallel.pipeline.overlap import Lanes, overlapped_pair
+from parallel.pipeline.simulate import Action, schedule_actions
 from parallel.pipeline.split import SCHEDULES, stage_placement
 from parallel.pipeline.stage import Stage
 from parallel.pipeline.timeline import Timeline
@@ -49,6 +52,7 @@ class Pipeline:
         cp: int = 1,
         overlap: bool = True,
         timeout: float = 600.0,
+        host: HostStore | None = None,
     ):
         """Collective over group.
 
@@ -57,7 +61,7 @@ class Pipeline:
         pipeline in order (None: the world); hidden: D; dtype: of the hidden states between stages; cp: ranks that share the
         positions of each sequence, of which T = (S - 1) / cp cross from stage to stage; overlap: whether the
         pairs of dualpipev run interleaved (overlap.py) or one after the other; timeout: longest wait of one half for the
-        other, in seconds.
+        other, in seconds; host: what holds activations for the chunks, and wants to know of every action.
         """
         assert len(modules) == len(stage_ids) == SCHEDULES[name] and list(stage_ids) == sorted(stage_ids)
         self.name, self.modules, self.stage_ids, self.num_stages = name, list(modules), list(stage_ids), num_stages
@@ -66,6 +70,7 @@ class Pipeline:
         """When each action of the last steps ran."""
         self.stage_type: type[Stage] = Stage
         """What stages are made as, before the first step."""
+        self._host = host
         self._lanes = Lanes(device, timeout) if overlap and name == "dualpipev" else None
         placement = stage_placement(name, num_stages // SCHEDULES[name])
         self._rank_of = {stage: rank for rank, stages in enumerate(placement) for stage in stages}
@@ -92,6 +97,8 @@ class Pipeline:
         schedule = self._schedule(tokens_BS, micro_batches, float(micro_batches) if mean is None else mean)
         keywords = {"tokens_BS": tokens_BS} | ({} if documents_BS is None else {"documents_BS": documents_BS})
         losses: list[Tensor] = []
+        if self._host is not None:
+            self._host.start(*self._actions(micro_batches))
         with self.timeline.step():
             # The target only has to be there: the last chunk already knows its targets from tokens_BS.
             schedule.step(tokens_BS, target=tokens_BS, losses=losses, return_outputs=False, **keywords)
@@ -175,7 +182,7 @@ class Pipeline:
                 self.group,
                 self._example(stage_id, B, S),
                 self._example(stage_id + 1, B, S),
-                self.timeline,
+                self._acting,
             )
             for module, stage_id in zip(self.modules, self.stage_ids, strict=True)
         ]
@@ -186,8 +193,24 @@ class Pipeline:
             scale_grads=False,
         )
         if self._lanes is not None:
-            schedule.register_custom_function(OVERLAP_F_B, overlapped_pair(self._lanes, self.timeline))
+            schedule.register_custom_function(OVERLAP_F_B, overlapped_pair(self._lanes, self._acting))
         return schedule
+
+    def _actions(self, micro_batches: int) -> tuple[list[Action], list[int]]:
+        """What this rank does in a step, and its stages whose backward cannot be split."""
+        actions = schedule_actions(self.name, self.num_stages // SCHEDULES[self.name], micro_batches)
+        chunks = zip(self.stage_ids, self.modules, strict=True)
+        one_piece = [stage for stage, module in chunks if getattr(module, "backward_in_one_piece", False)]
+        return actions[self._rank_of[self.stage_ids[0]]], one_piece
+
+    @contextmanager
+    def _acting(
+        self, kind: str, stage: int, micro_batch: int, backward: tuple[int, int] | None = None
+    ) -> Iterator[None]:
+        """Around every action; arguments as in `Timeline.action`."""
+        hosted = nullcontext() if self._host is None else self._host.acting(kind, stage, micro_batch)
+        with self.timeline.action(kind, stage, micro_batch, backward), hosted:
+            yield
 
     def _example(self, boundary: int, B: int, S: int) -> Tensor:
         """What crosses the boundary before stage `boundary`: tokens, hidden states, or (at the end) the loss."""

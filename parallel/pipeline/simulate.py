@@ -10,6 +10,7 @@ it needs has arrived:
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from types import SimpleNamespace
 from typing import NamedTuple
 
@@ -95,8 +96,18 @@ def idle_time(name: str, pp: int, forward: float, inputs: float, weights: float,
     return (pp - 1) * per_hop[name]
 
 
+def what_runs(action: Action, one_piece: bool) -> str:
+    """F, B, I, W or FB as it really runs, or nothing. one_piece: whether the stage's backward cannot be split, and is done in its I.
+    Of any other first stage torch does all of it in its W.
+    """
+    if action.kind not in ("I", "W") or not (one_piece or action.stage == 0):
+        return action.kind
+    return "B" if action.kind == ("I" if one_piece else "W") else ""
+
+
+@lru_cache(maxsize=64)
 def schedule_actions(name: str, pp: int, micro_batches: int) -> list[list[Action]]:
-    """What every rank computes, in order, under torch's schedule of this name. Needs no process group."""
+    """What every rank computes, in order, under torch's schedule of this name; not to be changed. Needs no process group."""
     if name == "1f1b":
         return [_one_f_one_b(rank, pp, micro_batches) for rank in range(pp)]
     num_stages = 2 * pp

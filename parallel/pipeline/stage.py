@@ -6,8 +6,8 @@ exists to avoid.  Here the buffers are laid out on the meta device; a real one i
 and dropped when its action is done.  In the same spirit a loss lets go of its graph right after its backward.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 
 import torch
 from torch import Tensor
@@ -15,23 +15,31 @@ from torch.autograd.graph import Node
 from torch.distributed.pipelining import PipelineStage
 
 from parallel.pipeline.graph import backward_of_weights, kept_graph
-from parallel.pipeline.timeline import Timeline
 
 
 class Stage(PipelineStage):
     """A PipelineStage with static metadata.
 
     inputs, outputs: example tensors of one micro-batch with the right shape, dtype and requires_grad (their values
-    are not used); giving both keeps torch from running the module once more to infer them.
+    are not used); giving both keeps torch from running the module once more to infer them. acting: makes the context of
+    an action, given as in `Timeline.action`.
     """
 
     def __init__(
-        self, module, stage_id, num_stages, device, group, inputs: Tensor, outputs: Tensor, timeline: Timeline
+        self,
+        module,
+        stage_id,
+        num_stages,
+        device,
+        group,
+        inputs: Tensor,
+        outputs: Tensor,
+        acting: Callable[..., AbstractContextManager],
     ):
         super().__init__(
             module, stage_id, num_stages, device, input_args=(inputs,), output_args=(outputs,), group=group
         )
-        self._timeline = timeline
+        self._acting = acting
         self._one_piece = getattr(module, "backward_in_one_piece", False)
         """The module's graph cannot be split into inputs and weights: both are done where the inputs are due."""
         self._graphs: dict[int, Node | None] = {}
@@ -71,17 +79,17 @@ class Stage(PipelineStage):
     # Actions
 
     def forward_one_chunk(self, fwd_chunk_id: int, *args, **kwargs):
-        with self._timeline.action("F", self.stage_index, fwd_chunk_id):
+        with self._acting("F", self.stage_index, fwd_chunk_id):
             return self.run_forward(fwd_chunk_id, *args, **kwargs)
 
     def backward_one_chunk(self, bwd_chunk_id: int, *args, full_backward: bool = True, **kwargs) -> None:
-        with self._timeline.action("B" if full_backward else "I", self.stage_index, bwd_chunk_id):
+        with self._acting("B" if full_backward else "I", self.stage_index, bwd_chunk_id):
             self.run_backward(bwd_chunk_id, *args, full_backward=full_backward, **kwargs)
 
     def backward_weight_one_chunk(self, bwd_chunk_id: int, *args, **kwargs) -> None:
         if self._one_piece:
             return
-        with self._timeline.action("W", self.stage_index, bwd_chunk_id):
+        with self._acting("W", self.stage_index, bwd_chunk_id):
             super().backward_weight_one_chunk(bwd_chunk_id, *args, **kwargs)
             del self._graphs[bwd_chunk_id]
 

@@ -37,6 +37,12 @@ LAYOUTS = {
     "zbv ep2, layers again": [*PP2, "parallel.ep=2", "parallel.schedule=zbv", "dry_run.rank=3", "model.recompute=[norm,layer]"],
     "dualpipev fp8, a layer again": [*PP2, "parallel.ep=2", "parallel.schedule=dualpipev", "precision=fp8", "batch_size=12",
                                      "model.recompute=[norm,mla_up,swiglu,layer:1]"],
+    "1f1b, offload": [*PP2, "parallel.schedule=1f1b", "dry_run.rank=0", "model.offload=[layer]"],
+    "interleaved, offload fp32": [*PP2, "parallel.schedule=interleaved", "precision=fp32", "dry_run.rank=2", "model.offload=[layer:1]"],
+    "zbv ep2, offload": [*PP2, "parallel.ep=2", "parallel.schedule=zbv", "dry_run.rank=3", "model.offload=[ffn]", "model.mtp_depth=1"],
+    "dualpipev fp8, offload behind a layer again": [*PP2, "model.layers=8", "parallel.ep=2", "parallel.schedule=dualpipev", "precision=fp8",
+                                                    "batch_size=12", "model.recompute=[norm,mla_up,swiglu,layer:1]", "model.offload=[layer]"],
+    "zero 3, offload": ["parallel.dp=2", "parallel.zero=3", "model.offload=[layer]"],
     "MTP 2, all recomputed": ["model.mtp_depth=2", "model.recompute=[norm,mla_up,swiglu]"],
 }  # fmt: skip
 

@@ -3,7 +3,7 @@
 kernels    every Triton kernel compiled by this environment's triton (bench/compile_kernels.py)
 products   which calls of F.scaled_mm this torch takes
 layers     layers of DeepSeek-V3 at full width in bf16 and FP8: placement, waits of the host, launches, bytes
-ranks      `python -m train` in bf16 and FP8, and single ranks of ep, pp, node-limited and ZeRO 3 layouts
+ranks      `python -m train` in bf16 and FP8, and single ranks of ep, pp, offload, node-limited and ZeRO 3 layouts
 """
 
 import os
@@ -128,6 +128,12 @@ def ranks() -> tuple[list[str], list[str]]:
     problems += [
         f"{key}: refused {calls.kinds['refusal']} calls" for key, calls in found.items() if calls.kinds["refusal"]
     ]
+    for precision in ranks.PRECISIONS:
+        there, here = (found.get((precision, f"pp 2, 1f1b{more}")) for more in (", offload", ""))
+        if there is not None and here is not None and there.waits > here.waits:
+            problems.append(
+                f"{precision}: with activations on the host it waits {there.waits} times, without {here.waits}"
+            )
     alone = found.get(("bf16", "alone"))
     if alone is not None and alone.waits > STEP_WAITS:
         problems.append(f"a step waits {alone.waits} times where {STEP_WAITS} will do")

@@ -30,6 +30,7 @@ LAYOUTS = {
     "ep 4, flat": EP4,
     "ep 4, node-limited": (*EP4, "parallel.dispatch=node_limited"),
     "pp 2, 1f1b": (*PP2, "parallel.schedule=1f1b"),
+    "pp 2, 1f1b, offload": (*PP2, "parallel.schedule=1f1b", "model.offload=[layer]"),
     "pp 2, interleaved": (*PP2, "parallel.schedule=interleaved"),
     "pp 2, ep 2, zbv": (*PP2, "parallel.ep=2", "parallel.schedule=zbv"),
     "pp 2, ep 2, dualpipev": (*PP2, "parallel.ep=2", "parallel.schedule=dualpipev"),

@@ -12,6 +12,7 @@ import pytest
 from conf.errors import UserError
 from conf.load import compose
 from conf.schema import ROOT, Config, Rate
+from parallel.pipeline.simulate import Action
 from parallel.pipeline.split import SCHEDULES
 from tests.small import environment
 from train.plan import reserve
@@ -274,3 +275,24 @@ def test_an_unknown_or_small_host_is_named():
         make_plan(compose(*OFFLOAD, "hardware.host_memory_bytes=0"))
     with pytest.raises(UserError, match=r"parallel\.offload_optimizer = True"):
         compose("parallel.dp=2", "parallel.zero=3", "parallel.offload_optimizer=true")
+    with pytest.raises(UserError, match=r"model\.offload would have the host's memory"):
+        make_plan(compose(*OFFLOAD[:-1], "model.offload=[layer]", "hardware.host_memory_bytes=0"))
+    with pytest.raises(UserError, match=r"model\.offload = \['layer'\]\n  rule: has nothing to bring"):
+        compose("model.offload=[layer]", "model.recompute=[layer]")
+    with pytest.raises(UserError, match=r"first 20 blocks of every stage again, and none has more than"):
+        make_plan(compose(*OFFLOAD, "model.offload=[layer]", "model.recompute=[norm,layer:20]"))
+
+
+def test_activations_wait_on_the_host_and_copies_that_take_longer_than_the_computing_set_its_pace():
+    """With a link so slow that copies of F and B take longer than their computing, each lasts as long as its bytes on the link."""
+    here, there, slow = (
+        make_plan(compose(*OFFLOAD, *more))
+        for more in ([], ["model.offload=[layer]"], ["model.offload=[layer]", "hardware.rates.host.bandwidth=1e9"])
+    )
+    first, other = there.ranks[0], here.ranks[0]
+    assert "activations" not in other.host_items
+    assert first.host_items["activations"] > other.peak_bytes - first.peak_bytes > 0
+    assert there.host_bytes == 8 * max(rank.host_bytes for rank in there.ranks)  # the ranks of a stage fill a node
+    assert here.step.step_seconds <= there.step.step_seconds < slow.step.step_seconds
+    copies = slow.step.length(Action("F", 0, 0))
+    assert copies == slow.step.length(Action("B", 0, 0)) > here.step.length(Action("B", 0, 0))

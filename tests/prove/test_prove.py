@@ -35,6 +35,7 @@ LAYOUTS = {
         "parallel.offload_optimizer=true",
     ],
     "pp2_zbv_layers_again": ["parallel.pp=2", "parallel.schedule=zbv", "model.recompute=[norm,layer]"],
+    "pp2_zbv_offload": ["parallel.pp=2", "parallel.schedule=zbv", "model.offload=[layer]"],
     "dp3_uneven": ["parallel.dp=3", "parallel.uneven=true"],
     "cp2": ["parallel.cp=2", "model.mtp_depth=2", "data.mask_documents=true"],
 }

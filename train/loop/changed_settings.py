@@ -39,6 +39,7 @@ EFFECTS: dict[str, tuple[Effect, str]] = {
     "micro_batch_size": (Effect.rounding, "the same sum in other parts"),
     "micro_batch_tokens": (Effect.none, "bounds the micro_batch_size that is chosen, which has a line of its own"),
     "model.recompute": (Effect.rounding, "the same values, kept or recomputed"),
+    "model.offload": (Effect.none, "the same values, on the device or on its host"),
     "model.loss_chunk": (Effect.rounding, "the same sum in other parts"),
     "data.cache": (Effect.none, "where tokens are kept"),
     "data.workers": (Effect.none, "how many processes make the same tokens"),

@@ -1,5 +1,6 @@
 """One transformer block: x += attention(norm(x)); x += ffn(norm(x)), the FFN dense or a mixture of experts."""
 
+from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 
 import torch
@@ -9,6 +10,7 @@ from conf.schema import Model, Recompute
 from train.model.layers import FFN, LayerPrecision, RMSNorm
 from train.model.mla import MLA
 from train.model.moe import Dispatcher, MoE
+from train.model.offload import Host, Offloaded
 from train.model.recompute import repeatable
 from train.model.rope import Rope
 from train.model.sequence import Positions
@@ -18,7 +20,8 @@ class Block(nn.Module):
     """Block of the main model or of an MTP module.
 
     dispatcher: None makes a dense block. repeat: backward runs the whole block again, of which nothing is kept but its input.
-    Keeps (B, T, D). positions: those of x; None for all of whole sequences.
+    host: takes the activations of `offload`, which is attention, ffn, or layer for both; None for nothing. Keeps (B, T, D).
+    positions: those of x; None for all of whole sequences.
     """
 
     def __init__(
@@ -29,6 +32,8 @@ class Block(nn.Module):
         dispatcher: Dispatcher | None,
         local_experts: range,
         repeat: bool,
+        host: Host | None = None,
+        offload: str = "",
         **factory,
     ):
         super().__init__()
@@ -42,16 +47,26 @@ class Block(nn.Module):
         else:
             self.moe = MoE(config, precision, dispatcher, local_experts, **factory)
         self._is_dense, self._repeat = dispatcher is None, repeat
+        self._host, self._offload = host, offload
 
     def forward(self, x_BTD: Tensor, positions: Positions | None = None) -> Tensor:
         if self._repeat and torch.is_grad_enabled():
             return repeatable(partial(self._run, positions), x_BTD)
-        return self._run(positions, x_BTD)
+        with self._offloaded("layer", x_BTD):
+            return self._run(positions, x_BTD)
 
     def _run(self, positions: Positions | None, x_BTD: Tensor) -> Tensor:
         normed_BTD, recipe = self.attention_norm.with_recipe(x_BTD)
-        x_BTD = x_BTD + self.attention(normed_BTD, recipe, positions)
+        with self._offloaded("attention", x_BTD):
+            x_BTD = x_BTD + self.attention(normed_BTD, recipe, positions)
         normed_BTD, recipe = self.ffn_norm.with_recipe(x_BTD)
-        if self._is_dense:
-            return x_BTD + self.ffn(normed_BTD.flatten(0, 1), recipe).view(x_BTD.shape)
-        return x_BTD + self.moe(normed_BTD, recipe, positions)
+        with self._offloaded("ffn", x_BTD):
+            if self._is_dense:
+                return x_BTD + self.ffn(normed_BTD.flatten(0, 1), recipe).view(x_BTD.shape)
+            return x_BTD + self.moe(normed_BTD, recipe, positions)
+
+    def _offloaded(self, part: str, x_BTD: Tensor) -> AbstractContextManager:
+        """The context of a part of the block that takes x."""
+        if self._host is None or part != self._offload or not torch.is_grad_enabled():
+            return nullcontext()
+        return Offloaded(self._host, (x_BTD, *self.parameters(), *self.buffers()))

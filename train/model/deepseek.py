@@ -22,6 +22,7 @@ from train.model.layers import Embedding, LayerPrecision, RMSNorm
 from train.model.loss import cross_entropy
 from train.model.moe import Dispatcher, LocalDispatcher
 from train.model.mtp import MTP
+from train.model.offload import Host
 from train.model.rope import Rope
 from train.model.router import Router
 from train.model.sequence import Positions, SequenceShare
@@ -81,7 +82,8 @@ class DeepSeekV3(nn.Module):
     seq_len: length of the run's sequences (decides on YaRN). layers: global indices of the blocks held here.
     has_head: final norm, output head and MTP modules. dispatcher: one object for all MoE layers; None for experts that
     are all here. local_experts: those of every layer that this rank holds; None for all. embedding: a table to share.
-    share: what brings other positions of the sequences; None where whole sequences are here.
+    share: what brings other positions of the sequences; None where whole sequences are here. host: takes what config.offload
+    names; None where nothing waits for a backward.
     dtype, device: of the parameters. On the meta device build first, then call `init.initialise` or load.
     """
 
@@ -98,6 +100,7 @@ class DeepSeekV3(nn.Module):
         local_experts: range | None = None,
         embedding: Embedding | None = None,
         share: SequenceShare | None = None,
+        host: Host | None = None,
         dtype: torch.dtype = torch.float32,
         device: torch.device | str | None = None,
     ):
@@ -123,7 +126,8 @@ class DeepSeekV3(nn.Module):
         self.layers = nn.ModuleDict()
         for place, index in enumerate(layers):
             here, repeat = None if index < config.dense_layers else dispatcher, place < config.repeated_layers
-            self.layers[str(index)] = Block(config, precision, rope, here, local_experts, repeat, **factory)
+            away = config.offloaded_part(place)
+            self.layers[str(index)] = Block(config, precision, rope, here, local_experts, repeat, host, away, **factory)
         if has_head:
             recompute, kernels = Recompute.norm in config.recompute, precision.kernels
             self.norm = RMSNorm(config.hidden, config.norm_eps, recompute, kernels, **factory)

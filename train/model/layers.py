@@ -5,7 +5,7 @@ What they compute is that of the kernels which they are given (train/model/kerne
 Shapes: N rows (any leading axes flattened), D width, F inner width, E experts, R rows routed to experts, V vocabulary.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple, Protocol
 
@@ -24,8 +24,10 @@ class HeldInput(NamedTuple):
 
     source: Any
     """In the precision's own form."""
-    values: Callable[[], Tensor]
-    """What it stands for, in the shape and format of the input."""
+    tensors: Sequence[Tensor]
+    """What of it takes memory."""
+    values: Callable[..., Tensor]
+    """Given the tensors, what they stand for, in the shape and format of the input."""
 
 
 class LayerPrecision(Protocol):

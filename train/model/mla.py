@@ -73,7 +73,10 @@ class MLA(nn.Module):
         x_BTX = out_BHTV.transpose(1, 2).flatten(2)
         held, heads = self.out.hold(x_BTX), out_BHTV.size(1)
         if held is not None:
-            saved.replace(out_BHTV, lambda: held.values().unflatten(-1, (heads, -1)).transpose(1, 2))
+            values = held.values  # the tensors may go elsewhere in the meantime
+            saved.replace(
+                out_BHTV, lambda *kept: values(*kept).unflatten(-1, (heads, -1)).transpose(1, 2), *held.tensors
+            )
         return self.out(x_BTX, held)
 
     def _up(self, q_latent: Tensor, kv_latent: Tensor, k_rope_BTR: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -24,7 +24,7 @@ from contextvars import ContextVar
 from typing import Any, Protocol, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
 T = TypeVar("T")
@@ -36,6 +36,9 @@ class Packed(Protocol):
     def unpack(self) -> "Tensor | Packed":
         """The tensor, or what it was in the hands of a context further in."""
         ...
+
+
+P = TypeVar("P", bound=Packed)
 
 
 class SavedContext:
@@ -66,7 +69,9 @@ _OPEN: ContextVar[tuple[SavedContext, ...]] = ContextVar("open contexts", defaul
 
 def _pack(tensor: Tensor) -> Tensor | Packed:
     # With its history an operation's own output would hold the operation, which holds what is kept: never to be freed.
-    return pack_outside(tensor.detach() if tensor.requires_grad else tensor, None)
+    # A weight is no output, and as itself it may be let go of in the meantime (ZeRO stage 3).
+    has_history = tensor.requires_grad and not isinstance(tensor, nn.Parameter)
+    return pack_outside(tensor.detach() if has_history else tensor, None)
 
 
 def pack_outside(saved: Tensor | Packed, context: SavedContext | None) -> Tensor | Packed:
@@ -146,39 +151,48 @@ class Replaceable(SavedContext):
     """Context after which something else may be kept in place of what was saved inside."""
 
     def __init__(self) -> None:
-        self._slots: list[weakref.ref[_Slot]] = []
+        self._slots: list[weakref.ref[Slot]] = []
 
     def pack(self, saved: Tensor | Packed) -> Tensor | Packed:
         if not isinstance(saved, Tensor):
             return saved
-        slot = _Slot(saved)
+        slot = Slot(saved)
         self._slots.append(weakref.ref(slot))
         return slot
 
-    def replace(self, tensor: Tensor, make: Callable[[], Tensor]) -> None:
-        """Keep `make`, which gives nearly its values in its shape, where exactly this tensor was saved."""
+    def replace(self, tensor: Tensor, make: Callable[..., Tensor], *sources: Tensor) -> None:
+        """Keep `make`, which gives nearly its values in its shape, and what it takes, where exactly this tensor was saved."""
+        kept = [pack_outside(source.detach(), self) for source in sources]
         for slot in filter(None, (ref() for ref in self._slots)):
             if slot.holds(tensor):
-                slot.replace(make)
+                slot.replace(lambda: make(*map(unpacked, kept)))
 
 
-class _Slot:
+class Slot:
     """A tensor that was saved, or what gives it."""
 
     def __init__(self, tensor: Tensor):
-        self._tensor: Tensor | None = tensor
+        self.tensor: Tensor | None = tensor
+        """None where something else gives it."""
         self._stride = tensor.stride()
 
     def holds(self, tensor: Tensor) -> bool:
-        held = self._tensor
+        held = self.tensor
         return held is not None and _address(held) == _address(tensor) and held.shape == tensor.shape
 
     def replace(self, make: Callable[[], Tensor]) -> None:
-        self._tensor, self._make = None, make
+        self.tensor, self._make = None, make
+
+    def hand_over(self, pack: Callable[[Tensor], P]) -> P:
+        """Keep what this makes of the tensor in its place."""
+        assert self.tensor is not None
+        packed = pack(self.tensor)
+        self.replace(packed.unpack)
+        return packed
 
     def unpack(self) -> Tensor:
-        if self._tensor is not None:
-            return self._tensor
+        if self.tensor is not None:
+            return self.tensor
         with torch.no_grad():
             made = self._make()
         if made.stride() == self._stride:

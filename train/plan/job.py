@@ -24,19 +24,22 @@ def require_hardware(hardware: Hardware) -> None:
 def require_host(config: Config) -> None:
     """Raise UserError where something is offloaded and the description does not know the host."""
     hardware = config.hardware
-    if not config.parallel.offload_optimizer or device_kind(config) == "cpu" or hardware.host_memory_bytes:
+    asked = ["parallel.offload_optimizer"] * config.parallel.offload_optimizer + ["model.offload"] * bool(
+        config.model.offload
+    )
+    if not asked or device_kind(config) == "cpu" or hardware.host_memory_bytes:
         return
     raise UserError(
         "hardware.host_memory_bytes",
         0,
-        f"parallel.offload_optimizer=true keeps state in the host's memory, which hardware={hardware.name} does not describe",
+        f"{' and '.join(asked)} would have the host's memory, which hardware={hardware.name} does not describe",
         "set hardware.host_memory_bytes (of a node), hardware.rates.host.bandwidth and hardware.rates.host_memory.bandwidth, or "
-        "leave parallel.offload_optimizer at false",
+        f"leave out {' and '.join(asked)}",
     )
 
 
 def can_offload(config: Config) -> bool:
-    """Whether the optimizer on the host takes anything off the devices, and the description knows the host."""
+    """Whether what is offloaded leaves the devices, and the description knows the host."""
     return device_kind(config) == "cuda" and config.hardware.host_memory_bytes > 0
 
 
@@ -84,7 +87,7 @@ def actions_of(config: Config, shortest: bool = False) -> list[list[Action]]:
     """What every rank of a pipeline does in a step, in order. shortest: with no more micro-batches than bring all that a step can
     keep."""
     count, pp = micro_batches_of(config), config.parallel.pp
-    return list_actions(config.parallel.schedule, pp, min(count, STEADY * pp) if shortest else count)
+    return schedule_actions(config.parallel.schedule, pp, min(count, STEADY * pp) if shortest else count)
 
 
 def program_of(config: Config, micro_batches: int | None = None) -> Program:
@@ -93,11 +96,5 @@ def program_of(config: Config, micro_batches: int | None = None) -> Program:
 
 
 @lru_cache(maxsize=64)
-def list_actions(schedule: str, pp: int, micro_batches: int) -> list[list[Action]]:
-    """`schedule_actions`, kept."""
-    return schedule_actions(schedule, pp, micro_batches)
-
-
-@lru_cache(maxsize=64)
 def _program(schedule: str, pp: int, micro_batches: int) -> Program:
-    return Program(list_actions(schedule, pp, micro_batches))
+    return Program(schedule_actions(schedule, pp, micro_batches))

@@ -21,7 +21,7 @@ from train.precision.experts import expert_ffn
 from train.precision.health import HealthWatch, Report
 from train.precision.hopper import load_hopper
 from train.precision.linear import keep, linear
-from train.precision.products import CpuEngine, Engine
+from train.precision.products import CpuEngine, Engine, pack, unpack
 from train.precision.recipe import OperandRule, build_recipe
 
 
@@ -51,8 +51,13 @@ class Fp8Precision:
         if recipe.cache is None or not torch.is_grad_enabled():
             return None
         kept = keep(x.detach().reshape(-1, x.shape[-1]), self._engine, recipe)
-        shape, as_it_was = x.shape, OperandRule(None)
-        return HeldInput(kept, lambda: self._engine.operand(kept, as_it_was).reshape(shape))
+        (tensors, forms), shape, as_it_was = pack(kept), x.shape, OperandRule(None)
+
+        def values(*tensors: Tensor) -> Tensor:
+            (source,) = unpack(tensors, forms)
+            return self._engine.operand(source, as_it_was).reshape(shape)
+
+        return HeldInput(kept, tensors, values)
 
     def expert_ffn(
         self, rows_RD: Tensor, gates_R: Tensor, w13_E2FD: Tensor, w2_EDF: Tensor, counts_E: Tensor

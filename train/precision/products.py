@@ -15,6 +15,7 @@ An expert's rows are taken with padding up to STEP (train/model/grouped.py says 
 Shape suffixes: O outer, C contraction, P padded rows (train/precision/groups.py), E experts, N outer of the right operand.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
@@ -63,7 +64,7 @@ def pack(*kept: Source) -> tuple[list[Tensor], list[Quantized | Rounded | None]]
     return tensors, forms
 
 
-def unpack(tensors: list[Tensor], forms: list[Quantized | Rounded | None]) -> list[Source]:
+def unpack(tensors: Sequence[Tensor], forms: list[Quantized | Rounded | None]) -> list[Source]:
     """Inverse of `pack`."""
     rest = iter(tensors)
 

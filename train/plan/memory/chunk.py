@@ -5,6 +5,7 @@ outputs, what is alive is a sum of
 
     own_i       what part i keeps for its backward beside its input
     x_i         every part keeps its input, and the stage holds x_0 and x_n; h each
+    sent_i      what of own_i waits on the host, from the end of the next part that sends to the backward of that part
     E           the embedding's output where MTP modules need it; in the first chunk it is x_0
     dx_i, dE    gradients on their way
 
@@ -20,7 +21,8 @@ from functools import cached_property, lru_cache
 from train.plan.memory.part import PassMemory, Scene, Stretch, trace_backward, trace_forward, trace_split_backward
 
 Parts = tuple[str, ...]
-"""Names of a chunk's parts in order: embedding, dense, moe, end; dense_again and moe_again where backward runs the block again."""
+"""Names of a chunk's parts in order: embedding, dense, moe, end; moe_again where backward runs the block again, moe_away_ffn where its FFN's
+activations wait on the host, and the like."""
 
 
 @lru_cache(maxsize=4096)
@@ -62,6 +64,34 @@ class ChunkMemory:
     def _own(self) -> list[int]:
         return [sum(self._kept(name).values()) for name in self._names]
 
+    @cached_property
+    def _sent(self) -> list[int]:
+        return [sum(trace_forward(self.scene, name).sent.values()) for name in self._names]
+
+    @cached_property
+    def sent_last(self) -> int:
+        """sent_i of the last part that sends: on the device when a forward ends, and before a backward begins."""
+        return self._newest(len(self._names))
+
+    @cached_property
+    def sent_bytes(self) -> int:
+        """All sent_i."""
+        return sum(self._sent)
+
+    @cached_property
+    def host_bytes(self) -> tuple[int, int]:
+        """What all sent_i take on the host, and that of the last part that sends."""
+        taken = [trace_forward(self.scene, name).host_bytes for name in self._names]
+        return sum(taken), next((size for size in reversed(taken) if size), 0)
+
+    def _newest(self, i: int) -> int:
+        """sent_j of the nearest part before i that sends."""
+        return next((size for size in reversed(self._sent[:i]) if size), 0)
+
+    def _resident(self, i: int) -> int:
+        """What is on the device of own_0 ... own_i-1 while part i runs, in either pass."""
+        return sum(self._own[:i]) - sum(self._sent[:i]) + self._newest(i)
+
     def _kept(self, name: str) -> Counter:
         """own_i by item."""
         kept = Counter(trace_forward(self.scene, name).kept)
@@ -70,10 +100,10 @@ class ChunkMemory:
 
     @cached_property
     def kept(self) -> Counter:
-        """What stays for backward by item, x_n apart, and x_0 where it was received."""
+        """What stays on the device for backward by item, x_n apart, and x_0 where it was received."""
         kept: Counter = Counter()
         for name in self._names:
-            kept += self._kept(name)
+            kept += self._kept(name) - trace_forward(self.scene, name).sent
         inside = len(self._names) - 1 + (self._has_embedding or self._joins)
         kept["activations"] += inside * self.hidden
         return kept
@@ -96,7 +126,7 @@ class ChunkMemory:
         early = self.hidden * (self._joins and not self._has_embedding)  # E, made before the blocks run
         for i, name in enumerate(self._names):
             own = self.hidden * (name == "end" and self._joins)  # of E, which the end's own numbers have
-            yield name, sum(self._own[:i]) + i * self.hidden + early - own
+            yield name, self._resident(i) + i * self.hidden + early - own
 
     @property
     def _input(self) -> int:
@@ -107,7 +137,7 @@ class ChunkMemory:
         """A whole backward. first: it makes the gradients of the weights, which then count. table_first: also that of the
         embedding, which two chunks of a rank may share.
         """
-        start = sum(self._own) + self._held + (0 if self.has_end else self.hidden)
+        start = self._resident(len(self._names)) + self._held + (0 if self.has_end else self.hidden)
 
         def run_of(name: str, held: bool) -> PassMemory:
             return trace_backward(self.scene, name, table_first if name == "embedding" else first, held)
@@ -124,7 +154,7 @@ class ChunkMemory:
         rest = 0  # alive of parts that are through, but for the gradient of their input
         for i in reversed(range(len(names))):
             run = run_of(names[i], i == len(names) - 1)
-            below = sum(self._own[:i]) + i * h + output + rest
+            below = self._resident(i) + i * h + output + rest
             if names[i] == "end":
                 below -= h * (self._joins and self._has_embedding)  # E is x_0
             yield names[i], run, below
@@ -136,22 +166,21 @@ class ChunkMemory:
     def split(self, first: bool) -> tuple[PassMemory, PassMemory]:
         """The two passes of a backward in parts, inputs and weights; not for the first chunk.
 
-        The graph, all hidden states and the gradients of block outputs stay until the second is through.
+        The graph, all hidden states and the gradients of block outputs stay until the second is through, and what came from the host.
         """
         h, names = self.hidden, self._names
         runs = [trace_split_backward(self.scene, name, first) for name in names]
         outer = [h if name == "end" else 3 * h for name in names]  # x_i, x_i+1, dx_i+1: counted by each run
         after = [run.end - h - out for (run, _), out in zip(runs, outer, strict=True)]
         left = [run.end - out for (_, run), out in zip(runs, outer, strict=True)]
-        own = [kept + h * (self._joins and name == "end") for kept, name in zip(self._own, names, strict=True)]
         states = (len(names) + (not self.has_end)) * h
         inputs, weights = [], []
         for i in range(len(names)):
             above = sum(after[i + 1 :]) + sum(h for name in names[i + 1 :] if name != "end")
             others = above + states - min(outer[i], 2 * h)
-            inputs.append(_lifted(runs[i][0], sum(own[:i]) + others).pieces)
+            inputs.append(_lifted(runs[i][0], self._resident(i) + others).pieces)
             weights.append(_lifted(runs[i][1], sum(left[:i]) + others).pieces)
-        start = sum(own) + states + (0 if self.has_end else h)
+        start = self._resident(len(names)) + states + (self._joins * h if self.has_end else h)
         between = sum(after) + states + sum(h for name in names if name != "end")
         return PassMemory(start, _joined(inputs[::-1])), PassMemory(between, _joined(weights))
 

@@ -87,6 +87,10 @@ class Ledger(TorchDispatchMode):
         if now.total > self.peak.total:
             self.peak = Snapshot(now.total, Counter(now.by_tag), self.event)
 
+    def tag_of(self, tensor: Tensor) -> str:
+        """With which tag its storage is counted."""
+        return self._live[tensor.untyped_storage()._cdata][1]
+
     def mark(self) -> Snapshot:
         """The peak since the last mark; a new one begins at what is alive now."""
         peak, now = self.peak, self.now

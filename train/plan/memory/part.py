@@ -11,7 +11,7 @@ Shapes: B sequences, S = T + 1 tokens of a sample, T positions, D width.
 """
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache
 
@@ -23,6 +23,7 @@ from conf.schema import Model, Recompute
 from parallel.context import LoneContext
 from parallel.expert.stand_in import Group, Load, build_stand_in
 from parallel.pipeline.graph import backward_of_weights, kept_graph
+from parallel.pipeline.host_store import page_bytes
 from train.model.deepseek import DeepSeekV3
 from train.model.kernels import Kernels
 from train.model.mla import MLA
@@ -34,6 +35,8 @@ from train.precision.build import activation_dtype
 
 AGAIN = "_again"
 """Behind the name of a block that backward runs again."""
+AWAY = "_away_"
+"""Between the name of a block and the part of it that waits for backward on the host."""
 
 
 class Frozen:
@@ -109,6 +112,10 @@ class Forward:
     kept: Counter
     """By item; with the input where backward needs it, without the output."""
     output: int
+    sent: Counter
+    """What of the kept goes to the host, by item."""
+    host_bytes: int
+    """What it takes there."""
 
 
 @lru_cache(maxsize=4096)
@@ -150,9 +157,10 @@ class Run:
         self._pieces: list[Stretch] | None = None
         self._incoming: list[Tensor] = []
         """Gradients of the inputs."""
+        self._host = _StandInHost(self._ledger)
 
     def __enter__(self) -> "Run":
-        self._module = _build(self._scene, self._part, self._cut, self._ledger)
+        self._module = _build(self._scene, self._part, self._cut, self._ledger, self._host)
         _make_tables(self._module, self._scene)
         for param in self._module.parameters():
             param.grad_dtype = torch.float32
@@ -193,7 +201,7 @@ class Run:
         kept = Counter(self._ledger.now.by_tag)
         kept["activations"] -= output
         self._ledger.tag = "workspace"
-        return Forward(run, kept, output)
+        return Forward(run, kept, output, self._host.sent, page_bytes(self._host.sizes, self._scene.kind))
 
     def backward(self, held: bool) -> PassMemory:
         kept: list[Tensor] = []
@@ -322,14 +330,43 @@ class _Tagged:
             return self._dispatcher.combine(*args)
 
 
+class _StandInHost:
+    """Learns what would go to the host, which stays where it is: backward finds it there as if it had come back."""
+
+    def __init__(self, ledger: Ledger):
+        self._ledger = ledger
+        self.sent: Counter = Counter()
+        """Bytes by item."""
+        self.sizes: list[int] = []
+        """Bytes of every storage."""
+
+    def send(self, storages: Sequence[Tensor]) -> list["_Here"]:
+        for storage in storages:
+            self.sent[self._ledger.tag_of(storage)] += len(storage)
+            self.sizes.append(len(storage))
+        return [_Here(storage) for storage in storages]
+
+
+@dataclass(frozen=True, eq=False)
+class _Here:
+    """A storage that was to be sent."""
+
+    storage: Tensor
+
+    def fetched(self) -> Tensor:
+        return self.storage
+
+
 def kind_of(part: str) -> str:
     """embedding, dense, moe or end: a part whatever backward does with it."""
-    return part.removesuffix(AGAIN)
+    return part.partition("_")[0]
 
 
-def _build(scene: Scene, part: str, on_wait: Callable[[], None], ledger: Ledger) -> DeepSeekV3:
+def _build(scene: Scene, part: str, on_wait: Callable[[], None], ledger: Ledger, host: _StandInHost) -> DeepSeekV3:
     model: Model = scene.model.section
-    if part in ("dense", "moe"):
+    away = part.partition(AWAY)[2]
+    model = replace(model, offload=[away] if away else [])
+    if kind_of(part) in ("dense", "moe") and not part.endswith(AGAIN):
         model = replace(model, recompute=[what for what in model.recompute if not what.startswith(Recompute.layer)])
     recompute = Recompute.swiglu in model.recompute
     kernels = meta_kernels(scene.kind, scene.compiled)
@@ -346,6 +383,7 @@ def _build(scene: Scene, part: str, on_wait: Callable[[], None], ledger: Ledger)
         dispatcher=_Tagged(_dispatcher(scene, kernels, on_wait), ledger, scene.load),
         local_experts=range(model.experts // scene.ep),
         share=LoneContext(scene.cp) if scene.cp > 1 else None,
+        host=host,
         dtype=activation_dtype(scene.precision.section),
         device="meta",
     )

@@ -15,14 +15,14 @@ from dataclasses import dataclass
 from functools import cache
 
 from conf.micro_batches import share_of
-from conf.schema import Config
+from conf.schema import Config, Model
 from parallel.expert.stand_in import Group, Load
 from parallel.pipeline.split import stage_placement
 from train.kernels import build_kernels
 from train.parallelize import split
 from train.plan.job import actions_of, device_kind, layout_of
 from train.plan.memory.chunk import Parts, chunk_of
-from train.plan.memory.part import AGAIN, Frozen, Scene, kind_of
+from train.plan.memory.part import AGAIN, AWAY, Frozen, Scene, kind_of
 from train.plan.memory.schedule import MemoryPeak, StagePlan, Walk
 from train.plan.memory.step_end import StepEnd
 from train.plan.memory.weights import FP32, Shards, needs_table, part_weights, rank_weights, shards
@@ -47,7 +47,7 @@ class RankMemory:
     in_flight: int
     """Micro-batches that wait for their backward when the schedule is at its highest, over all stages of the rank."""
     host_items: dict[str, int]
-    """What it keeps in the host's memory, which on a CPU is the device's: master, moments, buffers."""
+    """What it keeps in the host's memory, which on a CPU is the device's: master, moments, buffers, activations."""
 
     @property
     def host_bytes(self) -> int:
@@ -90,7 +90,7 @@ def rank_memory(
         sum(items.values()),
         peak.event,
         moments["schedule"].in_flight,
-        dict(host),
+        dict(+host),
     )
 
 
@@ -108,9 +108,9 @@ def _moments(
     """What a rank holds all the time, what of it on the host, and on top of the first the peak of each phase."""
     chunks = chunk_parts(config, layers)[pp_rank]
     groups = shards(config, rank_weights(config, list(chunks.values())))
-    host: Counter = Counter()
     if config.parallel.zero == 3:
-        stage3 = Zero3Memory(config, groups, chunk_of(scene, chunks[0]))
+        chunk = chunk_of(scene, chunks[0])
+        stage3, host = Zero3Memory(config, groups, chunk), Counter(activations=chunk.host_bytes[0])
         size, event = stage3.schedule()
         schedule, reduced, updated = (
             MemoryPeak(size, Counter(workspace=size), event, 1),
@@ -120,13 +120,14 @@ def _moments(
         state = Counter(stage3.state())
     else:
         reduced, updated = StepEnd(config, groups, stage_rank, scene).peaks()
-        schedule, state = _walk(config, pp_rank, chunks, scene, shortest), state_items(config, groups)
+        (schedule, waiting), state = _walk(config, pp_rank, chunks, scene, shortest), state_items(config, groups)
+        host = Counter(activations=waiting)
         if config.parallel.offload_optimizer:
-            host = Counter(
+            host += Counter(
                 {name: state.pop(name) for name in ("master", "moments")}, buffers=_offload_buffers(config, groups)
             )
-        if scene.kind == "cpu":
-            state, host = state + host, Counter()
+    if scene.kind == "cpu":
+        state, host = state + host, Counter()
     state["buffers"] += buffer_bytes(config, chunks)
     return (
         state,
@@ -176,12 +177,20 @@ def chunk_parts(config: Config, layers: list[range] | None = None) -> list[dict[
 
     def parts(stage: int) -> Parts:
         blocks = [
-            ("dense" if index < dense else "moe") + AGAIN * (place < config.model.repeated_layers)
+            ("dense" if index < dense else "moe") + _behind(config.model, place)
             for place, index in enumerate(layers[stage])
         ]
         return (*["embedding"] * (stage == 0), *blocks, *["end"] * (stage == last))
 
     return [{stage: parts(stage) for stage in stages} for stages in placement]
+
+
+def _behind(model: Model, place: int) -> str:
+    """The end of the name of the block at this place of a stage."""
+    if place < model.repeated_layers:
+        return AGAIN
+    part = model.offloaded_part(place)
+    return AWAY + part if part else ""
 
 
 def _layers(config: Config, layers: list[range] | None = None) -> list[list[range]]:
@@ -219,7 +228,10 @@ def buffer_bytes(config: Config, chunks: dict[int, Parts]) -> int:
     return tables + routers * 16 * model.experts + per_token * tokens
 
 
-def _walk(config: Config, pp_rank: int, chunks: dict[int, Parts], scene: Scene, shortest: bool) -> MemoryPeak:
+def _walk(
+    config: Config, pp_rank: int, chunks: dict[int, Parts], scene: Scene, shortest: bool
+) -> tuple[MemoryPeak, int]:
+    """The peak of the schedule, and the most bytes of activations that wait on the host in it."""
     model, parallel = config.model, config.parallel
     share = model.experts // parallel.ep
     last = max(max(stages) for stages in stage_placement(parallel.schedule, parallel.pp))
@@ -237,4 +249,5 @@ def _walk(config: Config, pp_rank: int, chunks: dict[int, Parts], scene: Scene, 
         for stage, parts in chunks.items()
     }
     holds_sent = scene.gloo and parallel.schedule != "1f1b"  # torch waits for sends at the end of a step
-    return Walk(stages, last + 1, holds_sent).run(actions_of(config, shortest and not holds_sent)[pp_rank])
+    walk = Walk(stages, last + 1, holds_sent)
+    return walk.run(actions_of(config, shortest and not holds_sent)[pp_rank]), walk.host_peak

@@ -6,6 +6,8 @@ Alive between actions, beside the rank's state:
     hidden      hidden states at a border between two stages: made or received, until the stages here are through with them
     gradient    the same of their gradients
     gradients   of weights, fp32, from the first backward of a stage on
+    leaving     of what waits on the host the part that a forward sent last, until the next action is through
+    away        the same part, from the action ahead of its backward on (parallel/pipeline/host_store.py)
 
 torch's stage holds input and output of a chunk to the end of its backward. Where the first and the last stage share a rank
 the embedding is one table with one gradient. gloo holds what was sent until the step ends.
@@ -16,7 +18,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 
-from parallel.pipeline.simulate import Action
+from parallel.pipeline.simulate import Action, what_runs
 from train.plan.memory.chunk import ChunkMemory
 from train.plan.memory.part import PassMemory
 
@@ -66,30 +68,45 @@ class Walk:
         self._gradients = 0
         self._peak: tuple = 0, 0, 0, {}, None, 0
         """Bytes, those of them outside of the passes, gradients and all else that was alive, the action, and what it adds to what waits."""
+        self._leaving: list[tuple[str, int, int]] = []
+        """Keys that the last action put among what is alive, and the next takes away."""
+        self._host = 0
+        self.host_peak = 0
+        """Bytes of the host's memory."""
 
     def run(self, actions: Sequence[Action]) -> MemoryPeak:
         """Walk the whole list."""
-        for action in actions:
-            parts = [part for part in action.halves[::-1] or (action,) if self._kind(part)]  # backward goes first
+        lines = [
+            [part for part in action.halves[::-1] or (action,) if self._kind(part)]  # backward goes first
+            for action in actions
+        ]
+        busy = [(action, parts) for action, parts in zip(actions, lines, strict=True) if parts]
+        for (action, parts), (_, following) in zip(busy, [*busy[1:], (None, ())], strict=True):
+            leaving, self._leaving = self._leaving, []
+            for part in (*following, *parts):
+                self._fetch(part)
             for part in parts:
                 self._receive(part)
-            if parts:
-                self._play(action, parts)
+            self._play(action, parts)
             for part in parts:
                 self._finish(part)
+            for key in leaving:
+                self._take(key)
         return self._described()
 
-    def _kind(self, action: Action) -> str:
-        """What really runs: F, B, I, W, or nothing.
+    def _fetch(self, action: Action) -> None:
+        """The first of what a backward reads comes back, or has not left."""
+        stage, m = action.stage, action.micro_batch
+        chunk = self._stages[stage].chunk
+        if self._kind(action) not in ("B", "I") or ("kept", stage, m) not in self._alive or not chunk.sent_last:
+            return
+        if ("away", stage, m) not in self._alive:
+            self._take(("leaving", stage, m))
+            self._put(("away", stage, m), Counter(activations=chunk.sent_last))
+            self._host -= chunk.host_bytes[1]
 
-        The first stage does the whole backward in its W, a stage in one piece in its I.
-        """
-        kind, stage = action.kind, action.stage
-        if kind == "I":
-            return "" if stage == 0 else "B" if self._stages[stage].one_piece else "I"
-        if kind == "W":
-            return "B" if stage == 0 else "" if self._stages[stage].one_piece else "W"
-        return kind
+    def _kind(self, action: Action) -> str:
+        return what_runs(action, self._stages[action.stage].one_piece)
 
     def _receive(self, action: Action) -> None:
         """Hidden states or their gradient from another rank."""
@@ -136,7 +153,7 @@ class Walk:
         stage, m = action.stage, action.micro_batch
         keys = [("hidden", stage, m)]
         if self._kind(action) != "F":
-            keys += [("kept", stage, m), ("hidden", stage + 1, m), ("gradient", stage + 1, m)]
+            keys += [("kept", stage, m), ("away", stage, m), ("hidden", stage + 1, m), ("gradient", stage + 1, m)]
         return (key for key in keys if key in self._alive)
 
     def _pass(self, action: Action) -> PassMemory:
@@ -150,6 +167,11 @@ class Walk:
         hidden = plan.chunk.hidden
         if kind == "F":
             self._put(("kept", stage, m), plan.chunk.kept)
+            if plan.chunk.sent_last:
+                self._leaving.append(("leaving", stage, m))
+                self._put(self._leaving[-1], Counter(activations=plan.chunk.sent_last))
+                self._host += plan.chunk.host_bytes[0]
+                self.host_peak = max(self.host_peak, self._host)
             if stage < self._last:
                 self._hold("hidden", stage + 1, m, hidden, stage)
                 self._send("hidden", stage + 1, m, stage + 1)
@@ -159,6 +181,10 @@ class Walk:
             self._send("gradient", stage, m, stage - 1)
             if stage - 1 not in self._stages:
                 self._let_go("gradient", stage, m, stage)
+        if ("away", stage, m) in self._alive:
+            self._take(("away", stage, m))
+            whole, last = plan.chunk.host_bytes
+            self._host -= whole - last
         if kind == "I":
             start = _pass(plan.chunk, "W", False, False).start
             kept = Counter(self._alive["kept", stage, m])

@@ -43,6 +43,7 @@ def plan_record(plan: RunPlan, cures: list[Cure], split: FasterSplit | None) -> 
             "micro_batch_size": config.micro_batch_size,
             "micro_batches": stages.sizes.micro_batches,
             "recompute": config.model.recompute,
+            "offload": config.model.offload,
             "precision": config.precision.name,
         },
         "recipe": recipe_of(config),
@@ -125,9 +126,10 @@ def layout_words(plan: RunPlan) -> str:
     config, parallel = plan.config, plan.config.parallel
     shared = f"cp {parallel.cp}, " if parallel.cp > 1 else ""
     again = ", ".join(config.model.recompute) or "nothing"
+    away = f", on the host: {', '.join(config.model.offload)}" if config.model.offload else ""
     return (
         f"pp {parallel.pp} ({parallel.schedule}), dp {parallel.dp}, {shared}ep {parallel.ep} ({parallel.dispatch}, {parallel.wire}), "
-        f"ZeRO {parallel.zero}, {micro_batches_of(config)} micro-batches of {config.micro_batch_size}, recomputed: {again}"
+        f"ZeRO {parallel.zero}, {micro_batches_of(config)} micro-batches of {config.micro_batch_size}, recomputed: {again}{away}"
     )
 
 

@@ -12,8 +12,8 @@ from functools import cache
 from itertools import accumulate
 
 from conf.schema import Config, Parallel
-from parallel.pipeline.simulate import Action, idle_time
-from train.plan.job import STEADY, layout_of, list_actions, micro_batches_of
+from parallel.pipeline.simulate import Action, idle_time, schedule_actions
+from train.plan.job import STEADY, layout_of, micro_batches_of
 from train.plan.memory.chunk import chunk_of
 from train.plan.memory.part import Scene
 from train.plan.memory.rank import chunk_parts
@@ -142,16 +142,16 @@ def _state_bytes(config: Config, held: WeightCounts) -> int:
 
 def _kept_bytes(config: Config, stages: Stages, ids: list[int], flight: int) -> int:
     """The least that so many micro-batches of one stage keep: of a layer the inputs of both norms and the attention's output,
-    with experts their inputs and those of their SwiGLU; of one that runs again its input."""
+    with experts their inputs and those of their SwiGLU; of one that runs again or goes to the host its input."""
     model, element = config.model, stages.sizes.element
     quantised = 1 if config.precision.fp8 is not None else element
     row = 2 * model.hidden * element + model.heads * model.v_head_dim * quantised
     routed = model.top_k * (model.hidden + 2 * model.expert_width) * quantised
     again = model.hidden * element
-    repeated = model.repeated_layers
+    light = sum(place < model.repeated_layers or bool(model.offloaded_part(place)) for place in range(model.layers))
 
     def rows(layers: range) -> int:
-        once = layers[repeated:]
+        once = layers[light:]
         dense = len(once[: max(0, model.dense_layers - once.start)])
         return (len(layers) - len(once)) * again + len(once) * row + (len(once) - dense) * routed
 
@@ -163,7 +163,7 @@ def in_flight(schedule: str, pp: int, micro_batches: int) -> list[int]:
     """Most micro-batches of its stages that a rank has sent forward and not yet back once it has gradients of all its weights, per
     rank."""
     most = []
-    for line in list_actions(schedule, pp, micro_batches):
+    for line in schedule_actions(schedule, pp, micro_batches):
         parts = [action.halves or (action,) for action in line]
         without = {part.stage for each in parts for part in each}
         now = peak = 0

@@ -57,9 +57,9 @@ class Candidate:
 def frames(config: Config, devices: int) -> Iterator[Frame]:
     """Every combination for these devices, whatever the rules say of it."""
     model = config.model
-    recompute = [list(what) for what in RECOMPUTE]
-    if config.model.recompute not in recompute:
-        recompute.append(config.model.recompute)
+    recompute = [list(what) for what in RECOMPUTE if not (model.offload and Recompute.layer in what)]
+    if model.recompute not in recompute:
+        recompute.append(model.recompute)
     on_gpu = device_kind(config) == "cuda"
     hosts = [False, True] if can_offload(config) else [config.parallel.offload_optimizer]
     deep_ep = DEEP_EP_RANKS if on_gpu and model.hidden % 128 == 0 else ()

@@ -9,7 +9,7 @@ from typing import Any
 from conf.check import check, check_spread
 from conf.errors import UserError
 from conf.micro_batches import choose_micro_batch_size
-from conf.schema import ROOT, SELECTIVE, Config, PipelineSchedule, Recompute
+from conf.schema import ROOT, SELECTIVE, Config, Offload, PipelineSchedule, Recompute
 from parallel.pipeline.split import SCHEDULES
 from train.layout import check_layout
 from train.plan.job import can_offload, with_nodes
@@ -20,10 +20,10 @@ LIGHTEST = list(SELECTIVE)
 
 
 def changed(config: Config, **values: Any) -> Config:
-    """The recipe with other values of parallel's fields, micro_batch_size, recompute, loss_chunk, moments. A list of layers that
+    """The recipe with other values of parallel's fields, micro_batch_size, recompute, offload, loss_chunk, moments. A list of layers that
     another pipeline has no stages for gives way to a split by cost."""
     parallel = {name: value for name, value in values.items() if hasattr(config.parallel, name)}
-    model = {name: value for name, value in values.items() if name in ("recompute", "loss_chunk")}
+    model = {name: value for name, value in values.items() if name in ("recompute", "offload", "loss_chunk")}
     precision = {name: value for name, value in values.items() if name == "moments"}
     spread = replace(config.parallel, **parallel)
     if isinstance(spread.split, list) and len(spread.split) != spread.pp * SCHEDULES[spread.schedule]:
@@ -91,6 +91,8 @@ def overrides(config: Config, base: Config) -> list[str]:
         found.append(f"micro_batch_size={size}")
     if config.model.recompute != base.model.recompute:
         found.append(f"model.recompute=[{','.join(config.model.recompute)}]")
+    if config.model.offload != base.model.offload:
+        found.append(f"model.offload=[{','.join(config.model.offload)}]")
     if config.model.loss_chunk != base.model.loss_chunk:
         found.append(f"model.loss_chunk={config.model.loss_chunk}")
     if config.precision.moments != base.precision.moments:
@@ -106,6 +108,8 @@ def lighter(config: Config) -> Iterator[Config]:
             yield changed(config, recompute=again)
     if can_offload(config) and parallel.zero < 3 and not parallel.offload_optimizer:
         yield changed(config, offload_optimizer=True)
+    if can_offload(config) and not model.offload and Recompute.layer not in model.recompute:
+        yield changed(config, offload=[Offload.layer])
     size = config.micro_batch_size
     if size > 1:
         yield changed(config, micro_batch_size=size // 2)

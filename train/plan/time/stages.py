@@ -13,14 +13,18 @@ from typing import Any
 from conf.errors import UserError
 from conf.schema import Config, Recompute
 from parallel.mesh import Layout
+from parallel.pipeline.host_store import reads
 from parallel.pipeline.simulate import Action
 from parallel.pipeline.split import split_layers, stage_placement
 from train.parallelize import split
 from train.plan.job import micro_batches_of
+from train.plan.memory.chunk import chunk_of
+from train.plan.memory.rank import chunk_parts, scene_of
 from train.plan.time import work
 from train.plan.time.passes import Elapsed, Segment, alone, overlapped
 from train.plan.time.rates import Rates
 from train.plan.time.traffic import Spread, latent_bytes, spread_of
+from train.plan.time.update import to_host
 from train.plan.time.work import Passes, Sizes, Work
 
 
@@ -81,6 +85,7 @@ class Stages:
         self._alike = (self.sizes.tokens, self.sizes.micro_batches, parallel.cp, layout.ranks_per_node, words)
         """All that a layer without experts depends on, of what layouts differ in."""
         self._routed = (*self._alike, parallel.ep, parallel.dispatch, parallel.wire)
+        self._sent: dict[int, float] = {}
         self._elapsed: dict[tuple, Elapsed] = {}
         self._kinds: dict[int, tuple] = {}
 
@@ -279,6 +284,29 @@ class Stages:
         return (*self._routed, action.kind, self.config.parallel.overlap, *kinds, *more)
 
     def _time(self, action: Action) -> Elapsed:
+        return self._beside_copies(action, self._computing(action))
+
+    def _beside_copies(self, action: Action, computed: Elapsed) -> Elapsed:
+        """With what goes to the host or comes back meanwhile: a link takes both ways at once, and a CPU copies in its own time."""
+        halves = action.halves or (action,)
+        there = [self._copies(half.stage) for half in halves if half.kind == "F"]
+        back = [self._copies(stage) for half in halves for stage, _ in reads(half)]
+        if self.config.hardware.device == "cpu":
+            return Elapsed(computed.seconds + sum(there) + sum(back), computed.exposed)
+        return Elapsed(max(computed.seconds, *there, *back, 0.0), computed.exposed)
+
+    def _copies(self, stage: int) -> float:
+        """Seconds in which what a micro-batch keeps of a stage goes to the host."""
+        if not self.config.model.offload:
+            return 0.0
+        if stage not in self._sent:
+            rank = next(rank for rank, stages in enumerate(self.placement) if stage in stages)
+            parts = chunk_parts(self.config, self.layers)[rank][stage]
+            moved = chunk_of(scene_of(self.config), parts).sent_bytes
+            self._sent[stage] = to_host(self.config, self.rates, moved)
+        return self._sent[stage]
+
+    def _computing(self, action: Action) -> Elapsed:
         if action.halves:
             forward, backward = (self.directions(half.stage) for half in action.halves)
             first, second = forward.forward.segments, backward.backward.segments

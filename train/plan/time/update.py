@@ -99,7 +99,7 @@ def update_time(config: Config, layout: Layout, rates: Rates, held: WeightCounts
     update = Work("optimizer", bytes=shard * (ADAM_BYTES + 4 * moment + element))
     factor = rates.factor("update")
     if config.parallel.offload_optimizer:
-        out, back = (_to_host(config, rates, shard * size) for size in (4, element))
+        out, back = (to_host(config, rates, shard * size) for size in (4, element))
         there = "optimizer" if config.hardware.device == "cpu" else "host_memory"
         on_host = Work(there, bytes=update.bytes + shard * NORM_BYTES)
         return UpdateTime(reduce + factor * rates.of(passes[0]) + out, factor * rates.of(on_host) + back, gather)
@@ -107,7 +107,7 @@ def update_time(config: Config, layout: Layout, rates: Rates, held: WeightCounts
     return UpdateTime(reduce + own[0], own[1], gather)
 
 
-def _to_host(config: Config, rates: Rates, moved: float) -> float:
+def to_host(config: Config, rates: Rates, moved: float) -> float:
     """Seconds to bring so many bytes of one device to the host, or back; on a CPU they are copied where they are."""
     if config.hardware.device == "cpu":
         return rates.of(Work("copy", bytes=2 * moved))
