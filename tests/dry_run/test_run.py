@@ -43,6 +43,9 @@ LAYOUTS = {
     "dualpipev fp8, offload behind a layer again": [*PP2, "model.layers=8", "parallel.ep=2", "parallel.schedule=dualpipev", "precision=fp8",
                                                     "batch_size=12", "model.recompute=[norm,mla_up,swiglu,layer:1]", "model.offload=[layer]"],
     "zero 3, offload": ["parallel.dp=2", "parallel.zero=3", "model.offload=[layer]"],
+    "cp2 zbv": ["parallel.pp=2", "parallel.cp=2", "parallel.schedule=zbv", "model.layers=4", "dry_run.rank=1"],
+    "cp2 ep2, split, offload": ["parallel.pp=2", "parallel.cp=2", "parallel.ep=2", "model.layers=4", "parallel.split=[3,1]", "dry_run.rank=0",
+                                "model.offload=[layer:2]"],
     "MTP 2, all recomputed": ["model.mtp_depth=2", "model.recompute=[norm,mla_up,swiglu]"],
 }  # fmt: skip
 
