@@ -1,13 +1,16 @@
 """Stand-ins for the nodes of bench/driver.py: a host process plays many agents, which answer as cluster/node/agent.py does."""
 
 import asyncio
+import dataclasses
 import functools
+import socket
+import threading
 import time
 from dataclasses import dataclass, field
 from typing import Any
 
 from cluster.cause import RankReport
-from cluster.node import preflight
+from cluster.node import preflight, pulse
 from cluster.node.agent import Answer, Order
 from cluster.node.network_probe import NodeLink
 
@@ -41,7 +44,20 @@ class StubHost:
 
     def __init__(self) -> None:
         self._nodes: dict[str, StubNode] = {}
-        preflight._digest_of_program = functools.cache(preflight._digest_of_program)  # one program, thousands of nodes
+        for work in ("_digest_of_program", "_version"):  # one program, thousands of nodes
+            setattr(preflight, work, functools.cache(getattr(preflight, work)))
+        self._key = b""
+        self._echo = socket.socket(socket.AF_INET, socket.SOCK_DGRAM)
+        self._echo.bind(("127.0.0.1", 0))
+        threading.Thread(target=self._answer_pulse, daemon=True).start()
+
+    def _answer_pulse(self) -> None:
+        """As cluster/node/pulse.py does, for all nodes of this host."""
+        while True:
+            datagram, driver = self._echo.recvfrom(pulse.LONGEST)
+            number, id = pulse.unseal(self._key, pulse.QUESTION, datagram)
+            if not self._nodes[id].silent:
+                self._echo.sendto(pulse.seal(self._key, pulse.ANSWER, number, id), driver)
 
     async def call(self, id: str, method: str, *arguments: Any) -> Any:
         node = self._nodes.setdefault(id, StubNode())
@@ -61,7 +77,8 @@ class StubHost:
         return time.time()
 
     async def _facts(self, node: StubNode, question: preflight.Question) -> preflight.Facts:
-        return preflight.gather(question)
+        self._key = question.key
+        return dataclasses.replace(preflight.gather(question), pulse=self._echo.getsockname())
 
     async def _network(self, node: StubNode, method: str, *arguments: Any) -> Any:
         return {"listen": 1, "measure": NodeLink(str(arguments[0]), 0.1, 10.0), "close": None}[method]

@@ -15,8 +15,9 @@ from cluster.driver.copies import Copies
 from cluster.driver.fleet import Fleet, FleetLost, Reply
 from cluster.driver.journal import Journal
 from cluster.driver.network import NetworkTest
-from cluster.driver.node_state import DriverPhase
+from cluster.driver.node_state import DriverPhase, NodeHealth
 from cluster.driver.policy import policy_of
+from cluster.driver.pulse import Pulse
 from cluster.driver.shapes import Shapes, with_shape
 from cluster.driver.supervisor import Supervisor
 from cluster.driver.view import View
@@ -35,8 +36,11 @@ from conf.schema import Config
 
 PATIENCE = 0.25
 """Seconds after which an agent without news answers; it is asked again at once."""
-ANSWERS = 400
+ANSWERS = 200
 """A second at most: of many agents each has more patience, so that the driver does not drown in answers without news."""
+LONGEST = 20.0
+"""Seconds of patience of an agent whose node answers the pulse; of another half a heartbeat, as its answer alone tells that it
+lives."""
 TICK_EVERY = 0.05
 """Seconds between decisions, at least."""
 LOOK_EVERY = 1.0
@@ -75,7 +79,8 @@ class Driver:
         self.first = claim_attempt(folder, config.cluster.timeout)
         self.shapes = Shapes(config, folder)
         self.supervisor = Supervisor(policy_of(config, self.first, self.shapes), clock())
-        self.preflight = Preflight(folder, gpus, steady)
+        self.pulse = Pulse(config.cluster.heartbeat)
+        self.preflight = Preflight(folder, gpus, steady, self.pulse.key)
         self.copies = Copies(folder, config.checkpoint.memory_folder, self.first)
         self._planner = [*planner, "cuda" if gpus else "cpu"] if planner else []
         self._planning: subprocess.Popen | None = None
@@ -84,6 +89,8 @@ class Driver:
         self._finish: m.Finish | None = None
         self._known: dict[str, Node] = {}
         """Nodes that were listed, by id; checked ones are those that the supervisor knows."""
+        self._overdue: dict[str, float] = {}
+        """When a node that answers the pulse should have answered the question of how its ranks are."""
         self._ask_later: set[str] = set()
         """Nodes whose agent could not answer; they are asked again at the next look."""
         self._released: set[str] = set()
@@ -115,6 +122,7 @@ class Driver:
             for number, handler in previous.items():
                 signal.signal(number, handler)
             self.preflight.close()
+            self.pulse.close()
             if self._planning is not None:
                 self._planning.kill()
                 self._planning.wait()
@@ -131,6 +139,7 @@ class Driver:
         if self.clock() - self._looked >= LOOK_EVERY:
             self._looked = self.clock()
             self._look()
+        self._feel_pulse()
         for reply in self.fleet.replies(0.05):
             self._take(reply)
         if self._network is not None:
@@ -142,6 +151,14 @@ class Driver:
             self._look_at_copies()
         self._tell(m.Tick())
         self.view.update(self.supervisor)
+
+    def _feel_pulse(self) -> None:
+        """Ask nodes whether they live. One whose agent is stuck does not, though its system may answer."""
+        now, states = self.clock(), self.supervisor.nodes
+        self.pulse.ask(now, lambda id: id in states and states[id].health is NodeHealth.ok)
+        for id in self.pulse.answers(now):
+            if now < self._overdue.get(id, now):
+                self._tell(m.Heard(id))
 
     def _test_network(self) -> None:
         verdict = self._network.advance(self.clock())
@@ -171,8 +188,7 @@ class Driver:
                 self._stop = f"{error}; the ranks write a checkpoint and stop"
             return
         for id in set(self._known) - set(listed):
-            del self._known[id]
-            self.copies.forget(id)
+            self._forget(id)
             self._tell(m.Lost(id, "the cluster lists it as dead"))
         for id, node in listed.items():
             if id not in self._known and id not in self._released:
@@ -188,14 +204,24 @@ class Driver:
             self._ask(id)
         self._ask_later.clear()
 
+    def _forget(self, id: str) -> Node:
+        """A node without an agent of this launch."""
+        self.copies.forget(id)
+        self.pulse.forget(id)
+        self._overdue.pop(id, None)
+        return self._known.pop(id)
+
     def _look_at_copies(self) -> None:
         held = self.copies.newest(self.supervisor.answering)
         self._tell(m.Held(Age(held.attempt, held.step) if held else NONE))
 
     def _ask(self, id: str) -> None:
         """Ask an agent for its next news; each has one such question at a time."""
-        patience = min(max(PATIENCE, len(self._known) / ANSWERS), self.config.cluster.heartbeat / 2)
-        self.fleet.call(id, "ask", self._offsets_on(id), self.supervisor.number, patience)
+        now, heartbeat, offsets = self.clock(), self.config.cluster.heartbeat, self._offsets_on(id)
+        longest = PATIENCE if 0 in offsets else LONGEST if self.pulse.hears(id, now) else heartbeat / 2
+        patience = min(max(PATIENCE, len(self._known) / ANSWERS), longest)
+        self._overdue[id] = now + patience + heartbeat
+        self.fleet.call(id, "ask", offsets, self.supervisor.number, patience)
 
     def _offsets_on(self, id: str) -> dict[int, int]:
         """How much of the output of each rank of a node is here."""
@@ -206,9 +232,8 @@ class Driver:
         if reply.node not in self._known:
             return
         if reply.dead:
-            self.copies.forget(reply.node)
             self._tell(m.Lost(reply.node, f"its agent died: {reply.error}", returning=True))
-            node = self._known.pop(reply.node)  # the next look starts a new agent, if the node is still listed
+            node = self._forget(reply.node)  # the next look starts a new agent, if the node is still listed
             if node.id not in self.supervisor.nodes:
                 self._refuse(node, f"its agent died: {reply.error}")
         elif reply.method == "facts":
@@ -240,6 +265,7 @@ class Driver:
         problem = reply.error or self.preflight.problem(node, reply.value)
         if problem is None:
             node = self._known[node.id] = dataclasses.replace(node, device_bytes=reply.value.device_bytes)
+            self.pulse.know(node.id, reply.value.pulse)
         if problem is not None:
             self._refuse(node, problem)
         elif self.config.checkpoint.every_memory:
@@ -353,9 +379,8 @@ class Driver:
     def _let_go(self) -> None:
         """End the agents of nodes that are about to go; nothing of the run is there any more."""
         for id in self.supervisor.draining & set(self._known):
-            del self._known[id]
+            self._forget(id)
             self._released.add(id)
-            self.copies.forget(id)
             self.fleet.release(id)
             self._tell(m.Lost(id, "let go, as it is about to go"))
 

@@ -35,6 +35,13 @@ class Beat:
 
 
 @dataclass(frozen=True)
+class Heard:
+    """A node lives; of its ranks nothing is said."""
+
+    node: str
+
+
+@dataclass(frozen=True)
 class Probed:
     node: str
 
@@ -91,7 +98,7 @@ class Tick:
     pass
 
 
-Event = Joined | Lost | Beat | Probed | Stacks | StartFailed | Saved | Held | Draining | StopAsked | Planned | Tick
+Event = Joined | Lost | Beat | Heard | Probed | Stacks | StartFailed | Saved | Held | Draining | StopAsked | Planned | Tick
 
 
 # What to do ---------------------------------------------------------------------------------------------------------

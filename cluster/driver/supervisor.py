@@ -88,6 +88,9 @@ class Supervisor:
                 self._lose(node, NodeHealth.returning if returning else NodeHealth.gone, why)
             case m.Beat(node, number, ranks):
                 self._beat(now, node, number, ranks)
+            case m.Heard(node):
+                if node in self.nodes and self.nodes[node].health is NodeHealth.ok:
+                    self.nodes[node].heard = now
             case m.Probed(node):
                 self._probing.discard(node)
             case m.Stacks(number, texts):

@@ -10,10 +10,12 @@ The rank finds in its environment RANK, LOCAL_RANK, WORLD_SIZE, LOCAL_WORLD_SIZE
 GLOO_SOCKET_IFNAME, NCCL_SOCKET_IFNAME, SLUICE_LOGS (the scratch folder), SLUICE_ATTEMPT (the number that fences checkpoints)
 and SLUICE_STORE_SECRET (what seals the store where the ranks of this attempt meet, see parallel/store.py).
 
-An agent that nobody asks for `lease` seconds is cut off: it kills its ranks, as a new attempt may run elsewhere.
+An agent that nobody asks for `lease` seconds, not even whether it lives (cluster/node/pulse.py), is cut off: it kills its ranks, as
+a new attempt may run elsewhere.
 """
 
 import contextlib
+import dataclasses
 import fcntl
 import json
 import math
@@ -36,6 +38,7 @@ from cluster.cause import RankReport, read_report
 from cluster.node.copy_store import Opened, Store, held, sweep, why_not_opened
 from cluster.node.network_probe import NetworkProbe
 from cluster.node.preflight import Facts, Question, gather
+from cluster.node.pulse import Echo
 from cluster.run_files import log_path, progress_path
 from cluster.spawn import die_with_parent, spawn
 
@@ -113,6 +116,7 @@ class Agent:
         self._asked = time.monotonic()
         self._probe = NetworkProbe()
         self._store: Store | None = None
+        self._echo: Echo | None = None
         self._leaving = False
         self._told: tuple | None = None
         """The news that the last answer told."""
@@ -125,8 +129,14 @@ class Agent:
         threading.Thread(target=self._watch_lease, daemon=True).start()
 
     def facts(self, question: Question) -> Facts:
-        """What the checks before a start want to know of this node."""
-        return gather(question)
+        """What the checks before a start want to know of this node, which answers the driver's pulse from then on."""
+        if question.key and self._echo is None:
+            with contextlib.suppress(OSError):  # the driver asks it more often instead
+                self._echo = Echo(question.node, question.address, question.key, self._renew)
+        return dataclasses.replace(gather(question), pulse=self._echo and self._echo.place)
+
+    def _renew(self) -> None:
+        self._asked = time.monotonic()
 
     def network(self, method: str, *arguments: Any) -> Any:
         """One step of the network test, see cluster/driver/network.py; a measurement waits for its result."""
@@ -217,15 +227,16 @@ class Agent:
         """How the ranks are, and their output from these byte offsets on (0 where none is given).
 
         attempt: the one that the offsets belong to; the answer has no output of any other. patience: seconds until the
-        answer where there is no news. The end of a rank is news, and so is an attempt or that the node is about to go.
+        answer where there is no news. News are an attempt, the end of a rank, a part of the state that is whole in memory, and
+        that the node is about to go.
         """
-        self._asked = time.monotonic()
-        while (left := self._asked + patience - time.monotonic()) > 0 and not self._has_news(patience - left):
+        self._asked = asked = time.monotonic()
+        while (left := asked + patience - time.monotonic()) > 0 and not self._has_news(patience - left):
             time.sleep(min(LOOK, left))
         with self._lock:
             self._told = self._news()
             answer = Answer(self._attempt, [self._report(rank, child) for rank, child in self._children.items()])
-            answer.held = held(self._store.folder) if self._store is not None else {}
+            answer.held = self._held()
             answer.leaving = self._leaving
             answer.clock, answer.free_bytes = time.time(), shutil.disk_usage(tempfile.gettempdir()).free
             wanted = attempt in (None, self._attempt)
@@ -245,7 +256,10 @@ class Agent:
     def _news(self) -> tuple:
         """What a waiting question is answered for as soon as it changes."""
         ended = [rank for rank, child in self._children.items() if child.process.poll() is not None]
-        return self._attempt, ended, self._leaving
+        return self._attempt, ended, self._leaving, self._held()
+
+    def _held(self) -> dict[str, list[int]]:
+        return held(self._store.folder) if self._store is not None else {}
 
     def _has_news(self, waited: float) -> bool:
         with self._lock:
@@ -294,6 +308,8 @@ class Agent:
     def close(self) -> None:
         """End everything but the copies in memory, which a new launch may need."""
         self._closed.set()
+        if self._echo is not None:
+            self._echo.close()
         with self._lock:
             self._kill()
             self._forget()

@@ -45,6 +45,10 @@ class Question:
     """Ranks that it may hold."""
     on_gpus: bool
     """Whether each has a GPU."""
+    address: str = ""
+    """Of the node."""
+    key: bytes = b""
+    """Of the driver's pulse, see cluster/node/pulse.py; empty for a driver that asks none."""
 
 
 @dataclass(frozen=True)
@@ -65,6 +69,8 @@ class Facts:
     """In its folder for temporary files."""
     storage: str
     """What is wrong with the run folder; empty if nothing."""
+    pulse: tuple[str, int] | None = None
+    """Address and port where the node answers the driver's pulse."""
 
 
 def gather(question: Question) -> Facts:
@@ -130,8 +136,9 @@ def _gpu_bytes() -> list[int]:
 class Preflight:
     """The driver's side: questions to nodes, and what is wrong with their answers."""
 
-    def __init__(self, folder: Path, gpus: bool, clock: SteadyClock):
-        self._folder, self._gpus, self._clock = folder, gpus, clock
+    def __init__(self, folder: Path, gpus: bool, clock: SteadyClock, key: bytes = b""):
+        """key: of the driver's pulse."""
+        self._folder, self._gpus, self._clock, self._key = folder, gpus, clock, key
         self._word = secrets.token_hex(8)
         self._sent: dict[str, float] = {}
         (folder / PROBES).mkdir(exist_ok=True)
@@ -140,7 +147,7 @@ class Preflight:
 
     def question(self, node: Node) -> Question:
         self._sent[node.id] = self._clock.now()
-        return Question(str(self._folder), self._word, node.id, node.devices, self._gpus)
+        return Question(str(self._folder), self._word, node.id, node.devices, self._gpus, node.address, self._key)
 
     def problem(self, node: Node, facts: Facts) -> str | None:
         """Why this node must not hold ranks, with the cure; None if it may."""

@@ -1,6 +1,7 @@
 """A fleet whose agents live in this process: one node or several, all on loopback."""
 
 import contextlib
+import dataclasses
 import os
 import queue
 import shutil
@@ -63,6 +64,8 @@ class LocalFleet:
         """Nodes whose link is cut."""
         self.leaving: dict[str, str] = {}
         """Nodes that the cluster lists as about to go, and why."""
+        self.pulse = False
+        """Whether agents may answer the driver's pulse, which a cut link here does not hold back."""
         self.headless = False
         """Nobody can list the nodes any longer."""
 
@@ -90,7 +93,9 @@ class LocalFleet:
 
     def _answer(self, node: str, agent: Agent, method: str, arguments: tuple) -> None:
         try:
-            reply = Reply(node, method, getattr(agent, method)(*arguments))
+            value = getattr(agent, method)(*arguments)
+            value = dataclasses.replace(value, pulse=None) if method == "facts" and not self.pulse else value
+            reply = Reply(node, method, value)
         except Exception as error:
             reply = Reply(node, method, error=repr(error))
         if node not in self.deaf and self.agents.get(node) is agent:

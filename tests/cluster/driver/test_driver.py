@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from cluster.driver import driver as driver_module
 from cluster.driver.checkpoints import claim_attempt, newest, written_since
 from cluster.driver.driver import Driver
 from cluster.driver.fleet import Reply
@@ -327,11 +328,37 @@ def test_however_many_nodes_are_there_each_is_asked_within_its_heartbeat(tmp_pat
     run = Run(tmp_path, nodes=1, dp=1)
     asked = []
     run.fleet.call = lambda node, method, *arguments: asked.append((node, arguments))
-    for count, patience in ((10, 0.25), (300, 0.75), (4000, run.config.cluster.heartbeat / 2)):
+    for count, patience in ((10, 0.25), (150, 0.75), (4000, run.config.cluster.heartbeat / 2)):
         run.driver._known = {f"id{i}": None for i in range(count)}
         run.driver._ask("id3")
         assert asked.pop() == ("id3", ({}, 0, patience))
     run.fleet.close()
+
+
+def test_nodes_that_answer_the_pulse_are_asked_seldom_and_told_apart_from_one_that_does_not(tmp_path, monkeypatch):
+    """Agents without news answer after 20 s here, and a node counts as lost after 2."""
+    monkeypatch.setattr(driver_module, "ANSWERS", 0.1)
+    run = Run(tmp_path, "steps=100000", "cluster.hang_after=60", nodes=4, dp=3)
+    run.fleet.pulse, call, patience = True, run.fleet.call, []
+
+    def note(node: str, method: str, *arguments) -> None:
+        if method == "ask" and node != "id0":  # rank 0 is there
+            patience.append(arguments[2])
+        call(node, method, *arguments)
+
+    def lose(node: str) -> None:
+        run.fleet.deaf.add(node)
+        run.fleet.agents[node]._echo.close()
+
+    run.fleet.call = note
+    run.at_step(20, lambda: lose("id2"))
+    run.at_step(60, lambda: os.kill(run.fleet.agents["id1"]._children[1].process.pid, signal.SIGKILL))
+    run.at_step(100, lambda: setattr(run.driver, "_stop", "seen enough"))
+    assert run.run() == EXIT_STOPPED, run.finish.text
+    first, second = [event for event in run.events if event["kind"] == "failure"]
+    assert first["nodes"] == ["n2"] and "no answer for 2." in first["text"]
+    assert second["text"].startswith("rank 1 on n1 ended by signal SIGKILL")
+    assert max(patience) == driver_module.LONGEST and [e["node"] for e in run.events if e["kind"] == "node_lost"] == ["n2"]
 
 
 def test_the_newest_checkpoint_is_that_of_the_latest_attempt(tmp_path):
