@@ -81,7 +81,7 @@ class StubHost:
         return dataclasses.replace(preflight.gather(question), pulse=self._echo.getsockname())
 
     async def _network(self, node: StubNode, method: str, *arguments: Any) -> Any:
-        return {"listen": 1, "measure": NodeLink(str(arguments[0]), 0.1, 10.0), "close": None}[method]
+        return 1 if method == "listen" else [NodeLink(turn[0], 0.1, 10.0) for turn in arguments[0] if turn is not None]
 
     async def _free_port(self, node: StubNode) -> int:
         return 1

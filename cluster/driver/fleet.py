@@ -47,7 +47,7 @@ class Fleet(Protocol):
     def call(self, node: str, method: str, *arguments: Any) -> None:
         """Call a method of cluster.node.agent.Agent there. The first call starts the agent.
 
-        Calls of WAITING methods come one after another, and so do all others; neither waits for the other.
+        Calls of a WAITING method come one after another, and so do all calls of the others together; neither waits for the other.
         """
         ...
 

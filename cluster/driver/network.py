@@ -1,7 +1,8 @@
 """The network before step 0: every pair of nodes, latency and bandwidth over a plain socket; the slow pair is named.
 
 Pairs are tried in the rounds of a tournament, so that every node has one partner at a time and N nodes take N - 1
-rounds. Not more than 63 rounds are played, and of thousands of nodes fewer, down to 7: every node still meets that many
+rounds. The nodes play them among themselves (cluster/node/network_probe.py), as a call to each node for each round would
+take the driver longer than the transfers. Not more than 63 rounds are played, and of thousands of nodes fewer, down to 7: every node still meets that many
 others. The transfer is short: it finds a bad cable or a route over the wrong interface, it is no benchmark.
 """
 
@@ -44,14 +45,14 @@ class LinkVerdict:
 
 
 class NetworkTest:
-    """The driver's side: plays the rounds through a fleet. Call `advance` often and `take` with every reply."""
+    """The driver's side: has the nodes of a fleet play. Call `advance` often and `take` with every reply."""
 
     def __init__(self, nodes: list[Node], fleet: Fleet, now: float):
         self._nodes, self._fleet = nodes, fleet
         self._ports: dict[str, int] = {}
-        self._rounds = rounds(len(nodes))
-        self._round: dict[str, Node] = {}
-        """Measuring node -> partner, for results that are still out."""
+        self._partners: dict[str, list[Node]] = {}
+        """Of each node those that it measures, while its results are out."""
+        self._playing = False
         self._links: dict[tuple[str, str], NodeLink] = {}
         self._deadline = now + 2 * PATIENCE
         for node in nodes:
@@ -61,37 +62,36 @@ class NetworkTest:
         """An answer of an agent to one of this test's calls."""
         if isinstance(reply.value, int):
             self._ports[reply.node] = reply.value
-        elif isinstance(reply.value, NodeLink):
-            partner = self._round.get(reply.node)
-            if partner is not None and reply.value.address == partner.address:  # else of a round that is over
-                self._links[reply.node, partner.id] = reply.value
-                del self._round[reply.node]
+        elif isinstance(reply.value, list):
+            for partner, link in zip(self._partners.pop(reply.node), reply.value, strict=True):
+                self._links[reply.node, partner.id] = link
 
     def advance(self, now: float) -> LinkVerdict | None:
         """The verdict once all rounds are played."""
-        if len(self._ports) < len(self._nodes) and now < self._deadline:
+        if now < self._deadline and (self._partners if self._playing else len(self._ports) < len(self._nodes)):
             return None
-        if self._round and now < self._deadline:
-            return None
-        for id, partner in self._round.items():
-            self._links[id, partner.id] = NodeLink(partner.address, error=f"no result within {2 * PATIENCE:.0f} s")
-        self._round = {}
-        if self._rounds:
+        if not self._playing:
             self._play(now)
             return None
-        for node in self._nodes:
-            self._fleet.call(node.id, "network", "close")
+        for id, partners in self._partners.items():
+            for partner in partners:
+                self._links[id, partner.id] = NodeLink(partner.address, error="no result in time")
         return self._verdict()
 
     def _play(self, now: float) -> None:
-        self._deadline = now + 2 * PATIENCE
-        for a, b in self._rounds.pop(0):
+        played = rounds(len(self._nodes))
+        self._playing, self._deadline = True, now + PATIENCE * (2 + len(played))
+        turns: dict[str, list[tuple[str, int] | None]] = {node.id: [] for node in self._nodes}
+        for a, b in (pair for round in played for pair in round):
             here, there = self._nodes[a], self._nodes[b]
             if there.id in self._ports:
-                self._round[here.id] = there
-                self._fleet.call(here.id, "network", "measure", there.address, self._ports[there.id])
+                self._partners.setdefault(here.id, []).append(there)
+                turns[here.id].append((there.address, self._ports[there.id]))
+                turns[there.id].append(None)
             else:
                 self._links[here.id, there.id] = NodeLink(there.address, error="it opened no port for the test")
+        for id in self._partners:
+            self._fleet.call(id, "network", "play", turns[id])
 
     def _verdict(self) -> LinkVerdict:
         names = {node.id: node.name for node in self._nodes}

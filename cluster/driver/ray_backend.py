@@ -175,7 +175,7 @@ class RayFleet:
     def call(self, node: str, method: str, *arguments: Any) -> None:
         if node not in self._actors:
             self._actors[node] = self._new_actor(node)
-        group = "waiting" if method in WAITING else None
+        group = method if method in WAITING else None
         reference = getattr(self._actors[node], method).options(concurrency_group=group).remote(*arguments)
         reference.future().add_done_callback(lambda outcome: self._done.put((node, method, outcome)))
 
@@ -183,7 +183,7 @@ class RayFleet:
         from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
         return (
-            self._ray.remote(concurrency_groups={"waiting": 1})(Agent)
+            self._ray.remote(concurrency_groups=dict.fromkeys(WAITING, 1))(Agent)
             .options(
                 num_cpus=0,
                 num_gpus=int(self._resources[node].get("GPU", 0)) if self.gpus else 0,

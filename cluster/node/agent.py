@@ -1,6 +1,6 @@
 """One per node: starts the ranks of that node as child processes and says how they are. Knows nothing of Ray.
 
-Two methods wait: `ask` for news, and `network` for a measurement; RayFleet gives them a thread of their own. All others return
+Two methods wait: `ask` for news, and `network` for measurements; RayFleet gives each a thread of its own. All others return
 at once, as an answer that is late means that the node is lost. What a rank says goes through files (cluster/run_files.py) in
 a scratch folder of the attempt on the node's own disk, never through the shared run folder, so that a rank of an old attempt
 cannot be mistaken for one of the new. Its output is sent to the driver piece by piece. SIGUSR1 makes a rank that has a handler
@@ -139,7 +139,7 @@ class Agent:
         self._asked = time.monotonic()
 
     def network(self, method: str, *arguments: Any) -> Any:
-        """One step of the network test, see cluster/driver/network.py; a measurement waits for its result."""
+        """One step of the network test, see cluster/driver/network.py; to play waits for the results."""
         return getattr(self._probe, method)(*arguments)
 
     def open_memory(self, folder: str, token: str, address: str) -> Opened:
@@ -171,6 +171,7 @@ class Agent:
         with self._lock:
             assert order.attempt > self._attempt and not any(c.process.poll() is None for c in self._children.values())
             self._forget()
+            self._probe.close()
             self._attempt, self._asked = order.attempt, time.monotonic()
             self._scratch = Path(tempfile.mkdtemp(prefix=scratch_prefix()))
             self._scratch_lock = _lock_folder(self._scratch)
@@ -310,6 +311,7 @@ class Agent:
         self._closed.set()
         if self._echo is not None:
             self._echo.close()
+        self._probe.close()
         with self._lock:
             self._kill()
             self._forget()

@@ -28,9 +28,12 @@ class NetworkProbe:
 
     def __init__(self) -> None:
         self._server: socket.socket | None = None
+        self._served = threading.Semaphore(0)
+        """Measurements by others that no turn has waited for yet."""
 
     def listen(self, address: str) -> int:
         """Port of the server, on this address of the node; it ends with `close`."""
+        self.close()
         self._server = socket.create_server((address, 0), family=socket.AF_INET6 if ":" in address else socket.AF_INET)
         threading.Thread(target=self._serve, args=(self._server,), daemon=True).start()
         return self._server.getsockname()[1]
@@ -41,9 +44,17 @@ class NetworkProbe:
             self._server.close()
             self._server = None
 
-    def measure(self, address: str, port: int) -> NodeLink:
-        """Measure the way to another node's server; waits for the result, at most some PATIENCE."""
-        return measure(address, port)
+    def play(self, turns: list[tuple[str, int] | None]) -> list[NodeLink]:
+        """Measure the way to each of these servers, one after another; at None wait until another node has measured the way to
+        this one, so that a node does one of both at a time. A turn takes at most some PATIENCE.
+        """
+        found = []
+        for turn in turns:
+            if turn is None:
+                self._served.acquire(timeout=PATIENCE)
+            else:
+                found.append(measure(*turn))
+        return found
 
     def _serve(self, server: socket.socket) -> None:
         while True:
@@ -51,23 +62,23 @@ class NetworkProbe:
                 connection, _ = server.accept()
             except OSError:  # closed
                 return
-            threading.Thread(target=_answer, args=(connection,), daemon=True).start()
+            threading.Thread(target=self._answer, args=(connection,), daemon=True).start()
 
-
-def _answer(connection: socket.socket) -> None:
-    """Echo the pings, then swallow the transfer and say so."""
-    with connection:
-        connection.settimeout(PATIENCE)
-        connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
-        try:
-            for _ in range(PINGS):
-                connection.sendall(connection.recv(1))
-            left = BYTES
-            while left and (piece := connection.recv(1 << 20)):
-                left -= len(piece)
-            connection.sendall(b"!")
-        except OSError:  # the other side reports it
-            return
+    def _answer(self, connection: socket.socket) -> None:
+        """Echo the pings, then swallow the transfer and say so."""
+        with connection:
+            connection.settimeout(PATIENCE)
+            connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+            try:
+                for _ in range(PINGS):
+                    connection.sendall(connection.recv(1))
+                left = BYTES
+                while left and (piece := connection.recv(1 << 20)):
+                    left -= len(piece)
+                connection.sendall(b"!")
+            except OSError:  # the other side reports it
+                return
+        self._served.release()
 
 
 def measure(address: str, port: int) -> NodeLink:

@@ -1,6 +1,7 @@
 """Checks before a start: what keeps a node out, and which pair of nodes is named."""
 
 import dataclasses
+import threading
 import time
 
 import pytest
@@ -83,6 +84,20 @@ def test_a_link_is_measured_and_a_closed_port_is_an_error():
     assert measure("127.0.0.1", port).error
 
 
+def test_a_node_measures_nobody_while_it_waits_to_be_measured():
+    here, there = NetworkProbe(), NetworkProbe()
+    ports, found = [probe.listen("127.0.0.1") for probe in (here, there)], []
+    player = threading.Thread(target=lambda: found.extend(here.play([None, ("127.0.0.1", ports[1])])))
+    player.start()
+    player.join(0.3)
+    assert player.is_alive() and not found
+    assert [link.error for link in there.play([("127.0.0.1", ports[0]), None])] == [None]
+    player.join(30)
+    assert [link.error for link in found] == [None]
+    here.close()
+    there.close()
+
+
 def test_the_slow_and_the_unreachable_pair_are_named():
     fleet = LocalFleet(nodes=4, devices=1)
     try:
@@ -98,8 +113,9 @@ def test_the_slow_and_the_unreachable_pair_are_named():
     assert verdict.unreachable == ["n1 cannot reach n2 (127.0.0.1): timed out"]
 
 
-def test_a_whole_network_test_between_agents():
-    fleet = LocalFleet(nodes=3, devices=1)
+@pytest.mark.parametrize("count", [3, 6])
+def test_a_whole_network_test_between_agents(count):
+    fleet = LocalFleet(count, devices=1)
     try:
         test, verdict = NetworkTest(fleet.nodes(), fleet, time.monotonic()), None
         deadline = time.monotonic() + 30
@@ -109,4 +125,4 @@ def test_a_whole_network_test_between_agents():
             verdict = test.advance(time.monotonic())
     finally:
         fleet.close()
-    assert verdict.pairs == 3 and not verdict.unreachable
+    assert verdict.pairs == count * (count - 1) // 2 and not verdict.unreachable
