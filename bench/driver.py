@@ -2,7 +2,7 @@
 
     python -m bench.driver [--nodes N ...] [--hosts 4] [--window 20] [--out driver.json]
 
-The driver is the real one, and so are its calls: Ray carries each to a process of its own. What is a stub are the nodes, 8
+The driver is the real one, and so are its calls, which Ray carries to other processes, and its pulse, by UDP. What is a stub are the nodes, 8
 ranks each: a few host processes play thousands of agents, which answer as cluster/node/agent.py does, and ranks that take a
 step every few seconds. For every number of nodes:
 
@@ -85,7 +85,7 @@ class StubFleet(RayFleet):
             Node(f"id{i}", f"n{i}", f"10.{i >> 16}.{i >> 8 & 255}.{i & 255}", DEVICES, f"rack{i // 32}")
             for i in range(nodes)
         ]
-        kind = self._ray.remote(StubHost).options(num_cpus=0, max_concurrency=4 * nodes // hosts + 16)
+        kind = self._ray.remote(StubHost).options(num_cpus=0, max_concurrency=4 * nodes // hosts + 16, enable_task_events=False)
         self.hosts = [kind.remote() for _ in range(hosts)]
 
     def _list(self) -> list[Node]:

@@ -98,7 +98,8 @@ class StubHost:
             await asyncio.sleep(FOREVER)
         node.told = node.news()
         step = int((time.monotonic() - node.began) / STEP)
-        return Answer(node.attempt, [RankReport(r, code, None, step, "step", STEP) for r, code in node.ranks.items()])
+        ranks = [RankReport(r, code, None, step, "step", STEP) for r, code in node.ranks.items()]
+        return Answer(node.attempt, ranks, clock=time.time())
 
     _last_words = _ask
 

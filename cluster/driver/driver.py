@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import random
 import secrets
 import signal
 import subprocess
@@ -36,9 +37,9 @@ from conf.schema import Config
 
 PATIENCE = 0.25
 """Seconds after which an agent without news answers; it is asked again at once."""
-ANSWERS = 200
+ANSWERS = 150
 """A second at most: of many agents each has more patience, so that the driver does not drown in answers without news."""
-LONGEST = 20.0
+LONGEST = 30.0
 """Seconds of patience of an agent whose node answers the pulse; of another half a heartbeat, as its answer alone tells that it
 lives."""
 TICK_EVERY = 0.05
@@ -219,7 +220,8 @@ class Driver:
         """Ask an agent for its next news; each has one such question at a time."""
         now, heartbeat, offsets = self.clock(), self.config.cluster.heartbeat, self._offsets_on(id)
         longest = PATIENCE if 0 in offsets else LONGEST if self.pulse.hears(id, now) else heartbeat / 2
-        patience = min(max(PATIENCE, len(self._known) / ANSWERS), longest)
+        spread = random.uniform(0.5, 1.5)  # all were asked at once when the attempt began, and shall not answer at once
+        patience = min(max(PATIENCE, spread * len(self._known) / ANSWERS), longest)
         self._overdue[id] = now + patience + heartbeat
         self.fleet.call(id, "ask", offsets, self.supervisor.number, patience)
 
@@ -293,7 +295,10 @@ class Driver:
     def _admit(self, node: Node) -> None:
         self._refused.pop(node.name, None)
         self._tell(m.Joined(node))
-        self._ask(node.id)
+        if len(self._known) < ANSWERS * PATIENCE:
+            self._ask(node.id)
+        else:
+            self._ask_later.add(node.id)  # by then it has answered the pulse, and may take its time
         if self.supervisor.phase is DriverPhase.running and self._first_step is not None:
             self._warm([node])
 
@@ -327,8 +332,20 @@ class Driver:
             self._first_step = attempt.step
             seconds = self.clock() - self._started_at
             self._note("first_step", f"step {attempt.step} {seconds:.1f} s after the order to start", seconds=seconds)
+            self._tell_of_pulse()
             self._warm(self.supervisor.answering.values())
             self._plan_layouts()
+
+    def _tell_of_pulse(self) -> None:
+        """Name the nodes without one where so many make the driver slow."""
+        nodes, now = self.supervisor.answering, self.clock()
+        without = [node.name for id, node in nodes.items() if not self.pulse.hears(id, now)]
+        if without and len(nodes) / ANSWERS > self.config.cluster.heartbeat / 2:
+            text = (
+                f"{len(without)} of {len(nodes)} nodes do not answer by UDP, {without[0]} for one: they are asked through Ray whether "
+                "they live, which takes the driver longer; let UDP pass between this machine and them"
+            )
+            self._note("no_pulse", text, nodes=without)
 
     def _plan_layouts(self) -> None:
         """Find out which smaller layouts fit, unless an earlier launch has."""

@@ -98,7 +98,9 @@ class Tick:
     pass
 
 
-Event = Joined | Lost | Beat | Heard | Probed | Stacks | StartFailed | Saved | Held | Draining | StopAsked | Planned | Tick
+Event = (
+    Joined | Lost | Beat | Heard | Probed | Stacks | StartFailed | Saved | Held | Draining | StopAsked | Planned | Tick
+)
 
 
 # What to do ---------------------------------------------------------------------------------------------------------

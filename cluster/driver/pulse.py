@@ -1,4 +1,4 @@
-"""The driver's side of the pulse: asks every node each second by UDP whether it lives (cluster/node/pulse.py).
+"""The driver's side of the pulse: asks every node by UDP whether it lives (cluster/node/pulse.py).
 
 A node that answers here need not be asked through Ray so often. Where no datagram comes through, it is, as before.
 """
@@ -10,8 +10,8 @@ from collections.abc import Callable, Iterator
 
 from cluster.node.pulse import ANSWER, LONGEST, QUESTION, seal, unseal
 
-EVERY = 1.0
-"""Seconds between two questions to a node."""
+TRIES = 5
+"""Questions to a node within a heartbeat."""
 AT_ONCE = 200
 """Questions, so that their answers find room in the socket's buffer."""
 
@@ -21,7 +21,7 @@ class Pulse:
 
     def __init__(self, heartbeat: float):
         self.key = secrets.token_bytes(32)
-        self._heartbeat = heartbeat
+        self._heartbeat, self._every = heartbeat, heartbeat / TRIES
         self._sockets: dict[str, socket.socket] = {}
         """By the address of this machine from which nodes are asked."""
         self._places: dict[str, tuple[socket.socket, tuple[str, int]]] = {}
@@ -63,7 +63,7 @@ class Pulse:
 
     def ask(self, now: float, wanted: Callable[[str], bool]) -> None:
         """Ask those whose turn it is, if they are wanted: the question also tells a node that it still belongs to the run."""
-        due = min(int(len(self._turn) * (now - self._last) / EVERY), len(self._turn), AT_ONCE)
+        due = min(int(len(self._turn) * (now - self._last) / self._every), len(self._turn), AT_ONCE)
         if not due:
             return
         self._last = now

@@ -188,6 +188,7 @@ class RayFleet:
                 num_cpus=0,
                 num_gpus=int(self._resources[node].get("GPU", 0)) if self.gpus else 0,
                 max_restarts=0,
+                enable_task_events=False,  # of every call, for a dashboard that nobody opens
                 scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False),
             )
             .remote(LEASE * self._config.cluster.heartbeat, own_process=True)
