@@ -351,10 +351,18 @@ def test_nodes_that_answer_the_pulse_are_asked_seldom_and_told_apart_from_one_th
         run.fleet.deaf.add(node)
         run.fleet.agents[node]._echo.close()
 
-    run.fleet.call = note
+    def kill_rank(node: str) -> None:
+        (child,) = run.fleet.agents[node]._children.values()
+        os.kill(child.process.pid, signal.SIGKILL)
+
+    def follow(kind: str, text: str) -> None:
+        show(kind, text)
+        if kind == "recovered":
+            next(then)()
+
+    then = iter([lambda: kill_rank("id1"), lambda: setattr(run.driver, "_stop", "seen enough")])
+    show, run.driver.view.note, run.fleet.call = run.driver.view.note, follow, note
     run.at_step(20, lambda: lose("id2"))
-    run.at_step(60, lambda: os.kill(run.fleet.agents["id1"]._children[1].process.pid, signal.SIGKILL))
-    run.at_step(100, lambda: setattr(run.driver, "_stop", "seen enough"))
     assert run.run() == EXIT_STOPPED, run.finish.text
     first, second = [event for event in run.events if event["kind"] == "failure"]
     assert first["nodes"] == ["n2"] and "no answer for 2." in first["text"]
