@@ -85,7 +85,9 @@ class StubFleet(RayFleet):
             Node(f"id{i}", f"n{i}", f"10.{i >> 16}.{i >> 8 & 255}.{i & 255}", DEVICES, f"rack{i // 32}")
             for i in range(nodes)
         ]
-        kind = self._ray.remote(StubHost).options(num_cpus=0, max_concurrency=4 * nodes // hosts + 16, enable_task_events=False)
+        kind = self._ray.remote(StubHost).options(
+            num_cpus=0, max_concurrency=4 * nodes // hosts + 16, enable_task_events=False
+        )
         self.hosts = [kind.remote() for _ in range(hosts)]
 
     def _list(self) -> list[Node]:

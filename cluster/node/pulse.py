@@ -1,7 +1,7 @@
 """A node's side of the pulse: it sends every datagram of the driver (cluster/driver/pulse.py) back, sealed.
 
-That a node lives is asked by UDP every second or so, which costs the driver microseconds; what its ranks do is asked through Ray,
-which costs it a millisecond, when there is news. Who does not have the key of the launch can neither ask nor answer, and an
+That a node lives is asked by UDP every second or so; what its ranks do is asked through Ray, which costs the driver far more, when
+there is news. Who does not have the key of the launch can neither ask nor answer, and an
 old datagram counts for nothing.
 """
 
