@@ -85,7 +85,7 @@ class Pulse:
             while True:
                 try:
                     datagram = way.recv(LONGEST)
-                except BlockingIOError:
+                except OSError:  # nothing is there, or the link is down
                     break
                 told = unseal(self.key, ANSWER, datagram)
                 if told is not None and self._asked.get(told[1]) == told[0]:
