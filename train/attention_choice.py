@@ -79,8 +79,10 @@ def _problem_at(length: int, core: AttentionCore, config: Config, device: torch.
     width, values = model.nope_head_dim + model.rope_head_dim, model.v_head_dim
     queries, seen = _tried(part, length)
     generator = torch.Generator().manual_seed(0)
-    shapes = (queries, width), (length, width), (length, values), (queries, values)
-    numbers = [torch.randn(2, 2, *shape, generator=generator).to(dtype) for shape in shapes]
+    # As the model has them: positions before heads, values in rows behind keys.
+    keys = model.nope_head_dim + values
+    shapes = (queries, width), (length, width), (length, keys), (queries, values)
+    numbers = [torch.randn(2, rows, 2, columns, generator=generator).to(dtype) for rows, columns in shapes]
     expected = _both_ways(AttentionCore(), [tensor.float() for tensor in numbers], width**-0.5, seen)
     try:
         ours = _both_ways(core, [tensor.to(device) for tensor in numbers], width**-0.5, seen)
@@ -95,7 +97,8 @@ def _problem_at(length: int, core: AttentionCore, config: Config, device: torch.
 
 def _both_ways(core: AttentionCore, numbers: list[Tensor], scale: float, seen: Seen) -> list[Tensor]:
     """Result, log-sum-exp, dq, dk, dv, in fp32 on the CPU."""
-    q, k, v, dout = numbers
+    q, k, kv, dout = (tensor.transpose(1, 2) for tensor in numbers)
+    v = kv[..., -dout.size(-1) :]
     given = AttentionInput(q, k, v, scale, seen)
     made = core.forward(given, keep=True)
     met = made

@@ -20,6 +20,8 @@ from conf.schema import ROOT
 from parallel.expert.quantized_rows import QuantizedRows
 
 PRODUCTS = ("mm", "bmm", "addmm", "baddbmm", "_grouped_mm", "_scaled_mm", "_scaled_mm_v2")
+WRITTEN_OVER = {"_heads_kernel": 0}
+"""The tensor, by its place, that a kernel of Triton reads and writes."""
 TRITON_PRODUCTS = ("_product_kernel", "_wgrad_kernel", "_gradient_kernel")
 ATTENTION = "_scaled_dot_product", "_efficient_attention"
 ONLY_WRITTEN = (
@@ -102,8 +104,10 @@ def traffic() -> Iterator[Traffic]:
     mode, run = Traffic(), JITFunction.run
 
     def counted(kernel, *args, **options):
-        if kernel.fn.__name__ not in TRITON_PRODUCTS:
-            mode.add(_tensors(args), name=f"Triton kernel {kernel.fn.__name__.strip('_').removesuffix('_kernel')}")
+        name = kernel.fn.__name__
+        if name not in TRITON_PRODUCTS:
+            again = [args[WRITTEN_OVER[name]]] if name in WRITTEN_OVER else []
+            mode.add(_tensors(args), again, name=f"Triton kernel {name.strip('_').removesuffix('_kernel')}")
         return run(kernel, *args, **options)
 
     JITFunction.run = counted

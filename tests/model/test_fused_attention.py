@@ -25,11 +25,10 @@ CASES = {
 
 
 def draw(keys: int) -> list[Tensor]:
-    """q, k, v and the gradient of the output."""
-    generator = torch.Generator().manual_seed(0)
-    return [
-        torch.randn(2, 3, rows, width, generator=generator) for rows, width in ((T, 12), (keys, 12), (keys, 8), (T, 8))
-    ]
+    """q, k, v and the gradient of the output, as the model has them: positions before heads, values in rows behind keys."""
+    generator, shapes = torch.Generator().manual_seed(0), ((T, 12), (keys, 12), (keys, 16), (T, 8))
+    q, k, kv, dout = (torch.randn(2, rows, 3, width, generator=generator).transpose(1, 2) for rows, width in shapes)
+    return [q, k, kv[..., 8:], dout]
 
 
 def given_to(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool) -> AttentionInput:

@@ -31,7 +31,7 @@ def swiglu_backward(grad_NF: Tensor, h_N2F: Tensor, gates_N: Tensor | None) -> t
 
 
 class FusedHeads(torch.autograd.Function):
-    """`train.model.kernels.Kernels.to_heads`."""
+    """`train.model.kernels.Kernels.to_heads`. Its queries and values are views of what it is given."""
 
     @staticmethod
     def forward(ctx, q_BTHQ: Tensor, kv_BTHX: Tensor, k_rope_BTR: Tensor, table: Tensor, nope: int):
@@ -47,15 +47,15 @@ class FusedHeads(torch.autograd.Function):
 def heads(
     q_BTHQ: Tensor, kv_BTHX: Tensor, k_rope_BTR: Tensor, table: Tensor, nope: int
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Queries, keys and values, heads first."""
-    B, T, H, Q = q_BTHQ.shape
-    q_BHTQ, k_BHTQ, v_BHTV = (q_BTHQ.new_empty(B, H, T, width) for width in (Q, Q, kv_BTHX.size(3) - nope))
+    """Queries, keys and values, heads first. Queries are turned where they lie, and values are left where they lie."""
+    B, T = q_BTHQ.shape[:2]
+    q_BTHQ, kv_BTHX = q_BTHQ.contiguous(), kv_BTHX.contiguous()
+    k_BTHQ = torch.empty_like(q_BTHQ)
     if k_rope_BTR.stride(2) != 1 or (B > 1 and k_rope_BTR.stride(0) != T * k_rope_BTR.stride(1)):
         k_rope_BTR = k_rope_BTR.contiguous()
-    if runs(q_BHTQ):
-        given = q_BTHQ.contiguous(), kv_BTHX.contiguous(), k_rope_BTR, _reals(table)
-        _triton().heads(*given, q_BHTQ, k_BHTQ, v_BHTV)
-    return q_BHTQ, k_BHTQ, v_BHTV
+    if runs(k_BTHQ):
+        _triton().heads(q_BTHQ[..., nope:], kv_BTHX[..., :nope], k_rope_BTR, _reals(table), k_BTHQ)
+    return q_BTHQ.transpose(1, 2), k_BTHQ.transpose(1, 2), kv_BTHX[..., nope:].transpose(1, 2)
 
 
 def heads_backward(dq_BHTQ: Tensor, dk_BHTQ: Tensor, dv_BHTV: Tensor, table: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -94,7 +94,8 @@ class Kernels:
     ) -> tuple[Tensor, ...]:
         """Turn the rope parts, give every head the one rope key, put heads first: queries, keys, values. Differentiable.
 
-        kv_BTHX: per head [nope key | value]. table: see `Rope.table`.
+        q_BTHQ: may be turned where it lies, so that nobody can read it any more. kv_BTHX: per head [nope key | value], of which
+        the values may be a part. table: see `Rope.table`.
         """
         return PlainHeads.apply(q_BTHQ, kv_BTHX, k_rope_BTR, table, nope)
 

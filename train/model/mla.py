@@ -91,9 +91,9 @@ class MLA(nn.Module):
         return self._kernels.to_heads(q, kv, k_rope_BTR, table, config.nope_head_dim)
 
     def _up_queries(self, q_latent: Tensor) -> Tensor:
-        """(B, T, H * Q); q_latent is that already where queries are not compressed."""
+        """(B, T, H * Q), to be written over; q_latent is that already where queries are not compressed."""
         if self._config.q_rank is None:
-            return q_latent
+            return q_latent.clone() if self._recompute_up else q_latent  # backward comes here again with the same
         q_latent, recipe = self.q_norm.with_recipe(q_latent)
         with recipe:
             return self.q_up(q_latent)

@@ -86,27 +86,26 @@ def _times_table(pairs, table_ptr, table_place, table_there, ROPE: tl.constexpr,
 
 @triton.jit
 def _heads_kernel(
-    q_ptr, kv_ptr, shared_ptr, table_ptr, q_out_ptr, k_out_ptr, v_out_ptr, length, heads, shared_row,
-    nope: tl.constexpr, rope: tl.constexpr, value: tl.constexpr,
-    NOPE: tl.constexpr, ROPE: tl.constexpr, VALUE: tl.constexpr, TOKENS: tl.constexpr,
+    q_ptr, kv_ptr, shared_ptr, table_ptr, k_ptr, length, heads, shared_row,
+    nope: tl.constexpr, rope: tl.constexpr, kv_row: tl.constexpr,
+    NOPE: tl.constexpr, ROPE: tl.constexpr, TOKENS: tl.constexpr,
 ):  # fmt: skip
-    """One head of TOKENS positions. Rows of q and kv lie side by side, those of the shared rope key shared_row apart."""
+    """One head of TOKENS positions. q_ptr: the rope part of queries, nope + rope apart, where the turned one goes."""
     head, batch = tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
     tokens = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
     real = (tokens < length)[:, None]
-    given = (batch * length + tokens[:, None]) * heads + head
-    made = (batch * heads + head) * length + tokens[:, None]
-    n, r, v = (tl.arange(0, NOPE)[None, :], tl.arange(0, ROPE)[None, :], tl.arange(0, VALUE)[None, :])
-    plain, turned, valued = real & (n < nope), real & (r < rope), real & (v < value)
+    row = (batch * length + tokens[:, None]) * heads + head
+    n, r = tl.arange(0, NOPE)[None, :], tl.arange(0, ROPE)[None, :]
+    plain, turned = real & (n < nope), real & (r < rope)
     table_place = tokens[:, None] * rope + r
-    tl.store(q_out_ptr + made * (nope + rope) + n, tl.load(q_ptr + given * (nope + rope) + n, plain), plain)
-    rotated = _turned(q_ptr, given * (nope + rope) + nope + r, turned, table_ptr, table_place, turned, ROPE, False)
-    tl.store(q_out_ptr + made * (nope + rope) + nope + r, rotated, turned)
-    tl.store(k_out_ptr + made * (nope + rope) + n, tl.load(kv_ptr + given * (nope + value) + n, plain), plain)
+    place = row * (nope + rope) + r
+    rotated = _turned(q_ptr, place, turned, table_ptr, table_place, turned, ROPE, False)
+    tl.debug_barrier()  # every thread has read before one writes
+    tl.store(q_ptr + place, rotated, turned)
+    tl.store(k_ptr + row * (nope + rope) + n, tl.load(kv_ptr + row * kv_row + n, plain), plain)
     shared = (batch * length + tokens[:, None]) * shared_row + r
     rotated = _turned(shared_ptr, shared, turned, table_ptr, table_place, turned, ROPE, False)
-    tl.store(k_out_ptr + made * (nope + rope) + nope + r, rotated, turned)
-    tl.store(v_out_ptr + made * value + v, tl.load(kv_ptr + given * (nope + value) + nope + v, valued), valued)
+    tl.store(k_ptr + place + nope, rotated, turned)
 
 
 @triton.jit
@@ -162,15 +161,15 @@ def swiglu_backward(
     )
 
 
-def heads(
-    q_BTHQ: Tensor, kv_BTHX: Tensor, k_rope_BTR: Tensor, table: Tensor, q_BHTQ: Tensor, k_BHTQ: Tensor, v_BHTV: Tensor
-) -> None:
-    """Queries, keys and values. All contiguous, but for the rows of k_rope, which are evenly spaced. table: real (T, R/2, 2)."""
-    B, T, H, Q = q_BTHQ.shape
-    sizes = Q - k_rope_BTR.size(2), k_rope_BTR.size(2), v_BHTV.size(3)
+def heads(q_rope_BTHR: Tensor, k_nope_BTHN: Tensor, k_rope_BTR: Tensor, table: Tensor, k_BTHQ: Tensor) -> None:
+    """Turns the rope part of contiguous queries in place, and fills contiguous keys. The keys' nope part is the start of contiguous
+    rows; those of k_rope are evenly spaced. table: real (T, R/2, 2).
+    """
+    B, T, H, _ = k_BTHQ.shape
+    sizes = k_nope_BTHN.size(3), k_rope_BTR.size(2)
     _heads_kernel[(triton.cdiv(T, TOKENS), H, B)](
-        q_BTHQ, kv_BTHX, k_rope_BTR, table, q_BHTQ, k_BHTQ, v_BHTV, T, H, k_rope_BTR.stride(1),
-        *sizes, *map(triton.next_power_of_2, sizes), TOKENS,
+        q_rope_BTHR, k_nope_BTHN, k_rope_BTR, table, k_BTHQ, T, H, k_rope_BTR.stride(1),
+        *sizes, k_nope_BTHN.stride(2), *map(triton.next_power_of_2, sizes), TOKENS,
     )  # fmt: skip
 
 

@@ -167,8 +167,11 @@ def attention(sizes: Sizes) -> Passes:
     up.add(keys)
     if shared > 1 and not sizes.recomputes(Recompute.mla_up):
         passes.inputs += keys.forward
-    spread = tokens * heads * (2 * qk + shared * (qk + model.nope_head_dim + 2 * value)) * sizes.element
-    up.add(Passes([Work("heads_forward", bytes=spread)], [Work("heads_backward", bytes=spread)]))
+    spread = moved = 2 * qk + shared * (qk + model.nope_head_dim + 2 * value)
+    if sizes.on_gpu and shared == 1:  # queries are turned where they lie, and values stay there
+        moved = 2 * model.rope_head_dim + qk + model.nope_head_dim
+    one = tokens * heads * sizes.element
+    up.add(Passes([Work("heads_forward", bytes=moved * one)], [Work("heads_backward", bytes=spread * one)]))
     passes.add(up)
     if sizes.recomputes(Recompute.mla_up):  # its norms are recomputed once, whichever rule asks for it
         norms = {"norm_forward"} if sizes.recomputes(Recompute.norm) else set()
