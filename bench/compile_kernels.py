@@ -164,6 +164,7 @@ def variants() -> dict[str, Callable]:
                 "blocks of experts": lambda cast=blocks: kernels.quantize_blocks(experts, cast, False),
                 "blocks of experts, transposed": lambda cast=blocks: kernels.quantize_blocks(experts, cast, True),
                 "swiglu": lambda cast=tiles: kernels.swiglu_tiles(h, gates, cast),
+                "swiglu, h kept": lambda cast=tiles: kernels.swiglu_tiles(h, gates, cast, cast),
             }.items()
         }
     return of_the_model() | of_the_dispatch() | calls | products_of()

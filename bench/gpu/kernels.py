@@ -257,7 +257,8 @@ def swiglu_tiles(machine: Machine) -> Finding:
     kernels, (h, gates, _), pairs = triton_kernels(machine), swiglu_inputs(machine), {}
     for pow2 in (False, True):
         cast = Cast(E4M3, (1, TILE), pow2, 1e-4)
-        q, scale = (t.cpu() for t in kernels.swiglu_tiles(h.to(machine.device), gates.to(machine.device), cast))
+        made, _ = kernels.swiglu_tiles(h.to(machine.device), gates.to(machine.device), cast)
+        q, scale = (t.cpu() for t in made)
         expected = quantize_reference(plain_swiglu.forward(h, gates), cast)
         ours = q.float() * scale.repeat_interleave(TILE, 1)
         pairs[said(cast)] = relative(ours, dequantize_reference(expected)), 3e-3

@@ -239,7 +239,7 @@ def test_plans_allocate_what_runs_do(packed):
         kept = engine.keep(x, rule.cast())
         turned = engine.operand(kept, rule, transposed=True, groups=groups)
         left, right = engine.operand(kept, rule), engine.operand(x[:70], OperandRule(E4M3, "128x128", False, 1e-4))
-        made = [kept, left, right, turned, engine.cast(x, rule.cast()), engine.swiglu(x, gates, rule)]
+        made = [kept, left, right, turned, engine.cast(x, rule.cast()), engine.swiglu(x, gates, rule, None)[0]]
         made += [
             engine.product(left, right, torch.bfloat16),
             engine.grouped_wgrad(turned, turned, groups, torch.float32),

@@ -64,9 +64,9 @@ class CompiledEngine(CpuEngine):
             return super().grouped_wgrad(left, right, groups, dtype, into)
         return scaled_products.grouped_wgrad(left, right, groups, dtype, into)
 
-    def swiglu(self, h_P2F: Tensor, gates_P: Tensor, rule: OperandRule) -> Operand:
+    def _swiglu(self, h_P2F: Tensor, gates_P: Tensor, rule: OperandRule) -> Operand:
         if rule.format is None or rule.pow2 or rule.granularity != "1x128" or not self._exact:
-            return super().swiglu(h_P2F, gates_P, rule)
+            return super()._swiglu(h_P2F, gates_P, rule)
         chunks = zip(swiglu.chunks(h_P2F), swiglu.chunks(gates_P, h_P2F), strict=True)
         parts = [self.operand(swiglu.forward(h, gates), rule) for h, gates in chunks]
         q_PF, scale = torch.cat([part.q for part in parts]), torch.cat([part.scale for part in parts])

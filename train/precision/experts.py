@@ -100,9 +100,8 @@ class _Down(torch.autograd.Function):
     @staticmethod
     def forward(ctx, h_P2F, gates_R, w2_EDF, groups, engine, recipe, probe):
         rules, dtype, gates_P = recipe.experts_down, h_P2F.dtype, groups.pad(gates_R)
-        a = engine.swiglu(h_P2F, gates_P, rules.fprop.left)
+        a, h = engine.swiglu(h_P2F, gates_P, rules.fprop.left, recipe.swiglu)
         y_PD = engine.grouped(a, engine.operand(w2_EDF, rules.fprop.right), groups, dtype)
-        h = h_P2F if recipe.swiglu is None else engine.keep(h_P2F, recipe.swiglu)
         tensors, ctx.forms = pack(gates_P, w2_EDF, h)
         ctx.save_for_backward(*tensors)
         ctx.groups, ctx.engine, ctx.rules, ctx.probe, ctx.dtype = groups, engine, rules, probe, dtype

@@ -163,10 +163,18 @@ class HopperEngine:
             self._products.wgrad(left, right, groups, out_EON, added=into is not None)
         return out_EON
 
-    def swiglu(self, h_P2F: Tensor, gates_P: Tensor, rule: OperandRule) -> Operand | Tensor:
+    def swiglu(
+        self, h_P2F: Tensor, gates_P: Tensor, rule: OperandRule, cache: Cast | None
+    ) -> tuple[Operand | Tensor, Source]:
         if rule.format is None or rule.granularity != "1x128":
-            return self.operand(swiglu.forward(h_P2F, gates_P), rule)
-        return Operand(*self._kernels.swiglu_tiles(h_P2F, gates_P, rule.cast()), True, h_P2F.shape[0])
+            made, kept = self.operand(swiglu.forward(h_P2F, gates_P), rule), None
+        else:
+            one_pass = cache is not None and cache.block == (1, TILE) and cache.format.dtype is not None
+            tiles, kept = self._kernels.swiglu_tiles(h_P2F, gates_P, rule.cast(), cache if one_pass else None)
+            made = Operand(*tiles, True, h_P2F.shape[0])
+        if kept is not None:
+            return made, Quantized(*kept, cache, h_P2F.shape)
+        return made, h_P2F if cache is None else self.keep(h_P2F, cache)
 
     def swiglu_backward(self, h: Source, gates_P: Tensor, da_PF: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         scale = None

@@ -124,8 +124,8 @@ class Engine(Protocol):
         """left (O, P), right (N, P): for each expert the sum over its rows, (E, O, N). into: as in `product`."""
         ...
 
-    def swiglu(self, h_P2F: Tensor, gates_P: Tensor, rule: OperandRule) -> Any:
-        """Operand of SwiGLU's output (train/precision/swiglu.py)."""
+    def swiglu(self, h_P2F: Tensor, gates_P: Tensor, rule: OperandRule, cache: Cast | None) -> tuple[Any, Source]:
+        """Operand of SwiGLU's output (train/precision/swiglu.py), and what backward takes as h: h itself where it has no cache."""
         ...
 
     def swiglu_backward(self, h: Source, gates_P: Tensor, da_PF: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -217,7 +217,10 @@ class CpuEngine:
             torch.mm(left[:, rows], right[:, rows].mT, out=out_ON)
         return added(out_EON.to(dtype), into)
 
-    def swiglu(self, h_P2F: Tensor, gates_P: Tensor, rule: OperandRule) -> Tensor:
+    def swiglu(self, h_P2F: Tensor, gates_P: Tensor, rule: OperandRule, cache: Cast | None) -> tuple[Any, Source]:
+        return self._swiglu(h_P2F, gates_P, rule), h_P2F if cache is None else self.keep(h_P2F, cache)
+
+    def _swiglu(self, h_P2F: Tensor, gates_P: Tensor, rule: OperandRule) -> Any:
         if rule.format is None or rule.granularity != "1x128":
             return self.operand(swiglu.forward(h_P2F, gates_P), rule)
         parts = zip(swiglu.chunks(h_P2F), swiglu.chunks(gates_P, h_P2F), strict=True)

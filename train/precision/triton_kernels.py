@@ -8,7 +8,7 @@ Each kernel reads its input once and writes FP8 values and fp32 scales in the la
     quantize_blocks     (R, C) -> q (R, C) or (C, R) and one scale per 128x128           weights
     quantize_e5m6       (R, C) -> q (P, 3 C / 2), twelve bits a value             what waits for Wgrad in a finer format
     decode_e5m6         the values of that in bf16                                       what attention's backward takes
-    swiglu_tiles        SwiGLU with the gate value, then quantize_tiles                  the down-projection's input
+    swiglu_tiles        SwiGLU with the gate value, then quantize_tiles; also h so       the down-projection's input, and what waits for backward
     swiglu_backward     a, dh and dw from h and da                                       see train/precision/swiglu.py
 
 An input may itself be FP8 with a scale per row and 128 columns: it is dequantised on the way in, so that what is cached
@@ -91,17 +91,27 @@ def _load(x_ptr, scale_ptr, rows, last, columns, tile, width, scale_rows, scaled
 
 
 @triton.jit
+def _store_tiles(
+    x, q_ptr, scale_ptr, rows, columns, there, tile, width, scale_rows,
+    maximum: tl.constexpr, floor: tl.constexpr, pow2: tl.constexpr,
+):  # fmt: skip
+    """Values at rows x columns, all of one tile of 128 columns, as FP8 with a scale per row, which are stored column by column."""
+    scale, inverse = _scales(tl.max(tl.abs(x), axis=1), maximum, floor, pow2)
+    q = _cast(x * inverse[:, None], maximum, q_ptr.dtype.element_ty)
+    tl.store(q_ptr + rows[:, None].to(tl.int64) * width + columns[None, :], q, there[:, None])
+    tl.store(scale_ptr + tile * scale_rows + rows, scale, there)
+
+
+@triton.jit
 def _tiles_kernel(
     x_ptr, in_scale_ptr, q_ptr, scale_ptr, height, width, height_out,
     maximum: tl.constexpr, floor: tl.constexpr, pow2: tl.constexpr, scaled: tl.constexpr, block: tl.constexpr,
 ):  # fmt: skip
     rows = tl.program_id(0) * block + tl.arange(0, block)
     columns = tl.program_id(1) * 128 + tl.arange(0, 128)
-    x = _load(x_ptr, in_scale_ptr, rows, height, columns, tl.program_id(1), width, height, scaled)
-    scale, inverse = _scales(tl.max(tl.abs(x), axis=1), maximum, floor, pow2)
-    q = _cast(x * inverse[:, None], maximum, q_ptr.dtype.element_ty)
-    tl.store(q_ptr + rows[:, None].to(tl.int64) * width + columns[None, :], q)
-    tl.store(scale_ptr + tl.program_id(1) * height_out + rows, scale)
+    tile = tl.program_id(1)
+    x = _load(x_ptr, in_scale_ptr, rows, height, columns, tile, width, height, scaled)
+    _store_tiles(x, q_ptr, scale_ptr, rows, columns, rows < height_out, tile, width, height_out, maximum, floor, pow2)
 
 
 @triton.jit
@@ -185,11 +195,8 @@ def _both_kernel(
     rows = first + tl.arange(0, 128)
     columns = tl.program_id(1) * 128 + tl.arange(0, 128)
     x = _load(x_ptr, x_ptr, rows, last, columns, 0, width, height, False)
-    scale, inverse = _scales(tl.max(tl.abs(x), axis=1), maximum, floor, pow2)
-    q = _cast(x * inverse[:, None], maximum, q_ptr.dtype.element_ty)
     written = rows < (last if experts > 1 else rows_out)
-    tl.store(q_ptr + rows[:, None].to(tl.int64) * width + columns[None, :], q, written[:, None])
-    tl.store(scale_ptr + tl.program_id(1) * rows_out + rows, scale, written)
+    _store_tiles(x, q_ptr, scale_ptr, rows, columns, written, tl.program_id(1), width, rows_out, maximum, floor, pow2)
     scale, inverse = _scales(tl.max(tl.abs(x), axis=0), maximum_t, floor_t, pow2_t)
     q = _cast(x * inverse[None, :], maximum_t, q_t_ptr.dtype.element_ty)
     place = columns[:, None] * tl.cast(columns_out, tl.int64) + tile * 128 + tl.arange(0, 128)[None, :]
@@ -231,19 +238,26 @@ def _blocks_kernel(
 
 @triton.jit
 def _swiglu_kernel(
-    h_ptr, gates_ptr, q_ptr, scale_ptr, height, width,
-    maximum: tl.constexpr, floor: tl.constexpr, pow2: tl.constexpr, block: tl.constexpr,
+    h_ptr, gates_ptr, q_ptr, scale_ptr, kept_ptr, kept_scale_ptr, height, width,
+    maximum: tl.constexpr, floor: tl.constexpr, pow2: tl.constexpr, kept: tl.constexpr,
+    kept_maximum: tl.constexpr, kept_floor: tl.constexpr, kept_pow2: tl.constexpr, block: tl.constexpr,
 ):  # fmt: skip
-    rows = tl.program_id(0) * block + tl.arange(0, block)
-    columns = tl.program_id(1) * 128 + tl.arange(0, 128)
+    rows, tile = tl.program_id(0) * block + tl.arange(0, block), tl.program_id(1)
+    there, columns = rows < height, tile * 128 + tl.arange(0, 128)
     gate = _load(h_ptr, h_ptr, rows, height, columns, 0, 2 * width, height, False)
     up = _load(h_ptr, h_ptr, rows, height, width + columns, 0, 2 * width, height, False)
     silu = tl.div_rn(gate, 1.0 + tl.exp(-gate))
-    a = silu * up * tl.load(gates_ptr + rows, rows < height, 0.0)[:, None]
-    scale, inverse = _scales(tl.max(tl.abs(a), axis=1), maximum, floor, pow2)
-    q = _cast(a * inverse[:, None], maximum, q_ptr.dtype.element_ty)
-    tl.store(q_ptr + rows[:, None].to(tl.int64) * width + columns[None, :], q, (rows < height)[:, None])
-    tl.store(scale_ptr + tl.program_id(1) * height + rows, scale, rows < height)
+    a = silu * up * tl.load(gates_ptr + rows, there, 0.0)[:, None]
+    _store_tiles(a, q_ptr, scale_ptr, rows, columns, there, tile, width, height, maximum, floor, pow2)
+    if kept:
+        _store_tiles(
+            gate, kept_ptr, kept_scale_ptr, rows, columns, there, tile, 2 * width, height,
+            kept_maximum, kept_floor, kept_pow2,
+        )  # fmt: skip
+        _store_tiles(
+            up, kept_ptr, kept_scale_ptr, rows, width + columns, there, width // 128 + tile, 2 * width, height,
+            kept_maximum, kept_floor, kept_pow2,
+        )  # fmt: skip
 
 
 @triton.jit
@@ -278,13 +292,12 @@ def quantize_tiles(x_RC: Tensor, cast: Cast, in_scale: Tensor | None = None) -> 
     """q (P, C), and scale (P, C / 128) stored column by column, as cuBLASLt and DeepGEMM read it."""
     rows, columns = _sizes(x_RC)
     whole = -(-rows // TILE) * TILE
-    q = x_RC.new_empty(whole, columns, dtype=cast.format.dtype)
-    scale = x_RC.new_empty(columns // TILE, whole, dtype=torch.float32)
+    q, scale = _empty_tiles(x_RC, whole, columns, cast)
     _tiles_kernel[(whole // ROWS, columns // TILE)](
-        x_RC, x_RC if in_scale is None else in_scale.t(), q, scale, rows, columns, whole,
+        x_RC, x_RC if in_scale is None else in_scale.t(), q, scale.t(), rows, columns, whole,
         cast.format.max, cast.floor, cast.pow2, in_scale is not None, ROWS,
     )  # fmt: skip
-    return q, scale.t()
+    return q, scale
 
 
 def quantize_e5m6(x_RC: Tensor, cast: Cast) -> tuple[Tensor, Tensor]:
@@ -318,16 +331,15 @@ def quantize_both(
     rows, columns = _sizes(x_RC)
     experts = 1 if ends_E is None else len(ends_E)
     tiles, whole = most_tiles(rows, experts), -(-rows // TILE) * TILE if experts == 1 else rows
-    q = x_RC.new_empty(whole, columns, dtype=cast.format.dtype)
-    scale = x_RC.new_empty(columns // TILE, whole, dtype=torch.float32)
+    q, scale = _empty_tiles(x_RC, whole, columns, cast)
     q_t = x_RC.new_empty(columns, tiles * TILE, dtype=cast_t.format.dtype)
     scale_t = x_RC.new_empty(tiles, columns, dtype=torch.float32)
     _both_kernel[(tiles, columns // TILE)](
-        x_RC, q, scale, q_t, scale_t, x_RC if ends_E is None else ends_E, rows, columns, whole, tiles * TILE,
+        x_RC, q, scale.t(), q_t, scale_t, x_RC if ends_E is None else ends_E, rows, columns, whole, tiles * TILE,
         cast.format.max, cast.floor, cast.pow2, cast_t.format.max, cast_t.floor, cast_t.pow2,
         experts, triton.next_power_of_2(experts), num_warps=8,
     )  # fmt: skip
-    return (q, scale.t()), (q_t, scale_t.t())
+    return (q, scale), (q_t, scale_t.t())
 
 
 def quantize_columns(
@@ -377,15 +389,20 @@ def quantize_blocks(x_RC: Tensor, cast: Cast, transposed: bool) -> tuple[Tensor,
     return q, scale
 
 
-def swiglu_tiles(h_P2F: Tensor, gates_P: Tensor, cast: Cast) -> tuple[Tensor, Tensor]:
-    """`quantize_tiles` of SwiGLU's output (P, F)."""
+def swiglu_tiles(
+    h_P2F: Tensor, gates_P: Tensor, cast: Cast, cache: Cast | None = None
+) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor] | None]:
+    """`quantize_tiles` of SwiGLU's output (P, F), and with a cache that of h, reading h once; neither has rows of padding."""
     rows, width = _sizes(h_P2F)[0], h_P2F.shape[1] // 2
-    q = h_P2F.new_empty(rows, width, dtype=cast.format.dtype)
-    scale = h_P2F.new_empty(width // TILE, rows, dtype=torch.float32)
+    q, scale = made = _empty_tiles(h_P2F, rows, width, cast)
+    kept = None if cache is None else _empty_tiles(h_P2F, rows, 2 * width, cache)
+    (kept_q, kept_scale), kept_cast = kept or made, cache or cast
     _swiglu_kernel[(triton.cdiv(rows, ROWS), width // TILE)](
-        h_P2F, gates_P, q, scale, rows, width, cast.format.max, cast.floor, cast.pow2, ROWS
-    )
-    return q, scale.t()
+        h_P2F, gates_P, q, scale.t(), kept_q, kept_scale.t(), rows, width,
+        cast.format.max, cast.floor, cast.pow2,
+        kept is not None, kept_cast.format.max, kept_cast.floor, kept_cast.pow2, ROWS,
+    )  # fmt: skip
+    return made, kept
 
 
 def swiglu_backward(
@@ -401,6 +418,12 @@ def swiglu_backward(
         rows, width, len(h_P2F), in_scale is not None, BACKWARD_ROWS,
     )  # fmt: skip
     return a_PF, dh_P2F, dgates_P
+
+
+def _empty_tiles(like: Tensor, rows: int, columns: int, cast: Cast) -> tuple[Tensor, Tensor]:
+    """q, and a scale per row and 128 columns stored column by column."""
+    scale = like.new_empty(columns // TILE, rows, dtype=torch.float32)
+    return like.new_empty(rows, columns, dtype=cast.format.dtype), scale.t()
 
 
 def _sizes(x_RC: Tensor) -> tuple[int, int]:
