@@ -66,6 +66,20 @@ def test_heads_have_the_bits_of_the_plain_form(batch, length, heads, nope, rope,
     torch.testing.assert_close(dk_rope, expected[2], **FLIP)
 
 
+@pytest.mark.parametrize("rows, width, experts", [(0, 24, 8), (1, 24, 8), (37, 136, 12)])
+def test_the_router_multiplies_bf16_in_fp32(rows, width, experts):
+    """Its gradient goes as two numbers of bf16, which hold it to 2^-17; sums of products are in another order."""
+    x, weight, grad = draw(rows, width), draw(experts, width, seed=1), draw(rows, experts, seed=2).float() * 1.2345678
+    torch.testing.assert_close(OURS.logits(x, weight), PLAIN.logits(x, weight), rtol=1e-5, atol=1e-5)
+    dx, dweight = OURS.logits_backward(grad, x, weight, True, True)
+    expected_dx, expected_dweight = PLAIN.logits_backward(grad, x, weight, True, True)
+    assert dx.dtype == torch.bfloat16 and dweight.dtype == torch.float32
+    assert ((dweight - expected_dweight).abs() <= 2.0**-16 * (grad.abs().t() @ x.float().abs())).all()
+    size = grad.abs() @ weight.float().abs()
+    assert ((dx.float() - expected_dx.float()).abs() <= 2.0**-7 * expected_dx.float().abs() + 2.0**-16 * size).all()
+    assert OURS.logits_backward(grad, x, weight, False, False) == (None, None)
+
+
 def test_on_the_meta_device_results_are_as_large():
     """A plan runs them there, also where triton is missing."""
     h, gates = torch.empty(4, 16, device="meta", dtype=torch.bfloat16), torch.empty(4, device="meta")

@@ -75,6 +75,27 @@ class FusedKernels(Kernels):
 
         return grouped_weight_gradient(grad_RO, x_RI, groups, into_EOI)
 
+    def logits(self, x_ND: Tensor, weight_ED: Tensor) -> Tensor:
+        if x_ND.dtype != torch.bfloat16 or weight_ED.dtype != torch.bfloat16:
+            return super().logits(x_ND, weight_ED)
+        return self.product(x_ND, weight_ED, torch.float32)  # tensor cores multiply bf16 without rounding
+
+    def logits_backward(
+        self, grad_NE: Tensor, x_ND: Tensor, weight_ED: Tensor, x_needed: bool, weight_needed: bool
+    ) -> tuple[Tensor | None, Tensor | None]:
+        if x_ND.dtype != torch.bfloat16 or weight_ED.dtype != torch.bfloat16:
+            return super().logits_backward(grad_NE, x_ND, weight_ED, x_needed, weight_needed)
+        (N, E), dx_ND, dweight_ED = grad_NE.shape, None, None
+        parts_N2E = x_ND.new_empty(N, 2, E)  # the gradient is the sum of two numbers of bf16 but for 2^-17 of it
+        parts_N2E[:, 0] = grad_NE
+        torch.sub(grad_NE, parts_N2E[:, 0], out=parts_N2E[:, 1])
+        parts_NX = parts_N2E.flatten(1)
+        if x_needed:
+            dx_ND = self.product(parts_NX, weight_ED.repeat(2, 1).t(), x_ND.dtype)
+        if weight_needed:
+            dweight_ED = self.product(parts_NX.t(), x_ND.t(), torch.float32).view(2, E, -1).sum(0)
+        return dx_ND, dweight_ED
+
     def route(
         self,
         logits_BTE: Tensor,

@@ -103,6 +103,17 @@ class Kernels:
         """softmax(scale q k^T) v by `core`: (B, H, T, V). Differentiable."""
         return Attend.apply(self.core, *given)
 
+    def logits(self, x_ND: Tensor, weight_ED: Tensor) -> Tensor:
+        """x W^T of the router in fp32, from operands in any format: (N, E)."""
+        return F.linear(x_ND.float(), weight_ED.float())
+
+    def logits_backward(
+        self, grad_NE: Tensor, x_ND: Tensor, weight_ED: Tensor, x_needed: bool, weight_needed: bool
+    ) -> tuple[Tensor | None, Tensor | None]:
+        """Gradients of x in its format, and of the weight in fp32, each None where it is not needed."""
+        dx_ND = (grad_NE @ weight_ED.float()).to(x_ND.dtype) if x_needed else None
+        return dx_ND, grad_NE.t() @ x_ND.float() if weight_needed else None
+
     def route(
         self,
         logits_BTE: Tensor,

@@ -17,7 +17,6 @@ from contextlib import AbstractContextManager
 import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
-from torch.nn import functional as F
 
 from conf.schema import Model
 from train.model.kernels import Kernels
@@ -61,7 +60,7 @@ class Router(nn.Module):
         """
         positions = positions or Positions(x_BTD.size(1))
         with recipe:
-            logits_BTE = _Logits.apply(x_BTD, self.weight)
+            logits_BTE = _Logits.apply(x_BTD, self.weight, self._kernels)
         counters = (self.load_E, self.score_E, self.balance_loss) if self.training else None
         weight = self.balance_weight if self.training else 0.0
         gates_BTK, ids_BTK = self._kernels.route(logits_BTE, self.bias_E, self.rule, weight, counters, positions)
@@ -92,17 +91,18 @@ class _Logits(torch.autograd.Function):
     """fp32 product of operands in any format, which saves them as they came."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, weight_ED: Tensor) -> Tensor:
-        ctx.save_for_backward(x, weight_ED)
-        return F.linear(x.float(), weight_ED.float())
+    def forward(ctx, x_BTD: Tensor, weight_ED: Tensor, kernels: Kernels) -> Tensor:
+        ctx.save_for_backward(x_BTD, weight_ED)
+        ctx.kernels = kernels
+        return kernels.logits(x_BTD.flatten(0, 1), weight_ED).view(*x_BTD.shape[:2], len(weight_ED))
 
     @staticmethod
     @once_differentiable
     def backward(ctx, grad: Tensor):
-        x, weight_ED = ctx.saved_tensors
-        x_needed, weight_needed = gradients_needed(ctx)
-        dx = (grad @ weight_ED.float()).to(x.dtype) if x_needed else None
-        return dx, grad.flatten(0, -2).t() @ x.flatten(0, -2).float() if weight_needed else None
+        x_BTD, weight_ED = ctx.saved_tensors
+        needed = gradients_needed(ctx)[:2]
+        dx_ND, dweight_ED = ctx.kernels.logits_backward(grad.flatten(0, 1), x_BTD.flatten(0, 1), weight_ED, *needed)
+        return None if dx_ND is None else dx_ND.view(x_BTD.shape), dweight_ED, None
 
 
 @torch.no_grad()

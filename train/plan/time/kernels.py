@@ -144,7 +144,7 @@ class KernelCases:
             yield KernelCase(
                 counted.weights[0], lambda dy=dy, x=x, gradient=gradient: self.kernels.product(dy.t(), x.t(), gradient)
             )
-        if self.dtype != torch.float32:
+        if self.dtype != torch.float32 and not sizes.on_gpu:
             yield from self._router_products(sizes)
 
     def _router_products(self, sizes: Sizes) -> Iterator[KernelCase]:

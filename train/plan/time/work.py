@@ -207,16 +207,20 @@ def ffn(sizes: Sizes, inner: int) -> Passes:
 
 
 def router(sizes: Sizes) -> Passes:
-    """The norm before the experts, the router's fp32 product, and the choice of experts."""
+    """The norm before the experts, the router's product, and the choice of experts. A GPU takes bf16 as it is, and in backward
+    the fp32 gradient as two numbers of bf16 (train/model/fused.py).
+    """
     model, tokens = sizes.config.model, sizes.tokens
     passes = norm(sizes, tokens, model.hidden)
     flops, logits = 2 * tokens * model.hidden * model.experts, tokens * model.experts * 4
-    widened = 0 if sizes.element == 4 else tokens * model.hidden * 6
-    moved = (tokens * model.hidden + model.experts * model.hidden) * 4 + logits
-    product = [Work("fprop_fp32", flops, moved), Work("copy", bytes=widened)]
+    as_is = sizes.on_gpu and sizes.element == 2
+    form, element, parts = ("bf16", 2, 2) if as_is else ("fp32", 4, 1)
+    widened = 0 if as_is or sizes.element == 4 else tokens * model.hidden * 6
+    moved = (tokens * model.hidden + model.experts * model.hidden) * element + logits
+    product = [Work(f"fprop_{form}", flops, moved), Work("copy", bytes=widened)]
     passes.forward += [*product, Work("route_forward", bytes=logits)]
-    passes.inputs += [Work("route_backward", bytes=logits), Work("dgrad_fp32", flops, moved)]
-    passes.weights += [Work("wgrad_fp32", flops, moved), Work("copy", bytes=widened)]
+    passes.inputs += [Work("route_backward", bytes=logits), Work(f"dgrad_{form}", parts * flops, moved)]
+    passes.weights += [Work(f"wgrad_{form}", parts * flops, moved), Work("copy", bytes=widened)]
     residual = add(sizes, tokens, model.hidden)
     passes.inputs += [residual] * 3  # the residual, and the router's, experts' and shared experts' gradients of one x
     return passes
