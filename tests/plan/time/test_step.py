@@ -39,7 +39,7 @@ def test_work_is_the_models_flops(recipe):
     model, tokens = config.model, config.batch_size * config.seq_len
     planned = plan_time(config, _products_only(config))
     moe = model.layers - model.dense_layers + model.mtp_depth
-    router = 6 * moe * model.hidden * model.experts
+    router = 10 * moe * model.hidden * model.experts  # its gradient as two numbers of bf16, each with two products
     qk, value = model.nope_head_dim + model.rope_head_dim, model.v_head_dim
     again = (model.layers + model.mtp_depth) * config.seq_len * model.heads * (3 * qk + 2 * value - 2 * (qk + value))
     expected = tokens * (flops_per_token(model, config.seq_len, mtp=True) + router + again) / 1e12
