@@ -20,6 +20,7 @@ from typing import IO, Any
 
 from cluster.driver.driver import Driver
 from cluster.driver.fleet import WAITING, FleetLost, Reply
+from cluster.driver.private_folder import PrivateFolder
 from cluster.driver.view import View
 from cluster.node.agent import Agent
 from cluster.spawn import LEASE
@@ -69,7 +70,7 @@ class RayFleet:
 
         self._ray = ray
         self._config = config
-        self._folder: tempfile.TemporaryDirectory | None = None
+        self._folder: PrivateFolder | None = None
         """Of Ray on this machine alone."""
         self.ships = config.cluster.address is not None and "RAY_JOB_CONFIG_JSON_ENV_VAR" not in os.environ
         """Whether Ray copies the program to the nodes; a submitted job has done so itself."""
@@ -89,13 +90,12 @@ class RayFleet:
         however many others are out."""
 
     def _start_embedded(self) -> None:
-        # Ray opens its folder, sockets in it, to every user of the machine, so it gets one that no other can reach. Not in
-        # TMPDIR, which may be too long for a socket.
-        self._folder = tempfile.TemporaryDirectory(prefix="sluice-ray-", dir="/tmp", ignore_cleanup_errors=True)
+        # Ray opens its folder, sockets in it, to every user of the machine, so it gets one that no other can reach.
+        self._folder = PrivateFolder()
         # Agents look for packages where Ray is started: in the program's folder, not in the user's, whose names may be ours.
         with contextlib.chdir(ROOT):
             self._ray.init(
-                _temp_dir=f"{self._folder.name}/ray",
+                _temp_dir=str(self._folder.path / "ray"),
                 include_dashboard=False,
                 log_to_driver=False,
                 logging_level="ERROR",
@@ -221,7 +221,7 @@ class RayFleet:
             self._ray.kill(actor)
         self._ray.shutdown()
         if self._folder is not None:
-            self._folder.cleanup()
+            self._folder.remove()
 
 
 def _settings(embedded: bool) -> None:
