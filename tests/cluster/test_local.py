@@ -16,13 +16,16 @@ PROLOGUE = """
 import os, sys, time, signal
 from pathlib import Path
 from cluster.cause import Failure
-rank, logs = int(os.environ["RANK"]), Path(sys.argv[1])
+rank, logs, started = int(os.environ["RANK"]), Path(sys.argv[1]), time.time()
 def fail(kind, message, code=1):
     Failure(rank, time.time(), kind, message, code).write(logs); sys.exit(code)
 def wait(): time.sleep(60)
 def abort_by_nccl():
     print(f"[Rank {rank}] Watchdog caught collective operation timeout: WorkNCCL(OpType=ALLREDUCE)", flush=True)
     os.abort()
+(logs / f"began{rank}").touch()  # on a busy machine one may start seconds after the others
+while time.time() < started + 60 and not all((logs / f"began{r}").exists() for r in range(int(os.environ["WORLD_SIZE"]))):
+    time.sleep(0.01)
 """
 
 
@@ -49,8 +52,10 @@ def test_contract_and_success(tmp_path):
         # the victim reports at once, the cause was killed without a word
         ("os.kill(os.getpid(), signal.SIGKILL) if rank == 1 else fail('crash', 'connection closed')", EXIT_CRASH,
          "rank 1 ended by signal SIGKILL"),
-        # the earliest error by its own clock wins, though rank 0 exits first
-        ("fail('crash', 'boom') if rank == 2 else (time.sleep(0.5), fail('crash', 'lost peer'))", EXIT_CRASH,
+        # the earliest error by its own clock wins, though its rank writes it last
+        ("began = time.time(); time.sleep(1) if rank == 2 else None;"
+         "Failure(rank, began if rank == 2 else began + 60, 'crash', 'boom' if rank == 2 else 'lost peer', 1).write(logs);"
+         "sys.exit(1)", EXIT_CRASH,
          "rank 2 failed: boom"),
         # a rank that never answers while the others time out
         ("wait() if rank == 1 else fail('timeout', 'timed out in all_reduce')", EXIT_CRASH, "rank 1 hangs"),

@@ -64,6 +64,12 @@ class Launch:
             time.sleep(0.05)
         raise AssertionError(f"no event {kind} {fields} in {seconds} s:\n{self.output.read_text()}")
 
+    def wait_for_recovery(self) -> tuple[dict, dict]:
+        """The first failure and the first step after it. The step that ended an earlier failure may be told after the
+        checkpoint that `whole` waits for, so a "recovered" alone says nothing of this failure."""
+        failure = self.wait_for("failure")
+        return failure, self.wait_for("recovered", after=self.events().index(failure))
+
     def wait_for_step(self, step: int, seconds: float = 180) -> None:
         """Until metrics.jsonl has this step."""
         path, deadline = self.folder / "metrics.jsonl", time.monotonic() + seconds
@@ -140,10 +146,9 @@ def shared(hosts, tmp_path_factory):
     shared.close()
 
 
-def measure(launch: Launch, name: str, fault_time: float) -> None:
-    """Print what a fault cost; the figures of the note come from here."""
-    failure = next(event for event in launch.events() if event["kind"] == "failure")
-    recovered = next(event for event in launch.events() if event["kind"] == "recovered")
+def measure(launch: Launch, name: str, fault_time: float) -> dict:
+    """Print what a fault cost, once it is over; the figures of the note come from here. Returns the event of its failure."""
+    failure, recovered = launch.wait_for_recovery()
     print(
         json.dumps(
             {
@@ -155,6 +160,7 @@ def measure(launch: Launch, name: str, fault_time: float) -> None:
             }
         )
     )
+    return failure
 
 
 def test_launch_reads_topology_from_labels_and_ends_well(hosts, tmp_path):
@@ -171,10 +177,8 @@ def test_a_killed_rank(hosts, shared):
     launch = shared.whole()
     broke = time.time()
     assert hosts.signal(1, signal.SIGKILL, "fake_rank") == 1
-    launch.wait_for("recovered")
+    failure = measure(launch, "rank killed", broke)
     assert launch.dps() == [3]
-    measure(launch, "rank killed", broke)
-    failure = next(event for event in launch.events() if event["kind"] == "failure")
     assert failure["text"].startswith("rank 1 on h1 ended by signal SIGKILL")
 
 
@@ -182,10 +186,8 @@ def test_a_dead_agent(hosts, shared):
     launch = shared.whole()
     broke = time.time()
     assert hosts.signal(2, signal.SIGKILL, "ray::Agent") >= 1
-    launch.wait_for("recovered")
+    failure = measure(launch, "agent killed", broke)
     launch.wait_for("attempt", dp=3)  # at once, or on a busy machine after one without the node
-    measure(launch, "agent killed", broke)
-    failure = next(event for event in launch.events() if event["kind"] == "failure")
     assert failure["nodes"] == ["h2"] and "its agent died" in failure["text"]
 
 
@@ -195,12 +197,11 @@ def test_a_cut_link_that_heals(hosts, shared):
     hosts.cut(2)
     try:
         launch.wait_for("attempt", dp=2)
-        launch.wait_for("recovered")
+        measure(launch, "link cut", broke)
         seen = len(launch.events())
     finally:
         hosts.heal(2)
     launch.wait_for("attempt", after=seen, dp=3)
-    measure(launch, "link cut", broke)
     assert launch.dps()[0] == 2 and launch.dps()[-1] == 3
     launch.wait_for("first_step", attempt=launch.attempts()[-1]["attempt"])
     assert len(hosts.pids(2, "fake_rank")) == 1, "that of before the cut has ended"
@@ -211,13 +212,11 @@ def test_power_off_and_return(hosts, shared):
     before, broke = len(launch.attempts()), time.time()
     hosts.power_off(1)
     try:
-        failure = launch.wait_for("failure")
-        launch.wait_for("recovered")
+        failure = measure(launch, "power off", broke)
     finally:
         hosts.power_on(1)
     assert failure["cause"] == "node" and failure["nodes"] == ["h1"]
     launch.wait_for("grow")
-    measure(launch, "power off", broke)
     launch.wait_for("attempt", attempt=before + 2, dp=3)
 
 
@@ -226,7 +225,6 @@ def test_a_dead_raylet(hosts, shared):
     broke = time.time()
     assert hosts.signal(2, signal.SIGKILL, "/raylet/raylet") == 1
     try:
-        launch.wait_for("recovered")
         measure(launch, "raylet killed", broke)
         assert launch.dps() == [2]
     finally:
@@ -317,7 +315,6 @@ def test_training_through_a_killed_rank_and_a_lost_node_ends_with_the_same_losse
     broke = time.time()
     victim = next(pid for pid in hosts.pids(1) if os.readlink(f"/proc/{pid}/fd/1").endswith("rank_1.log"))
     os.kill(victim, signal.SIGKILL)
-    launch.wait_for("recovered")
     measure(launch, "training: rank killed", broke)
     launch.wait_for("checkpoint", attempt=2)
     broke = time.time()
@@ -365,7 +362,7 @@ def test_a_lost_node_costs_at_most_the_steps_since_the_last_copy_in_memory(hosts
     [
         (["cluster.address=10.77.0.1:1"], {}, "must be HOST:PORT of a running Ray"),
         ([], {"RAY_AUTH_TOKEN": "f" * 64}, "does not accept it"),
-        (["parallel.dp=4", "cluster.wait=25"], {}, "parallel.dp=3, which fits"),
+        (["parallel.dp=4", "cluster.wait=60"], {}, "parallel.dp=3, which fits"),
     ],
 )
 def test_bad_input_is_one_screen(hosts, tmp_path, overrides, environment, words):
@@ -374,7 +371,7 @@ def test_bad_input_is_one_screen(hosts, tmp_path, overrides, environment, words)
     assert launch.wait() == EXIT_USER, launch.output.read_text()
     text = launch.output.read_text()
     assert words in text and len(text.splitlines()) < 20 and "Traceback" not in text
-    assert time.monotonic() - started < 150
+    assert time.monotonic() - started < 200
 
 
 @pytest.mark.parametrize(
@@ -397,7 +394,7 @@ def test_a_node_that_differs_is_refused_on_one_screen(hosts, tmp_path, shell, wo
     command = hosts.command(2, "sh", "-c", shell, "sh", *hosts.ray_words(2))
     subprocess.run(command, env=hosts.environment, check=True, capture_output=True, timeout=120)
     try:
-        launch = Launch(hosts, tmp_path / "runs", "cluster.wait=50")
+        launch = Launch(hosts, tmp_path / "runs", "cluster.wait=60")
         assert launch.wait() == EXIT_USER
     finally:
         hosts.signal(2, signal.SIGKILL)
