@@ -41,6 +41,7 @@ from train.model.deepseek import Head  # noqa: E402
 from train.model.mla import MLA  # noqa: E402
 from train.model.moe import LocalDispatcher, MoE  # noqa: E402
 from train.model.rope import Rope  # noqa: E402
+from train.model.sequence import Positions  # noqa: E402
 from train.optim.adamw import AdamW, moments_dtype  # noqa: E402
 from train.precision.build import build_precision  # noqa: E402
 
@@ -160,9 +161,9 @@ class Parts:
     def _loss(self) -> Part:
         model = self.model
         ours = _small(Head(model.hidden, model.vocab_size, model.loss_chunk, self._kernels, **self._factory))
-        peer, labels = self._peer, self._tokens[:, :-1]
+        peer, labels, whole = self._peer, self._tokens[:, :-1], Positions(self._shape[1])
         return Part(
-            self._step(lambda x_BTD: ours([x_BTD], self._tokens, self.case.tokens)[0]),
+            self._step(lambda x_BTD: ours([x_BTD], self._tokens, whole)[0]),
             self._step(lambda x: peer.loss_function(peer.lm_head(x), labels, vocab_size=self.model.vocab_size)),
             self.case.tokens * head_flops(self.model),
         )

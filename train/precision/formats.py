@@ -56,6 +56,11 @@ class Cast:
     floor: float = AMAX_FLOOR
     """Smallest max-abs that a scale is made for."""
 
+    def empty_tiles(self, like: Tensor, rows: int, columns: int) -> tuple[Tensor, Tensor]:
+        """Room on `like`'s device for q (rows, columns), and for a scale per row and 128 columns, stored column by column."""
+        scale = like.new_empty(columns // TILE, rows, dtype=torch.float32)
+        return like.new_empty(rows, columns, dtype=self.format.dtype), scale.t()
+
 
 def round_to(x: Tensor, format: Format) -> Tensor:
     """Round fp32 values, |x| <= format.max, to the nearest value of the format, ties to even; in place.

@@ -292,7 +292,7 @@ def quantize_tiles(x_RC: Tensor, cast: Cast, in_scale: Tensor | None = None) -> 
     """q (P, C), and scale (P, C / 128) stored column by column, as cuBLASLt and DeepGEMM read it."""
     rows, columns = _sizes(x_RC)
     whole = -(-rows // TILE) * TILE
-    q, scale = _empty_tiles(x_RC, whole, columns, cast)
+    q, scale = cast.empty_tiles(x_RC, whole, columns)
     _tiles_kernel[(whole // ROWS, columns // TILE)](
         x_RC, x_RC if in_scale is None else in_scale.t(), q, scale.t(), rows, columns, whole,
         cast.format.max, cast.floor, cast.pow2, in_scale is not None, ROWS,
@@ -331,7 +331,7 @@ def quantize_both(
     rows, columns = _sizes(x_RC)
     experts = 1 if ends_E is None else len(ends_E)
     tiles, whole = most_tiles(rows, experts), -(-rows // TILE) * TILE if experts == 1 else rows
-    q, scale = _empty_tiles(x_RC, whole, columns, cast)
+    q, scale = cast.empty_tiles(x_RC, whole, columns)
     q_t = x_RC.new_empty(columns, tiles * TILE, dtype=cast_t.format.dtype)
     scale_t = x_RC.new_empty(tiles, columns, dtype=torch.float32)
     _both_kernel[(tiles, columns // TILE)](
@@ -394,8 +394,8 @@ def swiglu_tiles(
 ) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor] | None]:
     """`quantize_tiles` of SwiGLU's output (P, F), and with a cache that of h, reading h once; neither has rows of padding."""
     rows, width = _sizes(h_P2F)[0], h_P2F.shape[1] // 2
-    q, scale = made = _empty_tiles(h_P2F, rows, width, cast)
-    kept = None if cache is None else _empty_tiles(h_P2F, rows, 2 * width, cache)
+    q, scale = made = cast.empty_tiles(h_P2F, rows, width)
+    kept = None if cache is None else cache.empty_tiles(h_P2F, rows, 2 * width)
     (kept_q, kept_scale), kept_cast = kept or made, cache or cast
     _swiglu_kernel[(triton.cdiv(rows, ROWS), width // TILE)](
         h_P2F, gates_P, q, scale.t(), kept_q, kept_scale.t(), rows, width,
@@ -418,12 +418,6 @@ def swiglu_backward(
         rows, width, len(h_P2F), in_scale is not None, BACKWARD_ROWS,
     )  # fmt: skip
     return a_PF, dh_P2F, dgates_P
-
-
-def _empty_tiles(like: Tensor, rows: int, columns: int, cast: Cast) -> tuple[Tensor, Tensor]:
-    """q, and a scale per row and 128 columns stored column by column."""
-    scale = like.new_empty(columns // TILE, rows, dtype=torch.float32)
-    return like.new_empty(rows, columns, dtype=cast.format.dtype), scale.t()
 
 
 def _sizes(x_RC: Tensor) -> tuple[int, int]:

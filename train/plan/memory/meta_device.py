@@ -61,12 +61,7 @@ def meta_precision(
 
 
 def _tiles(x_RC: Tensor, cast: Cast, in_scale: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    return _empty_tiles(x_RC, _whole(x_RC.shape[0]), x_RC.shape[1], cast)
-
-
-def _empty_tiles(like: Tensor, rows: int, columns: int, cast: Cast) -> tuple[Tensor, Tensor]:
-    scale = like.new_empty(columns // TILE, rows, dtype=torch.float32)
-    return like.new_empty(rows, columns, dtype=cast.format.dtype), scale.t()
+    return cast.empty_tiles(x_RC, _whole(x_RC.shape[0]), x_RC.shape[1])
 
 
 def _e5m6(x_RC: Tensor, cast: Cast) -> tuple[Tensor, Tensor]:
@@ -112,8 +107,8 @@ def _blocks(x_RC: Tensor, cast: Cast, transposed: bool) -> tuple[Tensor, Tensor]
 
 def _swiglu_tiles(h_P2F: Tensor, gates_P: Tensor, cast: Cast, cache: Cast | None = None) -> tuple:
     rows, width = len(h_P2F), h_P2F.shape[1] // 2
-    kept = None if cache is None else _empty_tiles(h_P2F, rows, 2 * width, cache)
-    return _empty_tiles(h_P2F, rows, width, cast), kept
+    kept = None if cache is None else cache.empty_tiles(h_P2F, rows, 2 * width)
+    return cast.empty_tiles(h_P2F, rows, width), kept
 
 
 def _swiglu_backward(h_P2F: Tensor, gates_P: Tensor, da_PF: Tensor, in_scale: Tensor | None = None) -> tuple:
