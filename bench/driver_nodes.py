@@ -78,7 +78,7 @@ class StubHost:
 
     async def _facts(self, node: StubNode, question: preflight.Question) -> preflight.Facts:
         self._key = question.key
-        return dataclasses.replace(preflight.gather(question), pulse=self._echo.getsockname())
+        return dataclasses.replace(preflight.gather(question), pulse=self._echo.getsockname(), test_port=1)
 
     async def _network(self, node: StubNode, method: str, *arguments: Any) -> Any:
         return 1 if method == "listen" else [NodeLink(turn[0], 0.1, 10.0) for turn in arguments[0] if turn is not None]

@@ -100,6 +100,8 @@ class Driver:
         self._network: NetworkTest | None = None
         self._refused: dict[str, str] = {}
         self._check_again: dict[str, float] = {}
+        self._test_ports: dict[str, int] = {}
+        """Where nodes listen for the network test, which comes before the first attempt."""
         """Ids of nodes that were refused, and when they are checked again."""
         self._without_folder: set[str] = set()
         """Nodes that have no folder for copies."""
@@ -198,7 +200,8 @@ class Driver:
         for id in [id for id, due in self._check_again.items() if self.clock() >= due]:
             del self._check_again[id]
             if id in self._known:
-                self.fleet.call(id, "facts", self.preflight.question(self._known[id]))
+                tests_network = self.supervisor.attempt is None
+                self.fleet.call(id, "facts", self.preflight.question(self._known[id], tests_network))
         for id, why in draining.items():
             self._tell(m.Draining(id, why))
         for id in self._ask_later & set(self._known):
@@ -275,6 +278,7 @@ class Driver:
         else:
             self._admit(node)
 
+            self._test_ports[node.id] = reply.value.test_port
     def _open_memory(self, node: Node) -> None:
         self.fleet.call(node.id, "open_memory", self.copies.folder_on(node), self.copies.token, node.address)
 
@@ -370,7 +374,7 @@ class Driver:
                 self._starting = number, placement
                 self._started_at, self._first_step, self._offsets = self.clock(), None, {}
                 if number == self.first and len(placement.nodes) > 1:
-                    self._network = NetworkTest(placement.nodes, self.fleet, self.clock())
+                    self._network = NetworkTest(placement.nodes, self._test_ports, self.fleet, self.clock())
                 else:
                     self.fleet.call(placement.seats[0].node.id, "free_port")
             case m.EndRanks(number, nodes):

@@ -45,53 +45,44 @@ class LinkVerdict:
 
 
 class NetworkTest:
-    """The driver's side: has the nodes of a fleet play. Call `advance` often and `take` with every reply."""
+    """The driver's side: has the nodes of a fleet play. Call `advance` often and `take` with every reply.
 
-    def __init__(self, nodes: list[Node], fleet: Fleet, now: float):
-        self._nodes, self._fleet = nodes, fleet
-        self._ports: dict[str, int] = {}
+    ports: where each node listens, by its id.
+    """
+
+    def __init__(self, nodes: list[Node], ports: dict[str, int], fleet: Fleet, now: float):
+        self._nodes = nodes
         self._partners: dict[str, list[Node]] = {}
         """Of each node those that it measures, while its results are out."""
-        self._playing = False
         self._links: dict[tuple[str, str], NodeLink] = {}
-        self._deadline = now + 2 * PATIENCE
-        for node in nodes:
-            fleet.call(node.id, "network", "listen", node.address)
+        played = rounds(len(nodes))
+        self._deadline = now + PATIENCE * (2 + len(played))
+        turns: dict[str, list[tuple[str, int] | None]] = {node.id: [] for node in nodes}
+        for a, b in (pair for round in played for pair in round):
+            here, there = nodes[a], nodes[b]
+            if port := ports.get(there.id):
+                self._partners.setdefault(here.id, []).append(there)
+                turns[here.id].append((there.address, port))
+                turns[there.id].append(None)
+            else:
+                self._links[here.id, there.id] = NodeLink(there.address, error="it opened no port for the test")
+        for id in self._partners:
+            fleet.call(id, "network", turns[id])
 
     def take(self, reply: Reply) -> None:
         """An answer of an agent to one of this test's calls."""
-        if isinstance(reply.value, int):
-            self._ports[reply.node] = reply.value
-        elif isinstance(reply.value, list):
+        if reply.error is None:
             for partner, link in zip(self._partners.pop(reply.node), reply.value, strict=True):
                 self._links[reply.node, partner.id] = link
 
     def advance(self, now: float) -> LinkVerdict | None:
         """The verdict once all rounds are played."""
-        if now < self._deadline and (self._partners if self._playing else len(self._ports) < len(self._nodes)):
-            return None
-        if not self._playing:
-            self._play(now)
+        if self._partners and now < self._deadline:
             return None
         for id, partners in self._partners.items():
             for partner in partners:
                 self._links[id, partner.id] = NodeLink(partner.address, error="no result in time")
         return self._verdict()
-
-    def _play(self, now: float) -> None:
-        played = rounds(len(self._nodes))
-        self._playing, self._deadline = True, now + PATIENCE * (2 + len(played))
-        turns: dict[str, list[tuple[str, int] | None]] = {node.id: [] for node in self._nodes}
-        for a, b in (pair for round in played for pair in round):
-            here, there = self._nodes[a], self._nodes[b]
-            if there.id in self._ports:
-                self._partners.setdefault(here.id, []).append(there)
-                turns[here.id].append((there.address, self._ports[there.id]))
-                turns[there.id].append(None)
-            else:
-                self._links[here.id, there.id] = NodeLink(there.address, error="it opened no port for the test")
-        for id in self._partners:
-            self._fleet.call(id, "network", "play", turns[id])
 
     def _verdict(self) -> LinkVerdict:
         names = {node.id: node.name for node in self._nodes}

@@ -36,7 +36,7 @@ import psutil
 
 from cluster.cause import RankReport, read_report
 from cluster.node.copy_store import Opened, Store, held, sweep, why_not_opened
-from cluster.node.network_probe import NetworkProbe
+from cluster.node.network_probe import NetworkProbe, NodeLink
 from cluster.node.preflight import Facts, Question, gather
 from cluster.node.pulse import Echo
 from cluster.run_files import log_path, progress_path
@@ -129,18 +129,24 @@ class Agent:
         threading.Thread(target=self._watch_lease, daemon=True).start()
 
     def facts(self, question: Question) -> Facts:
-        """What the checks before a start want to know of this node, which answers the driver's pulse from then on."""
+        """What the checks before a start want to know of this node, which answers the driver's pulse from then on, and the other
+        nodes of the network test if there will be one.
+        """
+        port = 0
+        if question.tests_network:
+            with contextlib.suppress(OSError):  # the test says so
+                port = self._probe.listen(question.address)
         if question.key and self._echo is None:
             with contextlib.suppress(OSError):  # the driver asks it more often instead
                 self._echo = Echo(question.node, question.address, question.key, self._renew)
-        return dataclasses.replace(gather(question), pulse=self._echo and self._echo.place)
+        return dataclasses.replace(gather(question), pulse=self._echo and self._echo.place, test_port=port)
 
     def _renew(self) -> None:
         self._asked = time.monotonic()
 
-    def network(self, method: str, *arguments: Any) -> Any:
-        """One step of the network test, see cluster/driver/network.py; to play waits for the results."""
-        return getattr(self._probe, method)(*arguments)
+    def network(self, turns: list[tuple[str, int] | None]) -> list[NodeLink]:
+        """This node's turns of the network test, see cluster/driver/network.py; waits for the results."""
+        return self._probe.play(turns)
 
     def open_memory(self, folder: str, token: str, address: str) -> Opened:
         """Hold copies of the run's state in this folder and serve them."""

@@ -49,6 +49,8 @@ class Question:
     """Of the node."""
     key: bytes = b""
     """Of the driver's pulse, see cluster/node/pulse.py; empty for a driver that asks none."""
+    tests_network: bool = False
+    """Whether the network test will want a port of this node, see cluster/driver/network.py."""
 
 
 @dataclass(frozen=True)
@@ -71,6 +73,8 @@ class Facts:
     """What is wrong with the run folder; empty if nothing."""
     pulse: tuple[str, int] | None = None
     """Address and port where the node answers the driver's pulse."""
+    test_port: int = 0
+    """Where it listens for the network test; 0 where it does not."""
 
 
 def gather(question: Question) -> Facts:
@@ -145,9 +149,10 @@ class Preflight:
         (folder / PROBES / "driver").write_text(self._word)
         self._mine = gather(Question(str(folder), self._word, "self", 1, False))
 
-    def question(self, node: Node) -> Question:
+    def question(self, node: Node, tests_network: bool = False) -> Question:
         self._sent[node.id] = self._clock.now()
-        return Question(str(self._folder), self._word, node.id, node.devices, self._gpus, node.address, self._key)
+        words = str(self._folder), self._word, node.id, node.devices, self._gpus, node.address, self._key
+        return Question(*words, tests_network)
 
     def problem(self, node: Node, facts: Facts) -> str | None:
         """Why this node must not hold ranks, with the cure; None if it may."""

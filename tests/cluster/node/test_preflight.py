@@ -8,7 +8,7 @@ import pytest
 
 from cluster.driver.network import NetworkTest, rounds
 from cluster.node.network_probe import BYTES, NetworkProbe, NodeLink, measure
-from cluster.node.preflight import Preflight, _digest_of_program, gather
+from cluster.node.preflight import Preflight, Question, _digest_of_program, gather
 from cluster.steady_clock import SteadyClock
 from cluster.topology import Node
 from tests.cluster.local_fleet import LocalFleet
@@ -101,7 +101,7 @@ def test_a_node_measures_nobody_while_it_waits_to_be_measured():
 def test_the_slow_and_the_unreachable_pair_are_named():
     fleet = LocalFleet(nodes=4, devices=1)
     try:
-        test = NetworkTest(fleet.nodes(), fleet, 0.0)
+        test = NetworkTest(fleet.nodes(), {}, fleet, 0.0)
         ids = [node.id for node in fleet.nodes()]
         test._links = {(a, b): NodeLink("x", 0.1, 10.0) for i, a in enumerate(ids) for b in ids[i + 1 :]}
         test._links["id0", "id3"] = NodeLink("x", 0.1, 1.0)
@@ -114,10 +114,14 @@ def test_the_slow_and_the_unreachable_pair_are_named():
 
 
 @pytest.mark.parametrize("count", [3, 6])
-def test_a_whole_network_test_between_agents(count):
+def test_a_whole_network_test_between_agents(count, tmp_path):
     fleet = LocalFleet(count, devices=1)
     try:
-        test, verdict = NetworkTest(fleet.nodes(), fleet, time.monotonic()), None
+        for node in fleet.nodes():
+            question = Question(str(tmp_path), "", node.id, 1, False, node.address, tests_network=True)
+            fleet.call(node.id, "facts", question)
+        ports = {reply.node: reply.value.test_port for reply in fleet.replies(1.0)}
+        test, verdict = NetworkTest(fleet.nodes(), ports, fleet, time.monotonic()), None
         deadline = time.monotonic() + 30
         while verdict is None and time.monotonic() < deadline:
             for reply in fleet.replies(0.05):
@@ -126,3 +130,9 @@ def test_a_whole_network_test_between_agents(count):
     finally:
         fleet.close()
     assert verdict.pairs == count * (count - 1) // 2 and not verdict.unreachable
+
+
+def test_a_node_without_a_port_is_named_at_once():
+    fleet = LocalFleet(2, devices=1)
+    verdict = NetworkTest(fleet.nodes(), {"id0": 1, "id1": 0}, fleet, 0.0).advance(0.0)
+    assert verdict.unreachable == ["n0 cannot reach n1 (127.0.0.1): it opened no port for the test"]
