@@ -29,7 +29,7 @@ class StubNode:
     ranks: dict[int, int | None] = field(default_factory=dict)
     """Exit codes."""
     began: float = 0.0
-    told: tuple | None = None
+    told: tuple = (0, [])
     silent: bool = False
 
     def news(self) -> tuple:
@@ -93,6 +93,8 @@ class StubHost:
     async def _ask(self, node: StubNode, offsets: dict[int, int], attempt: int = 0, patience: float = 0.0) -> Answer:
         until = time.monotonic() + patience
         while (left := until - time.monotonic()) > 0 and node.news() == node.told:
+        if 0 not in node.ranks:
+            node.told = node.news()
             await asyncio.sleep(min(LOOK, left))
         if node.silent:
             await asyncio.sleep(FOREVER)

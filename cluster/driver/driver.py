@@ -221,17 +221,19 @@ class Driver:
 
     def _ask(self, id: str) -> None:
         """Ask an agent for its next news; each has one such question at a time."""
-        now, heartbeat, offsets = self.clock(), self.config.cluster.heartbeat, self._offsets_on(id)
-        longest = PATIENCE if 0 in offsets else LONGEST if self.pulse.hears(id, now) else heartbeat / 2
+        now, heartbeat, ranks = self.clock(), self.config.cluster.heartbeat, self._ranks_on(id)
+        longest = PATIENCE if 0 in ranks else LONGEST if self.pulse.hears(id, now) else heartbeat / 2
         spread = random.uniform(0.5, 1.5)  # all were asked at once when the attempt began, and shall not answer at once
         patience = min(max(PATIENCE, spread * len(self._known) / ANSWERS), longest)
         self._overdue[id] = now + patience + heartbeat
-        self.fleet.call(id, "ask", offsets, self.supervisor.number, patience)
+        self.fleet.call(id, "ask", self._offsets_on(id), self.supervisor.number, patience)
+
+    def _ranks_on(self, id: str) -> list[int]:
+        return self.supervisor.attempt.ranks_of.get(id, []) if self.supervisor.attempt else []
 
     def _offsets_on(self, id: str) -> dict[int, int]:
         """How much of the output of each rank of a node is here."""
-        ranks = self.supervisor.attempt.ranks_of.get(id, ()) if self.supervisor.attempt else ()
-        return {rank: self._offsets[rank] for rank in ranks if rank in self._offsets}
+        return {rank: self._offsets[rank] for rank in self._ranks_on(id) if rank in self._offsets}
 
     def _take(self, reply: Reply) -> None:
         if reply.node not in self._known:

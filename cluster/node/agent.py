@@ -118,8 +118,8 @@ class Agent:
         self._store: Store | None = None
         self._echo: Echo | None = None
         self._leaving = False
-        self._told: tuple | None = None
-        """The news that the last answer told."""
+        self._told: tuple = (0, [], False, {})
+        """The news that the driver knows."""
         self._lock = threading.Lock()
         self._closed = threading.Event()
         if own_process:
@@ -183,6 +183,8 @@ class Agent:
             self._scratch_lock = _lock_folder(self._scratch)
             for rank, local_rank in order.ranks:
                 self._children[rank] = self._spawn(order, rank, local_rank)
+            if 0 not in self._children:  # that thousands begin as they were told to is no news; rank 0 is followed
+                self._told = self._attempt, [], *self._told[2:]
 
     def _spawn(self, order: Order, rank: int, local_rank: int) -> _Child:
         log = log_path(self._scratch, rank)
@@ -234,8 +236,8 @@ class Agent:
         """How the ranks are, and their output from these byte offsets on (0 where none is given).
 
         attempt: the one that the offsets belong to; the answer has no output of any other. patience: seconds until the
-        answer where there is no news. News are an attempt, the end of a rank, a part of the state that is whole in memory, and
-        that the node is about to go.
+        answer where there is no news. News are an attempt that began with rank 0 here or ended before it began, the end of a rank, a
+        part of the state that is whole in memory, and that the node is about to go.
         """
         self._asked = asked = time.monotonic()
         while (left := asked + patience - time.monotonic()) > 0 and not self._has_news(patience - left):

@@ -83,6 +83,17 @@ def test_a_question_waits_for_news_and_the_end_of_a_rank_is_news(agent):
     assert time.monotonic() - began < 30, "long before its patience was over"
 
 
+def test_that_ranks_began_as_ordered_is_news_of_rank_0_alone(agent):
+    agent.start(order("import time; time.sleep(60)"))
+    assert not agent._has_news(0.0)
+    agent.end(1)
+    assert agent._has_news(0.0), "its ranks ended"
+    agent.start(Order(2, [(0, 0)], ["-c", "import time; time.sleep(60)"], {}, "127.0.0.1"))
+    assert agent._has_news(0.0)
+    agent.ask({})
+    assert not agent._has_news(0.0)
+
+
 def test_output_of_another_attempt_than_the_question_is_about_is_kept_back(agent):
     agent.start(order("print('words')", attempt=2, ranks=1))
     until(agent, ended)
