@@ -5,6 +5,7 @@ there; ranks, placement, detection and restarts are ours. No placement group is 
 by id and takes all its devices, so that no other job shares them.
 """
 
+import collections
 import contextlib
 import os
 import queue
@@ -38,6 +39,12 @@ HEAD_LIMIT = 1
 """Seconds for a connection to Ray's head while the run goes on."""
 CLOSE_LIMIT = 3
 """Seconds for agents to clean up after the run; whoever does not answer is killed."""
+AT_ONCE = 100
+"""Calls made, and answers taken, before the driver looks at the clock and the pulse again."""
+FEW = 20
+"""Calls made at a look that finds too many out and no answer."""
+MOST_OUT = 256
+"""Calls that are out, while others wait for their turn: each takes Ray some 30 KiB, and has thousands wait for it."""
 SHIPPED = ["conf", "train", "parallel", "cluster"]
 
 
@@ -85,6 +92,12 @@ class RayFleet:
         self._actors: dict[str, Any] = {}
         self._resources: dict[str, dict[str, float]] = {}
         """Of every node that was listed, by its id."""
+        self._next: collections.deque[tuple[Any, str, str, tuple]] = collections.deque()
+        """Calls that wait for their turn, as (actor, node, method, arguments)."""
+        self._out = 0
+        """Calls that were made and have not ended, but for those of WAITING methods."""
+        self._taken = 0
+        """Answers that the last look found."""
         self._done: queue.SimpleQueue[tuple[str, str, Future]] = queue.SimpleQueue()
         """Calls that ended, as (node, method, outcome); Ray's own thread puts them there, so that a call costs the same
         however many others are out."""
@@ -175,9 +188,17 @@ class RayFleet:
     def call(self, node: str, method: str, *arguments: Any) -> None:
         if node not in self._actors:
             self._actors[node] = self._new_actor(node)
-        group = method if method in WAITING else None
-        reference = getattr(self._actors[node], method).options(concurrency_group=group).remote(*arguments)
-        reference.future().add_done_callback(lambda outcome: self._done.put((node, method, outcome)))
+        self._next.append((self._actors[node], node, method, arguments))
+
+    def _make_calls(self, count: int) -> None:
+        for _ in range(min(count, len(self._next))):
+            actor, node, method, arguments = self._next.popleft()
+            group = method if method in WAITING else None
+            self._out += group is None
+            reference = getattr(actor, method).options(concurrency_group=group).remote(*arguments)
+            reference.future().add_done_callback(
+                lambda outcome, node=node, method=method: self._done.put((node, method, outcome))
+            )
 
     def _new_actor(self, node: str) -> Any:
         from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
@@ -195,11 +216,15 @@ class RayFleet:
         )
 
     def replies(self, timeout: float) -> list[Reply]:
-        found = []
-        with contextlib.suppress(queue.Empty):  # the first, and whatever else is there
+        # Where many nodes do not answer, as many calls are made as others answer, or some at every look.
+        self._make_calls(min(AT_ONCE, max(MOST_OUT - self._out, self._taken or FEW)))
+        found: list[Reply] = []
+        with contextlib.suppress(queue.Empty):  # the first, and what else is there
             found.append(self._reply(*self._done.get(timeout=timeout)))
-            while True:
+            while len(found) < AT_ONCE:
                 found.append(self._reply(*self._done.get_nowait()))
+        self._taken = len(found)
+        self._out -= sum(reply.method not in WAITING for reply in found)
         return found
 
     def _reply(self, node: str, method: str, outcome: Future) -> Reply:
@@ -212,6 +237,7 @@ class RayFleet:
             return Reply(node, method, error=str(error).strip().splitlines()[0], dead=True)
 
     def close(self) -> None:
+        self._make_calls(len(self._next))
         ends = [actor.close.remote() for actor in self._actors.values()]
         if ends:
             self._ray.wait(ends, num_returns=len(ends), timeout=CLOSE_LIMIT)

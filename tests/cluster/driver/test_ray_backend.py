@@ -6,12 +6,17 @@ import re
 import subprocess
 import sys
 import time
+from collections import deque
+from concurrent.futures import Future
 from pathlib import Path
+from queue import SimpleQueue
+from types import SimpleNamespace
 
 import psutil
 import pytest
 
 from cluster.driver.journal import read_events
+from cluster.driver.ray_backend import MOST_OUT, RayFleet
 from conf.errors import EXIT_OK, EXIT_USER
 
 ROOT = Path(__file__).parents[3]
@@ -86,3 +91,33 @@ def test_no_ray_and_no_token_are_refused_soon(tmp_path, overrides, environment, 
     assert result.returncode == EXIT_USER, result.stderr
     assert words in result.stderr and "Traceback" not in result.stderr
     assert time.monotonic() - started < 30
+
+
+class Actor:
+    """Of one node: notes its calls, which end when the test says so."""
+
+    def __init__(self, made: list[Future]):
+        self._made = made
+
+    def __getattr__(self, method: str):
+        outcome = Future()
+        made = SimpleNamespace(remote=lambda: self._made.append(outcome) or SimpleNamespace(future=lambda: outcome))
+        return SimpleNamespace(options=lambda concurrency_group: made)
+
+
+def test_thousands_of_calls_go_out_in_turns_and_nodes_that_do_not_answer_hold_up_no_others():
+    fleet, made = RayFleet.__new__(RayFleet), []
+    fleet._next, fleet._out, fleet._taken, fleet._done = deque(), 0, 0, SimpleQueue()
+    fleet._actors = {f"id{i}": Actor(made) for i in range(2000)}
+    for node in fleet._actors:
+        fleet.call(node, "probe")
+    for _ in range(4):
+        assert fleet.replies(0.0) == []
+    assert MOST_OUT <= len(made) < 2 * MOST_OUT
+    silent = made[:MOST_OUT]
+    heard = 0
+    for _ in range(2000):
+        for outcome in made[MOST_OUT + heard :]:
+            outcome.set_result(None)
+        heard += len(fleet.replies(0.0))
+    assert len(made) == 2000 and heard == 2000 - MOST_OUT and not any(outcome.done() for outcome in silent)
