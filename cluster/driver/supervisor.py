@@ -54,6 +54,8 @@ class Supervisor:
         self._spent: dict[Kind, int] = {}
         self._out: list[m.Action] = []
         self._ticked = now
+        self._late_from = now
+        """Until then no node can count as lost for its silence; later ones may be heard meanwhile."""
         self._deadline = now + policy.wait
         self._stop_why: str | None = None
         self._placed: tuple[tuple | None, Placement | None] = None, None
@@ -228,12 +230,18 @@ class Supervisor:
                 state.heard += slept
             if self.attempt:
                 self.attempt.moved += slept
+        if now > self._late_from:
+            self._lose_late(now)
+        if self.phase is DriverPhase.running:
+            self._name_stragglers()
+
+    def _lose_late(self, now: float) -> None:
         for id, state in self.nodes.items():
             late = now - state.heard
             if state.health is NodeHealth.ok and late > self.policy.heartbeat:
                 self._lose(id, NodeHealth.silent, f"no answer for {late:.1f} s")
-        if self.phase is DriverPhase.running:
-            self._name_stragglers()
+        heard = (state.heard for state in self.nodes.values() if state.health is NodeHealth.ok)
+        self._late_from = min(heard, default=now) + self.policy.heartbeat
 
     def _name_stragglers(self) -> None:
         for slow in self.attempt.new_stragglers(self.policy.straggler_factor):
