@@ -96,12 +96,14 @@ class Driver:
         """Nodes whose agent could not answer; they are asked again at the next look."""
         self._released: set[str] = set()
         """Nodes that were about to go and hold nothing of the run any more."""
+        self._probed_from = 0
+        """Number of the newest question of the pulse when the probe of all links began."""
         self._starting: tuple[int, Placement] | None = None
         self._network: NetworkTest | None = None
-        self._refused: dict[str, str] = {}
-        self._check_again: dict[str, float] = {}
         self._test_ports: dict[str, int] = {}
         """Where nodes listen for the network test, which comes before the first attempt."""
+        self._refused: dict[str, str] = {}
+        self._check_again: dict[str, float] = {}
         """Ids of nodes that were refused, and when they are checked again."""
         self._without_folder: set[str] = set()
         """Nodes that have no folder for copies."""
@@ -158,10 +160,13 @@ class Driver:
     def _feel_pulse(self) -> None:
         """Ask nodes whether they live. One whose agent is stuck does not, though its system may answer."""
         now, states = self.clock(), self.supervisor.nodes
-        self.pulse.ask(now, lambda id: id in states and states[id].health is NodeHealth.ok)
-        for id in self.pulse.answers(now):
+        judging = self.supervisor.phase is DriverPhase.judging
+        for id, number in self.pulse.answers(now):  # to the last questions, before there are newer ones
             if now < self._overdue.get(id, now):
                 self._tell(m.Heard(id))
+            if judging and number > self._probed_from:
+                self._tell(m.Probed(id))
+        self.pulse.ask(now, lambda id: id in states and states[id].health is NodeHealth.ok)
 
     def _test_network(self) -> None:
         verdict = self._network.advance(self.clock())
@@ -273,6 +278,7 @@ class Driver:
         if problem is None:
             node = self._known[node.id] = dataclasses.replace(node, device_bytes=reply.value.device_bytes)
             self.pulse.know(node.id, reply.value.pulse)
+            self._test_ports[node.id] = reply.value.test_port
         if problem is not None:
             self._refuse(node, problem)
         elif self.config.checkpoint.every_memory:
@@ -280,7 +286,6 @@ class Driver:
         else:
             self._admit(node)
 
-            self._test_ports[node.id] = reply.value.test_port
     def _open_memory(self, node: Node) -> None:
         self.fleet.call(node.id, "open_memory", self.copies.folder_on(node), self.copies.token, node.address)
 
@@ -386,9 +391,11 @@ class Driver:
             case m.Stop(number, nodes, in_memory):
                 for id in nodes:
                     self.fleet.call(id, "stop", number, in_memory)
-            case m.ProbeLinks(nodes):
+            case m.ProbeLinks(nodes):  # those with a pulse by its next questions, as calls to thousands take long
+                self._probed_from, now = self.pulse.number, self.clock()
                 for id in nodes:
-                    self.fleet.call(id, "probe")
+                    if not self.pulse.hears(id, now):
+                        self.fleet.call(id, "probe")
             case m.CollectStacks(number, nodes):
                 for id in nodes:
                     self.fleet.call(id, "ask_stacks", number)

@@ -31,6 +31,8 @@ class Policy:
     """Whether checkpoints come at intervals; else nodes that return are used at once."""
     copies: bool = False
     """Whether ranks keep copies of the state in memory, from which they go on with more nodes."""
+    calls: float = 500.0
+    """Calls to agents, and their answers, that the driver can do in a second, at least."""
     probe: float = 4.0
     settle: float = 1.5
     """For the other ranks to report after the first failure."""

@@ -11,7 +11,9 @@ from collections.abc import Callable, Iterator
 from cluster.node.pulse import ANSWER, LONGEST, QUESTION, seal, unseal
 
 TRIES = 5
-"""Questions to a node within a heartbeat."""
+"""Questions to a node within a heartbeat, at least."""
+OFTEN = 1.0
+"""Seconds between questions to a node, at most: a few shall come before a probe is over (cluster/driver/policy.py)."""
 AT_ONCE = 200
 """Questions, so that their answers find room in the socket's buffer."""
 
@@ -21,7 +23,7 @@ class Pulse:
 
     def __init__(self, heartbeat: float):
         self.key = secrets.token_bytes(32)
-        self._heartbeat, self._every = heartbeat, heartbeat / TRIES
+        self._heartbeat, self._every = heartbeat, min(heartbeat / TRIES, OFTEN)
         self._sockets: dict[str, socket.socket] = {}
         """By the address of this machine from which nodes are asked."""
         self._places: dict[str, tuple[socket.socket, tuple[str, int]]] = {}
@@ -30,7 +32,9 @@ class Pulse:
         self._asked: dict[str, int] = {}
         """Number of the question that a node was asked last."""
         self._heard: dict[str, float] = {}
-        self._number, self._last = 0, 0.0
+        self.number = 0
+        """Of the newest question to any node."""
+        self._last = 0.0
 
     def know(self, node: str, place: tuple[str, int] | None) -> None:
         """From now on ask this node there; place: as cluster/node/pulse.py has it, None for a node without."""
@@ -71,16 +75,16 @@ class Pulse:
             node = self._turn[0]
             self._turn.rotate(-1)
             if wanted(node):
-                self._number += 1
-                self._asked[node] = self._number
+                self.number += 1
+                self._asked[node] = self.number
                 way, place = self._places[node]
                 try:
-                    way.sendto(seal(self.key, QUESTION, self._number, node), place)
+                    way.sendto(seal(self.key, QUESTION, self.number, node), place)
                 except OSError:  # the link is down, or the queue full; the next one may come through
                     continue
 
-    def answers(self, now: float) -> Iterator[str]:
-        """Nodes that answered the last question since the last call."""
+    def answers(self, now: float) -> Iterator[tuple[str, int]]:
+        """Nodes that answered the last question since the last call, and its number."""
         for way in self._sockets.values():
             while True:
                 try:
@@ -91,7 +95,7 @@ class Pulse:
                 if told is not None and self._asked.get(told[1]) == told[0]:
                     del self._asked[told[1]]
                     self._heard[told[1]] = now
-                    yield told[1]
+                    yield told[1], told[0]
 
     def close(self) -> None:
         for way in self._sockets.values():

@@ -342,7 +342,7 @@ class Supervisor:
         if self._failed_at is None:
             self._failed_at = now
         self._probing = set(self.attempt.reachable)
-        self._probed_at, self._settled_at = now + self.policy.probe, now + settle
+        self._probed_at, self._settled_at = now + self.policy.probe + self._calls(), now + settle
         self._out.append(m.ProbeLinks(self.attempt.reachable))
 
     def _decide(self, now: float) -> None:
@@ -359,8 +359,12 @@ class Supervisor:
 
     def _end_ranks(self, now: float) -> None:
         self.phase = DriverPhase.ending
-        self._deadline = now + self.policy.kill
+        self._deadline = now + self.policy.kill + self._calls()
         self._out.append(m.EndRanks(self.number, self.attempt.reachable))
+
+    def _calls(self) -> float:
+        """Seconds that a call to every node of the attempt may take, and the answer."""
+        return len(self.attempt.reachable) / self.policy.calls
 
     def _await_end(self, now: float) -> None:
         stuck = [id for id in self.attempt.reachable if self.nodes[id].live]

@@ -63,7 +63,7 @@ def test_a_driver_hears_the_nodes_that_it_asks_and_no_others():
     heard, deadline = [], time.monotonic() + 30
     while len(heard) < 2 and time.monotonic() < deadline:
         heard += pulse.answers(100.1)
-    assert sorted(heard) == ["id1", "id2"] and nodes["id3"].asked == 0
+    assert sorted(heard) == [("id1", 1), ("id2", 2)] and pulse.number == 2 and nodes["id3"].asked == 0
     assert pulse.hears("id1", 104.0) and not pulse.hears("id1", 106.0) and not pulse.hears("id4", 100.1)
     nodes["id2"].echo.close()
     time.sleep(1.0)  # it looks every half second whether it is closed
@@ -73,7 +73,7 @@ def test_a_driver_hears_the_nodes_that_it_asks_and_no_others():
     while not nodes["id3"].asked and time.monotonic() < deadline:
         time.sleep(0.01)
     time.sleep(0.2)
-    assert list(pulse.answers(200.1)) == ["id3"] and nodes["id1"].asked == 1
+    assert list(pulse.answers(200.1)) == [("id3", 4)] and nodes["id1"].asked == 1
     pulse.close()
     for node in nodes.values():
         node.echo.close()
@@ -90,6 +90,6 @@ def test_a_forged_answer_is_no_answer():
         assert list(pulse.answers(100.1)) == []
         stranger.sendto(seal(pulse.key, ANSWER, 1, "id1"), way.getsockname())
         stranger.sendto(seal(pulse.key, ANSWER, 1, "id1"), way.getsockname())
-        assert list(pulse.answers(100.2)) == ["id1"]
+        assert list(pulse.answers(100.2)) == [("id1", 1)]
     pulse.close()
     node.echo.close()
