@@ -6,8 +6,10 @@ The driver is the real one, and so are its calls, which Ray carries to other pro
 ranks each: a few host processes play thousands of agents, which answer as cluster/node/agent.py does, and ranks that take a
 step every few seconds. For every number of nodes:
 
-    started      seconds from the driver's first round to the first step, all nodes joined, checked and ordered
-    cores        processor time a second of the driver's process while the run trains; Ray's own threads are named beside
+    started      seconds from the driver's first round to the first step, which takes 5, all nodes joined, checked and ordered;
+                 beside it the processor time of the driver's process and of the hosts in that time
+    cores        processor time a second of the driver's process while the run trains; Ray's own threads and the hosts are named
+                 beside
     rank dead    seconds from the death of a rank to the driver judging it
     node lost    seconds from a node that falls silent to the driver calling it lost
     memory       largest resident size of the driver's process
@@ -106,6 +108,10 @@ class StubFleet(RayFleet):
     def do(self, what: str, node: str) -> float:
         return self._ray.get(getattr(self.host_of(node), what).remote(node))
 
+    def spent(self) -> float:
+        """Seconds of processor time of all hosts so far."""
+        return sum(self._ray.get([host.spent.remote() for host in self.hosts]))
+
     def close(self) -> None:
         self._actors = {}
         for host in self.hosts:
@@ -145,11 +151,16 @@ class FaultWatch(threading.Thread):
             self.driver._stop = "the bench has seen enough"
 
     def _measure(self) -> None:
+        cpu, hosts = time.process_time(), self.fleet.spent()
         self.figures["started"] = self._until(self._stepping, "a first step") - self._began
+        self.figures["driver's s"] = time.process_time() - cpu
+        self.figures["hosts' s"] = self.fleet.spent() - hosts
         cpu, own, began = time.process_time(), time.clock_gettime(self._main), time.monotonic()
+        hosts = self.fleet.spent()
         time.sleep(self.window)
         seconds = time.monotonic() - began
         self.figures["cores"] = (time.process_time() - cpu) / seconds
+        self.figures["hosts' cores"] = (self.fleet.spent() - hosts) / seconds
         self.figures["of Ray's threads"] = self.figures["cores"] - (time.clock_gettime(self._main) - own) / seconds
         supervisor = self.driver.supervisor
         node = supervisor.attempt.reachable[1]
@@ -208,7 +219,17 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, help="file for the figures, as JSON")
     options = parser.parse_args(arguments)
     table = Table(
-        "nodes", "started s", "cores", "of Ray's threads", "rank dead s", "node lost s", "memory MiB", "missed"
+        "nodes",
+        "started s",
+        "driver's s",
+        "hosts' s",
+        "cores",
+        "of Ray's threads",
+        "hosts' cores",
+        "rank dead s",
+        "node lost s",
+        "memory MiB",
+        "missed",
     )
     rows, missed = [], False
     for nodes in options.nodes:
@@ -235,7 +256,17 @@ def main(arguments: list[str] | None = None) -> int:
     return int(missed)
 
 
-NAMES = ("started", "cores", "of Ray's threads", "rank dead", "node lost", "memory")
+NAMES = (
+    "started",
+    "driver's s",
+    "hosts' s",
+    "cores",
+    "of Ray's threads",
+    "hosts' cores",
+    "rank dead",
+    "node lost",
+    "memory",
+)
 
 if __name__ == "__main__":
     raise SystemExit(main())

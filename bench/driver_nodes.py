@@ -65,6 +65,10 @@ class StubHost:
             await asyncio.sleep(FOREVER)
         return await getattr(self, f"_{method}")(node, *arguments)
 
+    async def spent(self) -> float:
+        """Seconds of processor time of this host so far."""
+        return time.process_time()
+
     async def be_silent(self, id: str) -> float:
         """From now on nothing is heard of this node; returns the time."""
         self._nodes[id].silent = True
@@ -80,8 +84,8 @@ class StubHost:
         self._key = question.key
         return dataclasses.replace(preflight.gather(question), pulse=self._echo.getsockname(), test_port=1)
 
-    async def _network(self, node: StubNode, method: str, *arguments: Any) -> Any:
-        return 1 if method == "listen" else [NodeLink(turn[0], 0.1, 10.0) for turn in arguments[0] if turn is not None]
+    async def _network(self, node: StubNode, turns: list[tuple[str, int] | None]) -> list[NodeLink]:
+        return [NodeLink(turn[0], 0.1, 10.0) for turn in turns if turn is not None]
 
     async def _free_port(self, node: StubNode) -> int:
         return 1
@@ -89,12 +93,12 @@ class StubHost:
     async def _start(self, node: StubNode, order: Order) -> None:
         node.attempt, node.began = order.attempt, time.monotonic()
         node.ranks = {rank: None for rank, _ in order.ranks}
+        if 0 not in node.ranks:
+            node.told = node.news()
 
     async def _ask(self, node: StubNode, offsets: dict[int, int], attempt: int = 0, patience: float = 0.0) -> Answer:
         until = time.monotonic() + patience
         while (left := until - time.monotonic()) > 0 and node.news() == node.told:
-        if 0 not in node.ranks:
-            node.told = node.news()
             await asyncio.sleep(min(LOOK, left))
         if node.silent:
             await asyncio.sleep(FOREVER)
