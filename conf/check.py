@@ -328,6 +328,14 @@ def _check_parallel(config: Config) -> None:
     )
     _check_pieces(config, "seq_len", config.seq_len)
     _require(
+        parallel.schedule == PipelineSchedule.interleaved or parallel.virtual_stages == 2,
+        "parallel.virtual_stages",
+        parallel.virtual_stages,
+        f"is for schedule=interleaved alone: with {parallel.schedule} every rank has "
+        f"{'one stage' if parallel.schedule == PipelineSchedule['1f1b'] else 'two stages'}",
+        "add parallel.schedule=interleaved, or leave parallel.virtual_stages out",
+    )
+    _require(
         parallel.pp == 1 or parallel.zero == 1,
         "parallel.zero",
         parallel.zero,

@@ -314,7 +314,11 @@ class Parallel(RankCounts):
     offload_optimizer: bool = False
     """Keep master weights and Adam's moments in the host's memory and update them there (DeepSpeed's ZeRO-Offload); ZeRO 1 or 2."""
     schedule: PipelineSchedule = PipelineSchedule["1f1b"]
-    """Order of the pipeline's actions: 1f1b, interleaved, zbv or dualpipev; the last three give every rank two stages."""
+    """Order of the pipeline's actions: 1f1b, interleaved, zbv or dualpipev; the last three give every rank two stages, interleaved
+    also more."""
+    virtual_stages: int = number(2, least=2)
+    """interleaved: stages of every rank; rank r has r, r + pp, r + 2 pp and so on. More of them, each shorter, leave ranks less idle
+    and send more hidden states."""
     split: Any = "cost"
     """Layers of the pipeline's stages: cost (the operations of a rank as even as can be, head and MTP modules included), even (as
     many layers for every stage), or the number for each stage in order, [1,2,2,1]: only the first and the last may be 0."""
@@ -327,6 +331,12 @@ class Parallel(RankCounts):
     wire: WireFormat = WireFormat.bf16
     """Format of rows on their way to the experts and of gradients on theirs: bf16 (the activations' own format) or fp8
     (E4M3 with power-of-two scales per 128 values, paper 3.3.3). The ways back are always in the activations' format."""
+
+    @property
+    def schedule_words(self) -> str:
+        """The schedule for a person."""
+        more = f" with {self.virtual_stages} stages a rank" if self.virtual_stages != 2 else ""
+        return f"{self.schedule}{more}"
 
 
 @dataclass

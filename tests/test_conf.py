@@ -54,6 +54,8 @@ def test_v3_recipe_is_the_papers():
         (["parallel.zero=0"], "parallel.zero"),
         (["parallel.split=eve"], "parallel.split"),
         (["parallel.split=[1,-2]"], "parallel.split"),
+        (["parallel.virtual_stages=1", "parallel.schedule=interleaved"], "parallel.virtual_stages"),
+        (["parallel.virtual_stages=3", "parallel.schedule=zbv"], "parallel.virtual_stages"),
         (["parallel.cp=0"], "parallel.cp"),
         (["parallel.cp=3"], "seq_len"),
         (["parallel.cp=2", "seq_len=12", "model.mtp_depth=3"], "parallel.cp"),

@@ -36,6 +36,13 @@ LAYOUTS = {
     "ep4_nodes": (4, ["parallel.dp=4", "parallel.ep=4", "parallel.dispatch=node_limited", "cluster.ranks_per_node=2"]),
     "pp2_1f1b": (2, ["parallel.pp=2"]),
     **{f"pp2_{name}": (2, ["parallel.pp=2", f"parallel.schedule={name}"]) for name in TWO_STAGES},
+    **{
+        f"pp2_interleaved_{each}": (
+            2,
+            ["parallel.pp=2", "parallel.schedule=interleaved", f"parallel.virtual_stages={each}"],
+        )
+        for each in (3, 4)
+    },
     "pp2_zbv_split": (2, ["parallel.pp=2", "parallel.schedule=zbv", "parallel.split=[0,4,3,1]"]),
     "pp2_dp2_ep2_layers_again": (
         4,
@@ -142,7 +149,8 @@ MOVES = [
     ("ep4", "pp2_1f1b"),
     ("pp2_1f1b", "dp2_zero2"),
     ("dp2_zero2", "pp2_dp2_ep2_zbv"),
-    ("pp2_dp2_ep2_zbv", "one"),
+    ("pp2_dp2_ep2_zbv", "pp2_interleaved_3"),
+    ("pp2_interleaved_3", "one"),
 ]
 
 

@@ -13,9 +13,9 @@ def check_layout(config: Config) -> None:
     """
     parallel = config.parallel
     for micro_batches in micro_batch_counts(config):
-        check_schedule(parallel.schedule, parallel.pp, micro_batches, config.model.layers)
+        check_schedule(parallel.schedule, parallel.pp, micro_batches, config.model.layers, parallel.virtual_stages)
     if isinstance(parallel.split, list):
-        check_split(parallel.split, parallel.schedule, parallel.pp, config.model.layers)
+        check_split(parallel.split, parallel.schedule, parallel.pp, config.model.layers, parallel.virtual_stages)
     if config.model.offload and config.model.repeated_layers:
         _check_offload(config)
     if parallel.ep > 1 and parallel.dispatch == "node_limited":

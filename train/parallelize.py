@@ -12,7 +12,14 @@ from parallel.expert.build import RemoteDispatcher, build_dispatcher
 from parallel.mesh import Mesh
 from parallel.pipeline.host_store import HostStore
 from parallel.pipeline.schedule import Pipeline
-from parallel.pipeline.split import SCHEDULES, split_as_given, split_evenly, split_layers, stage_placement
+from parallel.pipeline.split import (
+    placement_of,
+    rank_stages,
+    split_as_given,
+    split_evenly,
+    split_layers,
+    stage_placement,
+)
 from parallel.zero.engine import Zero
 from train.kernels import build_kernels
 from train.model.block import Block
@@ -148,17 +155,18 @@ def split(config: Config) -> list[range]:
     if isinstance(parallel.split, list):
         return split_as_given(parallel.split)
     if parallel.split == "even":
-        return split_evenly(model.layers, parallel.pp * SCHEDULES[parallel.schedule])
+        return split_evenly(model.layers, parallel.pp * rank_stages(parallel.schedule, parallel.virtual_stages))
     dense, moe = (layer_flops(model, seq_len, dense=kind) for kind in (True, False))
     costs = [dense] * model.dense_layers + [moe] * (model.layers - model.dense_layers)
     mtp = moe + 12 * model.hidden**2 + head_flops(model)
-    return list(_split(tuple(costs), head_flops(model) + model.mtp_depth * mtp, parallel.schedule, parallel.pp))
+    last = head_flops(model) + model.mtp_depth * mtp
+    return list(_split(tuple(costs), last, parallel.schedule, parallel.pp, parallel.virtual_stages))
 
 
 @cache
-def _split(costs: tuple[float, ...], last: float, schedule: str, pp: int) -> tuple[range, ...]:
+def _split(costs: tuple[float, ...], last: float, schedule: str, pp: int, virtual: int) -> tuple[range, ...]:
     """Kept, as a planner asks for the same split many times."""
-    return tuple(split_layers(costs, 0.0, last, stage_placement(schedule, pp)))
+    return tuple(split_layers(costs, 0.0, last, stage_placement(schedule, pp, virtual)))
 
 
 def build_chunks(
@@ -176,7 +184,7 @@ def build_chunks(
 
     layers: of every stage; None for `split`. restored: as in `parallelize`. host: takes what model.offload names.
     """
-    placement = stage_placement(config.parallel.schedule, mesh.layout.pp)
+    placement = placement_of(config.parallel)
     stage_ids, num_stages = placement[mesh.pp_rank], sum(len(ids) for ids in placement)
     layers = layers or split(config)
     held = config.model.experts // mesh.layout.ep
@@ -228,7 +236,7 @@ def make_dispatcher(config: Config, mesh: Mesh) -> RemoteDispatcher:
 
 def tied_embedding(config: Config, mesh: Mesh, chunks: list[DeepSeekV3]) -> nn.Parameter | None:
     """The embedding, where the first and the last stage hold it on different ranks and the last needs it for MTP."""
-    placement = stage_placement(config.parallel.schedule, mesh.layout.pp)
+    placement = placement_of(config.parallel)
     same_rank = sum(len(ids) for ids in placement) - 1 in placement[0]
     holders = [chunk.embedding.weight for chunk in chunks if hasattr(chunk, "embedding")]
     return holders[0] if config.model.mtp_depth and not same_rank and holders else None

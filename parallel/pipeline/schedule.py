@@ -23,7 +23,7 @@ from torch.distributed.pipelining.schedules import OVERLAP_F_B
 from parallel.pipeline.host_store import HostStore
 from parallel.pipeline.overlap import Lanes, overlapped_pair
 from parallel.pipeline.simulate import Action, schedule_actions
-from parallel.pipeline.split import SCHEDULES, stage_placement
+from parallel.pipeline.split import rank_stages, stage_placement
 from parallel.pipeline.stage import Stage
 from parallel.pipeline.timeline import Timeline
 
@@ -63,7 +63,8 @@ class Pipeline:
         pairs of dualpipev run interleaved (overlap.py) or one after the other; timeout: longest wait of one half for the
         other, in seconds; host: what holds activations for the chunks, and wants to know of every action.
         """
-        assert len(modules) == len(stage_ids) == SCHEDULES[name] and list(stage_ids) == sorted(stage_ids)
+        each = len(modules)
+        assert len(stage_ids) == each == rank_stages(name, each) and list(stage_ids) == sorted(stage_ids)
         self.name, self.modules, self.stage_ids, self.num_stages = name, list(modules), list(stage_ids), num_stages
         self.group, self.device, self.hidden, self.dtype, self._cp = group, device, hidden, dtype, cp
         self.timeline = Timeline(device)
@@ -72,7 +73,7 @@ class Pipeline:
         """What stages are made as, before the first step."""
         self._host = host
         self._lanes = Lanes(device, timeout) if overlap and name == "dualpipev" else None
-        placement = stage_placement(name, num_stages // SCHEDULES[name])
+        placement = stage_placement(name, num_stages // each, each)
         self._rank_of = {stage: rank for rank, stages in enumerate(placement) for stage in stages}
         self._schedules: dict[tuple, Any] = {}
         if dist.get_world_size(group) > 1:
@@ -111,7 +112,7 @@ class Pipeline:
         Arguments as in step; any number of micro-batches that divides B will do. The modules are in eval mode meanwhile. The stages
         advance in slots: in slot t, stage s runs micro-batch t - s, so that each micro-batch moves one stage a slot;
         between two slots all ranks exchange what they made. One batch of sends and receives per slot, in the
-        same order everywhere, cannot deadlock, also where a V puts two stages on a rank (torch's own schedules
+        same order everywhere, cannot deadlock, also where a rank has several stages (torch's own schedules
         cannot run these forward only).
         """
         was_training = [module.training for module in self.modules]
@@ -198,7 +199,8 @@ class Pipeline:
 
     def _actions(self, micro_batches: int) -> tuple[list[Action], list[int]]:
         """What this rank does in a step, and its stages whose backward cannot be split."""
-        actions = schedule_actions(self.name, self.num_stages // SCHEDULES[self.name], micro_batches)
+        each = len(self.modules)
+        actions = schedule_actions(self.name, self.num_stages // each, micro_batches, each)
         chunks = zip(self.stage_ids, self.modules, strict=True)
         one_piece = [stage for stage, module in chunks if getattr(module, "backward_in_one_piece", False)]
         return actions[self._rank_of[self.stage_ids[0]]], one_piece

@@ -79,7 +79,7 @@ def idle_time(name: str, pp: int, forward: float, inputs: float, weights: float,
 
     forward, inputs, weights: seconds of F, I and W of one stage (B = I + W); pair: of FB. With p = pp ranks:
 
-    1f1b, interleaved   (p - 1)(F + B): a stage of interleaved is half of 1f1b's, and so is its idle time;
+    1f1b, interleaved   (p - 1)(F + B): with v stages a rank one of interleaved is 1 / v of 1f1b's, and so is its idle time;
     zbv                 (p - 1) I for F <= I <= 2 W. Never 0: the title's zero bubble lets ranks start a step
                         before others have ended the last one, and here the optimizer lies between;
     dualpipev           (p - 1)(FB + F - 2 W) for I <= F p / (p - 1), of the ranks before the last, which leaves one
@@ -106,14 +106,17 @@ def what_runs(action: Action, one_piece: bool) -> str:
 
 
 @lru_cache(maxsize=64)
-def schedule_actions(name: str, pp: int, micro_batches: int) -> list[list[Action]]:
-    """What every rank computes, in order, under torch's schedule of this name; not to be changed. Needs no process group."""
+def schedule_actions(name: str, pp: int, micro_batches: int, virtual: int = 2) -> list[list[Action]]:
+    """What every rank computes, in order, under torch's schedule of this name; not to be changed. Needs no process group. virtual:
+    as in split.rank_stages.
+    """
     if name == "1f1b":
         return [_one_f_one_b(rank, pp, micro_batches) for rank in range(pp)]
-    num_stages = 2 * pp
+    placement = stage_placement(name, pp, virtual)
+    num_stages = sum(map(len, placement))
     stages = [
         SimpleNamespace(stage_index=stage, num_stages=num_stages, group_size=pp, group_rank=0, submod=nn.Identity())
-        for stage in stage_placement(name, pp)[0]
+        for stage in placement[0]
     ]
     order = _TORCH[name](stages, micro_batches).pipeline_order
     return [[_action(torch_action) for torch_action in order[rank] if torch_action] for rank in range(pp)]

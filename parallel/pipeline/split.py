@@ -14,38 +14,46 @@ from itertools import accumulate, pairwise, permutations
 
 from conf.errors import UserError
 from conf.micro_batches import broken_schedule
-from conf.schema import PipelineSchedule
-
-SCHEDULES = {schedule: 1 if schedule == "1f1b" else 2 for schedule in PipelineSchedule}
-"""Schedule names and the number of stages that each rank holds."""
+from conf.schema import Parallel
 
 
-def stage_placement(schedule: str, pp: int) -> list[list[int]]:
-    """Stage numbers of every pipeline rank, ascending.
+def rank_stages(schedule: str, virtual: int = 2) -> int:
+    """Stages that each rank holds. virtual: parallel.virtual_stages, which interleaved alone asks for."""
+    return {"1f1b": 1, "interleaved": virtual}.get(schedule, 2)
 
-    1f1b: [r]; interleaved: [r, r + pp]; zbv and dualpipev fold the stages into a V, [r, 2 pp - 1 - r], so that the
-    first and the last stage share rank 0 (with the embedding and the head, which are tied for free there).
+
+def stage_placement(schedule: str, pp: int, virtual: int = 2) -> list[list[int]]:
+    """Stage numbers of every pipeline rank, ascending. virtual: as in `rank_stages`.
+
+    1f1b: [r]; interleaved: [r, r + pp, r + 2 pp ...]; zbv and dualpipev fold the stages into a V, [r, 2 pp - 1 - r], so that
+    the first and the last stage share rank 0 (with the embedding and the head, which are tied for free there).
     """
-    if schedule == "1f1b":
-        return [[r] for r in range(pp)]
-    if schedule == "interleaved":
-        return [[r, r + pp] for r in range(pp)]
-    assert schedule in SCHEDULES, schedule
+    if schedule in ("1f1b", "interleaved"):
+        return [[*range(r, pp * rank_stages(schedule, virtual), pp)] for r in range(pp)]
+    assert schedule in ("zbv", "dualpipev"), schedule
     return [[r, 2 * pp - 1 - r] for r in range(pp)]
 
 
-def check_schedule(name: str, pp: int, micro_batches: int, layers: int) -> None:
+def placement_of(parallel: Parallel) -> list[list[int]]:
+    """The same of a recipe."""
+    return stage_placement(parallel.schedule, parallel.pp, parallel.virtual_stages)
+
+
+def check_schedule(name: str, pp: int, micro_batches: int, layers: int, virtual: int = 2) -> None:
     """Raise UserError when the schedule cannot run with these sizes. Pure; called before anything starts.
 
     micro_batches: micro-batches per step and data-parallel rank, batch_size / (micro_batch_size x dp).
     """
-    stages = pp * SCHEDULES[name]
+    each = rank_stages(name, virtual)
+    stages = pp * each
     if layers < stages - 2:
+        able = [f"parallel.pp <= {(layers + 2) // each}"] * (layers + 2 >= each)
+        able += [f"parallel.virtual_stages <= {(layers + 2) // pp}"] * (layers + 2 >= 2 * pp)
         raise UserError(
             "parallel.pp",
-            f"{pp} with parallel.schedule={name}",
+            f"{pp} with {_given(name, virtual)}",
             f"{name} makes {stages} stages, of which all but the first and the last need a layer, and model.layers={layers}",
-            f"use parallel.pp <= {(layers + 2) // SCHEDULES[name]}, or model.layers >= {stages - 2}",
+            f"use {' or '.join([*able, f'model.layers >= {stages - 2}'])}",
         )
     if rule := broken_schedule(name, pp, micro_batches):
         raise UserError(
@@ -57,14 +65,19 @@ def check_schedule(name: str, pp: int, micro_batches: int, layers: int) -> None:
         )
 
 
-def check_split(lengths: Sequence[int], name: str, pp: int, layers: int) -> None:
+def _given(name: str, virtual: int) -> str:
+    """A schedule as a command line has it."""
+    return f"parallel.schedule={name}" + (f" parallel.virtual_stages={virtual}" if virtual != 2 else "")
+
+
+def check_split(lengths: Sequence[int], name: str, pp: int, layers: int, virtual: int = 2) -> None:
     """Raise UserError when these are not layers of every stage of a pipeline. Pure; called before anything starts."""
-    stages, given = pp * SCHEDULES[name], "[" + ",".join(map(str, lengths)) + "]"
+    stages, given = pp * rank_stages(name, virtual), "[" + ",".join(map(str, lengths)) + "]"
     if len(lengths) != stages:
         raise UserError(
             "parallel.split",
             given,
-            f"has {len(lengths)} stages, and parallel.pp={pp} with parallel.schedule={name} makes {stages}",
+            f"has {len(lengths)} stages, and parallel.pp={pp} with {_given(name, virtual)} makes {stages}",
             f"give {stages} numbers, or take parallel.split=cost",
         )
     if sum(lengths) != layers:

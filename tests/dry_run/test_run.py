@@ -24,7 +24,7 @@ PP2 = ["parallel.pp=2", "parallel.dp=2", "batch_size=8", "model.layers=4"]
 EP4 = ["parallel.dp=4", "parallel.ep=4", "cluster.ranks_per_node=2", "batch_size=8"]
 LAYOUTS = {
     "1f1b": [*PP2, "parallel.schedule=1f1b", "dry_run.rank=1"],
-    "interleaved fp32": [*PP2, "parallel.schedule=interleaved", "precision=fp32", "dry_run.rank=0"],
+    "interleaved fp32": [*PP2, "parallel.schedule=interleaved", "parallel.virtual_stages=3", "precision=fp32", "dry_run.rank=0"],
     "zbv ep2": [*PP2, "parallel.ep=2", "parallel.schedule=zbv", "dry_run.rank=3"],
     "dualpipev ep2 fp8 wire": [*PP2, "parallel.ep=2", "parallel.schedule=dualpipev", "parallel.wire=fp8", "batch_size=12"],
     "dualpipev flat skewed": [*PP2, "parallel.ep=2", "parallel.schedule=dualpipev", "dry_run.routing=skewed", "dry_run.rank=0"],
@@ -62,7 +62,7 @@ def check(_: int, overrides: list[str]) -> None:
     for item in ("weights", "master", "moments"):
         assert measured.items[item] == pytest.approx(state[item], rel=TOLERANCE)
     micro_batches = config.batch_size // parallel.dp // config.micro_batch_size
-    actions = schedule_actions(parallel.schedule, parallel.pp, micro_batches)[piece.pp_rank]
+    actions = schedule_actions(parallel.schedule, parallel.pp, micro_batches, parallel.virtual_stages)[piece.pp_rank]
     assert measured.counts == Counter(action.kind for action in actions if not idle(action, piece))
     assert measured.skipped == 0
     assert not dist.is_initialized()

@@ -35,21 +35,22 @@ def test_a_graph_that_falls_without_a_backward_gives_its_pages_back():
 
 
 @pytest.mark.parametrize(
-    ("name", "pp", "one_piece"),
+    ("name", "pp", "one_piece", "virtual"),
     [
-        *((name, 2, ()) for name in ("1f1b", "interleaved", "zbv", "dualpipev")),
-        ("zbv", 2, (3,)),  # two MTP modules
-        ("zbv", 1, (0, 1)),  # ZeRO 3
-        ("dualpipev", 1, (0, 1)),
+        *((name, 2, (), 2) for name in ("1f1b", "interleaved", "zbv", "dualpipev")),
+        ("interleaved", 2, (), 3),
+        ("zbv", 2, (3,), 2),  # two MTP modules
+        ("zbv", 1, (0, 1), 2),  # ZeRO 3
+        ("dualpipev", 1, (0, 1), 2),
     ],
 )
-def test_every_schedule_finds_the_first_of_what_it_reads_on_the_device(name, pp, one_piece):
+def test_every_schedule_finds_the_first_of_what_it_reads_on_the_device(name, pp, one_piece, virtual):
     """Two batches a forward: when a backward begins the newer one is there, and the older one not yet. A second step takes no more
     memory of the host."""
     micro_batches, taken = 8, []
     for rank in range(pp):
         store = HostStore(CPU)
-        actions = schedule_actions(name, pp, micro_batches)[rank]
+        actions = schedule_actions(name, pp, micro_batches, virtual)[rank]
         for step in range(2):
             store.start(actions, one_piece)
             _walk(store, actions, one_piece, step)

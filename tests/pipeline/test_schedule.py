@@ -10,12 +10,14 @@ from parallel.pipeline.split import check_schedule, split_layers, stage_placemen
 from tests.pipeline import toy
 from tests.ranks import run_ranks
 
-LAYERS = 8
+LAYERS = 10
 CPU = torch.device("cpu")
 
 
 def _pipeline(rank: int, name: str, pp: int, tied: bool = False) -> tuple[Pipeline, list[toy.ToyChunk]]:
-    placement = stage_placement(name, pp)
+    """name: with the number of stages of a rank behind it, where that is not the schedule's own."""
+    name, _, virtual = name.partition(" ")
+    placement = stage_placement(name, pp, int(virtual or 2))
     stages = sum(len(ids) for ids in placement)
     layers = split_layers([1.0] * LAYERS, 1.0, 2.0, placement)
     whole = toy.whole_model(LAYERS, tied)
@@ -65,7 +67,9 @@ def _evaluations(rank: int, names: list[str], pp: int) -> None:
         _evaluation(rank, name, pp)
 
 
-@pytest.mark.parametrize(("names", "pp"), [(["1f1b"], 1), (["1f1b", "interleaved"], 2), (["zbv", "dualpipev"], 4)])
+@pytest.mark.parametrize(
+    ("names", "pp"), [(["1f1b"], 1), (["1f1b", "interleaved", "interleaved 3"], 2), (["zbv", "dualpipev"], 4)]
+)
 def test_evaluation(names, pp):
     run_ranks(_evaluations, names, pp, world_size=pp)
 
@@ -80,8 +84,10 @@ def _parities(rank: int, pp: int, cases: list[tuple[str, list[int], bool]]) -> N
     [
         (1, [("1f1b", [3, 1, 3], False), ("zbv", [3], False), ("dualpipev", [2, 5], True)]),
         (2, [("1f1b", [4, 2, 5], False), ("interleaved", [4, 2], False), ("zbv", [4, 1], True)]),
+        (2, [("interleaved 3", [4, 3], False), ("interleaved 4", [2, 8], False)]),
         (2, [("dualpipev", [4, 7, 4], True)]),
-        (4, [("1f1b", [6], False), ("interleaved", [8], False), ("zbv", [9], False), ("dualpipev", [9], False)]),
+        (4, [("1f1b", [6], False), ("interleaved", [8], False), ("interleaved 3", [10], False)]),
+        (4, [("zbv", [9], False), ("dualpipev", [9], False)]),
     ],
 )
 def test_gradients_equal_one_process(pp, cases):
@@ -122,8 +128,16 @@ def test_static_and_frugal():
         ("1f1b", 4, 3, 8, r"batch_size = 3 micro-batches(.|\n)*at least 4"),
         ("dualpipev", 4, 7, 8, r"batch_size = 7 micro-batches(.|\n)*at least 8"),
         ("interleaved", 2, 5, 8, r"batch_size = 5 micro-batches(.|\n)*2 rounds"),
+        (
+            "interleaved 4",
+            4,
+            8,
+            11,
+            r"virtual_stages=4(.|\n)*16 stages(.|\n)*pp <= 3 or parallel.virtual_stages <= 3 or model.layers >= 14",
+        ),
     ],
 )
 def test_check_names_the_cure(name, pp, micro_batches, layers, message):
     with pytest.raises(UserError, match=message):
-        check_schedule(name, pp, micro_batches, layers)
+        name, _, virtual = name.partition(" ")
+        check_schedule(name, pp, micro_batches, layers, int(virtual or 2))

@@ -6,7 +6,10 @@ import pytest
 
 from conf.errors import UserError
 from parallel.pipeline.simulate import Action, idle_time, schedule_actions, simulate
-from parallel.pipeline.split import SCHEDULES, check_schedule, stage_placement
+from parallel.pipeline.split import check_schedule, stage_placement
+
+SCHEDULES = [("1f1b", 1), ("interleaved", 2), ("interleaved", 3), ("interleaved", 4), ("zbv", 2), ("dualpipev", 2)]
+"""Names, and stages of a rank."""
 
 
 def _durations(forward: float, inputs: float, weights: float, pair: float):
@@ -14,26 +17,27 @@ def _durations(forward: float, inputs: float, weights: float, pair: float):
     return lambda action: seconds[action.kind]
 
 
-@pytest.mark.parametrize("name", SCHEDULES)
+@pytest.mark.parametrize(("name", "each"), SCHEDULES)
 @pytest.mark.parametrize("pp", [1, 2, 3, 4, 8])
-def test_every_admitted_size_runs_to_its_end(name, pp):
+def test_every_admitted_size_runs_to_its_end(name, each, pp):
     """Each micro-batch passes each stage once, forward and backward, and no rank waits for ever."""
     refused = 0
     for micro_batches in range(1, 4 * pp + 2):
         try:
-            check_schedule(name, pp, micro_batches, layers=99)
+            check_schedule(name, pp, micro_batches, 99, each)
         except UserError:
             refused += 1
             if name != "1f1b":  # its order is written here; torch's class refuses the same sizes when it is made
                 with pytest.raises(ValueError, match="microbatches"):
-                    schedule_actions(name, pp, micro_batches)
+                    schedule_actions(name, pp, micro_batches, each)
             continue
-        actions = schedule_actions(name, pp, micro_batches)
+        actions, placement = schedule_actions(name, pp, micro_batches, each), stage_placement(name, pp, each)
         simulate(actions, _durations(1, 1, 1, 3))
         for rank, line in enumerate(actions):
             done = Counter(part[:3] for action in line for part in (action.halves or (action,)))
-            assert set(done.values()) == {1} and {stage for _, stage, _ in done} == set(stage_placement(name, pp)[rank])
-            for stage in stage_placement(name, pp)[rank]:
+            assert set(done.values()) == {1} and {stage for _, stage, _ in done} == set(placement[rank])
+            assert len(placement[rank]) == each
+            for stage in placement[rank]:
                 for m in range(micro_batches):
                     backward = ("B", stage, m) in done
                     assert ("F", stage, m) in done and backward != (("I", stage, m) in done)
@@ -41,11 +45,11 @@ def test_every_admitted_size_runs_to_its_end(name, pp):
     assert refused == {"1f1b": pp - 1, "zbv": 0, "dualpipev": 2 * pp - 1}.get(name, refused)
 
 
-@pytest.mark.parametrize("name", SCHEDULES)
+@pytest.mark.parametrize(("name", "each"), SCHEDULES)
 @pytest.mark.parametrize("lengths", [(1, 1, 1, 3), (1, 1, 1, 2.4), (1, 1.1, 0.7, 2.6)])
 @pytest.mark.parametrize("pp", [1, 2, 4, 8])
-def test_idle_time_is_the_formulas(name, lengths, pp):
-    result = simulate(schedule_actions(name, pp, 4 * pp), _durations(*lengths))
+def test_idle_time_is_the_formulas(name, each, lengths, pp):
+    result = simulate(schedule_actions(name, pp, 4 * pp, each), _durations(*lengths))
     idle = max(result.makespan - busy for busy in result.busy)
     assert idle == pytest.approx(idle_time(name, pp, *lengths), abs=1e-9)
 

@@ -7,9 +7,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from conf.errors import UserError
-from parallel.pipeline.split import SCHEDULES, check_split, split_as_given, split_evenly, split_layers, stage_placement
+from parallel.pipeline.split import check_split, split_as_given, split_evenly, split_layers, stage_placement
 
-PLACEMENTS = [("1f1b", 1), ("1f1b", 2), ("1f1b", 3), ("interleaved", 2), ("zbv", 1), ("zbv", 2), ("dualpipev", 3)]
+PLACEMENTS = [
+    *(("1f1b", pp) for pp in (1, 2, 3)),
+    *(("interleaved", 2, virtual) for virtual in (2, 3, 4)),
+    *(("zbv", pp) for pp in (1, 2)),
+    ("dualpipev", 3),
+]
 
 
 def rank_costs(costs, first, last, bounds, placement):
@@ -26,9 +31,8 @@ def every_split(layers: int, stages: int):
             yield [0, *cut, layers]
 
 
-def split_and_best(name, pp, costs, first, last) -> tuple[float, float]:
+def split_and_best(placement, costs, first, last) -> tuple[float, float]:
     """Largest cost of a rank, and the smallest possible."""
-    placement = stage_placement(name, pp)
     stages = sum(map(len, placement))
     ranges = split_layers(costs, first, last, placement)
     assert [i for r in ranges for i in r] == list(range(len(costs))) and all(len(r) for r in ranges[1:-1])
@@ -39,16 +43,18 @@ def split_and_best(name, pp, costs, first, last) -> tuple[float, float]:
 
 @given(st.sampled_from(PLACEMENTS), st.integers(0, 3), st.integers(0, 9), st.integers(0, 9))
 def test_no_better_split_of_equal_layers_exists(layout, more, first, last):
-    layers = max(1, SCHEDULES[layout[0]] * layout[1] - 2) + more
-    got, best = split_and_best(*layout, [2] * layers, first, last)
+    placement = stage_placement(*layout)
+    layers = max(1, sum(map(len, placement)) - 2) + more
+    got, best = split_and_best(placement, [2] * layers, first, last)
     assert got == best
 
 
 @given(st.sampled_from(PLACEMENTS), st.integers(0, 3), st.integers(1, 3), st.integers(0, 9))
 def test_cheap_first_layers_cost_one_of_them_at_most(layout, more, cheap, last):
-    layers = max(1, SCHEDULES[layout[0]] * layout[1] - 2) + more
+    placement = stage_placement(*layout)
+    layers = max(1, sum(map(len, placement)) - 2) + more
     cheap = min(cheap, layers)
-    got, best = split_and_best(*layout, [1] * cheap + [2] * (layers - cheap), 0, last)
+    got, best = split_and_best(placement, [1] * cheap + [2] * (layers - cheap), 0, last)
     assert best <= got <= best + 1
 
 
@@ -65,6 +71,7 @@ def test_deepseek_v3_shape():
 def test_placement():
     assert stage_placement("1f1b", 3) == [[0], [1], [2]]
     assert stage_placement("interleaved", 3) == [[0, 3], [1, 4], [2, 5]]
+    assert stage_placement("interleaved", 2, 4) == [[0, 2, 4, 6], [1, 3, 5, 7]]
     assert stage_placement("zbv", 3) == stage_placement("dualpipev", 3) == [[0, 5], [1, 4], [2, 3]]
 
 

@@ -11,9 +11,8 @@ import pytest
 
 from conf.errors import UserError
 from conf.load import compose
-from conf.schema import ROOT, Config, Rate
+from conf.schema import ROOT, Config, PipelineSchedule, Rate
 from parallel.pipeline.simulate import Action
-from parallel.pipeline.split import SCHEDULES
 from tests.small import environment
 from train.plan import reserve
 from train.plan.budget import Verdict, make_plan, verdict_of
@@ -177,11 +176,20 @@ def test_bounds_are_below_what_they_bound(few_choices):
     rates, memo = load_rates(base, alone=False), {}
     admitted = [frame for frame in frames(base, 4) if broken_rule(frame.config) is None]
     bounded = [one for frame in admitted for one in bounds.FrameBounds(frame, rates, memo).candidates()]
-    assert {one.config.parallel.schedule for one in bounded} == set(SCHEDULES)
+    assert {one.config.parallel.schedule for one in bounded} == set(PipelineSchedule)
     for one in bounded:
         peak = max(rank.peak_bytes for rank in plan_memory(one.config))
         assert max(one.least_bytes, bounds.traced_bound(one, scene_of(one.config))) <= peak, one
         assert one.seconds <= plan_time(one.config).step_seconds * (1 + 1e-9), one
+
+
+def test_virtual_stages_are_tried_where_the_layers_allow_and_leave_with_interleaved():
+    base = compose(*FEW, "parallel.pp=2", "parallel.schedule=interleaved", "parallel.virtual_stages=3")
+    spreads = [one.config.parallel for one in frames(base, 4)]
+    tried = {(spread.pp, spread.virtual_stages) for spread in spreads if spread.schedule == "interleaved"}
+    assert tried == {(2, 2), (2, 3), (2, 4), (4, 2)}
+    assert "parallel.virtual_stages=4" in overrides(changed(base, virtual_stages=4), base)
+    assert broken_rule(changed(base, schedule=PipelineSchedule.zbv)) is None
 
 
 def test_the_choice_is_a_group_file_that_loads(found):

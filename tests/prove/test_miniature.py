@@ -11,7 +11,7 @@ from conf.errors import UserError
 from conf.load import compose, recipes
 from conf.micro_batches import batch_sizes
 from conf.schema import Config
-from parallel.pipeline.split import SCHEDULES
+from parallel.pipeline.split import placement_of
 from train import gpu
 from train.layout import check_layout
 from train.model.count import count
@@ -24,6 +24,7 @@ LAYOUTS = {
     "fits": ["parallel.pp=2", "parallel.dp=4", "parallel.ep=2"],
     "long_1f1b": ["parallel.pp=5", "parallel.dp=2", "precision=fp8"],
     "interleaved": ["parallel.pp=2", "parallel.dp=16", "parallel.ep=16", "parallel.schedule=interleaved"],
+    "interleaved_3": ["parallel.pp=4", "parallel.schedule=interleaved", "parallel.virtual_stages=3", "model.layers=12"],
     "zbv": ["parallel.pp=3", "parallel.dp=32", "parallel.ep=8", "parallel.schedule=zbv", "parallel.wire=fp8"],
     "shared": ["parallel.pp=2", "parallel.dp=4", "parallel.cp=16", "parallel.ep=8", "seq_len=4096"],
     "shared_alone": ["parallel.cp=16", "seq_len=4096"],
@@ -82,7 +83,7 @@ def assert_same_structure(cfg: Config, mini: Miniature) -> None:
     assert (small.model.dense_layers > 0) == (cfg.model.dense_layers > 0)
     assert small.optim.weight_decay == cfg.optim.weight_decay and (small.optim.clip > 0) == (cfg.optim.clip > 0)
     assert (len(batch_sizes(small)) > 1) == (len(batch_sizes(cfg)) > 1)
-    assert small.model.layers >= min(cfg.model.layers, small.parallel.pp * SCHEDULES[small.parallel.schedule])
+    assert small.model.layers >= min(cfg.model.layers, sum(map(len, placement_of(small.parallel))))
 
 
 @pytest.mark.parametrize("name", recipes())

@@ -34,6 +34,13 @@ LAYOUTS = {
         "precision=bf16",
         "parallel.offload_optimizer=true",
     ],
+    "pp2_interleaved_3": [
+        "parallel.pp=2",
+        "parallel.schedule=interleaved",
+        "parallel.virtual_stages=3",
+        "model.layers=6",
+        "precision=bf16",
+    ],
     "pp2_zbv_layers_again": ["parallel.pp=2", "parallel.schedule=zbv", "model.recompute=[norm,layer]"],
     "pp2_zbv_offload": ["parallel.pp=2", "parallel.schedule=zbv", "model.offload=[layer]"],
     "dp3_uneven": ["parallel.dp=3", "parallel.uneven=true"],

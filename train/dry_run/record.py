@@ -189,7 +189,7 @@ def _what_ran(found: Findings) -> str:
     threads = "" if found.threads is None else f"; {_count(found.threads, 'thread')}"
     rows = sum(piece.load.per_token_L)
     experts = f"; {rows:.3g} rows per token for its experts ({piece.job.dry_run.routing})" if parallel.ep > 1 else ""
-    return f"pipeline rank {piece.pp_rank} of {parallel.pp} in {parallel.schedule}: {stages}{experts}{threads}"
+    return f"pipeline rank {piece.pp_rank} of {parallel.pp} in {parallel.schedule_words}: {stages}{experts}{threads}"
 
 
 def _count(number: int, what: str) -> str:

@@ -19,7 +19,7 @@ KINDS = {
     "W": ("backward of weights", "#E69F00", "#F6D998"),
     "FB": ("forward and backward together", PURPLE, "#EBCADB"),
 }
-"""Kind of action: its name, the colour of a rank's first stage and that of its second."""
+"""Kind of action: its name, the colour of a rank's first stage and that of its others."""
 NUMBERED = 800
 """With more actions than this no number fits into a bar."""
 
@@ -107,7 +107,7 @@ def _timeline_caption(sampled: SampledStep, drawn: list, kept: list, rows: int) 
         f"the process waited for its neighbours: {100 * sampled.bubble:.0f} % of all processes' time in this step; less is better."
     )
     if len({action["stage"] for action in sampled.actions}) > len(sampled.span_seconds):
-        caption += " Paler bars are work on the later of a process's two stages."
+        caption += " Paler bars are work on a process's stages after its first."
     if len(kept) > NUMBERED:
         caption += " Zoom in, and point at a bar to see which it is."
     if any(action["kind"] == "FB" for action in kept):

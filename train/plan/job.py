@@ -87,14 +87,16 @@ def actions_of(config: Config, shortest: bool = False) -> list[list[Action]]:
     """What every rank of a pipeline does in a step, in order. shortest: with no more micro-batches than bring all that a step can
     keep."""
     count, pp = micro_batches_of(config), config.parallel.pp
-    return schedule_actions(config.parallel.schedule, pp, min(count, STEADY * pp) if shortest else count)
+    count = min(count, STEADY * pp) if shortest else count
+    return schedule_actions(config.parallel.schedule, pp, count, config.parallel.virtual_stages)
 
 
 def program_of(config: Config, micro_batches: int | None = None) -> Program:
     """The same, ready to be timed. micro_batches: in place of all."""
-    return _program(config.parallel.schedule, config.parallel.pp, micro_batches or micro_batches_of(config))
+    parallel = config.parallel
+    return _program(parallel.schedule, parallel.pp, micro_batches or micro_batches_of(config), parallel.virtual_stages)
 
 
 @lru_cache(maxsize=64)
-def _program(schedule: str, pp: int, micro_batches: int) -> Program:
-    return Program(schedule_actions(schedule, pp, micro_batches))
+def _program(schedule: str, pp: int, micro_batches: int, virtual: int) -> Program:
+    return Program(schedule_actions(schedule, pp, micro_batches, virtual))

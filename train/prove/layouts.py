@@ -50,7 +50,7 @@ def in_layout(config: Config, parallel: Parallel) -> Config:
 def _others(config: Config, world: int) -> Iterator[Parallel]:
     """The farther from the recipe's, the earlier."""
     own = config.parallel
-    plain = replace(own, pp=1, dp=world, cp=1, ep=1, zero=1, schedule="1f1b", dispatch="flat")
+    plain = replace(own, pp=1, dp=world, cp=1, ep=1, zero=1, schedule="1f1b", virtual_stages=2, dispatch="flat")
     shared = gcd(world, config.model.experts)
     if own.pp > 1:
         for zero in (3, 2, 1):
@@ -72,7 +72,7 @@ def layout_name(config: Config) -> str:
     """For a person."""
     parallel = config.parallel
     parts = [f"{name} {value}" for name in ("pp", "dp", "cp", "ep") if (value := getattr(parallel, name)) > 1]
-    parts += [parallel.schedule] if parallel.pp > 1 or parallel.schedule != "1f1b" else []
+    parts += [parallel.schedule_words] if parallel.pp > 1 or parallel.schedule != "1f1b" else []
     parts += [parallel.dispatch] if parallel.ep > 1 else []
     parts += (
         ["shares that differ"]

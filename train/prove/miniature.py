@@ -39,7 +39,7 @@ from conf.schema import (
     Plan,
 )
 from parallel.mesh import Layout
-from parallel.pipeline.split import SCHEDULES, check_schedule
+from parallel.pipeline.split import check_schedule, rank_stages
 from train.plan.job import layout_of
 
 STEPS = 4
@@ -183,7 +183,8 @@ def _least(degree: int) -> int:
 
 def _shrink_layers(cfg: Config, layout: Layout) -> tuple[int, str | list[int]]:
     """How many, and parallel.split. Of a list for more stages: ends without layers stay so, and where inner stages differ one does."""
-    model, given, stages = cfg.model, cfg.parallel.split, layout.pp * SCHEDULES[cfg.parallel.schedule]
+    model, given = cfg.model, cfg.parallel.split
+    stages = layout.pp * rank_stages(cfg.parallel.schedule, cfg.parallel.virtual_stages)
     dense, moe = min(model.dense_layers, 1), min(model.layers - model.dense_layers, 2)
     layers = min(model.layers, max(dense + moe, stages))
     if not isinstance(given, list):
@@ -246,7 +247,7 @@ def _micro_batches(cfg: Config, layout: Layout, layers: int) -> tuple[int, int]:
     def allowed(count: int) -> bool:
         try:
             for each in {count, count - cfg.parallel.uneven}:  # of the largest share and of the smallest
-                check_schedule(cfg.parallel.schedule, layout.pp, each, layers)
+                check_schedule(cfg.parallel.schedule, layout.pp, each, layers, cfg.parallel.virtual_stages)
         except UserError:
             return False
         return True

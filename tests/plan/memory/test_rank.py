@@ -11,15 +11,22 @@ from train.plan.search.bounds import in_flight
 
 IN_FLIGHT = {
     "1f1b": lambda pp, rank: pp - rank,
-    "interleaved": lambda pp, rank: 3 * pp - 1 - 2 * rank,
+    "interleaved": lambda pp, rank, each=2: (each + 1) * pp - 1 - 2 * rank,
     "zbv": lambda pp, rank: 2 * pp,
     "dualpipev": lambda pp, rank: 2 * pp + 1,
 }
 """Micro-batches that a rank has forward but not yet back, counted in its stages. A stage is 1 / (2 pp) of the layers but
-for 1f1b, where it is 1 / pp: of the activations of a 1f1b stage, zbv keeps pp, and dualpipev pp + 1 as the paper's Table 2
+for 1f1b, where it is 1 / pp, and more virtual stages, of which a rank has `each`: of the activations of a 1f1b stage, zbv keeps pp, and dualpipev pp + 1 as the paper's Table 2
 has it for DualPipe."""
 
 DUALPIPEV = ["parallel.pp=2", "parallel.schedule=dualpipev", "model.layers=4", "batch_size=8"]
+INTERLEAVED_3 = [
+    "parallel.pp=2",
+    "parallel.schedule=interleaved",
+    "parallel.virtual_stages=3",
+    "model.layers=6",
+    "batch_size=8",
+]
 
 
 @pytest.mark.parametrize("schedule", IN_FLIGHT)
@@ -28,6 +35,15 @@ def test_what_is_in_flight_is_that_of_the_formula(schedule):
         formula = [IN_FLIGHT[schedule](pp, rank) for rank in range(pp)]
         for micro_batches in (4 * pp, 12 * pp):
             assert in_flight(schedule, pp, micro_batches) == formula
+
+
+@pytest.mark.parametrize("each", [3, 4])
+def test_more_virtual_stages_keep_less_in_flight(each):
+    """Of the layers' activations the first rank keeps (1 + 1 / each) of what that of 1f1b does, less a stage."""
+    for pp in (2, 4, 8):
+        formula = [IN_FLIGHT["interleaved"](pp, rank, each) for rank in range(pp)]
+        for micro_batches in (4 * pp, 12 * pp):
+            assert in_flight("interleaved", pp, micro_batches, each) == formula
 
 
 def test_peak_activations_follow_what_is_in_flight():
@@ -50,6 +66,7 @@ def test_peak_activations_follow_what_is_in_flight():
     [
         pytest.param(["precision=fp8", *EP2, "parallel.wire=fp8", ALL], id="fp8_experts"),
         pytest.param([*DUALPIPEV, "precision=bf16"], id="dualpipev"),
+        pytest.param([*INTERLEAVED_3, "precision=bf16"], id="interleaved_3"),
         pytest.param(["precision=bf16", "parallel.cp=2"], id="shared_sequences"),
         pytest.param(["precision=bf16", "parallel.dp=2", "parallel.zero=2"], id="zero2", marks=pytest.mark.slow),
         pytest.param(["precision=fp32", "data.mask_documents=true"], id="documents", marks=pytest.mark.slow),

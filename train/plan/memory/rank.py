@@ -17,7 +17,7 @@ from functools import cache
 from conf.micro_batches import share_of
 from conf.schema import Config, Model
 from parallel.expert.stand_in import Group, Load
-from parallel.pipeline.split import stage_placement
+from parallel.pipeline.split import placement_of
 from train.kernels import build_kernels
 from train.parallelize import split
 from train.plan.job import actions_of, device_kind, layout_of
@@ -171,7 +171,7 @@ def _is_compiled(kind: str, wanted: bool) -> bool:
 
 def chunk_parts(config: Config, layers: list[range] | None = None) -> list[dict[int, Parts]]:
     """For every pipeline rank the parts of its stages. layers: of every stage, instead of the split of the layout."""
-    placement = stage_placement(config.parallel.schedule, config.parallel.pp)
+    placement = placement_of(config.parallel)
     last, dense = sum(map(len, placement)) - 1, config.model.dense_layers
     layers = layers or split(config)
 
@@ -194,7 +194,7 @@ def _behind(model: Model, place: int) -> str:
 
 
 def _layers(config: Config, layers: list[range] | None = None) -> list[list[range]]:
-    placement = stage_placement(config.parallel.schedule, config.parallel.pp)
+    placement = placement_of(config.parallel)
     layers = layers or split(config)
     return [[layers[stage] for stage in stages] for stages in placement]
 
@@ -234,7 +234,7 @@ def _walk(
     """The peak of the schedule, and the most bytes of activations that wait on the host in it."""
     model, parallel = config.model, config.parallel
     share = model.experts // parallel.ep
-    last = max(max(stages) for stages in stage_placement(parallel.schedule, parallel.pp))
+    last = max(max(stages) for stages in placement_of(parallel))
 
     def gradients(*names: str) -> int:
         return FP32 * sum(w.elements for name in names for w in part_weights(scene.model, name, share))

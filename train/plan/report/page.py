@@ -183,5 +183,5 @@ def step_figure(plan: RunPlan) -> Figure | None:
             actions.append(one)
     spans = [step.pipeline_seconds] * len(step.actions)
     drawn = timeline_figure(SampledStep(1, plan.config.parallel.schedule, spans, actions))
-    title = f"The pipeline in one step, as planned: who computes when ({plan.config.parallel.schedule})"
+    title = f"The pipeline in one step, as planned: who computes when ({plan.config.parallel.schedule_words})"
     return None if drawn is None else replace(drawn, title=title)

@@ -128,7 +128,7 @@ def layout_words(plan: RunPlan) -> str:
     again = ", ".join(config.model.recompute) or "nothing"
     away = f", on the host: {', '.join(config.model.offload)}" if config.model.offload else ""
     return (
-        f"pp {parallel.pp} ({parallel.schedule}), dp {parallel.dp}, {shared}ep {parallel.ep} ({parallel.dispatch}, {parallel.wire}), "
+        f"pp {parallel.pp} ({parallel.schedule_words}), dp {parallel.dp}, {shared}ep {parallel.ep} ({parallel.dispatch}, {parallel.wire}), "
         f"ZeRO {parallel.zero}, {micro_batches_of(config)} micro-batches of {config.micro_batch_size}, recomputed: {again}{away}"
     )
 

@@ -80,7 +80,7 @@ def traced_bound(candidate: Candidate, scene: Scene) -> int:
 
 def _waiting(parallel: Parallel, count: int) -> list[int]:
     """Micro-batches of which a rank is sure to keep all at one time: of two that run as a pair one is not yet, or no longer, whole."""
-    most = in_flight(parallel.schedule, parallel.pp, min(count, STEADY * parallel.pp))
+    most = in_flight(parallel.schedule, parallel.pp, min(count, STEADY * parallel.pp), parallel.virtual_stages)
     return [each - 1 for each in most] if parallel.schedule == "dualpipev" else most
 
 
@@ -159,11 +159,11 @@ def _kept_bytes(config: Config, stages: Stages, ids: list[int], flight: int) -> 
 
 
 @cache
-def in_flight(schedule: str, pp: int, micro_batches: int) -> list[int]:
+def in_flight(schedule: str, pp: int, micro_batches: int, virtual: int = 2) -> list[int]:
     """Most micro-batches of its stages that a rank has sent forward and not yet back once it has gradients of all its weights, per
     rank."""
     most = []
-    for line in schedule_actions(schedule, pp, micro_batches):
+    for line in schedule_actions(schedule, pp, micro_batches, virtual):
         parts = [action.halves or (action,) for action in line]
         without = {part.stage for each in parts for part in each}
         now = peak = 0

@@ -4,12 +4,12 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from conf.micro_batches import divisors
-from conf.schema import Config, Recompute
-from parallel.pipeline.split import SCHEDULES
+from conf.schema import Config, PipelineSchedule, Recompute
 from train.plan.job import can_offload, device_kind
 from train.plan.search.changes import LIGHTEST, changed, fitted_ramp
 
 MICRO_BATCHES = (1, 2, 4, 8)
+VIRTUAL_STAGES = (2, 3, 4)
 CONTEXT_TOKENS = 4096
 """Tokens of a sequence that a rank has at least where ranks share sequences."""
 DEEP_EP_RANKS = (2, 4, 8, 16, 24, 32, 64, 128, 144, 160)
@@ -67,7 +67,7 @@ def frames(config: Config, devices: int) -> Iterator[Frame]:
     for pp, cp in spreads:
         dp = devices // (pp * cp)
         groups = [ep for ep in divisors(dp * cp) if model.experts % ep == 0]
-        for schedule in SCHEDULES if pp > 1 else ("1f1b",):
+        for schedule, virtual in _orders(config, pp):
             family = "pp=1" if pp == 1 else f"pp>{model.layers}" if pp > model.layers else f"pp={pp} {schedule}"
             for size in MICRO_BATCHES:
                 ramp = _ramp(config, size * dp, pp, schedule)
@@ -75,10 +75,20 @@ def frames(config: Config, devices: int) -> Iterator[Frame]:
                     ways = [way for way in WAYS if way[0] != "deepep" or ep in deep_ep] if ep > 1 else [*WAYS[:1]]
                     for zero in (1,) if pp > 1 else (1, 2, 3):
                         one = changed(
-                            ramp, pp=pp, dp=dp, cp=cp, ep=ep, schedule=schedule, micro_batch_size=size, zero=zero,
-                            dispatch="flat", wire="bf16", overlap=True, offload_optimizer=False,
+                            ramp, pp=pp, dp=dp, cp=cp, ep=ep, schedule=schedule, virtual_stages=virtual, micro_batch_size=size,
+                            zero=zero, dispatch="flat", wire="bf16", overlap=True, offload_optimizer=False,
                         )  # fmt: skip
                         yield Frame(one, family, recompute, ways, hosts if zero < 3 else [False])
+
+
+def _orders(config: Config, pp: int) -> Iterator[tuple[str, int]]:
+    """Schedules, each with its virtual stages: of interleaved as many as leave every inner stage a layer."""
+    if pp == 1:
+        yield "1f1b", 2
+        return
+    for schedule in PipelineSchedule:
+        more = {*VIRTUAL_STAGES, config.parallel.virtual_stages} if schedule == "interleaved" else {2}
+        yield from ((schedule, each) for each in sorted(more) if each == 2 or each * pp - 2 <= config.model.layers)
 
 
 def _contexts(config: Config, ranks: int) -> list[int]:

@@ -15,7 +15,7 @@ from conf.schema import Config, Recompute
 from parallel.mesh import Layout
 from parallel.pipeline.host_store import reads
 from parallel.pipeline.simulate import Action
-from parallel.pipeline.split import split_layers, stage_placement
+from parallel.pipeline.split import placement_of, split_layers
 from train.parallelize import split
 from train.plan.job import micro_batches_of
 from train.plan.memory.chunk import chunk_of
@@ -70,7 +70,7 @@ class Stages:
     def __init__(self, config: Config, layout: Layout, rates: Rates, memo: dict | None = None):
         """memo: what was counted for other layouts of this recipe at the same rates, and is added to."""
         self.config, self.layout, self.rates = config, layout, rates
-        self.placement = stage_placement(config.parallel.schedule, layout.pp)
+        self.placement = placement_of(config.parallel)
         self.layers = split(config)
         self.taken = config.hardware.communication_share
         parallel = config.parallel
