@@ -393,6 +393,7 @@ class Driver:
                     self.fleet.call(id, "stop", number, in_memory)
             case m.ProbeLinks(nodes):  # those with a pulse by its next questions, as calls to thousands take long
                 self._probed_from, now = self.pulse.number, self.clock()
+                self.pulse.hurry()
                 for id in nodes:
                     if not self.pulse.hears(id, now):
                         self.fleet.call(id, "probe")

@@ -74,6 +74,11 @@ def test_a_driver_hears_the_nodes_that_it_asks_and_no_others():
         time.sleep(0.01)
     time.sleep(0.2)
     assert list(pulse.answers(200.1)) == [("id3", 4)] and nodes["id1"].asked == 1
+    pulse.ask(200.1, lambda id: True)
+    assert pulse.number == 4, "it is nobody's turn"
+    pulse.hurry()
+    pulse.ask(200.1, lambda id: True)
+    assert pulse.number == 6
     pulse.close()
     for node in nodes.values():
         node.echo.close()
