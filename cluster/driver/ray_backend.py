@@ -39,8 +39,9 @@ HEAD_LIMIT = 1
 """Seconds for a connection to Ray's head while the run goes on."""
 CLOSE_LIMIT = 3
 """Seconds for agents to clean up after the run; whoever does not answer is killed."""
-AT_ONCE = 100
-"""Calls made, and answers taken, before the driver looks at the clock and the pulse again."""
+AT_ONCE = 32
+"""Calls made, and answers taken, before the driver looks at the clock and the pulse again: for some 20 ms, as thousands of nodes
+are to be asked every second."""
 FEW = 20
 """Calls made at a look that finds too many out and no answer."""
 MOST_OUT = 256
