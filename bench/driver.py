@@ -50,6 +50,8 @@ TARGETS = {"started": 30.0, "cores": 0.5, "rank dead": 1.0, "node lost": 5.0 + 0
 is for the driver to see it."""
 TARGET_NODES = 4096
 SIZES = [64, 128, 256, 512, 1024, 2048, 4096, 8192]
+SHOWN = 40
+"""Characters of what went wrong, in the table."""
 PATIENCE = 600.0
 """Seconds for anything to happen before the bench gives up."""
 
@@ -248,9 +250,11 @@ def main(arguments: list[str] | None = None) -> int:
         rows.append({"nodes": nodes, **figures, "missed": late})
         shown = [f"{figures[name]:.2f}" if name in figures else "-" for name in NAMES[:-1]]
         memory = f"{figures['memory']:.0f}" if "memory" in figures else "-"
-        table.add_row(str(nodes), *shown, memory, figures.get("error") or ", ".join(late) or "-")
+        table.add_row(str(nodes), *shown, memory, figures.get("error", ", ".join(late))[:SHOWN] or "-")
         print(json.dumps(rows[-1]), flush=True)
-    Console().print(table)
+    console = Console()
+    console.width = max(console.width, 100)
+    console.print(table)
     if options.out:
         options.out.write_text(json.dumps({"targets": TARGETS, "rows": rows}, indent=1))
     return int(missed)
