@@ -142,6 +142,46 @@ def everything(tmp_path, name: str, step: int) -> dict[str, torch.Tensor]:
     return tensors
 
 
+OFFLOAD = {
+    "cp2": (2, ["parallel.cp=2", "model.offload=[layer]"]),
+    "cp2_zero3_bf16": (2, ["parallel.cp=2", "parallel.zero=3", "precision=bf16", "model.offload=[attention]"]),
+    "ep2_zero3": (2, ["parallel.dp=2", "parallel.ep=2", "parallel.zero=3", "model.offload=[layer]"]),
+    "ep2_zero3_fp8_again": (
+        2,
+        [
+            "parallel.dp=2",
+            "parallel.ep=2",
+            "parallel.zero=3",
+            "precision=fp8",
+            "model.recompute=[norm,mla_up,swiglu,layer:2]",
+            "model.offload=[layer:3]",
+        ],
+    ),
+    "pp2_cp2_dualpipev": (
+        4,
+        ["parallel.pp=2", "parallel.cp=2", "parallel.schedule=dualpipev", "model.offload=[ffn]"],
+    ),
+}
+"""Ranks that share sequences, or weights, with activations on the host: the last word is what a run without them lacks."""
+
+
+@pytest.mark.parametrize("name", OFFLOAD)
+def test_activations_on_the_host_change_no_bit_of_a_layout(tmp_path, name):
+    """Losses, norms, and after three steps master weights and moments, which keep every gradient."""
+    world, (*layout, offload) = OFFLOAD[name]
+    more = ["steps=3", "checkpoint.every=3", *layout]
+    run_layout(tmp_path, "here", world, *BASE, *more)
+    run_layout(tmp_path, "away", world, *BASE, *more, offload)
+    here, away = metrics(tmp_path, "here"), metrics(tmp_path, "away")
+    assert sorted(here) == sorted(away)
+    for step, record in here.items():
+        for key in ("loss", "main_loss", "mtp_loss", "balance_loss", "grad_norm", "load"):
+            assert away[step][key] == record[key], (step, key)
+    want, got = everything(tmp_path, "here", 3), everything(tmp_path, "away", 3)
+    assert got.keys() == want.keys() and {"master", "exp_avg"} <= {key.split(".")[0] for key in got}
+    assert [key for key in want if not torch.equal(got[key], want[key])] == []
+
+
 MOVES = [
     ("one", "dp2"),
     ("dp2", "pp2_dualpipev"),
