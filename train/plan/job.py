@@ -80,14 +80,15 @@ def micro_batches_of(config: Config) -> int:
 
 
 STEADY = 4
-"""Micro-batches per rank of a pipeline after which a schedule repeats itself until it ends."""
+"""Rounds, of a micro-batch for every rank of a pipeline or somewhat more, after which a schedule repeats itself until it ends."""
 
 
 def actions_of(config: Config, shortest: bool = False) -> list[list[Action]]:
     """What every rank of a pipeline does in a step, in order. shortest: with no more micro-batches than bring all that a step can
     keep."""
     count, pp = micro_batches_of(config), config.parallel.pp
-    count = min(count, STEADY * pp) if shortest else count
+    if shortest:
+        count = min(count, STEADY * (count // max(1, count // pp)))  # interleaved has such rounds
     return schedule_actions(config.parallel.schedule, pp, count, config.parallel.virtual_stages)
 
 

@@ -6,7 +6,7 @@ from bench.plan_memory import ALL, EP2, RUN, even, measure
 from conf.load import compose
 from parallel.mesh import read_layout
 from tests.ranks import run_ranks
-from train.plan.memory.rank import phases, plan_memory, scene_of
+from train.plan.memory.rank import phases, plan_memory, rank_memory, scene_of
 from train.plan.search.bounds import in_flight
 
 IN_FLIGHT = {
@@ -44,6 +44,15 @@ def test_more_virtual_stages_keep_less_in_flight(each):
         formula = [IN_FLIGHT["interleaved"](pp, rank, each) for rank in range(pp)]
         for micro_batches in (4 * pp, 12 * pp):
             assert in_flight("interleaved", pp, micro_batches, each) == formula
+
+
+def test_a_short_step_keeps_what_the_whole_one_does():
+    """Four rounds of interleaved, which 36 micro-batches make of 9 each for 8 ranks."""
+    config = compose("conf=tiny", "hardware=h800", "model.layers=30", "parallel.pp=8", "parallel.schedule=interleaved",
+                     "parallel.virtual_stages=4", "micro_batch_size=1", "batch_size=36")  # fmt: skip
+    scene = scene_of(config)
+    whole = [rank_memory(config, rank, scene).peak_bytes for rank in range(8)]
+    assert [rank_memory(config, rank, scene, shortest=True).peak_bytes for rank in range(8)] == whole
 
 
 def test_peak_activations_follow_what_is_in_flight():
