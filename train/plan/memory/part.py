@@ -13,7 +13,8 @@ Shapes: B sequences, S = T + 1 tokens of a sample, T positions, D width.
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import lru_cache, wraps
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -118,14 +119,23 @@ class Forward:
     """What it takes there."""
 
 
-@lru_cache(maxsize=4096)
+Result = TypeVar("Result")
+
+
+def traced_once(trace: Callable[..., Result]) -> Callable[..., Result]:
+    """A trace of a part in a scene, made once for all scenes that differ in nothing that the part sees."""
+    made = lru_cache(maxsize=4096)(trace)
+    return lru_cache(maxsize=4096)(wraps(trace)(lambda scene, part, *rest: made(seen_by(part, scene), part, *rest)))
+
+
+@traced_once
 def trace_forward(scene: Scene, part: str) -> Forward:
     """part: one of a chunk's (train/plan/memory/chunk.py)."""
     with Run(scene, part) as run:
         return run.forward()
 
 
-@lru_cache(maxsize=4096)
+@traced_once
 def trace_backward(scene: Scene, part: str, first: bool, held: bool) -> PassMemory:
     """Whole backward. first: the gradients of the weights are made in it, and count. held: the incoming gradient is kept
     to the end, as torch's stage does with that of a chunk's last part.
@@ -135,7 +145,7 @@ def trace_backward(scene: Scene, part: str, first: bool, held: bool) -> PassMemo
         return run.backward(held)
 
 
-@lru_cache(maxsize=4096)
+@traced_once
 def trace_split_backward(scene: Scene, part: str, first: bool) -> tuple[PassMemory, PassMemory]:
     """The input part and the weight part of a backward, by torch's own functions.
 
@@ -145,6 +155,24 @@ def trace_split_backward(scene: Scene, part: str, first: bool) -> tuple[PassMemo
     with Run(scene, part, first) as run:
         run.forward(leaves=True)
         return run.inputs(), run.weights()
+
+
+@lru_cache(maxsize=4096)
+def seen_by(part: str, scene: Scene) -> Scene:
+    """The scene with nothing in it that this part does not see: which blocks of a stage run again or go to the host, which its name
+    says, and without experts all that is said of them."""
+    model: Model = scene.model.section
+    kind, away = kind_of(part), part.partition(AWAY)[2]
+    recompute = [what for what in model.recompute if not what.startswith(f"{Recompute.layer}:")]
+    if kind in ("dense", "moe"):
+        recompute = [what for what in recompute if what != Recompute.layer]
+        recompute += [Recompute.layer] * part.endswith(AGAIN)
+    elif kind == "embedding":
+        recompute = []
+    scene = replace(scene, model=Frozen(replace(model, recompute=recompute, offload=[away] if away else [])))
+    if kind == "moe" or (kind == "end" and model.mtp_depth):
+        return scene
+    return replace(scene, dispatch="local", wire="bf16", ep=1, ranks_per_node=1, load=Load((1.0,)))
 
 
 class Run:
@@ -364,10 +392,6 @@ def kind_of(part: str) -> str:
 
 def _build(scene: Scene, part: str, on_wait: Callable[[], None], ledger: Ledger, host: _StandInHost) -> DeepSeekV3:
     model: Model = scene.model.section
-    away = part.partition(AWAY)[2]
-    model = replace(model, offload=[away] if away else [])
-    if kind_of(part) in ("dense", "moe") and not part.endswith(AGAIN):
-        model = replace(model, recompute=[what for what in model.recompute if not what.startswith(Recompute.layer)])
     recompute = Recompute.swiglu in model.recompute
     kernels = meta_kernels(scene.kind, scene.compiled)
     precision = meta_precision(scene.precision.section, scene.kind, kernels, recompute)

@@ -6,13 +6,12 @@ the shards in order, summed, and added to the shards' sums. A gradient larger th
 """
 
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from train.plan.memory.part import PassMemory, Run, Scene
+from train.plan.memory.part import PassMemory, Run, Scene, traced_once
 from train.plan.memory.weights import FP32
 
 
@@ -73,14 +72,14 @@ class Visit(NamedTuple):
         return Visit(self.unit, self.start + below, self.peak + below)
 
 
-@lru_cache(maxsize=4096)
+@traced_once
 def trace_unit_forward(scene: Scene, part: str) -> tuple[Visit, ...]:
     """Forward. unit: the part's own name, of the end norm, mtp.0 ... and head."""
     with _UnitRun(scene, part) as run:
         return run.visits(run.forward().run)
 
 
-@lru_cache(maxsize=4096)
+@traced_once
 def trace_unit_backward(
     scene: Scene, part: str, held: bool, bucket: Bucket, waiting: Waiting
 ) -> tuple[PassMemory, tuple[Visit, ...], Waiting]:
