@@ -313,8 +313,8 @@ def test_training_through_a_killed_rank_and_a_lost_node_ends_with_the_same_losse
     launch = Training(hosts, tmp_path, "checkpoint.every=4")
     launch.wait_for("checkpoint")
     broke = time.time()
-    output = str((launch.folder / "logs" / "rank_1.log").resolve())  # the run that tests share may have a rank there
-    victim = next(pid for pid in hosts.pids(1) if os.readlink(f"/proc/{pid}/fd/1") == output)
+    workers = hosts.pids(1, "train.worker")  # no rank of the run that other tests share
+    victim = next(pid for pid in workers if os.readlink(f"/proc/{pid}/fd/1").endswith("rank_1.log"))
     os.kill(victim, signal.SIGKILL)
     measure(launch, "training: rank killed", broke)
     launch.wait_for("checkpoint", attempt=2)

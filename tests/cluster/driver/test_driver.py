@@ -44,7 +44,7 @@ class Run:
             "micro_batch_size=1",
             "checkpoint.every=5",
             "cluster=ray",
-            "cluster.hang_after=2",
+            "cluster.hang_after=30",  # a busy machine holds all ranks for seconds
             "cluster.heartbeat=2",
             f"parallel.dp={dp}",
             *overrides,
@@ -123,12 +123,12 @@ def test_a_run_ends_well_and_leaves_a_record(tmp_path):
     ],
 )
 def test_the_first_rank_to_fail_is_named_and_the_run_goes_on(tmp_path, what, cause, words):
-    run = Run(tmp_path)
+    run = Run(tmp_path, "cluster.hang_after=4")
     run.fault(2, what)
     assert run.run() == EXIT_OK, run.finish.text
     failure = run.only("failure")
     assert failure["cause"] == cause and words in failure["text"] and failure["ranks"] == [2]
-    assert run.only("recovered")["seconds"] < 10
+    assert run.only("recovered")["seconds"] < 20
     attempts = sorted((run.folder / "attempts").iterdir())
     assert [path.name for path in attempts] == ["00001.yaml", "00002.yaml"]
 
@@ -339,7 +339,7 @@ def test_however_many_nodes_are_there_each_is_asked_within_its_heartbeat(tmp_pat
 def test_nodes_that_answer_the_pulse_are_asked_seldom_and_told_apart_from_one_that_does_not(tmp_path, monkeypatch):
     """Agents without news answer after 20 s or more here, and a node counts as lost after 2."""
     monkeypatch.setattr(driver_module, "ANSWERS", 0.1)
-    run = Run(tmp_path, "steps=100000", "cluster.hang_after=60", nodes=4, dp=3)
+    run = Run(tmp_path, "steps=100000", nodes=4, dp=3)
     run.fleet.pulse, call, patience = True, run.fleet.call, []
 
     def note(node: str, method: str, *arguments) -> None:
