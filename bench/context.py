@@ -13,6 +13,7 @@ import argparse
 import multiprocessing
 import tempfile
 import time
+import warnings
 from collections.abc import Callable
 
 import torch
@@ -74,6 +75,7 @@ def formula(config: Config) -> int:
 def run_rank(rank: int, store: str, config: Config, results) -> None:
     """Body of one rank's process."""
     torch.set_num_threads(1)
+    warnings.filterwarnings("ignore", "`torch.distributed.*is deprecated", FutureWarning)  # as train.rank does
     world = config.parallel.world
     dist.init_process_group("gloo", init_method=f"file://{store}/store", rank=rank, world_size=world)
     (parts, run), found = build(config), {}
