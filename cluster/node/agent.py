@@ -299,10 +299,16 @@ class Agent:
                 child.process.send_signal(signal.SIGUSR1)
 
     def stop(self, attempt: int, in_memory: bool = False) -> None:
-        """Ask the ranks of this attempt for a checkpoint and exit. in_memory: a copy in memory will do, see train/loop/stop.py."""
+        """Ask the ranks of this attempt for a checkpoint and exit. in_memory: a copy in memory will do, see train/loop/stop.py.
+
+        The ranks agree on it, so those of another node may have stopped these already. One that handles no signal any more is on
+        its way out, and would die of it.
+        """
+        wanted = [signal.SIGUSR2, signal.SIGTERM] if in_memory else [signal.SIGTERM]
         for child in self._running() if attempt == self._attempt else []:
-            wanted = signal.SIGUSR2 if in_memory and _handles(child.process.pid, signal.SIGUSR2) else signal.SIGTERM
-            child.process.send_signal(wanted)
+            handled = [number for number in wanted if _handles(child.process.pid, number)]
+            if handled:
+                child.process.send_signal(handled[0])
 
     def end(self, attempt: int) -> None:
         """Kill the ranks of this attempt and of older ones, and start none of them later."""

@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+import textwrap
 import threading
 import time
 from pathlib import Path
@@ -110,6 +111,20 @@ def test_old_orders_do_nothing_and_a_kill_fences(agent):
     agent.end(5)
     with pytest.raises(AssertionError):
         agent.start(order("pass", attempt=5))
+
+
+def test_a_rank_on_its_way_out_does_not_die_of_a_late_order_to_stop(agent):
+    body = """
+        import os, signal, sys, time
+        signal.signal(signal.SIGTERM, (lambda *_: sys.exit(75)) if os.environ["RANK"] == "10" else signal.SIG_DFL)
+        print("ready", flush=True)
+        time.sleep(5 if os.environ["RANK"] == "11" else 60)
+        sys.exit(75)
+    """
+    agent.start(order(textwrap.dedent(body)))
+    until(agent, lambda answer: len(answer.output) == 2)
+    agent.stop(1)
+    assert [report.code for report in until(agent, ended).ranks] == [75, 75]
 
 
 def test_an_agent_that_nobody_asks_kills_its_ranks():
