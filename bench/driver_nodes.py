@@ -105,7 +105,7 @@ class StubHost:
         node.told = node.news()
         step = int((time.monotonic() - node.began) / STEP)
         ranks = [RankReport(r, code, None, step, "step", STEP) for r, code in node.ranks.items()]
-        return Answer(node.attempt, ranks, clock=time.time())
+        return Answer(node.attempt, ranks)
 
     _last_words = _ask
 

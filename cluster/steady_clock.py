@@ -14,3 +14,7 @@ class SteadyClock:
 
     def now(self) -> float:
         return self._ahead + time.clock_gettime(_COUNTER)
+
+    def set_by(self) -> float:
+        """Seconds by which somebody has set the clock of this machine ahead since; below 0 for back."""
+        return time.time() - self.now()

@@ -75,18 +75,17 @@ class Driver:
     ):
         self.config, self.folder, self.arguments = config, folder, arguments
         self.fleet, self.rank_folder, self.view, self.clock = fleet, rank_folder, view, clock
-        steady = SteadyClock()
         self.journal = Journal(folder, lambda text: view.note("disk", text))
         self.first = claim_attempt(folder, config.cluster.timeout)
         self.shapes = Shapes(config, folder)
         self.supervisor = Supervisor(policy_of(config, self.first, self.shapes), clock())
         self.pulse = Pulse(config.cluster.heartbeat)
-        self.preflight = Preflight(folder, gpus, steady, self.pulse.key)
+        self.preflight = Preflight(folder, gpus, SteadyClock(), self.pulse.key)
         self.copies = Copies(folder, config.checkpoint.memory_folder, self.first)
         self._planner = [*planner, "cuda" if gpus else "cpu"] if planner else []
         self._planning: subprocess.Popen | None = None
         self._limits_told = False
-        self.vitals = Vitals(steady)
+        self.vitals = Vitals()
         self._finish: m.Finish | None = None
         self._known: dict[str, Node] = {}
         """Nodes that were listed, by id; checked ones are those that the supervisor knows."""
@@ -278,6 +277,7 @@ class Driver:
         if problem is None:
             node = self._known[node.id] = dataclasses.replace(node, device_bytes=reply.value.device_bytes)
             self.pulse.know(node.id, reply.value.pulse)
+            self.vitals.know(node, self.preflight.ahead(node, reply.value))
             self._test_ports[node.id] = reply.value.test_port
         if problem is not None:
             self._refuse(node, problem)
@@ -331,9 +331,8 @@ class Driver:
                 if rank == 0:
                     self.view.output(piece)
         self.copies.take(node, answer.held)
-        name = self._known[node].name
-        for kind, text in self.vitals.take(name, answer):
-            self._note(kind, text, node=name)
+        for kind, text in self.vitals.take(self._known[node], answer):
+            self._note(kind, text, node=self._known[node].name)
         self._tell(m.Beat(node, answer.attempt, answer.ranks))
         if answer.leaving:
             self._tell(m.Draining(node, "its agent was told to end"))

@@ -1,56 +1,61 @@
 """What agents tell of their nodes beside their ranks: clocks that jump in the middle of a run, and disks that fill.
 
 Neither ends a run. A clock matters as errors of several ranks are put in order by their times: those of a node are read by
-the driver's clock here, whatever the node's own says. A full disk for temporary files costs the output of ranks, and the
+the driver's clock here. An agent takes from them by how much its own clock was set, as it alone knows that exactly; by how much
+the clock was ahead when the node was checked is taken here. How long an answer was on its way must not count: it is more than
+lies between an error and those of its victims. A full disk for temporary files costs the output of ranks, and the
 next start on that node. Both are named, once each time.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from cluster.node.agent import Answer
 from cluster.node.preflight import CLOCK_LIMIT, SCRATCH_LIMIT
-from cluster.steady_clock import SteadyClock
+from cluster.topology import Node
 
 
 @dataclass
-class _Node:
-    offsets: list[float] = field(default_factory=list)
-    """Seconds by which its clock was ahead in the last two answers; what took long to arrive looks late."""
-    known: float | None = None
-    """The offset that was told, or the first."""
+class _Vitals:
+    name: str
+    ahead: float = 0.0
+    """Seconds by which its clock was ahead when it was checked."""
+    told: float = 0.0
+    """By how much its clock was set since, as told last."""
     full: bool = False
 
 
 class Vitals:
-    """Of all nodes, by a clock that is the driver's own."""
+    """Of all nodes."""
 
-    def __init__(self, clock: SteadyClock) -> None:
-        self._nodes: dict[str, _Node] = {}
-        self._clock = clock
+    def __init__(self) -> None:
+        self._nodes: dict[str, _Vitals] = {}
+        """By id."""
 
-    def take(self, name: str, answer: Answer) -> list[tuple[str, str]]:
-        """Put the times of failures right; returns kind and text of what is to be told. name: of the node."""
-        node = self._nodes.setdefault(name, _Node())
-        node.offsets = [*node.offsets[-1:], answer.clock - self._clock.now()]
-        offset = max(node.offsets)
+    def know(self, node: Node, ahead: float) -> None:
+        """This node was checked, and its clock found ahead by so many seconds."""
+        self._nodes[node.id] = _Vitals(node.name, ahead)
+
+    def take(self, node: Node, answer: Answer) -> list[tuple[str, str]]:
+        """Put the times of failures right; returns kind and text of what is to be told."""
+        known = self._nodes[node.id]
         for report in answer.ranks:
             if report.failure is not None:
-                report.failure.time -= offset
-        return [*self._watch_clock(name, node, offset), *self._watch_disk(name, node, answer.free_bytes)]
+                report.failure.time -= known.ahead
+        return [*_watch_clock(known, answer.clock_set), *_watch_disk(known, answer.free_bytes)]
 
-    def _watch_clock(self, name: str, node: _Node, offset: float) -> list[tuple[str, str]]:
-        if node.known is None:
-            node.known = offset
-        jump = offset - node.known
-        if abs(jump) <= CLOCK_LIMIT:
-            return []
-        node.known = offset
-        ahead = f"{abs(jump):.1f} s {'forward' if jump > 0 else 'back'}"
-        return [("clock", f"{name}: its clock jumped {ahead}; the run goes on, times in logs of this node are off")]
 
-    def _watch_disk(self, name: str, node: _Node, free: float) -> list[tuple[str, str]]:
-        was_full, node.full = node.full, free < SCRATCH_LIMIT
-        if not node.full or was_full:
-            return []
-        text = f"{free / 2**20:.0f} MiB free for temporary files, {SCRATCH_LIMIT >> 20} are needed"
-        return [("disk", f"{name}: {text}; output of its ranks is lost once it is full, free some")]
+def _watch_clock(node: _Vitals, clock_set: float) -> list[tuple[str, str]]:
+    jump = clock_set - node.told
+    if abs(jump) <= CLOCK_LIMIT:
+        return []
+    node.told = clock_set
+    ahead = f"{abs(jump):.1f} s {'forward' if jump > 0 else 'back'}"
+    return [("clock", f"{node.name}: its clock jumped {ahead}; the run goes on, times in logs of this node are off")]
+
+
+def _watch_disk(node: _Vitals, free: float) -> list[tuple[str, str]]:
+    was_full, node.full = node.full, free < SCRATCH_LIMIT
+    if not node.full or was_full:
+        return []
+    text = f"{free / 2**20:.0f} MiB free for temporary files, {SCRATCH_LIMIT >> 20} are needed"
+    return [("disk", f"{node.name}: {text}; output of its ranks is lost once it is full, free some")]

@@ -39,8 +39,9 @@ from cluster.node.copy_store import Opened, Store, held, sweep, why_not_opened
 from cluster.node.network_probe import NetworkProbe, NodeLink
 from cluster.node.preflight import Facts, Question, gather
 from cluster.node.pulse import Echo
-from cluster.run_files import log_path, progress_path
+from cluster.run_files import failure_path, log_path, progress_path
 from cluster.spawn import die_with_parent, spawn
+from cluster.steady_clock import SteadyClock
 
 LOOK = 0.05
 """Seconds between an agent's looks for news while a question waits."""
@@ -81,8 +82,8 @@ class Answer:
     """Tracebacks since they were last asked for."""
     held: dict[str, list[int]] = field(default_factory=dict)
     """Copies of the state in this node's memory: ranks by set, see cluster/node/copy_store.py."""
-    clock: float = 0.0
-    """Of the node, when it answered."""
+    clock_set: float = 0.0
+    """Seconds by which somebody has set the node's clock ahead since it was checked; times in `ranks` are without it."""
     free_bytes: float = math.inf
     """In its folder for temporary files."""
     leaving: bool = False
@@ -114,11 +115,13 @@ class Agent:
         self._scratch_lock = -1
         """A handle that holds its lock."""
         self._asked = time.monotonic()
+        self._clock = SteadyClock()
+        """Of this node as it was checked last."""
         self._probe = NetworkProbe()
         self._store: Store | None = None
         self._echo: Echo | None = None
         self._leaving = False
-        self._told: tuple = (0, [], False, {})
+        self._told: tuple = (0, [], [], False, {})
         """The news that the driver knows."""
         self._lock = threading.Lock()
         self._closed = threading.Event()
@@ -132,7 +135,7 @@ class Agent:
         """What the checks before a start want to know of this node, which answers the driver's pulse from then on, and the other
         nodes of the network test if there will be one.
         """
-        port = 0
+        port, self._clock = 0, SteadyClock()
         if question.tests_network:
             with contextlib.suppress(OSError):  # the test says so
                 port = self._probe.listen(question.address)
@@ -184,7 +187,7 @@ class Agent:
             for rank, local_rank in order.ranks:
                 self._children[rank] = self._spawn(order, rank, local_rank)
             if 0 not in self._children:  # that thousands begin as they were told to is no news; rank 0 is followed
-                self._told = self._attempt, [], *self._told[2:]
+                self._told = self._attempt, [], [], *self._told[3:]
 
     def _spawn(self, order: Order, rank: int, local_rank: int) -> _Child:
         log = log_path(self._scratch, rank)
@@ -236,8 +239,8 @@ class Agent:
         """How the ranks are, and their output from these byte offsets on (0 where none is given).
 
         attempt: the one that the offsets belong to; the answer has no output of any other. patience: seconds until the
-        answer where there is no news. News are an attempt that began with rank 0 here or ended before it began, the end of a rank, a
-        part of the state that is whole in memory, and that the node is about to go.
+        answer where there is no news. News are an attempt that began with rank 0 here or ended before it began, the end of a rank and
+        before it why it failed, a part of the state that is whole in memory, and that the node is about to go.
         """
         self._asked = asked = time.monotonic()
         while (left := asked + patience - time.monotonic()) > 0 and not self._has_news(patience - left):
@@ -247,7 +250,7 @@ class Agent:
             answer = Answer(self._attempt, [self._report(rank, child) for rank, child in self._children.items()])
             answer.held = self._held()
             answer.leaving = self._leaving
-            answer.clock, answer.free_bytes = time.time(), shutil.disk_usage(tempfile.gettempdir()).free
+            answer.clock_set, answer.free_bytes = self._clock.set_by(), shutil.disk_usage(tempfile.gettempdir()).free
             wanted = attempt in (None, self._attempt)
             for rank, child in self._children.items():
                 if wanted and (piece := _read(child.log, offsets.get(rank, 0), CHUNK)):
@@ -265,7 +268,8 @@ class Agent:
     def _news(self) -> tuple:
         """What a waiting question is answered for as soon as it changes."""
         ended = [rank for rank, child in self._children.items() if child.process.poll() is not None]
-        return self._attempt, ended, self._leaving, self._held()
+        failed = [rank for rank in self._children if failure_path(self._scratch, rank).exists()]
+        return self._attempt, ended, failed, self._leaving, self._held()
 
     def _held(self) -> dict[str, list[int]]:
         return held(self._store.folder) if self._store is not None else {}
@@ -278,6 +282,8 @@ class Agent:
     def _report(self, rank: int, child: _Child) -> RankReport:
         code = child.process.poll()
         report = read_report(rank, code, self._scratch)
+        if report.failure is not None:
+            report.failure.time -= self._clock.set_by()
         with contextlib.suppress(
             FileNotFoundError, ValueError
         ):  # none before the loop; on a full disk written in place

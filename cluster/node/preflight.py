@@ -172,14 +172,19 @@ class Preflight:
             )
         if facts.recipe != self._mine.recipe:
             return f"reads another config.yaml ({facts.recipe}, here {self._mine.recipe}); set runs= to shared storage"
-        early, late = self._sent[node.id] - facts.clock, facts.clock - self._clock.now()
-        if max(early, late) > CLOCK_LIMIT:
-            return f"its clock is {max(early, late):.1f} s off; start a time service such as chrony"
+        if (off := abs(self.ahead(node, facts))) > CLOCK_LIMIT:
+            return f"its clock is {off:.1f} s off; start a time service such as chrony"
         if facts.free_bytes < SCRATCH_LIMIT:
             return f"{facts.free_bytes >> 20} MiB free for temporary files, {SCRATCH_LIMIT >> 20} are needed; free some"
         if self._gpus and facts.gpus < node.devices:
             return f"{facts.gpus} of {node.devices} GPUs answer nvidia-smi; look at dmesg for Xid errors"
         return None
+
+    def ahead(self, node: Node, facts: Facts) -> float:
+        """Seconds by which its clock is ahead of the driver's, below 0 for behind; 0 where the way of question and answer may
+        be all of it.
+        """
+        return max(0.0, facts.clock - self._clock.now()) - max(0.0, self._sent[node.id] - facts.clock)
 
     def close(self) -> None:
         """Remove the files of the check."""

@@ -84,6 +84,17 @@ def test_a_question_waits_for_news_and_the_end_of_a_rank_is_news(agent):
     assert time.monotonic() - began < 30, "long before its patience was over"
 
 
+def test_why_a_rank_failed_is_news_before_it_has_ended(agent):
+    """Else its victims, which end at once, would be all that the driver knows while this one closes its connections."""
+    words = (
+        "import os, pathlib, time; from cluster.cause import Failure; logs = pathlib.Path(os.environ['SLUICE_LOGS']); "
+    )
+    program = words + "Failure(10, time.time(), 'crash', 'broke', 1).write(logs); time.sleep(60)"
+    agent.start(order(program, ranks=1))
+    answer = agent.ask({}, 1, patience=50)
+    assert answer.ranks[0].failure.message == "broke" and not answer.ranks[0].ended
+
+
 def test_that_ranks_began_as_ordered_is_news_of_rank_0_alone(agent):
     agent.start(order("import time; time.sleep(60)"))
     assert not agent._has_news(0.0)
