@@ -2,6 +2,7 @@
 
 import json
 import re
+import signal
 import threading
 import time
 from collections import Counter
@@ -103,7 +104,7 @@ def test_a_run_shrinks_to_a_smaller_ep_with_shares_that_differ_and_grows_again_f
     """Four nodes share experts by two; one dies, and three go on that hold all experts each, with 3, 3 and 2 of 8 sequences;
     then another node comes. All losses are those of one process.
     """
-    words = ["steps=14", "batch_size=8", "micro_batch_size=1"]
+    words = ["steps=20", "batch_size=8", "micro_batch_size=1"]
     run_layout(tmp_path, "unbroken", 1, *SIZES, *words, "parallel.dp=1", "checkpoint.every=0")
     run = Training(tmp_path, *words, "parallel.dp=4", "parallel.ep=2", nodes=4)
     write_layouts(run.folder / "config.yaml", "cpu")
@@ -111,13 +112,24 @@ def test_a_run_shrinks_to_a_smaller_ep_with_shares_that_differ_and_grows_again_f
     def lose_a_node() -> None:
         run.fleet._nodes = [node for node in run.fleet._nodes if node.id != "id1"]
         run.fleet.power_off("id1")
-        run.at_step(8, lambda: run.fleet._nodes.append(Node("id4", "n4", "127.0.0.1", 1)))
+        run.at_step(8, add_a_node)
+
+    def add_a_node() -> None:
+        """Steps take less time than the driver needs to find and check a node, so one rank waits until it has."""
+        (child,) = run.fleet.agents["id0"]._children.values()
+        child.process.send_signal(signal.SIGSTOP)
+        run.fleet._nodes.append(Node("id4", "n4", "127.0.0.1", 1))
+        for _ in range(600):
+            if any(event["kind"] == "node_joined" and event["node"] == "n4" for event in read_events(run.folder)):
+                break
+            time.sleep(0.1)
+        child.process.send_signal(signal.SIGCONT)
 
     run.at_step(5, lose_a_node)
     assert run.run() == EXIT_OK, run.finish.text
     attempts = [(event["dp"], event["ep"]) for event in run.events if event["kind"] == "attempt"]
     assert attempts == [(4, 2), (3, 1), (4, 2)]
-    assert [path.name for path in (run.folder / "checkpoints").glob("step_*")] == ["step_00000014"]
+    assert [path.name for path in (run.folder / "checkpoints").glob("step_*")] == ["step_00000020"]
     third = run.log().split("attempt 3")[1]
     resumed = int(re.search(r"resumed from step (\d+): copies in memory", third)[1])
     lines = (run.folder / "metrics.jsonl").read_text().splitlines()
