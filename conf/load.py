@@ -116,9 +116,10 @@ def write_config(config: Config, path: str) -> None:
 
 
 def compose(*overrides: str) -> Config:
-    """Configuration for these command-line overrides, for tests and tools."""
-    node = compose_node(*overrides)
-    return to_config(over_run_settings(node, list(overrides), list(node.hydra.runtime.choices)))
+    """Checked configuration for these words of a command line. Raises UserError for what is mistyped or does not fit together."""
+    with explained(overrides):
+        node = compose_node(*overrides)
+        return to_config(over_run_settings(node, list(overrides), list(node.hydra.runtime.choices)))
 
 
 def compose_node(*overrides: str) -> DictConfig:

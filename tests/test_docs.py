@@ -7,8 +7,6 @@ import sys
 from pathlib import Path
 
 import pytest
-from hydra.errors import HydraException
-from omegaconf.errors import OmegaConfBaseException
 
 from conf.errors import EXIT_CODES, UserError
 from conf.load import compose
@@ -62,7 +60,7 @@ def test_every_command_holds(page, tmp_path):
         where = f"{command.page}:{command.line}: {command.text}"
         try:
             assert says_why_not(command) if not command.trains else check(command, tmp_path) is None, where
-        except (UserError, HydraException, OmegaConfBaseException) as error:
+        except UserError as error:
             pytest.fail(f"{where}\n{error}")
 
 
@@ -103,7 +101,7 @@ def test_a_typo_in_a_page_fails(typo, tmp_path):
     found = list(commands(page))
     assert len(found) == 3
     for command in found:
-        with pytest.raises((UserError, HydraException, OmegaConfBaseException)):
+        with pytest.raises(UserError):
             check(command, tmp_path)
 
 

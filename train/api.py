@@ -73,8 +73,7 @@ class RunResult:
 
 def compose(*words: str) -> Config:
     """The checked settings for words of the command line. Raises UserError for what is mistyped or does not fit together."""
-    with load_settings.explained(words):
-        return load_settings.compose(*words)
+    return load_settings.compose(*words)
 
 
 def run(config: Config) -> RunResult:

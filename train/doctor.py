@@ -20,7 +20,7 @@ from rich.console import Console
 
 from conf.disk import room, size
 from conf.errors import EXIT_OK, EXIT_USER, UserError
-from conf.load import compose, explained, report
+from conf.load import compose, report
 from conf.schema import ROOT, Config
 from train import __version__
 from train.cpu import cpu_name
@@ -50,8 +50,7 @@ def main(words: list[str]) -> int:
         print(version_line())
         return EXIT_OK
     try:
-        with explained(words[1:]):
-            config = compose(*words[1:])
+        config = compose(*words[1:])
         console = Console(highlight=False)
         with console.status("looking at this machine"):
             findings = list(look(config))

@@ -148,3 +148,5 @@ def test_the_table_is_shown_without_starting_anything(capsys):
     assert lines[2].split() == ["n0", "r0", "10.0.0.0", "0", "0", "0-1"] and lines[-1] == "spare: n3"
     assert show(["4x2", "parallel.dp=16", "batch_size=16", "micro_batch_size=1"]) == EXIT_USER
     assert "parallel.dp=8 fits" in capsys.readouterr().err
+    assert show(["4x2", "conf=tinny"]) == EXIT_USER
+    assert "conf = tinny\n  rule: must be one of" in capsys.readouterr().err
