@@ -96,7 +96,7 @@ class Attempt:
         if any(report.code in CERTAIN or report.code == EXIT_USER for report in reports) or now >= until:
             return True
         if self.hang_since is not None:
-            return len(self.stacks) >= len(reports)
+            return all(report.rank in self.stacks or report.ended or report.state == "T" for report in reports)
         return bool(self.lost or self.cause) or all(report.bad or report.ended for report in reports)
 
     def judge(self, now: float) -> Cause:

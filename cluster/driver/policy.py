@@ -36,7 +36,8 @@ class Policy:
     probe: float = 4.0
     settle: float = 1.5
     """For the other ranks to report after the first failure."""
-    stacks: float = 2.0
+    stacks: float = 5.0
+    """For ranks that hang to print where; a busy machine holds one for seconds. Of one that is stopped nobody waits for it."""
     kill: float = 10.0
     """For ranks to be gone after SIGKILL."""
     return_wait: float = 6.0

@@ -33,6 +33,9 @@ from cluster.run_files import NONE, Age
 from cluster.topology import Node, Placement, place
 from conf.errors import EXIT_CRASH, EXIT_DIVERGED, EXIT_OK, EXIT_STOPPED, EXIT_USER
 
+NAP = 0.25
+"""Share of a heartbeat in which the driver may be busy between two ticks. What is longer it slept. With the half a heartbeat after
+which an agent answers at the latest, a node that lives stays within its heartbeat however long the driver slept."""
 SHOWN = 8
 """Names of idle nodes in a sentence; the event has all."""
 
@@ -94,7 +97,10 @@ class Supervisor:
                 if node in self.nodes and self.nodes[node].health is NodeHealth.ok:
                     self.nodes[node].heard = now
             case m.Probed(node):
-                self._probing.discard(node)
+                if node in self._probing:
+                    self._probing.discard(node)
+                    # One that was held up has as long as the others had to say why its ranks failed.
+                    self._settled_at = max(self._settled_at, now + self.policy.settle)
             case m.Stacks(number, texts):
                 if self.attempt and number == self.number:
                     self.attempt.stacks |= texts
@@ -223,17 +229,23 @@ class Supervisor:
             self._note("limits", f"{text}; {shapes.why_nothing(usable)}")
 
     def _tick(self, now: float) -> None:
-        slept = now - self._ticked - 2.0  # this process itself was stopped, or the laptop slept: nobody else is late
+        slept = now - self._ticked - NAP * self.policy.heartbeat
         self._ticked = now
         if slept > 0:
-            for state in self.nodes.values():
-                state.heard += slept
-            if self.attempt:
-                self.attempt.moved += slept
+            self._forgive(now, slept)
         if now > self._late_from:
             self._lose_late(now)
         if self.phase is DriverPhase.running:
             self._name_stragglers()
+
+    def _forgive(self, now: float, slept: float) -> None:
+        """This process itself was stopped, or the laptop slept: nobody else is late, and who was to answer has as long as before."""
+        for state in self.nodes.values():
+            state.heard = min(state.heard + slept, now)
+        if self.attempt:
+            self.attempt.moved = min(self.attempt.moved + slept, now)
+        self._deadline, self._probed_at = self._deadline + slept, self._probed_at + slept
+        self._settled_at += slept
 
     def _lose_late(self, now: float) -> None:
         for id, state in self.nodes.items():

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cluster.cause import Failure
+from cluster.cause import Failure, RankReport
 from cluster.driver import messages as m
 from cluster.run_files import Age
 from conf.errors import EXIT_CRASH, EXIT_DIVERGED, EXIT_OK, EXIT_STOPPED, EXIT_USER
@@ -83,10 +83,21 @@ def test_a_hang_is_found_within_its_limit_and_named():
     began = world.now
     while not world.notes("failure"):
         world.run(0.5)
-    assert world.now - began <= 6 + 3 + 2 * STEP
+    assert world.now - began <= 6 + 5 + 2 * STEP  # the time of a step, and that of a stack
     assert "rank 2 on n2 gives no stack" in last_failure(world).text
     world.run(60)
     assert world.finish.code == EXIT_OK
+
+
+def test_nobody_waits_for_the_stack_of_a_rank_that_is_stopped():
+    world = World(hang_after=6.0)
+    world.run(5)
+    world.hung, world.machines[2].ranks[2].state = {2}, "T"
+    began = world.now
+    while not world.notes("failure"):
+        world.run(0.5)
+    assert world.now - began <= 6 + 3 * STEP
+    assert "rank 2 on n2 is stopped" in last_failure(world).text
 
 
 def test_a_silent_link_is_found_by_the_heartbeat():
@@ -240,13 +251,52 @@ def test_a_slow_rank_is_named_with_numbers():
     ]
 
 
-def test_a_driver_that_slept_blames_nobody():
-    world = World()
+@pytest.mark.parametrize("seconds", [1.5, 3, 3600])
+@pytest.mark.parametrize("heartbeat", [2.0, 5.0])
+def test_a_driver_that_slept_blames_nobody(heartbeat, seconds):
+    world = World(heartbeat=heartbeat)
     world.run(5)
-    world.now += 3600
+    world.now += heartbeat / 4  # no answer was due yet
+    world.tell(m.Tick())
+    world.now += seconds
     world.tell(m.Tick())
     world.run(60)
-    assert world.finish.code == EXIT_OK and not world.notes("failure")
+    assert world.finish.code == EXIT_OK and not world.notes("failure") and not world.notes("node_lost")
+
+
+def fail(world: World, index: int, seconds: float) -> None:
+    """The rank of a node failed so long ago, and the driver hears of it now."""
+    failure = Failure(index, world.now - seconds, "crash", f"rank {index} broke", 1)
+    world.tell(m.Beat(f"id{index}", 1, [RankReport(index, 1, failure, step=3, phase="step")]))
+    world.tell(m.Tick())
+
+
+def test_a_driver_that_slept_over_a_failure_still_hears_what_all_ranks_have_to_say():
+    world = World()
+    world.run(4)
+    fail(world, 0, 0.1)
+    world.now += 4
+    world.tell(m.Tick())
+    assert not world.notes("failure")
+    fail(world, 2, 4.1)
+    fail(world, 1, 4.2)
+    assert last_failure(world).fields["ranks"] == [1]
+
+
+def test_a_node_that_was_held_up_has_its_time_to_say_why_its_ranks_failed():
+    world = World()
+    world.run(4)
+    world.machines[1].linked = False
+    fail(world, 0, 0.1)
+    for _ in range(6):  # longer than the others have, and within the time of a probe
+        world.now += STEP
+        world.tell(m.Tick())
+    world.tell(m.Probed("id1"))
+    world.tell(m.Tick())
+    assert not world.notes("failure")
+    fail(world, 2, 3.1)
+    fail(world, 1, 3.2)
+    assert last_failure(world).fields["ranks"] == [1]
 
 
 def test_2048_ranks_cost_the_driver_little():
