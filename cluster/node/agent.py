@@ -20,6 +20,7 @@ import fcntl
 import json
 import math
 import os
+import re
 import shutil
 import signal
 import socket
@@ -39,6 +40,7 @@ from cluster.node.copy_store import Opened, Store, held, sweep, why_not_opened
 from cluster.node.network_probe import NetworkProbe, NodeLink
 from cluster.node.preflight import Facts, Question, gather
 from cluster.node.pulse import Echo
+from cluster.ports import free_port
 from cluster.run_files import failure_path, log_path, progress_path
 from cluster.spawn import die_with_parent, spawn
 from cluster.steady_clock import SteadyClock
@@ -170,10 +172,8 @@ class Agent:
         """An answer at all is the answer."""
 
     def free_port(self) -> int:
-        """A port that is free now on all addresses of this node."""
-        with socket.socket() as probe:
-            probe.bind(("", 0))
-            return probe.getsockname()[1]
+        """A port that is free now on all addresses of this node, see cluster/ports.py."""
+        return free_port()
 
     def start(self, order: Order) -> None:
         """Start the ranks of a new attempt. Raises OSError if a process cannot be started."""
@@ -256,8 +256,9 @@ class Agent:
                 if wanted and (piece := _read(child.log, offsets.get(rank, 0), CHUNK)):
                     answer.output[rank] = piece
                 if child.stack_from is not None:
-                    stack = _read(child.log, child.stack_from, 4 * CHUNK).decode(errors="replace")
-                    if "(most recent call first)" in stack:
+                    piece = _read(child.log, child.stack_from, 4 * CHUNK)
+                    stack = piece.decode(errors="replace")
+                    if len(piece) == 4 * CHUNK or _is_whole(stack):
                         answer.stacks[rank] = stack
             return answer
 
@@ -416,6 +417,14 @@ def _read(path: Path, start: int, count: int) -> bytes:
     with path.open("rb") as file:
         file.seek(start)
         return file.read(count)
+
+
+def _is_whole(stacks: str) -> bool:
+    """Whether faulthandler has printed all threads of a rank: the main one comes last, and its outermost function at its end. What
+    was printed in part would tell that a rank waits for nobody.
+    """
+    _, header, last = stacks.rpartition("(most recent call first):\n")
+    return bool(header and re.search(r" in (<module>|_run_module_as_main)\n|^  \.\.\.\n", last, re.MULTILINE))
 
 
 def _handles(pid: int, number: int) -> bool:

@@ -13,6 +13,7 @@ import pytest
 
 from cluster.node import agent as agent_module
 from cluster.node.agent import Agent, Answer, Order, scratch_prefix
+from cluster.spawn import lives
 
 ROOT = str(Path(__file__).parents[3])
 
@@ -73,6 +74,30 @@ time.sleep(60)
     assert not any(report.ended for report in answer.ranks)
 
 
+def test_stacks_are_told_once_they_are_whole(agent, tmp_path):
+    """Of a part one would read that the rank waits for nobody."""
+    body = f"""
+import os, pathlib, signal, time
+def show(*_):
+    for text in ("Thread 0x1 (most recent call first):\\n  File 'a', line 1 in _bootstrap\\n",
+                 "Current thread 0x2 (most recent call first):\\n", "  File 'b', line 2 in all_reduce\\n", "  File 'b', line 3 in <module>\\n"):
+        print(text, end="", flush=True)
+        while not pathlib.Path({str(tmp_path / "go")!r}).exists():
+            time.sleep(0.01)
+    print("and on", flush=True)
+signal.signal(signal.SIGUSR1, show)
+print("ready", flush=True)
+while True: time.sleep(1)
+"""
+    agent.start(order(body, ranks=1))
+    until(agent, lambda answer: answer.output)
+    agent.ask_stacks(1)
+    assert "_bootstrap" in until(agent, lambda answer: b"_bootstrap" in answer.output.get(10, b"")).output[10].decode()
+    assert not agent.ask({}).stacks
+    (tmp_path / "go").touch()
+    assert "in all_reduce" in until(agent, lambda answer: answer.stacks).stacks[10]
+
+
 def test_a_question_waits_for_news_and_the_end_of_a_rank_is_news(agent):
     agent.start(order("import sys; print('here', flush=True); sys.stdin.read(); import time; time.sleep(60)"))
     until(agent, lambda answer: len(answer.output) == 2)
@@ -99,6 +124,9 @@ def test_that_ranks_began_as_ordered_is_news_of_rank_0_alone(agent):
     agent.start(order("import time; time.sleep(60)"))
     assert not agent._has_news(0.0)
     agent.end(1)
+    deadline = time.monotonic() + 60
+    while not (all(child.process.poll() is not None for child in agent._children.values())):
+        assert time.monotonic() < deadline
     assert agent._has_news(0.0), "its ranks ended"
     agent.start(Order(2, [(0, 0)], ["-c", "import time; time.sleep(60)"], {}, "127.0.0.1"))
     assert agent._has_news(0.0)
@@ -118,7 +146,7 @@ def test_old_orders_do_nothing_and_a_kill_fences(agent):
     agent.stop(2)
     assert not ended(agent.ask({}))
     agent.end(3)
-    assert [report.code for report in agent.ask({}).ranks] == [-9, -9]
+    assert [report.code for report in until(agent, ended).ranks] == [-9, -9]
     agent.end(5)
     with pytest.raises(AssertionError):
         agent.start(order("pass", attempt=5))
@@ -142,7 +170,7 @@ def test_an_agent_that_nobody_asks_kills_its_ranks():
     agent = Agent(lease=1.0)
     agent.start(order("import time; time.sleep(60)"))
     children = [child.process for child in agent._children.values()]
-    assert [child.wait(10) for child in children] == [-9, -9]
+    assert [child.wait(50) for child in children] == [-9, -9]
     agent.close()
 
 
@@ -164,6 +192,7 @@ def test_a_standby_becomes_a_rank(agent, tmp_path):
 
 def test_a_new_agent_removes_the_scratch_of_a_killed_one(tmp_path, monkeypatch):
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    monkeypatch.setattr(agent_module, "YOUNG", 600.0)
     (tmp_path / f"{scratch_prefix()}dead").mkdir()
     alive = Agent(lease=30.0)
     alive.start(order("import time; time.sleep(60)"))
@@ -188,10 +217,10 @@ time.sleep(60)
 """
     process = subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True, cwd=ROOT)
     pids = [int(word) for word in process.stdout.readline().split()]
-    assert all(Path(f"/proc/{pid}").exists() for pid in pids)
+    assert all(lives(pid) for pid in pids)
     os.kill(process.pid, signal.SIGKILL)
     process.wait()
-    deadline = time.monotonic() + 10
-    while any(Path(f"/proc/{pid}").exists() for pid in pids) and time.monotonic() < deadline:
+    deadline = time.monotonic() + 50  # before the rank would end by itself
+    while any(lives(pid) for pid in pids) and time.monotonic() < deadline:
         time.sleep(0.05)
-    assert not any(Path(f"/proc/{pid}").exists() for pid in pids)
+    assert not any(lives(pid) for pid in pids)
