@@ -22,6 +22,8 @@ from conf.errors import EXIT_OK, EXIT_STOPPED
 
 SETTLE = 3.0
 """Seconds that the other ranks get to report after the first one failed."""
+LOOK = 0.05
+"""Seconds between looks at the ranks."""
 CLOSE = 60.0
 """Seconds that a rank which still runs then gets to end by itself: rank 0 may have much to send to W&B."""
 
@@ -39,7 +41,7 @@ def run_local(command: list[str], world: int, logs: Path) -> int:
 
 
 def _run(command: list[str], world: int, logs: Path, store: Path) -> int:
-    ranks = _start(command, world, logs, store)
+    ranks: list[subprocess.Popen] = []
     asked: list[int] = []
     """Signals that asked the run to stop."""
 
@@ -51,6 +53,9 @@ def _run(command: list[str], world: int, logs: Path, store: Path) -> int:
 
     previous = {number: signal.signal(number, take) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
+        _start(ranks, command, world, logs, store)
+        if asked:  # also those that were not there yet
+            _forward(ranks)
         return _watch(ranks, logs, asked)
     finally:
         for number, handler in previous.items():
@@ -58,7 +63,8 @@ def _run(command: list[str], world: int, logs: Path, store: Path) -> int:
         _end(ranks)
 
 
-def _start(command: list[str], world: int, logs: Path, store: Path) -> list[subprocess.Popen]:
+def _start(ranks: list[subprocess.Popen], command: list[str], world: int, logs: Path, store: Path) -> None:
+    """Add one after another to `ranks`."""
     environment = os.environ | {
         "WORLD_SIZE": str(world),
         "LOCAL_WORLD_SIZE": str(world),
@@ -66,14 +72,12 @@ def _start(command: list[str], world: int, logs: Path, store: Path) -> list[subp
         "GLOO_SOCKET_IFNAME": os.environ.get("GLOO_SOCKET_IFNAME", "lo"),
         "NCCL_SOCKET_IFNAME": os.environ.get("NCCL_SOCKET_IFNAME", "lo"),
     }
-    ranks = []
     for rank in range(world):
         # Rank 0 keeps the terminal: it draws the progress. The others write to their logs.
         output = None if rank == 0 else log_path(logs, rank).open("w")
         ranks.append(spawn(command, environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)}, output))
         if output:
             output.close()
-    return ranks
 
 
 def _watch(ranks: list[subprocess.Popen], logs: Path, asked: list[int]) -> int:
@@ -83,7 +87,7 @@ def _watch(ranks: list[subprocess.Popen], logs: Path, asked: list[int]) -> int:
             return max(report.code for report in reports)
         if any(report.bad for report in reports):
             return _explain(ranks, logs, asked)
-        time.sleep(0.05)
+        time.sleep(LOOK)
 
 
 def _reports(ranks: list[subprocess.Popen], logs: Path) -> list[RankReport]:
@@ -117,10 +121,12 @@ def _explain(ranks: list[subprocess.Popen], logs: Path, asked: list[int]) -> int
 
 
 def _wait(ranks: list[subprocess.Popen], seconds: float) -> None:
-    """Until all have ended, but no longer than this."""
-    deadline = time.monotonic() + seconds
-    while time.monotonic() < deadline and any(rank.poll() is None for rank in ranks):
-        time.sleep(0.05)
+    """Until all have ended, but no longer than this. While this process is held up itself, as by a busy machine, nobody is late."""
+    before = time.monotonic()
+    while seconds > 0 and any(rank.poll() is None for rank in ranks):
+        time.sleep(LOOK)
+        now = time.monotonic()
+        seconds, before = seconds - min(now - before, 2 * LOOK), now
 
 
 def _forward(ranks: list[subprocess.Popen]) -> None:
