@@ -1,12 +1,11 @@
 """A routed MoE layer over 2 ranks, forward and backward, beside DeepSpeed's two MoE layers in the same run.
 
-    python -m bench.dispatch [--rounds 15] [--malloc plain]
+    python -m bench.dispatch [--rounds 15] [--tokens 1024] [--malloc plain]
 
-Every layer has a router, 16 SwiGLU experts of width 512, top 4, hidden 256, EP 2 on gloo, 1024 tokens and one thread a
-rank, nothing dropped. In every round each layer takes one step, in turn, so that all see the same load of the
+Every layer has a router, 16 SwiGLU experts of width 512, top 4, hidden 256, EP 2 on gloo, 1024 tokens (--tokens) and
+one thread a rank, nothing dropped. In every round each layer takes one step, in turn, so that all see the same load of the
 machine; a step ends when the slower rank is done. Prints medians, least times, the ratio of the medians to the first
-row, which is the trainer's own way, and
-the median CPU time of rank 0, which a busy machine disturbs less. `--malloc tuned` (the default, as in training) keeps
+row, which is the trainer's own way, and the median CPU time of rank 0, which a busy machine disturbs less. `--malloc tuned` (the default, as in training) keeps
 freed memory in the process, for every layer alike; `plain` leaves the C library's defaults.
 
     flat, node-limited  the project's dispatchers; experts in a loop (bench/expert_loop.py) or grouped_mm (the trainer's)
@@ -25,6 +24,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable
+from contextlib import redirect_stdout
 from pathlib import Path
 
 os.environ.setdefault("DS_ACCELERATOR", "cpu")
@@ -40,7 +40,7 @@ from train.cpu import tune_cpu
 from train.kernels import build_kernels
 from train.precision.high import HighPrecision
 
-RANKS, TOKENS, HIDDEN, FFN, EXPERTS, TOP_K = 2, 1024, 256, 512, 16, 4
+RANKS, HIDDEN, FFN, EXPERTS, TOP_K = 2, 256, 512, 16, 4
 
 
 class Ours(nn.Module):
@@ -85,7 +85,8 @@ def deepspeed_moe(dtype: torch.dtype) -> Callable[[Tensor], Tensor]:
     from deepspeed.moe.layer import MoE
 
     layer = MoE(HIDDEN, SwiGLU(dtype), num_experts=EXPERTS, ep_size=RANKS, k=TOP_K, drop_tokens=False)
-    layer.set_deepspeed_parallelism()
+    with redirect_stdout(None):  # it says that it makes a group
+        layer.set_deepspeed_parallelism()
     return lambda x_TD: layer(x_TD[None])[0][0]
 
 
@@ -139,7 +140,7 @@ def step(layer: Callable[[Tensor], Tensor], x_TD: Tensor, grad_TD: Tensor) -> tu
     return time.perf_counter() - start, cpu
 
 
-def worker(rank: int, folder: str, rounds: int, malloc: str) -> None:
+def worker(rank: int, folder: str, rounds: int, tokens: int, malloc: str) -> None:
     """One rank; rank 0 leaves its times in FOLDER/times.json."""
     if malloc == "tuned":
         tune_cpu()
@@ -157,8 +158,8 @@ def worker(rank: int, folder: str, rounds: int, malloc: str) -> None:
     for dtype in (torch.float32, torch.bfloat16):
         torch.manual_seed(1)
         layers = contenders(dtype)
-        x_TD = torch.randn(TOKENS, HIDDEN, generator=torch.Generator().manual_seed(rank)).to(dtype).requires_grad_()
-        grad_TD = torch.randn(TOKENS, HIDDEN).to(dtype)
+        x_TD = torch.randn(tokens, HIDDEN, generator=torch.Generator().manual_seed(rank)).to(dtype).requires_grad_()
+        grad_TD = torch.randn(tokens, HIDDEN).to(dtype)
         times = {name: [] for name in layers}
         for index in range(rounds + 2):
             for name, layer in layers.items():
@@ -175,10 +176,10 @@ Times = dict[str, list[tuple[float, float]]]
 """(wall seconds, CPU seconds of rank 0) of every timed step, by layer."""
 
 
-def measure(rounds: int, malloc: str = "tuned") -> dict[str, Times]:
+def measure(rounds: int, tokens: int = 1024, malloc: str = "tuned") -> dict[str, Times]:
     """Run the ranks; times by dtype (float32, bfloat16)."""
     with tempfile.TemporaryDirectory() as folder:
-        torch.multiprocessing.spawn(worker, args=(folder, rounds, malloc), nprocs=RANKS)
+        torch.multiprocessing.spawn(worker, args=(folder, rounds, tokens, malloc), nprocs=RANKS)
         return json.loads((Path(folder) / "times.json").read_text())
 
 
@@ -196,9 +197,10 @@ def show(dtype: str, times: Times) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=15, help="timed steps of every layer")
+    parser.add_argument("--tokens", type=int, default=1024, help="of a rank and step")
     parser.add_argument("--malloc", choices=("tuned", "plain"), default="tuned")
     args = parser.parse_args()
-    for dtype, times in measure(args.rounds, args.malloc).items():
+    for dtype, times in measure(args.rounds, args.tokens, args.malloc).items():
         show(dtype, times)
 
 

@@ -253,7 +253,7 @@ def main(arguments: list[str] | None = None) -> int:
         table.add_row(str(nodes), *shown, memory, figures.get("error", ", ".join(late))[:SHOWN] or "-")
         print(json.dumps(rows[-1]), flush=True)
     console = Console()
-    console.width = max(console.width, 100)
+    console.width = max(console.width, 120)
     console.print(table)
     if options.out:
         options.out.write_text(json.dumps({"targets": TARGETS, "rows": rows}, indent=1))

@@ -31,6 +31,8 @@ LINEAR = ((4096, 512, 1536), (4096, 1024, 1024), (4096, 2048, 1024), (2048, 2048
 """Tokens, inputs, outputs: V3's attention and FFN projections at a quarter to a half of their widths."""
 EXPERTS = ((4096, 8, 64, 512, 256), (4096, 8, 32, 1024, 512), (2048, 4, 16, 2048, 512))
 """Tokens, experts per token, experts, width, inner width."""
+MODELS = (("tiny", []), ("tiny", ["model.hidden=512", "model.expert_width=256", "model.kv_rank=128"]))
+"""Recipes and settings."""
 
 
 def main() -> None:
@@ -40,7 +42,7 @@ def main() -> None:
     arguments.add_argument("--only", choices=("linear", "experts", "model"))
     options = arguments.parse_args()
     torch.set_num_threads(options.threads)
-    print(f"{'work':44s} {'precision':10s} {'wall ms':>9s} {'/ bf16':>7s} {'cpu ms':>9s} {'/ bf16':>7s}")
+    print(f"{'work':52s} {'precision':10s} {'wall ms':>9s} {'/ bf16':>7s} {'cpu ms':>9s} {'/ bf16':>7s}")
     works = {"linear": _linear_works, "experts": _expert_works, "model": _model_works}
     for name, make in works.items():
         if options.only in (None, name):
@@ -90,10 +92,7 @@ def _expert_works() -> Iterable[tuple[str, dict[str, Callable]]]:
 
 
 def _model_works() -> Iterable[tuple[str, dict[str, Callable]]]:
-    for recipe, overrides in (
-        ("tiny", []),
-        ("tiny", ["model.hidden=512", "model.expert_width=256", "model.kv_rank=128"]),
-    ):
+    for recipe, overrides in MODELS:
         config = compose(f"conf={recipe}", *overrides)
         batch = min(8, config.micro_batch_size)
         tokens = torch.randint(config.model.vocab_size, (batch, config.seq_len + 1))
@@ -125,7 +124,7 @@ def _compare(title: str, steps: dict[str, Callable], rounds: int) -> None:
     for name, (wall, cpu) in best.items():
         base = best["bf16"]
         print(
-            f"{title:44s} {name:10s} {wall * 1e3:9.1f} {wall / base[0]:7.2f} {cpu * 1e3:9.1f} {cpu / base[1]:7.2f}",
+            f"{title:52s} {name:10s} {wall * 1e3:9.1f} {wall / base[0]:7.2f} {cpu * 1e3:9.1f} {cpu / base[1]:7.2f}",
             flush=True,
         )
 

@@ -56,6 +56,8 @@ def main() -> None:
     arguments.add_argument("--seeds", type=lambda text: [int(seed) for seed in text.split(",")], default=[1])
     options, overrides = arguments.parse_known_args()
     names = [BASE, *options.only.split(",")]
+    if unknown := set(names) - RECIPES.keys():
+        arguments.error(f"--only: no recipe {', '.join(unknown)}; there are {', '.join(RECIPES)}")
     losses = {name: [train(name, seed, options, overrides) for seed in options.seeds] for name in names}
     smooth = {name: [moving_average(loss) for loss in of_seeds] for name, of_seeds in losses.items()}
     by_seed = {
@@ -69,12 +71,14 @@ def main() -> None:
     (options.out / "loss.json").write_text(json.dumps(found))
     (options.out / "loss.svg").write_text(draw(difference))
     print(
-        f"{'recipe':12s} {'largest':>9s} {'at step':>8s} {'last':>9s}  from step {SETTLED} on, {len(options.seeds)} seeds"
+        f"{'recipe':12s} {'largest':>9s} {'at step':>8s} {'last':>9s}  "
+        f"mean from step {SETTLED} on (of all where there are fewer), seeds: {len(options.seeds)}"
     )
     for name, values in difference.items():
         step = max(range(len(values)), key=lambda i, values=values: abs(values[i]))
         mean, error = settled(by_seed[name])
-        print(f"{name:12s} {values[step]:9.3%} {step + 1:8d} {values[-1]:9.3%}  {mean:.3%} +- {error:.3%}")
+        spread = "" if math.isnan(error) else f" +- {error:.3%}"
+        print(f"{name:12s} {values[step]:9.3%} {step + 1:8d} {values[-1]:9.3%}  {mean:.3%}{spread}")
 
 
 def settled(by_seed: list[list[float]]) -> tuple[float, float]:

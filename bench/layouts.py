@@ -48,8 +48,6 @@ class LayoutCase(Case):
     pp: int = 1
     dp: int = 1
     ep: int = 1
-    length: int | None = None
-    """Tokens of a sequence; None for the shape's own."""
 
     @property
     def micro_batches(self) -> int:
@@ -59,7 +57,7 @@ class LayoutCase(Case):
     def size(self) -> tuple[int, int]:
         """Sequences per step of a data-parallel rank, and their length."""
         batch, length = super().size
-        return max(batch, self.micro_batches), self.length or length
+        return max(batch, self.micro_batches), length
 
     @property
     def tokens(self) -> int:

@@ -1,12 +1,14 @@
 """The two pictures of the README: the report of a run, and a plan of the 671B model on 2048 H800s. Needs chromium.
 
-    python -m bench.pictures RUN            writes train/docs/report.png and train/docs/plan.png
+    python -m bench.pictures [RUN] [--out train/docs]
 
-RUN is the folder of a run that has trained, such as runs/tiny. The pages are the program's own; for the pictures they get a wider grid.
+Writes plan.png, and report.png where RUN is given: the folder of a run that has trained, such as runs/tiny. The pages are the
+program's own; for the pictures they get a wider grid.
 
 Takes about 30 seconds.
 """
 
+import argparse
 import shutil
 import subprocess
 import sys
@@ -35,14 +37,18 @@ OF_REPORT = ""
 OF_PLAN = "<style>figure:nth-child(2) { display: none; }</style>"
 
 
-def main(run: Path) -> None:
-    """Write both pictures. run: folder of a run."""
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("run", type=Path, nargs="?", help="folder of a run that has trained")
+    parser.add_argument("--out", type=Path, default=DOCS, metavar="FOLDER")
+    options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         page = Path(folder) / "plan.html"
         plan = make_plan(compose(*PLANNED))
         write_page(page, plan, None, plan_record(plan, [], None))
-        take(write_report(run), DOCS / "report.png", OF_REPORT, Path(folder))
-        take(page, DOCS / "plan.png", OF_PLAN, Path(folder))
+        take(page, options.out / "plan.png", OF_PLAN, Path(folder))
+        if options.run:
+            take(write_report(options.run), options.out / "report.png", OF_REPORT, Path(folder))
 
 
 def take(page: Path, picture: Path, style: str, folder: Path) -> None:
@@ -62,12 +68,10 @@ def take(page: Path, picture: Path, style: str, folder: Path) -> None:
     command = [chromium, *flags, f"--screenshot={picture}", copy.as_uri()]
     subprocess.run(command, check=True, capture_output=True, timeout=120)
     size = picture.stat().st_size
-    print(f"{picture.relative_to(ROOT)}: {size:,} bytes")
+    print(f"{picture}: {size:,} bytes")
     if size > MOST:
         sys.exit(f"{picture.name} has more than {MOST:,} bytes: make it smaller (HEIGHT, SCALE)")
 
 
 if __name__ == "__main__":
-    if len(sys.argv) != 2:
-        sys.exit("usage: python -m bench.pictures RUN")
-    main(Path(sys.argv[1]))
+    main()

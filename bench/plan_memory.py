@@ -15,6 +15,7 @@ import argparse
 import multiprocessing
 import tempfile
 import time
+import warnings
 
 import torch
 import torch.distributed as dist
@@ -140,6 +141,7 @@ def even(biased_BTE: torch.Tensor, rule: routing.RoutingRule) -> torch.Tensor:
 def run_rank(rank: int, store: str, overrides: list[str], world: int, results) -> None:
     """Body of one rank's process."""
     torch.set_num_threads(1)
+    warnings.filterwarnings("ignore", "`torch.distributed.*is deprecated", FutureWarning)  # as train.rank does
     routing.choose = even
     dist.init_process_group("gloo", init_method=f"file://{store}/store", rank=rank, world_size=world)
     results.put((rank, measure(compose(*overrides), rank)))
@@ -171,6 +173,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("cases", nargs="*", help=f"some of: {'; '.join(CASES)}")
     options = parser.parse_args()
+    if unknown := set(options.cases) - CASES.keys():
+        parser.error(f"no such case: {'; '.join(unknown)}. There are: {'; '.join(CASES)}")
     names = ("schedule", "reduction", "update")
     print(f"{'':30} {'rank':>4} " + " ".join(f"{name:>29}" for name in names) + f" {'peak':>8}")
     for name, more in CASES.items():

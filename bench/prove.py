@@ -194,7 +194,10 @@ def main() -> int:
     if given.share:
         rows = rotated(rows, given.share)
     if given.rows:
-        rows = {int(number): rows[int(number)] for number in given.rows.split(",")}
+        numbers = given.rows.split(",")
+        if unknown := set(numbers) - {str(number) for number in rows}:
+            parser.error(f"--rows: no row {', '.join(unknown)}; rows are numbered from 0 to {max(rows)}")
+        rows = {int(number): rows[int(number)] for number in numbers}
     started, results = time.perf_counter(), []
     with tempfile.TemporaryDirectory() as folder:
         for result in prove_rows(rows, Path(folder)):

@@ -6,7 +6,7 @@ Builds the layers at full width, 4096 tokens, forward and backward, on the stand
 outside products and attention, in milliseconds at 3 TB/s: in all, and the largest items by line of this project or by the name of
 our kernel. Nothing is computed, so these are counts and no times. Needs a CUDA build of torch (.ci/gpu says how to get one).
 
-Takes about a minute.
+Takes about 10 seconds.
 """
 
 import argparse

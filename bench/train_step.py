@@ -10,7 +10,7 @@ default experts; for torchtitan see bench/torchtitan_peer.py), and they take tur
 on all. Prints medians, the ratio of ours to each, and the range of the ratio over the rounds. A peer that cannot run is
 named with the reason.
 
-    python -m bench.train_step [--threads 2] [--dtype bf16] [--rounds 7] [--shape debug|v3|tiny] [--mtp]
+    python -m bench.train_step [--threads 2] [--dtype bf16] [--rounds 7] [--shape debug|v3|tiny] [--length 512] [--mtp]
 
 Takes about 2 minutes.
 """
@@ -70,11 +70,14 @@ class Case:
     threads: int = 2
     mtp: bool = False
     """One MTP module."""
+    length: int | None = None
+    """Tokens of a sequence; None for the shape's own."""
 
     @property
     def size(self) -> tuple[int, int]:
         """Sequences per step and their length."""
-        return TOKENS[self.shape]
+        batch, length = TOKENS[self.shape]
+        return batch, self.length or length
 
     @property
     def tokens(self) -> int:
@@ -127,6 +130,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--seconds", type=float, default=4.0, help="of each side in a round")
     parser.add_argument("--shape", choices=tuple(SHAPES), default="debug")
+    parser.add_argument("--length", type=int, help="tokens of a sequence; the shape's own by default")
     parser.add_argument("--mtp", action="store_true", help="with one MTP module")
     parser.add_argument("--side", choices=("ours", "transformers", "torchtitan"), help=argparse.SUPPRESS)
     parser.add_argument("--case", type=json.loads, help=argparse.SUPPRESS)
@@ -134,9 +138,9 @@ def main() -> None:
     if options.side:
         step = {"ours": _ours, "transformers": _transformers, "torchtitan": _torchtitan}[options.side]
         return serve(partial(step, Case(**options.case)))
-    case = Case(options.shape, options.dtype, options.threads, options.mtp)
+    case = Case(options.shape, options.dtype, options.threads, options.mtp, options.length)
     results = compare(case, options.rounds, options.seconds)
-    print(f"{case.shape}, {case.dtype}, {case.threads} threads, {TOKENS[case.shape]} (sequences, tokens)")
+    print(f"{case.shape}, {case.dtype}, {case.threads} threads, {case.size} (sequences, tokens)")
     ours = results["ours"]
     for name, result in results.items():
         if isinstance(result, str):

@@ -192,12 +192,13 @@ def waits(layer: Layer) -> dict[str, int]:
     """Where one forward and backward makes the host wait for the GPU, by line of this project, and how often."""
     found: Counter[str] = Counter()
     synchronize(layer.device)
-    with collected(found):
+    with warnings.catch_warnings(action="ignore"):  # it says that it is a prototype
         torch.cuda.set_sync_debug_mode("warn")
-        try:
+    try:
+        with collected(found):
             layer.backward(layer.forward())
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
     return dict(found.most_common())
 
 

@@ -83,8 +83,8 @@ def layers() -> tuple[list[str], list[str]]:
         launches, milliseconds = BUDGET[key]
         if counts.launches > launches:
             problems.append(f"{key}: {counts.launches} launches where at most {launches} were needed")
+        worst = "; ".join(layers.by_line(counts, 3))
         if counts.milliseconds > milliseconds:
-            worst = "; ".join(layers.by_line(counts, 3))
             problems.append(
                 f"{key}: {counts.milliseconds:.2f} ms of memory traffic, and its budget is {milliseconds}: {worst}"
             )
