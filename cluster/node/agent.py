@@ -44,6 +44,7 @@ from cluster.ports import free_port
 from cluster.run_files import failure_path, log_path, progress_path
 from cluster.spawn import die_with_parent, spawn
 from cluster.steady_clock import SteadyClock
+from conf.errors import EXIT_STOPPED
 
 LOOK = 0.05
 """Seconds between an agent's looks for news while a question waits."""
@@ -96,6 +97,8 @@ class Answer:
 class _Child:
     process: subprocess.Popen
     log: Path
+    stopped_by: int | None = None
+    """The signal by which it was asked to stop."""
     stack_from: int | None = None
     """Where in the log the stacks begin that were asked for."""
 
@@ -282,6 +285,8 @@ class Agent:
 
     def _report(self, rank: int, child: _Child) -> RankReport:
         code = child.process.poll()
+        if child.stopped_by is not None and code == -child.stopped_by:
+            code = EXIT_STOPPED
         report = read_report(rank, code, self._scratch)
         if report.failure is not None:
             report.failure.time -= self._clock.set_by()
@@ -309,12 +314,13 @@ class Agent:
         """Ask the ranks of this attempt for a checkpoint and exit. in_memory: a copy in memory will do, see train/loop/stop.py.
 
         The ranks agree on it, so those of another node may have stopped these already. One that handles no signal any more is on
-        its way out, and would die of it.
+        its way out, and would die of it; one that dies of it all the same let its handler go just before, and has stopped.
         """
         wanted = [signal.SIGUSR2, signal.SIGTERM] if in_memory else [signal.SIGTERM]
         for child in self._running() if attempt == self._attempt else []:
             handled = [number for number in wanted if _handles(child.process.pid, number)]
             if handled:
+                child.stopped_by = handled[0]
                 child.process.send_signal(handled[0])
 
     def end(self, attempt: int) -> None:

@@ -166,6 +166,14 @@ def test_a_rank_on_its_way_out_does_not_die_of_a_late_order_to_stop(agent):
     assert [report.code for report in until(agent, ended).ranks] == [75, 75]
 
 
+def test_a_rank_that_lets_its_handler_go_when_the_order_to_stop_is_on_its_way_has_stopped(agent, monkeypatch):
+    monkeypatch.setattr(agent_module, "_handles", lambda pid, number: True)  # a moment ago
+    agent.start(order("print('ready', flush=True); import time; time.sleep(60)"))
+    until(agent, lambda answer: len(answer.output) == 2)
+    agent.stop(1)
+    assert [report.code for report in until(agent, ended).ranks] == [75, 75]
+
+
 def test_an_agent_that_nobody_asks_kills_its_ranks():
     agent = Agent(lease=1.0)
     agent.start(order("import time; time.sleep(60)"))
