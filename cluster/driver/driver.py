@@ -484,12 +484,15 @@ class Driver:
         attempt = self.supervisor.attempt
         if attempt is None:
             return
-        waiting = {id for id in attempt.reachable if id in self._known}
-        deadline = self.clock() + 2.0
+        waiting, quiet = {id for id in attempt.reachable if id in self._known}, 0
         for id in waiting:
             self.fleet.call(id, "last_words", self._offsets_on(id), attempt.number)
-        while waiting and self.clock() < deadline:
-            for reply in self.fleet.replies(0.1):
+        while (
+            waiting and quiet < 20
+        ):  # 2 s of silence; this process itself may be held up longer, with the answers at hand
+            replies = self.fleet.replies(0.1)
+            quiet += not replies
+            for reply in replies:
                 if reply.method == "last_words":
                     waiting.discard(reply.node)
                     if reply.error is None and not reply.dead:
