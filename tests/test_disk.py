@@ -10,6 +10,7 @@ import pytest
 from conf.errors import EXIT_CRASH, EXIT_OK, EXIT_USER
 from conf.schema import ROOT
 from tests.disks import fill, read_only, small_disk
+from tests.hold import HOLD, hold_at
 from tests.ranks import start_module
 from tests.small import arguments, environment, metrics, train
 from train.checkpoint.manifest import newest_intact
@@ -26,9 +27,11 @@ class Training:
     """A run in its own process, whose disk changes while it trains."""
 
     def __init__(self, tmp_path: Path, *overrides: str):
+        """A run of one rank waits at a step that `hold_at` names."""
         self.folder = tmp_path / "runs" / "tiny"
         self.outputs = [tmp_path / "stdout", tmp_path / "stderr"]
-        command = "train", arguments(tmp_path, *overrides), ROOT, environment()
+        self.hold = tmp_path / HOLD
+        command = "train", arguments(tmp_path, *overrides), ROOT, environment() | {"HOLD": str(self.hold)}
         self.process = start_module(*command, self.outputs)
 
     def wait_for_step(self, step: int, rank: int = 0) -> None:
@@ -82,9 +85,11 @@ def is_full_note(said: str, what: str) -> bool:
 
 
 def test_saves_that_a_full_disk_refuses_are_named_and_the_last_one_ends_the_run(tmp_path, disk):
+    hold_at(tmp_path / HOLD, 6)
     run = Training(tmp_path, "steps=40", "checkpoint.every=4", "checkpoint.keep=1")
     run.wait_for_step(6)
     fill(disk)
+    run.hold.unlink()
     assert run.end() == EXIT_CRASH
     said = run.said()
     assert "checkpoint of step 8 not written" in said.replace("\n", " ") or "checkpoint of step 12 not written" in said
@@ -93,9 +98,14 @@ def test_saves_that_a_full_disk_refuses_are_named_and_the_last_one_ends_the_run(
 
 
 def test_a_run_whose_folder_became_read_only_goes_on_to_its_last_save(tmp_path):
+    hold_at(tmp_path / HOLD, 12)
     run = Training(tmp_path, "steps=60", "checkpoint.every=10", "log.validate_every=0")
     run.wait_for_step(12)
+    deadline = time.monotonic() + 90
+    while not (run.folder / "checkpoints" / "step_00000010").exists() and time.monotonic() < deadline:
+        time.sleep(0.01)
     with read_only(run.folder):
+        run.hold.unlink()
         assert run.end() == EXIT_CRASH
         assert "Read-only file system" in run.said() and "not written" in run.said()
         assert is_one_screen(run.said(), "checkpoint", str(run.folder), "make it writable")

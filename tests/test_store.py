@@ -17,6 +17,7 @@ import torch.distributed as dist
 
 from cluster.drill.hosts import Hosts, missing
 from cluster.launch import Place
+from cluster.ports import free_port
 from conf.load import compose
 from parallel.store import SealedStore
 from tests.ranks import run_processes
@@ -61,11 +62,6 @@ def test_torch_reaches_every_method_through_its_own_stores():
     assert store.delete_key("key") and not store.check(["key"])
 
 
-def free_port(address: str = "127.0.0.1") -> int:
-    with socket.create_server((address, 0)) as probe:
-        return probe.getsockname()[1]
-
-
 def check_sealed_group(rank: int, port: int) -> None:
     os.environ |= {
         "MASTER_ADDR": "127.0.0.1",
@@ -84,7 +80,7 @@ def check_sealed_group(rank: int, port: int) -> None:
 
 
 def test_ranks_meet_in_it_and_listen_on_their_own_address():
-    run_processes(check_sealed_group, free_port())
+    run_processes(check_sealed_group, free_port("127.0.0.1"))
 
 
 class Toy:
@@ -92,7 +88,7 @@ class Toy:
 
     def __init__(self, folder: Path, prefixes: list[list[str]], addresses: list[str], interface: str):
         self.folder, self.prefixes, self.addresses, self.interface = folder, prefixes, addresses, interface
-        self.port = free_port() if addresses[0] == "127.0.0.1" else 29501  # a new network has all ports free
+        self.port = free_port("127.0.0.1") if addresses[0] == "127.0.0.1" else 29501  # a new network has all ports free
         self.ranks: list[subprocess.Popen] = []
 
     def start(self, rank: int) -> None:
@@ -144,7 +140,7 @@ class Toy:
     def end(self) -> list[tuple[int, str]]:
         """Exit code and output of every rank."""
         (self.folder / "end").touch()
-        said = [process.communicate(timeout=60)[0] for process in self.ranks]
+        said = [process.communicate(timeout=120)[0] for process in self.ranks]
         return [(process.returncode, text) for process, text in zip(self.ranks, said, strict=True)]
 
     def close(self) -> None:

@@ -2,8 +2,9 @@
 
     python fake_rank.py CONFIG
 
-Faults, read from the run folder at every step, happen once: a file `fault_RANK` holds `crash`, `hang`, `exit 3`, ...
-A step takes FAKE_STEP seconds until there is a file `hurry`: a test that has seen what it waited for lets the run end.
+Faults, read from the run folder at every step, happen once: a file `fault_RANK` holds `crash`, `hang`, ... (drive.py writes it).
+A step takes FAKE_STEP seconds. While there is a file `hold`, the last step is followed by more of them: a test that has seen what
+it waited for lets the run end (drive.py), on a machine of any speed.
 """
 
 import faulthandler
@@ -25,6 +26,7 @@ rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
 logs, attempt = Path(os.environ["SLUICE_LOGS"]), int(os.environ["SLUICE_ATTEMPT"])
 address = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
 stop = []
+STOPPING, ENDING = 1, 2
 
 
 def meet() -> list[socket.socket]:
@@ -42,24 +44,23 @@ def meet() -> list[socket.socket]:
     raise TimeoutError(f"rank 0 timed out at {address}")
 
 
-def all_reduce(peers: list[socket.socket], flag: bool) -> bool:
-    """Whether any rank says yes; raises when a peer is gone."""
-    mine = bytes([flag])
+def all_reduce(peers: list[socket.socket], flags: int) -> int:
+    """The flags that any rank has; raises when a peer is gone."""
     if rank == 0:
-        said = [receive(peer) for peer in peers]
-        answer = bytes([any([flag, *said])])
         for peer in peers:
-            peer.sendall(answer)
-        return bool(answer[0])
-    peers[0].sendall(mine)
+            flags |= receive(peer)
+        for peer in peers:
+            peer.sendall(bytes([flags]))
+        return flags
+    peers[0].sendall(bytes([flags]))
     return receive(peers[0])
 
 
-def receive(peer: socket.socket) -> bool:
+def receive(peer: socket.socket) -> int:
     data = peer.recv(1)
     if not data:
         raise ConnectionError("Connection closed by peer")
-    return bool(data[0])
+    return data[0]
 
 
 def newest() -> int:
@@ -100,18 +101,17 @@ def run() -> int:
     peers = meet()
     step = newest()
     print(f"rank {rank} of {world} resumes at {step} with dp {config.parallel.dp}", flush=True)
-    while step < config.steps:
+    while True:
         progress(step + 1, 0.05)
-        if not (folder / "hurry").exists():
-            time.sleep(float(os.environ.get("FAKE_STEP", "0.05")))
+        time.sleep(float(os.environ.get("FAKE_STEP", "0.05")))
         fault(step)
-        stopping = all_reduce(peers, bool(stop))
         step += 1
-        if rank == 0 and (stopping or step == config.steps or step % config.checkpoint.every == 0):
+        ending = rank == 0 and step >= config.steps and not (folder / "hold").exists()
+        flags = all_reduce(peers, STOPPING * bool(stop) | ENDING * ending)
+        if rank == 0 and (flags or step % config.checkpoint.every == 0):
             save(step)
-        if stopping:
-            return 75
-    return 0
+        if flags:
+            return 0 if flags & ENDING else 75
 
 
 signal.signal(signal.SIGTERM, lambda *_: stop.append(1))

@@ -15,6 +15,7 @@ import pytest
 from cluster.driver.journal import read_events
 from cluster.spawn import lives
 from conf.errors import EXIT_OK
+from tests.cluster.drive import hold, let_end
 
 pytestmark = [pytest.mark.hosts, pytest.mark.slow]
 ROOT = Path(__file__).parents[2]
@@ -69,16 +70,17 @@ def container():
 def test_a_killed_driver_and_raylet_leave_no_agent_and_the_node_is_taken_again_at_once(container, tmp_path):
     folder, log = tmp_path / "run", tmp_path / "log"
     (tmp_path / "memory").mkdir()
-    words = [sys.executable, "-m", "tests.cluster.drive", str(tmp_path), "parallel.dp=2", "steps=60"]
+    words = [sys.executable, "-m", "tests.cluster.drive", str(tmp_path), "parallel.dp=2", "steps=10"]
     words += ["checkpoint.every=5", "checkpoint.every_memory=5", f"checkpoint.memory_folder={tmp_path / 'memory'}"]
 
     def await_event(kind: str, seen: int = 0) -> dict:
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 120
         while not (found := [event for event in read_events(folder)[seen:] if event["kind"] == kind]):
             assert time.monotonic() < deadline, log.read_text()
             time.sleep(0.05)
         return found[0]
 
+    hold(folder)
     container.start(words, log)
     await_event("checkpoint")
     seen = len(read_events(folder))
@@ -91,7 +93,7 @@ def test_a_killed_driver_and_raylet_leave_no_agent_and_the_node_is_taken_again_a
     while (still := [process for process in left if lives(process.pid)]) and time.monotonic() < deadline:
         time.sleep(0.02)
     assert not still
-    (folder / "hurry").touch()
+    let_end(folder)
     container.start(words, log)
     assert await_event("finish", seen)["code"] == EXIT_OK, log.read_text()
     assert not [event for event in read_events(folder)[seen:] if event["kind"] in ("node_refused", "failure")]

@@ -16,17 +16,13 @@ import pytest
 
 from cluster.drill.hosts import Hosts, missing
 from cluster.driver.journal import read_events
+from cluster.ports import free_port
 from conf.errors import EXIT_STOPPED
 from conf.schema import ROOT
+from tests.cluster.drive import hold
 
 RAY = str(Path(sys.executable).with_name("ray"))
 FAKE = ["steps=30", "checkpoint.every=5", "parallel.dp=2"]
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 @pytest.mark.hosts
@@ -51,7 +47,7 @@ def test_symmetric_run_on_two_hosts(tmp_path):
                 for i, file in enumerate((out, other))
             )
             try:
-                code = head.wait(150)
+                code = head.wait(240)
             finally:
                 head.kill()
                 worker.kill()
@@ -68,7 +64,7 @@ def dashboard(tmp_path):
     token = {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32), "RAY_USAGE_STATS_ENABLED": "0"}
     environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")} | token
     # The agent takes jobs for the dashboard. Its own port is fixed unless given, and another Ray of this machine may hold it.
-    ports = {name: free_port() for name in ("port", "dashboard-port", "dashboard-agent-listen-port")}
+    ports = {name: free_port("127.0.0.1") for name in ("port", "dashboard-port", "dashboard-agent-listen-port")}
     words = [RAY, "start", "--head", "--block", "--node-ip-address=127.0.0.1", "--dashboard-host=127.0.0.1"]
     words += [f"--{name}={port}" for name, port in ports.items()]
     folder = tempfile.TemporaryDirectory(dir="/tmp", ignore_cleanup_errors=True)  # short: sockets go there
@@ -82,7 +78,7 @@ def dashboard(tmp_path):
         ray = subprocess.Popen(words, env=environment, stdout=log, stderr=log, start_new_session=True)
     environment |= {"RAY_API_SERVER_ADDRESS": f"http://127.0.0.1:{ports['dashboard-port']}"}
     try:
-        deadline = time.monotonic() + 60
+        deadline = time.monotonic() + 120
         while not (listens(ports["dashboard-port"]) and lists_jobs(environment)):
             assert ray.poll() is None and time.monotonic() < deadline, (tmp_path / "ray.log").read_text()
             time.sleep(0.2)
@@ -110,7 +106,8 @@ def lists_jobs(environment: dict[str, str]) -> bool:
 def test_a_ray_job_is_stopped_with_a_checkpoint_and_resumes(dashboard, tmp_path):
     runtime = json.dumps({"env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": "60"}})
     submit = [RAY, "job", "submit", "--no-wait", "--working-dir", str(shipped(tmp_path)), "--runtime-env-json", runtime]
-    run = ["--", sys.executable, "-m", "tests.cluster.drive", str(tmp_path), "cluster.address=auto", *FAKE, "steps=900"]
+    run = ["--", sys.executable, "-m", "tests.cluster.drive", str(tmp_path), "cluster.address=auto", *FAKE]
+    hold(tmp_path / "run")
     must([*submit, "--submission-id=first", *run], dashboard)
     await_event(tmp_path / "run", "checkpoint")
     must([RAY, "job", "stop", "first"], dashboard)

@@ -11,6 +11,7 @@ from cluster.drill.faults import Ground, small_disk
 from cluster.drill.hosts import missing
 from cluster.driver.journal import read_events
 from conf.errors import EXIT_OK, EXIT_STOPPED
+from tests.hold import HOLD, hold_at, site
 from train.checkpoint.verify import main as verify
 
 TOY = [
@@ -31,7 +32,22 @@ def test_the_worst_difference_is_found():
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_a_drill_of_two_faults(tmp_path, capsys):
+def test_a_drill_of_two_faults(tmp_path, capsys, monkeypatch):
+    hold, await_steps = tmp_path / HOLD, Drill._await_steps
+    (tmp_path / "site").mkdir()
+    for name, value in site(tmp_path / "site", hold).items():
+        monkeypatch.setenv(name, value)
+    steps = iter([20, 45, 70])
+
+    def hold_and_await(drill: Drill, *words, **more) -> bool:
+        """The run meets each fault before it has come so far."""
+        hold_at(hold, next(steps))
+        found = await_steps(drill, *words, **more)
+        if not more.get("pause", True):
+            hold.unlink()
+        return found
+
+    monkeypatch.setattr(Drill, "_await_steps", hold_and_await)
     words = f"--faults 2 --seed 9 conf=tiny name=toy runs={tmp_path} steps=80 parallel.dp=2 checkpoint.every=5".split()
     assert main([*words, *TOY, "cluster.standby=false"]) == EXIT_OK, capsys.readouterr()
     said = capsys.readouterr().out
@@ -48,7 +64,7 @@ def test_a_full_disk_costs_a_save_and_no_more(tmp_path):
         "conf=tiny",
         "name=full",
         f"runs={tmp_path}",
-        "steps=400",
+        "steps=100000",  # it is stopped
         "checkpoint.every=4",
         *TOY,
         *DEFAULTS,

@@ -17,6 +17,8 @@ from cluster.drill.hosts import Hosts, missing
 from cluster.driver.journal import read_events
 from conf.errors import EXIT_OK, EXIT_STOPPED, EXIT_USER
 from conf.load import compose
+from tests.cluster.drive import hold, let_end
+from tests.hold import HOLD, hold_at, site
 from tests.layouts import train_on
 
 pytestmark = [pytest.mark.hosts, pytest.mark.slow, pytest.mark.timeout(900)]
@@ -29,8 +31,11 @@ def hosts():
     """Their folder has a short name, as Ray makes sockets in it, whose paths may have 107 bytes."""
     if why := missing():
         pytest.skip(why)
-    with tempfile.TemporaryDirectory(dir="/tmp", ignore_cleanup_errors=True) as folder, Hosts(Path(folder)) as hosts:
-        yield hosts
+    with tempfile.TemporaryDirectory(dir="/tmp", ignore_cleanup_errors=True) as folder:
+        hosts = Hosts(Path(folder))
+        hosts.environment |= site(Path(folder), Path(folder) / HOLD)
+        with hosts:
+            yield hosts
 
 
 class Launch:
@@ -39,7 +44,7 @@ class Launch:
     def __init__(self, hosts: Hosts, runs: Path, *overrides: str, step_seconds: float = 0.1, **environment: str):
         self.hosts, self.runs, self.folder = hosts, runs, runs / "run"
         words = [sys.executable, "-m", *self.program(runs), f"cluster.address={hosts.address}"]
-        words += ["parallel.dp=3", "checkpoint.every=10", "cluster.heartbeat=3", *overrides]
+        words += ["parallel.dp=3", "checkpoint.every=10", *overrides]
         self.output = runs / "driver.log"
         self._began = self._marked = len(read_events(self.folder))
         self.process = subprocess.Popen(
@@ -57,10 +62,11 @@ class Launch:
         """The first event of this kind with these fields, behind so many others."""
         deadline = time.monotonic() + seconds
         while time.monotonic() < deadline:
+            ended = self.process.poll() is not None  # looked at first: what it told last counts
             for event in self.events()[after:]:
                 if event["kind"] == kind and all(event.get(key) == value for key, value in fields.items()):
                     return event
-            assert self.process.poll() is None, self.output.read_text()
+            assert not ended, self.output.read_text()
             time.sleep(0.05)
         raise AssertionError(f"no event {kind} {fields} in {seconds} s:\n{self.output.read_text()}")
 
@@ -76,10 +82,6 @@ class Launch:
         while not path.exists() or f'{{"step":{step},' not in path.read_text():
             assert self.process.poll() is None and time.monotonic() < deadline, self.output.read_text()
             time.sleep(0.02)
-
-    def hurry(self) -> None:
-        """Let the fake ranks do the steps that are left without a pause."""
-        (self.folder / "hurry").touch()
 
     def events(self) -> list[dict]:
         """Since the mark, or of this launch where none was set."""
@@ -118,15 +120,16 @@ class Shared:
         self._hosts, self._runs, self._launch = hosts, runs, None
 
     def launch(self) -> Launch:
-        """A launch of the run, the first or a later one."""
-        self._launch = Launch(self._hosts, self._runs, "steps=2500")
+        """A launch of the run, the first or a later one, which goes on until a test lets it end."""
+        hold(self._runs / "run")
+        self._launch = Launch(self._hosts, self._runs, "steps=10")
         return self._launch
 
     def whole(self) -> Launch:
         """The launch that runs, or a new one, with a rank on every host and a checkpoint; its events count from here on."""
         if self._launch is None or self._launch.process.poll() is not None:
             self.launch()
-        deadline = time.monotonic() + 90
+        deadline = time.monotonic() + 180
         while not self._launch.is_whole():
             assert self._launch.process.poll() is None and time.monotonic() < deadline, self._launch.output.read_text()
             time.sleep(0.05)
@@ -266,13 +269,13 @@ def test_a_killed_driver_leaves_no_rank_and_a_new_launch_resumes(hosts, shared):
     before = len(launch.attempts())
     hosts.signal(0, signal.SIGKILL, "tests.cluster.drive")
     launch.process.wait(60)
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 60  # at worst agents see after four heartbeats that nobody asks
     while any(hosts.pids(i, "fake_rank") for i in range(3)) and time.monotonic() < deadline:
         time.sleep(0.1)
     assert not any(hosts.pids(i, "fake_rank") for i in range(3))
     again = shared.launch()
     again.wait_for("first_step", attempt=before + 1)
-    again.hurry()
+    let_end(again.folder)
     assert again.wait() == EXIT_OK, again.output.read_text()
     assert [event["attempt"] for event in again.attempts()[: before + 1]] == list(range(1, before + 2))
 
@@ -295,10 +298,18 @@ TOY = [
 
 
 class Training(Launch):
-    """The trainer itself on a toy model, 12 sequences a step, so that dp may be 3 or 2; its run folder has a relative path."""
+    """The trainer itself on a toy model, 12 sequences a step, so that dp may be 3 or 2; its run folder has a relative path. It waits at
+    the step that a test names, until the test names a later one or lets it go on.
+    """
 
     def program(self, runs: Path) -> list[str]:
         return ["train", *TOY, "runs=.", "cluster=ray"]
+
+    def hold_at(self, step: int) -> None:
+        hold_at(self.hosts.folder / HOLD, step)
+
+    def go_on(self) -> None:
+        (self.hosts.folder / HOLD).unlink(missing_ok=True)
 
 
 @pytest.fixture(scope="module")
@@ -310,16 +321,19 @@ def unbroken(tmp_path_factory):
 
 
 def test_training_through_a_killed_rank_and_a_lost_node_ends_with_the_same_losses(hosts, tmp_path, unbroken):
+    hold_at(hosts.folder / HOLD, 8)
     launch = Training(hosts, tmp_path, "checkpoint.every=4")
     launch.wait_for("checkpoint")
     broke = time.time()
     workers = hosts.pids(1, "train.worker")  # no rank of the run that other tests share
     victim = next(pid for pid in workers if os.readlink(f"/proc/{pid}/fd/1").endswith("rank_1.log"))
     os.kill(victim, signal.SIGKILL)
+    launch.hold_at(20)
     measure(launch, "training: rank killed", broke)
     launch.wait_for("checkpoint", attempt=2)
     broke = time.time()
     hosts.power_off(2)
+    launch.go_on()
     try:
         launch.wait_for("attempt", dp=2)
         assert launch.wait() == EXIT_OK, launch.output.read_text()
@@ -339,12 +353,14 @@ def test_a_lost_node_costs_at_most_the_steps_since_the_last_copy_in_memory(hosts
     memory = [f"checkpoint.memory_folder={tmp_path / 'memory'}", "checkpoint.every_memory=3", "checkpoint.every=1000"]
     memory.append("cluster.standby=false")  # the test above restarts from ranks in reserve
     (tmp_path / "run").mkdir()
+    hold_at(hosts.folder / HOLD, 12)
     launch = Training(hosts, tmp_path / "run", *memory)
     launch.wait_for_step(11)
     broke = time.time()
     hosts.power_off(1)
     for folder in (tmp_path / "memory").glob("*-h1"):
         shutil.rmtree(folder)
+    launch.go_on()
     try:
         assert launch.wait() == EXIT_OK, launch.output.read_text()
     finally:
@@ -358,55 +374,62 @@ def test_a_lost_node_costs_at_most_the_steps_since_the_last_copy_in_memory(hosts
     assert not list((tmp_path / "memory").glob("*-h[02]"))
 
 
-@pytest.mark.parametrize(
-    ("overrides", "environment", "words"),
-    [
-        (["cluster.address=10.77.0.1:1"], {}, "must be HOST:PORT of a running Ray"),
-        ([], {"RAY_AUTH_TOKEN": "f" * 64}, "does not accept it"),
-        (["parallel.dp=4", "cluster.wait=60"], {}, "parallel.dp=3, which fits"),
-    ],
-)
-def test_bad_input_is_one_screen(hosts, tmp_path, overrides, environment, words):
-    started = time.monotonic()
-    launch = Launch(hosts, tmp_path, *overrides, **environment)
-    assert launch.wait() == EXIT_USER, launch.output.read_text()
-    text = launch.output.read_text()
-    assert words in text and len(text.splitlines()) < 20 and "Traceback" not in text
+BAD = {
+    "head": (["cluster.address=10.77.0.1:1"], {}, "must be HOST:PORT of a running Ray"),
+    "token": ([], {"RAY_AUTH_TOKEN": "f" * 64}, "does not accept it"),
+    "nodes": (["parallel.dp=4", "cluster.wait=60"], {}, "parallel.dp=3, which fits"),
+}
+
+
+def test_bad_input_is_one_screen(hosts, tmp_path):
+    """All at once, as one waits for a minute."""
+    started, launches = time.monotonic(), {}
+    for name, (overrides, environment, _) in BAD.items():
+        (tmp_path / name).mkdir()
+        launches[name] = Launch(hosts, tmp_path / name, *overrides, **environment)
+    codes = {name: launch.wait() for name, launch in launches.items()}
+    for name, launch in launches.items():
+        assert is_one_screen(launch, codes[name], BAD[name][-1])
     assert time.monotonic() - started < 185
 
 
-@pytest.mark.parametrize(
-    ("shell", "words"),
-    [
-        # another torch: what Python finds first is a package of another version
-        ('export PYTHONPATH={other}; exec "$@"', "refused: h2: torch is 2.0.0, the driver has"),
-        # a folder of the same name on the node's own disk
-        ('unshare --mount sh -c \'mount -t tmpfs none {runs}; exec "$@"\' sh "$@"', "refused: h2: cannot read"),
-    ],
-    ids=["torch", "storage"],
-)
-def test_a_node_that_differs_is_refused_on_one_screen(hosts, tmp_path, shell, words):
+def is_one_screen(launch: Launch, code: int, *words: str) -> bool:
+    text = launch.output.read_text()
+    assert code == EXIT_USER and len(text.splitlines()) < 20 and "Traceback" not in text, text
+    return all(word in text for word in words) or pytest.fail(text)
+
+
+DIFFERENT = {
+    # another torch: what Python finds first is a package of another version
+    1: ('export PYTHONPATH={other}; exec "$@"', "refused: h1: torch is 2.0.0, the driver has"),
+    # a folder of the same name on the node's own disk
+    2: ('unshare --mount sh -c \'mount -t tmpfs none {runs}; exec "$@"\' sh "$@"', "refused: h2: cannot read"),
+}
+
+
+def test_nodes_that_differ_are_refused_on_one_screen(hosts, tmp_path):
     (tmp_path / "other" / "torch-2.0.0.dist-info").mkdir(parents=True)
     (tmp_path / "other" / "torch-2.0.0.dist-info" / "METADATA").write_text("Name: torch\nVersion: 2.0.0\n")
     (tmp_path / "runs").mkdir()
-    hosts.signal(2, signal.SIGKILL)
-    shutil.rmtree(hosts.folder / "h2", ignore_errors=True)
-    shell = shell.format(other=tmp_path / "other", runs=tmp_path / "runs")
-    command = hosts.command(2, "sh", "-c", shell, "sh", *hosts.ray_words(2))
-    subprocess.run(command, env=hosts.environment, check=True, capture_output=True, timeout=120)
     try:
+        for index, (shell, _) in DIFFERENT.items():
+            hosts.signal(index, signal.SIGKILL)
+            shutil.rmtree(hosts.folder / f"h{index}", ignore_errors=True)
+            shell = shell.format(other=tmp_path / "other", runs=tmp_path / "runs")
+            command = hosts.command(index, "sh", "-c", shell, "sh", *hosts.ray_words(index))
+            subprocess.run(command, env=hosts.environment, check=True, capture_output=True, timeout=120)
         launch = Launch(hosts, tmp_path / "runs", "cluster.wait=60")
-        assert launch.wait() == EXIT_USER
+        code = launch.wait()
     finally:
-        hosts.signal(2, signal.SIGKILL)
-        hosts.power_on(2)
-    text = launch.output.read_text()
-    assert words in text and "parallel.dp=2, which fits" in text
-    assert len(text.splitlines()) < 20 and "Traceback" not in text
+        for index in DIFFERENT:
+            hosts.signal(index, signal.SIGKILL)
+            hosts.power_on(index)
+    assert is_one_screen(launch, code, *(words for _, words in DIFFERENT.values()), "parallel.dp=1, which fits")
 
 
 def test_a_dead_head_ends_the_run_with_a_checkpoint_and_the_next_launch_resumes(hosts, tmp_path):
-    launch = Launch(hosts, tmp_path, "steps=3000")
+    hold(tmp_path / "run")
+    launch = Launch(hosts, tmp_path, "steps=10")
     launch.wait_for("checkpoint")
     broke = time.time()
     assert hosts.signal(0, signal.SIGKILL, "gcs_server") == 1
@@ -421,7 +444,7 @@ def test_a_dead_head_ends_the_run_with_a_checkpoint_and_the_next_launch_resumes(
     text = launch.output.read_text()
     print(json.dumps({"fault": "head", "stopped": stopped - broke}))
     assert "stopped: Ray's head at 10.77.0.1:6379 has not answered" in text and "Traceback" not in text
-    again = Launch(hosts, tmp_path, "steps=3000")
+    again = Launch(hosts, tmp_path, "steps=10")
     again.wait_for("first_step", attempt=2)
     again.process.send_signal(signal.SIGTERM)
     assert again.wait() == EXIT_STOPPED, again.output.read_text()

@@ -2,7 +2,6 @@
 
 import json
 import re
-import signal
 import threading
 import time
 from collections import Counter
@@ -19,6 +18,7 @@ from conf.errors import EXIT_OK
 from conf.load import compose, write_config
 from conf.schema import ROOT
 from tests.cluster.local_fleet import ForkingAgent, LocalFleet
+from tests.hold import HOLD, hold_at
 from tests.layouts import run_layout
 from tests.small import arguments, trajectory
 from train.plan.layouts import write_layouts
@@ -38,6 +38,7 @@ class Training:
         self.memory, self.folder = memory, tmp_path / "runs" / "copied"
         (self.folder / "checkpoints").mkdir(parents=True, exist_ok=True)
         write_config(self.config, str(self.folder / "config.yaml"))
+        self._hold = self.folder / HOLD
         self.fleet = LocalFleet(nodes=nodes, devices=1, agent=ForkingAgent)
         view = View("copied", self.folder / "metrics.jsonl", self.config.steps)
         self.driver = Driver(
@@ -45,7 +46,10 @@ class Training:
         )
 
     def at_step(self, step: int, do) -> None:
-        """Call do() once this step is recorded and the copy before it is whole, from another thread."""
+        """Call do() once this step is recorded and the copy before it is whole, from another thread. The ranks wait meanwhile, until
+        `go_on` or the next `at_step`.
+        """
+        self.hold_at(step + 1)
 
         def wait() -> None:
             path = self.folder / "metrics.jsonl"
@@ -54,6 +58,13 @@ class Training:
             do()
 
         threading.Thread(target=wait, daemon=True).start()
+
+    def hold_at(self, step: int) -> None:
+        """The ranks wait when they have come to this step."""
+        hold_at(self._hold, step)
+
+    def go_on(self) -> None:
+        self._hold.unlink()
 
     def whole(self, step: int) -> bool:
         """Whether the copy after this step or a later one is in both places, of all ranks."""
@@ -83,7 +94,12 @@ def test_a_lost_node_costs_no_step_before_the_last_copy(tmp_path):
     """Three nodes; the second dies without a word; two go on from its neighbour's copy, part of it over the network."""
     run_layout(tmp_path, "unbroken", 1, *SIZES, "parallel.dp=1", "checkpoint.every=0")
     run = Training(tmp_path)
-    run.at_step(7, lambda: run.fleet.power_off("id1"))
+
+    def lose_a_node() -> None:
+        run.fleet.power_off("id1")
+        run.go_on()
+
+    run.at_step(7, lose_a_node)
     assert run.run() == EXIT_OK, run.finish.text
     assert [event["dp"] for event in run.events if event["kind"] == "attempt"] == [3, 2]
     (recovered,) = [event for event in run.events if event["kind"] == "recovered"]
@@ -112,19 +128,21 @@ def test_a_run_shrinks_to_a_smaller_ep_with_shares_that_differ_and_grows_again_f
     def lose_a_node() -> None:
         run.fleet._nodes = [node for node in run.fleet._nodes if node.id != "id1"]
         run.fleet.power_off("id1")
-        run.at_step(8, add_a_node)
+        run.at_step(8, lambda: run.fleet._nodes.append(Node("id4", "n4", "127.0.0.1", 1)))
 
-    def add_a_node() -> None:
-        """Steps take less time than the driver needs to find and check a node, so one rank waits until it has."""
-        (child,) = run.fleet.agents["id0"]._children.values()
-        child.process.send_signal(signal.SIGSTOP)
-        run.fleet._nodes.append(Node("id4", "n4", "127.0.0.1", 1))
-        for _ in range(600):
-            if any(event["kind"] == "node_joined" and event["node"] == "n4" for event in read_events(run.folder)):
-                break
-            time.sleep(0.1)
-        child.process.send_signal(signal.SIGCONT)
+    note, call = run.driver.view.note, run.fleet.call
 
+    def follow(kind: str, text: str) -> None:
+        note(kind, text)
+        if kind == "node_joined" and text.startswith("n4"):
+            run.hold_at(18)  # it grows at one of the copies before, and the ranks are told so before the last step
+
+    def stop_and_go_on(node: str, method: str, *arguments) -> None:
+        call(node, method, *arguments)
+        if method == "stop" and node == "id0":
+            run.go_on()
+
+    run.driver.view.note, run.fleet.call = follow, stop_and_go_on
     run.at_step(5, lose_a_node)
     assert run.run() == EXIT_OK, run.finish.text
     attempts = [(event["dp"], event["ep"]) for event in run.events if event["kind"] == "attempt"]
@@ -147,11 +165,14 @@ def test_damaged_copies_are_passed_over_for_the_disk(tmp_path):
     run = Training(tmp_path, "checkpoint.every=4")
 
     def break_off() -> None:
+        while not (run.folder / "checkpoints" / "step_00000004" / "manifest.json").exists():
+            time.sleep(0.02)
         run.fleet.power_off("id1")
         for path in run.memory.glob("*/attempt_*/rank_00001.safetensors"):
             body = bytearray(path.read_bytes())
             body[len(body) // 2] ^= 1
             path.write_bytes(body)
+        run.go_on()
 
     run.at_step(7, break_off)
     assert run.run() == EXIT_OK, run.finish.text

@@ -26,6 +26,7 @@ from cluster.run_files import NONE, Age
 from cluster.topology import Node
 from conf.errors import EXIT_CRASH, EXIT_OK, EXIT_STOPPED, EXIT_USER
 from conf.load import compose, write_config
+from tests.cluster.drive import hold, let_end, once, set_fault
 from tests.cluster.local_fleet import LocalFleet
 from train.checkpoint.commit import Committer, Fenced
 
@@ -58,10 +59,25 @@ class Run:
         self.driver = Driver(self.config, self.folder, [str(RANK), "CONFIG"], self.fleet, root, False, view)
 
     def fault(self, rank: int, what: str) -> None:
-        (self.folder / f"fault_{rank}").write_text(what)
+        set_fault(self.folder, rank, what)
+
+    def once(self, do, kind: str, **fields) -> None:
+        """Call do() once the run has told this, from another thread."""
+        once(self.folder, do, kind, **fields)
+
+    def hold(self) -> None:
+        """The run goes on until it is stopped, however fast its ranks are."""
+        hold(self.folder)
+
+    def hold_until(self, kind: str, **fields) -> None:
+        """The run does not end before it has told this."""
+        self.hold()
+        self.once(lambda: let_end(self.folder), kind, **fields)
 
     def at_step(self, step: int, do) -> None:
-        """Call do() once the newest checkpoint has this step, from another thread."""
+        """Call do() once there is a checkpoint of this step, from another thread. What it does must not find the run at its end:
+        let it hold.
+        """
 
         def wait() -> None:
             while not (self.folder / "checkpoints" / f"step_{step:08d}").exists():
@@ -104,6 +120,7 @@ def import_path(monkeypatch):
 
 def test_a_run_ends_well_and_leaves_a_record(tmp_path):
     run = Run(tmp_path)
+    run.hold_until("first_step")
     assert run.run() == EXIT_OK
     assert run.kinds()[0] == "launch" and run.kinds()[-1] == "finish"
     assert run.only("network")["pairs"] == 6 and run.only("attempt")["dp"] == 4
@@ -123,20 +140,22 @@ def test_a_run_ends_well_and_leaves_a_record(tmp_path):
     ],
 )
 def test_the_first_rank_to_fail_is_named_and_the_run_goes_on(tmp_path, what, cause, words):
-    run = Run(tmp_path, "cluster.hang_after=4")
+    run = Run(tmp_path, *(["cluster.hang_after=5"] if cause == "hang" else []))
     run.fault(2, what)
+    run.hold_until("recovered")
     assert run.run() == EXIT_OK, run.finish.text
     failure = run.only("failure")
     assert failure["cause"] == cause and words in failure["text"] and failure["ranks"] == [2]
-    assert run.only("recovered")["seconds"] < 12
+    assert run.only("recovered")["seconds"] < 25  # a dead rank is no hang, which would take 30
     attempts = sorted((run.folder / "attempts").iterdir())
     assert [path.name for path in attempts] == ["00001.yaml", "00002.yaml"]
 
 
 def test_a_cut_node_is_left_out_and_taken_back(tmp_path):
-    run = Run(tmp_path, "steps=50")
+    run = Run(tmp_path)
     run.at_step(5, lambda: run.cut("id1"))
-    run.at_step(15, lambda: run.heal("id1"))
+    run.once(lambda: run.heal("id1"), "first_step", attempt=2)
+    run.hold_until("attempt", attempt=3)
     assert run.run() == EXIT_OK, run.finish.text
     assert [event["dp"] for event in run.events if event["kind"] == "attempt"] == [4, 3, 4]
     assert "n1" in run.only("failure")["text"] and run.only("grow")
@@ -146,6 +165,7 @@ def test_a_cut_node_is_left_out_and_taken_back(tmp_path):
 def test_a_dead_agent_is_started_again(tmp_path):
     run = Run(tmp_path)
     run.at_step(5, lambda: run.fleet.kill_agent("id2"))
+    run.hold_until("attempt", attempt=2)
     assert run.run() == EXIT_OK, run.finish.text
     assert run.only("failure")["nodes"] == ["n2"]
     assert [event["dp"] for event in run.events if event["kind"] == "attempt"] == [4, 4]
@@ -176,8 +196,10 @@ def test_the_plan_that_a_driver_starts_lets_a_run_go_on_with_a_smaller_ep(tmp_pa
 
 def test_sigterm_saves_and_the_next_launch_goes_on_with_a_higher_attempt(tmp_path):
     run = Run(tmp_path)
+    run.hold()
     run.at_step(5, lambda: os.kill(os.getpid(), signal.SIGTERM))
     assert run.run() == EXIT_STOPPED
+    let_end(run.folder)
     again = Run(tmp_path)
     assert again.run() == EXIT_OK
     assert [event["attempt"] for event in again.events if event["kind"] == "attempt"] == [1, 2]
@@ -198,6 +220,7 @@ def test_ranks_in_reserve_that_cannot_start_break_no_attempt(tmp_path, monkeypat
 
     monkeypatch.setattr("cluster.node.agent.Agent.warm", fail)
     run = Run(tmp_path, nodes=2, dp=2)
+    run.hold_until("call_failed")
     assert run.run() == EXIT_OK, run.finish.text
     assert "failure" not in run.kinds() and run.kinds().count("attempt") == 1
     failed = [event for event in run.events if event["kind"] == "call_failed"]
@@ -205,7 +228,7 @@ def test_ranks_in_reserve_that_cannot_start_break_no_attempt(tmp_path, monkeypat
 
 
 def test_ranks_wait_in_reserve_on_every_node_also_on_one_that_joins_later(tmp_path):
-    run = Run(tmp_path, "steps=60", nodes=3, dp=2)
+    run = Run(tmp_path, nodes=3, dp=2)
     warmed, call = [], run.fleet.call
 
     def record(node: str, method: str, *arguments) -> None:
@@ -214,7 +237,8 @@ def test_ranks_wait_in_reserve_on_every_node_also_on_one_that_joins_later(tmp_pa
         call(node, method, *arguments)
 
     run.fleet.call = record
-    run.at_step(5, lambda: run.fleet._nodes.append(Node("id3", "n3", "127.0.0.1", 4)))
+    run.once(lambda: run.fleet._nodes.append(Node("id3", "n3", "127.0.0.1", 4)), "first_step")
+    run.hold_until("node_joined", node="n3")  # the same round of the driver warms it
     assert run.run() == EXIT_OK, run.finish.text
     assert warmed == [("id0", 1), ("id1", 1), ("id2", 1), ("id3", 4)]
 
@@ -249,11 +273,12 @@ def test_a_full_disk_at_the_order_to_start_costs_an_attempt_not_the_driver(tmp_p
     assert "No space left on device" in run.only("failure")["text"] and "the disk at" in run.only("failure")["text"]
 
 
-def test_a_node_whose_old_agent_lives_on_is_asked_again_until_that_one_has_ended(tmp_path):
+def test_a_node_whose_old_agent_lives_on_is_asked_again_until_that_one_has_ended(tmp_path, monkeypatch):
     """As after the death of a raylet: a new one starts, and the agent of the old one still holds the copies."""
+    monkeypatch.setattr("cluster.node.copy_store._take_lock.__defaults__", (0.5,))  # seconds of patience
     run = Run(tmp_path, "checkpoint.every_memory=2", f"checkpoint.memory_folder={tmp_path}", nodes=2, dp=2)
     old = Store(Path(run.driver.copies.folder_on(run.fleet._nodes[1])), "token", "127.0.0.1", lambda: 0)
-    threading.Timer(8.0, old.close, [False]).start()  # the new agent's patience is 5 s
+    run.once(lambda: old.close(False), "node_refused")
     assert run.run() == EXIT_OK, run.finish.text
     refusal = run.only("node_refused")["text"]
     assert "another agent of this run holds" in refusal and "set checkpoint.memory_folder" not in refusal
@@ -261,7 +286,7 @@ def test_a_node_whose_old_agent_lives_on_is_asked_again_until_that_one_has_ended
 
 
 def test_a_node_whose_clock_is_off_is_taken_once_it_is_right(tmp_path, monkeypatch):
-    monkeypatch.setattr("cluster.driver.driver.REFUSED", 0.5)
+    monkeypatch.setattr("cluster.driver.driver.Driver._refuse.__defaults__", (0.5,))  # seconds until the next check
     off = iter([3600.0, 3600.0])
 
     def gather_off(question):
@@ -337,8 +362,8 @@ def test_however_many_nodes_are_there_each_is_asked_within_its_heartbeat(tmp_pat
 
 
 def test_nodes_that_answer_the_pulse_are_asked_seldom_and_told_apart_from_one_that_does_not(tmp_path, monkeypatch):
-    """Agents without news answer after 20 s or more here, and a node counts as lost after 2."""
-    monkeypatch.setattr(driver_module, "ANSWERS", 0.1)
+    """Agents without news answer after 30 s here, and a node counts as lost after 2."""
+    monkeypatch.setattr(driver_module, "ANSWERS", 0.05)
     run = Run(tmp_path, "steps=100000", nodes=4, dp=3)
     run.fleet.pulse, call, patience = True, run.fleet.call, []
 
@@ -432,6 +457,25 @@ def test_every_attempt_has_a_secret_of_its_own_that_no_file_holds(tmp_path):
     assert not any(secret.encode() in written for secret in secrets)
 
 
+def test_a_driver_that_is_held_up_at_its_end_hears_what_ranks_printed_last(tmp_path):
+    run = Run(tmp_path, "steps=5", nodes=2, dp=2)
+    call, take, late, heard = run.fleet.call, run.driver._take_answer, [], set()
+    run.driver.clock = lambda: time.monotonic() + 100.0 * len(late)
+
+    def hold_up(node: str, method: str, *arguments) -> None:
+        if method == "last_words":
+            late.append(node)
+        call(node, method, *arguments)
+
+    def hear(node: str, answer) -> None:
+        take(node, answer)
+        heard.update([node] if late else [])
+
+    run.fleet.call, run.driver._take_answer = hold_up, hear
+    assert run.run() == EXIT_OK, run.finish.text
+    assert heard == {"id0", "id1"}
+
+
 def test_a_port_that_others_take_is_named(tmp_path, monkeypatch):
     with socket.create_server(("127.0.0.1", 0)) as taken:
         monkeypatch.setattr("cluster.node.agent.Agent.free_port", lambda agent: taken.getsockname()[1])
@@ -452,8 +496,9 @@ def test_nothing_is_left_in_the_temporary_folder(tmp_path, monkeypatch):
 
 
 def test_a_node_that_is_about_to_go_costs_a_checkpoint_and_no_failure(tmp_path):
-    run = Run(tmp_path, "steps=60")
+    run = Run(tmp_path)
     run.at_step(5, lambda: run.fleet.leaving.update(id2="preempted"))
+    run.hold_until("attempt", attempt=2)
     assert run.run() == EXIT_OK, run.finish.text
     assert [event["dp"] for event in run.events if event["kind"] == "attempt"] == [4, 3]
     assert run.only("drain")["node"] == "n2" and "preempted" in run.only("drain")["text"]
@@ -463,8 +508,9 @@ def test_a_node_that_is_about_to_go_costs_a_checkpoint_and_no_failure(tmp_path):
 
 
 def test_spares_take_the_place_of_a_node_that_is_told_to_end(tmp_path):
-    run = Run(tmp_path, "steps=60", nodes=5)
+    run = Run(tmp_path, nodes=5)
     run.at_step(5, lambda: setattr(run.fleet.agents["id0"], "_leaving", True))
+    run.hold_until("attempt", attempt=2)
     assert run.run() == EXIT_OK, run.finish.text
     attempts = [event for event in run.events if event["kind"] == "attempt"]
     assert [event["dp"] for event in attempts] == [4, 4]
@@ -472,10 +518,12 @@ def test_spares_take_the_place_of_a_node_that_is_told_to_end(tmp_path):
 
 
 def test_without_the_head_the_run_saves_and_stops_and_the_next_launch_resumes(tmp_path):
-    run = Run(tmp_path, "steps=200")
+    run = Run(tmp_path)
+    run.hold()
     run.at_step(5, lambda: setattr(run.fleet, "headless", True))
     assert run.run() == EXIT_STOPPED and "the head has not answered" in run.finish.text
     assert "failure" not in run.kinds()
-    again = Run(tmp_path, "steps=60")
+    let_end(run.folder)
+    again = Run(tmp_path)
     assert again.run() == EXIT_OK, again.finish.text
     assert "resumes at 0" not in (again.folder / "logs" / "rank_0.log").read_text().split("attempt 2")[1]

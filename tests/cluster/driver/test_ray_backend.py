@@ -18,33 +18,35 @@ import pytest
 from cluster.driver.journal import read_events
 from cluster.driver.ray_backend import MOST_OUT, RayFleet
 from conf.errors import EXIT_OK, EXIT_USER
+from tests.cluster.drive import find_event, hold, let_end, once, set_fault
 
 ROOT = Path(__file__).parents[3]
 
 
 def test_a_run_on_its_own_ray_survives_a_killed_rank_and_listens_on_loopback_alone(tmp_path):
     folder = tmp_path / "run"
-    folder.mkdir()
     words = [
         sys.executable,
         "-m",
         "tests.cluster.drive",
         str(tmp_path),
         "parallel.dp=2",
-        "steps=40",
+        "steps=10",
         "checkpoint.every=5",
     ]
+    hold(folder)
     with (tmp_path / "out").open("w") as out:
-        driver = subprocess.Popen(words, cwd=ROOT, env=os.environ | {"FAKE_STEP": "0.1"}, stdout=out, stderr=out)
+        driver = subprocess.Popen(words, cwd=ROOT, stdout=out, stderr=out)
     try:
-        while "checkpoint" not in [event["kind"] for event in read_events(folder)]:
+        while find_event(folder, "checkpoint") is None:
             assert driver.poll() is None, (tmp_path / "out").read_text()
             time.sleep(0.1)
         assert listening_addresses(driver.pid) <= {"127.0.0.1", "::1", "::ffff:127.0.0.1"}
         private = folder_of_ray(driver.pid)
         assert private.stat().st_mode & 0o777 == 0o700, "Ray opens its sockets and files in there to everybody"
-        (folder / "fault_1").write_text("kill")
-        assert driver.wait(60) == EXIT_OK, (tmp_path / "out").read_text()
+        set_fault(folder, 1, "kill")
+        once(folder, lambda: let_end(folder), "recovered")
+        assert driver.wait(120) == EXIT_OK, (tmp_path / "out").read_text()
     finally:
         driver.kill()
     assert not private.exists()
@@ -57,7 +59,10 @@ def test_a_run_on_its_own_ray_survives_a_killed_rank_and_listens_on_loopback_alo
 
 def folder_of_ray(pid: int) -> Path:
     """The folder around all that Ray's processes were told to use."""
-    lines = [" ".join(process.cmdline()) for process in psutil.Process(pid).children(recursive=True)]
+    lines = []
+    for process in psutil.Process(pid).children(recursive=True):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            lines.append(" ".join(process.cmdline()))
     (raylet,) = [line for line in lines if "/raylet/raylet " in line]
     found = {Path(name).parent for name in re.findall(r"=(/\S+/ray)/session_", raylet)}
     assert len(found) == 1, raylet
@@ -87,10 +92,12 @@ def test_no_ray_and_no_token_are_refused_soon(tmp_path, overrides, environment, 
     started = time.monotonic()
     clean = {name: value for name, value in os.environ.items() if not name.startswith("RAY_AUTH")}
     words_of = [sys.executable, "-m", "tests.cluster.drive", str(tmp_path), *overrides]
-    result = subprocess.run(words_of, cwd=ROOT, env=clean | environment, capture_output=True, text=True, timeout=60)
+    result = subprocess.run(words_of, cwd=ROOT, env=clean | environment, capture_output=True, text=True, timeout=180)
     assert result.returncode == EXIT_USER, result.stderr
     assert words in result.stderr and "Traceback" not in result.stderr
-    assert time.monotonic() - started < 30
+    assert (
+        time.monotonic() - started < 60
+    )  # to import Ray may take 20 s beside other tests; Ray itself would look for a head for minutes
 
 
 class Actor:
