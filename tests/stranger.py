@@ -35,7 +35,7 @@ def rank(folder: Path) -> None:
     from train.rank import start_process_group
 
     place = given_place()
-    start_process_group(compose("cluster.timeout=20"), place, torch.device("cpu"))
+    start_process_group(compose("cluster.timeout=60"), place, torch.device("cpu"))
     for step in range(1, 2000):
         if from_rank_0((folder / "end").exists):
             break

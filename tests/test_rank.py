@@ -68,9 +68,10 @@ def test_an_error_goes_to_the_driver_or_where_there_is_none_to_the_terminal(tmp_
 
 
 def wait_for_data(rank: int, store: str) -> None:
-    """It takes longer than the collectives of this group may."""
-    group = {"init_method": f"file://{store}", "rank": rank, "world_size": 2, "timeout": timedelta(seconds=1)}
+    """It takes longer than the collectives of this group may, once both ranks have met."""
+    group = {"init_method": f"file://{store}", "rank": rank, "world_size": 2, "timeout": timedelta(seconds=60)}
     dist.init_process_group("gloo", **group)
+    dist.distributed_c10d._set_pg_timeout(timedelta(seconds=1), dist.group.WORLD)
 
     def make(_: Progress) -> str:
         if rank == 0:

@@ -15,6 +15,7 @@ import jsonschema
 import pytest
 import yaml
 
+from conf.files import atomic_write_text
 from conf.load import compose
 from conf.schema import ROOT
 
@@ -33,7 +34,7 @@ STAND_INS = {
 def slurm(tmp_path):
     """Starts sluice.sbatch where Slurm's commands are stand-ins that write down how they were called."""
     process = start(tmp_path, STAND_INS)
-    deadline = time.monotonic() + 20
+    deadline = time.monotonic() + 60
     while not (tmp_path / "ready").exists():
         assert time.monotonic() < deadline and process.poll() is None
         time.sleep(0.02)
@@ -75,7 +76,7 @@ def test_another_node_queues_the_job_again_if_the_first_is_dead(tmp_path, alive)
         }
         if not alive:
             daemon.close()
-        assert start(tmp_path, stand_ins).wait(20) == 4
+        assert start(tmp_path, stand_ins).wait(60) == 4
     assert ("requeue 77" in (tmp_path / "scontrol").read_text()) != alive
 
 
@@ -85,14 +86,14 @@ def test_slurm_starts_ray_and_the_driver_with_a_secret_token(slurm, tmp_path):
     assert "-m train cluster=ray cluster.address=127.0.0.1:6379 conf=tiny name=a b" in (tmp_path / "python").read_text()
     token = re.search(r"^RAY_AUTH_TOKEN=([0-9a-f]{64})$", (tmp_path / "environment").read_text(), re.M)[1]
     assert "RAY_AUTH_MODE=token" in (tmp_path / "environment").read_text() and token not in call
-    (tmp_path / "end").write_text("3")
-    assert slurm.wait(20) == 3, "the code of the run is that of the job"
+    atomic_write_text(tmp_path / "end", "3")
+    assert slurm.wait(60) == 3, "the code of the run is that of the job"
     assert "requeue" not in (tmp_path / "scontrol").read_text()
 
 
 def test_slurms_signal_before_the_time_limit_saves_and_queues_the_job_again(slurm, tmp_path):
     slurm.send_signal(signal.SIGTERM)
-    assert slurm.wait(20) == 75
+    assert slurm.wait(60) == 75
     assert (tmp_path / "saved").exists() and "requeue 77" in (tmp_path / "scontrol").read_text()
     assert not list(tmp_path.glob("tmp.*")), "no process id is left behind"
 

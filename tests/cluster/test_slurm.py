@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from cluster.drill.hosts import missing as no_hosts
+from conf.files import atomic_write_text
 from conf.schema import ROOT
 from tests.cluster.slurm import Slurm
 from tests.cluster.slurm import missing as no_slurm
@@ -69,7 +70,7 @@ class Job:
 
     def end(self, code: int) -> None:
         """Let the driver end by itself."""
-        (self._calls / "end").write_text(str(code))
+        atomic_write_text(self._calls / "end", str(code))
 
     def await_end(self, **wanted: str) -> dict[str, str]:
         return self._slurm.await_job(self.number, **wanted)
@@ -110,7 +111,7 @@ def test_a_cancel_without_notice_ends_the_job(slurm, job):
     assert job.facts["Restarts"] == "0" and job.facts["JobState"] == "CANCELLED"
 
 
-@pytest.mark.parametrize("job", [("--time=2", "--signal=B:TERM@115")], indirect=True)
+@pytest.mark.parametrize("job", [("--time=2", "--signal=B:TERM@105")], indirect=True)  # 15 s after its start
 def test_before_the_time_limit_the_run_saves_and_the_job_is_queued_again(job):
     assert job.await_start(2).startswith("driver from step 1")
 
@@ -126,7 +127,7 @@ def test_the_first_node_dies_and_another_one_queues_the_job_again(slurm, job):
     first = job.facts["BatchHost"]
     slurm.power_off(int(first.removeprefix("h")))
     try:
-        slurm.await_state(lambda: job.facts["Restarts"] == "1", 60, slurm.log)
+        slurm.await_state(lambda: job.facts["Restarts"] == "1", said=slurm.log)
     finally:
         slurm.power_on(int(first.removeprefix("h")))
     assert "driver from step 0" in job.await_start(2)
@@ -136,9 +137,7 @@ def test_another_node_dies_and_the_job_goes_on(slurm, job):
     last = next(f"h{i}" for i in (3, 2, 1) if f"h{i}" != job.facts["BatchHost"])
     slurm.power_off(int(last.removeprefix("h")))
     try:
-        slurm.await_state(
-            lambda: last not in slurm.run("sinfo", "-h", "-N", "-r", "-t", "alloc,idle,mix", "-o", "%N"), 60
-        )
+        slurm.await_state(lambda: last not in slurm.run("sinfo", "-h", "-N", "-r", "-t", "alloc,idle,mix", "-o", "%N"))
         assert job.facts["JobState"] == "RUNNING" and job.facts["Restarts"] == "0"
         job.end(0)
         job.await_end(JobState="COMPLETED")

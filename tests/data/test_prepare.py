@@ -401,7 +401,10 @@ def test_prefetch_works_ahead_counts_waiting_and_stops():
 
     batches = Prefetch(slow, ((first, 1) for first in range(10**9)))
     assert [next(batches) for _ in range(3)] == [0, 1, 2] and batches.waited > 0.1
-    time.sleep(0.5)
+    deadline = time.monotonic() + 60
+    while len(made) < 5 and time.monotonic() < deadline:
+        time.sleep(0.05)
+    time.sleep(0.3)
     waited = batches.waited
     assert 5 <= len(made) <= 6 and next(batches) == 3 and batches.waited - waited < 0.04
     batches.close()

@@ -44,7 +44,7 @@ def test_measured_on_this_machine_in_a_moment(dtype):
     torch.set_num_threads(1)
     started = time.perf_counter()
     found = peak_flops(torch.device("cpu"), dtype, PLAIN)
-    assert time.perf_counter() - started < 2  # 0.3 s on a free machine
+    assert time.perf_counter() - started < 20  # 0.3 s on a free machine, which may be held up for seconds
     assert 1e8 < found.flops < 1e14 and "measured" in found.label
 
 

@@ -47,8 +47,10 @@ def test_a_check_that_raises_crashes_hangs_or_breaks_the_context_takes_no_other_
 
 def test_a_part_ends_with_its_time(tmp_path):
     began = time.monotonic()
-    lines, _ = lines_of("late", tmp_path, seconds=3.0)
-    assert time.monotonic() - began < 20
+    lines, _ = lines_of(
+        "late", tmp_path, seconds=6.0
+    )  # to start a process takes seconds of them where the machine is busy
+    assert time.monotonic() - began < 50  # the check that hangs does so for 60
     assert lines["first"].verdict == PASS
     assert lines["hangs"].verdict == NOT_TRIED and "time was over, and it was not done" in lines["hangs"].reason
     assert lines["last"].verdict == NOT_TRIED and lines["last"].reason == "its part's time was over"

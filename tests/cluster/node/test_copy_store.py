@@ -27,7 +27,7 @@ def store(tmp_path):
 
 
 def peer(store: Store, token: str = "secret") -> Peer:
-    return Peer(f"127.0.0.1:{store.port}", token, 5.0)
+    return Peer(f"127.0.0.1:{store.port}", token, 60.0)
 
 
 def test_what_is_put_can_be_read_in_parts(store, tmp_path):
@@ -72,7 +72,7 @@ def test_strangers_and_strange_paths_are_refused(store, tmp_path, token, name, f
     ],
 )
 def test_a_body_without_a_length_is_refused(store, headers, status, capfd):
-    with socket.create_connection(("127.0.0.1", store.port), timeout=5) as connection:
+    with socket.create_connection(("127.0.0.1", store.port), timeout=60) as connection:
         lines = [f"PUT /{FIRST}/{DATA} HTTP/1.1", "Authorization: Bearer secret", *filter(None, [headers])]
         connection.sendall("\r\n".join([*lines, "", "body"]).encode())
         assert connection.recv(100).startswith(f"HTTP/1.1 {status} ".encode())

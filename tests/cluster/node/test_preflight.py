@@ -122,7 +122,7 @@ def test_a_whole_network_test_between_agents(count, tmp_path):
             fleet.call(node.id, "facts", question)
         ports = {reply.node: reply.value.test_port for reply in fleet.replies(1.0)}
         test, verdict = NetworkTest(fleet.nodes(), ports, fleet, time.monotonic()), None
-        deadline = time.monotonic() + 30
+        deadline = time.monotonic() + 60
         while verdict is None and time.monotonic() < deadline:
             for reply in fleet.replies(0.05):
                 test.take(reply)
