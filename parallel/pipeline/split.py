@@ -47,8 +47,11 @@ def check_schedule(name: str, pp: int, micro_batches: int, layers: int, virtual:
     each = rank_stages(name, virtual)
     stages = pp * each
     if layers < stages - 2:
-        able = [f"parallel.pp <= {(layers + 2) // each}"] * (layers + 2 >= each)
-        able += [f"parallel.virtual_stages <= {(layers + 2) // pp}"] * (layers + 2 >= 2 * pp)
+        able = [f"parallel.virtual_stages <= {(layers + 2) // pp}"] * (layers + 2 >= 2 * pp)
+        if layers + 2 >= pp and each > 1 and not broken_schedule("1f1b", pp, micro_batches):
+            able += ["parallel.schedule=1f1b" + " without parallel.virtual_stages" * (virtual != 2)]
+        fewer = (layers + 2) // each
+        able += [f"parallel.pp <= {fewer}"] * (fewer > 1 or (fewer == 1 and not able))  # 1 would be no pipeline
         raise UserError(
             "parallel.pp",
             f"{pp} with {_given(name, virtual)}",

@@ -124,7 +124,13 @@ def test_static_and_frugal():
 @pytest.mark.parametrize(
     ("name", "pp", "micro_batches", "layers", "message"),
     [
-        ("zbv", 4, 8, 5, r"parallel.pp = 4 with parallel.schedule=zbv(.|\n)*8 stages(.|\n)*use parallel.pp <= 3"),
+        (
+            "zbv",
+            4,
+            8,
+            5,
+            r"parallel.pp = 4 with parallel.schedule=zbv(.|\n)*8 stages(.|\n)*use parallel.schedule=1f1b or parallel.pp <= 3",
+        ),
         ("1f1b", 4, 3, 8, r"batch_size = 3 micro-batches(.|\n)*at least 4"),
         ("dualpipev", 4, 7, 8, r"batch_size = 7 micro-batches(.|\n)*at least 8"),
         ("interleaved", 2, 5, 8, r"batch_size = 5 micro-batches(.|\n)*2 rounds"),
@@ -133,8 +139,13 @@ def test_static_and_frugal():
             4,
             8,
             11,
-            r"virtual_stages=4(.|\n)*16 stages(.|\n)*pp <= 3 or parallel.virtual_stages <= 3 or model.layers >= 14",
+            r"virtual_stages=4(.|\n)*16 stages(.|\n)*use parallel.virtual_stages <= 3 or parallel.schedule=1f1b without "
+            r"parallel.virtual_stages or parallel.pp <= 3 or model.layers >= 14",
         ),
+        ("interleaved 3", 2, 4, 3, r"use parallel.virtual_stages <= 2 or parallel.schedule=1f1b \w"),
+        ("interleaved", 4, 8, 2, r"use parallel.schedule=1f1b or parallel.pp <= 2 or model.layers >= 6"),
+        ("interleaved", 3, 3, 1, r"use parallel.schedule=1f1b or model.layers >= 4"),
+        ("interleaved", 3, 1, 1, r"use parallel.pp <= 1 or model.layers >= 4"),
     ],
 )
 def test_check_names_the_cure(name, pp, micro_batches, layers, message):
