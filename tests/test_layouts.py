@@ -157,6 +157,16 @@ OFFLOAD = {
             "model.offload=[layer:3]",
         ],
     ),
+    "dp2_zero3_dualpipev": (
+        2,
+        [
+            "parallel.dp=2",
+            "parallel.zero=3",
+            "parallel.schedule=dualpipev",
+            "parallel.overlap=false",
+            "model.offload=[layer]",
+        ],
+    ),
     "pp2_cp2_dualpipev": (
         4,
         ["parallel.pp=2", "parallel.cp=2", "parallel.schedule=dualpipev", "model.offload=[ffn]"],
