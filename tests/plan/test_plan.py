@@ -22,7 +22,7 @@ from train.plan.search import bounds, candidates
 from train.plan.search import search as searching
 from train.plan.search.candidates import Frame, frames
 from train.plan.search.changes import broken_rule, changed, fitted_ramp, overrides, write_parallel
-from train.plan.search.cures import find_cures
+from train.plan.search.cures import WORTH, find_cures, find_stages
 from train.plan.search.search import search
 from train.plan.time.rates import load_rates
 from train.plan.time.step import plan_time
@@ -181,6 +181,21 @@ def test_bounds_are_below_what_they_bound(few_choices):
         peak = max(rank.peak_bytes for rank in plan_memory(one.config))
         assert max(one.least_bytes, bounds.traced_bound(one, scene_of(one.config))) <= peak, one
         assert one.seconds <= plan_time(one.config).step_seconds * (1 + 1e-9), one
+
+
+def test_stages_of_a_rank_are_named_where_they_make_a_step_faster():
+    plan = make_plan(compose(*SMALL, "parallel.pp=4", "parallel.schedule=1f1b", "model.layers=16", "mode=plan"))
+    found = find_stages(plan)
+    every = {each: changed(plan.config, schedule="interleaved", virtual_stages=each) for each in (2, 3, 4)}
+    times = {each: plan_time(config).step_seconds for each, config in every.items()}
+    best = min(times, key=times.get)
+    assert found.overrides == overrides(every[best], plan.config)
+    assert found.step_seconds == times[best] < plan.step.step_seconds * (1 - WORTH)
+    assert found.room_bytes == make_plan(every[best]).room_bytes
+    assert find_stages(make_plan(every[best])) is None
+    tight = replace(plan, config=replace(plan.config, hardware=replace(plan.config.hardware, memory_bytes=1e9)))
+    assert find_stages(tight) is None
+    assert find_stages(make_plan(changed(plan.config, schedule="zbv"))) is None
 
 
 def test_virtual_stages_are_tried_where_the_layers_allow_and_leave_with_interleaved():

@@ -12,7 +12,7 @@ from train.plan.report.page import PAGE, write_page
 from train.plan.report.record import FILE, plan_record
 from train.plan.report.screen import calibration_screen, plan_screen, search_screen
 from train.plan.search.changes import write_parallel
-from train.plan.search.cures import find_cures, find_split
+from train.plan.search.cures import find_cures, find_split, find_stages
 from train.plan.search.search import Search, search
 
 
@@ -33,11 +33,12 @@ def run_plan(config: Config) -> int:
     plan = make_plan(config)
     cures = [] if plan.fits else find_cures(plan)
     split = find_split(plan)
-    record = plan_record(plan, cures, split)
+    stages = find_stages(plan) if plan.fits and found is None else None  # a search has tried them
+    record = plan_record(plan, cures, split, stages)
     if found is not None:
         record["search"] = asdict(found.record())
     folder.mkdir(parents=True, exist_ok=True)
     atomic_write_text(folder / FILE, json.dumps(record, indent=1))
     write_page(folder / PAGE, plan, split, record)
-    plan_screen(plan, cures, split, folder)
+    plan_screen(plan, cures, split, stages, folder)
     return EXIT_OK

@@ -83,13 +83,15 @@ def _cards(plan: RunPlan) -> list[Card]:
 
 
 def _cures(record: dict[str, Any]) -> list[str]:
-    if not record["cures"]:
-        return []
-    rows = [
-        (" ".join(cure["overrides"]), gib(cure["room_bytes"]), seconds(cure["step_seconds"]), str(cure["devices"]))
-        for cure in record["cures"]
-    ]
-    return ["<h2>What would make it fit</h2>", table(("change", "room left", "step", "devices"), rows)]
+    faster = [record["faster_stages"]] if record["faster_stages"] is not None else []
+    parts = []
+    for title, cures in (("What would make it fit", record["cures"]), ("What would be faster", faster)):
+        rows = [
+            (" ".join(cure["overrides"]), gib(cure["room_bytes"]), seconds(cure["step_seconds"]), str(cure["devices"]))
+            for cure in cures
+        ]
+        parts += [f"<h2>{title}</h2>", table(("change", "room left", "step", "devices"), rows)] if rows else []
+    return parts
 
 
 def _stages(record: dict[str, Any]) -> str:

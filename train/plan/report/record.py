@@ -22,7 +22,9 @@ from train.plan.time.traffic import latent_bytes
 FILE = "plan.json"
 
 
-def plan_record(plan: RunPlan, cures: list[Cure], split: FasterSplit | None) -> dict[str, Any]:
+def plan_record(
+    plan: RunPlan, cures: list[Cure], split: FasterSplit | None, faster_stages: Cure | None = None
+) -> dict[str, Any]:
     """The content of plan.json but for a search."""
     config, step, budget = plan.config, plan.step, plan.budget
     layout, parallel = layout_of(config), config.parallel
@@ -68,6 +70,7 @@ def plan_record(plan: RunPlan, cures: list[Cure], split: FasterSplit | None) -> 
         "stages": [_stage(stages, stage) for stage in range(len(stages.layers))],
         "split_imbalance": plan.step.simulation.imbalance,
         "faster_split": None if split is None else vars(split),
+        "faster_stages": None if faster_stages is None else vars(faster_stages),
         "step_seconds": step.step_seconds,
         "pipeline_seconds": step.pipeline_seconds,
         "bubble_seconds": step.bubble_seconds,

@@ -14,7 +14,12 @@ from train.plan.search.search import FoundLayout, Search
 
 
 def plan_screen(
-    plan: RunPlan, cures: list[Cure], split: FasterSplit | None, folder: Path, console: Console | None = None
+    plan: RunPlan,
+    cures: list[Cure],
+    split: FasterSplit | None,
+    faster_stages: Cure | None,
+    folder: Path,
+    console: Console | None = None,
 ) -> None:
     """The plan on one screen."""
     config, step = plan.config, plan.step
@@ -35,6 +40,7 @@ def plan_screen(
         ("Layout", layout_words(plan)),
         *([("Host", _host(plan))] if plan.host_bytes else []),
         *([("Split", stages)] if (stages := split_words(plan, split)) is not None else []),
+        *([("Stages", cure_words(faster_stages, plan))] if faster_stages is not None else []),
         (
             "Step",
             f"{seconds(step.step_seconds)}: pipeline {seconds(step.pipeline_seconds)} with {share(step.bubble_share)} bubble, "

@@ -1,13 +1,14 @@
-"""What would make a plan fit: changes that were really evaluated, the cheapest first."""
+"""What would make a plan fit, or faster: changes that were really evaluated, the cheapest first."""
 
 from dataclasses import dataclass
 from itertools import combinations
 
-from conf.schema import Config
+from conf.schema import Config, PipelineSchedule
 from train.plan.budget import RunPlan
 from train.plan.job import layout_of
 from train.plan.memory.rank import host_lacking, plan_memory, rank_memory, scene_of
 from train.plan.reserve import tensor_memory
+from train.plan.search.candidates import VIRTUAL_STAGES
 from train.plan.search.changes import broken_rule, changed, lighter, overrides
 from train.plan.time.rates import load_rates
 from train.plan.time.stages import Stages
@@ -18,12 +19,12 @@ PAIRED = 5
 """Single changes that save most, which are tried in pairs where none is enough."""
 
 WORTH = 0.01
-"""Share of a step that another split must save to be named."""
+"""Share of a step that another split, or more stages, must save to be named."""
 
 
 @dataclass(frozen=True)
 class Cure:
-    """A change that makes the recipe fit."""
+    """A change with which the recipe fits."""
 
     overrides: list[str]
     room_bytes: int
@@ -71,6 +72,20 @@ def find_split(plan: RunPlan) -> FasterSplit | None:
     if seconds > plan.step.step_seconds * (1 - WORTH):
         return None
     return FasterSplit(lengths, seconds, tensor_memory(config) - max(rank.peak_bytes for rank in plan_memory(config)))
+
+
+def find_stages(plan: RunPlan) -> Cure | None:
+    """The number of interleaved stages of a rank that shortens the step of a plan with 1f1b or interleaved most, by at least WORTH,
+    and still fits."""
+    schedule = PipelineSchedule(plan.config.parallel.schedule)
+    if plan.config.parallel.pp == 1 or schedule not in (PipelineSchedule["1f1b"], PipelineSchedule.interleaved):
+        return None
+    tried = [changed(plan.config, schedule="interleaved", virtual_stages=each) for each in VIRTUAL_STAGES]
+    found = [
+        cure for one in tried if broken_rule(one) is None for cure in _cure(one, plan, _peak_of_fullest(one, plan))
+    ]
+    best = min(found, key=lambda cure: cure.step_seconds, default=None)
+    return best if best is not None and best.step_seconds <= plan.step.step_seconds * (1 - WORTH) else None
 
 
 def _peak_of_fullest(config: Config, plan: RunPlan) -> int:
