@@ -5,7 +5,7 @@ only all of twenty do. So a covering array of strength three, made by covertable
 combinations would take millions for. Rows drawn at random fill it up: they meet some fours as well.
 
 What may stand together is asked of conf/check.py and train/layout.py themselves. The rows lie in prove_rows.csv, as
-covertable takes a minute for them; `python -m bench.prove --make-rows` writes them again after a change of SWITCHES.
+covertable takes four minutes for them; `python -m bench.prove --make-rows` writes them again after a change of SWITCHES.
 """
 
 import contextlib
@@ -52,6 +52,7 @@ SWITCHES: dict[str, list[Any]] = {
     "parallel.ep": [1, 2],
     "parallel.zero": [1, 2, 3],
     "parallel.schedule": ["1f1b", "interleaved", "zbv", "dualpipev"],
+    "parallel.virtual_stages": [2, 3],
     "parallel.overlap": [True, False],
     "parallel.dispatch": ["flat", "node_limited"],
     "parallel.wire": ["bf16", "fp8"],
@@ -60,6 +61,7 @@ SWITCHES: dict[str, list[Any]] = {
     "precision.moments": ["fp32", "bf16"],
     "model.mtp_depth": [0, 1, 2],
     "recompute": ["nothing", "parts", "layers"],
+    "offload": ["nothing", "layer", "attention", "ffn"],
     "model.q_rank": [None, 8],
     "model.shared_experts": [0, 1, 2],
     "model.groups": [1, 4],
@@ -72,20 +74,25 @@ SWITCHES: dict[str, list[Any]] = {
     "micro_batch_size": [1, 2],
     "ramp": [False, True],
 }
-"""Settings by name and their values; `precision` is a group, `recompute` as in RECOMPUTED, `ramp` whether the batch grows."""
+"""Settings by name and their values, of which the first go together; `precision` is a group, `recompute` as in RECOMPUTED, `offload`
+what of model.offload, `ramp` whether the batch grows."""
 RECOMPUTED = {"nothing": [], "parts": [*map(str, SELECTIVE)], "layers": [str(Recompute.layer)]}
-SPREAD = (
-    "parallel.pp",
-    "parallel.dp",
-    "parallel.cp",
-    "parallel.ep",
-    "parallel.zero",
-    "parallel.schedule",
-    "parallel.overlap",
-    "parallel.dispatch",
-    "model.groups",
+JOINED = (
+    (
+        "parallel.pp",
+        "parallel.dp",
+        "parallel.cp",
+        "parallel.ep",
+        "parallel.zero",
+        "parallel.schedule",
+        "parallel.virtual_stages",
+        "parallel.overlap",
+        "parallel.dispatch",
+        "model.groups",
+    ),
+    ("recompute", "offload"),
 )
-"""The switches that rules of the configuration join."""
+"""The switches that rules of the configuration join; no rule joins two of different groups."""
 
 Row = dict[str, Any]
 
@@ -119,7 +126,8 @@ def _fill(rows: list[Row]) -> list[Row]:
     rows, drawn = [*rows], random.Random(SEED)
     while len(rows) < ROWS:
         row = {key: drawn.choice(values) for key, values in SWITCHES.items()}
-        if world_of(row) <= 2 and tuple(row[key] for key in SPREAD) in allowed_spreads() and row not in rows:
+        fits = all(tuple(row[key] for key in joined) in allowed(joined) for joined in JOINED)
+        if world_of(row) <= 2 and fits and row not in rows:
             rows.append(row)
     return rows
 
@@ -130,27 +138,28 @@ def world_of(row: Row) -> int:
 
 
 def _constraints() -> list[dict[str, Any]]:
-    """For covertable: every two, every three and all of SPREAD, as the values that allowed rows have there.
+    """For covertable: every two, every three and all of each of JOINED, as the values that allowed rows have there.
 
     The small ones follow from the large one, and let a row that cannot be finished be seen at its second or third value.
     """
-    subsets = [subset for size in (2, 3, len(SPREAD)) for subset in itertools.combinations(range(len(SPREAD)), size)]
-    return [_constraint(subset) for subset in subsets]
+    sizes = ((joined, size) for joined in JOINED for size in sorted({2, 3, len(joined)}))
+    subsets = [(joined, subset) for joined, size in sizes for subset in itertools.combinations(joined, size)]
+    return [_constraint(joined, subset) for joined, subset in subsets]
 
 
-def _constraint(subset: tuple[int, ...]) -> dict[str, Any]:
-    names = [SPREAD[place].replace(".", "/") for place in subset]
-    seen = {tuple(values[place] for place in subset) for values in allowed_spreads()}
+def _constraint(joined: tuple[str, ...], subset: tuple[str, ...]) -> dict[str, Any]:
+    names, places = [name.replace(".", "/") for name in subset], [joined.index(name) for name in subset]
+    seen = {tuple(values[place] for place in places) for values in allowed(joined)}
     return {"operator": "fn", "requires": names, "evaluate": lambda row: tuple(row[name] for name in names) in seen}
 
 
 @cache
-def allowed_spreads() -> set[tuple]:
-    """Values of SPREAD that the rules allow."""
-    others = {key: values[-1] for key, values in SWITCHES.items()}
+def allowed(joined: tuple[str, ...]) -> set[tuple]:
+    """Values of one of JOINED that the rules allow."""
+    others = {key: values[0] for key, values in SWITCHES.items()}
     found = set()
-    for values in itertools.product(*(SWITCHES[key] for key in SPREAD)):
-        row = others | dict(zip(SPREAD, values, strict=True))
+    for values in itertools.product(*(SWITCHES[key] for key in joined)):
+        row = others | dict(zip(joined, values, strict=True))
         if world_of(row) <= LARGEST_WORLD:
             with contextlib.suppress(UserError):
                 to_config(row)
@@ -166,6 +175,7 @@ def to_config(row: Row) -> Config:
         if section or key == "micro_batch_size":
             setattr(reduce(getattr, section, cfg), last, value)
     cfg.model.recompute = RECOMPUTED[row["recompute"]]
+    cfg.model.offload = [] if row["offload"] == "nothing" else [row["offload"]]
     cfg.model.top_groups = min(cfg.model.top_groups, cfg.model.groups)
     share = cfg.micro_batch_size * cfg.parallel.dp
     first, more = (count * share for count in MICRO_BATCHES[cfg.parallel.pp])

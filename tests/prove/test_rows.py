@@ -1,11 +1,12 @@
 """The rows of `python -m bench.prove`: every three settings meet that may, and a tenth of the rows is proven here."""
 
 import itertools
+from functools import cache
 
 import pytest
 
 from bench.prove import prove_rows
-from bench.prove_rows import ROWS, SPREAD, SWITCHES, allowed_spreads, read_rows, rotated, to_config
+from bench.prove_rows import JOINED, ROWS, SWITCHES, Row, allowed, read_rows, rotated, to_config
 
 
 @pytest.fixture(scope="module")
@@ -21,14 +22,22 @@ def test_every_row_passes_the_rules(rows):
 
 
 def test_every_three_settings_meet_that_the_rules_allow_together(rows):
-    allowed = allowed_spreads()
     for keys in itertools.combinations(SWITCHES, 3):
         met = {tuple(row[key] for key in keys) for row in rows}
-        places = [(place, SPREAD.index(key)) for place, key in enumerate(keys) if key in SPREAD]
-        possible = {tuple(values[there] for _, there in places) for values in allowed}
         for values in itertools.product(*(SWITCHES[key] for key in keys)):
-            if tuple(values[here] for here, _ in places) in possible:
-                assert values in met, dict(zip(keys, values, strict=True))
+            given = dict(zip(keys, values, strict=True))
+            if all(_allowed_together(given, joined) for joined in JOINED):
+                assert values in met, given
+
+
+def _allowed_together(given: Row, joined: tuple[str, ...]) -> bool:
+    places = tuple(place for place, key in enumerate(joined) if key in given)
+    return tuple(given[joined[place]] for place in places) in _parts(joined, places)
+
+
+@cache
+def _parts(joined: tuple[str, ...], places: tuple[int, ...]) -> set[tuple]:
+    return {tuple(values[place] for place in places) for values in allowed(joined)}
 
 
 def test_a_tenth_rotates(rows):
