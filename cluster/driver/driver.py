@@ -487,9 +487,8 @@ class Driver:
         waiting, quiet = {id for id in attempt.reachable if id in self._known}, 0
         for id in waiting:
             self.fleet.call(id, "last_words", self._offsets_on(id), attempt.number)
-        while (
-            waiting and quiet < 20
-        ):  # 2 s of silence; this process itself may be held up longer, with the answers at hand
+        # 2 s of silence end it, not 2 s: this process itself may be held up longer, with the answers at hand.
+        while waiting and quiet < 20:
             replies = self.fleet.replies(0.1)
             quiet += not replies
             for reply in replies:

@@ -3,6 +3,7 @@
 import pytest
 
 from bench.prove_rows import rotated
+from conf.schema import ROOT
 from tests.prove.mutants import UNTOUCHED, first_differences
 from tests.prove.mutations import MUTATIONS
 
@@ -41,3 +42,9 @@ def test_the_product_as_it_is_has_no_difference_in_these_layouts(tmp_path):
 def test_some_mutations_are_found(tmp_path):
     """Other ones at every commit; `python -m bench.prove --mutations` takes all."""
     assert_found([*rotated(MUTATIONS, 5)], tmp_path)
+
+
+def test_the_page_has_every_mutation():
+    page = (ROOT / "train/docs/prove.md").read_text()
+    assert [name for name in MUTATIONS if f"| {name.replace('_', ' ')} |" not in page] == []
+    assert f"All {len(MUTATIONS)} were found" in page
