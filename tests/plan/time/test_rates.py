@@ -72,7 +72,7 @@ def test_in_a_pass_every_call_costs_its_launch():
     assert Rates(kernels, "published").passes(works) == pytest.approx(3)
 
 
-def _calibration(path, **more) -> str:
+def calibration(path, **more) -> str:
     made_up = {name: {"seconds": 1e-6, "flops": 1e11, "bandwidth": 1e10} for name in ("fprop_fp32", "memory")}
     content = {
         "device": cpu_name(),
@@ -87,12 +87,12 @@ def _calibration(path, **more) -> str:
 
 
 def test_a_calibration_of_another_device_is_refused(tmp_path):
-    foreign = _calibration(tmp_path / "c.json", device="NVIDIA H100 80GB HBM3")
+    foreign = calibration(tmp_path / "c.json", device="NVIDIA H100 80GB HBM3")
     with pytest.raises(UserError, match="was measured on NVIDIA H100") as caught:
         load_rates(compose("hardware=cpu", "precision=fp32", f"plan.calibration={foreign}"), alone=True)
     assert caught.value.field == "plan.calibration"
     load_rates(compose("hardware=h100", f"plan.calibration={foreign}"), alone=True)
-    mine = _calibration(tmp_path / "mine.json")
+    mine = calibration(tmp_path / "mine.json")
     with pytest.raises(UserError, match="precision=fp32"):
         load_rates(compose("hardware=cpu", "precision=bf16", f"plan.calibration={mine}"), alone=True)
     assert load_rates(compose("hardware=cpu", "precision=fp32", f"plan.calibration={mine}"), alone=True).rates
@@ -103,7 +103,7 @@ def test_a_calibration_of_other_code_is_refused(tmp_path, monkeypatch):
     words = (
         "hardware=cpu",
         "precision=fp32",
-        f"plan.calibration={_calibration(tmp_path / 'c.json', compiled=['adamw'])}",
+        f"plan.calibration={calibration(tmp_path / 'c.json', compiled=['adamw'])}",
     )
     monkeypatch.setattr(rates, "build_kernels", lambda *_: SimpleNamespace(parts=("adamw", "products")))
     with pytest.raises(
