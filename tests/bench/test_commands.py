@@ -21,6 +21,7 @@ import torch
 from bench import faults
 from bench.catalog import commands
 from bench.driver import TARGETS
+from bench.prove_rows import read_rows, world_of
 from bench.sides import Result
 from bench.train_step import Case
 from conf.schema import ROOT
@@ -41,10 +42,11 @@ SMALLEST = {
     "plan_memory": "bf16",
     "plan_published": "",
     "plan_time": "--calibration RATES --only 'one rank' --steps 4",
-    "prove": "--rows 56",
+    "prove": "--rows ROW",
     "train_step": "--shape tiny --length 8 --threads 1 --rounds 1",
 }
-"""Arguments. SMALL and DATA stand for the settings of a small run and those of its data, RUN for its folder, RATES for rates."""
+"""Arguments. SMALL and DATA stand for the settings of a small run and those of its data, RUN for its folder, RATES for rates,
+ROW for the number of a row of one rank."""
 ELSEWHERE = {
     "compile_kernels": "tests/bench/test_compile_kernels.py",
     "gpu": "tests/bench/gpu/test_dry.py",
@@ -179,6 +181,7 @@ def call(monkeypatch, tmp_path, run_folder, from_fork_server, capfd):
         words = arguments.replace("--set DATA", " ".join(f"--set {one}" for one in data))
         words = words.replace("SMALL", " ".join(settings)).replace("RUN", str(run_folder))
         words = words.replace("RATES", calibration(tmp_path / "rates.json", rates_alone=RATES))
+        words = words.replace("ROW", str([world_of(row) for row in read_rows()].index(1)))
         monkeypatch.setattr("sys.argv", [name, *shlex.split(words)])
         monkeypatch.chdir(tmp_path)
         with mock.patch("train.cpu.tune_cpu"):
