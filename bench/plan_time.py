@@ -79,7 +79,7 @@ def _train(*overrides: str) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--calibration")
-    parser.add_argument("--only", nargs="+", choices=list(LAYOUTS), default=list(LAYOUTS))
+    parser.add_argument("--only", nargs="+", choices=list(LAYOUTS), default=list(LAYOUTS), metavar="NAME")
     parser.add_argument("--steps", type=int, default=12)
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as runs:
