@@ -20,7 +20,7 @@ from cluster.driver.node_state import DriverPhase, NodeHealth
 from cluster.driver.policy import policy_of
 from cluster.driver.pulse import Pulse
 from cluster.driver.shapes import Shapes, with_shape
-from cluster.driver.supervisor import Supervisor
+from cluster.driver.supervisor import NAP, Supervisor
 from cluster.driver.view import View
 from cluster.driver.vitals import Vitals
 from cluster.node.agent import Answer, Order
@@ -110,6 +110,7 @@ class Driver:
         self._first_step: int | None = None
         self._offsets: dict[int, int] = {}
         self._looked, self._ticked = -LOOK_EVERY, -TICK_EVERY
+        self._woke, self._slept = clock(), 0.0
         self._stop: str | None = None
 
     def run(self) -> m.Finish:
@@ -158,7 +159,7 @@ class Driver:
 
     def _feel_pulse(self) -> None:
         """Ask nodes whether they live. One whose agent is stuck does not, though its system may answer."""
-        now, states = self.clock(), self.supervisor.nodes
+        now, states = self._awake(), self.supervisor.nodes
         judging = self.supervisor.phase is DriverPhase.judging
         for id, number in self.pulse.answers(now):  # to the last questions, before there are newer ones
             if now < self._overdue.get(id, now):
@@ -166,6 +167,13 @@ class Driver:
             if judging and number > self._probed_from:
                 self._tell(m.Probed(id))
         self.pulse.ask(now, lambda id: id in states and states[id].health is NodeHealth.ok)
+
+    def _awake(self) -> float:
+        """The clock of all that concerns the pulse, which stands still while this process itself is held up."""
+        now = self.clock()
+        self._slept += max(0.0, now - self._woke - NAP * self.config.cluster.heartbeat)
+        self._woke = now
+        return now - self._slept
 
     def _test_network(self) -> None:
         verdict = self._network.advance(self.clock())
@@ -225,7 +233,7 @@ class Driver:
 
     def _ask(self, id: str) -> None:
         """Ask an agent for its next news; each has one such question at a time."""
-        now, heartbeat, ranks = self.clock(), self.config.cluster.heartbeat, self._ranks_on(id)
+        now, heartbeat, ranks = self._awake(), self.config.cluster.heartbeat, self._ranks_on(id)
         longest = PATIENCE if 0 in ranks else LONGEST if self.pulse.hears(id, now) else heartbeat / 2
         spread = random.uniform(0.5, 1.5)  # all were asked at once when the attempt began, and shall not answer at once
         patience = min(max(PATIENCE, spread * len(self._known) / ANSWERS), longest)
@@ -348,7 +356,7 @@ class Driver:
 
     def _tell_of_pulse(self) -> None:
         """Name the nodes without one where so many make the driver slow."""
-        nodes, now = self.supervisor.answering, self.clock()
+        nodes, now = self.supervisor.answering, self._awake()
         without = [node.name for id, node in nodes.items() if not self.pulse.hears(id, now)]
         if without and len(nodes) / ANSWERS > self.config.cluster.heartbeat / 2:
             text = (
@@ -391,7 +399,7 @@ class Driver:
                 for id in nodes:
                     self.fleet.call(id, "stop", number, in_memory)
             case m.ProbeLinks(nodes):  # those with a pulse by its next questions, as calls to thousands take long
-                self._probed_from, now = self.pulse.number, self.clock()
+                self._probed_from, now = self.pulse.number, self._awake()
                 self.pulse.hurry()
                 for id in nodes:
                     if not self.pulse.hears(id, now):

@@ -365,7 +365,7 @@ def test_nodes_that_answer_the_pulse_are_asked_seldom_and_told_apart_from_one_th
     """Agents without news answer after 30 s here, and a node counts as lost after 2."""
     monkeypatch.setattr(driver_module, "ANSWERS", 0.05)
     run = Run(tmp_path, "steps=100000", nodes=4, dp=3)
-    run.fleet.pulse, call, patience = True, run.fleet.call, []
+    run.fleet.pulse, call, patience, take = True, run.fleet.call, [], run.driver._take_answer
 
     def note(node: str, method: str, *arguments) -> None:
         assert method != "probe", "the pulse tells which nodes live"
@@ -380,6 +380,13 @@ def test_nodes_that_answer_the_pulse_are_asked_seldom_and_told_apart_from_one_th
     def kill_rank(node: str) -> None:
         (child,) = run.fleet.agents[node]._children.values()
         os.kill(child.process.pid, signal.SIGKILL)
+        run.driver._take_answer = wake_and_take
+
+    def wake_and_take(node: str, answer) -> None:
+        """The driver was held up, and hears of the rank before it hears a pulse again."""
+        if any(report.code == -signal.SIGKILL for report in answer.ranks):
+            run.driver.clock = lambda: time.monotonic() + 3
+        take(node, answer)
 
     def follow(kind: str, text: str) -> None:
         show(kind, text)
