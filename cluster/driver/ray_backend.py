@@ -13,8 +13,9 @@ import secrets
 import socket
 import sys
 import tempfile
+import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future
 from pathlib import Path
 from typing import IO, Any
@@ -97,6 +98,10 @@ class RayFleet:
         """Calls that wait for their turn, as (actor, node, method, arguments)."""
         self._out = 0
         """Calls that were made and have not ended, but for those of WAITING methods."""
+        self._look: Future | None = None
+        """A question to the head that is out, asked at `_look_began`."""
+        self._look_began = 0.0
+        self._leaving: dict[str, str] = {}
         self._taken = 0
         """Answers that the last look found."""
         self._done: queue.SimpleQueue[tuple[str, str, Future]] = queue.SimpleQueue()
@@ -130,9 +135,22 @@ class RayFleet:
                 raise _explain(address, f"{error}\n{said.read().decode(errors='replace')}") from error
 
     def nodes(self) -> list[Node]:
-        if self._head_answers():
-            self._listed = self._list()
+        patience = 0.0
+        if self._look is None and self._head_answers():
+            self._look, self._look_began, patience = _in_thread(self._ask_head), time.monotonic(), HEAD_LIMIT
+        if self._look is not None:  # the head may die, or hang, just after it answered
+            try:
+                self._listed, self._leaving = self._look.result(patience)
+                self._look, self._headless = None, False
+            except TimeoutError as error:
+                self._headless, silent = True, time.monotonic() - self._look_began
+                if silent > CONNECT_LIMIT:
+                    text = f"Ray's head at {self._head} has not answered for {silent:.0f} s: it does not list the nodes"
+                    raise FleetLost(text) from error
         return self._listed
+
+    def _ask_head(self) -> tuple[list[Node], dict[str, str]]:
+        return self._list(), self._list_draining()
 
     def _list(self) -> list[Node]:
         found = []
@@ -166,11 +184,12 @@ class RayFleet:
             self._ray.kill(actor)
 
     def draining(self) -> dict[str, str]:
+        return {} if self._headless else self._leaving
+
+    def _list_draining(self) -> dict[str, str]:
         from ray._private.state import state  # ray.nodes() does not tell, and no public call does
 
         found: dict[str, str] = {}
-        if self._headless:
-            return found
         for node, deadline in state.get_draining_nodes().items():
             left = f", {deadline / 1000 - time.time():.0f} s are left" if deadline else ""
             found[node] = f"Ray is about to take it away{left}"
@@ -288,6 +307,20 @@ def _require_answer(address: str) -> None:
             f"must be HOST:PORT of a running Ray (`ray start --head` prints it): {error}",
             "start Ray there, open the port, or leave cluster.address out to start Ray on this machine",
         ) from error
+
+
+def _in_thread(call: Callable[[], Any]) -> Future:
+    """What a call gives, of a thread that holds nobody up, not even the end of this process."""
+    outcome: Future = Future()
+
+    def run() -> None:
+        try:
+            outcome.set_result(call())
+        except BaseException as error:
+            outcome.set_exception(error)
+
+    threading.Thread(target=run, daemon=True).start()
+    return outcome
 
 
 def _connect(address: str, limit: float) -> None:

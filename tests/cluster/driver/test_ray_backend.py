@@ -3,8 +3,10 @@
 import contextlib
 import os
 import re
+import socket
 import subprocess
 import sys
+import threading
 import time
 from collections import deque
 from concurrent.futures import Future
@@ -15,6 +17,8 @@ from types import SimpleNamespace
 import psutil
 import pytest
 
+from cluster.driver import ray_backend
+from cluster.driver.fleet import FleetLost
 from cluster.driver.journal import read_events
 from cluster.driver.ray_backend import MOST_OUT, RayFleet
 from conf.errors import EXIT_OK, EXIT_USER
@@ -98,6 +102,29 @@ def test_no_ray_and_no_token_are_refused_soon(tmp_path, overrides, environment, 
     assert (
         time.monotonic() - started < 60
     )  # to import Ray may take 20 s beside other tests; Ray itself would look for a head for minutes
+
+
+def test_a_head_that_hangs_once_it_has_answered_is_named_and_holds_nobody_up(monkeypatch):
+    monkeypatch.setattr(ray_backend, "HEAD_LIMIT", 0.1)
+    monkeypatch.setattr(ray_backend, "CONNECT_LIMIT", 0.5)
+    fleet, goes_on = RayFleet.__new__(RayFleet), threading.Event()
+    fleet._look, fleet._listed, fleet._leaving, fleet._headless, fleet._head_seen = (
+        None,
+        [],
+        {},
+        False,
+        time.monotonic(),
+    )
+    fleet._list, fleet._list_draining = lambda: goes_on.wait(60) and ["n0"], lambda: {"id0": "preempted"}
+    with socket.create_server(("127.0.0.1", 0)) as head:
+        fleet._head = f"127.0.0.1:{head.getsockname()[1]}"
+        assert fleet.nodes() == [] and fleet.draining() == {}
+        with pytest.raises(FleetLost, match="does not list the nodes"):
+            while True:
+                fleet.nodes()
+        goes_on.set()
+        fleet._look.result(60)
+        assert fleet.nodes() == ["n0"] and fleet.draining() == {"id0": "preempted"}
 
 
 class Actor:
