@@ -95,6 +95,7 @@ CASES = {
     "bf16 cp2 zero3": ["precision=bf16", "parallel.cp=2", "parallel.zero=3"],
     "bf16 pp2 cp2 zbv": ["precision=bf16", *_pp(2, "zbv", "parallel.cp=2")],
     "bf16 pp2 dualpipev": ["precision=bf16", *_pp(2, "dualpipev")],
+    "bf16 pp2 dualpipev, one by one": ["precision=bf16", *_pp(2, "dualpipev", "parallel.overlap=false")],
     "fp8 pp2 ep2 dualpipev": ["precision=fp8", *_pp(2, "dualpipev", *EP2, "batch_size=16")],
     "bf16 pp2 zbv, MTP 2": ["precision=bf16", *_pp(2, "zbv", "model.mtp_depth=2")],
 }

@@ -200,13 +200,10 @@ class Pipeline:
     def _actions(self, micro_batches: int) -> tuple[list[Action], list[int]]:
         """What this rank does in a step, and its stages whose backward cannot be split."""
         each = len(self.modules)
-        actions = schedule_actions(self.name, self.num_stages // each, micro_batches, each)
+        actions = schedule_actions(self.name, self.num_stages // each, micro_batches, each, self._lanes is not None)
         chunks = zip(self.stage_ids, self.modules, strict=True)
         one_piece = [stage for stage, module in chunks if getattr(module, "backward_in_one_piece", False)]
-        own = actions[self._rank_of[self.stage_ids[0]]]
-        if self._lanes is None:  # torch runs the halves of a pair as two actions, in this order
-            own = [part for action in own for part in action.halves or (action,)]
-        return own, one_piece
+        return actions[self._rank_of[self.stage_ids[0]]], one_piece
 
     @contextmanager
     def _acting(

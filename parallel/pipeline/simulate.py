@@ -106,9 +106,11 @@ def what_runs(action: Action, one_piece: bool) -> str:
 
 
 @lru_cache(maxsize=64)
-def schedule_actions(name: str, pp: int, micro_batches: int, virtual: int = 2) -> list[list[Action]]:
+def schedule_actions(
+    name: str, pp: int, micro_batches: int, virtual: int = 2, overlap: bool = True
+) -> list[list[Action]]:
     """What every rank computes, in order, under torch's schedule of this name; not to be changed. Needs no process group. virtual:
-    as in split.rank_stages.
+    as in split.rank_stages; overlap: whether pairs of dualpipev overlap, else torch runs the forward and then the backward.
     """
     if name == "1f1b":
         return [_one_f_one_b(rank, pp, micro_batches) for rank in range(pp)]
@@ -119,7 +121,8 @@ def schedule_actions(name: str, pp: int, micro_batches: int, virtual: int = 2) -
         for stage in placement[0]
     ]
     order = _TORCH[name](stages, micro_batches).pipeline_order
-    return [[_action(torch_action) for torch_action in order[rank] if torch_action] for rank in range(pp)]
+    actions = [[_action(torch_action) for torch_action in order[rank] if torch_action] for rank in range(pp)]
+    return actions if overlap else [[part for action in line for part in _parts(action)] for line in actions]
 
 
 def simulate(actions: list[list[Action]], duration: Callable[[Action], float], transfer: float = 0.0) -> Simulation:

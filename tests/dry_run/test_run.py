@@ -28,6 +28,7 @@ LAYOUTS = {
     "zbv ep2": [*PP2, "parallel.ep=2", "parallel.schedule=zbv", "dry_run.rank=3"],
     "dualpipev ep2 fp8 wire": [*PP2, "parallel.ep=2", "parallel.schedule=dualpipev", "parallel.wire=fp8", "batch_size=12"],
     "dualpipev flat skewed": [*PP2, "parallel.ep=2", "parallel.schedule=dualpipev", "dry_run.routing=skewed", "dry_run.rank=0"],
+    "dualpipev one by one, offload": [*PP2, "parallel.schedule=dualpipev", "parallel.overlap=false", "dry_run.rank=1", "model.offload=[layer]"],
     "node_limited fp8": [*EP4, "parallel.dispatch=node_limited", "precision=fp8", "parallel.wire=fp8"],
     "node_limited skewed": [*EP4, "parallel.dispatch=node_limited", "dry_run.routing=skewed"],
     "zero 2": ["parallel.dp=2", "parallel.zero=2"],
@@ -62,8 +63,8 @@ def check(_: int, overrides: list[str]) -> None:
     for item in ("weights", "master", "moments"):
         assert measured.items[item] == pytest.approx(state[item], rel=TOLERANCE)
     micro_batches = config.batch_size // parallel.dp // config.micro_batch_size
-    actions = schedule_actions(parallel.schedule, parallel.pp, micro_batches, parallel.virtual_stages)[piece.pp_rank]
-    assert measured.counts == Counter(action.kind for action in actions if not idle(action, piece))
+    actions = schedule_actions(parallel.schedule, parallel.pp, micro_batches, parallel.virtual_stages, parallel.overlap)
+    assert measured.counts == Counter(action.kind for action in actions[piece.pp_rank] if not idle(action, piece))
     assert measured.skipped == 0
     assert not dist.is_initialized()
     gc.collect()

@@ -89,15 +89,18 @@ def actions_of(config: Config, shortest: bool = False) -> list[list[Action]]:
     count, pp = micro_batches_of(config), config.parallel.pp
     if shortest:
         count = min(count, STEADY * (count // max(1, count // pp)))  # interleaved has such rounds
-    return schedule_actions(config.parallel.schedule, pp, count, config.parallel.virtual_stages)
+    return schedule_actions(
+        config.parallel.schedule, pp, count, config.parallel.virtual_stages, config.parallel.overlap
+    )
 
 
 def program_of(config: Config, micro_batches: int | None = None) -> Program:
     """The same, ready to be timed. micro_batches: in place of all."""
     parallel = config.parallel
-    return _program(parallel.schedule, parallel.pp, micro_batches or micro_batches_of(config), parallel.virtual_stages)
+    count = micro_batches or micro_batches_of(config)
+    return _program(parallel.schedule, parallel.pp, count, parallel.virtual_stages, parallel.overlap)
 
 
 @lru_cache(maxsize=64)
-def _program(schedule: str, pp: int, micro_batches: int, virtual: int) -> Program:
-    return Program(schedule_actions(schedule, pp, micro_batches, virtual))
+def _program(schedule: str, pp: int, micro_batches: int, virtual: int, overlap: bool) -> Program:
+    return Program(schedule_actions(schedule, pp, micro_batches, virtual, overlap))

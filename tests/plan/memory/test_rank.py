@@ -75,6 +75,9 @@ def test_peak_activations_follow_what_is_in_flight():
     [
         pytest.param(["precision=fp8", *EP2, "parallel.wire=fp8", ALL], id="fp8_experts"),
         pytest.param([*DUALPIPEV, "precision=bf16"], id="dualpipev"),
+        pytest.param(
+            [*DUALPIPEV, "precision=bf16", "parallel.overlap=false", "model.offload=[layer]"], id="one_by_one"
+        ),
         pytest.param([*INTERLEAVED_3, "precision=bf16"], id="interleaved_3"),
         pytest.param(["precision=bf16", "parallel.cp=2"], id="shared_sequences"),
         pytest.param(["precision=bf16", "parallel.dp=2", "parallel.zero=2"], id="zero2", marks=pytest.mark.slow),

@@ -281,7 +281,7 @@ class Stages:
         """The same for every layout of which the stages do the same."""
         kinds = [self.kind(half.stage) for half in action.halves or (action,)]
         more = Recompute.layer in self.config.model.recompute, self.config.parallel.zero == 3
-        return (*self._routed, action.kind, self.config.parallel.overlap, *kinds, *more)
+        return (*self._routed, action.kind, *kinds, *more)
 
     def _time(self, action: Action) -> Elapsed:
         return self._beside_copies(action, self._computing(action))
@@ -309,11 +309,7 @@ class Stages:
     def _computing(self, action: Action) -> Elapsed:
         if action.halves:
             forward, backward = (self.directions(half.stage) for half in action.halves)
-            first, second = forward.forward.segments, backward.backward.segments
-            if self.config.parallel.overlap:
-                return overlapped(first, second, self.taken)
-            one, other = alone(first, self.taken), alone(second, self.taken)
-            return Elapsed(one.seconds + other.seconds, one.exposed + other.exposed)
+            return overlapped(forward.forward.segments, backward.backward.segments, self.taken)
         made = self.directions(action.stage)
         passes = {"F": made.forward, "B": made.backward, "I": made.inputs, "W": made.weights}
         return alone(passes[action.kind].segments, self.taken)
