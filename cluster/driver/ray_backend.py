@@ -135,16 +135,18 @@ class RayFleet:
                 raise _explain(address, f"{error}\n{said.read().decode(errors='replace')}") from error
 
     def nodes(self) -> list[Node]:
-        patience = 0.0
-        if self._look is None and self._head_answers():
-            self._look, self._look_began, patience = _in_thread(self._ask_head), time.monotonic(), HEAD_LIMIT
+        is_new = self._look is None and self._head_answers()
+        if is_new:
+            self._look, self._look_began = _in_thread(self._ask_head), time.monotonic()
         if self._look is not None:  # the head may die, or hang, just after it answered
+            silent = time.monotonic() - self._look_began
+            is_last = silent > CONNECT_LIMIT  # this process itself may have been held up, with the answer at hand
             try:
-                self._listed, self._leaving = self._look.result(patience)
+                self._listed, self._leaving = self._look.result(HEAD_LIMIT if is_new or is_last else 0)
                 self._look, self._headless = None, False
             except TimeoutError as error:
-                self._headless, silent = True, time.monotonic() - self._look_began
-                if silent > CONNECT_LIMIT:
+                self._headless = True
+                if is_last:
                     text = f"Ray's head at {self._head} has not answered for {silent:.0f} s: it does not list the nodes"
                     raise FleetLost(text) from error
         return self._listed

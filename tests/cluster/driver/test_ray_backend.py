@@ -104,27 +104,37 @@ def test_no_ray_and_no_token_are_refused_soon(tmp_path, overrides, environment, 
     )  # to import Ray may take 20 s beside other tests; Ray itself would look for a head for minutes
 
 
-def test_a_head_that_hangs_once_it_has_answered_is_named_and_holds_nobody_up(monkeypatch):
+@pytest.fixture
+def silent_head(monkeypatch):
+    """A fleet whose head takes connections, and lists its nodes once the event is set."""
     monkeypatch.setattr(ray_backend, "HEAD_LIMIT", 0.1)
     monkeypatch.setattr(ray_backend, "CONNECT_LIMIT", 0.5)
     fleet, goes_on = RayFleet.__new__(RayFleet), threading.Event()
-    fleet._look, fleet._listed, fleet._leaving, fleet._headless, fleet._head_seen = (
-        None,
-        [],
-        {},
-        False,
-        time.monotonic(),
-    )
+    fleet._look, fleet._listed, fleet._leaving, fleet._headless = None, [], {}, False
+    fleet._head_seen = time.monotonic()
     fleet._list, fleet._list_draining = lambda: goes_on.wait(60) and ["n0"], lambda: {"id0": "preempted"}
     with socket.create_server(("127.0.0.1", 0)) as head:
         fleet._head = f"127.0.0.1:{head.getsockname()[1]}"
         assert fleet.nodes() == [] and fleet.draining() == {}
-        with pytest.raises(FleetLost, match="does not list the nodes"):
-            while True:
-                fleet.nodes()
-        goes_on.set()
-        fleet._look.result(60)
-        assert fleet.nodes() == ["n0"] and fleet.draining() == {"id0": "preempted"}
+        yield fleet, goes_on
+
+
+def test_a_head_that_hangs_once_it_has_answered_is_named_and_holds_nobody_up(silent_head):
+    fleet, goes_on = silent_head
+    with pytest.raises(FleetLost, match="does not list the nodes"):
+        while True:
+            fleet.nodes()
+    goes_on.set()
+    fleet._look.result(60)
+    assert fleet.nodes() == ["n0"] and fleet.draining() == {"id0": "preempted"}
+
+
+def test_a_driver_that_was_held_up_hears_a_head_that_has_answered_meanwhile(silent_head, monkeypatch):
+    monkeypatch.setattr(ray_backend, "HEAD_LIMIT", 60)
+    fleet, goes_on = silent_head
+    fleet._look_began -= 3600
+    threading.Timer(0.2, goes_on.set).start()
+    assert fleet.nodes() == ["n0"] and fleet.draining() == {"id0": "preempted"}
 
 
 class Actor:
