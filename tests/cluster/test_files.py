@@ -34,16 +34,12 @@ STAND_INS = {
 def slurm(tmp_path):
     """Starts sluice.sbatch where Slurm's commands are stand-ins that write down how they were called."""
     process = start(tmp_path, STAND_INS)
-    await_file(tmp_path / "ready", process)
-    yield process
-    process.kill()
-
-
-def await_file(path: Path, process: subprocess.Popen) -> None:
     deadline = time.monotonic() + 60
-    while not path.exists():
+    while not (tmp_path / "ready").exists():
         assert time.monotonic() < deadline and process.poll() is None
         time.sleep(0.02)
+    yield process
+    process.kill()
 
 
 def start(tmp_path: Path, stand_ins: dict[str, str]) -> subprocess.Popen:
@@ -100,29 +96,6 @@ def test_slurms_signal_before_the_time_limit_saves_and_queues_the_job_again(slur
     assert slurm.wait(60) == 75
     assert (tmp_path / "saved").exists() and "requeue 77" in (tmp_path / "scontrol").read_text()
     assert not list(tmp_path.glob("tmp.*")), "no process id is left behind"
-
-
-@pytest.mark.parametrize("code", [75, 143, 241])
-def test_slurms_signal_before_the_driver_listens_queues_the_job_again(tmp_path, code):
-    """While Ray starts there is no driver yet; then one that dies of the signal, told in the codes of Ray and of bash."""
-    stand_ins = STAND_INS | {
-        "srun": 'touch "$CALLS/starts"; until [ -e "$CALLS/go" ]; do sleep 0.05; done; ' + STAND_INS["srun"],
-        "python": f"trap 'exit {code}' TERM; touch \"$CALLS/ready\"; for i in $(seq 600); do sleep 0.05; done; exit 1",
-    }
-    process = start(tmp_path, stand_ins)
-    await_file(tmp_path / "starts", process)
-    process.send_signal(signal.SIGTERM)
-    assert "SIGTERM" in process.stdout.readline(), "the script has it"
-    (tmp_path / "go").touch()
-    assert process.wait(60) in (code, 143), "or it had no handler yet"
-    assert "requeue 77" in (tmp_path / "scontrol").read_text()
-
-
-@pytest.mark.parametrize("code", [143, 241])
-def test_a_driver_that_somebody_else_ends_is_no_stop(slurm, tmp_path, code):
-    atomic_write_text(tmp_path / "end", str(code))
-    assert slurm.wait(60) == code
-    assert "requeue" not in (tmp_path / "scontrol").read_text()
 
 
 CRD = (
