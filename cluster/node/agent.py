@@ -38,9 +38,9 @@ import psutil
 from cluster.cause import RankReport, read_report
 from cluster.node.copy_store import Opened, Store, held, sweep, why_not_opened
 from cluster.node.network_probe import NetworkProbe, NodeLink
+from cluster.node.ports import free_port
 from cluster.node.preflight import Facts, Question, gather
 from cluster.node.pulse import Echo
-from cluster.ports import free_port
 from cluster.run_files import failure_path, log_path, progress_path
 from cluster.spawn import die_with_parent, spawn
 from cluster.steady_clock import SteadyClock
@@ -175,7 +175,7 @@ class Agent:
         """An answer at all is the answer."""
 
     def free_port(self) -> int:
-        """A port that is free now on all addresses of this node, see cluster/ports.py."""
+        """A port that is free now on all addresses of this node, see cluster/node/ports.py."""
         return free_port()
 
     def start(self, order: Order) -> None:
