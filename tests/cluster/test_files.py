@@ -98,6 +98,21 @@ def test_slurms_signal_before_the_time_limit_saves_and_queues_the_job_again(slur
     assert not list(tmp_path.glob("tmp.*")), "no process id is left behind"
 
 
+def test_another_user_of_the_first_node_can_neither_end_the_job_nor_read_through_its_log(slurm, tmp_path):
+    """A stranger sees the names in the folder for temporary files, and can make such as are missing there."""
+    secret = tmp_path / "secret"
+    secret.write_text("75")
+    seen = list(tmp_path.glob("tmp.*"))
+    assert seen and all(path.is_dir() and path.stat().st_mode & 0o777 == 0o700 for path in seen), "nobody can enter"
+    for path in seen:
+        path.with_name(f"{path.name}.code").symlink_to(secret)
+    time.sleep(1.5)  # the script looks once a second
+    assert slurm.poll() is None and "requeue" not in (tmp_path / "scontrol").read_text()
+    atomic_write_text(tmp_path / "end", "3")
+    assert slurm.wait(60) == 3, "the run alone says how it ended"
+    assert "requeue" not in (tmp_path / "scontrol").read_text() and "75" not in slurm.stdout.read()
+
+
 CRD = (
     "https://raw.githubusercontent.com/ray-project/kuberay/v1.5.1/helm-chart/kuberay-operator/crds/ray.io_rayjobs.yaml"
 )
