@@ -30,7 +30,7 @@ import torch
 from bench.prove_rows import Row, read_rows, rotated, to_config, world_of, write_rows
 from cluster.launch import Place
 from conf.schema import Config
-from train.prove.judge import ProofVerdict
+from train.prove.findings import ProofVerdict
 
 TOGETHER = 8
 """Rows of the same processes: more would keep what torch and DeepSpeed never give back."""

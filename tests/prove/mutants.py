@@ -14,7 +14,8 @@ from conf.load import compose, write_config
 from conf.schema import Config
 from tests.prove.mutations import FORWARD, LAYOUTS, MUTATIONS, UPDATE, Mutation
 from tests.ranks import run_processes
-from train.prove.judge import Difference, Judge, ProofFindings
+from train.prove.findings import Difference, ProofFindings
+from train.prove.judge import Judge
 from train.prove.layouts import PROOFS
 from train.prove.rank import EVIDENCE, run_pass
 

@@ -31,7 +31,7 @@ from train.model.rope import Rope
 from train.optim.adamw import AdamW
 from train.optim.schedules import Schedules
 from train.precision.high import HighPrecision
-from train.prove.judge import Difference
+from train.prove.findings import Difference
 
 Patch = pytest.MonkeyPatch
 

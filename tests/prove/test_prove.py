@@ -18,7 +18,8 @@ from train.metrics.report import write_report
 from train.prove import judge as judging
 from train.prove.certificate import Certificate
 from train.prove.double import grouped_product, in_double
-from train.prove.judge import Judge, ProofFindings, backward_order, choice_excess, judge_all
+from train.prove.findings import ProofFindings
+from train.prove.judge import Judge, backward_order, choice_excess, judge_all
 from train.prove.layouts import PROOFS, in_layout, layout_name, second_layout
 from train.prove.miniature import shrink
 from train.prove.reference import choose, weight_shapes

@@ -14,7 +14,7 @@ from conf.files import atomic_write_text
 from train.metrics.progress import duration
 from train.metrics.proof_rows import FILE
 from train.metrics.screens import GOOD, WARN, show
-from train.prove.judge import Difference, ProofVerdict
+from train.prove.findings import Difference, ProofVerdict
 
 PROOFS_SAY = {
     "exact": "in fp64, without an optimizer: the model, its pipeline and its dispatchers are the reference's function",

@@ -16,9 +16,7 @@ Shapes as in train/prove/reference.py.
 """
 
 import math
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass, field
-from functools import partial
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -30,78 +28,16 @@ from train.model.init import initialise
 from train.model.kernels import Kernels
 from train.precision.build import build_precision
 from train.prove import reference
-from train.prove.bounds import UNIT, Bound, averaged, chosen, coarsest, computed, is_low, is_rounded
+from train.prove.bounds import UNIT, Bound, averaged, chosen, coarsest, computed
+from train.prove.comparisons import size_of
 from train.prove.evidence import EVIDENCE, Evidence, read_all
+from train.prove.findings import ProofFindings
+from train.prove.judge_update import State, UpdateJudge, assemble
 from train.prove.layouts import PROOFS
-from train.prove.reference import PlainModel, Watched
-from train.prove.samples import HELD_OUT, Samples, initial_biases, initial_weights
+from train.prove.reference import Watched
+from train.prove.samples import Samples, initial_biases, initial_weights
 from train.prove.shaken import ReferenceStep, Shaken, run_step
 from train.run_folder import RunPaths
-
-State = dict[str, Tensor]
-"""Whole tensors by the name of their shards, fp64: master.NAME, exp_avg.NAME, exp_avg_sq.NAME, ema.NAME, bias.LAYER."""
-
-
-@dataclass(frozen=True)
-class Difference:
-    """A comparison that failed."""
-
-    proof: str
-    part: int
-    step: int
-    phase: str
-    quantity: str
-    name: str
-    """Of the tensor, or of the part of the model whose output it is."""
-    rank: int | None
-    """None where all ranks were put together."""
-    got: float
-    want: float
-    error: float
-    bound: float
-    reason: str
-
-    def text(self) -> str:
-        """One sentence."""
-        who = "" if self.rank is None else f", rank {self.rank}"
-        return (
-            f"pass {self.proof}, step {self.step}{who}, {self.phase}: {self.quantity} of {self.name} is {self.got:.9g} and "
-            f"should be {self.want:.9g}, an error of {self.error:.2g} where {self.bound:.2g} is allowed"
-        )
-
-
-@dataclass
-class ProofVerdict:
-    """Of a pass, on one quantity."""
-
-    proof: str
-    quantity: str
-    compared: int = 0
-    worst: float = 0.0
-    bound: float = 0.0
-    where: str = ""
-    reason: str = ""
-    failed: int = 0
-    untold: int = 0
-    """Numbers that were compared with nothing, as rounding alone may move them by their own size; finite they must be."""
-
-    @property
-    def share(self) -> float:
-        """The worst error, of what is allowed."""
-        return _share(self.worst, self.bound)
-
-
-@dataclass
-class ProofFindings:
-    """Of all passes."""
-
-    verdicts: dict[tuple[str, str], ProofVerdict] = field(default_factory=dict)
-    differences: list[Difference] = field(default_factory=list)
-    """In the order of the computation."""
-    device: str = "cpu"
-    """Kind of device that the ranks had."""
-    second_layout: str = ""
-    """In which the checkpoint was read, and on how many ranks."""
 
 
 def judge_all(config: Config) -> ProofFindings:
@@ -112,23 +48,16 @@ def judge_all(config: Config) -> ProofFindings:
     return findings
 
 
-class Judge:
+class Judge(UpdateJudge):
     """Judges one pass."""
 
     def __init__(self, proof: str, config: Config, folder: Path, findings: ProofFindings):
         """config: as the ranks ran it."""
-        self.proof, self.config, self.findings = proof, config, findings
+        super().__init__(proof, config, findings)
         self.model = config.model
         self.steps = read_all(folder, proof)
         self.samples = Samples(config)
         self.bound = computed(proof, config)
-        self.is_low, self.is_rounded = is_low(proof, config), is_rounded(proof, config)
-        self.phase = "start"
-        self.part = self.step = 0
-        self.want: ReferenceStep
-        """Of the step that is judged."""
-        self.shaken: Shaken | None = None
-        """The same step, shaken by rounding; None in fp64."""
 
     def judge(self) -> None:
         before: State | None = None
@@ -140,8 +69,6 @@ class Judge:
                 self.findings.second_layout = f"{ranks[0].info.layout}, {len(ranks)} ranks"
             judge = self._judge_step if step else self._judge_start
             before = judge(ranks, before if before is not None or step == 0 else self._given())
-
-    # The state
 
     def _given(self) -> State:
         """What a proof starts from."""
@@ -178,22 +105,6 @@ class Judge:
         for name in want:
             self._compare("initial weights", name, None, drawn[name], want[name], Bound(0.0, "bit for bit"))
 
-    def _after(self, ranks: list[Evidence]) -> State:
-        """The state, put together from the shards of all ranks."""
-        return {name: tensor for name, tensor in assemble(ranks, "after").items() if not name.startswith("running.")}
-
-    def _judge_own_biases(self, ranks: list[Evidence], want: State) -> None:
-        """Every rank's copy of the biases, not only the one that is saved."""
-        for rank in ranks:
-            for name, bias in rank.of_kind("own"):
-                self._compare("biases", name, rank.info.rank, bias, want[name], self._bias_bound())
-
-    def _bias_bound(self) -> Bound:
-        unit = UNIT["fp64" if self.proof == "exact" else "fp32"]
-        return Bound(4 * unit, "two roundings of a sum")
-
-    # A step
-
     def _judge_step(self, ranks: list[Evidence], before: State) -> State:
         info = ranks[0].info
         plan = reference.plan_step(self.config, self.step)
@@ -214,13 +125,6 @@ class Judge:
             self._judge_biases(ranks, before, seen, plan.bias_speed)
             return before
         return self._judge_update(ranks, before, seen, plan)
-
-    def _plain(self, before: State, choices: dict[str, Tensor] | None = None) -> PlainModel:
-        weights = {}
-        for name, master in _under("master", before).items():
-            rounded = master.bfloat16().double() if self.is_low else master
-            weights[name] = rounded.clone().requires_grad_()
-        return PlainModel(self.config, weights, _under("bias", before), choices)
 
     def _rows(self, rank: Evidence, number: int) -> slice:
         """Samples of a micro-batch, within the batch."""
@@ -278,7 +182,7 @@ class Judge:
             if name.endswith(".ids"):
                 self._judge_choices(name.removesuffix(".ids"), made[name], seen, batch_size)
                 continue
-            scale = _size(seen.values[name], self.is_rounded)
+            scale = size_of(seen.values[name], self.is_rounded)
             for rank, number, value in made[name]:
                 rows = self._rows(rank, number)
                 places = self._places(rank, name, value.size(1) if name == "embedding" else None)
@@ -368,217 +272,8 @@ class Judge:
                 ) -> Tensor:
                     return self._by_sample(step.seen.values[name].grad * times, batch_size)[rows][:, places]
 
-                scale = _size(gradient * times, self.is_rounded)
+                scale = size_of(gradient * times, self.is_rounded)
                 self._compare_part("gradients of outputs", name, rank.info.rank, value, part, self.bound, scale)
-
-    def _judge_biases(self, ranks: list[Evidence], before: State, seen: Watched, speed: float) -> None:
-        self.phase = "update"
-        for rank in ranks:
-            for name, bias in rank.of_kind("after"):
-                layer = name.removeprefix("bias.")
-                want = reference.move_bias(before[name], seen.loads[layer], speed)
-                self._compare("biases", name, rank.info.rank, bias, want, self._bias_bound())
-
-    def _judge_update(self, ranks: list[Evidence], before: State, seen: Watched, plan: reference.PlainPlan) -> State:
-        """The update of the gradients that the ranks had, which were judged by themselves."""
-        self.phase = "update"
-        reduced, after, optim, info = assemble(ranks, "reduced"), self._after(ranks), self.config.optim, ranks[0].info
-        norm = float(reference.global_norm(reduced))
-        fp32 = Bound(16 * UNIT["fp32"], "sums of squares in fp32 by rows, 16 x 2^-24")
-        for rank in ranks:
-            self._number("global norm", "all weights", rank.info.rank, rank.info.grad_norm, norm, fp32)
-        factor = reference.clip_factor(norm, optim)
-        self._number("applied updates", "all weights", None, float(info.applied), 1.0, Bound(0.0, "every step counts"))
-        for rank in ranks:
-            updates = float(rank.info.updates)
-            self._number(
-                "applied updates", "Adam's count", rank.info.rank, updates, self.step, Bound(0.0, "one a step")
-            )
-        want: State = {}
-        for name, gradient in reduced.items():
-            names = [f"{kind}.{name}" for kind in ("master", "exp_avg", "exp_avg_sq")]
-            new = reference.adamw(
-                optim, plan.lr, self.step, before[names[0]], gradient * factor, before[names[1]], before[names[2]],
-                gradient.dim() >= 2,
-            )  # fmt: skip
-            want |= dict(zip(names, new, strict=True))
-            if optim.ema_decay:
-                want[f"ema.{name}"] = reference.average(before[f"ema.{name}"], after[names[0]], optim.ema_decay)
-        for layer, load in seen.loads.items():
-            want[f"bias.{layer}"] = reference.move_bias(before[f"bias.{layer}"], load, plan.bias_speed)
-        self._same_names("state", after, want)
-        bounds = self._update_bounds(plan.lr)
-        for name in want:
-            if name in after:
-                kind = name.split(".", 1)[0]
-                self._compare(QUANTITIES[kind], name, None, after[name], want[name], bounds[kind])
-        self._judge_own_biases(ranks, want)
-        if info.validation_loss is not None:
-            self._judge_validation(ranks, after)
-        return after
-
-    def _update_bounds(self, lr: float) -> dict[str, Bound]:
-        moments = "bf16" if self.config.precision.moments == "bf16" else "fp32"
-        fp32 = Bound(64 * UNIT["fp32"], "some ten roundings of fp32, each element by itself: 64 x 2^-24")
-        moment = (
-            fp32 if moments == "fp32" else Bound(1.5 * UNIT["bf16"], "moments are kept in bf16: rounded once, 2^-8")
-        )
-        return {"master": fp32, "ema": fp32, "exp_avg": moment, "exp_avg_sq": moment, "bias": self._bias_bound()}
-
-    def _judge_validation(self, ranks: list[Evidence], after: State) -> None:
-        self.phase = "validation"
-        bound = averaged(self.proof, self.config, HELD_OUT)
-        batch = self.samples.batch(-HELD_OUT, HELD_OUT)
-        with torch.no_grad():
-            want = float(self._plain(after).losses(batch.tokens_BS, batch.documents_BS, with_mtp=False).main)
-        for rank in ranks:
-            self._number("held-out loss", "main_loss", rank.info.rank, rank.info.validation_loss, want, bound)
-
-    # Comparisons
-
-    def _same_names(self, quantity: str, got: Iterable[str], want: Iterable[str]) -> None:
-        for name in want:
-            if name not in got:
-                self._fail(quantity, name, None, math.nan, math.nan, "no rank has it")
-        for name in got:
-            if name not in want:
-                self._fail(quantity, name, None, math.nan, math.nan, "the reference has no such tensor")
-
-    def _number(
-        self,
-        quantity: str,
-        name: str,
-        rank: int | None,
-        got: float,
-        want: float,
-        bound: Bound,
-        scale: float | None = None,
-    ) -> None:
-        self._compare(quantity, name, rank, torch.tensor([got]).double(), torch.tensor([want]).double(), bound, scale)
-
-    def _compare_part(
-        self,
-        quantity: str,
-        name: str,
-        rank: int | None,
-        got: Tensor,
-        part: Callable[[ReferenceStep], Tensor],
-        bound: Bound,
-        scale: float | None = None,
-    ) -> None:
-        """Compare with what `part` takes out of the reference's step. A step that is more sensitive than `bound` knows is given
-        what rounding does to it.
-        """
-        want = part(self.want).detach()
-        self._compare(quantity, name, rank, got, want, bound, scale, partial(self._widen, part, want))
-
-    def _widen(
-        self,
-        part: Callable[[ReferenceStep], Tensor],
-        want: Tensor,
-        bound: Bound,
-        scale: float,
-        by_norm: bool | None = None,
-    ) -> Bound:
-        if self.shaken is None:
-            return bound
-        by_norm = self.is_rounded if by_norm is None else by_norm
-        return max(bound, self.shaken.bound(part, want, scale, by_norm), key=lambda one: one.value)
-
-    def _compare(
-        self,
-        quantity: str,
-        name: str,
-        rank: int | None,
-        got: Tensor,
-        want: Tensor,
-        bound: Bound,
-        scale: float | None = None,
-        widen: Callable[[Bound, float], Bound] | None = None,
-    ) -> None:
-        """scale: what the difference is measured in; None for the size of `want`: its largest value, in low precision its norm."""
-        low = self.is_rounded and quantity in LOOSE
-        got, want = got.double().flatten(), want.detach().double().flatten()
-        if got.numel() != want.numel():
-            self._fail(quantity, name, rank, got.numel(), want.numel(), "another number of elements")
-            return
-        if not got.numel():
-            return
-        scale = _size(want, low) if scale is None else scale
-        difference = (got - want).abs()
-        size = (difference.square().mean().sqrt() if low else difference.max()).item()
-        error = size / scale if scale else (0.0 if size == 0 else math.inf)
-        error = math.inf if math.isnan(error) else error
-        if error > bound.value and widen:
-            bound = widen(bound, scale)
-        verdict = self.findings.verdicts.setdefault((self.proof, quantity), ProofVerdict(self.proof, quantity))
-        if bound.value >= MISSING and math.isfinite(error):
-            verdict.untold += got.numel()
-            return
-        verdict.compared += got.numel()
-        if _share(error, bound.value) >= verdict.share:
-            verdict.worst, verdict.bound, verdict.reason = error, bound.value, bound.reason
-            verdict.where = f"step {self.step}, {name}"
-        if error > bound.value:
-            verdict.failed += 1
-            place = int(difference.nan_to_num(math.inf).argmax())
-            self._differ(quantity, name, rank, got[place].item(), want[place].item(), error, bound)
-
-    def _fail(self, quantity: str, name: str, rank: int | None, got: float, want: float, reason: str) -> None:
-        verdict = self.findings.verdicts.setdefault((self.proof, quantity), ProofVerdict(self.proof, quantity))
-        verdict.failed, verdict.worst, verdict.where = verdict.failed + 1, math.inf, f"step {self.step}, {name}"
-        self._differ(quantity, name, rank, got, want, math.inf, Bound(0.0, reason))
-
-    def _differ(self, quantity, name, rank, got: float, want: float, error: float, bound: Bound) -> None:
-        self.findings.differences.append(
-            Difference(
-                self.proof,
-                self.part,
-                self.step,
-                self.phase,
-                quantity,
-                name,
-                rank,
-                got,
-                want,
-                error,
-                bound.value,
-                bound.reason,
-            )
-        )
-
-
-MISSING = 1.0
-"""The error of a tensor that is missing: a bound from there on tells nothing."""
-LOOSE = ("outputs", "losses", "gradients of weights", "gradients of outputs")
-"""Quantities that pass recipe measures by their norm."""
-QUANTITIES = {"master": "master weights", "exp_avg": "first moments", "exp_avg_sq": "second moments", "ema": "average of weights",
-              "bias": "biases"}  # fmt: skip
-
-
-def _share(error: float, bound: float) -> float:
-    """Of what is allowed; where nothing is, an error is beyond all measure."""
-    return error / bound if bound else (math.inf if error else 0.0)
-
-
-def _size(tensor: Tensor, low: bool) -> float:
-    tensor = tensor.detach().double()
-    return (tensor.square().mean().sqrt() if low else tensor.abs().max()).item()
-
-
-def _under(kind: str, state: State) -> State:
-    return {name.removeprefix(f"{kind}."): tensor for name, tensor in state.items() if name.startswith(f"{kind}.")}
-
-
-def assemble(ranks: list[Evidence], kind: str) -> State:
-    """Whole tensors, fp64, from the shards of all ranks. What no rank has is not a number."""
-    found: State = {}
-    for rank in ranks:
-        for name, tensor in rank.of_kind(kind):
-            offset, shape = rank.places[f"{kind}/{name}"]
-            whole = found.setdefault(name, torch.full(shape, math.nan, dtype=torch.float64))
-            whole.view(-1)[offset : offset + tensor.numel()] = tensor.double()
-    return found
 
 
 def sum_over_ranks(ranks: list[Evidence], shapes: dict[str, tuple[int, ...]]) -> State:

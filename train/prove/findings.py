@@ -1,0 +1,71 @@
+"""What the judges of a proof found: a verdict on every quantity of every pass, and every comparison that failed."""
+
+import math
+from dataclasses import dataclass, field
+
+
+@dataclass(frozen=True)
+class Difference:
+    """A comparison that failed."""
+
+    proof: str
+    part: int
+    step: int
+    phase: str
+    quantity: str
+    name: str
+    """Of the tensor, or of the part of the model whose output it is."""
+    rank: int | None
+    """None where all ranks were put together."""
+    got: float
+    want: float
+    error: float
+    bound: float
+    reason: str
+
+    def text(self) -> str:
+        """One sentence."""
+        who = "" if self.rank is None else f", rank {self.rank}"
+        return (
+            f"pass {self.proof}, step {self.step}{who}, {self.phase}: {self.quantity} of {self.name} is {self.got:.9g} and "
+            f"should be {self.want:.9g}, an error of {self.error:.2g} where {self.bound:.2g} is allowed"
+        )
+
+
+@dataclass
+class ProofVerdict:
+    """Of a pass, on one quantity."""
+
+    proof: str
+    quantity: str
+    compared: int = 0
+    worst: float = 0.0
+    bound: float = 0.0
+    where: str = ""
+    reason: str = ""
+    failed: int = 0
+    untold: int = 0
+    """Numbers that were compared with nothing, as rounding alone may move them by their own size; finite they must be."""
+
+    @property
+    def share(self) -> float:
+        """The worst error, of what is allowed."""
+        return share_of_bound(self.worst, self.bound)
+
+
+@dataclass
+class ProofFindings:
+    """Of all passes."""
+
+    verdicts: dict[tuple[str, str], ProofVerdict] = field(default_factory=dict)
+    differences: list[Difference] = field(default_factory=list)
+    """In the order of the computation."""
+    device: str = "cpu"
+    """Kind of device that the ranks had."""
+    second_layout: str = ""
+    """In which the checkpoint was read, and on how many ranks."""
+
+
+def share_of_bound(error: float, bound: float) -> float:
+    """Of what is allowed; where nothing is, an error is beyond all measure."""
+    return error / bound if bound else (math.inf if error else 0.0)
