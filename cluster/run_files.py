@@ -13,11 +13,13 @@ logs/rank_3.progress.json                {"step": 17, "phase": "step", "time": .
 """
 
 import re
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
 from conf.errors import UserError
-from conf.files import atomic_write_text
+from conf.files import atomic_write_text, exclusive
 
 MANIFEST = "manifest.json"
 STEP_FOLDERS = "step_*"
@@ -65,14 +67,33 @@ def progress_path(logs: Path, rank: int) -> Path:
 
 
 def read_fence(checkpoints: Path) -> int:
-    """The highest attempt number that may write there; -1 for none."""
+    """The highest attempt number that may write there; -1 for none. Raises UserError for what is no such number."""
+    path = checkpoints / _FENCE
     try:
-        return int((checkpoints / _FENCE).read_text())
+        with open(path, "rb") as file:
+            text = file.read(100)
     except FileNotFoundError:
         return -1
-    except ValueError as error:
+    except IsADirectoryError:
+        text = b"a folder"
+    if re.fullmatch(rb"\s*\d{1,15}\s*", text) is None:
         cure = "write the highest number of the files in attempts/ into it, or remove it if no attempt of this run is alive"
-        raise UserError("checkpoint", checkpoints / _FENCE, f"is damaged: {error}", cure) from error
+        raise UserError(
+            "checkpoint", path, f"is damaged: it must hold the number of an attempt, not {text!r:.60}", cure
+        )
+    return int(text)
+
+
+@contextmanager
+def hold_lock(checkpoints: Path, timeout: float) -> Iterator[None]:
+    """Hold the lock of checkpoints/ for what a start changes there. UserError where it stays locked for longer than this, in seconds."""
+    with ExitStack() as stack:
+        try:
+            stack.enter_context(exclusive(checkpoints / LOCK, timeout))
+        except TimeoutError as error:
+            cure = f"end the process that holds it (`fuser {checkpoints / LOCK}` names it), which may be of another host, and start again"
+            raise UserError("checkpoint", checkpoints / LOCK, f"cannot be locked: {error}", cure) from error
+        yield
 
 
 def write_fence(checkpoints: Path, attempt: int) -> None:

@@ -7,6 +7,7 @@ folder, as a rename is durable only once its folder is.
 import fcntl
 import json
 import os
+import stat
 import time
 import uuid
 from collections.abc import Iterator
@@ -52,13 +53,28 @@ def atomic_write_json(path: Path, value: Any) -> None:
     atomic_write_text(path, json.dumps(value))
 
 
+def open_lock(path: Path) -> int:
+    """A handle of a lock file, created if missing. Who may open a file can lock it, if only to keep others out, so nobody may but
+    those who can write the folder: they could put another file in its place.
+    """
+    handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
+    found = os.fstat(handle)
+    if found.st_uid == os.geteuid():  # also one that an earlier version made, open to everybody
+        writers = os.stat(path.parent).st_mode & 0o022
+        mode = 0o600 | writers << 1 | writers
+        if stat.S_IMODE(found.st_mode) != mode:
+            with suppress(PermissionError):  # a file system that keeps no modes
+                os.fchmod(handle, mode)
+    return handle
+
+
 @contextmanager
 def exclusive(path: Path, timeout: float) -> Iterator[None]:
     """Hold the advisory lock on this file, created if missing; TimeoutError after `timeout` seconds.
 
     The kernel frees the lock when its holder dies.
     """
-    handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    handle = open_lock(path)
     try:
         deadline = time.monotonic() + timeout
         while not try_lock(handle):

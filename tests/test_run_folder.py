@@ -1,5 +1,6 @@
 """The run folder: one live run at a time, and where it resumes."""
 
+import fcntl
 import os
 import shutil
 import socket
@@ -17,6 +18,8 @@ from parallel.shard import whole
 from tests.checkpoint.world import checkpointers, save
 from tests.ranks import CONTEXT
 from train import run_folder
+from train.checkpoint.commit import Committer
+from train.data.store import locked
 from train.run_folder import RunFolder, RunPaths, held_by_rank_0, resume_point
 
 torch.set_num_threads(1)
@@ -81,6 +84,41 @@ def test_a_start_waits_for_a_rank_0_that_outlives_its_driver(tmp_path, monkeypat
     with RunFolder(config(tmp_path)):
         assert not process.is_alive()
     killing.join()
+
+
+LOCKS = {
+    "of the run": lambda root: RunFolder(config(root)).close() or root / "a" / ".lock",
+    "of rank 0": lambda root: RunFolder(config(root)).close() or root / "a" / ".rank_0.lock",
+    "of checkpoints": lambda root: (
+        Committer(root / "a" / "checkpoints", 1, 1, 1.0).enter(0) or root / "a" / "checkpoints" / ".lock"
+    ),
+    "of prepared data": lambda root: locked(root / "a", print).__enter__() or root / ".a.lock",
+}
+
+
+@pytest.mark.parametrize("make", LOCKS.values(), ids=LOCKS)
+def test_no_other_user_can_open_a_lock_file(tmp_path, make):
+    """Who can open one for reading can lock it, and keep every start out."""
+    lock = make(tmp_path)
+    lock.parent.chmod(0o755)
+    lock.chmod(0o644)  # as earlier versions made it
+    assert make(tmp_path) == lock and lock.stat().st_mode & 0o777 == 0o600
+    lock.unlink()
+    assert make(tmp_path) == lock and lock.stat().st_mode & 0o777 == 0o600
+    lock.parent.chmod(0o2770)  # a folder that its group shares, such as data.cache
+    assert make(tmp_path) == lock and lock.stat().st_mode & 0o777 == 0o660
+
+
+def test_a_lock_is_not_said_to_be_held_by_a_process_that_has_ended(tmp_path):
+    RunFolder(config(tmp_path)).close()
+    lock = tmp_path / "a" / ".lock"
+    ended = subprocess.Popen(["true"])
+    ended.wait()
+    with lock.open() as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        lock.write_text(f"process {ended.pid} on host {socket.gethostname()}\n")
+        with pytest.raises(UserError, match=f"in use by another process .`fuser {lock}.*{ended.pid}.* has ended"):
+            RunFolder(config(tmp_path))
 
 
 def test_child_processes_do_not_inherit_the_lock(tmp_path):

@@ -18,6 +18,7 @@ runs/NAME/
 
 import fcntl
 import os
+import re
 import shutil
 import socket
 import sys
@@ -28,10 +29,10 @@ from dataclasses import replace
 from pathlib import Path
 
 from cluster.run_files import STEP_FOLDERS
-from cluster.spawn import longest_afterlife
+from cluster.spawn import lives, longest_afterlife
 from conf.disk import disk_errors, explain, naming, room
 from conf.errors import EXIT_USER, UserError
-from conf.files import atomic_write_text, try_lock
+from conf.files import atomic_write_text, open_lock, try_lock
 from conf.load import write_config
 from conf.schema import Config
 from train.checkpoint.manifest import Found, checkpoints, newest_intact, read_manifest, verify
@@ -109,7 +110,7 @@ def held_by_rank_0(paths: RunPaths) -> Iterator[None]:
     that was cut off; a start that has just begun may take it for a moment.
     """
     paths.path.mkdir(parents=True, exist_ok=True)
-    handle = os.open(paths.rank_lock, os.O_RDWR | os.O_CREAT, 0o644)
+    handle = open_lock(paths.rank_lock)
     try:
         fcntl.flock(handle, fcntl.LOCK_SH)
         os.ftruncate(handle, 0)
@@ -122,12 +123,12 @@ def held_by_rank_0(paths: RunPaths) -> Iterator[None]:
 
 def _await_end_of_rank_0(path: Path, config: Config) -> None:
     """UserError if one holds the lock for longer than a rank lives on without its driver."""
-    handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    handle = open_lock(path)
     try:
         limit = longest_afterlife(config)
         deadline, told = time.monotonic() + limit, False
         while not try_lock(handle):
-            who = os.pread(handle, 200, 0).decode(errors="replace").strip()
+            who = _holder(handle, path)
             if time.monotonic() > deadline:
                 raise UserError(
                     "name",
@@ -145,6 +146,17 @@ def _await_end_of_rank_0(path: Path, config: Config) -> None:
 
 def _me() -> str:
     return f"process {os.getpid()} on host {socket.gethostname()}\n"
+
+
+def _holder(handle: int, path: Path) -> str:
+    """Who wrote into a lock file, and whether it can still be that one which holds it."""
+    text = os.pread(handle, 200, 0).decode(errors="replace").strip()
+    told = re.fullmatch(r"process (\d{1,9}) on host (.+)", text)
+    if told is None or (told[2] == socket.gethostname() and not lives(int(told[1]))):
+        return f"another process (`fuser {path}` names it)" + (
+            f"; {text}, which held it before, has ended" if told else ""
+        )
+    return text
 
 
 def resume_point(config: Config, skip: Collection[Path] = ()) -> Found:
@@ -227,11 +239,11 @@ def _lock(path: Path, name: str) -> int:
 
     The file is never removed: between open and lock, a remover would leave two processes with two files.
     """
-    handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    handle = open_lock(path)
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-        holder = os.read(handle, 200).decode(errors="replace").strip() or "unknown"
+        holder = _holder(handle, path)
         os.close(handle)
         raise UserError(
             "name",

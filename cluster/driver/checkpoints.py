@@ -2,11 +2,11 @@
 
 import functools
 import json
+import re
 from pathlib import Path
 
 from cluster.driver.journal import read_events
-from cluster.run_files import LOCK, MANIFEST, NONE, STEP_FOLDERS, Age, read_fence, write_fence
-from conf.files import exclusive
+from cluster.run_files import MANIFEST, NONE, STEP_FOLDERS, Age, hold_lock, read_fence, write_fence
 
 
 def newest(folder: Path) -> Age:
@@ -16,14 +16,14 @@ def newest(folder: Path) -> Age:
 
 def claim_attempt(folder: Path, timeout: float) -> int:
     """A number above that of every earlier attempt of this run, 1 or more, which shuts those out from now on: a rank that an
-    earlier driver started may only now be about to begin. Raises UserError for a damaged fence, TimeoutError where a rank
+    earlier driver started may only now be about to begin. Raises UserError for a damaged fence, and where a rank
     keeps the folder locked for longer than this, in seconds.
     """
-    started = [int(path.stem) for path in (folder / "attempts").glob("*.yaml")]
+    started = [int(path.stem) for path in (folder / "attempts").glob("*.yaml") if re.fullmatch(r"\d{1,15}", path.stem)]
     told = [event["attempt"] for event in read_events(folder)]  # also one that ended before its ranks were started
     checkpoints = folder / "checkpoints"
     checkpoints.mkdir(exist_ok=True)
-    with exclusive(checkpoints / LOCK, timeout):
+    with hold_lock(checkpoints, timeout):
         number = max([0, read_fence(checkpoints), *started, *told]) + 1
         write_fence(checkpoints, number)
     return number

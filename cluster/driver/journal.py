@@ -94,13 +94,21 @@ class Journal:
 
 
 def read_events(folder: Path) -> list[dict[str, Any]]:
-    """All events in order, without lines that a crash cut off; an empty list where there is no file."""
+    """All events in order, without lines that a crash cut off or no driver wrote; an empty list where there is no file."""
     path = folder / FILE
     events = []
     for line in path.read_bytes().splitlines() if path.exists() else []:
-        with contextlib.suppress(ValueError):
-            events.append(json.loads(line))
+        with contextlib.suppress(ValueError, RecursionError):
+            if _is_event(event := json.loads(line)):
+                events.append(event)
     return events
+
+
+def _is_event(found: Any) -> bool:
+    match found:
+        case {"time": int() | float(), "kind": str(), "attempt": int(attempt), "text": str()}:
+            return 0 <= attempt < 10**15
+    return False
 
 
 @dataclass(frozen=True)

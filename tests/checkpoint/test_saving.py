@@ -9,7 +9,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from cluster.driver.checkpoints import claim_attempt
 from conf.errors import UserError
+from conf.files import exclusive
 from parallel.shard import Shard, whole
 from tests import disks
 from tests.checkpoint.world import blank, checkpointers, same_bits, save
@@ -221,7 +223,7 @@ def test_commit_and_fence_exclude_each_other(tmp_path):
     committer = Committer(tmp_path, 0, 1, timeout=0.1)
     committer.raise_fence()
     newer = Committer(tmp_path, 1, 1, timeout=0.1)
-    with committer._lock(), pytest.raises(TimeoutError, match="stayed locked"):
+    with committer._lock(), pytest.raises(UserError, match="stayed locked"):
         newer.raise_fence()
     newer.raise_fence()
     assert next_attempt(tmp_path) == 2
@@ -270,7 +272,21 @@ def test_keep_0_keeps_all(tmp_path):
     assert steps(tmp_path) == [0, 1, 2, 3, 4]
 
 
-def test_a_damaged_fence_is_named(tmp_path):
-    (tmp_path / ".fence").write_text("")
-    with pytest.raises(UserError, match=r"(?s)\.fence.*is damaged.*remove it"):
+@pytest.mark.parametrize("text", ["", "-5", "1e9", "9" * 5000, "\x1b[2J1", "folder"])
+def test_a_damaged_fence_is_named(tmp_path, text):
+    if text == "folder":
+        (tmp_path / ".fence").mkdir()
+    else:
+        (tmp_path / ".fence").write_text(text)
+    with pytest.raises(UserError, match=r"(?s)\.fence.*is damaged.*remove it") as caught:
         next_attempt(tmp_path)
+    assert len(str(caught.value)) < 500 and "\x1b" not in str(caught.value)
+
+
+def test_a_lock_that_another_process_keeps_is_an_error_with_the_cure(tmp_path):
+    (root := tmp_path / "checkpoints").mkdir()
+    committer = Committer(root, 1, 1, 0.05)
+    with exclusive(root / ".lock", 1.0):
+        for start in (lambda: committer.enter(0), committer.sweep, lambda: claim_attempt(tmp_path, 0.05)):
+            with pytest.raises(UserError, match=r"(?s)\.lock.*stayed locked for 0 s.*end the process that holds it"):
+                start()

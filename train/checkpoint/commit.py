@@ -26,7 +26,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from cluster.run_files import LOCK, MANIFEST, data_name, index_name, read_fence, step_name, write_fence
+from cluster.run_files import LOCK, MANIFEST, data_name, hold_lock, index_name, read_fence, step_name, write_fence
 from conf.files import atomic_write_json, atomic_write_text, exclusive, fsync_folder
 from train.checkpoint.manifest import checkpoints, seal
 
@@ -66,7 +66,9 @@ class Committer:
         self.timeout, self.poll = timeout, poll
 
     def enter(self, rank: int) -> None:
-        """Start as this rank; Fenced if a newer attempt has started. Rank 0 shuts out older ones and sweeps."""
+        """Start as this rank; Fenced if a newer attempt has started. Rank 0 shuts out older ones and sweeps, and raises UserError
+        where another process keeps the lock.
+        """
         self.root.mkdir(parents=True, exist_ok=True)
         self._check_fence()
         if rank == 0:  # alone, as thousands of ranks would queue for the lock
@@ -75,14 +77,14 @@ class Committer:
 
     def raise_fence(self) -> None:
         """Shut out all older attempts; Fenced if a newer one has started."""
-        with self._lock():
+        with hold_lock(self.root, self.timeout):
             self._check_fence()
             if read_fence(self.root) < self.attempt:
                 write_fence(self.root, self.attempt)
 
     def sweep(self) -> None:
         """Clear what dead attempts left: half-written and half-removed folders."""
-        with self._lock():
+        with hold_lock(self.root, self.timeout):
             self._check_fence()
             for folder in self.root.glob(".step_*"):
                 match = HIDDEN.fullmatch(folder.name)

@@ -31,7 +31,7 @@ import numpy as np
 
 from conf.disk import room, size
 from conf.errors import UserError
-from conf.files import atomic_write_text
+from conf.files import atomic_write_text, open_lock
 
 VERSION = 1
 ALWAYS_CHECKED = 64 << 20
@@ -90,8 +90,8 @@ def locked(path: Path, waiting: Callable[[], None]) -> Iterator[None]:
     lock = path.with_name(f".{path.name}.lock")
     with space_errors(path.parent):
         path.parent.mkdir(parents=True, exist_ok=True)
-        stream = lock.open("ab")
-    with stream:
+        handle = open_lock(lock)
+    with open(handle, "ab") as stream:
         try:
             fcntl.flock(stream, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

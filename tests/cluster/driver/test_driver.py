@@ -438,6 +438,17 @@ def test_the_number_of_an_attempt_that_started_no_rank_is_not_given_again(tmp_pa
     assert claim_attempt(tmp_path, 10.0) == 13
 
 
+@pytest.mark.parametrize(
+    "line", ["[]", "7", '{"attempt": 3}', '{"attempt": "3", "kind": "x", "text": "", "time": 0}', "[" * 9999]
+)
+def test_files_that_no_driver_wrote_do_not_stop_a_launch(tmp_path, line):
+    (tmp_path / "events.jsonl").write_text(f"{line}\n")
+    (tmp_path / "attempts").mkdir()
+    (tmp_path / "attempts" / "copy of 00003.yaml").touch()
+    (tmp_path / "attempts" / "00004.yaml").touch()
+    assert claim_attempt(tmp_path, 10.0) == 5
+
+
 def test_a_new_launch_shuts_out_ranks_of_the_one_before_that_have_not_begun(tmp_path):
     Committer(tmp_path / "checkpoints", attempt=1, world_size=1, timeout=10.0).enter(0)
     assert claim_attempt(tmp_path, 10.0) == 2
