@@ -77,6 +77,27 @@ def test_a_gpu_that_is_asked_for_and_absent_stops_runs():
     assert one.stops and "needs a CUDA device" in one.state
 
 
+@pytest.fixture
+def cards(monkeypatch) -> None:
+    """Cards that are not there, as torch would describe them."""
+    card = SimpleNamespace(name="NVIDIA H100 80GB HBM3", total_memory=80e9)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 8)
+    monkeypatch.setattr("torch.cuda.get_device_properties", lambda number: card)
+    monkeypatch.setattr("train.precision.installed.look", lambda: GOOD)
+
+
+def test_a_gpu_without_a_c_compiler_is_not_ready(cards, monkeypatch):
+    """Triton builds what starts its kernels with it, in bf16 too."""
+    lines = {one.label: one for one in look(compose("cluster.device=cuda"))}
+    assert "python3." in lines["Triton"].state and not lines["Triton"].stops and lines["Triton"].cure is None
+    monkeypatch.setenv("CC", "no-such-compiler")
+    lines = {one.label: one for one in look(compose("cluster.device=cuda"))}
+    assert lines["Triton"].stops and "CC=no-such-compiler" in lines["Triton"].state
+    assert "build-essential" in lines["Triton"].cure
+    assert lines["Device"].state.startswith("8 of CUDA ") and not lines["FP8"].stops
+
+
 @pytest.mark.parametrize(
     ("change", "recipe", "stops"),
     [
@@ -87,12 +108,8 @@ def test_a_gpu_that_is_asked_for_and_absent_stops_runs():
     ],
     ids=["our kernels", "DeepGEMM", "no DeepGEMM for a recipe that asks for it", "no DeepGEMM for a recipe without"],
 )
-def test_a_gpu_and_its_fp8_products_have_a_line_each(monkeypatch, change, recipe, stops):
-    """A card that is not there, as torch and train/precision/installed.py would describe it."""
-    card = SimpleNamespace(name="NVIDIA H100 80GB HBM3", total_memory=80e9)
-    monkeypatch.setattr("train.gpu.usable_gpu", lambda wanted: True)
-    monkeypatch.setattr("torch.cuda.device_count", lambda: 8)
-    monkeypatch.setattr("torch.cuda.get_device_properties", lambda number: card)
+def test_a_gpu_and_its_fp8_products_have_a_line_each(cards, monkeypatch, change, recipe, stops):
+    """As train/precision/installed.py would describe them."""
     monkeypatch.setattr("train.precision.installed.look", lambda: dataclasses.replace(GOOD, **change))
     lines = {one.label: one for one in look(compose("cluster.device=cuda", *recipe))}
     assert (

@@ -124,13 +124,14 @@ def _device(config: Config) -> Iterator[DoctorLine]:
     """The device that a run would take, and FP8 where the recipe wants it."""
     import torch
 
-    from train.gpu import idle_gpu, usable_gpu
+    from train.gpu import idle_gpu, sees_gpu
+    from train.host_compiler import PYTHON, compiler_command, missing_for_triton
     from train.precision.hopper import needs_deep_gemm
     from train.precision.installed import look as look_at_fp8
     from train.precision.installed import misfits
 
     try:
-        usable = config.cluster.device != "cpu" and usable_gpu(config.cluster.device)
+        usable = config.cluster.device != "cpu" and sees_gpu(config.cluster.device)
     except UserError as error:
         yield DoctorLine("Device", error.rule, error.cure, stops=True)
         return
@@ -141,6 +142,10 @@ def _device(config: Config) -> Iterator[DoctorLine]:
     devices = [torch.cuda.get_device_properties(number) for number in range(torch.cuda.device_count())]
     names = ", ".join(f"{one.name} with {size(one.total_memory)}" for one in devices)
     yield DoctorLine("Device", f"{len(devices)} of CUDA {torch.version.cuda}: {names}")
+    lacks, cure = missing_for_triton() or (None, None)
+    yield DoctorLine(
+        "Triton", lacks or f"starts kernels by {compiler_command()} and {PYTHON}'s headers", cure, bool(lacks)
+    )
     found = look_at_fp8()
     wanted = config.precision.fp8 is not None
     bad = misfits(found, deep_gemm=wanted and needs_deep_gemm(config.precision.fp8))

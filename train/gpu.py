@@ -1,5 +1,5 @@
-"""A rank's GPU before data are read: whether torch can use it, whether FP8 products work, how its memory is cut, and what
-NCCL keeps for the day that a collective hangs.
+"""A rank's GPU before data are read: whether torch and Triton can use it, whether FP8 products work, how its memory is cut, and
+what NCCL keeps for the day that a collective hangs.
 """
 
 import glob
@@ -13,6 +13,7 @@ import psutil
 from cluster.launch import Place
 from conf.errors import UserError
 from conf.schema import Config
+from train.host_compiler import require_for_triton
 from train.precision.hopper_probe import probe
 
 if TYPE_CHECKING:
@@ -56,10 +57,18 @@ def check_memory(config: Config, state_bytes: int) -> None:
 
 
 def usable_gpu(wanted: str) -> bool:
-    """Whether torch can use a GPU. wanted: cluster.device, auto or cuda.
+    """Whether runs can use a GPU. wanted: cluster.device, auto or cuda.
 
-    Raises UserError for a GPU that it should use and cannot.
+    Raises UserError for a GPU that torch should use and cannot, and for one on which Triton cannot start kernels.
     """
+    if not sees_gpu(wanted):
+        return False
+    require_for_triton(wanted)
+    return True
+
+
+def sees_gpu(wanted: str) -> bool:
+    """Whether torch can use a GPU, whatever else is missing. Raises UserError for one that it should use and cannot."""
     import torch
 
     if torch.cuda.is_available():

@@ -15,6 +15,7 @@ from bench.gpu.verdict import nvcc
 from conf.load import compose
 from train.attention_choice import BOUND as ATTENTION_BOUND
 from train.attention_choice import CORES, PARTS, problem_of
+from train.host_compiler import compiler_command, missing_for_triton
 from train.kernels import build_kernels
 from train.metrics.peak import measured_peak, named_peak
 from train.model.attention import Attend, AttentionCore, AttentionInput
@@ -32,6 +33,7 @@ def checks(machine: Machine) -> list[Check]:
         Check("rate of bf16 products", partial(product_rate, machine)),
         Check("rate of memory", partial(memory_rate, machine)),
         Check("time of a launch", partial(launch_time, machine)),
+        Check("a C compiler and Python's headers, for Triton", partial(host_compiler, machine)),
         Check("nvcc, for DeepGEMM", partial(compiler, machine)),
         Check("precision=fp8 can start", partial(fp8_starts, machine, "triton")),
         Check("precision=fp8 can start with DeepGEMM", partial(fp8_starts, machine, "deepgemm")),
@@ -106,6 +108,14 @@ def launch_time(machine: Machine) -> Finding:
     machine.synchronize()
     done = time.perf_counter() - began
     return Finding({"issued (us)": 1e6 * issued / count, "done (us)": 1e6 * done / count})
+
+
+def host_compiler(machine: Machine) -> Finding:
+    """Without them every part that runs a kernel fails."""
+    machine.need_gpu("this")
+    lacks, cure = missing_for_triton() or (None, "")
+    bound = "a module of Python in C can be built, as Triton builds what starts its kernels"
+    return Finding({"compiler": compiler_command()}, bound, lacks and f"{lacks}: {cure}")
 
 
 def compiler(machine: Machine) -> Finding:

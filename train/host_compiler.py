@@ -1,0 +1,75 @@
+"""What Triton needs of a GPU's machine beside the GPU: a C compiler and Python's headers.
+
+Triton compiles every kernel itself, and has the machine's C compiler build what starts it: small modules of Python in C, the
+first of them when a process asks for the GPU's driver. So a run on a GPU needs both, in bf16 too; a C++ compiler does not do.
+Found as triton.runtime.build of 3.6 to 3.9 finds them, and tried, since a compiler can be there without the C library's headers.
+"""
+
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+import tempfile
+from pathlib import Path
+
+from conf.errors import UserError
+
+COMPILERS = ("gcc", "clang")
+"""Looked for on the PATH where CC is not set; `cc` is not."""
+PYTHON = f"python{sys.version_info.major}.{sys.version_info.minor}"
+SOURCE = """#include <stdlib.h>
+#include <Python.h>
+static struct PyModuleDef module = {PyModuleDef_HEAD_INIT, "tried", NULL, -1, NULL};
+PyMODINIT_FUNC PyInit_tried(void) { return PyModule_Create(&module); }
+"""
+LIMIT = 60.0
+"""Seconds that the compiler may take; it takes a part of one."""
+TAIL = 600
+"""Characters of its last words that the error repeats."""
+INSTALL_COMPILER = "apt-get install build-essential (dnf install gcc), or set CC to a C compiler"
+INSTALL_HEADERS = f"apt-get install {PYTHON}-dev, or python3-dev for the system's own Python ({PYTHON}-devel or python3-devel with dnf)"
+
+
+def missing_for_triton() -> tuple[str, str] | None:
+    """What Triton lacks to build what starts its kernels, and the cure; None where it lacks nothing."""
+    compiler = compiler_command()
+    if compiler is None:
+        return "there is no C compiler: CC is not set, and gcc and clang are not on the PATH", INSTALL_COMPILER
+    if shutil.which(compiler) is None:
+        return (
+            f"CC={compiler} is no program, and Triton takes CC as a program's name without arguments",
+            INSTALL_COMPILER,
+        )
+    with tempfile.TemporaryDirectory() as folder:
+        source = Path(folder) / "tried.c"
+        source.write_text(SOURCE)
+        command = [compiler, str(source), "-O3", "-shared", "-fPIC", "-o", f"{folder}/tried.so", f"-I{headers()}"]
+        try:
+            done = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=LIMIT)
+        except (OSError, subprocess.TimeoutExpired) as error:
+            return f"{compiler} cannot be run: {error}", INSTALL_COMPILER
+    if done.returncode == 0:
+        return None
+    if "Python.h" in done.stderr:
+        return f"{PYTHON} has no headers: there is no Python.h in {headers()}", INSTALL_HEADERS
+    return f"{compiler} cannot build a module of Python: {done.stderr.strip()[-TAIL:]}", INSTALL_COMPILER
+
+
+def require_for_triton(device: object) -> None:
+    """Raises UserError where `missing_for_triton` names something. device: the value of cluster.device."""
+    if (missing := missing_for_triton()) is not None:
+        rule = f"needs a C compiler and Python's headers, by which Triton starts its kernels: {missing[0]}"
+        raise UserError("cluster.device", device, rule, f"{missing[1]}; or use cluster.device=cpu")
+
+
+def compiler_command() -> str | None:
+    """The program that Triton runs; None where it finds none."""
+    given = os.environ.get("CC")
+    return next((found for name in COMPILERS if (found := shutil.which(name))), None) if given is None else given
+
+
+def headers() -> str:
+    """The folder in which Triton has the compiler look for Python.h."""
+    scheme = sysconfig.get_default_scheme()  # Debian's own has them where it installs nothing
+    return sysconfig.get_paths(scheme="posix_prefix" if scheme == "posix_local" else scheme)["include"]
