@@ -1,14 +1,15 @@
 """What Sluice does on this GPU: every check and every time that needs a card.
 
-    python -m bench.gpu [--part NAME ...] [--out FOLDER]
+    python -m bench.gpu [--part NAME ...] [--minutes MINUTES] [--out FOLDER]
 
-Takes about 10 minutes. Writes gpu.json (verdict.schema.json describes it) and gpu.html, one page to read and to send back.
-Every line passes, fails, or was not tried with the reason; the exit code is 1 if any fails. The parts:
+Takes about 16 minutes at most. With fewer minutes it says before it starts which parts it leaves out. Writes gpu.json
+(verdict.schema.json describes it) and gpu.html, one page to read and to send back. Every line passes, fails, or was not
+tried with the reason; the exit code is 1 if any fails. The parts:
 
 PARTS
-Every part has processes and time of its own, so that a crash or a hang takes one check with it, and all of them together
-take ten minutes at most. Without a GPU it is a dry check, which says so: the same code compares torch's operations on the
-CPU, in the place of the GPU's, with the CPU's compiled code, at small sizes.
+Every part has processes and time of its own, so that a crash or a hang takes one check with it. Without a GPU it is a dry
+check, which says so: the same code compares torch's operations on the CPU, in the place of the GPU's, with the CPU's
+compiled code, at small sizes.
 """
 
 import argparse
@@ -20,11 +21,9 @@ from pathlib import Path
 from bench.gpu.line import FAIL, NOT_TRIED, Line
 from bench.gpu.machine import PATIENCE
 from bench.gpu.page import draw, shown
-from bench.gpu.parts import PARTS, BenchPart
+from bench.gpu.parts import MINUTES, PARTS, BenchPart, fitting
 from bench.gpu.run import run_part
 from bench.gpu.verdict import PartFound, Verdict, software
-
-MINUTES = 10.0
 
 
 def main() -> int:
@@ -38,14 +37,24 @@ def main() -> int:
     parser.add_argument(
         "--device", choices=("auto", "cuda", "cpu"), default="auto", help="cpu: a dry check in any case"
     )
+    parser.add_argument(
+        "--minutes", type=minutes, default=MINUTES, help=f"longest time, of the {MINUTES} that all parts may take"
+    )
     parser.add_argument("--out", type=Path, default=Path("."), metavar="FOLDER", help="where gpu.json and gpu.html go")
     options = parser.parse_args()
     verdict = start(options.device)
     options.out.mkdir(parents=True, exist_ok=True)
-    deadline = time.monotonic() + 60 * MINUTES
+    chosen = fitting(options.part, options.minutes)
+    announce(options.part, chosen, options.minutes)
+    deadline = time.monotonic() + 60 * options.minutes
     for name in options.part:
-        print(f"\n{PARTS[name].title}", flush=True)
-        verdict.parts.append(run(PARTS[name], "cuda" if verdict.on_gpu else "cpu", deadline))
+        if name in chosen:
+            print(f"\n{PARTS[name].title}", flush=True)
+            verdict.parts.append(run(PARTS[name], "cuda" if verdict.on_gpu else "cpu", deadline))
+        else:
+            verdict.parts.append(
+                left_out(PARTS[name], f"it may take {clock(PARTS[name])} of {options.minutes:g} minutes")
+            )
         write(verdict, options.out)
     verdict.complete = True
     write(verdict, options.out)
@@ -71,15 +80,41 @@ def start(wanted: str) -> Verdict:
     return verdict
 
 
+def minutes(word: str) -> float:
+    """A positive number."""
+    value = float(word)
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{word} is no number of minutes above 0")
+    return value
+
+
+def clock(part: BenchPart) -> str:
+    """Its time, for a person."""
+    return f"{part.seconds / 60:.1f}"
+
+
+def announce(asked: list[str], chosen: list[str], minutes: float) -> None:
+    """What will be done and what will not, before it is begun."""
+    seconds = sum(PARTS[name].seconds for name in chosen)
+    print(f"{len(chosen)} of {len(asked)} parts, {seconds / 60:.1f} minutes at most")
+    for name in asked:
+        if name not in chosen:
+            print(f"left out: {name}, which may take {clock(PARTS[name])} minutes: --part {name} runs it alone")
+
+
+def left_out(part: BenchPart, why: str) -> PartFound:
+    """A part that has no time."""
+    return PartFound(part.name, part.title, 0.0, 0.0, [Line("all checks", NOT_TRIED, why)])
+
+
 def run(part: BenchPart, device: str, deadline: float) -> PartFound:
     """The part, in its own time or in what is left of all."""
     began = time.monotonic()
     allowed = min(part.seconds * (1.0 if device == "cuda" else PATIENCE), deadline - began)
     if allowed <= 0:
-        lines = [Line("all checks", NOT_TRIED, f"the {MINUTES:.0f} minutes were over")]
-    else:
-        lines = run_part(part.name, device, allowed, show)
-    return PartFound(part.name, part.title, round(time.monotonic() - began, 1), round(max(0.0, allowed), 1), lines)
+        return left_out(part, "the minutes were over")
+    lines = run_part(part.name, device, allowed, show)
+    return PartFound(part.name, part.title, round(time.monotonic() - began, 1), round(allowed, 1), lines)
 
 
 def show(line: Line) -> None:

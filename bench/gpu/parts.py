@@ -1,7 +1,8 @@
 """The parts of the command: their names, what they are about, their time, and where their checks are."""
 
 import importlib
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from bench.gpu.line import Check
@@ -15,7 +16,7 @@ class BenchPart:
     name: str
     title: str
     seconds: float
-    """Of the ten minutes."""
+    """Most that it takes on a GPU."""
 
     def load(self) -> Callable[[Machine], list[Check]]:
         return importlib.import_module(f"bench.gpu.{self.name}").checks
@@ -31,8 +32,21 @@ PARTS = {
         ("layers", "A layer of DeepSeek-V3 at full width: times and kernels", 60),
         ("waits", "Waits of the host and launches", 35),
         ("memory", "Memory beside the plan", 65),
-        ("ranks", "Eight processes on one card, beside one", 65),
+        ("ranks", "Eight processes on one card, beside one", 405),  # all that its checks may take
         ("rates", "Rates of products, quantisers and FP8 layers", 30),
         ("peers", "A training step beside torchtitan, transformers and TransformerEngine", 60),
     )
 }
+
+MINUTES = math.ceil(sum(part.seconds for part in PARTS.values()) / 60)
+"""All of them."""
+
+
+def fitting(names: Iterable[str], minutes: float) -> list[str]:
+    """Those that get their time, in order; a part that does not fit leaves its time to shorter ones behind it."""
+    left, found = 60 * minutes, []
+    for name in names:
+        if PARTS[name].seconds <= left:
+            found.append(name)
+            left -= PARTS[name].seconds
+    return found

@@ -4,14 +4,16 @@ import json
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import jsonschema
 import pytest
 
 import bench.gpu.__main__ as command
+from bench.gpu import ranks
 from bench.gpu.line import FAIL, NOT_TRIED, PASS, Line
 from bench.gpu.page import draw, shown
-from bench.gpu.parts import PARTS
+from bench.gpu.parts import MINUTES, PARTS, fitting
 from bench.gpu.run import follow
 from bench.gpu.verdict import PartFound, Verdict
 from conf.schema import ROOT
@@ -62,12 +64,41 @@ def test_a_part_that_cannot_start_is_one_line_that_fails(tmp_path):
     assert line.verdict == FAIL and "libcudart.so.13" in line.reason
 
 
-def test_all_parts_take_ten_minutes_and_the_last_ones_are_not_begun_without_time(monkeypatch):
-    assert sum(part.seconds for part in PARTS.values()) <= 60 * command.MINUTES
+def test_all_parts_fit_and_none_is_begun_without_time(monkeypatch):
+    assert fitting(PARTS, MINUTES) == list(PARTS)
     monkeypatch.setattr(command, "run_part", lambda *arguments: pytest.fail("a part was begun"))
     found = command.run(next(iter(PARTS.values())), "cpu", time.monotonic() - 1)
     (line,) = found.lines
     assert line.verdict == NOT_TRIED and "minutes were over" in line.reason
+
+
+def test_a_part_has_at_least_the_time_of_its_ranks():
+    """Each layout starts nine processes, so that what its checks may take is about what they need."""
+    checks = ranks.checks(SimpleNamespace(on_gpu=True))
+    assert len(checks) == 1 + len(ranks.LAYOUTS)
+    assert sum(check.limit for check in checks) <= PARTS["ranks"].seconds
+
+
+def test_what_a_short_run_leaves_out_is_said_before_it_starts(monkeypatch, tmp_path, capsys):
+    monkeypatch.setattr(command, "run_part", lambda name, *arguments: print(f"begun: {name}") or [Line(name, PASS)])
+    monkeypatch.setattr("sys.argv", ["gpu", "--device", "cpu", "--minutes", "5", "--out", str(tmp_path)])
+    assert command.main() == 0
+    said = capsys.readouterr().out
+    assert said.index("left out: ranks, which may take") < said.index("begun: environment")
+    record = json.loads((tmp_path / "gpu.json").read_text())
+    jsonschema.validate(record, SCHEMA)
+    done = [part["name"] for part in record["parts"] if part["allowed_seconds"]]
+    assert sum(PARTS[name].seconds for name in done) <= 300 and "ranks" not in done
+    (line,) = next(part for part in record["parts"] if part["name"] == "ranks")["lines"]
+    assert line["verdict"] == NOT_TRIED and "of 5 minutes" in line["reason"]
+
+
+@pytest.mark.parametrize("word", ["0", "-1", "nan", "inf", "soon"])
+def test_minutes_are_a_number_above_0(word, monkeypatch, capsys):
+    monkeypatch.setattr("sys.argv", ["gpu", "--minutes", word])
+    with pytest.raises(SystemExit):
+        command.main()
+    assert "--minutes" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(("line", "code"), [(Line("one", PASS), 0), (Line("one", FAIL, "<b>wrong</b>"), 1)])
