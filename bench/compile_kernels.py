@@ -103,6 +103,7 @@ def compile_all(architectures: tuple[int, ...] = ARCHITECTURES) -> dict[tuple[st
     found = {}
     for architecture in architectures:
         for name, call in variants().items():
+            print(f"compiling {name} for sm_{architecture}", file=sys.stderr, flush=True)  # which one takes too long
             with compiling(architecture) as compiled:
                 call()
             kernel = compiled[-1]  # the last, where a call has several

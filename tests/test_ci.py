@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 from conf.schema import ROOT
+from tests.ghost import check
 
 
 def gpu_checks(tree: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess:
@@ -30,3 +31,17 @@ def test_a_python_that_is_named_must_have_a_cuda_build(tmp_path):
     bare.chmod(0o755)
     found = gpu_checks(tmp_path, SLUICE_GPU_PYTHON=str(bare))
     assert found.returncode == 1 and f"{bare} has no CUDA build of torch" in found.stdout
+
+
+def test_a_compile_that_takes_too_long_is_reported():
+    problems, table = check.kernels(limit=0.05)
+    assert problems == ["bench.compile_kernels had no end after 0.05 s: it said nothing"] and table == []
+
+
+def test_a_check_that_raises_does_not_take_the_others_with_it():
+    def late() -> tuple[list[str], list[str]]:
+        raise subprocess.TimeoutExpired("a compiler", 900.0)
+
+    problems, table = check.tried(late)
+    assert problems == ["it ended early: TimeoutExpired('a compiler', 900.0)"]
+    assert table == [] and check.tried(lambda: (["one"], ["table"])) == (["one"], ["table"])

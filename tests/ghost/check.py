@@ -27,6 +27,8 @@ BUDGET = {
 and attention. Who adds one says why; who saves some lowers the figure."""
 STEP_WAITS = 2
 """Most waits of the host in a step of a rank by itself in bf16: for what the passes took, and for the norm."""
+COMPILING = 900.0
+"""Seconds that compiling every kernel may take; it takes half a minute of a free core."""
 MOST_MEMORY = 16 << 30
 """Bytes that a process may map for its ranks, the ghost's device memory among them."""
 
@@ -40,7 +42,7 @@ def main() -> int:
     stand_ins.install()
     failed, lines = 0, []
     for check in (kernels, products, layers, ranks):
-        problems, table = check()
+        problems, table = tried(check)
         for problem in problems:
             print(f"FAIL  {check.__name__}: {problem}", flush=True)
         failed += len(problems)
@@ -53,12 +55,24 @@ def main() -> int:
     os._exit(1 if failed else 0)
 
 
-def kernels() -> tuple[list[str], list[str]]:
-    """In a process without the ghost, as the compiler asks for a device of its own choice."""
+def tried(check: Callable[[], tuple[list[str], list[str]]]) -> tuple[list[str], list[str]]:
+    """Problems and table of a check; one that raises has its error as the problem, and the others go on."""
+    try:
+        return check()
+    except Exception as error:
+        traceback.print_exc()
+        return [f"it ended early: {error!r}"], []
+
+
+def kernels(limit: float = COMPILING) -> tuple[list[str], list[str]]:
+    """In a process without the ghost, as the compiler asks for a device of its own choice. limit: in seconds."""
     environment = {name: value for name, value in os.environ.items() if name != "LD_PRELOAD"}
-    run = subprocess.run(
-        [sys.executable, "-m", "bench.compile_kernels"], env=environment, capture_output=True, text=True, timeout=900
-    )
+    command = [sys.executable, "-m", "bench.compile_kernels"]
+    try:
+        run = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=limit)
+    except subprocess.TimeoutExpired as late:
+        said = (late.stderr or b"").decode(errors="replace").strip().splitlines()[-1:]  # bytes, whatever was asked for
+        return [f"bench.compile_kernels had no end after {limit:g} s: {' '.join(said) or 'it said nothing'}"], []
     problems = [] if run.returncode == 0 else [f"bench.compile_kernels gives {run.returncode}: {run.stderr[-2000:]}"]
     return problems, run.stdout.splitlines()
 
