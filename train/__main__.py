@@ -4,10 +4,11 @@ import os
 import sys
 from pathlib import Path
 
-from train.program import environment_of_children, guard_names
+from train.program import environment_of_children, guard_names, require_packages
 
 if __name__ == "__main__":
     guard_names()  # before a package is looked for that the working folder may hide
+    require_packages()
 
 from train.cpu import tune_cpu
 
