@@ -28,7 +28,8 @@ class UserError(ValueError):
         super().__init__(field, value, rule, cure)
 
     def __str__(self) -> str:
-        return f"{self.field} = {self.value}\n  rule: {self.rule}\n  cure: {self.cure}"
+        named = f"{self.field} = {self.value}" if self.value != "" else str(self.field)
+        return f"{named}\n  rule: {self.rule}\n  cure: {self.cure}"
 
 
 class DiskFailed(UserError):
