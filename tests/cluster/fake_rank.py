@@ -120,6 +120,7 @@ try:
     code = run()
 except Exception as error:
     kind = "timeout" if "timed out" in str(error) else "crash"
-    Failure(rank, time.time(), kind, f"{type(error).__name__}: {error}", 1).write(logs)
+    whole = "all that was raised from it"
+    Failure(rank, time.time(), kind, f"{type(error).__name__}: {error}", 1, whole=whole).write(logs)
     code = 1
 sys.exit(code)

@@ -146,6 +146,8 @@ def test_the_first_rank_to_fail_is_named_and_the_run_goes_on(tmp_path, what, cau
     assert run.run() == EXIT_OK, run.finish.text
     failure = run.only("failure")
     assert failure["cause"] == cause and words in failure["text"] and failure["ranks"] == [2]
+    log = (run.folder / "logs" / "rank_2.log").read_text()
+    assert log.count("all that was raised from it") == (what == "crash")
     assert run.only("recovered")["seconds"] < 25  # a dead rank is no hang, which would take 30
     attempts = sorted((run.folder / "attempts").iterdir())
     assert [path.name for path in attempts] == ["00001.yaml", "00002.yaml"]
