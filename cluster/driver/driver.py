@@ -138,7 +138,7 @@ class Driver:
     def _signalled(self, number: int, _) -> None:
         if self._stop is not None and number == signal.SIGINT:
             raise KeyboardInterrupt
-        self._stop = f"{signal.Signals(number).name}: the ranks write a checkpoint and stop"
+        self._stop = signal.Signals(number).name
 
     def _round(self) -> None:
         if self._stop is not None:
@@ -202,7 +202,7 @@ class Driver:
             draining = self.fleet.draining()
         except FleetLost as error:
             if self._stop is None:
-                self._stop = f"{error}; the ranks write a checkpoint and stop"
+                self._stop = str(error)
             return
         for id in set(self._known) - set(listed):
             self._forget(id)
@@ -406,9 +406,9 @@ class Driver:
                 self._starting = self._network = None
                 for id in nodes:
                     self.fleet.call(id, "end", number)
-            case m.Stop(number, nodes, in_memory):
+            case m.Stop(number, nodes, why, in_memory):
                 for id in nodes:
-                    self.fleet.call(id, "stop", number, in_memory)
+                    self.fleet.call(id, "stop", number, in_memory, why)
             case m.ProbeLinks(nodes):  # those with a pulse by its next questions, as calls to thousands take long
                 self._probed_from, now = self.pulse.number, self._awake()
                 self.pulse.hurry()

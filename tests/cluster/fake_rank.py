@@ -111,6 +111,11 @@ def run() -> int:
         if rank == 0 and (flags or step % config.checkpoint.every == 0):
             save(step)
         if flags:
+            print(
+                "stops as",
+                (logs / "stop.txt").read_text() if (logs / "stop.txt").exists() else "a signal says",
+                flush=True,
+            )
             return 0 if flags & ENDING else 75
 
 

@@ -541,7 +541,8 @@ def test_without_the_head_the_run_saves_and_stops_and_the_next_launch_resumes(tm
     run = Run(tmp_path)
     run.hold()
     run.at_step(5, lambda: setattr(run.fleet, "headless", True))
-    assert run.run() == EXIT_STOPPED and "the head has not answered" in run.finish.text
+    assert run.run() == EXIT_STOPPED and run.finish.text == "the head has not answered"
+    assert "stops as the head has not answered" in (run.folder / "logs" / "rank_0.log").read_text(), "one reason"
     assert "failure" not in run.kinds()
     let_end(run.folder)
     again = Run(tmp_path)
