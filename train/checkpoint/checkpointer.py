@@ -22,7 +22,7 @@ from typing import Any
 
 from cluster.run_files import data_name
 from conf.disk import explain
-from conf.errors import DiskFailed
+from conf.errors import DiskFailed, UserError
 from parallel.shard import Shard
 from train.checkpoint.commit import Committer, Fenced, Save, SaveAbandoned
 from train.checkpoint.intervals import NotCovered, merge
@@ -234,7 +234,7 @@ class Checkpointer:
         )
 
         def tell() -> None:
-            with suppress(OSError, Fenced):  # the note only saves time, as in give_up
+            with suppress(OSError, Fenced, UserError):  # the note only saves time, as in give_up
                 self.committer.begin(save, self.rank)
                 self.committer.give_up(save, self.rank, why)
 
