@@ -7,7 +7,8 @@ When one rank fails, its peers lose their connection or wait until a time-out, a
     3. a rank that vanished without a word: killed, crashed in native code, or gone in the middle of its work with any exit code,
        that of a good end included; a victim has time to write why;
     4. ranks that are silent while the others timed out in a collective: they hang;
-    5. the earliest error by its own clock; of a loss that is not finite, which fails all at once, where they say it began.
+    5. the earliest error by its own clock, or the ranks that it blames itself: where a loss that is not finite began, which fails all
+       at once, and who did not write a part of a checkpoint.
 """
 
 import contextlib
@@ -59,7 +60,7 @@ class Failure:
     """A screen of ours, or the traceback of the error that was raised first."""
     code: int
     ranks: list[int] = field(default_factory=list)
-    """Where it began, if the rank knows that; a loss that is not finite fails all ranks at the same moment."""
+    """Where it began, if the rank knows that."""
     headline: str = ""
     """One line; empty where the message has its own."""
     whole: str = ""

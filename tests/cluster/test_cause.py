@@ -41,3 +41,9 @@ def test_a_rank_has_room_on_a_full_disk_to_say_why_it_failed(tmp_path):
         assert name_cause(reports[:1], {}).text == f"rank 0 failed: {message}"
         assert reports[1].failure.message.endswith(message) and not reports[1].deserted
         assert not any(at_work_path(logs, rank).exists() for rank in range(2))
+
+
+def test_a_rank_whose_part_of_a_checkpoint_does_not_come_is_named_and_not_rank_0_which_says_so():
+    screen = "checkpoint = there\n  rule: no files from ranks 1\n  cure: see why its disk does not answer"
+    cause = name_cause([RankReport(0, 1, Failure(0, 10.0, "crash", screen, EXIT_CRASH, [1])), RankReport(1)], NAMES)
+    assert (cause.ranks, cause.nodes) == ((1,), ("n1",)) and cause.text == f"rank 1 on n1 failed: {screen}"
