@@ -122,11 +122,10 @@ class EndRanks:
 
 @dataclass(frozen=True)
 class Stop:
-    """Ask the ranks for a checkpoint and exit code 75. in_memory: a copy in memory will do; why: for people."""
+    """Ask the ranks for a checkpoint and exit code 75. in_memory: a copy in memory will do."""
 
     attempt: int
     nodes: tuple[str, ...]
-    why: str
     in_memory: bool = False
 
 

@@ -32,8 +32,9 @@ from train.prove.bounds import UNIT, Bound, averaged, chosen, coarsest, computed
 from train.prove.comparisons import size_of
 from train.prove.evidence import EVIDENCE, Evidence, read_all
 from train.prove.findings import ProofFindings
+from train.prove.judge_parts import PartsJudge
 from train.prove.judge_update import State, UpdateJudge, assemble
-from train.prove.layouts import PROOFS
+from train.prove.layouts import PROOFS, watched_steps
 from train.prove.reference import Watched
 from train.prove.samples import Samples, initial_biases, initial_weights
 from train.prove.shaken import ReferenceStep, Shaken, run_step
@@ -90,9 +91,7 @@ class Judge(UpdateJudge):
         for name in want:
             if name in got:
                 self._compare(quantity, name, None, got[name], want[name], Bound(0.0, "bit for bit"))
-        for rank in ranks:  # every rank's copy of the biases, not only the one that is saved
-            for name, bias in rank.of_kind("own"):
-                self._compare("biases", name, rank.info.rank, bias, want[name], Bound(0.0, "bit for bit"))
+        self._judge_own_biases(ranks, want)
         if self.proof == "fp32" and (drawn := assemble(ranks, "drawn")):
             self._judge_drawn(drawn, ranks[0].info.device)
         return got
@@ -121,6 +120,8 @@ class Judge(UpdateJudge):
         near = None if self.is_rounded else 2 * chosen(self.proof, self.config).value
         self.shaken = None if self.proof == "exact" else Shaken(plain, self.samples, plan, unit, near)
         seen = self.want.seen
+        if self.is_rounded and self.step in watched_steps(self.config):
+            PartsJudge(self, ranks, before).judge_all()
         self._judge_forward(ranks, seen, plan.batch_size)
         self._judge_backward(ranks, plan.batch_size)
         if self.proof == "exact":

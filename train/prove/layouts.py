@@ -27,6 +27,14 @@ def stop_step(config: Config) -> int:
     return max(1, config.steps // 2)
 
 
+def watched_steps(config: Config) -> set[int]:
+    """Steps of which single parts are judged: the first after the checkpoint, and one of the same ranks after an update, as what is
+    kept of weights must follow them.
+    """
+    last = stop_step(config)
+    return {last, min(last + 1, config.steps), last if last > 1 else config.steps}
+
+
 def second_layout(config: Config, ranks: int) -> Parallel:
     """Another layout, of so many ranks; the recipe's own where the rules allow no other."""
     for parallel in _others(config, ranks):

@@ -45,9 +45,18 @@ from train.model.deepseek import DeepSeekV3  # noqa: E402
 from train.model.moe import Experts  # noqa: E402
 from train.optim.schedules import Schedules, StepPlan  # noqa: E402
 from train.parallelize import Parallelized, RankModel, build_rank_model, parallelize  # noqa: E402
+from train.prove.bounds import is_rounded  # noqa: E402
 from train.prove.double import in_double  # noqa: E402
 from train.prove.evidence import EVIDENCE, Evidence, EvidenceWatch, StepInfo  # noqa: E402
-from train.prove.layouts import PROOFS, in_layout, layout_name, second_layout, stop_step  # noqa: E402
+from train.prove.layouts import (  # noqa: E402
+    PROOFS,
+    in_layout,
+    layout_name,
+    second_layout,
+    stop_step,
+    watched_steps,
+)
+from train.prove.parts import PartsWatch  # noqa: E402
 from train.prove.samples import ProofData, initial_biases, initial_weights  # noqa: E402
 from train.rank import RankSetup, choose_device, guarded, start_process_group  # noqa: E402
 from train.run_folder import RunPaths  # noqa: E402
@@ -248,6 +257,8 @@ class _ProvenTrainer(Trainer):
         self._rank, self._proof, self._part = rank, start.info.proof, start.info.part
         self._folder = RunPaths(self.config).path.parent / EVIDENCE
         self._watch = EvidenceWatch(self.parts.chunks)
+        watched = is_rounded(self._proof, self.config)
+        self._parts_watch = PartsWatch(self.parts.chunks, self.parts.precision) if watched else None
         last = stop_step(self.config) if self._part == 0 else self.config.steps
         self.training_step = _WatchedStep(self.training_step, self.parts.zero, self._saw, last)
         self._validation_loss: float | None = None
@@ -270,12 +281,17 @@ class _ProvenTrainer(Trainer):
 
     def _step(self, plan: StepPlan, batches) -> bool:
         self._watch.clear()
+        if self._parts_watch is not None:
+            self._parts_watch.clear()
+            self._parts_watch.is_on = plan.step in watched_steps(self.config)
         stop = super()._step(plan, batches)
         outcome, reduced = self._outcome
         info = _info(self._proof, self._part, self.config, self._rank, plan, outcome)
         info.validation_loss = self._validation_loss
         evidence = Evidence(info)
         self._watch.give(evidence)
+        if self._parts_watch is not None:
+            self._parts_watch.give(evidence)
         for name, shard in reduced.items():
             evidence.add_shard("reduced", name, shard)
         self.leave_state(evidence)

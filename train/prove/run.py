@@ -22,6 +22,7 @@ FOLDER = "prove"
 
 def prove(config: Config, alone: bool) -> int:
     """Returns the exit code: 0 only if all of it held. alone: the only job of this process, which may then be its rank."""
+    from train.prove.low_precision import read_recipe
     from train.prove.miniature import shrink
 
     started = time.monotonic()
@@ -29,6 +30,7 @@ def prove(config: Config, alone: bool) -> int:
         rule = "mode=prove starts its ranks on this machine, or is started by torchrun"
         raise UserError("cluster.backend", config.cluster.backend, rule, "leave cluster=ray out")
     check_layout(config)
+    read_recipe(config.precision)  # of a format without a reference nothing could be proven
     run_folder = Path(config.runs).absolute() / config.name
     mini = shrink(config)
     small = replace(mini.cfg, runs=str(run_folder), name=FOLDER)

@@ -1,0 +1,217 @@
+"""What single parts of the model took and gave on a rank, so that each can be judged alone (train/prove/judge_parts.py).
+
+Parts are watched where they are joined: by hooks on modules, on tensors and on autograd's nodes, and by objects that enter the model
+in the place of its kernels and its precision. So a GPU's kernels are seen as those of a CPU, and every schedule and recomputation is.
+Nothing that is computed changes.
+
+Keys are part.WHAT/NAME/NUMBER, and the number counts the calls of the part, micro-batch after micro-batch:
+
+    linear layer, norm     x, y, and the gradients dy, dx; of every call, also those that are made again for backward
+    router                 x, dx; gates and choices are seen by `EvidenceWatch`
+    experts                x, gates, counts, y, dy, dx, dgates, and h, dh between the products, rows in the order of their experts
+    attention              q, k, v, y, and the gradients dq, dk, dv, dy
+"""
+
+import threading
+from collections.abc import Sequence
+from functools import partial
+from itertools import accumulate
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from train.model.attention import AttentionInput
+from train.model.deepseek import DeepSeekV3
+from train.model.layers import Linear, RMSNorm
+from train.model.mla import MLA
+from train.model.moe import MoE
+from train.model.recompute import is_repeated
+from train.model.router import Router
+from train.precision.fp8 import Fp8Precision
+from train.precision.high import HighPrecision
+from train.prove.evidence import Evidence
+
+TILE = 128
+"""Rows that experts may be padded to."""
+BETWEEN = 8
+"""More of autograd's nodes than lie between the output of experts and their input."""
+
+
+class PartsWatch:
+    """Keeps what the parts of these chunks take and give while `is_on`. precision: the one that the chunks ask."""
+
+    def __init__(self, chunks: list[DeepSeekV3], precision: HighPrecision | Fp8Precision):
+        self.is_on = False
+        self.seen: dict[str, Tensor] = {}
+        self._calls: dict[str, int] = {}
+        self._here = threading.local()  # lanes of an overlapped pair are threads
+        self._watch_swiglu(precision)
+        for chunk in chunks:
+            for name, module in chunk.named_modules():
+                if isinstance(module, Linear | RMSNorm | Router):
+                    module.register_forward_pre_hook(partial(self._take_input, name))
+                    if not isinstance(module, Router):
+                        module.register_forward_hook(partial(self._take_output, name))
+                elif isinstance(module, MoE):
+                    module._precision = _WatchedExperts(module._precision, self, name, module.experts.local.start)
+                elif isinstance(module, MLA):
+                    module._kernels = _WatchedAttention(module._kernels, self, name)
+
+    def clear(self) -> None:
+        self.seen, self._calls = {}, {}
+
+    def give(self, evidence: Evidence) -> None:
+        for key, tensor in self.seen.items():
+            evidence.add(*key.split("/", 1), tensor)
+
+    def is_watching(self) -> bool:
+        """Whether what runs now is to be kept: the second run of a layer has a graph of its own, through which nothing goes back."""
+        return self.is_on and not is_repeated()
+
+    def begin(self, name: str) -> str:
+        """The key of the next call of a part, but for what of it."""
+        number = self._calls[name] = self._calls.get(name, -1) + 1
+        return f"{name}/{number}"
+
+    def keep(self, what: str, key: str, tensor: Tensor) -> None:
+        self.seen[f"part.{what}/{key}"] = tensor.detach().clone()
+
+    def keep_gradient(self, what: str, key: str, tensor: Tensor) -> None:
+        """Of a tensor, when it comes."""
+        if tensor.requires_grad:
+            tensor.register_hook(lambda gradient: self.keep(what, key, gradient))
+
+    # Modules
+
+    def _take_input(self, name: str, module: nn.Module, given: tuple) -> tuple | None:
+        if not (self.is_watching() and module.training):
+            return None
+        x, *rest = given
+        key = self.begin(name)
+        self.keep("x", key, x)
+        self._open()[name] = key
+        return _Passed.apply(x, partial(self.keep, "dx", key)), *rest
+
+    def _take_output(self, name: str, module: nn.Module, given: tuple, y: Tensor) -> None:
+        key = self._open().pop(name, None)
+        if key is not None:
+            self.keep("y", key, y)
+            self.keep_gradient("dy", key, y)
+
+    def _open(self) -> dict[str, str]:
+        """Keys of the calls that run in this thread."""
+        return self._here.__dict__.setdefault("keys", {})
+
+    # Between the two products of experts
+
+    def _watch_swiglu(self, precision: HighPrecision | Fp8Precision) -> None:
+        owner = "_engine" if isinstance(precision, Fp8Precision) else "kernels"
+        setattr(precision, owner, _WatchedSwiGLU(getattr(precision, owner), self))
+
+    def enter_experts(self, key: str | None, counts: Sequence[int] = ()) -> None:
+        """Say whose SwiGLU runs next in this thread; None for nobody's that is watched."""
+        self._here.experts = key, counts
+
+    def saw_swiglu(self, h: Tensor) -> None:
+        key, counts = getattr(self._here, "experts", (None, ()))
+        if key is not None:
+            self.keep("h", key, own_rows(h, counts))
+
+
+class _Passed(torch.autograd.Function):
+    """The same tensor, by another name, whose gradient alone is seen."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, saw) -> Tensor:
+        ctx.saw = saw
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor):
+        ctx.saw(gradient)
+        return gradient, None
+
+
+class _Watched:
+    """Stands for an object, all of which goes on to it."""
+
+    def __init__(self, inner: Any, watch: PartsWatch, name: str = ""):
+        self._inner, self._watch, self._name = inner, watch, name
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._inner, name)
+
+
+class _WatchedSwiGLU(_Watched):
+    """Of an engine or of kernels."""
+
+    def swiglu(self, h: Tensor, *rest: Any) -> Any:
+        self._watch.saw_swiglu(h)
+        return self._inner.swiglu(h, *rest)
+
+
+class _WatchedExperts(_Watched):
+    """A precision, of which one layer asks for its experts."""
+
+    def __init__(self, inner: HighPrecision | Fp8Precision, watch: PartsWatch, name: str, first: int):
+        """first: of the experts that are here."""
+        super().__init__(inner, watch, name)
+        self._first = torch.tensor(first)
+
+    def expert_ffn(self, rows_RD: Tensor, gates_R: Tensor, *rest: Tensor) -> Tensor:
+        watch, counts = self._watch, rest[-1]
+        if not (watch.is_watching() and torch.is_grad_enabled()):
+            return self._inner.expert_ffn(rows_RD, gates_R, *rest)
+        key, each = watch.begin(self._name), counts.tolist()
+        for what, tensor in (("x", rows_RD), ("gates", gates_R), ("counts", counts), ("first", self._first)):
+            watch.keep(what, key, tensor)
+        watch.enter_experts(key, each)
+        try:
+            y_RD = self._inner.expert_ffn(rows_RD, gates_R, *rest)
+        finally:
+            watch.enter_experts(None)
+        watch.keep("y", key, y_RD)
+        for what, tensor in (("dy", y_RD), ("dx", rows_RD), ("dgates", gates_R)):
+            watch.keep_gradient(what, key, tensor)
+        if y_RD.requires_grad:
+            first_node(y_RD, rows_RD).register_prehook(
+                lambda gradients: watch.keep("dh", key, own_rows(gradients[0], each))
+            )
+        return y_RD
+
+
+class _WatchedAttention(_Watched):
+    """Kernels, of which one layer asks for its attention."""
+
+    def attention(self, given: AttentionInput) -> Tensor:
+        watch = self._watch
+        if not (watch.is_watching() and torch.is_grad_enabled()):
+            return self._inner.attention(given)
+        key = watch.begin(self._name)
+        for what, tensor in zip("qkv", given[:3], strict=True):
+            watch.keep(what, key, tensor)
+            watch.keep_gradient(f"d{what}", key, tensor)
+        out_BHTV = self._inner.attention(given)
+        watch.keep("y", key, out_BHTV)
+        watch.keep_gradient("dy", key, out_BHTV)
+        return out_BHTV
+
+
+def first_node(y: Tensor, x: Tensor) -> Any:
+    """Autograd's node that takes x, on the way back from y along the first argument of each."""
+    node = y.grad_fn
+    for _ in range(BETWEEN):
+        before = node.next_functions[0][0]
+        if before is None or before is x.grad_fn:
+            return node
+        node = before
+    raise AssertionError(f"no way leads from {y.grad_fn} to {x.grad_fn}")
+
+
+def own_rows(rows_PX: Tensor, counts: Sequence[int]) -> Tensor:
+    """The rows of each expert, without those between them that fill whole tiles."""
+    if len(rows_PX) == sum(counts):
+        return rows_PX
+    starts = accumulate((-(-count // TILE) * TILE for count in counts), initial=0)
+    return torch.cat([rows_PX[start : start + count] for start, count in zip(starts, counts, strict=False)])
