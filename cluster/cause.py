@@ -4,20 +4,23 @@ When one rank fails, its peers lose their connection or wait until a time-out, a
 
     1. a rank whose input was wrong (exit code 2): the user must act;
     2. a node that no longer answers: everything else follows from it;
-    3. a rank that vanished without a word: killed, or crashed in native code; a victim has time to write why;
+    3. a rank that vanished without a word: killed, crashed in native code, or gone in the middle of its work with any exit code,
+       that of a good end included; a victim has time to write why;
     4. ranks that are silent while the others timed out in a collective: they hang;
-    5. the earliest error by its own clock; of a loss that is not finite, which fails all at once, where they say it began.
+    5. the earliest error by its own clock, or the ranks that it blames itself: where a loss that is not finite began, which fails all
+       at once, and who did not write a part of a checkpoint.
 """
 
 import contextlib
 import json
 import os
 import signal
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import Enum
 from pathlib import Path
 
-from cluster.run_files import failure_path, log_path
+from cluster.run_files import at_work_path, failure_path, log_path
+from conf.disk import naming
 from conf.errors import EXIT_CRASH, EXIT_DIVERGED, EXIT_OK, EXIT_STOPPED, EXIT_USER
 from conf.files import atomic_write_text
 
@@ -27,6 +30,10 @@ NCCL_TIMEOUT = "Watchdog caught collective operation timeout"
 """What torch prints before it aborts a rank that waited too long in a collective on GPUs."""
 TAIL = 4 << 10
 """Bytes of output that explain a rank that ended without a word."""
+ROOM = 64 << 10
+"""Bytes that a rank takes at its start for what it may have to say when the disk is full."""
+SAID = 4 << 10
+"""Characters of headline and message that are certain to fit there."""
 
 
 class Kind(Enum):
@@ -50,13 +57,38 @@ class Failure:
     kind: str
     """user, timeout or crash."""
     message: str
+    """A screen of ours, or the traceback of the error that was raised first."""
     code: int
     ranks: list[int] = field(default_factory=list)
-    """Where it began, if the rank knows that; a loss that is not finite fails all ranks at the same moment."""
+    """Where it began, if the rank knows that."""
+    headline: str = ""
+    """One line; empty where the message has its own."""
+    whole: str = ""
+    """The traceback with all errors that were raised from the first one; empty where there are none."""
 
     def write(self, logs: Path) -> None:
+        """OSError if the disk refuses it. A full disk takes it in the room of `begin_work`."""
         logs.mkdir(parents=True, exist_ok=True)
-        atomic_write_text(failure_path(logs, self.rank), json.dumps(self.__dict__), durable=False)
+        path = failure_path(logs, self.rank)
+        try:
+            atomic_write_text(path, json.dumps(self.__dict__), durable=False)
+        except OSError:
+            short = replace(self, message=self.message[-SAID:], headline=self.headline[:SAID], whole="")
+            with at_work_path(logs, self.rank).open("r+b", buffering=0) as file:
+                file.truncate(file.write(json.dumps(short.__dict__).encode()))
+            at_work_path(logs, self.rank).rename(path)
+
+
+def begin_work(logs: Path, rank: int) -> None:
+    """Leave the mark of a rank that works, which `end_work` removes. OSError if the disk refuses it."""
+    logs.mkdir(parents=True, exist_ok=True)
+    with naming(at_work_path(logs, rank), ROOM):
+        at_work_path(logs, rank).write_bytes(b" " * ROOM)
+
+
+def end_work(logs: Path, rank: int) -> None:
+    """The work is over, and how it ended is said by an exit code or a Failure. OSError if the disk refuses it."""
+    at_work_path(logs, rank).unlink(missing_ok=True)
 
 
 @dataclass
@@ -76,8 +108,10 @@ class RankReport:
     """Seconds of the last step that were its own work, not waiting for other ranks; None if it does not say."""
     state: str = ""
     """Letter of the process state of Linux; T is stopped."""
-    log_tail: str = ""
-    """Last lines of its output; filled in once it has failed."""
+    log_tail: str | None = ""
+    """Last lines of its output; filled in once it has failed. None where its output went to the driver's terminal."""
+    deserted: bool = False
+    """It ended in the middle of its work, so that its exit code is none of ours."""
 
     @property
     def ended(self) -> bool:
@@ -85,7 +119,17 @@ class RankReport:
 
     @property
     def bad(self) -> bool:
-        return self.failure is not None or self.code not in (None, EXIT_OK, EXIT_STOPPED)
+        return self.failure is not None or self.deserted or self.code not in (None, EXIT_OK, EXIT_STOPPED)
+
+    @property
+    def said(self) -> int | None:
+        """The exit code that it chose."""
+        return None if self.deserted else self.failure.code if self.failure else self.code
+
+    @property
+    def certain(self) -> bool:
+        """Whether it ended as no victim does."""
+        return self.code in CERTAIN or (self.deserted and self.code >= 0)
 
 
 def read_report(rank: int, code: int | None, logs: Path) -> RankReport:
@@ -93,6 +137,7 @@ def read_report(rank: int, code: int | None, logs: Path) -> RankReport:
     report = RankReport(rank, code)
     with contextlib.suppress(FileNotFoundError):  # a rank that did not fail wrote none
         report.failure = Failure(**json.loads(failure_path(logs, rank).read_text()))
+    report.deserted = code is not None and report.failure is None and at_work_path(logs, rank).exists()
     if report.bad and report.failure is None:
         with contextlib.suppress(FileNotFoundError), log_path(logs, rank).open("rb") as log:
             log.seek(max(0, os.fstat(log.fileno()).st_size - TAIL))
@@ -121,23 +166,21 @@ def name_cause(reports: list[RankReport], names: dict[int, str]) -> Cause | None
     """
     failed = sorted((report for report in reports if report.failure), key=lambda report: report.failure.time)
     first = failed[0] if failed else None
-    user = next(
-        (report for report in reports if EXIT_USER in (report.code, report.failure and report.failure.code)), None
-    )
+    user = next((report for report in reports if report.said == EXIT_USER), None)
     if user is not None:
-        text = user.failure.message if user.failure else f"rank {user.rank} says so:\n{user.log_tail}"
+        text = user.failure.message if user.failure else f"rank {user.rank} says so:\n{_tail(user)}"
         return _cause(Kind.user, text, [user], names, EXIT_USER)
     vanished = [report for report in reports if report.bad and report.failure is None]
     late = [report for report in vanished if report.code == -signal.SIGABRT]
-    if not any(NCCL_TIMEOUT in report.log_tail for report in late):  # rank 0 of a local run has no log
+    if not any(NCCL_TIMEOUT in _tail(report) for report in late):  # rank 0 of a local run has no log
         late = []
     vanished = [report for report in vanished if report not in late]
-    vanished = [report for report in vanished if report.code in CERTAIN] or vanished
+    vanished = [report for report in vanished if report.certain] or vanished
     if vanished:
-        lines = [f"{_who(report, names)} ended by {how(report.code)}" for report in vanished]
-        code = EXIT_DIVERGED if vanished[0].code == EXIT_DIVERGED else EXIT_CRASH
+        lines = [f"{_who(report, names)} ended by {_how(report)}" for report in vanished]
+        code = EXIT_DIVERGED if vanished[0].said == EXIT_DIVERGED else EXIT_CRASH
         kind = Kind.diverged if code == EXIT_DIVERGED else Kind.killed
-        return _cause(kind, "; ".join(lines), vanished, names, code, vanished[0].log_tail)
+        return _cause(kind, "; ".join(lines), vanished, names, code, _tail(vanished[0]))
     silent = [report for report in reports if not report.ended and report.failure is None]
     if silent and (late if first is None else first.failure.kind == "timeout"):
         ranks = ", ".join(_who(report, names) for report in silent) + (" hangs" if len(silent) == 1 else " hang")
@@ -145,16 +188,16 @@ def name_cause(reports: list[RankReport], names: dict[int, str]) -> Cause | None
     if first is None and late:
         ranks = ", ".join(_who(report, names) for report in late)
         text = f"{ranks} waited longer than cluster.timeout in a collective"
-        return _cause(Kind.hang, text, late, names, log=late[-1].log_tail)
+        return _cause(Kind.hang, text, late, names, log=_tail(late[-1]))
     if first is None:
         return None
+    began = [report for report in reports if report.rank in first.failure.ranks]
+    who = ", ".join(_who(report, names) for report in began)
     if first.failure.code == EXIT_DIVERGED:
-        began = [report for report in reports if report.rank in first.failure.ranks]
-        who = ", ".join(_who(report, names) for report in began)
         text = f"{who} failed: {first.failure.message}" if began else first.failure.message
         return _cause(Kind.diverged, text, began or failed, names, EXIT_DIVERGED)
-    text = f"{_who(first, names)} failed: {_headline(first.failure.message)}"
-    return _cause(Kind.crash, text, [first], names, first.failure.code, first.failure.message)
+    text = f"{who or _who(first, names)} failed: {first.failure.headline or _headline(first.failure.message)}"
+    return _cause(Kind.crash, text, began or [first], names, first.failure.code, first.failure.message)
 
 
 def _cause(
@@ -165,22 +208,29 @@ def _cause(
 
 
 def _headline(message: str) -> str:
-    """What happened: of a traceback the last line, of a screen with rule and cure all, of other messages the first line."""
-    lines = message.strip().splitlines()
-    if "Traceback (most recent" in lines[0]:
-        return lines[-1]
-    return message.strip() if "\n  rule: " in message else lines[0]
+    """What happened: of a screen with rule and cure all, of other messages the first line."""
+    return message.strip() if "\n  rule: " in message else message.strip().splitlines()[0]
 
 
 def _who(report: RankReport, names: dict[int, str]) -> str:
     return f"rank {report.rank}" + (f" on {names[report.rank]}" if report.rank in names else "")
 
 
-def how(code: int) -> str:
-    """An exit code in words."""
-    if code >= 0:
-        return f"exit code {code} without an error message"
-    return f"signal {signal.Signals(-code).name}" + (" (out of memory?)" if -code == signal.SIGKILL else "")
+def _tail(report: RankReport) -> str:
+    return report.log_tail or ""
+
+
+def _how(report: RankReport) -> str:
+    """How a rank ended that left no Failure, in words."""
+    if report.code < 0:
+        return f"signal {signal.Signals(-report.code).name}" + (
+            " (out of memory?)" if -report.code == signal.SIGKILL else ""
+        )
+    if report.deserted:
+        return f"exit code {report.code} in the middle of its work"
+    return f"exit code {report.code}" + (
+        "; what it said is above" if report.log_tail is None else " without an error message"
+    )
 
 
 WAITS = ("all_reduce", "all_gather", "reduce_scatter", "all_to_all", "broadcast", "barrier", "recv", "send", "wait")

@@ -16,9 +16,9 @@ from pathlib import Path
 from types import FrameType
 
 from cluster.cause import Kind, RankReport, name_cause, read_report
-from cluster.run_files import FAILURES, log_path
+from cluster.run_files import AT_WORK, FAILURES, log_path
 from cluster.spawn import spawn
-from conf.errors import EXIT_OK, EXIT_STOPPED
+from conf.errors import EXIT_STOPPED
 
 SETTLE = 3.0
 """Seconds that the other ranks get to report after the first one failed."""
@@ -34,7 +34,7 @@ def run_local(command: list[str], world: int, logs: Path) -> int:
     SIGTERM and Ctrl-C are passed on to the ranks as SIGTERM; a second Ctrl-C ends them at once, as KeyboardInterrupt.
     """
     logs.mkdir(parents=True, exist_ok=True)
-    for old in logs.glob(FAILURES):
+    for old in [*logs.glob(FAILURES), *logs.glob(AT_WORK)]:
         old.unlink()
     with tempfile.TemporaryDirectory(prefix="sluice-store-", ignore_cleanup_errors=True) as folder:  # mode 0700
         return _run(command, world, logs, Path(folder) / "store")
@@ -83,16 +83,16 @@ def _start(ranks: list[subprocess.Popen], command: list[str], world: int, logs: 
 def _watch(ranks: list[subprocess.Popen], logs: Path, asked: list[int]) -> int:
     while True:
         reports = _reports(ranks, logs)
-        if all(report.code in (EXIT_OK, EXIT_STOPPED) for report in reports):
-            return max(report.code for report in reports)
         if any(report.bad for report in reports):
             return _explain(ranks, logs, asked)
+        if all(report.ended for report in reports):
+            return max(report.code for report in reports)
         time.sleep(LOOK)
 
 
 def _reports(ranks: list[subprocess.Popen], logs: Path) -> list[RankReport]:
     reports = [read_report(number, rank.poll(), logs) for number, rank in enumerate(ranks)]
-    reports[0].log_tail = ""  # it said it on the terminal; a log would be of an earlier run
+    reports[0].log_tail = None  # a log would be of an earlier run
     return reports
 
 

@@ -8,6 +8,9 @@ checkpoints/step_00001234/               a committed checkpoint; see train/check
     rank_00003.json                      its index, written last; both look the same in the memory of a node
 logs/rank_3.log                          output
 logs/rank_3.error.json                   cluster.cause.Failure, written before it exits
+logs/rank_3.at_work                      there from the start of its work until it has said how that ended; blanks, whose room
+                                         on the disk rank_3.error.json takes where there is no other
+logs/stop.txt                            why the ranks are asked to stop, where their agent knows
 logs/rank_3.progress.json                {"step": 17, "phase": "step", "time": ..., "busy": ...}, at every step;
                                          busy, if there: seconds of the last step that were its own work
 """
@@ -26,6 +29,8 @@ STEP_FOLDERS = "step_*"
 """Pattern of the folders of checkpoints."""
 FAILURES = "rank_*.error.json"
 """Pattern of `failure_path`."""
+AT_WORK = "rank_*.at_work"
+"""Pattern of `at_work_path`."""
 RANK_FILE = re.compile(r"rank_(\d{5,18})\.(safetensors|json)")
 LOCK = ".lock"
 _FENCE = ".fence"
@@ -62,8 +67,16 @@ def failure_path(logs: Path, rank: int) -> Path:
     return logs / f"rank_{rank}.error.json"
 
 
+def at_work_path(logs: Path, rank: int) -> Path:
+    return logs / f"rank_{rank}.at_work"
+
+
 def progress_path(logs: Path, rank: int) -> Path:
     return logs / f"rank_{rank}.progress.json"
+
+
+def stop_path(logs: Path) -> Path:
+    return logs / "stop.txt"
 
 
 def read_fence(checkpoints: Path) -> int:

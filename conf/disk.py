@@ -1,8 +1,8 @@
 """Disks that are full or refuse to be written: how much room they have, and their errors as a user reads them.
 
 Three rules hold for every file that the program writes. Errors name the file (`naming`). What a run can do without, such
-as progress, a line of metrics or the report, is given up with a note, and the run goes on. The rest becomes one screen
-(`disk_errors`) that names the setting, the disk, the bytes that are needed and the cure.
+as progress or the report, is given up with a note, and the run goes on; lines of metrics and events wait for room (`Backlog`). The
+rest becomes one screen (`disk_errors`) that names the setting, the disk, the bytes that are needed and the cure.
 """
 
 import errno
@@ -11,13 +11,16 @@ import os
 import shutil
 import stat
 import sys
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from conf.errors import UserError
 from conf.schema import Config
 
+BACKLOG = 64 << 20
+"""Bytes that may wait in memory for room on a disk."""
 FULL = {errno.ENOSPC, errno.EDQUOT}
 REFUSED = FULL | {errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EFBIG, errno.EIO}
 
@@ -59,6 +62,36 @@ def explain(error: OSError) -> str:
         return str(error)
     needed = getattr(error, "needed", None)
     return f"{error}; {room(error.filename)}" + (f", {size(needed)} are needed" if needed else "")
+
+
+class Backlog:
+    """Pieces for the end of a file, in order. Those that its disk refuses wait in memory, and are written once there is room."""
+
+    def __init__(self, write: Callable[[bytes], None]):
+        """write: appends all of a piece, or raises OSError and leaves the file as it was."""
+        self._write = write
+        self._waiting: deque[bytes] = deque()
+        self._bytes = 0
+        self.dropped = 0
+        """Pieces that are lost, the oldest, as more than BACKLOG bytes waited."""
+
+    def __len__(self) -> int:
+        return len(self._waiting)
+
+    def add(self, piece: bytes) -> None:
+        """Write it behind what waits; OSError if it waits now too."""
+        self._waiting.append(piece)
+        self._bytes += len(piece)
+        while self._bytes > BACKLOG and len(self._waiting) > 1:
+            self._bytes -= len(self._waiting.popleft())
+            self.dropped += 1
+        self.flush()
+
+    def flush(self) -> None:
+        """Write what waits; OSError if the disk refuses it still."""
+        while self._waiting:
+            self._write(self._waiting[0])
+            self._bytes -= len(self._waiting.popleft())
 
 
 @contextmanager

@@ -1,6 +1,6 @@
 """Errors that say all in their own words: that of the user's input, and what ends a run."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 EXIT_OK, EXIT_CRASH, EXIT_USER, EXIT_DIVERGED, EXIT_STOPPED, EXIT_INTERRUPTED = 0, 1, 2, 3, 75, 130
@@ -28,7 +28,8 @@ class UserError(ValueError):
         super().__init__(field, value, rule, cure)
 
     def __str__(self) -> str:
-        return f"{self.field} = {self.value}\n  rule: {self.rule}\n  cure: {self.cure}"
+        named = f"{self.field} = {self.value}" if self.value != "" else str(self.field)
+        return f"{named}\n  rule: {self.rule}\n  cure: {self.cure}"
 
 
 class DiskFailed(UserError):
@@ -45,3 +46,12 @@ class RunEnded(RuntimeError):
     def __init__(self, text: str, ranks: Sequence[int] = ()):
         super().__init__(text)
         self.ranks = tuple(ranks)
+
+
+def causes(error: BaseException | None, contexts: bool = False) -> Iterator[BaseException]:
+    """The error and what it was raised from, the outermost first. contexts: also what was being handled when it was raised."""
+    seen: set[int] = set()
+    while error is not None and id(error) not in seen:
+        seen.add(id(error))
+        yield error
+        error = error.__cause__ or (error.__context__ if contexts else None)

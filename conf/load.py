@@ -27,6 +27,7 @@ from conf.fields import check_fields
 from conf.files import atomic_write_text
 from conf.micro_batches import choose_micro_batch_size
 from conf.mistakes import check_words, explain
+from conf.own_keys import refuse_keys_of_other_modes
 from conf.run_settings import LOOKS_AT_A_RUN, over_run_settings
 from conf.schema import ROOT, Config, Hardware, Mode
 from conf.yaml_file import UNREADABLE, read_yaml, unreadable
@@ -186,6 +187,8 @@ def run(job: Callable[[list[Config]], int]) -> int:
             return report(explain(error, words))
         except UNREADABLE as error:
             raise unreadable(error) from error
+        for node in nodes:
+            refuse_keys_of_other_modes(node.mode, words)
         configs = [to_config(node, _say if node.mode in SPREADS else None) for node in nodes]
         with disk_errors(*configs):
             return job(configs) if configs else EXIT_OK

@@ -26,6 +26,7 @@ from conf.errors import UserError
 from conf.fields import wrong_choice
 from conf.keys import attribute_meanings, plain
 from conf.schema import ROOT, Config, Mode
+from conf.synonyms import KEYS, VALUES
 
 FLAGS = {
     name: takes_value
@@ -115,6 +116,12 @@ def _mistake(
     bare = word.lstrip("+~")
     key, equals, text = bare.partition("=")
     following = after[0] if after else ""
+    if word.startswith("~") and not key.startswith("hydra"):
+        name = key.partition("@")[0]
+        cure = (
+            f"write {name}=VALUE, or leave the word out" if name in groups or _type_of(name) else "leave the word out"
+        )
+        return UserError(word, "", "deletes a key, and every key has a value here", cure)
     if not equals or not key:
         return None if word.startswith("~") else _no_assignment(word, before, after, groups)
     if key == "name" and text.startswith("["):
@@ -126,7 +133,7 @@ def _mistake(
     except HydraException:
         return _unreadable(key, text, after)
     key = parsed.key_or_group.partition("@")[0]
-    if key.startswith("hydra") or "/" in key or parsed.is_delete():
+    if key.startswith("hydra"):
         return None
     if key not in groups and _type_of(key) is None:
         return _unknown_key(key, text, groups)
@@ -168,6 +175,8 @@ def _wrong_value(key: str, value: Any) -> UserError | None:
     if is_dataclass(kind):
         inside = ", ".join(f"{key}.{field.name}" for field in fields(kind))
         return UserError(key, shown, "is a section, not a value", f"set one of its keys: {inside}")
+    if (meant := VALUES.get((key, str(shown).lower()))) is not None:
+        return UserError(key, shown, f"is no value of it; {meant[0]} {meant[1]}", f"write {key}={meant[0]}")
     if isinstance(kind, type) and issubclass(kind, Enum):
         choices = [choice.value for choice in kind]
         section, _, name = key.rpartition(".")
@@ -222,16 +231,21 @@ def _unknown_part(key: str, value: Any, kind: Any) -> UserError:
 def _wrong_option(group: str, value: Any, groups: dict[str, list[str]]) -> UserError | None:
     if isinstance(value, list) and value and all(each in groups[group] for each in value):
         return None
-    name = str(value).removesuffix(".yaml")
-    if name in groups[group]:
+    if value in groups[group]:
         return None
+    name = str(value).removesuffix(".yaml").removesuffix(".yml")
+    if name in groups[group]:
+        return UserError(group, value, "is the name of a file; its ending is not needed", f"write {group}={name}")
+    if (meant := VALUES.get((group, str(value).lower()))) is not None:
+        return UserError(group, value, f"is none of them; {meant[0]} {meant[1]}", f"write {group}={meant[0]}")
     if value == "":
         rule = (
             f"is empty, as a shell leaves it where a variable is not set; it must be one of {', '.join(groups[group])}"
         )
         return UserError(group, "", rule, "take one of them, or leave it out")
     if Path(name).name in groups[group]:
-        return UserError(group, value, "is the name of a file, without its folders", f"write {group}={Path(name).name}")
+        rule = "is the name of a file, without its folders and its ending"
+        return UserError(group, value, rule, f"write {group}={Path(name).name}")
     section = _type_of(group)
     first = fields(section)[0] if section else None
     single = (
@@ -243,23 +257,36 @@ def _wrong_option(group: str, value: Any, groups: dict[str, list[str]]) -> UserE
 
 
 def _unknown_key(key: str, text: str, groups: dict[str, list[str]]) -> UserError:
-    meant = [f"{each}={text}" for each in _close_keys(key, [*groups])]
+    close = _close_keys(key, [*groups])
+    meant = [f"{each}={VALUES.get((each, text.lower()), (text,))[0]}" for each in close]
     cure = f"did you mean {' or '.join(meant)}? " if meant else ""
     return UserError(key, text, "is not a key of the schema", cure + LISTS)
 
 
 def _close_keys(key: str, more: Sequence[str] = ()) -> list[str]:
-    """Keys that may be meant: those that end in this one, else those that look like it."""
+    """Keys that may be meant: a synonym's, those that end in this one, else those that look like it."""
     known = [*dict.fromkeys([*keys(), *more])]
-    last = key.split(".")[-1]
-    if same := [each for each in known if each.split(".")[-1] == last]:
+    section, _, last = key.rpartition(".")
+    if synonym := KEYS.get(key.lower()) or KEYS.get(last.lower()):
+        return [synonym]
+    if section in known and not is_dataclass(_type_of(section)):
+        return [section]
+    ends = {each: each.rpartition(".")[2] for each in known}
+    if same := [each for each in known if ends[each] in (last, key.replace(".", "_")) and _may_be_in(section, each)]:
         return same[:3]
     near = difflib.get_close_matches(key, known, n=3, cutoff=0.75)
-    ends = {each.split(".")[-1] for each in known}
-    for end in difflib.get_close_matches(last, sorted(ends), n=2, cutoff=0.75):
-        near += [each for each in known if each.split(".")[-1] == end and each not in near]
-    near = near or difflib.get_close_matches(key, known, n=3)
+    for end in difflib.get_close_matches(last, sorted({*ends.values()}), n=2, cutoff=0.75):
+        near += [each for each in known if ends[each] == end and each not in near and _may_be_in(section, each)]
+    near = near or [each for each in difflib.get_close_matches(key, known, n=3) if _may_be_in(section, each)]
     return near[:3]
+
+
+def _may_be_in(section: str, key: str) -> bool:
+    """Whether who typed this section may have meant that key: the section is one of ours, perhaps the wrong one, or looks like
+    the key's own. Two keys with one last part may have nothing else in common.
+    """
+    first, own = section.partition(".")[0], key.rpartition(".")[0]
+    return not section or first in _kinds(Config) or bool(difflib.get_close_matches(section, [own, key]))
 
 
 def _no_assignment(
@@ -279,8 +306,9 @@ def _no_assignment(
     if word in groups["conf"]:
         return UserError(word, "", rule, f"write conf={word}")
     if _type_of(word) is not None or word in groups:
-        value = following if following and "=" not in following else "VALUE"
-        return UserError(word, "", rule, f"write {word}={value}")
+        is_value = bool(following) and "=" not in following
+        value = following if is_value else "VALUE"
+        return UserError(f"{word} {following}" if is_value else word, "", rule, f"write {word}={value}")
     if word in ("help", "version"):
         return UserError(word, "", rule, f"write --{word}")
     if before and before[-1].startswith("name="):
@@ -297,7 +325,9 @@ def _unreadable(key: str, text: str, after: Sequence[str]) -> UserError:
         whole = " ".join([text, *after])
         end = max(whole.rfind("]"), whole.rfind("}")) + 1
         rule = "a list or a mapping is one word: closed, and quoted where it holds spaces"
-        return UserError(key, text, rule, f"write '{key}={whole[:end]}'" if end else f"close it: '{key}={text}...]'")
+        return UserError(
+            key, whole, rule, f"write '{key}={whole[:end]}'" if end else f"close it: '{key}={whole}{_closing(whole)}'"
+        )
     if text.startswith("="):
         return UserError(key, text, "one = stands between key and value", f"write {key}={text.lstrip('=')}")
     if (mistake := _wrong_value(key, text)) and _type_of(key) in (int, float, bool):
@@ -309,6 +339,17 @@ def _unreadable(key: str, text: str, after: Sequence[str]) -> UserError:
     word = f'{key}="{text}"' if '"' not in text else f"{key}='{text}'"
     rule = "has characters that mean something here: quotes, brackets, =, or commas"
     return UserError(key, text, rule, f"if they belong to the value, quote it twice: {shlex.quote(word)}")
+
+
+def _closing(text: str) -> str:
+    """The brackets that are missing at the end of a text."""
+    missing: list[str] = []
+    for character in text:
+        if character in "[{":
+            missing.append("]" if character == "[" else "}")
+        elif missing and character == missing[-1]:
+            missing.pop()
+    return "".join(reversed(missing))
 
 
 def _names_a_file(flag: str, value: str) -> UserError:

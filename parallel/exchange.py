@@ -6,6 +6,7 @@ rank read a pickle runs code in it. So no rank sends or reads one: values cross 
 """
 
 import json
+import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -15,6 +16,27 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.distributed import ProcessGroup, distributed_c10d
+
+from conf.errors import causes
+
+GLOO_TIMEOUT = re.compile(
+    r"^\[\S*gloo\S*:\d+\] (Timed out waiting|Application timeout|(Connect|Read|Wait|Write) timeout)|\AWait timeout\Z",
+    re.MULTILINE,
+)
+"""How gloo says so, which raises plain errors: behind the place in its own source, or, where ranks meet, in these two words."""
+TIMEOUT = re.compile("timed out|timeout", re.IGNORECASE)
+"""In the words of NCCL and of the store, whose errors have a type."""
+
+
+def is_timeout(error: BaseException | None) -> bool:
+    """Whether gloo, NCCL or the store where ranks meet gave up waiting for another rank, whatever was raised from that. Another's
+    error with such words is none of these.
+    """
+    return any(
+        (isinstance(one, dist.DistError) and TIMEOUT.search(str(one)))
+        or (isinstance(one, RuntimeError) and GLOO_TIMEOUT.search(str(one)))
+        for one in causes(error, contexts=True)
+    )
 
 
 def gather(value: Any, group: ProcessGroup | None = None) -> list[Any]:

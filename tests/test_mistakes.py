@@ -6,9 +6,10 @@ import sys
 import pytest
 import torch
 
-from conf.errors import EXIT_USER
+from conf.errors import EXIT_USER, UserError
 from conf.load import compose, run
 from conf.mistakes import check_words, keys
+from conf.synonyms import KEYS, VALUES
 from parallel.shard import Shard
 from tests.checkpoint.world import checkpointers, save
 from tests.small import arguments
@@ -36,8 +37,8 @@ MISTAKES = {
     "parallel.zero=4": "set parallel.zero to a number from 1 to 3",
     "data.fim_rate=2": "set data.fim_rate to a number from 0 to 1",
     "data.validation_fraction=1": "set data.validation_fraction to a number above 0 and below 1, such as 0.05",
-    "generate.top_p=2": "set generate.top_p to a number above 0 and at most 1",
-    "generate.temperature=-1": "set generate.temperature to 0 or more, such as 0.8",
+    "mode=generate generate.top_p=2": "set generate.top_p to a number above 0 and at most 1",
+    "mode=generate generate.temperature=-1": "set generate.temperature to 0 or more, such as 0.8",
     "checkpoint.every=-1": "set checkpoint.every to 0 or more",
     "log.every=0": "set log.every to 1 or more",
     "cluster.timeout=0": "set cluster.timeout to a number above 0, such as 600",
@@ -82,8 +83,8 @@ MISTAKES = {
     "conf=": "take one of them, or leave it out",
     "mode=sing": "use train, the default, or another",
     "mode=trian": "did you mean train?",
-    "log.wandb=online": "auto: online with a key, else offline",
-    "log.wandb=true": "use auto, the default, or another",
+    "log.wandb=online": "write log.wandb=auto",
+    "log.wandb=true": "write log.wandb=auto",
     "model.recompute=[nrom]": "use [norm,mla_up,swiglu,layer], or layer:N for the first N blocks of every stage",
     "model.recompute=[layer:0]": "did you mean layer:N?",
     "model.recompute=[layer,layer:2]": "keep [layer:2]",
@@ -93,7 +94,7 @@ MISTAKES = {
     "export.dtype=int8": "use bf16, the default, or another",
     "parallel.schedule=gpipe": "use 1f1b, the default, or another. Order of the pipeline's actions: 1f1b, interleaved",
     "parallel.dispatch=node_limitted": "did you mean node_limited?",
-    "cluster.device=gpu": "auto (a GPU where there is one), cpu or cuda",
+    "cluster.device=gpu": "write cluster.device=cuda",
     "data.tokenizer=gpt2": "`hf download gpt2 tokenizer.json",
     # key
     "stesp=10": "did you mean steps=10",
@@ -138,6 +139,24 @@ MISTAKES = {
     "name=my run": "write name=my_run",
     "name=a/b": "choose a simpler name",
     "name=a=b": "quote it twice: 'name=\"a=b\"'",
+    # what other programs call it, and words that would do nothing
+    "wandb=online": "did you mean log.wandb=auto?",
+    "log.wandb.mode=disabled": "did you mean log.wandb=disabled?",
+    "wandb.project=mine": "did you mean log.wandb_project=mine?",
+    "learning_rate=1e-3": "did you mean optim.lr=1e-3?",
+    "max_steps=10": "did you mean steps=10?",
+    "batch=8": "did you mean batch_size=8?",
+    "model.lr=1": "did you mean optim.lr=1?",
+    "optimizer.lr=1": "did you mean optim.lr=1?",
+    "precision=bfloat16": "write precision=bf16",
+    "conf=tiny.yaml": "write conf=tiny",
+    "~steps": "write steps=VALUE, or leave the word out",
+    "~log": "write log=VALUE, or leave the word out",
+    "data.mix=[{path: a": "close it: 'data.mix=[{path: a}]'",
+    "generate.prompt=x": "write mode=generate, or leave generate.prompt out",
+    "mode=plan evaluate.tasks=[hellaswag]": "write mode=evaluate, or leave evaluate.tasks out",
+    "mode=dry_run plan.search=true": "write mode=plan, or leave plan.search out",
+    "prove.ranks=2": "write mode=prove",
     "data.mix=[{path: a}, {path: b}]": "write 'data.mix=[{path: a}, {path: b}]'",
 }
 
@@ -189,6 +208,28 @@ def test_a_disk_and_a_memory_that_are_too_small_are_told_before_data_are_read(tm
     monkeypatch.setattr("train.run_folder.check_space", lambda *_: None)
     assert "mode=plan says which machines the job needs" in said_of(line, monkeypatch, capsys)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("word", ["lora.rank=3", "foo/bar=x", "+foo.bar=1"])
+def test_a_key_that_resembles_none_gets_no_suggestion(word):
+    with pytest.raises(UserError) as told:
+        check_words([word])
+    assert "did you mean" not in told.value.cure
+
+
+def test_what_is_refused_is_shown_whole(monkeypatch, capsys):
+    for line, shown in {
+        "steps 100": "error: steps 100\n",
+        "data.mix=[{path: a": "error: data.mix = [{path: a\n",
+    }.items():
+        monkeypatch.setattr(sys, "argv", ["train", *line.split()])
+        assert run(main) == EXIT_USER and shown in capsys.readouterr().err
+
+
+def test_every_synonym_leads_to_a_key_and_is_none_itself():
+    known = {*keys()}
+    assert {*KEYS.values(), *(key for key, _ in VALUES)} <= known
+    assert not {*KEYS} & known
 
 
 def test_a_command_without_words_has_no_mistake():

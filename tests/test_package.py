@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -120,3 +121,24 @@ def test_doctor_names_what_hides_the_program(installed, strange):
     assert "`python -m train` runs train.py there, not this program" in done.stdout
     assert "type `sluice`" in done.stdout
     assert list(strange.rglob("*.ran")) == []
+
+
+def test_a_python_without_the_packages_says_so_in_one_line():
+    done = in_environment(
+        sys.executable, "-S", "-m", "train", "--version", folder=ROOT
+    )  # -S: no installed package is seen
+    assert done.returncode == 2 and done.stdout == ""
+    assert re.fullmatch(
+        r"error: \S+ has no torch, deepspeed, hydra-core and \d+ others; type `.+` first\n", done.stderr
+    )
+
+
+@pytest.mark.parametrize("number", [0, 1])
+def test_the_commands_of_readme_leave_a_shell_in_which_its_other_commands_work(number, tmp_path):
+    """The words of README up to pip, which would install again what is here."""
+    command = re.findall(r"^    (python3\.11 .+)$", (ROOT / "README.md").read_text(), re.M)[number]
+    start, activate, install, _ = command.split(" && ")
+    assert install.startswith("pip install -q -e")
+    script = f"{start.replace('python3.11', sys.executable)} --without-pip && {activate} && command -v python"
+    done = subprocess.run(["sh", "-c", script], cwd=tmp_path, capture_output=True, text=True, timeout=60)
+    assert done.stdout.strip() == str(tmp_path / ".venv" / "bin" / "python"), done.stderr

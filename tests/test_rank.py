@@ -8,11 +8,12 @@ import pytest
 import torch.distributed as dist
 
 from cluster.launch import Place
-from conf.errors import EXIT_CRASH, EXIT_DIVERGED, EXIT_USER, UserError
+from conf.errors import EXIT_CRASH, EXIT_DIVERGED, EXIT_STOPPED, EXIT_USER, UserError
+from parallel.exchange import is_timeout
 from tests.ranks import run_processes
 from train.data.files import Progress
 from train.loop.trainer import Diverged
-from train.rank import _is_timeout, guarded, in_turn
+from train.rank import guarded, in_turn
 
 
 def wrapped(error: Exception) -> Exception:
@@ -29,14 +30,29 @@ def wrapped(error: Exception) -> Exception:
 @pytest.mark.parametrize(
     ("error", "timeout"),
     [
-        (RuntimeError("gloo: Timed out waiting 5000ms for recv operation to complete"), True),
-        (RuntimeError("Connection closed by peer"), False),
+        (
+            RuntimeError(
+                "[/gloo/transport/tcp/unbound_buffer.cc:81] Timed out waiting 5000ms for recv operation to complete"
+            ),
+            True,
+        ),
+        (RuntimeError("[/gloo/transport/tcp/pair.cc:557] Application timeout caused pair closure"), True),
+        (dist.DistStoreError("wait timeout after 1000ms, keys: /default_pg/0//cpu//0/0"), True),
+        (
+            dist.DistNetworkError("The client socket has timed out after 1000ms while trying to connect to (n1, 1)."),
+            True,
+        ),
+        (dist.DistBackendError("Watchdog caught collective operation timeout: WorkNCCL ran for 9 milliseconds"), True),
+        (RuntimeError("Wait timeout"), True),  # gloo's, where the ranks of a group meet
+        (RuntimeError("[/gloo/transport/tcp/pair.cc:534] Connection closed by peer [127.0.0.1]:44"), False),
         (ValueError("the request timed out"), False),  # data, not another rank
+        (RuntimeError("the server of the tokenizer timed out"), False),
+        (TimeoutError("timed out waiting for a lock"), False),
     ],
 )
 def test_a_wait_for_another_rank_is_told_from_other_errors(error, timeout):
-    assert _is_timeout(error) is timeout
-    assert _is_timeout(wrapped(error)) is timeout
+    assert is_timeout(error) is timeout
+    assert is_timeout(wrapped(error)) is timeout
 
 
 BAD_INPUT = UserError("data.path", "nowhere", "must exist", "give another")
@@ -65,6 +81,28 @@ def test_an_error_goes_to_the_driver_or_where_there_is_none_to_the_terminal(tmp_
         assert str(error) in shown and ("rank 1: " in shown) is (world == 2)
     with pytest.raises(UserError, match="nowhere"):
         guarded(place, None, fails(BAD_INPUT))
+
+
+def test_an_exit_in_the_middle_of_the_work_is_an_error_and_a_mark_tells_of_one_that_nobody_catches(tmp_path):
+    place, mark = Place(1, 2, 1, 2), tmp_path / "rank_1.at_work"
+
+    def work() -> int:
+        assert mark.exists()
+        return EXIT_STOPPED
+
+    assert guarded(place, tmp_path, work) == EXIT_STOPPED and not mark.exists()
+    assert guarded(place, tmp_path, fails(SystemExit(0))) == EXIT_CRASH and not mark.exists()
+    said = json.loads((tmp_path / "rank_1.error.json").read_text())
+    assert said["headline"].startswith("SystemExit: 0 (tests/test_rank.py:") and said["kind"] == "crash"
+
+
+def test_an_error_of_the_user_is_one_screen_wherever_it_was_raised(tmp_path):
+    place = Place(1, 2, 1, 2)
+    assert guarded(place, tmp_path, fails(wrapped(BAD_INPUT))) == EXIT_USER
+    said = json.loads((tmp_path / "rank_1.error.json").read_text())
+    assert said["message"] == str(BAD_INPUT) and said["kind"] == "user"
+    with pytest.raises(UserError, match="nowhere"):
+        guarded(place, None, fails(wrapped(BAD_INPUT)))
 
 
 def wait_for_data(rank: int, store: str) -> None:

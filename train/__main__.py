@@ -4,15 +4,17 @@ import os
 import sys
 from pathlib import Path
 
-from train.program import environment_of_children, guard_names
+from train.program import environment_of_children, guard_names, require_packages
 
 if __name__ == "__main__":
     guard_names()  # before a package is looked for that the working folder may hide
+    require_packages()
 
 from train.cpu import tune_cpu
 
 tune_cpu()  # before torch allocates anything
 
+from cluster.farewell import leave  # noqa: E402
 from cluster.launch import Place, given_place, is_driver, launch  # noqa: E402
 from conf.disk import let_output_be_lost  # noqa: E402
 from conf.errors import EXIT_CRASH, EXIT_DIVERGED, EXIT_INTERRUPTED, EXIT_OK, EXIT_STOPPED, EXIT_USER, UserError  # noqa: E402
@@ -176,7 +178,7 @@ def command() -> int:
         from conf.help import show_help
 
         return show_help(words)
-    return run(main)
+    return leave(run(main))
 
 
 if __name__ == "__main__":

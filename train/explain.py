@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from conf.errors import RunEnded
+from conf.errors import RunEnded, causes
 from conf.schema import SELECTIVE, Config, Recompute
 from parallel.pipeline.host_store import HostMemoryFull
 from train.gpu import FLIGHTS
@@ -68,7 +68,7 @@ def explained(config: Config, rank: int, logs: Path) -> Iterator[None]:
 
 def _explain(config: Config, error: Exception) -> str | None:
     """The screen, its first line the headline; None for any other error."""
-    chain = list(_chain(error))
+    chain = list(causes(error, contexts=True))
     for one in chain:
         said = str(one)
         if isinstance(one, HostMemoryFull):
@@ -81,15 +81,6 @@ def _explain(config: Config, error: Exception) -> str | None:
         if isinstance(one, dist.DistBackendError) and NCCL in said:
             return "\n".join([f"NCCL failed{_place(chain)}", f"  NCCL: {_words(said)}", f"  cure: {_network(said)}"])
     return None
-
-
-def _chain(error: BaseException | None) -> Iterator[BaseException]:
-    """The error and its causes, the outermost first."""
-    seen: set[int] = set()
-    while error is not None and id(error) not in seen:
-        seen.add(id(error))
-        yield error
-        error = error.__cause__ or error.__context__
 
 
 def _place(chain: list[BaseException]) -> str:

@@ -5,8 +5,11 @@ instead of what is meant. The command `sluice` does not look there. This file ne
 may be hidden.
 """
 
+import importlib.metadata
 import os
+import re
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -25,6 +28,34 @@ def guard_names() -> None:
     first = sys.path[0] if sys.path and not sys.flags.safe_path else None
     if first is not None and Path(first or ".").resolve() == Path.cwd() != ROOT:
         del sys.path[0]
+
+
+def require_packages() -> None:
+    """End with one line where this Python lacks a package that the program needs, as one outside the environment does.
+
+    Looks in a checkout alone: pip installs the program elsewhere, and its packages with it.
+    """
+    if lacking := list(_lacking()):
+        named = ", ".join(lacking[:3]) + (f" and {len(lacking) - 3} others" if len(lacking) > 3 else "")
+        active = ROOT / ".venv" / "bin" / "activate"
+        cure = f". {active}" if active.is_file() else f"{sys.executable} -m pip install -e {ROOT}"
+        print(f"error: {sys.executable} has no {named}; type `{cure}` first", file=sys.stderr)
+        sys.exit(2)
+
+
+def _lacking() -> Iterator[str]:
+    """Packages that pyproject.toml asks for and this Python has not."""
+    project = ROOT / "pyproject.toml"
+    if not project.is_file():
+        return
+    import tomllib
+
+    for wanted in tomllib.loads(project.read_text())["project"]["dependencies"]:
+        name = re.split(r"[^\w.-]", wanted, maxsplit=1)[0]
+        try:
+            importlib.metadata.distribution(name)
+        except importlib.metadata.PackageNotFoundError:
+            yield name
 
 
 def environment_of_children() -> dict[str, str]:

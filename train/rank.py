@@ -7,7 +7,8 @@ import sys
 import time
 import traceback
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -16,11 +17,12 @@ from typing import TypeVar
 import torch
 import torch.distributed as dist
 
-from cluster.cause import Failure
+from cluster.cause import Failure, begin_work, end_work
 from cluster.launch import Place, given_meeting
-from conf.errors import EXIT_CRASH, EXIT_USER, RunEnded, UserError
-from conf.schema import Config
-from parallel.exchange import patient_group, refuse_pickles
+from conf.disk import explain
+from conf.errors import EXIT_CRASH, EXIT_USER, RunEnded, UserError, causes
+from conf.schema import ROOT, Config
+from parallel.exchange import is_timeout, patient_group, refuse_pickles
 from parallel.mesh import Mesh, build_mesh, form_later, read_layout
 from parallel.store import open_sealed_store
 from train.cpu import threads_of
@@ -44,20 +46,41 @@ class RankSetup:
 
 
 def guarded(place: Place, failures: Path | None, work: Callable[[], int]) -> int:
-    """Do the work of a rank; an error becomes an exit code.
+    """Do the work of a rank; an error becomes an exit code, and so does an exit in the middle of it.
 
     failures: the folder where a driver looks for what its ranks say of their errors; it then reports them. None where
     nobody looks, in the only process of a run and under torchrun: errors are printed, and a UserError is raised.
     """
+    with _marked(place, failures):
+        return _guarded(place, failures, work)
+
+
+@contextmanager
+def _marked(place: Place, failures: Path | None) -> Iterator[None]:
+    """Let the driver tell a process that left this block from one that only has an exit code."""
+    if failures is None:
+        yield
+        return
+    try:
+        begin_work(failures, place.rank)
+    except OSError as error:
+        print(f"the mark of a rank at work could not be written ({explain(error)}); the run goes on", file=sys.stderr)
+    yield
+    with suppress(OSError):  # the disk has become read-only, which stops the run anyway
+        end_work(failures, place.rank)
+
+
+def _guarded(place: Place, failures: Path | None, work: Callable[[], int]) -> int:
     # DeepSpeed still calls collectives by their old names.
     warnings.filterwarnings("ignore", "`torch.distributed.*is deprecated", FutureWarning)
     faulthandler.register(signal.SIGUSR1, all_threads=True)  # kill -USR1 PID shows where a rank hangs
     try:
         return work()
-    except Exception as error:
-        if failures is None and isinstance(error, UserError):
-            raise
-        return _report(error, place, failures)
+    except (Exception, SystemExit) as error:
+        found = next((one for one in causes(error) if isinstance(one, (UserError, RunEnded))), error)
+        if failures is None and isinstance(found, UserError):
+            raise found from found.__cause__
+        return _report(found, place, failures)
     finally:
         if dist.is_initialized():
             dist.destroy_process_group()
@@ -119,28 +142,45 @@ def in_turn(place: Place, make: Callable[[Progress], T]) -> T:
     return made if place.local_rank == 0 else make(silent)
 
 
-def _report(error: Exception, place: Place, failures: Path | None) -> int:
+def _report(error: BaseException, place: Place, failures: Path | None) -> int:
     """Leave the error where the driver finds it, or print it where there is none."""
     expected = isinstance(error, (UserError, RunEnded))
     code = error.code if expected else EXIT_CRASH
-    kind = "user" if code == EXIT_USER else "timeout" if _is_timeout(error) else "crash"
-    text = str(error) if expected else "".join(traceback.format_exception(error))
-    began = list(error.ranks) if isinstance(error, RunEnded) else []
+    kind = "user" if code == EXIT_USER else "timeout" if is_timeout(error) else "crash"
+    failure = Failure(place.rank, time.time(), kind, str(error), code, list(getattr(error, "ranks", ())))
+    if not expected:
+        _tell(failure, list(causes(error)))
+    text = failure.headline or failure.message
     try:
         if failures is not None:
-            Failure(place.rank, time.time(), kind, text, code, began).write(failures)
+            failure.write(failures)
             return code
     except OSError as refused:
         text = f"{text}\n(the driver cannot read this, as {refused})"
     who = "" if place.world == 1 else f"rank {place.rank}: "
-    print(f"error: {who}{text}", file=sys.stderr)
+    print("" if expected else failure.message, f"error: {who}{text}", sep="", file=sys.stderr)
     return code
 
 
-def _is_timeout(error: BaseException | None) -> bool:
-    """gloo and NCCL raise plain errors when a peer does not answer in time, and the pipeline wraps them in its own."""
-    while error is not None:
-        if isinstance(error, RuntimeError) and "timed out" in str(error).lower():
-            return True
-        error = error.__cause__ or error.__context__
-    return False
+def _tell(failure: Failure, chain: list[BaseException]) -> None:
+    """Put the error that was raised first in front, as the pipeline wraps what fails in it in a page of its own.
+
+    chain: the error and its causes, the first to be raised last.
+    """
+    first = chain[-1]
+    frames = traceback.extract_tb(first.__traceback__)
+    failure.headline = _first_line(first)
+    if frames:
+        path = Path(frames[-1].filename)
+        path = path.relative_to(ROOT) if path.is_relative_to(ROOT) else path
+        failure.headline += f" ({path}:{frames[-1].lineno}, in {frames[-1].name})"
+    became = [f"which became {_first_line(wrapper)}\n" for wrapper in reversed(chain[:-1])]
+    failure.message = "".join([*traceback.format_exception(first, chain=False), *became])
+    if became:
+        failure.whole = "".join(traceback.format_exception(chain[0]))
+
+
+def _first_line(error: BaseException) -> str:
+    """Type and words of an error."""
+    words = next((line.strip() for line in str(error).splitlines() if line.strip()), "")
+    return f"{type(error).__name__}: {words}" if words else type(error).__name__

@@ -3,7 +3,7 @@
 What is asked at every tick is counted as reports come in, so that an answer costs as much as its node has ranks.
 """
 
-from cluster.cause import CERTAIN, Cause, Kind, RankReport, name_cause, name_hang
+from cluster.cause import Cause, Kind, RankReport, name_cause, name_hang
 from cluster.driver.policy import Policy
 from cluster.driver.straggler import Slow, Stragglers
 from cluster.topology import Placement
@@ -93,7 +93,7 @@ class Attempt:
     def is_settled(self, now: float, until: float) -> bool:
         """Whether to wait no longer for ranks to say why they failed."""
         reports = self.live_reports
-        if any(report.code in CERTAIN or report.code == EXIT_USER for report in reports) or now >= until:
+        if any(report.certain or report.said == EXIT_USER for report in reports) or now >= until:
             return True
         if self.hang_since is not None:
             return all(report.rank in self.stacks or report.ended or report.state == "T" for report in reports)

@@ -109,6 +109,8 @@ class Driver:
         self._started_at = clock()
         self._first_step: int | None = None
         self._offsets: dict[int, int] = {}
+        self._logged: set[int] = set()
+        """Ranks of the attempt whose failure is in their log."""
         self._looked, self._ticked = -LOOK_EVERY, -TICK_EVERY
         self._woke, self._slept = clock(), 0.0
         self._stop: str | None = None
@@ -136,7 +138,7 @@ class Driver:
     def _signalled(self, number: int, _) -> None:
         if self._stop is not None and number == signal.SIGINT:
             raise KeyboardInterrupt
-        self._stop = f"{signal.Signals(number).name}: the ranks write a checkpoint and stop"
+        self._stop = signal.Signals(number).name
 
     def _round(self) -> None:
         if self._stop is not None:
@@ -200,7 +202,7 @@ class Driver:
             draining = self.fleet.draining()
         except FleetLost as error:
             if self._stop is None:
-                self._stop = f"{error}; the ranks write a checkpoint and stop"
+                self._stop = str(error)
             return
         for id in set(self._known) - set(listed):
             self._forget(id)
@@ -338,6 +340,7 @@ class Driver:
                 self.journal.output(rank, piece)
                 if rank == 0:
                     self.view.output(piece)
+            self._log_wholes(answer)
         self.copies.take(node, answer.held)
         for kind, text in self.vitals.take(self._known[node], answer):
             self._note(kind, text, node=self._known[node].name)
@@ -353,6 +356,13 @@ class Driver:
             self._tell_of_pulse()
             self._warm(self.supervisor.answering.values())
             self._plan_layouts()
+
+    def _log_wholes(self, answer: Answer) -> None:
+        """In the log of a rank that failed, what its own message leaves out."""
+        failures = [report.failure for report in answer.ranks if report.failure and report.rank not in self._logged]
+        for failure in failures:
+            self._logged.add(failure.rank)
+            self.journal.output(failure.rank, failure.whole.encode())
 
     def _tell_of_pulse(self) -> None:
         """Name the nodes without one where so many make the driver slow."""
@@ -387,6 +397,7 @@ class Driver:
                 self._let_go()
                 self._starting = number, placement
                 self._started_at, self._first_step, self._offsets = self.clock(), None, {}
+                self._logged.clear()
                 if number == self.first and len(placement.nodes) > 1:
                     self._network = NetworkTest(placement.nodes, self._test_ports, self.fleet, self.clock())
                 else:
@@ -395,9 +406,9 @@ class Driver:
                 self._starting = self._network = None
                 for id in nodes:
                     self.fleet.call(id, "end", number)
-            case m.Stop(number, nodes, in_memory):
+            case m.Stop(number, nodes, why, in_memory):
                 for id in nodes:
-                    self.fleet.call(id, "stop", number, in_memory)
+                    self.fleet.call(id, "stop", number, in_memory, why)
             case m.ProbeLinks(nodes):  # those with a pulse by its next questions, as calls to thousands take long
                 self._probed_from, now = self.pulse.number, self._awake()
                 self.pulse.hurry()

@@ -16,12 +16,13 @@ import errno
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from cluster.run_files import log_path
 from cluster.steady_clock import SteadyClock
-from conf.disk import explain, naming
+from conf.disk import Backlog, explain, naming
 
 FILE = "events.jsonl"
 
@@ -56,16 +57,17 @@ KINDS = {
 class Journal:
     """Appends to events.jsonl and to logs/rank_N.log of a run folder.
 
-    note: called with a sentence, once, when the disk refuses a piece; the run goes on without it.
+    note: called with a sentence, once, when the disk refuses a piece. The run goes on: events wait for room, output is lost.
     """
 
     def __init__(self, folder: Path, note: Callable[[str], None] = print):
         self._path, self._note, self._refused = folder / FILE, note, False
         self._clock = SteadyClock()
+        self._events = Backlog(partial(self._append, self._path))
         self._logs = folder / "logs"
         self._logs.mkdir(parents=True, exist_ok=True)
         if self._path.exists() and not self._path.read_bytes().endswith(b"\n"):
-            self._append(self._path, b"\n")  # ends the line in which a crash cut off the launch before
+            self._try(self._append, self._path, b"\n")  # ends the line in which a crash cut off the launch before
 
     def write(self, kind: str, attempt: int, text: str, **fields: Any) -> None:
         """Append one event."""
@@ -73,20 +75,23 @@ class Journal:
         line = json.dumps(
             {"time": round(self._clock.now(), 3), "kind": kind, "attempt": attempt, "text": text, **fields}
         )
-        self._append(self._path, line.encode() + b"\n")
+        self._try(self._events.add, line.encode() + b"\n")
 
     def output(self, rank: int, piece: bytes) -> None:
         """Append to the log of a rank."""
-        self._append(log_path(self._logs, rank), piece)
+        self._try(self._append, log_path(self._logs, rank), piece)
 
     def _append(self, path: Path, piece: bytes) -> None:
         """All of the piece or nothing."""
+        with naming(path, len(piece)), path.open("ab", buffering=0) as file:
+            size = file.tell()
+            if (written := file.write(piece)) != len(piece):
+                file.truncate(size)
+                raise OSError(errno.ENOSPC, f"{written} of {len(piece)} bytes written")
+
+    def _try(self, append: Callable[..., None], *what: Any) -> None:
         try:
-            with naming(path, len(piece)), path.open("ab", buffering=0) as file:
-                size = file.tell()
-                if (written := file.write(piece)) != len(piece):
-                    file.truncate(size)
-                    raise OSError(errno.ENOSPC, f"{written} of {len(piece)} bytes written")
+            append(*what)
         except OSError as error:
             if not self._refused:
                 self._refused = True

@@ -122,10 +122,11 @@ class EndRanks:
 
 @dataclass(frozen=True)
 class Stop:
-    """Ask the ranks for a checkpoint and exit code 75. in_memory: a copy in memory will do."""
+    """Ask the ranks for a checkpoint and exit code 75. in_memory: a copy in memory will do; why: for people."""
 
     attempt: int
     nodes: tuple[str, ...]
+    why: str
     in_memory: bool = False
 
 

@@ -24,6 +24,7 @@ from cluster.driver.driver import Driver
 from cluster.driver.fleet import WAITING, FleetLost, Reply
 from cluster.driver.private_folder import PrivateFolder
 from cluster.driver.view import View
+from cluster.farewell import cut_short
 from cluster.node.agent import Agent
 from cluster.spawn import LEASE
 from cluster.topology import Node
@@ -264,6 +265,7 @@ class RayFleet:
         if ends:
             self._ray.wait(ends, num_returns=len(ends), timeout=CLOSE_LIMIT)
         if self._headless:  # what follows would wait for the head; agents without a question end their ranks
+            cut_short()
             return
         for actor in self._actors.values():
             self._ray.kill(actor)

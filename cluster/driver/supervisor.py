@@ -30,6 +30,7 @@ from cluster.driver.diagnosis import give_up, too_few
 from cluster.driver.node_state import DriverPhase, NodeHealth, NodeState
 from cluster.driver.policy import Policy
 from cluster.run_files import NONE, Age
+from cluster.spawn import LEASE
 from cluster.topology import Node, Placement, place
 from conf.errors import EXIT_CRASH, EXIT_DIVERGED, EXIT_OK, EXIT_STOPPED, EXIT_USER
 
@@ -209,14 +210,16 @@ class Supervisor:
         state.draining = True
         self._note("drain", f"{state.node.name}: {why}", node=state.node.name)
         if self.phase is DriverPhase.running and id in self.attempt.ranks_of:
-            self._stop_ranks(now) if self.attempt.step >= 0 else self._end_ranks(now)
+            going = f"{state.node.name} is about to go, and the run goes on without it: {why}"
+            self._stop_ranks(now, going) if self.attempt.step >= 0 else self._end_ranks(now)
 
     def _ask_stop(self, now: float, why: str) -> None:
         if self._stop_why is None:
             self._stop_why = why
-            self._note("stop", why)
+            asked = self.phase is DriverPhase.running and self.attempt.step >= 0
+            self._note("stop", why + ": the ranks that answer are asked for a checkpoint" * asked)
             if self.phase is DriverPhase.running:
-                self._stop_ranks(now) if self.attempt.step >= 0 else self._end_ranks(now)
+                self._stop_ranks(now, why) if asked else self._end_ranks(now)
 
     def _tell_limits(self) -> None:
         """Say so where the attempt would have no successor without one of its nodes."""
@@ -282,7 +285,7 @@ class Supervisor:
 
     def _gather(self, now: float) -> None:
         if self._stop_why is not None:
-            self._finish(EXIT_STOPPED, f"stopped between attempts: {self._stop_why}")
+            self._finish(EXIT_STOPPED, f"between attempts: {self._stop_why}{self._left_alone()}; {self._newest()}")
             return
         states = self.nodes.values()
         free = [state.node for state in states if state.usable and not state.live]
@@ -348,6 +351,21 @@ class Supervisor:
         else:
             self._finish(EXIT_STOPPED, self._stop_why or "the ranks were told to stop from outside")
 
+    def _newest(self) -> str:
+        return f"step {self.saved.step} is saved" if self.saved > NONE else "no checkpoint is there"
+
+    def _left_alone(self) -> str:
+        """What becomes of ranks that this driver cannot reach."""
+        lost = self.attempt.lost if self.attempt else ()
+        names = [
+            state.node.name for id, state in self.nodes.items() if id in lost and state.health is NodeHealth.silent
+        ]
+        if not names:
+            return ""
+        shown = ", ".join(names[:SHOWN]) + (f" and {len(names) - SHOWN} more" if len(names) > SHOWN else "")
+        lease = LEASE * self.policy.heartbeat
+        return f"; ranks on {shown} are not reached: their agents end them {lease:.0f} s after this driver's last question, without a checkpoint"
+
     def _judge(self, now: float, settle: float) -> None:
         """A failure was noticed: ask every node whether it lives, and give the ranks time to say what they know."""
         self.phase = DriverPhase.judging
@@ -389,14 +407,15 @@ class Supervisor:
             self._regroup(now)
             return
         if cause is None:
-            self._finish(EXIT_STOPPED, f"{self._stop_why}; no step was done yet")
+            self._finish(EXIT_STOPPED, f"{self._stop_why}{self._left_alone()}; no step was done yet")
             return
         spent = self._spent.get(cause.kind, 0)
         allowed = min(1, self.policy.restarts) if cause.kind is Kind.diverged else self.policy.restarts
         if cause.kind is Kind.user:
             self._finish(EXIT_USER, cause.text)
         elif self._stop_why is not None and self.saved > NONE:
-            self._finish(EXIT_STOPPED, f"{self._stop_why}; meanwhile {cause.text}; step {self.saved.step} is saved")
+            text = f"{self._stop_why}; meanwhile {cause.text}{self._left_alone()}; {self._newest()}"
+            self._finish(EXIT_STOPPED, text)
         elif self._stop_why is not None or spent > allowed:
             code = EXIT_DIVERGED if cause.kind is Kind.diverged else EXIT_CRASH
             self._finish(code, give_up(cause, spent, allowed, self.failures, self.saved.step))
@@ -410,10 +429,10 @@ class Supervisor:
         self._deadline = now + (self.policy.return_wait if enough else self.policy.wait)
         self._gather(now)
 
-    def _stop_ranks(self, now: float, in_memory: bool = False) -> None:
+    def _stop_ranks(self, now: float, why: str, in_memory: bool = False) -> None:
         self.phase = DriverPhase.stopping
         self._deadline = now + self.policy.stop_timeout
-        self._out.append(m.Stop(self.number, self.attempt.reachable, in_memory))
+        self._out.append(m.Stop(self.number, self.attempt.reachable, why, in_memory))
 
     def _await_stop(self, now: float) -> None:
         if self.attempt.broken:
@@ -436,7 +455,7 @@ class Supervisor:
     def _grow(self, now: float) -> None:
         what = "copy in memory" if self.policy.copies else "checkpoint"
         self._note("grow", f"nodes came back: the run stops after this {what} and goes on with more ranks")
-        self._stop_ranks(now, in_memory=self.policy.copies)
+        self._stop_ranks(now, "nodes came back, and the run goes on with them", in_memory=self.policy.copies)
 
     def _place(self, nodes: list[Node]) -> Placement | None:
         shapes, near = self.policy.shapes, self.attempt and self.attempt.placement

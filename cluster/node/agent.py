@@ -41,7 +41,7 @@ from cluster.node.network_probe import NetworkProbe, NodeLink
 from cluster.node.ports import free_port
 from cluster.node.preflight import Facts, Question, gather
 from cluster.node.pulse import Echo
-from cluster.run_files import failure_path, log_path, progress_path
+from cluster.run_files import failure_path, log_path, progress_path, stop_path
 from cluster.spawn import die_with_parent, spawn
 from cluster.steady_clock import SteadyClock
 from conf.errors import EXIT_STOPPED
@@ -310,13 +310,17 @@ class Agent:
                 child.stack_from = child.log.stat().st_size
                 child.process.send_signal(signal.SIGUSR1)
 
-    def stop(self, attempt: int, in_memory: bool = False) -> None:
+    def stop(self, attempt: int, in_memory: bool = False, why: str = "") -> None:
         """Ask the ranks of this attempt for a checkpoint and exit. in_memory: a copy in memory will do, see train/loop/stop.py.
+        why: for rank 0's last screen.
 
         The ranks agree on it, so those of another node may have stopped these already. One that handles no signal any more is on
         its way out, and would die of it; one that dies of it all the same let its handler go just before, and has stopped.
         """
         wanted = [signal.SIGUSR2, signal.SIGTERM] if in_memory else [signal.SIGTERM]
+        if why and attempt == self._attempt and 0 in self._children:
+            with contextlib.suppress(OSError):  # the disk is full: rank 0 then only knows of a signal
+                stop_path(self._scratch).write_text(why)
         for child in self._running() if attempt == self._attempt else []:
             handled = [number for number in wanted if _handles(child.process.pid, number)]
             if handled:

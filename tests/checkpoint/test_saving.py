@@ -42,11 +42,13 @@ def leftovers(root: Path) -> list[str]:
 
 
 def hold_writes(monkeypatch) -> threading.Event:
-    """Make every write wait for the returned event."""
+    """Make every write wait for the returned event, whose `entered` counts them."""
     gate, real = threading.Event(), StagingBuffers.write
+    gate.entered = threading.Semaphore(0)
 
     def write(stage, folder, rank):
-        assert gate.wait(20)
+        gate.entered.release()
+        assert gate.wait(60)
         return real(stage, folder, rank)
 
     monkeypatch.setattr(StagingBuffers, "write", write)
@@ -78,32 +80,76 @@ def test_the_next_save_waits_for_the_one_before(tmp_path, monkeypatch):
     assert [(result.step, result.ok) for result in checkpointer.finish()] == [(1, True), (2, True)]
 
 
-def test_a_disk_that_hangs_costs_checkpoints_and_no_more(tmp_path, monkeypatch):
+def test_a_save_that_is_stuck_is_given_up_and_never_committed(tmp_path, monkeypatch):
     gate = hold_writes(monkeypatch)
     (checkpointer,) = checkpointers(tmp_path, 1, timeout=0.05)
     checkpointer.save(1, state(0, 1, 1), {})
+    stuck = checkpointer._flight.thread
+    assert gate.entered.acquire(timeout=20)
     checkpointer.save(2, state(0, 2, 1), {})
-    (skipped,) = checkpointer.poll()
-    assert (skipped.step, skipped.ok) == (2, False) and "still being written" in skipped.warning
-    with pytest.raises(SaveFailed, match="not written within"):
+    assert gate.entered.acquire(timeout=20)
+    (given_up,) = checkpointer.poll()
+    assert (given_up.step, given_up.ok, given_up.ranks) == (1, False, (0,)) and "rank 0 writes for" in given_up.warning
+    with pytest.raises(SaveFailed, match=r"not written within .* by rank 0"):
         checkpointer.finish(required=True)
     gate.set()
+    stuck.join(20)
     checkpointer.timeout = 20.0
     checkpointer.save(3, state(0, 3, 1), {})
-    assert all(result.ok for result in checkpointer.finish(required=True)) and steps(tmp_path) == [1, 3]
+    assert all(result.ok for result in checkpointer.finish(required=True)) and steps(tmp_path) == [2, 3]
 
 
-def test_a_last_save_that_was_skipped_is_no_success(tmp_path, monkeypatch):
-    """Although the one before it, which held it up, is written in the end."""
+def stick(monkeypatch, rank: int, step: int) -> threading.Event:
+    """One write of this rank, that of this step, does not end before the returned event."""
+    gate, real = threading.Event(), StagingBuffers.write
+
+    def write(stage, folder, writer):
+        if writer == rank and f"step_{step:08d}" in folder.name:
+            assert gate.wait(60)
+        return real(stage, folder, writer)
+
+    monkeypatch.setattr(StagingBuffers, "write", write)
+    return gate
+
+
+def test_a_rank_that_is_stuck_costs_one_checkpoint_and_is_named(tmp_path, monkeypatch):
+    """The next one has what the ranks gave it, though the write that is stuck ends in the middle of it."""
+    gate = stick(monkeypatch, rank=1, step=1)
+    world = checkpointers(tmp_path, 2, timeout=1.0)
+    for checkpointer, shards in zip(world, states(1), strict=True):
+        checkpointer.save(1, shards, {})
+    stuck = world[1]._flight.thread
+    for step in (2, 3):
+        for checkpointer, shards in zip(world, states(step), strict=True):
+            checkpointer.timeout = checkpointer.committer.timeout = 1.0 if step == 2 else 30.0
+            checkpointer.save(step, shards, {})
+        if step == 2:
+            gate.set()
+            stuck.join(20)
+        for checkpointer in world:
+            checkpointer._join(30)
+    first, second = (checkpointer.poll() for checkpointer in world)
+    assert [(result.step, result.ok) for result in first] == [(1, False), (2, True), (3, True)]
+    assert [(result.step, result.ok) for result in second] == [(1, False), (2, True), (3, True)], "told once"
+    assert first[0].ranks == second[0].ranks == (1,) and "no files from ranks 1 within" in first[0].warning
+    assert steps(tmp_path) == [2, 3] and leftovers(tmp_path) == []
+    wanted = blank(state(1, 2))
+    load(tmp_path / "step_00000002", wanted)
+    assert same_bits(wanted, state(1, 2))
+
+
+def test_while_two_saves_are_stuck_the_next_ones_are_skipped(tmp_path, monkeypatch):
     gate = hold_writes(monkeypatch)
+    monkeypatch.setattr("train.checkpoint.checkpointer.LEAST_GRACE", 0.05)
     (checkpointer,) = checkpointers(tmp_path, 1, timeout=0.05)
-    checkpointer.save(1, state(0, 1, 1), {})
-    checkpointer.save(2, state(0, 2, 1), {})
-    checkpointer.timeout = 20.0
-    gate.set()
-    with pytest.raises(SaveFailed, match="step 2 skipped"):
+    for step in (1, 2):
+        checkpointer.save(step, state(0, step, 1), {})
+        assert gate.entered.acquire(timeout=20)
+    checkpointer.save(3, state(0, 3, 1), {})
+    with pytest.raises(SaveFailed, match="step 3 skipped: rank 0 still writes those of steps 1 and 2") as raised:
         checkpointer.finish(required=True)
-    assert steps(tmp_path) == [1]
+    assert raised.value.ranks == (0,) and "free space" not in str(raised.value)
+    gate.set()
 
 
 def test_synchronous_saves_are_done_when_save_returns(tmp_path):

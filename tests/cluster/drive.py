@@ -12,6 +12,7 @@ from typing import Any
 
 from cluster.driver.journal import read_events
 from cluster.driver.ray_backend import run_ray
+from cluster.farewell import leave
 from conf.errors import UserError
 from conf.files import atomic_write_text
 from conf.load import compose, report, write_config
@@ -63,4 +64,4 @@ def once(folder: Path, do: Callable[[], None], kind: str, **fields: Any) -> None
 
 
 if __name__ == "__main__":
-    sys.exit(main(Path(sys.argv[1]), *sys.argv[2:]))
+    sys.exit(leave(main(Path(sys.argv[1]), *sys.argv[2:])))

@@ -111,6 +111,11 @@ def run() -> int:
         if rank == 0 and (flags or step % config.checkpoint.every == 0):
             save(step)
         if flags:
+            print(
+                "stops as",
+                (logs / "stop.txt").read_text() if (logs / "stop.txt").exists() else "a signal says",
+                flush=True,
+            )
             return 0 if flags & ENDING else 75
 
 
@@ -120,6 +125,7 @@ try:
     code = run()
 except Exception as error:
     kind = "timeout" if "timed out" in str(error) else "crash"
-    Failure(rank, time.time(), kind, f"{type(error).__name__}: {error}", 1).write(logs)
+    whole = "all that was raised from it"
+    Failure(rank, time.time(), kind, f"{type(error).__name__}: {error}", 1, whole=whole).write(logs)
     code = 1
 sys.exit(code)

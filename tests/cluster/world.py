@@ -88,7 +88,7 @@ class World:
                 for id in nodes:
                     if id in reach and reach[id].attempt <= number:
                         reach[id].kill()
-            case m.Stop(number, nodes, _):
+            case m.Stop(number, nodes):
                 for id in nodes:
                     if id in reach and reach[id].attempt == number:
                         for rank in reach[id].live - self.hung:

@@ -33,7 +33,7 @@ def journal(tmp_path):
     return journal
 
 
-def test_a_full_disk_costs_events_and_is_told_once(tmp_path):
+def test_a_full_disk_costs_no_event_and_is_told_once(tmp_path):
     notes = []
     with small_disk(tmp_path / "disk", "200k") as disk:
         journal = Journal(disk, notes.append)
@@ -46,7 +46,7 @@ def test_a_full_disk_costs_events_and_is_told_once(tmp_path):
         ballast.unlink()
         journal.write("finish", 1, "last", code=0)
         events = read_events(disk)
-        assert [events[0]["text"], events[-1]["text"]] == ["first", "last"]
+        assert [events[0]["text"], events[-1]["text"]] == ["first", "last"] and len(events) == 202
         assert (disk / "events.jsonl").read_bytes().count(b"\n") == len(events)
         (disk / "events.jsonl").unlink()
         assert GoodputRecord(disk)()["cluster/attempt"] == 0

@@ -93,7 +93,7 @@ def test_nothing_is_lost_at_kill_9(tmp_path):
     assert steps(tmp_path / "metrics.jsonl") == list(range(1, 51))
 
 
-def test_a_full_disk_is_one_note_and_leaves_whole_lines(tmp_path, monkeypatch):
+def test_lines_that_a_full_disk_refuses_wait_for_room(tmp_path):
     notes: list[str] = []
     path = tmp_path / "metrics.jsonl"
     metrics = sink(path, notes=notes)
@@ -101,12 +101,30 @@ def test_a_full_disk_is_one_note_and_leaves_whole_lines(tmp_path, monkeypatch):
     good, metrics._file = metrics._file, _Full(metrics._file)
     metrics.write(record(2))
     metrics.write(record(3))
+    assert steps(path) == [1] and len(notes) == 1 and "No space left" in notes[0]
     metrics._file = good
     metrics.write(record(4))
+    assert steps(path) == [1, 2, 3, 4] and path.read_bytes().count(b"\n") == 4
+    assert len(notes) == 2 and "the 2 lines that waited are written" in notes[1]
+    metrics._file = _Full(good)
+    metrics.write(record(5))
+    metrics._file = good
     metrics.close()
-    assert steps(path) == [1, 4]
-    assert path.read_bytes().count(b"\n") == 2
-    assert len(notes) == 2 and "No space left" in notes[0] and "2 lines" in notes[1]
+    assert steps(path) == [1, 2, 3, 4, 5] and len(notes) == 4
+
+
+def test_lines_of_a_disk_that_stays_full_are_counted(tmp_path, monkeypatch):
+    """And take no more than their share of memory."""
+    monkeypatch.setattr("conf.disk.BACKLOG", 100)
+    notes: list[str] = []
+    metrics = sink(tmp_path / "metrics.jsonl", notes=notes)
+    good, metrics._file = metrics._file, _Full(metrics._file)
+    for step in range(1, 51):
+        metrics.write(record(step))
+    assert len(metrics._lines) < 10
+    metrics._file.close = good.close
+    metrics.close()
+    assert len(notes) == 2 and "lacks its last 50 lines" in notes[1]
 
 
 class _Full:

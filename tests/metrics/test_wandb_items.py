@@ -91,7 +91,10 @@ def test_checkpoints_are_references_and_samples_and_evaluations_tables(tmp_path)
     [
         (Diverged("10 steps in a row"), "diverged"),
         (DiskFailed("runs", "r", "is full", "free space"), "a disk refused the run"),
-        (RuntimeError("[gloo] Timed out waiting 1800000ms for recv"), "a rank stalled"),
+        (
+            RuntimeError("[/gloo/transport/tcp/unbound_buffer.cc:81] Timed out waiting 1800000ms for recv"),
+            "a rank stalled",
+        ),
         (ValueError("what"), "crashed"),
     ],
 )

@@ -4,6 +4,9 @@
 `train.checkpoint.commit`). A save that fails (disk full, I/O error, a rank that is gone) is retried, then given
 up with its folder removed, and becomes a line of text that `poll` hands to the loop: the next save is a new
 chance. Only the save at the end must succeed: `finish(required=True)` raises.
+
+A save that is stuck, as in a write to a disk that does not answer, cannot be ended. When the next one is due it is given up, with
+the rank named: the next takes other buffers, and no rank commits the old one, whenever its write returns.
 """
 
 import json
@@ -11,27 +14,44 @@ import threading
 import time
 import traceback
 from collections import deque
+from collections.abc import Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from cluster.run_files import data_name
 from conf.disk import explain
-from conf.errors import DiskFailed
+from conf.errors import DiskFailed, UserError
 from parallel.shard import Shard
 from train.checkpoint.commit import Committer, Fenced, Save, SaveAbandoned
 from train.checkpoint.intervals import NotCovered, merge
 from train.checkpoint.load import load
 from train.checkpoint.stage import StagingBuffers
 
+PATIENCE = 0.8
+"""Share of the timeout that a save has until the next one may go on without it: all other ranks may wait for this one by then."""
+GRACE = 0.1
+"""Share of the timeout in which a save that is given up has to say why; one that does not is stuck."""
+LEAST_GRACE = 1.0
+"""The same in seconds, at least."""
+MOST_STUCK = 2
+"""Saves that may be stuck at a time, as each keeps its buffers."""
+
 
 class SaveFailed(DiskFailed):
-    """The save that had to succeed did not."""
+    """The save that had to succeed did not. ranks: those that did not write; late: no disk refused it, it did not end in time."""
 
-    def __init__(self, root: Path, why: str):
-        cure = "free space there or make it writable, and start the same command again: it goes on from the newest checkpoint"
-        super().__init__("checkpoint", root, why, cure)
+    def __init__(self, root: Path, why: str, ranks: Sequence[int] = (), late: bool = False):
+        cure = "free space there or make it writable"
+        if late:
+            cure = (
+                "see why the disk does not answer there (its mount, dmesg), or raise cluster.timeout if it is that slow"
+            )
+        super().__init__(
+            "checkpoint", root, why, f"{cure}, and start the same command again: it goes on from the newest checkpoint"
+        )
+        self.ranks = tuple(ranks)
 
 
 @dataclass(frozen=True)
@@ -49,10 +69,29 @@ class SaveResult:
     """From the call of save to its end."""
     bytes: int
     """Size of this rank's data."""
+    ranks: tuple[int, ...] = ()
+    """Those that failed, as far as this rank knows."""
+    late: bool = False
+    """It was not refused, but did not end in time."""
 
     @property
     def ok(self) -> bool:
         return self.path is not None
+
+
+@dataclass
+class SaveInFlight:
+    """A save and the thread that writes it."""
+
+    save: Save
+    buffers: StagingBuffers
+    began: float
+    """By time.perf_counter."""
+    writes: bool = True
+    """Whether it writes; then rank 0's waits for the other ranks."""
+    over: bool = False
+    """It has its result."""
+    thread: threading.Thread = field(init=False)
 
 
 class Checkpointer:
@@ -74,7 +113,7 @@ class Checkpointer:
     ):
         """`root`: the folder checkpoints/. `attempt`: from `commit.next_attempt`, the same on every rank.
 
-        `timeout`: longest wait for other ranks and for an unfinished save, in seconds. `retries`: further tries of a
+        `timeout`: longest wait for other ranks, in seconds; for an unfinished save somewhat less. `retries`: further tries of a
         rank whose writing failed, the first after `retry_wait` seconds, then twice as long each. Raises Fenced if a
         newer attempt has started.
         """
@@ -83,8 +122,13 @@ class Checkpointer:
         self.retries, self.retry_wait = retries, retry_wait
         self.committer = Committer(Path(root).resolve(), attempt, world_size, timeout)
         self.committer.enter(rank)
-        self._stage: StagingBuffers | None = None
-        self._thread: threading.Thread | None = None
+        self._buffers: StagingBuffers | None = None
+        """For the next save."""
+        self._flight: SaveInFlight | None = None
+        self._stuck: list[SaveInFlight] = []
+        """Those that were given up and have not ended."""
+        self._ending = threading.Lock()
+        """Held while a save gets its result."""
         self._serial = 0
         self._results: deque[SaveResult] = deque()  # the thread appends while the loop polls
         self._unsaved: int | None = None
@@ -99,18 +143,20 @@ class Checkpointer:
         began = time.perf_counter()
         save, self._unsaved = Save(step, self._serial), step
         self._serial += 1  # also where this save is skipped, as ranks must go on counting alike
-        if not self._join(self.timeout):
-            warning = f"checkpoint of step {step} skipped: the one before is still being written"
-            self._results.append(SaveResult(step, None, warning, False, time.perf_counter() - began, 0))
+        self._settle()
+        self._stuck = [flight for flight in self._stuck if flight.thread.is_alive()]
+        if len(self._stuck) >= MOST_STUCK:
+            self._skip(save, began)
             return time.perf_counter() - began
-        if self._stage is None:
-            self._stage = StagingBuffers(pinned=any(shard.local.is_cuda for shard in shards.values()))
-        self._stage.copy(shards)
-        arguments = (save, json.loads(json.dumps(meta)), began)
-        self._thread = threading.Thread(target=self._run, args=arguments, name=f"save-{step}", daemon=True)
-        self._thread.start()
+        if self._buffers is None:
+            self._buffers = StagingBuffers(pinned=any(shard.local.is_cuda for shard in shards.values()))
+        self._buffers.copy(shards)
+        self._flight = flight = SaveInFlight(save, self._buffers, began)
+        arguments = (flight, json.loads(json.dumps(meta)))
+        flight.thread = threading.Thread(target=self._run, args=arguments, name=f"save-{step}", daemon=True)
+        flight.thread.start()
         if not self.asynchronous:
-            self._join(self._longest())
+            self._settle()
         return time.perf_counter() - began
 
     def poll(self) -> list[SaveResult]:
@@ -122,15 +168,17 @@ class Checkpointer:
 
     def finish(self, required: bool = False) -> list[SaveResult]:
         """Wait for the save in flight, then as `poll`. `required`: SaveFailed if the last one failed."""
-        done = self._join(self._longest())
+        if not required:
+            self._settle()
+        elif not self._join(self._longest()):
+            why = f"the last checkpoint was not written within {self._longest():.0f} s by rank {self.rank}"
+            raise SaveFailed(self.committer.root, why, [self.rank], late=True)
         results = self.poll()
-        if required and not done:
-            why = f"the last checkpoint was not written within {self._longest():.0f} s"
-            raise SaveFailed(self.committer.root, why)
         if required and self._unsaved is not None:
-            why = [result.warning for result in results if result.step == self._unsaved]
-            lost = f"the checkpoint of step {self._unsaved} was not written"
-            raise SaveFailed(self.committer.root, why[-1] if why else lost)
+            last = next((result for result in reversed(results) if result.step == self._unsaved), None)
+            if last is None:
+                raise SaveFailed(self.committer.root, f"the checkpoint of step {self._unsaved} was not written")
+            raise SaveFailed(self.committer.root, last.warning, last.ranks, last.late)
         return results
 
     def load(self, path: Path, wanted: dict[str, Shard]) -> dict[str, Any]:
@@ -144,24 +192,67 @@ class Checkpointer:
         return 3 * self.timeout
 
     def _join(self, seconds: float) -> bool:
-        """Wait for the thread; False if it still runs."""
-        if self._thread is not None:
-            self._thread.join(seconds)
-            if self._thread.is_alive():
+        """Wait for the save in flight; False if it still runs."""
+        if self._flight is not None:
+            self._flight.thread.join(max(0.0, seconds))
+            if self._flight.thread.is_alive():
                 return False
-            self._thread = None
+            self._flight = None
         return True
 
-    def _run(self, save: Save, meta: dict[str, Any], began: float) -> None:
+    def _settle(self) -> None:
+        """Wait for the save in flight as long as no other rank takes this one for hung; then go on without it."""
+        flight = self._flight
+        if flight is None or self._join(flight.began + PATIENCE * self.timeout - time.perf_counter()):
+            return
+        self.committer.abandon(flight.save)
+        if self._join(max(GRACE * self.timeout, LEAST_GRACE)):  # it says which ranks it waited for
+            return
+        self._flight = self._buffers = None
+        self._stuck.append(flight)
+        seconds = time.perf_counter() - flight.began
+        who, ranks = (f"rank {self.rank} writes", (self.rank,)) if flight.writes else ("other ranks write", ())
+        warning = (
+            f"checkpoint of step {flight.save.step} given up: {who} for {seconds:.0f} s; a disk that does not answer?"
+        )
+        self._end(flight, SaveResult(flight.save.step, None, warning, False, seconds, 0, ranks, late=True))
+
+    def _end(self, flight: SaveInFlight, result: SaveResult) -> None:
+        """Its first result counts."""
+        with self._ending:
+            if not flight.over:
+                flight.over = True
+                self._results.append(result)
+
+    def _skip(self, save: Save, began: float) -> None:
+        """Take no part in this save, as too many are stuck, and let rank 0 know."""
+        steps = " and ".join(str(flight.save.step) for flight in self._stuck)
+        why = f"rank {self.rank} still writes those of steps {steps}; a disk that does not answer?"
+        text = f"checkpoint of step {save.step} skipped: {why}"
+        self._results.append(
+            SaveResult(save.step, None, text, False, time.perf_counter() - began, 0, (self.rank,), True)
+        )
+
+        def tell() -> None:
+            with suppress(OSError, Fenced, UserError):  # the note only saves time, as in give_up
+                self.committer.begin(save, self.rank)
+                self.committer.give_up(save, self.rank, why)
+
+        threading.Thread(target=tell, daemon=True).start()  # its disk may not answer either
+
+    def _run(self, flight: SaveInFlight, meta: dict[str, Any]) -> None:
         """The thread: everything that can go wrong becomes a result."""
-        path, warning = None, None
+        save, path, warning, ranks, late = flight.save, None, None, (self.rank,), False
         try:
-            warning = self._write(save)
+            warning = self._write(flight)
+            flight.writes = False
             path = self._commit(save, meta) if self.rank == 0 else self.committer.path(save)
         except OSError as error:
             warning = explain(error)
-        except (Fenced, SaveAbandoned, NotCovered) as error:
-            warning = str(error)
+        except SaveAbandoned as error:
+            warning, ranks, late = str(error), error.ranks, error.late
+        except (Fenced, NotCovered) as error:
+            warning, ranks = str(error), ()
         except Exception:  # a bug of ours in this thread must reach the loop as text, not vanish with the thread
             warning = traceback.format_exc()
         if path is None:
@@ -169,17 +260,21 @@ class Checkpointer:
             warning = f"checkpoint of step {save.step} not written: {warning}"
         elif self.rank == 0:
             warning = self._prune(warning)
-        fenced, seconds = self.committer.is_overtaken(), time.perf_counter() - began
-        self._results.append(SaveResult(save.step, path, warning, fenced, seconds, self._stage.layout.data_bytes))
+        fenced, seconds = self.committer.is_overtaken(), time.perf_counter() - flight.began
+        size = flight.buffers.layout.data_bytes
+        self._end(
+            flight, SaveResult(save.step, path, warning, fenced, seconds, size, ranks if path is None else (), late)
+        )
 
-    def _write(self, save: Save) -> str | None:
+    def _write(self, flight: SaveInFlight) -> str | None:
         """Write this rank's files, with retries; returns a warning if it took some."""
+        save = flight.save
         folder = self.committer.begin(save, self.rank)
         warning = None
         for attempt in range(self.retries + 1):
             self.committer.refuse_lost(save)
             try:
-                index = self._stage.write(folder, self.rank)
+                index = flight.buffers.write(folder, self.rank)
                 identity = {"rank": self.rank, "step": save.step, "attempt": self.committer.attempt}
                 self.committer.vote(save, self.rank, {**identity, **index})
                 return warning

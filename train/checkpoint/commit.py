@@ -6,6 +6,7 @@
    the commit: before it nothing carries the final name, after it everything is durable.
 A rank that cannot write leaves a note, rank_R.failed, so that rank 0 gives up at once instead of at its timeout.
 When rank 0 gives up it removes the folder. A rank that comes later still makes it again; the next save clears it.
+A rank whose loop went on without a save (`abandon`) neither votes for it nor commits it any more.
 
 Fencing. Ranks on a node that lost its network live on while a new attempt already runs elsewhere, and must not
 rename or prune over its checkpoints. `.fence` holds the highest attempt number. A new attempt, or the driver of a
@@ -20,7 +21,7 @@ import os
 import re
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +31,7 @@ from cluster.run_files import LOCK, MANIFEST, data_name, hold_lock, index_name, 
 from conf.files import atomic_write_json, atomic_write_text, exclusive, fsync_folder
 from train.checkpoint.manifest import checkpoints, seal
 
+FAILED = re.compile(r"rank_(\d+)\.failed")
 HIDDEN = re.compile(
     r"\.(?P<name>step_\d+)\.attempt_(?P<attempt>\d+)\.(save_(?P<serial>\d+)\.)?(?P<kind>tmp|replaced|pruned)"
 )
@@ -40,7 +42,11 @@ class Fenced(RuntimeError):
 
 
 class SaveAbandoned(RuntimeError):
-    """This save cannot be committed; the text says which rank failed, and why."""
+    """This save cannot be committed; the text says which rank failed, and why. late: none failed, some did not come in time."""
+
+    def __init__(self, text: str, ranks: Sequence[int] = (), late: bool = False):
+        super().__init__(text)
+        self.ranks, self.late = tuple(ranks), late
 
 
 def next_attempt(root: Path) -> int:
@@ -64,6 +70,8 @@ class Committer:
         """`timeout`: longest wait for other ranks or for the lock, in seconds; `poll`: first pause between looks."""
         self.root, self.attempt, self.world_size = root, attempt, world_size
         self.timeout, self.poll = timeout, poll
+        self._abandoned: set[Save] = set()
+        """The loop adds to it, the threads of the saves look."""
 
     def enter(self, rank: int) -> None:
         """Start as this rank; Fenced if a newer attempt has started. Rank 0 shuts out older ones and sweeps, and raises UserError
@@ -102,16 +110,26 @@ class Committer:
         """
         self._check_fence()
         folder = self._temporary(save)
-        if rank == 0:
-            for other in self.root.glob(f".step_*.attempt_{self.attempt}.save_*.tmp"):
-                if int(HIDDEN.fullmatch(other.name)["serial"]) < save.serial:
+        older = [
+            other
+            for other in (self.root.glob(f".step_*.attempt_{self.attempt}.save_*.tmp") if rank == 0 else ())
+            if int(HIDDEN.fullmatch(other.name)["serial"]) < save.serial
+        ]
+        if older:
+            with self._lock():  # one that was given up is not being renamed meanwhile
+                for other in older:
                     shutil.rmtree(other, ignore_errors=True)  # a slow rank may still be writing there, in vain
         folder.mkdir(exist_ok=True)
         return folder
 
+    def abandon(self, save: Save) -> None:
+        """This rank goes on without this save, which must not be committed any more. Returns at once."""
+        self._abandoned.add(save)
+
     def refuse_lost(self, save: Save) -> None:
         """Look, before writing again, whether it still makes sense: Fenced or SaveAbandoned if not."""
         self._check_fence()
+        self._check_wanted(save)
         if not self._temporary(save).is_dir():
             raise SaveAbandoned("rank 0 gave up; its log says why")
 
@@ -123,7 +141,8 @@ class Committer:
             return False  # the failure that led here is reported in any case
 
     def vote(self, save: Save, rank: int, index: dict[str, Any]) -> None:
-        """Say that this rank's data file is on disk."""
+        """Say that this rank's data file is on disk. Raises SaveAbandoned."""
+        self._check_wanted(save)
         atomic_write_json(self._temporary(save) / index_name(rank), index)
 
     def give_up(self, save: Save, rank: int, why: str) -> None:
@@ -141,29 +160,34 @@ class Committer:
 
     def await_votes(self, save: Save) -> list[bytes]:
         """Rank 0: the index files of all ranks once they are there; SaveAbandoned if one failed or the time is up."""
-        folder = self._temporary(save)
+        folder, began = self._temporary(save), time.monotonic()
         missing = {index_name(rank): rank for rank in range(self.world_size)}
 
         def complete() -> bool:
             for name in os.listdir(folder):
                 missing.pop(name, None)
-                if name.endswith(".failed"):
-                    raise SaveAbandoned(f"{name.removesuffix('.failed')}: {(folder / name).read_text()}")
+                if failed := FAILED.fullmatch(name):
+                    text = f"{name.removesuffix('.failed')}: {(folder / name).read_text()}"
+                    raise SaveAbandoned(text, [int(failed[1])])
             return not missing
 
-        if not self._wait(complete):
+        if not self._wait(complete, lambda: save in self._abandoned):
             ranks = sorted(missing.values())
-            raise SaveAbandoned(f"no files from ranks {_brief(ranks)} within {self.timeout:.0f} s")
+            text = f"no files from ranks {_brief(ranks)} within {time.monotonic() - began:.0f} s; a disk that does not answer?"
+            raise SaveAbandoned(text, ranks, late=True)
         return [(folder / index_name(rank)).read_bytes() for rank in range(self.world_size)]
 
     def commit(self, save: Save, manifest: dict[str, Any]) -> Path:
-        """Rank 0, after all votes: make the temporary folder the checkpoint of its step. Returns its path."""
+        """Rank 0, after all votes: make the temporary folder the checkpoint of its step. Returns its path. Raises Fenced,
+        SaveAbandoned.
+        """
         folder = self._temporary(save)
         atomic_write_text(folder / MANIFEST, seal(manifest))
         final = self.path(save)
         aside = self._hidden(final.name, "replaced")
         with self._lock():
             self._check_fence()
+            self._check_wanted(save)
             if final.exists():  # damaged, or of a line of training that was given up; a folder cannot be renamed over
                 final.rename(aside)
             folder.rename(final)
@@ -206,14 +230,18 @@ class Committer:
         if (newest := read_fence(self.root)) > self.attempt:
             raise Fenced(f"attempt {newest} of this run has started, this is attempt {self.attempt}")
 
-    def _wait(self, ready: Callable[[], bool]) -> bool:
-        """Call `ready` until it is true, at growing pauses; False when the time is up."""
+    def _check_wanted(self, save: Save) -> None:
+        if save in self._abandoned:
+            raise SaveAbandoned("this rank went on without it, as it took too long", late=True)
+
+    def _wait(self, ready: Callable[[], bool], vain: Callable[[], bool]) -> bool:
+        """Call `ready` until it is true, at growing pauses; False when the time is up or it would be in vain."""
         deadline, pause = time.monotonic() + self.timeout, self.poll
         while not ready():
-            if time.monotonic() > deadline:
+            if time.monotonic() > deadline or vain():
                 return False
             time.sleep(pause)
-            pause = min(pause * 1.5, 1.0)
+            pause = min(pause * 1.5, 0.5)
         return True
 
 

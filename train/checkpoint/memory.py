@@ -26,6 +26,7 @@ from conf.errors import UserError
 from conf.files import atomic_write_json
 from parallel.exchange import gather
 from parallel.shard import Shard
+from train.checkpoint.checkpointer import PATIENCE
 from train.checkpoint.intervals import NotCovered, merge
 from train.checkpoint.load import FolderFiles, Read
 from train.checkpoint.manifest import Damaged, Manifest, manifest_of
@@ -54,6 +55,7 @@ class MemoryCopies:
         """Step of the last save."""
         self._stage: StagingBuffers | None = None
         self._thread: threading.Thread | None = None
+        self._began = 0.0
         self._warnings: deque[str] = deque()  # the thread appends while the loop polls
 
     def save(self, step: int, shards: dict[str, Shard], meta: dict[str, Any]) -> float:
@@ -72,7 +74,10 @@ class MemoryCopies:
             self._stage = StagingBuffers(pinned=any(shard.local.is_cuda for shard in shards.values()))
         self._stage.copy(shards)
         arguments = (SetId(self.attempt, step, self.world_size), kept, json.loads(json.dumps(meta)))
-        self._thread = threading.Thread(target=self._run, args=arguments, name=f"copy-{step}", daemon=True)
+        self._thread, self._began = (
+            threading.Thread(target=self._run, args=arguments, name=f"copy-{step}", daemon=True),
+            began,
+        )
         self._thread.start()
         return time.perf_counter() - began
 
@@ -88,9 +93,9 @@ class MemoryCopies:
         return [self._warnings.popleft() for _ in range(len(self._warnings))]
 
     def _join(self) -> bool:
-        """Wait for the thread; False if it still runs."""
+        """Wait for the thread as long as no other rank takes this one for hung; False if it still runs."""
         if self._thread is not None:
-            self._thread.join(self.timeout)
+            self._thread.join(max(0.0, self._began + PATIENCE * self.timeout - time.perf_counter()))
             if self._thread.is_alive():
                 return False
             self._thread = None

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import torch
 
+from cluster.run_files import stop_path
 from conf.disk import explain
 from conf.errors import EXIT_OK, EXIT_STOPPED, UserError
 from conf.files import atomic_write_json
@@ -33,7 +34,7 @@ def finish(config: Config, code: int, seconds: float, wandb: str | None, text: s
     if code == EXIT_STOPPED:
         step = read_manifest(checkpoint).step if checkpoint else 0
         again = command_to_go_on(paths.path)
-        stopped_screen(config.name, step, config.steps, "a signal asked for it", checkpoint=checkpoint, command=again)
+        stopped_screen(config.name, step, config.steps, _why_stopped(paths.logs), checkpoint=checkpoint, command=again)
     elif code == EXIT_OK:
         last, series = last_validation(paths.metrics), read_series(paths.metrics)
         final_screen(
@@ -49,6 +50,11 @@ def finish(config: Config, code: int, seconds: float, wandb: str | None, text: s
             report=report,
             wandb=wandb,
         )
+
+
+def _why_stopped(logs: Path) -> str:
+    why = stop_path(logs)
+    return (why.read_text() if why.exists() else "") or "a signal asked for it"
 
 
 def _report(config: Config, folder: Path) -> Path | str:

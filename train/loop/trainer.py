@@ -341,7 +341,7 @@ class Trainer:
             if result.fenced:
                 raise Overtaken(result.warning or "a newer attempt of this run has started")
             if result.warning:
-                self._note(result.warning)
+                self._warn(result.warning)
             if self.writer is not None:
                 self._tell_of(result)
         self._event(None)

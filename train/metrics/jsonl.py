@@ -1,7 +1,7 @@
 """metrics.jsonl: the record of a run that everything else can be made from again.
 
 One line a step, whole lines only: a line is written with one call, unbuffered, so that a killed process loses
-nothing it had written, and a line that did not fit on the disk is taken back. On resume the file is cut behind the
+nothing it had written, and a line that did not fit on the disk is taken back and waits in memory for room. On resume the file is cut behind the
 resumed step, so that no step occurs twice.
 """
 
@@ -14,7 +14,7 @@ from collections.abc import Callable, Container, Iterator
 from pathlib import Path
 from typing import Any
 
-from conf.disk import explain, naming
+from conf.disk import Backlog, explain, naming
 from train.metrics.names import LAYERS_MARK, Record, is_layer_metric, order
 
 FILE = "metrics.jsonl"
@@ -48,40 +48,56 @@ class JsonlSink:
     """Appends lines to metrics.jsonl of a run folder.
 
     resumed_step: last step that the loaded checkpoint contains, 0 for a new run; later lines are cut off.
-    note: called with a sentence, once, when the disk refuses a line; training goes on without that line.
+    note: called with a sentence when the disk refuses a line, and when it has taken all again; training goes on meanwhile.
     """
 
     def __init__(self, path: Path, resumed_step: int, note: Callable[[str], None]):
         self._path, self._note, self._refused = path, note, 0
+        self._lines = Backlog(self._append)
         path.parent.mkdir(parents=True, exist_ok=True)
         self._file = open(path, "a+b", buffering=0)  # noqa: SIM115  closed by close()
         self._size = _end_of_step(self._file, resumed_step)
         self._file.truncate(self._size)
 
     def write(self, record: Record) -> None:
-        line = encode(_with_loads_now_and_then(record))
+        try:
+            self._lines.add(encode(_with_loads_now_and_then(record)))
+        except OSError as error:
+            self._refused += 1
+            if self._refused == 1:
+                text = f"metrics.jsonl: a line could not be written ({explain(error)})"
+                self._note(f"{text}; training goes on, and lines wait in memory until there is room")
+        else:
+            self._tell_of_room()
+
+    def _append(self, line: bytes) -> None:
+        """All of the line or nothing."""
         try:
             with naming(self._path, len(line)):
-                written = self._file.write(line)
-                if written != len(line):
+                if (written := self._file.write(line)) != len(line):
                     raise OSError(errno.ENOSPC, f"{written} of {len(line)} bytes written")
-        except OSError as error:
-            self._take_back(error)
-        else:
-            self._size += len(line)
+        except OSError:
+            with contextlib.suppress(OSError):  # cutting needs no space; where it fails too, readers skip the torn line
+                self._file.truncate(self._size)
+            raise
+        self._size += len(line)
 
-    def _take_back(self, error: OSError) -> None:
-        with contextlib.suppress(OSError):  # cutting needs no space; where it fails too, readers skip the torn line
-            self._file.truncate(self._size)
-        self._refused += 1
-        if self._refused == 1:
+    def _tell_of_room(self) -> None:
+        if self._refused:
+            lost = f"; the first {self._lines.dropped} are lost" if self._lines.dropped else ""
             self._note(
-                f"metrics.jsonl: a line could not be written ({explain(error)}); training goes on, further ones are tried"
+                f"metrics.jsonl: there is room again, and the {self._refused} lines that waited are written{lost}"
             )
+        self._refused = self._lines.dropped = 0
 
     def close(self) -> None:
-        if self._refused:
-            self._note(f"metrics.jsonl lacks {self._refused} lines that the disk refused")
+        try:
+            self._lines.flush()
+            self._tell_of_room()
+        except OSError:
+            self._note(
+                f"metrics.jsonl lacks its last {len(self._lines) + self._lines.dropped} lines, which the disk refused"
+            )
         self._file.close()
 
 

@@ -91,8 +91,11 @@ class Comparisons:
         bound: Bound,
         scale: float | None = None,
         widen: Callable[[Bound, float], Bound] | None = None,
+        allowed: Tensor | None = None,
     ) -> None:
-        """scale: what the difference is measured in; None for the size of `want`: its largest value, in low precision its norm."""
+        """scale: what the difference is measured in; None for the size of `want`: its largest value, in low precision its norm.
+        allowed: what each element may be off by, in the place of a scale.
+        """
         low = self.is_rounded and quantity in LOOSE
         got, want = got.double().flatten(), want.detach().double().flatten()
         if got.numel() != want.numel():
@@ -102,13 +105,15 @@ class Comparisons:
             return
         scale = size_of(want, low) if scale is None else scale
         difference = (got - want).abs()
+        if allowed is not None:
+            scale, difference = 1.0, torch.where(difference == 0, 0.0, difference / allowed.flatten())
         size = (difference.square().mean().sqrt() if low else difference.max()).item()
         error = size / scale if scale else (0.0 if size == 0 else math.inf)
         error = math.inf if math.isnan(error) else error
         if error > bound.value and widen:
             bound = widen(bound, scale)
         verdict = self.findings.verdicts.setdefault((self.proof, quantity), ProofVerdict(self.proof, quantity))
-        if bound.value >= MISSING and math.isfinite(error):
+        if allowed is None and bound.value >= MISSING and math.isfinite(error):
             verdict.untold += got.numel()
             return
         verdict.compared += got.numel()
@@ -119,6 +124,24 @@ class Comparisons:
             verdict.failed += 1
             place = int(difference.nan_to_num(math.inf).argmax())
             self._differ(quantity, name, rank, got[place].item(), want[place].item(), error, bound)
+
+    def _compare_moved(
+        self,
+        quantity: str,
+        name: str,
+        rank: int | None,
+        got: Tensor,
+        want: Tensor,
+        before: Tensor,
+        allowed: Tensor,
+        why: str,
+    ) -> None:
+        """Compare what a step made of `before`, element by element. Where rounding may hide the whole move, it is not told."""
+        self._compare(quantity, name, rank, got, want, Bound(1.0, why), allowed=allowed)
+        verdict, move = self.findings.verdicts.get((self.proof, quantity)), (want - before).abs()
+        if verdict is not None:
+            hidden = int(((move > 0) & (move <= allowed)).sum())
+            verdict.compared, verdict.untold = verdict.compared - hidden, verdict.untold + hidden
 
     def _fail(self, quantity: str, name: str, rank: int | None, got: float, want: float, reason: str) -> None:
         verdict = self.findings.verdicts.setdefault((self.proof, quantity), ProofVerdict(self.proof, quantity))

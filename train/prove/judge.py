@@ -91,7 +91,9 @@ class Judge(UpdateJudge):
         for name in want:
             if name in got:
                 self._compare(quantity, name, None, got[name], want[name], Bound(0.0, "bit for bit"))
-        self._judge_own_biases(ranks, want)
+        for rank in ranks:  # every rank's copy of the biases, not only the one that is saved
+            for name, bias in rank.of_kind("own"):
+                self._compare("biases", name, rank.info.rank, bias, want[name], Bound(0.0, "bit for bit"))
         if self.proof == "fp32" and (drawn := assemble(ranks, "drawn")):
             self._judge_drawn(drawn, ranks[0].info.device)
         return got

@@ -7,6 +7,7 @@ import math
 import torch
 from torch import Tensor
 
+from conf.schema import Optim
 from train.prove import reference
 from train.prove.bounds import UNIT, Bound, averaged
 from train.prove.comparisons import Comparisons
@@ -18,6 +19,15 @@ State = dict[str, Tensor]
 """Whole tensors by the name of their shards, fp64: master.NAME, exp_avg.NAME, exp_avg_sq.NAME, ema.NAME, bias.LAYER."""
 QUANTITIES = {"master": "master weights", "exp_avg": "first moments", "exp_avg_sq": "second moments", "ema": "average of weights",
               "bias": "biases"}  # fmt: skip
+
+
+ROUNDINGS = {"master": 4, "exp_avg": 32, "exp_avg_sq": 64, "ema": 2, "bias": 2}
+"""Of fp32, at most, in what `update_roundings` and its like say that each is of. A gradient is multiplied by a factor of a norm that
+may be off by 16 of them, and its square by that factor twice."""
+STEP_ROUNDINGS = 8
+"""How many times as many of them a step has as the weight that it is taken from: it is made of both moments."""
+SMALLEST, SMALLEST_BF16 = 2.0**-126, 2.0**-133
+"""What is smaller is rounded to steps of less than the format's precision, or to 0."""
 
 
 class UpdateJudge(Comparisons):
@@ -42,17 +52,8 @@ class UpdateJudge(Comparisons):
             for name, bias in rank.of_kind("after"):
                 layer = name.removeprefix("bias.")
                 want = reference.move_bias(before[name], seen.loads[layer], speed)
-                self._compare("biases", name, rank.info.rank, bias, want, self._bias_bound())
-
-    def _judge_own_biases(self, ranks: list[Evidence], want: State) -> None:
-        """Every rank's copy of the biases, not only the one that is saved."""
-        for rank in ranks:
-            for name, bias in rank.of_kind("own"):
-                self._compare("biases", name, rank.info.rank, bias, want[name], self._bias_bound())
-
-    def _bias_bound(self) -> Bound:
-        unit = UNIT["fp64" if self.proof == "exact" else "fp32"]
-        return Bound(4 * unit, "two roundings of a sum")
+                bound = Bound(4 * UNIT["fp64"], "two roundings of a sum in fp64")
+                self._compare("biases", name, rank.info.rank, bias, want, bound)
 
     def _judge_update(self, ranks: list[Evidence], before: State, seen: Watched, plan: reference.PlainPlan) -> State:
         """The update of the gradients that the ranks had, which were judged by themselves."""
@@ -69,36 +70,59 @@ class UpdateJudge(Comparisons):
             self._number(
                 "applied updates", "Adam's count", rank.info.rank, updates, self.step, Bound(0.0, "one a step")
             )
+        self._same_names("state", after, before)
         want: State = {}
+        rounded: State = {}
         for name, gradient in reduced.items():
+            if f"master.{name}" not in after or f"master.{name}" not in before:
+                continue
             names = [f"{kind}.{name}" for kind in ("master", "exp_avg", "exp_avg_sq")]
-            new = reference.adamw(
-                optim, plan.lr, self.step, before[names[0]], gradient * factor, before[names[1]], before[names[2]],
-                gradient.dim() >= 2,
-            )  # fmt: skip
+            held = [before[each] for each in names]
+            decays, gradient = gradient.dim() >= 2, gradient * factor
+            new = reference.adamw(optim, plan.lr, self.step, held[0], gradient, held[1], held[2], decays)
             want |= dict(zip(names, new, strict=True))
+            rounded |= dict(zip(names, update_roundings(optim, plan.lr, self.step, held, gradient, new), strict=True))
+            if decays:
+                self._judge_decay(names[0], held[0], after[names[0]], new[0], rounded[names[0]])
             if optim.ema_decay:
-                want[f"ema.{name}"] = reference.average(before[f"ema.{name}"], after[names[0]], optim.ema_decay)
+                average = f"ema.{name}"
+                want[average] = reference.average(before[average], after[names[0]], optim.ema_decay)
+                moved = (want[average] - before[average]).abs()
+                rounded[average] = UNIT["fp32"] * (torch.maximum(before[average].abs(), want[average].abs()) + moved)
         for layer, load in seen.loads.items():
-            want[f"bias.{layer}"] = reference.move_bias(before[f"bias.{layer}"], load, plan.bias_speed)
-        self._same_names("state", after, want)
-        bounds = self._update_bounds(plan.lr)
+            name = f"bias.{layer}"
+            want[name] = reference.move_bias(before[name], load, plan.bias_speed)
+            rounded[name] = UNIT["fp32"] * (torch.maximum(before[name].abs(), want[name].abs()) + plan.bias_speed)
         for name in want:
             if name in after:
-                kind = name.split(".", 1)[0]
-                self._compare(QUANTITIES[kind], name, None, after[name], want[name], bounds[kind])
-        self._judge_own_biases(ranks, want)
+                self._judge_moved(name, None, after[name], want[name], before[name], rounded[name])
+        for rank in ranks:
+            for name, bias in rank.of_kind("own"):
+                self._judge_moved(name, rank.info.rank, bias.double(), want[name], before[name], rounded[name])
         if info.validation_loss is not None:
             self._judge_validation(ranks, after)
         return after
 
-    def _update_bounds(self, lr: float) -> dict[str, Bound]:
-        moments = "bf16" if self.config.precision.moments == "bf16" else "fp32"
-        fp32 = Bound(64 * UNIT["fp32"], "some ten roundings of fp32, each element by itself: 64 x 2^-24")
-        moment = (
-            fp32 if moments == "fp32" else Bound(1.5 * UNIT["bf16"], "moments are kept in bf16: rounded once, 2^-8")
-        )
-        return {"master": fp32, "ema": fp32, "exp_avg": moment, "exp_avg_sq": moment, "bias": self._bias_bound()}
+    def _judge_moved(
+        self, name: str, rank: int | None, got: Tensor, want: Tensor, before: Tensor, rounded: Tensor
+    ) -> None:
+        kind = name.split(".", 1)[0]
+        count = ROUNDINGS[kind]
+        allowed, why = count * rounded + SMALLEST, f"{count} roundings of fp32, of each element by itself"
+        if kind.startswith("exp_avg") and self.config.precision.moments == "bf16":
+            allowed, why = allowed + UNIT["bf16"] / 2 * want.abs() + SMALLEST_BF16, f"{why}, and one of bf16"
+        self._compare_moved(QUANTITIES[kind], name, rank, got, want, before, allowed, why)
+
+    def _judge_decay(self, name: str, before: Tensor, got: Tensor, want: Tensor, rounded: Tensor) -> None:
+        """The part of an error that is in proportion to the weights: a rounding of each weight by itself adds up to nothing, so that
+        a decay shows that moves no weight by more than it is rounded.
+        """
+        square = before.square().sum().clamp_min(SMALLEST)
+        error = float(((got - want) * before).sum() / square)
+        own = float(rounded.square().sum().div(square).sqrt())
+        bound = 1.25 * UNIT["fp32"] + 4 * own / before.numel() ** 0.5
+        why = "the factor of the decay is rounded once to fp32, which moves all weights alike, and each weight once by itself"
+        self._number("decay of weights", name, None, error, 0.0, Bound(bound, why), 1.0)
 
     def _judge_validation(self, ranks: list[Evidence], after: State) -> None:
         self.phase = "validation"
@@ -108,6 +132,19 @@ class UpdateJudge(Comparisons):
             want = float(self._plain(after).losses(batch.tokens_BS, batch.documents_BS, with_mtp=False).main)
         for rank in ranks:
             self._number("held-out loss", "main_loss", rank.info.rank, rank.info.validation_loss, want, bound)
+
+
+def update_roundings(
+    optim: Optim, lr: float, update: int, before: list[Tensor], gradient: Tensor, new: tuple[Tensor, Tensor, Tensor]
+) -> list[Tensor]:
+    """What one rounding of fp32 is of each element of weight, mean and mean of squares: of the terms that are summed, as two of
+    opposite signs may leave less than either is rounded by.
+    """
+    (weight, mean, _), unit, (beta1, beta2) = before, UNIT["fp32"], optim.betas
+    terms = beta1 * mean.abs() + (1 - beta1) * gradient.abs()
+    step = lr * terms / (1 - beta1**update) / ((new[2] / (1 - beta2**update)).sqrt() + optim.eps)
+    size = torch.maximum(weight.abs(), new[0].abs())
+    return [unit * (size + STEP_ROUNDINGS * step), unit * terms, unit * new[2]]
 
 
 def under(kind: str, state: State) -> State:

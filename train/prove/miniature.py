@@ -52,6 +52,9 @@ DEEP_EP_WIDTH = 128
 EXPERTS = 64
 CLIP = 0.1
 """Gradients of the miniature are longer than this, so that clipping acts."""
+RATE = 1e-3
+"""At least, of learning. What a smaller one moves in a step, or what the average of the weights makes of that, may be less than
+weights are rounded by; no branch depends on it."""
 SHOWN = ("model", "optim", "parallel", "data")
 
 
@@ -264,7 +267,8 @@ def _shrink_optim(optim: Optim, start: int, more: int) -> Optim:
     if optim.batch_ramp_start is not None:
         ramp = {"batch_ramp_start": start, "batch_ramp_steps": 2, "batch_ramp_increment": more or start}
     clip = min(optim.clip, CLIP)
-    return replace(optim, warmup_steps=min(optim.warmup_steps, 2), clip=clip, **ramp)
+    lr = max(optim.lr, RATE)
+    return replace(optim, lr=lr, warmup_steps=min(optim.warmup_steps, 2), clip=clip, **ramp)
 
 
 def _differences(cfg: Config, small: Config) -> list[str]:

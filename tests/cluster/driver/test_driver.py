@@ -146,6 +146,8 @@ def test_the_first_rank_to_fail_is_named_and_the_run_goes_on(tmp_path, what, cau
     assert run.run() == EXIT_OK, run.finish.text
     failure = run.only("failure")
     assert failure["cause"] == cause and words in failure["text"] and failure["ranks"] == [2]
+    log = (run.folder / "logs" / "rank_2.log").read_text()
+    assert log.count("all that was raised from it") == (what == "crash")
     assert run.only("recovered")["seconds"] < 25  # a dead rank is no hang, which would take 30
     attempts = sorted((run.folder / "attempts").iterdir())
     assert [path.name for path in attempts] == ["00001.yaml", "00002.yaml"]
@@ -539,7 +541,8 @@ def test_without_the_head_the_run_saves_and_stops_and_the_next_launch_resumes(tm
     run = Run(tmp_path)
     run.hold()
     run.at_step(5, lambda: setattr(run.fleet, "headless", True))
-    assert run.run() == EXIT_STOPPED and "the head has not answered" in run.finish.text
+    assert run.run() == EXIT_STOPPED and run.finish.text == "the head has not answered"
+    assert "stops as the head has not answered" in (run.folder / "logs" / "rank_0.log").read_text(), "one reason"
     assert "failure" not in run.kinds()
     let_end(run.folder)
     again = Run(tmp_path)

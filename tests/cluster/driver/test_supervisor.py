@@ -1,5 +1,6 @@
 """The restart policy against simulated clusters: the cause is named, the run goes on, and it always ends."""
 
+import re
 import time
 
 import pytest
@@ -221,6 +222,24 @@ def test_stop_ends_with_75_also_while_a_restart_is_under_way():
     world.tell(m.StopAsked("SIGTERM"))
     world.run(5)
     assert world.finish.code == EXIT_STOPPED and len(world.starts) == 1
+
+
+def test_a_driver_that_is_cut_off_says_what_becomes_of_the_ranks_that_it_does_not_reach():
+    world = World()
+    world.run(7)
+    for index in range(len(world.machines)):
+        world.power_off(index)
+    world.tell(m.StopAsked("Ray's head has not answered for 6 s"))
+    world.run(40)
+    assert world.finish.code == EXIT_STOPPED
+    assert world.finish.text.startswith("Ray's head has not answered for 6 s; ")
+    assert re.search(
+        r"ranks on n0, n1.* are not reached: their agents end them \d+ s after .* without a checkpoint",
+        world.finish.text,
+    )
+    assert f"step {world.supervisor.saved.step} is saved" in world.finish.text
+    (stop,) = world.notes("stop")
+    assert stop.text.endswith("the ranks that answer are asked for a checkpoint")
 
 
 def test_too_few_nodes_is_the_users_to_mend():

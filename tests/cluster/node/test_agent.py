@@ -174,6 +174,23 @@ def test_a_rank_that_lets_its_handler_go_when_the_order_to_stop_is_on_its_way_ha
     assert [report.code for report in until(agent, ended).ranks] == [75, 75]
 
 
+def test_rank_0_finds_why_it_is_asked_to_stop(agent):
+    body = """
+        import os, pathlib, signal, sys, time
+        def stop(*_):
+            print(pathlib.Path(os.environ["SLUICE_LOGS"], "stop.txt").read_text(), flush=True)
+            sys.exit(75)
+        signal.signal(signal.SIGTERM, stop)
+        print("ready", flush=True)
+        time.sleep(60)
+    """
+    agent.start(Order(1, [(0, 0)], ["-c", textwrap.dedent(body)], {}, "127.0.0.1"))
+    until(agent, lambda answer: answer.output)
+    agent.stop(1, why="n2 is about to go")
+    assert [report.code for report in until(agent, ended).ranks] == [75]
+    assert agent.ask({}).output == {0: b"ready\nn2 is about to go\n"}
+
+
 def test_an_agent_that_nobody_asks_kills_its_ranks():
     agent = Agent(lease=1.0)
     agent.start(order("import time; time.sleep(60)"))

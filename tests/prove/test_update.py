@@ -1,0 +1,167 @@
+"""An update is judged by how far it moves what it moves: bugs fall at every rate at which a recipe trains, and fp32 does not."""
+
+from collections.abc import Callable
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import Tensor
+
+from conf.load import compose
+from conf.schema import Optim
+from tests.small import SMALL
+from train.prove import reference
+from train.prove.evidence import Evidence, StepInfo
+from train.prove.findings import ProofFindings
+from train.prove.judge_update import UpdateJudge
+from train.prove.miniature import RATE, shrink
+from train.prove.reference import PlainPlan
+
+STEPS = 3
+SHAPES = {"embedding.weight": (40, 16), "layers.0.attention.out.weight": (24, 16), "norm.weight": (16,)}
+LAYER = "layers.1"
+RATES = [1e-6, 7.3e-6, 2.2e-4, 2e-2]
+Weights = dict[str, Tensor]
+
+
+class Trainee:
+    """An update in fp32 as a rank makes it, a method for each part, so that a test can have one of them wrong."""
+
+    def __init__(self, optim: Optim):
+        self.optim = optim
+        draw = torch.Generator().manual_seed(0)
+        self.weights = {name: torch.randn(shape, generator=draw) / 4 for name, shape in SHAPES.items()}
+        self.means = {name: torch.zeros(shape) for name, shape in SHAPES.items()}
+        self.squares = {name: torch.zeros(shape) for name, shape in SHAPES.items()}
+        self.averages = {name: weight.clone() for name, weight in self.weights.items()}
+        self.bias_E = torch.randn(8, generator=draw) / 20
+
+    def state(self) -> Weights:
+        held = {"master": self.weights, "exp_avg": self.means, "exp_avg_sq": self.squares, "ema": self.averages}
+        found = {f"{kind}.{name}": tensor for kind, tensors in held.items() for name, tensor in tensors.items()}
+        return {name: tensor.clone() for name, tensor in found.items()} | {f"bias.{LAYER}": self.bias_E.clone()}
+
+    def run(self, plan: PlainPlan, count: int, gradients: Weights, load_E: Tensor) -> None:
+        for name, gradient in gradients.items():
+            beta1, beta2 = self.optim.betas
+            before = self.weights[name].clone()
+            self.means[name].lerp_(gradient, 1 - beta1)
+            self.squares[name].mul_(beta2).addcmul_(gradient, gradient, value=1 - beta2)
+            mean, square = self.means[name] / (1 - beta1**count), self.squares[name] / (1 - beta2**count)
+            self.move(name, plan.lr, mean, square)
+            self.take_average(name, before)
+        self.bias_E.add_(torch.sign(load_E.mean() - load_E), alpha=plan.bias_speed)
+
+    def move(self, name: str, lr: float, mean: Tensor, square: Tensor) -> None:
+        self.decay(name, lr)
+        self.weights[name].sub_(lr * mean / (square.sqrt() + self.optim.eps))
+
+    def decay(self, name: str, lr: float) -> None:
+        if self.weights[name].dim() >= 2:
+            self.weights[name].mul_(1 - lr * self.optim.weight_decay)
+
+    def take_average(self, name: str, before: Tensor) -> None:
+        self.averages[name].lerp_(self.weights[name], 1 - self.optim.ema_decay)
+
+
+class Frozen(Trainee):
+    def move(self, name, lr, mean, square):
+        pass
+
+
+class OnlySigns(Trainee):
+    def move(self, name, lr, mean, square):
+        self.decay(name, lr)
+        self.weights[name].sub_(lr * mean.sign())
+
+
+class EpsInsideTheRoot(Trainee):
+    def move(self, name, lr, mean, square):
+        self.decay(name, lr)
+        self.weights[name].sub_(lr * mean / (square + self.optim.eps).sqrt())
+
+
+class EmbeddingWithoutDecay(Trainee):
+    def decay(self, name, lr):
+        if name != "embedding.weight":
+            super().decay(name, lr)
+
+
+class AverageStandsStill(Trainee):
+    def take_average(self, name, before):
+        pass
+
+
+class AverageOneStepLate(Trainee):
+    def take_average(self, name, before):
+        self.averages[name].lerp_(before, 1 - self.optim.ema_decay)
+
+
+class GainsDecay(Trainee):
+    def decay(self, name, lr):
+        self.weights[name].mul_(1 - lr * self.optim.weight_decay)
+
+
+class BiasMovesLess(Trainee):
+    def run(self, plan, count, gradients, load_E):
+        before_E = self.bias_E.clone()
+        super().run(plan, count, gradients, load_E)
+        self.bias_E.lerp_(before_E, 0.01)
+
+
+BUGS = [
+    Frozen,
+    OnlySigns,
+    EpsInsideTheRoot,
+    EmbeddingWithoutDecay,
+    AverageStandsStill,
+    AverageOneStepLate,
+    BiasMovesLess,
+]
+
+
+def judge_updates(trainee: Callable[[Optim], Trainee], lr: float) -> ProofFindings:
+    """Steps of a trainee with gradients that are drawn, through the judge."""
+    config = compose(*SMALL, "data.path=none", f"optim.lr={lr}", "optim.ema_decay=0.999", "optim.clip=0")
+    findings, one, draw = ProofFindings(), trainee(config.optim), torch.Generator().manual_seed(1)
+    judge, before = UpdateJudge("fp32", config, findings), one.state()
+    plan = PlainPlan(first_sample=0, batch_size=8, lr=lr, mtp_weight=0.1, bias_speed=0.001)
+    for step in range(1, STEPS + 1):
+        gradients = {name: 1e-3 * torch.randn(shape, generator=draw) for name, shape in SHAPES.items()}
+        load_E = torch.randint(0, 9, (8,), generator=draw).double()
+        one.run(plan, step, gradients, load_E)
+        evidence = Evidence(StepInfo("fp32", 0, step, 0, "one", "cpu", updates=step))
+        evidence.info.grad_norm = float(reference.global_norm({n: g.double() for n, g in gradients.items()}))
+        for kind, tensors in (("reduced", gradients), ("after", one.state())):
+            for name, tensor in tensors.items():
+                evidence.add(kind, name, tensor.flatten())
+                evidence.places[f"{kind}/{name}"] = 0, tuple(tensor.shape)
+        judge.step = step
+        double = {name: tensor.double() for name, tensor in before.items()}
+        before = judge._judge_update([evidence], double, SimpleNamespace(loads={LAYER: load_E}), plan)
+    return findings
+
+
+@pytest.mark.parametrize("lr", RATES)
+def test_what_fp32_rounds_is_allowed_at_every_rate(lr):
+    findings = judge_updates(Trainee, lr)
+    assert [difference.text() for difference in findings.differences] == []
+    told = {quantity: verdict.compared for (_, quantity), verdict in findings.verdicts.items()}
+    assert all(told[quantity] for quantity in ("master weights", "average of weights", "first moments", "biases"))
+
+
+@pytest.mark.parametrize("lr", RATES)
+@pytest.mark.parametrize("bug", BUGS)
+def test_a_wrong_update_is_found_at_every_rate(bug, lr):
+    assert judge_updates(bug, lr).differences
+
+
+@pytest.mark.parametrize("lr", RATES[1:])
+def test_a_decay_of_gains_is_found_where_it_moves_a_weight_by_more_than_a_rounding(lr):
+    assert judge_updates(GainsDecay, lr).differences
+
+
+@pytest.mark.parametrize("lr", [1e-6, 7.3e-6])
+def test_a_miniature_learns_at_a_rate_that_moves_its_weights(lr):
+    mini = shrink(compose("mode=prove", f"optim.lr={lr}"))
+    assert mini.cfg.optim.lr == RATE and any("optim.lr" in cut for cut in mini.cuts)
