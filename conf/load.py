@@ -6,6 +6,7 @@ would be a group, and a folder of runs would hide the key `runs`.
 
 import os
 import sys
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -42,6 +43,8 @@ SPREADS = (Mode.train, Mode.plan, Mode.dry_run)
 """Modes in which the layout is the job's own, and worth a line where it was chosen."""
 PLANNED = "h800"
 """What mode=plan plans for where nothing is said."""
+COMPOSING = threading.Lock()
+"""Hydra has one state in a process, which it sets aside and puts back around each composition: one thread at a time."""
 
 
 @dataclass
@@ -125,8 +128,8 @@ def compose(*overrides: str) -> Config:
 
 def compose_node(*overrides: str) -> DictConfig:
     """The same before interpolations are resolved and rules are checked, with Hydra's own settings."""
-    register()
-    with hydra.initialize_config_dir(str(ROOT / "conf"), version_base="1.3", job_name="train"):
+    with COMPOSING, hydra.initialize_config_dir(str(ROOT / "conf"), version_base="1.3", job_name="train"):
+        register()
         node = hydra.compose("train", [_names_as_text(word) for word in overrides], return_hydra_config=True)
     if node.name is None:
         node.name = node.hydra.runtime.choices.conf

@@ -2,6 +2,7 @@
 
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from omegaconf import OmegaConf
@@ -18,6 +19,12 @@ def test_every_recipe_composes_and_survives_the_file(recipe, tmp_path):
     assert config.name == recipe
     write_config(config, str(tmp_path / "config.yaml"))
     assert read_config(str(tmp_path / "config.yaml")) == config
+
+
+def test_threads_may_compose_at_once():
+    with ThreadPoolExecutor(4) as threads:
+        found = list(threads.map(lambda seed: compose("conf=tiny", f"seed={seed}").seed, range(8)))
+    assert found == list(range(8))
 
 
 def test_v3_recipe_is_the_papers():
