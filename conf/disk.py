@@ -1,13 +1,15 @@
-"""Disks that are full or refuse to be written: how much room they have, and their errors as a user reads them.
+"""Disks that are full, fail, or refuse to be read or written: how much room they have, and their errors as a user reads them.
 
 Three rules hold for every file that the program writes. Errors name the file (`naming`). What a run can do without, such
 as progress or the report, is given up with a note, and the run goes on; lines of metrics and events wait for room (`Backlog`). The
-rest becomes one screen (`disk_errors`) that names the setting, the disk, the bytes that are needed and the cure.
+rest becomes one screen (`disk_errors`) that names the setting, the disk, the bytes that are needed and the cure. What a user can do
+about an error depends on what the system says, and stands here alone: `cure_of_reading` and `cure_of_writing`.
 """
 
 import errno
 import io
 import os
+import re
 import shutil
 import stat
 import sys
@@ -22,18 +24,85 @@ from conf.schema import Config
 BACKLOG = 64 << 20
 """Bytes that may wait in memory for room on a disk."""
 FULL = {errno.ENOSPC, errno.EDQUOT}
-REFUSED = FULL | {errno.EROFS, errno.EACCES, errno.EPERM, errno.ENOTDIR, errno.EFBIG, errno.EIO}
+RIGHTS = {errno.EACCES, errno.EPERM}
+FAILED = {
+    errno.EIO,
+    errno.ENXIO,
+    errno.ENODEV,
+    errno.EREMOTEIO,
+    errno.ESTALE,
+    errno.ENOTCONN,
+    errno.ESHUTDOWN,
+    errno.ETIMEDOUT,
+    errno.EHOSTDOWN,
+    errno.EUCLEAN,
+    errno.EBADMSG,
+}
+"""A disk, its file system, or the network to it does not work: nothing that the user of a file has set or can set."""
+HANDLES = {errno.EMFILE, errno.ENFILE}
+REFUSED = FULL | RIGHTS | FAILED | {errno.EROFS, errno.ENOTDIR, errno.EFBIG}
 
 
 @contextmanager
 def naming(path: Path, needed: int | None = None) -> Iterator[None]:
-    """Let an OSError of this block, such as that of a write, name the file. needed: bytes that the file takes."""
+    """Let an OSError of this block, which writes the file, name it. needed: bytes that the file takes."""
     try:
         yield
     except OSError as error:
         if error.errno is not None:
-            error.filename, error.needed = str(path), needed
+            error.filename, error.needed, error.way = str(path), needed, "written"
         raise
+
+
+@contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """Let an OSError of this block, which reads the file, name it: that of `read` does not say of which file it is."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno is not None:
+            error.filename, error.way = str(path), "read"
+        raise
+
+
+def is_refusal(error: Exception) -> bool:
+    """Whether a disk does not give what it holds, so that nothing is known of what is in the file."""
+    return isinstance(error, OSError) and _number(error) in RIGHTS | FAILED | HANDLES
+
+
+def _number(error: OSError) -> int | None:
+    """The errno; libraries in Rust and C++ have it in their text alone."""
+    found = re.search(r"\b(?:os error|errno) (\d+)", str(error)) if error.errno is None else None
+    return int(found[1]) if found else error.errno
+
+
+def cure_of_reading(error: OSError) -> str:
+    """What a user can do about a file that cannot be read."""
+    if _number(error) in RIGHTS:
+        return f"let user {os.geteuid()} read it (`ls -l`, and `ls -ld` of the folders above it)"
+    if _number(error) in {errno.ENOENT, errno.ENOTDIR}:
+        return "check the path: nothing is there, or something has removed it meanwhile"
+    return _cure(error) or "check that it is a plain file that can be read"
+
+
+def cure_of_writing(error: OSError) -> str:
+    """What a user can do about a file or a folder that cannot be written."""
+    if error.errno in FULL:
+        return "free space there"
+    if error.errno == errno.EFBIG:
+        return "raise the limit on the size of a file (`ulimit -f`), or take a file system that holds larger ones"
+    if error.errno in {errno.ENOENT, errno.ENOTDIR, errno.EEXIST}:
+        return "check the path: a part of it is a file, or was removed"
+    return _cure(error) or f"make it writable for user {os.geteuid()} (is the disk mounted read-only?)"
+
+
+def _cure(error: OSError) -> str | None:
+    """What can be done whether a file is read or written; None where that makes a difference."""
+    if _number(error) in FAILED:
+        return "the disk, or the network to it, has failed: see `dmesg` on this machine, and start again once it works"
+    if _number(error) in HANDLES:
+        return "raise the limit on open files (`ulimit -n`)"
+    return None
 
 
 def room(path: Path | str) -> str:
@@ -100,17 +169,32 @@ def disk_errors(*configs: Config, kind: type[UserError] = UserError) -> Iterator
     try:
         yield
     except OSError as error:
-        if error.errno not in REFUSED or not isinstance(error.filename, str):
+        if error.errno not in REFUSED | HANDLES or not isinstance(error.filename, str):
             raise
-        field, value = _setting(Path(error.filename), configs)
-        rule = f"{error.filename} cannot be written or read: {error.strerror}"
+        path, way = Path(error.filename), _way(error)
+        field, value = _setting(path, configs)
+        rule = f"{path} cannot be {way}: {error.strerror}"
+        if way == "read":
+            raise kind(field, value, rule, cure_of_reading(error)) from error
+        cure = cure_of_writing(error)
         if error.errno in FULL:
-            cure = f"free space there, or set {field} to a folder on a larger disk"
             needed = getattr(error, "needed", None)
-            rule += f"; {room(error.filename)}" + (f", {size(needed)} are needed" if needed else "")
-        else:
-            cure = f"make it writable for user {os.geteuid()} (is the disk mounted read-only?), or set {field} to another folder"
+            rule += f"; {room(path)}" + (f", {size(needed)} are needed" if needed else "")
+            cure += f", or set {field} to a folder on a larger disk"
+        elif field != "file" and error.errno not in HANDLES:
+            cure += f", or set {field} to another folder"
         raise kind(field, value, rule, cure) from error
+
+
+def _way(error: OSError) -> str:
+    """Whether the file was read or written, as far as that is known: only some errors tell."""
+    if way := getattr(error, "way", None):
+        return way
+    if error.errno in FULL | {errno.EROFS, errno.EFBIG}:
+        return "written"
+    if error.errno in RIGHTS and os.path.isfile(error.filename):
+        return "written" if os.access(error.filename, os.R_OK) else "read"
+    return "written or read"
 
 
 def _setting(path: Path, configs: tuple[Config, ...]) -> tuple[str, str]:

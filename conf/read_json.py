@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from conf.disk import cure_of_reading
 from conf.errors import UserError
 
 LARGEST = 128 << 20
@@ -12,10 +13,15 @@ NAMES = {dict: "an object", list: "a list", str: "a text", bool: "true or false"
 
 
 def read_json(path: Path, field: str, cure: str, kind: type = dict, value: object = None) -> Any:
-    """The content of a file, of that kind. Raises UserError(field, value or else the path, what is wrong, cure)."""
+    """The content of a file, of that kind. Raises UserError(field, value or else the path, what is wrong, cure).
+
+    cure: of wrong content; a disk that refuses has its own.
+    """
     try:
         return parse_json(read_text(path), kind)
     except ValueError as error:
+        if isinstance(error.__cause__, OSError):
+            cure = cure_of_reading(error.__cause__)
         raise UserError(field, value or path, f"{path.name} cannot be read: {error}", cure) from error
 
 

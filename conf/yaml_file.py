@@ -7,6 +7,7 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from conf.disk import cure_of_reading
 from conf.errors import UserError
 
 UNREADABLE = (yaml.YAMLError, OmegaConfBaseException, OSError, ValueError, RecursionError)
@@ -35,7 +36,8 @@ def unreadable(error: Exception, path: Path | None = None) -> UserError:
         problem = getattr(error, "problem", None) or " ".join(str(error).split())
     if place is None:
         return UserError("command line", " ".join(sys.argv[1:]), f"a file or a value cannot be read: {problem}", CURE)
-    return UserError(Path(place).name, f"{place}{line}", f"cannot be read: {problem}", CURE)
+    cure = cure_of_reading(error) if isinstance(error, OSError) else CURE
+    return UserError(Path(place).name, f"{place}{line}", f"cannot be read: {problem}", cure)
 
 
 CURE = "correct it; settings are plain YAML in UTF-8: numbers, words, lists and mappings without tags (!name)"

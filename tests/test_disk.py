@@ -1,19 +1,32 @@
-"""Disks that are full or read-only: at the start, in the middle of a run, at its last save."""
+"""Disks that are full, read-only or broken: at the start, in the middle of a run, at its last save."""
 
+import errno
 import json
 import os
+import shutil
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
-from conf.errors import EXIT_CRASH, EXIT_OK, EXIT_USER
+from conf.disk import FAILED, FULL, HANDLES, REFUSED, RIGHTS, disk_errors, naming, reading
+from conf.errors import EXIT_CRASH, EXIT_OK, EXIT_USER, UserError
+from conf.load import compose
+from conf.read_json import read_json
 from conf.schema import ROOT
+from conf.yaml_file import read_yaml
+from parallel.shard import whole
+from tests.checkpoint.world import checkpointers, save
 from tests.disks import fill, read_only, small_disk
 from tests.hold import HOLD, hold_at
 from tests.ranks import start_module
 from tests.small import arguments, environment, metrics, train
-from train.checkpoint.manifest import newest_intact
+from train.checkpoint.manifest import check_data, newest_intact, read_index, read_manifest
+from train.data.corpus import build_corpus
+from train.data.store import space_errors
+from train.hf.folder import open_folder
 
 
 @pytest.fixture
@@ -139,3 +152,108 @@ def test_output_to_a_full_disk_is_dropped(tmp_path):
         assert process.exitcode == EXIT_OK
         assert os.stat(logs / "stdout").st_size == 0
     assert len(metrics(tmp_path, "tiny")) == 6
+
+
+BROKEN = Path("/proc/self/mem")
+"""A plain file whose first byte is an input/output error."""
+
+
+def break_file(path: Path) -> None:
+    path.unlink()
+    path.symlink_to(BROKEN)
+
+
+def is_of_a_broken_disk(error: UserError, *words: str) -> None:
+    """The error says what was read, and sends nobody to change rights or to download anything."""
+    said = str(error)
+    assert all(word in said for word in ("cannot be read", "dmesg", *words)), said
+    assert not any(word in said for word in ("writable", "rights", "download", "is damaged", "correct it")), said
+
+
+def test_a_file_that_a_broken_disk_does_not_give_is_named(tmp_path):
+    for name, read in {
+        "a.json": lambda path: read_json(path, "init_from", "download it again"),
+        "a.yaml": read_yaml,
+        "model.safetensors": lambda path: open_folder(path.parent),
+    }.items():
+        (tmp_path / name).symlink_to(BROKEN)
+        with pytest.raises(UserError) as caught:
+            read(tmp_path / name)
+        is_of_a_broken_disk(caught.value, name if name != "a.json" else str(tmp_path))
+
+
+def test_data_that_a_broken_disk_does_not_give_are_named(tmp_path):
+    words = arguments(tmp_path)
+    corpus = next((tmp_path / "corpus").iterdir())
+    build_corpus(compose(*words))
+    tokens = next((tmp_path / "cache" / "tokens").iterdir())
+    copy = shutil.copytree(tokens, tmp_path / "copy")
+    tokenizer = f"data.tokenizer={shutil.copy(tokens / 'tokenizer.json', tmp_path)}"
+    break_file(copy / "hashes.npy")
+    with pytest.raises(UserError) as caught:
+        build_corpus(compose(*words, "data.format=memmap", f"data.path={copy}", tokenizer))
+    is_of_a_broken_disk(caught.value, f"data.path = {copy}")
+    break_file(tokens / "hashes.npy")
+    config = compose(*words)
+    with pytest.raises(UserError) as caught, disk_errors(config):
+        build_corpus(config)
+    is_of_a_broken_disk(caught.value, "data.cache", str(tokens))
+    assert (tokens / "tokens.bin").exists()  # what may be whole is not made again
+    break_file(corpus)
+    with pytest.raises(UserError) as caught:
+        build_corpus(compose(*words))
+    is_of_a_broken_disk(caught.value, f"data.path = {corpus}")
+
+
+def test_a_checkpoint_that_a_broken_disk_does_not_give_is_named(tmp_path):
+    root = tmp_path / "checkpoints"
+    assert save(checkpointers(root, 1), 1, [{"master.a": whole(torch.zeros(8))}])[0].ok
+    folder = root / "step_00000001"
+    manifest = read_manifest(folder)
+    (data,) = folder.glob("*.safetensors")
+    index = next(path for path in folder.glob("*.json") if path.name != "manifest.json")
+    for path, read in (
+        (data, lambda: check_data(manifest, 0)),
+        (index, lambda: read_index(manifest, 0)),
+        (folder / "manifest.json", lambda: read_manifest(folder)),
+    ):
+        break_file(path)
+        with pytest.raises(UserError) as caught:
+            read()
+        is_of_a_broken_disk(caught.value, str(path))
+    assert newest_intact(root).path is None
+
+
+CASES = [(number, reading) for number in sorted(RIGHTS | FAILED | HANDLES)]
+CASES += [(number, naming) for number in sorted(REFUSED | HANDLES)]
+
+
+@pytest.fixture(scope="module")
+def composed():
+    return compose()
+
+
+@pytest.mark.parametrize(("number", "way"), CASES)
+def test_every_number_of_the_system_has_the_cure_of_reading_or_of_writing(tmp_path, composed, number, way):
+    config = replace(composed, runs=str(tmp_path))
+    with pytest.raises(UserError) as caught, disk_errors(config), way(tmp_path / "a"):
+        raise OSError(number, os.strerror(number))
+    said, cure = str(caught.value), caught.value.cure
+    verb = "read" if way is reading else "written"
+    assert caught.value.field == "runs" and f"a cannot be {verb}: {os.strerror(number)}" in said
+    assert ("dmesg" in cure) == (number in FAILED) and ("ulimit -n" in cure) == (number in HANDLES)
+    assert ("writable" in cure) == (way is naming and number in {*RIGHTS, errno.EROFS})
+    assert ("free space" in cure) == (number in FULL) and ("ulimit -f" in cure) == (number == errno.EFBIG)
+    if way is naming and number in REFUSED:
+        with pytest.raises(UserError, match="SLUICE_CACHE") as caught, space_errors(tmp_path):
+            raise OSError(number, os.strerror(number))
+        assert caught.value.cure.startswith(cure.partition(", or set")[0])
+
+
+def test_rights_that_are_missing_say_which(tmp_path, monkeypatch):
+    file = tmp_path / "a"
+    file.touch()
+    for readable, words in ((True, "written: .* make it writable"), (False, r"read: .* let user \d+ read it")):
+        monkeypatch.setattr(os, "access", lambda path, mode, readable=readable: readable)
+        with pytest.raises(UserError, match=f"(?s){words}"), disk_errors():
+            raise OSError(errno.EACCES, os.strerror(errno.EACCES), str(file))

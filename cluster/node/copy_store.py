@@ -38,7 +38,7 @@ from pathlib import Path
 from typing import Any
 
 from cluster.run_files import RANK_FILE
-from conf.disk import FULL
+from conf.disk import cure_of_writing
 
 PIECE = 1 << 20
 """Bytes that move in one call."""
@@ -123,7 +123,7 @@ def why_not_opened(folder: Path, error: OSError) -> Opened:
     if isinstance(error, FileNotFoundError | NotADirectoryError):
         cure = "create it on every node, or set checkpoint.memory_folder to a folder that every node has"
         return Opened(problem=f"there is no folder {folder.parent}; {cure}", absent=True)
-    cure = "free some of it" if error.errno in FULL else "make it writable"
+    cure = cure_of_writing(error)
     return Opened(
         problem=f"{folder} cannot be used: {error}; {cure}, or set checkpoint.memory_folder to another folder"
     )

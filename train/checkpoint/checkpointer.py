@@ -43,7 +43,7 @@ class SaveFailed(DiskFailed):
     """The save that had to succeed did not. ranks: those that did not write; late: no disk refused it, it did not end in time."""
 
     def __init__(self, root: Path, why: str, ranks: Sequence[int] = (), late: bool = False):
-        cure = "free space there or make it writable"
+        cure = "free space there, make it writable, or bring the disk back that has failed (see `dmesg`)"
         if late:
             cure = (
                 "see why the disk does not answer there (its mount, dmesg), or raise cluster.timeout if it is that slow"

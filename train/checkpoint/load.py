@@ -96,7 +96,7 @@ def fill(manifest: Manifest, files: Files, wanted: dict[str, Shard]) -> dict[str
         try:
             _read_rank(manifest, files, rank, parts, buffer)
         except OSError as error:
-            raise Damaged(manifest.folder / data_name(rank), f"cannot be read ({error})") from error
+            raise Damaged(manifest.folder / data_name(rank), error) from error
     identity = {"step": manifest.step, "attempt": manifest.attempt, "world_size": manifest.world_size}
     return {**manifest.meta, **identity}
 

@@ -29,6 +29,7 @@ from pathlib import Path
 from typing import Any
 
 from cluster.run_files import MANIFEST, STEP_FOLDERS, Age, data_name, index_name
+from conf.disk import cure_of_reading
 from conf.errors import UserError
 
 FORMAT = "sluice checkpoint"
@@ -49,10 +50,13 @@ META = {
 class Damaged(UserError):
     """A checkpoint of ours that is not intact; resume=auto passes over it to the one before."""
 
-    def __init__(self, file: Path, problem: str):
-        super().__init__(
-            "checkpoint", file, f"is damaged: {problem}", "take another one; a run with resume=auto passes over it"
-        )
+    def __init__(self, file: Path, problem: str | OSError):
+        if isinstance(problem, OSError):
+            rule = f"cannot be read: {problem.strerror or problem}"
+            cure = f"{cure_of_reading(problem)}; or take another one, as a run with resume=auto does"
+        else:
+            rule, cure = f"is damaged: {problem}", "take another one; a run with resume=auto passes over it"
+        super().__init__("checkpoint", file, rule, cure)
 
     @property
     def line(self) -> str:
@@ -132,7 +136,7 @@ def read_manifest(folder: Path) -> Manifest:
     except (ValueError, RecursionError) as error:
         raise Damaged(path, f"not valid JSON ({error})") from None
     except OSError as error:
-        raise Damaged(path, f"cannot be read ({error})") from None
+        raise Damaged(path, error) from None
     if not isinstance(body, dict) and ours:
         raise Damaged(path, "not a JSON object")
     if not (isinstance(body, dict) and (ours or body.get("format") == FORMAT)):
@@ -196,7 +200,7 @@ def read_index(manifest: Manifest, rank: int) -> dict[str, Any]:
     except FileNotFoundError:
         raise Damaged(path, "the file is missing") from None
     except OSError as error:
-        raise Damaged(path, f"cannot be read ({error})") from None
+        raise Damaged(path, error) from None
     return check_index(manifest, rank, text)
 
 
@@ -254,12 +258,15 @@ def check_data(manifest: Manifest, rank: int) -> None:
     """Read one rank's data file whole; Damaged at the first block that does not match its checksum."""
     index = read_index(manifest, rank)
     path = manifest.folder / data_name(rank)
-    with open(path, "rb") as file:
-        if zlib.crc32(file.read(index["header_bytes"])) != index["header_crc32"]:
-            raise Damaged(path, "the checksum of its header does not match")
-        for number, crc in enumerate(index["blocks_crc32"]):
-            if zlib.crc32(file.read(BLOCK)) != crc:
-                raise Damaged(path, f"the checksum of block {number} does not match")
+    try:
+        with open(path, "rb") as file:
+            if zlib.crc32(file.read(index["header_bytes"])) != index["header_crc32"]:
+                raise Damaged(path, "the checksum of its header does not match")
+            for number, crc in enumerate(index["blocks_crc32"]):
+                if zlib.crc32(file.read(BLOCK)) != crc:
+                    raise Damaged(path, f"the checksum of block {number} does not match")
+    except OSError as error:
+        raise Damaged(path, error) from error
 
 
 @dataclass(frozen=True)
@@ -328,6 +335,8 @@ def _wrong_size(manifest: Manifest, name: str) -> Damaged | None:
         found = os.stat(path).st_size
     except FileNotFoundError:
         return Damaged(path, "the file is missing")
+    except OSError as error:
+        return Damaged(path, error)
     return None if found == size else Damaged(path, f"{found} bytes, but {size} were written")
 
 

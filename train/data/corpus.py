@@ -16,7 +16,7 @@ from pathlib import Path
 
 from conf.errors import UserError
 from conf.schema import Config, DataFormat, MixSource
-from train.data.files import Progress
+from train.data.files import Progress, unreadable
 from train.data.packing import Documents
 from train.data.sources import DocumentSource, format_of, no_text, open_source, sources_of
 from train.data.split import all_documents, long_documents, split, training_texts
@@ -218,6 +218,8 @@ class _Builder:
             store = open_store(path, self.cache / "marks")
         except DamagedStore as damage:
             raise UserError(key, path, f"is damaged: {damage}", "make or copy it again") from damage
+        except OSError as error:
+            raise unreadable(error, key, path) from error
         if store.largest_id >= tokenizer.vocab_size:
             raise UserError(
                 key,

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
+from conf.disk import cure_of_reading
 from conf.errors import UserError
 from train.data.store import keep_text
 
@@ -46,10 +47,13 @@ def find_files(root: Path, field: str, skip_folders: frozenset[str] = frozenset(
             paths = [Path(folder, name) for name in names if name[0] != "."]
             found += [_file(path, path.relative_to(root).as_posix()) for path in paths if path.is_file()]
     except OSError as error:
-        raise UserError(
-            field, error.filename or root, f"cannot be read: {error.strerror}", "check its rights"
-        ) from error
+        raise unreadable(error, field, error.filename or root) from error
     return sorted(found, key=lambda file: file.name)
+
+
+def unreadable(error: OSError, field: str, path: Path | str) -> UserError:
+    """The error of a file of the data that a disk does not give. Other libraries' errors have a text and no number."""
+    return UserError(field, path, f"cannot be read: {error.strerror or error}", cure_of_reading(error))
 
 
 def _file(path: Path, name: str) -> SourceFile:
@@ -111,5 +115,5 @@ def _digest(file: SourceFile, field: str, progress: Callable[[int], None], done:
                 done += len(chunk)
                 progress(done)
     except OSError as error:
-        raise UserError(field, file.path, f"cannot be read: {error.strerror}", "check its rights") from error
+        raise unreadable(error, field, file.path) from error
     return whole.hexdigest()

@@ -20,7 +20,7 @@ from typing import Protocol
 
 from conf.errors import UserError
 from conf.schema import Config, DataFormat, MixSource
-from train.data.files import Progress, SourceFile, digest_files, find_files, hash_id
+from train.data.files import Progress, SourceFile, digest_files, find_files, hash_id, unreadable
 from train.data.readers import read_jsonl, read_parquet, read_text, text_key_of
 
 JSONL = (".jsonl", ".ndjson", ".jsonl.gz", ".jsonl.zst", ".ndjson.gz", ".ndjson.zst", ".json.gz", ".json.zst")
@@ -102,9 +102,7 @@ class FileSource:
         try:
             yield from ((name, text) for name, text in self.reader(file) if text)
         except OSError as error:
-            raise UserError(
-                self.field, file.path, f"cannot be read: {error}", "check the file and its rights"
-            ) from error
+            raise unreadable(error, self.field, file.path) from error
 
 
 def sources_of(config: Config) -> list[tuple[MixSource, str]]:

@@ -29,7 +29,7 @@ from typing import Any
 
 import numpy as np
 
-from conf.disk import room, size
+from conf.disk import FULL, REFUSED, cure_of_writing, is_refusal, reading, room, size
 from conf.errors import UserError
 from conf.files import atomic_write_text, open_lock
 
@@ -62,15 +62,14 @@ def space_errors(path: Path, needed: int | None = None) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            rule = f"no space left on this disk: {room(path)}" + (
-                f", about {size(needed)} are needed" if needed else ""
-            )
-            cure = "free some, or set data.cache (or SLUICE_CACHE) to another disk"
-        elif error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.ENOENT):
-            rule, cure = f"cannot be written: {error.strerror}", "set data.cache (or SLUICE_CACHE) to a folder of yours"
+        if error.errno in FULL:
+            more = f", about {size(needed)} are needed" if needed else ""
+            rule = f"no space left on this disk: {room(path)}{more}"
+        elif error.errno in REFUSED | {errno.EEXIST, errno.ENOENT}:
+            rule = f"cannot be written: {error.strerror}"
         else:
             raise
+        cure = f"{cure_of_writing(error)}, or set data.cache (or SLUICE_CACHE) to a folder of yours on another disk"
         raise UserError("data.cache", path, rule, cure) from error
 
 
@@ -201,7 +200,14 @@ def _save(path: Path, array: np.ndarray) -> None:
 
 
 def open_store(path: Path, marks: Path) -> TokenStore:
-    """Open and check a token folder; raises DamagedStore. `marks`: folder that remembers which large ones were checked."""
+    """Open and check a token folder; raises DamagedStore, and OSError where a disk does not give it. `marks`: folder that remembers
+    which large ones were checked.
+    """
+    with reading(path):
+        return _open(path, marks)
+
+
+def _open(path: Path, marks: Path) -> TokenStore:
     try:
         meta = json.loads((path / "meta.json").read_text(encoding="utf-8"))
         dtype, count, documents = np.dtype(meta["dtype"]), int(meta["tokens"]), int(meta["documents"])
@@ -209,6 +215,8 @@ def open_store(path: Path, marks: Path) -> TokenStore:
         hashes_D = np.load(path / "hashes.npy")
         stored = (path / "tokens.bin").stat().st_size
     except (OSError, ValueError, KeyError, TypeError, EOFError, OverflowError, RecursionError) as error:
+        if is_refusal(error):
+            raise
         raise DamagedStore(f"{type(error).__name__}: {error}") from error
     if meta.get("version") != VERSION or dtype not in (np.uint16, np.uint32):
         raise DamagedStore(f"meta.json has version {meta.get('version')} and dtype {dtype}")

@@ -13,6 +13,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from conf.disk import cure_of_reading
 from parallel.shard import Shard
 from train.hf.blocks import dequantize
 from train.hf.config import BLOCK
@@ -90,9 +91,12 @@ class _Reader:
         for part in parts:
             by_file.setdefault(self.folder.stored[part.placed.theirs].file, []).append(part)
         for file, here in sorted(by_file.items()):
-            with safe_open(self.folder.path / file, framework="pt", backend="pread") as opened:
-                for part in here:
-                    yield from self._rows(opened, part)
+            try:
+                with safe_open(self.folder.path / file, framework="pt", backend="pread") as opened:
+                    for part in here:
+                        yield from self._rows(opened, part)
+            except OSError as error:
+                raise self.folder.refuse(f"{file} cannot be read: {error}", cure_of_reading(error)) from error
 
     def _rows(self, opened, part: ShardPart) -> Iterable[tuple[ShardPart, int, Tensor]]:
         shape = part.placed.shape
