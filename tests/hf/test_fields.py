@@ -6,11 +6,13 @@ import dataclasses
 import pytest
 from transformers import DeepseekV3Config
 from transformers.modeling_rope_utils import RopeParameters
+from transformers.utils.quantization_config import FineGrainedFP8Config
 
 from conf.errors import UserError
 from conf.schema import Model
-from tests.hf.small import MODEL, released_config
-from train.hf.config import FIELDS, FIXED, FIXED_ELSEWHERE, HARMLESS, READ_APART, ROPE, read_model
+from tests.hf.small import FP8, MODEL, released_config
+from train.hf.config import read_model
+from train.hf.fields import FIELDS, FIXED, FIXED_ELSEWHERE, HARMLESS, QUANTISED, READ_APART, ROPE
 from train.hf.plan import write_json
 
 TABLES = (set(FIELDS.values()), set(FIXED), set(FIXED_ELSEWHERE), set(READ_APART), set(HARMLESS))
@@ -85,7 +87,7 @@ def names() -> set[str]:
 
 def test_every_field_of_transformers_has_its_place():
     nowhere = sorted(name for name in names() if not any(name in table for table in TABLES))
-    assert not nowhere, f"say in train/hf/config.py what becomes of {nowhere}"
+    assert not nowhere, f"say in train/hf/fields.py what becomes of {nowhere}"
     every = [name for table in TABLES for name in table]
     assert len(every) == len(set(every)), "a field has one place"
     assert all(len(reason) > 10 for reason in HARMLESS.values())
@@ -180,3 +182,28 @@ def test_parameters_of_a_wrong_type_or_size(tmp_path, name, value):
 def test_numbers_that_mean_nothing(tmp_path, name, value):
     with pytest.raises(UserError):
         read(tmp_path, **{name: value})
+
+
+def test_every_field_of_the_quantisation_has_its_place(tmp_path):
+    """What is not known is refused, and so is what a later transformers brings."""
+    fp8 = FP8["quantization_config"]
+    before = read(tmp_path, **FP8)
+    assert set(FineGrainedFP8Config().to_dict()) | {"fmt"} == set(QUANTISED)
+    for name in QUANTISED.keys() - fp8.keys():
+        assert read(tmp_path, quantization_config=fp8 | {name: "other"}) == before, name
+    for name, value in ({**dict.fromkeys(fp8, "other"), "activation_scheme": "static", "weight_bits": 4}).items():
+        with pytest.raises(UserError, match=f"quantization_config.*{'e4m3, blocks' if name in fp8 else name}|{name}"):
+            read(tmp_path, quantization_config=fp8 | {name: value})
+    assert read(tmp_path, quantization_config=fp8 | {"weight_bits": None}) == before
+
+
+def test_positions_that_are_said_twice_must_agree(tmp_path):
+    newer = {"rope_type": "yarn", "rope_theta": 10000, **{key: YARN[key] for key in YARN if key != "type"}}
+    before = read(tmp_path, rope_scaling=YARN)
+    assert read(tmp_path, rope_scaling=YARN, rope_parameters=newer) == before
+    assert read(tmp_path, rope_scaling=YARN | {"rope_type": "yarn"}) == before
+    for name, value in {"factor": 8.0, "rope_theta": 5000.0, "mscale": 1.0, "rope_type": "default"}.items():
+        with pytest.raises(UserError, match=f"must say what rope_parameters says, and differs in {name}"):
+            read(tmp_path, rope_scaling=YARN, rope_parameters=newer | {name: value})
+    with pytest.raises(UserError, match="its rope_type is 'default' and its type 'yarn'"):
+        read(tmp_path, rope_scaling=YARN | {"rope_type": "default"})

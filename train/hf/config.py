@@ -10,120 +10,13 @@ from conf.check import check_model
 from conf.errors import UserError
 from conf.read_json import read_json
 from conf.schema import Config, Model, Yarn
+from train.hf.fields import FIELDS, FIXED, FIXED_ELSEWHERE, HARMLESS, QUANTISED, READ_APART, ROPE, ROPE_NUMBERS
 
 SHOWN = 6
 """Names in an error message."""
 ARCHITECTURE = "DeepseekV3ForCausalLM"
 BLOCK = 128
 """Side of the blocks that share a scale in FP8 weights."""
-FIELDS = {
-    "vocab_size": "vocab_size",
-    "hidden": "hidden_size",
-    "layers": "num_hidden_layers",
-    "dense_layers": "first_k_dense_replace",
-    "heads": "num_attention_heads",
-    "q_rank": "q_lora_rank",
-    "kv_rank": "kv_lora_rank",
-    "nope_head_dim": "qk_nope_head_dim",
-    "rope_head_dim": "qk_rope_head_dim",
-    "v_head_dim": "v_head_dim",
-    "dense_width": "intermediate_size",
-    "expert_width": "moe_intermediate_size",
-    "experts": "n_routed_experts",
-    "shared_experts": "n_shared_experts",
-    "top_k": "num_experts_per_tok",
-    "groups": "n_group",
-    "top_groups": "topk_group",
-    "route_scale": "routed_scaling_factor",
-    "norm_eps": "rms_norm_eps",
-}
-"""Fields of conf.schema.Model and theirs, where the values are the same."""
-FIXED = {
-    "hidden_act": "silu",
-    "attention_bias": False,
-    "tie_word_embeddings": False,
-    "norm_topk_prob": True,
-    "scoring_func": "sigmoid",
-    "topk_method": "noaux_tc",
-    "moe_layer_freq": 1,
-    "rope_interleave": True,
-}
-"""What every DeepSeek-V3 has, and this program knows no other way of. A file may leave it out."""
-FIXED_ELSEWHERE = {"partial_rotary_factor": 1.0, "is_causal": True, "is_encoder_decoder": False}
-"""The same for fields of other models, which transformers obeys in this one too. Files of DeepSeek-V3 have none of them."""
-READ_APART = (
-    "architectures",
-    "quantization_config",
-    "max_position_embeddings",
-    "num_nextn_predict_layers",
-    "num_mtp_layers",
-    "rope_theta",
-    "rope_scaling",
-    "rope_parameters",
-    "num_key_value_heads",
-    "head_dim",
-    "qk_head_dim",
-    "num_local_experts",
-)
-"""Fields with a rule of their own in `read_model`."""
-GENERATION = """
-    bad_words_ids begin_suppress_tokens diversity_penalty do_sample early_stopping encoder_no_repeat_ngram_size
-    exponential_decay_length_penalty forced_bos_token_id forced_eos_token_id length_penalty max_length min_length
-    no_repeat_ngram_size num_beam_groups num_beams num_return_sequences output_scores remove_invalid_values
-    repetition_penalty return_dict_in_generate suppress_tokens temperature top_k top_p typical_p
-"""
-OTHER_MODELS = """
-    add_cross_attention cross_attention_hidden_size decoder_start_token_id finetuning_task is_decoder prefix pruned_heads
-    sep_token_id task_specific_params tf_legacy_loss tie_encoder_decoder torchscript use_bfloat16
-"""
-HARMLESS = {
-    "model_type": "names the class of the file, and the architecture is what counts",
-    "auto_map": "names Python files of the folder, of which none is ever run",
-    "_name_or_path": "where the folder came from",
-    "name_or_path": "where the folder came from",
-    "_commit_hash": "where the folder came from",
-    "transformers_version": "what wrote the folder",
-    "dtype": "every tensor says its own type",
-    "torch_dtype": "every tensor says its own type",
-    "initializer_range": "of weights before the training",
-    "attention_dropout": "acts in training alone, and ours has none",
-    "aux_loss_alpha": "a loss of the training; optim.balance_loss is ours",
-    "seq_aux": "a loss of the training; optim.balance_loss is ours",
-    "output_router_logits": "asks for results beside the logits",
-    "output_hidden_states": "asks for results beside the logits",
-    "output_attentions": "asks for results beside the logits",
-    "return_dict": "the form of results in Python",
-    "ep_size": "how one program spreads experts over devices",
-    "pretraining_tp": "cuts products into parts that add up to the same",
-    "chunk_size_feed_forward": "cuts products into parts, in other models",
-    "use_cache": "whether generation keeps a cache",
-    "attn_implementation": "which kernel computes the same attention",
-    "_attn_implementation": "which kernel computes the same attention",
-    "_attn_implementation_autoset": "which kernel computes the same attention",
-    "experts_implementation": "which kernel computes the same experts",
-    "bos_token_id": "the tokenizer's files say it",
-    "eos_token_id": "the tokenizer's files say it",
-    "pad_token_id": "its row of the embedding is a weight like any other",
-    "tokenizer_class": "tokenizer.json is read instead",
-    "id2label": "of classifiers, which this architecture is not",
-    "label2id": "of classifiers, which this architecture is not",
-    "num_labels": "of classifiers, which this architecture is not",
-    "problem_type": "of classifiers, which this architecture is not",
-    **dict.fromkeys(GENERATION.split(), "how text is drawn; the section generate is ours"),
-    **dict.fromkeys(OTHER_MODELS.split(), "older transformers wrote it into every file, and other models read it"),
-}
-"""Fields that change nothing in what the model computes here, and why. All others are refused unless they are null."""
-ROPE_NUMBERS = {
-    "factor",
-    "original_max_position_embeddings",
-    "beta_fast",
-    "beta_slow",
-    "mscale",
-    "mscale_all_dim",
-    "attention_factor",
-}
-ROPE = {"rope_type", "type", "rope_theta", "truncate", "partial_rotary_factor"} | ROPE_NUMBERS
-"""Parameters of the positions that have a meaning here. All others are refused unless they are null."""
 LARGEST = 2.0**63
 """Numbers beyond mean nothing anywhere."""
 GROUP_TOP_K = 2
@@ -230,15 +123,24 @@ def _check_kind(field: str, path: Path, body: Any) -> None:
             "give other weights; where you know that a field changes nothing, remove it from the file",
         )
     quantised = _section(field, path, body, "quantization_config")
-    if quantised is None:
-        return
+    if quantised is not None:
+        _check_quantised(field, path, quantised)
+
+
+def _check_quantised(field: str, path: Path, quantised: dict[str, Any]) -> None:
+    """Raise UserError for weights in another form than DeepSeek's FP8."""
+    cure = "give weights in bf16, fp32, or DeepSeek's FP8"
     found = quantised.get("quant_method"), quantised.get("fmt", "e4m3"), quantised.get("weight_block_size")
     if found != ("fp8", "e4m3", [BLOCK, BLOCK]):
+        rule = f"quantization_config must be fp8, e4m3, blocks of [{BLOCK}, {BLOCK}], and is {found!s:.200}"
+        raise _refuse(field, path, rule, cure)
+    if (scheme := quantised.get("activation_scheme", "dynamic")) != "dynamic":
+        rule = f"quantization_config: activation_scheme must be dynamic, and is {scheme!s:.80}"
+        raise _refuse(field, path, rule, cure)
+    if unknown := [key for key, value in quantised.items() if key not in QUANTISED and value is not None]:
+        rule = f"quantization_config has fields that are not known here, and may change the weights: {some(unknown)}"
         raise _refuse(
-            field,
-            path,
-            f"quantization_config must be fp8, e4m3, blocks of [{BLOCK}, {BLOCK}], and is {found!s:.200}",
-            "give weights in bf16, fp32, or DeepSeek's FP8",
+            field, path, rule, f"{cure}; where you know that a field changes nothing, remove it from the file"
         )
 
 
@@ -263,7 +165,11 @@ def _rope(field: str, path: Path, body: dict[str, Any]) -> dict[str, Any]:
     name, rope = ("rope_scaling", older) if older else ("rope_parameters", newer or {})
     kind = rope.get("rope_type", rope.get("type", "default"))
     problem = None
-    if kind not in ("default", "yarn"):
+    if rope.get("type", kind) != kind:
+        problem = f"its rope_type is {kind!r:.80} and its type {rope['type']!r:.80}"
+    elif older and newer and (differing := _differing(older, newer, body.get("rope_theta", Model.rope_theta))):
+        problem = f"it must say what rope_parameters says, and differs in {some(differing)}"
+    elif kind not in ("default", "yarn"):
         problem = f"its type must be default or yarn, and is {kind!r:.80}"
     elif unknown := [key for key, value in rope.items() if key not in ROPE and value is not None]:
         problem = f"has parameters that are not known here: {some(unknown)}"
@@ -277,6 +183,16 @@ def _rope(field: str, path: Path, body: dict[str, Any]) -> dict[str, Any]:
     if problem:
         raise _refuse(field, path, f"{name}: {problem}", "give other weights")
     return rope
+
+
+def _differing(older: dict[str, Any], newer: dict[str, Any], theta: Any) -> list[str]:
+    """Parameters of the positions that two sections do not have alike. theta: of the file, where a section states none."""
+    plain = [
+        {"rope_theta": theta, "rope_type": rope.get("type", "default")}
+        | {key: value for key, value in rope.items() if key != "type" and value is not None}
+        for rope in (older, newer)
+    ]
+    return sorted(key for key in plain[0].keys() | plain[1].keys() if plain[0].get(key) != plain[1].get(key))
 
 
 def _is_size(value: object) -> bool:

@@ -5,21 +5,22 @@ files that only pickle can open are refused.
 """
 
 import os
-import re
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 
+from conf.disk import cure_of_reading, is_refusal
 from conf.errors import UserError
 from conf.read_json import read_json
 from conf.schema import Model
 from train.hf.config import BLOCK, read_model, scale_shape, some
-from train.hf.names import SCALE, Placed, tensors
+from train.hf.names import MTP_NAMES, SCALE, Placed, tensors
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
+ADAPTER = "adapter_config.json"
 PLAIN = ("F32", "BF16", "F16")
 SCALE_TYPES = ("F32", "BF16", "F16", "F8_E8M0")
 FP8 = "F8_E4M3"
@@ -49,14 +50,17 @@ class Folder:
 
 
 def open_folder(path: Path, field: str = "init_from") -> Folder:
-    """Read all headers. Raises UserError for a folder without safetensors, a missing or truncated file."""
+    """Read all headers. Raises UserError for a folder without safetensors, for a missing or truncated file, and for weights that
+    lie beside those of the index.
+    """
     folder = Folder(path, {}, field)
     if not os.path.isdir(path):  # Path.is_dir raises for a name that is too long
         raise folder.refuse("no such folder", "give a downloaded Hugging Face folder")
     try:
         files = _index(folder)
+        _refuse_others(folder, files)
     except OSError as error:
-        raise folder.refuse(f"cannot be read: {error}", "give a folder that you may read") from error
+        raise folder.refuse(f"cannot be read: {error.strerror or error}", cure_of_reading(error)) from error
     for file, names in files.items():
         here = _header(folder, file)
         if absent := [name for name in names if name not in here]:
@@ -70,19 +74,39 @@ def open_folder(path: Path, field: str = "init_from") -> Folder:
 def open_model(path: Path, field: str = "init_from") -> tuple[Folder, Model, list[str]]:
     """The headers of a folder, its model, and notes for the user: the one way to weights from elsewhere.
 
-    MTP modules that config.json names and the weights lack, as transformers writes folders, are left out of the model.
-    Raises UserError for a damaged folder and for a model that cannot be expressed.
+    MTP modules that config.json names and the weights lack, as transformers writes folders, are left out of the model, and so are
+    those of the weights that config.json does not name. Raises UserError for a damaged folder and for a model that cannot be expressed.
     """
     folder, model = open_folder(path, field), read_model(path, field)
-    found = 0
-    while found < model.mtp_depth and any(
-        name.startswith(f"model.layers.{model.layers + found}.") for name in folder.stored
-    ):
-        found += 1
+    found = _count_mtp(folder, model.layers)
     if found == model.mtp_depth:
         return folder, model, []
     note = f"{path}: its config.json names {model.mtp_depth} MTP modules and its weights hold {found}: the rest is left out"
-    return folder, replace(model, mtp_depth=found), [note]
+    return folder, replace(model, mtp_depth=min(found, model.mtp_depth)), [note]
+
+
+def _count_mtp(folder: Folder, layers: int) -> int:
+    """MTP modules that the weights hold behind that many layers: what no layer of the main model has makes one."""
+    found = 0
+    while any(f"model.layers.{layers + found}.{name}" in folder.stored for name in MTP_NAMES):
+        found += 1
+    return found
+
+
+def _refuse_others(folder: Folder, files: dict[str, list[str]]) -> None:
+    """Raise UserError for weights in the folder that would not be read: other programs take them instead, or add them."""
+    names = sorted(file.name for file in folder.path.iterdir() if not file.name.startswith("."))
+    if others := [name for name in names if name.endswith(".safetensors") and name not in files]:
+        what = INDEX if (folder.path / INDEX).is_file() else SINGLE
+        raise folder.refuse(
+            f"holds weights beside those of {what}, which nothing would read: {some(others)}",
+            "move them out of the folder, or, where they belong to the model, download the index that names them",
+        )
+    if ADAPTER in names:
+        raise folder.refuse(
+            f"holds an adapter ({ADAPTER}), which would not be added to the weights",
+            "merge it into them with the program that made it, or move it out of the folder",
+        )
 
 
 def _index(folder: Folder) -> dict[str, list[str]]:
@@ -120,54 +144,50 @@ def _header(folder: Folder, file: str) -> dict[str, Stored]:
             slices = {name: reader.get_slice(name) for name in reader.keys()}  # noqa: SIM118, no mapping
             return {name: Stored(file, each.get_dtype(), tuple(each.get_shape())) for name, each in slices.items()}
     except (SafetensorError, OSError) as error:
+        if is_refusal(error):
+            raise folder.refuse(f"{file} cannot be read: {error}", cure_of_reading(error)) from error
         raise folder.refuse(f"{file} is damaged or cut short: {error}", "download it again") from error
 
 
 def match(folder: Folder, model: Model) -> list[Placed]:
-    """The model's tensors that the folder holds, in its order. Raises UserError where they do not make up the model.
+    """The model's tensors that the folder holds, in its order. Raises UserError where they do not make up the model, and for the
+    first tensors that would not be read.
 
-    MTP modules' copies of embedding and head may be absent. Modules beyond model.mtp_depth are left alone.
+    MTP modules' copies of embedding and head may be absent. Modules beyond model.mtp_depth are checked like the others, and left out.
     """
-    expected = list(tensors(model))
-    absent = [each.theirs for each in expected if each.theirs not in folder.stored]
+    held, stored = _count_mtp(folder, model.layers), folder.stored
+    expected = list(tensors(replace(model, mtp_depth=max(model.mtp_depth, held))))
+    absent = [each.theirs for each in expected if each.theirs not in stored]
     needed = [name for name in absent if not name.endswith(("embed_tokens.weight", "shared_head.head.weight"))]
     needed += [name for name in absent if name == "model.embed_tokens.weight"]
     if needed:
-        mtp = all(name.startswith(f"model.layers.{model.layers}.") for name in needed)
+        behind = tuple(f"model.layers.{model.layers + depth}." for depth in range(held, model.mtp_depth))
         raise folder.refuse(
             f"lacks {len(needed)} of the model's {len(expected)} tensors: {some(needed)}",
-            "set model.mtp_depth=0: the folder has no MTP module" if mtp else "give the whole folder",
+            f"set model.mtp_depth={held}: the folder has {held or 'no'} MTP module{'s' * (held > 1)}"
+            if all(name.startswith(behind) for name in needed)
+            else "give the whole folder",
         )
     known = {each.theirs for each in expected}
     _check_scales(folder)
-    weights = [name for name in folder.stored if not name.endswith(SCALE)]
     # a tensor without elements, as transformers writes for no shared experts, says nothing
-    extra = [
-        name
-        for name in weights
-        if name not in known and not _beyond(name, model) and 0 not in folder.stored[name].shape
-    ]
+    extra = [name for name in stored if not name.endswith(SCALE) and name not in known and 0 not in stored[name].shape]
     if extra:
         raise folder.refuse(
-            f"holds {len(extra)} tensors that the model has no place for: {some(extra)}",
-            "give weights of a plain DeepSeek-V3",
+            f"holds {len(extra)} tensors that the model of its config.json has no place for: {some(extra)}",
+            "give weights of a plain DeepSeek-V3, and the config.json that belongs to them",
         )
     wrong = [
-        f"{each.theirs} {folder.stored[each.theirs].shape}, not {each.shape}"
+        f"{each.theirs} {stored[each.theirs].shape}, not {each.shape}"
         for each in expected
-        if each.theirs in folder.stored and folder.stored[each.theirs].shape != each.shape
+        if each.theirs in stored and stored[each.theirs].shape != each.shape
     ]
     if wrong:
         raise folder.refuse(
             f"{len(wrong)} tensors have another shape than its config.json says: {some(wrong)}", "download it again"
         )
-    return [each for each in expected if each.theirs in folder.stored]
-
-
-def _beyond(name: str, model: Model) -> bool:
-    """Whether a tensor belongs to an MTP module that this model does without."""
-    layer = re.match(r"model\.layers\.([0-9]{1,9})\.", name)
-    return layer is not None and int(layer[1]) >= model.layers + model.mtp_depth
+    wanted = {each.theirs for each in tensors(model)}
+    return [each for each in expected if each.theirs in stored and each.theirs in wanted]
 
 
 def _check_scales(folder: Folder) -> None:

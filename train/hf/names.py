@@ -18,6 +18,15 @@ from conf.schema import Model
 
 SCALE = "_scale_inv"
 """Follows the name of an FP8 weight in that of its scales."""
+MTP_NAMES = (
+    "embed_tokens.weight",
+    "enorm.weight",
+    "hnorm.weight",
+    "eh_proj.weight",
+    "shared_head.norm.weight",
+    "shared_head.head.weight",
+)
+"""What an MTP module has beside the tensors of a layer, behind the layer's prefix."""
 
 
 @dataclass(frozen=True)
