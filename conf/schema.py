@@ -500,7 +500,7 @@ class Checkpoint:
     memory_folder: str = "/dev/shm"
     """Where every node keeps those copies: memory, or a fast disk of its own."""
     keep: int = number(3, least=0)
-    """Newest checkpoints that stay; 0 keeps all."""
+    """Newest checkpoints that stay, and beside them the one that a run resumed from, as long as it goes on; 0 keeps all."""
     keep_every: int = number(0, least=0)
     """Checkpoints at multiples of this many steps stay for good; 0 for none."""
     asynchronous: bool = True

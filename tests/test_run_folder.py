@@ -218,3 +218,16 @@ def test_a_refused_start_leaves_the_settings_of_the_run(tmp_path):
     with pytest.raises(UserError), RunFolder(compose(f"runs={tmp_path}", "name=new")):
         raise UserError("model.layers", 6, "does not fit", "take 3")
     assert not (tmp_path / "new" / "config.yaml").exists()
+
+
+@pytest.mark.parametrize(("there", "needed"), [(0, 4), (1, 4), (3, 2), (4, 1), (9, 1)])
+def test_room_for_checkpoints_counts_the_one_that_the_run_resumes_from(tmp_path, monkeypatch, there, needed):
+    """Three that are kept, one in the making, and one that stays as long as the run that came from it goes on."""
+    composed = config(tmp_path, "checkpoint.keep=3")
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(run_folder, "checkpoints", lambda _: [None] * there)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=needed * 10**9))
+    run_folder.check_space(composed, 10**9)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=needed * 10**9 - 1))
+    with pytest.raises(UserError, match=f"{needed} checkpoints of about 1.0 GB"):
+        run_folder.check_space(composed, 10**9)

@@ -281,10 +281,13 @@ def _refuse_existing(config: Config, folder: Path) -> None:
 
 
 def check_space(config: Config, checkpoint_bytes: int) -> None:
-    """UserError if the disk cannot take the checkpoints still missing from `keep`, and the one in the making."""
+    """UserError if the disk cannot take the checkpoints still missing from `keep`, the one in the making, and beside them that which
+    the run resumes from.
+    """
     paths = RunPaths(config)
+    there = len(checkpoints(paths.checkpoints))
     most = config.checkpoint.keep + 1 if config.checkpoint.every else 1  # without any on the way: the one at the end
-    copies = max(1, most - len(checkpoints(paths.checkpoints)))
+    copies = max(1, most + (there > 0) - there)
     place = next(folder for folder in (paths.path, *paths.path.parents) if folder.exists())
     needed, free = copies * checkpoint_bytes, shutil.disk_usage(place).free
     if free < needed:
