@@ -11,6 +11,7 @@ from train.attention_choice import PARTS, choose_attention, problem_of
 from train.kernels import build_kernels, choose_kernels
 from train.model.attention import AttentionCore, AttentionInput, AttentionOutput
 from train.model.deepseek import DeepSeekV3
+from train.model.fused_attention import AttentionByKind, CudnnAttention, EfficientAttention, FlashAttention
 from train.model.init import initialise
 from train.model.kernels import Kernels
 from train.model.sequence import Positions
@@ -71,12 +72,63 @@ def test_the_second_choice_is_named_in_a_note(config, monkeypatch):
     monkeypatch.setattr(attention_choice, "CORES", {"one": Failing(), "two": AcrossDocuments(), "three": last})
     core, [note] = choose_attention(compose(*HEADS, "data.mask_documents=true"), CPU)
     assert core is last
-    assert "this run takes three as one fails for whole sequences (cuDNN Frontend" in note
+    assert "this run takes three for documents as one fails for whole sequences (cuDNN Frontend" in note
     assert "; two is wrong for documents (" in note
     core, [note] = choose_attention(config, CPU)
     assert type(core) is AcrossDocuments and "documents" not in note  # which this run has none of
     monkeypatch.setattr(attention_choice, "CORES", {"one": last, "two": Failing()})
     assert choose_attention(config, CPU) == (last, [])
+
+
+class Whole(EfficientAttention):
+    """As cuDNN's: no pieces of any length."""
+
+    takes_documents = False
+
+
+@pytest.fixture
+def cores(monkeypatch) -> dict[str, AttentionCore]:
+    """A fast one for whole sequences, one that knows documents, and a slower one; all of them are right."""
+    found = {"one": Whole(), "two": FlashAttention(), "three": EfficientAttention(), "last": AttentionCore()}
+    monkeypatch.setattr(attention_choice, "CORES", found)
+    monkeypatch.setattr(attention_choice, "problem_of", lambda *given: None)
+    return found
+
+
+def test_documents_have_a_core_of_their_own(config, cores, monkeypatch):
+    masked = compose(*HEADS, "data.mask_documents=true")
+    assert choose_attention(config, CPU) == (cores["one"], [])
+    core, notes = choose_attention(masked, CPU)
+    assert type(core) is AttentionByKind and notes == []
+    assert (core.whole, core.documents) == (cores["one"], cores["two"])
+    wrong = {cores["two"]: "is wrong"}
+    monkeypatch.setattr(attention_choice, "problem_of", lambda core, *given: wrong.get(core))
+    core, [note] = choose_attention(masked, CPU)
+    assert core.documents is cores["three"] and note == "this run takes three for documents as two is wrong"
+    wrong[cores["three"]] = "is wrong too"
+    core, [note] = choose_attention(masked, CPU)
+    assert core is cores["last"] and "three is wrong too" in note
+    wrong.clear()
+    wrong[cores["one"]] = "fails"
+    core, [note] = choose_attention(masked, CPU)
+    assert core is cores["two"] and note == "this run takes two as one fails"
+
+
+def test_ranks_that_share_sequences_try_blocks_of_keys_with_both(cores, monkeypatch):
+    tried = []
+    monkeypatch.setattr(attention_choice, "problem_of", lambda core, config, device, part: tried.append((core, part)))
+    choose_attention(compose(*HEADS, "data.mask_documents=true", "parallel.cp=2", "parallel.dp=1"), CPU)
+    assert tried == [
+        *((cores["one"], part) for part in ("whole sequences", "blocks of keys")),
+        *((cores["two"], part) for part in PARTS),
+    ]
+
+
+def test_cudnn_is_left_out_where_bits_are_to_be_repeated(config, monkeypatch):
+    monkeypatch.setattr(attention_choice, "problem_of", lambda *given: None)
+    assert type(choose_attention(config, CPU)[0]) is CudnnAttention
+    core, [note] = choose_attention(compose(*HEADS, "cluster.deterministic=true"), CPU)
+    assert type(core) is FlashAttention and "cuDNN's attention need not repeat its bits" in note
 
 
 def test_where_none_works_the_run_is_refused(config, monkeypatch):

@@ -1,9 +1,12 @@
-"""Which attention core a GPU runs: the first that works there forward and backward, with the right values.
+"""Which attention cores a GPU runs, one for whole sequences and one for documents: the first that works there forward and
+backward, with the right values.
 
 torch picks a kernel by what it knows of the sizes. DeepSeek-V3's heads, 192 wide in queries and keys and 128 in values, leave
 few of them, and the fastest, cuDNN's, fails on some versions of its library only when it is called. So each is tried once at the
 start, on small inputs of what this run asks for, whose results and gradients are held against train/model/attention.py on the CPU.
 """
+
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
@@ -11,7 +14,7 @@ from torch import Tensor
 from conf.errors import UserError
 from conf.schema import Config
 from train.model.attention import AttentionCore, AttentionInput, AttentionOutput
-from train.model.fused_attention import CudnnAttention, EfficientAttention
+from train.model.fused_attention import AttentionByKind, CudnnAttention, EfficientAttention, FlashAttention
 from train.model.sequence import Positions, Rectangle, Seen
 from train.precision.build import activation_dtype
 
@@ -27,10 +30,11 @@ PARTS = "whole sequences", "documents", "blocks of keys"
 
 CORES: dict[str, AttentionCore] = {
     "cuDNN's attention": CudnnAttention(),
+    "torch's flash attention": FlashAttention(),
     "torch's memory-efficient attention": EfficientAttention(),
     "attention in torch's operations, which is slow,": AttentionCore(),
 }
-"""The fastest first."""
+"""In the order in which torch prefers its own kernels on Hopper."""
 
 
 def choose_attention(config: Config, device: torch.device) -> tuple[AttentionCore, list[str]]:
@@ -38,14 +42,28 @@ def choose_attention(config: Config, device: torch.device) -> tuple[AttentionCor
 
     Raises UserError where none gives the right values.
     """
-    asked = [True, config.data.mask_documents, config.parallel.cp > 1]
-    parts = [part for part, one in zip(PARTS, asked, strict=True) if one]
+    parts = PARTS if config.parallel.cp > 1 else PARTS[:2]
+    whole, notes = _first_right(config, device, [part for part in parts if part != "documents"], CORES)
+    if not config.data.mask_documents:
+        return whole, notes
+    cores = {name: core for name, core in CORES.items() if core.takes_documents}
+    documents, more = _first_right(config, device, parts, cores)
+    notes += [note for note in more if documents is not whole]
+    if not (isinstance(whole, EfficientAttention) and isinstance(documents, EfficientAttention)):
+        return documents, more
+    return documents if documents is whole else AttentionByKind(whole, documents), notes
+
+
+def _first_right(
+    config: Config, device: torch.device, parts: Sequence[str], cores: dict[str, AttentionCore]
+) -> tuple[AttentionCore, list[str]]:
+    """The first for all of these parts, and a note on those before it."""
     failed: list[str] = []
-    for name, core in CORES.items():
-        problems = (problem_of(core, config, device, part) for part in parts)
-        problem = next(filter(None, problems), None)
+    for name, core in cores.items():
+        problem = next(filter(None, (_refusal(core, config, device, part) for part in parts)), None)
         if problem is None:
-            return core, [f"this run takes {name} as {'; '.join(failed)}"] if failed else []
+            what = " for documents" if "documents" in parts else ""
+            return core, [f"this run takes {name}{what} as {'; '.join(failed)}"] if failed else []
         failed.append(f"{name} {problem}")
     raise UserError(
         "cluster.device",
@@ -53,6 +71,13 @@ def choose_attention(config: Config, device: torch.device) -> tuple[AttentionCor
         f"no attention of torch {torch.__version__} is right on {torch.cuda.get_device_name(device)}: {'; '.join(failed)}",
         "install another torch or driver, or use cluster.device=cpu",
     )
+
+
+def _refusal(core: AttentionCore, config: Config, device: torch.device, part: str) -> str | None:
+    """Why a run does not take this core, None where it does."""
+    if isinstance(core, CudnnAttention) and config.cluster.deterministic:
+        return "need not repeat its bits, which cluster.deterministic asks for"
+    return problem_of(core, config, device, part)
 
 
 def _tried(part: str, length: int) -> tuple[int, Seen]:

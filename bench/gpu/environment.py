@@ -22,6 +22,8 @@ from train.model.attention import Attend, AttentionCore, AttentionInput
 from train.model.sequence import Positions
 from train.precision.hopper_probe import probe
 
+TIMED = {"whole sequences": 1, "documents": 8}
+"""Parts that are timed, with the documents of a sequence."""
 BUSY = 0.9
 """Share of a card's memory that is free when nobody else uses it."""
 
@@ -144,14 +146,20 @@ def fp8_starts(machine: Machine, backend: str) -> Finding:
 
 
 def attention(machine: Machine) -> Finding:
-    """Cores of attention with DeepSeek-V3's heads, one by one; a run takes the first that is right (train/attention_choice.py)."""
+    """Cores of attention with DeepSeek-V3's heads, one by one; a run takes the first that is right, for documents the first of
+    those that are made for them (train/attention_choice.py)."""
     machine.need_gpu("torch's CUDA attention")
     config = compose("conf=deepseek_v3", "mode=dry_run", "precision=bf16")
-    table, works = [["core", *PARTS, "forward (ms)", "forward + backward (ms)"]], set()
+    heads = [f"{phase}, {part} (ms)" for part in TIMED for phase in ("forward", "both")]
+    table, works = [["core", *PARTS, *heads]], set()
     for name, core in CORES.items():
         says = {part: problem_of(core, config, machine.device, part) for part in PARTS}
+        if not core.takes_documents:
+            says["documents"] = "not asked: it makes a plan for every length"
         works |= {part for part, problem in says.items() if problem is None}
-        row = [None, None] if says["whole sequences"] else attention_times(machine, core)
+        row = []
+        for part, documents in TIMED.items():
+            row += [None, None] if says[part] else attention_times(machine, core, documents)
         table.append([name, *(problem or "works" for problem in says.values()), *row])
     missing = set(PARTS) - works
     problem = f"no core is right for {' and '.join(sorted(missing))}" if missing else None
@@ -163,12 +171,13 @@ def attention(machine: Machine) -> Finding:
     )
 
 
-def attention_times(machine: Machine, core: AttentionCore) -> list[float]:
-    """ms of forward, and of both, with 32 heads over one sequence of 4096 tokens."""
+def attention_times(machine: Machine, core: AttentionCore, documents: int) -> list[float]:
+    """ms of forward, and of both, with 32 heads over one sequence of 4096 tokens, of so many equal documents."""
     shapes = [(1, 32, 4096, width) for width in (192, 192, 128)]
     q, k, v = (torch.randn(shape, device=machine.device).bfloat16().requires_grad_() for shape in shapes)
 
-    given = AttentionInput(q, k, v, 192**-0.5, Positions(4096).seen[0])
+    documents_BT = None if documents == 1 else (torch.arange(4096) * documents // 4096).unsqueeze(0)
+    given = AttentionInput(q, k, v, 192**-0.5, Positions(4096, documents_BT).seen[0])
 
     def forward() -> torch.Tensor:
         return Attend.apply(core, *given)

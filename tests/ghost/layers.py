@@ -7,14 +7,16 @@ send. Counts are of the second micro-batch, when nothing is compiled or allocate
 from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
+from types import SimpleNamespace
 
 import torch
 
 from bench.gpu.layer import Layer, layer_config, waits
+from conf.load import compose
 from conf.schema import Optim
 from tests.ghost.log import Calls, recorded
 from tests.ghost.traffic import STAND_IN, traffic
-from train.kernels import build_kernels
+from train.kernels import choose_kernels
 from train.model.attention import AttentionInput
 from train.model.sequence import Positions
 from train.optim.adamw import AdamW
@@ -140,23 +142,49 @@ def count_update(parameters: int, elements: int) -> int:
     return calls.launches
 
 
-def count_documents(documents: int) -> int:
-    """Launches of attention, forward and backward, with V3's heads over 4096 tokens of so many equal documents."""
-    device, kernels, length = torch.device("cuda", 0), build_kernels("cuda"), 4096
-    shapes = [(1, 128, length, width) for width in (192, 192, 128)]
-    inputs = [torch.zeros(shape, device=device, dtype=torch.bfloat16, requires_grad=True) for shape in shapes]
-    documents_BT = (torch.arange(length) * documents // length).unsqueeze(0)
+LENGTH = 4096
+"""Tokens of a sequence whose documents attention is counted for."""
+DOCUMENTS = {
+    "4 documents": ([LENGTH // 4] * 4, 1, 1),
+    "64 documents": ([LENGTH // 64] * 64, 1, 1),
+    "short documents beside a long one": ([2] * 512 + [LENGTH - 2048] + [2] * 512, 1, 1),
+    "one document": ([LENGTH], 1, 1),
+    "a micro-batch of 2": ([LENGTH // 4] * 4, 2, 1),
+    "shared by 2 ranks": ([1000, LENGTH - 1000], 1, 2),
+}
+"""Lengths of the documents of a sequence, sequences, and ranks that share them."""
+
+
+def count_documents(lengths: list[int], sequences: int, ranks: int) -> Calls:
+    """Attention, forward and backward, with V3's heads inside these documents: what a masked run asks of a layer."""
+    device = torch.device("cuda", 0)
+    config = compose("conf=deepseek_v3", "mode=dry_run", "precision=bf16", "data.mask_documents=true")
+    kernels, _ = choose_kernels(config, device)
+    documents_BT = torch.repeat_interleave(torch.tensor(lengths)).expand(sequences, -1)
+    positions = Positions(LENGTH, documents_BT, None if ranks == 1 else SimpleNamespace(parts=ranks, part=0))
+    shapes = [(sequences, 128, rows, width) for rows, width in ((positions.count, 192), (LENGTH, 192), (LENGTH, 128))]
+    q, k, v = (torch.zeros(shape, device=device, dtype=torch.bfloat16) for shape in shapes)
 
     def both() -> None:
-        given = AttentionInput(*inputs, 192**-0.5, Positions(length, documents_BT).seen[0])
-        out = kernels.attention(given)
-        torch.autograd.grad(out, inputs, torch.empty_like(out))
+        for block, seen in zip(positions.pieces, positions.seen, strict=True):
+            keys = slice(block.start, block.stop)
+            given = AttentionInput(q, k[:, :, keys], v[:, :, keys], 192**-0.5, seen)
+            made = kernels.core.forward(given, keep=True)
+            kernels.core.backward(torch.empty_like(made.out_BHTV), given, made)
 
     both()
     with recorded() as calls:
         both()
     assert not calls.waits, "attention inside documents waits for the device"
-    return calls.launches
+    return calls
+
+
+def slow_attention(calls: Calls) -> list[str]:
+    """Kernels and products that compute attention, but for those of the fast core for documents."""
+    slow = [name for name in calls.kernels if "fmha_cutlass" in name or "AttentionBackwardKernel" in name]
+    fast = sum(count for name, count in calls.kernels.items() if "flash_fwd" in name or "flash_bwd" in name)
+    none = [] if fast else ["no kernel of FlashAttention"]
+    return [*slow, *none, *(["products of torch"] if calls.kinds["product"] else [])]
 
 
 def by_line(counts: LayerCounts, rows: int = 20) -> list[str]:

@@ -1,7 +1,7 @@
 """What a program on the ghost cannot have from a GPU, made up.
 
 What a run tries on the GPU at its start, FP8 products and attention, is decided by values: FP8 counts as sound, and of
-attention's kernels the memory-efficient one, since cuDNN asks the GPU.
+attention's kernels the memory-efficient one for whole sequences, since cuDNN asks the GPU, and FlashAttention for documents.
 How many rows each expert has is a value, which the ghost does not know: they are shared out evenly.
 """
 
@@ -13,7 +13,7 @@ from torch import Tensor
 
 from parallel.expert.stand_in import split_evenly
 from train import attention_choice, gpu
-from train.model.fused_attention import EfficientAttention
+from train.model.fused_attention import EfficientAttention, FlashAttention
 from train.precision.fp8 import Fp8Precision
 from train.precision.groups import on_device
 
@@ -21,8 +21,15 @@ from train.precision.groups import on_device
 def install() -> None:
     """The answers of what a run tries at its start."""
     gpu.probe = lambda *_: ""
-    attention_choice.problem_of = lambda core, *_: None if type(core) is EfficientAttention else "not tried"
+    attention_choice.CORES = {"whole": _WholeSequences(), "documents": FlashAttention()}
+    attention_choice.problem_of = lambda *_: None
     torch.Tensor.__repr__ = _without_values
+
+
+class _WholeSequences(EfficientAttention):
+    """In the place of cuDNN's."""
+
+    takes_documents = False
 
 
 def _without_values(tensor: Tensor, *, tensor_contents: object = None) -> str:

@@ -9,7 +9,15 @@ from torch import Tensor
 
 from train.model import fused_attention
 from train.model.attention import AttentionCore, AttentionInput, AttentionOutput
-from train.model.fused_attention import LSE_ROWS, WASTE, CudnnAttention, EfficientAttention, calls
+from train.model.fused_attention import (
+    LSE_ROWS,
+    WASTE,
+    AttentionByKind,
+    CudnnAttention,
+    EfficientAttention,
+    FlashAttention,
+    calls,
+)
 from train.model.sequence import Positions, Rectangle, Seen
 
 PLAIN = AttentionCore()
@@ -109,6 +117,37 @@ def cudnn_backward(
     return PLAIN.backward(dout, given_to(q, k, v, scale, causal), AttentionOutput(out, lse.squeeze(-1)))
 
 
+def flash(q, k, v, bounds, key_bounds, longest, longest_key, dropout, causal, debug, *, scale):
+    """Positions before heads, all of one width; with bounds without the axis of sequences."""
+    assert q.size(-1) == k.size(-1) == v.size(-1) and bounds is key_bounds
+    if bounds is None:
+        assert (longest, longest_key) == (q.size(1), k.size(1))
+        made = PLAIN.forward(given_to(*(t.transpose(1, 2) for t in (q, k, v)), scale, causal))
+        return made.out_BHTV.transpose(1, 2), made.lse_BHT, None, None, None
+    assert causal and longest == longest_key
+    cut = of_documents(bounds, longest, *(t.unsqueeze(0) for t in (q, k, v)))
+    made = [PLAIN.forward(given_to(*one, scale, True)) for one in cut]
+    out_MHV = torch.cat([one.out_BHTV for one in made], 2)[0].transpose(0, 1)
+    return out_MHV, torch.cat([one.lse_BHT for one in made], 2)[0], None, None, None
+
+
+def flash_backward(
+    dout, q, k, v, out, lse, bounds, key_bounds, longest, longest_key, dropout, causal, seed, offset, *, scale
+):
+    assert {t.size(-1) for t in (dout, q, k, v, out)} == {q.size(-1)} and bounds is key_bounds
+    if bounds is None:
+        dout, q, k, v, out = (t.transpose(1, 2) for t in (dout, q, k, v, out))
+        grads = PLAIN.backward(dout, given_to(q, k, v, scale, causal), AttentionOutput(out, lse))
+        return tuple(grad.transpose(1, 2) for grad in grads)
+    assert causal and lse.shape == (q.size(1), q.size(0))
+    parts, first = [], 0
+    for *qkv, grad, made in of_documents(bounds, longest, *(t.unsqueeze(0) for t in (q, k, v, dout, out))):
+        last = first + made.size(2)
+        parts.append(PLAIN.backward(grad, given_to(*qkv, scale, True), AttentionOutput(made, lse[None, :, first:last])))
+        first = last
+    return tuple(torch.cat(grads, 2)[0].transpose(0, 1) for grads in zip(*parts, strict=True))
+
+
 @pytest.fixture
 def kernels(monkeypatch):
     defined = SimpleNamespace(
@@ -116,14 +155,23 @@ def kernels(monkeypatch):
         _scaled_dot_product_efficient_attention_backward=dense_backward,
         _efficient_attention_forward=documents,
         _efficient_attention_backward=documents_backward,
+        _flash_attention_forward=flash,
+        _flash_attention_backward=flash_backward,
         _scaled_dot_product_cudnn_attention=cudnn,
         _scaled_dot_product_cudnn_attention_backward=cudnn_backward,
     )
     monkeypatch.setattr(fused_attention, "ATEN", defined)
 
 
+CORES = {
+    "efficient": EfficientAttention(),
+    "flash": FlashAttention(),
+    "cudnn": AttentionByKind(CudnnAttention(), FlashAttention()),
+}
+
+
 @pytest.mark.parametrize("case", CASES)
-@pytest.mark.parametrize("core", [EfficientAttention(), CudnnAttention()], ids=["efficient", "cudnn"])
+@pytest.mark.parametrize("core", CORES.values(), ids=CORES)
 def test_results_are_those_of_the_reference(kernels, case, core):
     """The same sums in another order; in backward with the log-sum-exp over more keys than these."""
     seen = CASES[case]
@@ -134,6 +182,21 @@ def test_results_are_those_of_the_reference(kernels, case, core):
     assert got.out_BHTV.stride(1) == got.out_BHTV.size(3)
     met = AttentionOutput(want.out_BHTV, want.lse_BHT + 0.5)
     torch.testing.assert_close(core.backward(dout, given, met), PLAIN.backward(dout, given, met), rtol=1e-5, atol=1e-6)
+
+
+def test_pieces_of_documents_are_never_asked_of_cudnn(kernels, monkeypatch):
+    """It makes a plan for every length: a long document that has a call by itself, and what ranks that share sequences ask."""
+    monkeypatch.delattr(fused_attention.ATEN, "_scaled_dot_product_cudnn_attention")
+    monkeypatch.delattr(fused_attention.ATEN, "_scaled_dot_product_cudnn_attention_backward")
+    *inputs, dout = draw(T)
+    for rectangles in (
+        [Rectangle(0, 3, 20, 3, 20, 0)],
+        [Rectangle(1, 40, 70, 5, 40, 35)],
+        CASES["documents"].rectangles,
+    ):
+        given = AttentionInput(*inputs, 0.4, Seen(rectangles))
+        made = CORES["cudnn"].forward(given, keep=True)
+        CORES["cudnn"].backward(dout, given, made)
 
 
 def test_documents_of_a_sequence_share_a_call():

@@ -56,6 +56,9 @@ class AttentionOutput(NamedTuple):
 class AttentionCore:
     """In torch's operations, on any device."""
 
+    takes_documents = True
+    """Whether it is made for pieces of any length."""
+
     def forward(self, given: AttentionInput, keep: bool = False, largest: bool = False) -> AttentionOutput:
         """keep: whether `kept` shall be there for a backward. largest: whether the largest scores are asked for."""
         q32, k32, v32 = (t.flatten(0, 1).float() for t in given[:3])

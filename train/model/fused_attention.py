@@ -1,7 +1,8 @@
 """The attention core on a GPU: torch's kernels. Which one a run has says train/attention_choice.py.
 
 Documents that follow one another in a sequence go into one call with their lengths, which computes each up to its own
-diagonal and needs no mask. Any other rectangle is a call by itself.
+diagonal and needs no mask. Any other rectangle is a call by itself. What is asked of one sequence alone has any length, what is
+asked of all has few, and a run may have a core for each (`AttentionByKind`).
 
 Shapes as in train/model/attention.py; P documents of a call, M queries of it.
 """
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from train.model.attention import AttentionCore, AttentionInput, AttentionOutput
+from train.model.attention import AttentionCore, AttentionInput, AttentionOutput, positions_first
 from train.model.sequence import Rectangle
 
 ATEN = torch.ops.aten
@@ -164,16 +165,79 @@ class EfficientAttention(AttentionCore):
         return tuple(grad.transpose(1, 2) for grad in grads[:3])
 
 
+class FlashAttention(EfficientAttention):
+    """FlashAttention as torch has it, which its own attention over variable lengths calls. It wants queries, keys and values of one
+    width: narrower values get columns of zeros, which change no other."""
+
+    def _forward(self, call: _Call, q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+        width = v.size(-1)
+        lengths = self._lengths(call, q, k)
+        q, k, v = (_tokens(call, _widened(t, q)) for t in (q, k, v))
+        out, lse, *_ = ATEN._flash_attention_forward(q, k, v, *lengths, 0.0, call.causal, False, scale=scale)
+        if call.documents is not None:  # tokens of one sequence: out (M, H, Q), lse (H, M)
+            out, lse = out.unsqueeze(0), lse.unsqueeze(0)
+        out_BHTV = out.transpose(1, 2)
+        return out_BHTV if out.size(-1) == width else positions_first(out_BHTV[..., :width], v.dtype), lse
+
+    def _backward(
+        self, call: _Call, q: Tensor, k: Tensor, v: Tensor, dout: Tensor, out: Tensor, lse: Tensor, scale: float
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        width, lengths = v.size(-1), self._lengths(call, q, k)
+        unused = torch.empty((), dtype=torch.int64, device=q.device)  # of dropout
+        dout, q, k, v, out = (_tokens(call, _widened(t, q)) for t in (dout, q, k, v, out))
+        lse = lse.contiguous() if call.documents is None else lse.squeeze(0).contiguous()
+        grads = ATEN._flash_attention_backward(
+            dout, q, k, v, out, lse, *lengths, 0.0, call.causal, unused, unused, scale=scale
+        )
+        dq, dk, dv = ((g if call.documents is None else g.unsqueeze(0)).transpose(1, 2) for g in grads)
+        return dq, dk, dv[..., :width]
+
+    def _lengths(self, call: _Call, q: Tensor, k: Tensor) -> tuple[Tensor | None, Tensor | None, int, int]:
+        """Bounds of documents in queries and keys, and the longest of them."""
+        if call.documents is None:
+            return None, None, q.size(2), k.size(2)
+        return call.documents.bounds, call.documents.bounds, call.documents.longest, call.documents.longest
+
+
+def _widened(x: Tensor, like: Tensor) -> Tensor:
+    more = like.size(-1) - x.size(-1)
+    return F.pad(x, (0, more)) if more else x
+
+
+def _tokens(call: _Call, x_BHTX: Tensor) -> Tensor:
+    """Positions before heads, and without the axis of sequences where documents share a call."""
+    x = x_BHTX.transpose(1, 2)
+    return x if call.documents is None else x.squeeze(0)
+
+
+class AttentionByKind(EfficientAttention):
+    """One core for what is asked of all sequences alike, another for documents, whose pieces have any length."""
+
+    def __init__(self, whole: EfficientAttention, documents: EfficientAttention):
+        self.whole, self.documents = whole, documents
+
+    def _forward(self, call: _Call, q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+        return self._core(call)._forward(call, q, k, v, scale)
+
+    def _backward(
+        self, call: _Call, q: Tensor, k: Tensor, v: Tensor, dout: Tensor, out: Tensor, lse: Tensor, scale: float
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        return self._core(call)._backward(call, q, k, v, dout, out, lse, scale)
+
+    def _core(self, call: _Call) -> EfficientAttention:
+        return self.whole if call.sequences == slice(None) else self.documents
+
+
 class CudnnAttention(EfficientAttention):
-    """cuDNN's kernel, the fastest, but for documents: it makes a plan for every length."""
+    """cuDNN's kernel, the fastest. It makes a plan for every length, so that it takes no documents."""
+
+    takes_documents = False
 
     def __init__(self) -> None:
         self._last_axis: tuple[int, ...] = ()
         """Of its log-sum-exp: torch's versions differ in it."""
 
     def _forward(self, call: _Call, q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-        if call.documents is not None:
-            return super()._forward(call, q, k, v, scale)
         out, lse, *_ = ATEN._scaled_dot_product_cudnn_attention(q, k, v, None, True, 0.0, call.causal, scale=scale)
         self._last_axis = lse.shape[3:]
         return out, lse.view(q.shape[:3])
@@ -181,8 +245,6 @@ class CudnnAttention(EfficientAttention):
     def _backward(
         self, call: _Call, q: Tensor, k: Tensor, v: Tensor, dout: Tensor, out: Tensor, lse: Tensor, scale: float
     ) -> tuple[Tensor, Tensor, Tensor]:
-        if call.documents is not None:
-            return super()._backward(call, q, k, v, dout, out, lse, scale)
         unused = torch.empty((), dtype=torch.int64, device=q.device)  # of dropout
         lse = lse.contiguous().view(*lse.shape, *self._last_axis)
         return ATEN._scaled_dot_product_cudnn_attention_backward(
