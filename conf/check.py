@@ -8,7 +8,18 @@ from conf.check_precision import check_precision
 from conf.errors import UserError
 from conf.fields import check_fields, wrong_choice
 from conf.micro_batches import batch_unit, check_batch
-from conf.schema import Config, DataFormat, Mode, Model, Offload, Phase, PipelineSchedule, Recompute
+from conf.schema import (
+    Config,
+    DataFormat,
+    DispatchKind,
+    Fp8Backend,
+    Mode,
+    Model,
+    Offload,
+    Phase,
+    PipelineSchedule,
+    Recompute,
+)
 
 NEEDS_NO_DATA = (Mode.generate, Mode.plan, Mode.dry_run, Mode.prove)
 MAX_EXPERTS = 32767
@@ -99,6 +110,26 @@ def _check_top(config: Config) -> None:
         config.cluster.address,
         "is an address of Ray, and cluster.backend is local",
         "add cluster=ray",
+    )
+    _check_deterministic(config)
+
+
+def _check_deterministic(config: Config) -> None:
+    """Packages of others that make no promise to repeat their bits."""
+    fp8, repeats = config.precision.fp8, config.cluster.deterministic
+    _require(
+        not (repeats and config.parallel.dispatch == DispatchKind.deepep),
+        "parallel.dispatch",
+        config.parallel.dispatch,
+        "does not go with cluster.deterministic: DeepEP does not say that rows arrive in the same order in every run",
+        "use parallel.dispatch=node_limited or flat",
+    )
+    _require(
+        not (repeats and fp8 is not None and fp8.backend == Fp8Backend.deepgemm),
+        "precision.fp8.backend",
+        fp8 and fp8.backend,
+        "does not go with cluster.deterministic: DeepGEMM does not say that its products repeat their bits",
+        "use precision.fp8.backend=triton",
     )
 
 

@@ -85,6 +85,23 @@ def test_resume_is_bit_equal(unbroken):
     assert first.read_bytes() == second.read_bytes()
 
 
+def test_resume_is_bit_equal_with_deterministic_kernels(tmp_path):
+    """In bf16, whose products on a CPU are chosen."""
+    settings = ("precision=bf16", "cluster.deterministic=true", "steps=4", "log.sample_tokens=0")
+    done = train(tmp_path, "name=whole", *settings)
+    assert done.returncode == 0, done.stderr
+    shutil.copytree(tmp_path / "runs" / "whole", tmp_path / "runs" / "half")
+    shutil.rmtree(tmp_path / "runs" / "half" / "checkpoints" / "step_00000004")
+    done = train(tmp_path, "name=half", *settings)
+    assert done.returncode == 0 and "resumed from step 2" in done.stdout, done.stderr
+    assert trajectory(tmp_path, "half") == trajectory(tmp_path, "whole")
+    first, second = (
+        tmp_path / "runs" / name / "checkpoints" / "step_00000004" / "rank_00000.safetensors"
+        for name in ("whole", "half")
+    )
+    assert first.read_bytes() == second.read_bytes()
+
+
 def test_a_run_that_goes_on_with_another_seed_other_data_and_no_average_says_so(unbroken):
     tmp_path, _ = unbroken
     folder = tmp_path / "runs" / "changed"

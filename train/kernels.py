@@ -12,11 +12,15 @@ from train.native import model as native
 from train.precision.build import activation_dtype
 
 
-def build_kernels(kind: str, compiled: bool = True, core: AttentionCore | None = None) -> Kernels:
-    """kind: of the device, cpu or cuda. compiled: whether a CPU that can runs compiled code. core: of attention on a GPU."""
+def build_kernels(
+    kind: str, compiled: bool = True, core: AttentionCore | None = None, measured: bool = True
+) -> Kernels:
+    """kind: of the device, cpu or cuda. compiled: whether a CPU that can runs compiled code. core: of attention on a GPU.
+    measured: see `train.native.model.products_pay`.
+    """
     if kind == "cuda":
         return FusedKernels(core)
-    return CompiledKernels(native.products_pay()) if compiled and native.why_absent() is None else Kernels()
+    return CompiledKernels(native.products_pay(measured)) if compiled and native.why_absent() is None else Kernels()
 
 
 def choose_kernels(config: Config, device: torch.device) -> tuple[Kernels, list[str]]:
@@ -30,4 +34,4 @@ def choose_kernels(config: Config, device: torch.device) -> tuple[Kernels, list[
     compiled, notes = config.cluster.compiled, []
     if compiled and activation_dtype(config.precision) == torch.bfloat16 and (why := native.why_absent()):
         notes.append(f"the model trains in torch's operations, slower than compiled code: {why}")
-    return build_kernels("cpu", compiled), notes
+    return build_kernels("cpu", compiled, measured=not config.cluster.deterministic), notes

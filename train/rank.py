@@ -29,6 +29,7 @@ from train.cpu import threads_of
 from train.data.corpus import silent
 from train.data.files import Progress
 from train.data.progress import show_progress
+from train.deterministic import repeat_bits
 from train.gpu import grow_segments, probe_in_turn, record_collectives, usable_gpu
 from train.run_folder import RunPaths
 
@@ -98,6 +99,8 @@ def set_up_rank(config: Config, place: Place) -> RankSetup:
 def choose_device(config: Config, place: Place) -> torch.device:
     """The device of this rank; on CPU also its share of the cores."""
     wanted = config.cluster.device
+    if config.cluster.deterministic:
+        repeat_bits()
     if wanted != "cpu" and usable_gpu(wanted):
         grow_segments()
         device = torch.device("cuda", place.local_rank % torch.cuda.device_count())

@@ -53,6 +53,7 @@ EFFECTS: dict[str, tuple[Effect, str]] = {
     "cluster.device": (Effect.rounding, "another device adds in another order"),
     "cluster.threads": (Effect.rounding, "more threads add in another order"),
     "cluster.compiled": (Effect.rounding, "other code for the same operations"),
+    "cluster.deterministic": (Effect.rounding, "other kernels for the same operations"),
     "hardware": (Effect.none, "mode=plan and mode=dry_run read it"),
     "plan": (Effect.none, "mode=plan reads it"),
     "dry_run": (Effect.none, "mode=dry_run reads it"),
