@@ -4,6 +4,8 @@ kernels    every Triton kernel compiled by this environment's triton (bench/comp
 products   which calls of F.scaled_mm this torch takes
 layers     layers of DeepSeek-V3 at full width in bf16 and FP8: placement, waits of the host, launches, bytes
 ranks      `python -m train` in bf16 and FP8, and single ranks of ep, pp, offload, node-limited and ZeRO 3 layouts
+processes  `python -m train` in two real processes: experts, pipelines, sequences and activations on the host shared out
+repeated   cluster.deterministic: torch refuses an operation that cannot repeat its bits
 """
 
 import os
@@ -11,6 +13,7 @@ import resource
 import subprocess
 import sys
 import tempfile
+import time
 import traceback
 import warnings
 from collections.abc import Callable
@@ -41,7 +44,7 @@ def main() -> int:
 
     stand_ins.install()
     failed, lines = 0, []
-    for check in (kernels, products, layers, ranks):
+    for check in (kernels, products, layers, ranks, processes, repeated):
         problems, table = tried(check)
         for problem in problems:
             print(f"FAIL  {check.__name__}: {problem}", flush=True)
@@ -111,13 +114,18 @@ def layers() -> tuple[list[str], list[str]]:
     few, many = (layers.count_update(parameters, 5000) for parameters in (2, 300))
     if few != many:
         problems.append(f"an update of 2 parameters takes {few} launches and one of 300 takes {many}")
-    apart, more_apart = (layers.count_documents(documents) for documents in (4, 64))
-    if apart != more_apart:
-        problems.append(f"attention inside 4 documents takes {apart} launches and inside 64 {more_apart}")
+    inside, more = _each(layers.DOCUMENTS, lambda case: layers.count_documents(*layers.DOCUMENTS[case]))
+    problems += more
+    problems += [
+        f"{case}: attention by {slow}" for case, calls in inside.items() if (slow := layers.slow_attention(calls))
+    ]
+    apart = {inside[case].launches for case in ("4 documents", "64 documents") if case in inside}
+    if len(apart) != 1:
+        problems.append(f"launches of attention depend on how many documents there are: {apart}")
     return problems, [
         *layers.table(found),
         f"the norm and an update of any number of parameters: {many} launches",
-        f"attention inside any number of documents of a sequence: {apart} launches",
+        *(f"attention inside {case}: {calls.launches} launches" for case, calls in inside.items()),
     ]
 
 
@@ -152,6 +160,46 @@ def ranks() -> tuple[list[str], list[str]]:
     if alone is not None and alone.waits > STEP_WAITS:
         problems.append(f"a step waits {alone.waits} times where {STEP_WAITS} will do")
     return problems, ranks.table({" ".join(key): calls for key, calls in found.items()})
+
+
+def processes() -> tuple[list[str], list[str]]:
+    from tests.ghost import processes
+
+    def run(layout: str) -> float:
+        began = time.monotonic()
+        with tempfile.TemporaryDirectory() as folder:
+            processes.run_pair(layout, Path(folder))
+        return time.monotonic() - began
+
+    found, problems = _each(processes.LAYOUTS, run)
+    return problems, [
+        f"two processes, {layout}: two steps to their end in {took:.0f} s" for layout, took in found.items()
+    ]
+
+
+def repeated() -> tuple[list[str], list[str]]:
+    """The last check: what torch was told stays."""
+    import torch
+
+    from tests.ghost import layers, ranks
+    from train.deterministic import repeat_bits
+    from train.generate.sampling import draw
+
+    repeat_bits()
+
+    def run(key: tuple[str, ...]):
+        if key == ("sampling",):
+            return draw(torch.empty(2, 320, device="cuda"), torch.rand(2, device="cuda"))
+        if key == ("training",):
+            with tempfile.TemporaryDirectory() as folder:
+                return ranks.train_alone("bf16", Path(folder), "cluster.deterministic=true")
+        return layers.count_layer(*key)
+
+    kinds = [key for key in layers.LAYERS if key[2] == "flat"]
+    found, problems = _each([*kinds, ("training",), ("sampling",)], run)
+    return problems, [
+        f"cluster.deterministic: {len(found)} of {len(kinds) + 2} parts ask torch for nothing that it refuses"
+    ]
 
 
 def _each(keys, work: Callable) -> tuple[dict, list[str]]:

@@ -40,13 +40,13 @@ LAYOUTS = {
 PRECISIONS = {"bf16": (), "fp8": ("precision=fp8", "parallel.wire=fp8")}
 
 
-def train_alone(precision: str, folder: Path) -> Calls:
+def train_alone(precision: str, folder: Path, *more: str) -> Calls:
     """`python -m train` for two steps, to its end: data, training, validation, checkpoint, report."""
     corpus, steps = write_corpus(folder / "corpus"), 2
     config = compose(
         *TINY, *PRECISIONS[precision][:1], f"steps={steps}", f"runs={folder}", f"name={precision}", f"data.path={corpus}",
         f"data.cache={folder / 'cache'}", "data.format=text", "data.workers=1", "model.vocab_size=320",
-        "log.wandb=disabled", "log.validation_sequences=4", "log.sample_tokens=0",
+        "log.wandb=disabled", "log.validation_sequences=4", "log.sample_tokens=0", *more,
     )  # fmt: skip
     with even_experts(), each_call(TrainingStep, "run") as found:
         code = main([config])
