@@ -215,3 +215,10 @@ def test_log_sum_exps_of_a_call_are_few_where_one_document_is_long():
     made = [(len(one.documents.bounds) - 1) * one.documents.longest if one.documents else 0 for one in found]
     assert sum(made) <= WASTE * sum(lengths) and len(found) < 5
     assert [one.queries.start for one in found[1:]] == [one.queries.stop for one in found[:-1]]
+
+
+def test_flash_attention_takes_short_documents_and_a_long_one_at_once():
+    lengths = [2] * 500 + [3000] + [2] * 500
+    seen = Positions(sum(lengths), torch.repeat_interleave(torch.tensor(lengths))[None]).seen[0]
+    (one,) = seen.once(calls, torch.device("cpu"), CORES["cudnn"].waste)
+    assert one.documents.longest == 3000 and len(one.documents.bounds) == 1002

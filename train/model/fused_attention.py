@@ -7,6 +7,7 @@ asked of all has few, and a run may have a core for each (`AttentionByKind`).
 Shapes as in train/model/attention.py; P documents of a call, M queries of it.
 """
 
+import math
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
@@ -48,12 +49,12 @@ class _Call(NamedTuple):
         return [t[self.sequences, :, self.keys if i in (1, 2) else self.queries] for i, t in enumerate(tensors)]
 
 
-def calls(rectangles: Sequence[Rectangle], device: torch.device) -> list[_Call]:
-    """All that these rectangles take."""
-    return [_call(run, device) for run in _runs(rectangles)]
+def calls(rectangles: Sequence[Rectangle], device: torch.device, waste: float = WASTE) -> list[_Call]:
+    """All that these rectangles take. waste: as WASTE says."""
+    return [_call(run, device) for run in _runs(rectangles, waste)]
 
 
-def _runs(rectangles: Sequence[Rectangle]) -> Iterator[list[Rectangle]]:
+def _runs(rectangles: Sequence[Rectangle], waste: float) -> Iterator[list[Rectangle]]:
     """Documents that share a call, in order, and any other rectangle alone."""
     run: list[Rectangle] = []
     for one in rectangles:
@@ -64,7 +65,7 @@ def _runs(rectangles: Sequence[Rectangle]) -> Iterator[list[Rectangle]]:
                 run[-1].last_query,
                 run[-1].last_key,
             )
-            room = (len(run) + 1) * longest <= WASTE * (one.last_query - run[0].first_query)
+            room = (len(run) + 1) * longest <= waste * (one.last_query - run[0].first_query)
             if not (follows and room and run[0].before == one.before == 0):
                 yield run
                 run = []
@@ -97,10 +98,12 @@ def _sent(x: Tensor, device: torch.device) -> Tensor:
 class EfficientAttention(AttentionCore):
     """torch's memory-efficient kernel, which every GPU since 2016 runs. It takes documents, and any log-sum-exp in backward."""
 
+    waste: float = WASTE
+
     def forward(self, given: AttentionInput, keep: bool = False, largest: bool = False) -> AttentionOutput:
         q, k, v, scale, seen = given
         most = super().forward(given, largest=True).largest_BHT if largest else None
-        found = seen.once(calls, q.device)
+        found = seen.once(calls, q.device, self.waste)
         parts = [(call, *self._forward(call, *call.take(q, k, v), scale)) for call in found]
         if len(parts) == 1 and parts[0][1].shape[:3] == q.shape[:3]:
             return AttentionOutput(*parts[0][1:], most)
@@ -118,7 +121,7 @@ class EfficientAttention(AttentionCore):
         # The kernel reads an output whose heads lie side by side, whatever its strides.
         assert made.out_BHTV.stride(1) == made.out_BHTV.size(3), "the output has its positions first"
         grads: tuple[Tensor, ...] | None = None
-        for call in seen.once(calls, dout_BHTV.device):
+        for call in seen.once(calls, dout_BHTV.device, self.waste):
             taken = call.take(*inputs, dout_BHTV, made.out_BHTV, made.lse_BHT)
             parts = self._backward(call, *taken, scale)
             if all(part.shape == of.shape for part, of in zip(parts, inputs, strict=True)):
@@ -167,7 +170,10 @@ class EfficientAttention(AttentionCore):
 
 class FlashAttention(EfficientAttention):
     """FlashAttention as torch has it, which its own attention over variable lengths calls. It wants queries, keys and values of one
-    width: narrower values get columns of zeros, which change no other."""
+    width: narrower values get columns of zeros, which change no other. Log-sum-exps lie side by side, so that none is room to spare.
+    """
+
+    waste = math.inf
 
     def _forward(self, call: _Call, q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
         width = v.size(-1)
@@ -214,7 +220,7 @@ class AttentionByKind(EfficientAttention):
     """One core for what is asked of all sequences alike, another for documents, whose pieces have any length."""
 
     def __init__(self, whole: EfficientAttention, documents: EfficientAttention):
-        self.whole, self.documents = whole, documents
+        self.whole, self.documents, self.waste = whole, documents, documents.waste
 
     def _forward(self, call: _Call, q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
         return self._core(call)._forward(call, q, k, v, scale)
