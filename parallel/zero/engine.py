@@ -75,6 +75,9 @@ class Zero:
         self.copy = tied if tied is not None and mesh.pp_rank > 0 else None
         self.observer: Callable[[dict[str, Shard]], None] | None = None
         """Is called before every update with copies of the reduced gradients of this rank's shard, by logical name."""
+        self.local_observer: Callable[[str, Shard], None] | None = None
+        """Is called with every gradient of this rank as it is about to be reduced: the whole of a parameter, once a step or, at stage
+        3, once a micro-batch."""
         self._valid: bool | Tensor = True
         self._bad: list[str] = []
         dtype = next(iter(self.names)).dtype
@@ -105,7 +108,9 @@ class Zero:
         self.engine = _initialize(deepspeed, module, self.client, config, mesh)
         self.optimizer = self.engine.optimizer
         if stage == 3:
-            self._weights = ShardedWeights(self.engine, self.client, self.shapes, self._shares, self._global_norm)
+            self._weights = ShardedWeights(
+                self.engine, self.client, self.shapes, self._shares, self._global_norm, self._show_local
+            )
         else:
             self._weights = WholeWeights(
                 self.engine,
@@ -114,7 +119,7 @@ class Zero:
                 self._shares,
                 ranks=mesh.layout.stage_ranks,
                 norm=self._global_norm,
-                close=self._sum_tied,
+                close=self._close,
                 clip=clip,
                 offload=offload,
             )
@@ -215,6 +220,17 @@ class Zero:
         """Call after the shards were filled from a checkpoint: refreshes the weights from the masters."""
         self.client.updates = updates
         self._weights.refresh()
+
+    def _close(self) -> None:
+        """Of a step at stages 1 and 2: all gradients of this rank are there."""
+        for param in self.names:
+            self._show_local(param)
+        self._sum_tied()
+
+    def _show_local(self, param: nn.Parameter) -> None:
+        if self.local_observer is not None:
+            offset, shape = self._place(param, 0)
+            self.local_observer(self.names[param], Shard(param.grad.detach().flatten(), offset, shape))
 
     def _sum_tied(self) -> None:
         if self.tied is not None:

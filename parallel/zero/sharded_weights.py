@@ -51,7 +51,7 @@ def find_units(module: nn.Module, units: tuple[type[nn.Module], ...]) -> list[nn
 
 class ShardedWeights:
     """client: our optimizer under DeepSpeed's. shapes: of the whole parameters, in module order. shares: who else holds a
-    parameter. norm: the global gradient norm, called once per step.
+    parameter. norm: the global gradient norm, called once per step. handing: called before a gradient is reduced.
     """
 
     def __init__(
@@ -61,10 +61,11 @@ class ShardedWeights:
         shapes: dict[nn.Parameter, tuple[int, ...]],
         shares: Callable[[nn.Parameter], Sharing],
         norm: Callable[[], Tensor],
+        handing: Callable[[nn.Parameter], None],
     ):
         self._optimizer = optimizer = engine.optimizer
         self._coordinator = optimizer.parameter_offload.get_param_coordinator()
-        self._shapes, self._shares = shapes, shares
+        self._shapes, self._shares, self._handing = shapes, shares, handing
         self._order = list(shapes)[::-1]
         self._ready: set[nn.Parameter] = set()
         self._handed = 0
@@ -172,6 +173,7 @@ class ShardedWeights:
 
     def _hand_over(self, param: nn.Parameter) -> None:
         self._handed += 1
+        self._handing(param)
         self._optimizer.reduce_independent_p_g_buckets_and_remove_grads(param)
 
     def _interval(self, param: nn.Parameter) -> tuple[int, int]:

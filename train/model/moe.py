@@ -163,18 +163,18 @@ class MoE(nn.Module):
             recompute = Recompute.swiglu in config.recompute
             width = config.shared_experts * config.expert_width
             self.shared = FFN(config.hidden, width, precision, recompute, **factory)
-        self._precision, self._dispatcher = precision, dispatcher
+        self._precision, self.dispatcher = precision, dispatcher
 
     def forward(self, x_BTD: Tensor, recipe: AbstractContextManager, positions: Positions | None = None) -> Tensor:
         """recipe: the context in which saving x costs nothing (`RMSNorm.with_recipe`). Returns (B, T, D)."""
         gates_TK, ids_TK = self.router(x_BTD, recipe, positions)
         x_TD = x_BTD.flatten(0, 1)
-        pending = self._dispatcher.dispatch_begin(x_TD, ids_TK, gates_TK, recall())
+        pending = self.dispatcher.dispatch_begin(x_TD, ids_TK, gates_TK, recall())
         shared_TD = None if self.shared is None else self.shared(x_TD, recipe)  # while the tokens are on their way
         routed = pending.wait()
         remember(routed.state)
         out_RD = self.run_experts(routed)
-        y_TD = self._dispatcher.combine(out_RD, routed)
+        y_TD = self.dispatcher.combine(out_RD, routed)
         if shared_TD is not None:
             y_TD = y_TD + shared_TD
         return y_TD.view(x_BTD.shape)

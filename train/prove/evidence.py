@@ -3,7 +3,9 @@
 Keys of tensors are KIND/NAME, those of what a micro-batch made KIND/NAME/NUMBER:
 
     forward, backward      output of a part of the model, and the gradient that came back to it, by micro-batch
+    sent                   what a dispatcher was given and what came out of it: NAME/WHAT/NUMBER, see watched_dispatcher.py
     local                  gradient of a weight on this rank alone, before any reduction
+    sizes                  of a gradient that was reduced by micro-batch, the sum of what it came to in each without signs
     drawn                  master weights as the product draws them when a run begins
     reduced                gradient of a weight as the update takes it: this rank's shard
     after                  masters, moments, averages and biases after the step; before the first one of a part of a run, `loaded`
@@ -29,6 +31,7 @@ from train.model.moe import MoE
 from train.model.mtp import MTP
 from train.model.recompute import is_repeated
 from train.model.router import Router
+from train.prove.watched_dispatcher import WatchedDispatcher
 
 EVIDENCE = "evidence"
 """Folder of what ranks saw, in the proof's own."""
@@ -54,6 +57,9 @@ class StepInfo:
     """Of its samples, in the step's batch."""
     cp: int = 1
     cp_rank: int = 0
+    ep: int = 1
+    ep_ranks_per_node: int = 1
+    dispatch: str = "flat"
     micro_batch_size: int = 1
     plan: dict[str, float] = field(default_factory=dict)
     main_loss: float = 0.0
@@ -122,22 +128,34 @@ class EvidenceWatch:
     Micro-batches go through a chunk in their order, whatever the schedule, so a count of calls tells which one it is.
     """
 
-    def __init__(self, chunks: list[DeepSeekV3]):
+    def __init__(self, chunks: list[DeepSeekV3], sent: bool = False):
+        """sent: with what goes to experts and comes back, while `keeps_sent`."""
+        self.keeps_sent = True
         self.seen: dict[str, Tensor] = {}
         self._calls: dict[str, int] = {}
+        self._dispatchers: list[WatchedDispatcher] = []
         tables = [chunk.embedding for chunk in chunks if hasattr(chunk, "embedding")]
         for chunk in chunks:
             for name, module in chunk.named_modules():
                 shared = name == "embedding" and len(tables) > 1  # calls of two chunks could not be told apart
                 if (isinstance(module, WATCHED) or name == "norm") and not shared:
                     module.register_forward_hook(partial(self._take, name))
+                if isinstance(module, MoE) and sent:
+                    module.dispatcher = WatchedDispatcher(module, module.dispatcher, partial(self._keep_sent, name))
+                    self._dispatchers.append(module.dispatcher)
 
     def clear(self) -> None:
         self.seen, self._calls = {}, {}
+        for dispatcher in self._dispatchers:
+            dispatcher.start_step()
 
     def give(self, evidence: Evidence) -> None:
         for key, tensor in self.seen.items():
             evidence.add(*key.split("/", 1), tensor)
+
+    def _keep_sent(self, layer: str, what: str, number: int, tensor: Tensor) -> None:
+        if self.keeps_sent:
+            self.seen[f"sent/{layer}/{what}/{number}"] = tensor.detach().clone()
 
     def _take(self, name: str, module: nn.Module, _: Any, output: Any) -> None:
         if not module.training or is_repeated():

@@ -33,7 +33,9 @@ from train.prove.comparisons import size_of
 from train.prove.evidence import EVIDENCE, Evidence, read_all
 from train.prove.findings import ProofFindings
 from train.prove.judge_parts import PartsJudge
+from train.prove.judge_reduction import ReductionJudge, sum_over_ranks
 from train.prove.judge_update import State, UpdateJudge, assemble
+from train.prove.judge_wire import WireJudge
 from train.prove.layouts import PROOFS, watched_steps
 from train.prove.reference import Watched
 from train.prove.samples import Samples, initial_biases, initial_weights
@@ -49,7 +51,7 @@ def judge_all(config: Config) -> ProofFindings:
     return findings
 
 
-class Judge(UpdateJudge):
+class Judge(WireJudge, ReductionJudge, UpdateJudge):
     """Judges one pass."""
 
     def __init__(self, proof: str, config: Config, folder: Path, findings: ProofFindings):
@@ -123,8 +125,13 @@ class Judge(UpdateJudge):
         self.shaken = None if self.proof == "exact" else Shaken(plain, self.samples, plan, unit, near)
         seen = self.want.seen
         if self.is_rounded and self.step in watched_steps(self.config):
+            self._judge_wire(ranks)
             PartsJudge(self, ranks, before).judge_all()
         self._judge_forward(ranks, seen, plan.batch_size)
+        if self.is_rounded:
+            self._judge_totals(ranks)
+        if self.proof != "exact":
+            self._judge_reduction(ranks)
         self._judge_backward(ranks, plan.batch_size)
         if self.proof == "exact":
             self._judge_biases(ranks, before, seen, plan.bias_speed)
@@ -279,19 +286,6 @@ class Judge(UpdateJudge):
 
                 scale = size_of(gradient * times, self.is_rounded)
                 self._compare_part("gradients of outputs", name, rank.info.rank, value, part, self.bound, scale)
-
-
-def sum_over_ranks(ranks: list[Evidence], shapes: dict[str, tuple[int, ...]]) -> State:
-    """The mean over the ranks of a stage of the gradients that ranks made: here, and not by the product's own reduction."""
-    found: State = {}
-    for rank in ranks:
-        for name, tensor in rank.of_kind("local"):
-            offset, _ = rank.places[f"local/{name}"]
-            whole = found.setdefault(name, torch.zeros(shapes.get(name, tensor.shape), dtype=torch.float64))
-            whole.view(-1)[offset : offset + tensor.numel()] += tensor.double().flatten() / (
-                rank.info.dp * rank.info.cp
-            )
-    return found
 
 
 def depth_of(name: str) -> int:

@@ -256,8 +256,8 @@ class _ProvenTrainer(Trainer):
         """Train as `run` does. start: what is known of the state before the first step."""
         self._rank, self._proof, self._part = rank, start.info.proof, start.info.part
         self._folder = RunPaths(self.config).path.parent / EVIDENCE
-        self._watch = EvidenceWatch(self.parts.chunks)
         watched = is_rounded(self._proof, self.config)
+        self._watch = EvidenceWatch(self.parts.chunks, sent=watched)
         self._parts_watch = PartsWatch(self.parts.chunks, self.parts.precision) if watched else None
         last = stop_step(self.config) if self._part == 0 else self.config.steps
         self.training_step = _WatchedStep(self.training_step, self.parts.zero, self._saw, last)
@@ -281,40 +281,65 @@ class _ProvenTrainer(Trainer):
 
     def _step(self, plan: StepPlan, batches) -> bool:
         self._watch.clear()
+        is_watched = plan.step in watched_steps(self.config)
+        self._watch.keeps_sent = is_watched
         if self._parts_watch is not None:
             self._parts_watch.clear()
-            self._parts_watch.is_on = plan.step in watched_steps(self.config)
+            self._parts_watch.is_on = is_watched
         stop = super()._step(plan, batches)
-        outcome, reduced = self._outcome
+        outcome, gradients = self._outcome
         info = _info(self._proof, self._part, self.config, self._rank, plan, outcome)
         info.validation_loss = self._validation_loss
         evidence = Evidence(info)
         self._watch.give(evidence)
         if self._parts_watch is not None:
             self._parts_watch.give(evidence)
-        for name, shard in reduced.items():
-            evidence.add_shard("reduced", name, shard)
+        gradients.give(evidence)
         self.leave_state(evidence)
         return stop
 
-    def _saw(self, outcome: StepOutcome, reduced: dict) -> None:
-        self._outcome = outcome, reduced
+    def _saw(self, outcome: StepOutcome, gradients: "_Gradients") -> None:
+        self._outcome = outcome, gradients
+
+
+class _Gradients:
+    """Those of one step: of this rank before they are reduced, and its shard of them after."""
+
+    def __init__(self) -> None:
+        self.reduced: dict[str, Shard] = {}
+        self._local: dict[str, Shard] = {}
+        self._sizes: dict[str, Shard] = {}
+
+    def add_local(self, name: str, gradient: Shard) -> None:
+        """Sums what is reduced by micro-batch, beyond the product's own rounding."""
+        held = self._local.get(name)
+        if held is None:
+            self._local[name] = replace(gradient, local=gradient.local.clone())
+            return
+        size = self._sizes.setdefault(name, replace(held, local=held.local.double().abs()))
+        size.local += gradient.local.abs()
+        held.local = held.local + gradient.local.double()
+
+    def give(self, evidence: Evidence) -> None:
+        for kind, shards in (("local", self._local), ("sizes", self._sizes), ("reduced", self.reduced)):
+            for name, shard in shards.items():
+                evidence.add_shard(kind, name, shard)
 
 
 class _WatchedStep:
-    """A TrainingStep whose reduced gradients are copied on their way into the update. last: the step that asks to stop."""
+    """A TrainingStep whose gradients are copied on their way to the other ranks and into the update. last: the step that asks to stop."""
 
-    def __init__(self, step: TrainingStep, zero: Zero, saw: Callable[[StepOutcome, dict], None], last: int):
+    def __init__(self, step: TrainingStep, zero: Zero, saw: Callable[[StepOutcome, _Gradients], None], last: int):
         self._inner, self._zero, self._saw, self._last = step, zero, saw, last
 
     def run(
         self, plan: StepPlan, batch: Batch, *, stopping: StopKind = StopKind.none, on_phase=lambda _: None
     ) -> StepOutcome:
-        reduced: dict[str, Shard] = {}
-        self._zero.observer = reduced.update
+        gradients = _Gradients()
+        self._zero.observer, self._zero.local_observer = gradients.reduced.update, gradients.add_local
         stop = StopKind.on_disk if plan.step == self._last else StopKind.none
         outcome = self._inner.run(plan, batch, stopping=stop, on_phase=on_phase)
-        self._saw(outcome, reduced)
+        self._saw(outcome, gradients)
         return outcome
 
     def run_passes(self, batch: Batch) -> None:
@@ -335,6 +360,9 @@ def _info(proof: str, part: int, config: Config, rank: RankSetup, plan: StepPlan
         first=share_of(config, plan.batch_size, mesh.dp_rank)[0],
         cp=mesh.layout.cp,
         cp_rank=mesh.cp_rank,
+        ep=mesh.layout.ep,
+        ep_ranks_per_node=mesh.layout.ep_ranks_per_node,
+        dispatch=config.parallel.dispatch,
         micro_batch_size=config.micro_batch_size,
         plan={name: value for name, value in asdict(plan).items() if name != "step"},
         main_loss=measured.main_loss,

@@ -1,0 +1,144 @@
+"""Rows on their way to experts and back: what came out on the ranks, held against what went in on the ranks.
+
+Every layer, micro-batch and expert group by itself, on what the ranks really had; so a difference here is a fault of the way, and of
+nothing before it. Which row is which token's is not asked of the product: rows and tokens are matched by expert and gate.
+
+    forward     gates at the experts, rows at the experts, sums of expert outputs
+    backward    gradients at the experts, gradients of gates, sums of gradients of rows
+
+Shapes: T tokens of all ranks of the group, K experts of a token, P pairs (T K) of a token and an expert, D channels.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from train.prove.bounds import Bound
+from train.prove.comparisons import Comparisons
+from train.prove.evidence import Evidence
+from train.prove.reference import layers_with_experts
+from train.prove.sent_rows import ACTIVATION_FLOOR, GRADIENT_FLOOR, sent_in_fp8, summed_rows
+
+AT_TOKENS = ("x", "ids", "gates", "y", "d_x", "d_gates", "d_y")
+AT_EXPERTS = ("rows", "row_gates", "counts", "out", "d_rows", "d_row_gates", "d_out")
+BITS = Bound(0.0, "bit for bit: rows are rounded once, where they are sent")
+Seen = dict[str, Tensor]
+"""What the ranks of a group kept of one layer and micro-batch, one rank after another, by the names of watched_dispatcher.py."""
+
+
+@dataclass(frozen=True)
+class SentRows:
+    """One layer, micro-batch and expert group."""
+
+    name: str
+    """Of the mixture of experts."""
+    number: int
+    """Of the micro-batch."""
+    ranks: list[Evidence]
+    seen: Seen
+
+    def place(self) -> tuple[int, bool, int, int]:
+        """In the order of the computation."""
+        kind, layer, *_ = self.name.split(".")
+        return self.number, kind == "mtp", int(layer), self.ranks[0].info.rank
+
+    def order_at_experts(self) -> Tensor:
+        """(P,) rows by expert, gate and gradient of the gate."""
+        counts_E, seen = self.seen["counts"], self.seen
+        return _order(torch.arange(len(counts_E)).repeat_interleave(counts_E), seen["row_gates"], seen["d_row_gates"])
+
+    def order_at_tokens(self) -> Tensor:
+        """(P,) pairs in the same order, if gates came as they were sent."""
+        return _order(*(self.seen[name].flatten() for name in ("ids", "gates", "d_gates")))
+
+    def hops(self) -> list[int]:
+        """How many experts lie where the rows of a token are added before they reach its rank: on a rank, on a node."""
+        info, experts = self.ranks[0].info, len(self.seen["counts"])
+        if info.dispatch == "flat" or info.ep == 1:
+            return []
+        of_rank = experts // info.ep
+        of_node = of_rank * info.ep_ranks_per_node
+        return [of_rank, of_node] if info.dispatch == "node_limited" and of_rank < of_node < experts else [of_rank]
+
+
+class WireJudge(Comparisons):
+    """Judges the way to experts and back in one pass."""
+
+    def _judge_wire(self, ranks: list[Evidence]) -> None:
+        sent = sorted(sent_rows(ranks), key=SentRows.place)
+        self.phase = "forward"
+        layers = layers_with_experts(self.config.model)
+        every = [f"{layer}.block.moe" if layer.startswith("mtp.") else f"{layer}.moe" for layer in layers]
+        self._same_names("rows at the experts", {one.name for one in sent}, every)
+        for one in sent:
+            self._judge_out(one, "", "at the experts", ACTIVATION_FLOOR)
+            self._judge_sums(one, "out", "y", "sums of expert outputs")
+        self.phase = "backward"
+        for one in reversed(sent):
+            self._judge_out(one, "d_", "of outputs at the experts", GRADIENT_FLOOR)
+            self._judge_sums(one, "d_rows", "d_x", "sums of gradients of rows")
+
+    def _judge_out(self, sent: SentRows, kind: str, where: str, floor: float) -> None:
+        """From tokens to experts."""
+        seen, forward = sent.seen, not kind
+        at_experts, at_tokens = sent.order_at_experts(), sent.order_at_tokens()
+        top_k = seen["ids"].size(1)
+        if forward:
+            loads_E = torch.bincount(seen["ids"].flatten(), minlength=len(seen["counts"]))
+            self._compare("rows of experts", sent.name, None, seen["counts"], loads_E, Bound(0.0, "whole numbers"))
+            gates_P = seen["gates"].flatten()[at_tokens]
+            self._compare_bits("gates at the experts", sent, seen["row_gates"][at_experts], gates_P)
+        else:
+            gates_P = seen["d_row_gates"][at_experts]
+            self._compare_bits("gradients of gates", sent, seen["d_gates"].flatten()[at_tokens], gates_P)
+        rows_TD = seen["x" if forward else "d_y"].double()
+        if self.config.parallel.wire == "fp8" and sent.ranks[0].info.ep > 1:
+            rows_TD = sent_in_fp8(rows_TD, floor)
+        quantity = f"rows {where}" if forward else f"gradients {where}"
+        self._compare_bits(
+            quantity, sent, seen["rows" if forward else "d_out"][at_experts], rows_TD[at_tokens // top_k]
+        )
+
+    def _compare_bits(self, quantity: str, sent: SentRows, got: Tensor, want: Tensor) -> None:
+        self._compare(quantity, sent.name, None, got, want, BITS, scale=1.0)
+
+    def _judge_sums(self, sent: SentRows, rows: str, sums: str, quantity: str) -> None:
+        """From experts to tokens."""
+        seen = sent.seen
+        at_experts, at_tokens = sent.order_at_experts(), sent.order_at_tokens()
+        if len(at_experts) != len(at_tokens):
+            return  # which was told
+        rows_PD = torch.empty(seen[rows].shape, dtype=torch.float64)
+        rows_PD[at_tokens] = seen[rows][at_experts].double()
+        in_bf16, by_addition = seen[sums].dtype == torch.bfloat16, sent.ranks[0].info.dispatch == "deepep"
+        rows_TKD = rows_PD.unflatten(0, seen["ids"].shape)
+        want_TD, off_TD = summed_rows(rows_TKD, seen["ids"], sent.hops(), in_bf16, by_addition)
+        least = 2.0**-16 if in_bf16 else 2.0**-23
+        reason = "added in fp32 and rounded once, at every place that hands a sum on; beyond that a tie, or fp32"
+        bound = Bound(least, f"{reason}: {least:g} of the sum")
+        allowed = off_TD / least + want_TD.abs()
+        self._compare(quantity, sent.name, None, seen[sums], want_TD, bound, allowed=allowed)
+
+
+def sent_rows(ranks: list[Evidence]) -> Iterator[SentRows]:
+    """Everything that was sent in a step."""
+    for first in range(0, len(ranks), ranks[0].info.ep):
+        group = ranks[first : first + ranks[0].info.ep]
+        for key in dict(group[0].of_kind("sent")):
+            name, what, number = key.rsplit("/", 2)
+            if what == "x":
+                found = {
+                    what: torch.cat([rank.tensors[f"sent/{name}/{what}/{number}"] for rank in group])
+                    for what in (*AT_TOKENS, *AT_EXPERTS)
+                }
+                yield SentRows(name, int(number), group, found)
+
+
+def _order(*keys: Tensor) -> Tensor:
+    """Sorted by the first key, among equals by the second, and so on."""
+    order = torch.arange(len(keys[0]))
+    for key in reversed(keys):
+        order = order[key[order].sort(stable=True).indices]
+    return order

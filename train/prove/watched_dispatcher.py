@@ -1,0 +1,80 @@
+"""What a dispatcher is given and what comes out of it, on every rank, kept as evidence.
+
+It stands where the model asks for a dispatcher, and knows nothing of how rows travel, so it is the same for all of them:
+
+    forward     x, ids, gates -> rows, row_gates, counts        tokens of this rank; rows of this rank's experts
+                out -> y                                        their outputs; sums for the tokens of this rank
+    backward    d_y -> d_out                                    gradients, the other way
+                d_rows, d_row_gates -> d_x, d_gates
+
+Shapes as in train/model/moe.py.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor
+
+from train.model.moe import Dispatcher, MoE, Pending, Routed
+from train.model.recompute import is_repeated
+
+Keep = Callable[[str, int, Tensor], None]
+"""Of a name from above, the number of the micro-batch, and the tensor."""
+
+
+class WatchedDispatcher:
+    """The dispatcher of one layer, which hands a copy of everything to `keep` while the layer trains."""
+
+    def __init__(self, moe: MoE, inner: Dispatcher, keep: Keep):
+        self._moe, self._inner, self._keep = moe, inner, keep
+        self._calls = 0
+        self._numbers: dict[int, int] = {}
+        """Micro-batches whose rows are at their experts, by what the dispatcher made of them."""
+
+    def start_step(self) -> None:
+        """The next micro-batch is number 0."""
+        self._calls = 0
+
+    def dispatch_begin(self, x_TD: Tensor, expert_ids_TK: Tensor, gates_TK: Tensor, again: Any = None) -> Pending:
+        if not self._moe.training or is_repeated():
+            return self._inner.dispatch_begin(x_TD, expert_ids_TK, gates_TK, again)
+        number, self._calls = self._calls, self._calls + 1
+        self._keep("ids", number, expert_ids_TK)
+        # Of views of its own, as others take the same tensors and add to their gradients.
+        x_TD, gates_TK = x_TD.view_as(x_TD), gates_TK.view_as(gates_TK)
+        self._watch("x", number, x_TD)
+        self._watch("gates", number, gates_TK)
+        return _WatchedPending(self, number, self._inner.dispatch_begin(x_TD, expert_ids_TK, gates_TK, again))
+
+    def combine(self, out_RD: Tensor, routed: Routed) -> Tensor:
+        number = self._numbers.pop(id(routed), None)
+        if number is None:
+            return self._inner.combine(out_RD, routed)
+        self._watch("out", number, out_RD)
+        y_TD = self._inner.combine(out_RD, routed)
+        self._watch("y", number, y_TD)
+        return y_TD
+
+    def arrived(self, number: int, routed: Routed) -> None:
+        """The rows of a micro-batch have reached this rank's experts."""
+        self._numbers[id(routed)] = number
+        self._watch("rows", number, routed.rows_RD)
+        self._watch("row_gates", number, routed.gates_R)
+        self._keep("counts", number, routed.counts_E)
+
+    def _watch(self, name: str, number: int, tensor: Tensor) -> None:
+        self._keep(name, number, tensor)
+        if tensor.requires_grad:
+            tensor.register_hook(lambda gradient: self._keep(f"d_{name}", number, gradient))
+
+
+class _WatchedPending:
+    """A dispatch that is under way."""
+
+    def __init__(self, watched: WatchedDispatcher, number: int, inner: Pending):
+        self._watched, self._number, self._inner = watched, number, inner
+
+    def wait(self) -> Routed:
+        routed = self._inner.wait()
+        self._watched.arrived(self._number, routed)
+        return routed
