@@ -16,6 +16,7 @@ from tests.small import SMALL, environment
 from train.metrics.proof_rows import report_rows
 from train.metrics.report import write_report
 from train.prove import judge as judging
+from train.prove.card import write_card
 from train.prove.certificate import Certificate
 from train.prove.double import grouped_product, in_double
 from train.prove.findings import ProofFindings
@@ -69,6 +70,16 @@ def assert_holds(findings: ProofFindings) -> None:
     assert [difference.text() for difference in findings.differences[:3]] == []
     assert {verdict.proof for verdict in findings.verdicts.values()} == set(PROOFS)
     assert all(verdict.compared and verdict.worst <= verdict.bound for verdict in findings.verdicts.values())
+    assert {("fp32", "reduced gradients"), ("recipe", "reduced gradients")} <= findings.verdicts.keys()
+
+
+def assert_single_parts_are_judged(findings: ProofFindings) -> None:
+    """Of a recipe in low precision."""
+    told = {quantity for proof, quantity in findings.verdicts if proof == "recipe"}
+    assert told >= {
+        "gates at the experts", "rows at the experts", "sums of expert outputs", "gradients of gates",
+        "gradients of outputs at the experts", "sums of gradients of rows", "format of sums over micro-batches",
+    }  # fmt: skip
 
 
 def test_the_reference_equals_the_product_in_one_process(tmp_path):
@@ -85,7 +96,9 @@ def test_the_reference_equals_the_product_in_one_process(tmp_path):
 def test_a_layout_is_proven(tmp_path, name):
     config = small_proof(tmp_path, *ROOM, *LAYOUTS[name])
     gather_evidence(config)
-    assert_holds(judge_all(config))
+    assert_holds(findings := judge_all(config))
+    if "precision=bf16" in LAYOUTS[name]:
+        assert_single_parts_are_judged(findings)
 
 
 @pytest.mark.slow
@@ -129,6 +142,15 @@ def assert_told(findings: ProofFindings, folder) -> None:
     assert "FAILED: outputs" in text and "It is small." in text
     record = json.loads((folder / "prove.json").read_text())
     assert not record["holds"] and record["first_difference"]["name"] == "layers.1.attention"
+    (exact,) = record["precisions"]
+    assert (
+        exact["proof"] == "exact" and exact["compared"] > 0 and exact["untold"] == 0 and exact["does_not_see"] in text
+    )
+    assert exact["sharpest"] <= exact["loosest"] == 1e-10 and exact["bit_for_bit"] >= 2
+    card = write_card(certificate, folder).read_text()
+    assert f"| forward | FAILED on 1 ranks on cpu: {findings.differences[0].text()} |" in card
+    assert "| conversion | not verified here" in card and "| speed | not verified here" in card
+    assert "| resume | yes, on 1 ranks on cpu" in card and "(ZeRO 2)" in card
     sentence, rows = report_rows(folder)
     assert "does not train this model" in sentence and "layers.1.attention" in sentence
     assert [row[2] for row in rows if row[1] == "outputs"] == ["failed"]
@@ -146,6 +168,8 @@ def test_the_command_leaves_a_certificate_and_the_report_has_it(tmp_path):
     assert "here: this layout trains this model" in done.stdout
     record = json.loads((tmp_path / "here" / "prove.json").read_text())
     assert record["holds"] and record["first_difference"] is None and record["ranks"] == 1
+    assert "| pretraining | yes, on 1 ranks on cpu" in (tmp_path / "here" / "card.md").read_text()
+    assert [each["proof"] for each in record["precisions"]] == list(PROOFS)
     assert {each["proof"] for each in record["quantities"]} == set(PROOFS)
     assert all(each["reason"] for each in record["quantities"])
     assert not (RunPaths(config).path / "prove" / "evidence").exists()

@@ -3,7 +3,8 @@
 import json
 from pathlib import Path
 
-FILE = "prove.json"
+FILE, CARD = "prove.json", "card.md"
+"""Every figure; and what of it a reader of the run has to know."""
 
 
 def report_rows(run_folder: Path) -> tuple[str, list[tuple[str, ...]]] | None:

@@ -12,7 +12,7 @@ from rich.console import Console
 
 from conf.files import atomic_write_text
 from train.metrics.progress import duration
-from train.metrics.proof_rows import FILE
+from train.metrics.proof_rows import CARD, FILE
 from train.metrics.screens import GOOD, WARN, show
 from train.prove.findings import Difference, ProofVerdict
 
@@ -21,6 +21,13 @@ PROOFS_SAY = {
     "fp32": "in fp32 through DeepSpeed: reduction, norm, update, balance, and a checkpoint read in another layout",
     "recipe": "in the recipe's own precision, within what its formats round",
 }
+BLIND = {
+    "exact": "how anything is rounded; optimizer, reduction over ranks and checkpoint, which the next pass has",
+    "fp32": "what only lower formats have: FP8 products, their scales, the wire",
+    "recipe": "in whole outputs and gradients, what is below the loosest bound. Single parts, rows on their way and sums over ranks "
+    "are held to far sharper ones, so what is left is what no single part shows and pass fp32 does not run",
+}
+"""What a pass does not see."""
 WIDTH = 100
 """Columns of what is wrapped."""
 NEVER_PROVEN = [
@@ -71,6 +78,7 @@ class Certificate:
             "cuts": list(self.cuts),
             "seconds": self.seconds,
             "passes": PROOFS_SAY,
+            "precisions": [asdict(one) for one in sharpness_of(self.verdicts)],
             "quantities": [_finite(asdict(verdict)) for verdict in self.verdicts],
             "first_difference": _finite(asdict(self.first)) if self.first else None,
             "differences": len(self.differences),
@@ -94,13 +102,64 @@ class Certificate:
         if self.first is not None:
             rows.append(("First", f"{self.first.text()}\n{len(self.differences)} comparisons failed in all"))
         rows.append(("Not proven", "\n".join(NEVER_PROVEN)))
-        rows.append(("File", str(path)))
+        rows.append(("Files", f"{path}, {CARD}"))
         title = f"{self.name}: {said}, in miniature, after {duration(self.seconds)}"
         show(console or Console(highlight=False), title, GOOD if self.holds else WARN, rows)
 
 
+@dataclass(frozen=True)
+class Sharpness:
+    """What a pass told, and how sharply. Bounds are shares of the size of what was compared."""
+
+    proof: str
+    compared: int
+    untold: int
+    bit_for_bit: int
+    """Quantities that had to be equal."""
+    sharpest: float | None
+    """Of the quantities that were rounded; None without one."""
+    sharpest_quantity: str
+    loosest: float | None
+    loosest_quantity: str
+    does_not_see: str
+
+    def text(self) -> str:
+        """Two sentences."""
+        share = f", not told {self.untold:,} that rounding alone may move by their own size" if self.untold else ""
+        told = f"told: {self.compared:,} numbers, {self.bit_for_bit} quantities bit for bit{share}"
+        if self.sharpest is None:
+            return told
+        bounds = f"sharpest bound {self.sharpest:.1e} ({self.sharpest_quantity}), loosest {self.loosest:.1e} ({self.loosest_quantity})"
+        return f"{told}; {bounds}"
+
+
+def sharpness_of(verdicts: Sequence[ProofVerdict]) -> list[Sharpness]:
+    """Of every pass that ran."""
+    found = []
+    for proof in PROOFS_SAY:
+        of_pass = [one for one in verdicts if one.proof == proof]
+        rounded = [one for one in of_pass if one.loosest]
+        least = min(rounded, key=lambda one: one.sharpest or one.loosest, default=None)
+        most = max(rounded, key=lambda one: one.loosest, default=None)
+        if of_pass:
+            found.append(
+                Sharpness(
+                    proof,
+                    compared=sum(one.compared for one in of_pass),
+                    untold=sum(one.untold for one in of_pass),
+                    bit_for_bit=len(of_pass) - len(rounded),
+                    sharpest=least and (least.sharpest or least.loosest),
+                    sharpest_quantity=least.quantity if least else "",
+                    loosest=most and most.loosest,
+                    loosest_quantity=most.quantity if most else "",
+                    does_not_see=BLIND[proof],
+                )
+            )
+    return found
+
+
 def _lines(verdicts: list[ProofVerdict]) -> list[str]:
-    """What failed; or how much was compared, and what came nearest to its bound."""
+    """What failed; or how much was compared, how sharply, what came nearest to its bound, and what was not seen."""
     if not verdicts:
         return ["did not run"]
     if failed := [verdict for verdict in verdicts if verdict.failed]:
@@ -108,12 +167,13 @@ def _lines(verdicts: list[ProofVerdict]) -> list[str]:
             f"FAILED: {one.quantity}, error {one.worst:.2g}, allowed {one.bound:.2g} ({one.where})" for one in failed
         ]
     nearest = max(verdicts, key=lambda one: one.share)
-    count, untold = (sum(getattr(verdict, kind) for verdict in verdicts) for kind in ("compared", "untold"))
-    lines = [
-        f"holds: {len(verdicts)} quantities, {count:,} numbers",
+    (sharpness,) = sharpness_of(verdicts)
+    return [
+        f"holds: {len(verdicts)} quantities",
+        *textwrap.wrap(sharpness.text(), WIDTH),
         f"nearest to its bound: {nearest.quantity}, {nearest.worst:.2g} of {nearest.bound:.2g} ({nearest.where})",
+        *textwrap.wrap(f"not seen: {sharpness.does_not_see}", WIDTH),
     ]
-    return lines + [f"not told: {untold:,} numbers that rounding alone may move by their own size"] * bool(untold)
 
 
 def _finite(record: dict[str, Any]) -> dict[str, Any]:

@@ -117,6 +117,11 @@ class Comparisons:
             verdict.untold += got.numel()
             return
         verdict.compared += got.numel()
+        verdict.tell_bound(
+            bound.value
+            if allowed is None
+            else bound.value * share_of_bound(size_of(allowed, True), size_of(want, True))
+        )
         if share_of_bound(error, bound.value) >= verdict.share:
             verdict.worst, verdict.bound, verdict.reason = error, bound.value, bound.reason
             verdict.where = f"step {self.step}, {name}"

@@ -46,6 +46,13 @@ class ProofVerdict:
     failed: int = 0
     untold: int = 0
     """Numbers that were compared with nothing, as rounding alone may move them by their own size; finite they must be."""
+    sharpest: float = math.inf
+    loosest: float = 0.0
+    """Bounds that were applied, as a share of the size of what was compared."""
+
+    def tell_bound(self, share: float) -> None:
+        """This bound was applied."""
+        self.sharpest, self.loosest = min(self.sharpest, share), max(self.loosest, share)
 
     @property
     def share(self) -> float:

@@ -236,6 +236,7 @@ class PartsJudge(Comparisons):
         untold = 0 if want.off is None else int((want.off > TOLD * want.size).sum())
         verdict.untold += untold
         verdict.compared += got.numel() - untold
+        verdict.tell_bound(bound.value)
         if share_of_bound(error, bound.value) >= verdict.share:
             verdict.worst, verdict.bound, verdict.reason = error, bound.value, bound.reason
             verdict.where = f"step {self.step}, {name}"

@@ -13,7 +13,7 @@ from conf.errors import EXIT_CRASH, EXIT_OK, UserError
 from conf.load import write_config
 from conf.schema import Config
 from train.layout import check_layout
-from train.metrics.proof_rows import FILE
+from train.metrics.proof_rows import CARD, FILE
 from train.prove.layouts import PROOFS, in_layout, layout_name, second_layout
 
 FOLDER = "prove"
@@ -64,6 +64,7 @@ def _run_rank(config: Config, place: Place, parts: Sequence[int]) -> int:
 
 
 def _judge(config: Config, small: Config, cuts: list[str], started: float) -> int:
+    from train.prove.card import write_card
     from train.prove.certificate import Certificate
     from train.prove.judge import judge_all
 
@@ -81,13 +82,15 @@ def _judge(config: Config, small: Config, cuts: list[str], started: float) -> in
         differences=findings.differences,
     )
     run_folder = Path(small.runs)
+    write_card(certificate, run_folder)
     certificate.show(certificate.write(run_folder))
     return EXIT_OK if certificate.holds else EXIT_CRASH
 
 
 def _clear(run_folder: Path) -> None:
     """An old certificate must not be taken for that of a proof that fails to end."""
-    (run_folder / FILE).unlink(missing_ok=True)
+    for name in (FILE, CARD):
+        (run_folder / name).unlink(missing_ok=True)
     shutil.rmtree(run_folder / FOLDER, ignore_errors=True)
 
 
