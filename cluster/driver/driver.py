@@ -287,7 +287,7 @@ class Driver:
         if problem is None:
             node = self._known[node.id] = dataclasses.replace(node, device_bytes=reply.value.device_bytes)
             self.pulse.know(node.id, reply.value.pulse)
-            self.vitals.know(node, self.preflight.ahead(node, reply.value))
+            self.vitals.know(node, self.preflight.ahead(node, reply.value), reply.value.niceness)
             self._test_ports[node.id] = reply.value.test_port
         if problem is not None:
             self._refuse(node, problem)
@@ -375,6 +375,18 @@ class Driver:
             )
             self._note("no_pulse", text, nodes=without)
 
+    def _tell_of_priority(self) -> None:
+        """Name the nodes where any other work slows the ranks, and keeps agents from answering."""
+        # A Ray of its own has this process's priority; on a cluster a submitted job has the one that Ray gives everything.
+        if low := self.vitals.low(os.nice(0) if self.config.cluster.address is None else 0):
+            name, niceness = next(iter(low.items()))
+            where = name + (f" and {len(low) - 1} more" if len(low) > 1 else "")
+            text = (
+                f"ranks run at nice {niceness} on {where}: other work there goes first, and ranks that wait for it look slow or lost; "
+                "start Ray there with RAY_worker_niceness=0"
+            )
+            self._note("priority", text, nodes=list(low))
+
     def _plan_layouts(self) -> None:
         """Find out which smaller layouts fit, unless an earlier launch has."""
         if self._planner and self._planning is None and self.shapes.smaller and not self.shapes.is_planned:
@@ -396,6 +408,7 @@ class Driver:
             case m.Start(number, placement):
                 self._let_go()
                 self._starting = number, placement
+                self._tell_of_priority()
                 self._started_at, self._first_step, self._offsets = self.clock(), None, {}
                 self._logged.clear()
                 if number == self.first and len(placement.nodes) > 1:

@@ -35,6 +35,7 @@ KINDS = {
     "node_back": "a node that was lost answers again, or its agent was started again. node",
     "network": "what the network test found. pairs, median_gbit, slow: [[from, to, gbit, ms], ...]",
     "no_pulse": "nodes of a large cluster that must be asked through Ray whether they live. nodes: names",
+    "priority": "nodes whose agents, and so ranks, give way to other work. nodes: names",
     "attempt": "ranks are started. pp, dp, ep, nodes: names, spares: names",
     "idle": "a smaller layout leaves nodes without ranks, and why. nodes: names",
     "limits": "what the layout can lose, where that is no node at all",

@@ -20,6 +20,8 @@ from concurrent.futures import Future
 from pathlib import Path
 from typing import IO, Any
 
+import psutil
+
 from cluster.driver.driver import Driver
 from cluster.driver.fleet import WAITING, FleetLost, Reply
 from cluster.driver.private_folder import PrivateFolder
@@ -28,7 +30,7 @@ from cluster.farewell import cut_short
 from cluster.node.agent import Agent
 from cluster.spawn import LEASE
 from cluster.topology import Node
-from conf.errors import EXIT_OK, EXIT_STOPPED, UserError
+from conf.errors import EXIT_CRASH, EXIT_OK, EXIT_STOPPED, UserError
 from conf.schema import ROOT, Config
 
 OBJECT_STORE = 100 << 20
@@ -37,6 +39,8 @@ CONNECT_LIMIT = 5
 """Seconds for a connection to cluster.address."""
 CONNECT_TRIES = "8"
 """Of Ray's own, a second apart, at a head that is there; Ray would ask one that does not take the token 20 times."""
+HEAD_START = "60"
+"""Seconds for the head of a Ray that the run starts; Ray's own are 30, which a busy machine can take."""
 HEAD_LIMIT = 1
 """Seconds for a connection to Ray's head while the run goes on."""
 CLOSE_LIMIT = 3
@@ -69,6 +73,21 @@ def run_ray(config: Config, folder: Path, command: list[str], planner: Sequence[
     elif finish.code == EXIT_STOPPED:
         print(f"stopped: {finish.text}")
     return finish.code
+
+
+class RayAbsent(UserError):
+    """The Ray that a run starts on this machine did not come up."""
+
+    code = EXIT_CRASH
+
+    def __init__(self, why: str):
+        super().__init__(
+            "cluster",
+            "ray",
+            f"a Ray of its own must come up on this machine, and twice did not: {why}",
+            "give the same command again once this machine is less busy (`uptime`, `free -h`, and `df -h /tmp` for its folder); "
+            "cluster=local trains here without Ray",
+        )
 
 
 class RayFleet:
@@ -110,18 +129,38 @@ class RayFleet:
         however many others are out."""
 
     def _start_embedded(self) -> None:
+        """Start a Ray here, once more where it does not come up: it waits 30 s for its processes, and a busy machine may take longer."""
+        try:
+            self._try_embedded()
+        except Exception as error:  # Ray raises what it comes across
+            print(
+                f"note: Ray did not come up on this machine ({_first_line(error)}): it is started once more",
+                file=sys.stderr,
+            )
+            try:
+                self._try_embedded()
+            except Exception as again:
+                raise RayAbsent(_first_line(again)) from again
+
+    def _try_embedded(self) -> None:
         # Ray opens its folder, sockets in it, to every user of the machine, so it gets one that no other can reach.
         self._folder = PrivateFolder()
-        # Agents look for packages where Ray is started: in the program's folder, not in the user's, whose names may be ours.
-        with contextlib.chdir(ROOT):
-            self._ray.init(
-                _temp_dir=str(self._folder.path / "ray"),
-                include_dashboard=False,
-                log_to_driver=False,
-                logging_level="ERROR",
-                object_store_memory=OBJECT_STORE,
-                _node_ip_address="127.0.0.1",
-            )
+        try:
+            # Agents look for packages where Ray is started: in the program's folder, not in the user's, whose names may be ours.
+            with contextlib.chdir(ROOT):
+                self._ray.init(
+                    _temp_dir=str(self._folder.path / "ray"),
+                    include_dashboard=False,
+                    log_to_driver=False,
+                    logging_level="CRITICAL",
+                    object_store_memory=OBJECT_STORE,
+                    _node_ip_address="127.0.0.1",
+                )
+        except BaseException:
+            self._ray.shutdown()
+            _kill_started(self._folder.path)
+            self._folder.remove()
+            raise
 
     def _join(self, address: str) -> None:
         environment: dict[str, Any] = {"env_vars": {"RAY_EXPERIMENTAL_NOSET_CUDA_VISIBLE_DEVICES": "1"}}
@@ -280,6 +319,10 @@ def _settings(embedded: bool) -> None:
     os.environ.setdefault("RAY_DEDUP_LOGS", "0")
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     if embedded:
+        os.environ.setdefault(
+            "RAY_worker_niceness", "0"
+        )  # Ray's default, 15, has any other work slow the ranks, and their agent
+        os.environ.setdefault("RAY_gcs_server_port_wait_time_s", HEAD_START)
         os.environ["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"  # by this, on Linux too, Ray listens on loopback alone
         os.environ["RAY_AUTH_MODE"] = "token"
         os.environ["RAY_AUTH_TOKEN"] = secrets.token_hex(32)  # loopback is shared with other users of the machine
@@ -296,6 +339,18 @@ def _settings(embedded: bool) -> None:
             "start Ray on every node, and this command, with the same RAY_AUTH_MODE=token and RAY_AUTH_TOKEN; "
             "RAY_AUTH_MODE=disabled if the cluster really has none",
         )
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
+
+
+def _kill_started(folder: Path) -> None:
+    """End what a Ray that did not come up leaves behind: processes of this one that were told to use its folder."""
+    for child in psutil.Process().children(recursive=True):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            if any(str(folder) in word for word in child.cmdline()):
+                child.kill()
 
 
 def _require_answer(address: str) -> None:

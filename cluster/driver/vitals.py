@@ -1,6 +1,6 @@
-"""What agents tell of their nodes beside their ranks: clocks that jump in the middle of a run, and disks that fill.
+"""What agents tell of their nodes beside their ranks: their priority, clocks that jump in the middle of a run, and disks that fill.
 
-Neither ends a run. A clock matters as errors of several ranks are put in order by their times: those of a node are read by
+Neither ends a run, nor does a low priority, by which other work slows the ranks of a node. A clock matters as errors of several ranks are put in order by their times: those of a node are read by
 the driver's clock here. An agent takes from them by how much its own clock was set, as it alone knows that exactly; by how much
 the clock was ahead when the node was checked is taken here. How long an answer was on its way must not count: it is more than
 lies between an error and those of its victims. A full disk for temporary files costs the output of ranks, and the
@@ -22,6 +22,7 @@ class _Vitals:
     told: float = 0.0
     """By how much its clock was set since, as told last."""
     full: bool = False
+    niceness: int = 0
 
 
 class Vitals:
@@ -30,10 +31,19 @@ class Vitals:
     def __init__(self) -> None:
         self._nodes: dict[str, _Vitals] = {}
         """By id."""
+        self._low: set[str] = set()
+        """Names of the nodes of low priority that were told."""
 
-    def know(self, node: Node, ahead: float) -> None:
-        """This node was checked, and its clock found ahead by so many seconds."""
-        self._nodes[node.id] = _Vitals(node.name, ahead)
+    def know(self, node: Node, ahead: float, niceness: int = 0) -> None:
+        """This node was checked, its clock found ahead by so many seconds, and its agent runs at this niceness."""
+        self._nodes[node.id] = _Vitals(node.name, ahead, niceness=niceness)
+
+    def low(self, niceness: int) -> dict[str, int]:
+        """Niceness of the nodes whose agents run below this one, by name, each told once."""
+        found = {each.name: each.niceness for each in self._nodes.values() if each.niceness > niceness}
+        fresh = {name: value for name, value in found.items() if name not in self._low}
+        self._low |= fresh.keys()
+        return fresh
 
     def take(self, node: Node, answer: Answer) -> list[tuple[str, str]]:
         """Put the times of failures right; returns kind and text of what is to be told."""

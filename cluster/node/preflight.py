@@ -7,6 +7,7 @@ reads, as a path that exists on every node need not be the same storage.
 
 import hashlib
 import importlib.metadata
+import os
 import platform
 import re
 import secrets
@@ -71,6 +72,8 @@ class Facts:
     """In its folder for temporary files."""
     storage: str
     """What is wrong with the run folder; empty if nothing."""
+    niceness: int = 0
+    """Of the agent, and so of its ranks: the more, the more other work on the node goes before them."""
     pulse: tuple[str, int] | None = None
     """Address and port where the node answers the driver's pulse."""
     test_port: int = 0
@@ -91,6 +94,7 @@ def gather(question: Question) -> Facts:
         device_bytes=min(gpus, default=psutil.virtual_memory().total // max(1, question.devices)),
         free_bytes=shutil.disk_usage(tempfile.gettempdir()).free,
         storage=storage,
+        niceness=os.nice(0),
     )
 
 

@@ -414,6 +414,19 @@ def test_many_nodes_that_do_not_answer_the_pulse_are_named(tmp_path, monkeypatch
     assert run.only("no_pulse")["nodes"] == ["n0", "n1"]
 
 
+def test_nodes_that_give_way_to_other_work_are_named_once(tmp_path, monkeypatch):
+    def facts(agent: Agent, question):
+        return replace(found := real(agent, question), niceness=found.niceness + (question.node != "id0") * 15)
+
+    real = Agent.facts
+    monkeypatch.setattr(Agent, "facts", facts)
+    run = Run(tmp_path, "steps=20", nodes=3, dp=3)
+    run.fault(1, "kill")
+    assert run.run() == EXIT_OK and len([event for event in run.events if event["kind"] == "attempt"]) == 2
+    event = run.only("priority")
+    assert event["nodes"] == ["n1", "n2"] and "RAY_worker_niceness=0" in event["text"]
+
+
 def test_the_newest_checkpoint_is_that_of_the_latest_attempt(tmp_path):
     def write(step: int, text: str) -> Path:
         path = tmp_path / "checkpoints" / f"step_{step:08d}" / "manifest.json"

@@ -3,6 +3,7 @@
 import contextlib
 import os
 import re
+import signal
 import socket
 import subprocess
 import sys
@@ -21,7 +22,7 @@ from cluster.driver import ray_backend
 from cluster.driver.fleet import FleetLost
 from cluster.driver.journal import read_events
 from cluster.driver.ray_backend import MOST_OUT, RayFleet
-from conf.errors import EXIT_OK, EXIT_USER
+from conf.errors import EXIT_CRASH, EXIT_OK, EXIT_USER, UserError
 from tests.cluster.drive import find_event, hold, let_end, once, set_fault
 
 ROOT = Path(__file__).parents[3]
@@ -45,6 +46,7 @@ def test_a_run_on_its_own_ray_survives_a_killed_rank_and_listens_on_loopback_alo
         while find_event(folder, "checkpoint") is None:
             assert driver.poll() is None, (tmp_path / "out").read_text()
             time.sleep(0.1)
+        assert {rank.nice() for rank in ranks_of(driver.pid)} == {psutil.Process().nice()}, "Ray's default is 15"
         assert listening_addresses(driver.pid) <= {"127.0.0.1", "::1", "::ffff:127.0.0.1"}
         private = folder_of_ray(driver.pid)
         assert private.stat().st_mode & 0o777 == 0o700, "Ray opens its sockets and files in there to everybody"
@@ -59,6 +61,15 @@ def test_a_run_on_its_own_ray_survives_a_killed_rank_and_listens_on_loopback_alo
     (failure,) = [event for event in events if event["kind"] == "failure"]
     assert failure["ranks"] == [1] and "SIGKILL" in failure["text"]
     assert "rank 0 of 2 resumes at" in (folder / "logs" / "rank_0.log").read_text()
+
+
+def ranks_of(pid: int) -> list[psutil.Process]:
+    found = []
+    for process in psutil.Process(pid).children(recursive=True):
+        with contextlib.suppress(psutil.NoSuchProcess):
+            found += [process] if any("fake_rank" in word for word in process.cmdline()) else []
+    assert found
+    return found
 
 
 def folder_of_ray(pid: int) -> Path:
@@ -102,6 +113,53 @@ def test_no_ray_and_no_token_are_refused_soon(tmp_path, overrides, environment, 
     assert (
         time.monotonic() - started < 60
     )  # to import Ray may take 20 s beside other tests; Ray itself would look for a head for minutes
+
+
+class BusyRay:
+    """Of a machine where it comes up late: init fails that often, and leaves a process behind."""
+
+    def __init__(self, failures: int):
+        self.failures, self.folders, self.left = failures, [], []
+
+    def init(self, _temp_dir: str, **_: object) -> None:
+        self.folders.append(Path(_temp_dir).parent)
+        if len(self.folders) <= self.failures:
+            words = [sys.executable, "-c", "import sys; print(flush=True); sys.stdin.read()", _temp_dir]
+            self.left.append(subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE))
+            self.left[-1].stdout.readline()
+            raise Exception(
+                "The current node timed out during startup. This could happen because\nthe GCS is overloaded."
+            )
+
+    def shutdown(self) -> None:
+        pass
+
+
+def start_on(ray: BusyRay) -> RayFleet:
+    fleet = RayFleet.__new__(RayFleet)
+    fleet._ray = ray
+    fleet._start_embedded()
+    return fleet
+
+
+def test_a_ray_that_does_not_come_up_is_started_once_more(capfd):
+    ray = BusyRay(failures=1)
+    fleet = start_on(ray)
+    first, second = ray.folders
+    assert not first.exists() and second.exists() and second == fleet._folder.path
+    assert ray.left[0].wait(60) == -signal.SIGKILL
+    assert "did not come up on this machine (The current node timed out" in capfd.readouterr().err
+    fleet._folder.remove()
+
+
+def test_a_ray_that_does_not_come_up_twice_is_one_screen_with_the_cure():
+    ray = BusyRay(failures=2)
+    with pytest.raises(UserError, match="cluster = ray") as caught:
+        start_on(ray)
+    assert caught.value.code == EXIT_CRASH and "twice did not: The current node timed out" in caught.value.rule
+    assert "cluster=local" in caught.value.cure and "\nthe GCS" not in caught.value.rule
+    assert not any(folder.exists() for folder in ray.folders)
+    assert [process.wait(60) for process in ray.left] == [-signal.SIGKILL] * 2
 
 
 @pytest.fixture
