@@ -27,10 +27,9 @@ from weakref import ref
 import torch
 from torch import Tensor
 
+from conf.thresholds import THRESHOLDS
 from parallel.pipeline.simulate import Action, what_runs
 
-PAGE = {"cuda": 2**23, "cpu": 2**16}
-"""Bytes of a page by kind of device: a GPU's are large enough that a copy takes longer than its launch."""
 ALIGNMENT = 64
 """Bytes at whose multiples tensors begin in a batch."""
 
@@ -41,7 +40,12 @@ class HostMemoryFull(RuntimeError):
 
 def page_bytes(sizes: Iterable[int], kind: str) -> int:
     """Bytes of the pages that a batch of tensors of so many bytes takes. kind: of the device."""
-    return -(-sum(map(_aligned, sizes)) // PAGE[kind]) * PAGE[kind]
+    page = _size_of_page(kind)
+    return -(-sum(map(_aligned, sizes)) // page) * page
+
+
+def _size_of_page(kind: str) -> int:
+    return THRESHOLDS.gpu_page_bytes if kind == "cuda" else THRESHOLDS.host_page_bytes
 
 
 def reads(action: Action, one_piece: Collection[int] = ()) -> list[tuple[int, int]]:
@@ -236,7 +240,7 @@ class _Pages:
     """The host's memory of a rank."""
 
     def __init__(self, kind: str):
-        self._kind, self._size = kind, PAGE[kind]
+        self._kind, self._size = kind, _size_of_page(kind)
         self.free: deque[_Page] = deque()
         self.taken = 0
 

@@ -21,14 +21,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from conf.thresholds import THRESHOLDS
 from parallel.mesh import Mesh
 from parallel.shard import Shard, Sharing
 from parallel.zero.private_names import require_names
 from parallel.zero.sharded_weights import ShardedWeights, find_units, stage3_config
 from parallel.zero.whole_weights import WholeWeights
 
-BUCKET_ELEMENTS = 50_000_000
-"""Gradients that are reduced together, at most."""
 MUON = {"muon_optimizer": "MuonWithAuxAdam", "original_muon": "muon_update"}
 """Modules of DeepSpeed and what its ZeRO asks of them, by import even where nothing uses Muon. They compile as they are
 imported, for which a rank would load torch's whole compiler (0.9 s of a core) in its first step."""
@@ -278,7 +277,7 @@ def _config(stage: int, clip: float, dtype: torch.dtype, elements: int) -> dict:
             "stage": stage,
             "contiguous_gradients": True,  # false sums experts over the wrong group without a word
             "overlap_comm": False,
-            "reduce_bucket_size": max(1, min(elements, BUCKET_ELEMENTS)),
+            "reduce_bucket_size": max(1, min(elements, THRESHOLDS.bucket_elements)),
         },
     }
     if dtype == torch.bfloat16:

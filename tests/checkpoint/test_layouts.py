@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 
 from cluster.run_files import data_name
 from conf.errors import UserError
+from conf.thresholds import THRESHOLDS
 from parallel.shard import Shard, whole
 from tests.checkpoint.world import blank, checkpointers, random_tensors, same_bits, save, spread
 from train.checkpoint.load import load
@@ -22,10 +23,10 @@ torch.set_num_threads(1)
 
 
 def small_blocks(patch: pytest.MonkeyPatch) -> None:
-    """Blocks of 64 bytes and buffers of 3 blocks, so that small tensors cross their borders."""
+    """Blocks of 64 bytes and buffers of 100, so that small tensors cross their borders."""
     for module in ("manifest", "stage", "load"):
         patch.setattr(f"train.checkpoint.{module}.BLOCK", 64)
-    patch.setattr("train.checkpoint.stage.SEGMENT", 192)
+    patch.setattr(THRESHOLDS, "staging_bytes", 100)
 
 
 @settings(max_examples=60, deadline=None)

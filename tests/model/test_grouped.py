@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from conf.thresholds import THRESHOLDS
 from train.model import grouped
-from train.model.grouped import STEP
 
 ROWS = {
     "ragged": [37, 0, 1, 64, 200, 31],
@@ -57,7 +57,9 @@ def test_shapes_are_few():
     with _Sizes() as sizes:
         grouped.product(x, w.transpose(1, 2), rows)
         grouped.weight_gradient(dy, x, rows)
-    assert {size for size in sizes.found if size > 80} <= set(range(STEP, 256, STEP))
+    assert {size for size in sizes.found if size > 80} <= set(
+        range(THRESHOLDS.expert_rows, 256, THRESHOLDS.expert_rows)
+    )
 
 
 def test_without_rows_no_kernel_of_a_gpu_is_asked(monkeypatch):

@@ -7,10 +7,9 @@ import torch
 from torch.nn import functional as F
 
 from conf.schema import Model, Yarn
+from conf.thresholds import THRESHOLDS
 from train.kernels import build_kernels
-from train.model import attention as attention_module
-from train.model import kernels
-from train.model.attention import BLOCK, AttentionCore, AttentionInput
+from train.model.attention import AttentionCore, AttentionInput
 from train.model.layers import Embedding, RMSNorm, swiglu
 from train.model.rope import Rope, rotate
 from train.model.sequence import Positions
@@ -39,7 +38,7 @@ def test_rms_norm_equals_the_formula():
 def test_swiglu_equals_the_formula(with_gates, monkeypatch):
     """In several pieces, the last one short."""
     rows, inner = 11, 6
-    monkeypatch.setattr(kernels, "PIECE", 4 * 2 * inner)
+    monkeypatch.setattr(THRESHOLDS, "gate_and_up", 4 * 2 * inner)
     torch.manual_seed(0)
     h = torch.randn(rows, 2 * inner, requires_grad=True)
     gates = torch.rand(rows, requires_grad=True) if with_gates else None
@@ -61,10 +60,14 @@ def masked_scores(q, k, scale, documents_BT):
 
 
 @pytest.mark.parametrize("packed", [False, True])
-@pytest.mark.parametrize("length", [1, BLOCK, BLOCK + 9, 4 * BLOCK + 9])
+@pytest.mark.parametrize(
+    "length", [1, THRESHOLDS.attention_queries, THRESHOLDS.attention_queries + 9, 4 * THRESHOLDS.attention_queries + 9]
+)
 @pytest.mark.parametrize("heads_at_a_time", [2, 100])
 def test_attention_equals_the_masked_formula(length, packed, heads_at_a_time, monkeypatch):
-    monkeypatch.setattr(attention_module, "SCORES", heads_at_a_time * min(length, BLOCK) * length)
+    monkeypatch.setattr(
+        THRESHOLDS, "attention_scores", heads_at_a_time * min(length, THRESHOLDS.attention_queries) * length
+    )
     torch.manual_seed(0)
     q, k = (torch.randn(2, 3, length, 6, dtype=torch.float32, requires_grad=True) for _ in range(2))
     v = torch.randn(2, 3, length, 4, requires_grad=True)

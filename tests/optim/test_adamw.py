@@ -5,9 +5,10 @@ import torch
 
 import train.native.model as native
 from conf.schema import Optim
-from train.optim.adamw import CHUNK, AdamW
+from conf.thresholds import THRESHOLDS
+from train.optim.adamw import AdamW
 
-SIZE = 2 * CHUNK + 1003
+SIZE = 2 * THRESHOLDS.adamw_elements + 1003
 """Whole chunks, a part of one, and elements that fill no vector."""
 
 
@@ -93,7 +94,7 @@ def test_bf16_moments_stay_close(build, problem):
 def test_any_sharding_is_bit_equal(build, problem):
     weights, grads = problem
     whole = run(build, weights, grads, torch.bfloat16)
-    for cut in (1, 777, CHUNK - 3, SIZE - 5):
+    for cut in (1, 777, THRESHOLDS.adamw_elements - 3, SIZE - 5):
         parts = [
             run(build, weights[s], [g[s] for g in grads], torch.bfloat16) for s in (slice(0, cut), slice(cut, None))
         ]

@@ -3,11 +3,12 @@
 import pytest
 import torch
 
-from parallel.pipeline.host_store import ALIGNMENT, PAGE, HostStore, page_bytes, reads
+from conf.thresholds import THRESHOLDS
+from parallel.pipeline.host_store import ALIGNMENT, HostStore, page_bytes, reads
 from parallel.pipeline.simulate import Action, schedule_actions, what_runs
 
 CPU = torch.device("cpu")
-SIZES = (PAGE["cpu"] + 5, 17, 3 * PAGE["cpu"] - 1000)
+SIZES = (THRESHOLDS.host_page_bytes + 5, 17, 3 * THRESHOLDS.host_page_bytes - 1000)
 
 
 def storages(seed: int) -> list[torch.Tensor]:
@@ -20,7 +21,11 @@ def test_storages_come_back_as_they_were_across_pages():
     batches = [store.send(storages(seed)) for seed in range(4)]
     assert [piece.tensor is None for batch in batches for piece in batch] == 9 * [True] + 3 * [False]
     aligned = sum(-(-size // ALIGNMENT) * ALIGNMENT for size in SIZES)
-    assert store.taken_bytes == 4 * page_bytes(SIZES, "cpu") == 4 * -(-aligned // PAGE["cpu"]) * PAGE["cpu"]
+    assert (
+        store.taken_bytes
+        == 4 * page_bytes(SIZES, "cpu")
+        == 4 * -(-aligned // THRESHOLDS.host_page_bytes) * THRESHOLDS.host_page_bytes
+    )
     assert store.sent_bytes == 4 * sum(SIZES)
     for seed in reversed(range(4)):
         assert all(map(torch.equal, (piece.fetched() for piece in batches[seed]), storages(seed)))

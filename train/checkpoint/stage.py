@@ -22,6 +22,7 @@ from torch import Tensor
 
 from cluster.run_files import data_name
 from conf.disk import naming
+from conf.thresholds import THRESHOLDS
 from parallel.shard import Shard
 from train.checkpoint.manifest import BLOCK
 
@@ -42,8 +43,6 @@ DTYPES = {
 """Element types and their names in the safetensors format."""
 SIZES = {name: dtype.itemsize for dtype, name in DTYPES.items()}
 """Bytes of an element, by these names."""
-SEGMENT = 64 * BLOCK
-"""Bytes of one buffer. A power of two, as page-locked allocations are rounded up to one."""
 
 
 @dataclass(frozen=True)
@@ -103,8 +102,8 @@ class StagingBuffers:
         for name, (*_, at) in self.layout.places.items():
             raw, done = shards[name].local.detach().view(torch.uint8), 0
             while done < raw.numel():
-                segment, offset = divmod(at + done, SEGMENT)
-                size = min(raw.numel() - done, SEGMENT - offset)
+                segment, offset = divmod(at + done, THRESHOLDS.staging_bytes)
+                size = min(raw.numel() - done, THRESHOLDS.staging_bytes - offset)
                 self.segments[segment][offset : offset + size].copy_(raw[done : done + size], non_blocking=self.pinned)
                 done += size
         if self.pinned:  # wait here, so that whichever stream writes the shards next needs no event
@@ -112,29 +111,28 @@ class StagingBuffers:
 
     def write(self, folder: Path, rank: int) -> dict[str, Any]:
         """Write and fsync this rank's data file. Returns what its index says about it; OSError if it cannot."""
-        header, blocks, left = self.layout.header, [], self.layout.data_bytes
+        header, blocks, left = self.layout.header, Checksums(), self.layout.data_bytes
         path = folder / data_name(rank)
         with naming(path, len(header) + left), open(path, "wb", buffering=0) as file:
             _write_all(file.fileno(), memoryview(header))
             for segment in self.segments:
                 view = memoryview(segment.numpy())[:left]
-                for start in range(0, len(view), BLOCK):
-                    block = view[start : start + BLOCK]
-                    blocks.append(zlib.crc32(block))
-                    _write_all(file.fileno(), block)
+                blocks.add(view)
+                _write_all(file.fileno(), view)
                 left -= len(view)
             os.fsync(file.fileno())
         return {
             "header_bytes": len(header),
             "header_crc32": zlib.crc32(header),
             "data_bytes": self.layout.data_bytes,
-            "blocks_crc32": blocks,
+            "blocks_crc32": blocks.all,
             "tensors": self.layout.places,
         }
 
     def _fit(self, size: int) -> None:
         """Make the segments hold `size` bytes; all but the last are full-sized, and those that fit are kept."""
-        wanted = [min(SEGMENT, size - start) for start in range(0, size, SEGMENT)]
+        most = THRESHOLDS.staging_bytes
+        wanted = [min(most, size - start) for start in range(0, size, most)]
         kept = self.segments[: len(wanted)]
         self.segments = [
             kept[i] if i < len(kept) and kept[i].numel() >= bytes_ else self._buffer(bytes_)
@@ -143,6 +141,25 @@ class StagingBuffers:
 
     def _buffer(self, size: int) -> Tensor:
         return torch.empty(size, dtype=torch.uint8, pin_memory=self.pinned)
+
+
+class Checksums:
+    """CRC-32 of every block of data that comes in views of any size; the last block may be short."""
+
+    def __init__(self) -> None:
+        self.all: list[int] = []
+        self._room = 0
+        """Bytes that are left in the last block."""
+
+    def add(self, view: memoryview) -> None:
+        while view:
+            if not self._room:
+                self.all.append(0)
+                self._room = BLOCK
+            part = view[: self._room]
+            self.all[-1] = zlib.crc32(part, self.all[-1])
+            self._room -= len(part)
+            view = view[len(part) :]
 
 
 def _write_all(handle: int, view: memoryview) -> None:

@@ -22,12 +22,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from conf.thresholds import THRESHOLDS
 from train.model.sequence import Seen
-
-BLOCK = 128
-"""Queries of a block; half of it in rectangles below four blocks, where more would lie above the diagonal."""
-SCORES = 1 << 20
-"""Scores of a block at a time on a CPU, in fp32 4 MiB: as many heads as that takes, so that they stay in the cache."""
 
 
 class AttentionInput(NamedTuple):
@@ -104,18 +100,19 @@ def _blocks(given: AttentionInput) -> Iterator[tuple[slice, slice, slice, Tensor
     """
     batch, heads = given.q_BHTQ.shape[:2]
     length = given.k_BHSQ.size(2)
-    bias = torch.full((BLOCK, BLOCK), -torch.inf, device=given.q_BHTQ.device).triu_(1)
-    bias = F.pad(bias, (length, 0))  # behind the diagonal of the last BLOCK columns
+    most = THRESHOLDS.attention_queries
+    bias = torch.full((most, most), -torch.inf, device=given.q_BHTQ.device).triu_(1)
+    bias = F.pad(bias, (length, 0))  # behind the diagonal of the last `most` columns
     for sequence, first_query, last_query, first_key, last_key, before in given.seen.rectangles:
         rows = range(batch * heads) if sequence is None else range(sequence * heads, (sequence + 1) * heads)
-        block = BLOCK if last_query - first_query >= 4 * BLOCK else BLOCK // 2
+        block = most if last_query - first_query >= 4 * most else most // 2
         for first in range(first_query, last_query, block):
             last = min(first + block, last_query)
             diagonal = before + first - first_query
             keys = slice(first_key, min(last_key, first_key + diagonal + last - first))
             start = max(length - diagonal, 0)
             bias_CS = bias[: last - first, start : start + keys.stop - first_key]
-            count = max(1, SCORES // bias_CS.numel()) if given.q_BHTQ.is_cpu else len(rows)
+            count = max(1, THRESHOLDS.attention_scores // bias_CS.numel()) if given.q_BHTQ.is_cpu else len(rows)
             for row in range(rows.start, rows.stop, count):
                 yield slice(row, min(row + count, rows.stop)), slice(first, last), keys, bias_CS
 

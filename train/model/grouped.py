@@ -1,7 +1,7 @@
 """Products with the weight of each row's expert, from rows of every expert (bf16 on a CPU) or from where they end.
 
 oneDNN compiles a kernel for every shape it meets: some 0.4 ms, as long as a product of a few hundred rows takes, and how many
-rows an expert gets is hardly ever the same twice. So rows are rounded up to a multiple of STEP here. Where rows are
+rows an expert gets is hardly ever the same twice. So rows are rounded up to a multiple of `expert_rows` (conf/thresholds.py) here. Where rows are
 independent, the product reads and writes into the next expert's, which come later and overwrite that. Where rows are summed
 over, zeros are added. In fp32 and on a GPU torch's own grouped product takes where the rows of each expert end, int32 (E,).
 
@@ -15,8 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-STEP = 32
-"""Rows. 16 and 64 are as fast: more kernels, or more added rows."""
+from conf.thresholds import THRESHOLDS
 
 
 def product(x_RI: Tensor, weight_EIO: Tensor, rows: Sequence[int]) -> Tensor:
@@ -77,4 +76,4 @@ def _parts(by_expert: Tensor, rows: Sequence[int]) -> Iterator[tuple[Tensor, int
 
 
 def _rounded(rows: int) -> int:
-    return -(-rows // STEP) * STEP
+    return -(-rows // THRESHOLDS.expert_rows) * THRESHOLDS.expert_rows

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from conf.thresholds import THRESHOLDS
 from train.model import grouped
 from train.model.attention import Attend, AttentionCore, AttentionInput
 from train.model.rope import PlainHeads
@@ -23,8 +24,6 @@ from train.model.sequence import Positions
 
 Groups = Tensor | list[int]
 """Which rows are an expert's: how many each has, or where those of each end, int32 (E,)."""
-PIECE = 2**18
-"""Elements of [gate | up] whose fp32 copies stay in a CPU's cache."""
 
 
 class Kernels:
@@ -85,7 +84,7 @@ class Kernels:
 
     def _pieces(self, h_N2F: Tensor, *rows: Tensor | None) -> Iterator[tuple]:
         """The same rows of all tensors, as many as are worked on at a time."""
-        size = self.rows_at_once(h_N2F, PIECE)
+        size = self.rows_at_once(h_N2F, THRESHOLDS.gate_and_up)
         splits = [t.split(size) if t is not None else itertools.repeat(None) for t in (h_N2F, *rows)]
         return zip(*splits, strict=False)
 

@@ -13,12 +13,10 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from conf.thresholds import THRESHOLDS
 from train.model.kernels import Kernels
 from train.model.needed import gradients_needed
 from train.model.weight_gradient import weight_gradient
-
-BLOCK = 1 << 18
-"""Logits in fp32 at a time on CPU: 1 MiB."""
 
 
 def cross_entropy(
@@ -38,7 +36,7 @@ class _CrossEntropy(torch.autograd.Function):
         dhidden, dhead_VD = [], None
         for hidden_CD, targets_C in zip(hidden_ND.split(chunk), targets_N.split(chunk), strict=True):
             logits_CV = kernels.product(hidden_CD, head, head.dtype)
-            rows = kernels.rows_at_once(logits_CV, BLOCK)
+            rows = kernels.rows_at_once(logits_CV, THRESHOLDS.logits)
             loss += _loss_and_gradient(logits_CV, targets_C, scale, rows)
             dlogits_CV = logits_CV  # it has replaced them
             if want_hidden:

@@ -16,10 +16,8 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from conf.thresholds import THRESHOLDS
 from train.model.recompute import Packed, SavedContext, Slot
-
-SMALL = 2**10
-"""Bytes of the largest storage that stays."""
 
 
 class Fetched(Protocol):
@@ -55,7 +53,7 @@ class Offloaded(SavedContext):
 
     def _goes(self, tensor: Tensor) -> bool:
         storage = tensor.untyped_storage()
-        return storage.nbytes() > SMALL and storage._cdata not in self._stays
+        return storage.nbytes() > THRESHOLDS.stays_bytes and storage._cdata not in self._stays
 
     def __exit__(self, *error: object) -> None:
         super().__exit__(*error)

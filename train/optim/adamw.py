@@ -12,14 +12,11 @@ import torch
 from torch import Tensor, nn
 
 from conf.schema import Optim, Precision
+from conf.thresholds import THRESHOLDS
 from parallel.shard import GradientHandover
 from train.native.kernel import Array, Kernel, Number, Size, Struct, Threads
 from train.native.model import library
 
-CHUNK = 1 << 18
-"""Elements updated at a time where moments are bf16: their fp32 copies stay in the cache, so memory is passed over once."""
-NORM_ROW = 4096
-"""Elements whose squares are summed in fp32."""
 VECTOR = 16
 """Elements of torch's widest vectors. What is left over at the end of a tensor it computes one by one, in double."""
 
@@ -85,9 +82,10 @@ class AdamW(torch.optim.Optimizer):
         """By rows it is as exact as fp64 throughout, to 1e-7, and ten times as fast; torch's norm of all at once is off by 1e-4."""
         if self._compiled:
             return torch.tensor(_sum_of_squares(x), dtype=torch.float64)
-        whole = x.numel() // NORM_ROW * NORM_ROW
+        row = THRESHOLDS.norm_row
+        whole = x.numel() // row * row
         rows = [
-            torch.linalg.vector_norm(x[:whole].view(-1, NORM_ROW), dim=1),
+            torch.linalg.vector_norm(x[:whole].view(-1, row), dim=1),
             torch.linalg.vector_norm(x[whole:]).view(1),
         ]
         return torch.cat(rows).double().square_().sum()
@@ -118,7 +116,7 @@ class AdamW(torch.optim.Optimizer):
 
 def scratch_bytes(kind: str, moments: torch.dtype, elements: int, compiled: bool) -> int:
     """What an update of so many elements takes beside its operands. kind: of the device."""
-    return 0 if kind == "cuda" or moments == torch.float32 or compiled else 8 * min(CHUNK, elements)
+    return 0 if kind == "cuda" or moments == torch.float32 or compiled else 8 * min(THRESHOLDS.adamw_elements, elements)
 
 
 def _update(piece: UpdatePiece, group: dict, count: int, factor: Tensor | float | None) -> None:
@@ -130,7 +128,7 @@ def _update(piece: UpdatePiece, group: dict, count: int, factor: Tensor | float 
     if factor is not None:
         grad.mul_(factor)
     whole = weight.numel() // VECTOR * VECTOR
-    size = max(1, whole) if exp_avg.dtype == torch.float32 else CHUNK
+    size = max(1, whole) if exp_avg.dtype == torch.float32 else THRESHOLDS.adamw_elements
     parts = [tensor[:whole].split(size) for tensor in (weight, grad, exp_avg, exp_avg_sq)]
     scratch = [torch.empty(min(size, whole), device=weight.device) for _ in range(2 * (exp_avg.dtype != torch.float32))]
     for weight_C, grad_C, *moments in zip(*parts, strict=True):

@@ -10,7 +10,7 @@ with fp32 scales `CpuEngine` takes fp32 operands and an fp32 product, or, by cho
 `CompiledEngine` (train/precision/compiled_engine.py) keeps values and fp32 scales apart where the CPU has AVX2, so
 that this product, too, costs about what a bf16 one costs.  That one sums each 128 of the contraction apart, as Hopper
 kernels do; `CpuEngine` has one product per call, which differs by 3e-7 relative, far below the 4e-2 of the quantisation.
-An expert's rows are taken with padding up to STEP (train/model/grouped.py says why).
+An expert's rows are taken with padding up to `expert_rows` of conf/thresholds.py (train/model/grouped.py says why).
 
 Shape suffixes: O outer, C contraction, P padded rows (train/precision/groups.py), E experts, N outer of the right operand.
 """
@@ -22,7 +22,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from train.model.grouped import STEP
+from conf.thresholds import THRESHOLDS
 from train.model.kernels import added
 from train.precision import swiglu
 from train.precision.formats import Cast
@@ -204,7 +204,7 @@ class CpuEngine:
     def grouped(self, left: Tensor, right: Tensor, groups: Groups, dtype: torch.dtype) -> Tensor:
         left, right = _common(left, right, dtype)
         out_PN = left.new_zeros(groups.rows, right.shape[1])
-        for rows, right_NC in zip(groups.real(STEP), right, strict=True):
+        for rows, right_NC in zip(groups.real(THRESHOLDS.expert_rows), right, strict=True):
             torch.mm(left[rows], right_NC.mT, out=out_PN[rows])
         return out_PN.to(dtype)
 
@@ -213,7 +213,7 @@ class CpuEngine:
     ) -> Tensor:
         left, right = _common(left, right, dtype)
         out_EON = left.new_empty(len(groups.counts), left.shape[0], right.shape[0])
-        for rows, out_ON in zip(groups.real(STEP), out_EON, strict=True):
+        for rows, out_ON in zip(groups.real(THRESHOLDS.expert_rows), out_EON, strict=True):
             torch.mm(left[:, rows], right[:, rows].mT, out=out_ON)
         return added(out_EON.to(dtype), into)
 

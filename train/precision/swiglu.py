@@ -14,8 +14,7 @@ Shape suffixes: P rows, F inner width of an expert.
 import torch
 from torch import Tensor
 
-CHUNK = 1 << 19
-"""Values of h that are worked on at a time: their fp32 temporaries stay in the CPU's cache."""
+from conf.thresholds import THRESHOLDS
 
 
 def forward(h_P2F: Tensor, gates_P: Tensor) -> Tensor:
@@ -25,9 +24,9 @@ def forward(h_P2F: Tensor, gates_P: Tensor) -> Tensor:
 
 
 def chunks(x_P: Tensor, h_P2F: Tensor | None = None) -> tuple[Tensor, ...]:
-    """Rows of x in pieces of at most CHUNK values of h (x itself if not given)."""
+    """Rows of x in pieces of at most so many values of h as conf/thresholds.py says (x itself if not given)."""
     h_P2F = x_P if h_P2F is None else h_P2F
-    return x_P.split(max(1, CHUNK // max(h_P2F.shape[1], 1)))
+    return x_P.split(max(1, THRESHOLDS.fp8_gate_and_up // max(h_P2F.shape[1], 1)))
 
 
 def again(h_P2F: Tensor, gates_P: Tensor) -> Tensor:

@@ -4,6 +4,7 @@ import pytest
 
 from bench.plan_memory import ALL, EP2, RUN, even, measure
 from conf.load import compose
+from conf.thresholds import THRESHOLDS
 from parallel.mesh import read_layout
 from tests.ranks import run_ranks
 from train.plan.memory.rank import phases, plan_memory, rank_memory, scene_of
@@ -111,14 +112,12 @@ def _compare_peaks(rank: int, overrides: list[str], bucket: int | None) -> None:
     """Within 0.3 %: some small tensors of the loop around the model are in no plan."""
     import torch
 
-    import parallel.zero.engine as zero
     import train.model.routing as routing
-    import train.plan.memory.zero3 as stage3
 
     torch.set_num_threads(1)
     routing.choose = even
     if bucket is not None:
-        zero.BUCKET_ELEMENTS = stage3.BUCKET_ELEMENTS = bucket
+        THRESHOLDS.bucket_elements = bucket
     config = compose(*overrides)
     layout = read_layout(config, config.parallel.world)
     planned = phases(config, layout.pp_rank(rank), layout.stage_rank(rank), scene_of(config))

@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from itertools import groupby
 
 from conf.schema import Config
-from parallel.zero.engine import BUCKET_ELEMENTS
+from conf.thresholds import THRESHOLDS
 from train.optim.adamw import moments_dtype, scratch_bytes
 from train.plan.memory.part import Scene
 from train.plan.memory.weights import FP32, Shards, Weight
@@ -95,7 +95,7 @@ class StepEnd:
         self._ranks = [stage_rank * group.ranks // config.parallel.stage_ranks for group in groups]
         self._own = [group for group in groups if self._is_own(group)]
         self._gradients = [one for one in _gradients(groups, self._ranks) if not self._is_own(groups[one.group])]
-        self._bucket = min(max(1, sum(one.weight.elements for one in self._gradients)), BUCKET_ELEMENTS)
+        self._bucket = min(max(1, sum(one.weight.elements for one in self._gradients)), THRESHOLDS.bucket_elements)
 
     def peaks(self) -> tuple[int, int]:
         """Most bytes of gradients, buffers and scratch at a time, in the reduction and in the update."""

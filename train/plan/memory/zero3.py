@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from functools import cached_property
 
 from conf.schema import Config
-from parallel.zero.engine import BUCKET_ELEMENTS
+from conf.thresholds import THRESHOLDS
 from train.optim.adamw import moments_dtype, scratch_bytes
 from train.plan.job import micro_batches_of
 from train.plan.memory.chunk import ChunkMemory
@@ -69,7 +69,10 @@ class Zero3Memory:
 
     @cached_property
     def _bucket(self) -> Bucket:
-        parallel, limit = self._config.parallel, min(sum(group.elements for group in self._groups), BUCKET_ELEMENTS)
+        parallel, limit = (
+            self._config.parallel,
+            min(sum(group.elements for group in self._groups), THRESHOLDS.bucket_elements),
+        )
         return Bucket(limit, parallel.stage_ranks, parallel.stage_ranks // parallel.ep, self._chunk.scene.gloo)
 
     @cached_property
