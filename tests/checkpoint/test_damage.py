@@ -146,6 +146,27 @@ def test_a_sealed_manifest_that_lacks_something_is_damaged(tmp_path, name, value
     assert newest_intact(tmp_path).path == tmp_path / "step_00000010"
 
 
+@pytest.mark.parametrize(
+    "interval", [[0, 0, 2**62], [0, 0, 301], [0, 2**62, 0], [0, 1, 300], [2, 0, 300], [2**62, 0, 0], [0, 0, 10**30]]
+)
+def test_a_forged_interval_is_damage(tmp_path, interval):
+    two_checkpoints(tmp_path)
+    folder = tmp_path / "step_00000020"
+    rewrite(folder / "manifest.json", lambda body: body["tensors"]["w0"][2].append(interval))
+    with pytest.raises(Damaged, match=r"manifest\.json\n.*w0"):
+        load(folder, {"w0": whole(torch.zeros(300))})
+    assert newest_intact(tmp_path).path == tmp_path / "step_00000010"
+
+
+@pytest.mark.parametrize("step", [-1, 2**63, 10**400])
+def test_a_forged_number_in_the_meta_is_damage(tmp_path, step):
+    two_checkpoints(tmp_path)
+    path = tmp_path / "step_00000020" / "manifest.json"
+    rewrite(path, lambda body: body["meta"].update(step=step))
+    with pytest.raises(Damaged, match="its meta holds step = "):
+        _ = read_manifest(path.parent).meta["step"]
+
+
 def test_a_manifest_names_what_its_meta_lacks(tmp_path):
     two_checkpoints(tmp_path)
     path = tmp_path / "step_00000020" / "manifest.json"
@@ -174,6 +195,11 @@ def test_a_sealed_index_that_describes_no_data_file_is_damaged(tmp_path):
         lambda index: index["tensors"].clear(),
         lambda index: index["tensors"].update(w0=["F32", [300], 0, 300, 10**9]),
         lambda index: index["tensors"].update(w0=["F99", [300], 0, 300, 0]),
+        lambda index: index["tensors"].update(w0=["F32", [300], 100, 200, 0]),
+        lambda index: index["tensors"].update(w0=["F32", [300], -100, 400, 400]),
+        lambda index: index["tensors"].update(w0=["F32", [300], 0, 200, 0]),
+        lambda index: index["tensors"].update(w0=["I32", [300], 0, 300, 0]),
+        lambda index: index["tensors"].update(w0=["F32", [30, 10], 0, 300, 0]),
         lambda index: index["tensors"].update(w0=3),
     ):
         index = json.loads(whole_text)

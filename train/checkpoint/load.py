@@ -158,8 +158,15 @@ def _read_rank(manifest: Manifest, files: Files, rank: int, pieces: list[FilePie
     index = check_index(manifest, rank, files.index(rank))
     tensors, path = index["tensors"], manifest.folder / data_name(rank)
     for piece in pieces:
-        if piece.name not in tensors or tensors[piece.name][0] not in TORCH:
-            raise Damaged(manifest.folder / index_name(rank), f"does not tell where {piece.name} lies")
+        entry, (dtype, shape, start, count, _) = (
+            manifest.tensors[piece.name],
+            tensors.get(piece.name, ("", (), 0, 0, 0)),
+        )
+        known = (dtype, tuple(shape)) == (entry.dtype, entry.shape)
+        if not (known and start <= piece.start <= start + count - piece.target.numel()):
+            raise Damaged(
+                manifest.folder / index_name(rank), f"does not tell where {piece.name} lies, as the manifest does"
+            )
 
     def first_byte(piece: FilePiece) -> int:
         dtype, _, start, _, at = tensors[piece.name]

@@ -20,6 +20,7 @@ Nothing is pickled: a checkpoint from a stranger can be wrong but cannot run cod
 """
 
 import json
+import math
 import os
 import re
 import zlib
@@ -37,6 +38,8 @@ VERSION = 1
 """Raised when older code could not read what newer code writes."""
 BLOCK = 4 << 20
 """Bytes of data under one CRC-32; a multiple of every item size, so that no element spans two blocks."""
+LARGEST = 2**63 - 1
+"""Of the numbers in a checkpoint."""
 META = {
     **dict.fromkeys(("step", "samples", "skipped", "updates", "seed", "seq_len"), int),
     **dict.fromkeys(("tokenizer", "data"), str),
@@ -44,7 +47,7 @@ META = {
     "held_out": dict,
     "config": dict,
 }
-"""Types of what modes read of the meta."""
+"""Types of what modes read of the meta; numbers count something."""
 
 
 class Damaged(UserError):
@@ -78,8 +81,9 @@ class Meta(dict[str, Any]):
         if name not in self:
             raise Damaged(self._path, f"its meta holds no {name!r}")
         value = super().__getitem__(name)
-        if not isinstance(value, META.get(name, object)):
-            raise Damaged(self._path, f"its meta holds {name} = {value!r}")
+        kind = META.get(name, object)
+        if not isinstance(value, kind) or (kind is int and not 0 <= value <= LARGEST):
+            raise Damaged(self._path, f"its meta holds {name} = {value!r:.100}")
         return value
 
 
@@ -163,10 +167,10 @@ def manifest_of(folder: Path, body: dict[str, Any]) -> Manifest:
     for name in (name for rank in range(ranks) for name in (data_name(rank), index_name(rank))):
         if not _are_counts(files.get(name), 2 if name.endswith(".json") else 1):
             raise Damaged(path, f"does not tell the size of {name}")
-    return Manifest(folder, step, attempt, ranks, Meta(path, meta), files, _entries(path, tensors))
+    return Manifest(folder, step, attempt, ranks, Meta(path, meta), files, _entries(path, tensors, ranks))
 
 
-def _entries(path: Path, tensors: dict[str, Any]) -> dict[str, Entry]:
+def _entries(path: Path, tensors: dict[str, Any], ranks: int) -> dict[str, Entry]:
     found = {}
     for name, entry in tensors.items():
         match entry:
@@ -174,13 +178,18 @@ def _entries(path: Path, tensors: dict[str, Any]) -> dict[str, Entry]:
                 found[name] = Entry(dtype, tuple(shape), [tuple(interval) for interval in intervals])
             case _:
                 raise Damaged(path, f"does not tell where {name} lies")
+        size = math.prod(shape)
+        for rank, start, count in intervals:
+            if rank >= ranks or start + count > size:
+                where = f"{count} elements of {name} from {start} on in rank {rank}'s file"
+                raise Damaged(path, f"places {where}, and {name} has {size} in the files of {ranks} ranks")
     return found
 
 
 def _are_counts(found: Any, length: int | None = None) -> bool:
     """Whether this is a list of integers from 0 on, of this length if one is given."""
     listed = isinstance(found, list | tuple) and length in (None, len(found))
-    return listed and all(isinstance(count, int) and count >= 0 for count in found)
+    return listed and all(isinstance(count, int) and 0 <= count <= LARGEST for count in found)
 
 
 def _field(path: Path, body: dict[str, Any], name: str, kind: type) -> Any:
