@@ -9,7 +9,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -31,7 +31,7 @@ from conf.mistakes import check_words, explain
 from conf.own_keys import refuse_keys_of_other_modes
 from conf.run_settings import LOOKS_AT_A_RUN, over_run_settings
 from conf.schema import ROOT, Config, Hardware, Mode
-from conf.yaml_file import UNREADABLE, read_yaml, unreadable
+from conf.yaml_file import UNREADABLE, escaped, read_yaml, unreadable
 
 
 def recipes() -> list[str]:
@@ -80,7 +80,7 @@ class _Primary(Config):
 def to_config(node: DictConfig, said: Callable[[str], None] | None = None) -> Config:
     """Typed and checked configuration from a composed node; raises UserError. said: takes a sentence on each value chosen here."""
     plain = OmegaConf.to_container(OmegaConf.masked_copy(node, [key for key in node if key != "hydra"]), resolve=True)
-    config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), plain))
+    config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), escaped(plain)))
     check_fields(config)
     choices = list(_choose(config))
     check(config)
@@ -110,13 +110,13 @@ def _choose(config: Config) -> Iterator[str]:
 
 
 def read_config(path: str) -> Config:
-    """The configuration that the driver wrote to a run folder."""
+    """The configuration that the driver wrote to a run folder: values alone, so a file that calls a function is refused."""
     return to_config(read_yaml(Path(path)))
 
 
 def write_config(config: Config, path: str) -> None:
     """Write every value, resolved, so that a rank needs no Hydra. One that starts meanwhile reads the old file or the new one."""
-    atomic_write_text(Path(path), OmegaConf.to_yaml(OmegaConf.structured(config)))
+    atomic_write_text(Path(path), OmegaConf.to_yaml(OmegaConf.create(escaped(asdict(config)))))
 
 
 def compose(*overrides: str) -> Config:

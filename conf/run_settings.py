@@ -5,6 +5,8 @@
 What the run was (model, precision, seq_len, tokenizer, ...) comes from its config.yaml; what the command line says goes
 over it; how to spread the work now (parallel, cluster) comes from the command line alone, as it is another job. With an
 explicit conf=RECIPE, or where there is no run, the composed configuration is taken as it is.
+
+The run may be somebody else's. Only with trust=true may its config.yaml read this machine (conf/yaml_file.py) or name code to be run.
 """
 
 from collections.abc import Sequence
@@ -15,7 +17,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from conf.errors import UserError
 from conf.schema import Config, Mode
-from conf.yaml_file import read_yaml
+from conf.yaml_file import escaped, read_yaml
 
 LOOKS_AT_A_RUN = (Mode.export, Mode.evaluate, Mode.generate, Mode.dashboard)
 SOURCES = ("path", "mix", "format", "text_key")
@@ -34,17 +36,22 @@ def over_run_settings(node: DictConfig, overrides: Sequence[str], groups: Sequen
     if file is None:
         return node
     try:
-        settings = OmegaConf.merge(OmegaConf.structured(Config), read_yaml(file))
+        settings = OmegaConf.merge(OmegaConf.structured(Config), read_yaml(file, trust=node.trust))
     except OmegaConfBaseException as error:
         rule = f"holds what this version does not know: {str(error).splitlines()[0]}"
         cure = "use the version that trained the run, or correct the file"
         raise UserError(file.name, file, rule, cure) from error
     if (file.parent / "tokenizer.json").is_file():  # the path in the settings may mean nothing here
-        settings.data.tokenizer = str(file.parent)
+        settings.data.tokenizer = escaped(str(file.parent))
     if any(key.startswith("data.") and key.split(".")[1] in SOURCES for key in keys):
         keys += [f"data.{name}" for name in SOURCES]
-    for key in ["parallel", "cluster", "runs", *(key for key in keys if key in groups), *keys]:
-        OmegaConf.update(settings, key, OmegaConf.select(node, key), merge=False)
+    for key in ["parallel", "cluster", "runs", "trust", *(key for key in keys if key in groups), *keys]:
+        OmegaConf.update(settings, key, escaped(OmegaConf.select(node, key)), merge=False)
+    tasks = settings.evaluate.task_path
+    if node.mode == Mode.evaluate and tasks is not None and not node.trust and "evaluate.task_path" not in keys:
+        rule = f"stands in {file}, and definitions of tasks can hold code, which would run"
+        cure = "type evaluate.task_path=FOLDER (null for none), or set trust=true, if you trust who wrote the file"
+        raise UserError("evaluate.task_path", tasks, rule, cure)
     if "micro_batch_size" not in keys and settings.micro_batch_size:
         share, rest = divmod(settings.batch_size, settings.parallel.dp)
         if rest or share % settings.micro_batch_size or "seq_len" in keys:

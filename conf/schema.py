@@ -761,6 +761,9 @@ class Config:
     from; null draws them. A run that has a checkpoint goes on from that."""
     runs: str = "runs"
     """Folder that holds the run folders."""
+    trust: bool = False
+    """Let the config.yaml of a run that a mode looks at call resolvers, such as ${oc.env:HOME}, and name evaluate.task_path, whose tasks can
+    hold code. For runs of those you trust; a config.yaml cannot set it."""
     model: Model = field(default_factory=Model)
     data: Data = field(default_factory=Data)
     optim: Optim = field(default_factory=Optim)

@@ -1,11 +1,20 @@
-"""Reads a YAML file, and says in one sentence what is wrong with one that cannot be read."""
+"""Reads a YAML file, and says in one sentence what is wrong with one that cannot be read.
 
+A run folder may be somebody else's. So its file is data: a reference such as ${model.layers} means another value of the file, while
+a resolver such as ${oc.env:HOME} calls a function that can read this machine, and is refused.
+"""
+
+import re
 import sys
+from collections.abc import Iterator
+from enum import Enum
 from pathlib import Path
+from typing import Any
 
 import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from omegaconf.grammar_parser import OmegaConfGrammarParser, parse
 
 from conf.disk import cure_of_reading
 from conf.errors import UserError
@@ -14,15 +23,51 @@ UNREADABLE = (yaml.YAMLError, OmegaConfBaseException, OSError, ValueError, Recur
 """What reading a file of settings raises when the file is at fault; ValueError: not UTF-8, or a date that does not exist."""
 
 
-def read_yaml(path: Path) -> DictConfig:
-    """The settings in a file, such as config.yaml of a run. Raises UserError if they cannot be read."""
+def read_yaml(path: Path, trust: bool = False) -> DictConfig:
+    """The settings in a file, such as config.yaml of a run. Raises UserError if they cannot be read, or name a resolver without
+    `trust`.
+    """
     try:
         found = OmegaConf.load(path)
+        calls = [] if trust else list(_calls(OmegaConf.to_container(found)))
     except UNREADABLE as error:
         raise unreadable(error, path) from error
     if not isinstance(found, DictConfig):
         raise UserError(path.name, path, "must be a mapping of settings (key: value)", CURE)
+    for key, text in calls:
+        rule = f"in {path} calls a function that can read this machine, and the file may be somebody else's"
+        raise UserError(key, text, rule, "write the value there, or set trust=true, if you trust who wrote the file")
     return found
+
+
+def _calls(value: Any, key: str = "") -> Iterator[tuple[str, str]]:
+    """Every text of nested mappings and lists that holds a resolver, with its key."""
+    if isinstance(value, dict):
+        for name, inner in value.items():
+            yield from _calls(inner, f"{key}.{name}" if key else str(name))
+    elif isinstance(value, list):
+        for index, inner in enumerate(value):
+            yield from _calls(inner, f"{key}[{index}]")
+    elif isinstance(value, str) and "${" in value and _holds_resolver(parse(value)):
+        yield key, value
+
+
+def _holds_resolver(tree: Any) -> bool:
+    """Whether one stands anywhere in a parsed text."""
+    if isinstance(tree, OmegaConfGrammarParser.InterpolationResolverContext):
+        return True
+    return any(map(_holds_resolver, getattr(tree, "children", None) or ()))
+
+
+def escaped(value: Any) -> Any:
+    """Plain values whose texts OmegaConf reads as they are: a ${ in them is no reference, as they were resolved already."""
+    if isinstance(value, dict):
+        return {key: escaped(inner) for key, inner in value.items()}
+    if isinstance(value, list):
+        return [escaped(inner) for inner in value]
+    if isinstance(value, str) and not isinstance(value, Enum):
+        return re.sub(r"(\\*)\$\{", lambda found: found[1] * 2 + r"\${", value)
+    return value
 
 
 def unreadable(error: Exception, path: Path | None = None) -> UserError:

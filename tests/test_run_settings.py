@@ -4,10 +4,13 @@ import subprocess
 import sys
 
 import pytest
+import yaml
 
 from conf.errors import UserError
-from conf.load import compose, write_config
+from conf.load import compose, read_config, write_config
 from conf.schema import ROOT
+from conf.yaml_file import escaped
+from train.api import _quoted
 
 
 @pytest.fixture
@@ -67,3 +70,102 @@ def test_a_sweep_over_runs_looks_at_each_by_its_name(tmp_path):
     command = [sys.executable, "-m", "train", "-m", "mode=evaluate", "name=one,two", f"runs={tmp_path}"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=60)
     assert done.returncode == 2 and f"there is none in {tmp_path / 'one' / 'checkpoints'}" in done.stderr, done.stderr
+
+
+SECRET = "s3cret-of-the-victim"
+LOOKING = ["mode=evaluate", "mode=generate", "mode=export export.to=/nowhere", "mode=dashboard"]
+
+
+def rewrite(runs, **changes):
+    """Change values of the run's config.yaml, as a stranger can."""
+    path = runs / "old" / "config.yaml"
+    settings = yaml.safe_load(path.read_text())
+    for key, value in changes.items():
+        *groups, last = key.split("__")
+        place = settings
+        for group in groups:
+            place = place[group]
+        place[last] = value
+    path.write_text(yaml.safe_dump(settings))
+    return path
+
+
+@pytest.mark.parametrize(
+    "text", ["${oc.env:SECRET}", "a ${oc.env:SECRET,b}", "${${generate.prompt}:SECRET}", "${oc.decode:${seed}}"]
+)
+@pytest.mark.parametrize("mode", LOOKING)
+def test_a_run_of_somebody_else_reads_nothing_of_this_machine(runs, monkeypatch, mode, text):
+    monkeypatch.setenv("SECRET", SECRET)
+    rewrite(runs, log__wandb_notes=text, generate__prompt="oc.env")
+    with pytest.raises(UserError) as caught:
+        compose(*mode.split(), "name=old", f"runs={runs}")
+    assert (
+        caught.value.field == "log.wandb_notes"
+        and "trust=true" in caught.value.cure
+        and SECRET not in str(caught.value)
+    )
+
+
+def test_one_s_own_may_with_trust_and_references_need_none(runs, monkeypatch):
+    monkeypatch.setenv("SECRET", SECRET)
+    path = rewrite(runs, log__wandb_notes="${oc.env:SECRET}", log__wandb_group="${seq_len} ${model.layers}")
+    config = compose("mode=evaluate", "name=old", f"runs={runs}", "trust=true")
+    assert (config.log.wandb_notes, config.log.wandb_group, config.trust) == (SECRET, "48 3", True)
+    rewrite(runs, log__wandb_notes=None, trust=True)
+    config = compose("mode=evaluate", "name=old", f"runs={runs}")
+    assert config.log.wandb_group == "48 3" and not config.trust, "a config.yaml cannot ask for trust"
+    rewrite(runs, log__wandb_notes="${oc.env:SECRET}")
+    with pytest.raises(UserError, match="trust=true"):
+        read_config(str(path))
+
+
+def test_a_value_that_only_looks_like_a_reference_stays_as_it_is(runs, monkeypatch):
+    """Resolved once, written to config.yaml and read again by a rank, an escaped reference must not become a true one."""
+    monkeypatch.setenv("SECRET", SECRET)
+    rewrite(runs, log__wandb_notes="\\${oc.env:SECRET}", log__wandb_tags=["\\${seed}", "\\${", "\\\\${seed}"])
+    config = compose("mode=evaluate", "name=old", f"runs={runs}", "generate.prompt='echo \\${oc.env:SECRET}'")
+    for _ in range(3):
+        assert config.log.wandb_notes == "${oc.env:SECRET}" and config.generate.prompt == "echo ${oc.env:SECRET}"
+        assert config.log.wandb_tags == ["${seed}", "${", "\\1"]
+        write_config(config, str(runs / "again.yaml"))
+        config = read_config(str(runs / "again.yaml"))
+
+
+def test_the_name_of_a_folder_is_no_reference(runs, monkeypatch):
+    monkeypatch.setenv("SECRET", SECRET)
+    folder = (runs / "old").rename(runs / "${oc.env:SECRET}")
+    (folder / "tokenizer.json").write_text("{}")
+    checkpoint = _quoted(escaped(str(folder)))
+    config = compose("mode=generate", f"runs={runs}", f"generate.checkpoint={checkpoint}")
+    assert config.data.tokenizer == config.generate.checkpoint == str(folder)
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        "_target_: os.system",
+        "hydra: {callbacks: {a: {_target_: os.system}}}",
+        "seed: !!python/object/apply:os.getpid []",
+    ],
+)
+def test_nothing_that_a_run_names_is_imported_or_called(runs, body):
+    path = runs / "old" / "config.yaml"
+    path.write_text(f"{path.read_text()}{body}\n")
+    for words in (["trust=true"], []):
+        with pytest.raises(UserError, match=r"config\.yaml"):
+            compose("mode=evaluate", "name=old", f"runs={runs}", *words)
+
+
+def test_definitions_of_tasks_which_are_code_are_named_by_the_user_alone(runs):
+    rewrite(runs, evaluate__task_path=str(runs / "tasks"), evaluate__tasks=["mine"])
+    with pytest.raises(UserError, match="can hold code"):
+        compose("mode=evaluate", "name=old", f"runs={runs}")
+    for words in (["trust=true"], [f"evaluate.task_path={runs / 'tasks'}"]):
+        assert compose("mode=evaluate", "name=old", f"runs={runs}", *words).evaluate.task_path == str(runs / "tasks")
+    assert compose("mode=evaluate", "name=old", f"runs={runs}", "evaluate.task_path=null").evaluate.task_path is None
+    assert compose("mode=generate", "name=old", f"runs={runs}").evaluate.tasks == ["mine"]
+
+
+def test_a_recipe_of_one_s_own_may_read_the_environment(tmp_path, monkeypatch):
+    monkeypatch.setenv("SECRET", SECRET)
+    assert compose("log.wandb_notes=${oc.env:SECRET}").log.wandb_notes == SECRET

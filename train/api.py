@@ -20,6 +20,7 @@ from conf import load as load_settings
 from conf.disk import disk_errors
 from conf.errors import EXIT_OK, EXIT_STOPPED, UserError
 from conf.schema import Config
+from conf.yaml_file import escaped
 from train.checkpoint.manifest import newest_intact
 from train.metrics.jsonl import FILE, read_heads
 from train.program import environment_of_children
@@ -135,7 +136,7 @@ def load(path: Path | str, *overrides: str) -> "LoadedModel":
     from train.generate.source import open_source
     from train.rank import choose_device
 
-    config = compose("mode=generate", f"generate.checkpoint={_quoted(str(path))}", *overrides)
+    config = compose("mode=generate", f"generate.checkpoint={_quoted(escaped(str(path)))}", *overrides)
     return open_source(config, choose_device(config, Place()))
 
 

@@ -34,6 +34,7 @@ EFFECTS: dict[str, tuple[Effect, str]] = {
     "mode": (Effect.none, "says what to do with a recipe; training alone resumes"),
     "name": (Effect.none, "where the run lies"),
     "runs": (Effect.none, "where the run lies"),
+    "trust": (Effect.none, "what config.yaml of another run may do"),
     "resume": (Effect.none, "where it starts, which its own line says"),
     "init_from": (Effect.none, "a run that has a checkpoint does not read it"),
     "micro_batch_size": (Effect.rounding, "the same sum in other parts"),
