@@ -17,6 +17,7 @@ import psutil
 
 from cluster.spawn import lives
 from conf.errors import EXIT_CRASH, EXIT_OK
+from conf.words import say
 
 
 def raylets() -> list[tuple[psutil.Process, str, str]]:
@@ -57,7 +58,7 @@ def main(arguments: list[str]) -> int:
         words = [f"--address={head}", f"--node-id={node}", f"--deadline-remaining-seconds={within}", *reason]
         told = subprocess.run([ray, "drain-node", *words], capture_output=True, text=True)
         if told.returncode:
-            print(f"error: Ray at {head} does not let node {node} go: {told.stderr.strip()}", file=sys.stderr)
+            say(f"error: Ray at {head} does not let node {node} go: {told.stderr.strip()}", file=sys.stderr)
             return EXIT_CRASH
     while time.monotonic() < deadline and any(lives(process.pid) for process, *_ in here):
         time.sleep(0.2)

@@ -9,6 +9,7 @@ import sys
 from cluster.topology import Node, require, table
 from conf.errors import EXIT_OK, UserError
 from conf.load import compose, report
+from conf.words import say
 
 
 def nodes_of(text: str) -> list[Node]:
@@ -25,11 +26,11 @@ def nodes_of(text: str) -> list[Node]:
 
 def main(arguments: list[str]) -> int:
     if not arguments:
-        print(__doc__)
+        say(__doc__)
         return EXIT_OK
     try:
         parallel = compose(*arguments[1:]).parallel
-        print(table(require(nodes_of(arguments[0]), parallel.pp, parallel.stage_ranks, parallel.ep)))
+        say(table(require(nodes_of(arguments[0]), parallel.pp, parallel.stage_ranks, parallel.ep)))
     except UserError as error:
         return report(error)
     return EXIT_OK

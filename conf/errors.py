@@ -3,6 +3,8 @@
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from conf.words import one_line, sentence
+
 EXIT_OK, EXIT_CRASH, EXIT_USER, EXIT_DIVERGED, EXIT_STOPPED, EXIT_INTERRUPTED = 0, 1, 2, 3, 75, 130
 EXIT_CODES = {
     EXIT_OK: "all was done",
@@ -18,17 +20,18 @@ EXIT_CODES = {
 class UserError(ValueError):
     """Something in the input is wrong. Says which field has which value, the rule it breaks, and the cure.
 
-    Every entry point prints it as one screen without a traceback and exits with `code`.
+    Every entry point prints it as one screen without a traceback and exits with `code`. Words from elsewhere that stand in it are made
+    harmless here (conf/words.py).
     """
 
     code = EXIT_USER
 
     def __init__(self, field: str, value: Any, rule: str, cure: str):
-        self.field, self.value, self.rule, self.cure = field, value, rule, cure
-        super().__init__(field, value, rule, cure)
+        self.field, self.value, self.rule, self.cure = one_line(field), value, sentence(rule), sentence(cure)
+        super().__init__(self.field, value, self.rule, self.cure)
 
     def __str__(self) -> str:
-        named = f"{self.field} = {self.value}" if self.value != "" else str(self.field)
+        named = f"{self.field} = {one_line(self.value)}" if self.value != "" else self.field
         return f"{named}\n  rule: {self.rule}\n  cure: {self.cure}"
 
 

@@ -17,6 +17,7 @@ from conf.help import takes
 from conf.keys import KeyGroup, attribute_meanings, choices_of, docstring, groups, inner_section, plain, value_words
 from conf.load import compose_node
 from conf.schema import ROOT, Config
+from conf.words import say
 
 PAGE = ROOT / "train" / "docs" / "keys.md"
 EDITORS = ROOT / "conf" / "recipe.schema.json"
@@ -131,7 +132,7 @@ def _default(item: dataclasses.Field) -> Any:
 def main() -> int:
     PAGE.write_text(keys_page())
     EDITORS.write_text(recipe_schema())
-    print(f"{PAGE}\n{EDITORS}")
+    say(f"{PAGE}\n{EDITORS}")
     return EXIT_OK
 
 

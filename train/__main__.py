@@ -20,6 +20,7 @@ from conf.disk import let_output_be_lost  # noqa: E402
 from conf.errors import EXIT_CRASH, EXIT_DIVERGED, EXIT_INTERRUPTED, EXIT_OK, EXIT_STOPPED, EXIT_USER, UserError  # noqa: E402
 from conf.load import run  # noqa: E402
 from conf.schema import Config, Mode  # noqa: E402
+from conf.words import say  # noqa: E402
 from train.layout import check_layout  # noqa: E402
 from train.model.count import checkpoint_bytes  # noqa: E402
 
@@ -32,7 +33,7 @@ def main(configs: list[Config]) -> int:
             codes.append(do(config, alone=len(configs) == 1))
             if codes[-1] in (EXIT_STOPPED, EXIT_INTERRUPTED):  # a signal means the command, not the one job it found
                 if left := len(configs) - len(codes):
-                    print(f"stopped: {left} of {len(configs)} jobs of the sweep were not started", file=sys.stderr)
+                    say(f"stopped: {left} of {len(configs)} jobs of the sweep were not started", file=sys.stderr)
                 break
     except UserError as error:
         codes.append(error.code)
@@ -137,7 +138,7 @@ def _report(config: Config, alone: bool) -> int:
     from train.metrics.compare import report
 
     for page in report(config):
-        print(page)
+        say(page)
     return EXIT_OK
 
 
@@ -165,9 +166,17 @@ def _dashboard(config: Config, alone: bool) -> int:
     return build_dashboard(config)
 
 
+def _show_bug(*raised: object) -> None:
+    """Where Python would print what nobody caught, whatever stands in it."""
+    import traceback
+
+    say("".join(traceback.format_exception(*raised)).rstrip(), file=sys.stderr)
+
+
 def command() -> int:
     """What was typed after `sluice` or `python -m train`; returns the exit code."""
     os.environ |= environment_of_children()
+    sys.excepthook = _show_bug
     let_output_be_lost()
     words = sys.argv[1:]
     if words[:1] in (["--version"], ["doctor"]):

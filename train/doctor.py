@@ -22,6 +22,8 @@ from conf.disk import room, size
 from conf.errors import EXIT_OK, EXIT_USER, UserError
 from conf.load import compose, report
 from conf.schema import ROOT, Config
+from conf.screen import Terminal
+from conf.words import say
 from train import __version__
 from train.cpu import cpu_name
 from train.metrics.screens import GOOD, WARN, show
@@ -47,11 +49,11 @@ class DoctorLine:
 def main(words: list[str]) -> int:
     """`--version`, or `doctor` and overrides of a recipe; returns the exit code."""
     if words[0] == "--version":
-        print(version_line())
+        say(version_line())
         return EXIT_OK
     try:
         config = compose(*words[1:])
-        console = Console(highlight=False)
+        console = Terminal()
         with console.status("looking at this machine"):
             findings = list(look(config))
     except UserError as error:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from conf.errors import RunEnded, causes
 from conf.schema import SELECTIVE, Config, Recompute
+from conf.words import harmless
 from parallel.pipeline.host_store import HostMemoryFull
 from train.gpu import FLIGHTS
 from train.metrics.words import gib
@@ -193,7 +194,7 @@ def _write(file: Path, error: Exception) -> bool:
         parts.append(torch.cuda.memory_summary())
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        file.write_text("\n".join(parts))
+        file.write_text(harmless("\n".join(parts)))
     except OSError:
         return False
     return True

@@ -22,6 +22,7 @@ from cluster.launch import Place, given_meeting
 from conf.disk import explain
 from conf.errors import EXIT_CRASH, EXIT_USER, RunEnded, UserError, causes
 from conf.schema import ROOT, Config
+from conf.words import say
 from parallel.exchange import is_timeout, patient_group, refuse_pickles
 from parallel.mesh import Mesh, build_mesh, form_later, read_layout
 from parallel.store import open_sealed_store
@@ -65,7 +66,7 @@ def _marked(place: Place, failures: Path | None) -> Iterator[None]:
     try:
         begin_work(failures, place.rank)
     except OSError as error:
-        print(f"the mark of a rank at work could not be written ({explain(error)}); the run goes on", file=sys.stderr)
+        say(f"the mark of a rank at work could not be written ({explain(error)}); the run goes on", file=sys.stderr)
     yield
     with suppress(OSError):  # the disk has become read-only, which stops the run anyway
         end_work(failures, place.rank)
@@ -161,7 +162,7 @@ def _report(error: BaseException, place: Place, failures: Path | None) -> int:
     except OSError as refused:
         text = f"{text}\n(the driver cannot read this, as {refused})"
     who = "" if place.world == 1 else f"rank {place.rank}: "
-    print("" if expected else failure.message, f"error: {who}{text}", sep="", file=sys.stderr)
+    say("" if expected else failure.message, f"error: {who}{text}", sep="", file=sys.stderr)
     return code
 
 

@@ -35,6 +35,7 @@ from conf.errors import EXIT_USER, UserError
 from conf.files import atomic_write_text, open_lock, try_lock
 from conf.load import write_config
 from conf.schema import Config
+from conf.words import say
 from train.checkpoint.manifest import Found, checkpoints, newest_intact, read_manifest, verify
 
 
@@ -89,7 +90,7 @@ class RunFolder(RunPaths):
             else:
                 atomic_write_text(self.config_path, self._before)
         except OSError as error:  # why the ranks refused is told in any case
-            print(f"{self.config_path} keeps the settings of this start: {explain(error)}", file=sys.stderr)
+            say(f"{self.config_path} keeps the settings of this start: {explain(error)}", file=sys.stderr)
 
     def close(self) -> None:
         """Let go of the lock. The kernel does it too when the process dies, however it dies."""
@@ -137,7 +138,7 @@ def _await_end_of_rank_0(path: Path, config: Config) -> None:
                     "end that process, or take another name=",
                 )
             if not told:
-                print(f"rank 0 of an earlier start has not ended yet: {who}; this start waits for it", file=sys.stderr)
+                say(f"rank 0 of an earlier start has not ended yet: {who}; this start waits for it", file=sys.stderr)
                 told = True
             time.sleep(0.02)
     finally:

@@ -34,6 +34,7 @@ from cluster.run_files import NONE, Age
 from conf.errors import EXIT_CRASH, EXIT_OK, EXIT_STOPPED, EXIT_USER, UserError
 from conf.load import compose, report
 from conf.schema import ClusterBackend, Config
+from conf.words import say
 
 DEFAULTS = ["cluster=ray", "cluster.hang_after=10", "cluster.restarts=5", "log.wandb=disabled", "log.sample_tokens=0"]
 TELLING = {
@@ -181,14 +182,14 @@ def main(arguments: list[str]) -> int:
     for kind, faults in (("unbroken", 0), ("drill", options.faults)):
         started = time.monotonic()
         with _ground(folders[kind], options, config) as ground:
-            drill = Drill([*overrides, f"name={folders[kind].name}"], ground, print, options.only)
+            drill = Drill([*overrides, f"name={folders[kind].name}"], ground, say, options.only)
             try:
                 codes[kind] = drill.run(faults) or _verify(folders[kind])
             except UserError as error:
                 return report(error)
-        print(f"{kind}: exit code {codes[kind]} after {time.monotonic() - started:.0f} s")
+        say(f"{kind}: exit code {codes[kind]} after {time.monotonic() - started:.0f} s")
     if set(codes.values()) != {EXIT_OK}:
-        print(f"error: a run did not end well; see {folders['drill'].parent}/*.log", file=sys.stderr)
+        say(f"error: a run did not end well; see {folders['drill'].parent}/*.log", file=sys.stderr)
         return EXIT_USER if EXIT_USER in codes.values() else EXIT_CRASH
     return _compare(folders, drill, options)
 
@@ -231,16 +232,16 @@ def _compare(folders: dict[str, Path], drill: Drill, options: argparse.Namespace
     record = goodput(events)
     for fault, seconds in drill.met.items():
         cost = f"the next checkpoint after {median(seconds):.1f} s in the median, at most {max(seconds):.1f} s"
-        print(f"{len(seconds):4} x {fault}: {cost}")
+        say(f"{len(seconds):4} x {fault}: {cost}")
     if events:
-        print(f"{record.attempts} attempts; failures recovered from in {', '.join(f'{s:.1f}' for s in down) or 'no'} s")
-    print(f"largest relative difference of a loss: {difference:.2g} at step {step} (limit {options.tolerance:g})")
+        say(f"{record.attempts} attempts; failures recovered from in {', '.join(f'{s:.1f}' for s in down) or 'no'} s")
+    say(f"largest relative difference of a loss: {difference:.2g} at step {step} (limit {options.tolerance:g})")
     if twice := repeated(folders["drill"]):
-        print(f"error: metrics.jsonl has steps {twice[:8]} twice, or out of order", file=sys.stderr)
+        say(f"error: metrics.jsonl has steps {twice[:8]} twice, or out of order", file=sys.stderr)
         return EXIT_CRASH
     met = sum(map(len, drill.met.values()))
     if met < options.faults:
-        print(f"error: the run ended after {met} of {options.faults} faults; raise steps=", file=sys.stderr)
+        say(f"error: the run ended after {met} of {options.faults} faults; raise steps=", file=sys.stderr)
         return EXIT_CRASH
     return EXIT_OK if difference <= options.tolerance else EXIT_CRASH
 

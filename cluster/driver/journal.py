@@ -23,6 +23,7 @@ from typing import Any
 from cluster.run_files import log_path
 from cluster.steady_clock import SteadyClock
 from conf.disk import Backlog, explain, naming
+from conf.words import say
 
 FILE = "events.jsonl"
 
@@ -61,7 +62,7 @@ class Journal:
     note: called with a sentence, once, when the disk refuses a piece. The run goes on: events wait for room, output is lost.
     """
 
-    def __init__(self, folder: Path, note: Callable[[str], None] = print):
+    def __init__(self, folder: Path, note: Callable[[str], None] = say):
         self._path, self._note, self._refused = folder / FILE, note, False
         self._clock = SteadyClock()
         self._events = Backlog(partial(self._append, self._path))

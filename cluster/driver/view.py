@@ -15,6 +15,8 @@ from rich.text import Text
 from cluster.driver.node_state import NodeHealth
 from cluster.driver.supervisor import Supervisor
 from cluster.run_files import NONE
+from conf.screen import Terminal
+from conf.words import harmless
 
 QUIET = {"checkpoint", "node_joined", "first_step", "finish"}
 """Events that are in events.jsonl and the status line only."""
@@ -25,7 +27,7 @@ class View:
     """Shows a supervisor. Use it in `with`; `metrics` is the run's metrics.jsonl."""
 
     def __init__(self, name: str, metrics: Path, steps: int, console: Console | None = None):
-        self._console = console or Console(highlight=False, stderr=False)
+        self._console = console or Terminal()
         self._name, self._metrics, self._steps = name, metrics, steps
         self._live: Live | None = None
         self._last = ""
@@ -48,6 +50,7 @@ class View:
 
     def note(self, kind: str, text: str) -> None:
         """An event."""
+        text = harmless(text)
         self._last = f"{kind}: {text}".splitlines()[0]
         if kind not in QUIET:
             self._print(f"{time.strftime('%H:%M:%S')} {kind.replace('_', ' ')}: {text}")

@@ -10,6 +10,7 @@ the rank named: the next takes other buffers, and no rank commits the old one, w
 """
 
 import json
+import textwrap
 import threading
 import time
 import traceback
@@ -254,7 +255,7 @@ class Checkpointer:
         except (Fenced, NotCovered) as error:
             warning, ranks = str(error), ()
         except Exception:  # a bug of ours in this thread must reach the loop as text, not vanish with the thread
-            warning = traceback.format_exc()
+            warning = textwrap.indent(traceback.format_exc(), " " * 8).strip()
         if path is None:
             self.committer.give_up(save, self.rank, warning)
             warning = f"checkpoint of step {save.step} not written: {warning}"

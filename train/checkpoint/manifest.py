@@ -32,6 +32,7 @@ from typing import Any
 from cluster.run_files import MANIFEST, STEP_FOLDERS, Age, data_name, index_name
 from conf.disk import cure_of_reading
 from conf.errors import UserError
+from conf.words import one_line
 
 FORMAT = "sluice checkpoint"
 VERSION = 1
@@ -64,7 +65,7 @@ class Damaged(UserError):
     @property
     def line(self) -> str:
         """The file and what is wrong with it."""
-        return f"{self.value} {self.rule}"
+        return f"{one_line(self.value)} {self.rule}"
 
 
 class Meta(dict[str, Any]):

@@ -4,6 +4,7 @@ import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 
+from conf.words import one_line, say
 from train.data.files import Progress
 
 
@@ -24,7 +25,7 @@ class _Lines:
         if stage != self._stage:
             self._stage = stage
             size = f" ({total / 1e6:.1f} MB)" if total else ""
-            print(f"data: {stage}{size}", file=sys.stderr, flush=True)
+            say(f"data: {one_line(stage)}{size}", file=sys.stderr, flush=True)
 
 
 class _Bar:
@@ -36,18 +37,20 @@ class _Bar:
     def __call__(self, stage: str, done: int, total: int) -> None:
         if self._progress is None:
             # Only when there is something to show, since a start with everything cached should not wait for rich.
-            from rich import console, progress
+            from rich import progress
+
+            from conf.screen import Terminal
 
             columns = (
-                progress.TextColumn("data: {task.description}"),
+                progress.TextColumn("data: {task.description}", markup=False),
                 progress.BarColumn(),
                 progress.DownloadColumn(),
                 progress.TimeRemainingColumn(),
             )
-            bar = progress.Progress(*columns, console=console.Console(stderr=True), transient=True)
+            bar = progress.Progress(*columns, console=Terminal(stderr=True), transient=True)
             self._progress = self._stack.enter_context(bar)
         if stage != self._stage:
             if self._task is not None:
                 self._progress.remove_task(self._task)
-            self._task, self._stage = self._progress.add_task(stage), stage
+            self._task, self._stage = self._progress.add_task(one_line(stage)), stage
         self._progress.update(self._task, completed=done, total=total or None)

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
+from conf.screen import Terminal
 from train.dry_run.expected import Expected, Times, again
 from train.dry_run.lone import PHASES, MeasuredRank
 from train.dry_run.piece import DryRunPiece
@@ -179,7 +180,7 @@ def dry_run_screen(found: Findings, folder: Path, console: Console | None = None
     ]
     peak = f"peak {_size(found.peak.measured)}, plan {found.peak.error}"
     title = f"{piece.job.name}, rank {piece.rank} alone on {found.device}: {peak}"
-    show(console or Console(highlight=False), title, GOOD if piece.whole else WARN, rows)
+    show(console or Terminal(), title, GOOD if piece.whole else WARN, rows)
 
 
 def _what_ran(found: Findings) -> str:

@@ -14,6 +14,8 @@ from cluster.launch import Place, given_run  # noqa: E402
 from conf.disk import disk_errors  # noqa: E402
 from conf.errors import EXIT_OK  # noqa: E402
 from conf.schema import Config  # noqa: E402
+from conf.screen import Terminal  # noqa: E402
+from conf.words import sentence  # noqa: E402
 from parallel.mesh import Mesh  # noqa: E402
 from parallel.pipeline.schedule import Pipeline  # noqa: E402
 from train.data.corpus import Corpus, build_corpus  # noqa: E402
@@ -116,9 +118,9 @@ def _report(
         needle=needle,
         tasks=tasks,
     )
-    console = Console(highlight=False)
+    console = Terminal()
     for note in (*target.notes, *(note for source, _ in losses for note in source.data.notes)):
-        console.print(note, soft_wrap=True, markup=False)
+        console.print(sentence(note, indent=2), soft_wrap=True, markup=False)
     try:
         path = evaluation.write(RunPaths(config).path)
     except OSError:

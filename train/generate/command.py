@@ -15,6 +15,7 @@ from cluster.launch import Place
 from conf.errors import EXIT_INTERRUPTED, EXIT_OK, UserError
 from conf.load import report
 from conf.schema import Config
+from conf.words import say, sentence
 from train.generate.cache import bytes_per_token, multi_head_bytes_per_token
 from train.generate.complete import start
 from train.generate.generation import Generation
@@ -166,4 +167,4 @@ def _batches(lines: Iterator[str]) -> Iterator[list[str]]:
 
 
 def _say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
+    say(sentence(text, indent=2), file=sys.stderr, flush=True)

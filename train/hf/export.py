@@ -21,6 +21,7 @@ from torch import Tensor
 from conf.errors import EXIT_OK, UserError
 from conf.files import fsync_folder
 from conf.schema import Config, Model
+from conf.words import one_line, say
 from parallel.shard import Shard
 from train.checkpoint.load import TORCH, FolderFiles, fill
 from train.checkpoint.manifest import Manifest, read_manifest
@@ -67,7 +68,7 @@ def export(config: Config) -> int:
         (folder / CARD).write_text(model_card(config, manifest, notes, length), encoding="utf-8")
         write_json(folder / "export.json", {**source, "dtype": config.export.dtype, "tensors": rows})
     for line in (*lines(rows), *notes, f"Exported step {manifest.step} of {checkpoint} to {target}"):
-        print(line)
+        say(one_line(line))
     return EXIT_OK
 
 

@@ -15,6 +15,7 @@ from typing import Any
 from omegaconf import OmegaConf
 
 from conf.schema import Config, Data, Fp8, Precision
+from conf.words import harmless, one_line
 
 WIDTH, AROUND = 100, 60
 """Characters of a line above which old and new stand below each other, and of a long value that are shown around the first
@@ -105,7 +106,10 @@ class Changes:
     def plain(self) -> dict[str, Any]:
         """For metrics.jsonl and W&B."""
         return {
-            "changed": {key: list(pair) for key, pair in self.settings.items()},
+            "changed": {
+                harmless(key): [harmless(value) if isinstance(value, str) else value for value in pair]
+                for key, pair in self.settings.items()
+            },
             "known": self.known,
             "facts": list(self.facts),
         }
@@ -197,7 +201,7 @@ def flat(node: Any, prefix: str = "") -> dict[str, Any]:
 
 
 def _line(key: str, old: Any, new: Any) -> str:
-    old, new = _text(old), _text(new)
+    key, old, new = one_line(key), _text(old), _text(new)
     if max(len(old), len(new)) > 2 * WIDTH:
         start = next((i for i, (a, b) in enumerate(zip(old, new, strict=False)) if a != b), min(len(old), len(new)))
         old, new = (_cut(text, start) for text in (old, new))
@@ -214,4 +218,4 @@ def _cut(text: str, start: int) -> str:
 
 
 def _text(value: Any) -> str:
-    return value if isinstance(value, str) and value else json.dumps(value)
+    return one_line(value) if isinstance(value, str) and value else json.dumps(value)

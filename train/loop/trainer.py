@@ -17,6 +17,7 @@ from conf.disk import disk_errors
 from conf.errors import EXIT_DIVERGED, EXIT_OK, EXIT_STOPPED, DiskFailed, RunEnded
 from conf.micro_batches import share_of
 from conf.schema import Config
+from conf.words import say
 from parallel.exchange import gather
 from train.checkpoint.checkpointer import Checkpointer, SaveResult
 from train.checkpoint.memory import MemoryCopies
@@ -365,4 +366,4 @@ class Trainer:
 
     def _warn(self, text: str) -> None:
         """Of this rank alone: at the terminal, or in the rank's log."""
-        self._note(text) if self.writer is not None else print(text, file=sys.stderr)
+        self._note(text) if self.writer is not None else say(text, file=sys.stderr)

@@ -13,6 +13,7 @@ from typing import Any
 from conf.errors import EXIT_OK, UserError
 from conf.files import atomic_write_text
 from conf.schema import Config, Model
+from conf.words import say
 from train.metrics.wandb_sink import has_key, layer_key
 from train.model.count import moe_layers
 
@@ -117,9 +118,9 @@ def build_dashboard(config: Config) -> int:
     entity = config.log.wandb_entity or (_entity(wandb, config) if online else "")
     workspace = make_workspace(config, entity)
     atomic_write_text(folder / FILE, json.dumps(specification(workspace), indent=1) + "\n")
-    print(f"the workspace's definition: {folder / FILE}")
+    say(f"the workspace's definition: {folder / FILE}")
     if not online:
-        print(
+        say(
             "no W&B key on this machine, so nothing was sent. To get the workspace: `wandb login`, then the same command "
             f"again;\nan offline run is sent by `wandb sync {folder / 'wandb'}/offline-run-*`"
         )
@@ -128,7 +129,7 @@ def build_dashboard(config: Config) -> int:
         workspace.save()
     except Exception as error:  # the library passes on whatever its transport raises
         raise _no_answer(config, error) from error
-    print(f"the workspace: {workspace.url}")
+    say(f"the workspace: {workspace.url}")
     return EXIT_OK
 
 

@@ -14,6 +14,8 @@ from rich.console import Console, ConsoleOptions, RenderResult
 from rich.live import Live
 from rich.segment import Segment
 
+from conf.screen import Terminal
+from conf.words import sentence
 from train.metrics.names import Record
 
 FIRST_STEPS = 3
@@ -56,7 +58,7 @@ class Progress:
         console: Console | None = None,
         clock: Callable[[], float] = time.monotonic,
     ):
-        self._console = console or Console(highlight=False)
+        self._console = console or Terminal()
         self._name, self._steps, self._clock = name, steps, clock
         self._lock = threading.Lock()
         self._record: Record = {"step": done}
@@ -102,7 +104,7 @@ class Progress:
 
     def note(self, text: str) -> None:
         """Print a sentence above the live line; also when progress is switched off."""
-        self._print(text)
+        self._print(sentence(text, indent=2))
 
     def close(self) -> None:
         if self._live is not None:

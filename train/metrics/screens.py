@@ -10,6 +10,7 @@ from pathlib import Path
 from rich.console import Console
 from rich.text import Text
 
+from conf.screen import Terminal
 from train.metrics.progress import duration
 
 GOOD, WARN = "bold green", "bold yellow"
@@ -52,7 +53,7 @@ def final_screen(
         rows.append(("Report", f"{report}  (open it in a browser)" if isinstance(report, Path) else report))
     if wandb:
         rows.append(("W&B", wandb if wandb.startswith("http") else f"offline; upload with: wandb sync {wandb}"))
-    show(console or Console(highlight=False), f"{name}: {steps} steps done{took}", GOOD, rows)
+    show(console or Terminal(), f"{name}: {steps} steps done{took}", GOOD, rows)
 
 
 def stopped_screen(
@@ -71,7 +72,7 @@ def stopped_screen(
         ("Checkpoint", str(checkpoint) if checkpoint else "none yet: the run would start again"),
         ("Go on with", command),
     ]
-    show(console or Console(highlight=False), f"{name}: stopped at step {step} of {steps}", WARN, rows)
+    show(console or Terminal(), f"{name}: stopped at step {step} of {steps}", WARN, rows)
 
 
 def _held_out(loss: float, bits_per_byte: float | None) -> str:

@@ -8,6 +8,7 @@ from rich.console import Console
 from rich.table import Table
 
 from conf.schema import Config
+from conf.screen import Terminal
 from train.loop.changed_settings import flat, settings_of
 from train.metrics.compare import varied
 from train.metrics.headline import last, median
@@ -22,7 +23,7 @@ WIDE = 200
 
 def sweep_screen(configs: Sequence[Config], codes: Sequence[int], console: Console | None = None) -> None:
     """Job, what varied, held-out loss, speed and exit code, on stdout. codes: of the jobs that were started, in order."""
-    console = console or Console(highlight=False)
+    console = console or Terminal()
     settings = [flat(settings_of(config)) for config in configs]
     keys = varied(settings)
     table = Table("job", *keys, "held-out loss", "tokens/s", "exit code", box=None, header_style="dim")

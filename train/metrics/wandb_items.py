@@ -10,6 +10,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from conf.words import harmless, one_line
+
 Item = Callable[[ModuleType, Any, int], None]
 
 OVER_TOKENS = ("main_loss", "mtp_loss", "mtp_loss_*", "balance_loss")
@@ -80,6 +82,6 @@ def alert(title: str, text: str) -> Item:
     """A message, which W&B sends on as the account says."""
 
     def send(wandb: ModuleType, run: Any, _: int) -> None:
-        run.alert(title=title, text=text, level=wandb.AlertLevel.WARN)
+        run.alert(title=one_line(title), text=harmless(text), level=wandb.AlertLevel.WARN)
 
     return send

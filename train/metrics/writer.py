@@ -12,6 +12,7 @@ from typing import Any, Protocol
 from cluster.launch import given_attempt
 from conf.errors import EXIT_DIVERGED, DiskFailed
 from conf.schema import Config
+from conf.words import say
 from train.loop.changed_settings import settings_of
 from train.metrics.goodput import GoodputRecord, last_failure
 from train.metrics.jsonl import FILE, JsonlSink
@@ -178,6 +179,6 @@ def open_wandb(
 def tell_of_end(config: Config, run_folder: Path, code: int) -> None:
     """Alert of a run on a cluster that has failed for good; its rank 0, which sends the other alerts, is gone."""
     if config.log.wandb_alerts and wants_wandb(config.log.wandb) and (run_folder / "wandb" / "run_id").is_file():
-        sink = open_wandb(config, run_folder, lambda text: print(text, file=sys.stderr))
+        sink = open_wandb(config, run_folder, lambda text: say(text, file=sys.stderr))
         sink.do(alert(f"{config.name}: ended with exit code {code}", last_failure(run_folder)))
         sink.close()

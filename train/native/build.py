@@ -16,6 +16,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
+import textwrap
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -122,7 +123,8 @@ def _build(source: CppSource, command: list[str], library: Path) -> Path:
     """Runs the compiler; returns the library."""
     done = subprocess.run([*command, "-o", str(library), str(source.path)], capture_output=True, text=True)
     if done.returncode:
-        rule = f"{command[0]} cannot build {source.path.name}: {done.stderr.strip()[-1000:]}"
+        said = textwrap.indent(done.stderr.strip()[-1000:], " " * 8)
+        rule = f"{command[0]} cannot build {source.path.name}:\n{said}"
         raise UserError(source.field, True, rule, _cure(source))
     return library
 

@@ -11,6 +11,7 @@ from typing import Any
 from rich.console import Console
 
 from conf.files import atomic_write_text
+from conf.screen import Terminal
 from train.metrics.progress import duration
 from train.metrics.proof_rows import CARD, FILE
 from train.metrics.screens import GOOD, WARN, show
@@ -104,7 +105,7 @@ class Certificate:
         rows.append(("Not proven", "\n".join(NEVER_PROVEN)))
         rows.append(("Files", f"{path}, {CARD}"))
         title = f"{self.name}: {said}, in miniature, after {duration(self.seconds)}"
-        show(console or Console(highlight=False), title, GOOD if self.holds else WARN, rows)
+        show(console or Terminal(), title, GOOD if self.holds else WARN, rows)
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ from pathlib import Path
 
 from rich.console import Console
 
+from conf.screen import Terminal
 from train.metrics.screens import GOOD, WARN, show
 from train.metrics.words import amount, gib, length_of_run, seconds, share
 from train.plan.budget import RunPlan, Verdict
@@ -54,7 +55,7 @@ def plan_screen(
     rows.append(("Written", f"{folder / FILE}, {folder / PAGE}  (open it in a browser)"))
     what = f"{config.name} on {devices} x {config.hardware.name}"
     show(
-        console or Console(highlight=False),
+        console or Terminal(),
         f"{what}: {verdict(plan)}",
         GOOD if plan.verdict == Verdict.fits else WARN,
         rows,
@@ -123,7 +124,7 @@ def search_screen(found: Search, written: Path | None, console: Console | None =
     if written is not None:
         rows.append(("Written", f"{written}  (use it with {' '.join(found.command(written.stem))})"))
     title = f"{len(found.best)} best of {found.tried} layouts on {found.devices} devices"
-    show(console or Console(highlight=False), title, GOOD, rows)
+    show(console or Terminal(), title, GOOD, rows)
 
 
 def _found(one: FoundLayout, search: Search) -> str:
@@ -133,4 +134,4 @@ def _found(one: FoundLayout, search: Search) -> str:
 
 def calibration_screen(path: Path, console: Console | None = None) -> None:
     rows = [("Written", str(path)), ("Use it with", f"mode=plan plan.calibration={path}")]
-    show(console or Console(highlight=False), "calibrated this device", GOOD, rows)
+    show(console or Terminal(), "calibrated this device", GOOD, rows)
