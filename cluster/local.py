@@ -10,15 +10,16 @@ import os
 import signal
 import subprocess
 import sys
-import tempfile
 import time
 from pathlib import Path
 from types import FrameType
 
 from cluster.cause import Kind, RankReport, name_cause, read_report
+from cluster.private_folder import PrivateFolder
 from cluster.run_files import AT_WORK, FAILURES, log_path
 from cluster.spawn import spawn
 from conf.errors import EXIT_STOPPED
+from conf.words import say
 
 SETTLE = 3.0
 """Seconds that the other ranks get to report after the first one failed."""
@@ -36,8 +37,8 @@ def run_local(command: list[str], world: int, logs: Path) -> int:
     logs.mkdir(parents=True, exist_ok=True)
     for old in [*logs.glob(FAILURES), *logs.glob(AT_WORK)]:
         old.unlink()
-    with tempfile.TemporaryDirectory(prefix="sluice-store-", ignore_cleanup_errors=True) as folder:  # mode 0700
-        return _run(command, world, logs, Path(folder) / "store")
+    with PrivateFolder("sluice-store-") as folder:
+        return _run(command, world, logs, folder.path / "store")
 
 
 def _run(command: list[str], world: int, logs: Path, store: Path) -> int:
@@ -104,18 +105,18 @@ def _explain(ranks: list[subprocess.Popen], logs: Path, asked: list[int]) -> int
     assert cause is not None, "a rank was seen to fail"
     if asked and cause.kind is Kind.killed and all(reports[rank].code == -signal.SIGTERM for rank in cause.ranks):
         # Ranks take the signal as a wish only between their imports and their end; its peers are no failures either.
-        print(f"stopped: ranks {list(cause.ranks)} were not in the training and ended at once", file=sys.stderr)
+        say(f"stopped: ranks {list(cause.ranks)} were not in the training and ended at once", file=sys.stderr)
         return EXIT_STOPPED
-    print(f"error: {cause.text}", file=sys.stderr)
+    say(f"error: {cause.text}", file=sys.stderr)
     if cause.kind is not Kind.user:
         if cause.log.strip() not in cause.text:
-            print(cause.log.strip(), file=sys.stderr)
+            say(cause.log.strip(), file=sys.stderr)
         if others := sorted(set(range(len(ranks))) - set(cause.ranks)):
-            print(f"  ended with it: ranks {others}", file=sys.stderr)
-        print(f"  logs: {logs}", file=sys.stderr)
+            say(f"  ended with it: ranks {others}", file=sys.stderr)
+        say(f"  logs: {logs}", file=sys.stderr)
         running = [report.rank for report in reports if not report.ended]
         if running and cause.kind is not Kind.hang:
-            print(f"  ranks {running} get {CLOSE:.0f} s to close what they write to", file=sys.stderr)
+            say(f"  ranks {running} get {CLOSE:.0f} s to close what they write to", file=sys.stderr)
             _wait(ranks, CLOSE)
     return cause.code
 

@@ -24,14 +24,15 @@ import psutil
 
 from cluster.driver.driver import Driver
 from cluster.driver.fleet import WAITING, FleetLost, Reply
-from cluster.driver.private_folder import PrivateFolder
 from cluster.driver.view import View
 from cluster.farewell import cut_short
 from cluster.node.agent import Agent
+from cluster.private_folder import PrivateFolder
 from cluster.spawn import LEASE
 from cluster.topology import Node
 from conf.errors import EXIT_CRASH, EXIT_OK, EXIT_STOPPED, UserError
 from conf.schema import ROOT, Config
+from conf.words import say
 
 OBJECT_STORE = 100 << 20
 """Bytes; no tensor goes through Ray."""
@@ -69,9 +70,9 @@ def run_ray(config: Config, folder: Path, command: list[str], planner: Sequence[
     finally:
         fleet.close()
     if finish.code not in (EXIT_OK, EXIT_STOPPED):
-        print(f"error: {finish.text}\n  events: {folder / 'events.jsonl'}\n  logs: {folder / 'logs'}", file=sys.stderr)
+        say(f"error: {finish.text}\n  events: {folder / 'events.jsonl'}\n  logs: {folder / 'logs'}", file=sys.stderr)
     elif finish.code == EXIT_STOPPED:
-        print(f"stopped: {finish.text}")
+        say(f"stopped: {finish.text}")
     return finish.code
 
 
@@ -133,7 +134,7 @@ class RayFleet:
         try:
             self._try_embedded()
         except Exception as error:  # Ray raises what it comes across
-            print(
+            say(
                 f"note: Ray did not come up on this machine ({_first_line(error)}): it is started once more",
                 file=sys.stderr,
             )
@@ -144,7 +145,7 @@ class RayFleet:
 
     def _try_embedded(self) -> None:
         # Ray opens its folder, sockets in it, to every user of the machine, so it gets one that no other can reach.
-        self._folder = PrivateFolder()
+        self._folder = PrivateFolder("sluice-ray-", Path("/tmp"))  # TMPDIR may be too long for a socket
         try:
             # Agents look for packages where Ray is started: in the program's folder, not in the user's, whose names may be ours.
             with contextlib.chdir(ROOT):

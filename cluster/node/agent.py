@@ -16,7 +16,6 @@ a new attempt may run elsewhere.
 
 import contextlib
 import dataclasses
-import fcntl
 import json
 import math
 import os
@@ -41,6 +40,7 @@ from cluster.node.network_probe import NetworkProbe, NodeLink
 from cluster.node.ports import free_port
 from cluster.node.preflight import Facts, Question, gather
 from cluster.node.pulse import Echo
+from cluster.private_folder import PrivateFolder, remove_dead
 from cluster.run_files import failure_path, log_path, progress_path, stop_path
 from cluster.spawn import die_with_parent, spawn
 from cluster.steady_clock import SteadyClock
@@ -50,8 +50,6 @@ LOOK = 0.05
 """Seconds between an agent's looks for news while a question waits."""
 STACKS_WITHIN = 0.25
 """A question waits no longer than this for stacks that were asked for."""
-YOUNG = 10.0
-"""Seconds for which nobody removes a scratch folder that is not locked."""
 CHUNK = 64 << 10
 """Most bytes of one rank's output in one answer."""
 
@@ -116,9 +114,7 @@ class Agent:
         self._children: dict[int, _Child] = {}
         self._standbys: dict[tuple[str, str | None], list[subprocess.Popen]] = {}
         """By module and working folder."""
-        self._scratch: Path | None = None
-        self._scratch_lock = -1
-        """A handle that holds its lock."""
+        self._scratch: PrivateFolder | None = None
         self._asked = time.monotonic()
         self._clock = SteadyClock()
         """Of this node as it was checked last."""
@@ -133,7 +129,7 @@ class Agent:
         if own_process:
             die_with_parent()
             signal.signal(signal.SIGTERM, lambda *_: setattr(self, "_leaving", True))
-        _sweep()
+        remove_dead(scratch_prefix())
         threading.Thread(target=self._watch_lease, daemon=True).start()
 
     def facts(self, question: Question) -> Facts:
@@ -185,15 +181,14 @@ class Agent:
             self._forget()
             self._probe.close()
             self._attempt, self._asked = order.attempt, time.monotonic()
-            self._scratch = Path(tempfile.mkdtemp(prefix=scratch_prefix()))
-            self._scratch_lock = _lock_folder(self._scratch)
+            self._scratch = PrivateFolder(scratch_prefix())
             for rank, local_rank in order.ranks:
                 self._children[rank] = self._spawn(order, rank, local_rank)
             if 0 not in self._children:  # that thousands begin as they were told to is no news; rank 0 is followed
                 self._told = self._attempt, [], [], *self._told[3:]
 
     def _spawn(self, order: Order, rank: int, local_rank: int) -> _Child:
-        log = log_path(self._scratch, rank)
+        log = log_path(self._scratch.path, rank)
         log.touch()
         interface = interface_of(order.address)
         environment = order.environment | {
@@ -202,7 +197,7 @@ class Agent:
             "LOCAL_WORLD_SIZE": str(len(order.ranks)),
             "GLOO_SOCKET_IFNAME": interface,
             "NCCL_SOCKET_IFNAME": interface,
-            "SLUICE_LOGS": str(self._scratch),
+            "SLUICE_LOGS": str(self._scratch.path),
             "SLUICE_ATTEMPT": str(order.attempt),
             "PYTHONUNBUFFERED": "1",
         }
@@ -272,7 +267,7 @@ class Agent:
     def _news(self) -> tuple:
         """What a waiting question is answered for as soon as it changes."""
         ended = [rank for rank, child in self._children.items() if child.process.poll() is not None]
-        failed = [rank for rank in self._children if failure_path(self._scratch, rank).exists()]
+        failed = [rank for rank in self._children if failure_path(self._scratch.path, rank).exists()]
         return self._attempt, ended, failed, self._leaving, self._held()
 
     def _held(self) -> dict[str, list[int]]:
@@ -287,13 +282,13 @@ class Agent:
         code = child.process.poll()
         if child.stopped_by is not None and code == -child.stopped_by:
             code = EXIT_STOPPED
-        report = read_report(rank, code, self._scratch)
+        report = read_report(rank, code, self._scratch.path)
         if report.failure is not None:
             report.failure.time -= self._clock.set_by()
         with contextlib.suppress(
             FileNotFoundError, ValueError
         ):  # none before the loop; on a full disk written in place
-            progress = json.loads(progress_path(self._scratch, rank).read_text())
+            progress = json.loads(progress_path(self._scratch.path, rank).read_text())
             report.step, report.phase, report.busy = progress["step"], progress["phase"], progress.get("busy")
         if code is None:
             with contextlib.suppress(psutil.NoSuchProcess):  # it ended just now
@@ -320,7 +315,7 @@ class Agent:
         wanted = [signal.SIGUSR2, signal.SIGTERM] if in_memory else [signal.SIGTERM]
         if why and attempt == self._attempt and 0 in self._children:
             with contextlib.suppress(OSError):  # the disk is full: rank 0 then only knows of a signal
-                stop_path(self._scratch).write_text(why)
+                stop_path(self._scratch.path).write_text(why)
         for child in self._running() if attempt == self._attempt else []:
             handled = [number for number in wanted if _handles(child.process.pid, number)]
             if handled:
@@ -368,8 +363,7 @@ class Agent:
     def _forget(self) -> None:
         self._children = {}
         if self._scratch is not None:
-            shutil.rmtree(self._scratch, ignore_errors=True)  # left-overs in a temporary folder do no harm
-            os.close(self._scratch_lock)
+            self._scratch.remove()
             self._scratch = None
 
     def _watch_lease(self) -> None:
@@ -382,31 +376,6 @@ class Agent:
 def scratch_prefix() -> str:
     """Start of the names of scratch folders on this host."""
     return f"sluice-agent-{socket.gethostname()}-"
-
-
-def _lock_folder(folder: Path) -> int:
-    """A handle that holds the lock of a folder; OSError if another process has it. Not the process id tells whether an agent
-    lives: containers may share a folder for temporary files, and have ids of their own.
-    """
-    handle = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        os.close(handle)
-        raise
-    return handle
-
-
-def _sweep() -> None:
-    """Remove the scratch folders of agents of this host and user that were killed; one that was just made may not be locked
-    yet.
-    """
-    for folder in Path(tempfile.gettempdir()).glob(f"{scratch_prefix()}*"):
-        with contextlib.suppress(OSError):  # an agent holds it, another one sweeps it, or it is another user's
-            if time.time() - folder.stat().st_ctime > YOUNG:
-                handle = _lock_folder(folder)
-                shutil.rmtree(folder, ignore_errors=True)
-                os.close(handle)
 
 
 def interface_of(address: str) -> str:

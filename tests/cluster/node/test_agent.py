@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 
+from cluster import private_folder
 from cluster.node import agent as agent_module
 from cluster.node.agent import Agent, Answer, Order, scratch_prefix
 from cluster.spawn import lives
@@ -217,15 +218,15 @@ def test_a_standby_becomes_a_rank(agent, tmp_path):
 
 def test_a_new_agent_removes_the_scratch_of_a_killed_one(tmp_path, monkeypatch):
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
-    monkeypatch.setattr(agent_module, "YOUNG", 600.0)
+    monkeypatch.setattr(private_folder, "FRESH", 600.0)
     (tmp_path / f"{scratch_prefix()}dead").mkdir()
     alive = Agent(lease=30.0)
     alive.start(order("import time; time.sleep(60)"))
     Agent(lease=30.0)
     assert len(list(tmp_path.iterdir())) == 2, "what was just made may not be locked yet"
-    monkeypatch.setattr(agent_module, "YOUNG", 0.0)
+    monkeypatch.setattr(private_folder, "FRESH", 0.0)
     Agent(lease=30.0)
-    assert list(tmp_path.iterdir()) == [alive._scratch]
+    assert list(tmp_path.iterdir()) == [alive._scratch.path]
     alive.close()
 
 

@@ -1,0 +1,53 @@
+"""A folder of one process that no other user can reach, and that does not stay behind where the process is killed.
+
+The process holds a lock on it, which the system lets go of however the process ends. Whoever makes the next folder of the same kind
+removes those without one. Not the process id tells whether its process lives: containers may share a folder for temporary
+files, and have ids of their own.
+"""
+
+import contextlib
+import os
+import shutil
+import tempfile
+import time
+from pathlib import Path
+
+from conf.files import try_lock
+
+FRESH = 60.0
+"""Seconds after its making in which a folder without a lock may be about to get one."""
+
+
+class PrivateFolder:
+    """Made at once, of mode 0700. Close it with `remove`, or use it in `with`."""
+
+    def __init__(self, kind: str, parent: Path | None = None):
+        """kind: how names of such folders begin. parent: None for the folder of temporary files."""
+        parent = parent or Path(tempfile.gettempdir())
+        remove_dead(kind, parent)
+        self.path = Path(tempfile.mkdtemp(prefix=kind, dir=parent))
+        self._lock = os.open(self.path, os.O_RDONLY)
+        try_lock(self._lock)
+
+    def remove(self) -> None:
+        shutil.rmtree(self.path, ignore_errors=True)  # left-overs in a temporary folder do no harm
+        os.close(self._lock)
+
+    def __enter__(self) -> "PrivateFolder":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.remove()
+
+
+def remove_dead(kind: str, parent: Path | None = None) -> None:
+    """Remove this user's folders of a kind whose process has ended. A link or a folder of another user is left alone."""
+    for folder in (parent or Path(tempfile.gettempdir())).glob(f"{kind}*"):
+        with contextlib.suppress(OSError):  # another process removes it, or it is no folder
+            lock = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+            try:
+                state = os.fstat(lock)
+                if state.st_uid == os.geteuid() and time.time() - state.st_mtime >= FRESH and try_lock(lock):
+                    shutil.rmtree(folder, ignore_errors=True)
+            finally:
+                os.close(lock)
