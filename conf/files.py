@@ -27,14 +27,18 @@ def fsync_folder(path: Path) -> None:
         os.close(handle)
 
 
-def atomic_write_text(path: Path, text: str, durable: bool = True) -> None:
+def atomic_write_text(path: Path, text: str, durable: bool = True, mode: int = 0o666) -> None:
     """Replace the file by `text` (UTF-8) in one step. OSError leaves the old file as it was.
 
-    durable: survive a crash of the machine as well as one of this process.
+    durable: survive a crash of the machine as well as one of this process. mode: of the file, less the umask.
     """
     temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
+
+    def opener(name: str, flags: int) -> int:
+        return os.open(name, flags, mode)
+
     try:
-        with naming(path, len(text)), open(temporary, "w", encoding="utf-8") as file:
+        with naming(path, len(text)), open(temporary, "w", encoding="utf-8", opener=opener) as file:
             file.write(text)
             if durable:
                 file.flush()

@@ -8,6 +8,7 @@ answer, if there is one. Rank 0 compares its age with the newest checkpoint on d
 import hashlib
 import json
 import os
+import re
 import secrets
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
@@ -17,6 +18,7 @@ from pathlib import Path
 from cluster.node.copy_store import SetId, folder_name
 from cluster.topology import Node, Placement
 from conf.disk import naming
+from conf.files import atomic_write_text
 
 
 @dataclass(frozen=True)
@@ -73,13 +75,17 @@ class Copies:
 
     @cached_property
     def _id(self) -> str:
-        """A number that the run folder keeps."""
+        """A number that the run folder keeps. Who knows it can make the folder in memory before the run does."""
         path = self._folder / "attempts" / "memory_id"
         path.parent.mkdir(exist_ok=True)
-        if not path.exists():
+        found = path.read_text() if path.exists() else ""
+        if not re.fullmatch("[0-9a-f]{8}", found):  # it becomes part of a path, so nothing else will do
+            found = secrets.token_hex(4)
             with naming(path):
-                path.write_text(secrets.token_hex(4))
-        return path.read_text()
+                atomic_write_text(path, found, mode=0o600)
+        elif path.stat().st_mode & 0o077:  # as earlier versions made it
+            path.chmod(0o600)
+        return found
 
     def folder_on(self, node: Node) -> str:
         return str(Path(self.base) / folder_name(self._run, self._id, node.name))

@@ -28,6 +28,7 @@ import re
 import shutil
 import socket
 import socketserver
+import stat
 import sys
 import threading
 import time
@@ -135,10 +136,8 @@ class Store:
     def __init__(self, folder: Path, token: str, address: str, attempt: Callable[[], int]):
         """Raises OSError if the folder cannot be made, belongs to somebody else, or another agent holds it."""
         self.folder, self.token, self.attempt = folder, token, attempt
-        folder.mkdir(mode=0o700, exist_ok=True)
-        if folder.stat().st_uid != os.geteuid():
-            raise PermissionError(f"{folder} belongs to user {folder.stat().st_uid}")
-        self._lock = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT, 0o600)
+        _own(folder)
+        self._lock = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o600)
         _take_lock(self._lock, folder)
         self._server = _Server((address, 0), _Handler)
         self._server.store = self
@@ -155,6 +154,23 @@ class Store:
         if remove:
             shutil.rmtree(self.folder, ignore_errors=True)  # a rank that is being killed may write once more
         os.close(self._lock)
+
+
+def _own(folder: Path) -> None:
+    """Make the folder, or find it ours. In memory that all users share, another one could have put a link to a folder of ours
+    there, so links are not followed.
+    """
+    with contextlib.suppress(FileExistsError):
+        folder.mkdir(mode=0o700)
+    found = folder.lstat()
+    if not stat.S_ISDIR(found.st_mode):
+        raise PermissionError(
+            f"{folder} is no folder but a {'link' if stat.S_ISLNK(found.st_mode) else 'file'}, which is not ours"
+        )
+    if found.st_uid != os.geteuid():
+        raise PermissionError(f"{folder} belongs to user {found.st_uid}")
+    if stat.S_IMODE(found.st_mode) != 0o700:
+        folder.chmod(0o700)
 
 
 def _take_lock(handle: int, folder: Path, patience: float = 5.0) -> None:
@@ -183,8 +199,10 @@ def sweep(mine: Path) -> None:
     for folder in mine.parent.glob(f"{kind}-{user}-*-*-*"):
         if folder == mine:
             continue
-        with contextlib.suppress(OSError):  # an agent holds it, or another one sweeps it
-            lock = os.open(folder / ".lock", os.O_RDWR)
+        with contextlib.suppress(
+            OSError
+        ):  # an agent holds it, another one sweeps it, or it is another user's, or a link
+            lock = _open_lock(folder)
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 parts = folder.name.split("-")
@@ -193,6 +211,14 @@ def sweep(mine: Path) -> None:
                     shutil.rmtree(folder)
             finally:
                 os.close(lock)
+
+
+def _open_lock(folder: Path) -> int:
+    """The lock file of a true folder of this user; OSError if it is none."""
+    found = folder.lstat()
+    if not stat.S_ISDIR(found.st_mode) or found.st_uid != os.geteuid():
+        raise PermissionError(f"{folder} is not ours")
+    return os.open(folder / ".lock", os.O_RDWR | os.O_NOFOLLOW)
 
 
 class _Server(socketserver.ThreadingTCPServer):

@@ -6,6 +6,7 @@ import socket
 import threading
 import time
 from contextlib import closing
+from pathlib import Path
 
 import pytest
 
@@ -169,6 +170,48 @@ def test_left_overs_of_dead_agents_are_swept(tmp_path):
     left = {path.name for path in tmp_path.iterdir()}
     assert left == {mine.name, others["neighbour"], others["other"], living.folder.name}
     living.close(remove=True)
+
+
+def test_a_link_in_shared_memory_leads_nowhere(tmp_path):
+    """Another user knows the name of the folder, and makes a link there to a folder of ours."""
+    shared, ours = tmp_path / "shm", tmp_path / "precious"
+    for folder in (shared, ours / FIRST):
+        folder.mkdir(parents=True)
+    (ours / ".lock").touch()
+    yesterday = time.time() - 25 * 3600
+    os.utime(ours, (yesterday, yesterday))
+    mine = shared / folder_name("run1", "id1", "n0")
+    mine.symlink_to(ours)
+    with pytest.raises(PermissionError, match="is no folder but a link"):
+        Store(mine, "secret", "127.0.0.1", lambda: 1)
+    sweep(shared / folder_name("run1", "id2", "n0"))
+    assert sorted(path.name for path in ours.iterdir()) == [".lock", FIRST] and mine.is_symlink()
+    (shared / "lock").touch()
+    folder = shared / folder_name("run1", "id3", "n0")
+    folder.mkdir()
+    (folder / ".lock").symlink_to(shared / "lock")
+    with pytest.raises(OSError, match="symbolic links"):
+        Store(folder, "secret", "127.0.0.1", lambda: 1)
+
+
+def test_a_folder_that_was_open_to_others_is_closed_to_them(tmp_path):
+    folder = tmp_path / folder_name("run1", "id1", "n0")
+    folder.mkdir(mode=0o755)
+    Store(folder, "secret", "127.0.0.1", lambda: 1).close(remove=False)
+    assert folder.stat().st_mode & 0o777 == 0o700
+
+
+@pytest.mark.parametrize("found", [None, "0123abcd", "", "../../x", "/etc", "0123abcd\n"])
+def test_the_number_in_the_names_of_copies_is_hidden_and_no_path(tmp_path, found):
+    path = tmp_path / "attempts" / "memory_id"
+    if found is not None:
+        path.parent.mkdir()
+        path.write_text(found)
+        path.chmod(0o644)
+    folder = Path(Copies(tmp_path, "/dev/shm", first=1).folder_on(Node("id0", "n0", "10.0.0.1", 1)))
+    assert path.stat().st_mode & 0o777 == 0o600
+    assert folder.parent == Path("/dev/shm") and path.read_text() in folder.name
+    assert (path.read_text() == found) == (found == "0123abcd")
 
 
 def test_the_newest_set_is_whole_on_the_nodes_that_answer(tmp_path):
