@@ -3,6 +3,7 @@
 import gzip
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pyarrow
 import pyarrow.parquet
@@ -11,6 +12,7 @@ import zstandard
 
 from conf.errors import UserError
 from conf.schema import DataFormat, MixSource
+from train.data import readers
 from train.data.readers import PIECE
 from train.data.sources import open_source
 
@@ -127,6 +129,51 @@ def test_damaged_archives_are_refused(tmp_path, name, pack):
     middle = len(whole) // 2
     path.write_bytes(whole[:middle] + b"????????" + whole[middle + 8 :])
     error_of(path)  # noticed by a line that is no JSON, or at the latest by the checksum at the end
+
+
+@pytest.mark.parametrize("pack", [gzip.compress, zstandard.compress, bytes])
+def test_a_line_without_end_is_refused_before_it_fills_the_memory(tmp_path, monkeypatch, pack):
+    monkeypatch.setattr(readers, "LONGEST_LINE", 1 << 20)
+    path = tmp_path / f"a.jsonl{SUFFIXES[pack]}"
+    path.write_bytes(pack(lines(["fine"]) + b" " * (1 << 21) + b"\n"))
+    error = error_of(path)
+    assert str(error.value) == f"{path}:2" and "longer than 1 MiB" in error.rule
+    path.write_bytes(pack(b'"' + b"x" * ((1 << 20) - 3) + b'"\n'))
+    assert "must be an object" in error_of(path).rule, "a line of exactly that length is read"
+
+
+SUFFIXES = {gzip.compress: ".gz", zstandard.compress: ".zst", bytes: ""}
+
+
+@pytest.mark.parametrize("pack", [gzip.compress, zstandard.compress])
+def test_a_file_that_unpacks_without_end_is_refused(tmp_path, monkeypatch, pack):
+    monkeypatch.setattr(readers, "FREE", 1 << 20)
+    path = tmp_path / f"a.jsonl{SUFFIXES[pack]}"
+    path.write_bytes(pack(lines(["fine"]) + (b" " * 1000 + b"\n") * 10_000))
+    monkeypatch.setattr(readers, "LARGEST_RATIO", 100)
+    assert "unpacks to more than 100 times as many" in error_of(path).rule
+    monkeypatch.setattr(readers, "FREE", 1 << 30)
+    assert [text for _, text in documents(path)] == ["fine"], "small files may"
+
+
+def test_one_piece_of_zstandard_unpacks_to_little(tmp_path, monkeypatch):
+    """4 bytes can become 128 KiB, so what is unpacked in one call must be small."""
+    made = []
+    monkeypatch.setattr(readers, "LONGEST_LINE", 1 << 20)
+    path = tmp_path / "a.jsonl.zst"
+    path.write_bytes(zstandard.compress(b" " * (1 << 28)))
+    decompressor = zstandard.ZstdDecompressor
+
+    class Watched:
+        def __init__(self, **settings):
+            self._inner = decompressor(**settings)
+
+        def decompressobj(self):
+            inner = self._inner.decompressobj()
+            return SimpleNamespace(decompress=lambda data: made.append(inner.decompress(data)) or made[-1], eof=False)
+
+    monkeypatch.setattr(zstandard, "ZstdDecompressor", Watched)
+    assert "longer than" in error_of(path).rule and max(map(len, made)) <= 1 << 27
 
 
 def test_json_that_is_nested_too_deep_is_refused_by_line(tmp_path):

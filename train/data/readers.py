@@ -14,6 +14,13 @@ from train.data.files import SourceFile
 PIECE = 16 << 20
 """Bytes after which a text file is cut, at the next line end before."""
 CHUNK = 1 << 20
+LONGEST_LINE = 1 << 30
+"""Bytes of a line of JSONL, which is held in memory, at most."""
+LARGEST_RATIO, FREE = 1000, 1 << 30
+"""How many times its size a compressed file may unpack to, once that is more than FREE bytes: text is packed to a tenth or so, and a
+file that says next to nothing must not keep a run busy for ever."""
+ZSTD_INPUT = 4 << 10
+"""Bytes that are unpacked in one call: 4 bytes of Zstandard can become 128 KiB, so a call makes 128 MiB at most."""
 SURROGATE = re.compile("[\ud800-\udfff]")
 
 
@@ -111,15 +118,30 @@ def check_text(value: object, place: str, text_key: str, field: str) -> str:
 
 def _lines(file: SourceFile, field: str) -> Iterator[bytes]:
     """Lines of the file, decompressed by its suffix."""
-    with file.path.open("rb") as raw:
+    with file.path.open("rb", buffering=CHUNK) as raw:
         if file.name.endswith(".zst"):
             stream: BinaryIO = io.BufferedReader(_Zstandard(raw), CHUNK)
         else:
             stream = gzip.GzipFile(fileobj=raw) if file.name.endswith(".gz") else raw
         try:
-            yield from stream
+            yield from _bounded(stream, file, field)
         except (EOFError, zlib.error, gzip.BadGzipFile, _BrokenError) as error:
             raise UserError(field, file.path, f"is damaged: {error}", "fetch or compress it again") from error
+
+
+def _bounded(stream: BinaryIO, file: SourceFile, field: str) -> Iterator[bytes]:
+    """The lines of a stream that is no trap."""
+    largest = max(FREE, LARGEST_RATIO * file.size)
+    number = size = 0
+    while line := stream.readline(LONGEST_LINE + 1):
+        number, size = number + 1, size + len(line)
+        if len(line) > LONGEST_LINE:
+            rule = f"is longer than {LONGEST_LINE >> 20} MiB, the most that a line may have"
+            raise UserError(field, f"{file.path}:{number}", rule, "split this document into several lines")
+        if size > largest:
+            rule = f"has {file.size} bytes, and unpacks to more than {LARGEST_RATIO} times as many: no text does"
+            raise UserError(field, file.path, rule, "remove it, or unpack it yourself")
+        yield line
 
 
 class _BrokenError(Exception):
@@ -141,7 +163,7 @@ class _Zstandard(io.RawIOBase):
 
     def readinto(self, buffer: memoryview) -> int:
         while not self._output:
-            self._input = self._input or self._raw.read(CHUNK)
+            self._input = self._input or self._raw.read(ZSTD_INPUT)
             if not self._input:
                 if self._open:
                     raise _BrokenError("it ends in the middle")
