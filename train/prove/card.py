@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from conf.files import atomic_write_text
-from train.metrics.proof_rows import CARD
+from train.metrics.proof_rows import CARD, FILE
 from train.prove.certificate import PROOFS_SAY, Certificate, sharpness_of
 
 VERIFIED = {
@@ -40,7 +40,9 @@ def _lines(certificate: Certificate) -> Sequence[str]:
     return [
         f"# {certificate.name}",
         "",
-        f"Layout: {certificate.layout}. In miniature, {certificate.steps} steps. All figures: `prove.json`.",
+        f"Layout: {certificate.layout}. In miniature, {certificate.steps} steps: {' '.join(certificate.cuts)}",
+        "",
+        f"What mode=prove has verified; every figure is in `{FILE}`.",
         "",
         "| what | verified |",
         "|---|---|",

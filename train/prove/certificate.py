@@ -115,8 +115,9 @@ class Sharpness:
     proof: str
     compared: int
     untold: int
+    quantities: int
     bit_for_bit: int
-    """Quantities that had to be equal."""
+    """Of them, those that had to be equal in every bit."""
     sharpest: float | None
     """Of the quantities that were rounded; None without one."""
     sharpest_quantity: str
@@ -127,7 +128,7 @@ class Sharpness:
     def text(self) -> str:
         """Two sentences."""
         share = f", not told {self.untold:,} that rounding alone may move by their own size" if self.untold else ""
-        told = f"told: {self.compared:,} numbers, {self.bit_for_bit} quantities bit for bit{share}"
+        told = f"told: {self.compared:,} numbers, {self.bit_for_bit} of {self.quantities} quantities bit for bit{share}"
         if self.sharpest is None:
             return told
         bounds = f"sharpest bound {self.sharpest:.1e} ({self.sharpest_quantity}), loosest {self.loosest:.1e} ({self.loosest_quantity})"
@@ -148,6 +149,7 @@ def sharpness_of(verdicts: Sequence[ProofVerdict]) -> list[Sharpness]:
                     proof,
                     compared=sum(one.compared for one in of_pass),
                     untold=sum(one.untold for one in of_pass),
+                    quantities=len(of_pass),
                     bit_for_bit=len(of_pass) - len(rounded),
                     sharpest=least and (least.sharpest or least.loosest),
                     sharpest_quantity=least.quantity if least else "",
@@ -170,7 +172,7 @@ def _lines(verdicts: list[ProofVerdict]) -> list[str]:
     nearest = max(verdicts, key=lambda one: one.share)
     (sharpness,) = sharpness_of(verdicts)
     return [
-        f"holds: {len(verdicts)} quantities",
+        "holds",
         *textwrap.wrap(sharpness.text(), WIDTH),
         f"nearest to its bound: {nearest.quantity}, {nearest.worst:.2g} of {nearest.bound:.2g} ({nearest.where})",
         *textwrap.wrap(f"not seen: {sharpness.does_not_see}", WIDTH),

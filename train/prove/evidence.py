@@ -111,15 +111,14 @@ class Evidence:
         return cls(StepInfo(**json.loads(metadata["info"])), tensors, places)
 
 
-def read_all(folder: Path, proof: str) -> dict[tuple[int, int], list[Evidence]]:
-    """Every rank's view of every step of a pass, by (part, step), in order."""
-    found: dict[tuple[int, int], list[Evidence]] = {}
-    for path in sorted(folder.glob(f"{proof}_*.safetensors")):
-        evidence = Evidence.read(path)
-        found.setdefault((evidence.info.part, evidence.info.step), []).append(evidence)
-    for ranks in found.values():
-        ranks.sort(key=lambda evidence: evidence.info.rank)
-    return dict(sorted(found.items()))
+def read_steps(folder: Path, proof: str) -> Iterator[tuple[int, int, list[Evidence]]]:
+    """(part, step, every rank's view of it) of a pass, in order. Each is read when it is asked for, as all are gigabytes."""
+    found: dict[tuple[int, int], list[Path]] = {}
+    for path in folder.glob(f"{proof}_*.safetensors"):
+        part, step = path.name.split(".", 1)[0].removeprefix(f"{proof}_").split("_")
+        found.setdefault((int(part), int(step)), []).append(path)
+    for (part, step), paths in sorted(found.items()):
+        yield part, step, sorted(map(Evidence.read, paths), key=lambda evidence: evidence.info.rank)
 
 
 class EvidenceWatch:

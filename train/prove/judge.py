@@ -30,7 +30,7 @@ from train.precision.build import build_precision
 from train.prove import reference
 from train.prove.bounds import UNIT, Bound, averaged, chosen, coarsest, computed
 from train.prove.comparisons import size_of
-from train.prove.evidence import EVIDENCE, Evidence, read_all
+from train.prove.evidence import EVIDENCE, Evidence, read_steps
 from train.prove.findings import ProofFindings
 from train.prove.judge_parts import PartsJudge
 from train.prove.judge_reduction import ReductionJudge, sum_over_ranks
@@ -58,20 +58,20 @@ class Judge(WireJudge, ReductionJudge, UpdateJudge):
         """config: as the ranks ran it."""
         super().__init__(proof, config, findings)
         self.model = config.model
-        self.steps = read_all(folder, proof)
+        self.steps = read_steps(folder, proof)
         self.samples = Samples(config)
         self.bound = computed(proof, config)
 
     def judge(self) -> None:
         before: State | None = None
-        assert self.steps, f"no rank left evidence of pass {self.proof}"
-        for (part, step), ranks in self.steps.items():
+        for part, step, ranks in self.steps:
             self.part, self.step = part, step
             self.findings.device = ranks[0].info.device
             if part == 1:
                 self.findings.second_layout = f"{ranks[0].info.layout}, {len(ranks)} ranks"
             judge = self._judge_step if step else self._judge_start
             before = judge(ranks, before if before is not None or step == 0 else self._given())
+        assert before is not None, f"no rank left evidence of pass {self.proof}"
 
     def _given(self) -> State:
         """What a proof starts from."""
