@@ -197,3 +197,11 @@ def test_the_entrypoint_is_a_run(job):
     assert config.cluster.backend == "ray" and config.cluster.address == "auto" and Path(config.runs).is_absolute()
     (group,) = job["spec"]["rayClusterSpec"]["workerGroupSpecs"]
     assert config.parallel.world == group["replicas"] * int(group["rayStartParams"]["num-gpus"])
+
+
+@pytest.mark.parametrize(
+    "file", ["files/sluice.sbatch", "files/rayjob.yaml", "docs/ray.md", "drill/hosts.py", "driver/ray_backend.py"]
+)
+def test_wherever_ray_is_started_ranks_do_not_give_way_to_other_work(file):
+    text = (ROOT / "cluster" / file).read_text()
+    assert re.search(r"RAY_worker_niceness\W.*?\b0\b", text, re.DOTALL), "Ray's default is nice 15"
