@@ -31,7 +31,7 @@ from conf.mistakes import check_words, explain
 from conf.own_keys import refuse_keys_of_other_modes
 from conf.run_settings import LOOKS_AT_A_RUN, over_run_settings
 from conf.schema import ROOT, Config, Hardware, Mode
-from conf.words import say
+from conf.words import say, say_note
 from conf.yaml_file import UNREADABLE, escaped, read_yaml, unreadable
 
 
@@ -205,7 +205,7 @@ def run(job: Callable[[list[Config]], int]) -> int:
 def _say(choice: str) -> None:
     """A line on the screen, by one of the ranks that torchrun starts."""
     if os.environ.get("RANK", "0") == "0":
-        say(f"note: {choice}", flush=True)
+        say_note(choice)
 
 
 def report(error: UserError) -> int:

@@ -7,7 +7,9 @@ of a sentence goes through `sentence`, as errors do by themselves.
 """
 
 import re
+import shutil
 import sys
+import textwrap
 import unicodedata
 from typing import TextIO
 
@@ -38,3 +40,12 @@ def _shown(character: str) -> str:
 def say(*words: object, sep: str = " ", file: TextIO | None = None, flush: bool = False) -> None:
     """As print does, to standard output unless `file` says otherwise; the one place that prints."""
     print(harmless(sep.join(map(str, words))), file=file or sys.stdout, flush=flush)
+
+
+def say_note(text: str) -> None:
+    """A sentence for the person who started the program, on lines of a terminal that end between words."""
+    line = f"note: {text}"
+    if sys.stdout.isatty():
+        width = shutil.get_terminal_size().columns
+        line = textwrap.fill(line, width, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False)
+    say(line, flush=True)

@@ -22,7 +22,7 @@ from conf.files import exclusive
 from conf.load import compose, report, write_config
 from conf.schema import ROOT, DataFormat, MixSource
 from conf.screen import Terminal
-from conf.words import harmless, one_line, say, sentence
+from conf.words import harmless, one_line, say, say_note, sentence
 from parallel.shard import whole
 from tests.checkpoint.test_damage import rewrite
 from tests.checkpoint.world import checkpointers, save
@@ -278,3 +278,16 @@ def test_everything_that_is_shown_goes_through_say_or_a_terminal():
             elif "Console" in (getattr(called, "id", None), getattr(called, "attr", None)):
                 found.add((str(file.relative_to(ROOT)), "Console"))
     assert found == DOORS
+
+
+def test_a_note_breaks_at_words_in_a_terminal_and_nowhere_else(monkeypatch, capsys):
+    text = "micro_batch_size=16 is chosen: a step is 1 micro-batch of 4096 tokens on each of 2 data-parallel ranks"
+    say_note(text)
+    assert capsys.readouterr().out == f"note: {text}\n"
+    monkeypatch.setattr("sys.stdout.isatty", lambda: True)
+    monkeypatch.setenv("COLUMNS", "40")
+    say_note(text)
+    lines = capsys.readouterr().out.splitlines()
+    assert (
+        len(lines) == 3 and max(map(len, lines)) <= 40 and " ".join(line.strip() for line in lines) == f"note: {text}"
+    )
