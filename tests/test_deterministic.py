@@ -12,6 +12,7 @@ from conf.errors import UserError
 from conf.load import compose
 from conf.schema import ROOT
 from train import rank
+from train.__main__ import check_before_start
 from train.deterministic import SETTINGS, repeat_bits
 from train.native import model as native
 
@@ -46,6 +47,8 @@ def test_a_setting_of_the_user_that_breaks_it_is_refused(settings, name, value):
     with pytest.raises(UserError, match=rf"{name} = {value}\n.*cluster\.deterministic=true") as refused:
         repeat_bits()
     assert "unset it" in refused.value.cure and not torch.are_deterministic_algorithms_enabled()
+    with pytest.raises(UserError, match=f"{name} = {value}"):  # nothing was started or written
+        check_before_start(compose("cluster.deterministic=true", "cluster.device=cpu", "data.path=nowhere"))
 
 
 @pytest.mark.parametrize("asked", [True, False])

@@ -89,6 +89,7 @@ def check_before_start(config: Config) -> None:
     """
     from train.data.corpus import build_corpus
     from train.data.progress import show_progress
+    from train.deterministic import check_settings
     from train.gpu import check_gpu, check_memory
     from train.run_folder import check_space, resume_point
     from train.trained_with import require_model
@@ -99,6 +100,8 @@ def check_before_start(config: Config) -> None:
     check_space(config, checkpoint_bytes(config))
     check_memory(config, checkpoint_bytes(config))
     check_gpu(config)
+    if config.cluster.deterministic:
+        check_settings()
     start = resume_point(config).manifest
     if start is not None:
         require_model(config, start.folder, start.meta)

@@ -21,19 +21,26 @@ SETTINGS = {"CUBLAS_WORKSPACE_CONFIG": (":4096:8", ":16:8"), "NCCL_NVLS_ENABLE":
 """Variables of the environment that libraries read when CUDA or NCCL starts, with the values that will do, the best first."""
 
 
-def repeat_bits() -> None:
-    """Of all that this process computes from here on. Call before CUDA starts. Raises UserError for a variable that is set otherwise."""
-    import torch
-    from torch.utils import deterministic
-
+def check_settings() -> None:
+    """Raises UserError for a variable of the environment that is set otherwise."""
     for name, values in SETTINGS.items():
-        if os.environ.setdefault(name, values[0]) not in values:
+        if os.environ.get(name, values[0]) not in values:
             raise UserError(
                 name,
                 os.environ[name],
                 f"must be {' or '.join(values)} with cluster.deterministic=true",
                 "unset it, or leave cluster.deterministic at false",
             )
+
+
+def repeat_bits() -> None:
+    """Of all that this process computes from here on. Call before CUDA starts. Raises UserError as `check_settings` does."""
+    import torch
+    from torch.utils import deterministic
+
+    check_settings()
+    for name, values in SETTINGS.items():
+        os.environ.setdefault(name, values[0])
     torch.use_deterministic_algorithms(True)
     deterministic.fill_uninitialized_memory = (
         False  # what is read was written: filling it would cost a pass over memory

@@ -92,7 +92,9 @@ class Machine:
     @cached_property
     def _kernels(self) -> Kernels:
         return (
-            kernels_of(compose("conf=deepseek_v3", "mode=dry_run", "precision=bf16"), self.device)
+            kernels_of(
+                compose("conf=deepseek_v3", "mode=dry_run", "precision=bf16", "data.mask_documents=true"), self.device
+            )
             if self.on_gpu
             else Kernels()
         )

@@ -197,6 +197,8 @@ def test_pieces_of_documents_are_never_asked_of_cudnn(kernels, monkeypatch):
         given = AttentionInput(*inputs, 0.4, Seen(rectangles))
         made = CORES["cudnn"].forward(given, keep=True)
         CORES["cudnn"].backward(dout, given, made)
+        with pytest.raises(AssertionError, match="documents have a core of their own"):
+            CudnnAttention().forward(given)
 
 
 def test_documents_of_a_sequence_share_a_call():

@@ -25,7 +25,7 @@ from parallel.pipeline.lone_stage import LoneStage
 from train.data.batch import Batch
 from train.dry_run.piece import DryRunPiece
 from train.dry_run.routing import group_of
-from train.kernels import build_kernels
+from train.kernels import choose_kernels
 from train.loop.step import TrainingStep
 from train.optim.schedules import StepPlan
 from train.parallelize import Parallelized, parallelize
@@ -69,7 +69,7 @@ def run_alone(piece: DryRunPiece, device: torch.device) -> MeasuredRank:
         if layout.ep > 1:
             wire = build_wire(config.parallel.wire, config.precision.fp8 is not None)
             dispatcher = build_stand_in(config.parallel.dispatch, group_of(config), wire, piece.load)
-        mesh, kernels = build_mesh(layout), build_kernels(device.type, config.cluster.compiled)
+        mesh, (kernels, _) = build_mesh(layout), choose_kernels(config, device)  # those of a run
         share = LoneContext(layout.cp, mesh.cp_rank) if layout.cp > 1 else None
         parts = parallelize(config, mesh, device, kernels, dispatcher=dispatcher, layers=piece.layers, share=share)
         parts.pipeline.stage_type = LoneStage

@@ -244,6 +244,7 @@ class CudnnAttention(EfficientAttention):
         """Of its log-sum-exp: torch's versions differ in it."""
 
     def _forward(self, call: _Call, q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+        assert call.sequences == slice(None), "documents have a core of their own"
         out, lse, *_ = ATEN._scaled_dot_product_cudnn_attention(q, k, v, None, True, 0.0, call.causal, scale=scale)
         self._last_axis = lse.shape[3:]
         return out, lse.view(q.shape[:3])
