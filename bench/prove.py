@@ -3,7 +3,9 @@
     python -m bench.prove                 all rows of bench/prove_rows.csv; exits 1 if one fails
     python -m bench.prove --rows 3,17     these rows alone
     python -m bench.prove --share 10      a tenth of them, another one at every commit
-    python -m bench.prove --mutations     tests/prove/mutations.py: which bugs are found, and where a certificate points
+    python -m bench.prove --mutations     bugs of tests/prove/mutations: which are found, and where a certificate points
+    python -m bench.prove --mutations fp8,wire     those of some areas, or single ones by name
+    python -m bench.prove --generated 40  so many lines of the product changed by a rule: which changes survive, and why
     python -m bench.prove --make-rows     make the rows again
 
 Rows are so small that they need no miniature. Those of as many ranks follow one another in the same processes, as starting
@@ -150,46 +152,35 @@ def show_worst(results: Iterable[RowResult]) -> None:
         print(f"{proof:7} {quantity:28} {figures}  {number}")
 
 
-def show_mutations() -> int:
-    """A line for every bug; returns the exit code."""
-    from tests.prove.mutants import first_differences
-    from tests.prove.mutations import MUTATIONS
-
-    started = time.perf_counter()
-    with tempfile.TemporaryDirectory() as folder:
-        found = first_differences(MUTATIONS, Path(folder), timeout=900.0)
-    print(f"{'mutation':42} {'phase':6} {'layer':6} pointed to")
-    for name, first in found.items():
-        mutation = MUTATIONS[name]
-        if first is None:
-            print(f"{name:42} NOT FOUND ({mutation.had})")
-            continue
-        right = ["right" if ok else "-" for ok in (mutation.phase_is_right(first), mutation.layer_is_right(first))]
-        place = f"pass {first.proof}, step {first.step}, {first.phase}: {first.quantity} of {first.name}"
-        print(f"{name:42} {right[0]:6} {right[1]:6} {place}")
-    met = [first is not None for first in found.values()]
-    right = [
-        first is not None and (MUTATIONS[name].phase_is_right(first) or MUTATIONS[name].layer_is_right(first))
-        for name, first in found.items()
-    ]
-    print(
-        f"{sum(met)} of {len(met)} found, {sum(right)} to the right phase or layer; {time.perf_counter() - started:.0f} s"
-    )
-    return int(not all(met))
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m bench.prove", description=__doc__.splitlines()[0])
     parser.add_argument("--rows", help="numbers of rows, with commas")
     parser.add_argument("--share", type=int, help="one in so many rows, other ones at every commit")
-    parser.add_argument("--mutations", action="store_true")
+    parser.add_argument(
+        "--mutations", nargs="?", const="", metavar="AREAS", help="areas or names, with commas; all without"
+    )
+    parser.add_argument(
+        "--generated", type=int, metavar="N", help="N lines of the product changed by a rule: what survives"
+    )
     parser.add_argument("--make-rows", action="store_true")
     given = parser.parse_args()
     if given.make_rows:
         write_rows()
         return 0
-    if given.mutations:
-        return show_mutations()
+    if given.generated:
+        from bench.prove_mutations import show_generated
+
+        return show_generated(given.generated)
+    if given.mutations is not None:
+        from bench.prove_mutations import (  # what tests need is not there where a program is installed
+            chosen,
+            show_mutations,
+        )
+
+        names = chosen(given.mutations)
+        if not names:
+            parser.error(f"--mutations: no area and no bug is called {given.mutations}")
+        return show_mutations(names)
     rows = dict(enumerate(read_rows()))
     if given.share:
         rows = rotated(rows, given.share)

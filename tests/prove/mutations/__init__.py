@@ -1,0 +1,50 @@
+"""Bugs that training systems had or may have, put into ours on purpose: a certificate that misses one proves nothing.
+
+registry.py     what is said of every bug, and how to add one
+seams.py        how one is put into the product
+recipes.py      the smallest recipes and layouts in which they show
+all others      the bugs, a file for each area
+"""
+
+from tests.prove.mutations import (
+    attention,
+    balance,
+    context,
+    dispatch,
+    formats,
+    fp8,
+    high,
+    losses,
+    optimizer,
+    pipelines,
+    reduction,
+    resumes,
+    routing,
+    sizes,
+    skips,
+    wire,
+)
+from tests.prove.mutations.registry import MUTATIONS, Mutation
+
+__all__ = ["AREAS", "MUTATIONS", "Mutation"]
+
+_FILES = (
+    routing,
+    balance,
+    losses,
+    attention,
+    context,
+    dispatch,
+    pipelines,
+    reduction,
+    optimizer,
+    skips,
+    resumes,
+    sizes,
+    fp8,
+    formats,
+    high,
+    wire,
+)
+AREAS = [area.__name__.rsplit(".", 1)[-1] for area in _FILES]
+"""In the order of a step."""

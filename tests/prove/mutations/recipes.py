@@ -1,0 +1,69 @@
+"""The recipes that bugs run in: everything that one may need is switched on, in the smallest sizes."""
+
+MODEL = {
+    "vocab_size": 53, "hidden": 16, "layers": 3, "dense_layers": 1, "heads": 2, "q_rank": 8, "kv_rank": 8,
+    "nope_head_dim": 8, "rope_head_dim": 4, "v_head_dim": 6, "dense_width": 24, "expert_width": 8, "experts": 8,
+    "top_k": 2, "groups": 4, "top_groups": 2, "group_top_k": 2, "mtp_depth": 2, "loss_chunk": 7, "init_std": 0.2,
+    "recompute": "[norm,mla_up,swiglu]", "yarn.always": "true", "yarn.original_seq_len": 6,
+}  # fmt: skip
+BASE = [
+    *(f"model.{key}={value}" for key, value in MODEL.items()),
+    "mode=prove", "steps=3", "precision=fp32", "precision.moments=fp32", "seq_len=12", "batch_size=6", "micro_batch_size=1",
+    "data.mask_documents=true", "optim.clip=0.1", "optim.warmup_steps=2", "optim.batch_ramp_start=4",
+    "optim.batch_ramp_steps=1", "optim.batch_ramp_increment=2", "optim.bias_speed=[{until: 1.0, value: 0.02}]",
+    "optim.balance_loss=0.01", "cluster.threads=1", "cluster.device=cpu", "cluster.compiled=false",
+]  # fmt: skip
+MORE = ["batch_size=12", "optim.batch_ramp_start=8", "optim.batch_ramp_increment=4"]
+COPIES, EXPERTS = [*BASE, "parallel.dp=2"], [*BASE, "parallel.dp=2", "parallel.ep=2"]
+NODES = ["parallel.dispatch=node_limited"]
+FEW = [
+    "model.layers=2",
+    "model.mtp_depth=1",
+    "steps=2",
+    "batch_size=4",
+    "optim.batch_ramp_start=null",
+    "optim.batch_ramp_steps=0",
+]
+LOW = [*BASE, *FEW, "precision=fp8", "model.hidden=136", "cluster.compiled=true"]
+SMALL = ["optim.mtp_weight=[{until: 1.0, value: 1e-4}]"]
+"""Gradients of MTP that are smaller than the smallest activations a scale is made for."""
+STAGES = [*BASE, "parallel.pp=2", "model.layers=4"]
+RECIPES = {
+    "copies": COPIES,
+    "experts": EXPERTS,
+    "many experts": [*EXPERTS, "model.experts=32"],
+    "layers again": [*EXPERTS, "model.recompute=[layer]"],
+    "nodes": [*EXPERTS, *NODES, "cluster.ranks_per_node=1"],
+    "two hops": [*BASE, *MORE, "parallel.dp=4", "parallel.ep=4", *NODES, "cluster.ranks_per_node=2"],
+    "two sequences": [*COPIES, *MORE, "micro_batch_size=2"],
+    "uneven": [
+        *COPIES,
+        "parallel.uneven=true",
+        "batch_size=5",
+        "optim.batch_ramp_start=null",
+        "optim.batch_ramp_steps=0",
+    ],
+    "shared": [*BASE, "parallel.cp=2"],
+    "pipeline": [*BASE, "parallel.pp=2"],
+    "zbv": [*STAGES, "parallel.schedule=zbv"],
+    "dualpipev": [*STAGES, "parallel.schedule=dualpipev"],
+    "interleaved": [*STAGES, "parallel.schedule=interleaved"],
+    "host": [*BASE, "model.offload=[layer]"],
+    "zero 3": [*COPIES, "parallel.zero=3"],
+    "offloaded": [*COPIES, "parallel.offload_optimizer=true", "steps=4"],
+    "moments in bf16": [*COPIES, "precision.moments=bf16"],
+    "skips": [*COPIES, "steps=4"],
+    "skips averaged": [*COPIES, "steps=4", "optim.ema_decay=0.9"],
+    "loose clip": [*COPIES, "optim.clip=1e3"],
+    "loud": [*COPIES, "optim.lr=0.1"],
+    "many heads": [*BASE, "model.heads=8"],
+    "wide": [*BASE, "model.vocab_size=101", "model.loss_chunk=12"],
+    "bf16 plain": [*BASE, *FEW, "precision=bf16"],
+    "bf16": [*BASE, *FEW, "precision=bf16", "cluster.compiled=true"],
+    "fp8": LOW,
+    "fp8 small": [*LOW, *SMALL],
+    "fp8 wire": [*LOW, "parallel.dp=2", "parallel.ep=2", "parallel.wire=fp8"],
+    "fp8 wire small": [*LOW, *SMALL, "parallel.dp=2", "parallel.ep=2", "parallel.wire=fp8"],
+    "averaged": [*COPIES, "optim.ema_decay=0.9"],
+    "tiny rate": [*COPIES, "optim.lr=1e-6", "optim.ema_decay=0.999"],
+}

@@ -1,0 +1,47 @@
+"""Where a bug is put into the product, and whether it then took part in what ran."""
+
+import inspect
+from collections.abc import Callable
+from functools import wraps
+from typing import Any
+
+import pytest
+
+
+class Seams:
+    """Puts things in the place of the product's until the context of `patch` ends, and knows which of them ran.
+
+    A name that is not there raises AttributeError, as a bug would sit in nothing.
+    """
+
+    def __init__(self, patch: pytest.MonkeyPatch):
+        self._patch = patch
+        self.places: list[str] = []
+        """What was put in the place of, as module.owner.name."""
+        self.ran: set[str] = set()
+        """Those of them that were called since. A plain value is not called, and counts as one that ran."""
+
+    def around(self, owner: object, name: str, wrapper: Callable) -> None:
+        """Replace owner.name, a function, a method or a property, by wrapper(original, *arguments)."""
+        held = inspect.getattr_static(owner, name)
+        place = self._add(owner, name)
+        original = held.fget if isinstance(held, property) else getattr(owner, name)
+
+        @wraps(original)
+        def replaced(*arguments: Any, **keywords: Any) -> Any:
+            self.ran.add(place)
+            return wrapper(original, *arguments, **keywords)
+
+        kind = {property: property, staticmethod: staticmethod}.get(type(held), lambda function: function)
+        self._patch.setattr(owner, name, kind(replaced))
+
+    def value(self, owner: object, name: str, value: Any) -> None:
+        """Replace a value by another one."""
+        assert getattr(owner, name) != value, f"{name} is {value} already"
+        self.ran.add(self._add(owner, name))
+        self._patch.setattr(owner, name, value)
+
+    def _add(self, owner: object, name: str) -> str:
+        where = owner.__name__ if inspect.ismodule(owner) else f"{owner.__module__}.{owner.__qualname__}"
+        self.places.append(f"{where}.{name}")
+        return self.places[-1]
