@@ -110,6 +110,18 @@ def test_saves_that_a_full_disk_refuses_are_named_and_the_last_one_ends_the_run(
     assert is_one_screen(said, "checkpoint", *words)
 
 
+def test_ranks_say_why_they_failed_where_their_disk_is_too_full_for_the_words(tmp_path, disk):
+    run = Training(
+        tmp_path, "steps=100", "checkpoint.every=0", "log.validate_every=0", "parallel.dp=2", "parallel.ep=2"
+    )
+    run.wait_for_step(3)
+    fill(disk)
+    assert run.end() == EXIT_CRASH
+    assert is_one_screen(run.said(), "checkpoint", "No space left on device", f"the disk at {disk} has")
+    assert "without an error message" not in run.said() and "what it said is above" not in run.said()
+    assert json.loads((run.folder / "logs" / "rank_0.error.json").read_text())["rank"] == 0
+
+
 def test_a_run_whose_folder_became_read_only_goes_on_to_its_last_save(tmp_path):
     hold_at(tmp_path / HOLD, 12)
     run = Training(tmp_path, "steps=60", "checkpoint.every=10", "log.validate_every=0")
@@ -127,7 +139,7 @@ def test_a_run_whose_folder_became_read_only_goes_on_to_its_last_save(tmp_path):
             assert done.returncode == EXIT_USER, done.stdout + done.stderr
             assert is_one_screen(done.stderr, "runs", "Read-only file system", "another folder")
     assert newest_intact(run.folder / "checkpoints", full=True).path is not None
-    assert train(tmp_path, "steps=60").returncode == EXIT_OK
+    assert train(tmp_path, "steps=60", "checkpoint.every=0", "log.validate_every=0").returncode == EXIT_OK
 
 
 def test_a_full_cache_of_tokens_names_the_disk_and_what_is_needed(tmp_path):
