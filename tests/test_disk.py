@@ -55,7 +55,7 @@ class Training:
             time.sleep(0.01)
 
     def end(self) -> int:
-        self.process.join(90)
+        self.process.join(200)  # on a busy machine
         return self.process.exitcode
 
     def said(self) -> str:
@@ -111,9 +111,7 @@ def test_saves_that_a_full_disk_refuses_are_named_and_the_last_one_ends_the_run(
 
 
 def test_ranks_say_why_they_failed_where_their_disk_is_too_full_for_the_words(tmp_path, disk):
-    run = Training(
-        tmp_path, "steps=100", "checkpoint.every=0", "log.validate_every=0", "parallel.dp=2", "parallel.ep=2"
-    )
+    run = Training(tmp_path, "steps=40", "checkpoint.every=0", "log.validate_every=0", "parallel.dp=2", "parallel.ep=2")
     run.wait_for_step(3)
     fill(disk)
     assert run.end() == EXIT_CRASH
