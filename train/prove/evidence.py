@@ -121,6 +121,20 @@ def read_steps(folder: Path, proof: str) -> Iterator[tuple[int, int, list[Eviden
         yield part, step, sorted(map(Evidence.read, paths), key=lambda evidence: evidence.info.rank)
 
 
+def depth_of(name: str) -> int:
+    """How many positions fewer than the main model an output has: those of MTP modules."""
+    return int(name.split(".")[1]) + 1 if name.startswith("mtp.") else 0
+
+
+def places_of(info: StepInfo, seq_len: int, depth: int) -> list[int]:
+    """Positions of a sequence that a rank has at an MTP depth (0: the main model): of 2 cp pieces one from the front and one from the back."""
+    last, size = seq_len - depth, seq_len // (2 * info.cp)
+    if info.cp == 1:
+        return list(range(last))
+    pieces = info.cp_rank, 2 * info.cp - 1 - info.cp_rank
+    return [t for piece in pieces for t in range(piece * size, min((piece + 1) * size, last))]
+
+
 class EvidenceWatch:
     """Keeps what the parts of these chunks put out while they train, and the gradients that come back to them.
 

@@ -30,9 +30,10 @@ from train.precision.build import build_precision
 from train.prove import reference
 from train.prove.bounds import UNIT, Bound, averaged, chosen, coarsest, computed
 from train.prove.comparisons import size_of
-from train.prove.evidence import EVIDENCE, Evidence, read_steps
+from train.prove.evidence import EVIDENCE, Evidence, depth_of, places_of, read_steps
 from train.prove.findings import ProofFindings
-from train.prove.judge_parts import PartsJudge
+from train.prove.high_precision import choice_excess
+from train.prove.judge_high import WholeJudge
 from train.prove.judge_reduction import ReductionJudge, sum_over_ranks
 from train.prove.judge_update import State, UpdateJudge, assemble
 from train.prove.judge_wire import WireJudge
@@ -126,7 +127,8 @@ class Judge(WireJudge, ReductionJudge, UpdateJudge):
         seen = self.want.seen
         if self.is_rounded and self.step in watched_steps(self.config):
             self._judge_wire(ranks)
-            PartsJudge(self, ranks, before).judge_all()
+            batch = self.samples.batch(plan.first_sample, plan.batch_size)
+            WholeJudge(self.proof, self.config, self.findings, ranks, before, batch).judge_all()
         self._judge_forward(ranks, seen, plan.batch_size)
         if self.is_rounded:
             self._judge_totals(ranks)
@@ -144,20 +146,15 @@ class Judge(WireJudge, ReductionJudge, UpdateJudge):
         return slice(first, first + rank.info.micro_batch_size)
 
     def _places(self, rank: Evidence, name: str, count: int | None = None) -> list[int]:
-        """Positions of a sequence that a rank has of an output: of 2 cp pieces one from the front and one from the back.
-
-        count: how many it has, if they may be more: embeddings reach behind every piece as far as MTP modules look.
+        """Positions of a sequence that a rank has of an output. count: how many it has, if they may be more: embeddings reach behind
+        every piece as far as MTP modules look.
         """
         info, last = rank.info, self.config.seq_len - depth_of(name)
-        size = self.config.seq_len // (2 * info.cp)
-        pieces = [info.cp_rank, 2 * info.cp - 1 - info.cp_rank] if info.cp > 1 else [0, 1]
-
-        if info.cp == 1:
-            return list(range(last))
-        here = [t for piece in pieces for t in range(piece * size, min((piece + 1) * size, last))]
-        if count is None or count == len(here):
+        here = places_of(info, self.config.seq_len, depth_of(name))
+        if info.cp == 1 or count is None or count == len(here):
             return here
-        ends = [(piece + 1) * size for piece in pieces]
+        size = self.config.seq_len // (2 * info.cp)
+        ends = [(piece + 1) * size for piece in (info.cp_rank, 2 * info.cp - 1 - info.cp_rank)]
         return here + [t for end in ends for t in range(end, min(end + self.model.mtp_depth, last))]
 
     def _choices(self, ranks: list[Evidence], batch_size: int) -> dict[str, Tensor] | None:
@@ -286,30 +283,6 @@ class Judge(WireJudge, ReductionJudge, UpdateJudge):
 
                 scale = size_of(gradient * times, self.is_rounded)
                 self._compare_part("gradients of outputs", name, rank.info.rank, value, part, self.bound, scale)
-
-
-def depth_of(name: str) -> int:
-    """How many positions fewer than the main model an output has: those of MTP modules."""
-    return int(name.split(".")[1]) + 1 if name.startswith("mtp.") else 0
-
-
-def choice_excess(model, biased_NE: Tensor, ids_NK: Tensor) -> float:
-    """By how much scores must have been off for the choice to be right: 0 for the reference's own."""
-    count = model.top_k // model.top_groups if model.group_top_k is None else model.group_top_k
-    excess = 0.0
-    open_NE = torch.ones_like(biased_NE, dtype=torch.bool)
-    size = model.experts // model.groups
-    if model.top_groups < model.groups:
-        groups_NG = reference.group_scores(model, biased_NE)
-        least_N1 = groups_NG.sort(dim=-1, descending=True).values[:, model.top_groups - 1 : model.top_groups]
-        behind_NK = (least_N1 - groups_NG.gather(1, ids_NK // size)).clamp_min(0)
-        excess = behind_NK.max().item() / (2 * count)
-        # A group that is open beyond doubt stands out by more than that excess.
-        open_NE = (groups_NG >= least_N1 + 2 * count * excess).repeat_interleave(size, 1)
-    inside_NE = biased_NE.masked_fill(~open_NE, -math.inf)
-    kth_N1 = inside_NE.sort(dim=-1, descending=True).values[:, model.top_k - 1 : model.top_k]
-    behind_NK = (kth_N1 - biased_NE.gather(1, ids_NK)).clamp_min(0)
-    return max(excess, behind_NK.max().item() / 2)
 
 
 def backward_order(weights: list[str], outputs: list[str]) -> list[str]:

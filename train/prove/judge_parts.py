@@ -12,23 +12,23 @@ Numbers of which ties may change more than TOLD of that sum are not told, and mo
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from conf.schema import Config
+from train.data.batch import Batch
 from train.prove import low_precision as low
 from train.prove import reference
 from train.prove.bounds import Bound
 from train.prove.comparisons import Comparisons
 from train.prove.evidence import Evidence
-from train.prove.findings import ProofVerdict, share_of_bound
+from train.prove.findings import ProofFindings, ProofVerdict, share_of_bound
 from train.prove.judge_update import State, assemble
 from train.prove.low_precision import FORMATS, FP32, LinearRules, Near, PlainFormat, Total
 
-if TYPE_CHECKING:
-    from train.prove.judge import Judge
-
+PartJudges = list[tuple[str, tuple[Callable[[str], None], Callable[[str], None]]]]
+"""Parts by name in the order of a forward pass, with what judges their forward and their backward."""
 TOLD, UNTOLD = 0.05, 0.01
 """What ties may change of the sum of a value's magnitudes; the share of a tensor of which they may change more."""
 FEW = 16
@@ -63,17 +63,28 @@ class PartCall:
 class PartsJudge(Comparisons):
     """Of one step of all ranks."""
 
-    def __init__(self, judge: "Judge", ranks: list[Evidence], before: State):
-        """before: the state before the step, of which the weights are."""
-        super().__init__(judge.proof, judge.config, judge.findings)
-        self.part, self.step, self.judge, self.ranks = judge.part, judge.step, judge, ranks
+    def __init__(
+        self,
+        proof: str,
+        config: Config,
+        findings: ProofFindings,
+        ranks: list[Evidence],
+        before: State,
+        batch: Batch,
+    ):
+        """before: the state before the step, of which the weights are. batch: of the step."""
+        super().__init__(proof, config, findings)
+        info, self.ranks, self.batch = ranks[0].info, ranks, batch
+        self.part, self.step = info.part, info.step
         self.recipe = low.read_recipe(self.config.precision)
-        self.on_gpu = ranks[0].info.device == "cuda"
+        self.on_gpu = info.device == "cuda"
         masters = {name.removeprefix("master."): w for name, w in before.items() if name.startswith("master.")}
         self.weights = {name: low.nearest(master, self.recipe.high) for name, master in masters.items()}
         self.reduced = assemble(ranks, "reduced")
-        self.shared = ranks[0].info.dp * ranks[0].info.cp
+        self.shared = info.dp * info.cp
         """Ranks over which gradients are averaged."""
+        self.cp = info.cp
+        self.biases = {name.removeprefix("bias."): bias for name, bias in before.items() if name.startswith("bias.")}
         self.calls = calls_of(ranks)
 
     def judge_all(self) -> None:
@@ -81,23 +92,46 @@ class PartsJudge(Comparisons):
         parts = self._parts()
         self.phase = "forward"
         for name, (forward, _) in parts:
-            if not self.calls.get(name):
+            if not (
+                self.calls.get(name)
+                or self.calls.get(f"{name}.w13")
+                or self.calls.get(f"{name}.0")
+                or self.calls.get(f"{name}.out")
+            ):
                 self._fail("parts", name, None, math.nan, math.nan, "no rank left what it took and gave")
             forward(name)
         self.phase = "backward"
         for name, (_, backward) in reversed(parts):
+            self._all_went_back(name)
             backward(name)
 
-    def _parts(self) -> list[tuple[str, tuple[Callable[[str], None], Callable[[str], None]]]]:
-        """Parts by name in the order of a forward pass, with what judges them."""
-        parts = []
+    def _parts(self) -> PartJudges:
+        parts: PartJudges = []
         for weight in reference.weight_shapes(self.config.model):
-            name = weight.removesuffix(".weight")
-            if name.endswith(".experts.w13"):
-                parts.append((name.removesuffix(".experts.w13"), (self._experts, self._experts_back)))
-            elif not name.endswith((".experts.w2", "norm", ".router", "embedding", "head")):
-                parts.append((name, (self._linear, self._linear_back)))
+            name = weight.removesuffix(".weight").removesuffix(".experts.w13")
+            judges = (
+                (self._experts, self._experts_back) if name != weight.removesuffix(".weight") else self._judges_of(name)
+            )
+            if judges is not None:
+                parts.append((name, judges))
         return parts
+
+    def _judges_of(self, name: str) -> tuple[Callable[[str], None], Callable[[str], None]] | None:
+        """Of a part with one weight; None where nothing here judges it."""
+        apart = name.endswith((".experts.w2", "norm", ".router")) or name in ("embedding", "head")
+        return None if apart else (self._linear, self._linear_back)
+
+    def _all_went_back(self, name: str) -> None:
+        """Every micro-batch has to give the part a gradient."""
+        for rank in self.ranks:
+            those = [call for call in self.calls.get(name, []) if call.rank is rank]
+            if not those:
+                continue  # another rank's
+            back, due = sum(call.has("dx" if name.endswith(".router") else "dy") for call in those), micro_batches(rank)
+            if back != due and not (rank.info.cp > 1 and name.endswith(".kv_up")):  # which makes keys block by block
+                self._fail(
+                    "parts", name, rank.info.rank, back, due, "not every micro-batch came back, or one came twice"
+                )
 
     # Linear layers
 
@@ -110,7 +144,7 @@ class PartsJudge(Comparisons):
 
     def _linear_back(self, name: str) -> None:
         rules, whole = self._rules(name), self.weights[f"{name}.weight"]
-        weight, made = low.weight_for("dgrad", whole, rules), _Gradient()
+        weight, made = low.weight_for("dgrad", whole, rules), SumOverCalls()
         for call in self.calls.get(name, []):
             if not call.has("dy"):
                 continue
@@ -154,7 +188,7 @@ class PartsJudge(Comparisons):
         up, down, high = self.recipe.up, self.recipe.down, self.recipe.high
         w13 = _turned(low.weight_for("dgrad", self.weights[f"{name}.experts.w13"], up))
         w2 = _turned(low.weight_for("dgrad", self.weights[f"{name}.experts.w2"], down))
-        made13, made2 = _Gradient(), _Gradient()
+        made13, made2 = SumOverCalls(), SumOverCalls()
         for call in self.calls.get(name, []):
             if not call.has("dy", "dh"):
                 continue
@@ -209,14 +243,14 @@ class PartsJudge(Comparisons):
             quantity, f"{WHAT[what]} of {call.name}", call.rank.info.rank, got, want, bound, form or self.recipe.high
         )
 
-    def _gradient(self, name: str, made: "_Gradient") -> None:
+    def _gradient(self, name: str, made: "SumOverCalls", bound: Bound | None = None) -> None:
         """The mean over ranks of what all micro-batches make, beside what the update took."""
         if made.total is None:
             self._fail(
                 "gradients of single weights", name, None, math.nan, math.nan, "no rank left what it took and gave"
             )
             return
-        bound = self._order(made.terms)
+        bound = bound or self._order(made.terms)
         got = self.reduced[name] * self.shared
         self._near("gradients of single weights", name, None, got, made.total, bound, FORMATS["fp32"])
 
@@ -254,13 +288,14 @@ class PartsJudge(Comparisons):
 
 
 WHAT = {
-    "y": "output", "dx": "gradient of the input", "h": "first product", "dh": "gradient of the first product",
-    "dgates": "gradient of the gates",
+    "x": "input", "y": "output", "dy": "gradient of the output", "dx": "gradient of the input", "h": "first product",
+    "dh": "gradient of the first product", "gates": "gates", "dgates": "gradient of the gates", "q": "queries", "k": "keys",
+    "v": "values", "dq": "gradient of the queries", "dk": "gradient of the keys", "dv": "gradient of the values",
 }  # fmt: skip
 
 
-class _Gradient:
-    """A gradient of a weight, added up over calls."""
+class SumOverCalls:
+    """A gradient of a weight."""
 
     def __init__(self) -> None:
         self.total: Total | None = None
@@ -288,7 +323,7 @@ class _Gradient:
             self.total = Total(*(torch.zeros_like(weight) for _ in range(3)))
         for expert, left_e, right_e in zip(here, low.split(left, counts), low.split(right, counts), strict=True):
             if len(left_e.x):
-                part = _Gradient()
+                part = SumOverCalls()
                 part.total = Total(*(whole[expert] for whole in self.total))
                 part.add(low.product(_turned(left_e), _turned(right_e)), is_rounded, 0)
         self.terms += max(counts, default=0)
@@ -329,3 +364,8 @@ def calls_of(ranks: list[Evidence]) -> dict[str, list[PartCall]]:
     for call in found.values():
         by_name.setdefault(call.name, []).append(call)
     return by_name
+
+
+def micro_batches(rank: Evidence) -> int:
+    """That went through a rank."""
+    return 1 + max((int(key.rsplit("/", 1)[1]) for key, _ in rank.of_kind("forward")), default=-1)

@@ -9,7 +9,8 @@ Keys are part.WHAT/NAME/NUMBER, and the number counts the calls of the part, mic
     linear layer, norm     x, y, and the gradients dy, dx; of every call, also those that are made again for backward
     router                 x, dx; gates and choices are seen by `EvidenceWatch`
     experts                x, gates, counts, y, dy, dx, dgates, and h, dh between the products, rows in the order of their experts
-    attention              q, k, v, y, and the gradients dq, dk, dv, dy
+    attention              q, k, v, y, and the gradients dq, dk, dv, dy; not where ranks share sequences
+    output head            x, dx of each depth, under head.DEPTH, and its loss y with dy
 """
 
 import threading
@@ -22,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from train.model.attention import AttentionInput
-from train.model.deepseek import DeepSeekV3
+from train.model.deepseek import DeepSeekV3, Head
 from train.model.layers import Linear, RMSNorm
 from train.model.mla import MLA
 from train.model.moe import MoE
@@ -53,6 +54,9 @@ class PartsWatch:
                     module.register_forward_pre_hook(partial(self._take_input, name))
                     if not isinstance(module, Router):
                         module.register_forward_hook(partial(self._take_output, name))
+                elif isinstance(module, Head):
+                    module.register_forward_pre_hook(self._take_states)
+                    module.register_forward_hook(self._take_losses)
                 elif isinstance(module, MoE):
                     module._precision = _WatchedExperts(module._precision, self, name, module.experts.local.start)
                 elif isinstance(module, MLA):
@@ -99,7 +103,21 @@ class PartsWatch:
             self.keep("y", key, y)
             self.keep_gradient("dy", key, y)
 
-    def _open(self) -> dict[str, str]:
+    def _take_states(self, head: Head, given: tuple) -> tuple | None:
+        if not (self.is_watching() and head.training):
+            return None
+        states, *rest = given
+        keys = self._open()["head"] = [self.begin(f"head.{depth}") for depth in range(len(states))]
+        for key, state in zip(keys, states, strict=True):
+            self.keep("x", key, state)
+        return [_Passed.apply(one, partial(self.keep, "dx", key)) for one, key in zip(states, keys, strict=True)], *rest
+
+    def _take_losses(self, head: Head, given: tuple, losses: list[Tensor]) -> None:
+        for key, loss in zip(self._open().pop("head", []), losses, strict=False):
+            self.keep("y", key, loss)
+            self.keep_gradient("dy", key, loss)
+
+    def _open(self) -> dict[str, Any]:
         """Keys of the calls that run in this thread."""
         return self._here.__dict__.setdefault("keys", {})
 

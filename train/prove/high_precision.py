@@ -1,0 +1,208 @@
+"""Parts that stay in bf16 and fp32 in every recipe (3.3.1): norms, attention, router. Forward and backward, as plain as their formulas.
+
+What comes in is what a rank really had. Nothing is rounded here but where the recipe keeps a result: all is in fp64, and every
+result says the sum of the magnitudes that make it, in which rounding is measured (`Total` of train/prove/low_precision.py).
+
+Shapes as in train/prove/reference.py; N rows.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from conf.schema import Config
+from train.prove.low_precision import CURVED, Near, PlainFormat, Total, product, rounded
+from train.prove.reference import best, group_scores, rotate, stretched, turns
+
+# --- Norms ----------------------------------------------------------------------------------------------------------
+
+
+def rms_norm(x_ND: Tensor, gain_D: Tensor, eps: float) -> Total:
+    """x over the root of the mean of its squares, times the gain."""
+    made = x_ND / (x_ND.square().mean(-1, keepdim=True) + eps).sqrt() * gain_D
+    return Total(made, made.abs(), None)
+
+
+def rms_norm_back(dy_ND: Tensor, x_ND: Tensor, gain_D: Tensor, eps: float) -> tuple[Total, Total]:
+    """Gradients of x and of the gain."""
+    rstd_N1 = (x_ND.square().mean(-1, keepdim=True) + eps).rsqrt()
+    up_ND = dy_ND * gain_D
+    slope, magnitude = ((x_ND * up_ND).mean(-1, keepdim=True), (x_ND * up_ND).abs().mean(-1, keepdim=True))
+    dx = rstd_N1 * (up_ND - x_ND * rstd_N1.square() * slope)
+    size = rstd_N1 * (up_ND.abs() + x_ND.abs() * rstd_N1.square() * magnitude)
+    each = dy_ND * x_ND * rstd_N1
+    return Total(dx, size, None), Total(each.sum(0), each.abs().sum(0), None)
+
+
+# --- Attention (2.1.1) ----------------------------------------------------------------------------------------------
+
+
+def softmax_scale(config: Config) -> float:
+    """1 / sqrt(width of queries), and mscale^2 where YaRN is in force (4.3)."""
+    model = config.model
+    scale = (model.nope_head_dim + model.rope_head_dim) ** -0.5
+    if stretched(model, config.seq_len) and model.yarn.factor > 1:
+        scale *= (0.1 * model.yarn.mscale * math.log(model.yarn.factor) + 1) ** 2
+    return scale
+
+
+def unseen(length: int, documents_BT: Tensor | None) -> Tensor:
+    """(1 or B, 1, T, T): keys that a query does not see, later ones and those of other documents."""
+    later = torch.ones(length, length, dtype=torch.bool).triu(1)[None, None]
+    if documents_BT is None:
+        return later
+    return later | (documents_BT[:, None, :, None] != documents_BT[:, None, None, :])
+
+
+class AttentionSlopes(NamedTuple):
+    """Of queries, keys and values."""
+
+    q: Total
+    k: Total
+    v: Total
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, scale: float, unseen: Tensor) -> Total:
+    """softmax(scale q k^T) v, (B, H, T, ...)."""
+    p = (q @ k.mT * scale).masked_fill(unseen, -math.inf).softmax(-1)
+    return Total(p @ v, p @ v.abs(), None)
+
+
+def attend_back(
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, scale: float, unseen: Tensor
+) -> AttentionSlopes:
+    """out: as the rank had it."""
+    p = (q @ k.mT * scale).masked_fill(unseen, -math.inf).softmax(-1)
+    ds = scale * p * (dout @ v.mT - (dout * out).sum(-1, keepdim=True))
+    size = scale * p * (dout.abs() @ v.abs().mT + (dout * out).abs().sum(-1, keepdim=True))
+    return AttentionSlopes(
+        Total(ds @ k, size @ k.abs(), None),
+        Total(ds.mT @ q, size.mT @ q.abs(), None),
+        Total(p.mT @ dout, p.mT @ dout.abs(), None),
+    )
+
+
+def turned(x: Tensor, config: Config, places: Sequence[int], back: bool = False) -> Total:
+    """Adjacent pairs turned by the angle of their position, (..., T, R), and for gradients back."""
+    model = config.model
+    angle = turns(model, config.seq_len, max(places) + 1, x)[list(places)]
+    size = model.yarn.attention_factor if stretched(model, config.seq_len) else 1.0
+    pairs = x.abs().unflatten(-1, (-1, 2)).sum(-1) * abs(size)
+    return Total(rotate(x, -angle if back else angle, size), pairs.repeat_interleave(2, -1), None)
+
+
+# --- Output head (2.2) ----------------------------------------------------------------------------------------------
+
+
+class HeadSlopes(NamedTuple):
+    """The loss, and its gradients of the states and of the weight."""
+
+    loss: Total
+    x: Total
+    weight: Total
+
+
+def head(
+    x_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, positions: int, high: PlainFormat, order: float
+) -> HeadSlopes:
+    """Sum of -log softmax(x W^T)[target], over so many positions. Logits and their gradients are kept in the activations' format; order:
+    what the order of their sums may change, of the magnitudes that it adds up.
+    """
+    summed = product(Near(x_ND), Near(weight_VD))
+    logits = rounded(summed, high, order * summed.size)
+    off = torch.zeros_like(logits.x) if logits.off is None else logits.off
+    p, targets_N1 = logits.x.softmax(-1), targets_N[:, None]
+    each = -logits.x.log_softmax(-1).gather(-1, targets_N1)
+    mean_off = (p * off).sum(-1, keepdim=True)
+    loss = Total(
+        each.sum() / positions, each.abs().sum() / positions, (off.gather(-1, targets_N1) + mean_off).sum() / positions
+    )
+    slopes = (p - F.one_hot(targets_N, p.size(-1))) / positions
+    made = rounded(Near(slopes, p * (off + mean_off) / positions), high, CURVED * (p + (slopes < 0)) / positions)
+    turned_x, turned_w = Near(x_ND.mT), Near(weight_VD.mT)
+    off = None if made.off is None else made.off.mT
+    return HeadSlopes(loss, product(made, turned_w), product(Near(made.x.mT, off), turned_x))
+
+
+# --- Router (2.1.2) -------------------------------------------------------------------------------------------------
+
+
+class RouterSlopes(NamedTuple):
+    """Of the input and of the weight."""
+
+    x: Total
+    weight: Total
+
+
+def route_scores(x_BTD: Tensor, weight_ED: Tensor) -> tuple[Tensor, Tensor]:
+    """Scores and the magnitudes that make their logits, (B, T, E)."""
+    return (x_BTD @ weight_ED.T).sigmoid(), x_BTD.abs() @ weight_ED.abs().T
+
+
+def gates(scores_BTE: Tensor, sizes_BTE: Tensor, ids_BTK: Tensor, route_scale: float) -> Total:
+    """Of these experts. What rounding does to logits moves a gate by no more than twice that of itself."""
+    chosen_BTK = scores_BTE.gather(-1, ids_BTK)
+    made = route_scale * chosen_BTK / (chosen_BTK.sum(-1, keepdim=True) + 1e-20)
+    return Total(made, made * (1 + 2 * sizes_BTE.amax(-1, keepdim=True)), None)
+
+
+def frequency(scores_BTE: Tensor, top_k: int) -> Tensor:
+    """How often each expert is among the best without bias, (B, E)."""
+    return F.one_hot(best(scores_BTE, top_k), scores_BTE.size(-1)).sum((1, 2)).double()
+
+
+def route_back(
+    dgates_BTK: Tensor,
+    x_BTD: Tensor,
+    weight_ED: Tensor,
+    ids_BTK: Tensor,
+    route_scale: float,
+    balance_B1E: Tensor,
+    off_B1E: Tensor,
+) -> RouterSlopes:
+    """balance: what a sequence's balance loss multiplies an expert's share of the scores of a token with; off: as it may be off."""
+    scores_BTE = (x_BTD @ weight_ED.T).sigmoid()
+    chosen_BTK = scores_BTE.gather(-1, ids_BTK)
+    sum_BT1 = chosen_BTK.sum(-1, keepdim=True) + 1e-20
+    factor_BT1 = route_scale / sum_BT1
+    # gate = scale * s / sum(s): its slope is that of the quotient
+    inner_BT1 = (dgates_BTK * chosen_BTK).sum(-1, keepdim=True) / sum_BT1
+    size_BT1 = (dgates_BTK * chosen_BTK).abs().sum(-1, keepdim=True) / sum_BT1
+    total_BT1 = scores_BTE.sum(-1, keepdim=True)
+    # share = s / sum(s) over all experts
+    mean_BT1 = (scores_BTE * balance_B1E).sum(-1, keepdim=True) / total_BT1
+    dscores = (balance_B1E - mean_BT1) / total_BT1
+    size = (balance_B1E + mean_BT1).abs() / total_BT1
+    off = (off_B1E + (scores_BTE * off_B1E).sum(-1, keepdim=True) / total_BT1) / total_BT1
+    dscores = dscores.scatter_add(-1, ids_BTK, (dgates_BTK - inner_BT1) * factor_BT1)
+    size = size.scatter_add(-1, ids_BTK, (dgates_BTK.abs() + size_BT1) * factor_BT1)
+    slope = scores_BTE * (1 - scores_BTE)
+    dlogits, size, off = ((one * slope).flatten(0, 1) for one in (dscores, size, off))
+    x = x_BTD.flatten(0, 1)
+    return RouterSlopes(
+        Total(dlogits @ weight_ED, size @ weight_ED.abs(), off @ weight_ED.abs()),
+        Total(dlogits.T @ x, size.T @ x.abs(), off.T @ x.abs()),
+    )
+
+
+def choice_excess(model, biased_NE: Tensor, ids_NK: Tensor) -> float:
+    """By how much scores must have been off for the choice to be right: 0 for the reference's own."""
+    count = model.top_k // model.top_groups if model.group_top_k is None else model.group_top_k
+    excess = 0.0
+    open_NE = torch.ones_like(biased_NE, dtype=torch.bool)
+    size = model.experts // model.groups
+    if model.top_groups < model.groups:
+        groups_NG = group_scores(model, biased_NE)
+        least_N1 = groups_NG.sort(dim=-1, descending=True).values[:, model.top_groups - 1 : model.top_groups]
+        behind_NK = (least_N1 - groups_NG.gather(1, ids_NK // size)).clamp_min(0)
+        excess = behind_NK.max().item() / (2 * count)
+        # A group that is open beyond doubt stands out by more than that excess.
+        open_NE = (groups_NG >= least_N1 + 2 * count * excess).repeat_interleave(size, 1)
+    inside_NE = biased_NE.masked_fill(~open_NE, -math.inf)
+    kth_N1 = inside_NE.sort(dim=-1, descending=True).values[:, model.top_k - 1 : model.top_k]
+    behind_NK = (kth_N1 - biased_NE.gather(1, ids_NK)).clamp_min(0)
+    return max(excess, behind_NK.max().item() / 2)

@@ -1,0 +1,197 @@
+"""Norms, SwiGLU, output head and router of single ranks: what train/prove/judge_parts.py does for products, for the parts around them."""
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from train.prove import high_precision as high
+from train.prove import low_precision as low
+from train.prove.bounds import Bound
+from train.prove.evidence import places_of
+from train.prove.judge_attention import AttentionJudge
+from train.prove.judge_parts import ELEMENTS, PartCall, PartJudges, SumOverCalls
+from train.prove.low_precision import FORMATS, Near, Total
+
+SPLIT = 2.0**-15
+"""A GPU multiplies a router's gradient in fp32 as two numbers of bf16."""
+
+
+class WholeJudge(AttentionJudge):
+    """Judges all parts of a step."""
+
+    def _parts(self) -> PartJudges:
+        parts: PartJudges = []
+        for name, judges in super()._parts():
+            parts.append((name, judges))
+            if name.endswith((".ffn.w13", ".shared.w13")):
+                parts.append((name.removesuffix(".w13"), (self._swiglu, self._swiglu_back)))
+            if name.endswith(".attention.kv_up"):
+                parts.append((name.removesuffix(".kv_up"), (self._attention, self._attention_back)))
+        return parts
+
+    def _judges_of(self, name: str) -> tuple | None:
+        if name.endswith("norm"):
+            return self._norm, self._norm_back
+        if name == "head":
+            return self._head, self._head_back
+        if name.endswith(".router"):
+            return self._router, self._router_back
+        return super()._judges_of(name)
+
+    # Norms
+
+    def _norm(self, name: str) -> None:
+        gain = self.weights[f"{name}.weight"]
+        for call in self.calls.get(name, []):
+            total = high.rms_norm(call.rows("x"), gain, self._eps(name))
+            self._total("norms", call, "y", call.rows("y"), total, self._in_rows(len(gain)))
+
+    def _norm_back(self, name: str) -> None:
+        gain, made = self.weights[f"{name}.weight"], SumOverCalls()
+        for call in self.calls.get(name, []):
+            if not call.has("dy"):
+                continue
+            dx, dgain = high.rms_norm_back(call.rows("dy"), call.rows("x"), gain, self._eps(name))
+            if call.has("dx"):
+                self._total("norms", call, "dx", call.rows("dx"), dx, self._in_rows(len(gain)))
+            made.add(dgain, self.on_gpu, len(call.rows("dy")))
+        self._gradient(f"{name}.weight", made, self._in_rows(made.terms))
+
+    def _eps(self, name: str) -> float:
+        model = self.config.model
+        of_latents = name.endswith((".q_norm", ".kv_norm")) and model.latent_norm_eps is not None
+        return model.latent_norm_eps if of_latents else model.norm_eps
+
+    # SwiGLU of dense layers and shared experts
+
+    def _swiglu(self, name: str) -> None:
+        for first, second in self._pairs(name):
+            a_NF = low.swiglu(first.rows("y"), None)
+            self._total("SwiGLU", second, "x", second.rows("x"), Total(a_NF, a_NF.abs(), None), self._in_elements())
+
+    def _swiglu_back(self, name: str) -> None:
+        for first, second in self._pairs(name):
+            if second.has("dx") and first.has("dy"):
+                back = low.swiglu_back(Near(first.rows("y")), None, Near(second.rows("dx")), self.recipe.high)
+                self._total("SwiGLU", first, "dy", first.rows("dy"), back.dh, self._in_elements())
+
+    def _pairs(self, name: str) -> Iterator[tuple[PartCall, PartCall]]:
+        """Calls of both products of the same rows."""
+        seconds = {(call.rank.info.rank, call.number): call for call in self.calls.get(f"{name}.w2", [])}
+        for call in self.calls.get(f"{name}.w13", []):
+            yield call, seconds[call.rank.info.rank, call.number]
+
+    def _in_elements(self) -> Bound:
+        return Bound(ELEMENTS, "an exponential and some products in fp32, and one rounding of the result")
+
+    # Output head
+
+    def _head(self, name: str) -> None:
+        for call, made in self._heads_calls():
+            bound = Bound(2 * ELEMENTS, "a logarithm and a sum in fp32")
+            self._total(
+                "output head",
+                call,
+                "y",
+                call.get("y").view(1),
+                low.Total(*(one.view(1) for one in made.loss)),
+                bound,
+                FORMATS["fp32"],
+            )
+
+    def _head_back(self, name: str) -> None:
+        made_of_all, order = SumOverCalls(), self._in_rows(self.config.model.vocab_size)
+        for call, made in self._heads_calls():
+            if not call.has("dx", "dy"):
+                self._fail("parts", call.name, call.rank.info.rank, 0, 1, "not every micro-batch came back")
+                continue
+            slope = call.get("dy")
+            x, weight = _times(made.x, low.nearest(slope, self.recipe.high)), _times(made.weight, slope)
+            twice = low.spacing(x.x, self.recipe.high)  # the product is rounded, and its multiple
+            x = Total(x.x, x.size, twice if x.off is None else twice + x.off)
+            self._total("output head", call, "dx", call.rows("dx"), x, order)
+            made_of_all.add(weight, False, len(x.x))
+        self._gradient("head.weight", made_of_all, self._in_rows(made_of_all.terms))
+
+    def _heads_calls(self) -> Iterator[tuple[PartCall, high.HeadSlopes]]:
+        """Of the main model and of every depth."""
+        order, weight = self._in_rows(self.config.model.hidden).value, self.weights["head.weight"]
+        for depth in range(1 + self.config.model.mtp_depth):
+            for call in self.calls.get(f"head.{depth}", []):
+                places = places_of(call.rank.info, self.config.seq_len, depth)
+                targets = self.batch.tokens_BS[self._samples(call.rank, call.number)][
+                    :, [place + depth + 1 for place in places]
+                ]
+                count = len(targets) * self.config.seq_len // self.cp
+                yield call, high.head(call.rows("x"), weight, targets.flatten(), count, self.recipe.high, order)
+
+    # Router
+
+    def _router(self, name: str) -> None:
+        model, weight = self.config.model, self.weights[f"{name}.weight"]
+        for call in self.calls.get(name, []):
+            ids_BTK, got = self._routed(call, "forward", "ids"), self._routed(call, "forward", "gates")
+            scores_BTE, sizes_BTE = high.route_scores(call.get("x"), weight)
+            order = self._in_rows(model.hidden)
+            total = high.gates(scores_BTE, sizes_BTE, ids_BTK.long(), model.route_scale)
+            self._total("router", call, "gates", got, total, order, FORMATS["fp32"])
+            biased_NE = (scores_BTE + self.biases[self._layer(name)]).flatten(0, 1)
+            excess = high.choice_excess(model, biased_NE, ids_BTK.long().flatten(0, 1))
+            bound = Bound(order.value * (1 + sizes_BTE.max().item() / 4), "what rounding in fp32 does to a score")
+            none = torch.zeros(1, dtype=torch.float64)
+            self._compare(
+                "router's choice", name, call.rank.info.rank, torch.tensor([excess]).double(), none, bound, 1.0
+            )
+
+    def _router_back(self, name: str) -> None:
+        model, weight, made = self.config.model, self.weights[f"{name}.weight"], SumOverCalls()
+        order = self._in_rows(max(model.experts, model.hidden))
+        order = Bound(max(order.value, SPLIT), "a product of two parts of bf16") if self.on_gpu else order
+        for call in self.calls.get(name, []):
+            dgates = self._routed(call, "backward", "gates")
+            if dgates is None:
+                continue
+            x_BTD, ids_BTK = call.get("x"), self._routed(call, "forward", "ids").long()
+            balance, off = self._balance(call, weight)
+            slopes = high.route_back(dgates, x_BTD, weight, ids_BTK, model.route_scale, balance, off)
+            if call.has("dx"):
+                self._total("router", call, "dx", call.rows("dx"), slopes.x, order)
+            made.add(slopes.weight, False, ids_BTK[..., 0].numel())
+        self._gradient(f"{name}.weight", made, Bound(order.value + self._in_rows(made.terms).value, order.reason))
+
+    def _balance(self, call: PartCall, weight: Tensor) -> tuple[Tensor, Tensor]:
+        """What the balance loss (eq. 17-20) multiplies shares of scores with, (B, 1, E), counted over whole sequences, and by how much
+        near ties may move it.
+        """
+        model, info = self.config.model, call.rank.info
+        mates = [
+            one for one in self.calls[call.name] if one.number == call.number and one.rank.info.dp_rank == info.dp_rank
+        ]
+        scores = [high.route_scores(one.get("x"), weight) for one in mates]
+        length = sum(one.size(1) for one, _ in scores)
+        often_BE = sum(high.frequency(one, model.top_k) for one, _ in scores)
+        may_BE = torch.zeros_like(often_BE)
+        if model.top_k < model.experts:
+            for score_BTE, size_BTE in scores:
+                kth = score_BTE.sort(dim=-1, descending=True).values[..., model.top_k - 1 : model.top_k + 1]
+                near = self._in_rows(model.hidden).value * (1 + size_BTE.amax(-1, keepdim=True) / 4)
+                is_tie = kth[..., :1] - kth[..., 1:] <= 2 * near
+                close = ((score_BTE - kth[..., :1]).abs() <= 2 * near) | ((score_BTE - kth[..., 1:]).abs() <= 2 * near)
+                may_BE += (is_tie & close).sum(1)
+        micro_batches = info.plan["batch_size"] / (info.micro_batch_size * info.dp)
+        factor = self.config.optim.balance_loss / micro_batches * info.cp / (len(often_BE) * length)
+        factor *= model.experts / (model.top_k * length)
+        return factor * often_BE.unsqueeze(1), factor * may_BE.unsqueeze(1)
+
+    def _routed(self, call: PartCall, phase: str, what: str) -> Tensor | None:
+        """(B, T, K), fp64."""
+        found = call.rank.tensors.get(f"{phase}/{call.name}.{what}/{call.number}")
+        return None if found is None else found.double().view(*call.tensors["x"].shape[:2], -1)
+
+    def _layer(self, name: str) -> str:
+        return name.removesuffix(".moe.router").removesuffix(".block")
+
+
+def _times(one: Total, factor: Tensor) -> Total:
+    return Total(one.x * factor, one.size * factor.abs(), None if one.off is None else one.off * factor.abs())
