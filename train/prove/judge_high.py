@@ -13,6 +13,8 @@ from train.prove.judge_attention import AttentionJudge
 from train.prove.judge_parts import ELEMENTS, PartCall, PartJudges, SumOverCalls
 from train.prove.low_precision import FORMATS, Near, Total
 
+HALF = 2.0**-9
+"""Relative: what a rounding to bf16 changes at most."""
 SPLIT = 2.0**-15
 """A GPU multiplies a router's gradient in fp32 as two numbers of bf16."""
 
@@ -111,7 +113,11 @@ class WholeJudge(AttentionJudge):
             twice = low.spacing(x.x, self.recipe.high)  # the product is rounded, and its multiple
             x = Total(x.x, x.size, twice if x.off is None else twice + x.off)
             self._total("output head", call, "dx", call.rows("dx"), x, order)
-            made_of_all.add(weight, False, len(x.x))
+            # torch's products on a CPU round what a piece of the tokens gives to bf16 before it is added up
+            pieces = torch.zeros_like(weight.x) if self.recipe.high == FORMATS["fp32"] else HALF * weight.size
+            made_of_all.add(
+                Total(weight.x, weight.size, pieces if weight.off is None else pieces + weight.off), False, len(x.x)
+            )
         self._gradient("head.weight", made_of_all, self._in_rows(made_of_all.terms))
 
     def _heads_calls(self) -> Iterator[tuple[PartCall, high.HeadSlopes]]:

@@ -1,0 +1,140 @@
+"""Single parts of a rank are judged alone: as they are they hold, and whatever is wrong with one is named.
+
+The rank runs once. Its evidence is then spoilt in one place after another, as a bug would spoil it.
+"""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from conf.schema import Config
+from tests.prove.proofs import gather_evidence, small_proof
+from train.prove.evidence import EVIDENCE, Evidence, read_all
+from train.prove.findings import Difference, ProofFindings
+from train.prove.judge_high import WholeJudge
+from train.prove.judge_parts import TOLD, UNTOLD
+from train.prove.judge_update import assemble
+from train.prove.layouts import watched_steps
+from train.prove.parts import own_rows
+from train.prove.reference import plan_step
+from train.prove.samples import Samples
+from train.run_folder import RunPaths
+
+TINY = [
+    "model.layers=2", "model.mtp_depth=1", "model.hidden=144", "model.expert_width=72", "model.heads=2", "model.vocab_size=41",
+    "seq_len=16", "batch_size=2", "steps=2", "data.mask_documents=true", "cluster.threads=1",
+]  # fmt: skip
+"""Two tiles of the width, of which the last is not full."""
+
+
+class Judged:
+    """A rank's evidence of one step, to be spoilt."""
+
+    def __init__(self, config: Config):
+        self.config = config
+        steps = read_all(RunPaths(config).path / EVIDENCE, "recipe")
+        self.before, self.evidence = assemble(steps[0, 0], "after"), steps[0, 1][0]
+        plan = plan_step(config, 1)
+        self.batch = Samples(config).batch(plan.first_sample, plan.batch_size)
+
+    def judge(self, spoil: Callable[[dict[str, torch.Tensor]], None]) -> ProofFindings:
+        tensors = dict(self.evidence.tensors)
+        spoil(tensors)
+        findings = ProofFindings()
+        spoilt = Evidence(self.evidence.info, tensors, self.evidence.places)
+        WholeJudge("recipe", self.config, findings, [spoilt], self.before, self.batch).judge_all()
+        return findings
+
+    def first(self, spoil: Callable[[dict[str, torch.Tensor]], None]) -> Difference:
+        return self.judge(spoil).differences[0]
+
+
+@pytest.fixture(scope="module", params=["fp8", "bf16"])
+def judged(request, tmp_path_factory) -> Judged:
+    config = small_proof(tmp_path_factory.mktemp(request.param), *TINY, f"precision={request.param}")
+    gather_evidence(config, proofs=["recipe"])
+    return Judged(config)
+
+
+def test_a_rank_as_it_is_holds(judged):
+    findings = judged.judge(lambda tensors: None)
+    assert [one.text() for one in findings.differences[:3]] == []
+    verdicts = {one.quantity: one for one in findings.verdicts.values()}
+    assert set(verdicts) == {
+        "products", "products of experts", "SwiGLU", "SwiGLU of experts", "norms", "attention", "heads", "router",
+        "router's choice", "output head", "gradients of single weights",
+    }  # fmt: skip
+    for one in verdicts.values():
+        assert one.compared and one.bound < 0.005 and one.worst <= one.bound
+        assert one.untold <= UNTOLD * (one.compared + one.untold)
+    assert TOLD <= 0.05
+
+
+@pytest.mark.parametrize(
+    ("key", "factor", "phase", "quantity"),
+    [
+        ("part.y/layers.0.attention.q_down/0", 1.01, "forward", "products"),
+        ("part.dx/layers.0.attention.out/1", 1.01, "backward", "products"),
+        ("part.h/layers.1.moe/0", 1.01, "forward", "products of experts"),
+        ("part.y/mtp.0.block.moe/1", 1.3, "forward", "products of experts"),
+        ("part.dh/layers.1.moe/1", 1.01, "backward", "SwiGLU of experts"),
+        ("part.dgates/layers.1.moe/0", 1.001, "backward", "SwiGLU of experts"),
+        ("part.x/layers.0.ffn.w2/0", 1.01, "forward", "SwiGLU"),
+        ("part.y/layers.0.ffn_norm/0", 1.01, "forward", "norms"),
+        ("part.dx/layers.1.attention.kv_norm/0", 1.01, "backward", "norms"),
+        ("part.y/layers.1.attention/0", 1.03, "forward", "attention"),
+        ("part.dq/layers.1.attention/1", 1.03, "backward", "attention"),
+        ("forward/layers.1.moe.router.gates/0", 1.0001, "forward", "router"),
+        ("part.dx/layers.1.moe.router/1", 1.02, "backward", "router"),
+        ("part.y/head.0/0", 1.001, "forward", "output head"),
+        ("part.dx/head.1/0", 1.02, "backward", "output head"),
+        ("reduced/layers.1.moe.experts.w2", 0.5, "backward", "gradients of single weights"),
+        ("reduced/layers.0.attention.kv_up.weight", 1.001, "backward", "gradients of single weights"),
+        ("reduced/layers.0.attention_norm.weight", 1.001, "backward", "gradients of single weights"),
+    ],
+)
+def test_what_is_off_is_named(judged, key, factor, phase, quantity):
+    def spoil(tensors):
+        tensors[key] = tensors[key] * factor
+
+    found = judged.judge(spoil).differences
+    assert (phase, quantity) in {(one.phase, one.quantity) for one in found}
+    name = key.split("/")[1]
+    assert any(name.removesuffix(".gates") in one.name for one in found)
+
+
+def test_a_part_that_left_nothing_fails(judged):
+    def spoil(tensors):
+        for key in [key for key in tensors if "/layers.1.attention.kv_up/" in key]:
+            del tensors[key]
+
+    first = judged.first(spoil)
+    assert (first.quantity, first.name) == ("parts", "layers.1.attention.kv_up")
+    assert "no rank left" in first.reason
+
+
+def test_a_micro_batch_that_did_not_come_back_fails(judged):
+    first = judged.first(lambda tensors: tensors.pop("part.dy/layers.0.ffn.w13/1"))
+    assert (first.quantity, first.name) == ("parts", "layers.0.ffn.w13") and "not every micro-batch" in first.reason
+
+
+def test_weights_of_the_step_before_are_seen(judged):
+    """As of a copy in FP8 that was never made again: every product is then off by what an update changes."""
+    moved = {name: value * 1.02 if name.startswith("master.") else value for name, value in judged.before.items()}
+    before, judged.before = judged.before, moved
+    try:
+        assert judged.first(lambda tensors: None).quantity in ("norms", "products")
+    finally:
+        judged.before = before
+
+
+def test_rows_that_fill_tiles_are_left_out():
+    rows = torch.arange(384).unsqueeze(1)
+    assert own_rows(rows, [3, 0, 130]).flatten().tolist() == [0, 1, 2, *range(128, 258)]
+    assert own_rows(rows[:133], [3, 0, 130]).shape == (133, 1)
+
+
+def test_steps_that_are_watched_have_an_update_before_them_and_the_checkpoint(tmp_path):
+    for steps, want in ((1, {1}), (2, {1, 2}), (3, {1, 2, 3}), (4, {2, 3})):
+        assert watched_steps(small_proof(tmp_path, f"steps={steps}")) == want
