@@ -10,7 +10,7 @@ import torch
 
 from conf.schema import Config
 from tests.prove.proofs import gather_evidence, small_proof
-from train.prove.evidence import EVIDENCE, Evidence, read_all
+from train.prove.evidence import EVIDENCE, Evidence, read_steps
 from train.prove.findings import Difference, ProofFindings
 from train.prove.judge_high import WholeJudge
 from train.prove.judge_parts import TOLD, UNTOLD
@@ -33,7 +33,7 @@ class Judged:
 
     def __init__(self, config: Config):
         self.config = config
-        steps = read_all(RunPaths(config).path / EVIDENCE, "recipe")
+        steps = {(part, step): ranks for part, step, ranks in read_steps(RunPaths(config).path / EVIDENCE, "recipe")}
         self.before, self.evidence = assemble(steps[0, 0], "after"), steps[0, 1][0]
         plan = plan_step(config, 1)
         self.batch = Samples(config).batch(plan.first_sample, plan.batch_size)
