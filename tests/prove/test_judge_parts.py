@@ -64,6 +64,7 @@ def test_a_rank_as_it_is_holds(judged):
     assert set(verdicts) == {
         "products", "products of experts", "SwiGLU", "SwiGLU of experts", "norms", "attention", "heads", "router",
         "router's choice", "output head", "gradients of single weights",
+        "sums past attention and FFN",
     }  # fmt: skip
     for one in verdicts.values():
         assert one.compared and one.bound < 0.005 and one.worst <= one.bound
@@ -71,37 +72,40 @@ def test_a_rank_as_it_is_holds(judged):
     assert TOLD <= 0.05
 
 
-@pytest.mark.parametrize(
-    ("key", "factor", "phase", "quantity"),
-    [
-        ("part.y/layers.0.attention.q_down/0", 1.01, "forward", "products"),
-        ("part.dx/layers.0.attention.out/1", 1.01, "backward", "products"),
-        ("part.h/layers.1.moe/0", 1.01, "forward", "products of experts"),
-        ("part.y/mtp.0.block.moe/1", 1.3, "forward", "products of experts"),
-        ("part.dh/layers.1.moe/1", 1.01, "backward", "SwiGLU of experts"),
-        ("part.dgates/layers.1.moe/0", 1.001, "backward", "SwiGLU of experts"),
-        ("part.x/layers.0.ffn.w2/0", 1.01, "forward", "SwiGLU"),
-        ("part.y/layers.0.ffn_norm/0", 1.01, "forward", "norms"),
-        ("part.dx/layers.1.attention.kv_norm/0", 1.01, "backward", "norms"),
-        ("part.y/layers.1.attention/0", 1.03, "forward", "attention"),
-        ("part.dq/layers.1.attention/1", 1.03, "backward", "attention"),
-        ("forward/layers.1.moe.router.gates/0", 1.0001, "forward", "router"),
-        ("part.dx/layers.1.moe.router/1", 1.02, "backward", "router"),
-        ("part.y/head.0/0", 1.001, "forward", "output head"),
-        ("part.dx/head.1/0", 1.02, "backward", "output head"),
-        ("reduced/layers.1.moe.experts.w2", 0.5, "backward", "gradients of single weights"),
-        ("reduced/layers.0.attention.kv_up.weight", 1.001, "backward", "gradients of single weights"),
-        ("reduced/layers.0.attention_norm.weight", 1.001, "backward", "gradients of single weights"),
-    ],
-)
-def test_what_is_off_is_named(judged, key, factor, phase, quantity):
+SPOILT = [
+    ("part.y/layers.0.attention.q_down/0", 1.01, "forward", "products"),
+    ("part.dx/layers.0.attention.out/1", 1.01, "backward", "products"),
+    ("part.h/layers.1.moe/0", 1.01, "forward", "products of experts"),
+    ("part.y/mtp.0.block.moe/1", 1.3, "forward", "products of experts"),
+    ("part.dh/layers.1.moe/1", 1.01, "backward", "SwiGLU of experts"),
+    ("part.dgates/layers.1.moe/0", 1.001, "backward", "SwiGLU of experts"),
+    ("part.x/layers.0.ffn.w2/0", 1.01, "forward", "SwiGLU"),
+    ("part.y/layers.0.ffn_norm/0", 1.01, "forward", "norms"),
+    ("part.dx/layers.1.attention.kv_norm/0", 1.01, "backward", "norms"),
+    ("part.y/layers.1.attention/0", 1.03, "forward", "attention"),
+    ("part.dq/layers.1.attention/1", 1.03, "backward", "attention"),
+    ("forward/layers.1.moe.router.gates/0", 1.001, "forward", "router"),
+    ("part.dx/layers.1.moe.router/1", 1.02, "backward", "router"),
+    ("forward/layers.1/1", 1.02, "forward", "sums past attention and FFN"),
+    ("backward/layers.0.attention/0", 1.02, "backward", "sums past attention and FFN"),
+    ("part.y/head.0/0", 1.001, "forward", "output head"),
+    ("part.dx/head.1/0", 1.02, "backward", "output head"),
+    ("reduced/layers.1.moe.experts.w2", 0.5, "backward", "gradients of single weights"),
+    ("reduced/layers.0.attention.kv_up.weight", 1.001, "backward", "gradients of single weights"),
+    ("reduced/layers.0.attention_norm.weight", 1.001, "backward", "gradients of single weights"),
+]
+"""Keys of what is multiplied, with what, and the phase and quantity that have to name it."""
+
+
+def test_what_is_off_is_named(judged):
     def spoil(tensors):
-        tensors[key] = tensors[key] * factor
+        for key, factor, *_ in SPOILT:
+            tensors[key] = tensors[key] * factor
 
     found = judged.judge(spoil).differences
-    assert (phase, quantity) in {(one.phase, one.quantity) for one in found}
-    name = key.split("/")[1]
-    assert any(name.removesuffix(".gates") in one.name for one in found)
+    for key, _, phase, quantity in SPOILT:
+        name = key.split("/")[1].removesuffix(".gates")
+        assert any((phase, quantity) == (one.phase, one.quantity) and name in one.name for one in found), key
 
 
 def test_a_part_that_left_nothing_fails(judged):

@@ -11,7 +11,7 @@ from train.prove.bounds import Bound
 from train.prove.evidence import places_of
 from train.prove.judge_attention import AttentionJudge
 from train.prove.judge_parts import ELEMENTS, PartCall, PartJudges, SumOverCalls
-from train.prove.low_precision import FORMATS, Near, Total
+from train.prove.low_precision import FORMATS, FP32, Near, Total
 
 HALF = 2.0**-9
 """Relative: what a rounding to bf16 changes at most."""
@@ -28,6 +28,8 @@ class WholeJudge(AttentionJudge):
             parts.append((name, judges))
             if name.endswith((".ffn.w13", ".shared.w13")):
                 parts.append((name.removesuffix(".w13"), (self._swiglu, self._swiglu_back)))
+            if name.endswith(".ffn_norm"):
+                parts.append((name.removesuffix(".ffn_norm"), (self._sums, self._sums_back)))
             if name.endswith(".attention.kv_up"):
                 parts.append((name.removesuffix(".kv_up"), (self._attention, self._attention_back)))
         return parts
@@ -64,6 +66,40 @@ class WholeJudge(AttentionJudge):
         model = self.config.model
         of_latents = name.endswith((".q_norm", ".kv_norm")) and model.latent_norm_eps is not None
         return model.latent_norm_eps if of_latents else model.norm_eps
+
+    # What goes past attention and FFN, and is added to what they make
+
+    def _sums(self, name: str) -> None:
+        for call in self.calls[f"{name}.ffn_norm"]:
+            (before,) = (one for one in self.calls[f"{name}.attention_norm"] if one.is_beside(call))
+            attention, ffn, out = (
+                self._seen(call, "forward", f"{name}{part}") for part in (".attention", self._ffn(name), "")
+            )
+            self._sum(call, "x", call.rows("x"), before.rows("x"), attention)
+            self._sum(call, "y", out, call.rows("x"), ffn)
+
+    def _sums_back(self, name: str) -> None:
+        for call in self.calls[f"{name}.ffn_norm"]:
+            self._sum(
+                call,
+                "dx",
+                self._seen(call, "backward", f"{name}.attention"),
+                self._seen(call, "backward", name),
+                call.rows("dx"),
+            )
+
+    def _sum(self, call: PartCall, what: str, got: Tensor, one: Tensor, other: Tensor) -> None:
+        total = Total(one + other, one.abs() + other.abs(), None)
+        self._total(
+            "sums past attention and FFN", call, what, got, total, Bound(4 * FP32, "one addition and one rounding")
+        )
+
+    def _seen(self, call: PartCall, phase: str, name: str) -> Tensor:
+        """Of the same micro-batch, by `EvidenceWatch`: (rows, width), fp64."""
+        return call.rank.tensors[f"{phase}/{name}/{call.number}"].double().flatten(0, -2)
+
+    def _ffn(self, name: str) -> str:
+        return ".ffn" if f"{name}.ffn.w13" in self.calls else ".moe"
 
     # SwiGLU of dense layers and shared experts
 
