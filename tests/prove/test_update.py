@@ -1,6 +1,7 @@
 """An update is judged by how far it moves what it moves: bugs fall at every rate at which a recipe trains, and fp32 does not."""
 
 from collections.abc import Callable
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -13,7 +14,7 @@ from tests.small import SMALL
 from train.prove import reference
 from train.prove.evidence import Evidence, StepInfo
 from train.prove.findings import ProofFindings
-from train.prove.judge_update import UpdateJudge
+from train.prove.judge_update import Tally, UpdateJudge
 from train.prove.miniature import RATE, shrink
 from train.prove.reference import PlainPlan
 
@@ -120,17 +121,28 @@ BUGS = [
 ]
 
 
-def judge_updates(trainee: Callable[[Optim], Trainee], lr: float) -> ProofFindings:
+class MomentsInBf16(Trainee):
+    """As rounding to nearest keeps them; the update is made of what is not rounded yet."""
+
+    def run(self, plan, count, gradients, load_E):
+        super().run(plan, count, gradients, load_E)
+        for held in (self.means, self.squares):
+            for name, moment in held.items():
+                held[name] = moment.bfloat16().float()
+
+
+def judge_updates(trainee: Callable[[Optim], Trainee], lr: float, moments: str = "fp32") -> ProofFindings:
     """Steps of a trainee with gradients that are drawn, through the judge."""
-    config = compose(*SMALL, "data.path=none", f"optim.lr={lr}", "optim.ema_decay=0.999", "optim.clip=0")
+    given = [f"optim.lr={lr}", "optim.ema_decay=0.999", "optim.clip=0", f"precision.moments={moments}"]
+    config = compose(*SMALL, "data.path=none", *given)
     findings, one, draw = ProofFindings(), trainee(config.optim), torch.Generator().manual_seed(1)
-    judge, before = UpdateJudge("fp32", config, findings), one.state()
+    judge, before = UpdateJudge("fp32", config, findings, Path("none")), one.state()
     plan = PlainPlan(first_sample=0, batch_size=8, lr=lr, mtp_weight=0.1, bias_speed=0.001)
     for step in range(1, STEPS + 1):
         gradients = {name: 1e-3 * torch.randn(shape, generator=draw) for name, shape in SHAPES.items()}
         load_E = torch.randint(0, 9, (8,), generator=draw).double()
         one.run(plan, step, gradients, load_E)
-        evidence = Evidence(StepInfo("fp32", 0, step, 0, "one", "cpu", updates=step))
+        evidence = Evidence(StepInfo("fp32", 0, step, 0, "one", "cpu", updates=step, samples=8 * step))
         evidence.info.grad_norm = float(reference.global_norm({n: g.double() for n, g in gradients.items()}))
         for kind, tensors in (("reduced", gradients), ("after", one.state())):
             for name, tensor in tensors.items():
@@ -142,9 +154,10 @@ def judge_updates(trainee: Callable[[Optim], Trainee], lr: float) -> ProofFindin
     return findings
 
 
+@pytest.mark.parametrize("trainee,moments", [(Trainee, "fp32"), (MomentsInBf16, "bf16")])
 @pytest.mark.parametrize("lr", RATES)
-def test_what_fp32_rounds_is_allowed_at_every_rate(lr):
-    findings = judge_updates(Trainee, lr)
+def test_what_formats_round_is_allowed_at_every_rate(lr, trainee, moments):
+    findings = judge_updates(trainee, lr, moments)
     assert [difference.text() for difference in findings.differences] == []
     told = {quantity: verdict.compared for (_, quantity), verdict in findings.verdicts.items()}
     assert all(told[quantity] for quantity in ("master weights", "average of weights", "first moments", "biases"))
@@ -156,9 +169,53 @@ def test_a_wrong_update_is_found_at_every_rate(bug, lr):
     assert judge_updates(bug, lr).differences
 
 
+def test_moments_in_another_format_than_the_recipe_has_are_found():
+    assert judge_updates(MomentsInBf16, RATES[2], "fp32").differences
+
+
 @pytest.mark.parametrize("lr", RATES[1:])
 def test_a_decay_of_gains_is_found_where_it_moves_a_weight_by_more_than_a_rounding(lr):
     assert judge_updates(GainsDecay, lr).differences
+
+
+def judge_a_skipped_step(spoil: Callable[[dict[str, Tensor], StepInfo], object]) -> ProofFindings:
+    """One in which a gradient is not finite, on a rank whose state and counts `spoil` has changed."""
+    config = compose(*SMALL, "data.path=none", "optim.ema_decay=0.999")
+    findings, one = ProofFindings(), Trainee(config.optim)
+    judge, before = UpdateJudge("fp32", config, findings, Path("none")), one.state()
+    judge.step, judge.tally = 2, Tally(updates=1, samples=8)
+    info = StepInfo("fp32", 0, 2, 0, "one", "cpu", applied=False, updates=1, samples=16, skipped=1)
+    evidence, after = Evidence(info), one.state()
+    spoil(after, info)
+    for name, tensor in after.items():
+        evidence.add("after", name, tensor.flatten())
+        evidence.places[f"after/{name}"] = 0, tuple(tensor.shape)
+    evidence.add("own", f"bias.{LAYER}", after[f"bias.{LAYER}"])
+    plan = PlainPlan(first_sample=8, batch_size=8, lr=1e-3, mtp_weight=0.1, bias_speed=0.001)
+    judge._judge_skip([evidence], {name: tensor.double() for name, tensor in before.items()}, plan)
+    return findings
+
+
+def test_a_skipped_step_moves_nothing_but_the_position_in_the_data():
+    assert judge_a_skipped_step(lambda after, info: None).differences == []
+
+
+@pytest.mark.parametrize(
+    "spoil",
+    [
+        lambda after, info: after["ema.norm.weight"].lerp_(after["ema.norm.weight"] + 1, 1e-3),
+        lambda after, info: after["exp_avg.norm.weight"].add_(1e-9),
+        lambda after, info: after["master.norm.weight"].mul_(1 - 1e-4),
+        lambda after, info: after[f"bias.{LAYER}"].add_(1e-3),
+        lambda after, info: after["master.norm.weight"].fill_(torch.nan),
+        lambda after, info: setattr(info, "applied", True),
+        lambda after, info: setattr(info, "updates", 2),
+        lambda after, info: setattr(info, "samples", 8),
+        lambda after, info: setattr(info, "skipped", 0),
+    ],
+)
+def test_what_a_skipped_step_must_not_do_is_found(spoil):
+    assert judge_a_skipped_step(spoil).differences
 
 
 @pytest.mark.parametrize("lr", [1e-6, 7.3e-6])

@@ -18,6 +18,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -72,6 +73,7 @@ class StepInfo:
     validation_loss: float | None = None
     updates: int = 0
     samples: int = 0
+    skipped: int = 0
 
 
 @dataclass
@@ -144,6 +146,10 @@ class EvidenceWatch:
     def __init__(self, chunks: list[DeepSeekV3], sent: bool = False):
         """sent: with what goes to experts and comes back, while `keeps_sent`."""
         self.keeps_sent = True
+        self.is_open = True
+        """Whether passes belong to the step, and not to a look at what was wrong in it."""
+        self.spoils = False
+        """Whether the next gradient that comes back to a part is made not finite."""
         self.seen: dict[str, Tensor] = {}
         self._calls: dict[str, int] = {}
         self._dispatchers: list[WatchedDispatcher] = []
@@ -158,7 +164,7 @@ class EvidenceWatch:
                     self._dispatchers.append(module.dispatcher)
 
     def clear(self) -> None:
-        self.seen, self._calls = {}, {}
+        self.seen, self._calls, self.is_open = {}, {}, True
         for dispatcher in self._dispatchers:
             dispatcher.start_step()
 
@@ -171,7 +177,7 @@ class EvidenceWatch:
             self.seen[f"sent/{layer}/{what}/{number}"] = tensor.detach().clone()
 
     def _take(self, name: str, module: nn.Module, _: Any, output: Any) -> None:
-        if not module.training or is_repeated():
+        if not module.training or is_repeated() or not self.is_open:
             return
         number = self._calls[name] = self._calls.get(name, -1) + 1
         if isinstance(module, Router):
@@ -182,5 +188,10 @@ class EvidenceWatch:
         if output.requires_grad and name != "embedding":  # whose gradient comes in two parts where two ranks hold it
             output.register_hook(partial(self._take_gradient, f"backward/{name}/{number}"))
 
-    def _take_gradient(self, key: str, gradient: Tensor) -> None:
+    def _take_gradient(self, key: str, gradient: Tensor) -> Tensor | None:
         self.seen[key] = gradient.detach().clone()
+        if not self.spoils:
+            return None
+        self.spoils, spoilt = False, gradient.clone()
+        spoilt.view(-1)[0] = torch.nan
+        return spoilt

@@ -6,17 +6,19 @@ together are the run.
 
 The order of the comparisons is that of the computation, so the first one that fails says where a fault begins:
 
-    start          the state is that which the proof gave, or the checkpoint's, bit for bit
+    start          the state is that which the proof gave, or that which was saved, bit for bit
     forward        outputs of all parts, first to last; losses; loads
     backward       from the last part to the first: the gradient that comes back to a part, then those of its weights
-    update         norm, masters, moments, average of the weights, biases
+    update         norm, masters, moments, average of the weights, biases; nothing of them in a step whose gradient is not finite
     validation     loss on held-out sequences
+    checkpoint     what is on disk is the state of its step, bit for bit
 
 Shapes as in train/prove/reference.py.
 """
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -35,11 +37,11 @@ from train.prove.findings import ProofFindings
 from train.prove.high_precision import choice_excess
 from train.prove.judge_high import WholeJudge
 from train.prove.judge_reduction import ReductionJudge, sum_over_ranks
-from train.prove.judge_update import State, UpdateJudge, assemble
+from train.prove.judge_update import State, Tally, UpdateJudge, assemble
 from train.prove.judge_wire import WireJudge
-from train.prove.layouts import PROOFS, watched_steps
+from train.prove.layouts import PROOFS, run_part, save_step, watched_steps
 from train.prove.reference import Watched
-from train.prove.samples import Samples, initial_biases, initial_weights
+from train.prove.samples import initial_biases, initial_weights
 from train.prove.shaken import ReferenceStep, Shaken, run_step
 from train.run_folder import RunPaths
 
@@ -57,22 +59,43 @@ class Judge(WireJudge, ReductionJudge, UpdateJudge):
 
     def __init__(self, proof: str, config: Config, folder: Path, findings: ProofFindings):
         """config: as the ranks ran it."""
-        super().__init__(proof, config, findings)
-        self.model = config.model
+        super().__init__(proof, config, findings, RunPaths(replace(config, name=f"{config.name}/{proof}")).checkpoints)
+        self.recipe, self.model = config, config.model
         self.steps = read_steps(folder, proof)
-        self.samples = Samples(config)
         self.bound = computed(proof, config)
 
     def judge(self) -> None:
         before: State | None = None
-        for part, step, ranks in self.steps:
-            self.part, self.step = part, step
-            self.findings.device = ranks[0].info.device
-            if part == 1:
-                self.findings.second_layout = f"{ranks[0].info.layout}, {len(ranks)} ranks"
+        saved: tuple[State, Tally] | None = None
+        for number, step, ranks in self.steps:
+            self._enter(number, step, ranks)
+            if number and step == 0 and saved is not None:
+                before, self.tally = saved
             judge = self._judge_step if step else self._judge_start
             before = judge(ranks, before if before is not None or step == 0 else self._given())
+            if self.proof == "exact":
+                continue
+            if not all(tensor.isfinite().all() for tensor in before.values()):
+                self._fail(
+                    "state", "all weights", None, math.nan, 0.0, "what is not finite says nothing of later steps"
+                )
+                return
+            if number == 0 and step == save_step(self.config):
+                saved = before, self.tally
+                self._judge_written(before)
+            elif step == self.run.last and (number or step < self.recipe.steps):  # else the second part wrote over it
+                self._judge_written(before)
         assert before is not None, f"no rank left evidence of pass {self.proof}"
+
+    def _enter(self, number: int, step: int, ranks: list[Evidence]) -> None:
+        self.part, self.step = number, step
+        self.findings.device = ranks[0].info.device
+        if number == 1:
+            self.findings.second_layout = f"{ranks[0].info.layout}, {len(ranks)} ranks"
+        if self.proof != "exact" and (self.run is None or self.run.number != number):
+            self.run = run_part(self.recipe, number, len(ranks))
+            self.config = self.run.config
+            self.bound = computed(self.proof, self.config)
 
     def _given(self) -> State:
         """What a proof starts from."""
@@ -97,6 +120,7 @@ class Judge(WireJudge, ReductionJudge, UpdateJudge):
         for rank in ranks:  # every rank's copy of the biases, not only the one that is saved
             for name, bias in rank.of_kind("own"):
                 self._compare("biases", name, rank.info.rank, bias, want[name], Bound(0.0, "bit for bit"))
+        self._judge_tally(ranks)
         if self.proof == "fp32" and (drawn := assemble(ranks, "drawn")):
             self._judge_drawn(drawn, ranks[0].info.device)
         return got
@@ -113,7 +137,7 @@ class Judge(WireJudge, ReductionJudge, UpdateJudge):
 
     def _judge_step(self, ranks: list[Evidence], before: State) -> State:
         info = ranks[0].info
-        plan = reference.plan_step(self.config, self.step)
+        plan = replace(reference.plan_step(self.config, self.step), first_sample=self.tally.samples)
         self.phase = "settings"
         for name, value in info.plan.items():
             self._number(
@@ -132,6 +156,8 @@ class Judge(WireJudge, ReductionJudge, UpdateJudge):
         self._judge_forward(ranks, seen, plan.batch_size)
         if self.is_rounded:
             self._judge_totals(ranks)
+        if self.run is not None and self.step == self.run.spoilt:
+            return self._judge_skip(ranks, before, plan)
         if self.proof != "exact":
             self._judge_reduction(ranks)
         self._judge_backward(ranks, plan.batch_size)

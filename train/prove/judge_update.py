@@ -3,17 +3,25 @@ and the loss on held-out sequences that the new weights have.
 """
 
 import math
+from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from conf.schema import Optim
+from cluster.run_files import step_name
+from conf.errors import UserError
+from conf.schema import Config, Optim
+from parallel.shard import whole
+from train.checkpoint.load import load
 from train.prove import reference
 from train.prove.bounds import UNIT, Bound, averaged
 from train.prove.comparisons import Comparisons
 from train.prove.evidence import Evidence
+from train.prove.findings import ProofFindings
+from train.prove.layouts import RunPart
 from train.prove.reference import PlainModel, Watched
-from train.prove.samples import HELD_OUT, Samples
+from train.prove.samples import Samples
 
 State = dict[str, Tensor]
 """Whole tensors by the name of their shards, fp64: master.NAME, exp_avg.NAME, exp_avg_sq.NAME, ema.NAME, bias.LAYER."""
@@ -30,10 +38,26 @@ SMALLEST, SMALLEST_BF16 = 2.0**-126, 2.0**-133
 """What is smaller is rounded to steps of less than the format's precision, or to 0."""
 
 
+@dataclass(frozen=True)
+class Tally:
+    """What a run has behind it."""
+
+    updates: int = 0
+    samples: int = 0
+    skipped: int = 0
+
+
 class UpdateJudge(Comparisons):
     """Judges updates of one pass."""
 
-    samples: Samples
+    def __init__(self, proof: str, config: Config, findings: ProofFindings, checkpoints: Path):
+        """checkpoints: folder of those that the ranks wrote."""
+        super().__init__(proof, config, findings)
+        self.samples = Samples(config)
+        self.tally = Tally()
+        self.run: RunPart | None = None
+        """To which the step belongs."""
+        self._checkpoints = checkpoints
 
     def _after(self, ranks: list[Evidence]) -> State:
         """The state, put together from the shards of all ranks."""
@@ -58,18 +82,14 @@ class UpdateJudge(Comparisons):
     def _judge_update(self, ranks: list[Evidence], before: State, seen: Watched, plan: reference.PlainPlan) -> State:
         """The update of the gradients that the ranks had, which were judged by themselves."""
         self.phase = "update"
-        reduced, after, optim, info = assemble(ranks, "reduced"), self._after(ranks), self.config.optim, ranks[0].info
+        reduced, after, optim = assemble(ranks, "reduced"), self._after(ranks), self.config.optim
         norm = float(reference.global_norm(reduced))
         fp32 = Bound(16 * UNIT["fp32"], "sums of squares in fp32 by rows, 16 x 2^-24")
         for rank in ranks:
             self._number("global norm", "all weights", rank.info.rank, rank.info.grad_norm, norm, fp32)
         factor = reference.clip_factor(norm, optim)
-        self._number("applied updates", "all weights", None, float(info.applied), 1.0, Bound(0.0, "every step counts"))
-        for rank in ranks:
-            updates = float(rank.info.updates)
-            self._number(
-                "applied updates", "Adam's count", rank.info.rank, updates, self.step, Bound(0.0, "one a step")
-            )
+        self._judge_applied(ranks, 1.0, "every step counts")
+        self._count(ranks, plan, updates=1)
         self._same_names("state", after, before)
         want: State = {}
         rounded: State = {}
@@ -79,9 +99,11 @@ class UpdateJudge(Comparisons):
             names = [f"{kind}.{name}" for kind in ("master", "exp_avg", "exp_avg_sq")]
             held = [before[each] for each in names]
             decays, gradient = gradient.dim() >= 2, gradient * factor
-            new = reference.adamw(optim, plan.lr, self.step, held[0], gradient, held[1], held[2], decays)
+            new = reference.adamw(optim, plan.lr, self.tally.updates, held[0], gradient, held[1], held[2], decays)
             want |= dict(zip(names, new, strict=True))
-            rounded |= dict(zip(names, update_roundings(optim, plan.lr, self.step, held, gradient, new), strict=True))
+            rounded |= dict(
+                zip(names, update_roundings(optim, plan.lr, self.tally.updates, held, gradient, new), strict=True)
+            )
             if decays:
                 self._judge_decay(names[0], held[0], after[names[0]], new[0], rounded[names[0]])
             if optim.ema_decay:
@@ -89,9 +111,9 @@ class UpdateJudge(Comparisons):
                 want[average] = reference.average(before[average], after[names[0]], optim.ema_decay)
                 moved = (want[average] - before[average]).abs()
                 rounded[average] = UNIT["fp32"] * (torch.maximum(before[average].abs(), want[average].abs()) + moved)
-        for layer, load in seen.loads.items():
+        for layer, load_E in seen.loads.items():
             name = f"bias.{layer}"
-            want[name] = reference.move_bias(before[name], load, plan.bias_speed)
+            want[name] = reference.move_bias(before[name], load_E, plan.bias_speed)
             rounded[name] = UNIT["fp32"] * (torch.maximum(before[name].abs(), want[name].abs()) + plan.bias_speed)
         for name in want:
             if name in after:
@@ -99,9 +121,56 @@ class UpdateJudge(Comparisons):
         for rank in ranks:
             for name, bias in rank.of_kind("own"):
                 self._judge_moved(name, rank.info.rank, bias.double(), want[name], before[name], rounded[name])
-        if info.validation_loss is not None:
-            self._judge_validation(ranks, after)
+        self._judge_validation(ranks, after)
         return after
+
+    def _judge_skip(self, ranks: list[Evidence], before: State, plan: reference.PlainPlan) -> State:
+        """A step in which one rank had a gradient that is not finite: on every rank it moves nothing but the position in the data."""
+        self.phase = "update"
+        self._judge_applied(ranks, 0.0, "a gradient that is not finite on one rank skips the step on all")
+        self._count(ranks, plan, skipped=1)
+        after, same = self._after(ranks), Bound(0.0, "bit for bit")
+        self._same_names("state", after, before)
+        for name in [name for name in before if name in after]:
+            self._compare("state after a skipped step", name, None, after[name], before[name], same)
+        for rank in ranks:
+            for name, bias in rank.of_kind("own"):
+                self._compare("state after a skipped step", name, rank.info.rank, bias, before[name], same)
+        self._judge_validation(ranks, after)
+        return after
+
+    def _judge_applied(self, ranks: list[Evidence], want: float, why: str) -> None:
+        for rank in ranks:
+            self._number(
+                "applied updates", "all weights", rank.info.rank, float(rank.info.applied), want, Bound(0.0, why)
+            )
+
+    def _count(self, ranks: list[Evidence], plan: reference.PlainPlan, updates: int = 0, skipped: int = 0) -> None:
+        held = self.tally
+        self.tally = Tally(held.updates + updates, held.samples + plan.batch_size, held.skipped + skipped)
+        self._judge_tally(ranks)
+
+    def _judge_tally(self, ranks: list[Evidence]) -> None:
+        """What every rank says that the run has behind it."""
+        exact, held = Bound(0.0, "whole numbers"), self.tally
+        for rank in ranks:
+            info, who = rank.info, rank.info.rank
+            self._number("applied updates", "Adam's count", who, float(info.updates), held.updates, exact)
+            self._number("position in the data", "samples", who, float(info.samples), held.samples, exact)
+            self._number("skipped steps", "the run", who, float(info.skipped), held.skipped, exact)
+
+    def _judge_written(self, state: State) -> None:
+        """The checkpoint of this step on disk."""
+        self.phase = "checkpoint"
+        path = self._checkpoints / step_name(self.step)
+        found = {name: torch.full_like(tensor, math.nan) for name, tensor in state.items()}
+        try:
+            load(path, {name: whole(tensor) for name, tensor in found.items()})
+        except (OSError, UserError) as error:
+            self._fail("state in a checkpoint", path.name, None, math.nan, math.nan, str(error))
+            return
+        for name, tensor in found.items():
+            self._compare("state in a checkpoint", name, None, tensor, state[name], Bound(0.0, "bit for bit"))
 
     def _judge_moved(
         self, name: str, rank: int | None, got: Tensor, want: Tensor, before: Tensor, rounded: Tensor
@@ -110,7 +179,7 @@ class UpdateJudge(Comparisons):
         count = ROUNDINGS[kind]
         allowed, why = count * rounded + SMALLEST, f"{count} roundings of fp32, of each element by itself"
         if kind.startswith("exp_avg") and self.config.precision.moments == "bf16":
-            allowed, why = allowed + UNIT["bf16"] / 2 * want.abs() + SMALLEST_BF16, f"{why}, and one of bf16"
+            allowed, why = allowed + UNIT["bf16"] * want.abs() + SMALLEST_BF16, f"{why}, and one of bf16"
         self._compare_moved(QUANTITIES[kind], name, rank, got, want, before, allowed, why)
 
     def _judge_decay(self, name: str, before: Tensor, got: Tensor, want: Tensor, rounded: Tensor) -> None:
@@ -125,13 +194,17 @@ class UpdateJudge(Comparisons):
         self._number("decay of weights", name, None, error, 0.0, Bound(bound, why), 1.0)
 
     def _judge_validation(self, ranks: list[Evidence], after: State) -> None:
-        self.phase = "validation"
-        bound = averaged(self.proof, self.config, HELD_OUT)
-        batch = self.samples.batch(-HELD_OUT, HELD_OUT)
+        """Where it is time for one: after the last step of each part."""
+        self.phase, count = "validation", self.config.log.validation_sequences
+        if self.run is None or self.step != self.run.last:
+            return
+        bound = averaged(self.proof, self.config, count)
+        batch = self.samples.batch(-count, count)
         with torch.no_grad():
             want = float(self._plain(after).losses(batch.tokens_BS, batch.documents_BS, with_mtp=False).main)
         for rank in ranks:
-            self._number("held-out loss", "main_loss", rank.info.rank, rank.info.validation_loss, want, bound)
+            got = math.nan if rank.info.validation_loss is None else rank.info.validation_loss
+            self._number("held-out loss", "main_loss", rank.info.rank, got, want, bound)
 
 
 def update_roundings(

@@ -1,13 +1,15 @@
 """In what form a recipe runs: in each pass of a proof, and in the layout that reads its checkpoint."""
 
+import itertools
 from collections.abc import Callable, Iterator
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from math import gcd
 
 from conf.check import check
 from conf.errors import UserError
 from conf.schema import Config, Parallel, Precision
 from train.layout import check_layout
+from train.optim.schedules import Schedules
 
 
 def in_fp32(config: Config) -> Config:
@@ -22,30 +24,92 @@ PROOFS: dict[str, Callable[[Config], Config]] = {"exact": in_fp32, "fp32": in_fp
 """The passes, and the recipe as it runs in each."""
 
 
-def stop_step(config: Config) -> int:
-    """The step after which the first part of a run stops, with a checkpoint."""
+LOOSE_CLIP = 1e4
+"""To which the second part of a run clips, so that no gradient is; the first part clips every one."""
+
+
+@dataclass(frozen=True)
+class RunPart:
+    """The steps of a run in one layout, with what a user changes between two: the number of steps, the batch, and the clip."""
+
+    number: int
+    """0, and 1 for the part that goes on from a checkpoint of the other."""
+    config: Config
+    last: int
+    """The step after which it stops, with a checkpoint."""
+    spoilt: int | None
+    """The step in which one rank has a gradient that is not finite, so that nothing is updated."""
+
+
+def save_step(config: Config) -> int:
+    """The step after which the first part writes the checkpoint that the second goes on from. It makes one step more meanwhile."""
     return max(1, config.steps // 2)
 
 
+def stop_step(config: Config) -> int:
+    """The last step of the first part."""
+    return save_step(config) + 1
+
+
 def watched_steps(config: Config) -> set[int]:
-    """Steps of which single parts are judged: the first after the checkpoint, and one of the same ranks after an update, as what is
-    kept of weights must follow them.
+    """Steps of which single parts are judged: the first after the checkpoint, and the same one of the ranks that wrote it, which
+    have made an update before, as what is kept of weights must follow them.
     """
-    last = stop_step(config)
-    return {last, min(last + 1, config.steps), last if last > 1 else config.steps}
+    return {stop_step(config)}
+
+
+def run_part(config: Config, number: int, ranks: int) -> RunPart:
+    """A part of the run of a recipe, on so many ranks. config: as a pass runs it."""
+    held_out = replace(config.log, validation_sequences=_held_out(config, ranks))
+    if number:
+        return RunPart(number, replace(_go_on(config, ranks), log=held_out), config.steps, None)
+    stop, saved = stop_step(config), save_step(config)
+    first = replace(
+        config,
+        steps=max(stop, config.steps ^ 1),  # another number, with the same first half
+        log=replace(held_out, validate_every=stop),
+        checkpoint=replace(config.checkpoint, every=saved),
+    )
+    return RunPart(number, first, stop, saved if saved > 1 else None)
+
+
+def _go_on(config: Config, ranks: int) -> Config:
+    """The second part: another layout, and another batch from the first step on, so that the data go on elsewhere than a schedule
+    of that batch says.
+    """
+    other = in_layout(config, second_layout(config, ranks))
+    optim = replace(
+        config.optim, batch_ramp_start=None, batch_ramp_steps=0, clip=LOOSE_CLIP if config.optim.clip else 0.0
+    )
+    other = replace(other, optim=optim)
+    batch, saved = config.batch_size, save_step(config)
+    behind = Schedules(config).samples[saved]
+    for size in (*range(batch - 1, 0, -1), *range(batch + 1, 4 * batch)):
+        changed = replace(other, batch_size=size)
+        if saved * size != behind and _is_allowed(changed):
+            return changed
+    return other
+
+
+def _held_out(config: Config, ranks: int) -> int:
+    """Sequences of a validation: the fewest from three on that no pass of all ranks divides, in either layout."""
+    other = second_layout(config, ranks)
+    passes = {config.micro_batch_size * config.parallel.dp, other.dp} - {1}
+    return next(count for count in itertools.count(3) if all(count % size for size in passes))
+
+
+def _is_allowed(config: Config) -> bool:
+    try:
+        check(replace(config, name="proof"))
+        check_layout(config)
+    except UserError:
+        return False
+    return True
 
 
 def second_layout(config: Config, ranks: int) -> Parallel:
     """Another layout, of so many ranks; the recipe's own where the rules allow no other."""
-    for parallel in _others(config, ranks):
-        try:
-            other = in_layout(config, parallel)
-            check(replace(other, name="proof"))
-            check_layout(other)
-        except UserError:
-            continue
-        return parallel
-    return config.parallel
+    return next((each for each in _others(config, ranks) if _is_allowed(in_layout(config, each))), config.parallel)
 
 
 def in_layout(config: Config, parallel: Parallel) -> Config:

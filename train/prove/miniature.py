@@ -49,6 +49,10 @@ WIDTH, TILED_WIDTH = 32, 136
 """The second where products are in FP8 or rows travel so: two tiles of 128, of which the last is not full."""
 DEEP_EP_WIDTH = 128
 """DeepEP takes multiples of this alone."""
+ROPE = 16
+"""Eight pairs: some lie on YaRN's ramp, which in DeepSeek-V3 goes from a third of them to two thirds."""
+ODD = 15
+"""Of the latent of keys and values, so that no vector divides its gain or a shard; a GPU's products want multiples of 16 bytes."""
 EXPERTS = 64
 CLIP = 0.1
 """Gradients of the miniature are longer than this, so that clipping acts."""
@@ -205,7 +209,11 @@ def _shrink_model(cfg: Config, layout: Layout, layers: int) -> Model:
     hidden = min(model.hidden, DEEP_EP_WIDTH if cfg.parallel.dispatch == "deepep" else TILED_WIDTH if tiled else WIDTH)
     yarn = model.yarn
     if cfg.seq_len > yarn.original_seq_len:  # in force because of the length, which it stays
-        yarn = replace(yarn, original_seq_len=max(1, seq_len * yarn.original_seq_len // cfg.seq_len))
+        length = max(1, seq_len * yarn.original_seq_len // cfg.seq_len)
+        by = (
+            length / yarn.original_seq_len
+        )  # the ramp between fast and slow pairs lies where it was, in shares of the pairs
+        yarn = replace(yarn, original_seq_len=length, beta_fast=by * yarn.beta_fast, beta_slow=by * yarn.beta_slow)
     return replace(
         model,
         vocab_size=min(model.vocab_size, VOCABULARY),
@@ -214,9 +222,9 @@ def _shrink_model(cfg: Config, layout: Layout, layers: int) -> Model:
         dense_layers=min(model.dense_layers, 1) if model.dense_layers < model.layers else layers,
         heads=min(model.heads, 2),
         q_rank=None if model.q_rank is None else min(model.q_rank, 24),
-        kv_rank=min(model.kv_rank, 16),
+        kv_rank=min(model.kv_rank, 16 if _has_gpu(cfg) else ODD),
         nope_head_dim=min(model.nope_head_dim, 16),
-        rope_head_dim=min(model.rope_head_dim, 8),
+        rope_head_dim=min(model.rope_head_dim, ROPE),
         v_head_dim=min(model.v_head_dim, 12),
         dense_width=min(model.dense_width, 48),
         expert_width=min(model.expert_width, 16),

@@ -2,14 +2,17 @@
 
 It trains as the product does, by the product's own code, and leaves what it saw. It judges nothing.
 
-    exact      one step in fp64 with the gradients of this rank alone, before any reduction
-    fp32       steps of the Trainer through DeepSpeed, a checkpoint, and steps from there in another layout
+    exact      one step in fp64 with the gradients of this rank alone, before any reduction; with the sizes at which code goes another
+               way (conf/thresholds.py) lowered
+    fp32       steps of the Trainer through DeepSpeed, a checkpoint that is written while a step goes on, and steps from there in
+               another layout, with another batch and those sizes lowered; one step has a gradient that is not finite
     recipe     the same in the recipe's own precision
 """
 
 import sys
+import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, replace
 from datetime import timedelta
 from pathlib import Path
@@ -27,12 +30,13 @@ from conf.disk import disk_errors  # noqa: E402
 from conf.errors import EXIT_OK  # noqa: E402
 from conf.micro_batches import share_of  # noqa: E402
 from conf.schema import Config  # noqa: E402
+from conf.thresholds import lowered  # noqa: E402
 from parallel.exchange import from_rank_0  # noqa: E402
 from parallel.mesh import build_mesh, read_layout  # noqa: E402
 from parallel.shard import Shard  # noqa: E402
 from parallel.zero.engine import Update, Zero  # noqa: E402
-from train.checkpoint.checkpointer import Checkpointer  # noqa: E402
-from train.checkpoint.commit import next_attempt  # noqa: E402
+from train.checkpoint.checkpointer import Checkpointer, SaveInFlight, SaveResult  # noqa: E402
+from train.checkpoint.commit import Save, next_attempt  # noqa: E402
 from train.data.batch import Batch  # noqa: E402
 from train.kernels import build_kernels, choose_kernels  # noqa: E402
 from train.loop.resume import find_start, restore  # noqa: E402
@@ -48,14 +52,7 @@ from train.parallelize import Parallelized, RankModel, build_rank_model, paralle
 from train.prove.bounds import is_rounded  # noqa: E402
 from train.prove.double import in_double  # noqa: E402
 from train.prove.evidence import EVIDENCE, Evidence, EvidenceWatch, StepInfo  # noqa: E402
-from train.prove.layouts import (  # noqa: E402
-    PROOFS,
-    in_layout,
-    layout_name,
-    second_layout,
-    stop_step,
-    watched_steps,
-)
+from train.prove.layouts import PROOFS, RunPart, layout_name, run_part, save_step, watched_steps  # noqa: E402
 from train.prove.parts import PartsWatch  # noqa: E402
 from train.prove.samples import ProofData, initial_biases, initial_weights  # noqa: E402
 from train.rank import RankSetup, choose_device, guarded, start_process_group  # noqa: E402
@@ -111,7 +108,7 @@ def prove_exact(config: Config, place: Place, device: torch.device) -> None:
     # Drawn outside, as in fp64 other numbers would be drawn.
     batch = ProofData.of(config).train.batch(plan.first_sample + first, count)
     weights, biases = initial_weights(config), initial_biases(config)
-    with in_double():
+    with in_double(), lowered():
         kernels = build_kernels(device.type, config.cluster.compiled, AttentionCore())  # a GPU's own know no fp64
         model = build_rank_model(config, rank.mesh, device, kernels, restored=True)
         fill_chunks(model.chunks, weights)
@@ -186,26 +183,32 @@ def prove_trained(proof: str, config: Config, place: Place, device: torch.device
     config = replace(config, name=f"{config.name}/{proof}")
     for folder in (RunPaths(config).checkpoints, RunPaths(config).logs):
         folder.mkdir(parents=True, exist_ok=True)
-    if 0 in parts:
-        _train(proof, 0, config, place, device)
-    if 1 in parts:
-        checkpoint = RunPaths(config).checkpoints / step_name(stop_step(config))
-        other = in_layout(config, second_layout(config, place.world))
-        _train(proof, 1, replace(other, resume=str(checkpoint)), place, device)
+    checkpoint = RunPaths(config).checkpoints / step_name(save_step(config))
+    for number in parts:
+        part = run_part(config, number, place.world)
+        resume = str(checkpoint) if number else part.config.resume
+        with lowered() if number else nullcontext():
+            _train(proof, replace(part, config=replace(part.config, resume=resume)), place, device)
 
 
-def _train(proof: str, part: int, config: Config, place: Place, device: torch.device) -> None:
+def _train(proof: str, part: RunPart, place: Place, device: torch.device) -> None:
+    config = part.config
     rank, data, paths = in_groups(config, place, device), ProofData.of(config), RunPaths(config)
     kernels, _ = choose_kernels(config, device)
     attempt = from_rank_0(lambda: next_attempt(paths.checkpoints))
-    timeout = config.cluster.timeout
-    checkpointer = Checkpointer(
-        paths.checkpoints, rank=place.rank, world_size=place.world, attempt=attempt, keep=0, timeout=timeout
+    checkpointer = _LateCheckpointer(
+        paths.checkpoints,
+        rank=place.rank,
+        world_size=place.world,
+        attempt=attempt,
+        keep=0,
+        asynchronous=config.checkpoint.asynchronous,
+        timeout=config.cluster.timeout,
     )
-    parts = parallelize(config, rank.mesh, device, kernels, restored=part > 0)
+    parts = parallelize(config, rank.mesh, device, kernels, restored=part.number > 0)
     state = State(config, rank.mesh, parts)
-    start = Evidence(StepInfo(proof, part, 0, place.rank, layout_name(config), device.type))
-    if part == 0:
+    start = Evidence(StepInfo(proof, part.number, 0, place.rank, layout_name(config), device.type))
+    if part.number == 0:
         for name, shard in state.zero.shards().items():
             if name.startswith("master."):
                 start.add_shard("drawn", name.removeprefix("master."), shard)
@@ -222,7 +225,7 @@ def _train(proof: str, part: int, config: Config, place: Place, device: torch.de
         flops=Flops(0.0, 0.0, 1.0, ""),
         stop=_Stop(),
     )
-    trainer.prove(rank, start)
+    trainer.prove(rank, part, start)
     parts.zero.engine.destroy()
 
 
@@ -249,25 +252,53 @@ class _Stop:
     pending = StopKind.none
 
 
+class _LateCheckpointer(Checkpointer):
+    """Writes what it has copied when the training goes on to the next save or to its end, as a slow disk would: what then is in
+    the checkpoint and was not there when it was saved, shows.
+    """
+
+    def __init__(self, *arguments, **settings) -> None:
+        super().__init__(*arguments, **settings)
+        self._may_write: dict[Save, threading.Event] = {}
+
+    def save(self, step: int, shards: dict[str, Shard], meta: dict) -> float:
+        self._release()
+        self._may_write[Save(step, self._serial)] = threading.Event()
+        return super().save(step, shards, meta)
+
+    def finish(self, required: bool = False) -> list[SaveResult]:
+        self._release()
+        return super().finish(required)
+
+    def _release(self) -> None:
+        for event in self._may_write.values():
+            event.set()
+
+    def _write(self, flight: SaveInFlight) -> str | None:
+        if self.asynchronous:
+            self._may_write[flight.save].wait()
+        return super()._write(flight)
+
+
 class _ProvenTrainer(Trainer):
     """The product's, which leaves evidence of every step."""
 
-    def prove(self, rank: RankSetup, start: Evidence) -> None:
+    def prove(self, rank: RankSetup, part: RunPart, start: Evidence) -> None:
         """Train as `run` does. start: what is known of the state before the first step."""
-        self._rank, self._proof, self._part = rank, start.info.proof, start.info.part
+        self._rank, self._proof, self._part = rank, start.info.proof, part
         self._folder = RunPaths(self.config).path.parent / EVIDENCE
         watched = is_rounded(self._proof, self.config)
         self._watch = EvidenceWatch(self.parts.chunks, sent=watched)
         self._parts_watch = PartsWatch(self.parts.chunks, self.parts.precision) if watched else None
-        last = stop_step(self.config) if self._part == 0 else self.config.steps
-        self.training_step = _WatchedStep(self.training_step, self.parts.zero, self._saw, last)
+        self.training_step = _WatchedStep(self.training_step, self.parts.zero, self._saw, part.last)
         self._validation_loss: float | None = None
         self.leave_state(start)
         self.run()
 
     def leave_state(self, evidence: Evidence) -> None:
         """Add what the rank holds of the state of the run, and write it."""
-        evidence.info.updates, evidence.info.samples = self.state.zero.client.updates, self.state.samples
+        info, state = evidence.info, self.state
+        info.updates, info.samples, info.skipped = state.zero.client.updates, state.samples, state.skipped
         for name, shard in self.state.shards().items():
             evidence.add_shard("after", name, shard)
         for name, router in self.parts.routers().items():
@@ -286,9 +317,11 @@ class _ProvenTrainer(Trainer):
         if self._parts_watch is not None:
             self._parts_watch.clear()
             self._parts_watch.is_on = is_watched
+        self._watch.spoils = plan.step == self._part.spoilt and self._rank.mesh.rank == self._rank.mesh.layout.world - 1
+        self._validation_loss = None
         stop = super()._step(plan, batches)
         outcome, gradients = self._outcome
-        info = _info(self._proof, self._part, self.config, self._rank, plan, outcome)
+        info = _info(self._proof, self._part.number, self.config, self._rank, plan, outcome)
         info.validation_loss = self._validation_loss
         evidence = Evidence(info)
         self._watch.give(evidence)
@@ -299,7 +332,7 @@ class _ProvenTrainer(Trainer):
         return stop
 
     def _saw(self, outcome: StepOutcome, gradients: "_Gradients") -> None:
-        self._outcome = outcome, gradients
+        self._outcome, self._watch.is_open = (outcome, gradients), False
 
 
 class _Gradients:
@@ -339,6 +372,8 @@ class _WatchedStep:
         self._zero.observer, self._zero.local_observer = gradients.reduced.update, gradients.add_local
         stop = StopKind.on_disk if plan.step == self._last else StopKind.none
         outcome = self._inner.run(plan, batch, stopping=stop, on_phase=on_phase)
+        # A step that was skipped is done again, for a look at it, which leaves no evidence.
+        self._zero.observer = self._zero.local_observer = None
         self._saw(outcome, gradients)
         return outcome
 

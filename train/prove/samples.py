@@ -18,8 +18,6 @@ from conf.schema import Config
 from train.data.batch import Batch
 from train.prove.reference import layers_with_experts, weight_shapes
 
-HELD_OUT = 3
-"""Held-out sequences: an odd number, so that some rank has fewer than another."""
 BIAS = 0.05
 """Spread of the routers' biases at the start, beside scores between 0 and 1."""
 
@@ -57,12 +55,13 @@ class HeldOut:
     """Held-out sequences, as train/data/dataset.py gives them."""
 
     samples: Samples
+    count: int
 
     def __len__(self) -> int:
-        return HELD_OUT
+        return self.count
 
     def batch(self, first: int, count: int) -> Batch:
-        return self.samples.batch(first - HELD_OUT, min(count, HELD_OUT - first))
+        return self.samples.batch(first - self.count, min(count, self.count - first))
 
     def text_bytes(self, batch: Batch) -> int:
         return batch.tokens_BS.numel()
@@ -82,7 +81,7 @@ class ProofData:
     @classmethod
     def of(cls, config: Config) -> "ProofData":
         samples = Samples(config)
-        return cls(samples, HeldOut(samples))
+        return cls(samples, HeldOut(samples, config.log.validation_sequences))
 
 
 def initial_weights(config: Config) -> dict[str, Tensor]:

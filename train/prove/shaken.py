@@ -8,6 +8,7 @@ size, as FP8 does in some thin models, this pass says nothing of it, and the cer
 and fp32 do.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -58,7 +59,8 @@ class Shaken:
             if self._near is not None:
                 self._runs.append(self._run_turned(self._near))
         moves = [(part(run).detach().flatten() - want.flatten()).abs() for run in self._runs]
-        spread = max((move.square().mean().sqrt() if by_norm else move.max()).item() for move in moves) / scale
+        spread = max((move.square().mean().sqrt() if by_norm else move.max()).item() for move in moves)
+        spread = spread / scale if scale else (math.inf if spread else 0.0)
         reason = (
             f"{MARGIN:g} x what the reference itself moves by where each part of the step is off by {self._unit:g} at random, "
             f"the largest of {len(self._runs)} runs"
