@@ -72,27 +72,19 @@ class WholeJudge(AttentionJudge):
     def _sums(self, name: str) -> None:
         for call in self.calls[f"{name}.ffn_norm"]:
             (before,) = (one for one in self.calls[f"{name}.attention_norm"] if one.is_beside(call))
-            attention, ffn, out = (
-                self._seen(call, "forward", f"{name}{part}") for part in (".attention", self._ffn(name), "")
-            )
-            self._sum(call, "x", call.rows("x"), before.rows("x"), attention)
-            self._sum(call, "y", out, call.rows("x"), ffn)
+            attention, ffn = (self._seen(call, "forward", f"{name}{part}") for part in (".attention", self._ffn(name)))
+            self._sum(call, f"{name}.attention and its input", call.rows("x"), before.rows("x"), attention)
+            self._sum(call, name, self._seen(call, "forward", name), call.rows("x"), ffn)
 
     def _sums_back(self, name: str) -> None:
         for call in self.calls[f"{name}.ffn_norm"]:
-            self._sum(
-                call,
-                "dx",
-                self._seen(call, "backward", f"{name}.attention"),
-                self._seen(call, "backward", name),
-                call.rows("dx"),
-            )
+            got, out = (self._seen(call, "backward", one) for one in (f"{name}.attention", name))
+            self._sum(call, f"gradients behind {name}.attention", got, out, call.rows("dx"))
 
-    def _sum(self, call: PartCall, what: str, got: Tensor, one: Tensor, other: Tensor) -> None:
+    def _sum(self, call: PartCall, name: str, got: Tensor, one: Tensor, other: Tensor) -> None:
         total = Total(one + other, one.abs() + other.abs(), None)
-        self._total(
-            "sums past attention and FFN", call, what, got, total, Bound(4 * FP32, "one addition and one rounding")
-        )
+        bound = Bound(4 * FP32, "one addition and one rounding")
+        self._near("sums past attention and FFN", name, call.rank.info.rank, got, total, bound, self.recipe.high)
 
     def _seen(self, call: PartCall, phase: str, name: str) -> Tensor:
         """Of the same micro-batch, by `EvidenceWatch`: (rows, width), fp64."""
