@@ -168,10 +168,13 @@ def changes_nothing(name: str, folder: Path) -> bool:
 
 
 def _is_same(one: Evidence, other: Evidence) -> bool:
+    """Bit for bit, where what is no number equals itself."""
     return (
-        one.info == other.info
+        repr(one.info) == repr(other.info)
         and one.tensors.keys() == other.tensors.keys()
-        and all(torch.equal(tensor, other.tensors[key]) for key, tensor in one.tensors.items())
+        and all(
+            torch.equal(tensor.nan_to_num(), other.tensors[key].nan_to_num()) for key, tensor in one.tensors.items()
+        )
     )
 
 

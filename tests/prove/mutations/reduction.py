@@ -278,3 +278,12 @@ def a_gradient_handed_over_as_zeros(bug: Seams) -> None:
         original(self, param)
 
     bug.around(ShardedWeights, "_hand_over", hand_over)
+
+
+@mutation(OURS + ": gradients of the last group do not reach the host", "offloaded", REDUCTION, "gradients")
+def gradients_that_do_not_reach_the_host(bug: Seams) -> None:
+    def global_norm(original, self):
+        self._weights._masters[-1].grad.zero_()
+        return original(self)
+
+    bug.around(Zero, "_global_norm", global_norm)
