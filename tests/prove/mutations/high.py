@@ -13,7 +13,7 @@ from train.model.kernels import Kernels
 from train.precision.high import HighPrecision
 
 
-@mutation(OURS + ": the output head in FP8", "fp8", FORWARD, "loss", LOW)
+@mutation(OURS + ": the output head in FP8", "fp8", FORWARD, "head|loss", LOW)
 def head_in_fp8(bug: Seams) -> None:
     def rounded(x: Tensor) -> Tensor:
         return x + (x.detach().to(torch.float8_e4m3fn).to(x.dtype) - x.detach())
