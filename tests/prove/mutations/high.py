@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from tests.prove.mutations.fp8 import ATTENTION, EXPERTS, LOW, MADE
+from tests.prove.mutations.fp8 import ATTENTION, EXPERTS, LOW
 from tests.prove.mutations.registry import BACKWARD, FORWARD, OURS, mutation
 from tests.prove.mutations.seams import Seams
 from train.model import deepseek
@@ -48,7 +48,7 @@ def attention_backward_scale_5_percent_off(bug: Seams) -> None:
     bug.around(CompiledAttention, "backward", backward)
 
 
-@mutation(OURS + ": sums of norms in bf16", "bf16", FORWARD, MADE, LOW)
+@mutation(OURS + ": sums of norms in bf16", "bf16", FORWARD, "norm", LOW)
 def norms_in_bf16(bug: Seams) -> None:
     def rms_norm(original, self, x, weight_D, eps):
         _, rstd = original(self, x, weight_D, eps)
