@@ -67,7 +67,7 @@ def test_a_rank_as_it_is_holds(judged):
         "sums past attention and FFN",
     }  # fmt: skip
     for one in verdicts.values():
-        assert one.compared and one.bound < 0.006 and one.worst <= one.bound
+        assert one.compared and one.bound < 0.008 and one.worst <= one.bound
         assert one.untold <= UNTOLD * (one.compared + one.untold)
     assert TOLD <= 0.05
 

@@ -16,8 +16,9 @@ from train.prove.evidence import Evidence, depth_of, places_of
 from train.prove.judge_parts import ELEMENTS, PartCall, PartsJudge
 from train.prove.low_precision import FORMATS, FP32, Total
 
-SCORES = 3 * 2.0**-9
-"""Attention cores may keep probabilities and then their slopes in bf16, each rounded by 2^-9 of itself; the third is room for the rest."""
+SCORES = 4 * 2.0**-9
+"""Attention cores may keep probabilities and then their slopes in bf16, each rounded by 2^-9 of itself; where ranks share sequences
+each block of keys is rounded for itself, and the sum once more."""
 
 
 @dataclass(frozen=True)
@@ -116,7 +117,7 @@ class AttentionJudge(PartsJudge):
     def _in_scores(self) -> Bound:
         if self.recipe.high == FORMATS["fp32"]:
             return self._in_rows(self.config.seq_len)
-        return Bound(SCORES, "3 x 2^-9: probabilities and their slopes may be rounded to bf16, each by 2^-9 of itself")
+        return Bound(SCORES, "4 x 2^-9: probabilities and their slopes may be rounded to bf16, each by 2^-9 of itself")
 
     def _samples(self, rank: Evidence, number: int) -> slice:
         """Of a micro-batch, within the batch."""

@@ -210,7 +210,9 @@ class WholeJudge(AttentionJudge):
         if model.top_k < model.experts:
             for score_BTE, size_BTE in scores:
                 kth = score_BTE.sort(dim=-1, descending=True).values[..., model.top_k - 1 : model.top_k + 1]
-                near = self._in_rows(model.hidden).value * (1 + size_BTE.amax(-1, keepdim=True) / 4)
+                near = FP32 * (
+                    1 + size_BTE.amax(-1, keepdim=True)
+                )  # some roundings of the sum, a sigmoid's slope of 1/4
                 is_tie = kth[..., :1] - kth[..., 1:] <= 2 * near
                 close = ((score_BTE - kth[..., :1]).abs() <= 2 * near) | ((score_BTE - kth[..., 1:]).abs() <= 2 * near)
                 may_BE += (is_tie & close).sum(1)
