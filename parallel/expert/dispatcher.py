@@ -219,8 +219,11 @@ class ChainDispatcher(ABC):
 
 
 def from_words(words_MX: Tensor, dtype: torch.dtype) -> Tensor:
-    """Values of one or two words each: a view, but for values of two words, which may lie across their borders."""
-    return (words_MX if dtype.itemsize == 4 else words_MX.contiguous()).view(dtype)
+    """Values of one or two words each: a view, but for values of two words, which may lie across their borders.
+
+    A copy, as one row alone counts as contiguous whatever its stride is.
+    """
+    return (words_MX if dtype.itemsize == 4 else words_MX.clone(memory_format=torch.contiguous_format)).view(dtype)
 
 
 @dataclass

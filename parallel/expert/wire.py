@@ -56,7 +56,7 @@ class HighWire:
     def decode(self, bytes_RB: Tensor, width: int, dtype: torch.dtype, *, gradient: bool = False) -> Tensor:
         rows_RB = bytes_RB[:, : width * dtype.itemsize]
         if bytes_RB.stride(0) % dtype.itemsize:  # fp64, beside an odd number of 4-byte words
-            rows_RB = rows_RB.contiguous()
+            rows_RB = rows_RB.clone(memory_format=torch.contiguous_format)
         return rows_RB.view(dtype)
 
 

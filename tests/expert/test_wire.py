@@ -3,6 +3,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from parallel.expert.dispatcher import from_words
 from parallel.expert.wire import Fp8Wire, HighWire
 from tests.expert.reference import fake_quantize
 
@@ -90,3 +91,12 @@ def test_rows_in_fp64_are_read_beside_an_odd_number_of_words():
     wire = HighWire()
     message_RB = torch.cat([wire.encode(x_RD), torch.zeros(3, 4, dtype=torch.uint8)], 1)
     assert torch.equal(wire.decode(message_RB[:, :16], 2, torch.float64), x_RD)
+
+
+@pytest.mark.parametrize("rows", [0, 1, 2])
+def test_values_of_two_words_beside_an_odd_number_of_words_are_read_of_any_number_of_rows(rows):
+    words_MX = torch.arange(rows * 37, dtype=torch.int32).view(rows, 37)
+    values = from_words(words_MX[:, 1:5], torch.float64)
+    assert values.shape == (rows, 2) and torch.equal(values.view(torch.int32), words_MX[:, 1:5])
+    bytes_RB = words_MX.view(torch.uint8)
+    assert HighWire().decode(bytes_RB, 4, torch.float64).shape == (rows, 4)

@@ -235,7 +235,7 @@ def test_a_sum_is_rounded_once_at_every_place_that_hands_it_on():
     want, off = summed_rows(rows_TKD, ids_TK, [], in_bf16=True)
     assert (want.item(), off.item()) == (1 + 2.0**-7, 0)
     want, off = summed_rows(rows_TKD, ids_TK, [2], in_bf16=True)  # 1 + 2^-8 is a tie, and honest ranks know it exactly
-    assert want.item() == 1 + 2.0**-7 and 0 < off.item() <= 2.0**-6
+    assert want.item() == 1 + 2.0**-7 and 0 < off.item() <= 2.0**-5
     want, off = summed_rows(rows_TKD, ids_TK, [], in_bf16=False)
     assert want.item() == rows_TKD.sum().item() and 0 < off.item() < 2.0**-21
     assert torch.equal(to_bf16(rows_TKD), rows_TKD.bfloat16().double())
