@@ -221,9 +221,12 @@ class ChainDispatcher(ABC):
 def from_words(words_MX: Tensor, dtype: torch.dtype) -> Tensor:
     """Values of one or two words each: a view, but for values of two words, which may lie across their borders.
 
-    A copy, as one row alone counts as contiguous whatever its stride is.
+    Those are read from a flat copy: torch takes one row, or rows of no words, for contiguous whatever their strides are.
     """
-    return (words_MX if dtype.itemsize == 4 else words_MX.clone(memory_format=torch.contiguous_format)).view(dtype)
+    if dtype.itemsize == 4:
+        return words_MX.view(dtype)
+    flat = words_MX.clone(memory_format=torch.contiguous_format).flatten()
+    return flat.view(dtype).view(len(words_MX), words_MX.shape[1] * 4 // dtype.itemsize)
 
 
 @dataclass

@@ -100,3 +100,4 @@ def test_values_of_two_words_beside_an_odd_number_of_words_are_read_of_any_numbe
     assert values.shape == (rows, 2) and torch.equal(values.view(torch.int32), words_MX[:, 1:5])
     bytes_RB = words_MX.view(torch.uint8)
     assert HighWire().decode(bytes_RB, 4, torch.float64).shape == (rows, 4)
+    assert from_words(words_MX[:, 37:], torch.float64).shape == (rows, 0)  # the way back has nothing beside its rows
