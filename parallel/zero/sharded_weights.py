@@ -17,6 +17,7 @@ pass ends, where DeepSpeed's own hooks, which take gradients as they come, would
 
 import contextlib
 import math
+from collections import Counter
 from collections.abc import Callable, Iterator
 
 import torch
@@ -67,6 +68,9 @@ class ShardedWeights:
         self._coordinator = optimizer.parameter_offload.get_param_coordinator()
         self._shapes, self._shares, self._handing = shapes, shares, handing
         self._order = list(shapes)[::-1]
+        chunks = Counter(param for chunk in engine.module for param in {*chunk.parameters()})
+        self._shared = {param for param, count in chunks.items() if count > 1}
+        """Of two chunks on this rank: a pass adds to the gradient twice, and DeepSpeed may have sent it on after the first time."""
         self._ready: set[nn.Parameter] = set()
         self._handed = 0
         """Parameters of the order that were handed to DeepSpeed in this pass."""
@@ -152,7 +156,7 @@ class ShardedWeights:
 
     def _arrived(self, param: nn.Parameter) -> None:
         """The node of a weight has run: whatever a pass adds to its gradient is there. Hand over what is complete of the order."""
-        if param.grad is None:
+        if param.grad is None or param in self._shared:
             return
         self._ready.add(param)
         while self._handed < len(self._order) and self._order[self._handed] in self._ready:

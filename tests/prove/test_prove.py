@@ -47,7 +47,7 @@ LAYOUTS = {
     "pp2_zbv_offload": ["parallel.pp=2", "parallel.schedule=zbv", "model.offload=[layer]"],
     "dp3_uneven": ["parallel.dp=3", "parallel.uneven=true"],
     "cp2": ["parallel.cp=2", "model.mtp_depth=2", "data.mask_documents=true"],
-    "cp2_zero3_offload": ["parallel.cp=2", "parallel.zero=3", "model.offload=[layer]"],
+    "cp2_zero3_zbv_offload": ["parallel.cp=2", "parallel.zero=3", "parallel.schedule=zbv", "model.offload=[layer]"],
 }
 LARGE = {
     "pp2_dp2_ep2_dualpipev_fp8": [
