@@ -190,7 +190,7 @@ def test_what_the_compiler_says_is_shown(monkeypatch, tmp_path):
     source.write_text("this is not C++")
     monkeypatch.setattr(compiled, "SOURCE", replace(compiled.SOURCE, path=source))
     monkeypatch.setenv("SLUICE_CACHE", str(tmp_path / "cache"))
-    with pytest.raises(UserError, match=r"cannot build casts\.cpp: (.|\n)*error"):
+    with pytest.raises(UserError, match=r"cannot build casts\.cpp:(.|\n)*error"):
         load_casts.__wrapped__()
     assert list((tmp_path / "cache" / "kernels").iterdir()) == []
 

@@ -96,7 +96,8 @@ def fill(manifest: Manifest, files: Files, wanted: dict[str, Shard]) -> dict[str
         try:
             _read_rank(manifest, files, rank, parts, buffer)
         except OSError as error:
-            raise Damaged(manifest.folder / data_name(rank), error) from error
+            file = error.filename or data_name(rank)  # an error of reading names no file
+            raise Damaged(manifest.folder / file, error) from error
     identity = {"step": manifest.step, "attempt": manifest.attempt, "world_size": manifest.world_size}
     return {**manifest.meta, **identity}
 
