@@ -186,7 +186,14 @@ def _rope(field: str, path: Path, body: dict[str, Any]) -> dict[str, Any]:
 
 
 def _differing(older: dict[str, Any], newer: dict[str, Any], theta: Any) -> list[str]:
-    """Parameters of the positions that two sections do not have alike. theta: of the file, where a section states none."""
+    """Parameters of the positions that two sections do not have alike; a newer one that has the type default alone says nothing
+    of them. theta: of the file, where a section states none.
+    """
+    if newer.keys() <= {"rope_type", "type", "rope_theta"} and newer.get("rope_type", newer.get("type")) in (
+        None,
+        "default",
+    ):
+        newer = older | {"rope_theta": newer.get("rope_theta", older.get("rope_theta", theta))}
     plain = [
         {"rope_theta": theta, "rope_type": rope.get("type", "default")}
         | {key: value for key, value in rope.items() if key != "type" and value is not None}
