@@ -163,7 +163,7 @@ def test_disk_space_is_checked_for_all_that_will_be_kept(tmp_path, monkeypatch):
     RunFolder(config(tmp_path, "checkpoint.keep=3"), checkpoint_bytes=2 * 10**9).close()
     with pytest.raises(UserError, match=r"4 checkpoints of about 3\.0 GB need 12\.0 GB, and 10\.0 GB are free"):
         RunFolder(config(tmp_path, "checkpoint.keep=3"), checkpoint_bytes=3 * 10**9)
-    write_steps(tmp_path, 1)  # one of the four is there already
+    write_steps(tmp_path, 1, 2)  # two are there, of the four and that which the run resumes from
     RunFolder(config(tmp_path, "checkpoint.keep=3"), checkpoint_bytes=3 * 10**9).close()
 
 
