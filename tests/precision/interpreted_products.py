@@ -76,13 +76,15 @@ def test_a_dense_gradient_has_the_bits_of_the_emulation_where_sums_are_exact(eng
 
 
 def test_experts_follow_the_emulation_as_far_as_fp32_sums_do(engine):
-    """The same operands: either sum of C products is off by C roundings of 2^-24 at most, of the sum of their sizes."""
+    """The same operands: either sum of C products is off by C roundings of 2^-24 at most, of the sum of their sizes. Sums so near
+    may round to neighbours in bf16, which are 2^-7 of the smaller one apart at most: where they do hangs on the processor.
+    """
     counts, generator, cpu = COUNTS["ragged"], torch.Generator().manual_seed(3), CpuEngine()
     rows, grad, weight = (torch.randn(shape, generator=generator) for shape in ((134, 384), (134, 128), (4, 128, 384)))
     rows *= torch.exp(2 * torch.randn(134, 1, generator=generator))
     sizes = forward(cpu, rows.abs(), weight.abs(), counts, False, torch.float32)
     ours, expected = (forward(side, rows, weight, counts, False, torch.bfloat16).float() for side in (engine, cpu))
-    assert ((ours - expected).abs() <= 2 * (384 + 4) * 2**-24 * sizes + 2**-8 * expected.abs()).all()
+    assert ((ours - expected).abs() <= 2 * (384 + 4) * 2**-24 * sizes + 2**-7 * expected.abs()).all()
     sizes = backward(cpu, grad.abs(), rows.abs(), counts, False)
     ours, expected = (backward(side, grad, rows, counts, False) for side in (engine, cpu))
     assert ((ours - expected).abs() <= 2 * (max(counts) + 4) * 2**-24 * sizes).all()
