@@ -51,7 +51,7 @@ class ProductRate:
         import torch
 
         from bench.train_step import torch_dtype
-        from train.kernels import build_kernels
+        from train.kernels.choice import build_kernels
         from train.metrics.peak import measured_peak
 
         torch.set_num_threads(self._case.threads)

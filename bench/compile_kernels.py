@@ -2,8 +2,8 @@
 
     python -m bench.compile_kernels
 
-Calls the functions of train/precision/triton_kernels.py and triton_products.py, train/model/fused_rows.py and
-parallel/expert/triton_rows.py with tensors of DeepSeek-V3's widths and lets Triton's own launcher compile what it would launch, so
+Calls the functions of train/kernels/fp8/triton_quantize.py and triton_products.py, train/kernels/gpu/fused_rows.py and
+parallel/expert/triton_dispatch.py with tensors of DeepSeek-V3's widths and lets Triton's own launcher compile what it would launch, so
 that types, constants and hints of divisibility are those of a run. Triton's package brings the assembler and the disassembler. Fails where a kernel spills registers to memory, moves single bytes to or from global memory,
 takes more shared memory than a block can have, or multiplies by the instructions of older tensor cores: each costs more time than
 the arithmetic. Prints registers, spilled bytes and shared memory, how many loads and stores of which width a thread makes (4x128 is
@@ -29,14 +29,13 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime import driver
 from triton.runtime.jit import JITFunction
 
-from parallel.expert import triton_rows
-from train.model import fused_rows, triton_route
+from parallel.expert import triton_dispatch
+from train.kernels.fp8 import triton_products as products
+from train.kernels.fp8 import triton_quantize as kernels
+from train.kernels.fp8.formats import E4M3, E5M6, TILE, Cast
+from train.kernels.gpu import fused_rows, triton_adamw, triton_route
+from train.kernels.gpu.triton_grouped import grouped_weight_gradient
 from train.model.routing import RoutingRule
-from train.model.triton_grouped import grouped_weight_gradient
-from train.optim import triton_adamw
-from train.precision import triton_kernels as kernels
-from train.precision import triton_products as products
-from train.precision.formats import E4M3, E5M6, TILE, Cast
 
 ARCHITECTURES = (90, 100)
 ROWS, HIDDEN, WIDTH = 4096, 7168, 2048
@@ -205,12 +204,14 @@ def of_the_dispatch() -> dict[str, Callable]:
     gates, places = torch.empty(ROWS, 8), torch.empty(ROWS, dtype=torch.int64)
     coded = torch.empty(ROWS, HIDDEN + 56, dtype=torch.uint8)
     return {
-        "dispatch: count_hits": lambda: triton_rows.count_hits(ids, 0, 1, 256),
-        "dispatch: place_hits": lambda: triton_rows.place_hits(side, 32, 4, 8, ROWS),
-        "dispatch: collect": lambda: triton_rows.collect(rows, places, places, rows),
-        "dispatch: collect, messages": lambda: triton_rows.collect(wide[:, :HIDDEN], places, places, wide[:, :HIDDEN]),
-        "dispatch: collect, side words": lambda: triton_rows.collect(gates, places, places, gates),
-        "dispatch: encode": lambda: triton_rows.encode(rows, coded, 1e-4),
+        "dispatch: count_hits": lambda: triton_dispatch.count_hits(ids, 0, 1, 256),
+        "dispatch: place_hits": lambda: triton_dispatch.place_hits(side, 32, 4, 8, ROWS),
+        "dispatch: collect": lambda: triton_dispatch.collect(rows, places, places, rows),
+        "dispatch: collect, messages": lambda: triton_dispatch.collect(
+            wide[:, :HIDDEN], places, places, wide[:, :HIDDEN]
+        ),
+        "dispatch: collect, side words": lambda: triton_dispatch.collect(gates, places, places, gates),
+        "dispatch: encode": lambda: triton_dispatch.encode(rows, coded, 1e-4),
     }
 
 

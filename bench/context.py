@@ -23,7 +23,7 @@ from conf.load import compose
 from conf.schema import Config
 from parallel.mesh import build_mesh, read_layout
 from train.data.batch import Batch
-from train.kernels import build_kernels
+from train.kernels.choice import build_kernels
 from train.loop.step import StepOutcome, TrainingStep
 from train.optim.schedules import StepPlan
 from train.parallelize import Parallelized, parallelize

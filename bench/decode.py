@@ -23,7 +23,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from train.cpu import tune_cpu
+from train.kernels.cpu.processor import tune_cpu
 
 tune_cpu()
 
@@ -39,9 +39,9 @@ from train.generate.decoder import Decoder  # noqa: E402
 from train.generate.generation import Generation, Limits  # noqa: E402
 from train.generate.sampling import Sampler  # noqa: E402
 from train.generate.source import from_checkpoint  # noqa: E402
-from train.kernels import build_kernels  # noqa: E402
+from train.kernels.choice import build_kernels  # noqa: E402
+from train.kernels.plain.high import HighPrecision  # noqa: E402
 from train.model.deepseek import DeepSeekV3  # noqa: E402
-from train.precision.high import HighPrecision  # noqa: E402
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 PROMPTS = ["", "import ", "class Reader:\n    def __init__(self", "def main():\n", '"""Support for ']

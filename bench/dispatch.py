@@ -36,9 +36,9 @@ from torch.nn import functional as F
 
 from bench.expert_loop import expert_loop
 from parallel.expert.build import build_dispatcher
-from train.cpu import tune_cpu
-from train.kernels import build_kernels
-from train.precision.high import HighPrecision
+from train.kernels.choice import build_kernels
+from train.kernels.cpu.processor import tune_cpu
+from train.kernels.plain.high import HighPrecision
 
 RANKS, HIDDEN, FFN, EXPERTS, TOP_K = 2, 256, 512, 16, 4
 

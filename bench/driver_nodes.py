@@ -10,7 +10,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from cluster.cause import RankReport
-from cluster.node import preflight, pulse
+from cluster.node import preflight
+from cluster.node import pulse_echo as pulse
 from cluster.node.agent import Answer, Order
 from cluster.node.network_probe import NodeLink
 
@@ -52,7 +53,7 @@ class StubHost:
         threading.Thread(target=self._answer_pulse, daemon=True).start()
 
     def _answer_pulse(self) -> None:
-        """As cluster/node/pulse.py does, for all nodes of this host."""
+        """As cluster/node/pulse_echo.py does, for all nodes of this host."""
         while True:
             datagram, driver = self._echo.recvfrom(pulse.LONGEST)
             number, id = pulse.unseal(self._key, pulse.QUESTION, datagram)

@@ -75,7 +75,7 @@ class Arithmetic:
 
 def run(cell: Cell, rank: int, store: str) -> Sample:
     """Body of a rank's process."""
-    from train.cpu import tune_cpu
+    from train.kernels.cpu.processor import tune_cpu
 
     tune_cpu()
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
@@ -85,7 +85,7 @@ def run(cell: Cell, rank: int, store: str) -> Sample:
     import torch.distributed as dist
 
     import train.parallelize  # noqa: F401
-    from train.memory import peak_memory
+    from train.loop.peak_memory import peak_memory
     from train.plan.memory.ledger import PeakMeter
 
     torch.set_num_threads(cell.threads)
@@ -111,8 +111,8 @@ def _timed(step) -> tuple[float, float, float, float]:
 def count(cell: Cell) -> Arithmetic:
     """The least that a rank has to do and to hold."""
     from train.model.count import flops_per_token
-    from train.plan.memory.rank import plan_memory
-    from train.plan.memory.weights import FP32
+    from train.plan.memory.rank_memory import plan_memory
+    from train.plan.memory.rank_weights import FP32
 
     config = cell.config("hardware=cpu")
     plan = plan_memory(config)[0]

@@ -25,17 +25,17 @@ from conf.load import compose
 from conf.schema import Config, ExportType
 from parallel.shard import Shard
 from train.checkpoint.checkpointer import Checkpointer
-from train.checkpoint.load import TORCH
+from train.checkpoint.read_shards import TORCH
+from train.checkpoint.run_folder import RunPaths
 from train.data.tokenizer import Tokenizer, train_bpe
 from train.hf import export as exporting
 from train.hf.blocks import requantize
 from train.hf.config import config_json, read_model
 from train.hf.folder import INDEX, match, open_folder
-from train.hf.names import tensors
 from train.hf.plan import Written, index_json, plan, write_json
 from train.hf.read import fill
+from train.hf.tensor_names import tensors
 from train.hf.write import PieceWriter
-from train.run_folder import RunPaths
 
 SHAPE = {
     "vocab_size": 1024,

@@ -176,7 +176,7 @@ def _join(case: LayoutCase) -> int:
 
 
 def _ours(case: LayoutCase):
-    from train.cpu import tune_cpu
+    from train.kernels.cpu.processor import tune_cpu
 
     tune_cpu()
     _join(case)

@@ -51,7 +51,7 @@ def start(overrides: list[str]) -> Side:
 
 def build_step(overrides: list[str]) -> Callable[[], object]:
     """The step of a rank by itself."""
-    from train.cpu import tune_cpu
+    from train.kernels.cpu.processor import tune_cpu
 
     tune_cpu()
     import torch

@@ -27,14 +27,15 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 
-from train.cpu import tune_cpu
+from train.kernels.cpu.processor import tune_cpu
 
 tune_cpu()  # before torch allocates, as in training
 
 import torch  # noqa: E402
 
 from bench.train_step import SHAPES, TOKENS, Case, random_tokens, torch_dtype, transformers_model  # noqa: E402
-from train.kernels import build_kernels  # noqa: E402
+from train.kernels.choice import build_kernels  # noqa: E402
+from train.kernels.precision import build_precision  # noqa: E402
 from train.metrics.peak import measured_peak  # noqa: E402
 from train.model.count import attention_products, expert_params, head_flops  # noqa: E402
 from train.model.deepseek import Head  # noqa: E402
@@ -43,7 +44,6 @@ from train.model.moe import LocalDispatcher, MoE  # noqa: E402
 from train.model.rope import Rope  # noqa: E402
 from train.model.sequence import Positions  # noqa: E402
 from train.optim.adamw import AdamW, moments_dtype  # noqa: E402
-from train.precision.build import build_precision  # noqa: E402
 
 Step = Callable[[], object]
 WARM_STEPS = 2

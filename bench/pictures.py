@@ -19,8 +19,8 @@ from conf.load import compose
 from conf.schema import ROOT
 from train.metrics.report import write_report
 from train.plan.budget import make_plan
-from train.plan.report.page import write_page
-from train.plan.report.record import plan_record
+from train.plan.report.plan_page import write_page
+from train.plan.report.plan_record import plan_record
 
 DOCS = ROOT / "train" / "docs"
 PLANNED = ("conf=deepseek_v3", "data=stdlib", "parallel=deepseek_v3", "precision=fp8", "hardware=h800",

@@ -25,12 +25,12 @@ from conf.load import compose
 from conf.schema import Config
 from parallel.mesh import build_mesh, read_layout
 from train.data.batch import Batch
-from train.kernels import build_kernels
+from train.kernels.choice import build_kernels
 from train.loop.step import TrainingStep
 from train.optim.schedules import StepPlan
 from train.parallelize import parallelize
 from train.plan.memory.ledger import PeakMeter
-from train.plan.memory.rank import phases, scene_of
+from train.plan.memory.rank_memory import phases, scene_of
 from train.rank import RankSetup
 
 RUN = [

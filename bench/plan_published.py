@@ -30,10 +30,10 @@ from parallel.pipeline.simulate import Action, schedule_actions, simulate
 from train.model.count import flops_per_token
 from train.plan.budget import RunPlan, make_plan
 from train.plan.job import layout_of
-from train.plan.report.record import reserve_words, verdict
+from train.plan.report.plan_record import reserve_words, verdict
 from train.plan.time.rates import load_rates
 from train.plan.time.stages import Stages
-from train.plan.time.step import StepTime, plan_time
+from train.plan.time.step_time import StepTime, plan_time
 
 DEEPSEEK = (
     "conf=deepseek_v3", "data.path=none", "precision=fp8", "hardware=h800", "parallel.pp=16", "parallel.dp=128",

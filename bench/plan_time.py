@@ -19,7 +19,7 @@ import tempfile
 from pathlib import Path
 
 from conf.load import compose
-from train.plan.time.step import plan_time
+from train.plan.time.step_time import plan_time
 
 BASE = ("conf=tiny", "cluster.threads=1", "cluster.device=cpu", "hardware=cpu")
 QUIET = ("checkpoint.every=0", "log.wandb=disabled", "log.progress=false", "log.sample_tokens=0", "log.peak_flops=1e11",

@@ -110,7 +110,7 @@ def _prove_as_rank(rank: int, configs: list[Config], world: int, store: str) -> 
     import os
 
     from train.prove.layouts import PROOFS
-    from train.prove.rank import run_pass
+    from train.prove.proof_rank import run_pass
     from train.rank import choose_device, start_process_group
 
     os.environ |= {"SLUICE_STORE": store, "GLOO_SOCKET_IFNAME": "lo"}

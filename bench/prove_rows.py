@@ -4,7 +4,7 @@ Faults of layouts hide where a few settings meet (a split backward, a shared emb
 only all of twenty do. So a covering array of strength three, made by covertable, finds with some hundred rows what all
 combinations would take millions for. Rows drawn at random fill it up: they meet some fours as well.
 
-What may stand together is asked of conf/check.py and train/layout.py themselves. The rows lie in prove_rows.csv, as
+What may stand together is asked of conf/check.py and train/loop/layout_check.py themselves. The rows lie in prove_rows.csv, as
 covertable takes four minutes for them; `python -m bench.prove --make-rows` writes them again after a change of SWITCHES.
 """
 
@@ -25,7 +25,7 @@ from conf.check import check
 from conf.errors import UserError
 from conf.load import compose
 from conf.schema import ROOT, SELECTIVE, Config, Recompute
-from train.layout import check_layout
+from train.loop.layout_check import check_layout
 
 FILE = Path(__file__).with_suffix(".csv")
 ROWS = 200

@@ -171,7 +171,7 @@ def torch_dtype(case: Case):
 
 def _ours(case: Case):
     """The trainer's own step: pipeline of one, DeepSpeed engine, our AdamW."""
-    from train.cpu import tune_cpu
+    from train.kernels.cpu.processor import tune_cpu
 
     tune_cpu()
     import torch
@@ -192,7 +192,7 @@ def own_step(case: Case, balance_loss: float = 0.0, device: str = "cpu") -> Call
 
     from parallel.mesh import build_mesh
     from train.data.batch import Batch
-    from train.kernels import choose_kernels
+    from train.kernels.choice import choose_kernels
     from train.loop.step import TrainingStep
     from train.optim.schedules import StepPlan
     from train.parallelize import parallelize

@@ -214,7 +214,7 @@ class Data:
 
     path: str | None = None
     """Text folder or file, .jsonl[.gz|.zst], .parquet, a folder of those, hf://NAME[@CONFIG][:SPLIT], a folder of tokens
-    (train/data/store.py)."""
+    (train/data/token_store.py)."""
     format: DataFormat = DataFormat.auto
     """How to read path; auto looks at the names. stdlib: Python's standard library when there is no path, else auto."""
     text_key: str = "text"

@@ -13,7 +13,7 @@ import plotly.graph_objects  # noqa: F401  the report's
 import train
 from parallel.zero.engine import import_deepspeed
 
-with mock.patch("train.cpu.tune_cpu"):
+with mock.patch("train.kernels.cpu.processor.tune_cpu"):
     import train.worker
 del sys.modules["train.worker"], train.worker
 import_deepspeed(on_cuda=False)

@@ -37,7 +37,7 @@ def be_rank(rank: int, config_path: str, store: str, fault: str, code: int) -> N
     with open(f"{store}_{rank}.out", "ab") as output:
         os.dup2(output.fileno(), 1)
         os.dup2(output.fileno(), 2)
-    from train.checkpoint.stage import StagingBuffers
+    from train.checkpoint.staging import StagingBuffers
     from train.model.moe import MoE
     from train.worker import run_rank
 

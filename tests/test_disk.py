@@ -25,7 +25,7 @@ from tests.ranks import start_module
 from tests.small import arguments, environment, metrics, train
 from train.checkpoint.manifest import check_data, newest_intact, read_index, read_manifest
 from train.data.corpus import build_corpus
-from train.data.store import space_errors
+from train.data.token_store import space_errors
 from train.hf.folder import open_folder
 
 

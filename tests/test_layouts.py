@@ -14,8 +14,8 @@ from conf.load import compose
 from parallel.shard import Shard
 from tests.layouts import run_layout
 from tests.small import arguments, metrics
-from train.checkpoint.load import load
 from train.checkpoint.manifest import read_manifest
+from train.checkpoint.read_shards import load
 
 STEPS = 5
 BASE = ["model.layers=8", "micro_batch_size=1", "checkpoint.every=0", f"steps={STEPS}", "optim.ema_decay=0.9"]

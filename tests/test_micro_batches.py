@@ -9,7 +9,7 @@ from conf.errors import UserError
 from conf.load import compose, read_config, write_config
 from conf.micro_batches import batch_sizes, broken_schedule, choose_micro_batch_size, divisors
 from conf.schema import PipelineSchedule
-from train.layout import check_layout
+from train.loop.layout_check import check_layout
 
 
 @pytest.mark.parametrize(

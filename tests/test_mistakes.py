@@ -6,6 +6,7 @@ import sys
 import pytest
 import torch
 
+from conf.changed_settings import settings_of
 from conf.errors import EXIT_USER, UserError
 from conf.load import compose, run
 from conf.mistakes import check_words, keys
@@ -14,7 +15,6 @@ from parallel.shard import Shard
 from tests.checkpoint.world import checkpointers, save
 from tests.small import arguments
 from train.__main__ import main
-from train.loop.changed_settings import settings_of
 
 MISTAKES = {
     # range
@@ -205,7 +205,7 @@ def test_a_disk_and_a_memory_that_are_too_small_are_told_before_data_are_read(tm
     monkeypatch.setattr("train.data.corpus.build_corpus", lambda *_: pytest.fail("data were read"))
     line = f"conf=deepseek_v3 data=stdlib cluster.device=cpu runs={tmp_path}"
     assert "set runs= to a larger disk" in said_of(line, monkeypatch, capsys)
-    monkeypatch.setattr("train.run_folder.check_space", lambda *_: None)
+    monkeypatch.setattr("train.checkpoint.run_folder.check_space", lambda *_: None)
     assert "mode=plan says which machines the job needs" in said_of(line, monkeypatch, capsys)
     assert not list(tmp_path.iterdir())
 

@@ -16,7 +16,7 @@ import pytest
 from conf.schema import ROOT
 from tests.small import arguments
 from train import __version__
-from train.program import DISTRIBUTION
+from train.command.program import DISTRIBUTION
 
 PACKAGES = ("conf", "train", "parallel", "cluster")
 SOURCES = (*PACKAGES, "pyproject.toml", "README.md", "LICENSE")

@@ -11,7 +11,7 @@ from cluster.launch import Place
 from conf.errors import EXIT_CRASH, EXIT_DIVERGED, EXIT_STOPPED, EXIT_USER, UserError
 from parallel.exchange import is_timeout
 from tests.ranks import run_processes
-from train.data.files import Progress
+from train.data.source_files import Progress
 from train.loop.trainer import Diverged
 from train.rank import guarded, in_turn
 

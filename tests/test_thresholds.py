@@ -9,12 +9,12 @@ from pathlib import Path
 from conf.schema import ROOT
 from conf.thresholds import LOWERED, THRESHOLDS, Thresholds, lowered
 
-STEP = ("train/model", "train/precision", "train/optim", "train/loop", "train/checkpoint", "parallel")
+STEP = ("train/model", "train/kernels", "train/optim", "train/loop", "train/checkpoint", "parallel")
 """Where a step of training and a checkpoint are computed."""
 KERNELS = ("triton_", "hopper", "fused_", "deep_ep", "installed")
 """Modules for GPUs alone: how much a kernel takes at a time is part of its code, and which library a GPU needs is no size."""
 GIVEN = {
-    "train/precision: TILE": "the width of FP8's tiles is part of the format (paper 3.3.1), and no matter of speed",
+    "train/kernels/fp8: TILE": "the width of FP8's tiles is part of the format (paper 3.3.1), and no matter of speed",
     "parallel/expert: TILE": "the same",
     "train/checkpoint: BLOCK": "bytes under one checksum are part of the format of checkpoints, which any version reads",
     "train/checkpoint: VERSION": "of a format",
@@ -27,7 +27,7 @@ GIVEN = {
     "train/optim: VECTOR": "elements of torch's own vectors, which no setting changes",
     "train/loop: SHOWN": "of what a message shows",
     "train/loop: WIDTH": "of what a message shows",
-    "train/precision: WARNINGS": "of what a message shows",
+    "train/kernels/fp8: WARNINGS": "of what a message shows",
     "parallel/pipeline: ALIGNMENT": "of tensors in memory, which processors want",
 }
 """Constants that may be compared with a size, by folder and name, and why no proof can lower them."""

@@ -17,6 +17,7 @@ from cluster.cause import Failure, RankReport, name_cause
 from cluster.driver.checkpoints import claim_attempt
 from cluster.driver.journal import Journal
 from cluster.driver.view import View
+from conf.changed_settings import changed
 from conf.errors import UserError
 from conf.files import exclusive
 from conf.load import compose, report, write_config
@@ -26,20 +27,19 @@ from conf.words import harmless, one_line, say, say_note, sentence
 from parallel.shard import whole
 from tests.checkpoint.test_damage import rewrite
 from tests.checkpoint.world import checkpointers, save
-from train.checkpoint.load import load
 from train.checkpoint.manifest import Meta, newest_intact, read_manifest
-from train.data.progress import _Bar, _Lines
+from train.checkpoint.read_shards import load
+from train.checkpoint.run_folder import RunFolder
+from train.checkpoint.trained_with import require_model
+from train.data.prepare_progress import _Bar, _Lines
 from train.data.sources import open_source
-from train.data.store import DamagedStore, open_store
+from train.data.token_store import DamagedStore, open_store
 from train.data.tokenizer import named_token
 from train.hf.config import read_model
 from train.hf.folder import open_folder
-from train.loop.changed_settings import changed
 from train.metrics.goodput import last_failure
 from train.metrics.progress import Progress
 from train.metrics.wandb_items import alert
-from train.run_folder import RunFolder
-from train.trained_with import require_model
 
 EVIL = "\x1b[31mred\x9b2J\u202egnp\u2066\x00\x07\r\nerror: FORGED\n  cure: FORGED\u2028[red]:smile:"
 NAME = EVIL.replace("\0", "")
@@ -262,7 +262,7 @@ def test_the_bar_of_the_data_takes_no_mark_up(capsys):
         _Bar(stack)("reading [red]x[/nothing]", 1, 2)
 
 
-DOORS = {("conf/words.py", "print"), ("conf/help.py", "Console"), ("train/program.py", "print")}
+DOORS = {("conf/words.py", "print"), ("conf/help.py", "Console"), ("train/command/program.py", "print")}
 """Where output is made: say, the console of --help, which shows nothing but our own texts and has mark-up, and what looks for packages
 before any is imported.
 """

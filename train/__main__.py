@@ -4,13 +4,13 @@ import os
 import sys
 from pathlib import Path
 
-from train.program import environment_of_children, guard_names, require_packages
+from train.command.program import environment_of_children, guard_names, require_packages
 
 if __name__ == "__main__":
     guard_names()  # before a package is looked for that the working folder may hide
     require_packages()
 
-from train.cpu import tune_cpu
+from train.kernels.cpu.processor import tune_cpu
 
 tune_cpu()  # before torch allocates anything
 
@@ -21,7 +21,7 @@ from conf.errors import EXIT_CRASH, EXIT_DIVERGED, EXIT_INTERRUPTED, EXIT_OK, EX
 from conf.load import run  # noqa: E402
 from conf.schema import Config, Mode  # noqa: E402
 from conf.words import say  # noqa: E402
-from train.layout import check_layout  # noqa: E402
+from train.loop.layout_check import check_layout  # noqa: E402
 from train.model.count import checkpoint_bytes  # noqa: E402
 
 
@@ -64,9 +64,9 @@ def do(config: Config, alone: bool) -> int:
 
 def _train(config: Config, alone: bool) -> int:
     """alone: the only run of this process, which may then be its rank."""
+    from train.checkpoint.run_folder import RunFolder
     from train.metrics.origin import record_start
     from train.metrics.writer import tell_of_end
-    from train.run_folder import RunFolder
 
     if not is_driver():
         return launch(config, Path(config.runs) / config.name, [], _run_rank)
@@ -74,7 +74,7 @@ def _train(config: Config, alone: bool) -> int:
     with RunFolder(config, checkpoint_bytes(config)) as folder:
         record_start(folder.path)
         command = [sys.executable, "-m", "train.worker", str(folder.config_path)]
-        planner = [sys.executable, "-m", "train.plan.layouts", str(folder.config_path)]
+        planner = [sys.executable, "-m", "train.plan.smaller_layouts", str(folder.config_path)]
         code = launch(config, folder.path, command, _run_rank, alone, planner)
         if code == EXIT_USER:
             folder.take_back()
@@ -87,12 +87,12 @@ def check_before_start(config: Config) -> None:
     """What can be refused before anything is written, the quickest first: a layout that cannot work, a disk or a memory that
     is too small, a checkpoint of another model, data that cannot be read.
     """
+    from train.checkpoint.run_folder import check_space, resume_point
+    from train.checkpoint.trained_with import require_model
     from train.data.corpus import build_corpus
-    from train.data.progress import show_progress
-    from train.deterministic import check_settings
-    from train.gpu import check_gpu, check_memory
-    from train.run_folder import check_space, resume_point
-    from train.trained_with import require_model
+    from train.data.prepare_progress import show_progress
+    from train.kernels.deterministic import check_settings
+    from train.kernels.gpu.device import check_gpu, check_memory
 
     check_layout(config)
     if given_place() is not None:
@@ -183,7 +183,7 @@ def command() -> int:
     let_output_be_lost()
     words = sys.argv[1:]
     if words[:1] in (["--version"], ["doctor"]):
-        from train import doctor
+        from train.command import doctor
 
         return doctor.main(words)
     if {"--help", "-h"} & set(words):

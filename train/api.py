@@ -22,9 +22,9 @@ from conf.errors import EXIT_OK, EXIT_STOPPED, UserError
 from conf.schema import Config
 from conf.yaml_file import escaped
 from train.checkpoint.manifest import newest_intact
+from train.checkpoint.run_folder import RunPaths
+from train.command.program import environment_of_children
 from train.metrics.jsonl import FILE, read_heads
-from train.program import environment_of_children
-from train.run_folder import RunPaths
 
 if TYPE_CHECKING:
     import pandas
@@ -110,11 +110,11 @@ def build_model(config: Config, device: str = "cpu") -> "DeepSeekV3":
     """
     import torch
 
-    from train.kernels import choose_kernels
+    from train.checkpoint.weights import require_memory
+    from train.kernels.choice import choose_kernels
+    from train.kernels.precision import activation_dtype, build_precision
     from train.model.deepseek import DeepSeekV3
     from train.model.init import initialise
-    from train.precision.build import activation_dtype, build_precision
-    from train.weights import require_memory
 
     require_memory(config.model, 4, "model", Path(config.name))
     place = torch.device(device)

@@ -21,18 +21,18 @@ from parallel.pipeline.split import (
     stage_placement,
 )
 from parallel.zero.engine import Zero
-from train.kernels import build_kernels
+from train.kernels.choice import build_kernels
+from train.kernels.fp8.fp8 import Fp8Precision
+from train.kernels.plain.high import HighPrecision
+from train.kernels.plain.plain_kernels import Kernels
+from train.kernels.precision import activation_dtype, build_precision
 from train.model.block import Block
 from train.model.count import head_flops, layer_flops
 from train.model.deepseek import DeepSeekV3
 from train.model.init import initialise
-from train.model.kernels import Kernels
 from train.model.mtp import MTP
 from train.model.router import Router
 from train.optim.adamw import AdamW, decays, moments_dtype
-from train.precision.build import activation_dtype, build_precision
-from train.precision.fp8 import Fp8Precision
-from train.precision.high import HighPrecision
 
 
 @dataclass

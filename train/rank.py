@@ -25,14 +25,14 @@ from conf.schema import ROOT, Config
 from conf.words import say
 from parallel.exchange import is_timeout, patient_group, refuse_pickles
 from parallel.mesh import Mesh, build_mesh, form_later, read_layout
-from parallel.store import open_sealed_store
-from train.cpu import threads_of
+from parallel.signed_store import open_sealed_store
+from train.checkpoint.run_folder import RunPaths
 from train.data.corpus import silent
-from train.data.files import Progress
-from train.data.progress import show_progress
-from train.deterministic import repeat_bits
-from train.gpu import grow_segments, probe_in_turn, record_collectives, usable_gpu
-from train.run_folder import RunPaths
+from train.data.prepare_progress import show_progress
+from train.data.source_files import Progress
+from train.kernels.cpu.processor import threads_of
+from train.kernels.deterministic import repeat_bits
+from train.kernels.gpu.device import grow_segments, probe_in_turn, record_collectives, usable_gpu
 
 T = TypeVar("T")
 PREPARATION = timedelta(days=7)

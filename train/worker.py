@@ -5,7 +5,7 @@ import time
 from contextlib import nullcontext
 from pathlib import Path
 
-from train.cpu import cpu_name, tune_cpu
+from train.kernels.cpu.processor import cpu_name, tune_cpu
 
 tune_cpu()  # before torch allocates anything
 
@@ -20,11 +20,14 @@ from parallel.exchange import from_rank_0  # noqa: E402
 from parallel.zero.engine import import_deepspeed  # noqa: E402
 from train.checkpoint.checkpointer import Checkpointer  # noqa: E402
 from train.checkpoint.commit import next_attempt  # noqa: E402
-from train.checkpoint.memory import MemoryCopies  # noqa: E402
+from train.checkpoint.memory_copies import MemoryCopies  # noqa: E402
+from train.checkpoint.run_folder import RunPaths, held_by_rank_0  # noqa: E402
 from train.data.prepare import prepare  # noqa: E402
-from train.explain import explained  # noqa: E402
-from train.gpu import idle_gpu  # noqa: E402
-from train.kernels import choose_kernels  # noqa: E402
+from train.kernels.choice import choose_kernels  # noqa: E402
+from train.kernels.gpu.device import idle_gpu  # noqa: E402
+from train.kernels.plain.plain_kernels import Kernels  # noqa: E402
+from train.kernels.precision import activation_dtype  # noqa: E402
+from train.loop.device_errors import explained  # noqa: E402
 from train.loop.finish import finish, sample  # noqa: E402
 from train.loop.resume import find_start, restore  # noqa: E402
 from train.loop.state import State  # noqa: E402
@@ -35,12 +38,9 @@ from train.metrics.peak import peak_flops  # noqa: E402
 from train.metrics.wandb_items import sample_table  # noqa: E402
 from train.metrics.writer import open_writer  # noqa: E402
 from train.model.count import flops_per_token  # noqa: E402
-from train.model.kernels import Kernels  # noqa: E402
 from train.optim.schedules import Schedules  # noqa: E402
 from train.parallelize import parallelize  # noqa: E402
-from train.precision.build import activation_dtype  # noqa: E402
 from train.rank import guarded, in_turn, set_up_rank  # noqa: E402
-from train.run_folder import RunPaths, held_by_rank_0  # noqa: E402
 
 
 def preload() -> None:

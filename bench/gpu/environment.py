@@ -13,14 +13,14 @@ from bench.gpu.machine import Machine
 from bench.gpu.timing import median_seconds
 from bench.gpu.verdict import nvcc
 from conf.load import compose
-from train.attention_choice import BOUND as ATTENTION_BOUND
-from train.attention_choice import CORES, PARTS, problem_of
-from train.host_compiler import compiler_command, missing_for_triton
-from train.kernels import build_kernels
+from train.kernels.choice import build_kernels
+from train.kernels.fp8.hopper_probe import probe
+from train.kernels.gpu.attention_choice import BOUND as ATTENTION_BOUND
+from train.kernels.gpu.attention_choice import CORES, PARTS, problem_of
+from train.kernels.gpu.host_compiler import compiler_command, missing_for_triton
 from train.metrics.peak import measured_peak, named_peak
 from train.model.attention import Attend, AttentionCore, AttentionInput
 from train.model.sequence import Positions
-from train.precision.hopper_probe import probe
 
 TIMED = {"whole sequences": 1, "documents": 8}
 """Parts that are timed, with the documents of a sequence."""
@@ -141,13 +141,13 @@ def fp8_starts(machine: Machine, backend: str) -> Finding:
         raise NotTried("sgl-deep-gemm is not installed: pip install -e '.[fp8]'")
     found = probe(compose("precision=fp8", f"precision.fp8.backend={backend}"), machine.device.index)
     return Finding(
-        {"found": found}, "small products have the values of the emulation (train/precision/hopper_probe.py)"
+        {"found": found}, "small products have the values of the emulation (train/kernels/fp8/hopper_probe.py)"
     )
 
 
 def attention(machine: Machine) -> Finding:
     """Cores of attention with DeepSeek-V3's heads, one by one; a run takes the first that is right, for documents the first of
-    those that are made for them (train/attention_choice.py)."""
+    those that are made for them (train/kernels/gpu/attention_choice.py)."""
     machine.need_gpu("torch's CUDA attention")
     config = compose("conf=deepseek_v3", "mode=dry_run", "precision=bf16")
     heads = [f"{phase}, {part} (ms)" for part in TIMED for phase in ("forward", "both")]

@@ -22,7 +22,16 @@ from conf.errors import UserError
 from conf.load import compose
 from parallel.expert.permute import FanOut, Wanted, collect, fan_out_with_entries, hits
 from parallel.expert.wire import Fp8Wire
-from train.kernels import build_kernels
+from train.kernels.choice import build_kernels
+from train.kernels.fp8 import swiglu as plain_swiglu
+from train.kernels.fp8.cast_rules import OperandRule
+from train.kernels.fp8.formats import E4M3, E5M2, E5M6, TILE, Cast
+from train.kernels.fp8.fp8 import Fp8Precision
+from train.kernels.fp8.groups import Groups
+from train.kernels.fp8.hopper import HopperEngine, load_hopper
+from train.kernels.fp8.products import CpuEngine
+from train.kernels.fp8.quantize import dequantize_reference, quantize_reference
+from train.kernels.plain.high import HighPrecision
 from train.model.attention import AttentionInput
 from train.model.layers import RMSNorm, swiglu
 from train.model.loss import cross_entropy
@@ -31,15 +40,6 @@ from train.model.rope import Rope
 from train.model.router import Router
 from train.model.sequence import Positions
 from train.optim.adamw import AdamW
-from train.precision import swiglu as plain_swiglu
-from train.precision.formats import E4M3, E5M2, E5M6, TILE, Cast
-from train.precision.fp8 import Fp8Precision
-from train.precision.groups import Groups
-from train.precision.high import HighPrecision
-from train.precision.hopper import HopperEngine, load_hopper
-from train.precision.products import CpuEngine
-from train.precision.quantize import dequantize_reference, quantize_reference
-from train.precision.recipe import OperandRule
 
 TILES, BLOCKS = OperandRule(E4M3, "1x128", False, 1e-4), OperandRule(E4M3, "128x128", False, 1e-4)
 PRODUCT = 5e-3
@@ -125,7 +125,7 @@ def triton_kernels(machine: Machine) -> ModuleType:
         from bench.gpu.interpreter import repair
 
         repair()
-    from train.precision import triton_kernels
+    from train.kernels.fp8 import triton_quantize as triton_kernels
 
     return triton_kernels
 
@@ -305,23 +305,23 @@ def e5m6(machine: Machine) -> Finding:
 def dispatched(machine: Machine) -> Finding:
     """Which copies are made of which tokens, their sums, and the bytes of the FP8 wire."""
     triton_kernels(machine)  # NotTried without triton
-    from parallel.expert import triton_rows
+    from parallel.expert import triton_dispatch
 
     tokens = 700 if machine.on_gpu else 140
     ids = torch.rand(tokens, 64, generator=torch.Generator().manual_seed(4)).topk(8).indices
     wanted = Wanted(16, 1, 16)
     copies = int(hits(ids, wanted).sum())
-    *fan, entries = triton_rows.place_hits(ids.to(machine.device), *wanted, copies)
+    *fan, entries = triton_dispatch.place_hits(ids.to(machine.device), *wanted, copies)
     expected, expected_entries = fan_out_with_entries(ids, wanted, copies)
     pairs = [*zip(FanOut._fields, fan, expected, strict=True), ("entries", entries, expected_entries)]
     for x in wide(machine):
         wire, rows = Fp8Wire(), x[:8].to(machine.device)
         coded = torch.empty(8, wire.row_bytes(x.shape[1], x.dtype), dtype=torch.uint8, device=machine.device)
-        triton_rows.encode(rows, coded, wire.activation_floor)
+        triton_dispatch.encode(rows, coded, wire.activation_floor)
         pairs.append((f"wire of {x.dtype}", coded, wire.encode(x[:8])))
         sources = torch.arange(copies) % len(x)
         out = torch.empty(tokens, x.shape[1], dtype=x.dtype, device=machine.device)
-        triton_rows.collect(x[sources].to(machine.device), fan[1], fan[2], out)
+        triton_dispatch.collect(x[sources].to(machine.device), fan[1], fan[2], out)
         summed = collect(x[sources].float(), expected).to(x.dtype)
         pairs.append((f"sums of {x.dtype}", out, summed))
     return bits(pairs)

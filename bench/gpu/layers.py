@@ -21,7 +21,7 @@ from bench.gpu.line import Check, Finding, NotTried
 from bench.gpu.machine import Machine
 from bench.gpu.profiled import CLASSES, REST, kernels
 from conf.errors import UserError
-from train.kernels import build_kernels
+from train.kernels.choice import build_kernels
 from train.metrics.peak import measured_peak, peak_flops
 from train.model.count import layer_flops
 

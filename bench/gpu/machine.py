@@ -11,8 +11,8 @@ from bench.gpu.line import NotTried
 from conf.errors import UserError
 from conf.load import compose
 from conf.schema import Config
-from train.kernels import build_kernels, choose_kernels
-from train.model.kernels import Kernels
+from train.kernels.choice import build_kernels, choose_kernels
+from train.kernels.plain.plain_kernels import Kernels
 
 PATIENCE = 4.0
 

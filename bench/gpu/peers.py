@@ -155,7 +155,7 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    from train.cpu import tune_cpu
+    from train.kernels.cpu.processor import tune_cpu
 
     tune_cpu()
     main()

@@ -107,7 +107,7 @@ def losses(found: Sequence[dict]) -> list[float]:
 def main() -> None:
     words, out = sys.argv[1:]
     task = Task(**json.loads(words))
-    from train.cpu import tune_cpu
+    from train.kernels.cpu.processor import tune_cpu
 
     tune_cpu()
     warnings.filterwarnings("ignore", "`torch.distributed.*is deprecated", FutureWarning)

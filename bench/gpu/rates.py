@@ -17,10 +17,10 @@ from bench.gpu.machine import Machine
 from bench.gpu.timing import median_seconds
 from conf.errors import UserError
 from conf.load import compose
-from train.precision.build import build_precision
-from train.precision.formats import E4M3
-from train.precision.grouped_products import Operand
-from train.precision.recipe import OperandRule
+from train.kernels.fp8.cast_rules import OperandRule
+from train.kernels.fp8.formats import E4M3
+from train.kernels.fp8.grouped_products import Operand
+from train.kernels.precision import build_precision
 
 DENSE = {
     (4096, 2112, 7168): (1009, "q_down + kv_down"),

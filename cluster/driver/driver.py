@@ -18,7 +18,7 @@ from cluster.driver.journal import Journal
 from cluster.driver.network import NetworkTest
 from cluster.driver.node_state import DriverPhase, NodeHealth
 from cluster.driver.policy import policy_of
-from cluster.driver.pulse import Pulse
+from cluster.driver.pulse_sender import Pulse
 from cluster.driver.shapes import Shapes, with_shape
 from cluster.driver.supervisor import NAP, Supervisor
 from cluster.driver.view import View

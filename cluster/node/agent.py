@@ -8,9 +8,9 @@ print the stacks of its threads there.
 
 The rank finds in its environment RANK, LOCAL_RANK, WORLD_SIZE, LOCAL_WORLD_SIZE, MASTER_ADDR, MASTER_PORT,
 GLOO_SOCKET_IFNAME, NCCL_SOCKET_IFNAME, SLUICE_LOGS (the scratch folder), SLUICE_ATTEMPT (the number that fences checkpoints)
-and SLUICE_STORE_SECRET (what seals the store where the ranks of this attempt meet, see parallel/store.py).
+and SLUICE_STORE_SECRET (what seals the store where the ranks of this attempt meet, see parallel/signed_store.py).
 
-An agent that nobody asks for `lease` seconds, not even whether it lives (cluster/node/pulse.py), is cut off: it kills its ranks, as
+An agent that nobody asks for `lease` seconds, not even whether it lives (cluster/node/pulse_echo.py), is cut off: it kills its ranks, as
 a new attempt may run elsewhere.
 """
 
@@ -39,7 +39,7 @@ from cluster.node.copy_store import Opened, Store, held, sweep, why_not_opened
 from cluster.node.network_probe import NetworkProbe, NodeLink
 from cluster.node.ports import free_port
 from cluster.node.preflight import Facts, Question, gather
-from cluster.node.pulse import Echo
+from cluster.node.pulse_echo import Echo
 from cluster.private_folder import PrivateFolder, remove_dead
 from cluster.run_files import failure_path, log_path, progress_path, stop_path
 from cluster.spawn import die_with_parent, spawn

@@ -49,7 +49,7 @@ class Question:
     address: str = ""
     """Of the node."""
     key: bytes = b""
-    """Of the driver's pulse, see cluster/node/pulse.py; empty for a driver that asks none."""
+    """Of the driver's pulse, see cluster/node/pulse_echo.py; empty for a driver that asks none."""
     tests_network: bool = False
     """Whether the network test will want a port of this node, see cluster/driver/network.py."""
 

@@ -10,7 +10,7 @@ other's backward pass, and neither scatters or adds in place:
 a sum would first write all copies again. Dispatch is a chain of spreads with an exchange between two of them,
 combine the same chain backwards with collects.
 
-On a GPU a fan-out of experts is two kernels and `collect` is one (parallel/expert/triton_rows.py); what stands here is the same in
+On a GPU a fan-out of experts is two kernels and `collect` is one (parallel/expert/triton_dispatch.py); what stands here is the same in
 torch's operations.
 
 Shapes: S sources, C copies, N targets, K entries per source, X any width.
@@ -61,7 +61,7 @@ class Wanted(NamedTuple):
 def fan_out_of(ids_SK: Tensor, wanted: Wanted, copies: int) -> FanOut:
     """One copy of source s for every target that holds one of its experts ids_SK[s]; those of other targets are passed over."""
     if ids_SK.is_cuda:
-        return FanOut(*triton_rows().place_hits(ids_SK, *wanted, copies)[:3])
+        return FanOut(*triton_dispatch().place_hits(ids_SK, *wanted, copies)[:3])
     return fan_out(hits(ids_SK, wanted), copies)
 
 
@@ -69,7 +69,7 @@ def fan_out_with_entries(ids_SK: Tensor, wanted: Wanted, copies: int) -> tuple[F
     """`fan_out_of` for targets of one expert each, and which entry of ids_SK, flattened, every copy is for: int64 (C,)."""
     assert wanted.per_target == 1
     if ids_SK.is_cuda:
-        *fan, entry_C = triton_rows().place_hits(ids_SK, *wanted, copies)
+        *fan, entry_C = triton_dispatch().place_hits(ids_SK, *wanted, copies)
         return FanOut(*fan), entry_C
     hits_SN = hits(ids_SK, wanted)
     fan = fan_out(hits_SN, copies)
@@ -82,7 +82,7 @@ def fan_out_with_entries(ids_SK: Tensor, wanted: Wanted, copies: int) -> tuple[F
 def count_hits(ids_SK: Tensor, wanted: Wanted) -> Tensor:
     """How many sources have an expert of each target, int64 (N,)."""
     if ids_SK.is_cuda:
-        return triton_rows().count_hits(ids_SK, *wanted).sum(0)
+        return triton_dispatch().count_hits(ids_SK, *wanted).sum(0)
     return hits(ids_SK, wanted).sum(0)
 
 
@@ -117,10 +117,10 @@ def collect(rows_CX: Tensor, fan: FanOut, out_SX: Tensor | None = None) -> Tenso
         return sum_SX if out_SX is None else out_SX.copy_(sum_SX)
     if out_SX is None:
         out_SX = rows_CX.new_empty(len(fan.start_S), rows_CX.shape[1])
-    triton_rows().collect(rows_CX, fan.copy_C, fan.start_S, out_SX)
+    triton_dispatch().collect(rows_CX, fan.copy_C, fan.start_S, out_SX)
     return out_SX
 
 
-def triton_rows() -> ModuleType:
+def triton_dispatch() -> ModuleType:
     """The kernels of a GPU."""
-    return importlib.import_module("parallel.expert.triton_rows")
+    return importlib.import_module("parallel.expert.triton_dispatch")

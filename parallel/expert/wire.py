@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from parallel.expert.permute import triton_rows
+from parallel.expert.permute import triton_dispatch
 from parallel.expert.quantized_rows import TILE, QuantizedRows, Widen, dequantize, in_tiles, widen
 
 E4M3_MAX = 448.0
@@ -82,7 +82,7 @@ class Fp8Wire:
         floor = self.gradient_floor if gradient else self.activation_floor
         if x_RD.is_cuda and width % TILE == 0:
             bytes_RB = torch.empty(rows, self.row_bytes(width, x_RD.dtype), dtype=torch.uint8, device=x_RD.device)
-            triton_rows().encode(x_RD, bytes_RB, floor)
+            triton_dispatch().encode(x_RD, bytes_RB, floor)
             return bytes_RB
         tiles_RST = in_tiles(x_RD.float())
         amax_RS = tiles_RST.abs().amax(2).clamp_min(floor)

@@ -184,7 +184,7 @@ def call(monkeypatch, tmp_path, run_folder, from_fork_server, capfd):
         words = words.replace("ROW", str([world_of(row) for row in read_rows()].index(1)))
         monkeypatch.setattr("sys.argv", [name, *shlex.split(words)])
         monkeypatch.chdir(tmp_path)
-        with mock.patch("train.cpu.tune_cpu"):
+        with mock.patch("train.kernels.cpu.processor.tune_cpu"):
             for constant, value in smaller(settings).items():
                 monkeypatch.setattr(constant, value)
             code = import_module(f"bench.{name}").main()

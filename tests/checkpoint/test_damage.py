@@ -14,8 +14,8 @@ from conf.errors import UserError
 from parallel.shard import whole
 from tests.checkpoint.world import blank, checkpointers, same_bits, save
 from train.checkpoint import manifest
-from train.checkpoint.load import load
 from train.checkpoint.manifest import Damaged, newest_intact, read_manifest, seal, verify
+from train.checkpoint.read_shards import load
 
 torch.set_num_threads(1)
 

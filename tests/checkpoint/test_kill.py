@@ -14,8 +14,8 @@ from parallel.shard import Shard
 from tests.checkpoint.world import checkpointers, save
 from tests.ranks import CONTEXT
 from train.checkpoint.commit import next_attempt
-from train.checkpoint.load import load
 from train.checkpoint.manifest import newest_intact
+from train.checkpoint.read_shards import load
 
 SIZE = 20_000
 

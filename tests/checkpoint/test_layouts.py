@@ -16,8 +16,8 @@ from conf.errors import UserError
 from conf.thresholds import THRESHOLDS
 from parallel.shard import Shard, whole
 from tests.checkpoint.world import blank, checkpointers, random_tensors, same_bits, save, spread
-from train.checkpoint.load import load
 from train.checkpoint.manifest import seal, verify
+from train.checkpoint.read_shards import load
 
 torch.set_num_threads(1)
 

@@ -17,9 +17,9 @@ from tests import disks
 from tests.checkpoint.world import blank, checkpointers, same_bits, save
 from train.checkpoint.checkpointer import Checkpointer, SaveFailed
 from train.checkpoint.commit import Committer, Fenced, Save, next_attempt
-from train.checkpoint.load import load
 from train.checkpoint.manifest import newest_intact, read_manifest, verify
-from train.checkpoint.stage import StagingBuffers
+from train.checkpoint.read_shards import load
+from train.checkpoint.staging import StagingBuffers
 
 torch.set_num_threads(1)
 

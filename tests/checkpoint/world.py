@@ -8,7 +8,7 @@ import torch
 
 from parallel.shard import Shard
 from train.checkpoint.checkpointer import Checkpointer, SaveResult
-from train.checkpoint.stage import DTYPES
+from train.checkpoint.staging import DTYPES
 
 
 def random_tensors(rng: random.Random, count: int, largest: int = 60) -> dict[str, torch.Tensor]:

@@ -323,7 +323,7 @@ def test_a_token_folder_is_data_by_itself(folder, cache, tmp_path):
 
 
 def test_a_large_token_folder_is_read_through_once(folder, cache, monkeypatch):
-    monkeypatch.setattr("train.data.store.ALWAYS_CHECKED", 100)
+    monkeypatch.setattr("train.data.token_store.ALWAYS_CHECKED", 100)
     prepare(config_of(folder, cache))
     (entry,) = (path for path in (cache / "tokens").iterdir() if path.is_dir())
     checksum, sizes = zlib.crc32, []

@@ -6,12 +6,12 @@ import torch
 from rich.console import Console
 
 from conf.load import compose
+from train.dry_run.assumed_rows import load_of
+from train.dry_run.dry_run_result import dry_run_screen, find
 from train.dry_run.expected import expect
 from train.dry_run.lone import PHASES, MeasuredRank
 from train.dry_run.piece import DryRunPiece, choose_piece, choose_rank
-from train.dry_run.record import dry_run_screen, find
-from train.dry_run.routing import load_of
-from train.layout import check_layout
+from train.loop.layout_check import check_layout
 from train.plan.job import with_nodes
 
 TINY = [

@@ -8,9 +8,9 @@ import torch
 from conf.errors import UserError
 from tests.dry_run.pieces import invented, piece_of, screen_of
 from train.dry_run import expected as module
+from train.dry_run.dry_run_result import find
 from train.dry_run.expected import again, expect
-from train.dry_run.record import find
-from train.plan.time.step import plan_time
+from train.plan.time.step_time import plan_time
 
 CPU = torch.device("cpu")
 JOB = ["parallel.pp=2", "parallel.dp=4", "parallel.ep=4", "batch_size=32", "hardware=h100"]

@@ -9,10 +9,10 @@ from conf.errors import UserError
 from conf.load import compose
 from tests.dry_run.pieces import TINY, piece_of, screen_of
 from train.dry_run import piece as module
+from train.dry_run.assumed_rows import load_of
 from train.dry_run.piece import choose_rank, shrunk
-from train.dry_run.routing import load_of
 from train.plan.job import with_nodes
-from train.plan.memory.rank import plan_memory
+from train.plan.memory.rank_memory import plan_memory
 
 CPU = torch.device("cpu")
 

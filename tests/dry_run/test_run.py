@@ -14,9 +14,9 @@ from parallel.pipeline.simulate import schedule_actions
 from tests.dry_run.pieces import piece_of
 from tests.ranks import run_processes
 from tests.small import train
+from train.dry_run.dry_run_result import FILE
 from train.dry_run.lone import run_alone
-from train.dry_run.record import FILE
-from train.plan.memory.rank import phases, rank_memory
+from train.plan.memory.rank_memory import phases, rank_memory
 
 TOLERANCE = 0.01
 """Of a peak: on a model this small, numbers and views of a few bytes that the plan leaves out come to some 0.3 %."""

@@ -14,14 +14,14 @@ from conf.errors import EXIT_OK, UserError
 from conf.load import compose
 from tests.ranks import run_processes
 from train.checkpoint.manifest import seal
+from train.checkpoint.weights import load_model
 from train.data.corpus import build_corpus
 from train.data.dataset import ValidationData
+from train.evaluate.evaluation_rank import run_rank
 from train.evaluate.observed import position_ranges
-from train.evaluate.rank import run_rank
 from train.evaluate.run import evaluate
 from train.evaluate.target import find_target
 from train.hf.export import export
-from train.weights import load_model
 
 torch.set_num_threads(1)
 

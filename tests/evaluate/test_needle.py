@@ -15,15 +15,15 @@ from conf.load import compose
 from parallel.mesh import Layout
 from parallel.pipeline.schedule import Pipeline
 from tests.ranks import run_processes
+from train.checkpoint.weights import load_model
 from train.data.corpus import build_corpus
 from train.data.tokenizer import load_tokenizer
+from train.evaluate.evaluation_rank import run_rank
 from train.evaluate.needle import GUESSING, KEYS, make_needles, needle_lines
-from train.evaluate.rank import run_rank
 from train.evaluate.retrieve import read_fillers, search_needles
 from train.evaluate.run import evaluate
 from train.evaluate.target import find_target
 from train.model.sequence import Positions
-from train.weights import load_model
 
 torch.set_num_threads(1)
 ASKED = ["evaluate.needle=[96,192]", "evaluate.needle_depths=[0,0.5,1]", "evaluate.needle_texts=3", "seq_len=192"]

@@ -5,7 +5,7 @@ from rich.console import Console
 
 from conf.load import compose
 from tests.metrics.test_wandb_items import EVALUATION, tables
-from train.evaluate import rank
+from train.evaluate import evaluation_rank as rank
 
 
 class Found:

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from bench.gpu import interpreter
-from parallel.expert import triton_rows
+from parallel.expert import triton_dispatch
 from parallel.expert.permute import Wanted, collect, fan_out, fan_out_of, fan_out_with_entries, hits
 from parallel.expert.wire import Fp8Wire
 
@@ -30,10 +30,10 @@ def test_a_fan_out_has_the_bits_of_the_plain_one(sources, experts, top_k, wanted
     ids_SK = order[:, :top_k].to(dtype)
     ids_SK[ids_SK == 3] = -1
     copies = int(hits(ids_SK, wanted).sum())
-    *ours, entry_C = triton_rows.place_hits(ids_SK, *wanted, copies)
+    *ours, entry_C = triton_dispatch.place_hits(ids_SK, *wanted, copies)
     fan = fan_out_of(ids_SK, wanted, copies)
     assert all(torch.equal(one, other) for one, other in zip(ours, fan, strict=True))
-    assert torch.equal(triton_rows.count_hits(ids_SK, *wanted).sum(0), hits(ids_SK, wanted).sum(0))
+    assert torch.equal(triton_dispatch.count_hits(ids_SK, *wanted).sum(0), hits(ids_SK, wanted).sum(0))
     if wanted.per_target == 1:
         assert torch.equal(entry_C, fan_out_with_entries(ids_SK, wanted, copies)[1])
 
@@ -47,7 +47,7 @@ def test_sums_have_the_bits_of_fp32_sums_rounded_once(sources, width):
     fan = fan_out(hits_SN, int(hits_SN.sum()))
     rows_CX = torch.randn(len(fan.copy_C), width + 8, generator=generator).bfloat16()[:, :width]
     wide_SX = torch.full((sources, width + 4), 7.0).bfloat16()
-    triton_rows.collect(rows_CX, fan.copy_C, fan.start_S, wide_SX[:, :width])
+    triton_dispatch.collect(rows_CX, fan.copy_C, fan.start_S, wide_SX[:, :width])
     # torch sums bf16 rows on a CPU in another way; in fp32 both add in the order of the targets
     expected = collect(rows_CX.float(), fan).bfloat16()
     assert torch.equal(wide_SX[:, :width], expected) and (wide_SX[:, width:] == 7).all()
@@ -64,5 +64,5 @@ def test_the_fp8_wire_has_the_bytes_of_the_plain_one(rows, width, dtype):
     for gradient, floor in ((False, wire.activation_floor), (True, wire.gradient_floor)):
         expected = wire.encode(x, gradient=gradient)
         ours = torch.full_like(expected, 255)
-        triton_rows.encode(x, ours, floor)
+        triton_dispatch.encode(x, ours, floor)
         assert torch.equal(ours, expected)

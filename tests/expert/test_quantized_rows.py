@@ -10,9 +10,9 @@ from parallel.expert.quantized_rows import QuantizedRows, dequantize
 from parallel.expert.wire import Fp8RowsWire, Fp8Wire
 from tests.expert.test_dispatch import groups_of
 from tests.ranks import run_ranks
-from train.kernels import build_kernels
-from train.precision.build import build_precision
-from train.precision.quantize import EagerCasts, quantize
+from train.kernels.choice import build_kernels
+from train.kernels.fp8.quantize import EagerCasts, quantize
+from train.kernels.precision import build_precision
 
 torch.set_num_threads(1)
 COUNTS = torch.tensor([30, 0, 129, 41])

@@ -8,9 +8,9 @@ from conf.schema import Model, Yarn
 from tests.model.test_parity import random_config
 from train.generate.cache import FIRST_COLUMNS, LatentCache, bytes_per_token, multi_head_bytes_per_token
 from train.generate.decoder import Decoder
-from train.kernels import build_kernels
+from train.kernels.choice import build_kernels
+from train.kernels.plain.high import HighPrecision
 from train.model.deepseek import DeepSeekV3
-from train.precision.high import HighPrecision
 
 torch.set_num_threads(1)
 FP32 = torch.float32

@@ -182,8 +182,8 @@ def repeated() -> tuple[list[str], list[str]]:
     import torch
 
     from tests.ghost import layers, ranks
-    from train.deterministic import repeat_bits
     from train.generate.sampling import draw
+    from train.kernels.deterministic import repeat_bits
 
     repeat_bits()
 

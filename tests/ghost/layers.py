@@ -16,7 +16,7 @@ from conf.load import compose
 from conf.schema import Optim
 from tests.ghost.log import Calls, recorded
 from tests.ghost.traffic import STAND_IN, traffic
-from train.kernels import choose_kernels
+from train.kernels.choice import choose_kernels
 from train.model.attention import AttentionInput
 from train.model.sequence import Positions
 from train.optim.adamw import AdamW

@@ -17,9 +17,9 @@ from tests.ghost.stand_ins import even_experts
 from tests.small import write_corpus
 from train.__main__ import main
 from train.dry_run import lone
+from train.dry_run.assumed_rows import load_of
 from train.dry_run.piece import choose_piece, choose_rank
-from train.dry_run.routing import load_of
-from train.layout import check_layout
+from train.loop.layout_check import check_layout
 from train.loop.step import TrainingStep
 from train.plan.job import with_nodes
 

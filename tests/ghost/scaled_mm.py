@@ -53,7 +53,7 @@ PRODUCTS = (
     ScaledProduct("grouped, 1x128 by 128x128", grouped=True, taken=False),
     ScaledProduct("grouped, a scale a row", grouped=True, right_recipe=ROWS),
 )
-"""As train/precision/hopper.py calls them, and what it would call if torch took it."""
+"""As train/kernels/fp8/hopper.py calls them, and what it would call if torch took it."""
 
 
 def _dense(product: ScaledProduct) -> Tensor:

@@ -8,9 +8,9 @@ from safetensors.torch import load_file, save_file
 
 from conf.schema import Model
 from tests.model import parity
-from train.hf.names import tensors
-from train.precision.formats import E4M3, Cast
-from train.precision.quantize import quantize_reference
+from train.hf.tensor_names import tensors
+from train.kernels.fp8.formats import E4M3, Cast
+from train.kernels.fp8.quantize import quantize_reference
 
 MODEL = {
     "vocab_size": 64,

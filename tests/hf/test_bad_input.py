@@ -16,15 +16,15 @@ from tests.checkpoint.world import checkpointers, save
 from tests.hf.small import FP8, MODEL, random_tensors, write_folder
 from tests.small import arguments, train
 from tests.test_read_json import BAD
+from train.checkpoint.run_folder import RunPaths
 from train.data.tokenizer import Tokenizer, load_tokenizer, train_bpe
 from train.evaluate.target import is_hf_folder
 from train.generate.source import start_token
 from train.hf.export import export
 from train.hf.folder import match, open_folder
-from train.hf.load import load_hf_model
-from train.hf.names import tensors
-from train.hf.tokenizer import check_tokenizer, write_tokenizer
-from train.run_folder import RunPaths
+from train.hf.tensor_names import tensors
+from train.hf.tokenizer_files import check_tokenizer, write_tokenizer
+from train.hf.whole_model import load_hf_model
 
 torch.set_num_threads(1)
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from train.hf.blocks import CAST, dequantize, requantize
-from train.precision.quantize import quantize_reference
+from train.kernels.fp8.quantize import quantize_reference
 
 torch.set_num_threads(1)
 

@@ -10,8 +10,8 @@ from conf.load import compose
 from conf.schema import Model, Yarn
 from tests.hf.small import FP8, MODEL, released_config
 from train.hf.config import check_recipe, config_json, read_model
-from train.hf.names import tensors
 from train.hf.plan import write_json
+from train.hf.tensor_names import tensors
 from train.model.count import count
 
 RELEASED = {

@@ -19,14 +19,14 @@ from tests.hf.small import FP8, random_tensors, read_folder, write_folder
 from tests.ranks import run_ranks
 from tests.small import MODEL, arguments
 from train.checkpoint.checkpointer import Checkpointer
+from train.checkpoint.run_folder import RunPaths
 from train.data.tokenizer import Tokenizer, train_bpe
 from train.hf.export import export
-from train.hf.names import tensors
-from train.kernels import build_kernels
+from train.hf.tensor_names import tensors
+from train.kernels.choice import build_kernels
 from train.loop.start import check_start, start_from
 from train.loop.state import State
 from train.parallelize import parallelize
-from train.run_folder import RunPaths
 
 torch.set_num_threads(1)
 
@@ -177,8 +177,8 @@ def test_other_types_and_averages(tmp_path, tokenizer):
 def double_averages(checkpoints: Path) -> None:
     """Write the newest checkpoint again, with averages that differ from the weights."""
     from tests.checkpoint.world import checkpointers, save
-    from train.checkpoint.load import TORCH, load
     from train.checkpoint.manifest import newest_intact, read_manifest
+    from train.checkpoint.read_shards import TORCH, load
 
     manifest = read_manifest(newest_intact(checkpoints).path)
     shards = {}

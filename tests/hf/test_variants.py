@@ -16,6 +16,7 @@ from parallel.shard import whole
 from tests.checkpoint.world import checkpointers, save
 from tests.hf.small import MODEL, SEQ_LEN, random_tensors, tokens, transformers_folder, write_folder
 from tests.small import arguments
+from train.checkpoint.run_folder import RunPaths
 from train.data.tokenizer import Tokenizer, train_bpe
 from train.evaluate.target import find_target
 from train.generate.decoder import Decoder
@@ -23,11 +24,10 @@ from train.generate.source import open_source
 from train.hf.config import check_recipe
 from train.hf.export import export
 from train.hf.folder import match, open_model
-from train.hf.load import load_hf_model
-from train.hf.tokenizer import write_tokenizer
+from train.hf.tokenizer_files import write_tokenizer
+from train.hf.whole_model import load_hf_model
 from train.loop.start import check_start
 from train.model.deepseek import DeepSeekV3
-from train.run_folder import RunPaths
 
 torch.set_num_threads(1)
 

@@ -8,7 +8,7 @@ import numpy as np
 from conf.load import compose, write_config
 from train.metrics.balance import balance_record, update_running
 from train.metrics.jsonl import JsonlSink
-from train.metrics.timeline import SampledStep, write_timeline
+from train.metrics.timeline_file import SampledStep, write_timeline
 
 
 def write_run(

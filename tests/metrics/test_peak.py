@@ -8,11 +8,11 @@ import pytest
 import torch
 
 from tests.ranks import run_processes
-from train.kernels import build_kernels
+from train.kernels.choice import build_kernels
+from train.kernels.cpu.compiled_kernels import CompiledKernels
+from train.kernels.plain.plain_kernels import Kernels
 from train.metrics import peak
 from train.metrics.peak import measured_peak, named_peak, peak_flops
-from train.model.compiled import CompiledKernels
-from train.model.kernels import Kernels
 
 PLAIN = Kernels()
 

@@ -10,8 +10,8 @@ from rich.console import Console
 from conf.errors import EXIT_OK
 from conf.load import compose, write_config
 from conf.schema import ROOT, Rate
-from train.cpu import cpu_name
-from train.kernels import build_kernels
+from train.kernels.choice import build_kernels
+from train.kernels.cpu.processor import cpu_name
 from train.metrics.jsonl import read_heads
 from train.metrics.planned import plan_rows, plan_words, planned
 from train.metrics.report import write_report

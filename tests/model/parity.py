@@ -4,7 +4,7 @@ import torch
 from transformers import DeepseekV3Config, DeepseekV3ForCausalLM
 
 from conf.schema import Model
-from train.hf import names
+from train.hf import tensor_names as names
 from train.model.deepseek import DeepSeekV3
 
 

@@ -3,9 +3,9 @@
 import pytest
 
 from conf.load import compose
+from train.kernels.plain.plain_kernels import Kernels
 from train.model.count import count, flops_per_token
 from train.model.deepseek import DeepSeekV3
-from train.model.kernels import Kernels
 from train.model.moe import Experts
 
 

@@ -5,14 +5,14 @@ import dataclasses
 import pytest
 import torch
 
-import train.native.model as native
+import train.kernels.cpu.libraries as native
 from conf.schema import Model, Recompute
 from tests.model.plain import Plain
-from train.kernels import build_kernels
+from train.kernels.choice import build_kernels
+from train.kernels.plain.high import HighPrecision
+from train.kernels.plain.plain_kernels import Kernels
 from train.model.deepseek import DeepSeekV3
 from train.model.init import initialise
-from train.model.kernels import Kernels
-from train.precision.high import HighPrecision
 
 torch.set_num_threads(1)
 

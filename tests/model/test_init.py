@@ -6,11 +6,11 @@ import torch
 
 from conf.schema import Model
 from tests.model.test_deepseek import CONFIG
-from train.kernels import build_kernels
+from train.kernels.choice import build_kernels
+from train.kernels.plain.high import HighPrecision
 from train.model import init
 from train.model.deepseek import DeepSeekV3
 from train.model.init import initialise
-from train.precision.high import HighPrecision
 
 torch.set_num_threads(1)
 

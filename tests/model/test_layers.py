@@ -8,7 +8,7 @@ from torch.nn import functional as F
 
 from conf.schema import Model, Yarn
 from conf.thresholds import THRESHOLDS
-from train.kernels import build_kernels
+from train.kernels.choice import build_kernels
 from train.model.attention import AttentionCore, AttentionInput
 from train.model.layers import Embedding, RMSNorm, swiglu
 from train.model.rope import Rope, rotate

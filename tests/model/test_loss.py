@@ -5,7 +5,7 @@ import torch
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from train.kernels import build_kernels
+from train.kernels.choice import build_kernels
 from train.model.loss import cross_entropy
 
 torch.set_num_threads(1)

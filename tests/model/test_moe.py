@@ -4,9 +4,9 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from train.kernels import build_kernels
+from train.kernels.choice import build_kernels
+from train.kernels.plain.high import HighPrecision
 from train.model.moe import LocalDispatcher
-from train.precision.high import HighPrecision
 
 torch.set_num_threads(1)
 

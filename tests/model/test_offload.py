@@ -10,13 +10,13 @@ from conf.schema import SELECTIVE
 from parallel.pipeline.host_store import HostStore
 from tests.model.test_deepseek import CONFIG
 from tests.model.test_recompute import LiveBytes
-from train.kernels import build_kernels
+from train.kernels.choice import build_kernels
+from train.kernels.fp8.fp8 import Fp8Precision, cpu_engine
+from train.kernels.plain.high import HighPrecision
+from train.kernels.plain.plain_kernels import Kernels
 from train.model.deepseek import DeepSeekV3
 from train.model.init import initialise
-from train.model.kernels import Kernels
 from train.model.offload import Offloaded
-from train.precision.fp8 import Fp8Precision, cpu_engine
-from train.precision.high import HighPrecision
 
 torch.set_num_threads(1)
 CPU = torch.device("cpu")

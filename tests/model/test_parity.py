@@ -8,9 +8,9 @@ import torch
 from conf.load import compose
 from conf.schema import Model, Recompute, Yarn
 from tests.model import parity
-from train.kernels import build_kernels
+from train.kernels.choice import build_kernels
+from train.kernels.plain.high import HighPrecision
 from train.model.deepseek import DeepSeekV3
-from train.precision.high import HighPrecision
 
 torch.set_num_threads(1)
 

@@ -9,11 +9,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from conf.schema import SELECTIVE, Recompute
 from tests.model.test_deepseek import CONFIG
-from train.kernels import build_kernels
+from train.kernels.choice import build_kernels
+from train.kernels.plain.high import HighPrecision
 from train.model.deepseek import DeepSeekV3
 from train.model.init import initialise
 from train.model.recompute import Recomputed
-from train.precision.high import HighPrecision
 
 torch.set_num_threads(1)
 

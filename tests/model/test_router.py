@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from conf.schema import Model
-from train.kernels import build_kernels
+from train.kernels.choice import build_kernels
 from train.model.router import Router
 from train.model.routing import RoutingRule, choose, top_indices
 

@@ -11,10 +11,10 @@ from conf.load import compose
 from conf.schema import SELECTIVE, Recompute
 from parallel.pipeline.graph import backward_of_weights, kept_graph
 from tests.model.test_deepseek import CONFIG, build
-from train.kernels import build_kernels
+from train.kernels.choice import build_kernels
+from train.kernels.precision import build_precision
 from train.model.deepseek import DeepSeekV3
 from train.model.init import initialise
-from train.precision.build import build_precision
 
 torch.set_num_threads(1)
 

@@ -9,13 +9,13 @@ from pathlib import Path
 import pytest
 import torch
 
-import train.native.model as native
+import train.kernels.cpu.libraries as native
 from parallel.pipeline.graph import backward_of_weights, kept_graph
-from train.model.compiled import CompiledKernels
-from train.model.fused import FusedKernels
-from train.model.kernels import Kernels
+from train.kernels.cpu.compiled_kernels import CompiledKernels
+from train.kernels.gpu.fused_kernels import FusedKernels
+from train.kernels.plain.high import HighPrecision
+from train.kernels.plain.plain_kernels import Kernels
 from train.model.loss import cross_entropy
-from train.precision.high import HighPrecision
 
 torch.set_num_threads(1)
 TESTS = Path(__file__).parent.parent
@@ -39,7 +39,7 @@ KERNELS = {
     reason="triton is not installed, so no kernel can be interpreted: the extra dev brings it on Linux",
 )
 def test_kernels_of_a_gpu_in_the_interpreter():
-    files = [str(TESTS / "model/interpreted_products.py"), str(TESTS / "optim/interpreted.py")]
+    files = [str(TESTS / f"kernels/gpu/interpreted_{name}.py") for name in ("products", "adamw")]
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--timeout=240", *files]
     run = subprocess.run(command, env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True)
     assert run.returncode == 0, run.stdout + run.stderr

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-import train.native.model as native
+import train.kernels.cpu.libraries as native
 from conf.schema import Optim
 from conf.thresholds import THRESHOLDS
 from train.optim.adamw import AdamW

@@ -16,16 +16,17 @@ from parallel.pipeline.simulate import Action
 from tests.small import environment
 from train.plan import reserve
 from train.plan.budget import Verdict, make_plan, verdict_of
-from train.plan.memory.rank import plan_memory, scene_of
+from train.plan.memory.rank_memory import plan_memory, scene_of
 from train.plan.reserve import reserve_of, tensor_memory
-from train.plan.search import bounds, candidates
+from train.plan.search import candidates
+from train.plan.search import lower_bounds as bounds
 from train.plan.search import search as searching
 from train.plan.search.candidates import Frame, frames
 from train.plan.search.changes import broken_rule, changed, fitted_ramp, overrides, write_parallel
 from train.plan.search.cures import WORTH, find_cures, find_stages
 from train.plan.search.search import search
 from train.plan.time.rates import load_rates
-from train.plan.time.step import plan_time
+from train.plan.time.step_time import plan_time
 
 SMALL = ("conf=tiny", "hardware=h800", "micro_batch_size=2", "batch_size=32")
 

@@ -29,7 +29,7 @@ from train.prove.evidence import Evidence, read_steps
 from train.prove.findings import Difference, ProofFindings
 from train.prove.judge import Judge
 from train.prove.layouts import PROOFS
-from train.prove.rank import EVIDENCE, run_pass
+from train.prove.proof_rank import EVIDENCE, run_pass
 
 TOGETHER, AT_A_TIME = 8, 2
 """Bugs in the same processes, and groups of such at a time: the ranks of one leave a core free now and then, and a judge takes one."""

@@ -52,7 +52,7 @@ def prove_rank(
     rank: int, path: str, world: int, store: str, patch: Callable[[], None] | None, proofs: Sequence[str]
 ) -> None:
     from conf.load import read_config
-    from train.prove.rank import run_rank
+    from train.prove.proof_rank import run_rank
 
     os.environ |= {"SLUICE_STORE": store, "GLOO_SOCKET_IFNAME": "lo"}
     if patch is not None:

@@ -10,6 +10,7 @@ import torch
 
 from conf.schema import Config
 from tests.prove.proofs import gather_evidence, small_proof
+from train.checkpoint.run_folder import RunPaths
 from train.prove.evidence import EVIDENCE, Evidence, read_steps
 from train.prove.findings import Difference, ProofFindings
 from train.prove.judge_high import WholeJudge
@@ -19,7 +20,6 @@ from train.prove.layouts import run_part, watched_steps
 from train.prove.parts import own_rows
 from train.prove.reference import plan_step
 from train.prove.samples import Samples
-from train.run_folder import RunPaths
 
 TINY = [
     "model.layers=2", "model.mtp_depth=1", "model.hidden=144", "model.expert_width=72", "model.heads=2", "model.vocab_size=41",

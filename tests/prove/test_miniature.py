@@ -12,8 +12,8 @@ from conf.load import compose, recipes
 from conf.micro_batches import batch_sizes
 from conf.schema import Config
 from parallel.pipeline.split import placement_of
-from train import gpu
-from train.layout import check_layout
+from train.kernels.gpu import device as gpu
+from train.loop.layout_check import check_layout
 from train.model.count import count
 from train.plan.job import layout_of
 from train.prove.miniature import CLIP, Miniature, shrink

@@ -13,6 +13,7 @@ from conf.load import compose
 from conf.schema import ROOT
 from tests.prove.proofs import gather_evidence, small_proof
 from tests.small import SMALL, environment
+from train.checkpoint.run_folder import RunPaths
 from train.metrics.proof_rows import report_rows
 from train.metrics.report import write_report
 from train.prove import judge as judging
@@ -25,7 +26,6 @@ from train.prove.layouts import PROOFS, in_layout, layout_name, second_layout
 from train.prove.miniature import shrink
 from train.prove.reference import choose, weight_shapes
 from train.prove.run import prove
-from train.run_folder import RunPaths
 
 ROOM = ["model.mtp_depth=2", "data.mask_documents=true", "optim.clip=0.1"]
 LAYOUTS = {

@@ -17,7 +17,7 @@ from parallel import exchange
 from parallel.mesh import Layout, build_mesh
 from parallel.zero.engine import Zero
 from tests.ranks import plain, run_ranks, tensor_of
-from train.kernels import build_kernels
+from train.kernels.choice import build_kernels
 from train.optim.adamw import AdamW, decays
 
 EXPERTS, STEPS = 4, 3

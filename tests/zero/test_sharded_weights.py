@@ -18,7 +18,7 @@ from parallel.zero.sharded_weights import find_units
 from tests.layouts import run_layout
 from tests.ranks import run_ranks
 from tests.small import arguments, metrics
-from train.kernels import build_kernels
+from train.kernels.choice import build_kernels
 from train.model.block import Block
 from train.model.mtp import MTP
 from train.parallelize import parallelize

@@ -27,8 +27,8 @@ from conf.errors import DiskFailed, UserError
 from parallel.shard import Shard
 from train.checkpoint.commit import Committer, Fenced, Save, SaveAbandoned
 from train.checkpoint.intervals import NotCovered, merge
-from train.checkpoint.load import load
-from train.checkpoint.stage import StagingBuffers
+from train.checkpoint.read_shards import load
+from train.checkpoint.staging import StagingBuffers
 
 PATIENCE = 0.8
 """Share of the timeout that a save has until the next one may go on without it: all other ranks may wait for this one by then."""
@@ -183,7 +183,7 @@ class Checkpointer:
         return results
 
     def load(self, path: Path, wanted: dict[str, Shard]) -> dict[str, Any]:
-        """As `train.checkpoint.load.load`; the checkpoint is never pruned as long as this object lives."""
+        """As `train.checkpoint.read_shards.load`; the checkpoint is never pruned as long as this object lives."""
         meta = load(path, wanted)
         self._protected = Path(path).resolve()
         return meta

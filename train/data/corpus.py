@@ -16,11 +16,11 @@ from pathlib import Path
 
 from conf.errors import UserError
 from conf.schema import Config, DataFormat, MixSource
-from train.data.files import Progress, unreadable
+from train.data.held_out import all_documents, long_documents, split, training_texts
 from train.data.packing import Documents
+from train.data.source_files import Progress, unreadable
 from train.data.sources import DocumentSource, format_of, no_text, open_source, sources_of
-from train.data.split import all_documents, long_documents, split, training_texts
-from train.data.store import VERSION, DamagedStore, StoreWriter, TokenStore, keep_text, locked, open_store
+from train.data.token_store import VERSION, DamagedStore, StoreWriter, TokenStore, keep_text, locked, open_store
 from train.data.tokenise import tokenise
 from train.data.tokenizer import SMALLEST_VOCAB, Tokenizer, check_fit, load_tokenizer, train_bpe
 

@@ -6,7 +6,7 @@ from typing import Any
 from conf.schema import Config
 from train.data.corpus import build_corpus, silent
 from train.data.dataset import TrainingData, ValidationData
-from train.data.files import Progress
+from train.data.source_files import Progress
 from train.data.tokenizer import Tokenizer
 
 

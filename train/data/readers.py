@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from typing import BinaryIO
 
 from conf.errors import UserError
-from train.data.files import SourceFile
+from train.data.source_files import SourceFile
 
 PIECE = 16 << 20
 """Bytes after which a text file is cut, at the next line end before."""

@@ -20,8 +20,8 @@ from typing import Protocol
 
 from conf.errors import UserError
 from conf.schema import Config, DataFormat, MixSource
-from train.data.files import Progress, SourceFile, digest_files, find_files, hash_id, unreadable
 from train.data.readers import read_jsonl, read_parquet, read_text, text_key_of
+from train.data.source_files import Progress, SourceFile, digest_files, find_files, hash_id, unreadable
 
 JSONL = (".jsonl", ".ndjson", ".jsonl.gz", ".jsonl.zst", ".ndjson.gz", ".ndjson.zst", ".json.gz", ".json.zst")
 PARQUET = (".parquet",)

@@ -23,7 +23,7 @@ from typing import BinaryIO
 
 import numpy as np
 
-from train.data.files import hash_id
+from train.data.source_files import hash_id
 from train.data.tokenizer import Tokenizer, in_parts
 
 TASK_BYTES = 1 << 20

@@ -21,7 +21,7 @@ from train.parallelize import split
 from train.plan.job import layout_of
 from train.plan.time.rates import LINKS, load_rates
 from train.plan.time.stages import Stages, require_rule
-from train.plan.time.step import StepTime, plan_time
+from train.plan.time.step_time import StepTime, plan_time
 from train.plan.time.update import UpdateTime, count_weights, update_time
 
 

@@ -23,9 +23,9 @@ from parallel.expert.stand_in import build_stand_in
 from parallel.mesh import build_mesh
 from parallel.pipeline.lone_stage import LoneStage
 from train.data.batch import Batch
+from train.dry_run.assumed_rows import group_of
 from train.dry_run.piece import DryRunPiece
-from train.dry_run.routing import group_of
-from train.kernels import choose_kernels
+from train.kernels.choice import choose_kernels
 from train.loop.step import TrainingStep
 from train.optim.schedules import StepPlan
 from train.parallelize import Parallelized, parallelize

@@ -19,7 +19,7 @@ from train.model.count import head_flops, layer_flops
 from train.parallelize import split
 from train.plan.job import layout_of
 from train.plan.memory.part import Scene
-from train.plan.memory.rank import plan_memory, rank_memory, scene_of
+from train.plan.memory.rank_memory import plan_memory, rank_memory, scene_of
 from train.plan.reserve import fragmentation
 
 CPU_WORK = 4e11

@@ -9,12 +9,12 @@ from cluster.launch import Place
 from conf.errors import EXIT_OK
 from conf.files import atomic_write_text
 from conf.schema import Config
+from train.dry_run.assumed_rows import load_of
+from train.dry_run.dry_run_result import FILE, dry_run_screen, find, record
 from train.dry_run.expected import expect
 from train.dry_run.lone import run_alone
 from train.dry_run.piece import choose_piece, choose_rank
-from train.dry_run.record import FILE, dry_run_screen, find, record
-from train.dry_run.routing import load_of
-from train.layout import check_layout
+from train.loop.layout_check import check_layout
 from train.plan.job import with_nodes
 from train.plan.time.rates import read_calibration
 from train.rank import choose_device

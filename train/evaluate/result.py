@@ -28,9 +28,9 @@ from typing import Any
 from rich.console import Console
 
 from conf.files import atomic_write_text
+from train.evaluate.held_out_sources import EvaluatedSource
 from train.evaluate.needle import NeedleCell, needle_lines
 from train.evaluate.observed import position_ranges
-from train.evaluate.sources import EvaluatedSource
 from train.loop.validation import Sums
 
 FILE = "evaluate.json"

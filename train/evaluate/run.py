@@ -7,12 +7,12 @@ from cluster.launch import Place, given_place, launch
 from conf.errors import UserError
 from conf.load import write_config
 from conf.schema import Config
+from train.checkpoint.run_folder import RunPaths
+from train.command.program import install_words
 from train.data.corpus import build_corpus
-from train.data.progress import show_progress
+from train.data.prepare_progress import show_progress
 from train.evaluate.needle import make_needles
 from train.evaluate.target import find_target
-from train.program import install_words
-from train.run_folder import RunPaths
 
 
 def evaluate(config: Config, alone: bool) -> int:
@@ -25,7 +25,7 @@ def evaluate(config: Config, alone: bool) -> int:
     if config.evaluate.needle:
         make_needles(target.config, corpus.tokenizer)  # which refuses what has no room for them
     folder = RunPaths(config).path / "evaluate"
-    command = [sys.executable, "-m", "train.evaluate.rank", str(folder / "config.yaml")]
+    command = [sys.executable, "-m", "train.evaluate.evaluation_rank", str(folder / "config.yaml")]
     if given_place() is None and (config.parallel.world > 1 or not alone):
         folder.mkdir(parents=True, exist_ok=True)
         write_config(config, command[-1])
@@ -33,7 +33,7 @@ def evaluate(config: Config, alone: bool) -> int:
 
 
 def _run_rank(config: Config, place: Place) -> int:
-    from train.evaluate.rank import run_rank  # imports torch, which the driver of other ranks can do without
+    from train.evaluate.evaluation_rank import run_rank  # imports torch, which the driver of other ranks can do without
 
     return run_rank(config, place)
 

@@ -8,7 +8,7 @@ from typing import Any
 from conf.errors import UserError
 from conf.schema import Config
 from train.checkpoint.manifest import read_manifest
-from train.run_folder import find_checkpoint
+from train.checkpoint.run_folder import find_checkpoint
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from train.generate.attention import latent_attention
+from train.generate.absorbed_attention import latent_attention
 from train.generate.cache import LatentCache, Slots
 from train.model.block import Block
 from train.model.deepseek import DeepSeekV3

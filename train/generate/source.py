@@ -9,17 +9,17 @@ from conf.errors import UserError
 from conf.read_json import read_json
 from conf.schema import Config
 from train.checkpoint.manifest import read_manifest
+from train.checkpoint.run_folder import find_checkpoint
+from train.checkpoint.trained_with import tokenizer_of
+from train.checkpoint.weights import load_model, require_memory
 from train.data.tokenizer import Tokenizer, check_fit, load_tokenizer, named_token
 from train.evaluate.target import is_hf_folder
 from train.generate.decoder import Decoder
 from train.hf.folder import open_model
-from train.hf.load import load_hf_model
-from train.hf.tokenizer import SETTINGS
-from train.kernels import build_kernels
-from train.precision.build import activation_dtype
-from train.run_folder import find_checkpoint
-from train.trained_with import tokenizer_of
-from train.weights import load_model, require_memory
+from train.hf.tokenizer_files import SETTINGS
+from train.hf.whole_model import load_hf_model
+from train.kernels.choice import build_kernels
+from train.kernels.precision import activation_dtype
 
 FIELD = "generate.checkpoint"
 

@@ -22,8 +22,8 @@ import torch
 from torch import Tensor
 
 from train.hf.config import BLOCK, scale_shape
-from train.precision.formats import E4M3, Cast
-from train.precision.quantize import blocked, quantize, unblocked
+from train.kernels.fp8.formats import E4M3, Cast
+from train.kernels.fp8.quantize import blocked, quantize, unblocked
 
 CAST = Cast(E4M3, (BLOCK, BLOCK), pow2=False)
 TOP_BINADE = (448.0, 416.0, 384.0, 352.0, 320.0, 288.0, 256.0, 240.0)

@@ -10,7 +10,7 @@ from conf.check import check_model
 from conf.errors import UserError
 from conf.read_json import read_json
 from conf.schema import Config, Model, Yarn
-from train.hf.fields import FIELDS, FIXED, FIXED_ELSEWHERE, HARMLESS, QUANTISED, READ_APART, ROPE, ROPE_NUMBERS
+from train.hf.config_fields import FIELDS, FIXED, FIXED_ELSEWHERE, HARMLESS, QUANTISED, READ_APART, ROPE, ROPE_NUMBERS
 
 SHOWN = 6
 """Names in an error message."""

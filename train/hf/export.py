@@ -23,20 +23,20 @@ from conf.files import fsync_folder
 from conf.schema import Config, Model
 from conf.words import one_line, say
 from parallel.shard import Shard
-from train.checkpoint.load import TORCH, FolderFiles, fill
 from train.checkpoint.manifest import Manifest, read_manifest
-from train.data.files import Progress
-from train.data.progress import show_progress
+from train.checkpoint.read_shards import TORCH, FolderFiles, fill
+from train.checkpoint.run_folder import find_checkpoint
+from train.checkpoint.trained_with import tokenizer_of
+from train.data.prepare_progress import show_progress
+from train.data.source_files import Progress
 from train.hf.blocks import requantize
-from train.hf.card import CARD, model_card
 from train.hf.config import BLOCK, GROUP_TOP_K, LATENT_NORM_EPS, config_json
 from train.hf.folder import INDEX
-from train.hf.names import tensors
+from train.hf.model_card import CARD, model_card
 from train.hf.plan import PlannedFile, Written, fates, index_json, left_out, lines, plan, source_name, write_json
-from train.hf.tokenizer import write_tokenizer
+from train.hf.tensor_names import tensors
+from train.hf.tokenizer_files import write_tokenizer
 from train.hf.write import PieceWriter
-from train.run_folder import find_checkpoint
-from train.trained_with import tokenizer_of
 
 CHUNK = 1 << 24
 """Elements that are converted at a time, at most: 64 MB in fp32."""

@@ -15,7 +15,7 @@ from conf.errors import UserError
 from conf.read_json import read_json
 from conf.schema import Model
 from train.hf.config import BLOCK, read_model, scale_shape, some
-from train.hf.names import MTP_NAMES, SCALE, Placed, tensors
+from train.hf.tensor_names import MTP_NAMES, SCALE, Placed, tensors
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"

@@ -11,7 +11,7 @@ from conf.errors import UserError
 from conf.schema import ExportType
 from train.checkpoint.manifest import Manifest
 from train.hf.config import scale_shape
-from train.hf.names import SCALE, Placed
+from train.hf.tensor_names import SCALE, Placed
 from train.hf.write import Out
 
 LEFT_OUT = {

@@ -18,7 +18,7 @@ from parallel.shard import Shard
 from train.hf.blocks import dequantize
 from train.hf.config import BLOCK
 from train.hf.folder import FP8, Folder
-from train.hf.names import SCALE, Placed
+from train.hf.tensor_names import SCALE, Placed
 
 CHUNK = 1 << 23
 """Elements that are converted at a time, about: 32 MB in fp32."""

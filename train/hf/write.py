@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from train.checkpoint.stage import DTYPES, SIZES, safetensors_header
+from train.checkpoint.staging import DTYPES, SIZES, safetensors_header
 
 
 @dataclass(frozen=True)

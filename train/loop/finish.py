@@ -10,6 +10,8 @@ from conf.errors import EXIT_OK, EXIT_STOPPED, UserError
 from conf.files import atomic_write_json
 from conf.schema import Config
 from train.checkpoint.manifest import newest_intact, read_manifest
+from train.checkpoint.run_folder import RunPaths
+from train.checkpoint.weights import fits_here
 from train.data.tokenizer import Tokenizer
 from train.generate.complete import complete
 from train.generate.source import from_checkpoint
@@ -20,8 +22,6 @@ from train.metrics.planned import plan_rows, plan_words
 from train.metrics.report import SAMPLE, write_report
 from train.metrics.screens import final_screen, stopped_screen
 from train.metrics.series import read_series
-from train.run_folder import RunPaths
-from train.weights import fits_here
 
 SAMPLE_TEMPERATURE = 0.8
 

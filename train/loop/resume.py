@@ -5,22 +5,22 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from conf.changed_settings import changed
 from conf.errors import UserError
 from conf.schema import Config
 from parallel.exchange import from_rank_0, gather
 from parallel.shard import Shard
 from train.checkpoint.checkpointer import Checkpointer
-from train.checkpoint.load import fill
 from train.checkpoint.manifest import Damaged, manifest_of, newest_intact, read_manifest
-from train.checkpoint.memory import MemoryCopies
+from train.checkpoint.memory_copies import MemoryCopies
+from train.checkpoint.read_shards import fill
+from train.checkpoint.run_folder import RunPaths, resume_point
+from train.checkpoint.trained_with import require_model, require_tokenizer
 from train.data.prepare import Prepared
 from train.data.tokenizer import Tokenizer
 from train.hf.folder import Folder, Stored
-from train.loop.changed_settings import changed
 from train.loop.start import check_start, start_from
 from train.loop.state import State
-from train.run_folder import RunPaths, resume_point
-from train.trained_with import require_model, require_tokenizer
 
 
 @dataclass

@@ -11,7 +11,7 @@ from conf.schema import Config
 from train.data.tokenizer import Tokenizer
 from train.hf.config import check_recipe
 from train.hf.folder import Folder, match, open_model
-from train.hf.tokenizer import check_tokenizer
+from train.hf.tokenizer_files import check_tokenizer
 
 if TYPE_CHECKING:
     from train.loop.state import State

@@ -13,6 +13,7 @@ from itertools import chain
 from typing import Any
 
 from cluster.run_files import step_name
+from conf.changed_settings import settings_of
 from conf.disk import disk_errors
 from conf.errors import EXIT_DIVERGED, EXIT_OK, EXIT_STOPPED, DiskFailed, RunEnded
 from conf.micro_batches import share_of
@@ -20,28 +21,27 @@ from conf.schema import Config
 from conf.words import say
 from parallel.exchange import gather
 from train.checkpoint.checkpointer import Checkpointer, SaveResult
-from train.checkpoint.memory import MemoryCopies
+from train.checkpoint.memory_copies import MemoryCopies
+from train.checkpoint.run_folder import RunPaths
 from train.data.batch import Batch
 from train.data.prefetch import Prefetch
 from train.data.prepare import Prepared
-from train.loop.changed_settings import settings_of
+from train.kernels.fp8.health import Report, merge
 from train.loop.measure import Measured
 from train.loop.nonfinite import SHOWN, Origin, RankSaw, Watch, bad_weights, find_origin
+from train.loop.peak_memory import peak_memory
 from train.loop.rank_progress import RankProgress
 from train.loop.state import State
 from train.loop.step import TrainingStep
 from train.loop.stop import StopKind, StopRequest
-from train.loop.timeline import TimelineSampler
+from train.loop.timeline_sampler import TimelineSampler
 from train.loop.validation import held_out_loss
-from train.memory import peak_memory
 from train.metrics.balance import balance_record
 from train.metrics.wandb_items import checkpoint
 from train.metrics.writer import MetricsWriter
 from train.optim.schedules import Schedules, StepPlan
 from train.parallelize import Parallelized
-from train.precision.health import Report, merge
 from train.rank import RankSetup
-from train.run_folder import RunPaths
 
 
 class Diverged(RunEnded):

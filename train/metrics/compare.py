@@ -15,17 +15,17 @@ from typing import Any
 import numpy as np
 import plotly.graph_objects as go
 
+from conf.changed_settings import flat
 from conf.errors import UserError
 from conf.files import atomic_write_text
 from conf.schema import Config
-from train.loop.changed_settings import flat
 from train.metrics.headline import clipped, last, median, tail_mean
 from train.metrics.jsonl import FILE
 from train.metrics.names import SCALARS
-from train.metrics.page import HOW_TO_READ, closing, figure_html, opening, table
 from train.metrics.plot import COLOURS, Curve, Figure, add_curve, log_axis, look
 from train.metrics.progress import short
 from train.metrics.report import read_settings, write_report
+from train.metrics.report_page import HOW_TO_READ, closing, figure_html, opening, table
 from train.metrics.series import Series, read_series
 
 PAGE, OF_A_SWEEP = "comparison.html", "sweep.html"

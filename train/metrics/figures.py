@@ -29,7 +29,7 @@ from train.metrics.plot import (
     style,
 )
 from train.metrics.series import Series
-from train.metrics.timeline import SampledStep
+from train.metrics.timeline_file import SampledStep
 
 LOAD_COLOURS = [[0.0, "#0b3c5d"], [0.166, "#7fb2d6"], [0.333, "#f7f7f7"], [0.6, "#f4a582"], [1.0, "#8c1c13"]]
 """From blue (no token) over white (fair share, a third of the scale) to red (three fair shares and more)."""

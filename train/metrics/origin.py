@@ -33,7 +33,7 @@ from conf.errors import UserError
 from conf.files import atomic_write_json
 from conf.schema import ROOT
 from train import __version__
-from train.program import COMMAND, typed_command
+from train.command.program import COMMAND, typed_command
 
 FILE = "starts.json"
 KEPT = 100

@@ -18,8 +18,8 @@ from typing import Any, NamedTuple
 import torch
 
 from conf.files import atomic_write_json
-from train.cpu import cpu_name
-from train.model.kernels import Kernels
+from train.kernels.cpu.processor import cpu_name
+from train.kernels.plain.plain_kernels import Kernels
 
 NAMED = (
     (r"\bB200\b", 2250e12),

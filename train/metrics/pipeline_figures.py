@@ -8,7 +8,7 @@ import plotly.graph_objects as go
 
 from train.metrics.plot import BLUE, GREEN, IDLE, ORANGE, PURPLE, SKY, Curve, Figure, curves, figure, look
 from train.metrics.series import Series
-from train.metrics.timeline import SampledStep
+from train.metrics.timeline_file import SampledStep
 
 ROWS, BARS = 16, 12_000
 """Pipeline ranks and actions that the picture draws, at most."""

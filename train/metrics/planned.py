@@ -11,11 +11,11 @@ from typing import Any
 
 from conf.errors import UserError
 from conf.schema import Config
-from train.cpu import cpu_name
+from train.kernels.cpu.processor import cpu_name
 from train.metrics.headline import last, median
 from train.metrics.names import Record
+from train.metrics.quantities import error, gib, seconds, share
 from train.metrics.series import Series
-from train.metrics.words import error, gib, seconds, share
 
 FILE = "plan.json"
 PARTS = {

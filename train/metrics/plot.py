@@ -118,7 +118,7 @@ def add_tokens_axis(plot: go.Figure, series: Series) -> None:
 
 
 def look(plot: go.Figure, height: int = 320) -> go.Figure:
-    """The look that all figures share; train/metrics/page.py adds what depends on light or dark."""
+    """The look that all figures share; train/metrics/report_page.py adds what depends on light or dark."""
     plot.update_layout(
         height=height,
         margin={"l": 70, "r": 20, "t": 30, "b": 50},

@@ -22,15 +22,15 @@ from train.metrics.headline import findings, headline
 from train.metrics.jsonl import FILE
 from train.metrics.names import EVENTS, SCALARS
 from train.metrics.origin import Start, code_words, read_starts
-from train.metrics.page import HOW_TO_READ, cards_html, closing, figure_html, opening, table
 from train.metrics.planned import Row, plan_rows
 from train.metrics.plot import FEW, Figure
 from train.metrics.progress import short
 from train.metrics.proof_rows import report_rows
+from train.metrics.quantities import gib
+from train.metrics.report_page import HOW_TO_READ, cards_html, closing, figure_html, opening, table
 from train.metrics.screens import printable
 from train.metrics.series import POINTS, Series, read_series
-from train.metrics.timeline import SampledStep, read_timeline
-from train.metrics.words import gib
+from train.metrics.timeline_file import SampledStep, read_timeline
 
 REPORT = "report.html"
 SAMPLE = "sample.json"

@@ -7,9 +7,9 @@ from pathlib import Path
 from rich.console import Console
 from rich.table import Table
 
+from conf.changed_settings import flat, settings_of
 from conf.schema import Config
 from conf.screen import Terminal
-from train.loop.changed_settings import flat, settings_of
 from train.metrics.compare import varied
 from train.metrics.headline import last, median
 from train.metrics.jsonl import FILE

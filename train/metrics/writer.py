@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from cluster.launch import given_attempt
+from conf.changed_settings import settings_of
 from conf.errors import EXIT_DIVERGED, DiskFailed
 from conf.schema import Config
 from conf.words import say
-from train.loop.changed_settings import settings_of
 from train.metrics.goodput import GoodputRecord, last_failure
 from train.metrics.jsonl import FILE, JsonlSink
 from train.metrics.names import Record

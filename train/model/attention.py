@@ -1,7 +1,7 @@
 """The attention core, softmax(scale q k^T) v, of queries that see some of the keys: the one place that says what it takes and returns.
 
 `AttentionCore` is that in torch's operations on any device, the reference of all others: compiled code for bf16 on a CPU
-(train/model/compiled_attention.py), and torch's kernels on a GPU (train/model/fused_attention.py). Who sees whom comes as
+(train/kernels/cpu/compiled_attention.py), and torch's kernels on a GPU (train/kernels/gpu/fused_attention.py). Who sees whom comes as
 rectangles (train/model/sequence.py): whole sequences and packed documents are squares with a diagonal, and what ranks that
 share sequences ask of one another is any. Nothing above a diagonal or between documents is computed, or kept as a mask.
 

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from conf.schema import Model, Recompute
+from train.kernels.plain.plain_kernels import Kernels
 from train.model.block import Block
-from train.model.kernels import Kernels
 from train.model.layers import Embedding, LayerPrecision, RMSNorm
 from train.model.loss import cross_entropy
 from train.model.moe import Dispatcher, LocalDispatcher

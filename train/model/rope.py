@@ -80,7 +80,7 @@ def turn_queries(q_BTHQ: Tensor, table: Tensor, nope: int) -> Tensor:
 
 
 class PlainHeads(torch.autograd.Function):
-    """`train.model.kernels.Kernels.to_heads`."""
+    """`train.kernels.plain.plain_kernels.Kernels.to_heads`."""
 
     @staticmethod
     def forward(ctx, q_BTHQ, kv_BTHX, k_rope_BTR, table, nope: int):

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from conf.schema import Model
-from train.model.kernels import Kernels
+from train.kernels.plain.plain_kernels import Kernels
 from train.model.needed import gradients_needed
 from train.model.routing import RoutingRule
 from train.model.sequence import Positions

@@ -49,7 +49,7 @@ def count(ids: Tensor, experts: int) -> Tensor:
 
 
 class Route(torch.autograd.Function):
-    """`train.model.kernels.Kernels.route`: one backward for the gates and the balance loss."""
+    """`train.kernels.plain.plain_kernels.Kernels.route`: one backward for the gates and the balance loss."""
 
     @staticmethod
     def forward(ctx, logits_BTE, bias_E, rule: RoutingRule, balance_weight: float, counters, positions: Positions):

@@ -22,7 +22,7 @@ from torch.autograd.function import once_differentiable
 from train.model.needed import gradients_needed, node_of, will_accumulate
 
 if TYPE_CHECKING:
-    from train.model.kernels import Kernels
+    from train.kernels.plain.plain_kernels import Kernels
 
 Wgrad = Callable[[torch.dtype, Tensor | None], Tensor]
 """The product: given the format of the gradient, and either the fp32 sum that it adds to and returns, or None."""

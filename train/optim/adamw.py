@@ -1,6 +1,6 @@
 """AdamW with fp32 weights and bf16 moments (paper 3.3.3), on the flat shards that ZeRO hands over.
 
-torch's fused kernel is the reference; CPUs with AVX2 run compiled code (train/native/adamw.cpp), GPUs train/optim/triton_adamw.py.
+torch's fused kernel is the reference; CPUs with AVX2 run compiled code (train/kernels/cpu/adamw.cpp), GPUs train/kernels/gpu/triton_adamw.py.
 """
 
 from collections.abc import Sequence
@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from conf.schema import Optim, Precision
 from conf.thresholds import THRESHOLDS
 from parallel.shard import GradientHandover
-from train.native.kernel import Array, Kernel, Number, Size, Struct, Threads
-from train.native.model import library
+from train.kernels.cpu.cpp_function import Array, Kernel, Number, Size, Struct, Threads
+from train.kernels.cpu.libraries import library
 
 VECTOR = 16
 """Elements of torch's widest vectors. What is left over at the end of a tensor it computes one by one, in double."""
@@ -72,7 +72,7 @@ class AdamW(torch.optim.Optimizer):
     def sums_of_squares(self, pieces: Sequence[Tensor]) -> Tensor:
         """Of every flat fp32 tensor, in fp64: (pieces,)."""
         if pieces and pieces[0].is_cuda:
-            from train.optim import triton_adamw
+            from train.kernels.gpu import triton_adamw
 
             return triton_adamw.sums_of_squares(pieces)
         sums = [self._sum_of_squares(piece) for piece in pieces]
@@ -152,13 +152,13 @@ def _update_on_gpu(
     held: tuple[Tensor, ...], gradients: Sequence[Tensor], group: dict, count: int, factor: Tensor | float | None
 ) -> None:
     """The same in one launch for all pieces of the gradient. held: weight and moments, flat."""
-    from train.optim import triton_adamw
+    from train.kernels.gpu import triton_adamw
 
     triton_adamw.update(*held, gradients, **_settings(group, count, factor))
 
 
 def _settings(group: dict, count: int, factor: Tensor | float | None) -> dict[str, float]:
-    """What the update number `count` multiplies with, see `Settings` of train/native/adamw.cpp."""
+    """What the update number `count` multiplies with, see `Settings` of train/kernels/cpu/adamw.cpp."""
     (beta1, beta2), lr = group["betas"], group["lr"]
     return {
         "factor": 1.0 if factor is None else float(factor), "lerp": 1 - beta1,

@@ -4,12 +4,12 @@ from dataclasses import dataclass
 from enum import StrEnum
 
 from conf.schema import Config
-from train.layout import check_layout
+from train.loop.layout_check import check_layout
 from train.optim.schedules import Schedules
 from train.plan.job import device_memory, layout_of, require_hardware, require_host, with_nodes
-from train.plan.memory.rank import RankMemory, host_bytes, host_lacking, plan_memory
+from train.plan.memory.rank_memory import RankMemory, host_bytes, host_lacking, plan_memory
 from train.plan.reserve import reserve_of
-from train.plan.time.step import StepTime, plan_time
+from train.plan.time.step_time import StepTime, plan_time
 
 HOUR, KWH_IN_JOULES, TRILLION = 3600.0, 3.6e6, 1e12
 

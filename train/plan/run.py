@@ -8,9 +8,9 @@ from conf.errors import EXIT_OK
 from conf.files import atomic_write_text
 from conf.schema import Config
 from train.plan.budget import make_plan
-from train.plan.report.page import PAGE, write_page
-from train.plan.report.record import FILE, plan_record
-from train.plan.report.screen import calibration_screen, plan_screen, search_screen
+from train.plan.report.plan_page import PAGE, write_page
+from train.plan.report.plan_record import FILE, plan_record
+from train.plan.report.plan_screen import calibration_screen, plan_screen, search_screen
 from train.plan.search.changes import write_parallel
 from train.plan.search.cures import find_cures, find_split, find_stages
 from train.plan.search.search import Search, search

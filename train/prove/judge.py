@@ -25,10 +25,11 @@ import torch
 from torch import Tensor
 
 from conf.schema import Config
+from train.checkpoint.run_folder import RunPaths
+from train.kernels.plain.plain_kernels import Kernels
+from train.kernels.precision import build_precision
 from train.model.deepseek import DeepSeekV3
 from train.model.init import initialise
-from train.model.kernels import Kernels
-from train.precision.build import build_precision
 from train.prove import reference
 from train.prove.bounds import UNIT, Bound, averaged, chosen, coarsest, computed
 from train.prove.comparisons import size_of
@@ -43,7 +44,6 @@ from train.prove.layouts import PROOFS, run_part, save_step, watched_steps
 from train.prove.reference import Watched
 from train.prove.samples import initial_biases, initial_weights
 from train.prove.shaken import ReferenceStep, Shaken, run_step
-from train.run_folder import RunPaths
 
 
 def judge_all(config: Config) -> ProofFindings:

@@ -13,7 +13,7 @@ from cluster.run_files import step_name
 from conf.errors import UserError
 from conf.schema import Config, Optim
 from parallel.shard import whole
-from train.checkpoint.load import load
+from train.checkpoint.read_shards import load
 from train.prove import reference
 from train.prove.bounds import UNIT, Bound, averaged
 from train.prove.comparisons import Comparisons

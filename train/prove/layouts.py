@@ -8,7 +8,7 @@ from math import gcd
 from conf.check import check
 from conf.errors import UserError
 from conf.schema import Config, Parallel, Precision
-from train.layout import check_layout
+from train.loop.layout_check import check_layout
 from train.optim.schedules import Schedules
 
 

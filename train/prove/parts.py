@@ -22,6 +22,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from train.kernels.fp8.fp8 import Fp8Precision
+from train.kernels.plain.high import HighPrecision
 from train.model.attention import AttentionInput
 from train.model.deepseek import DeepSeekV3, Head
 from train.model.layers import Linear, RMSNorm
@@ -29,8 +31,6 @@ from train.model.mla import MLA
 from train.model.moe import MoE
 from train.model.recompute import is_repeated
 from train.model.router import Router
-from train.precision.fp8 import Fp8Precision
-from train.precision.high import HighPrecision
 from train.prove.evidence import Evidence
 
 TILE = 128

@@ -12,7 +12,7 @@ from cluster.launch import Place, given_place, launch
 from conf.errors import EXIT_CRASH, EXIT_OK, UserError
 from conf.load import write_config
 from conf.schema import Config
-from train.layout import check_layout
+from train.loop.layout_check import check_layout
 from train.metrics.proof_rows import CARD, FILE
 from train.prove.layouts import PROOFS, in_layout, layout_name, second_layout
 
@@ -49,7 +49,7 @@ def prove(config: Config, alone: bool) -> int:
 
 def _launch(small: Config, folder: Path, alone: bool) -> int:
     """Let the ranks run. What one rank saves, two read, where this process may start them; else as many as saved it."""
-    command = [sys.executable, "-m", "train.prove.rank", str(folder / "config.yaml")]
+    command = [sys.executable, "-m", "train.prove.proof_rank", str(folder / "config.yaml")]
     other = in_layout(small, second_layout(small, 2))
     if small.parallel.world > 1 or given_place() is not None or other.parallel == small.parallel:
         return launch(small, folder, command, partial(_run_rank, parts=(0, 1)), alone)
@@ -58,7 +58,7 @@ def _launch(small: Config, folder: Path, alone: bool) -> int:
 
 
 def _run_rank(config: Config, place: Place, parts: Sequence[int]) -> int:
-    from train.prove.rank import run_rank  # imports torch, which the driver of other ranks can do without
+    from train.prove.proof_rank import run_rank  # imports torch, which the driver of other ranks can do without
 
     return run_rank(config, place, parts=parts)
 

@@ -13,7 +13,7 @@ from bench.gpu.machine import Machine
 from conf.load import compose
 from conf.schema import ROOT
 from tests.bench.gpu.test_run import SCHEMA
-from train.layout import check_layout
+from train.loop.layout_check import check_layout
 from train.plan.job import with_nodes
 
 

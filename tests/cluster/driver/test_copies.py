@@ -21,7 +21,7 @@ from tests.cluster.local_fleet import ForkingAgent, LocalFleet
 from tests.hold import HOLD, hold_at
 from tests.layouts import run_layout
 from tests.small import arguments, trajectory
-from train.plan.layouts import write_layouts
+from train.plan.smaller_layouts import write_layouts
 
 SIZES = ["steps=12", "batch_size=12", "parallel.dp=3", "log.progress=false", "log.sample_tokens=0"]
 

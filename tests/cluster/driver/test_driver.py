@@ -177,7 +177,7 @@ def test_a_dead_agent_is_started_again(tmp_path):
 def test_the_plan_that_a_driver_starts_lets_a_run_go_on_with_a_smaller_ep(tmp_path):
     toy = ["model.hidden=32", "model.layers=2", "model.experts=8", "model.vocab_size=512", "seq_len=32"]
     run = Run(tmp_path, "parallel.ep=2", "steps=100000", *toy, nodes=2, dp=2)
-    run.driver._planner = [sys.executable, "-m", "train.plan.layouts", str(run.folder / "config.yaml"), "cpu"]
+    run.driver._planner = [sys.executable, "-m", "train.plan.smaller_layouts", str(run.folder / "config.yaml"), "cpu"]
     note = run.driver.view.note
 
     def follow(kind: str, text: str) -> None:

@@ -6,7 +6,7 @@ import pytest
 
 from conf.load import compose
 from train.plan.memory.part import Run, Scene, seen_by, trace_backward, trace_forward
-from train.plan.memory.rank import scene_of
+from train.plan.memory.rank_memory import scene_of
 
 UNSEEN = ("dispatch", "wire", "ep", "ranks_per_node", "load")
 

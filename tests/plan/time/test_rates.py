@@ -9,15 +9,15 @@ import torch
 from conf.errors import UserError
 from conf.load import compose
 from conf.schema import Rate
-from train.cpu import cpu_name
-from train.kernels import build_kernels
+from train.kernels.choice import build_kernels
+from train.kernels.cpu.processor import cpu_name
+from train.kernels.fp8.products import CpuEngine
 from train.plan.time import rates
 from train.plan.time.calibrate import fit_rate
-from train.plan.time.kernels import KernelCases
 from train.plan.time.rates import Rates, load_rates
-from train.plan.time.step import plan_time
+from train.plan.time.step_time import plan_time
+from train.plan.time.timed_calls import KernelCases
 from train.plan.time.work import Work
-from train.precision.products import CpuEngine
 
 # DeepGEMM README at 55ab91f, H800, FP8 operands and bf16 results: groups, M, N, K, TFLOP/s.
 FPROP = [

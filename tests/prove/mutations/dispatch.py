@@ -9,9 +9,9 @@ from parallel.expert.dispatcher import ChainDispatcher
 from parallel.expert.node_limited import NodeLimitedDispatcher
 from tests.prove.mutations.registry import BACKWARD, FORWARD, OURS, mutation
 from tests.prove.mutations.seams import Seams
+from train.kernels.plain.high import HighPrecision
+from train.kernels.plain.plain_kernels import Kernels
 from train.model import moe
-from train.model.kernels import Kernels
-from train.precision.high import HighPrecision
 
 
 @mutation(

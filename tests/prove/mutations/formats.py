@@ -7,12 +7,13 @@ import torch
 from tests.prove.mutations.fp8 import ATTENTION, EXPERTS, LOW, MADE, WEIGHTS, with_recipe, with_rules
 from tests.prove.mutations.registry import BACKWARD, FORWARD, OURS, mutation
 from tests.prove.mutations.seams import Seams
-from train.precision import recipe, swiglu
-from train.precision.compiled import CompiledCasts
-from train.precision.compiled_engine import CompiledEngine
-from train.precision.formats import E4M3, E5M2, E5M6, TILE, Cast
-from train.precision.quantize import Quantized
-from train.precision.recipe import OperandRule, Recipe
+from train.kernels.fp8 import cast_rules as recipe
+from train.kernels.fp8 import swiglu
+from train.kernels.fp8.cast_rules import OperandRule, Recipe
+from train.kernels.fp8.compiled_casts import CompiledCasts
+from train.kernels.fp8.compiled_engine import CompiledEngine
+from train.kernels.fp8.formats import E4M3, E5M2, E5M6, TILE, Cast
+from train.kernels.fp8.quantize import Quantized
 
 # --- Formats and caches -----------------------------------------------------------------------------------------------
 

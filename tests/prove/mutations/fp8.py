@@ -8,13 +8,14 @@ from torch import Tensor
 
 from tests.prove.mutations.registry import BACKWARD, FORWARD, OURS, mutation
 from tests.prove.mutations.seams import Seams
-from train.model.kernels import added
-from train.precision import experts, fp8, linear, recipe
-from train.precision.compiled import CompiledCasts
-from train.precision.compiled_engine import CompiledEngine
-from train.precision.groups import Groups
-from train.precision.quantize import Quantized, fitted
-from train.precision.recipe import OperandRule, Recipe
+from train.kernels.fp8 import cast_rules as recipe
+from train.kernels.fp8 import experts, fp8, linear
+from train.kernels.fp8.cast_rules import OperandRule, Recipe
+from train.kernels.fp8.compiled_casts import CompiledCasts
+from train.kernels.fp8.compiled_engine import CompiledEngine
+from train.kernels.fp8.groups import Groups
+from train.kernels.fp8.quantize import Quantized, fitted
+from train.kernels.plain.plain_kernels import added
 
 LOW = "recipe"
 WEIGHTS = "gradients of (single )?weights"

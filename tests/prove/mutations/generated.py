@@ -21,14 +21,14 @@ from tests.prove.mutations.seams import Seams
 MODULES = {
     "train.model.routing": "copies", "train.model.router": "copies", "train.model.moe": "copies", "train.model.mla": "copies",
     "train.model.rope": "copies", "train.model.attention": "copies", "train.model.loss": "copies", "train.model.mtp": "copies",
-    "train.model.deepseek": "copies", "train.model.kernels": "copies", "train.model.block": "copies", "train.model.layers": "copies",
+    "train.model.deepseek": "copies", "train.kernels.plain.plain_kernels": "copies", "train.model.block": "copies", "train.model.layers": "copies",
     "train.model.sequence": "shared", "train.model.shared_attention": "shared", "parallel.context": "shared",
     "parallel.expert.all_to_all": "experts", "parallel.expert.dispatcher": "experts", "parallel.expert.permute": "nodes",
     "parallel.expert.node_limited": "nodes", "parallel.pipeline.schedule": "pipeline", "parallel.pipeline.graph": "zbv",
     "parallel.zero.engine": "experts", "parallel.zero.whole_weights": "experts", "parallel.zero.sharded_weights": "zero 3",
     "train.optim.adamw": "copies", "train.optim.ema": "averaged", "train.optim.schedules": "copies", "train.loop.step": "copies",
     "train.loop.measure": "copies", "train.loop.state": "averaged", "parallel.expert.wire": "fp8 wire",
-    "train.precision.experts": "fp8", "train.precision.linear": "fp8", "train.precision.recipe": "fp8", "train.precision.swiglu": "fp8",
+    "train.kernels.fp8.experts": "fp8", "train.kernels.fp8.linear": "fp8", "train.kernels.fp8.cast_rules": "fp8", "train.kernels.fp8.swiglu": "fp8",
 }  # fmt: skip
 """Modules of the product that change what is trained, and the recipe that runs them."""
 SKIPPED = ("__init__", "__repr__", "row_bytes", "weights", "named", "health", "watch", "count_hits")

@@ -6,11 +6,11 @@ from torch import Tensor, nn
 from tests.prove.mutations.fp8 import ATTENTION, EXPERTS, LOW
 from tests.prove.mutations.registry import BACKWARD, FORWARD, OURS, mutation
 from tests.prove.mutations.seams import Seams
+from train.kernels.cpu.compiled_attention import CompiledAttention
+from train.kernels.cpu.compiled_kernels import CompiledKernels
+from train.kernels.plain.high import HighPrecision
+from train.kernels.plain.plain_kernels import Kernels
 from train.model import deepseek
-from train.model.compiled import CompiledKernels
-from train.model.compiled_attention import CompiledAttention
-from train.model.kernels import Kernels
-from train.precision.high import HighPrecision
 
 
 @mutation(OURS + ": the output head in FP8", "fp8", FORWARD, "head|loss", LOW)

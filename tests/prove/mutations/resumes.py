@@ -6,8 +6,8 @@ from dataclasses import replace
 from parallel.zero.engine import Zero
 from tests.prove.mutations.registry import OURS, RESUME, SETTINGS, mutation
 from tests.prove.mutations.seams import Seams
-from train.checkpoint import load
-from train.checkpoint.stage import StagingBuffers
+from train.checkpoint import read_shards
+from train.checkpoint.staging import StagingBuffers
 from train.loop.state import State
 from train.optim.schedules import Schedules
 
@@ -170,7 +170,7 @@ def a_piece_of_another_place(bug: Seams) -> None:
         (rank, first), (other, second) = found
         return [(rank, replace(first, target=second.target)), (other, replace(second, target=first.target))]
 
-    bug.around(load, "_pieces", pieces)
+    bug.around(read_shards, "_pieces", pieces)
 
 
 @mutation(

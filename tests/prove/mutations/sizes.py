@@ -7,13 +7,14 @@ from parallel.pipeline.host_store import HostStore
 from parallel.zero.engine import Zero, import_deepspeed
 from tests.prove.mutations.registry import BACKWARD, FORWARD, OURS, REDUCTION, RESUME, UPDATE, mutation
 from tests.prove.mutations.seams import Seams
-from train.checkpoint.stage import StagingBuffers
-from train.model import attention, deepseek, grouped, loss
+from train.checkpoint.staging import StagingBuffers
+from train.kernels.fp8 import swiglu
+from train.kernels.plain import grouped
+from train.kernels.plain.plain_kernels import Kernels
+from train.model import attention, deepseek, loss
 from train.model.attention import AttentionCore
-from train.model.kernels import Kernels
 from train.optim import adamw
 from train.optim.adamw import AdamW
-from train.precision import swiglu
 
 
 @mutation(

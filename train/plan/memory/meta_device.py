@@ -17,15 +17,15 @@ from torch import Tensor
 from conf.schema import Precision
 from parallel.expert.build import build_wire
 from parallel.expert.wire import Fp8Wire, Wire
-from train.kernels import build_kernels
-from train.model.kernels import Kernels
-from train.precision.build import activation_dtype
-from train.precision.formats import TILE, Cast
-from train.precision.fp8 import Fp8Precision, cpu_engine
-from train.precision.grouped_products import DeepGemmProducts, TritonProducts
-from train.precision.groups import most_tiles
-from train.precision.high import HighPrecision
-from train.precision.hopper import HopperEngine, needs_deep_gemm
+from train.kernels.choice import build_kernels
+from train.kernels.fp8.formats import TILE, Cast
+from train.kernels.fp8.fp8 import Fp8Precision, cpu_engine
+from train.kernels.fp8.grouped_products import DeepGemmProducts, TritonProducts
+from train.kernels.fp8.groups import most_tiles
+from train.kernels.fp8.hopper import HopperEngine, needs_deep_gemm
+from train.kernels.plain.high import HighPrecision
+from train.kernels.plain.plain_kernels import Kernels
+from train.kernels.precision import activation_dtype
 
 
 def _scaled_mm(a: Tensor, b: Tensor, *, output_dtype: torch.dtype, **scales: Any) -> Tensor:
@@ -127,13 +127,13 @@ _KERNELS = SimpleNamespace(
     swiglu_tiles=_swiglu_tiles,
     swiglu_backward=_swiglu_backward,
 )
-"""In place of train/precision/triton_kernels.py."""
+"""In place of train/kernels/fp8/triton_quantize.py."""
 
 _PRODUCTS = SimpleNamespace(
     product=lambda left, left_scale, right, right_scale, out, ends=None: out,
     wgrad=lambda left, left_scale, right, right_scale, out, added, ends=None: out,
 )
-"""In place of train/precision/triton_products.py, whose kernels write into tensors that the engine made."""
+"""In place of train/kernels/fp8/triton_products.py, whose kernels write into tensors that the engine made."""
 
 _DEEP_GEMM = SimpleNamespace(
     m_grouped_fp8_gemm_nt_contiguous=lambda *args, **kwargs: None,

@@ -25,14 +25,14 @@ from parallel.context import LoneContext
 from parallel.expert.stand_in import Group, Load, build_stand_in
 from parallel.pipeline.graph import backward_of_weights, kept_graph
 from parallel.pipeline.host_store import page_bytes
+from train.kernels.plain.plain_kernels import Kernels
+from train.kernels.precision import activation_dtype
 from train.model.deepseek import DeepSeekV3
-from train.model.kernels import Kernels
 from train.model.mla import MLA
 from train.model.moe import LocalDispatcher
 from train.model.sequence import Positions
 from train.plan.memory.ledger import Ledger
 from train.plan.memory.meta_device import meta_kernels, meta_precision, meta_wire
-from train.precision.build import activation_dtype
 
 AGAIN = "_again"
 """Behind the name of a block that backward runs again."""
@@ -75,7 +75,7 @@ class Scene:
     gloo: bool
     """The ranks talk by gloo, which keeps what was sent until the step ends, and lacks a sum that scatters."""
     compiled: bool
-    """A CPU runs compiled code where it can (train/kernels.py), which keeps and takes less."""
+    """A CPU runs compiled code where it can (train/kernels/choice.py), which keeps and takes less."""
     cp: int = 1
     """Ranks that share every sequence; those with the first and the last piece have no fewer than others."""
 

@@ -27,7 +27,7 @@ from conf.schema import Config
 from conf.thresholds import THRESHOLDS
 from train.optim.adamw import moments_dtype, scratch_bytes
 from train.plan.memory.part import Scene
-from train.plan.memory.weights import FP32, Shards, Weight
+from train.plan.memory.rank_weights import FP32, Shards, Weight
 
 
 @dataclass

@@ -14,7 +14,7 @@ from train.optim.adamw import moments_dtype, scratch_bytes
 from train.plan.job import micro_batches_of
 from train.plan.memory.chunk import ChunkMemory
 from train.plan.memory.part import Frozen, PassMemory
-from train.plan.memory.weights import FP32, Shards, Weight, part_weights
+from train.plan.memory.rank_weights import FP32, Shards, Weight, part_weights
 from train.plan.memory.zero3_gather import Gathered, Shared, follow_gathers
 from train.plan.memory.zero3_scatter import (
     NOTHING,

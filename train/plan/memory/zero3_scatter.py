@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from train.plan.memory.part import PassMemory, Run, Scene, traced_once
-from train.plan.memory.weights import FP32
+from train.plan.memory.rank_weights import FP32
 
 
 class Waiting(NamedTuple):

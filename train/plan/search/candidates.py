@@ -40,7 +40,7 @@ class Frame:
 
 @dataclass
 class Candidate:
-    """One layout that bounds do not rule out (train/plan/search/bounds.py)."""
+    """One layout that bounds do not rule out (train/plan/search/lower_bounds.py)."""
 
     config: Config
     family: str

@@ -11,7 +11,7 @@ from conf.errors import UserError
 from conf.micro_batches import choose_micro_batch_size
 from conf.schema import ROOT, SELECTIVE, Config, Offload, PipelineSchedule, Recompute
 from parallel.pipeline.split import rank_stages
-from train.layout import check_layout
+from train.loop.layout_check import check_layout
 from train.plan.job import can_offload, with_nodes
 from train.plan.time.stages import require_rule
 

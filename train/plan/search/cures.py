@@ -6,13 +6,13 @@ from itertools import combinations
 from conf.schema import Config, PipelineSchedule
 from train.plan.budget import RunPlan
 from train.plan.job import layout_of
-from train.plan.memory.rank import host_lacking, plan_memory, rank_memory, scene_of
+from train.plan.memory.rank_memory import host_lacking, plan_memory, rank_memory, scene_of
 from train.plan.reserve import tensor_memory
 from train.plan.search.candidates import VIRTUAL_STAGES
 from train.plan.search.changes import broken_rule, changed, lighter, overrides
 from train.plan.time.rates import load_rates
 from train.plan.time.stages import Stages
-from train.plan.time.step import plan_time
+from train.plan.time.step_time import plan_time
 
 SHOWN = 3
 PAIRED = 5

@@ -21,17 +21,17 @@ from conf.check import check
 from conf.errors import UserError
 from conf.micro_batches import divisors
 from conf.schema import Config
-from train.metrics.words import gib
+from train.metrics.quantities import gib
 from train.plan.job import layout_of, require_hardware, require_host
-from train.plan.memory.rank import host_lacking, rank_memory, scene_of
+from train.plan.memory.rank_memory import host_lacking, rank_memory, scene_of
 from train.plan.reserve import tensor_memory
-from train.plan.search.bounds import FrameBounds, traced_bound
 from train.plan.search.candidates import Candidate, Frame, frames
 from train.plan.search.changes import broken_layout, changed, overrides
 from train.plan.search.cures import WORTH
+from train.plan.search.lower_bounds import FrameBounds, traced_bound
 from train.plan.time.rates import load_rates
 from train.plan.time.stages import Stages, require_rule
-from train.plan.time.step import estimate_step, mfu, simulate_step
+from train.plan.time.step_time import estimate_step, mfu, simulate_step
 
 SHOWN = 10
 REASONS = 3

@@ -30,16 +30,16 @@ import torch.distributed as dist
 from conf.errors import UserError
 from conf.schema import Config, Parallel, Rate
 from parallel.mesh import Layout, build_mesh
-from train.cpu import cpu_name, threads_of, tune_cpu
 from train.data.batch import Batch
-from train.kernels import build_kernels
+from train.kernels.choice import build_kernels
+from train.kernels.cpu.processor import cpu_name, threads_of, tune_cpu
 from train.loop.step import TrainingStep
 from train.optim.schedules import StepPlan
 from train.parallelize import parallelize
 from train.plan.time import work
-from train.plan.time.kernels import KernelCases, batches
 from train.plan.time.rates import FILE, Rates
-from train.plan.time.step import plan_time
+from train.plan.time.step_time import plan_time
+from train.plan.time.timed_calls import KernelCases, batches
 from train.rank import RankSetup
 
 BUDGET_SECONDS = 0.12

@@ -13,8 +13,8 @@ from typing import Any
 from conf.errors import UserError
 from conf.read_json import parse_json, read_text
 from conf.schema import Config, Rate
-from train.cpu import cpu_name
-from train.kernels import build_kernels
+from train.kernels.choice import build_kernels
+from train.kernels.cpu.processor import cpu_name
 from train.plan.job import require_hardware
 from train.plan.time.work import Work
 

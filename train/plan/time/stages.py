@@ -19,7 +19,7 @@ from parallel.pipeline.split import placement_of, split_layers
 from train.parallelize import split
 from train.plan.job import micro_batches_of
 from train.plan.memory.chunk import chunk_of
-from train.plan.memory.rank import chunk_parts, scene_of
+from train.plan.memory.rank_memory import chunk_parts, scene_of
 from train.plan.time import work
 from train.plan.time.passes import Elapsed, Segment, alone, overlapped
 from train.plan.time.rates import Rates

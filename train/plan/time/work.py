@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from conf.schema import Config, Fp8Backend, PipelineSchedule, Recompute
-from train.kernels import build_kernels
+from train.kernels.choice import build_kernels
 from train.plan.job import device_kind
 from train.plan.time.traffic import Spread
 
@@ -208,7 +208,7 @@ def ffn(sizes: Sizes, inner: int) -> Passes:
 
 def router(sizes: Sizes) -> Passes:
     """The norm before the experts, the router's product, and the choice of experts. A GPU takes bf16 as it is, and in backward
-    the fp32 gradient as two numbers of bf16 (train/model/fused.py).
+    the fp32 gradient as two numbers of bf16 (train/kernels/gpu/fused_kernels.py).
     """
     model, tokens = sizes.config.model, sizes.tokens
     passes = norm(sizes, tokens, model.hidden)

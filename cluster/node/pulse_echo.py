@@ -1,0 +1,72 @@
+"""A node's side of the pulse: it sends every datagram of the driver (cluster/driver/pulse_sender.py) back, sealed.
+
+That a node lives is asked by UDP every second or so; what its ranks do is asked through Ray, which costs the driver far more, when
+there is news. Who does not have the key of the launch can neither ask nor answer, and an
+old datagram counts for nothing.
+"""
+
+import contextlib
+import hmac
+import socket
+import struct
+import threading
+from collections.abc import Callable
+
+SEAL = 16
+"""Bytes of a datagram that sign the others."""
+NUMBER = struct.Struct("!cQ")
+QUESTION, ANSWER = b"?", b"!"
+LONGEST = 512
+"""Bytes of a datagram; the id of a node is much shorter."""
+LOOK = 0.5
+"""Seconds between looks whether to end."""
+
+
+def seal(key: bytes, kind: bytes, number: int, node: str) -> bytes:
+    """A datagram: a question to the node of this id, or the answer to it."""
+    word = NUMBER.pack(kind, number) + node.encode()
+    return hmac.digest(key, word, "sha256")[:SEAL] + word
+
+
+def unseal(key: bytes, kind: bytes, datagram: bytes) -> tuple[int, str] | None:
+    """Number and node of a datagram of this kind; None for one that was not sealed with the key."""
+    signed, word = datagram[:SEAL], datagram[SEAL:]
+    if not hmac.compare_digest(signed, hmac.digest(key, word, "sha256")[:SEAL]) or word[:1] != kind:
+        return None
+    return NUMBER.unpack_from(word)[1], word[NUMBER.size :].decode()
+
+
+class Echo:
+    """Answers the driver's questions to the node of this id from a thread, until it is closed, and calls `heard` at each.
+
+    Raises OSError where the address is none of this machine's.
+    """
+
+    def __init__(self, node: str, address: str, key: bytes, heard: Callable[[], None]):
+        self._node, self._key, self._heard = node, key, heard
+        self._socket = socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET, socket.SOCK_DGRAM)
+        self._closed = threading.Event()
+        try:
+            self._socket.bind((address, 0))
+        except OSError:
+            self._socket.close()
+            raise
+        self._socket.settimeout(LOOK)
+        self.place: tuple[str, int] = self._socket.getsockname()[:2]
+        """Address and port."""
+        threading.Thread(target=self._answer, daemon=True).start()
+
+    def _answer(self) -> None:
+        newest = 0
+        with self._socket:
+            while not self._closed.is_set():
+                with contextlib.suppress(OSError):  # nobody asked, or the answer finds no way
+                    datagram, driver = self._socket.recvfrom(LONGEST)
+                    asked = unseal(self._key, QUESTION, datagram)
+                    if asked is not None and asked[1] == self._node and asked[0] > newest:
+                        newest = asked[0]
+                        self._heard()
+                        self._socket.sendto(seal(self._key, ANSWER, newest, self._node), driver)
+
+    def close(self) -> None:
+        self._closed.set()

@@ -1,0 +1,115 @@
+"""A GPU's kernels between the products, in Triton's interpreter, against torch's operations (train/kernels/plain/plain_kernels.py).
+
+Collected by test_fused.py in a process of its own, with TRITON_INTERPRET=1: triton reads it when it is first imported.
+"""
+
+import pytest
+import torch
+
+from bench.gpu import interpreter
+from train.kernels.gpu.fused_kernels import FusedKernels
+from train.kernels.plain.plain_kernels import Kernels
+from train.model.routing import RoutingRule
+from train.model.sequence import Positions
+
+torch.set_num_threads(1)
+OURS, PLAIN = FusedKernels(), Kernels()
+FLIP = {"rtol": 2.0**-7, "atol": 1e-6}
+"""fp32 results that differ in their last bits (exp, the order of a sum) may round to neighbouring numbers of bf16."""
+
+
+@pytest.fixture(autouse=True)
+def rounding(monkeypatch) -> None:
+    interpreter.repair(monkeypatch.setattr)
+
+
+def draw(*shape: int, seed: int = 0) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).bfloat16()
+
+
+@pytest.mark.parametrize("rows, width", [(0, 64), (1, 64), (7, 96), (33, 600)])
+@pytest.mark.parametrize("gated", [False, True])
+def test_swiglu(rows, width, gated):
+    h, grad, gates = draw(rows, 2 * width), draw(rows, width, seed=1), None
+    h[:1] *= 100  # exp of its negative is infinite
+    if gated:
+        gates = torch.rand(rows, generator=torch.Generator().manual_seed(2))
+    torch.testing.assert_close(OURS.swiglu(h, gates), PLAIN.swiglu(h, gates), **FLIP)
+    dh, dgates = OURS.swiglu_backward(grad, h, gates)
+    expected_dh, expected_dgates = PLAIN.swiglu_backward(grad, h, gates)
+    torch.testing.assert_close(dh, expected_dh, **FLIP)
+    if gated:
+        # a sum of `width` products in another order: each addition is off by 2^-24 of what is summed so far
+        gate, up = h.float().chunk(2, 1)
+        size = (torch.nn.functional.silu(gate) * up * grad).abs().sum(1, keepdim=True)
+        assert ((dgates - expected_dgates)[:, None].abs() <= (width + 8) * 2.0**-24 * size).all()
+    else:
+        assert dgates is None
+
+
+@pytest.mark.parametrize("batch, length, heads, nope, rope, value", [
+    (2, 5, 3, 16, 8, 16), (1, 1, 2, 24, 8, 12), (1, 17, 4, 128, 64, 128), (1, 0, 2, 16, 8, 16),
+])  # fmt: skip
+def test_heads_have_the_bits_of_the_plain_form(batch, length, heads, nope, rope, value):
+    """Also from a rope key that is a part of wider rows, and from gradients with positions before heads."""
+    q, kv = draw(batch, length, heads, nope + rope), draw(batch, length, heads, nope + value, seed=1)
+    k_rope = draw(batch, length, 8 + rope, seed=2)[..., 8:]
+    table = torch.polar(torch.ones(length, rope // 2), draw(length, rope // 2, seed=3).float())
+    inputs = [t.requires_grad_() for t in (q, kv, k_rope)]
+    # the first is written over
+    ours, expected = (kernels.to_heads(q.clone(), kv, k_rope, table, nope) for kernels in (OURS, PLAIN))
+    assert all(torch.equal(one, other) for one, other in zip(ours, expected, strict=True))
+    grads = [draw(batch, length, heads, out.size(3), seed=4 + i).transpose(1, 2) for i, out in enumerate(ours)]
+    dq, dkv, dk_rope = torch.autograd.grad(ours, inputs, grads)
+    expected = torch.autograd.grad(expected, inputs, grads)
+    assert torch.equal(dq, expected[0]) and torch.equal(dkv, expected[1])
+    torch.testing.assert_close(dk_rope, expected[2], **FLIP)
+
+
+@pytest.mark.parametrize("rows, width, experts", [(0, 24, 8), (1, 24, 8), (37, 136, 12)])
+def test_the_router_multiplies_bf16_in_fp32(rows, width, experts):
+    """Its gradient goes as two numbers of bf16, which hold it to 2^-17; sums of products are in another order."""
+    x, weight, grad = draw(rows, width), draw(experts, width, seed=1), draw(rows, experts, seed=2).float() * 1.2345678
+    torch.testing.assert_close(OURS.logits(x, weight), PLAIN.logits(x, weight), rtol=1e-5, atol=1e-5)
+    dx, dweight = OURS.logits_backward(grad, x, weight, True, True)
+    expected_dx, expected_dweight = PLAIN.logits_backward(grad, x, weight, True, True)
+    assert dx.dtype == torch.bfloat16 and dweight.dtype == torch.float32
+    assert ((dweight - expected_dweight).abs() <= 2.0**-16 * (grad.abs().t() @ x.float().abs())).all()
+    size = grad.abs() @ weight.float().abs()
+    assert ((dx.float() - expected_dx.float()).abs() <= 2.0**-7 * expected_dx.float().abs() + 2.0**-16 * size).all()
+    assert OURS.logits_backward(grad, x, weight, False, False) == (None, None)
+
+
+def test_on_the_meta_device_results_are_as_large():
+    """A plan runs them there, also where triton is missing."""
+    h, gates = torch.empty(4, 16, device="meta", dtype=torch.bfloat16), torch.empty(4, device="meta")
+    assert OURS.swiglu(h, gates).shape == (4, 8)
+    assert [t.shape for t in OURS.swiglu_backward(h[:, :8], h, gates)] == [(4, 16), (4,)]
+
+
+@pytest.mark.parametrize("batch, length, experts, rule", [
+    (2, 21, 16, RoutingRule(4, 4, 2, 2.5, 2)), (1, 1, 8, RoutingRule(2, 1, 1, 1.0, 2)), (1, 40, 20, RoutingRule(3, 5, 3, 2.5, 2)),
+    (1, 18, 256, RoutingRule(8, 8, 4, 2.5, 2)), (1, 0, 8, RoutingRule(2, 2, 1, 1.0, 2)),
+])  # fmt: skip
+@pytest.mark.parametrize("weight", [None, 0.0, 0.3], ids=["uncounted", "counted", "balanced"])
+def test_the_router_chooses_the_same(batch, length, experts, rule, weight):
+    """Equal scores among them, which go to the lower index; sums of at most 256 numbers differ in the last bits of fp32."""
+    logits = (8 * draw(batch, length, experts).float()).round() / 8
+    bias = (draw(experts, seed=1).float() * 4).round() / 64
+    results = []
+    for kernels in (OURS, PLAIN):
+        x = logits.clone().requires_grad_()
+        counters = torch.ones(experts, dtype=torch.int64), torch.ones(experts), torch.tensor(1.0)
+        gates, ids = kernels.route(
+            x, bias, rule, weight or 0.0, None if weight is None else counters, Positions(length)
+        )
+        (dx,) = torch.autograd.grad(gates, x, draw(*gates.shape, seed=2).float())
+        results.append((gates, dx, ids, *counters))
+    (gates, dx, ids, *counters), (expected_gates, expected_dx, expected_ids, *expected_counters) = results
+    assert torch.equal(ids, expected_ids) and torch.equal(counters[0], expected_counters[0])
+    torch.testing.assert_close(gates, expected_gates, rtol=2e-6, atol=0)
+    torch.testing.assert_close(
+        dx, expected_dx, rtol=1e-4, atol=1e-7
+    )  # differences of numbers near 1, off by some 2^-24
+    for one, other in zip(counters[1:], expected_counters[1:], strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-5, atol=0)

@@ -1,0 +1,215 @@
+"""A rank's side of the copies in memory (see cluster/node/copy_store.py): writing its part, and reading any part back.
+
+`save` copies the shards to buffers and returns; a thread writes them to the folder of the rank's own node, and sends the
+same file to the next node. Which earlier set must stay is agreed on by all ranks before: the newest that every one of
+them has stored in both places. So a whole set is there at any moment, however a save ends. A save that fails is a line
+of text for `poll`; the next one is a new chance.
+"""
+
+import json
+import shutil
+import threading
+import time
+from collections import deque
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from cluster.driver.copies import Shelves
+from cluster.node.copy_store import Peer, SetId, prune, size
+from cluster.run_files import data_name, index_name
+from conf.errors import UserError
+from conf.files import atomic_write_json
+from parallel.exchange import gather
+from parallel.shard import Shard
+from train.checkpoint.checkpointer import PATIENCE
+from train.checkpoint.intervals import NotCovered, merge
+from train.checkpoint.manifest import Damaged, Manifest, manifest_of
+from train.checkpoint.read_shards import FolderFiles, Read
+from train.checkpoint.staging import StagingBuffers, plan
+
+SETS = 2
+"""Sets that a node holds at most."""
+
+
+class MemoryCopies:
+    """What one rank of one attempt keeps in memory. Every rank calls save for the same steps."""
+
+    def __init__(self, shelves: Shelves, token: str, *, rank: int, world_size: int, attempt: int, timeout: float):
+        """timeout: longest wait for another node, in seconds."""
+        self.shelves, self.token, self.rank, self.world_size = shelves, token, rank, world_size
+        self.attempt, self.timeout = attempt, timeout
+        home = shelves.home(rank)
+        following = shelves.next(home)
+        self._folder = Path(shelves.nodes[home].folder)
+        self._next = None if following is None else shelves.nodes[following]
+        self._resumed = ""
+        """The set that this attempt started from, to be kept until it has one of its own."""
+        self._stored = -1
+        """Step of this rank's newest part that is in both places."""
+        self._asked = -1
+        """Step of the last save."""
+        self._stage: StagingBuffers | None = None
+        self._thread: threading.Thread | None = None
+        self._began = 0.0
+        self._warnings: deque[str] = deque()  # the thread appends while the loop polls
+
+    def save(self, step: int, shards: dict[str, Shard], meta: dict[str, Any]) -> float:
+        """Keep the state as it is after `step`; returns how long the caller was held up, in seconds. Collective.
+
+        Waits for the save before. `meta`: JSON values, the same on every rank.
+        """
+        began = time.perf_counter()
+        ready = self._join()
+        kept = self._agree_on_kept()
+        if not ready:
+            self._warnings.append(f"copy of step {step} in memory skipped: the one before is still on its way")
+            return time.perf_counter() - began
+        self._asked = step
+        if self._stage is None:
+            self._stage = StagingBuffers(pinned=any(shard.local.is_cuda for shard in shards.values()))
+        self._stage.copy(shards)
+        arguments = (SetId(self.attempt, step, self.world_size), kept, json.loads(json.dumps(meta)))
+        self._thread, self._began = (
+            threading.Thread(target=self._run, args=arguments, name=f"copy-{step}", daemon=True),
+            began,
+        )
+        self._thread.start()
+        return time.perf_counter() - began
+
+    def save_and_wait(self, step: int, shards: dict[str, Shard], meta: dict[str, Any]) -> bool:
+        """The same, for a run that ends here: returns once the copy is made, and whether it is whole. Collective."""
+        if self._asked != step:
+            self.save(step, shards, meta)
+        self._join()
+        return self._oldest_stored() == step
+
+    def poll(self) -> list[str]:
+        """What went wrong since the last call; never waits."""
+        return [self._warnings.popleft() for _ in range(len(self._warnings))]
+
+    def _join(self) -> bool:
+        """Wait for the thread as long as no other rank takes this one for hung; False if it still runs."""
+        if self._thread is not None:
+            self._thread.join(max(0.0, self._began + PATIENCE * self.timeout - time.perf_counter()))
+            if self._thread.is_alive():
+                return False
+            self._thread = None
+        return True
+
+    def _agree_on_kept(self) -> str:
+        """The set to keep until the next one is whole; empty if there is none."""
+        step = self._oldest_stored()
+        if step < self._asked == self._stored:
+            self._warnings.append(f"copy of step {self._asked} in memory is not whole; logs of the other ranks say why")
+        return SetId(self.attempt, step, self.world_size).name if step >= 0 else self._resumed
+
+    def _oldest_stored(self) -> int:
+        """The newest step whose parts all ranks have in both places; -1 for none."""
+        stored = torch.tensor([self._stored])
+        dist.all_reduce(stored, op=dist.ReduceOp.MIN)
+        return int(stored)
+
+    def _run(self, id: SetId, kept: str, meta: dict[str, Any]) -> None:
+        """The thread: everything that can go wrong becomes a warning."""
+        try:
+            self._write(id, kept, meta)
+            self._stored = id.step
+        except Exception as error:
+            self._warnings.append(f"copy of step {id.step} in memory not made by rank {self.rank}: {error}")
+
+    def _write(self, id: SetId, kept: str, meta: dict[str, Any]) -> None:
+        """Own node first, then the next one; the index follows its data in both."""
+        prune(self._folder, {id.name, kept}, self.attempt)
+        folder = self._folder / id.name
+        folder.mkdir(mode=0o700, exist_ok=True)
+        index = self._stage.write(folder, self.rank)
+        identity = {"rank": self.rank, "step": id.step, "attempt": id.attempt, "meta": meta}
+        atomic_write_json(folder / index_name(self.rank), {**identity, **index})
+        if self._next is not None:
+            with closing(Peer(self._next.address, self.token, self.timeout)) as peer:
+                for name in (data_name(self.rank), index_name(self.rank)):
+                    peer.put(id.name, folder / name, kept)
+
+    def require_room(self, shards: dict[str, Shard]) -> str | None:
+        """Whether the copies of all ranks fit into the memory of their nodes; called by every rank before the first save.
+
+        Returns None if they do. If not: UserError where the run has all its ranks, else why there will be no copies: a run
+        on fewer nodes has larger parts, and must rather go on.
+        """
+        home = self.shelves.home(self.rank)
+        room = shutil.disk_usage(self._folder).free + size(self._folder)
+        everyone = gather((home, room, plan(shards).data_bytes))
+        for node, shelf in enumerate(self.shelves.nodes):
+            rooms = [free for at, free, _ in everyone if at == node]
+            parts = [bytes_ for at, _, bytes_ in everyone if node in (at, self.shelves.next(at))]
+            if rooms and SETS * sum(parts) > min(rooms):
+                return self._refuse(shelf.name, SETS * sum(parts), min(rooms))
+        return None
+
+    def _refuse(self, node: str, needed: int, room: int) -> str:
+        folder = self._folder.parent
+        text = f"{needed / 1e9:.3g} GB in {folder} of {node}, where {room / 1e9:.3g} GB are free"
+        if self.shelves.full_size:
+            raise UserError(
+                "checkpoint.every_memory",
+                "on",
+                f"two copies of the state and two of the node before need {text}",
+                "free some, set checkpoint.memory_folder to a larger disk of the node, use more nodes, or set it to 0",
+            )
+        return f"no copies in memory as long as the run is on fewer nodes: they need {text}"
+
+    # Resuming -------------------------------------------------------------------------------------------------------
+
+    def manifest(self) -> Manifest | None:
+        """For one rank: the manifest of the set to resume from, made from the indexes of all parts; None without one.
+
+        Raises Damaged if a part is missing or the parts do not make up the tensors.
+        """
+        if self.shelves.resume is None:
+            return None
+        folder, files = Path(self.shelves.resume), self.files()
+        try:
+            indexes = [files.index(rank) for rank in range(len(self.shelves.holders))]
+            return manifest_of(folder, merge(indexes, json.loads(indexes[0])["meta"]))
+        except (OSError, ValueError, NotCovered) as error:
+            raise Damaged(folder, f"its parts in memory cannot be put together ({error})") from error
+
+    def files(self) -> "ShelfFiles":
+        return ShelfFiles(self.shelves, self.token, self.rank, self.timeout)
+
+    def mark_resumed(self) -> None:
+        """The state was loaded from the set; keep it until there is a newer one."""
+        self._resumed = self.shelves.resume
+
+
+class ShelfFiles:
+    """The files of the set to resume from, on this node or another; see train.checkpoint.read_shards.Files."""
+
+    def __init__(self, shelves: Shelves, token: str, rank: int, timeout: float):
+        self._shelves, self._token, self._home, self._timeout = shelves, token, shelves.home(rank), timeout
+        self._here = FolderFiles(Path(shelves.nodes[self._home].folder) / shelves.resume)
+
+    def index(self, rank: int) -> bytes:
+        if self._home in self._shelves.holders[rank]:
+            return self._here.index(rank)
+        with closing(self._peer(rank)) as peer:
+            return peer.get(self._shelves.resume, index_name(rank))
+
+    @contextmanager
+    def data(self, rank: int) -> Iterator[Read]:
+        if self._home in self._shelves.holders[rank]:
+            with self._here.data(rank) as read:
+                yield read
+            return
+        with closing(self._peer(rank)) as peer:
+            yield lambda view, position: peer.read(self._shelves.resume, data_name(rank), view, position)
+
+    def _peer(self, rank: int) -> Peer:
+        """One of the nodes that hold this part; ranks spread over them."""
+        holders = self._shelves.holders[rank]
+        return Peer(self._shelves.nodes[holders[self._home % len(holders)]].address, self._token, self._timeout)

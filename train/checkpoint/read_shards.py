@@ -1,0 +1,203 @@
+"""From a checkpoint into live shards, whatever layout wrote it.
+
+Each wanted shard is an interval of a flattened tensor; the manifest lists the intervals that the writing ranks
+held. Their intersections say which bytes of which files to read, and nothing else is read: whole blocks around
+those bytes, each checked against its CRC-32 before a single element of it is used.
+"""
+
+import os
+import zlib
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from cluster.run_files import MANIFEST, data_name, index_name
+from conf.errors import UserError
+from parallel.shard import Shard
+from train.checkpoint.intervals import first_hole
+from train.checkpoint.manifest import BLOCK, Damaged, Entry, Manifest, check_index, read_manifest
+from train.checkpoint.staging import DTYPES
+
+TORCH = {name: dtype for dtype, name in DTYPES.items()}
+LOSSLESS = {
+    torch.bfloat16: (torch.float32, torch.float64),
+    torch.float16: (torch.float32, torch.float64),
+    torch.float32: (torch.float64,),
+    torch.int32: (torch.int64,),
+}
+"""Conversions that keep every value: from the type in the file to the wanted one."""
+
+
+@dataclass
+class FilePiece:
+    """A part of one wanted shard that one file holds."""
+
+    name: str
+    start: int
+    """First element, in the flattened logical tensor."""
+    target: Tensor
+    """The memory to fill."""
+
+
+Read = Callable[[memoryview, int], int]
+"""Fills the memory from this byte of a file on; returns how many bytes there were."""
+
+
+class Files(Protocol):
+    """Where the files of a checkpoint are. Both raise OSError."""
+
+    def index(self, rank: int) -> bytes:
+        """The index of a rank's data file."""
+        ...
+
+    def data(self, rank: int) -> AbstractContextManager[Read]:
+        """A rank's data file, to be read in parts."""
+        ...
+
+
+class FolderFiles:
+    """A checkpoint in one folder."""
+
+    def __init__(self, folder: Path):
+        self._folder = folder
+
+    def index(self, rank: int) -> bytes:
+        return (self._folder / index_name(rank)).read_bytes()
+
+    @contextmanager
+    def data(self, rank: int) -> Iterator[Read]:
+        with open(self._folder / data_name(rank), "rb", buffering=0) as file:
+            yield lambda view, position: os.preadv(file.fileno(), [view], position)
+
+
+def load(path: Path, wanted: dict[str, Shard]) -> dict[str, Any]:
+    """Fill the memory of every wanted shard from the checkpoint in `path`.
+
+    Returns the stored meta, and `step`, `attempt` and `world_size` of the run that wrote it. Raises UserError, before
+    anything is written, if the folder is no checkpoint, is newer, or lacks a tensor or part of it, or if shape or
+    type differ; Damaged (a UserError too) if a file is missing or a checksum wrong: then shards may be half filled.
+    """
+    return fill(read_manifest(path), FolderFiles(path), wanted)
+
+
+def fill(manifest: Manifest, files: Files, wanted: dict[str, Shard]) -> dict[str, Any]:
+    """The same for a checkpoint whose manifest is known and whose files may be anywhere."""
+    pieces: dict[int, list[FilePiece]] = {}
+    for name, shard in wanted.items():
+        for rank, piece in _pieces(manifest, name, shard):
+            pieces.setdefault(rank, []).append(piece)
+    buffer = torch.empty(BLOCK, dtype=torch.uint8)
+    for rank, parts in sorted(pieces.items()):
+        try:
+            _read_rank(manifest, files, rank, parts, buffer)
+        except OSError as error:
+            file = error.filename or data_name(rank)  # an error of reading names no file
+            raise Damaged(manifest.folder / file, error) from error
+    identity = {"step": manifest.step, "attempt": manifest.attempt, "world_size": manifest.world_size}
+    return {**manifest.meta, **identity}
+
+
+def _pieces(manifest: Manifest, name: str, shard: Shard) -> list[tuple[int, FilePiece]]:
+    """(rank, piece) that together make up one wanted shard; overlaps of the stored intervals are read once."""
+    entry = _compatible(manifest, name, shard)
+    stop = shard.offset + shard.local.numel()
+    spans = [(start, count) for _, start, count in entry.intervals]
+    if (hole := first_hole(spans, shard.offset, stop)) is not None:
+        raise UserError(
+            f"checkpoint: {name}",
+            manifest.folder,
+            f"must hold elements {shard.offset} to {stop} of {name}; element {hole} is in no file",
+            "take another checkpoint",
+        )
+    found, reached = [], shard.offset
+    for rank, start, count in entry.intervals:
+        end = min(start + count, stop)
+        if start <= reached < end:
+            target = shard.local.detach()[reached - shard.offset : end - shard.offset]
+            found.append((rank, FilePiece(name, reached, target)))
+            reached = end
+    return found
+
+
+def _compatible(manifest: Manifest, name: str, shard: Shard) -> Entry:
+    """The entry of a wanted tensor, or UserError if there is none that fits it."""
+    entry, shape = manifest.tensors.get(name), tuple(shard.shape)
+    if entry is None:
+        raise UserError(
+            f"checkpoint: {name}",
+            manifest.folder,
+            f"must hold the tensor {name}; it holds {len(manifest.tensors)} others",
+            "use the model and optimizer settings that the checkpoint was written with: those in config.yaml of its run",
+        )
+    if entry.shape != shape:
+        raise UserError(
+            f"checkpoint: {name}",
+            manifest.folder,
+            f"the tensor has shape {entry.shape} in the checkpoint, but {shape} in this model",
+            "use the model settings that the checkpoint was written with: those in config.yaml of its run",
+        )
+    if entry.dtype not in TORCH:
+        raise Damaged(manifest.folder / MANIFEST, f"{name} has an element type {entry.dtype} that does not exist")
+    stored, dtype = TORCH[entry.dtype], shard.local.dtype
+    if dtype != stored and dtype not in LOSSLESS.get(stored, ()):
+        raise UserError(
+            f"checkpoint: {name}",
+            manifest.folder,
+            f"the tensor is {stored} in the checkpoint and {dtype} in this run, which cannot hold every value",
+            "use the precision settings that the checkpoint was written with: those in config.yaml of its run",
+        )
+    return entry
+
+
+def _read_rank(manifest: Manifest, files: Files, rank: int, pieces: list[FilePiece], buffer: Tensor) -> None:
+    """Fill the pieces that lie in one rank's file, in the order of the file, so that a shared block is read once."""
+    index = check_index(manifest, rank, files.index(rank))
+    tensors, path = index["tensors"], manifest.folder / data_name(rank)
+    for piece in pieces:
+        entry, (dtype, shape, start, count, _) = (
+            manifest.tensors[piece.name],
+            tensors.get(piece.name, ("", (), 0, 0, 0)),
+        )
+        known = (dtype, tuple(shape)) == (entry.dtype, entry.shape)
+        if not (known and start <= piece.start <= start + count - piece.target.numel()):
+            raise Damaged(
+                manifest.folder / index_name(rank), f"does not tell where {piece.name} lies, as the manifest does"
+            )
+
+    def first_byte(piece: FilePiece) -> int:
+        dtype, _, start, _, at = tensors[piece.name]
+        return at + (piece.start - start) * TORCH[dtype].itemsize
+
+    with files.data(rank) as read:
+        held = -1
+        for piece in sorted(pieces, key=first_byte):
+            stored = TORCH[tensors[piece.name][0]]
+            at, done = first_byte(piece), 0
+            if not 0 <= at <= index["data_bytes"] - piece.target.numel() * stored.itemsize:
+                raise Damaged(manifest.folder / index_name(rank), f"places {piece.name} outside of its data file")
+            while done < piece.target.numel():
+                number, offset = divmod(at + done * stored.itemsize, BLOCK)
+                if number != held:
+                    _read_block(read, path, index, number, buffer)
+                    held = number
+                count = min(piece.target.numel() - done, (BLOCK - offset) // stored.itemsize)
+                piece.target[done : done + count].copy_(buffer[offset : offset + count * stored.itemsize].view(stored))
+                done += count
+
+
+def _read_block(read: Read, path: Path, index: dict[str, Any], number: int, buffer: Tensor) -> None:
+    """Read one block of the data part into `buffer`; Damaged if it is short or its checksum is wrong."""
+    size = min(BLOCK, index["data_bytes"] - number * BLOCK)
+    view, position = memoryview(buffer.numpy())[:size], index["header_bytes"] + number * BLOCK
+    while view:
+        count = read(view, position)
+        if count == 0:
+            raise Damaged(path, f"ends {len(view)} bytes early in block {number}")
+        view, position = view[count:], position + count
+    if zlib.crc32(memoryview(buffer.numpy())[:size]) != index["blocks_crc32"][number]:
+        raise Damaged(path, f"the checksum of block {number} does not match")

@@ -1,0 +1,301 @@
+"""The folder of a run: its names, its lock, and where the run resumes from. Imports no torch: the driver uses it.
+
+runs/NAME/
+    config.yaml        every value, resolved; what the ranks read
+    tokenizer.json     what turns text into the run's tokens, with tokenizer_config.json
+    metrics.jsonl      one JSON object a step
+    timeline.json      a step of a pipeline, see train/metrics/timeline_file.py
+    checkpoints/       see train/checkpoint/manifest.py
+    logs/rank_N.log
+    starts.json        how it was started, by what code and where, see train/metrics/origin.py
+    sample.json        what the model wrote at the end
+    report.html
+    wandb/
+    .lock              locked, with process and host, as long as the driver of the run lives
+    .rank_0.lock       locked, shared, as long as a rank 0 of the run lives: it may outlive its driver, and alone writes what
+                       a start reads. A new start waits for it.
+"""
+
+import fcntl
+import os
+import re
+import shutil
+import socket
+import sys
+import time
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+from cluster.run_files import STEP_FOLDERS
+from cluster.spawn import lives, longest_afterlife
+from conf.disk import disk_errors, explain, naming, room
+from conf.errors import EXIT_USER, UserError
+from conf.files import atomic_write_text, open_lock, try_lock
+from conf.load import write_config
+from conf.schema import Config
+from conf.words import say
+from train.checkpoint.manifest import Found, checkpoints, newest_intact, read_manifest, verify
+
+
+class RunPaths:
+    """The names in a run folder. Touches nothing."""
+
+    def __init__(self, config: Config):
+        self.path = Path(config.runs).absolute() / config.name
+        self.config_path = self.path / "config.yaml"
+        self.rank_lock = self.path / ".rank_0.lock"
+        self.checkpoints = self.path / "checkpoints"
+        self.logs = Path(os.environ.get("SLUICE_LOGS", self.path / "logs"))
+        """An agent of cluster=ray gives its ranks a folder of their own and gathers what they write."""
+        self.metrics = self.path / "metrics.jsonl"
+        self.report = self.path / "report.html"
+        self.wandb = self.path / "wandb"
+
+
+class RunFolder(RunPaths):
+    """A run folder that this process holds. Close it, or use it in `with`, to let another run have it."""
+
+    def __init__(self, config: Config, checkpoint_bytes: int = 0):
+        """Create and lock the folder and write config.yaml. `checkpoint_bytes`: estimated size of one checkpoint.
+
+        Waits for a rank 0 that has lost its driver and is about to end. Raises UserError, with nothing changed in an
+        existing folder, if a live run holds it, another user owns it, that rank does not end, the disk cannot hold the checkpoints, or resume forbids to go on with the checkpoints there.
+        """
+        super().__init__(config)
+        with disk_errors(config):
+            _make(config, self.path)
+            self._lock = _lock(self.path / ".lock", config.name)
+            self._begin(config, checkpoint_bytes)
+
+    def _begin(self, config: Config, checkpoint_bytes: int) -> None:
+        try:
+            _await_end_of_rank_0(self.rank_lock, config)
+            _refuse_existing(config, self.checkpoints)
+            check_space(config, checkpoint_bytes)
+            self.checkpoints.mkdir(exist_ok=True)
+            self.logs.mkdir(exist_ok=True)
+            self._before = self.config_path.read_text() if self.config_path.is_file() else None
+            write_config(config, str(self.config_path))
+        except BaseException:
+            self.close()
+            raise
+
+    def take_back(self) -> None:
+        """Undo the writing of config.yaml: the ranks refused to start. What was there describes the checkpoints."""
+        try:
+            if self._before is None:
+                self.config_path.unlink()
+            else:
+                atomic_write_text(self.config_path, self._before)
+        except OSError as error:  # why the ranks refused is told in any case
+            say(f"{self.config_path} keeps the settings of this start: {explain(error)}", file=sys.stderr)
+
+    def close(self) -> None:
+        """Let go of the lock. The kernel does it too when the process dies, however it dies."""
+        os.close(self._lock)
+
+    def __enter__(self) -> "RunFolder":
+        return self
+
+    def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
+        if isinstance(error, UserError) and error.code == EXIT_USER:
+            self.take_back()
+        self.close()
+
+
+@contextmanager
+def held_by_rank_0(paths: RunPaths) -> Iterator[None]:
+    """In rank 0, while it may write to the run folder. Ranks 0 of two attempts may hold it at once, one of them on a node
+    that was cut off; a start that has just begun may take it for a moment.
+    """
+    paths.path.mkdir(parents=True, exist_ok=True)
+    handle = open_lock(paths.rank_lock)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_SH)
+        os.ftruncate(handle, 0)
+        with naming(paths.rank_lock):
+            os.write(handle, _me().encode())
+        yield
+    finally:
+        os.close(handle)
+
+
+def _await_end_of_rank_0(path: Path, config: Config) -> None:
+    """UserError if one holds the lock for longer than a rank lives on without its driver."""
+    handle = open_lock(path)
+    try:
+        limit = longest_afterlife(config)
+        deadline, told = time.monotonic() + limit, False
+        while not try_lock(handle):
+            who = _holder(handle, path)
+            if time.monotonic() > deadline:
+                raise UserError(
+                    "name",
+                    config.name,
+                    f"rank 0 of an earlier start still writes to {path.parent} after {limit:.0f} s: {who}",
+                    "end that process, or take another name=",
+                )
+            if not told:
+                say(f"rank 0 of an earlier start has not ended yet: {who}; this start waits for it", file=sys.stderr)
+                told = True
+            time.sleep(0.02)
+    finally:
+        os.close(handle)
+
+
+def _me() -> str:
+    return f"process {os.getpid()} on host {socket.gethostname()}\n"
+
+
+def _holder(handle: int, path: Path) -> str:
+    """Who wrote into a lock file, and whether it can still be that one which holds it."""
+    text = os.pread(handle, 200, 0).decode(errors="replace").strip()
+    told = re.fullmatch(r"process (\d{1,9}) on host (.+)", text)
+    if told is None or (told[2] == socket.gethostname() and not lives(int(told[1]))):
+        return f"another process (`fuser {path}` names it)" + (
+            f"; {text}, which held it before, has ended" if told else ""
+        )
+    return text
+
+
+def resume_point(config: Config, skip: Collection[Path] = ()) -> Found:
+    """The checkpoint to start from (None: start new), with a warning for each damaged one passed over.
+
+    `skip`: checkpoints that `load` found damaged. Raises UserError if a named checkpoint is damaged, or if all there
+    are: starting new beside them would throw training away unasked. Make rank 0's Checkpointer first: it repairs a
+    commit that was cut in two.
+    """
+    own = RunPaths(config).checkpoints
+    if config.resume == "never":
+        return Found(None, [])
+    if config.resume != "auto":
+        return _named(Path(config.resume))
+    found = newest_intact(own, skip=skip)
+    if found.path is None and (found.warnings or skip):
+        raise UserError(
+            "resume",
+            config.resume,
+            "no checkpoint of this run is intact: " + "; ".join([*found.warnings, *map(str, skip)]),
+            f"correct or remove them in {own}, or start from the beginning under another name=",
+        )
+    return found
+
+
+def find_checkpoint(config: Config, given: str | None, field: str) -> Path:
+    """The intact checkpoint that `given`, the value of `field`, names; null means the newest of the run. UserError if none."""
+    try:
+        found = resume_point(replace(config, resume=given or "auto")).path
+    except UserError as error:
+        raise UserError(field, error.value, error.rule, "give another checkpoint or run") from error
+    if found is None:
+        raise UserError(
+            "name",
+            config.name,
+            f"must be a run with a checkpoint; there is none in {RunPaths(config).checkpoints}",
+            f"give name=RUN, or {field}=FOLDER",
+        )
+    return found.absolute()
+
+
+def _named(path: Path) -> Found:
+    """The intact checkpoint that a path names, itself or as the newest of a run; UserError if there is none."""
+    root = path / "checkpoints" if (path / "checkpoints").is_dir() else path
+    if root.name == "checkpoints":
+        found = newest_intact(root)
+        if found.path is None:
+            why = "; ".join(found.warnings) or "it holds none"
+            raise UserError("resume", path, f"must hold an intact checkpoint: {why}", "give another run or checkpoint")
+        return found
+    if problems := verify(path):
+        raise UserError(
+            "resume",
+            path,
+            "must be intact: " + "; ".join(problems),
+            "give another checkpoint, or use resume=auto, which takes the newest intact one of the run",
+        )
+    return Found(read_manifest(path), [])
+
+
+def _make(config: Config, root: Path) -> None:
+    """Create the folder if missing; UserError if that is not allowed or another user owns it."""
+    try:
+        root.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        rule = f"the run folder {root} cannot be created: {error.strerror}; {room(root)}"
+        raise UserError("runs", config.runs, rule, "set runs=FOLDER") from error
+    owner = root.stat().st_uid
+    if owner != os.geteuid():
+        raise UserError(
+            "name",
+            config.name,
+            f"the run folder {root} belongs to user {owner}, and this is user {os.geteuid()}",
+            "take another name= or runs=, or start as its owner",
+        )
+
+
+def _lock(path: Path, name: str) -> int:
+    """An open handle that holds the lock; UserError naming the holder if another open file has it.
+
+    The file is never removed: between open and lock, a remover would leave two processes with two files.
+    """
+    handle = open_lock(path)
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        holder = _holder(handle, path)
+        os.close(handle)
+        raise UserError(
+            "name",
+            name,
+            f"the run folder {path.parent} is in use by {holder}",
+            "wait, stop that run, or take another name=",
+        ) from None
+    except OSError as error:
+        os.close(handle)
+        raise UserError(
+            "runs",
+            path.parent.parent,
+            f"its file system must support flock: {error.strerror}",
+            "mount it with flock, or set runs=",
+        ) from error
+    os.ftruncate(handle, 0)
+    try:
+        with naming(path):
+            os.write(handle, _me().encode())
+    except OSError:
+        os.close(handle)
+        raise
+    return handle
+
+
+def _refuse_existing(config: Config, folder: Path) -> None:
+    """resume=never is for new runs: UserError if the run has checkpoints, sound or not."""
+    if config.resume == "never" and (existing := sorted(folder.glob(STEP_FOLDERS))):
+        raise UserError(
+            "resume",
+            config.resume,
+            f"the run {config.name} already has checkpoints, the last one {existing[-1]}",
+            "continue it with resume=auto, take another name=, or remove its folder",
+        )
+
+
+def check_space(config: Config, checkpoint_bytes: int) -> None:
+    """UserError if the disk cannot take the checkpoints still missing from `keep`, the one in the making, and beside them that which
+    the run resumes from.
+    """
+    paths = RunPaths(config)
+    there = len(checkpoints(paths.checkpoints))
+    most = config.checkpoint.keep + 1 if config.checkpoint.every else 1  # without any on the way: the one at the end
+    copies = max(1, most + (there > 0) - there)
+    place = next(folder for folder in (paths.path, *paths.path.parents) if folder.exists())
+    needed, free = copies * checkpoint_bytes, shutil.disk_usage(place).free
+    if free < needed:
+        raise UserError(
+            "runs",
+            config.runs,
+            f"no disk space: {copies} checkpoints of about {checkpoint_bytes / 1e9:.1f} GB need {needed / 1e9:.1f} GB, "
+            f"and {free / 1e9:.1f} GB are free: {room(place)}",
+            "free some, set runs= to a larger disk, or lower checkpoint.keep",
+        )

@@ -1,0 +1,93 @@
+"""Which documents are held out for validation.
+
+A document is held out when the hash of its stable id is below validation_fraction of the range: adding documents never
+moves another one to the other side. Each side gets at least one. A corpus of a single document is cut in two: the last
+part of its bytes is held out.
+
+D = documents.
+"""
+
+from collections.abc import Iterator
+
+import numpy as np
+
+from train.data.packing import Documents
+from train.data.source_files import hash_id
+from train.data.sources import DocumentSource, no_text
+from train.data.token_store import TokenStore
+from train.data.tokenizer import Tokenizer
+
+CHUNK = 1 << 20
+"""Tokens that are looked at in one go."""
+LONGEST = 16 << 20
+"""Characters of one document that a tokenizer is trained on, at most."""
+
+
+def held_out_D(hashes_D: np.ndarray, fraction: float) -> np.ndarray:
+    """Whether each of two or more documents is held out (bool)."""
+    held_D = hashes_D < np.uint64(fraction * 2**64)
+    if not held_D.any():
+        held_D[hashes_D.argmin()] = True
+    if held_D.all():
+        held_D[hashes_D.argmax()] = False
+    return held_D
+
+
+def split(store: TokenStore, tokenizer: Tokenizer, fraction: float) -> tuple[Documents, Documents]:
+    """Training and held-out documents of a token folder."""
+    starts_D, lengths_D = store.offsets_D1[:-1], np.diff(store.offsets_D1)
+    if len(starts_D) == 1:
+        cut = _cut(store.tokens_N, tokenizer.bytes_V, fraction)
+        starts_D, lengths_D = np.array([0, cut]), np.array([cut, len(store.tokens_N) - cut])
+        held_D = np.array([False, True])
+    else:
+        held_D = held_out_D(store.hashes_D, fraction)
+    return tuple(Documents(store.tokens_N, starts_D[side_D], lengths_D[side_D]) for side_D in (~held_D, held_D))
+
+
+def all_documents(store: TokenStore) -> Documents:
+    """The documents of a token folder, undivided."""
+    return Documents(store.tokens_N, store.offsets_D1[:-1], np.diff(store.offsets_D1))
+
+
+def long_documents(documents: Documents, least: int) -> Documents:
+    """Those of `least` tokens or more."""
+    long_D = documents.lengths_D >= least
+    return Documents(documents.tokens, documents.starts_D[long_D], documents.lengths_D[long_D])
+
+
+def _cut(tokens_N: np.ndarray, bytes_V: np.ndarray, fraction: float) -> int:
+    """Tokens that stay for training: as many as lie whole in the first part of the bytes; at least one on each side."""
+    chunks = [slice(first, first + CHUNK) for first in range(0, len(tokens_N), CHUNK)]
+    ends = np.cumsum([bytes_V[tokens_N[chunk]].sum() for chunk in chunks])
+    goal = (1 - fraction) * ends[-1]
+    chunk = min(int(np.searchsorted(ends, goal, side="right")), len(chunks) - 1)
+    ends_N = np.cumsum(bytes_V[tokens_N[chunks[chunk]]]) + (ends[chunk - 1] if chunk else 0)
+    cut = chunk * CHUNK + int(np.searchsorted(ends_N, goal, side="right"))
+    return min(max(cut, 1), len(tokens_N) - 1)
+
+
+def training_texts(sources: list[DocumentSource], limit: int, fraction: float) -> Iterator[str]:
+    """Texts of training documents from all over the sources, of about `limit` bytes, to train a tokenizer on."""
+    for source in sources:
+        documents = _enough(source.sample(limit // len(sources)), limit // len(sources), fraction)
+        if not documents:
+            raise no_text(source)
+        if len(documents) == 1:
+            raw = documents[0][1].encode()
+            yield raw[: int((1 - fraction) * len(raw))].decode("utf-8", "ignore")
+            continue
+        held_D = held_out_D(np.array([hash_id(name) for name, _ in documents], dtype=np.uint64), fraction)
+        yield from (text for (_, text), held in zip(documents, held_D, strict=True) if not held)
+
+
+def _enough(documents: Iterator[tuple[str, str]], limit: int, fraction: float) -> list[tuple[str, str]]:
+    """The first documents, until those for training have `limit` characters."""
+    taken, size = [], 0
+    for name, text in documents:
+        text = text[:LONGEST]
+        taken.append((name, text))
+        size += len(text) if hash_id(name) >= fraction * 2**64 else 0
+        if size >= limit:
+            break
+    return taken

@@ -1,0 +1,56 @@
+"""What `prepare` is doing, on stderr: a bar in a terminal, a line per stage elsewhere, nothing when all is cached."""
+
+import sys
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+
+from conf.words import one_line, say
+from train.data.source_files import Progress
+
+
+@contextmanager
+def show_progress() -> Iterator[Progress]:
+    """A progress callback for `prepare` and `build_corpus`, for as long as the context lasts."""
+    with ExitStack() as stack:
+        yield _Bar(stack) if sys.stderr.isatty() else _Lines()
+
+
+class _Lines:
+    """One line when a stage begins."""
+
+    def __init__(self) -> None:
+        self._stage = ""
+
+    def __call__(self, stage: str, done: int, total: int) -> None:
+        if stage != self._stage:
+            self._stage = stage
+            size = f" ({total / 1e6:.1f} MB)" if total else ""
+            say(f"data: {one_line(stage)}{size}", file=sys.stderr, flush=True)
+
+
+class _Bar:
+    """A bar that shows one stage after another."""
+
+    def __init__(self, stack: ExitStack) -> None:
+        self._stack, self._progress, self._task, self._stage = stack, None, None, ""
+
+    def __call__(self, stage: str, done: int, total: int) -> None:
+        if self._progress is None:
+            # Only when there is something to show, since a start with everything cached should not wait for rich.
+            from rich import progress
+
+            from conf.screen import Terminal
+
+            columns = (
+                progress.TextColumn("data: {task.description}", markup=False),
+                progress.BarColumn(),
+                progress.DownloadColumn(),
+                progress.TimeRemainingColumn(),
+            )
+            bar = progress.Progress(*columns, console=Terminal(stderr=True), transient=True)
+            self._progress = self._stack.enter_context(bar)
+        if stage != self._stage:
+            if self._task is not None:
+                self._progress.remove_task(self._task)
+            self._task, self._stage = self._progress.add_task(one_line(stage)), stage
+        self._progress.update(self._task, completed=done, total=total or None)

@@ -1,0 +1,249 @@
+"""What a dry run found beside the plan, as dry_run.json and as a screen."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from conf.screen import Terminal
+from train.dry_run.expected import Expected, Times, again
+from train.dry_run.lone import PHASES, MeasuredRank
+from train.dry_run.piece import DryRunPiece
+from train.metrics.quantities import error, gib, seconds
+from train.metrics.screens import GOOD, WARN, show
+from train.plan.budget import verdict_of
+from train.plan.memory.rank_memory import chunk_parts, phases, rank_memory, scene_of
+from train.plan.memory.rank_weights import FP32, rank_weights
+from train.plan.report.plan_record import reserve_words
+from train.plan.reserve import reserve_of, tensor_memory
+
+FILE = "dry_run.json"
+KINDS = {"F": "forward", "B": "backward", "I": "backward, inputs", "W": "backward, weights", "FB": "overlapped pair"}
+REST = "all else at the peak"
+"""Gradients as far as they are there, activations, workspace."""
+
+
+@dataclass(frozen=True)
+class Compared:
+    """A figure, and what the plan said; None where it said nothing."""
+
+    measured: float
+    planned: float | None = None
+
+    @property
+    def error(self) -> str:
+        return "" if self.planned is None else error(self.planned, self.measured)
+
+    def record(self) -> dict[str, float | None]:
+        return {"measured": self.measured, "planned": self.planned}
+
+
+@dataclass(frozen=True)
+class Findings:
+    """Of one dry run."""
+
+    piece: DryRunPiece
+    device: str
+    threads: int | None
+    """Of a CPU."""
+    peak: Compared
+    phases: dict[str, Compared]
+    items: dict[str, Compared]
+    """Weights, master, moments; gradients when the schedule ends; and `rest`: what else the peak has beside the first three."""
+    actions: dict[str, Compared]
+    """Seconds of an action by kind, mean over a step's, the step being the median one."""
+    counts: dict[str, int]
+    """Actions of a step by kind."""
+    steps: dict[str, Compared]
+    """Median seconds of a step and of its phases."""
+    skipped: int
+    """Timed steps without an update."""
+    job_peak: int
+    """Planned peak of the whole rank on the job's own hardware."""
+    job_room: int | None
+    """What that peak leaves beside the reserve, as in a plan; None without a description of the hardware."""
+    job_step: float | None
+    """Seconds of the job's step as planned; None where there are no rates."""
+    job_step_again: float | None
+    """The same with the measured times put back; None where they say nothing about the job."""
+    reason: str
+    """Why one of the two is missing."""
+
+
+def find(piece: DryRunPiece, measured: MeasuredRank, times: Times, device: torch.device) -> Findings:
+    """Set what was measured beside the plans."""
+    job, part = piece.job, times.piece
+    here = phases(piece.config, piece.pp_rank, piece.rank % job.parallel.stage_ranks, piece.scene, piece.layers)
+    job_peak = rank_memory(job, piece.pp_rank, scene_of(job, piece.load)).peak_bytes
+    actions = {kind: median(totals) for kind, totals in measured.actions.items()}
+    steps = {name: median(each) for name, each in measured.seconds.items()}
+    return Findings(
+        piece=piece,
+        device=torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
+        threads=torch.get_num_threads() if device.type == "cpu" else None,
+        peak=Compared(measured.peak, max(here.values())),
+        phases={phase: Compared(measured.phases[phase], here[phase]) for phase in PHASES},
+        items=_items(piece, measured, max(here.values())),
+        actions={
+            kind: Compared(total / count, part.actions[kind] / count if part else None)
+            for kind, total in actions.items()
+            if (count := measured.counts[kind])
+        },
+        counts=dict(measured.counts),
+        steps={name: Compared(each, _planned_phase(part, name)) for name, each in steps.items()},
+        skipped=measured.skipped,
+        job_peak=job_peak,
+        job_room=tensor_memory(job) - job_peak if job.hardware.memory_bytes else None,
+        job_step=times.job.step_seconds if times.job else None,
+        job_step_again=again(times, actions, steps["reduction"] + steps["update"]) if times.whole else None,
+        reason=times.reason,
+    )
+
+
+def _items(piece: DryRunPiece, measured: MeasuredRank, planned_peak: int) -> dict[str, Compared]:
+    """What the rank holds all the time, its gradients, and the rest of the peak."""
+    plan = rank_memory(piece.config, piece.pp_rank, piece.scene, piece.layers).items
+    state = ("weights", "master", "moments")
+    items = {name: Compared(measured.items[name], plan.get(name, 0)) for name in state}
+    if piece.config.parallel.zero == 1:  # further stages keep no gradients of whole weights
+        chunks = list(chunk_parts(piece.config, piece.layers)[piece.pp_rank].values())
+        gradients = FP32 * sum(weight.elements for weight in rank_weights(piece.config, chunks))
+        items["gradients"] = Compared(measured.items["gradients"], gradients)
+    held = sum(items[name].measured for name in state), sum(items[name].planned or 0 for name in state)
+    return items | {"rest": Compared(measured.peak - held[0], planned_peak - held[1])}
+
+
+def _planned_phase(part: Expected | None, name: str) -> float | None:
+    if part is None:
+        return None
+    planned = {"schedule": part.schedule, "reduction": part.update.reduce, "update": part.update.optimizer}
+    return planned.get(name, sum(planned.values()))
+
+
+def record(found: Findings) -> dict[str, Any]:
+    """dry_run.json. Bytes and seconds."""
+    piece = found.piece
+    stages = {str(stage): [piece.layers[stage].start, piece.layers[stage].stop] for stage in piece.stages}
+    return {
+        "name": piece.job.name,
+        "rank": piece.rank,
+        "pp_rank": piece.pp_rank,
+        "device": found.device,
+        "threads": found.threads,
+        "layers": stages,
+        "shrink": piece.shrink,
+        "layers_left_out": piece.left_out,
+        "routing": piece.job.dry_run.routing,
+        "rows_per_token": list(piece.load.per_token_L),
+        "room_bytes": piece.room,
+        "needed_bytes": piece.needed,
+        "peak_bytes": found.peak.record(),
+        "phase_peak_bytes": {name: one.record() for name, one in found.phases.items()},
+        "item_bytes": {name: one.record() for name, one in found.items.items()},
+        "action_seconds": {
+            kind: one.record() | {"actions_per_step": found.counts[kind]} for kind, one in found.actions.items()
+        },
+        "phase_seconds": {name: one.record() for name, one in found.steps.items()},
+        "steps_without_update": found.skipped,
+        "job_peak_bytes": found.job_peak,
+        "job_room_bytes": found.job_room,
+        "job_step_seconds": found.job_step,
+        "job_step_seconds_measured": found.job_step_again,
+    }
+
+
+def dry_run_screen(found: Findings, folder: Path, console: Console | None = None) -> None:
+    """The findings on one screen: what ran, then memory, times, and the job."""
+    piece = found.piece
+    rows = [("Ran", _what_ran(found))]
+    if piece.left_out:
+        needs = f"all layers need {gib(piece.needed)}, and {gib(piece.room)} are free here"
+        rows.append(("CUT", f"{_count(piece.left_out, 'layer')} of this rank left out: {needs}"))
+    if piece.shrink > 1:
+        rows.append(("SHRUNKEN", f"{_shrunken(piece)}: neither these bytes nor these seconds are those of the job"))
+    if found.skipped:
+        rows.append(
+            (
+                "SKIPPED",
+                f"{_count(found.skipped, 'update')}, as gradients were not finite: the update's figures are too low",
+            )
+        )
+    rows += [
+        ("Memory", _table(_memory(found), _size)),
+        ("Seconds", _table(_times(found), seconds)),
+        ("Job", _job(found)),
+        ("Written", str(folder / FILE)),
+    ]
+    peak = f"peak {_size(found.peak.measured)}, plan {found.peak.error}"
+    title = f"{piece.job.name}, rank {piece.rank} alone on {found.device}: {peak}"
+    show(console or Terminal(), title, GOOD if piece.whole else WARN, rows)
+
+
+def _what_ran(found: Findings) -> str:
+    piece = found.piece
+    parallel = piece.job.parallel
+    stages = ", ".join(f"stage {stage} with {_layer_words(piece.layers[stage])}" for stage in piece.stages)
+    threads = "" if found.threads is None else f"; {_count(found.threads, 'thread')}"
+    rows = sum(piece.load.per_token_L)
+    experts = f"; {rows:.3g} rows per token for its experts ({piece.job.dry_run.routing})" if parallel.ep > 1 else ""
+    return f"pipeline rank {piece.pp_rank} of {parallel.pp} in {parallel.schedule_words}: {stages}{experts}{threads}"
+
+
+def _count(number: int, what: str) -> str:
+    return f"{number} {what}" if number == 1 else f"{number} {what}s"
+
+
+def _layer_words(layers: range) -> str:
+    if not layers:
+        return "no layer"
+    return f"layer {layers.start}" if len(layers) == 1 else f"layers {layers.start} to {layers.stop - 1}"
+
+
+def _shrunken(piece: DryRunPiece) -> str:
+    model, full = piece.config.model, piece.job.model
+    return (
+        f"widths, vocabulary and sequence by {piece.shrink} (hidden {model.hidden} of {full.hidden}, sequence "
+        f"{piece.config.seq_len} of {piece.job.seq_len})"
+    )
+
+
+def _memory(found: Findings) -> dict[str, Compared]:
+    named = {REST if name == "rest" else name: one for name, one in found.items.items()}
+    return {"peak": found.peak} | {f"peak in {name}": one for name, one in found.phases.items()} | named
+
+
+def _times(found: Findings) -> dict[str, Compared]:
+    actions = {f"{KINDS[kind]} (x {found.counts[kind]})": one for kind, one in found.actions.items()}
+    return actions | {"whole step" if name == "step" else name: one for name, one in found.steps.items()}
+
+
+def _size(value: float) -> str:
+    """As gib, with three digits below one GiB."""
+    return gib(value) if value >= 2**30 else f"{value / 2**20:.3g} MiB"
+
+
+def _table(rows: dict[str, Compared], words: Callable[[float], str]) -> str:
+    width = max(map(len, rows))
+    lines = [f"{'':{width}}  {'measured':>10}  {'planned':>10}"]
+    for name, one in rows.items():
+        planned = "-" if one.planned is None else words(one.planned)
+        lines.append(f"{name:{width}}  {words(one.measured):>10}  {planned:>10}  {one.error}".rstrip())
+    return "\n".join(lines)
+
+
+def _job(found: Findings) -> str:
+    job = found.piece.job
+    where = job.hardware.name or "this device"
+    words = f"this rank whole on {where}: {gib(found.job_peak)} planned"
+    if found.job_room is not None:
+        reserve, memory = reserve_words(reserve_of(job)), int(job.hardware.memory_bytes)
+        words += f" of {gib(memory)}, {reserve}: {verdict_of(found.job_room, memory)}"
+    if found.job_step is not None:
+        words += f"; a step {seconds(found.job_step)} planned"
+    if found.job_step_again is not None:
+        return f"{words}, {seconds(found.job_step_again)} with the times measured here put in"
+    return f"{words} ({found.reason})"

@@ -1,0 +1,120 @@
+"""The attention core on a CPU as compiled code: `train/kernels/cpu/attention.cpp`."""
+
+from ctypes import c_float, c_int64
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from train.kernels.cpu.cpp_function import Array, Kernel, Number, Parameter, Size, Struct, Table, Threads, Zeros, table
+from train.kernels.cpu.libraries import library
+from train.model.attention import AttentionCore, AttentionInput, AttentionOutput
+
+Spans = list[tuple[int, int, int]]
+"""(sequence, start, end)."""
+
+_load = partial(library, "attention")
+_attention_kept = Kernel(
+    _load, "attention_kept", c_int64, spans=Table(4), heads=Number(c_int64), longest=Number(c_int64)
+)  # fmt: skip
+
+
+def _heads(width: str, out: bool = False) -> Array:
+    return Array(torch.bfloat16, f"B H T {width}", apart=3, out=out)
+
+
+def _rows(out: bool) -> Array:
+    return Array(torch.float32, "B H T", out=out, optional=True)
+
+
+def _problem(**arrays: Parameter) -> Struct:
+    """`Problem` of attention.cpp."""
+    return Struct(
+        q=_heads("Q"), k=_heads("Q"), v=_heads("V"), **arrays, heads=Size("H"), length=Size("T"), qk=Size("Q"),
+        width=Size("V"), longest=Number(c_int64), scale=Number(c_float),
+    )  # fmt: skip
+
+
+_attention_forward = Kernel(
+    _load, "attention_forward",
+    problem=_problem(
+        out=_heads("V", out=True), dout_dq_dk_dv=Zeros(16), kept=Array(torch.bfloat16, "P", out=True), lse=_rows(out=True),
+        largest=_rows(out=True),
+    ),
+    spans=Table(4), threads=Threads(),
+)  # fmt: skip
+_attention_backward = Kernel(
+    _load, "attention_backward",
+    problem=_problem(
+        out=_heads("V"), dout=_heads("V"), dq=_heads("Q", out=True), dk=_heads("Q", out=True), dv=_heads("V", out=True),
+        kept=Array(torch.bfloat16, "P"), lse=_rows(out=False), largest=Zeros(1),
+    ),
+    spans=Table(4), threads=Threads(),
+)  # fmt: skip
+
+
+class CompiledAttention(AttentionCore):
+    """In bf16, of all positions of sequences or documents; anything else in torch's operations.
+
+    The probabilities of a span are kept for backward where they take about as much memory as its queries, keys and values,
+    or less; those of longer ones are recomputed, so memory is linear in the sequence.
+    """
+
+    def forward(self, given: AttentionInput, keep: bool = False, largest: bool = False) -> AttentionOutput:
+        spans = _spans(given)
+        if spans is None:
+            return super().forward(given, keep, largest)
+        q, k, v = map(_readable, given[:3])
+        B, H, T, V = v.shape
+        rows = table((*span, 0) for span in spans)
+        kept = v.new_empty(
+            _attention_kept(rows, H, _most_kept(given) if keep else 0)
+        )  # writes into it what is kept where
+        out_BHTV = v.new_empty(B, T, H, V).transpose(1, 2)
+        lse_BHT = v.new_empty(B, H, T, dtype=torch.float32)
+        largest_BHT = torch.empty_like(lse_BHT) if largest else None
+        _attention_forward(q, k, v, out_BHTV, kept, lse_BHT, largest_BHT, _longest(spans), given.scale, rows)
+        return AttentionOutput(out_BHTV, lse_BHT, largest_BHT, kept)
+
+    def backward(
+        self, dout_BHTV: Tensor, given: AttentionInput, made: AttentionOutput
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        spans = _spans(given)
+        if spans is None:
+            return super().backward(dout_BHTV, given, made)
+        q, k, v, dout = map(_readable, (*given[:3], dout_BHTV))
+        dq, dk, dv = (torch.empty_like(t) for t in (q, k, v))
+        rows = table((*span, 0) for span in spans)
+        kept = v.new_empty(0) if made.kept is None else made.kept
+        _attention_kept(rows, v.size(1), _most_kept(given) if kept.numel() else 0)
+        _attention_backward(
+            q, k, v, _readable(made.out_BHTV), dout, dq, dk, dv, kept, made.lse_BHT, _longest(spans), given.scale, rows
+        )
+        return dq, dk, dv
+
+
+def _spans(given: AttentionInput) -> Spans | None:
+    """What compiled code takes; None where it does not."""
+    if given.q_BHTQ.dtype != torch.bfloat16:
+        return None
+    B, _, T, _ = given.q_BHTQ.shape
+    spans: Spans = []
+    for sequence, first, last, *keys in given.seen.rectangles:
+        if keys != [first, last, 0]:
+            return None
+        spans += [(b, first, last) for b in (range(B) if sequence is None else [sequence])]
+    return spans if sum(last - first for _, first, last in spans) == B * T else None
+
+
+def _longest(spans: Spans) -> int:
+    return max((end - start for _, start, end in spans), default=0)
+
+
+def _most_kept(given: AttentionInput) -> int:
+    """The longest span whose probabilities are kept."""
+    return 2 * (2 * given.q_BHTQ.size(-1) + given.v_BHSV.size(-1))
+
+
+def _readable(t: Tensor) -> Tensor:
+    """The same with the channels of a position side by side."""
+    return t if t.stride(-1) == 1 else t.contiguous()

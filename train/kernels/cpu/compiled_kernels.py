@@ -1,0 +1,78 @@
+"""The kernels of a CPU with AVX2: compiled code for what is in bf16 (train/kernels/cpu), torch's operations for the rest.
+
+Shapes as in train/kernels/plain/plain_kernels.py. Tensors on the meta device take what real ones would, so that plans count it.
+"""
+
+import torch
+from torch import Tensor
+
+from train.kernels.cpu import compiled_products, compiled_rows
+from train.kernels.cpu.compiled_attention import CompiledAttention
+from train.kernels.cpu.libraries import NAMES
+from train.kernels.plain.plain_kernels import Groups, Kernels
+from train.model.weight_gradient import LinearProduct
+
+
+class CompiledKernels(Kernels):
+    """`Kernels` as compiled code. products: whether those are too, see `train.kernels.cpu.libraries.products_pay`."""
+
+    def __init__(self, products: bool):
+        self._products = products
+        self.core = CompiledAttention()
+        self.parts = tuple(name for name in NAMES if products or name != "products")
+
+    def rms_norm(self, x: Tensor, weight_D: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+        kernel = compiled_rows.rms_norm if _in_bf16(x, weight_D) else super().rms_norm
+        return kernel(x, weight_D, eps)
+
+    def rms_norm_backward(
+        self, grad: Tensor, x: Tensor, weight_D: Tensor, rstd: Tensor, x_needed: bool, weight_needed: bool
+    ) -> tuple[Tensor | None, Tensor | None]:
+        kernel = compiled_rows.rms_norm_backward if _in_bf16(x, weight_D) else super().rms_norm_backward
+        return kernel(grad, x, weight_D, rstd, x_needed, weight_needed)
+
+    def swiglu(self, h_N2F: Tensor, gates_N: Tensor | None) -> Tensor:
+        kernel = compiled_rows.swiglu if _in_bf16(h_N2F) else super().swiglu
+        return kernel(h_N2F, gates_N)
+
+    def swiglu_backward(self, grad_NF: Tensor, h_N2F: Tensor, gates_N: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        kernel = compiled_rows.swiglu_backward if _in_bf16(h_N2F) else super().swiglu_backward
+        return kernel(grad_NF, h_N2F, gates_N)
+
+    def to_heads(
+        self, q_BTHQ: Tensor, kv_BTHX: Tensor, k_rope_BTR: Tensor, table: Tensor, nope: int
+    ) -> tuple[Tensor, ...]:
+        if not _in_bf16(q_BTHQ, kv_BTHX, k_rope_BTR):
+            return super().to_heads(q_BTHQ, kv_BTHX, k_rope_BTR, table, nope)
+        return compiled_rows.CompiledHeads.apply(q_BTHQ, kv_BTHX, k_rope_BTR, table, nope)
+
+    def sort_by_expert(self, expert_ids_TK: Tensor, experts: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        return compiled_rows.sort_by_expert(expert_ids_TK, experts)
+
+    def linear(self, x: Tensor, weight_OI: Tensor) -> Tensor:
+        if not self.compiles_product(x, weight_OI):
+            return super().linear(x, weight_OI)
+        return LinearProduct.apply(x, weight_OI, self)
+
+    def product(self, left_OC: Tensor, right_NC: Tensor, dtype: torch.dtype, into_ON: Tensor | None = None) -> Tensor:
+        kernel = compiled_products.product if self.compiles_product(left_OC, right_NC) else super().product
+        return kernel(left_OC, right_NC, dtype, into_ON)
+
+    def grouped_product(self, x_RI: Tensor, weight_EIO: Tensor, groups: Groups) -> Tensor:
+        if not self.compiles_product(x_RI, weight_EIO):
+            return super().grouped_product(x_RI, weight_EIO, groups)
+        return compiled_products.grouped(x_RI, weight_EIO.mT, groups)
+
+    def grouped_weight_gradient(
+        self, grad_RO: Tensor, x_RI: Tensor, groups: Groups, dtype: torch.dtype, into_EOI: Tensor | None = None
+    ) -> Tensor:
+        if not self.compiles_product(grad_RO, x_RI):
+            return super().grouped_weight_gradient(grad_RO, x_RI, groups, dtype, into_EOI)
+        return compiled_products.grouped_weight_gradient(grad_RO.t(), x_RI.t(), groups, dtype, into_EOI)
+
+    def compiles_product(self, *tensors: Tensor) -> bool:
+        return self._products and _in_bf16(*tensors)
+
+
+def _in_bf16(*tensors: Tensor) -> bool:
+    return all(t.dtype == torch.bfloat16 for t in tensors)

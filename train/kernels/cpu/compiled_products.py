@@ -1,0 +1,122 @@
+"""Matrix products of bf16 on a CPU as compiled code: `train/kernels/cpu/products.cpp`.
+
+Values are exact in fp32 and so are their products; sums are in fp32 and rounded once, to the format asked for. Of a
+weight's gradient that is fp32, as paper 3.3.3 keeps it.
+
+Shape suffixes: O, N outer axes of a product, C contraction, E experts, R rows sorted by expert.
+"""
+
+from collections.abc import Sequence
+from contextlib import nullcontext
+from ctypes import c_int64
+from functools import partial
+from itertools import accumulate
+
+import torch
+from torch import Tensor
+from torch.profiler import record_function
+
+from train.kernels.cpu.cpp_function import PLAIN, Array, Kernel, Number, Parameter, Size, Struct, Table, Threads, table
+from train.kernels.cpu.libraries import library
+
+NO_SCALES = (None, 0)
+"""All are one."""
+
+
+def _operand(side: str, matrices: str, outer: str) -> dict[str, Parameter]:
+    """`Operand` of products.cpp: values, (N, C) or (E, N, C), and scales or None.
+
+    There is a scale for every 1 << shift of the outer axis and every tile of C.
+    """
+    return {
+        side: Array(torch.bfloat16, f"*{matrices} {outer} C", apart=3, beside=2),
+        f"{side}_scale": Array(
+            torch.float32, f"*{matrices} -(-{outer}>>{side}_shift) -(-C>>7)", apart=3, beside=0, optional=True
+        ),
+        f"{side}_shift": Number(c_int64),
+    }
+
+
+_products = Kernel(
+    partial(library, "products"), "products",
+    problem=Struct(
+        **_operand("left", "1", "O"), **_operand("right", "E", "N"),
+        out=Array((torch.bfloat16, torch.float32), "*M N", out=True), fp32=Size("out_dtype"),
+        columns=Size("N"), out_stride=Size("N"), into=Number(c_int64),
+    ),
+    parts=Table(6), threads=Threads(),
+)  # fmt: skip
+
+Part = tuple[int, int, int, int, int, int]
+"""One product: first row on the left, rows, matrix on the right, first and last of the contraction, offset of its output."""
+
+
+def product(left_OC: Tensor, right_NC: Tensor, dtype: torch.dtype, into_ON: Tensor | None = None) -> Tensor:
+    """left right^T: (O, N). into: fp32, to which the product is added."""
+    (rows, contraction), columns = left_OC.shape, right_NC.shape[0]
+    out_ON = left_OC.new_empty(rows, columns, dtype=dtype) if into_ON is None else into_ON
+    run("gemm", left_OC, right_NC, out_ON, [(0, rows, 0, 0, contraction, 0)], into=into_ON is not None)
+    return out_ON
+
+
+def grouped(left_RC: Tensor, right_ENC: Tensor, rows: Sequence[int]) -> Tensor:
+    """Each expert's rows times its own matrix, transposed: (R, N). rows: of every expert."""
+    _, columns, contraction = right_ENC.shape
+    out_RN = left_RC.new_empty(left_RC.shape[0], columns)
+    run("grouped_gemm", left_RC, right_ENC, out_RN, parts_by_rows(_starts(rows), rows, columns, contraction))
+    return out_RN
+
+
+def grouped_weight_gradient(
+    left_OR: Tensor, right_NR: Tensor, rows: Sequence[int], dtype: torch.dtype, into_EON: Tensor | None = None
+) -> Tensor:
+    """For each expert the sum over its rows: (E, O, N). into: as in `product`."""
+    outer, columns = left_OR.shape[0], right_NR.shape[0]
+    out_EON = left_OR.new_empty(len(rows), outer, columns, dtype=dtype) if into_EON is None else into_EON
+    parts = parts_by_sums(_starts(rows), rows, outer, columns)
+    run("grouped_gemm", left_OR, right_NR, out_EON, parts, into=into_EON is not None)
+    return out_EON
+
+
+def parts_by_rows(starts: Sequence[int], rows: Sequence[int], columns: int, contraction: int) -> list[Part]:
+    """Of every expert its rows on the left times its matrix on the right. starts: first row of each."""
+    return [(s, n, e, 0, contraction, s * columns) for e, (s, n) in enumerate(zip(starts, rows, strict=True))]
+
+
+def parts_by_sums(starts: Sequence[int], rows: Sequence[int], outer: int, columns: int) -> list[Part]:
+    """Of every expert the sum over its rows, which are the contraction."""
+    return [(0, outer, 0, s, s + n, e * outer * columns) for e, (s, n) in enumerate(zip(starts, rows, strict=True))]
+
+
+def _starts(rows: Sequence[int]) -> list[int]:
+    return list(accumulate(rows, initial=0))[:-1]
+
+
+def run(
+    name: str, left: Tensor, right: Tensor, out: Tensor, parts: Sequence[Part], left_scales=NO_SCALES, right_scales=NO_SCALES,
+    into: bool = False,
+) -> None:  # fmt: skip
+    """Write the parts' products, (O, C) or (E, O, C) on either side, into out, or add them to what is in it, fp32.
+
+    name: for torch's profiler, which sees nothing of compiled code by itself. scales: see `_operand`.
+    """
+    assert not into or out.dtype == torch.float32, out.dtype
+    left, right = readable(left), readable(right)
+    (outer, contraction), (*matrices, columns, _), places = left.shape, right.shape, out.numel()
+    count = matrices[0] if matrices else 1
+    assert all(
+        0 <= first <= first + rows <= outer and 0 <= of < count and 0 <= begin <= end <= contraction
+        and 0 <= place <= place + rows * columns <= places
+        for first, rows, of, begin, end, place in parts
+    ), (parts, left.shape, right.shape, out.shape)  # fmt: skip
+    # A name costs a percent of the step of a small model, also where nobody reads it.
+    with record_function(name) if torch.autograd._profiler_enabled() else nullcontext():
+        _products(left, *left_scales, right, *right_scales, out, int(into), table(parts))
+
+
+def readable(x: Tensor) -> Tensor:
+    """The same, side by side in memory along the last axis or the one before, and with its values there
+    (`parallel.expert.quantized_rows` has others, and gives them to torch's operations alone).
+    """
+    x = x if type(x) in PLAIN else x.view(x.shape)
+    return x if 1 in x.stride()[-2:] else x.contiguous()

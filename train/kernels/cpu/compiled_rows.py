@@ -1,0 +1,144 @@
+"""Norm, SwiGLU and the split into heads in bf16 on a CPU, and the order of rows, as compiled code: `train/kernels/cpu/rows.cpp`.
+
+Shapes as in train/kernels/plain/plain_kernels.py. Tensors on the meta device take what real ones would, so that plans count it.
+"""
+
+from ctypes import c_bool, c_float, c_int64
+from functools import partial
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from train.kernels.cpu.cpp_function import Array, Kernel, Number, Size, Struct, Threads
+from train.kernels.cpu.libraries import library
+
+BF16, FP32, INT64 = torch.bfloat16, torch.float32, torch.int64
+_load = partial(library, "rows")
+
+_rms_norm_forward = Kernel(
+    _load, "rms_norm_forward",
+    x=Array(BF16, "N D", apart=1), weight=Array(BF16, "D"), y=Array(BF16, "*N D", out=True),
+    rstd=Array(FP32, "*N 1", out=True), rows=Size("N"), width=Size("D"), eps=Number(c_float), threads=Threads(),
+)  # fmt: skip
+_rms_norm_backward = Kernel(
+    _load, "rms_norm_backward",
+    grad=Array(BF16, "N D", apart=1), x=Array(BF16, "N D", apart=1), weight=Array(BF16, "D"),
+    rstd=Array(FP32, "*N 1"), dx=Array(BF16, "*N D", out=True, optional=True),
+    dweight=Array(FP32, "D", out=True, optional=True), rows=Size("N"), width=Size("D"), threads=Threads(),
+)  # fmt: skip
+_swiglu_forward = Kernel(
+    _load, "swiglu_forward",
+    h=Array(BF16, "N 2*F", apart=1), gates=Array(FP32, "N", optional=True), out=Array(BF16, "N F", out=True),
+    rows=Size("N"), inner=Size("F"), threads=Threads(),
+)  # fmt: skip
+_swiglu_backward = Kernel(
+    _load, "swiglu_backward",
+    grad=Array(BF16, "N F", apart=1), h=Array(BF16, "N 2*F", apart=1), gates=Array(FP32, "N", optional=True),
+    dh=Array(BF16, "N 2*F", out=True), dgates=Array(FP32, "N", out=True, optional=True),
+    rows=Size("N"), inner=Size("F"), threads=Threads(),
+)  # fmt: skip
+_sort_by_expert = Kernel(
+    _load, "sort_by_expert", c_bool,
+    expert=Array(INT64, "T K"), order=Array(INT64, "T*K", out=True), inverse=Array(INT64, "T*K", out=True),
+    tokens=Array(INT64, "T*K", out=True), counts=Array(INT64, "E", out=True),
+    rows=Size("T*K"), k=Size("K"), experts=Size("E"),
+)  # fmt: skip
+
+
+def _heads(name: str, back: bool) -> Kernel:
+    """Forward the first three tensors are read and the others written, backward it is the other way round."""
+    first = {"q": "B T H nope+R", "kv": "B T H nope+V", "shared": "B T 1 R"}
+    second = {"queries": "B H T nope+R", "keys": "B H T nope+R", "values": "B H T V"}
+    split = Struct(
+        **{tensor: Array(BF16, sizes, apart=3, out=back) for tensor, sizes in first.items()},
+        **{tensor: Array(BF16, sizes, apart=3, out=not back) for tensor, sizes in second.items()},
+        table=Array(torch.complex64, "T R/2"), batch=Size("B"), heads=Size("H"), length=Size("T"),
+        nope=Number(c_int64), rope=Size("R"), value=Size("V"),
+    )  # fmt: skip
+    return Kernel(_load, name, split=split, threads=Threads())
+
+
+_heads_forward, _heads_backward = _heads("heads_forward", back=False), _heads("heads_backward", back=True)
+
+
+def rms_norm(x: Tensor, weight_D: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    """Normalised x, and 1 / rms(x) as fp32 (..., 1)."""
+    x_ND, y = _rows(x), x.new_empty(x.shape)
+    rstd = x.new_empty(*x.shape[:-1], 1, dtype=torch.float32)
+    _rms_norm_forward(x_ND, weight_D.contiguous(), y, rstd, eps)
+    return y, rstd
+
+
+def rms_norm_backward(
+    grad: Tensor, x: Tensor, weight_D: Tensor, rstd: Tensor, x_needed: bool, weight_needed: bool
+) -> tuple[Tensor | None, Tensor | None]:
+    """Gradients of x, and of the weight in fp32; each None where it is not needed."""
+    dx = x.new_empty(x.shape) if x_needed else None
+    dweight_D = weight_D.new_empty(weight_D.shape, dtype=torch.float32) if weight_needed else None
+    _rms_norm_backward(_rows(grad), _rows(x), weight_D.contiguous(), rstd, dx, dweight_D)
+    return dx, dweight_D
+
+
+def swiglu(h_N2F: Tensor, gates_N: Tensor | None) -> Tensor:
+    """silu(gate) * up, times the row's gate value where given: (N, F)."""
+    h_N2F, gates_N = _rows(h_N2F), _fp32(gates_N)
+    out_NF = h_N2F.new_empty(h_N2F.size(0), h_N2F.size(1) // 2)
+    _swiglu_forward(h_N2F, gates_N, out_NF)
+    return out_NF
+
+
+def swiglu_backward(grad_NF: Tensor, h_N2F: Tensor, gates_N: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """Gradients of h and of the gate values."""
+    h_N2F, grad_NF, gates32_N = _rows(h_N2F), _rows(grad_NF), _fp32(gates_N)
+    dh_N2F = h_N2F.new_empty(h_N2F.shape)
+    dgates_N = None if gates32_N is None else torch.empty_like(gates32_N)
+    _swiglu_backward(grad_NF, h_N2F, gates32_N, dh_N2F, dgates_N)
+    return dh_N2F, None if dgates_N is None else dgates_N.to(gates_N.dtype)
+
+
+def sort_by_expert(expert_ids_TK: Tensor, experts: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """`train.kernels.plain.plain_kernels.Kernels.sort_by_expert`."""
+    ids_TK = expert_ids_TK.contiguous()
+    order_R, inverse_R, tokens_R = (ids_TK.new_empty(ids_TK.numel()) for _ in range(3))
+    counts_E = ids_TK.new_empty(experts)
+    sorted_all = _sort_by_expert(ids_TK, order_R, inverse_R, tokens_R, counts_E)
+    assert sorted_all is not False, f"expert ids must be in [0, {experts}), and there are others"
+    return order_R, inverse_R, tokens_R, counts_E
+
+
+class CompiledHeads(torch.autograd.Function):
+    """`train.kernels.plain.plain_kernels.Kernels.to_heads` in bf16."""
+
+    @staticmethod
+    def forward(ctx, q_BTHQ: Tensor, kv_BTHX: Tensor, k_rope_BTR: Tensor, table: Tensor, nope: int):
+        B, T, H, Q = q_BTHQ.shape
+        ctx.table, ctx.nope = table, nope
+        out = [q_BTHQ.new_empty(B, H, T, width) for width in (Q, Q, kv_BTHX.size(3) - nope)]
+        given = [_readable(t) for t in (q_BTHQ, kv_BTHX, k_rope_BTR.unsqueeze(2))]
+        _heads_forward(*given, *out, table, nope)
+        return tuple(out)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dq_BHTQ: Tensor, dk_BHTQ: Tensor, dv_BHTV: Tensor):
+        B, H, T, Q = dq_BHTQ.shape
+        dq_BTHQ = dq_BHTQ.new_empty(B, T, H, Q)
+        dkv_BTHX = dq_BHTQ.new_empty(B, T, H, ctx.nope + dv_BHTV.size(3))
+        shared_BT1R = dq_BHTQ.new_empty(B, T, 1, Q - ctx.nope)
+        given = [_readable(t) for t in (dq_BHTQ, dk_BHTQ, dv_BHTV)]
+        _heads_backward(dq_BTHQ, dkv_BTHX, shared_BT1R, *given, ctx.table, ctx.nope)
+        return dq_BTHQ, dkv_BTHX, shared_BT1R.squeeze(2), None, None
+
+
+def _rows(x: Tensor) -> Tensor:
+    """(N, D) with the values of a row side by side; not a copy where rows are evenly spaced."""
+    return _readable(x.reshape(-1, x.size(-1)))
+
+
+def _readable(x: Tensor) -> Tensor:
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def _fp32(gates_N: Tensor | None) -> Tensor | None:
+    return None if gates_N is None else gates_N.float().contiguous()

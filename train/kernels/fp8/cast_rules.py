@@ -1,0 +1,108 @@
+"""The FP8 recipe as objects: which operand of which product is cast how (paper 3.3; `conf.schema.Fp8` is its text form).
+
+A linear layer has three products, each of a left and a right operand:
+
+    Fprop   y  = x w^T      activation, weight       contracted over the inputs
+    Dgrad   dx = dy w       gradient, weight         contracted over the outputs
+    Wgrad   dw = dy^T x     gradient, activation     contracted over the tokens
+
+Tiles of 128 lie along the contraction, so the same rule is 1x128 of a tensor that is contracted over its last
+dimension and 128x1 of one that is contracted over its first.
+"""
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from conf.schema import Fp8, Products
+from train.kernels.fp8.formats import E4M3, E5M2, E5M6, TILE, WHOLE, Cast, Format
+
+
+@dataclass(frozen=True)
+class OperandRule:
+    """How one operand is held: in bf16, or quantised."""
+
+    format: Format | None
+    """None for bf16."""
+    granularity: str = "1x128"
+    pow2: bool = False
+    floor: float = 0.0
+
+    def cast(self, transposed: bool = False) -> Cast:
+        """The cast of a tensor contracted over its last dimension, or with `transposed` over the one before."""
+        assert self.format is not None
+        rows, columns = {"1x128": (1, TILE), "128x128": (TILE, TILE), "row": (1, WHOLE), "tensor": (WHOLE, WHOLE)}[
+            self.granularity
+        ]
+        return Cast(self.format, (columns, rows) if transposed else (rows, columns), self.pow2, self.floor)
+
+
+class Product(NamedTuple):
+    """The rules of a product's operands."""
+
+    left: OperandRule
+    right: OperandRule
+
+
+@dataclass(frozen=True)
+class LinearRecipe:
+    """The three products of a linear layer, and the form in which its input waits for Wgrad."""
+
+    fprop: Product
+    dgrad: Product
+    wgrad: Product
+    cache: Cast | None
+    """None keeps the input as it came."""
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """The linear layers of a model by kind, and the cached SwiGLU input."""
+
+    dense: LinearRecipe
+    output: LinearRecipe
+    """The attention's output projection."""
+    experts_up: LinearRecipe
+    experts_down: LinearRecipe
+    """Its cache is None: its input is recomputed from the SwiGLU input."""
+    swiglu: Cast | None
+    """None keeps the input of the experts' SwiGLU in bf16."""
+
+    @property
+    def experts_in_tiles(self) -> bool:
+        """Whether each scale of an expert's rows is that of 128 values along a contraction."""
+        rules = [
+            rule
+            for linear in (self.experts_up, self.experts_down)
+            for rule in (linear.fprop.left, linear.dgrad.left, *linear.wgrad)
+        ]
+        return all(rule.format is None or rule.granularity == "1x128" for rule in rules)
+
+
+def build_recipe(fp8: Fp8) -> Recipe:
+    """The recipe that a checked `precision.fp8` section describes."""
+    cache = fp8.cache
+    dense, output = _linear(fp8, fp8.dense, cache.linear), _linear(fp8, fp8.output, cache.attention_output)
+    up, down = _linear(fp8, fp8.experts_up, cache.linear), _linear(fp8, fp8.experts_down, "bf16")
+    swiglu = None if cache.swiglu == "bf16" else Cast(E4M3, (1, TILE), down.fprop.left.pow2, fp8.activation_floor)
+    return Recipe(dense, output, up, down, swiglu)
+
+
+def _linear(fp8: Fp8, products: Products, cache: str) -> LinearRecipe:
+    high, low = fp8.activation_floor, fp8.gradient_floor
+    fprop = Product(parse_rule(products.fprop.activation, high), parse_rule(products.fprop.weight, high))
+    dgrad = Product(parse_rule(products.dgrad.gradient, low), parse_rule(products.dgrad.weight, high))
+    wgrad = Product(parse_rule(products.wgrad.gradient, low), parse_rule(products.wgrad.activation, high))
+    kept = None
+    if cache == "e5m6":
+        kept = Cast(E5M6, (1, TILE), True, high)
+    elif cache == "fp8" and fprop.left.format is not None:
+        kept = fprop.left.cast()
+    return LinearRecipe(fprop, dgrad, wgrad, kept)
+
+
+def parse_rule(text: str, floor: float) -> OperandRule:
+    """The rule of an operand as the configuration writes it, FORMAT/GRANULARITY/SCALE or bf16."""
+    if text == "bf16":
+        return OperandRule(None)
+    name, granularity, scale = text.split("/")
+    return OperandRule({"e4m3": E4M3, "e5m2": E5M2}[name], granularity, scale == "pow2", floor)

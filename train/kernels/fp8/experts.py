@@ -1,0 +1,157 @@
+"""The FFN of the routed experts with FP8 products, SwiGLU between them, and little kept.
+
+    up          h = Q(x) Q(w13)^T                      bf16; keeps Q(x)
+      backward  dx = Q(dh) Q(w13)
+                dw13 = Q'(dh)^T Q'(D(Q(x)))
+    down        y = Q(silu(g) u * gate) Q(w2)^T        the router's gate value inside SwiGLU, before the cast
+                                                       keeps Q(h) and the gates
+      backward  da = Q(dy) Q(w2)
+                a, dh, dgate from D(Q(h)) and da       SwiGLU's output is recomputed (paper 3.3.3)
+                dw2 = Q'(D(Q(dy)))^T Q'(a)             dy is what the dispatcher's wire brought: FP8 already
+
+Where products want rows padded per expert to 128, that is done once, on entry (train/kernels/fp8/groups.py).  Where the
+dispatcher's wire is FP8, x and dy arrive quantised (parallel/expert/quantized_rows.py).  They are taken as they are if the recipe
+asks for that very cast: then Q(x) and Q(dy) above are what the wire brought, and quantising its values again would give the same.
+
+Shape suffixes: R rows sorted by expert, P rows as products take them, D width, F inner width, E experts.
+"""
+
+from functools import partial
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from parallel.expert.quantized_rows import QuantizedRows
+from train.kernels.fp8 import swiglu
+from train.kernels.fp8.cast_rules import OperandRule, Product, Recipe
+from train.kernels.fp8.formats import E4M3, TILE, Cast
+from train.kernels.fp8.groups import Groups
+from train.kernels.fp8.health import LayerProbe
+from train.kernels.fp8.linear import gradient_operands, keep, left_source
+from train.kernels.fp8.products import Engine, Source, pack, unpack
+from train.model.needed import gradients_needed
+from train.model.weight_gradient import weight_gradient
+
+Probes = tuple[LayerProbe, LayerProbe]
+
+
+def expert_ffn(
+    rows_RD: Tensor,
+    gates_R: Tensor,
+    w13_E2FD: Tensor,
+    w2_EDF: Tensor,
+    counts_E: Tensor,
+    engine: Engine,
+    recipe: Recipe,
+    probes: Probes | None,
+) -> Tensor:
+    """SwiGLU FFN of every expert on its own rows: (R, D) in the rows' format. probes: of w13 and of w2.
+
+    rows_RD and the gradient of the result may be `QuantizedRows`.
+    """
+    groups = engine.groups(counts_E, len(rows_RD), recipe.experts_in_tiles)
+    up, down = (None, None) if probes is None else probes
+    h_P2F = _Up.apply(rows_RD, w13_E2FD, groups, engine, recipe, up)
+    return _Down.apply(h_P2F, gates_R, w2_EDF, groups, engine, recipe, down)
+
+
+class _Up(torch.autograd.Function):
+    """Gate and up projection."""
+
+    @staticmethod
+    def forward(ctx, rows_RD, w13_E2FD, groups, engine, recipe, probe):
+        rules, dtype = recipe.experts_up, rows_RD.dtype
+        x = source = _arrived(rows_RD, groups, engine, rules.fprop.left)
+        if isinstance(source, Tensor):
+            x = keep(source, engine, rules)
+            source = left_source(x, source, rules)
+        left = engine.operand(source, rules.fprop.left)
+        h_P2F = engine.grouped(left, engine.operand(w13_E2FD, rules.fprop.right), groups, dtype)
+        tensors, ctx.forms = pack(w13_E2FD, x)
+        ctx.save_for_backward(*tensors)
+        ctx.groups, ctx.engine, ctx.rules, ctx.probe, ctx.dtype = groups, engine, rules, probe, dtype
+        if probe is not None:
+            _probe_forward(probe, rules.fprop, groups, groups.pad(rows_RD), w13_E2FD, h_P2F)
+        return h_P2F
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dh_P2F):
+        groups, engine, rules = ctx.groups, ctx.engine, ctx.rules
+        w13_E2FD, x = unpack(ctx.saved_tensors, ctx.forms)
+        x_needed, weight_needed, *_ = gradients_needed(ctx)
+        dx_RD = dw13_E2FD = None
+        dh, dh_t = gradient_operands(dh_P2F, engine, rules, x_needed, weight_needed, groups)
+        if x_needed:
+            w13 = engine.operand(w13_E2FD, rules.dgrad.right, transposed=True)
+            dx_RD = groups.unpad(engine.grouped(dh, w13, groups, ctx.dtype))
+            if ctx.probe is not None:
+                ctx.probe.operand("gradient", dh_P2F, rules.dgrad.left)
+        if weight_needed:
+            x = engine.operand(x, rules.wgrad.right, transposed=True, groups=groups)
+            dw13_E2FD = weight_gradient(ctx, 1, w13_E2FD, partial(engine.grouped_wgrad, dh_t, x, groups))
+        return dx_RD, dw13_E2FD, None, None, None, None
+
+
+class _Down(torch.autograd.Function):
+    """SwiGLU and down projection."""
+
+    @staticmethod
+    def forward(ctx, h_P2F, gates_R, w2_EDF, groups, engine, recipe, probe):
+        rules, dtype, gates_P = recipe.experts_down, h_P2F.dtype, groups.pad(gates_R)
+        a, h = engine.swiglu(h_P2F, gates_P, rules.fprop.left, recipe.swiglu)
+        y_PD = engine.grouped(a, engine.operand(w2_EDF, rules.fprop.right), groups, dtype)
+        tensors, ctx.forms = pack(gates_P, w2_EDF, h)
+        ctx.save_for_backward(*tensors)
+        ctx.groups, ctx.engine, ctx.rules, ctx.probe, ctx.dtype = groups, engine, rules, probe, dtype
+        if probe is not None:
+            _probe_forward(probe, rules.fprop, groups, swiglu.forward(h_P2F, gates_P), w2_EDF, y_PD)
+        return groups.unpad(y_PD)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, dy_RD):
+        groups, engine, rules = ctx.groups, ctx.engine, ctx.rules
+        gates_P, w2_EDF, h = unpack(ctx.saved_tensors, ctx.forms)
+        h_needed, gates_needed, weight_needed, *_ = gradients_needed(ctx)
+        dh_P2F = dgates_R = dw2_EDF = None
+        dy = _arrived(dy_RD, groups, engine, rules.dgrad.left)
+        if isinstance(dy, Tensor) and rules.dgrad.left.format is not None:
+            dy = engine.cast(dy, rules.dgrad.left.cast())
+        if h_needed or gates_needed:
+            w2 = engine.operand(w2_EDF, rules.dgrad.right, transposed=True)
+            da_PF = engine.grouped(engine.operand(dy, rules.dgrad.left), w2, groups, ctx.dtype)
+            a_PF, dh_P2F, dgates_P = engine.swiglu_backward(h, gates_P, da_PF)
+            dgates_R = groups.unpad(dgates_P)
+            if ctx.probe is not None:
+                ctx.probe.operand("gradient", groups.pad(dy_RD), rules.dgrad.left)
+        elif weight_needed:
+            a_PF = engine.swiglu_again(h, gates_P)
+        if weight_needed:
+            dy = engine.operand(dy, rules.wgrad.left, transposed=True, groups=groups)
+            a = engine.operand(a_PF, rules.wgrad.right, transposed=True, groups=groups)
+            dw2_EDF = weight_gradient(ctx, 2, w2_EDF, partial(engine.grouped_wgrad, dy, a, groups))
+        return dh_P2F, dgates_R, dw2_EDF, None, None, None, None
+
+
+def _arrived(rows_RD: Tensor, groups: Groups, engine: Engine, rule: OperandRule) -> Source:
+    """The rows as products take them: quantised as they came if the rule asks for that cast, else their values."""
+    if isinstance(rows_RD, QuantizedRows):
+        cast = Cast(E4M3, (1, TILE), pow2=True, floor=rows_RD.floor)
+        if rule.format is not None and rule.cast() == cast:
+            q_PD = groups.pad(rows_RD.q_RD.view(torch.uint8)).view(rows_RD.q_RD.dtype)
+            return engine.take_arrived(q_PD, groups.pad(rows_RD.scale_RS), cast)
+        rows_RD = rows_RD.values()
+    return groups.pad(rows_RD)
+
+
+def _probe_forward(
+    probe: LayerProbe, rules: Product, groups: Groups, x_PK: Tensor, weight_ENK: Tensor, y_PN: Tensor
+) -> None:
+    """Look at the operands of a projection, and shadow the product of the busiest expert."""
+    probe.operand("activation", x_PK, rules.left)
+    probe.operand("weight", weight_ENK, rules.right)
+    busiest = max(range(len(groups.counts)), key=groups.counts.__getitem__)
+    rows = groups.real()[busiest]
+    probe.product("fprop", y_PN[rows], x_PK[rows], weight_ENK[busiest])

@@ -1,0 +1,96 @@
+"""FP8 products for the model: DeepSeek-V3's mixed precision (paper 3.3).
+
+The model asks for its products and never branches; embedding, output head, router, norms and the attention core do not
+ask and stay high.  Parameters and buffers hold nothing of FP8: scales are made from the values at hand in every
+product, so a checkpoint of a bf16 run resumes in FP8 and back.
+
+Shape suffixes: R rows sorted by expert, D width, F inner width, E experts.
+"""
+
+import torch
+from torch import Tensor, nn
+
+from conf.schema import Fp8
+from train.kernels.cpu.cpp_build import has_avx2
+from train.kernels.fp8 import scaled_products
+from train.kernels.fp8.cast_rules import OperandRule, build_recipe
+from train.kernels.fp8.compiled_casts import CompiledCasts, load_casts
+from train.kernels.fp8.compiled_engine import CompiledEngine
+from train.kernels.fp8.experts import expert_ffn
+from train.kernels.fp8.health import HealthWatch, Report
+from train.kernels.fp8.hopper import load_hopper
+from train.kernels.fp8.linear import keep, linear
+from train.kernels.fp8.products import CpuEngine, Engine, pack, unpack
+from train.kernels.plain.plain_kernels import Kernels
+from train.model.layers import HeldInput
+
+
+class Fp8Precision:
+    """The protocol `train.model.layers.LayerPrecision` with FP8 products."""
+
+    dtype = torch.bfloat16
+    """Format of activations between the products."""
+
+    def __init__(self, fp8: Fp8, device: torch.device, kernels: Kernels, engine: Engine | None = None):
+        """engine: instead of the device's own. Raises UserError where the device lacks what its engine needs."""
+        self.kernels = kernels
+        self._recipe = build_recipe(fp8)
+        self._health = HealthWatch(fp8.health)
+        if engine is None and device.type == "cuda":
+            engine = load_hopper(fp8)
+        self._engine = engine or cpu_engine(fp8, kernels)
+
+    def linear(self, x: Tensor, weight: Tensor, kind: str = "dense", held: HeldInput | None = None) -> Tensor:
+        """x (..., K) times weight (N, K) transposed. kind: dense, or output for the attention's output projection."""
+        recipe = getattr(self._recipe, kind)
+        return linear(x, weight, self._engine, recipe, self._health.probe(weight), held)
+
+    def hold(self, x: Tensor, kind: str) -> HeldInput | None:
+        """See `LayerPrecision.hold`."""
+        recipe = getattr(self._recipe, kind)
+        if recipe.cache is None or not torch.is_grad_enabled():
+            return None
+        kept = keep(x.detach().reshape(-1, x.shape[-1]), self._engine, recipe)
+        (tensors, forms), shape, as_it_was = pack(kept), x.shape, OperandRule(None)
+
+        def values(*tensors: Tensor) -> Tensor:
+            (source,) = unpack(tensors, forms)
+            return self._engine.operand(source, as_it_was).reshape(shape)
+
+        return HeldInput(kept, tensors, values)
+
+    def expert_ffn(
+        self, rows_RD: Tensor, gates_R: Tensor, w13_E2FD: Tensor, w2_EDF: Tensor, counts_E: Tensor
+    ) -> Tensor:
+        """SwiGLU FFN of every expert on its own rows: (R, D)."""
+        up, down = self._health.probe(w13_E2FD), self._health.probe(w2_EDF)
+        probes = (up, down) if up is not None and down is not None else None
+        return expert_ffn(rows_RD, gates_R, w13_E2FD, w2_EDF, counts_E, self._engine, self._recipe, probes)
+
+    def watch(self, model: nn.Module) -> None:
+        """Learn the names of the model's layers, for the health readings."""
+        self._health.name(model.named_parameters())
+
+    def start_step(self, step: int) -> None:
+        """Tell which step begins: every `precision.fp8.health.every` steps the products are checked."""
+        self._health.start_step(step)
+
+    def health(self) -> Report:
+        """Metrics and warnings of the step that ends; empty for a step that was not checked."""
+        return self._health.report()
+
+
+def cpu_engine(fp8: Fp8, kernels: Kernels, meta: bool = False) -> CpuEngine:
+    """The emulation that a checked section describes. kernels: for products without scales. meta: for plans, which run no compiled code.
+
+    Raises UserError where compiled code is asked for and cannot be built, kept or loaded.
+    """
+    exact, packed = fp8.emulate == "fp32", fp8.cache.packed
+    if not fp8.compiled:
+        return CpuEngine(exact, packed)
+    casts = CompiledCasts() if meta else load_casts()
+    if not has_avx2():
+        return CpuEngine(exact, packed, casts)
+    if not meta:
+        scaled_products.need_compiled()
+    return CompiledEngine(exact, packed, casts, kernels)

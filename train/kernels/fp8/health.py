@@ -1,0 +1,169 @@
+"""Watching FP8 products: what the casts lose, and how far the products are off.
+
+Every `every` steps each layer takes readings, per tensor class (activation, weight, gradient):
+
+    flushed       share of the non-zero values that became zero
+    saturated     share of the values beyond the format's maximum, or not finite, which the cast clamps
+    scale_range   log2 of the largest over the smallest scale of the tensor
+
+and per product (fprop, dgrad)
+
+    error         |y - y'| / |y'| of the first 128 rows, with y' the same product of bf16 operands
+
+A reading stays on the device until the step is over, so that taking one does not wait for it.
+"""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from conf.schema import Health
+from train.kernels.fp8.cast_rules import OperandRule
+from train.kernels.fp8.formats import round_to
+from train.kernels.fp8.quantize import blocked, fitted, scales
+from train.model.recompute import is_repeated
+
+SHADOW_ROWS = 128
+"""Rows of a product that are recomputed in bf16."""
+
+
+@dataclass(frozen=True)
+class Reading:
+    """One number of one tensor or product."""
+
+    layer: str
+    subject: str
+    """activation, weight or gradient; fprop or dgrad for the error of a product."""
+    name: str
+    value: Tensor
+    """A scalar, on the device."""
+
+
+class LayerProbe:
+    """Takes the readings of one layer in one step."""
+
+    def __init__(self, layer: str, readings: list[Reading]):
+        self._layer, self._readings = layer, readings
+
+    @torch.no_grad()
+    def operand(self, subject: str, x: Tensor, rule: OperandRule) -> None:
+        """What the cast of x (..., M, K) by the rule loses; nothing for an operand in bf16."""
+        if rule.format is None or x.numel() == 0:
+            return
+        cast = fitted(rule.cast(), x)
+        blocks = blocked(x.float(), cast.block)
+        amax = blocks.abs().amax((-3, -1), keepdim=True)
+        scale, inverse = scales(amax, cast)
+        scaled = blocks * inverse
+        nonzero = blocks != 0
+        clamped = ~(scaled.abs() <= rule.format.max * (1 + 2**-20))  # one rounding beyond the maximum is no clamp
+        flushed = (round_to(scaled, rule.format) == 0) & nonzero
+        used = amax > 0
+        self._take(subject, "flushed", flushed.sum() / nonzero.sum().clamp_min(1))
+        self._take(subject, "saturated", clamped.sum() / x.numel())
+        largest, smallest = scale.where(used, 0.0).amax(), scale.where(used, torch.inf).amin()
+        self._take(subject, "scale_range", torch.log2(largest / smallest).where(used.any(), 0.0))
+
+    @torch.no_grad()
+    def product(self, subject: str, out: Tensor, left: Tensor, right: Tensor) -> None:
+        """Relative error of out (M, N), which stands for left (M, K) right (N, K)^T."""
+        if out.numel() == 0:
+            return
+        exact = (left[:SHADOW_ROWS].bfloat16() @ right.bfloat16().mT).float()
+        error = (out[:SHADOW_ROWS].float() - exact).norm() / exact.norm().clamp_min(1e-30)
+        self._take(subject, "error", error)
+
+    def _take(self, subject: str, name: str, value: Tensor) -> None:
+        self._readings.append(Reading(self._layer, subject, name, value))
+
+
+class HealthWatch:
+    """Decides which steps are watched, and sums up their readings."""
+
+    def __init__(self, limits: Health):
+        self._limits = limits
+        self._names: dict[int, str] = {}
+        self._readings: list[Reading] = []
+        self._watching = False
+
+    def name(self, parameters: Iterable[tuple[str, nn.Parameter]]) -> None:
+        """Learn the names of the weights, for the readings."""
+        self._names.update((id(parameter), name.removesuffix(".weight")) for name, parameter in parameters)
+
+    def start_step(self, step: int) -> None:
+        """Forget the readings; watch this step if its turn has come."""
+        self._readings.clear()
+        self._watching = self._limits.every > 0 and step % self._limits.every == 0
+
+    def probe(self, weight: Tensor) -> LayerProbe | None:
+        """For the layer of this weight, where this step is watched."""
+        if not self._watching or is_repeated():
+            return None
+        return LayerProbe(self._names.get(id(weight), f"weight of shape {tuple(weight.shape)}"), self._readings)
+
+    def report(self) -> "Report":
+        """What the step showed; empty for one that was not watched. Of several readings the worst counts."""
+        report = Report({}, {}, [])
+        if not self._readings:
+            return report
+        values = torch.stack([reading.value.float() for reading in self._readings]).tolist()
+        for reading, value in zip(self._readings, values, strict=True):
+            key = f"fp8_{reading.subject}_{reading.name}"
+            layers = report.layers.setdefault(f"layer_{key}", {})
+            layers[reading.layer] = _worse(value, layers.get(reading.layer))
+            report.metrics[key] = _worse(value, report.metrics.get(key))
+        report.warnings.extend(self._warnings(report.layers))
+        return report
+
+    def _warnings(self, layers: dict[str, dict[str, float]]) -> Iterable[str]:
+        for key, values in layers.items():
+            _, _, subject, name = key.split("_", 3)
+            limit = getattr(self._limits, name, None)
+            for layer, value in values.items():
+                if limit is not None and not value <= limit:
+                    yield (
+                        f"FP8: {name} of the {subject} of {layer} is {value:.2%}, "
+                        f"over the limit precision.fp8.health.{name} = {limit:.2%}"
+                    )
+
+
+def _worse(value: float, other: float | None) -> float:
+    """The larger; not a number is worse than any."""
+    return value if other is None or value != value or value > other else other
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a watched step showed."""
+
+    metrics: dict[str, float]
+    """fp8_SUBJECT_NAME: the worst layer's value."""
+    layers: dict[str, dict[str, float]]
+    """layer_fp8_SUBJECT_NAME: every layer's value."""
+    warnings: list[str]
+    """One for every limit that a layer passed."""
+
+
+WARNINGS = 5
+"""Warnings of a step that are shown one by one; the rest are counted."""
+
+
+def merge(reports: Sequence[Report]) -> Report:
+    """The reports of all ranks as one: of several values for a name the worst."""
+    together = Report({}, {}, [])
+    for report in reports:
+        for key, value in report.metrics.items():
+            together.metrics[key] = _worse(value, together.metrics.get(key))
+        for key, values in report.layers.items():
+            layers = together.layers.setdefault(key, {})
+            for layer, value in values.items():
+                layers[layer] = _worse(value, layers.get(layer))
+    warnings = list(dict.fromkeys(warning for report in reports for warning in report.warnings))
+    together.warnings.extend(warnings[:WARNINGS])
+    if len(warnings) > WARNINGS:
+        together.warnings.append(
+            f"FP8: {len(warnings) - WARNINGS} more limits were passed; metrics.jsonl has all readings"
+        )
+    return together

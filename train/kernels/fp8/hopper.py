@@ -1,0 +1,295 @@
+"""FP8 products on Hopper GPUs.
+
+    quantise            our Triton kernels (train/kernels/fp8/triton_quantize.py)
+    dense products      torch's blockwise scaled_mm (cuBLASLt): 1x128 by 128x128 and 1x128 by 1x128
+    added to a sum      our Triton kernels or DeepGEMM (train/kernels/fp8/grouped_products.py): scaled_mm cannot
+    grouped products    the same
+
+What is missing or too old is an error that names it; nothing falls back.  Granularities that the kernels lack (row,
+tensor, 128x128 on the left) are written as the tiles that hold the same scales, so that ablations run on the same kernels.
+
+Operands are padded with zeros to multiples of 128, rows by the kernels that quantise.  A trap: cuBLASLt reads the scales of a 128x128 operand with their
+number along the contraction rounded up to a multiple of 4.
+
+Shape suffixes: O outer, C contraction, P rows of experts (train/kernels/fp8/groups.py), E experts, N outer of the right operand.
+"""
+
+import importlib
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from conf.errors import UserError
+from conf.schema import Fp8, Fp8Backend
+from train.kernels.fp8 import swiglu
+from train.kernels.fp8.cast_rules import OperandRule
+from train.kernels.fp8.formats import E4M3, TILE, Cast
+from train.kernels.fp8.grouped_products import (
+    DeepGemmProducts,
+    GroupedProducts,
+    Operand,
+    TritonProducts,
+    load_deep_gemm,
+)
+from train.kernels.fp8.groups import Groups
+from train.kernels.fp8.installed import require_fit
+from train.kernels.fp8.products import Source
+from train.kernels.fp8.quantize import Quantized, dequantize, dequantize_reference, quantize_reference
+from train.kernels.gpu.fused_kernels import FusedKernels
+from train.kernels.plain import grouped
+
+
+class HopperEngine:
+    """`train.kernels.fp8.products.Engine` on a Hopper GPU; see `load_hopper`."""
+
+    def __init__(self, kernels: Any, products: GroupedProducts, scaled_mm: Callable[..., Tensor] = F.scaled_mm):
+        """kernels: train.kernels.fp8.triton_quantize. products: of whichever library."""
+        self._kernels, self._products, self._scaled_mm = kernels, products, scaled_mm
+
+    def keep(self, x_MK: Tensor, cast: Cast) -> Quantized:
+        if cast.block != (1, TILE):
+            return quantize_reference(x_MK, cast)
+        quantize = self._kernels.quantize_e5m6 if cast.format.dtype is None else self._kernels.quantize_tiles
+        q, scale = quantize(_padded_columns(x_MK), cast)
+        return Quantized(q, scale, cast, x_MK.shape)
+
+    cast = keep
+
+    def take_arrived(self, q_MK: Tensor, scale: Tensor, cast: Cast) -> Quantized:
+        q = _padded_columns(q_MK.view(torch.uint8)).view(q_MK.dtype)
+        return Quantized(q, _by_column(scale), cast, q_MK.shape)
+
+    def operand(
+        self, source: Source, rule: OperandRule, transposed: bool = False, groups: Groups | None = None
+    ) -> Operand | Tensor:
+        scale = None
+        if isinstance(source, Quantized):
+            outer, inner = source.shape[-2:]
+            in_tiles, packed = source.cast.block == (1, TILE), source.cast.format.dtype is None
+            kernel_layout = in_tiles and (not packed or (transposed and rule.granularity == "1x128"))
+            if kernel_layout and rule.format is not None and not transposed and source.cast == rule.cast():
+                return Operand(source.q, source.scale, True, outer)
+            if kernel_layout and rule.format is not None:
+                source, scale = source.q, source.scale
+            elif in_tiles and packed and source.cast.pow2:
+                source = self._kernels.decode_e5m6(source.q, source.scale, outer)[:, :inner]
+            else:
+                source = dequantize(source)[..., :outer, :inner]
+        else:
+            outer, inner = source.shape[-2:]
+        if rule.format is None:
+            return source.bfloat16().mT if transposed else source.bfloat16()
+        if source.dim() == 3:
+            _check_expert_sizes(source)
+        return self._quantized(source, scale, rule, transposed, groups, inner if transposed else outer)
+
+    def gradient(
+        self, dy: Source, for_inputs: OperandRule, for_weights: OperandRule, groups: Groups | None = None
+    ) -> tuple[Operand | Tensor, Operand | Tensor]:
+        rules = for_inputs, for_weights
+        one_pass = isinstance(dy, Tensor) and not (groups is not None and self._products.flat)
+        if not one_pass or any(rule.format is None or rule.granularity != "1x128" for rule in rules):
+            return self.operand(dy, for_inputs), self.operand(dy, for_weights, transposed=True, groups=groups)
+        casts = for_inputs.cast(), for_weights.cast(transposed=True)
+        ends_E = None if groups is None else groups.unpadded_ends_E
+        rows, columns = self._kernels.quantize_both(_padded_columns(dy), *casts, ends_E)
+        return Operand(*rows, True, dy.shape[0]), Operand(*columns, True, dy.shape[1])
+
+    def _quantized(
+        self, x: Tensor, scale: Tensor | None, rule: OperandRule, transposed: bool, groups: Groups | None, outer: int
+    ) -> Operand:
+        """Operand of a tensor, FP8 with tiles of the last dimension where a scale is given, its columns padded then."""
+        cast, kernels = rule.cast(transposed), self._kernels
+        flat = groups.padded if groups is not None and self._products.flat else None
+        if rule.granularity == "1x128":
+            x = _padded_columns(x) if scale is None else x
+            if not transposed:
+                return Operand(*kernels.quantize_tiles(x, cast, scale), True, outer)
+            ends_E = None if groups is None else groups.unpadded_ends_E
+            return Operand(*kernels.quantize_columns(x, cast, scale, flat, ends_E), True, outer)
+        if scale is not None:
+            x = dequantize_reference(Quantized(x, scale, Cast(E4M3, (1, TILE), False), x.shape))
+        x = _padded(x)
+        if rule.granularity == "128x128" and groups is None:
+            return Operand(*kernels.quantize_blocks(x, cast, transposed), False, outer)
+        return _expanded(x, cast, transposed, flat, outer)
+
+    def groups(self, counts_E: Tensor, rows: int, in_tiles: bool = True) -> Groups:
+        return Groups(counts_E) if self._products.counted else Groups(counts_E, rows, padded=not in_tiles)
+
+    def product(
+        self, left: Operand | Tensor, right: Operand | Tensor, dtype: torch.dtype, into: Tensor | None = None
+    ) -> Tensor:
+        if isinstance(left, Tensor):
+            return FusedKernels().product(left, right, dtype, into)
+        if into is not None:
+            self._products.wgrad(_tiled(left), _tiled(right), None, into.unsqueeze(0), added=True)
+            return into
+        right_scale, recipe = right.scale, F.ScalingType.BlockWise1x128
+        if not right.tiles:
+            right_scale, recipe = _padded_blocks(right.scale), F.ScalingType.BlockWise128x128
+        out = self._scaled_mm(
+            left.q,
+            right.q.t(),
+            scale_a=_tiled(left).scale,
+            scale_recipe_a=F.ScalingType.BlockWise1x128,
+            scale_b=right_scale,
+            scale_recipe_b=recipe,
+            output_dtype=dtype,
+        )
+        return out[: left.outer, : right.outer].contiguous()
+
+    def grouped(self, left: Operand | Tensor, right: Operand | Tensor, groups: Groups, dtype: torch.dtype) -> Tensor:
+        if isinstance(left, Tensor):
+            return grouped.product_to_ends(left, right.mT, groups.ends_E).to(dtype)
+        if groups.rows == 0:
+            return left.q.new_empty(0, right.outer, dtype=dtype)
+        return self._products.grouped(_tiled(left), right, groups).to(dtype)
+
+    def grouped_wgrad(
+        self,
+        left: Operand | Tensor,
+        right: Operand | Tensor,
+        groups: Groups,
+        dtype: torch.dtype,
+        into: Tensor | None = None,
+    ) -> Tensor:
+        if isinstance(left, Tensor):
+            return FusedKernels().grouped_weight_gradient(left.mT, right.mT, groups.ends_E, dtype, into)
+        if groups.rows == 0 and into is None:
+            return left.q.new_zeros(len(groups.ends_E), left.outer, right.outer, dtype=dtype)
+        out_EON = into
+        if out_EON is None:
+            out_EON = left.q.new_empty(len(groups.ends_E), left.outer, right.outer, dtype=dtype)
+        if groups.rows:
+            self._products.wgrad(left, right, groups, out_EON, added=into is not None)
+        return out_EON
+
+    def swiglu(
+        self, h_P2F: Tensor, gates_P: Tensor, rule: OperandRule, cache: Cast | None
+    ) -> tuple[Operand | Tensor, Source]:
+        if rule.format is None or rule.granularity != "1x128":
+            made, kept = self.operand(swiglu.forward(h_P2F, gates_P), rule), None
+        else:
+            one_pass = cache is not None and cache.block == (1, TILE) and cache.format.dtype is not None
+            tiles, kept = self._kernels.swiglu_tiles(h_P2F, gates_P, rule.cast(), cache if one_pass else None)
+            made = Operand(*tiles, True, h_P2F.shape[0])
+        if kept is not None:
+            return made, Quantized(*kept, cache, h_P2F.shape)
+        return made, h_P2F if cache is None else self.keep(h_P2F, cache)
+
+    def swiglu_backward(self, h: Source, gates_P: Tensor, da_PF: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        scale = None
+        if isinstance(h, Quantized):
+            h, scale = h.q, h.scale
+        return self._kernels.swiglu_backward(h, gates_P, da_PF, scale)
+
+    def swiglu_again(self, h: Source, gates_P: Tensor) -> Tensor:
+        # the same kernel, so the same bits; what it also computes from the zeros is not used
+        da_PF = gates_P.new_zeros(h.shape[0], h.shape[1] // 2, dtype=torch.bfloat16)
+        return self.swiglu_backward(h, gates_P, da_PF)[0]
+
+
+def load_hopper(fp8: Fp8) -> HopperEngine:
+    """The engine of this GPU. Raises UserError for what it lacks."""
+    _check_recipe(fp8)
+    require_fit(deep_gemm=False)
+    kernels, ours = (
+        importlib.import_module(f"train.kernels.fp8.{name}") for name in ("triton_quantize", "triton_products")
+    )
+    return HopperEngine(kernels, DeepGemmProducts(load_deep_gemm()) if needs_deep_gemm(fp8) else TritonProducts(ours))
+
+
+def has_fp8_experts(fp8: Fp8) -> bool:
+    """Whether experts have FP8 products."""
+    return _operands(fp8, "experts_up", "experts_down") != {"bf16"}
+
+
+def needs_deep_gemm(fp8: Fp8) -> bool:
+    """Whether DeepGEMM has a part in the products."""
+    return fp8.backend == Fp8Backend.deepgemm
+
+
+def _check_recipe(fp8: Fp8) -> None:
+    """No product takes E5M2, and those of experts take weights in blocks only."""
+    for families, library in (
+        (("experts_up", "experts_down"), "the products of experts have no other format"),
+        (("dense", "output"), "blockwise torch.nn.functional.scaled_mm takes no other format"),
+    ):
+        for operand in sorted(_operands(fp8, *families)):
+            if operand.startswith("e5m2"):
+                rule = f"must be e4m3 or bf16 on CUDA: {library}"
+                raise UserError(f"precision.fp8.{', '.join(families)}", operand, rule, "use e4m3/1x128/fp32")
+    for family in ("experts_up", "experts_down"):
+        for product in ("fprop", "dgrad"):
+            weight = getattr(getattr(fp8, family), product).weight
+            if weight.split("/")[1:2] not in ([], ["128x128"], ["tensor"]):
+                rule = "must be 128x128 or tensor for experts on CUDA: their products read weights in blocks"
+                raise UserError(f"precision.fp8.{family}.{product}.weight", weight, rule, "use e4m3/128x128/fp32")
+
+
+def _operands(fp8: Fp8, *families: str) -> set[str]:
+    """The text of every operand of these linear layers."""
+    products = [getattr(getattr(fp8, family), name) for family in families for name in ("fprop", "dgrad", "wgrad")]
+    return {operand for product in products for operand in vars(product).values()}
+
+
+def _check_expert_sizes(weight_ENK: Tensor) -> None:
+    for size in weight_ENK.shape[1:]:
+        if size % TILE:
+            raise UserError(
+                "model.hidden, 2 x model.expert_width",
+                size,
+                "must be a multiple of 128 for FP8 experts on CUDA",
+                "change the size, or run the experts in bf16",
+            )
+
+
+def _padded(x_RC: Tensor) -> Tensor:
+    """Whole tiles, contiguous."""
+    below, right = -x_RC.shape[-2] % TILE, -x_RC.shape[-1] % TILE
+    return F.pad(x_RC, (0, right, 0, below)) if below or right else x_RC.contiguous()
+
+
+def _padded_columns(x_RC: Tensor) -> Tensor:
+    """Columns of whole tiles, contiguous."""
+    right = -x_RC.shape[-1] % TILE
+    return F.pad(x_RC, (0, right)) if right else x_RC.contiguous()
+
+
+def _padded_blocks(scale: Tensor) -> Tensor:
+    """Scales of a 128x128 operand (O / 128, C / 128) as cuBLASLt reads them: (C / 128 to a multiple of 4, O / 128)."""
+    return F.pad(scale, (0, -scale.shape[1] % 4), value=1.0).t()
+
+
+def _tiled(x: Operand) -> Operand:
+    """Scales per 128x128 (O / 128, C / 128) as scales per row and 128 columns, stored column by column."""
+    return x if x.tiles else replace(x, scale=x.scale.t().repeat_interleave(TILE, 1).t(), tiles=True)
+
+
+def _expanded(x: Tensor, cast: Cast, transposed: bool, flat: list[int] | None, outer: int) -> Operand:
+    """An operand whose scales cover more than the kernels' blocks, written with each scale repeated. flat: rows of the
+    experts whose matrices shall lie one after the other.
+    """
+    quantized = quantize_reference(x, cast)
+    q, scale, (rows, columns) = quantized.q, quantized.scale, quantized.cast.block
+    if transposed:
+        q, scale, (rows, columns) = q.mT.contiguous(), scale.mT, (columns, rows)
+    if x.dim() == 3:
+        blocks = scale.expand(q.shape[0], q.shape[1] // TILE, q.shape[2] // TILE)
+        return Operand(q, blocks.contiguous(), False, outer)
+    row_O = torch.arange(q.shape[0], device=q.device) // rows
+    column_C = torch.arange(0, q.shape[1], TILE, device=q.device) // columns
+    tiles = _by_column(scale[row_O[:, None], column_C[None, :]])
+    if flat is not None:
+        q = torch.cat([part.flatten() for part in q.split(flat, 1)])
+    return Operand(q, tiles, True, outer)
+
+
+def _by_column(scale: Tensor) -> Tensor:
+    """The same scales (O, C / 128) stored column by column; the strides say so even where a size is 1."""
+    return scale.new_empty(scale.shape[::-1]).copy_(scale.t()).t()

@@ -1,0 +1,210 @@
+"""Whether the FP8 products of this GPU work with what is installed: tried in a process of its own, before data are read.
+
+    python -m train.kernels.fp8.hopper_probe CONFIG ANSWER DEVICE
+
+Versions come first, then small products through the very calls of a training step, whose values are held against the
+emulation on the CPU (train/kernels/fp8/products.py).  A library that does not fit may abort the process, in which case the
+last stage that the answer names tells where.  The parent imports no torch.
+"""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from conf.errors import UserError
+from conf.files import atomic_write_text
+from conf.load import read_config, write_config
+from conf.schema import Config, Fp8
+from train.kernels.fp8.installed import BF16, PACKAGES, look, misfits, refusal
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from train.kernels.fp8.products import Engine
+
+LIMIT = 300.0
+"""Seconds: importing takes some 5, each of two kernels of DeepGEMM some 10 to compile the first time."""
+BOUND = 1e-2
+"""Largest relative error of a row of a product, in the norm, against the emulation of the same operands.  Rounding to bf16
+makes 1e-3, and Hopper's tensor cores keep fewer bits than fp32 within 128 of the contraction; a scale or a row of the wrong place
+makes 0.1 and more."""
+TAIL = 1500
+"""Characters of the child's last words that the error repeats."""
+
+
+def probe(config: Config, device: int = 0) -> str:
+    """What is installed, in one line, once it has proved to work. Waits at most LIMIT seconds.
+
+    device: number of the GPU. Raises UserError naming all that does not fit.
+    """
+    name = config.precision.name
+    with tempfile.TemporaryDirectory() as folder:
+        given, answer = Path(folder) / "config.yaml", Path(folder) / "answer.json"
+        write_config(config, str(given))
+        command = [sys.executable, "-m", "train.kernels.fp8.hopper_probe", str(given), str(answer), str(device)]
+        root = str(Path(__file__).resolve().parents[3])
+        environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))}
+        try:
+            done = subprocess.run(
+                command, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=LIMIT
+            )
+            how, output = _how(done.returncode), done.stdout + done.stderr
+        except subprocess.TimeoutExpired as error:
+            how, output = f"had no end after {LIMIT:.0f} s", _text(error.stdout) + _text(error.stderr)
+        said = json.loads(answer.read_text()) if answer.exists() else {"stage": "importing torch", "found": "?"}
+    if said.get("bad"):
+        raise refusal([tuple(one) for one in said["bad"]], said["found"], name)
+    if not said.get("done"):
+        last = "".join(f"\n          {line}" for line in output.strip()[-TAIL:].splitlines())
+        raise refusal(
+            [(f"a process that tried them {how} in {said['stage']}:{last}", _cures(config.precision.fp8))],
+            said["found"],
+            name,
+        )
+    return said["found"]
+
+
+def main() -> int:
+    """The child. Writes the answer at every stage again: the last one stays where the process aborts."""
+    config, answer, device = read_config(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])
+    fp8 = config.precision.fp8
+    assert fp8 is not None
+
+    said: dict = {"found": "?"}
+
+    def say(**more: object) -> None:
+        said.update(more)
+        atomic_write_text(answer, json.dumps(said), durable=False)
+
+    say(stage="asking torch for the GPU")
+    import torch
+
+    from train.kernels.fp8.hopper import load_hopper, needs_deep_gemm
+
+    torch.cuda.set_device(device)
+    found, deep_gemm = look(device), needs_deep_gemm(fp8)
+    say(stage="comparing versions", found=str(found), bad=misfits(found, deep_gemm))
+    if said["bad"]:
+        return 0
+    try:
+        say(stage="loading Triton and DeepGEMM" if deep_gemm else "loading Triton")
+        engine = load_hopper(fp8)
+        bad = wrong_products(engine, torch.device("cuda", device), fp8, lambda stage: say(stage=stage))
+    except UserError as error:
+        bad = [(f"{error.field} = {error.value}: {error.rule}", error.cure)]
+    say(bad=bad, done=True)
+    return 0
+
+
+@dataclass(frozen=True)
+class Trial:
+    """One product of this engine and of the reference, on the same numbers."""
+
+    name: str
+    run: "Callable[[Engine, Callable[[Tensor], Tensor]], Tensor]"
+    """From an engine and what brings a tensor to its device."""
+
+
+def wrong_products(
+    engine: "Engine", device: object, fp8: Fp8, say: Callable[[str], None] = lambda stage: None
+) -> list[tuple[str, str]]:
+    """Each small product that fails or whose values are not those of the reference, with the cure.
+
+    fp8: names the library of the experts' products, and says whether there are any. say: hears of each in advance.
+    """
+    from train.kernels.fp8.products import CpuEngine
+
+    bad, reference = [], CpuEngine()
+    for trial in _trials(fp8):
+        say(trial.name)
+        expected = trial.run(reference, lambda x: x).float()
+        try:
+            ours = trial.run(engine, lambda x: x.to(device)).float().cpu()
+        except Exception as error:  # whatever a library says of its own; a GPU in error fails what follows too
+            said = "\n          ".join(str(error).strip().splitlines()[:3])[:TAIL]
+            return [*bad, (f"{trial.name} fails: {type(error).__name__}: {said}", _cures(fp8))]
+        size = expected.norm(dim=-1)
+        error = ((ours - expected).norm(dim=-1) / size.clamp_min(1e-4 * size.max())).max().item()
+        if not error < BOUND:  # not a number is wrong too
+            rule = f"{trial.name} is off by {error:.2g} of a row's norm, and {BOUND} is allowed"
+            bad.append((rule, _cures(fp8)))
+    return bad
+
+
+def _trials(fp8: Fp8) -> "Iterator[Trial]":
+    """Ragged sizes, five blocks of the contraction (no multiple of four), an expert without rows."""
+    import torch
+
+    from train.kernels.fp8.cast_rules import OperandRule
+    from train.kernels.fp8.formats import E4M3
+    from train.kernels.fp8.hopper import has_fp8_experts
+
+    tiles, blocks = OperandRule(E4M3, "1x128", False, 1e-4), OperandRule(E4M3, "128x128", False, 1e-4)
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(*shape: int) -> torch.Tensor:
+        """Rows of very different size, so that scales in the wrong place are seen."""
+        x = torch.randn(shape, generator=generator) * torch.exp(torch.randn(*shape[:-1], 1, generator=generator))
+        return x.bfloat16()
+
+    x, w, g = draw(256, 640), draw(384, 640), draw(256, 384)
+
+    def dense(engine, there):
+        return engine.product(engine.operand(there(x), tiles), engine.operand(there(w), blocks), torch.bfloat16)
+
+    def wgrad(engine, there, start=None):
+        left, right = (engine.operand(there(t), tiles, transposed=True) for t in (g, x))
+        return engine.product(left, right, torch.float32, None if start is None else there(start.clone()))
+
+    yield Trial("torch.nn.functional.scaled_mm, 1x128 by 128x128", dense)
+    yield Trial("torch.nn.functional.scaled_mm, 1x128 by 1x128", wgrad)
+    library = {"triton": "Triton", "deepgemm": "DeepGEMM"}[fp8.backend]
+    yield Trial(f"{library}'s product added to a gradient", partial(wgrad, start=30 * draw(384, 640).float()))
+    if not has_fp8_experts(fp8):
+        return
+    counts, weight_ENK = torch.tensor([130, 0, 3]), draw(3, 256, 640)
+    rows_RK, grad_RN = draw(133, 640), draw(133, 256)
+
+    def grouped(engine, there):
+        groups = engine.groups(there(counts), len(rows_RK))
+        left = engine.operand(groups.pad(there(rows_RK)), tiles)
+        y = engine.grouped(left, engine.operand(there(weight_ENK), blocks), groups, torch.bfloat16)
+        return groups.unpad(y)
+
+    def grouped_wgrad(engine, there, start=None):
+        groups = engine.groups(there(counts), len(rows_RK))
+        left, right = (
+            engine.operand(groups.pad(there(t)), tiles, transposed=True, groups=groups) for t in (grad_RN, rows_RK)
+        )
+        return engine.grouped_wgrad(left, right, groups, torch.float32, None if start is None else there(start.clone()))
+
+    yield Trial(f"{library}'s product with each row's expert", grouped)
+    yield Trial(f"{library}'s product over the rows of each expert", grouped_wgrad)
+    start = 30 * draw(3, 256, 640).float()
+    yield Trial(f"{library}'s product over the rows of each expert, added", partial(grouped_wgrad, start=start))
+
+
+def _cures(fp8: Fp8) -> str:
+    torch = "install a CUDA build of a torch that is tried, 'torch>=2.11,<2.14', with the triton that it brings"
+    return f"{PACKAGES if fp8.backend == 'deepgemm' else torch}; or {BF16}"
+
+
+def _how(code: int) -> str:
+    return f"was ended by signal {signal.Signals(-code).name}" if code < 0 else f"failed with exit code {code}"
+
+
+def _text(output: bytes | str | None) -> str:
+    """subprocess gives bytes of a child that took too long, whatever it was asked for."""
+    return output.decode(errors="replace") if isinstance(output, bytes) else output or ""
+
+
+if __name__ == "__main__":
+    sys.exit(main())

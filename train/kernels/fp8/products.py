@@ -1,0 +1,247 @@
+"""What computes with quantised operands: the protocol, and the CPU's emulation.
+
+An engine makes operands out of tensors and multiplies two operands.  Every operand is (outer, contraction), so each
+product is left @ right^T.
+
+The CPU has no FP8 arithmetic, so the emulation multiplies the dequantised operands and accumulates in fp32.  Its
+operands are exact: where every scale is a power of two they fit bf16, and the product costs what a bf16 one costs (a
+weight's gradient, which is fp32, costs an fp32 one);
+with fp32 scales `CpuEngine` takes fp32 operands and an fp32 product, or, by choice, operands rounded to bf16.
+`CompiledEngine` (train/kernels/fp8/compiled_engine.py) keeps values and fp32 scales apart where the CPU has AVX2, so
+that this product, too, costs about what a bf16 one costs.  That one sums each 128 of the contraction apart, as Hopper
+kernels do; `CpuEngine` has one product per call, which differs by 3e-7 relative, far below the 4e-2 of the quantisation.
+An expert's rows are taken with padding up to `expert_rows` of conf/thresholds.py (train/kernels/plain/grouped.py says why).
+
+Shape suffixes: O outer, C contraction, P padded rows (train/kernels/fp8/groups.py), E experts, N outer of the right operand.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from conf.thresholds import THRESHOLDS
+from train.kernels.fp8 import swiglu
+from train.kernels.fp8.cast_rules import OperandRule
+from train.kernels.fp8.formats import Cast
+from train.kernels.fp8.groups import Groups
+from train.kernels.fp8.quantize import EagerCasts, Quantized, exact_dtype, fitted
+from train.kernels.plain.plain_kernels import added
+
+
+@dataclass(frozen=True)
+class Rounded:
+    """A quantised tensor held as the values that it stands for."""
+
+    values: Tensor
+    cast: Cast
+
+    @property
+    def shape(self) -> torch.Size:
+        return self.values.shape
+
+
+Source = Tensor | Quantized | Rounded
+"""What an operand is made of, and what a layer keeps for backward: a tensor as it came, or quantised."""
+
+
+def pack(*kept: Source) -> tuple[list[Tensor], list[Quantized | Rounded | None]]:
+    """Tensors for autograd to save, and what `unpack` needs to put them together again."""
+    tensors: list[Tensor] = []
+    forms: list[Quantized | Rounded | None] = []
+    for one in kept:
+        if isinstance(one, Quantized):
+            tensors += [one.q, one.scale]
+            forms.append(replace(one, q=None, scale=None))
+        elif isinstance(one, Rounded):
+            tensors.append(one.values)
+            forms.append(replace(one, values=None))
+        else:
+            tensors.append(one)
+            forms.append(None)
+    return tensors, forms
+
+
+def unpack(tensors: Sequence[Tensor], forms: list[Quantized | Rounded | None]) -> list[Source]:
+    """Inverse of `pack`."""
+    rest = iter(tensors)
+
+    def one(form: Quantized | Rounded | None) -> Source:
+        if isinstance(form, Quantized):
+            return replace(form, q=next(rest), scale=next(rest))
+        return next(rest) if form is None else replace(form, values=next(rest))
+
+    return [one(form) for form in forms]
+
+
+class Engine(Protocol):
+    """Quantises and multiplies on one kind of device."""
+
+    def keep(self, x_MK: Tensor, cast: Cast) -> Source:
+        """Quantise, to keep for backward: bit for bit `quantize_reference`, perhaps padded."""
+        ...
+
+    def cast(self, x_MK: Tensor, cast: Cast) -> Source:
+        """The same to use at once, in whatever form is cheapest."""
+        ...
+
+    def take_arrived(self, q_MK: Tensor, scale: Tensor, cast: Cast) -> Source:
+        """What `keep` would give for values that are quantised already. scale: (M, ceil(K / 128))."""
+        ...
+
+    def operand(self, source: Source, rule: OperandRule, transposed: bool = False, groups: Groups | None = None) -> Any:
+        """Operand (O, C) of a source (O, C), or with `transposed` of a source (C, O). Leading axes stay.
+
+        groups: the contraction runs over the padded rows of several experts, each on its own.
+        """
+        ...
+
+    def gradient(
+        self, dy: Source, for_inputs: OperandRule, for_weights: OperandRule, groups: Groups | None = None
+    ) -> tuple[Any, Any]:
+        """Both left operands that a gradient (T, N) is: that of Dgrad, and transposed that of Wgrad."""
+        ...
+
+    def groups(self, counts_E: Tensor, rows: int, in_tiles: bool = True) -> Groups:
+        """The layout of so many rows in all of experts with these row counts, for all that has `groups` here. in_tiles: whether
+        every cast of them has scales of 1x128, or 128x1 for Wgrad.
+        """
+        ...
+
+    def product(self, left: Any, right: Any, dtype: torch.dtype, into: Tensor | None = None) -> Tensor:
+        """left @ right^T. into: of dtype; the product is added to it, and it is returned."""
+        ...
+
+    def grouped(self, left: Any, right: Any, groups: Groups, dtype: torch.dtype) -> Tensor:
+        """left (P, C), right (E, N, C): each expert's rows times its own matrix, (P, N), zero in the padding."""
+        ...
+
+    def grouped_wgrad(
+        self, left: Any, right: Any, groups: Groups, dtype: torch.dtype, into: Tensor | None = None
+    ) -> Tensor:
+        """left (O, P), right (N, P): for each expert the sum over its rows, (E, O, N). into: as in `product`."""
+        ...
+
+    def swiglu(self, h_P2F: Tensor, gates_P: Tensor, rule: OperandRule, cache: Cast | None) -> tuple[Any, Source]:
+        """Operand of SwiGLU's output (train/kernels/fp8/swiglu.py), and what backward takes as h: h itself where it has no cache."""
+        ...
+
+    def swiglu_backward(self, h: Source, gates_P: Tensor, da_PF: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """a (P, F), dh (P, 2F) and the gradient of the gates (P,)."""
+        ...
+
+    def swiglu_again(self, h: Source, gates_P: Tensor) -> Tensor:
+        """The a of `swiglu_backward` alone."""
+        ...
+
+
+class Casts(Protocol):
+    """Casts of CPU tensors, each bit for bit as train/kernels/fp8/quantize.py defines it."""
+
+    def quantize(self, x_MK: Tensor, cast: Cast) -> Quantized:
+        """Codes and scales."""
+        ...
+
+    def fake_quantize(self, x: Tensor | Quantized, cast: Cast, dtype: torch.dtype) -> Tensor:
+        """Values that the cast leaves, of dtype."""
+        ...
+
+    def dequantize(self, x: Quantized, dtype: torch.dtype) -> Tensor:
+        """Values of the codes, of dtype."""
+        ...
+
+
+class CpuEngine:
+    """The emulation. It satisfies `Engine` with tensors as operands, runs wherever torch does, and is the reference for
+    `CompiledEngine`.
+
+    exact: False rounds operands that do not fit bf16. packed: False keeps values instead of bytes for backward.
+    casts: how tensors are cast; torch's own operations unless something faster is given.
+    """
+
+    def __init__(self, exact: bool = True, packed: bool = True, casts: Casts | None = None):
+        self._exact, self._packed, self._casts = exact, packed, casts or EagerCasts()
+
+    def keep(self, x_MK: Tensor, cast: Cast) -> Source:
+        return self._casts.quantize(x_MK, cast) if self._packed else self.cast(x_MK, cast)
+
+    def cast(self, x_MK: Tensor, cast: Cast) -> Rounded:
+        return Rounded(self._casts.fake_quantize(x_MK, cast, exact_dtype(cast)), fitted(cast, x_MK))
+
+    def take_arrived(self, q_MK: Tensor, scale: Tensor, cast: Cast) -> Source:
+        quantized = Quantized(q_MK, scale, fitted(cast, q_MK), q_MK.shape)
+        return quantized if self._packed else Rounded(self._values(quantized), quantized.cast)
+
+    def operand(
+        self, source: Source, rule: OperandRule, transposed: bool = False, groups: Groups | None = None
+    ) -> Tensor:
+        if rule.format is None:
+            values = self._values(source, torch.bfloat16)
+        else:
+            cast = fitted(rule.cast(transposed), source)
+            dtype = exact_dtype(cast) if self._exact else torch.bfloat16
+            if isinstance(source, Tensor) or source.cast != cast:
+                x = source.values if isinstance(source, Rounded) else source
+                values = self._casts.fake_quantize(x, cast, dtype)
+            else:
+                values = self._values(source, dtype)
+        return values.mT if transposed else values
+
+    def gradient(
+        self, dy: Source, for_inputs: OperandRule, for_weights: OperandRule, groups: Groups | None = None
+    ) -> tuple[Any, Any]:
+        return self.operand(dy, for_inputs), self.operand(dy, for_weights, transposed=True, groups=groups)
+
+    def groups(self, counts_E: Tensor, rows: int, in_tiles: bool = True) -> Groups:
+        return Groups(counts_E)
+
+    def product(self, left: Tensor, right: Tensor, dtype: torch.dtype, into: Tensor | None = None) -> Tensor:
+        left, right = _common(left, right, dtype)
+        return added((left @ right.mT).to(dtype), into)
+
+    def grouped(self, left: Tensor, right: Tensor, groups: Groups, dtype: torch.dtype) -> Tensor:
+        left, right = _common(left, right, dtype)
+        out_PN = left.new_zeros(groups.rows, right.shape[1])
+        for rows, right_NC in zip(groups.real(THRESHOLDS.expert_rows), right, strict=True):
+            torch.mm(left[rows], right_NC.mT, out=out_PN[rows])
+        return out_PN.to(dtype)
+
+    def grouped_wgrad(
+        self, left: Tensor, right: Tensor, groups: Groups, dtype: torch.dtype, into: Tensor | None = None
+    ) -> Tensor:
+        left, right = _common(left, right, dtype)
+        out_EON = left.new_empty(len(groups.counts), left.shape[0], right.shape[0])
+        for rows, out_ON in zip(groups.real(THRESHOLDS.expert_rows), out_EON, strict=True):
+            torch.mm(left[:, rows], right[:, rows].mT, out=out_ON)
+        return added(out_EON.to(dtype), into)
+
+    def swiglu(self, h_P2F: Tensor, gates_P: Tensor, rule: OperandRule, cache: Cast | None) -> tuple[Any, Source]:
+        return self._swiglu(h_P2F, gates_P, rule), h_P2F if cache is None else self.keep(h_P2F, cache)
+
+    def _swiglu(self, h_P2F: Tensor, gates_P: Tensor, rule: OperandRule) -> Any:
+        if rule.format is None or rule.granularity != "1x128":
+            return self.operand(swiglu.forward(h_P2F, gates_P), rule)
+        parts = zip(swiglu.chunks(h_P2F), swiglu.chunks(gates_P, h_P2F), strict=True)
+        return torch.cat([self.operand(swiglu.forward(h, gates), rule) for h, gates in parts])
+
+    def swiglu_backward(self, h: Source, gates_P: Tensor, da_PF: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        return swiglu.backward(self._values(h), gates_P, da_PF)
+
+    def swiglu_again(self, h: Source, gates_P: Tensor) -> Tensor:
+        return swiglu.again(self._values(h), gates_P)
+
+    def _values(self, source: Source, dtype: torch.dtype | None = None) -> Tensor:
+        """What a source stands for, exactly or in a format."""
+        if isinstance(source, Quantized):
+            return self._casts.dequantize(source, dtype or exact_dtype(source.cast))
+        values = source.values if isinstance(source, Rounded) else source
+        return values.to(dtype or values.dtype)
+
+
+def _common(left: Tensor, right: Tensor, result: torch.dtype) -> tuple[Tensor, Tensor]:
+    """Both in the format that holds both exactly, or in fp32 where the result is: torch rounds a product to its operands' format."""
+    if left.dtype == right.dtype and (left.dtype == torch.float32 or result != torch.float32):
+        return left, right
+    return left.float(), right.float()

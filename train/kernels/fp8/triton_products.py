@@ -1,0 +1,175 @@
+"""Products of FP8 operands as Triton kernels: for the rows of several experts, and summed into a gradient.
+
+    product     left (R, C) in 1x128 by right (E, N, C) in 128x128 -> (R, N)       Fprop and Dgrad, each row its expert's matrix
+    wgrad       left (O, P) by right (N, P), both in 1x128 -> (E, O, N) in fp32    Wgrad, summed over each expert's own columns
+
+Tensor cores multiply 128 of the contraction from zero; that sum is scaled and added to an fp32 one in registers, so that their
+short accumulator never holds more (paper 3.3.2).  `wgrad` can add to what is in the result, which then is the gradient of
+several micro-batches and was never rounded.
+
+Where the rows of an expert end is read on the device, so that nothing waits for the host.  Rows of Fprop and Dgrad lie without
+padding: a program reads and writes those of its tile that are its expert's own.  In Wgrad each expert's columns are whole tiles, with
+zeros behind the real ones (`quantize_columns`).  All other sizes are multiples of 128.  A dense product is one of a single expert.
+
+The module needs triton and is imported only where its kernels run.  Shape suffixes: O, N outer, C contraction, R rows,
+P columns of whole tiles, E experts.
+"""
+
+from functools import partial
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from train.kernels.fp8.formats import TILE
+from train.kernels.fp8.groups import most_tiles
+from train.kernels.fp8.triton_quantize import rows_of_tile, tiles_of_experts
+
+BAND = 8
+"""Tiles of the left operand whose programs are neighbours: together they read each tile of the right operand once from memory."""
+WARPS, STAGES = 8, 4
+"""Two warpgroups, each with 64 rows of the tile: its sum and the 128 products' take half of a thread's registers.  Four stages
+of 32 KiB fill the shared memory of a Hopper GPU to more than a half: while one is multiplied, three are on their way."""
+
+
+def _named(kernel: str, specialization) -> str:
+    """What profilers show: products of several experts are told from dense ones."""
+    return f"_grouped_{kernel}_kernel" if specialization.constants["experts"] > 1 else f"_{kernel}_kernel"
+
+
+@triton.jit
+def _tile(program, tiles_m, tiles_n, band: tl.constexpr):
+    """Tile of a program: down a band of the left operand's tiles, then the next of the right operand's."""
+    first = program // (band * tiles_n) * band
+    height = tl.minimum(tiles_m - first, band)
+    inside = program % (band * tiles_n)
+    return first + inside % height, inside // height
+
+
+@triton.jit(repr=partial(_named, "product"))
+def _product_kernel(
+    left_ptr, left_scale_ptr, right_ptr, right_scale_ptr, out_ptr, ends_ptr,
+    tiles_m, width, contraction, scale_rows, height_out, width_out,
+    experts: tl.constexpr, slots: tl.constexpr, band: tl.constexpr,
+):  # fmt: skip
+    m, n = _tile(tl.program_id(0), tiles_m, width // 128, band)
+    expert, first, last = rows_of_tile(ends_ptr, m, height_out, experts, slots)
+    if expert >= experts:
+        return
+    inside = tl.arange(0, 128)
+    row, column = first + inside, n * 128 + inside
+    read = tl.minimum(row, last - 1)  # rows of others are neither read nor written
+    acc = tl.zeros((128, 128), tl.float32)
+    left = left_ptr + read[:, None].to(tl.int64) * contraction + inside[None, :]
+    matrix = tl.cast(expert, tl.int64) * (width // 128) + n
+    right = right_ptr + matrix * 128 * contraction + inside[:, None] * contraction + inside[None, :]
+    left_scale = left_scale_ptr + read
+    right_scale = right_scale_ptr + matrix * (contraction // 128)
+    for _ in range(contraction // 128):
+        scale = tl.load(left_scale) * tl.load(right_scale)
+        acc += tl.dot(tl.load(left), tl.load(right).T) * scale[:, None]
+        left, right = left + 128, right + 128
+        left_scale, right_scale = left_scale + scale_rows, right_scale + 1
+    out = out_ptr + row[:, None].to(tl.int64) * width_out + column[None, :]
+    real = (row[:, None] < last) & (column[None, :] < width_out)
+    tl.store(out, acc.to(out_ptr.dtype.element_ty), mask=real)
+
+
+@triton.jit(repr=partial(_named, "wgrad"))
+def _wgrad_kernel(
+    left_ptr, left_scale_ptr, right_ptr, right_scale_ptr, out_ptr, ends_ptr, height, width, columns, height_out, width_out,
+    added: tl.constexpr, experts: tl.constexpr, slots: tl.constexpr, band: tl.constexpr,
+):  # fmt: skip
+    m, n = _tile(tl.program_id(0), height // 128, width // 128, band)
+    expert, inside = tl.program_id(1), tl.arange(0, 128)
+    start, count = 0, columns // 128
+    if experts > 1:
+        _, tiles = tiles_of_experts(ends_ptr, experts, slots)
+        slot = tl.arange(0, slots)
+        start = tl.sum(tl.where(slot < expert, tiles, 0))
+        count = tl.sum(tl.where(slot == expert, tiles, 0))
+    if added:  # noqa: SIM102 (the first is known when the kernel is compiled)
+        if count == 0:
+            return
+    first = tl.cast(start, tl.int64) * 128
+    place = inside[:, None] * tl.cast(columns, tl.int64) + inside[None, :]
+    left = left_ptr + m.to(tl.int64) * 128 * columns + first + place
+    right = right_ptr + n.to(tl.int64) * 128 * columns + first + place
+    left_scale = left_scale_ptr + tl.cast(start, tl.int64) * height + m * 128 + inside
+    right_scale = right_scale_ptr + tl.cast(start, tl.int64) * width + n * 128 + inside
+    acc = tl.zeros((128, 128), tl.float32)
+    for _ in range(count):
+        scale = tl.load(left_scale)[:, None] * tl.load(right_scale)[None, :]
+        acc += tl.dot(tl.load(left), tl.load(right).T) * scale
+        left, right = left + 128, right + 128
+        left_scale, right_scale = left_scale + height, right_scale + width
+    row, column = m * 128 + inside, n * 128 + inside
+    matrix = out_ptr + expert.to(tl.int64) * height_out * width_out
+    out = matrix + row[:, None].to(tl.int64) * width_out + column[None, :]
+    real = (row[:, None] < height_out) & (column[None, :] < width_out)
+    if added:
+        acc += tl.load(out, mask=real)
+    tl.store(out, acc.to(out_ptr.dtype.element_ty), mask=real)
+
+
+def product(
+    left_RC: Tensor,
+    left_scale: Tensor,
+    right_ENC: Tensor,
+    right_scale: Tensor,
+    out_RN: Tensor,
+    ends_E: Tensor | None = None,
+) -> Tensor:
+    """out_RN, bf16 or fp32, filled with each row times the matrix of its expert, transposed.
+
+    left_scale (R, C / 128), stored column by column; right_scale (E, N / 128, C / 128), contiguous.  out_RN may leave out the
+    last rows and columns.  ends_E: where the rows of each expert end, int32, the last being the rows of out_RN; None for a
+    single matrix.
+    """
+    (rows, contraction), experts, width = left_RC.shape, right_ENC.shape[0], _whole(right_ENC)[0]
+    assert left_RC.is_contiguous() and _by_column(left_scale) and left_scale.shape == (rows, contraction // TILE)
+    assert right_scale.is_contiguous() and out_RN.is_contiguous() and len(out_RN) <= rows
+    assert experts == 1 or ends_E is not None, "several experts have ends"
+    tiles = most_tiles(len(out_RN), experts)
+    if out_RN.numel():
+        _product_kernel[(tiles * (width // TILE),)](
+            left_RC, left_scale, right_ENC, right_scale, out_RN, left_RC if ends_E is None else ends_E,
+            tiles, width, contraction, rows, *out_RN.shape,
+            experts, triton.next_power_of_2(experts), BAND, num_warps=WARPS, num_stages=STAGES,
+        )  # fmt: skip
+    return out_RN
+
+
+def wgrad(
+    left_OP: Tensor, left_scale: Tensor, right_NP: Tensor, right_scale: Tensor, out_EON: Tensor, added: bool,
+    ends_E: Tensor | None = None,
+) -> Tensor:  # fmt: skip
+    """out_EON, bf16 or fp32, filled with left @ right^T over the columns of each expert; zero for one without. added: to what it holds, in fp32.
+
+    Scales (O or N, P / 128), stored column by column.  out_EON may leave out the last rows and columns.  ends_E: as in
+    `product`, of rows that take whole tiles of columns here; without, all columns are one expert's.
+    """
+    (height, columns), width = _whole(left_OP), _whole(right_NP)[0]
+    assert right_NP.shape[1] == columns and out_EON.is_contiguous()
+    assert _by_column(left_scale) and _by_column(right_scale)
+    assert len(out_EON) == 1 or ends_E is not None, "several experts have ends"
+    assert out_EON.dtype == torch.float32 or not added, "sums are fp32"
+    if out_EON.numel():
+        _wgrad_kernel[(height // TILE * (width // TILE), len(out_EON))](
+            left_OP, left_scale, right_NP, right_scale, out_EON, left_OP if ends_E is None else ends_E,
+            height, width, columns, *out_EON.shape[1:], added, len(out_EON), triton.next_power_of_2(len(out_EON)), BAND,
+            num_warps=WARPS, num_stages=STAGES,
+        )  # fmt: skip
+    return out_EON
+
+
+def _by_column(scale: Tensor) -> bool:
+    return scale.stride() == (1, scale.shape[0])
+
+
+def _whole(x: Tensor) -> tuple[int, int]:
+    """The last two sizes, which must be whole tiles of a contiguous tensor."""
+    rows, columns = x.shape[-2:]
+    assert x.is_contiguous() and rows % TILE == 0 and columns % TILE == 0, f"{rows} x {columns} is not whole tiles"
+    return rows, columns

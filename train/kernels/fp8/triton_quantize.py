@@ -1,0 +1,438 @@
+"""Quantising kernels for CUDA, equal bit for bit in q and scale to `quantize_reference`.
+
+Each kernel reads its input once and writes FP8 values and fp32 scales in the layout of the product that takes them:
+
+    quantize_tiles      (R, C) -> q (P, C) and one scale per row and 128 columns         left operands
+    quantize_columns    (R, C) -> q^T (C, P) and one scale per column and 128 rows       both operands of Wgrad
+    quantize_both       (R, C) -> both of these                                           a gradient, for Dgrad and Wgrad
+    quantize_blocks     (R, C) -> q (R, C) or (C, R) and one scale per 128x128           weights
+    quantize_e5m6       (R, C) -> q (P, 3 C / 2), twelve bits a value             what waits for Wgrad in a finer format
+    decode_e5m6         the values of that in bf16                                       what attention's backward takes
+    swiglu_tiles        SwiGLU with the gate value, then quantize_tiles; also h so       the down-projection's input, and what waits for backward
+    swiglu_backward     a, dh and dw from h and da                                       see train/kernels/fp8/swiglu.py
+
+An input may itself be FP8 with a scale per row and 128 columns: it is dequantised on the way in, so that what is cached
+for Wgrad goes from 1x128 to 128x1 in one pass (paper 3.5.2); for `quantize_columns` it may be E5M6, too.  Divisions are IEEE (`div_rn`): `/` is approximate on
+NVIDIA GPUs and would break the equality.  Columns are multiples of 128, and so are the rows of weights; the caller pads.  Other
+rows are as many as there are: what lacks to whole tiles counts as zeros, is never read, and is written where a product reads it.
+
+The module needs triton and is imported only where its kernels run.  Shape suffixes: R rows, P rows of whole tiles, C columns.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from train.kernels.fp8.formats import TILE, Cast
+from train.kernels.fp8.groups import most_tiles, on_device
+
+ROWS = 32
+"""Rows that one program works on."""
+BACKWARD_ROWS = 8
+"""Rows that one program of `swiglu_backward` works on: it holds several values of each, and more rows cost most of the registers."""
+COLUMNS = 32
+"""Columns that one program of `quantize_columns` works on."""
+
+
+@triton.jit
+def _scales(amax, maximum: tl.constexpr, floor: tl.constexpr, pow2: tl.constexpr):
+    """Scale and inverse of a max-abs, as `train.kernels.fp8.quantize.scales`."""
+    amax = tl.maximum(amax, floor)
+    scale = tl.div_rn(amax, tl.full(amax.shape, maximum, tl.float32))
+    if pow2:
+        bits = (scale.to(tl.int32, bitcast=True) + 0x7FFFFF) & 0x7F800000
+        scale = bits.to(tl.float32, bitcast=True)
+        inverse = tl.div_rn(tl.full(amax.shape, 1.0, tl.float32), scale)
+    else:
+        inverse = tl.div_rn(tl.full(amax.shape, maximum, tl.float32), amax)
+    return scale, inverse
+
+
+@triton.jit
+def _cast(scaled, maximum: tl.constexpr, dtype: tl.constexpr):
+    """Clamp, and round to the format. Not a number stays so."""
+    return tl.clamp(scaled, -maximum, maximum, propagate_nan=tl.PropagateNan.ALL).to(dtype)
+
+
+@triton.jit
+def tiles_of_experts(ends_ptr, experts: tl.constexpr, slots: tl.constexpr):
+    """Where each expert's rows end, and how many tiles of 128 they take; none for slots behind the experts."""
+    slot = tl.arange(0, slots)
+    end = tl.load(ends_ptr + slot, mask=slot < experts, other=0)
+    start = tl.load(ends_ptr + slot - 1, mask=(slot > 0) & (slot < experts), other=0)
+    return end, (end - start + 127) // 128
+
+
+@triton.jit
+def rows_of_tile(ends_ptr, tile, height, experts: tl.constexpr, slots: tl.constexpr):
+    """The expert of a tile, the first of its 128 rows, and where the expert's rows end. No rows are left behind the last expert."""
+    expert, first, last = 0, tile * 128, height
+    if experts > 1:
+        end, tiles = tiles_of_experts(ends_ptr, experts, slots)
+        before = tl.cumsum(tiles, axis=0) <= tile
+        expert = tl.sum(before.to(tl.int32))
+        start = tl.max(tl.where(before, end, 0))
+        first = start + (tile - tl.sum(tl.where(before, tiles, 0))) * 128
+        last = tl.load(ends_ptr + expert, mask=expert < experts, other=0)
+    return expert, first, last
+
+
+@triton.jit
+def _load(x_ptr, scale_ptr, rows, last, columns, tile, width, scale_rows, scaled: tl.constexpr):
+    """fp32 values at rows x columns, all of one tile of 128 columns, zero from the row `last` on; scaled: FP8 with a scale per
+    row and tile, stored column by column.
+    """
+    there = rows < last
+    x = tl.load(x_ptr + rows[:, None].to(tl.int64) * width + columns[None, :], there[:, None], 0.0).to(tl.float32)
+    if scaled:
+        x *= tl.load(scale_ptr + tile * scale_rows + rows, there, 0.0)[:, None]
+    return x
+
+
+@triton.jit
+def _store_tiles(
+    x, q_ptr, scale_ptr, rows, columns, there, tile, width, scale_rows,
+    maximum: tl.constexpr, floor: tl.constexpr, pow2: tl.constexpr,
+):  # fmt: skip
+    """Values at rows x columns, all of one tile of 128 columns, as FP8 with a scale per row, which are stored column by column."""
+    scale, inverse = _scales(tl.max(tl.abs(x), axis=1), maximum, floor, pow2)
+    q = _cast(x * inverse[:, None], maximum, q_ptr.dtype.element_ty)
+    tl.store(q_ptr + rows[:, None].to(tl.int64) * width + columns[None, :], q, there[:, None])
+    tl.store(scale_ptr + tile * scale_rows + rows, scale, there)
+
+
+@triton.jit
+def _tiles_kernel(
+    x_ptr, in_scale_ptr, q_ptr, scale_ptr, height, width, height_out,
+    maximum: tl.constexpr, floor: tl.constexpr, pow2: tl.constexpr, scaled: tl.constexpr, block: tl.constexpr,
+):  # fmt: skip
+    rows = tl.program_id(0) * block + tl.arange(0, block)
+    columns = tl.program_id(1) * 128 + tl.arange(0, 128)
+    tile = tl.program_id(1)
+    x = _load(x_ptr, in_scale_ptr, rows, height, columns, tile, width, height, scaled)
+    _store_tiles(x, q_ptr, scale_ptr, rows, columns, rows < height_out, tile, width, height_out, maximum, floor, pow2)
+
+
+@triton.jit
+def _e5m6_kernel(
+    x_ptr, q_ptr, scale_ptr, height, width, height_out,
+    maximum: tl.constexpr, floor: tl.constexpr, pow2: tl.constexpr, block: tl.constexpr,
+):  # fmt: skip
+    """Eight values are three words of 32 bits: `train.kernels.fp8.formats.pack_e5m6`."""
+    rows = tl.program_id(0) * block + tl.arange(0, block)
+    columns = tl.program_id(1) * 128 + tl.arange(0, 128)
+    x = _load(x_ptr, x_ptr, rows, height, columns, 0, width, height, False)
+    scale, inverse = _scales(tl.max(tl.abs(x), axis=1), maximum, floor, pow2)
+    x = tl.clamp(x * inverse[:, None], -maximum, maximum, propagate_nan=tl.PropagateNan.ALL)
+    # Round as `formats.round_to`: the addition leaves no bit below six of the mantissa, or below the smallest normal's.
+    step = tl.maximum(x.to(tl.int32, bitcast=True) & 0x7F800000, 113 << 23) + ((17 << 23) + 0x400000)
+    x = (x + step.to(tl.float32, bitcast=True)) - step.to(tl.float32, bitcast=True)
+    codes = (x.to(tl.float16).to(tl.int16, bitcast=True).to(tl.int32) >> 4) & 0xFFF
+    even, odd = tl.split(tl.reshape(codes, (block, 64, 2)))
+    pairs = even | (odd << 12)  # 24 bits each
+    even, odd = tl.split(tl.reshape(pairs, (block, 32, 2)))
+    first, third = tl.split(tl.reshape(even, (block, 16, 2)))
+    second, fourth = tl.split(tl.reshape(odd, (block, 16, 2)))
+    words = rows[:, None].to(tl.int64) * (width // 8 * 3) + tl.program_id(1) * 48 + tl.arange(0, 16)[None, :] * 3
+    tl.store(q_ptr + words, first | (second << 24))
+    tl.store(q_ptr + words + 1, ((second >> 8) & 0xFFFF) | (third << 16))
+    tl.store(q_ptr + words + 2, ((third >> 16) & 0xFF) | (fourth << 8))
+    tl.store(scale_ptr + tl.program_id(1) * height_out + rows, scale)
+
+
+@triton.jit
+def _load_e5m6(q_ptr, scale_ptr, rows, start, tile, width, height, count: tl.constexpr):
+    """fp32 values at rows x `count` columns from `start` on, all of one tile of 128 columns, of packed words of 32 bits."""
+    words = rows[:, None].to(tl.int64) * (width // 8 * 3) + (start // 8 + tl.arange(0, count // 8))[None, :] * 3
+    low, middle, high = tl.load(q_ptr + words), tl.load(q_ptr + words + 1), tl.load(q_ptr + words + 2)
+    first = low & 0xFFFFFF
+    second = ((low >> 24) & 0xFF) | ((middle & 0xFFFF) << 8)
+    third = ((middle >> 16) & 0xFFFF) | ((high & 0xFF) << 16)
+    fourth = (high >> 8) & 0xFFFFFF
+    size: tl.constexpr = rows.shape[0]
+    even = tl.reshape(tl.join(first, third), (size, count // 4))
+    odd = tl.reshape(tl.join(second, fourth), (size, count // 4))
+    pairs = tl.reshape(tl.join(even, odd), (size, count // 2))
+    codes = tl.reshape(tl.join(pairs & 0xFFF, pairs >> 12), (size, count))
+    x = (codes << 4).to(tl.int16).to(tl.float16, bitcast=True).to(tl.float32)
+    return x * tl.load(scale_ptr + tile * height + rows)[:, None]
+
+
+@triton.jit
+def _columns_kernel(
+    x_ptr, in_scale_ptr, q_ptr, scale_ptr, base_ptr, stride_ptr, ends_ptr, height, width, height_out,
+    maximum: tl.constexpr, floor: tl.constexpr, pow2: tl.constexpr, scaled: tl.constexpr, packed: tl.constexpr,
+    flat: tl.constexpr, experts: tl.constexpr, slots: tl.constexpr, block: tl.constexpr,
+):  # fmt: skip
+    tile = tl.program_id(0)
+    _, first, last = rows_of_tile(ends_ptr, tile, height, experts, slots)
+    rows = first + tl.arange(0, 128)
+    columns = tl.program_id(1) * block + tl.arange(0, block)
+    if packed:
+        start = tl.program_id(1) * block
+        x = _load_e5m6(x_ptr, in_scale_ptr, rows, start, start // 128, width, height, block)
+    else:
+        x = _load(x_ptr, in_scale_ptr, rows, last, columns, tl.program_id(1) * block // 128, width, height, scaled)
+    scale, inverse = _scales(tl.max(tl.abs(x), axis=0), maximum, floor, pow2)
+    q = _cast(x * inverse[None, :], maximum, q_ptr.dtype.element_ty)
+    base, stride = tile * 128, tl.cast(height_out, tl.int64)
+    if flat:  # both are whole tiles; without that knowledge the compiler stores byte by byte
+        base, stride = tl.multiple_of(tl.load(base_ptr + tile), 128), tl.multiple_of(tl.load(stride_ptr + tile), 128)
+    tl.store(q_ptr + base + columns[:, None] * stride + tl.arange(0, 128)[None, :], tl.trans(q))
+    tl.store(scale_ptr + tile * width + columns, scale)
+
+
+@triton.jit
+def _both_kernel(
+    x_ptr, q_ptr, scale_ptr, q_t_ptr, scale_t_ptr, ends_ptr, height, width, rows_out, columns_out,
+    maximum: tl.constexpr, floor: tl.constexpr, pow2: tl.constexpr,
+    maximum_t: tl.constexpr, floor_t: tl.constexpr, pow2_t: tl.constexpr, experts: tl.constexpr, slots: tl.constexpr,
+):  # fmt: skip
+    """`_tiles_kernel` and `_columns_kernel` of one tile of rows and 128 columns."""
+    tile = tl.program_id(0)
+    _, first, last = rows_of_tile(ends_ptr, tile, height, experts, slots)
+    rows = first + tl.arange(0, 128)
+    columns = tl.program_id(1) * 128 + tl.arange(0, 128)
+    x = _load(x_ptr, x_ptr, rows, last, columns, 0, width, height, False)
+    written = rows < (last if experts > 1 else rows_out)
+    _store_tiles(x, q_ptr, scale_ptr, rows, columns, written, tl.program_id(1), width, rows_out, maximum, floor, pow2)
+    scale, inverse = _scales(tl.max(tl.abs(x), axis=0), maximum_t, floor_t, pow2_t)
+    q = _cast(x * inverse[None, :], maximum_t, q_t_ptr.dtype.element_ty)
+    place = columns[:, None] * tl.cast(columns_out, tl.int64) + tile * 128 + tl.arange(0, 128)[None, :]
+    tl.store(q_t_ptr + place, tl.trans(q))
+    tl.store(scale_t_ptr + tile * width + columns, scale)
+
+
+@triton.jit
+def _decode_kernel(q_ptr, scale_ptr, out_ptr, height, width, scale_rows, block: tl.constexpr):
+    rows = tl.program_id(0) * block + tl.arange(0, block)
+    start = tl.program_id(1) * 128
+    x = _load_e5m6(q_ptr, scale_ptr, rows, start, tl.program_id(1), width, scale_rows, 128)
+    place = rows[:, None].to(tl.int64) * width + start + tl.arange(0, 128)[None, :]
+    tl.store(out_ptr + place, x.to(tl.bfloat16), (rows < height)[:, None])
+
+
+@triton.jit
+def _blocks_kernel(
+    x_ptr, q_ptr, scale_ptr, height, width, q_row, q_column, scale_row, scale_column, q_matrix, scale_matrix,
+    maximum: tl.constexpr, floor: tl.constexpr, pow2: tl.constexpr,
+    transposed: tl.constexpr,
+):  # fmt: skip
+    matrix = tl.program_id(2).to(tl.int64)
+    rows = tl.program_id(0) * 128 + tl.arange(0, 128)
+    columns = tl.program_id(1) * 128 + tl.arange(0, 128)
+    x = _load(x_ptr + matrix * height * width, x_ptr, rows, height, columns, 0, width, height, False)
+    scale, inverse = _scales(
+        tl.max(tl.max(tl.abs(x), axis=1, keep_dims=True), axis=0, keep_dims=True), maximum, floor, pow2
+    )
+    q = _cast(x * inverse, maximum, q_ptr.dtype.element_ty)
+    q_ptr += matrix * q_matrix
+    if transposed:
+        tl.store(q_ptr + columns[:, None].to(tl.int64) * q_column + rows[None, :] * q_row, tl.trans(q))
+    else:
+        tl.store(q_ptr + rows[:, None].to(tl.int64) * q_row + columns[None, :] * q_column, q)
+    place = tl.program_id(0) * scale_row + tl.program_id(1) * scale_column + tl.zeros((1, 1), tl.int32)
+    tl.store(scale_ptr + matrix * scale_matrix + place, scale)
+
+
+@triton.jit
+def _swiglu_kernel(
+    h_ptr, gates_ptr, q_ptr, scale_ptr, kept_ptr, kept_scale_ptr, height, width,
+    maximum: tl.constexpr, floor: tl.constexpr, pow2: tl.constexpr, kept: tl.constexpr,
+    kept_maximum: tl.constexpr, kept_floor: tl.constexpr, kept_pow2: tl.constexpr, block: tl.constexpr,
+):  # fmt: skip
+    rows, tile = tl.program_id(0) * block + tl.arange(0, block), tl.program_id(1)
+    there, columns = rows < height, tile * 128 + tl.arange(0, 128)
+    gate = _load(h_ptr, h_ptr, rows, height, columns, 0, 2 * width, height, False)
+    up = _load(h_ptr, h_ptr, rows, height, width + columns, 0, 2 * width, height, False)
+    silu = tl.div_rn(gate, 1.0 + tl.exp(-gate))
+    a = silu * up * tl.load(gates_ptr + rows, there, 0.0)[:, None]
+    _store_tiles(a, q_ptr, scale_ptr, rows, columns, there, tile, width, height, maximum, floor, pow2)
+    if kept:
+        _store_tiles(
+            gate, kept_ptr, kept_scale_ptr, rows, columns, there, tile, 2 * width, height,
+            kept_maximum, kept_floor, kept_pow2,
+        )  # fmt: skip
+        _store_tiles(
+            up, kept_ptr, kept_scale_ptr, rows, width + columns, there, width // 128 + tile, 2 * width, height,
+            kept_maximum, kept_floor, kept_pow2,
+        )  # fmt: skip
+
+
+@triton.jit
+def _swiglu_backward_kernel(
+    h_ptr, in_scale_ptr, gates_ptr, da_ptr, a_ptr, dh_ptr, dgates_ptr, height, width, scale_rows,
+    scaled: tl.constexpr, block: tl.constexpr,
+):  # fmt: skip
+    rows = tl.program_id(0) * block + tl.arange(0, block)
+    there = rows < height
+    gates = tl.load(gates_ptr + rows, there, 0.0)[:, None]
+    total = tl.zeros((block,), tl.float32)
+    for start in range(0, width, 128):
+        columns = start + tl.arange(0, 128)
+        gate = _load(h_ptr, in_scale_ptr, rows, height, columns, start // 128, 2 * width, scale_rows, scaled)
+        of_up = (width + start) // 128
+        up = _load(h_ptr, in_scale_ptr, rows, height, width + columns, of_up, 2 * width, scale_rows, scaled)
+        da = _load(da_ptr, h_ptr, rows, height, columns, 0, width, height, False)
+        sigmoid = tl.div_rn(tl.full(gate.shape, 1.0, tl.float32), 1.0 + tl.exp(-gate))
+        plain = gate * sigmoid * up
+        total += tl.sum(plain * da, axis=1)
+        da *= gates
+        place = rows[:, None].to(tl.int64) * width + columns[None, :]
+        tl.store(a_ptr + place, (plain * gates).to(tl.bfloat16), there[:, None])
+        place = rows[:, None].to(tl.int64) * (2 * width) + columns[None, :]
+        dgate = da * up * (sigmoid + gate * sigmoid * (1.0 - sigmoid))
+        tl.store(dh_ptr + place, dgate.to(tl.bfloat16), there[:, None])
+        tl.store(dh_ptr + place + width, (da * gate * sigmoid).to(tl.bfloat16), there[:, None])
+    tl.store(dgates_ptr + rows, total, there)
+
+
+def quantize_tiles(x_RC: Tensor, cast: Cast, in_scale: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    """q (P, C), and scale (P, C / 128) stored column by column, as cuBLASLt and DeepGEMM read it."""
+    rows, columns = _sizes(x_RC)
+    whole = -(-rows // TILE) * TILE
+    q, scale = cast.empty_tiles(x_RC, whole, columns)
+    _tiles_kernel[(whole // ROWS, columns // TILE)](
+        x_RC, x_RC if in_scale is None else in_scale.t(), q, scale.t(), rows, columns, whole,
+        cast.format.max, cast.floor, cast.pow2, in_scale is not None, ROWS,
+    )  # fmt: skip
+    return q, scale
+
+
+def quantize_e5m6(x_RC: Tensor, cast: Cast) -> tuple[Tensor, Tensor]:
+    """q uint8 (P, 3 C / 2), as `train.kernels.fp8.formats.pack_e5m6` packs it, and scale (P, C / 128) stored column by column."""
+    rows, columns = _sizes(x_RC)
+    whole = -(-rows // TILE) * TILE
+    q = x_RC.new_empty(whole, columns // 2 * 3, dtype=torch.uint8)
+    scale = x_RC.new_empty(columns // TILE, whole, dtype=torch.float32)
+    _e5m6_kernel[(whole // ROWS, columns // TILE)](
+        x_RC, q.view(torch.int32), scale, rows, columns, whole, cast.format.max, cast.floor, cast.pow2, ROWS
+    )
+    return q, scale.t()
+
+
+def decode_e5m6(q: Tensor, scale: Tensor, rows: int) -> Tensor:
+    """Values (R, C) in bf16, which holds them where scales are powers of two, of what `quantize_e5m6` gives."""
+    columns = q.shape[1] // 3 * 2
+    out_RC = q.new_empty(rows, columns, dtype=torch.bfloat16)
+    _decode_kernel[(triton.cdiv(rows, ROWS), columns // TILE)](
+        q.view(torch.int32), scale.t(), out_RC, rows, columns, len(scale), ROWS
+    )
+    return out_RC
+
+
+def quantize_both(
+    x_RC: Tensor, cast: Cast, cast_t: Cast, ends_E: Tensor | None = None
+) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
+    """`quantize_tiles` by the first cast and `quantize_columns` by the second, reading x once. With ends_E the former has no
+    rows of padding.
+    """
+    rows, columns = _sizes(x_RC)
+    experts = 1 if ends_E is None else len(ends_E)
+    tiles, whole = most_tiles(rows, experts), -(-rows // TILE) * TILE if experts == 1 else rows
+    q, scale = cast.empty_tiles(x_RC, whole, columns)
+    q_t = x_RC.new_empty(columns, tiles * TILE, dtype=cast_t.format.dtype)
+    scale_t = x_RC.new_empty(tiles, columns, dtype=torch.float32)
+    _both_kernel[(tiles, columns // TILE)](
+        x_RC, q, scale.t(), q_t, scale_t, x_RC if ends_E is None else ends_E, rows, columns, whole, tiles * TILE,
+        cast.format.max, cast.floor, cast.pow2, cast_t.format.max, cast_t.floor, cast_t.pow2,
+        experts, triton.next_power_of_2(experts), num_warps=8,
+    )  # fmt: skip
+    return (q, scale), (q_t, scale_t.t())
+
+
+def quantize_columns(
+    x_RC: Tensor,
+    cast: Cast,
+    in_scale: Tensor | None = None,
+    flat: list[int] | None = None,
+    ends_E: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:
+    """q and scale of the transpose, tiles along R.
+
+    q (C, P), scale (C, P / 128) stored column by column.  ends_E: where the rows of each expert end, int32; each gets tiles of
+    its own, and those that are left behind the last expert's are zeros.  flat, the padded rows of each expert: q is flat, one
+    (C, rows) matrix after the other.  x_RC may be the q of `quantize_e5m6`, with its scale.
+    """
+    packed = x_RC.dtype == torch.uint8
+    if packed:
+        x_RC = x_RC.view(torch.int32)
+    rows, columns = x_RC.shape[0], x_RC.shape[1] // 3 * 8 if packed else _sizes(x_RC)[1]
+    base, stride = (x_RC, x_RC) if flat is None else _tile_places(flat, columns, x_RC.device)
+    experts = 1 if ends_E is None else len(ends_E)
+    tiles = most_tiles(rows, experts)
+    q = x_RC.new_empty(columns * tiles * TILE, dtype=cast.format.dtype)
+    scale = x_RC.new_empty(tiles, columns, dtype=torch.float32).t()
+    _columns_kernel[(tiles, columns // COLUMNS)](
+        x_RC, x_RC if in_scale is None else in_scale.t(), q, scale, base, stride, x_RC if ends_E is None else ends_E,
+        rows, columns, tiles * TILE, cast.format.max, cast.floor, cast.pow2, in_scale is not None, packed,
+        flat is not None, experts, triton.next_power_of_2(experts), COLUMNS,
+    )  # fmt: skip
+    return (q.view(columns, -1) if flat is None else q), scale
+
+
+def quantize_blocks(x_RC: Tensor, cast: Cast, transposed: bool) -> tuple[Tensor, Tensor]:
+    """q (..., R, C) and scale (..., R / 128, C / 128), or with transposed both transposed; contiguous."""
+    rows, columns = _sizes(x_RC)
+    assert rows % TILE == 0, f"{rows} rows are not whole tiles"
+    lead = x_RC.shape[:-2]
+    outer, inner = (columns, rows) if transposed else (rows, columns)
+    q = x_RC.new_empty(*lead, outer, inner, dtype=cast.format.dtype)
+    scale = x_RC.new_empty(*lead, outer // TILE, inner // TILE, dtype=torch.float32)
+    strides = (1, inner, 1, inner // TILE) if transposed else (inner, 1, inner // TILE, 1)
+    grid = (rows // TILE, columns // TILE, lead.numel())
+    _blocks_kernel[grid](
+        x_RC, q, scale, rows, columns, *strides, rows * columns, (rows // TILE) * (columns // TILE),
+        cast.format.max, cast.floor, cast.pow2, transposed, num_warps=8,
+    )  # fmt: skip
+    return q, scale
+
+
+def swiglu_tiles(
+    h_P2F: Tensor, gates_P: Tensor, cast: Cast, cache: Cast | None = None
+) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor] | None]:
+    """`quantize_tiles` of SwiGLU's output (P, F), and with a cache that of h, reading h once; neither has rows of padding."""
+    rows, width = _sizes(h_P2F)[0], h_P2F.shape[1] // 2
+    q, scale = made = cast.empty_tiles(h_P2F, rows, width)
+    kept = None if cache is None else cache.empty_tiles(h_P2F, rows, 2 * width)
+    (kept_q, kept_scale), kept_cast = kept or made, cache or cast
+    _swiglu_kernel[(triton.cdiv(rows, ROWS), width // TILE)](
+        h_P2F, gates_P, q, scale.t(), kept_q, kept_scale.t(), rows, width,
+        cast.format.max, cast.floor, cast.pow2,
+        kept is not None, kept_cast.format.max, kept_cast.floor, kept_cast.pow2, ROWS,
+    )  # fmt: skip
+    return made, kept
+
+
+def swiglu_backward(
+    h_P2F: Tensor, gates_P: Tensor, da_PF: Tensor, in_scale: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
+    """a (P, F) and dh (P, 2F) in bf16, and the gradient of the gates (P,)."""
+    rows, width = _sizes(da_PF)
+    a_PF = torch.empty_like(da_PF, dtype=torch.bfloat16)
+    dh_P2F = da_PF.new_empty(rows, 2 * width, dtype=torch.bfloat16)
+    dgates_P = torch.empty_like(gates_P)
+    _swiglu_backward_kernel[(triton.cdiv(rows, BACKWARD_ROWS),)](
+        h_P2F, h_P2F if in_scale is None else in_scale.t(), gates_P, da_PF.contiguous(), a_PF, dh_P2F, dgates_P,
+        rows, width, len(h_P2F), in_scale is not None, BACKWARD_ROWS,
+    )  # fmt: skip
+    return a_PF, dh_P2F, dgates_P
+
+
+def _sizes(x_RC: Tensor) -> tuple[int, int]:
+    """Rows and columns of a contiguous tensor; columns must be whole tiles."""
+    rows, columns = x_RC.shape[-2:]
+    assert x_RC.is_contiguous(), "kernels read row by row"
+    assert columns % TILE == 0, f"{columns} columns are not whole tiles"
+    return rows, columns
+
+
+def _tile_places(lengths: list[int], columns: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """For every 128 rows: where the first of them goes in a flat q of (columns, rows) matrices, and the row stride there."""
+    base, stride, before = [], [], 0
+    for length in lengths:
+        base += range(before * columns, before * columns + length, TILE)
+        stride += [length] * (length // TILE)
+        before += length
+    return on_device([base, stride], device).unbind(0)

@@ -1,0 +1,151 @@
+"""A rank's GPU before data are read: whether torch and Triton can use it, whether FP8 products work, how its memory is cut, and
+what NCCL keeps for the day that a collective hangs.
+"""
+
+import glob
+import os
+from datetime import timedelta
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import psutil
+
+from cluster.launch import Place
+from conf.errors import UserError
+from conf.schema import Config
+from train.kernels.fp8.hopper_probe import probe
+from train.kernels.gpu.host_compiler import require_for_triton
+
+if TYPE_CHECKING:
+    import torch
+
+ALLOCATOR = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")
+"""Settings of torch's allocator, under the name of today and of before."""
+FLIGHTS = "flight_recorder_rank_"
+"""Before the rank in the names of the files where NCCL's process groups leave their last collectives."""
+PROBED = "SLUICE_PROBED"
+"""Set to the FP8 recipe whose products this command has tried, for the ranks that it starts here."""
+PATIENCE = timedelta(hours=1)
+"""Longest wait for the first rank of each machine, which tries products for hopper_probe.LIMIT seconds at most."""
+GPUS = ("/dev/nvidia[0-9]*", "/dev/dxg")
+"""Files that a machine with a GPU of NVIDIA has, or a container that was given one; the second is that of Windows."""
+
+
+def check_gpu(config: Config) -> None:
+    """What the driver of local ranks can see. Raises UserError. Elsewhere ranks look at their own machines."""
+    wanted, fp8 = config.cluster.device, config.precision.fp8
+    if wanted == "cpu" or config.cluster.backend == "ray" or not (wanted == "cuda" or _gpu_files()):
+        return
+    if usable_gpu(wanted) and fp8 is not None and os.environ.get(PROBED) != str(fp8):
+        probe(config)
+        os.environ[PROBED] = str(fp8)
+
+
+def check_memory(config: Config, state_bytes: int) -> None:
+    """UserError where ranks of this machine's CPU have less memory, all together, than weights and optimizer state take."""
+    if config.cluster.backend == "ray" or (config.cluster.device != "cpu" and _gpu_files()):
+        return
+    total = psutil.virtual_memory().total
+    if state_bytes > total:
+        raise UserError(
+            "cluster.device",
+            config.cluster.device,
+            f"ranks run on this machine's CPU, and its {total / 1e9:.0f} GB of memory do not hold weights and optimizer state, "
+            f"{state_bytes / 1e9:.0f} GB",
+            "mode=plan says which machines the job needs; conf=tiny fits here",
+        )
+
+
+def usable_gpu(wanted: str) -> bool:
+    """Whether runs can use a GPU. wanted: cluster.device, auto or cuda.
+
+    Raises UserError for a GPU that torch should use and cannot, and for one on which Triton cannot start kernels.
+    """
+    if not sees_gpu(wanted):
+        return False
+    require_for_triton(wanted)
+    return True
+
+
+def sees_gpu(wanted: str) -> bool:
+    """Whether torch can use a GPU, whatever else is missing. Raises UserError for one that it should use and cannot."""
+    import torch
+
+    if torch.cuda.is_available():
+        return True
+    if wanted == "cuda":
+        rule = f"needs a CUDA device that torch can use: {_why_not()}"
+        raise UserError("cluster.device", wanted, rule, "install what that names, or use cluster.device=cpu")
+    if _gpu_files() and torch.version.cuda is not None and os.environ.get("CUDA_VISIBLE_DEVICES") not in ("", "-1"):
+        rule = f"finds {', '.join(_gpu_files())}, which torch cannot use: {_why_not()}"
+        cure = "update the driver or install the build of torch that fits it, or say cluster.device=cpu"
+        raise UserError("cluster.device", wanted, rule, cure)
+    return False
+
+
+def idle_gpu(config: Config, device: "torch.device") -> str | None:
+    """A note for a run on the CPU of a machine with a GPU, where torch is built for the CPU alone."""
+    import torch
+
+    if device.type == "cpu" and config.cluster.device == "auto" and _gpu_files() and torch.version.cuda is None:
+        return f"this machine has a GPU, and torch {torch.__version__} is built without CUDA: the run uses the CPU"
+    return None
+
+
+def probe_in_turn(config: Config, place: Place, device: "torch.device") -> None:
+    """The first rank of every machine tries the FP8 products; the others wait, and all refuse what one refuses."""
+    fp8 = config.precision.fp8
+    if device.type != "cuda" or fp8 is None or os.environ.get(PROBED) == str(fp8):
+        return
+    from parallel.exchange import gather, patient_group
+
+    refused = None
+    with patient_group(PATIENCE) as everybody:
+        if place.local_rank == 0:
+            try:
+                probe(config, device.index)
+            except UserError as error:
+                refused = [str(part) for part in error.args]
+        everyone = gather(refused, everybody)
+    for rank, args in enumerate(everyone):
+        if args is not None:
+            field, value, rule, cure = args
+            raise UserError(field, value, rule if place.world == 1 else f"{rule}\n        seen by: rank {rank}", cure)
+
+
+def grow_segments() -> None:
+    """Let the allocator extend what it has, unless the user set it: experts get another number of rows in each step, and
+    blocks of fixed sizes would leave holes. Call before CUDA allocates anything.
+    """
+    if not any(name in os.environ for name in ALLOCATOR):
+        os.environ[ALLOCATOR[0]] = "expandable_segments:True"
+
+
+def record_collectives(logs: Path) -> None:
+    """Have every rank keep its last 2000 collectives, and write them to logs/flight_recorder_rank_N when one times out.
+
+    Names as torch 2.11 to 2.13 read them when a process group is made; the user's own settings stay.
+    """
+    if "TORCH_NCCL_TRACE_BUFFER_SIZE" not in os.environ:
+        os.environ.setdefault("TORCH_FR_BUFFER_SIZE", "2000")
+    if "TORCH_NCCL_DEBUG_INFO_TEMP_FILE" not in os.environ:
+        os.environ.setdefault("TORCH_FR_DUMP_TEMP_FILE", str(logs / FLIGHTS))
+        logs.mkdir(parents=True, exist_ok=True)
+    os.environ.setdefault("TORCH_NCCL_DUMP_ON_TIMEOUT", "1")
+
+
+def _gpu_files() -> list[str]:
+    return sorted(path for pattern in GPUS for path in glob.glob(pattern))
+
+
+def _why_not() -> str:
+    """What torch says where it sees no GPU."""
+    import torch
+
+    if torch.version.cuda is None and torch.version.hip is None:
+        return f"torch {torch.__version__} is built for the CPU alone"
+    try:
+        torch.cuda.init()
+    except (RuntimeError, AssertionError) as error:
+        return str(error).strip().splitlines()[0]
+    return "it counts no device"

@@ -1,0 +1,274 @@
+"""The attention core on a GPU: torch's kernels. Which one a run has says train/kernels/gpu/attention_choice.py.
+
+Documents that follow one another in a sequence go into one call with their lengths, which computes each up to its own
+diagonal and needs no mask. Any other rectangle is a call by itself. What is asked of one sequence alone has any length, what is
+asked of all has few, and a run may have a core for each (`AttentionByKind`).
+
+Shapes as in train/model/attention.py; P documents of a call, M queries of it.
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from train.model.attention import AttentionCore, AttentionInput, AttentionOutput, positions_first
+from train.model.sequence import Rectangle
+
+ATEN = torch.ops.aten
+LSE_ROWS = 32
+"""The memory-efficient kernel takes and gives log-sum-exps in multiples of so many queries."""
+WASTE = 4
+"""Of a call with documents the kernel makes room for as many log-sum-exps of each as the longest has; most of that, by all queries."""
+
+
+class _Documents(NamedTuple):
+    """Of one call."""
+
+    longest: int
+    bounds: Tensor
+    """Where each begins, and where the last ends: int32 (P + 1,)."""
+    places: tuple[Tensor, Tensor]
+    """The document of every query and its place in it: int64 (M,)."""
+
+
+class _Call(NamedTuple):
+    """Queries that meet keys: all of them, or up to a diagonal, which `documents` have one of each."""
+
+    sequences: slice
+    queries: slice
+    keys: slice
+    causal: bool
+    documents: _Documents | None = None
+
+    def take(self, *tensors: Tensor) -> list[Tensor]:
+        """Of q, k, v, and any others over queries."""
+        return [t[self.sequences, :, self.keys if i in (1, 2) else self.queries] for i, t in enumerate(tensors)]
+
+
+def calls(rectangles: Sequence[Rectangle], device: torch.device, waste: float = WASTE) -> list[_Call]:
+    """All that these rectangles take. waste: as WASTE says."""
+    return [_call(run, device) for run in _runs(rectangles, waste)]
+
+
+def _runs(rectangles: Sequence[Rectangle], waste: float) -> Iterator[list[Rectangle]]:
+    """Documents that share a call, in order, and any other rectangle alone."""
+    run: list[Rectangle] = []
+    for one in rectangles:
+        if run:
+            longest = max(r.last_query - r.first_query for r in (*run, one))
+            follows = (one.sequence, one.first_query, one.first_key) == (
+                run[0].sequence,
+                run[-1].last_query,
+                run[-1].last_key,
+            )
+            room = (len(run) + 1) * longest <= waste * (one.last_query - run[0].first_query)
+            if not (follows and room and run[0].before == one.before == 0):
+                yield run
+                run = []
+        run.append(one)
+    if run:
+        yield run
+
+
+def _call(run: list[Rectangle], device: torch.device) -> _Call:
+    sequence, first, _, first_key, last_key, before = run[0]
+    lengths, causal = [one.last_query - one.first_query for one in run], before == 0
+    as_is = lengths[0] == last_key - first_key if causal else before >= last_key - first_key - 1
+    assert as_is, "keys are a piece of a sequence, as are queries"
+    documents = None
+    if len(run) > 1:
+        bounds = torch.tensor([0, *lengths]).cumsum(0)
+        documents = torch.repeat_interleave(torch.tensor(lengths))
+        places = torch.stack([documents, torch.arange(len(documents)) - bounds[documents]])
+        documents = _Documents(max(lengths), _sent(bounds.int(), device), _sent(places, device).unbind())
+    sequences = slice(None) if sequence is None else slice(sequence, sequence + 1)
+    queries, keys = slice(first, run[-1].last_query), slice(first_key, run[-1].last_key)
+    return _Call(sequences, queries, keys, causal, documents)
+
+
+def _sent(x: Tensor, device: torch.device) -> Tensor:
+    """On the device, without a wait of the host."""
+    return (x.pin_memory() if device.type == "cuda" else x).to(device, non_blocking=True)
+
+
+class EfficientAttention(AttentionCore):
+    """torch's memory-efficient kernel, which every GPU since 2016 runs. It takes documents, and any log-sum-exp in backward."""
+
+    waste: float = WASTE
+
+    def forward(self, given: AttentionInput, keep: bool = False, largest: bool = False) -> AttentionOutput:
+        q, k, v, scale, seen = given
+        most = super().forward(given, largest=True).largest_BHT if largest else None
+        found = seen.once(calls, q.device, self.waste)
+        parts = [(call, *self._forward(call, *call.take(q, k, v), scale)) for call in found]
+        if len(parts) == 1 and parts[0][1].shape[:3] == q.shape[:3]:
+            return AttentionOutput(*parts[0][1:], most)
+        out = q.new_zeros(q.size(0), q.size(2), q.size(1), v.size(-1)).transpose(1, 2)
+        lse = q.new_full(q.shape[:3], -torch.inf, dtype=torch.float32)
+        for call, part, part_lse in parts:
+            out[call.sequences, :, call.queries] = part
+            lse[call.sequences, :, call.queries] = part_lse
+        return AttentionOutput(out, lse, most)
+
+    def backward(
+        self, dout_BHTV: Tensor, given: AttentionInput, made: AttentionOutput
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        *inputs, scale, seen = given
+        # The kernel reads an output whose heads lie side by side, whatever its strides.
+        assert made.out_BHTV.stride(1) == made.out_BHTV.size(3), "the output has its positions first"
+        grads: tuple[Tensor, ...] | None = None
+        for call in seen.once(calls, dout_BHTV.device, self.waste):
+            taken = call.take(*inputs, dout_BHTV, made.out_BHTV, made.lse_BHT)
+            parts = self._backward(call, *taken, scale)
+            if all(part.shape == of.shape for part, of in zip(parts, inputs, strict=True)):
+                return parts
+            grads = grads or tuple(torch.zeros_like(of) for of in inputs)
+            for grad, part in zip(call.take(*grads), parts, strict=True):
+                grad += part
+        return grads or tuple(torch.zeros_like(of) for of in inputs)
+
+    def _forward(self, call: _Call, q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+        """Output and log-sum-exp of one call."""
+        if call.documents is None:
+            out, lse, *_ = ATEN._scaled_dot_product_efficient_attention(
+                q, k, v, None, True, 0.0, call.causal, scale=scale
+            )
+            return out, lse[..., : q.size(2)]
+        longest, bounds, (document_M, place_M) = call.documents
+        q, k, v = (t.transpose(1, 2) for t in (q, k, v))
+        out, lse_PHL, *_ = ATEN._efficient_attention_forward(
+            q, k, v, None, bounds, bounds, longest, longest, 0.0, int(call.causal), True, scale=scale
+        )
+        return out.transpose(1, 2), lse_PHL[document_M, :, place_M].t().unsqueeze(0)
+
+    def _backward(
+        self, call: _Call, q: Tensor, k: Tensor, v: Tensor, dout: Tensor, out: Tensor, lse: Tensor, scale: float
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Gradients of q, k and v of one call."""
+        unused = torch.empty((), dtype=torch.int64, device=q.device)  # of dropout
+        if call.documents is None:
+            if more := -q.size(2) % LSE_ROWS:
+                lse = F.pad(lse, (0, more), value=torch.inf)
+            return ATEN._scaled_dot_product_efficient_attention_backward(
+                dout, q, k, v, None, out, lse, unused, unused, 0.0, [True, True, True, False], call.causal, scale=scale
+            )[:3]
+        longest, bounds, (document_M, place_M) = call.documents
+        rows = longest + -longest % LSE_ROWS
+        lse_PHL = lse.new_full((len(bounds) - 1, lse.size(1), rows), torch.inf)
+        lse_PHL[document_M, :, place_M] = lse.squeeze(0).t()
+        dout, q, k, v, out = (t.transpose(1, 2) for t in (dout, q, k, v, out))
+        grads = ATEN._efficient_attention_backward(
+            dout, q, k, v, None, out, bounds, bounds, longest, longest, lse_PHL, 0.0, unused, unused,
+            int(call.causal), False, scale=scale,
+        )  # fmt: skip
+        return tuple(grad.transpose(1, 2) for grad in grads[:3])
+
+
+class FlashAttention(EfficientAttention):
+    """FlashAttention as torch has it, which its own attention over variable lengths calls. It wants queries, keys and values of one
+    width: narrower values get columns of zeros, which change no other. Log-sum-exps lie side by side, so that none is room to spare.
+    """
+
+    waste = math.inf
+
+    def _forward(self, call: _Call, q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+        width = v.size(-1)
+        lengths = self._lengths(call, q, k)
+        q, k, v = (_tokens(call, _widened(t, q)) for t in (q, k, v))
+        out, lse, *_ = ATEN._flash_attention_forward(q, k, v, *lengths, 0.0, call.causal, False, scale=scale)
+        if call.documents is not None:  # tokens of one sequence: out (M, H, Q), lse (H, M)
+            out, lse = out.unsqueeze(0), lse.unsqueeze(0)
+        out_BHTV = out.transpose(1, 2)
+        return out_BHTV if out.size(-1) == width else positions_first(out_BHTV[..., :width], v.dtype), lse
+
+    def _backward(
+        self, call: _Call, q: Tensor, k: Tensor, v: Tensor, dout: Tensor, out: Tensor, lse: Tensor, scale: float
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        width, lengths = v.size(-1), self._lengths(call, q, k)
+        unused = torch.empty((), dtype=torch.int64, device=q.device)  # of dropout
+        dout, q, k, v, out = (_tokens(call, _widened(t, q)) for t in (dout, q, k, v, out))
+        lse = lse.contiguous() if call.documents is None else lse.squeeze(0).contiguous()
+        grads = ATEN._flash_attention_backward(
+            dout, q, k, v, out, lse, *lengths, 0.0, call.causal, unused, unused, scale=scale
+        )
+        dq, dk, dv = ((g if call.documents is None else g.unsqueeze(0)).transpose(1, 2) for g in grads)
+        return dq, dk, dv[..., :width]
+
+    def _lengths(self, call: _Call, q: Tensor, k: Tensor) -> tuple[Tensor | None, Tensor | None, int, int]:
+        """Bounds of documents in queries and keys, and the longest of them."""
+        if call.documents is None:
+            return None, None, q.size(2), k.size(2)
+        return call.documents.bounds, call.documents.bounds, call.documents.longest, call.documents.longest
+
+
+def _widened(x: Tensor, like: Tensor) -> Tensor:
+    more = like.size(-1) - x.size(-1)
+    return F.pad(x, (0, more)) if more else x
+
+
+def _tokens(call: _Call, x_BHTX: Tensor) -> Tensor:
+    """Positions before heads, and without the axis of sequences where documents share a call."""
+    x = x_BHTX.transpose(1, 2)
+    return x if call.documents is None else x.squeeze(0)
+
+
+class AttentionByKind(EfficientAttention):
+    """One core for what is asked of all sequences alike, another for documents, whose pieces have any length."""
+
+    def __init__(self, whole: EfficientAttention, documents: EfficientAttention):
+        self.whole, self.documents, self.waste = whole, documents, documents.waste
+
+    def _forward(self, call: _Call, q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+        return self._core(call)._forward(call, q, k, v, scale)
+
+    def _backward(
+        self, call: _Call, q: Tensor, k: Tensor, v: Tensor, dout: Tensor, out: Tensor, lse: Tensor, scale: float
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        return self._core(call)._backward(call, q, k, v, dout, out, lse, scale)
+
+    def _core(self, call: _Call) -> EfficientAttention:
+        return self.whole if call.sequences == slice(None) else self.documents
+
+
+class CudnnAttention(EfficientAttention):
+    """cuDNN's kernel, the fastest. It makes a plan for every length, so that it takes no documents."""
+
+    takes_documents = False
+
+    def __init__(self) -> None:
+        self._last_axis: tuple[int, ...] = ()
+        """Of its log-sum-exp: torch's versions differ in it."""
+
+    def _forward(self, call: _Call, q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+        assert call.sequences == slice(None), "documents have a core of their own"
+        out, lse, *_ = ATEN._scaled_dot_product_cudnn_attention(q, k, v, None, True, 0.0, call.causal, scale=scale)
+        self._last_axis = lse.shape[3:]
+        return out, lse.view(q.shape[:3])
+
+    def _backward(
+        self, call: _Call, q: Tensor, k: Tensor, v: Tensor, dout: Tensor, out: Tensor, lse: Tensor, scale: float
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        unused = torch.empty((), dtype=torch.int64, device=q.device)  # of dropout
+        lse = lse.contiguous().view(*lse.shape, *self._last_axis)
+        return ATEN._scaled_dot_product_cudnn_attention_backward(
+            dout,
+            q,
+            k,
+            v,
+            out,
+            lse,
+            unused,
+            unused,
+            None,
+            None,
+            None,
+            q.size(2),
+            k.size(2),
+            0.0,
+            call.causal,
+            scale=scale,
+        )

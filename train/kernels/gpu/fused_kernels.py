@@ -1,0 +1,115 @@
+"""A GPU's kernels: torch's fused ones where it has them, our own in Triton where it has none (train/kernels/gpu/fused_rows.py).
+
+Shapes as in train/kernels/plain/plain_kernels.py.
+"""
+
+import torch
+from torch import Tensor
+
+from train.kernels.gpu import fused_rows
+from train.kernels.gpu.fused_attention import EfficientAttention
+from train.kernels.gpu.fused_route import FusedRoute
+from train.kernels.plain import grouped
+from train.kernels.plain.plain_kernels import Groups, Kernels
+from train.model.attention import AttentionCore
+from train.model.routing import Counters, Route, RoutingRule
+from train.model.sequence import Positions
+from train.model.weight_gradient import LinearProduct
+
+
+class FusedKernels(Kernels):
+    """`Kernels` that never wait for the device. core: of attention, see `train.kernels.gpu.attention_choice`."""
+
+    def __init__(self, core: AttentionCore | None = None):
+        self.core = core or EfficientAttention()
+
+    def rows_at_once(self, x_ND: Tensor, elements: int) -> int:
+        return max(1, x_ND.size(0))
+
+    def rms_norm(self, x: Tensor, weight_D: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+        return torch.ops.aten._fused_rms_norm(x, weight_D.shape, weight_D, eps)
+
+    def rms_norm_backward(
+        self, grad: Tensor, x: Tensor, weight_D: Tensor, rstd: Tensor, x_needed: bool, weight_needed: bool
+    ) -> tuple[Tensor | None, Tensor | None]:
+        dx, dweight_D = torch.ops.aten._fused_rms_norm_backward(
+            grad.contiguous(), x, weight_D.shape, rstd, weight_D, [x_needed, weight_needed]
+        )
+        return dx if x_needed else None, dweight_D if weight_needed else None
+
+    def swiglu(self, h_N2F: Tensor, gates_N: Tensor | None) -> Tensor:
+        return fused_rows.swiglu(h_N2F, gates_N)
+
+    def swiglu_backward(self, grad_NF: Tensor, h_N2F: Tensor, gates_N: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        return fused_rows.swiglu_backward(grad_NF, h_N2F, gates_N)
+
+    def to_heads(
+        self, q_BTHQ: Tensor, kv_BTHX: Tensor, k_rope_BTR: Tensor, table: Tensor, nope: int
+    ) -> tuple[Tensor, ...]:
+        return fused_rows.FusedHeads.apply(q_BTHQ, kv_BTHX, k_rope_BTR, table, nope)
+
+    def linear(self, x: Tensor, weight_OI: Tensor) -> Tensor:
+        return LinearProduct.apply(x, weight_OI, self)
+
+    def product(self, left_OC: Tensor, right_NC: Tensor, dtype: torch.dtype, into_ON: Tensor | None = None) -> Tensor:
+        if dtype != torch.float32 or left_OC.dtype != torch.bfloat16:
+            return super().product(left_OC, right_NC, dtype, into_ON)
+        if left_OC.is_meta:
+            return left_OC.new_empty(len(left_OC), len(right_NC), dtype=dtype) if into_ON is None else into_ON
+        if not left_OC.is_cuda:  # torch has neither there; the same but for the order of sums
+            return super().product(left_OC.float(), right_NC.float(), dtype, into_ON)
+        if into_ON is None:
+            return torch.mm(left_OC, right_NC.t(), out_dtype=dtype)
+        return torch.addmm(into_ON, left_OC, right_NC.t(), out_dtype=dtype, out=into_ON)
+
+    def grouped_weight_gradient(
+        self, grad_RO: Tensor, x_RI: Tensor, groups: Groups, dtype: torch.dtype, into_EOI: Tensor | None = None
+    ) -> Tensor:
+        if dtype != torch.float32 or grad_RO.dtype != torch.bfloat16:
+            return super().grouped_weight_gradient(grad_RO, x_RI, groups, dtype, into_EOI)
+        if grad_RO.is_meta:
+            shape = len(groups), grad_RO.shape[1], x_RI.shape[1]
+            return grad_RO.new_empty(shape, dtype=dtype) if into_EOI is None else into_EOI
+        if not grad_RO.is_cuda:
+            return super().grouped_weight_gradient(grad_RO.float(), x_RI.float(), groups, dtype, into_EOI)
+        from train.kernels.gpu.triton_grouped import grouped_weight_gradient
+
+        return grouped_weight_gradient(grad_RO, x_RI, groups, into_EOI)
+
+    def logits(self, x_ND: Tensor, weight_ED: Tensor) -> Tensor:
+        if x_ND.dtype != torch.bfloat16 or weight_ED.dtype != torch.bfloat16:
+            return super().logits(x_ND, weight_ED)
+        return self.product(x_ND, weight_ED, torch.float32)  # tensor cores multiply bf16 without rounding
+
+    def logits_backward(
+        self, grad_NE: Tensor, x_ND: Tensor, weight_ED: Tensor, x_needed: bool, weight_needed: bool
+    ) -> tuple[Tensor | None, Tensor | None]:
+        if x_ND.dtype != torch.bfloat16 or weight_ED.dtype != torch.bfloat16:
+            return super().logits_backward(grad_NE, x_ND, weight_ED, x_needed, weight_needed)
+        (N, E), dx_ND, dweight_ED = grad_NE.shape, None, None
+        parts_N2E = x_ND.new_empty(N, 2, E)  # the gradient is the sum of two numbers of bf16 but for 2^-17 of it
+        parts_N2E[:, 0] = grad_NE
+        torch.sub(grad_NE, parts_N2E[:, 0], out=parts_N2E[:, 1])
+        parts_NX = parts_N2E.flatten(1)
+        if x_needed:
+            dx_ND = self.product(parts_NX, weight_ED.repeat(2, 1).t(), x_ND.dtype)
+        if weight_needed:
+            dweight_ED = self.product(parts_NX.t(), x_ND.t(), torch.float32).view(2, E, -1).sum(0)
+        return dx_ND, dweight_ED
+
+    def route(
+        self,
+        logits_BTE: Tensor,
+        bias_E: Tensor,
+        rule: RoutingRule,
+        balance_weight: float,
+        counters: Counters | None,
+        positions: Positions,
+    ) -> tuple[Tensor, Tensor]:
+        # fp64 is a proof's; ranks that share a sequence exchange counts between the two kernels
+        one_kernel = logits_BTE.dtype == torch.float32 and positions.share is None
+        route = FusedRoute if one_kernel else Route
+        return route.apply(logits_BTE, bias_E, rule, balance_weight, counters, positions)
+
+    def groups(self, counts_E: Tensor, dtype: torch.dtype) -> Groups:
+        return grouped.ends_of(counts_E)

@@ -1,0 +1,212 @@
+"""The router's choice on a GPU: Triton kernels, equal to train/model/routing.py but for the order of sums over experts and tokens.
+
+    forward     scores, choice, gate values; and of every block of tokens the sums that the counters are made of
+    finish      adds those sums up, in the order of the tokens, and to the counters: no atomic addition, so a run repeats itself
+    backward    the gradient of the logits
+
+The module needs triton and is imported only where its kernels run, by train/kernels/gpu/fused_route.py. Shapes as in train/model/routing.py;
+EXPERTS, GROUPS and CHOSEN are E, G and K rounded up to powers of two.
+"""
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from train.model.routing import Counters, RoutingRule
+
+TOKENS = 8
+"""Of one sequence that a program works on."""
+BLOCKS = 16
+"""Blocks of tokens whose sums are added at a time."""
+
+
+@triton.jit
+def _largest(values, last: tl.constexpr):
+    """Index of the largest of the last axis, the lowest of equal ones; in bounds even where values are no numbers."""
+    return tl.minimum(tl.argmax(values, axis=1, tie_break_left=True), last)[:, None]
+
+
+@triton.jit
+def _open_groups(
+    biased, expert, per_group,
+    GROUPS_G: tl.constexpr, top_groups: tl.constexpr, group_top_k: tl.constexpr, GROUPS: tl.constexpr,
+):  # fmt: skip
+    """Which experts are in the groups whose best group_top_k scores sum highest."""
+    tokens: tl.constexpr = biased.shape[0]
+    group, numbers = expert // per_group, tl.arange(0, GROUPS)[None, :]
+    sums = tl.full((tokens, GROUPS), -float("inf"), tl.float32)
+    for g in range(GROUPS_G):
+        inside = tl.where(group == g, biased, -float("inf"))
+        total = tl.zeros((tokens, 1), tl.float32)
+        for _ in range(group_top_k):
+            total += tl.max(inside, axis=1, keep_dims=True)
+            inside = tl.where(expert == tl.argmax(inside, axis=1, tie_break_left=True)[:, None], -float("inf"), inside)
+        sums = tl.where(numbers == g, total, sums)
+    opened = tl.zeros(biased.shape, tl.int1)
+    for _ in range(top_groups):
+        best = _largest(sums, GROUPS_G - 1)
+        opened = opened | (group == best)
+        sums = tl.where(numbers == best, -float("inf"), sums)
+    return opened
+
+
+@triton.jit
+def _route_kernel(
+    logits_ptr, bias_ptr, scores_ptr, ids_ptr, gates_ptr, factor_ptr, total_ptr, load_ptr, share_ptr, often_ptr,
+    length, per_group, route_scale,
+    E: tl.constexpr, K: tl.constexpr, GROUPS_G: tl.constexpr, top_groups: tl.constexpr, group_top_k: tl.constexpr,
+    given: tl.constexpr, counted: tl.constexpr, balanced: tl.constexpr,
+    EXPERTS: tl.constexpr, GROUPS: tl.constexpr, CHOSEN: tl.constexpr, TOKENS: tl.constexpr,
+):  # fmt: skip
+    """given: the ids are, and only what follows from them is computed."""
+    batch = tl.program_id(1).to(tl.int64)
+    tokens = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)[:, None]
+    expert, entry = tl.arange(0, EXPERTS)[None, :], tl.arange(0, CHOSEN)[None, :]
+    token, real = batch * length + tokens, tokens < length
+    there = real & (expert < E)
+    logits = tl.load(logits_ptr + token * E + expert, there, 0.0)
+    scores = tl.where(there, tl.div_rn(1.0, 1.0 + tl.exp(-logits)), 0.0)
+    tl.store(scores_ptr + token * E + expert, scores, there)
+    left = tl.where(expert < E, scores + tl.load(bias_ptr + expert, expert < E, 0.0), -float("inf"))
+    if top_groups < GROUPS_G and not given:
+        opened = _open_groups(left, expert, per_group, GROUPS_G, top_groups, group_top_k, GROUPS)
+        left = tl.where(opened, left, -float("inf"))
+    ids = tl.zeros((TOKENS, CHOSEN), tl.int32)
+    chosen = tl.zeros((TOKENS, CHOSEN), tl.float32)
+    hits = tl.zeros((TOKENS, EXPERTS), tl.int32)
+    for k in range(K):
+        best = tl.load(ids_ptr + token * K + k, real, 0).to(tl.int32) if given else _largest(left, E - 1)
+        taken = expert == best
+        left = tl.where(taken, -float("inf"), left)
+        ids = tl.where(entry == k, best, ids)
+        chosen = tl.where(entry == k, tl.sum(tl.where(taken, scores, 0.0), axis=1, keep_dims=True), chosen)
+        hits += (taken & real).to(tl.int32)
+    factor = tl.div_rn(route_scale + tl.zeros((TOKENS, 1), tl.float32), tl.sum(chosen, axis=1, keep_dims=True) + 1e-20)
+    written = real & (entry < K)
+    if not given:
+        tl.store(ids_ptr + token * K + entry, ids.to(tl.int64), written)
+    tl.store(gates_ptr + token * K + entry, chosen * factor, written)
+    tl.store(factor_ptr + token, factor, real)
+    if counted:
+        place = (batch * tl.num_programs(0) + tl.program_id(0)) * E + tl.arange(0, EXPERTS)
+        inside = tl.arange(0, EXPERTS) < E
+        total = tl.sum(scores, axis=1, keep_dims=True)
+        tl.store(total_ptr + token, total, real)
+        tl.store(load_ptr + place, tl.sum(hits, axis=0), inside)
+        share = tl.where(real, scores * tl.div_rn(1.0, tl.where(real, total, 1.0)), 0.0)
+        tl.store(share_ptr + place, tl.sum(share, axis=0), inside)
+        if balanced:
+            left, hits = tl.where(expert < E, scores, -float("inf")), tl.zeros((TOKENS, EXPERTS), tl.int32)
+            for _ in range(K):
+                taken = expert == _largest(left, E - 1)
+                left = tl.where(taken, -float("inf"), left)
+                hits += (taken & real).to(tl.int32)
+            tl.store(often_ptr + place, tl.sum(hits, axis=0), inside)
+
+
+@triton.jit
+def _finish_kernel(
+    load_ptr, share_ptr, often_ptr, load_E_ptr, score_E_ptr, balance_ptr, frequency_ptr, batch, length, blocks, weight,
+    E: tl.constexpr, K: tl.constexpr, added: tl.constexpr, balanced: tl.constexpr, EXPERTS: tl.constexpr, BLOCKS: tl.constexpr,
+):  # fmt: skip
+    expert = tl.arange(0, EXPERTS)
+    inside = expert < E
+    load, score, loss = tl.zeros((EXPERTS,), tl.int64), tl.zeros((EXPERTS,), tl.float32), 0.0
+    for b in range(batch):
+        share, often = tl.zeros((EXPERTS,), tl.float32), tl.zeros((EXPERTS,), tl.int32)
+        for start in range(0, blocks, BLOCKS):
+            block = start + tl.arange(0, BLOCKS)[:, None]
+            place, there = (b * blocks + block) * E + expert[None, :], (block < blocks) & inside[None, :]
+            load += tl.sum(tl.load(load_ptr + place, there, 0), axis=0)
+            share += tl.sum(tl.load(share_ptr + place, there, 0.0), axis=0)
+            if balanced:
+                often += tl.sum(tl.load(often_ptr + place, there, 0), axis=0)
+        share = share / length
+        score += share
+        if balanced:
+            frequency = often.to(tl.float32) * (E / (K * length.to(tl.float32)))
+            tl.store(frequency_ptr + b * E + expert, frequency, inside)
+            loss += tl.sum(frequency * share, axis=0)
+    if added:
+        tl.store(load_E_ptr + expert, tl.load(load_E_ptr + expert, inside, 0) + load, inside)
+        tl.store(score_E_ptr + expert, tl.load(score_E_ptr + expert, inside, 0.0) + score, inside)
+        if balanced:
+            tl.store(balance_ptr, tl.load(balance_ptr) + weight * loss / batch)
+
+
+@triton.jit
+def _backward_kernel(
+    grad_ptr, scores_ptr, ids_ptr, gates_ptr, factor_ptr, total_ptr, frequency_ptr, dlogits_ptr, length, route_scale, weight,
+    E: tl.constexpr, K: tl.constexpr, balanced: tl.constexpr,
+    EXPERTS: tl.constexpr, CHOSEN: tl.constexpr, TOKENS: tl.constexpr,
+):  # fmt: skip
+    """weight: of the loss, over the number of tokens."""
+    batch = tl.program_id(1).to(tl.int64)
+    tokens = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)[:, None]
+    expert, entry = tl.arange(0, EXPERTS)[None, :], tl.arange(0, CHOSEN)[None, :]
+    token, real = batch * length + tokens, tokens < length
+    there, written = real & (expert < E), real & (entry < K)
+    grads = tl.load(grad_ptr + token * K + entry, written, 0.0)
+    gates = tl.load(gates_ptr + token * K + entry, written, 0.0)
+    inner = tl.sum(grads * gates, axis=1, keep_dims=True) / route_scale
+    factor = tl.load(factor_ptr + token, real, 0.0)
+    scores = tl.load(scores_ptr + token * E + expert, there, 0.0)
+    dscores = tl.zeros((TOKENS, EXPERTS), tl.float32)
+    if balanced:
+        frequency = tl.load(frequency_ptr + batch * E + expert, expert < E, 0.0)
+        total = tl.load(total_ptr + token, real, 1.0)
+        mean = tl.sum(scores * frequency, axis=1, keep_dims=True) / total
+        dscores = (frequency - mean) * (weight / total)
+    for k in range(K):
+        id = tl.load(ids_ptr + token * K + k, real, -1)
+        dchosen = (tl.load(grad_ptr + token * K + k, real, 0.0) - inner) * factor
+        dscores += tl.where(expert == id, dchosen, 0.0)
+    tl.store(dlogits_ptr + token * E + expert, dscores * (1.0 - scores) * scores, there)
+
+
+def route(
+    logits_BTE: Tensor,
+    bias_E: Tensor,
+    rule: RoutingRule,
+    made: tuple[Tensor, ...],
+    sums: tuple[Tensor, ...] | None,
+    given: bool,
+    balanced: bool,
+) -> None:
+    """made: scores, ids (read where given), gates, factor, total. sums: load, share and choices without bias of every block of
+    TOKENS tokens, (B, blocks, E); None where nothing is counted.
+    """
+    B, T, E = logits_BTE.shape
+    _route_kernel[(triton.cdiv(T, TOKENS), B)](
+        logits_BTE, bias_E, *made, *(sums or (made[0],) * 3), T, E // rule.groups, rule.route_scale,
+        E, rule.top_k, rule.groups, rule.top_groups, rule.group_top_k, given, sums is not None, balanced,
+        *map(triton.next_power_of_2, (E, rule.groups, rule.top_k)), TOKENS,
+    )  # fmt: skip
+
+
+def finish(
+    sums: tuple[Tensor, ...],
+    counters: Counters,
+    frequency_BE: Tensor,
+    rule: RoutingRule,
+    length: int,
+    weight: float,
+    added: bool,
+) -> None:
+    """From the sums of all blocks how often each expert is among the largest scores, where a loss is weighed; added: to the
+    counters, too.
+    """
+    B, blocks, E = sums[0].shape
+    _finish_kernel[(1,)](
+        *sums, *counters, frequency_BE, B, length, blocks, weight,
+        E, rule.top_k, added, bool(weight), triton.next_power_of_2(E), BLOCKS,
+    )  # fmt: skip
+
+
+def backward(grad_BTK: Tensor, kept: tuple[Tensor, ...], dlogits_BTE: Tensor, rule: RoutingRule, weight: float) -> None:
+    """kept: scores, ids, gates, factor, total and frequency."""
+    B, T, E = dlogits_BTE.shape
+    _backward_kernel[(triton.cdiv(T, TOKENS), B)](
+        grad_BTK, *kept, dlogits_BTE, T, rule.route_scale, weight / (B * T),
+        E, rule.top_k, bool(weight), *map(triton.next_power_of_2, (E, rule.top_k)), TOKENS,
+    )  # fmt: skip

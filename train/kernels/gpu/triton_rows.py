@@ -1,0 +1,192 @@
+"""SwiGLU and the split into heads on a GPU, one pass over memory each: Triton kernels, equal to train/kernels/plain/plain_kernels.py.
+
+Arithmetic is fp32 whatever the format of the tensors, and every result is rounded once, as in the plain form; only the last bit
+of exp, the order of the sum over heads and fused multiply-adds differ. liger-kernel's SwiGLU knows no gate value and writes
+gradients over the [gate | up] that is kept; torch.compile would compile anew for the row counts of experts.
+
+The module needs triton and is imported only where its kernels run, by train/kernels/gpu/fused_rows.py, which allocates what they write.
+Shapes as in train/kernels/plain/plain_kernels.py.
+"""
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+ROWS, COLUMNS = 4, 512
+"""Of [gate | up] that a program of SwiGLU works on at a time: 16 values a thread, so that all loads are of 128 bits."""
+TOKENS = 16
+"""Positions of one head that a program of `heads` moves."""
+BACKWARD_TOKENS = 8
+"""Positions of which a program of `heads_backward` sums all heads."""
+
+
+@triton.jit
+def _swiglu_kernel(
+    h_ptr, gates_ptr, out_ptr, rows_N, width,
+    gated: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    columns = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    there = (rows < rows_N)[:, None] & (columns < width)[None, :]
+    place = rows[:, None].to(tl.int64) * (2 * width) + columns[None, :]
+    gate = tl.load(h_ptr + place, there, 0.0).to(tl.float32)
+    up = tl.load(h_ptr + place + width, there, 0.0).to(tl.float32)
+    out = gate / (1.0 + tl.exp(-gate)) * up
+    if gated:
+        out *= tl.load(gates_ptr + rows, rows < rows_N, 0.0).to(tl.float32)[:, None]
+    tl.store(out_ptr + rows[:, None].to(tl.int64) * width + columns[None, :], out, there)
+
+
+@triton.jit
+def _swiglu_backward_kernel(
+    grad_ptr, h_ptr, gates_ptr, dh_ptr, dgates_ptr, rows_N, width,
+    gated: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
+    total = tl.zeros((ROWS,), tl.float32)
+    for start in range(0, width, COLUMNS):
+        columns = start + tl.arange(0, COLUMNS)
+        there = (rows < rows_N)[:, None] & (columns < width)[None, :]
+        place = rows[:, None].to(tl.int64) * (2 * width) + columns[None, :]
+        gate = tl.load(h_ptr + place, there, 0.0).to(tl.float32)
+        up = tl.load(h_ptr + place + width, there, 0.0).to(tl.float32)
+        grad = tl.load(grad_ptr + rows[:, None].to(tl.int64) * width + columns[None, :], there, 0.0).to(tl.float32)
+        sigmoid = 1.0 / (1.0 + tl.exp(-gate))
+        dup, dsilu = gate * sigmoid * grad, grad * up
+        if gated:
+            total += tl.sum(dup * up, axis=1)
+            gates = tl.load(gates_ptr + rows, rows < rows_N, 0.0).to(tl.float32)[:, None]
+            dup *= gates
+            dsilu *= gates
+        tl.store(dh_ptr + place, dsilu * sigmoid * (1.0 + gate * (1.0 - sigmoid)), there)
+        tl.store(dh_ptr + place + width, dup, there)
+    if gated:
+        tl.store(dgates_ptr + rows, total, rows < rows_N)
+
+
+@triton.jit
+def _turned(pairs_ptr, place, there, table_ptr, table_place, table_there, ROPE: tl.constexpr, back: tl.constexpr):
+    """Adjacent pairs of a (tokens, ROPE) block times the complex table, or its conjugate; fp32."""
+    pairs = tl.load(pairs_ptr + place, there, 0.0).to(tl.float32)
+    return _times_table(pairs, table_ptr, table_place, table_there, ROPE, back)
+
+
+@triton.jit
+def _times_table(pairs, table_ptr, table_place, table_there, ROPE: tl.constexpr, back: tl.constexpr):
+    """`_turned` of a block that is loaded."""
+    rows: tl.constexpr = pairs.shape[0]
+    real, imaginary = tl.split(tl.reshape(pairs, (rows, ROPE // 2, 2)))
+    table = tl.load(table_ptr + table_place, table_there, 0.0)
+    cosine, sine = tl.split(tl.reshape(table, (rows, ROPE // 2, 2)))
+    if back:
+        sine = -sine
+    turned = tl.join(real * cosine - imaginary * sine, real * sine + imaginary * cosine)
+    return tl.reshape(turned, (rows, ROPE))
+
+
+@triton.jit
+def _heads_kernel(
+    q_ptr, kv_ptr, shared_ptr, table_ptr, k_ptr, length, heads, shared_row,
+    nope: tl.constexpr, rope: tl.constexpr, kv_row: tl.constexpr,
+    NOPE: tl.constexpr, ROPE: tl.constexpr, TOKENS: tl.constexpr,
+):  # fmt: skip
+    """One head of TOKENS positions. q_ptr: the rope part of queries, nope + rope apart, where the turned one goes."""
+    head, batch = tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
+    tokens = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
+    real = (tokens < length)[:, None]
+    row = (batch * length + tokens[:, None]) * heads + head
+    n, r = tl.arange(0, NOPE)[None, :], tl.arange(0, ROPE)[None, :]
+    plain, turned = real & (n < nope), real & (r < rope)
+    table_place = tokens[:, None] * rope + r
+    place = row * (nope + rope) + r
+    rotated = _turned(q_ptr, place, turned, table_ptr, table_place, turned, ROPE, False)
+    tl.debug_barrier()  # every thread has read before one writes
+    tl.store(q_ptr + place, rotated, turned)
+    tl.store(k_ptr + row * (nope + rope) + n, tl.load(kv_ptr + row * kv_row + n, plain), plain)
+    shared = (batch * length + tokens[:, None]) * shared_row + r
+    rotated = _turned(shared_ptr, shared, turned, table_ptr, table_place, turned, ROPE, False)
+    tl.store(k_ptr + place + nope, rotated, turned)
+
+
+@triton.jit
+def _heads_backward_kernel(
+    dq_ptr, dk_ptr, dv_ptr, table_ptr, dq_out_ptr, dkv_out_ptr, dshared_ptr, length, heads,
+    q_batch, q_head, q_token, k_batch, k_head, k_token, v_batch, v_head, v_token,
+    nope: tl.constexpr, rope: tl.constexpr, value: tl.constexpr,
+    NOPE: tl.constexpr, ROPE: tl.constexpr, VALUE: tl.constexpr, TOKENS: tl.constexpr,
+):  # fmt: skip
+    """All heads of TOKENS positions, so that the gradient of the shared rope key is one sum in the order of the heads."""
+    batch = tl.program_id(1).to(tl.int64)
+    tokens = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
+    places = tokens[:, None].to(tl.int64)
+    real = (tokens < length)[:, None]
+    n, r, v = (tl.arange(0, NOPE)[None, :], tl.arange(0, ROPE)[None, :], tl.arange(0, VALUE)[None, :])
+    plain, turned, valued = real & (n < nope), real & (r < rope), real & (v < value)
+    table_place = tokens[:, None] * rope + r
+    total = tl.zeros((TOKENS, ROPE), tl.float32)
+    dq_ptr += batch * q_batch + places * q_token
+    dk_ptr += batch * k_batch + places * k_token
+    dv_ptr += batch * v_batch + places * v_token
+    made = (batch * length + places) * heads
+    for head in range(heads):
+        tl.store(dq_out_ptr + (made + head) * (nope + rope) + n, tl.load(dq_ptr + n, plain), plain)
+        rotated = _turned(dq_ptr, nope + r, turned, table_ptr, table_place, turned, ROPE, True)
+        tl.store(dq_out_ptr + (made + head) * (nope + rope) + nope + r, rotated, turned)
+        tl.store(dkv_out_ptr + (made + head) * (nope + value) + n, tl.load(dk_ptr + n, plain), plain)
+        tl.store(dkv_out_ptr + (made + head) * (nope + value) + nope + v, tl.load(dv_ptr + v, valued), valued)
+        total += tl.load(dk_ptr + nope + r, turned, 0.0).to(tl.float32)
+        dq_ptr += q_head
+        dk_ptr += k_head
+        dv_ptr += v_head
+    dshared = _times_table(total, table_ptr, table_place, turned, ROPE, True)
+    tl.store(dshared_ptr + (batch * length + places) * rope + r, dshared, turned)
+
+
+def swiglu(h_N2F: Tensor, gates_N: Tensor | None, out_NF: Tensor) -> None:
+    """silu(gate) * up, times the row's gate value where given. All contiguous."""
+    rows, width = out_NF.shape
+    gates = h_N2F if gates_N is None else gates_N
+    grid = triton.cdiv(rows, ROWS), triton.cdiv(width, COLUMNS)
+    _swiglu_kernel[grid](h_N2F, gates, out_NF, rows, width, gates_N is not None, ROWS, COLUMNS)
+
+
+def swiglu_backward(
+    grad_NF: Tensor, h_N2F: Tensor, gates_N: Tensor | None, dh_N2F: Tensor, dgates_N: Tensor | None
+) -> None:
+    """Gradients of h and of the gate values. All contiguous."""
+    rows, width = grad_NF.shape
+    gates, dgates = (h_N2F, dh_N2F) if gates_N is None else (gates_N, dgates_N)
+    _swiglu_backward_kernel[(triton.cdiv(rows, ROWS),)](
+        grad_NF, h_N2F, gates, dh_N2F, dgates, rows, width, gates_N is not None, ROWS, COLUMNS
+    )
+
+
+def heads(q_rope_BTHR: Tensor, k_nope_BTHN: Tensor, k_rope_BTR: Tensor, table: Tensor, k_BTHQ: Tensor) -> None:
+    """Turns the rope part of contiguous queries in place, and fills contiguous keys. The keys' nope part is the start of contiguous
+    rows; those of k_rope are evenly spaced. table: real (T, R/2, 2).
+    """
+    B, T, H, _ = k_BTHQ.shape
+    sizes = k_nope_BTHN.size(3), k_rope_BTR.size(2)
+    _heads_kernel[(triton.cdiv(T, TOKENS), H, B)](
+        q_rope_BTHR, k_nope_BTHN, k_rope_BTR, table, k_BTHQ, T, H, k_rope_BTR.stride(1),
+        *sizes, k_nope_BTHN.stride(2), *map(triton.next_power_of_2, sizes), TOKENS,
+    )  # fmt: skip
+
+
+def heads_backward(
+    dq_BHTQ: Tensor,
+    dk_BHTQ: Tensor,
+    dv_BHTV: Tensor,
+    table: Tensor,
+    dq_BTHQ: Tensor,
+    dkv_BTHX: Tensor,
+    dk_rope_BTR: Tensor,
+) -> None:
+    """Gradients of q, kv and the rope key. Those that are given may lie in any order of their axes but the last."""
+    B, H, T, Q = dq_BHTQ.shape
+    sizes = Q - dk_rope_BTR.size(2), dk_rope_BTR.size(2), dv_BHTV.size(3)
+    _heads_backward_kernel[(triton.cdiv(T, BACKWARD_TOKENS), B)](
+        dq_BHTQ, dk_BHTQ, dv_BHTV, table, dq_BTHQ, dkv_BTHX, dk_rope_BTR, T, H,
+        *(stride for t in (dq_BHTQ, dk_BHTQ, dv_BHTV) for stride in t.stride()[:3]),
+        *sizes, *map(triton.next_power_of_2, sizes), BACKWARD_TOKENS,
+    )  # fmt: skip

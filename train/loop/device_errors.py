@@ -1,0 +1,200 @@
+"""Errors of the device and of NCCL on one screen: what failed in which layer, and what to change.
+
+Where it was is read from the frames of the error's own traceback, so a step without an error pays nothing: modules are
+found as the `self` of a frame, and in a backward pass, where no module runs, the weight among a function's variables tells.
+What torch's own operations do in a backward has no frame of Python, and only the stage is named.
+"""
+
+import re
+import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from types import FrameType
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from conf.errors import RunEnded, causes
+from conf.schema import SELECTIVE, Config, Recompute
+from conf.words import harmless
+from parallel.pipeline.host_store import HostMemoryFull
+from train.kernels.gpu.device import FLIGHTS
+from train.metrics.quantities import gib
+
+CPU_MEMORY = "DefaultCPUAllocator: can't allocate memory"
+NCCL = "NCCL error"
+NO_MEMORY = re.compile(r"Cuda failure[^\n]*out of memory|Failed to CUDA (c|m)alloc")
+"""What NCCL says where it finds no memory for its own buffers."""
+LESS_ON_HOST = (
+    "model.offload with less in it (layer:N, attention, ffn), a smaller micro_batch_size, or more ranks of a pipeline (parallel.pp); mode=plan "
+    "tells what a node's memory needs"
+)
+PHASES = {
+    "forward_one_chunk": "forward",
+    "run_forward": "forward",
+    "backward_one_chunk": "backward",
+    "run_backward": "backward",
+    "backward_weight_one_chunk": "backward of weights",
+    "held_out_loss": "validation",
+    "parallelize": "building of the model",
+    "restore": "reading of a checkpoint",
+    "_save": "saving",
+    "_copy": "copying of the state",
+}
+"""By the function that does it; the innermost that is found counts."""
+UPDATE = ("step", "Zero"), ("accumulate", "WholeWeights"), ("accumulate", "ShardedWeights")
+"""Function and class of the work after the last backward."""
+SHOWN = 400
+"""Characters of the library's own words."""
+
+
+class Explained(RunEnded):
+    """An error of the device or the network; its traceback lies in a file beside."""
+
+
+@contextmanager
+def explained(config: Config, rank: int, logs: Path) -> Iterator[None]:
+    """Raise what runs out of memory, or fails in NCCL, as `Explained`, with traceback and allocator's summary in logs."""
+    try:
+        yield
+    except Exception as error:
+        text = _explain(config, error)
+        if text is None:
+            raise
+        file = logs / f"rank_{rank}.explained.txt"
+        raise Explained(f"{text}\n  written: {file}" if _write(file, error) else text) from error
+
+
+def _explain(config: Config, error: Exception) -> str | None:
+    """The screen, its first line the headline; None for any other error."""
+    chain = list(causes(error, contexts=True))
+    for one in chain:
+        said = str(one)
+        if isinstance(one, HostMemoryFull):
+            return "\n".join([f"out of the host's memory{_place(chain)}", *_memory(said), f"  cure: {LESS_ON_HOST}"])
+        if isinstance(one, torch.OutOfMemoryError) or (isinstance(one, RuntimeError) and CPU_MEMORY in said):
+            return "\n".join([f"out of memory{_place(chain)}", *_memory(said), f"  cure: {_lighter(config)}"])
+        if isinstance(one, RuntimeError) and NCCL in said and NO_MEMORY.search(said):
+            head = f"NCCL found no memory for a communicator{_place(chain)}"
+            return "\n".join([head, *_memory(said), f"  cure: leave it room: {_lighter(config)}"])
+        if isinstance(one, dist.DistBackendError) and NCCL in said:
+            return "\n".join([f"NCCL failed{_place(chain)}", f"  NCCL: {_words(said)}", f"  cure: {_network(said)}"])
+    return None
+
+
+def _place(chain: list[BaseException]) -> str:
+    """Layer, phase and stage, as far as the frames tell."""
+    frames = [frame for error in chain for frame, _ in traceback.walk_tb(error.__traceback__)][::-1]
+    modules, weights = _names(frames)
+    layer = next((name for frame in frames if (name := _layer(frame, modules, weights))), None)
+    phase, stage = _phase(frames)
+    if layer is None:
+        return f" in the {phase}{stage}" if phase else ""
+    return f" in {layer}, {phase}{stage}" if phase else f" in {layer}"
+
+
+def _names(frames: list[FrameType]) -> tuple[dict[int, str], dict[int, str]]:
+    """Global names of the modules by id, and by the addresses of their weights."""
+    modules: dict[int, str] = {}
+    weights: dict[int, str] = {}
+    for frame in frames[::-1]:
+        own = frame.f_locals.get("self")
+        root = own if isinstance(own, nn.Module) else getattr(own, "submod", None)
+        if not isinstance(root, nn.Module) or id(root) in modules:
+            continue
+        for name, module in root.named_modules():
+            modules.setdefault(id(module), name)
+            for param in module.parameters(recurse=False):
+                if param.numel():  # stage 3 of ZeRO leaves a place without memory
+                    weights.setdefault(param.data_ptr(), name)
+    return modules, weights
+
+
+def _layer(frame: FrameType, modules: dict[int, str], weights: dict[int, str]) -> str | None:
+    """The layer that a frame works for."""
+    own = frame.f_locals.get("self")
+    if isinstance(own, nn.Module):
+        return modules.get(id(own)) or None  # the whole chunk has no name
+    tensors = (value for value in frame.f_locals.values() if isinstance(value, Tensor))
+    with suppress(RuntimeError):  # one without memory of its own
+        return next((weights[one.data_ptr()] for one in tensors if one.numel() and one.data_ptr() in weights), None)
+    return None
+
+
+def _phase(frames: list[FrameType]) -> tuple[str, str]:
+    """What was being done, and of which stage; the innermost frame comes first."""
+    for frame in frames:
+        function, own = frame.f_code.co_name, frame.f_locals.get("self")
+        if function in PHASES:
+            stage = getattr(own, "stage_index", None)
+            return PHASES[function], "" if stage is None else f" of stage {stage}"
+        if (function, type(own).__name__) in UPDATE:
+            return "reduction of gradients or the update of weights", ""
+    return "", ""
+
+
+def _memory(said: str) -> list[str]:
+    """The request, and where the memory is."""
+    lines = [f"  asked: {_words(said)}"]
+    if torch.cuda.is_initialized():
+        free, total = torch.cuda.mem_get_info()
+        used, kept = torch.cuda.memory_allocated(), torch.cuda.memory_reserved()
+        lines.append(
+            f"  memory: {gib(used)} in tensors (most {gib(torch.cuda.max_memory_allocated())}), {gib(kept - used)} kept by "
+            f"torch's allocator, {gib(total - free - kept)} others (CUDA, NCCL), {gib(free)} free of {gib(total)}"
+        )
+    return lines
+
+
+def _words(said: str) -> str:
+    """A library's words in one line."""
+    line = " ".join(said.split())
+    return line if len(line) <= SHOWN else f"{line[:SHOWN]} ..."
+
+
+def _lighter(config: Config) -> str:
+    """What takes less memory than this recipe."""
+    parallel, model = config.parallel, config.model
+    changes = []
+    if config.micro_batch_size > 1:
+        changes.append(f"micro_batch_size={config.micro_batch_size // 2} (now {config.micro_batch_size})")
+    missing = [what for what in SELECTIVE if what not in model.recompute]
+    if missing:
+        changes.append(f"model.recompute=[{','.join(SELECTIVE)}] ({', '.join(missing)} missing)")
+    elif model.repeated_layers < model.layers:
+        changes.append(f"model.recompute=[{','.join(Recompute)}] (layer missing: whole layers run again)")
+    if torch.cuda.is_initialized() and not model.offload and model.repeated_layers < model.layers:
+        changes.append("model.offload=[layer] (activations wait in the host's memory)")
+    changes.append(f"a smaller model.loss_chunk (now {model.loss_chunk})")
+    if parallel.pp == 1 and parallel.dp > 1 and parallel.zero < 3:
+        changes.append(f"parallel.zero={parallel.zero + 1} (now {parallel.zero})")
+    changes.append(f"more ranks (parallel.pp={parallel.pp}, dp={parallel.dp}, ep={parallel.ep})")
+    return "one of these, and mode=plan tells which fits:" + "".join(f"\n        - {change}" for change in changes)
+
+
+def _network(said: str) -> str:
+    if "Duplicate GPU" in said or "ncclInvalidUsage" in said:
+        return "each rank takes a GPU of its own: no more ranks on a machine than it has GPUs"
+    if "ncclUnhandledCudaError" in said:
+        return "a rank's GPU failed: dmesg shows its Xid, and CUDA_LAUNCH_BLOCKING=1 the call"
+    if "timed out" in said.lower() or "timeout" in said.lower():
+        return f"a rank did not come within cluster.timeout: torchfrtrace reads logs/{FLIGHTS}N"
+    return (
+        "a rank that ended first is the cause where there is one; else the network: NCCL_DEBUG=INFO tells more, and "
+        "NCCL_SOCKET_IFNAME names the interface"
+    )
+
+
+def _write(file: Path, error: Exception) -> bool:
+    """Traceback and allocator's summary, beside the logs; whether that could be written."""
+    parts = ["".join(traceback.format_exception(error))]
+    if torch.cuda.is_initialized():
+        parts.append(torch.cuda.memory_summary())
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.write_text(harmless("\n".join(parts)))
+    except OSError:
+        return False
+    return True

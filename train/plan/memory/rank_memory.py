@@ -1,0 +1,253 @@
+"""How much memory every rank of a run will need: its state, and the schedule walked through action by action.
+
+    state       weights, master weights and moments, in DeepSpeed's groups and shards (weights.py)
+    schedule    torch's own action list of the rank (schedule.py); what passes take and keep comes from the model's own code,
+                run on the meta device (part.py, chunk.py)
+    reduction   gradients reduced, sharded and applied at the end of the step (step_end.py)
+
+The largest of all moments is the peak, and what is alive then is listed by item. Ranks with the same place in the pipeline
+are alike, but for the rows that reach their experts: `plan.imbalance` says by how much the busiest exceeds the mean.
+"""
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cache
+
+from conf.micro_batches import share_of
+from conf.schema import Config, Model
+from parallel.expert.stand_in import Group, Load
+from parallel.pipeline.split import placement_of
+from train.kernels.choice import build_kernels
+from train.parallelize import split
+from train.plan.job import actions_of, device_kind, layout_of
+from train.plan.memory.chunk import Parts, chunk_of
+from train.plan.memory.part import AGAIN, AWAY, Frozen, Scene, kind_of
+from train.plan.memory.rank_weights import FP32, Shards, needs_table, part_weights, rank_weights, shards
+from train.plan.memory.schedule_memory import MemoryPeak, StagePlan, Walk
+from train.plan.memory.step_end import StepEnd
+from train.plan.memory.zero3 import Zero3Memory
+
+
+@dataclass(frozen=True)
+class RankMemory:
+    """The peak of the ranks at one place of the pipeline. Bytes."""
+
+    pp_rank: int
+    layers: list[range]
+    """Of its stages, in order of stages."""
+    items: dict[str, int]
+    """What is alive at the peak: weights, master, moments, gradients, activations (with hidden states inside stages),
+    dispatch, logits, in_flight (hidden states and gradients between stages), reduction, workspace, buffers; items that are
+    0 are left out."""
+    peak_bytes: int
+    """Sum of the items."""
+    peak_event: str
+    """What runs at the peak."""
+    in_flight: int
+    """Micro-batches that wait for their backward when the schedule is at its highest, over all stages of the rank."""
+    host_items: dict[str, int]
+    """What it keeps in the host's memory, which on a CPU is the device's: master, moments, buffers, activations."""
+
+    @property
+    def host_bytes(self) -> int:
+        """In the host's memory."""
+        return sum(self.host_items.values())
+
+
+def plan_memory(config: Config) -> list[RankMemory]:
+    """One entry per pipeline rank. Runs on the meta device: needs no memory of the size of the model."""
+    scene = scene_of(config)
+    return [rank_memory(config, pp_rank, scene) for pp_rank in range(config.parallel.pp)]
+
+
+def host_bytes(config: Config, ranks: Sequence[RankMemory]) -> int:
+    """What the ranks of the fullest node keep in the host's memory. ranks: one entry per pipeline rank, in any order."""
+    layout = layout_of(config)
+    copies = min(layout.world // layout.pp, layout.ranks_per_node)  # of one place of the pipeline on a node
+    most = sorted((rank.host_bytes for rank in ranks), reverse=True)[: max(1, layout.ranks_per_node // copies)]
+    return copies * sum(most)
+
+
+def host_lacking(config: Config, ranks: Sequence[RankMemory]) -> int:
+    """By how much that is more than a node has; 0 where nothing is kept there."""
+    kept = host_bytes(config, ranks)
+    return max(0, kept - int(config.hardware.host_memory_bytes)) if kept else 0
+
+
+def rank_memory(
+    config: Config, pp_rank: int, scene: Scene, layers: list[range] | None = None, shortest: bool = False
+) -> RankMemory:
+    """The entry of one pipeline rank under a scene. layers: of every stage, instead of the split of the layout. shortest: of a step of no
+    more micro-batches than its peak asks for, which may then be said to be at another of them."""
+    state, host, moments = _moments(config, pp_rank, 0, scene, layers, shortest)
+    peak = max(moments.values(), key=lambda moment: moment.total)
+    items = {name: size for name, size in (state + peak.items).items() if size}
+    return RankMemory(
+        pp_rank,
+        _layers(config, layers)[pp_rank],
+        items,
+        sum(items.values()),
+        peak.event,
+        moments["schedule"].in_flight,
+        dict(+host),
+    )
+
+
+def phases(
+    config: Config, pp_rank: int, stage_rank: int, scene: Scene, layers: list[range] | None = None
+) -> dict[str, int]:
+    """Peak bytes of one rank in each phase of a step: schedule, reduction, update. layers: as in rank_memory."""
+    state, _, moments = _moments(config, pp_rank, stage_rank, scene, layers)
+    return {name: sum(state.values()) + moment.total for name, moment in moments.items()}
+
+
+def _moments(
+    config: Config, pp_rank: int, stage_rank: int, scene: Scene, layers: list[range] | None, shortest: bool = False
+) -> tuple[Counter, Counter, dict[str, MemoryPeak]]:
+    """What a rank holds all the time, what of it on the host, and on top of the first the peak of each phase."""
+    chunks = chunk_parts(config, layers)[pp_rank]
+    groups = shards(config, rank_weights(config, list(chunks.values())))
+    if config.parallel.zero == 3:
+        chunk = chunk_of(scene, chunks[0])
+        stage3, host = Zero3Memory(config, groups, chunk), Counter(activations=chunk.host_bytes[0])
+        size, event = stage3.schedule()
+        schedule, reduced, updated = (
+            MemoryPeak(size, Counter(workspace=size), event, 1),
+            stage3.reduction(),
+            stage3.update(),
+        )
+        state = Counter(stage3.state())
+    else:
+        reduced, updated = StepEnd(config, groups, stage_rank, scene).peaks()
+        (schedule, waiting), state = _walk(config, pp_rank, chunks, scene, shortest), state_items(config, groups)
+        host = Counter(activations=waiting)
+        if config.parallel.offload_optimizer:
+            host += Counter(
+                {name: state.pop(name) for name in ("master", "moments")}, buffers=_offload_buffers(config, groups)
+            )
+    if scene.kind == "cpu":
+        state, host = state + host, Counter()
+    state["buffers"] += buffer_bytes(config, chunks)
+    return (
+        state,
+        host,
+        {
+            "schedule": schedule,
+            "reduction": MemoryPeak(reduced, Counter(reduction=reduced), "reduction of gradients"),
+            "update": MemoryPeak(updated, Counter(reduction=updated), "update of weights"),
+        },
+    )
+
+
+def scene_of(config: Config, load: Load | None = None) -> Scene:
+    """What all passes of a run have in common. load: instead of an even one, times plan.imbalance."""
+    model, parallel = config.model, config.parallel
+    layout = layout_of(config)
+    if load is None:
+        group = Group(parallel.ep, 1, model.experts, model.top_k, model.groups, model.top_groups)
+        load = Load.even(group, config.plan.imbalance if parallel.ep > 1 else 1.0)
+    return Scene(
+        Frozen(model),
+        Frozen(config.precision),
+        device_kind(config),
+        config.seq_len,
+        config.micro_batch_size,
+        parallel.dispatch if parallel.ep > 1 else "local",
+        parallel.wire if parallel.ep > 1 else "bf16",
+        parallel.ep,
+        layout.ep_ranks_per_node,
+        load,
+        gloo=device_kind(config) == "cpu",
+        compiled=_is_compiled(device_kind(config), config.cluster.compiled),
+        cp=parallel.cp,
+    )
+
+
+@cache
+def _is_compiled(kind: str, wanted: bool) -> bool:
+    return bool(build_kernels(kind, wanted).parts)
+
+
+def chunk_parts(config: Config, layers: list[range] | None = None) -> list[dict[int, Parts]]:
+    """For every pipeline rank the parts of its stages. layers: of every stage, instead of the split of the layout."""
+    placement = placement_of(config.parallel)
+    last, dense = sum(map(len, placement)) - 1, config.model.dense_layers
+    layers = layers or split(config)
+
+    def parts(stage: int) -> Parts:
+        blocks = [
+            ("dense" if index < dense else "moe") + _behind(config.model, place)
+            for place, index in enumerate(layers[stage])
+        ]
+        return (*["embedding"] * (stage == 0), *blocks, *["end"] * (stage == last))
+
+    return [{stage: parts(stage) for stage in stages} for stages in placement]
+
+
+def _behind(model: Model, place: int) -> str:
+    """The end of the name of the block at this place of a stage."""
+    if place < model.repeated_layers:
+        return AGAIN
+    part = model.offloaded_part(place)
+    return AWAY + part if part else ""
+
+
+def _layers(config: Config, layers: list[range] | None = None) -> list[list[range]]:
+    placement = placement_of(config.parallel)
+    layers = layers or split(config)
+    return [[layers[stage] for stage in stages] for stages in placement]
+
+
+def state_items(config: Config, groups: list[Shards]) -> Counter:
+    """What a rank holds all the time."""
+    precision = config.precision
+    owned = sum(group.partition for group in groups)
+    whole = sum(group.partition * group.ranks for group in groups)
+    return Counter(
+        weights=precision.weight_bytes * whole, master=FP32 * owned, moments=2 * precision.moment_bytes * owned
+    )
+
+
+def _offload_buffers(config: Config, groups: list[Shards]) -> int:
+    """On the host with DeepSpeed's ZeRO-Offload: the shard's gradients, its updated weights, and a place for the largest weight."""
+    owned, element = sum(group.partition for group in groups), config.precision.weight_bytes
+    largest = max(weight.elements for group in groups for weight in group.weights)
+    return (FP32 + element) * owned + element * largest
+
+
+def buffer_bytes(config: Config, chunks: dict[int, Parts]) -> int:
+    """Tables of RoPE, counters of routers, and the tokens of a step."""
+    model = config.model
+    tables = len(chunks) * 8 * config.seq_len * model.rope_head_dim // 2
+    routers = sum(
+        (kind_of(part) == "moe") + (part == "end") * model.mtp_depth for parts in chunks.values() for part in parts
+    )
+    per_token = 8 + 4 * config.data.mask_documents
+    tokens = share_of(config, config.batch_size, 0)[1] * (config.seq_len + 1)
+    return tables + routers * 16 * model.experts + per_token * tokens
+
+
+def _walk(
+    config: Config, pp_rank: int, chunks: dict[int, Parts], scene: Scene, shortest: bool
+) -> tuple[MemoryPeak, int]:
+    """The peak of the schedule, and the most bytes of activations that wait on the host in it."""
+    model, parallel = config.model, config.parallel
+    share = model.experts // parallel.ep
+    last = max(max(stages) for stages in placement_of(parallel))
+
+    def gradients(*names: str) -> int:
+        return FP32 * sum(w.elements for name in names for w in part_weights(scene.model, name, share))
+
+    stages = {
+        stage: StagePlan(
+            chunk_of(scene, parts),
+            gradients(*(part for part in parts if part != "embedding")),
+            gradients("embedding") * needs_table(model, parts),
+            one_piece=stage == last and model.mtp_depth > 1,
+        )
+        for stage, parts in chunks.items()
+    }
+    holds_sent = scene.gloo and parallel.schedule != "1f1b"  # torch waits for sends at the end of a step
+    walk = Walk(stages, last + 1, holds_sent)
+    return walk.run(actions_of(config, shortest and not holds_sent)[pp_rank]), walk.host_peak

@@ -1,0 +1,100 @@
+"""The weights of a rank in the order in which DeepSpeed has them, and what ZeRO makes of them (parallel/zero).
+
+All sizes in bytes unless a name says elements.
+"""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+
+from conf.schema import Config, Model
+from train.kernels.plain.high import HighPrecision
+from train.kernels.plain.plain_kernels import Kernels
+from train.model.deepseek import DeepSeekV3
+from train.optim.adamw import decays
+from train.plan.memory.chunk import Parts
+from train.plan.memory.part import Frozen, kind_of
+
+FP32 = 4
+"""Bytes."""
+
+KINDS = ("dense", "gains", "experts")
+"""Parameter groups, in order."""
+
+
+@dataclass(frozen=True)
+class Weight:
+    name: str
+    kind: str
+    elements: int
+
+
+@lru_cache(maxsize=256)
+def part_weights(model: Frozen, part: str, local_experts: int) -> tuple[Weight, ...]:
+    """The weights of a part (train/plan/memory/part.py); of the end without the embedding, which is a part of its own."""
+    config: Model = model.section
+    layers = {"dense": range(1), "moe": range(config.dense_layers, config.dense_layers + 1)}.get(
+        kind_of(part), range(0)
+    )
+    chunk = DeepSeekV3(
+        config,
+        HighPrecision(torch.float32, Kernels()),
+        seq_len=1,
+        layers=layers,
+        has_embedding=part == "embedding",
+        has_head=part == "end",
+        local_experts=range(local_experts),
+        device="meta",
+    )
+    return tuple(
+        Weight(name, "experts" if ".experts." in name else KINDS[not decays(name, param)], param.numel())
+        for name, param in chunk.named_parameters()
+        if part == "embedding" or not name.startswith("embedding")
+    )
+
+
+def rank_weights(config: Config, chunks: Sequence[Parts]) -> list[Weight]:
+    """Of all chunks of a rank; an embedding that two of them share, or the end needs for MTP, is there once."""
+    model, share = Frozen(config.model), config.model.experts // config.parallel.ep
+    has_table = any(needs_table(config.model, parts) for parts in chunks)
+    names = ["embedding"] * has_table + [part for parts in chunks for part in parts if part != "embedding"]
+    return [weight for name in names for weight in part_weights(model, name, share)]
+
+
+def needs_table(model: Model, parts: Parts) -> bool:
+    """Whether a chunk has the embedding: the first, and the last where there are MTP modules."""
+    return "embedding" in parts or ("end" in parts and model.mtp_depth > 0)
+
+
+@dataclass(frozen=True)
+class Shards:
+    """One parameter group under ZeRO: flattened, padded to equal parts, one of them this rank's."""
+
+    weights: list[Weight]
+    ranks: int
+
+    @property
+    def elements(self) -> int:
+        return sum(weight.elements for weight in self.weights)
+
+    @property
+    def partition(self) -> int:
+        """Elements of this rank's part; DeepSpeed aligns parts to two elements."""
+        return math.ceil(self.elements / (2 * self.ranks)) * 2
+
+    @property
+    def scattered(self) -> int:
+        """Elements of this rank's part where every weight is cut for itself, as at stage 3."""
+        return sum(math.ceil(weight.elements / self.ranks) for weight in self.weights)
+
+
+def shards(config: Config, weights: Sequence[Weight]) -> list[Shards]:
+    """The groups of a rank that are not empty, in DeepSpeed's order."""
+    parallel = config.parallel
+    shared = parallel.stage_ranks
+    ranks = {"dense": shared, "gains": shared, "experts": shared // parallel.ep}
+    groups = [Shards([weight for weight in weights if weight.kind == kind], ranks[kind]) for kind in KINDS]
+    return [group for group in groups if group.weights]

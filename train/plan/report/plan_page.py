@@ -1,0 +1,189 @@
+"""plan.html: the plan as one page that needs no network: memory of every rank, where the time goes, the pipeline's step."""
+
+import html
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import plotly.graph_objects as go
+
+from conf.files import atomic_write_text
+from train.metrics.headline import Card
+from train.metrics.pipeline_figures import timeline_figure
+from train.metrics.plot import BLUE, GREEN, GREY, ORANGE, PURPLE, SKY, Figure, figure, look
+from train.metrics.quantities import GIB, amount, gib, length_of_run, seconds, share
+from train.metrics.report_page import HOW_TO_READ, cards_html, closing, figure_html, opening, table
+from train.metrics.timeline_file import SampledStep
+from train.plan.budget import RunPlan
+from train.plan.report.plan_record import layout_words, reserve_words, split_words, verdict
+from train.plan.search.cures import FasterSplit
+
+PAGE = "plan.html"
+COLOURS = (BLUE, SKY, GREEN, "#93D9C3", ORANGE, "#E69F00", PURPLE, "#7A8B1C", GREY, "#B0B4BA", "#5B4A8A", "#C9A27E")
+
+
+def write_page(path: Path, plan: RunPlan, split: FasterSplit | None, record: dict[str, Any]) -> None:
+    """Write the page in one move. record: the content of plan.json."""
+    atomic_write_text(path, "\n".join(_parts(plan, split, record)))
+
+
+def _parts(plan: RunPlan, split: FasterSplit | None, record: dict[str, Any]) -> list[str]:
+    config = plan.config
+    devices = config.parallel.world
+    parts = opening(
+        f"Plan: {config.name} on {devices} x {config.hardware.name}", f"It {verdict(plan)}. {layout_words(plan)}."
+    )
+    made = (memory_figure(plan), time_figure(plan), step_figure(plan))
+    figures = [figure for figure in made if figure is not None]
+    drawn = "".join(map(figure_html, figures))
+    notes = [f"Rates: {plan.step.rates}.", f"Of a device {reserve_words(plan.reserve)}."]
+    if (stages := split_words(plan, split)) is not None:
+        notes.append(f"Stages: {stages}.")
+    parts += [
+        f'<h2>At a glance</h2><div class="cards">{cards_html(_cards(plan))}</div>',
+        "".join(f"<p>{html.escape(note)}</p>" for note in notes),
+        *_cures(record),
+        f'<h2>Memory and time</h2><p class="sub">{HOW_TO_READ}</p><div class="figures">{drawn}</div>',
+        "<h2>Stages</h2>",
+        _stages(record),
+        "<h2>Everything</h2><details><summary>plan.json</summary>",
+        f"<pre>{html.escape(json.dumps(record, indent=1))}</pre></details>",
+        *closing(figures),
+    ]
+    return parts
+
+
+def _cards(plan: RunPlan) -> list[Card]:
+    step, budget = plan.step, plan.budget
+    cards = [
+        Card(
+            "Memory",
+            plan.verdict,
+            f"{gib(plan.fullest.peak_bytes)} and {gib(sum(plan.reserve.values()))} reserved of {gib(plan.memory_bytes)} "
+            f"on rank {plan.fullest.pp_rank}",
+        ),
+        Card("Step", seconds(step.step_seconds), f"{share(step.bubble_share)} of the pipeline's time is bubble"),
+        Card("Speed", f"{step.tokens_per_second_per_gpu:.0f}", "tokens per second and device"),
+        Card("MFU", share(step.mfu_causal), "of the bf16 peak; attention counted with its mask, MTP not"),
+        Card("Run", length_of_run(budget.days), f"for {amount(budget.tokens)} tokens"),
+        Card(
+            "Device hours",
+            amount(budget.gpu_hours),
+            f"{amount(budget.gpu_hours_per_trillion_tokens)} per trillion tokens",
+        ),
+    ]
+    if budget.cost is not None:
+        hardware = plan.config.hardware
+        price = f"{hardware.price_per_hour:g} {hardware.currency}"
+        cards.append(Card("Cost", f"{amount(budget.cost)} {hardware.currency}", f"at {price} an hour and device"))
+    if budget.energy_kwh is not None:
+        cards.append(Card("Energy", f"{amount(budget.energy_kwh)} kWh", "of the devices at their power limit"))
+    return cards
+
+
+def _cures(record: dict[str, Any]) -> list[str]:
+    faster = [record["faster_stages"]] if record["faster_stages"] is not None else []
+    parts = []
+    for title, cures in (("What would make it fit", record["cures"]), ("What would be faster", faster)):
+        rows = [
+            (" ".join(cure["overrides"]), gib(cure["room_bytes"]), seconds(cure["step_seconds"]), str(cure["devices"]))
+            for cure in cures
+        ]
+        parts += [f"<h2>{title}</h2>", table(("change", "room left", "step", "devices"), rows)] if rows else []
+    return parts
+
+
+def _stages(record: dict[str, Any]) -> str:
+    rows = [
+        (
+            str(stage["stage"]),
+            str(stage["pp_rank"]),
+            f"{stage['first_layer']} to {stage['first_layer'] + stage['layers'] - 1}" if stage["layers"] else "none",
+            seconds(stage["forward_seconds"]),
+            seconds(stage["backward_seconds"]),
+        )
+        for stage in record["stages"]
+    ]
+    return table(("stage", "pipeline rank", "layers", "forward of a micro-batch", "backward"), rows)
+
+
+def memory_figure(plan: RunPlan) -> Figure | None:
+    """A bar per pipeline rank, by item, and the line of the device."""
+    plot, ranks = go.Figure(), [f"{rank.pp_rank}" for rank in plan.ranks]
+    totals = {name: sum(rank.items.get(name, 0) for rank in plan.ranks) for rank in plan.ranks for name in rank.items}
+    for colour, name in zip(COLOURS, sorted(totals, key=lambda name: -totals[name]), strict=False):
+        sizes = [rank.items.get(name, 0) / GIB for rank in plan.ranks]
+        label = name.replace("_", " ")
+        plot.add_bar(
+            name=label,
+            x=ranks,
+            y=sizes,
+            marker={"color": colour},
+            hovertemplate=f"{label} %{{y:.2f}} GiB<extra></extra>",
+        )
+    look(plot, 420)
+    plot.update_layout(barmode="stack", bargap=0.25)
+    limit = plan.memory_bytes / GIB
+    plot.add_hline(
+        y=limit,
+        line={"color": ORANGE, "dash": "dash"},
+        annotation_text=f"a device: {limit:.1f} GiB",
+        annotation_position="top right",
+    )
+    plot.update_xaxes(title="pipeline rank", type="category")
+    plot.update_yaxes(title="GiB at the peak", rangemode="tozero")
+    caption = (
+        "What each rank of a pipeline holds at its own peak; ranks with the same place in other pipelines are alike. "
+        f"The fullest is rank {plan.fullest.pp_rank}, at the {plan.fullest.peak_event}."
+    )
+    return figure("memory", "Memory of every rank", caption, plot, True)
+
+
+def time_figure(plan: RunPlan) -> Figure | None:
+    """Where the step of a mean rank goes: by action, and inside actions by kind of work."""
+    step = plan.step
+    names = {"F": "forward", "B": "backward", "I": "backward of inputs", "W": "backward of weights", "FB": "pairs"}
+    actions = [(names[kind], value) for kind, value in step.action_seconds.items()]
+    whole = [*actions, ("bubble", step.bubble_seconds), ("reduction", step.update.reduce)]
+    whole += [("optimizer", step.update.optimizer), ("gather", step.update.gather)]
+    work = list(step.work_seconds.items())[:14]
+    if step.exposed_communication_seconds:
+        work.append(("waiting for experts", step.exposed_communication_seconds))
+    plot = go.Figure()
+    for title, rows, colour in (("of the step", whole, BLUE), ("of the work inside", work, GREEN)):
+        labels, values = [name.replace("_", " ") for name, _ in rows], [value for _, value in rows]
+        hover = "%{y}: %{x:.4g} s<extra></extra>"
+        plot.add_bar(name=title, y=labels, x=values, orientation="h", marker={"color": colour}, hovertemplate=hover)
+    look(plot, 200 + 22 * (len(whole) + len(work)))
+    plot.update_layout(hovermode="closest")
+    plot.update_yaxes(autorange="reversed", automargin=True)
+    plot.update_xaxes(title="seconds of a step")
+    caption = (
+        "Blue: the step of a rank, mean over the pipeline. Green: the computing in its actions by kind of work, and the time "
+        "in which it waits for tokens on their way between experts."
+    )
+    return figure("time", "Where the time goes", caption, plot, True)
+
+
+def step_figure(plan: RunPlan) -> Figure | None:
+    """The pipeline's step as the report draws a measured one."""
+    step = plan.step
+    actions = []
+    for pp_rank, (line, starts) in enumerate(zip(step.actions, step.simulation.starts, strict=True)):
+        for action, start in zip(line, starts, strict=True):
+            one = {
+                "pp_rank": pp_rank,
+                "stage": action.stage,
+                "kind": action.kind,
+                "micro_batch": action.micro_batch,
+                "start_seconds": start,
+                "seconds": step.length(action),
+            }
+            if action.halves:
+                one["backward"] = (action.halves[1].stage, action.halves[1].micro_batch)
+            actions.append(one)
+    spans = [step.pipeline_seconds] * len(step.actions)
+    drawn = timeline_figure(SampledStep(1, plan.config.parallel.schedule, spans, actions))
+    title = f"The pipeline in one step, as planned: who computes when ({plan.config.parallel.schedule_words})"
+    return None if drawn is None else replace(drawn, title=title)

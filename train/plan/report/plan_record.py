@@ -1,0 +1,160 @@
+"""What a plan says: plan.json for programs, and the sentences that the terminal and the page share.
+
+Units are in the names of plan.json's fields; train/docs/plan.md describes each.
+"""
+
+from itertools import groupby
+from typing import Any
+
+from parallel.pipeline.simulate import Action
+from train.kernels.cpu.processor import cpu_name
+from train.metrics.planned import recipe_of
+from train.metrics.quantities import gib
+from train.parallelize import split as stage_layers
+from train.plan.budget import RunPlan
+from train.plan.job import layout_of, micro_batches_of
+from train.plan.search.changes import words as as_typed
+from train.plan.search.cures import Cure, FasterSplit
+from train.plan.time.rates import load_rates
+from train.plan.time.stages import Stages
+from train.plan.time.traffic import latent_bytes
+
+FILE = "plan.json"
+
+
+def plan_record(
+    plan: RunPlan, cures: list[Cure], split: FasterSplit | None, faster_stages: Cure | None = None
+) -> dict[str, Any]:
+    """The content of plan.json but for a search."""
+    config, step, budget = plan.config, plan.step, plan.budget
+    layout, parallel = layout_of(config), config.parallel
+    stages = Stages(config, layout, load_rates(config, alone=layout.world == 1))
+    inside, across = stages.spread.step_bytes(stages.sizes.tokens * stages.sizes.micro_batches)
+    return {
+        "name": config.name,
+        "hardware": config.hardware.name,
+        "device": cpu_name() if config.hardware.device == "cpu" else config.hardware.device,
+        "on_cpu": config.hardware.device == "cpu",
+        "rates": step.rates,
+        "threads": step.threads,
+        "devices": layout.world,
+        "devices_per_node": layout.ranks_per_node,
+        "device_memory_bytes": plan.memory_bytes,
+        "layout": {
+            **vars(parallel),
+            "micro_batch_size": config.micro_batch_size,
+            "micro_batches": stages.sizes.micro_batches,
+            "recompute": config.model.recompute,
+            "offload": config.model.offload,
+            "precision": config.precision.name,
+        },
+        "recipe": recipe_of(config),
+        "fits": plan.fits,
+        "verdict": plan.verdict,
+        "imbalance": config.plan.imbalance,
+        "reserve_bytes": plan.reserve,
+        "room_bytes": plan.room_bytes,
+        "host_bytes": plan.host_bytes,
+        "fullest_pp_rank": plan.fullest.pp_rank,
+        "cures": [vars(cure) for cure in cures],
+        "ranks": [
+            {
+                "pp_rank": rank.pp_rank,
+                "peak_bytes": rank.peak_bytes,
+                "peak_event": rank.peak_event,
+                "items_bytes": rank.items,
+                "host_items_bytes": rank.host_items,
+            }
+            for rank in plan.ranks
+        ],
+        "stages": [_stage(stages, stage) for stage in range(len(stages.layers))],
+        "split_imbalance": plan.step.simulation.imbalance,
+        "faster_split": None if split is None else vars(split),
+        "faster_stages": None if faster_stages is None else vars(faster_stages),
+        "step_seconds": step.step_seconds,
+        "pipeline_seconds": step.pipeline_seconds,
+        "bubble_seconds": step.bubble_seconds,
+        "bubble_share": step.bubble_share,
+        "action_seconds": step.action_seconds,
+        "work_seconds": step.work_seconds,
+        "exchange_seconds": step.exchange_seconds,
+        "exposed_communication_seconds": step.exposed_communication_seconds,
+        "exchange_bytes_per_layer": {"inside": inside, "across": across},
+        "latent_bytes_per_layer": 3 * latent_bytes(plan.config) * micro_batches_of(plan.config),
+        "reduce_seconds": step.update.reduce,
+        "optimizer_seconds": step.update.optimizer,
+        "gather_seconds": step.update.gather,
+        "tokens_per_second": step.tokens_per_second,
+        "tokens_per_second_per_gpu": step.tokens_per_second_per_gpu,
+        "mfu_causal": step.mfu_causal,
+        "mfu_full": step.mfu_full,
+        **vars(budget),
+    }
+
+
+def _stage(stages: Stages, stage: int) -> dict[str, Any]:
+    layers = stages.layers[stage]
+    rank = next(rank for rank, ids in enumerate(stages.placement) if stage in ids)
+    return {
+        "stage": stage,
+        "pp_rank": rank,
+        "first_layer": layers.start,
+        "layers": len(layers),
+        "forward_seconds": stages.elapsed(Action("F", stage, 0)).seconds,
+        "backward_seconds": stages.elapsed(Action("B", stage, 0)).seconds,
+    }
+
+
+def verdict(plan: RunPlan) -> str:
+    """Fits, fits barely or does not, by how much, which rank."""
+    rank, memory = f"pipeline rank {plan.fullest.pp_rank}", gib(plan.memory_bytes)
+    if plan.fits:
+        return f"{plan.verdict}, with {gib(plan.room_bytes)} of {memory} to spare on {rank}"
+    if plan.room_bytes >= 0:
+        host = plan.config.hardware.host_memory_bytes
+        return f"{plan.verdict}, {gib(plan.host_bytes - host)} over the {gib(host)} of a node's own memory"
+    return f"{plan.verdict}, {gib(-plan.room_bytes)} over the {memory} of a device on {rank}"
+
+
+def reserve_words(reserve: dict[str, int]) -> str:
+    """What of a device is kept free of tensors."""
+    if len(reserve) < 2:
+        return f"{gib(sum(reserve.values()))} reserved"
+    parts = ", ".join(f"{name} {gib(size)}" for name, size in reserve.items() if size)
+    return f"{gib(sum(reserve.values()))} reserved (estimate: {parts})"
+
+
+def layout_words(plan: RunPlan) -> str:
+    """How the work is spread."""
+    config, parallel = plan.config, plan.config.parallel
+    shared = f"cp {parallel.cp}, " if parallel.cp > 1 else ""
+    again = ", ".join(config.model.recompute) or "nothing"
+    away = f", on the host: {', '.join(config.model.offload)}" if config.model.offload else ""
+    return (
+        f"pp {parallel.pp} ({parallel.schedule_words}), dp {parallel.dp}, {shared}ep {parallel.ep} ({parallel.dispatch}, {parallel.wire}), "
+        f"ZeRO {parallel.zero}, {micro_batches_of(config)} micro-batches of {config.micro_batch_size}, recomputed: {again}{away}"
+    )
+
+
+def split_words(plan: RunPlan, split: FasterSplit | None) -> str | None:
+    """Layers of every stage, how unevenly they load the ranks, and a better split where there is one; None without a pipeline."""
+    simulation, parallel = plan.step.simulation, plan.config.parallel
+    if parallel.pp == 1:
+        return None
+    lengths = [len(one) for one in stage_layers(plan.config)]
+    runs = [(length, len(list(same))) for length, same in groupby(lengths)]
+    counts = ", ".join(f"{number} x {length}" if number > 1 else str(length) for length, number in runs)
+    rule = (
+        "given" if isinstance(parallel.split, list) else f"by {parallel.split}" if parallel.split == "cost" else "even"
+    )
+    words = f"{counts} layers, {rule}"
+    if simulation.imbalance >= 1.005:
+        rank = simulation.busy.index(max(simulation.busy))
+        words += (
+            f"; pipeline rank {rank} works {simulation.imbalance:.2f} times the mean of all, and the others wait for it"
+        )
+    if split is not None:
+        faster = 100 * (1 - split.step_seconds / plan.step.step_seconds)
+        room = f"{gib(abs(split.room_bytes))} {'to spare' if split.room_bytes >= 0 else 'too little'}"
+        words += f"; {faster:.1f} % faster, with {room}: parallel.split={as_typed(split.layers)}"
+    return words

@@ -1,0 +1,137 @@
+"""What a person reads in the terminal: the verdict first."""
+
+from pathlib import Path
+
+from rich.console import Console
+
+from conf.screen import Terminal
+from train.metrics.quantities import amount, gib, length_of_run, seconds, share
+from train.metrics.screens import GOOD, WARN, show
+from train.plan.budget import RunPlan, Verdict
+from train.plan.report.plan_page import PAGE
+from train.plan.report.plan_record import FILE, layout_words, reserve_words, split_words, verdict
+from train.plan.search.cures import Cure, FasterSplit
+from train.plan.search.search import FoundLayout, Search
+
+
+def plan_screen(
+    plan: RunPlan,
+    cures: list[Cure],
+    split: FasterSplit | None,
+    faster_stages: Cure | None,
+    folder: Path,
+    console: Console | None = None,
+) -> None:
+    """The plan on one screen."""
+    config, step = plan.config, plan.step
+    parallel = config.parallel
+    devices = parallel.world
+    rows = [("Fullest", _fullest(plan))]
+    if plan.reserve:
+        rows.append(("Margins", _beside(plan)))
+    if not plan.fits:
+        rows += [("Cure", cure_words(cure, plan)) for cure in cures] or [
+            (
+                "Cure",
+                "none of the changes tried is enough: more devices or a smaller model (plan.search=true looks further)",
+            )
+        ]
+    update = step.update
+    rows += [
+        ("Layout", layout_words(plan)),
+        *([("Host", _host(plan))] if plan.host_bytes else []),
+        *([("Split", stages)] if (stages := split_words(plan, split)) is not None else []),
+        *([("Stages", cure_words(faster_stages, plan))] if faster_stages is not None else []),
+        (
+            "Step",
+            f"{seconds(step.step_seconds)}: pipeline {seconds(step.pipeline_seconds)} with {share(step.bubble_share)} bubble, "
+            f"reduction {seconds(update.reduce)}, optimizer {seconds(update.optimizer)}, gather {seconds(update.gather)}",
+        ),
+        ("Experts", _exchange(plan)),
+        ("Speed", _speed(plan)),
+        ("Run", _run(plan)),
+        ("Rates", step.rates),
+    ]
+    rows.append(("Written", f"{folder / FILE}, {folder / PAGE}  (open it in a browser)"))
+    what = f"{config.name} on {devices} x {config.hardware.name}"
+    show(
+        console or Terminal(),
+        f"{what}: {verdict(plan)}",
+        GOOD if plan.verdict == Verdict.fits else WARN,
+        rows,
+    )
+
+
+def _fullest(plan: RunPlan) -> str:
+    items = sorted(plan.fullest.items.items(), key=lambda item: -item[1])[:4]
+    parts = ", ".join(f"{name.replace('_', ' ')} {gib(size)}" for name, size in items)
+    return f"{gib(plan.fullest.peak_bytes)} at the {plan.fullest.peak_event}: {parts}"
+
+
+def _beside(plan: RunPlan) -> str:
+    """What the verdict counts beside the peak, and in it."""
+    imbalance = plan.config.plan.imbalance
+    more = (
+        f"; the busiest experts get {imbalance:g} times the mean (plan.imbalance)"
+        if plan.config.parallel.ep > 1
+        else ""
+    )
+    return f"{reserve_words(plan.reserve)}{more}"
+
+
+def _host(plan: RunPlan) -> str:
+    return f"{gib(plan.host_bytes)} of the {gib(plan.config.hardware.host_memory_bytes)} of a node's own memory"
+
+
+def cure_words(cure: Cure, plan: RunPlan) -> str:
+    slower = cure.step_seconds / plan.step.step_seconds - 1
+    more = f" on {cure.devices} devices" if cure.devices != plan.config.parallel.world else ""
+    return f"{' '.join(cure.overrides)}{more}: {gib(cure.room_bytes)} to spare, {100 * slower:+.1f} % time a step"
+
+
+def _exchange(plan: RunPlan) -> str:
+    step = plan.step
+    if plan.config.parallel.ep == 1:
+        return "every rank holds all of them"
+    return (
+        f"{seconds(step.exchange_seconds)} of exchanges a step and rank, of which {seconds(step.exposed_communication_seconds)} "
+        "are waited for"
+    )
+
+
+def _speed(plan: RunPlan) -> str:
+    step = plan.step
+    mfu = f", MFU {share(step.mfu_causal)} causal, {share(step.mfu_full)} not" if step.mfu_causal is not None else ""
+    return f"{step.tokens_per_second_per_gpu:.0f} tokens/s per device, {amount(step.tokens_per_second)}/s in all{mfu}"
+
+
+def _run(plan: RunPlan) -> str:
+    budget, hardware = plan.budget, plan.config.hardware
+    words = f"{amount(budget.tokens)} tokens in {length_of_run(budget.days)}: {amount(budget.gpu_hours)} device hours"
+    if budget.cost is not None:
+        words += (
+            f", {amount(budget.cost)} {hardware.currency} at {hardware.price_per_hour:g} {hardware.currency} an hour"
+        )
+    if budget.energy_kwh is not None:
+        words += f", {amount(budget.energy_kwh)} kWh"
+    return f"{words} ({amount(budget.gpu_hours_per_trillion_tokens)} per trillion tokens)"
+
+
+def search_screen(found: Search, written: Path | None, console: Console | None = None) -> None:
+    """The best layouts, and why the others are not among them."""
+    rows = [(str(place), _found(one, found)) for place, one in enumerate(found.best, 1)]
+    rows += [("Not", f"{family.name}: {family.reason}") for family in found.rejected]
+    if written is not None:
+        rows.append(("Written", f"{written}  (use it with {' '.join(found.command(written.stem))})"))
+    title = f"{len(found.best)} best of {found.tried} layouts on {found.devices} devices"
+    show(console or Terminal(), title, GOOD, rows)
+
+
+def _found(one: FoundLayout, search: Search) -> str:
+    words = " ".join(one.overrides) or "the recipe as it is"
+    return f"{seconds(one.step_seconds)} a step, {gib(one.room_bytes)} to spare: {words}"
+
+
+def calibration_screen(path: Path, console: Console | None = None) -> None:
+    rows = [("Written", str(path)), ("Use it with", f"mode=plan plan.calibration={path}")]
+    show(console or Terminal(), "calibrated this device", GOOD, rows)

@@ -1,0 +1,178 @@
+"""Lower bounds on the memory and the time of layouts, without their memory model and their simulation.
+
+memory   weights, gradients and optimizer of each rank, and the least that its micro-batches in flight keep
+time     the busiest rank's work, the schedule's idle time in closed form, the update
+
+Layouts of a frame share their weights, their update and what is in flight. Memory comes first, and is all that is asked of
+a layout that it rules out. Times of equal layers under equal conditions are counted once in a search.
+"""
+
+from collections.abc import Iterator
+from functools import cache
+from itertools import accumulate
+
+from conf.schema import Config, Parallel
+from parallel.pipeline.simulate import Action, idle_time, schedule_actions
+from train.plan.job import STEADY, layout_of, micro_batches_of
+from train.plan.memory.chunk import chunk_of
+from train.plan.memory.part import Scene
+from train.plan.memory.rank_memory import chunk_parts
+from train.plan.reserve import tensor_memory
+from train.plan.search.candidates import Candidate, Frame
+from train.plan.search.changes import changed
+from train.plan.time.rates import Rates
+from train.plan.time.stages import Stages
+from train.plan.time.step_time import slowest_update
+from train.plan.time.update import WeightCounts, count_weights
+
+
+class FrameBounds:
+    """Bounds of the layouts of one frame."""
+
+    def __init__(self, frame: Frame, rates: Rates, memo: dict):
+        """memo: as in Stages, of the whole search."""
+        self._frame, self._rates, self._memo = frame, rates, memo
+        self.lacking: list[int] = []
+        """Bytes that layouts lack which memory rules out."""
+
+    def candidates(self) -> Iterator[Candidate]:
+        """Those that memory does not rule out."""
+        frame = self._frame
+        stages = self._stages(frame.config)
+        last = len(stages.layers) - 1
+        held = [count_weights(frame.config, stages.layers, ids, last) for ids in stages.placement]
+        parallel, count = frame.config.parallel, stages.sizes.micro_batches
+        flight = _waiting(parallel, count)
+        placed = [changed(frame.config, offload_optimizer=host) for host in frame.hosts]
+        state = [[_state_bytes(config, one) for one in held] for config in placed]
+        memory = {way[0]: tensor_memory(changed(frame.config, dispatch=way[0])) for way in frame.ways}
+        updates: dict[bool, float] = {}
+        for again in frame.recompute:
+            config = changed(frame.config, recompute=again)
+            kept = [_kept_bytes(config, stages, ids, flight[rank]) for rank, ids in enumerate(stages.placement)]
+            least = [[sum(pair) for pair in zip(one, kept, strict=True)] for one in state]
+            for dispatch, wire in frame.ways:
+                able = [number for number, each in enumerate(least) if max(each) <= memory[dispatch]]
+                if not able:
+                    self.lacking.append(min(map(max, least)) - memory[dispatch])
+                    continue
+                one = changed(config, dispatch=dispatch, wire=wire)
+                passes = _pipeline_seconds(self._stages(one))
+                for number in able:
+                    host, total = frame.hosts[number], max(least[number])
+                    if host not in updates:
+                        updates[host] = slowest_update(self._stages(placed[number])).seconds
+                    rank = least[number].index(total)
+                    there = changed(one, offload_optimizer=host)
+                    yield Candidate(there, frame.family, passes + updates[host], total, rank, kept[rank])
+
+    def _stages(self, config: Config) -> Stages:
+        return Stages(config, layout_of(config), self._rates, self._memo)
+
+
+def traced_bound(candidate: Candidate, scene: Scene) -> int:
+    """The bound on memory with what a forward pass of the model's own code really keeps."""
+    config, rank = candidate.config, candidate.fullest
+    kept = min(sum(chunk_of(scene, parts).kept.values()) for parts in chunk_parts(config)[rank].values())
+    flight = _waiting(config.parallel, micro_batches_of(config))[rank]
+    return candidate.least_bytes - candidate.kept_bytes + flight * kept
+
+
+def _waiting(parallel: Parallel, count: int) -> list[int]:
+    """Micro-batches of which a rank is sure to keep all at one time: of two that run as a pair one is not yet, or no longer, whole."""
+    most = in_flight(parallel.schedule, parallel.pp, min(count, STEADY * parallel.pp), parallel.virtual_stages)
+    return [each - 1 for each in most] if parallel.schedule == "dualpipev" else most
+
+
+def _pipeline_seconds(stages: Stages) -> float:
+    """Of all micro-batches on the busiest rank, and what it idles.
+
+    With 1f1b and interleaved a rank begins when the stages before its first have gone forward, and ends before those go backward: on
+    the last rank of equal ones that is the closed form. The closed forms of the others are taken at the shortest lengths.
+    """
+    parallel, ids = stages.config.parallel, range(len(stages.layers))
+    busy = [_busy(stages, own) * stages.sizes.micro_batches for own in stages.placement]
+    if parallel.schedule in ("1f1b", "interleaved"):
+        before = accumulate((_busy(stages, [stage]) for stage in range(parallel.pp - 1)), initial=0.0)
+        return max(map(sum, zip(busy, before, strict=True)))
+    lengths = {stages.kind(stage): _lengths(stages, stage) for stage in ids}
+    forward, inputs, weights = (min(column) for column in zip(*lengths.values(), strict=True))
+    pair = 0.0
+    if parallel.schedule == "dualpipev":  # more of W leaves less to idle; the first stage has all of its backward there
+        pair = min(_pair(stages, own) for own in stages.placement)
+        weights = max(each[2] for kind, each in lengths.items() if kind != stages.kind(0))
+    return max(busy) + max(0.0, idle_time(parallel.schedule, parallel.pp, forward, inputs, weights, pair))
+
+
+def _busy(stages: Stages, ids: list[int]) -> float:
+    """Seconds of one micro-batch on the stages of a rank; with dualpipev its pairs."""
+    if stages.config.parallel.schedule == "dualpipev":
+        return 2 * _pair(stages, ids)
+    return sum(stages.elapsed(Action(kind, stage, 0)).seconds for stage in ids for kind in "FB")
+
+
+def _pair(stages: Stages, ids: list[int]) -> float:
+    """Mean of the two pairs that a rank of dualpipev runs."""
+    pairs = [(ids[0], ids[1]), (ids[1], ids[0])]
+    return sum(_overlapped(stages, *pair) for pair in pairs) / 2
+
+
+def _overlapped(stages: Stages, forward: int, backward: int) -> float:
+    halves = Action("F", forward, 0), Action("B", backward, 0)
+    return stages.elapsed(Action("FB", forward, 0, halves)).seconds
+
+
+def _lengths(stages: Stages, stage: int) -> tuple[float, float, float]:
+    whole = {kind: stages.elapsed(Action(kind, stage, 0)).seconds for kind in "FBW"}
+    return whole["F"], whole["B"] - whole["W"], whole["W"]
+
+
+def _state_bytes(config: Config, held: WeightCounts) -> int:
+    """Weights, fp32 gradients, master weights and moments of a rank, sharded as ZeRO does."""
+    parallel = config.parallel
+    element = config.precision.weight_bytes
+    shard = held.dense / parallel.stage_ranks + held.experts / (parallel.stage_ranks // parallel.ep)
+    whole = held.dense + held.experts
+    moments = 2 * config.precision.moment_bytes
+    weights = shard if parallel.zero == 3 else whole
+    gradients = shard if parallel.zero == 3 else whole
+    state = 0 if parallel.offload_optimizer else shard * (4 + moments)
+    return int(weights * element + gradients * 4 + state)
+
+
+def _kept_bytes(config: Config, stages: Stages, ids: list[int], flight: int) -> int:
+    """The least that so many micro-batches of one stage keep: of a layer the inputs of both norms and the attention's output,
+    with experts their inputs and those of their SwiGLU; of one that runs again or goes to the host its input."""
+    model, element = config.model, stages.sizes.element
+    quantised = 1 if config.precision.fp8 is not None else element
+    row = 2 * model.hidden * element + model.heads * model.v_head_dim * quantised
+    routed = model.top_k * (model.hidden + 2 * model.expert_width) * quantised
+    again = model.hidden * element
+    light = sum(place < model.repeated_layers or bool(model.offloaded_part(place)) for place in range(model.layers))
+
+    def rows(layers: range) -> int:
+        once = layers[light:]
+        dense = len(once[: max(0, model.dense_layers - once.start)])
+        return (len(layers) - len(once)) * again + len(once) * row + (len(once) - dense) * routed
+
+    return int(flight * min(rows(stages.layers[stage]) for stage in ids) * stages.sizes.tokens)
+
+
+@cache
+def in_flight(schedule: str, pp: int, micro_batches: int, virtual: int = 2) -> list[int]:
+    """Most micro-batches of its stages that a rank has sent forward and not yet back once it has gradients of all its weights, per
+    rank."""
+    most = []
+    for line in schedule_actions(schedule, pp, micro_batches, virtual):
+        parts = [action.halves or (action,) for action in line]
+        without = {part.stage for each in parts for part in each}
+        now = peak = 0
+        for each in parts:
+            kinds = [part.kind for part in each]
+            now += kinds.count("F")
+            if not without:
+                peak = max(peak, now)
+            now -= kinds.count("B") + kinds.count("I")
+            without -= {part.stage for part in each if part.kind in "BW"}
+        most.append(peak)
+    return most

@@ -1,0 +1,72 @@
+"""What smaller layouts of a run would need of every device, for a driver that has to choose one when nodes are lost:
+
+    python -m train.plan.smaller_layouts CONFIG [cpu|cuda]
+
+writes layouts.json beside CONFIG; cluster/driver/shapes.py has its format. It is the memory of mode=plan, in the background of a run
+and at the lowest priority: of every ep half the expert groups, a quarter, and so on. The devices are those of the second word
+where the recipe names no hardware.
+"""
+
+import math
+import os
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+from cluster.driver.shapes import FILE, digest_of, smaller_shapes, with_shape
+from cluster.topology import Shape
+from conf.check import check
+from conf.errors import UserError
+from conf.files import atomic_write_json
+from conf.load import read_config
+from conf.schema import Config
+from train.loop.layout_check import check_layout
+from train.plan.job import with_nodes
+from train.plan.memory.rank_memory import plan_memory
+from train.plan.reserve import reserve_of
+
+
+def planned_shapes(config: Config) -> list[Shape]:
+    """Those that are planned: of every ep the most expert groups that there may be, half of them, and so on."""
+    found, cp = [Shape(config.parallel.stage_ranks, config.parallel.ep)], config.parallel.cp
+    for ep in sorted({shape.ep for shape in smaller_shapes(config)}, reverse=True):
+        groups = config.parallel.stage_ranks // math.lcm(ep, cp)
+        while groups:
+            found.append(Shape(groups * math.lcm(ep, cp), ep))
+            groups //= 2
+    return list(dict.fromkeys(found))
+
+
+def plan_layouts(config: Config) -> list[dict[str, int]]:
+    """dp, ep and bytes of a device, of every layout that may run."""
+    found = []
+    for shape in planned_shapes(config):
+        smaller = with_nodes(with_shape(config, shape))
+        try:
+            check(smaller)
+            check_layout(smaller)
+        except UserError:
+            continue  # the driver holds the same rules against it, and names them
+        size = max(rank.peak_bytes for rank in plan_memory(smaller)) + sum(reserve_of(smaller).values())
+        found.append({"dp": shape.dp, "ep": shape.ep, "bytes": size})
+    return found
+
+
+def write_layouts(path: Path, device: str) -> None:
+    """Plan the layouts of the recipe in this file."""
+    config, record = read_config(str(path)), {"config": digest_of(path.parent), "layouts": [], "problem": None}
+    try:
+        record["layouts"] = plan_layouts(replace(config, cluster=replace(config.cluster, device=device)))
+    except Exception as error:  # it is told where the plan is missed
+        record["problem"] = f"the plan failed: {type(error).__name__}: {error}"
+    atomic_write_json(path.parent / FILE, record)
+
+
+def main(path: str, device: str = "cpu") -> int:
+    os.nice(19)
+    write_layouts(Path(path), device)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(*sys.argv[1:]))

@@ -1,0 +1,419 @@
+"""One rank of a proof, top to bottom. `python -m train.prove.proof_rank CONFIG [PART]` is a rank that the driver started.
+
+It trains as the product does, by the product's own code, and leaves what it saw. It judges nothing.
+
+    exact      one step in fp64 with the gradients of this rank alone, before any reduction; with the sizes at which code goes another
+               way (conf/thresholds.py) lowered
+    fp32       steps of the Trainer through DeepSpeed, a checkpoint that is written while a step goes on, and steps from there in
+               another layout, with another batch and those sizes lowered; one step has a gradient that is not finite
+    recipe     the same in the recipe's own precision
+"""
+
+import sys
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import asdict, replace
+from datetime import timedelta
+from pathlib import Path
+
+from train.kernels.cpu.processor import tune_cpu
+
+tune_cpu()  # before torch allocates anything
+
+import torch  # noqa: E402
+from torch import Tensor  # noqa: E402
+
+from cluster.launch import Place, given_run  # noqa: E402
+from cluster.run_files import step_name  # noqa: E402
+from conf.disk import disk_errors  # noqa: E402
+from conf.errors import EXIT_OK  # noqa: E402
+from conf.micro_batches import share_of  # noqa: E402
+from conf.schema import Config  # noqa: E402
+from conf.thresholds import lowered  # noqa: E402
+from parallel.exchange import from_rank_0  # noqa: E402
+from parallel.mesh import build_mesh, read_layout  # noqa: E402
+from parallel.shard import Shard  # noqa: E402
+from parallel.zero.engine import Update, Zero  # noqa: E402
+from train.checkpoint.checkpointer import Checkpointer, SaveInFlight, SaveResult  # noqa: E402
+from train.checkpoint.commit import Save, next_attempt  # noqa: E402
+from train.checkpoint.run_folder import RunPaths  # noqa: E402
+from train.data.batch import Batch  # noqa: E402
+from train.kernels.choice import build_kernels, choose_kernels  # noqa: E402
+from train.loop.resume import find_start, restore  # noqa: E402
+from train.loop.state import State  # noqa: E402
+from train.loop.step import StepOutcome, TrainingStep  # noqa: E402
+from train.loop.stop import StopKind  # noqa: E402
+from train.loop.trainer import Flops, Outputs, Trainer  # noqa: E402
+from train.model.attention import AttentionCore  # noqa: E402
+from train.model.deepseek import DeepSeekV3  # noqa: E402
+from train.model.moe import Experts  # noqa: E402
+from train.optim.schedules import Schedules, StepPlan  # noqa: E402
+from train.parallelize import Parallelized, RankModel, build_rank_model, parallelize  # noqa: E402
+from train.prove.bounds import is_rounded  # noqa: E402
+from train.prove.double import in_double  # noqa: E402
+from train.prove.evidence import EVIDENCE, Evidence, EvidenceWatch, StepInfo  # noqa: E402
+from train.prove.layouts import PROOFS, RunPart, layout_name, run_part, save_step, watched_steps  # noqa: E402
+from train.prove.parts import PartsWatch  # noqa: E402
+from train.prove.samples import ProofData, initial_biases, initial_weights  # noqa: E402
+from train.rank import RankSetup, choose_device, guarded, start_process_group  # noqa: E402
+
+PARTS = (0, 1)
+"""Of a run, see run_pass."""
+
+
+def run_rank(
+    config: Config,
+    place: Place,
+    failures: Path | None = None,
+    proofs: Sequence[str] = tuple(PROOFS),
+    parts: Sequence[int] = PARTS,
+) -> int:
+    """Leave this rank's evidence of these passes; returns the exit code. failures: see train.rank.guarded. parts: see run_pass."""
+    return guarded(place, failures, disk_errors(config)(lambda: _run(config, place, proofs, parts)))
+
+
+def _run(config: Config, place: Place, proofs: Sequence[str], parts: Sequence[int]) -> int:
+    device = choose_device(config, place)
+    start_process_group(config, place, device)
+    for proof in proofs:
+        run_pass(proof, config, place, device, parts)
+    return EXIT_OK
+
+
+def run_pass(proof: str, config: Config, place: Place, device: torch.device, parts: Sequence[int] = PARTS) -> None:
+    """Leave the evidence of one pass. Needs the process group of all ranks. parts: of a run, 0 up to the checkpoint, 1 from there
+    in another layout of all ranks that there are.
+    """
+    as_run = PROOFS[proof](config)
+    if proof != "exact":
+        prove_trained(proof, as_run, place, device, parts)
+    elif 0 in parts:
+        prove_exact(as_run, place, device)
+
+
+def in_groups(config: Config, place: Place, device: torch.device) -> RankSetup:
+    """The rank in the groups of a layout, which may be another than that of the part before."""
+    mesh = build_mesh(read_layout(config, place.local_world), timedelta(seconds=config.cluster.timeout))
+    return RankSetup(device, mesh)
+
+
+# Exact: the model, its pipeline and its dispatchers in fp64
+
+
+def prove_exact(config: Config, place: Place, device: torch.device) -> None:
+    """One step of TrainingStep, without an optimizer."""
+    rank, plan = in_groups(config, place, device), Schedules(config).plan(1)
+    first, count = share_of(config, plan.batch_size, rank.mesh.dp_rank)
+    # Drawn outside, as in fp64 other numbers would be drawn.
+    batch = ProofData.of(config).train.batch(plan.first_sample + first, count)
+    weights, biases = initial_weights(config), initial_biases(config)
+    with in_double(), lowered():
+        kernels = build_kernels(device.type, config.cluster.compiled, AttentionCore())  # a GPU's own know no fp64
+        model = build_rank_model(config, rank.mesh, device, kernels, restored=True)
+        fill_chunks(model.chunks, weights)
+        fill_biases(model, biases)
+        local = _LocalGradients(model.chunks)
+        parts = Parallelized(model.chunks, model.pipeline, model.dispatcher, model.precision, model.share, local)
+        watch = EvidenceWatch(parts.chunks)
+        outcome = TrainingStep(config, parts, rank).run(plan, batch)
+    evidence = Evidence(_info("exact", 0, config, rank, plan, outcome))
+    watch.give(evidence)
+    local.give(evidence)
+    for name, router in model.routers().items():
+        evidence.add("after", f"bias.{name}", router.bias_E)
+    evidence.write(RunPaths(config).path / EVIDENCE)
+
+
+class _LocalGradients:
+    """In the place of ZeRO: gradients stay where they were made, and no weight changes."""
+
+    def __init__(self, chunks: list[DeepSeekV3]):
+        self._chunks = chunks
+        self.gradients: dict[str, tuple[Tensor, int, int]] = {}
+
+    @contextmanager
+    def accumulate(self) -> Iterator[None]:
+        yield
+
+    def set_lr(self, lr: float) -> None:
+        """Nothing is updated."""
+
+    def step(self, valid: bool | Tensor = True) -> Update:
+        return Update(0.0, bool(valid), [])
+
+    def give(self, evidence: Evidence) -> None:
+        """Of experts, the offset says which ones."""
+        done: set[int] = set()
+        for chunk in self._chunks:
+            for prefix, module in chunk.named_modules():
+                for name, weight in module.named_parameters(recurse=False):
+                    if id(weight) in done:
+                        continue  # a table that two chunks share
+                    done.add(id(weight))
+                    first = module.local.start * weight[0].numel() if isinstance(module, Experts) else 0
+                    gradient = torch.zeros_like(weight) if weight.grad is None else weight.grad
+                    evidence.add("local", f"{prefix}.{name}", gradient)
+                    evidence.places[f"local/{prefix}.{name}"] = first, tuple(weight.shape)
+
+
+@torch.no_grad()
+def fill_chunks(chunks: list[DeepSeekV3], weights: dict[str, Tensor]) -> None:
+    """Give the weights of a proof to whole chunks."""
+    for chunk in chunks:
+        for prefix, module in chunk.named_modules():
+            for name, weight in module.named_parameters(recurse=False):
+                value = weights[f"{prefix}.{name}"]
+                if isinstance(module, Experts):
+                    value = value[module.local.start : module.local.stop]
+                weight.copy_(value)
+
+
+def fill_biases(model: RankModel, biases: dict[str, Tensor]) -> None:
+    """Give them to the routers that are here."""
+    for name, router in model.routers().items():
+        router.bias_E.copy_(biases[name])
+
+
+# Trained: the product's Trainer, DeepSpeed and checkpoints
+
+
+def prove_trained(proof: str, config: Config, place: Place, device: torch.device, parts: Sequence[int]) -> None:
+    """Some steps, a checkpoint, and the rest of the steps from it in another layout."""
+    config = replace(config, name=f"{config.name}/{proof}")
+    for folder in (RunPaths(config).checkpoints, RunPaths(config).logs):
+        folder.mkdir(parents=True, exist_ok=True)
+    checkpoint = RunPaths(config).checkpoints / step_name(save_step(config))
+    for number in parts:
+        part = run_part(config, number, place.world)
+        resume = str(checkpoint) if number else part.config.resume
+        with lowered() if number else nullcontext():
+            _train(proof, replace(part, config=replace(part.config, resume=resume)), place, device)
+
+
+def _train(proof: str, part: RunPart, place: Place, device: torch.device) -> None:
+    config = part.config
+    rank, data, paths = in_groups(config, place, device), ProofData.of(config), RunPaths(config)
+    kernels, _ = choose_kernels(config, device)
+    attempt = from_rank_0(lambda: next_attempt(paths.checkpoints))
+    checkpointer = _LateCheckpointer(
+        paths.checkpoints,
+        rank=place.rank,
+        world_size=place.world,
+        attempt=attempt,
+        keep=0,
+        asynchronous=config.checkpoint.asynchronous,
+        timeout=config.cluster.timeout,
+    )
+    parts = parallelize(config, rank.mesh, device, kernels, restored=part.number > 0)
+    state = State(config, rank.mesh, parts)
+    start = Evidence(StepInfo(proof, part.number, 0, place.rank, layout_name(config), device.type))
+    if part.number == 0:
+        for name, shard in state.zero.shards().items():
+            if name.startswith("master."):
+                start.add_shard("drawn", name.removeprefix("master."), shard)
+        fill_state(config, state, parts)
+    else:
+        restore(config, data, state, checkpointer, None, find_start(config, None))
+    trainer = _ProvenTrainer(
+        config=config,
+        rank=rank,
+        parts=parts,
+        state=state,
+        data=data,
+        outputs=Outputs(checkpointer, None, None),
+        flops=Flops(0.0, 0.0, 1.0, ""),
+        stop=_Stop(),
+    )
+    trainer.prove(rank, part, start)
+    parts.zero.engine.destroy()
+
+
+@torch.no_grad()
+def fill_state(config: Config, state: State, parts: Parallelized) -> None:
+    """Give the weights of a proof to the masters, moments of 0, and the biases."""
+    weights = initial_weights(config)
+    for name, shard in state.zero.shards(copies=True).items():
+        kind, weight = name.split(".", 1)
+        if kind == "master":
+            flat = weights[weight].flatten()
+            shard.local.copy_(flat[shard.offset : shard.offset + shard.local.numel()])
+        else:
+            shard.local.zero_()
+    fill_biases(parts, initial_biases(config))
+    state.zero.finish_load(0)
+    if state.ema is not None:
+        state.ema.restart()
+
+
+class _Stop:
+    """In the place of signals: nobody asks a proof to stop but the proof."""
+
+    pending = StopKind.none
+
+
+class _LateCheckpointer(Checkpointer):
+    """Writes what it has copied when the training goes on to the next save or to its end, as a slow disk would: what then is in
+    the checkpoint and was not there when it was saved, shows.
+    """
+
+    def __init__(self, *arguments, **settings) -> None:
+        super().__init__(*arguments, **settings)
+        self._may_write: dict[Save, threading.Event] = {}
+
+    def save(self, step: int, shards: dict[str, Shard], meta: dict) -> float:
+        self._release()
+        self._may_write[Save(step, self._serial)] = threading.Event()
+        return super().save(step, shards, meta)
+
+    def finish(self, required: bool = False) -> list[SaveResult]:
+        self._release()
+        return super().finish(required)
+
+    def _release(self) -> None:
+        for event in self._may_write.values():
+            event.set()
+
+    def _write(self, flight: SaveInFlight) -> str | None:
+        if self.asynchronous:
+            self._may_write[flight.save].wait()
+        return super()._write(flight)
+
+
+class _ProvenTrainer(Trainer):
+    """The product's, which leaves evidence of every step."""
+
+    def prove(self, rank: RankSetup, part: RunPart, start: Evidence) -> None:
+        """Train as `run` does. start: what is known of the state before the first step."""
+        self._rank, self._proof, self._part = rank, start.info.proof, part
+        self._folder = RunPaths(self.config).path.parent / EVIDENCE
+        watched = is_rounded(self._proof, self.config)
+        self._watch = EvidenceWatch(self.parts.chunks, sent=watched)
+        self._parts_watch = PartsWatch(self.parts.chunks, self.parts.precision) if watched else None
+        self.training_step = _WatchedStep(self.training_step, self.parts.zero, self._saw, part.last)
+        self._validation_loss: float | None = None
+        self.leave_state(start)
+        self.run()
+
+    def leave_state(self, evidence: Evidence) -> None:
+        """Add what the rank holds of the state of the run, and write it."""
+        info, state = evidence.info, self.state
+        info.updates, info.samples, info.skipped = state.zero.client.updates, state.samples, state.skipped
+        for name, shard in self.state.shards().items():
+            evidence.add_shard("after", name, shard)
+        for name, router in self.parts.routers().items():
+            evidence.add("own", f"bias.{name}", router.bias_E)
+        evidence.write(self._folder)
+
+    def validate(self) -> dict[str, float]:
+        found = super().validate()
+        self._validation_loss = found["validation_loss"]
+        return found
+
+    def _step(self, plan: StepPlan, batches) -> bool:
+        self._watch.clear()
+        is_watched = plan.step in watched_steps(self.config)
+        self._watch.keeps_sent = is_watched
+        if self._parts_watch is not None:
+            self._parts_watch.clear()
+            self._parts_watch.is_on = is_watched
+        self._watch.spoils = plan.step == self._part.spoilt and self._rank.mesh.rank == self._rank.mesh.layout.world - 1
+        self._validation_loss = None
+        stop = super()._step(plan, batches)
+        outcome, gradients = self._outcome
+        info = _info(self._proof, self._part.number, self.config, self._rank, plan, outcome)
+        info.validation_loss = self._validation_loss
+        evidence = Evidence(info)
+        self._watch.give(evidence)
+        if self._parts_watch is not None:
+            self._parts_watch.give(evidence)
+        gradients.give(evidence)
+        self.leave_state(evidence)
+        return stop
+
+    def _saw(self, outcome: StepOutcome, gradients: "_Gradients") -> None:
+        self._outcome, self._watch.is_open = (outcome, gradients), False
+
+
+class _Gradients:
+    """Those of one step: of this rank before they are reduced, and its shard of them after."""
+
+    def __init__(self) -> None:
+        self.reduced: dict[str, Shard] = {}
+        self._local: dict[str, Shard] = {}
+        self._sizes: dict[str, Shard] = {}
+
+    def add_local(self, name: str, gradient: Shard) -> None:
+        """Sums what is reduced by micro-batch, beyond the product's own rounding."""
+        held = self._local.get(name)
+        if held is None:
+            self._local[name] = replace(gradient, local=gradient.local.clone())
+            return
+        size = self._sizes.setdefault(name, replace(held, local=held.local.double().abs()))
+        size.local += gradient.local.abs()
+        held.local = held.local + gradient.local.double()
+
+    def give(self, evidence: Evidence) -> None:
+        for kind, shards in (("local", self._local), ("sizes", self._sizes), ("reduced", self.reduced)):
+            for name, shard in shards.items():
+                evidence.add_shard(kind, name, shard)
+
+
+class _WatchedStep:
+    """A TrainingStep whose gradients are copied on their way to the other ranks and into the update. last: the step that asks to stop."""
+
+    def __init__(self, step: TrainingStep, zero: Zero, saw: Callable[[StepOutcome, _Gradients], None], last: int):
+        self._inner, self._zero, self._saw, self._last = step, zero, saw, last
+
+    def run(
+        self, plan: StepPlan, batch: Batch, *, stopping: StopKind = StopKind.none, on_phase=lambda _: None
+    ) -> StepOutcome:
+        gradients = _Gradients()
+        self._zero.observer, self._zero.local_observer = gradients.reduced.update, gradients.add_local
+        stop = StopKind.on_disk if plan.step == self._last else StopKind.none
+        outcome = self._inner.run(plan, batch, stopping=stop, on_phase=on_phase)
+        # A step that was skipped is done again, for a look at it, which leaves no evidence.
+        self._zero.observer = self._zero.local_observer = None
+        self._saw(outcome, gradients)
+        return outcome
+
+    def run_passes(self, batch: Batch) -> None:
+        self._inner.run_passes(batch)
+
+
+def _info(proof: str, part: int, config: Config, rank: RankSetup, plan: StepPlan, outcome: StepOutcome) -> StepInfo:
+    measured, mesh = outcome.measured, rank.mesh
+    return StepInfo(
+        proof=proof,
+        part=part,
+        step=plan.step,
+        rank=mesh.rank,
+        layout=layout_name(config),
+        device=rank.device.type,
+        dp=mesh.layout.dp,
+        dp_rank=mesh.dp_rank,
+        first=share_of(config, plan.batch_size, mesh.dp_rank)[0],
+        cp=mesh.layout.cp,
+        cp_rank=mesh.cp_rank,
+        ep=mesh.layout.ep,
+        ep_ranks_per_node=mesh.layout.ep_ranks_per_node,
+        dispatch=config.parallel.dispatch,
+        micro_batch_size=config.micro_batch_size,
+        plan={name: value for name, value in asdict(plan).items() if name != "step"},
+        main_loss=measured.main_loss,
+        mtp_losses=measured.mtp_losses,
+        balance_loss=measured.balance_loss,
+        loads=measured.loads_LE.tolist(),
+        grad_norm=outcome.update.grad_norm,
+        applied=outcome.update.applied,
+    )
+
+
+def main() -> int:
+    config, place = given_run()
+    parts = [int(part) for part in sys.argv[2:]] or PARTS
+    return run_rank(config, place, RunPaths(config).logs, parts=parts)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
