@@ -7,6 +7,7 @@ that a new field of the schema is told until somebody says otherwise.
 
 import json
 from collections.abc import Iterator
+from copy import deepcopy
 from dataclasses import asdict, dataclass
 from enum import Enum
 from functools import cache
@@ -14,6 +15,7 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
+from conf.removed_keys import drop_removed_keys
 from conf.schema import Config, Data, Fp8, Precision
 from conf.words import harmless, one_line
 
@@ -129,11 +131,13 @@ def effect_of(key: str) -> Effect:
 def changed(config: Config, fingerprint: str, meta: dict[str, Any]) -> Changes:
     """How this run differs from the one whose checkpoint has this meta. fingerprint: of the data at hand.
 
-    A setting that the checkpoint's program did not have yet counts as its default.
+    A setting that the checkpoint's program did not have yet counts as its default. Raises UserError for one that this program no
+    longer has, if its value mattered.
     """
     new = settings_of(config)
     if "config" in meta:
-        stored = meta["config"]
+        stored = deepcopy(meta["config"])
+        drop_removed_keys(stored, f"the checkpoint of step {meta['step']}")
     else:
         stored = {key: meta[key] for key in ("seed", "seq_len")}
         new = {key: new[key] for key in stored}

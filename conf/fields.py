@@ -1,4 +1,4 @@
-"""What the schema says of a number besides its type: its bounds.
+"""What the schema says of a field besides its type: the bounds of a number, and whether hardly anyone sets it.
 
 conf/schema.py declares them beside the default, `check_fields` holds every value against them, and conf/mistakes.py
 reads them when a command line does not fit.
@@ -7,7 +7,7 @@ reads them when a command line does not fit.
 import dataclasses
 import difflib
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import cache
 from typing import Any
 
@@ -53,6 +53,15 @@ class Bounds:
 def number(default: Any, **bounds: Any) -> Any:
     """A field that holds a number, or null, with `Bounds` given by name."""
     return dataclasses.field(default=default, metadata={"bounds": Bounds(**bounds)})
+
+
+def expert(default: Any = dataclasses.MISSING, *, make: Callable[[], Any] | None = None, **bounds: Any) -> Any:
+    """A field that hardly anyone sets, with all keys below it: `sluice --help` shows it where `expert` is asked for.
+
+    make: makes the default of a list or a section. bounds: of a number.
+    """
+    given = {"default": default} if make is None else {"default_factory": make}
+    return dataclasses.field(**given, metadata={"bounds": Bounds(**bounds), "expert": True})
 
 
 def check_fields(section: Any, prefix: str = "") -> None:

@@ -1,7 +1,8 @@
 """`sluice --help`: what can be said on the command line, all of it read from the schema and the folders of conf/.
 
 sluice --help                      modes, recipes, groups, the keys at the top
-sluice --help parallel             every key of a section; optim.lr is one key
+sluice --help parallel             the keys of a section; optim.lr is one key
+sluice --help expert [parallel]    those that hardly anyone sets, of all sections or of some
 sluice --help optim conf=NAME      with the values of that recipe
 """
 
@@ -19,6 +20,8 @@ from conf.keys import Key, KeyGroup, attribute_meanings, groups, value_words
 from conf.load import compose_node, explained, report
 from conf.schema import ROOT, Mode
 
+EXPERT = "expert"
+"""The word that asks for keys that hardly anyone sets."""
 EXAMPLES = (
     ("sluice", "train the recipe tiny, a small DeepSeek-V3, here and now"),
     ("sluice conf=tiny data.path=FOLDER name=mine", "on text of your own"),
@@ -39,8 +42,11 @@ def show_help(words: list[str], console: Console | None = None) -> int:
             values = compose_node(*overrides)
         if not names:
             _overview(console, values)
-        for name in names:
-            console.print(*_section(name, values), sep="\n")
+        expert = EXPERT in names
+        for name in [name for name in names if name != EXPERT] or (
+            [group.name for group in groups()] if expert else []
+        ):
+            console.print(*_section(name, values, expert), sep="\n")
     except UserError as error:
         return report(error)
     return EXIT_OK
@@ -91,10 +97,10 @@ def _overview(console: Console, values: DictConfig) -> None:
     top, *sections = groups()
     _two_columns(
         console,
-        "Sections of keys (sluice --help SECTION shows them)",
-        [(section.name, f"{len(section.keys)} keys. {section.meaning}") for section in sections],
+        "Sections of keys (sluice --help SECTION shows them; sluice --help expert those that hardly anyone sets)",
+        [(section.name, f"{len(section.part(False).keys)} keys. {section.meaning}") for section in sections],
     )
-    console.print(*_screen(top, values), sep="\n")
+    console.print(*_screen(top.part(False), values), sep="\n")
 
 
 def _two_columns(console: Console, title: str, rows: object) -> None:
@@ -107,12 +113,14 @@ def _two_columns(console: Console, title: str, rows: object) -> None:
     console.print(table)
 
 
-def _section(name: str, values: DictConfig) -> Iterator[object]:
-    """The screen of a section, a part of one, or a key."""
+def _section(name: str, values: DictConfig, expert: bool) -> Iterator[object]:
+    """The screen of a section, a part of one, or a key. expert: of a section, the keys that hardly anyone sets."""
     everything = groups()
     for group in everything:
         if name == group.name:
-            return _screen(group, values)
+            part, other = group.part(expert), group.part(not expert)
+            more = "" if expert or not other.keys else f"sluice --help {EXPERT} {name}"
+            return _screen(part, values, f"{len(other.keys)} more, which hardly anyone sets: {more}" if more else "")
     keys = tuple(
         key
         for group in everything
@@ -129,8 +137,10 @@ def _section(name: str, values: DictConfig) -> Iterator[object]:
     return _screen(KeyGroup(name, "", keys, ()), values)
 
 
-def _screen(group: KeyGroup, values: DictConfig) -> Iterator[object]:
-    """A title, the notes of the sections in it, and a table of keys."""
+def _screen(group: KeyGroup, values: DictConfig, more: str = "") -> Iterator[object]:
+    """A title, the notes of the sections in it, a table of keys, and how to see more; nothing for a group without keys."""
+    if not group.keys and not more:
+        return
     yield f"\n[bold]{escape(group.name or 'Keys at the top')}[/]  {escape(group.meaning)}"
     for path, note in group.notes:
         yield f"  [cyan]{escape(path)}[/]  [dim]{escape(note)}[/]"
@@ -145,6 +155,8 @@ def _screen(group: KeyGroup, values: DictConfig) -> Iterator[object]:
             f"{escape(key.meaning)} [dim]{escape(takes(key))}[/]",
         )
     yield table
+    if more:
+        yield f"  [dim]{escape(more)}[/]"
 
 
 def takes(key: Key) -> str:

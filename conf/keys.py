@@ -10,7 +10,7 @@ import inspect
 import types
 import typing
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
 
@@ -38,6 +38,8 @@ class Key:
     nullable: bool
     meaning: str
     """One line, with the unit."""
+    expert: bool = False
+    """Whether hardly anyone sets it."""
 
 
 @dataclass(frozen=True)
@@ -49,6 +51,12 @@ class KeyGroup:
     keys: tuple[Key, ...]
     notes: tuple[tuple[str, str], ...] = ()
     """Sections in it, with what holds for all of their keys."""
+
+    def part(self, expert: bool) -> "KeyGroup":
+        """The keys that hardly anyone sets, or the others, with the notes on the sections that these are in."""
+        keys = tuple(key for key in self.keys if key.expert is expert)
+        notes = tuple((path, note) for path, note in self.notes if any(key.path.startswith(path) for key in keys))
+        return replace(self, keys=keys, notes=notes)
 
 
 @cache
@@ -66,17 +74,17 @@ def groups() -> tuple[KeyGroup, ...]:
     return tuple(found)
 
 
-def _keys(cls: type, prefix: str) -> Iterator[Key]:
-    """The keys of a section and of those in it."""
+def _keys(cls: type, prefix: str, expert: bool = False) -> Iterator[Key]:
+    """The keys of a section and of those in it. expert: whether the section is one that hardly anyone sets."""
     hints, meanings = typing.get_type_hints(cls), attribute_meanings(cls)
     for item in dataclasses.fields(cls):
         found, nullable = plain(hints[item.name])
-        path = prefix + item.name
+        path, rare = prefix + item.name, expert or item.metadata.get("expert", False)
         inner, mark = inner_section(found)
         if mark is not None or inner is None:
-            yield Key(path, type_words(found), choices_of(found), nullable, meanings.get(item.name, ""))
+            yield Key(path, type_words(found), choices_of(found), nullable, meanings.get(item.name, ""), rare)
         if inner is not None:
-            yield from _keys(inner, f"{path}{mark or ''}.")
+            yield from _keys(inner, f"{path}{mark or ''}.", rare)
 
 
 def _notes(cls: type, prefix: str, described: set[type]) -> Iterator[tuple[str, str]]:

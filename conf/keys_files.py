@@ -23,14 +23,21 @@ PAGE = ROOT / "train" / "docs" / "keys.md"
 EDITORS = ROOT / "conf" / "recipe.schema.json"
 HEAD = """# Every key
 
-All settings of a run, with the value that `sluice` takes without arguments, what they take, and what they mean. The same in a terminal, with
-the values of any arguments:
+All settings of a run, with the value that `sluice` takes without arguments, what they take, and what they mean. Those that hardly anyone
+sets stand in the [second part](#expert). The same in a terminal, with the values of any arguments:
 
     sluice --help
     sluice --help parallel
     sluice --help optim optim=deepseek_v3_16b
+    sluice --help expert
+    sluice --help expert cluster
 
 `KEY[]` is an entry of a list, `NAME` any name. This page is made of [conf/schema.py](../../conf/schema.py) by `python -m conf.keys_files`.
+"""
+EXPERT_HEAD = """
+## Expert
+
+Keys that hardly anyone sets: fine points of number formats, margins, limits of patience, descriptions of devices.
 """
 JSON_TYPES = {
     int: ["integer"],
@@ -47,11 +54,18 @@ INTERPOLATION = {"type": "string", "pattern": r"\$\{"}
 def keys_page() -> str:
     """The page."""
     values = compose_node()
-    return HEAD + "".join(_section(group, values) for group in groups())
+    common, rare = (
+        "".join(_section(group.part(expert), values, expert) for group in groups()) for expert in (False, True)
+    )
+    return f"{HEAD}{common}{EXPERT_HEAD}{rare}"
 
 
-def _section(group: KeyGroup, values: Any) -> str:
-    lines = [f"\n## {group.name or 'At the top'}\n", f"{_cell(group.meaning)}\n"]
+def _section(group: KeyGroup, values: Any, expert: bool) -> str:
+    """One table; nothing for a group without keys. expert: below the heading of the keys that hardly anyone sets."""
+    if not group.keys:
+        return ""
+    name = group.name or "At the top"
+    lines = [f"\n### {name}, expert\n"] if expert else [f"\n## {name}\n", f"{_cell(group.meaning)}\n"]
     lines += [f"`{path}`: {_cell(note)}\n" for path, note in group.notes if note]
     lines += ["| key | value | takes | meaning |", "|---|---|---|---|"]
     for key in group.keys:

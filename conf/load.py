@@ -14,9 +14,13 @@ from pathlib import Path
 from typing import Any
 
 import hydra
+from hydra._internal.core_plugins.file_config_source import FileConfigSource
+from hydra._internal.sources_registry import SourcesRegistry
 from hydra.core.config_store import ConfigStore
 from hydra.core.hydra_config import HydraConfig
+from hydra.core.plugins import Plugins
 from hydra.errors import HydraException
+from hydra.plugins.config_source import ConfigResult
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -29,6 +33,7 @@ from conf.files import atomic_write_text
 from conf.micro_batches import choose_micro_batch_size
 from conf.mistakes import check_words, explain
 from conf.own_keys import refuse_keys_of_other_modes
+from conf.removed_keys import drop_removed_keys
 from conf.run_settings import LOOKS_AT_A_RUN, over_run_settings
 from conf.schema import ROOT, Config, Hardware, Mode
 from conf.words import say, say_note
@@ -152,10 +157,26 @@ def _names_as_text(word: str) -> str:
     return f'name="{value}"' if key == "name" and value.startswith("[") and value.endswith("]") else word
 
 
+class RecipeFiles(FileConfigSource):
+    """How Hydra reads files of recipes and groups: without the keys that earlier versions had."""
+
+    def load_config(self, config_path: str) -> ConfigResult:
+        """Raises UserError for a removed key that is not at its last default."""
+        found = super().load_config(config_path)
+        package = found.header["package"] or config_path.rpartition("/")[0].replace("/", ".")
+        plain = OmegaConf.to_container(found.config)
+        file = str(Path(self.path, f"{config_path.removesuffix('.yaml')}.yaml"))
+        if isinstance(plain, dict) and drop_removed_keys(plain, file, "" if package == "_global_" else package):
+            found.config = OmegaConf.create(plain)
+        return found
+
+
 def register() -> None:
     """Make the schema known to Hydra, and `${is_set:${KEY}}` to recipes: whether a key is not null."""
     OmegaConf.register_new_resolver("is_set", lambda value: value is not None, replace=True)
     ConfigStore.instance().store(name="train", node=_Primary)
+    Plugins.instance()  # which would put its own reader there later
+    SourcesRegistry.instance().types["file"] = RecipeFiles
 
 
 def run(job: Callable[[list[Config]], int]) -> int:

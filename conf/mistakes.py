@@ -25,6 +25,7 @@ from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBase
 from conf.errors import UserError
 from conf.fields import wrong_choice
 from conf.keys import attribute_meanings, plain
+from conf.removed_keys import REMOVED_KEYS
 from conf.schema import ROOT, Config, Mode
 from conf.synonyms import KEYS, VALUES
 
@@ -257,6 +258,8 @@ def _wrong_option(group: str, value: Any, groups: dict[str, list[str]]) -> UserE
 
 
 def _unknown_key(key: str, text: str, groups: dict[str, list[str]]) -> UserError:
+    if removed := REMOVED_KEYS.get(key):
+        return removed.error(key, text)
     close = _close_keys(key, [*groups])
     meant = [f"{each}={VALUES.get((each, text.lower()), (text,))[0]}" for each in close]
     cure = f"did you mean {' or '.join(meant)}? " if meant else ""

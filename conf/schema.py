@@ -9,7 +9,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
-from conf.fields import number
+from conf.fields import expert, number
 
 ROOT = Path(__file__).resolve().parent.parent
 """The folder that holds conf/, train/, parallel/ and cluster/."""
@@ -86,15 +86,15 @@ class Yarn:
     """How many times longer than original_seq_len sequences may be."""
     original_seq_len: int = number(4096, least=1)
     """Length of pretraining, in tokens."""
-    beta_fast: float = number(32.0, above=0)
+    beta_fast: float = expert(32.0, above=0)
     """Pairs that turn more often than this over original_seq_len stay as they are."""
-    beta_slow: float = number(1.0, above=0)
+    beta_slow: float = expert(1.0, above=0)
     """Pairs that turn less often than this over original_seq_len are slowed by factor; a ramp lies between."""
-    truncate: bool = True
+    truncate: bool = expert(True)
     """Round the bounds of the ramp from fast to slow pairs outwards to whole pairs."""
-    mscale: float = number(1.0, least=0)
+    mscale: float = expert(1.0, least=0)
     """Attention scores are multiplied by (0.1 mscale ln factor + 1)^2; 0 leaves them. Hugging Face: mscale_all_dim."""
-    attention_factor: float = number(1.0, above=0)
+    attention_factor: float = expert(1.0, above=0)
     """Factor on the parts of queries and keys that carry RoPE. Hugging Face: attention_factor, or what it infers."""
 
 
@@ -150,7 +150,7 @@ class Model:
     yarn: Yarn = field(default_factory=Yarn)
     norm_eps: float = number(1e-6, above=0)
     """What every RMSNorm adds to the mean square, so that it divides by no zero."""
-    latent_norm_eps: float | None = number(None, above=0)
+    latent_norm_eps: float | None = expert(None, above=0)
     """norm_eps of the norms of the query and key-value latents; null takes norm_eps. transformers takes 1e-6 whatever rms_norm_eps is."""
     init_std: float = number(0.006, above=0)
     """Standard deviation of every weight at the start (paper 4.2)."""
@@ -160,7 +160,7 @@ class Model:
     offload: list[str] = field(default_factory=list)
     """Whose activations wait for backward in the host's memory: attention, ffn (dense or of experts), layer (whole blocks, of which only the
     input stays) or layer:N (N blocks of every stage). Blocks that run again (recompute) have none, and those of MTP modules stay."""
-    loss_chunk: int = number(2048, least=1)
+    loss_chunk: int = expert(2048, least=1)
     """Tokens whose logits exist at one time in the cross-entropy."""
 
     @property
@@ -250,7 +250,7 @@ class Optim:
     """Factor on lr after warm-up."""
     betas: list[float] = field(default_factory=lambda: [0.9, 0.95])
     """How much of Adam's two averages stays in a step: of the gradient and of its square."""
-    eps: float = number(1e-8, above=0)
+    eps: float = expert(1e-8, above=0)
     """What Adam adds to the root of the average square, so that it divides by no zero."""
     weight_decay: float = number(0.1, least=0)
     """Decay of matrices; gains of norms are left out."""
@@ -258,7 +258,7 @@ class Optim:
     """Largest global gradient norm; 0 switches clipping off."""
     mtp_weight: list[Phase] = field(default_factory=lambda: [Phase(value=0.3)])
     """Weight lambda of the MTP loss (paper 2.2)."""
-    bias_speed: list[Phase] = field(default_factory=lambda: [Phase(value=0.001)])
+    bias_speed: list[Phase] = expert(make=lambda: [Phase(value=0.001)])
     """Speed gamma of the balance bias, per step (paper 2.1.2)."""
     balance_loss: float = number(1e-4, least=0)
     """Weight alpha of the sequence-wise balance loss; 0 switches it off."""
@@ -266,12 +266,12 @@ class Optim:
     """Sequences per step at the start of the ramp; null for no ramp."""
     batch_ramp_steps: int = number(0, least=0)
     """Steps over which the batch grows linearly to batch_size."""
-    batch_ramp_increment: int = number(1, least=1)
+    batch_ramp_increment: int = expert(1, least=1)
     """The growing batch is rounded down to a multiple of this; a multiple of micro_batch_size x dp, or x ep with
     parallel.uneven."""
     ema_decay: float = number(0.0, least=0, below=1)
     """Decay of the moving average of the weights kept in CPU memory; 0 for none."""
-    max_bad_steps: int = number(5, least=1)
+    max_bad_steps: int = expert(5, least=1)
     """Steps in a row with a non-finite loss or gradient that may be skipped before the run stops."""
 
 
@@ -322,7 +322,7 @@ class Parallel(RankCounts):
     split: Any = "cost"
     """Layers of the pipeline's stages: cost (the operations of a rank as even as can be, head and MTP modules included), even (as
     many layers for every stage), or the number for each stage in order, [1,2,2,1]: only the first and the last may be 0."""
-    overlap: bool = True
+    overlap: bool = expert(True)
     """dualpipev, also on a pipeline of one rank: run the forward of one micro-batch and the backward of another together, so
     that the all-to-all of either flies under the computation of the other; false runs them one after the other."""
     dispatch: DispatchKind = DispatchKind.flat
@@ -397,13 +397,13 @@ def _experts_down() -> Products:
 class Cache:
     """What the backward pass keeps (paper 3.3.3): fp8 (values and scales as Fprop used them) or bf16."""
 
-    linear: KeptInput = KeptInput.fp8
+    linear: KeptInput = expert(KeptInput.fp8)
     """Inputs of linear layers and of the experts' up-projection."""
-    attention_output: KeptOutput = KeptOutput.e5m6
+    attention_output: KeptOutput = expert(KeptOutput.e5m6)
     """Input of the attention's output projection: e5m6 (12 bits), fp8 or bf16."""
-    swiglu: KeptInput = KeptInput.fp8
+    swiglu: KeptInput = expert(KeptInput.fp8)
     """Input of the experts' SwiGLU, whose output is recomputed."""
-    packed: bool = True
+    packed: bool = expert(True)
     """False, on CPU only: hold the same values in bf16 or fp32, which takes more memory and less time."""
 
 
@@ -413,11 +413,11 @@ class Health:
 
     every: int = number(100, least=0)
     """Steps between checks; 0 for none."""
-    flushed: float = number(0.05, least=0)
+    flushed: float = expert(0.05, least=0)
     """Limit on the share of non-zero values that become zero."""
-    saturated: float = number(0.0, least=0)
+    saturated: float = expert(0.0, least=0)
     """Limit on the share of values that were clamped to the format's maximum."""
-    error: float = number(0.1, least=0)
+    error: float = expert(0.1, least=0)
     """Limit on the relative error of a product against bf16 operands."""
 
 
@@ -440,22 +440,20 @@ class Fp8:
     """Input of the attention's output projection."""
     dispatched: str = "e4m3/1x128/pow2"
     """What travels to the experts: input of their up-projection, gradient of their output."""
-    dense: Products = field(default_factory=Products)
+    dense: Products = expert(make=Products)
     """Linear layers of attention, dense FFN, shared experts and the MTP projection."""
-    output: Products = field(default_factory=_attention_output)
+    output: Products = expert(make=_attention_output)
     """The attention's output projection."""
-    experts_up: Products = field(default_factory=_experts_up)
+    experts_up: Products = expert(make=_experts_up)
     """Gate and up projection of the routed experts."""
-    experts_down: Products = field(default_factory=_experts_down)
+    experts_down: Products = expert(make=_experts_down)
     """Down projection of the routed experts."""
-    activation_floor: float = number(1e-4, least=1e-30, most=1)
+    activation_floor: float = expert(1e-4, least=1e-30, most=1)
     """Smallest max-abs of activations and weights that a scale is made for, as in DeepSeek's kernels."""
-    gradient_floor: float = number(1e-12, least=1e-30, most=1)
-    """The same for gradients, which lie far below activations."""
-    emulate: HighFormat = HighFormat.fp32
+    emulate: HighFormat = expert(HighFormat.fp32)
     """On CPU, the products of operands whose scales are not powers of two: fp32 is exact, and costs an fp32 product where
     they are not compiled; bf16 rounds the operands (by 2^-9, beside 2^-4 of E4M3) and costs no more than a bf16 product."""
-    compiled: bool = True
+    compiled: bool = expert(True)
     """On CPU, use code that is compiled at the first use, which takes seconds and a C++ compiler: for casts, and with
     AVX2 for products; false: torch's own operations, slower. Casts are the same bits, products the same but for the
     order of sums."""
@@ -497,13 +495,13 @@ class Checkpoint:
     every_memory: int = number(0, least=0)
     """Ray: steps between copies of the state in the memory of its own node and of the next one, from which a run resumes
     when a node is lost; 0 for none."""
-    memory_folder: str = "/dev/shm"
+    memory_folder: str = expert("/dev/shm")
     """Where every node keeps those copies: memory, or a fast disk of its own."""
     keep: int = number(3, least=0)
     """Newest checkpoints that stay, and beside them the one that a run resumed from, as long as it goes on; 0 keeps all."""
     keep_every: int = number(0, least=0)
     """Checkpoints at multiples of this many steps stay for good; 0 for none."""
-    asynchronous: bool = True
+    asynchronous: bool = expert(True)
     """Write beside the training; false waits for the disk."""
 
 
@@ -531,21 +529,21 @@ class Cluster:
     """Ray: HOST:PORT of a running cluster, or auto for the one on this machine; null starts Ray here for this run."""
     ranks_per_node: int = number(0, least=0)
     """Ranks of one node. 0 means all ranks that a machine was given; with Ray one per GPU, or per CPU where there is none."""
-    wait: float = number(60.0, above=0)
+    wait: float = expert(60.0, above=0)
     """Ray: longest wait for enough nodes, in seconds."""
-    heartbeat: float = number(5.0, above=0)
+    heartbeat: float = expert(5.0, above=0)
     """Ray: a node without an answer for this many seconds counts as lost."""
-    hang_after: float = number(300.0, above=0)
+    hang_after: float = expert(300.0, above=0)
     """Ray: a run without a finished step for this many seconds counts as hung."""
-    start_timeout: float = number(900.0, above=0)
+    start_timeout: float = expert(900.0, above=0)
     """Ray: the same until the first step is done, and in checkpoints and validations, in seconds."""
-    stop_timeout: float = number(600.0, above=0)
+    stop_timeout: float = expert(600.0, above=0)
     """Ray: longest wait for the last checkpoint after a request to stop, in seconds."""
     restarts: int = number(3, least=0)
     """Ray: restarts after failures of one kind without a new checkpoint in between; then the run ends with a diagnosis."""
-    standby: bool = True
+    standby: bool = expert(True)
     """Ray: keep one process per rank that has imported the program, so that a restart saves that time (0.5 GB each)."""
-    straggler_factor: float = number(1.2, least=0)
+    straggler_factor: float = expert(1.2, least=0)
     """Ray: a rank whose own work takes lastingly, beyond the noise, this many times that of the ranks of its pipeline stage is
     named, once; 0 for never."""
 
@@ -568,20 +566,20 @@ class Hardware:
 
     name: str | None = None
     """Name of the description; null where none was chosen."""
-    device: str = ""
+    device: str = expert("")
     """Part of the name that CUDA gives the device; cpu for the processor of this machine."""
     devices_per_node: int = number(8, least=1)
     """Devices that share the fast network: a node, or a larger NVLink domain."""
-    memory_bytes: float = number(0.0, least=0)
+    memory_bytes: float = expert(0.0, least=0)
     """Memory of one device, in bytes; 0 for its share of this machine's memory."""
-    host_memory_bytes: float = number(0.0, least=0)
+    host_memory_bytes: float = expert(0.0, least=0)
     """Memory of the processors of devices_per_node devices, in bytes, for what is offloaded; 0 for not known. The rates `host`
     (bytes of one device to or from it) and `host_memory` (bytes that its processors read or write for one device) go with it."""
-    bf16_flops: float = number(0.0, least=0)
+    bf16_flops: float = expert(0.0, least=0)
     """Dense peak of one device, FLOP/s: what MFU is counted against."""
-    fp8_flops: float = number(0.0, least=0)
+    fp8_flops: float = expert(0.0, least=0)
     """Dense peak, FLOP/s; 0 for a device without FP8 products."""
-    communication_share: float = number(0.0, least=0, most=1, what="a share")
+    communication_share: float = expert(0.0, least=0, most=1, what="a share")
     """Share of a device's computing that is taken by a transfer in flight, 0 to 1."""
     price_per_hour: float | None = number(None, least=0)
     """Price of one device for an hour, in `currency`; null for not given."""
@@ -589,7 +587,7 @@ class Hardware:
     """Currency of price_per_hour: three capital letters, as ISO 4217 has them."""
     watts: float | None = number(None, least=0)
     """Power of one device at full load, in watts; null for not given."""
-    rates: dict[str, Rate] = field(default_factory=dict)
+    rates: dict[str, Rate] = expert(make=dict)
     """What kernels and links reach, by kind of work (train/plan/time/rates.py): all times come from here; empty needs plan.calibration."""
 
 
@@ -609,9 +607,9 @@ class Plan:
     """With plan.search: write the best layout as conf/parallel/<write>.yaml."""
     tokens: float | None = number(None, above=0)
     """Token budget for hours, cost and energy; null takes all tokens of the recipe."""
-    imbalance: float = number(1.1, least=1)
+    imbalance: float = expert(1.1, least=1)
     """Rows of the busiest rank of an expert group over the mean, 1 or more: that rank sets the pace, and needs the most memory."""
-    reserve: float | None = number(None, least=0)
+    reserve: float | None = expert(None, least=0)
     """Bytes of a device that no tensor can have; null estimates them: CUDA's context, communicators, buffers of exchanges, and gaps."""
 
 
@@ -623,10 +621,10 @@ class DryRun:
     """Number of the rank, or worst: the one with the least room by plan."""
     steps: int = number(3, least=1)
     """Steps that are timed, after one to warm up and one whose memory is measured."""
-    routing: str = "balanced"
+    routing: str = expert("balanced")
     """How many rows the other ranks send to this rank's experts: balanced, skewed (1.5 times the mean, the first expert more
     than the last), or the folder of a run whose last record of loads is taken."""
-    shrink: int = number(0, least=0)
+    shrink: int = expert(0, least=0)
     """Divides widths, vocabulary and sequence; 0 takes 1 on a GPU and as much as is needed for seconds a step on a CPU."""
 
 
@@ -652,21 +650,21 @@ class Log:
     """auto: online with a key, else offline."""
     wandb_project: str = "sluice"
     """Project of the W&B run."""
-    wandb_entity: str | None = None
+    wandb_entity: str | None = expert(None)
     """W&B user or team that the project belongs to; null takes the account's own."""
-    wandb_tags: list[str] = field(default_factory=list)
+    wandb_tags: list[str] = expert(make=list)
     """Words to find the run by in W&B."""
-    wandb_notes: str | None = None
+    wandb_notes: str | None = expert(None)
     """What W&B shows as the run's description."""
-    wandb_group: str | None = None
+    wandb_group: str | None = expert(None)
     """What W&B shows together; null makes the jobs of a sweep one group."""
-    wandb_alerts: bool = True
+    wandb_alerts: bool = expert(True)
     """Let W&B write to you (as your account says) of divergence, crashes, restarts, stalled or slow ranks and full disks."""
     progress: bool = True
     """Show the live progress bar (in a terminal) or a line now and then (elsewhere)."""
     sample_tokens: int = number(160, least=0)
     """Tokens of generated text shown at the end; 0 for none."""
-    peak_flops: float = number(0.0, least=0)
+    peak_flops: float = expert(0.0, least=0)
     """Peak of the device in FLOP/s for MFU, at the precision of the products; 0 takes the maker's figure of a GPU that is known,
     else the best matrix product measured so far on such a device, kept in data.cache."""
 
@@ -691,9 +689,9 @@ class Evaluate:
     """Solved examples in front of each question; null leaves it to the task."""
     needle: list[int] = field(default_factory=list)
     """Lengths of texts, in tokens, in which the model is to find a pass key (train/evaluate/needle.py); none for no such test."""
-    needle_depths: list[float] = field(default_factory=lambda: [0.0, 0.25, 0.5, 0.75, 1.0])
+    needle_depths: list[float] = expert(make=lambda: [0.0, 0.25, 0.5, 0.75, 1.0])
     """Where the key stands in the text, 0 at the beginning, 1 right before the question."""
-    needle_texts: int = number(10, least=1)
+    needle_texts: int = expert(10, least=1)
     """Texts of each length and depth, each with a key of its own."""
 
 
@@ -729,7 +727,7 @@ class Export:
     """A checkpoint or run folder; null takes the newest intact checkpoint of this run."""
     ema: bool = False
     """Take the moving average of the weights (optim.ema_decay) instead of the weights."""
-    shard_gb: float = number(5.0, above=0)
+    shard_gb: float = expert(5.0, above=0)
     """Largest size of one file, in GB."""
 
 
@@ -752,7 +750,7 @@ class Config:
     micro_batch_size: int | None = number(None, least=1)
     """Sequences per forward pass of one rank; null takes the most that divide a rank's share of the batch, keep to
     micro_batch_tokens and leave the pipeline schedule enough micro-batches. Never null after load."""
-    micro_batch_tokens: int = number(4096, least=1)
+    micro_batch_tokens: int = expert(4096, least=1)
     """With micro_batch_size=null: most tokens per forward pass of one rank."""
     resume: str = "auto"
     """auto (newest intact checkpoint of this run, if any), never (start new; an existing run is an error), or a checkpoint folder."""

@@ -18,18 +18,20 @@ from omegaconf.grammar_parser import OmegaConfGrammarParser, parse
 
 from conf.disk import cure_of_reading
 from conf.errors import UserError
+from conf.removed_keys import drop_removed_keys
 
 UNREADABLE = (yaml.YAMLError, OmegaConfBaseException, OSError, ValueError, RecursionError)
 """What reading a file of settings raises when the file is at fault; ValueError: not UTF-8, or a date that does not exist."""
 
 
 def read_yaml(path: Path, trust: bool = False) -> DictConfig:
-    """The settings in a file, such as config.yaml of a run. Raises UserError if they cannot be read, or name a resolver without
-    `trust`.
+    """The settings in a file, such as config.yaml of a run, also of an earlier version (conf/removed_keys.py). Raises UserError if
+    they cannot be read, or name a resolver without `trust`.
     """
     try:
         found = OmegaConf.load(path)
-        calls = [] if trust else list(_calls(OmegaConf.to_container(found)))
+        plain = OmegaConf.to_container(found)
+        calls = [] if trust else list(_calls(plain))
     except UNREADABLE as error:
         raise unreadable(error, path) from error
     if not isinstance(found, DictConfig):
@@ -37,7 +39,7 @@ def read_yaml(path: Path, trust: bool = False) -> DictConfig:
     for key, text in calls:
         rule = f"in {path} calls a function that can read this machine, and the file may be somebody else's"
         raise UserError(key, text, rule, "write the value there, or set trust=true, if you trust who wrote the file")
-    return found
+    return OmegaConf.create(plain) if drop_removed_keys(plain, str(path)) else found
 
 
 def _calls(value: Any, key: str = "") -> Iterator[tuple[str, str]]:

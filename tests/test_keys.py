@@ -2,6 +2,7 @@
 
 import io
 import json
+import re
 
 import jsonschema
 import pytest
@@ -37,13 +38,33 @@ def test_every_key_and_mode_has_a_line():
     assert all(recipe_lines().values())
 
 
-def test_help_shows_every_key_in_its_section():
+@pytest.mark.parametrize("expert", [False, True])
+def test_help_shows_every_key_in_its_section(expert):
+    """Those that hardly anyone sets where they are asked for, and nowhere else."""
     for group in groups():
-        code, said = screen("--help", *([group.name] if group.name else []))
+        code, said = screen("--help", *([group.name] if group.name else []), *["expert"] * expert)
         assert code == EXIT_OK
-        for key in group.keys:
+        shown = [line.split()[0] for line in said.splitlines() if re.match(r"  [a-z_0-9.\[\]A-Z]+  ", line)]
+        assert {key.path for key in group.keys if key.expert is not expert}.isdisjoint(shown)
+        for key in (key for key in group.keys if key.expert is expert):
             (line,) = (line for line in said.splitlines() if line.startswith(f"  {key.path} "))
             assert key.meaning in line and all(choice in line for choice in key.choices), line
+
+
+def test_help_and_the_page_keep_what_hardly_anyone_sets_apart():
+    rare = {key.path for key in KEYS if key.expert}
+    assert (
+        len(KEYS) - len(rare) < 150
+        and {"cluster.standby", "precision.fp8.dense.fprop.weight", "log.wandb_tags"} <= rare
+    )
+    assert "7 more, which hardly anyone sets: sluice --help expert cluster" in screen("--help", "cluster")[1]
+    everything = screen("--help", "expert")[1]
+    assert [path for path in rare if f"  {path} " not in everything] == [] and "  optim.lr " not in everything
+    assert "  cluster.standby " in screen("--help", "cluster.standby")[1], "a key that is named is shown"
+    common, expert = keys_page().split("\n## Expert\n")
+    for key in KEYS:
+        assert f"| `{key.path}` |" in (expert if key.expert else common)
+        assert f"| `{key.path}` |" not in (common if key.expert else expert)
 
 
 def test_help_names_modes_recipes_groups_sections_and_examples():

@@ -27,6 +27,9 @@ from parallel.expert.permute import triton_dispatch
 from parallel.expert.quantized_rows import TILE, QuantizedRows, Widen, dequantize, in_tiles, widen
 
 E4M3_MAX = 448.0
+GRADIENT_FLOOR = 1e-12
+"""Of amax, for gradients. Theirs can lie far below 1e-4 as a whole and would lose their range to the clamp of activations, so it is
+torchao's, which only guards the division."""
 
 
 class Wire(Protocol):
@@ -64,11 +67,10 @@ class Fp8Wire:
     """E4M3 with power-of-two scales per 1x128 tile (paper 3.3.2, 3.3.3).
 
     activation_floor: smallest amax used for a scale. DeepSeek clamps activations at 1e-4.
-    gradient_floor: the same for gradients. Theirs can lie far below 1e-4 as a whole and would lose their range
-        to that clamp, so it is torchao's 1e-12, which only guards the division.
+    gradient_floor: the same for gradients.
     """
 
-    def __init__(self, activation_floor: float = 1e-4, gradient_floor: float = 1e-12):
+    def __init__(self, activation_floor: float = 1e-4, gradient_floor: float = GRADIENT_FLOOR):
         assert min(activation_floor, gradient_floor) >= 2.0**-110, "the scale's reciprocal must stay finite"
         self.activation_floor = activation_floor
         self.gradient_floor = gradient_floor

@@ -238,7 +238,7 @@ def _rules(fp8: Fp8, products: Products, cache: str, name: str) -> LinearRules:
         form, shared, scale = _known_parts(field, text)
         return Rule(FORMATS[form], shared, scale == "pow2", floor, fp8.emulate == "bf16")
 
-    values, slopes = fp8.activation_floor, fp8.gradient_floor
+    values, slopes = fp8.activation_floor, 1e-12
     fprop = rule("fprop", "activation", values), rule("fprop", "weight", values)
     kept = fprop[0]
     if _known("precision.fp8.cache", cache, ("fp8", "bf16", "e5m6")) == "bf16":

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 from conf.schema import Fp8, Products
+from parallel.expert.wire import GRADIENT_FLOOR
 from train.kernels.fp8.formats import E4M3, E5M2, E5M6, TILE, WHOLE, Cast, Format
 
 
@@ -88,7 +89,7 @@ def build_recipe(fp8: Fp8) -> Recipe:
 
 
 def _linear(fp8: Fp8, products: Products, cache: str) -> LinearRecipe:
-    high, low = fp8.activation_floor, fp8.gradient_floor
+    high, low = fp8.activation_floor, GRADIENT_FLOOR
     fprop = Product(parse_rule(products.fprop.activation, high), parse_rule(products.fprop.weight, high))
     dgrad = Product(parse_rule(products.dgrad.gradient, low), parse_rule(products.dgrad.weight, high))
     wgrad = Product(parse_rule(products.wgrad.gradient, low), parse_rule(products.wgrad.activation, high))

@@ -1,0 +1,60 @@
+"""Keys that an earlier version had, as data: what becomes of them in its recipes, run folders and checkpoints.
+
+At the value that it always had such a key says nothing, and is dropped without a word. At another one the run asked for what is
+no longer there, which is an error with the cure.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from conf.errors import UserError
+
+
+@dataclass(frozen=True)
+class RemovedKey:
+    """What is known of a key that is no longer in the schema."""
+
+    default: Any
+    """The value in force now, which was the default of the last version that had the key."""
+    version: str
+    """The first one without it."""
+    cure: str
+    """For who set another value."""
+
+    def error(self, key: str, value: Any, place: str = "") -> UserError:
+        """For the key at this value. place: the file that holds it, empty for the command line."""
+        rule = f"was removed in {self.version}, where it is always {self.default}"
+        return UserError(key, value, f"in {place}: it {rule}" if place else rule, self.cure)
+
+
+REMOVED_KEYS: dict[str, RemovedKey] = {
+    "precision.fp8.gradient_floor": RemovedKey(
+        1e-12, "0.2.0", "leave it out; a run that was trained with another value goes on with version 0.1.0"
+    ),
+}
+"""By dotted key. A key that is removed gets a line here, and one on the page train/docs/upgrading.md."""
+
+
+def drop_removed_keys(settings: dict[str, Any], place: str, package: str = "") -> bool:
+    """Take removed keys out of nested settings of an earlier version; returns whether there were any.
+
+    place: the file that holds the settings, for the error. package: the section that they are of, such as `precision.fp8`, empty
+    for a whole configuration. Raises UserError for a removed key at another value than its last default.
+    """
+    found = list(_removed_in(settings, package))
+    for section, name, key in found:
+        value = section.pop(name)
+        if value != REMOVED_KEYS[key].default:
+            raise REMOVED_KEYS[key].error(key, value, place)
+    return bool(found)
+
+
+def _removed_in(section: dict[str, Any], package: str) -> Iterator[tuple[dict[str, Any], str, str]]:
+    """Every removed key that is there: the mapping that holds it, its name there, and the whole key."""
+    for name, value in section.items():
+        key = f"{package}.{name}" if package else str(name)
+        if key in REMOVED_KEYS:
+            yield section, name, key
+        elif isinstance(value, dict):
+            yield from _removed_in(value, key)

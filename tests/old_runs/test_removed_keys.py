@@ -1,0 +1,85 @@
+"""Keys that an earlier version had: dropped from its files where they say nothing, an error with the cure where they do."""
+
+import copy
+
+import pytest
+import yaml
+
+from conf.changed_settings import changed, settings_of
+from conf.errors import UserError
+from conf.keys import groups
+from conf.load import compose, read_config, write_config
+from conf.mistakes import check_words
+from conf.removed_keys import REMOVED_KEYS, drop_removed_keys
+from conf.schema import ROOT
+
+KEY = "precision.fp8.gradient_floor"
+BEFORE = "goes on with version 0.1.0"
+
+
+def with_floor(settings: dict, floor: float) -> dict:
+    found = copy.deepcopy(settings)
+    found["precision"]["fp8"]["gradient_floor"] = floor
+    return found
+
+
+def test_the_table_names_keys_that_are_gone_and_the_page_names_them():
+    known = {key.path for group in groups() for key in group.keys}
+    page = (ROOT / "train" / "docs" / "upgrading.md").read_text()
+    assert KEY in REMOVED_KEYS
+    for key, removed in REMOVED_KEYS.items():
+        assert key not in known and f"`{key}`" in page.partition(f"## {removed.version}")[2]
+        section, _, name = key.rpartition(".")
+        assert drop_removed_keys({name: removed.default, "other": 1}, "mine.yaml", section) is True
+        with pytest.raises(UserError, match=removed.version) as caught:
+            drop_removed_keys({name: "another"}, "mine.yaml", section)
+        assert "mine.yaml" in caught.value.rule and caught.value.cure == removed.cure
+
+
+def test_in_a_run_folder(tmp_path):
+    config = compose("name=old", f"runs={tmp_path}", "precision=fp8", "seq_len=48")
+    file = tmp_path / "old" / "config.yaml"
+    file.parent.mkdir()
+    write_config(config, str(file))
+    settings = yaml.safe_load(file.read_text())
+    file.write_text(yaml.safe_dump(with_floor(settings, 1e-12)))
+    assert read_config(str(file)) == config
+    assert compose("mode=evaluate", "name=old", f"runs={tmp_path}").seq_len == 48
+    file.write_text(yaml.safe_dump(with_floor(settings, 1e-9)))
+    for read in (lambda: read_config(str(file)), lambda: compose("mode=evaluate", "name=old", f"runs={tmp_path}")):
+        with pytest.raises(UserError, match=BEFORE) as caught:
+            read()
+        assert caught.value.field == KEY and str(file) in caught.value.rule
+
+
+@pytest.mark.parametrize(
+    "file, head, body",
+    [
+        ("conf/mine.yaml", "# @package _global_\n", "defaults: [tiny, {override /precision: fp8}, _self_]\nprecision: {fp8: {gradient_floor: FLOOR}}\n"),
+        ("precision/mine.yaml", "", "defaults: [fp8, _self_]\nfp8: {gradient_floor: FLOOR}\n"),
+    ],
+)  # fmt: skip
+def test_in_a_recipe_and_in_an_option_of_a_group(tmp_path, file, head, body):
+    path = tmp_path / file
+    path.parent.mkdir()
+    words = [f'hydra.searchpath=["{tmp_path}"]', f"{path.parent.name}=mine"]
+    path.write_text(head + body.replace("FLOOR", "1.0e-12"))
+    assert compose(*words) == compose("precision=fp8", f"name={compose(*words).name}")
+    path.write_text(head + body.replace("FLOOR", "1.0e-9"))
+    with pytest.raises(UserError, match=BEFORE) as caught:
+        compose(*words)
+    assert caught.value.field == KEY and str(path) in caught.value.rule
+
+
+def test_in_a_checkpoint():
+    config = compose("precision=fp8")
+    meta = {"step": 4, "data": "x", "has_ema": False, "config": with_floor(settings_of(config), 1e-12)}
+    assert changed(config, "x", meta).notes() == []
+    with pytest.raises(UserError, match=BEFORE):
+        changed(config, "x", meta | {"config": with_floor(settings_of(config), 1e-9)})
+
+
+def test_on_a_command_line():
+    with pytest.raises(UserError, match=r"was removed in 0\.2\.0") as caught:
+        check_words([f"{KEY}=1e-12"])
+    assert caught.value.cure.startswith("leave it out")
