@@ -35,7 +35,7 @@ from train.kernels.fp8 import triton_quantize as kernels
 from train.kernels.fp8.formats import E4M3, E5M6, TILE, Cast
 from train.kernels.gpu import fused_rows, triton_adamw, triton_route
 from train.kernels.gpu.triton_grouped import grouped_weight_gradient
-from train.model.routing import RoutingRule
+from train.model.operations import RoutingRule
 
 ARCHITECTURES = (90, 100)
 ROWS, HIDDEN, WIDTH = 4096, 7168, 2048

@@ -20,7 +20,7 @@ import warnings
 import torch
 import torch.distributed as dist
 
-import train.model.routing as routing
+import train.kernels.plain.routing as routing
 from conf.load import compose
 from conf.schema import Config
 from parallel.mesh import build_mesh, read_layout

@@ -24,13 +24,13 @@ from parallel.zero.engine import Zero
 from train.kernels.choice import build_kernels
 from train.kernels.fp8.fp8 import Fp8Precision
 from train.kernels.plain.high import HighPrecision
-from train.kernels.plain.plain_kernels import Kernels
 from train.kernels.precision import activation_dtype, build_precision
 from train.model.block import Block
 from train.model.count import head_flops, layer_flops
 from train.model.deepseek import DeepSeekV3
 from train.model.init import initialise
 from train.model.mtp import MTP
+from train.model.operations import Kernels
 from train.model.router import Router
 from train.optim.adamw import AdamW, decays, moments_dtype
 

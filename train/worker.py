@@ -25,7 +25,6 @@ from train.checkpoint.run_folder import RunPaths, held_by_rank_0  # noqa: E402
 from train.data.prepare import prepare  # noqa: E402
 from train.kernels.choice import choose_kernels  # noqa: E402
 from train.kernels.gpu.device import idle_gpu  # noqa: E402
-from train.kernels.plain.plain_kernels import Kernels  # noqa: E402
 from train.kernels.precision import activation_dtype  # noqa: E402
 from train.loop.device_errors import explained  # noqa: E402
 from train.loop.finish import finish, sample  # noqa: E402
@@ -38,6 +37,7 @@ from train.metrics.peak import peak_flops  # noqa: E402
 from train.metrics.wandb_items import sample_table  # noqa: E402
 from train.metrics.writer import open_writer  # noqa: E402
 from train.model.count import flops_per_token  # noqa: E402
+from train.model.operations import Kernels  # noqa: E402
 from train.optim.schedules import Schedules  # noqa: E402
 from train.parallelize import parallelize  # noqa: E402
 from train.rank import guarded, in_turn, set_up_rank  # noqa: E402

@@ -30,10 +30,10 @@ from parallel.pipeline.graph import backward_of_weights, kept_graph
 from parallel.pipeline.lone_stage import GRADIENT_STD, HIDDEN_STD
 from train.dry_run.assumed_rows import group_of
 from train.dry_run.piece import for_device, shrunk
-from train.kernels.plain.plain_kernels import Kernels
 from train.kernels.precision import activation_dtype, build_precision
 from train.model.count import attention_products, layer_flops
 from train.model.deepseek import DeepSeekV3
+from train.model.operations import Kernels
 from train.plan.memory.ledger import PeakMeter
 
 EP, RANKS_PER_NODE = 64, 8

@@ -12,7 +12,8 @@ from conf.errors import UserError
 from conf.load import compose
 from conf.schema import Config
 from train.kernels.choice import build_kernels, choose_kernels
-from train.kernels.plain.plain_kernels import Kernels
+from train.kernels.plain.plain_kernels import PlainKernels
+from train.model.operations import Kernels
 
 PATIENCE = 4.0
 
@@ -96,5 +97,5 @@ class Machine:
                 compose("conf=deepseek_v3", "mode=dry_run", "precision=bf16", "data.mask_documents=true"), self.device
             )
             if self.on_gpu
-            else Kernels()
+            else PlainKernels()
         )

@@ -10,11 +10,12 @@ import torch
 from tests.ranks import run_processes
 from train.kernels.choice import build_kernels
 from train.kernels.cpu.compiled_kernels import CompiledKernels
-from train.kernels.plain.plain_kernels import Kernels
+from train.kernels.plain.plain_kernels import PlainKernels
 from train.metrics import peak
 from train.metrics.peak import measured_peak, named_peak, peak_flops
+from train.model.operations import Kernels
 
-PLAIN = Kernels()
+PLAIN = PlainKernels()
 
 
 def test_names_as_cuda_reports_them():

@@ -3,7 +3,7 @@
 import pytest
 
 from conf.load import compose
-from train.kernels.plain.plain_kernels import Kernels
+from train.kernels.plain.plain_kernels import PlainKernels
 from train.model.count import count, flops_per_token
 from train.model.deepseek import DeepSeekV3
 from train.model.moe import Experts
@@ -56,4 +56,4 @@ def test_counts_equal_the_model_built(name):
 class _Nothing:
     """A precision for models that are only counted."""
 
-    dtype, kernels = None, Kernels()
+    dtype, kernels = None, PlainKernels()

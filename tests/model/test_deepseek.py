@@ -10,7 +10,7 @@ from conf.schema import Model, Recompute
 from tests.model.plain import Plain
 from train.kernels.choice import build_kernels
 from train.kernels.plain.high import HighPrecision
-from train.kernels.plain.plain_kernels import Kernels
+from train.kernels.plain.plain_kernels import PlainKernels
 from train.model.deepseek import DeepSeekV3
 from train.model.init import initialise
 
@@ -210,10 +210,10 @@ def test_one_expert_a_token_makes_the_same_model_with_and_without_compiled_code(
     config = dataclasses.replace(CONFIG, top_k=1, groups=1, top_groups=1)
     tokens_BS = torch.randint(50, (2, 13), generator=torch.Generator().manual_seed(1))
     results = []
-    compiled, plain = build_kernels("cpu"), Kernels()
+    compiled, plain = build_kernels("cpu"), PlainKernels()
     if dtype == torch.bfloat16:
         plain = build_kernels("cpu")
-        plain.sort_by_expert = Kernels().sort_by_expert
+        plain.sort_by_expert = PlainKernels().sort_by_expert
     for kernels in (compiled, plain):
         model = DeepSeekV3.whole(config, HighPrecision(dtype, kernels), seq_len=12, dtype=dtype)
         model.load_state_dict(build(config).state_dict())

@@ -9,7 +9,8 @@ from torch.nn import functional as F
 from conf.schema import Model, Yarn
 from conf.thresholds import THRESHOLDS
 from train.kernels.choice import build_kernels
-from train.model.attention import AttentionCore, AttentionInput
+from train.kernels.plain.plain_attention import PlainAttention
+from train.model.attention import AttentionInput
 from train.model.layers import Embedding, RMSNorm, swiglu
 from train.model.rope import Rope, rotate
 from train.model.sequence import Positions
@@ -79,7 +80,7 @@ def test_attention_equals_the_masked_formula(length, packed, heads_at_a_time, mo
     scores = masked_scores(q, k, 0.4, documents_BT)
     expected = scores.softmax(-1) @ v
     torch.testing.assert_close(out, expected)
-    made = AttentionCore().forward(given, largest=True)
+    made = PlainAttention().forward(given, largest=True)
     torch.testing.assert_close(made[1:3], (scores.logsumexp(-1), scores.amax(-1)))
     upstream = torch.randn_like(out)
     torch.testing.assert_close(gradients(out, [q, k, v], upstream), gradients(expected, [q, k, v], upstream))

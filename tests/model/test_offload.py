@@ -13,7 +13,7 @@ from tests.model.test_recompute import LiveBytes
 from train.kernels.choice import build_kernels
 from train.kernels.fp8.fp8 import Fp8Precision, cpu_engine
 from train.kernels.plain.high import HighPrecision
-from train.kernels.plain.plain_kernels import Kernels
+from train.kernels.plain.plain_kernels import PlainKernels
 from train.model.deepseek import DeepSeekV3
 from train.model.init import initialise
 from train.model.offload import Offloaded
@@ -28,7 +28,7 @@ def high(compiled: bool) -> HighPrecision:
 
 def fp8() -> Fp8Precision:
     """Attention keeps its output here, which the packed one replaces."""
-    section, kernels = compose("precision=fp8").precision.fp8, Kernels()
+    section, kernels = compose("precision=fp8").precision.fp8, PlainKernels()
     return Fp8Precision(section, CPU, kernels, cpu_engine(section, kernels))
 
 

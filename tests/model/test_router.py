@@ -9,8 +9,9 @@ from hypothesis import strategies as st
 
 from conf.schema import Model
 from train.kernels.choice import build_kernels
+from train.kernels.plain.routing import choose, top_indices
+from train.model.operations import RoutingRule
 from train.model.router import Router
-from train.model.routing import RoutingRule, choose, top_indices
 
 torch.set_num_threads(1)
 

@@ -5,7 +5,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from train.model.attention import AttentionCore, AttentionInput, AttentionOutput
+from train.kernels.plain.plain_attention import PlainAttention
+from train.model.attention import AttentionInput, AttentionOutput
 from train.model.sequence import Positions
 
 T, N = 24, 3
@@ -45,7 +46,7 @@ def test_blocks_put_together_are_the_whole_attention(documents_BT):
     scores = (q @ k.mT * 0.4).masked_fill(torch.ones(T, T, dtype=torch.bool).triu(1), -torch.inf)
     if documents_BT is not None:
         scores.masked_fill_(documents_BT[:, None, :, None] != documents_BT[:, None, None, :], -torch.inf)
-    core, all_here = AttentionCore(), AttentionInput(q, k, v, 0.4, Positions(T, documents_BT).seen[0])
+    core, all_here = PlainAttention(), AttentionInput(q, k, v, 0.4, Positions(T, documents_BT).seen[0])
     made = core.forward(all_here)
     want, want_grads = made.out_BHTV, core.backward(dout, all_here, made)
     dk, dv = torch.zeros_like(k), torch.zeros_like(v)

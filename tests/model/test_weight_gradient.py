@@ -14,8 +14,9 @@ from parallel.pipeline.graph import backward_of_weights, kept_graph
 from train.kernels.cpu.compiled_kernels import CompiledKernels
 from train.kernels.gpu.fused_kernels import FusedKernels
 from train.kernels.plain.high import HighPrecision
-from train.kernels.plain.plain_kernels import Kernels
+from train.kernels.plain.plain_kernels import PlainKernels
 from train.model.loss import cross_entropy
+from train.model.operations import Kernels
 
 torch.set_num_threads(1)
 TESTS = Path(__file__).parent.parent
@@ -24,11 +25,11 @@ TESTS = Path(__file__).parent.parent
 class GpuProducts(FusedKernels):
     """A GPU's, whose products have a CPU form, the reference of what CUDA has; the rest is torch's."""
 
-    swiglu, swiglu_backward = Kernels.swiglu, Kernels.swiglu_backward
+    swiglu, swiglu_backward = PlainKernels.swiglu, PlainKernels.swiglu_backward
 
 
 KERNELS = {
-    "torch": Kernels,
+    "torch": PlainKernels,
     "compiled": lambda: CompiledKernels(products=True),
     "gpu": GpuProducts,
 }
@@ -118,7 +119,7 @@ def test_the_second_part_of_a_split_backward_adds_the_same(kernels, name):
 
 
 def test_nothing_is_rounded_to_bf16_on_a_gpu_or_in_compiled_code(kernels):
-    if type(kernels) is Kernels or not ("products" in kernels.parts or isinstance(kernels, FusedKernels)):
+    if type(kernels) is PlainKernels or not ("products" in kernels.parts or isinstance(kernels, FusedKernels)):
         pytest.skip("torch's operations on a CPU round every micro-batch, and so does autograd")
     torch.manual_seed(0)
     weights, loss = losses(kernels)["linear"]

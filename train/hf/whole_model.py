@@ -9,9 +9,10 @@ from parallel.shard import whole
 from train.hf.folder import match, open_model
 from train.hf.read import fill
 from train.kernels.plain.high import HighPrecision
-from train.kernels.plain.plain_kernels import Kernels
+from train.kernels.plain.plain_kernels import PlainKernels
 from train.model.deepseek import DeepSeekV3
 from train.model.init import materialise
+from train.model.operations import Kernels
 
 
 def load_hf_model(
@@ -27,7 +28,7 @@ def load_hf_model(
     placed = match(headers, config)
     seq_len = min(config.max_seq_len, config.yarn.original_seq_len)
     model = DeepSeekV3.whole(
-        config, HighPrecision(dtype, kernels or Kernels()), seq_len=seq_len, dtype=dtype, device="meta"
+        config, HighPrecision(dtype, kernels or PlainKernels()), seq_len=seq_len, dtype=dtype, device="meta"
     )
     materialise(model, "cpu")
     wanted = {f"master.{name}": whole(param) for name, param in model.named_parameters()}

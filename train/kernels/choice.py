@@ -7,9 +7,10 @@ from train.kernels.cpu import libraries as native
 from train.kernels.cpu.compiled_kernels import CompiledKernels
 from train.kernels.gpu.attention_choice import choose_attention
 from train.kernels.gpu.fused_kernels import FusedKernels
-from train.kernels.plain.plain_kernels import Kernels
+from train.kernels.plain.plain_kernels import PlainKernels
 from train.kernels.precision import activation_dtype
 from train.model.attention import AttentionCore
+from train.model.operations import Kernels
 
 
 def build_kernels(
@@ -20,7 +21,9 @@ def build_kernels(
     """
     if kind == "cuda":
         return FusedKernels(core)
-    return CompiledKernels(native.products_pay(measured)) if compiled and native.why_absent() is None else Kernels()
+    return (
+        CompiledKernels(native.products_pay(measured)) if compiled and native.why_absent() is None else PlainKernels()
+    )
 
 
 def choose_kernels(config: Config, device: torch.device) -> tuple[Kernels, list[str]]:

@@ -5,7 +5,7 @@ import torch
 from conf.schema import Precision
 from train.kernels.fp8.fp8 import Fp8Precision
 from train.kernels.plain.high import HighPrecision
-from train.kernels.plain.plain_kernels import Kernels
+from train.model.operations import Kernels
 
 
 def build_precision(

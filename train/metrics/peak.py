@@ -19,7 +19,7 @@ import torch
 
 from conf.files import atomic_write_json
 from train.kernels.cpu.processor import cpu_name
-from train.kernels.plain.plain_kernels import Kernels
+from train.model.operations import Kernels
 
 NAMED = (
     (r"\bB200\b", 2250e12),

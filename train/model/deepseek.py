@@ -16,13 +16,13 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from conf.schema import Model, Recompute
-from train.kernels.plain.plain_kernels import Kernels
 from train.model.block import Block
 from train.model.layers import Embedding, LayerPrecision, RMSNorm
 from train.model.loss import cross_entropy
 from train.model.moe import Dispatcher, LocalDispatcher
 from train.model.mtp import MTP
 from train.model.offload import Host
+from train.model.operations import Kernels
 from train.model.rope import Rope
 from train.model.router import Router
 from train.model.sequence import Positions, SequenceShare

@@ -1,6 +1,6 @@
 """Parts that every block shares: linear layers, RMSNorm, SwiGLU, embedding.
 
-What they compute is that of the kernels which they are given (train/kernels/plain/plain_kernels.py).
+What they compute is that of the kernels which they are given (train/model/operations.py).
 
 Shapes: N rows (any leading axes flattened), D width, F inner width, E experts, R rows routed to experts, V vocabulary.
 """
@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from train.kernels.plain.plain_kernels import Kernels
 from train.model.needed import gradients_needed
+from train.model.operations import Kernels
 from train.model.recompute import Recomputed
 
 

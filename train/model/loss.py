@@ -14,8 +14,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from conf.thresholds import THRESHOLDS
-from train.kernels.plain.plain_kernels import Kernels
 from train.model.needed import gradients_needed
+from train.model.operations import Kernels
 from train.model.weight_gradient import weight_gradient
 
 

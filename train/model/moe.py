@@ -19,8 +19,8 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from conf.schema import Model, Recompute
-from train.kernels.plain.plain_kernels import Kernels
 from train.model.layers import FFN, LayerPrecision
+from train.model.operations import Kernels
 from train.model.recompute import recall, remember
 from train.model.router import Router
 from train.model.sequence import Positions

@@ -19,9 +19,8 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from conf.schema import Model
-from train.kernels.plain.plain_kernels import Kernels
 from train.model.needed import gradients_needed
-from train.model.routing import RoutingRule
+from train.model.operations import Kernels, RoutingRule
 from train.model.sequence import Positions
 
 

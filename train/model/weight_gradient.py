@@ -13,16 +13,14 @@ Shapes: N rows (any leading axes flattened), I inputs and O outputs of a product
 
 from collections.abc import Callable
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from train.model.needed import gradients_needed, node_of, will_accumulate
-
-if TYPE_CHECKING:
-    from train.kernels.plain.plain_kernels import Kernels
+from train.model.operations import Kernels
 
 Wgrad = Callable[[torch.dtype, Tensor | None], Tensor]
 """The product: given the format of the gradient, and either the fp32 sum that it adds to and returns, or None."""
@@ -52,7 +50,7 @@ class LinearProduct(torch.autograd.Function):
     """`F.linear` without bias by the products of these kernels."""
 
     @staticmethod
-    def forward(ctx, x: Tensor, weight_OI: Tensor, kernels: "Kernels") -> Tensor:
+    def forward(ctx, x: Tensor, weight_OI: Tensor, kernels: Kernels) -> Tensor:
         ctx.save_for_backward(x, weight_OI)
         ctx.kernels = kernels
         return kernels.product(_rows(x), weight_OI, x.dtype).view(*x.shape[:-1], -1)

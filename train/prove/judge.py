@@ -26,7 +26,7 @@ from torch import Tensor
 
 from conf.schema import Config
 from train.checkpoint.run_folder import RunPaths
-from train.kernels.plain.plain_kernels import Kernels
+from train.kernels.plain.plain_kernels import PlainKernels
 from train.kernels.precision import build_precision
 from train.model.deepseek import DeepSeekV3
 from train.model.init import initialise
@@ -127,7 +127,7 @@ class Judge(WireJudge, ReductionJudge, UpdateJudge):
 
     def _judge_drawn(self, drawn: State, device: str) -> None:
         """The weights that a run would have begun with: in every layout those of the model in one piece."""
-        plain = build_precision(self.config.precision, torch.device("cpu"), Kernels())
+        plain = build_precision(self.config.precision, torch.device("cpu"), PlainKernels())
         whole = DeepSeekV3.whole(self.model, plain, seq_len=self.config.seq_len, device="meta")
         initialise(whole, self.config.seed, device)
         want = {name: weight.double().cpu() for name, weight in whole.named_parameters()}

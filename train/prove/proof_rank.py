@@ -40,12 +40,12 @@ from train.checkpoint.commit import Save, next_attempt  # noqa: E402
 from train.checkpoint.run_folder import RunPaths  # noqa: E402
 from train.data.batch import Batch  # noqa: E402
 from train.kernels.choice import build_kernels, choose_kernels  # noqa: E402
+from train.kernels.plain.plain_attention import PlainAttention  # noqa: E402
 from train.loop.resume import find_start, restore  # noqa: E402
 from train.loop.state import State  # noqa: E402
 from train.loop.step import StepOutcome, TrainingStep  # noqa: E402
 from train.loop.stop import StopKind  # noqa: E402
 from train.loop.trainer import Flops, Outputs, Trainer  # noqa: E402
-from train.model.attention import AttentionCore  # noqa: E402
 from train.model.deepseek import DeepSeekV3  # noqa: E402
 from train.model.moe import Experts  # noqa: E402
 from train.optim.schedules import Schedules, StepPlan  # noqa: E402
@@ -109,7 +109,7 @@ def prove_exact(config: Config, place: Place, device: torch.device) -> None:
     batch = ProofData.of(config).train.batch(plan.first_sample + first, count)
     weights, biases = initial_weights(config), initial_biases(config)
     with in_double(), lowered():
-        kernels = build_kernels(device.type, config.cluster.compiled, AttentionCore())  # a GPU's own know no fp64
+        kernels = build_kernels(device.type, config.cluster.compiled, PlainAttention())  # a GPU's own know no fp64
         model = build_rank_model(config, rank.mesh, device, kernels, restored=True)
         fill_chunks(model.chunks, weights)
         fill_biases(model, biases)

@@ -12,6 +12,7 @@ from conf.load import compose
 from tests.small import train, trajectory
 from train.kernels.choice import build_kernels, choose_kernels
 from train.kernels.cpu.compiled_attention import CompiledAttention
+from train.kernels.plain.plain_attention import PlainAttention
 from train.model.attention import Attend, AttentionCore, AttentionInput
 from train.model.sequence import Positions, Rectangle, Seen
 
@@ -47,7 +48,7 @@ def attend(core: AttentionCore, q: Tensor, k: Tensor, v: Tensor, scale: float, s
     return Attend.apply(core, q, k, v, scale, seen_in(spans, q.size(2)))
 
 
-compiled, plain = (partial(attend, kind()) for kind in (CompiledAttention, AttentionCore))
+compiled, plain = (partial(attend, kind()) for kind in (CompiledAttention, PlainAttention))
 
 
 def both_ways(function, q: Tensor, k: Tensor, v: Tensor, dout: Tensor, spans) -> list[Tensor]:

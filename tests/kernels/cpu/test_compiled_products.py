@@ -12,7 +12,8 @@ from train.kernels.cpu import compiled_products
 from train.kernels.cpu.compiled_kernels import CompiledKernels
 from train.kernels.cpu.compiled_products import grouped, grouped_weight_gradient, product
 from train.kernels.plain.high import HighPrecision
-from train.kernels.plain.plain_kernels import Kernels
+from train.kernels.plain.plain_kernels import PlainKernels
+from train.model.operations import Kernels
 
 torch.set_num_threads(1)
 pytestmark = pytest.mark.skipif(native.why_absent() is not None, reason=native.why_absent() or "")
@@ -169,7 +170,7 @@ def test_they_are_taken_where_they_pay_and_may_be(monkeypatch):
     plain = CompiledKernels(products=False)
     assert use(plain) == [] and "products" not in plain.parts
     assert torch.equal(HighPrecision(torch.bfloat16, plain).linear(x, weight), F.linear(x, weight))
-    assert use(Kernels()) == []
+    assert use(PlainKernels()) == []
 
 
 def test_amx_is_left_to_torch_and_the_rate_of_bf16_is_one_of_a_cpu(monkeypatch):

@@ -14,10 +14,11 @@ from conf.schema import Model
 from train.kernels.cpu import compiled_rows
 from train.kernels.cpu.compiled_kernels import CompiledKernels
 from train.kernels.cpu.cpp_function import Kernel
+from train.kernels.plain.heads import PlainHeads
 from train.kernels.plain.high import HighPrecision
-from train.kernels.plain.plain_kernels import Kernels
+from train.kernels.plain.plain_kernels import PlainKernels
 from train.model.layers import FFN, RMSNorm, _RMSNorm, swiglu
-from train.model.rope import PlainHeads, Rope, rotate
+from train.model.rope import Rope, rotate
 
 pytestmark = pytest.mark.skipif(native.why_absent() is not None, reason=native.why_absent() or "")
 KERNELS = CompiledKernels(products=True)
@@ -125,7 +126,7 @@ def test_results_and_gradients_are_those_of_the_formula(case):
 def test_results_are_those_of_torchs_operations(case):
     """But for the last bits of fp32, where sums have another order and exp another polynomial."""
     got = both_ways(partial(case.function, KERNELS), case.inputs, case.grads)
-    plain = both_ways(partial(case.function, Kernels()), case.inputs, case.grads)
+    plain = both_ways(partial(case.function, PlainKernels()), case.inputs, case.grads)
     for ours, theirs in zip(got, plain, strict=True):
         assert (ours.shape, ours.dtype) == (theirs.shape, theirs.dtype)
         off = (ours.double() - theirs.double()).abs()
@@ -237,7 +238,7 @@ def test_the_model_takes_it_where_it_can_and_may(monkeypatch):
     assert called == ["rms_norm_forward", "swiglu_forward"]
     _RMSNorm.apply(x.float(), weight.float(), EPS, KERNELS), swiglu(x.float(), None, KERNELS)
     _RMSNorm.apply(x, weight.float(), EPS, KERNELS)
-    _RMSNorm.apply(x, weight, EPS, Kernels()), swiglu(x, None, Kernels())
+    _RMSNorm.apply(x, weight, EPS, PlainKernels()), swiglu(x, None, PlainKernels())
     assert len(called) == 2
 
 
@@ -245,7 +246,9 @@ def test_the_model_takes_it_where_it_can_and_may(monkeypatch):
 def test_rows_come_in_the_order_of_a_stable_sort(tokens, top_k, experts):
     ids_TK = torch.randint(experts, (tokens, top_k))
     ids_TK[ids_TK == 1] = 0  # an expert without rows, where there are two
-    pairs = zip(compiled_rows.sort_by_expert(ids_TK, experts), Kernels().sort_by_expert(ids_TK, experts), strict=True)
+    pairs = zip(
+        compiled_rows.sort_by_expert(ids_TK, experts), PlainKernels().sort_by_expert(ids_TK, experts), strict=True
+    )
     assert all(torch.equal(ours, expected) for ours, expected in pairs)
 
 

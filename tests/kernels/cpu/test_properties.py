@@ -28,9 +28,10 @@ from train.kernels.fp8.compiled_casts import load_casts
 from train.kernels.fp8.formats import E4M3, E5M2, E5M6, TILE, WHOLE, Cast, unpack_e5m6
 from train.kernels.fp8.groups import Groups
 from train.kernels.fp8.quantize import Quantized, dequantize_reference, quantize_reference
-from train.kernels.plain.plain_kernels import Kernels
+from train.kernels.plain.heads import PlainHeads
+from train.kernels.plain.plain_kernels import PlainKernels
 from train.model.attention import AttentionInput
-from train.model.rope import PlainHeads, Rope
+from train.model.rope import Rope
 from train.model.sequence import Rectangle, Seen
 from train.optim.adamw import AdamW, UpdatePiece, _update, _update_compiled
 
@@ -199,7 +200,7 @@ def rms_norm_forward(draw: Draw) -> None:
     exact = (plain_x.pow(2).mean(-1, keepdim=True) + eps).rsqrt()
     close(rstd, exact, exact)
     close(y, plain_x * exact * plain_weight, (plain_x * exact * plain_weight).abs())
-    theirs = Kernels().rms_norm(x, weight, eps)
+    theirs = PlainKernels().rms_norm(x, weight, eps)
     assert all((a.shape, a.dtype) == (b.shape, b.dtype) for a, b in zip((y, rstd), theirs, strict=True))
 
 
@@ -255,7 +256,9 @@ def sort_by_expert(draw: Draw) -> None:
     top_k = draw(st.integers(1, min(experts, 8)))
     chosen_TE = torch.rand(tokens, experts).argsort(-1)
     ids_TK = placed(draw, chosen_TE)[:, :top_k]  # as what takes the best of all leaves them
-    pairs = zip(compiled_rows.sort_by_expert(ids_TK, experts), Kernels().sort_by_expert(ids_TK, experts), strict=True)
+    pairs = zip(
+        compiled_rows.sort_by_expert(ids_TK, experts), PlainKernels().sort_by_expert(ids_TK, experts), strict=True
+    )
     assert all(torch.equal(ours, theirs) and ours.dtype == theirs.dtype for ours, theirs in pairs)
 
 

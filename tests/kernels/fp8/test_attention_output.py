@@ -12,7 +12,7 @@ from tests.model.test_recompute import LiveBytes
 from train.kernels.fp8.formats import E5M6, Cast
 from train.kernels.fp8.fp8 import Fp8Precision, cpu_engine
 from train.kernels.fp8.quantize import dequantize, quantize
-from train.kernels.plain.plain_kernels import Kernels
+from train.kernels.plain.plain_kernels import PlainKernels
 from train.model.attention import AttentionInput
 from train.model.mla import MLA
 from train.model.recompute import Replaceable
@@ -28,7 +28,7 @@ def run(patch: pytest.MonkeyPatch | None = None) -> tuple[int, dict[str, torch.T
     if patch is not None:
         patch.setattr(Replaceable, "replace", lambda *_: None)
     config = dataclasses.replace(CONFIG, hidden=128, heads=4, nope_head_dim=16, rope_head_dim=16, v_head_dim=32)
-    fp8, kernels = compose("precision=fp8").precision.fp8, Kernels()
+    fp8, kernels = compose("precision=fp8").precision.fp8, PlainKernels()
     precision = Fp8Precision(fp8, torch.device("cpu"), kernels, cpu_engine(fp8, kernels))
     mla = MLA(config, precision, Rope(config, T), dtype=torch.bfloat16)
     draw = torch.Generator().manual_seed(0)
@@ -62,7 +62,7 @@ def test_gradients_of_scores_are_off_by_the_rounding_of_one_sum():
     draw = torch.Generator().manual_seed(0)
     q, k, v, upstream = (torch.randn(B, 4, T, 32, generator=draw).requires_grad_() for _ in range(4))
     scale, saved = 32**-0.5, Replaceable()
-    given, kernels = AttentionInput(q, k, v, scale, Positions(T).seen[0]), Kernels()
+    given, kernels = AttentionInput(q, k, v, scale, Positions(T).seen[0]), PlainKernels()
     exact = torch.autograd.grad(kernels.attention(given), (q, v), upstream)
     with saved:
         out = kernels.attention(given)

@@ -8,12 +8,12 @@ import torch
 
 from bench.gpu import interpreter
 from train.kernels.gpu.fused_kernels import FusedKernels
-from train.kernels.plain.plain_kernels import Kernels
-from train.model.routing import RoutingRule
+from train.kernels.plain.plain_kernels import PlainKernels
+from train.model.operations import RoutingRule
 from train.model.sequence import Positions
 
 torch.set_num_threads(1)
-OURS, PLAIN = FusedKernels(), Kernels()
+OURS, PLAIN = FusedKernels(), PlainKernels()
 FLIP = {"rtol": 2.0**-7, "atol": 1e-6}
 """fp32 results that differ in their last bits (exp, the order of a sum) may round to neighbouring numbers of bf16."""
 

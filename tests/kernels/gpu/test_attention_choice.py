@@ -11,7 +11,8 @@ from train.kernels.gpu import attention_choice
 from train.kernels.gpu.attention_choice import PARTS, choose_attention, problem_of
 from train.kernels.gpu.fused_attention import AttentionByKind, CudnnAttention, EfficientAttention, FlashAttention
 from train.kernels.plain.high import HighPrecision
-from train.kernels.plain.plain_kernels import Kernels
+from train.kernels.plain.plain_attention import PlainAttention
+from train.kernels.plain.plain_kernels import PlainKernels
 from train.model.attention import AttentionCore, AttentionInput, AttentionOutput
 from train.model.deepseek import DeepSeekV3
 from train.model.init import initialise
@@ -28,25 +29,25 @@ def config(monkeypatch):
     return compose(*HEADS)
 
 
-class Failing(AttentionCore):
+class Failing(PlainAttention):
     def forward(self, given: AttentionInput, keep: bool = False, largest: bool = False) -> AttentionOutput:
         raise RuntimeError("cuDNN Frontend error: no plan\nmore")
 
 
-class AcrossDocuments(AttentionCore):
+class AcrossDocuments(PlainAttention):
     """Sees earlier documents, too."""
 
     def forward(self, given: AttentionInput, keep: bool = False, largest: bool = False) -> AttentionOutput:
         return super().forward(given._replace(seen=Positions(given.q_BHTQ.size(2)).seen[0]), keep, largest)
 
 
-class NoNumber(AttentionCore):
+class NoNumber(PlainAttention):
     def forward(self, given: AttentionInput, keep: bool = False, largest: bool = False) -> AttentionOutput:
         made = super().forward(given, keep, largest)
         return made._replace(lse_BHT=made.lse_BHT * torch.nan)
 
 
-class HalvedKeys(AttentionCore):
+class HalvedKeys(PlainAttention):
     def backward(self, dout_BHTV, given: AttentionInput, made: AttentionOutput):
         dq, dk, dv = super().backward(dout_BHTV, given, made)
         return dq, dk / 2, dv
@@ -56,7 +57,7 @@ class HalvedKeys(AttentionCore):
 @pytest.mark.parametrize("recipe", ["bf16", "fp32", "fp8"])
 def test_right_values_pass_and_wrong_ones_are_named(config, part, recipe):
     config = compose(*HEADS, f"precision={recipe}")
-    assert problem_of(AttentionCore(), config, CPU, part) is None
+    assert problem_of(PlainAttention(), config, CPU, part) is None
     assert f"is wrong for {part} (its log-sum-exp is off by" in problem_of(NoNumber(), config, CPU, part)
     assert f"is wrong for {part} (dk is off by" in problem_of(HalvedKeys(), config, CPU, part)
     assert problem_of(Failing(), config, CPU, part) == f"fails for {part} (cuDNN Frontend error: no plan)"
@@ -68,7 +69,7 @@ def test_a_core_that_is_right_for_whole_sequences_alone(config):
 
 
 def test_the_second_choice_is_named_in_a_note(config, monkeypatch):
-    last = AttentionCore()
+    last = PlainAttention()
     monkeypatch.setattr(attention_choice, "CORES", {"one": Failing(), "two": AcrossDocuments(), "three": last})
     core, [note] = choose_attention(compose(*HEADS, "data.mask_documents=true"), CPU)
     assert core is last
@@ -89,7 +90,7 @@ class Whole(EfficientAttention):
 @pytest.fixture
 def cores(monkeypatch) -> dict[str, AttentionCore]:
     """A fast one for whole sequences, one that knows documents, and a slower one; all of them are right."""
-    found = {"one": Whole(), "two": FlashAttention(), "three": EfficientAttention(), "last": AttentionCore()}
+    found = {"one": Whole(), "two": FlashAttention(), "three": EfficientAttention(), "last": PlainAttention()}
     monkeypatch.setattr(attention_choice, "CORES", found)
     monkeypatch.setattr(attention_choice, "problem_of", lambda *given: None)
     return found
@@ -147,7 +148,7 @@ def test_every_block_takes_the_core_that_it_is_given():
     """The MTP modules' too; rectangles of a micro-batch are made once."""
     used = []
 
-    class Watched(AttentionCore):
+    class Watched(PlainAttention):
         def forward(self, given: AttentionInput, keep: bool = False, largest: bool = False) -> AttentionOutput:
             used.append(given.seen)
             return super().forward(given, keep, largest)
@@ -157,7 +158,7 @@ def test_every_block_takes_the_core_that_it_is_given():
                   top_groups=1, mtp_depth=1)  # fmt: skip
     tokens_BS = torch.randint(64, (2, 13), generator=torch.Generator().manual_seed(0))
     documents_BS = (torch.arange(13) > 6).int().expand(2, -1)
-    kernels = Kernels()
+    kernels = PlainKernels()
     kernels.core = Watched()
     model = DeepSeekV3.whole(small, HighPrecision(torch.float32, kernels), seq_len=12, device="meta")
     initialise(model, 1)

@@ -17,10 +17,11 @@ from train.kernels.gpu.fused_attention import (
     FlashAttention,
     calls,
 )
-from train.model.attention import AttentionCore, AttentionInput, AttentionOutput
+from train.kernels.plain.plain_attention import PlainAttention
+from train.model.attention import AttentionInput, AttentionOutput
 from train.model.sequence import Positions, Rectangle, Seen
 
-PLAIN = AttentionCore()
+PLAIN = PlainAttention()
 T = 70
 DOCUMENTS = torch.tensor([[0] * 30 + [1] * 33 + [2] * 7, [4] + [5] * 69], dtype=torch.int32)
 PIECES = [Rectangle(None, 0, 40, 0, 40, 0), Rectangle(None, 40, 70, 0, 40, 40)]

@@ -112,7 +112,7 @@ def _compare_peaks(rank: int, overrides: list[str], bucket: int | None) -> None:
     """Within 0.3 %: some small tensors of the loop around the model are in no plan."""
     import torch
 
-    import train.model.routing as routing
+    import train.kernels.plain.routing as routing
 
     torch.set_num_threads(1)
     routing.choose = even

@@ -7,7 +7,8 @@ from conf.load import compose
 from parallel.expert.build import build_dispatcher
 from parallel.mesh import Layout
 from tests.ranks import run_ranks
-from train.model.routing import RoutingRule, choose
+from train.kernels.plain.routing import choose
+from train.model.operations import RoutingRule
 from train.plan.time.traffic import reached, spread_of
 
 MODEL = ["model.experts=16", "model.top_k=4", "model.groups=4", "model.top_groups=2", "model.hidden=64"]

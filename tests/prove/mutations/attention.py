@@ -4,13 +4,14 @@ import torch
 
 from tests.prove.mutations.registry import BACKWARD, FORWARD, OURS, mutation
 from tests.prove.mutations.seams import Seams
+from train.kernels.plain.heads import PlainHeads
+from train.kernels.plain.plain_attention import PlainAttention
 from train.model import rope
-from train.model.attention import AttentionCore
 from train.model.deepseek import DeepSeekV3
 from train.model.mla import MLA
 from train.model.mtp import MTP
 from train.model.recompute import Recomputed
-from train.model.rope import PlainHeads, Rope
+from train.model.rope import Rope
 from train.model.sequence import Positions
 
 
@@ -165,7 +166,7 @@ def query_gradient_without_the_scale(bug: Seams) -> None:
         dq, dk, dv = original(self, dout_BHTV, given, made)
         return dq / given.scale, dk, dv
 
-    bug.around(AttentionCore, "backward", backward)
+    bug.around(PlainAttention, "backward", backward)
 
 
 @mutation(OURS + ": softmax's backward without its sum", "copies", BACKWARD, "attention|layers|mtp")
@@ -173,7 +174,7 @@ def softmax_backward_without_its_sum(bug: Seams) -> None:
     def backward(original, self, dout_BHTV, given, made):
         return original(self, dout_BHTV, given, made._replace(out_BHTV=torch.zeros_like(made.out_BHTV)))
 
-    bug.around(AttentionCore, "backward", backward)
+    bug.around(PlainAttention, "backward", backward)
 
 
 @mutation(OURS + ": heads get each other's gradient of values", "copies", BACKWARD, "attention|layers|mtp")
@@ -182,7 +183,7 @@ def value_gradients_of_another_head(bug: Seams) -> None:
         dq, dk, dv_BHTV = original(self, dout_BHTV, given, made)
         return dq, dk, dv_BHTV.roll(1, 1)
 
-    bug.around(AttentionCore, "backward", backward)
+    bug.around(PlainAttention, "backward", backward)
 
 
 @mutation(

@@ -4,8 +4,9 @@ import torch
 
 from tests.prove.mutations.registry import BACKWARD, FORWARD, OURS, UPDATE, mutation
 from tests.prove.mutations.seams import Seams
+from train.kernels.plain import routing
 from train.loop import step as training_step
-from train.model import router, routing
+from train.model import router
 from train.model.sequence import Positions
 
 

@@ -6,8 +6,8 @@ from parallel.context import ContextParallel, LatentsOnTheirWay
 from parallel.pipeline.schedule import Pipeline
 from tests.prove.mutations.registry import BACKWARD, FORWARD, OURS, VALIDATION, mutation
 from tests.prove.mutations.seams import Seams
-from train.model import routing
-from train.model.attention import AttentionCore
+from train.kernels.plain import routing
+from train.kernels.plain.plain_attention import PlainAttention
 from train.model.deepseek import Head
 from train.model.rope import Rope
 from train.model.sequence import Positions
@@ -61,7 +61,7 @@ def blocks_merged_with_equal_weights(bug: Seams) -> None:
         made = original(self, *arguments, **keywords)
         return made._replace(lse_BHT=made.lse_BHT.where(made.lse_BHT.isinf(), 0.0))
 
-    bug.around(AttentionCore, "forward", forward)
+    bug.around(PlainAttention, "forward", forward)
 
 
 @mutation(OURS + ": every piece counts its positions from 0", "shared", FORWARD, "attention")
@@ -190,7 +190,7 @@ def backward_with_the_output_of_a_block(bug: Seams) -> None:
     def backward(original, self, dout_BHTV, given, made):
         return original(self, dout_BHTV, given, made._replace(out_BHTV=self.forward(given).out_BHTV))
 
-    bug.around(AttentionCore, "backward", backward)
+    bug.around(PlainAttention, "backward", backward)
 
 
 @mutation("sii-research/siiRL#69: what one rank has is not sent to the others", "shared", FORWARD, "attention")

@@ -10,7 +10,7 @@ from parallel.expert.node_limited import NodeLimitedDispatcher
 from tests.prove.mutations.registry import BACKWARD, FORWARD, OURS, mutation
 from tests.prove.mutations.seams import Seams
 from train.kernels.plain.high import HighPrecision
-from train.kernels.plain.plain_kernels import Kernels
+from train.kernels.plain.plain_kernels import PlainKernels
 from train.model import moe
 
 
@@ -55,7 +55,7 @@ def gate_and_up_change_places(bug: Seams) -> None:
     def swiglu(original, self, h_N2F, gates_N):
         return original(self, h_N2F.roll(h_N2F.size(1) // 2, 1), gates_N)
 
-    bug.around(Kernels, "swiglu", swiglu)
+    bug.around(PlainKernels, "swiglu", swiglu)
 
 
 @mutation(OURS + ": what is over a capacity is dropped", "experts", FORWARD, "moe")
@@ -74,7 +74,7 @@ def gate_gradient_in_part(bug: Seams) -> None:
         dh_N2F, dgates_N = original(self, grad_NF, h_N2F, gates_N)
         return dh_N2F, None if dgates_N is None else dgates_N * 0.5
 
-    bug.around(Kernels, "swiglu_backward", swiglu_backward)
+    bug.around(PlainKernels, "swiglu_backward", swiglu_backward)
 
 
 @mutation(OURS + ": where all experts are here, the way back takes the order of the way out", "copies", FORWARD, "moe")

@@ -9,7 +9,7 @@ from tests.prove.mutations.seams import Seams
 from train.kernels.cpu.compiled_attention import CompiledAttention
 from train.kernels.cpu.compiled_kernels import CompiledKernels
 from train.kernels.plain.high import HighPrecision
-from train.kernels.plain.plain_kernels import Kernels
+from train.kernels.plain.plain_kernels import PlainKernels
 from train.model import deepseek
 
 
@@ -29,7 +29,7 @@ def router_in_bf16(bug: Seams) -> None:
     def logits(_, self, x_ND, weight_ED):
         return nn.functional.linear(x_ND.bfloat16(), weight_ED.bfloat16()).float()
 
-    bug.around(Kernels, "logits", logits)
+    bug.around(PlainKernels, "logits", logits)
 
 
 @mutation(OURS + ": the scale of attention 3 % off", "bf16", FORWARD, ATTENTION, LOW)

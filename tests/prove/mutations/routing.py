@@ -4,7 +4,8 @@ import torch
 
 from tests.prove.mutations.registry import BACKWARD, FORWARD, OURS, mutation
 from tests.prove.mutations.seams import Seams
-from train.model import router, routing
+from train.kernels.plain import routing
+from train.model import router
 
 
 @mutation(

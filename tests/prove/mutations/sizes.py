@@ -10,9 +10,9 @@ from tests.prove.mutations.seams import Seams
 from train.checkpoint.staging import StagingBuffers
 from train.kernels.fp8 import swiglu
 from train.kernels.plain import grouped
-from train.kernels.plain.plain_kernels import Kernels
+from train.kernels.plain.plain_attention import PlainAttention
+from train.kernels.plain.plain_kernels import PlainKernels
 from train.model import attention, deepseek, loss
-from train.model.attention import AttentionCore
 from train.optim import adamw
 from train.optim.adamw import AdamW
 
@@ -54,7 +54,7 @@ def second_block_without_backward(bug: Seams) -> None:
         firsts = {one.first_query for one in given.seen.rectangles}
         return (one for one in original(given) if not running or one[1].start in firsts)
 
-    bug.around(AttentionCore, "backward", backward)
+    bug.around(PlainAttention, "backward", backward)
     bug.around(attention, "_blocks", blocks)
 
 
@@ -144,7 +144,7 @@ def second_piece_of_swiglu_reversed(bug: Seams) -> None:
         for number, (h, *rest) in enumerate(original(self, *tensors)):
             yield (h if number == 0 else h.flip(0)), *rest
 
-    bug.around(Kernels, "_pieces", pieces)
+    bug.around(PlainKernels, "_pieces", pieces)
 
 
 @mutation(

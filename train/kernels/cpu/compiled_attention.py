@@ -8,7 +8,8 @@ from torch import Tensor
 
 from train.kernels.cpu.cpp_function import Array, Kernel, Number, Parameter, Size, Struct, Table, Threads, Zeros, table
 from train.kernels.cpu.libraries import library
-from train.model.attention import AttentionCore, AttentionInput, AttentionOutput
+from train.kernels.plain.plain_attention import PlainAttention
+from train.model.attention import AttentionInput, AttentionOutput
 
 Spans = list[tuple[int, int, int]]
 """(sequence, start, end)."""
@@ -53,7 +54,7 @@ _attention_backward = Kernel(
 )  # fmt: skip
 
 
-class CompiledAttention(AttentionCore):
+class CompiledAttention(PlainAttention):
     """In bf16, of all positions of sequences or documents; anything else in torch's operations.
 
     The probabilities of a span are kept for backward where they take about as much memory as its queries, keys and values,

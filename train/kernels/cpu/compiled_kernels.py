@@ -1,6 +1,6 @@
 """The kernels of a CPU with AVX2: compiled code for what is in bf16 (train/kernels/cpu), torch's operations for the rest.
 
-Shapes as in train/kernels/plain/plain_kernels.py. Tensors on the meta device take what real ones would, so that plans count it.
+Shapes as in train/model/operations.py. Tensors on the meta device take what real ones would, so that plans count it.
 """
 
 import torch
@@ -9,11 +9,12 @@ from torch import Tensor
 from train.kernels.cpu import compiled_products, compiled_rows
 from train.kernels.cpu.compiled_attention import CompiledAttention
 from train.kernels.cpu.libraries import NAMES
-from train.kernels.plain.plain_kernels import Groups, Kernels
+from train.kernels.plain.plain_kernels import PlainKernels
+from train.model.operations import Groups
 from train.model.weight_gradient import LinearProduct
 
 
-class CompiledKernels(Kernels):
+class CompiledKernels(PlainKernels):
     """`Kernels` as compiled code. products: whether those are too, see `train.kernels.cpu.libraries.products_pay`."""
 
     def __init__(self, products: bool):

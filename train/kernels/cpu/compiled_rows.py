@@ -1,6 +1,6 @@
 """Norm, SwiGLU and the split into heads in bf16 on a CPU, and the order of rows, as compiled code: `train/kernels/cpu/rows.cpp`.
 
-Shapes as in train/kernels/plain/plain_kernels.py. Tensors on the meta device take what real ones would, so that plans count it.
+Shapes as in train/model/operations.py. Tensors on the meta device take what real ones would, so that plans count it.
 """
 
 from ctypes import c_bool, c_float, c_int64
@@ -98,7 +98,7 @@ def swiglu_backward(grad_NF: Tensor, h_N2F: Tensor, gates_N: Tensor | None) -> t
 
 
 def sort_by_expert(expert_ids_TK: Tensor, experts: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """`train.kernels.plain.plain_kernels.Kernels.sort_by_expert`."""
+    """`train.model.operations.Kernels.sort_by_expert`."""
     ids_TK = expert_ids_TK.contiguous()
     order_R, inverse_R, tokens_R = (ids_TK.new_empty(ids_TK.numel()) for _ in range(3))
     counts_E = ids_TK.new_empty(experts)
@@ -108,7 +108,7 @@ def sort_by_expert(expert_ids_TK: Tensor, experts: int) -> tuple[Tensor, Tensor,
 
 
 class CompiledHeads(torch.autograd.Function):
-    """`train.kernels.plain.plain_kernels.Kernels.to_heads` in bf16."""
+    """`train.model.operations.Kernels.to_heads` in bf16."""
 
     @staticmethod
     def forward(ctx, q_BTHQ: Tensor, kv_BTHX: Tensor, k_rope_BTR: Tensor, table: Tensor, nope: int):

@@ -17,7 +17,7 @@ from train.kernels.fp8.formats import Cast
 from train.kernels.fp8.groups import Groups
 from train.kernels.fp8.products import CpuEngine, Rounded, Source
 from train.kernels.fp8.quantize import Quantized, fitted
-from train.kernels.plain.plain_kernels import Kernels
+from train.model.operations import Kernels
 
 Operand = scaled_products.Operand
 

@@ -21,8 +21,8 @@ from train.kernels.fp8.health import HealthWatch, Report
 from train.kernels.fp8.hopper import load_hopper
 from train.kernels.fp8.linear import keep, linear
 from train.kernels.fp8.products import CpuEngine, Engine, pack, unpack
-from train.kernels.plain.plain_kernels import Kernels
 from train.model.layers import HeldInput
+from train.model.operations import Kernels
 
 
 class Fp8Precision:

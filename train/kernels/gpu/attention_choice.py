@@ -14,6 +14,7 @@ from torch import Tensor
 from conf.errors import UserError
 from conf.schema import Config
 from train.kernels.gpu.fused_attention import AttentionByKind, CudnnAttention, EfficientAttention, FlashAttention
+from train.kernels.plain.plain_attention import PlainAttention
 from train.kernels.precision import activation_dtype
 from train.model.attention import AttentionCore, AttentionInput, AttentionOutput
 from train.model.sequence import Positions, Rectangle, Seen
@@ -32,7 +33,7 @@ CORES: dict[str, AttentionCore] = {
     "cuDNN's attention": CudnnAttention(),
     "torch's flash attention": FlashAttention(),
     "torch's memory-efficient attention": EfficientAttention(),
-    "attention in torch's operations, which is slow,": AttentionCore(),
+    "attention in torch's operations, which is slow,": PlainAttention(),
 }
 """In the order in which torch prefers its own kernels on Hopper."""
 
@@ -108,7 +109,7 @@ def _problem_at(length: int, core: AttentionCore, config: Config, device: torch.
     keys = model.nope_head_dim + values
     shapes = (queries, width), (length, width), (length, keys), (queries, values)
     numbers = [torch.randn(2, rows, 2, columns, generator=generator).to(dtype) for rows, columns in shapes]
-    expected = _both_ways(AttentionCore(), [tensor.float() for tensor in numbers], width**-0.5, seen)
+    expected = _both_ways(PlainAttention(), [tensor.float() for tensor in numbers], width**-0.5, seen)
     try:
         ours = _both_ways(core, [tensor.to(device) for tensor in numbers], width**-0.5, seen)
     except RuntimeError as error:

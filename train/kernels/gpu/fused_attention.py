@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from train.model.attention import AttentionCore, AttentionInput, AttentionOutput, positions_first
+from train.kernels.plain.plain_attention import PlainAttention
+from train.model.attention import AttentionInput, AttentionOutput, positions_first
 from train.model.sequence import Rectangle
 
 ATEN = torch.ops.aten
@@ -95,7 +96,7 @@ def _sent(x: Tensor, device: torch.device) -> Tensor:
     return (x.pin_memory() if device.type == "cuda" else x).to(device, non_blocking=True)
 
 
-class EfficientAttention(AttentionCore):
+class EfficientAttention(PlainAttention):
     """torch's memory-efficient kernel, which every GPU since 2016 runs. It takes documents, and any log-sum-exp in backward."""
 
     waste: float = WASTE

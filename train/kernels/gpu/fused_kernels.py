@@ -1,6 +1,6 @@
 """A GPU's kernels: torch's fused ones where it has them, our own in Triton where it has none (train/kernels/gpu/fused_rows.py).
 
-Shapes as in train/kernels/plain/plain_kernels.py.
+Shapes as in train/model/operations.py.
 """
 
 import torch
@@ -10,14 +10,15 @@ from train.kernels.gpu import fused_rows
 from train.kernels.gpu.fused_attention import EfficientAttention
 from train.kernels.gpu.fused_route import FusedRoute
 from train.kernels.plain import grouped
-from train.kernels.plain.plain_kernels import Groups, Kernels
+from train.kernels.plain.plain_kernels import PlainKernels
+from train.kernels.plain.routing import Route
 from train.model.attention import AttentionCore
-from train.model.routing import Counters, Route, RoutingRule
+from train.model.operations import Counters, Groups, RoutingRule
 from train.model.sequence import Positions
 from train.model.weight_gradient import LinearProduct
 
 
-class FusedKernels(Kernels):
+class FusedKernels(PlainKernels):
     """`Kernels` that never wait for the device. core: of attention, see `train.kernels.gpu.attention_choice`."""
 
     def __init__(self, core: AttentionCore | None = None):

@@ -1,4 +1,4 @@
-"""The router's choice on a GPU: what the kernels of train/kernels/gpu/triton_route.py read and write. Shapes as in train/model/routing.py."""
+"""The router's choice on a GPU: what the kernels of train/kernels/gpu/triton_route.py read and write. Shapes as in train/kernels/plain/routing.py."""
 
 import importlib
 from types import ModuleType
@@ -8,13 +8,13 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from train.kernels.gpu.fused_rows import runs
+from train.model.operations import RoutingRule
 from train.model.recompute import is_repeated, recall, remember
-from train.model.routing import RoutingRule
 from train.model.sequence import Positions
 
 
 class FusedRoute(torch.autograd.Function):
-    """`train.kernels.plain.plain_kernels.Kernels.route`."""
+    """`train.model.operations.Kernels.route`."""
 
     @staticmethod
     def forward(ctx, logits_BTE, bias_E, rule: RoutingRule, balance_weight: float, counters, positions: Positions):

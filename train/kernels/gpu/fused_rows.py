@@ -1,7 +1,7 @@
 """SwiGLU and the split into heads on a GPU: what the kernels of train/kernels/gpu/triton_rows.py read and write.
 
 Triton is imported when the first of them runs: plans are made for GPUs on machines without it. Tensors on the meta device take what
-real ones would, so that plans count it. Shapes as in train/kernels/plain/plain_kernels.py.
+real ones would, so that plans count it. Shapes as in train/model/operations.py.
 """
 
 import importlib
@@ -31,7 +31,7 @@ def swiglu_backward(grad_NF: Tensor, h_N2F: Tensor, gates_N: Tensor | None) -> t
 
 
 class FusedHeads(torch.autograd.Function):
-    """`train.kernels.plain.plain_kernels.Kernels.to_heads`. Its queries and values are views of what it is given."""
+    """`train.model.operations.Kernels.to_heads`. Its queries and values are views of what it is given."""
 
     @staticmethod
     def forward(ctx, q_BTHQ: Tensor, kv_BTHX: Tensor, k_rope_BTR: Tensor, table: Tensor, nope: int):

@@ -1,10 +1,10 @@
-"""The router's choice on a GPU: Triton kernels, equal to train/model/routing.py but for the order of sums over experts and tokens.
+"""The router's choice on a GPU: Triton kernels, equal to train/kernels/plain/routing.py but for the order of sums over experts and tokens.
 
     forward     scores, choice, gate values; and of every block of tokens the sums that the counters are made of
     finish      adds those sums up, in the order of the tokens, and to the counters: no atomic addition, so a run repeats itself
     backward    the gradient of the logits
 
-The module needs triton and is imported only where its kernels run, by train/kernels/gpu/fused_route.py. Shapes as in train/model/routing.py;
+The module needs triton and is imported only where its kernels run, by train/kernels/gpu/fused_route.py. Shapes as in train/kernels/plain/routing.py;
 EXPERTS, GROUPS and CHOSEN are E, G and K rounded up to powers of two.
 """
 
@@ -12,7 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from train.model.routing import Counters, RoutingRule
+from train.model.operations import Counters, RoutingRule
 
 TOKENS = 8
 """Of one sequence that a program works on."""

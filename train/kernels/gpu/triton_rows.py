@@ -5,7 +5,7 @@ of exp, the order of the sum over heads and fused multiply-adds differ. liger-ke
 gradients over the [gate | up] that is kept; torch.compile would compile anew for the row counts of experts.
 
 The module needs triton and is imported only where its kernels run, by train/kernels/gpu/fused_rows.py, which allocates what they write.
-Shapes as in train/kernels/plain/plain_kernels.py.
+Shapes as in train/model/operations.py.
 """
 
 import triton

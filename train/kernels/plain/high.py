@@ -1,6 +1,6 @@
 """Products in fp32 or bf16: the plain recipe. bf16 products accumulate in fp32 inside the kernels.
 
-What multiplies are the kernels that the object is given (train/kernels/plain/plain_kernels.py).
+What multiplies are the kernels that the object is given (train/model/operations.py).
 
 Shapes: D width, F inner width, E experts of this rank, R rows sorted by expert; I inputs and O outputs of a product.
 """
@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from train.kernels.fp8.health import Report
-from train.kernels.plain.plain_kernels import Groups, Kernels
 from train.model.layers import HeldInput, recomputed_swiglu, swiglu
 from train.model.needed import gradients_needed
+from train.model.operations import Groups, Kernels
 from train.model.weight_gradient import weight_gradient
 
 

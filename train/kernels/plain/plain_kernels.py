@@ -1,11 +1,9 @@
-"""What the layers compute and machines have in several forms: here in torch's operations, the reference for all others.
+"""What the layers ask for (train/model/operations.py) in torch's operations: the reference for all other ways to compute it.
 
-A model is built over one such object and asks it (`LayerPrecision.kernels`); `train/kernels/choice.py` says which one a run has. Others
-take the place of single methods: compiled code for bf16 on a CPU (train/kernels/cpu/compiled_kernels.py), torch's fused kernels on a GPU
-(train/kernels/gpu/fused_kernels.py). Methods that return two forward and backward are called inside a custom autograd Function.
+Others take the place of single methods: compiled code for bf16 on a CPU (train/kernels/cpu/compiled_kernels.py), torch's fused
+kernels on a GPU (train/kernels/gpu/fused_kernels.py).
 
-Shapes: N rows (any leading axes flattened), D width, F inner width, B sequences, T positions or tokens, H heads, Q qk width,
-V value width, R rows sorted by expert, E experts, K experts per token, I inputs and O outputs of a product, C contraction.
+Shapes as in train/model/operations.py.
 """
 
 import itertools
@@ -17,29 +15,24 @@ from torch.nn import functional as F
 
 from conf.thresholds import THRESHOLDS
 from train.kernels.plain import grouped
+from train.kernels.plain.heads import PlainHeads
+from train.kernels.plain.plain_attention import PlainAttention
+from train.kernels.plain.routing import Route
 from train.model.attention import Attend, AttentionCore, AttentionInput
-from train.model.rope import PlainHeads
-from train.model.routing import Counters, Route, RoutingRule
+from train.model.operations import Counters, Groups, Kernels, RoutingRule
 from train.model.sequence import Positions
 
-Groups = Tensor | list[int]
-"""Which rows are an expert's: how many each has, or where those of each end, int32 (E,)."""
 
-
-class Kernels:
-    """torch's operations, on any device."""
+class PlainKernels(Kernels):
+    """`Kernels` in torch's operations, on any device."""
 
     parts: tuple[str, ...] = ()
-    """What of a step runs as compiled code, by `train.kernels.cpu.libraries.NAMES`."""
-    core: AttentionCore = AttentionCore()
-    """Of attention."""
+    core: AttentionCore = PlainAttention()
 
     def rows_at_once(self, x_ND: Tensor, elements: int) -> int:
-        """How many rows to work on at a time, where so many elements stay in a cache."""
         return max(1, elements // x_ND.size(1))
 
     def rms_norm(self, x: Tensor, weight_D: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-        """Normalised x, and 1 / rms(x) as fp32 (..., 1)."""
         x32 = x.float()
         rstd = torch.linalg.vector_norm(x32, dim=-1, keepdim=True).square_().mul_(1 / x.size(-1)).add_(eps).rsqrt_()
         return (x32 * rstd).mul_(weight_D).to(x.dtype), rstd
@@ -47,10 +40,6 @@ class Kernels:
     def rms_norm_backward(
         self, grad: Tensor, x: Tensor, weight_D: Tensor, rstd: Tensor, x_needed: bool, weight_needed: bool
     ) -> tuple[Tensor | None, Tensor | None]:
-        """Gradients of x and of the weight, each None where it is not needed.
-
-        With u = grad * weight: dx = rstd * (u - x * rstd^2 * mean(u * x)).
-        """
         x_ND, grad_ND = x.flatten(0, -2).float(), grad.flatten(0, -2).float()
         rstd_N1, weight_D = rstd.view(-1, 1), weight_D.float()
         product_ND = x_ND * grad_ND
@@ -63,7 +52,6 @@ class Kernels:
         return dx_ND.to(x.dtype).view(x.shape), dweight_D
 
     def swiglu(self, h_N2F: Tensor, gates_N: Tensor | None) -> Tensor:
-        """silu(gate) * up of h = [gate | up], times the row's gate value where given: (N, F); arithmetic in fp32."""
         out_NF = h_N2F.new_empty(h_N2F.size(0), h_N2F.size(1) // 2)
         for h, gates, out in self._pieces(h_N2F, gates_N, out_NF):
             gate, up = h.float().chunk(2, -1)
@@ -72,7 +60,6 @@ class Kernels:
         return out_NF
 
     def swiglu_backward(self, grad_NF: Tensor, h_N2F: Tensor, gates_N: Tensor | None) -> tuple[Tensor, Tensor | None]:
-        """Gradients of h and of the gate values."""
         dh_N2F = torch.empty_like(h_N2F)
         dgates_N = None if gates_N is None else torch.empty_like(gates_N)
         for h, grad, gates, dh, dgates in self._pieces(h_N2F, grad_NF, gates_N, dh_N2F, dgates_N):
@@ -91,25 +78,17 @@ class Kernels:
     def to_heads(
         self, q_BTHQ: Tensor, kv_BTHX: Tensor, k_rope_BTR: Tensor, table: Tensor, nope: int
     ) -> tuple[Tensor, ...]:
-        """Turn the rope parts, give every head the one rope key, put heads first: queries, keys, values. Differentiable.
-
-        q_BTHQ: may be turned where it lies, so that nobody can read it any more. kv_BTHX: per head [nope key | value], of which
-        the values may be a part. table: see `Rope.table`.
-        """
         return PlainHeads.apply(q_BTHQ, kv_BTHX, k_rope_BTR, table, nope)
 
     def attention(self, given: AttentionInput) -> Tensor:
-        """softmax(scale q k^T) v by `core`: (B, H, T, V). Differentiable."""
         return Attend.apply(self.core, *given)
 
     def logits(self, x_ND: Tensor, weight_ED: Tensor) -> Tensor:
-        """x W^T of the router in fp32, from operands in any format: (N, E)."""
         return F.linear(x_ND.float(), weight_ED.float())
 
     def logits_backward(
         self, grad_NE: Tensor, x_ND: Tensor, weight_ED: Tensor, x_needed: bool, weight_needed: bool
     ) -> tuple[Tensor | None, Tensor | None]:
-        """Gradients of x in its format, and of the weight in fp32, each None where it is not needed."""
         dx_ND = (grad_NE @ weight_ED.float()).to(x_ND.dtype) if x_needed else None
         return dx_ND, grad_NE.t() @ x_ND.float() if weight_needed else None
 
@@ -122,14 +101,9 @@ class Kernels:
         counters: Counters | None,
         positions: Positions,
     ) -> tuple[Tensor, Tensor]:
-        """Gate values fp32 and expert ids int64, (B, T, K), from the router's logits. Differentiable, with the balance loss.
-
-        In a repeated run of a block the ids are those of the first, and nothing is counted (train/model/recompute.py).
-        """
         return Route.apply(logits_BTE, bias_E, rule, balance_weight, counters, positions)
 
     def sort_by_expert(self, expert_ids_TK: Tensor, experts: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Places of the rows in the order of their experts, the way back, the token of every sorted row, and rows per expert."""
         sorted_R, order_R = expert_ids_TK.flatten().sort(stable=True)
         inverse_R = torch.empty_like(order_R)
         inverse_R[order_R] = torch.arange(order_R.numel(), device=order_R.device)
@@ -138,19 +112,15 @@ class Kernels:
         return order_R, inverse_R, order_R // expert_ids_TK.size(1), counts_E
 
     def linear(self, x: Tensor, weight_OI: Tensor) -> Tensor:
-        """x W^T. Differentiable."""
         return F.linear(x, weight_OI)
 
     def product(self, left_OC: Tensor, right_NC: Tensor, dtype: torch.dtype, into_ON: Tensor | None = None) -> Tensor:
-        """left right^T: (O, N). into: of dtype; the product is added to it, and it is returned."""
         return added((left_OC @ right_NC.t()).to(dtype), into_ON)
 
     def groups(self, counts_E: Tensor, dtype: torch.dtype) -> Groups:
-        """What the two products below take, for operands in dtype. counts_E: rows of every expert."""
         return counts_E.tolist() if dtype == torch.bfloat16 else grouped.ends_of(counts_E)
 
     def grouped_product(self, x_RI: Tensor, weight_EIO: Tensor, groups: Groups) -> Tensor:
-        """x W with the weight of each row's expert: (R, O)."""
         if isinstance(groups, list):
             return grouped.product(x_RI, weight_EIO, groups)
         return grouped.product_to_ends(x_RI, weight_EIO, groups)
@@ -158,7 +128,6 @@ class Kernels:
     def grouped_weight_gradient(
         self, grad_RO: Tensor, x_RI: Tensor, groups: Groups, dtype: torch.dtype, into_EOI: Tensor | None = None
     ) -> Tensor:
-        """grad^T x over the rows of each expert: (E, O, I). into: as in `product`."""
         by_rows = isinstance(groups, list)
         gradient = grouped.weight_gradient if by_rows else grouped.weight_gradient_to_ends
         return added(gradient(grad_RO, x_RI, groups).to(dtype), into_EOI)

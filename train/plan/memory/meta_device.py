@@ -24,8 +24,8 @@ from train.kernels.fp8.grouped_products import DeepGemmProducts, TritonProducts
 from train.kernels.fp8.groups import most_tiles
 from train.kernels.fp8.hopper import HopperEngine, needs_deep_gemm
 from train.kernels.plain.high import HighPrecision
-from train.kernels.plain.plain_kernels import Kernels
 from train.kernels.precision import activation_dtype
+from train.model.operations import Kernels
 
 
 def _scaled_mm(a: Tensor, b: Tensor, *, output_dtype: torch.dtype, **scales: Any) -> Tensor:

@@ -25,11 +25,11 @@ from parallel.context import LoneContext
 from parallel.expert.stand_in import Group, Load, build_stand_in
 from parallel.pipeline.graph import backward_of_weights, kept_graph
 from parallel.pipeline.host_store import page_bytes
-from train.kernels.plain.plain_kernels import Kernels
 from train.kernels.precision import activation_dtype
 from train.model.deepseek import DeepSeekV3
 from train.model.mla import MLA
 from train.model.moe import LocalDispatcher
+from train.model.operations import Kernels
 from train.model.sequence import Positions
 from train.plan.memory.ledger import Ledger
 from train.plan.memory.meta_device import meta_kernels, meta_precision, meta_wire

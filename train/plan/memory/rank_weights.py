@@ -12,7 +12,7 @@ import torch
 
 from conf.schema import Config, Model
 from train.kernels.plain.high import HighPrecision
-from train.kernels.plain.plain_kernels import Kernels
+from train.kernels.plain.plain_kernels import PlainKernels
 from train.model.deepseek import DeepSeekV3
 from train.optim.adamw import decays
 from train.plan.memory.chunk import Parts
@@ -41,7 +41,7 @@ def part_weights(model: Frozen, part: str, local_experts: int) -> tuple[Weight, 
     )
     chunk = DeepSeekV3(
         config,
-        HighPrecision(torch.float32, Kernels()),
+        HighPrecision(torch.float32, PlainKernels()),
         seq_len=1,
         layers=layers,
         has_embedding=part == "embedding",

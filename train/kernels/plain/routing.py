@@ -3,27 +3,13 @@
 Shapes: B sequences, T positions, E experts, K = top_k, G groups.
 """
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from train.model.operations import RoutingRule
 from train.model.recompute import is_repeated, recall, remember
 from train.model.sequence import Positions
-
-Counters = tuple[Tensor, Tensor, Tensor]
-"""What forward adds to: load_E, score_E and balance_loss of a `Router`."""
-
-
-class RoutingRule(NamedTuple):
-    """How experts are chosen and weighed."""
-
-    top_k: int
-    groups: int
-    top_groups: int
-    route_scale: float
-    group_top_k: int
 
 
 def top_indices(scores: Tensor, k: int) -> Tensor:
@@ -49,7 +35,7 @@ def count(ids: Tensor, experts: int) -> Tensor:
 
 
 class Route(torch.autograd.Function):
-    """`train.kernels.plain.plain_kernels.Kernels.route`: one backward for the gates and the balance loss."""
+    """`train.model.operations.Kernels.route`: one backward for the gates and the balance loss."""
 
     @staticmethod
     def forward(ctx, logits_BTE, bias_E, rule: RoutingRule, balance_weight: float, counters, positions: Positions):
