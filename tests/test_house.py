@@ -6,7 +6,8 @@ from collections import defaultdict
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-FOLDERS = ("conf", "train", "parallel", "cluster", "bench")
+PRODUCT = ("conf", "train", "parallel", "cluster")
+FOLDERS = (*PRODUCT, "bench")
 
 
 def test_a_public_class_has_a_name_of_its_own():
@@ -17,6 +18,16 @@ def test_a_public_class_has_a_name_of_its_own():
             if isinstance(node, ast.ClassDef) and not node.name.startswith("_"):
                 places[node.name].append(str(file.relative_to(ROOT)))
     assert len(places) > 300
+    assert {name: files for name, files in places.items() if len(files) > 1} == {}
+
+
+def test_a_file_of_the_product_has_a_name_of_its_own():
+    """Apart from what Python names, and the `run.py` of each mode."""
+    places = defaultdict(list)
+    for file in (file for folder in PRODUCT for file in (ROOT / folder).rglob("*.py")):
+        if file.name not in ("__init__.py", "__main__.py", "run.py"):
+            places[file.name].append(str(file.relative_to(ROOT)))
+    assert len(places) > 250
     assert {name: files for name, files in places.items() if len(files) > 1} == {}
 
 

@@ -26,7 +26,7 @@ GIVEN = {
     "train/checkpoint: LARGEST": "of a number in a file",
     "train/optim: VECTOR": "elements of torch's own vectors, which no setting changes",
     "train/loop: SHOWN": "of what a message shows",
-    "train/loop: WIDTH": "of what a message shows",
+    "train/kernels/cpu: SLOW": "a share of a rate",
     "train/kernels/gpu: BOUND": "of an error, no size",
     "train/kernels/fp8: WARNINGS": "of what a message shows",
     "parallel/pipeline: ALIGNMENT": "of tensors in memory, which processors want",
