@@ -11,7 +11,6 @@ from conf.load import compose, write_config
 from conf.schema import Config
 from tests.ranks import run_processes
 from tests.small import SMALL
-from train.prove.layouts import PROOFS
 
 PROOF = [
     *SMALL,
@@ -36,20 +35,18 @@ def small_proof(tmp_path: Path, *overrides: str) -> Config:
 def gather_evidence(
     config: Config,
     patch: Callable[[], None] | None = None,
-    proofs: Sequence[str] = tuple(PROOFS),
+    proofs: Sequence[str] | None = None,
     timeout: float = 300.0,
 ) -> None:
     """Let every rank leave its evidence of these passes. patch: called on every rank before it starts; a function of a module."""
     world = config.parallel.world
     path = str(Path(config.runs) / config.name / "config.yaml")
     with tempfile.TemporaryDirectory() as scratch:
-        run_processes(
-            prove_rank, path, world, f"{scratch}/store", patch, tuple(proofs), world_size=world, timeout=timeout
-        )
+        run_processes(prove_rank, path, world, f"{scratch}/store", patch, proofs, world_size=world, timeout=timeout)
 
 
 def prove_rank(
-    rank: int, path: str, world: int, store: str, patch: Callable[[], None] | None, proofs: Sequence[str]
+    rank: int, path: str, world: int, store: str, patch: Callable[[], None] | None, proofs: Sequence[str] | None
 ) -> None:
     from conf.load import read_config
     from train.prove.proof_rank import run_rank

@@ -107,7 +107,7 @@ def test_the_papers_own_layout_becomes_eight_ranks_and_says_what_was_cut():
     assert_same_structure(cfg, mini)
     parallel = mini.cfg.parallel
     assert (parallel.pp, parallel.dp, parallel.ep) == (2, 4, 2) and mini.cfg.cluster.ranks_per_node == 1
-    assert (mini.cfg.model.experts, mini.cfg.model.groups, mini.cfg.model.top_k) == (64, 8, 8)
+    assert (mini.cfg.model.experts, mini.cfg.model.groups, mini.cfg.model.top_k) == (32, 8, 8)
     told = "\n".join(mini.cuts)
     for name in ("model.hidden is 136 instead of 7168", "model.layers", "seq_len", "model.vocab_size", "model.experts"):
         assert name in told

@@ -10,7 +10,7 @@ from torch.nn import functional as F
 
 from conf.errors import EXIT_OK, UserError
 from conf.load import compose
-from conf.schema import ROOT
+from conf.schema import ROOT, Config
 from tests.prove.proofs import gather_evidence, small_proof
 from tests.small import SMALL, environment
 from train.checkpoint.run_folder import RunPaths
@@ -22,7 +22,7 @@ from train.prove.certificate import Certificate
 from train.prove.double import grouped_product, in_double
 from train.prove.findings import ProofFindings
 from train.prove.judge import Judge, backward_order, choice_excess, judge_all
-from train.prove.layouts import PROOFS, in_layout, layout_name, second_layout
+from train.prove.layouts import PROOFS, in_layout, layout_name, passes_of, second_layout
 from train.prove.miniature import shrink
 from train.prove.reference import choose, weight_shapes
 from train.prove.run import prove
@@ -66,9 +66,9 @@ LARGE = {
 }  # fmt: skip
 
 
-def assert_holds(findings: ProofFindings) -> None:
+def assert_holds(findings: ProofFindings, config: Config) -> None:
     assert [difference.text() for difference in findings.differences[:3]] == []
-    assert {verdict.proof for verdict in findings.verdicts.values()} == set(PROOFS)
+    assert {verdict.proof for verdict in findings.verdicts.values()} == set(passes_of(config))
     assert all(verdict.compared and verdict.worst <= verdict.bound for verdict in findings.verdicts.values())
     assert {("fp32", "reduced gradients"), ("recipe", "reduced gradients")} <= findings.verdicts.keys()
 
@@ -96,7 +96,7 @@ def test_the_reference_equals_the_product_in_one_process(tmp_path):
 def test_a_layout_is_proven(tmp_path, name):
     config = small_proof(tmp_path, *ROOM, *LAYOUTS[name])
     gather_evidence(config)
-    assert_holds(findings := judge_all(config))
+    assert_holds(findings := judge_all(config), config)
     if "precision=bf16" in LAYOUTS[name]:
         assert_single_parts_are_judged(findings)
 
@@ -106,7 +106,7 @@ def test_a_layout_is_proven(tmp_path, name):
 def test_a_layout_of_four_ranks_is_proven(tmp_path, name):
     config = small_proof(tmp_path, *ROOM, *LARGE[name])
     gather_evidence(config)
-    assert_holds(judge_all(config))
+    assert_holds(judge_all(config), config)
 
 
 def test_the_first_difference_is_that_of_the_computation(tmp_path, monkeypatch):
@@ -167,8 +167,8 @@ def test_the_command_leaves_a_certificate_and_the_report_has_it(tmp_path):
     record = json.loads((tmp_path / "here" / "prove.json").read_text())
     assert record["holds"] and record["first_difference"] is None and record["ranks"] == 1
     assert "| pretraining | yes, on 1 ranks on cpu" in (tmp_path / "here" / "card.md").read_text()
-    assert [each["proof"] for each in record["precisions"]] == list(PROOFS)
-    assert {each["proof"] for each in record["quantities"]} == set(PROOFS)
+    assert [each["proof"] for each in record["precisions"]] == ["exact", "fp32", "recipe"]
+    assert {each["proof"] for each in record["quantities"]} == {"exact", "fp32", "recipe"}
     assert all(each["reason"] for each in record["quantities"])
     assert not (RunPaths(config).path / "prove" / "evidence").exists()
     page = write_report(tmp_path / "here").read_text()

@@ -11,6 +11,8 @@ from conf.schema import Config, Model
 EXACT = 1e-10
 """Pass exact: of the tensor's largest value."""
 UNIT = {"fp64": 2.0**-53, "fp32": 2.0**-24, "bf16": 2.0**-8, "e4m3": 2.0**-4}
+LOW = ("recipe", "tiles")
+"""Passes in the recipe's own precision."""
 MOST = 0.75
 """In low precision, whatever the chain: what is missing or doubled is off by 1."""
 ROOM = 8.0
@@ -53,9 +55,14 @@ def computed(proof: str, config: Config) -> Bound:
     )
 
 
+def is_tiled(config: Config) -> bool:
+    """Whether products are in FP8, or rows travel so."""
+    return config.precision.fp8 is not None or config.parallel.wire == "fp8"
+
+
 def coarsest(config: Config) -> str:
     """The format of UNIT in which a recipe rounds most. A wire of FP8 rounds on the way to the experts, in any precision."""
-    if config.precision.fp8 is not None or config.parallel.wire == "fp8":
+    if is_tiled(config):
         return "e4m3"
     return "bf16" if config.precision.name != "fp32" else "fp32"
 
@@ -77,9 +84,9 @@ def chosen(proof: str, config: Config) -> Bound:
 
 def is_rounded(proof: str, config: Config) -> bool:
     """Whether a format below fp32 takes part, so that outputs and gradients are measured by their norm."""
-    return proof == "recipe" and coarsest(config) != "fp32"
+    return proof in LOW and coarsest(config) != "fp32"
 
 
 def is_low(proof: str, config: Config) -> bool:
     """Whether the model computes with weights in bf16."""
-    return proof == "recipe" and config.precision.name != "fp32"
+    return proof in LOW and config.precision.name != "fp32"

@@ -21,12 +21,14 @@ PROOFS_SAY = {
     "exact": "in fp64, without an optimizer: the model, its pipeline and its dispatchers are the reference's function",
     "fp32": "in fp32 through DeepSpeed: reduction, norm, update, balance, and a checkpoint read in another layout",
     "recipe": "in the recipe's own precision, within what its formats round",
+    "tiles": "in that precision with two tiles and two blocks of FP8 in every width: single parts, and rows on their way",
 }
 BLIND = {
     "exact": "how anything is rounded; optimizer, reduction over ranks and checkpoint, which the next pass has",
     "fp32": "what only lower formats have: FP8 products, their scales, the wire",
     "recipe": "in whole outputs and gradients, what is below the loosest bound. Single parts, rows on their way and sums over ranks "
     "are held to far sharper ones, so what is left is what no single part shows and pass fp32 does not run",
+    "tiles": "whole outputs, updates and checkpoints, which the passes before have; pipelines, in which no scale is another",
 }
 """What a pass does not see."""
 WIDTH = 100
@@ -99,7 +101,9 @@ class Certificate:
         rows.append(("Checkpoint", f"{read}: {self.second_layout}"))
         rows += [("Smaller", "\n".join(textwrap.wrap(" ".join(self.cuts), WIDTH)))] if self.cuts else []
         for proof, says in PROOFS_SAY.items():
-            rows.append((proof, "\n".join([says, *_lines([one for one in self.verdicts if one.proof == proof])])))
+            rows.append(
+                (proof, "\n".join([says, *_lines(proof, [one for one in self.verdicts if one.proof == proof])]))
+            )
         if self.first is not None:
             rows.append(("First", f"{self.first.text()}\n{len(self.differences)} comparisons failed in all"))
         rows.append(("Not proven", "\n".join(NEVER_PROVEN)))
@@ -161,10 +165,10 @@ def sharpness_of(verdicts: Sequence[ProofVerdict]) -> list[Sharpness]:
     return found
 
 
-def _lines(verdicts: list[ProofVerdict]) -> list[str]:
+def _lines(proof: str, verdicts: list[ProofVerdict]) -> list[str]:
     """What failed; or how much was compared, how sharply, what came nearest to its bound, and what was not seen."""
     if not verdicts:
-        return ["did not run"]
+        return ["did not run: nothing has a scale for every 128 of it" if proof == "tiles" else "did not run"]
     if failed := [verdict for verdict in verdicts if verdict.failed]:
         return [
             f"FAILED: {one.quantity}, error {one.worst:.2g}, allowed {one.bound:.2g} ({one.where})" for one in failed

@@ -1,6 +1,7 @@
 """What the judges of a proof found: a verdict on every quantity of every pass, and every comparison that failed."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 
@@ -71,6 +72,16 @@ class ProofFindings:
     """Kind of device that the ranks had."""
     second_layout: str = ""
     """In which the checkpoint was read, and on how many ranks."""
+
+
+def together(passes: Sequence[ProofFindings]) -> ProofFindings:
+    """What the judges of several passes found, in their order."""
+    findings = ProofFindings()
+    for one in passes:
+        findings.verdicts |= one.verdicts
+        findings.differences += one.differences
+        findings.device, findings.second_layout = one.device, one.second_layout or findings.second_layout
+    return findings
 
 
 def share_of_bound(error: float, bound: float) -> float:

@@ -18,7 +18,10 @@ Shapes as in train/prove/reference.py.
 
 import math
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
+from functools import partial
+from multiprocessing import get_context
 from pathlib import Path
 
 import torch
@@ -28,29 +31,39 @@ from conf.schema import Config
 from train.checkpoint.run_folder import RunPaths
 from train.kernels.plain.plain_kernels import PlainKernels
 from train.kernels.precision import build_precision
+from train.data.batch import Batch
 from train.model.deepseek import DeepSeekV3
 from train.model.init import initialise
 from train.prove import reference
 from train.prove.bounds import UNIT, Bound, averaged, chosen, coarsest, computed
 from train.prove.comparisons import size_of
 from train.prove.evidence import EVIDENCE, Evidence, depth_of, places_of, read_steps
-from train.prove.findings import ProofFindings
+from train.prove.findings import ProofFindings, together
 from train.prove.high_precision import choice_excess
 from train.prove.judge_high import WholeJudge
 from train.prove.judge_reduction import ReductionJudge, sum_over_ranks
 from train.prove.judge_update import State, Tally, UpdateJudge, assemble
 from train.prove.judge_wire import WireJudge
-from train.prove.layouts import PROOFS, run_part, save_step, watched_steps
+from train.prove.layouts import PROOFS, passes_of, run_part, save_step, watched_steps
 from train.prove.reference import Watched
 from train.prove.samples import initial_biases, initial_weights
 from train.prove.shaken import ReferenceStep, Shaken, run_step
 
 
-def judge_all(config: Config) -> ProofFindings:
-    """Every pass of a proof whose ranks have ended. config: that which they read."""
+def judge_all(config: Config, at_a_time: int = 1) -> ProofFindings:
+    """Every pass of a proof whose ranks have ended. config: that which they read. at_a_time: more than 1 in forks of this process, which
+    must not have computed.
+    """
+    if at_a_time == 1:
+        return together([judge_pass(config, proof) for proof in passes_of(config)])
+    with ProcessPoolExecutor(at_a_time, get_context("fork"), torch.set_num_threads, (1,)) as judges:
+        return together(list(judges.map(partial(judge_pass, config), passes_of(config))))
+
+
+def judge_pass(config: Config, proof: str) -> ProofFindings:
+    """One of them."""
     findings = ProofFindings()
-    for proof, as_run in PROOFS.items():
-        Judge(proof, as_run(config), RunPaths(config).path / EVIDENCE, findings).judge()
+    Judge(proof, PROOFS[proof](config), RunPaths(config).path / EVIDENCE, findings).judge()
     return findings
 
 
@@ -65,6 +78,9 @@ class Judge(WireJudge, ReductionJudge, UpdateJudge):
         self.bound = computed(proof, config)
 
     def judge(self) -> None:
+        if self.proof == "tiles":
+            self._judge_tiles()
+            return
         before: State | None = None
         saved: tuple[State, Tally] | None = None
         for number, step, ranks in self.steps:
@@ -86,6 +102,21 @@ class Judge(WireJudge, ReductionJudge, UpdateJudge):
             elif step == self.run.last and (number or step < self.recipe.steps):  # else the second part wrote over it
                 self._judge_written(before)
         assert before is not None, f"no rank left evidence of pass {self.proof}"
+
+    def _judge_tiles(self) -> None:
+        """Single parts alone, with the weights that the ranks say they have."""
+        before: State | None = None
+        for number, step, ranks in self.steps:
+            self.part, self.step, self.findings.device = number, step, ranks[0].info.device
+            if step in watched_steps(self.config) and before is not None:
+                plan = reference.plan_step(self.config, step)
+                self._judge_parts(ranks, before, self.samples.batch(plan.first_sample, plan.batch_size))
+            before = self._after(ranks)
+        assert before is not None, f"no rank left evidence of pass {self.proof}"
+
+    def _judge_parts(self, ranks: list[Evidence], before: State, batch: Batch) -> None:
+        self._judge_wire(ranks)
+        WholeJudge(self.proof, self.config, self.findings, ranks, before, batch).judge_all()
 
     def _enter(self, number: int, step: int, ranks: list[Evidence]) -> None:
         self.part, self.step = number, step
@@ -150,9 +181,7 @@ class Judge(WireJudge, ReductionJudge, UpdateJudge):
         self.shaken = None if self.proof == "exact" else Shaken(plain, self.samples, plan, unit, near)
         seen = self.want.seen
         if self.is_rounded and self.step in watched_steps(self.config):
-            self._judge_wire(ranks)
-            batch = self.samples.batch(plan.first_sample, plan.batch_size)
-            WholeJudge(self.proof, self.config, self.findings, ranks, before, batch).judge_all()
+            self._judge_parts(ranks, before, self.samples.batch(plan.first_sample, plan.batch_size))
         self._judge_forward(ranks, seen, plan.batch_size)
         if self.is_rounded:
             self._judge_totals(ranks)

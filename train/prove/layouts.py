@@ -1,7 +1,7 @@
 """In what form a recipe runs: in each pass of a proof, and in the layout that reads its checkpoint."""
 
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from math import gcd
 
@@ -10,6 +10,7 @@ from conf.errors import UserError
 from conf.schema import Config, Parallel, Precision
 from train.loop.layout_check import check_layout
 from train.optim.schedules import Schedules
+from train.prove.bounds import is_tiled
 
 
 def in_fp32(config: Config) -> Config:
@@ -20,8 +21,52 @@ def in_fp32(config: Config) -> Config:
     return replace(config, precision=Precision(name="fp32", moments="fp32"), parallel=parallel)
 
 
-PROOFS: dict[str, Callable[[Config], Config]] = {"exact": in_fp32, "fp32": in_fp32, "recipe": lambda config: config}
+TILED, TILED_HIDDEN = 136, 256
+"""Every width, and the tokens of a micro-batch, in pass `tiles`: two tiles of 128, of which the last is not full. With one tile nothing
+would have a neighbour whose scale it could be given. The second is of rows that DeepEP sends, which takes multiples of 128."""
+TILED_HEADS = 4
+
+
+def in_tiles(config: Config) -> Config:
+    """The recipe with few layers that are wide, for two steps. Where a rank is in a pipeline changes no scale, so all ranks have all layers;
+    the way to experts stays.
+    """
+    model, parallel, ranks = config.model, config.parallel, config.parallel.world
+    dense, depth = min(model.dense_layers, 1), min(model.mtp_depth, 1)
+    length = TILED + 1 + depth
+    wide = replace(
+        model,
+        hidden=TILED_HIDDEN if parallel.dispatch == "deepep" else TILED,
+        layers=max(1, dense + min(model.layers - model.dense_layers, 1)),
+        dense_layers=dense,
+        mtp_depth=depth,
+        heads=TILED_HEADS,
+        q_rank=model.q_rank and TILED,
+        kv_rank=TILED,
+        nope_head_dim=TILED // TILED_HEADS - model.rope_head_dim,
+        v_head_dim=TILED // TILED_HEADS,
+        dense_width=TILED,
+        expert_width=TILED,
+        max_seq_len=max(model.max_seq_len, length),
+    )
+    plain = Parallel(dp=ranks, ep=parallel.ep, dispatch=parallel.dispatch, wire=parallel.wire, overlap=parallel.overlap)
+    optim = replace(config.optim, batch_ramp_start=None, batch_ramp_steps=0)
+    small = replace(config, model=wide, parallel=plain, optim=optim, seq_len=length, steps=2)
+    return replace(small, batch_size=max(2, ranks), micro_batch_size=1)
+
+
+PROOFS: dict[str, Callable[[Config], Config]] = {
+    "exact": in_fp32,
+    "fp32": in_fp32,
+    "recipe": lambda config: config,
+    "tiles": in_tiles,
+}
 """The passes, and the recipe as it runs in each."""
+
+
+def passes_of(config: Config) -> list[str]:
+    """Those that a recipe needs: `tiles` where something has a scale for every 128 of it."""
+    return [proof for proof in PROOFS if proof != "tiles" or is_tiled(config)]
 
 
 LOOSE_CLIP = 1e4
@@ -71,6 +116,13 @@ def run_part(config: Config, number: int, ranks: int) -> RunPart:
         checkpoint=replace(config.checkpoint, every=saved),
     )
     return RunPart(number, first, stop, saved if saved > 1 else None)
+
+
+def run_parts(proof: str, config: Config, ranks: int, numbers: Sequence[int]) -> list[RunPart]:
+    """Those of these numbers that a pass has."""
+    if proof == "tiles":
+        return [RunPart(0, config, config.steps, None) for number in numbers if number == 0]
+    return [run_part(config, number, ranks) for number in numbers]
 
 
 def _go_on(config: Config, ranks: int) -> Config:

@@ -41,19 +41,21 @@ from conf.schema import (
 from parallel.mesh import Layout
 from parallel.pipeline.split import check_schedule, rank_stages
 from train.plan.job import layout_of
+from train.prove.bounds import is_tiled
 
 STEPS = 4
 SEQUENCE = 24
 VOCABULARY = 97
 WIDTH, TILED_WIDTH = 32, 136
-"""The second where products are in FP8 or rows travel so: two tiles of 128, of which the last is not full."""
+"""The second where products are in FP8 or rows travel so: two tiles of 128, of which the last is not full. All other widths have two
+in pass `tiles` alone (train/prove/layouts.py)."""
 DEEP_EP_WIDTH = 128
 """DeepEP takes multiples of this alone."""
 ROPE = 16
 """Eight pairs: some lie on YaRN's ramp, which in DeepSeek-V3 goes from a third of them to two thirds."""
 ODD = 15
 """Of the latent of keys and values, so that no vector divides its gain or a shard; a GPU's products want multiples of 16 bytes."""
-EXPERTS = 64
+EXPERTS = 32
 CLIP = 0.1
 """Gradients of the miniature are longer than this, so that clipping acts."""
 RATE = 1e-3
@@ -205,7 +207,7 @@ def _shrink_layers(cfg: Config, layout: Layout) -> tuple[int, str | list[int]]:
 
 def _shrink_model(cfg: Config, layout: Layout, layers: int) -> Model:
     model, seq_len = cfg.model, _sequence(cfg, layout)
-    tiled = cfg.precision.fp8 is not None or cfg.parallel.wire == "fp8"
+    tiled = is_tiled(cfg)
     hidden = min(model.hidden, DEEP_EP_WIDTH if cfg.parallel.dispatch == "deepep" else TILED_WIDTH if tiled else WIDTH)
     yarn = model.yarn
     if cfg.seq_len > yarn.original_seq_len:  # in force because of the length, which it stays

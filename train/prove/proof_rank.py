@@ -7,6 +7,7 @@ It trains as the product does, by the product's own code, and leaves what it saw
     fp32       steps of the Trainer through DeepSpeed, a checkpoint that is written while a step goes on, and steps from there in
                another layout, with another batch and those sizes lowered; one step has a gradient that is not finite
     recipe     the same in the recipe's own precision
+    tiles      two steps of it with two tiles in every width
 """
 
 import sys
@@ -53,7 +54,7 @@ from train.parallelize import Parallelized, RankModel, build_rank_model, paralle
 from train.prove.bounds import is_rounded  # noqa: E402
 from train.prove.double import in_double  # noqa: E402
 from train.prove.evidence import EVIDENCE, Evidence, EvidenceWatch, StepInfo  # noqa: E402
-from train.prove.layouts import PROOFS, RunPart, layout_name, run_part, save_step, watched_steps  # noqa: E402
+from train.prove.layouts import PROOFS, RunPart, layout_name, passes_of, run_parts, save_step, watched_steps  # noqa: E402
 from train.prove.parts import PartsWatch  # noqa: E402
 from train.prove.samples import ProofData, initial_biases, initial_weights  # noqa: E402
 from train.rank import RankSetup, choose_device, guarded, start_process_group  # noqa: E402
@@ -66,11 +67,14 @@ def run_rank(
     config: Config,
     place: Place,
     failures: Path | None = None,
-    proofs: Sequence[str] = tuple(PROOFS),
+    proofs: Sequence[str] | None = None,
     parts: Sequence[int] = PARTS,
 ) -> int:
-    """Leave this rank's evidence of these passes; returns the exit code. failures: see train.rank.guarded. parts: see run_pass."""
-    return guarded(place, failures, disk_errors(config)(lambda: _run(config, place, proofs, parts)))
+    """Leave this rank's evidence of these passes, or of all; returns the exit code. failures: see train.rank.guarded. parts: see
+    run_pass.
+    """
+    given = passes_of(config) if proofs is None else proofs
+    return guarded(place, failures, disk_errors(config)(lambda: _run(config, place, given, parts)))
 
 
 def _run(config: Config, place: Place, proofs: Sequence[str], parts: Sequence[int]) -> int:
@@ -179,15 +183,14 @@ def fill_biases(model: RankModel, biases: dict[str, Tensor]) -> None:
 
 
 def prove_trained(proof: str, config: Config, place: Place, device: torch.device, parts: Sequence[int]) -> None:
-    """Some steps, a checkpoint, and the rest of the steps from it in another layout."""
+    """Some steps, a checkpoint, and the rest of the steps from it in another layout; of pass `tiles` the steps alone."""
     config = replace(config, name=f"{config.name}/{proof}")
     for folder in (RunPaths(config).checkpoints, RunPaths(config).logs):
         folder.mkdir(parents=True, exist_ok=True)
     checkpoint = RunPaths(config).checkpoints / step_name(save_step(config))
-    for number in parts:
-        part = run_part(config, number, place.world)
-        resume = str(checkpoint) if number else part.config.resume
-        with lowered() if number else nullcontext():
+    for part in run_parts(proof, config, place.world, parts):
+        resume = str(checkpoint) if part.number else part.config.resume
+        with lowered() if part.number else nullcontext():
             _train(proof, replace(part, config=replace(part.config, resume=resume)), place, device)
 
 
@@ -210,7 +213,7 @@ def _train(proof: str, part: RunPart, place: Place, device: torch.device) -> Non
     start = Evidence(StepInfo(proof, part.number, 0, place.rank, layout_name(config), device.type))
     if part.number == 0:
         for name, shard in state.zero.shards().items():
-            if name.startswith("master."):
+            if name.startswith("master.") and proof == "fp32":
                 start.add_shard("drawn", name.removeprefix("master."), shard)
         fill_state(config, state, parts)
     else:
@@ -300,7 +303,8 @@ class _ProvenTrainer(Trainer):
         info, state = evidence.info, self.state
         info.updates, info.samples, info.skipped = state.zero.client.updates, state.samples, state.skipped
         for name, shard in self.state.shards().items():
-            evidence.add_shard("after", name, shard)
+            if self._proof != "tiles" or name.startswith(("master.", "bias.")):  # the weights of the step behind
+                evidence.add_shard("after", name, shard)
         for name, router in self.parts.routers().items():
             evidence.add("own", f"bias.{name}", router.bias_E)
         evidence.write(self._folder)
@@ -324,10 +328,11 @@ class _ProvenTrainer(Trainer):
         info = _info(self._proof, self._part.number, self.config, self._rank, plan, outcome)
         info.validation_loss = self._validation_loss
         evidence = Evidence(info)
-        self._watch.give(evidence)
-        if self._parts_watch is not None:
-            self._parts_watch.give(evidence)
-        gradients.give(evidence)
+        if is_watched or self._proof != "tiles":
+            self._watch.give(evidence)
+            if self._parts_watch is not None:
+                self._parts_watch.give(evidence)
+            gradients.give(evidence)
         self.leave_state(evidence)
         return stop
 

@@ -1,7 +1,9 @@
 """What a proof trains on and starts from: both follow from the seed, an index or a name, and nothing else.
 
 Tokens are drawn unevenly, so that a few of them come often and some never, as in text. Weights are larger than a training's
-first ones, gains are not 1 and biases not 0: what is multiplied by 1 or added to 0 would not be proven.
+first ones, gains are not 1 and biases not 0: what is multiplied by 1 or added to 0 would not be proven. Where a width has
+several tiles of 128, the numbers of every other one are STEP times as small or as large, in weights, activations and gradients, so that the
+scale of a neighbour is far from right. Where experts have, one of them is chosen by all tokens and one by none.
 
 Shapes: B sequences, S = seq_len + 1.
 """
@@ -20,6 +22,10 @@ from train.prove.reference import layers_with_experts, weight_shapes
 
 BIAS = 0.05
 """Spread of the routers' biases at the start, beside scores between 0 and 1."""
+CROWDED = 1.0
+"""Bias of the first expert, which all tokens choose, and less of the last, which none does."""
+TILE, STEP = 128, 2.0**-6
+"""Channels of a tile, and what those of every second one are multiplied with."""
 
 
 class Samples:
@@ -85,23 +91,39 @@ class ProofData:
 
 
 def initial_weights(config: Config) -> dict[str, Tensor]:
-    """Every weight, fp32, by name: a product of normal size for an input of normal size, gains about 1."""
+    """Every weight, fp32, by name: a product of normal size for an input of normal size, gains about 1; by tiles, see above."""
     weights = {}
     for name, shape in weight_shapes(config.model).items():
         drawn = torch.randn(shape, generator=_generator(f"{config.seed}/{name}"))
-        weights[name] = (
-            1 + 0.2 * drawn if len(shape) == 1 else drawn if name == "embedding.weight" else drawn / shape[-1] ** 0.5
-        )
+        if len(shape) == 1:
+            weights[name] = 1 + 0.2 * drawn
+        elif name == "embedding.weight":
+            weights[name] = drawn * _by_tile(shape[-1])
+        else:
+            outputs = (
+                1.0 if name.endswith(("router.weight", "head.weight")) else _by_tile(shape[-2], "w13" in name)[:, None]
+            )
+            inputs = _by_tile(shape[-1], name.endswith("projection.weight"))
+            weights[name] = drawn / shape[-1] ** 0.5 * outputs / inputs
     return weights
+
+
+def _by_tile(width: int, halves: bool = False) -> Tensor:
+    """What each channel is multiplied with. halves: two things of that size lie beside each other."""
+    if halves:
+        return _by_tile(width // 2).repeat(2)
+    return torch.where(torch.arange(width) // TILE % 2 == 0, 1.0, STEP)
 
 
 def initial_biases(config: Config) -> dict[str, Tensor]:
     """Of every router, fp32 (E,)."""
-    experts = config.model.experts
-    return {
-        name: BIAS * torch.randn(experts, generator=_generator(f"{config.seed}/bias/{name}"))
-        for name in layers_with_experts(config.model)
-    }
+    biases = {}
+    for name in layers_with_experts(config.model):
+        biases[name] = BIAS * torch.randn(config.model.experts, generator=_generator(f"{config.seed}/bias/{name}"))
+        if config.model.expert_width > TILE:
+            biases[name][0] += CROWDED
+            biases[name][-1] -= CROWDED
+    return biases
 
 
 def _generator(key: str) -> torch.Generator:

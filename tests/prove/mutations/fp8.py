@@ -212,6 +212,30 @@ def dgrad_with_the_first_blocks_scale(bug: Seams) -> None:
 
 
 @mutation(
+    OURS + ": down projections of experts have one scale for two blocks of inputs", "fp8", FORWARD, EXPERTS, "tiles"
+)
+def down_projection_with_one_scale_a_row_of_blocks(bug: Seams) -> None:
+    def change(make, source, rule, transposed):
+        made = make()
+        if not transposed and is_weight(rule) and source.dim() == 3 and source.size(-1) == source.size(-2):
+            return replace(made, scale=made.scale[..., :1].expand_as(made.scale).contiguous())
+        return made
+
+    with_operands(bug, change)
+
+
+@mutation(OURS + ": tokens behind the first tile have its scale in Wgrad", "fp8", BACKWARD, WEIGHTS, "tiles")
+def wgrad_with_the_first_tiles_scale(bug: Seams) -> None:
+    def change(make, source, rule, transposed):
+        made = make()
+        if transposed and not is_weight(rule) and isinstance(made, Quantized):
+            return replace(made, scale=made.scale[..., :1].expand_as(made.scale).contiguous())
+        return made
+
+    with_operands(bug, change)
+
+
+@mutation(
     "pytorch/ao#4229: scales of blocks are not transposed with their values",
     "fp8",
     BACKWARD,

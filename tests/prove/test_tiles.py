@@ -1,0 +1,82 @@
+"""Pass `tiles`: everything that has a scale has two tiles or blocks, and a certificate of it sees a neighbour's scale."""
+
+import pytest
+import torch
+
+from conf.check import check
+from conf.schema import Config
+from tests.prove.mutants import outcomes
+from tests.prove.mutations import MUTATIONS
+from tests.prove.test_miniature import paper, recipe
+from train import gpu
+from train.layout import check_layout
+from train.prove.layouts import in_tiles, passes_of, watched_steps
+from train.prove.miniature import shrink
+from train.prove.samples import STEP, TILE, initial_biases, initial_weights
+
+TILED = {
+    "paper": ["deepseek_v3", "parallel=deepseek_v3", "precision=fp8"],
+    "one rank": ["deepseek_v3", "parallel=single", "precision=fp8", "optim.batch_ramp_start=null", "optim.batch_ramp_steps=0"],
+    "wire alone": ["tiny", "parallel.dp=2", "parallel.ep=2", "micro_batch_size=2", "parallel.wire=fp8", "precision=bf16"],
+    "tiny": ["tiny", "precision=fp8"],
+}  # fmt: skip
+
+
+def tiled(name: str) -> Config:
+    return in_tiles(shrink(recipe(*TILED[name])).cfg)
+
+
+@pytest.mark.parametrize("name", TILED)
+def test_everything_that_has_a_scale_has_two_tiles_of_which_the_last_is_not_full(name):
+    cfg = tiled(name)
+    check(cfg)
+    check_layout(cfg)
+    model, tokens = cfg.model, cfg.micro_batch_size * (cfg.seq_len - cfg.model.mtp_depth)
+    widths = {
+        "hidden": model.hidden, "experts": model.expert_width, "dense": model.dense_width, "q_rank": model.q_rank or TILE + 1,
+        "kv_rank": model.kv_rank, "latents": model.kv_rank + model.rope_head_dim,
+        "queries": model.heads * (model.nope_head_dim + model.rope_head_dim),
+        "keys and values": model.heads * (model.nope_head_dim + model.v_head_dim), "heads": model.heads * model.v_head_dim,
+        "tokens": tokens,
+    }  # fmt: skip
+    assert {name: width for name, width in widths.items() if width <= TILE or width % TILE == 0} == {}
+    assert watched_steps(cfg) == {cfg.steps}, "behind an update, which copies of weights must follow"
+
+
+def test_deepep_has_two_tiles_that_are_full(monkeypatch):
+    cfg = recipe("deepseek_v3", "parallel=deepseek_v3", "precision=fp8", "parallel.dispatch=deepep")
+    monkeypatch.setattr(gpu, "usable_gpu", lambda wanted: True)
+    cfg.cluster.device = "cuda"
+    assert in_tiles(shrink(cfg).cfg).model.hidden == 2 * TILE
+
+
+def test_recipes_without_scales_have_no_such_pass():
+    assert "tiles" not in passes_of(recipe("deepseek_v3", "parallel=single", "precision=bf16"))
+    assert [*passes_of(paper())] == ["exact", "fp32", "recipe", "tiles"]
+
+
+def test_numbers_differ_in_size_from_tile_to_tile_and_experts_in_rows():
+    weights = initial_weights(cfg := tiled("paper"))
+    for name, ratio in (
+        ("embedding.weight", STEP),
+        ("layers.0.attention.out.weight", 1 / STEP),
+        ("head.weight", 1 / STEP),
+    ):
+        size_K = weights[name].square().mean(0).sqrt()
+        assert size_K[TILE:].mean() / size_K[:TILE].mean() == pytest.approx(ratio, rel=0.3)
+    biases_E = initial_biases(cfg)["mtp.0"]
+    assert biases_E.argmax() == 0 and biases_E[0] > 0.7, "which more tokens choose than a tile has rows"
+    assert biases_E.argmin() == len(biases_E) - 1 and biases_E[-1] < -0.7, "which none chooses"
+    plain = initial_weights(shrink(recipe("tiny")).cfg)["embedding.weight"]
+    assert torch.equal(plain.square().mean().sqrt() > 0.9, torch.tensor(True))
+
+
+@pytest.mark.slow
+def test_a_scale_of_another_block_of_experts_is_seen(tmp_path):
+    names = [name for name, one in MUTATIONS.items() if one.proof == "tiles"]
+    assert len(names) >= 2
+    for found in outcomes(names, tmp_path):
+        assert found.problem == "" and found.first is not None, found.mutation.name
+        assert found.mutation.phase_is_right(found.first) and found.mutation.part_is_right(found.first), (
+            found.first.text()
+        )
