@@ -11,13 +11,16 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from types import FrameType
+from typing import IO
 
 from cluster.cause import Kind, RankReport, name_cause, read_report
 from cluster.private_folder import PrivateFolder
 from cluster.run_files import AT_WORK, FAILURES, log_path
-from cluster.spawn import spawn
+from cluster.spawn import ForkedProcess, spawn
 from conf.errors import EXIT_STOPPED
 from conf.words import say
 
@@ -25,11 +28,19 @@ SETTLE = 3.0
 """Seconds that the other ranks get to report after the first one failed."""
 LOOK = 0.05
 """Seconds between looks at the ranks."""
+Child = subprocess.Popen | ForkedProcess
+Start = Callable[[dict[str, str], IO | None], Child]
+"""Starts a rank with this environment, which writes to this file, or to the terminal."""
 CLOSE = 60.0
 """Seconds that a rank which still runs then gets to end by itself: rank 0 may have much to send to W&B."""
 
 
 def run_local(command: list[str], world: int, logs: Path) -> int:
+    """Run `world` ranks, each of which this command starts; see `run_children`."""
+    return run_children(partial(spawn, command), world, logs)
+
+
+def run_children(start: Start, world: int, logs: Path) -> int:
     """Start `world` ranks, wait for all, end all when one fails; returns the exit code of the run.
 
     SIGTERM and Ctrl-C are passed on to the ranks as SIGTERM; a second Ctrl-C ends them at once, as KeyboardInterrupt.
@@ -38,11 +49,11 @@ def run_local(command: list[str], world: int, logs: Path) -> int:
     for old in [*logs.glob(FAILURES), *logs.glob(AT_WORK)]:
         old.unlink()
     with PrivateFolder("sluice-store-") as folder:
-        return _run(command, world, logs, folder.path / "store")
+        return _run(start, world, logs, folder.path / "store")
 
 
-def _run(command: list[str], world: int, logs: Path, store: Path) -> int:
-    ranks: list[subprocess.Popen] = []
+def _run(start: Start, world: int, logs: Path, store: Path) -> int:
+    ranks: list[Child] = []
     asked: list[int] = []
     """Signals that asked the run to stop."""
 
@@ -54,7 +65,7 @@ def _run(command: list[str], world: int, logs: Path, store: Path) -> int:
 
     previous = {number: signal.signal(number, take) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
-        _start(ranks, command, world, logs, store)
+        _start(ranks, start, world, logs, store)
         if asked:  # also those that were not there yet
             _forward(ranks)
         return _watch(ranks, logs, asked)
@@ -64,7 +75,7 @@ def _run(command: list[str], world: int, logs: Path, store: Path) -> int:
         _end(ranks)
 
 
-def _start(ranks: list[subprocess.Popen], command: list[str], world: int, logs: Path, store: Path) -> None:
+def _start(ranks: list[Child], start: Start, world: int, logs: Path, store: Path) -> None:
     """Add one after another to `ranks`."""
     environment = os.environ | {
         "WORLD_SIZE": str(world),
@@ -76,12 +87,12 @@ def _start(ranks: list[subprocess.Popen], command: list[str], world: int, logs: 
     for rank in range(world):
         # Rank 0 keeps the terminal: it draws the progress. The others write to their logs.
         output = None if rank == 0 else log_path(logs, rank).open("w")
-        ranks.append(spawn(command, environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)}, output))
+        ranks.append(start(environment | {"RANK": str(rank), "LOCAL_RANK": str(rank)}, output))
         if output:
             output.close()
 
 
-def _watch(ranks: list[subprocess.Popen], logs: Path, asked: list[int]) -> int:
+def _watch(ranks: list[Child], logs: Path, asked: list[int]) -> int:
     while True:
         reports = _reports(ranks, logs)
         if any(report.bad for report in reports):
@@ -91,13 +102,13 @@ def _watch(ranks: list[subprocess.Popen], logs: Path, asked: list[int]) -> int:
         time.sleep(LOOK)
 
 
-def _reports(ranks: list[subprocess.Popen], logs: Path) -> list[RankReport]:
+def _reports(ranks: list[Child], logs: Path) -> list[RankReport]:
     reports = [read_report(number, rank.poll(), logs) for number, rank in enumerate(ranks)]
     reports[0].log_tail = None  # a log would be of an earlier run
     return reports
 
 
-def _explain(ranks: list[subprocess.Popen], logs: Path, asked: list[int]) -> int:
+def _explain(ranks: list[Child], logs: Path, asked: list[int]) -> int:
     """Give the others a moment to report, name the cause, and let those that can end by themselves do so."""
     _wait(ranks, SETTLE)
     reports = _reports(ranks, logs)
@@ -121,7 +132,7 @@ def _explain(ranks: list[subprocess.Popen], logs: Path, asked: list[int]) -> int
     return cause.code
 
 
-def _wait(ranks: list[subprocess.Popen], seconds: float) -> None:
+def _wait(ranks: list[Child], seconds: float) -> None:
     """Until all have ended, but no longer than this. While this process is held up itself, as by a busy machine, nobody is late."""
     before = time.monotonic()
     while seconds > 0 and any(rank.poll() is None for rank in ranks):
@@ -130,13 +141,13 @@ def _wait(ranks: list[subprocess.Popen], seconds: float) -> None:
         seconds, before = seconds - min(now - before, 2 * LOOK), now
 
 
-def _forward(ranks: list[subprocess.Popen]) -> None:
+def _forward(ranks: list[Child]) -> None:
     for rank in ranks:
         if rank.poll() is None:
             rank.send_signal(signal.SIGTERM)
 
 
-def _end(ranks: list[subprocess.Popen]) -> None:
+def _end(ranks: list[Child]) -> None:
     """Leave no child behind."""
     for rank in ranks:
         if rank.poll() is None:

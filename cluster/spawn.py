@@ -1,9 +1,11 @@
 """A rank as a child process, and the end of a process with that of its parent."""
 
 import ctypes
+import multiprocessing
 import os
 import signal
 import subprocess
+import sys
 from collections.abc import Callable
 from typing import IO
 
@@ -47,6 +49,45 @@ def spawn(
         start_new_session=True,
         preexec_fn=lambda: bind(parent),
     )
+
+
+class ForkedProcess:
+    """A child that is a fork of this process, and so has all that it has imported: with those methods of Popen that
+    cluster/local.py asks for, and tied to its parent as `spawn` ties one. The parent must not have computed: threads of OpenMP
+    and contexts of a GPU do not survive a fork.
+    """
+
+    def __init__(self, work: Callable[[], int], environment: dict[str, str], output: IO | None):
+        """work: what it does, in this environment; returns its exit code."""
+        bind, parent = _binder(), os.getpid()
+
+        def run() -> None:
+            os.setsid()
+            bind(parent)
+            for number in (signal.SIGTERM, signal.SIGINT):
+                signal.signal(number, signal.SIG_DFL)
+            os.environ.update(environment)
+            if output is not None:
+                for stream in (1, 2):
+                    os.dup2(output.fileno(), stream)
+            sys.exit(work())
+
+        self._process = multiprocessing.get_context("fork").Process(target=run)
+        self._process.start()
+
+    def poll(self) -> int | None:
+        return self._process.exitcode
+
+    def wait(self) -> int | None:
+        self._process.join()
+        return self._process.exitcode
+
+    def kill(self) -> None:
+        self._process.kill()
+
+    def send_signal(self, number: int) -> None:
+        assert self._process.pid is not None
+        os.kill(self._process.pid, number)
 
 
 def die_with_parent() -> None:

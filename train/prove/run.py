@@ -7,11 +7,16 @@ from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import IO
 
 from cluster.launch import Place, given_place, launch
+from cluster.local import run_children
+from cluster.spawn import ForkedProcess
 from conf.errors import EXIT_CRASH, EXIT_OK, UserError
 from conf.load import write_config
 from conf.schema import Config
+from train.checkpoint.run_folder import RunPaths
+from train.kernels.cpu.processor import tune_cpu
 from train.loop.layout_check import check_layout
 from train.metrics.proof_rows import CARD, FILE
 from train.prove.layouts import PROOFS, in_layout, layout_name, second_layout
@@ -22,6 +27,7 @@ FOLDER = "prove"
 
 def prove(config: Config, alone: bool) -> int:
     """Returns the exit code: 0 only if all of it held. alone: the only job of this process, which may then be its rank."""
+    tune_cpu()  # of the ranks, which are forks of this process
     from train.prove.low_precision import read_recipe
     from train.prove.miniature import shrink
 
@@ -49,12 +55,44 @@ def prove(config: Config, alone: bool) -> int:
 
 def _launch(small: Config, folder: Path, alone: bool) -> int:
     """Let the ranks run. What one rank saves, two read, where this process may start them; else as many as saved it."""
-    command = [sys.executable, "-m", "train.prove.proof_rank", str(folder / "config.yaml")]
     other = in_layout(small, second_layout(small, 2))
-    if small.parallel.world > 1 or given_place() is not None or other.parallel == small.parallel:
-        return launch(small, folder, command, partial(_run_rank, parts=(0, 1)), alone)
-    code = launch(small, folder, [*command, "0"], partial(_run_rank, parts=(0,)), alone)
-    return code or launch(other, folder, [*command, "1"], partial(_run_rank, parts=(1,)), alone)
+    runs: list[tuple[Config, tuple[int, ...]]] = [(small, (0, 1))]
+    if small.parallel.world == 1 and given_place() is None and other.parallel != small.parallel:
+        runs = [(small, (0,)), (other, (1,))]
+    for config, parts in runs:
+        if forks(small):
+            code = run_children(
+                partial(_fork, small, config.parallel.world, parts), config.parallel.world, folder / "logs"
+            )
+        else:
+            command = [sys.executable, "-m", "train.prove.proof_rank", str(folder / "config.yaml"), *map(str, parts)]
+            code = launch(config, folder, command, partial(_run_rank, parts=parts), alone)
+        if code != EXIT_OK:
+            return code
+    return EXIT_OK
+
+
+def forks(config: Config) -> bool:
+    """Whether ranks and judges are forks of this process, which then imports for all of them what takes each some seconds of a core.
+    Not where GPUs are, whose driver survives no fork, nor where others have started the ranks.
+    """
+    from train.kernels.gpu.device import sees_gpu
+
+    return given_place() is None and (config.cluster.device == "cpu" or not sees_gpu(config.cluster.device))
+
+
+def _fork(
+    small: Config, world: int, parts: Sequence[int], environment: dict[str, str], output: IO | None
+) -> ForkedProcess:
+    """A rank of so many, which runs these parts."""
+    import train.prove.judge  # noqa: F401  once, for all that are forked from here
+    from parallel.zero.engine import import_deepspeed
+    from train.prove.proof_rank import run_rank
+
+    import_deepspeed(on_cuda=False)
+    rank = int(environment["RANK"])
+    work = partial(run_rank, small, Place(rank, world, rank, world), RunPaths(small).logs, parts=parts)
+    return ForkedProcess(work, environment, output)
 
 
 def _run_rank(config: Config, place: Place, parts: Sequence[int]) -> int:
@@ -68,7 +106,7 @@ def _judge(config: Config, small: Config, cuts: list[str], started: float) -> in
     from train.prove.certificate import Certificate
     from train.prove.judge import judge_all
 
-    findings = judge_all(small)
+    findings = judge_all(small, at_a_time=2 if forks(small) else 1)
     certificate = Certificate(
         name=config.name,
         layout=layout_name(small),
