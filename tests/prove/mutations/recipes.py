@@ -53,6 +53,7 @@ RECIPES = {
     "offloaded": [*COPIES, "parallel.offload_optimizer=true"],
     "moments in bf16": [*COPIES, "precision.moments=bf16"],
     "skips": [*COPIES, "steps=4"],
+    "skips offloaded": [*BASE, *FEW, "steps=4", "precision=bf16", "parallel.dp=2", "parallel.offload_optimizer=true"],
     "skips averaged": [*COPIES, "steps=4", "optim.ema_decay=0.9"],
     "loose clip": [*COPIES, "optim.clip=1e3"],
     "loud": [*COPIES, "optim.lr=0.1"],

@@ -164,3 +164,17 @@ def skipped_step_told_as_made(bug: Seams) -> None:
         return update if update.applied else replace(update, applied=True)
 
     bug.around(Zero, "step", step)
+
+
+@mutation(
+    "espnet/espnet#3283 in the host's memory: DeepSpeed adds the next gradients to those of a skipped step",
+    "skips offloaded",
+    (*SKIP, "reduction"),
+    "gradients|norm|update",
+    "recipe",
+)
+def gradients_stay_on_the_host(bug: Seams) -> None:
+    def forget(original, self):
+        self._handover.unreduced.clear()
+
+    bug.around(WholeWeights, "forget_gradients", forget)
