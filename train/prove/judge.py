@@ -29,9 +29,9 @@ from torch import Tensor
 
 from conf.schema import Config
 from train.checkpoint.run_folder import RunPaths
+from train.data.batch import Batch
 from train.kernels.plain.plain_kernels import PlainKernels
 from train.kernels.precision import build_precision
-from train.data.batch import Batch
 from train.model.deepseek import DeepSeekV3
 from train.model.init import initialise
 from train.prove import reference
