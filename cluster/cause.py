@@ -15,6 +15,7 @@ import contextlib
 import json
 import os
 import signal
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from enum import Enum
 from pathlib import Path
@@ -129,7 +130,7 @@ class RankReport:
     @property
     def certain(self) -> bool:
         """Whether it ended as no victim does."""
-        return self.code in CERTAIN or (self.deserted and self.code >= 0)
+        return self.code is not None and (self.code in CERTAIN or (self.deserted and self.code >= 0))
 
 
 def read_report(rank: int, code: int | None, logs: Path) -> RankReport:
@@ -164,7 +165,7 @@ def name_cause(reports: list[RankReport], names: dict[int, str]) -> Cause | None
 
     names: node of each rank; empty where all share one machine, which no text then names.
     """
-    failed = sorted((report for report in reports if report.failure), key=lambda report: report.failure.time)
+    failed = sorted((report.failure for report in reports if report.failure), key=lambda failure: failure.time)
     first = failed[0] if failed else None
     user = next((report for report in reports if report.said == EXIT_USER), None)
     if user is not None:
@@ -182,7 +183,7 @@ def name_cause(reports: list[RankReport], names: dict[int, str]) -> Cause | None
         kind = Kind.diverged if code == EXIT_DIVERGED else Kind.killed
         return _cause(kind, "; ".join(lines), vanished, names, code, _tail(vanished[0]))
     silent = [report for report in reports if not report.ended and report.failure is None]
-    if silent and (late if first is None else first.failure.kind == "timeout"):
+    if silent and (late if first is None else first.kind == "timeout"):
         ranks = ", ".join(_who(report, names) for report in silent) + (" hangs" if len(silent) == 1 else " hang")
         return _cause(Kind.hang, f"{ranks}: no answer while the others waited in a collective", silent, names)
     if first is None and late:
@@ -191,19 +192,24 @@ def name_cause(reports: list[RankReport], names: dict[int, str]) -> Cause | None
         return _cause(Kind.hang, text, late, names, log=_tail(late[-1]))
     if first is None:
         return None
-    began = [report for report in reports if report.rank in first.failure.ranks]
+    began = [report for report in reports if report.rank in first.ranks]
     who = ", ".join(_who(report, names) for report in began)
-    if first.failure.code == EXIT_DIVERGED:
-        text = f"{who} failed: {first.failure.message}" if began else first.failure.message
+    if first.code == EXIT_DIVERGED:
+        text = f"{who} failed: {first.message}" if began else first.message
         return _cause(Kind.diverged, text, began or failed, names, EXIT_DIVERGED)
-    text = f"{who or _who(first, names)} failed: {first.failure.headline or _headline(first.failure.message)}"
-    return _cause(Kind.crash, text, began or [first], names, first.failure.code, first.failure.message)
+    text = f"{who or _who(first, names)} failed: {first.headline or _headline(first.message)}"
+    return _cause(Kind.crash, text, began or [first], names, first.code, first.message)
 
 
 def _cause(
-    kind: Kind, text: str, reports: list[RankReport], names: dict[int, str], code: int = EXIT_CRASH, log: str = ""
+    kind: Kind,
+    text: str,
+    said: Sequence[RankReport | Failure],
+    names: dict[int, str],
+    code: int = EXIT_CRASH,
+    log: str = "",
 ) -> Cause:
-    ranks = tuple(report.rank for report in reports)
+    ranks = tuple(each.rank for each in said)
     return Cause(kind, text, ranks, tuple(sorted({names[rank] for rank in ranks if rank in names})), code, log)
 
 
@@ -212,7 +218,7 @@ def _headline(message: str) -> str:
     return message.strip() if "\n  rule: " in message else message.strip().splitlines()[0]
 
 
-def _who(report: RankReport, names: dict[int, str]) -> str:
+def _who(report: RankReport | Failure, names: dict[int, str]) -> str:
     return f"rank {report.rank}" + (f" on {names[report.rank]}" if report.rank in names else "")
 
 
@@ -222,6 +228,7 @@ def _tail(report: RankReport) -> str:
 
 def _how(report: RankReport) -> str:
     """How a rank ended that left no Failure, in words."""
+    assert report.code is not None, "it has ended"
     if report.code < 0:
         return f"signal {signal.Signals(-report.code).name}" + (
             " (out of memory?)" if -report.code == signal.SIGKILL else ""

@@ -97,8 +97,9 @@ def _watch(ranks: list[Child], logs: Path, asked: list[int]) -> int:
         reports = _reports(ranks, logs)
         if any(report.bad for report in reports):
             return _explain(ranks, logs, asked)
-        if all(report.ended for report in reports):
-            return max(report.code for report in reports)
+        codes = [report.code for report in reports if report.code is not None]
+        if len(codes) == len(reports):
+            return max(codes)
         time.sleep(LOOK)
 
 

@@ -11,7 +11,7 @@ from copy import deepcopy
 from dataclasses import asdict, dataclass
 from enum import Enum
 from functools import cache
-from typing import Any
+from typing import Any, cast
 
 from omegaconf import OmegaConf
 
@@ -150,7 +150,8 @@ def changed(config: Config, fingerprint: str, meta: dict[str, Any]) -> Changes:
 def _defaults() -> dict[str, Any]:
     """Of every setting, those of FP8 included, but of where the cache is, which asks for the environment."""
     config = Config(data=Data(cache=""), precision=Precision(fp8=Fp8()))
-    return OmegaConf.to_container(OmegaConf.structured(config), resolve=True, enum_to_str=True)
+    found = OmegaConf.to_container(OmegaConf.structured(config), resolve=True, enum_to_str=True)
+    return cast("dict[str, Any]", found)
 
 
 def _pairs(old: dict[str, Any], new: dict[str, Any], defaults: dict[str, Any]) -> Iterator[tuple[str, tuple[Any, Any]]]:

@@ -17,6 +17,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import TypeGuard
 
 from conf.errors import UserError
 from conf.schema import Config
@@ -65,7 +66,7 @@ def reading(path: Path) -> Iterator[None]:
         raise
 
 
-def is_refusal(error: Exception) -> bool:
+def is_refusal(error: Exception) -> TypeGuard[OSError]:
     """Whether a disk does not give what it holds, so that nothing is known of what is in the file."""
     return isinstance(error, OSError) and _number(error) in RIGHTS | FAILED | HANDLES
 

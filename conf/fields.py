@@ -7,11 +7,14 @@ reads them when a command line does not fit.
 import dataclasses
 import difflib
 import math
+import types
 from collections.abc import Callable, Iterable, Iterator
 from functools import cache
-from typing import Any
+from typing import TYPE_CHECKING, Annotated, Any, TypeVar
 
 from conf.errors import UserError
+
+T = TypeVar("T")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,6 +51,21 @@ class Bounds:
             ("at most {}", self.most),
         ]
         return " and ".join(text.format(_text(value)) for text, value in named if math.isfinite(value))
+
+
+LEFT_OUT: Any = None
+"""What a `Filled` key is until it is filled."""
+
+if TYPE_CHECKING:
+    Filled = Annotated[T, "null in a recipe at most"]
+else:
+
+    class Filled:
+        """The type of a key that a recipe may leave out, or set to null, and that loading fills: whoever reads a loaded one finds a
+        value."""
+
+        def __class_getitem__(cls, kind: type) -> types.UnionType:
+            return kind | None
 
 
 def number(default: Any, **bounds: Any) -> Any:

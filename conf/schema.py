@@ -9,7 +9,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any
 
-from conf.fields import expert, number
+from conf.fields import LEFT_OUT, Filled, expert, number
 
 ROOT = Path(__file__).resolve().parent.parent
 """The folder that holds conf/, train/, parallel/ and cluster/."""
@@ -735,7 +735,7 @@ class Export:
 class Config:
     """A whole run."""
 
-    name: str | None = None
+    name: Filled[str] = LEFT_OUT
     """Name of the run, whose folder is runs/<name>; null takes the recipe's name."""
     mode: Mode = Mode.train
     """What to do with the recipe."""
@@ -747,7 +747,7 @@ class Config:
     """Tokens per sequence."""
     batch_size: int = number(16, least=1)
     """Sequences per optimizer step, over all ranks."""
-    micro_batch_size: int | None = number(None, least=1)
+    micro_batch_size: Filled[int] = number(None, least=1)
     """Sequences per forward pass of one rank; null takes the most that divide a rank's share of the batch, keep to
     micro_batch_tokens and leave the pipeline schedule enough micro-batches. Never null after load."""
     micro_batch_tokens: int = expert(4096, least=1)

@@ -3,6 +3,7 @@
 import os
 import sys
 from pathlib import Path
+from types import TracebackType
 
 from train.command.program import environment_of_children, guard_names, require_packages
 
@@ -169,11 +170,11 @@ def _dashboard(config: Config, alone: bool) -> int:
     return build_dashboard(config)
 
 
-def _show_bug(*raised: object) -> None:
+def _show_bug(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
     """Where Python would print what nobody caught, whatever stands in it."""
     import traceback
 
-    say("".join(traceback.format_exception(*raised)).rstrip(), file=sys.stderr)
+    say("".join(traceback.format_exception(kind, error, trace)).rstrip(), file=sys.stderr)
 
 
 def command() -> int:

@@ -40,7 +40,7 @@ class RankModel:
     """This rank's part of the model, and how it runs."""
 
     chunks: list[DeepSeekV3]
-    pipeline: Pipeline
+    pipeline: Pipeline[DeepSeekV3]
     dispatcher: RemoteDispatcher | None
     """None where this rank holds all experts."""
     precision: HighPrecision | Fp8Precision
@@ -131,7 +131,7 @@ def build_pipeline(
     num_stages: int,
     overlap: bool,
     host: HostStore | None = None,
-) -> Pipeline:
+) -> Pipeline[DeepSeekV3]:
     """The schedule over these chunks; a whole model is one chunk, stage 0 of 1."""
     return Pipeline(
         config.parallel.schedule if num_stages > 1 else "1f1b",

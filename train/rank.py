@@ -142,8 +142,10 @@ def in_turn(place: Place, make: Callable[[Progress], T]) -> T:
         if place.local_rank == 0:
             with show_progress() as progress:
                 made = make(progress)
+            dist.barrier(group=everybody)
+            return made
         dist.barrier(group=everybody)
-    return made if place.local_rank == 0 else make(silent)
+    return make(silent)
 
 
 def _report(error: BaseException, place: Place, failures: Path | None) -> int:

@@ -115,8 +115,9 @@ def _run(config: Config, place: Place, stop: StopRequest) -> int:
     )
     text = None
     with writer or nullcontext():
-        for note in [*notes, *kernel_notes, f"MFU is counted against {flops.label}"] if writer else []:
-            writer.note(note)
+        if writer is not None:
+            for note in (*notes, *kernel_notes, f"MFU is counted against {flops.label}"):
+                writer.note(note)
         trainer = Trainer(
             config=config,
             rank=rank,

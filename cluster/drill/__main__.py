@@ -64,7 +64,9 @@ class Drill:
         self._overrides, self._ground, self._say, self._only = [*overrides, *ground.overrides], ground, say, only
         self.met: dict[str, list[float]] = {}
         """Seconds from each fault to the next checkpoint."""
-        self._seen, self._fault = Age(-1, -1), None
+        self._seen = Age(-1, -1)
+        self._fault: tuple[str, float, int] | None = None
+        """What the last one does, when it began, and how many events there were."""
 
     def run(self, faults: int) -> int:
         """Inject up to `faults` faults, one after another, each once the run works again; returns its exit code."""
@@ -85,7 +87,7 @@ class Drill:
                     break
                 fault = choices[(number - 1) % len(choices)] if self._only else ground.chance.choice(choices)
                 self._say(f"{time.strftime('%H:%M:%S')} fault {number}/{faults}: {fault.__doc__}")
-                self._fault = fault.__doc__, time.time(), len(read_events(ground.folder))
+                self._fault = str(fault.__doc__), time.time(), len(read_events(ground.folder))
                 fault()
                 new_attempt = fault.__name__ not in ground.endured
             if faults and self._await_steps(new_attempt, pause=False):
@@ -107,7 +109,7 @@ class Drill:
             age = newest(ground.folder)
             if age > NONE and (age.attempt > self._seen.attempt if new_attempt else age > self._seen):
                 if self._fault is not None:
-                    self._tell_cost()
+                    self._tell_cost(*self._fault)
                 if pause:
                     time.sleep(ground.chance.uniform(0, 1.5))
                 self._seen = newest(ground.folder)
@@ -115,9 +117,8 @@ class Drill:
             time.sleep(0.1)
         return False
 
-    def _tell_cost(self) -> None:
+    def _tell_cost(self, fault: str, began: float, seen: int) -> None:
         """What the run said of the last fault, and the seconds that it cost."""
-        fault, began, seen = self._fault
         self.met.setdefault(fault, []).append(time.time() - began)
         for event in read_events(self._ground.folder)[seen:]:
             if event["kind"] in TELLING:

@@ -14,6 +14,7 @@ import time
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
+from typing import IO
 
 import psutil
 
@@ -36,17 +37,18 @@ class Ground:
     overrides: tuple[str, ...] = ()
     endured = ("fill_disk", "fill_temporary")
     """Faults through which the attempt goes on."""
+    driver: subprocess.Popen
+    """The newest launch, from the first on."""
 
     def __init__(self, folder: Path, chance: random.Random, alone: bool = False):
         self.folder, self.chance, self._alone = folder, chance, alone
-        self.driver: subprocess.Popen | None = None
 
     def launch(self, words: list[str]) -> None:
         """Start the driver of the run."""
         with (self.folder.parent / f"{self.folder.name}.log").open("ab") as log:
             self.driver = self._start([sys.executable, "-m", "train", *words], log)
 
-    def _start(self, words: list[str], log: object) -> subprocess.Popen:
+    def _start(self, words: list[str], log: IO[bytes]) -> subprocess.Popen:
         return subprocess.Popen(words, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT)
 
     def signal_driver(self, number: int) -> int:
@@ -125,7 +127,7 @@ class HostsGround(Ground):
         self.hosts, self._memory = hosts, memory
         self.overrides = (f"cluster.address={hosts.address}", f"checkpoint.memory_folder={memory}")
 
-    def _start(self, words: list[str], log: object) -> subprocess.Popen:
+    def _start(self, words: list[str], log: IO[bytes]) -> subprocess.Popen:
         command = self.hosts.command(0, *words)
         return subprocess.Popen(command, env=self.hosts.environment, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT)
 

@@ -66,7 +66,8 @@ class Attempt:
         return self.first_step is not None and self.step > min(self.first_step, self.saved + 1)
 
     def count_repeated(self, reached: int) -> int:
-        """Steps that it does a second time, when the run had worked on step `reached` before."""
+        """Steps that it does a second time, when the run had worked on step `reached` before; it has begun itself."""
+        assert self.first_step is not None
         return max(0, reached - min(self.first_step, self.saved + 1))
 
     def take(self, now: float, reports: list[RankReport]) -> None:

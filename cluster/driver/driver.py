@@ -124,7 +124,7 @@ class Driver:
                 while self._finish is None:
                     self._round()
                 self._fetch_last_words()
-                self._drop_copies()
+                self._drop_copies(self._finish.code)
         finally:
             for number, handler in previous.items():
                 signal.signal(number, handler)
@@ -149,8 +149,8 @@ class Driver:
         self._feel_pulse()
         for reply in self.fleet.replies(0.05):
             self._take(reply)
-        if self._network is not None:
-            self._test_network()
+        if self._network is not None and self._starting is not None:
+            self._test_network(self._network, *self._starting)
         if self.clock() - self._ticked < TICK_EVERY:
             return  # what follows looks at all nodes, and thousands of them answer one by one
         self._ticked = self.clock()
@@ -177,12 +177,11 @@ class Driver:
         self._woke = now
         return now - self._slept
 
-    def _test_network(self) -> None:
-        verdict = self._network.advance(self.clock())
+    def _test_network(self, test: NetworkTest, number: int, placement: Placement) -> None:
+        verdict = test.advance(self.clock())
         if verdict is None:
             return
         self._network = None
-        number, placement = self._starting
         fields = {"pairs": verdict.pairs, "median_gbit": verdict.median_gbit, "slow": verdict.slow}
         self._note("network", verdict.text, **fields)
         if verdict.unreachable:
@@ -396,7 +395,7 @@ class Driver:
         """Have ranks in reserve there, now that starting them slows nobody's start."""
         if self.config.cluster.standby:
             for node in nodes:
-                seats = self.supervisor.attempt.ranks_of.get(node.id, ())
+                seats = self.supervisor.current.ranks_of.get(node.id, ())
                 self.fleet.call(node.id, "warm", self.arguments, self.rank_folder, len(seats) or node.devices)
 
     def _tell(self, event: m.Event) -> None:
@@ -453,7 +452,7 @@ class Driver:
             return
         number, placement = self._starting
         self._starting = None
-        if self.supervisor.attempt.lost:  # it is broken, and its end is on the way; where copies lie is not known
+        if self.supervisor.current.lost:  # it is broken, and its end is on the way; where copies lie is not known
             return
         if reply.error is not None:
             self._tell(m.StartFailed(number, reply.node, reply.error))
@@ -488,11 +487,11 @@ class Driver:
         shelves = self.copies.shelves(placement, self.supervisor.answering, full_size, auto)
         return self.copies.write(number, shelves)
 
-    def _drop_copies(self) -> None:
+    def _drop_copies(self, code: int) -> None:
         """Nobody needs the copies once the disk has a state as new; else the next launch does."""
         saved = newest(self.folder)
         safe = saved > NONE and saved >= self.supervisor.held
-        if self.config.checkpoint.every_memory and self._finish.code in (EXIT_OK, EXIT_STOPPED) and safe:
+        if self.config.checkpoint.every_memory and code in (EXIT_OK, EXIT_STOPPED) and safe:
             for id in self._known:
                 self.fleet.call(id, "drop_memory")
 

@@ -144,7 +144,7 @@ def goodput(events: list[dict[str, Any]], now: float | None = None) -> Goodput:
     """
     attempts, nodes, down, seconds = 0, 0, 0.0, 0.0
     began = idle = failed = None
-    for before, event in zip([None, *events], events, strict=False):
+    for before, event in zip(events[:1] + events, events, strict=False):
         time_, kind = event["time"], event["kind"]
         if began is None or kind == "launch":
             if began is not None:

@@ -7,6 +7,7 @@ by id and takes all its devices, so that no other job shares them.
 
 import collections
 import contextlib
+import logging
 import os
 import queue
 import secrets
@@ -96,7 +97,7 @@ class RayFleet:
 
     def __init__(self, config: Config):
         _settings(embedded=config.cluster.address is None)
-        import ray
+        import ray.exceptions
 
         self._ray = ray
         self._config = config
@@ -153,7 +154,7 @@ class RayFleet:
                     _temp_dir=str(self._folder.path / "ray"),
                     include_dashboard=False,
                     log_to_driver=False,
-                    logging_level="CRITICAL",
+                    logging_level=logging.CRITICAL,
                     object_store_memory=OBJECT_STORE,
                     _node_ip_address="127.0.0.1",
                 )
@@ -170,7 +171,9 @@ class RayFleet:
         _require_answer(address)
         with _stderr_in_file() as said:
             try:
-                self._ray.init(address=address, runtime_env=environment, log_to_driver=False, logging_level="CRITICAL")
+                self._ray.init(
+                    address=address, runtime_env=environment, log_to_driver=False, logging_level=logging.CRITICAL
+                )
             except Exception as error:
                 said.seek(0)
                 raise _explain(address, f"{error}\n{said.read().decode(errors='replace')}") from error
@@ -267,7 +270,7 @@ class RayFleet:
         from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
         return (
-            self._ray.remote(concurrency_groups=dict.fromkeys(WAITING, 1))(Agent)
+            self._ray.remote(concurrency_groups=dict.fromkeys(WAITING, 1))(Agent)  # pyrefly: ignore[unexpected-keyword]  Ray documents it
             .options(
                 num_cpus=0,
                 num_gpus=int(self._resources[node].get("GPU", 0)) if self.gpus else 0,

@@ -77,7 +77,7 @@ class Shapes:
     @property
     def is_planned(self) -> bool:
         """Whether the plan has come, with or without success."""
-        return self._folder is not None and (self._planned is not None or self._read())
+        return self._folder is not None and (self._planned is not None or self._read(self._folder))
 
     def why_not(self, shape: Shape, nodes: Sequence[Node]) -> str | None:
         """Why a layout may not run on these nodes, whose number is not looked at; None if it may."""
@@ -119,12 +119,12 @@ class Shapes:
         planned = {dp: size for dp, size in (self._planned or {}).get(shape.ep, {}).items() if dp <= shape.dp}
         return planned[max(planned)] if planned else None
 
-    def _read(self) -> bool:
+    def _read(self, folder: Path) -> bool:
         try:
-            plan = json.loads((self._folder / FILE).read_text())
+            plan = json.loads((folder / FILE).read_text())
         except FileNotFoundError:
             return False
-        if plan["config"] != digest_of(self._folder):  # of an earlier launch
+        if plan["config"] != digest_of(folder):  # of an earlier launch
             return False
         self._planned, self.problem = {}, plan["problem"]
         for layout in plan["layouts"]:

@@ -73,6 +73,12 @@ class Supervisor:
         """Highest step that an attempt of this launch saved or held."""
 
     @property
+    def current(self) -> Attempt:
+        """The attempt that runs, ends or was the last; there is one in every phase but the first."""
+        assert self.attempt is not None
+        return self.attempt
+
+    @property
     def answering(self) -> dict[str, Node]:
         """Nodes that answer, by id."""
         return {id: state.node for id, state in self.nodes.items() if state.health is NodeHealth.ok}
@@ -159,7 +165,7 @@ class Supervisor:
             self.nodes[id].live = live
 
     def _take(self, now: float, ranks: list) -> None:
-        attempt = self.attempt
+        attempt = self.current
         attempt.take(now, ranks)
         if self.phase is not DriverPhase.running or attempt.first_step is None:
             return
@@ -209,21 +215,21 @@ class Supervisor:
             return
         state.draining = True
         self._note("drain", f"{state.node.name}: {why}", node=state.node.name)
-        if self.phase is DriverPhase.running and id in self.attempt.ranks_of:
+        if self.phase is DriverPhase.running and id in self.current.ranks_of:
             going = f"{state.node.name} is about to go, and the run goes on without it: {why}"
-            self._stop_ranks(now, going) if self.attempt.step >= 0 else self._end_ranks(now)
+            self._stop_ranks(now, going) if self.current.step >= 0 else self._end_ranks(now)
 
     def _ask_stop(self, now: float, why: str) -> None:
         if self._stop_why is None:
             self._stop_why = why
-            asked = self.phase is DriverPhase.running and self.attempt.step >= 0
+            asked = self.phase is DriverPhase.running and self.current.step >= 0
             self._note("stop", why + ": the ranks that answer are asked for a checkpoint" * asked)
             if self.phase is DriverPhase.running:
                 self._stop_ranks(now, why) if asked else self._end_ranks(now)
 
     def _tell_limits(self) -> None:
         """Say so where the attempt would have no successor without one of its nodes."""
-        placement, shapes = self.attempt.placement, self.policy.shapes
+        placement, shapes = self.current.placement, self.policy.shapes
         usable = [node for node in self._usable() if node.id != placement.nodes[0].id]
         if place(usable, shapes.pp, [shapes.own, *shapes.smaller], partial(shapes.allows, nodes=usable)) is None:
             text = (
@@ -259,8 +265,8 @@ class Supervisor:
         self._late_from = min(heard, default=now) + self.policy.heartbeat
 
     def _name_stragglers(self) -> None:
-        for slow in self.attempt.new_stragglers(self.policy.straggler_factor):
-            name = self.attempt.names[slow.rank]
+        for slow in self.current.new_stragglers(self.policy.straggler_factor):
+            name = self.current.names[slow.rank]
             text = (
                 f"rank {slow.rank} on {name} works {slow.seconds:.3g} s a step, the median rank {slow.median:.3g} s "
                 f"({slow.seconds / slow.median:.1f} times)"
@@ -282,6 +288,8 @@ class Supervisor:
                 self._await_end(now)
             case DriverPhase.stopping:
                 self._await_stop(now)
+            case DriverPhase.done:
+                pass
 
     def _gather(self, now: float) -> None:
         if self._stop_why is not None:
@@ -327,7 +335,7 @@ class Supervisor:
         self._note("idle", f"{len(names)} nodes have no ranks ({shown}): {why}", nodes=names)
 
     def _run(self, now: float) -> None:
-        attempt = self.attempt
+        attempt = self.current
         if attempt.broken:
             self._judge(now, self.policy.settle)
         elif attempt.ended:
@@ -338,13 +346,13 @@ class Supervisor:
             self._grow(now)
 
     def _hang(self, now: float) -> None:
-        self.attempt.hang_since = self._failed_at = self.attempt.moved
-        self._out.append(m.CollectStacks(self.number, self.attempt.reachable))
+        self.current.hang_since = self._failed_at = self.current.moved
+        self._out.append(m.CollectStacks(self.number, self.current.reachable))
         self._judge(now, self.policy.stacks)
 
     def _leave(self, now: float) -> None:
         """All ranks ended well."""
-        if all(report.code == EXIT_OK for report in self.attempt.reports.values()):
+        if all(report.code == EXIT_OK for report in self.current.reports.values()):
             self._finish(EXIT_OK, "all steps done")
         elif self.phase is DriverPhase.stopping and self._stop_why is None:
             self._regroup(now)
@@ -371,16 +379,16 @@ class Supervisor:
         self.phase = DriverPhase.judging
         if self._failed_at is None:
             self._failed_at = now
-        self._probing = set(self.attempt.reachable)
+        self._probing = set(self.current.reachable)
         self._probed_at, self._settled_at = now + self.policy.probe + self._calls(), now + settle
-        self._out.append(m.ProbeLinks(self.attempt.reachable))
+        self._out.append(m.ProbeLinks(self.current.reachable))
 
     def _decide(self, now: float) -> None:
-        if not self.attempt.is_settled(now, self._settled_at) or (self._probing and now < self._probed_at):
+        if not self.current.is_settled(now, self._settled_at) or (self._probing and now < self._probed_at):
             return
         for id in sorted(self._probing):
             self._lose(id, NodeHealth.silent, f"no answer to a probe within {self.policy.probe:.0f} s")
-        cause = self.attempt.cause = self.attempt.judge(now)
+        cause = self.current.cause = self.current.judge(now)
         self.failures.append((self.number, cause))
         self._spent[cause.kind] = self._spent.get(cause.kind, 0) + 1
         fields = {"cause": cause.kind.name, "ranks": list(cause.ranks), "nodes": list(cause.nodes), "log": cause.log}
@@ -390,19 +398,19 @@ class Supervisor:
     def _end_ranks(self, now: float) -> None:
         self.phase = DriverPhase.ending
         self._deadline = now + self.policy.kill + self._calls()
-        self._out.append(m.EndRanks(self.number, self.attempt.reachable))
+        self._out.append(m.EndRanks(self.number, self.current.reachable))
 
     def _calls(self) -> float:
         """Seconds that a call to every node of the attempt may take, and the answer."""
-        return len(self.attempt.reachable) / self.policy.calls
+        return len(self.current.reachable) / self.policy.calls
 
     def _await_end(self, now: float) -> None:
-        stuck = [id for id in self.attempt.reachable if self.nodes[id].live]
+        stuck = [id for id in self.current.reachable if self.nodes[id].live]
         if stuck and now < self._deadline:
             return
         for id in stuck:  # SIGKILL does not end a process that waits in the kernel, for a dead disk or device
             self._lose(id, NodeHealth.silent, f"its ranks survive SIGKILL for {self.policy.kill:.0f} s")
-        cause = self.attempt.cause
+        cause = self.current.cause
         if cause is None and self._stop_why is None:  # a node was about to go before the first step
             self._regroup(now)
             return
@@ -432,18 +440,18 @@ class Supervisor:
     def _stop_ranks(self, now: float, why: str, in_memory: bool = False) -> None:
         self.phase = DriverPhase.stopping
         self._deadline = now + self.policy.stop_timeout
-        self._out.append(m.Stop(self.number, self.attempt.reachable, why, in_memory))
+        self._out.append(m.Stop(self.number, self.current.reachable, why, in_memory))
 
     def _await_stop(self, now: float) -> None:
-        if self.attempt.broken:
+        if self.current.broken:
             self._judge(now, self.policy.settle)
-        elif self.attempt.ended:
+        elif self.current.ended:
             self._leave(now)
-        elif now >= self._deadline or now - self.attempt.moved > self.attempt.limit(self.policy):
+        elif now >= self._deadline or now - self.current.moved > self.current.limit(self.policy):
             self._hang(now)
 
     def _could_grow(self) -> bool:
-        has = self.attempt.placement.shape.micro_batches
+        has = self.current.placement.shape.micro_batches
         if has <= self.policy.shapes.own.micro_batches:
             return False
         found = self._place(self._usable())
@@ -458,7 +466,7 @@ class Supervisor:
         self._stop_ranks(now, "nodes came back, and the run goes on with them", in_memory=self.policy.copies)
 
     def _place(self, nodes: list[Node]) -> Placement | None:
-        shapes, near = self.policy.shapes, self.attempt and self.attempt.placement
+        shapes, near = self.policy.shapes, self.attempt.placement if self.attempt else None
         key = self.number, shapes.is_planned, tuple(sorted(node.id for node in nodes))
         if key != self._placed[0]:
             allowed = partial(shapes.allows, nodes=nodes)

@@ -143,7 +143,7 @@ class Agent:
         if question.key and self._echo is None:
             with contextlib.suppress(OSError):  # the driver asks it more often instead
                 self._echo = Echo(question.node, question.address, question.key, self._renew)
-        return dataclasses.replace(gather(question), pulse=self._echo and self._echo.place, test_port=port)
+        return dataclasses.replace(gather(question), pulse=self._echo.place if self._echo else None, test_port=port)
 
     def _renew(self) -> None:
         self._asked = time.monotonic()
@@ -181,14 +181,14 @@ class Agent:
             self._forget()
             self._probe.close()
             self._attempt, self._asked = order.attempt, time.monotonic()
-            self._scratch = PrivateFolder(scratch_prefix())
+            self._scratch = scratch = PrivateFolder(scratch_prefix())
             for rank, local_rank in order.ranks:
-                self._children[rank] = self._spawn(order, rank, local_rank)
+                self._children[rank] = self._spawn(order, rank, local_rank, scratch.path)
             if 0 not in self._children:  # that thousands begin as they were told to is no news; rank 0 is followed
                 self._told = self._attempt, [], [], *self._told[3:]
 
-    def _spawn(self, order: Order, rank: int, local_rank: int) -> _Child:
-        log = log_path(self._scratch.path, rank)
+    def _spawn(self, order: Order, rank: int, local_rank: int, logs: Path) -> _Child:
+        log = log_path(logs, rank)
         log.touch()
         interface = interface_of(order.address)
         environment = order.environment | {
@@ -197,12 +197,13 @@ class Agent:
             "LOCAL_WORLD_SIZE": str(len(order.ranks)),
             "GLOO_SOCKET_IFNAME": interface,
             "NCCL_SOCKET_IFNAME": interface,
-            "SLUICE_LOGS": str(self._scratch.path),
+            "SLUICE_LOGS": str(logs),
             "SLUICE_ATTEMPT": str(order.attempt),
             "PYTHONUNBUFFERED": "1",
         }
         if standby := self._take_standby(order):
             line = {"environment": environment, "arguments": order.arguments[2:], "log": str(log)}
+            assert standby.stdin is not None
             with contextlib.suppress(BrokenPipeError):  # it ended just now; its exit code tells
                 standby.stdin.write(json.dumps(line).encode() + b"\n")
                 standby.stdin.close()
@@ -267,7 +268,7 @@ class Agent:
     def _news(self) -> tuple:
         """What a waiting question is answered for as soon as it changes."""
         ended = [rank for rank, child in self._children.items() if child.process.poll() is not None]
-        failed = [rank for rank in self._children if failure_path(self._scratch.path, rank).exists()]
+        failed = [rank for rank, child in self._children.items() if failure_path(child.log.parent, rank).exists()]
         return self._attempt, ended, failed, self._leaving, self._held()
 
     def _held(self) -> dict[str, list[int]]:
@@ -282,13 +283,13 @@ class Agent:
         code = child.process.poll()
         if child.stopped_by is not None and code == -child.stopped_by:
             code = EXIT_STOPPED
-        report = read_report(rank, code, self._scratch.path)
+        report = read_report(rank, code, child.log.parent)
         if report.failure is not None:
             report.failure.time -= self._clock.set_by()
         with contextlib.suppress(
             FileNotFoundError, ValueError
         ):  # none before the loop; on a full disk written in place
-            progress = json.loads(progress_path(self._scratch.path, rank).read_text())
+            progress = json.loads(progress_path(child.log.parent, rank).read_text())
             report.step, report.phase, report.busy = progress["step"], progress["phase"], progress.get("busy")
         if code is None:
             with contextlib.suppress(psutil.NoSuchProcess):  # it ended just now
@@ -315,7 +316,7 @@ class Agent:
         wanted = [signal.SIGUSR2, signal.SIGTERM] if in_memory else [signal.SIGTERM]
         if why and attempt == self._attempt and 0 in self._children:
             with contextlib.suppress(OSError):  # the disk is full: rank 0 then only knows of a signal
-                stop_path(self._scratch.path).write_text(why)
+                stop_path(self._children[0].log.parent).write_text(why)
         for child in self._running() if attempt == self._attempt else []:
             handled = [number for number in wanted if _handles(child.process.pid, number)]
             if handled:

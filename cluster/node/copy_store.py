@@ -36,7 +36,7 @@ from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from cluster.run_files import RANK_FILE
 from conf.disk import cure_of_writing
@@ -241,7 +241,8 @@ class _Server(socketserver.ThreadingTCPServer):
         """It has shown the token."""
         self._strangers.pop(connection, None)
 
-    def process_request(self, request: socket.socket, client_address: Any) -> None:
+    def process_request(self, request: socket.socket | tuple[bytes, socket.socket], client_address: Any) -> None:
+        assert isinstance(request, socket.socket), "a server of TCP"
         while not self._slots.acquire(timeout=0.1):
             self.service_actions()
             if self._closing:
@@ -258,7 +259,8 @@ class _Server(socketserver.ThreadingTCPServer):
                 with contextlib.suppress(OSError):  # it has ended
                     connection.shutdown(socket.SHUT_RDWR)
 
-    def shutdown_request(self, request: socket.socket) -> None:
+    def shutdown_request(self, request: socket.socket | tuple[bytes, socket.socket]) -> None:
+        assert isinstance(request, socket.socket), "a server of TCP"
         self.admit(request)
         super().shutdown_request(request)
         self._slots.release()
@@ -267,7 +269,7 @@ class _Server(socketserver.ThreadingTCPServer):
         self._closing = True
         super().shutdown()
 
-    def handle_error(self, request: socket.socket, client_address: Any) -> None:
+    def handle_error(self, request: socket.socket | tuple[bytes, socket.socket], client_address: Any) -> None:
         if not isinstance(sys.exception(), OSError):  # the other side went away: it reports that
             super().handle_error(request, client_address)
 
@@ -276,7 +278,7 @@ class _Handler(BaseHTTPRequestHandler):
     """PUT and GET of /SET/FILE. X-Keep: the other set that must stay."""
 
     protocol_version = "HTTP/1.1"
-    server: _Server
+    server: _Server  # pyrefly: ignore[bad-override-mutable-attribute]  socketserver gives a handler the server that made it
     timeout = 60
 
     def do_PUT(self) -> None:
@@ -394,7 +396,7 @@ class Peer:
         view[: len(body)] = body
         return len(body)
 
-    def _ask(self, method: str, path: str, headers: dict[str, str], body: object = None) -> bytes:
+    def _ask(self, method: str, path: str, headers: dict[str, str], body: IO[bytes] | None = None) -> bytes:
         try:
             self._connection.request(method, path, body, headers)
             response = self._connection.getresponse()

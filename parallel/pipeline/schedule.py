@@ -12,7 +12,7 @@ Shapes: B sequences, S = T + 1 tokens of a batch row (T inputs and T targets), T
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, nullcontext
-from typing import Any
+from typing import Any, Generic, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -27,6 +27,8 @@ from parallel.pipeline.split import rank_stages, stage_placement
 from parallel.pipeline.stage import Stage
 from parallel.pipeline.timeline import Timeline
 
+Chunk = TypeVar("Chunk", bound=nn.Module)
+
 _TORCH = {
     "1f1b": Schedule1F1B,
     "interleaved": ScheduleInterleaved1F1B,
@@ -35,13 +37,13 @@ _TORCH = {
 }
 
 
-class Pipeline:
+class Pipeline(Generic[Chunk]):
     """This rank's part of a pipeline."""
 
     def __init__(
         self,
         name: str,
-        modules: Sequence[nn.Module],
+        modules: Sequence[Chunk],
         stage_ids: Sequence[int],
         num_stages: int,
         group: dist.ProcessGroup | None,

@@ -13,7 +13,7 @@ import math
 import os
 import sys
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
@@ -49,7 +49,7 @@ class Zero:
 
     def __init__(
         self,
-        chunks: list[nn.Module],
+        chunks: Sequence[nn.Module],
         make_optimizer: Callable[[list[dict]], torch.optim.Optimizer],
         mesh: Mesh,
         *,
@@ -236,7 +236,7 @@ class Zero:
             dist.all_reduce(self.tied.grad, group=self.mesh.ends_group)
 
 
-def _unique_names(chunks: list[nn.Module]) -> dict[nn.Parameter, str]:
+def _unique_names(chunks: Sequence[nn.Module]) -> dict[nn.Parameter, str]:
     """Global name of every trained parameter; one shared by two chunks keeps its first name."""
     names: dict[nn.Parameter, str] = {}
     for chunk in chunks:

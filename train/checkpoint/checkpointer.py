@@ -177,7 +177,7 @@ class Checkpointer:
         results = self.poll()
         if required and self._unsaved is not None:
             last = next((result for result in reversed(results) if result.step == self._unsaved), None)
-            if last is None:
+            if last is None or last.warning is None:
                 raise SaveFailed(self.committer.root, f"the checkpoint of step {self._unsaved} was not written")
             raise SaveFailed(self.committer.root, last.warning, last.ranks, last.late)
         return results
@@ -243,22 +243,23 @@ class Checkpointer:
 
     def _run(self, flight: SaveInFlight, meta: dict[str, Any]) -> None:
         """The thread: everything that can go wrong becomes a result."""
-        save, path, warning, ranks, late = flight.save, None, None, (self.rank,), False
+        save, path, warning, failure = flight.save, None, None, None
+        ranks, late = (self.rank,), False
         try:
             warning = self._write(flight)
             flight.writes = False
             path = self._commit(save, meta) if self.rank == 0 else self.committer.path(save)
         except OSError as error:
-            warning = explain(error)
+            failure = explain(error)
         except SaveAbandoned as error:
-            warning, ranks, late = str(error), error.ranks, error.late
+            failure, ranks, late = str(error), error.ranks, error.late
         except (Fenced, NotCovered) as error:
-            warning, ranks = str(error), ()
+            failure, ranks = str(error), ()
         except Exception:  # a bug of ours in this thread must reach the loop as text, not vanish with the thread
-            warning = textwrap.indent(traceback.format_exc(), " " * 8).strip()
-        if path is None:
-            self.committer.give_up(save, self.rank, warning)
-            warning = f"checkpoint of step {save.step} not written: {warning}"
+            failure = textwrap.indent(traceback.format_exc(), " " * 8).strip()
+        if failure is not None:
+            self.committer.give_up(save, self.rank, failure)
+            warning = f"checkpoint of step {save.step} not written: {failure}"
         elif self.rank == 0:
             warning = self._prune(warning)
         fenced, seconds = self.committer.is_overtaken(), time.perf_counter() - flight.began

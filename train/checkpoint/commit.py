@@ -113,7 +113,7 @@ class Committer:
         older = [
             other
             for other in (self.root.glob(f".step_*.attempt_{self.attempt}.save_*.tmp") if rank == 0 else ())
-            if int(HIDDEN.fullmatch(other.name)["serial"]) < save.serial
+            if (match := HIDDEN.fullmatch(other.name)) and int(match["serial"]) < save.serial
         ]
         if older:
             with self._lock():  # one that was given up is not being renamed meanwhile

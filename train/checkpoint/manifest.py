@@ -83,7 +83,7 @@ class Meta(dict[str, Any]):
             raise Damaged(self._path, f"its meta holds no {name!r}")
         value = super().__getitem__(name)
         kind = META.get(name, object)
-        if not isinstance(value, kind) or (kind is int and not 0 <= value <= LARGEST):
+        if not isinstance(value, kind) or (isinstance(value, int) and kind is int and not 0 <= value <= LARGEST):
             raise Damaged(self._path, f"its meta holds {name} = {value!r:.100}")
         return value
 
@@ -290,7 +290,7 @@ class Found:
 
     @property
     def path(self) -> Path | None:
-        return self.manifest and self.manifest.folder
+        return None if self.manifest is None else self.manifest.folder
 
 
 def newest_intact(root: Path, full: bool = False, skip: Collection[Path] = ()) -> Found:

@@ -73,7 +73,7 @@ class MemoryCopies:
         if self._stage is None:
             self._stage = StagingBuffers(pinned=any(shard.local.is_cuda for shard in shards.values()))
         self._stage.copy(shards)
-        arguments = (SetId(self.attempt, step, self.world_size), kept, json.loads(json.dumps(meta)))
+        arguments = (self._stage, SetId(self.attempt, step, self.world_size), kept, json.loads(json.dumps(meta)))
         self._thread, self._began = (
             threading.Thread(target=self._run, args=arguments, name=f"copy-{step}", daemon=True),
             began,
@@ -114,20 +114,20 @@ class MemoryCopies:
         dist.all_reduce(stored, op=dist.ReduceOp.MIN)
         return int(stored)
 
-    def _run(self, id: SetId, kept: str, meta: dict[str, Any]) -> None:
+    def _run(self, stage: StagingBuffers, id: SetId, kept: str, meta: dict[str, Any]) -> None:
         """The thread: everything that can go wrong becomes a warning."""
         try:
-            self._write(id, kept, meta)
+            self._write(stage, id, kept, meta)
             self._stored = id.step
         except Exception as error:
             self._warnings.append(f"copy of step {id.step} in memory not made by rank {self.rank}: {error}")
 
-    def _write(self, id: SetId, kept: str, meta: dict[str, Any]) -> None:
+    def _write(self, stage: StagingBuffers, id: SetId, kept: str, meta: dict[str, Any]) -> None:
         """Own node first, then the next one; the index follows its data in both."""
         prune(self._folder, {id.name, kept}, self.attempt)
         folder = self._folder / id.name
         folder.mkdir(mode=0o700, exist_ok=True)
-        index = self._stage.write(folder, self.rank)
+        index = stage.write(folder, self.rank)
         identity = {"rank": self.rank, "step": id.step, "attempt": id.attempt, "meta": meta}
         atomic_write_json(folder / index_name(self.rank), {**identity, **index})
         if self._next is not None:
@@ -184,21 +184,23 @@ class MemoryCopies:
 
     def mark_resumed(self) -> None:
         """The state was loaded from the set; keep it until there is a newer one."""
-        self._resumed = self.shelves.resume
+        self._resumed = self.shelves.resume or ""
 
 
 class ShelfFiles:
     """The files of the set to resume from, on this node or another; see train.checkpoint.read_shards.Files."""
 
     def __init__(self, shelves: Shelves, token: str, rank: int, timeout: float):
-        self._shelves, self._token, self._home, self._timeout = shelves, token, shelves.home(rank), timeout
-        self._here = FolderFiles(Path(shelves.nodes[self._home].folder) / shelves.resume)
+        assert shelves.resume is not None
+        self._shelves, self._set, self._token, self._timeout = shelves, shelves.resume, token, timeout
+        self._home = shelves.home(rank)
+        self._here = FolderFiles(Path(shelves.nodes[self._home].folder) / self._set)
 
     def index(self, rank: int) -> bytes:
         if self._home in self._shelves.holders[rank]:
             return self._here.index(rank)
         with closing(self._peer(rank)) as peer:
-            return peer.get(self._shelves.resume, index_name(rank))
+            return peer.get(self._set, index_name(rank))
 
     @contextmanager
     def data(self, rank: int) -> Iterator[Read]:
@@ -207,7 +209,7 @@ class ShelfFiles:
                 yield read
             return
         with closing(self._peer(rank)) as peer:
-            yield lambda view, position: peer.read(self._shelves.resume, data_name(rank), view, position)
+            yield lambda view, position: peer.read(self._set, data_name(rank), view, position)
 
     def _peer(self, rank: int) -> Peer:
         """One of the nodes that hold this part; ranks spread over them."""

@@ -193,11 +193,11 @@ def _read_rank(manifest: Manifest, files: Files, rank: int, pieces: list[FilePie
 def _read_block(read: Read, path: Path, index: dict[str, Any], number: int, buffer: Tensor) -> None:
     """Read one block of the data part into `buffer`; Damaged if it is short or its checksum is wrong."""
     size = min(BLOCK, index["data_bytes"] - number * BLOCK)
-    view, position = memoryview(buffer.numpy())[:size], index["header_bytes"] + number * BLOCK
+    view, position = buffer.numpy().data[:size], index["header_bytes"] + number * BLOCK
     while view:
         count = read(view, position)
         if count == 0:
             raise Damaged(path, f"ends {len(view)} bytes early in block {number}")
         view, position = view[count:], position + count
-    if zlib.crc32(memoryview(buffer.numpy())[:size]) != index["blocks_crc32"][number]:
+    if zlib.crc32(buffer.numpy().data[:size]) != index["blocks_crc32"][number]:
         raise Damaged(path, f"the checksum of block {number} does not match")

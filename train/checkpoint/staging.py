@@ -76,7 +76,8 @@ def safetensors_header(
     bytes of that part. Wide elements come first, so that each is aligned to its own size without padding, which the format
     forbids; else the order is the given one.
     """
-    header, offsets, at = {} if metadata is None else {"__metadata__": metadata}, {}, 0
+    header: dict[str, dict[str, Any]] = {} if metadata is None else {"__metadata__": metadata}
+    offsets, at = {}, 0
     for name, dtype, shape in sorted(tensors, key=lambda tensor: -SIZES[tensor[1]]):
         offsets[name], end = at, at + math.prod(shape) * SIZES[dtype]
         header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [at, end]}
@@ -116,7 +117,7 @@ class StagingBuffers:
         with naming(path, len(header) + left), open(path, "wb", buffering=0) as file:
             _write_all(file.fileno(), memoryview(header))
             for segment in self.segments:
-                view = memoryview(segment.numpy())[:left]
+                view = segment.numpy().data[:left]
                 blocks.add(view)
                 _write_all(file.fileno(), view)
                 left -= len(view)

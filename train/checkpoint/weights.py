@@ -58,7 +58,7 @@ def load_model(config: Config, checkpoint: Path, device: torch.device) -> DeepSe
     return model.to(device).eval()
 
 
-def load_pipeline(config: Config, mesh: Mesh, device: torch.device, checkpoint: Path) -> Pipeline:
+def load_pipeline(config: Config, mesh: Mesh, device: torch.device, checkpoint: Path) -> Pipeline[DeepSeekV3]:
     """This rank's part of the model, ready to evaluate, whatever layout wrote the checkpoint."""
     dispatcher = None if mesh.layout.ep == 1 else make_dispatcher(config, mesh)
     kernels, _ = choose_kernels(config, device)

@@ -149,8 +149,8 @@ def _device(config: Config) -> Iterator[DoctorLine]:
         "Triton", lacks or f"starts kernels by {compiler_command()} and {PYTHON}'s headers", cure, bool(lacks)
     )
     found = look_at_fp8()
-    wanted = config.precision.fp8 is not None
-    bad = misfits(found, deep_gemm=wanted and needs_deep_gemm(config.precision.fp8))
+    fp8, wanted = config.precision.fp8, config.precision.fp8 is not None
+    bad = misfits(found, deep_gemm=fp8 is not None and needs_deep_gemm(fp8))
     problems, cures = "; ".join(problem for problem, _ in bad), "; ".join(dict.fromkeys(cure for _, cure in bad))
     yield DoctorLine(
         "FP8", f"not here: {problems}" if bad else str(found), cures if bad and wanted else None, bool(bad) and wanted

@@ -7,6 +7,7 @@ find or make the token folder. Everything lies in data.cache under the hash of w
 A second process that needs the same thing waits for the first, then finds it. A damaged entry is named and made again.
 """
 
+import contextlib
 import hashlib
 import json
 import zlib
@@ -72,14 +73,13 @@ class _Builder:
 
     def build(self) -> Corpus:
         named = sources_of(self.config)
-        given = (
-            None if self.data.tokenizer is None else load_tokenizer(self.data.tokenizer)
-        )  # before long data are read
+        choice = self.data.tokenizer
+        given = None if choice is None else (load_tokenizer(choice), choice)  # before long data are read
         memmaps = {key: part.path for part, key in named if format_of(part, key) == DataFormat.memmap}
         memmaps = {key: _folder(path, key) for key, path in memmaps.items()}
         sources = {key: open_source(part, key) for part, key in named if key not in memmaps}
         digests = {key: source.digest(self.cache / "manifests", self.progress) for key, source in sources.items()}
-        tokenizer, name = (given, self.data.tokenizer) if given else self._tokenizer(memmaps, sources, digests)
+        tokenizer, name = given or self._tokenizer(memmaps, sources, digests)
         check_fit(tokenizer, name, self.config.model.vocab_size, self.data.fim_rate)
 
         parts, contents = [], []
@@ -150,15 +150,12 @@ class _Builder:
         def ready() -> str | None:
             if not path.is_file():
                 return None
-            try:
-                entry = json.loads(path.read_bytes())
-                whole = isinstance(entry, dict) and zlib.crc32(entry["json"].encode()) == entry["crc32"]
-            except (ValueError, KeyError, AttributeError):
-                whole = False
-            if not whole:
-                self._note(f"the cached tokenizer {path} was damaged and is trained again")
-                return None
-            return entry["json"]
+            with contextlib.suppress(ValueError, KeyError, AttributeError, TypeError):
+                kept = json.loads(path.read_bytes())
+                if zlib.crc32(kept["json"].encode()) == kept["crc32"]:
+                    return kept["json"]
+            self._note(f"the cached tokenizer {path} was damaged and is trained again")
+            return None
 
         def make() -> str:
             size = min(SAMPLE_BYTES, sum(source.size for source in sources.values()))

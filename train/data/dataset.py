@@ -38,7 +38,7 @@ class TrainingData:
         tokens_BS, numbers_BS = _empty(count, self.seq_len, self.mask)
         for stream, (rows_B, samples_B) in zip(self._streams, self._schedule.assign(first_sample, count), strict=True):
             for row, window in zip(rows_B.tolist(), stream.windows_N(samples_B).tolist(), strict=True):
-                stream.read(window * self.seq_len, tokens_BS[row], numbers_BS[row] if self.mask else None)
+                stream.read(window * self.seq_len, tokens_BS[row], None if numbers_BS is None else numbers_BS[row])
         return _batch(tokens_BS, numbers_BS)
 
     def epochs(self, samples: int) -> dict[str, float]:
@@ -100,7 +100,7 @@ class ValidationData:
         places = self._places[first : first + count]
         tokens_BS, numbers_BS = _empty(len(places), self.seq_len, self.mask)
         for row, (stream, place) in enumerate(places):
-            stream.read(place, tokens_BS[row], numbers_BS[row] if self.mask else None)
+            stream.read(place, tokens_BS[row], None if numbers_BS is None else numbers_BS[row])
         return _batch(tokens_BS, numbers_BS)
 
     def text_bytes(self, batch: Batch) -> int:

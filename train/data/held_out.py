@@ -42,7 +42,9 @@ def split(store: TokenStore, tokenizer: Tokenizer, fraction: float) -> tuple[Doc
         held_D = np.array([False, True])
     else:
         held_D = held_out_D(store.hashes_D, fraction)
-    return tuple(Documents(store.tokens_N, starts_D[side_D], lengths_D[side_D]) for side_D in (~held_D, held_D))
+    sides = (Documents(store.tokens_N, starts_D[side_D], lengths_D[side_D]) for side_D in (~held_D, held_D))
+    train, validation = sides
+    return train, validation
 
 
 def all_documents(store: TokenStore) -> Documents:

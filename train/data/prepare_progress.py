@@ -3,9 +3,15 @@
 import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from functools import cached_property
+from typing import TYPE_CHECKING
 
 from conf.words import one_line, say
 from train.data.source_files import Progress
+
+if TYPE_CHECKING:
+    from rich.progress import Progress as ProgressBar
+    from rich.progress import TaskID
 
 
 @contextmanager
@@ -32,24 +38,26 @@ class _Bar:
     """A bar that shows one stage after another."""
 
     def __init__(self, stack: ExitStack) -> None:
-        self._stack, self._progress, self._task, self._stage = stack, None, None, ""
+        self._stack, self._stage = stack, ""
+        self._task: TaskID | None = None
+
+    @cached_property
+    def _progress(self) -> "ProgressBar":
+        """Only when there is something to show, since a start with everything cached should not wait for rich."""
+        from rich import progress
+
+        from conf.screen import Terminal
+
+        columns = (
+            progress.TextColumn("data: {task.description}", markup=False),
+            progress.BarColumn(),
+            progress.DownloadColumn(),
+            progress.TimeRemainingColumn(),
+        )
+        return self._stack.enter_context(progress.Progress(*columns, console=Terminal(stderr=True), transient=True))
 
     def __call__(self, stage: str, done: int, total: int) -> None:
-        if self._progress is None:
-            # Only when there is something to show, since a start with everything cached should not wait for rich.
-            from rich import progress
-
-            from conf.screen import Terminal
-
-            columns = (
-                progress.TextColumn("data: {task.description}", markup=False),
-                progress.BarColumn(),
-                progress.DownloadColumn(),
-                progress.TimeRemainingColumn(),
-            )
-            bar = progress.Progress(*columns, console=Terminal(stderr=True), transient=True)
-            self._progress = self._stack.enter_context(bar)
-        if stage != self._stage:
+        if self._task is None or stage != self._stage:
             if self._task is not None:
                 self._progress.remove_task(self._task)
             self._task, self._stage = self._progress.add_task(one_line(stage)), stage

@@ -25,12 +25,12 @@ def offline_reason() -> str | None:
         os.environ["HF_HUB_OFFLINE"] = "1"  # for what is imported later, and for other processes
         for name in ("huggingface_hub.constants", "datasets.config"):
             if name in sys.modules:
-                sys.modules[name].HF_HUB_OFFLINE = True
+                vars(sys.modules[name])["HF_HUB_OFFLINE"] = True
     return reason
 
 
 def _unreachable(address: str) -> str | None:
-    reasons = [f"no answer within {PATIENCE:.0f} s"]
+    reasons: list[str | None] = [f"no answer within {PATIENCE:.0f} s"]
 
     def ask() -> None:
         try:

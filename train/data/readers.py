@@ -5,11 +5,14 @@ import io
 import json
 import re
 import zlib
-from collections.abc import Iterator
-from typing import BinaryIO
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, BinaryIO
 
 from conf.errors import UserError
 from train.data.source_files import SourceFile
+
+if TYPE_CHECKING:
+    from typing_extensions import Buffer
 
 PIECE = 16 << 20
 """Bytes after which a text file is cut, at the next line end before."""
@@ -120,20 +123,20 @@ def _lines(file: SourceFile, field: str) -> Iterator[bytes]:
     """Lines of the file, decompressed by its suffix."""
     with file.path.open("rb", buffering=CHUNK) as raw:
         if file.name.endswith(".zst"):
-            stream: BinaryIO = io.BufferedReader(_Zstandard(raw), CHUNK)
+            stream = io.BufferedReader(_Zstandard(raw), CHUNK)
         else:
             stream = gzip.GzipFile(fileobj=raw) if file.name.endswith(".gz") else raw
         try:
-            yield from _bounded(stream, file, field)
+            yield from _bounded(stream.readline, file, field)
         except (EOFError, zlib.error, gzip.BadGzipFile, _BrokenError) as error:
             raise UserError(field, file.path, f"is damaged: {error}", "fetch or compress it again") from error
 
 
-def _bounded(stream: BinaryIO, file: SourceFile, field: str) -> Iterator[bytes]:
+def _bounded(readline: Callable[[int], bytes], file: SourceFile, field: str) -> Iterator[bytes]:
     """The lines of a stream that is no trap."""
     largest = max(FREE, LARGEST_RATIO * file.size)
     number = size = 0
-    while line := stream.readline(LONGEST_LINE + 1):
+    while line := readline(LONGEST_LINE + 1):
         number, size = number + 1, size + len(line)
         if len(line) > LONGEST_LINE:
             rule = f"is longer than {LONGEST_LINE >> 20} MiB, the most that a line may have"
@@ -156,12 +159,14 @@ class _Zstandard(io.RawIOBase):
 
         self._frame = zstandard.ZstdDecompressor(max_window_size=1 << 31).decompressobj
         self._error = zstandard.ZstdError
-        self._raw, self._open, self._input, self._output = raw, None, b"", b""
+        self._open: zstandard.ZstdDecompressionObj | None = None
+        self._raw, self._input, self._output = raw, b"", b""
 
     def readable(self) -> bool:
         return True
 
-    def readinto(self, buffer: memoryview) -> int:
+    def readinto(self, buffer: "Buffer", /) -> int:
+        view = memoryview(buffer)
         while not self._output:
             self._input = self._input or self._raw.read(ZSTD_INPUT)
             if not self._input:
@@ -175,8 +180,8 @@ class _Zstandard(io.RawIOBase):
                 raise _BrokenError(error) from error
             self._input = self._open.unused_data if self._open.eof else b""
             self._open = None if self._open.eof else self._open
-        size = min(len(buffer), len(self._output))
-        buffer[:size], self._output = self._output[:size], self._output[size:]
+        size = min(len(view), len(self._output))
+        view[:size], self._output = self._output[:size], self._output[size:]
         return size
 
 

@@ -78,7 +78,7 @@ def digest_files(files: list[SourceFile], manifest: Path, field: str, progress: 
     known = _read_manifest(manifest)
     changed = [file for file in files if known.get(file.name, [])[:2] != [file.size, file.modified]]
     total, done = sum(file.size for file in changed), 0
-    fresh = {}
+    fresh: dict[str, list] = {}
     for file in changed:
         fresh[file.name] = [
             file.size,

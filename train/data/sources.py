@@ -39,8 +39,11 @@ class DocumentSource(Protocol):
     field: str
     """Which key of the configuration it comes from."""
     name: str
-    size: int
-    """Bytes on disk, for progress and for sampling."""
+
+    @property
+    def size(self) -> int:
+        """Bytes on disk, for progress and for sampling."""
+        ...
 
     def notes(self) -> list[str]:
         """What the user may want to know, after the documents were read."""

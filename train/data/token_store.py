@@ -240,14 +240,15 @@ def _check_content(path: Path, tokens_N: np.ndarray, checksums: dict[str, int], 
         if not (path / name).is_file() or zlib.crc32((path / name).read_bytes()) != checksums[name]:
             raise DamagedStore(f"{name} does not have the checksum in meta.json")
     status = (path / "tokens.bin").stat()
-    now = [str(path.absolute()), status.st_size, status.st_mtime_ns, checksums.get("tokens.bin")]
-    mark = marks / f"{hashlib.blake2b(now[0].encode(), digest_size=16).hexdigest()}.json"
+    where = str(path.absolute())
+    now = [where, status.st_size, status.st_mtime_ns, checksums.get("tokens.bin")]
+    mark = marks / f"{hashlib.blake2b(where.encode(), digest_size=16).hexdigest()}.json"
     if status.st_size > ALWAYS_CHECKED and (known := _read_mark(mark)) and known[:4] == now:
         return known[4]
     crc = largest = 0
     for first in range(0, len(tokens_N), CHUNK):
         chunk_N = tokens_N[first : first + CHUNK]
-        crc, largest = zlib.crc32(chunk_N, crc), max(largest, int(chunk_N.max()))
+        crc, largest = zlib.crc32(chunk_N.data, crc), max(largest, int(chunk_N.max()))
     if crc != checksums.get("tokens.bin", crc):
         raise DamagedStore("tokens.bin does not have the checksum in meta.json")
     if status.st_size > ALWAYS_CHECKED:

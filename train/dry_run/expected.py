@@ -7,7 +7,7 @@ of the planner with links that take none, and the step of the whole job keeps th
     the update      as planned, plus the same difference of reduction and update
 """
 
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
@@ -109,10 +109,10 @@ def _with_load(config: Config, piece: DryRunPiece) -> Config:
 def _expected(config: Config, piece: DryRunPiece, layers: list[range], actions: list[Action]) -> Expected:
     layout = layout_of(config)
     rates = load_rates(config, alone=True)
-    silent = replace(rates, rates=rates.rates | {kind: Rate() for kind in (*LINKS, *LINKS.values())})
+    silent = replace(rates, rates={**rates.rates, **{kind: Rate() for kind in (*LINKS, *LINKS.values())}})
     stages = Stages(config, layout, silent)
     stages.layers = layers
-    seconds: Counter[str] = Counter()
+    seconds: defaultdict[str, float] = defaultdict(float)
     for action in actions:
         seconds[action.kind] += stages.elapsed(action).seconds
     held = count_weights(config, layers, piece.stages, len(layers) - 1)

@@ -12,7 +12,7 @@ import psutil
 import torch
 
 from conf.errors import UserError
-from conf.schema import Config, Hardware, Model
+from conf.schema import Config, DeviceKind, Hardware, Model
 from parallel.expert.stand_in import Load
 from parallel.pipeline.split import placement_of
 from train.model.count import head_flops, layer_flops
@@ -96,7 +96,7 @@ def choose_piece(config: Config, rank: int, load: Load, device: torch.device) ->
 
 def for_device(config: Config, device: torch.device) -> Config:
     """The recipe for this device, with the nodes of the job."""
-    cluster = replace(config.cluster, device=device.type, ranks_per_node=layout_of(config).ranks_per_node)
+    cluster = replace(config.cluster, device=DeviceKind(device.type), ranks_per_node=layout_of(config).ranks_per_node)
     return replace(config, hardware=Hardware(), cluster=cluster)
 
 

@@ -36,6 +36,7 @@ from train.loop.validation import Sums, held_out_loss  # noqa: E402
 from train.metrics.wandb_items import evaluation_tables  # noqa: E402
 from train.metrics.wandb_sink import wants_wandb  # noqa: E402
 from train.metrics.writer import open_wandb  # noqa: E402
+from train.model.deepseek import DeepSeekV3  # noqa: E402
 from train.parallelize import build_pipeline  # noqa: E402
 from train.rank import guarded, in_turn, set_up_rank  # noqa: E402
 
@@ -54,7 +55,7 @@ def _run(config: Config, place: Place) -> int:
         from train.data.reach import offline_reason
 
         offline_reason()  # before lm_eval is imported, which would look for the hub itself
-        from train.evaluate.harness import load_tasks, run_tasks  # lm_eval takes seconds
+        from train.evaluate.harness import load_tasks  # lm_eval takes seconds
 
         load_tasks(config)  # what is missing is told before weights are read
     config, rank = target.config, set_up_rank(target.config, place)
@@ -70,13 +71,15 @@ def _run(config: Config, place: Place) -> int:
         fillers = read_fillers(config, corpus, sources[0].part)
         needle = search_needles(config, pipeline, mesh, device, corpus.tokenizer, fillers, _start_id(target, corpus))
     if config.evaluate.tasks:
+        from train.evaluate.harness import run_tasks
+
         tasks = run_tasks(config, pipeline.modules[0].eval(), corpus.tokenizer, _start_id(target, corpus))
     if place.rank == 0:
         _report(config, target, losses, needle, tasks)
     return EXIT_OK
 
 
-def _load(target: Target, mesh: Mesh, device: torch.device) -> Pipeline:
+def _load(target: Target, mesh: Mesh, device: torch.device) -> Pipeline[DeepSeekV3]:
     """Raises UserError where one process has all the weights and no memory for them."""
     dtype = activation_dtype(target.config.precision)
     if mesh.layout.world == 1:
@@ -89,7 +92,9 @@ def _load(target: Target, mesh: Mesh, device: torch.device) -> Pipeline:
     return build_pipeline(target.config, mesh, device, [model.to(device)], [0], 1, overlap=False)
 
 
-def _loss(config: Config, source: EvaluatedSource, pipeline: Pipeline, mesh: Mesh, device: torch.device) -> Sums:
+def _loss(
+    config: Config, source: EvaluatedSource, pipeline: Pipeline[DeepSeekV3], mesh: Mesh, device: torch.device
+) -> Sums:
     last = pipeline.modules[-1] if pipeline.has_last else None
     observed = Observed(config.model.mtp_depth, config.seq_len, last)
     return held_out_loss(pipeline, source.data, mesh, config.micro_batch_size, device, observed.take)

@@ -123,7 +123,9 @@ class Harness(TemplateLM):
             totals.append(sum(log_p for log_p, _ in self._loglikelihood_tokens(pairs)))
         return totals
 
-    def _loglikelihood_tokens(self, requests: list, disable_tqdm: bool = False) -> list[tuple[float, bool]]:
+    def _loglikelihood_tokens(
+        self, requests: list[tuple[tuple[str, str], list[int], list[int]]], **_: Any
+    ) -> list[tuple[float, bool]]:
         """log p of each continuation, and whether the model would have chosen it itself."""
         found: list[tuple[float, bool]] = [(0.0, True)] * len(requests)
         order = sorted(range(len(requests)), key=lambda place: -len(requests[place][1]) - len(requests[place][2]))
@@ -156,10 +158,10 @@ class Harness(TemplateLM):
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
         """How each context goes on, up to its first stop word."""
         texts: list[str] = [""] * len(requests)
-        for settings in {repr(request.args[1]): request.args[1] for request in requests}.values():
-            places = [place for place, request in enumerate(requests) if request.args[1] == settings]
+        for settings in {repr(request.arguments[1]): request.arguments[1] for request in requests}.values():
+            places = [place for place, request in enumerate(requests) if request.arguments[1] == settings]
             for batch in _cut(places, self._rows):
-                contexts = [requests[place].args[0] for place in batch]
+                contexts = [requests[place].arguments[0] for place in batch]
                 for place, text in zip(batch, self._generate(contexts, settings), strict=True):
                     texts[place] = text
         return texts

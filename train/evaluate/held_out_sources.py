@@ -38,7 +38,7 @@ def choose(corpus: Corpus, config: Config, held_out: dict[str, Any] | None) -> l
     found = []
     for part, count in zip(corpus.parts, counts, strict=True):
         own = part.name in known or part.content in known
-        if own:
+        if own and held_out is not None:
             _same_share(config, held_out["fraction"])
         if count:
             part = part if own else replace(part, validation=part.whole)

@@ -12,6 +12,7 @@ Shapes: B sequences, S = T + 1 tokens, T positions (those here, where sequences 
 a row.
 """
 
+from functools import partial
 from itertools import pairwise
 
 import torch
@@ -37,11 +38,10 @@ class Observed:
 
     def __init__(self, depths: int, seq_len: int, last: DeepSeekV3 | None):
         """last: the chunk with the head, None on a rank that has it not."""
-        self._last = last
         self._ends = torch.tensor([positions.stop for positions in position_ranges(seq_len)])
         self._sums = torch.zeros(len(self._ends) + 2 * depths, dtype=torch.float64)
         if last is not None:
-            last.observer = self._observe
+            last.observer = partial(self._observe, last)
 
     def take(self) -> Tensor:
         """Sums of the last pass: for each range of positions the nats of its targets; for each depth the nats of its targets and
@@ -50,13 +50,13 @@ class Observed:
         return self._sums
 
     @torch.no_grad()
-    def _observe(self, states: list[Tensor], tokens_BS: Tensor, positions: Positions) -> None:
-        named_BT, nats_BT = read(self._last, states[0], positions.take(tokens_BS, 1))
+    def _observe(self, last: DeepSeekV3, states: list[Tensor], tokens_BS: Tensor, positions: Positions) -> None:
+        named_BT, nats_BT = read(last, states[0], positions.take(tokens_BS, 1))
         sums = list(self._by_range(nats_BT, positions))
         named_BT = _of_whole_sequences(named_BT, positions) if len(states) > 1 else named_BT
         for depth, hidden_BTD in enumerate(states[1:], 1):
             left = positions.shorter(depth)
-            draft_BT, nats_BT = read(self._last, hidden_BTD, left.take(tokens_BS, depth + 1))
+            draft_BT, nats_BT = read(last, hidden_BTD, left.take(tokens_BS, depth + 1))
             sums += [nats_BT.sum(dtype=torch.float64), (draft_BT == left.take(named_BT, depth)).sum()]
         self._sums = torch.stack([each.double() for each in sums])
 

@@ -8,6 +8,7 @@ Shapes: B texts, S = T + 1 tokens, N tokens of keys.
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from itertools import product
 
 import torch
@@ -39,7 +40,7 @@ def read_fillers(config: Config, corpus: Corpus, part: CorpusPart) -> list[list[
 
 def search_needles(
     config: Config,
-    pipeline: Pipeline,
+    pipeline: Pipeline[DeepSeekV3],
     mesh: Mesh,
     device: torch.device,
     tokenizer: Tokenizer,
@@ -60,7 +61,13 @@ def search_needles(
 
 
 def _score(
-    pipeline: Pipeline, mesh: Mesh, device: torch.device, watch: "_Watch", tokens_BS: Tensor, keys: list[int], size: int
+    pipeline: Pipeline[DeepSeekV3],
+    mesh: Mesh,
+    device: torch.device,
+    watch: "_Watch",
+    tokens_BS: Tensor,
+    keys: list[int],
+    size: int,
 ) -> tuple[int, float]:
     """Keys that are found, and nats of a key; texts are shared out over the data-parallel ranks."""
     sums_B2 = torch.zeros(len(keys), 2, dtype=torch.float64)
@@ -83,9 +90,9 @@ class _Watch:
     """Reads keys from the last chunk of a model, wherever it is."""
 
     def __init__(self, last: DeepSeekV3 | None):
-        self._last, self._keys = last, []
+        self._keys: list[int] = []
         if last is not None:
-            last.observer = self._observe
+            last.observer = partial(self._observe, last)
 
     def over(self, keys: list[int], forward: Callable[[], object]) -> Tensor:
         """Nats of each key, and how many of its tokens another one is likelier than, of the part that is here: (B, 2).
@@ -97,13 +104,13 @@ class _Watch:
         return self._sums_B2
 
     @torch.no_grad()
-    def _observe(self, states: list[Tensor], tokens_BS: Tensor, positions: Positions) -> None:
+    def _observe(self, last: DeepSeekV3, states: list[Tensor], tokens_BS: Tensor, positions: Positions) -> None:
         place_T = here(positions, tokens_BS.device)
         keys_B1 = torch.tensor(self._keys, device=tokens_BS.device).unsqueeze(1)
         text_N, at_N = (place_T >= positions.length - keys_B1).nonzero(as_tuple=True)
         if not len(text_N):
             return
         targets_N = positions.take(tokens_BS, 1)[text_N, at_N]
-        named_N, nats_N = read(self._last, states[0][text_N, at_N], targets_N)
+        named_N, nats_N = read(last, states[0][text_N, at_N], targets_N)
         sums_N2 = torch.stack([nats_N.double(), (named_N != targets_N).double()], 1).cpu()
         self._sums_B2.index_add_(0, text_N.cpu(), sums_N2)

@@ -126,7 +126,7 @@ class Writer:
     def _statistics(self, generation: Generation, prompts: list[str]) -> str:
         """One line about speed, drafts and ends."""
         counts = generation.counts
-        ends = " and ".join(dict.fromkeys(end.value for end in generation.ends))
+        ends = " and ".join(dict.fromkeys(end.value for end in generation.ends if end is not None))
         said = f"[{sum(map(len, generation.tokens))} tokens"
         if counts.decoded:
             said += f", {counts.decoded / counts.decode_seconds:.1f} tokens/s"

@@ -1,9 +1,21 @@
 """One call from a prompt to its continuation."""
 
+from typing import Required, TypedDict, Unpack
+
 from conf.errors import UserError
 from train.generate.generation import Generation, Limits
 from train.generate.sampling import Sampler
 from train.generate.source import LoadedModel
+
+
+class GenerationOptions(TypedDict, total=False):
+    """What `start` takes by name."""
+
+    tokens: Required[int]
+    temperature: float
+    top_p: float
+    seed: int
+    speculative: bool
 
 
 def start(
@@ -29,7 +41,7 @@ def start(
     )
 
 
-def complete(source: LoadedModel, prompt: str, **how: object) -> str:
+def complete(source: LoadedModel, prompt: str, **how: Unpack[GenerationOptions]) -> str:
     """The continuation of a prompt, of at most `tokens` tokens. how: as `start` takes it."""
     generation = start(source, [prompt], **how)
     for _ in generation.steps():

@@ -145,15 +145,17 @@ class Generation:
         last = torch.tensor(counts, device=tokens_BT.device).unsqueeze(1) - 1
         inputs_BL = tokens_BT.gather(1, last)
         u_BX = self._uniforms(2 * self.drafts + 1)  # for the drafts, for their tests, for the token behind them
+        drafted = None
         if self._drafter is not None:
-            drafts_BK, q_BKV = self._drafter.draft(hidden_BTD, tokens_BT, counts, u_BX[:, : self.drafts])
-            inputs_BL = torch.cat([inputs_BL, drafts_BK], 1)
+            drafted = self._drafter.draft(hidden_BTD, tokens_BT, counts, u_BX[:, : self.drafts])
+            inputs_BL = torch.cat([inputs_BL, drafted[0]], 1)
         hidden_BLD = self._decoder.hidden(inputs_BL, self._cache)
         p_BLV = self._sampler.probabilities(self._decoder.logits(hidden_BLD))
-        if self._drafter is None:
+        if drafted is None:
             following_BL = draw(p_BLV[:, 0], u_BX[:, 0]).unsqueeze(1)
             counts = [1] * len(counts)
         else:
+            drafts_BK, q_BKV = drafted
             accepted_B, next_B = verify(drafts_BK, q_BKV, p_BLV, u_BX[:, self.drafts :])
             following_BL = torch.cat([drafts_BK, next_B.unsqueeze(1)], 1).scatter_(
                 1, accepted_B.unsqueeze(1), next_B.unsqueeze(1)

@@ -74,6 +74,7 @@ def export(config: Config) -> int:
 
 def _target(config: Config) -> Path:
     """The folder to make. Raises UserError where something is in its way."""
+    assert config.export.to is not None, "conf/check.py asks for it"
     target = Path(config.export.to).expanduser().absolute()
     if target.is_dir() and any(target.iterdir()):
         raise UserError("export.to", target, "must be empty or not exist yet", "give a new folder, or empty this one")

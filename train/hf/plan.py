@@ -97,7 +97,7 @@ def left_out(manifest: Manifest, placed: list[Placed], ema: bool) -> dict[str, s
             f"must hold the model of this configuration and no other; {len(unfit)} tensors do not fit, such as {unfit[0]}",
             "give the conf= and model.* that the run was started with",
         )
-    return rest
+    return {name: reason for name, reason in rest.items() if reason is not None}
 
 
 def source_name(placed: Placed, ema: bool) -> str:

@@ -44,7 +44,7 @@ class PieceWriter:
         out = self._outs[name]
         assert DTYPES[values.dtype] == out.dtype, f"{name} was announced as {out.dtype}"
         raw = values.detach().contiguous().view(-1).view(torch.uint8).numpy()
-        self._write(memoryview(raw), self._start + self._offsets[name] + start * values.element_size())
+        self._write(raw.data, self._start + self._offsets[name] + start * values.element_size())
         self._left -= raw.nbytes
 
     def __enter__(self) -> "PieceWriter":

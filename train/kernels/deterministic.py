@@ -42,7 +42,6 @@ def repeat_bits() -> None:
     for name, values in SETTINGS.items():
         os.environ.setdefault(name, values[0])
     torch.use_deterministic_algorithms(True)
-    deterministic.fill_uninitialized_memory = (
-        False  # what is read was written: filling it would cost a pass over memory
-    )
+    # What is read was written: filling it would cost a pass over memory.
+    deterministic.fill_uninitialized_memory = False  # pyrefly: ignore[missing-attribute]  torch sets the module's class at run time
     torch.backends.cudnn.benchmark = False

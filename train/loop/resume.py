@@ -82,7 +82,7 @@ def restore(
     """
     skip: set[Path] = set()
     notes = list(start.notes)
-    if start.copy is not None:
+    if start.copy is not None and copies is not None:
         manifest = manifest_of(Path(start.copy["folder"]), start.copy)
         _fits(config, data.tokenizer, manifest.folder, manifest.meta)
         problem = _load(state, manifest.meta, lambda wanted: fill(manifest, copies.files(), wanted))
@@ -132,7 +132,7 @@ def _newest_copy(config: Config, copies: MemoryCopies) -> tuple[dict[str, Any] |
         disk = newest_intact(RunPaths(config).checkpoints).manifest
         if disk is not None and disk.age > manifest.age:
             return None, []
-    return manifest and manifest.body(), []
+    return None if manifest is None else manifest.body(), []
 
 
 def _load(state: State, meta: dict[str, Any], load: Callable[[dict[str, Shard]], Any]) -> str | None:

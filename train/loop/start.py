@@ -22,6 +22,7 @@ def check_start(config: Config, tokenizer: Tokenizer) -> tuple[Folder, list[str]
 
     Raises UserError where the folder is damaged, holds another model than the recipe's, or knows another tokenizer.
     """
+    assert config.init_from is not None
     path = Path(config.init_from).expanduser()
     folder, model, notes = open_model(path)
     notes += check_recipe(config, model, path)

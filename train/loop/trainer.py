@@ -183,7 +183,7 @@ class Trainer:
         if step == self.config.steps:
             return
         if self.copies is not None and step % saving.every_memory == 0:
-            self._copy()
+            self._copy(self.copies)
         if saving.every and step % saving.every == 0:
             self._save()
 
@@ -302,11 +302,11 @@ class Trainer:
         self._event(None)
         return {"validation_loss": found.loss, "validation_bits_per_byte": found.bits_per_byte}
 
-    def _copy(self) -> None:
+    def _copy(self, copies: MemoryCopies) -> None:
         """Keep the state in the memory of this node and the next."""
         self._event("checkpoint")
-        self._stall += self.copies.save(self.state.step, self.state.shards(), self._meta())
-        for warning in self.copies.poll():
+        self._stall += copies.save(self.state.step, self.state.shards(), self._meta())
+        for warning in copies.poll():
             self._warn(warning)
         self._event(None)
 
@@ -344,15 +344,8 @@ class Trainer:
             if result.warning:
                 self._warn(result.warning)
             if self.writer is not None:
-                self._tell_of(result)
+                _tell_of(result, self.writer)
         self._event(None)
-
-    def _tell_of(self, result: SaveResult) -> None:
-        """Let W&B know of a checkpoint, or of why there is none."""
-        if result.path is not None:
-            self.writer.show(checkpoint(result.step, result.path))
-        else:
-            self.writer.alert("a checkpoint is not written", result.warning or "")
 
     def _event(self, text: str | None) -> None:
         if text is not None:
@@ -367,3 +360,11 @@ class Trainer:
     def _warn(self, text: str) -> None:
         """Of this rank alone: at the terminal, or in the rank's log."""
         self._note(text) if self.writer is not None else say(text, file=sys.stderr)
+
+
+def _tell_of(result: SaveResult, writer: MetricsWriter) -> None:
+    """Let W&B know of a checkpoint, or of why there is none."""
+    if result.path is not None:
+        writer.show(checkpoint(result.step, result.path))
+    else:
+        writer.alert("a checkpoint is not written", result.warning or "")

@@ -134,15 +134,16 @@ def measured_peak(device: torch.device, dtype: torch.dtype, kernels: Kernels, bu
 
 def _best_rate(device: torch.device, dtype: torch.dtype, kernels: Kernels, budget: float) -> float:
     rate, used, deadline = 0.0, 0.0, time.perf_counter() + budget
+    size, pair = 0, []
     for size in SIZES:
-        a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
-        best = min(_seconds(a, b, kernels) for _ in range(TRIES))
+        pair = [torch.randn(size, size, device=device).to(dtype) for _ in range(2)]
+        best = min(_seconds(*pair, kernels=kernels) for _ in range(TRIES))
         rate = max(rate, 2 * size**3 / best)
         used += TRIES * best  # not what passed on the clock: the first product of a size may load a kernel
         if used + TRIES * 8 * best > budget:  # twice the size takes eight times as long
             break
     while time.perf_counter() < deadline:  # the best of many tries saw the fewest interruptions
-        rate = max(rate, 2 * size**3 / _seconds(a, b, kernels))
+        rate = max(rate, 2 * size**3 / _seconds(*pair, kernels=kernels))
     return rate
 
 

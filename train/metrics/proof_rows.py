@@ -16,7 +16,7 @@ def report_rows(run_folder: Path) -> tuple[str, list[tuple[str, ...]]] | None:
         if first := record["first_difference"]:
             place = f"{first['quantity']} of {first['name']} in pass {first['proof']}, step {first['step']}"
             sentence += f" The first difference: {first['phase']}, {place}."
-        rows = [
+        rows: list[tuple[str, ...]] = [
             (
                 each["proof"],
                 each["quantity"],

@@ -168,7 +168,7 @@ def figure_html(figure: Figure) -> str:
         if options
         else ""
     )
-    place = f'<div id="plot-{figure.key}" style="min-height:{figure.plot.layout.height or 320}px"></div>'
+    place = f'<div id="plot-{figure.key}" style="min-height:{figure.plot.layout["height"] or 320}px"></div>'
     caption = f"<figcaption>{html.escape(figure.caption)}</figcaption>"
     return f"<figure{wide}><h3>{html.escape(figure.title)}</h3>{choice}{place}{caption}</figure>"
 

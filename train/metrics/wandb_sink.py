@@ -69,7 +69,12 @@ class WandbSink:
         online_seconds: float = ONLINE_SECONDS,
     ):
         self._folder, self._note, self._online_seconds = run_folder, note, online_seconds
-        self._arguments = {"project": project, "name": name, "config": dict(config), "dir": str(run_folder)}
+        self._arguments: dict[str, Any] = {
+            "project": project,
+            "name": name,
+            "config": dict(config),
+            "dir": str(run_folder),
+        }
         log = log or Log()
         self._arguments |= {"entity": log.wandb_entity, "tags": log.wandb_tags or None, "notes": log.wandb_notes}
         self._arguments |= {"group": log.wandb_group or group}
