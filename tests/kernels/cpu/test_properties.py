@@ -35,7 +35,7 @@ from train.model.rope import Rope
 from train.model.sequence import Rectangle, Seen
 from train.optim.adamw import AdamW, UpdatePiece, _update, _update_compiled
 
-SOURCES = [*(ROOT / "train").glob("native/*.cpp"), *(ROOT / "train").glob("precision/*.cpp")]
+SOURCES = sorted((ROOT / "train" / "kernels").glob("*/*.cpp"))
 BF16, FP32 = torch.bfloat16, torch.float32
 ROUNDING = 2**-8
 """Of a value: its rounding to bf16."""
