@@ -1,6 +1,6 @@
 """What the schema says of a field besides its type: the bounds of a number, and whether hardly anyone sets it.
 
-conf/schema.py declares them beside the default, `check_fields` holds every value against them, and conf/mistakes.py
+conf/schema.py declares them beside the default, `check_fields` holds every value against them, and conf/command_line.py
 reads them when a command line does not fit.
 """
 

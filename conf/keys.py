@@ -138,6 +138,38 @@ def choices_of(found: Any) -> tuple[str, ...]:
     return tuple(inner.__members__) if isinstance(inner, type) and issubclass(inner, enum.Enum) else ()
 
 
+def dotted_keys() -> list[str]:
+    """Every dotted key of the schema."""
+
+    def walk(section: type, prefix: str) -> list[str]:
+        found = []
+        for name, kind in kinds(section).items():
+            found.append(prefix + name)
+            if dataclasses.is_dataclass(kind):
+                found += walk(kind, f"{prefix}{name}.")
+        return found
+
+    return walk(Config, "")
+
+
+def kinds(section: type) -> dict[str, Any]:
+    """The type of every field of a section, that of `int | None` being int."""
+    return {name: plain(kind)[0] for name, kind in typing.get_type_hints(section).items()}
+
+
+def type_of(key: str) -> Any:
+    """The type of a key, None if the schema does not have it. Names of rates are free."""
+    kind: Any = Config
+    for name in key.split("."):
+        if typing.get_origin(kind) is dict:
+            kind = typing.get_args(kind)[1]
+        elif dataclasses.is_dataclass(kind) and name in (known := kinds(kind)):
+            kind = known[name]
+        else:
+            return None
+    return kind
+
+
 def docstring(cls: type) -> str:
     """Of a section, in one line."""
     return " ".join(inspect.getdoc(cls).split())

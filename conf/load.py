@@ -26,13 +26,12 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from conf.check import check
+from conf.command_line import check_words, explain, refuse_keys_of_other_modes
 from conf.disk import disk_errors
 from conf.errors import EXIT_OK, UserError
 from conf.fields import check_fields
 from conf.files import atomic_write_text
 from conf.micro_batches import choose_micro_batch_size
-from conf.mistakes import check_words, explain
-from conf.own_keys import refuse_keys_of_other_modes
 from conf.removed_keys import drop_removed_keys
 from conf.run_settings import LOOKS_AT_A_RUN, over_run_settings
 from conf.schema import ROOT, Config, Hardware, Mode

@@ -1,7 +1,10 @@
-"""Words that other programs have for our keys and values, as data: what conf/mistakes.py answers where one of them is typed.
+"""Words that are right elsewhere, as data: those that other programs have for our keys and values, and keys that one mode alone reads.
+conf/command_line.py answers with what is meant.
 
 Spelling is found by itself; a line here is for a word that looks like no key of ours, or like a wrong one.
 """
+
+from conf.schema import Mode
 
 KEYS = {
     "accumulation_steps": "micro_batch_size",
@@ -91,3 +94,17 @@ VALUES = {
     ("cluster.device", "gpu"): ("cuda", "takes GPUs"),
 }
 """A key and what is typed for it, in small letters; the value that is meant, and what it does."""
+
+OWN_KEYS: dict[str, tuple[Mode, ...]] = {
+    "dry_run": (Mode.dry_run,),
+    "evaluate": (Mode.evaluate,),
+    "export": (Mode.export,),
+    "generate": (Mode.generate,),
+    "plan.calibrate": (Mode.plan,),
+    "plan.devices": (Mode.plan,),
+    "plan.search": (Mode.plan,),
+    "plan.tokens": (Mode.plan,),
+    "plan.write": (Mode.plan,),
+    "prove": (Mode.prove,),
+}
+"""A key, or a section of them, and the modes that read it: said to another, it would do nothing without a word."""

@@ -113,7 +113,7 @@ def test_a_conversation_goes_on_after_a_mistake(trained, capfd, monkeypatch):
         (["generate.tokens=0"], "generate.tokens", "must be 1 or more"),
     ],
 )
-def test_mistakes_are_named(trained, overrides, field, words):
+def test_command_line_are_named(trained, overrides, field, words):
     (trained / "other.json").write_text(train_bpe(["another text altogether"], 300))
     with pytest.raises(UserError) as caught:
         say(trained, *(override.format(trained) for override in overrides))

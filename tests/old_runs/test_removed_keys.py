@@ -6,10 +6,10 @@ import pytest
 import yaml
 
 from conf.changed_settings import changed, settings_of
+from conf.command_line import check_words
 from conf.errors import UserError
 from conf.keys import groups
 from conf.load import compose, read_config, write_config
-from conf.mistakes import check_words
 from conf.removed_keys import REMOVED_KEYS, drop_removed_keys
 from conf.schema import ROOT
 

@@ -1,8 +1,9 @@
-"""What a mistyped command line means: the key, the rule that it breaks, and the line that was meant.
+"""Every word of a command line against the schema: what a mistyped one breaks, and the line that was meant.
 
 Hydra and OmegaConf say what they could not do with a word. Here each word is held against the schema and the options of the
 groups instead, so that a wrong type, choice, key or way of writing has a cure of its own. Bounds and rules that join
-several fields are not seen here: conf/check.py holds those, once the configuration is typed.
+several fields are not seen here: conf/check.py holds those, once the configuration is typed. Similar words come from difflib over the
+schema's own keys: its 250 take 3 ms on a busy core, and rapidfuzz would be one more package.
 """
 
 import difflib
@@ -24,10 +25,10 @@ from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBase
 
 from conf.errors import UserError
 from conf.fields import wrong_choice
-from conf.keys import attribute_meanings, plain
+from conf.keys import attribute_meanings, dotted_keys, kinds, type_of
 from conf.removed_keys import REMOVED_KEYS
 from conf.schema import ROOT, Config, Mode
-from conf.synonyms import KEYS, VALUES
+from conf.synonyms import KEYS, OWN_KEYS, VALUES
 
 FLAGS = {
     name: takes_value
@@ -52,18 +53,18 @@ def check_words(words: Sequence[str]) -> None:
     if COMPLETION & {*words}:
         return
     _check_flags(words)
-    if mistake := _first_mistake(words, _settings(words)):
-        raise mistake
+    if wrong := _first_error(words, _settings(words)):
+        raise wrong
 
 
-def _first_mistake(words: Sequence[str], settings: Sequence[str]) -> UserError | None:
+def _first_error(words: Sequence[str], settings: Sequence[str]) -> UserError | None:
     """Of the settings among the words."""
     sweeps = any(word in ("-m", "--multirun") for word in words)
     groups = _groups(_own(words))
     found = (
-        _mistake(word, settings[:place], settings[place + 1 :], sweeps, groups) for place, word in enumerate(settings)
+        _error_of(word, settings[:place], settings[place + 1 :], sweeps, groups) for place, word in enumerate(settings)
     )
-    return next((mistake for mistake in found if mistake), None)
+    return next((wrong for wrong in found if wrong), None)
 
 
 def _check_flags(words: Sequence[str]) -> None:
@@ -110,7 +111,7 @@ def _groups(own: Iterable[Path] = ()) -> dict[str, list[str]]:
     return groups
 
 
-def _mistake(
+def _error_of(
     word: str, before: Sequence[str], after: Sequence[str], sweeps: bool, groups: dict[str, list[str]]
 ) -> UserError | None:
     """What is wrong with one word; None if nothing is that can be seen in it alone."""
@@ -119,9 +120,7 @@ def _mistake(
     following = after[0] if after else ""
     if word.startswith("~") and not key.startswith("hydra"):
         name = key.partition("@")[0]
-        cure = (
-            f"write {name}=VALUE, or leave the word out" if name in groups or _type_of(name) else "leave the word out"
-        )
+        cure = f"write {name}=VALUE, or leave the word out" if name in groups or type_of(name) else "leave the word out"
         return UserError(word, "", "deletes a key, and every key has a value here", cure)
     if not equals or not key:
         return None if word.startswith("~") else _no_assignment(word, before, after, groups)
@@ -136,10 +135,10 @@ def _mistake(
     key = parsed.key_or_group.partition("@")[0]
     if key.startswith("hydra"):
         return None
-    if key not in groups and _type_of(key) is None:
+    if key not in groups and type_of(key) is None:
         return _unknown_key(key, text, groups)
     if parsed.is_sweep_override() and not sweeps:
-        if typing.get_origin(kind := _type_of(key)) is list or kind is Any:
+        if typing.get_origin(kind := type_of(key)) is list or kind is Any:
             return UserError(key, text, "a list stands in brackets", f"write '{key}=[{text}]'")
         rule = "is several values, and one run has one"
         return UserError(key, text, rule, f"add -m, which runs one after another: -m {key}={text}")
@@ -147,21 +146,21 @@ def _mistake(
         return None
     values = parsed.sweep_iterator() if parsed.is_sweep_override() else [parsed.value()]
     for value in values:
-        mistake = _wrong_option(key, value, groups) if key in groups else _wrong_value(key, value)
-        if mistake and not parsed.is_sweep_override():
-            return UserError(mistake.field, text, mistake.rule, mistake.cure)
-        if mistake:
-            return mistake
+        wrong = _wrong_option(key, value, groups) if key in groups else _wrong_value(key, value)
+        if wrong and not parsed.is_sweep_override():
+            return UserError(wrong.field, text, wrong.rule, wrong.cure)
+        if wrong:
+            return wrong
     if parsed.is_add() and not word.startswith("++") and key not in groups:
         return UserError(key, text, "is a key already: + is for keys that there are not", f"write {bare}")
     return None
 
 
 def _wrong_value(key: str, value: Any) -> UserError | None:
-    """The mistake where the schema's type does not take the value of this key; None if it does."""
+    """The error where the schema's type does not take the value of this key; None if it does."""
     if (problem := _refused(key, value)) is None:
         return None
-    kind = _type_of(key)
+    kind = type_of(key)
     default = _default(key)
     example = f"for example {_written(key, default)}" if default not in (None, [], "", 0) else f"{LISTS}"
     if value == "" and kind is not str:
@@ -183,7 +182,7 @@ def _wrong_value(key: str, value: Any) -> UserError | None:
         section, _, name = key.rpartition(".")
         usual = f"use {default.value}, the default, or another. "
         return wrong_choice(
-            key, shown, choices, usual + attribute_meanings(_type_of(section) if section else Config).get(name, "")
+            key, shown, choices, usual + attribute_meanings(type_of(section) if section else Config).get(name, "")
         )
     if kind is bool:
         return UserError(key, shown, "must be true or false", f"write {key}=true or {key}=false")
@@ -247,7 +246,7 @@ def _wrong_option(group: str, value: Any, groups: dict[str, list[str]]) -> UserE
     if Path(name).name in groups[group]:
         rule = "is the name of a file, without its folders and its ending"
         return UserError(group, value, rule, f"write {group}={Path(name).name}")
-    section = _type_of(group)
+    section = type_of(group)
     first = fields(section)[0] if section else None
     single = (
         f", or set single keys, such as {group}.{first.name}=VALUE"
@@ -268,11 +267,11 @@ def _unknown_key(key: str, text: str, groups: dict[str, list[str]]) -> UserError
 
 def _close_keys(key: str, more: Sequence[str] = ()) -> list[str]:
     """Keys that may be meant: a synonym's, those that end in this one, else those that look like it."""
-    known = [*dict.fromkeys([*keys(), *more])]
+    known = [*dict.fromkeys([*dotted_keys(), *more])]
     section, _, last = key.rpartition(".")
     if synonym := KEYS.get(key.lower()) or KEYS.get(last.lower()):
         return [synonym]
-    if section in known and not is_dataclass(_type_of(section)):
+    if section in known and not is_dataclass(type_of(section)):
         return [section]
     ends = {each: each.rpartition(".")[2] for each in known}
     if same := [each for each in known if ends[each] in (last, key.replace(".", "_")) and _may_be_in(section, each)]:
@@ -280,6 +279,7 @@ def _close_keys(key: str, more: Sequence[str] = ()) -> list[str]:
     near = difflib.get_close_matches(key, known, n=3, cutoff=0.75)
     for end in difflib.get_close_matches(last, sorted({*ends.values()}), n=2, cutoff=0.75):
         near += [each for each in known if ends[each] == end and each not in near and _may_be_in(section, each)]
+    near = near or [KEYS[each] for each in difflib.get_close_matches(last.lower(), KEYS, n=1, cutoff=0.8)]
     near = near or [each for each in difflib.get_close_matches(key, known, n=3) if _may_be_in(section, each)]
     return near[:3]
 
@@ -289,7 +289,7 @@ def _may_be_in(section: str, key: str) -> bool:
     the key's own. Two keys with one last part may have nothing else in common.
     """
     first, own = section.partition(".")[0], key.rpartition(".")[0]
-    return not section or first in _kinds(Config) or bool(difflib.get_close_matches(section, [own, key]))
+    return not section or first in kinds(Config) or bool(difflib.get_close_matches(section, [own, key]))
 
 
 def _no_assignment(
@@ -301,14 +301,14 @@ def _no_assignment(
     if following.startswith("="):
         value = following[1:] or (after[1] if len(after) > 1 else "")
         return UserError(word, following, "there must be no space around =", f"write {word}={value}")
-    if (cut := re.fullmatch(r"([\w.]+):(.*)", word)) and _type_of(cut[1]) is not None:
+    if (cut := re.fullmatch(r"([\w.]+):(.*)", word)) and type_of(cut[1]) is not None:
         return UserError(word, "", rule, f"write {cut[1]}={cut[2] or following}")
     if word in [mode.value for mode in Mode]:
         usual = ", or leave it out, as it is the default" if word == Mode.train.value else ""
         return UserError(word, "", rule, f"write mode={word}{usual}")
     if word in groups["conf"]:
         return UserError(word, "", rule, f"write conf={word}")
-    if _type_of(word) is not None or word in groups:
+    if type_of(word) is not None or word in groups:
         is_value = bool(following) and "=" not in following
         value = following if is_value else "VALUE"
         return UserError(f"{word} {following}" if is_value else word, "", rule, f"write {word}={value}")
@@ -333,8 +333,8 @@ def _unreadable(key: str, text: str, after: Sequence[str]) -> UserError:
         )
     if text.startswith("="):
         return UserError(key, text, "one = stands between key and value", f"write {key}={text.lstrip('=')}")
-    if (mistake := _wrong_value(key, text)) and _type_of(key) in (int, float, bool):
-        return mistake
+    if (wrong := _wrong_value(key, text)) and type_of(key) in (int, float, bool):
+        return wrong
     if text.endswith(","):
         return UserError(
             key, text, "a value must follow the comma", f"write {key}={text.rstrip(',')}, or -m and several"
@@ -368,7 +368,7 @@ def _unknown_flag(flag: str, value: str) -> UserError:
     rule = "is no flag; settings are written KEY=VALUE, without dashes"
     name = flag.strip("-")
     for each in (name, name.replace("-", "_")):
-        if _type_of(each) is not None or each in _groups():
+        if type_of(each) is not None or each in _groups():
             return UserError(flag, value, rule, f"write {each}={value or 'VALUE'}")
     if close := difflib.get_close_matches(flag, FLAGS, n=1, cutoff=0.75):
         return UserError(flag, value, rule, f"did you mean {close[0]}?")
@@ -376,35 +376,46 @@ def _unknown_flag(flag: str, value: str) -> UserError:
     return UserError(flag, value, rule, f"did you mean {' or '.join(meant)}? {LISTS}" if meant else LISTS)
 
 
+def refuse_keys_of_other_modes(mode: Mode, overrides: Sequence[str]) -> None:
+    """Raise UserError for the first word of a command line that this mode would not read. A recipe may hold keys of every mode."""
+    for override in overrides:
+        key, _, value = override.partition("=")
+        key = key.lstrip("+")
+        for own, modes in OWN_KEYS.items():
+            if (key == own or key.startswith(f"{own}.")) and mode not in modes:
+                rule = f"mode={mode.value} does not read it: {own} belongs to mode={modes[0].value}"
+                raise UserError(key, value, rule, f"write mode={modes[0].value}, or leave {key} out")
+
+
 def explain(error: Exception, words: Sequence[str]) -> UserError:
     """An error of Hydra or OmegaConf as field, value, rule and cure: of a setting, where help was asked for with some, else of
     a recipe, as `check_words` found nothing.
     """
-    if mistake := _first_mistake(words, [word for word in _settings(words) if "=" in word]):
-        return mistake
+    if wrong := _first_error(words, [word for word in _settings(words) if "=" in word]):
+        return wrong
     if isinstance(error, AssertionError):  # OmegaConf's, for a key of a section that is null
-        if mistake := _in_null_section(words):
-            return mistake
+        if wrong := _in_null_section(words):
+            return wrong
         raise error
     groups = _groups(_own(words))
     if isinstance(error, MissingConfigException) and error.missing_cfg_file:
         group, _, name = error.missing_cfg_file.rpartition("/")
-        if mistake := group in groups and _wrong_option(group, name, groups):
-            return mistake
+        if wrong := group in groups and _wrong_option(group, name, groups):
+            return wrong
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     told = {name: value.strip() for name, colon, value in (line.partition(":") for line in lines) if colon}
     key = re.sub(r"\[\d+\].*", "", told.get("full_key", getattr(error, "full_key", None) or ""))
     recipe = found[1] if (found := re.match(r"In '([^']*)'", lines[0] if lines else "")) else ""
     place = f"in {recipe}.yaml: " if recipe else ""
-    if key and _type_of(key) is None:
-        mistake = _unknown_key(key, "VALUE", groups)
-        return UserError(key, "VALUE", place + mistake.rule, mistake.cure)
+    if key and type_of(key) is None:
+        wrong = _unknown_key(key, "VALUE", groups)
+        return UserError(key, "VALUE", place + wrong.rule, wrong.cure)
     if key and (found := re.search(r"alue '([^']*)'(?: of type '(\w+)')?", str(error))):
         value = yaml.safe_load(found[1]) if found[2] not in (None, "str") else found[1]
-        if mistake := _wrong_value(key, value):
-            return UserError(key, value, place + mistake.rule, mistake.cure)
-    if recipe and (mistake := _in_recipe(recipe, _own(words))):
-        return UserError(mistake.field, mistake.value, place + mistake.rule, mistake.cure)
+        if wrong := _wrong_value(key, value):
+            return UserError(key, value, place + wrong.rule, wrong.cure)
+    if recipe and (wrong := _in_recipe(recipe, _own(words))):
+        return UserError(wrong.field, wrong.value, place + wrong.rule, wrong.cure)
     rule = " ".join(line for line in lines if not re.match(r"(full_key|object_type|reference_type)\b", line))
     return UserError(key or "recipe", "?", rule, f"correct the recipe; {LISTS}")
 
@@ -415,7 +426,7 @@ def _in_null_section(words: Sequence[str]) -> UserError | None:
         key, _, value = word.lstrip("+").partition("=")
         names = key.split(".")
         for section in (".".join(names[:count]) for count in range(1, len(names))):
-            if is_dataclass(_type_of(section)) and _refused(section, None) is None:
+            if is_dataclass(type_of(section)) and _refused(section, None) is None:
                 group, _, inside = section.partition(".")
                 files = sorted((ROOT / "conf" / group).glob("*.yaml"))
                 having = [
@@ -433,51 +444,19 @@ def _in_recipe(name: str, own: Sequence[Path]) -> UserError | None:
     def walk(section: dict[str, Any], prefix: str) -> Iterator[UserError]:
         for name, value in section.items():
             key = f"{prefix}{name}"
-            if isinstance(value, dict) and is_dataclass(_type_of(key)):
+            if isinstance(value, dict) and is_dataclass(type_of(key)):
                 yield from walk(value, f"{key}.")
-            elif _type_of(key) is not None and (mistake := _wrong_value(key, value)):
-                yield mistake
+            elif type_of(key) is not None and (wrong := _wrong_value(key, value)):
+                yield wrong
 
     given = yaml.safe_load(path.read_text()) if path else None
     return next(walk(given, ""), None) if isinstance(given, dict) else None
 
 
-def keys() -> list[str]:
-    """Every dotted key of the schema."""
-
-    def walk(section: type, prefix: str) -> list[str]:
-        found = []
-        for name, kind in _kinds(section).items():
-            found.append(prefix + name)
-            if is_dataclass(kind):
-                found += walk(kind, f"{prefix}{name}.")
-        return found
-
-    return walk(Config, "")
-
-
-def _kinds(section: type) -> dict[str, Any]:
-    """The type of every field of a section, that of `int | None` being int."""
-    return {name: plain(kind)[0] for name, kind in typing.get_type_hints(section).items()}
-
-
-def _type_of(key: str) -> Any:
-    """The type of a key, None if the schema does not have it. Names of rates are free."""
-    kind: Any = Config
-    for name in key.split("."):
-        if typing.get_origin(kind) is dict:
-            kind = typing.get_args(kind)[1]
-        elif is_dataclass(kind) and name in (known := _kinds(kind)):
-            kind = known[name]
-        else:
-            return None
-    return kind
-
-
 def _refused(key: str, value: Any) -> OmegaConfBaseException | None:
     """Why the schema's type does not take this value."""
     section, _, name = key.rpartition(".")
-    kind: Any = _type_of(section) if section else Config
+    kind: Any = type_of(section) if section else Config
     if not is_dataclass(kind):
         return None
     try:
@@ -489,7 +468,7 @@ def _refused(key: str, value: Any) -> OmegaConfBaseException | None:
 
 def _default(key: str) -> Any:
     section, _, name = key.rpartition(".")
-    kind: Any = _type_of(section) if section else Config
+    kind: Any = type_of(section) if section else Config
     if not is_dataclass(kind):
         return None
     field = next(field for field in fields(kind) if field.name == name)

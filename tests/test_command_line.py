@@ -7,9 +7,10 @@ import pytest
 import torch
 
 from conf.changed_settings import settings_of
+from conf.command_line import check_words
 from conf.errors import EXIT_USER, UserError
+from conf.keys import dotted_keys
 from conf.load import compose, run
-from conf.mistakes import check_words, keys
 from conf.synonyms import KEYS, VALUES
 from parallel.shard import Shard
 from tests.checkpoint.world import checkpointers, save
@@ -144,6 +145,7 @@ MISTAKES = {
     "log.wandb.mode=disabled": "did you mean log.wandb=disabled?",
     "wandb.project=mine": "did you mean log.wandb_project=mine?",
     "learning_rate=1e-3": "did you mean optim.lr=1e-3?",
+    "lerning_rate=1e-3": "did you mean optim.lr=1e-3?",
     "max_steps=10": "did you mean steps=10?",
     "batch=8": "did you mean batch_size=8?",
     "model.lr=1": "did you mean optim.lr=1?",
@@ -227,7 +229,7 @@ def test_what_is_refused_is_shown_whole(monkeypatch, capsys):
 
 
 def test_every_synonym_leads_to_a_key_and_is_none_itself():
-    known = {*keys()}
+    known = {*dotted_keys()}
     assert {*KEYS.values(), *(key for key, _ in VALUES)} <= known
     assert not {*KEYS} & known
 
@@ -237,4 +239,4 @@ def test_a_command_without_words_has_no_mistake():
 
 
 def test_every_key_that_is_meant_exists():
-    assert {"steps", "model.yarn.factor", "precision.fp8.cache.linear", "optim.lr"} <= set(keys())
+    assert {"steps", "model.yarn.factor", "precision.fp8.cache.linear", "optim.lr"} <= set(dotted_keys())
