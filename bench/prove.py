@@ -3,6 +3,7 @@
     python -m bench.prove                 all rows of bench/prove_rows.csv; exits 1 if one fails
     python -m bench.prove --rows 3,17     these rows alone
     python -m bench.prove --share 10      a tenth of them, another one at every commit
+    python -m bench.prove --tiles         with pass `tiles` too, which of a layout has the way to experts alone
     python -m bench.prove --mutations     bugs of tests/prove/mutations: which are found, and where a certificate points
     python -m bench.prove --mutations fp8,wire     those of some areas, or single ones by name
     python -m bench.prove --generated 40  so many lines of the product changed by a rule: which changes survive, and why
@@ -32,7 +33,7 @@ import torch
 from bench.prove_rows import Row, read_rows, rotated, to_config, world_of, write_rows
 from cluster.launch import Place
 from conf.schema import Config
-from train.prove.findings import ProofVerdict
+from train.prove.findings import ProofVerdict, first_of
 
 TOGETHER = 8
 """Rows of the same processes: more would keep what torch and DeepSpeed never give back."""
@@ -52,8 +53,9 @@ class RowResult:
         """The first difference, or the error of a rank; empty where all held."""
 
 
-def prove_rows(rows: dict[int, Row], folder: Path) -> Iterator[RowResult]:
-    """Results as they come, rows of as many ranks after one another. folder: for evidence and checkpoints; is emptied.
+def prove_rows(rows: dict[int, Row], folder: Path, tiles: bool = False) -> Iterator[RowResult]:
+    """Results as they come, rows of as many ranks after one another. folder: for evidence and checkpoints; is emptied. tiles: with
+    that pass, too.
 
     Two groups of rows are proven at a time: the ranks of one leave a core free now and then, and a judge takes one.
     """
@@ -66,22 +68,24 @@ def prove_rows(rows: dict[int, Row], folder: Path) -> Iterator[RowResult]:
     judges, groups = ProcessPoolExecutor(AT_A_TIME, CONTEXT, torch.set_num_threads, (1,)), ThreadPoolExecutor(AT_A_TIME)
     configs = {number: _placed(row, folder / str(number)) for number, row in rows.items()}
     with judges, groups:
-        for results in groups.map(lambda some: _prove_together({n: rows[n] for n in some}, configs, judges), together):
+        for results in groups.map(
+            lambda some: _prove_together({n: rows[n] for n in some}, configs, judges, tiles), together
+        ):
             yield from results
 
 
-def _prove_together(rows: dict[int, Row], configs: dict[int, Config], judges: Executor) -> list[RowResult]:
+def _prove_together(rows: dict[int, Row], configs: dict[int, Config], judges: Executor, tiles: bool) -> list[RowResult]:
     started = time.perf_counter()
-    error = _gather([configs[number] for number in rows])
+    error = _gather([configs[number] for number in rows], tiles)
     if error and len(rows) > 1:  # which of them it was shows where each runs alone
-        return [result for number in rows for result in _prove_together({number: rows[number]}, configs, judges)]
+        return [result for number in rows for result in _prove_together({number: rows[number]}, configs, judges, tiles)]
     share, results = (time.perf_counter() - started) / len(rows), []
     for number, row in rows.items():
         result, started = RowResult(number, row), time.perf_counter()
         if error:
             result.first = error
         else:
-            result.verdicts, result.first = judges.submit(_judge, configs[number]).result()
+            result.verdicts, result.first = judges.submit(_judge, configs[number], tiles).result()
         result.seconds = share + time.perf_counter() - started
         results.append(result)
         shutil.rmtree(configs[number].runs, ignore_errors=True)
@@ -92,7 +96,7 @@ def _placed(row: Row, folder: Path) -> Config:
     return replace(to_config(row), runs=str(folder), name="proof")
 
 
-def _gather(configs: list[Config]) -> str:
+def _gather(configs: list[Config], tiles: bool) -> str:
     """Let ranks prove these; returns the first error of one, or nothing."""
     from tests.ranks import run_processes
 
@@ -100,16 +104,15 @@ def _gather(configs: list[Config]) -> str:
     with tempfile.TemporaryDirectory() as scratch:
         try:
             timeout = TIMEOUT * len(configs)
-            run_processes(_prove_as_rank, configs, world, f"{scratch}/store", world_size=world, timeout=timeout)
+            run_processes(_prove_as_rank, configs, tiles, world, f"{scratch}/store", world_size=world, timeout=timeout)
         except AssertionError as error:
             return str(error)
     return ""
 
 
-def _prove_as_rank(rank: int, configs: list[Config], world: int, store: str) -> None:
+def _prove_as_rank(rank: int, configs: list[Config], tiles: bool, world: int, store: str) -> None:
     import os
 
-    from train.prove.layouts import PROOFS
     from train.prove.proof_rank import run_pass
     from train.rank import choose_device, start_process_group
 
@@ -120,19 +123,26 @@ def _prove_as_rank(rank: int, configs: list[Config], world: int, store: str) -> 
         device = choose_device(config, place)
         if config is configs[0]:
             start_process_group(config, place, device)
-        for proof in PROOFS:
+        for proof in _passes(config, tiles):
             run_pass(proof, config, place, device)
 
 
-def _judge(config: Config) -> tuple[list, str]:
+def _passes(config: Config, tiles: bool) -> list[str]:
+    from train.prove.layouts import passes_of
+
+    return [proof for proof in passes_of(config) if tiles or proof != "tiles"]
+
+
+def _judge(config: Config, tiles: bool) -> tuple[list, str]:
     """Verdicts, and the first difference or the judge's own error."""
     from train.prove.judge import judge_all
 
     try:
-        findings = judge_all(config)
+        findings = judge_all(config, _passes(config, tiles))
     except Exception:
         return [], traceback.format_exc()
-    return list(findings.verdicts.values()), findings.differences[0].text() if findings.differences else ""
+    first = first_of(findings.differences)
+    return list(findings.verdicts.values()), first.text() if first else ""
 
 
 def show_worst(results: Iterable[RowResult]) -> None:
@@ -162,6 +172,7 @@ def main() -> int:
     parser.add_argument(
         "--generated", type=int, metavar="N", help="N lines of the product changed by a rule: what survives"
     )
+    parser.add_argument("--tiles", action="store_true")
     parser.add_argument("--make-rows", action="store_true")
     given = parser.parse_args()
     if given.make_rows:
@@ -191,7 +202,7 @@ def main() -> int:
         rows = {int(number): rows[int(number)] for number in numbers}
     started, results = time.perf_counter(), []
     with tempfile.TemporaryDirectory() as folder:
-        for result in prove_rows(rows, Path(folder)):
+        for result in prove_rows(rows, Path(folder), given.tiles):
             results.append(result)
             print(f"row {result.number:3} {result.seconds:5.1f} s  {result.first or 'holds'}", flush=True)
     show_worst(results)

@@ -26,7 +26,7 @@ from tests.prove.mutations.registry import FORWARD, UPDATE
 from tests.prove.mutations.seams import Seams
 from tests.ranks import CONTEXT, run_processes
 from train.prove.evidence import Evidence, read_steps
-from train.prove.findings import Difference, ProofFindings
+from train.prove.findings import Difference, ProofFindings, first_of, is_blurred, is_of_a_part
 from train.prove.judge import Judge
 from train.prove.layouts import PROOFS
 from train.prove.proof_rank import EVIDENCE, run_pass
@@ -124,8 +124,9 @@ def _judge(name: str, config: Config) -> tuple[Difference | None, str, float]:
     folder = Path(config.runs) / config.name
     try:
         Judge(proof, PROOFS[proof](config), folder / EVIDENCE, findings).judge()
-    except _Found as found:
-        first = found.first
+        first = first_of(findings.differences)
+    except _Found:
+        first = first_of(findings.differences)
     except Exception:
         return None, traceback.format_exc(), 0.0
     unused, seconds = _ran(name, folder, config.parallel.world)
@@ -133,15 +134,16 @@ def _judge(name: str, config: Config) -> tuple[Difference | None, str, float]:
 
 
 class _Found(Exception):
-    def __init__(self, first: Difference):
-        self.first = first
+    pass
 
 
 class _UntilTheFirst(list):
-    """Ends a judge's work with the first difference: the rest follows from it."""
+    """Ends a judge's work as soon as `first_of` is known: the rest follows from it."""
 
-    def append(self, first: Difference) -> None:
-        raise _Found(first)
+    def append(self, difference: Difference) -> None:
+        super().append(difference)
+        if not is_blurred(self[0]) or is_of_a_part(difference):
+            raise _Found
 
 
 def _ran(name: str, folder: Path, world: int) -> tuple[str, float]:

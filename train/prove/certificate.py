@@ -15,7 +15,7 @@ from conf.screen import Terminal
 from train.metrics.progress import duration
 from train.metrics.proof_rows import CARD, FILE
 from train.metrics.screens import GOOD, WARN, show
-from train.prove.findings import Difference, ProofVerdict
+from train.prove.findings import Difference, ProofVerdict, first_of
 
 PROOFS_SAY = {
     "exact": "in fp64, without an optimizer: the model, its pipeline and its dispatchers are the reference's function",
@@ -66,7 +66,7 @@ class Certificate:
     @property
     def first(self) -> Difference | None:
         """Where a fault begins."""
-        return self.differences[0] if self.differences else None
+        return first_of(self.differences)
 
     def record(self) -> dict[str, Any]:
         """prove.json. Errors and bounds are relative; null for a difference without a measure."""

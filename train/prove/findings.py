@@ -33,6 +33,28 @@ class Difference:
         )
 
 
+WHOLE = ("outputs", "losses", "gradients of weights", "gradients of outputs", "chosen experts", "loads")
+"""Quantities of the whole model, whose differences in low precision begin to show anywhere behind a fault."""
+
+
+def first_of(differences: Sequence[Difference]) -> Difference | None:
+    """Where a fault begins. They come in the order of the computation; but in the recipe's own precision whole outputs are compared so
+    loosely that what a single part shows says more, also of a later step.
+    """
+    if not differences or not is_blurred(differences[0]):
+        return differences[0] if differences else None
+    proof = differences[0].proof
+    return next((one for one in differences if one.proof == proof and is_of_a_part(one)), differences[0])
+
+
+def is_blurred(difference: Difference) -> bool:
+    return difference.proof == "recipe" and difference.quantity in WHOLE
+
+
+def is_of_a_part(difference: Difference) -> bool:
+    return difference.phase in ("forward", "backward") and difference.quantity not in WHOLE
+
+
 @dataclass
 class ProofVerdict:
     """Of a pass, on one quantity."""

@@ -17,7 +17,7 @@ Shapes as in train/prove/reference.py.
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import replace
 from functools import partial
@@ -41,6 +41,7 @@ from train.prove.evidence import EVIDENCE, Evidence, depth_of, places_of, read_s
 from train.prove.findings import ProofFindings, together
 from train.prove.high_precision import choice_excess
 from train.prove.judge_high import WholeJudge
+from train.prove.judge_parts import micro_batches
 from train.prove.judge_reduction import ReductionJudge, sum_over_ranks
 from train.prove.judge_update import State, Tally, UpdateJudge, assemble
 from train.prove.judge_wire import WireJudge
@@ -50,14 +51,15 @@ from train.prove.samples import initial_biases, initial_weights
 from train.prove.shaken import ReferenceStep, Shaken, run_step
 
 
-def judge_all(config: Config, at_a_time: int = 1) -> ProofFindings:
-    """Every pass of a proof whose ranks have ended. config: that which they read. at_a_time: more than 1 in forks of this process, which
-    must not have computed.
+def judge_all(config: Config, proofs: Sequence[str] | None = None, at_a_time: int = 1) -> ProofFindings:
+    """These passes of a proof whose ranks have ended, or all of them. config: that which they read. at_a_time: more than 1 in forks of
+    this process, which must not have computed.
     """
+    given = passes_of(config) if proofs is None else proofs
     if at_a_time == 1:
-        return together([judge_pass(config, proof) for proof in passes_of(config)])
+        return together([judge_pass(config, proof) for proof in given])
     with ProcessPoolExecutor(at_a_time, get_context("fork"), torch.set_num_threads, (1,)) as judges:
-        return together(list(judges.map(partial(judge_pass, config), passes_of(config))))
+        return together(list(judges.map(partial(judge_pass, config), given)))
 
 
 def judge_pass(config: Config, proof: str) -> ProofFindings:
@@ -89,6 +91,8 @@ class Judge(WireJudge, ReductionJudge, UpdateJudge):
                 before, self.tally = saved
             judge = self._judge_step if step else self._judge_start
             before = judge(ranks, before if before is not None or step == 0 else self._given())
+            if before is None:
+                return
             if self.proof == "exact":
                 continue
             if not all(tensor.isfinite().all() for tensor in before.values()):
@@ -166,14 +170,16 @@ class Judge(WireJudge, ReductionJudge, UpdateJudge):
         for name in want:
             self._compare("initial weights", name, None, drawn[name], want[name], Bound(0.0, "bit for bit"))
 
-    def _judge_step(self, ranks: list[Evidence], before: State) -> State:
-        info = ranks[0].info
+    def _judge_step(self, ranks: list[Evidence], before: State) -> State | None:
+        """The state after it; None where nothing that follows can be compared."""
         plan = replace(reference.plan_step(self.config, self.step), first_sample=self.tally.samples)
         self.phase = "settings"
-        for name, value in info.plan.items():
-            self._number(
-                "settings of the step", name, None, value, getattr(plan, name), Bound(1e-12, "a formula in fp64")
-            )
+        for rank in ranks:
+            for name, value in rank.info.plan.items():
+                bound = Bound(1e-12, "a formula in fp64")
+                self._number("settings of the step", name, rank.info.rank, value, getattr(plan, name), bound)
+        if not self._has_the_batch(ranks, plan.batch_size):
+            return None
         plain = self._plain(before, self._choices(ranks, plan.batch_size))
         self.want = run_step(plain, self.samples, plan)
         unit = UNIT[coarsest(self.config) if self.is_rounded else "fp32"]
@@ -194,6 +200,18 @@ class Judge(WireJudge, ReductionJudge, UpdateJudge):
             self._judge_biases(ranks, before, seen, plan.bias_speed)
             return before
         return self._judge_update(ranks, before, seen, plan)
+
+    def _has_the_batch(self, ranks: list[Evidence], batch_size: int) -> bool:
+        """Whether the shares of the ranks make up the batch: of another there is nothing to compare."""
+        shares = {
+            (rank.info.first, rank.info.first + micro_batches(rank) * rank.info.micro_batch_size) for rank in ranks
+        }
+        starts, ends = (sorted(side) for side in zip(*shares, strict=True))
+        if [*starts, batch_size] == [0, *ends]:
+            return True
+        reason = "the ranks trained on other samples than those of the batch, each once"
+        self._fail("samples of the step", "batch", None, ends[-1] - starts[0], batch_size, reason)
+        return False
 
     def _rows(self, rank: Evidence, number: int) -> slice:
         """Samples of a micro-batch, within the batch."""

@@ -39,6 +39,8 @@ class WholeJudge(AttentionJudge):
             return self._norm, self._norm_back
         if name == "head":
             return self._head, self._head_back
+        if name == "embedding":
+            return self._embedding, self._embedding_back
         if name.endswith(".router"):
             return self._router, self._router_back
         return super()._judges_of(name)
@@ -66,6 +68,25 @@ class WholeJudge(AttentionJudge):
         model = self.config.model
         of_latents = name.endswith((".q_norm", ".kv_norm")) and model.latent_norm_eps is not None
         return model.latent_norm_eps if of_latents else model.norm_eps
+
+    # Embedding
+
+    def _embedding(self, name: str) -> None:
+        for call in self.calls[name]:
+            rows = self.weights[f"{name}.weight"][call.tensors["ids"].long()].flatten(0, -2)
+            self._total(
+                "embedding", call, "y", call.rows("y"), Total(rows, rows.abs(), None), Bound(0.0, "bit for bit")
+            )
+
+    def _embedding_back(self, name: str) -> None:
+        """Summed in fp32 in every recipe: what comes back to each token's row, of all micro-batches and ranks."""
+        made, table = SumOverCalls(), self.weights[f"{name}.weight"]
+        for call in self.calls[name]:
+            if call.has("dy"):
+                ids, dy_ND = call.tensors["ids"].long().flatten(), call.rows("dy")
+                summed, size = (torch.zeros_like(table).index_add_(0, ids, one) for one in (dy_ND, dy_ND.abs()))
+                made.add(Total(summed, size, None), False, len(ids))
+        self._gradient(f"{name}.weight", made)
 
     # What goes past attention and FFN, and is added to what they make
 

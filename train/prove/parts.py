@@ -10,6 +10,7 @@ Keys are part.WHAT/NAME/NUMBER, and the number counts the calls of the part, mic
     router                 x, dx; gates and choices are seen by `EvidenceWatch`
     experts                x, gates, counts, y, dy, dx, dgates, and h, dh between the products, rows in the order of their experts
     attention              q, k, v, y, and the gradients dq, dk, dv, dy; not where ranks share sequences
+    embedding              ids, y, dy
     output head            x, dx of each depth, under head.DEPTH, and its loss y with dy
 """
 
@@ -26,7 +27,7 @@ from train.kernels.fp8.fp8 import Fp8Precision
 from train.kernels.plain.high import HighPrecision
 from train.model.attention import AttentionInput
 from train.model.deepseek import DeepSeekV3, Head
-from train.model.layers import Linear, RMSNorm
+from train.model.layers import Embedding, Linear, RMSNorm
 from train.model.mla import MLA
 from train.model.moe import MoE
 from train.model.recompute import is_repeated
@@ -48,12 +49,16 @@ class PartsWatch:
         self._calls: dict[str, int] = {}
         self._here = threading.local()  # lanes of an overlapped pair are threads
         self._watch_swiglu(precision)
+        tables: set[Embedding] = set()
         for chunk in chunks:
             for name, module in chunk.named_modules():
                 if isinstance(module, Linear | RMSNorm | Router):
                     module.register_forward_pre_hook(partial(self._take_input, name))
                     if not isinstance(module, Router):
                         module.register_forward_hook(partial(self._take_output, name))
+                elif isinstance(module, Embedding) and module not in tables:  # which two chunks may share
+                    tables.add(module)
+                    module.register_forward_hook(self._take_embedded)
                 elif isinstance(module, Head):
                     module.register_forward_pre_hook(self._take_states)
                     module.register_forward_hook(self._take_losses)
@@ -100,6 +105,13 @@ class PartsWatch:
     def _take_output(self, name: str, module: nn.Module, given: tuple, y: Tensor) -> None:
         key = self._open().pop(name, None)
         if key is not None:
+            self.keep("y", key, y)
+            self.keep_gradient("dy", key, y)
+
+    def _take_embedded(self, table: Embedding, given: tuple, y: Tensor) -> None:
+        if self.is_watching() and table.training and torch.is_grad_enabled():
+            key = self.begin("embedding")  # of all tables of a rank, whose gradients are one
+            self.keep("ids", key, given[0])
             self.keep("y", key, y)
             self.keep_gradient("dy", key, y)
 

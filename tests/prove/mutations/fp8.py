@@ -133,6 +133,17 @@ def copies_of_weights_never_refreshed(bug: Seams) -> None:
 
 
 @mutation(
+    "NVIDIA/TransformerEngine#1047: the same on two ranks that share experts",
+    "fp8 wire",
+    FORWARD,
+    "outputs|loss|products",
+    LOW,
+)
+def copies_of_weights_never_refreshed_on_two_ranks(bug: Seams) -> None:
+    copies_of_weights_never_refreshed(bug)
+
+
+@mutation(
     "NVIDIA/TransformerEngine#1190: Wgrad with the cached input of the micro-batch before",
     "fp8",
     BACKWARD,
