@@ -89,7 +89,13 @@ def wgrad_of_linears_halved(bug: Seams) -> None:
     with_wgrad(bug, linear, lambda made, into: added(made * 0.5, into))
 
 
-@mutation(OURS + ": gradients of weights are summed over micro-batches in bf16", "fp8", BACKWARD, WEIGHTS, LOW)
+@mutation(
+    OURS + ": gradients of weights are summed over micro-batches in bf16",
+    "fp8",
+    BACKWARD,
+    f"{WEIGHTS}|sums over micro-batches",
+    LOW,
+)
 def wgrad_summed_in_bf16(bug: Seams) -> None:
     def change(made: Tensor, into: Tensor | None) -> Tensor:
         return made.copy_(made.bfloat16()) if into is None else into.copy_((into + made).bfloat16())
