@@ -87,14 +87,6 @@ def exact(tmp_path_factory) -> Config:
     return config
 
 
-@pytest.fixture(scope="module")
-def exact(tmp_path_factory) -> Config:
-    """Evidence of one rank, of pass exact."""
-    config = small_proof(tmp_path_factory.mktemp("exact"), *ROOM)
-    gather_evidence(config, proofs=["exact"])
-    return config
-
-
 def test_the_reference_equals_the_product_in_one_process(exact):
     findings = judge_pass(exact, "exact")
     assert [difference.text() for difference in findings.differences[:3]] == []

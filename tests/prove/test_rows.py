@@ -12,10 +12,6 @@ SHARE = 40
 """One in so many is proven in a run of the tests, other ones at every commit; `python -m bench.prove` takes all."""
 
 
-SHARE = 40
-"""One in so many is proven in a run of the tests, other ones at every commit; `python -m bench.prove` takes all."""
-
-
 @pytest.fixture(scope="module")
 def rows():
     return read_rows()

@@ -9,10 +9,10 @@ from tests.prove.mutations.registry import BACKWARD, FORWARD, OURS, REDUCTION, R
 from tests.prove.mutations.seams import Seams
 from train.checkpoint.staging import StagingBuffers
 from train.kernels.fp8 import swiglu
-from train.kernels.plain import grouped
+from train.kernels.plain import grouped, plain_attention
 from train.kernels.plain.plain_attention import PlainAttention
 from train.kernels.plain.plain_kernels import PlainKernels
-from train.model import attention, deepseek, loss
+from train.model import deepseek, loss
 from train.optim import adamw
 from train.optim.adamw import AdamW
 
@@ -32,7 +32,7 @@ def second_block_misses_a_key(bug: Seams) -> None:
                 bias_CS[:, 0] = -torch.inf
             yield rows, queries, keys, bias_CS
 
-    bug.around(attention, "_blocks", blocks)
+    bug.around(plain_attention, "_blocks", blocks)
 
 
 @mutation(
@@ -55,7 +55,7 @@ def second_block_without_backward(bug: Seams) -> None:
         return (one for one in original(given) if not running or one[1].start in firsts)
 
     bug.around(PlainAttention, "backward", backward)
-    bug.around(attention, "_blocks", blocks)
+    bug.around(plain_attention, "_blocks", blocks)
 
 
 @mutation(
@@ -66,7 +66,7 @@ def second_pass_over_heads_lost(bug: Seams) -> None:
         heads = given.q_BHTQ.size(1)
         return (one for one in original(given) if one[0].start % heads == 0)
 
-    bug.around(attention, "_blocks", blocks)
+    bug.around(plain_attention, "_blocks", blocks)
 
 
 @mutation(
