@@ -33,7 +33,7 @@ from pathlib import Path
 from bench.catalog import listed
 from bench.layouts import LAYOUTS
 from bench.layouts import measure as measure_layout
-from bench.sides import Result, ratios
+from bench.sides import SideResult, ratios
 from bench.train_step import Case, compare
 
 CASES = [Case("debug", threads=1), Case("debug", threads=2), Case("v3"), Case("v3", mtp=True)]
@@ -77,7 +77,7 @@ def step(case: Case, rounds: int, seconds: float) -> dict:
             print(f"  {name:14}cannot run: {result}")
             continue
         rate = statistics.median(result.rates)
-        ratio = statistics.median(ratios(ours, result)) if isinstance(ours, Result) and result is not ours else None
+        ratio = statistics.median(ratios(ours, result)) if isinstance(ours, SideResult) and result is not ours else None
         found[name] = asdict(result) | {"median": rate, "ours_to_peer": ratio, "share_of_products": rate * flops / peak}
         spread = f"{min(result.rates):.0f} to {max(result.rates):.0f}"
         print(

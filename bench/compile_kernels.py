@@ -182,7 +182,9 @@ def of_the_model() -> dict[str, Callable]:
         torch.empty(1, ROWS, n, dtype=t) for n, t in ((256, float32), (8, torch.int64), (8, float32), (1, float32))
     )
     bias, loads, count = torch.empty(256), torch.empty(256, dtype=torch.int64), torch.empty(1)
-    sums = [torch.empty(1, ROWS // triton_route.TOKENS, 256, dtype=t) for t in (torch.int32, float32, torch.int32)]
+    sums = [
+        torch.empty(1, ROWS // triton_route.ROUTE_TOKENS, 256, dtype=t) for t in (torch.int32, float32, torch.int32)
+    ]
     made = logits, ids, eight, one, one
     return {
         "model: route": lambda: triton_route.route(logits, bias, rule, made, sums, False, True),

@@ -172,18 +172,18 @@ def worker(rank: int, folder: str, rounds: int, tokens: int, malloc: str) -> Non
     dist.destroy_process_group()
 
 
-Times = dict[str, list[tuple[float, float]]]
+DispatchTimes = dict[str, list[tuple[float, float]]]
 """(wall seconds, CPU seconds of rank 0) of every timed step, by layer."""
 
 
-def measure(rounds: int, tokens: int = 1024, malloc: str = "tuned") -> dict[str, Times]:
+def measure(rounds: int, tokens: int = 1024, malloc: str = "tuned") -> dict[str, DispatchTimes]:
     """Run the ranks; times by dtype (float32, bfloat16)."""
     with tempfile.TemporaryDirectory() as folder:
         torch.multiprocessing.spawn(worker, args=(folder, rounds, tokens, malloc), nprocs=RANKS)
         return json.loads((Path(folder) / "times.json").read_text())
 
 
-def show(dtype: str, times: Times) -> None:
+def show(dtype: str, times: DispatchTimes) -> None:
     medians = {name: statistics.median(wall for wall, _ in taken) for name, taken in times.items()}
     ours = next(iter(medians.values()))
     print(f"\n{dtype:14}, ms a step{'':7}{'median':>8}{'least':>8}{'ratio':>7}{'CPU':>8}")

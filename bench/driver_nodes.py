@@ -55,7 +55,7 @@ class StubHost:
     def _answer_pulse(self) -> None:
         """As cluster/node/pulse_echo.py does, for all nodes of this host."""
         while True:
-            datagram, driver = self._echo.recvfrom(pulse.LONGEST)
+            datagram, driver = self._echo.recvfrom(pulse.LONGEST_DATAGRAM)
             number, id = pulse.unseal(self._key, pulse.QUESTION, datagram)
             if not self._nodes[id].silent:
                 self._echo.sendto(pulse.seal(self._key, pulse.ANSWER, number, id), driver)

@@ -112,12 +112,12 @@ def count(cell: Cell) -> Arithmetic:
     """The least that a rank has to do and to hold."""
     from train.model.count import flops_per_token
     from train.plan.memory.rank_memory import plan_memory
-    from train.plan.memory.rank_weights import FP32
+    from train.plan.memory.rank_weights import FP32_BYTES
 
     config = cell.config("hardware=cpu")
     plan = plan_memory(config)[0]
     weights = plan.items["weights"]
-    state = weights + plan.items["master"] + plan.items["moments"] + weights // 2 * FP32
+    state = weights + plan.items["master"] + plan.items["moments"] + weights // 2 * FP32_BYTES
     flops, products = (cell.tokens * flops_per_token(config.model, length) for length in (config.seq_len, 0))
     return Arithmetic(flops, flops - products, state, plan.peak_bytes)
 

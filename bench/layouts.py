@@ -35,7 +35,7 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 
-from bench.sides import Result, Side, cpu_ratio, ratios, serve, take_turns
+from bench.sides import Side, SideResult, cpu_ratio, ratios, serve, take_turns
 from bench.train_step import SHAPES, Case, interpreter, own_step, random_tokens, transformers_model
 
 
@@ -84,7 +84,7 @@ def sides_of(case: LayoutCase) -> list[str]:
     return ["ours", "torchtitan", "autoep1"] + (["autoep2"] if case.pp == 1 else [])
 
 
-def compare(case: LayoutCase, names: list[str], rounds: int, seconds: float) -> dict[str, Result | str]:
+def compare(case: LayoutCase, names: list[str], rounds: int, seconds: float) -> dict[str, SideResult | str]:
     """These sides of a case by name, or why one cannot run."""
     return take_turns({name: partial(start, name, case) for name in names}, rounds, seconds)
 
@@ -95,7 +95,7 @@ def start(name: str, case: LayoutCase) -> Side:
     return Side([interpreter(name), *words], case.tokens, ranks=case.pp * case.dp, threads=case.threads)
 
 
-def figures(results: dict[str, Result | str]) -> dict[str, dict]:
+def figures(results: dict[str, SideResult | str]) -> dict[str, dict]:
     """Medians and ratios by side, beside every single measurement."""
     found, ours = {}, results["ours"]
     for name, result in results.items():
@@ -106,7 +106,7 @@ def figures(results: dict[str, Result | str]) -> dict[str, dict]:
             "median": statistics.median(result.rates),
             "median_cpu_seconds": statistics.median(result.cpu_seconds),
         }
-        if result is not ours and isinstance(ours, Result):
+        if result is not ours and isinstance(ours, SideResult):
             found[name] |= {
                 "ours_to_peer": statistics.median(ratios(ours, result)),
                 "range": (min(ratios(ours, result)), max(ratios(ours, result))),

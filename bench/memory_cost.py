@@ -18,7 +18,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import NamedTuple
 
-from bench.sides import Result, Side, serve, take_turns
+from bench.sides import Side, SideResult, serve, take_turns
 
 SECONDS = 2.0
 """Of a side in a round; a step at the least."""
@@ -80,7 +80,7 @@ def main() -> None:
         sides = {"without": partial(start, [*both, *without]), "there": partial(start, [*both, *there])}
         found = take_turns(sides, options.rounds, SECONDS)
         one, other = found["without"], found["there"]
-        if not (isinstance(one, Result) and isinstance(other, Result)):
+        if not (isinstance(one, SideResult) and isinstance(other, SideResult)):
             print(f"{what:34} cannot run: {next(side for side in found.values() if isinstance(side, str))}")
             continue
         each = [b / a for a, b in zip(one.cpu_seconds, other.cpu_seconds, strict=True)]

@@ -50,7 +50,7 @@ WARM_STEPS = 2
 
 
 @dataclass
-class Part:
+class TimedPart:
     """Two ways to do a part, and its floating-point operations (0 where they are not products)."""
 
     ours: Step
@@ -75,7 +75,7 @@ class PartResult:
     """Of ours to the products alone, median over the rounds."""
 
 
-class Parts:
+class TimedParts:
     """All parts of a case with equal sizes, on the same random hidden states."""
 
     def __init__(self, case: Case):
@@ -89,7 +89,7 @@ class Parts:
         self._shape = batch, length, self.model.hidden
         self._tokens = random_tokens(case, self.model.vocab_size)
 
-    def all(self) -> dict[str, Part]:
+    def all(self) -> dict[str, TimedPart]:
         return {"MLA": self._mla(), "MoE": self._moe(), "loss": self._loss(), "optimizer": self._optimizer()}
 
     def _states(self) -> torch.Tensor:
@@ -105,26 +105,26 @@ class Parts:
 
         return step
 
-    def _mla(self) -> Part:
+    def _mla(self) -> TimedPart:
         ours = _small(MLA(self.model, self._precision, Rope(self.model, self.config.seq_len), **self._factory))
         peer = self._peer.model.layers[-1].self_attn
         positions = torch.arange(self._shape[1])[None]
         turns = self._peer.model.rotary_emb(self._states(), positions)
         widths = self.model.nope_head_dim + self.model.rope_head_dim + self.model.v_head_dim
         core = self.config.seq_len * self.model.heads * widths / 2
-        return Part(
+        return TimedPart(
             self._step(lambda x_BTD: ours(x_BTD, nullcontext())),
             self._step(lambda x_BTD: peer(x_BTD, position_embeddings=turns, attention_mask=None)[0]),
             6 * self.case.tokens * (attention_products(self.model) + core),
         )
 
-    def _moe(self) -> Part:
+    def _moe(self) -> TimedPart:
         experts = self.model.experts
         dispatcher = LocalDispatcher(experts, self._kernels)
         ours = _small(MoE(self.model, self._precision, dispatcher, range(experts), **self._factory))
         peer = self._peer.model.layers[-1].mlp
         active = (self.model.top_k + self.model.shared_experts) * expert_params(self.model)
-        return Part(
+        return TimedPart(
             self._step(lambda x_BTD: ours(x_BTD, nullcontext())),
             self._step(peer),
             6 * self.case.tokens * active,
@@ -158,24 +158,24 @@ class Parts:
         """w13 (2F, D) and w2 (D, F)."""
         return torch.randn(2 * width, hidden, dtype=self.dtype), torch.randn(hidden, width, dtype=self.dtype)
 
-    def _loss(self) -> Part:
+    def _loss(self) -> TimedPart:
         model = self.model
         ours = _small(Head(model.hidden, model.vocab_size, model.loss_chunk, self._kernels, **self._factory))
         peer, labels, whole = self._peer, self._tokens[:, :-1], Positions(self._shape[1])
-        return Part(
+        return TimedPart(
             self._step(lambda x_BTD: ours([x_BTD], self._tokens, whole)[0]),
             self._step(lambda x: peer.loss_function(peer.lm_head(x), labels, vocab_size=self.model.vocab_size)),
             self.case.tokens * head_flops(self.model),
         )
 
-    def _optimizer(self) -> Part:
+    def _optimizer(self) -> TimedPart:
         size = self.model.experts * expert_params(self.model)
         ours, theirs = (torch.nn.Parameter(torch.randn(size)) for _ in range(2))
         ours.grad, theirs.grad = torch.randn(size), torch.randn(size)
         group = {"params": [ours], "weight_decay": 0.1}
         mine = AdamW([group], self.config.optim, moments_dtype(self.config.precision), "adamw" in self._kernels.parts)
         torchs = torch.optim.AdamW([theirs], lr=1e-4, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
-        return Part(mine.step, torchs.step, 0.0)
+        return TimedPart(mine.step, torchs.step, 0.0)
 
 
 def _small(module: torch.nn.Module) -> torch.nn.Module:
@@ -190,7 +190,7 @@ def measure(case: Case, rounds: int) -> dict[str, PartResult]:
     torch.set_num_threads(case.threads)
     torch.manual_seed(1)
     results = {}
-    for name, part in Parts(case).all().items():
+    for name, part in TimedParts(case).all().items():
         for _ in range(WARM_STEPS):
             part.ours(), part.peer()
         times = [

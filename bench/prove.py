@@ -30,7 +30,7 @@ from pathlib import Path
 
 import torch
 
-from bench.prove_rows import Row, read_rows, rotated, to_config, world_of, write_rows
+from bench.prove_rows import ProveRow, read_rows, rotated, to_config, world_of, write_rows
 from cluster.launch import Place
 from conf.schema import Config
 from train.prove.findings import ProofVerdict, first_of
@@ -46,14 +46,14 @@ TIMEOUT = 120.0
 class RowResult:
     """What came of a row."""
 
-    def __init__(self, number: int, row: Row):
+    def __init__(self, number: int, row: ProveRow):
         self.number, self.row, self.seconds = number, row, 0.0
         self.verdicts: list[ProofVerdict] = []
         self.first = ""
         """The first difference, or the error of a rank; empty where all held."""
 
 
-def prove_rows(rows: dict[int, Row], folder: Path, tiles: bool = False) -> Iterator[RowResult]:
+def prove_rows(rows: dict[int, ProveRow], folder: Path, tiles: bool = False) -> Iterator[RowResult]:
     """Results as they come, rows of as many ranks after one another. folder: for evidence and checkpoints; is emptied. tiles: with
     that pass, too.
 
@@ -74,7 +74,7 @@ def prove_rows(rows: dict[int, Row], folder: Path, tiles: bool = False) -> Itera
             yield from results
 
 
-def _prove_together(rows: dict[int, Row], configs: dict[int, Config], judges: Executor, tiles: bool) -> list[RowResult]:
+def _prove_together(rows: dict[int, ProveRow], configs: dict[int, Config], judges: Executor, tiles: bool) -> list[RowResult]:
     started = time.perf_counter()
     error = _gather([configs[number] for number in rows], tiles)
     if error and len(rows) > 1:  # which of them it was shows where each runs alone
@@ -92,7 +92,7 @@ def _prove_together(rows: dict[int, Row], configs: dict[int, Config], judges: Ex
     return results
 
 
-def _placed(row: Row, folder: Path) -> Config:
+def _placed(row: ProveRow, folder: Path) -> Config:
     return replace(to_config(row), runs=str(folder), name="proof")
 
 

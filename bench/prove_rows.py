@@ -94,10 +94,10 @@ JOINED = (
 )
 """The switches that rules of the configuration join; no rule joins two of different groups."""
 
-Row = dict[str, Any]
+ProveRow = dict[str, Any]
 
 
-def read_rows() -> list[Row]:
+def read_rows() -> list[ProveRow]:
     """The covering array and the rows behind it."""
     with FILE.open(newline="") as file:
         return [{key: yaml.safe_load(value) for key, value in row.items()} for row in csv.DictReader(file)]
@@ -112,7 +112,7 @@ def write_rows() -> None:
         writer.writerows({key: "null" if value is None else value for key, value in row.items()} for row in rows)
 
 
-def covering_rows() -> list[Row]:
+def covering_rows() -> list[ProveRow]:
     """Rows in which every three settings meet that the rules allow together."""
     from covertable import make  # of the extra dev, and of nobody else
 
@@ -121,7 +121,7 @@ def covering_rows() -> list[Row]:
     return [{key: row[key.replace(".", "/")] for key in SWITCHES} for row in made]
 
 
-def _fill(rows: list[Row]) -> list[Row]:
+def _fill(rows: list[ProveRow]) -> list[ProveRow]:
     """Rows drawn at random behind these, up to ROWS; of two ranks at most, as a row of four takes as long as five of two."""
     rows, drawn = [*rows], random.Random(SEED)
     while len(rows) < ROWS:
@@ -132,7 +132,7 @@ def _fill(rows: list[Row]) -> list[Row]:
     return rows
 
 
-def world_of(row: Row) -> int:
+def world_of(row: ProveRow) -> int:
     """Ranks of a row."""
     return row["parallel.pp"] * row["parallel.dp"] * row["parallel.cp"]
 
@@ -167,7 +167,7 @@ def allowed(joined: tuple[str, ...]) -> set[tuple]:
     return found
 
 
-def to_config(row: Row) -> Config:
+def to_config(row: ProveRow) -> Config:
     """The run of a row. Raises UserError where its settings do not fit each other."""
     cfg = deepcopy(_composed(row["precision"]))
     for key, value in row.items():
@@ -194,7 +194,7 @@ def _composed(precision: str) -> Config:
     return compose(*BASE, f"precision={precision}")
 
 
-def rotated(rows: dict[int, Row], share: int = 10) -> dict[int, Row]:
+def rotated(rows: dict[int, ProveRow], share: int = 10) -> dict[int, ProveRow]:
     """One in `share` of the rows, other ones at every commit; those from the first one on where there is no git."""
     git = ["git", "rev-parse", "HEAD"]
     try:

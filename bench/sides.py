@@ -24,7 +24,7 @@ LIMIT = 600.0
 
 
 @dataclass
-class Result:
+class SideResult:
     """One side of a case."""
 
     rates: list[float]
@@ -131,10 +131,10 @@ class Side:
 
 def take_turns(
     starts: dict[str, Callable[[], Side]], rounds: int, seconds: float, between: Callable[[], None] = lambda: None
-) -> dict[str, Result | str]:
+) -> dict[str, SideResult | str]:
     """All sides by name, or why one cannot run. `between` is called once a round."""
     sides: dict[str, Side] = {}
-    failed: dict[str, Result | str] = {}
+    failed: dict[str, SideResult | str] = {}
     try:
         for name, start in starts.items():
             try:
@@ -149,19 +149,19 @@ def take_turns(
         done = {}
         for name, side in sides.items():
             rates, cpu = (list(column) for column in zip(*turns[name], strict=True))
-            done[name] = Result(rates, side.first_step, side.peak_memory(), cpu)
+            done[name] = SideResult(rates, side.first_step, side.peak_memory(), cpu)
         return done | failed
     finally:
         for side in sides.values():
             side.kill()
 
 
-def ratios(ours: Result, peer: Result) -> list[float]:
+def ratios(ours: SideResult, peer: SideResult) -> list[float]:
     """Of every round."""
     return [a / b for a, b in zip(ours.rates, peer.rates, strict=True)]
 
 
-def cpu_ratio(ours: Result, peer: Result) -> float:
+def cpu_ratio(ours: SideResult, peer: SideResult) -> float:
     """The peer's CPU time of a step over ours: above 1 where ours takes less."""
     return statistics.median(b / a for a, b in zip(ours.cpu_seconds, peer.cpu_seconds, strict=True))
 

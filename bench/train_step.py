@@ -25,7 +25,7 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
 
-from bench.sides import Result, Side, ratios, serve, take_turns
+from bench.sides import Side, SideResult, ratios, serve, take_turns
 from bench.torchtitan_peer import environment
 
 SHAPES = {
@@ -108,7 +108,7 @@ def sides_of(case: Case) -> list[str]:
 
 def compare(
     case: Case, rounds: int, seconds: float, between: Callable[[], None] = lambda: None
-) -> dict[str, Result | str]:
+) -> dict[str, SideResult | str]:
     """All sides of a case by name, or why one cannot run. `between` is called once a round."""
     return take_turns({name: partial(_start, name, case) for name in sides_of(case)}, rounds, seconds, between)
 
@@ -148,7 +148,7 @@ def main() -> None:
             continue
         line = f"  {name:13} {statistics.median(result.rates):8.0f} tokens/s"
         line += f"  ({min(result.rates):.0f} to {max(result.rates):.0f})"
-        if name != "ours" and isinstance(ours, Result):
+        if name != "ours" and isinstance(ours, SideResult):
             each = ratios(ours, result)
             line += f"  ours is {statistics.median(each):.2f} times as fast ({min(each):.2f} to {max(each):.2f})"
         print(line)

@@ -29,9 +29,9 @@ CERTAIN = {-signal.SIGKILL, -signal.SIGSEGV, -signal.SIGBUS, -signal.SIGILL, -si
 """Exit codes of a rank that is no victim; a victim may still abort, as libraries do when they lose a peer."""
 NCCL_TIMEOUT = "Watchdog caught collective operation timeout"
 """What torch prints before it aborts a rank that waited too long in a collective on GPUs."""
-TAIL = 4 << 10
+OUTPUT_TAIL = 4 << 10
 """Bytes of output that explain a rank that ended without a word."""
-ROOM = 64 << 10
+LAST_WORDS_BYTES = 64 << 10
 """Bytes that a rank takes at its start for what it may have to say when the disk is full."""
 SAID = 4 << 10
 """Characters of headline and message that are certain to fit there."""
@@ -83,8 +83,8 @@ class Failure:
 def begin_work(logs: Path, rank: int) -> None:
     """Leave the mark of a rank that works, which `end_work` removes. OSError if the disk refuses it."""
     logs.mkdir(parents=True, exist_ok=True)
-    with naming(at_work_path(logs, rank), ROOM):
-        at_work_path(logs, rank).write_bytes(b" " * ROOM)
+    with naming(at_work_path(logs, rank), LAST_WORDS_BYTES):
+        at_work_path(logs, rank).write_bytes(b" " * LAST_WORDS_BYTES)
 
 
 def end_work(logs: Path, rank: int) -> None:
@@ -141,8 +141,8 @@ def read_report(rank: int, code: int | None, logs: Path) -> RankReport:
     report.deserted = code is not None and report.failure is None and at_work_path(logs, rank).exists()
     if report.bad and report.failure is None:
         with contextlib.suppress(FileNotFoundError), log_path(logs, rank).open("rb") as log:
-            log.seek(max(0, os.fstat(log.fileno()).st_size - TAIL))
-            report.log_tail = log.read(TAIL).decode(errors="replace")
+            log.seek(max(0, os.fstat(log.fileno()).st_size - OUTPUT_TAIL))
+            report.log_tail = log.read(OUTPUT_TAIL).decode(errors="replace")
     return report
 
 

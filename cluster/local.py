@@ -26,10 +26,10 @@ from conf.words import say
 
 SETTLE = 3.0
 """Seconds that the other ranks get to report after the first one failed."""
-LOOK = 0.05
+RANKS_LOOK_SECONDS = 0.05
 """Seconds between looks at the ranks."""
 Child = subprocess.Popen | ForkedProcess
-Start = Callable[[dict[str, str], IO | None], Child]
+StartRank = Callable[[dict[str, str], IO | None], Child]
 """Starts a rank with this environment, which writes to this file, or to the terminal."""
 CLOSE = 60.0
 """Seconds that a rank which still runs then gets to end by itself: rank 0 may have much to send to W&B."""
@@ -40,7 +40,7 @@ def run_local(command: list[str], world: int, logs: Path) -> int:
     return run_children(partial(spawn, command), world, logs)
 
 
-def run_children(start: Start, world: int, logs: Path) -> int:
+def run_children(start: StartRank, world: int, logs: Path) -> int:
     """Start `world` ranks, wait for all, end all when one fails; returns the exit code of the run.
 
     SIGTERM and Ctrl-C are passed on to the ranks as SIGTERM; a second Ctrl-C ends them at once, as KeyboardInterrupt.
@@ -52,7 +52,7 @@ def run_children(start: Start, world: int, logs: Path) -> int:
         return _run(start, world, logs, folder.path / "store")
 
 
-def _run(start: Start, world: int, logs: Path, store: Path) -> int:
+def _run(start: StartRank, world: int, logs: Path, store: Path) -> int:
     ranks: list[Child] = []
     asked: list[int] = []
     """Signals that asked the run to stop."""
@@ -75,7 +75,7 @@ def _run(start: Start, world: int, logs: Path, store: Path) -> int:
         _end(ranks)
 
 
-def _start(ranks: list[Child], start: Start, world: int, logs: Path, store: Path) -> None:
+def _start(ranks: list[Child], start: StartRank, world: int, logs: Path, store: Path) -> None:
     """Add one after another to `ranks`."""
     environment = os.environ | {
         "WORLD_SIZE": str(world),
@@ -100,7 +100,7 @@ def _watch(ranks: list[Child], logs: Path, asked: list[int]) -> int:
         codes = [report.code for report in reports if report.code is not None]
         if len(codes) == len(reports):
             return max(codes)
-        time.sleep(LOOK)
+        time.sleep(RANKS_LOOK_SECONDS)
 
 
 def _reports(ranks: list[Child], logs: Path) -> list[RankReport]:
@@ -137,9 +137,9 @@ def _wait(ranks: list[Child], seconds: float) -> None:
     """Until all have ended, but no longer than this. While this process is held up itself, as by a busy machine, nobody is late."""
     before = time.monotonic()
     while seconds > 0 and any(rank.poll() is None for rank in ranks):
-        time.sleep(LOOK)
+        time.sleep(RANKS_LOOK_SECONDS)
         now = time.monotonic()
-        seconds, before = seconds - min(now - before, 2 * LOOK), now
+        seconds, before = seconds - min(now - before, 2 * RANKS_LOOK_SECONDS), now
 
 
 def _forward(ranks: list[Child]) -> None:

@@ -43,7 +43,7 @@ class Node:
 
 
 @dataclass(frozen=True)
-class Shape:
+class StageShape:
     """How many ranks a stage has, how many of them share experts, and what follows for the busiest of them."""
 
     dp: int
@@ -68,7 +68,7 @@ class Placement:
     """An ordered rank list."""
 
     pp: int
-    shape: Shape
+    shape: StageShape
     seats: tuple[Seat, ...]
     """By rank."""
     spares: tuple[Node, ...]
@@ -106,8 +106,8 @@ class Placement:
 def place(
     nodes: list[Node],
     pp: int,
-    shapes: Iterable[Shape],
-    allowed: Callable[[Shape], bool] = lambda shape: True,
+    shapes: Iterable[StageShape],
+    allowed: Callable[[StageShape], bool] = lambda shape: True,
     near: Placement | None = None,
 ) -> Placement | None:
     """The placement of the first of these shapes that fits the nodes and is allowed; None if there is none.
@@ -137,7 +137,7 @@ def room(nodes: Iterable[Node], ep: int) -> int:
 
 def require(nodes: list[Node], pp: int, dp: int, ep: int) -> Placement:
     """The placement of exactly pp x dp ranks; UserError if the nodes cannot hold them."""
-    found = place(nodes, pp, [Shape(size, ep) for size in range(dp, 0, -ep)])
+    found = place(nodes, pp, [StageShape(size, ep) for size in range(dp, 0, -ep)])
     if found is not None and found.dp == dp:
         return found
     devices = sum(node.devices for node in nodes)
@@ -221,7 +221,7 @@ def _seats(nodes: list[Node], ep: int, inside: int) -> Iterator[list[tuple[Node,
     yield from straddling
 
 
-def _number(nodes: list[Node], seats: _Seats, pp: int, shape: Shape) -> Placement:
+def _number(nodes: list[Node], seats: _Seats, pp: int, shape: StageShape) -> Placement:
     """Give out rank numbers: rank = stage * dp + block * ep + index in the expert group."""
     dp, ep = shape.dp, shape.ep
     placed: list[Seat] = []

@@ -19,7 +19,7 @@ from conf.removed_keys import drop_removed_keys
 from conf.schema import Config, Data, Fp8, Precision
 from conf.words import harmless, one_line
 
-WIDTH, AROUND = 100, 60
+LINE_WIDTH, AROUND = 100, 60
 """Characters of a line above which old and new stand below each other, and of a long value that are shown around the first
 difference."""
 
@@ -207,12 +207,12 @@ def flat(node: Any, prefix: str = "") -> dict[str, Any]:
 
 def _line(key: str, old: Any, new: Any) -> str:
     key, old, new = one_line(key), _text(old), _text(new)
-    if max(len(old), len(new)) > 2 * WIDTH:
+    if max(len(old), len(new)) > 2 * LINE_WIDTH:
         start = next((i for i, (a, b) in enumerate(zip(old, new, strict=False)) if a != b), min(len(old), len(new)))
         old, new = (_cut(text, start) for text in (old, new))
     remark = f": {REMARKS[key]}" if key in REMARKS else ""
     line = f"{key} was {old} and is {new}{remark}"
-    return line if len(line) <= WIDTH else f"{key}{remark}\n      was    {old}\n      and is {new}"
+    return line if len(line) <= LINE_WIDTH else f"{key}{remark}\n      was    {old}\n      and is {new}"
 
 
 def _cut(text: str, start: int) -> str:

@@ -26,7 +26,7 @@ BACKLOG = 64 << 20
 """Bytes that may wait in memory for room on a disk."""
 FULL = {errno.ENOSPC, errno.EDQUOT}
 RIGHTS = {errno.EACCES, errno.EPERM}
-FAILED = {
+DISK_FAILED = {
     errno.EIO,
     errno.ENXIO,
     errno.ENODEV,
@@ -41,7 +41,7 @@ FAILED = {
 }
 """A disk, its file system, or the network to it does not work: nothing that the user of a file has set or can set."""
 HANDLES = {errno.EMFILE, errno.ENFILE}
-REFUSED = FULL | RIGHTS | FAILED | {errno.EROFS, errno.ENOTDIR, errno.EFBIG}
+REFUSED = FULL | RIGHTS | DISK_FAILED | {errno.EROFS, errno.ENOTDIR, errno.EFBIG}
 
 
 @contextmanager
@@ -68,7 +68,7 @@ def reading(path: Path) -> Iterator[None]:
 
 def is_refusal(error: Exception) -> TypeGuard[OSError]:
     """Whether a disk does not give what it holds, so that nothing is known of what is in the file."""
-    return isinstance(error, OSError) and _number(error) in RIGHTS | FAILED | HANDLES
+    return isinstance(error, OSError) and _number(error) in RIGHTS | DISK_FAILED | HANDLES
 
 
 def _number(error: OSError) -> int | None:
@@ -99,7 +99,7 @@ def cure_of_writing(error: OSError) -> str:
 
 def _cure(error: OSError) -> str | None:
     """What can be done whether a file is read or written; None where that makes a difference."""
-    if _number(error) in FAILED:
+    if _number(error) in DISK_FAILED:
         return "the disk, or the network to it, has failed: see `dmesg` on this machine, and start again once it works"
     if _number(error) in HANDLES:
         return "raise the limit on open files (`ulimit -n`)"

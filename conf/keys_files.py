@@ -19,9 +19,9 @@ from conf.load import compose_node
 from conf.schema import ROOT, Config
 from conf.words import say
 
-PAGE = ROOT / "train" / "docs" / "keys.md"
+KEYS_PAGE = ROOT / "train" / "docs" / "keys.md"
 EDITORS = ROOT / "conf" / "recipe.schema.json"
-HEAD = """# Every key
+PAGE_HEAD = """# Every key
 
 All settings of a run, with the value that `sluice` takes without arguments, what they take, and what they mean. Those that hardly anyone
 sets stand in the [second part](#expert). The same in a terminal, with the values of any arguments:
@@ -57,7 +57,7 @@ def keys_page() -> str:
     common, rare = (
         "".join(_section(group.part(expert), values, expert) for group in groups()) for expert in (False, True)
     )
-    return f"{HEAD}{common}{EXPERT_HEAD}{rare}"
+    return f"{PAGE_HEAD}{common}{EXPERT_HEAD}{rare}"
 
 
 def _section(group: KeyGroup, values: Any, expert: bool) -> str:
@@ -144,9 +144,9 @@ def _default(item: dataclasses.Field) -> Any:
 
 
 def main() -> int:
-    PAGE.write_text(keys_page())
+    KEYS_PAGE.write_text(keys_page())
     EDITORS.write_text(recipe_schema())
-    say(f"{PAGE}\n{EDITORS}")
+    say(f"{KEYS_PAGE}\n{EDITORS}")
     return EXIT_OK
 
 

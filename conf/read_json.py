@@ -7,9 +7,9 @@ from typing import Any
 from conf.disk import cure_of_reading
 from conf.errors import UserError
 
-LARGEST = 128 << 20
+LARGEST_FILE = 128 << 20
 """Bytes of a file, at most. The index of DeepSeek-V3's 91,991 tensors has 9 MB, tokenizers of large vocabularies 10 to 40."""
-NAMES = {dict: "an object", list: "a list", str: "a text", bool: "true or false", type(None): "null"}
+TYPE_NAMES = {dict: "an object", list: "a list", str: "a text", bool: "true or false", type(None): "null"}
 
 
 def read_json(path: Path, field: str, cure: str, kind: type = dict, value: object = None) -> Any:
@@ -30,8 +30,8 @@ def read_text(path: Path) -> str:
     try:
         if not path.is_file():
             raise ValueError("it is no plain file" if path.exists() else "no such file")
-        if (size := path.stat().st_size) > LARGEST:
-            raise ValueError(f"it has {size} bytes, and {LARGEST} are the most that such a file needs")
+        if (size := path.stat().st_size) > LARGEST_FILE:
+            raise ValueError(f"it has {size} bytes, and {LARGEST_FILE} are the most that such a file needs")
         return path.read_text(encoding="utf-8")
     except OSError as error:
         raise ValueError(error.strerror or str(error)) from error
@@ -48,5 +48,5 @@ def parse_json(text: str, kind: type = dict) -> Any:
     except ValueError as error:  # broken JSON, or a number of thousands of digits
         raise ValueError(f"it is no JSON: {error}") from error
     if not isinstance(body, kind):
-        raise ValueError(f"it must hold {NAMES[kind]}, and holds {NAMES.get(type(body), 'a number')}")
+        raise ValueError(f"it must hold {TYPE_NAMES[kind]}, and holds {TYPE_NAMES.get(type(body), 'a number')}")
     return body

@@ -23,7 +23,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn import functional as F
 
-from parallel.expert.counters import Counters
+from parallel.expert.counters import TrafficCounters
 
 
 class ContextParallel:
@@ -35,7 +35,7 @@ class ContextParallel:
     def __init__(self, group: dist.ProcessGroup, across: bool = False):
         self.group, self._across = group, across
         self.parts, self.part = dist.get_world_size(group), dist.get_rank(group)
-        self.counters = Counters()
+        self.counters = TrafficCounters()
         """Bytes sent: those of gathers as forward, those of scatters as backward."""
 
     def gather_begin(self, own_BTX: Tensor, rows: Sequence[int]) -> "LatentsOnTheirWay":
@@ -83,7 +83,7 @@ class LoneContext(ContextParallel):
     """The same without the others, for a plan or a dry run: what would come from them is a copy of this rank's own."""
 
     def __init__(self, ranks: int, rank: int = 0):
-        self.parts, self.part, self.counters, self._across = ranks, rank, Counters(), False
+        self.parts, self.part, self.counters, self._across = ranks, rank, TrafficCounters(), False
 
     def total(self, counts: Tensor) -> Tensor:
         return counts * self.parts

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from conf.disk import FAILED, FULL, HANDLES, REFUSED, RIGHTS, disk_errors, naming, reading
+from conf.disk import DISK_FAILED, FULL, HANDLES, REFUSED, RIGHTS, disk_errors, naming, reading
 from conf.errors import EXIT_CRASH, EXIT_OK, EXIT_USER, UserError
 from conf.load import compose
 from conf.read_json import read_json
@@ -234,7 +234,7 @@ def test_a_checkpoint_that_a_broken_disk_does_not_give_is_named(tmp_path):
     assert newest_intact(root).path is None
 
 
-CASES = [(number, reading) for number in sorted(RIGHTS | FAILED | HANDLES)]
+CASES = [(number, reading) for number in sorted(RIGHTS | DISK_FAILED | HANDLES)]
 CASES += [(number, naming) for number in sorted(REFUSED | HANDLES)]
 
 
@@ -251,7 +251,7 @@ def test_every_number_of_the_system_has_the_cure_of_reading_or_of_writing(tmp_pa
     said, cure = str(caught.value), caught.value.cure
     verb = "read" if way is reading else "written"
     assert caught.value.field == "runs" and f"a cannot be {verb}: {os.strerror(number)}" in said
-    assert ("dmesg" in cure) == (number in FAILED) and ("ulimit -n" in cure) == (number in HANDLES)
+    assert ("dmesg" in cure) == (number in DISK_FAILED) and ("ulimit -n" in cure) == (number in HANDLES)
     assert ("writable" in cure) == (way is naming and number in {*RIGHTS, errno.EROFS})
     assert ("free space" in cure) == (number in FULL) and ("ulimit -f" in cure) == (number == errno.EFBIG)
     if way is naming and number in REFUSED:

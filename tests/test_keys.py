@@ -14,7 +14,7 @@ from rich.console import Console
 from conf.errors import EXIT_OK, EXIT_USER
 from conf.help import option_line, recipe_lines, show_help
 from conf.keys import attribute_meanings, groups
-from conf.keys_files import EDITORS, PAGE, keys_page, recipe_schema
+from conf.keys_files import EDITORS, KEYS_PAGE, keys_page, recipe_schema
 from conf.load import compose_node
 from conf.schema import ROOT, Mode
 from tests.ranks import run_module
@@ -125,7 +125,7 @@ def test_a_key_takes_its_choices_and_no_other_word():
 
 
 def test_the_page_and_the_schema_for_editors_are_up_to_date():
-    assert PAGE.read_text() == keys_page(), MADE
+    assert KEYS_PAGE.read_text() == keys_page(), MADE
     assert EDITORS.read_text() == recipe_schema(), MADE
 
 

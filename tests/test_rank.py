@@ -11,7 +11,7 @@ from cluster.launch import Place
 from conf.errors import EXIT_CRASH, EXIT_DIVERGED, EXIT_STOPPED, EXIT_USER, UserError
 from parallel.exchange import is_timeout
 from tests.ranks import run_processes
-from train.data.source_files import Progress
+from train.data.source_files import ReportProgress
 from train.loop.trainer import Diverged
 from train.rank import guarded, in_turn
 
@@ -111,7 +111,7 @@ def wait_for_data(rank: int, store: str) -> None:
     dist.init_process_group("gloo", **group)
     dist.distributed_c10d._set_pg_timeout(timedelta(seconds=1), dist.group.WORLD)
 
-    def make(_: Progress) -> str:
+    def make(_: ReportProgress) -> str:
         if rank == 0:
             time.sleep(3)
         return "made"

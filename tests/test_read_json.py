@@ -43,7 +43,7 @@ def test_files_that_are_none(tmp_path, monkeypatch):
     ):
         with pytest.raises(UserError, match=rule):
             read_json(path, "init_from", "download it again")
-    monkeypatch.setattr(module, "LARGEST", 10)
+    monkeypatch.setattr(module, "LARGEST_FILE", 10)
     (tmp_path / "large.json").write_text('{"a": 12345}')
     with pytest.raises(UserError, match="has 12 bytes, and 10 are the most"):
         read_json(tmp_path / "large.json", "init_from", "download it again")

@@ -102,7 +102,7 @@ def used_of_torch() -> set[str]:
             elif isinstance(node, ast.ImportFrom) and (node.module or "").startswith("torch."):
                 hidden = any(is_private(part) for part in node.module.split("."))
                 found |= {name.name for name in node.names if hidden or is_private(name.name)}
-    return found - own - {one.name for one in private_names.NAMES} - set(OTHERS) - {"_C"}
+    return found - own - {one.name for one in private_names.PRIVATE_NAMES} - set(OTHERS) - {"_C"}
 
 
 def test_the_list_is_what_the_product_uses():

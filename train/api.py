@@ -24,7 +24,7 @@ from conf.yaml_file import escaped
 from train.checkpoint.manifest import newest_intact
 from train.checkpoint.run_folder import RunPaths
 from train.command.program import environment_of_children
-from train.metrics.jsonl import FILE, read_heads
+from train.metrics.jsonl import METRICS_FILE, read_heads
 
 if TYPE_CHECKING:
     import pandas
@@ -58,7 +58,7 @@ class RunResult:
 
     def records(self) -> list[dict[str, Any]]:
         """One dictionary a recorded step, of the scalars that train/metrics/names.py explains; NaN for what was not finite."""
-        path = self.folder / FILE
+        path = self.folder / METRICS_FILE
         return list(read_heads(path)) if path.is_file() else []
 
     def frame(self) -> "pandas.DataFrame":

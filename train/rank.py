@@ -29,7 +29,7 @@ from parallel.signed_store import open_sealed_store
 from train.checkpoint.run_folder import RunPaths
 from train.data.corpus import silent
 from train.data.prepare_progress import show_progress
-from train.data.source_files import Progress
+from train.data.source_files import ReportProgress
 from train.kernels.cpu.processor import threads_of
 from train.kernels.deterministic import repeat_bits
 from train.kernels.gpu.device import grow_segments, probe_in_turn, record_collectives, usable_gpu
@@ -136,7 +136,7 @@ def start_process_group(config: Config, place: Place, device: torch.device) -> N
         form_later()
 
 
-def in_turn(place: Place, make: Callable[[Progress], T]) -> T:
+def in_turn(place: Place, make: Callable[[ReportProgress], T]) -> T:
     """The first rank of every machine makes what is not cached yet; the others find it."""
     with patient_group(PREPARATION) as everybody:
         if place.local_rank == 0:

@@ -29,7 +29,7 @@ from train.kernels.precision import activation_dtype  # noqa: E402
 from train.loop.device_errors import explained  # noqa: E402
 from train.loop.finish import finish, sample  # noqa: E402
 from train.loop.resume import find_start, restore  # noqa: E402
-from train.loop.state import State  # noqa: E402
+from train.loop.state import RunState  # noqa: E402
 from train.loop.stop import StopRequest  # noqa: E402
 from train.loop.trainer import Flops, Outputs, Trainer  # noqa: E402
 from train.metrics.origin import record_machine  # noqa: E402
@@ -92,7 +92,7 @@ def _run(config: Config, place: Place, stop: StopRequest) -> int:
     start = find_start(config, copies)
     is_filled = start.has_weights or config.init_from is not None
     parts = parallelize(config, mesh, device, kernels, restored=is_filled)
-    state = State(config, mesh, parts)
+    state = RunState(config, mesh, parts)
     restored = restore(config, data, state, checkpointer, copies, start)
     notes = [*data.notes, *restored.notes]
     if state.step < config.steps:

@@ -23,7 +23,7 @@ from bench.gpu.machine import PATIENCE
 from bench.gpu.page import draw, shown
 from bench.gpu.parts import MINUTES, PARTS, BenchPart, fitting
 from bench.gpu.run import run_part
-from bench.gpu.verdict import PartFound, Verdict, software
+from bench.gpu.verdict import GpuVerdict, PartFound, software
 
 
 def main() -> int:
@@ -66,14 +66,14 @@ def main() -> int:
     return 1 if counts[FAIL] else 0
 
 
-def start(wanted: str) -> Verdict:
+def start(wanted: str) -> GpuVerdict:
     """An empty verdict on the device at hand."""
     import torch
 
     on_gpu = wanted != "cpu" and torch.cuda.is_available()
     if wanted == "cuda" and not on_gpu:
         sys.exit("--device cuda: torch finds no CUDA device that it can use; without the option this is a dry check")
-    verdict = Verdict(on_gpu, torch.cuda.get_device_name(0) if on_gpu else "a CPU", software())
+    verdict = GpuVerdict(on_gpu, torch.cuda.get_device_name(0) if on_gpu else "a CPU", software())
     print(f"{verdict.device}, torch {torch.__version__}")
     if not on_gpu:
         print("no CUDA device: dry check on the CPU at small sizes, nothing below runs on a GPU")
@@ -123,7 +123,7 @@ def show(line: Line) -> None:
     print(f"  {line.verdict:10}{line.name}{': ' if rest else ''}{rest}", flush=True)
 
 
-def write(verdict: Verdict, folder: Path) -> None:
+def write(verdict: GpuVerdict, folder: Path) -> None:
     (folder / "gpu.json").write_text(json.dumps(verdict.record(), indent=1, allow_nan=False) + "\n")
     (folder / "gpu.html").write_text(draw(verdict))
 

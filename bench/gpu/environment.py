@@ -15,8 +15,7 @@ from bench.gpu.verdict import nvcc
 from conf.load import compose
 from train.kernels.choice import build_kernels
 from train.kernels.fp8.hopper_probe import probe
-from train.kernels.gpu.attention_choice import BOUND as ATTENTION_BOUND
-from train.kernels.gpu.attention_choice import CORES, PARTS, problem_of
+from train.kernels.gpu.attention_choice import ATTENTION_BOUND, ATTENTION_PARTS, CORES, problem_of
 from train.kernels.gpu.host_compiler import compiler_command, missing_for_triton
 from train.metrics.peak import measured_peak, named_peak
 from train.model.attention import Attend, AttentionCore, AttentionInput
@@ -151,9 +150,9 @@ def attention(machine: Machine) -> Finding:
     machine.need_gpu("torch's CUDA attention")
     config = compose("conf=deepseek_v3", "mode=dry_run", "precision=bf16")
     heads = [f"{phase}, {part} (ms)" for part in TIMED for phase in ("forward", "both")]
-    table, works = [["core", *PARTS, *heads]], set()
+    table, works = [["core", *ATTENTION_PARTS, *heads]], set()
     for name, core in CORES.items():
-        says = {part: problem_of(core, config, machine.device, part) for part in PARTS}
+        says = {part: problem_of(core, config, machine.device, part) for part in ATTENTION_PARTS}
         if not core.takes_documents:
             says["documents"] = "not asked: it makes a plan for every length"
         works |= {part for part, problem in says.items() if problem is None}
@@ -161,7 +160,7 @@ def attention(machine: Machine) -> Finding:
         for part, documents in TIMED.items():
             row += [None, None] if says[part] else attention_times(machine, core, documents)
         table.append([name, *(problem or "works" for problem in says.values()), *row])
-    missing = set(PARTS) - works
+    missing = set(ATTENTION_PARTS) - works
     problem = f"no core is right for {' and '.join(sorted(missing))}" if missing else None
     return Finding(
         {},

@@ -20,14 +20,14 @@ from bench.gpu.line import Check, Finding, NotTried
 from bench.gpu.machine import DeviceSide, Machine
 from conf.errors import UserError
 from conf.load import compose
-from parallel.expert.permute import FanOut, Wanted, collect, fan_out_with_entries, hits
+from parallel.expert.permute import ExpertTargets, FanOut, collect, fan_out_with_entries, hits
 from parallel.expert.wire import Fp8Wire
 from train.kernels.choice import build_kernels
 from train.kernels.fp8 import swiglu as plain_swiglu
 from train.kernels.fp8.cast_rules import OperandRule
 from train.kernels.fp8.formats import E4M3, E5M2, E5M6, TILE, Cast
 from train.kernels.fp8.fp8 import Fp8Precision
-from train.kernels.fp8.groups import Groups
+from train.kernels.fp8.groups import PaddedGroups
 from train.kernels.fp8.hopper import HopperEngine, load_hopper
 from train.kernels.fp8.products import CpuEngine
 from train.kernels.fp8.quantize import dequantize_reference, quantize_reference
@@ -218,7 +218,7 @@ def both(machine: Machine) -> Finding:
     kernels, pairs = triton_kernels(machine), []
     for x, cast in itertools.product(wide(machine), casts(machine, (1, TILE))):
         counts, turned = torch.tensor([len(x) - 130, 0, 130]), replace(cast, block=(TILE, 1))
-        ends, padded = counts.cumsum(0, dtype=torch.int32).to(machine.device), Groups(counts).pad(x)
+        ends, padded = counts.cumsum(0, dtype=torch.int32).to(machine.device), PaddedGroups(counts).pad(x)
         for name, given, columns_of in (("", (), x), (" by expert", (ends,), padded)):
             ours = kernels.quantize_both(x.to(machine.device), cast, turned, *given)
             rows, columns = quantize_reference(x, cast), quantize_reference(columns_of, turned)
@@ -309,7 +309,7 @@ def dispatched(machine: Machine) -> Finding:
 
     tokens = 700 if machine.on_gpu else 140
     ids = torch.rand(tokens, 64, generator=torch.Generator().manual_seed(4)).topk(8).indices
-    wanted = Wanted(16, 1, 16)
+    wanted = ExpertTargets(16, 1, 16)
     copies = int(hits(ids, wanted).sum())
     *fan, entries = triton_dispatch.place_hits(ids.to(machine.device), *wanted, copies)
     expected, expected_entries = fan_out_with_entries(ids, wanted, copies)

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from bench.gpu.words import reason_of
 
 PASS, FAIL, NOT_TRIED = "pass", "fail", "not tried"
-Figure = float | int | str | None
+LineFigure = float | int | str | None
 
 
 class NotTried(Exception):
@@ -19,13 +19,13 @@ class NotTried(Exception):
 class Finding:
     """What a check found; without a problem it passes."""
 
-    figures: dict[str, Figure] = field(default_factory=dict)
+    figures: dict[str, LineFigure] = field(default_factory=dict)
     """By name, with the unit in it."""
     bound: str = ""
     """What must hold and why; empty where nothing is demanded of the figures."""
     problem: str | None = None
     """How the bound is broken."""
-    table: list[list[Figure]] = field(default_factory=list)
+    table: list[list[LineFigure]] = field(default_factory=list)
     """More figures, the headings first."""
 
 
@@ -48,8 +48,8 @@ class Line:
     reason: str = ""
     """Why it failed or was not tried."""
     bound: str = ""
-    figures: dict[str, Figure] = field(default_factory=dict)
-    table: list[list[Figure]] = field(default_factory=list)
+    figures: dict[str, LineFigure] = field(default_factory=dict)
+    table: list[list[LineFigure]] = field(default_factory=list)
     seconds: float = 0.0
 
 
@@ -70,6 +70,6 @@ def make_line(check: Check) -> Line:
     return line
 
 
-def _writable(value: Figure) -> Figure:
+def _writable(value: LineFigure) -> LineFigure:
     """JSON has no infinity and no NaN."""
     return str(value) if isinstance(value, float) and not math.isfinite(value) else value

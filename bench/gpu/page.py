@@ -2,8 +2,8 @@
 
 from html import escape
 
-from bench.gpu.line import FAIL, NOT_TRIED, PASS, Figure, Line
-from bench.gpu.verdict import PartFound, Verdict
+from bench.gpu.line import FAIL, NOT_TRIED, PASS, Line, LineFigure
+from bench.gpu.verdict import GpuVerdict, PartFound
 
 CSS = """
 :root { color-scheme: light dark; --line: #8884; --soft: #888; --pass: #1a7f37; --fail: #cf222e; --not: #9a6700; }
@@ -22,7 +22,7 @@ th { font-weight: 600; } .number { text-align: right; font-variant-numeric: tabu
 CLASS = {PASS: "pass", FAIL: "fail", NOT_TRIED: "not"}
 
 
-def draw(verdict: Verdict) -> str:
+def draw(verdict: GpuVerdict) -> str:
     """The page."""
     counts = verdict.counts()
     parts = "".join(_part(part) for part in verdict.parts)
@@ -41,7 +41,7 @@ def draw(verdict: Verdict) -> str:
 """
 
 
-def _banner(verdict: Verdict) -> str:
+def _banner(verdict: GpuVerdict) -> str:
     counts = verdict.counts()
     kind, words = "pass", "No line fails."
     if counts[FAIL]:
@@ -86,13 +86,13 @@ def _line(line: Line) -> str:
     )
 
 
-def _table(rows: list[list[Figure]]) -> str:
+def _table(rows: list[list[LineFigure]]) -> str:
     """Numbers to the right, columns with words to the left."""
     words = [any(isinstance(value, str) for value in column) for column in zip(*rows[1:], strict=True)] or [True] * len(
         rows[0]
     )
 
-    def draw_row(values: list[Figure], cell: str) -> str:
+    def draw_row(values: list[LineFigure], cell: str) -> str:
         cells = (
             f"<{cell}{'' if left else ' class=number'}>{shown(value)}</{cell}>"
             for value, left in zip(values, words, strict=True)
@@ -107,7 +107,7 @@ def _software(name: str, version: str | None) -> str:
     return f"<tr><td>{escape(name)}</td><td>{escape(version) if version else '<i>not installed</i>'}</td></tr>"
 
 
-def shown(value: Figure) -> str:
+def shown(value: LineFigure) -> str:
     """A figure for a person: four digits."""
     if value is None:
         return ""

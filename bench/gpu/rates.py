@@ -19,7 +19,7 @@ from conf.errors import UserError
 from conf.load import compose
 from train.kernels.fp8.cast_rules import OperandRule
 from train.kernels.fp8.formats import E4M3
-from train.kernels.fp8.grouped_products import Operand
+from train.kernels.fp8.grouped_products import PaddedOperand
 from train.kernels.precision import build_precision
 
 DENSE = {
@@ -103,7 +103,7 @@ def dense_fp8(machine: Machine) -> Finding:
     return Finding({}, table=table)
 
 
-def one_expert(weight: Operand) -> Operand:
+def one_expert(weight: PaddedOperand) -> PaddedOperand:
     """A weight as that of a single expert, whose products are our kernels'."""
     return replace(weight, q=weight.q.unsqueeze(0), scale=weight.scale.unsqueeze(0))
 

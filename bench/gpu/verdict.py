@@ -36,7 +36,7 @@ class PartFound:
 
 
 @dataclass
-class Verdict:
+class GpuVerdict:
     """All parts so far."""
 
     on_gpu: bool

@@ -26,7 +26,7 @@ from itertools import pairwise
 from pathlib import Path
 from statistics import median
 
-from cluster.drill.faults import Ground, HostsGround, small_disk
+from cluster.drill.faults import DrillGround, HostsGround, small_disk
 from cluster.drill.hosts import Hosts, missing
 from cluster.driver.checkpoints import newest
 from cluster.driver.journal import goodput, read_events
@@ -59,7 +59,7 @@ of another dp round differently."""
 class Drill:
     """One run under faults. `say` prints a line."""
 
-    def __init__(self, overrides: list[str], ground: Ground, say: Callable[[str], None], only: str | None = None):
+    def __init__(self, overrides: list[str], ground: DrillGround, say: Callable[[str], None], only: str | None = None):
         """only: names of the faults to inject, one after another, with commas between them."""
         self._overrides, self._ground, self._say, self._only = [*overrides, *ground.overrides], ground, say, only
         self.met: dict[str, list[float]] = {}
@@ -207,10 +207,10 @@ def _folders(config: Config) -> dict[str, Path]:
 
 
 @contextlib.contextmanager
-def _ground(folder: Path, options: argparse.Namespace, config: Config) -> Iterator[Ground]:
+def _ground(folder: Path, options: argparse.Namespace, config: Config) -> Iterator[DrillGround]:
     chance = random.Random(options.seed)
     if not options.hosts:
-        yield Ground(folder, chance, alone=config.cluster.backend is ClusterBackend.local)
+        yield DrillGround(folder, chance, alone=config.cluster.backend is ClusterBackend.local)
         return
     with contextlib.ExitStack() as stack:
         scratch = Path(stack.enter_context(tempfile.TemporaryDirectory()))

@@ -23,13 +23,13 @@ from cluster.driver.journal import read_events
 from cluster.run_files import MANIFEST, STEP_FOLDERS
 from conf.schema import ROOT
 
-PATIENCE = 90.0
+NOTICE_SECONDS = 90.0
 """Longest wait for the run to notice a fault, in seconds."""
 RETURN = 30.0
 """Longest wait for a host whose link has healed, in seconds."""
 
 
-class Ground:
+class DrillGround:
     """This machine, with a Ray of its own in every launch. `folder`: of the run. alone: without Ray, where a broken rank ends
     the run.
     """
@@ -89,7 +89,7 @@ class Ground:
         """the disk of the checkpoints is full until a save has failed"""  # only where they have a disk of their own
         said = self._failed_saves()
         with full(self.folder / "checkpoints"):
-            deadline = time.monotonic() + PATIENCE
+            deadline = time.monotonic() + NOTICE_SECONDS
             while self._failed_saves() == said and time.monotonic() < deadline and self.driver.poll() is None:
                 time.sleep(0.1)
 
@@ -112,14 +112,14 @@ class Ground:
 
     def _await(self, kind: str, seen: int) -> None:
         """Until the run has written an event of this kind behind the first `seen`; at most PATIENCE."""
-        deadline = time.monotonic() + PATIENCE
+        deadline = time.monotonic() + NOTICE_SECONDS
         while time.monotonic() < deadline and self.driver.poll() is None:
             if any(event["kind"] == kind for event in read_events(self.folder)[seen:]):
                 return
             time.sleep(0.1)
 
 
-class HostsGround(Ground):
+class HostsGround(DrillGround):
     """Network namespaces as hosts, Ray on each; the head and the driver are on the first, which stays whole."""
 
     def __init__(self, folder: Path, chance: random.Random, hosts: Hosts, memory: Path):

@@ -5,11 +5,11 @@ What is asked at every tick is counted as reports come in, so that an answer cos
 
 from cluster.cause import Cause, Kind, RankReport, name_cause, name_hang
 from cluster.driver.policy import Policy
-from cluster.driver.straggler import Slow, Stragglers
+from cluster.driver.straggler import SlowRank, Stragglers
 from cluster.topology import Placement
 from conf.errors import EXIT_USER
 
-NAMED = 8
+NAMED_NODES = 8
 """Lost nodes that a cause tells about one by one; events.jsonl has a line for each."""
 
 
@@ -117,12 +117,12 @@ class Attempt:
     def _lost_nodes(self) -> Cause:
         nodes = {seat.node.id: seat.node for seat in self.placement.seats if seat.node.id in self.lost}
         told = [f"{nodes[id].name} ({nodes[id].address}): {why}" for id, why in self.lost.items()]
-        more = f"; and {len(told) - NAMED} more nodes" if len(told) > NAMED else ""
-        text = "; ".join(told[:NAMED]) + more
+        more = f"; and {len(told) - NAMED_NODES} more nodes" if len(told) > NAMED_NODES else ""
+        text = "; ".join(told[:NAMED_NODES]) + more
         ranks = tuple(rank for id in self.lost for rank in self.ranks_of[id])
         return Cause(Kind.node, text, ranks, tuple(nodes[id].name for id in self.lost))
 
-    def new_stragglers(self, factor: float) -> list[Slow]:
+    def new_stragglers(self, factor: float) -> list[SlowRank]:
         """Ranks that have become slow beside those that do the same work."""
         return self._stragglers.new(factor)
 

@@ -24,22 +24,22 @@ from cluster.driver.supervisor import NAP, Supervisor
 from cluster.driver.view import View
 from cluster.driver.vitals import Vitals
 from cluster.node.agent import Answer, Order
-from cluster.node.copy_store import Opened
+from cluster.node.copy_store import OpenedCopy
 from cluster.node.preflight import Preflight
 from cluster.run_files import NONE, Age
 from cluster.spawn import spawn
 from cluster.steady_clock import SteadyClock
-from cluster.topology import Node, Placement, Shape
+from cluster.topology import Node, Placement, StageShape
 from conf.disk import explain, naming
 from conf.errors import EXIT_OK, EXIT_STOPPED, EXIT_USER
 from conf.load import write_config
 from conf.schema import Config
 
-PATIENCE = 0.25
+NEWS_SECONDS = 0.25
 """Seconds after which an agent without news answers; it is asked again at once."""
 ANSWERS = 150
 """A second at most: of many agents each has more patience, so that the driver does not drown in answers without news."""
-LONGEST = 30.0
+LONGEST_PATIENCE = 30.0
 """Seconds of patience of an agent whose node answers the pulse; of another half a heartbeat, as its answer alone tells that it
 lives."""
 TICK_EVERY = 0.05
@@ -48,7 +48,7 @@ LOOK_EVERY = 1.0
 """Seconds between looks at the list of nodes and at the checkpoints."""
 HELD_BACK = 2.0
 """Seconds until a node is checked again whose folder for copies another agent holds."""
-REFUSED = 10.0
+REFUSED_SECONDS = 10.0
 """Seconds until a node is checked again that was refused for another reason: somebody may set its clock or clear its disk."""
 
 
@@ -235,9 +235,9 @@ class Driver:
     def _ask(self, id: str) -> None:
         """Ask an agent for its next news; each has one such question at a time."""
         now, heartbeat, ranks = self._awake(), self.config.cluster.heartbeat, self._ranks_on(id)
-        longest = PATIENCE if 0 in ranks else LONGEST if self.pulse.hears(id, now) else heartbeat / 2
+        longest = NEWS_SECONDS if 0 in ranks else LONGEST_PATIENCE if self.pulse.hears(id, now) else heartbeat / 2
         spread = random.uniform(0.5, 1.5)  # all were asked at once when the attempt began, and shall not answer at once
-        patience = min(max(PATIENCE, spread * len(self._known) / ANSWERS), longest)
+        patience = min(max(NEWS_SECONDS, spread * len(self._known) / ANSWERS), longest)
         self._overdue[id] = now + patience + heartbeat
         self.fleet.call(id, "ask", self._offsets_on(id), self.supervisor.number, patience)
 
@@ -299,13 +299,13 @@ class Driver:
         self.fleet.call(node.id, "open_memory", self.copies.folder_on(node), self.copies.token, node.address)
 
     def _take_store(self, node: Node, reply: Reply) -> None:
-        opened = Opened(problem=reply.error) if reply.error is not None else reply.value
+        opened = OpenedCopy(problem=reply.error) if reply.error is not None else reply.value
         if opened.port:
             self.copies.note_port(node.id, opened.port)
             self._admit(node)
             return
         self._refuse(
-            node, f"cannot hold copies of the state: {opened.problem}", HELD_BACK if opened.passes else REFUSED
+            node, f"cannot hold copies of the state: {opened.problem}", HELD_BACK if opened.passes else REFUSED_SECONDS
         )
         if opened.absent:
             self._without_folder.add(node.id)
@@ -315,14 +315,14 @@ class Driver:
     def _admit(self, node: Node) -> None:
         self._refused.pop(node.name, None)
         self._tell(m.Joined(node))
-        if len(self._known) < ANSWERS * PATIENCE:
+        if len(self._known) < ANSWERS * NEWS_SECONDS:
             self._ask(node.id)
         else:
             self._ask_later.add(node.id)  # by then it has answered the pulse, and may take its time
         if self.supervisor.phase is DriverPhase.running and self._first_step is not None:
             self._warm([node])
 
-    def _refuse(self, node: Node, problem: str, again: float = REFUSED) -> None:
+    def _refuse(self, node: Node, problem: str, again: float = REFUSED_SECONDS) -> None:
         """Keep it out until a later check finds nothing, told once. again: seconds until that check."""
         self._check_again[node.id] = self.clock() + again
         if node.name not in self._refused:
@@ -402,9 +402,9 @@ class Driver:
         for action in self.supervisor.handle(self.clock(), event):
             self._do(action)
 
-    def _do(self, action: m.Action) -> None:
+    def _do(self, action: m.SupervisorAction) -> None:
         match action:
-            case m.Start(number, placement):
+            case m.StartAttempt(number, placement):
                 self._let_go()
                 self._starting = number, placement
                 self._tell_of_priority()
@@ -495,7 +495,7 @@ class Driver:
             for id in self._known:
                 self.fleet.call(id, "drop_memory")
 
-    def _attempt_config(self, number: int, shape: Shape) -> Path:
+    def _attempt_config(self, number: int, shape: StageShape) -> Path:
         """The configuration of an attempt: its layout, and the run's own newest checkpoint once this launch has written one."""
         config = self.config if shape == self.shapes.own else with_shape(self.config, shape)
         if written_since(self.folder, self.first):

@@ -25,9 +25,9 @@ from cluster.steady_clock import SteadyClock
 from conf.disk import Backlog, explain, naming
 from conf.words import say
 
-FILE = "events.jsonl"
+EVENTS_FILE = "events.jsonl"
 
-KINDS = {
+EVENT_KINDS = {
     "launch": "the driver started. world: ranks wanted",
     "node_joined": "a node is there and passed the checks. node: its name",
     "node_refused": "a node is there and failed a check. node",
@@ -63,7 +63,7 @@ class Journal:
     """
 
     def __init__(self, folder: Path, note: Callable[[str], None] = say):
-        self._path, self._note, self._refused = folder / FILE, note, False
+        self._path, self._note, self._refused = folder / EVENTS_FILE, note, False
         self._clock = SteadyClock()
         self._events = Backlog(partial(self._append, self._path))
         self._logs = folder / "logs"
@@ -73,7 +73,7 @@ class Journal:
 
     def write(self, kind: str, attempt: int, text: str, **fields: Any) -> None:
         """Append one event."""
-        assert kind in KINDS, f"event {kind!r} is missing from cluster/driver/journal.py"
+        assert kind in EVENT_KINDS, f"event {kind!r} is missing from cluster/driver/journal.py"
         line = json.dumps(
             {"time": round(self._clock.now(), 3), "kind": kind, "attempt": attempt, "text": text, **fields}
         )
@@ -102,7 +102,7 @@ class Journal:
 
 def read_events(folder: Path) -> list[dict[str, Any]]:
     """All events in order, without lines that a crash cut off or no driver wrote; an empty list where there is no file."""
-    path = folder / FILE
+    path = folder / EVENTS_FILE
     events = []
     for line in path.read_bytes().splitlines() if path.exists() else []:
         with contextlib.suppress(ValueError, RecursionError):

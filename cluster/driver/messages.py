@@ -107,7 +107,7 @@ Event = (
 
 
 @dataclass(frozen=True)
-class Start:
+class StartAttempt:
     attempt: int
     placement: Placement
 
@@ -157,4 +157,4 @@ class Finish:
     text: str
 
 
-Action = Start | EndRanks | Stop | ProbeLinks | CollectStacks | Note | Finish
+SupervisorAction = StartAttempt | EndRanks | Stop | ProbeLinks | CollectStacks | Note | Finish

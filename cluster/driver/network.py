@@ -10,10 +10,10 @@ import statistics
 from dataclasses import dataclass
 
 from cluster.driver.fleet import Fleet, Reply
-from cluster.node.network_probe import PATIENCE, NodeLink
+from cluster.node.network_probe import PAIR_SECONDS, NodeLink
 from cluster.topology import Node
 
-SLOW = 3.0
+SLOW_FACTOR = 3.0
 """A pair with less than 1/3 of the median bandwidth, or over 3 times the median latency and 1 ms, is named."""
 ROUNDS = 63
 LEAST_ROUNDS = 7
@@ -56,7 +56,7 @@ class NetworkTest:
         """Of each node those that it measures, while its results are out."""
         self._links: dict[tuple[str, str], NodeLink] = {}
         played = rounds(len(nodes))
-        self._deadline = now + PATIENCE * (2 + len(played))
+        self._deadline = now + PAIR_SECONDS * (2 + len(played))
         turns: dict[str, list[tuple[str, int] | None]] = {node.id: [] for node in nodes}
         for a, b in (pair for round in played for pair in round):
             here, there = nodes[a], nodes[b]
@@ -97,7 +97,7 @@ class NetworkTest:
         slow = [
             (names[a], names[b], round(link.gbit, 3), round(link.milliseconds, 3))
             for (a, b), link in good.items()
-            if link.gbit < gbit / SLOW or link.milliseconds > max(SLOW * delay, delay + 1)
+            if link.gbit < gbit / SLOW_FACTOR or link.milliseconds > max(SLOW_FACTOR * delay, delay + 1)
         ]
         text = f"{len(good)} pairs of nodes: median {gbit:.3g} Gbit/s, {delay:.3g} ms"
         for a, b, pair_gbit, pair_delay in sorted(slow, key=lambda pair: pair[2]):

@@ -8,13 +8,13 @@ import secrets
 import socket
 from collections.abc import Callable, Iterator
 
-from cluster.node.pulse_echo import ANSWER, LONGEST, QUESTION, seal, unseal
+from cluster.node.pulse_echo import ANSWER, LONGEST_DATAGRAM, QUESTION, seal, unseal
 
-TRIES = 5
+QUESTION_TRIES = 5
 """Questions to a node within a heartbeat, at least."""
 OFTEN = 1.0
 """Seconds between questions to a node, at most: a few shall come before a probe is over (cluster/driver/policy.py)."""
-AT_ONCE = 200
+QUESTIONS_AT_ONCE = 200
 """Questions, so that their answers find room in the socket's buffer."""
 
 
@@ -23,7 +23,7 @@ class Pulse:
 
     def __init__(self, heartbeat: float):
         self.key = secrets.token_bytes(32)
-        self._heartbeat, self._every = heartbeat, min(heartbeat / TRIES, OFTEN)
+        self._heartbeat, self._every = heartbeat, min(heartbeat / QUESTION_TRIES, OFTEN)
         self._sockets: dict[str, socket.socket] = {}
         """By the address of this machine from which nodes are asked."""
         self._places: dict[str, tuple[socket.socket, tuple[str, int]]] = {}
@@ -67,7 +67,7 @@ class Pulse:
 
     def ask(self, now: float, wanted: Callable[[str], bool]) -> None:
         """Ask those whose turn it is, if they are wanted: the question also tells a node that it still belongs to the run."""
-        due = min(int(len(self._turn) * (now - self._last) / self._every), len(self._turn), AT_ONCE)
+        due = min(int(len(self._turn) * (now - self._last) / self._every), len(self._turn), QUESTIONS_AT_ONCE)
         if not due:
             return
         self._last = now
@@ -92,7 +92,7 @@ class Pulse:
         for way in self._sockets.values():
             while True:
                 try:
-                    datagram = way.recv(LONGEST)
+                    datagram = way.recv(LONGEST_DATAGRAM)
                 except OSError:  # nothing is there, or the link is down
                     break
                 told = unseal(self.key, ANSWER, datagram)

@@ -47,10 +47,10 @@ HEAD_LIMIT = 1
 """Seconds for a connection to Ray's head while the run goes on."""
 CLOSE_LIMIT = 3
 """Seconds for agents to clean up after the run; whoever does not answer is killed."""
-AT_ONCE = 32
+CALLS_AT_ONCE = 32
 """Calls made, and answers taken, before the driver looks at the clock and the pulse again: for some 20 ms, as thousands of nodes
 are to be asked every second."""
-FEW = 20
+CALLS_WHEN_SILENT = 20
 """Calls made at a look that finds too many out and no answer."""
 MOST_OUT = 256
 """Calls that are out, while others wait for their turn: each takes Ray some 30 KiB, and has thousands wait for it."""
@@ -283,11 +283,11 @@ class RayFleet:
 
     def replies(self, timeout: float) -> list[Reply]:
         # Where many nodes do not answer, as many calls are made as others answer, or some at every look.
-        self._make_calls(min(AT_ONCE, max(MOST_OUT - self._out, self._taken or FEW)))
+        self._make_calls(min(CALLS_AT_ONCE, max(MOST_OUT - self._out, self._taken or CALLS_WHEN_SILENT)))
         found: list[Reply] = []
         with contextlib.suppress(queue.Empty):  # the first, and what else is there
             found.append(self._reply(*self._done.get(timeout=timeout)))
-            while len(found) < AT_ONCE:
+            while len(found) < CALLS_AT_ONCE:
                 found.append(self._reply(*self._done.get_nowait()))
         self._taken = len(found)
         self._out -= sum(reply.method not in WAITING for reply in found)

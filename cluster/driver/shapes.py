@@ -23,13 +23,13 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 
-from cluster.topology import Node, Shape, room
+from cluster.topology import Node, StageShape, room
 from conf.check import check
 from conf.errors import UserError
 from conf.micro_batches import batch_sizes, broken_schedule, micro_batch_counts, most_micro_batches
 from conf.schema import Config
 
-FILE = "layouts.json"
+LAYOUTS_FILE = "layouts.json"
 
 
 def digest_of(folder: Path) -> str:
@@ -37,7 +37,7 @@ def digest_of(folder: Path) -> str:
     return hashlib.sha256((folder / "config.yaml").read_bytes()).hexdigest()[:12]
 
 
-def with_shape(config: Config, shape: Shape) -> Config:
+def with_shape(config: Config, shape: StageShape) -> Config:
     """The same run in another layout."""
     dp = shape.dp // config.parallel.cp
     uneven = config.parallel.uneven or any(batch % (config.micro_batch_size * dp) for batch in batch_sizes(config))
@@ -45,7 +45,7 @@ def with_shape(config: Config, shape: Shape) -> Config:
     return dataclasses.replace(config, parallel=parallel)
 
 
-def smaller_shapes(config: Config) -> list[Shape]:
+def smaller_shapes(config: Config) -> list[StageShape]:
     """All with fewer data-parallel ranks or a smaller ep, the best first; whether rules allow them is not looked at."""
     own, size, found = config.parallel, config.micro_batch_size, []
     for ep in range(own.ep, 0, -1):
@@ -54,7 +54,7 @@ def smaller_shapes(config: Config) -> list[Shape]:
         if rest or config.model.experts % ep:
             continue
         for groups in range(1, min(own.stage_ranks // group, rounds) + 1):
-            found.append(Shape(groups * group, ep, -(-rounds // groups)))
+            found.append(StageShape(groups * group, ep, -(-rounds // groups)))
     return sorted(found, key=lambda shape: (shape.micro_batches, -shape.ep, shape.dp))
 
 
@@ -64,9 +64,9 @@ class Shapes:
     def __init__(self, config: Config, folder: Path | None = None):
         self._config, self._folder = config, folder
         self.pp = config.parallel.pp
-        self.own = Shape(config.parallel.stage_ranks, config.parallel.ep, most_micro_batches(config))
+        self.own = StageShape(config.parallel.stage_ranks, config.parallel.ep, most_micro_batches(config))
         self.smaller = [shape for shape in smaller_shapes(config) if shape != self.own]
-        self._broken: dict[Shape, str | None] = {}
+        self._broken: dict[StageShape, str | None] = {}
         self._planned: dict[int, dict[int, int]] | None = None
         """Bytes of a device by ep and dp."""
         self._there = 0
@@ -79,16 +79,16 @@ class Shapes:
         """Whether the plan has come, with or without success."""
         return self._folder is not None and (self._planned is not None or self._read(self._folder))
 
-    def why_not(self, shape: Shape, nodes: Sequence[Node]) -> str | None:
+    def why_not(self, shape: StageShape, nodes: Sequence[Node]) -> str | None:
         """Why a layout may not run on these nodes, whose number is not looked at; None if it may."""
         if shape == self.own:
             return None
         return self._broken_rule(shape) or self._lacks_memory(shape, nodes)
 
-    def allows(self, shape: Shape, nodes: Sequence[Node]) -> bool:
+    def allows(self, shape: StageShape, nodes: Sequence[Node]) -> bool:
         return self.why_not(shape, nodes) is None
 
-    def _broken_rule(self, shape: Shape) -> str | None:
+    def _broken_rule(self, shape: StageShape) -> str | None:
         if shape not in self._broken:
             config = with_shape(self._config, shape)
             parallel = config.parallel
@@ -100,7 +100,7 @@ class Shapes:
                 self._broken[shape] = f"{error.field} = {error.value} {error.rule}"
         return self._broken[shape]
 
-    def _lacks_memory(self, shape: Shape, nodes: Sequence[Node]) -> str | None:
+    def _lacks_memory(self, shape: StageShape, nodes: Sequence[Node]) -> str | None:
         self._there = there = min((node.device_bytes for node in nodes if node.device_bytes), default=self._there)
         own = self._bytes_of(self.own) if self.is_planned else None
         if not there or own is None or own > there:
@@ -115,13 +115,13 @@ class Shapes:
             return f"it needs {needed / 1e9:.1f} GB of every device, which has {there / 1e9:.1f} GB"
         return None
 
-    def _bytes_of(self, shape: Shape) -> int | None:
+    def _bytes_of(self, shape: StageShape) -> int | None:
         planned = {dp: size for dp, size in (self._planned or {}).get(shape.ep, {}).items() if dp <= shape.dp}
         return planned[max(planned)] if planned else None
 
     def _read(self, folder: Path) -> bool:
         try:
-            plan = json.loads((folder / FILE).read_text())
+            plan = json.loads((folder / LAYOUTS_FILE).read_text())
         except FileNotFoundError:
             return False
         if plan["config"] != digest_of(folder):  # of an earlier launch
@@ -133,12 +133,12 @@ class Shapes:
 
     # For people -----------------------------------------------------------------------------------------------------
 
-    def name(self, shape: Shape) -> str:
+    def name(self, shape: StageShape) -> str:
         cp = self._config.parallel.cp
         more = [f"ep {shape.ep}"] * (self.own.ep > 1) + [f"cp {cp}"] * (cp > 1)
         return f"pp {self.pp} x dp {shape.dp // cp}" + (f" ({', '.join(more)})" if more else "")
 
-    def words(self, shape: Shape) -> str:
+    def words(self, shape: StageShape) -> str:
         """Those of the command line that ask for it."""
         parallel = with_shape(self._config, shape).parallel
         found = [f"parallel.dp={parallel.dp}"]
@@ -147,7 +147,7 @@ class Shapes:
             [*found, *(["parallel.uneven=true"] if parallel.uneven and not self._config.parallel.uneven else [])]
         )
 
-    def why_idle(self, shape: Shape, nodes: Sequence[Node]) -> str:
+    def why_idle(self, shape: StageShape, nodes: Sequence[Node]) -> str:
         """Why these nodes do not do more than this layout, and what would make them."""
         faster = [other for other in (self.own, *self.smaller) if other.micro_batches < shape.micro_batches]
         rooms = {ep: room(nodes, ep) // self.pp * ep for ep in {other.ep for other in faster}}

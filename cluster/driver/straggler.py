@@ -20,7 +20,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-BLOCK, BLOCKS = 10, 8
+BLOCK_STEPS, WINDOW_BLOCKS = 10, 8
 """Steps of a block, and blocks of the window."""
 NOISE = 2.0
 SPREAD = 1.4826
@@ -29,14 +29,14 @@ MEDIAN_ERROR = 1.2533
 """Standard error of a median over that of a mean."""
 LEAST_SECONDS = 0.01
 """A step: less is nobody's concern."""
-LEAST = 1e-9
+COUNTED_SECONDS = 1e-9
 """Seconds that a step counts at least, as its logarithm is taken."""
 LONE_FACTOR = 2.0
 """A stage of one rank has no peers. It is set beside all ranks, whose work may differ by nature, and must stand out by this."""
 
 
 @dataclass(frozen=True)
-class Slow:
+class SlowRank:
     """A rank whose own work takes longer than that of the others; seconds per step."""
 
     rank: int
@@ -53,7 +53,7 @@ class Stragglers:
         self._groups = [np.array(ranks) for ranks in stages if len(ranks) > 1]
         self._lone = np.array([ranks[0] for ranks in stages if len(ranks) == 1], int)
         self._everyone = np.array(everyone) if len(self._lone) and len(everyone) > 1 else None
-        self._steps_RW = np.ones((len(everyone), BLOCK * BLOCKS))
+        self._steps_RW = np.ones((len(everyone), BLOCK_STEPS * WINDOW_BLOCKS))
         """Seconds of the newest steps of each rank; step s of a rank is in column s modulo the window."""
         self._seen_R = np.zeros(len(everyone), int)
         self._filled = 0
@@ -65,16 +65,16 @@ class Stragglers:
     def take(self, rank: int, busy: float) -> None:
         """Seconds of a rank's own work in its newest step."""
         seen = self._seen_R[rank]
-        self._steps_RW[rank, seen % (BLOCK * BLOCKS)] = max(busy, LEAST)
+        self._steps_RW[rank, seen % (BLOCK_STEPS * WINDOW_BLOCKS)] = max(busy, COUNTED_SECONDS)
         self._seen_R[rank] = seen + 1
-        self._filled += (seen + 1) % BLOCK == 0
+        self._filled += (seen + 1) % BLOCK_STEPS == 0
 
-    def new(self, factor: float) -> list[Slow]:
+    def new(self, factor: float) -> list[SlowRank]:
         """Ranks that became slow since the last call; looks only when all ranks have a block of steps more."""
-        if not factor or self._filled < len(self._seen_R) * max(BLOCKS, self._judged + 1):
+        if not factor or self._filled < len(self._seen_R) * max(WINDOW_BLOCKS, self._judged + 1):
             return []
-        blocks = int(self._seen_R.min()) // BLOCK
-        if blocks < BLOCKS or blocks == self._judged:
+        blocks = int(self._seen_R.min()) // BLOCK_STEPS
+        if blocks < WINDOW_BLOCKS or blocks == self._judged:
             return []
         self._judged = blocks
         found = [slow for ranks in self._groups for slow in self._judge(ranks, factor, ranks)]
@@ -82,17 +82,19 @@ class Stragglers:
             found += self._judge(self._everyone, max(factor, LONE_FACTOR), self._lone)
         return sorted(found, key=lambda slow: slow.rank)
 
-    def _judge(self, ranks: np.ndarray, factor: float, wanted: np.ndarray) -> list[Slow]:
+    def _judge(self, ranks: np.ndarray, factor: float, wanted: np.ndarray) -> list[SlowRank]:
         """Those of the wanted ranks that became slow beside these. Shapes: R ranks, B blocks, S steps of a block."""
-        order_RW = (self._seen_R[ranks, None] + np.arange(BLOCK * BLOCKS)) % (BLOCK * BLOCKS)  # oldest first
+        order_RW = (self._seen_R[ranks, None] + np.arange(BLOCK_STEPS * WINDOW_BLOCKS)) % (
+            BLOCK_STEPS * WINDOW_BLOCKS
+        )  # oldest first
         seconds_RW = np.take_along_axis(self._steps_RW[ranks], order_RW, 1)
-        logs_RBS = np.log(seconds_RW).reshape(len(ranks), BLOCKS, BLOCK)
+        logs_RBS = np.log(seconds_RW).reshape(len(ranks), WINDOW_BLOCKS, BLOCK_STEPS)
         medians_RB = np.median(logs_RBS, 2)
         # Of two ranks the faster one is the measure, of more the middle one.
         middle_B = np.sort(medians_RB, 0)[(len(ranks) - 1) // 2]
         over_RB = medians_RB - middle_B
         spread_R = np.median(np.abs(logs_RBS - medians_RB[..., None]).reshape(len(ranks), -1), 1)
-        errors_R = SPREAD * MEDIAN_ERROR * spread_R / math.sqrt(BLOCK)
+        errors_R = SPREAD * MEDIAN_ERROR * spread_R / math.sqrt(BLOCK_STEPS)
         spread = SPREAD * np.median(np.abs(over_RB)) if len(ranks) > 2 else 0.0
         noise_R = np.maximum(np.hypot(errors_R, np.median(errors_R)), spread)
         limits_R = np.maximum(math.log(factor), NOISE * noise_R)
@@ -102,7 +104,7 @@ class Stragglers:
         self._named -= set(ranks[again_R & np.isin(ranks, wanted)].tolist())
         slow_R = (means_R >= limits_R) & (over_RB.min(1) >= means_R / 2) & (medians_R - usual >= LEAST_SECONDS)
         found = [
-            Slow(int(rank), float(seconds), usual)
+            SlowRank(int(rank), float(seconds), usual)
             for rank, seconds in zip(ranks[slow_R], medians_R[slow_R], strict=True)
             if rank in wanted and rank not in self._named
         ]

@@ -37,7 +37,7 @@ from conf.errors import EXIT_CRASH, EXIT_DIVERGED, EXIT_OK, EXIT_STOPPED, EXIT_U
 NAP = 0.25
 """Share of a heartbeat in which the driver may be busy between two ticks. What is longer it slept. With the half a heartbeat after
 which an agent answers at the latest, a node that lives stays within its heartbeat however long the driver slept."""
-SHOWN = 8
+SHOWN_NODES = 8
 """Names of idle nodes in a sentence; the event has all."""
 
 
@@ -56,7 +56,7 @@ class Supervisor:
         """The newest copy in the memory of the nodes that answer."""
         self.failures: list[tuple[int, Cause]] = []
         self._spent: dict[Kind, int] = {}
-        self._out: list[m.Action] = []
+        self._out: list[m.SupervisorAction] = []
         self._ticked = now
         self._late_from = now
         """Until then no node can count as lost for its silence; later ones may be heard meanwhile."""
@@ -88,7 +88,7 @@ class Supervisor:
         """Ids of nodes that are about to go."""
         return {id for id, state in self.nodes.items() if state.draining}
 
-    def handle(self, now: float, event: m.Event) -> list[m.Action]:
+    def handle(self, now: float, event: m.Event) -> list[m.SupervisorAction]:
         """Take one event at this time (seconds, monotonic); returns actions in order."""
         self._out = []
         if self.phase is DriverPhase.done:
@@ -326,12 +326,14 @@ class Supervisor:
         )
         if placement.shape != self.policy.shapes.own and placement.spares:
             self._tell_of_idle(placement)
-        self._out.append(m.Start(self.number, placement))
+        self._out.append(m.StartAttempt(self.number, placement))
 
     def _tell_of_idle(self, placement: Placement) -> None:
         names = [node.name for node in placement.spares]
         why = self.policy.shapes.why_idle(placement.shape, [*placement.nodes, *placement.spares])
-        shown = ", ".join(names[:SHOWN]) + (f" and {len(names) - SHOWN} more" if len(names) > SHOWN else "")
+        shown = ", ".join(names[:SHOWN_NODES]) + (
+            f" and {len(names) - SHOWN_NODES} more" if len(names) > SHOWN_NODES else ""
+        )
         self._note("idle", f"{len(names)} nodes have no ranks ({shown}): {why}", nodes=names)
 
     def _run(self, now: float) -> None:
@@ -370,7 +372,9 @@ class Supervisor:
         ]
         if not names:
             return ""
-        shown = ", ".join(names[:SHOWN]) + (f" and {len(names) - SHOWN} more" if len(names) > SHOWN else "")
+        shown = ", ".join(names[:SHOWN_NODES]) + (
+            f" and {len(names) - SHOWN_NODES} more" if len(names) > SHOWN_NODES else ""
+        )
         lease = LEASE * self.policy.heartbeat
         return f"; ranks on {shown} are not reached: their agents end them {lease:.0f} s after this driver's last question, without a checkpoint"
 

@@ -35,7 +35,7 @@ from typing import Any
 import psutil
 
 from cluster.cause import RankReport, read_report
-from cluster.node.copy_store import Opened, Store, held, sweep, why_not_opened
+from cluster.node.copy_store import OpenedCopy, Store, held, sweep, why_not_opened
 from cluster.node.network_probe import NetworkProbe, NodeLink
 from cluster.node.ports import free_port
 from cluster.node.preflight import Facts, Question, gather
@@ -46,11 +46,11 @@ from cluster.spawn import die_with_parent, spawn
 from cluster.steady_clock import SteadyClock
 from conf.errors import EXIT_STOPPED
 
-LOOK = 0.05
+NEWS_LOOK_SECONDS = 0.05
 """Seconds between an agent's looks for news while a question waits."""
 STACKS_WITHIN = 0.25
 """A question waits no longer than this for stacks that were asked for."""
-CHUNK = 64 << 10
+OUTPUT_BYTES = 64 << 10
 """Most bytes of one rank's output in one answer."""
 
 
@@ -152,14 +152,14 @@ class Agent:
         """This node's turns of the network test, see cluster/driver/network.py; waits for the results."""
         return self._probe.play(turns)
 
-    def open_memory(self, folder: str, token: str, address: str) -> Opened:
+    def open_memory(self, folder: str, token: str, address: str) -> OpenedCopy:
         """Hold copies of the run's state in this folder and serve them."""
         try:
             self._store = Store(Path(folder), token, address, lambda: self._attempt)
         except OSError as error:
             return why_not_opened(Path(folder), error)
         threading.Thread(target=sweep, args=(Path(folder),), daemon=True).start()
-        return Opened(self._store.port)
+        return OpenedCopy(self._store.port)
 
     def drop_memory(self) -> None:
         """Give the memory of the copies back: nobody will need them."""
@@ -243,7 +243,7 @@ class Agent:
         """
         self._asked = asked = time.monotonic()
         while (left := asked + patience - time.monotonic()) > 0 and not self._has_news(patience - left):
-            time.sleep(min(LOOK, left))
+            time.sleep(min(NEWS_LOOK_SECONDS, left))
         with self._lock:
             self._told = self._news()
             answer = Answer(self._attempt, [self._report(rank, child) for rank, child in self._children.items()])
@@ -252,12 +252,12 @@ class Agent:
             answer.clock_set, answer.free_bytes = self._clock.set_by(), shutil.disk_usage(tempfile.gettempdir()).free
             wanted = attempt in (None, self._attempt)
             for rank, child in self._children.items():
-                if wanted and (piece := _read(child.log, offsets.get(rank, 0), CHUNK)):
+                if wanted and (piece := _read(child.log, offsets.get(rank, 0), OUTPUT_BYTES)):
                     answer.output[rank] = piece
                 if child.stack_from is not None:
-                    piece = _read(child.log, child.stack_from, 4 * CHUNK)
+                    piece = _read(child.log, child.stack_from, 4 * OUTPUT_BYTES)
                     stack = piece.decode(errors="replace")
-                    if len(piece) == 4 * CHUNK or _is_whole(stack):
+                    if len(piece) == 4 * OUTPUT_BYTES or _is_whole(stack):
                         answer.stacks[rank] = stack
             return answer
 

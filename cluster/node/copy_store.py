@@ -41,7 +41,7 @@ from typing import IO, Any
 from cluster.run_files import RANK_FILE
 from conf.disk import cure_of_writing
 
-PIECE = 1 << 20
+PIECE_BYTES = 1 << 20
 """Bytes that move in one call."""
 CONNECTIONS = 256
 """Served at once, each by a thread; more wait until one of them ends."""
@@ -101,7 +101,7 @@ def size(folder: Path) -> int:
 
 
 @dataclass(frozen=True)
-class Opened:
+class OpenedCopy:
     """What became of the wish to hold copies on a node."""
 
     port: int = 0
@@ -114,18 +114,18 @@ class Opened:
     """There is no such folder."""
 
 
-def why_not_opened(folder: Path, error: OSError) -> Opened:
+def why_not_opened(folder: Path, error: OSError) -> OpenedCopy:
     """The error of a Store in words. An agent whose Ray died may live on for a moment and hold the folder."""
     if isinstance(error, BlockingIOError):
-        return Opened(
+        return OpenedCopy(
             problem=f"another agent of this run holds {folder}; the node is asked again until that one has ended",
             passes=True,
         )
     if isinstance(error, FileNotFoundError | NotADirectoryError):
         cure = "create it on every node, or set checkpoint.memory_folder to a folder that every node has"
-        return Opened(problem=f"there is no folder {folder.parent}; {cure}", absent=True)
+        return OpenedCopy(problem=f"there is no folder {folder.parent}; {cure}", absent=True)
     cure = cure_of_writing(error)
-    return Opened(
+    return OpenedCopy(
         problem=f"{folder} cannot be used: {error}; {cure}, or set checkpoint.memory_folder to another folder"
     )
 
@@ -312,7 +312,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _receive(self, handle: int, length: int) -> bool:
         """Write the body to the file; False if the sender went away."""
-        buffer = memoryview(bytearray(min(PIECE, max(1, length))))
+        buffer = memoryview(bytearray(min(PIECE_BYTES, max(1, length))))
         while length:
             count = self.rfile.readinto(buffer[: min(len(buffer), length)])
             if not count:
@@ -375,7 +375,7 @@ class Peer:
 
     def __init__(self, address: str, token: str, timeout: float):
         """address: HOST:PORT."""
-        self._connection = http.client.HTTPConnection(address, timeout=timeout, blocksize=PIECE)
+        self._connection = http.client.HTTPConnection(address, timeout=timeout, blocksize=PIECE_BYTES)
         self._headers = {"Authorization": f"Bearer {token}"}
 
     def put(self, name: str, path: Path, keep: str) -> None:

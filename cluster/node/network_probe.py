@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 PINGS = 10
 BYTES = 4 << 20
-PATIENCE = 5.0
+PAIR_SECONDS = 5.0
 """Seconds that a pair may take before it counts as unreachable."""
 
 
@@ -51,7 +51,7 @@ class NetworkProbe:
         found = []
         for turn in turns:
             if turn is None:
-                self._served.acquire(timeout=PATIENCE)
+                self._served.acquire(timeout=PAIR_SECONDS)
             else:
                 found.append(measure(*turn))
         return found
@@ -67,7 +67,7 @@ class NetworkProbe:
     def _answer(self, connection: socket.socket) -> None:
         """Echo the pings, then swallow the transfer and say so."""
         with connection:
-            connection.settimeout(PATIENCE)
+            connection.settimeout(PAIR_SECONDS)
             connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             try:
                 for _ in range(PINGS):
@@ -84,7 +84,7 @@ class NetworkProbe:
 def measure(address: str, port: int) -> NodeLink:
     """Latency and bandwidth to a listening NetworkProbe."""
     try:
-        with socket.create_connection((address, port), timeout=PATIENCE) as connection:
+        with socket.create_connection((address, port), timeout=PAIR_SECONDS) as connection:
             connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
             times = []
             for _ in range(PINGS):

@@ -31,7 +31,7 @@ SCRATCH_LIMIT = 256 << 20
 DRIVER_LEAVES = 0.99
 """Of a GPU's memory: 81008 of 81559 MiB of an H100."""
 PROBES = ".preflight"
-SOURCES = (".py", ".cpp", ".h")
+SOURCE_SUFFIXES = (".py", ".cpp", ".h")
 """C++ is compiled on every node by itself, so its source must be the same too."""
 
 
@@ -109,7 +109,7 @@ def _digest_of_program() -> str:
     digest = hashlib.sha256()
     for package in ("conf", "train", "parallel", "cluster"):
         for path in sorted((ROOT / package).rglob("*")):
-            if path.suffix in SOURCES:
+            if path.suffix in SOURCE_SUFFIXES:
                 digest.update(str(path.relative_to(ROOT)).encode() + path.read_bytes())
     return digest.hexdigest()[:12]
 

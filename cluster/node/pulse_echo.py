@@ -16,9 +16,9 @@ SEAL = 16
 """Bytes of a datagram that sign the others."""
 NUMBER = struct.Struct("!cQ")
 QUESTION, ANSWER = b"?", b"!"
-LONGEST = 512
+LONGEST_DATAGRAM = 512
 """Bytes of a datagram; the id of a node is much shorter."""
-LOOK = 0.5
+END_LOOK_SECONDS = 0.5
 """Seconds between looks whether to end."""
 
 
@@ -51,7 +51,7 @@ class Echo:
         except OSError:
             self._socket.close()
             raise
-        self._socket.settimeout(LOOK)
+        self._socket.settimeout(END_LOOK_SECONDS)
         self.place: tuple[str, int] = self._socket.getsockname()[:2]
         """Address and port."""
         threading.Thread(target=self._answer, daemon=True).start()
@@ -61,7 +61,7 @@ class Echo:
         with self._socket:
             while not self._closed.is_set():
                 with contextlib.suppress(OSError):  # nobody asked, or the answer finds no way
-                    datagram, driver = self._socket.recvfrom(LONGEST)
+                    datagram, driver = self._socket.recvfrom(LONGEST_DATAGRAM)
                     asked = unseal(self._key, QUESTION, datagram)
                     if asked is not None and asked[1] == self._node and asked[0] > newest:
                         newest = asked[0]

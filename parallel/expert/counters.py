@@ -21,14 +21,14 @@ class Traffic:
 
 
 @dataclass
-class Counters:
+class TrafficCounters:
     """Traffic of the forward and of the backward pass."""
 
     forward: Traffic = field(default_factory=Traffic)
     backward: Traffic = field(default_factory=Traffic)
 
-    def take(self) -> "Counters":
+    def take(self) -> "TrafficCounters":
         """Return the sums so far and start again at 0."""
-        taken = Counters(self.forward, self.backward)
+        taken = TrafficCounters(self.forward, self.backward)
         self.forward, self.backward = Traffic(), Traffic()
         return taken

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from conf.errors import UserError
 from parallel.expert.dispatcher import DispatchedRows
-from parallel.expert.permute import FanOut, Wanted, collect, fan_out_with_entries, spread
+from parallel.expert.permute import ExpertTargets, FanOut, collect, fan_out_with_entries, spread
 from parallel.expert.wire import Fp8Wire, Wire
 
 
@@ -100,7 +100,7 @@ class DeepEPDispatcher:
         return _Combine.apply(_Collect.apply(out_RD, routed.state.rows), routed.state.handle, self)
 
     def _plan(self, ids_MK: Tensor, gates_MK: Tensor, counts: list[int], handle: Any) -> _Plan:
-        rows, entry_R = fan_out_with_entries(ids_MK, Wanted(0, 1, self.local), sum(counts))
+        rows, entry_R = fan_out_with_entries(ids_MK, ExpertTargets(0, 1, self.local), sum(counts))
         # From page-locked memory: the host would wait for a copy from any other.
         counts_E = torch.tensor(counts, pin_memory=ids_MK.is_cuda).to(ids_MK.device, non_blocking=True)
         return _Plan(handle, rows, entry_R, counts_E, gates_MK)

@@ -28,7 +28,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from parallel.expert.counters import Counters, Traffic
+from parallel.expert.counters import Traffic, TrafficCounters
 from parallel.expert.link import Link, Transfer
 from parallel.expert.permute import FanOut, collect, spread
 from parallel.expert.wire import HighWire, Wire
@@ -104,7 +104,7 @@ class ChainDispatcher(ABC):
     def __init__(self, links: list[Link], wire: Wire):
         self.links = links
         self.wire = wire
-        self.counters = Counters()
+        self.counters = TrafficCounters()
         self._back_wire = HighWire()
 
     def dispatch_begin(

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from parallel.expert.dispatcher import ChainDispatcher, DispatchPlan, from_words
 from parallel.expert.link import Link
-from parallel.expert.permute import Wanted, collect, count_hits, fan_out_of, fan_out_with_entries, spread
+from parallel.expert.permute import ExpertTargets, collect, count_hits, fan_out_of, fan_out_with_entries, spread
 from parallel.expert.wire import Wire
 
 
@@ -56,8 +56,8 @@ class NodeLimitedDispatcher(ChainDispatcher):
 
     def _plan(self, expert_ids_TK: Tensor) -> DispatchPlan:
         nodes, ranks = self.inter.size, self.intra.size
-        to_node, to_rank = Wanted(0, self.per_node, nodes), Wanted(0, self.per_rank, nodes * ranks)
-        wanted = to_node, to_rank, Wanted(0, 1, self.experts)
+        to_node, to_rank = ExpertTargets(0, self.per_node, nodes), ExpertTargets(0, self.per_rank, nodes * ranks)
+        wanted = to_node, to_rank, ExpertTargets(0, 1, self.experts)
         outer_NX = torch.cat([count_hits(expert_ids_TK, each).view(nodes, -1) for each in wanted], 1)
         counts, counts_F = self._exchange_counts(outer_NX)
         hops = [hop for hop, link in enumerate((self.inter, self.intra)) if link in self.links]
@@ -86,11 +86,11 @@ class NodeLimitedDispatcher(ChainDispatcher):
         _, ids_MK = _read_side(plan, side_MX)
         node_start = self.inter.rank * self.per_node
         if len(plan.fans) < len(self.links):
-            to_rank = Wanted(node_start, self.per_rank, self.intra.size)
+            to_rank = ExpertTargets(node_start, self.per_rank, self.intra.size)
             plan.fans.append(fan_out_of(ids_MK, to_rank, sum(plan.sent[1])))
             return
         rank_start = node_start + self.intra.rank * self.per_rank
-        to_expert = Wanted(rank_start, 1, self.per_rank)
+        to_expert = ExpertTargets(rank_start, 1, self.per_rank)
         rows, plan.entry_of_row = fan_out_with_entries(ids_MK, to_expert, plan.rows)
         plan.fans.append(rows)
 

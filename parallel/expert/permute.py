@@ -50,7 +50,7 @@ def fan_out(hits_SN: Tensor, copies: int) -> FanOut:
     return FanOut(source_C, copy_C, lengths_S.cumsum(0) - lengths_S)
 
 
-class Wanted(NamedTuple):
+class ExpertTargets(NamedTuple):
     """Targets that hold experts, per_target each, from the expert `first` on."""
 
     first: int
@@ -58,14 +58,14 @@ class Wanted(NamedTuple):
     targets: int
 
 
-def fan_out_of(ids_SK: Tensor, wanted: Wanted, copies: int) -> FanOut:
+def fan_out_of(ids_SK: Tensor, wanted: ExpertTargets, copies: int) -> FanOut:
     """One copy of source s for every target that holds one of its experts ids_SK[s]; those of other targets are passed over."""
     if ids_SK.is_cuda:
         return FanOut(*triton_dispatch().place_hits(ids_SK, *wanted, copies)[:3])
     return fan_out(hits(ids_SK, wanted), copies)
 
 
-def fan_out_with_entries(ids_SK: Tensor, wanted: Wanted, copies: int) -> tuple[FanOut, Tensor]:
+def fan_out_with_entries(ids_SK: Tensor, wanted: ExpertTargets, copies: int) -> tuple[FanOut, Tensor]:
     """`fan_out_of` for targets of one expert each, and which entry of ids_SK, flattened, every copy is for: int64 (C,)."""
     assert wanted.per_target == 1
     if ids_SK.is_cuda:
@@ -79,14 +79,14 @@ def fan_out_with_entries(ids_SK: Tensor, wanted: Wanted, copies: int) -> tuple[F
     return fan, fan.source_C * ids_SK.shape[1] + entry_C
 
 
-def count_hits(ids_SK: Tensor, wanted: Wanted) -> Tensor:
+def count_hits(ids_SK: Tensor, wanted: ExpertTargets) -> Tensor:
     """How many sources have an expert of each target, int64 (N,)."""
     if ids_SK.is_cuda:
         return triton_dispatch().count_hits(ids_SK, *wanted).sum(0)
     return hits(ids_SK, wanted).sum(0)
 
 
-def hits(ids_SK: Tensor, wanted: Wanted) -> Tensor:
+def hits(ids_SK: Tensor, wanted: ExpertTargets) -> Tensor:
     """Which targets hold one of each source's experts, bool (S, N)."""
     first, per_target, targets = wanted
     column_SK = (ids_SK - first).div(per_target, rounding_mode="floor").long()

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_map_only
 
 TILE = 128
-"""Channels that share a scale."""
+"""Values of a row that share a scale, on the wire and along the contraction of a product; also the side of a weight's block (paper 3.3.2)."""
 _E4M3 = torch.arange(256, dtype=torch.uint8).view(torch.float8_e4m3fn).float()
 """The value of every byte."""
 Widen = Callable[[Tensor], Tensor]

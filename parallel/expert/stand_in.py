@@ -23,7 +23,7 @@ from parallel.expert.deep_ep import DeepEPDispatcher
 from parallel.expert.dispatcher import ChainDispatcher, DispatchPlan
 from parallel.expert.link import Link, Transfer
 from parallel.expert.node_limited import NodeLimitedDispatcher
-from parallel.expert.permute import FanOut, Wanted, fan_out_of, sort_entries
+from parallel.expert.permute import ExpertTargets, FanOut, fan_out_of, sort_entries
 from parallel.expert.wire import Wire
 
 
@@ -173,7 +173,7 @@ class NodeLimitedStandIn(NodeLimitedDispatcher):
 def _fan(copies_N: Sequence[int], sources: int, device: torch.device) -> FanOut:
     """A FanOut with so many copies for every target, taken from the sources in turn."""
     targets = len(copies_N)
-    return fan_out_of(_ids(tuple(copies_N), sources, device), Wanted(0, 1, targets), sum(copies_N))
+    return fan_out_of(_ids(tuple(copies_N), sources, device), ExpertTargets(0, 1, targets), sum(copies_N))
 
 
 @cache

@@ -15,11 +15,11 @@ from torch import Tensor
 
 HITS = 4096
 """Sources times targets of a program that counts or places, and 128 sources at most."""
-BLOCKS = 32
+COUNT_BLOCKS = 32
 """Blocks of sources whose counts are summed at a time."""
-COLUMNS = 1024
+COLLECT_COLUMNS = 1024
 """Columns of a program of `collect`: eight values a thread."""
-ROWS, TILES = 8, 4
+ENCODE_ROWS, ENCODE_TILES = 8, 4
 """Rows and tiles of a program of `encode`: the exponents of four tiles are one word."""
 
 
@@ -49,7 +49,7 @@ def _count_kernel(
 @triton.jit
 def _place_kernel(
     ids_ptr, counts_ptr, source_ptr, copy_ptr, start_ptr, entry_ptr, number, first, per_target, targets, blocks,
-    K: tl.constexpr, TARGETS: tl.constexpr, SOURCES: tl.constexpr, BLOCKS: tl.constexpr,
+    K: tl.constexpr, TARGETS: tl.constexpr, SOURCES: tl.constexpr, COUNT_BLOCKS: tl.constexpr,
 ):  # fmt: skip
     """A copy lies behind all of earlier targets and, of its own, all of earlier sources; it is listed behind all of earlier
     sources and, of its own, all of earlier targets."""
@@ -58,8 +58,8 @@ def _place_kernel(
     entry = _hits(ids_ptr, sources, number, first, per_target, K, TARGETS)
     target = tl.arange(0, TARGETS)
     before, totals = tl.zeros((TARGETS,), tl.int32), tl.zeros((TARGETS,), tl.int32)
-    for start in range(0, blocks, BLOCKS):
-        b = start + tl.arange(0, BLOCKS)[:, None]
+    for start in range(0, blocks, COUNT_BLOCKS):
+        b = start + tl.arange(0, COUNT_BLOCKS)[:, None]
         counts = tl.load(counts_ptr + b * targets + target[None, :], (b < blocks) & (target < targets)[None, :], 0)
         before += tl.sum(tl.where(b < block, counts, 0), axis=0)
         totals += tl.sum(counts, axis=0)
@@ -78,13 +78,13 @@ def _place_kernel(
 
 @triton.jit
 def _collect_kernel(
-    rows_ptr, copy_ptr, start_ptr, out_ptr, sources, copies, width, row, out_row, COLUMNS: tl.constexpr
+    rows_ptr, copy_ptr, start_ptr, out_ptr, sources, copies, width, row, out_row, COLLECT_COLUMNS: tl.constexpr
 ):  # fmt: skip
     source = tl.program_id(0)
-    columns = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    columns = tl.program_id(1) * COLLECT_COLUMNS + tl.arange(0, COLLECT_COLUMNS)
     first = tl.load(start_ptr + source)
     last = tl.load(start_ptr + source + 1, source + 1 < sources, copies)
-    total = tl.zeros((COLUMNS,), tl.float32)
+    total = tl.zeros((COLLECT_COLUMNS,), tl.float32)
     for place in range(first, last):
         copy = tl.load(copy_ptr + place)
         total += tl.load(rows_ptr + copy * row + columns, columns < width, 0.0).to(tl.float32)
@@ -94,23 +94,23 @@ def _collect_kernel(
 @triton.jit
 def _encode_kernel(
     x_ptr, bytes_ptr, words_ptr, rows_R, width, tiles, units, floor: tl.constexpr,
-    ALIGN: tl.constexpr, ROWS: tl.constexpr, TILES: tl.constexpr,
+    ALIGN: tl.constexpr, ENCODE_ROWS: tl.constexpr, ENCODE_TILES: tl.constexpr,
 ):  # fmt: skip
     """`Fp8Wire.encode` of four tiles of some rows. A row has units * ALIGN bytes: so the compiler knows what divides them."""
-    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    first = tl.program_id(1) * TILES
-    columns = first * 128 + tl.arange(0, TILES * 128)
+    rows = tl.program_id(0) * ENCODE_ROWS + tl.arange(0, ENCODE_ROWS)
+    first = tl.program_id(1) * ENCODE_TILES
+    columns = first * 128 + tl.arange(0, ENCODE_TILES * 128)
     there = (rows < rows_R)[:, None] & (columns < width)[None, :]
     x = tl.load(x_ptr + rows[:, None].to(tl.int64) * width + columns[None, :], there, 0.0).to(tl.float32)
-    x = tl.reshape(x, (ROWS, TILES, 128))
+    x = tl.reshape(x, (ENCODE_ROWS, ENCODE_TILES, 128))
     amax = tl.maximum(tl.max(tl.abs(x), axis=2), floor)
     exponent = ((amax.to(tl.int32, bitcast=True) + 0x1FFFFF) >> 23) - 8
     inverse = ((254 - exponent) << 23).to(tl.float32, bitcast=True)
     q = tl.clamp(x * inverse[:, :, None], -448.0, 448.0, propagate_nan=tl.PropagateNan.ALL).to(tl.float8e4nv)
-    q = tl.reshape(q, (ROWS, TILES * 128)).to(tl.uint8, bitcast=True)
+    q = tl.reshape(q, (ENCODE_ROWS, ENCODE_TILES * 128)).to(tl.uint8, bitcast=True)
     place = rows[:, None].to(tl.int64) * (units * ALIGN)
     tl.store(bytes_ptr + place + columns[None, :], q, there)
-    tile = tl.arange(0, TILES)[None, :]
+    tile = tl.arange(0, ENCODE_TILES)[None, :]
     word = tl.sum(tl.where(first + tile < tiles, (exponent & 0xFF) << (8 * tile), 0), axis=1)
     tl.store(
         words_ptr + rows.to(tl.int64) * (units * (ALIGN // 4)) + width // 4 + tl.program_id(1), word, rows < rows_R
@@ -140,17 +140,26 @@ def place_hits(
     if len(ids_SK):
         _place_kernel[(len(counts_BN),)](
             ids_SK, counts_BN, source_C, copy_C, start_S, entry_C, len(ids_SK), first, per_target, targets, len(counts_BN),
-            ids_SK.shape[1], triton.next_power_of_2(targets), _sources(targets), BLOCKS,
+            ids_SK.shape[1], triton.next_power_of_2(targets), _sources(targets), COUNT_BLOCKS,
         )  # fmt: skip
     return source_C, copy_C, start_S, entry_C
 
 
 def collect(rows_CX: Tensor, copy_C: Tensor, start_S: Tensor, out_SX: Tensor) -> None:
     """The sum of every source's copies. Rows of both may be apart in memory."""
-    (sources, width), grid = out_SX.shape, (len(out_SX), triton.cdiv(out_SX.shape[1], COLUMNS))
+    (sources, width), grid = out_SX.shape, (len(out_SX), triton.cdiv(out_SX.shape[1], COLLECT_COLUMNS))
     if out_SX.numel():
         _collect_kernel[grid](
-            rows_CX, copy_C, start_S, out_SX, sources, len(copy_C), width, rows_CX.stride(0), out_SX.stride(0), COLUMNS
+            rows_CX,
+            copy_C,
+            start_S,
+            out_SX,
+            sources,
+            len(copy_C),
+            width,
+            rows_CX.stride(0),
+            out_SX.stride(0),
+            COLLECT_COLUMNS,
         )
 
 
@@ -160,8 +169,18 @@ def encode(x_RD: Tensor, bytes_RB: Tensor, floor: float) -> None:
     tiles, words = width // 128, bytes_RB.view(torch.int32)
     align = row & -row
     if bytes_RB.numel():
-        _encode_kernel[(triton.cdiv(rows, ROWS), triton.cdiv(tiles, TILES))](
-            x_RD.contiguous(), bytes_RB, words, rows, width, tiles, row // align, floor, align, ROWS, TILES
+        _encode_kernel[(triton.cdiv(rows, ENCODE_ROWS), triton.cdiv(tiles, ENCODE_TILES))](
+            x_RD.contiguous(),
+            bytes_RB,
+            words,
+            rows,
+            width,
+            tiles,
+            row // align,
+            floor,
+            align,
+            ENCODE_ROWS,
+            ENCODE_TILES,
         )
 
 

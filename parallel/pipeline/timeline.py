@@ -15,7 +15,7 @@ import torch
 
 
 @dataclass(frozen=True)
-class Record:
+class ActionRecord:
     """One action of one step."""
 
     kind: str
@@ -35,7 +35,7 @@ class Record:
 class StepRecord:
     """All actions of one step on one rank, in order."""
 
-    actions: list[Record] = field(default_factory=list)
+    actions: list[ActionRecord] = field(default_factory=list)
     span: float = 0.0
     """Seconds from the start of the step to its end on this rank."""
 
@@ -98,7 +98,7 @@ class Timeline:
             begin, end, marks = self._pending.pop(0)
             between = self._clock.between
             self._newest = StepRecord(
-                [Record(k, s, m, between(begin, t0), between(t0, t1), b) for k, s, m, b, t0, t1 in marks],
+                [ActionRecord(k, s, m, between(begin, t0), between(t0, t1), b) for k, s, m, b, t0, t1 in marks],
                 between(begin, end),
             )
             self._clock.reuse([begin, end, *(mark for *_, t0, t1 in marks for mark in (t0, t1))])

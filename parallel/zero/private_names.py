@@ -22,7 +22,7 @@ class PrivateName(NamedTuple):
     is_fast: bool = False
 
 
-NAMES = (
+PRIVATE_NAMES = (
     # deepspeed.utils.groups, and what marks experts' weights
     PrivateName(
         "module", "_EXPERT_PARALLEL_GROUP", "our expert groups, over which stage 3 takes the mean of gradients"
@@ -85,7 +85,7 @@ def require_names(**owners: object) -> None:
     (DeepSpeedEngine), optimizer12, offload12 (the same with offload) and optimizer3 (the two optimizers, built), param3 (a weight at stage 3) and
     coordinator. The other owners of the list fail as they are imported or called.
     """
-    missing = [one for one in NAMES if one.owner in owners and not _has(owners[one.owner], one.name)]
+    missing = [one for one in PRIVATE_NAMES if one.owner in owners and not _has(owners[one.owner], one.name)]
     if missing:
         raise UserError(
             "deepspeed",

@@ -22,7 +22,7 @@ from bench import faults
 from bench.catalog import commands
 from bench.driver import TARGETS
 from bench.prove_rows import read_rows, world_of
-from bench.sides import Result
+from bench.sides import SideResult
 from bench.train_step import Case
 from conf.schema import ROOT
 from tests import ranks, small
@@ -204,11 +204,11 @@ def test_a_command_runs(name, call):
 def test_all_comparisons_in_one_run(call, monkeypatch):
     """The order of things in `python -m bench`; what it calls runs above."""
 
-    def compare(case: Case, rounds: int, seconds: float, between: Callable) -> dict[str, Result | str]:
+    def compare(case: Case, rounds: int, seconds: float, between: Callable) -> dict[str, SideResult | str]:
         between()
         return {
-            "ours": Result([20.0], 1.0, 2),
-            "transformers": Result([10.0], 1.0, 2),
+            "ours": SideResult([20.0], 1.0, 2),
+            "transformers": SideResult([10.0], 1.0, 2),
             "torchtitan": "it is downloaded",
         }
 

@@ -8,7 +8,7 @@ import pytest
 
 from bench import layouts
 from bench.layouts import LayoutCase, figures
-from bench.sides import Result, Side, cpu_ratio, take_turns
+from bench.sides import Side, SideResult, cpu_ratio, take_turns
 
 STEPS = """
 import os, time
@@ -29,8 +29,8 @@ serve(build)
 """
 
 
-def result(*rates: float, cpu: float) -> Result:
-    return Result(list(rates), first_step=1.0, peak_memory=10, cpu_seconds=[cpu] * len(rates))
+def result(*rates: float, cpu: float) -> SideResult:
+    return SideResult(list(rates), first_step=1.0, peak_memory=10, cpu_seconds=[cpu] * len(rates))
 
 
 def test_rates_are_those_of_the_slowest_rank():

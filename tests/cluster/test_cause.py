@@ -1,6 +1,6 @@
 """What ranks leave when they fail, and whom it blames."""
 
-from cluster.cause import ROOM, Failure, Kind, RankReport, begin_work, name_cause, read_report
+from cluster.cause import LAST_WORDS_BYTES, Failure, Kind, RankReport, begin_work, name_cause, read_report
 from cluster.run_files import at_work_path
 from conf.errors import EXIT_CRASH, EXIT_DIVERGED
 from tests.disks import fill, small_disk
@@ -35,7 +35,7 @@ def test_a_rank_has_room_on_a_full_disk_to_say_why_it_failed(tmp_path):
         for rank in range(2):
             begin_work(logs, rank)
         fill(logs)
-        for rank, more in enumerate(("", "\x1b" * 2 * ROOM)):
+        for rank, more in enumerate(("", "\x1b" * 2 * LAST_WORDS_BYTES)):
             Failure(rank, 1.0, "crash", more + message, EXIT_CRASH, whole=more).write(logs)
         reports = [read_report(rank, EXIT_CRASH, logs) for rank in range(2)]
         assert name_cause(reports[:1], {}).text == f"rank 0 failed: {message}"

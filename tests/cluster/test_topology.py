@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cluster.show import main as show
-from cluster.topology import Node, Placement, Shape, place, require, table
+from cluster.topology import Node, Placement, StageShape, place, require, table
 from conf.errors import EXIT_OK, EXIT_USER, UserError
 
 
@@ -29,7 +29,7 @@ def groups(placement: Placement) -> list[list]:
 
 def largest(nodes: list[Node], pp: int, dp: int, ep: int) -> Placement | None:
     """With as many data-parallel ranks as fit, at most dp."""
-    return place(nodes, pp, [Shape(size, ep) for size in range(dp, 0, -ep)])
+    return place(nodes, pp, [StageShape(size, ep) for size in range(dp, 0, -ep)])
 
 
 def node_number(seat) -> int:
@@ -74,8 +74,8 @@ def test_a_lost_node_costs_one_block_and_spares_come_first():
 
 
 def test_shapes_are_tried_in_their_order_and_only_what_is_allowed_is_taken():
-    nodes, shapes = cluster(7, devices=1), [Shape(8, 1), Shape(6, 2), Shape(7, 1), Shape(4, 1)]
-    assert place(nodes, 1, shapes).shape == Shape(6, 2)
+    nodes, shapes = cluster(7, devices=1), [StageShape(8, 1), StageShape(6, 2), StageShape(7, 1), StageShape(4, 1)]
+    assert place(nodes, 1, shapes).shape == StageShape(6, 2)
     assert place(nodes, 1, shapes, lambda shape: shape.ep == 1).dp == 7
     assert place(nodes, 1, shapes, lambda shape: shape.dp == 8) is None
 

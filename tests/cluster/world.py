@@ -58,9 +58,9 @@ class World:
         shapes = shapes_of(f"parallel.dp={nodes * devices}", *words)
         settings = {"shapes": shapes, "hang_after": 6.0, "start_timeout": 20.0} | policy
         self.supervisor = Supervisor(Policy(**settings), self.now)
-        self.actions: list[m.Action] = []
+        self.actions: list[m.SupervisorAction] = []
         self.finish: m.Finish | None = None
-        self.starts: list[m.Start] = []
+        self.starts: list[m.StartAttempt] = []
         self.hung: set[int] = set()
         self.saved = 0
         for machine in self.machines:
@@ -72,10 +72,10 @@ class World:
             self.actions.append(action)
             self._do(action)
 
-    def _do(self, action: m.Action) -> None:
+    def _do(self, action: m.SupervisorAction) -> None:
         reach = {machine.node.id: machine for machine in self.machines if machine.up and machine.linked}
         match action:
-            case m.Start(number, placement):
+            case m.StartAttempt(number, placement):
                 assert not self.starts or number > self.starts[-1].attempt
                 assert not any(machine.live for machine in reach.values()), "two attempts alive"
                 self.starts.append(action)

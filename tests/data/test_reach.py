@@ -27,7 +27,7 @@ def test_a_hub_that_refuses_or_says_nothing_is_told_by_its_reason(monkeypatch):
         assert "refused" in reach.offline_reason()
     reach.offline_reason.cache_clear()
     monkeypatch.setenv("HF_HUB_OFFLINE", "")
-    monkeypatch.setattr(reach, "PATIENCE", 0.2)
+    monkeypatch.setattr(reach, "REACH_SECONDS", 0.2)
     with socket.socket() as silent:
         silent.bind(("127.0.0.1", 0))
         silent.listen()

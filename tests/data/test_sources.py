@@ -13,7 +13,7 @@ import zstandard
 from conf.errors import UserError
 from conf.schema import DataFormat, MixSource
 from train.data import readers
-from train.data.readers import PIECE
+from train.data.readers import TEXT_PIECE_BYTES
 from train.data.sources import open_source
 
 TEXTS = ["one\n", "zwei \u00e4\u00f6\u00fc", "\u4e09\n\n", "four " * 1000, "five\x00"]
@@ -72,12 +72,16 @@ def test_text_folder_leaves_out_hidden_binary_and_empty_files(tmp_path):
 
 def test_a_long_file_is_cut_at_line_ends_and_nothing_is_lost(tmp_path):
     path = tmp_path / "long.txt"
-    text = "".join(f"line {number} \u00e4\n" for number in range(PIECE // 9))
-    path.write_text(text + "\u4e09" * (PIECE // 2), encoding="utf-8")  # the tail has no line end to cut at
+    text = "".join(f"line {number} \u00e4\n" for number in range(TEXT_PIECE_BYTES // 9))
+    path.write_text(text + "\u4e09" * (TEXT_PIECE_BYTES // 2), encoding="utf-8")  # the tail has no line end to cut at
     found = documents(path)
     assert "".join(piece for _, piece in found) == path.read_text(encoding="utf-8")
     assert [name for name, _ in found] == ["long.txt", *(f"long.txt#{number}" for number in range(1, len(found)))]
-    assert found[0][1].endswith("\n") and all(len(piece.encode()) <= PIECE for _, piece in found) and len(found) >= 3
+    assert (
+        found[0][1].endswith("\n")
+        and all(len(piece.encode()) <= TEXT_PIECE_BYTES for _, piece in found)
+        and len(found) >= 3
+    )
 
 
 def test_the_standard_library_is_there_in_order_without_tests():
@@ -94,8 +98,8 @@ def test_wrong_bytes_are_named_with_their_place(tmp_path):
     error = error_of(tmp_path)
     assert str(error.value).endswith("latin.txt") and "byte 3 is 0xe9" in error.rule
     tail = tmp_path / "late.txt"
-    tail.write_bytes(b"a" * (PIECE - 1) + b"\n" + b"b" * 10 + b"\xff")
-    assert f"byte {PIECE + 10} is 0xff" in error_of(tail).rule
+    tail.write_bytes(b"a" * (TEXT_PIECE_BYTES - 1) + b"\n" + b"b" * 10 + b"\xff")
+    assert f"byte {TEXT_PIECE_BYTES + 10} is 0xff" in error_of(tail).rule
 
 
 @pytest.mark.parametrize(

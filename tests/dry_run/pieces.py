@@ -9,7 +9,7 @@ from conf.load import compose
 from train.dry_run.assumed_rows import load_of
 from train.dry_run.dry_run_result import dry_run_screen, find
 from train.dry_run.expected import expect
-from train.dry_run.lone import PHASES, MeasuredRank
+from train.dry_run.lone import LONE_PHASES, MeasuredRank
 from train.dry_run.piece import DryRunPiece, choose_piece, choose_rank
 from train.loop.layout_check import check_layout
 from train.plan.job import with_nodes
@@ -37,11 +37,11 @@ def piece_of(*overrides: str) -> DryRunPiece:
 def invented(piece: DryRunPiece, seconds: float = 1.0) -> MeasuredRank:
     """Measurements as they might be."""
     measured = MeasuredRank(
-        dict.fromkeys(PHASES, 2**20), dict.fromkeys(("weights", "master", "moments", "gradients"), 2**16)
+        dict.fromkeys(LONE_PHASES, 2**20), dict.fromkeys(("weights", "master", "moments", "gradients"), 2**16)
     )
     measured.actions["F"], measured.actions["B"] = [seconds], [2 * seconds]
     measured.counts.update(F=2, B=2)
-    for name in (*PHASES, "step"):
+    for name in (*LONE_PHASES, "step"):
         measured.seconds[name] = [seconds]
     return measured
 

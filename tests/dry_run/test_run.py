@@ -14,7 +14,7 @@ from parallel.pipeline.simulate import schedule_actions
 from tests.dry_run.pieces import piece_of
 from tests.ranks import run_processes
 from tests.small import train
-from train.dry_run.dry_run_result import FILE
+from train.dry_run.dry_run_result import DRY_RUN_FILE
 from train.dry_run.lone import run_alone
 from train.plan.memory.rank_memory import phases, rank_memory
 
@@ -90,8 +90,8 @@ def test_a_command_leaves_one_file_and_nothing_else(tmp_path):
     assert done.returncode == EXIT_OK, done.stderr
     assert "alone, rank 2 alone on cpu: peak" in done.stdout and done.stderr == ""
     assert [path.name for path in (tmp_path / "runs").iterdir()] == ["alone"]
-    assert [path.name for path in (tmp_path / "runs" / "alone").iterdir()] == [FILE]
-    found = json.loads((tmp_path / "runs" / "alone" / FILE).read_text())
+    assert [path.name for path in (tmp_path / "runs" / "alone").iterdir()] == [DRY_RUN_FILE]
+    found = json.loads((tmp_path / "runs" / "alone" / DRY_RUN_FILE).read_text())
     page = (ROOT / "train" / "docs" / "plan.md").read_text()
     assert [field for field in found if f"`{field}`" not in page] == []
     assert (found["name"], found["rank"], found["pp_rank"], found["device"], found["threads"]) == (

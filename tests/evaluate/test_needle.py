@@ -19,7 +19,7 @@ from train.checkpoint.weights import load_model
 from train.data.corpus import build_corpus
 from train.data.tokenizer import load_tokenizer
 from train.evaluate.evaluation_rank import run_rank
-from train.evaluate.needle import GUESSING, KEYS, make_needles, needle_lines
+from train.evaluate.needle import GUESSING, NEEDLE_KEYS, make_needles, needle_lines
 from train.evaluate.retrieve import read_fillers, search_needles
 from train.evaluate.run import evaluate
 from train.evaluate.target import find_target
@@ -82,7 +82,7 @@ def test_a_text_holds_its_key_at_the_depth_and_the_length_that_are_asked_for(mat
     assert len({tuple(needle.key) for needle in needles}) == len(needles) == len(fillers) == 3
     for needle, filler in zip(needles, fillers, strict=True):
         key = tokenizer.decode(needle.key)
-        assert 0 <= int(key) < KEYS and len(key) == 6
+        assert 0 <= int(key) < NEEDLE_KEYS and len(key) == 6
         for length, depth in [(96, 0.0), (96, 0.5), (192, 1.0)]:
             ids = needle.text(tokenizer.eos_id, filler, length, depth)
             assert len(ids) == length + 1 and ids.count(tokenizer.eos_id) == 1
@@ -176,5 +176,5 @@ def test_a_text_without_room_for_the_key_is_refused_before_anything_starts(train
 
 
 def test_guessing_costs_the_logarithm_of_the_keys():
-    assert math.exp(GUESSING) == pytest.approx(KEYS)
+    assert math.exp(GUESSING) == pytest.approx(NEEDLE_KEYS)
     assert compose("mode=evaluate", "conf=tiny").evaluate.needle == []

@@ -8,7 +8,7 @@ import torch
 
 from bench.gpu import interpreter
 from parallel.expert import triton_dispatch
-from parallel.expert.permute import Wanted, collect, fan_out, fan_out_of, fan_out_with_entries, hits
+from parallel.expert.permute import ExpertTargets, collect, fan_out, fan_out_of, fan_out_with_entries, hits
 from parallel.expert.wire import Fp8Wire
 
 torch.set_num_threads(1)
@@ -20,8 +20,8 @@ def rounding(monkeypatch) -> None:
 
 
 @pytest.mark.parametrize("sources, experts, top_k, wanted", [
-    (5, 16, 4, Wanted(0, 4, 4)), (140, 32, 6, Wanted(8, 2, 4)), (1, 8, 2, Wanted(0, 1, 8)), (0, 8, 2, Wanted(0, 1, 8)),
-    (270, 256, 8, Wanted(32, 1, 32)), (150, 64, 8, Wanted(0, 8, 8)), (9, 64, 8, Wanted(40, 1, 3)),
+    (5, 16, 4, ExpertTargets(0, 4, 4)), (140, 32, 6, ExpertTargets(8, 2, 4)), (1, 8, 2, ExpertTargets(0, 1, 8)), (0, 8, 2, ExpertTargets(0, 1, 8)),
+    (270, 256, 8, ExpertTargets(32, 1, 32)), (150, 64, 8, ExpertTargets(0, 8, 8)), (9, 64, 8, ExpertTargets(40, 1, 3)),
 ])  # fmt: skip
 @pytest.mark.parametrize("dtype", [torch.int16, torch.int64])
 def test_a_fan_out_has_the_bits_of_the_plain_one(sources, experts, top_k, wanted, dtype):

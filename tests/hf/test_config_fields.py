@@ -12,7 +12,7 @@ from conf.errors import UserError
 from conf.schema import Model
 from tests.hf.small import FP8, MODEL, released_config
 from train.hf.config import read_model
-from train.hf.config_fields import FIELDS, FIXED, FIXED_ELSEWHERE, HARMLESS, QUANTISED, READ_APART, ROPE
+from train.hf.config_fields import FIELDS, FIXED, FIXED_ELSEWHERE, HARMLESS, QUANTISED, READ_APART, ROPE_FIELDS
 from train.hf.plan import write_json
 
 TABLES = (set(FIELDS.values()), set(FIXED), set(FIXED_ELSEWHERE), set(READ_APART), set(HARMLESS))
@@ -153,13 +153,13 @@ def test_every_parameter_of_the_positions_has_its_place(tmp_path):
     before = read(tmp_path, rope_scaling=base)
     for name, value in OTHER_YARN.items():
         assert read(tmp_path, rope_scaling=base | {name: value}) != before, name
-        assert name in ROPE and name in RopeParameters.__annotations__
+        assert name in ROPE_FIELDS and name in RopeParameters.__annotations__
     for name in RopeParameters.__annotations__.keys() - OTHER_YARN.keys():
         for kind in ({}, YARN):
             with pytest.raises(UserError, match=name if name != "rope_type" else "its type") as caught:
                 read(tmp_path, rope_scaling=kind | {name: [0.5]})
             assert caught.value.value == tmp_path / "config.json"
-    assert OTHER_YARN.keys() | {"type", "rope_type", "partial_rotary_factor"} == ROPE
+    assert OTHER_YARN.keys() | {"type", "rope_type", "partial_rotary_factor"} == ROPE_FIELDS
 
 
 @pytest.mark.parametrize("kind", ["linear", "dynamic", "longrope", "llama3", "proportional", "axial", None, ["yarn"]])

@@ -25,7 +25,7 @@ from train.hf.export import export
 from train.hf.tensor_names import tensors
 from train.kernels.choice import build_kernels
 from train.loop.start import check_start, start_from
-from train.loop.state import State
+from train.loop.state import RunState
 from train.parallelize import parallelize
 
 torch.set_num_threads(1)
@@ -92,7 +92,7 @@ def start_and_save(rank: int, config: Config, kind: str, tokenizer_json: str) ->
     parallel = config.parallel
     mesh = build_mesh(Layout(parallel.pp, parallel.dp, parallel.ep, 4), timedelta(seconds=60))
     parts = parallelize(config, mesh, torch.device("cpu"), build_kernels("cpu"))
-    state = State(config, mesh, parts)
+    state = RunState(config, mesh, parts)
     tokenizer = Tokenizer(tokenizer_json)
     folder, notes = check_start(config, tokenizer)
     assert len(notes) == 1 and "holds no tokenizer.json" in notes[0]

@@ -14,7 +14,7 @@ from conf.schema import ROOT
 from train import rank
 from train.__main__ import check_before_start
 from train.kernels.cpu import libraries as native
-from train.kernels.deterministic import SETTINGS, repeat_bits
+from train.kernels.deterministic import LIBRARY_VARIABLES, repeat_bits
 
 ATOMIC = re.compile(r"\batomic|tl\.atomic_|fetch_add|omp (atomic|critical)|\breduction\(|__sync_|#include <mutex>")
 
@@ -22,7 +22,7 @@ ATOMIC = re.compile(r"\batomic|tl\.atomic_|fetch_add|omp (atomic|critical)|\bred
 @pytest.fixture
 def settings(monkeypatch):
     """The environment without them, and torch as it was before."""
-    for name in SETTINGS:
+    for name in LIBRARY_VARIABLES:
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(torch.backends.cudnn, "benchmark", True)
     filled = deterministic.fill_uninitialized_memory

@@ -19,7 +19,7 @@ from train.metrics.figures import build
 from train.metrics.headline import findings, headline
 from train.metrics.jsonl import JsonlSink
 from train.metrics.origin import command_to_go_on, record_machine, record_start
-from train.metrics.pipeline_figures import BARS, ROWS, timeline_figure
+from train.metrics.pipeline_figures import BARS, PICTURE_ROWS, timeline_figure
 from train.metrics.report import write_report
 from train.metrics.series import POINTS, Series, read_series, smoothed, stretch_means, thin
 
@@ -196,8 +196,8 @@ def test_the_picture_of_a_pipeline_has_its_idle_time_and_bounded_size():
     assert [len(bars.y) for bars in drawn.plot.data] == [4, 32, 32] and "33 %" in drawn.caption
     assert set(drawn.plot.data[1].text) == set("01234567")
     large = timeline_figure(sampled_step(7, 64, 1000))
-    assert sum(len(bars.y) for bars in large.plot.data) == BARS + ROWS
-    assert f"{ROWS} of the 64 processes" in large.caption and "of 32,000 bars" in large.caption
+    assert sum(len(bars.y) for bars in large.plot.data) == BARS + PICTURE_ROWS
+    assert f"{PICTURE_ROWS} of the 64 processes" in large.caption and "of 32,000 bars" in large.caption
     assert timeline_figure(sampled_step(7, 1, 8)) is None and timeline_figure(None) is None
 
 

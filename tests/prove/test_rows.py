@@ -6,7 +6,7 @@ from functools import cache
 import pytest
 
 from bench.prove import prove_rows
-from bench.prove_rows import JOINED, ROWS, SWITCHES, Row, allowed, read_rows, rotated, to_config
+from bench.prove_rows import JOINED, ROWS, SWITCHES, ProveRow, allowed, read_rows, rotated, to_config
 
 SHARE = 40
 """One in so many is proven in a run of the tests, other ones at every commit; `python -m bench.prove` takes all."""
@@ -33,7 +33,7 @@ def test_every_three_settings_meet_that_the_rules_allow_together(rows):
                 assert values in met, given
 
 
-def _allowed_together(given: Row, joined: tuple[str, ...]) -> bool:
+def _allowed_together(given: ProveRow, joined: tuple[str, ...]) -> bool:
     places = tuple(place for place, key in enumerate(joined) if key in given)
     return tuple(given[joined[place]] for place in places) in _parts(joined, places)
 

@@ -19,7 +19,7 @@ from torch import nn
 
 import parallel.zero
 from conf.errors import UserError
-from parallel.zero.private_names import NAMES, require_names
+from parallel.zero.private_names import PRIVATE_NAMES, require_names
 
 SEAM = Path(parallel.zero.__file__).parent
 OURS = [SEAM, SEAM.parent / "shard.py", SEAM.parent / "mesh.py", SEAM.parents[1] / "train" / "optim"]
@@ -89,13 +89,13 @@ def used() -> set[str]:
 
 
 def test_the_list_is_what_the_seam_uses():
-    listed = {one.name for one in NAMES}
-    assert len(listed) == len(NAMES)
+    listed = {one.name for one in PRIVATE_NAMES}
+    assert len(listed) == len(PRIVATE_NAMES)
     assert used() == listed
 
 
 def test_they_are_few_and_fewer_still_are_there_for_speed():
-    assert len(NAMES) <= 35 and sum(one.is_fast for one in NAMES) <= 5
+    assert len(PRIVATE_NAMES) <= 35 and sum(one.is_fast for one in PRIVATE_NAMES) <= 5
 
 
 def test_a_deepspeed_without_a_name_is_refused_by_version_and_reason():

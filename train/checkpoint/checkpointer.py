@@ -30,7 +30,7 @@ from train.checkpoint.intervals import NotCovered, merge
 from train.checkpoint.read_shards import load
 from train.checkpoint.staging import StagingBuffers
 
-PATIENCE = 0.8
+SAVE_PATIENCE = 0.8
 """Share of the timeout that a save has until the next one may go on without it: all other ranks may wait for this one by then."""
 GRACE = 0.1
 """Share of the timeout in which a save that is given up has to say why; one that does not is stuck."""
@@ -204,7 +204,7 @@ class Checkpointer:
     def _settle(self) -> None:
         """Wait for the save in flight as long as no other rank takes this one for hung; then go on without it."""
         flight = self._flight
-        if flight is None or self._join(flight.began + PATIENCE * self.timeout - time.perf_counter()):
+        if flight is None or self._join(flight.began + SAVE_PATIENCE * self.timeout - time.perf_counter()):
             return
         self.committer.abandon(flight.save)
         if self._join(max(GRACE * self.timeout, LEAST_GRACE)):  # it says which ranks it waited for

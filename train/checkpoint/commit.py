@@ -31,7 +31,7 @@ from cluster.run_files import LOCK, MANIFEST, data_name, hold_lock, index_name, 
 from conf.files import atomic_write_json, atomic_write_text, exclusive, fsync_folder
 from train.checkpoint.manifest import checkpoints, seal
 
-FAILED = re.compile(r"rank_(\d+)\.failed")
+FAILED_FILE = re.compile(r"rank_(\d+)\.failed")
 HIDDEN = re.compile(
     r"\.(?P<name>step_\d+)\.attempt_(?P<attempt>\d+)\.(save_(?P<serial>\d+)\.)?(?P<kind>tmp|replaced|pruned)"
 )
@@ -166,7 +166,7 @@ class Committer:
         def complete() -> bool:
             for name in os.listdir(folder):
                 missing.pop(name, None)
-                if failed := FAILED.fullmatch(name):
+                if failed := FAILED_FILE.fullmatch(name):
                     text = f"{name.removesuffix('.failed')}: {(folder / name).read_text()}"
                     raise SaveAbandoned(text, [int(failed[1])])
             return not missing

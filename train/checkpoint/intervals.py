@@ -6,7 +6,7 @@ import zlib
 from typing import Any
 
 from cluster.run_files import data_name, index_name
-from train.checkpoint.manifest import FORMAT, VERSION
+from train.checkpoint.manifest import CHECKPOINT_VERSION, FORMAT
 
 
 class NotCovered(ValueError):
@@ -46,4 +46,11 @@ def merge(indexes: list[bytes], meta: dict[str, Any]) -> dict[str, Any]:
         if hole is not None:
             raise NotCovered(f"no rank saved element {hole} of {name}, shape {shape}")
     identity = {"step": ranks[0]["step"], "attempt": ranks[0]["attempt"], "world_size": len(ranks)}
-    return {"format": FORMAT, "version": VERSION, **identity, "meta": meta, "files": files, "tensors": tensors}
+    return {
+        "format": FORMAT,
+        "version": CHECKPOINT_VERSION,
+        **identity,
+        "meta": meta,
+        "files": files,
+        "tensors": tensors,
+    }

@@ -35,11 +35,11 @@ from conf.errors import UserError
 from conf.words import one_line
 
 FORMAT = "sluice checkpoint"
-VERSION = 1
+CHECKPOINT_VERSION = 1
 """Raised when older code could not read what newer code writes."""
-BLOCK = 4 << 20
+CRC_BLOCK = 4 << 20
 """Bytes of data under one CRC-32; a multiple of every item size, so that no element spans two blocks."""
-LARGEST = 2**63 - 1
+LARGEST_NUMBER = 2**63 - 1
 """Of the numbers in a checkpoint."""
 META = {
     **dict.fromkeys(("step", "samples", "skipped", "updates", "seed", "seq_len"), int),
@@ -83,7 +83,7 @@ class Meta(dict[str, Any]):
             raise Damaged(self._path, f"its meta holds no {name!r}")
         value = super().__getitem__(name)
         kind = META.get(name, object)
-        if not isinstance(value, kind) or (isinstance(value, int) and kind is int and not 0 <= value <= LARGEST):
+        if not isinstance(value, kind) or (isinstance(value, int) and kind is int and not 0 <= value <= LARGEST_NUMBER):
             raise Damaged(self._path, f"its meta holds {name} = {value!r:.100}")
         return value
 
@@ -148,11 +148,11 @@ def read_manifest(folder: Path) -> Manifest:
         raise _foreign(folder, f"has a {MANIFEST} that does not say format = {FORMAT}")
     if body.pop("crc32", None) != zlib.crc32(json.dumps(body).encode()):
         raise Damaged(path, "its checksum does not match")
-    if _field(path, body, "version", int) > VERSION:
+    if _field(path, body, "version", int) > CHECKPOINT_VERSION:
         raise UserError(
             "resume",
             folder,
-            f"has format version {body['version']}, newer than {VERSION}, the newest that this code reads",
+            f"has format version {body['version']}, newer than {CHECKPOINT_VERSION}, the newest that this code reads",
             "resume with the version of the code that wrote it, or a later one",
         )
     return manifest_of(folder, body)
@@ -190,7 +190,7 @@ def _entries(path: Path, tensors: dict[str, Any], ranks: int) -> dict[str, Entry
 def _are_counts(found: Any, length: int | None = None) -> bool:
     """Whether this is a list of integers from 0 on, of this length if one is given."""
     listed = isinstance(found, list | tuple) and length in (None, len(found))
-    return listed and all(isinstance(count, int) and 0 <= count <= LARGEST for count in found)
+    return listed and all(isinstance(count, int) and 0 <= count <= LARGEST_NUMBER for count in found)
 
 
 def _field(path: Path, body: dict[str, Any], name: str, kind: type) -> Any:
@@ -230,7 +230,7 @@ def check_index(manifest: Manifest, rank: int, text: bytes) -> dict[str, Any]:
             "data_bytes": int(size),
             "blocks_crc32": [*blocks],
             "tensors": {**tensors},
-        } if len(blocks) == -(-size // BLOCK) and all(map(_is_place, tensors.values())):
+        } if len(blocks) == -(-size // CRC_BLOCK) and all(map(_is_place, tensors.values())):
             return body
     raise Damaged(path, "does not tell what its data file holds")
 
@@ -273,14 +273,14 @@ def check_data(manifest: Manifest, rank: int) -> None:
             if zlib.crc32(file.read(index["header_bytes"])) != index["header_crc32"]:
                 raise Damaged(path, "the checksum of its header does not match")
             for number, crc in enumerate(index["blocks_crc32"]):
-                if zlib.crc32(file.read(BLOCK)) != crc:
+                if zlib.crc32(file.read(CRC_BLOCK)) != crc:
                     raise Damaged(path, f"the checksum of block {number} does not match")
     except OSError as error:
         raise Damaged(path, error) from error
 
 
 @dataclass(frozen=True)
-class Found:
+class FoundCheckpoint:
     """Outcome of a search for the newest intact checkpoint."""
 
     manifest: Manifest | None
@@ -293,7 +293,7 @@ class Found:
         return None if self.manifest is None else self.manifest.folder
 
 
-def newest_intact(root: Path, full: bool = False, skip: Collection[Path] = ()) -> Found:
+def newest_intact(root: Path, full: bool = False, skip: Collection[Path] = ()) -> FoundCheckpoint:
     """The newest intact checkpoint in a run's checkpoints/ folder, by `verify`; None if there is none.
 
     `skip`: checkpoints that `load` has found damaged, where the fast verification could not.
@@ -307,12 +307,12 @@ def newest_intact(root: Path, full: bool = False, skip: Collection[Path] = ()) -
                 continue
             problems = _problems(manifest, full)
             if not problems:
-                return Found(manifest, warnings)
+                return FoundCheckpoint(manifest, warnings)
             if not os.path.lexists(manifest.folder):  # a run that lives has pruned it, as there are newer ones
                 break
             warnings += problems
         else:
-            return Found(None, warnings)
+            return FoundCheckpoint(None, warnings)
 
 
 def checkpoints(root: Path) -> list[Manifest]:

@@ -26,10 +26,10 @@ from conf.errors import UserError
 from conf.files import atomic_write_json
 from parallel.exchange import gather
 from parallel.shard import Shard
-from train.checkpoint.checkpointer import PATIENCE
+from train.checkpoint.checkpointer import SAVE_PATIENCE
 from train.checkpoint.intervals import NotCovered, merge
 from train.checkpoint.manifest import Damaged, Manifest, manifest_of
-from train.checkpoint.read_shards import FolderFiles, Read
+from train.checkpoint.read_shards import FolderFiles, ReadSpan
 from train.checkpoint.staging import StagingBuffers, plan
 
 SETS = 2
@@ -95,7 +95,7 @@ class MemoryCopies:
     def _join(self) -> bool:
         """Wait for the thread as long as no other rank takes this one for hung; False if it still runs."""
         if self._thread is not None:
-            self._thread.join(max(0.0, self._began + PATIENCE * self.timeout - time.perf_counter()))
+            self._thread.join(max(0.0, self._began + SAVE_PATIENCE * self.timeout - time.perf_counter()))
             if self._thread.is_alive():
                 return False
             self._thread = None
@@ -203,7 +203,7 @@ class ShelfFiles:
             return peer.get(self._set, index_name(rank))
 
     @contextmanager
-    def data(self, rank: int) -> Iterator[Read]:
+    def data(self, rank: int) -> Iterator[ReadSpan]:
         if self._home in self._shelves.holders[rank]:
             with self._here.data(rank) as read:
                 yield read

@@ -20,7 +20,7 @@ from cluster.run_files import MANIFEST, data_name, index_name
 from conf.errors import UserError
 from parallel.shard import Shard
 from train.checkpoint.intervals import first_hole
-from train.checkpoint.manifest import BLOCK, Damaged, Entry, Manifest, check_index, read_manifest
+from train.checkpoint.manifest import CRC_BLOCK, Damaged, Entry, Manifest, check_index, read_manifest
 from train.checkpoint.staging import DTYPES
 
 TORCH = {name: dtype for dtype, name in DTYPES.items()}
@@ -44,7 +44,7 @@ class FilePiece:
     """The memory to fill."""
 
 
-Read = Callable[[memoryview, int], int]
+ReadSpan = Callable[[memoryview, int], int]
 """Fills the memory from this byte of a file on; returns how many bytes there were."""
 
 
@@ -55,7 +55,7 @@ class Files(Protocol):
         """The index of a rank's data file."""
         ...
 
-    def data(self, rank: int) -> AbstractContextManager[Read]:
+    def data(self, rank: int) -> AbstractContextManager[ReadSpan]:
         """A rank's data file, to be read in parts."""
         ...
 
@@ -70,7 +70,7 @@ class FolderFiles:
         return (self._folder / index_name(rank)).read_bytes()
 
     @contextmanager
-    def data(self, rank: int) -> Iterator[Read]:
+    def data(self, rank: int) -> Iterator[ReadSpan]:
         with open(self._folder / data_name(rank), "rb", buffering=0) as file:
             yield lambda view, position: os.preadv(file.fileno(), [view], position)
 
@@ -91,7 +91,7 @@ def fill(manifest: Manifest, files: Files, wanted: dict[str, Shard]) -> dict[str
     for name, shard in wanted.items():
         for rank, piece in _pieces(manifest, name, shard):
             pieces.setdefault(rank, []).append(piece)
-    buffer = torch.empty(BLOCK, dtype=torch.uint8)
+    buffer = torch.empty(CRC_BLOCK, dtype=torch.uint8)
     for rank, parts in sorted(pieces.items()):
         try:
             _read_rank(manifest, files, rank, parts, buffer)
@@ -181,19 +181,19 @@ def _read_rank(manifest: Manifest, files: Files, rank: int, pieces: list[FilePie
             if not 0 <= at <= index["data_bytes"] - piece.target.numel() * stored.itemsize:
                 raise Damaged(manifest.folder / index_name(rank), f"places {piece.name} outside of its data file")
             while done < piece.target.numel():
-                number, offset = divmod(at + done * stored.itemsize, BLOCK)
+                number, offset = divmod(at + done * stored.itemsize, CRC_BLOCK)
                 if number != held:
                     _read_block(read, path, index, number, buffer)
                     held = number
-                count = min(piece.target.numel() - done, (BLOCK - offset) // stored.itemsize)
+                count = min(piece.target.numel() - done, (CRC_BLOCK - offset) // stored.itemsize)
                 piece.target[done : done + count].copy_(buffer[offset : offset + count * stored.itemsize].view(stored))
                 done += count
 
 
-def _read_block(read: Read, path: Path, index: dict[str, Any], number: int, buffer: Tensor) -> None:
+def _read_block(read: ReadSpan, path: Path, index: dict[str, Any], number: int, buffer: Tensor) -> None:
     """Read one block of the data part into `buffer`; Damaged if it is short or its checksum is wrong."""
-    size = min(BLOCK, index["data_bytes"] - number * BLOCK)
-    view, position = buffer.numpy().data[:size], index["header_bytes"] + number * BLOCK
+    size = min(CRC_BLOCK, index["data_bytes"] - number * CRC_BLOCK)
+    view, position = buffer.numpy().data[:size], index["header_bytes"] + number * CRC_BLOCK
     while view:
         count = read(view, position)
         if count == 0:

@@ -36,7 +36,7 @@ from conf.files import atomic_write_text, open_lock, try_lock
 from conf.load import write_config
 from conf.schema import Config
 from conf.words import say
-from train.checkpoint.manifest import Found, checkpoints, newest_intact, read_manifest, verify
+from train.checkpoint.manifest import FoundCheckpoint, checkpoints, newest_intact, read_manifest, verify
 
 
 class RunPaths:
@@ -160,7 +160,7 @@ def _holder(handle: int, path: Path) -> str:
     return text
 
 
-def resume_point(config: Config, skip: Collection[Path] = ()) -> Found:
+def resume_point(config: Config, skip: Collection[Path] = ()) -> FoundCheckpoint:
     """The checkpoint to start from (None: start new), with a warning for each damaged one passed over.
 
     `skip`: checkpoints that `load` found damaged. Raises UserError if a named checkpoint is damaged, or if all there
@@ -169,7 +169,7 @@ def resume_point(config: Config, skip: Collection[Path] = ()) -> Found:
     """
     own = RunPaths(config).checkpoints
     if config.resume == "never":
-        return Found(None, [])
+        return FoundCheckpoint(None, [])
     if config.resume != "auto":
         return _named(Path(config.resume))
     found = newest_intact(own, skip=skip)
@@ -199,7 +199,7 @@ def find_checkpoint(config: Config, given: str | None, field: str) -> Path:
     return found.absolute()
 
 
-def _named(path: Path) -> Found:
+def _named(path: Path) -> FoundCheckpoint:
     """The intact checkpoint that a path names, itself or as the newest of a run; UserError if there is none."""
     root = path / "checkpoints" if (path / "checkpoints").is_dir() else path
     if root.name == "checkpoints":
@@ -215,7 +215,7 @@ def _named(path: Path) -> Found:
             "must be intact: " + "; ".join(problems),
             "give another checkpoint, or use resume=auto, which takes the newest intact one of the run",
         )
-    return Found(read_manifest(path), [])
+    return FoundCheckpoint(read_manifest(path), [])
 
 
 def _make(config: Config, root: Path) -> None:

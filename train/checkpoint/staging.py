@@ -24,7 +24,7 @@ from cluster.run_files import data_name
 from conf.disk import naming
 from conf.thresholds import THRESHOLDS
 from parallel.shard import Shard
-from train.checkpoint.manifest import BLOCK
+from train.checkpoint.manifest import CRC_BLOCK
 
 DTYPES = {
     torch.float64: "F64",
@@ -41,7 +41,7 @@ DTYPES = {
     torch.bool: "BOOL",
 }
 """Element types and their names in the safetensors format."""
-SIZES = {name: dtype.itemsize for dtype, name in DTYPES.items()}
+DTYPE_BYTES = {name: dtype.itemsize for dtype, name in DTYPES.items()}
 """Bytes of an element, by these names."""
 
 
@@ -78,8 +78,8 @@ def safetensors_header(
     """
     header: dict[str, dict[str, Any]] = {} if metadata is None else {"__metadata__": metadata}
     offsets, at = {}, 0
-    for name, dtype, shape in sorted(tensors, key=lambda tensor: -SIZES[tensor[1]]):
-        offsets[name], end = at, at + math.prod(shape) * SIZES[dtype]
+    for name, dtype, shape in sorted(tensors, key=lambda tensor: -DTYPE_BYTES[tensor[1]]):
+        offsets[name], end = at, at + math.prod(shape) * DTYPE_BYTES[dtype]
         header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [at, end]}
         at = end
     text = json.dumps(header).encode()
@@ -156,7 +156,7 @@ class Checksums:
         while view:
             if not self._room:
                 self.all.append(0)
-                self._room = BLOCK
+                self._room = CRC_BLOCK
             part = view[: self._room]
             self.all[-1] = zlib.crc32(part, self.all[-1])
             self._room -= len(part)

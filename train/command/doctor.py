@@ -160,7 +160,7 @@ def _device(config: Config) -> Iterator[DoctorLine]:
 def _cpu(config: Config) -> Iterator[DoctorLine]:
     """The processor, the compiler, and whether the compiled parts of a step can be had."""
     from train.kernels.cpu.cpp_build import compiler_name, cpu_features, has_avx2
-    from train.kernels.cpu.libraries import NAMES, library, source
+    from train.kernels.cpu.libraries import LIBRARY_NAMES, library, source
 
     cores, memory = len(os.sched_getaffinity(0)), psutil.virtual_memory()
     features = [name for name in FEATURES if name in cpu_features().split()]
@@ -169,7 +169,7 @@ def _cpu(config: Config) -> Iterator[DoctorLine]:
         f"{cpu_name()}, {cores} cores, {', '.join(features) or 'no features that help'}; "
         f"memory {size(memory.available)} of {size(memory.total)} free",
     )
-    example = source(NAMES[0], "cluster.compiled", "cluster.compiled=false: torch's operations, slower")
+    example = source(LIBRARY_NAMES[0], "cluster.compiled", "cluster.compiled=false: torch's operations, slower")
     try:
         compiler = compiler_name(example)
     except UserError as error:
@@ -180,12 +180,12 @@ def _cpu(config: Config) -> Iterator[DoctorLine]:
         yield DoctorLine("Compiled", "nothing: this CPU has no AVX2, so a step on it is made of torch's operations")
         return
     try:
-        for name in NAMES:
+        for name in LIBRARY_NAMES:
             library(name)
     except UserError as error:
         yield DoctorLine("Compiled", error.rule, error.cure)
         return
-    yield DoctorLine("Compiled", f"{', '.join(NAMES)}: built, kept and loaded")
+    yield DoctorLine("Compiled", f"{', '.join(LIBRARY_NAMES)}: built, kept and loaded")
 
 
 def _wandb(config: Config) -> DoctorLine:

@@ -19,9 +19,9 @@ from conf.errors import UserError
 from conf.schema import Config, DataFormat, MixSource
 from train.data.held_out import all_documents, long_documents, split, training_texts
 from train.data.packing import Documents
-from train.data.source_files import Progress, unreadable
+from train.data.source_files import ReportProgress, unreadable
 from train.data.sources import DocumentSource, format_of, no_text, open_source, sources_of
-from train.data.token_store import VERSION, DamagedStore, StoreWriter, TokenStore, keep_text, locked, open_store
+from train.data.token_store import STORE_VERSION, DamagedStore, StoreWriter, TokenStore, keep_text, locked, open_store
 from train.data.tokenise import tokenise
 from train.data.tokenizer import SMALLEST_VOCAB, Tokenizer, check_fit, load_tokenizer, train_bpe
 
@@ -58,7 +58,7 @@ def silent(stage: str, done: int, total: int) -> None:
     """Progress that nobody watches."""
 
 
-def build_corpus(config: Config, progress: Progress = silent) -> Corpus:
+def build_corpus(config: Config, progress: ReportProgress = silent) -> Corpus:
     """Open the corpus, making what is missing. Safe to call in several processes at once. Raises UserError."""
     return _Builder(config, progress).build()
 
@@ -66,7 +66,7 @@ def build_corpus(config: Config, progress: Progress = silent) -> Corpus:
 class _Builder:
     """What the steps of one call share."""
 
-    def __init__(self, config: Config, progress: Progress):
+    def __init__(self, config: Config, progress: ReportProgress):
         self.config, self.data, self.progress = config, config.data, progress
         self.cache = Path(config.data.cache).expanduser()
         self.notes: list[str] = []
@@ -245,4 +245,4 @@ def _name(source: MixSource) -> str:
 
 
 def _hash(*parts: object) -> str:
-    return hashlib.blake2b(json.dumps([VERSION, *parts]).encode(), digest_size=16).hexdigest()
+    return hashlib.blake2b(json.dumps([STORE_VERSION, *parts]).encode(), digest_size=16).hexdigest()

@@ -17,9 +17,9 @@ from train.data.sources import DocumentSource, no_text
 from train.data.token_store import TokenStore
 from train.data.tokenizer import Tokenizer
 
-CHUNK = 1 << 20
+TOKENS_AT_ONCE = 1 << 20
 """Tokens that are looked at in one go."""
-LONGEST = 16 << 20
+LONGEST_DOCUMENT = 16 << 20
 """Characters of one document that a tokenizer is trained on, at most."""
 
 
@@ -60,12 +60,12 @@ def long_documents(documents: Documents, least: int) -> Documents:
 
 def _cut(tokens_N: np.ndarray, bytes_V: np.ndarray, fraction: float) -> int:
     """Tokens that stay for training: as many as lie whole in the first part of the bytes; at least one on each side."""
-    chunks = [slice(first, first + CHUNK) for first in range(0, len(tokens_N), CHUNK)]
+    chunks = [slice(first, first + TOKENS_AT_ONCE) for first in range(0, len(tokens_N), TOKENS_AT_ONCE)]
     ends = np.cumsum([bytes_V[tokens_N[chunk]].sum() for chunk in chunks])
     goal = (1 - fraction) * ends[-1]
     chunk = min(int(np.searchsorted(ends, goal, side="right")), len(chunks) - 1)
     ends_N = np.cumsum(bytes_V[tokens_N[chunks[chunk]]]) + (ends[chunk - 1] if chunk else 0)
-    cut = chunk * CHUNK + int(np.searchsorted(ends_N, goal, side="right"))
+    cut = chunk * TOKENS_AT_ONCE + int(np.searchsorted(ends_N, goal, side="right"))
     return min(max(cut, 1), len(tokens_N) - 1)
 
 
@@ -87,7 +87,7 @@ def _enough(documents: Iterator[tuple[str, str]], limit: int, fraction: float) -
     """The first documents, until those for training have `limit` characters."""
     taken, size = [], 0
     for name, text in documents:
-        text = text[:LONGEST]
+        text = text[:LONGEST_DOCUMENT]
         taken.append((name, text))
         size += len(text) if hash_id(name) >= fraction * 2**64 else 0
         if size >= limit:

@@ -14,9 +14,9 @@ from conf.errors import UserError
 from train.command.program import install_words
 from train.data.reach import hub, offline_reason
 from train.data.readers import check_text, text_key_of
-from train.data.source_files import Progress
+from train.data.source_files import ReportProgress
 
-ROWS = 256
+HUB_ROWS = 256
 
 
 @dataclass
@@ -37,7 +37,7 @@ class HubSource:
     def notes(self) -> list[str]:
         return []
 
-    def digest(self, manifests: Path, progress: Progress) -> str:
+    def digest(self, manifests: Path, progress: ReportProgress) -> str:
         return f"huggingface:{self.text_key}:{self.table._fingerprint}:{len(self.table)}"
 
     def documents(self) -> Iterator[tuple[str, str]]:
@@ -50,8 +50,8 @@ class HubSource:
         """Every step-th row."""
         rows = range(0, len(self.table), step)
         table = self.table if step == 1 else self.table.select(rows)
-        for first, batch in zip(range(0, len(rows), ROWS), table.with_format("arrow").iter(ROWS), strict=True):
-            for row, value in zip(rows[first : first + ROWS], batch.column(self.text_key).to_pylist(), strict=True):
+        for first, batch in zip(range(0, len(rows), HUB_ROWS), table.with_format("arrow").iter(HUB_ROWS), strict=True):
+            for row, value in zip(rows[first : first + HUB_ROWS], batch.column(self.text_key).to_pylist(), strict=True):
                 name = f"{self.split}:{row}"
                 if text := check_text(value, f"{self.name} {name}", self.text_key, self.field):
                     yield name, text

@@ -6,7 +6,7 @@ from typing import Any
 from conf.schema import Config
 from train.data.corpus import build_corpus, silent
 from train.data.dataset import TrainingData, ValidationData
-from train.data.source_files import Progress
+from train.data.source_files import ReportProgress
 from train.data.tokenizer import Tokenizer
 
 
@@ -24,7 +24,7 @@ class Prepared:
     """What the user may want to know, one sentence each."""
 
 
-def prepare(config: Config, progress: Progress = silent) -> Prepared:
+def prepare(config: Config, progress: ReportProgress = silent) -> Prepared:
     """Find or make tokenizer and tokens, and open them. Raises UserError.
 
     Idempotent and safe in several processes: the driver calls it before it starts ranks, which then find the cache.

@@ -7,7 +7,7 @@ from functools import cached_property
 from typing import TYPE_CHECKING
 
 from conf.words import one_line, say
-from train.data.source_files import Progress
+from train.data.source_files import ReportProgress
 
 if TYPE_CHECKING:
     from rich.progress import Progress as ProgressBar
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 @contextmanager
-def show_progress() -> Iterator[Progress]:
+def show_progress() -> Iterator[ReportProgress]:
     """A progress callback for `prepare` and `build_corpus`, for as long as the context lasts."""
     with ExitStack() as stack:
         yield _Bar(stack) if sys.stderr.isatty() else _Lines()

@@ -7,7 +7,7 @@ import urllib.request
 from functools import cache
 from threading import Thread
 
-PATIENCE = 10.0
+REACH_SECONDS = 10.0
 """Seconds, a slow look-up of the name included."""
 
 
@@ -30,11 +30,11 @@ def offline_reason() -> str | None:
 
 
 def _unreachable(address: str) -> str | None:
-    reasons: list[str | None] = [f"no answer within {PATIENCE:.0f} s"]
+    reasons: list[str | None] = [f"no answer within {REACH_SECONDS:.0f} s"]
 
     def ask() -> None:
         try:
-            urllib.request.urlopen(urllib.request.Request(address, method="HEAD"), timeout=PATIENCE).close()
+            urllib.request.urlopen(urllib.request.Request(address, method="HEAD"), timeout=REACH_SECONDS).close()
             reasons[0] = None
         except urllib.error.HTTPError:  # it answers
             reasons[0] = None
@@ -43,5 +43,5 @@ def _unreachable(address: str) -> str | None:
 
     asking = Thread(target=ask, daemon=True)  # looking a name up has no limit of its own
     asking.start()
-    asking.join(PATIENCE)
+    asking.join(REACH_SECONDS)
     return reasons[0]

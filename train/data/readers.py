@@ -14,9 +14,9 @@ from train.data.source_files import SourceFile
 if TYPE_CHECKING:
     from typing_extensions import Buffer
 
-PIECE = 16 << 20
+TEXT_PIECE_BYTES = 16 << 20
 """Bytes after which a text file is cut, at the next line end before."""
-CHUNK = 1 << 20
+READ_BYTES = 1 << 20
 LONGEST_LINE = 1 << 30
 """Bytes of a line of JSONL, which is held in memory, at most."""
 LARGEST_RATIO, FREE = 1000, 1 << 30
@@ -35,11 +35,11 @@ def read_text(file: SourceFile, field: str, binary: set[str] | None) -> Iterator
     with file.path.open("rb") as stream:
         offset, number, rest = 0, 0, b""
         while True:
-            block = rest + stream.read(PIECE - len(rest))
+            block = rest + stream.read(TEXT_PIECE_BYTES - len(rest))
             if binary is not None and number == 0 and b"\0" in block[:8192]:
                 binary.add(file.name)
                 return
-            last = len(block) < PIECE
+            last = len(block) < TEXT_PIECE_BYTES
             cut = len(block) if last else _cut(block)
             yield (f"{file.name}#{number}" if number else file.name), _decode(block[:cut], file, offset, field)
             if last:
@@ -121,9 +121,9 @@ def check_text(value: object, place: str, text_key: str, field: str) -> str:
 
 def _lines(file: SourceFile, field: str) -> Iterator[bytes]:
     """Lines of the file, decompressed by its suffix."""
-    with file.path.open("rb", buffering=CHUNK) as raw:
+    with file.path.open("rb", buffering=READ_BYTES) as raw:
         if file.name.endswith(".zst"):
-            stream = io.BufferedReader(_Zstandard(raw), CHUNK)
+            stream = io.BufferedReader(_Zstandard(raw), READ_BYTES)
         else:
             stream = gzip.GzipFile(fileobj=raw) if file.name.endswith(".gz") else raw
         try:

@@ -16,10 +16,10 @@ from conf.disk import cure_of_reading
 from conf.errors import UserError
 from train.data.token_store import keep_text
 
-Progress = Callable[[str, int, int], None]
+ReportProgress = Callable[[str, int, int], None]
 """Called with what is being done, how much is done and how much there is (in bytes)."""
 
-CHUNK = 8 << 20
+HASHED_BYTES = 8 << 20
 RACE = 10**9 * 2
 """ns: a file changed so shortly before it was hashed may change again within the resolution of its timestamp."""
 
@@ -70,7 +70,7 @@ def hash_id(name: str) -> int:
     return int.from_bytes(hashlib.blake2b(name.encode("utf-8", "surrogateescape"), digest_size=8).digest(), "little")
 
 
-def digest_files(files: list[SourceFile], manifest: Path, field: str, progress: Progress) -> str:
+def digest_files(files: list[SourceFile], manifest: Path, field: str, progress: ReportProgress) -> str:
     """Hash of the names and contents of the files.
 
     The hash of each file is remembered in the manifest with its size and mtime, so that only changed files are read.
@@ -110,7 +110,7 @@ def _digest(file: SourceFile, field: str, progress: Callable[[int], None], done:
     whole = hashlib.blake2b(digest_size=16)
     try:
         with file.path.open("rb") as stream:
-            while chunk := stream.read(CHUNK):
+            while chunk := stream.read(HASHED_BYTES):
                 whole.update(chunk)
                 done += len(chunk)
                 progress(done)

@@ -21,7 +21,7 @@ from typing import Protocol
 from conf.errors import UserError
 from conf.schema import Config, DataFormat, MixSource
 from train.data.readers import read_jsonl, read_parquet, read_text, text_key_of
-from train.data.source_files import Progress, SourceFile, digest_files, find_files, hash_id, unreadable
+from train.data.source_files import ReportProgress, SourceFile, digest_files, find_files, hash_id, unreadable
 
 JSONL = (".jsonl", ".ndjson", ".jsonl.gz", ".jsonl.zst", ".ndjson.gz", ".ndjson.zst", ".json.gz", ".json.zst")
 PARQUET = (".parquet",)
@@ -49,7 +49,7 @@ class DocumentSource(Protocol):
         """What the user may want to know, after the documents were read."""
         ...
 
-    def digest(self, manifests: Path, progress: Progress) -> str:
+    def digest(self, manifests: Path, progress: ReportProgress) -> str:
         """Hash of the content and of the way it is read."""
         ...
 
@@ -83,7 +83,7 @@ class FileSource:
     def notes(self) -> list[str]:
         return [f"{self.name}: left out {len(self.binary)} binary files"] if self.binary else []
 
-    def digest(self, manifests: Path, progress: Progress) -> str:
+    def digest(self, manifests: Path, progress: ReportProgress) -> str:
         name = hashlib.blake2b(os.fsencode(self.root.absolute()) + self.way.encode(), digest_size=16).hexdigest()
         return f"{self.way}:{digest_files(self.files, manifests / f'{name}.json', self.field, progress)}"
 

@@ -33,10 +33,10 @@ from conf.disk import FULL, REFUSED, cure_of_writing, is_refusal, reading, room,
 from conf.errors import UserError
 from conf.files import atomic_write_text, open_lock
 
-VERSION = 1
+STORE_VERSION = 1
 ALWAYS_CHECKED = 64 << 20
 """Bytes of tokens.bin up to which it is read through at every start."""
-CHUNK = 8 << 20
+COPIED_BYTES = 8 << 20
 
 
 class DamagedStore(Exception):
@@ -174,7 +174,7 @@ class StoreWriter:
         names = ("documents.npy", "hashes.npy", "tokenizer.json")
         checksums = {name: zlib.crc32((self._temporary / name).read_bytes()) for name in names}
         meta = {
-            "version": VERSION,
+            "version": STORE_VERSION,
             "dtype": self.dtype.name,
             "tokens": self.tokens,
             "documents": len(offsets_D1) - 1,
@@ -218,7 +218,7 @@ def _open(path: Path, marks: Path) -> TokenStore:
         if is_refusal(error):
             raise
         raise DamagedStore(f"{type(error).__name__}: {error}") from error
-    if meta.get("version") != VERSION or dtype not in (np.uint16, np.uint32):
+    if meta.get("version") != STORE_VERSION or dtype not in (np.uint16, np.uint32):
         raise DamagedStore(f"meta.json has version {meta.get('version')} and dtype {dtype}")
     if stored != count * dtype.itemsize or count == 0:
         raise DamagedStore(f"tokens.bin has {stored} bytes, not {count * dtype.itemsize}")
@@ -246,8 +246,8 @@ def _check_content(path: Path, tokens_N: np.ndarray, checksums: dict[str, int], 
     if status.st_size > ALWAYS_CHECKED and (known := _read_mark(mark)) and known[:4] == now:
         return known[4]
     crc = largest = 0
-    for first in range(0, len(tokens_N), CHUNK):
-        chunk_N = tokens_N[first : first + CHUNK]
+    for first in range(0, len(tokens_N), COPIED_BYTES):
+        chunk_N = tokens_N[first : first + COPIED_BYTES]
         crc, largest = zlib.crc32(chunk_N.data, crc), max(largest, int(chunk_N.max()))
     if crc != checksums.get("tokens.bin", crc):
         raise DamagedStore("tokens.bin does not have the checksum in meta.json")

@@ -37,7 +37,7 @@ FIM_NAMES = (
     ("<fim_prefix>", "<fim_suffix>", "<fim_middle>"),
 )
 SMALLEST_VOCAB = 256 + 1 + len(FIM)
-WORDS = (
+WORD_PATTERNS = (
     r"\p{N}{1,3}",
     "[\u4e00-\u9fa5\u3040-\u309f\u30a0-\u30ff]+",
     r"[!\"#$%&'()*+,\-./:;<=>?@\[\\\]^_`{|}~][A-Za-z]+|[^\r\n\p{L}\p{P}\p{S}]?[\p{L}\p{M}]+| ?[\p{P}\p{S}]+[\r\n]*"
@@ -217,7 +217,7 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> str:
     Fewer ids when the texts do not have that many pairs. The same texts give the same file.
     """
     backend = Backend(models.BPE())
-    cuts = [pre_tokenizers.Split(Regex(pattern), "isolated") for pattern in WORDS]
+    cuts = [pre_tokenizers.Split(Regex(pattern), "isolated") for pattern in WORD_PATTERNS]
     backend.pre_tokenizer = pre_tokenizers.Sequence(
         [*cuts, pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
     )

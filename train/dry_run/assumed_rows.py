@@ -11,7 +11,7 @@ from pathlib import Path
 from conf.errors import UserError
 from conf.schema import Config
 from parallel.expert.stand_in import Group, Load
-from train.metrics.jsonl import FILE, read_heads_with_loads, read_steps
+from train.metrics.jsonl import METRICS_FILE, read_heads_with_loads, read_steps
 from train.plan.job import layout_of
 
 SKEW = 1.5
@@ -53,7 +53,7 @@ def load_of(config: Config, rank: int) -> Load:
 
 
 def _recorded(config: Config, ep_rank: int, group: Group) -> Load:
-    path = Path(config.dry_run.routing) / FILE
+    path = Path(config.dry_run.routing) / METRICS_FILE
     steps = [head["step"] for head, has_loads in read_heads_with_loads(path) if has_loads] if path.is_file() else []
     if not steps:
         raise UserError(

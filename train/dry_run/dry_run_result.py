@@ -11,18 +11,24 @@ from rich.console import Console
 
 from conf.screen import Terminal
 from train.dry_run.expected import Expected, Times, again
-from train.dry_run.lone import PHASES, MeasuredRank
+from train.dry_run.lone import LONE_PHASES, MeasuredRank
 from train.dry_run.piece import DryRunPiece
 from train.metrics.quantities import error, gib, seconds
 from train.metrics.screens import GOOD, WARN, show
 from train.plan.budget import verdict_of
 from train.plan.memory.rank_memory import chunk_parts, phases, rank_memory, scene_of
-from train.plan.memory.rank_weights import FP32, rank_weights
+from train.plan.memory.rank_weights import FP32_BYTES, rank_weights
 from train.plan.report.plan_record import reserve_words
 from train.plan.reserve import reserve_of, tensor_memory
 
-FILE = "dry_run.json"
-KINDS = {"F": "forward", "B": "backward", "I": "backward, inputs", "W": "backward, weights", "FB": "overlapped pair"}
+DRY_RUN_FILE = "dry_run.json"
+ACTION_NAMES = {
+    "F": "forward",
+    "B": "backward",
+    "I": "backward, inputs",
+    "W": "backward, weights",
+    "FB": "overlapped pair",
+}
 REST = "all else at the peak"
 """Gradients as far as they are there, activations, workspace."""
 
@@ -86,7 +92,7 @@ def find(piece: DryRunPiece, measured: MeasuredRank, times: Times, device: torch
         device=torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
         threads=torch.get_num_threads() if device.type == "cpu" else None,
         peak=Compared(measured.peak, max(here.values())),
-        phases={phase: Compared(measured.phases[phase], here[phase]) for phase in PHASES},
+        phases={phase: Compared(measured.phases[phase], here[phase]) for phase in LONE_PHASES},
         items=_items(piece, measured, max(here.values())),
         actions={
             kind: Compared(total / count, part.actions[kind] / count if part else None)
@@ -111,7 +117,7 @@ def _items(piece: DryRunPiece, measured: MeasuredRank, planned_peak: int) -> dic
     items = {name: Compared(measured.items[name], plan.get(name, 0)) for name in state}
     if piece.config.parallel.zero == 1:  # further stages keep no gradients of whole weights
         chunks = list(chunk_parts(piece.config, piece.layers)[piece.pp_rank].values())
-        gradients = FP32 * sum(weight.elements for weight in rank_weights(piece.config, chunks))
+        gradients = FP32_BYTES * sum(weight.elements for weight in rank_weights(piece.config, chunks))
         items["gradients"] = Compared(measured.items["gradients"], gradients)
     held = sum(items[name].measured for name in state), sum(items[name].planned or 0 for name in state)
     return items | {"rest": Compared(measured.peak - held[0], planned_peak - held[1])}
@@ -176,7 +182,7 @@ def dry_run_screen(found: Findings, folder: Path, console: Console | None = None
         ("Memory", _table(_memory(found), _size)),
         ("Seconds", _table(_times(found), seconds)),
         ("Job", _job(found)),
-        ("Written", str(folder / FILE)),
+        ("Written", str(folder / DRY_RUN_FILE)),
     ]
     peak = f"peak {_size(found.peak.measured)}, plan {found.peak.error}"
     title = f"{piece.job.name}, rank {piece.rank} alone on {found.device}: {peak}"
@@ -217,7 +223,7 @@ def _memory(found: Findings) -> dict[str, Compared]:
 
 
 def _times(found: Findings) -> dict[str, Compared]:
-    actions = {f"{KINDS[kind]} (x {found.counts[kind]})": one for kind, one in found.actions.items()}
+    actions = {f"{ACTION_NAMES[kind]} (x {found.counts[kind]})": one for kind, one in found.actions.items()}
     return actions | {"whole step" if name == "step" else name: one for name, one in found.steps.items()}
 
 

@@ -33,7 +33,7 @@ from train.plan.job import layout_of
 from train.plan.memory.ledger import PeakMeter
 from train.rank import RankSetup
 
-PHASES = ("schedule", "reduction", "update")
+LONE_PHASES = ("schedule", "reduction", "update")
 
 
 @dataclass

@@ -10,7 +10,7 @@ from conf.errors import EXIT_OK
 from conf.files import atomic_write_text
 from conf.schema import Config
 from train.dry_run.assumed_rows import load_of
-from train.dry_run.dry_run_result import FILE, dry_run_screen, find, record
+from train.dry_run.dry_run_result import DRY_RUN_FILE, dry_run_screen, find, record
 from train.dry_run.expected import expect
 from train.dry_run.lone import run_alone
 from train.dry_run.piece import choose_piece, choose_rank
@@ -31,7 +31,7 @@ def dry_run(config: Config) -> int:
     found = find(piece, run_alone(piece, device), times, device)
     folder = Path(config.runs) / config.name
     folder.mkdir(parents=True, exist_ok=True)
-    atomic_write_text(folder / FILE, json.dumps(record(found), indent=1))
+    atomic_write_text(folder / DRY_RUN_FILE, json.dumps(record(found), indent=1))
     dry_run_screen(found, folder)
     return EXIT_OK
 

@@ -40,7 +40,7 @@ from train.model.deepseek import DeepSeekV3  # noqa: E402
 from train.parallelize import build_pipeline  # noqa: E402
 from train.rank import guarded, in_turn, set_up_rank  # noqa: E402
 
-FOLDER = "evaluate"
+EVALUATION_FOLDER = "evaluate"
 """Beside the run's own files: configuration and logs of an evaluation on several ranks."""
 
 
@@ -146,7 +146,7 @@ def _tell_wandb(config: Config, evaluation: Evaluation, console: Console) -> Non
 
 def main() -> int:
     config, place = given_run()
-    return run_rank(config, place, RunPaths(config).path / FOLDER / "logs")
+    return run_rank(config, place, RunPaths(config).path / EVALUATION_FOLDER / "logs")
 
 
 if __name__ == "__main__":

@@ -24,11 +24,11 @@ from conf.errors import UserError
 from conf.schema import Config
 from train.data.tokenizer import Tokenizer
 
-KEYS = 100_000
-GUESSING = math.log(KEYS)
+NEEDLE_KEYS = 100_000
+GUESSING = math.log(NEEDLE_KEYS)
 """Nats that a key costs on average, at least, without a look at the needle."""
 BEFORE, AFTER = "\nThe pass key is", ". Remember it.\n"
-QUESTION = "\nWhat is the pass key? The pass key is"
+NEEDLE_QUESTION = "\nWhat is the pass key? The pass key is"
 
 
 @dataclass(frozen=True)
@@ -70,10 +70,10 @@ class NeedleCell:
 def make_needles(config: Config, tokenizer: Tokenizer) -> list[Needle]:
     """One for each text of a cell; the same keys for every cell. Raises UserError where a length has no room for them."""
     draw = random.Random(config.seed)
-    before, after, question = (tokenizer.encode(part) for part in (BEFORE, AFTER, QUESTION))
+    before, after, question = (tokenizer.encode(part) for part in (BEFORE, AFTER, NEEDLE_QUESTION))
     needles = []
     for _ in range(config.evaluate.needle_texts):
-        key = tokenizer.encode(f" {draw.randrange(KEYS):05}")
+        key = tokenizer.encode(f" {draw.randrange(NEEDLE_KEYS):05}")
         needles.append(Needle([*before, *key, *after], question, key))
     least = max(needle.size for needle in needles)
     for length in config.evaluate.needle:

@@ -33,7 +33,7 @@ from train.evaluate.needle import NeedleCell, needle_lines
 from train.evaluate.observed import position_ranges
 from train.loop.validation import Sums
 
-FILE = "evaluate.json"
+EVALUATION_FILE = "evaluate.json"
 
 
 @dataclass(frozen=True)
@@ -71,8 +71,8 @@ class Evaluation:
 
     def write(self, folder: Path) -> Path:
         folder.mkdir(parents=True, exist_ok=True)
-        atomic_write_text(folder / FILE, json.dumps(self.plain(), indent=1, allow_nan=False) + "\n")
-        return folder / FILE
+        atomic_write_text(folder / EVALUATION_FILE, json.dumps(self.plain(), indent=1, allow_nan=False) + "\n")
+        return folder / EVALUATION_FILE
 
 
 def figures(sums: Sums, seq_len: int) -> dict[str, Any]:

@@ -16,14 +16,14 @@ from torch.nn import functional as F
 
 from train.generate.cache import Slots
 
-ROWS = 2048
+ABSORBED_ROWS = 2048
 """Queries times heads that meet the cache at a time, which bounds the mask of a long prompt."""
 
 
 def latent_attention(q_BTHW: Tensor, entries_BSW: Tensor, kv_rank: int, scale: float, slots: Slots) -> Tensor:
     """Weighted sums of latents (B, T, H, C) for queries that carry W_UK already."""
     length, heads = q_BTHW.shape[1:3]
-    step = max(1, ROWS // heads)
+    step = max(1, ABSORBED_ROWS // heads)
     parts = []
     for first in range(0, length, step):
         queries = slice(first, min(first + step, length))

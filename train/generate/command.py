@@ -23,7 +23,7 @@ from train.generate.source import LoadedModel, open_source
 from train.generate.text import TextStream, write
 from train.rank import choose_device
 
-BATCH = 16
+LINES_AT_ONCE = 16
 """Lines of standard input that are continued together."""
 PLAIN_TOKENS = 32
 """Tokens of each text that are made again without drafts, to tell the speed-up."""
@@ -162,7 +162,7 @@ def _converse(writer: Writer) -> None:
 
 
 def _batches(lines: Iterator[str]) -> Iterator[list[str]]:
-    while batch := list(itertools.islice(lines, BATCH)):
+    while batch := list(itertools.islice(lines, LINES_AT_ONCE)):
         yield batch
 
 

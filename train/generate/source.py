@@ -16,7 +16,7 @@ from train.data.tokenizer import Tokenizer, check_fit, load_tokenizer, named_tok
 from train.evaluate.target import is_hf_folder
 from train.generate.decoder import Decoder
 from train.hf.folder import open_model
-from train.hf.tokenizer_files import SETTINGS
+from train.hf.tokenizer_files import TOKENIZER_SETTINGS_FILE
 from train.hf.whole_model import load_hf_model
 from train.kernels.choice import build_kernels
 from train.kernels.precision import activation_dtype
@@ -85,7 +85,7 @@ def _from_hugging_face(config: Config, folder: Path, device: torch.device) -> Lo
 
 def start_token(folder: Path, tokenizer: Tokenizer) -> int:
     """The begin-of-text token where the folder's tokenizer puts one in front of every text, else eos, as in our training."""
-    path = folder / SETTINGS
+    path = folder / TOKENIZER_SETTINGS_FILE
     if not path.exists() or not read_json(path, FIELD, "download it again").get("add_bos_token"):
         return tokenizer.eos_id
     name = named_token(path, "bos_token", FIELD, "download it again")

@@ -21,18 +21,18 @@ Shapes: M rows, K columns, m and k blocks of rows and columns, N blocks, X value
 import torch
 from torch import Tensor
 
-from train.hf.config import BLOCK, scale_shape
+from train.hf.config import SCALE_BLOCK, scale_shape
 from train.kernels.fp8.formats import E4M3, Cast
 from train.kernels.fp8.quantize import blocked, quantize, unblocked
 
-CAST = Cast(E4M3, (BLOCK, BLOCK), pow2=False)
+CAST = Cast(E4M3, (SCALE_BLOCK, SCALE_BLOCK), pow2=False)
 TOP_BINADE = (448.0, 416.0, 384.0, 352.0, 320.0, 288.0, 256.0, 240.0)
 """Largest |q| of a block after its q were doubled as often as E4M3 has room for."""
 
 
 def dequantize(q_MK: Tensor, scale_mk: Tensor) -> Tensor:
     """fp32 (M, K). A block is cut short at the lower and right edges."""
-    blocks = blocked(q_MK.float(), (BLOCK, BLOCK))
+    blocks = blocked(q_MK.float(), (SCALE_BLOCK, SCALE_BLOCK))
     return unblocked(blocks.mul_(scale_mk.float()[:, None, :, None]), q_MK.shape)
 
 
@@ -47,7 +47,7 @@ def requantize(x_MK: Tensor) -> tuple[Tensor, Tensor]:
         scale_N[wrong] = found_scale
         q_NX[wrong] = _cast(blocks_NX[wrong], found_scale)
     rows, columns = scale_shape(x_MK.shape)
-    q = q_NX.view(rows, columns, BLOCK, BLOCK).transpose(1, 2)
+    q = q_NX.view(rows, columns, SCALE_BLOCK, SCALE_BLOCK).transpose(1, 2)
     return unblocked(q, x_MK.shape), scale_N.view(rows, columns)
 
 
@@ -55,7 +55,7 @@ def _per_block(x_MK: Tensor) -> Tensor:
     """One row per block, zero-padded at the edges."""
     size = x_MK.element_size()
     bits = x_MK.view(torch.uint8) if size == 1 else x_MK  # padding and copying know no E4M3
-    blocks = blocked(bits, (BLOCK, BLOCK)).transpose(1, 2).reshape(-1, BLOCK * BLOCK)
+    blocks = blocked(bits, (SCALE_BLOCK, SCALE_BLOCK)).transpose(1, 2).reshape(-1, SCALE_BLOCK * SCALE_BLOCK)
     return blocks.view(x_MK.dtype)
 
 
@@ -78,7 +78,7 @@ def _search(blocks_NX: Tensor) -> tuple[Tensor, Tensor]:
         for candidate_N in (middle_N, _beside(middle_N, 1), _beside(middle_N, -1)):
             trial_N = candidate_N[open_N]
             # a row of the block tells most of the wrong ones at a hundredth of the cost
-            hopeful = _reproduces(blocks_NX[open_N, :BLOCK], trial_N).nonzero().squeeze(1)
+            hopeful = _reproduces(blocks_NX[open_N, :SCALE_BLOCK], trial_N).nonzero().squeeze(1)
             hopeful = hopeful[_reproduces(blocks_NX[open_N[hopeful]], trial_N[hopeful])]
             scale_N[open_N[hopeful]] = trial_N[hopeful]
             open_N = open_N[scale_N[open_N] == 0]

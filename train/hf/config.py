@@ -10,14 +10,23 @@ from conf.check import check_model
 from conf.errors import UserError
 from conf.read_json import read_json
 from conf.schema import Config, Model, Yarn
-from train.hf.config_fields import FIELDS, FIXED, FIXED_ELSEWHERE, HARMLESS, QUANTISED, READ_APART, ROPE, ROPE_NUMBERS
+from train.hf.config_fields import (
+    FIELDS,
+    FIXED,
+    FIXED_ELSEWHERE,
+    HARMLESS,
+    QUANTISED,
+    READ_APART,
+    ROPE_FIELDS,
+    ROPE_NUMBERS,
+)
 
-SHOWN = 6
+SHOWN_NAMES = 6
 """Names in an error message."""
 ARCHITECTURE = "DeepseekV3ForCausalLM"
-BLOCK = 128
+SCALE_BLOCK = 128
 """Side of the blocks that share a scale in FP8 weights."""
-LARGEST = 2.0**63
+MEANINGLESS_NUMBER = 2.0**63
 """Numbers beyond mean nothing anywhere."""
 GROUP_TOP_K = 2
 """transformers ranks groups of experts by the sum of their best two scores, whatever config.json says."""
@@ -28,14 +37,14 @@ YARN = tuple(field.name for field in fields(Yarn) if field.name != "always")
 
 def scale_shape(shape: tuple[int, ...]) -> tuple[int, ...]:
     """How many blocks a matrix has, down and across."""
-    return tuple(-(-size // BLOCK) for size in shape)
+    return tuple(-(-size // SCALE_BLOCK) for size in shape)
 
 
 def some(names: Iterable[str]) -> str:
     """The first of some names, for an error message of one screen."""
     names = list(names)
-    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
-    return ", ".join(f"{name:.200}" for name in names[:SHOWN]) + more
+    more = f" and {len(names) - SHOWN_NAMES} more" if len(names) > SHOWN_NAMES else ""
+    return ", ".join(f"{name:.200}" for name in names[:SHOWN_NAMES]) + more
 
 
 def read_model(folder: Path, field: str = "init_from") -> Model:
@@ -94,7 +103,7 @@ def _check_types(model: Model) -> None:
             if float in kinds:
                 kinds += (int,)
             numbers = {int, float, bool} & set(kinds)
-            if numbers and not (type(value) in kinds and (value is None or abs(value) < LARGEST)):
+            if numbers and not (type(value) in kinds and (value is None or abs(value) < MEANINGLESS_NUMBER)):
                 raise TypeError(f"{FIELDS.get(name, name)} = {value!r:.80}")
 
 
@@ -131,8 +140,8 @@ def _check_quantised(field: str, path: Path, quantised: dict[str, Any]) -> None:
     """Raise UserError for weights in another form than DeepSeek's FP8."""
     cure = "give weights in bf16, fp32, or DeepSeek's FP8"
     found = quantised.get("quant_method"), quantised.get("fmt", "e4m3"), quantised.get("weight_block_size")
-    if found != ("fp8", "e4m3", [BLOCK, BLOCK]):
-        rule = f"quantization_config must be fp8, e4m3, blocks of [{BLOCK}, {BLOCK}], and is {found!s:.200}"
+    if found != ("fp8", "e4m3", [SCALE_BLOCK, SCALE_BLOCK]):
+        rule = f"quantization_config must be fp8, e4m3, blocks of [{SCALE_BLOCK}, {SCALE_BLOCK}], and is {found!s:.200}"
         raise _refuse(field, path, rule, cure)
     if (scheme := quantised.get("activation_scheme", "dynamic")) != "dynamic":
         rule = f"quantization_config: activation_scheme must be dynamic, and is {scheme!s:.80}"
@@ -171,7 +180,7 @@ def _rope(field: str, path: Path, body: dict[str, Any]) -> dict[str, Any]:
         problem = f"it must say what rope_parameters says, and differs in {some(differing)}"
     elif kind not in ("default", "yarn"):
         problem = f"its type must be default or yarn, and is {kind!r:.80}"
-    elif unknown := [key for key, value in rope.items() if key not in ROPE and value is not None]:
+    elif unknown := [key for key, value in rope.items() if key not in ROPE_FIELDS and value is not None]:
         problem = f"has parameters that are not known here: {some(unknown)}"
     elif rope.get("partial_rotary_factor") not in (None, 1):
         problem = f"partial_rotary_factor must be 1, and is {rope['partial_rotary_factor']!r:.80}"
@@ -203,7 +212,7 @@ def _differing(older: dict[str, Any], newer: dict[str, Any], theta: Any) -> list
 
 
 def _is_size(value: object) -> bool:
-    return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < LARGEST
+    return isinstance(value, int | float) and not isinstance(value, bool) and 0 <= value < MEANINGLESS_NUMBER
 
 
 def _yarn(rope: dict[str, Any], length: int) -> Yarn:
@@ -304,7 +313,7 @@ def config_json(model: Model, seq_len: int, dtype: str, eos_id: int) -> dict[str
             "quant_method": "fp8",
             "fmt": "e4m3",
             "activation_scheme": "dynamic",
-            "weight_block_size": [BLOCK, BLOCK],
+            "weight_block_size": [SCALE_BLOCK, SCALE_BLOCK],
         }
     return body
 

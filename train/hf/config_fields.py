@@ -118,5 +118,5 @@ ROPE_NUMBERS = {
     "mscale_all_dim",
     "attention_factor",
 }
-ROPE = {"rope_type", "type", "rope_theta", "truncate", "partial_rotary_factor"} | ROPE_NUMBERS
+ROPE_FIELDS = {"rope_type", "type", "rope_theta", "truncate", "partial_rotary_factor"} | ROPE_NUMBERS
 """Parameters of the positions that have a meaning here. All others are refused unless they are null."""

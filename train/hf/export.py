@@ -28,17 +28,17 @@ from train.checkpoint.read_shards import TORCH, FolderFiles, fill
 from train.checkpoint.run_folder import find_checkpoint
 from train.checkpoint.trained_with import tokenizer_of
 from train.data.prepare_progress import show_progress
-from train.data.source_files import Progress
+from train.data.source_files import ReportProgress
 from train.hf.blocks import requantize
-from train.hf.config import BLOCK, GROUP_TOP_K, LATENT_NORM_EPS, config_json
+from train.hf.config import GROUP_TOP_K, LATENT_NORM_EPS, SCALE_BLOCK, config_json
 from train.hf.folder import INDEX
-from train.hf.model_card import CARD, model_card
+from train.hf.model_card import CARD_FILE, model_card
 from train.hf.plan import PlannedFile, Written, fates, index_json, left_out, lines, plan, source_name, write_json
 from train.hf.tensor_names import tensors
 from train.hf.tokenizer_files import write_tokenizer
 from train.hf.write import PieceWriter
 
-CHUNK = 1 << 24
+EXPORTED_ELEMENTS = 1 << 24
 """Elements that are converted at a time, at most: 64 MB in fp32."""
 SMALL_FILES = 64 << 20
 """Bytes of disk for tokenizer, configuration and the table, amply."""
@@ -65,7 +65,7 @@ def export(config: Config) -> int:
         write_tokenizer(folder, tokenizer, _tokenizer_folder(config), length)
         source = {"checkpoint": str(checkpoint.absolute()), "step": manifest.step, "ema": ema}
         notes = list(_notes(config.model))
-        (folder / CARD).write_text(model_card(config, manifest, notes, length), encoding="utf-8")
+        (folder / CARD_FILE).write_text(model_card(config, manifest, notes, length), encoding="utf-8")
         write_json(folder / "export.json", {**source, "dtype": config.export.dtype, "tensors": rows})
     for line in (*lines(rows), *notes, f"Exported step {manifest.step} of {checkpoint} to {target}"):
         say(one_line(line))
@@ -124,7 +124,9 @@ def _written_whole(target: Path) -> Iterator[Path]:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
-def _write_weights(folder: Path, files: list[PlannedFile], manifest: Manifest, ema: bool, progress: Progress) -> None:
+def _write_weights(
+    folder: Path, files: list[PlannedFile], manifest: Manifest, ema: bool, progress: ReportProgress
+) -> None:
     total, done = sum(written.placed.count for file in files for written in file.written), 0
     for file in files:
         with PieceWriter(folder / file.name, [out for written in file.written for out in written.outs]) as writer:
@@ -137,7 +139,7 @@ def _write_weights(folder: Path, files: list[PlannedFile], manifest: Manifest, e
 
 
 @dataclass(frozen=True)
-class Cut:
+class ExportSlice:
     """Some rows of one of their tensors."""
 
     written: Written
@@ -159,28 +161,28 @@ class Cut:
         return span.local[self.start - span.offset :][: self.count].view(self.shape)
 
 
-def _batches(written: list[Written]) -> Iterator[list[Cut]]:
+def _batches(written: list[Written]) -> Iterator[list[ExportSlice]]:
     """Cuts in order, as many at a time as CHUNK has room for."""
-    batch, room = [], CHUNK
+    batch, room = [], EXPORTED_ELEMENTS
     for cut in (cut for each in written for cut in _cuts(each)):
         if batch and cut.count > room:
             yield batch
-            batch, room = [], CHUNK
+            batch, room = [], EXPORTED_ELEMENTS
         batch.append(cut)
         room -= cut.count
     yield batch
 
 
-def _cuts(written: Written) -> Iterator[Cut]:
+def _cuts(written: Written) -> Iterator[ExportSlice]:
     """Whole rows of blocks, so that every scale is made from all of its block."""
     rows, *rest = written.placed.shape
     width = math.prod(rest)
-    step = max(1, CHUNK // width // BLOCK) * BLOCK
+    step = max(1, EXPORTED_ELEMENTS // width // SCALE_BLOCK) * SCALE_BLOCK
     for row in range(0, rows, step):
-        yield Cut(written, row * width, (min(step, rows - row), *rest))
+        yield ExportSlice(written, row * width, (min(step, rows - row), *rest))
 
 
-def _read(manifest: Manifest, batch: list[Cut], ema: bool) -> dict[str, Shard]:
+def _read(manifest: Manifest, batch: list[ExportSlice], ema: bool) -> dict[str, Shard]:
     """Of each tensor of ours, the elements that the batch needs: they follow each other, as our order is theirs."""
     spans: dict[str, Shard] = {}
     needed = defaultdict(list)
@@ -198,14 +200,14 @@ def _read(manifest: Manifest, batch: list[Cut], ema: bool) -> dict[str, Shard]:
     return spans
 
 
-def _write(writer: PieceWriter, cut: Cut, values: Tensor) -> None:
+def _write(writer: PieceWriter, cut: ExportSlice, values: Tensor) -> None:
     out, *scales = cut.written.outs
     if not scales:
         writer.write(out.name, cut.first, values.to(TORCH[out.dtype]))
         return
     q, scale = requantize(values)
     writer.write(out.name, cut.first, q)
-    first_row = cut.first // cut.shape[1] // BLOCK
+    first_row = cut.first // cut.shape[1] // SCALE_BLOCK
     writer.write(scales[0].name, first_row * scale.shape[1], scale)
 
 

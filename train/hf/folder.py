@@ -14,14 +14,14 @@ from conf.disk import cure_of_reading, is_refusal
 from conf.errors import UserError
 from conf.read_json import read_json
 from conf.schema import Model
-from train.hf.config import BLOCK, read_model, scale_shape, some
+from train.hf.config import SCALE_BLOCK, read_model, scale_shape, some
 from train.hf.tensor_names import MTP_NAMES, SCALE, Placed, tensors
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 ADAPTER = "adapter_config.json"
-PLAIN = ("F32", "BF16", "F16")
+PLAIN_TYPES = ("F32", "BF16", "F16")
 SCALE_TYPES = ("F32", "BF16", "F16", "F8_E8M0")
 FP8 = "F8_E4M3"
 
@@ -196,8 +196,8 @@ def _check_scales(folder: Folder) -> None:
     for name, tensor in stored.items():
         if name.endswith(SCALE):
             continue
-        if tensor.dtype not in (*PLAIN, FP8):
-            raise folder.refuse(f"{name} has type {tensor.dtype}", f"give weights in {', '.join((*PLAIN, FP8))}")
+        if tensor.dtype not in (*PLAIN_TYPES, FP8):
+            raise folder.refuse(f"{name} has type {tensor.dtype}", f"give weights in {', '.join((*PLAIN_TYPES, FP8))}")
         if tensor.dtype != FP8:
             continue
         scale = stored.get(name + SCALE)
@@ -206,7 +206,7 @@ def _check_scales(folder: Folder) -> None:
         blocks = scale_shape(tensor.shape)
         if scale.shape != blocks or len(blocks) != 2 or scale.dtype not in SCALE_TYPES:
             raise folder.refuse(
-                f"{name + SCALE} must hold one number for each {BLOCK}x{BLOCK} block of {tensor.shape}, and is "
+                f"{name + SCALE} must hold one number for each {SCALE_BLOCK}x{SCALE_BLOCK} block of {tensor.shape}, and is "
                 f"{scale.dtype} {scale.shape}",
                 "give weights with DeepSeek's blocks",
             )

@@ -19,8 +19,8 @@ from train.data.sources import STDLIB
 from train.metrics.jsonl import read_heads
 from train.model.count import count
 
-CARD = "README.md"
-HEAD = {
+CARD_FILE = "README.md"
+CARD_HEAD = {
     "library_name": "transformers",
     "pipeline_tag": "text-generation",
     "tags": ["deepseek_v3", "mixture-of-experts", "sluice"],
@@ -36,7 +36,7 @@ def model_card(config: Config, checkpoint: Manifest, notes: list[str], length: i
     folder, settings = checkpoint.folder.absolute(), checkpoint.meta.get("config", {})
     weights = "the moving average of the weights" if config.export.ema else "the weights themselves"
     parts = [
-        f"---\n{yaml.safe_dump(HEAD, sort_keys=False)}---\n",
+        f"---\n{yaml.safe_dump(CARD_HEAD, sort_keys=False)}---\n",
         f"# {config.name}\n",
         f"A language model of the DeepSeek-V3 architecture with {_short(counts.total)} parameters, of which a token uses "
         f"{_short(counts.active)}, and {_count(config.model.mtp_depth, 'module')} for multi-token prediction. Trained with Sluice; step {step:,}, {weights}, as "

@@ -12,14 +12,14 @@ from conf.schema import ExportType
 from train.checkpoint.manifest import Manifest
 from train.hf.config import scale_shape
 from train.hf.tensor_names import SCALE, Placed
-from train.hf.write import Out
+from train.hf.write import ExportTensor
 
-LEFT_OUT = {
+OPTIMIZER_TENSORS = {
     "exp_avg.": "first moments of the optimizer",
     "exp_avg_sq.": "second moments of the optimizer",
     "running.": "loads of the experts in the past",
 }
-PLAIN = {ExportType.bf16: "BF16", ExportType.fp8: "BF16", ExportType.fp32: "F32"}
+PLAIN_EXPORT_TYPES = {ExportType.bf16: "BF16", ExportType.fp8: "BF16", ExportType.fp32: "F32"}
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class Written:
     """One of their tensors, and how it is written."""
 
     placed: Placed
-    outs: tuple[Out, ...]
+    outs: tuple[ExportTensor, ...]
     """The tensor; of FP8 also its scales."""
 
     @property
@@ -58,14 +58,14 @@ def plan(placed: list[Placed], dtype: ExportType, shard_bytes: float) -> list[Pl
     ]
 
 
-def _outs(placed: Placed, dtype: ExportType) -> Iterator[Out]:
+def _outs(placed: Placed, dtype: ExportType) -> Iterator[ExportTensor]:
     if placed.ours.startswith("bias."):  # bf16 would move experts across the edge of being chosen
-        yield Out(placed.theirs, "F32", placed.shape)
+        yield ExportTensor(placed.theirs, "F32", placed.shape)
     elif placed.fp8 and dtype == ExportType.fp8:
-        yield Out(placed.theirs, "F8_E4M3", placed.shape)
-        yield Out(placed.theirs + SCALE, "F32", scale_shape(placed.shape))
+        yield ExportTensor(placed.theirs, "F8_E4M3", placed.shape)
+        yield ExportTensor(placed.theirs + SCALE, "F32", scale_shape(placed.shape))
     else:
-        yield Out(placed.theirs, PLAIN[dtype], placed.shape)
+        yield ExportTensor(placed.theirs, PLAIN_EXPORT_TYPES[dtype], placed.shape)
 
 
 def index_json(files: list[PlannedFile]) -> dict[str, Any]:
@@ -80,7 +80,7 @@ def left_out(manifest: Manifest, placed: list[Placed], ema: bool) -> dict[str, s
     that the model needs are not there.
     """
     needed = {source_name(each, ema): each.whole for each in placed}
-    reasons = LEFT_OUT | (
+    reasons = OPTIMIZER_TENSORS | (
         {"master.": "the weights themselves, as their average is exported"}
         if ema
         else {"ema.": "average of the weights"}
@@ -128,7 +128,7 @@ def fates(files: list[PlannedFile], rest: dict[str, str], ema: bool) -> list[dic
     return rows + [{"tensor": None, "from": name, "fate": f"left out: {reason}"} for name, reason in rest.items()]
 
 
-def _fate(written: Written, out: Out) -> str:
+def _fate(written: Written, out: ExportTensor) -> str:
     if written.placed.copy:
         return "copy for the MTP module"
     if out.name.endswith(SCALE):

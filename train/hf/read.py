@@ -16,11 +16,11 @@ from torch import Tensor
 from conf.disk import cure_of_reading
 from parallel.shard import Shard
 from train.hf.blocks import dequantize
-from train.hf.config import BLOCK
+from train.hf.config import SCALE_BLOCK
 from train.hf.folder import FP8, Folder
 from train.hf.tensor_names import SCALE, Placed
 
-CHUNK = 1 << 23
+READ_ELEMENTS = 1 << 23
 """Elements that are converted at a time, about: 32 MB in fp32."""
 
 
@@ -102,7 +102,7 @@ class _Reader:
         shape = part.placed.shape
         width = shape[1] if len(shape) == 2 else 1
         stop = part.start + part.target.numel()
-        step = max(1, CHUNK // width // BLOCK) * BLOCK
+        step = max(1, READ_ELEMENTS // width // SCALE_BLOCK) * SCALE_BLOCK
         for row in range(part.start // width, -(-stop // width), step):
             end = min(row + step, -(-stop // width))
             flat = self._read(opened, part.placed.theirs, row, end).flatten()
@@ -115,9 +115,9 @@ class _Reader:
         self.bytes += tensor.nbytes
         if self.folder.stored[name].dtype != FP8:
             return tensor.float()
-        first = row // BLOCK
-        scale = self._scale(opened, name)[first : -(-end // BLOCK)]
-        above = row - first * BLOCK  # rows of the first block that are not read
+        first = row // SCALE_BLOCK
+        scale = self._scale(opened, name)[first : -(-end // SCALE_BLOCK)]
+        above = row - first * SCALE_BLOCK  # rows of the first block that are not read
         padded = torch.nn.functional.pad(tensor.view(torch.uint8), (0, 0, above, 0)).view(tensor.dtype)
         return dequantize(padded, scale)[above:]
 

@@ -8,15 +8,17 @@ from conf.errors import UserError
 from conf.read_json import parse_json, read_json, read_text
 from train.data.tokenizer import Tokenizer
 
-FILE = "tokenizer.json"
-SETTINGS = "tokenizer_config.json"
+TOKENIZER_FILE = "tokenizer.json"
+TOKENIZER_SETTINGS_FILE = "tokenizer_config.json"
 
 
 def check_tokenizer(folder: Path, tokenizer: Tokenizer, choice: str | None) -> list[str]:
     """Raise UserError where the run's tokenizer gives other ids than the folder's; returns notes. choice: data.tokenizer."""
-    path = folder / FILE
+    path = folder / TOKENIZER_FILE
     if not path.is_file():
-        return [f"{folder} holds no {FILE}, so nobody can tell whether its weights know the tokens of this run"]
+        return [
+            f"{folder} holds no {TOKENIZER_FILE}, so nobody can tell whether its weights know the tokens of this run"
+        ]
     try:
         text = read_text(path)
         same = text == tokenizer.json_text or _meaning(text) == _meaning(tokenizer.json_text)
@@ -49,8 +51,8 @@ def write_tokenizer(folder: Path, tokenizer: Tokenizer, source: Path | None, len
     source: a folder whose tokenizer_config.json came with this tokenizer; its chat template and the like are kept.
     """
     settings: dict[str, Any] = {}
-    if source is not None and (source / SETTINGS).is_file():
-        settings = read_json(source / SETTINGS, "data.tokenizer", "correct or remove this file")
+    if source is not None and (source / TOKENIZER_SETTINGS_FILE).is_file():
+        settings = read_json(source / TOKENIZER_SETTINGS_FILE, "data.tokenizer", "correct or remove this file")
     settings = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "add_bos_token": False,  # training puts none in front of documents
@@ -59,5 +61,5 @@ def write_tokenizer(folder: Path, tokenizer: Tokenizer, source: Path | None, len
         "eos_token": tokenizer.eos,
         "model_max_length": length,
     }
-    (folder / FILE).write_text(tokenizer.json_text, encoding="utf-8")
-    (folder / SETTINGS).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")
+    (folder / TOKENIZER_FILE).write_text(tokenizer.json_text, encoding="utf-8")
+    (folder / TOKENIZER_SETTINGS_FILE).write_text(json.dumps(settings, indent=2) + "\n", encoding="utf-8")

@@ -11,11 +11,11 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from train.checkpoint.staging import DTYPES, SIZES, safetensors_header
+from train.checkpoint.staging import DTYPE_BYTES, DTYPES, safetensors_header
 
 
 @dataclass(frozen=True)
-class Out:
+class ExportTensor:
     """One tensor to write."""
 
     name: str
@@ -25,13 +25,13 @@ class Out:
 
     @property
     def nbytes(self) -> int:
-        return math.prod(self.shape) * SIZES[self.dtype]
+        return math.prod(self.shape) * DTYPE_BYTES[self.dtype]
 
 
 class PieceWriter:
     """One safetensors file, open. Use it in `with`; leaving it without error means that every byte was written."""
 
-    def __init__(self, path: Path, outs: list[Out]):
+    def __init__(self, path: Path, outs: list[ExportTensor]):
         self._outs = {out.name: out for out in outs}
         tensors = [(out.name, out.dtype, out.shape) for out in outs]
         header, self._offsets, self._left = safetensors_header(tensors, {"format": "pt"})

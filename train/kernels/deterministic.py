@@ -17,13 +17,13 @@ import os
 
 from conf.errors import UserError
 
-SETTINGS = {"CUBLAS_WORKSPACE_CONFIG": (":4096:8", ":16:8"), "NCCL_NVLS_ENABLE": ("0",)}
+LIBRARY_VARIABLES = {"CUBLAS_WORKSPACE_CONFIG": (":4096:8", ":16:8"), "NCCL_NVLS_ENABLE": ("0",)}
 """Variables of the environment that libraries read when CUDA or NCCL starts, with the values that will do, the best first."""
 
 
 def check_settings() -> None:
     """Raises UserError for a variable of the environment that is set otherwise."""
-    for name, values in SETTINGS.items():
+    for name, values in LIBRARY_VARIABLES.items():
         if os.environ.get(name, values[0]) not in values:
             raise UserError(
                 name,
@@ -39,7 +39,7 @@ def repeat_bits() -> None:
     from torch.utils import deterministic
 
     check_settings()
-    for name, values in SETTINGS.items():
+    for name, values in LIBRARY_VARIABLES.items():
         os.environ.setdefault(name, values[0])
     torch.use_deterministic_algorithms(True)
     # What is read was written: filling it would cost a pass over memory.

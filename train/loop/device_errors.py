@@ -46,7 +46,7 @@ PHASES = {
 """By the function that does it; the innermost that is found counts."""
 UPDATE = ("step", "Zero"), ("accumulate", "WholeWeights"), ("accumulate", "ShardedWeights")
 """Function and class of the work after the last backward."""
-SHOWN = 400
+SHOWN_CHARACTERS = 400
 """Characters of the library's own words."""
 
 
@@ -151,7 +151,7 @@ def _memory(said: str) -> list[str]:
 def _words(said: str) -> str:
     """A library's words in one line."""
     line = " ".join(said.split())
-    return line if len(line) <= SHOWN else f"{line[:SHOWN]} ..."
+    return line if len(line) <= SHOWN_CHARACTERS else f"{line[:SHOWN_CHARACTERS]} ..."
 
 
 def _lighter(config: Config) -> str:

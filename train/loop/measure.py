@@ -62,7 +62,7 @@ class Measure:
             self.last.losses.clear()
         self.step_work.clear()
 
-    def collect(self, stop: StopKind) -> "Collected":
+    def collect(self, stop: StopKind) -> "CollectedMeasures":
         """Sum over all ranks; every rank gets the same. Waits for no device."""
         depth, shape = self.model.mtp_depth, (len(self.layers), self.model.experts)
         zeros = partial(torch.zeros, dtype=torch.float64, device=self.device)
@@ -81,10 +81,10 @@ class Measure:
         vector = torch.cat(parts)
         if self.mesh.layout.world > 1:
             dist.all_reduce(vector)
-        return Collected(self, vector, [part.numel() for part in parts])
+        return CollectedMeasures(self, vector, [part.numel() for part in parts])
 
 
-class Collected:
+class CollectedMeasures:
     """The sums, on their way to the host."""
 
     def __init__(self, measure: Measure, vector: Tensor, sizes: list[int]):

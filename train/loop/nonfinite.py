@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from train.model.deepseek import DeepSeekV3
 
-SHOWN = 8
+SHOWN_TENSORS = 8
 """Names in a sentence, at most."""
 
 
@@ -150,7 +150,7 @@ def is_finite(value: Tensor) -> bool:
 
 def bad_weights(named: Iterable[tuple[str, Tensor]]) -> list[str]:
     """Names of the parameters with a value that is not finite."""
-    return sorted({name for name, weight in named if not is_finite(weight)})[:SHOWN]
+    return sorted({name for name, weight in named if not is_finite(weight)})[:SHOWN_TENSORS]
 
 
 @dataclass(frozen=True)
@@ -207,8 +207,8 @@ def shown_ranks(ranks: Sequence[int]) -> str:
     """`rank 1`, `ranks 1, 2 and 5`, or the first few and how many more."""
     if len(ranks) == 1:
         return f"rank {ranks[0]}"
-    if len(ranks) > SHOWN:
-        return f"ranks {', '.join(map(str, ranks[:SHOWN]))} and {len(ranks) - SHOWN} more"
+    if len(ranks) > SHOWN_TENSORS:
+        return f"ranks {', '.join(map(str, ranks[:SHOWN_TENSORS]))} and {len(ranks) - SHOWN_TENSORS} more"
     return f"ranks {', '.join(map(str, ranks[:-1]))} and {ranks[-1]}"
 
 
@@ -217,7 +217,7 @@ def find_origin(finite_loss: bool, saw: Sequence[RankSaw]) -> Origin:
     what = "non-finite gradient" if finite_loss else "non-finite loss"
     broken = [each for each in saw if each.weights]
     if broken:
-        names = sorted({name for each in broken for name in each.weights})[:SHOWN]
+        names = sorted({name for each in broken for name in each.weights})[:SHOWN_TENSORS]
         return Origin(what, "forward", "", tuple(each.rank for each in broken), False, tuple(names))
     orders: tuple[tuple[str, Callable[[Iterable[Sighting]], Sighting]], ...] = (("forward", min), ("backward", max))
     for phase, first in orders:
@@ -234,5 +234,5 @@ def find_origin(finite_loss: bool, saw: Sequence[RankSaw]) -> Origin:
             return Origin(what, phase, at.name, () if everywhere else ranks, bool(clean), ())
     ranks = tuple(each.rank for each in saw if each.loss is False)
     names = sorted({name for each in saw for name in each.gradients})
-    where = f"the gradient of {', '.join(names[:SHOWN])}" if finite_loss and names else ""
+    where = f"the gradient of {', '.join(names[:SHOWN_TENSORS])}" if finite_loss and names else ""
     return Origin(what, None, where, ranks, False, ())

@@ -20,7 +20,7 @@ from train.data.prepare import Prepared
 from train.data.tokenizer import Tokenizer
 from train.hf.folder import Folder, Stored
 from train.loop.start import check_start, start_from
-from train.loop.state import State
+from train.loop.state import RunState
 
 
 @dataclass
@@ -70,7 +70,7 @@ def _search_disk(config: Config, skip: Collection[Path], notes: Sequence[str] = 
 def restore(
     config: Config,
     data: Prepared,
-    state: State,
+    state: RunState,
     checkpointer: Checkpointer,
     copies: MemoryCopies | None,
     start: StartingPoint,
@@ -135,7 +135,7 @@ def _newest_copy(config: Config, copies: MemoryCopies) -> tuple[dict[str, Any] |
     return None if manifest is None else manifest.body(), []
 
 
-def _load(state: State, meta: dict[str, Any], load: Callable[[dict[str, Shard]], Any]) -> str | None:
+def _load(state: RunState, meta: dict[str, Any], load: Callable[[dict[str, Shard]], Any]) -> str | None:
     """Fill the state by `load` on all ranks; returns the first problem of any of them."""
     problem = None
     try:
@@ -148,7 +148,7 @@ def _load(state: State, meta: dict[str, Any], load: Callable[[dict[str, Shard]],
     return problem
 
 
-def _start(config: Config, tokenizer: Tokenizer, state: State) -> list[str]:
+def _start(config: Config, tokenizer: Tokenizer, state: RunState) -> list[str]:
     """Begin from the weights of init_from; rank 0 alone looks at all headers."""
 
     def look() -> tuple[str, dict[str, tuple], list[str]]:

@@ -14,7 +14,7 @@ from train.hf.folder import Folder, match, open_model
 from train.hf.tokenizer_files import check_tokenizer
 
 if TYPE_CHECKING:
-    from train.loop.state import State
+    from train.loop.state import RunState
 
 
 def check_start(config: Config, tokenizer: Tokenizer) -> tuple[Folder, list[str]]:
@@ -30,7 +30,7 @@ def check_start(config: Config, tokenizer: Tokenizer) -> tuple[Folder, list[str]
     return folder, notes + check_tokenizer(path, tokenizer, config.data.tokenizer)
 
 
-def start_from(config: Config, folder: Folder, state: "State") -> None:
+def start_from(config: Config, folder: Folder, state: "RunState") -> None:
     """Fill this rank's part of the state from a folder that `check_start` has found sound."""
     from train.hf.read import fill  # torch
 

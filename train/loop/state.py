@@ -22,7 +22,7 @@ from train.optim.ema import Ema
 from train.parallelize import Parallelized
 
 
-class State:
+class RunState:
     """The live state of one rank, seen as shards."""
 
     def __init__(self, config: Config, mesh: Mesh, parts: Parallelized):

@@ -28,10 +28,10 @@ from train.data.prefetch import Prefetch
 from train.data.prepare import Prepared
 from train.kernels.fp8.health import Report, merge
 from train.loop.measure import Measured
-from train.loop.nonfinite import SHOWN, Origin, RankSaw, Watch, bad_weights, find_origin
+from train.loop.nonfinite import SHOWN_TENSORS, Origin, RankSaw, Watch, bad_weights, find_origin
 from train.loop.peak_memory import peak_memory
 from train.loop.rank_progress import RankProgress
-from train.loop.state import State
+from train.loop.state import RunState
 from train.loop.step import TrainingStep
 from train.loop.stop import StopKind, StopRequest
 from train.loop.timeline_sampler import TimelineSampler
@@ -88,7 +88,7 @@ class Trainer:
         config: Config,
         rank: RankSetup,
         parts: Parallelized,
-        state: State,
+        state: RunState,
         data: Prepared,
         outputs: Outputs,
         flops: Flops,
@@ -220,7 +220,7 @@ class Trainer:
             self.training_step.run_passes(batch)
         zero.step(valid=False)
         mine = RankSaw(
-            self.mesh.rank, self.mesh.dp_rank, loss, sorted(bad)[:SHOWN], weights, watch.forward, watch.backward
+            self.mesh.rank, self.mesh.dp_rank, loss, sorted(bad)[:SHOWN_TENSORS], weights, watch.forward, watch.backward
         )
         return find_origin(finite_loss, [RankSaw.from_plain(plain) for plain in gather(mine.plain())])
 

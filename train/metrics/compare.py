@@ -20,15 +20,15 @@ from conf.errors import UserError
 from conf.files import atomic_write_text
 from conf.schema import Config
 from train.metrics.headline import clipped, last, median, tail_mean
-from train.metrics.jsonl import FILE
+from train.metrics.jsonl import METRICS_FILE
 from train.metrics.names import SCALARS
-from train.metrics.plot import COLOURS, Curve, Figure, add_curve, log_axis, look
+from train.metrics.plot import LINE_COLOURS, Curve, Figure, add_curve, log_axis, look
 from train.metrics.progress import short
 from train.metrics.report import read_settings, write_report
 from train.metrics.report_page import HOW_TO_READ, closing, figure_html, opening, table
 from train.metrics.series import Series, read_series
 
-PAGE, OF_A_SWEEP = "comparison.html", "sweep.html"
+COMPARISON_PAGE, OF_A_SWEEP = "comparison.html", "sweep.html"
 WHERE_IT_LIES = ("name", "runs", "resume")
 """Settings that say which run it is, not what it does."""
 DASHES = ("solid", "dash", "dot", "dashdot")
@@ -60,9 +60,11 @@ def report(config: Config) -> list[Path]:
     runs = Path(config.runs)
     names = names_of(config.name)
     if len(names) > 1:
-        return [_write(runs / PAGE, f"Comparison of {len(names)} runs", [_read(runs, name) for name in names])]
+        return [
+            _write(runs / COMPARISON_PAGE, f"Comparison of {len(names)} runs", [_read(runs, name) for name in names])
+        ]
     folder, jobs = runs / names[0], sweep_jobs(runs / names[0])
-    pages = [write_report(folder)] if (folder / FILE).exists() else []
+    pages = [write_report(folder)] if (folder / METRICS_FILE).exists() else []
     if jobs:
         compared = [_read(runs, f"{names[0]}/{job}") for job in jobs]
         pages.append(_write(folder / OF_A_SWEEP, f"Sweep: {names[0]}", compared))
@@ -78,15 +80,15 @@ def names_of(name: str) -> list[str]:
 
 def sweep_jobs(folder: Path) -> list[int]:
     """Numbers of the jobs of a sweep that have recorded steps."""
-    found = (path.parent.name for path in folder.glob(f"*/{FILE}"))
+    found = (path.parent.name for path in folder.glob(f"*/{METRICS_FILE}"))
     return sorted(int(name) for name in found if name.isdecimal())
 
 
 def _read(runs: Path, name: str) -> RunToCompare:
     folder = runs / name
-    if not (folder / FILE).exists():
+    if not (folder / METRICS_FILE).exists():
         raise _no_run(name, folder)
-    return RunToCompare(name, flat(dict(read_settings(folder))), read_series(folder / FILE))
+    return RunToCompare(name, flat(dict(read_settings(folder))), read_series(folder / METRICS_FILE))
 
 
 def _no_run(name: str, folder: Path) -> UserError:
@@ -102,7 +104,7 @@ def _write(path: Path, title: str, runs: list[RunToCompare]) -> Path:
     parts += [table(("setting", *(run.name for run in runs)), rows)] if rows else ["<p>No setting differs.</p>"]
     parts += [
         "<h2>How they ended</h2>",
-        table(("", *(label for label, _ in RESULTS)), [(run.name, *_results(run.series)) for run in runs]),
+        table(("", *(label for label, _ in COMPARED_RESULTS)), [(run.name, *_results(run.series)) for run in runs]),
         f'<h2>Over the course of training</h2><p class="sub">{html.escape(HOW_TO_READ)}</p>',
         f'<div class="figures">{"".join(map(figure_html, figures))}</div>',
         *closing(figures),
@@ -117,7 +119,7 @@ def varied(settings: Sequence[dict[str, Any]]) -> list[str]:
     return [key for key in keys if any(one.get(key) != settings[0].get(key) for one in settings)]
 
 
-RESULTS = (
+COMPARED_RESULTS = (
     ("steps", lambda series: float(series.step_N[-1]) if len(series.step_N) else math.nan),
     ("tokens", lambda series: last(series, "tokens")),
     ("held-out loss", lambda series: last(series, "validation_loss")),
@@ -128,7 +130,7 @@ RESULTS = (
     ("MaxVio", lambda series: last(series, "max_vio_running")),
     ("skipped steps", lambda series: last(series, "skipped_steps")),
 )
-FORMATS = {
+RESULT_FORMATS = {
     "steps": ",.0f",
     "tokens": "short",
     "tokens/s": "short",
@@ -139,14 +141,14 @@ FORMATS = {
 
 
 def _results(series: Series) -> Iterator[str]:
-    for label, measure in RESULTS:
-        value, style = measure(series), FORMATS.get(label, ".4f")
+    for label, measure in COMPARED_RESULTS:
+        value, style = measure(series), RESULT_FORMATS.get(label, ".4f")
         text = short(value) if style == "short" else f"{value:{style}}"
         yield text if math.isfinite(value) else ""
 
 
 def _figures(runs: list[RunToCompare]) -> Iterator[Figure]:
-    looks = cycle((colour, dash) for dash, colour in product(DASHES, COLOURS))
+    looks = cycle((colour, dash) for dash, colour in product(DASHES, LINE_COLOURS))
     looks = [next(looks) for _ in runs]
     for metric, title, caption in DRAWN:
         plot = go.Figure()

@@ -17,7 +17,7 @@ from conf.words import say
 from train.metrics.wandb_sink import has_key, layer_key
 from train.model.count import moe_layers
 
-FILE = "dashboard.json"
+DASHBOARD_FILE = "dashboard.json"
 
 
 @dataclass(frozen=True)
@@ -117,8 +117,8 @@ def build_dashboard(config: Config) -> int:
     online = has_key(wandb)
     entity = config.log.wandb_entity or (_entity(wandb, config) if online else "")
     workspace = make_workspace(config, entity)
-    atomic_write_text(folder / FILE, json.dumps(specification(workspace), indent=1) + "\n")
-    say(f"the workspace's definition: {folder / FILE}")
+    atomic_write_text(folder / DASHBOARD_FILE, json.dumps(specification(workspace), indent=1) + "\n")
+    say(f"the workspace's definition: {folder / DASHBOARD_FILE}")
     if not online:
         say(
             "no W&B key on this machine, so nothing was sent. To get the workspace: `wandb login`, then the same command "

@@ -33,7 +33,7 @@ from train.metrics.timeline_file import SampledStep
 
 LOAD_COLOURS = [[0.0, "#0b3c5d"], [0.166, "#7fb2d6"], [0.333, "#f7f7f7"], [0.6, "#f4a582"], [1.0, "#8c1c13"]]
 """From blue (no token) over white (fair share, a third of the scale) to red (three fair shares and more)."""
-LOAD_TOP = 300
+LOAD_PERCENT_TOP = 300
 
 
 def build(series: Series, settings: Mapping[str, Any], sampled: SampledStep | None = None) -> list[Figure]:
@@ -138,7 +138,7 @@ def _load_heat(series: Series, settings: Mapping[str, Any]) -> Figure | None:
             name=layer,
             visible=index == 0,
             zmin=0,
-            zmax=LOAD_TOP,
+            zmax=LOAD_PERCENT_TOP,
             colorscale=LOAD_COLOURS,
             colorbar={
                 "title": {"text": "% of fair share"},

@@ -4,12 +4,12 @@ import datetime
 from collections.abc import Callable
 from pathlib import Path
 
-from cluster.driver.journal import FILE, Goodput, goodput, read_events
+from cluster.driver.journal import EVENTS_FILE, Goodput, goodput, read_events
 from cluster.steady_clock import SteadyClock
 from train.metrics.names import Record
 from train.metrics.progress import duration
 
-ROWS = 200
+EVENT_ROWS = 200
 """Events in the report, the newest ones."""
 ROUTINE = {"checkpoint"}
 """Kinds that the report leaves out."""
@@ -30,7 +30,7 @@ class GoodputRecord:
         self._events, self._clock = read_events(run_folder), SteadyClock()
 
     def __call__(self) -> Record:
-        path = self._folder / FILE
+        path = self._folder / EVENTS_FILE
         size = path.stat().st_size if path.exists() else -1  # a full disk may have refused the events
         if size != self._size:
             seen, self._events, self._size = len(self._events), read_events(self._folder), size
@@ -65,13 +65,13 @@ def cluster_summary(run_folder: Path) -> tuple[str, list[tuple[str, str, str, st
             event["kind"].replace("_", " "),
             event["text"],
         )
-        for event in shown[-ROWS:]
+        for event in shown[-EVENT_ROWS:]
     ]
     return _sentence(goodput(events), len(shown)), rows
 
 
 def _sentence(found: Goodput, events: int) -> str:
-    newest = f" The newest {ROWS} of {events} events:" if events > ROWS else ""
+    newest = f" The newest {EVENT_ROWS} of {events} events:" if events > EVENT_ROWS else ""
     return (
         f"{found.attempts} attempts, the newest on {found.nodes} nodes. The run trained for {found.share:.1%} of the "
         f"{duration(found.seconds)} that it was up; {duration(found.downtime_seconds)} went into starts and failures.{newest}"

@@ -33,11 +33,11 @@ def headline(series: Series, settings: Mapping[str, Any]) -> list[Card]:
     return [Card(label, text, caption) for label, value, text, caption in found if math.isfinite(value)]
 
 
-Row = tuple[str, float, str, str]
+CardRow = tuple[str, float, str, str]
 """Label, value (not finite: no card), the value as text, caption."""
 
 
-def _quality(series: Series, settings: Mapping[str, Any]) -> list[Row]:
+def _quality(series: Series, settings: Mapping[str, Any]) -> list[CardRow]:
     held_out, bits = last(series, "validation_loss"), last(series, "validation_bits_per_byte")
     train = tail_mean(series.finite("main_loss"))
     vocabulary = (settings.get("model") or {}).get("vocab_size")
@@ -66,7 +66,7 @@ def _quality(series: Series, settings: Mapping[str, Any]) -> list[Row]:
     ]
 
 
-def _amount(series: Series) -> list[Row]:
+def _amount(series: Series) -> list[CardRow]:
     steps, tokens, speed = int(series.step_N[-1]), last(series, "tokens"), median(series, "tokens_per_second")
     mfu = 100 * median(series, "mfu")
     done = f"{steps:,} step" if steps == 1 else f"{steps:,} steps"
@@ -82,7 +82,7 @@ def _amount(series: Series) -> list[Row]:
     ]
 
 
-def _experts(series: Series) -> list[Row]:
+def _experts(series: Series) -> list[CardRow]:
     lasting, dead = last(series, "max_vio_running"), last(series, "dead_experts")
     batch = tail_mean(series.finite("max_vio"))
     return [
@@ -102,7 +102,7 @@ def _experts(series: Series) -> list[Row]:
     ]
 
 
-def _health(series: Series) -> list[Row]:
+def _health(series: Series) -> list[CardRow]:
     seconds = _seconds(series)
     waited = _steps_per_record(series) * total(series, "data_wait_seconds") + total(series, "checkpoint_stall_seconds")
     waits = 100 * waited / seconds if seconds > 0 else math.nan

@@ -17,7 +17,7 @@ from typing import Any
 from conf.disk import Backlog, explain, naming
 from train.metrics.names import LAYERS_MARK, Record, is_layer_metric, order
 
-FILE = "metrics.jsonl"
+METRICS_FILE = "metrics.jsonl"
 LOADS_PER_STEP = 1024
 """Expert loads in a line on average, about: a larger model (16,000 loads in the 671B one) has them in every n-th line."""
 _STEP = re.compile(rb'\{"step":(\d+)[,}]')

@@ -35,7 +35,7 @@ from conf.schema import ROOT
 from train import __version__
 from train.command.program import COMMAND, typed_command
 
-FILE = "starts.json"
+STARTS_FILE = "starts.json"
 KEPT = 100
 """Starts in the file, the newest ones."""
 PACKAGES = ("torch", "deepspeed", "numpy", "ray", "triton")
@@ -43,7 +43,7 @@ GIT_SECONDS = 10.0
 TYPES = {"time": (int, float), "command": str, "folder": str, "commit": (str, type(None)), "modified": bool}
 RUNNING = {"machine": dict, "ranks": int, "versions": dict}
 MACHINE = {"host": str, "system": str, "device": str, "cores": int, "memory_bytes": int}
-Start = dict[str, Any]
+StartRecord = dict[str, Any]
 
 
 def record_start(folder: Path) -> None:
@@ -70,9 +70,9 @@ def record_machine(folder: Path, device: str, ranks: int) -> None:
     _write(folder, [*before, newest | {"machine": machine, "ranks": ranks, "versions": found}])
 
 
-def read_starts(folder: Path) -> list[Start]:
+def read_starts(folder: Path) -> list[StartRecord]:
     """All starts, oldest first; empty where there is no file. Raises UserError for a damaged one."""
-    path = folder / FILE
+    path = folder / STARTS_FILE
     try:
         starts = json.loads(path.read_text()) if path.exists() else []
         if not isinstance(starts, list):
@@ -83,7 +83,9 @@ def read_starts(folder: Path) -> list[Start]:
                 _require(start, RUNNING)
                 _require(start["machine"], MACHINE)
     except (ValueError, TypeError, KeyError, RecursionError) as error:
-        raise UserError(FILE, path, f"is damaged: {error}", "remove it; the next start writes another one") from error
+        raise UserError(
+            STARTS_FILE, path, f"is damaged: {error}", "remove it; the next start writes another one"
+        ) from error
     return starts
 
 
@@ -119,7 +121,7 @@ def code_version() -> tuple[str | None, bool]:
     return commit, bool(commit and _git("status", "--porcelain", "--untracked-files=no"))
 
 
-def code_words(start: Start) -> str:
+def code_words(start: StartRecord) -> str:
     """The version of the code, for a person."""
     if start["commit"] is None:
         return "installed, not a git repository"
@@ -143,5 +145,5 @@ def _version(package: str) -> str | None:
         return None
 
 
-def _write(folder: Path, starts: list[Start]) -> None:
-    atomic_write_json(folder / FILE, starts[-KEPT:])
+def _write(folder: Path, starts: list[StartRecord]) -> None:
+    atomic_write_json(folder / STARTS_FILE, starts[-KEPT:])

@@ -21,7 +21,7 @@ from conf.files import atomic_write_json
 from train.kernels.cpu.processor import cpu_name
 from train.model.operations import Kernels
 
-NAMED = (
+NAMED_PEAKS = (
     (r"\bB200\b", 2250e12),
     (r"\bH200\b(?!.*NVL)", 989e12),
     (r"\bH800\b(?!.*PCIe)", 989e12),
@@ -29,9 +29,9 @@ NAMED = (
     (r"\bA100\b", 312e12),
 )
 """Names as CUDA reports them. PCIe and NVL cards of the H series are slower and get measured."""
-SIZES = (256, 512, 1024, 2048, 4096, 8192)
-TRIES = 3
-BUDGET_SECONDS = 0.25
+PRODUCT_SIZES = (256, 512, 1024, 2048, 4096, 8192)
+PRODUCT_TRIES = 3
+PEAK_SECONDS = 0.25
 IMPOSSIBLE = 1e17
 """FLOP/s that no device reaches; a kept figure like that is damage, and would stand for ever."""
 
@@ -64,7 +64,7 @@ def peak_flops(
 
 def named_peak(name: str) -> float | None:
     """The maker's dense bf16 FLOP/s of a GPU by the name that CUDA reports, None if unknown."""
-    return next((flops for pattern, flops in NAMED if re.search(pattern, name) and "MIG" not in name), None)
+    return next((flops for pattern, flops in NAMED_PEAKS if re.search(pattern, name) and "MIG" not in name), None)
 
 
 def _format(dtype: torch.dtype) -> str:
@@ -116,7 +116,7 @@ def _read_kept(path: Path, kind: dict[str, Any]) -> tuple[float, str]:
     return 0.0, f"; the figure kept in {path} could not be read and is replaced"
 
 
-def measured_peak(device: torch.device, dtype: torch.dtype, kernels: Kernels, budget: float = BUDGET_SECONDS) -> float:
+def measured_peak(device: torch.device, dtype: torch.dtype, kernels: Kernels, budget: float = PEAK_SECONDS) -> float:
     """Best rate of square matrix products of growing size within about `budget` seconds.
 
     On a busy machine CPU threads that wait for each other can be a hundred times slower than one thread alone, so half of
@@ -135,12 +135,12 @@ def measured_peak(device: torch.device, dtype: torch.dtype, kernels: Kernels, bu
 def _best_rate(device: torch.device, dtype: torch.dtype, kernels: Kernels, budget: float) -> float:
     rate, used, deadline = 0.0, 0.0, time.perf_counter() + budget
     size, pair = 0, []
-    for size in SIZES:
+    for size in PRODUCT_SIZES:
         pair = [torch.randn(size, size, device=device).to(dtype) for _ in range(2)]
-        best = min(_seconds(*pair, kernels=kernels) for _ in range(TRIES))
+        best = min(_seconds(*pair, kernels=kernels) for _ in range(PRODUCT_TRIES))
         rate = max(rate, 2 * size**3 / best)
-        used += TRIES * best  # not what passed on the clock: the first product of a size may load a kernel
-        if used + TRIES * 8 * best > budget:  # twice the size takes eight times as long
+        used += PRODUCT_TRIES * best  # not what passed on the clock: the first product of a size may load a kernel
+        if used + PRODUCT_TRIES * 8 * best > budget:  # twice the size takes eight times as long
             break
     while time.perf_counter() < deadline:  # the best of many tries saw the fewest interruptions
         rate = max(rate, 2 * size**3 / _seconds(*pair, kernels=kernels))

@@ -10,9 +10,9 @@ from train.metrics.plot import BLUE, GREEN, IDLE, ORANGE, PURPLE, SKY, Curve, Fi
 from train.metrics.series import Series
 from train.metrics.timeline_file import SampledStep
 
-ROWS, BARS = 16, 12_000
+PICTURE_ROWS, BARS = 16, 12_000
 """Pipeline ranks and actions that the picture draws, at most."""
-KINDS = {
+ACTION_COLOURS = {
     "F": ("forward", BLUE, "#9CCBE8"),
     "B": ("backward", GREEN, "#93D9C3"),
     "I": ("backward of inputs", "#7A8B1C", "#D3DC9C"),
@@ -29,7 +29,7 @@ def timeline_figure(sampled: SampledStep | None) -> Figure | None:
     if sampled is None or len(sampled.span_seconds) < 2:
         return None
     ranks = len(sampled.span_seconds)
-    rows = {round(row): "" for row in np.linspace(0, ranks - 1, min(ROWS, ranks))}
+    rows = {round(row): "" for row in np.linspace(0, ranks - 1, min(PICTURE_ROWS, ranks))}
     drawn = sorted((a for a in sampled.actions if a["pp_rank"] in rows), key=lambda action: action["start_seconds"])
     kept = drawn[:BARS]
     end = sampled.span if len(kept) == len(drawn) else kept[-1]["start_seconds"]
@@ -40,7 +40,7 @@ def timeline_figure(sampled: SampledStep | None) -> Figure | None:
     idle = {"color": IDLE}
     x, y = [end * scale] * len(rows), list(rows.values())
     plot.add_bar(name="waiting", x=x, y=y, orientation="h", marker=idle, hoverinfo="skip")
-    for kind in KINDS:
+    for kind in ACTION_COLOURS:
         of_kind = [action for action in kept if action["kind"] == kind]
         for later in (False, True):
             actions = [a for a in of_kind if (a["stage"] != stages[a["pp_rank"]][0]) == later]
@@ -65,7 +65,7 @@ def _bars(
     actions: list[dict[str, Any]], rows: Mapping[int, str], later: bool, scale: float, unit: str, numbered: bool
 ) -> go.Bar:
     """All actions of a kind on the first stages of their ranks, or on the later ones."""
-    name, strong, pale = KINDS[actions[0]["kind"]]
+    name, strong, pale = ACTION_COLOURS[actions[0]["kind"]]
     numbers = {
         "text": [_label(action) for action in actions],
         "textposition": "inside",
@@ -94,7 +94,7 @@ def _label(action: Mapping[str, Any]) -> str:
 
 
 def _words(action: Mapping[str, Any]) -> str:
-    words = f"{KINDS[action['kind']][0]}: micro-batch {action['micro_batch']}, stage {action['stage']}"
+    words = f"{ACTION_COLOURS[action['kind']][0]}: micro-batch {action['micro_batch']}, stage {action['stage']}"
     if backward := action.get("backward"):
         words += f", with backward of micro-batch {backward[1]}, stage {backward[0]}"
     return words

@@ -17,8 +17,8 @@ from train.metrics.names import Record
 from train.metrics.quantities import error, gib, seconds, share
 from train.metrics.series import Series
 
-FILE = "plan.json"
-PARTS = {
+PLAN_FILE = "plan.json"
+ACTION_SUMS = {
     "forward passes": (("F",), "forward_seconds"),
     "backward passes": (("B", "I", "W"), "backward_seconds"),
     "overlapped pairs": (("FB",), "overlapped_seconds"),
@@ -52,7 +52,7 @@ def planned(config: Config, run_folder: Path) -> Record:
 
 
 def _read(run_folder: Path) -> dict[str, Any] | None:
-    path = run_folder / FILE
+    path = run_folder / PLAN_FILE
     try:
         if not path.is_file():
             return None
@@ -60,7 +60,7 @@ def _read(run_folder: Path) -> dict[str, Any] | None:
         return plan | {"peak": next(rank["peak_bytes"] for rank in plan["ranks"] if rank["pp_rank"] == 0)}
     except (ValueError, TypeError, KeyError, StopIteration, RecursionError) as error:
         rule = f"is no plan that mode=plan wrote: {type(error).__name__}: {error}"
-        raise UserError(FILE, path, rule, "remove it, or write it again with mode=plan") from error
+        raise UserError(PLAN_FILE, path, rule, "remove it, or write it again with mode=plan") from error
 
 
 def _is_here(plan: dict[str, Any], config: Config) -> bool:
@@ -73,11 +73,11 @@ def _is_here(plan: dict[str, Any], config: Config) -> bool:
     return plan["device"] == cpu_name() and plan.get("threads") == torch.get_num_threads()
 
 
-Row = tuple[str, str, str, str]
+PlanRow = tuple[str, str, str, str]
 """What, planned, measured, error of the plan."""
 
 
-def plan_rows(run_folder: Path, series: Series) -> list[Row]:
+def plan_rows(run_folder: Path, series: Series) -> list[PlanRow]:
     """Predictions beside what the run measured, medians over the run; none where the run had no plan."""
     plan, predicted = _read(run_folder), last(series, "memory_predicted_bytes")
     if plan is None or predicted != plan["peak"]:
@@ -86,7 +86,7 @@ def plan_rows(run_folder: Path, series: Series) -> list[Row]:
     if not series.has("step_predicted_seconds"):
         return rows
     rows.append(_row("step", plan["step_seconds"], median(series, "step_seconds")))
-    for name, (kinds, metric) in PARTS.items():
+    for name, (kinds, metric) in ACTION_SUMS.items():
         if series.has(metric):
             rows.append(
                 _row(name, sum(plan["action_seconds"].get(kind, 0.0) for kind in kinds), median(series, metric))
@@ -97,14 +97,14 @@ def plan_rows(run_folder: Path, series: Series) -> list[Row]:
     return rows
 
 
-def _memory(plan: dict[str, Any], series: Series) -> Row:
+def _memory(plan: dict[str, Any], series: Series) -> PlanRow:
     peak, measured = plan["peak"], max(series.finite("memory_bytes"), default=0.0)
     if plan["on_cpu"]:  # a process is more than its tensors: mode=dry_run measures those
         return "memory of tensors", gib(peak), f"{gib(measured)} of the whole process", ""
     return "peak memory", gib(peak), gib(measured), error(peak, measured)
 
 
-def _row(name: str, planned: float, measured: float) -> Row:
+def _row(name: str, planned: float, measured: float) -> PlanRow:
     return name, seconds(planned), seconds(measured), error(planned, measured)
 
 
@@ -112,7 +112,7 @@ def _points(difference: float) -> str:
     return f"{100 * difference:+.1f} points"
 
 
-def plan_words(rows: list[Row]) -> str:
+def plan_words(rows: list[PlanRow]) -> str:
     """The rows as one sentence for the terminal."""
     return "; ".join(
         f"{what} {measured}, planned {planned}" + (f" ({off})" if off else "") for what, planned, measured, off in rows

@@ -19,7 +19,7 @@ from train.metrics.series import POINTS, Series, smoothed, stretch_means, thin
 
 # Okabe and Ito's palette, told apart with any colour vision.
 BLUE, ORANGE, GREEN, SKY, PURPLE, GREY = "#0072B2", "#D55E00", "#009E73", "#56B4E9", "#CC79A7", "#666666"
-COLOURS = (BLUE, ORANGE, GREEN, PURPLE, SKY, GREY)
+LINE_COLOURS = (BLUE, ORANGE, GREEN, PURPLE, SKY, GREY)
 IDLE = "#E3E5E8"
 DARK = {
     BLUE: "#4AA8E0",
@@ -31,7 +31,7 @@ DARK = {
     IDLE: "#3A3F48",
 }
 """What a colour becomes on a dark page: the same hue, lighter."""
-FEW = 60
+DOTTED_STEPS = 60
 """Steps up to which every one of them is a dot, and nothing is smoothed."""
 TICKS = 6
 """Numbers on the axis of tokens."""
@@ -87,7 +87,7 @@ def add_curve(plot: go.Figure, curve: Curve, x_N: np.ndarray, y_N: np.ndarray) -
         x_N, y_N = x_N[measured], y_N[measured]
     line, marker = {"color": curve.colour, "width": 1.8, "dash": curve.dash}, {"size": 6}
     pale = {"mode": "lines", "line": {"color": curve.colour, "width": 1}, "opacity": 0.35, "legendgroup": curve.name}
-    few = len(x_N) <= FEW
+    few = len(x_N) <= DOTTED_STEPS
     if len(x_N) > POINTS:  # a pale band from lowest to highest, and the mean in it
         x, y = thin(x_N, y_N)
         plot.add_scatter(x=x, y=y, **pale, showlegend=False, hoverinfo="skip")

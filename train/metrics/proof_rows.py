@@ -3,14 +3,14 @@
 import json
 from pathlib import Path
 
-FILE, CARD = "prove.json", "card.md"
+PROOF_FILE, PROOF_CARD_FILE = "prove.json", "card.md"
 """Every figure; and what of it a reader of the run has to know."""
 
 
 def report_rows(run_folder: Path) -> tuple[str, list[tuple[str, ...]]] | None:
     """A sentence and a table for the report; None where there is no certificate that can be read."""
     try:
-        record = json.loads((run_folder / FILE).read_text())
+        record = json.loads((run_folder / PROOF_FILE).read_text())
         verb = "trains" if record["holds"] else "does not train"
         sentence = f"mode=prove: {record['layout']} {verb} this model, in miniature on {record['ranks']} ranks."
         if first := record["first_difference"]:

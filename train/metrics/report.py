@@ -19,11 +19,11 @@ from conf.files import atomic_write_text
 from train.metrics.figures import build
 from train.metrics.goodput import cluster_summary
 from train.metrics.headline import findings, headline
-from train.metrics.jsonl import FILE
+from train.metrics.jsonl import METRICS_FILE
 from train.metrics.names import EVENTS, SCALARS
-from train.metrics.origin import Start, code_words, read_starts
-from train.metrics.planned import Row, plan_rows
-from train.metrics.plot import FEW, Figure
+from train.metrics.origin import StartRecord, code_words, read_starts
+from train.metrics.planned import PlanRow, plan_rows
+from train.metrics.plot import DOTTED_STEPS, Figure
 from train.metrics.progress import short
 from train.metrics.proof_rows import report_rows
 from train.metrics.quantities import gib
@@ -40,7 +40,7 @@ SAMPLE = "sample.json"
 def write_report(run_folder: Path) -> Path:
     """Write report.html into the run folder and return its path. An older report is replaced in one move."""
     settings_text, settings = _read_text(run_folder / "config.yaml"), read_settings(run_folder)
-    series = read_series(run_folder / FILE)
+    series = read_series(run_folder / METRICS_FILE)
     sampled = read_timeline(run_folder)
     name = str(settings.get("name") or run_folder.name)
     sections = (
@@ -117,7 +117,7 @@ def _run_parts(series: Series, settings: Mapping[str, Any], figures: list[Figure
     band = ""
     if len(series.step_N) > POINTS:
         band = " A pale band runs from the lowest to the highest step of a stretch, the line is its mean."
-    elif len(series.step_N) > FEW:
+    elif len(series.step_N) > DOTTED_STEPS:
         band = " A pale line is each step, the strong line over it the mean of the steps around it."
     return [
         f'<h2>At a glance</h2><div class="cards">{cards_html(headline(series, settings))}</div>',
@@ -171,7 +171,7 @@ def _origin_parts(run_folder: Path) -> list[str]:
     return parts
 
 
-def _origin_rows(start: Start) -> list[tuple[str, str]]:
+def _origin_rows(start: StartRecord) -> list[tuple[str, str]]:
     rows = [("time", _when(start)), ("folder", start["folder"]), ("code", code_words(start))]
     machine = start.get("machine")
     if machine:
@@ -186,11 +186,11 @@ def _origin_rows(start: Start) -> list[tuple[str, str]]:
     return rows
 
 
-def _when(start: Start) -> str:
+def _when(start: StartRecord) -> str:
     return datetime.datetime.fromtimestamp(start["time"]).strftime("%Y-%m-%d %H:%M:%S")
 
 
-def _plan_parts(rows: list[Row]) -> list[str]:
+def _plan_parts(rows: list[PlanRow]) -> list[str]:
     """What mode=plan said beside what was measured."""
     if not rows:
         return []

@@ -12,7 +12,7 @@ from conf.schema import Config
 from conf.screen import Terminal
 from train.metrics.compare import varied
 from train.metrics.headline import last, median
-from train.metrics.jsonl import FILE
+from train.metrics.jsonl import METRICS_FILE
 from train.metrics.progress import short
 from train.metrics.screens import printable
 from train.metrics.series import read_series
@@ -44,7 +44,7 @@ def _word(value: object) -> str:
 
 def _results(config: Config) -> tuple[str, str]:
     """Held-out loss and median speed of a job; empty without a step."""
-    path = Path(config.runs) / config.name / FILE
+    path = Path(config.runs) / config.name / METRICS_FILE
     series = read_series(path)
     loss = f"{last(series, 'validation_loss'):.4f}" if series.has("validation_loss") else ""
     return loss, short(median(series, "tokens_per_second")) if series.has("tokens_per_second") else ""

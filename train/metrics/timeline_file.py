@@ -30,7 +30,7 @@ from typing import Any
 from conf.errors import UserError
 from conf.files import atomic_write_text
 
-FILE = "timeline.json"
+TIMELINE_FILE = "timeline.json"
 
 
 @dataclass(frozen=True)
@@ -56,13 +56,13 @@ class SampledStep:
 
 def write_timeline(folder: Path, sampled: SampledStep) -> None:
     """Write timeline.json into a run folder, in one move."""
-    atomic_write_text(folder / FILE, json.dumps(asdict(sampled), separators=(",", ":")))
+    atomic_write_text(folder / TIMELINE_FILE, json.dumps(asdict(sampled), separators=(",", ":")))
 
 
 def read_timeline(folder: Path) -> SampledStep | None:
     """The sampled step of a run; None for a run that has none."""
-    path = folder / FILE
+    path = folder / TIMELINE_FILE
     try:
         return SampledStep(**json.loads(path.read_text())) if path.exists() else None
     except (ValueError, TypeError, RecursionError) as error:
-        raise UserError(FILE, path, f"is damaged: {error}", "remove it; the run writes another one") from error
+        raise UserError(TIMELINE_FILE, path, f"is damaged: {error}", "remove it; the run writes another one") from error

@@ -15,7 +15,7 @@ from conf.errors import EXIT_DIVERGED, DiskFailed
 from conf.schema import Config
 from conf.words import say
 from train.metrics.goodput import GoodputRecord, last_failure
-from train.metrics.jsonl import FILE, JsonlSink
+from train.metrics.jsonl import METRICS_FILE, JsonlSink
 from train.metrics.names import Record
 from train.metrics.origin import read_starts
 from train.metrics.planned import planned
@@ -136,7 +136,7 @@ def open_writer(
         progress.note(text)
         writer.alert("a disk refused metrics", text)
 
-    sinks: list[Sink] = [JsonlSink(run_folder / FILE, resumed_step, disk_note)]
+    sinks: list[Sink] = [JsonlSink(run_folder / METRICS_FILE, resumed_step, disk_note)]
     if wants_wandb(config.log.wandb):
         code = {name: start[name] for start in read_starts(run_folder)[-1:] for name in ("commit", "modified")}
         sinks.append(open_wandb(config, run_folder, progress.note, settings_of(config) | {"code": code}))

@@ -62,7 +62,7 @@ class Dispatcher(Protocol):
 
 
 @dataclass
-class Arrived:
+class ArrivedRows:
     """Rows that had no way to go."""
 
     routed: Routed
@@ -88,8 +88,8 @@ class LocalDispatcher:
 
     def dispatch_begin(
         self, x_TD: Tensor, expert_ids_TK: Tensor, gates_TK: Tensor, again: _Sorted | None = None
-    ) -> "Arrived":
-        return Arrived(self.dispatch(x_TD, expert_ids_TK, gates_TK, again))
+    ) -> "ArrivedRows":
+        return ArrivedRows(self.dispatch(x_TD, expert_ids_TK, gates_TK, again))
 
     def dispatch(self, x_TD: Tensor, expert_ids_TK: Tensor, gates_TK: Tensor, again: _Sorted | None = None) -> Routed:
         if again is None:

@@ -15,10 +15,10 @@ from torch import Tensor
 from train.model.attention import AttentionCore, AttentionInput
 from train.model.sequence import Positions
 
-Groups = Tensor | list[int]
+ExpertGroups = Tensor | list[int]
 """Which rows are an expert's: how many each has, or where those of each end, int32 (E,)."""
 
-Counters = tuple[Tensor, Tensor, Tensor]
+RouterCounters = tuple[Tensor, Tensor, Tensor]
 """What forward adds to: load_E, score_E and balance_loss of a `Router`."""
 
 
@@ -36,7 +36,7 @@ class Kernels(Protocol):
     """What computes the model on some machine."""
 
     parts: tuple[str, ...]
-    """What of a step runs as compiled code, by `train.kernels.cpu.libraries.NAMES`."""
+    """What of a step runs as compiled code, by `train.kernels.cpu.libraries.LIBRARY_NAMES`."""
     core: AttentionCore
     """What computes attention."""
 
@@ -95,7 +95,7 @@ class Kernels(Protocol):
         bias_E: Tensor,
         rule: RoutingRule,
         balance_weight: float,
-        counters: Counters | None,
+        counters: RouterCounters | None,
         positions: Positions,
     ) -> tuple[Tensor, Tensor]:
         """Gate values fp32 and expert ids int64, (B, T, K), from the router's logits. Differentiable, with the balance loss.
@@ -116,16 +116,16 @@ class Kernels(Protocol):
         """left right^T: (O, N). into: of dtype; the product is added to it, and it is returned."""
         ...
 
-    def groups(self, counts_E: Tensor, dtype: torch.dtype) -> Groups:
+    def groups(self, counts_E: Tensor, dtype: torch.dtype) -> ExpertGroups:
         """What the two products below take, for operands in dtype. counts_E: rows of every expert."""
         ...
 
-    def grouped_product(self, x_RI: Tensor, weight_EIO: Tensor, groups: Groups) -> Tensor:
+    def grouped_product(self, x_RI: Tensor, weight_EIO: Tensor, groups: ExpertGroups) -> Tensor:
         """x W with the weight of each row's expert: (R, O)."""
         ...
 
     def grouped_weight_gradient(
-        self, grad_RO: Tensor, x_RI: Tensor, groups: Groups, dtype: torch.dtype, into_EOI: Tensor | None = None
+        self, grad_RO: Tensor, x_RI: Tensor, groups: ExpertGroups, dtype: torch.dtype, into_EOI: Tensor | None = None
     ) -> Tensor:
         """grad^T x over the rows of each expert: (E, O, I). into: as in `product`."""
         ...

@@ -22,11 +22,11 @@ from torch.autograd.function import once_differentiable
 from train.model.needed import gradients_needed, node_of, will_accumulate
 from train.model.operations import Kernels
 
-Wgrad = Callable[[torch.dtype, Tensor | None], Tensor]
+WeightProduct = Callable[[torch.dtype, Tensor | None], Tensor]
 """The product: given the format of the gradient, and either the fp32 sum that it adds to and returns, or None."""
 
 
-def weight_gradient(ctx: Any, argument: int, weight: Tensor, product: Wgrad) -> Tensor | None:
+def weight_gradient(ctx: Any, argument: int, weight: Tensor, product: WeightProduct) -> Tensor | None:
     """What a Function's backward returns for the weight that is this argument of it: None where the product was added to `.grad`.
 
     That is where the gradient of the weight is fp32 and the running pass adds it up; it is handed to autograd where

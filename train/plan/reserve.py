@@ -42,7 +42,7 @@ LINK_RATE = 16.7e9
 """Bytes per second that an all-to-all gets out of an NVLink in one direction: conf/hardware's rate of an H100 over its 18."""
 SHARED = 4 * MIB
 """Of sends and receives over a network, on every channel."""
-BATCH = 8
+PEERS_AT_ONCE = 8
 """Peers that NCCL sends to at a time."""
 FRAGMENTATION = 0.02
 """Share of the device. With expandable segments, which runs switch on, gaps are pages of 2 MiB and what tensors of another size leave. Not
@@ -114,7 +114,7 @@ def _peers(config: Config, layout: Layout, ranks: range, most: int) -> int:
     links = MOST_CHANNELS if link is None else round(link.bandwidth / LINK_RATE)
     channels = min(MOST_CHANNELS, 1 << (2 * links - 1).bit_length() if links else 1)
     if far:
-        channels = max(1, min(channels, MOST_CHANNELS // -(-len(ranks) // BATCH)))
+        channels = max(1, min(channels, MOST_CHANNELS // -(-len(ranks) // PEERS_AT_ONCE)))
     return near * channels * INSIDE + far * MOST_CHANNELS * SHARED
 
 

@@ -7,9 +7,10 @@ from pathlib import Path
 from conf.errors import EXIT_OK
 from conf.files import atomic_write_text
 from conf.schema import Config
+from train.metrics.planned import PLAN_FILE
 from train.plan.budget import make_plan
-from train.plan.report.plan_page import PAGE, write_page
-from train.plan.report.plan_record import FILE, plan_record
+from train.plan.report.plan_page import PLAN_PAGE, write_page
+from train.plan.report.plan_record import plan_record
 from train.plan.report.plan_screen import calibration_screen, plan_screen, search_screen
 from train.plan.search.changes import write_parallel
 from train.plan.search.cures import find_cures, find_split, find_stages
@@ -38,7 +39,7 @@ def run_plan(config: Config) -> int:
     if found is not None:
         record["search"] = asdict(found.record())
     folder.mkdir(parents=True, exist_ok=True)
-    atomic_write_text(folder / FILE, json.dumps(record, indent=1))
-    write_page(folder / PAGE, plan, split, record)
+    atomic_write_text(folder / PLAN_FILE, json.dumps(record, indent=1))
+    write_page(folder / PLAN_PAGE, plan, split, record)
     plan_screen(plan, cures, split, stages, folder)
     return EXIT_OK

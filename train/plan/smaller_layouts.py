@@ -13,8 +13,8 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-from cluster.driver.shapes import FILE, digest_of, smaller_shapes, with_shape
-from cluster.topology import Shape
+from cluster.driver.shapes import LAYOUTS_FILE, digest_of, smaller_shapes, with_shape
+from cluster.topology import StageShape
 from conf.check import check
 from conf.errors import UserError
 from conf.files import atomic_write_json
@@ -26,13 +26,13 @@ from train.plan.memory.rank_memory import plan_memory
 from train.plan.reserve import reserve_of
 
 
-def planned_shapes(config: Config) -> list[Shape]:
+def planned_shapes(config: Config) -> list[StageShape]:
     """Those that are planned: of every ep the most expert groups that there may be, half of them, and so on."""
-    found, cp = [Shape(config.parallel.stage_ranks, config.parallel.ep)], config.parallel.cp
+    found, cp = [StageShape(config.parallel.stage_ranks, config.parallel.ep)], config.parallel.cp
     for ep in sorted({shape.ep for shape in smaller_shapes(config)}, reverse=True):
         groups = config.parallel.stage_ranks // math.lcm(ep, cp)
         while groups:
-            found.append(Shape(groups * math.lcm(ep, cp), ep))
+            found.append(StageShape(groups * math.lcm(ep, cp), ep))
             groups //= 2
     return list(dict.fromkeys(found))
 
@@ -59,7 +59,7 @@ def write_layouts(path: Path, device: str) -> None:
         record["layouts"] = plan_layouts(replace(config, cluster=replace(config.cluster, device=device)))
     except Exception as error:  # it is told where the plan is missed
         record["problem"] = f"the plan failed: {type(error).__name__}: {error}"
-    atomic_write_json(path.parent / FILE, record)
+    atomic_write_json(path.parent / LAYOUTS_FILE, record)
 
 
 def main(path: str, device: str = "cpu") -> int:

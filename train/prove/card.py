@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from conf.files import atomic_write_text
-from train.metrics.proof_rows import CARD, FILE
+from train.metrics.proof_rows import PROOF_CARD_FILE, PROOF_FILE
 from train.prove.certificate import PROOFS_SAY, Certificate, sharpness_of
 
 VERIFIED = {
@@ -28,8 +28,8 @@ NOT_HERE = {
 
 def write_card(certificate: Certificate, folder: Path) -> Path:
     """Write it beside prove.json."""
-    atomic_write_text(folder / CARD, "\n".join(_lines(certificate)) + "\n")
-    return folder / CARD
+    atomic_write_text(folder / PROOF_CARD_FILE, "\n".join(_lines(certificate)) + "\n")
+    return folder / PROOF_CARD_FILE
 
 
 def _lines(certificate: Certificate) -> Sequence[str]:
@@ -42,7 +42,7 @@ def _lines(certificate: Certificate) -> Sequence[str]:
         "",
         f"Layout: {certificate.layout}. In miniature, {certificate.steps} steps: {' '.join(certificate.cuts)}",
         "",
-        f"What mode=prove has verified; every figure is in `{FILE}`.",
+        f"What mode=prove has verified; every figure is in `{PROOF_FILE}`.",
         "",
         "| what | verified |",
         "|---|---|",

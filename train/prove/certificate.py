@@ -13,7 +13,7 @@ from rich.console import Console
 from conf.files import atomic_write_text
 from conf.screen import Terminal
 from train.metrics.progress import duration
-from train.metrics.proof_rows import CARD, FILE
+from train.metrics.proof_rows import PROOF_CARD_FILE, PROOF_FILE
 from train.metrics.screens import GOOD, WARN, show
 from train.prove.findings import Difference, ProofVerdict, first_of
 
@@ -89,8 +89,8 @@ class Certificate:
         }
 
     def write(self, folder: Path) -> Path:
-        atomic_write_text(folder / FILE, json.dumps(self.record(), indent=1))
-        return folder / FILE
+        atomic_write_text(folder / PROOF_FILE, json.dumps(self.record(), indent=1))
+        return folder / PROOF_FILE
 
     def show(self, path: Path, console: Console | None = None) -> None:
         """On one screen."""
@@ -107,7 +107,7 @@ class Certificate:
         if self.first is not None:
             rows.append(("First", f"{self.first.text()}\n{len(self.differences)} comparisons failed in all"))
         rows.append(("Not proven", "\n".join(NEVER_PROVEN)))
-        rows.append(("Files", f"{path}, {CARD}"))
+        rows.append(("Files", f"{path}, {PROOF_CARD_FILE}"))
         title = f"{self.name}: {said}, in miniature, after {duration(self.seconds)}"
         show(console or Terminal(), title, GOOD if self.holds else WARN, rows)
 

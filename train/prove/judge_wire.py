@@ -24,7 +24,7 @@ from train.prove.sent_rows import ACTIVATION_FLOOR, GRADIENT_FLOOR, sent_in_fp8,
 AT_TOKENS = ("x", "ids", "gates", "y", "d_x", "d_gates", "d_y")
 AT_EXPERTS = ("rows", "row_gates", "counts", "out", "d_rows", "d_row_gates", "d_out")
 BITS = Bound(0.0, "bit for bit: rows are rounded once, where they are sent")
-Seen = dict[str, Tensor]
+SeenTensors = dict[str, Tensor]
 """What the ranks of a group kept of one layer and micro-batch, one rank after another, by the names of watched_dispatcher.py."""
 
 
@@ -37,7 +37,7 @@ class SentRows:
     number: int
     """Of the micro-batch."""
     ranks: list[Evidence]
-    seen: Seen
+    seen: SeenTensors
 
     def place(self) -> tuple[int, bool, int, int]:
         """In the order of the computation."""

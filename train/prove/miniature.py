@@ -46,7 +46,7 @@ from train.prove.bounds import is_tiled
 STEPS = 4
 SEQUENCE = 24
 VOCABULARY = 97
-WIDTH, TILED_WIDTH = 32, 136
+MINIATURE_WIDTH, TILED_WIDTH = 32, 136
 """The second where products are in FP8 or rows travel so: two tiles of 128, of which the last is not full. All other widths have two
 in pass `tiles` alone (train/prove/layouts.py)."""
 DEEP_EP_WIDTH = 128
@@ -208,7 +208,9 @@ def _shrink_layers(cfg: Config, layout: Layout) -> tuple[int, str | list[int]]:
 def _shrink_model(cfg: Config, layout: Layout, layers: int) -> Model:
     model, seq_len = cfg.model, _sequence(cfg, layout)
     tiled = is_tiled(cfg)
-    hidden = min(model.hidden, DEEP_EP_WIDTH if cfg.parallel.dispatch == "deepep" else TILED_WIDTH if tiled else WIDTH)
+    hidden = min(
+        model.hidden, DEEP_EP_WIDTH if cfg.parallel.dispatch == "deepep" else TILED_WIDTH if tiled else MINIATURE_WIDTH
+    )
     yarn = model.yarn
     if cfg.seq_len > yarn.original_seq_len:  # in force because of the length, which it stays
         length = max(1, seq_len * yarn.original_seq_len // cfg.seq_len)

@@ -43,7 +43,7 @@ from train.data.batch import Batch  # noqa: E402
 from train.kernels.choice import build_kernels, choose_kernels  # noqa: E402
 from train.kernels.plain.plain_attention import PlainAttention  # noqa: E402
 from train.loop.resume import find_start, restore  # noqa: E402
-from train.loop.state import State  # noqa: E402
+from train.loop.state import RunState  # noqa: E402
 from train.loop.step import StepOutcome, TrainingStep  # noqa: E402
 from train.loop.stop import StopKind  # noqa: E402
 from train.loop.trainer import Flops, Outputs, Trainer  # noqa: E402
@@ -209,7 +209,7 @@ def _train(proof: str, part: RunPart, place: Place, device: torch.device) -> Non
         timeout=config.cluster.timeout,
     )
     parts = parallelize(config, rank.mesh, device, kernels, restored=part.number > 0)
-    state = State(config, rank.mesh, parts)
+    state = RunState(config, rank.mesh, parts)
     start = Evidence(StepInfo(proof, part.number, 0, place.rank, layout_name(config), device.type))
     if part.number == 0:
         for name, shard in state.zero.shards().items():
@@ -233,7 +233,7 @@ def _train(proof: str, part: RunPart, place: Place, device: torch.device) -> Non
 
 
 @torch.no_grad()
-def fill_state(config: Config, state: State, parts: Parallelized) -> None:
+def fill_state(config: Config, state: RunState, parts: Parallelized) -> None:
     """Give the weights of a proof to the masters, moments of 0, and the biases."""
     weights = initial_weights(config)
     for name, shard in state.zero.shards(copies=True).items():

@@ -18,10 +18,10 @@ from conf.schema import Config
 from train.checkpoint.run_folder import RunPaths
 from train.kernels.cpu.processor import tune_cpu
 from train.loop.layout_check import check_layout
-from train.metrics.proof_rows import CARD, FILE
+from train.metrics.proof_rows import PROOF_CARD_FILE, PROOF_FILE
 from train.prove.layouts import PROOFS, in_layout, layout_name, second_layout
 
-FOLDER = "prove"
+PROOF_FOLDER = "prove"
 """In the run's folder: configuration, logs, and while a proof runs its checkpoints and evidence."""
 
 
@@ -39,8 +39,8 @@ def prove(config: Config, alone: bool) -> int:
     read_recipe(config.precision)  # of a format without a reference nothing could be proven
     run_folder = Path(config.runs).absolute() / config.name
     mini = shrink(config)
-    small = replace(mini.cfg, runs=str(run_folder), name=FOLDER)
-    folder, place = run_folder / FOLDER, given_place()
+    small = replace(mini.cfg, runs=str(run_folder), name=PROOF_FOLDER)
+    folder, place = run_folder / PROOF_FOLDER, given_place()
     if place is None or place.rank == 0:
         _clear(run_folder)
         (folder / "logs").mkdir(parents=True, exist_ok=True)
@@ -127,9 +127,9 @@ def _judge(config: Config, small: Config, cuts: list[str], started: float) -> in
 
 def _clear(run_folder: Path) -> None:
     """An old certificate must not be taken for that of a proof that fails to end."""
-    for name in (FILE, CARD):
+    for name in (PROOF_FILE, PROOF_CARD_FILE):
         (run_folder / name).unlink(missing_ok=True)
-    shutil.rmtree(run_folder / FOLDER, ignore_errors=True)
+    shutil.rmtree(run_folder / PROOF_FOLDER, ignore_errors=True)
 
 
 def _clear_evidence(folder: Path) -> None:

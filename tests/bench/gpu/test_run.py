@@ -15,7 +15,7 @@ from bench.gpu.line import FAIL, NOT_TRIED, PASS, Line
 from bench.gpu.page import draw, shown
 from bench.gpu.parts import MINUTES, PARTS, fitting
 from bench.gpu.run import follow
-from bench.gpu.verdict import PartFound, Verdict
+from bench.gpu.verdict import GpuVerdict, PartFound
 from conf.schema import ROOT
 
 SCHEMA = json.loads((ROOT / "bench" / "gpu" / "verdict.schema.json").read_text())
@@ -116,14 +116,14 @@ def test_the_command_writes_page_and_file_and_fails_where_a_line_does(line, code
 
 
 def test_a_line_that_fails_without_a_reason_breaks_the_schema():
-    verdict = Verdict(True, "H100", {})
+    verdict = GpuVerdict(True, "H100", {})
     verdict.parts.append(PartFound("environment", "title", 1.0, 2.0, [Line("one", FAIL)]))
     with pytest.raises(jsonschema.ValidationError):
         jsonschema.validate(verdict.record(), SCHEMA)
 
 
 def test_a_run_that_was_cut_off_says_so_and_a_complete_one_on_a_gpu_is_no_dry_check():
-    verdict = Verdict(True, "H100", {"torch": "2.13"})
+    verdict = GpuVerdict(True, "H100", {"torch": "2.13"})
     assert "not complete" in draw(verdict)
     verdict.complete = True
     assert "not complete" not in draw(verdict) and "Dry check" not in draw(verdict)

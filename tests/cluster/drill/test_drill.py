@@ -7,7 +7,7 @@ import signal
 import pytest
 
 from cluster.drill.__main__ import DEFAULTS, Drill, main, worst_difference
-from cluster.drill.faults import Ground, small_disk
+from cluster.drill.faults import DrillGround, small_disk
 from cluster.drill.hosts import missing
 from cluster.driver.journal import read_events
 from conf.errors import EXIT_OK, EXIT_STOPPED
@@ -71,7 +71,7 @@ def test_a_full_disk_costs_a_save_and_no_more(tmp_path):
         "cluster.standby=false",
     ]
     folder = tmp_path / "full"
-    ground = Ground(folder, random.Random(1))
+    ground = DrillGround(folder, random.Random(1))
     with small_disk(folder / "checkpoints", 64):
         drill = Drill(words, ground, print)
         drill._launch()

@@ -402,9 +402,9 @@ def test_nodes_that_answer_the_pulse_are_asked_seldom_and_told_apart_from_one_th
     first, second = [event for event in run.events if event["kind"] == "failure"]
     assert first["nodes"] == ["n2"] and "no answer for 2." in first["text"]
     assert second["text"].startswith("rank 1 on n1 ended by signal SIGKILL")
-    assert max(patience) == driver_module.LONGEST and [e["node"] for e in run.events if e["kind"] == "node_lost"] == [
-        "n2"
-    ]
+    assert max(patience) == driver_module.LONGEST_PATIENCE and [
+        e["node"] for e in run.events if e["kind"] == "node_lost"
+    ] == ["n2"]
 
 
 def test_many_nodes_that_do_not_answer_the_pulse_are_named(tmp_path, monkeypatch):

@@ -7,7 +7,7 @@ from types import SimpleNamespace
 import pytest
 
 from cluster.driver import messages as m
-from cluster.driver.shapes import FILE, Shapes, digest_of, with_shape
+from cluster.driver.shapes import LAYOUTS_FILE, Shapes, digest_of, with_shape
 from cluster.node import preflight
 from cluster.topology import Node, Placement, place
 from conf.check import check
@@ -31,7 +31,7 @@ def paper(tmp_path_factory) -> Shapes:
     write_config(config, str(folder / "config.yaml"))
     layouts = [{"dp": dp, "ep": ep, "bytes": size * GB} for ep in NEEDED for dp, size in NEEDED[ep].items()]
     plan = {"config": digest_of(folder), "layouts": layouts, "problem": None}
-    (folder / FILE).write_text(json.dumps(plan))
+    (folder / LAYOUTS_FILE).write_text(json.dumps(plan))
     return Shapes(config, folder)
 
 
@@ -61,7 +61,7 @@ def test_what_is_not_planned_keeps_its_ep(paper, tmp_path):
     assert (found.dp, found.ep, len(found.spares)) == (64, 64, 127)
     assert "no plan says yet" in fresh.why_idle(found.shape, nodes_of(255, gigabytes=141))
     stale = {"config": "of another recipe", "layouts": [], "problem": None}
-    (tmp_path / FILE).write_text(json.dumps(stale))
+    (tmp_path / LAYOUTS_FILE).write_text(json.dumps(stale))
     assert not fresh.is_planned
     below = choose(paper, nodes_of(255, gigabytes=80))
     assert below.ep == 64, "a plan by which the run itself does not fit is not believed"

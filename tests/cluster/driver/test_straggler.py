@@ -5,9 +5,9 @@ from collections.abc import Iterator
 
 import pytest
 
-from cluster.driver.straggler import BLOCK, BLOCKS, Slow, Stragglers
+from cluster.driver.straggler import BLOCK_STEPS, WINDOW_BLOCKS, SlowRank, Stragglers
 
-WINDOW = BLOCK * BLOCKS
+WINDOW = BLOCK_STEPS * WINDOW_BLOCKS
 
 
 def timings(
@@ -31,7 +31,9 @@ def timings(
         yield found
 
 
-def named(steps, slow: int | None = None, by: float = 1.3, stages=None, factor: float = 1.2) -> list[tuple[int, Slow]]:
+def named(
+    steps, slow: int | None = None, by: float = 1.3, stages=None, factor: float = 1.2
+) -> list[tuple[int, SlowRank]]:
     """Who is named, and after how many steps; rank `slow` takes `by` times as long as the timings say."""
     rule, found = None, []
     for number, seconds in enumerate(steps, 1):
@@ -57,7 +59,7 @@ def test_a_rank_that_takes_30_percent_more_is_named_once_and_soon(ranks):
         ((after, slow),) = named(timings(seed, ranks, 4 * WINDOW, noise=0.1), slow=1)
         assert slow.rank == 1 and 1.15 < slow.seconds / slow.median < 1.45
         late.append(after)
-    assert sorted(late)[5] <= WINDOW + BLOCK and max(late) <= 2 * WINDOW, late
+    assert sorted(late)[5] <= WINDOW + BLOCK_STEPS and max(late) <= 2 * WINDOW, late
 
 
 def test_a_rank_that_becomes_slow_recovers_and_becomes_slow_again_is_two_episodes():
@@ -66,7 +68,7 @@ def test_a_rank_that_becomes_slow_recovers_and_becomes_slow_again_is_two_episode
     found = named([*calm, *slow, *calm, *slow])
     assert [each.rank for _, each in found] == [1, 1]
     assert 2 * WINDOW < found[0][0] <= 3 * WINDOW and found[1][0] > 7 * WINDOW
-    assert found[0][1] == Slow(1, 1.5, pytest.approx(1.0))
+    assert found[0][1] == SlowRank(1, 1.5, pytest.approx(1.0))
 
 
 def test_stages_that_have_more_work_are_no_stragglers():

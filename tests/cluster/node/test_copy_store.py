@@ -13,7 +13,7 @@ import pytest
 from cluster.driver.copies import Copies
 from cluster.node import copy_store as memory
 from cluster.node.copy_store import Peer, SetId, Store, folder_name, held, prune, sweep
-from cluster.topology import Node, Shape, place
+from cluster.topology import Node, StageShape, place
 
 FIRST, SECOND, THIRD = (SetId(1, step, 3).name for step in (5, 10, 15))
 DATA = "rank_00001.safetensors"
@@ -224,7 +224,7 @@ def test_the_newest_set_is_whole_on_the_nodes_that_answer(tmp_path):
     assert copies.newest(["id0", "id1"]) == SetId(1, 10, 3) and copies.newest(["id1", "id2"]) == SetId(1, 5, 3)
     copies.forget("id0")
     left = {id: node for id, node in nodes.items() if id != "id0"}
-    placement = place(list(left.values())[:1], 1, [Shape(1, 1)])
+    placement = place(list(left.values())[:1], 1, [StageShape(1, 1)])
     shelves = copies.shelves(placement, left, full_size=False, auto=True)
     assert shelves.resume == FIRST and shelves.holders == [[0], [0, 1], [1]]
     assert [shelf.ranks for shelf in shelves.nodes] == [[0], []] and shelves.next(0) is None

@@ -178,7 +178,7 @@ def test_amx_is_left_to_torch_and_the_rate_of_bf16_is_one_of_a_cpu(monkeypatch):
     native.products_pay.cache_clear()
     try:
         pays = native.products_pay()
-        assert pays == (rate() < native.SLOW and "amx_bf16" not in native.cpu_features().split())
+        assert pays == (rate() < native.SLOW_SHARE and "amx_bf16" not in native.cpu_features().split())
         assert 0 <= rate() < 20
         native.products_pay.cache_clear()
         monkeypatch.setattr(native, "cpu_features", lambda: "flags : amx_bf16 avx512_bf16")

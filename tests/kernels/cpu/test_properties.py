@@ -26,7 +26,7 @@ from train.kernels.cpu.cpp_function import Array, Kernel, Number, Parameter, Str
 from train.kernels.fp8 import scaled_products
 from train.kernels.fp8.compiled_casts import load_casts
 from train.kernels.fp8.formats import E4M3, E5M2, E5M6, TILE, WHOLE, Cast, unpack_e5m6
-from train.kernels.fp8.groups import Groups
+from train.kernels.fp8.groups import PaddedGroups
 from train.kernels.fp8.quantize import Quantized, dequantize_reference, quantize_reference
 from train.kernels.plain.heads import PlainHeads
 from train.kernels.plain.plain_kernels import PlainKernels
@@ -434,7 +434,7 @@ def scaled_product(draw: Draw) -> None:
         )
         got = scaled_products.product(left, right, dtype)
         return check_product(got, left_values, right_values)
-    groups = Groups(torch.tensor(rows_of_experts(draw)))
+    groups = PaddedGroups(torch.tensor(rows_of_experts(draw)))
     left, left_values = scaled(draw, normal(groups.rows, contraction))
     right, right_values = scaled(draw, normal(len(groups.counts), draw(widths), contraction))
     got = scaled_products.grouped(left, right, groups, dtype)

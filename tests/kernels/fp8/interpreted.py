@@ -20,7 +20,7 @@ from train.kernels.fp8.cast_rules import OperandRule
 from train.kernels.fp8.formats import E4M3, E5M2, E5M6, Cast
 from train.kernels.fp8.fp8 import Fp8Precision
 from train.kernels.fp8.grouped_products import DeepGemmProducts, TritonProducts, load_deep_gemm
-from train.kernels.fp8.groups import Groups
+from train.kernels.fp8.groups import PaddedGroups
 from train.kernels.fp8.products import CpuEngine
 from train.kernels.fp8.quantize import dequantize, dequantize_reference, quantize, quantize_reference
 
@@ -82,7 +82,7 @@ def test_kernels_give_the_bits_of_the_reference(dtype):
 @pytest.mark.parametrize("counts", [[3, 0, 130, 7], [128, 0, 0, 128], [0, 0, 0, 0], [0, 0, 0, 5]])
 def test_rows_of_experts_are_cast_where_they_lie(counts):
     """Without padding: the bits of a reference whose rows are padded. The tiles behind the last expert's are not compared."""
-    groups, rows = Groups(torch.tensor(counts)), sum(counts)
+    groups, rows = PaddedGroups(torch.tensor(counts)), sum(counts)
     x, ends = wide(max(rows, 1), 256)[:rows].bfloat16(), torch.tensor(counts).cumsum(0, dtype=torch.int32)
     for pow2 in (False, True):
         tiles, columns = Cast(E4M3, (1, 128), pow2), Cast(E4M3, (128, 1), not pow2, 1e-12)
@@ -251,7 +251,7 @@ def _compare(outputs: list[torch.Tensor], inputs: list[torch.Tensor]) -> None:
 
 @pytest.mark.parametrize("engine", ["deepgemm"], indirect=True)
 def test_grouped_operands_of_deep_gemm_are_flat_per_expert(engine):
-    groups = Groups(torch.tensor([100, 0, 130]))
+    groups = PaddedGroups(torch.tensor([100, 0, 130]))
     x = groups.pad(wide(230, 128).bfloat16())
     rule = OperandRule(E4M3, "1x128", False, 1e-4)
     tiles = engine.operand(x, rule, transposed=True, groups=groups)

@@ -189,7 +189,7 @@ def test_without_a_compiler_the_cure_is_named(monkeypatch, tmp_path):
 def test_what_the_compiler_says_is_shown(monkeypatch, tmp_path):
     source = tmp_path / "casts.cpp"
     source.write_text("this is not C++")
-    monkeypatch.setattr(compiled, "SOURCE", replace(compiled.SOURCE, path=source))
+    monkeypatch.setattr(compiled, "CASTS_SOURCE", replace(compiled.CASTS_SOURCE, path=source))
     monkeypatch.setenv("SLUICE_CACHE", str(tmp_path / "cache"))
     with pytest.raises(UserError, match=r"cannot build casts\.cpp:(.|\n)*error"):
         load_casts.__wrapped__()

@@ -15,7 +15,7 @@ from train.kernels.cpu.cpp_build import has_avx2
 from train.kernels.fp8 import fp8, swiglu
 from train.kernels.fp8.formats import E4M3, E5M2, E5M6, Cast
 from train.kernels.fp8.fp8 import Fp8Precision
-from train.kernels.fp8.groups import Groups
+from train.kernels.fp8.groups import PaddedGroups
 from train.kernels.fp8.quantize import dequantize_reference, quantize_reference
 from train.kernels.plain.high import HighPrecision
 from train.model.recompute import Recomputed
@@ -207,7 +207,7 @@ def test_experts_follow_the_paper_each_on_its_own(agrees: Check):
 
 def test_experts_keep_a_byte_a_value():
     rows, gates, w13, w2 = (tensor.requires_grad_() for tensor in experts_inputs())
-    padded = Groups(COUNTS).rows
+    padded = PaddedGroups(COUNTS).rows
     for precision, values in (
         (build(), padded * (160 + 192)),
         (HighPrecision(torch.bfloat16, build_kernels("cpu")), None),

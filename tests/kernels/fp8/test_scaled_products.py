@@ -16,7 +16,7 @@ from train.kernels.fp8.compiled_casts import CompiledCasts, load_casts
 from train.kernels.fp8.compiled_engine import CompiledEngine
 from train.kernels.fp8.formats import E4M3, E5M2, TILE, WHOLE, Cast
 from train.kernels.fp8.fp8 import Fp8Precision, cpu_engine
-from train.kernels.fp8.groups import Groups
+from train.kernels.fp8.groups import PaddedGroups
 from train.kernels.fp8.products import CpuEngine, Source
 from train.kernels.fp8.quantize import dequantize_reference, quantize_reference
 
@@ -87,7 +87,7 @@ def test_a_bf16_operand_counts_with_scale_one():
 @pytest.mark.parametrize("pow2", [(False, False), (False, True), (True, False)])
 def test_grouped_products_are_those_of_each_expert(kinds, counts, pow2):
     """Padded rows are zero; an expert without rows has a gradient of zeros."""
-    engine, plain, groups = ours(), CpuEngine(), Groups(torch.tensor(counts))
+    engine, plain, groups = ours(), CpuEngine(), PaddedGroups(torch.tensor(counts))
     rules = [OperandRule(E4M3, kind, two, 1e-4) for kind, two in zip(kinds, pow2, strict=True)]
     rows, g = (groups.pad(normal(sum(counts), width, seed=3)) for width in (160, 97))
     weight = normal(len(counts), 97, 160, seed=4)
@@ -110,7 +110,7 @@ def test_grouped_products_are_those_of_each_expert(kinds, counts, pow2):
 
 
 def test_dgrad_takes_the_weights_of_experts_transposed():
-    engine, plain, groups = ours(), CpuEngine(), Groups(torch.tensor([150, 0, 90]))
+    engine, plain, groups = ours(), CpuEngine(), PaddedGroups(torch.tensor([150, 0, 90]))
     rule, blocks = OperandRule(E4M3, "1x128", False, 1e-12), OperandRule(E4M3, "128x128", False, 1e-4)
     dy, weight = groups.pad(normal(240, 200)), normal(3, 200, 130, seed=1)
     results = []
@@ -234,7 +234,7 @@ def test_plans_allocate_what_runs_do(packed):
     """Every tensor of a linear layer's three products and of SwiGLU, on the meta device and for real."""
 
     def tensors(engine: CpuEngine, device: str) -> list[tuple]:
-        rule, groups = OperandRule(E4M3, "1x128", False, 1e-4), Groups(torch.tensor([30, 140]))
+        rule, groups = OperandRule(E4M3, "1x128", False, 1e-4), PaddedGroups(torch.tensor([30, 140]))
         x, gates = normal(groups.rows, 300).to(device), torch.rand(groups.rows).to(device)
         kept = engine.keep(x, rule.cast())
         turned = engine.operand(kept, rule, transposed=True, groups=groups)

@@ -12,7 +12,7 @@ from train.kernels.gpu import triton_adamw
 from train.optim.adamw import AdamW, _settings
 
 torch.set_num_threads(1)
-SIZES = (3, triton_adamw.CHUNK + 77, 0, 4096)
+SIZES = (3, triton_adamw.PROGRAM_ELEMENTS + 77, 0, 4096)
 
 
 @pytest.fixture(autouse=True)

@@ -8,7 +8,7 @@ from conf.load import compose
 from conf.schema import Model
 from train.kernels.choice import build_kernels, choose_kernels
 from train.kernels.gpu import attention_choice
-from train.kernels.gpu.attention_choice import PARTS, choose_attention, problem_of
+from train.kernels.gpu.attention_choice import ATTENTION_PARTS, choose_attention, problem_of
 from train.kernels.gpu.fused_attention import AttentionByKind, CudnnAttention, EfficientAttention, FlashAttention
 from train.kernels.plain.high import HighPrecision
 from train.kernels.plain.plain_attention import PlainAttention
@@ -53,7 +53,7 @@ class HalvedKeys(PlainAttention):
         return dq, dk / 2, dv
 
 
-@pytest.mark.parametrize("part", PARTS)
+@pytest.mark.parametrize("part", ATTENTION_PARTS)
 @pytest.mark.parametrize("recipe", ["bf16", "fp32", "fp8"])
 def test_right_values_pass_and_wrong_ones_are_named(config, part, recipe):
     config = compose(*HEADS, f"precision={recipe}")
@@ -121,7 +121,7 @@ def test_ranks_that_share_sequences_try_blocks_of_keys_with_both(cores, monkeypa
     choose_attention(compose(*HEADS, "data.mask_documents=true", "parallel.cp=2", "parallel.dp=1"), CPU)
     assert tried == [
         *((cores["one"], part) for part in ("whole sequences", "blocks of keys")),
-        *((cores["two"], part) for part in PARTS),
+        *((cores["two"], part) for part in ATTENTION_PARTS),
     ]
 
 

@@ -7,9 +7,8 @@ import torch
 from tests.prove.mutations.fp8 import ATTENTION, EXPERTS, LOW, MADE, WEIGHTS, with_recipe, with_rules
 from tests.prove.mutations.registry import BACKWARD, FORWARD, OURS, mutation
 from tests.prove.mutations.seams import Seams
-from train.kernels.fp8 import cast_rules as recipe
-from train.kernels.fp8 import swiglu
-from train.kernels.fp8.cast_rules import OperandRule, Recipe
+from train.kernels.fp8 import cast_rules, swiglu
+from train.kernels.fp8.cast_rules import CastRules, OperandRule
 from train.kernels.fp8.compiled_casts import CompiledCasts
 from train.kernels.fp8.compiled_engine import CompiledEngine
 from train.kernels.fp8.formats import E4M3, E5M2, E5M6, TILE, Cast
@@ -40,7 +39,7 @@ def swiglu_kept_in_e5m2(bug: Seams) -> None:
 
 @mutation(OURS + ": attention's output is kept in E4M3", "fp8", BACKWARD, ATTENTION, LOW)
 def attention_output_kept_in_e4m3(bug: Seams) -> None:
-    def change(made: Recipe) -> Recipe:
+    def change(made: CastRules) -> CastRules:
         return replace(made, output=replace(made.output, cache=Cast(E4M3, (1, TILE), True, 1e-4)))
 
     with_recipe(bug, change)
@@ -65,4 +64,4 @@ def recomputed_swiglu_without_the_gate(bug: Seams) -> None:
 
 @mutation(OURS + ": products fall back to bf16 in silence", "fp8", FORWARD, MADE, LOW)
 def products_in_bf16(bug: Seams) -> None:
-    bug.around(recipe, "parse_rule", lambda original, text, floor: OperandRule(None))
+    bug.around(cast_rules, "parse_rule", lambda original, text, floor: OperandRule(None))

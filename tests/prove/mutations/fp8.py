@@ -8,12 +8,11 @@ from torch import Tensor
 
 from tests.prove.mutations.registry import BACKWARD, FORWARD, OURS, mutation
 from tests.prove.mutations.seams import Seams
-from train.kernels.fp8 import cast_rules as recipe
-from train.kernels.fp8 import experts, fp8, linear
-from train.kernels.fp8.cast_rules import OperandRule, Recipe
+from train.kernels.fp8 import cast_rules, experts, fp8, linear
+from train.kernels.fp8.cast_rules import CastRules, OperandRule
 from train.kernels.fp8.compiled_casts import CompiledCasts
 from train.kernels.fp8.compiled_engine import CompiledEngine
-from train.kernels.fp8.groups import Groups
+from train.kernels.fp8.groups import PaddedGroups
 from train.kernels.fp8.quantize import Quantized, fitted
 from train.kernels.plain.plain_kernels import added
 
@@ -40,13 +39,13 @@ def is_weight(rule: OperandRule) -> bool:
     return rule.granularity == "128x128"
 
 
-def with_recipe(bug: Seams, change: Callable[[Recipe], Recipe]) -> None:
+def with_recipe(bug: Seams, change: Callable[[CastRules], CastRules]) -> None:
     bug.around(fp8, "build_recipe", lambda original, section: change(original(section)))
 
 
 def with_rules(bug: Seams, change: Callable[[str, float], tuple[str, float]]) -> None:
     """change(text, floor) before an operand's rule is made of them."""
-    bug.around(recipe, "parse_rule", lambda original, text, floor: original(*change(text, floor)))
+    bug.around(cast_rules, "parse_rule", lambda original, text, floor: original(*change(text, floor)))
 
 
 # --- Products ---------------------------------------------------------------------------------------------------------
@@ -175,7 +174,7 @@ def rows_of_padding_taken(bug: Seams) -> None:
             return original(self, rows_PX)
         return rows_PX.index_select(0, (self.slots_R + 1) % len(rows_PX))
 
-    bug.around(Groups, "unpad", unpad)
+    bug.around(PaddedGroups, "unpad", unpad)
 
 
 # --- Scales -----------------------------------------------------------------------------------------------------------

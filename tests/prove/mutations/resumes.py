@@ -8,7 +8,7 @@ from tests.prove.mutations.registry import OURS, RESUME, SETTINGS, mutation
 from tests.prove.mutations.seams import Seams
 from train.checkpoint import read_shards
 from train.checkpoint.staging import StagingBuffers
-from train.loop.state import State
+from train.loop.state import RunState
 from train.optim.schedules import Schedules
 
 
@@ -22,7 +22,7 @@ def resumed_one_sample_off(bug: Seams) -> None:
     def finish_load(original, self, meta, with_ema):
         original(self, meta | {"samples": meta["samples"] + 1}, with_ema)
 
-    bug.around(State, "finish_load", finish_load)
+    bug.around(RunState, "finish_load", finish_load)
 
 
 @mutation("flagos-ai/FlagScale#411: balance biases are not in the checkpoint", "copies", RESUME, "bias")
@@ -32,7 +32,7 @@ def biases_lost_in_the_checkpoint(bug: Seams) -> None:
         for one in self.routers.values():
             one.bias_E.zero_()
 
-    bug.around(State, "finish_load", finish_load)
+    bug.around(RunState, "finish_load", finish_load)
 
 
 @mutation(
@@ -45,7 +45,7 @@ def adam_count_lost_in_the_checkpoint(bug: Seams) -> None:
     def finish_load(original, self, meta, with_ema):
         original(self, meta | {"updates": 0}, with_ema)
 
-    bug.around(State, "finish_load", finish_load)
+    bug.around(RunState, "finish_load", finish_load)
 
 
 @mutation("LBANN/lbann#1510: one of the two moments is not handed on", "copies", RESUME, "exp_avg")
@@ -56,7 +56,7 @@ def moments_lost_in_the_checkpoint(bug: Seams) -> None:
             if name.startswith("exp_avg_sq."):
                 shard.local.zero_()
 
-    bug.around(State, "finish_load", finish_load)
+    bug.around(RunState, "finish_load", finish_load)
 
 
 @mutation(
@@ -69,7 +69,7 @@ def average_lost_in_the_checkpoint(bug: Seams) -> None:
     def finish_load(original, self, meta, with_ema):
         original(self, meta, with_ema=False)
 
-    bug.around(State, "finish_load", finish_load)
+    bug.around(RunState, "finish_load", finish_load)
 
 
 @mutation(
@@ -84,7 +84,7 @@ def resumed_from_the_average(bug: Seams) -> None:
             self.zero.shards()["master." + name.removeprefix("ema.")].local.copy_(shard.local)
         original(self, meta, with_ema)
 
-    bug.around(State, "finish_load", finish_load)
+    bug.around(RunState, "finish_load", finish_load)
 
 
 @mutation(
@@ -116,7 +116,7 @@ def masters_from_rounded_weights(bug: Seams) -> None:
                 shard.local.copy_(shard.local.bfloat16())
         original(self, meta, with_ema)
 
-    bug.around(State, "finish_load", finish_load)
+    bug.around(RunState, "finish_load", finish_load)
 
 
 @mutation(
@@ -129,7 +129,7 @@ def both_moments_lost(bug: Seams) -> None:
                 shard.local.zero_()
         original(self, meta, with_ema)
 
-    bug.around(State, "finish_load", finish_load)
+    bug.around(RunState, "finish_load", finish_load)
 
 
 @mutation(OURS + ": the two moments change places", "copies", RESUME, "state (from the|in a) checkpoint")
@@ -143,7 +143,7 @@ def moments_change_places(bug: Seams) -> None:
             second.copy_(held)
         original(self, meta, with_ema)
 
-    bug.around(State, "finish_load", finish_load)
+    bug.around(RunState, "finish_load", finish_load)
 
 
 @mutation("flagos-ai/FlagScale#411: biases reach the first rank alone", "copies", RESUME, "bias")
@@ -153,7 +153,7 @@ def biases_reach_the_first_rank_alone(bug: Seams) -> None:
         for one in self.routers.values() if self.mesh.rank else ():
             one.bias_E.zero_()
 
-    bug.around(State, "finish_load", finish_load)
+    bug.around(RunState, "finish_load", finish_load)
 
 
 @mutation(
@@ -188,7 +188,7 @@ def experts_of_another_rank_read(bug: Seams) -> None:
                 shards[name] = replace(shard, offset=(shard.offset + size) % most)
         return shards
 
-    bug.around(State, "wanted", wanted)
+    bug.around(RunState, "wanted", wanted)
 
 
 @mutation("NVIDIA-NeMo/Speech#3293: warm-up begins again", "copies", (RESUME, SETTINGS), "lr")
@@ -210,7 +210,7 @@ def data_begin_again(bug: Seams) -> None:
     def finish_load(original, self, meta, with_ema):
         original(self, meta | {"samples": 0}, with_ema)
 
-    bug.around(State, "finish_load", finish_load)
+    bug.around(RunState, "finish_load", finish_load)
 
 
 @mutation(
@@ -243,7 +243,7 @@ def schedules_of_the_run_before(bug: Seams) -> None:
         before = Schedules(replace(self.config, steps=steps[0], resume="never")).plan(min(step, steps[0]))
         return replace(found, lr=before.lr, mtp_weight=before.mtp_weight)
 
-    bug.around(State, "finish_load", finish_load)
+    bug.around(RunState, "finish_load", finish_load)
     bug.around(Schedules, "plan", plan)
 
 

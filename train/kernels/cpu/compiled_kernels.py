@@ -8,9 +8,9 @@ from torch import Tensor
 
 from train.kernels.cpu import compiled_products, compiled_rows
 from train.kernels.cpu.compiled_attention import CompiledAttention
-from train.kernels.cpu.libraries import NAMES
+from train.kernels.cpu.libraries import LIBRARY_NAMES
 from train.kernels.plain.plain_kernels import PlainKernels
-from train.model.operations import Groups
+from train.model.operations import ExpertGroups
 from train.model.weight_gradient import LinearProduct
 
 
@@ -20,7 +20,7 @@ class CompiledKernels(PlainKernels):
     def __init__(self, products: bool):
         self._products = products
         self.core = CompiledAttention()
-        self.parts = tuple(name for name in NAMES if products or name != "products")
+        self.parts = tuple(name for name in LIBRARY_NAMES if products or name != "products")
 
     def rms_norm(self, x: Tensor, weight_D: Tensor, eps: float) -> tuple[Tensor, Tensor]:
         kernel = compiled_rows.rms_norm if _in_bf16(x, weight_D) else super().rms_norm
@@ -59,13 +59,13 @@ class CompiledKernels(PlainKernels):
         kernel = compiled_products.product if self.compiles_product(left_OC, right_NC) else super().product
         return kernel(left_OC, right_NC, dtype, into_ON)
 
-    def grouped_product(self, x_RI: Tensor, weight_EIO: Tensor, groups: Groups) -> Tensor:
+    def grouped_product(self, x_RI: Tensor, weight_EIO: Tensor, groups: ExpertGroups) -> Tensor:
         if not self.compiles_product(x_RI, weight_EIO):
             return super().grouped_product(x_RI, weight_EIO, groups)
         return compiled_products.grouped(x_RI, weight_EIO.mT, groups)
 
     def grouped_weight_gradient(
-        self, grad_RO: Tensor, x_RI: Tensor, groups: Groups, dtype: torch.dtype, into_EOI: Tensor | None = None
+        self, grad_RO: Tensor, x_RI: Tensor, groups: ExpertGroups, dtype: torch.dtype, into_EOI: Tensor | None = None
     ) -> Tensor:
         if not self.compiles_product(grad_RO, x_RI):
             return super().grouped_weight_gradient(grad_RO, x_RI, groups, dtype, into_EOI)

@@ -16,7 +16,18 @@ import torch
 from torch import Tensor
 from torch.profiler import record_function
 
-from train.kernels.cpu.cpp_function import PLAIN, Array, Kernel, Number, Parameter, Size, Struct, Table, Threads, table
+from train.kernels.cpu.cpp_function import (
+    PLAIN_CLASSES,
+    Array,
+    Kernel,
+    Number,
+    Parameter,
+    Size,
+    Struct,
+    Table,
+    Threads,
+    table,
+)
 from train.kernels.cpu.libraries import library
 
 NO_SCALES = (None, 0)
@@ -118,5 +129,5 @@ def readable(x: Tensor) -> Tensor:
     """The same, side by side in memory along the last axis or the one before, and with its values there
     (`parallel.expert.quantized_rows` has others, and gives them to torch's operations alone).
     """
-    x = x if type(x) in PLAIN else x.view(x.shape)
+    x = x if type(x) in PLAIN_CLASSES else x.view(x.shape)
     return x if 1 in x.stride()[-2:] else x.contiguous()

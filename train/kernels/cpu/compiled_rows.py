@@ -13,35 +13,35 @@ from torch.autograd.function import once_differentiable
 from train.kernels.cpu.cpp_function import Array, Kernel, Number, Size, Struct, Threads
 from train.kernels.cpu.libraries import library
 
-BF16, FP32, INT64 = torch.bfloat16, torch.float32, torch.int64
+_BF16, _FP32, _INT64 = torch.bfloat16, torch.float32, torch.int64
 _load = partial(library, "rows")
 
 _rms_norm_forward = Kernel(
     _load, "rms_norm_forward",
-    x=Array(BF16, "N D", apart=1), weight=Array(BF16, "D"), y=Array(BF16, "*N D", out=True),
-    rstd=Array(FP32, "*N 1", out=True), rows=Size("N"), width=Size("D"), eps=Number(c_float), threads=Threads(),
+    x=Array(_BF16, "N D", apart=1), weight=Array(_BF16, "D"), y=Array(_BF16, "*N D", out=True),
+    rstd=Array(_FP32, "*N 1", out=True), rows=Size("N"), width=Size("D"), eps=Number(c_float), threads=Threads(),
 )  # fmt: skip
 _rms_norm_backward = Kernel(
     _load, "rms_norm_backward",
-    grad=Array(BF16, "N D", apart=1), x=Array(BF16, "N D", apart=1), weight=Array(BF16, "D"),
-    rstd=Array(FP32, "*N 1"), dx=Array(BF16, "*N D", out=True, optional=True),
-    dweight=Array(FP32, "D", out=True, optional=True), rows=Size("N"), width=Size("D"), threads=Threads(),
+    grad=Array(_BF16, "N D", apart=1), x=Array(_BF16, "N D", apart=1), weight=Array(_BF16, "D"),
+    rstd=Array(_FP32, "*N 1"), dx=Array(_BF16, "*N D", out=True, optional=True),
+    dweight=Array(_FP32, "D", out=True, optional=True), rows=Size("N"), width=Size("D"), threads=Threads(),
 )  # fmt: skip
 _swiglu_forward = Kernel(
     _load, "swiglu_forward",
-    h=Array(BF16, "N 2*F", apart=1), gates=Array(FP32, "N", optional=True), out=Array(BF16, "N F", out=True),
+    h=Array(_BF16, "N 2*F", apart=1), gates=Array(_FP32, "N", optional=True), out=Array(_BF16, "N F", out=True),
     rows=Size("N"), inner=Size("F"), threads=Threads(),
 )  # fmt: skip
 _swiglu_backward = Kernel(
     _load, "swiglu_backward",
-    grad=Array(BF16, "N F", apart=1), h=Array(BF16, "N 2*F", apart=1), gates=Array(FP32, "N", optional=True),
-    dh=Array(BF16, "N 2*F", out=True), dgates=Array(FP32, "N", out=True, optional=True),
+    grad=Array(_BF16, "N F", apart=1), h=Array(_BF16, "N 2*F", apart=1), gates=Array(_FP32, "N", optional=True),
+    dh=Array(_BF16, "N 2*F", out=True), dgates=Array(_FP32, "N", out=True, optional=True),
     rows=Size("N"), inner=Size("F"), threads=Threads(),
 )  # fmt: skip
 _sort_by_expert = Kernel(
     _load, "sort_by_expert", c_bool,
-    expert=Array(INT64, "T K"), order=Array(INT64, "T*K", out=True), inverse=Array(INT64, "T*K", out=True),
-    tokens=Array(INT64, "T*K", out=True), counts=Array(INT64, "E", out=True),
+    expert=Array(_INT64, "T K"), order=Array(_INT64, "T*K", out=True), inverse=Array(_INT64, "T*K", out=True),
+    tokens=Array(_INT64, "T*K", out=True), counts=Array(_INT64, "E", out=True),
     rows=Size("T*K"), k=Size("K"), experts=Size("E"),
 )  # fmt: skip
 
@@ -51,8 +51,8 @@ def _heads(name: str, back: bool) -> Kernel:
     first = {"q": "B T H nope+R", "kv": "B T H nope+V", "shared": "B T 1 R"}
     second = {"queries": "B H T nope+R", "keys": "B H T nope+R", "values": "B H T V"}
     split = Struct(
-        **{tensor: Array(BF16, sizes, apart=3, out=back) for tensor, sizes in first.items()},
-        **{tensor: Array(BF16, sizes, apart=3, out=not back) for tensor, sizes in second.items()},
+        **{tensor: Array(_BF16, sizes, apart=3, out=back) for tensor, sizes in first.items()},
+        **{tensor: Array(_BF16, sizes, apart=3, out=not back) for tensor, sizes in second.items()},
         table=Array(torch.complex64, "T R/2"), batch=Size("B"), heads=Size("H"), length=Size("T"),
         nope=Number(c_int64), rope=Size("R"), value=Size("V"),
     )  # fmt: skip

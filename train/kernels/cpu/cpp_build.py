@@ -23,7 +23,7 @@ from pathlib import Path
 
 from conf.errors import UserError
 
-FLAGS = ["-std=c++17", "-O3", "-fno-math-errno", "-fno-trapping-math", "-fwrapv", "-shared", "-fPIC"]
+COMPILER_FLAGS = ["-std=c++17", "-O3", "-fno-math-errno", "-fno-trapping-math", "-fwrapv", "-shared", "-fPIC"]
 """Integers wrap, as the bits of what is not finite do."""
 NATIVE = {"x86_64": ["-march=native", "-mprefer-vector-width=512"], "aarch64": ["-mcpu=native"]}
 """By machine: the widest vectors that the CPU has."""
@@ -80,7 +80,7 @@ def _built(source: CppSource) -> Path:
     """The shared library for this source, compiler and CPU."""
     compiler = _compiler(source)
     openmp = ["-fopenmp"] if sys.platform.startswith("linux") else []
-    command = [*compiler, *FLAGS, *source.flags, *NATIVE.get(platform.machine(), []), *openmp]
+    command = [*compiler, *COMPILER_FLAGS, *source.flags, *NATIVE.get(platform.machine(), []), *openmp]
     texts = [path.read_bytes() for path in (source.path, *source.headers)]
     parts = [
         " ".join(command).encode(),

@@ -22,7 +22,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-PLAIN = (Tensor, torch.nn.Parameter)
+PLAIN_CLASSES = (Tensor, torch.nn.Parameter)
 """Classes whose values lie at their address."""
 
 
@@ -90,7 +90,7 @@ class Array:
         if x is None and self._optional:
             call.sizes[f"{name}_dtype"] = 0  # of no meaning
             return [0] * len(self.types)
-        if type(x) not in PLAIN or x.dtype not in self._dtypes or not self._has_values(name, x, call):
+        if type(x) not in PLAIN_CLASSES or x.dtype not in self._dtypes or not self._has_values(name, x, call):
             raise _Unfit(name, self, x)
         if len(self._dtypes) > 1:
             call.sizes[f"{name}_dtype"] = self._dtypes.index(x.dtype)

@@ -12,9 +12,9 @@ from conf.errors import UserError
 from train.kernels.cpu.cpp_build import CppSource, cpu_features, has_avx2, load
 from train.kernels.cpu.cpp_function import Kernel
 
-NAMES = ("adamw", "attention", "products", "rows")
+LIBRARY_NAMES = ("adamw", "attention", "products", "rows")
 """The C++ files, each a library."""
-SLOW = 0.75
+SLOW_SHARE = 0.75
 """Of the rate of FMA: torch's products reach nine tenths of what a CPU has for bf16, compiled ones eight tenths of FMA's."""
 
 
@@ -24,7 +24,7 @@ def why_absent() -> str | None:
     if not has_avx2():
         return "this CPU has no AVX2"
     try:
-        for name in NAMES:
+        for name in LIBRARY_NAMES:
             library(name)
     except UserError as error:
         return str(error)
@@ -40,7 +40,7 @@ def products_pay(measured: bool = True) -> bool:
     measured: false for what the CPU says of itself, the same in every run: where it has no bf16.
     """
     features = cpu_features().split()
-    return "amx_bf16" not in features and (_bf16_rate() < SLOW if measured else "avx512_bf16" not in features)
+    return "amx_bf16" not in features and (_bf16_rate() < SLOW_SHARE if measured else "avx512_bf16" not in features)
 
 
 @cache

@@ -1,4 +1,4 @@
-"""The FP8 recipe as objects: which operand of which product is cast how (paper 3.3; `conf.schema.Fp8` is its text form).
+"""The rules of FP8 casts as objects: which operand of which product is cast how (paper 3.3; `conf.schema.Fp8` is its text form).
 
 A linear layer has three products, each of a left and a right operand:
 
@@ -45,7 +45,7 @@ class Product(NamedTuple):
 
 
 @dataclass(frozen=True)
-class LinearRecipe:
+class LayerCasts:
     """The three products of a linear layer, and the form in which its input waits for Wgrad."""
 
     fprop: Product
@@ -56,14 +56,14 @@ class LinearRecipe:
 
 
 @dataclass(frozen=True)
-class Recipe:
+class CastRules:
     """The linear layers of a model by kind, and the cached SwiGLU input."""
 
-    dense: LinearRecipe
-    output: LinearRecipe
+    dense: LayerCasts
+    output: LayerCasts
     """The attention's output projection."""
-    experts_up: LinearRecipe
-    experts_down: LinearRecipe
+    experts_up: LayerCasts
+    experts_down: LayerCasts
     """Its cache is None: its input is recomputed from the SwiGLU input."""
     swiglu: Cast | None
     """None keeps the input of the experts' SwiGLU in bf16."""
@@ -79,16 +79,16 @@ class Recipe:
         return all(rule.format is None or rule.granularity == "1x128" for rule in rules)
 
 
-def build_recipe(fp8: Fp8) -> Recipe:
-    """The recipe that a checked `precision.fp8` section describes."""
+def build_rules(fp8: Fp8) -> CastRules:
+    """The rules that a checked `precision.fp8` section describes."""
     cache = fp8.cache
     dense, output = _linear(fp8, fp8.dense, cache.linear), _linear(fp8, fp8.output, cache.attention_output)
     up, down = _linear(fp8, fp8.experts_up, cache.linear), _linear(fp8, fp8.experts_down, "bf16")
     swiglu = None if cache.swiglu == "bf16" else Cast(E4M3, (1, TILE), down.fprop.left.pow2, fp8.activation_floor)
-    return Recipe(dense, output, up, down, swiglu)
+    return CastRules(dense, output, up, down, swiglu)
 
 
-def _linear(fp8: Fp8, products: Products, cache: str) -> LinearRecipe:
+def _linear(fp8: Fp8, products: Products, cache: str) -> LayerCasts:
     high, low = fp8.activation_floor, GRADIENT_FLOOR
     fprop = Product(parse_rule(products.fprop.activation, high), parse_rule(products.fprop.weight, high))
     dgrad = Product(parse_rule(products.dgrad.gradient, low), parse_rule(products.dgrad.weight, high))
@@ -98,7 +98,7 @@ def _linear(fp8: Fp8, products: Products, cache: str) -> LinearRecipe:
         kept = Cast(E5M6, (1, TILE), True, high)
     elif cache == "fp8" and fprop.left.format is not None:
         kept = fprop.left.cast()
-    return LinearRecipe(fprop, dgrad, wgrad, kept)
+    return LayerCasts(fprop, dgrad, wgrad, kept)
 
 
 def parse_rule(text: str, floor: float) -> OperandRule:

@@ -12,7 +12,7 @@ from train.kernels.cpu.cpp_function import Array, Kernel, Number, Size, Struct, 
 from train.kernels.fp8.formats import E4M3, Cast
 from train.kernels.fp8.quantize import Quantized, fitted
 
-SOURCE = CppSource(
+CASTS_SOURCE = CppSource(
     Path(__file__).with_name("casts.cpp"),
     "precision.fp8.compiled",
     "precision.fp8.compiled=false: torch's operations, slower",
@@ -40,7 +40,7 @@ def _matrices(of: str, out: bool = False) -> Struct:
     return Struct(**{f"{of}_{name}": part for name, part in parts.items()})
 
 
-_load = partial(load, SOURCE)
+_load = partial(load, CASTS_SOURCE)
 _SIZES = {"matrices": Size("M"), "rows": Size("R"), "columns": Size("C")}
 _cast_matrices = Kernel(
     _load, "cast_matrices", source=_matrices("in"), out=_matrices("out", out=True),
@@ -109,7 +109,7 @@ class CompiledCasts:
 @cache
 def load_casts() -> CompiledCasts:
     """The compiled casts. Raises UserError where they cannot be built, kept or loaded."""
-    load(SOURCE)
+    load(CASTS_SOURCE)
     return CompiledCasts()
 
 

@@ -14,12 +14,11 @@ from train.kernels.fp8 import scaled_products, swiglu
 from train.kernels.fp8.cast_rules import OperandRule
 from train.kernels.fp8.compiled_casts import CompiledCasts
 from train.kernels.fp8.formats import Cast
-from train.kernels.fp8.groups import Groups
+from train.kernels.fp8.groups import PaddedGroups
 from train.kernels.fp8.products import CpuEngine, Rounded, Source
 from train.kernels.fp8.quantize import Quantized, fitted
+from train.kernels.fp8.scaled_products import ScaledOperand
 from train.model.operations import Kernels
-
-Operand = scaled_products.Operand
 
 
 class CompiledEngine(CpuEngine):
@@ -36,8 +35,8 @@ class CompiledEngine(CpuEngine):
         return self._compiled.split(x_MK, cast) if self._exact and not cast.pow2 else super().cast(x_MK, cast)
 
     def operand(
-        self, source: Source, rule: OperandRule, transposed: bool = False, groups: Groups | None = None
-    ) -> Operand:
+        self, source: Source, rule: OperandRule, transposed: bool = False, groups: PaddedGroups | None = None
+    ) -> ScaledOperand:
         if rule.format is None or rule.pow2 or not self._exact:
             return super().operand(source, rule, transposed, groups)
         cast = fitted(rule.cast(transposed), source)
@@ -47,24 +46,31 @@ class CompiledEngine(CpuEngine):
             operand = self._compiled.split(source.values if isinstance(source, Rounded) else source, cast)
         return _transposed(operand) if transposed else operand
 
-    def product(self, left: Operand, right: Operand, dtype: torch.dtype, into: Tensor | None = None) -> Tensor:
+    def product(
+        self, left: ScaledOperand, right: ScaledOperand, dtype: torch.dtype, into: Tensor | None = None
+    ) -> Tensor:
         if self._is_torchs(left, right):
             return super().product(left, right, dtype, into)
         return scaled_products.product(left, right, dtype, into)
 
-    def grouped(self, left: Operand, right: Operand, groups: Groups, dtype: torch.dtype) -> Tensor:
+    def grouped(self, left: ScaledOperand, right: ScaledOperand, groups: PaddedGroups, dtype: torch.dtype) -> Tensor:
         if self._is_torchs(left, right):
             return super().grouped(left, right, groups, dtype)
         return scaled_products.grouped(left, right, groups, dtype)
 
     def grouped_wgrad(
-        self, left: Operand, right: Operand, groups: Groups, dtype: torch.dtype, into: Tensor | None = None
+        self,
+        left: ScaledOperand,
+        right: ScaledOperand,
+        groups: PaddedGroups,
+        dtype: torch.dtype,
+        into: Tensor | None = None,
     ) -> Tensor:
         if self._is_torchs(left, right):
             return super().grouped_wgrad(left, right, groups, dtype, into)
         return scaled_products.grouped_wgrad(left, right, groups, dtype, into)
 
-    def _swiglu(self, h_P2F: Tensor, gates_P: Tensor, rule: OperandRule) -> Operand:
+    def _swiglu(self, h_P2F: Tensor, gates_P: Tensor, rule: OperandRule) -> ScaledOperand:
         if rule.format is None or rule.pow2 or rule.granularity != "1x128" or not self._exact:
             return super()._swiglu(h_P2F, gates_P, rule)
         chunks = zip(swiglu.chunks(h_P2F), swiglu.chunks(gates_P, h_P2F), strict=True)
@@ -72,7 +78,7 @@ class CompiledEngine(CpuEngine):
         q_PF, scale = torch.cat([part.q for part in parts]), torch.cat([part.scale for part in parts])
         return Quantized(q_PF, scale, parts[0].cast, q_PF.shape)
 
-    def _is_torchs(self, left: Operand, right: Operand) -> bool:
+    def _is_torchs(self, left: ScaledOperand, right: ScaledOperand) -> bool:
         """Whether the product is one for torch: no scales, and no faster as compiled code."""
         if not (isinstance(left, Tensor) and isinstance(right, Tensor)):
             return False

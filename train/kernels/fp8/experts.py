@@ -10,8 +10,8 @@
                 dw2 = Q'(D(Q(dy)))^T Q'(a)             dy is what the dispatcher's wire brought: FP8 already
 
 Where products want rows padded per expert to 128, that is done once, on entry (train/kernels/fp8/groups.py).  Where the
-dispatcher's wire is FP8, x and dy arrive quantised (parallel/expert/quantized_rows.py).  They are taken as they are if the recipe
-asks for that very cast: then Q(x) and Q(dy) above are what the wire brought, and quantising its values again would give the same.
+dispatcher's wire is FP8, x and dy arrive quantised (parallel/expert/quantized_rows.py).  They are taken as they are if the rules
+ask for that very cast: then Q(x) and Q(dy) above are what the wire brought, and quantising its values again would give the same.
 
 Shape suffixes: R rows sorted by expert, P rows as products take them, D width, F inner width, E experts.
 """
@@ -24,9 +24,9 @@ from torch.autograd.function import once_differentiable
 
 from parallel.expert.quantized_rows import QuantizedRows
 from train.kernels.fp8 import swiglu
-from train.kernels.fp8.cast_rules import OperandRule, Product, Recipe
+from train.kernels.fp8.cast_rules import CastRules, OperandRule, Product
 from train.kernels.fp8.formats import E4M3, TILE, Cast
-from train.kernels.fp8.groups import Groups
+from train.kernels.fp8.groups import PaddedGroups
 from train.kernels.fp8.health import LayerProbe
 from train.kernels.fp8.linear import gradient_operands, keep, left_source
 from train.kernels.fp8.products import Engine, Source, pack, unpack
@@ -43,25 +43,25 @@ def expert_ffn(
     w2_EDF: Tensor,
     counts_E: Tensor,
     engine: Engine,
-    recipe: Recipe,
+    casts: CastRules,
     probes: Probes | None,
 ) -> Tensor:
     """SwiGLU FFN of every expert on its own rows: (R, D) in the rows' format. probes: of w13 and of w2.
 
     rows_RD and the gradient of the result may be `QuantizedRows`.
     """
-    groups = engine.groups(counts_E, len(rows_RD), recipe.experts_in_tiles)
+    groups = engine.groups(counts_E, len(rows_RD), casts.experts_in_tiles)
     up, down = (None, None) if probes is None else probes
-    h_P2F = _Up.apply(rows_RD, w13_E2FD, groups, engine, recipe, up)
-    return _Down.apply(h_P2F, gates_R, w2_EDF, groups, engine, recipe, down)
+    h_P2F = _Up.apply(rows_RD, w13_E2FD, groups, engine, casts, up)
+    return _Down.apply(h_P2F, gates_R, w2_EDF, groups, engine, casts, down)
 
 
 class _Up(torch.autograd.Function):
     """Gate and up projection."""
 
     @staticmethod
-    def forward(ctx, rows_RD, w13_E2FD, groups, engine, recipe, probe):
-        rules, dtype = recipe.experts_up, rows_RD.dtype
+    def forward(ctx, rows_RD, w13_E2FD, groups, engine, casts, probe):
+        rules, dtype = casts.experts_up, rows_RD.dtype
         x = source = _arrived(rows_RD, groups, engine, rules.fprop.left)
         if isinstance(source, Tensor):
             x = keep(source, engine, rules)
@@ -98,9 +98,9 @@ class _Down(torch.autograd.Function):
     """SwiGLU and down projection."""
 
     @staticmethod
-    def forward(ctx, h_P2F, gates_R, w2_EDF, groups, engine, recipe, probe):
-        rules, dtype, gates_P = recipe.experts_down, h_P2F.dtype, groups.pad(gates_R)
-        a, h = engine.swiglu(h_P2F, gates_P, rules.fprop.left, recipe.swiglu)
+    def forward(ctx, h_P2F, gates_R, w2_EDF, groups, engine, casts, probe):
+        rules, dtype, gates_P = casts.experts_down, h_P2F.dtype, groups.pad(gates_R)
+        a, h = engine.swiglu(h_P2F, gates_P, rules.fprop.left, casts.swiglu)
         y_PD = engine.grouped(a, engine.operand(w2_EDF, rules.fprop.right), groups, dtype)
         tensors, ctx.forms = pack(gates_P, w2_EDF, h)
         ctx.save_for_backward(*tensors)
@@ -135,7 +135,7 @@ class _Down(torch.autograd.Function):
         return dh_P2F, dgates_R, dw2_EDF, None, None, None, None
 
 
-def _arrived(rows_RD: Tensor, groups: Groups, engine: Engine, rule: OperandRule) -> Source:
+def _arrived(rows_RD: Tensor, groups: PaddedGroups, engine: Engine, rule: OperandRule) -> Source:
     """The rows as products take them: quantised as they came if the rule asks for that cast, else their values."""
     if isinstance(rows_RD, QuantizedRows):
         cast = Cast(E4M3, (1, TILE), pow2=True, floor=rows_RD.floor)
@@ -147,7 +147,7 @@ def _arrived(rows_RD: Tensor, groups: Groups, engine: Engine, rule: OperandRule)
 
 
 def _probe_forward(
-    probe: LayerProbe, rules: Product, groups: Groups, x_PK: Tensor, weight_ENK: Tensor, y_PN: Tensor
+    probe: LayerProbe, rules: Product, groups: PaddedGroups, x_PK: Tensor, weight_ENK: Tensor, y_PN: Tensor
 ) -> None:
     """Look at the operands of a projection, and shadow the product of the busiest expert."""
     probe.operand("activation", x_PK, rules.left)

@@ -12,11 +12,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from parallel.expert.quantized_rows import TILE
+
 AMAX_FLOOR = 1e-4
 """Smallest max-abs that a scale is made for, so that an all-zero tile has a finite scale (paper 3.3.2 kernels)."""
-
-TILE = 128
-"""Values that share a scale along the contraction, and the side of a weight's block (paper 3.3.2)."""
 
 
 @dataclass(frozen=True)
@@ -38,7 +37,7 @@ E4M3 = Format("e4m3", 3, -6, 448.0, torch.float8_e4m3fn)
 E5M2 = Format("e5m2", 2, -14, 57344.0, torch.float8_e5m2)
 E5M6 = Format("e5m6", 6, -14, 65024.0, None)
 
-Block = tuple[int, int]
+ScaleBlock = tuple[int, int]
 
 WHOLE = 2**62
 """A block's side that covers the whole tensor."""
@@ -49,7 +48,7 @@ class Cast:
     """How a tensor is quantised."""
 
     format: Format
-    block: Block
+    block: ScaleBlock
     """Rows and columns that share a scale; cut to the tensor's size where larger."""
     pow2: bool
     """Scales are rounded up to powers of two."""

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from conf.schema import Fp8
 from train.kernels.cpu.cpp_build import has_avx2
 from train.kernels.fp8 import scaled_products
-from train.kernels.fp8.cast_rules import OperandRule, build_recipe
+from train.kernels.fp8.cast_rules import OperandRule, build_rules
 from train.kernels.fp8.compiled_casts import CompiledCasts, load_casts
 from train.kernels.fp8.compiled_engine import CompiledEngine
 from train.kernels.fp8.experts import expert_ffn
@@ -34,7 +34,7 @@ class Fp8Precision:
     def __init__(self, fp8: Fp8, device: torch.device, kernels: Kernels, engine: Engine | None = None):
         """engine: instead of the device's own. Raises UserError where the device lacks what its engine needs."""
         self.kernels = kernels
-        self._recipe = build_recipe(fp8)
+        self._rules = build_rules(fp8)
         self._health = HealthWatch(fp8.health)
         if engine is None and device.type == "cuda":
             engine = load_hopper(fp8)
@@ -42,15 +42,15 @@ class Fp8Precision:
 
     def linear(self, x: Tensor, weight: Tensor, kind: str = "dense", held: HeldInput | None = None) -> Tensor:
         """x (..., K) times weight (N, K) transposed. kind: dense, or output for the attention's output projection."""
-        recipe = getattr(self._recipe, kind)
-        return linear(x, weight, self._engine, recipe, self._health.probe(weight), held)
+        rules = getattr(self._rules, kind)
+        return linear(x, weight, self._engine, rules, self._health.probe(weight), held)
 
     def hold(self, x: Tensor, kind: str) -> HeldInput | None:
         """See `LayerPrecision.hold`."""
-        recipe = getattr(self._recipe, kind)
-        if recipe.cache is None or not torch.is_grad_enabled():
+        rules = getattr(self._rules, kind)
+        if rules.cache is None or not torch.is_grad_enabled():
             return None
-        kept = keep(x.detach().reshape(-1, x.shape[-1]), self._engine, recipe)
+        kept = keep(x.detach().reshape(-1, x.shape[-1]), self._engine, rules)
         (tensors, forms), shape, as_it_was = pack(kept), x.shape, OperandRule(None)
 
         def values(*tensors: Tensor) -> Tensor:
@@ -65,7 +65,7 @@ class Fp8Precision:
         """SwiGLU FFN of every expert on its own rows: (R, D)."""
         up, down = self._health.probe(w13_E2FD), self._health.probe(w2_EDF)
         probes = (up, down) if up is not None and down is not None else None
-        return expert_ffn(rows_RD, gates_R, w13_E2FD, w2_EDF, counts_E, self._engine, self._recipe, probes)
+        return expert_ffn(rows_RD, gates_R, w13_E2FD, w2_EDF, counts_E, self._engine, self._rules, probes)
 
     def watch(self, model: nn.Module) -> None:
         """Learn the names of the model's layers, for the health readings."""

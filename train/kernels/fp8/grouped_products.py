@@ -21,12 +21,12 @@ from torch import Tensor
 
 from conf.errors import UserError
 from train.kernels.fp8.formats import TILE
-from train.kernels.fp8.groups import Groups, on_device
-from train.kernels.fp8.installed import DEEP_GEMM, PACKAGES, require_fit, version
+from train.kernels.fp8.groups import PaddedGroups, on_device
+from train.kernels.fp8.installed import DEEP_GEMM, WITHOUT_PACKAGES, require_fit, version
 
 
 @dataclass(frozen=True)
-class Operand:
+class PaddedOperand:
     """A quantised operand in the layout of the kernels, sizes padded to multiples of 128."""
 
     q: Tensor
@@ -40,18 +40,20 @@ class Operand:
 
 
 class GroupedProducts(Protocol):
-    """Both kinds of grouped products. Rows are those of `Groups`, and there are some."""
+    """Both kinds of grouped products. Rows are those of `PaddedGroups`, and there are some."""
 
     flat: bool
     """Whether operands of `wgrad` lie one expert's matrix after the other."""
     counted: bool
     """Whether the host must know how many rows each expert has."""
 
-    def grouped(self, left: Operand, right: Operand, groups: Groups) -> Tensor:
+    def grouped(self, left: PaddedOperand, right: PaddedOperand, groups: PaddedGroups) -> Tensor:
         """left (P, C or more rows) in tiles, right (E, N, C) in blocks: (P, N) in bf16."""
         ...
 
-    def wgrad(self, left: Operand, right: Operand, groups: Groups | None, out_EON: Tensor, added: bool) -> None:
+    def wgrad(
+        self, left: PaddedOperand, right: PaddedOperand, groups: PaddedGroups | None, out_EON: Tensor, added: bool
+    ) -> None:
         """left (O, P), right (N, P), both in tiles: fill out_EON (bf16 or fp32), or add to it (fp32). groups: None where
         all rows are summed into one matrix.
         """
@@ -66,13 +68,15 @@ class TritonProducts:
     def __init__(self, kernels: Any):
         self._kernels = kernels
 
-    def grouped(self, left: Operand, right: Operand, groups: Groups) -> Tensor:
+    def grouped(self, left: PaddedOperand, right: PaddedOperand, groups: PaddedGroups) -> Tensor:
         out_PN = left.q.new_empty(groups.rows, right.outer, dtype=torch.bfloat16)
         if groups.slots_R is not None:
             out_PN.zero_()  # no program writes behind the last expert
         return self._kernels.product(left.q, left.scale, right.q, right.scale, out_PN, groups.ends_E)
 
-    def wgrad(self, left: Operand, right: Operand, groups: Groups | None, out_EON: Tensor, added: bool) -> None:
+    def wgrad(
+        self, left: PaddedOperand, right: PaddedOperand, groups: PaddedGroups | None, out_EON: Tensor, added: bool
+    ) -> None:
         ends_E = None if groups is None else groups.ends_E
         self._kernels.wgrad(left.q, left.scale, right.q, right.scale, out_EON, added, ends_E)
 
@@ -85,7 +89,7 @@ class DeepGemmProducts:
     def __init__(self, deep_gemm: Any):
         self._deep_gemm = deep_gemm
 
-    def grouped(self, left: Operand, right: Operand, groups: Groups) -> Tensor:
+    def grouped(self, left: PaddedOperand, right: PaddedOperand, groups: PaddedGroups) -> Tensor:
         out_PN = left.q.new_empty(groups.rows, right.outer, dtype=torch.bfloat16)
         counts = on_device(groups.padded, out_PN.device)
         experts = torch.arange(len(groups.padded), dtype=torch.int32, device=out_PN.device)
@@ -101,7 +105,9 @@ class DeepGemmProducts:
         )
         return out_PN
 
-    def wgrad(self, left: Operand, right: Operand, groups: Groups | None, out_EON: Tensor, added: bool) -> None:
+    def wgrad(
+        self, left: PaddedOperand, right: PaddedOperand, groups: PaddedGroups | None, out_EON: Tensor, added: bool
+    ) -> None:
         rows = [left.q.shape[1]] if groups is None else groups.padded
         sum_EON = out_EON if added else torch.zeros_like(out_EON, dtype=torch.float32)
         self._deep_gemm.k_grouped_fp8_gemm_nt_contiguous(
@@ -124,4 +130,4 @@ def load_deep_gemm() -> ModuleType:
         return importlib.import_module("deep_gemm")
     except (ImportError, OSError, AssertionError) as error:  # an assertion where it finds no CUDA toolkit
         rule = f"{DEEP_GEMM} {version(DEEP_GEMM)} cannot be loaded: {error!r}"
-        raise UserError("precision", "fp8", rule, PACKAGES) from error
+        raise UserError("precision", "fp8", rule, WITHOUT_PACKAGES) from error

@@ -20,7 +20,7 @@ from torch import Tensor
 from train.kernels.fp8.formats import TILE
 
 
-class Groups:
+class PaddedGroups:
     """Where the rows of each expert lie."""
 
     def __init__(self, counts_E: Tensor, rows: int | None = None, padded: bool = True):

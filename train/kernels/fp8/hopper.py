@@ -31,11 +31,11 @@ from train.kernels.fp8.formats import E4M3, TILE, Cast
 from train.kernels.fp8.grouped_products import (
     DeepGemmProducts,
     GroupedProducts,
-    Operand,
+    PaddedOperand,
     TritonProducts,
     load_deep_gemm,
 )
-from train.kernels.fp8.groups import Groups
+from train.kernels.fp8.groups import PaddedGroups
 from train.kernels.fp8.installed import require_fit
 from train.kernels.fp8.products import Source
 from train.kernels.fp8.quantize import Quantized, dequantize, dequantize_reference, quantize_reference
@@ -64,15 +64,15 @@ class HopperEngine:
         return Quantized(q, _by_column(scale), cast, q_MK.shape)
 
     def operand(
-        self, source: Source, rule: OperandRule, transposed: bool = False, groups: Groups | None = None
-    ) -> Operand | Tensor:
+        self, source: Source, rule: OperandRule, transposed: bool = False, groups: PaddedGroups | None = None
+    ) -> PaddedOperand | Tensor:
         scale = None
         if isinstance(source, Quantized):
             outer, inner = source.shape[-2:]
             in_tiles, packed = source.cast.block == (1, TILE), source.cast.format.dtype is None
             kernel_layout = in_tiles and (not packed or (transposed and rule.granularity == "1x128"))
             if kernel_layout and rule.format is not None and not transposed and source.cast == rule.cast():
-                return Operand(source.q, source.scale, True, outer)
+                return PaddedOperand(source.q, source.scale, True, outer)
             if kernel_layout and rule.format is not None:
                 source, scale = source.q, source.scale
             elif in_tiles and packed and source.cast.pow2:
@@ -88,8 +88,8 @@ class HopperEngine:
         return self._quantized(source, scale, rule, transposed, groups, inner if transposed else outer)
 
     def gradient(
-        self, dy: Source, for_inputs: OperandRule, for_weights: OperandRule, groups: Groups | None = None
-    ) -> tuple[Operand | Tensor, Operand | Tensor]:
+        self, dy: Source, for_inputs: OperandRule, for_weights: OperandRule, groups: PaddedGroups | None = None
+    ) -> tuple[PaddedOperand | Tensor, PaddedOperand | Tensor]:
         rules = for_inputs, for_weights
         one_pass = isinstance(dy, Tensor) and not (groups is not None and self._products.flat)
         if not one_pass or any(rule.format is None or rule.granularity != "1x128" for rule in rules):
@@ -97,32 +97,42 @@ class HopperEngine:
         casts = for_inputs.cast(), for_weights.cast(transposed=True)
         ends_E = None if groups is None else groups.unpadded_ends_E
         rows, columns = self._kernels.quantize_both(_padded_columns(dy), *casts, ends_E)
-        return Operand(*rows, True, dy.shape[0]), Operand(*columns, True, dy.shape[1])
+        return PaddedOperand(*rows, True, dy.shape[0]), PaddedOperand(*columns, True, dy.shape[1])
 
     def _quantized(
-        self, x: Tensor, scale: Tensor | None, rule: OperandRule, transposed: bool, groups: Groups | None, outer: int
-    ) -> Operand:
+        self,
+        x: Tensor,
+        scale: Tensor | None,
+        rule: OperandRule,
+        transposed: bool,
+        groups: PaddedGroups | None,
+        outer: int,
+    ) -> PaddedOperand:
         """Operand of a tensor, FP8 with tiles of the last dimension where a scale is given, its columns padded then."""
         cast, kernels = rule.cast(transposed), self._kernels
         flat = groups.padded if groups is not None and self._products.flat else None
         if rule.granularity == "1x128":
             x = _padded_columns(x) if scale is None else x
             if not transposed:
-                return Operand(*kernels.quantize_tiles(x, cast, scale), True, outer)
+                return PaddedOperand(*kernels.quantize_tiles(x, cast, scale), True, outer)
             ends_E = None if groups is None else groups.unpadded_ends_E
-            return Operand(*kernels.quantize_columns(x, cast, scale, flat, ends_E), True, outer)
+            return PaddedOperand(*kernels.quantize_columns(x, cast, scale, flat, ends_E), True, outer)
         if scale is not None:
             x = dequantize_reference(Quantized(x, scale, Cast(E4M3, (1, TILE), False), x.shape))
         x = _padded(x)
         if rule.granularity == "128x128" and groups is None:
-            return Operand(*kernels.quantize_blocks(x, cast, transposed), False, outer)
+            return PaddedOperand(*kernels.quantize_blocks(x, cast, transposed), False, outer)
         return _expanded(x, cast, transposed, flat, outer)
 
-    def groups(self, counts_E: Tensor, rows: int, in_tiles: bool = True) -> Groups:
-        return Groups(counts_E) if self._products.counted else Groups(counts_E, rows, padded=not in_tiles)
+    def groups(self, counts_E: Tensor, rows: int, in_tiles: bool = True) -> PaddedGroups:
+        return PaddedGroups(counts_E) if self._products.counted else PaddedGroups(counts_E, rows, padded=not in_tiles)
 
     def product(
-        self, left: Operand | Tensor, right: Operand | Tensor, dtype: torch.dtype, into: Tensor | None = None
+        self,
+        left: PaddedOperand | Tensor,
+        right: PaddedOperand | Tensor,
+        dtype: torch.dtype,
+        into: Tensor | None = None,
     ) -> Tensor:
         if isinstance(left, Tensor):
             return FusedKernels().product(left, right, dtype, into)
@@ -143,7 +153,9 @@ class HopperEngine:
         )
         return out[: left.outer, : right.outer].contiguous()
 
-    def grouped(self, left: Operand | Tensor, right: Operand | Tensor, groups: Groups, dtype: torch.dtype) -> Tensor:
+    def grouped(
+        self, left: PaddedOperand | Tensor, right: PaddedOperand | Tensor, groups: PaddedGroups, dtype: torch.dtype
+    ) -> Tensor:
         if isinstance(left, Tensor):
             return grouped.product_to_ends(left, right.mT, groups.ends_E).to(dtype)
         if groups.rows == 0:
@@ -152,9 +164,9 @@ class HopperEngine:
 
     def grouped_wgrad(
         self,
-        left: Operand | Tensor,
-        right: Operand | Tensor,
-        groups: Groups,
+        left: PaddedOperand | Tensor,
+        right: PaddedOperand | Tensor,
+        groups: PaddedGroups,
         dtype: torch.dtype,
         into: Tensor | None = None,
     ) -> Tensor:
@@ -171,13 +183,13 @@ class HopperEngine:
 
     def swiglu(
         self, h_P2F: Tensor, gates_P: Tensor, rule: OperandRule, cache: Cast | None
-    ) -> tuple[Operand | Tensor, Source]:
+    ) -> tuple[PaddedOperand | Tensor, Source]:
         if rule.format is None or rule.granularity != "1x128":
             made, kept = self.operand(swiglu.forward(h_P2F, gates_P), rule), None
         else:
             one_pass = cache is not None and cache.block == (1, TILE) and cache.format.dtype is not None
             tiles, kept = self._kernels.swiglu_tiles(h_P2F, gates_P, rule.cast(), cache if one_pass else None)
-            made = Operand(*tiles, True, h_P2F.shape[0])
+            made = PaddedOperand(*tiles, True, h_P2F.shape[0])
         if kept is not None:
             return made, Quantized(*kept, cache, h_P2F.shape)
         return made, h_P2F if cache is None else self.keep(h_P2F, cache)
@@ -266,12 +278,12 @@ def _padded_blocks(scale: Tensor) -> Tensor:
     return F.pad(scale, (0, -scale.shape[1] % 4), value=1.0).t()
 
 
-def _tiled(x: Operand) -> Operand:
+def _tiled(x: PaddedOperand) -> PaddedOperand:
     """Scales per 128x128 (O / 128, C / 128) as scales per row and 128 columns, stored column by column."""
     return x if x.tiles else replace(x, scale=x.scale.t().repeat_interleave(TILE, 1).t(), tiles=True)
 
 
-def _expanded(x: Tensor, cast: Cast, transposed: bool, flat: list[int] | None, outer: int) -> Operand:
+def _expanded(x: Tensor, cast: Cast, transposed: bool, flat: list[int] | None, outer: int) -> PaddedOperand:
     """An operand whose scales cover more than the kernels' blocks, written with each scale repeated. flat: rows of the
     experts whose matrices shall lie one after the other.
     """
@@ -281,13 +293,13 @@ def _expanded(x: Tensor, cast: Cast, transposed: bool, flat: list[int] | None, o
         q, scale, (rows, columns) = q.mT.contiguous(), scale.mT, (columns, rows)
     if x.dim() == 3:
         blocks = scale.expand(q.shape[0], q.shape[1] // TILE, q.shape[2] // TILE)
-        return Operand(q, blocks.contiguous(), False, outer)
+        return PaddedOperand(q, blocks.contiguous(), False, outer)
     row_O = torch.arange(q.shape[0], device=q.device) // rows
     column_C = torch.arange(0, q.shape[1], TILE, device=q.device) // columns
     tiles = _by_column(scale[row_O[:, None], column_C[None, :]])
     if flat is not None:
         q = torch.cat([part.flatten() for part in q.split(flat, 1)])
-    return Operand(q, tiles, True, outer)
+    return PaddedOperand(q, tiles, True, outer)
 
 
 def _by_column(scale: Tensor) -> Tensor:

@@ -23,20 +23,20 @@ from conf.errors import UserError
 from conf.files import atomic_write_text
 from conf.load import read_config, write_config
 from conf.schema import Config, Fp8
-from train.kernels.fp8.installed import BF16, PACKAGES, look, misfits, refusal
+from train.kernels.fp8.installed import CHOOSE_BF16, WITHOUT_PACKAGES, look, misfits, refusal
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from train.kernels.fp8.products import Engine
 
-LIMIT = 300.0
+PROBE_SECONDS = 300.0
 """Seconds: importing takes some 5, each of two kernels of DeepGEMM some 10 to compile the first time."""
-BOUND = 1e-2
+PRODUCT_BOUND = 1e-2
 """Largest relative error of a row of a product, in the norm, against the emulation of the same operands.  Rounding to bf16
 makes 1e-3, and Hopper's tensor cores keep fewer bits than fp32 within 128 of the contraction; a scale or a row of the wrong place
 makes 0.1 and more."""
-TAIL = 1500
+PROBE_TAIL = 1500
 """Characters of the child's last words that the error repeats."""
 
 
@@ -54,16 +54,21 @@ def probe(config: Config, device: int = 0) -> str:
         environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, [root, os.environ.get("PYTHONPATH")]))}
         try:
             done = subprocess.run(
-                command, env=environment, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=LIMIT
+                command,
+                env=environment,
+                stdin=subprocess.DEVNULL,
+                capture_output=True,
+                text=True,
+                timeout=PROBE_SECONDS,
             )
             how, output = _how(done.returncode), done.stdout + done.stderr
         except subprocess.TimeoutExpired as error:
-            how, output = f"had no end after {LIMIT:.0f} s", _text(error.stdout) + _text(error.stderr)
+            how, output = f"had no end after {PROBE_SECONDS:.0f} s", _text(error.stdout) + _text(error.stderr)
         said = json.loads(answer.read_text()) if answer.exists() else {"stage": "importing torch", "found": "?"}
     if said.get("bad"):
         raise refusal([tuple(one) for one in said["bad"]], said["found"], name)
     if not said.get("done"):
-        last = "".join(f"\n          {line}" for line in output.strip()[-TAIL:].splitlines())
+        last = "".join(f"\n          {line}" for line in output.strip()[-PROBE_TAIL:].splitlines())
         raise refusal(
             [(f"a process that tried them {how} in {said['stage']}:{last}", _cures(config.precision.fp8))],
             said["found"],
@@ -129,12 +134,12 @@ def wrong_products(
         try:
             ours = trial.run(engine, lambda x: x.to(device)).float().cpu()
         except Exception as error:  # whatever a library says of its own; a GPU in error fails what follows too
-            said = "\n          ".join(str(error).strip().splitlines()[:3])[:TAIL]
+            said = "\n          ".join(str(error).strip().splitlines()[:3])[:PROBE_TAIL]
             return [*bad, (f"{trial.name} fails: {type(error).__name__}: {said}", _cures(fp8))]
         size = expected.norm(dim=-1)
         error = ((ours - expected).norm(dim=-1) / size.clamp_min(1e-4 * size.max())).max().item()
-        if not error < BOUND:  # not a number is wrong too
-            rule = f"{trial.name} is off by {error:.2g} of a row's norm, and {BOUND} is allowed"
+        if not error < PRODUCT_BOUND:  # not a number is wrong too
+            rule = f"{trial.name} is off by {error:.2g} of a row's norm, and {PRODUCT_BOUND} is allowed"
             bad.append((rule, _cures(fp8)))
     return bad
 
@@ -194,7 +199,7 @@ def _trials(fp8: Fp8) -> "Iterator[Trial]":
 
 def _cures(fp8: Fp8) -> str:
     torch = "install a CUDA build of a torch that is tried, 'torch>=2.11,<2.14', with the triton that it brings"
-    return f"{PACKAGES if fp8.backend == 'deepgemm' else torch}; or {BF16}"
+    return f"{WITHOUT_PACKAGES if fp8.backend == 'deepgemm' else torch}; or {CHOOSE_BF16}"
 
 
 def _how(code: int) -> str:

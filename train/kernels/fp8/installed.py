@@ -27,7 +27,7 @@ OLDEST_NVCC = (12, 3)
 """DeepGEMM's own limit."""
 CAPABILITY = (9, 0)
 
-PACKAGES = (
+WITHOUT_PACKAGES = (
     "use precision.fp8.backend=triton, which needs no such package, or "
     "pip install 'torch>=2.11,<2.12' sgl-deep-gemm==0.1.5, which the extra [fp8] asks for"
 )
@@ -35,7 +35,7 @@ TOOLKIT = (
     "use precision.fp8.backend=triton, which needs no nvcc, or "
     "install a CUDA 13 toolkit and set CUDA_HOME to its folder, the one that holds bin/nvcc"
 )
-BF16 = "choose precision=bf16"
+CHOOSE_BF16 = "choose precision=bf16"
 
 
 @dataclass(frozen=True)
@@ -100,7 +100,7 @@ def misfits(found: Installed, deep_gemm: bool) -> list[tuple[str, str]]:
     if found.gpu is None:
         bad.append(("torch sees no GPU", "use cluster.device=cpu"))
     elif found.capability != CAPABILITY:
-        bad.append((f"{found.gpu} has no blockwise FP8 products, which H100, H800 and H200 have", BF16))
+        bad.append((f"{found.gpu} has no blockwise FP8 products, which H100, H800 and H200 have", CHOOSE_BF16))
     if not found.scaled_mm:
         bad.append((f"torch {found.torch} has no torch.nn.functional.scaled_mm", "pip install 'torch>=2.11'"))
     if _numbers(found.cuda) < OLDEST_CUDA:
@@ -133,17 +133,20 @@ def _of_package(found: Installed) -> list[tuple[str, str]]:
     bad: list[tuple[str, str]] = []
     oldest, newest = (".".join(map(str, numbers)) for numbers in (DEEP_GEMM_OLDEST, DEEP_GEMM_NEWEST))
     if found.deep_gemm is None:
-        bad.append((f"{DEEP_GEMM} is not installed", PACKAGES))
+        bad.append((f"{DEEP_GEMM} is not installed", WITHOUT_PACKAGES))
     elif not DEEP_GEMM_OLDEST <= _numbers(found.deep_gemm) <= DEEP_GEMM_NEWEST or "post" in found.deep_gemm:
-        bad.append((f"{DEEP_GEMM} is {found.deep_gemm}, and {oldest} to {newest} fit", PACKAGES))
+        bad.append((f"{DEEP_GEMM} is {found.deep_gemm}, and {oldest} to {newest} fit", WITHOUT_PACKAGES))
     if _numbers(found.torch)[:2] != TORCH_OF_DEEP_GEMM:
         bad.append(
-            (f"torch is {found.torch}, and {DEEP_GEMM} {oldest} to {newest} run with torch 2.11 alone", PACKAGES)
+            (
+                f"torch is {found.torch}, and {DEEP_GEMM} {oldest} to {newest} run with torch 2.11 alone",
+                WITHOUT_PACKAGES,
+            )
         )
     if _numbers(found.cuda)[:1] != (CUDA_OF_DEEP_GEMM,):
-        bad.append((f"torch is built with CUDA {found.cuda}, and {DEEP_GEMM} with CUDA 13", PACKAGES))
+        bad.append((f"torch is built with CUDA {found.cuda}, and {DEEP_GEMM} with CUDA 13", WITHOUT_PACKAGES))
     if not found.abi:
-        bad.append((f"torch is built without C++11's ABI, and {DEEP_GEMM} with it", PACKAGES))
+        bad.append((f"torch is built without C++11's ABI, and {DEEP_GEMM} with it", WITHOUT_PACKAGES))
     return bad
 
 

@@ -1,4 +1,4 @@
-"""A linear layer whose three products run as the recipe says, and which keeps its input in FP8.
+"""A linear layer whose three products run as the rules says, and which keeps its input in FP8.
 
     forward     y  = Q(x) Q(w)^T                   keeps Q(x): one byte a value and the scales
     backward    dx = Q(dy) Q(w)
@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from train.kernels.fp8.cast_rules import LinearRecipe
-from train.kernels.fp8.groups import Groups
+from train.kernels.fp8.cast_rules import LayerCasts
+from train.kernels.fp8.groups import PaddedGroups
 from train.kernels.fp8.health import LayerProbe
 from train.kernels.fp8.products import Engine, Source, pack, unpack
 from train.kernels.fp8.quantize import fitted
@@ -33,24 +33,24 @@ def linear(
     x: Tensor,
     weight_NK: Tensor,
     engine: Engine,
-    recipe: LinearRecipe,
+    rules: LayerCasts,
     probe: LayerProbe | None,
     held: HeldInput | None = None,
 ) -> Tensor:
     """x (..., K) times weight transposed: (..., N) in the format of x. held: x as it is kept, where somebody else keeps it too."""
     x_TK = x.reshape(-1, x.shape[-1])
-    y_TN = _Linear.apply(x_TK, weight_NK, engine, recipe, probe, not torch.is_grad_enabled(), is_free(x), held)
+    y_TN = _Linear.apply(x_TK, weight_NK, engine, rules, probe, not torch.is_grad_enabled(), is_free(x), held)
     return y_TN.view(*x.shape[:-1], weight_NK.shape[0])
 
 
-def keep(x_MK: Tensor, engine: Engine, recipe: LinearRecipe) -> Source:
+def keep(x_MK: Tensor, engine: Engine, rules: LayerCasts) -> Source:
     """The form in which an input waits for Wgrad."""
-    return x_MK if recipe.cache is None else engine.keep(x_MK, recipe.cache)
+    return x_MK if rules.cache is None else engine.keep(x_MK, rules.cache)
 
 
-def left_source(kept: Source, x_MK: Tensor, recipe: LinearRecipe) -> Source:
+def left_source(kept: Source, x_MK: Tensor, rules: LayerCasts) -> Source:
     """What Fprop's activation is made of: the kept form where that is the very same cast."""
-    rule = recipe.fprop.left
+    rule = rules.fprop.left
     same = not isinstance(kept, Tensor) and rule.format is not None and kept.cast == fitted(rule.cast(), x_MK)
     return kept if same else x_MK
 
@@ -58,51 +58,51 @@ def left_source(kept: Source, x_MK: Tensor, recipe: LinearRecipe) -> Source:
 def gradient_operands(
     dy: Source,
     engine: Engine,
-    recipe: LinearRecipe,
+    rules: LayerCasts,
     inputs_needed: bool,
     weights_needed: bool,
-    groups: Groups | None = None,
+    groups: PaddedGroups | None = None,
 ) -> tuple[Any, Any]:
     """The left operands of Dgrad and of Wgrad, None for a product that is not made. groups: of an expert's rows."""
     if inputs_needed and weights_needed:
-        return engine.gradient(dy, recipe.dgrad.left, recipe.wgrad.left, groups)
-    for_inputs = engine.operand(dy, recipe.dgrad.left) if inputs_needed else None
-    for_weights = engine.operand(dy, recipe.wgrad.left, transposed=True, groups=groups) if weights_needed else None
+        return engine.gradient(dy, rules.dgrad.left, rules.wgrad.left, groups)
+    for_inputs = engine.operand(dy, rules.dgrad.left) if inputs_needed else None
+    for_weights = engine.operand(dy, rules.wgrad.left, transposed=True, groups=groups) if weights_needed else None
     return for_inputs, for_weights
 
 
 class _Linear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, x_TK, weight_NK, engine, recipe, probe, only_forward, free, held):
-        kept = x_TK if only_forward or free else keep(x_TK, engine, recipe) if held is None else held.source
-        left = engine.operand(left_source(kept, x_TK, recipe), recipe.fprop.left)
-        y_TN = engine.product(left, engine.operand(weight_NK, recipe.fprop.right), x_TK.dtype)
+    def forward(ctx, x_TK, weight_NK, engine, rules, probe, only_forward, free, held):
+        kept = x_TK if only_forward or free else keep(x_TK, engine, rules) if held is None else held.source
+        left = engine.operand(left_source(kept, x_TK, rules), rules.fprop.left)
+        y_TN = engine.product(left, engine.operand(weight_NK, rules.fprop.right), x_TK.dtype)
         tensors, ctx.forms = pack(weight_NK, kept)
         ctx.save_for_backward(*tensors)
-        ctx.engine, ctx.recipe, ctx.probe, ctx.dtype = engine, recipe, probe, x_TK.dtype
+        ctx.engine, ctx.rules, ctx.probe, ctx.dtype = engine, rules, probe, x_TK.dtype
         if probe is not None:
-            probe.operand("activation", x_TK, recipe.fprop.left)
-            probe.operand("weight", weight_NK, recipe.fprop.right)
+            probe.operand("activation", x_TK, rules.fprop.left)
+            probe.operand("weight", weight_NK, rules.fprop.right)
             probe.product("fprop", y_TN, x_TK, weight_NK)
         return y_TN
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dy_TN):
-        engine, recipe, probe = ctx.engine, ctx.recipe, ctx.probe
+        engine, rules, probe = ctx.engine, ctx.rules, ctx.probe
         weight_NK, kept = unpack(ctx.saved_tensors, ctx.forms)
         x_needed, weight_needed, *_ = gradients_needed(ctx)
         dx_TK = dw_NK = None
-        left, left_t = gradient_operands(dy_TN, engine, recipe, x_needed, weight_needed)
+        left, left_t = gradient_operands(dy_TN, engine, rules, x_needed, weight_needed)
         if x_needed:
-            right = engine.operand(weight_NK, recipe.dgrad.right, transposed=True)
+            right = engine.operand(weight_NK, rules.dgrad.right, transposed=True)
             dx_TK = engine.product(left, right, ctx.dtype)
         if weight_needed:
-            if isinstance(kept, Tensor) and recipe.cache is not None:
-                kept = engine.cast(kept, recipe.cache)
-            right = engine.operand(kept, recipe.wgrad.right, transposed=True)
+            if isinstance(kept, Tensor) and rules.cache is not None:
+                kept = engine.cast(kept, rules.cache)
+            right = engine.operand(kept, rules.wgrad.right, transposed=True)
             dw_NK = weight_gradient(ctx, 1, weight_NK, partial(engine.product, left_t, right))
         if probe is not None and dx_TK is not None:
-            probe.operand("gradient", dy_TN, recipe.dgrad.left)
+            probe.operand("gradient", dy_TN, rules.dgrad.left)
             probe.product("dgrad", dx_TK, dy_TN, weight_NK.t())
         return dx_TK, dw_NK, None, None, None, None, None, None

@@ -26,7 +26,7 @@ from conf.thresholds import THRESHOLDS
 from train.kernels.fp8 import swiglu
 from train.kernels.fp8.cast_rules import OperandRule
 from train.kernels.fp8.formats import Cast
-from train.kernels.fp8.groups import Groups
+from train.kernels.fp8.groups import PaddedGroups
 from train.kernels.fp8.quantize import EagerCasts, Quantized, exact_dtype, fitted
 from train.kernels.plain.plain_kernels import added
 
@@ -91,7 +91,9 @@ class Engine(Protocol):
         """What `keep` would give for values that are quantised already. scale: (M, ceil(K / 128))."""
         ...
 
-    def operand(self, source: Source, rule: OperandRule, transposed: bool = False, groups: Groups | None = None) -> Any:
+    def operand(
+        self, source: Source, rule: OperandRule, transposed: bool = False, groups: PaddedGroups | None = None
+    ) -> Any:
         """Operand (O, C) of a source (O, C), or with `transposed` of a source (C, O). Leading axes stay.
 
         groups: the contraction runs over the padded rows of several experts, each on its own.
@@ -99,12 +101,12 @@ class Engine(Protocol):
         ...
 
     def gradient(
-        self, dy: Source, for_inputs: OperandRule, for_weights: OperandRule, groups: Groups | None = None
+        self, dy: Source, for_inputs: OperandRule, for_weights: OperandRule, groups: PaddedGroups | None = None
     ) -> tuple[Any, Any]:
         """Both left operands that a gradient (T, N) is: that of Dgrad, and transposed that of Wgrad."""
         ...
 
-    def groups(self, counts_E: Tensor, rows: int, in_tiles: bool = True) -> Groups:
+    def groups(self, counts_E: Tensor, rows: int, in_tiles: bool = True) -> PaddedGroups:
         """The layout of so many rows in all of experts with these row counts, for all that has `groups` here. in_tiles: whether
         every cast of them has scales of 1x128, or 128x1 for Wgrad.
         """
@@ -114,12 +116,12 @@ class Engine(Protocol):
         """left @ right^T. into: of dtype; the product is added to it, and it is returned."""
         ...
 
-    def grouped(self, left: Any, right: Any, groups: Groups, dtype: torch.dtype) -> Tensor:
+    def grouped(self, left: Any, right: Any, groups: PaddedGroups, dtype: torch.dtype) -> Tensor:
         """left (P, C), right (E, N, C): each expert's rows times its own matrix, (P, N), zero in the padding."""
         ...
 
     def grouped_wgrad(
-        self, left: Any, right: Any, groups: Groups, dtype: torch.dtype, into: Tensor | None = None
+        self, left: Any, right: Any, groups: PaddedGroups, dtype: torch.dtype, into: Tensor | None = None
     ) -> Tensor:
         """left (O, P), right (N, P): for each expert the sum over its rows, (E, O, N). into: as in `product`."""
         ...
@@ -175,7 +177,7 @@ class CpuEngine:
         return quantized if self._packed else Rounded(self._values(quantized), quantized.cast)
 
     def operand(
-        self, source: Source, rule: OperandRule, transposed: bool = False, groups: Groups | None = None
+        self, source: Source, rule: OperandRule, transposed: bool = False, groups: PaddedGroups | None = None
     ) -> Tensor:
         if rule.format is None:
             values = self._values(source, torch.bfloat16)
@@ -190,18 +192,18 @@ class CpuEngine:
         return values.mT if transposed else values
 
     def gradient(
-        self, dy: Source, for_inputs: OperandRule, for_weights: OperandRule, groups: Groups | None = None
+        self, dy: Source, for_inputs: OperandRule, for_weights: OperandRule, groups: PaddedGroups | None = None
     ) -> tuple[Any, Any]:
         return self.operand(dy, for_inputs), self.operand(dy, for_weights, transposed=True, groups=groups)
 
-    def groups(self, counts_E: Tensor, rows: int, in_tiles: bool = True) -> Groups:
-        return Groups(counts_E)
+    def groups(self, counts_E: Tensor, rows: int, in_tiles: bool = True) -> PaddedGroups:
+        return PaddedGroups(counts_E)
 
     def product(self, left: Tensor, right: Tensor, dtype: torch.dtype, into: Tensor | None = None) -> Tensor:
         left, right = _common(left, right, dtype)
         return added((left @ right.mT).to(dtype), into)
 
-    def grouped(self, left: Tensor, right: Tensor, groups: Groups, dtype: torch.dtype) -> Tensor:
+    def grouped(self, left: Tensor, right: Tensor, groups: PaddedGroups, dtype: torch.dtype) -> Tensor:
         left, right = _common(left, right, dtype)
         out_PN = left.new_zeros(groups.rows, right.shape[1])
         for rows, right_NC in zip(groups.real(THRESHOLDS.expert_rows), right, strict=True):
@@ -209,7 +211,7 @@ class CpuEngine:
         return out_PN.to(dtype)
 
     def grouped_wgrad(
-        self, left: Tensor, right: Tensor, groups: Groups, dtype: torch.dtype, into: Tensor | None = None
+        self, left: Tensor, right: Tensor, groups: PaddedGroups, dtype: torch.dtype, into: Tensor | None = None
     ) -> Tensor:
         left, right = _common(left, right, dtype)
         out_EON = left.new_empty(len(groups.counts), left.shape[0], right.shape[0])

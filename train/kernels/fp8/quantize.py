@@ -28,7 +28,7 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from train.kernels.fp8.formats import E4M3, Block, Cast, Format, pack_e5m6, round_to, unpack_e5m6
+from train.kernels.fp8.formats import E4M3, Cast, Format, ScaleBlock, pack_e5m6, round_to, unpack_e5m6
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ def fitted(cast: Cast, x_MK: "Tensor | Quantized") -> Cast:
     return replace(cast, block=(min(rows, max(x_MK.shape[-2], 1)), min(columns, max(x_MK.shape[-1], 1))))
 
 
-def blocked(x_MK: Tensor, block: Block) -> Tensor:
+def blocked(x_MK: Tensor, block: ScaleBlock) -> Tensor:
     """(..., M, K) -> (..., m, rows, k, columns), zero-padded at ragged edges."""
     rows, columns = block
     below, right = -x_MK.shape[-2] % rows, -x_MK.shape[-1] % columns

@@ -15,13 +15,15 @@ from train.kernels.cpu.compiled_products import NO_SCALES, Part, parts_by_rows, 
 from train.kernels.cpu.cpp_build import load
 from train.kernels.cpu.libraries import source
 from train.kernels.fp8.formats import TILE
-from train.kernels.fp8.groups import Groups
+from train.kernels.fp8.groups import PaddedGroups
 from train.kernels.fp8.quantize import Quantized
 
-Operand = Tensor | Quantized
+ScaledOperand = Tensor | Quantized
 
 
-def product(left_OC: Operand, right_NC: Operand, dtype: torch.dtype, into_ON: Tensor | None = None) -> Tensor:
+def product(
+    left_OC: ScaledOperand, right_NC: ScaledOperand, dtype: torch.dtype, into_ON: Tensor | None = None
+) -> Tensor:
     """left right^T: (O, N). into: fp32, to which the product is added."""
     (rows, contraction), columns = left_OC.shape, right_NC.shape[0]
     out_ON = _values(left_OC).new_empty(rows, columns, dtype=dtype) if into_ON is None else into_ON
@@ -29,7 +31,7 @@ def product(left_OC: Operand, right_NC: Operand, dtype: torch.dtype, into_ON: Te
     return out_ON
 
 
-def grouped(left_PC: Operand, right_ENC: Operand, groups: Groups, dtype: torch.dtype) -> Tensor:
+def grouped(left_PC: ScaledOperand, right_ENC: ScaledOperand, groups: PaddedGroups, dtype: torch.dtype) -> Tensor:
     """Each expert's rows times its own matrix: (P, N), zero in the padding."""
     _, columns, contraction = right_ENC.shape
     out_PN = _values(left_PC).new_zeros(groups.rows, columns, dtype=dtype)
@@ -39,7 +41,11 @@ def grouped(left_PC: Operand, right_ENC: Operand, groups: Groups, dtype: torch.d
 
 
 def grouped_wgrad(
-    left_OP: Operand, right_NP: Operand, groups: Groups, dtype: torch.dtype, into_EON: Tensor | None = None
+    left_OP: ScaledOperand,
+    right_NP: ScaledOperand,
+    groups: PaddedGroups,
+    dtype: torch.dtype,
+    into_EON: Tensor | None = None,
 ) -> Tensor:
     """For each expert the sum over its rows: (E, O, N). into: as in `product`."""
     rows, columns = left_OP.shape[0], right_NP.shape[0]
@@ -55,15 +61,17 @@ def need_compiled() -> None:
     load(source("products", "precision.fp8.compiled", "precision.fp8.compiled=false: torch's operations, slower"))
 
 
-def _run(name: str, left: Operand, right: Operand, out: Tensor, parts: Sequence[Part], into: bool = False) -> None:
+def _run(
+    name: str, left: ScaledOperand, right: ScaledOperand, out: Tensor, parts: Sequence[Part], into: bool = False
+) -> None:
     run(name, _values(left), _values(right), out, parts, _scales(left), _scales(right), into)
 
 
-def _values(x: Operand) -> Tensor:
+def _values(x: ScaledOperand) -> Tensor:
     return x.q if isinstance(x, Quantized) else x
 
 
-def _scales(x: Operand) -> tuple[Tensor | None, int]:
+def _scales(x: ScaledOperand) -> tuple[Tensor | None, int]:
     """One for every block of outer and tile of C; log2 of the side of a block. See `compiled_products._operand`."""
     if isinstance(x, Tensor):
         return NO_SCALES

@@ -27,11 +27,11 @@ from torch import Tensor
 from train.kernels.fp8.formats import TILE, Cast
 from train.kernels.fp8.groups import most_tiles, on_device
 
-ROWS = 32
+QUANTIZE_ROWS = 32
 """Rows that one program works on."""
 BACKWARD_ROWS = 8
 """Rows that one program of `swiglu_backward` works on: it holds several values of each, and more rows cost most of the registers."""
-COLUMNS = 32
+QUANTIZE_COLUMNS = 32
 """Columns that one program of `quantize_columns` works on."""
 
 
@@ -293,9 +293,9 @@ def quantize_tiles(x_RC: Tensor, cast: Cast, in_scale: Tensor | None = None) -> 
     rows, columns = _sizes(x_RC)
     whole = -(-rows // TILE) * TILE
     q, scale = cast.empty_tiles(x_RC, whole, columns)
-    _tiles_kernel[(whole // ROWS, columns // TILE)](
+    _tiles_kernel[(whole // QUANTIZE_ROWS, columns // TILE)](
         x_RC, x_RC if in_scale is None else in_scale.t(), q, scale.t(), rows, columns, whole,
-        cast.format.max, cast.floor, cast.pow2, in_scale is not None, ROWS,
+        cast.format.max, cast.floor, cast.pow2, in_scale is not None, QUANTIZE_ROWS,
     )  # fmt: skip
     return q, scale
 
@@ -306,8 +306,8 @@ def quantize_e5m6(x_RC: Tensor, cast: Cast) -> tuple[Tensor, Tensor]:
     whole = -(-rows // TILE) * TILE
     q = x_RC.new_empty(whole, columns // 2 * 3, dtype=torch.uint8)
     scale = x_RC.new_empty(columns // TILE, whole, dtype=torch.float32)
-    _e5m6_kernel[(whole // ROWS, columns // TILE)](
-        x_RC, q.view(torch.int32), scale, rows, columns, whole, cast.format.max, cast.floor, cast.pow2, ROWS
+    _e5m6_kernel[(whole // QUANTIZE_ROWS, columns // TILE)](
+        x_RC, q.view(torch.int32), scale, rows, columns, whole, cast.format.max, cast.floor, cast.pow2, QUANTIZE_ROWS
     )
     return q, scale.t()
 
@@ -316,8 +316,8 @@ def decode_e5m6(q: Tensor, scale: Tensor, rows: int) -> Tensor:
     """Values (R, C) in bf16, which holds them where scales are powers of two, of what `quantize_e5m6` gives."""
     columns = q.shape[1] // 3 * 2
     out_RC = q.new_empty(rows, columns, dtype=torch.bfloat16)
-    _decode_kernel[(triton.cdiv(rows, ROWS), columns // TILE)](
-        q.view(torch.int32), scale.t(), out_RC, rows, columns, len(scale), ROWS
+    _decode_kernel[(triton.cdiv(rows, QUANTIZE_ROWS), columns // TILE)](
+        q.view(torch.int32), scale.t(), out_RC, rows, columns, len(scale), QUANTIZE_ROWS
     )
     return out_RC
 
@@ -364,10 +364,10 @@ def quantize_columns(
     tiles = most_tiles(rows, experts)
     q = x_RC.new_empty(columns * tiles * TILE, dtype=cast.format.dtype)
     scale = x_RC.new_empty(tiles, columns, dtype=torch.float32).t()
-    _columns_kernel[(tiles, columns // COLUMNS)](
+    _columns_kernel[(tiles, columns // QUANTIZE_COLUMNS)](
         x_RC, x_RC if in_scale is None else in_scale.t(), q, scale, base, stride, x_RC if ends_E is None else ends_E,
         rows, columns, tiles * TILE, cast.format.max, cast.floor, cast.pow2, in_scale is not None, packed,
-        flat is not None, experts, triton.next_power_of_2(experts), COLUMNS,
+        flat is not None, experts, triton.next_power_of_2(experts), QUANTIZE_COLUMNS,
     )  # fmt: skip
     return (q.view(columns, -1) if flat is None else q), scale
 
@@ -397,10 +397,10 @@ def swiglu_tiles(
     q, scale = made = cast.empty_tiles(h_P2F, rows, width)
     kept = None if cache is None else cache.empty_tiles(h_P2F, rows, 2 * width)
     (kept_q, kept_scale), kept_cast = kept or made, cache or cast
-    _swiglu_kernel[(triton.cdiv(rows, ROWS), width // TILE)](
+    _swiglu_kernel[(triton.cdiv(rows, QUANTIZE_ROWS), width // TILE)](
         h_P2F, gates_P, q, scale.t(), kept_q, kept_scale.t(), rows, width,
         cast.format.max, cast.floor, cast.pow2,
-        kept is not None, kept_cast.format.max, kept_cast.floor, kept_cast.pow2, ROWS,
+        kept is not None, kept_cast.format.max, kept_cast.floor, kept_cast.pow2, QUANTIZE_ROWS,
     )  # fmt: skip
     return made, kept
 

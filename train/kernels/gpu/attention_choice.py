@@ -19,14 +19,14 @@ from train.kernels.precision import activation_dtype
 from train.model.attention import AttentionCore, AttentionInput, AttentionOutput
 from train.model.sequence import Positions, Rectangle, Seen
 
-BOUND = 2e-2
+ATTENTION_BOUND = 2e-2
 """Largest relative error, in the norm, of a result and of each gradient. Rounding the result and the probabilities to bf16
 makes some 3e-3; a wrong mask, scale or head makes 0.1 and more."""
 LENGTHS = 256, 255
 """Positions tried: the module of an MTP depth has one fewer than the model."""
-RESULTS = "its result", "its log-sum-exp", "dq", "dk", "dv"
+ATTENTION_RESULTS = "its result", "its log-sum-exp", "dq", "dk", "dv"
 
-PARTS = "whole sequences", "documents", "blocks of keys"
+ATTENTION_PARTS = "whole sequences", "documents", "blocks of keys"
 """What a run may ask of attention, the last where ranks share sequences."""
 
 CORES: dict[str, AttentionCore] = {
@@ -43,7 +43,7 @@ def choose_attention(config: Config, device: torch.device) -> tuple[AttentionCor
 
     Raises UserError where none gives the right values.
     """
-    parts = PARTS if config.parallel.cp > 1 else PARTS[:2]
+    parts = ATTENTION_PARTS if config.parallel.cp > 1 else ATTENTION_PARTS[:2]
     whole, notes = _first_right(config, device, [part for part in parts if part != "documents"], CORES)
     if not config.data.mask_documents:
         return whole, notes
@@ -114,10 +114,10 @@ def _problem_at(length: int, core: AttentionCore, config: Config, device: torch.
         ours = _both_ways(core, [tensor.to(device) for tensor in numbers], width**-0.5, seen)
     except RuntimeError as error:
         return f"fails for {part} ({str(error).strip().splitlines()[0][:200]})"
-    for name, one, other in zip(RESULTS, ours, expected, strict=True):
+    for name, one, other in zip(ATTENTION_RESULTS, ours, expected, strict=True):
         error = ((one - other).norm() / other.norm()).item()
-        if not error < BOUND:  # not a number is wrong too
-            return f"is wrong for {part} ({name} is off by {error:.2g} of its norm, and {BOUND} is allowed)"
+        if not error < ATTENTION_BOUND:  # not a number is wrong too
+            return f"is wrong for {part} ({name} is off by {error:.2g} of its norm, and {ATTENTION_BOUND} is allowed)"
     return None
 
 

@@ -25,8 +25,8 @@ FLIGHTS = "flight_recorder_rank_"
 """Before the rank in the names of the files where NCCL's process groups leave their last collectives."""
 PROBED = "SLUICE_PROBED"
 """Set to the FP8 recipe whose products this command has tried, for the ranks that it starts here."""
-PATIENCE = timedelta(hours=1)
-"""Longest wait for the first rank of each machine, which tries products for hopper_probe.LIMIT seconds at most."""
+PROBE_PATIENCE = timedelta(hours=1)
+"""Longest wait for the first rank of each machine, which tries products for hopper_probe.PROBE_SECONDS seconds at most."""
 GPUS = ("/dev/nvidia[0-9]*", "/dev/dxg")
 """Files that a machine with a GPU of NVIDIA has, or a container that was given one; the second is that of Windows."""
 
@@ -100,7 +100,7 @@ def probe_in_turn(config: Config, place: Place, device: "torch.device") -> None:
     from parallel.exchange import gather, patient_group
 
     refused = None
-    with patient_group(PATIENCE) as everybody:
+    with patient_group(PROBE_PATIENCE) as everybody:
         if place.local_rank == 0:
             try:
                 probe(config, device.index)

@@ -13,7 +13,7 @@ from train.kernels.plain import grouped
 from train.kernels.plain.plain_kernels import PlainKernels
 from train.kernels.plain.routing import Route
 from train.model.attention import AttentionCore
-from train.model.operations import Counters, Groups, RoutingRule
+from train.model.operations import ExpertGroups, RouterCounters, RoutingRule
 from train.model.sequence import Positions
 from train.model.weight_gradient import LinearProduct
 
@@ -64,7 +64,7 @@ class FusedKernels(PlainKernels):
         return torch.addmm(into_ON, left_OC, right_NC.t(), out_dtype=dtype, out=into_ON)
 
     def grouped_weight_gradient(
-        self, grad_RO: Tensor, x_RI: Tensor, groups: Groups, dtype: torch.dtype, into_EOI: Tensor | None = None
+        self, grad_RO: Tensor, x_RI: Tensor, groups: ExpertGroups, dtype: torch.dtype, into_EOI: Tensor | None = None
     ) -> Tensor:
         if dtype != torch.float32 or grad_RO.dtype != torch.bfloat16:
             return super().grouped_weight_gradient(grad_RO, x_RI, groups, dtype, into_EOI)
@@ -104,7 +104,7 @@ class FusedKernels(PlainKernels):
         bias_E: Tensor,
         rule: RoutingRule,
         balance_weight: float,
-        counters: Counters | None,
+        counters: RouterCounters | None,
         positions: Positions,
     ) -> tuple[Tensor, Tensor]:
         # fp64 is a proof's; ranks that share a sequence exchange counts between the two kernels
@@ -112,5 +112,5 @@ class FusedKernels(PlainKernels):
         route = FusedRoute if one_kernel else Route
         return route.apply(logits_BTE, bias_E, rule, balance_weight, counters, positions)
 
-    def groups(self, counts_E: Tensor, dtype: torch.dtype) -> Groups:
+    def groups(self, counts_E: Tensor, dtype: torch.dtype) -> ExpertGroups:
         return grouped.ends_of(counts_E)

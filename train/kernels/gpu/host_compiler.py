@@ -18,14 +18,14 @@ from conf.errors import UserError
 COMPILERS = ("gcc", "clang")
 """Looked for on the PATH where CC is not set; `cc` is not."""
 PYTHON = f"python{sys.version_info.major}.{sys.version_info.minor}"
-SOURCE = """#include <stdlib.h>
+TRIED_SOURCE = """#include <stdlib.h>
 #include <Python.h>
 static struct PyModuleDef module = {PyModuleDef_HEAD_INIT, "tried", NULL, -1, NULL};
 PyMODINIT_FUNC PyInit_tried(void) { return PyModule_Create(&module); }
 """
-LIMIT = 60.0
+COMPILER_SECONDS = 60.0
 """Seconds that the compiler may take; it takes a part of one."""
-TAIL = 600
+COMPILER_TAIL = 600
 """Characters of its last words that the error repeats."""
 INSTALL_COMPILER = "apt-get install build-essential (dnf install gcc), or set CC to a C compiler"
 INSTALL_HEADERS = f"apt-get install {PYTHON}-dev, or python3-dev for the system's own Python ({PYTHON}-devel or python3-devel with dnf)"
@@ -43,17 +43,17 @@ def missing_for_triton() -> tuple[str, str] | None:
         )
     with tempfile.TemporaryDirectory() as folder:
         source = Path(folder) / "tried.c"
-        source.write_text(SOURCE)
+        source.write_text(TRIED_SOURCE)
         command = [compiler, str(source), "-O3", "-shared", "-fPIC", "-o", f"{folder}/tried.so", f"-I{headers()}"]
         try:
-            done = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=LIMIT)
+            done = subprocess.run(command, capture_output=True, text=True, errors="replace", timeout=COMPILER_SECONDS)
         except (OSError, subprocess.TimeoutExpired) as error:
             return f"{compiler} cannot be run: {error}", INSTALL_COMPILER
     if done.returncode == 0:
         return None
     if "Python.h" in done.stderr:
         return f"{PYTHON} has no headers: there is no Python.h in {headers()}", INSTALL_HEADERS
-    return f"{compiler} cannot build a module of Python: {done.stderr.strip()[-TAIL:]}", INSTALL_COMPILER
+    return f"{compiler} cannot build a module of Python: {done.stderr.strip()[-COMPILER_TAIL:]}", INSTALL_COMPILER
 
 
 def require_for_triton(device: object) -> None:

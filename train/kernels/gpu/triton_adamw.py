@@ -19,7 +19,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-CHUNK, BLOCK = 1 << 14, 1 << 11
+PROGRAM_ELEMENTS, ELEMENTS_AT_ONCE = 1 << 14, 1 << 11
 """Elements of a program, and at a time."""
 ALIGNED = 16
 """Of a multiple of so many bytes the address of a piece lets threads read 128 bits at a time, if its elements are one too."""
@@ -109,7 +109,7 @@ def update(
     layout, pointers, aligned = _table(gradients)
     _update_kernel[(len(layout.piece_of_chunk),)](
         weight, mean, square, pointers, layout.starts, layout.first_chunks, layout.piece_of_chunk,
-        factor, lerp, keep_square, add_square, decay, step, root, eps, aligned, CHUNK, BLOCK, num_warps=8,
+        factor, lerp, keep_square, add_square, decay, step, root, eps, aligned, PROGRAM_ELEMENTS, ELEMENTS_AT_ONCE, num_warps=8,
     )  # fmt: skip
 
 
@@ -117,7 +117,7 @@ def sums_of_squares(pieces: Sequence[Tensor]) -> Tensor:
     """Of every piece, fp32 and 1-D: fp64 (pieces,)."""
     chunks, first_chunks = squares_of_chunks(pieces)
     out = chunks.new_empty(len(pieces))
-    _sums_kernel[(len(pieces),)](chunks, out, first_chunks, BLOCK)
+    _sums_kernel[(len(pieces),)](chunks, out, first_chunks, ELEMENTS_AT_ONCE)
     return out
 
 
@@ -133,8 +133,8 @@ def squares_of_chunks(pieces: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
             layout.first_chunks,
             layout.piece_of_chunk,
             aligned,
-            CHUNK,
-            BLOCK,
+            PROGRAM_ELEMENTS,
+            ELEMENTS_AT_ONCE,
             num_warps=8,
         )
     return chunks, layout.first_chunks
@@ -155,7 +155,7 @@ def _layout(sizes: tuple[int, ...], device: torch.device) -> _Layout:
     starts, firsts = [0], [0]
     for size in sizes:
         starts.append(starts[-1] + size)
-        firsts.append(firsts[-1] - -size // CHUNK)
+        firsts.append(firsts[-1] - -size // PROGRAM_ELEMENTS)
     chunks = torch.repeat_interleave(torch.tensor(firsts).diff())
     return _Layout(_there(starts, device), _there(firsts, device), _there(chunks, device))
 

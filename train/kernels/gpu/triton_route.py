@@ -12,11 +12,11 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from train.model.operations import Counters, RoutingRule
+from train.model.operations import RouterCounters, RoutingRule
 
-TOKENS = 8
+ROUTE_TOKENS = 8
 """Of one sequence that a program works on."""
-BLOCKS = 16
+SUM_BLOCKS = 16
 """Blocks of tokens whose sums are added at a time."""
 
 
@@ -56,11 +56,11 @@ def _route_kernel(
     length, per_group, route_scale,
     E: tl.constexpr, K: tl.constexpr, GROUPS_G: tl.constexpr, top_groups: tl.constexpr, group_top_k: tl.constexpr,
     given: tl.constexpr, counted: tl.constexpr, balanced: tl.constexpr,
-    EXPERTS: tl.constexpr, GROUPS: tl.constexpr, CHOSEN: tl.constexpr, TOKENS: tl.constexpr,
+    EXPERTS: tl.constexpr, GROUPS: tl.constexpr, CHOSEN: tl.constexpr, ROUTE_TOKENS: tl.constexpr,
 ):  # fmt: skip
     """given: the ids are, and only what follows from them is computed."""
     batch = tl.program_id(1).to(tl.int64)
-    tokens = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)[:, None]
+    tokens = tl.program_id(0) * ROUTE_TOKENS + tl.arange(0, ROUTE_TOKENS)[:, None]
     expert, entry = tl.arange(0, EXPERTS)[None, :], tl.arange(0, CHOSEN)[None, :]
     token, real = batch * length + tokens, tokens < length
     there = real & (expert < E)
@@ -71,9 +71,9 @@ def _route_kernel(
     if top_groups < GROUPS_G and not given:
         opened = _open_groups(left, expert, per_group, GROUPS_G, top_groups, group_top_k, GROUPS)
         left = tl.where(opened, left, -float("inf"))
-    ids = tl.zeros((TOKENS, CHOSEN), tl.int32)
-    chosen = tl.zeros((TOKENS, CHOSEN), tl.float32)
-    hits = tl.zeros((TOKENS, EXPERTS), tl.int32)
+    ids = tl.zeros((ROUTE_TOKENS, CHOSEN), tl.int32)
+    chosen = tl.zeros((ROUTE_TOKENS, CHOSEN), tl.float32)
+    hits = tl.zeros((ROUTE_TOKENS, EXPERTS), tl.int32)
     for k in range(K):
         best = tl.load(ids_ptr + token * K + k, real, 0).to(tl.int32) if given else _largest(left, E - 1)
         taken = expert == best
@@ -81,7 +81,9 @@ def _route_kernel(
         ids = tl.where(entry == k, best, ids)
         chosen = tl.where(entry == k, tl.sum(tl.where(taken, scores, 0.0), axis=1, keep_dims=True), chosen)
         hits += (taken & real).to(tl.int32)
-    factor = tl.div_rn(route_scale + tl.zeros((TOKENS, 1), tl.float32), tl.sum(chosen, axis=1, keep_dims=True) + 1e-20)
+    factor = tl.div_rn(
+        route_scale + tl.zeros((ROUTE_TOKENS, 1), tl.float32), tl.sum(chosen, axis=1, keep_dims=True) + 1e-20
+    )
     written = real & (entry < K)
     if not given:
         tl.store(ids_ptr + token * K + entry, ids.to(tl.int64), written)
@@ -96,7 +98,7 @@ def _route_kernel(
         share = tl.where(real, scores * tl.div_rn(1.0, tl.where(real, total, 1.0)), 0.0)
         tl.store(share_ptr + place, tl.sum(share, axis=0), inside)
         if balanced:
-            left, hits = tl.where(expert < E, scores, -float("inf")), tl.zeros((TOKENS, EXPERTS), tl.int32)
+            left, hits = tl.where(expert < E, scores, -float("inf")), tl.zeros((ROUTE_TOKENS, EXPERTS), tl.int32)
             for _ in range(K):
                 taken = expert == _largest(left, E - 1)
                 left = tl.where(taken, -float("inf"), left)
@@ -107,15 +109,15 @@ def _route_kernel(
 @triton.jit
 def _finish_kernel(
     load_ptr, share_ptr, often_ptr, load_E_ptr, score_E_ptr, balance_ptr, frequency_ptr, batch, length, blocks, weight,
-    E: tl.constexpr, K: tl.constexpr, added: tl.constexpr, balanced: tl.constexpr, EXPERTS: tl.constexpr, BLOCKS: tl.constexpr,
+    E: tl.constexpr, K: tl.constexpr, added: tl.constexpr, balanced: tl.constexpr, EXPERTS: tl.constexpr, SUM_BLOCKS: tl.constexpr,
 ):  # fmt: skip
     expert = tl.arange(0, EXPERTS)
     inside = expert < E
     load, score, loss = tl.zeros((EXPERTS,), tl.int64), tl.zeros((EXPERTS,), tl.float32), 0.0
     for b in range(batch):
         share, often = tl.zeros((EXPERTS,), tl.float32), tl.zeros((EXPERTS,), tl.int32)
-        for start in range(0, blocks, BLOCKS):
-            block = start + tl.arange(0, BLOCKS)[:, None]
+        for start in range(0, blocks, SUM_BLOCKS):
+            block = start + tl.arange(0, SUM_BLOCKS)[:, None]
             place, there = (b * blocks + block) * E + expert[None, :], (block < blocks) & inside[None, :]
             load += tl.sum(tl.load(load_ptr + place, there, 0), axis=0)
             share += tl.sum(tl.load(share_ptr + place, there, 0.0), axis=0)
@@ -138,11 +140,11 @@ def _finish_kernel(
 def _backward_kernel(
     grad_ptr, scores_ptr, ids_ptr, gates_ptr, factor_ptr, total_ptr, frequency_ptr, dlogits_ptr, length, route_scale, weight,
     E: tl.constexpr, K: tl.constexpr, balanced: tl.constexpr,
-    EXPERTS: tl.constexpr, CHOSEN: tl.constexpr, TOKENS: tl.constexpr,
+    EXPERTS: tl.constexpr, CHOSEN: tl.constexpr, ROUTE_TOKENS: tl.constexpr,
 ):  # fmt: skip
     """weight: of the loss, over the number of tokens."""
     batch = tl.program_id(1).to(tl.int64)
-    tokens = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)[:, None]
+    tokens = tl.program_id(0) * ROUTE_TOKENS + tl.arange(0, ROUTE_TOKENS)[:, None]
     expert, entry = tl.arange(0, EXPERTS)[None, :], tl.arange(0, CHOSEN)[None, :]
     token, real = batch * length + tokens, tokens < length
     there, written = real & (expert < E), real & (entry < K)
@@ -151,7 +153,7 @@ def _backward_kernel(
     inner = tl.sum(grads * gates, axis=1, keep_dims=True) / route_scale
     factor = tl.load(factor_ptr + token, real, 0.0)
     scores = tl.load(scores_ptr + token * E + expert, there, 0.0)
-    dscores = tl.zeros((TOKENS, EXPERTS), tl.float32)
+    dscores = tl.zeros((ROUTE_TOKENS, EXPERTS), tl.float32)
     if balanced:
         frequency = tl.load(frequency_ptr + batch * E + expert, expert < E, 0.0)
         total = tl.load(total_ptr + token, real, 1.0)
@@ -177,16 +179,16 @@ def route(
     TOKENS tokens, (B, blocks, E); None where nothing is counted.
     """
     B, T, E = logits_BTE.shape
-    _route_kernel[(triton.cdiv(T, TOKENS), B)](
+    _route_kernel[(triton.cdiv(T, ROUTE_TOKENS), B)](
         logits_BTE, bias_E, *made, *(sums or (made[0],) * 3), T, E // rule.groups, rule.route_scale,
         E, rule.top_k, rule.groups, rule.top_groups, rule.group_top_k, given, sums is not None, balanced,
-        *map(triton.next_power_of_2, (E, rule.groups, rule.top_k)), TOKENS,
+        *map(triton.next_power_of_2, (E, rule.groups, rule.top_k)), ROUTE_TOKENS,
     )  # fmt: skip
 
 
 def finish(
     sums: tuple[Tensor, ...],
-    counters: Counters,
+    counters: RouterCounters,
     frequency_BE: Tensor,
     rule: RoutingRule,
     length: int,
@@ -199,14 +201,14 @@ def finish(
     B, blocks, E = sums[0].shape
     _finish_kernel[(1,)](
         *sums, *counters, frequency_BE, B, length, blocks, weight,
-        E, rule.top_k, added, bool(weight), triton.next_power_of_2(E), BLOCKS,
+        E, rule.top_k, added, bool(weight), triton.next_power_of_2(E), SUM_BLOCKS,
     )  # fmt: skip
 
 
 def backward(grad_BTK: Tensor, kept: tuple[Tensor, ...], dlogits_BTE: Tensor, rule: RoutingRule, weight: float) -> None:
     """kept: scores, ids, gates, factor, total and frequency."""
     B, T, E = dlogits_BTE.shape
-    _backward_kernel[(triton.cdiv(T, TOKENS), B)](
+    _backward_kernel[(triton.cdiv(T, ROUTE_TOKENS), B)](
         grad_BTK, *kept, dlogits_BTE, T, rule.route_scale, weight / (B * T),
-        E, rule.top_k, bool(weight), *map(triton.next_power_of_2, (E, rule.top_k)), TOKENS,
+        E, rule.top_k, bool(weight), *map(triton.next_power_of_2, (E, rule.top_k)), ROUTE_TOKENS,
     )  # fmt: skip

@@ -12,9 +12,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-ROWS, COLUMNS = 4, 512
+SWIGLU_ROWS, SWIGLU_COLUMNS = 4, 512
 """Of [gate | up] that a program of SwiGLU works on at a time: 16 values a thread, so that all loads are of 128 bits."""
-TOKENS = 16
+HEAD_POSITIONS = 16
 """Positions of one head that a program of `heads` moves."""
 BACKWARD_TOKENS = 8
 """Positions of which a program of `heads_backward` sums all heads."""
@@ -23,10 +23,10 @@ BACKWARD_TOKENS = 8
 @triton.jit
 def _swiglu_kernel(
     h_ptr, gates_ptr, out_ptr, rows_N, width,
-    gated: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    gated: tl.constexpr, SWIGLU_ROWS: tl.constexpr, SWIGLU_COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    columns = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
+    rows = tl.program_id(0) * SWIGLU_ROWS + tl.arange(0, SWIGLU_ROWS)
+    columns = tl.program_id(1) * SWIGLU_COLUMNS + tl.arange(0, SWIGLU_COLUMNS)
     there = (rows < rows_N)[:, None] & (columns < width)[None, :]
     place = rows[:, None].to(tl.int64) * (2 * width) + columns[None, :]
     gate = tl.load(h_ptr + place, there, 0.0).to(tl.float32)
@@ -40,12 +40,12 @@ def _swiglu_kernel(
 @triton.jit
 def _swiglu_backward_kernel(
     grad_ptr, h_ptr, gates_ptr, dh_ptr, dgates_ptr, rows_N, width,
-    gated: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+    gated: tl.constexpr, SWIGLU_ROWS: tl.constexpr, SWIGLU_COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    rows = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
-    total = tl.zeros((ROWS,), tl.float32)
-    for start in range(0, width, COLUMNS):
-        columns = start + tl.arange(0, COLUMNS)
+    rows = tl.program_id(0) * SWIGLU_ROWS + tl.arange(0, SWIGLU_ROWS)
+    total = tl.zeros((SWIGLU_ROWS,), tl.float32)
+    for start in range(0, width, SWIGLU_COLUMNS):
+        columns = start + tl.arange(0, SWIGLU_COLUMNS)
         there = (rows < rows_N)[:, None] & (columns < width)[None, :]
         place = rows[:, None].to(tl.int64) * (2 * width) + columns[None, :]
         gate = tl.load(h_ptr + place, there, 0.0).to(tl.float32)
@@ -88,11 +88,11 @@ def _times_table(pairs, table_ptr, table_place, table_there, ROPE: tl.constexpr,
 def _heads_kernel(
     q_ptr, kv_ptr, shared_ptr, table_ptr, k_ptr, length, heads, shared_row,
     nope: tl.constexpr, rope: tl.constexpr, kv_row: tl.constexpr,
-    NOPE: tl.constexpr, ROPE: tl.constexpr, TOKENS: tl.constexpr,
+    NOPE: tl.constexpr, ROPE: tl.constexpr, HEAD_POSITIONS: tl.constexpr,
 ):  # fmt: skip
     """One head of TOKENS positions. q_ptr: the rope part of queries, nope + rope apart, where the turned one goes."""
     head, batch = tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
-    tokens = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
+    tokens = tl.program_id(0) * HEAD_POSITIONS + tl.arange(0, HEAD_POSITIONS)
     real = (tokens < length)[:, None]
     row = (batch * length + tokens[:, None]) * heads + head
     n, r = tl.arange(0, NOPE)[None, :], tl.arange(0, ROPE)[None, :]
@@ -113,17 +113,17 @@ def _heads_backward_kernel(
     dq_ptr, dk_ptr, dv_ptr, table_ptr, dq_out_ptr, dkv_out_ptr, dshared_ptr, length, heads,
     q_batch, q_head, q_token, k_batch, k_head, k_token, v_batch, v_head, v_token,
     nope: tl.constexpr, rope: tl.constexpr, value: tl.constexpr,
-    NOPE: tl.constexpr, ROPE: tl.constexpr, VALUE: tl.constexpr, TOKENS: tl.constexpr,
+    NOPE: tl.constexpr, ROPE: tl.constexpr, VALUE: tl.constexpr, HEAD_POSITIONS: tl.constexpr,
 ):  # fmt: skip
     """All heads of TOKENS positions, so that the gradient of the shared rope key is one sum in the order of the heads."""
     batch = tl.program_id(1).to(tl.int64)
-    tokens = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
+    tokens = tl.program_id(0) * HEAD_POSITIONS + tl.arange(0, HEAD_POSITIONS)
     places = tokens[:, None].to(tl.int64)
     real = (tokens < length)[:, None]
     n, r, v = (tl.arange(0, NOPE)[None, :], tl.arange(0, ROPE)[None, :], tl.arange(0, VALUE)[None, :])
     plain, turned, valued = real & (n < nope), real & (r < rope), real & (v < value)
     table_place = tokens[:, None] * rope + r
-    total = tl.zeros((TOKENS, ROPE), tl.float32)
+    total = tl.zeros((HEAD_POSITIONS, ROPE), tl.float32)
     dq_ptr += batch * q_batch + places * q_token
     dk_ptr += batch * k_batch + places * k_token
     dv_ptr += batch * v_batch + places * v_token
@@ -146,8 +146,8 @@ def swiglu(h_N2F: Tensor, gates_N: Tensor | None, out_NF: Tensor) -> None:
     """silu(gate) * up, times the row's gate value where given. All contiguous."""
     rows, width = out_NF.shape
     gates = h_N2F if gates_N is None else gates_N
-    grid = triton.cdiv(rows, ROWS), triton.cdiv(width, COLUMNS)
-    _swiglu_kernel[grid](h_N2F, gates, out_NF, rows, width, gates_N is not None, ROWS, COLUMNS)
+    grid = triton.cdiv(rows, SWIGLU_ROWS), triton.cdiv(width, SWIGLU_COLUMNS)
+    _swiglu_kernel[grid](h_N2F, gates, out_NF, rows, width, gates_N is not None, SWIGLU_ROWS, SWIGLU_COLUMNS)
 
 
 def swiglu_backward(
@@ -156,8 +156,8 @@ def swiglu_backward(
     """Gradients of h and of the gate values. All contiguous."""
     rows, width = grad_NF.shape
     gates, dgates = (h_N2F, dh_N2F) if gates_N is None else (gates_N, dgates_N)
-    _swiglu_backward_kernel[(triton.cdiv(rows, ROWS),)](
-        grad_NF, h_N2F, gates, dh_N2F, dgates, rows, width, gates_N is not None, ROWS, COLUMNS
+    _swiglu_backward_kernel[(triton.cdiv(rows, SWIGLU_ROWS),)](
+        grad_NF, h_N2F, gates, dh_N2F, dgates, rows, width, gates_N is not None, SWIGLU_ROWS, SWIGLU_COLUMNS
     )
 
 
@@ -167,9 +167,9 @@ def heads(q_rope_BTHR: Tensor, k_nope_BTHN: Tensor, k_rope_BTR: Tensor, table: T
     """
     B, T, H, _ = k_BTHQ.shape
     sizes = k_nope_BTHN.size(3), k_rope_BTR.size(2)
-    _heads_kernel[(triton.cdiv(T, TOKENS), H, B)](
+    _heads_kernel[(triton.cdiv(T, HEAD_POSITIONS), H, B)](
         q_rope_BTHR, k_nope_BTHN, k_rope_BTR, table, k_BTHQ, T, H, k_rope_BTR.stride(1),
-        *sizes, k_nope_BTHN.stride(2), *map(triton.next_power_of_2, sizes), TOKENS,
+        *sizes, k_nope_BTHN.stride(2), *map(triton.next_power_of_2, sizes), HEAD_POSITIONS,
     )  # fmt: skip
 
 

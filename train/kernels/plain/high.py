@@ -1,4 +1,4 @@
-"""Products in fp32 or bf16: the plain recipe. bf16 products accumulate in fp32 inside the kernels.
+"""Products in fp32 or bf16: nothing is cast. bf16 products accumulate in fp32 inside the kernels.
 
 What multiplies are the kernels that the object is given (train/model/operations.py).
 
@@ -15,7 +15,7 @@ from torch.autograd.function import once_differentiable
 from train.kernels.fp8.health import Report
 from train.model.layers import HeldInput, recomputed_swiglu, swiglu
 from train.model.needed import gradients_needed
-from train.model.operations import Groups, Kernels
+from train.model.operations import ExpertGroups, Kernels
 from train.model.weight_gradient import weight_gradient
 
 
@@ -61,7 +61,7 @@ class _GroupedProduct(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x_RI: Tensor, weight_EOI: Tensor, groups: Groups, kernels: Kernels):
+    def forward(ctx, x_RI: Tensor, weight_EOI: Tensor, groups: ExpertGroups, kernels: Kernels):
         ctx.save_for_backward(x_RI, weight_EOI)
         ctx.groups, ctx.kernels = groups, kernels
         return kernels.grouped_product(x_RI, weight_EOI.transpose(1, 2), groups)

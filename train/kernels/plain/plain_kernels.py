@@ -19,7 +19,7 @@ from train.kernels.plain.heads import PlainHeads
 from train.kernels.plain.plain_attention import PlainAttention
 from train.kernels.plain.routing import Route
 from train.model.attention import Attend, AttentionCore, AttentionInput
-from train.model.operations import Counters, Groups, Kernels, RoutingRule
+from train.model.operations import ExpertGroups, Kernels, RouterCounters, RoutingRule
 from train.model.sequence import Positions
 
 
@@ -98,7 +98,7 @@ class PlainKernels(Kernels):
         bias_E: Tensor,
         rule: RoutingRule,
         balance_weight: float,
-        counters: Counters | None,
+        counters: RouterCounters | None,
         positions: Positions,
     ) -> tuple[Tensor, Tensor]:
         return Route.apply(logits_BTE, bias_E, rule, balance_weight, counters, positions)
@@ -117,16 +117,16 @@ class PlainKernels(Kernels):
     def product(self, left_OC: Tensor, right_NC: Tensor, dtype: torch.dtype, into_ON: Tensor | None = None) -> Tensor:
         return added((left_OC @ right_NC.t()).to(dtype), into_ON)
 
-    def groups(self, counts_E: Tensor, dtype: torch.dtype) -> Groups:
+    def groups(self, counts_E: Tensor, dtype: torch.dtype) -> ExpertGroups:
         return counts_E.tolist() if dtype == torch.bfloat16 else grouped.ends_of(counts_E)
 
-    def grouped_product(self, x_RI: Tensor, weight_EIO: Tensor, groups: Groups) -> Tensor:
+    def grouped_product(self, x_RI: Tensor, weight_EIO: Tensor, groups: ExpertGroups) -> Tensor:
         if isinstance(groups, list):
             return grouped.product(x_RI, weight_EIO, groups)
         return grouped.product_to_ends(x_RI, weight_EIO, groups)
 
     def grouped_weight_gradient(
-        self, grad_RO: Tensor, x_RI: Tensor, groups: Groups, dtype: torch.dtype, into_EOI: Tensor | None = None
+        self, grad_RO: Tensor, x_RI: Tensor, groups: ExpertGroups, dtype: torch.dtype, into_EOI: Tensor | None = None
     ) -> Tensor:
         by_rows = isinstance(groups, list)
         gradient = grouped.weight_gradient if by_rows else grouped.weight_gradient_to_ends

@@ -23,8 +23,8 @@ from train.parallelize import split
 from train.plan.job import actions_of, device_kind, layout_of
 from train.plan.memory.chunk import Parts, chunk_of
 from train.plan.memory.part import AGAIN, AWAY, Frozen, Scene, kind_of
-from train.plan.memory.rank_weights import FP32, Shards, needs_table, part_weights, rank_weights, shards
-from train.plan.memory.schedule_memory import MemoryPeak, StagePlan, Walk
+from train.plan.memory.rank_weights import FP32_BYTES, Shards, needs_table, part_weights, rank_weights, shards
+from train.plan.memory.schedule_memory import MemoryPeak, ScheduleWalk, StagePlan
 from train.plan.memory.step_end import StepEnd
 from train.plan.memory.zero3 import Zero3Memory
 
@@ -205,7 +205,7 @@ def state_items(config: Config, groups: list[Shards]) -> Counter:
     owned = sum(group.partition for group in groups)
     whole = sum(group.partition * group.ranks for group in groups)
     return Counter(
-        weights=precision.weight_bytes * whole, master=FP32 * owned, moments=2 * precision.moment_bytes * owned
+        weights=precision.weight_bytes * whole, master=FP32_BYTES * owned, moments=2 * precision.moment_bytes * owned
     )
 
 
@@ -213,7 +213,7 @@ def _offload_buffers(config: Config, groups: list[Shards]) -> int:
     """On the host with DeepSpeed's ZeRO-Offload: the shard's gradients, its updated weights, and a place for the largest weight."""
     owned, element = sum(group.partition for group in groups), config.precision.weight_bytes
     largest = max(weight.elements for group in groups for weight in group.weights)
-    return (FP32 + element) * owned + element * largest
+    return (FP32_BYTES + element) * owned + element * largest
 
 
 def buffer_bytes(config: Config, chunks: dict[int, Parts]) -> int:
@@ -237,7 +237,7 @@ def _walk(
     last = max(max(stages) for stages in placement_of(parallel))
 
     def gradients(*names: str) -> int:
-        return FP32 * sum(w.elements for name in names for w in part_weights(scene.model, name, share))
+        return FP32_BYTES * sum(w.elements for name in names for w in part_weights(scene.model, name, share))
 
     stages = {
         stage: StagePlan(
@@ -249,5 +249,5 @@ def _walk(
         for stage, parts in chunks.items()
     }
     holds_sent = scene.gloo and parallel.schedule != "1f1b"  # torch waits for sends at the end of a step
-    walk = Walk(stages, last + 1, holds_sent)
+    walk = ScheduleWalk(stages, last + 1, holds_sent)
     return walk.run(actions_of(config, shortest and not holds_sent)[pp_rank]), walk.host_peak

@@ -18,10 +18,10 @@ from train.optim.adamw import decays
 from train.plan.memory.chunk import Parts
 from train.plan.memory.part import Frozen, kind_of
 
-FP32 = 4
+FP32_BYTES = 4
 """Bytes."""
 
-KINDS = ("dense", "gains", "experts")
+WEIGHT_KINDS = ("dense", "gains", "experts")
 """Parameter groups, in order."""
 
 
@@ -50,7 +50,7 @@ def part_weights(model: Frozen, part: str, local_experts: int) -> tuple[Weight, 
         device="meta",
     )
     return tuple(
-        Weight(name, "experts" if ".experts." in name else KINDS[not decays(name, param)], param.numel())
+        Weight(name, "experts" if ".experts." in name else WEIGHT_KINDS[not decays(name, param)], param.numel())
         for name, param in chunk.named_parameters()
         if part == "embedding" or not name.startswith("embedding")
     )
@@ -96,5 +96,5 @@ def shards(config: Config, weights: Sequence[Weight]) -> list[Shards]:
     parallel = config.parallel
     shared = parallel.stage_ranks
     ranks = {"dense": shared, "gains": shared, "experts": shared // parallel.ep}
-    groups = [Shards([weight for weight in weights if weight.kind == kind], ranks[kind]) for kind in KINDS]
+    groups = [Shards([weight for weight in weights if weight.kind == kind], ranks[kind]) for kind in WEIGHT_KINDS]
     return [group for group in groups if group.weights]

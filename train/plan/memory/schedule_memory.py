@@ -51,7 +51,7 @@ SENT = -1
 """Holder of a tensor in place of a stage: the transport."""
 
 
-class Walk:
+class ScheduleWalk:
     """One rank of a pipeline over one step."""
 
     def __init__(self, stages: dict[int, StagePlan], num_stages: int, holds_sent: bool):

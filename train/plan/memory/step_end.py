@@ -1,6 +1,6 @@
 """What the end of a step takes: gradients brought into DeepSpeed's bucket, reduced and sharded, then the update.
 
-This follows DeepSpeed 0.19 (stage_1_and_2.py) buffer by buffer, since on small models and few micro-batches the peak of the
+This follows DeepSpeed buffer by buffer (parallel/zero/copied_behaviour.py names what was read), since on small models and few micro-batches the peak of the
 whole step lies here. Gradients are fp32 and whole when it begins (parallel/zero/whole_weights.py):
 
 With offload (ZeRO 1 and 2) a shard's gradients go on to the host as they are reduced: the slices that this rank keeps let go of
@@ -27,7 +27,7 @@ from conf.schema import Config
 from conf.thresholds import THRESHOLDS
 from train.optim.adamw import moments_dtype, scratch_bytes
 from train.plan.memory.part import Scene
-from train.plan.memory.rank_weights import FP32, Shards, Weight
+from train.plan.memory.rank_weights import FP32_BYTES, Shards, Weight
 
 
 @dataclass
@@ -66,7 +66,7 @@ class Gradient:
 
     @property
     def size(self) -> int:
-        return FP32 * self.weight.elements
+        return FP32_BYTES * self.weight.elements
 
 
 def _gradients(groups: Sequence[Shards], ranks: Sequence[int]) -> Iterator[Gradient]:
@@ -101,8 +101,8 @@ class StepEnd:
         """Most bytes of gradients, buffers and scratch at a time, in the reduction and in the update."""
         self._meter = _Bytes()
         self._meter.take(sum(one.size for one in self._gradients))
-        self._meter.take(FP32 * sum(group.elements for group in self._own))
-        self._meter.take(FP32 * self._bucket)
+        self._meter.take(FP32_BYTES * sum(group.elements for group in self._own))
+        self._meter.take(FP32_BYTES * self._bucket)
         self._shards: set[int] = set()
         self._whole = False
         waiting: list[Gradient] = []
@@ -130,12 +130,12 @@ class StepEnd:
             for one in waiting:
                 if one.mine and one.group not in self._shards:
                     self._shards.add(one.group)
-                    meter.take(FP32 * self._groups[one.group].partition)
+                    meter.take(FP32_BYTES * self._groups[one.group].partition)
         for experts in (False, True):  # each over ranks of its own
             slices = [one for one in waiting if (self._has_expert_groups and one.weight.kind == "experts") == experts]
             for copied in self._copies(slices):
-                meter.take(FP32 * copied)
-                meter.take(-FP32 * copied)
+                meter.take(FP32_BYTES * copied)
+                meter.take(-FP32_BYTES * copied)
         for one in waiting:
             if not one.mine:
                 if self._stage == 2 and not self._fits(one):
@@ -183,12 +183,12 @@ class StepEnd:
             for one in self._gradients
             if not self._fits(one) and (self._bf16 and not self._offload if one.mine else self._stage == 1)
         )
-        self._meter.take(-FP32 * self._bucket - sum(one.size for one in stays))
+        self._meter.take(-FP32_BYTES * self._bucket - sum(one.size for one in stays))
 
     def _update(self) -> int:
         meter, last = self._meter, len(self._groups) - 1
         for number, group in enumerate(self._groups):
-            shard = 0 if self._is_own(group) else FP32 * group.partition
+            shard = 0 if self._is_own(group) else FP32_BYTES * group.partition
             if not self._bf16 and self._offload:
                 shard = 0
             elif not self._bf16:

@@ -14,7 +14,7 @@ from train.optim.adamw import moments_dtype, scratch_bytes
 from train.plan.job import micro_batches_of
 from train.plan.memory.chunk import ChunkMemory
 from train.plan.memory.part import Frozen, PassMemory
-from train.plan.memory.rank_weights import FP32, Shards, Weight, part_weights
+from train.plan.memory.rank_weights import FP32_BYTES, Shards, Weight, part_weights
 from train.plan.memory.zero3_gather import Gathered, Shared, follow_gathers
 from train.plan.memory.zero3_scatter import (
     NOTHING,
@@ -40,10 +40,10 @@ class Zero3Memory:
         owned = sum(group.scattered for group in self._groups)
         return {
             "weights": self._element * owned,
-            "master": FP32 * owned,
+            "master": FP32_BYTES * owned,
             "moments": 2 * self._moment * owned,
-            "gradients": FP32 * owned,
-            "reduction": FP32 * self._bucket.limit,
+            "gradients": FP32_BYTES * owned,
+            "reduction": FP32_BYTES * self._bucket.limit,
         }
 
     def schedule(self) -> tuple[int, str]:
@@ -64,7 +64,7 @@ class Zero3Memory:
         The embedding's input has no gradient, so DeepSpeed does not see its backward end, and its weights are still there.
         """
         _, left = self._backward
-        outside = 0 if self._bucket.takes(left.elements) else FP32 * left.elements
+        outside = 0 if self._bucket.takes(left.elements) else FP32_BYTES * left.elements
         return self._bucket.reduction(left) + outside + self._element * self._held[-1].working
 
     @cached_property
@@ -134,4 +134,4 @@ class Zero3Memory:
         """Most bytes while the weights are updated, group by group: a copy of the gradients and scratch."""
         scene, moments = self._chunk.scene, moments_dtype(self._config.precision)
         sizes = [group.scattered for group in self._groups]
-        return max(FP32 * size + scratch_bytes(scene.kind, moments, size, scene.compiled) for size in sizes)
+        return max(FP32_BYTES * size + scratch_bytes(scene.kind, moments, size, scene.compiled) for size in sizes)

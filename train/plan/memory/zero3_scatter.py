@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from train.plan.memory.part import PassMemory, Run, Scene, traced_once
-from train.plan.memory.rank_weights import FP32
+from train.plan.memory.rank_weights import FP32_BYTES
 
 
 class Waiting(NamedTuple):
@@ -57,7 +57,7 @@ class Bucket:
         in_order = 0 if waiting.tensors == 1 and waiting.elements == waiting.padded else waiting.padded
         summed = waiting.padded if self.gloo else 0
         scaled = waiting.padded // ranks if ranks != self.dense_ranks else 0
-        return FP32 * (in_order + max(summed, scaled))
+        return FP32_BYTES * (in_order + max(summed, scaled))
 
 
 class Visit(NamedTuple):

@@ -19,8 +19,8 @@ from train.plan.budget import RunPlan
 from train.plan.report.plan_record import layout_words, reserve_words, split_words, verdict
 from train.plan.search.cures import FasterSplit
 
-PAGE = "plan.html"
-COLOURS = (BLUE, SKY, GREEN, "#93D9C3", ORANGE, "#E69F00", PURPLE, "#7A8B1C", GREY, "#B0B4BA", "#5B4A8A", "#C9A27E")
+PLAN_PAGE = "plan.html"
+BAR_COLOURS = (BLUE, SKY, GREEN, "#93D9C3", ORANGE, "#E69F00", PURPLE, "#7A8B1C", GREY, "#B0B4BA", "#5B4A8A", "#C9A27E")
 
 
 def write_page(path: Path, plan: RunPlan, split: FasterSplit | None, record: dict[str, Any]) -> None:
@@ -112,7 +112,7 @@ def memory_figure(plan: RunPlan) -> Figure | None:
     """A bar per pipeline rank, by item, and the line of the device."""
     plot, ranks = go.Figure(), [f"{rank.pp_rank}" for rank in plan.ranks]
     totals = {name: sum(rank.items.get(name, 0) for rank in plan.ranks) for rank in plan.ranks for name in rank.items}
-    for colour, name in zip(COLOURS, sorted(totals, key=lambda name: -totals[name]), strict=False):
+    for colour, name in zip(BAR_COLOURS, sorted(totals, key=lambda name: -totals[name]), strict=False):
         sizes = [rank.items.get(name, 0) / GIB for rank in plan.ranks]
         label = name.replace("_", " ")
         plot.add_bar(

@@ -19,8 +19,6 @@ from train.plan.time.rates import load_rates
 from train.plan.time.stages import Stages
 from train.plan.time.traffic import latent_bytes
 
-FILE = "plan.json"
-
 
 def plan_record(
     plan: RunPlan, cures: list[Cure], split: FasterSplit | None, faster_stages: Cure | None = None

@@ -5,11 +5,12 @@ from pathlib import Path
 from rich.console import Console
 
 from conf.screen import Terminal
+from train.metrics.planned import PLAN_FILE
 from train.metrics.quantities import amount, gib, length_of_run, seconds, share
 from train.metrics.screens import GOOD, WARN, show
 from train.plan.budget import RunPlan, Verdict
-from train.plan.report.plan_page import PAGE
-from train.plan.report.plan_record import FILE, layout_words, reserve_words, split_words, verdict
+from train.plan.report.plan_page import PLAN_PAGE
+from train.plan.report.plan_record import layout_words, reserve_words, split_words, verdict
 from train.plan.search.cures import Cure, FasterSplit
 from train.plan.search.search import FoundLayout, Search
 
@@ -52,7 +53,7 @@ def plan_screen(
         ("Run", _run(plan)),
         ("Rates", step.rates),
     ]
-    rows.append(("Written", f"{folder / FILE}, {folder / PAGE}  (open it in a browser)"))
+    rows.append(("Written", f"{folder / PLAN_FILE}, {folder / PLAN_PAGE}  (open it in a browser)"))
     what = f"{config.name} on {devices} x {config.hardware.name}"
     show(
         console or Terminal(),

@@ -14,7 +14,7 @@ from train.plan.time.rates import load_rates
 from train.plan.time.stages import Stages
 from train.plan.time.step_time import plan_time
 
-SHOWN = 3
+SHOWN_CURES = 3
 PAIRED = 5
 """Single changes that save most, which are tried in pairs where none is enough."""
 
@@ -49,7 +49,7 @@ def find_cures(plan: RunPlan) -> list[Cure]:
             both = _both(plan.config, one, other)
             if both is not None and broken_rule(both) is None:
                 found += _cure(both, plan, _peak_of_fullest(both, plan))
-    return sorted(found, key=lambda cure: cure.gpu_seconds)[:SHOWN]
+    return sorted(found, key=lambda cure: cure.gpu_seconds)[:SHOWN_CURES]
 
 
 @dataclass(frozen=True)

@@ -33,7 +33,7 @@ from train.plan.time.rates import load_rates
 from train.plan.time.stages import Stages, require_rule
 from train.plan.time.step_time import estimate_step, mfu, simulate_step
 
-SHOWN = 10
+SHOWN_LAYOUTS = 10
 REASONS = 3
 """Kinds of layouts whose rule is told where none runs."""
 UNEVEN = 1.03
@@ -164,7 +164,7 @@ class _Finder:
                 bounds = FrameBounds(replace(frame, ways=ways), self._rates, self._memo)
                 family.possible += bounds.candidates()
                 family.lacking += bounds.lacking
-        fits = sorted(self._fits(), key=lambda fit: fit.step_seconds)[:SHOWN]
+        fits = sorted(self._fits(), key=lambda fit: fit.step_seconds)[:SHOWN_LAYOUTS]
         for fit in fits:
             fit.step_seconds = simulate_step(self._stages(fit.config)).seconds
         return sorted(fits, key=lambda fit: fit.step_seconds)
@@ -186,7 +186,7 @@ class _Finder:
         queue = [(one.seconds, number, False) for number, one in enumerate(possible)]
         heapify(queue)
         best: list[float] = []
-        while queue and not (len(best) == SHOWN and queue[0][0] > best[-1]):
+        while queue and not (len(best) == SHOWN_LAYOUTS and queue[0][0] > best[-1]):
             seconds, number, simulated = heappop(queue)
             one = possible[number]
             if self._needs_no_host(one) or not (simulated or self._may_fit(one)):
@@ -194,7 +194,7 @@ class _Finder:
             if not simulated:
                 heappush(queue, (estimate_step(self._stages(one.config))[0], number, True))
             elif fit := self._fit(one, seconds):
-                best = sorted([*best, fit.step_seconds])[:SHOWN]
+                best = sorted([*best, fit.step_seconds])[:SHOWN_LAYOUTS]
                 yield fit
 
     def _stages(self, config: Config) -> Stages:

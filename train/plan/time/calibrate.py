@@ -37,17 +37,17 @@ from train.loop.step import TrainingStep
 from train.optim.schedules import StepPlan
 from train.parallelize import parallelize
 from train.plan.time import work
-from train.plan.time.rates import FILE, Rates
+from train.plan.time.rates import CALIBRATION_FILE, Rates
 from train.plan.time.step_time import plan_time
 from train.plan.time.timed_calls import KernelCases, batches
 from train.rank import RankSetup
 
-BUDGET_SECONDS = 0.12
+KERNEL_SECONDS = 0.12
 """Of one kernel at one size."""
-LEAST = 5
+LEAST_RUNS = 5
 """Times that each is run, at least. The shortest stands: other work on a machine only ever adds time."""
 LINK_BYTES = (2**14, 2**18, 2**22)
-STEPS = 8
+CALIBRATION_STEPS = 8
 
 
 def calibrate(config: Config) -> Path:
@@ -77,8 +77,8 @@ def calibrate(config: Config) -> Path:
     }
     folder = Path(config.runs) / config.name
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / FILE).write_text(json.dumps(content, indent=1))
-    return folder / FILE
+    (folder / CALIBRATION_FILE).write_text(json.dumps(content, indent=1))
+    return folder / CALIBRATION_FILE
 
 
 def _measure_on(ranks: int, config: Config, kind: str, threads: int) -> dict[str, Any]:
@@ -185,12 +185,12 @@ def seconds_of(run: Callable[[], object], device: torch.device) -> float:
     times: list[float] = []
     run()
     used = 0.0
-    while len(times) < LEAST or used < BUDGET_SECONDS:
+    while len(times) < LEAST_RUNS or used < KERNEL_SECONDS:
         started = _now(device)
         run()
         times.append(_now(device) - started)
         used += times[-1]
-        if used > 10 * BUDGET_SECONDS and len(times) >= 3:
+        if used > 10 * KERNEL_SECONDS and len(times) >= 3:
             break
     return min(times)
 
@@ -262,7 +262,7 @@ def _step(config: Config, device: torch.device, barrier) -> tuple[float, float]:
         shape = config.batch_size, config.seq_len + 1
         batch = Batch(torch.randint(config.model.vocab_size, shape, device=device))
         times = []
-        for number in range(1, STEPS + 1):
+        for number in range(1, CALIBRATION_STEPS + 1):
             plan = StepPlan(number, 0, config.batch_size, 0.0, config.optim.mtp_weight[0].value, 0.0)
             if barrier is not None:
                 barrier.wait()
@@ -311,7 +311,7 @@ def _shift(tensor: torch.Tensor, rank: int, ranks: int) -> None:
 def _seconds_in_step(run: Callable[[], object], device: torch.device) -> float:
     """Shortest time of a collective, its start aligned; every rank runs it as often as the others."""
     times = []
-    for _ in range(4 * LEAST):
+    for _ in range(4 * LEAST_RUNS):
         dist.barrier()
         started = time.perf_counter()
         run()

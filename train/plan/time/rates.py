@@ -18,7 +18,7 @@ from train.kernels.cpu.processor import cpu_name
 from train.plan.job import require_hardware
 from train.plan.time.work import Work
 
-KINDS = {
+WORK_KINDS = {
     "fprop": "",
     "dgrad": "fprop",
     "wgrad": "fprop",
@@ -65,7 +65,7 @@ LINKS = {
     "gather_across": "across",
 }
 """Kinds of transfers and what stands in for them: inside and across, bytes of one device in one direction."""
-FILE = "calibration.json"
+CALIBRATION_FILE = "calibration.json"
 REQUIRED = {
     "device",
     "precision",
@@ -135,7 +135,7 @@ def _stand_in(kind: str) -> str | None:
     if kind in LINKS:
         return LINKS[kind]
     product, _, form = kind.rpartition("_")
-    other = KINDS.get(product)
+    other = WORK_KINDS.get(product)
     return f"{other}_{form}" if other else None
 
 

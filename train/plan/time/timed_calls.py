@@ -18,8 +18,8 @@ from torch.nn import functional as F
 from conf.schema import Config
 from parallel.expert.wire import Fp8Wire
 from train.kernels.choice import choose_kernels
-from train.kernels.fp8.cast_rules import Product, Recipe, build_recipe
-from train.kernels.fp8.groups import Groups
+from train.kernels.fp8.cast_rules import CastRules, Product, build_rules
+from train.kernels.fp8.groups import PaddedGroups
 from train.kernels.fp8.hopper import load_hopper
 from train.kernels.fp8.products import Engine
 from train.kernels.precision import activation_dtype
@@ -293,21 +293,21 @@ class KernelCases:
     def _fp8(self, engine: Engine) -> Iterator[KernelCase]:
         """FP8 products and casts, on a device that has them. Those of weights add to a sum that is there."""
         sizes = replace(self.sizes, config=self.config)
-        recipe = build_recipe(self.config.precision.fp8)
+        casts = build_rules(self.config.precision.fp8)
         for counted, x, w, dy in self._linear_layers(sizes):
             for one, rules, left, right, flips in (
-                (counted.forward, recipe.dense.fprop, x, w, (False, False)),
-                (counted.inputs, recipe.dense.dgrad, dy, w, (False, True)),
+                (counted.forward, casts.dense.fprop, x, w, (False, False)),
+                (counted.inputs, casts.dense.dgrad, dy, w, (False, True)),
             ):
                 operands = _operands(engine, rules, left, right, flips)
                 yield KernelCase(one[0], partial(engine.product, *operands, torch.bfloat16))
-            operands, sums = _operands(engine, recipe.dense.wgrad, dy, x, (True, True)), _sums(w)
+            operands, sums = _operands(engine, casts.dense.wgrad, dy, x, (True, True)), _sums(w)
             yield KernelCase(_added(counted, sums), partial(engine.product, *operands, torch.float32, sums))
             cast = Work("cast", bytes=x.numel() * 3)
-            yield KernelCase(cast, lambda x=x: engine.operand(x, recipe.dense.fprop.left))
-        yield from self._fp8_grouped(engine, sizes, recipe)
+            yield KernelCase(cast, lambda x=x: engine.operand(x, casts.dense.fprop.left))
+        yield from self._fp8_grouped(engine, sizes, casts)
 
-    def _fp8_grouped(self, engine: Engine, sizes: Sizes, recipe: Recipe) -> Iterator[KernelCase]:
+    def _fp8_grouped(self, engine: Engine, sizes: Sizes, casts: CastRules) -> Iterator[KernelCase]:
         """The same of experts."""
         model = self.config.model
         rows = sizes.tokens * model.top_k
@@ -318,7 +318,7 @@ class KernelCases:
             (model.hidden, 2 * model.expert_width, "experts_up"),
             (model.expert_width, model.hidden, "experts_down"),
         ):
-            counted, rules = work.grouped(sizes, rows, inputs, outputs, family), getattr(recipe, family)
+            counted, rules = work.grouped(sizes, rows, inputs, outputs, family), getattr(casts, family)
             x, dy = (groups.pad(self._tensor(rows, width)) for width in (inputs, outputs))
             w = self._tensor(sizes.local_experts, outputs, inputs)
             for one, product, left, flip in (
@@ -348,7 +348,12 @@ def _of_kind(kind: str, works: list[Work]) -> Work:
 
 
 def _operands(
-    engine: Engine, rules: Product, left: Tensor, right: Tensor, flips: tuple[bool, bool], groups: Groups | None = None
+    engine: Engine,
+    rules: Product,
+    left: Tensor,
+    right: Tensor,
+    flips: tuple[bool, bool],
+    groups: PaddedGroups | None = None,
 ) -> tuple[Any, Any]:
     """Of a product, each transposed or not."""
     return (

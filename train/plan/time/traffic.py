@@ -12,12 +12,11 @@ from functools import cache
 import numpy as np
 
 from conf.schema import Config, Model
+from parallel.expert.quantized_rows import TILE
 from parallel.mesh import Layout
 
 SAMPLES = 4096
 """Random tokens to count on: the standard error of a mean copy count is below 0.5 %."""
-TILE = 128
-"""Values that share a scale on the FP8 wire."""
 
 
 @dataclass(frozen=True)
