@@ -74,7 +74,9 @@ def prove_rows(rows: dict[int, ProveRow], folder: Path, tiles: bool = False) -> 
             yield from results
 
 
-def _prove_together(rows: dict[int, ProveRow], configs: dict[int, Config], judges: Executor, tiles: bool) -> list[RowResult]:
+def _prove_together(
+    rows: dict[int, ProveRow], configs: dict[int, Config], judges: Executor, tiles: bool
+) -> list[RowResult]:
     started = time.perf_counter()
     error = _gather([configs[number] for number in rows], tiles)
     if error and len(rows) > 1:  # which of them it was shows where each runs alone

@@ -25,7 +25,7 @@ from train.kernels.cpu.compiled_rows import CompiledHeads
 from train.kernels.cpu.cpp_function import Array, Kernel, Number, Parameter, Struct, Table, table
 from train.kernels.fp8 import scaled_products
 from train.kernels.fp8.compiled_casts import load_casts
-from train.kernels.fp8.formats import E4M3, E5M2, E5M6, TILE, WHOLE, Cast, unpack_e5m6
+from train.kernels.fp8.formats import E4M3, E5M2, E5M6, TILE, WHOLE_SIDE, Cast, unpack_e5m6
 from train.kernels.fp8.groups import PaddedGroups
 from train.kernels.fp8.quantize import Quantized, dequantize_reference, quantize_reference
 from train.kernels.plain.heads import PlainHeads
@@ -400,7 +400,7 @@ def product_of_experts(draw: Draw) -> None:
         check_product(dweight[expert], dy[mine].t(), x[mine].t())
 
 
-BLOCKS = [(1, TILE), (TILE, TILE), (1, WHOLE), (WHOLE, WHOLE)]
+BLOCKS = [(1, TILE), (TILE, TILE), (1, WHOLE_SIDE), (WHOLE_SIDE, WHOLE_SIDE)]
 
 
 def scaled(draw: Draw, x: Tensor) -> tuple[Tensor | Quantized, Tensor]:

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from parallel.expert.wire import Fp8Wire
-from train.kernels.fp8.formats import E4M3, E5M2, E5M6, WHOLE, Cast, pack_e5m6, unpack_e5m6
+from train.kernels.fp8.formats import E4M3, E5M2, E5M6, WHOLE_SIDE, Cast, pack_e5m6, unpack_e5m6
 from train.kernels.fp8.quantize import (
     dequantize,
     dequantize_reference,
@@ -17,7 +17,7 @@ from train.kernels.fp8.quantize import (
 )
 
 torch.set_num_threads(1)
-BLOCKS = ((1, 128), (128, 1), (128, 128), (1, WHOLE), (WHOLE, WHOLE))
+BLOCKS = ((1, 128), (128, 1), (128, 128), (1, WHOLE_SIDE), (WHOLE_SIDE, WHOLE_SIDE))
 
 
 def wide(*shape: int, dtype: torch.dtype = torch.float32) -> torch.Tensor:
@@ -58,7 +58,7 @@ def test_reference_rounds_to_the_nearest_value_ties_to_even(format):
     x = wide(4, 512)
     x[1, ::2] = (grid[torch.arange(256) % (len(grid) - 1)] + grid[torch.arange(256) % (len(grid) - 1) + 1]).float() / 2
     x[1, 0] = format.max  # the scale is 1, so the midpoints above are ties
-    quantized = quantize_reference(x, Cast(format, (1, WHOLE), False))
+    quantized = quantize_reference(x, Cast(format, (1, WHOLE_SIDE), False))
     _, inverse = scales(x.abs().amax(1, keepdim=True), quantized.cast)
     scaled = (x * inverse).abs().double()
     above = torch.searchsorted(grid, scaled).clamp_max(len(grid) - 1)

@@ -14,7 +14,7 @@ from train.kernels.fp8 import fp8
 from train.kernels.fp8.cast_rules import OperandRule
 from train.kernels.fp8.compiled_casts import CompiledCasts, load_casts
 from train.kernels.fp8.compiled_engine import CompiledEngine
-from train.kernels.fp8.formats import E4M3, E5M2, TILE, WHOLE, Cast
+from train.kernels.fp8.formats import E4M3, E5M2, TILE, WHOLE_SIDE, Cast
 from train.kernels.fp8.fp8 import Fp8Precision, cpu_engine
 from train.kernels.fp8.groups import PaddedGroups
 from train.kernels.fp8.products import CpuEngine, Source
@@ -158,7 +158,7 @@ def test_what_is_not_finite_stays_in_its_row(bad):
 def test_values_apart_from_their_scales_are_those_of_the_codes():
     casts = load_casts()
     for format, block in itertools.product(
-        (E4M3, E5M2), ((1, TILE), (TILE, 1), (TILE, TILE), (1, WHOLE), (WHOLE, WHOLE))
+        (E4M3, E5M2), ((1, TILE), (TILE, 1), (TILE, TILE), (1, WHOLE_SIDE), (WHOLE_SIDE, WHOLE_SIDE))
     ):
         cast = Cast(format, block, False)
         for x in (

@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 from conf.schema import Fp8, Products
 from parallel.expert.wire import GRADIENT_FLOOR
-from train.kernels.fp8.formats import E4M3, E5M2, E5M6, TILE, WHOLE, Cast, Format
+from train.kernels.fp8.formats import E4M3, E5M2, E5M6, TILE, WHOLE_SIDE, Cast, Format
 
 
 @dataclass(frozen=True)
@@ -31,9 +31,12 @@ class OperandRule:
     def cast(self, transposed: bool = False) -> Cast:
         """The cast of a tensor contracted over its last dimension, or with `transposed` over the one before."""
         assert self.format is not None
-        rows, columns = {"1x128": (1, TILE), "128x128": (TILE, TILE), "row": (1, WHOLE), "tensor": (WHOLE, WHOLE)}[
-            self.granularity
-        ]
+        rows, columns = {
+            "1x128": (1, TILE),
+            "128x128": (TILE, TILE),
+            "row": (1, WHOLE_SIDE),
+            "tensor": (WHOLE_SIDE, WHOLE_SIDE),
+        }[self.granularity]
         return Cast(self.format, (columns, rows) if transposed else (rows, columns), self.pow2, self.floor)
 
 

@@ -39,7 +39,7 @@ E5M6 = Format("e5m6", 6, -14, 65024.0, None)
 
 ScaleBlock = tuple[int, int]
 
-WHOLE = 2**62
+WHOLE_SIDE = 2**62
 """A block's side that covers the whole tensor."""
 
 
