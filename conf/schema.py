@@ -7,7 +7,7 @@ that join several fields. Nothing here is ever written after load.
 from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from conf.fields import LEFT_OUT, Filled, expert, number
 
@@ -275,12 +275,17 @@ class Optim:
     """Steps in a row with a non-finite loss or gradient that may be skipped before the run stops."""
 
 
-class RankCounts:
+class RankCounts(Protocol):
     """Counts of ranks that follow from the degrees of parallelism."""
 
-    pp: int
-    dp: int
-    cp: int
+    @property
+    def pp(self) -> int: ...
+
+    @property
+    def dp(self) -> int: ...
+
+    @property
+    def cp(self) -> int: ...
 
     @property
     def stage_ranks(self) -> int:

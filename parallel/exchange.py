@@ -72,6 +72,7 @@ def from_rank_0(make: Callable[[], Any]) -> Any:
 def patient_group(timeout: timedelta) -> Iterator[ProcessGroup]:
     """A group of all ranks for a wait that may last longer than any collective of the training. Collective over all ranks."""
     group = dist.new_group(backend="gloo", timeout=timeout)
+    assert isinstance(group, ProcessGroup)
     yield group
     dist.destroy_process_group(group)
 

@@ -170,6 +170,11 @@ class Mesh:
         return self.stage_rank // self.layout.ep
 
 
+def _all_ranks() -> ProcessGroup:
+    assert dist.group.WORLD is not None, "the process group comes first"
+    return dist.group.WORLD
+
+
 def form_later() -> None:
     """Have groups that are made from now on form their communicators at their first collective. Call once the default
     group, bound to a device, has formed its own.
@@ -177,7 +182,7 @@ def form_later() -> None:
     torch would else split that of all ranks for each new group at once, also for those of other ranks: at 2048 ranks
     some 1800 times, with a communicator for groups of one rank too.
     """
-    dist.group.WORLD.bound_device_id = None
+    _all_ranks().bound_device_id = None
 
 
 def build_mesh(layout: Layout, timeout: timedelta | None = None) -> Mesh:
@@ -189,13 +194,20 @@ def build_mesh(layout: Layout, timeout: timedelta | None = None) -> Mesh:
     world = dist.get_world_size()
     check_world(layout.pp, layout.dp, layout.cp, world, f"the number of ranks, {world}")
     rank = dist.get_rank()
-    made: dict[Partition, ProcessGroup] = {(tuple(range(world)),): dist.group.WORLD}
+    made: dict[Partition, ProcessGroup | None] = {(tuple(range(world)),): _all_ranks()}
 
-    def mine(groups: list[list[int]]) -> ProcessGroup:
+    def mine_if_any(groups: list[list[int]]) -> ProcessGroup | None:
         key = partition(groups)
         if key not in made:
-            made[key], _ = dist.new_subgroups_by_enumeration(groups, timeout=timeout)
+            group, _ = dist.new_subgroups_by_enumeration(groups, timeout=timeout)
+            assert not isinstance(group, int)
+            made[key] = group
         return made[key]
+
+    def mine(groups: list[list[int]]) -> ProcessGroup:
+        group = mine_if_any(groups)
+        assert group is not None, "every rank is in one of them"
+        return group
 
     return Mesh(
         layout=layout,
@@ -205,7 +217,7 @@ def build_mesh(layout: Layout, timeout: timedelta | None = None) -> Mesh:
         cp_group=mine(layout.cp_groups()),
         ep_group=mine(layout.ep_groups()),
         edp_group=mine(layout.edp_groups()),
-        ends_group=mine(layout.ends_groups()),
+        ends_group=mine_if_any(layout.ends_groups()),
         intra_group=mine(layout.intra_groups()),
         inter_group=mine(layout.inter_groups()),
     )

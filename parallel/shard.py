@@ -65,6 +65,7 @@ class GradientHandover:
     def of(self, param: Tensor) -> tuple[list[Tensor], Tensor | float | None]:
         """The gradient of a flat parameter in pieces, and what to multiply them with."""
         if param not in self.unreduced:
+            assert param.grad is not None
             return [param.grad.view(-1)], self.factor
         if self.divisor == 1:
             return self.unreduced[param], self.factor

@@ -31,12 +31,13 @@ class SealedStore(dist.Store):
         _clones.append(self)
 
     def clone(self) -> "SealedStore":
-        return SealedStore(self._store.clone(), self._secret)
+        return SealedStore(self._store.clone(), self._secret)  # pyrefly: ignore[missing-attribute]  torch's stub lacks it
 
     def set(self, key: str, value: str | bytes) -> None:
         text = value.encode() if isinstance(value, str) else value
         nonce = os.urandom(NONCE)
-        self._store.set(key, nonce + self._cipher(nonce, text) + self._sign(key, nonce, text))
+        sealed = nonce + self._cipher(nonce, text) + self._sign(key, nonce, text)
+        self._store.set(key, sealed)  # pyrefly: ignore[bad-argument-type]  it takes bytes, too
 
     def get(self, key: str) -> bytes:
         """Raises PermissionError for a value that nobody with the secret wrote under this key."""

@@ -19,7 +19,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from conf.errors import UserError
-from parallel.expert.dispatcher import DispatchedRows
+from parallel.expert.dispatcher import Dispatched, DispatchedRows, ExchangeFunction
 from parallel.expert.permute import ExpertTargets, FanOut, collect, fan_out_with_entries, spread
 from parallel.expert.wire import Fp8Wire, Wire
 
@@ -64,7 +64,7 @@ class DeepEPDispatcher:
         self.local = experts // dist.get_world_size(group)
         self.buffer = self._make_buffer(group, width * torch.bfloat16.itemsize)
 
-    def _make_buffer(self, group: dist.ProcessGroup, row_bytes: int) -> Any:
+    def _make_buffer(self, group: dist.ProcessGroup | None, row_bytes: int) -> Any:
         buffer_type, size = self._deep_ep.Buffer, dist.get_world_size(group)
         configs = [buffer_type.get_dispatch_config(size), buffer_type.get_combine_config(size)]
         inside = max(config.get_nvl_buffer_size_hint(row_bytes, size) for config in configs)
@@ -95,7 +95,7 @@ class DeepEPDispatcher:
         gates_R = arrived_gates_MK.flatten().take(again.entry_of_row)
         return DispatchedRows(rows_RD, gates_R, again.counts_E, again)
 
-    def combine(self, out_RD: Tensor, routed: DispatchedRows) -> Tensor:
+    def combine(self, out_RD: Tensor, routed: Dispatched) -> Tensor:
         """Sum of the expert outputs of every token, y_TD."""
         return _Combine.apply(_Collect.apply(out_RD, routed.state.rows), routed.state.handle, self)
 
@@ -116,10 +116,12 @@ class DeepEPDispatcher:
         """bf16 rows from what DeepEP gives."""
         if not isinstance(received, tuple):
             return received
-        return self.wire.unpack(*received, torch.bfloat16, gradient=gradient)
+        assert isinstance(self.wire, Fp8Wire)
+        q_TD, scale_TS = received
+        return self.wire.unpack(q_TD, scale_TS, torch.bfloat16, gradient=gradient)
 
 
-class _Dispatch(torch.autograd.Function):
+class _Dispatch(ExchangeFunction):
     @staticmethod
     def forward(ctx, x_TD: Tensor, gates_TK: Tensor, expert_ids_TK: Tensor, dispatcher: DeepEPDispatcher):
         buffer = dispatcher.buffer
@@ -144,7 +146,7 @@ class _Dispatch(torch.autograd.Function):
         return grad_TD, grad_gates_TK, None, None
 
 
-class _Combine(torch.autograd.Function):
+class _Combine(ExchangeFunction):
     @staticmethod
     def forward(ctx, out_MD: Tensor, handle: Any, dispatcher: DeepEPDispatcher) -> Tensor:
         ctx.handle, ctx.dispatcher = handle, dispatcher
@@ -158,7 +160,7 @@ class _Combine(torch.autograd.Function):
         return ctx.dispatcher.decode(received, gradient=True), None, None
 
 
-class _Spread(torch.autograd.Function):
+class _Spread(ExchangeFunction):
     @staticmethod
     def forward(ctx, rows_MD: Tensor, fan: FanOut) -> Tensor:
         ctx.fan = fan
@@ -169,7 +171,7 @@ class _Spread(torch.autograd.Function):
         return collect(grad_RD, ctx.fan), None
 
 
-class _Collect(torch.autograd.Function):
+class _Collect(ExchangeFunction):
     @staticmethod
     def forward(ctx, rows_RD: Tensor, fan: FanOut) -> Tensor:
         ctx.fan = fan

@@ -22,8 +22,9 @@ M messages that arrived at this rank, C copies, B bytes of an encoded row, W = B
 """
 
 from abc import ABC, abstractmethod
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor
@@ -33,6 +34,16 @@ from parallel.expert.link import Link, Transfer
 from parallel.expert.permute import FanOut, collect, spread
 from parallel.expert.wire import HighWire, Wire
 from parallel.pipeline.overlap import yield_point
+
+if TYPE_CHECKING:
+
+    class ExchangeFunction(torch.autograd.Function):
+        """torch's, whose own annotations forbid to name the arguments of a backward."""
+
+        backward: Callable[..., Any]
+
+else:
+    ExchangeFunction = torch.autograd.Function
 
 
 @dataclass
@@ -55,6 +66,12 @@ class DispatchPlan:
     """For node-limited dispatch: which entry of the arrivals' gates, (M, K) flattened, is each row's."""
     gates_dtype: torch.dtype = torch.float32
     """As the router made them: they and their gradients travel so."""
+
+
+class Dispatched(Protocol):
+    """What a combine needs of rows."""
+
+    state: Any
 
 
 @dataclass
@@ -126,13 +143,13 @@ class ChainDispatcher(ABC):
         """Send every token to its experts; see dispatch_begin."""
         return self.dispatch_begin(x_TD, expert_ids_TK, gates_TK).wait()
 
-    def combine_begin(self, out_RD: Tensor, routed: DispatchedRows) -> PendingCombine:
+    def combine_begin(self, out_RD: Tensor, routed: Dispatched) -> PendingCombine:
         """Start to send the experts' outputs back to their tokens."""
         assert out_RD.shape[0] == routed.state.rows
         flight = _Flight(self, routed.state, out_RD.shape[1], out_RD.dtype)
         return PendingCombine(flight, _CombineBegin.apply(out_RD, flight))
 
-    def combine(self, out_RD: Tensor, routed: DispatchedRows) -> Tensor:
+    def combine(self, out_RD: Tensor, routed: Dispatched) -> Tensor:
         """Sum of the expert outputs of every token, y_TD."""
         return self.combine_begin(out_RD, routed).wait()
 
@@ -254,7 +271,7 @@ def _ticket(like: Tensor) -> Tensor:
     return like.new_empty(0, dtype=torch.float32)
 
 
-class _DispatchBegin(torch.autograd.Function):
+class _DispatchBegin(ExchangeFunction):
     @staticmethod
     def forward(ctx, x_TD: Tensor, gates_TK: Tensor, flight: _Flight) -> Tensor:
         ctx.flight = flight
@@ -269,7 +286,7 @@ class _DispatchBegin(torch.autograd.Function):
         return grad_TD, flight.dispatcher._gate_grads_by_token(flight.plan, side_CX), None
 
 
-class _DispatchWait(torch.autograd.Function):
+class _DispatchWait(ExchangeFunction):
     @staticmethod
     def forward(ctx, ticket: Tensor, flight: _Flight) -> tuple[Tensor, Tensor]:
         ctx.flight = flight
@@ -285,7 +302,7 @@ class _DispatchWait(torch.autograd.Function):
         return _ticket(grad_RD), None
 
 
-class _CombineBegin(torch.autograd.Function):
+class _CombineBegin(ExchangeFunction):
     @staticmethod
     def forward(ctx, out_RD: Tensor, flight: _Flight) -> Tensor:
         ctx.flight = flight
@@ -300,7 +317,7 @@ class _CombineBegin(torch.autograd.Function):
         return grad_RD, None
 
 
-class _CombineWait(torch.autograd.Function):
+class _CombineWait(ExchangeFunction):
     @staticmethod
     def forward(ctx, ticket: Tensor, flight: _Flight) -> Tensor:
         ctx.flight = flight

@@ -46,19 +46,20 @@ class QuantizedRows(Tensor):
         return Tensor._make_wrapper_subclass(cls, q_RD.shape, dtype=dtype, device=q_RD.device)
 
     def __init__(self, q_RD: Tensor, scale_RS: Tensor, floor: float, dtype: torch.dtype, widen: Widen = widen):
-        self.q_RD, self.scale_RS, self.floor, self.widen = q_RD, scale_RS, floor, widen
+        self.q_RD, self.scale_RS, self.scale_floor, self.widen = q_RD, scale_RS, floor, widen
 
-    __torch_function__ = torch._C._disabled_torch_function_impl
+    __torch_function__ = torch._C._disabled_torch_function_impl  # pyrefly: ignore[bad-override]  as torch documents it
 
     @classmethod
-    def __torch_dispatch__(cls, function, types, args=(), kwargs=None) -> Any:
+    # pyrefly: ignore[bad-override]  torch's stub forgets the function
+    def __torch_dispatch__(cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None) -> Any:
         rows = args[0]
-        if function in (torch.ops.aten.detach.default, torch.ops.aten.alias.default):
-            return QuantizedRows(rows.q_RD, rows.scale_RS, rows.floor, rows.dtype, rows.widen)
-        if function is torch.ops.aten.index_select.default and args[1] == 0:
+        if func in (torch.ops.aten.detach.default, torch.ops.aten.alias.default):
+            return QuantizedRows(rows.q_RD, rows.scale_RS, rows.scale_floor, rows.dtype, rows.widen)
+        if func is torch.ops.aten.index_select.default and args[1] == 0:
             return rows._gather(args[2])
         args, kwargs = tree_map_only(QuantizedRows, QuantizedRows.values, (args, kwargs or {}))
-        return function(*args, **kwargs)
+        return func(*args, **kwargs)
 
     def values(self) -> Tensor:
         """The rows as a plain tensor."""
@@ -66,9 +67,9 @@ class QuantizedRows(Tensor):
 
     def _gather(self, index_X: Tensor) -> "QuantizedRows":
         q_XD = self.q_RD.view(torch.uint8).index_select(0, index_X).view(self.q_RD.dtype)
-        return QuantizedRows(q_XD, self.scale_RS.index_select(0, index_X), self.floor, self.dtype, self.widen)
+        return QuantizedRows(q_XD, self.scale_RS.index_select(0, index_X), self.scale_floor, self.dtype, self.widen)
 
-    def __repr__(self) -> str:
+    def __repr__(self, *, tensor_contents: object = None) -> str:
         return f"QuantizedRows(q_RD={self.q_RD!r}, scale_RS={self.scale_RS!r})"
 
 

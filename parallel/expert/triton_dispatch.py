@@ -13,6 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from parallel.triton_types import constexpr
+
 HITS = 4096
 """Sources times targets of a program that counts or places, and 128 sources at most."""
 COUNT_BLOCKS = 32
@@ -24,7 +26,7 @@ ENCODE_ROWS, ENCODE_TILES = 8, 4
 
 
 @triton.jit
-def _hits(ids_ptr, sources, number, first, per_target, K: tl.constexpr, TARGETS: tl.constexpr):
+def _hits(ids_ptr, sources, number, first, per_target, K: constexpr, TARGETS: constexpr):
     """Which targets every source has an entry for, and the last such entry: int32 (sources, TARGETS), the entry -1 for none."""
     target = tl.arange(0, TARGETS)[None, :]
     entry = tl.full((sources.shape[0], TARGETS), -1, tl.int32)
@@ -38,7 +40,7 @@ def _hits(ids_ptr, sources, number, first, per_target, K: tl.constexpr, TARGETS:
 @triton.jit
 def _count_kernel(
     ids_ptr, counts_ptr, number, first, per_target, targets,
-    K: tl.constexpr, TARGETS: tl.constexpr, SOURCES: tl.constexpr,
+    K: constexpr, TARGETS: constexpr, SOURCES: constexpr,
 ):  # fmt: skip
     sources = tl.program_id(0) * SOURCES + tl.arange(0, SOURCES)
     hit = (_hits(ids_ptr, sources, number, first, per_target, K, TARGETS) >= 0).to(tl.int32)
@@ -49,7 +51,7 @@ def _count_kernel(
 @triton.jit
 def _place_kernel(
     ids_ptr, counts_ptr, source_ptr, copy_ptr, start_ptr, entry_ptr, number, first, per_target, targets, blocks,
-    K: tl.constexpr, TARGETS: tl.constexpr, SOURCES: tl.constexpr, COUNT_BLOCKS: tl.constexpr,
+    K: constexpr, TARGETS: constexpr, SOURCES: constexpr, COUNT_BLOCKS: constexpr,
 ):  # fmt: skip
     """A copy lies behind all of earlier targets and, of its own, all of earlier sources; it is listed behind all of earlier
     sources and, of its own, all of earlier targets."""
@@ -78,7 +80,7 @@ def _place_kernel(
 
 @triton.jit
 def _collect_kernel(
-    rows_ptr, copy_ptr, start_ptr, out_ptr, sources, copies, width, row, out_row, COLLECT_COLUMNS: tl.constexpr
+    rows_ptr, copy_ptr, start_ptr, out_ptr, sources, copies, width, row, out_row, COLLECT_COLUMNS: constexpr
 ):  # fmt: skip
     source = tl.program_id(0)
     columns = tl.program_id(1) * COLLECT_COLUMNS + tl.arange(0, COLLECT_COLUMNS)
@@ -93,8 +95,8 @@ def _collect_kernel(
 
 @triton.jit
 def _encode_kernel(
-    x_ptr, bytes_ptr, words_ptr, rows_R, width, tiles, units, floor: tl.constexpr,
-    ALIGN: tl.constexpr, ENCODE_ROWS: tl.constexpr, ENCODE_TILES: tl.constexpr,
+    x_ptr, bytes_ptr, words_ptr, rows_R, width, tiles, units, floor: constexpr,
+    ALIGN: constexpr, ENCODE_ROWS: constexpr, ENCODE_TILES: constexpr,
 ):  # fmt: skip
     """`Fp8Wire.encode` of four tiles of some rows. A row has units * ALIGN bytes: so the compiler knows what divides them."""
     rows = tl.program_id(0) * ENCODE_ROWS + tl.arange(0, ENCODE_ROWS)

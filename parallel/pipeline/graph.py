@@ -15,7 +15,7 @@ def kept_graph(output: Tensor) -> Node | None:
     Before torch 2.13 a node of a Python function does not live by being held in Python, as the parts hold those that
     the second begins with. None where that is so no more: the rest of the graph is then freed in between.
     """
-    if torch.__version__ >= (2, 13):
+    if torch.__version__ >= "2.13":
         return None
     with torch.enable_grad():
         return output.view_as(output).grad_fn

@@ -149,12 +149,12 @@ class HostStore:
                 for one, places in zip(batch.pieces, batch.places, strict=True)
                 if (piece := one()) is not None
             ]
-            for piece, places in pieces:
-                piece.tensor = torch.empty(places[-1].end, dtype=torch.uint8, device=self._device)
+            tensors = [torch.empty(places[-1].end, dtype=torch.uint8, device=self._device) for _, places in pieces]
             with self._back.after_computing():
-                for piece, places in pieces:
+                for (piece, places), tensor in zip(pieces, tensors, strict=True):
+                    piece.tensor = tensor
                     for place in places:
-                        piece.tensor[place.begin : place.end].copy_(place.host, non_blocking=True)
+                        tensor[place.begin : place.end].copy_(place.host, non_blocking=True)
                 batch.copied = self._back.mark()
             batch.held = [piece for piece, _ in pieces]
         batch.give_pages()
@@ -180,7 +180,7 @@ class _Place(NamedTuple):
 class _Piece:
     """One storage of a batch."""
 
-    def __init__(self, store: HostStore, tensor: Tensor):
+    def __init__(self, store: HostStore, tensor: Tensor | None):
         self._store, self.tensor = store, tensor
         self.batch: _Batch
 
@@ -247,7 +247,7 @@ class _Pages:
     def take(self, size: int) -> list[_Page]:
         """Pages for so many bytes. What is copied to them on the current stream comes after what was read from them."""
         pages = [self.free.popleft() if self.free else self._make() for _ in range(-(-size // self._size))]
-        for event in {page.read for page in pages} - {None}:
+        for event in {page.read for page in pages if page.read is not None}:
             torch.cuda.current_stream().wait_event(event)
         return pages
 
@@ -280,7 +280,11 @@ class _Copies:
 
     def mark(self) -> torch.cuda.Event | None:
         """Their end up to here."""
-        return None if self._stream is None else self._stream.record_event()
+        if self._stream is None:
+            return None
+        event = torch.cuda.Event()
+        event.record(self._stream)
+        return event
 
 
 def _aligned(size: int) -> int:

@@ -25,7 +25,7 @@ from parallel.pipeline.overlap import Lanes, overlapped_pair
 from parallel.pipeline.simulate import Action, schedule_actions
 from parallel.pipeline.split import rank_stages, stage_placement
 from parallel.pipeline.stage import Stage
-from parallel.pipeline.timeline import Timeline
+from parallel.pipeline.timeline import timeline_of
 
 Chunk = TypeVar("Chunk", bound=nn.Module)
 
@@ -69,7 +69,7 @@ class Pipeline(Generic[Chunk]):
         assert len(stage_ids) == each == rank_stages(name, each) and list(stage_ids) == sorted(stage_ids)
         self.name, self.modules, self.stage_ids, self.num_stages = name, list(modules), list(stage_ids), num_stages
         self.group, self.device, self.hidden, self.dtype, self._cp = group, device, hidden, dtype, cp
-        self.timeline = Timeline(device)
+        self.timeline = timeline_of(device)
         """When each action of the last steps ran."""
         self.stage_type: type[Stage] = Stage
         """What stages are made as, before the first step."""

@@ -96,7 +96,8 @@ class Stage(PipelineStage):
     def backward_maybe_with_nosync(self, backward_type: str, bwd_kwargs: dict, last_backward: bool = False):
         if backward_type != "weight":
             return super().backward_maybe_with_nosync(backward_type, bwd_kwargs, last_backward)
-        return backward_of_weights(bwd_kwargs["param_groups"]), None
+        backward_of_weights(bwd_kwargs["param_groups"])
+        return (), None
 
     def run_forward(self, micro_batch: int, *args, **kwargs):
         """forward_one_chunk without its record, for a caller that times a pair as one action."""
@@ -109,7 +110,9 @@ class Stage(PipelineStage):
         """backward_one_chunk without its record."""
         full_backward = full_backward or self._one_piece
         if not full_backward:
-            self._graphs[micro_batch] = kept_graph(loss if self.is_last else self.fwd_cache[micro_batch][0][0])
+            output = loss if self.is_last else self.fwd_cache[micro_batch][0][0]
+            assert output is not None
+            self._graphs[micro_batch] = kept_graph(output)
         super().backward_one_chunk(micro_batch, loss=loss, full_backward=full_backward, **kwargs)
         if not self.is_last:
             _move(self.grad_recv_info[micro_batch], torch.device("meta"))

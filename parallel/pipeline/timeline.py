@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Generic, Protocol, TypeVar
 
 import torch
 
@@ -57,26 +58,40 @@ class StepRecord:
         return sum(action.seconds for action in self.actions if action.kind in kinds)
 
 
-_Mark = tuple[str, int, int, tuple[int, int] | None, object, object]
+M = TypeVar("M")
+
+
+class _Clock(Protocol[M]):
+    """Marks of some kind, and the time between two."""
+
+    def now(self) -> M: ...
+
+    def known(self, mark: M) -> bool: ...
+
+    def between(self, first: M, second: M) -> float: ...
+
+    def reuse(self, marks: list[M]) -> None: ...
+
+
+_Mark = tuple[str, int, int, tuple[int, int] | None, M, M]
 # kind, stage, micro_batch and backward as in Record, then when the action began and ended by the clock's own marks
 
 
-class Timeline:
+class Timeline(Generic[M]):
     """Records the actions of the steps of one rank."""
 
-    def __init__(self, device: torch.device):
-        self._clock = _EventClock() if device.type == "cuda" else _WallClock()
-        self._open: list[_Mark] = []
-        self._begin: object = None
-        self._pending: list[tuple[object, object, list[_Mark]]] = []
+    def __init__(self, clock: _Clock[M]):
+        self._clock = clock
+        self._open: list[_Mark[M]] = []
+        self._pending: list[tuple[M, M, list[_Mark[M]]]] = []
         self._newest = StepRecord()
 
     @contextmanager
     def step(self) -> Iterator[None]:
         """Around one whole step of the schedule."""
-        self._open, self._begin = [], self._clock.now()
+        self._open, begin = [], self._clock.now()
         yield
-        self._pending.append((self._begin, self._clock.now(), self._open))
+        self._pending.append((begin, self._clock.now(), self._open))
         self._settle()
 
     @contextmanager
@@ -139,3 +154,8 @@ class _EventClock:
 
     def reuse(self, marks: list[torch.cuda.Event]) -> None:
         self._free += marks
+
+
+def timeline_of(device: torch.device) -> Timeline[float] | Timeline[torch.cuda.Event]:
+    """By the clock that tells when the device is at work."""
+    return Timeline(_EventClock()) if device.type == "cuda" else Timeline(_WallClock())

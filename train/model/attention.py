@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from train.model.needed import Function
 from train.model.sequence import Seen
 
 
@@ -65,7 +66,7 @@ def positions_first(x_BHTV: Tensor, dtype: torch.dtype) -> Tensor:
     return x_BHTV.new_empty(B, T, H, V, dtype=dtype).transpose(1, 2).copy_(x_BHTV)
 
 
-class Attend(torch.autograd.Function):
+class Attend(Function):
     """`AttentionInput` to the output, with a core."""
 
     @staticmethod

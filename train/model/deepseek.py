@@ -9,7 +9,8 @@ pipeline has a table under the same name, physically the first chunk's where bot
 Shapes: B sequences, S = T + 1 tokens of a sample, T positions, D width, V vocabulary.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, MutableMapping, Sequence
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -50,7 +51,7 @@ class Losses:
 
     def means(self) -> Tensor:
         """Mean over micro-batches of the main loss and of every MTP depth: (1 + depths,)."""
-        return torch.stack([self.main, *self.mtp]) / self.count
+        return torch.stack([torch.as_tensor(total) for total in (self.main, *self.mtp)]) / self.count
 
 
 class Head(nn.Module):
@@ -123,7 +124,8 @@ class DeepSeekV3(nn.Module):
         self._dtype = precision.dtype
         if has_embedding or (has_head and config.mtp_depth):
             self.embedding = embedding or Embedding(config.vocab_size, config.hidden, **factory)
-        self.layers = nn.ModuleDict()
+        # torch's containers do not say what they hold.
+        self.layers = cast("MutableMapping[str, Block]", nn.ModuleDict())
         for place, index in enumerate(layers):
             here, repeat = None if index < config.dense_layers else dispatcher, place < config.repeated_layers
             away = config.offloaded_part(place)
@@ -132,9 +134,8 @@ class DeepSeekV3(nn.Module):
             recompute, kernels = Recompute.norm in config.recompute, precision.kernels
             self.norm = RMSNorm(config.hidden, config.norm_eps, recompute, kernels, **factory)
             self.head = Head(config.hidden, config.vocab_size, config.loss_chunk, kernels, **factory)
-            self.mtp = nn.ModuleList(
-                MTP(config, precision, rope, dispatcher, local_experts, **factory) for _ in range(config.mtp_depth)
-            )
+            mtp = (MTP(config, precision, rope, dispatcher, local_experts, **factory) for _ in range(config.mtp_depth))
+            self.mtp = cast("Sequence[MTP]", nn.ModuleList(mtp))
 
     @classmethod
     def whole(cls, config: Model, precision: LayerPrecision, *, seq_len: int, **rest) -> "DeepSeekV3":
@@ -163,12 +164,14 @@ class DeepSeekV3(nn.Module):
         positions = Positions(length, documents_BT, self._share)
         embedding_BTD = None
         if self.has_embedding or self._depths:
+            assert tokens_BS is not None
             embedding_BTD = self._embed(positions.take_with_next(tokens_BS, self._depths))
-        if self.has_embedding:
-            x = embedding_BTD if self._share is None else embedding_BTD.narrow(1, 0, positions.count)
+            if self.has_embedding:
+                x = embedding_BTD if self._share is None else embedding_BTD.narrow(1, 0, positions.count)
         hidden_BTD = self._run_layers(x, positions)
         if not self.has_head:
             return hidden_BTD
+        assert tokens_BS is not None
         loss = self._loss(self.norm(hidden_BTD), embedding_BTD, tokens_BS, positions)
         return torch.stack([loss])  # no view: pipeline schedules detach it in place
 
@@ -206,6 +209,7 @@ class DeepSeekV3(nn.Module):
         """Scalar loss from the hidden states after the final norm."""
         states = [hidden_BTD]
         for depth, module in zip(range(1, self._depths + 1), self.mtp, strict=False):
+            assert embedding_BTD is not None
             left = positions.shorter(depth)
             later_BTD = positions.shifted(embedding_BTD, self._depths, depth)
             states.append(module(states[-1].narrow(1, 0, left.count), later_BTD, left))

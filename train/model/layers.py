@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from train.model.needed import gradients_needed
+from train.model.needed import Function, gradients_needed
 from train.model.operations import Kernels
 from train.model.recompute import Recomputed
 
@@ -87,7 +87,7 @@ class Embedding(nn.Module):
         return _Embed.apply(tokens, self.weight)
 
 
-class _Embed(torch.autograd.Function):
+class _Embed(Function):
     @staticmethod
     def forward(ctx, tokens: Tensor, weight_VD: Tensor) -> Tensor:
         ctx.save_for_backward(tokens)
@@ -124,7 +124,7 @@ class RMSNorm(nn.Module):
         return y, Recomputed(lambda source: self._kernels.rms_norm(source, self.weight, self._eps)[0], (x,), y)
 
 
-class _RMSNorm(torch.autograd.Function):
+class _RMSNorm(Function):
     """Keeps the input and 1 / rms only."""
 
     @staticmethod
@@ -146,7 +146,7 @@ def swiglu(h_N2F: Tensor, gates_N: Tensor | None, kernels: Kernels) -> Tensor:
     return _SwiGLU.apply(h_N2F, gates_N, kernels)
 
 
-class _SwiGLU(torch.autograd.Function):
+class _SwiGLU(Function):
     """Keeps [gate | up] only and computes the rest again in backward."""
 
     @staticmethod

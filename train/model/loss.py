@@ -14,7 +14,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from conf.thresholds import THRESHOLDS
-from train.model.needed import gradients_needed
+from train.model.needed import Function, gradients_needed
 from train.model.operations import Kernels
 from train.model.weight_gradient import weight_gradient
 
@@ -26,7 +26,7 @@ def cross_entropy(
     return _CrossEntropy.apply(hidden_ND, head_VD, targets_N, divisor, chunk, kernels)
 
 
-class _CrossEntropy(torch.autograd.Function):
+class _CrossEntropy(Function):
     @staticmethod
     def forward(ctx, hidden_ND, head_VD, targets_N, divisor: int, chunk: int, kernels: Kernels):
         head = head_VD.to(hidden_ND.dtype)
@@ -49,16 +49,17 @@ class _CrossEntropy(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad: Tensor):
-        dhidden_ND, dhead_VD = ctx.saved_tensors
+        dhidden_ND, kept_VD = ctx.saved_tensors
         hidden_needed, head_needed, *_ = gradients_needed(ctx)
         dhidden_ND = dhidden_ND * grad.to(dhidden_ND.dtype) if hidden_needed else None
+        dhead_VD = None
         if head_needed:
 
             def scaled(dtype: torch.dtype, into_VD: Tensor | None) -> Tensor:
-                return dhead_VD * grad if into_VD is None else into_VD.addcmul_(dhead_VD, grad)
+                return kept_VD * grad if into_VD is None else into_VD.addcmul_(kept_VD, grad)
 
-            dhead_VD = weight_gradient(ctx, 1, dhead_VD, scaled)
-        return dhidden_ND, dhead_VD if head_needed else None, None, None, None, None
+            dhead_VD = weight_gradient(ctx, 1, kept_VD, scaled)
+        return dhidden_ND, dhead_VD, None, None, None, None
 
 
 def _loss_and_gradient(logits_CV: Tensor, targets_C: Tensor, scale: float | None, rows: int) -> Tensor:

@@ -115,6 +115,7 @@ class MLA(nn.Module):
             )
 
         latents_BTX = to_travel(kv_latent, k_rope_BTR)
+        assert positions.share is not None
         gathering = positions.share.gather_begin(latents_BTX.detach(), [len(piece) for piece in positions.pieces])
         q_BHTQ = queries(q_latent)
         keep = nullcontext()

@@ -20,14 +20,14 @@ from torch.nn import functional as F
 
 from conf.schema import Model, Recompute
 from train.model.layers import FFN, LayerPrecision
+from train.model.needed import Function
 from train.model.operations import Kernels
 from train.model.recompute import recall, remember
 from train.model.router import Router
 from train.model.sequence import Positions
 
 
-@dataclass
-class Routed:
+class Routed(Protocol):
     """Rows that have reached the rank of their experts."""
 
     rows_RD: Tensor
@@ -61,16 +61,6 @@ class Dispatcher(Protocol):
         ...
 
 
-@dataclass
-class ArrivedRows:
-    """Rows that had no way to go."""
-
-    routed: Routed
-
-    def wait(self) -> Routed:
-        return self.routed
-
-
 class _Sorted(NamedTuple):
     """The order of rows by expert."""
 
@@ -78,6 +68,19 @@ class _Sorted(NamedTuple):
     inverse_TK: Tensor
     tokens_R: Tensor
     counts_E: Tensor
+
+
+@dataclass
+class ArrivedRows:
+    """Rows that had no way to go."""
+
+    rows_RD: Tensor
+    gates_R: Tensor
+    counts_E: Tensor
+    state: _Sorted
+
+    def wait(self) -> "ArrivedRows":
+        return self
 
 
 class LocalDispatcher:
@@ -88,15 +91,17 @@ class LocalDispatcher:
 
     def dispatch_begin(
         self, x_TD: Tensor, expert_ids_TK: Tensor, gates_TK: Tensor, again: _Sorted | None = None
-    ) -> "ArrivedRows":
-        return ArrivedRows(self.dispatch(x_TD, expert_ids_TK, gates_TK, again))
+    ) -> ArrivedRows:
+        return self.dispatch(x_TD, expert_ids_TK, gates_TK, again)
 
-    def dispatch(self, x_TD: Tensor, expert_ids_TK: Tensor, gates_TK: Tensor, again: _Sorted | None = None) -> Routed:
+    def dispatch(
+        self, x_TD: Tensor, expert_ids_TK: Tensor, gates_TK: Tensor, again: _Sorted | None = None
+    ) -> ArrivedRows:
         if again is None:
             order_R, inverse_R, tokens_R, counts_E = self._kernels.sort_by_expert(expert_ids_TK, self._experts)
             again = _Sorted(order_R, inverse_R.view(expert_ids_TK.shape), tokens_R, counts_E)
         rows_RD, gates_R = _Permute.apply(x_TD, gates_TK, again.order_R, again.tokens_R, again.inverse_TK)
-        return Routed(rows_RD, gates_R, again.counts_E, again)
+        return ArrivedRows(rows_RD, gates_R, again.counts_E, again)
 
     def combine(self, out_RD: Tensor, routed: Routed) -> Tensor:
         return _Unpermute.apply(out_RD, routed.state.tokens_R, routed.state.inverse_TK)
@@ -107,7 +112,7 @@ def _gather_sum(rows_RD: Tensor, inverse_TK: Tensor) -> Tensor:
     return F.embedding_bag(inverse_TK, rows_RD, mode="sum")  # gathers and adds in one pass, in fp32
 
 
-class _Permute(torch.autograd.Function):
+class _Permute(Function):
     """Tokens to sorted rows. Both ways gather: no scattered addition, so the sum has one order."""
 
     @staticmethod
@@ -123,7 +128,7 @@ class _Permute(torch.autograd.Function):
         return _gather_sum(drows_RD, inverse_TK), dgates_TK, None, None, None
 
 
-class _Unpermute(torch.autograd.Function):
+class _Unpermute(Function):
     """Sorted rows back to tokens, summed."""
 
     @staticmethod

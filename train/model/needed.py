@@ -7,10 +7,21 @@ of both inputs and weights twice, and one of each would be thrown away.  So ever
 the engine instead.
 """
 
-from typing import Any
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch.autograd.graph import Node
+
+if TYPE_CHECKING:
+
+    class Function(torch.autograd.Function):
+        """torch's, whose own annotations forbid to name the arguments of a backward."""
+
+        backward: Callable[..., Any]
+
+else:
+    Function = torch.autograd.Function
 
 SKIPPED, EXECUTED, HANDED_OUT = "skipped", "executed", "handed out"
 

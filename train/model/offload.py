@@ -64,6 +64,7 @@ class Offloaded(SavedContext):
         places: dict[int, list[_OnHost]] = {}
         storages: list[Tensor] = []
         for place in filter(None, map(self._place, self._kept)):
+            assert place.tensor is not None
             key = place.tensor.untyped_storage()._cdata
             if key not in places:
                 storages.append(_flat(place.tensor.untyped_storage(), place.tensor.device))
@@ -90,6 +91,7 @@ class _OnHost:
     def leave(self, sent: Fetched) -> None:
         """Let go of the tensor, which is part of what was sent."""
         tensor, self.tensor = self.tensor, None
+        assert tensor is not None
         self._sent = sent
         self._view = tensor.dtype, tensor.storage_offset(), tensor.size(), tensor.stride()
 

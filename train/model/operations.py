@@ -67,7 +67,7 @@ class Kernels(Protocol):
 
     def to_heads(
         self, q_BTHQ: Tensor, kv_BTHX: Tensor, k_rope_BTR: Tensor, table: Tensor, nope: int
-    ) -> tuple[Tensor, ...]:
+    ) -> tuple[Tensor, Tensor, Tensor]:
         """Turn the rope parts, give every head the one rope key, put heads first: queries, keys, values. Differentiable.
 
         q_BTHQ: may be turned where it lies, so that nobody can read it any more. kv_BTHX: per head [nope key | value], of which

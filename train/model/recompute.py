@@ -187,7 +187,7 @@ class Slot:
         """Keep what this makes of the tensor in its place."""
         assert self.tensor is not None
         packed = pack(self.tensor)
-        self.replace(packed.unpack)
+        self.replace(lambda: unpacked(packed))
         return packed
 
     def unpack(self) -> Tensor:
@@ -247,6 +247,7 @@ class _Place:
         if self._run is not None and self.value is None:
             self._run.repeat()
         self._run = None
+        assert self.value is not None
         return self.value
 
 
@@ -292,9 +293,10 @@ def remember(decision: T) -> T:
 
 def recall() -> Any:
     """The next decision of the first run, in the order in which it remembered them; None where this is no second run."""
-    return _OPEN.get()[0].decision() if is_repeated() else None
+    innermost = next(iter(_OPEN.get()), None)
+    return innermost.decision() if isinstance(innermost, _SecondRun) else None
 
 
-def _address(tensor: Tensor) -> tuple[int, int]:
+def _address(tensor: Tensor) -> tuple[int, int | torch.SymInt]:
     """Where the tensor starts; on the meta device too, where there is no memory."""
     return tensor.untyped_storage()._cdata, tensor.storage_offset()

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from conf.schema import Model
-from train.model.needed import gradients_needed
+from train.model.needed import Function, gradients_needed
 from train.model.operations import Kernels, RoutingRule
 from train.model.sequence import Positions
 
@@ -32,6 +32,11 @@ class Router(nn.Module):
     score_E (sum over sequences of P_i) and balance_loss (its weighted value); `clear` starts a new step. Where ranks share
     sequences, how often an expert is chosen is counted over all of each, and what is added to is this rank's part.
     """
+
+    bias_E: Tensor
+    load_E: Tensor
+    score_E: Tensor
+    balance_loss: Tensor
 
     def __init__(self, config: Model, kernels: Kernels, **factory):
         super().__init__()
@@ -86,7 +91,7 @@ class Router(nn.Module):
         return torch.special.entr(self.score_E / self.score_E.sum()).sum()
 
 
-class _Logits(torch.autograd.Function):
+class _Logits(Function):
     """fp32 product of operands in any format, which saves them as they came."""
 
     @staticmethod

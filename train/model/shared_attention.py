@@ -23,7 +23,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from train.model.attention import AttentionCore, AttentionInput, AttentionOutput, positions_first
-from train.model.needed import gradients_needed
+from train.model.needed import Function, gradients_needed
 from train.model.sequence import Gathering, Positions
 
 
@@ -62,7 +62,7 @@ class KeysOfLatents:
         return dq, torch.cat([dlatent_BLC, dk_rope_BLR], -1), dweight
 
 
-class SharedAttention(torch.autograd.Function):
+class SharedAttention(Function):
     """softmax(scale q k^T) v of the queries here over the keys of all positions: (B, H, T, V).
 
     latents_BTX: [latent | turned rope key] of the positions here. weight: that of keys.up. gathering: of the latents of all.
@@ -84,7 +84,7 @@ class SharedAttention(torch.autograd.Function):
         out_BHTV, lse_BHT = None, None
         for seen, latents_BLX in zip(positions.seen, gathering.wait(), strict=True):
             k_BHLQ, v_BHLV = keys.of(latents_BLX)
-            if out_BHTV is None:
+            if out_BHTV is None or lse_BHT is None:
                 out_BHTV = torch.zeros(B, H, T, v_BHLV.size(-1), dtype=torch.float32, device=q_BHTQ.device)
                 lse_BHT = torch.full((B, H, T), -torch.inf, dtype=torch.float32, device=q_BHTQ.device)
             if not seen.rectangles:

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from train.model.needed import gradients_needed, node_of, will_accumulate
+from train.model.needed import Function, gradients_needed, node_of, will_accumulate
 from train.model.operations import Kernels
 
 WeightProduct = Callable[[torch.dtype, Tensor | None], Tensor]
@@ -46,7 +46,7 @@ def weight_gradient(ctx: Any, argument: int, weight: Tensor, product: WeightProd
     return None
 
 
-class LinearProduct(torch.autograd.Function):
+class LinearProduct(Function):
     """`F.linear` without bias by the products of these kernels."""
 
     @staticmethod

@@ -12,6 +12,7 @@ import os
 import sys
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from cluster.driver.shapes import LAYOUTS_FILE, digest_of, smaller_shapes, with_shape
 from cluster.topology import StageShape
@@ -19,7 +20,7 @@ from conf.check import check
 from conf.errors import UserError
 from conf.files import atomic_write_json
 from conf.load import read_config
-from conf.schema import Config
+from conf.schema import Config, DeviceKind
 from train.loop.layout_check import check_layout
 from train.plan.job import with_nodes
 from train.plan.memory.rank_memory import plan_memory
@@ -54,9 +55,10 @@ def plan_layouts(config: Config) -> list[dict[str, int]]:
 
 def write_layouts(path: Path, device: str) -> None:
     """Plan the layouts of the recipe in this file."""
-    config, record = read_config(str(path)), {"config": digest_of(path.parent), "layouts": [], "problem": None}
+    config = read_config(str(path))
+    record: dict[str, Any] = {"config": digest_of(path.parent), "layouts": [], "problem": None}
     try:
-        record["layouts"] = plan_layouts(replace(config, cluster=replace(config.cluster, device=device)))
+        record["layouts"] = plan_layouts(replace(config, cluster=replace(config.cluster, device=DeviceKind(device))))
     except Exception as error:  # it is told where the plan is missed
         record["problem"] = f"the plan failed: {type(error).__name__}: {error}"
     atomic_write_json(path.parent / LAYOUTS_FILE, record)

@@ -30,6 +30,7 @@ from train.model.deepseek import DeepSeekV3, Head
 from train.model.layers import Embedding, Linear, RMSNorm
 from train.model.mla import MLA
 from train.model.moe import MoE
+from train.model.needed import Function
 from train.model.recompute import is_repeated
 from train.model.router import Router
 from train.prove.evidence import Evidence
@@ -149,7 +150,7 @@ class PartsWatch:
             self.keep("h", key, own_rows(h, counts))
 
 
-class _Passed(torch.autograd.Function):
+class _Passed(Function):
     """The same tensor, by another name, whose gradient alone is seen."""
 
     @staticmethod

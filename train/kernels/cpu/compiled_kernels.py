@@ -42,7 +42,7 @@ class CompiledKernels(PlainKernels):
 
     def to_heads(
         self, q_BTHQ: Tensor, kv_BTHX: Tensor, k_rope_BTR: Tensor, table: Tensor, nope: int
-    ) -> tuple[Tensor, ...]:
+    ) -> tuple[Tensor, Tensor, Tensor]:
         if not _in_bf16(q_BTHQ, kv_BTHX, k_rope_BTR):
             return super().to_heads(q_BTHQ, kv_BTHX, k_rope_BTR, table, nope)
         return compiled_rows.CompiledHeads.apply(q_BTHQ, kv_BTHX, k_rope_BTR, table, nope)
@@ -62,6 +62,7 @@ class CompiledKernels(PlainKernels):
     def grouped_product(self, x_RI: Tensor, weight_EIO: Tensor, groups: ExpertGroups) -> Tensor:
         if not self.compiles_product(x_RI, weight_EIO):
             return super().grouped_product(x_RI, weight_EIO, groups)
+        assert isinstance(groups, list)
         return compiled_products.grouped(x_RI, weight_EIO.mT, groups)
 
     def grouped_weight_gradient(
@@ -69,6 +70,7 @@ class CompiledKernels(PlainKernels):
     ) -> Tensor:
         if not self.compiles_product(grad_RO, x_RI):
             return super().grouped_weight_gradient(grad_RO, x_RI, groups, dtype, into_EOI)
+        assert isinstance(groups, list)
         return compiled_products.grouped_weight_gradient(grad_RO.t(), x_RI.t(), groups, dtype, into_EOI)
 
     def compiles_product(self, *tensors: Tensor) -> bool:

@@ -12,6 +12,7 @@ from torch.autograd.function import once_differentiable
 
 from train.kernels.cpu.cpp_function import Array, Kernel, Number, Size, Struct, Threads
 from train.kernels.cpu.libraries import library
+from train.model.needed import Function
 
 _BF16, _FP32, _INT64 = torch.bfloat16, torch.float32, torch.int64
 _load = partial(library, "rows")
@@ -94,7 +95,7 @@ def swiglu_backward(grad_NF: Tensor, h_N2F: Tensor, gates_N: Tensor | None) -> t
     dh_N2F = h_N2F.new_empty(h_N2F.shape)
     dgates_N = None if gates32_N is None else torch.empty_like(gates32_N)
     _swiglu_backward(grad_NF, h_N2F, gates32_N, dh_N2F, dgates_N)
-    return dh_N2F, None if dgates_N is None else dgates_N.to(gates_N.dtype)
+    return dh_N2F, None if gates_N is None or dgates_N is None else dgates_N.to(gates_N.dtype)
 
 
 def sort_by_expert(expert_ids_TK: Tensor, experts: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -107,7 +108,7 @@ def sort_by_expert(expert_ids_TK: Tensor, experts: int) -> tuple[Tensor, Tensor,
     return order_R, inverse_R, tokens_R, counts_E
 
 
-class CompiledHeads(torch.autograd.Function):
+class CompiledHeads(Function):
     """`train.model.operations.Kernels.to_heads` in bf16."""
 
     @staticmethod

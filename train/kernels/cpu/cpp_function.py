@@ -256,7 +256,8 @@ class Kernel:
             if call.meta and (call.real or not any(array._out for _, array, _ in call.meta)):
                 raise _Unfit(*call.meta[0])
         except _Unfit as unfit:
-            raise AssertionError(self._complaint(*unfit.args, call.sizes)) from None
+            name, parameter, came = unfit.args
+            raise AssertionError(self._complaint(name, parameter, came, call.sizes)) from None
         except StopIteration:
             raise AssertionError(f"{self.name} got fewer arguments than it takes") from None
         assert next(values, call) is call, f"{self.name} got more arguments than it takes"

@@ -3,6 +3,7 @@
 from ctypes import c_float, c_int32, c_int64
 from functools import cache, partial
 from pathlib import Path
+from typing import overload
 
 import torch
 from torch import Tensor
@@ -130,6 +131,14 @@ def _memory(x: Tensor, scale: Tensor | None, cast: Cast) -> tuple:
         memory = (None, None, x) if format.dtype is None else (None, x, None)
     width = 12 if format.dtype is None else 8
     return *memory, scale, *cast.block, format.mantissa, format.min_exponent, width, format.max
+
+
+@overload
+def _contiguous(x: Tensor) -> Tensor: ...
+
+
+@overload
+def _contiguous(x: Quantized) -> Quantized: ...
 
 
 def _contiguous(x: Tensor | Quantized) -> Tensor | Quantized:

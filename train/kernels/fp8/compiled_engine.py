@@ -39,12 +39,15 @@ class CompiledEngine(CpuEngine):
     ) -> ScaledOperand:
         if rule.format is None or rule.pow2 or not self._exact:
             return super().operand(source, rule, transposed, groups)
-        cast = fitted(rule.cast(transposed), source)
-        if isinstance(source, Quantized) and source.cast == cast:
-            operand = self._compiled.decoded(source)
-        else:
-            operand = self._compiled.split(source.values if isinstance(source, Rounded) else source, cast)
+        operand = self._split(source, rule.cast(transposed))
         return _transposed(operand) if transposed else operand
+
+    def _split(self, source: Source, cast: Cast) -> Quantized:
+        """Values and scales of a source in this format."""
+        cast = fitted(cast, source)
+        if isinstance(source, Quantized) and source.cast == cast:
+            return self._compiled.decoded(source)
+        return self._compiled.split(source.values if isinstance(source, Rounded) else source, cast)
 
     def product(
         self, left: ScaledOperand, right: ScaledOperand, dtype: torch.dtype, into: Tensor | None = None
@@ -74,7 +77,7 @@ class CompiledEngine(CpuEngine):
         if rule.format is None or rule.pow2 or rule.granularity != "1x128" or not self._exact:
             return super()._swiglu(h_P2F, gates_P, rule)
         chunks = zip(swiglu.chunks(h_P2F), swiglu.chunks(gates_P, h_P2F), strict=True)
-        parts = [self.operand(swiglu.forward(h, gates), rule) for h, gates in chunks]
+        parts = [self._split(swiglu.forward(h, gates), rule.cast()) for h, gates in chunks]
         q_PF, scale = torch.cat([part.q for part in parts]), torch.cat([part.scale for part in parts])
         return Quantized(q_PF, scale, parts[0].cast, q_PF.shape)
 

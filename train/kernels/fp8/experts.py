@@ -30,7 +30,7 @@ from train.kernels.fp8.groups import PaddedGroups
 from train.kernels.fp8.health import LayerProbe
 from train.kernels.fp8.linear import gradient_operands, keep, left_source
 from train.kernels.fp8.products import Engine, Source, pack, unpack
-from train.model.needed import gradients_needed
+from train.model.needed import Function, gradients_needed
 from train.model.weight_gradient import weight_gradient
 
 Probes = tuple[LayerProbe, LayerProbe]
@@ -56,7 +56,7 @@ def expert_ffn(
     return _Down.apply(h_P2F, gates_R, w2_EDF, groups, engine, casts, down)
 
 
-class _Up(torch.autograd.Function):
+class _Up(Function):
     """Gate and up projection."""
 
     @staticmethod
@@ -68,8 +68,8 @@ class _Up(torch.autograd.Function):
             source = left_source(x, source, rules)
         left = engine.operand(source, rules.fprop.left)
         h_P2F = engine.grouped(left, engine.operand(w13_E2FD, rules.fprop.right), groups, dtype)
-        tensors, ctx.forms = pack(w13_E2FD, x)
-        ctx.save_for_backward(*tensors)
+        tensors, ctx.forms = pack(x)
+        ctx.save_for_backward(w13_E2FD, *tensors)
         ctx.groups, ctx.engine, ctx.rules, ctx.probe, ctx.dtype = groups, engine, rules, probe, dtype
         if probe is not None:
             _probe_forward(probe, rules.fprop, groups, groups.pad(rows_RD), w13_E2FD, h_P2F)
@@ -79,7 +79,8 @@ class _Up(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, dh_P2F):
         groups, engine, rules = ctx.groups, ctx.engine, ctx.rules
-        w13_E2FD, x = unpack(ctx.saved_tensors, ctx.forms)
+        w13_E2FD, *tensors = ctx.saved_tensors
+        (x,) = unpack(tensors, ctx.forms)
         x_needed, weight_needed, *_ = gradients_needed(ctx)
         dx_RD = dw13_E2FD = None
         dh, dh_t = gradient_operands(dh_P2F, engine, rules, x_needed, weight_needed, groups)
@@ -94,7 +95,7 @@ class _Up(torch.autograd.Function):
         return dx_RD, dw13_E2FD, None, None, None, None
 
 
-class _Down(torch.autograd.Function):
+class _Down(Function):
     """SwiGLU and down projection."""
 
     @staticmethod
@@ -102,8 +103,8 @@ class _Down(torch.autograd.Function):
         rules, dtype, gates_P = casts.experts_down, h_P2F.dtype, groups.pad(gates_R)
         a, h = engine.swiglu(h_P2F, gates_P, rules.fprop.left, casts.swiglu)
         y_PD = engine.grouped(a, engine.operand(w2_EDF, rules.fprop.right), groups, dtype)
-        tensors, ctx.forms = pack(gates_P, w2_EDF, h)
-        ctx.save_for_backward(*tensors)
+        tensors, ctx.forms = pack(h)
+        ctx.save_for_backward(gates_P, w2_EDF, *tensors)
         ctx.groups, ctx.engine, ctx.rules, ctx.probe, ctx.dtype = groups, engine, rules, probe, dtype
         if probe is not None:
             _probe_forward(probe, rules.fprop, groups, swiglu.forward(h_P2F, gates_P), w2_EDF, y_PD)
@@ -113,7 +114,8 @@ class _Down(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, dy_RD):
         groups, engine, rules = ctx.groups, ctx.engine, ctx.rules
-        gates_P, w2_EDF, h = unpack(ctx.saved_tensors, ctx.forms)
+        gates_P, w2_EDF, *tensors = ctx.saved_tensors
+        (h,) = unpack(tensors, ctx.forms)
         h_needed, gates_needed, weight_needed, *_ = gradients_needed(ctx)
         dh_P2F = dgates_R = dw2_EDF = None
         dy = _arrived(dy_RD, groups, engine, rules.dgrad.left)
@@ -126,7 +128,7 @@ class _Down(torch.autograd.Function):
             dgates_R = groups.unpad(dgates_P)
             if ctx.probe is not None:
                 ctx.probe.operand("gradient", groups.pad(dy_RD), rules.dgrad.left)
-        elif weight_needed:
+        else:
             a_PF = engine.swiglu_again(h, gates_P)
         if weight_needed:
             dy = engine.operand(dy, rules.wgrad.left, transposed=True, groups=groups)
@@ -138,7 +140,7 @@ class _Down(torch.autograd.Function):
 def _arrived(rows_RD: Tensor, groups: PaddedGroups, engine: Engine, rule: OperandRule) -> Source:
     """The rows as products take them: quantised as they came if the rule asks for that cast, else their values."""
     if isinstance(rows_RD, QuantizedRows):
-        cast = Cast(E4M3, (1, TILE), pow2=True, floor=rows_RD.floor)
+        cast = Cast(E4M3, (1, TILE), pow2=True, floor=rows_RD.scale_floor)
         if rule.format is not None and rule.cast() == cast:
             q_PD = groups.pad(rows_RD.q_RD.view(torch.uint8)).view(rows_RD.q_RD.dtype)
             return engine.take_arrived(q_PD, groups.pad(rows_RD.scale_RS), cast)

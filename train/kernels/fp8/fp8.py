@@ -38,7 +38,7 @@ class Fp8Precision:
         self._health = HealthWatch(fp8.health)
         if engine is None and device.type == "cuda":
             engine = load_hopper(fp8)
-        self._engine = engine or cpu_engine(fp8, kernels)
+        self._engine: Engine = engine or cpu_engine(fp8, kernels)
 
     def linear(self, x: Tensor, weight: Tensor, kind: str = "dense", held: HeldInput | None = None) -> Tensor:
         """x (..., K) times weight (N, K) transposed. kind: dense, or output for the attention's output projection."""

@@ -37,7 +37,7 @@ from train.kernels.fp8.grouped_products import (
 )
 from train.kernels.fp8.groups import PaddedGroups
 from train.kernels.fp8.installed import require_fit
-from train.kernels.fp8.products import Source
+from train.kernels.fp8.products import Rounded, Source
 from train.kernels.fp8.quantize import Quantized, dequantize, dequantize_reference, quantize_reference
 from train.kernels.gpu.fused_kernels import FusedKernels
 from train.kernels.plain import grouped
@@ -66,6 +66,7 @@ class HopperEngine:
     def operand(
         self, source: Source, rule: OperandRule, transposed: bool = False, groups: PaddedGroups | None = None
     ) -> PaddedOperand | Tensor:
+        assert not isinstance(source, Rounded), "that is the CPU's"
         scale = None
         if isinstance(source, Quantized):
             outer, inner = source.shape[-2:]
@@ -91,13 +92,17 @@ class HopperEngine:
         self, dy: Source, for_inputs: OperandRule, for_weights: OperandRule, groups: PaddedGroups | None = None
     ) -> tuple[PaddedOperand | Tensor, PaddedOperand | Tensor]:
         rules = for_inputs, for_weights
-        one_pass = isinstance(dy, Tensor) and not (groups is not None and self._products.flat)
-        if not one_pass or any(rule.format is None or rule.granularity != "1x128" for rule in rules):
+        apart = groups is not None and self._products.flat
+        if (
+            apart
+            or not isinstance(dy, Tensor)
+            or any(rule.format is None or rule.granularity != "1x128" for rule in rules)
+        ):
             return self.operand(dy, for_inputs), self.operand(dy, for_weights, transposed=True, groups=groups)
         casts = for_inputs.cast(), for_weights.cast(transposed=True)
         ends_E = None if groups is None else groups.unpadded_ends_E
         rows, columns = self._kernels.quantize_both(_padded_columns(dy), *casts, ends_E)
-        return PaddedOperand(*rows, True, dy.shape[0]), PaddedOperand(*columns, True, dy.shape[1])
+        return _operand(rows, True, dy.shape[0]), _operand(columns, True, dy.shape[1])
 
     def _quantized(
         self,
@@ -114,14 +119,14 @@ class HopperEngine:
         if rule.granularity == "1x128":
             x = _padded_columns(x) if scale is None else x
             if not transposed:
-                return PaddedOperand(*kernels.quantize_tiles(x, cast, scale), True, outer)
+                return _operand(kernels.quantize_tiles(x, cast, scale), True, outer)
             ends_E = None if groups is None else groups.unpadded_ends_E
-            return PaddedOperand(*kernels.quantize_columns(x, cast, scale, flat, ends_E), True, outer)
+            return _operand(kernels.quantize_columns(x, cast, scale, flat, ends_E), True, outer)
         if scale is not None:
             x = dequantize_reference(Quantized(x, scale, Cast(E4M3, (1, TILE), False), x.shape))
         x = _padded(x)
         if rule.granularity == "128x128" and groups is None:
-            return PaddedOperand(*kernels.quantize_blocks(x, cast, transposed), False, outer)
+            return _operand(kernels.quantize_blocks(x, cast, transposed), False, outer)
         return _expanded(x, cast, transposed, flat, outer)
 
     def groups(self, counts_E: Tensor, rows: int, in_tiles: bool = True) -> PaddedGroups:
@@ -134,8 +139,9 @@ class HopperEngine:
         dtype: torch.dtype,
         into: Tensor | None = None,
     ) -> Tensor:
-        if isinstance(left, Tensor):
+        if isinstance(left, Tensor) and isinstance(right, Tensor):
             return FusedKernels().product(left, right, dtype, into)
+        assert isinstance(left, PaddedOperand) and isinstance(right, PaddedOperand)
         if into is not None:
             self._products.wgrad(_tiled(left), _tiled(right), None, into.unsqueeze(0), added=True)
             return into
@@ -156,8 +162,10 @@ class HopperEngine:
     def grouped(
         self, left: PaddedOperand | Tensor, right: PaddedOperand | Tensor, groups: PaddedGroups, dtype: torch.dtype
     ) -> Tensor:
-        if isinstance(left, Tensor):
+        if isinstance(left, Tensor) and isinstance(right, Tensor):
             return grouped.product_to_ends(left, right.mT, groups.ends_E).to(dtype)
+        assert isinstance(left, PaddedOperand) and isinstance(right, PaddedOperand)
+        assert isinstance(left, PaddedOperand) and isinstance(right, PaddedOperand)
         if groups.rows == 0:
             return left.q.new_empty(0, right.outer, dtype=dtype)
         return self._products.grouped(_tiled(left), right, groups).to(dtype)
@@ -170,8 +178,9 @@ class HopperEngine:
         dtype: torch.dtype,
         into: Tensor | None = None,
     ) -> Tensor:
-        if isinstance(left, Tensor):
+        if isinstance(left, Tensor) and isinstance(right, Tensor):
             return FusedKernels().grouped_weight_gradient(left.mT, right.mT, groups.ends_E, dtype, into)
+        assert isinstance(left, PaddedOperand) and isinstance(right, PaddedOperand)
         if groups.rows == 0 and into is None:
             return left.q.new_zeros(len(groups.ends_E), left.outer, right.outer, dtype=dtype)
         out_EON = into
@@ -189,9 +198,10 @@ class HopperEngine:
         else:
             one_pass = cache is not None and cache.block == (1, TILE) and cache.format.dtype is not None
             tiles, kept = self._kernels.swiglu_tiles(h_P2F, gates_P, rule.cast(), cache if one_pass else None)
-            made = PaddedOperand(*tiles, True, h_P2F.shape[0])
-        if kept is not None:
-            return made, Quantized(*kept, cache, h_P2F.shape)
+            made = _operand(tiles, True, h_P2F.shape[0])
+        if kept is not None and cache is not None:
+            q, scale = kept
+            return made, Quantized(q, scale, cache, h_P2F.shape)
         return made, h_P2F if cache is None else self.keep(h_P2F, cache)
 
     def swiglu_backward(self, h: Source, gates_P: Tensor, da_PF: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -265,6 +275,11 @@ def _padded(x_RC: Tensor) -> Tensor:
     """Whole tiles, contiguous."""
     below, right = -x_RC.shape[-2] % TILE, -x_RC.shape[-1] % TILE
     return F.pad(x_RC, (0, right, 0, below)) if below or right else x_RC.contiguous()
+
+
+def _operand(made: tuple[Tensor, Tensor], tiles: bool, outer: int) -> PaddedOperand:
+    q, scale = made
+    return PaddedOperand(q, scale, tiles, outer)
 
 
 def _padded_columns(x_RC: Tensor) -> Tensor:

@@ -26,6 +26,7 @@ from conf.schema import Config, Fp8
 from train.kernels.fp8.installed import CHOOSE_BF16, WITHOUT_PACKAGES, look, misfits, refusal
 
 if TYPE_CHECKING:
+    import torch
     from torch import Tensor
 
     from train.kernels.fp8.products import Engine
@@ -45,7 +46,8 @@ def probe(config: Config, device: int = 0) -> str:
 
     device: number of the GPU. Raises UserError naming all that does not fit.
     """
-    name = config.precision.name
+    name, fp8 = config.precision.name, config.precision.fp8
+    assert fp8 is not None
     with tempfile.TemporaryDirectory() as folder:
         given, answer = Path(folder) / "config.yaml", Path(folder) / "answer.json"
         write_config(config, str(given))
@@ -70,7 +72,7 @@ def probe(config: Config, device: int = 0) -> str:
     if not said.get("done"):
         last = "".join(f"\n          {line}" for line in output.strip()[-PROBE_TAIL:].splitlines())
         raise refusal(
-            [(f"a process that tried them {how} in {said['stage']}:{last}", _cures(config.precision.fp8))],
+            [(f"a process that tried them {how} in {said['stage']}:{last}", _cures(fp8))],
             said["found"],
             name,
         )
@@ -119,7 +121,7 @@ class Trial:
 
 
 def wrong_products(
-    engine: "Engine", device: object, fp8: Fp8, say: Callable[[str], None] = lambda stage: None
+    engine: "Engine", device: "torch.device", fp8: Fp8, say: Callable[[str], None] = lambda stage: None
 ) -> list[tuple[str, str]]:
     """Each small product that fails or whose values are not those of the reference, with the cure.
 

@@ -67,7 +67,11 @@ class Installed:
         cuda, abi = f"CUDA {self.cuda}", "C++11's ABI" if self.abi else "the ABI before C++11"
         compiler = f"nvcc {self.nvcc or 'none'} in {self.toolkit or 'no CUDA_HOME'}"
         driver = f"driver for CUDA {self.driver or '?'}"
-        gpu = f"{self.gpu} of compute capability {'.'.join(map(str, self.capability))}" if self.gpu else "no GPU"
+        gpu = (
+            f"{self.gpu} of compute capability {'.'.join(map(str, self.capability))}"
+            if self.gpu and self.capability
+            else "no GPU"
+        )
         packages = f"triton {self.triton or 'none'}, {DEEP_GEMM} {self.deep_gemm or 'none'}"
         return f"torch {self.torch} ({cuda}, {abi}), {packages}, {compiler}, {driver}, {gpu}"
 

@@ -24,7 +24,7 @@ from train.kernels.fp8.health import LayerProbe
 from train.kernels.fp8.products import Engine, Source, pack, unpack
 from train.kernels.fp8.quantize import fitted
 from train.model.layers import HeldInput
-from train.model.needed import gradients_needed
+from train.model.needed import Function, gradients_needed
 from train.model.recompute import is_free
 from train.model.weight_gradient import weight_gradient
 
@@ -71,14 +71,14 @@ def gradient_operands(
     return for_inputs, for_weights
 
 
-class _Linear(torch.autograd.Function):
+class _Linear(Function):
     @staticmethod
     def forward(ctx, x_TK, weight_NK, engine, rules, probe, only_forward, free, held):
         kept = x_TK if only_forward or free else keep(x_TK, engine, rules) if held is None else held.source
         left = engine.operand(left_source(kept, x_TK, rules), rules.fprop.left)
         y_TN = engine.product(left, engine.operand(weight_NK, rules.fprop.right), x_TK.dtype)
-        tensors, ctx.forms = pack(weight_NK, kept)
-        ctx.save_for_backward(*tensors)
+        tensors, ctx.forms = pack(kept)
+        ctx.save_for_backward(weight_NK, *tensors)
         ctx.engine, ctx.rules, ctx.probe, ctx.dtype = engine, rules, probe, x_TK.dtype
         if probe is not None:
             probe.operand("activation", x_TK, rules.fprop.left)
@@ -90,7 +90,8 @@ class _Linear(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, dy_TN):
         engine, rules, probe = ctx.engine, ctx.rules, ctx.probe
-        weight_NK, kept = unpack(ctx.saved_tensors, ctx.forms)
+        weight_NK, *tensors = ctx.saved_tensors
+        (kept,) = unpack(tensors, ctx.forms)
         x_needed, weight_needed, *_ = gradients_needed(ctx)
         dx_TK = dw_NK = None
         left, left_t = gradient_operands(dy_TN, engine, rules, x_needed, weight_needed)

@@ -16,7 +16,7 @@ Shape suffixes: O outer, C contraction, P padded rows (train/kernels/fp8/groups.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
@@ -43,35 +43,41 @@ class Rounded:
         return self.values.shape
 
 
+CpuOperand = Tensor | Quantized
+"""What the CPU multiplies; values and scales apart are for `CompiledEngine` alone."""
 Source = Tensor | Quantized | Rounded
 """What an operand is made of, and what a layer keeps for backward: a tensor as it came, or quantised."""
 
 
-def pack(*kept: Source) -> tuple[list[Tensor], list[Quantized | Rounded | None]]:
+SourceForm = tuple[Cast, torch.Size] | Cast | None
+"""A source without its tensors."""
+
+
+def pack(*kept: Source) -> tuple[list[Tensor], list[SourceForm]]:
     """Tensors for autograd to save, and what `unpack` needs to put them together again."""
     tensors: list[Tensor] = []
-    forms: list[Quantized | Rounded | None] = []
+    forms: list[SourceForm] = []
     for one in kept:
         if isinstance(one, Quantized):
             tensors += [one.q, one.scale]
-            forms.append(replace(one, q=None, scale=None))
+            forms.append((one.cast, one.shape))
         elif isinstance(one, Rounded):
             tensors.append(one.values)
-            forms.append(replace(one, values=None))
+            forms.append(one.cast)
         else:
             tensors.append(one)
             forms.append(None)
     return tensors, forms
 
 
-def unpack(tensors: Sequence[Tensor], forms: list[Quantized | Rounded | None]) -> list[Source]:
+def unpack(tensors: Sequence[Tensor], forms: list[SourceForm]) -> list[Source]:
     """Inverse of `pack`."""
     rest = iter(tensors)
 
-    def one(form: Quantized | Rounded | None) -> Source:
-        if isinstance(form, Quantized):
-            return replace(form, q=next(rest), scale=next(rest))
-        return next(rest) if form is None else replace(form, values=next(rest))
+    def one(form: SourceForm) -> Source:
+        if isinstance(form, tuple):
+            return Quantized(next(rest), next(rest), *form)
+        return next(rest) if form is None else Rounded(next(rest), form)
 
     return [one(form) for form in forms]
 
@@ -169,7 +175,7 @@ class CpuEngine:
     def keep(self, x_MK: Tensor, cast: Cast) -> Source:
         return self._casts.quantize(x_MK, cast) if self._packed else self.cast(x_MK, cast)
 
-    def cast(self, x_MK: Tensor, cast: Cast) -> Rounded:
+    def cast(self, x_MK: Tensor, cast: Cast) -> Source:
         return Rounded(self._casts.fake_quantize(x_MK, cast, exact_dtype(cast)), fitted(cast, x_MK))
 
     def take_arrived(self, q_MK: Tensor, scale: Tensor, cast: Cast) -> Source:
@@ -178,7 +184,10 @@ class CpuEngine:
 
     def operand(
         self, source: Source, rule: OperandRule, transposed: bool = False, groups: PaddedGroups | None = None
-    ) -> Tensor:
+    ) -> CpuOperand:
+        return self._tensor(source, rule, transposed)
+
+    def _tensor(self, source: Source, rule: OperandRule, transposed: bool = False) -> Tensor:
         if rule.format is None:
             values = self._values(source, torch.bfloat16)
         else:
@@ -199,11 +208,11 @@ class CpuEngine:
     def groups(self, counts_E: Tensor, rows: int, in_tiles: bool = True) -> PaddedGroups:
         return PaddedGroups(counts_E)
 
-    def product(self, left: Tensor, right: Tensor, dtype: torch.dtype, into: Tensor | None = None) -> Tensor:
+    def product(self, left: CpuOperand, right: CpuOperand, dtype: torch.dtype, into: Tensor | None = None) -> Tensor:
         left, right = _common(left, right, dtype)
         return added((left @ right.mT).to(dtype), into)
 
-    def grouped(self, left: Tensor, right: Tensor, groups: PaddedGroups, dtype: torch.dtype) -> Tensor:
+    def grouped(self, left: CpuOperand, right: CpuOperand, groups: PaddedGroups, dtype: torch.dtype) -> Tensor:
         left, right = _common(left, right, dtype)
         out_PN = left.new_zeros(groups.rows, right.shape[1])
         for rows, right_NC in zip(groups.real(THRESHOLDS.expert_rows), right, strict=True):
@@ -211,7 +220,7 @@ class CpuEngine:
         return out_PN.to(dtype)
 
     def grouped_wgrad(
-        self, left: Tensor, right: Tensor, groups: PaddedGroups, dtype: torch.dtype, into: Tensor | None = None
+        self, left: CpuOperand, right: CpuOperand, groups: PaddedGroups, dtype: torch.dtype, into: Tensor | None = None
     ) -> Tensor:
         left, right = _common(left, right, dtype)
         out_EON = left.new_empty(len(groups.counts), left.shape[0], right.shape[0])
@@ -224,9 +233,9 @@ class CpuEngine:
 
     def _swiglu(self, h_P2F: Tensor, gates_P: Tensor, rule: OperandRule) -> Any:
         if rule.format is None or rule.granularity != "1x128":
-            return self.operand(swiglu.forward(h_P2F, gates_P), rule)
+            return self._tensor(swiglu.forward(h_P2F, gates_P), rule)
         parts = zip(swiglu.chunks(h_P2F), swiglu.chunks(gates_P, h_P2F), strict=True)
-        return torch.cat([self.operand(swiglu.forward(h, gates), rule) for h, gates in parts])
+        return torch.cat([self._tensor(swiglu.forward(h, gates), rule) for h, gates in parts])
 
     def swiglu_backward(self, h: Source, gates_P: Tensor, da_PF: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         return swiglu.backward(self._values(h), gates_P, da_PF)
@@ -242,8 +251,9 @@ class CpuEngine:
         return values.to(dtype or values.dtype)
 
 
-def _common(left: Tensor, right: Tensor, result: torch.dtype) -> tuple[Tensor, Tensor]:
+def _common(left: CpuOperand, right: CpuOperand, result: torch.dtype) -> tuple[Tensor, Tensor]:
     """Both in the format that holds both exactly, or in fp32 where the result is: torch rounds a product to its operands' format."""
+    assert isinstance(left, Tensor) and isinstance(right, Tensor), "the others are CompiledEngine's"
     if left.dtype == right.dtype and (left.dtype == torch.float32 or result != torch.float32):
         return left, right
     return left.float(), right.float()

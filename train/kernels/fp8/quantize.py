@@ -24,6 +24,7 @@ Shape suffixes: M rows, K columns, m and k blocks of rows and columns.
 
 from dataclasses import dataclass, replace
 from functools import cache
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -57,7 +58,14 @@ def scales(amax: Tensor, cast: Cast) -> tuple[Tensor, Tensor]:
     return scale, scale.reciprocal()
 
 
-def fitted(cast: Cast, x_MK: "Tensor | Quantized") -> Cast:
+class Shaped(Protocol):
+    """A tensor, in whatever form."""
+
+    @property
+    def shape(self) -> torch.Size: ...
+
+
+def fitted(cast: Cast, x_MK: Shaped) -> Cast:
     """The cast with its block no larger than the tensor."""
     rows, columns = cast.block
     return replace(cast, block=(min(rows, max(x_MK.shape[-2], 1)), min(columns, max(x_MK.shape[-1], 1))))

@@ -22,6 +22,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from parallel.triton_types import constexpr, with_options
 from train.kernels.fp8.formats import TILE
 from train.kernels.fp8.groups import most_tiles
 from train.kernels.fp8.triton_quantize import rows_of_tile, tiles_of_experts
@@ -39,7 +40,7 @@ def _named(kernel: str, specialization) -> str:
 
 
 @triton.jit
-def _tile(program, tiles_m, tiles_n, band: tl.constexpr):
+def _tile(program, tiles_m, tiles_n, band: constexpr):
     """Tile of a program: down a band of the left operand's tiles, then the next of the right operand's."""
     first = program // (band * tiles_n) * band
     height = tl.minimum(tiles_m - first, band)
@@ -51,7 +52,7 @@ def _tile(program, tiles_m, tiles_n, band: tl.constexpr):
 def _product_kernel(
     left_ptr, left_scale_ptr, right_ptr, right_scale_ptr, out_ptr, ends_ptr,
     tiles_m, width, contraction, scale_rows, height_out, width_out,
-    experts: tl.constexpr, slots: tl.constexpr, band: tl.constexpr,
+    experts: constexpr, slots: constexpr, band: constexpr,
 ):  # fmt: skip
     m, n = _tile(tl.program_id(0), tiles_m, width // 128, band)
     expert, first, last = rows_of_tile(ends_ptr, m, height_out, experts, slots)
@@ -79,7 +80,7 @@ def _product_kernel(
 @triton.jit(repr=partial(_named, "wgrad"))
 def _wgrad_kernel(
     left_ptr, left_scale_ptr, right_ptr, right_scale_ptr, out_ptr, ends_ptr, height, width, columns, height_out, width_out,
-    added: tl.constexpr, experts: tl.constexpr, slots: tl.constexpr, band: tl.constexpr,
+    added: constexpr, experts: constexpr, slots: constexpr, band: constexpr,
 ):  # fmt: skip
     m, n = _tile(tl.program_id(0), height // 128, width // 128, band)
     expert, inside = tl.program_id(1), tl.arange(0, 128)
@@ -133,10 +134,10 @@ def product(
     assert experts == 1 or ends_E is not None, "several experts have ends"
     tiles = most_tiles(len(out_RN), experts)
     if out_RN.numel():
-        _product_kernel[(tiles * (width // TILE),)](
+        with_options(_product_kernel[(tiles * (width // TILE),)], num_warps=WARPS, num_stages=STAGES)(
             left_RC, left_scale, right_ENC, right_scale, out_RN, left_RC if ends_E is None else ends_E,
-            tiles, width, contraction, rows, *out_RN.shape,
-            experts, triton.next_power_of_2(experts), BAND, num_warps=WARPS, num_stages=STAGES,
+            tiles, width, contraction, rows, out_RN.shape[0], out_RN.shape[1],
+            experts, triton.next_power_of_2(experts), BAND,
         )  # fmt: skip
     return out_RN
 
@@ -156,10 +157,9 @@ def wgrad(
     assert len(out_EON) == 1 or ends_E is not None, "several experts have ends"
     assert out_EON.dtype == torch.float32 or not added, "sums are fp32"
     if out_EON.numel():
-        _wgrad_kernel[(height // TILE * (width // TILE), len(out_EON))](
+        with_options(_wgrad_kernel[(height // TILE * (width // TILE), len(out_EON))], num_warps=WARPS, num_stages=STAGES)(
             left_OP, left_scale, right_NP, right_scale, out_EON, left_OP if ends_E is None else ends_E,
-            height, width, columns, *out_EON.shape[1:], added, len(out_EON), triton.next_power_of_2(len(out_EON)), BAND,
-            num_warps=WARPS, num_stages=STAGES,
+            height, width, columns, out_EON.shape[1], out_EON.shape[2], added, len(out_EON), triton.next_power_of_2(len(out_EON)), BAND,
         )  # fmt: skip
     return out_EON
 

@@ -24,6 +24,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from parallel.triton_types import constexpr, with_options
 from train.kernels.fp8.formats import TILE, Cast
 from train.kernels.fp8.groups import most_tiles, on_device
 
@@ -36,7 +37,7 @@ QUANTIZE_COLUMNS = 32
 
 
 @triton.jit
-def _scales(amax, maximum: tl.constexpr, floor: tl.constexpr, pow2: tl.constexpr):
+def _scales(amax, maximum: constexpr, floor: constexpr, pow2: constexpr):
     """Scale and inverse of a max-abs, as `train.kernels.fp8.quantize.scales`."""
     amax = tl.maximum(amax, floor)
     scale = tl.div_rn(amax, tl.full(amax.shape, maximum, tl.float32))
@@ -50,13 +51,13 @@ def _scales(amax, maximum: tl.constexpr, floor: tl.constexpr, pow2: tl.constexpr
 
 
 @triton.jit
-def _cast(scaled, maximum: tl.constexpr, dtype: tl.constexpr):
+def _cast(scaled, maximum: constexpr, dtype: constexpr):
     """Clamp, and round to the format. Not a number stays so."""
     return tl.clamp(scaled, -maximum, maximum, propagate_nan=tl.PropagateNan.ALL).to(dtype)
 
 
 @triton.jit
-def tiles_of_experts(ends_ptr, experts: tl.constexpr, slots: tl.constexpr):
+def tiles_of_experts(ends_ptr, experts: constexpr, slots: constexpr):
     """Where each expert's rows end, and how many tiles of 128 they take; none for slots behind the experts."""
     slot = tl.arange(0, slots)
     end = tl.load(ends_ptr + slot, mask=slot < experts, other=0)
@@ -65,13 +66,13 @@ def tiles_of_experts(ends_ptr, experts: tl.constexpr, slots: tl.constexpr):
 
 
 @triton.jit
-def rows_of_tile(ends_ptr, tile, height, experts: tl.constexpr, slots: tl.constexpr):
+def rows_of_tile(ends_ptr, tile, height, experts: constexpr, slots: constexpr):
     """The expert of a tile, the first of its 128 rows, and where the expert's rows end. No rows are left behind the last expert."""
     expert, first, last = 0, tile * 128, height
     if experts > 1:
         end, tiles = tiles_of_experts(ends_ptr, experts, slots)
         before = tl.cumsum(tiles, axis=0) <= tile
-        expert = tl.sum(before.to(tl.int32))
+        expert = before.to(tl.int32).sum()
         start = tl.max(tl.where(before, end, 0))
         first = start + (tile - tl.sum(tl.where(before, tiles, 0))) * 128
         last = tl.load(ends_ptr + expert, mask=expert < experts, other=0)
@@ -79,7 +80,7 @@ def rows_of_tile(ends_ptr, tile, height, experts: tl.constexpr, slots: tl.conste
 
 
 @triton.jit
-def _load(x_ptr, scale_ptr, rows, last, columns, tile, width, scale_rows, scaled: tl.constexpr):
+def _load(x_ptr, scale_ptr, rows, last, columns, tile, width, scale_rows, scaled: constexpr):
     """fp32 values at rows x columns, all of one tile of 128 columns, zero from the row `last` on; scaled: FP8 with a scale per
     row and tile, stored column by column.
     """
@@ -93,7 +94,7 @@ def _load(x_ptr, scale_ptr, rows, last, columns, tile, width, scale_rows, scaled
 @triton.jit
 def _store_tiles(
     x, q_ptr, scale_ptr, rows, columns, there, tile, width, scale_rows,
-    maximum: tl.constexpr, floor: tl.constexpr, pow2: tl.constexpr,
+    maximum: constexpr, floor: constexpr, pow2: constexpr,
 ):  # fmt: skip
     """Values at rows x columns, all of one tile of 128 columns, as FP8 with a scale per row, which are stored column by column."""
     scale, inverse = _scales(tl.max(tl.abs(x), axis=1), maximum, floor, pow2)
@@ -105,7 +106,7 @@ def _store_tiles(
 @triton.jit
 def _tiles_kernel(
     x_ptr, in_scale_ptr, q_ptr, scale_ptr, height, width, height_out,
-    maximum: tl.constexpr, floor: tl.constexpr, pow2: tl.constexpr, scaled: tl.constexpr, block: tl.constexpr,
+    maximum: constexpr, floor: constexpr, pow2: constexpr, scaled: constexpr, block: constexpr,
 ):  # fmt: skip
     rows = tl.program_id(0) * block + tl.arange(0, block)
     columns = tl.program_id(1) * 128 + tl.arange(0, 128)
@@ -117,7 +118,7 @@ def _tiles_kernel(
 @triton.jit
 def _e5m6_kernel(
     x_ptr, q_ptr, scale_ptr, height, width, height_out,
-    maximum: tl.constexpr, floor: tl.constexpr, pow2: tl.constexpr, block: tl.constexpr,
+    maximum: constexpr, floor: constexpr, pow2: constexpr, block: constexpr,
 ):  # fmt: skip
     """Eight values are three words of 32 bits: `train.kernels.fp8.formats.pack_e5m6`."""
     rows = tl.program_id(0) * block + tl.arange(0, block)
@@ -142,7 +143,7 @@ def _e5m6_kernel(
 
 
 @triton.jit
-def _load_e5m6(q_ptr, scale_ptr, rows, start, tile, width, height, count: tl.constexpr):
+def _load_e5m6(q_ptr, scale_ptr, rows, start, tile, width, height, count: constexpr):
     """fp32 values at rows x `count` columns from `start` on, all of one tile of 128 columns, of packed words of 32 bits."""
     words = rows[:, None].to(tl.int64) * (width // 8 * 3) + (start // 8 + tl.arange(0, count // 8))[None, :] * 3
     low, middle, high = tl.load(q_ptr + words), tl.load(q_ptr + words + 1), tl.load(q_ptr + words + 2)
@@ -150,7 +151,7 @@ def _load_e5m6(q_ptr, scale_ptr, rows, start, tile, width, height, count: tl.con
     second = ((low >> 24) & 0xFF) | ((middle & 0xFFFF) << 8)
     third = ((middle >> 16) & 0xFFFF) | ((high & 0xFF) << 16)
     fourth = (high >> 8) & 0xFFFFFF
-    size: tl.constexpr = rows.shape[0]
+    size: constexpr = rows.shape[0]
     even = tl.reshape(tl.join(first, third), (size, count // 4))
     odd = tl.reshape(tl.join(second, fourth), (size, count // 4))
     pairs = tl.reshape(tl.join(even, odd), (size, count // 2))
@@ -162,8 +163,8 @@ def _load_e5m6(q_ptr, scale_ptr, rows, start, tile, width, height, count: tl.con
 @triton.jit
 def _columns_kernel(
     x_ptr, in_scale_ptr, q_ptr, scale_ptr, base_ptr, stride_ptr, ends_ptr, height, width, height_out,
-    maximum: tl.constexpr, floor: tl.constexpr, pow2: tl.constexpr, scaled: tl.constexpr, packed: tl.constexpr,
-    flat: tl.constexpr, experts: tl.constexpr, slots: tl.constexpr, block: tl.constexpr,
+    maximum: constexpr, floor: constexpr, pow2: constexpr, scaled: constexpr, packed: constexpr,
+    flat: constexpr, experts: constexpr, slots: constexpr, block: constexpr,
 ):  # fmt: skip
     tile = tl.program_id(0)
     _, first, last = rows_of_tile(ends_ptr, tile, height, experts, slots)
@@ -186,8 +187,8 @@ def _columns_kernel(
 @triton.jit
 def _both_kernel(
     x_ptr, q_ptr, scale_ptr, q_t_ptr, scale_t_ptr, ends_ptr, height, width, rows_out, columns_out,
-    maximum: tl.constexpr, floor: tl.constexpr, pow2: tl.constexpr,
-    maximum_t: tl.constexpr, floor_t: tl.constexpr, pow2_t: tl.constexpr, experts: tl.constexpr, slots: tl.constexpr,
+    maximum: constexpr, floor: constexpr, pow2: constexpr,
+    maximum_t: constexpr, floor_t: constexpr, pow2_t: constexpr, experts: constexpr, slots: constexpr,
 ):  # fmt: skip
     """`_tiles_kernel` and `_columns_kernel` of one tile of rows and 128 columns."""
     tile = tl.program_id(0)
@@ -205,7 +206,7 @@ def _both_kernel(
 
 
 @triton.jit
-def _decode_kernel(q_ptr, scale_ptr, out_ptr, height, width, scale_rows, block: tl.constexpr):
+def _decode_kernel(q_ptr, scale_ptr, out_ptr, height, width, scale_rows, block: constexpr):
     rows = tl.program_id(0) * block + tl.arange(0, block)
     start = tl.program_id(1) * 128
     x = _load_e5m6(q_ptr, scale_ptr, rows, start, tl.program_id(1), width, scale_rows, 128)
@@ -216,8 +217,8 @@ def _decode_kernel(q_ptr, scale_ptr, out_ptr, height, width, scale_rows, block: 
 @triton.jit
 def _blocks_kernel(
     x_ptr, q_ptr, scale_ptr, height, width, q_row, q_column, scale_row, scale_column, q_matrix, scale_matrix,
-    maximum: tl.constexpr, floor: tl.constexpr, pow2: tl.constexpr,
-    transposed: tl.constexpr,
+    maximum: constexpr, floor: constexpr, pow2: constexpr,
+    transposed: constexpr,
 ):  # fmt: skip
     matrix = tl.program_id(2).to(tl.int64)
     rows = tl.program_id(0) * 128 + tl.arange(0, 128)
@@ -239,8 +240,8 @@ def _blocks_kernel(
 @triton.jit
 def _swiglu_kernel(
     h_ptr, gates_ptr, q_ptr, scale_ptr, kept_ptr, kept_scale_ptr, height, width,
-    maximum: tl.constexpr, floor: tl.constexpr, pow2: tl.constexpr, kept: tl.constexpr,
-    kept_maximum: tl.constexpr, kept_floor: tl.constexpr, kept_pow2: tl.constexpr, block: tl.constexpr,
+    maximum: constexpr, floor: constexpr, pow2: constexpr, kept: constexpr,
+    kept_maximum: constexpr, kept_floor: constexpr, kept_pow2: constexpr, block: constexpr,
 ):  # fmt: skip
     rows, tile = tl.program_id(0) * block + tl.arange(0, block), tl.program_id(1)
     there, columns = rows < height, tile * 128 + tl.arange(0, 128)
@@ -263,7 +264,7 @@ def _swiglu_kernel(
 @triton.jit
 def _swiglu_backward_kernel(
     h_ptr, in_scale_ptr, gates_ptr, da_ptr, a_ptr, dh_ptr, dgates_ptr, height, width, scale_rows,
-    scaled: tl.constexpr, block: tl.constexpr,
+    scaled: constexpr, block: constexpr,
 ):  # fmt: skip
     rows = tl.program_id(0) * block + tl.arange(0, block)
     there = rows < height
@@ -334,10 +335,10 @@ def quantize_both(
     q, scale = cast.empty_tiles(x_RC, whole, columns)
     q_t = x_RC.new_empty(columns, tiles * TILE, dtype=cast_t.format.dtype)
     scale_t = x_RC.new_empty(tiles, columns, dtype=torch.float32)
-    _both_kernel[(tiles, columns // TILE)](
+    with_options(_both_kernel[(tiles, columns // TILE)], num_warps=8)(
         x_RC, q, scale.t(), q_t, scale_t, x_RC if ends_E is None else ends_E, rows, columns, whole, tiles * TILE,
         cast.format.max, cast.floor, cast.pow2, cast_t.format.max, cast_t.floor, cast_t.pow2,
-        experts, triton.next_power_of_2(experts), num_warps=8,
+        experts, triton.next_power_of_2(experts),
     )  # fmt: skip
     return (q, scale), (q_t, scale_t.t())
 
@@ -382,9 +383,9 @@ def quantize_blocks(x_RC: Tensor, cast: Cast, transposed: bool) -> tuple[Tensor,
     scale = x_RC.new_empty(*lead, outer // TILE, inner // TILE, dtype=torch.float32)
     strides = (1, inner, 1, inner // TILE) if transposed else (inner, 1, inner // TILE, 1)
     grid = (rows // TILE, columns // TILE, lead.numel())
-    _blocks_kernel[grid](
+    with_options(_blocks_kernel[grid], num_warps=8)(
         x_RC, q, scale, rows, columns, *strides, rows * columns, (rows // TILE) * (columns // TILE),
-        cast.format.max, cast.floor, cast.pow2, transposed, num_warps=8,
+        cast.format.max, cast.floor, cast.pow2, transposed,
     )  # fmt: skip
     return q, scale
 
@@ -435,4 +436,5 @@ def _tile_places(lengths: list[int], columns: int, device: torch.device) -> tupl
         base += range(before * columns, before * columns + length, TILE)
         stride += [length] * (length // TILE)
         before += length
-    return on_device([base, stride], device).unbind(0)
+    first, second = on_device([base, stride], device).unbind(0)
+    return first, second

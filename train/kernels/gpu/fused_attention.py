@@ -83,9 +83,10 @@ def _call(run: list[Rectangle], device: torch.device) -> _Call:
     documents = None
     if len(run) > 1:
         bounds = torch.tensor([0, *lengths]).cumsum(0)
-        documents = torch.repeat_interleave(torch.tensor(lengths))
-        places = torch.stack([documents, torch.arange(len(documents)) - bounds[documents]])
-        documents = _Documents(max(lengths), _sent(bounds.int(), device), _sent(places, device).unbind())
+        number_M = torch.repeat_interleave(torch.tensor(lengths))
+        places = torch.stack([number_M, torch.arange(len(number_M)) - bounds[number_M]])
+        number_M, place_M = _sent(places, device).unbind()
+        documents = _Documents(max(lengths), _sent(bounds.int(), device), (number_M, place_M))
     sequences = slice(None) if sequence is None else slice(sequence, sequence + 1)
     queries, keys = slice(first, run[-1].last_query), slice(first_key, run[-1].last_key)
     return _Call(sequences, queries, keys, causal, documents)
@@ -105,7 +106,7 @@ class EfficientAttention(PlainAttention):
         q, k, v, scale, seen = given
         most = super().forward(given, largest=True).largest_BHT if largest else None
         found = seen.once(calls, q.device, self.waste)
-        parts = [(call, *self._forward(call, *call.take(q, k, v), scale)) for call in found]
+        parts = [(call, *self._forward(call, *call.take(q, k, v), scale=scale)) for call in found]
         if len(parts) == 1 and parts[0][1].shape[:3] == q.shape[:3]:
             return AttentionOutput(*parts[0][1:], most)
         out = q.new_zeros(q.size(0), q.size(2), q.size(1), v.size(-1)).transpose(1, 2)
@@ -124,13 +125,14 @@ class EfficientAttention(PlainAttention):
         grads: tuple[Tensor, ...] | None = None
         for call in seen.once(calls, dout_BHTV.device, self.waste):
             taken = call.take(*inputs, dout_BHTV, made.out_BHTV, made.lse_BHT)
-            parts = self._backward(call, *taken, scale)
+            parts = self._backward(call, *taken, scale=scale)
             if all(part.shape == of.shape for part, of in zip(parts, inputs, strict=True)):
                 return parts
             grads = grads or tuple(torch.zeros_like(of) for of in inputs)
             for grad, part in zip(call.take(*grads), parts, strict=True):
                 grad += part
-        return grads or tuple(torch.zeros_like(of) for of in inputs)
+        dq, dk, dv = grads or (torch.zeros_like(of) for of in inputs)
+        return dq, dk, dv
 
     def _forward(self, call: _Call, q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
         """Output and log-sum-exp of one call."""

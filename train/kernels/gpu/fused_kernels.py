@@ -46,7 +46,7 @@ class FusedKernels(PlainKernels):
 
     def to_heads(
         self, q_BTHQ: Tensor, kv_BTHX: Tensor, k_rope_BTR: Tensor, table: Tensor, nope: int
-    ) -> tuple[Tensor, ...]:
+    ) -> tuple[Tensor, Tensor, Tensor]:
         return fused_rows.FusedHeads.apply(q_BTHQ, kv_BTHX, k_rope_BTR, table, nope)
 
     def linear(self, x: Tensor, weight_OI: Tensor) -> Tensor:
@@ -75,6 +75,7 @@ class FusedKernels(PlainKernels):
             return super().grouped_weight_gradient(grad_RO.float(), x_RI.float(), groups, dtype, into_EOI)
         from train.kernels.gpu.triton_grouped import grouped_weight_gradient
 
+        assert isinstance(groups, Tensor)
         return grouped_weight_gradient(grad_RO, x_RI, groups, into_EOI)
 
     def logits(self, x_ND: Tensor, weight_ED: Tensor) -> Tensor:

@@ -8,12 +8,13 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from train.kernels.gpu.fused_rows import runs
+from train.model.needed import Function
 from train.model.operations import RoutingRule
 from train.model.recompute import is_repeated, recall, remember
 from train.model.sequence import Positions
 
 
-class FusedRoute(torch.autograd.Function):
+class FusedRoute(Function):
     """`train.model.operations.Kernels.route`."""
 
     @staticmethod

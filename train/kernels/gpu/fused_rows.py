@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from train.model.needed import Function
+
 
 def swiglu(h_N2F: Tensor, gates_N: Tensor | None) -> Tensor:
     """silu(gate) * up, times the row's gate value where given: (N, F)."""
@@ -30,7 +32,7 @@ def swiglu_backward(grad_NF: Tensor, h_N2F: Tensor, gates_N: Tensor | None) -> t
     return dh_N2F, dgates_N
 
 
-class FusedHeads(torch.autograd.Function):
+class FusedHeads(Function):
     """`train.model.operations.Kernels.to_heads`. Its queries and values are views of what it is given."""
 
     @staticmethod

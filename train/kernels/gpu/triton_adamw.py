@@ -19,6 +19,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from parallel.triton_types import constexpr, with_options
+
 PROGRAM_ELEMENTS, ELEMENTS_AT_ONCE = 1 << 14, 1 << 11
 """Elements of a program, and at a time."""
 ALIGNED = 16
@@ -36,7 +38,7 @@ class _Layout(NamedTuple):
 
 
 @triton.jit
-def _chunk(pointers_ptr, starts_ptr, firsts_ptr, pieces_ptr, chunk: tl.constexpr, aligned: tl.constexpr):
+def _chunk(pointers_ptr, starts_ptr, firsts_ptr, pieces_ptr, chunk: constexpr, aligned: constexpr):
     """What this program works on: the address of its piece, its place there, the place of the piece among all, and its end there."""
     piece = tl.load(pieces_ptr + tl.program_id(0))
     start = tl.load(starts_ptr + piece)
@@ -52,7 +54,7 @@ def _chunk(pointers_ptr, starts_ptr, firsts_ptr, pieces_ptr, chunk: tl.constexpr
 def _update_kernel(
     weight_ptr, mean_ptr, square_ptr, pointers_ptr, starts_ptr, firsts_ptr, pieces_ptr,
     factor, lerp, keep_square, add_square, decay, step, root, eps,
-    aligned: tl.constexpr, chunk: tl.constexpr, block: tl.constexpr,
+    aligned: constexpr, chunk: constexpr, block: constexpr,
 ):  # fmt: skip
     gradient_ptr, first, start, size = _chunk(pointers_ptr, starts_ptr, firsts_ptr, pieces_ptr, chunk, aligned)
     for begin in range(0, chunk, block):
@@ -73,7 +75,7 @@ def _update_kernel(
 @triton.jit
 def _squares_kernel(
     sums_ptr, pointers_ptr, starts_ptr, firsts_ptr, pieces_ptr,
-    aligned: tl.constexpr, chunk: tl.constexpr, block: tl.constexpr,
+    aligned: constexpr, chunk: constexpr, block: constexpr,
 ):  # fmt: skip
     x_ptr, first, _, size = _chunk(pointers_ptr, starts_ptr, firsts_ptr, pieces_ptr, chunk, aligned)
     total = tl.zeros((block,), tl.float32)
@@ -85,7 +87,7 @@ def _squares_kernel(
 
 
 @triton.jit
-def _sums_kernel(chunks_ptr, out_ptr, firsts_ptr, block: tl.constexpr):
+def _sums_kernel(chunks_ptr, out_ptr, firsts_ptr, block: constexpr):
     """Of every piece the sum over its chunks, in their order."""
     first, end = tl.load(firsts_ptr + tl.program_id(0)), tl.load(firsts_ptr + tl.program_id(0) + 1)
     total = tl.zeros((block,), tl.float64)
@@ -107,9 +109,9 @@ def update(
     if not gradients:
         return
     layout, pointers, aligned = _table(gradients)
-    _update_kernel[(len(layout.piece_of_chunk),)](
+    with_options(_update_kernel[(len(layout.piece_of_chunk),)], num_warps=8)(
         weight, mean, square, pointers, layout.starts, layout.first_chunks, layout.piece_of_chunk,
-        factor, lerp, keep_square, add_square, decay, step, root, eps, aligned, PROGRAM_ELEMENTS, ELEMENTS_AT_ONCE, num_warps=8,
+        factor, lerp, keep_square, add_square, decay, step, root, eps, aligned, PROGRAM_ELEMENTS, ELEMENTS_AT_ONCE,
     )  # fmt: skip
 
 
@@ -126,7 +128,7 @@ def squares_of_chunks(pieces: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
     layout, pointers, aligned = _table(pieces)
     chunks = pointers.new_empty(len(layout.piece_of_chunk), dtype=torch.float64)
     if len(chunks):
-        _squares_kernel[(len(chunks),)](
+        with_options(_squares_kernel[(len(chunks),)], num_warps=8)(
             chunks,
             pointers,
             layout.starts,
@@ -135,7 +137,6 @@ def squares_of_chunks(pieces: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
             aligned,
             PROGRAM_ELEMENTS,
             ELEMENTS_AT_ONCE,
-            num_warps=8,
         )
     return chunks, layout.first_chunks
 

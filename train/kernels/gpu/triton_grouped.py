@@ -13,6 +13,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from parallel.triton_types import constexpr, with_options
+
 TILE_O, TILE_I, STEP_R = 128, 128, 64
 """Sides of a tile, and rows that are read at a time."""
 NEIGHBOURS = 8
@@ -22,7 +24,7 @@ NEIGHBOURS = 8
 @triton.jit
 def _gradient_kernel(
     grad_ptr, x_ptr, ends_ptr, out_ptr, outputs, inputs, grad_row, x_row,
-    add: tl.constexpr, tile_o: tl.constexpr, tile_i: tl.constexpr, step: tl.constexpr, neighbours: tl.constexpr,
+    add: constexpr, tile_o: constexpr, tile_i: constexpr, step: constexpr, neighbours: constexpr,
 ):  # fmt: skip
     expert = tl.program_id(1)
     tiles_o, tiles_i = tl.cdiv(outputs, tile_o), tl.cdiv(inputs, tile_i)
@@ -64,8 +66,8 @@ def grouped_weight_gradient(grad_RO: Tensor, x_RI: Tensor, ends_E: Tensor, into_
     out_EOI = grad_RO.new_empty(experts, outputs, inputs, dtype=torch.float32) if into_EOI is None else into_EOI
     assert out_EOI.is_contiguous() and out_EOI.dtype == torch.float32 and out_EOI.shape == (experts, outputs, inputs)
     tiles = triton.cdiv(outputs, TILE_O) * triton.cdiv(inputs, TILE_I)
-    _gradient_kernel[(tiles, experts)](
+    with_options(_gradient_kernel[(tiles, experts)], num_warps=8, num_stages=3)(
         grad_RO, x_RI, ends_E, out_EOI, outputs, inputs, outputs, inputs, into_EOI is not None,
-        TILE_O, TILE_I, STEP_R, NEIGHBOURS, num_warps=8, num_stages=3,
+        TILE_O, TILE_I, STEP_R, NEIGHBOURS,
     )  # fmt: skip
     return out_EOI

@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from parallel.triton_types import constexpr
 from train.model.operations import RouterCounters, RoutingRule
 
 ROUTE_TOKENS = 8
@@ -21,7 +22,7 @@ SUM_BLOCKS = 16
 
 
 @triton.jit
-def _largest(values, last: tl.constexpr):
+def _largest(values, last: constexpr):
     """Index of the largest of the last axis, the lowest of equal ones; in bounds even where values are no numbers."""
     return tl.minimum(tl.argmax(values, axis=1, tie_break_left=True), last)[:, None]
 
@@ -29,10 +30,10 @@ def _largest(values, last: tl.constexpr):
 @triton.jit
 def _open_groups(
     biased, expert, per_group,
-    GROUPS_G: tl.constexpr, top_groups: tl.constexpr, group_top_k: tl.constexpr, GROUPS: tl.constexpr,
+    GROUPS_G: constexpr, top_groups: constexpr, group_top_k: constexpr, GROUPS: constexpr,
 ):  # fmt: skip
     """Which experts are in the groups whose best group_top_k scores sum highest."""
-    tokens: tl.constexpr = biased.shape[0]
+    tokens: constexpr = biased.shape[0]
     group, numbers = expert // per_group, tl.arange(0, GROUPS)[None, :]
     sums = tl.full((tokens, GROUPS), -float("inf"), tl.float32)
     for g in range(GROUPS_G):
@@ -54,9 +55,9 @@ def _open_groups(
 def _route_kernel(
     logits_ptr, bias_ptr, scores_ptr, ids_ptr, gates_ptr, factor_ptr, total_ptr, load_ptr, share_ptr, often_ptr,
     length, per_group, route_scale,
-    E: tl.constexpr, K: tl.constexpr, GROUPS_G: tl.constexpr, top_groups: tl.constexpr, group_top_k: tl.constexpr,
-    given: tl.constexpr, counted: tl.constexpr, balanced: tl.constexpr,
-    EXPERTS: tl.constexpr, GROUPS: tl.constexpr, CHOSEN: tl.constexpr, ROUTE_TOKENS: tl.constexpr,
+    E: constexpr, K: constexpr, GROUPS_G: constexpr, top_groups: constexpr, group_top_k: constexpr,
+    given: constexpr, counted: constexpr, balanced: constexpr,
+    EXPERTS: constexpr, GROUPS: constexpr, CHOSEN: constexpr, ROUTE_TOKENS: constexpr,
 ):  # fmt: skip
     """given: the ids are, and only what follows from them is computed."""
     batch = tl.program_id(1).to(tl.int64)
@@ -109,7 +110,7 @@ def _route_kernel(
 @triton.jit
 def _finish_kernel(
     load_ptr, share_ptr, often_ptr, load_E_ptr, score_E_ptr, balance_ptr, frequency_ptr, batch, length, blocks, weight,
-    E: tl.constexpr, K: tl.constexpr, added: tl.constexpr, balanced: tl.constexpr, EXPERTS: tl.constexpr, SUM_BLOCKS: tl.constexpr,
+    E: constexpr, K: constexpr, added: constexpr, balanced: constexpr, EXPERTS: constexpr, SUM_BLOCKS: constexpr,
 ):  # fmt: skip
     expert = tl.arange(0, EXPERTS)
     inside = expert < E
@@ -128,7 +129,7 @@ def _finish_kernel(
         if balanced:
             frequency = often.to(tl.float32) * (E / (K * length.to(tl.float32)))
             tl.store(frequency_ptr + b * E + expert, frequency, inside)
-            loss += tl.sum(frequency * share, axis=0)
+            loss += (frequency * share).sum(axis=0)
     if added:
         tl.store(load_E_ptr + expert, tl.load(load_E_ptr + expert, inside, 0) + load, inside)
         tl.store(score_E_ptr + expert, tl.load(score_E_ptr + expert, inside, 0.0) + score, inside)
@@ -139,8 +140,8 @@ def _finish_kernel(
 @triton.jit
 def _backward_kernel(
     grad_ptr, scores_ptr, ids_ptr, gates_ptr, factor_ptr, total_ptr, frequency_ptr, dlogits_ptr, length, route_scale, weight,
-    E: tl.constexpr, K: tl.constexpr, balanced: tl.constexpr,
-    EXPERTS: tl.constexpr, CHOSEN: tl.constexpr, ROUTE_TOKENS: tl.constexpr,
+    E: constexpr, K: constexpr, balanced: constexpr,
+    EXPERTS: constexpr, CHOSEN: constexpr, ROUTE_TOKENS: constexpr,
 ):  # fmt: skip
     """weight: of the loss, over the number of tokens."""
     batch = tl.program_id(1).to(tl.int64)
@@ -170,8 +171,8 @@ def route(
     logits_BTE: Tensor,
     bias_E: Tensor,
     rule: RoutingRule,
-    made: tuple[Tensor, ...],
-    sums: tuple[Tensor, ...] | None,
+    made: tuple[Tensor, Tensor, Tensor, Tensor, Tensor],
+    sums: tuple[Tensor, Tensor, Tensor] | None,
     given: bool,
     balanced: bool,
 ) -> None:
@@ -180,14 +181,14 @@ def route(
     """
     B, T, E = logits_BTE.shape
     _route_kernel[(triton.cdiv(T, ROUTE_TOKENS), B)](
-        logits_BTE, bias_E, *made, *(sums or (made[0],) * 3), T, E // rule.groups, rule.route_scale,
+        logits_BTE, bias_E, *made, *(sums or (made[0], made[0], made[0])), T, E // rule.groups, rule.route_scale,
         E, rule.top_k, rule.groups, rule.top_groups, rule.group_top_k, given, sums is not None, balanced,
-        *map(triton.next_power_of_2, (E, rule.groups, rule.top_k)), ROUTE_TOKENS,
+        triton.next_power_of_2(E), triton.next_power_of_2(rule.groups), triton.next_power_of_2(rule.top_k), ROUTE_TOKENS,
     )  # fmt: skip
 
 
 def finish(
-    sums: tuple[Tensor, ...],
+    sums: tuple[Tensor, Tensor, Tensor],
     counters: RouterCounters,
     frequency_BE: Tensor,
     rule: RoutingRule,
@@ -205,10 +206,16 @@ def finish(
     )  # fmt: skip
 
 
-def backward(grad_BTK: Tensor, kept: tuple[Tensor, ...], dlogits_BTE: Tensor, rule: RoutingRule, weight: float) -> None:
+def backward(
+    grad_BTK: Tensor,
+    kept: tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor],
+    dlogits_BTE: Tensor,
+    rule: RoutingRule,
+    weight: float,
+) -> None:
     """kept: scores, ids, gates, factor, total and frequency."""
     B, T, E = dlogits_BTE.shape
     _backward_kernel[(triton.cdiv(T, ROUTE_TOKENS), B)](
         grad_BTK, *kept, dlogits_BTE, T, rule.route_scale, weight / (B * T),
-        E, rule.top_k, bool(weight), *map(triton.next_power_of_2, (E, rule.top_k)), ROUTE_TOKENS,
+        E, rule.top_k, bool(weight), triton.next_power_of_2(E), triton.next_power_of_2(rule.top_k), ROUTE_TOKENS,
     )  # fmt: skip

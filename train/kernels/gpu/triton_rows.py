@@ -12,6 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from parallel.triton_types import constexpr
+
 SWIGLU_ROWS, SWIGLU_COLUMNS = 4, 512
 """Of [gate | up] that a program of SwiGLU works on at a time: 16 values a thread, so that all loads are of 128 bits."""
 HEAD_POSITIONS = 16
@@ -23,7 +25,7 @@ BACKWARD_TOKENS = 8
 @triton.jit
 def _swiglu_kernel(
     h_ptr, gates_ptr, out_ptr, rows_N, width,
-    gated: tl.constexpr, SWIGLU_ROWS: tl.constexpr, SWIGLU_COLUMNS: tl.constexpr,
+    gated: constexpr, SWIGLU_ROWS: constexpr, SWIGLU_COLUMNS: constexpr,
 ):  # fmt: skip
     rows = tl.program_id(0) * SWIGLU_ROWS + tl.arange(0, SWIGLU_ROWS)
     columns = tl.program_id(1) * SWIGLU_COLUMNS + tl.arange(0, SWIGLU_COLUMNS)
@@ -40,7 +42,7 @@ def _swiglu_kernel(
 @triton.jit
 def _swiglu_backward_kernel(
     grad_ptr, h_ptr, gates_ptr, dh_ptr, dgates_ptr, rows_N, width,
-    gated: tl.constexpr, SWIGLU_ROWS: tl.constexpr, SWIGLU_COLUMNS: tl.constexpr,
+    gated: constexpr, SWIGLU_ROWS: constexpr, SWIGLU_COLUMNS: constexpr,
 ):  # fmt: skip
     rows = tl.program_id(0) * SWIGLU_ROWS + tl.arange(0, SWIGLU_ROWS)
     total = tl.zeros((SWIGLU_ROWS,), tl.float32)
@@ -65,16 +67,16 @@ def _swiglu_backward_kernel(
 
 
 @triton.jit
-def _turned(pairs_ptr, place, there, table_ptr, table_place, table_there, ROPE: tl.constexpr, back: tl.constexpr):
+def _turned(pairs_ptr, place, there, table_ptr, table_place, table_there, ROPE: constexpr, back: constexpr):
     """Adjacent pairs of a (tokens, ROPE) block times the complex table, or its conjugate; fp32."""
     pairs = tl.load(pairs_ptr + place, there, 0.0).to(tl.float32)
     return _times_table(pairs, table_ptr, table_place, table_there, ROPE, back)
 
 
 @triton.jit
-def _times_table(pairs, table_ptr, table_place, table_there, ROPE: tl.constexpr, back: tl.constexpr):
+def _times_table(pairs, table_ptr, table_place, table_there, ROPE: constexpr, back: constexpr):
     """`_turned` of a block that is loaded."""
-    rows: tl.constexpr = pairs.shape[0]
+    rows: constexpr = pairs.shape[0]
     real, imaginary = tl.split(tl.reshape(pairs, (rows, ROPE // 2, 2)))
     table = tl.load(table_ptr + table_place, table_there, 0.0)
     cosine, sine = tl.split(tl.reshape(table, (rows, ROPE // 2, 2)))
@@ -87,8 +89,8 @@ def _times_table(pairs, table_ptr, table_place, table_there, ROPE: tl.constexpr,
 @triton.jit
 def _heads_kernel(
     q_ptr, kv_ptr, shared_ptr, table_ptr, k_ptr, length, heads, shared_row,
-    nope: tl.constexpr, rope: tl.constexpr, kv_row: tl.constexpr,
-    NOPE: tl.constexpr, ROPE: tl.constexpr, HEAD_POSITIONS: tl.constexpr,
+    nope: constexpr, rope: constexpr, kv_row: constexpr,
+    NOPE: constexpr, ROPE: constexpr, HEAD_POSITIONS: constexpr,
 ):  # fmt: skip
     """One head of TOKENS positions. q_ptr: the rope part of queries, nope + rope apart, where the turned one goes."""
     head, batch = tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
@@ -112,8 +114,8 @@ def _heads_kernel(
 def _heads_backward_kernel(
     dq_ptr, dk_ptr, dv_ptr, table_ptr, dq_out_ptr, dkv_out_ptr, dshared_ptr, length, heads,
     q_batch, q_head, q_token, k_batch, k_head, k_token, v_batch, v_head, v_token,
-    nope: tl.constexpr, rope: tl.constexpr, value: tl.constexpr,
-    NOPE: tl.constexpr, ROPE: tl.constexpr, VALUE: tl.constexpr, HEAD_POSITIONS: tl.constexpr,
+    nope: constexpr, rope: constexpr, value: constexpr,
+    NOPE: constexpr, ROPE: constexpr, VALUE: constexpr, HEAD_POSITIONS: constexpr,
 ):  # fmt: skip
     """All heads of TOKENS positions, so that the gradient of the shared rope key is one sum in the order of the heads."""
     batch = tl.program_id(1).to(tl.int64)
@@ -166,10 +168,10 @@ def heads(q_rope_BTHR: Tensor, k_nope_BTHN: Tensor, k_rope_BTR: Tensor, table: T
     rows; those of k_rope are evenly spaced. table: real (T, R/2, 2).
     """
     B, T, H, _ = k_BTHQ.shape
-    sizes = k_nope_BTHN.size(3), k_rope_BTR.size(2)
+    nope, rope = k_nope_BTHN.size(3), k_rope_BTR.size(2)
     _heads_kernel[(triton.cdiv(T, HEAD_POSITIONS), H, B)](
         q_rope_BTHR, k_nope_BTHN, k_rope_BTR, table, k_BTHQ, T, H, k_rope_BTR.stride(1),
-        *sizes, k_nope_BTHN.stride(2), *map(triton.next_power_of_2, sizes), HEAD_POSITIONS,
+        nope, rope, k_nope_BTHN.stride(2), triton.next_power_of_2(nope), triton.next_power_of_2(rope), HEAD_POSITIONS,
     )  # fmt: skip
 
 
@@ -185,8 +187,9 @@ def heads_backward(
     """Gradients of q, kv and the rope key. Those that are given may lie in any order of their axes but the last."""
     B, H, T, Q = dq_BHTQ.shape
     sizes = Q - dk_rope_BTR.size(2), dk_rope_BTR.size(2), dv_BHTV.size(3)
+    nope, rope, value = map(triton.next_power_of_2, sizes)
+    (qb, qh, qt, _), (kb, kh, kt, _), (vb, vh, vt, _) = dq_BHTQ.stride(), dk_BHTQ.stride(), dv_BHTV.stride()
     _heads_backward_kernel[(triton.cdiv(T, BACKWARD_TOKENS), B)](
         dq_BHTQ, dk_BHTQ, dv_BHTV, table, dq_BTHQ, dkv_BTHX, dk_rope_BTR, T, H,
-        *(stride for t in (dq_BHTQ, dk_BHTQ, dv_BHTV) for stride in t.stride()[:3]),
-        *sizes, *map(triton.next_power_of_2, sizes), BACKWARD_TOKENS,
+        qb, qh, qt, kb, kh, kt, vb, vh, vt, *sizes, nope, rope, value, BACKWARD_TOKENS,
     )  # fmt: skip

@@ -6,10 +6,11 @@ Shapes: B sequences, T positions, H heads, R rope width, Q qk width, V value wid
 import torch
 from torch.autograd.function import once_differentiable
 
+from train.model.needed import Function
 from train.model.rope import rotate
 
 
-class PlainHeads(torch.autograd.Function):
+class PlainHeads(Function):
     """`train.model.operations.Kernels.to_heads`."""
 
     @staticmethod

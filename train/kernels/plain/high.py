@@ -14,7 +14,7 @@ from torch.autograd.function import once_differentiable
 
 from train.kernels.fp8.health import Report
 from train.model.layers import HeldInput, recomputed_swiglu, swiglu
-from train.model.needed import gradients_needed
+from train.model.needed import Function, gradients_needed
 from train.model.operations import ExpertGroups, Kernels
 from train.model.weight_gradient import weight_gradient
 
@@ -55,7 +55,7 @@ class HighPrecision:
         return Report({}, {}, [])
 
 
-class _GroupedProduct(torch.autograd.Function):
+class _GroupedProduct(Function):
     """x W^T with the weight of each row's expert. Saves the weight itself, where F.grouped_mm's own backward would keep
     a view of it: a view holds its memory also where the weight is let go until backward (ZeRO stage 3).
     """

@@ -48,7 +48,8 @@ class PlainAttention(AttentionCore):
             dscores_XCS = torch.baddbmm(mean[rows, queries], dout, v32[rows, keys].mT).mul_(p_XCS)
             dq[rows, queries].baddbmm_(dscores_XCS, k, alpha=given.scale)
             dk[rows, keys].baddbmm_(dscores_XCS.mT, q, alpha=given.scale)
-        return tuple(grad.to(of.dtype).view(of.shape) for grad, of in zip((dq, dk, dv), given[:3], strict=True))
+        dq, dk, dv = (grad.to(of.dtype).view(of.shape) for grad, of in zip((dq, dk, dv), given[:3], strict=True))
+        return dq, dk, dv
 
 
 def _blocks(given: AttentionInput) -> Iterator[tuple[slice, slice, slice, Tensor]]:

@@ -77,7 +77,7 @@ class PlainKernels(Kernels):
 
     def to_heads(
         self, q_BTHQ: Tensor, kv_BTHX: Tensor, k_rope_BTR: Tensor, table: Tensor, nope: int
-    ) -> tuple[Tensor, ...]:
+    ) -> tuple[Tensor, Tensor, Tensor]:
         return PlainHeads.apply(q_BTHQ, kv_BTHX, k_rope_BTR, table, nope)
 
     def attention(self, given: AttentionInput) -> Tensor:
@@ -128,9 +128,11 @@ class PlainKernels(Kernels):
     def grouped_weight_gradient(
         self, grad_RO: Tensor, x_RI: Tensor, groups: ExpertGroups, dtype: torch.dtype, into_EOI: Tensor | None = None
     ) -> Tensor:
-        by_rows = isinstance(groups, list)
-        gradient = grouped.weight_gradient if by_rows else grouped.weight_gradient_to_ends
-        return added(gradient(grad_RO, x_RI, groups).to(dtype), into_EOI)
+        if isinstance(groups, list):
+            made = grouped.weight_gradient(grad_RO, x_RI, groups)
+        else:
+            made = grouped.weight_gradient_to_ends(grad_RO, x_RI, groups)
+        return added(made.to(dtype), into_EOI)
 
 
 def added(made: Tensor, into: Tensor | None) -> Tensor:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from train.model.needed import Function
 from train.model.operations import RoutingRule
 from train.model.recompute import is_repeated, recall, remember
 from train.model.sequence import Positions
@@ -34,7 +35,7 @@ def count(ids: Tensor, experts: int) -> Tensor:
     return ids.new_zeros(ids.size(0), experts).scatter_add_(1, ids, torch.ones_like(ids))
 
 
-class Route(torch.autograd.Function):
+class Route(Function):
     """`train.model.operations.Kernels.route`: one backward for the gates and the balance loss."""
 
     @staticmethod
@@ -53,15 +54,14 @@ class Route(torch.autograd.Function):
             if balance_weight:
                 best_BE = count(top_indices(scores_BTE, rule.top_k), experts)
                 best_BE = best_BE if share is None else share.total(best_BE)
-                frequency_BE = best_BE * (experts / (rule.top_k * length))
-                frequency_B1E = frequency_BE.unsqueeze(1)
+                frequency_B1E = best_BE.unsqueeze(1) * (experts / (rule.top_k * length))
             if not is_repeated():
                 load_E, score_E, balance_loss = counters
                 load_E += count(ids_BTK, experts).sum(0)
                 share_BE = ((1 / total_BT1).transpose(1, 2) @ scores_BTE).squeeze(1) / length
                 score_E += share_BE.sum(0)
-                if balance_weight:
-                    balance_loss += balance_weight * (frequency_BE * share_BE).sum() / batch
+                if frequency_B1E is not None:
+                    balance_loss += balance_weight * (frequency_B1E.squeeze(1) * share_BE).sum() / batch
         ctx.save_for_backward(scores_BTE, ids_BTK, gates_BTK, factor_BT1, frequency_B1E, total_BT1)
         ctx.route_scale = rule.route_scale
         # The gradients of those that share sequences are averaged, where each has a part of the loss.

@@ -14,13 +14,13 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache, wraps
-from typing import TypeVar
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor
 from torch.distributed.pipelining._backward import stage_backward_input
 
-from conf.schema import Model, Recompute
+from conf.schema import Model, Precision, Recompute
 from parallel.context import LoneContext
 from parallel.expert.stand_in import Group, Load, build_stand_in
 from parallel.pipeline.graph import backward_of_weights, kept_graph
@@ -28,7 +28,8 @@ from parallel.pipeline.host_store import page_bytes
 from train.kernels.precision import activation_dtype
 from train.model.deepseek import DeepSeekV3
 from train.model.mla import MLA
-from train.model.moe import LocalDispatcher
+from train.model.moe import Dispatcher, LocalDispatcher, Routed
+from train.model.needed import Function
 from train.model.operations import Kernels
 from train.model.sequence import Positions
 from train.plan.memory.ledger import Ledger
@@ -40,10 +41,13 @@ AWAY = "_away_"
 """Between the name of a block and the part of it that waits for backward on the host."""
 
 
-class Frozen:
+S = TypeVar("S")
+
+
+class Frozen(Generic[S]):
     """A configuration section as a key of caches: equal by value."""
 
-    def __init__(self, section: object):
+    def __init__(self, section: S):
         self.section, self._text = section, repr(section)
 
     def __eq__(self, other: object) -> bool:
@@ -57,8 +61,8 @@ class Frozen:
 class Scene:
     """Everything that the memory of a micro-batch's passes through a part depends on."""
 
-    model: Frozen
-    precision: Frozen
+    model: Frozen[Model]
+    precision: Frozen[Precision]
     kind: str
     """Device: cuda or cpu."""
     seq_len: int
@@ -251,7 +255,7 @@ class Run:
         dy = None if self._part == "end" else [torch.empty_like(self._y)]
         self._dy = dy
         self._begin()
-        grads, self._groups = stage_backward_input((self._y,), dy, self._inputs, self._module.parameters())
+        grads, self._groups = stage_backward_input([self._y], dy, self._inputs, self._module.parameters())
         run = self._finish()
         del grads
         for x in self._inputs:
@@ -295,7 +299,7 @@ class Run:
         return PassMemory(self._start, tuple(pieces))
 
 
-class _Entry(torch.autograd.Function):
+class _Entry(Function):
     """Makes an input of the part; its gradient arrives here."""
 
     @staticmethod
@@ -309,7 +313,7 @@ class _Entry(torch.autograd.Function):
         return grad.new_empty(0, dtype=torch.float32), None, None
 
 
-class _Exit(torch.autograd.Function):
+class _Exit(Function):
     """Takes the output of the part; its gradient starts here."""
 
     @staticmethod
@@ -337,25 +341,25 @@ class _End(DeepSeekV3):
 class _Tagged:
     """A dispatcher whose memory goes by its own name, and whose counts of rows, which code waits for, can be asked."""
 
-    def __init__(self, dispatcher, ledger: Ledger, load: Load):
+    def __init__(self, dispatcher: Dispatcher, ledger: Ledger, load: Load):
         self._dispatcher, self._ledger, self._load = dispatcher, ledger, load
 
-    def dispatch_begin(self, x_TD: Tensor, *args):
+    def dispatch_begin(self, x_TD: Tensor, expert_ids_TK: Tensor, gates_TK: Tensor, again: Any = None) -> "_Tagged":
         self._rows_L = self._load.rows_L(len(x_TD))
         with self._ledger.tagged("dispatch"):
-            self._pending = self._dispatcher.dispatch_begin(x_TD, *args)
+            self._pending = self._dispatcher.dispatch_begin(x_TD, expert_ids_TK, gates_TK, again)
         return self
 
-    def wait(self):
+    def wait(self) -> Routed:
         with self._ledger.tagged("dispatch"):
             routed = self.__dict__.pop("_pending").wait()
         rows_L = self._rows_L
         routed.counts_E.tolist = lambda: list(rows_L)  # of this one tensor: on the meta device it has no values
         return routed
 
-    def combine(self, *args):
+    def combine(self, out_RD: Tensor, routed: Routed) -> Tensor:
         with self._ledger.tagged("dispatch"):
-            return self._dispatcher.combine(*args)
+            return self._dispatcher.combine(out_RD, routed)
 
 
 class _StandInHost:
@@ -417,7 +421,7 @@ def _build(scene: Scene, part: str, on_wait: Callable[[], None], ledger: Ledger,
     return chunk
 
 
-def _dispatcher(scene: Scene, kernels: Kernels, on_wait: Callable[[], None]):
+def _dispatcher(scene: Scene, kernels: Kernels, on_wait: Callable[[], None]) -> Dispatcher:
     model: Model = scene.model.section
     if scene.ep == 1:
         return LocalDispatcher(model.experts, kernels)

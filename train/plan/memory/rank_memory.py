@@ -124,7 +124,8 @@ def _moments(
         host = Counter(activations=waiting)
         if config.parallel.offload_optimizer:
             host += Counter(
-                {name: state.pop(name) for name in ("master", "moments")}, buffers=_offload_buffers(config, groups)
+                {name: state.pop(name) for name in ("master", "moments")}
+                | {"buffers": _offload_buffers(config, groups)}
             )
     if scene.kind == "cpu":
         state, host = state + host, Counter()

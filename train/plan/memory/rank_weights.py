@@ -33,9 +33,9 @@ class Weight:
 
 
 @lru_cache(maxsize=256)
-def part_weights(model: Frozen, part: str, local_experts: int) -> tuple[Weight, ...]:
+def part_weights(model: Frozen[Model], part: str, local_experts: int) -> tuple[Weight, ...]:
     """The weights of a part (train/plan/memory/part.py); of the end without the embedding, which is a part of its own."""
-    config: Model = model.section
+    config = model.section
     layers = {"dense": range(1), "moe": range(config.dense_layers, config.dense_layers + 1)}.get(
         kind_of(part), range(0)
     )

@@ -145,6 +145,7 @@ class _UnitRun(Run):
 
     def _hand_over(self, param: nn.Parameter, experts: bool) -> None:
         bucket, elements = self._bucket, param.numel()
+        assert bucket is not None and param.grad is not None
         if bucket.is_full(self.waiting, elements, experts):
             torch.empty(bucket.reduction(self.waiting), dtype=torch.uint8, device="meta")
             self.waiting = NOTHING

@@ -172,7 +172,7 @@ def step_figure(plan: RunPlan) -> Figure | None:
     actions = []
     for pp_rank, (line, starts) in enumerate(zip(step.actions, step.simulation.starts, strict=True)):
         for action, start in zip(line, starts, strict=True):
-            one = {
+            one: dict[str, Any] = {
                 "pp_rank": pp_rank,
                 "stage": action.stage,
                 "kind": action.kind,

@@ -253,6 +253,7 @@ class _Finder:
 
     def _reason(self, family: _Looked, fits: list[_Fit]) -> str:
         if not family.runs:
+            assert family.rule is not None
             return f"{family.rule.field} = {family.rule.value}: {family.rule.rule}"
         if family.steps:
             return f"{100 * (min(family.steps) / fits[0].step_seconds - 1):.1f} % slower than the best"

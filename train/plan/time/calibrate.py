@@ -142,8 +142,8 @@ def _all_rates(config: Config, device: torch.device) -> tuple[dict[str, dict], d
     samples: dict[str, list[tuple[float, float, float]]] = defaultdict(list)
     for case in kernels.cases():
         kind, *amounts, calls = case.work
-        amounts.append(seconds_of(case.run, device))
-        samples[kind].append(tuple(amount / calls for amount in amounts))
+        first, second, seconds = (amount / calls for amount in (*amounts, seconds_of(case.run, device)))
+        samples[kind].append((first, second, seconds))
     fits = {kind: fit_rate(found) for kind, found in samples.items()}
     rates = {kind: rate for kind, (rate, _) in fits.items()}
     for sizes, run in kernels.loss():

@@ -202,7 +202,8 @@ class Stages:
         """Seconds of a gather of a layer's latents, and of the scatter of their gradients."""
         cp, moved = self.layout.cp, latent_bytes(self.config)
         where = "inside" if cp <= self.layout.ranks_per_node else "across"
-        return tuple(self.rates.of(Work(f"{name}_{where}", bytes=moved)) for name in ("gather", "all_to_all"))
+        gather, scatter = (self.rates.of(Work(f"{name}_{where}", bytes=moved)) for name in ("gather", "all_to_all"))
+        return gather, scatter
 
     def _plain(self, passes: Passes) -> Directions:
         """Computing without transfers."""

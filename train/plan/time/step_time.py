@@ -4,7 +4,7 @@ The actions and their order are torch's own (parallel/pipeline/simulate.py); the
 counted as DeepSeek counts it: without MTP, against the bf16 peak.
 """
 
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -162,7 +162,7 @@ def _stage3(stages: Stages) -> dict[str, float]:
 
 
 def _by_kind(actions: list[list[Action]], duration: Callable[[Action], float]) -> dict[str, float]:
-    total: Counter[str] = Counter()
+    total: defaultdict[str, float] = defaultdict(float)
     for line in actions:
         for action in line:
             total[action.kind] += duration(action)
@@ -171,7 +171,7 @@ def _by_kind(actions: list[list[Action]], duration: Callable[[Action], float]) -
 
 def _work(stages: Stages, rates: Rates) -> dict[str, float]:
     """Computing of all micro-batches by kind of work, mean over ranks."""
-    total: Counter[str] = Counter()
+    total: defaultdict[str, float] = defaultdict(float)
     for stage in range(len(stages.layers)):
         made = stages.directions(stage)
         for one in made.forward.work + made.backward.work:

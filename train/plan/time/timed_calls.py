@@ -293,6 +293,7 @@ class KernelCases:
     def _fp8(self, engine: Engine) -> Iterator[KernelCase]:
         """FP8 products and casts, on a device that has them. Those of weights add to a sum that is there."""
         sizes = replace(self.sizes, config=self.config)
+        assert self.config.precision.fp8 is not None
         casts = build_rules(self.config.precision.fp8)
         for counted, x, w, dy in self._linear_layers(sizes):
             for one, rules, left, right, flips in (

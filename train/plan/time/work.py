@@ -109,10 +109,10 @@ def grouped(sizes: Sizes, rows: float, inputs: int, outputs: int, family: str) -
 
 def _product(sizes: Sizes, rows: float, inputs: int, outputs: int, experts: int, family: str, prefix: str) -> Passes:
     weights, x, y = experts * inputs * outputs, rows * inputs, rows * outputs
-    fp8, element = sizes.fp8(family), sizes.element
+    fp8, element = sizes.config.precision.fp8 if sizes.fp8(family) else None, sizes.element
     form, operand = ("fp8", 1) if fp8 else (sizes.high, element)
     flops = 2 * rows * inputs * outputs
-    triton = fp8 and sizes.config.precision.fp8.backend == Fp8Backend.triton
+    triton = fp8 is not None and fp8.backend == Fp8Backend.triton
     ours = "triton_" if prefix and triton else ""
     added = "triton_" if triton and sizes.products_add else ours  # on a GPU a dense one too
 

@@ -1,0 +1,20 @@
+"""What a checker of types has to know of Triton's kernels. The module needs triton.
+
+Parameters of a kernel have no types of Python's: Triton takes them from the arguments of a launch. One that it compiles into
+the kernel it knows by the word `constexpr`, to its interpreter a word as it stands in the source, and by its own annotations
+such an argument would have to be one, where a launch gives a plain number. The options of a launch are in no signature.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import TYPE_CHECKING, Any, ParamSpec, cast
+
+import triton.language as tl
+
+P = ParamSpec("P")
+constexpr = Any if TYPE_CHECKING else tl.constexpr
+
+
+def with_options(launch: Callable[P, None], **options: int) -> Callable[P, None]:
+    """`kernel[grid]` with options of Triton, such as num_warps."""
+    return partial(cast("Callable[..., None]", launch), **options)
