@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any, ParamSpec, cast
 
 import triton.language as tl
 
-P = ParamSpec("P")
+Parameters = ParamSpec("Parameters")
 constexpr = Any if TYPE_CHECKING else tl.constexpr
 
 
-def with_options(launch: Callable[P, None], **options: int) -> Callable[P, None]:
+def with_options(launch: Callable[Parameters, None], **options: int) -> Callable[Parameters, None]:
     """`kernel[grid]` with options of Triton, such as num_warps."""
     return partial(cast("Callable[..., None]", launch), **options)

@@ -58,32 +58,32 @@ class StepRecord:
         return sum(action.seconds for action in self.actions if action.kind in kinds)
 
 
-M = TypeVar("M")
+Moment = TypeVar("Moment")
 
 
-class _Clock(Protocol[M]):
+class _Clock(Protocol[Moment]):
     """Marks of some kind, and the time between two."""
 
-    def now(self) -> M: ...
+    def now(self) -> Moment: ...
 
-    def known(self, mark: M) -> bool: ...
+    def known(self, mark: Moment) -> bool: ...
 
-    def between(self, first: M, second: M) -> float: ...
+    def between(self, first: Moment, second: Moment) -> float: ...
 
-    def reuse(self, marks: list[M]) -> None: ...
+    def reuse(self, marks: list[Moment]) -> None: ...
 
 
-_Mark = tuple[str, int, int, tuple[int, int] | None, M, M]
+_Mark = tuple[str, int, int, tuple[int, int] | None, Moment, Moment]
 # kind, stage, micro_batch and backward as in Record, then when the action began and ended by the clock's own marks
 
 
-class Timeline(Generic[M]):
+class Timeline(Generic[Moment]):
     """Records the actions of the steps of one rank."""
 
-    def __init__(self, clock: _Clock[M]):
+    def __init__(self, clock: _Clock[Moment]):
         self._clock = clock
-        self._open: list[_Mark[M]] = []
-        self._pending: list[tuple[M, M, list[_Mark[M]]]] = []
+        self._open: list[_Mark[Moment]] = []
+        self._pending: list[tuple[Moment, Moment, list[_Mark[Moment]]]] = []
         self._newest = StepRecord()
 
     @contextmanager

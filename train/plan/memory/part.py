@@ -41,13 +41,13 @@ AWAY = "_away_"
 """Between the name of a block and the part of it that waits for backward on the host."""
 
 
-S = TypeVar("S")
+Section = TypeVar("Section")
 
 
-class Frozen(Generic[S]):
+class Frozen(Generic[Section]):
     """A configuration section as a key of caches: equal by value."""
 
-    def __init__(self, section: S):
+    def __init__(self, section: Section):
         self.section, self._text = section, repr(section)
 
     def __eq__(self, other: object) -> bool:
