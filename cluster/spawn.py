@@ -14,7 +14,7 @@ import psutil
 from conf.schema import Config
 
 PR_SET_PDEATHSIG = 1
-"""Of prctl: the signal that a process gets when its parent dies."""
+"""The option of prctl for the signal that a process gets when its parent dies."""
 LEASE = 4.0
 """An agent kills its ranks after this many heartbeats without a question."""
 ENDING = 60.0

@@ -50,7 +50,7 @@ class StageShape:
     """parallel.dp x parallel.cp."""
     ep: int
     micro_batches: int = 0
-    """Of the busiest rank in a step."""
+    """Micro-batches of the busiest rank in a step."""
 
 
 @dataclass(frozen=True)
@@ -155,7 +155,9 @@ def require(nodes: list[Node], pp: int, dp: int, ep: int) -> Placement:
 
 
 def _replace_missing(ordered: list[Node], near: Placement) -> Placement | None:
-    """The same seats, with a spare in the place of every node that is not there; None if there are too few."""
+    """A placement with the seats of another, and a spare in the place of every node that is not there; None if there
+    are too few.
+    """
     index = {node.id: place for place, node in enumerate(ordered)}
     used = near.by_node()
     spares = [node for node in ordered if node.id not in used]

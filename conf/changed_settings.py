@@ -148,7 +148,9 @@ def changed(config: Config, fingerprint: str, meta: dict[str, Any]) -> Changes:
 
 @cache
 def _defaults() -> dict[str, Any]:
-    """Of every setting, those of FP8 included, but of where the cache is, which asks for the environment."""
+    """The default of every setting, those of FP8 included, but not of where the cache is, which asks for the
+    environment.
+    """
     config = Config(data=Data(cache=""), precision=Precision(fp8=Fp8()))
     found = OmegaConf.to_container(OmegaConf.structured(config), resolve=True, enum_to_str=True)
     return cast("dict[str, Any]", found)

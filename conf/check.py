@@ -29,7 +29,7 @@ NEEDS_NO_DATA = (Mode.generate, Mode.plan, Mode.dry_run, Mode.prove)
 MAX_EXPERTS = 32767
 """Expert ids are sorted and sent as int16."""
 SMALLEST_SHARE = 1e-6
-"""Of a mix: what train/data/mix.py can tell from nothing."""
+"""The smallest share of a mix: what train/data/mix.py can tell from nothing."""
 OPERAND = re.compile(r"bf16|(e4m3|e5m2)/(1x128|128x128|row|tensor)/(fp32|pow2)")
 
 

@@ -58,7 +58,7 @@ def check_words(words: Sequence[str]) -> None:
 
 
 def _first_error(words: Sequence[str], settings: Sequence[str]) -> UserError | None:
-    """Of the settings among the words."""
+    """The first error among the words that are settings."""
     sweeps = any(word in ("-m", "--multirun") for word in words)
     groups = _groups(_own(words))
     found = (

@@ -171,7 +171,7 @@ def type_of(key: str) -> Any:
 
 
 def docstring(cls: type) -> str:
-    """Of a section, in one line."""
+    """The docstring of a section, in one line."""
     return " ".join(inspect.getdoc(cls).split())
 
 

@@ -46,7 +46,7 @@ JSON_TYPES = {
     str: ["string", "number"],
     Any: ["string", "array"],
 }
-"""Of values in YAML; OmegaConf takes a number for a text."""
+"""JSON's types for values in YAML; OmegaConf takes a number for a text."""
 INTERPOLATION = {"type": "string", "pattern": r"\$\{"}
 """A value that is taken from elsewhere, ${optim.lr} say."""
 

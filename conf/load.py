@@ -132,7 +132,7 @@ def compose(*overrides: str) -> Config:
 
 
 def compose_node(*overrides: str) -> DictConfig:
-    """The same before interpolations are resolved and rules are checked, with Hydra's own settings."""
+    """The settings before interpolations are resolved and rules are checked, with Hydra's own settings."""
     with COMPOSING, hydra.initialize_config_dir(str(ROOT / "conf"), version_base="1.3", job_name="train"):
         register()
         node = hydra.compose("train", [_names_as_text(word) for word in overrides], return_hydra_config=True)

@@ -44,7 +44,7 @@ def share_of(config: Config, batch: int, dp_rank: int) -> tuple[int, int]:
 
 
 def most_micro_batches(config: Config) -> int:
-    """Of a rank with the largest share, in a step with the full batch."""
+    """The most micro-batches of any rank, one with the largest share, in a step with the full batch."""
     return share_of(config, config.batch_size, 0)[1] // config.micro_batch_size
 
 

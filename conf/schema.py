@@ -482,12 +482,12 @@ class Precision:
 
     @property
     def weight_bytes(self) -> int:
-        """Of a weight as the model computes with it, and of an activation."""
+        """Bytes of a weight as the model computes with it, and of an activation."""
         return 4 if self.name == "fp32" else 2
 
     @property
     def moment_bytes(self) -> int:
-        """Of each of Adam's two moments of a weight."""
+        """Bytes of each of Adam's two moments of a weight."""
         return {"bf16": 2, "fp32": 4}[self.moments]
 
 
@@ -715,7 +715,7 @@ class Generate:
     top_p: float = number(1.0, above=0, most=1, what="a probability")
     """Draw only from the likeliest tokens that together have this probability."""
     seed: int = number(1, least=0, most=LARGEST_SEED)
-    """The same seed, prompt and settings give the same text."""
+    """Where sampling starts: equal seeds, prompts and settings give the same text."""
     speculative: bool = False
     """Let the MTP modules draft tokens that the model then checks together: the same distribution, fewer steps."""
 

@@ -21,7 +21,7 @@ class Thresholds:
     gate_and_up: int = 1 << 18
     """Elements of [gate | up] whose fp32 copies stay in a CPU's cache."""
     fp8_gate_and_up: int = 1 << 19
-    """The same of experts in FP8, whose rows are worked on together with their scales."""
+    """Elements of [gate | up] of experts in FP8 at a time, whose rows are worked on together with their scales."""
     logits: int = 1 << 18
     """Logits in fp32 at a time on CPU: 1 MiB."""
     expert_rows: int = 32
@@ -35,11 +35,11 @@ class Thresholds:
     bucket_elements: int = 50_000_000
     """Gradients that are reduced together, at most."""
     host_page_bytes: int = 1 << 16
-    """Of a page of the host's store for a CPU."""
+    """Bytes of a page of the host's store for a CPU."""
     gpu_page_bytes: int = 1 << 23
-    """Of one for a GPU: large enough that a copy takes longer than its launch."""
+    """Bytes of a page for a GPU: large enough that a copy takes longer than its launch."""
     staging_bytes: int = 1 << 28
-    """Of one buffer of a checkpoint's copy. A power of two, as page-locked allocations are rounded up to one."""
+    """Bytes of one buffer of a checkpoint's copy. A power of two, as page-locked allocations are rounded up to one."""
 
 
 THRESHOLDS = Thresholds()
@@ -58,7 +58,7 @@ LOWERED = Thresholds(
     gpu_page_bytes=1 << 12,
     staging_bytes=1 << 12,
 )
-"""Of a proof: smaller than most tensors of a miniature, and mostly no divisors of them."""
+"""The sizes in a proof: smaller than most tensors of a miniature, and mostly no divisors of them."""
 
 
 @contextmanager

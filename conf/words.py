@@ -22,14 +22,14 @@ def harmless(text: str) -> str:
 
 
 def sentence(text: object, indent: int = 8) -> str:
-    """The same for a part of a text of ours, whose lines but the first are indented by so many spaces or more: no other line can be
-    forged.
+    """A stranger's text made harmless for a part of a text of ours, whose lines but the first are indented by so many
+    spaces or more: no other line can be forged.
     """
     return re.sub(rf"\n(?! {{{indent}}})", r"\\n", harmless(str(text)))
 
 
 def one_line(text: object) -> str:
-    """The same for what has one line: a name or a value."""
+    """A stranger's text made harmless for what has one line: a name or a value."""
     return harmless(str(text)).replace("\n", r"\n")
 
 

@@ -80,7 +80,9 @@ class ContextParallel:
 
 
 class LoneContext(ContextParallel):
-    """The same without the others, for a plan or a dry run: what would come from them is a copy of this rank's own."""
+    """Context parallelism without the other ranks, for a plan or a dry run: what would come from them is a copy of this
+    rank's own.
+    """
 
     def __init__(self, ranks: int, rank: int = 0):
         self.parts, self.part, self.counters, self._across = ranks, rank, TrafficCounters(), False

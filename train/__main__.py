@@ -139,9 +139,9 @@ def _prove(config: Config, alone: bool) -> int:
 
 
 def _report(config: Config, alone: bool) -> int:
-    from train.metrics.compare import report
+    from train.metrics.compare import write_reports
 
-    for page in report(config):
+    for page in write_reports(config):
         say(page)
     return EXIT_OK
 

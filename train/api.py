@@ -62,7 +62,7 @@ class RunResult:
         return list(read_heads(path)) if path.is_file() else []
 
     def frame(self) -> "pandas.DataFrame":
-        """The same as a data frame whose index is the step. Raises UserError where pandas is not installed."""
+        """The records as a data frame whose index is the step. Raises UserError where pandas is not installed."""
         try:
             import pandas
         except ImportError as error:

@@ -54,7 +54,7 @@ class RankModel:
 
 @dataclass
 class Parallelized(RankModel):
-    """The same with what updates its weights."""
+    """A rank's model with what updates its weights."""
 
     zero: Zero
 
@@ -107,7 +107,7 @@ def build_rank_model(
     layers: list[range] | None = None,
     share: ContextParallel | None = None,
 ) -> RankModel:
-    """The same without an optimizer, for a proof."""
+    """A rank's model without an optimizer, for a proof."""
     if dispatcher is None and mesh.layout.ep > 1:
         dispatcher = make_dispatcher(config, mesh)
     if share is None and mesh.layout.cp > 1:

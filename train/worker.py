@@ -26,7 +26,7 @@ from train.data.prepare import prepare  # noqa: E402
 from train.kernels.choice import choose_kernels  # noqa: E402
 from train.kernels.gpu.device import idle_gpu  # noqa: E402
 from train.kernels.precision import activation_dtype  # noqa: E402
-from train.loop.device_errors import explained  # noqa: E402
+from train.loop.device_errors import raise_explained  # noqa: E402
 from train.loop.finish import finish, sample  # noqa: E402
 from train.loop.resume import find_start, restore  # noqa: E402
 from train.loop.state import RunState  # noqa: E402
@@ -62,7 +62,7 @@ def _run_explained(config: Config, place: Place, stop: StopRequest) -> int:
     paths = RunPaths(config)
     with (
         held_by_rank_0(paths) if place.rank == 0 else nullcontext(),
-        explained(config, place.rank, paths.path / "logs"),
+        raise_explained(config, place.rank, paths.path / "logs"),
     ):
         return _run(config, place, stop)
 

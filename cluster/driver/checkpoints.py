@@ -35,7 +35,9 @@ def written_since(folder: Path, attempt: int) -> bool:
 
 
 def _ages(folder: Path) -> list[Age]:
-    """Of all checkpoints but those whose manifest is damaged: nobody can tell their age, and no rank resumes from them."""
+    """The ages of all checkpoints but those whose manifest is damaged: nobody can tell their age, and no rank resumes
+    from them.
+    """
     found = []
     for path in (folder / "checkpoints").glob(f"{STEP_FOLDERS}/{MANIFEST}"):
         try:

@@ -26,7 +26,7 @@ class Shelf:
     """Where a node keeps its copies."""
 
     name: str
-    """Of the node, for people."""
+    """The node's name, for people."""
     folder: str
     address: str
     """HOST:PORT of its agent's store."""

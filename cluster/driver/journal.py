@@ -132,7 +132,7 @@ class Goodput:
 
     @property
     def share(self) -> float:
-        """Of the time, with training; 1 is best."""
+        """The share of the time that went into training; 1 is best."""
         return 1 - self.downtime_seconds / self.seconds if self.seconds > 0 else 0.0
 
 

@@ -53,7 +53,7 @@ class NetworkTest:
     def __init__(self, nodes: list[Node], ports: dict[str, int], fleet: Fleet, now: float):
         self._nodes = nodes
         self._partners: dict[str, list[Node]] = {}
-        """Of each node those that it measures, while its results are out."""
+        """The nodes that each node measures, while its results are out."""
         self._links: dict[tuple[str, str], NodeLink] = {}
         played = rounds(len(nodes))
         self._deadline = now + PAIR_SECONDS * (2 + len(played))

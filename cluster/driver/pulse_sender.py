@@ -33,7 +33,7 @@ class Pulse:
         """Number of the question that a node was asked last."""
         self._heard: dict[str, float] = {}
         self.number = 0
-        """Of the newest question to any node."""
+        """Number of the newest question to any node."""
         self._last = 0.0
 
     def know(self, node: str, place: tuple[str, int] | None) -> None:

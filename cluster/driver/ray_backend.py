@@ -40,7 +40,8 @@ OBJECT_STORE = 100 << 20
 CONNECT_LIMIT = 5
 """Seconds for a connection to cluster.address."""
 CONNECT_TRIES = "8"
-"""Of Ray's own, a second apart, at a head that is there; Ray would ask one that does not take the token 20 times."""
+"""How often Ray itself tries, a second apart, at a head that is there; Ray would ask one that does not take the token
+20 times."""
 HEAD_START = "60"
 """Seconds for the head of a Ray that the run starts; Ray's own are 30, which a busy machine can take."""
 HEAD_LIMIT = 1
@@ -102,7 +103,7 @@ class RayFleet:
         self._ray = ray
         self._config = config
         self._folder: PrivateFolder | None = None
-        """Of Ray on this machine alone."""
+        """The folder of a Ray on this machine alone."""
         self.ships = config.cluster.address is not None and "RAY_JOB_CONFIG_JSON_ENV_VAR" not in os.environ
         """Whether Ray copies the program to the nodes; a submitted job has done so itself."""
         if config.cluster.address is None:
@@ -115,7 +116,7 @@ class RayFleet:
         self.gpus = config.cluster.device != "cpu" and any(node["Resources"].get("GPU") for node in ray.nodes())
         self._actors: dict[str, Any] = {}
         self._resources: dict[str, dict[str, float]] = {}
-        """Of every node that was listed, by its id."""
+        """What every node has that was listed, by its id."""
         self._next: collections.deque[tuple[Any, str, str, tuple]] = collections.deque()
         """Calls that wait for their turn, as (actor, node, method, arguments)."""
         self._out = 0

@@ -33,12 +33,12 @@ LAYOUTS_FILE = "layouts.json"
 
 
 def digest_of(folder: Path) -> str:
-    """Of the config.yaml of a run folder."""
+    """Digest of the config.yaml of a run folder."""
     return hashlib.sha256((folder / "config.yaml").read_bytes()).hexdigest()[:12]
 
 
 def with_shape(config: Config, shape: StageShape) -> Config:
-    """The same run in another layout."""
+    """The configuration of a run in another layout."""
     dp = shape.dp // config.parallel.cp
     uneven = config.parallel.uneven or any(batch % (config.micro_batch_size * dp) for batch in batch_sizes(config))
     parallel = dataclasses.replace(config.parallel, dp=dp, ep=shape.ep, uneven=uneven)

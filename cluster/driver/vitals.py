@@ -26,7 +26,7 @@ class _Vitals:
 
 
 class Vitals:
-    """Of all nodes."""
+    """What the driver knows of the life of all nodes."""
 
     def __init__(self) -> None:
         self._nodes: dict[str, _Vitals] = {}

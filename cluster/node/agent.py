@@ -64,7 +64,7 @@ class Order:
     arguments: list[str]
     """Command line behind the Python interpreter."""
     environment: dict[str, str]
-    """The same for all ranks of the run."""
+    """Variables that all ranks of the run have alike."""
     address: str
     """IP address of the node, whose network interface the ranks use."""
     folder: str | None = None
@@ -117,7 +117,7 @@ class Agent:
         self._scratch: PrivateFolder | None = None
         self._asked = time.monotonic()
         self._clock = SteadyClock()
-        """Of this node as it was checked last."""
+        """The facts of this node as it was checked last."""
         self._probe = NetworkProbe()
         self._store: Store | None = None
         self._echo: Echo | None = None

@@ -29,7 +29,7 @@ CLOCK_LIMIT = 2.0
 SCRATCH_LIMIT = 256 << 20
 """Free bytes that a node needs for the output of its ranks."""
 DRIVER_LEAVES = 0.99
-"""Of a GPU's memory: 81008 of 81559 MiB of an H100."""
+"""Share of a GPU's memory that its driver leaves: 81008 of 81559 MiB of an H100."""
 PROBES = ".preflight"
 SOURCE_SUFFIXES = (".py", ".cpp", ".h")
 """C++ is compiled on every node by itself, so its source must be the same too."""
@@ -47,9 +47,9 @@ class Question:
     on_gpus: bool
     """Whether each has a GPU."""
     address: str = ""
-    """Of the node."""
+    """The node's address."""
     key: bytes = b""
-    """Of the driver's pulse, see cluster/node/pulse_echo.py; empty for a driver that asks none."""
+    """Key of the driver's pulse, see cluster/node/pulse_echo.py; empty for a driver that asks none."""
     tests_network: bool = False
     """Whether the network test will want a port of this node, see cluster/driver/network.py."""
 
@@ -73,7 +73,7 @@ class Facts:
     storage: str
     """What is wrong with the run folder; empty if nothing."""
     niceness: int = 0
-    """Of the agent, and so of its ranks: the more, the more other work on the node goes before them."""
+    """Niceness of the agent, and so of its ranks: the more, the more other work on the node goes before them."""
     pulse: tuple[str, int] | None = None
     """Address and port where the node answers the driver's pulse."""
     test_port: int = 0

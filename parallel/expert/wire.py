@@ -28,8 +28,8 @@ from parallel.expert.quantized_rows import TILE, QuantizedRows, Widen, dequantiz
 
 E4M3_MAX = 448.0
 GRADIENT_FLOOR = 1e-12
-"""Of amax, for gradients. Theirs can lie far below 1e-4 as a whole and would lose their range to the clamp of activations, so it is
-torchao's, which only guards the division."""
+"""The smallest amax for gradients. Theirs can lie far below 1e-4 as a whole and would lose their range to the clamp of
+activations, so it is torchao's, which only guards the division."""
 
 
 class Wire(Protocol):
@@ -112,7 +112,7 @@ class Fp8Wire:
 
 
 class Fp8RowsWire(Fp8Wire):
-    """The same, for experts that compute in FP8: what arrives stays quantized (parallel/expert/quantized_rows.py)."""
+    """The FP8 wire for experts that compute in FP8: what arrives stays quantized (parallel/expert/quantized_rows.py)."""
 
     def unpack(self, q_RD: Tensor, scale_RS: Tensor, dtype: torch.dtype, *, gradient: bool) -> Tensor:
         floor = self.gradient_floor if gradient else self.activation_floor

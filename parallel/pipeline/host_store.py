@@ -60,7 +60,7 @@ def reads(action: Action, one_piece: Collection[int] = ()) -> list[tuple[int, in
 
 
 class HostStore:
-    """Of one rank. Copies between its device and pages of its host; see above.
+    """The store of one rank. Copies between its device and pages of its host; see above.
 
     Outside of actions a batch comes back when it is read.
     """
@@ -74,11 +74,11 @@ class HostStore:
         self._batches: dict[tuple[int, int], list[_Batch]] = {}
         """By stage and micro-batch, until they are read."""
         self._current: tuple[int, int] | None = None
-        """Of the forward that runs."""
+        """Stage and micro-batch of the forward that runs."""
         self._leaving: list[_Batch] = []
-        """Of this action, on the way out; at most one."""
+        """What this action sends out; at most one."""
         self._left_over: list[_Batch] = []
-        """Of the action before."""
+        """What the action before has left."""
         self.sent_bytes = 0
         """What went out since this object was made."""
 

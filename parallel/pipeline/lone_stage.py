@@ -9,7 +9,8 @@ from torch import Tensor
 from parallel.pipeline.stage import Stage
 
 HIDDEN_STD, GRADIENT_STD = 0.02, 1e-5
-"""Of the made-up values: what a block sees is normalised, and gradients of a mean over many tokens are small."""
+"""Standard deviations of the made-up values: what a block sees is normalised, and gradients of a mean over many tokens
+are small."""
 
 
 class LoneStage(Stage):

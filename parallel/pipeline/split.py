@@ -35,7 +35,7 @@ def stage_placement(schedule: str, pp: int, virtual: int = 2) -> list[list[int]]
 
 
 def placement_of(parallel: Parallel) -> list[list[int]]:
-    """The same of a recipe."""
+    """The placement of stages that a recipe asks for."""
     return stage_placement(parallel.schedule, parallel.pp, parallel.virtual_stages)
 
 

@@ -43,7 +43,7 @@ class Stage(PipelineStage):
         self._one_piece = getattr(module, "backward_in_one_piece", False)
         """The module's graph cannot be split into inputs and weights: both are done where the inputs are due."""
         self._graphs: dict[int, Node | None] = {}
-        """Of every micro-batch between the two, see `kept_graph`."""
+        """The graph of every micro-batch between the two, see `kept_graph`."""
 
     def _get_init_p2p_neighbors_ops(self):
         # torch 2.11 greets the neighbours of every stage, itself too where a rank holds both; gloo has no way to oneself.

@@ -144,7 +144,7 @@ class Zero:
         return Update(float(self._norm), applied, self._bad)
 
     def _reduced_elements(self, stage: int, dtype: torch.dtype) -> int:
-        """Of the weights whose gradients pass through DeepSpeed's bucket, see whole_weights.py."""
+        """Elements of the weights whose gradients pass through DeepSpeed's bucket, see whole_weights.py."""
         whole = stage == 3 or dtype == torch.float32
         return sum(param.numel() for param in self.names if whole or self._shares(param).ranks > 1)
 
@@ -201,7 +201,7 @@ class Zero:
         return found
 
     def _place(self, param: nn.Parameter, offset: int) -> tuple[int, tuple[int, ...]]:
-        """Of an element of this rank's parameter: where it is in the logical tensor, and the shape of that."""
+        """For an element of this rank's parameter, where it is in the logical tensor, and the shape of that."""
         shape = self.shapes[param]
         if not getattr(param, "allreduce", True):  # experts are split over ep along their first dimension
             return offset + self.mesh.ep_rank * math.prod(shape), (shape[0] * self.mesh.layout.ep, *shape[1:])
@@ -221,7 +221,7 @@ class Zero:
         self._weights.refresh()
 
     def _close(self) -> None:
-        """Of a step at stages 1 and 2: all gradients of this rank are there."""
+        """End a step at stages 1 and 2: all gradients of this rank are there."""
         for param in self.names:
             self._show_local(param)
         self._sum_tied()

@@ -70,7 +70,8 @@ class ShardedWeights:
         self._order = list(shapes)[::-1]
         chunks = Counter(param for chunk in engine.module for param in {*chunk.parameters()})
         self._shared = {param for param, count in chunks.items() if count > 1}
-        """Of two chunks on this rank: a pass adds to the gradient twice, and DeepSpeed may have sent it on after the first time."""
+        """Weights of two chunks on this rank: a pass adds to the gradient twice, and DeepSpeed may have sent it on
+        after the first time."""
         self._ready: set[nn.Parameter] = set()
         self._handed = 0
         """Parameters of the order that were handed to DeepSpeed in this pass."""

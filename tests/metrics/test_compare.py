@@ -12,7 +12,7 @@ from tests.metrics.synthetic import write_run
 from tests.metrics.test_report import outline, plots
 from tests.small import train
 from train import __main__ as program
-from train.metrics.compare import report
+from train.metrics.compare import write_reports
 from train.metrics.sweep import sweep_screen
 
 
@@ -23,7 +23,7 @@ def write_sweep(folder, rates=("1e-3", "2e-3")):
 
 def test_a_sweep_is_compared_with_what_differs_first(tmp_path):
     write_sweep(tmp_path / "rates", [f"{rate}e-3" for rate in range(1, 12)])
-    (page,) = report(compose("mode=report", "name=rates", f"runs={tmp_path}"))
+    (page,) = write_reports(compose("mode=report", "name=rates", f"runs={tmp_path}"))
     assert page == tmp_path / "rates" / "sweep.html" and page.stat().st_size < 2.5e6
     assert plots(page) == {"validation_loss", "main_loss", "tokens_per_second", "grad_norm", "max_vio_running", "lr"}
     text = " ".join(outline(page).text)
@@ -34,17 +34,17 @@ def test_a_sweep_is_compared_with_what_differs_first(tmp_path):
 def test_any_runs_are_compared(tmp_path):
     write_run(tmp_path / "a", 3, overrides=("name=a",))
     write_run(tmp_path / "b", 3, overrides=("name=b", "seq_len=128"))
-    (page,) = report(compose("mode=report", "name=[a, b]", f"runs={tmp_path}"))
+    (page,) = write_reports(compose("mode=report", "name=[a, b]", f"runs={tmp_path}"))
     text = " ".join(outline(page).text)
     assert page == tmp_path / "comparison.html" and "Comparison of 2 runs" in text and "seq_len" in text
-    (page,) = report(compose("mode=report", "name=[a,a]", f"runs={tmp_path}"))
+    (page,) = write_reports(compose("mode=report", "name=[a,a]", f"runs={tmp_path}"))
     assert "No setting differs" in page.read_text()
 
 
 def test_a_run_and_a_sweep_of_one_name_both_have_their_page(tmp_path):
     write_run(tmp_path / "tiny", 2)
     write_sweep(tmp_path / "tiny")
-    pages = report(compose("mode=report", "name=tiny", f"runs={tmp_path}"))
+    pages = write_reports(compose("mode=report", "name=tiny", f"runs={tmp_path}"))
     assert [page.name for page in pages] == ["report.html", "sweep.html"]
 
 
@@ -52,7 +52,7 @@ def test_a_run_and_a_sweep_of_one_name_both_have_their_page(tmp_path):
 def test_a_run_that_is_not_there_is_named(name, tmp_path):
     write_run(tmp_path / "a", 1)
     with pytest.raises(UserError, match="none\n"):
-        report(compose("mode=report", f"name={name}", f"runs={tmp_path}"))
+        write_reports(compose("mode=report", f"name={name}", f"runs={tmp_path}"))
 
 
 def test_several_names_are_for_reports_alone():

@@ -35,7 +35,7 @@ SAVE_PATIENCE = 0.8
 GRACE = 0.1
 """Share of the timeout in which a save that is given up has to say why; one that does not is stuck."""
 LEAST_GRACE = 1.0
-"""The same in seconds, at least."""
+"""The least grace, in seconds."""
 MOST_STUCK = 2
 """Saves that may be stuck at a time, as each keeps its buffers."""
 

@@ -40,7 +40,7 @@ CHECKPOINT_VERSION = 1
 CRC_BLOCK = 4 << 20
 """Bytes of data under one CRC-32; a multiple of every item size, so that no element spans two blocks."""
 LARGEST_NUMBER = 2**63 - 1
-"""Of the numbers in a checkpoint."""
+"""The largest number in a checkpoint."""
 META = {
     **dict.fromkeys(("step", "samples", "skipped", "updates", "seed", "seq_len"), int),
     **dict.fromkeys(("tokenizer", "data"), str),

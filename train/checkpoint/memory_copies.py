@@ -82,7 +82,7 @@ class MemoryCopies:
         return time.perf_counter() - began
 
     def save_and_wait(self, step: int, shards: dict[str, Shard], meta: dict[str, Any]) -> bool:
-        """The same, for a run that ends here: returns once the copy is made, and whether it is whole. Collective."""
+        """Save for a run that ends here: returns once the copy is made, and whether it is whole. Collective."""
         if self._asked != step:
             self.save(step, shards, meta)
         self._join()

@@ -86,7 +86,7 @@ def load(path: Path, wanted: dict[str, Shard]) -> dict[str, Any]:
 
 
 def fill(manifest: Manifest, files: Files, wanted: dict[str, Shard]) -> dict[str, Any]:
-    """The same for a checkpoint whose manifest is known and whose files may be anywhere."""
+    """Fill shards from a checkpoint whose manifest is known and whose files may be anywhere."""
     pieces: dict[int, list[FilePiece]] = {}
     for name, shard in wanted.items():
         for rank, piece in _pieces(manifest, name, shard):

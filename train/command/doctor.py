@@ -31,7 +31,7 @@ from train.kernels.fp8.installed import version
 from train.metrics.screens import GOOD, WARN, show
 
 FEATURES = ("avx2", "fma", "avx512f", "avx512_bf16", "amx_bf16", "asimd", "sve", "bf16")
-"""Of CPUs, as Linux calls them: those that the compiled code or torch's products gain by."""
+"""Features of CPUs, as Linux calls them, that the compiled code or torch's products gain by."""
 EXTRAS = {"datasets": "datasets", "eval": "lm_eval"}
 """Extras of the distribution that any machine can have, and the module that tells whether one is there."""
 
@@ -220,7 +220,7 @@ def _ray() -> DoctorLine:
 
 
 def _checkpoint_bytes(config: Config) -> int:
-    """Of all checkpoints that a run keeps, as a run counts them before it starts."""
+    """Bytes of all checkpoints that a run keeps, as a run counts them before it starts."""
     from train.model.count import checkpoint_bytes
 
     return checkpoint_bytes(config) * max(1, config.checkpoint.keep)

@@ -86,7 +86,7 @@ def _told(result: Tokenised, advance: Callable[[int], None]) -> Tokenised:
 @dataclass
 class _Task:
     names: list[str] = field(default_factory=list)
-    """Of the document that each part belongs to; parts of one document follow each other."""
+    """Name of the document that each part belongs to; parts of one document follow each other."""
     parts: list[str] = field(default_factory=list)
     size: int = 0
     continues: bool = False

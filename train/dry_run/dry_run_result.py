@@ -50,12 +50,12 @@ class Compared:
 
 @dataclass(frozen=True)
 class Findings:
-    """Of one dry run."""
+    """What one dry run found."""
 
     piece: DryRunPiece
     device: str
     threads: int | None
-    """Of a CPU."""
+    """Threads of a CPU."""
     peak: Compared
     phases: dict[str, Compared]
     items: dict[str, Compared]
@@ -75,7 +75,7 @@ class Findings:
     job_step: float | None
     """Seconds of the job's step as planned; None where there are no rates."""
     job_step_again: float | None
-    """The same with the measured times put back; None where they say nothing about the job."""
+    """Seconds of a step of the job with the measured times put back; None where they say nothing about the job."""
     reason: str
     """Why one of the two is missing."""
 

@@ -49,7 +49,7 @@ class Times:
     piece: Expected | None
     """None where the rates are not of the device that runs here."""
     whole: Expected | None
-    """The same of the job's rank, at full width with all its layers."""
+    """What is expected of the job's rank, at full width with all its layers."""
     reason: str
     """Why one of them is missing."""
 

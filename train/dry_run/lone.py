@@ -45,11 +45,11 @@ class MeasuredRank:
     items: dict[str, int] = field(default_factory=dict)
     """Weights, master, moments, and gradients at the end of the schedule."""
     actions: dict[str, list[float]] = field(default_factory=lambda: defaultdict(list))
-    """Of every timed step the seconds of all actions of a kind."""
+    """For every timed step the seconds of all actions of a kind."""
     counts: Counter[str] = field(default_factory=Counter)
     """Actions of a step by kind."""
     seconds: dict[str, list[float]] = field(default_factory=lambda: defaultdict(list))
-    """Of every timed step: the phases, and `step`."""
+    """Seconds of every timed step: the phases, and `step`."""
     skipped: int = 0
     """Timed steps without an update, as gradients were not finite."""
 
@@ -142,6 +142,6 @@ def _items(parts: Parallelized) -> dict[str, int]:
 
 
 def _bytes(tensors: Iterable[Tensor]) -> int:
-    """Of the storages behind them, each once."""
+    """Bytes of the storages behind them, each once."""
     storages = {tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes() for tensor in tensors}
     return sum(storages.values())

@@ -37,7 +37,7 @@ class DryRunPiece:
     """The recipe as it runs here: for this device, and divided by `shrink`."""
     rank: int
     layers: list[range]
-    """Of every stage of the job; those of this rank may be cut short."""
+    """Layers of every stage of the job; those of this rank may be cut short."""
     load: Load
     shrink: int
     left_out: int

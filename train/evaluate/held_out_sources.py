@@ -25,7 +25,7 @@ class EvaluatedSource:
     own: bool
     """The run has trained on it, so that only its held-out documents count."""
     part: CorpusPart
-    """Of its documents, those for validation count."""
+    """The part of the corpus, of whose documents those for validation count."""
     data: ValidationData
 
 

@@ -60,7 +60,7 @@ class NeedleCell:
     texts: int
     found: int
     nats: float
-    """Of a key, mean."""
+    """Mean loss of a key."""
 
     def plain(self) -> dict[str, Any]:
         """As in evaluate.json."""

@@ -22,7 +22,7 @@ from train.model.deepseek import DeepSeekV3
 from train.model.sequence import Positions
 
 RANGES = 6
-"""Of positions, at most."""
+"""Ranges of positions, at most."""
 SHORTEST = 32
 """Positions of a range at least, where there are several: fewer would be noise."""
 
@@ -87,7 +87,7 @@ def read(last: DeepSeekV3, hidden_BTD: Tensor, targets_BT: Tensor) -> tuple[Tens
 
 
 def _of_whole_sequences(own_BT: Tensor, positions: Positions) -> Tensor:
-    """The same at all positions, of which other ranks may have some."""
+    """Losses at all positions, of which other ranks may have some."""
     if positions.share is None:
         return own_BT
     rows = [len(piece) for piece in positions.pieces]

@@ -25,7 +25,7 @@ def bytes_per_token(config: Model, item_bytes: int, mtp_depth: int = 0) -> int:
 
 
 def multi_head_bytes_per_token(config: Model, item_bytes: int) -> int:
-    """The same for multi-head attention of the same heads and widths: a key and a value per head."""
+    """Bytes of the cache per token with multi-head attention of the same heads and widths: a key and a value per head."""
     per_head = config.nope_head_dim + config.rope_head_dim + config.v_head_dim
     return config.layers * config.heads * per_head * item_bytes
 

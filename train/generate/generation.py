@@ -59,7 +59,7 @@ class GenerationCounts:
 @dataclass
 class _Row:
     index: int
-    """Of its prompt."""
+    """Number of its prompt."""
     room: int
     """Tokens that may still come."""
     full: EndReason

@@ -34,7 +34,8 @@ FIXED = {
 }
 """What every DeepSeek-V3 has, and this program knows no other way of. A file may leave it out."""
 FIXED_ELSEWHERE = {"partial_rotary_factor": 1.0, "is_causal": True, "is_encoder_decoder": False}
-"""The same for fields of other models, which transformers obeys in this one too. Files of DeepSeek-V3 have none of them."""
+"""Fields of other models with one allowed value, which transformers obeys in this one too. Files of DeepSeek-V3 have
+none of them."""
 READ_APART = (
     "architectures",
     "quantization_config",

@@ -183,7 +183,7 @@ def _cuts(written: Written) -> Iterator[ExportSlice]:
 
 
 def _read(manifest: Manifest, batch: list[ExportSlice], ema: bool) -> dict[str, Shard]:
-    """Of each tensor of ours, the elements that the batch needs: they follow each other, as our order is theirs."""
+    """The elements of each tensor of ours that the batch needs: they follow each other, as our order is theirs."""
     spans: dict[str, Shard] = {}
     needed = defaultdict(list)
     for cut in batch:

@@ -34,7 +34,9 @@ def check_settings() -> None:
 
 
 def repeat_bits() -> None:
-    """Of all that this process computes from here on. Call before CUDA starts. Raises UserError as `check_settings` does."""
+    """Make all that this process computes from here on repeat in every bit. Call before CUDA starts. Raises UserError
+    as `check_settings` does.
+    """
     import torch
     from torch.utils import deterministic
 

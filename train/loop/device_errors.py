@@ -55,7 +55,7 @@ class Explained(RunEnded):
 
 
 @contextmanager
-def explained(config: Config, rank: int, logs: Path) -> Iterator[None]:
+def raise_explained(config: Config, rank: int, logs: Path) -> Iterator[None]:
     """Raise what runs out of memory, or fails in NCCL, as `Explained`, with traceback and allocator's summary in logs."""
     try:
         yield

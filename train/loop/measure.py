@@ -29,7 +29,7 @@ class Measured:
     main_loss: float
     """Mean cross-entropy of the next token, nats."""
     mtp_losses: list[float]
-    """The same for each MTP depth, unweighted."""
+    """Loss of each MTP depth, unweighted."""
     balance_loss: float
     """Weighted, summed over layers."""
     loads_LE: Tensor

@@ -33,7 +33,7 @@ class Sighting:
     boundary: int
     """Inside the layer."""
     name: str
-    """Of the module, with what was not finite of it."""
+    """Name of the module, with what was not finite of it."""
     catching: bool = False
     """A gradient that is a sum over tokens, with experts on several ranks also over those of other ranks."""
 

@@ -38,10 +38,10 @@ class TrainingStep:
     def __init__(self, config: Config, parts: Parallelized, rank: RankSetup):
         self._config, self._parts, self._device = config, parts, rank.device
         self._sequences = config.micro_batch_size * rank.mesh.layout.dp
-        """Of one micro-batch of every data-parallel rank."""
+        """Sequences of one micro-batch of every data-parallel rank."""
         self._mean_micro_batches = 0.0
-        """Of a data-parallel rank in this step: what losses are divided by, so that all tokens of the batch weigh the same where
-        shares differ (parallel.uneven)."""
+        """Mean micro-batches of a data-parallel rank in this step: what losses are divided by, so that all tokens of
+        the batch weigh the same where shares differ (parallel.uneven)."""
         self.measure = Measure(config.model, parts, rank)
 
     def run(

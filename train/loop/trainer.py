@@ -76,7 +76,7 @@ class Outputs:
     copies: MemoryCopies | None
     """In the memory of the nodes; None for a run that keeps none."""
     writer: MetricsWriter | None
-    """Of metrics, on rank 0; None on the others."""
+    """The writer of metrics, on rank 0; None on the others."""
 
 
 class Trainer:
@@ -358,7 +358,7 @@ class Trainer:
             self.writer.note(text)
 
     def _warn(self, text: str) -> None:
-        """Of this rank alone: at the terminal, or in the rank's log."""
+        """Warn of what concerns this rank alone: at the terminal, or in the rank's log."""
         self._note(text) if self.writer is not None else say(text, file=sys.stderr)
 
 

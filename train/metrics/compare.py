@@ -52,7 +52,7 @@ class RunToCompare:
     series: Series
 
 
-def report(config: Config) -> list[Path]:
+def write_reports(config: Config) -> list[Path]:
     """Write what mode=report is asked for: of a run its report, of several or of a sweep a comparison. Returns the pages.
 
     Raises UserError for a name that is neither a run nor a sweep.
@@ -165,5 +165,5 @@ def _figures(runs: list[RunToCompare]) -> Iterator[Figure]:
 
 
 def _tokens(series: Series) -> np.ndarray:
-    """Of every recorded step; the steps themselves where tokens were not recorded."""
+    """Tokens at every recorded step; the steps themselves where tokens were not recorded."""
     return series.columns["tokens"] if series.has("tokens") else series.step_N

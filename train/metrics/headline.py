@@ -13,7 +13,7 @@ from train.metrics.progress import duration, short
 from train.metrics.series import Series
 
 RESUMES = 8
-"""Of the resumes with other settings, those that the report tells of, the newest ones."""
+"""Resumes with other settings that the report tells of, the newest ones."""
 
 
 SETTING = 60
@@ -203,7 +203,7 @@ def tail_mean(values: np.ndarray) -> float:
 
 
 def _seconds(series: Series) -> float:
-    """Of training. A record has its own step's seconds, and the stalls of all steps since the record before."""
+    """Seconds of training. A record has its own step's seconds, and the stalls of all steps since the record before."""
     return _steps_per_record(series) * total(series, "step_seconds") + total(series, "checkpoint_stall_seconds")
 
 

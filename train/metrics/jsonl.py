@@ -127,7 +127,7 @@ def read_heads(path: Path) -> Iterator[Record]:
 
 
 def read_heads_with_loads(path: Path) -> Iterator[tuple[Record, bool]]:
-    """The same, and whether the line has the load of every expert."""
+    """Every record of a file without its loads, and whether the line has the load of every expert."""
     for line in _whole_lines(path):
         head, mark, layers = line.partition(LAYERS_MARK)
         for record in _parse(head + b"}" if mark else line):

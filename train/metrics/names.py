@@ -176,7 +176,7 @@ EVENTS = (
         "the first step after a resume",
     ),
 )
-"""Of a line, what is no number."""
+"""What is no number in a line."""
 
 LAYERS = (
     Metric("layer_max_vio", float, "1", "max_vio of each MoE layer"),

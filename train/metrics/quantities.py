@@ -28,7 +28,7 @@ def share(value: float | None) -> str:
 
 
 def error(planned: float, measured: float) -> str:
-    """Of a plan, signed; empty where nothing was measured."""
+    """The error of a plan, signed; empty where nothing was measured."""
     return f"{100 * (planned / measured - 1):+.1f} %" if measured else ""
 
 

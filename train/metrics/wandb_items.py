@@ -17,9 +17,10 @@ Item = Callable[[ModuleType, Any, int], None]
 OVER_TOKENS = ("main_loss", "mtp_loss", "mtp_loss_*", "balance_loss")
 """Curves that W&B draws over the tokens trained, so that runs with different batches can be compared."""
 WITH_MINIMUM = ("validation_loss", "validation_bits_per_byte")
-"""The same, and W&B's summary has the smallest value, as NAME.min, beside the newest one, NAME.last."""
+"""Curves over the tokens trained of which W&B's summary has the smallest value, as NAME.min, beside the newest one,
+NAME.last."""
 FILES = 1_000_000
-"""Of a checkpoint, at most: two and more for each rank."""
+"""Files of a checkpoint, at most: two and more for each rank."""
 FIGURES = ("sequences", "tokens", "text_bytes", "loss", "perplexity", "bits_per_byte")
 
 

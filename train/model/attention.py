@@ -61,7 +61,7 @@ class AttentionCore(Protocol):
 
 
 def positions_first(x_BHTV: Tensor, dtype: torch.dtype) -> Tensor:
-    """The same in that format, and as `AttentionOutput.out_BHTV` lies in memory."""
+    """A tensor in that format, and as `AttentionOutput.out_BHTV` lies in memory."""
     B, H, T, V = x_BHTV.shape
     return x_BHTV.new_empty(B, T, H, V, dtype=dtype).transpose(1, 2).copy_(x_BHTV)
 

@@ -29,13 +29,13 @@ class Counts:
     embedding: int
     """The embedding table; the head is as large."""
     attention: int
-    """Of one block."""
+    """Parameters of attention in one block."""
     dense_block: int
     moe_block: int
     moe_block_active: int
     expert: int
     mtp: int
-    """Of all MTP modules, without the embedding and the head that they share."""
+    """Parameters of all MTP modules, without the embedding and the head that they share."""
     mtp_active: int
 
 

@@ -82,7 +82,7 @@ class Seen:
 
 @dataclass(frozen=True)
 class Positions:
-    """Of a micro-batch: T positions of each of its sequences, of which some are here."""
+    """The positions of a micro-batch: T of each of its sequences, of which some are here."""
 
     length: int
     """T."""
@@ -126,16 +126,18 @@ class Positions:
         return replace(self, length=self.length - by, documents_BT=documents_BT, whole=self.whole_length)
 
     def take(self, x: Tensor, shift: int = 0) -> Tensor:
-        """Of (B, S, ...) over whole sequences what belongs to the positions here, each so many further on."""
+        """From (B, S, ...) over whole sequences, what belongs to the positions here, each so many further on."""
         return _joined([x[:, piece.start + shift : piece.stop + shift] for piece in self.here])
 
     def take_with_next(self, x: Tensor, more: int) -> Tensor:
-        """The same of the positions here, and then of the `more` behind each piece, as far as there are positions."""
+        """From (B, S, ...) over whole sequences, what belongs to the positions here, and then to the `more` behind each
+        piece, as far as there are positions.
+        """
         behind = [x[:, piece.stop : min(piece.stop + more, self.length)] for piece in self.here]
         return _joined([x[:, piece.start : piece.stop] for piece in self.here] + [y for y in behind if y.size(1)])
 
     def shifted(self, x: Tensor, more: int, depth: int) -> Tensor:
-        """Of what `take_with_next` gave: that which is `depth` positions behind those here at this depth."""
+        """From what `take_with_next` gave, that which is `depth` positions behind those here at this depth."""
         parts, first, behind = [], 0, self.count
         for piece in self.here:
             next_ones = min(more, self.length - piece.stop)

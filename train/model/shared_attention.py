@@ -50,7 +50,9 @@ class KeysOfLatents:
     def gradients(
         self, latents_BLX: Tensor, weight: Tensor, attend: Callable[[Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """Of the queries, the latents and the weight. attend: from keys and values to the gradients of queries, keys and values."""
+        """Gradients of the queries, the latents and the weight. attend: from keys and values to the gradients of
+        queries, keys and values.
+        """
         latent_BLC, k_rope_BLR = latents_BLX.split([self.kv_rank, latents_BLX.size(-1) - self.kv_rank], -1)
         with torch.enable_grad():
             source_BLC = latent_BLC.detach().requires_grad_()

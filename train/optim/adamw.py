@@ -70,7 +70,7 @@ class AdamW(torch.optim.Optimizer):
         return state
 
     def sums_of_squares(self, pieces: Sequence[Tensor]) -> Tensor:
-        """Of every flat fp32 tensor, in fp64: (pieces,)."""
+        """Sum of squares of every flat fp32 tensor, in fp64: (pieces,)."""
         if pieces and pieces[0].is_cuda:
             from train.kernels.gpu import triton_adamw
 
@@ -144,14 +144,14 @@ def _update(piece: UpdatePiece, group: dict, count: int, factor: Tensor | float 
 
 
 def _update_compiled(piece: UpdatePiece, group: dict, count: int, factor: Tensor | float | None) -> None:
-    """The same as compiled code, for moments in bf16."""
+    """An update as compiled code, for moments in bf16."""
     _adamw(*piece, *_settings(group, count, factor).values())
 
 
 def _update_on_gpu(
     held: tuple[Tensor, ...], gradients: Sequence[Tensor], group: dict, count: int, factor: Tensor | float | None
 ) -> None:
-    """The same in one launch for all pieces of the gradient. held: weight and moments, flat."""
+    """An update in one launch for all pieces of the gradient. held: weight and moments, flat."""
     from train.kernels.gpu import triton_adamw
 
     triton_adamw.update(*held, gradients, **_settings(group, count, factor))

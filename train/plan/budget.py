@@ -36,7 +36,7 @@ class Budget:
     cost: float | None
     """In hardware.currency; None without hardware.price_per_hour."""
     energy_kwh: float | None
-    """Of the devices at their limit of power; None where it is not given."""
+    """Energy of the devices at their limit of power; None where it is not given."""
 
 
 @dataclass
@@ -48,7 +48,7 @@ class RunPlan:
     step: StepTime
     budget: Budget
     memory_bytes: int
-    """Of one device."""
+    """Memory of one device."""
 
     @property
     def fullest(self) -> RankMemory:

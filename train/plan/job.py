@@ -95,7 +95,7 @@ def actions_of(config: Config, shortest: bool = False) -> list[list[Action]]:
 
 
 def program_of(config: Config, micro_batches: int | None = None) -> Program:
-    """The same, ready to be timed. micro_batches: in place of all."""
+    """The actions of all ranks of a pipeline, ready to be timed. micro_batches: in place of all."""
     parallel = config.parallel
     count = micro_batches or micro_batches_of(config)
     return _program(parallel.schedule, parallel.pp, count, parallel.virtual_stages, parallel.overlap)

@@ -32,16 +32,17 @@ CONTEXT = 1_060_000_000
 """Bytes beside tensors on an H100 with torch and NCCL loaded, before its first exchange (nccl issue 1685). The context alone is some
 0.4 GB where kernels are loaded when they are first used (pytorch issue 109888)."""
 COMMUNICATOR, PAIR_COMMUNICATOR = 688_000_000, 544_000_000
-"""Of collectives in a group with several ranks a node, and with two in all (nccl issue 964)."""
+"""Bytes of a communicator for collectives in a group with several ranks a node, and with two in all (nccl issue 964).
+"""
 INSIDE, ACROSS = 12 * MIB, 20 * MIB
-"""Of a connection in both directions."""
+"""Bytes of a connection in both directions."""
 CHANNELS_ACROSS = 4
-"""Of a group with one rank a node: one network adapter each."""
+"""Channels of a group with one rank a node: one network adapter each."""
 MOST_CHANNELS = 32
 LINK_RATE = 16.7e9
 """Bytes per second that an all-to-all gets out of an NVLink in one direction: conf/hardware's rate of an H100 over its 18."""
 SHARED = 4 * MIB
-"""Of sends and receives over a network, on every channel."""
+"""Bytes that sends and receives share over a network, on every channel."""
 PEERS_AT_ONCE = 8
 """Peers that NCCL sends to at a time."""
 FRAGMENTATION = 0.02
@@ -76,8 +77,9 @@ def fragmentation(memory: int) -> int:
 
 @lru_cache(maxsize=4096)
 def _collectives(layout: Layout) -> int:
-    """Of all ranks, of a stage, of a context and of the copies of experts: those with the same ranks are one, and those of one rank
-    have no communicator (parallel/mesh.py). Ranks of a group: of the first one, as all are alike.
+    """Bytes of the collectives of all ranks, of a stage, of a context and of the copies of experts: those with the same
+    ranks are one, and those of one rank have no communicator (parallel/mesh.py). Ranks of a group: of the first one, as
+    all are alike.
     """
     stage = layout.stage_ranks
     groups = {range(layout.world), range(stage), range(layout.cp), range(0, stage, layout.ep)}

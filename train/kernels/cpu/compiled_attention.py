@@ -117,5 +117,5 @@ def _most_kept(given: AttentionInput) -> int:
 
 
 def _readable(t: Tensor) -> Tensor:
-    """The same with the channels of a position side by side."""
+    """A tensor with the channels of a position side by side."""
     return t if t.stride(-1) == 1 else t.contiguous()

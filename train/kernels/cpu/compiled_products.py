@@ -90,12 +90,12 @@ def grouped_weight_gradient(
 
 
 def parts_by_rows(starts: Sequence[int], rows: Sequence[int], columns: int, contraction: int) -> list[Part]:
-    """Of every expert its rows on the left times its matrix on the right. starts: first row of each."""
+    """The products of every expert: its rows on the left times its matrix on the right. starts: first row of each."""
     return [(s, n, e, 0, contraction, s * columns) for e, (s, n) in enumerate(zip(starts, rows, strict=True))]
 
 
 def parts_by_sums(starts: Sequence[int], rows: Sequence[int], outer: int, columns: int) -> list[Part]:
-    """Of every expert the sum over its rows, which are the contraction."""
+    """The products of every expert that sum over its rows, which are the contraction."""
     return [(0, outer, 0, s, s + n, e * outer * columns) for e, (s, n) in enumerate(zip(starts, rows, strict=True))]
 
 
@@ -126,7 +126,7 @@ def run(
 
 
 def readable(x: Tensor) -> Tensor:
-    """The same, side by side in memory along the last axis or the one before, and with its values there
+    """A tensor's values side by side in memory along the last axis or the one before, and with its values there
     (`parallel.expert.quantized_rows` has others, and gives them to torch's operations alone).
     """
     x = x if type(x) in PLAIN_CLASSES else x.view(x.shape)

@@ -58,7 +58,7 @@ class Parameter(Protocol):
     """One of a C++ function, or a part of its struct."""
 
     types: list[type]
-    """Of the words that C++ gets."""
+    """Types of the words that C++ gets."""
 
     def take(self, name: str, given: Iterator, call: _Call) -> Iterable[Any]:
         """Those words, of the next argument that is given if there is one for it. Raises _Unfit."""

@@ -15,7 +15,8 @@ from train.kernels.cpu.cpp_function import Kernel
 LIBRARY_NAMES = ("adamw", "attention", "products", "rows")
 """The C++ files, each a library."""
 SLOW_SHARE = 0.75
-"""Of the rate of FMA: torch's products reach nine tenths of what a CPU has for bf16, compiled ones eight tenths of FMA's."""
+"""Share of the rate of FMA: torch's products reach nine tenths of what a CPU has for bf16, compiled ones eight tenths
+of FMA's."""
 
 
 @cache

@@ -25,7 +25,7 @@ def tune_cpu() -> None:
 
 
 def threads_of(given: int, ranks: int) -> int:
-    """Of each of so many ranks of this machine: as given, or for 0 an equal share of the cores."""
+    """Threads of each of so many ranks of this machine: as given, or for 0 an equal share of the cores."""
     return given or max(1, len(os.sched_getaffinity(0)) // ranks)
 
 

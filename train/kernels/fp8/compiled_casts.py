@@ -75,7 +75,7 @@ class CompiledCasts:
         return self._quantize(x, q, fitted(cast, x))
 
     def decoded(self, x: Quantized) -> Quantized:
-        """The same with values in bf16 in place of codes."""
+        """An operand with values in bf16 in place of codes."""
         if x.q.dtype == torch.bfloat16:
             return x
         codes = _contiguous(x)
@@ -142,7 +142,7 @@ def _contiguous(x: Quantized) -> Quantized: ...
 
 
 def _contiguous(x: Tensor | Quantized) -> Tensor | Quantized:
-    """The same row by row in memory, values in bf16 or fp32."""
+    """A tensor row by row in memory, values in bf16 or fp32."""
     if isinstance(x, Quantized):
         return Quantized(x.q.contiguous(), x.scale.contiguous(), x.cast, x.shape)
     return x.contiguous() if x.dtype in (torch.bfloat16, torch.float32) else x.float().contiguous()

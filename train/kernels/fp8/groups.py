@@ -93,7 +93,7 @@ class PaddedGroups:
 
 
 def most_tiles(rows: int, experts: int) -> int:
-    """Of 128 rows of one expert each: as many as so many rows can take."""
+    """The most tiles of 128 rows of one expert each: as many as so many rows can take."""
     return (rows + min(rows, experts) * (TILE - 1)) // TILE
 
 

@@ -318,5 +318,5 @@ def _expanded(x: Tensor, cast: Cast, transposed: bool, flat: list[int] | None, o
 
 
 def _by_column(scale: Tensor) -> Tensor:
-    """The same scales (O, C / 128) stored column by column; the strides say so even where a size is 1."""
+    """Scales (O, C / 128) stored column by column; the strides say so even where a size is 1."""
     return scale.new_empty(scale.shape[::-1]).copy_(scale.t()).t()

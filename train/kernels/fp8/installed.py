@@ -162,7 +162,7 @@ def refusal(bad: list[tuple[str, str]], found: str, value: str = "fp8") -> UserE
 
 
 def version(package: str) -> str | None:
-    """Of what pip knows; None where it knows none."""
+    """The version of a package, of what pip knows; None where it knows none."""
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:

@@ -90,7 +90,7 @@ class Engine(Protocol):
         ...
 
     def cast(self, x_MK: Tensor, cast: Cast) -> Source:
-        """The same to use at once, in whatever form is cheapest."""
+        """A cast to use at once, in whatever form is cheapest."""
         ...
 
     def take_arrived(self, q_MK: Tensor, scale: Tensor, cast: Cast) -> Source:

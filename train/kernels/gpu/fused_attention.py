@@ -23,11 +23,12 @@ ATEN = torch.ops.aten
 LSE_ROWS = 32
 """The memory-efficient kernel takes and gives log-sum-exps in multiples of so many queries."""
 WASTE = 4
-"""Of a call with documents the kernel makes room for as many log-sum-exps of each as the longest has; most of that, by all queries."""
+"""In a call with documents the kernel makes room for as many log-sum-exps of each as the longest has; most of that, by
+all queries."""
 
 
 class _Documents(NamedTuple):
-    """Of one call."""
+    """The documents of one call."""
 
     longest: int
     bounds: Tensor
@@ -46,7 +47,7 @@ class _Call(NamedTuple):
     documents: _Documents | None = None
 
     def take(self, *tensors: Tensor) -> list[Tensor]:
-        """Of q, k, v, and any others over queries."""
+        """The rows of one call, of q, k, v, and of any others over queries."""
         return [t[self.sequences, :, self.keys if i in (1, 2) else self.queries] for i, t in enumerate(tensors)]
 
 
@@ -244,7 +245,7 @@ class CudnnAttention(EfficientAttention):
 
     def __init__(self) -> None:
         self._last_axis: tuple[int, ...] = ()
-        """Of its log-sum-exp: torch's versions differ in it."""
+        """Last axis of its log-sum-exp: torch's versions differ in it."""
 
     def _forward(self, call: _Call, q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
         assert call.sequences == slice(None), "documents have a core of their own"

@@ -78,7 +78,7 @@ def runs(out: Tensor) -> bool:
 
 
 def _reals(table: Tensor) -> Tensor:
-    """Of complex numbers: real and imaginary parts side by side, (T, R/2, 2)."""
+    """Complex numbers as reals: real and imaginary parts side by side, (T, R/2, 2)."""
     return torch.view_as_real(table.contiguous())
 
 

@@ -24,16 +24,17 @@ from parallel.triton_types import constexpr, with_options
 PROGRAM_ELEMENTS, ELEMENTS_AT_ONCE = 1 << 14, 1 << 11
 """Elements of a program, and at a time."""
 ALIGNED = 16
-"""Of a multiple of so many bytes the address of a piece lets threads read 128 bits at a time, if its elements are one too."""
+"""A multiple of so many bytes as the address of a piece lets threads read 128 bits at a time, if its elements are one
+too."""
 
 
 class _Layout(NamedTuple):
     """Pieces cut into chunks; the tensors are on the device and int64."""
 
     starts: Tensor
-    """Of every piece, and behind the last: the first of its elements among all."""
+    """The first element of every piece among all, and the end of the last."""
     first_chunks: Tensor
-    """Of every piece, and behind the last."""
+    """The first chunk of every piece, and the end of the last."""
     piece_of_chunk: Tensor
 
 
@@ -88,7 +89,7 @@ def _squares_kernel(
 
 @triton.jit
 def _sums_kernel(chunks_ptr, out_ptr, firsts_ptr, block: constexpr):
-    """Of every piece the sum over its chunks, in their order."""
+    """Sums of every piece over its chunks, in their order."""
     first, end = tl.load(firsts_ptr + tl.program_id(0)), tl.load(firsts_ptr + tl.program_id(0) + 1)
     total = tl.zeros((block,), tl.float64)
     for begin in range(first, end, block):
@@ -101,9 +102,9 @@ def update(
     weight: Tensor, mean: Tensor, square: Tensor, gradients: Sequence[Tensor],
     *, factor: float, lerp: float, keep_square: float, add_square: float, decay: float, step: float, root: float, eps: float,
 ) -> None:  # fmt: skip
-    """Of a flat shard by its gradients, 1-D and fp32, which lie one after another from its first element on. They are multiplied
-    with the factor. mean += lerp (g - mean); square =
-    keep_square square + add_square g^2; weight = decay weight - step mean / (sqrt(square) / root + eps).
+    """Update a flat shard by its gradients, 1-D and fp32, which lie one after another from its first element on. They
+    are multiplied with the factor. mean += lerp (g - mean); square = keep_square square + add_square g^2; weight =
+    decay weight - step mean / (sqrt(square) / root + eps).
     """
     gradients = [one for one in gradients if one.numel()]
     if not gradients:
@@ -116,7 +117,7 @@ def update(
 
 
 def sums_of_squares(pieces: Sequence[Tensor]) -> Tensor:
-    """Of every piece, fp32 and 1-D: fp64 (pieces,)."""
+    """Sums of squares of every piece, fp32 and 1-D: fp64 (pieces,)."""
     chunks, first_chunks = squares_of_chunks(pieces)
     out = chunks.new_empty(len(pieces))
     _sums_kernel[(len(pieces),)](chunks, out, first_chunks, ELEMENTS_AT_ONCE)
@@ -152,7 +153,7 @@ def _table(pieces: Sequence[Tensor]) -> tuple[_Layout, Tensor, bool]:
 
 @lru_cache(maxsize=64)
 def _layout(sizes: tuple[int, ...], device: torch.device) -> _Layout:
-    """The same in every step of a run."""
+    """Where pieces lie, which does not change in a run."""
     starts, firsts = [0], [0]
     for size in sizes:
         starts.append(starts[-1] + size)

@@ -16,7 +16,7 @@ from parallel.triton_types import constexpr
 from train.model.operations import RouterCounters, RoutingRule
 
 ROUTE_TOKENS = 8
-"""Of one sequence that a program works on."""
+"""Tokens of one sequence that a program works on."""
 SUM_BLOCKS = 16
 """Blocks of tokens whose sums are added at a time."""
 

@@ -15,7 +15,8 @@ from torch import Tensor
 from parallel.triton_types import constexpr
 
 SWIGLU_ROWS, SWIGLU_COLUMNS = 4, 512
-"""Of [gate | up] that a program of SwiGLU works on at a time: 16 values a thread, so that all loads are of 128 bits."""
+"""Rows and columns of [gate | up] that a program of SwiGLU works on at a time: 16 values a thread, so that all loads
+are of 128 bits."""
 HEAD_POSITIONS = 16
 """Positions of one head that a program of `heads` moves."""
 BACKWARD_TOKENS = 8

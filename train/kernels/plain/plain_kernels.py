@@ -70,7 +70,7 @@ class PlainKernels(Kernels):
         return dh_N2F, dgates_N
 
     def _pieces(self, h_N2F: Tensor, *rows: Tensor | None) -> Iterator[tuple]:
-        """The same rows of all tensors, as many as are worked on at a time."""
+        """Rows of all tensors in step, as many as are worked on at a time."""
         size = self.rows_at_once(h_N2F, THRESHOLDS.gate_and_up)
         splits = [t.split(size) if t is not None else itertools.repeat(None) for t in (h_N2F, *rows)]
         return zip(*splits, strict=False)
@@ -136,7 +136,7 @@ class PlainKernels(Kernels):
 
 
 def added(made: Tensor, into: Tensor | None) -> Tensor:
-    """The same, or the sum that it was added to."""
+    """What was made, or the sum that it was added to."""
     return made if into is None else into.add_(made)
 
 

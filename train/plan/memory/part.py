@@ -73,7 +73,7 @@ class Scene:
     wire: str
     ep: int
     ranks_per_node: int
-    """Of an expert-parallel group."""
+    """Ranks of an expert-parallel group on a node."""
     load: Load
     """Rows of this rank's experts."""
     gloo: bool

@@ -35,7 +35,7 @@ class RankMemory:
 
     pp_rank: int
     layers: list[range]
-    """Of its stages, in order of stages."""
+    """Layers of its stages, in order of stages."""
     items: dict[str, int]
     """What is alive at the peak: weights, master, moments, gradients, activations (with hidden states inside stages),
     dispatch, logits, in_flight (hidden states and gradients between stages), reduction, workspace, buffers; items that are

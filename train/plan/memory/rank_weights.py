@@ -57,7 +57,9 @@ def part_weights(model: Frozen[Model], part: str, local_experts: int) -> tuple[W
 
 
 def rank_weights(config: Config, chunks: Sequence[Parts]) -> list[Weight]:
-    """Of all chunks of a rank; an embedding that two of them share, or the end needs for MTP, is there once."""
+    """The weights of all chunks of a rank; an embedding that two of them share, or the end needs for MTP, is there
+    once.
+    """
     model, share = Frozen(config.model), config.model.experts // config.parallel.ep
     has_table = any(needs_table(config.model, parts) for parts in chunks)
     names = ["embedding"] * has_table + [part for parts in chunks for part in parts if part != "embedding"]

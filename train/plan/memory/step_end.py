@@ -152,7 +152,7 @@ class StepEnd:
 
     @property
     def _whole_size(self) -> int:
-        """Of the buffer for whole gradients, with fp32 weights."""
+        """Bytes of the buffer for whole gradients, with fp32 weights."""
         return sum(one.size for one in self._gradients if one.mine)
 
     def _copies(self, gradients: Sequence[Gradient]) -> Iterator[int]:

@@ -117,7 +117,7 @@ class _UnitRun(Run):
         return self
 
     def visits(self, whole: PassMemory) -> tuple[Visit, ...]:
-        """Of the pass that has just run."""
+        """The visits of the pass that has just run."""
         found, firsts = [], [0, *(first for _, first in self._begun[1:]), len(whole.pieces)]
         for (unit, _), first, end in zip(self._begun, firsts, firsts[1:], strict=False):
             start = whole.pieces[first - 1].end if first else whole.start

@@ -64,7 +64,7 @@ def broken_rule(config: Config) -> UserError | None:
 
 
 def broken_layout(config: Config) -> UserError | None:
-    """The same of a recipe in which all but the layout is known to keep the rules."""
+    """The rule that a layout breaks, of a recipe in which all but the layout is known to keep the rules."""
     try:
         check_spread(config)
         check_layout(with_nodes(config))

@@ -85,7 +85,7 @@ def _waiting(parallel: Parallel, count: int) -> list[int]:
 
 
 def _pipeline_seconds(stages: Stages) -> float:
-    """Of all micro-batches on the busiest rank, and what it idles.
+    """Seconds of all micro-batches on the busiest rank, and what it idles.
 
     With 1f1b and interleaved a rank begins when the stages before its first have gone forward, and ends before those go backward: on
     the last rank of equal ones that is the closed form. The closed forms of the others are taken at the shortest lengths.

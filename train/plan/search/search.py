@@ -137,7 +137,7 @@ class _Looked:
     missed: list[tuple[int, str]] = field(default_factory=list)
     """Bytes that those lack which were looked at and do not fit, and of what."""
     steps: list[float] = field(default_factory=list)
-    """Of those that fit."""
+    """Seconds of a step of those that fit."""
 
 
 class _Finder:
@@ -227,7 +227,7 @@ class _Finder:
         return fit
 
     def _faster(self, fit: _Fit) -> _Fit:
-        """The same layout with the split of stages that the planned times call for, where that is faster and fits."""
+        """A layout with the split of stages that the planned times call for, where that is faster and fits."""
         stages = self._stages(fit.config)
         if estimate_step(stages)[1] < UNEVEN:
             return fit

@@ -43,7 +43,7 @@ from train.plan.time.timed_calls import KernelCases, batches
 from train.rank import RankSetup
 
 KERNEL_SECONDS = 0.12
-"""Of one kernel at one size."""
+"""Seconds for one kernel at one size."""
 LEAST_RUNS = 5
 """Times that each is run, at least. The shortest stands: other work on a machine only ever adds time."""
 LINK_BYTES = (2**14, 2**18, 2**22)

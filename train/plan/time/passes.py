@@ -26,7 +26,7 @@ class Elapsed:
 
     seconds: float
     exposed: float
-    """Of these, seconds in which a transfer was waited for."""
+    """Seconds of these in which a transfer was waited for."""
 
 
 def alone(segments: list[Segment], taken: float) -> Elapsed:

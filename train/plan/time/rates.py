@@ -85,9 +85,9 @@ class Rates:
     rates: Mapping[str, Rate]
     source: str
     factors: Mapping[str, float] = field(default_factory=dict)
-    """Of passes and of update: what kernels do not explain of them, as a factor; 1 where not measured."""
+    """Factors of passes and of update: what kernels do not explain of them, as a factor; 1 where not measured."""
     threads: int | None = None
-    """Of a rank on the CPU that was calibrated."""
+    """Threads of a rank on the CPU that was calibrated."""
     _found: dict[str, Rate] = field(default_factory=dict, init=False, compare=False, repr=False)
     """By kind, as they were asked for."""
 
@@ -115,7 +115,9 @@ class Rates:
         return sum(self.of(one) for one in work)
 
     def passes(self, work: Sequence[Work]) -> float:
-        """The same inside the passes of a step, with what Python and autograd take to launch them (calibrations only)."""
+        """Seconds of work inside the passes of a step, with what Python and autograd take to launch them (calibrations
+        only).
+        """
         launch = self.rates.get("launch", Rate()).seconds
         return self.factor("passes") * self.seconds(work) + launch * sum(one.calls for one in work)
 

@@ -279,7 +279,7 @@ class Stages:
         return self._elapsed[key]
 
     def _long_key(self, action: Action) -> tuple:
-        """The same for every layout of which the stages do the same."""
+        """A key that is equal for every layout of which the stages do the same."""
         kinds = [self.kind(half.stage) for half in action.halves or (action,)]
         more = Recompute.layer in self.config.model.recompute, self.config.parallel.zero == 3
         return (*self._routed, action.kind, *kinds, *more)

@@ -28,7 +28,7 @@ class StepTime:
     bubble_seconds: float
     """Idle time of a rank, mean over the ranks of a pipeline."""
     bubble_share: float
-    """The same as a share of pipeline_seconds."""
+    """Idle time as a share of pipeline_seconds."""
     action_seconds: dict[str, float]
     """Seconds by kind of action (F, B, I, W, FB), mean over the ranks of a pipeline."""
     exposed_communication_seconds: float
@@ -43,7 +43,7 @@ class StepTime:
     mfu_causal: float | None
     """Against the bf16 peak of the description; None where it has none."""
     mfu_full: float | None
-    """The same with attention counted without its mask."""
+    """MFU with attention counted without its mask."""
     actions: list[list[Action]]
     """What every rank of a pipeline does, in order."""
     length: Callable[[Action], float]
@@ -54,7 +54,7 @@ class StepTime:
     rates: str
     """Where the rates come from."""
     threads: int | None
-    """Of a rank, where they were measured on a CPU."""
+    """Threads of a rank, where they were measured on a CPU."""
 
 
 @dataclass(frozen=True)
@@ -143,7 +143,7 @@ def _transfer(stages: Stages) -> float:
 
 
 def slowest_update(stages: Stages) -> UpdateTime:
-    """Of the rank that takes longest over it."""
+    """Time of the update of the rank that takes longest over it."""
     last = len(stages.layers) - 1
     held = {count_weights(stages.config, stages.layers, ids, last): None for ids in stages.placement}
     updates = (update_time(stages.config, stages.layout, stages.rates, one) for one in held)

@@ -309,7 +309,7 @@ class KernelCases:
         yield from self._fp8_grouped(engine, sizes, casts)
 
     def _fp8_grouped(self, engine: Engine, sizes: Sizes, casts: CastRules) -> Iterator[KernelCase]:
-        """The same of experts."""
+        """The cases of FP8 products of experts."""
         model = self.config.model
         rows = sizes.tokens * model.top_k
         draw = torch.Generator().manual_seed(0)
@@ -356,7 +356,7 @@ def _operands(
     flips: tuple[bool, bool],
     groups: PaddedGroups | None = None,
 ) -> tuple[Any, Any]:
-    """Of a product, each transposed or not."""
+    """The operands of a product, each transposed or not."""
     return (
         engine.operand(left, rules.left, transposed=flips[0], groups=groups),
         engine.operand(right, rules.right, transposed=flips[1], groups=groups),
@@ -364,7 +364,7 @@ def _operands(
 
 
 def _sums(weight: Tensor) -> Tensor:
-    """Of gradients, in fp32."""
+    """Room for sums of gradients, in fp32."""
     return torch.zeros_like(weight, dtype=torch.float32, requires_grad=False)
 
 

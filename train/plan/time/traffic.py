@@ -30,7 +30,7 @@ class Spread:
     arrivals: float
     """Messages that reach the expert's ranks, per token of a rank."""
     row_bytes: int
-    """Of a message on the way out of the forward pass: a row on the wire and what travels beside it."""
+    """Bytes of a message on the way out of the forward pass: a row on the wire and what travels beside it."""
     gradient_bytes: int
     """On the way out of the backward pass: a row on the wire alone."""
     high_bytes: int

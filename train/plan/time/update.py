@@ -22,10 +22,10 @@ DEVICE_PASSES = 20
 """Bytes per gradient that DeepSpeed moves around the reduction: into its bucket, out of it, divided. Gradients that no
 other rank shares stay where they are, with bf16 weights."""
 NORM_BYTES, CLIP_BYTES = 4, 8
-"""The same per element of the shard: read for the norm; read and written to clip, at stage 3 (else the update clips)."""
+"""Bytes per element of the shard: read for the norm; read and written to clip, at stage 3 (else the update clips)."""
 ADAM_BYTES = 16
-"""The same of an update: weight and gradient read, weight written, and read again to be rounded. Its moments and the rounded weight
-come on top."""
+"""Bytes per element of an update: weight and gradient read, weight written, and read again to be rounded. Its moments
+and the rounded weight come on top."""
 
 
 @dataclass(frozen=True)

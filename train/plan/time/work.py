@@ -103,7 +103,7 @@ def linear(sizes: Sizes, rows: float, inputs: int, outputs: int, family: str = "
 
 
 def grouped(sizes: Sizes, rows: float, inputs: int, outputs: int, family: str) -> Passes:
-    """The same with the weight of each row's expert."""
+    """The work of a product with the weight of each row's expert."""
     return _product(sizes, rows, inputs, outputs, sizes.local_experts, family, "grouped_")
 
 
