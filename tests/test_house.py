@@ -74,7 +74,11 @@ def test_a_docstring_says_what_the_thing_is():
     found = []
     for file in (file for folder in PRODUCT for file in (ROOT / folder).rglob("*.py")):
         for node in ast.walk(ast.parse(file.read_text())):
-            if isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant) and isinstance(node.value.value, str):
+            if (
+                isinstance(node, ast.Expr)
+                and isinstance(node.value, ast.Constant)
+                and isinstance(node.value.value, str)
+            ):
                 if re.match(r"\s*(The same|Of)\b", node.value.value):
                     found.append(f"{file.relative_to(ROOT)}:{node.lineno}")
     assert found == []

@@ -33,7 +33,7 @@ def chain(model: Model) -> int:
 
 
 def terms(config: Config) -> int:
-    """Of the longest sum: over a width, over a vocabulary, or over the tokens of a batch."""
+    """Terms of the longest sum: over a width, over a vocabulary, or over the tokens of a batch."""
     model = config.model
     return max(model.hidden, model.dense_width, model.vocab_size, config.batch_size * config.seq_len)
 

@@ -43,7 +43,7 @@ NEVER_PROVEN = [
 
 @dataclass(frozen=True)
 class Certificate:
-    """Of one recipe in one layout."""
+    """What a proof found of one recipe in one layout."""
 
     name: str
     layout: str
@@ -121,9 +121,9 @@ class Sharpness:
     untold: int
     quantities: int
     bit_for_bit: int
-    """Of them, those that had to be equal in every bit."""
+    """Quantities of them that had to be equal in every bit."""
     sharpest: float | None
-    """Of the quantities that were rounded; None without one."""
+    """The sharpest bound of the quantities that were rounded; None without one."""
     sharpest_quantity: str
     loosest: float | None
     loosest_quantity: str
@@ -140,7 +140,7 @@ class Sharpness:
 
 
 def sharpness_of(verdicts: Sequence[ProofVerdict]) -> list[Sharpness]:
-    """Of every pass that ran."""
+    """The sharpness of every pass that ran."""
     found = []
     for proof in PROOFS_SAY:
         of_pass = [one for one in verdicts if one.proof == proof]

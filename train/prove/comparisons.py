@@ -19,7 +19,7 @@ LOOSE = ("outputs", "losses", "gradients of weights", "gradients of outputs")
 
 
 class Comparisons:
-    """Of one pass: each goes into the findings with the part, step and phase that is judged."""
+    """The comparisons of one pass: each goes into the findings with the part, step and phase that is judged."""
 
     def __init__(self, proof: str, config: Config, findings: ProofFindings):
         """config: as the ranks ran it."""
@@ -28,9 +28,9 @@ class Comparisons:
         self.phase = "start"
         self.part = self.step = 0
         self.want: ReferenceStep
-        """Of the step that is judged."""
+        """The reference's step that is judged."""
         self.shaken: Shaken | None = None
-        """The same step, shaken by rounding; None in fp64."""
+        """The reference's step, shaken by rounding; None in fp64."""
 
     def _same_names(self, quantity: str, got: Iterable[str], want: Iterable[str]) -> None:
         for name in want:

@@ -55,7 +55,7 @@ class StepInfo:
     dp: int = 1
     dp_rank: int = 0
     first: int = 0
-    """Of its samples, in the step's batch."""
+    """The first of its samples, in the step's batch."""
     cp: int = 1
     cp_rank: int = 0
     ep: int = 1
@@ -83,7 +83,7 @@ class Evidence:
     info: StepInfo
     tensors: dict[str, Tensor] = field(default_factory=dict)
     places: dict[str, tuple[int, tuple[int, ...]]] = field(default_factory=dict)
-    """Of every shard its first element in the flattened tensor, and the tensor's shape."""
+    """For every shard its first element in the flattened tensor, and the tensor's shape."""
 
     def add(self, kind: str, name: str, tensor: Tensor) -> None:
         self.tensors[f"{kind}/{name}"] = tensor.detach().cpu().clone().contiguous()

@@ -15,7 +15,7 @@ class Difference:
     phase: str
     quantity: str
     name: str
-    """Of the tensor, or of the part of the model whose output it is."""
+    """Name of the tensor, or of the part of the model whose output it is."""
     rank: int | None
     """None where all ranks were put together."""
     got: float
@@ -57,7 +57,7 @@ def is_of_a_part(difference: Difference) -> bool:
 
 @dataclass
 class ProofVerdict:
-    """Of a pass, on one quantity."""
+    """What a pass says of one quantity."""
 
     proof: str
     quantity: str
@@ -85,7 +85,7 @@ class ProofVerdict:
 
 @dataclass
 class ProofFindings:
-    """Of all passes."""
+    """What all passes found."""
 
     verdicts: dict[tuple[str, str], ProofVerdict] = field(default_factory=dict)
     differences: list[Difference] = field(default_factory=list)
@@ -107,5 +107,5 @@ def together(passes: Sequence[ProofFindings]) -> ProofFindings:
 
 
 def share_of_bound(error: float, bound: float) -> float:
-    """Of what is allowed; where nothing is, an error is beyond all measure."""
+    """The share of what is allowed; where nothing is, an error is beyond all measure."""
     return error / bound if bound else (math.inf if error else 0.0)

@@ -59,7 +59,7 @@ def unseen(length: int, documents_BT: Tensor | None) -> Tensor:
 
 
 class AttentionSlopes(NamedTuple):
-    """Of queries, keys and values."""
+    """Slopes of queries, keys and values."""
 
     q: Total
     k: Total
@@ -132,7 +132,7 @@ def head(
 
 
 class RouterSlopes(NamedTuple):
-    """Of the input and of the weight."""
+    """Slopes of the input and of the weight."""
 
     x: Total
     weight: Total
@@ -144,7 +144,7 @@ def route_scores(x_BTD: Tensor, weight_ED: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def gates(scores_BTE: Tensor, sizes_BTE: Tensor, ids_BTK: Tensor, route_scale: float) -> Total:
-    """Of these experts. What rounding does to logits moves a gate by no more than twice that of itself."""
+    """Gates of these experts. What rounding does to logits moves a gate by no more than twice that of itself."""
     chosen_BTK = scores_BTE.gather(-1, ids_BTK)
     made = route_scale * chosen_BTK / (chosen_BTK.sum(-1, keepdim=True) + 1e-20)
     return Total(made, made * (1 + 2 * sizes_BTE.amax(-1, keepdim=True)), None)

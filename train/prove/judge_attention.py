@@ -35,7 +35,7 @@ class SharedCall:
     v: Tensor
     unseen: Tensor
     places: list[int]
-    """Of the queries."""
+    """Places of the queries."""
 
 
 class AttentionJudge(PartsJudge):
@@ -120,7 +120,7 @@ class AttentionJudge(PartsJudge):
         return Bound(SCORES, "4 x 2^-9: probabilities and their slopes may be rounded to bf16, each by 2^-9 of itself")
 
     def _samples(self, rank: Evidence, number: int) -> slice:
-        """Of a micro-batch, within the batch."""
+        """The samples of a micro-batch, within the batch."""
         first = rank.info.first + number * rank.info.micro_batch_size
         return slice(first, first + rank.info.micro_batch_size)
 

@@ -108,7 +108,7 @@ class WholeJudge(AttentionJudge):
         self._near("sums past attention and FFN", name, call.rank.info.rank, got, total, bound, self.recipe.high)
 
     def _seen(self, call: PartCall, phase: str, name: str) -> Tensor:
-        """Of the same micro-batch, by `EvidenceWatch`: (rows, width), fp64."""
+        """What was seen of a call's micro-batch, by `EvidenceWatch`: (rows, width), fp64."""
         return call.rank.tensors[f"{phase}/{name}/{call.number}"].double().flatten(0, -2)
 
     def _ffn(self, name: str) -> str:
@@ -171,7 +171,7 @@ class WholeJudge(AttentionJudge):
         self._gradient("head.weight", made_of_all, self._in_rows(made_of_all.terms))
 
     def _heads_calls(self) -> Iterator[tuple[PartCall, high.HeadSlopes]]:
-        """Of the main model and of every depth."""
+        """The calls of heads of the main model and of every depth."""
         order, weight = self._in_rows(self.config.model.hidden).value, self.weights["head.weight"]
         for depth in range(1 + self.config.model.mtp_depth):
             for call in self.calls.get(f"head.{depth}", []):

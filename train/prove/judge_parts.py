@@ -65,7 +65,7 @@ class PartCall:
 
 
 class PartsJudge(Comparisons):
-    """Of one step of all ranks."""
+    """The judge of one step of all ranks."""
 
     def __init__(
         self,
@@ -126,7 +126,7 @@ class PartsJudge(Comparisons):
         return parts
 
     def _judges_of(self, name: str) -> tuple[Callable[[str], None], Callable[[str], None]] | None:
-        """Of a part with one weight; None where nothing here judges it."""
+        """The judges of a part with one weight; None where nothing here judges it."""
         apart = name.endswith((".experts.w2", "norm", ".router")) or name in ("embedding", "head")
         return None if apart else (self._linear, self._linear_back)
 
@@ -327,7 +327,7 @@ class SumOverCalls:
     def add_rows(
         self, left: Near, right: Near, counts: Sequence[int], here: range, weight: Tensor, is_rounded: bool
     ) -> None:
-        """Of experts, each from its own rows."""
+        """Add the gradients of experts, each from its own rows."""
         if self.total is None:
             self.total = Total(*(torch.zeros_like(weight) for _ in range(3)))
         for expert, left_e, right_e in zip(here, low.split(left, counts), low.split(right, counts), strict=True):

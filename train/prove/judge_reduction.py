@@ -58,7 +58,7 @@ class ReductionJudge(Comparisons):
 
 
 def _terms(rank: Evidence) -> int:
-    """Of a sum: ranks of a stage, and where gradients were reduced by micro-batch (ZeRO 3) the micro-batches too."""
+    """Terms of a sum: ranks of a stage, and where gradients were reduced by micro-batch (ZeRO 3) the micro-batches too."""
     info = rank.info
     by_micro_batch = any(True for _ in rank.of_kind("sizes"))
     batches = -(-int(info.plan["batch_size"]) // (info.dp * info.micro_batch_size)) if by_micro_batch else 0

@@ -30,8 +30,8 @@ QUANTITIES = {"master": "master weights", "exp_avg": "first moments", "exp_avg_s
 
 
 ROUNDINGS = {"master": 4, "exp_avg": 32, "exp_avg_sq": 64, "ema": 2, "bias": 2}
-"""Of fp32, at most, in what `update_roundings` and its like say that each is of. A gradient is multiplied by a factor of a norm that
-may be off by 16 of them, and its square by that factor twice."""
+"""Roundings of fp32, at most, in what `update_roundings` and its like say that each is of. A gradient is multiplied by
+a factor of a norm that may be off by 16 of them, and its square by that factor twice."""
 STEP_ROUNDINGS = 8
 """How many times as many of them a step has as the weight that it is taken from: it is made of both moments."""
 SMALLEST, SMALLEST_BF16 = 2.0**-126, 2.0**-133

@@ -33,9 +33,9 @@ class SentRows:
     """One layer, micro-batch and expert group."""
 
     name: str
-    """Of the mixture of experts."""
+    """Name of the mixture of experts."""
     number: int
-    """Of the micro-batch."""
+    """Number of the micro-batch."""
     ranks: list[Evidence]
     seen: SeenTensors
 

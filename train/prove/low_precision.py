@@ -95,8 +95,8 @@ def nearest(x: Tensor, form: PlainFormat) -> Tensor:
 
 
 def rounded(given: Near | Total, form: PlainFormat, noise: Tensor | float = 0.0) -> Near:
-    """The same in the format. noise: by how much the numbers may be off beside what they say, which decides on which side of a tie
-    they fall.
+    """Numbers rounded to the format. noise: by how much the numbers may be off beside what they say, which decides on
+    which side of a tie they fall.
     """
     x, margin = nearest(given.x, form), noise if given.off is None else given.off + noise
     if isinstance(margin, float) and margin == 0:
@@ -192,10 +192,10 @@ class LinearRules:
 
 @dataclass(frozen=True)
 class PlainRecipe:
-    """Of all linear layers, by what they are."""
+    """The casts of all linear layers, by what they are."""
 
     high: PlainFormat
-    """Of activations between the products."""
+    """Format of activations between the products."""
     dense: LinearRules
     output: LinearRules
     """The projection behind the attention."""

@@ -54,7 +54,8 @@ DEEP_EP_WIDTH = 128
 ROPE = 16
 """Eight pairs: some lie on YaRN's ramp, which in DeepSeek-V3 goes from a third of them to two thirds."""
 ODD = 15
-"""Of the latent of keys and values, so that no vector divides its gain or a shard; a GPU's products want multiples of 16 bytes."""
+"""Width of the latent of keys and values, so that no vector divides its gain or a shard; a GPU's products want
+multiples of 16 bytes."""
 EXPERTS = 32
 CLIP = 0.1
 """Gradients of the miniature are longer than this, so that clipping acts."""
@@ -255,7 +256,7 @@ def _chunk(cfg: Config, tokens: int) -> int:
 
 
 def _micro_batches(cfg: Config, layout: Layout, layers: int) -> tuple[int, int]:
-    """Of a rank in a step, at the start of the ramp and after it: enough for every phase of the schedule."""
+    """Micro-batches of a rank in a step, at the start of the ramp and after it: enough for every phase of the schedule."""
     sizes = [batch // (cfg.micro_batch_size * cfg.parallel.dp) for batch in batch_sizes(cfg)]
     wanted = (2 * layout.pp if cfg.parallel.schedule == "dualpipev" else layout.pp) + 1
 
@@ -274,7 +275,7 @@ def _micro_batches(cfg: Config, layout: Layout, layers: int) -> tuple[int, int]:
 
 
 def _shrink_optim(optim: Optim, start: int, more: int) -> Optim:
-    """The same schedules over the few steps, and gradients that are clipped if the recipe clips."""
+    """The recipe's schedules over the few steps, and gradients that are clipped if the recipe clips."""
     ramp = {}
     if optim.batch_ramp_start is not None:
         ramp = {"batch_ramp_start": start, "batch_ramp_steps": 2, "batch_ramp_increment": more or start}

@@ -88,7 +88,7 @@ class PartsWatch:
         self.seen[f"part.{what}/{key}"] = tensor.detach().clone()
 
     def keep_gradient(self, what: str, key: str, tensor: Tensor) -> None:
-        """Of a tensor, when it comes."""
+        """Keep the gradient of a tensor, when it comes."""
         if tensor.requires_grad:
             tensor.register_hook(lambda gradient: self.keep(what, key, gradient))
 
@@ -151,7 +151,7 @@ class PartsWatch:
 
 
 class _Passed(Function):
-    """The same tensor, by another name, whose gradient alone is seen."""
+    """A tensor by another name, whose gradient alone is seen."""
 
     @staticmethod
     def forward(ctx, x: Tensor, saw) -> Tensor:
@@ -175,7 +175,7 @@ class _Watched:
 
 
 class _WatchedSwiGLU(_Watched):
-    """Of an engine or of kernels."""
+    """SwiGLU of an engine or of kernels, watched."""
 
     def swiglu(self, h: Tensor, *rest: Any) -> Any:
         self._watch.saw_swiglu(h)

@@ -60,7 +60,7 @@ from train.prove.samples import ProofData, initial_biases, initial_weights  # no
 from train.rank import RankSetup, choose_device, guarded, start_process_group  # noqa: E402
 
 PARTS = (0, 1)
-"""Of a run, see run_pass."""
+"""The parts of a run, see run_pass."""
 
 
 def run_rank(
@@ -147,7 +147,7 @@ class _LocalGradients:
         return Update(0.0, bool(valid), [])
 
     def give(self, evidence: Evidence) -> None:
-        """Of experts, the offset says which ones."""
+        """Give the evidence; of experts, the offset says which ones."""
         done: set[int] = set()
         for chunk in self._chunks:
             for prefix, module in chunk.named_modules():

@@ -187,7 +187,7 @@ class Watched:
     main: Tensor = field(default_factory=lambda: torch.zeros(()))
     """Cross-entropy of the next token, nats."""
     mtp: list[Tensor] = field(default_factory=list)
-    """The same for every MTP depth, unweighted."""
+    """Loss of every MTP depth, unweighted."""
     balance: Tensor = field(default_factory=lambda: torch.zeros(()))
     """Sequence-wise balance losses of all layers, weighted."""
     loads: dict[str, Tensor] = field(default_factory=dict)
@@ -368,7 +368,7 @@ def gradients(plain: PlainModel, tokens_BS: Tensor, documents_BS: Tensor | None,
 
 
 def global_norm(gradients_of: Weights) -> Tensor:
-    """Of all weights together."""
+    """The norm of the gradients of all weights together."""
     return torch.stack([gradient.square().sum() for gradient in gradients_of.values()]).sum().sqrt()
 
 

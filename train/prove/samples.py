@@ -116,7 +116,7 @@ def _by_tile(width: int, halves: bool = False) -> Tensor:
 
 
 def initial_biases(config: Config) -> dict[str, Tensor]:
-    """Of every router, fp32 (E,)."""
+    """Biases of every router, fp32 (E,)."""
     biases = {}
     for name in layers_with_experts(config.model):
         biases[name] = BIAS * torch.randn(config.model.experts, generator=_generator(f"{config.seed}/bias/{name}"))

@@ -19,7 +19,7 @@ from torch.nn import functional as F
 TILE = 128
 """Channels that share a scale: "we group and scale elements on a 1x128 tile basis" (3.3.2)."""
 LARGEST = 448.0
-"""Of E4M3, the format of "all tensors" (3.3.2)."""
+"""The largest number of E4M3, the format of "all tensors" (3.3.2)."""
 ACTIVATION_FLOOR, GRADIENT_FLOOR = 1e-4, 1e-12
 """Smallest max-abs of a tile that has a scale of its own: as DeepSeek's kernels have it, and for gradients, all of which may lie
 below that, only so that no scale is 0."""

@@ -21,7 +21,7 @@ from train.prove.reference import PlainModel, PlainPlan, Watched, Weights
 from train.prove.samples import Samples
 
 RUNS = 3
-"""Of the shaken reference."""
+"""Runs of the shaken reference."""
 MARGIN = 4.0
 """By how much a difference may exceed the largest of these runs. They shake a part once, and inside it a rank rounds some ten times
 (attention: projections, norms, RoPE, scores, softmax, sums), which adds up to sqrt(10) = 3.2 times as much; and the runs are few."""

@@ -19,7 +19,7 @@ from train.model.moe import Dispatcher, MoE, Pending, Routed
 from train.model.recompute import is_repeated
 
 Keep = Callable[[str, int, Tensor], None]
-"""Of a name from above, the number of the micro-batch, and the tensor."""
+"""Called with a name from above, the number of the micro-batch, and the tensor."""
 
 
 class WatchedDispatcher:
