@@ -15,7 +15,6 @@ SHARED = {
     "TILE": "the reference of a proof shares no code with the product, not even a number",
     "GRADIENT_FLOOR": "the same",
     "ROOT": "the program's own names are guarded before anything else can be imported",
-    "T": "of any type, for one function",
 }
 """Constants of the product that stand in several files with one meaning, and why."""
 
@@ -46,7 +45,8 @@ def test_a_public_class_alias_or_enum_has_a_name_of_its_own():
 
 
 def test_a_constant_of_the_product_has_one_meaning():
-    found = twice((name, file) for name, _, file in public_names(PRODUCT) if name.isupper())
+    """A single letter is a type variable, for one function."""
+    found = twice((name, file) for name, _, file in public_names(PRODUCT) if name.isupper() and len(name) > 1)
     assert set(found) == set(SHARED), {name: files for name, files in found.items() if name not in SHARED}
 
 
