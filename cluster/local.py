@@ -119,6 +119,9 @@ def _explain(ranks: list[Child], logs: Path, asked: list[int]) -> int:
         # Ranks take the signal as a wish only between their imports and their end; its peers are no failures either.
         say(f"stopped: ranks {list(cause.ranks)} were not in the training and ended at once", file=sys.stderr)
         return EXIT_STOPPED
+    if asked and any(report.code == EXIT_STOPPED for report in reports):
+        say("stopped: some ranks had not done a step and ended at once", file=sys.stderr)
+        return EXIT_STOPPED
     say(f"error: {cause.text}", file=sys.stderr)
     if cause.kind is not Kind.user:
         if cause.log.strip() not in cause.text:

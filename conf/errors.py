@@ -11,8 +11,8 @@ EXIT_CODES = {
     EXIT_CRASH: "it failed: a crash, a rank that was killed or hangs, a disk that refused the last checkpoint, a proof that does not hold",
     EXIT_USER: "the input is wrong: the error names field, rule and cure, and nothing was started or written",
     EXIT_DIVERGED: "the loss or a gradient was not finite, `optim.max_bad_steps` times in a row",
-    EXIT_STOPPED: "a signal stopped it, with a checkpoint if a step was done; the same command, without `resume=`, goes on",
-    EXIT_INTERRUPTED: "Ctrl-C ended `mode=generate`",
+    EXIT_STOPPED: "a signal stopped a training, with a checkpoint if a step was done; the same command, without `resume=`, goes on",
+    EXIT_INTERRUPTED: "Ctrl-C ended it at once: any other mode, a command that was still starting, or a second Ctrl-C in a training",
 }
 """What the exit codes of a command mean; scripts may rely on them. The table in train/docs/troubleshooting.md is this one."""
 

@@ -1,17 +1,28 @@
 """`sluice [conf=RECIPE] [group=option] [key=value]`, or `python -m train`: compose, check, then do what `mode` says."""
 
 import os
+import signal
 import sys
-from pathlib import Path
-from types import TracebackType
 
-from train.command.program import environment_of_children, guard_names, require_packages
+IS_COMMAND = __name__ == "__main__" or os.path.basename(sys.argv[0]) == "sluice"
+"""And not a module that something else imports."""
+if IS_COMMAND:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # until there is who takes it: no traceback of an import
+
+from pathlib import Path  # noqa: E402
+from types import TracebackType  # noqa: E402
+
+from train.command.program import environment_of_children, guard_names, require_packages  # noqa: E402
 
 if __name__ == "__main__":
     guard_names()  # before a package is looked for that the working folder may hide
     require_packages()
 
-from train.kernels.cpu.processor import tune_cpu
+from cluster.interrupts import Interrupts  # noqa: E402
+
+INTERRUPTS = Interrupts() if IS_COMMAND else None
+
+from train.kernels.cpu.processor import tune_cpu  # noqa: E402
 
 tune_cpu()  # before torch allocates anything
 
@@ -60,7 +71,12 @@ def do(config: Config, alone: bool) -> int:
         Mode.dry_run: _dry_run,
         Mode.prove: _prove,
     }
-    return modes[config.mode](config, alone=alone)
+    try:
+        return modes[config.mode](config, alone=alone)
+    except KeyboardInterrupt:
+        goes_on = config.mode is Mode.train
+        say(f"stopped by Ctrl-C{'; the same command goes on' if goes_on else ''}", file=sys.stderr)
+        return EXIT_STOPPED if goes_on else EXIT_INTERRUPTED
 
 
 def _train(config: Config, alone: bool) -> int:
@@ -182,7 +198,14 @@ def command() -> int:
     os.environ |= environment_of_children()
     sys.excepthook = _show_bug
     let_output_be_lost()
-    words = sys.argv[1:]
+    if INTERRUPTS is None:
+        return _command(sys.argv[1:])
+    with INTERRUPTS:
+        INTERRUPTS.code = _command(sys.argv[1:])
+    return INTERRUPTS.code
+
+
+def _command(words: list[str]) -> int:
     if words[:1] in (["--version"], ["doctor"]):
         from train.command import doctor
 

@@ -20,7 +20,7 @@ import torch.distributed as dist
 from cluster.cause import Failure, begin_work, end_work
 from cluster.launch import Place, given_meeting
 from conf.disk import explain
-from conf.errors import EXIT_CRASH, EXIT_USER, RunEnded, UserError, causes
+from conf.errors import EXIT_CRASH, EXIT_STOPPED, EXIT_USER, RunEnded, UserError, causes
 from conf.schema import ROOT, Config
 from conf.words import say
 from parallel.exchange import is_timeout, patient_group, refuse_pickles
@@ -78,6 +78,10 @@ def _guarded(place: Place, failures: Path | None, work: Callable[[], int]) -> in
     faulthandler.register(signal.SIGUSR1, all_threads=True)  # kill -USR1 PID shows where a rank hangs
     try:
         return work()
+    except KeyboardInterrupt:  # asked to stop before it had done a step
+        if failures is None:
+            raise
+        return EXIT_STOPPED
     except (Exception, SystemExit) as error:
         found = next((one for one in causes(error) if isinstance(one, (UserError, RunEnded))), error)
         if failures is None and isinstance(found, UserError):

@@ -154,6 +154,7 @@ class Trainer:
         if self.timeline.wants(plan.step):
             self.timeline.align()
         outcome = self.training_step.run(plan, batch, stopping=self.stop.pending)
+        self.stop.has_stepped = True
         measured, update = outcome.measured, outcome.update
         self._busy = self.measure.step_work.busy
         if update.applied:

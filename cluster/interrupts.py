@@ -1,0 +1,89 @@
+"""Ctrl-C at any moment of a command: a line, an exit code, and no traceback.
+
+While the command imports its own modules it holds nothing, and ends at once. From then on the first Ctrl-C is a KeyboardInterrupt, so that
+what is open is closed, and the second one ends the process: files are written so that they bear it. An import would make another error
+of a KeyboardInterrupt, and a destructor would drop it; so it is raised right after them.
+"""
+
+import os
+import signal
+import sys
+from types import FrameType
+from typing import Any
+
+from conf.errors import EXIT_INTERRUPTED
+
+AGAIN = 0.05
+"""Seconds until it is tried again."""
+SHOW_CURSOR = "\x1b[?25h"
+IMPORTS = "<frozen importlib._bootstrap>"
+
+
+def end_at_once(text: str) -> None:
+    """Say it, and end the process without what libraries want to do at its end."""
+    if sys.stderr.isatty():  # a bar hides the cursor
+        text = f"{SHOW_CURSOR}\n{text}"
+    os.write(2, f"{text}\n".encode())  # a print may be what was interrupted
+    os._exit(EXIT_INTERRUPTED)
+
+
+def interrupt(number: int = signal.SIGALRM, frame: FrameType | None = None) -> None:
+    """Raise KeyboardInterrupt, or where that would be lost do it as soon as it would not: a handler of signals."""
+    if _imports(frame):
+        signal.signal(signal.SIGALRM, interrupt)
+        signal.setitimer(signal.ITIMER_REAL, AGAIN)
+        return
+    raise KeyboardInterrupt
+
+
+def _imports(frame: FrameType | None) -> bool:
+    while frame is not None:
+        if frame.f_code.co_filename == IMPORTS:
+            return True
+        frame = frame.f_back
+    return False
+
+
+NOTHING = "stopped by Ctrl-C; nothing was started"
+
+
+class Interrupts:
+    """Takes Ctrl-C for the command, until a training has its own way with it (train/loop/stop.py)."""
+
+    def __init__(self) -> None:
+        """Make it before the command imports its modules."""
+        self.code = EXIT_INTERRUPTED
+        """Of the command, once it is known."""
+        self._process, self._begun, self._ended, self._asked = os.getpid(), False, False, False
+        signal.signal(signal.SIGINT, self._take)
+
+    def __enter__(self) -> None:
+        """The command has its modules: from here on there may be something to close."""
+        self._begun = True
+        sys.unraisablehook = self._dropped
+
+    def __exit__(self, kind: type[BaseException] | None, error: object, trace: object) -> bool:
+        self._ended = True
+        if interrupted := kind is KeyboardInterrupt:
+            os.write(2, f"{NOTHING}\n".encode())
+        return interrupted
+
+    def _take(self, number: int, frame: FrameType | None) -> None:
+        if os.getpid() != self._process:  # a fork of this process, which ends with it
+            os._exit(EXIT_INTERRUPTED)
+        if self._ended:  # all is done but what libraries do at the end
+            os._exit(self.code)
+        if not self._begun:
+            end_at_once(NOTHING)
+        if self._asked:
+            end_at_once("ended at once by a second Ctrl-C")
+        self._asked = True
+        interrupt(number, frame)
+
+    def _dropped(self, found: Any) -> None:
+        """An error where nobody can catch one."""
+        if isinstance(found.exc_value, KeyboardInterrupt):
+            signal.signal(signal.SIGALRM, interrupt)
+            signal.setitimer(signal.ITIMER_REAL, AGAIN)
+        else:
+            sys.__unraisablehook__(found)
