@@ -32,7 +32,7 @@ from conf.disk import let_output_be_lost  # noqa: E402
 from conf.errors import EXIT_CRASH, EXIT_DIVERGED, EXIT_INTERRUPTED, EXIT_OK, EXIT_STOPPED, EXIT_USER, UserError  # noqa: E402
 from conf.load import run  # noqa: E402
 from conf.schema import Config, Mode  # noqa: E402
-from conf.words import say  # noqa: E402
+from conf.words import say, say_note  # noqa: E402
 from train.loop.layout_check import check_layout  # noqa: E402
 from train.model.count import checkpoint_bytes  # noqa: E402
 
@@ -108,6 +108,7 @@ def check_before_start(config: Config) -> None:
     from train.checkpoint.trained_with import require_model
     from train.data.corpus import build_corpus
     from train.data.prepare_progress import show_progress
+    from train.data.tokenizer import warn_of_spare_rows
     from train.kernels.deterministic import check_settings
     from train.kernels.gpu.device import check_gpu, check_memory
 
@@ -124,6 +125,8 @@ def check_before_start(config: Config) -> None:
         require_model(config, start.folder, start.meta)
     with show_progress() as progress:
         corpus = build_corpus(config, progress)
+    if warning := warn_of_spare_rows(corpus.tokenizer, config.model.vocab_size):
+        say_note(warning)
     if config.init_from is not None and start is None:
         from train.loop.start import check_start
 

@@ -11,7 +11,17 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 from conf.errors import UserError
 from conf.load import compose
 from conf.schema import ROOT
-from train.data.tokenizer import EOS, FIM, SMALLEST_VOCAB, Tokenizer, check_fit, in_parts, load_tokenizer, train_bpe
+from train.data.tokenizer import (
+    EOS,
+    FIM,
+    SMALLEST_VOCAB,
+    Tokenizer,
+    check_fit,
+    in_parts,
+    load_tokenizer,
+    train_bpe,
+    warn_of_spare_rows,
+)
 
 TEXTS = [
     "def main():\n    return 12345\n",
@@ -138,6 +148,13 @@ def test_what_does_not_fit_is_refused(tokenizer):
 @pytest.fixture(scope="module")
 def deepseek() -> Tokenizer:
     return load_tokenizer("deepseek_v3")
+
+
+def test_a_model_with_far_more_rows_than_the_tokenizer_has_ids_is_warned_of():
+    tokenizer = Tokenizer(foreign(["</s>"]))
+    assert warn_of_spare_rows(tokenizer, 50_000) is None
+    warning = warn_of_spare_rows(tokenizer, 2_000_000)
+    assert "model.vocab_size = 2000000" in warning and f"set model.vocab_size={tokenizer.vocab_size}" in warning
 
 
 def test_deepseek_file(deepseek):

@@ -37,6 +37,8 @@ FIM_NAMES = (
     ("<fim_prefix>", "<fim_suffix>", "<fim_middle>"),
 )
 SMALLEST_VOCAB = 256 + 1 + len(FIM)
+MANY_ROWS = 50_000
+"""Of an embedding, below which rows that no text reaches cost nobody anything."""
 WORD_PATTERNS = (
     r"\p{N}{1,3}",
     "[\u4e00-\u9fa5\u3040-\u309f\u30a0-\u30ff]+",
@@ -230,6 +232,16 @@ def train_bpe(texts: Iterable[str], vocab_size: int) -> str:
     )
     backend.train_from_iterator((part for text in texts for part in in_parts(text)), trainer)
     return backend.to_str()
+
+
+def warn_of_spare_rows(tokenizer: Tokenizer, vocab_size: int) -> str | None:
+    """A sentence where the model has far more rows than the tokenizer has ids; None where it does not, or where they cost little."""
+    if vocab_size <= max(MANY_ROWS, 2 * tokenizer.vocab_size):
+        return None
+    return (
+        f"model.vocab_size = {vocab_size} is far too large: the tokenizer of this text has {tokenizer.vocab_size} ids, and every step computes "
+        f"the other rows for nothing; set model.vocab_size={tokenizer.vocab_size}"
+    )
 
 
 def check_fit(tokenizer: Tokenizer, name: str, vocab_size: int, fim_rate: float) -> None:
