@@ -45,7 +45,7 @@ FLAGS = {
 COMPLETION = {"--shell-completion", "-sc", "--hydra-help"}
 """Flags with which the other words are not settings."""
 LISTS = "`sluice --help`, or `python -m train --help`, lists recipes, groups and keys"
-RECIPE_OF_YOUR_OWN = "train/docs/your_recipe.md shows how to write one of your own"
+OF_YOUR_OWN = "for one of your own write MINE/{group}/NAME.yaml, and add --config-dir MINE"
 
 
 def check_words(words: Sequence[str]) -> None:
@@ -79,7 +79,9 @@ def _check_flags(words: Sequence[str]) -> None:
         if name in ("--config-name", "-cn", "--config-path", "-cp"):
             raise _names_a_file(name, value)
         if name in ("--config-dir", "-cd") and not Path(value).is_dir():
-            raise UserError(name, value, "must be an existing folder with recipes of your own", RECIPE_OF_YOUR_OWN)
+            raise UserError(
+                name, value, "must be an existing folder with recipes of your own", OF_YOUR_OWN.format(group="conf")
+            )
         if name not in FLAGS:
             raise _unknown_flag(name, "" if not equals and "=" in following else value)
         if FLAGS[name] and not equals:
@@ -253,7 +255,9 @@ def _wrong_option(group: str, value: Any, groups: dict[str, list[str]]) -> UserE
         if first and not first.metadata.get("choices") and first.name != "name"
         else ""
     )
-    return wrong_choice(group, _plain(value), groups[group], f"take one of them{single}; {RECIPE_OF_YOUR_OWN}")
+    return wrong_choice(
+        group, _plain(value), groups[group], f"take one of them{single}; {OF_YOUR_OWN.format(group=group)}"
+    )
 
 
 def _unknown_key(key: str, text: str, groups: dict[str, list[str]]) -> UserError:

@@ -29,6 +29,7 @@ EXAMPLES = (
     ("sluice -m optim.lr=1e-3,2e-3", "every combination of values, one run after another"),
     ("sluice mode=generate name=mine", "generate text from the trained model"),
     ("sluice --cfg job", "show every value and start nothing"),
+    ("sluice runs", "the runs that are there; sluice runs clean frees their disk"),
     ("sluice doctor", "what this machine has and lacks; --version for versions"),
 )
 

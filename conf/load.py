@@ -76,7 +76,7 @@ class _Primary(Config):
         default_factory=lambda: {
             "output_subdir": None,
             "run": {"dir": "."},
-            "sweep": {"dir": "${runs}/sweeps", "subdir": "${hydra.job.num}"},
+            "sweep": {"dir": ".", "subdir": "."},
             "job": {"name": "train", "chdir": False},
         }
     )

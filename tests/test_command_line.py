@@ -75,7 +75,7 @@ MISTAKES = {
     "precision=fp16": "take one of them",
     "precision.name=fp16": "use fp32, the default, or another. fp32, bf16, or a recipe with FP8 products",
     "model=big": "take one of them, or set single keys, such as model.vocab_size=VALUE",
-    "hardware=a100": "take one of them; train/docs/your_recipe.md shows how to write one of your own",
+    "hardware=a100": "take one of them; for one of your own write MINE/hardware/NAME.yaml, and add --config-dir MINE",
     "data=openwebtext": "take one of them, or set single keys, such as data.path=VALUE",
     "optim=adam": "take one of them, or set single keys, such as optim.lr=VALUE",
     "cluster=slurm": "take one of them",
@@ -113,7 +113,7 @@ MISTAKES = {
     # way of writing
     "--config-name tiny": "write conf=tiny",
     "--config-name=mine": "write conf=NAME, with --config-dir FOLDER for your own",
-    "--config-dir /nowhere conf=mine": "train/docs/your_recipe.md",
+    "--config-dir /nowhere conf=mine": "write MINE/conf/NAME.yaml, and add --config-dir MINE",
     "--steps 10": "write steps=10",
     "--steps=10": "write steps=10",
     "--optim.lr 1e-3": "write optim.lr=1e-3",

@@ -213,6 +213,10 @@ def _command(words: list[str]) -> int:
         from train.command import doctor
 
         return doctor.main(words)
+    if words[:1] == ["runs"]:
+        from train.command import runs
+
+        return runs.main(words[1:])
     if {"--help", "-h"} & set(words):
         from conf.help import show_help
 

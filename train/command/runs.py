@@ -1,0 +1,193 @@
+"""`sluice runs [runs=FOLDER] [--json]`: the runs of a folder; `sluice runs clean [NAME ...] [--yes]`: what of them can go.
+
+Cleaning shows first what it would free, and does it with --yes. Without names it takes, of runs that nobody trains now, all checkpoints but
+the newest sound one, and runs that never made a step; with names, those runs as a whole.
+"""
+
+import fcntl
+import json
+import os
+import shutil
+import sys
+import time
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import yaml
+from rich.table import Table
+
+from cluster.run_files import STEP_FOLDERS
+from conf.disk import size
+from conf.errors import EXIT_OK, UserError
+from conf.load import report
+from conf.screen import Terminal
+from conf.words import say
+from train.checkpoint.manifest import newest_intact
+from train.metrics.jsonl import FILE
+from train.metrics.progress import duration
+
+TAIL = 1 << 18
+"""Bytes of the end of metrics.jsonl in which the last step is looked for."""
+CURE = "`sluice runs` lists them; `sluice runs runs=FOLDER` those of another folder"
+
+
+@dataclass(frozen=True)
+class RunSummary:
+    """What a run folder says of its run."""
+
+    name: str
+    state: str
+    """trains now; done; stopped, with a checkpoint to go on from; lost, with steps and no checkpoint; empty, without a step."""
+    step: int
+    steps: int | None
+    """That it is to make; None where config.yaml does not say."""
+    loss: float | None
+    age_s: float
+    """Seconds since it last wrote anything."""
+    disk_bytes: int
+
+
+def main(words: Sequence[str]) -> int:
+    """What follows `runs` on the command line; returns the exit code."""
+    try:
+        return _main(words)
+    except UserError as error:
+        return report(error)
+
+
+def _main(words: Sequence[str]) -> int:
+    given = [word.removeprefix("runs=") for word in words if word.startswith("runs=")]
+    flags = {word for word in words if word.startswith("-")}
+    names = [word for word in words if not word.startswith(("runs=", "-"))]
+    cleans = names[:1] == ["clean"]
+    if unknown := sorted(flags - ({"--yes"} if cleans else {"--json"})):
+        raise UserError(
+            "sluice runs", unknown[0], "is no flag of it", "`sluice runs --json`, `sluice runs clean --yes`"
+        )
+    folder = Path(given[-1] if given else "runs")
+    found = {run.name: run for run in summaries(folder)}
+    if cleans:
+        return _clean(folder, found, names[1:], "--yes" in flags)
+    if names:
+        raise UserError("sluice runs", names[0], "is followed by runs=FOLDER, --json or clean alone", CURE)
+    if "--json" in flags:
+        say(json.dumps([asdict(run) for run in found.values()], indent=1))
+        return EXIT_OK
+    table = Table("run", "state", "step", "loss", "age", "disk", box=None, header_style="dim")
+    for run in found.values():
+        of = f" of {run.steps}" if run.steps else ""
+        loss = "" if run.loss is None else f"{run.loss:.4f}"
+        table.add_row(run.name, run.state, f"{run.step}{of}", loss, duration(run.age_s), size(run.disk_bytes))
+    Terminal().print(table if found else f"no run in {folder.absolute()}")
+    return EXIT_OK
+
+
+def summaries(folder: Path) -> Iterator[RunSummary]:
+    """The runs in a folder, jobs of sweeps among them, the one that wrote last first."""
+    configs = [*folder.glob("*/config.yaml"), *folder.glob("*/*/config.yaml")]
+    runs = [_summary(folder, config.parent) for config in configs]
+    yield from sorted(runs, key=lambda run: run.age_s)
+
+
+def _summary(folder: Path, run: Path) -> RunSummary:
+    try:
+        steps = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))["steps"]
+    except (OSError, ValueError, TypeError, KeyError, RecursionError, yaml.YAMLError):
+        steps = None  # the runs beside it are shown all the same
+    last = _last_record(run / FILE)
+    step, saved = last.get("step", 0), any((run / "checkpoints").glob(STEP_FOLDERS))
+    if is_held(run):
+        state = "trains now"
+    elif step and steps is not None and step >= steps and saved:
+        state = "done"
+    else:
+        state = "stopped" if saved else "lost" if step else "empty"
+    latest = max(path.lstat().st_mtime for path in (run, run / "config.yaml", *filter(Path.exists, [run / FILE])))
+    known = steps if isinstance(steps, int) else None
+    age = max(0.0, time.time() - latest)
+    return RunSummary(run.relative_to(folder).as_posix(), state, step, known, last.get("loss"), age, disk_bytes(run))
+
+
+def _last_record(file: Path) -> dict:
+    """The last whole line of metrics.jsonl that is of a step; empty where there is none."""
+    try:
+        with file.open("rb") as lines:
+            lines.seek(max(0, file.stat().st_size - TAIL))
+            tail = lines.read().splitlines()
+    except OSError:
+        return {}
+    for line in reversed(tail):
+        try:
+            record = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(record, dict) and isinstance(record.get("step"), int):
+            return record
+    return {}
+
+
+def is_held(run: Path) -> bool:
+    """Whether a driver, or a rank 0 that outlived it, still writes there."""
+    for lock in (run / ".lock", run / ".rank_0.lock"):
+        try:
+            handle = os.open(lock, os.O_RDONLY | os.O_NOFOLLOW)
+        except OSError:
+            continue
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+        finally:
+            os.close(handle)
+    return False
+
+
+def disk_bytes(path: Path) -> int:
+    """What a folder takes on the disk; links are not followed."""
+    total = 0
+    for place, _, files in os.walk(path):
+        for file in files:
+            try:
+                total += os.lstat(os.path.join(place, file)).st_blocks * 512
+            except FileNotFoundError:  # a checkpoint that goes while we look
+                continue
+    return total
+
+
+def _clean(folder: Path, found: dict[str, RunSummary], names: Sequence[str], does: bool) -> int:
+    for name in names:
+        if name not in found:
+            raise UserError("sluice runs clean", name, f"is no run in {folder.absolute()}", CURE)
+        if is_held(folder / name):
+            raise UserError("sluice runs clean", name, "trains now", "stop it first, with Ctrl-C or SIGTERM")
+    going = [folder / name for name in names] if names else list(_superfluous(folder, found.values()))
+    freed = 0
+    for path in going:
+        freed += (bytes_ := disk_bytes(path))
+        say(f"{'removed' if does else 'would remove'} {path}: {size(bytes_)}")
+        if does:
+            _remove(path)
+    say(f"{size(freed)} {'freed' if does else 'would be freed'}")
+    if going and not does:
+        say("nothing was removed; --yes does it", file=sys.stderr)
+    return EXIT_OK
+
+
+def _remove(path: Path) -> None:
+    """A folder, under a name first that no reader takes for a whole one."""
+    gone = path.with_name(f".{path.name}.removed")
+    path.rename(gone)
+    shutil.rmtree(gone)
+
+
+def _superfluous(folder: Path, runs: Iterable[RunSummary]) -> Iterator[Path]:
+    """Folders that a run can do without."""
+    for run in runs:
+        path = folder / run.name
+        if run.state == "empty":
+            yield path
+        elif run.state in ("stopped", "done") and not is_held(path):
+            newest = newest_intact(path / "checkpoints", full=True).path
+            if newest is not None:
+                yield from (other for other in sorted((path / "checkpoints").glob(STEP_FOLDERS)) if other != newest)
