@@ -13,7 +13,7 @@ from typing import Any
 
 from conf.errors import EXIT_INTERRUPTED
 
-AGAIN = 0.05
+RAISE_AGAIN_S = 0.05
 """Seconds until it is tried again."""
 SHOW_CURSOR = "\x1b[?25h"
 IMPORTS = "<frozen importlib._bootstrap>"
@@ -31,7 +31,7 @@ def interrupt(number: int = signal.SIGALRM, frame: FrameType | None = None) -> N
     """Raise KeyboardInterrupt, or where that would be lost do it as soon as it would not: a handler of signals."""
     if _imports(frame):
         signal.signal(signal.SIGALRM, interrupt)
-        signal.setitimer(signal.ITIMER_REAL, AGAIN)
+        signal.setitimer(signal.ITIMER_REAL, RAISE_AGAIN_S)
         return
     raise KeyboardInterrupt
 
@@ -44,7 +44,7 @@ def _imports(frame: FrameType | None) -> bool:
     return False
 
 
-NOTHING = "stopped by Ctrl-C; nothing was started"
+NOTHING_STARTED = "stopped by Ctrl-C; nothing was started"
 
 
 class Interrupts:
@@ -65,7 +65,7 @@ class Interrupts:
     def __exit__(self, kind: type[BaseException] | None, error: object, trace: object) -> bool:
         self._ended = True
         if interrupted := kind is KeyboardInterrupt:
-            os.write(2, f"{NOTHING}\n".encode())
+            os.write(2, f"{NOTHING_STARTED}\n".encode())
         return interrupted
 
     def _take(self, number: int, frame: FrameType | None) -> None:
@@ -74,7 +74,7 @@ class Interrupts:
         if self._ended:  # all is done but what libraries do at the end
             os._exit(self.code)
         if not self._begun:
-            end_at_once(NOTHING)
+            end_at_once(NOTHING_STARTED)
         if self._asked:
             end_at_once("ended at once by a second Ctrl-C")
         self._asked = True
@@ -84,6 +84,6 @@ class Interrupts:
         """An error where nobody can catch one."""
         if isinstance(found.exc_value, KeyboardInterrupt):
             signal.signal(signal.SIGALRM, interrupt)
-            signal.setitimer(signal.ITIMER_REAL, AGAIN)
+            signal.setitimer(signal.ITIMER_REAL, RAISE_AGAIN_S)
         else:
             sys.__unraisablehook__(found)

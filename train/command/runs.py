@@ -24,12 +24,12 @@ from conf.load import report
 from conf.screen import Terminal
 from conf.words import say
 from train.checkpoint.manifest import newest_intact
-from train.metrics.jsonl import FILE
+from train.metrics.jsonl import METRICS_FILE
 from train.metrics.progress import duration
 
 TAIL = 1 << 18
 """Bytes of the end of metrics.jsonl in which the last step is looked for."""
-CURE = "`sluice runs` lists them; `sluice runs runs=FOLDER` those of another folder"
+LIST_RUNS = "`sluice runs` lists them; `sluice runs runs=FOLDER` those of another folder"
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ def _main(words: Sequence[str]) -> int:
     if cleans:
         return _clean(folder, found, names[1:], "--yes" in flags)
     if names:
-        raise UserError("sluice runs", names[0], "is followed by runs=FOLDER, --json or clean alone", CURE)
+        raise UserError("sluice runs", names[0], "is followed by runs=FOLDER, --json or clean alone", LIST_RUNS)
     if "--json" in flags:
         say(json.dumps([asdict(run) for run in found.values()], indent=1))
         return EXIT_OK
@@ -95,7 +95,7 @@ def _summary(folder: Path, run: Path) -> RunSummary:
         steps = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))["steps"]
     except (OSError, ValueError, TypeError, KeyError, RecursionError, yaml.YAMLError):
         steps = None  # the runs beside it are shown all the same
-    last = _last_record(run / FILE)
+    last = _last_record(run / METRICS_FILE)
     step, saved = last.get("step", 0), any((run / "checkpoints").glob(STEP_FOLDERS))
     if is_held(run):
         state = "trains now"
@@ -103,7 +103,9 @@ def _summary(folder: Path, run: Path) -> RunSummary:
         state = "done"
     else:
         state = "stopped" if saved else "lost" if step else "empty"
-    latest = max(path.lstat().st_mtime for path in (run, run / "config.yaml", *filter(Path.exists, [run / FILE])))
+    latest = max(
+        path.lstat().st_mtime for path in (run, run / "config.yaml", *filter(Path.exists, [run / METRICS_FILE]))
+    )
     known = steps if isinstance(steps, int) else None
     age = max(0.0, time.time() - latest)
     return RunSummary(run.relative_to(folder).as_posix(), state, step, known, last.get("loss"), age, disk_bytes(run))
@@ -158,7 +160,7 @@ def disk_bytes(path: Path) -> int:
 def _clean(folder: Path, found: dict[str, RunSummary], names: Sequence[str], does: bool) -> int:
     for name in names:
         if name not in found:
-            raise UserError("sluice runs clean", name, f"is no run in {folder.absolute()}", CURE)
+            raise UserError("sluice runs clean", name, f"is no run in {folder.absolute()}", LIST_RUNS)
         if is_held(folder / name):
             raise UserError("sluice runs clean", name, "trains now", "stop it first, with Ctrl-C or SIGTERM")
     going = [folder / name for name in names] if names else list(_superfluous(folder, found.values()))
