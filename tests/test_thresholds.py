@@ -1,13 +1,18 @@
 """Sizes at which code goes another way stand in one table (conf/thresholds.py), so that a proof can lower all of them."""
 
 import ast
+import re
 from collections.abc import Iterator
 from dataclasses import fields
 from functools import cache
 from pathlib import Path
 
+from conf.load import compose
 from conf.schema import ROOT
 from conf.thresholds import LOWERED, THRESHOLDS, Thresholds, lowered
+from train.model.count import count
+from train.prove.layouts import in_tiles
+from train.prove.miniature import shrink
 
 STEP = ("train/model", "train/kernels", "train/optim", "train/loop", "train/checkpoint", "parallel")
 """Where a step of training and a checkpoint are computed."""
@@ -135,3 +140,43 @@ def test_a_proof_lowers_every_one_and_puts_it_back():
 def test_every_threshold_is_read_somewhere():
     text = "".join(path.read_text() for folder in STEP for path in Path(ROOT / folder).rglob("*.py"))
     assert [entry.name for entry in fields(Thresholds) if f"THRESHOLDS.{entry.name}" not in text] == []
+
+
+# Sizes in C++ are compiled in, so no proof lowers them: its tensors go beyond them instead, or those of a test of the kernel do.
+
+NO_SIZES = {"products.cpp: TILE", "vectors.h: LANES", "rows.cpp: PARTS"}
+"""The width of FP8's tiles is part of the format, lanes are the processor's, and of PARTS no more are made: they become longer."""
+ELSEWHERE = {
+    "products.cpp: HEIGHT": "tests/kernels/cpu/test_compiled_products.py: draw(530, 700)",
+    "products.cpp: WIDTH": "tests/kernels/fp8/test_scaled_products.py: normal(580, 600, seed=1)",
+    "attention.cpp: DEPTH": "tests/kernels/cpu/test_compiled_attention.py: draw(1, 4, 600, 96, 64)",
+}
+"""What goes beyond a size, as FILE: TEXT that stands in it."""
+
+
+def sizes_in_cpp() -> dict[str, int]:
+    """By `FILE: NAME`."""
+    found = {}
+    for path in sorted((ROOT / "train").rglob("*")):
+        if path.suffix in (".cpp", ".h"):
+            for line in re.findall(r"constexpr i64 ([^;]*);", path.read_text()):
+                pairs = re.findall(r"([A-Z]+) = (\d+)", line)
+                found |= {f"{path.name}: {name}": int(value) for name, value in pairs if int(value) >= LITERAL}
+    return found
+
+
+def test_a_proof_or_a_test_goes_beyond_every_size_in_cpp():
+    small = in_tiles(shrink(compose("mode=prove", "conf=deepseek_v3")).cfg)
+    beyond = {
+        "adamw.cpp: PIECE": count(small.model).total // small.parallel.world,
+        "attention.cpp: QUERIES": small.seq_len - small.model.mtp_depth,
+        "products.cpp: DEPTH": 2 * small.model.hidden,
+        "rows.cpp: PART": small.seq_len - small.model.mtp_depth,
+        "rows.cpp: POSITIONS": small.seq_len - small.model.mtp_depth,
+    }
+    sizes = sizes_in_cpp()
+    assert set(sizes) - NO_SIZES == set(beyond) | set(ELSEWHERE)
+    assert {name: sizes[name] for name, largest in beyond.items() if largest <= sizes[name]} == {}
+    for name, place in ELSEWHERE.items():
+        file, text = place.split(": ", 1)
+        assert text in (ROOT / file).read_text() and max(map(int, re.findall(r"\d+", text))) > sizes[name], name
