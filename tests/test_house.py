@@ -71,14 +71,12 @@ def test_the_map_names_files_that_are_there():
 
 def test_a_docstring_says_what_the_thing_is():
     """In a whole phrase, which means the same wherever it stands: none begins with "The same" or "Of ...", and says it of the line before."""
-    found = []
-    for file in (file for folder in PRODUCT for file in (ROOT / folder).rglob("*.py")):
-        for node in ast.walk(ast.parse(file.read_text())):
-            if (
-                isinstance(node, ast.Expr)
-                and isinstance(node.value, ast.Constant)
-                and isinstance(node.value.value, str)
-            ):
-                if re.match(r"\s*(The same|Of)\b", node.value.value):
-                    found.append(f"{file.relative_to(ROOT)}:{node.lineno}")
+    found = [
+        f"{file.relative_to(ROOT)}:{node.lineno}"
+        for file in (file for folder in PRODUCT for file in (ROOT / folder).rglob("*.py"))
+        for node in ast.walk(ast.parse(file.read_text()))
+        if isinstance(node, ast.Expr)
+        and isinstance(node.value, ast.Constant)
+        and re.match(r"\s*(The same|Of)\b", str(node.value.value))
+    ]
     assert found == []

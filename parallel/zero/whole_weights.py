@@ -115,8 +115,10 @@ class WholeWeights:
             self._handover.unreduced[master] = [param.grad.view(-1) for param in params]
             for param in params:
                 param.grad = None
-            stand_in = torch.zeros(1, device=master.device).expand(master.shape)  # DeepSpeed looks at its shape alone
-            self._optimizer.averaged_gradients[number] = GradPartitionBufferGroup([], stand_in)
+            placeholder = torch.zeros(1, device=master.device).expand(
+                master.shape
+            )  # DeepSpeed looks at its shape alone
+            self._optimizer.averaged_gradients[number] = GradPartitionBufferGroup([], placeholder)
 
     def forget_gradients(self) -> None:
         """Call when a step is over, made or skipped."""

@@ -8,15 +8,15 @@ import torch
 
 from tests.layouts import run_layout, train_rank
 from tests.small import metrics, trajectory
-from train.loop.nonfinite import Origin, RankSaw, Sighting, find_origin
+from train.loop.nonfinite import Origin, RankSightings, Sighting, find_origin
 
 END, START = Sighting(2, 3, "the output of layers.2.attention"), Sighting(2, 1, "the input of layers.2.attention")
 LATER = Sighting(3, 0, "the input of layers.3")
 CAUGHT = Sighting(2, 4, "the weight layers.2.moe.experts.w13", catching=True)
 
 
-def saw(rank: int, replica: int, forward=None, backward=None, weights=(), loss=None, gradients=()) -> RankSaw:
-    return RankSaw(rank, replica, loss, list(gradients), list(weights), forward, backward)
+def saw(rank: int, replica: int, forward=None, backward=None, weights=(), loss=None, gradients=()) -> RankSightings:
+    return RankSightings(rank, replica, loss, list(gradients), list(weights), forward, backward)
 
 
 def test_the_first_in_the_forward_pass_is_the_origin_and_later_ones_caught_it():
@@ -63,7 +63,7 @@ def test_what_does_not_come_again_is_a_matter_of_the_device():
 
 def test_what_ranks_tell_each_other_is_json():
     for each in (saw(0, 0), saw(1, 1, END, CAUGHT, ["a"], False, ["b"])):
-        assert RankSaw.from_plain(json.loads(json.dumps(each.plain()))) == each
+        assert RankSightings.from_plain(json.loads(json.dumps(each.plain()))) == each
 
 
 class _NanBackward(torch.autograd.Function):

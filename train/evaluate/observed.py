@@ -1,4 +1,4 @@
-"""What is measured on the way beside the loss: at which positions it arises, and how well the MTP modules foretell.
+"""What is measured on the way beside the loss: at which positions it arises, and how well the MTP modules predict.
 
 Position i (counted from 1) sees i tokens and predicts the next one. A model that uses long text has less loss at late positions
 than at early ones; one whose context ends earlier has more. Ranges of positions end at seq_len, at half of it, at a quarter and so

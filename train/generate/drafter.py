@@ -1,6 +1,6 @@
 """MTP modules that guess the next tokens (paper 2.2 and 5.4.3).
 
-Depth k (from 1) at position i joins the state of depth k-1 at i with token i+k, and foretells token i+k+1. With the last
+Depth k (from 1) at position i joins the state of depth k-1 at i with token i+k, and predicts token i+k+1. With the last
 sure token at n+1 and the main model's states up to n, depth 1 drafts token n+2 from position n, depth 2 takes that draft as
 token n+2 and drafts n+3, and so on: D depths, D drafts, a pass of one block each.
 

@@ -39,7 +39,7 @@ class Sighting:
 
 
 @dataclass(frozen=True)
-class RankSaw:
+class RankSightings:
     """What one rank knows of a step that was skipped."""
 
     rank: int
@@ -60,7 +60,7 @@ class RankSaw:
         return vars(self) | seen
 
     @classmethod
-    def from_plain(cls, plain: dict[str, Any]) -> "RankSaw":
+    def from_plain(cls, plain: dict[str, Any]) -> "RankSightings":
         return cls(**plain | {name: None if plain[name] is None else Sighting(*plain[name]) for name in PASSES})
 
 
@@ -212,7 +212,7 @@ def shown_ranks(ranks: Sequence[int]) -> str:
     return f"ranks {', '.join(map(str, ranks[:-1]))} and {ranks[-1]}"
 
 
-def find_origin(finite_loss: bool, saw: Sequence[RankSaw]) -> Origin:
+def find_origin(finite_loss: bool, saw: Sequence[RankSightings]) -> Origin:
     """From what all ranks saw when the step was done again. finite_loss: whether the loss of the step was."""
     what = "non-finite gradient" if finite_loss else "non-finite loss"
     broken = [each for each in saw if each.weights]

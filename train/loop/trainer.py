@@ -28,7 +28,7 @@ from train.data.prefetch import Prefetch
 from train.data.prepare import Prepared
 from train.kernels.fp8.health import Report, merge
 from train.loop.measure import Measured
-from train.loop.nonfinite import SHOWN_TENSORS, Origin, RankSaw, Watch, bad_weights, find_origin
+from train.loop.nonfinite import SHOWN_TENSORS, Origin, RankSightings, Watch, bad_weights, find_origin
 from train.loop.peak_memory import peak_memory
 from train.loop.rank_progress import RankProgress
 from train.loop.state import RunState
@@ -220,10 +220,10 @@ class Trainer:
         with zero.accumulate(), Watch(self.parts.chunks) as watch:
             self.training_step.run_passes(batch)
         zero.step(valid=False)
-        mine = RankSaw(
+        mine = RankSightings(
             self.mesh.rank, self.mesh.dp_rank, loss, sorted(bad)[:SHOWN_TENSORS], weights, watch.forward, watch.backward
         )
-        return find_origin(finite_loss, [RankSaw.from_plain(plain) for plain in gather(mine.plain())])
+        return find_origin(finite_loss, [RankSightings.from_plain(plain) for plain in gather(mine.plain())])
 
     def _samples_of(self, plan: StepPlan, ranks: Sequence[int]) -> str:
         """The samples that these ranks read in a step."""

@@ -100,7 +100,7 @@ class Rates:
     def _find(self, kind: str) -> Rate:
         name: str | None = kind
         while name and name not in self.rates:
-            name = _stand_in(name)
+            name = _nearest_kind(name)
         if not name:
             raise UserError(
                 "hardware.rates",
@@ -131,7 +131,7 @@ class Rates:
         return work.calls * rate.seconds + operations + moved
 
 
-def _stand_in(kind: str) -> str | None:
+def _nearest_kind(kind: str) -> str | None:
     if kind in MEMORY:
         return "memory"
     if kind in LINKS:
