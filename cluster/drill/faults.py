@@ -111,7 +111,7 @@ class DrillGround:
                 os.kill(self.chance.choice(processes).pid, number)
 
     def _await(self, kind: str, seen: int) -> None:
-        """Until the run has written an event of this kind behind the first `seen`; at most PATIENCE."""
+        """Until the run has written an event of this kind behind the first `seen`; at most NOTICE_SECONDS."""
         deadline = time.monotonic() + NOTICE_SECONDS
         while time.monotonic() < deadline and self.driver.poll() is None:
             if any(event["kind"] == kind for event in read_events(self.folder)[seen:]):

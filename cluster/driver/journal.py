@@ -3,10 +3,10 @@
 One JSON object a line, written with one call:
 
     time      Unix time in seconds, by a clock that nobody sets while the driver runs
-    kind      see KINDS
+    kind      see EVENT_KINDS
     attempt   number of the attempt that it concerns; 0 before the first
     text      one sentence for people
-    ...       fields of the kind, see KINDS
+    ...       fields of the kind, see EVENT_KINDS
 
 The file is only ever appended to; a later launch of the same run goes on in it.
 """

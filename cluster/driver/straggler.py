@@ -1,11 +1,11 @@
 """Ranks that are slower than those that do the same work, told from the noise of a busy machine.
 
 A rank says after every step how long its own work took. Its peers are the ranks of the same pipeline stage. Of the last
-BLOCKS x BLOCK steps of every rank, the median of each block of steps is set beside the median of the peers' medians in that
+WINDOW_BLOCKS x BLOCK_STEPS of every rank, the median of each block of steps is set beside the median of the peers' medians in that
 block, as a logarithm; one slow step, or a burst that ends, moves no more than a block. A rank is slow if
 
     - in the mean over the blocks it takes `factor` times its peers' time,
-    - that mean is at least NOISE times the noise of one block, which is NOISE x sqrt(BLOCKS) of its own standard errors,
+    - that mean is at least NOISE times the noise of one block, which is NOISE x sqrt(WINDOW_BLOCKS) of its own standard errors,
     - and no block has less than half of it: it lasts.
 
 The noise of a block is the larger one of two: the standard error of its median, from the spread of single steps inside the

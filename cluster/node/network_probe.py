@@ -46,7 +46,7 @@ class NetworkProbe:
 
     def play(self, turns: list[tuple[str, int] | None]) -> list[NodeLink]:
         """Measure the way to each of these servers, one after another; at None wait until another node has measured the way to
-        this one, so that a node does one of both at a time. A turn takes at most some PATIENCE.
+        this one, so that a node does one of both at a time. A turn takes at most some PAIR_SECONDS.
         """
         found = []
         for turn in turns:

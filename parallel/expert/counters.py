@@ -1,6 +1,6 @@
 """What the expert all-to-all moved and how long it was waited for.
 
-A dispatcher owns one Counters object. Bytes are those of the messages handed to the communication library for
+A dispatcher owns one TrafficCounters object. Bytes are those of the messages handed to the communication library for
 other ranks, split counts included, without the library's own headers; what a rank keeps for itself is not sent
 and not counted.
 """

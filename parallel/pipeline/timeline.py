@@ -74,7 +74,7 @@ class _Clock(Protocol[Moment]):
 
 
 _Mark = tuple[str, int, int, tuple[int, int] | None, Moment, Moment]
-# kind, stage, micro_batch and backward as in Record, then when the action began and ended by the clock's own marks
+# kind, stage, micro_batch and backward as in ActionRecord, then when the action began and ended by the clock's own marks
 
 
 class Timeline(Generic[Moment]):
@@ -98,7 +98,7 @@ class Timeline(Generic[Moment]):
     def action(
         self, kind: str, stage: int, micro_batch: int, backward: tuple[int, int] | None = None
     ) -> Iterator[None]:
-        """Around one action; arguments as in Record."""
+        """Around one action; arguments as in ActionRecord."""
         start = self._clock.now()
         yield
         self._open.append((kind, stage, micro_batch, backward, start, self._clock.now()))

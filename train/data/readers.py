@@ -28,7 +28,7 @@ SURROGATE = re.compile("[\ud800-\udfff]")
 
 
 def read_text(file: SourceFile, field: str, binary: set[str] | None) -> Iterator[tuple[str, str]]:
-    """The file as one document, or as several when it is longer than PIECE.
+    """The file as one document, or as several when it is longer than TEXT_PIECE_BYTES.
 
     A binary file (a NUL among the first 8 KiB: git's rule) yields nothing and is added to `binary`, unless that is None.
     """

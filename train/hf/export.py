@@ -162,7 +162,7 @@ class ExportSlice:
 
 
 def _batches(written: list[Written]) -> Iterator[list[ExportSlice]]:
-    """Cuts in order, as many at a time as CHUNK has room for."""
+    """Cuts in order, as many at a time as EXPORTED_ELEMENTS has room for."""
     batch, room = [], EXPORTED_ELEMENTS
     for cut in (cut for each in written for cut in _cuts(each)):
         if batch and cut.count > room:

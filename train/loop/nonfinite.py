@@ -48,7 +48,7 @@ class RankSightings:
     loss: bool | None
     """Whether its own loss was finite; None on a rank that sees no loss."""
     gradients: list[str]
-    """Parameters of its shard with a non-finite gradient, which is summed over ranks; the first SHOWN."""
+    """Parameters of its shard with a non-finite gradient, which is summed over ranks; the first SHOWN_TENSORS."""
     weights: list[str]
     """Parameters that are not finite themselves."""
     forward: Sighting | None

@@ -33,7 +33,7 @@ NATIVE = {"x86_64": ["-march=native", "-mprefer-vector-width=512"], "aarch64": [
 class CppSource:
     """One file to compile, and what to say where that cannot be.
 
-    flags: beside FLAGS. headers: what the file includes of ours. field: the setting that asks for it.
+    flags: beside COMPILER_FLAGS. headers: what the file includes of ours. field: the setting that asks for it.
     without: what to set to do without it, and what that means.
     """
 

@@ -54,7 +54,7 @@ _bf16_rate = Kernel(partial(library, "products"), "bf16_rate", ctypes.c_double)
 
 
 def source(name: str, field: str, without: str) -> CppSource:
-    """One of NAMES as somebody asks for it, see `CppSource`."""
+    """One of LIBRARY_NAMES as somebody asks for it, see `CppSource`."""
     here = Path(__file__).parent
     flags = ("-ffp-contract=off",)  # products and sums are one operation only where the code says so
     return CppSource(here / f"{name}.cpp", field, without, flags, (here / "tiles.h", here / "vectors.h"))

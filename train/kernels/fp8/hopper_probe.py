@@ -42,7 +42,7 @@ PROBE_TAIL = 1500
 
 
 def probe(config: Config, device: int = 0) -> str:
-    """What is installed, in one line, once it has proved to work. Waits at most LIMIT seconds.
+    """What is installed, in one line, once it has proved to work. Waits at most PROBE_SECONDS.
 
     device: number of the GPU. Raises UserError naming all that does not fit.
     """

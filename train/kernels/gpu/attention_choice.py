@@ -96,7 +96,7 @@ def _tried(part: str, length: int) -> tuple[int, Seen]:
 
 
 def problem_of(core: AttentionCore, config: Config, device: torch.device, part: str) -> str | None:
-    """What is wrong with a core at the widths of this model's heads; None where nothing is. part: of PARTS."""
+    """What is wrong with a core at the widths of this model's heads; None where nothing is. part: of ATTENTION_PARTS."""
     return next(filter(None, (_problem_at(length, core, config, device, part) for length in LENGTHS)), None)
 
 

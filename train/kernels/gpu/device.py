@@ -26,7 +26,7 @@ FLIGHTS = "flight_recorder_rank_"
 PROBED = "SLUICE_PROBED"
 """Set to the FP8 recipe whose products this command has tried, for the ranks that it starts here."""
 PROBE_PATIENCE = timedelta(hours=1)
-"""Longest wait for the first rank of each machine, which tries products for hopper_probe.PROBE_SECONDS seconds at most."""
+"""Longest wait for the first rank of each machine, which tries products for hopper_probe.PROBE_SECONDS at most."""
 GPUS = ("/dev/nvidia[0-9]*", "/dev/dxg")
 """Files that a machine with a GPU of NVIDIA has, or a container that was given one; the second is that of Windows."""
 

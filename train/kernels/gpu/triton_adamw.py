@@ -2,7 +2,7 @@
 
 An update reads weight, gradient and two moments and writes all but the gradient: 20 bytes a parameter with bf16 moments. Neither
 it nor the norm is launched more often for more parameters: one launch works on many pieces of memory, of which a table on the
-device says where they are. A program takes CHUNK elements of one piece; their number is known before, so that the host makes
+device says where they are. A program takes PROGRAM_ELEMENTS elements of one piece; their number is known before, so that the host makes
 one line of the table for each piece and the device the rest.
 
 Every element gets the same arithmetic wherever a shard begins or ends: that of the compiled code for CPUs, in fp32.

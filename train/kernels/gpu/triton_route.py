@@ -177,7 +177,7 @@ def route(
     balanced: bool,
 ) -> None:
     """made: scores, ids (read where given), gates, factor, total. sums: load, share and choices without bias of every block of
-    TOKENS tokens, (B, blocks, E); None where nothing is counted.
+    ROUTE_TOKENS tokens, (B, blocks, E); None where nothing is counted.
     """
     B, T, E = logits_BTE.shape
     _route_kernel[(triton.cdiv(T, ROUTE_TOKENS), B)](

@@ -93,7 +93,7 @@ def _heads_kernel(
     nope: constexpr, rope: constexpr, kv_row: constexpr,
     NOPE: constexpr, ROPE: constexpr, HEAD_POSITIONS: constexpr,
 ):  # fmt: skip
-    """One head of TOKENS positions. q_ptr: the rope part of queries, nope + rope apart, where the turned one goes."""
+    """One head of HEAD_POSITIONS positions. q_ptr: the rope part of queries, nope + rope apart, where the turned one goes."""
     head, batch = tl.program_id(1).to(tl.int64), tl.program_id(2).to(tl.int64)
     tokens = tl.program_id(0) * HEAD_POSITIONS + tl.arange(0, HEAD_POSITIONS)
     real = (tokens < length)[:, None]
@@ -118,7 +118,7 @@ def _heads_backward_kernel(
     nope: constexpr, rope: constexpr, value: constexpr,
     NOPE: constexpr, ROPE: constexpr, VALUE: constexpr, HEAD_POSITIONS: constexpr,
 ):  # fmt: skip
-    """All heads of TOKENS positions, so that the gradient of the shared rope key is one sum in the order of the heads."""
+    """All heads of HEAD_POSITIONS positions, so that the gradient of the shared rope key is one sum in the order of the heads."""
     batch = tl.program_id(1).to(tl.int64)
     tokens = tl.program_id(0) * HEAD_POSITIONS + tl.arange(0, HEAD_POSITIONS)
     places = tokens[:, None].to(tl.int64)

@@ -1,7 +1,7 @@
 """Seconds of work: the rates of a description or of a calibration, and which kind stands in for which.
 
 Shipped descriptions know a few kinds (products, attention, memory); a calibration measures all that this project's own
-code does. A kind that is not there takes the rate of the kind that it is an instance of, along KINDS; a kind without any
+code does. A kind that is not there takes the rate of the kind that it is an instance of, along WORK_KINDS; a kind without any
 is an error.
 """
 
