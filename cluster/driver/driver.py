@@ -13,7 +13,7 @@ from pathlib import Path
 from cluster.driver import messages as m
 from cluster.driver.checkpoints import claim_attempt, newest, written_since
 from cluster.driver.copies import Copies
-from cluster.driver.fleet import Fleet, FleetLost, Reply
+from cluster.driver.fleet import Fleet, FleetLost, Reply, call_agent
 from cluster.driver.journal import Journal
 from cluster.driver.network import NetworkTest
 from cluster.driver.node_state import DriverPhase, NodeHealth
@@ -23,7 +23,7 @@ from cluster.driver.shapes import Shapes, with_shape
 from cluster.driver.supervisor import NAP, Supervisor
 from cluster.driver.view import View
 from cluster.driver.vitals import Vitals
-from cluster.node.agent import Answer, Order
+from cluster.node.agent import Agent, Answer, Order
 from cluster.node.copy_store import OpenedCopy
 from cluster.node.preflight import Preflight
 from cluster.run_files import NONE, Age
@@ -187,7 +187,7 @@ class Driver:
         if verdict.unreachable:
             self._tell(m.StartFailed(number, placement.seats[0].node.id, "\n".join(verdict.unreachable)))
         else:
-            self.fleet.call(placement.seats[0].node.id, "free_port")
+            call_agent(self.fleet, placement.seats[0].node.id, Agent.free_port)
 
     def _look(self) -> None:
         """At the nodes and the checkpoints."""
@@ -214,7 +214,7 @@ class Driver:
             del self._check_again[id]
             if id in self._known:
                 tests_network = self.supervisor.attempt is None
-                self.fleet.call(id, "facts", self.preflight.question(self._known[id], tests_network))
+                call_agent(self.fleet, id, Agent.facts, self.preflight.question(self._known[id], tests_network))
         for id, why in draining.items():
             self._tell(m.Draining(id, why))
         for id in self._ask_later & set(self._known):
@@ -239,7 +239,7 @@ class Driver:
         spread = random.uniform(0.5, 1.5)  # all were asked at once when the attempt began, and shall not answer at once
         patience = min(max(NEWS_SECONDS, spread * len(self._known) / ANSWERS), longest)
         self._overdue[id] = now + patience + heartbeat
-        self.fleet.call(id, "ask", self._offsets_on(id), self.supervisor.number, patience)
+        call_agent(self.fleet, id, Agent.ask, self._offsets_on(id), self.supervisor.number, patience)
 
     def _ranks_on(self, id: str) -> list[int]:
         return self.supervisor.attempt.ranks_of.get(id, []) if self.supervisor.attempt else []
@@ -256,11 +256,11 @@ class Driver:
             node = self._forget(reply.node)  # the next look starts a new agent, if the node is still listed
             if node.id not in self.supervisor.nodes:
                 self._refuse(node, f"its agent died: {reply.error}")
-        elif reply.method == "facts":
+        elif reply.is_of(Agent.facts):
             self._check_facts(self._known[reply.node], reply)
-        elif reply.method == "open_memory":
+        elif reply.is_of(Agent.open_memory):
             self._take_store(self._known[reply.node], reply)
-        elif reply.method == "ask":
+        elif reply.is_of(Agent.ask):
             if reply.error is None:
                 self._take_answer(reply.node, reply.value)
                 if reply.node in self._known:  # else it was let go
@@ -268,14 +268,14 @@ class Driver:
             else:
                 self._note("call_failed", f"{self._known[reply.node].name}: {reply.method}: {reply.error}")
                 self._ask_later.add(reply.node)
-        elif reply.method == "probe":
+        elif reply.is_of(Agent.probe):
             self._tell(m.Probed(reply.node))
-        elif reply.method == "network":
+        elif reply.is_of(Agent.network):
             if self._network is not None:
                 self._network.take(reply)
-        elif reply.method == "free_port":
+        elif reply.is_of(Agent.free_port):
             self._send_orders(reply)
-        elif reply.error is not None and reply.method == "start":
+        elif reply.error is not None and reply.is_of(Agent.start):
             self._tell(m.StartFailed(self.supervisor.number, reply.node, f"{reply.method}: {reply.error}"))
         elif reply.error is not None:  # ranks in reserve, say: the attempt can do without
             name = self._known[reply.node].name
@@ -296,7 +296,7 @@ class Driver:
             self._admit(node)
 
     def _open_memory(self, node: Node) -> None:
-        self.fleet.call(node.id, "open_memory", self.copies.folder_on(node), self.copies.token, node.address)
+        call_agent(self.fleet, node.id, Agent.open_memory, self.copies.folder_on(node), self.copies.token, node.address)
 
     def _take_store(self, node: Node, reply: Reply) -> None:
         opened = OpenedCopy(problem=reply.error) if reply.error is not None else reply.value
@@ -396,7 +396,9 @@ class Driver:
         if self.config.cluster.standby:
             for node in nodes:
                 seats = self.supervisor.current.ranks_of.get(node.id, ())
-                self.fleet.call(node.id, "warm", self.arguments, self.rank_folder, len(seats) or node.devices)
+                call_agent(
+                    self.fleet, node.id, Agent.warm, self.arguments, self.rank_folder, len(seats) or node.devices
+                )
 
     def _tell(self, event: m.Event) -> None:
         for action in self.supervisor.handle(self.clock(), event):
@@ -413,23 +415,23 @@ class Driver:
                 if number == self.first and len(placement.nodes) > 1:
                     self._network = NetworkTest(placement.nodes, self._test_ports, self.fleet, self.clock())
                 else:
-                    self.fleet.call(placement.seats[0].node.id, "free_port")
+                    call_agent(self.fleet, placement.seats[0].node.id, Agent.free_port)
             case m.EndRanks(number, nodes):
                 self._starting = self._network = None
                 for id in nodes:
-                    self.fleet.call(id, "end", number)
+                    call_agent(self.fleet, id, Agent.end, number)
             case m.Stop(number, nodes, why, in_memory):
                 for id in nodes:
-                    self.fleet.call(id, "stop", number, in_memory, why)
+                    call_agent(self.fleet, id, Agent.stop, number, in_memory, why)
             case m.ProbeLinks(nodes):  # those with a pulse by its next questions, as calls to thousands take long
                 self._probed_from, now = self.pulse.number, self._awake()
                 self.pulse.hurry()
                 for id in nodes:
                     if not self.pulse.hears(id, now):
-                        self.fleet.call(id, "probe")
+                        call_agent(self.fleet, id, Agent.probe)
             case m.CollectStacks(number, nodes):
                 for id in nodes:
-                    self.fleet.call(id, "ask_stacks", number)
+                    call_agent(self.fleet, id, Agent.ask_stacks, number)
             case m.Note(number, kind, text, fields):
                 self.journal.write(kind, number, text, **fields)
                 self.view.note(kind, text)
@@ -477,7 +479,7 @@ class Driver:
         for id, seats in placement.by_node().items():
             ranks = [(seat.rank, seat.local_rank) for seat in seats]
             order = Order(number, ranks, arguments, shared, seats[0].node.address, self.rank_folder)
-            self.fleet.call(id, "start", order)
+            call_agent(self.fleet, id, Agent.start, order)
 
     def _tell_of_copies(self, number: int, placement: Placement) -> dict[str, str]:
         """Environment of ranks that keep copies in memory."""
@@ -493,7 +495,7 @@ class Driver:
         safe = saved > NONE and saved >= self.supervisor.held
         if self.config.checkpoint.every_memory and code in (EXIT_OK, EXIT_STOPPED) and safe:
             for id in self._known:
-                self.fleet.call(id, "drop_memory")
+                call_agent(self.fleet, id, Agent.drop_memory)
 
     def _attempt_config(self, number: int, shape: StageShape) -> Path:
         """The configuration of an attempt: its layout, and the run's own newest checkpoint once this launch has written one."""
@@ -517,13 +519,13 @@ class Driver:
             return
         waiting, quiet = {id for id in attempt.reachable if id in self._known}, 0
         for id in waiting:
-            self.fleet.call(id, "last_words", self._offsets_on(id), attempt.number)
+            call_agent(self.fleet, id, Agent.last_words, self._offsets_on(id), attempt.number)
         # 2 s of silence end it, not 2 s: this process itself may be held up longer, with the answers at hand.
         while waiting and quiet < 20:
             replies = self.fleet.replies(0.1)
             quiet += not replies
             for reply in replies:
-                if reply.method == "last_words":
+                if reply.is_of(Agent.last_words):
                     waiting.discard(reply.node)
                     if reply.error is None and not reply.dead:
                         self._take_answer(reply.node, reply.value)

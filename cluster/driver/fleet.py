@@ -3,12 +3,16 @@
 The one in use is cluster/driver/ray_backend.py; tests have one whose agents live in the same process.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Concatenate, ParamSpec, Protocol
 
+from cluster.node.agent import Agent
 from cluster.topology import Node
 
-WAITING = ("ask", "network")
+Arguments = ParamSpec("Arguments")
+
+WAITING = (Agent.ask.__name__, Agent.network.__name__)
 """Methods of an agent that take their time; the others return at once."""
 
 
@@ -23,6 +27,10 @@ class Reply:
     """What the method raised, or how the agent died."""
     dead: bool = False
     """The agent is gone; a call starts a new one."""
+
+    def is_of(self, method: Callable) -> bool:
+        """Whether this is the outcome of a call of this method of `Agent`."""
+        return self.method == method.__name__
 
 
 class FleetLost(RuntimeError):
@@ -45,7 +53,7 @@ class Fleet(Protocol):
         ...
 
     def call(self, node: str, method: str, *arguments: Any) -> None:
-        """Call a method of cluster.node.agent.Agent there. The first call starts the agent.
+        """Call the method of `Agent` of this name there; see `call_agent`. The first call starts the agent.
 
         Calls of a WAITING method come one after another, and so do all calls of the others together; neither waits for the other.
         """
@@ -58,3 +66,15 @@ class Fleet(Protocol):
     def close(self) -> None:
         """End all agents, and with them their ranks."""
         ...
+
+
+def call_agent(
+    fleet: Fleet,
+    node: str,
+    method: Callable[Concatenate[Agent, Arguments], Any],
+    *arguments: Arguments.args,
+    **named: Arguments.kwargs,
+) -> None:
+    """Call a method of the agent of a node. method: as its class has it, `Agent.facts`; its arguments, all by position."""
+    assert not named, named
+    fleet.call(node, method.__name__, *arguments)

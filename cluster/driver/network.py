@@ -9,7 +9,8 @@ others. The transfer is short: it finds a bad cable or a route over the wrong in
 import statistics
 from dataclasses import dataclass
 
-from cluster.driver.fleet import Fleet, Reply
+from cluster.driver.fleet import Fleet, Reply, call_agent
+from cluster.node.agent import Agent
 from cluster.node.network_probe import PAIR_SECONDS, NodeLink
 from cluster.topology import Node
 
@@ -67,7 +68,7 @@ class NetworkTest:
             else:
                 self._links[here.id, there.id] = NodeLink(there.address, error="it opened no port for the test")
         for id in self._partners:
-            fleet.call(id, "network", turns[id])
+            call_agent(fleet, id, Agent.network, turns[id])
 
     def take(self, reply: Reply) -> None:
         """An answer of an agent to one of this test's calls."""

@@ -217,10 +217,10 @@ def test_a_cause_that_stays_ends_the_run_with_a_diagnosis(tmp_path):
 
 
 def test_ranks_in_reserve_that_cannot_start_break_no_attempt(tmp_path, monkeypatch):
-    def fail(agent: Agent, *_) -> None:
+    def warm(agent: Agent, *_) -> None:
         raise OSError("no memory")
 
-    monkeypatch.setattr("cluster.node.agent.Agent.warm", fail)
+    monkeypatch.setattr(Agent, "warm", warm)
     run = Run(tmp_path, nodes=2, dp=2)
     run.hold_until("call_failed")
     assert run.run() == EXIT_OK, run.finish.text
@@ -511,7 +511,11 @@ def test_a_driver_that_is_held_up_at_its_end_hears_what_ranks_printed_last(tmp_p
 
 def test_a_port_that_others_take_is_named(tmp_path, monkeypatch):
     with socket.create_server(("127.0.0.1", 0)) as taken:
-        monkeypatch.setattr("cluster.node.agent.Agent.free_port", lambda agent: taken.getsockname()[1])
+
+        def free_port(agent: Agent) -> int:
+            return taken.getsockname()[1]
+
+        monkeypatch.setattr(Agent, "free_port", free_port)
         run = Run(tmp_path, "cluster.restarts=1", nodes=2, dp=2)
         assert run.run() == EXIT_CRASH
     assert "rank 0 on n0 failed: OSError: [Errno 98] Address already in use" in run.finish.text
