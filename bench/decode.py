@@ -23,25 +23,24 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
-from train.kernels.cpu.processor import tune_cpu
+import train.kernels.cpu.tuned  # noqa: F401  before torch allocates anything
 
-tune_cpu()
+# isort: split
+import torch
 
-import torch  # noqa: E402
-
-from bench.train_step import SHAPES  # noqa: E402
-from conf.load import compose, read_config  # noqa: E402
-from train.checkpoint.manifest import newest_intact  # noqa: E402
-from train.data.tokenizer import load_tokenizer  # noqa: E402
-from train.generate.cache import bytes_per_token, multi_head_bytes_per_token  # noqa: E402
-from train.generate.complete import start  # noqa: E402
-from train.generate.decoder import Decoder  # noqa: E402
-from train.generate.generation import Generation, Limits  # noqa: E402
-from train.generate.sampling import Sampler  # noqa: E402
-from train.generate.source import from_checkpoint  # noqa: E402
-from train.kernels.choice import build_kernels  # noqa: E402
-from train.kernels.plain.high import HighPrecision  # noqa: E402
-from train.model.deepseek import DeepSeekV3  # noqa: E402
+from bench.train_step import SHAPES
+from conf.load import compose, read_config
+from train.checkpoint.manifest import newest_intact
+from train.data.tokenizer import load_tokenizer
+from train.generate.cache import bytes_per_token, multi_head_bytes_per_token
+from train.generate.complete import start
+from train.generate.decoder import Decoder
+from train.generate.generation import Generation, Limits
+from train.generate.sampling import Sampler
+from train.generate.source import from_checkpoint
+from train.kernels.choice import build_kernels
+from train.kernels.plain.high import HighPrecision
+from train.model.deepseek import DeepSeekV3
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 PROMPTS = ["", "import ", "class Reader:\n    def __init__(self", "def main():\n", '"""Support for ']

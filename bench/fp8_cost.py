@@ -14,18 +14,17 @@ import time
 from collections.abc import Callable, Iterable
 from functools import partial
 
-from train.kernels.cpu.processor import tune_cpu
+import train.kernels.cpu.tuned  # noqa: F401  before torch allocates anything
 
-tune_cpu()  # before torch allocates, as in training
+# isort: split
+import torch
 
-import torch  # noqa: E402
-
-from conf.load import compose  # noqa: E402
-from train.kernels.choice import build_kernels  # noqa: E402
-from train.kernels.fp8.fp8 import Fp8Precision  # noqa: E402
-from train.kernels.plain.high import HighPrecision  # noqa: E402
-from train.model.deepseek import DeepSeekV3  # noqa: E402
-from train.model.init import initialise  # noqa: E402
+from conf.load import compose
+from train.kernels.choice import build_kernels
+from train.kernels.fp8.fp8 import Fp8Precision
+from train.kernels.plain.high import HighPrecision
+from train.model.deepseek import DeepSeekV3
+from train.model.init import initialise
 
 LINEAR = ((4096, 512, 1536), (4096, 1024, 1024), (4096, 2048, 1024), (2048, 2048, 2048))
 """Tokens, inputs, outputs: V3's attention and FFN projections at a quarter to a half of their widths."""

@@ -15,5 +15,5 @@ from parallel.zero.engine import import_deepspeed
 
 with mock.patch("train.kernels.cpu.processor.tune_cpu"):
     import train.worker
-del sys.modules["train.worker"], train.worker
+del sys.modules["train.worker"], sys.modules["train.kernels.cpu.tuned"], train.worker
 import_deepspeed(on_cuda=False)

@@ -5,42 +5,42 @@ import time
 from contextlib import nullcontext
 from pathlib import Path
 
-from train.kernels.cpu.processor import cpu_name, tune_cpu
+import train.kernels.cpu.tuned  # noqa: F401  before torch allocates anything
 
-tune_cpu()  # before torch allocates anything
+# isort: split
+from train.kernels.cpu.processor import cpu_name
+import torch
 
-import torch  # noqa: E402
-
-from cluster.driver.copies import given_shelves  # noqa: E402
-from cluster.launch import Place, given_attempt, given_run  # noqa: E402
-from conf.disk import disk_errors, let_output_be_lost  # noqa: E402
-from conf.errors import EXIT_OK, DiskFailed  # noqa: E402
-from conf.schema import Config  # noqa: E402
-from parallel.exchange import from_rank_0  # noqa: E402
-from parallel.zero.engine import import_deepspeed  # noqa: E402
-from train.checkpoint.checkpointer import Checkpointer  # noqa: E402
-from train.checkpoint.commit import next_attempt  # noqa: E402
-from train.checkpoint.memory_copies import MemoryCopies  # noqa: E402
-from train.checkpoint.run_folder import RunPaths, held_by_rank_0  # noqa: E402
-from train.data.prepare import prepare  # noqa: E402
-from train.kernels.choice import choose_kernels  # noqa: E402
-from train.kernels.gpu.device import idle_gpu  # noqa: E402
-from train.kernels.precision import activation_dtype  # noqa: E402
-from train.loop.device_errors import raise_explained  # noqa: E402
-from train.loop.finish import finish, sample  # noqa: E402
-from train.loop.resume import find_start, restore  # noqa: E402
-from train.loop.state import RunState  # noqa: E402
-from train.loop.stop import StopRequest  # noqa: E402
-from train.loop.trainer import Flops, Outputs, Trainer  # noqa: E402
-from train.metrics.origin import record_machine  # noqa: E402
-from train.metrics.peak import peak_flops  # noqa: E402
-from train.metrics.wandb_items import sample_table  # noqa: E402
-from train.metrics.writer import open_writer  # noqa: E402
-from train.model.count import flops_per_token  # noqa: E402
-from train.model.operations import Kernels  # noqa: E402
-from train.optim.schedules import Schedules  # noqa: E402
-from train.parallelize import parallelize  # noqa: E402
-from train.rank import guarded, in_turn, set_up_rank  # noqa: E402
+from cluster.driver.copies import given_shelves
+from cluster.launch import Place, given_attempt, given_run
+from conf.disk import disk_errors, let_output_be_lost
+from conf.errors import EXIT_OK, DiskFailed
+from conf.schema import Config
+from parallel.exchange import from_rank_0
+from parallel.zero.engine import import_deepspeed
+from train.checkpoint.checkpointer import Checkpointer
+from train.checkpoint.commit import next_attempt
+from train.checkpoint.memory_copies import MemoryCopies
+from train.checkpoint.run_folder import RunPaths, held_by_rank_0
+from train.data.prepare import prepare
+from train.kernels.choice import choose_kernels
+from train.kernels.gpu.device import idle_gpu
+from train.kernels.precision import activation_dtype
+from train.loop.device_errors import raise_explained
+from train.loop.finish import finish, sample
+from train.loop.resume import find_start, restore
+from train.loop.state import RunState
+from train.loop.stop import StopRequest
+from train.loop.trainer import Flops, Outputs, Trainer
+from train.metrics.origin import record_machine
+from train.metrics.peak import peak_flops
+from train.metrics.wandb_items import sample_table
+from train.metrics.writer import open_writer
+from train.model.count import flops_per_token
+from train.model.operations import Kernels
+from train.optim.schedules import Schedules
+from train.parallelize import parallelize
+from train.rank import guarded, in_turn, set_up_rank
 
 
 def preload() -> None:

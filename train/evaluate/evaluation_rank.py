@@ -3,42 +3,41 @@
 import sys
 from pathlib import Path
 
-from train.kernels.cpu.processor import tune_cpu
+import train.kernels.cpu.tuned  # noqa: F401  before torch allocates anything
 
-tune_cpu()  # before torch allocates anything
+# isort: split
+import torch
+from rich.console import Console
 
-import torch  # noqa: E402
-from rich.console import Console  # noqa: E402
-
-from cluster.launch import Place, given_run  # noqa: E402
-from conf.disk import disk_errors  # noqa: E402
-from conf.errors import EXIT_OK  # noqa: E402
-from conf.schema import Config  # noqa: E402
-from conf.screen import Terminal  # noqa: E402
-from conf.words import sentence  # noqa: E402
-from parallel.mesh import Mesh  # noqa: E402
-from parallel.pipeline.schedule import Pipeline  # noqa: E402
-from train.checkpoint.run_folder import RunPaths  # noqa: E402
-from train.checkpoint.trained_with import require_tokenizer  # noqa: E402
-from train.checkpoint.weights import load_pipeline, require_memory  # noqa: E402
-from train.data.corpus import Corpus, build_corpus  # noqa: E402
-from train.evaluate.held_out_sources import EvaluatedSource, choose  # noqa: E402
-from train.evaluate.needle import NeedleCell  # noqa: E402
-from train.evaluate.observed import Observed  # noqa: E402
-from train.evaluate.result import Evaluation, show  # noqa: E402
-from train.evaluate.retrieve import read_fillers, search_needles  # noqa: E402
-from train.evaluate.target import Target, find_target  # noqa: E402
-from train.generate.source import start_token  # noqa: E402
-from train.hf.whole_model import load_hf_model  # noqa: E402
-from train.kernels.choice import choose_kernels  # noqa: E402
-from train.kernels.precision import activation_dtype  # noqa: E402
-from train.loop.validation import Sums, held_out_loss  # noqa: E402
-from train.metrics.wandb_items import evaluation_tables  # noqa: E402
-from train.metrics.wandb_sink import wants_wandb  # noqa: E402
-from train.metrics.writer import open_wandb  # noqa: E402
-from train.model.deepseek import DeepSeekV3  # noqa: E402
-from train.parallelize import build_pipeline  # noqa: E402
-from train.rank import guarded, in_turn, set_up_rank  # noqa: E402
+from cluster.launch import Place, given_run
+from conf.disk import disk_errors
+from conf.errors import EXIT_OK
+from conf.schema import Config
+from conf.screen import Terminal
+from conf.words import sentence
+from parallel.mesh import Mesh
+from parallel.pipeline.schedule import Pipeline
+from train.checkpoint.run_folder import RunPaths
+from train.checkpoint.trained_with import require_tokenizer
+from train.checkpoint.weights import load_pipeline, require_memory
+from train.data.corpus import Corpus, build_corpus
+from train.evaluate.held_out_sources import EvaluatedSource, choose
+from train.evaluate.needle import NeedleCell
+from train.evaluate.observed import Observed
+from train.evaluate.result import Evaluation, show
+from train.evaluate.retrieve import read_fillers, search_needles
+from train.evaluate.target import Target, find_target
+from train.generate.source import start_token
+from train.hf.whole_model import load_hf_model
+from train.kernels.choice import choose_kernels
+from train.kernels.precision import activation_dtype
+from train.loop.validation import Sums, held_out_loss
+from train.metrics.wandb_items import evaluation_tables
+from train.metrics.wandb_sink import wants_wandb
+from train.metrics.writer import open_wandb
+from train.model.deepseek import DeepSeekV3
+from train.parallelize import build_pipeline
+from train.rank import guarded, in_turn, set_up_rank
 
 EVALUATION_FOLDER = "evaluate"
 """Beside the run's own files: configuration and logs of an evaluation on several ranks."""

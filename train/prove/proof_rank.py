@@ -18,46 +18,45 @@ from dataclasses import asdict, replace
 from datetime import timedelta
 from pathlib import Path
 
-from train.kernels.cpu.processor import tune_cpu
+import train.kernels.cpu.tuned  # noqa: F401  before torch allocates anything
 
-tune_cpu()  # before torch allocates anything
+# isort: split
+import torch
+from torch import Tensor
 
-import torch  # noqa: E402
-from torch import Tensor  # noqa: E402
-
-from cluster.launch import Place, given_run  # noqa: E402
-from cluster.run_files import step_name  # noqa: E402
-from conf.disk import disk_errors  # noqa: E402
-from conf.errors import EXIT_OK  # noqa: E402
-from conf.micro_batches import share_of  # noqa: E402
-from conf.schema import Config  # noqa: E402
-from conf.thresholds import lowered  # noqa: E402
-from parallel.exchange import from_rank_0  # noqa: E402
-from parallel.mesh import build_mesh, read_layout  # noqa: E402
-from parallel.shard import Shard  # noqa: E402
-from parallel.zero.engine import Update, Zero  # noqa: E402
-from train.checkpoint.checkpointer import Checkpointer, SaveInFlight, SaveResult  # noqa: E402
-from train.checkpoint.commit import Save, next_attempt  # noqa: E402
-from train.checkpoint.run_folder import RunPaths  # noqa: E402
-from train.data.batch import Batch  # noqa: E402
-from train.kernels.choice import build_kernels, choose_kernels  # noqa: E402
-from train.kernels.plain.plain_attention import PlainAttention  # noqa: E402
-from train.loop.resume import find_start, restore  # noqa: E402
-from train.loop.state import RunState  # noqa: E402
-from train.loop.step import StepOutcome, TrainingStep  # noqa: E402
-from train.loop.stop import StopKind  # noqa: E402
-from train.loop.trainer import Flops, Outputs, Trainer  # noqa: E402
-from train.model.deepseek import DeepSeekV3  # noqa: E402
-from train.model.moe import Experts  # noqa: E402
-from train.optim.schedules import Schedules, StepPlan  # noqa: E402
-from train.parallelize import Parallelized, RankModel, build_rank_model, parallelize  # noqa: E402
-from train.prove.bounds import is_rounded  # noqa: E402
-from train.prove.double import in_double  # noqa: E402
-from train.prove.evidence import EVIDENCE, Evidence, EvidenceWatch, StepInfo  # noqa: E402
-from train.prove.layouts import PROOFS, RunPart, layout_name, passes_of, run_parts, save_step, watched_steps  # noqa: E402
-from train.prove.parts import PartsWatch  # noqa: E402
-from train.prove.samples import ProofData, initial_biases, initial_weights  # noqa: E402
-from train.rank import RankSetup, choose_device, guarded, start_process_group  # noqa: E402
+from cluster.launch import Place, given_run
+from cluster.run_files import step_name
+from conf.disk import disk_errors
+from conf.errors import EXIT_OK
+from conf.micro_batches import share_of
+from conf.schema import Config
+from conf.thresholds import lowered
+from parallel.exchange import from_rank_0
+from parallel.mesh import build_mesh, read_layout
+from parallel.shard import Shard
+from parallel.zero.engine import Update, Zero
+from train.checkpoint.checkpointer import Checkpointer, SaveInFlight, SaveResult
+from train.checkpoint.commit import Save, next_attempt
+from train.checkpoint.run_folder import RunPaths
+from train.data.batch import Batch
+from train.kernels.choice import build_kernels, choose_kernels
+from train.kernels.plain.plain_attention import PlainAttention
+from train.loop.resume import find_start, restore
+from train.loop.state import RunState
+from train.loop.step import StepOutcome, TrainingStep
+from train.loop.stop import StopKind
+from train.loop.trainer import Flops, Outputs, Trainer
+from train.model.deepseek import DeepSeekV3
+from train.model.moe import Experts
+from train.optim.schedules import Schedules, StepPlan
+from train.parallelize import Parallelized, RankModel, build_rank_model, parallelize
+from train.prove.bounds import is_rounded
+from train.prove.double import in_double
+from train.prove.evidence import EVIDENCE, Evidence, EvidenceWatch, StepInfo
+from train.prove.layouts import PROOFS, RunPart, layout_name, passes_of, run_parts, save_step, watched_steps
+from train.prove.parts import PartsWatch
+from train.prove.samples import ProofData, initial_biases, initial_weights
+from train.rank import RankSetup, choose_device, guarded, start_process_group
 
 PARTS = (0, 1)
 """The parts of a run, see run_pass."""

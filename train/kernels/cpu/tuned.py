@@ -1,0 +1,5 @@
+"""Imported before torch by every program that computes: `tune_cpu` as a first import, so that all others stand behind it as usual."""
+
+from train.kernels.cpu.processor import tune_cpu
+
+tune_cpu()
