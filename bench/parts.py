@@ -27,23 +27,22 @@ from collections.abc import Callable
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 
-from train.kernels.cpu.processor import tune_cpu
+import train.kernels.cpu.tuned  # noqa: F401  before torch allocates anything
 
-tune_cpu()  # before torch allocates, as in training
+# isort: split
+import torch
 
-import torch  # noqa: E402
-
-from bench.train_step import SHAPES, TOKENS, Case, random_tokens, torch_dtype, transformers_model  # noqa: E402
-from train.kernels.choice import build_kernels  # noqa: E402
-from train.kernels.precision import build_precision  # noqa: E402
-from train.metrics.peak import measured_peak  # noqa: E402
-from train.model.count import attention_products, expert_params, head_flops  # noqa: E402
-from train.model.deepseek import Head  # noqa: E402
-from train.model.mla import MLA  # noqa: E402
-from train.model.moe import LocalDispatcher, MoE  # noqa: E402
-from train.model.rope import Rope  # noqa: E402
-from train.model.sequence import Positions  # noqa: E402
-from train.optim.adamw import AdamW, moments_dtype  # noqa: E402
+from bench.train_step import SHAPES, TOKENS, Case, random_tokens, torch_dtype, transformers_model
+from train.kernels.choice import build_kernels
+from train.kernels.precision import build_precision
+from train.metrics.peak import measured_peak
+from train.model.count import attention_products, expert_params, head_flops
+from train.model.deepseek import Head
+from train.model.mla import MLA
+from train.model.moe import LocalDispatcher, MoE
+from train.model.rope import Rope
+from train.model.sequence import Positions
+from train.optim.adamw import AdamW
 
 Step = Callable[[], object]
 WARM_STEPS = 2
@@ -173,7 +172,7 @@ class TimedParts:
         ours, theirs = (torch.nn.Parameter(torch.randn(size)) for _ in range(2))
         ours.grad, theirs.grad = torch.randn(size), torch.randn(size)
         group = {"params": [ours], "weight_decay": 0.1}
-        mine = AdamW([group], self.config.optim, moments_dtype(self.config.precision), "adamw" in self._kernels.parts)
+        mine = AdamW.make([group], self.config, self._kernels.parts)
         torchs = torch.optim.AdamW([theirs], lr=1e-4, betas=(0.9, 0.95), weight_decay=0.1, fused=True)
         return TimedPart(mine.step, torchs.step, 0.0)
 

@@ -26,7 +26,8 @@ from dataclasses import dataclass
 
 from conf.load import compose
 from conf.schema import Config
-from parallel.pipeline.simulate import Action, schedule_actions, simulate
+from parallel.pipeline.orders import Action, schedule_actions
+from parallel.pipeline.simulate import simulate
 from train.model.count import flops_per_token
 from train.plan.budget import RunPlan, make_plan
 from train.plan.job import layout_of

@@ -10,18 +10,18 @@ from dataclasses import dataclass
 from operator import attrgetter
 from typing import Any, Protocol
 
+from conf.dispatches import DISPATCHES
 from conf.errors import UserError
 from conf.fields import check_fields, wrong_choice
 from conf.micro_batches import batch_unit, check_batch
+from conf.pipeline_schedules import SCHEDULES
 from conf.schema import (
     Config,
     DataFormat,
-    DispatchKind,
     Fp8Backend,
     Mode,
     Model,
     Offload,
-    PipelineSchedule,
     Recompute,
 )
 
@@ -30,6 +30,8 @@ MAX_EXPERTS = 32767
 """Expert ids are sorted and sent as int16."""
 SMALLEST_SHARE = 1e-6
 """The smallest share of a mix: what train/data/mix.py can tell from nothing."""
+IN_PARTS = next(name for name, facts in SCHEDULES.items() if facts.stages is None)
+"""The schedule that takes parallel.virtual_stages."""
 OPERAND = re.compile(r"bf16|(e4m3|e5m2)/(1x128|128x128|row|tensor)/(fp32|pow2)")
 
 
@@ -259,9 +261,9 @@ TOP: tuple[ConfigCheck, ...] = (
     When(
         lambda c: c.cluster.deterministic,  # packages of others that make no promise to repeat their bits
         (
-            JoinedRule("parallel.dispatch", lambda c, v: v != DispatchKind.deepep,
-                       "does not go with cluster.deterministic: DeepEP does not say that rows arrive in the same order in every run",
-                       "use parallel.dispatch=node_limited or flat"),
+            JoinedRule("parallel.dispatch", lambda c, v: DISPATCHES[v].repeats,
+                       "does not go with cluster.deterministic: nobody says that its rows arrive in the same order in every run",
+                       f"use parallel.dispatch={' or '.join(name for name, facts in DISPATCHES.items() if facts.repeats)}"),
             JoinedRule("precision.fp8", lambda c, v: v is None or v.backend != Fp8Backend.deepgemm,
                        "does not go with cluster.deterministic: DeepGEMM does not say that its products repeat their bits",
                        "use precision.fp8.backend=triton", named="precision.fp8.backend", shown=lambda c, v: v.backend),
@@ -372,10 +374,10 @@ PARALLEL: tuple[ConfigCheck, ...] = (
                lambda c, v: f"must divide parallel.dp {'x parallel.cp ' if c.parallel.cp > 1 else ''}= {c.parallel.stage_ranks}",
                "ranks that share experts are data-parallel ranks: raise dp or lower ep"),
     _pieces("seq_len"),
-    JoinedRule("parallel.virtual_stages", lambda c, v: c.parallel.schedule == PipelineSchedule.interleaved or v == 2,
-               lambda c, v: f"is for schedule=interleaved alone: with {c.parallel.schedule} every rank has "
-               f"{'one stage' if c.parallel.schedule == PipelineSchedule['1f1b'] else 'two stages'}",
-               "add parallel.schedule=interleaved, or leave parallel.virtual_stages out"),
+    JoinedRule("parallel.virtual_stages", lambda c, v: c.parallel.schedule_facts.stages is None or v == 2,
+               lambda c, v: f"is for schedule={IN_PARTS} alone: with {c.parallel.schedule} every rank has "
+               f"{'one stage' if c.parallel.schedule_facts.stages == 1 else 'two stages'}",
+               f"add parallel.schedule={IN_PARTS}, or leave parallel.virtual_stages out"),
     JoinedRule("parallel.zero", lambda c, v: c.parallel.pp == 1 or v == 1,
                "must be 1 with pipelines: stage 2 would keep whole gradients until the step ends anyway, and stage 3 would gather "
                "the weights again for every micro-batch",
@@ -383,8 +385,8 @@ PARALLEL: tuple[ConfigCheck, ...] = (
     JoinedRule("parallel.offload_optimizer", lambda c, v: not (v and c.parallel.zero == 3),
                "needs parallel.zero=1 or 2: stage 3 already cuts weights and gradients too, and gathers them from the device",
                "use parallel.zero=1 or 2, or leave parallel.offload_optimizer at false"),
-    JoinedRule("parallel.overlap", lambda c, v: not (c.parallel.zero == 3 and c.parallel.schedule == PipelineSchedule.dualpipev and v),
-               "must be false with parallel.zero=3 and schedule=dualpipev: weights are gathered for one pass at a time, and here a "
+    JoinedRule("parallel.overlap", lambda c, v: not (c.parallel.zero == 3 and c.parallel.schedule_facts.pairs and v),
+               "must be false with parallel.zero=3 and schedule={parallel.schedule}: weights are gathered for one pass at a time, and here a "
                "forward and a backward take turns",
                "use parallel.overlap=false, another schedule, or parallel.zero=1 or 2"),
     When(_has_experts, (lambda c: check_experts(c.model.experts, c.parallel.ep),)),

@@ -1,4 +1,4 @@
-"""How a step's sequences become micro-batches: what a schedule asks for, the size that is chosen where none is given, and the rule.
+"""How a step's sequences become micro-batches: the size that is chosen where none is given, and the rule.
 
 Every data-parallel rank has its share of the batch and cuts it into micro-batches of one size. The shares are batch_size / dp;
 with parallel.uneven those of an expert group, whose ranks work in lockstep, may be a micro-batch larger than those of another.
@@ -9,17 +9,6 @@ import math
 
 from conf.errors import UserError
 from conf.schema import Config, Parallel
-
-
-def broken_schedule(schedule: str, pp: int, micro_batches: int) -> str | None:
-    """Why a pipeline of pp ranks cannot run so many micro-batches per step and data-parallel rank; None if it can."""
-    rounds = max(1, micro_batches // pp)
-    least = {"1f1b": pp, "dualpipev": 2 * pp}.get(schedule, 1)
-    if micro_batches < least:
-        return f"{schedule} needs at least {least} micro-batches to fill {pp} pipeline ranks"
-    if schedule == "interleaved" and micro_batches % rounds:
-        return f"interleaved needs micro-batches that {rounds} rounds of about {pp} divide (a multiple of pp is safe)"
-    return None
 
 
 def batch_sizes(config: Config) -> list[int]:
@@ -70,7 +59,7 @@ def choose_micro_batch_size(config: Config) -> int:
     for size in sorted(divisors(whole // parallel.dp), reverse=True) if whole % parallel.dp == 0 else []:
         counts = {batch // (size * parallel.dp) for batch in batches}
         fits = size == 1 or size * config.seq_len // parallel.cp <= config.micro_batch_tokens
-        if fits and not any(broken_schedule(parallel.schedule, parallel.pp, count) for count in counts):
+        if fits and not any(parallel.schedule_facts.find_broken_rule(parallel.pp, count) for count in counts):
             return size
     return 1
 

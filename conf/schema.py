@@ -9,7 +9,10 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any, Protocol
 
+from conf.dispatches import DISPATCHES, FLAT_DISPATCH, DispatchFacts
 from conf.fields import LEFT_OUT, Filled, expert, number
+from conf.optimizers import ADAMW, OPTIMIZERS, OptimizerFacts
+from conf.pipeline_schedules import PLAIN_SCHEDULE, SCHEDULES, ScheduleFacts
 
 ROOT = Path(__file__).resolve().parent.parent
 """The folder that holds conf/, train/, parallel/ and cluster/."""
@@ -51,8 +54,9 @@ Offload = StrEnum("Offload", ["attention", "ffn", "layer"])
 """Parts of a block whose activations wait in the host's memory for backward; no paper recipe has any."""
 DataFormat = StrEnum("DataFormat", ["auto", "stdlib", "text", "jsonl", "parquet", "huggingface", "memmap"])
 WandbMode = StrEnum("WandbMode", ["auto", "offline", "disabled"])
-PipelineSchedule = StrEnum("PipelineSchedule", ["1f1b", "interleaved", "zbv", "dualpipev"])
-DispatchKind = StrEnum("DispatchKind", ["flat", "node_limited", "deepep"])
+PipelineSchedule = StrEnum("PipelineSchedule", list(SCHEDULES))
+DispatchKind = StrEnum("DispatchKind", list(DISPATCHES))
+OptimizerName = StrEnum("OptimizerName", list(OPTIMIZERS))
 WireFormat = StrEnum("WireFormat", ["bf16", "fp8"])
 KeptInput = StrEnum("KeptInput", ["fp8", "bf16"])
 KeptOutput = StrEnum("KeptOutput", ["e5m6", "fp8", "bf16"])
@@ -240,8 +244,10 @@ class Data:
 
 @dataclass
 class Optim:
-    """AdamW and everything that changes over the run (paper 4.2)."""
+    """The optimizer and everything that changes over the run (paper 4.2)."""
 
+    name: OptimizerName = OptimizerName[ADAMW]
+    """What updates the weights. A checkpoint goes on with the optimizer that wrote it."""
     lr: float = number(2.2e-4, above=0)
     """Peak learning rate."""
     warmup_steps: int = number(2000, least=0)
@@ -273,6 +279,11 @@ class Optim:
     """Decay of the moving average of the weights kept in CPU memory; 0 for none."""
     max_bad_steps: int = expert(5, least=1)
     """Steps in a row with a non-finite loss or gradient that may be skipped before the run stops."""
+
+    @property
+    def facts(self) -> OptimizerFacts:
+        """What is known of the optimizer."""
+        return OPTIMIZERS[self.name]
 
 
 class RankCounts(Protocol):
@@ -318,7 +329,7 @@ class Parallel(RankCounts):
     """ZeRO stage, 1 to 3; 1 with pipelines. DeepSpeed's stage 0 would clip with a wrong norm."""
     offload_optimizer: bool = False
     """Keep master weights and Adam's moments in the host's memory and update them there (DeepSpeed's ZeRO-Offload); ZeRO 1 or 2."""
-    schedule: PipelineSchedule = PipelineSchedule["1f1b"]
+    schedule: PipelineSchedule = PipelineSchedule[PLAIN_SCHEDULE]
     """Order of the pipeline's actions: 1f1b, interleaved, zbv or dualpipev; the last three give every rank two stages, interleaved
     also more."""
     virtual_stages: int = number(2, least=2)
@@ -330,12 +341,27 @@ class Parallel(RankCounts):
     overlap: bool = expert(True)
     """dualpipev, also on a pipeline of one rank: run the forward of one micro-batch and the backward of another together, so
     that the all-to-all of either flies under the computation of the other; false runs them one after the other."""
-    dispatch: DispatchKind = DispatchKind.flat
+    dispatch: DispatchKind = DispatchKind[FLAT_DISPATCH]
     """How tokens reach experts on other ranks: flat (one all-to-all, a row per token and expert), node_limited (each token
     crosses to a node once and fans out inside it) or deepep (the DeepEP package, on GPUs)."""
     wire: WireFormat = WireFormat.bf16
     """Format of rows on their way to the experts and of gradients on theirs: bf16 (the activations' own format) or fp8
     (E4M3 with power-of-two scales per 128 values, paper 3.3.3). The ways back are always in the activations' format."""
+
+    @property
+    def schedule_facts(self) -> ScheduleFacts:
+        """What is known of the schedule."""
+        return SCHEDULES[self.schedule]
+
+    @property
+    def dispatch_facts(self) -> DispatchFacts:
+        """What is known of the dispatch."""
+        return DISPATCHES[self.dispatch]
+
+    @property
+    def placement(self) -> list[list[int]]:
+        """Stage numbers of every pipeline rank, ascending."""
+        return self.schedule_facts.place_stages(self.pp, self.virtual_stages)
 
     @property
     def schedule_words(self) -> str:

@@ -1,8 +1,9 @@
 """The one shape in which state leaves and enters a rank: an interval of a flattened logical tensor."""
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor, nn
 
@@ -37,8 +38,9 @@ class Fragment:
     param: nn.Parameter
     offset: int
     master: Tensor
-    """fp32, 1-D; shares memory with the live state, as the moments do."""
-    moments: dict[str, Tensor]
+    """fp32, 1-D; shares memory with the live state, as the optimizer's state does."""
+    state: dict[str, Tensor]
+    """The optimizer's, by the names of its rule (conf/optimizers.py)."""
 
 
 class Sharing(NamedTuple):
@@ -48,12 +50,24 @@ class Sharing(NamedTuple):
     rank: int
 
 
+class ShardSlice(NamedTuple):
+    """The elements of a parameter that lie in this rank's shard of its group."""
+
+    param: nn.Parameter
+    offset: int
+    """First element, in the flattened parameter."""
+    place: slice
+    """In the shard."""
+
+
 @dataclass
 class GradientHandover:
     """What ZeRO hands to the optimizer for its next update, beside the `.grad` of the flat parameters. The one object that both
     know; ZeRO fills it and the optimizer reads it.
     """
 
+    slices: dict[Tensor, list[ShardSlice]] = field(default_factory=dict)
+    """By flat parameter what lies in it of which weights, for an update that needs more than single elements; at stages 1 and 2."""
     factor: Tensor | None = None
     """All gradients are multiplied with it on their way into the update, which so clips them; a scalar on the host."""
     unreduced: dict[Tensor, list[Tensor]] = field(default_factory=dict)
@@ -75,3 +89,26 @@ class GradientHandover:
 def whole(tensor: Tensor) -> Shard:
     """The shard of a rank that holds all of a tensor."""
     return Shard(tensor.detach().view(-1), 0, tuple(tensor.shape))
+
+
+class ShardedOptimizer(Protocol):
+    """What updates the flat fp32 parameters that ZeRO hands over, and so what parallel/zero asks of an optimizer. It is a
+    torch.optim.Optimizer; every group has the rule of its weights as `rule` (conf/optimizers.py).
+    """
+
+    param_groups: list[dict[str, Any]]
+    handover: GradientHandover
+    updates: int
+    """Made before this step; the owner advances it, once per step."""
+
+    def allocate(self, param: Tensor) -> dict[str, Tensor]:
+        """The state of a flat parameter by name, made on first use; each of its shape, so that it is cut where the parameter is."""
+        ...
+
+    def sums_of_squares(self, pieces: Sequence[Tensor]) -> Tensor:
+        """The sum of squares of every flat fp32 tensor, in fp64: (pieces,)."""
+        ...
+
+    def step(self, closure: None = None) -> None:
+        """One update of every group that has gradients."""
+        ...

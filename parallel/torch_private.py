@@ -59,7 +59,7 @@ BORROWED = (
     BorrowedName(_STAGE, "set_local_fwd_input", "an output goes to the next stage of this rank"),
     BorrowedName(_STAGE, "set_local_bwd_input", "a gradient goes to the stage before, of this rank"),
     BorrowedName(_STAGE, "get_local_bwd_output", "that gradient"),
-    # What a schedule does, without running it: parallel/pipeline/simulate.py
+    # What a schedule does, without running it: parallel/pipeline/orders.py
     BorrowedName(_MULTI, "pipeline_order", "the actions of every rank"),
     BorrowedName(_RUNTIME, "_prepare_schedule_with_comms", "adds sends and receives, which take torch most of the time"),
     BorrowedName(_ACTION, "computation_type", "what an action is"),

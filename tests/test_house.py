@@ -6,6 +6,12 @@ from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+import pytest
+
+from conf.dispatches import DISPATCHES
+from conf.optimizers import OPTIMIZERS
+from conf.pipeline_schedules import SCHEDULES
+
 ROOT = Path(__file__).parents[1]
 PRODUCT = ("conf", "train", "parallel", "cluster")
 FOLDERS = (*PRODUCT, "bench")
@@ -80,3 +86,84 @@ def test_a_docstring_says_what_the_thing_is():
         and re.match(r"\s*(The same|Of)\b", str(node.value.value))
     ]
     assert found == []
+
+
+HOMES = (
+    "conf/pipeline_schedules.py",
+    "conf/dispatches.py",
+    "conf/optimizers.py",
+    "parallel/pipeline/orders.py",
+    "parallel/expert/build.py",
+    "train/optim/",
+    "train/prove/updates.py",
+)
+"""Where schedules, dispatches and optimizers are named: their facts, and the tables of what they do."""
+ENUMS = {"PipelineSchedule", "DispatchKind", "OptimizerName"}
+CONSTANTS = {"PLAIN_SCHEDULE", "FLAT_DISPATCH", "ADAMW"}
+
+
+def test_nobody_compares_the_name_of_a_schedule_a_dispatch_or_an_optimizer():
+    """Whoever wants to know something of one asks its facts, so that the next one costs a line in each table and no search."""
+    found = [
+        f"{file.relative_to(ROOT)}:{line}"
+        for folder in FOLDERS
+        for file in sorted((ROOT / folder).rglob("*.py"))
+        if not str(file.relative_to(ROOT)).startswith(HOMES)
+        for line in lines_that_compare(file.read_text())
+    ]
+    assert found == [], "ask conf/pipeline_schedules.py, conf/dispatches.py or conf/optimizers.py instead"
+
+
+@pytest.mark.parametrize(
+    "code",
+    [
+        'schedule == "zbv"',
+        "PipelineSchedule.zbv != schedule",
+        'schedule in (PipelineSchedule["1f1b"], other)',
+        'kind.startswith("exp_avg")',
+        '{"flat": 1, "deepep": 2}[dispatch]',
+        '{"1f1b": pp}.get(schedule, 1)',
+        "optim.name == ADAMW",
+        'match dispatch:\n    case DispatchKind.flat | "other":\n        pass',
+    ],
+)
+def test_every_form_of_a_comparison_is_seen(code):
+    assert lines_that_compare(f"x = 1\n{code}")
+
+
+def test_a_name_that_is_handed_on_is_no_comparison():
+    assert (
+        lines_that_compare(
+            'replace(parallel, schedule="zbv", dispatch=DispatchKind.flat)\nerrors[FLAT_DISPATCH] = None'
+        )
+        == []
+    )
+
+
+def lines_that_compare(code: str) -> list[int]:
+    """Numbers of the lines that hold something against one of the names."""
+    states = {name for facts in OPTIMIZERS.values() for rule in facts.rules for name in rule.state}
+    names = {*SCHEDULES, *DISPATCHES, *OPTIMIZERS, *states}
+
+    def is_named(node: ast.expr) -> bool:
+        return any(
+            (isinstance(each, ast.Constant) and each.value in names)
+            or (isinstance(each, ast.Name) and each.id in CONSTANTS)
+            or (isinstance(each, ast.Attribute) and isinstance(each.value, ast.Name) and each.value.id in ENUMS)
+            for each in ast.walk(node)
+        )
+
+    def compared(node: ast.AST) -> list[ast.expr]:
+        if isinstance(node, ast.Compare):
+            return [node.left, *node.comparators]
+        if isinstance(node, ast.MatchValue):
+            return [node.value]
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
+            if node.func.attr in ("startswith", "endswith"):
+                return node.args
+            return [key for key in getattr(node.func.value, "keys", []) if key]  # {...}.get(name)
+        if isinstance(node, ast.Subscript):
+            return [key for key in getattr(node.value, "keys", []) if key]
+        return []
+
+    return [node.lineno for tree in [ast.parse(code)] for node in ast.walk(tree) if any(map(is_named, compared(node)))]

@@ -7,7 +7,8 @@ import pytest
 
 from conf.errors import UserError
 from conf.load import compose, read_config, write_config
-from conf.micro_batches import batch_sizes, broken_schedule, choose_micro_batch_size, divisors
+from conf.micro_batches import batch_sizes, choose_micro_batch_size, divisors
+from conf.pipeline_schedules import SCHEDULES
 from conf.schema import PipelineSchedule
 from train.loop.layout_check import check_layout
 
@@ -47,7 +48,7 @@ def test_no_larger_size_would_run(schedule):
             size
             for size in divisors(batch // dp)
             if size * config.seq_len <= config.micro_batch_tokens
-            and not any(broken_schedule(schedule, pp, each // (size * dp)) for each in batch_sizes(config))
+            and not any(SCHEDULES[schedule].find_broken_rule(pp, each // (size * dp)) for each in batch_sizes(config))
         ]
         assert choose_micro_batch_size(config) == max(runs, default=1)
 

@@ -16,15 +16,15 @@ import torch
 import torch.distributed.pipelining as pipelining
 
 from conf.schema import ROOT
-from parallel.pipeline import lone_stage, simulate, stage
+from parallel.pipeline import lone_stage, orders, stage
 from parallel.torch_private import BORROWED
 from parallel.zero import private_names
 
 PRODUCT = ("conf", "parallel", "train", "cluster")
 PIPELINE = ("parallel/pipeline", "train/plan/memory/part.py")
 """Who uses the pipeline runtime."""
-DOCUMENTED = {"PipelineStage", "Schedule1F1B", "ScheduleDualPipeV", "ScheduleInterleaved1F1B", "ScheduleZBVZeroBubble", "step", "eval",
-              "device", "group", "stage_index", "num_stages", "is_first", "is_last"}  # fmt: skip
+DOCUMENTED = {"PipelineStage", "PipelineScheduleMulti", "PipelineScheduleSingle", "Schedule1F1B", "ScheduleDualPipeV", "ScheduleGPipe",
+              "ScheduleInterleaved1F1B", "ScheduleLoopedBFS", "ScheduleZBVZeroBubble", "step", "eval", "device", "group", "stage_index", "num_stages", "is_first", "is_last"}  # fmt: skip
 """In the documentation of torch.distributed.pipelining."""
 ELSEWHERE = {*dir(torch.Tensor), *dir(queue.Queue)}
 """Names that tensors and queues have too, whose these are in our files."""
@@ -72,12 +72,13 @@ def taken(tree: ast.AST) -> Iterator[str]:
 def overridden() -> set[str]:
     """What classes of ours put in the place of torch's."""
     found = set()
-    for module in (stage, lone_stage, simulate):
-        for _, kind in inspect.getmembers(module, inspect.isclass):
-            theirs = [one for one in kind.__mro__ if one.__module__.startswith("torch.")]
-            for one in kind.__mro__:
-                if one.__module__.startswith("parallel."):
-                    found |= {name for name in vars(one) if any(name in vars(other) for other in theirs)}
+    kinds = [kind for module in (stage, lone_stage) for _, kind in inspect.getmembers(module, inspect.isclass)]
+    kinds += [orders.without_transfers(order.drives) for order in orders.ORDERS.values()]
+    for kind in kinds:
+        theirs = [one for one in kind.__mro__ if one.__module__.startswith("torch.")]
+        for one in kind.__mro__:
+            if one.__module__.startswith("parallel."):
+                found |= {name for name in vars(one) if any(name in vars(other) for other in theirs)}
     return {name for name in found if not name.startswith("__") and name != "_abc_impl"}
 
 

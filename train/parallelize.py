@@ -6,20 +6,14 @@ from functools import cache
 import torch
 from torch import nn
 
+from conf.pipeline_schedules import PLAIN_SCHEDULE
 from conf.schema import Config, Recompute
 from parallel.context import ContextParallel
 from parallel.expert.build import RemoteDispatcher, build_dispatcher
 from parallel.mesh import Mesh
 from parallel.pipeline.host_store import HostStore
 from parallel.pipeline.schedule import Pipeline
-from parallel.pipeline.split import (
-    placement_of,
-    rank_stages,
-    split_as_given,
-    split_evenly,
-    split_layers,
-    stage_placement,
-)
+from parallel.pipeline.split import split_as_given, split_evenly, split_layers
 from parallel.zero.engine import Zero
 from train.kernels.choice import build_kernels
 from train.kernels.fp8.fp8 import Fp8Precision
@@ -32,7 +26,7 @@ from train.model.init import initialise
 from train.model.mtp import MTP
 from train.model.operations import Kernels
 from train.model.router import Router
-from train.optim.adamw import AdamW, decays, moments_dtype
+from train.optim.optimizer_classes import OPTIMIZER_CLASSES
 
 
 @dataclass
@@ -77,17 +71,18 @@ def parallelize(
     """
     model = build_rank_model(config, mesh, device, kernels, restored, dispatcher, layers, share)
     chunks, optim = model.chunks, config.optim
+    updates = OPTIMIZER_CLASSES[optim.name]
     offload = config.parallel.offload_optimizer
     updating = build_kernels("cpu", config.cluster.compiled) if offload else kernels
     zero = Zero(
         chunks,
-        lambda groups: AdamW(groups, optim, moments_dtype(config.precision), "adamw" in updating.parts),
+        lambda groups: updates.make(groups, config, updating.parts),
         mesh,
         stage=config.parallel.zero,
         offload=offload,
         clip=optim.clip,
         is_expert=lambda name: ".experts." in name,
-        decays=decays,
+        facts=optim.facts,
         weight_decay=optim.weight_decay,
         tied=tied_embedding(config, mesh, chunks),
         units=(Block, MTP),
@@ -133,8 +128,10 @@ def build_pipeline(
     host: HostStore | None = None,
 ) -> Pipeline[DeepSeekV3]:
     """The schedule over these chunks; a whole model is one chunk, stage 0 of 1."""
+    parallel = config.parallel
+    fits = num_stages == sum(map(len, parallel.placement))
     return Pipeline(
-        config.parallel.schedule if num_stages > 1 else "1f1b",
+        parallel.schedule if fits else PLAIN_SCHEDULE,
         chunks,
         stage_ids,
         num_stages,
@@ -155,18 +152,18 @@ def split(config: Config) -> list[range]:
     if isinstance(parallel.split, list):
         return split_as_given(parallel.split)
     if parallel.split == "even":
-        return split_evenly(model.layers, parallel.pp * rank_stages(parallel.schedule, parallel.virtual_stages))
+        return split_evenly(model.layers, sum(map(len, parallel.placement)))
     dense, moe = (layer_flops(model, seq_len, dense=kind) for kind in (True, False))
     costs = [dense] * model.dense_layers + [moe] * (model.layers - model.dense_layers)
     mtp = moe + 12 * model.hidden**2 + head_flops(model)
     last = head_flops(model) + model.mtp_depth * mtp
-    return list(_split(tuple(costs), last, parallel.schedule, parallel.pp, parallel.virtual_stages))
+    return list(_split(tuple(costs), last, tuple(map(tuple, parallel.placement))))
 
 
 @cache
-def _split(costs: tuple[float, ...], last: float, schedule: str, pp: int, virtual: int) -> tuple[range, ...]:
+def _split(costs: tuple[float, ...], last: float, placement: tuple[tuple[int, ...], ...]) -> tuple[range, ...]:
     """Kept, as a planner asks for the same split many times."""
-    return tuple(split_layers(costs, 0.0, last, stage_placement(schedule, pp, virtual)))
+    return tuple(split_layers(costs, 0.0, last, placement))
 
 
 def build_chunks(
@@ -184,7 +181,7 @@ def build_chunks(
 
     layers: of every stage; None for `split`. restored: as in `parallelize`. host: takes what model.offload names.
     """
-    placement = placement_of(config.parallel)
+    placement = config.parallel.placement
     stage_ids, num_stages = placement[mesh.pp_rank], sum(len(ids) for ids in placement)
     layers = layers or split(config)
     held = config.model.experts // mesh.layout.ep
@@ -236,7 +233,7 @@ def make_dispatcher(config: Config, mesh: Mesh) -> RemoteDispatcher:
 
 def tied_embedding(config: Config, mesh: Mesh, chunks: list[DeepSeekV3]) -> nn.Parameter | None:
     """The embedding, where the first and the last stage hold it on different ranks and the last needs it for MTP."""
-    placement = placement_of(config.parallel)
+    placement = config.parallel.placement
     same_rank = sum(len(ids) for ids in placement) - 1 in placement[0]
     holders = [chunk.embedding.weight for chunk in chunks if hasattr(chunk, "embedding")]
     return holders[0] if config.model.mtp_depth and not same_rank and holders else None

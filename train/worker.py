@@ -8,7 +8,6 @@ from pathlib import Path
 import train.kernels.cpu.tuned  # noqa: F401  before torch allocates anything
 
 # isort: split
-from train.kernels.cpu.processor import cpu_name
 import torch
 
 from cluster.driver.copies import given_shelves
@@ -24,6 +23,7 @@ from train.checkpoint.memory_copies import MemoryCopies
 from train.checkpoint.run_folder import RunPaths, held_by_rank_0
 from train.data.prepare import prepare
 from train.kernels.choice import choose_kernels
+from train.kernels.cpu.processor import cpu_name
 from train.kernels.gpu.device import idle_gpu
 from train.kernels.precision import activation_dtype
 from train.loop.device_errors import raise_explained

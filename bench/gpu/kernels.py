@@ -532,13 +532,13 @@ def router(machine: Machine) -> Finding:
 
 def adamw(machine: Machine) -> Finding:
     """Of equal gradients, so that the optimizer's arithmetic alone is compared."""
-    optim, results = compose().optim, []
+    config, results = compose(), []
     for reference in (True, False):
         device, kernels = machine.side(reference)
         draw = seeded(16, device, torch.float32)
         param = torch.nn.Parameter(draw(100_003, scale=0.02, grad=False))
         group = {"params": [param], "weight_decay": 0.1, "lr": 1e-3}
-        optimizer = AdamW([group], optim, torch.bfloat16, "adamw" in kernels.parts)
+        optimizer = AdamW.make([group], config, kernels.parts)
         for step in range(3):
             param.grad = draw(100_003, scale=1e-3, grad=False)
             optimizer.step()

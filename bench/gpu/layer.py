@@ -24,8 +24,8 @@ from torch.profiler import ProfilerActivity, profile
 from bench.gpu.machine import kernels_of
 from conf.load import compose
 from conf.schema import ROOT, Config
-from parallel.expert.build import build_wire
-from parallel.expert.stand_in import Load, build_stand_in
+from parallel.expert.build import build_stand_in, build_wire
+from parallel.expert.stand_in import Load
 from parallel.pipeline.graph import backward_of_weights, kept_graph
 from parallel.pipeline.lone_stage import GRADIENT_STD, HIDDEN_STD
 from train.dry_run.assumed_rows import group_of

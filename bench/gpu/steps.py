@@ -21,7 +21,7 @@ from conf.errors import UserError
 from conf.load import compose
 from conf.schema import Config
 from train.dry_run.piece import for_device, shrunk
-from train.optim.adamw import AdamW, moments_dtype
+from train.optim.adamw import AdamW
 
 LOSS = {"bf16": 1e-3, "fp8": 4e-3, "fp8_ue8m0": 4e-3}
 """Relative. A loss is a mean over thousands of tokens, whose roundings cancel."""
@@ -118,5 +118,5 @@ def update(layer: Layer, param: torch.nn.Parameter) -> Tensor:
     before = master.detach().clone()
     master.grad = param.grad.view(-1)
     group = {"params": [master], "weight_decay": 0.1, "lr": RATE}
-    AdamW([group], layer.config.optim, moments_dtype(layer.config.precision), "adamw" in layer.kernels.parts).step()
+    AdamW.make([group], layer.config, layer.kernels.parts).step()
     return master.detach() - before

@@ -26,7 +26,7 @@ from pathlib import Path
 from cluster.topology import Node, StageShape, room
 from conf.check import check
 from conf.errors import UserError
-from conf.micro_batches import batch_sizes, broken_schedule, micro_batch_counts, most_micro_batches
+from conf.micro_batches import batch_sizes, micro_batch_counts, most_micro_batches
 from conf.schema import Config
 
 LAYOUTS_FILE = "layouts.json"
@@ -94,7 +94,7 @@ class Shapes:
             parallel = config.parallel
             try:
                 check(config)
-                rules = (broken_schedule(parallel.schedule, parallel.pp, n) for n in micro_batch_counts(config))
+                rules = (parallel.schedule_facts.find_broken_rule(parallel.pp, n) for n in micro_batch_counts(config))
                 self._broken[shape] = next((rule for rule in rules if rule), None)
             except UserError as error:
                 self._broken[shape] = f"{error.field} = {error.value} {error.rule}"

@@ -1,37 +1,58 @@
-"""Choosing a dispatcher, and the rules it needs. Pure but for the construction at the end."""
+"""The table of dispatchers: what sends the rows of each dispatch, and what stands in for it where a rank is alone.
+
+What a dispatch asks of a layout stands in conf/dispatches.py.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch.distributed as dist
 
-from conf.errors import UserError
+from conf.dispatches import FLAT_DISPATCH, check_groups
 from parallel.expert.all_to_all import AllToAllDispatcher
 from parallel.expert.deep_ep import DeepEPDispatcher
+from parallel.expert.dispatcher import ChainDispatcher
 from parallel.expert.node_limited import NodeLimitedDispatcher
+from parallel.expert.stand_in import DeepEPStandIn, FlatStandIn, Group, Load, NodeLimitedStandIn
 from parallel.expert.wire import Fp8RowsWire, Fp8Wire, HighWire, Wire
 
-RemoteDispatcher = AllToAllDispatcher | NodeLimitedDispatcher | DeepEPDispatcher
+RemoteDispatcher = ChainDispatcher | DeepEPDispatcher
 
 
-def check_groups(ep: int, ranks_per_node: int, groups: int) -> None:
-    """Raise UserError unless the router's expert groups and the nodes fit each other (paper 2.1.2, 3.2.2).
+@dataclass(frozen=True)
+class ExpertPlaces:
+    """Where the experts of a layer are, and in what form rows travel there. Fields as in `build_dispatcher`."""
 
-    Nodes are runs of ranks_per_node ranks of an expert-parallel group. A group of experts may not straddle two
-    nodes, or a token limited to M groups could reach more than M nodes. One group means no limit and always fits.
-    """
-    if ep % ranks_per_node:
-        raise UserError(
-            "cluster.ranks_per_node",
-            ranks_per_node,
-            f"must divide parallel.ep = {ep}, so that nodes are equal",
-            f"set cluster.ranks_per_node to a divisor of {ep}, or parallel.dispatch=flat",
-        )
-    nodes = ep // ranks_per_node
-    if groups > 1 and groups % nodes:
-        raise UserError(
-            "model.groups",
-            groups,
-            f"must be a multiple of the {nodes} nodes that hold a layer's experts, or 1: else a group straddles nodes",
-            f"set model.groups={nodes}, or parallel.dispatch=flat, or change parallel.ep",
-        )
+    experts: int
+    wire: Wire
+    ep_group: dist.ProcessGroup | None
+    inter_group: dist.ProcessGroup | None
+    intra_group: dist.ProcessGroup | None
+    ranks_per_node: int
+    groups: int
+    width: int
+
+
+def _node_limited(at: ExpertPlaces) -> NodeLimitedDispatcher:
+    check_groups(1 if at.ep_group is None else dist.get_world_size(at.ep_group), at.ranks_per_node, at.groups)
+    return NodeLimitedDispatcher(at.inter_group, at.intra_group, at.experts, at.wire)
+
+
+@dataclass(frozen=True)
+class DispatcherKind:
+    """build: over the ranks of a run. stand_in: for a rank alone, called with group, wire, load and on_wait (stand_in.py)."""
+
+    build: Callable[[ExpertPlaces], RemoteDispatcher]
+    stand_in: Callable[[Group, Wire, Load, Callable[[], None]], RemoteDispatcher]
+
+
+DISPATCHERS: dict[str, DispatcherKind] = {
+    FLAT_DISPATCH: DispatcherKind(
+        lambda at: AllToAllDispatcher(at.ep_group, at.experts, at.ranks_per_node, at.wire), FlatStandIn
+    ),
+    "node_limited": DispatcherKind(_node_limited, NodeLimitedStandIn),
+    "deepep": DispatcherKind(lambda at: DeepEPDispatcher(at.ep_group, at.experts, at.width, at.wire), DeepEPStandIn),
+}
 
 
 def build_wire(name: str, quantized: bool = False) -> Wire:
@@ -54,15 +75,22 @@ def build_dispatcher(
 ) -> RemoteDispatcher:
     """A dispatcher for one layer or, as it keeps no state between uses, for all layers of a rank.
 
-    name: flat, node_limited or deepep. experts: routed experts of a layer. wire, quantized: see `build_wire`.
-    ep_group: the expert-parallel group (None: this rank alone). inter_group, intra_group, for node_limited: the
+    name: parallel.dispatch. experts: routed experts of a layer. wire, quantized: see `build_wire`.
+    ep_group: the expert-parallel group (None: this rank alone). inter_group, intra_group: the
     ranks with this rank's index on each node, and the ranks of this node (None: just this rank).
     ranks_per_node: consecutive ranks of the group on one node. groups: the router's expert groups.
-    width: hidden width, for deepep. Raises UserError where the sizes do not fit.
+    width: hidden width. Raises UserError where the sizes do not fit.
     """
-    if name == "flat":
-        return AllToAllDispatcher(ep_group, experts, ranks_per_node, build_wire(wire, quantized))
-    if name == "node_limited":
-        check_groups(1 if ep_group is None else dist.get_world_size(ep_group), ranks_per_node, groups)
-        return NodeLimitedDispatcher(inter_group, intra_group, experts, build_wire(wire, quantized))
-    return DeepEPDispatcher(ep_group, experts, width, build_wire(wire, quantized))
+    coded = build_wire(wire, quantized)
+    places = ExpertPlaces(experts, coded, ep_group, inter_group, intra_group, ranks_per_node, groups, width)
+    return DISPATCHERS[name].build(places)
+
+
+def build_stand_in(
+    name: str, group: Group, wire: Wire, load: Load, on_wait: Callable[[], None] = lambda: None
+) -> RemoteDispatcher:
+    """The stand-in of the dispatcher of this name.
+
+    on_wait: called before each wait for the exchange at the source's end, where an overlapped pair changes lanes.
+    """
+    return DISPATCHERS[name].stand_in(group, wire, load, on_wait)

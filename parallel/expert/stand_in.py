@@ -241,14 +241,3 @@ def _cycle(x_SX: Tensor, rows: int) -> Tensor:
         part = out_RX[first : first + len(x_SX)]
         part.copy_(x_SX[: len(part)])
     return out_RX
-
-
-def build_stand_in(
-    name: str, group: Group, wire: Wire, load: Load, on_wait: Callable[[], None] = lambda: None
-) -> FlatStandIn | NodeLimitedStandIn | DeepEPStandIn:
-    """The stand-in of the dispatcher of this name: flat, node_limited or deepep.
-
-    on_wait: called before each wait for the exchange at the source's end, where an overlapped pair changes lanes.
-    """
-    kinds = {"flat": FlatStandIn, "node_limited": NodeLimitedStandIn, "deepep": DeepEPStandIn}
-    return kinds[name](group, wire, load, on_wait)

@@ -28,7 +28,8 @@ import torch
 from torch import Tensor
 
 from conf.thresholds import THRESHOLDS
-from parallel.pipeline.simulate import Action, what_runs
+from parallel.pipeline.orders import Action
+from parallel.pipeline.simulate import what_runs
 
 ALIGNMENT = 64
 """Bytes at whose multiples tensors begin in a batch."""

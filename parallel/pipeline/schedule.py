@@ -17,24 +17,16 @@ from typing import Any, Generic, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.pipelining import Schedule1F1B, ScheduleDualPipeV, ScheduleInterleaved1F1B, ScheduleZBVZeroBubble
 from torch.distributed.pipelining.schedules import OVERLAP_F_B
 
+from conf.pipeline_schedules import SCHEDULES
 from parallel.pipeline.host_store import HostStore
+from parallel.pipeline.orders import ORDERS, Action, schedule_actions
 from parallel.pipeline.overlap import Lanes, overlapped_pair
-from parallel.pipeline.simulate import Action, schedule_actions
-from parallel.pipeline.split import rank_stages, stage_placement
 from parallel.pipeline.stage import Stage
 from parallel.pipeline.timeline import timeline_of
 
 Chunk = TypeVar("Chunk", bound=nn.Module)
-
-_TORCH = {
-    "1f1b": Schedule1F1B,
-    "interleaved": ScheduleInterleaved1F1B,
-    "zbv": ScheduleZBVZeroBubble,
-    "dualpipev": ScheduleDualPipeV,
-}
 
 
 class Pipeline(Generic[Chunk]):
@@ -59,23 +51,24 @@ class Pipeline(Generic[Chunk]):
         """Collective over group.
 
         modules: this rank's chunks in stage order, called as chunk(x, tokens_BS=..., documents_BS=...) where x is tokens_BS
-        for stage 0 and hidden states (B, T, D) else; stage_ids as in split.stage_placement; group: the ranks of this
+        for stage 0 and hidden states (B, T, D) else; stage_ids: the numbers of their stages; group: the ranks of this
         pipeline in order (None: the world); hidden: D; dtype: of the hidden states between stages; cp: ranks that share the
         positions of each sequence, of which T = (S - 1) / cp cross from stage to stage; overlap: whether the
-        pairs of dualpipev run interleaved (overlap.py) or one after the other; timeout: longest wait of one half for the
+        pairs of a forward and a backward take turns (overlap.py) or one after the other; timeout: longest wait of one half for the
         other, in seconds; host: what holds activations for the chunks, and wants to know of every action.
         """
         each = len(modules)
-        assert len(stage_ids) == each == rank_stages(name, each) and list(stage_ids) == sorted(stage_ids)
-        self.name, self.modules, self.stage_ids, self.num_stages = name, list(modules), list(stage_ids), num_stages
+        self.facts = SCHEDULES[name]
+        assert len(stage_ids) == each == self.facts.rank_stages(each) and list(stage_ids) == sorted(stage_ids)
+        self.modules, self.stage_ids, self.num_stages = list(modules), list(stage_ids), num_stages
         self.group, self.device, self.hidden, self.dtype, self._cp = group, device, hidden, dtype, cp
         self.timeline = timeline_of(device)
         """When each action of the last steps ran."""
         self.stage_type: type[Stage] = Stage
         """What stages are made as, before the first step."""
         self._host = host
-        self._lanes = Lanes(device, timeout) if overlap and name == "dualpipev" else None
-        placement = stage_placement(name, num_stages // each, each)
+        self._lanes = Lanes(device, timeout) if overlap and self.facts.pairs else None
+        placement = self.facts.place_stages(num_stages // each, each)
         self._rank_of = {stage: rank for rank, stages in enumerate(placement) for stage in stages}
         self._schedules: dict[tuple, Any] = {}
         if dist.get_world_size(group) > 1:
@@ -189,8 +182,9 @@ class Pipeline(Generic[Chunk]):
             )
             for module, stage_id in zip(self.modules, self.stage_ids, strict=True)
         ]
-        schedule = _TORCH[self.name](
-            stages[0] if self.name == "1f1b" else stages,
+        order = ORDERS[self.facts.name]
+        schedule = order.drives(
+            stages if order.is_multi else stages[0],
             micro_batches,
             loss_fn=lambda loss, _: loss.sum() / mean,
             scale_grads=False,
@@ -202,7 +196,9 @@ class Pipeline(Generic[Chunk]):
     def _actions(self, micro_batches: int) -> tuple[list[Action], list[int]]:
         """What this rank does in a step, and its stages whose backward cannot be split."""
         each = len(self.modules)
-        actions = schedule_actions(self.name, self.num_stages // each, micro_batches, each, self._lanes is not None)
+        actions = schedule_actions(
+            self.facts.name, self.num_stages // each, micro_batches, each, self._lanes is not None
+        )
         chunks = zip(self.stage_ids, self.modules, strict=True)
         one_piece = [stage for stage, module in chunks if getattr(module, "backward_in_one_piece", False)]
         return actions[self._rank_of[self.stage_ids[0]]], one_piece

@@ -1,8 +1,6 @@
-"""How long a schedule takes when its actions have given lengths: torch's own action lists, without ranks.
+"""How long a schedule takes when its actions (orders.py) have given lengths, without ranks.
 
-The lists come from the very classes that drive a run, built around stand-ins for the stages, so that a plan simulates
-the schedule that will run.  Each rank executes its list in order; an action starts when the rank is free and what
-it needs has arrived:
+Each rank executes its list in order; an action starts when the rank is free and what it needs has arrived:
 
     F(stage, m) needs F(stage - 1, m);    B or I(stage, m) needs B or I(stage + 1, m) and F(stage, m);
     W(stage, m) needs I(stage, m);        FB(F, B), an overlapped pair, needs what both halves need.
@@ -10,46 +8,8 @@ it needs has arrived:
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from functools import lru_cache
-from types import SimpleNamespace
-from typing import NamedTuple
 
-from torch import nn
-from torch.distributed.pipelining import ScheduleDualPipeV, ScheduleInterleaved1F1B, ScheduleZBVZeroBubble
-
-from parallel.pipeline.split import stage_placement
-
-
-class _ComputeOnly:
-    """Leaves out the lists with communication, which no one asks for here and which take torch most of the time."""
-
-    def _prepare_schedule_with_comms(self, *_: object, **__: object) -> None:
-        pass
-
-
-class _Interleaved(_ComputeOnly, ScheduleInterleaved1F1B):
-    pass
-
-
-class _Zbv(_ComputeOnly, ScheduleZBVZeroBubble):
-    pass
-
-
-class _DualPipeV(_ComputeOnly, ScheduleDualPipeV):
-    pass
-
-
-_TORCH = {"interleaved": _Interleaved, "zbv": _Zbv, "dualpipev": _DualPipeV}
-
-
-class Action(NamedTuple):
-    """One thing a rank computes: F, B, I or W of one stage and micro-batch, or FB with its two halves."""
-
-    kind: str
-    stage: int
-    micro_batch: int
-    halves: tuple["Action", ...] = ()
-    """For FB: the forward and the backward that run together; stage and micro_batch are those of the forward."""
+from parallel.pipeline.orders import Action
 
 
 @dataclass(frozen=True)
@@ -74,28 +34,6 @@ class Simulation:
         return max(self.busy) * len(self.busy) / sum(self.busy)
 
 
-def idle_time(name: str, pp: int, forward: float, inputs: float, weights: float, pair: float) -> float:
-    """Idle seconds of a rank in one step, in closed form; stages equal, transfers free, micro-batches enough.
-
-    forward, inputs, weights: seconds of F, I and W of one stage (B = I + W); pair: of FB. With p = pp ranks:
-
-    1f1b, interleaved   (p - 1)(F + B): with v stages a rank one of interleaved is 1 / v of 1f1b's, and so is its idle time;
-    zbv                 (p - 1) I for F <= I <= 2 W. Never 0: the title's zero bubble lets ranks start a step
-                        before others have ended the last one, and here the optimizer lies between;
-    dualpipev           (p - 1)(FB + F - 2 W) for I <= F p / (p - 1), of the ranks before the last, which leaves one
-                        pair unoverlapped. Equal to the paper's (PP/2 - 1)(FB + B - 3 W), Table 2, where F = I.
-
-    Counted on torch's lists with `simulate`, which has no such limits; the tests hold the two together.
-    """
-    per_hop = {
-        "1f1b": forward + inputs + weights,
-        "interleaved": forward + inputs + weights,
-        "zbv": inputs,
-        "dualpipev": pair + forward - 2 * weights,
-    }
-    return (pp - 1) * per_hop[name]
-
-
 def what_runs(action: Action, one_piece: bool) -> str:
     """F, B, I, W or FB as it really runs, or nothing. one_piece: whether the stage's backward cannot be split, and is done in its I.
     Of any other first stage torch does all of it in its W.
@@ -103,26 +41,6 @@ def what_runs(action: Action, one_piece: bool) -> str:
     if action.kind not in ("I", "W") or not (one_piece or action.stage == 0):
         return action.kind
     return "B" if action.kind == ("I" if one_piece else "W") else ""
-
-
-@lru_cache(maxsize=64)
-def schedule_actions(
-    name: str, pp: int, micro_batches: int, virtual: int = 2, overlap: bool = True
-) -> list[list[Action]]:
-    """What every rank computes, in order, under torch's schedule of this name; not to be changed. Needs no process group. virtual:
-    as in split.rank_stages; overlap: whether pairs of dualpipev overlap, else torch runs the forward and then the backward.
-    """
-    if name == "1f1b":
-        return [_one_f_one_b(rank, pp, micro_batches) for rank in range(pp)]
-    placement = stage_placement(name, pp, virtual)
-    num_stages = sum(map(len, placement))
-    stages = [
-        SimpleNamespace(stage_index=stage, num_stages=num_stages, group_size=pp, group_rank=0, submod=nn.Identity())
-        for stage in placement[0]
-    ]
-    order = _TORCH[name](stages, micro_batches).pipeline_order
-    actions = [[_action(torch_action) for torch_action in order[rank] if torch_action] for rank in range(pp)]
-    return actions if overlap else [[part for action in line for part in _parts(action)] for line in actions]
 
 
 def simulate(actions: list[list[Action]], duration: Callable[[Action], float], transfer: float = 0.0) -> Simulation:
@@ -198,21 +116,3 @@ def _result(part: Action) -> tuple[str, int, int]:
 
 def _parts(action: Action) -> tuple[Action, ...]:
     return action.halves or (action,)
-
-
-def _action(torch_action) -> Action:
-    """torch's action tuple as ours."""
-    if torch_action.sub_actions:
-        halves = tuple(_action(half) for half in torch_action.sub_actions)
-        return Action("FB", halves[0].stage, halves[0].micro_batch, halves)
-    return Action(torch_action.computation_type.value, torch_action.stage_index, torch_action.microbatch_index)
-
-
-def _one_f_one_b(rank: int, pp: int, micro_batches: int) -> list[Action]:
-    """The order that Schedule1F1B executes. (The list it reports, pipeline_order, is wrong in torch 2.13: its last
-    stage starts at micro-batch 1; the class never runs that list.)"""
-    warm_up = min(micro_batches, pp - rank)
-    forwards = [Action("F", rank, m) for m in range(micro_batches)]
-    backwards = [Action("B", rank, m) for m in range(micro_batches)]
-    steady = [action for m in range(micro_batches - warm_up) for action in (backwards[m], forwards[warm_up + m])]
-    return forwards[:warm_up] + steady + backwards[micro_batches - warm_up :]

@@ -13,30 +13,7 @@ from collections.abc import Sequence
 from itertools import accumulate, pairwise, permutations
 
 from conf.errors import UserError
-from conf.micro_batches import broken_schedule
-from conf.schema import Parallel
-
-
-def rank_stages(schedule: str, virtual: int = 2) -> int:
-    """Stages that each rank holds. virtual: parallel.virtual_stages, which interleaved alone asks for."""
-    return {"1f1b": 1, "interleaved": virtual}.get(schedule, 2)
-
-
-def stage_placement(schedule: str, pp: int, virtual: int = 2) -> list[list[int]]:
-    """Stage numbers of every pipeline rank, ascending. virtual: as in `rank_stages`.
-
-    1f1b: [r]; interleaved: [r, r + pp, r + 2 pp ...]; zbv and dualpipev fold the stages into a V, [r, 2 pp - 1 - r], so that
-    the first and the last stage share rank 0 (with the embedding and the head, which are tied for free there).
-    """
-    if schedule in ("1f1b", "interleaved"):
-        return [[*range(r, pp * rank_stages(schedule, virtual), pp)] for r in range(pp)]
-    assert schedule in ("zbv", "dualpipev"), schedule
-    return [[r, 2 * pp - 1 - r] for r in range(pp)]
-
-
-def placement_of(parallel: Parallel) -> list[list[int]]:
-    """The placement of stages that a recipe asks for."""
-    return stage_placement(parallel.schedule, parallel.pp, parallel.virtual_stages)
+from conf.pipeline_schedules import PLAIN_SCHEDULE, SCHEDULES
 
 
 def check_schedule(name: str, pp: int, micro_batches: int, layers: int, virtual: int = 2) -> None:
@@ -44,12 +21,13 @@ def check_schedule(name: str, pp: int, micro_batches: int, layers: int, virtual:
 
     micro_batches: micro-batches per step and data-parallel rank, batch_size / (micro_batch_size x dp).
     """
-    each = rank_stages(name, virtual)
+    schedule, plain = SCHEDULES[name], SCHEDULES[PLAIN_SCHEDULE]
+    each = schedule.rank_stages(virtual)
     stages = pp * each
     if layers < stages - 2:
         able = [f"parallel.virtual_stages <= {(layers + 2) // pp}"] * (layers + 2 >= 2 * pp)
-        if layers + 2 >= pp and each > 1 and not broken_schedule("1f1b", pp, micro_batches):
-            able += ["parallel.schedule=1f1b" + " without parallel.virtual_stages" * (virtual != 2)]
+        if layers + 2 >= pp and each > 1 and not plain.find_broken_rule(pp, micro_batches):
+            able += [f"parallel.schedule={PLAIN_SCHEDULE}" + " without parallel.virtual_stages" * (virtual != 2)]
         fewer = (layers + 2) // each
         able += [f"parallel.pp <= {fewer}"] * (fewer > 1 or (fewer == 1 and not able))  # 1 would be no pipeline
         raise UserError(
@@ -58,7 +36,7 @@ def check_schedule(name: str, pp: int, micro_batches: int, layers: int, virtual:
             f"{name} makes {stages} stages, of which all but the first and the last need a layer, and model.layers={layers}",
             f"use {' or '.join([*able, f'model.layers >= {stages - 2}'])}",
         )
-    if rule := broken_schedule(name, pp, micro_batches):
+    if rule := schedule.find_broken_rule(pp, micro_batches):
         raise UserError(
             "batch_size",
             f"{micro_batches} micro-batches per step and data-parallel rank",
@@ -75,7 +53,7 @@ def _given(name: str, virtual: int) -> str:
 
 def check_split(lengths: Sequence[int], name: str, pp: int, layers: int, virtual: int = 2) -> None:
     """Raise UserError when these are not layers of every stage of a pipeline. Pure; called before anything starts."""
-    stages, given = pp * rank_stages(name, virtual), "[" + ",".join(map(str, lengths)) + "]"
+    stages, given = pp * SCHEDULES[name].rank_stages(virtual), "[" + ",".join(map(str, lengths)) + "]"
     if len(lengths) != stages:
         raise UserError(
             "parallel.split",
@@ -113,7 +91,7 @@ def split_as_given(lengths: Sequence[int]) -> list[range]:
 
 
 def split_layers(
-    costs: Sequence[float], first_cost: float, last_cost: float, placement: list[list[int]]
+    costs: Sequence[float], first_cost: float, last_cost: float, placement: Sequence[Sequence[int]]
 ) -> list[range]:
     """Contiguous layers of every stage: at least one each, but for the first and the last, which may have none.
 

@@ -1,7 +1,7 @@
 """DeepSpeed ZeRO around the chunks of one rank. Of this project only the files of this folder know deepspeed.
 
 One engine per rank holds a ModuleList of the rank's chunks; the raw modules go to the pipeline. Master weights are fp32
-shards, gradients fp32 also where weights are bf16; the moments belong to our optimizer. How weights and gradients are
+shards, gradients fp32 also where weights are bf16; its state belongs to our optimizer. How weights and gradients are
 held depends on the stage: whole_weights.py (stages 1 and 2) and sharded_weights.py (stage 3). The chunks are built whole
 before they are sharded, so a rank needs memory for all its weights once, at stage 3 too.
 
@@ -21,9 +21,10 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from conf.optimizers import OptimizerFacts, UpdateRule
 from conf.thresholds import THRESHOLDS
 from parallel.mesh import Mesh
-from parallel.shard import Shard, Sharing
+from parallel.shard import Shard, ShardedOptimizer, Sharing
 from parallel.zero.private_names import require_names
 from parallel.zero.sharded_weights import ShardedWeights, find_units, stage3_config
 from parallel.zero.whole_weights import WholeWeights
@@ -50,21 +51,21 @@ class Zero:
     def __init__(
         self,
         chunks: Sequence[nn.Module],
-        make_optimizer: Callable[[list[dict]], torch.optim.Optimizer],
+        make_optimizer: Callable[[list[dict]], ShardedOptimizer],
         mesh: Mesh,
         *,
         stage: int,
         offload: bool,
         clip: float,
         is_expert: Callable[[str], bool],
-        decays: Callable[[str, nn.Parameter], bool],
+        facts: OptimizerFacts,
         weight_decay: float,
         tied: nn.Parameter | None = None,
         units: tuple[type[nn.Module], ...] = (),
     ):
-        """offload: master weights and moments lie in the host's memory. is_expert, decays: what a parameter's global name says about it. tied: a parameter that the first and the
-        last rank of the pipeline both hold; its gradients are summed over the two. units: modules whose weights are
-        gathered together at stage 3.
+        """offload: master weights and the optimizer's state lie in the host's memory. is_expert: what a parameter's global name says
+        about it. facts: of the optimizer. tied: a parameter that the first and the last rank of
+        the pipeline both hold; its gradients are summed over the two. units: modules whose weights are gathered together at stage 3.
         """
         self.mesh = mesh
         self.names = _unique_names(chunks)
@@ -88,7 +89,8 @@ class Zero:
                 param.group_name = expert_name
                 param.ds_zero_placement_family = "autoep_expert"  # stage 3 knows experts by these two
                 param.ds_zero_partition_group_name = expert_name
-        groups = _parameter_groups(self.names, is_expert, decays, weight_decay, expert_name)
+        rules = {param: facts.choose_rule(name, param.dim()) for param, name in self.names.items()}
+        groups = _parameter_groups(rules, facts.rules, weight_decay, expert_name)
         on_cuda = next(iter(self.names)).is_cuda
         config = _config(stage, clip, dtype, self._reduced_elements(stage, dtype))
         if offload:
@@ -108,7 +110,7 @@ class Zero:
         self.optimizer = self.engine.optimizer
         if stage == 3:
             self._weights = ShardedWeights(
-                self.engine, self.client, self.shapes, self._shares, self._global_norm, self._show_local
+                self.engine, self.client, self.shapes, rules, self._shares, self._global_norm, self._show_local
             )
         else:
             self._weights = WholeWeights(
@@ -185,7 +187,7 @@ class Zero:
         return self._weights.weights()
 
     def shards(self, copies: bool = False) -> dict[str, Shard]:
-        """Live fp32 master weights and moments of this rank's partition, by logical name.
+        """Live fp32 master weights and optimizer's state of this rank's partition, by logical name.
 
         copies: with those of a tied parameter that another rank holds too; for loading.
         """
@@ -196,8 +198,8 @@ class Zero:
                 continue
             offset, shape = self._place(param, offset)
             found[f"master.{name}"] = Shard(part.master, offset, shape)
-            for key, moment in part.moments.items():
-                found[f"{key}.{name}"] = Shard(moment, offset, shape)
+            for key, tensor in part.state.items():
+                found[f"{key}.{name}"] = Shard(tensor, offset, shape)
         return found
 
     def _place(self, param: nn.Parameter, offset: int) -> tuple[int, tuple[int, ...]]:
@@ -246,22 +248,17 @@ def _unique_names(chunks: Sequence[nn.Module]) -> dict[nn.Parameter, str]:
 
 
 def _parameter_groups(
-    names: dict[nn.Parameter, str],
-    is_expert: Callable[[str], bool],
-    decays: Callable[[str, nn.Parameter], bool],
-    weight_decay: float,
-    expert_name: str,
+    rules: dict[nn.Parameter, UpdateRule], order: Sequence[UpdateRule], weight_decay: float, expert_name: str
 ) -> list[dict]:
-    """Dense weights, dense gains and experts: each reduces over its own group and has its own decay."""
-    groups = {
-        "dense": {"params": [], "name": "dense", "weight_decay": weight_decay},
-        "gains": {"params": [], "name": "gains", "weight_decay": 0.0},
-        "experts": {"params": [], "name": expert_name, "moe": True, "weight_decay": weight_decay},
-    }
-    for param, name in names.items():
-        kind = "experts" if is_expert(name) else "dense" if decays(name, param) else "gains"
-        groups[kind]["params"].append(param)
-    return [group for group in groups.values() if group["params"]]
+    """Weights of one rule that reduce over the same ranks: those that all ranks of a stage share, then experts."""
+    groups = []
+    for is_expert in (False, True):
+        kind = {"name": expert_name, "moe": True} if is_expert else {}
+        for rule in order:
+            params = [p for p, own in rules.items() if own == rule and getattr(p, "allreduce", True) != is_expert]
+            group = {"name": rule.name, "rule": rule, "weight_decay": weight_decay * rule.decays, **kind}
+            groups += [{"params": params, **group}] * bool(params)
+    return groups
 
 
 def _config(stage: int, clip: float, dtype: torch.dtype, elements: int) -> dict:
@@ -347,7 +344,7 @@ class _Mpu:
         return 1
 
 
-def _initialize(deepspeed, module: nn.Module, optimizer: torch.optim.Optimizer, config: dict, mesh: Mesh):
+def _initialize(deepspeed, module: nn.Module, optimizer: ShardedOptimizer, config: dict, mesh: Mesh):
     from deepspeed.runtime.engine import ZERO_OPTIMIZATION
 
     has_experts = any(not getattr(param, "allreduce", True) for param in module.parameters())

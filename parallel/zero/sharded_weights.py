@@ -24,7 +24,8 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import Node, get_gradient_edge
 
-from parallel.shard import Fragment, Sharing
+from conf.optimizers import UpdateRule
+from parallel.shard import Fragment, ShardedOptimizer, Sharing
 from parallel.zero.private_names import require_names
 
 
@@ -51,22 +52,23 @@ def find_units(module: nn.Module, units: tuple[type[nn.Module], ...]) -> list[nn
 
 
 class ShardedWeights:
-    """client: our optimizer under DeepSpeed's. shapes: of the whole parameters, in module order. shares: who else holds a
+    """client: our optimizer under DeepSpeed's. shapes: of the whole parameters, in module order. rules: of what is kept of each. shares: who else holds a
     parameter. norm: the global gradient norm, called once per step. handing: called before a gradient is reduced.
     """
 
     def __init__(
         self,
         engine,
-        client,
+        client: ShardedOptimizer,
         shapes: dict[nn.Parameter, tuple[int, ...]],
+        rules: dict[nn.Parameter, UpdateRule],
         shares: Callable[[nn.Parameter], Sharing],
         norm: Callable[[], Tensor],
         handing: Callable[[nn.Parameter], None],
     ):
         self._optimizer = optimizer = engine.optimizer
         self._coordinator = optimizer.parameter_offload.get_param_coordinator()
-        self._shapes, self._shares, self._handing = shapes, shares, handing
+        self._shapes, self._rules, self._shares, self._handing = shapes, rules, shares, handing
         self._order = list(shapes)[::-1]
         chunks = Counter(param for chunk in engine.module for param in {*chunk.parameters()})
         self._shared = {param for param, count in chunks.items() if count > 1}
@@ -92,7 +94,7 @@ class ShardedWeights:
             chunk.register_forward_pre_hook(self._begin_pass, prepend=True)
             chunk.register_forward_hook(self._end_forward)
         for flat in optimizer.fp32_partitioned_groups_flat:
-            self._moments = tuple(client.allocate(flat))
+            client.allocate(flat)
 
     @contextlib.contextmanager
     def accumulate(self) -> Iterator[None]:
@@ -118,8 +120,9 @@ class ShardedWeights:
         for param in self._shapes:
             offset, length = self._interval(param)
             if length:
-                moments = {key: safe_get_local_optimizer_state(param, key)[:length] for key in self._moments}
-                yield Fragment(param, offset, safe_get_local_fp32_param(param).detach()[:length], moments)
+                names = self._rules[param].state
+                state = {name: safe_get_local_optimizer_state(param, name)[:length] for name in names}
+                yield Fragment(param, offset, safe_get_local_fp32_param(param).detach()[:length], state)
 
     def weights(self) -> Iterator[Tensor]:
         """What this rank holds of the weights between steps."""

@@ -14,23 +14,12 @@ its own pass over the gradients.
 
 import contextlib
 from collections.abc import Callable, Iterator, Sequence
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from parallel.shard import Fragment, Sharing
+from parallel.shard import Fragment, ShardedOptimizer, ShardSlice, Sharing
 from parallel.zero.private_names import require_names
-
-
-class ShardSlice(NamedTuple):
-    """The elements of a parameter that lie in this rank's shard of its group."""
-
-    param: nn.Parameter
-    offset: int
-    """First element, in the flattened parameter."""
-    place: slice
-    """In the shard."""
 
 
 class WholeWeights:
@@ -42,7 +31,7 @@ class WholeWeights:
     def __init__(
         self,
         engine,
-        client,
+        client: ShardedOptimizer,
         groups: list[list[nn.Parameter]],
         shares: Callable[[nn.Parameter], Sharing],
         *,
@@ -60,11 +49,9 @@ class WholeWeights:
         # DeepSpeed puts one flat master in the place of each group's parameters, and keeps the order of the groups.
         self._masters: list[Tensor] = [group["params"][0] for group in client.param_groups]
         self._groups = groups
-        self._slices = [
-            slices_of(params, len(master), shares(params[0]).rank)
-            for params, master in zip(groups, self._masters, strict=True)
-        ]
-        for master in self._masters:
+        self._slices = self._handover.slices
+        for params, master in zip(groups, self._masters, strict=True):
+            self._slices[master] = slices_of(params, len(master), shares(params[0]).rank)
             client.allocate(master)
         is_bf16 = self._groups[0][0].dtype == torch.bfloat16
         self._unshared = [
@@ -133,7 +120,7 @@ class WholeWeights:
 
     def gradients(self) -> Iterator[tuple[nn.Parameter, Tensor, int]]:
         """Gradients of this rank's shard without padding, and what they are still to be divided by."""
-        for number, (slices, master) in enumerate(zip(self._slices, self._masters, strict=True)):
+        for number, (master, slices) in enumerate(self._slices.items()):
             gradients, divisor = self._handover.unreduced.get(master), self._handover.divisor
             if gradients is None and self._offload:
                 gradients, divisor = [master.grad[part.place] for part in slices], 1
@@ -143,10 +130,10 @@ class WholeWeights:
             yield from ((part.param, gradient, divisor) for part, gradient in zip(slices, gradients, strict=False))
 
     def fragments(self) -> Iterator[Fragment]:
-        for slices, master in zip(self._slices, self._masters, strict=True):
+        for master, slices in self._slices.items():
             for param, offset, place in slices:
-                moments = {key: moment[place] for key, moment in self._client.allocate(master).items()}
-                yield Fragment(param, offset, master.detach()[place], moments)
+                state = {name: tensor[place] for name, tensor in self._client.allocate(master).items()}
+                yield Fragment(param, offset, master.detach()[place], state)
 
     def refresh(self) -> None:
         """Make the weights the rounded masters."""

@@ -7,8 +7,7 @@ import torch
 
 from conf.errors import UserError
 from conf.load import compose
-from parallel.expert.build import build_wire
-from parallel.expert.stand_in import build_stand_in
+from parallel.expert.build import build_stand_in, build_wire
 from tests.dry_run.pieces import TINY
 from train.dry_run.assumed_rows import group_of, load_of
 

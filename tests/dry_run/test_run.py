@@ -10,7 +10,7 @@ import torch.distributed as dist
 
 from conf.errors import EXIT_OK
 from conf.schema import ROOT
-from parallel.pipeline.simulate import schedule_actions
+from parallel.pipeline.orders import schedule_actions
 from tests.dry_run.pieces import piece_of
 from tests.ranks import run_processes
 from tests.small import train

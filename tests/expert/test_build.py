@@ -3,9 +3,10 @@ import sys
 import pytest
 
 from conf.check import check_experts
+from conf.dispatches import check_groups
 from conf.errors import UserError
 from parallel.expert.all_to_all import AllToAllDispatcher
-from parallel.expert.build import build_dispatcher, check_groups
+from parallel.expert.build import build_dispatcher
 
 
 def test_experts_that_do_not_divide_name_the_sizes_that_do():

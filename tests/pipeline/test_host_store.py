@@ -5,7 +5,8 @@ import torch
 
 from conf.thresholds import THRESHOLDS
 from parallel.pipeline.host_store import ALIGNMENT, HostStore, page_bytes, reads
-from parallel.pipeline.simulate import Action, schedule_actions, what_runs
+from parallel.pipeline.orders import Action, schedule_actions
+from parallel.pipeline.simulate import what_runs
 
 CPU = torch.device("cpu")
 SIZES = (THRESHOLDS.host_page_bytes + 5, 17, 3 * THRESHOLDS.host_page_bytes - 1000)

@@ -9,10 +9,10 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from conf.pipeline_schedules import SCHEDULES
+from parallel.pipeline.orders import schedule_actions
 from parallel.pipeline.overlap import Lanes, LaneStopped, yield_point
 from parallel.pipeline.schedule import Pipeline
-from parallel.pipeline.simulate import schedule_actions
-from parallel.pipeline.split import stage_placement
 from tests.pipeline import toy
 from tests.ranks import run_ranks
 
@@ -163,7 +163,7 @@ class _Busy(torch.autograd.Function):
 
 
 def _overlapped_step(rank: int, pp: int) -> None:
-    placement, stages, micro_batches = stage_placement("dualpipev", pp), 2 * pp, 2 * pp + 1
+    placement, stages, micro_batches = SCHEDULES["dualpipev"].place_stages(pp), 2 * pp, 2 * pp + 1
     layers = [range(i, i + 1) for i in range(stages)]
     tokens_BS = torch.randint(toy.VOCAB, (micro_batches, toy.SEQ + 1), generator=torch.Generator().manual_seed(1))
     results = {}

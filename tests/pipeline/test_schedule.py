@@ -4,9 +4,10 @@ import pytest
 import torch
 
 from conf.errors import UserError
+from conf.pipeline_schedules import SCHEDULES
+from parallel.pipeline.orders import schedule_actions
 from parallel.pipeline.schedule import Pipeline
-from parallel.pipeline.simulate import schedule_actions
-from parallel.pipeline.split import check_schedule, split_layers, stage_placement
+from parallel.pipeline.split import check_schedule, split_layers
 from tests.pipeline import toy
 from tests.ranks import run_ranks
 
@@ -17,7 +18,7 @@ CPU = torch.device("cpu")
 def _pipeline(rank: int, name: str, pp: int, tied: bool = False) -> tuple[Pipeline, list[toy.ToyChunk]]:
     """name: with the number of stages of a rank behind it, where that is not the schedule's own."""
     name, _, virtual = name.partition(" ")
-    placement = stage_placement(name, pp, int(virtual or 2))
+    placement = SCHEDULES[name].place_stages(pp, int(virtual or 2))
     stages = sum(len(ids) for ids in placement)
     layers = split_layers([1.0] * LAYERS, 1.0, 2.0, placement)
     whole = toy.whole_model(LAYERS, tied)

@@ -5,10 +5,12 @@ from collections import Counter
 import pytest
 
 from conf.errors import UserError
-from parallel.pipeline.simulate import Action, idle_time, schedule_actions, simulate
-from parallel.pipeline.split import check_schedule, stage_placement
+from conf.pipeline_schedules import SCHEDULES, ActionSeconds
+from parallel.pipeline.orders import Action, schedule_actions
+from parallel.pipeline.simulate import simulate
+from parallel.pipeline.split import check_schedule
 
-SCHEDULES = [("1f1b", 1), ("interleaved", 2), ("interleaved", 3), ("interleaved", 4), ("zbv", 2), ("dualpipev", 2)]
+ORDERS = [("1f1b", 1), ("interleaved", 2), ("interleaved", 3), ("interleaved", 4), ("zbv", 2), ("dualpipev", 2)]
 """Names, and stages of a rank."""
 
 
@@ -17,7 +19,7 @@ def _durations(forward: float, inputs: float, weights: float, pair: float):
     return lambda action: seconds[action.kind]
 
 
-@pytest.mark.parametrize(("name", "each"), SCHEDULES)
+@pytest.mark.parametrize(("name", "each"), ORDERS)
 @pytest.mark.parametrize("pp", [1, 2, 3, 4, 8])
 def test_every_admitted_size_runs_to_its_end(name, each, pp):
     """Each micro-batch passes each stage once, forward and backward, and no rank waits for ever."""
@@ -31,7 +33,7 @@ def test_every_admitted_size_runs_to_its_end(name, each, pp):
                 with pytest.raises(ValueError, match="microbatches"):
                     schedule_actions(name, pp, micro_batches, each)
             continue
-        actions, placement = schedule_actions(name, pp, micro_batches, each), stage_placement(name, pp, each)
+        actions, placement = schedule_actions(name, pp, micro_batches, each), SCHEDULES[name].place_stages(pp, each)
         simulate(actions, _durations(1, 1, 1, 3))
         for rank, line in enumerate(actions):
             done = Counter(part[:3] for action in line for part in (action.halves or (action,)))
@@ -45,20 +47,21 @@ def test_every_admitted_size_runs_to_its_end(name, each, pp):
     assert refused == {"1f1b": pp - 1, "zbv": 0, "dualpipev": 2 * pp - 1}.get(name, refused)
 
 
-@pytest.mark.parametrize(("name", "each"), SCHEDULES)
+@pytest.mark.parametrize(("name", "each"), ORDERS)
 @pytest.mark.parametrize("lengths", [(1, 1, 1, 3), (1, 1, 1, 2.4), (1, 1.1, 0.7, 2.6)])
 @pytest.mark.parametrize("pp", [1, 2, 4, 8])
 def test_idle_time_is_the_formulas(name, each, lengths, pp):
     result = simulate(schedule_actions(name, pp, 4 * pp, each), _durations(*lengths))
     idle = max(result.makespan - busy for busy in result.busy)
-    assert idle == pytest.approx(idle_time(name, pp, *lengths), abs=1e-9)
+    assert idle == pytest.approx(SCHEDULES[name].count_idle_seconds(pp, ActionSeconds(*lengths)), abs=1e-9)
 
 
 def test_dualpipev_is_the_papers_table_2():
     """(PP/2 - 1)(F&B + B - 3W) with PP stages on PP / 2 ranks, for F = I as in the paper's figure 5."""
     for pp in (2, 4, 8):
         f, w, pair = 10.0, 7.0, 24.0
-        assert idle_time("dualpipev", pp, f, f, w, pair) == pytest.approx((2 * pp / 2 - 1) * (pair + (f + w) - 3 * w))
+        idle = SCHEDULES["dualpipev"].count_idle_seconds(pp, ActionSeconds(f, f, w, pair))
+        assert idle == pytest.approx((2 * pp / 2 - 1) * (pair + (f + w) - 3 * w))
 
 
 def test_transfers_between_ranks_take_time():

@@ -7,7 +7,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from conf.errors import UserError
-from parallel.pipeline.split import check_split, split_as_given, split_evenly, split_layers, stage_placement
+from conf.pipeline_schedules import SCHEDULES
+from parallel.pipeline.split import check_split, split_as_given, split_evenly, split_layers
+
+
+def stage_placement(name: str, *sizes: int) -> list[list[int]]:
+    return SCHEDULES[name].place_stages(*sizes)
+
 
 PLACEMENTS = [
     *(("1f1b", pp) for pp in (1, 2, 3)),

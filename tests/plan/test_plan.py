@@ -12,7 +12,7 @@ import pytest
 from conf.errors import UserError
 from conf.load import compose
 from conf.schema import ROOT, Config, PipelineSchedule, Rate
-from parallel.pipeline.simulate import Action
+from parallel.pipeline.orders import Action
 from tests.small import environment
 from train.plan import reserve
 from train.plan.budget import Verdict, make_plan, verdict_of

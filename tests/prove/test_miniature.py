@@ -11,7 +11,6 @@ from conf.errors import UserError
 from conf.load import compose, recipes
 from conf.micro_batches import batch_sizes
 from conf.schema import Config
-from parallel.pipeline.split import placement_of
 from train.kernels.gpu import device as gpu
 from train.loop.layout_check import check_layout
 from train.model.count import count
@@ -83,7 +82,7 @@ def assert_same_structure(cfg: Config, mini: Miniature) -> None:
     assert (small.model.dense_layers > 0) == (cfg.model.dense_layers > 0)
     assert small.optim.weight_decay == cfg.optim.weight_decay and (small.optim.clip > 0) == (cfg.optim.clip > 0)
     assert (len(batch_sizes(small)) > 1) == (len(batch_sizes(cfg)) > 1)
-    assert small.model.layers >= min(cfg.model.layers, sum(map(len, placement_of(small.parallel))))
+    assert small.model.layers >= min(cfg.model.layers, sum(map(len, small.parallel.placement)))
 
 
 @pytest.mark.parametrize("name", recipes())

@@ -12,13 +12,14 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from conf.optimizers import ADAMW, OPTIMIZERS
 from conf.schema import Optim
 from parallel import exchange
 from parallel.mesh import Layout, build_mesh
 from parallel.zero.engine import Zero
 from tests.ranks import plain, run_ranks, tensor_of
 from train.kernels.choice import build_kernels
-from train.optim.adamw import AdamW, decays
+from train.optim.adamw import AdamW
 
 EXPERTS, STEPS = 4, 3
 
@@ -90,7 +91,7 @@ def make_zero(mesh, dtype, stage, clip, moments=torch.float32, offload=False):
     chunk = Toy(layers, range(mesh.ep_rank * share, (mesh.ep_rank + 1) * share), dtype)
     return Zero(
         [chunk], lambda groups: AdamW(groups, Optim(), moments, "adamw" in build_kernels("cpu").parts), mesh, stage=stage, clip=clip, offload=offload,
-        is_expert=lambda name: "experts" in name, decays=decays, weight_decay=0.1, units=(Part,),
+        is_expert=lambda name: "experts" in name, facts=OPTIMIZERS[ADAMW], weight_decay=0.1, units=(Part,),
     )  # fmt: skip
 
 

@@ -15,7 +15,8 @@ import torch
 
 from conf.errors import UserError
 from conf.schema import Config, Rate
-from parallel.pipeline.simulate import Action, simulate
+from parallel.pipeline.orders import Action
+from parallel.pipeline.simulate import simulate
 from train.dry_run.piece import DryRunPiece
 from train.parallelize import split
 from train.plan.job import layout_of

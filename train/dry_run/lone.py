@@ -18,8 +18,7 @@ from conf.errors import UserError
 from conf.micro_batches import share_of
 from conf.schema import Config
 from parallel.context import LoneContext
-from parallel.expert.build import build_wire
-from parallel.expert.stand_in import build_stand_in
+from parallel.expert.build import build_stand_in, build_wire
 from parallel.mesh import build_mesh
 from parallel.pipeline.lone_stage import LoneStage
 from train.data.batch import Batch

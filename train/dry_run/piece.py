@@ -14,7 +14,6 @@ import torch
 from conf.errors import UserError
 from conf.schema import Config, DeviceKind, Hardware, Model
 from parallel.expert.stand_in import Load
-from parallel.pipeline.split import placement_of
 from train.model.count import head_flops, layer_flops
 from train.parallelize import split
 from train.plan.job import layout_of
@@ -53,7 +52,7 @@ class DryRunPiece:
 
     @property
     def stages(self) -> list[int]:
-        return placement_of(self.job.parallel)[self.pp_rank]
+        return self.job.parallel.placement[self.pp_rank]
 
     @property
     def whole(self) -> bool:
@@ -134,7 +133,7 @@ def shrunk(config: Config, factor: int) -> Config:
 def _cut(job: Config, config: Config, rank: int, load: Load, factor: int, room: int) -> DryRunPiece | None:
     """As many of the rank's layers as fit; None where not even the fewest do."""
     pp_rank, scene = rank // job.parallel.stage_ranks, _alone(config, load)
-    placement = placement_of(job.parallel)
+    placement = job.parallel.placement
     layers, stages = split(job), placement[pp_rank]
     last = sum(map(len, placement)) - 1
     needed = rank_memory(config, pp_rank, scene, layers).peak_bytes
@@ -158,7 +157,7 @@ def _alone(config: Config, load: Load) -> Scene:
 def _work(job: Config, config: Config, rank: int) -> float:
     """Operations of one step of this rank with all its layers, by the recipe as it runs here."""
     model, seq_len, parallel = config.model, config.seq_len, config.parallel
-    placement, layers = placement_of(parallel), split(job)
+    placement, layers = parallel.placement, split(job)
     stages = placement[rank // parallel.stage_ranks]
     dense = sum(index < model.dense_layers for stage in stages for index in layers[stage])
     moe = sum(len(layers[stage]) for stage in stages) - dense

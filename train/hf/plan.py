@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from conf.errors import UserError
+from conf.optimizers import OPTIMIZERS
 from conf.schema import ExportType
 from train.checkpoint.manifest import Manifest
 from train.hf.config import scale_shape
@@ -15,8 +16,7 @@ from train.hf.tensor_names import SCALE, Placed
 from train.hf.write import ExportTensor
 
 OPTIMIZER_TENSORS = {
-    "exp_avg.": "first moments of the optimizer",
-    "exp_avg_sq.": "second moments of the optimizer",
+    **{f"{name}.": f"{what} of the optimizer" for one in OPTIMIZERS.values() for name, what in one.meanings},
     "running.": "loads of the experts in the past",
 }
 PLAIN_EXPORT_TYPES = {ExportType.bf16: "BF16", ExportType.fp8: "BF16", ExportType.fp32: "F32"}

@@ -1,5 +1,6 @@
 """Whether a layout can run, before anything starts. No torch, which takes seconds to import, unless a rule needs it."""
 
+from conf.dispatches import check_groups
 from conf.errors import UserError
 from conf.micro_batches import micro_batch_counts
 from conf.schema import Config
@@ -18,8 +19,7 @@ def check_layout(config: Config) -> None:
         check_split(parallel.split, parallel.schedule, parallel.pp, config.model.layers, parallel.virtual_stages)
     if config.model.offload and config.model.repeated_layers:
         _check_offload(config)
-    if parallel.ep > 1 and parallel.dispatch == "node_limited":
-        from parallel.expert.build import check_groups
+    if parallel.ep > 1 and parallel.dispatch_facts.by_nodes:
         from parallel.mesh import read_layout
 
         layout = read_layout(config, parallel.world)

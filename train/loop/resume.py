@@ -15,7 +15,7 @@ from train.checkpoint.manifest import Damaged, manifest_of, newest_intact, read_
 from train.checkpoint.memory_copies import MemoryCopies
 from train.checkpoint.read_shards import fill
 from train.checkpoint.run_folder import RunPaths, resume_point
-from train.checkpoint.trained_with import require_model, require_tokenizer
+from train.checkpoint.trained_with import require_model, require_optimizer, require_tokenizer
 from train.data.prepare import Prepared
 from train.data.tokenizer import Tokenizer
 from train.hf.folder import Folder, Stored
@@ -164,6 +164,7 @@ def _start(config: Config, tokenizer: Tokenizer, state: RunState) -> list[str]:
 
 def _fits(config: Config, tokenizer: Tokenizer, path: Path, meta: dict[str, Any]) -> None:
     require_model(config, path, meta)
+    require_optimizer(config, path, meta)
     require_tokenizer(tokenizer.fingerprint, config.data.tokenizer, path, meta)
     if meta["step"] > config.steps:
         raise UserError(

@@ -1,6 +1,7 @@
 """What a run must remember: everything a checkpoint holds, by logical name.
 
-    master.*, exp_avg.*, exp_avg_sq.*   fp32 weights and the two moments
+    master.*                            fp32 weights
+    STATE.*                             what the optimizer keeps, by its names (conf/optimizers.py)
     ema.*                               average of the weights, when the run keeps one
     bias.LAYER                          balance bias of every MoE layer
     running.load, running.idle          past expert loads, from which MaxVio and dead experts are told

@@ -24,7 +24,7 @@ class StepWork:
     def __init__(self, parts: RankModel, layout: Layout):
         self._timeline, self._layout = parts.pipeline.timeline, layout
         self._counters = None if parts.dispatcher is None else parts.dispatcher.counters
-        self._has_pairs = parts.pipeline.name == "dualpipev"
+        self._has_pairs = parts.pipeline.facts.pairs
         self.busy = 0.0
         """Seconds of this rank's own work in the step that was collected last."""
         self._names = list(self._read())

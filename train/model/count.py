@@ -111,7 +111,7 @@ def flops_per_token(config: Model, seq_len: int, causal: bool = True, mtp: bool 
 
 
 def checkpoint_bytes(config: Config) -> int:
-    """Size of one checkpoint: fp32 master weights, two moments, and the average of the weights where one is kept."""
+    """Size of one checkpoint: fp32 master weights, what the optimizer keeps, and the average of the weights where one is kept."""
     counts = count(config.model)
-    moments = 2 * config.precision.moment_bytes
-    return (counts.total + counts.mtp) * (4 + moments + (4 if config.optim.ema_decay else 0))
+    kept = config.optim.facts.count_state_bytes(config.precision.moment_bytes)
+    return (counts.total + counts.mtp) * (4 + kept + (4 if config.optim.ema_decay else 0))

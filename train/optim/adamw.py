@@ -3,15 +3,15 @@
 torch's fused kernel is the reference; CPUs with AVX2 run compiled code (train/kernels/cpu/adamw.cpp), GPUs train/kernels/gpu/triton_adamw.py.
 """
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from ctypes import c_double, c_float
 from functools import partial
 from typing import NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from conf.schema import Optim, Precision
+from conf.schema import Config, Optim, Precision
 from conf.thresholds import THRESHOLDS
 from parallel.shard import GradientHandover
 from train.kernels.cpu.cpp_function import Array, Kernel, Number, Size, Struct, Threads
@@ -60,6 +60,17 @@ class AdamW(torch.optim.Optimizer):
         self.handover = GradientHandover()
         self.updates = 0
         """Updates made before this step; counts bias correction for all groups alike."""
+
+    @classmethod
+    def make(cls, groups: list[dict], config: Config, parts: Collection[str]) -> "AdamW":
+        """That of a run. parts: of a step that run as compiled code, see `Kernels.parts`."""
+        return cls(groups, config.optim, moments_dtype(config.precision), "adamw" in parts)
+
+    @staticmethod
+    def count_scratch_bytes(kind: str, precision: Precision, elements: int, compiled: bool) -> int:
+        """What an update of so many elements takes beside its operands. kind: of the device."""
+        none = kind == "cuda" or compiled or moments_dtype(precision) == torch.float32
+        return 0 if none else 8 * min(THRESHOLDS.adamw_elements, elements)
 
     def allocate(self, param: Tensor) -> dict[str, Tensor]:
         """The two moments of a parameter, made on first use."""
@@ -112,11 +123,6 @@ class AdamW(torch.optim.Optimizer):
                     weight, mean, square = (tensor[part] for tensor in held)
                     update(UpdatePiece(weight, grad.to(param.device), mean, square), group, self.updates + 1, factor)
                     first = part.stop
-
-
-def scratch_bytes(kind: str, moments: torch.dtype, elements: int, compiled: bool) -> int:
-    """What an update of so many elements takes beside its operands. kind: of the device."""
-    return 0 if kind == "cuda" or moments == torch.float32 or compiled else 8 * min(THRESHOLDS.adamw_elements, elements)
 
 
 def _update(piece: UpdatePiece, group: dict, count: int, factor: Tensor | float | None) -> None:
@@ -183,11 +189,6 @@ def _fused(weight: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, gr
         [weight], [grad], [exp_avg], [exp_avg_sq], [], [step], lr=group["lr"], beta1=beta1, beta2=beta2,
         weight_decay=group["weight_decay"], eps=group["eps"], amsgrad=False, maximize=False,
     )  # fmt: skip
-
-
-def decays(name: str, param: nn.Parameter) -> bool:
-    """Weight decay applies to matrices; gains of norms are vectors and are left out."""
-    return param.dim() >= 2
 
 
 def moments_dtype(precision: Precision) -> torch.dtype:

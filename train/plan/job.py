@@ -7,7 +7,8 @@ from conf.errors import UserError
 from conf.micro_batches import most_micro_batches
 from conf.schema import Config, Hardware
 from parallel.mesh import Layout, read_layout
-from parallel.pipeline.simulate import Action, Program, schedule_actions
+from parallel.pipeline.orders import Action, schedule_actions
+from parallel.pipeline.simulate import Program
 
 
 def require_hardware(hardware: Hardware) -> None:
@@ -88,7 +89,7 @@ def actions_of(config: Config, shortest: bool = False) -> list[list[Action]]:
     keep."""
     count, pp = micro_batches_of(config), config.parallel.pp
     if shortest:
-        count = min(count, STEADY * (count // max(1, count // pp)))  # interleaved has such rounds
+        count = min(count, STEADY * (count // max(1, count // pp)))  # where it has rounds, of as many
     return schedule_actions(
         config.parallel.schedule, pp, count, config.parallel.virtual_stages, config.parallel.overlap
     )

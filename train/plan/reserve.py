@@ -17,8 +17,8 @@ channels, and no longer on its ranks beyond two nodes (issue 864):
                              (src/graph/paths.cc: ncclTopoGetNchannels); measured on eight H100: 3.28 GB (issue 1685). Over a network all peers share
                              two buffers of 2 MiB a channel (src/transport/net.cc: NCCL_SHARED_STEPS)
 
-A group over several nodes divides the channels among its peers, eight at a time (ncclTopoComputeP2pChannels). DeepEP's two buffers are those
-of its formulas (github.com/deepseek-ai/DeepEP, csrc/config.hpp) for the configurations in deep_ep/buffer.py.
+A group over several nodes divides the channels among its peers, eight at a time (ncclTopoComputeP2pChannels). DeepEP has
+buffers of its own (conf/dispatches.py).
 """
 
 from functools import lru_cache
@@ -101,11 +101,12 @@ def _sends(config: Config, layout: Layout) -> int:
 def _exchange(config: Config, layout: Layout) -> int:
     if layout.ep == 1:
         return 0
-    dispatch, size = config.parallel.dispatch, layout.ep_ranks_per_node
-    if dispatch == "deepep":
-        return _deep_ep(config, layout)
-    groups = (range(0, layout.ep, size), range(size)) if dispatch == "node_limited" else (range(layout.ep),)
-    return sum(_peers(config, layout, ranks, layout.ep) for ranks in groups)
+    dispatch = config.parallel.dispatch_facts
+    own = dispatch.count_buffer_bytes(layout.ep, config.model.hidden)
+    if own is not None:
+        return own
+    links = dispatch.find_links(layout.ep, layout.ep_ranks_per_node)
+    return sum(_peers(config, layout, ranks, layout.ep) for ranks in links)
 
 
 def _peers(config: Config, layout: Layout, ranks: range, most: int) -> int:
@@ -118,11 +119,3 @@ def _peers(config: Config, layout: Layout, ranks: range, most: int) -> int:
     if far:
         channels = max(1, min(channels, MOST_CHANNELS // -(-len(ranks) // PEERS_AT_ONCE)))
     return near * channels * INSIDE + far * MOST_CHANNELS * SHARED
-
-
-def _deep_ep(config: Config, layout: Layout) -> int:
-    """For bf16 rows: ten channels, each with slots for every rank of a node and, twice, for every node."""
-    inside, nodes = min(layout.ep, 8), -(-layout.ep // 8)
-    slots = 256 if layout.ep <= 8 else 288 if layout.ep <= 64 else 560 if layout.ep <= 128 else 720
-    row = 2 * config.model.hidden + 8 + 128 * (8 + 4 + 4)
-    return 10 * row * (inside * slots + (2 * nodes * 128 if nodes > 1 else 0))

@@ -23,6 +23,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from conf.dispatches import FLAT_DISPATCH
 from parallel.shard import Shard
 from train.model.block import Block
 from train.model.deepseek import DeepSeekV3
@@ -60,7 +61,7 @@ class StepInfo:
     cp_rank: int = 0
     ep: int = 1
     ep_ranks_per_node: int = 1
-    dispatch: str = "flat"
+    dispatch: str = FLAT_DISPATCH
     micro_batch_size: int = 1
     plan: dict[str, float] = field(default_factory=dict)
     main_loss: float = 0.0

@@ -137,8 +137,9 @@ class Judge(WireJudge, ReductionJudge, UpdateJudge):
         weights = {name: weight.double() for name, weight in initial_weights(self.config).items()}
         biases = {f"bias.{name}": bias.double() for name, bias in initial_biases(self.config).items()}
         state = {f"master.{name}": weight for name, weight in weights.items()} | biases
-        for kind in ("exp_avg", "exp_avg_sq"):
-            state |= {f"{kind}.{name}": torch.zeros_like(weight) for name, weight in weights.items()}
+        for name, weight in weights.items():
+            rule = self.config.optim.facts.choose_rule(name, weight.dim())
+            state |= {f"{kind}.{name}": torch.zeros_like(weight) for kind in rule.state}
         if self.config.optim.ema_decay:
             state |= {f"ema.{name}": weight for name, weight in weights.items()}
         return state

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from cluster.run_files import step_name
 from conf.errors import UserError
-from conf.schema import Config, Optim
+from conf.schema import Config
 from parallel.shard import whole
 from train.checkpoint.read_shards import load
 from train.prove import reference
@@ -22,18 +22,13 @@ from train.prove.findings import ProofFindings
 from train.prove.layouts import RunPart
 from train.prove.reference import PlainModel, Watched
 from train.prove.samples import Samples
+from train.prove.updates import UPDATES
 
 State = dict[str, Tensor]
-"""Whole tensors by the name of their shards, fp64: master.NAME, exp_avg.NAME, exp_avg_sq.NAME, ema.NAME, bias.LAYER."""
-QUANTITIES = {"master": "master weights", "exp_avg": "first moments", "exp_avg_sq": "second moments", "ema": "average of weights",
-              "bias": "biases"}  # fmt: skip
-
-
-ROUNDINGS = {"master": 4, "exp_avg": 32, "exp_avg_sq": 64, "ema": 2, "bias": 2}
-"""Roundings of fp32, at most, in what `update_roundings` and its like say that each is of. A gradient is multiplied by
-a factor of a norm that may be off by 16 of them, and its square by that factor twice."""
-STEP_ROUNDINGS = 8
-"""How many times as many of them a step has as the weight that it is taken from: it is made of both moments."""
+"""Whole tensors by the name of their shards, fp64: master.NAME, those of the optimizer's state, ema.NAME, bias.LAYER."""
+QUANTITIES = {"master": "master weights", "ema": "average of weights", "bias": "biases"}
+ROUNDINGS = {"master": 4, "ema": 2, "bias": 2}
+"""Roundings of fp32, at most, in what is said below that each is of; those of the optimizer's state stand in train/prove/updates.py."""
 SMALLEST, SMALLEST_BF16 = 2.0**-126, 2.0**-133
 """What is smaller is rounded to steps of less than the format's precision, or to 0."""
 
@@ -58,6 +53,7 @@ class UpdateJudge(Comparisons):
         self.run: RunPart | None = None
         """To which the step belongs."""
         self._checkpoints = checkpoints
+        self._update = UPDATES[config.optim.name]
 
     def _after(self, ranks: list[Evidence]) -> State:
         """The state, put together from the shards of all ranks."""
@@ -96,14 +92,15 @@ class UpdateJudge(Comparisons):
         for name, gradient in reduced.items():
             if f"master.{name}" not in after or f"master.{name}" not in before:
                 continue
-            names = [f"{kind}.{name}" for kind in ("master", "exp_avg", "exp_avg_sq")]
+            kinds = "master", *optim.facts.choose_rule(name, gradient.dim()).state
+            names = [f"{kind}.{name}" for kind in kinds]
             held = [before[each] for each in names]
             decays, gradient = gradient.dim() >= 2, gradient * factor
-            new = reference.adamw(optim, plan.lr, self.tally.updates, held[0], gradient, held[1], held[2], decays)
+            settings = optim, plan.lr, self.tally.updates
+            new = self._update.rule(*settings, held[0], gradient, *held[1:], decays=decays)
             want |= dict(zip(names, new, strict=True))
-            rounded |= dict(
-                zip(names, update_roundings(optim, plan.lr, self.tally.updates, held, gradient, new), strict=True)
-            )
+            sizes = self._update.size_roundings(*settings, held, gradient, new)
+            rounded |= dict(zip(names, sizes, strict=True))
             if decays:
                 self._judge_decay(names[0], held[0], after[names[0]], new[0], rounded[names[0]])
             if optim.ema_decay:
@@ -176,11 +173,12 @@ class UpdateJudge(Comparisons):
         self, name: str, rank: int | None, got: Tensor, want: Tensor, before: Tensor, rounded: Tensor
     ) -> None:
         kind = name.split(".", 1)[0]
-        count = ROUNDINGS[kind]
+        count = (ROUNDINGS | self._update.roundings)[kind]
         allowed, why = count * rounded + SMALLEST, f"{count} roundings of fp32, of each element by itself"
-        if kind.startswith("exp_avg") and self.config.precision.moments == "bf16":
+        if kind in self._update.roundings and self.config.precision.moments == "bf16":
             allowed, why = allowed + UNIT["bf16"] * want.abs() + SMALLEST_BF16, f"{why}, and one of bf16"
-        self._compare_moved(QUANTITIES[kind], name, rank, got, want, before, allowed, why)
+        quantity = (QUANTITIES | dict(self.config.optim.facts.meanings))[kind]
+        self._compare_moved(quantity, name, rank, got, want, before, allowed, why)
 
     def _judge_decay(self, name: str, before: Tensor, got: Tensor, want: Tensor, rounded: Tensor) -> None:
         """The part of an error that is in proportion to the weights: a rounding of each weight by itself adds up to nothing, so that
@@ -205,19 +203,6 @@ class UpdateJudge(Comparisons):
         for rank in ranks:
             got = math.nan if rank.info.validation_loss is None else rank.info.validation_loss
             self._number("held-out loss", "main_loss", rank.info.rank, got, want, bound)
-
-
-def update_roundings(
-    optim: Optim, lr: float, update: int, before: list[Tensor], gradient: Tensor, new: tuple[Tensor, Tensor, Tensor]
-) -> list[Tensor]:
-    """What one rounding of fp32 is of each element of weight, mean and mean of squares: of the terms that are summed, as two of
-    opposite signs may leave less than either is rounded by.
-    """
-    (weight, mean, _), unit, (beta1, beta2) = before, UNIT["fp32"], optim.betas
-    terms = beta1 * mean.abs() + (1 - beta1) * gradient.abs()
-    step = lr * terms / (1 - beta1**update) / ((new[2] / (1 - beta2**update)).sqrt() + optim.eps)
-    size = torch.maximum(weight.abs(), new[0].abs())
-    return [unit * (size + STEP_ROUNDINGS * step), unit * terms, unit * new[2]]
 
 
 def under(kind: str, state: State) -> State:

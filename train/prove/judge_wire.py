@@ -15,6 +15,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from conf.dispatches import DISPATCHES
 from train.prove.bounds import Bound
 from train.prove.comparisons import Comparisons
 from train.prove.evidence import Evidence
@@ -55,12 +56,8 @@ class SentRows:
 
     def hops(self) -> list[int]:
         """How many experts lie where the rows of a token are added before they reach its rank: on a rank, on a node."""
-        info, experts = self.ranks[0].info, len(self.seen["counts"])
-        if info.dispatch == "flat" or info.ep == 1:
-            return []
-        of_rank = experts // info.ep
-        of_node = of_rank * info.ep_ranks_per_node
-        return [of_rank, of_node] if info.dispatch == "node_limited" and of_rank < of_node < experts else [of_rank]
+        info = self.ranks[0].info
+        return DISPATCHES[info.dispatch].find_sums(len(self.seen["counts"]), info.ep, info.ep_ranks_per_node)
 
 
 class WireJudge(Comparisons):
@@ -112,7 +109,7 @@ class WireJudge(Comparisons):
             return  # which was told
         rows_PD = torch.empty(seen[rows].shape, dtype=torch.float64)
         rows_PD[at_tokens] = seen[rows][at_experts].double()
-        in_bf16, by_addition = seen[sums].dtype == torch.bfloat16, sent.ranks[0].info.dispatch == "deepep"
+        in_bf16, by_addition = seen[sums].dtype == torch.bfloat16, DISPATCHES[sent.ranks[0].info.dispatch].in_bf16
         rows_TKD = rows_PD.unflatten(0, seen["ids"].shape)
         want_TD, off_TD = summed_rows(rows_TKD, seen["ids"], sent.hops(), in_bf16, by_addition)
         least = 2.0**-16 if in_bf16 else 2.0**-23

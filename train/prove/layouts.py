@@ -6,7 +6,9 @@ from dataclasses import dataclass, replace
 from math import gcd
 
 from conf.check import check
+from conf.dispatches import FLAT_DISPATCH
 from conf.errors import UserError
+from conf.pipeline_schedules import PLAIN_SCHEDULE, SCHEDULES
 from conf.schema import Config, Parallel, Precision
 from train.loop.layout_check import check_layout
 from train.optim.schedules import Schedules
@@ -16,14 +18,14 @@ from train.prove.bounds import is_tiled
 def in_fp32(config: Config) -> Config:
     """The recipe with fp32 products, and without what only other formats have."""
     parallel = replace(config.parallel, wire="bf16")  # the activations' own format
-    if parallel.dispatch == "deepep":
-        parallel = replace(parallel, dispatch="flat")
+    if parallel.dispatch_facts.in_bf16:
+        parallel = replace(parallel, dispatch=FLAT_DISPATCH)
     return replace(config, precision=Precision(name="fp32", moments="fp32"), parallel=parallel)
 
 
-TILED, TILED_HIDDEN = 136, 256
+TILED = 136
 """Every width, and the tokens of a micro-batch, in pass `tiles`: two tiles of 128, of which the last is not full. With one tile nothing
-would have a neighbour whose scale it could be given. The second is of rows that DeepEP sends, which takes multiples of 128."""
+would have a neighbour whose scale it could be given."""
 TILED_HEADS = 4
 
 
@@ -32,11 +34,11 @@ def in_tiles(config: Config) -> Config:
     the way to experts stays.
     """
     model, parallel, ranks = config.model, config.parallel, config.parallel.world
-    dense, depth = min(model.dense_layers, 1), min(model.mtp_depth, 1)
+    dense, depth, multiple = min(model.dense_layers, 1), min(model.mtp_depth, 1), parallel.dispatch_facts.width
     length = TILED + 1 + depth
     wide = replace(
         model,
-        hidden=TILED_HIDDEN if parallel.dispatch == "deepep" else TILED,
+        hidden=-(-TILED // multiple) * multiple,
         layers=max(1, dense + min(model.layers - model.dense_layers, 1)),
         dense_layers=dense,
         mtp_depth=depth,
@@ -166,7 +168,7 @@ def second_layout(config: Config, ranks: int) -> Parallel:
 
 def in_layout(config: Config, parallel: Parallel) -> Config:
     """The recipe in another layout, one sequence at a time, so that more layouts divide the batch."""
-    ranks_per_node = 0 if parallel.dispatch == "flat" else config.cluster.ranks_per_node
+    ranks_per_node = 0 if parallel.dispatch_facts.per_expert else config.cluster.ranks_per_node
     cluster = replace(config.cluster, ranks_per_node=ranks_per_node)
     return replace(config, parallel=parallel, micro_batch_size=1, cluster=cluster)
 
@@ -174,7 +176,9 @@ def in_layout(config: Config, parallel: Parallel) -> Config:
 def _others(config: Config, world: int) -> Iterator[Parallel]:
     """The farther from the recipe's, the earlier."""
     own = config.parallel
-    plain = replace(own, pp=1, dp=world, cp=1, ep=1, zero=1, schedule="1f1b", virtual_stages=2, dispatch="flat")
+    plain = replace(
+        own, pp=1, dp=world, cp=1, ep=1, zero=1, schedule=PLAIN_SCHEDULE, virtual_stages=2, dispatch=FLAT_DISPATCH
+    )
     shared = gcd(world, config.model.experts)
     if own.pp > 1:
         for zero in (3, 2, 1):
@@ -183,7 +187,8 @@ def _others(config: Config, world: int) -> Iterator[Parallel]:
         yield replace(plain, ep=shared, zero=2)
     if own.pp == 1 and world % 2 == 0:
         half = world // 2
-        for schedule in ("zbv", "1f1b"):
+        split = next(name for name, facts in SCHEDULES.items() if facts.splits)
+        for schedule in (split, PLAIN_SCHEDULE):
             yield replace(plain, pp=2, dp=half, ep=gcd(half, config.model.experts), schedule=schedule)
     yield from (replace(plain, ep=ep, zero=zero) for ep in {shared, 1} for zero in {1, 2, 3} - {own.zero})
     kept = replace(plain, pp=own.pp, dp=own.dp, cp=own.cp)  # where the batch divides among no other number of ranks
@@ -196,7 +201,7 @@ def layout_name(config: Config) -> str:
     """For a person."""
     parallel = config.parallel
     parts = [f"{name} {value}" for name in ("pp", "dp", "cp", "ep") if (value := getattr(parallel, name)) > 1]
-    parts += [parallel.schedule_words] if parallel.pp > 1 or parallel.schedule != "1f1b" else []
+    parts += [parallel.schedule_words] if parallel.pp > 1 or len(parallel.placement[0]) > 1 else []
     parts += [parallel.dispatch] if parallel.ep > 1 else []
     parts += (
         ["shares that differ"]

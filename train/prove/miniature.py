@@ -20,6 +20,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import Any
 
+from conf.dispatches import FLAT_DISPATCH
 from conf.errors import UserError
 from conf.micro_batches import batch_sizes, in_lockstep
 from conf.schema import (
@@ -39,7 +40,7 @@ from conf.schema import (
     Plan,
 )
 from parallel.mesh import Layout
-from parallel.pipeline.split import check_schedule, rank_stages
+from parallel.pipeline.split import check_schedule
 from train.plan.job import layout_of
 from train.prove.bounds import is_tiled
 
@@ -49,8 +50,6 @@ VOCABULARY = 97
 MINIATURE_WIDTH, TILED_WIDTH = 32, 136
 """The second where products are in FP8 or rows travel so: two tiles of 128, of which the last is not full. All other widths have two
 in pass `tiles` alone (train/prove/layouts.py)."""
-DEEP_EP_WIDTH = 128
-"""DeepEP takes multiples of this alone."""
 ROPE = 16
 """Eight pairs: some lie on YaRN's ramp, which in DeepSeek-V3 goes from a third of them to two thirds."""
 ODD = 15
@@ -98,8 +97,8 @@ LOST = {
 def shrink(cfg: Config) -> Miniature:
     """The miniature of a recipe that has passed check_layout; it passes the same checks. Starts nothing."""
     whole = cfg
-    if cfg.parallel.dispatch == "deepep" and not _has_gpu(cfg):  # whose kernels need one
-        cfg = replace(cfg, parallel=replace(cfg.parallel, dispatch="flat"))
+    if cfg.parallel.dispatch_facts.needs_gpu and not _has_gpu(cfg):
+        cfg = replace(cfg, parallel=replace(cfg.parallel, dispatch=FLAT_DISPATCH))
     layout, structure = _shrink_layout(cfg)
     layers, split = _shrink_layers(cfg, layout)
     model = _shrink_model(cfg, layout, layers)
@@ -152,7 +151,7 @@ def _has_gpu(cfg: Config) -> bool:
 def _shrink_layout(cfg: Config) -> tuple[Layout, list[str]]:
     """At most prove.ranks ranks with the structure of the recipe's, and what of it is lost."""
     whole, most = layout_of(cfg), cfg.prove.ranks
-    inside = whole.ep_ranks_per_node if cfg.parallel.dispatch == "node_limited" else whole.ep
+    inside = whole.ep_ranks_per_node if cfg.parallel.dispatch_facts.by_nodes else whole.ep
     if whole.world <= most:
         return whole, []
     given = _Degrees(whole.pp, whole.edp, whole.ep // inside, inside)
@@ -194,7 +193,7 @@ def _least(degree: int) -> int:
 def _shrink_layers(cfg: Config, layout: Layout) -> tuple[int, str | list[int]]:
     """How many, and parallel.split. Of a list for more stages: ends without layers stay so, and where inner stages differ one does."""
     model, given = cfg.model, cfg.parallel.split
-    stages = layout.pp * rank_stages(cfg.parallel.schedule, cfg.parallel.virtual_stages)
+    stages = layout.pp * cfg.parallel.schedule_facts.rank_stages(cfg.parallel.virtual_stages)
     dense, moe = min(model.dense_layers, 1), min(model.layers - model.dense_layers, 2)
     layers = min(model.layers, max(dense + moe, stages))
     if not isinstance(given, list):
@@ -208,10 +207,8 @@ def _shrink_layers(cfg: Config, layout: Layout) -> tuple[int, str | list[int]]:
 
 def _shrink_model(cfg: Config, layout: Layout, layers: int) -> Model:
     model, seq_len = cfg.model, _sequence(cfg, layout)
-    tiled = is_tiled(cfg)
-    hidden = min(
-        model.hidden, DEEP_EP_WIDTH if cfg.parallel.dispatch == "deepep" else TILED_WIDTH if tiled else MINIATURE_WIDTH
-    )
+    multiple, width = cfg.parallel.dispatch_facts.width, TILED_WIDTH if is_tiled(cfg) else MINIATURE_WIDTH
+    hidden = min(model.hidden, max(multiple, width // multiple * multiple))
     yarn = model.yarn
     if cfg.seq_len > yarn.original_seq_len:  # in force because of the length, which it stays
         length = max(1, seq_len * yarn.original_seq_len // cfg.seq_len)
@@ -258,7 +255,7 @@ def _chunk(cfg: Config, tokens: int) -> int:
 def _micro_batches(cfg: Config, layout: Layout, layers: int) -> tuple[int, int]:
     """Micro-batches of a rank in a step, at the start of the ramp and after it: enough for every phase of the schedule."""
     sizes = [batch // (cfg.micro_batch_size * cfg.parallel.dp) for batch in batch_sizes(cfg)]
-    wanted = (2 * layout.pp if cfg.parallel.schedule == "dualpipev" else layout.pp) + 1
+    wanted = max(1, cfg.parallel.schedule_facts.least) * layout.pp + 1
 
     def allowed(count: int) -> bool:
         try:

@@ -3,8 +3,9 @@
 import pytest
 
 from conf.load import compose
+from conf.pipeline_schedules import SCHEDULES, ActionSeconds
 from conf.schema import Rate
-from parallel.pipeline.simulate import Action, idle_time
+from parallel.pipeline.orders import Action
 from train.model.count import flops_per_token
 from train.parallelize import build_chunks
 from train.plan.job import layout_of
@@ -59,7 +60,9 @@ def test_bubble_is_that_of_the_formula(schedule):
     whole = {kind: stages.elapsed(Action(kind, 1, 0)).seconds for kind in "FBW"}
     halves = Action("F", 1, 0), Action("B", 1, 0)
     pair = stages.elapsed(Action("FB", 1, 0, halves)).seconds
-    expected = idle_time(schedule, 4, whole["F"], whole["B"] - whole["W"], whole["W"], pair)
+    expected = SCHEDULES[schedule].count_idle_seconds(
+        4, ActionSeconds(whole["F"], whole["B"] - whole["W"], whole["W"], pair)
+    )
     idle = step.pipeline_seconds - max(step.simulation.busy)
     assert idle == pytest.approx(expected, rel=0.15, abs=0.02 * step.pipeline_seconds)
 

@@ -6,10 +6,10 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from conf.optimizers import OptimizerFacts
 from parallel.zero.engine import Zero
 from tests.prove.mutations.registry import FORWARD, OURS, SETTINGS, UPDATE, mutation
 from tests.prove.mutations.seams import Seams
-from train import parallelize
 from train.optim import adamw, schedules
 from train.optim.adamw import AdamW
 from train.optim.ema import Ema
@@ -36,7 +36,7 @@ def stale_weights(bug: Seams) -> None:
 
 @mutation("ServiceNow/Fast-LLM#545: gains of norms decay", "copies", UPDATE, "norm")
 def gains_decay(bug: Seams) -> None:
-    bug.around(parallelize, "decays", lambda original, name, param: True)
+    bug.around(OptimizerFacts, "choose_rule", lambda original, self, weight, dims: self.matrices)
 
 
 @mutation("pytorch/torchtitan#4382: Adam's count is one ahead, and so its bias correction", "copies", UPDATE, "master")

@@ -22,7 +22,8 @@ from torch.distributed.pipelining._backward import stage_backward_input
 
 from conf.schema import Model, Precision, Recompute
 from parallel.context import LoneContext
-from parallel.expert.stand_in import Group, Load, build_stand_in
+from parallel.expert.build import build_stand_in
+from parallel.expert.stand_in import Group, Load
 from parallel.pipeline.graph import backward_of_weights, kept_graph
 from parallel.pipeline.host_store import page_bytes
 from train.kernels.precision import activation_dtype
@@ -69,7 +70,7 @@ class Scene:
     sequences: int
     """B, of a micro-batch."""
     dispatch: str
-    """flat, node_limited or deepep; local where a rank has all experts."""
+    """parallel.dispatch; local where a rank has all experts."""
     wire: str
     ep: int
     ranks_per_node: int

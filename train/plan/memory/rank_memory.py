@@ -17,13 +17,21 @@ from functools import cache
 from conf.micro_batches import share_of
 from conf.schema import Config, Model
 from parallel.expert.stand_in import Group, Load
-from parallel.pipeline.split import placement_of
+from parallel.pipeline.orders import ORDERS
 from train.kernels.choice import build_kernels
 from train.parallelize import split
 from train.plan.job import actions_of, device_kind, layout_of
 from train.plan.memory.chunk import Parts, chunk_of
 from train.plan.memory.part import AGAIN, AWAY, Frozen, Scene, kind_of
-from train.plan.memory.rank_weights import FP32_BYTES, Shards, needs_table, part_weights, rank_weights, shards
+from train.plan.memory.rank_weights import (
+    FP32_BYTES,
+    Shards,
+    needs_table,
+    part_weights,
+    rank_weights,
+    shards,
+    state_bytes,
+)
 from train.plan.memory.schedule_memory import MemoryPeak, ScheduleWalk, StagePlan
 from train.plan.memory.step_end import StepEnd
 from train.plan.memory.zero3 import Zero3Memory
@@ -172,7 +180,7 @@ def _is_compiled(kind: str, wanted: bool) -> bool:
 
 def chunk_parts(config: Config, layers: list[range] | None = None) -> list[dict[int, Parts]]:
     """For every pipeline rank the parts of its stages. layers: of every stage, instead of the split of the layout."""
-    placement = placement_of(config.parallel)
+    placement = config.parallel.placement
     last, dense = sum(map(len, placement)) - 1, config.model.dense_layers
     layers = layers or split(config)
 
@@ -195,18 +203,19 @@ def _behind(model: Model, place: int) -> str:
 
 
 def _layers(config: Config, layers: list[range] | None = None) -> list[list[range]]:
-    placement = placement_of(config.parallel)
+    placement = config.parallel.placement
     layers = layers or split(config)
     return [[layers[stage] for stage in stages] for stages in placement]
 
 
 def state_items(config: Config, groups: list[Shards]) -> Counter:
     """What a rank holds all the time."""
-    precision = config.precision
     owned = sum(group.partition for group in groups)
     whole = sum(group.partition * group.ranks for group in groups)
     return Counter(
-        weights=precision.weight_bytes * whole, master=FP32_BYTES * owned, moments=2 * precision.moment_bytes * owned
+        weights=config.precision.weight_bytes * whole,
+        master=FP32_BYTES * owned,
+        moments=state_bytes(config, groups, lambda group: group.partition),
     )
 
 
@@ -235,7 +244,7 @@ def _walk(
     """The peak of the schedule, and the most bytes of activations that wait on the host in it."""
     model, parallel = config.model, config.parallel
     share = model.experts // parallel.ep
-    last = max(max(stages) for stages in placement_of(parallel))
+    last = max(max(stages) for stages in parallel.placement)
 
     def gradients(*names: str) -> int:
         return FP32_BYTES * sum(w.elements for name in names for w in part_weights(scene.model, name, share))
@@ -249,6 +258,6 @@ def _walk(
         )
         for stage, parts in chunks.items()
     }
-    holds_sent = scene.gloo and parallel.schedule != "1f1b"  # torch waits for sends at the end of a step
+    holds_sent = scene.gloo and ORDERS[parallel.schedule].is_multi  # torch waits for sends at the end of a step
     walk = ScheduleWalk(stages, last + 1, holds_sent)
     return walk.run(actions_of(config, shortest and not holds_sent)[pp_rank]), walk.host_peak

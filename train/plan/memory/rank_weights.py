@@ -4,32 +4,33 @@ All sizes in bytes unless a name says elements.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
 
+from conf.optimizers import UpdateRule
 from conf.schema import Config, Model
 from train.kernels.plain.high import HighPrecision
 from train.kernels.plain.plain_kernels import PlainKernels
 from train.model.deepseek import DeepSeekV3
-from train.optim.adamw import decays
 from train.plan.memory.chunk import Parts
 from train.plan.memory.part import Frozen, kind_of
 
 FP32_BYTES = 4
 """Bytes."""
 
-WEIGHT_KINDS = ("dense", "gains", "experts")
-"""Parameter groups, in order."""
-
 
 @dataclass(frozen=True)
 class Weight:
     name: str
-    kind: str
+    dims: int
     elements: int
+
+    @property
+    def is_expert(self) -> bool:
+        return ".experts." in self.name
 
 
 @lru_cache(maxsize=256)
@@ -50,7 +51,7 @@ def part_weights(model: Frozen[Model], part: str, local_experts: int) -> tuple[W
         device="meta",
     )
     return tuple(
-        Weight(name, "experts" if ".experts." in name else WEIGHT_KINDS[not decays(name, param)], param.numel())
+        Weight(name, param.dim(), param.numel())
         for name, param in chunk.named_parameters()
         if part == "embedding" or not name.startswith("embedding")
     )
@@ -77,6 +78,7 @@ class Shards:
 
     weights: list[Weight]
     ranks: int
+    rule: UpdateRule
 
     @property
     def elements(self) -> int:
@@ -95,8 +97,15 @@ class Shards:
 
 def shards(config: Config, weights: Sequence[Weight]) -> list[Shards]:
     """The groups of a rank that are not empty, in DeepSpeed's order."""
-    parallel = config.parallel
-    shared = parallel.stage_ranks
-    ranks = {"dense": shared, "gains": shared, "experts": shared // parallel.ep}
-    groups = [Shards([weight for weight in weights if weight.kind == kind], ranks[kind]) for kind in WEIGHT_KINDS]
-    return [group for group in groups if group.weights]
+    parallel, facts = config.parallel, config.optim.facts
+    kinds = {(experts, rule): [] for experts in (False, True) for rule in facts.rules}
+    for weight in weights:
+        kinds[weight.is_expert, facts.choose_rule(weight.name, weight.dims)].append(weight)
+    ranks = parallel.stage_ranks, parallel.stage_ranks // parallel.ep
+    return [Shards(found, ranks[experts], rule) for (experts, rule), found in kinds.items() if found]
+
+
+def state_bytes(config: Config, groups: Sequence[Shards], owned: Callable[[Shards], int]) -> int:
+    """What the optimizer keeps of this rank's parts. owned: elements of one of them."""
+    moment = config.precision.moment_bytes
+    return sum(group.rule.count_state_bytes(moment) * owned(group) for group in groups)

@@ -18,7 +18,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 
-from parallel.pipeline.simulate import Action, what_runs
+from parallel.pipeline.orders import Action
+from parallel.pipeline.simulate import what_runs
 from train.plan.memory.chunk import ChunkMemory
 from train.plan.memory.part import PassMemory
 

@@ -25,7 +25,7 @@ from itertools import groupby
 
 from conf.schema import Config
 from conf.thresholds import THRESHOLDS
-from train.optim.adamw import moments_dtype, scratch_bytes
+from train.optim.optimizer_classes import OPTIMIZER_CLASSES
 from train.plan.memory.part import Scene
 from train.plan.memory.rank_weights import FP32_BYTES, Shards, Weight
 
@@ -89,7 +89,7 @@ class StepEnd:
         self._groups, self._scene = groups, scene
         self._stage, self._bf16 = config.parallel.zero, config.precision.name != "fp32"
         self._offload = config.parallel.offload_optimizer
-        self._moments = moments_dtype(config.precision)
+        self._config = config
         self._has_expert_groups = config.parallel.ep > 1
         """Else experts are summed over the same group as all other weights."""
         self._ranks = [stage_rank * group.ranks // config.parallel.stage_ranks for group in groups]
@@ -132,7 +132,7 @@ class StepEnd:
                     self._shards.add(one.group)
                     meter.take(FP32_BYTES * self._groups[one.group].partition)
         for experts in (False, True):  # each over ranks of its own
-            slices = [one for one in waiting if (self._has_expert_groups and one.weight.kind == "experts") == experts]
+            slices = [one for one in waiting if (self._has_expert_groups and one.weight.is_expert) == experts]
             for copied in self._copies(slices):
                 meter.take(FP32_BYTES * copied)
                 meter.take(-FP32_BYTES * copied)
@@ -195,7 +195,9 @@ class StepEnd:
                 meter.take(shard)
                 if number == last:
                     meter.take(-self._whole_size)
-            scratch = scratch_bytes(self._scene.kind, self._moments, group.partition, self._scene.compiled)
+            scratch = OPTIMIZER_CLASSES[self._config.optim.name].count_scratch_bytes(
+                self._scene.kind, self._config.precision, group.partition, self._scene.compiled
+            )
             if self._offload and self._scene.kind == "cuda":
                 scratch = 0
             meter.take(scratch)

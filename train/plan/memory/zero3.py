@@ -10,11 +10,11 @@ from functools import cached_property
 
 from conf.schema import Config
 from conf.thresholds import THRESHOLDS
-from train.optim.adamw import moments_dtype, scratch_bytes
+from train.optim.optimizer_classes import OPTIMIZER_CLASSES
 from train.plan.job import micro_batches_of
 from train.plan.memory.chunk import ChunkMemory
 from train.plan.memory.part import Frozen, PassMemory
-from train.plan.memory.rank_weights import FP32_BYTES, Shards, Weight, part_weights
+from train.plan.memory.rank_weights import FP32_BYTES, Shards, Weight, part_weights, state_bytes
 from train.plan.memory.zero3_gather import Gathered, Shared, follow_gathers
 from train.plan.memory.zero3_scatter import (
     NOTHING,
@@ -33,7 +33,6 @@ class Zero3Memory:
     def __init__(self, config: Config, groups: Sequence[Shards], chunk: ChunkMemory):
         self._config, self._groups, self._chunk = config, groups, chunk
         self._element = config.precision.weight_bytes
-        self._moment = config.precision.moment_bytes
 
     def state(self) -> dict[str, int]:
         """What is there all the time."""
@@ -41,7 +40,7 @@ class Zero3Memory:
         return {
             "weights": self._element * owned,
             "master": FP32_BYTES * owned,
-            "moments": 2 * self._moment * owned,
+            "moments": state_bytes(self._config, self._groups, lambda group: group.scattered),
             "gradients": FP32_BYTES * owned,
             "reduction": FP32_BYTES * self._bucket.limit,
         }
@@ -121,7 +120,7 @@ class Zero3Memory:
 
     def _shared(self, weight: Weight) -> Shared:
         parallel = self._config.parallel
-        experts = weight.kind == "experts" and parallel.ep > 1
+        experts = weight.is_expert and parallel.ep > 1
         return Shared(
             weight.elements, "experts" if experts else "dense", parallel.stage_ranks // (parallel.ep if experts else 1)
         )
@@ -132,6 +131,7 @@ class Zero3Memory:
 
     def update(self) -> int:
         """Most bytes while the weights are updated, group by group: a copy of the gradients and scratch."""
-        scene, moments = self._chunk.scene, moments_dtype(self._config.precision)
+        scene, precision = self._chunk.scene, self._config.precision
+        scratch = OPTIMIZER_CLASSES[self._config.optim.name].count_scratch_bytes
         sizes = [group.scattered for group in self._groups]
-        return max(FP32_BYTES * size + scratch_bytes(scene.kind, moments, size, scene.compiled) for size in sizes)
+        return max(FP32_BYTES * size + scratch(scene.kind, precision, size, scene.compiled) for size in sizes)

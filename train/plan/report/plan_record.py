@@ -6,7 +6,7 @@ Units are in the names of plan.json's fields; train/docs/plan.md describes each.
 from itertools import groupby
 from typing import Any
 
-from parallel.pipeline.simulate import Action
+from parallel.pipeline.orders import Action
 from train.kernels.cpu.processor import cpu_name
 from train.metrics.planned import recipe_of
 from train.metrics.quantities import gib

@@ -2,9 +2,12 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from itertools import product
 
+from conf.dispatches import DISPATCHES, FLAT_DISPATCH
 from conf.micro_batches import divisors
-from conf.schema import Config, PipelineSchedule, Recompute
+from conf.pipeline_schedules import PLAIN_SCHEDULE, SCHEDULES
+from conf.schema import Config, PipelineSchedule, Recompute, WireFormat
 from train.plan.job import can_offload, device_kind
 from train.plan.search.changes import LIGHTEST, changed, fitted_ramp
 
@@ -12,10 +15,8 @@ MICRO_BATCHES = (1, 2, 4, 8)
 VIRTUAL_STAGES = (2, 3, 4)
 CONTEXT_TOKENS = 4096
 """Tokens of a sequence that a rank has at least where ranks share sequences."""
-DEEP_EP_RANKS = (2, 4, 8, 16, 24, 32, 64, 128, 144, 160)
-"""Sizes of an expert group that DeepEP has a configuration for (its deep_ep/buffer.py)."""
 RECOMPUTE = ([], [Recompute.norm, Recompute.swiglu], LIGHTEST, [*LIGHTEST, f"{Recompute.layer}:1"], [Recompute.layer])
-WAYS = (("flat", "bf16"), ("flat", "fp8"), ("node_limited", "bf16"), ("node_limited", "fp8"), ("deepep", "bf16"), ("deepep", "fp8"))  # fmt: skip
+WAYS = [*product(DISPATCHES, WireFormat)]
 """Dispatch and wire."""
 
 
@@ -62,7 +63,6 @@ def frames(config: Config, devices: int) -> Iterator[Frame]:
         recompute.append(model.recompute)
     on_gpu = device_kind(config) == "cuda"
     hosts = [False, True] if can_offload(config) else [config.parallel.offload_optimizer]
-    deep_ep = DEEP_EP_RANKS if on_gpu and model.hidden % 128 == 0 else ()
     spreads = [(pp, cp) for pp in divisors(devices) for cp in _contexts(config, devices // pp)]
     for pp, cp in spreads:
         dp = devices // (pp * cp)
@@ -72,22 +72,23 @@ def frames(config: Config, devices: int) -> Iterator[Frame]:
             for size in MICRO_BATCHES:
                 ramp = _ramp(config, size * dp, pp, schedule)
                 for ep in groups:
-                    ways = [way for way in WAYS if way[0] != "deepep" or ep in deep_ep] if ep > 1 else [*WAYS[:1]]
+                    able = [way for way in WAYS if DISPATCHES[way[0]].is_able(ep, model.hidden, on_gpu)]
+                    ways = able if ep > 1 else able[:1]
                     for zero in (1,) if pp > 1 else (1, 2, 3):
                         one = changed(
                             ramp, pp=pp, dp=dp, cp=cp, ep=ep, schedule=schedule, virtual_stages=virtual, micro_batch_size=size,
-                            zero=zero, dispatch="flat", wire="bf16", overlap=True, offload_optimizer=False,
+                            zero=zero, dispatch=FLAT_DISPATCH, wire="bf16", overlap=True, offload_optimizer=False,
                         )  # fmt: skip
                         yield Frame(one, family, recompute, ways, hosts if zero < 3 else [False])
 
 
 def _orders(config: Config, pp: int) -> Iterator[tuple[str, int]]:
-    """Schedules, each with its virtual stages: of interleaved as many as leave every inner stage a layer."""
+    """Schedules, each with its virtual stages: where it has a choice, as many as leave every inner stage a layer."""
     if pp == 1:
-        yield "1f1b", 2
+        yield PLAIN_SCHEDULE, 2
         return
     for schedule in PipelineSchedule:
-        more = {*VIRTUAL_STAGES, config.parallel.virtual_stages} if schedule == "interleaved" else {2}
+        more = {*VIRTUAL_STAGES, config.parallel.virtual_stages} if SCHEDULES[schedule].stages is None else {2}
         yield from ((schedule, each) for each in sorted(more) if each == 2 or each * pp - 2 <= config.model.layers)
 
 
@@ -98,8 +99,8 @@ def _contexts(config: Config, ranks: int) -> list[int]:
 
 
 def _ramp(config: Config, share: int, pp: int, schedule: str) -> Config:
-    """The recipe with a ramp for this pipeline; interleaved's micro-batches come in rounds of pp, where the full batch does."""
-    if schedule == "interleaved":
+    """The recipe with a ramp for this pipeline; where micro-batches come in rounds of pp, so does its batch if the full one does."""
+    if SCHEDULES[schedule].rounds:
         whole = fitted_ramp(config, share * pp, 2)
         if whole is not config:
             return whole

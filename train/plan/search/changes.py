@@ -10,7 +10,6 @@ from conf.check import check, check_spread
 from conf.errors import UserError
 from conf.micro_batches import choose_micro_batch_size
 from conf.schema import ROOT, SELECTIVE, Config, Offload, PipelineSchedule, Recompute
-from parallel.pipeline.split import rank_stages
 from train.loop.layout_check import check_layout
 from train.plan.job import can_offload, with_nodes
 from train.plan.time.stages import require_rule
@@ -21,14 +20,14 @@ LIGHTEST = list(SELECTIVE)
 
 def changed(config: Config, **values: Any) -> Config:
     """The recipe with other values of parallel's fields, micro_batch_size, recompute, offload, loss_chunk, moments. A list of layers that
-    another pipeline has no stages for gives way to a split by cost, and virtual stages leave with interleaved."""
+    another pipeline has no stages for gives way to a split by cost, and virtual stages leave with the schedule that has them."""
     parallel = {name: value for name, value in values.items() if hasattr(config.parallel, name)}
     model = {name: value for name, value in values.items() if name in ("recompute", "offload", "loss_chunk")}
     precision = {name: value for name, value in values.items() if name == "moments"}
     spread = replace(config.parallel, **parallel)
-    if spread.schedule != PipelineSchedule.interleaved:
+    if spread.schedule_facts.stages is not None:
         spread = replace(spread, virtual_stages=2)
-    stages = spread.pp * rank_stages(spread.schedule, spread.virtual_stages)
+    stages = spread.pp * spread.schedule_facts.rank_stages(spread.virtual_stages)
     if isinstance(spread.split, list) and len(spread.split) != stages:
         spread = replace(spread, split="cost")
     return replace(

@@ -75,12 +75,12 @@ def find_split(plan: RunPlan) -> FasterSplit | None:
 
 
 def find_stages(plan: RunPlan) -> Cure | None:
-    """The number of interleaved stages of a rank that shortens the step of a plan with 1f1b or interleaved most, by at least WORTH,
-    and still fits."""
-    schedule = PipelineSchedule(plan.config.parallel.schedule)
-    if plan.config.parallel.pp == 1 or schedule not in (PipelineSchedule["1f1b"], PipelineSchedule.interleaved):
+    """The number of stages of a rank that shortens the step of a plan most, in the same order of actions, by at least WORTH, and still
+    fits."""
+    schedule = plan.config.parallel.schedule_facts.in_parts
+    if plan.config.parallel.pp == 1 or schedule is None:
         return None
-    tried = [changed(plan.config, schedule="interleaved", virtual_stages=each) for each in VIRTUAL_STAGES]
+    tried = [changed(plan.config, schedule=PipelineSchedule(schedule), virtual_stages=each) for each in VIRTUAL_STAGES]
     found = [
         cure for one in tried if broken_rule(one) is None for cure in _cure(one, plan, _peak_of_fullest(one, plan))
     ]

@@ -11,8 +11,9 @@ from collections.abc import Iterator
 from functools import cache
 from itertools import accumulate
 
+from conf.pipeline_schedules import ActionSeconds
 from conf.schema import Config, Parallel
-from parallel.pipeline.simulate import Action, idle_time, schedule_actions
+from parallel.pipeline.orders import Action, schedule_actions
 from train.plan.job import STEADY, layout_of, micro_batches_of
 from train.plan.memory.chunk import chunk_of
 from train.plan.memory.part import Scene
@@ -81,38 +82,39 @@ def traced_bound(candidate: Candidate, scene: Scene) -> int:
 def _waiting(parallel: Parallel, count: int) -> list[int]:
     """Micro-batches of which a rank is sure to keep all at one time: of two that run as a pair one is not yet, or no longer, whole."""
     most = in_flight(parallel.schedule, parallel.pp, min(count, STEADY * parallel.pp), parallel.virtual_stages)
-    return [each - 1 for each in most] if parallel.schedule == "dualpipev" else most
+    return [each - 1 for each in most] if parallel.schedule_facts.pairs else most
 
 
 def _pipeline_seconds(stages: Stages) -> float:
     """Seconds of all micro-batches on the busiest rank, and what it idles.
 
-    With 1f1b and interleaved a rank begins when the stages before its first have gone forward, and ends before those go backward: on
+    Where backward is not split, a rank begins when the stages before its first have gone forward, and ends before those go backward: on
     the last rank of equal ones that is the closed form. The closed forms of the others are taken at the shortest lengths.
     """
     parallel, ids = stages.config.parallel, range(len(stages.layers))
     busy = [_busy(stages, own) * stages.sizes.micro_batches for own in stages.placement]
-    if parallel.schedule in ("1f1b", "interleaved"):
+    if not parallel.schedule_facts.splits:
         before = accumulate((_busy(stages, [stage]) for stage in range(parallel.pp - 1)), initial=0.0)
         return max(map(sum, zip(busy, before, strict=True)))
     lengths = {stages.kind(stage): _lengths(stages, stage) for stage in ids}
     forward, inputs, weights = (min(column) for column in zip(*lengths.values(), strict=True))
     pair = 0.0
-    if parallel.schedule == "dualpipev":  # more of W leaves less to idle; the first stage has all of its backward there
+    if parallel.schedule_facts.pairs:  # more of W leaves less to idle; the first stage has all of its backward there
         pair = min(_pair(stages, own) for own in stages.placement)
         weights = max(each[2] for kind, each in lengths.items() if kind != stages.kind(0))
-    return max(busy) + max(0.0, idle_time(parallel.schedule, parallel.pp, forward, inputs, weights, pair))
+    shortest = ActionSeconds(forward, inputs, weights, pair)
+    return max(busy) + max(0.0, parallel.schedule_facts.count_idle_seconds(parallel.pp, shortest))
 
 
 def _busy(stages: Stages, ids: list[int]) -> float:
-    """Seconds of one micro-batch on the stages of a rank; with dualpipev its pairs."""
-    if stages.config.parallel.schedule == "dualpipev":
+    """Seconds of one micro-batch on the stages of a rank, in pairs where the schedule has them."""
+    if stages.config.parallel.schedule_facts.pairs:
         return 2 * _pair(stages, ids)
     return sum(stages.elapsed(Action(kind, stage, 0)).seconds for stage in ids for kind in "FB")
 
 
 def _pair(stages: Stages, ids: list[int]) -> float:
-    """Mean of the two pairs that a rank of dualpipev runs."""
+    """Mean of the two pairs that a rank runs."""
     pairs = [(ids[0], ids[1]), (ids[1], ids[0])]
     return sum(_overlapped(stages, *pair) for pair in pairs) / 2
 
@@ -133,7 +135,7 @@ def _state_bytes(config: Config, held: WeightCounts) -> int:
     element = config.precision.weight_bytes
     shard = held.dense / parallel.stage_ranks + held.experts / (parallel.stage_ranks // parallel.ep)
     whole = held.dense + held.experts
-    moments = 2 * config.precision.moment_bytes
+    moments = min(rule.count_state_bytes(config.precision.moment_bytes) for rule in config.optim.facts.rules)
     weights = shard if parallel.zero == 3 else whole
     gradients = shard if parallel.zero == 3 else whole
     state = 0 if parallel.offload_optimizer else shard * (4 + moments)

@@ -18,6 +18,7 @@ from dataclasses import dataclass, field, replace
 from heapq import heapify, heappop, heappush
 
 from conf.check import check
+from conf.dispatches import FLAT_DISPATCH
 from conf.errors import UserError
 from conf.micro_batches import divisors
 from conf.schema import Config
@@ -171,9 +172,10 @@ class _Finder:
 
     def _ways(self, frame: Frame, family: _Looked) -> list[tuple[str, str]]:
         """Those that the rules admit. Flat dispatch has no rule of its own, so what breaks one with it breaks all."""
-        errors = {"flat": broken_layout(frame.config)}
-        if errors["flat"] is None:
-            others = {dispatch for dispatch, _ in frame.ways} - {"flat"}
+        flat = broken_layout(frame.config)
+        errors = {FLAT_DISPATCH: flat}
+        if flat is None:
+            others = {dispatch for dispatch, _ in frame.ways} - {FLAT_DISPATCH}
             errors |= {dispatch: broken_layout(changed(frame.config, dispatch=dispatch)) for dispatch in others}
         family.rule = family.rule or next(filter(None, errors.values()), None)
         ways = [way for way in frame.ways if way[0] in errors and errors[way[0]] is None]

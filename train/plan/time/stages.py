@@ -14,8 +14,8 @@ from conf.errors import UserError
 from conf.schema import Config, Recompute
 from parallel.mesh import Layout
 from parallel.pipeline.host_store import reads
-from parallel.pipeline.simulate import Action
-from parallel.pipeline.split import placement_of, split_layers
+from parallel.pipeline.orders import Action
+from parallel.pipeline.split import split_layers
 from train.parallelize import split
 from train.plan.job import micro_batches_of
 from train.plan.memory.chunk import chunk_of
@@ -70,7 +70,7 @@ class Stages:
     def __init__(self, config: Config, layout: Layout, rates: Rates, memo: dict | None = None):
         """memo: what was counted for other layouts of this recipe at the same rates, and is added to."""
         self.config, self.layout, self.rates = config, layout, rates
-        self.placement = placement_of(config.parallel)
+        self.placement = config.parallel.placement
         self.layers = split(config)
         self.taken = config.hardware.communication_share
         parallel = config.parallel
@@ -127,7 +127,7 @@ class Stages:
     def _pair(self, made: Directions) -> float:
         """Seconds of a forward and a backward, run together where the schedule does."""
         forward, backward = made.forward.segments, made.backward.segments
-        if self.config.parallel.schedule == "dualpipev" and self.config.parallel.overlap:
+        if self.config.parallel.schedule_facts.pairs and self.config.parallel.overlap:
             return overlapped(forward, backward, self.taken).seconds
         return alone(forward, self.taken).seconds + alone(backward, self.taken).seconds
 
@@ -259,7 +259,7 @@ class Stages:
 
     def exchange(self, row_bytes: float) -> float:
         """Seconds of one all-to-all of a micro-batch, of the rank that has most to move."""
-        spread, parallel = self.spread, self.config.parallel
+        spread = self.spread
         if spread.ranks == 1:
             return 0.0
         tokens = self.sizes.tokens * self.config.plan.imbalance * row_bytes
@@ -268,7 +268,7 @@ class Stages:
             for where, messages in (("across", spread.across), ("inside", spread.inside))
             if messages
         ]
-        return sum(hops) if parallel.dispatch == "node_limited" else max(hops)
+        return sum(hops) if self.config.parallel.dispatch_facts.by_nodes else max(hops)
 
     def elapsed(self, action: Action) -> Elapsed:
         """Time of an action."""

@@ -9,7 +9,8 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from conf.schema import Config
-from parallel.pipeline.simulate import Action, Simulation
+from parallel.pipeline.orders import Action
+from parallel.pipeline.simulate import Simulation
 from train.model.count import flops_per_token
 from train.plan.job import layout_of, program_of, require_hardware
 from train.plan.time.rates import Rates, load_rates

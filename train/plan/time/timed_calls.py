@@ -30,10 +30,9 @@ from train.model.moe import LocalDispatcher
 from train.model.rope import Rope
 from train.model.router import Router
 from train.model.sequence import Positions
-from train.optim.adamw import AdamW, moments_dtype
+from train.optim.optimizer_classes import OPTIMIZER_CLASSES
 from train.plan.time import work
 from train.plan.time.traffic import Spread
-from train.plan.time.update import ADAM_BYTES
 from train.plan.time.work import Sizes, Work
 
 SHORTER = 4
@@ -269,7 +268,7 @@ class KernelCases:
     def _weights(self) -> Iterator[KernelCase]:
         """What works on weights and their gradients, whatever the number of tokens."""
         element = self.sizes.element
-        moments = moments_dtype(self.config.precision)
+        config = self.config
         total, part = torch.zeros(COUNT, device=self.device), self._tensor(COUNT)
         other = torch.ones_like(total)
         moved = (0 if element == 4 else element + 4) + 12
@@ -283,11 +282,11 @@ class KernelCases:
             params = [torch.nn.Parameter(one.clone()) for one in others]
             for param in params:
                 param.grad = torch.full_like(param, 1e-3)
-            adam = AdamW([{"params": params}], self.config.optim, moments, "adamw" in self.kernels.parts)
-            updated = ADAM_BYTES + 4 * moments.itemsize + element
+            made = OPTIMIZER_CLASSES[config.optim.name].make([{"params": params}], config, self.kernels.parts)
+            updated = config.optim.facts.count_update_bytes(config.precision.moment_bytes, element)
             yield KernelCase(
                 Work("optimizer", bytes=updated * COUNT, calls=calls),
-                lambda a=adam, b=params, c=parts: (a.step(), _copy(c, [one.detach() for one in b])),
+                lambda a=made, b=params, c=parts: (a.step(), _copy(c, [one.detach() for one in b])),
             )
 
     def _fp8(self, engine: Engine) -> Iterator[KernelCase]:

@@ -11,6 +11,7 @@ from functools import cache
 
 import numpy as np
 
+from conf.dispatches import Reach
 from conf.schema import Config, Model
 from parallel.expert.quantized_rows import TILE
 from parallel.mesh import Layout
@@ -26,7 +27,7 @@ class Spread:
     ranks: int
     """Ranks of the expert group."""
     copies: tuple[float, ...]
-    """Messages that a hop makes of a token: one hop for flat, two for node-limited over nodes; those kept included."""
+    """Messages that a hop makes of a token: see `Messages` of conf/dispatches.py."""
     arrivals: float
     """Messages that reach the expert's ranks, per token of a rank."""
     row_bytes: int
@@ -54,21 +55,12 @@ def spread_of(config: Config, layout: Layout) -> Spread:
     if layout.ep == 1:
         return Spread(1, (), 1.0, 0, 0, 0, 0, 0.0, 0.0)
     per_node = layout.ep_ranks_per_node
-    nodes, ranks, experts = reached(model, layout.ep // per_node, per_node)
     high = _round_up(model.hidden * element, 4)
     coded = high if config.parallel.wire == "bf16" else _round_up(model.hidden + -(-model.hidden // TILE), 4)
-    other_node, same_node = 1 - per_node / layout.ep, (per_node - 1) / layout.ep
-    if config.parallel.dispatch == "flat":
-        side, gates, copies, arrivals = 4, 4, (experts,), experts
-        across, inside = experts * other_node, experts * same_node
-    else:
-        gates = 4 * model.top_k
-        side = gates + _round_up(2 * model.top_k, 4)
-        across, arrivals = nodes * other_node, ranks
-        inside = ranks * (1 - 1 / per_node)
-        copies = (nodes, ranks) if layout.ep > per_node and per_node > 1 else (ranks,)
-    row = coded + side
-    return Spread(layout.ep, copies, arrivals, row, coded, high, high + gates, inside, across)
+    dispatch = config.parallel.dispatch_facts
+    sent = dispatch.count_messages(Reach(*reached(model, layout.ep // per_node, per_node), layout.ep, per_node))
+    row, gates = coded + dispatch.side_bytes(model.top_k), dispatch.gate_bytes(model.top_k)
+    return Spread(layout.ep, sent.copies, sent.arrivals, row, coded, high, high + gates, sent.inside, sent.across)
 
 
 def latent_bytes(config: Config) -> int:

@@ -23,9 +23,6 @@ DEVICE_PASSES = 20
 other rank shares stay where they are, with bf16 weights."""
 NORM_BYTES, CLIP_BYTES = 4, 8
 """Bytes per element of the shard: read for the norm; read and written to clip, at stage 3 (else the update clips)."""
-ADAM_BYTES = 16
-"""Bytes per element of an update: weight and gradient read, weight written, and read again to be rounded. Its moments
-and the rounded weight come on top."""
 
 
 @dataclass(frozen=True)
@@ -77,7 +74,6 @@ def ring_bandwidth_share(group: int, per_node: int) -> tuple[str, float]:
 def update_time(config: Config, layout: Layout, rates: Rates, held: WeightCounts) -> UpdateTime:
     """Seconds of the update of a rank with these weights."""
     element = config.precision.weight_bytes
-    moment = config.precision.moment_bytes
     inside_node = min(layout.stage_ranks, layout.ranks_per_node)
     groups = [
         (held.dense, layout.stage_ranks, inside_node),
@@ -96,7 +92,9 @@ def update_time(config: Config, layout: Layout, rates: Rates, held: WeightCounts
             gather += _collective("gather", rates, moved * element, group, per_node)
     shard_bytes = NORM_BYTES + (CLIP_BYTES if config.parallel.zero == 3 else 0)
     passes = [Work("memory", bytes=copied * DEVICE_PASSES), Work("memory", bytes=shard * shard_bytes)]
-    update = Work("optimizer", bytes=shard * (ADAM_BYTES + 4 * moment + element))
+    update = Work(
+        "optimizer", bytes=shard * config.optim.facts.count_update_bytes(config.precision.moment_bytes, element)
+    )
     factor = rates.factor("update")
     if config.parallel.offload_optimizer:
         out, back = (to_host(config, rates, shard * size) for size in (4, element))

@@ -9,7 +9,7 @@ Shapes: T tokens of a micro-batch, D width, F inner width, R rows of this rank's
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
-from conf.schema import Config, Fp8Backend, PipelineSchedule, Recompute
+from conf.schema import Config, Fp8Backend, Recompute
 from train.kernels.choice import build_kernels
 from train.plan.job import device_kind
 from train.plan.time.traffic import Spread
@@ -83,7 +83,7 @@ class Sizes:
     @property
     def casts_gradients_once(self) -> bool:
         """Whether one kernel casts a gradient for Dgrad and Wgrad: a GPU's, where schedules do not split the backward."""
-        return self.on_gpu and self.config.parallel.schedule not in (PipelineSchedule.zbv, PipelineSchedule.dualpipev)
+        return self.on_gpu and not self.config.parallel.schedule_facts.splits
 
     def weight_gradient(self, kind: str, flops: float, operands: float, weights: float) -> list[Work]:
         """The product, and adding it to the fp32 sum where it does not itself. The first micro-batch's becomes the sum.

@@ -1,0 +1,88 @@
+"""The optimizers: what each keeps of a weight, and what follows from it. No torch.
+
+Whoever wants to know something of an optimizer asks it here and never compares its name or those of its state. What updates the weights
+stands in the table of train/optim/optimizer_classes.py, and what a proof holds it against in that of train/prove/updates.py; an entry in each of
+the three adds an optimizer.
+"""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from conf.errors import UserError
+
+UPDATE_BYTES = 16
+"""Per element of an update: weight and gradient read, weight written, and read again to be rounded."""
+
+
+@dataclass(frozen=True)
+class UpdateRule:
+    """What is kept of some weights beside their fp32 masters, and whether they decay."""
+
+    name: str
+    """Name of their parameter group."""
+    state: tuple[str, ...]
+    """Tensors of a weight's own shape, in the format precision.moments; a checkpoint has each as STATE.WEIGHT."""
+    decays: bool = True
+
+    def count_state_bytes(self, moment_bytes: int) -> int:
+        """Bytes of the state of a weight. moment_bytes: of one element of the state."""
+        return len(self.state) * moment_bytes
+
+
+@dataclass(frozen=True)
+class OptimizerFacts:
+    """What is known of an optimizer."""
+
+    name: str
+    matrices: UpdateRule
+    vectors: UpdateRule
+    """The gains of norms."""
+    meanings: tuple[tuple[str, str], ...]
+    """What each name of a state means, for a person."""
+
+    @property
+    def rules(self) -> tuple[UpdateRule, ...]:
+        """In the order in which a rank updates its weights."""
+        return self.matrices, self.vectors
+
+    def choose_rule(self, weight: str, dims: int) -> UpdateRule:
+        """The rule of a weight by its global name and number of dimensions."""
+        return self.matrices if dims >= 2 else self.vectors
+
+    def count_state_bytes(self, moment_bytes: int) -> int:
+        """Bytes of the state of the weight that most is kept of."""
+        return max(rule.count_state_bytes(moment_bytes) for rule in self.rules)
+
+    def count_update_bytes(self, moment_bytes: int, element: int) -> int:
+        """What an update reads and writes of one weight, in the mean. element: bytes of the rounded weight."""
+        return UPDATE_BYTES + 2 * self.count_state_bytes(moment_bytes) + element
+
+    def require_own(self, written_by: str, checkpoint: Path) -> None:
+        """Raise UserError for a checkpoint of another optimizer. written_by: its optim.name."""
+        if written_by == self.name:
+            return
+        kept = ", ".join(dict.fromkeys(name for rule in self.rules for name in rule.state)) or "nothing"
+        raise UserError(
+            "optim.name",
+            self.name,
+            f"keeps {kept} of every weight, and {checkpoint} was written by optim.name={written_by}, whose state says nothing of that",
+            f"set optim.name={written_by}, or begin from its weights: mode=export, then init_from=FOLDER under another name=",
+        )
+
+
+ADAMW = "adamw"
+"""What a checkpoint was written by that does not say it."""
+
+_MOMENTS = ("exp_avg", "exp_avg_sq")
+
+OPTIMIZERS: dict[str, OptimizerFacts] = {
+    each.name: each
+    for each in (
+        OptimizerFacts(
+            ADAMW,
+            UpdateRule("dense", _MOMENTS),
+            UpdateRule("gains", _MOMENTS, decays=False),
+            (("exp_avg", "first moments"), ("exp_avg_sq", "second moments")),
+        ),
+    )
+}

@@ -1,0 +1,103 @@
+"""Which class of torch drives each schedule, and the order of its actions: what every rank computes, one after another.
+
+The order comes from the very class that drives a run, built around stand-ins for the stages, so that a plan simulates the schedule
+that will run. What a schedule asks of a layout stands in conf/pipeline_schedules.py.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+
+from torch import nn
+from torch.distributed.pipelining import Schedule1F1B, ScheduleDualPipeV, ScheduleInterleaved1F1B, ScheduleZBVZeroBubble
+from torch.distributed.pipelining.schedules import PipelineScheduleMulti, PipelineScheduleSingle
+
+from conf.pipeline_schedules import PLAIN_SCHEDULE, SCHEDULES
+
+TorchClass = type[PipelineScheduleSingle] | type[PipelineScheduleMulti]
+
+
+class Action(NamedTuple):
+    """One thing a rank computes: F, B, I or W of one stage and micro-batch, or FB with its two halves."""
+
+    kind: str
+    stage: int
+    micro_batch: int
+    halves: tuple["Action", ...] = ()
+    """For FB: the forward and the backward that run together; stage and micro_batch are those of the forward."""
+
+
+@dataclass(frozen=True)
+class TorchOrder:
+    """How torch runs a schedule."""
+
+    drives: TorchClass
+    of_rank: Callable[[int, int, int], list[Action]] | None = None
+    """rank, pp, micro_batches: the order, where torch's class has no list that is right; for one stage a rank."""
+
+    @property
+    def is_multi(self) -> bool:
+        """It takes all stages of a rank, and waits for what they sent at the end of a step."""
+        return issubclass(self.drives, PipelineScheduleMulti)
+
+
+def _one_f_one_b(rank: int, pp: int, micro_batches: int) -> list[Action]:
+    """The order that Schedule1F1B executes. (The list it reports, pipeline_order, is wrong in torch 2.13: its last
+    stage starts at micro-batch 1; the class never runs that list.)"""
+    warm_up = min(micro_batches, pp - rank)
+    forwards = [Action("F", rank, m) for m in range(micro_batches)]
+    backwards = [Action("B", rank, m) for m in range(micro_batches)]
+    steady = [action for m in range(micro_batches - warm_up) for action in (backwards[m], forwards[warm_up + m])]
+    return forwards[:warm_up] + steady + backwards[micro_batches - warm_up :]
+
+
+ORDERS: dict[str, TorchOrder] = {
+    PLAIN_SCHEDULE: TorchOrder(Schedule1F1B, _one_f_one_b),
+    "interleaved": TorchOrder(ScheduleInterleaved1F1B),
+    "zbv": TorchOrder(ScheduleZBVZeroBubble),
+    "dualpipev": TorchOrder(ScheduleDualPipeV),
+}
+
+
+@lru_cache(maxsize=64)
+def schedule_actions(
+    name: str, pp: int, micro_batches: int, virtual: int = 2, overlap: bool = True
+) -> list[list[Action]]:
+    """What every rank computes, in order, under torch's schedule of this name; not to be changed. Needs no process group.
+
+    virtual: parallel.virtual_stages; overlap: whether pairs run together, else torch runs the forward and then the backward.
+    """
+    order = ORDERS[name]
+    if order.of_rank is not None:
+        return [order.of_rank(rank, pp, micro_batches) for rank in range(pp)]
+    placement = SCHEDULES[name].place_stages(pp, virtual)
+    num_stages = sum(map(len, placement))
+    stages: Any = [
+        SimpleNamespace(stage_index=stage, num_stages=num_stages, group_size=pp, group_rank=0, submod=nn.Identity())
+        for stage in placement[0]
+    ]
+    lines = without_transfers(order.drives)(stages, micro_batches).pipeline_order
+    actions = [[_action(torch_action) for torch_action in lines[rank] if torch_action] for rank in range(pp)]
+    return (
+        actions if overlap else [[part for action in line for part in action.halves or (action,)] for line in actions]
+    )
+
+
+def without_transfers(drives: TorchClass) -> TorchClass:
+    """Leaves out the lists with communication, which no one asks for here and which take torch most of the time."""
+
+    class ComputeOnly(drives):
+        def _prepare_schedule_with_comms(self, *_: object, **__: object) -> None:
+            pass
+
+    return ComputeOnly
+
+
+def _action(torch_action) -> Action:
+    """torch's action tuple as ours."""
+    if torch_action.sub_actions:
+        halves = tuple(_action(half) for half in torch_action.sub_actions)
+        return Action("FB", halves[0].stage, halves[0].micro_batch, halves)
+    return Action(torch_action.computation_type.value, torch_action.stage_index, torch_action.microbatch_index)
