@@ -53,7 +53,7 @@ class Interrupts:
     def __init__(self) -> None:
         """Make it before the command imports its modules."""
         self.code = EXIT_INTERRUPTED
-        """Of the command, once it is known."""
+        """The exit code that an interrupt ends the command with, once it is known."""
         self._process, self._begun, self._ended, self._asked = os.getpid(), False, False, False
         signal.signal(signal.SIGINT, self._take)
 

@@ -38,7 +38,7 @@ FIM_NAMES = (
 )
 SMALLEST_VOCAB = 256 + 1 + len(FIM)
 MANY_ROWS = 50_000
-"""Of an embedding, below which rows that no text reaches cost nobody anything."""
+"""Rows of an embedding, below which those that no text reaches cost nobody anything."""
 WORD_PATTERNS = (
     r"\p{N}{1,3}",
     "[\u4e00-\u9fa5\u3040-\u309f\u30a0-\u30ff]+",
