@@ -1,4 +1,4 @@
-"""The program as a whole: its version, the command that started it, and names in the working folder that are not its own.
+"""Before anything of the program is imported: names in the working folder that are not its own, and packages that it lacks.
 
 `python -m` looks for packages in the working folder first, so a user's conf.py, cluster/ or torch.py there would be imported
 instead of what is meant. The command `sluice` does not look there. This file needs the standard library alone, as all else
@@ -6,7 +6,6 @@ may be hidden.
 """
 
 import importlib.metadata
-import os
 import re
 import sys
 from collections.abc import Iterator
@@ -14,9 +13,6 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 """As conf.schema.ROOT, which cannot be imported yet."""
-COMMAND = "sluice"
-DISTRIBUTION = "sluice-train"
-"""What pip calls the program; PyPI's `sluice` is another project."""
 
 
 def guard_names() -> None:
@@ -56,27 +52,3 @@ def _lacking() -> Iterator[str]:
             importlib.metadata.distribution(name)
         except importlib.metadata.PackageNotFoundError:
             yield name
-
-
-def environment_of_children() -> dict[str, str]:
-    """What Python processes need to find this program and nothing in the folder where they start."""
-    found = {"PYTHONSAFEPATH": "1"}
-    if ROOT.name != "site-packages":  # a checkout, perhaps known by the working folder alone
-        others = [path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path and Path(path) != ROOT]
-        found["PYTHONPATH"] = os.pathsep.join([str(ROOT), *others])
-    return found
-
-
-def typed_command() -> list[str] | None:
-    """The words that start the program as the user started it; None where something else did, such as torchrun."""
-    started = Path(sys.argv[0]).name
-    if started == COMMAND:
-        return [COMMAND]
-    return ["python", "-m", "train"] if started == "__main__.py" else None
-
-
-def install_words(extra: str) -> str:
-    """How to install an extra of the program where it lies now."""
-    if (ROOT / "pyproject.toml").is_file():
-        return f"in the program's folder: pip install -e '.[{extra}]'"
-    return f"pip install '{DISTRIBUTION}[{extra}]'"

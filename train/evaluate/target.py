@@ -1,6 +1,5 @@
 """What is evaluated: the checkpoint that the configuration means, and the configuration that fits it. Imports no torch."""
 
-import os
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -9,6 +8,7 @@ from conf.errors import UserError
 from conf.schema import Config
 from train.checkpoint.manifest import read_manifest
 from train.checkpoint.run_folder import find_checkpoint
+from train.hf.folder import is_hf_folder, open_model
 
 
 @dataclass(frozen=True)
@@ -40,14 +40,7 @@ def find_target(config: Config) -> Target:
     return Target(config, checkpoint, manifest.meta, manifest.step)
 
 
-def is_hf_folder(folder: Path) -> bool:
-    """Whether this is one of theirs and not a run or a checkpoint."""
-    return os.path.isfile(folder / "config.json") and not os.path.exists(folder / "config.yaml")
-
-
 def _of_hf_folder(config: Config, folder: Path) -> Target:
-    from train.hf.folder import open_model
-
     ranks = config.parallel.world
     for wrong, field, value, rule, cure in (
         (ranks > 1, "parallel", ranks, "one process holds all of the folder's weights", "leave parallel out"),

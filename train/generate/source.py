@@ -13,9 +13,8 @@ from train.checkpoint.run_folder import find_checkpoint
 from train.checkpoint.trained_with import tokenizer_of
 from train.checkpoint.weights import load_model, require_memory
 from train.data.tokenizer import Tokenizer, check_fit, load_tokenizer, named_token
-from train.evaluate.target import is_hf_folder
 from train.generate.decoder import Decoder
-from train.hf.folder import open_model
+from train.hf.folder import is_hf_folder, open_model
 from train.hf.tokenizer_files import TOKENIZER_SETTINGS_FILE
 from train.hf.whole_model import load_hf_model
 from train.kernels.choice import build_kernels

@@ -71,6 +71,11 @@ def open_folder(path: Path, field: str = "init_from") -> Folder:
     return folder
 
 
+def is_hf_folder(folder: Path) -> bool:
+    """Whether this is one of theirs and not a run or a checkpoint."""
+    return os.path.isfile(folder / "config.json") and not os.path.exists(folder / "config.yaml")
+
+
 def open_model(path: Path, field: str = "init_from") -> tuple[Folder, Model, list[str]]:
     """The headers of a folder, its model, and notes for the user: the one way to weights from elsewhere.
 
