@@ -33,7 +33,7 @@ GIVEN = {
     "train/loop: SHOWN_CHARACTERS": "of what a message shows",
     "train/loop: SHOWN_TENSORS": "of what a message shows",
     "train/kernels/cpu: SLOW_SHARE": "a share of a rate",
-    "train/kernels/gpu: ATTENTION_BOUND": "of an error, no size",
+    "train/kernels: ATTENTION_BOUND": "of an error, no size",
     "train/kernels/fp8: WARNINGS": "of what a message shows",
     "parallel/pipeline: ALIGNMENT": "of tensors in memory, which processors want",
 }

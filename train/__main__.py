@@ -111,7 +111,7 @@ def check_before_start(config: Config) -> None:
     from train.data.prepare_progress import show_progress
     from train.data.tokenizer import warn_of_spare_rows
     from train.kernels.deterministic import check_settings
-    from train.kernels.gpu.device import check_gpu, check_memory
+    from train.kernels.device import check_gpu, check_memory
 
     check_layout(config)
     if given_place() is not None:

@@ -32,7 +32,7 @@ from train.data.prepare_progress import show_progress
 from train.data.source_files import ReportProgress
 from train.kernels.cpu.processor import threads_of
 from train.kernels.deterministic import repeat_bits
-from train.kernels.gpu.device import grow_segments, probe_in_turn, record_collectives, usable_gpu
+from train.kernels.device import grow_segments, probe_in_turn, record_collectives, usable_gpu
 
 T = TypeVar("T")
 PREPARATION = timedelta(days=7)

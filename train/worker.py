@@ -24,7 +24,7 @@ from train.checkpoint.run_folder import RunPaths, held_by_rank_0
 from train.data.prepare import prepare
 from train.kernels.choice import choose_kernels
 from train.kernels.cpu.processor import cpu_name
-from train.kernels.gpu.device import idle_gpu
+from train.kernels.device import idle_gpu
 from train.kernels.precision import activation_dtype
 from train.loop.device_errors import raise_explained
 from train.loop.finish import finish, sample

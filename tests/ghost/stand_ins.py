@@ -12,10 +12,10 @@ import torch
 from torch import Tensor
 
 from parallel.expert.stand_in import split_evenly
+from train.kernels import attention_choice
+from train.kernels import device as gpu
 from train.kernels.fp8.fp8 import Fp8Precision
 from train.kernels.fp8.groups import on_device
-from train.kernels.gpu import attention_choice
-from train.kernels.gpu import device as gpu
 from train.kernels.gpu.fused_attention import EfficientAttention, FlashAttention
 
 

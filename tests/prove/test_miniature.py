@@ -11,7 +11,7 @@ from conf.errors import UserError
 from conf.load import compose, recipes
 from conf.micro_batches import batch_sizes
 from conf.schema import Config
-from train.kernels.gpu import device as gpu
+from train.kernels import device as gpu
 from train.loop.layout_check import check_layout
 from train.model.count import count
 from train.plan.job import layout_of

@@ -8,7 +8,7 @@ from conf.schema import Config
 from tests.prove.mutants import outcomes
 from tests.prove.mutations import MUTATIONS
 from tests.prove.test_miniature import paper, recipe
-from train.kernels.gpu import device as gpu
+from train.kernels import device as gpu
 from train.loop.layout_check import check_layout
 from train.prove.layouts import in_tiles, passes_of, watched_steps
 from train.prove.miniature import shrink

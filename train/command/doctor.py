@@ -126,10 +126,10 @@ def _device(config: Config) -> Iterator[DoctorLine]:
     """The device that a run would take, and FP8 where the recipe wants it."""
     import torch
 
+    from train.kernels.device import idle_gpu, sees_gpu
     from train.kernels.fp8.hopper import needs_deep_gemm
     from train.kernels.fp8.installed import look as look_at_fp8
     from train.kernels.fp8.installed import misfits
-    from train.kernels.gpu.device import idle_gpu, sees_gpu
     from train.kernels.gpu.host_compiler import PYTHON, compiler_command, missing_for_triton
 
     try:

@@ -3,9 +3,9 @@
 import torch
 
 from conf.schema import Config
+from train.kernels.attention_choice import choose_attention
 from train.kernels.cpu import libraries as native
 from train.kernels.cpu.compiled_kernels import CompiledKernels
-from train.kernels.gpu.attention_choice import choose_attention
 from train.kernels.gpu.fused_kernels import FusedKernels
 from train.kernels.plain.plain_kernels import PlainKernels
 from train.kernels.precision import activation_dtype

@@ -20,7 +20,7 @@ from conf.errors import RunEnded, causes
 from conf.schema import SELECTIVE, Config, Recompute
 from conf.words import harmless
 from parallel.pipeline.host_store import HostMemoryFull
-from train.kernels.gpu.device import FLIGHTS
+from train.kernels.device import FLIGHTS
 from train.metrics.quantities import gib
 
 CPU_MEMORY = "DefaultCPUAllocator: can't allocate memory"

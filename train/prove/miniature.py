@@ -143,7 +143,7 @@ def shrink(cfg: Config) -> Miniature:
 
 
 def _has_gpu(cfg: Config) -> bool:
-    from train.kernels.gpu.device import usable_gpu  # imports torch, which takes seconds
+    from train.kernels.device import usable_gpu  # imports torch, which takes seconds
 
     return cfg.cluster.device != "cpu" and usable_gpu(cfg.cluster.device)
 

@@ -76,7 +76,7 @@ def forks(config: Config) -> bool:
     """Whether ranks and judges are forks of this process, which then imports for all of them what takes each some seconds of a core.
     Not where GPUs are, whose driver survives no fork, nor where others have started the ranks.
     """
-    from train.kernels.gpu.device import sees_gpu
+    from train.kernels.device import sees_gpu
 
     return given_place() is None and (config.cluster.device == "cpu" or not sees_gpu(config.cluster.device))
 

@@ -8,7 +8,7 @@ import torch
 
 from conf.errors import UserError
 from conf.load import compose
-from train.kernels.gpu import device as gpu
+from train.kernels import device as gpu
 from train.kernels.gpu import host_compiler
 from train.kernels.gpu.host_compiler import PYTHON, compiler_command, headers, missing_for_triton
 

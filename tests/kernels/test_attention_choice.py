@@ -6,9 +6,9 @@ import torch
 from conf.errors import UserError
 from conf.load import compose
 from conf.schema import Model
+from train.kernels import attention_choice
+from train.kernels.attention_choice import ATTENTION_PARTS, choose_attention, problem_of
 from train.kernels.choice import build_kernels, choose_kernels
-from train.kernels.gpu import attention_choice
-from train.kernels.gpu.attention_choice import ATTENTION_PARTS, choose_attention, problem_of
 from train.kernels.gpu.fused_attention import AttentionByKind, CudnnAttention, EfficientAttention, FlashAttention
 from train.kernels.plain.high import HighPrecision
 from train.kernels.plain.plain_attention import PlainAttention

@@ -11,7 +11,7 @@ from cluster.launch import Place
 from conf.errors import UserError
 from conf.load import compose
 from tests.ranks import run_processes
-from train.kernels.gpu import device as gpu
+from train.kernels import device as gpu
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
 
