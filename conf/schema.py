@@ -54,9 +54,9 @@ Offload = StrEnum("Offload", ["attention", "ffn", "layer"])
 """Parts of a block whose activations wait in the host's memory for backward; no paper recipe has any."""
 DataFormat = StrEnum("DataFormat", ["auto", "stdlib", "text", "jsonl", "parquet", "huggingface", "memmap"])
 WandbMode = StrEnum("WandbMode", ["auto", "offline", "disabled"])
-PipelineSchedule = StrEnum("PipelineSchedule", list(SCHEDULES))
-DispatchKind = StrEnum("DispatchKind", list(DISPATCHES))
-OptimizerName = StrEnum("OptimizerName", list(OPTIMIZERS))
+PipelineSchedule = StrEnum("PipelineSchedule", list(SCHEDULES))  # pyrefly: ignore[invalid-argument]  words of the table
+DispatchKind = StrEnum("DispatchKind", list(DISPATCHES))  # pyrefly: ignore[invalid-argument]  words of the table
+OptimizerName = StrEnum("OptimizerName", list(OPTIMIZERS))  # pyrefly: ignore[invalid-argument]  words of the table
 WireFormat = StrEnum("WireFormat", ["bf16", "fp8"])
 KeptInput = StrEnum("KeptInput", ["fp8", "bf16"])
 KeptOutput = StrEnum("KeptOutput", ["e5m6", "fp8", "bf16"])
