@@ -18,6 +18,7 @@ from types import FrameType
 from typing import IO
 
 from cluster.cause import Kind, RankReport, name_cause, read_report
+from cluster.held_up import HeldUp
 from cluster.private_folder import PrivateFolder
 from cluster.run_files import AT_WORK, FAILURES, log_path
 from cluster.spawn import ForkedProcess, spawn
@@ -138,11 +139,12 @@ def _explain(ranks: list[Child], logs: Path, asked: list[int]) -> int:
 
 def _wait(ranks: list[Child], seconds: float) -> None:
     """Until all have ended, but no longer than this. While this process is held up itself, as by a busy machine, nobody is late."""
-    before = time.monotonic()
-    while seconds > 0 and any(rank.poll() is None for rank in ranks):
+    now = time.monotonic()
+    ends, held_up = now + seconds, HeldUp(2 * RANKS_LOOK_SECONDS, now)
+    while now < ends and any(rank.poll() is None for rank in ranks):
         time.sleep(RANKS_LOOK_SECONDS)
         now = time.monotonic()
-        seconds, before = seconds - min(now - before, 2 * RANKS_LOOK_SECONDS), now
+        ends += held_up.since_last_look(now)
 
 
 def _forward(ranks: list[Child]) -> None:

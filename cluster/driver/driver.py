@@ -23,6 +23,7 @@ from cluster.driver.shapes import Shapes, with_shape
 from cluster.driver.supervisor import NAP, Supervisor
 from cluster.driver.view import View
 from cluster.driver.vitals import Vitals
+from cluster.held_up import HeldUp
 from cluster.node.agent import Agent, Answer, Order
 from cluster.node.copy_store import OpenedCopy
 from cluster.node.preflight import Preflight
@@ -112,7 +113,7 @@ class Driver:
         self._logged: set[int] = set()
         """Ranks of the attempt whose failure is in their log."""
         self._looked, self._ticked = -LOOK_EVERY, -TICK_EVERY
-        self._woke, self._slept = clock(), 0.0
+        self._held_up, self._slept = HeldUp(NAP * config.cluster.heartbeat, clock()), 0.0
         self._stop: str | None = None
 
     def run(self) -> m.Finish:
@@ -173,8 +174,7 @@ class Driver:
     def _awake(self) -> float:
         """The clock of all that concerns the pulse, which stands still while this process itself is held up."""
         now = self.clock()
-        self._slept += max(0.0, now - self._woke - NAP * self.config.cluster.heartbeat)
-        self._woke = now
+        self._slept += self._held_up.since_last_look(now)
         return now - self._slept
 
     def _test_network(self, test: NetworkTest, number: int, placement: Placement) -> None:

@@ -29,6 +29,7 @@ from cluster.driver.attempt import Attempt
 from cluster.driver.diagnosis import give_up, too_few
 from cluster.driver.node_state import DriverPhase, NodeHealth, NodeState
 from cluster.driver.policy import Policy
+from cluster.held_up import HeldUp
 from cluster.run_files import NONE, Age
 from cluster.spawn import LEASE
 from cluster.topology import Node, Placement, place
@@ -57,7 +58,7 @@ class Supervisor:
         self.failures: list[tuple[int, Cause]] = []
         self._spent: dict[Kind, int] = {}
         self._out: list[m.SupervisorAction] = []
-        self._ticked = now
+        self._held_up = HeldUp(NAP * policy.heartbeat, now)
         self._late_from = now
         """Until then no node can count as lost for its silence; later ones may be heard meanwhile."""
         self._deadline = now + policy.wait
@@ -238,9 +239,7 @@ class Supervisor:
             self._note("limits", f"{text}; {shapes.why_nothing(usable)}")
 
     def _tick(self, now: float) -> None:
-        slept = now - self._ticked - NAP * self.policy.heartbeat
-        self._ticked = now
-        if slept > 0:
+        if slept := self._held_up.since_last_look(now):
             self._forgive(now, slept)
         if now > self._late_from:
             self._lose_late(now)
