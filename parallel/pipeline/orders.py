@@ -12,11 +12,12 @@ from typing import Any, NamedTuple
 
 from torch import nn
 from torch.distributed.pipelining import Schedule1F1B, ScheduleDualPipeV, ScheduleInterleaved1F1B, ScheduleZBVZeroBubble
-from torch.distributed.pipelining.schedules import PipelineScheduleMulti, PipelineScheduleSingle
+from torch.distributed.pipelining.schedules import PipelineScheduleMulti
 
 from conf.pipeline_schedules import PLAIN_SCHEDULE, SCHEDULES
 
-TorchClass = type[PipelineScheduleSingle] | type[PipelineScheduleMulti]
+TorchClass = type[Any]
+"""A PipelineScheduleSingle, or a PipelineScheduleMulti; they are called in different ways."""
 
 
 class Action(NamedTuple):

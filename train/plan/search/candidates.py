@@ -1,6 +1,6 @@
 """The layouts that a search looks at: every combination of its choices for a number of devices."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import product
 
@@ -29,7 +29,7 @@ class Frame:
     family: str
     """All layouts of one pipeline length and schedule."""
     recompute: list[list[str]]
-    ways: list[tuple[str, str]]
+    ways: Sequence[tuple[str, str]]
     hosts: list[bool]
     """Whether the optimizer lies on the host."""
 
