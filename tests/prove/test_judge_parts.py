@@ -110,6 +110,24 @@ def test_what_is_off_is_named(judged):
         assert any((phase, quantity) == (one.phase, one.quantity) and name in one.name for one in found), key
 
 
+def test_gradients_are_held_to_fp32_where_products_sum_in_it(judged):
+    if not judged.evidence.info.sums_in_fp32:
+        pytest.skip("on this CPU torch's products pay, which round a gradient to bf16 before it is added up")
+    keys = [
+        "reduced/head.weight",
+        "reduced/mtp.0.projection.weight",
+        "reduced/layers.1.moe.experts.w13",
+        "reduced/embedding.weight",
+    ]
+
+    def spoil(tensors):
+        for key in keys:
+            tensors[key] = tensors[key] * 1.0002
+
+    found = {one.name for one in judged.judge(spoil).differences if one.quantity == "gradients of single weights"}
+    assert found == {key.removeprefix("reduced/") for key in keys}
+
+
 def test_a_part_that_left_nothing_fails(judged):
     def spoil(tensors):
         for key in [key for key in tensors if "/layers.1.attention.kv_up/" in key]:

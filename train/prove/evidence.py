@@ -71,6 +71,8 @@ class StepInfo:
     """Tokens of every expert, by layer with experts."""
     grad_norm: float = 0.0
     applied: bool = True
+    sums_in_fp32: bool = False
+    """Whether products add gradients of weights in bf16 to their sums as they are, and do not round them before."""
     validation_loss: float | None = None
     updates: int = 0
     samples: int = 0

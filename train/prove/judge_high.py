@@ -162,9 +162,8 @@ class WholeJudge(AttentionJudge):
             twice = low.spacing(x.x, self.recipe.high)  # the product is rounded, and its multiple
             x = Total(x.x, x.size, twice if x.off is None else twice + x.off)
             self._total("output head", call, "dx", call.rows("dx"), x, order)
-            # torch's products on a CPU round what a piece of the tokens gives to bf16 before it is added up, and on one without
-            # instructions for bf16 sums inside a piece as well
-            pieces = torch.zeros_like(weight.x) if self.recipe.high == FORMATS["fp32"] else 2 * HALF * weight.size
+            # Of a piece of the tokens, and on a CPU without instructions for bf16 of sums inside a piece as well.
+            pieces = 2 * HALF * weight.size if self.rounds_gradients else torch.zeros_like(weight.x)
             made_of_all.add(
                 Total(weight.x, weight.size, pieces if weight.off is None else pieces + weight.off), False, len(x.x)
             )

@@ -88,8 +88,11 @@ class PartsJudge(Comparisons):
         self.shared = info.dp * info.cp
         """Ranks over which gradients are averaged."""
         self.cp = info.cp
+        self.rounds_gradients = self.recipe.high != FORMATS["fp32"] and not all(one.info.sums_in_fp32 for one in ranks)
+        """Whether the gradient of a micro-batch may be rounded to bf16 before it is added up, as torch's products on a CPU do."""
         self.biases = {name.removeprefix("bias."): bias for name, bias in before.items() if name.startswith("bias.")}
         self.calls = calls_of(ranks)
+        self._due = {rank.info.rank: micro_batches(rank) for rank in ranks}
 
     def judge_all(self) -> None:
         """Forward from the first part to the last, backward from the last to the first; nothing where something was not seen."""
@@ -136,7 +139,10 @@ class PartsJudge(Comparisons):
             those = [call for call in self.calls.get(name, []) if call.rank is rank]
             if not those or name == "embedding":
                 continue  # another rank's; or of a table that MTP modules have too, which a micro-batch meets twice
-            back, due = sum(call.has("dx" if name.endswith(".router") else "dy") for call in those), micro_batches(rank)
+            back, due = (
+                sum(call.has("dx" if name.endswith(".router") else "dy") for call in those),
+                self._due[rank.info.rank],
+            )
             if back != due and not (rank.info.cp > 1 and name.endswith(".kv_up")):  # which makes keys block by block
                 self._fail(
                     "parts", name, rank.info.rank, back, due, "not every micro-batch came back, or one came twice"
@@ -171,8 +177,8 @@ class PartsJudge(Comparisons):
 
     @property
     def _rounds_gradients(self) -> bool:
-        """Whether the gradient of a micro-batch may be rounded to bf16 before it is added up: by torch's products on a CPU."""
-        return not self.recipe.is_fp8
+        """Whether that is so of products that a recipe may have in FP8."""
+        return self.rounds_gradients and not self.recipe.is_fp8
 
     # Experts
 

@@ -38,6 +38,8 @@ from conf.schema import Fp8, Precision, Products
 TILE = 128
 FP32 = 2.0**-24
 """Unit roundoff."""
+EXPONENT = 0x7FF << 52
+"""Bits of fp64 that say the power of two."""
 CURVED = 16 * FP32
 """Relative: by what an exponential and the products around it may be off."""
 
@@ -79,8 +81,8 @@ class Total(NamedTuple):
 
 def spacing(x: Tensor, form: PlainFormat) -> Tensor:
     """Distance of the neighbouring numbers of the format around x."""
-    exponent = torch.frexp(x).exponent.long() - 1
-    return power(exponent.masked_fill_(x == 0, form.least).clamp_min_(form.least).sub_(form.mantissa))
+    leading = x.abs().clamp_min_(2.0**form.least).view(torch.int64) & EXPONENT  # of fp64, without its mantissa
+    return leading.view(torch.float64).mul_(2.0**-form.mantissa)
 
 
 def power(exponent: Tensor) -> Tensor:

@@ -326,6 +326,8 @@ class _ProvenTrainer(Trainer):
         outcome, gradients = self._outcome
         info = _info(self._proof, self._part.number, self.config, self._rank, plan, outcome)
         info.validation_loss = self._validation_loss
+        compiles = getattr(self.parts.precision.kernels, "compiles_product", None)  # torch's operations round
+        info.sums_in_fp32 = compiles is not None and compiles(torch.empty(0, dtype=torch.bfloat16))
         evidence = Evidence(info)
         if is_watched or self._proof != "tiles":
             self._watch.give(evidence)
