@@ -21,6 +21,7 @@ from conf.schema import (
     Fp8Backend,
     Mode,
     Model,
+    MuonOptim,
     Offload,
     Recompute,
 )
@@ -322,12 +323,22 @@ MODEL: tuple[ConfigCheck, ...] = (
     ),
 )
 
+def _set_here(muon: MuonOptim) -> dict[str, Any]:
+    """The keys of a section that are not at their defaults."""
+    plain = vars(MuonOptim())
+    return {key: value for key, value in vars(muon).items() if value != plain[key]}
+
+
 OPTIM: tuple[ConfigCheck, ...] = (
     *_phases("optim.lr_schedule"),
     *_phases("optim.mtp_weight"),
     *_phases("optim.bias_speed"),
     JoinedRule("optim.betas", lambda c, v: len(v) == 2 and all(0 <= beta < 1 for beta in v),
                "must be two numbers in [0, 1)", "use [0.9, 0.95]"),
+    JoinedRule("optim.muon", lambda c, v: v == MuonOptim() or c.optim.facts.matrices.is_whole,
+               "is read by optim=muon alone, and this run has optim={optim.name}",
+               lambda c, v: f"add optim=muon, or leave out {', '.join(f'optim.muon.{key}' for key in _set_here(v))}",
+               shown=lambda c, v: ", ".join(f"{key}={value}" for key, value in _set_here(v).items())),
     JoinedRule("optim.batch_ramp_steps", lambda c, v: (c.optim.batch_ramp_start is None) == (v == 0),
                "a ramp needs both batch_ramp_start and batch_ramp_steps", "set both or neither"),
     When(

@@ -32,6 +32,7 @@ from conf.errors import EXIT_OK, UserError
 from conf.fields import check_fields
 from conf.files import atomic_write_text
 from conf.micro_batches import choose_micro_batch_size
+from conf.optimizers import OPTIMIZERS
 from conf.removed_keys import drop_removed_keys
 from conf.run_settings import LOOKS_AT_A_RUN, over_run_settings
 from conf.schema import ROOT, Config, Hardware, Mode
@@ -135,7 +136,7 @@ def compose_node(*overrides: str) -> DictConfig:
     """The settings before interpolations are resolved and rules are checked, with Hydra's own settings."""
     with COMPOSING, hydra.initialize_config_dir(str(ROOT / "conf"), version_base="1.3", job_name="train"):
         register()
-        node = hydra.compose("train", [_names_as_text(word) for word in overrides], return_hydra_config=True)
+        node = hydra.compose("train", [_reworded(word) for word in overrides], return_hydra_config=True)
     if node.name is None:
         node.name = node.hydra.runtime.choices.conf
     return node
@@ -150,9 +151,13 @@ def explained(words: Sequence[str]) -> Iterator[None]:
         raise explain(error, words) from error
 
 
-def _names_as_text(word: str) -> str:
-    """`name=[a,b]`, several runs for mode=report, as the text that the field holds; Hydra would read a list."""
+def _reworded(word: str) -> str:
+    """`name=[a,b]`, several runs for mode=report, as the text that the field holds; Hydra would read a list. `optim=muon` as the key:
+    the groups of that name are schedules, which hold for any optimizer.
+    """
     key, _, value = word.partition("=")
+    if key == "optim" and value in OPTIMIZERS:
+        return f"optim.name={value}"
     return f'name="{value}"' if key == "name" and value.startswith("[") and value.endswith("]") else word
 
 
@@ -183,7 +188,7 @@ def run(job: Callable[[list[Config]], int]) -> int:
 
     All are checked before job is called, so that a mistake in the last of a sweep does not wait for the others.
     """
-    words = sys.argv[1:] = [_names_as_text(word) for word in sys.argv[1:]]
+    words = sys.argv[1:] = [_reworded(word) for word in sys.argv[1:]]
     try:
         check_words(words)
     except UserError as error:

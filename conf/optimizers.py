@@ -5,10 +5,15 @@ stands in the table of train/optim/optimizer_classes.py, and what a proof holds 
 the three adds an optimizer.
 """
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
 
 from conf.errors import UserError
+
+TABLE = re.compile(r"^(embedding|head)\.|\.router\.")
+ADAMW, MUON = "adamw", "muon"
+"""The first is what a checkpoint was written by that does not say it."""
 
 UPDATE_BYTES = 16
 """Per element of an update: weight and gradient read, weight written, and read again to be rounded."""
@@ -23,6 +28,10 @@ class UpdateRule:
     state: tuple[str, ...]
     """Tensors of a weight's own shape, in the format precision.moments; a checkpoint has each as STATE.WEIGHT."""
     decays: bool = True
+    formula: str = ADAMW
+    """Name of the update's formula, against which a proof holds it."""
+    is_whole: bool = False
+    """Whether an update needs whole matrices, and not only single elements."""
 
     def count_state_bytes(self, moment_bytes: int) -> int:
         """Bytes of the state of a weight. moment_bytes: of one element of the state."""
@@ -39,15 +48,19 @@ class OptimizerFacts:
     """The gains of norms."""
     meanings: tuple[tuple[str, str], ...]
     """What each name of a state means, for a person."""
+    tables: UpdateRule | None = None
+    """Rule of embedding, head and routers, whose rows each stand for a token or an expert, where they have another than matrices."""
 
     @property
     def rules(self) -> tuple[UpdateRule, ...]:
         """In the order in which a rank updates its weights."""
-        return self.matrices, self.vectors
+        return tuple(rule for rule in (self.matrices, self.tables, self.vectors) if rule is not None)
 
     def choose_rule(self, weight: str, dims: int) -> UpdateRule:
         """The rule of a weight by its global name and number of dimensions."""
-        return self.matrices if dims >= 2 else self.vectors
+        if dims < 2:
+            return self.vectors
+        return self.tables if self.tables is not None and TABLE.search(weight) else self.matrices
 
     def count_state_bytes(self, moment_bytes: int) -> int:
         """Bytes of the state of the weight that most is kept of."""
@@ -70,10 +83,8 @@ class OptimizerFacts:
         )
 
 
-ADAMW = "adamw"
-"""What a checkpoint was written by that does not say it."""
-
 _MOMENTS = ("exp_avg", "exp_avg_sq")
+_MEANINGS = (("exp_avg", "first moments"), ("exp_avg_sq", "second moments"))
 
 OPTIMIZERS: dict[str, OptimizerFacts] = {
     each.name: each
@@ -82,7 +93,14 @@ OPTIMIZERS: dict[str, OptimizerFacts] = {
             ADAMW,
             UpdateRule("dense", _MOMENTS),
             UpdateRule("gains", _MOMENTS, decays=False),
-            (("exp_avg", "first moments"), ("exp_avg_sq", "second moments")),
+            _MEANINGS,
+        ),
+        OptimizerFacts(
+            MUON,
+            UpdateRule("matrices", ("momentum",), formula=MUON, is_whole=True),
+            UpdateRule("gains", _MOMENTS, decays=False),
+            (("momentum", "momentum"), *_MEANINGS),
+            tables=UpdateRule("dense", _MOMENTS),
         ),
     )
 }

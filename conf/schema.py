@@ -57,6 +57,7 @@ WandbMode = StrEnum("WandbMode", ["auto", "offline", "disabled"])
 PipelineSchedule = StrEnum("PipelineSchedule", list(SCHEDULES))  # pyrefly: ignore[invalid-argument]  words of the table
 DispatchKind = StrEnum("DispatchKind", list(DISPATCHES))  # pyrefly: ignore[invalid-argument]  words of the table
 OptimizerName = StrEnum("OptimizerName", list(OPTIMIZERS))  # pyrefly: ignore[invalid-argument]  words of the table
+NewtonSchulz = StrEnum("NewtonSchulz", ["quintic", "polar_express", "deepseek_v4"])
 WireFormat = StrEnum("WireFormat", ["bf16", "fp8"])
 KeptInput = StrEnum("KeptInput", ["fp8", "bf16"])
 KeptOutput = StrEnum("KeptOutput", ["e5m6", "fp8", "bf16"])
@@ -243,6 +244,20 @@ class Data:
 
 
 @dataclass
+class MuonOptim:
+    """What Muon adds (train/docs/muon.md)."""
+
+    momentum: float = number(0.95, least=0, below=1)
+    """How much of the momentum stays in a step."""
+    iteration: NewtonSchulz = NewtonSchulz.quintic
+    """Coefficients of Newton-Schulz: quintic, five steps; polar_express, five others; deepseek_v4, ten that end nearer to 1."""
+    by_head: bool = True
+    """Orthogonalise the heads of attention one by one; false: each product of attention as one matrix."""
+    adamw_rate: float = number(1.0, above=0)
+    """Learning rate of what AdamW updates (embedding, head, routers, gains), as a factor on optim.lr."""
+
+
+@dataclass
 class Optim:
     """The optimizer and everything that changes over the run (paper 4.2)."""
 
@@ -277,6 +292,11 @@ class Optim:
     parallel.uneven."""
     ema_decay: float = number(0.0, least=0, below=1)
     """Decay of the moving average of the weights kept in CPU memory; 0 for none."""
+    muon: MuonOptim = expert(make=MuonOptim)
+    """For name=muon."""
+    qk_clip: float | None = number(None, above=0)
+    """Largest attention score that a head may have: the weights of one with a larger one are scaled down after the step (Kimi K2; 100
+    there); null for no limit."""
     max_bad_steps: int = expert(5, least=1)
     """Steps in a row with a non-finite loss or gradient that may be skipped before the run stops."""
 

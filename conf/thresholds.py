@@ -30,6 +30,8 @@ class Thresholds:
     """Bytes of the largest storage that is not offloaded."""
     adamw_elements: int = 1 << 18
     """Elements updated at a time where moments are bf16: their fp32 copies stay in the cache, so memory is passed over once."""
+    muon_elements: int = 1 << 24
+    """Elements of matrices that a rank orthogonalises at a time, at most, but for one that is larger."""
     norm_row: int = 4096
     """Elements whose squares are summed in fp32."""
     bucket_elements: int = 50_000_000
@@ -52,6 +54,7 @@ LOWERED = Thresholds(
     expert_rows=4,
     stays_bytes=16,
     adamw_elements=4096,
+    muon_elements=2000,
     norm_row=60,
     bucket_elements=3000,
     host_page_bytes=1 << 10,

@@ -1,11 +1,14 @@
 """The one shape in which state leaves and enters a rank: an interval of a flattened logical tensor."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor, nn
+from torch.distributed import ProcessGroup
+
+from conf.optimizers import UpdateRule
 
 
 @dataclass
@@ -50,6 +53,72 @@ class Sharing(NamedTuple):
     rank: int
 
 
+class WeightPiece(NamedTuple):
+    """Some rows and columns of a weight."""
+
+    rows: range
+    columns: range
+
+    @property
+    def size(self) -> int:
+        return len(self.rows) * len(self.columns)
+
+
+def cut_pieces(elements: range, width: int) -> list[WeightPiece]:
+    """What an interval of a flattened weight of so many columns is: a part of a row, whole rows, a part of a row."""
+    if not elements:
+        return []
+    (first, start), (last, stop) = divmod(elements.start, width), divmod(elements.stop, width)
+    if first == last:
+        return [WeightPiece(range(first, first + 1), range(start, stop))]
+    found = [
+        WeightPiece(range(first, first + 1), range(start, width)),
+        WeightPiece(range(first + 1, last), range(width)),
+        WeightPiece(range(last, last + 1), range(stop)),
+    ]
+    return [one for one in found if one.size]
+
+
+@dataclass
+class FlatWeight:
+    """A parameter in the flat shards of the ranks that share it."""
+
+    param: nn.Parameter
+    shape: tuple[int, ...]
+    """Shape of the whole parameter; of experts, those that this rank holds."""
+    held: list[range]
+    """By rank of those that share it: the elements of the flattened parameter in that rank's shard."""
+    place: int
+    """Where the parameter's first element would lie in this rank's shard; below 0 where another rank holds it."""
+
+    def view(self, flat: Tensor, rows: range, columns: range, place: int | None = None) -> Tensor:
+        """Some rows and columns that this rank holds, in its shard or in a tensor that holds the parameter from `place` on."""
+        width = self.shape[-1]
+        first = (self.place if place is None else place) + rows.start * width + columns.start
+        return flat.as_strided((len(rows), len(columns)), (width, 1), flat.storage_offset() + first)
+
+
+@dataclass
+class FlatShard:
+    """What lies in a flat parameter, for an update that needs more than single elements."""
+
+    rule: UpdateRule
+    weights: list[FlatWeight]
+    sharing: Sharing
+    group: ProcessGroup
+    """The ranks that share the weights."""
+    names: list[str]
+    """Global ones."""
+
+    def scale_rows(self, flat: Tensor, factors: Mapping[str, Tensor]) -> None:
+        """Multiply the rows of weights, by name, each with its factor."""
+        for name, weight in zip(self.names, self.weights, strict=True):
+            if name in factors:
+                factor_R1 = factors[name].to(flat).unsqueeze(1)
+                for rows, columns in cut_pieces(weight.held[self.sharing.rank], weight.shape[-1]):
+                    weight.view(flat, rows, columns).mul_(factor_R1[rows.start : rows.stop])
+
+
 class ShardSlice(NamedTuple):
     """The elements of a parameter that lie in this rank's shard of its group."""
 
@@ -66,13 +135,15 @@ class GradientHandover:
     know; ZeRO fills it and the optimizer reads it.
     """
 
-    slices: dict[Tensor, list[ShardSlice]] = field(default_factory=dict)
-    """By flat parameter what lies in it of which weights, for an update that needs more than single elements; at stages 1 and 2."""
+    shards: dict[Tensor, FlatShard] = field(default_factory=dict)
+    """By flat parameter what lies in it."""
     factor: Tensor | None = None
     """All gradients are multiplied with it on their way into the update, which so clips them; a scalar on the host."""
     unreduced: dict[Tensor, list[Tensor]] = field(default_factory=dict)
     """By flat parameter the gradients of one that no other rank shares, where they lie: 1-D, fp32, one after another from its
     first element on, none for padding at its end. Its `.grad` is a stand-in."""
+    row_factors: Mapping[str, Tensor] = field(default_factory=dict)
+    """By weight what its rows are multiplied with behind the update."""
     divisor: int = 1
     """Those are sums over so many ranks' data, of which the mean is wanted."""
 

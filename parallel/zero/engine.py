@@ -13,7 +13,7 @@ import math
 import os
 import sys
 import types
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 
@@ -24,12 +24,12 @@ from torch import Tensor, nn
 from conf.optimizers import OptimizerFacts, UpdateRule
 from conf.thresholds import THRESHOLDS
 from parallel.mesh import Mesh
-from parallel.shard import Shard, ShardedOptimizer, Sharing
+from parallel.shard import FlatShard, Shard, ShardedOptimizer, Sharing
 from parallel.zero.private_names import require_names
 from parallel.zero.sharded_weights import ShardedWeights, find_units, stage3_config
 from parallel.zero.whole_weights import WholeWeights
 
-MUON = {"muon_optimizer": "MuonWithAuxAdam", "original_muon": "muon_update"}
+DEEPSPEED_MUON = {"muon_optimizer": "MuonWithAuxAdam", "original_muon": "muon_update"}
 """Modules of DeepSpeed and what its ZeRO asks of them, by import even where nothing uses Muon. They compile as they are
 imported, for which a rank would load torch's whole compiler (0.9 s of a core) in its first step."""
 
@@ -125,9 +125,20 @@ class Zero:
                 offload=offload,
             )
 
+        for flat, weights in self._weights.flats():
+            params = [weight.param for weight in weights]
+            group = mesh.stage_group if getattr(params[0], "allreduce", True) else mesh.edp_group
+            named, sharing = [self.names[param] for param in params], self._shares(params[0])
+            self.client.handover.shards[flat] = FlatShard(rules[params[0]], weights, sharing, group, named)
+            self.client.allocate(flat)
+
     def set_lr(self, lr: float) -> None:
         for group in self.optimizer.param_groups:
             group["lr"] = lr
+
+    def scale_rows(self, factors: Mapping[str, Tensor]) -> None:
+        """Have the next update multiply rows of master weights when it has moved them. factors: of weights by name, one a row."""
+        self.client.handover.row_factors = factors
 
     def accumulate(self) -> AbstractContextManager[None]:
         """Everything between two optimizer steps runs inside; afterwards the gradients are reduced."""
@@ -297,7 +308,7 @@ def import_deepspeed(on_cuda: bool) -> types.ModuleType:
     if not on_cuda:
         # Builds for two minutes on first use and has been seen to abort; gloo does the same work.
         deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    for name, needed in MUON.items():
+    for name, needed in DEEPSPEED_MUON.items():
         module = types.ModuleType(f"deepspeed.runtime.zero.muon.{name}")
         setattr(module, needed, type(needed, (), {}))
         sys.modules.setdefault(module.__name__, module)

@@ -69,6 +69,7 @@ PRIVATE_NAMES = (
     PrivateName(
         "optimizer3", "fp32_partitioned_groups_flat", "the masters, whose moments are made before the first step"
     ),
+    PrivateName("optimizer3", "fp16_groups", "whose weights lie in which of these"),
     PrivateName("param3", "ds_tensor", "this rank's shard of a weight"),
     PrivateName("optimizer3", "parameter_offload", "has the coordinator"),
     PrivateName("offload", "get_param_coordinator", "the coordinator of gathers"),

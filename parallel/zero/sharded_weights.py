@@ -25,7 +25,7 @@ from torch import Tensor, nn
 from torch.autograd.graph import Node, get_gradient_edge
 
 from conf.optimizers import UpdateRule
-from parallel.shard import Fragment, ShardedOptimizer, Sharing
+from parallel.shard import FlatWeight, Fragment, ShardedOptimizer, Sharing
 from parallel.zero.private_names import require_names
 
 
@@ -93,8 +93,6 @@ class ShardedWeights:
             )
             chunk.register_forward_pre_hook(self._begin_pass, prepend=True)
             chunk.register_forward_hook(self._end_forward)
-        for flat in optimizer.fp32_partitioned_groups_flat:
-            client.allocate(flat)
 
     @contextlib.contextmanager
     def accumulate(self) -> Iterator[None]:
@@ -123,6 +121,22 @@ class ShardedWeights:
                 names = self._rules[param].state
                 state = {name: safe_get_local_optimizer_state(param, name)[:length] for name in names}
                 yield Fragment(param, offset, safe_get_local_fp32_param(param).detach()[:length], state)
+
+    def flats(self) -> Iterator[tuple[Tensor, list[FlatWeight]]]:
+        """Every flat parameter of the optimizer, and what lies in it: the shards of its weights, each with its padding."""
+        groups = zip(self._optimizer.fp32_partitioned_groups_flat, self._optimizer.fp16_groups, strict=True)
+        for flat, params in groups:
+            found, place = [], 0
+            for param in params:
+                size, count, (ranks, rank) = (
+                    param.ds_tensor.numel(),
+                    math.prod(self._shapes[param]),
+                    self._shares(param),
+                )
+                held = [range(min(size * r, count), min(size * (r + 1), count)) for r in range(ranks)]
+                found.append(FlatWeight(param, self._shapes[param], held, place - size * rank))
+                place += size
+            yield flat, found
 
     def weights(self) -> Iterator[Tensor]:
         """What this rank holds of the weights between steps."""

@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor, nn
 
-from parallel.shard import Fragment, ShardedOptimizer, ShardSlice, Sharing
+from parallel.shard import FlatWeight, Fragment, ShardedOptimizer, ShardSlice, Sharing
 from parallel.zero.private_names import require_names
 
 
@@ -48,11 +48,10 @@ class WholeWeights:
         self._optimizer = optimizer = engine.optimizer
         # DeepSpeed puts one flat master in the place of each group's parameters, and keeps the order of the groups.
         self._masters: list[Tensor] = [group["params"][0] for group in client.param_groups]
-        self._groups = groups
-        self._slices = self._handover.slices
+        self._groups, self._shares = groups, shares
+        self._slices: dict[Tensor, list[ShardSlice]] = {}
         for params, master in zip(groups, self._masters, strict=True):
             self._slices[master] = slices_of(params, len(master), shares(params[0]).rank)
-            client.allocate(master)
         is_bf16 = self._groups[0][0].dtype == torch.bfloat16
         self._unshared = [
             number for number, params in enumerate(self._groups) if is_bf16 and shares(params[0]).ranks == 1
@@ -135,6 +134,27 @@ class WholeWeights:
                 state = {name: tensor[place] for name, tensor in self._client.allocate(master).items()}
                 yield Fragment(param, offset, master.detach()[place], state)
 
+    def flats(self) -> Iterator[tuple[Tensor, list[FlatWeight]]]:
+        """Every flat parameter of the optimizer, and what lies in it."""
+        for params, master in zip(self._groups, self._masters, strict=True):
+            size, (ranks, rank) = len(master), self._shares(params[0])
+            firsts = [int(param.storage_offset()) - int(params[0].storage_offset()) for param in params]
+            yield (
+                master,
+                [
+                    FlatWeight(
+                        param,
+                        tuple(param.shape),
+                        [
+                            _within(range(number * size - first, (number + 1) * size - first), param)
+                            for number in range(ranks)
+                        ],
+                        first - rank * size,
+                    )
+                    for param, first in zip(params, firsts, strict=True)
+                ],
+            )
+
     def refresh(self) -> None:
         """Make the weights the rounded masters."""
         self._optimizer.update_lp_params()
@@ -151,3 +171,8 @@ def slices_of(params: Sequence[nn.Parameter], size: int, rank: int) -> list[Shar
         if start < end:
             found.append(ShardSlice(param, start - first, slice(start, end)))
     return found
+
+
+def _within(interval: range, param: nn.Parameter) -> range:
+    start = min(max(interval.start, 0), param.numel())
+    return range(start, max(start, min(interval.stop, param.numel())))

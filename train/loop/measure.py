@@ -17,7 +17,8 @@ from torch import Tensor
 from conf.schema import Model
 from train.loop.step_work import StepWork
 from train.loop.stop import StopKind
-from train.model.count import moe_layers
+from train.model.count import attention_layers, moe_layers
+from train.optim.qk_clip import QKClip
 from train.parallelize import Parallelized
 from train.rank import RankSetup
 
@@ -38,6 +39,10 @@ class Measured:
     """Balance biases that were in force (float64)."""
     stop: StopKind
     """What some rank was asked for; the disk counts more than memory."""
+    scores_L: list[float]
+    """Largest attention score of each layer; none where nobody asks for them."""
+    heads_clipped: int
+    """Heads of all layers with a score above optim.qk_clip."""
     work: dict[str, float]
     """What pipeline and dispatchers did, by metric name."""
 
@@ -45,10 +50,12 @@ class Measured:
 class Measure:
     """Collects and clears the counters of this rank's chunks."""
 
-    def __init__(self, model: Model, parts: Parallelized, rank: RankSetup):
+    def __init__(self, model: Model, parts: Parallelized, rank: RankSetup, clip: QKClip | None = None):
         self.model, self.mesh, self.device = model, rank.mesh, rank.device
         self.step_work = StepWork(parts, rank.mesh.layout)
         self.layers = moe_layers(model)
+        self.attentions = attention_layers(model) if clip is not None else []
+        self.clip = clip
         self.routers = parts.routers()
         self.last = next((chunk for chunk in parts.chunks if chunk.has_head), None)
         self._weight = 1.0
@@ -61,6 +68,8 @@ class Measure:
         if self.last is not None:
             self.last.losses.clear()
         self.step_work.clear()
+        if self.clip is not None:
+            self.clip.clear()
 
     def collect(self, stop: StopKind) -> "CollectedMeasures":
         """Sum over all ranks; every rank gets the same. Waits for no device."""
@@ -75,20 +84,30 @@ class Measure:
             losses[-1] += router.balance_loss.double() / self.mesh.layout.dp
             if self.mesh.stage_rank == 0:
                 biases_LE[row] = router.bias_E
+        scores_LH, scores_L, clipped = zeros(0), zeros(len(self.attentions)), zeros(1)
+        if self.clip is not None:
+            scores_LH = self.clip.largest()
+            if self.mesh.stage_rank == 0:
+                rows = [self.attentions.index(name) for name in self.clip.layers]
+                scores_L[rows] = scores_LH.amax(1).double()
+                clipped += (scores_LH > self.clip.limit).sum()
         asked = [float(stop is kind) for kind in (StopKind.on_disk, StopKind.in_memory)]
         own = torch.tensor([*asked, *self.step_work.collect()], dtype=torch.float64)
-        parts = [losses, loads_LE.flatten(), biases_LE.flatten(), to_device(own, self.device)]
+        sums = [losses, loads_LE.flatten(), biases_LE.flatten(), scores_L, clipped]
+        parts = [*sums, to_device(own, self.device)]
         vector = torch.cat(parts)
         if self.mesh.layout.world > 1:
             dist.all_reduce(vector)
-        return CollectedMeasures(self, vector, [part.numel() for part in parts])
+        return CollectedMeasures(self, vector, [part.numel() for part in parts], scores_LH)
 
 
 class CollectedMeasures:
     """The sums, on their way to the host."""
 
-    def __init__(self, measure: Measure, vector: Tensor, sizes: list[int]):
+    def __init__(self, measure: Measure, vector: Tensor, sizes: list[int], scores_LH: Tensor):
         self._measure, self._sizes = measure, sizes
+        self.scores_LH = scores_LH
+        """As `QKClip.largest` gives them, on the device."""
         losses, loads, *_ = vector.split(sizes)
         self.finite = losses[0].isfinite()
         """Whether the main loss is: bool, on the device."""
@@ -100,7 +119,7 @@ class CollectedMeasures:
 
     def read(self) -> Measured:
         """Call when the host has waited for something that the device was asked for later, which no step of training lacks."""
-        losses, loads, biases, own = self._host.split(self._sizes)
+        losses, loads, biases, scores, clipped, own = self._host.split(self._sizes)
         main_loss, *mtp_losses, balance_loss = losses.tolist()
         on_disk, in_memory, *work = own.tolist()
         shape = self.loads_LE.shape
@@ -111,6 +130,8 @@ class CollectedMeasures:
             loads_LE=loads.view(shape),
             biases_LE=biases.view(shape),
             stop=StopKind.on_disk if on_disk > 0 else StopKind.in_memory if in_memory > 0 else StopKind.none,
+            scores_L=scores.tolist(),
+            heads_clipped=int(clipped),
             work=self._measure.step_work.named(work),
         )
 

@@ -11,14 +11,17 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from conf.schema import Config
+from parallel.mesh import Mesh
 from parallel.zero.engine import Update
 from train.data.batch import Batch
 from train.loop.measure import Measure, Measured, to_device
 from train.loop.stop import StopKind
 from train.model.router import update_bias
+from train.optim.qk_clip import QKClip
 from train.optim.schedules import StepPlan
 from train.parallelize import Parallelized
 from train.rank import RankSetup
@@ -30,6 +33,8 @@ class StepOutcome:
 
     measured: Measured
     update: Update
+    scores_LH: Tensor
+    """Largest attention score of every head of this rank's layers, as `QKClip.largest` gives them; none where nobody asks for them."""
 
 
 class TrainingStep:
@@ -42,7 +47,8 @@ class TrainingStep:
         self._mean_micro_batches = 0.0
         """Mean micro-batches of a data-parallel rank in this step: what losses are divided by, so that all tokens of
         the batch weigh the same where shares differ (parallel.uneven)."""
-        self.measure = Measure(config.model, parts, rank)
+        self.clip = self._watch_scores(config.optim.qk_clip, parts, rank.mesh)
+        self.measure = Measure(config.model, parts, rank, self.clip)
 
     def run(
         self,
@@ -61,6 +67,8 @@ class TrainingStep:
             self.run_passes(batch)
             on_phase("schedule")
             collected = self.measure.collect(stopping)
+            if self.clip is not None:
+                zero.scale_rows(self.clip.factors(collected.scores_LH))
         on_phase("reduction")
         zero.set_lr(plan.lr)
         update = zero.step(valid=collected.finite)
@@ -68,7 +76,17 @@ class TrainingStep:
         on_phase("update")
         if update.applied:
             self._update_biases(collected.loads_LE, plan)
-        return StepOutcome(measured, update)
+        return StepOutcome(measured, update, collected.scores_LH)
+
+    def _watch_scores(self, limit: float | None, parts: Parallelized, mesh: Mesh) -> QKClip | None:
+        if limit is None:
+            return None
+
+        def most(scores: Tensor) -> None:
+            if mesh.layout.stage_ranks > 1:
+                dist.all_reduce(scores, dist.ReduceOp.MAX, group=mesh.stage_group)
+
+        return QKClip(parts.chunks, self._config.model, limit, most)
 
     def run_passes(self, batch: Batch) -> None:
         """Forward and backward of all micro-batches."""

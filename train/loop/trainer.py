@@ -255,6 +255,8 @@ class Trainer:
             record["mtp_loss"] = mtp_loss
         if len(measured.mtp_losses) > 1:
             record |= {f"mtp_loss_{k}": loss for k, loss in enumerate(measured.mtp_losses, 1)}
+        if measured.scores_L:
+            record |= {"attention_score_max": max(measured.scores_L), "heads_clipped": measured.heads_clipped}
         running = self.state.record_loads(measured.loads_LE)
         return (
             record | measured.work | balance_record(self.measure.layers, measured.loads_LE, measured.biases_LE, running)

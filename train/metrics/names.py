@@ -31,6 +31,7 @@ FP8_READINGS = (
     ("scale_range", "log2", "largest over smallest scale of a tensor"),
 )
 CLUSTER_WHEN = "cluster=ray"
+QK_WHEN = "optim.qk_clip"
 PLAN_WHEN = "after mode=plan of the same name and recipe"
 PLAN_HERE = "after mode=plan of the same name and recipe, for this very device"
 FP8_WHEN = "precision=fp8 or fp8_ue8m0, every precision.fp8.health.every steps"
@@ -128,6 +129,14 @@ SCALARS = (
     Metric("dead_experts", int, "experts", "experts without a token in the last 20 steps, over all MoE layers"),
     Metric("bias_min", float, "1", "smallest balance bias that the step used"),
     Metric("bias_max", float, "1", "largest balance bias that the step used"),
+    Metric(
+        "attention_score_max",
+        float,
+        "1",
+        "largest attention score of the step; of a kernel that tells none, where it is below the limit, its log-sum-exp, which is never less",
+        QK_WHEN,
+    ),
+    Metric("heads_clipped", int, "heads", "heads of all layers with a score above optim.qk_clip", QK_WHEN),
     Metric(
         "validation_loss",
         float,

@@ -28,6 +28,28 @@ class AttentionInput(NamedTuple):
     v_BHSV: Tensor
     scale: float
     seen: Seen
+    watch: "LargestScores | None" = None
+    """Is told of the scores of a call that is trained."""
+
+
+class LargestScores:
+    """The largest scaled score of each head over all calls since `clear`: most_H, fp32.
+
+    limit: a core that would have to compute the scores once more may tell their log-sum-exp, which is never less, of a query for
+    which that is not above the limit.
+    """
+
+    def __init__(self, heads: int, limit: float, device: torch.device):
+        self.limit = limit
+        self.most_H = torch.empty(heads, device=device)
+        self.clear()
+
+    def clear(self) -> None:
+        self.most_H.fill_(-torch.inf)
+
+    def add(self, made: "AttentionOutput") -> None:
+        assert made.largest_BHT is not None, "was asked for"
+        torch.maximum(self.most_H, made.largest_BHT.amax((0, 2)), out=self.most_H)
 
 
 class AttentionOutput(NamedTuple):
@@ -38,7 +60,7 @@ class AttentionOutput(NamedTuple):
     lse_BHT: Tensor
     """Log-sum-exp of the scaled scores of each query, fp32. -inf of one that sees nothing."""
     largest_BHT: Tensor | None = None
-    """The largest scaled score of each query, fp32, where it was asked for."""
+    """The largest scaled score of each query, fp32, where it was asked for; see `LargestScores.limit`."""
     kept: Tensor | None = None
     """What else the core wants in backward."""
 
@@ -72,7 +94,11 @@ class Attend(Function):
     @staticmethod
     def forward(ctx, core: AttentionCore, *given):
         given = AttentionInput(*given)
-        made = core.forward(given, keep=any(ctx.needs_input_grad))
+        trained = any(ctx.needs_input_grad)
+        watch = given.watch if trained else None
+        made = core.forward(given, keep=trained, largest=watch is not None)
+        if watch is not None:
+            watch.add(made)
         ctx.save_for_backward(*given[:3], made.out_BHTV, made.lse_BHT, made.kept)
         ctx.core, ctx.rest = core, given[3:]
         return made.out_BHTV
@@ -82,4 +108,10 @@ class Attend(Function):
     def backward(ctx, dout_BHTV):
         q_BHTQ, k_BHTQ, v_BHTV, out_BHTV, lse_BHT, kept = ctx.saved_tensors
         given = AttentionInput(q_BHTQ, k_BHTQ, v_BHTV, *ctx.rest)
-        return None, *ctx.core.backward(dout_BHTV, given, AttentionOutput(out_BHTV, lse_BHT, kept=kept)), None, None
+        return (
+            None,
+            *ctx.core.backward(dout_BHTV, given, AttentionOutput(out_BHTV, lse_BHT, kept=kept)),
+            None,
+            None,
+            None,
+        )

@@ -17,6 +17,13 @@ def moe_layers(model: Model) -> list[str]:
     ]
 
 
+def attention_layers(model: Model) -> list[str]:
+    """Names of all attention modules, in order."""
+    return [f"layers.{i}.attention" for i in range(model.layers)] + [
+        f"mtp.{k}.block.attention" for k in range(model.mtp_depth)
+    ]
+
+
 @dataclass(frozen=True)
 class Counts:
     """Parameters of a model, MTP apart."""

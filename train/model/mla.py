@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from conf.schema import Model, Recompute
-from train.model.attention import AttentionInput
+from train.model.attention import AttentionInput, LargestScores
 from train.model.layers import LayerPrecision, Linear, RMSNorm
 from train.model.recompute import Recomputed, Replaceable
 from train.model.rope import Rope, rotate, turn_queries
@@ -45,6 +45,8 @@ class MLA(nn.Module):
         self.out = Linear(heads * config.v_head_dim, width, precision, kind="output", **factory)
         self._config, self._rope, self._kernels = config, rope, kernels
         self._recompute_up = Recompute.mla_up in config.recompute
+        self.watch: LargestScores | None = None
+        """Who wants to know the scores of training, if anyone does."""
 
     def forward(self, x_BTD: Tensor, recipe: AbstractContextManager, positions: Positions | None = None) -> Tensor:
         """recipe: the context in which saving x costs nothing (`RMSNorm.with_recipe`). positions: those of x; None for all of
@@ -63,7 +65,9 @@ class MLA(nn.Module):
         if self._recompute_up and torch.is_grad_enabled():
             keep = Recomputed(self._up, (q_latent, kv_latent, k_rope_BTR), *heads)
         with saved, keep:
-            out_BHTV = self._kernels.attention(AttentionInput(*heads, self._rope.softmax_scale, positions.seen[0]))
+            out_BHTV = self._kernels.attention(
+                AttentionInput(*heads, self._rope.softmax_scale, positions.seen[0], self.watch)
+            )
         return self._project(out_BHTV, saved)
 
     def _project(self, out_BHTV: Tensor, saved: Replaceable) -> Tensor:
@@ -133,4 +137,5 @@ class MLA(nn.Module):
                 self._rope.softmax_scale,
                 positions,
                 gathering,
+                self.watch,
             )

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from train.model.attention import AttentionCore, AttentionInput, AttentionOutput, positions_first
+from train.model.attention import AttentionCore, AttentionInput, AttentionOutput, LargestScores, positions_first
 from train.model.needed import Function, gradients_needed
 from train.model.sequence import Gathering, Positions
 
@@ -67,7 +67,8 @@ class KeysOfLatents:
 class SharedAttention(Function):
     """softmax(scale q k^T) v of the queries here over the keys of all positions: (B, H, T, V).
 
-    latents_BTX: [latent | turned rope key] of the positions here. weight: that of keys.up. gathering: of the latents of all.
+    latents_BTX: [latent | turned rope key] of the positions here. weight: that of keys.up. gathering: of the latents of all. watch: as in
+    `AttentionInput`.
     """
 
     @staticmethod
@@ -81,8 +82,10 @@ class SharedAttention(Function):
         scale: float,
         positions: Positions,
         gathering: Gathering,
+        watch: LargestScores | None,
     ) -> Tensor:
         B, H, T, _ = q_BHTQ.shape
+        watch = watch if any(ctx.needs_input_grad) else None
         out_BHTV, lse_BHT = None, None
         for seen, latents_BLX in zip(positions.seen, gathering.wait(), strict=True):
             k_BHLQ, v_BHLV = keys.of(latents_BLX)
@@ -91,7 +94,10 @@ class SharedAttention(Function):
                 lse_BHT = torch.full((B, H, T), -torch.inf, dtype=torch.float32, device=q_BHTQ.device)
             if not seen.rectangles:
                 continue
-            part_BHTV, part_BHT, *_ = core.forward(AttentionInput(q_BHTQ, k_BHLQ, v_BHLV, scale, seen))
+            made = core.forward(AttentionInput(q_BHTQ, k_BHLQ, v_BHLV, scale, seen, watch), largest=watch is not None)
+            if watch is not None:
+                watch.add(made)
+            part_BHTV, part_BHT, *_ = made
             new_BHT = torch.logaddexp(lse_BHT, part_BHT)
             for sum_BHTV, value, of in ((out_BHTV, None, lse_BHT), (out_BHTV, part_BHTV, part_BHT)):
                 share_BHT1 = (of - new_BHT).exp_().nan_to_num_(0).unsqueeze(-1)  # of a query that has met no key yet
@@ -111,7 +117,7 @@ class SharedAttention(Function):
     @once_differentiable
     def backward(ctx, dout_BHTV: Tensor):
         q_needed, latents_needed, weight_needed, *_ = gradients_needed(ctx)
-        rest = (None,) * 5
+        rest = (None,) * 6
         if ctx.put_aside is not None and not (q_needed or latents_needed):
             dweight, ctx.put_aside = ctx.put_aside, None
             return None, None, dweight, *rest

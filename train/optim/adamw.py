@@ -104,25 +104,32 @@ class AdamW(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self, closure: None = None) -> None:
         """One update of every group that has gradients; `updates` is advanced by the owner, once per step."""
-        compiled = self._compiled and self.moments == torch.bfloat16
         for group in self.param_groups:
             for param in group["params"]:
                 if param.grad is None:
                     continue
-                state = self.allocate(param)
-                held = param.view(-1), state["exp_avg"].view(-1), state["exp_avg_sq"].view(-1)
-                gradients, factor = self.handover.of(param)
-                if param.is_cuda:
-                    _update_on_gpu(held, gradients, group, self.updates + 1, factor)
-                    continue
-                update, first = _update_compiled if compiled else _update, 0
-                if isinstance(factor, Tensor):
-                    factor = factor.to(param.device)
-                for grad in gradients:
-                    part = slice(first, first + grad.numel())
-                    weight, mean, square = (tensor[part] for tensor in held)
-                    update(UpdatePiece(weight, grad.to(param.device), mean, square), group, self.updates + 1, factor)
-                    first = part.stop
+                self.update(param, group)
+                if factors := self.handover.row_factors:
+                    self.handover.shards[param].scale_rows(param.view(-1), factors)
+
+    def update(self, param: Tensor, group: dict) -> None:
+        """Update one flat parameter, whose gradient ZeRO has handed over."""
+        state = self.allocate(param)
+        held = param.view(-1), state["exp_avg"].view(-1), state["exp_avg_sq"].view(-1)
+        gradients, factor = self.handover.of(param)
+        if param.is_cuda:
+            _update_on_gpu(held, gradients, group, self.updates + 1, factor)
+            return
+        update, first = _update, 0
+        if self._compiled and self.moments == torch.bfloat16:
+            update = _update_compiled
+        if isinstance(factor, Tensor):
+            factor = factor.to(param.device)
+        for grad in gradients:
+            part = slice(first, first + grad.numel())
+            weight, mean, square = (tensor[part] for tensor in held)
+            update(UpdatePiece(weight, grad.to(param.device), mean, square), group, self.updates + 1, factor)
+            first = part.stop
 
 
 def _update(piece: UpdatePiece, group: dict, count: int, factor: Tensor | float | None) -> None:

@@ -3,10 +3,11 @@
 from collections.abc import Collection
 from typing import Protocol
 
-from conf.optimizers import ADAMW
+from conf.optimizers import ADAMW, MUON
 from conf.schema import Config, Precision
 from parallel.shard import ShardedOptimizer
 from train.optim.adamw import AdamW
+from train.optim.muon import Muon
 
 
 class OptimizerClass(Protocol):
@@ -21,4 +22,4 @@ class OptimizerClass(Protocol):
         ...
 
 
-OPTIMIZER_CLASSES: dict[str, OptimizerClass] = {ADAMW: AdamW}
+OPTIMIZER_CLASSES: dict[str, OptimizerClass] = {ADAMW: AdamW, MUON: Muon}

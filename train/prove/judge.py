@@ -278,6 +278,15 @@ class Judge(WireJudge, ReductionJudge, UpdateJudge):
                 self._compare_part("outputs", name, rank.info.rank, value, part, self.bound, scale)
         for rank in ranks:
             self._judge_losses(rank, seen)
+            for name, got in rank.of_kind("scores"):
+                self._compare_part(
+                    "attention scores",
+                    name,
+                    rank.info.rank,
+                    got,
+                    lambda step, name=name: step.seen.scores[name],
+                    self.bound,
+                )
 
     def _by_sample(self, value: Tensor, batch_size: int) -> Tensor:
         """(B, ...) also where rows of all samples lie in one axis."""

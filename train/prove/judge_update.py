@@ -22,13 +22,14 @@ from train.prove.findings import ProofFindings
 from train.prove.layouts import RunPart
 from train.prove.reference import PlainModel, Watched
 from train.prove.samples import Samples
-from train.prove.updates import UPDATES
+from train.prove.updates import UPDATES, WeightUpdate
 
 State = dict[str, Tensor]
 """Whole tensors by the name of their shards, fp64: master.NAME, those of the optimizer's state, ema.NAME, bias.LAYER."""
 QUANTITIES = {"master": "master weights", "ema": "average of weights", "bias": "biases"}
 ROUNDINGS = {"master": 4, "ema": 2, "bias": 2}
 """Roundings of fp32, at most, in what is said below that each is of; those of the optimizer's state stand in train/prove/updates.py."""
+STATE_ROUNDINGS = {kind: count for formula in UPDATES.values() for kind, count in formula.roundings.items()}
 SMALLEST, SMALLEST_BF16 = 2.0**-126, 2.0**-133
 """What is smaller is rounded to steps of less than the format's precision, or to 0."""
 
@@ -53,7 +54,6 @@ class UpdateJudge(Comparisons):
         self.run: RunPart | None = None
         """To which the step belongs."""
         self._checkpoints = checkpoints
-        self._update = UPDATES[config.optim.name]
 
     def _after(self, ranks: list[Evidence]) -> State:
         """The state, put together from the shards of all ranks."""
@@ -87,21 +87,26 @@ class UpdateJudge(Comparisons):
         self._judge_applied(ranks, 1.0, "every step counts")
         self._count(ranks, plan, updates=1)
         self._same_names("state", after, before)
+        factors = self._row_factors(ranks)
         want: State = {}
         rounded: State = {}
         for name, gradient in reduced.items():
             if f"master.{name}" not in after or f"master.{name}" not in before:
                 continue
-            kinds = "master", *optim.facts.choose_rule(name, gradient.dim()).state
+            rule = optim.facts.choose_rule(name, gradient.dim())
+            formula, kinds = UPDATES[rule.formula], ("master", *rule.state)
             names = [f"{kind}.{name}" for kind in kinds]
             held = [before[each] for each in names]
-            decays, gradient = gradient.dim() >= 2, gradient * factor
-            settings = optim, plan.lr, self.tally.updates
-            new = self._update.rule(*settings, held[0], gradient, *held[1:], decays=decays)
+            gradient = gradient * factor
+            one = WeightUpdate(self.config, name, plan.lr, self.tally.updates, rule.decays)
+            new = formula.make(one, held[0], gradient, *held[1:])
+            sizes = formula.size_roundings(one, held, gradient, new)
+            if name in factors:
+                rows = factors[name].view(-1, 1)
+                new, sizes = (new[0] * rows, *new[1:]), [sizes[0] + UNIT["fp32"] * new[0].abs(), *sizes[1:]]
             want |= dict(zip(names, new, strict=True))
-            sizes = self._update.size_roundings(*settings, held, gradient, new)
             rounded |= dict(zip(names, sizes, strict=True))
-            if decays:
+            if rule.decays and name not in factors:
                 self._judge_decay(names[0], held[0], after[names[0]], new[0], rounded[names[0]])
             if optim.ema_decay:
                 average = f"ema.{name}"
@@ -120,6 +125,14 @@ class UpdateJudge(Comparisons):
                 self._judge_moved(name, rank.info.rank, bias.double(), want[name], before[name], rounded[name])
         self._judge_validation(ranks, after)
         return after
+
+    def _row_factors(self, ranks: list[Evidence]) -> State:
+        """Factors of the rows of weights that the limit of attention scores scales, from the scores that the ranks acted on."""
+        found: State = {}
+        for rank in ranks:
+            for name, scores_H in rank.of_kind("scores"):
+                found |= reference.qk_factors(self.config, name, scores_H)
+        return found
 
     def _judge_skip(self, ranks: list[Evidence], before: State, plan: reference.PlainPlan) -> State:
         """A step in which one rank had a gradient that is not finite: on every rank it moves nothing but the position in the data."""
@@ -173,9 +186,9 @@ class UpdateJudge(Comparisons):
         self, name: str, rank: int | None, got: Tensor, want: Tensor, before: Tensor, rounded: Tensor
     ) -> None:
         kind = name.split(".", 1)[0]
-        count = (ROUNDINGS | self._update.roundings)[kind]
+        count = (ROUNDINGS | STATE_ROUNDINGS)[kind]
         allowed, why = count * rounded + SMALLEST, f"{count} roundings of fp32, of each element by itself"
-        if kind in self._update.roundings and self.config.precision.moments == "bf16":
+        if kind in STATE_ROUNDINGS and self.config.precision.moments == "bf16":
             allowed, why = allowed + UNIT["bf16"] * want.abs() + SMALLEST_BF16, f"{why}, and one of bf16"
         quantity = (QUANTITIES | dict(self.config.optim.facts.meanings))[kind]
         self._compare_moved(quantity, name, rank, got, want, before, allowed, why)

@@ -119,13 +119,22 @@ def prove_exact(config: Config, place: Place, device: torch.device) -> None:
         local = _LocalGradients(model.chunks)
         parts = Parallelized(model.chunks, model.pipeline, model.dispatcher, model.precision, model.share, local)
         watch = EvidenceWatch(parts.chunks)
-        outcome = TrainingStep(config, parts, rank).run(plan, batch)
+        step = TrainingStep(config, parts, rank)
+        outcome = step.run(plan, batch)
     evidence = Evidence(_info("exact", 0, config, rank, plan, outcome))
+    add_scores(evidence, step, outcome)
     watch.give(evidence)
     local.give(evidence)
     for name, router in model.routers().items():
         evidence.add("after", f"bias.{name}", router.bias_E)
     evidence.write(RunPaths(config).path / EVIDENCE)
+
+
+def add_scores(evidence: Evidence, step: TrainingStep, outcome: StepOutcome) -> None:
+    """The largest attention scores, by layer, where they are watched."""
+    if step.clip is not None:
+        for name, scores_H in zip(step.clip.layers, outcome.scores_LH, strict=True):
+            evidence.add("scores", name, scores_H)
 
 
 class _LocalGradients:
@@ -140,6 +149,9 @@ class _LocalGradients:
         yield
 
     def set_lr(self, lr: float) -> None:
+        """Nothing is updated."""
+
+    def scale_rows(self, factors: dict[str, Tensor]) -> None:
         """Nothing is updated."""
 
     def step(self, valid: bool | Tensor = True) -> Update:
@@ -329,6 +341,7 @@ class _ProvenTrainer(Trainer):
         compiles = getattr(self.parts.precision.kernels, "compiles_product", None)  # torch's operations round
         info.sums_in_fp32 = compiles is not None and compiles(torch.empty(0, dtype=torch.bfloat16))
         evidence = Evidence(info)
+        add_scores(evidence, self.training_step, outcome)
         if is_watched or self._proof != "tiles":
             self._watch.give(evidence)
             if self._parts_watch is not None:
@@ -370,6 +383,7 @@ class _WatchedStep:
 
     def __init__(self, step: TrainingStep, zero: Zero, saw: Callable[[StepOutcome, _Gradients], None], last: int):
         self._inner, self._zero, self._saw, self._last = step, zero, saw, last
+        self.clip = step.clip
 
     def run(
         self, plan: StepPlan, batch: Batch, *, stopping: StopKind = StopKind.none, on_phase=lambda _: None

@@ -2,12 +2,13 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from conf.optimizers import ADAMW
-from conf.schema import Optim
+from conf.optimizers import ADAMW, MUON
+from conf.schema import Config
 from train.prove import reference
 from train.prove.bounds import UNIT
 
@@ -15,32 +16,93 @@ STEP_ROUNDINGS = 8
 """How many times as many of them a step has as the weight that it is taken from: it is made of both moments."""
 
 
+NEWTON_SCHULZ_ROUNDINGS = 4
+"""How often a step of Newton-Schulz rounds: three products round their terms, and their sums once more."""
+
+
+class WeightUpdate(NamedTuple):
+    """What one step makes of one weight."""
+
+    config: Config
+    name: str
+    lr: float
+    number: int
+    """1, 2, ... of the run's updates."""
+    decays: bool
+
+
 @dataclass(frozen=True)
 class PlainUpdate:
-    """The update of one optimizer."""
+    """One formula."""
 
-    rule: Callable[..., tuple[Tensor, ...]]
-    """(optim, lr, update, weight, gradient, *state, decays): the new weight and the new state, as in the reference."""
+    make: Callable[..., tuple[Tensor, ...]]
+    """(WeightUpdate, weight, gradient, *state): the new weight and the new state, as in the reference."""
     size_roundings: Callable[..., list[Tensor]]
-    """(optim, lr, update, before, gradient, new): what one rounding of fp32 is of each element of weight and state."""
+    """(WeightUpdate, before, gradient, new): what one rounding of fp32 is of each element of weight and state."""
     roundings: dict[str, int]
     """How many of them at most, of every name of the state. A gradient is multiplied by a factor of a norm that may be off by 16, and its
     square by that factor twice."""
 
 
+def make_adamw(one: WeightUpdate, weight: Tensor, gradient: Tensor, mean: Tensor, square: Tensor) -> tuple[Tensor, ...]:
+    """By the reference, at the rate that AdamW has."""
+    return reference.adamw(
+        one.config.optim, adamw_rate(one), one.number, weight, gradient, mean, square, decays=one.decays
+    )
+
+
+def adamw_rate(one: WeightUpdate) -> float:
+    """Beside Muon it has a rate of its own."""
+    optim = one.config.optim
+    return one.lr * (optim.muon.adamw_rate if optim.facts.tables is not None else 1.0)
+
+
 def size_adamw_roundings(
-    optim: Optim, lr: float, update: int, before: list[Tensor], gradient: Tensor, new: tuple[Tensor, Tensor, Tensor]
+    one: WeightUpdate, before: list[Tensor], gradient: Tensor, new: tuple[Tensor, Tensor, Tensor]
 ) -> list[Tensor]:
     """What one rounding of fp32 is of each element of weight, mean and mean of squares: of the terms that are summed, as two of
     opposite signs may leave less than either is rounded by.
     """
+    optim, lr = one.config.optim, adamw_rate(one)
     (weight, mean, _), unit, (beta1, beta2) = before, UNIT["fp32"], optim.betas
     terms = beta1 * mean.abs() + (1 - beta1) * gradient.abs()
-    step = lr * terms / (1 - beta1**update) / ((new[2] / (1 - beta2**update)).sqrt() + optim.eps)
+    step = lr * terms / (1 - beta1**one.number) / ((new[2] / (1 - beta2**one.number)).sqrt() + optim.eps)
     size = torch.maximum(weight.abs(), new[0].abs())
     return [unit * (size + STEP_ROUNDINGS * step), unit * terms, unit * new[2]]
 
 
+def make_muon(one: WeightUpdate, weight: Tensor, gradient: Tensor, momentum: Tensor) -> tuple[Tensor, ...]:
+    """By the reference."""
+    return reference.muon(one.config, one.name, one.lr, weight, gradient, momentum)
+
+
+def size_muon_roundings(
+    one: WeightUpdate, before: list[Tensor], gradient: Tensor, new: tuple[Tensor, Tensor]
+) -> list[Tensor]:
+    """What one rounding of fp32 is of each element of weight and momentum. Newton-Schulz multiplies an error in a direction by as much as the singular value there, beside
+    the norm of all: what it makes of the smallest one is the most, and may lie in any element.
+    """
+    (weight, momentum), unit, muon = before, UNIT["fp32"], one.config.optim.muon
+    terms = muon.momentum * momentum.abs() + gradient.abs()
+    moved, ahead = torch.empty_like(weight), gradient + muon.momentum * new[1]
+    matrices = (reference.split_matrices(one.config, one.name, each) for each in (moved, ahead))
+    for size, matrix in zip(*matrices, strict=True):
+        singular = torch.linalg.svdvals(matrix / matrix.norm().clamp_min(1e-300))
+        steps = reference.NEWTON_SCHULZ[muon.iteration]
+        slope = max(_slope(float(value), steps) for value in (singular[0], singular[-1]))
+        size.fill_(one.lr * 0.2 * max(matrix.shape) ** 0.5 * NEWTON_SCHULZ_ROUNDINGS * len(steps) * slope)
+    return [unit * (torch.maximum(weight.abs(), new[0].abs()) + moved), unit * terms]
+
+
+def _slope(singular: float, steps: list[tuple[float, float, float]]) -> float:
+    """What comes of a singular value, over the value: at 0 the product of the first coefficients."""
+    x = max(singular, 1e-12)
+    for a, b, c in steps:
+        x = a * x + b * x**3 + c * x**5
+    return abs(x) / max(singular, 1e-12)
+
+
 UPDATES: dict[str, PlainUpdate] = {
-    ADAMW: PlainUpdate(reference.adamw, size_adamw_roundings, {"exp_avg": 32, "exp_avg_sq": 64}),
+    ADAMW: PlainUpdate(make_adamw, size_adamw_roundings, {"exp_avg": 32, "exp_avg_sq": 64}),
+    MUON: PlainUpdate(make_muon, size_muon_roundings, {"momentum": 32}),
 }

@@ -45,7 +45,7 @@ def seen_in(spans, length: int) -> Seen:
 
 
 def attend(core: AttentionCore, q: Tensor, k: Tensor, v: Tensor, scale: float, spans) -> Tensor:
-    return Attend.apply(core, q, k, v, scale, seen_in(spans, q.size(2)))
+    return Attend.apply(core, q, k, v, scale, seen_in(spans, q.size(2)), None)
 
 
 compiled, plain = (partial(attend, kind()) for kind in (CompiledAttention, PlainAttention))

@@ -7,10 +7,13 @@ import pytest
 import torch
 
 from bench.gpu import interpreter
+from train.kernels.gpu import triton_scores
 from train.kernels.gpu.fused_kernels import FusedKernels
+from train.kernels.plain.plain_attention import PlainAttention
 from train.kernels.plain.plain_kernels import PlainKernels
+from train.model.attention import AttentionInput
 from train.model.operations import RoutingRule
-from train.model.sequence import Positions
+from train.model.sequence import Positions, Rectangle, Seen
 
 torch.set_num_threads(1)
 OURS, PLAIN = FusedKernels(), PlainKernels()
@@ -113,3 +116,29 @@ def test_the_router_chooses_the_same(batch, length, experts, rule, weight):
     )  # differences of numbers near 1, off by some 2^-24
     for one, other in zip(counters[1:], expected_counters[1:], strict=True):
         torch.testing.assert_close(one, other, rtol=1e-5, atol=0)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
+@pytest.mark.parametrize("case", ["whole", "documents", "a block of keys"])
+def test_largest_scores_or_a_bound_of_small_ones(case, share):
+    """In fp32 products: 1e-6 of the sums. A block of queries is told its log-sum-exps where all are at most the limit."""
+    length, block = 150, Rectangle(None, 70, 150, 0, 150, 70)
+    documents = torch.tensor([[0] * 30 + [1] * 120, [4] + [5] * 149], dtype=torch.int32)
+    seen = {
+        "whole": Positions(length).seen[0],
+        "documents": Positions(length, documents).seen[0],
+        "a block of keys": Seen([block]),
+    }[case]
+    q, k, v = (draw(2, length, 3, 40, seed=seed).transpose(1, 2) for seed in range(3))
+    given = AttentionInput(q, k, v, 0.3, seen)
+    exact = PlainAttention().forward(given, largest=True)
+    bound = exact.lse_BHT
+    blocks = bound.split(triton_scores.M, -1)
+    most = torch.stack([one.amax(-1) for one in blocks])
+    limit = most[most.isfinite()].quantile(share).item() if share else -float("inf")
+    made = triton_scores.largest_scores(given, bound, limit)
+    told = torch.cat([(one.amax(-1, keepdim=True) <= limit).expand_as(one) for one in blocks], -1)
+    assert told.any() or not share or case == "a block of keys"
+    assert told.all() == (share == 1.0)
+    torch.testing.assert_close(made, bound.where(told, exact.largest_BHT), rtol=1e-5, atol=1e-5)
+    assert (made >= exact.largest_BHT - 1e-5).all()

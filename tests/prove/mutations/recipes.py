@@ -65,6 +65,10 @@ RECIPES = {
     "fp8 small": [*LOW, *SMALL],
     "fp8 wire": [*LOW, "parallel.dp=2", "parallel.ep=2", "parallel.wire=fp8"],
     "fp8 wire small": [*LOW, *SMALL, "parallel.dp=2", "parallel.ep=2", "parallel.wire=fp8"],
+    "muon": [*COPIES, "optim=muon", "optim.muon.adamw_rate=0.5"],
+    "muon decay": [*COPIES, "optim=muon", "optim.weight_decay=1.0"],
+    "muon experts": [*EXPERTS, "optim=muon"],
+    "muon scores": [*COPIES, "optim=muon", "optim.qk_clip=0.01"],
     "averaged": [*COPIES, "optim.ema_decay=0.9"],
     "tiny rate": [*COPIES, "optim.lr=1e-6", "optim.ema_decay=0.999"],
 }

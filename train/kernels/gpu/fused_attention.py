@@ -104,23 +104,23 @@ class EfficientAttention(PlainAttention):
     waste: float = WASTE
 
     def forward(self, given: AttentionInput, keep: bool = False, largest: bool = False) -> AttentionOutput:
-        q, k, v, scale, seen = given
-        most = super().forward(given, largest=True).largest_BHT if largest else None
+        q, k, v, scale, seen, _ = given
         found = seen.once(calls, q.device, self.waste)
         parts = [(call, *self._forward(call, *call.take(q, k, v), scale=scale)) for call in found]
         if len(parts) == 1 and parts[0][1].shape[:3] == q.shape[:3]:
-            return AttentionOutput(*parts[0][1:], most)
+            out, lse = parts[0][1:]
+            return AttentionOutput(out, lse, _largest(given, lse) if largest else None)
         out = q.new_zeros(q.size(0), q.size(2), q.size(1), v.size(-1)).transpose(1, 2)
         lse = q.new_full(q.shape[:3], -torch.inf, dtype=torch.float32)
         for call, part, part_lse in parts:
             out[call.sequences, :, call.queries] = part
             lse[call.sequences, :, call.queries] = part_lse
-        return AttentionOutput(out, lse, most)
+        return AttentionOutput(out, lse, _largest(given, lse) if largest else None)
 
     def backward(
         self, dout_BHTV: Tensor, given: AttentionInput, made: AttentionOutput
     ) -> tuple[Tensor, Tensor, Tensor]:
-        *inputs, scale, seen = given
+        *inputs, scale, seen, _ = given
         # The kernel reads an output whose heads lie side by side, whatever its strides.
         assert made.out_BHTV.stride(1) == made.out_BHTV.size(3), "the output has its positions first"
         grads: tuple[Tensor, ...] | None = None
@@ -170,6 +170,18 @@ class EfficientAttention(PlainAttention):
             int(call.causal), False, scale=scale,
         )  # fmt: skip
         return tuple(grad.transpose(1, 2) for grad in grads[:3])
+
+
+def _largest(given: AttentionInput, lse_BHT: Tensor) -> Tensor:
+    """The kernels tell no scores: where their log-sum-exp is above the limit, they are computed once more."""
+    if not lse_BHT.is_cuda:
+        exact = PlainAttention().forward(given, largest=True).largest_BHT
+        assert exact is not None, "was asked for"
+        return exact
+    from train.kernels.gpu import triton_scores
+
+    limit = -torch.inf if given.watch is None else given.watch.limit
+    return triton_scores.largest_scores(given, lse_BHT, limit)
 
 
 class FlashAttention(EfficientAttention):

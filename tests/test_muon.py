@@ -1,0 +1,54 @@
+"""Muon with QK-clip trains the same model in every layout, and goes on in another one.
+
+Tolerance 1e-4 relative: layouts sum gradients in another order (1e-7), and Newton-Schulz multiplies what lies in directions with a
+small singular value by up to 3.4^5 = 485 in its five steps. A matrix that is cut or orthogonalised wrongly shows from 1e-2 up.
+"""
+
+import pytest
+
+from tests.layouts import run_layout
+from tests.small import metrics
+
+STEPS = 4
+BASE = [
+    "model.layers=4",
+    "micro_batch_size=1",
+    "checkpoint.every=0",
+    f"steps={STEPS}",
+    "optim=muon",
+    "optim.qk_clip=0.01",
+]
+LAYOUTS = {
+    "dp2": (2, ["parallel.dp=2"]),
+    "dp2_zero2_offload": (2, ["parallel.dp=2", "parallel.zero=2", "parallel.offload_optimizer=true"]),
+    "dp3_uneven": (3, ["parallel.dp=3", "parallel.uneven=true"]),
+    "cp2_zero3": (2, ["parallel.cp=2", "parallel.zero=3"]),
+    "dp4_ep2": (4, ["parallel.dp=4", "parallel.ep=2"]),
+    "pp2_dp2_ep2_dualpipev": (
+        4, ["parallel.pp=2", "parallel.dp=2", "parallel.ep=2", "parallel.schedule=dualpipev"]
+    ),
+    "pp2_interleaved": (2, ["parallel.pp=2", "parallel.schedule=interleaved"]),
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def reference(tmp_path_factory):
+    tmp_path = tmp_path_factory.mktemp("muon")
+    run_layout(tmp_path, "one", 1, *BASE, "checkpoint.every=2", "checkpoint.keep=0")
+    return tmp_path
+
+
+def assert_same(tmp_path, name: str, first: int = 1) -> None:
+    got, want = metrics(tmp_path, name), metrics(tmp_path, "one")
+    for step in range(first, STEPS + 1):
+        for key in ("loss", "main_loss", "mtp_loss", "grad_norm", "attention_score_max"):
+            assert got[step][key] == pytest.approx(want[step][key], rel=1e-4), (name, step, key)
+        assert got[step]["heads_clipped"] == want[step]["heads_clipped"] > 0, (name, step)
+    assert got[STEPS]["validation_loss"] == pytest.approx(want[STEPS]["validation_loss"], rel=1e-4)
+
+
+@pytest.mark.parametrize("name", LAYOUTS)
+def test_layout_equals_one_process(reference, name):
+    world, overrides = LAYOUTS[name]
+    run_layout(reference, name, world, *BASE, *overrides)
+    assert_same(reference, name)

@@ -1,0 +1,105 @@
+"""Matrices that several ranks hold are computed whole, once, and every element comes back to where it lies."""
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from parallel.owners import MatrixOwners, SharedMatrix, choose_owners
+from parallel.shard import WeightPiece
+from tests.ranks import run_ranks
+
+WIDTHS = (7, 12, 5)
+ROWS = (9, 8, 30)
+
+
+def matrices(ranks: int, costs: float = 1.0) -> list[SharedMatrix]:
+    """Of three weights, of which one is split by columns and one by rows; shards are cut where it is."""
+    total = sum(rows * width for rows, width in zip(ROWS, WIDTHS, strict=True))
+    size, first, found = -(-total // ranks), 0, []
+    for weight, (rows, width) in enumerate(zip(ROWS, WIDTHS, strict=True)):
+        held = [
+            range(
+                min(max(rank * size - first, 0), rows * width),
+                max(min((rank + 1) * size - first, rows * width), min(max(rank * size - first, 0), rows * width)),
+            )
+            for rank in range(ranks)
+        ]
+        places = {
+            0: [WeightPiece(range(rows), range(width))],
+            1: [WeightPiece(range(rows), range(first, first + 4)) for first in range(0, width, 4)],
+            2: [WeightPiece(range(first, first + 6), range(width)) for first in range(0, rows, 6)],
+        }[weight]
+        found += [SharedMatrix(weight, width, held, place, costs * place.size) for place in places]
+        first += rows * width
+    return found
+
+
+def values(weight: int) -> torch.Tensor:
+    return (torch.arange(ROWS[weight] * WIDTHS[weight], dtype=torch.float64) + 1000 * weight).view(ROWS[weight], -1)
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3, 5, 11])
+def test_the_pieces_of_all_ranks_are_the_matrix(ranks):
+    for matrix in matrices(ranks):
+        counted = torch.zeros(ROWS[matrix.weight], WIDTHS[matrix.weight])
+        for rank in range(ranks):
+            for rows, columns in matrix.pieces(rank):
+                counted[rows.start : rows.stop, columns.start : columns.stop] += 1
+                held = matrix.held[rank]
+                assert held.start <= rows.start * matrix.width + columns.start
+                assert (rows.stop - 1) * matrix.width + columns.stop <= held.stop
+        place = torch.zeros_like(counted)
+        place[
+            matrix.place.rows.start : matrix.place.rows.stop, matrix.place.columns.start : matrix.place.columns.stop
+        ] = 1
+        assert torch.equal(counted, place)
+
+
+def test_a_matrix_stays_where_it_is_whole_and_the_dearest_are_spread():
+    whole = [
+        SharedMatrix(0, 4, [range(16), range(16, 32)], WeightPiece(range(r, r + 2), range(4)), 1.0)
+        for r in range(0, 8, 2)
+    ]
+    assert choose_owners(whole, 2) == [0, 0, 1, 1]
+    crowded = [one._replace(held=[range(32), range(0)]) for one in whole]
+    owners = choose_owners(crowded, 2)
+    assert sorted(owners) == [0, 0, 1, 1]
+
+
+def transform(rank: int, ranks: int, elements: int) -> None:
+    """Each matrix comes back turned round, with its number added: both need all of it, and the right one."""
+    owners = MatrixOwners(matrices(ranks), dist.group.WORLD if ranks > 1 else None, ranks, rank, elements)
+    assert owners.packs > (1 if elements < 50 else 0)
+    results = [torch.full((rows, width), -1.0, dtype=torch.float64) for rows, width in zip(ROWS, WIDTHS, strict=True)]
+    computed = []
+
+    def read(weight: int, piece: WeightPiece) -> torch.Tensor:
+        return values(weight)[piece.rows.start : piece.rows.stop, piece.columns.start : piece.columns.stop]
+
+    def compute(numbers: list[int], whole: list[torch.Tensor]) -> list[torch.Tensor]:
+        computed.extend(numbers)
+        return [matrix.flip(0, 1) + number for number, matrix in zip(numbers, whole, strict=True)]
+
+    def write(number: int, weight: int, piece: WeightPiece, result: torch.Tensor) -> None:
+        results[weight][piece.rows.start : piece.rows.stop, piece.columns.start : piece.columns.stop] = result
+
+    owners.each(read, compute, write, torch.empty(0, dtype=torch.float64))
+    for number, matrix in enumerate(matrices(ranks)):
+        rows, columns = matrix.place
+        wanted = torch.full((ROWS[matrix.weight], WIDTHS[matrix.weight]), -1.0, dtype=torch.float64)
+        here = values(matrix.weight)[rows.start : rows.stop, columns.start : columns.stop]
+        wanted[rows.start : rows.stop, columns.start : columns.stop] = here.flip(0, 1) + number
+        for piece_rows, piece_columns in matrix.pieces(rank):
+            at = slice(piece_rows.start, piece_rows.stop), slice(piece_columns.start, piece_columns.stop)
+            assert torch.equal(results[matrix.weight][at], wanted[at])
+    times = torch.zeros(len(matrices(ranks)))
+    times[computed] += 1
+    if ranks > 1:
+        dist.all_reduce(times)
+    assert times.eq(1).all()
+
+
+@pytest.mark.parametrize("elements", [40, 10**6])
+@pytest.mark.parametrize("ranks", [1, 2, 3])
+def test_every_matrix_is_computed_once_and_comes_back(ranks, elements):
+    run_ranks(transform, ranks, elements, world_size=ranks)

@@ -1,0 +1,82 @@
+"""The largest score of each query on a GPU, by a Triton kernel: attention's own kernels tell the log-sum-exp alone.
+
+A block of queries whose log-sum-exps are all at most a limit is not computed: they are told instead, and none is less than the
+largest score. So where scores stay small, the kernel reads one number a query.
+
+The module needs triton and is imported only where its kernels run.
+
+Shapes: B sequences, H heads, T queries, S keys, Q qk width; M queries and N keys of a block, D columns at a time.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from parallel.triton_types import constexpr
+from train.model.attention import AttentionInput
+from train.model.sequence import Rectangle
+
+M, N, D = 64, 64, 64
+
+
+@triton.jit
+def _largest_kernel(
+    q_ptr, k_ptr, lse_ptr, seen_ptr, out_ptr,
+    q_b, q_h, q_t, k_b, k_h, k_s, seen_b, heads, queries, scale, limit,
+    Q: constexpr, M: constexpr, N: constexpr, D: constexpr,
+):  # fmt: skip
+    row, sequence, head = tl.program_id(1), tl.program_id(1) // heads, tl.program_id(1) % heads
+    query = tl.program_id(0) * M + tl.arange(0, M)
+    real = query < queries
+    out_at = row * queries + query
+    bound = tl.load(lse_ptr + out_at, real, -float("inf"))
+    if tl.max(bound, 0) <= limit:
+        tl.store(out_ptr + out_at, bound, real)
+        return
+    first = tl.load(seen_ptr + sequence * seen_b + query * 2, real, 0)
+    last = tl.load(seen_ptr + sequence * seen_b + query * 2 + 1, real, 0)
+    nothing = 2147483647
+    start = tl.min(tl.where(last > first, first, nothing), 0)
+    most = tl.full((M,), -float("inf"), tl.float32)
+    for key_0 in range(start // N * N, tl.max(last, 0), N):
+        key = key_0 + tl.arange(0, N)
+        scores = tl.zeros((M, N), tl.float32)
+        for column_0 in tl.static_range(0, Q, D):
+            column = column_0 + tl.arange(0, D)
+            q = tl.load(
+                q_ptr + sequence.to(tl.int64) * q_b + head * q_h + query[:, None] * q_t + column[None, :],
+                real[:, None] & (column < Q)[None, :], 0.0,
+            )  # fmt: skip
+            k = tl.load(
+                k_ptr + sequence.to(tl.int64) * k_b + head * k_h + key[None, :] * k_s + column[:, None],
+                (key < tl.max(last, 0))[None, :] & (column < Q)[:, None], 0.0,
+            )  # fmt: skip
+            scores = tl.dot(q, k, scores, input_precision="ieee")
+        sees = (key[None, :] >= first[:, None]) & (key[None, :] < last[:, None])
+        most = tl.maximum(most, tl.max(tl.where(sees, scores * scale, -float("inf")), 1))
+    tl.store(out_ptr + out_at, most, real)
+
+
+def largest_scores(given: AttentionInput, lse_BHT: Tensor, limit: float) -> Tensor:
+    """The largest scaled score of each query, or its log-sum-exp where that is at most the limit: (B, H, T), fp32."""
+    q, k = (t if t.stride(-1) == 1 else t.contiguous() for t in given[:2])
+    batch, heads, queries, width = q.shape
+    seen = given.seen.once(_seen_by_query, batch, queries, q.device)
+    out = torch.empty_like(lse_BHT, memory_format=torch.contiguous_format)
+    _largest_kernel[triton.cdiv(queries, M), batch * heads](
+        q, k, lse_BHT.contiguous(), seen, out, *q.stride()[:3], *k.stride()[:3], seen.stride(0), heads, queries,
+        given.scale, limit, width, M, N, D,
+    )  # fmt: skip
+    return out
+
+
+def _seen_by_query(rectangles: list[Rectangle], batch: int, queries: int, device: torch.device) -> Tensor:
+    """The first key that each query of each sequence sees, and the one behind the last: int32 (B, T, 2)."""
+    seen = torch.zeros(batch, queries, 2, dtype=torch.int32)
+    for sequence, first_query, last_query, first_key, last_key, before in rectangles:
+        rows = slice(None) if sequence is None else slice(sequence, sequence + 1)
+        behind = first_key + before + 1 + torch.arange(last_query - first_query)
+        seen[rows, first_query:last_query, 0] = first_key
+        seen[rows, first_query:last_query, 1] = behind.clamp(max=last_key).int()
+    return (seen.pin_memory() if device.type == "cuda" else seen).to(device, non_blocking=True)

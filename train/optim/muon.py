@@ -1,0 +1,130 @@
+"""Muon: momentum, orthogonalised, for the matrices inside a model (Keller Jordan 2024; Moonlight, arXiv 2502.16982, 2.2).
+
+    M <- mu M + G             G: the mean gradient, clipped by the global norm
+    O  = NS(G + mu M)         Nesterov; NS of each logical matrix (train/optim/newton_schulz.py)
+    W <- (1 - lr decay) W - lr 0.2 sqrt(max(rows, columns)) O
+
+The last factor gives an update the size that AdamW's has, so that its learning rate and decay carry over. What a logical matrix is
+stands in train/optim/matrices.py; embedding, head, routers and gains AdamW updates.
+
+ZeRO hands over flat shards that are cut anywhere. Momentum is updated where it lies, element by element. A matrix that lies on
+several ranks goes to its owner, which orthogonalises it once, and the factor comes back to its shards (parallel/owners.py).
+"""
+
+from collections.abc import Collection, Sequence
+from itertools import groupby
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from conf.schema import Config, Precision
+from conf.thresholds import THRESHOLDS
+from parallel.owners import MatrixOwners, SharedMatrix
+from parallel.shard import FlatShard, WeightPiece
+from train.optim.adamw import AdamW, moments_dtype
+from train.optim.matrices import logical_matrices
+from train.optim.newton_schulz import orthogonalise, products
+
+UPDATE_SIZE = 0.2
+"""The root of the mean square of AdamW's updates, as Moonlight measured it."""
+
+
+class _Placed(NamedTuple):
+    """The logical matrices of a flat parameter, and who orthogonalises which."""
+
+    matrices: list[SharedMatrix]
+    owners: MatrixOwners
+
+
+class Muon(AdamW):
+    """The optimizer of weights whose rule says so; all others AdamW updates."""
+
+    def __init__(self, groups: list[dict], config: Config, compiled: bool):
+        super().__init__(groups, config.optim, moments_dtype(config.precision), compiled)
+        self._model, self._muon = config.model, config.optim.muon
+        self._placed: dict[Tensor, _Placed] = {}
+
+    @classmethod
+    def make(cls, groups: list[dict], config: Config, parts: Collection[str]) -> "Muon":
+        return cls(groups, config, "adamw" in parts)
+
+    @staticmethod
+    def count_scratch_bytes(kind: str, precision: Precision, elements: int, compiled: bool) -> int:
+        """Matrices of a pack, their factors and what Newton-Schulz makes of them, some six copies; two packs on their way."""
+        return 32 * min(THRESHOLDS.muon_elements, elements)
+
+    def allocate(self, param: Tensor) -> dict[str, Tensor]:
+        """The momentum of matrices, made on first use; AdamW's moments of all else."""
+        shard = self.handover.shards.get(param)
+        if shard is None or not shard.rule.is_whole:
+            return super().allocate(param)
+        state = self.state[param]
+        if not state:
+            state["momentum"] = torch.zeros_like(param, dtype=self.moments)
+        return state
+
+    def update(self, param: Tensor, group: dict) -> None:
+        """Update one flat parameter. Collective over the ranks that share it."""
+        shard = self.handover.shards.get(param)
+        if shard is None or not shard.rule.is_whole:
+            super().update(param, group | {"lr": group["lr"] * self._muon.adamw_rate})
+            return
+        gradients, factor = self.handover.of(param)
+        gradients = [gradient.to(param.device) for gradient in gradients]
+        self._add_momentum(param, gradients, factor.to(param.device) if isinstance(factor, Tensor) else factor)
+        self._move(param, shard, gradients, group)
+
+    def _add_momentum(self, param: Tensor, gradients: Sequence[Tensor], factor: Tensor | float | None) -> None:
+        """M <- mu M + G, and in the gradients' place G + mu M, which is what is orthogonalised."""
+        mu, first = self._muon.momentum, 0
+        momentum = self.allocate(param)["momentum"].view(-1)
+        for gradient in gradients:
+            if factor is not None:
+                gradient.mul_(factor)
+            held = momentum[first : first + gradient.numel()]
+            first += gradient.numel()
+            for kept, new in zip(*(flat.split(THRESHOLDS.adamw_elements) for flat in (held, gradient)), strict=True):
+                summed = kept.to(new.dtype).mul_(mu).add_(new)
+                kept.copy_(summed)
+                new.add_(summed, alpha=mu)
+
+    def _move(self, param: Tensor, shard: FlatShard, gradients: Sequence[Tensor], group: dict) -> None:
+        """Decay the weights, and move them against the orthogonal factors of what stands in the gradients' place."""
+        matrices, owners = self._place(param, shard)
+        masters, decay = param.detach().view(-1), 1 - group["lr"] * group["weight_decay"]
+        one_by_one = len(gradients) > 1  # those of weights that no other rank shares
+
+        def read(weight: int, piece: WeightPiece) -> Tensor:
+            flat, place = (gradients[weight], 0) if one_by_one else (gradients[0], None)
+            return shard.weights[weight].view(flat, *piece, place)
+
+        def write(number: int, weight: int, piece: WeightPiece, factor: Tensor) -> None:
+            rows, columns = matrices[number].place
+            step = group["lr"] * UPDATE_SIZE * max(len(rows), len(columns)) ** 0.5
+            shard.weights[weight].view(masters, *piece).mul_(decay).sub_(factor, alpha=step)
+
+        owners.each(read, lambda _, whole: self._factors(whole), write, masters[:0])
+
+    def _factors(self, matrices: Sequence[Tensor]) -> list[Tensor]:
+        """Neighbours of one shape as batches; on a GPU in bf16, as published."""
+        found: list[Tensor] = []
+        for _, same in groupby(matrices, key=lambda matrix: matrix.shape):
+            batch = torch.stack(list(same))
+            low = batch.bfloat16() if batch.is_cuda else batch
+            found += orthogonalise(low, self._muon.iteration).to(batch.dtype).unbind()
+        return found
+
+    def _place(self, param: Tensor, shard: FlatShard) -> _Placed:
+        if param not in self._placed:
+            matrices = [
+                SharedMatrix(
+                    number, weight.shape[-1], weight.held, WeightPiece(*one), products(*one.shape, self._muon.iteration)
+                )
+                for number, (name, weight) in enumerate(zip(shard.names, shard.weights, strict=True))
+                for one in logical_matrices(name, weight.shape, self._model, self._muon.by_head)
+            ]
+            group = shard.group if shard.sharing.ranks > 1 else None
+            owners = MatrixOwners(matrices, group, *shard.sharing, THRESHOLDS.muon_elements)
+            self._placed[param] = _Placed(matrices, owners)
+        return self._placed[param]

@@ -1,0 +1,64 @@
+"""QK-clip: no attention score of a training step above a limit tau (Kimi K2's report, arXiv 2507.20534, 2.1), for MLA.
+
+    eta = min(1, tau / S),   S: the largest score of a head in the step, over all its tokens
+    q_nope, k_nope  times  sqrt(eta),   q_rope  times  eta
+
+so that every score of the head is multiplied by eta. The rope key is one for all heads and stays. What is scaled are the rows of the
+products that make queries and keys, in the fp32 masters, behind the update and before they are rounded; momentum stays.
+
+Scores are those of passes that train: of all micro-batches of a step, and of all ranks that hold the head.
+
+Shapes: L attention layers of this rank, H heads, R rows of a weight.
+"""
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from conf.schema import Model
+from train.model.attention import LargestScores
+from train.model.mla import MLA
+
+
+class QKClip:
+    """Watches the attention of this rank's chunks.
+
+    limit: tau. most: takes (L, H) and makes it the largest of all ranks that hold these layers, in place.
+    """
+
+    def __init__(self, chunks: Sequence[nn.Module], model: Model, limit: float, most: Callable[[Tensor], None]):
+        self._model, self.limit, self._most = model, limit, most
+        found = {name: module for chunk in chunks for name, module in chunk.named_modules() if isinstance(module, MLA)}
+        self.layers = list(found)
+        """Names of the attention modules."""
+        self._watches = [LargestScores(model.heads, limit, one.kv_down.weight.device) for one in found.values()]
+        for module, watch in zip(found.values(), self._watches, strict=True):
+            module.watch = watch
+
+    def clear(self) -> None:
+        """Start a step."""
+        for watch in self._watches:
+            watch.clear()
+
+    def largest(self) -> Tensor:
+        """The largest score of every head in this step: (L, H). Collective over the ranks that hold these layers."""
+        scores_LH = torch.stack([watch.most_H for watch in self._watches])  # a stage has a layer
+        self._most(scores_LH)
+        return scores_LH
+
+    def factors(self, scores_LH: Tensor) -> dict[str, Tensor]:
+        """By weight what its rows are multiplied with: (R,), fp32."""
+        model, found = self._model, {}
+        eta_LH = (self.limit / scores_LH).where(scores_LH > self.limit, 1.0)
+        for name, eta_H in zip(self.layers, eta_LH, strict=True):
+            nope, rope = model.nope_head_dim, model.rope_head_dim
+            queries = "q" if model.q_rank is None else "q_up"
+            found[f"{name}.{queries}.weight"] = _by_rows((eta_H.sqrt(), nope), (eta_H, rope))
+            found[f"{name}.kv_up.weight"] = _by_rows((eta_H.sqrt(), nope), (torch.ones_like(eta_H), model.v_head_dim))
+        return found
+
+
+def _by_rows(*parts: tuple[Tensor, int]) -> Tensor:
+    """Each head's factor of each part, once a row."""
+    return torch.cat([factor_H.unsqueeze(1).expand(-1, rows) for factor_H, rows in parts], 1).flatten()
