@@ -64,6 +64,7 @@ EFFECTS: dict[str, tuple[Effect, str]] = {
     "log": (Effect.none, "what is shown and kept, and when"),
     "log.validation_sequences": (Effect.measured, "the held-out loss is that of other text"),
     "log.peak_flops": (Effect.measured, "what MFU is counted against"),
+    "profile": (Effect.none, "what is watched"),
     "checkpoint": (Effect.none, "when and where the state is saved"),
     "evaluate": (Effect.none, "mode=evaluate reads it"),
     "generate": (Effect.none, "mode=generate reads it"),

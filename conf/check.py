@@ -259,6 +259,12 @@ TOP: tuple[ConfigCheck, ...] = (
                "must have 1 to 64 characters, as W&B asks", "shorten it", each=True),
     JoinedRule("cluster.address", lambda c, v: v is None or c.cluster.backend == "ray",
                "is an address of Ray, and cluster.backend is local", "add cluster=ray"),
+    JoinedRule("profile.steps", lambda c, v: not v or (len(v) == 2 and 1 <= v[0] <= v[1]),
+               "must be the first and the last step to watch", "write 'profile.steps=[10,12]'"),
+    JoinedRule("profile.steps", lambda c, v: not v or c.mode != Mode.train or v[1] <= c.steps,
+               "must not go beyond steps = {steps}", "raise steps, or watch earlier ones"),
+    JoinedRule("profile.ranks", lambda c, v: 0 <= v < c.parallel.world,
+               lambda c, v: f"must be a rank, 0 to {c.parallel.world - 1}", "take 0", each=True),
     When(
         lambda c: c.cluster.deterministic,  # packages of others that make no promise to repeat their bits
         (

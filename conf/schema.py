@@ -721,6 +721,16 @@ class Log:
 
 
 @dataclass
+class Profile:
+    """Where the time of a step goes, by torch's profiler: a trace for Perfetto and a table of the ten largest (train/docs/slow.md)."""
+
+    steps: list[int] = field(default_factory=list)
+    """First and last step that are watched, such as [10,12]; none for no profile. mode=dry_run watches as many after those that it times."""
+    ranks: list[int] = field(default_factory=lambda: [0])
+    """Which ranks are watched."""
+
+
+@dataclass
 class Evaluate:
     """mode=evaluate: which checkpoint, and on what (train/evaluate). The data are those of the section data."""
 
@@ -825,6 +835,7 @@ class Config:
     prove: Prove = field(default_factory=Prove)
     log: Log = field(default_factory=Log)
     checkpoint: Checkpoint = field(default_factory=Checkpoint)
+    profile: Profile = field(default_factory=Profile)
     evaluate: Evaluate = field(default_factory=Evaluate)
     generate: Generate = field(default_factory=Generate)
     export: Export = field(default_factory=Export)

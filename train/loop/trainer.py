@@ -8,6 +8,7 @@ import math
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import asdict, dataclass
 from itertools import chain
 from typing import Any
@@ -30,6 +31,7 @@ from train.kernels.fp8.health import Report, merge
 from train.loop.measure import Measured
 from train.loop.nonfinite import SHOWN_TENSORS, Origin, RankSightings, Watch, bad_weights, find_origin
 from train.loop.peak_memory import peak_memory
+from train.loop.profiler import StepProfiler
 from train.loop.rank_progress import RankProgress
 from train.loop.state import RunState
 from train.loop.step import TrainingStep
@@ -103,6 +105,7 @@ class Trainer:
         self.training_step = TrainingStep(config, parts, rank)
         self.measure = self.training_step.measure
         self.timeline = TimelineSampler(config, self.mesh, parts.pipeline, state.step)
+        self.profiler = StepProfiler(config, self.mesh.rank, parts, RunPaths(config).path, self._warn)
         self._settings = settings_of(config)
         self.goes_on = False
         """It stopped for another attempt, which takes its state from memory."""
@@ -114,7 +117,7 @@ class Trainer:
 
     def run(self) -> int:
         """Train from the state's step to the last; returns the exit code. Raises Diverged, DiskFailed."""
-        with disk_errors(self.config, kind=DiskFailed):
+        with disk_errors(self.config, kind=DiskFailed), closing(self.profiler):
             return self._run()
 
     def _run(self) -> int:
@@ -153,7 +156,8 @@ class Trainer:
         data_wait = batches.waited - waited
         if self.timeline.wants(plan.step):
             self.timeline.align()
-        outcome = self.training_step.run(plan, batch, stopping=self.stop.pending)
+        with self.profiler.step(plan.step):
+            outcome = self.training_step.run(plan, batch, stopping=self.stop.pending)
         self.stop.has_stepped = True
         measured, update = outcome.measured, outcome.update
         self._busy = self.measure.step_work.busy

@@ -48,12 +48,37 @@ def write_report(run_folder: Path) -> Path:
         + _plan_parts(plan_rows(run_folder, series))
         + _proof_parts(report_rows(run_folder))
         + _cluster_parts(cluster_summary(run_folder))
+        + _profile_parts(run_folder)
     )
     sections += _checkpoint_table(_checkpoints(run_folder)) + _origin_parts(run_folder)
     page = _page(name, series, settings, settings_text, sections, sampled)
     path = run_folder / REPORT
     atomic_write_text(path, page)
     return path
+
+
+def _profile_parts(run_folder: Path) -> list[str]:
+    """The tables of the ranks that were watched, see train/loop/profiler.py."""
+    found = []
+    for file in sorted(run_folder.glob("profile/rank_*.json")):
+        try:
+            body = json.loads(file.read_text(encoding="utf-8"))
+            first, last = body["steps"]
+            rows = [
+                (
+                    row["part"],
+                    row["operation"],
+                    f"{row['calls']:.0f}",
+                    f"{1e3 * row['seconds']:.2f}",
+                    f"{row['share']:.1%}",
+                )
+                for row in body["rows"]
+            ]
+        except (OSError, ValueError, KeyError, TypeError):
+            continue  # the rest of the page does not depend on it
+        head = f"<h2>Where the time went</h2><p>Rank {html.escape(str(body.get('rank')))}, a step of {first} to {last}.</p>"
+        found += [head, table(("part", "operation", "calls", "ms", "share"), rows)]
+    return found
 
 
 def _read_text(path: Path) -> str:

@@ -1,0 +1,208 @@
+"""Where the time of a step goes: torch's profiler over some steps of some ranks, with names of our parts in it.
+
+runs/NAME/profile/
+    rank_0.trace.json.gz   every operation with its time; https://ui.perfetto.dev opens it
+    rank_0.json            the rows of the table: part, operation, calls, seconds a step
+
+A part is known by the methods that do its work, which have names as long as steps are watched and are themselves otherwise, so that a
+step that nobody watches pays nothing. Operations of backward belong to the part whose forward they come from.
+"""
+
+import json
+import os
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from functools import wraps
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.autograd.profiler_util import FunctionEvent
+from torch.profiler import ProfilerActivity, profile, record_function
+
+from conf.disk import explain
+from conf.files import atomic_write_text
+from conf.schema import Config
+from train.model.deepseek import Head
+from train.model.layers import FFN, Embedding, RMSNorm
+from train.model.mla import MLA
+from train.model.moe import MoE
+from train.model.router import Router
+from train.parallelize import Parallelized
+
+FOLDER = "profile"
+TABLE_ROWS = 10
+METHODS: dict[type, dict[str, str]] = {
+    Embedding: {"forward": "embedding"},
+    RMSNorm: {"forward": "norm", "with_recipe": "norm"},
+    MLA: {"forward": "attention"},
+    FFN: {"forward": "FFN"},
+    Router: {"forward": "router"},
+    MoE: {"run_experts": "experts"},
+    Head: {"forward": "head and loss"},
+}
+"""By module, the methods that have a name in the trace, and the name."""
+DISPATCH = {"dispatch_begin": "dispatch", "combine": "dispatch"}
+TRAVELS = "_Dispatch", "_Combine"
+"""How the autograd functions of parallel/expert/dispatcher.py begin, which also wait for rows outside those methods."""
+OPTIMIZER = "optimizer"
+PART_NAMES = {*(name for methods in METHODS.values() for name in methods.values()), *DISPATCH.values(), OPTIMIZER}
+OTHER = "between the parts"
+
+
+class StepProfiler:
+    """Watches the steps of one rank that the configuration names."""
+
+    def __init__(self, config: Config, rank: int, parts: Parallelized, run_folder: Path, note: Callable[[str], None]):
+        """note: takes what a person is told once the steps are over."""
+        self._first, self._last = config.profile.steps or (0, 0)
+        self._watches = bool(config.profile.steps) and rank in config.profile.ranks
+        self._rank, self._parts, self._folder, self._note = rank, parts, run_folder / FOLDER, note
+        self._open = ExitStack()
+        self._profile: profile | None = None
+
+    @contextmanager
+    def step(self, number: int) -> Iterator[None]:
+        """Around each step of the training."""
+        if not (self._watches and self._first <= number <= self._last):
+            yield
+            return
+        if self._profile is None:
+            self._start()
+        yield
+        if number == self._last:
+            self._finish(self._last - self._first + 1)
+
+    def close(self) -> None:
+        """The run ends, perhaps before the last step that was to be watched: what was seen of it is given up."""
+        self._watches = False
+        self._open.close()
+
+    def _start(self) -> None:
+        os.environ.setdefault("KINETO_LOG_LEVEL", "9")  # else it writes lines of its own to the terminal
+        self._open.enter_context(named(self._parts))
+        on_gpu = [ProfilerActivity.CUDA] * torch.cuda.is_available()
+        self._profile = self._open.enter_context(profile(activities=[ProfilerActivity.CPU, *on_gpu]))
+
+    def _finish(self, steps: int) -> None:
+        self._open.close()
+        assert self._profile is not None
+        rows = largest(self._profile.events() or [], steps)
+        trace = self._folder / f"rank_{self._rank}.trace.json.gz"
+        try:
+            self._folder.mkdir(exist_ok=True)
+            self._profile.export_chrome_trace(str(trace))
+            body = {"rank": self._rank, "steps": [self._first, self._last], "rows": rows}
+            atomic_write_text(self._folder / f"rank_{self._rank}.json", json.dumps(body))
+        except OSError as error:
+            self._note(f"the profile could not be written ({explain(error)})")
+            return
+        title = f"rank {self._rank}, steps {self._first} to {self._last}: the largest of a step"
+        self._note(
+            "\n".join([title, *table_lines(rows), f"  every operation: {trace}, which https://ui.perfetto.dev opens"])
+        )
+
+
+@contextmanager
+def named(parts: Parallelized) -> Iterator[None]:
+    """Give the methods of our parts, and the pipeline's actions, names in the trace."""
+    with ExitStack() as stack:
+        dispatchers: dict[int, Any] = {}
+        for module in (module for chunk in parts.pipeline.modules for module in chunk.modules()):
+            for method, name in METHODS.get(type(module), {}).items():
+                stack.enter_context(_wrapped(module, method, name))
+            if isinstance(module, MoE):
+                dispatchers[id(module.dispatcher)] = module.dispatcher
+        for dispatcher in dispatchers.values():
+            for method, name in DISPATCH.items():
+                stack.enter_context(_wrapped(dispatcher, method, name))
+        stack.enter_context(_wrapped(parts.zero, "step", OPTIMIZER))
+        stack.enter_context(_wrapped_actions(parts.pipeline.timeline))
+        yield
+
+
+@contextmanager
+def _wrapped(owner: Any, method: str, name: str) -> Iterator[None]:
+    """The method of this one object, under a name."""
+    plain = getattr(owner, method)
+
+    @wraps(plain)
+    def work(*values: Any, **words: Any) -> Any:
+        with record_function(name):
+            return plain(*values, **words)
+
+    setattr(owner, method, work)
+    try:
+        yield
+    finally:
+        delattr(owner, method)
+
+
+@contextmanager
+def _wrapped_actions(timeline: Any) -> Iterator[None]:
+    plain = timeline.action
+
+    @contextmanager
+    def action(kind: str, stage: int, micro_batch: int, backward: tuple[int, int] | None = None) -> Iterator[None]:
+        name = f"{kind}, stage {stage}, micro-batch {micro_batch}"
+        with record_function(name), plain(kind, stage, micro_batch, backward):
+            yield
+
+    timeline.action = action
+    try:
+        yield
+    finally:
+        del timeline.action
+
+
+def largest(events: Sequence[FunctionEvent], steps: int) -> list[dict[str, Any]]:
+    """The rows of the table, the longest first: of each part and operation, what the device spent in it and in nothing below it.
+
+    On a GPU the device is the GPU, where an operation launched there; else the thread that did it.
+    """
+    of_forward = {event.sequence_nr: part for event in events if event.sequence_nr >= 0 and (part := _part(event, {}))}
+    seconds: dict[tuple[str, str], float] = defaultdict(float)
+    calls: dict[tuple[str, str], int] = defaultdict(int)
+    on_gpu = any(event.self_device_time_total for event in events)
+    for event in events:
+        own = event.self_device_time_total if on_gpu else event.self_cpu_time_total
+        if own > 0 and not event.is_user_annotation:
+            key = _part(event, of_forward) or OTHER, event.name.removeprefix("autograd::engine::evaluate_function: ")
+            seconds[key] += own / 1e6 / steps
+            calls[key] += 1
+    whole = sum(seconds.values())
+    found = sorted(seconds, key=lambda key: -seconds[key])[:TABLE_ROWS]
+    return [
+        {
+            "part": part,
+            "operation": name,
+            "calls": calls[part, name] / steps,
+            "seconds": seconds[part, name],
+            "share": seconds[part, name] / whole,
+        }
+        for part, name in found
+    ]
+
+
+def _part(event: FunctionEvent, of_forward: dict[int, str]) -> str | None:
+    """The innermost part that an operation ran in, or that the forward was in whose backward it is."""
+    above: FunctionEvent | None = event
+    while above is not None:
+        if above.name in PART_NAMES:
+            return above.name
+        if above.name.startswith(TRAVELS):
+            return "dispatch"
+        if above.name.startswith("autograd::engine::evaluate_function") and above.sequence_nr in of_forward:
+            return of_forward[above.sequence_nr]
+        above = above.cpu_parent
+    return None
+
+
+def table_lines(rows: Sequence[dict[str, Any]]) -> list[str]:
+    """The table for a terminal."""
+    lines = [f"  {'part':18}{'operation':44}{'calls':>8}{'ms':>10}{'share':>8}"]
+    for row in rows:
+        name = row["operation"] if len(row["operation"]) <= 42 else row["operation"][:41] + "…"
+        lines.append(f"  {row['part']:18}{name:44}{row['calls']:8.0f}{1e3 * row['seconds']:10.2f}{row['share']:8.1%}")
+    return lines
