@@ -40,7 +40,7 @@ def is_weight(rule: OperandRule) -> bool:
 
 
 def with_recipe(bug: Seams, change: Callable[[CastRules], CastRules]) -> None:
-    bug.around(fp8, "build_recipe", lambda original, section: change(original(section)))
+    bug.around(fp8, "build_rules", lambda original, section: change(original(section)))
 
 
 def with_rules(bug: Seams, change: Callable[[str, float], tuple[str, float]]) -> None:
