@@ -29,7 +29,7 @@ class FusedRoute(Function):
         if runs(logits_BTE):
             kernels, sums = _triton(), None
             if counters is not None:
-                blocks, dtypes = -(-T // kernels.TOKENS), (torch.int32, torch.float32, torch.int32)
+                blocks, dtypes = -(-T // kernels.ROUTE_TOKENS), (torch.int32, torch.float32, torch.int32)
                 sums = tuple(logits_BTE.new_empty(B, blocks, E, dtype=dtype) for dtype in dtypes)
             made = scores_BTE, ids_BTK, gates_BTK, factor_BT1, total_BT1
             kernels.route(logits_BTE, bias_E, rule, made, sums, known_BTK is not None, bool(weight))
