@@ -17,10 +17,13 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TypeGuard
+from typing import TYPE_CHECKING, TypeGuard
 
 from conf.errors import UserError
 from conf.schema import Config
+
+if TYPE_CHECKING:
+    from typing_extensions import Buffer
 
 BACKLOG = 64 << 20
 """Bytes that may wait in memory for room on a disk."""
@@ -51,7 +54,8 @@ def naming(path: Path, needed: int | None = None) -> Iterator[None]:
         yield
     except OSError as error:
         if error.errno is not None:
-            error.filename, error.needed, error.way = str(path), needed, "written"
+            error.filename = str(path)
+            vars(error).update(needed=needed, way="written")
         raise
 
 
@@ -62,7 +66,8 @@ def reading(path: Path) -> Iterator[None]:
         yield
     except OSError as error:
         if error.errno is not None:
-            error.filename, error.way = str(path), "read"
+            error.filename = str(path)
+            vars(error).update(way="read")
         raise
 
 
@@ -235,10 +240,10 @@ def let_output_be_lost() -> None:
 class _Lossy(io.FileIO):
     """A file whose disk may be full."""
 
-    def write(self, data: bytes) -> int:
+    def write(self, data: "Buffer", /) -> int:
         try:
             return super().write(data)
         except OSError as error:
             if error.errno not in REFUSED:
                 raise
-            return len(data)
+            return memoryview(data).nbytes

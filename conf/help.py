@@ -7,7 +7,7 @@ sluice --help optim conf=NAME      with the values of that recipe
 """
 
 import difflib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 from omegaconf import DictConfig
@@ -104,7 +104,7 @@ def _overview(console: Console, values: DictConfig) -> None:
     console.print(*_screen(top.part(False), values), sep="\n")
 
 
-def _two_columns(console: Console, title: str, rows: object) -> None:
+def _two_columns(console: Console, title: str, rows: Iterable[tuple[str, str]]) -> None:
     table = Table.grid(padding=(0, 2))
     table.add_column(style="cyan", no_wrap=True)
     table.add_column()

@@ -172,7 +172,7 @@ def type_of(key: str) -> Any:
 
 def docstring(cls: type) -> str:
     """The docstring of a section, in one line."""
-    return " ".join(inspect.getdoc(cls).split())
+    return " ".join((inspect.getdoc(cls) or "").split())
 
 
 @cache
@@ -185,6 +185,7 @@ def attribute_meanings(cls: type) -> dict[str, str]:
             continue
         if isinstance(before, (ast.AnnAssign, ast.Assign)):
             target = before.target if isinstance(before, ast.AnnAssign) else before.targets[0]
+            assert isinstance(target, ast.Name)
             found[target.id] = " ".join(str(after.value.value).split())
     return found
 
@@ -210,7 +211,8 @@ def _default_words(path: str) -> str:
     cls, parts = Config, path.replace(ITEM, "").split(".")
     for part in parts[:-1]:
         if part != NAME:
-            cls = inner_section(plain(typing.get_type_hints(cls)[part])[0])[0]
+            cls, _ = inner_section(plain(typing.get_type_hints(cls)[part])[0])
+            assert cls is not None
     return yaml_words(getattr(cls(), parts[-1]))
 
 

@@ -134,12 +134,13 @@ def _value(found: Any) -> dict[str, Any]:
 def _default(item: dataclasses.Field) -> Any:
     """The schema's own, where it is a plain value."""
     if item.default is dataclasses.MISSING:
+        assert item.default_factory is not dataclasses.MISSING
         made = item.default_factory()
-        return (
-            None
-            if dataclasses.is_dataclass(made)
-            else OmegaConf.to_container(OmegaConf.structured({"_": made}), enum_to_str=True)["_"]
-        )
+        if dataclasses.is_dataclass(made):
+            return None
+        plain = OmegaConf.to_container(OmegaConf.structured({"_": made}), enum_to_str=True)
+        assert isinstance(plain, dict)
+        return plain["_"]
     return item.default.name if isinstance(item.default, enum.Enum) else item.default
 
 

@@ -87,11 +87,13 @@ def to_config(node: DictConfig, said: Callable[[str], None] | None = None) -> Co
     """Typed and checked configuration from a composed node; raises UserError. said: takes a sentence on each value chosen here."""
     plain = OmegaConf.to_container(OmegaConf.masked_copy(node, [key for key in node if key != "hydra"]), resolve=True)
     config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), escaped(plain)))
+    assert isinstance(config, Config)
     check_fields(config)
     choices = list(_choose(config))
     check(config)
-    for choice in choices if said else []:
-        said(choice)
+    if said is not None:
+        for choice in choices:
+            said(choice)
     return config
 
 
@@ -108,10 +110,10 @@ def _choose(config: Config) -> Iterator[str]:
             f"{size * config.seq_len // config.parallel.cp} tokens{ranks}"
         )
     if config.mode == Mode.plan and config.hardware.name is None:
-        described = OmegaConf.merge(
-            OmegaConf.structured(Hardware), read_yaml(ROOT / "conf" / "hardware" / f"{PLANNED}.yaml")
-        )
-        config.hardware = OmegaConf.to_object(described)
+        described = read_yaml(ROOT / "conf" / "hardware" / f"{PLANNED}.yaml")
+        hardware = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Hardware), described))
+        assert isinstance(hardware, Hardware)
+        config.hardware = hardware
         yield f"no hardware= is given: the plan is for {PLANNED}, the GPUs of the paper"
 
 
@@ -201,7 +203,7 @@ def run(job: Callable[[list[Config]], int]) -> int:
     def collect(node: DictConfig) -> None:
         hydra_config = HydraConfig.get()
         if node.name is None:
-            node.name = hydra_config.runtime.choices.conf
+            node.name = hydra_config.runtime.choices["conf"]
         if hydra_config.mode == RunMode.MULTIRUN and node.mode not in (*LOOKS_AT_A_RUN, Mode.report):
             # Each job of a sweep has its own run folder.
             node.name = f"{node.name}/{hydra_config.job.num}"

@@ -36,7 +36,7 @@ REMOVED_KEYS: dict[str, RemovedKey] = {
 """By dotted key. A key that is removed gets a line here, and one on the page train/docs/upgrading.md."""
 
 
-def drop_removed_keys(settings: dict[str, Any], place: str, package: str = "") -> bool:
+def drop_removed_keys(settings: dict[Any, Any], place: str, package: str = "") -> bool:
     """Take removed keys out of nested settings of an earlier version; returns whether there were any.
 
     place: the file that holds the settings, for the error. package: the section that they are of, such as `precision.fp8`, empty

@@ -12,7 +12,8 @@ class Terminal(Console):
 
     def __init__(self, **settings: Any):
         """settings: of rich's Console."""
-        super().__init__(**{"highlight": False, "markup": False, "emoji": False} | settings)
+        plain: dict[str, Any] = {"highlight": False, "markup": False, "emoji": False}
+        super().__init__(**plain | settings)
 
     def print(self, *objects: Any, **settings: Any) -> None:
         super().print(*(harmless(each) if isinstance(each, str) else each for each in objects), **settings)

@@ -34,7 +34,7 @@ def read_yaml(path: Path, trust: bool = False) -> DictConfig:
         calls = [] if trust else list(_calls(plain))
     except UNREADABLE as error:
         raise unreadable(error, path) from error
-    if not isinstance(found, DictConfig):
+    if not (isinstance(found, DictConfig) and isinstance(plain, dict)):
         raise UserError(path.name, path, "must be a mapping of settings (key: value)", CURE)
     for key, text in calls:
         rule = f"in {path} calls a function that can read this machine, and the file may be somebody else's"

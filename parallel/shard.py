@@ -150,11 +150,16 @@ class GradientHandover:
     def of(self, param: Tensor) -> tuple[list[Tensor], Tensor | float | None]:
         """The gradient of a flat parameter in pieces, and what to multiply them with."""
         if param not in self.unreduced:
-            assert param.grad is not None
-            return [param.grad.view(-1)], self.factor
+            return [gradient_of(param).view(-1)], self.factor
         if self.divisor == 1:
             return self.unreduced[param], self.factor
         return self.unreduced[param], (1.0 if self.factor is None else self.factor) / self.divisor
+
+
+def gradient_of(param: Tensor) -> Tensor:
+    """The gradient of a parameter that has one by now."""
+    assert param.grad is not None
+    return param.grad
 
 
 def whole(tensor: Tensor) -> Shard:

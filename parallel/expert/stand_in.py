@@ -16,6 +16,7 @@ from types import SimpleNamespace
 
 import torch
 from torch import Tensor
+from torch.distributed import ProcessGroup
 
 from parallel.expert.all_to_all import AllToAllDispatcher
 from parallel.expert.counters import Traffic
@@ -93,7 +94,8 @@ class StandInLink(Link):
 
     def __init__(self, nodes_P: Sequence[int], on_wait: Callable[[], None] = lambda: None):
         """on_wait: called before each wait for an exchange."""
-        self.group, self.size, self.rank, self._on_wait = None, len(nodes_P), 0, on_wait
+        self.group: ProcessGroup | None = None
+        self.size, self.rank, self._on_wait = len(nodes_P), 0, on_wait
         self._across_P = [node != nodes_P[0] for node in nodes_P]
 
     def start(self, rows_CX: Tensor, sent_P: Sequence[int], received_P: Sequence[int], traffic: Traffic) -> Transfer:
@@ -120,7 +122,7 @@ class FlatStandIn(AllToAllDispatcher):
     """`AllToAllDispatcher` of a rank alone."""
 
     def __init__(self, group: Group, wire: Wire, load: Load, on_wait: Callable[[], None] = lambda: None):
-        link = StandInLink([rank // group.ranks_per_node for rank in range(group.ranks)], on_wait)
+        link: Link = StandInLink([rank // group.ranks_per_node for rank in range(group.ranks)], on_wait)
         ChainDispatcher.__init__(self, [link], wire)
         self.experts, self.load = group.experts, load
 
@@ -141,12 +143,13 @@ class NodeLimitedStandIn(NodeLimitedDispatcher):
     def __init__(self, group: Group, wire: Wire, load: Load, on_wait: Callable[[], None] = lambda: None):
         nodes = group.ranks // group.ranks_per_node
         first, second = (on_wait, lambda: None) if nodes > 1 else (lambda: None, on_wait)
-        self.inter, self.intra = StandInLink(range(nodes), first), StandInLink([0] * group.ranks_per_node, second)
-        links = [link for link in (self.inter, self.intra) if link.size > 1] or [self.intra]
+        self.inter: Link = StandInLink(range(nodes), first)
+        self.intra: Link = StandInLink([0] * group.ranks_per_node, second)
+        links: list[Link] = [link for link in (self.inter, self.intra) if link.size > 1] or [self.intra]
         ChainDispatcher.__init__(self, links, wire)
         self.experts, self.load = group.experts, load
         self.per_rank, self.per_node = group.experts // group.ranks, group.experts // nodes
-        reached = {self.inter: group.reached(nodes), self.intra: group.reached(group.ranks)}
+        reached: dict[Link, float] = {self.inter: group.reached(nodes), self.intra: group.reached(group.ranks)}
         self._per_token = [reached[link] for link in links]
 
     def _plan(self, expert_ids_TK: Tensor) -> DispatchPlan:
@@ -209,7 +212,7 @@ class _Buffer:
     def get_dispatch_layout(self, ids_TK: Tensor, experts: int):
         return None, None, None, None, None
 
-    def dispatch(self, x, handle=None, topk_idx=None, topk_weights=None, **layout):
+    def dispatch(self, x, handle=None, topk_idx: Tensor | None = None, topk_weights: Tensor | None = None, **layout):
         parts = x if isinstance(x, tuple) else (x,)
         tokens = handle or len(parts[0])
         rows_L = self._load.rows_L(tokens)
@@ -218,6 +221,7 @@ class _Buffer:
         received = received if isinstance(x, tuple) else received[0]
         if handle is not None:
             return received, None, None, None, None, None
+        assert topk_idx is not None and topk_weights is not None
         entries, counts = topk_idx.shape[1], rows_L
         ids_MK = topk_idx.new_full((messages, entries), -1)
         first = 0

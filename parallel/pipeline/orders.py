@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from types import SimpleNamespace
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 from torch import nn
 from torch.distributed.pipelining import Schedule1F1B, ScheduleDualPipeV, ScheduleInterleaved1F1B, ScheduleZBVZeroBubble
@@ -79,21 +79,19 @@ def schedule_actions(
         SimpleNamespace(stage_index=stage, num_stages=num_stages, group_size=pp, group_rank=0, submod=nn.Identity())
         for stage in placement[0]
     ]
+    assert issubclass(order.drives, PipelineScheduleMulti)
     lines = without_transfers(order.drives)(stages, micro_batches).pipeline_order
+    assert lines is not None
     actions = [[_action(torch_action) for torch_action in lines[rank] if torch_action] for rank in range(pp)]
     return (
         actions if overlap else [[part for action in line for part in action.halves or (action,)] for line in actions]
     )
 
 
-def without_transfers(drives: TorchClass) -> TorchClass:
+def without_transfers(drives: type[PipelineScheduleMulti]) -> type[PipelineScheduleMulti]:
     """Leaves out the lists with communication, which no one asks for here and which take torch most of the time."""
-
-    class ComputeOnly(drives):
-        def _prepare_schedule_with_comms(self, *_: object, **__: object) -> None:
-            pass
-
-    return ComputeOnly
+    nothing = {"_prepare_schedule_with_comms": lambda self, *_, **__: None}
+    return cast("type[PipelineScheduleMulti]", type("ComputeOnly", (drives,), nothing))
 
 
 def _action(torch_action) -> Action:

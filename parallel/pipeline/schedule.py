@@ -17,7 +17,7 @@ from typing import Any, Generic, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.pipelining.schedules import OVERLAP_F_B
+from torch.distributed.pipelining.schedules import OVERLAP_F_B, PipelineScheduleMulti
 
 from conf.pipeline_schedules import SCHEDULES
 from parallel.pipeline.host_store import HostStore
@@ -182,15 +182,17 @@ class Pipeline(Generic[Chunk]):
             )
             for module, stage_id in zip(self.modules, self.stage_ids, strict=True)
         ]
-        order = ORDERS[self.facts.name]
-        schedule = order.drives(
-            stages if order.is_multi else stages[0],
-            micro_batches,
-            loss_fn=lambda loss, _: loss.sum() / mean,
-            scale_grads=False,
-        )
+
+        def loss_fn(loss: Tensor, _: Any) -> Tensor:
+            return loss.sum() / mean
+
+        drives = ORDERS[self.facts.name].drives
+        if not issubclass(drives, PipelineScheduleMulti):
+            return drives(stages[0], micro_batches, loss_fn=loss_fn, scale_grads=False)
+        schedule = drives([*stages], micro_batches, loss_fn=loss_fn, scale_grads=False)
         if self._lanes is not None:
-            schedule.register_custom_function(OVERLAP_F_B, overlapped_pair(self._lanes, self._acting))
+            pair = overlapped_pair(self._lanes, self._acting)
+            schedule.register_custom_function(OVERLAP_F_B, pair)  # pyrefly: ignore[missing-attribute]  a schedule with pairs has it
         return schedule
 
     def _actions(self, micro_batches: int) -> tuple[list[Action], list[int]]:

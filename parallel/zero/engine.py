@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from conf.optimizers import OptimizerFacts, UpdateRule
 from conf.thresholds import THRESHOLDS
 from parallel.mesh import Mesh
-from parallel.shard import FlatShard, Shard, ShardedOptimizer, Sharing
+from parallel.shard import FlatShard, Shard, ShardedOptimizer, Sharing, gradient_of
 from parallel.zero.private_names import require_names
 from parallel.zero.sharded_weights import ShardedWeights, find_units, stage3_config
 from parallel.zero.whole_weights import WholeWeights
@@ -85,10 +85,11 @@ class Zero:
         for param, name in self.names.items():
             param.grad_dtype = torch.float32
             if is_expert(name):
-                param.allreduce = False
-                param.group_name = expert_name
-                param.ds_zero_placement_family = "autoep_expert"  # stage 3 knows experts by these two
-                param.ds_zero_partition_group_name = expert_name
+                # What DeepSpeed knows experts by, stage 3 by the last two.
+                param.allreduce = False  # pyrefly: ignore[missing-attribute]  see above
+                param.group_name = expert_name  # pyrefly: ignore[missing-attribute]  see above
+                param.ds_zero_placement_family = "autoep_expert"  # pyrefly: ignore[missing-attribute]  see above
+                param.ds_zero_partition_group_name = expert_name  # pyrefly: ignore[missing-attribute]  see above
         rules = {param: facts.choose_rule(name, param.dim()) for param, name in self.names.items()}
         groups = _parameter_groups(rules, facts.rules, weight_decay, expert_name)
         on_cuda = next(iter(self.names)).is_cuda
@@ -242,7 +243,7 @@ class Zero:
     def _show_local(self, param: nn.Parameter) -> None:
         if self.local_observer is not None:
             offset, shape = self._place(param, 0)
-            self.local_observer(self.names[param], Shard(param.grad.detach().flatten(), offset, shape))
+            self.local_observer(self.names[param], Shard(gradient_of(param).detach().flatten(), offset, shape))
 
     def _sum_tied(self) -> None:
         if self.tied is not None:

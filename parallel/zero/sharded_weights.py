@@ -140,14 +140,14 @@ class ShardedWeights:
 
     def weights(self) -> Iterator[Tensor]:
         """What this rank holds of the weights between steps."""
-        return (param.ds_tensor for param in self._shapes)
+        return (shard_of(param) for param in self._shapes)
 
     def refresh(self) -> None:
         """Make the weights the rounded masters."""
         from deepspeed.utils import safe_get_local_fp32_param
 
         for param in self._shapes:
-            param.ds_tensor.data.copy_(safe_get_local_fp32_param(param).detach())
+            shard_of(param).data.copy_(safe_get_local_fp32_param(param).detach())
 
     def _begin_pass(self, *_: object) -> None:
         """Forward of a chunk begins; the backward of the micro-batch before is over."""
@@ -200,7 +200,7 @@ class ShardedWeights:
 
     def _interval(self, param: nn.Parameter) -> tuple[int, int]:
         """First element and length of this rank's shard of a parameter; the last shards may be short or empty."""
-        size = param.ds_tensor.numel()
+        size = shard_of(param).numel()
         offset = size * self._shares(param).rank
         return offset, max(0, min(size, math.prod(self._shapes[param]) - offset))
 
@@ -226,3 +226,8 @@ def _node_of(param: nn.Parameter, shape: tuple[int, ...]) -> Node:
     one while somebody holds it."""
     with _in_shape(param, shape):
         return get_gradient_edge(param).node
+
+
+def shard_of(param: nn.Parameter) -> Tensor:
+    """What this rank has of a parameter that DeepSpeed cut."""
+    return param.ds_tensor  # pyrefly: ignore[missing-attribute]  DeepSpeed put it there

@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator, Sequence
 import torch
 from torch import Tensor, nn
 
-from parallel.shard import FlatWeight, Fragment, ShardedOptimizer, ShardSlice, Sharing
+from parallel.shard import FlatWeight, Fragment, ShardedOptimizer, ShardSlice, Sharing, gradient_of
 from parallel.zero.private_names import require_names
 
 
@@ -98,7 +98,7 @@ class WholeWeights:
 
         for number in self._unshared:
             params, master = self._groups[number], self._masters[number]
-            self._handover.unreduced[master] = [param.grad.view(-1) for param in params]
+            self._handover.unreduced[master] = [gradient_of(param).view(-1) for param in params]
             for param in params:
                 param.grad = None
             placeholder = torch.zeros(1, device=master.device).expand(
@@ -122,7 +122,7 @@ class WholeWeights:
         for number, (master, slices) in enumerate(self._slices.items()):
             gradients, divisor = self._handover.unreduced.get(master), self._handover.divisor
             if gradients is None and self._offload:
-                gradients, divisor = [master.grad[part.place] for part in slices], 1
+                gradients, divisor = [gradient_of(master)[part.place] for part in slices], 1
             elif gradients is None:
                 gradients, divisor = self._optimizer.averaged_gradients[number], 1
             # What DeepSpeed has more than slices is the padding behind them.
@@ -166,7 +166,7 @@ def slices_of(params: Sequence[nn.Parameter], size: int, rank: int) -> list[Shar
     """
     found = []
     for param in params:
-        first = param.storage_offset() - params[0].storage_offset() - rank * size  # in the shard
+        first = int(param.storage_offset() - params[0].storage_offset()) - rank * size  # in the shard
         start, end = max(0, first), min(size, first + param.numel())
         if start < end:
             found.append(ShardSlice(param, start - first, slice(start, end)))

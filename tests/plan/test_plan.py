@@ -95,7 +95,7 @@ def test_exchanges_that_were_measured_or_have_a_formula():
 
 def test_the_verdict_has_a_margin():
     assert [verdict_of(room, 1000) for room in (-1, 0, 29, 30)] == [
-        Verdict["not"],
+        Verdict.lacks,
         Verdict.barely,
         Verdict.barely,
         Verdict.fits,

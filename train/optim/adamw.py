@@ -102,7 +102,7 @@ class AdamW(torch.optim.Optimizer):
         return torch.cat(rows).double().square_().sum()
 
     @torch.no_grad()
-    def step(self, closure: None = None) -> None:
+    def step(self, closure: None = None) -> None:  # pyrefly: ignore[bad-override]  nobody computes the loss again here
         """One update of every group that has gradients; `updates` is advanced by the owner, once per step."""
         for group in self.param_groups:
             for param in group["params"]:
@@ -146,10 +146,10 @@ def _update(piece: UpdatePiece, group: dict, count: int, factor: Tensor | float 
     scratch = [torch.empty(min(size, whole), device=weight.device) for _ in range(2 * (exp_avg.dtype != torch.float32))]
     for weight_C, grad_C, *moments in zip(*parts, strict=True):
         if not scratch:
-            _fused(weight_C, grad_C, *moments, group, step)
+            _fused([weight_C, grad_C, *moments], group, step)
             continue
         exact = [buffer[: weight_C.numel()].copy_(moment) for buffer, moment in zip(scratch, moments, strict=True)]
-        _fused(weight_C, grad_C, *exact, group, step)
+        _fused([weight_C, grad_C, *exact], group, step)
         for moment, value in zip(moments, exact, strict=True):
             moment.copy_(value)
     if whole < weight.numel():
@@ -162,12 +162,17 @@ def _update_compiled(piece: UpdatePiece, group: dict, count: int, factor: Tensor
 
 
 def _update_on_gpu(
-    held: tuple[Tensor, ...], gradients: Sequence[Tensor], group: dict, count: int, factor: Tensor | float | None
+    held: tuple[Tensor, Tensor, Tensor],
+    gradients: Sequence[Tensor],
+    group: dict,
+    count: int,
+    factor: Tensor | float | None,
 ) -> None:
     """An update in one launch for all pieces of the gradient. held: weight and moments, flat."""
     from train.kernels.gpu import triton_adamw
 
-    triton_adamw.update(*held, gradients, **_settings(group, count, factor))
+    weight, mean, square = held
+    triton_adamw.update(weight, mean, square, gradients, **_settings(group, count, factor))
 
 
 def _settings(group: dict, count: int, factor: Tensor | float | None) -> dict[str, float]:
@@ -185,13 +190,14 @@ def _update_rest(rest: list[Tensor], group: dict, step: Tensor) -> None:
     padded = [torch.zeros(VECTOR, device=tensor.device) for tensor in rest]
     for vector, tensor in zip(padded, rest, strict=True):
         vector[: tensor.numel()] = tensor
-    _fused(*padded, group, step)
+    _fused(padded, group, step)
     for vector, tensor in zip(padded, rest, strict=True):
         tensor.copy_(vector[: tensor.numel()])
 
 
-def _fused(weight: Tensor, grad: Tensor, exp_avg: Tensor, exp_avg_sq: Tensor, group: dict, step: Tensor) -> None:
-    beta1, beta2 = group["betas"]
+def _fused(operands: list[Tensor], group: dict, step: Tensor) -> None:
+    """torch's kernel over a weight, its gradient and its moments."""
+    (weight, grad, exp_avg, exp_avg_sq), (beta1, beta2) = operands, group["betas"]
     torch._fused_adamw_(
         [weight], [grad], [exp_avg], [exp_avg_sq], [], [step], lr=group["lr"], beta1=beta1, beta2=beta2,
         weight_decay=group["weight_decay"], eps=group["eps"], amsgrad=False, maximize=False,

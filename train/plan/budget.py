@@ -14,7 +14,14 @@ from train.plan.time.step_time import StepTime, plan_time
 HOUR, KWH_IN_JOULES, TRILLION = 3600.0, 3.6e6, 1e12
 
 
-Verdict = StrEnum("Verdict", {"fits": "fits", "barely": "fits barely", "not": "does not fit"})
+class Verdict(StrEnum):
+    """What a plan says of a run."""
+
+    fits = "fits"
+    barely = "fits barely"
+    lacks = "does not fit"
+
+
 BARELY = 0.03
 """Share of a device that must be left beside reserve and imbalance: planned tensors have been within 1 % of measured ones, and the
 reserve is an estimate that may be off by a third."""
@@ -22,7 +29,7 @@ reserve is an estimate that may be off by a third."""
 
 def verdict_of(room: int, memory: int) -> Verdict:
     """Whether a peak that leaves `room` of a device's memory, its reserve apart, is one that a run can rely on."""
-    return Verdict["not"] if room < 0 else Verdict.barely if room < BARELY * memory else Verdict.fits
+    return Verdict.lacks if room < 0 else Verdict.barely if room < BARELY * memory else Verdict.fits
 
 
 @dataclass
@@ -76,7 +83,7 @@ class RunPlan:
 
     @property
     def verdict(self) -> Verdict:
-        return verdict_of(self.room_bytes, self.memory_bytes) if self.fits else Verdict["not"]
+        return verdict_of(self.room_bytes, self.memory_bytes) if self.fits else Verdict.lacks
 
 
 def make_plan(config: Config) -> RunPlan:

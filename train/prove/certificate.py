@@ -155,9 +155,9 @@ def sharpness_of(verdicts: Sequence[ProofVerdict]) -> list[Sharpness]:
                     untold=sum(one.untold for one in of_pass),
                     quantities=len(of_pass),
                     bit_for_bit=len(of_pass) - len(rounded),
-                    sharpest=least and (least.sharpest or least.loosest),
+                    sharpest=(least.sharpest or least.loosest) if least else None,
                     sharpest_quantity=least.quantity if least else "",
-                    loosest=most and most.loosest,
+                    loosest=most.loosest if most else None,
                     loosest_quantity=most.quantity if most else "",
                     does_not_see=BLIND[proof],
                 )

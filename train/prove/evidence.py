@@ -173,7 +173,8 @@ class EvidenceWatch:
 
     def give(self, evidence: Evidence) -> None:
         for key, tensor in self.seen.items():
-            evidence.add(*key.split("/", 1), tensor)
+            quantity, name = key.split("/", 1)
+            evidence.add(quantity, name, tensor)
 
     def _keep_sent(self, layer: str, what: str, number: int, tensor: Tensor) -> None:
         if self.keeps_sent:

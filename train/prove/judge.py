@@ -89,8 +89,10 @@ class Judge(WireJudge, ReductionJudge, UpdateJudge):
             self._enter(number, step, ranks)
             if number and step == 0 and saved is not None:
                 before, self.tally = saved
-            judge = self._judge_step if step else self._judge_start
-            before = judge(ranks, before if before is not None or step == 0 else self._given())
+            if step:
+                before = self._judge_step(ranks, self._given() if before is None else before)
+            else:
+                before = self._judge_start(ranks, before)
             if before is None:
                 return
             if self.proof == "exact":
@@ -103,7 +105,9 @@ class Judge(WireJudge, ReductionJudge, UpdateJudge):
             if number == 0 and step == save_step(self.config):
                 saved = before, self.tally
                 self._judge_written(before)
-            elif step == self.run.last and (number or step < self.recipe.steps):  # else the second part wrote over it
+            elif (
+                self.run is not None and step == self.run.last and (number or step < self.recipe.steps)
+            ):  # else the second part wrote over it
                 self._judge_written(before)
         assert before is not None, f"no rank left evidence of pass {self.proof}"
 
@@ -362,7 +366,9 @@ class Judge(WireJudge, ReductionJudge, UpdateJudge):
                     times: int = times,
                     places: list[int] = places,
                 ) -> Tensor:
-                    return self._by_sample(step.seen.values[name].grad * times, batch_size)[rows][:, places]
+                    gradient = step.seen.values[name].grad
+                    assert gradient is not None
+                    return self._by_sample(gradient * times, batch_size)[rows][:, places]
 
                 scale = size_of(gradient * times, self.is_rounded)
                 self._compare_part("gradients of outputs", name, rank.info.rank, value, part, self.bound, scale)

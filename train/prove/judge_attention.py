@@ -65,9 +65,8 @@ class AttentionJudge(PartsJudge):
         for call in self.calls.get(name, []):
             if call.has("dy", "dq", "dk", "dv"):
                 out = self._kept(self._of_same(f"{name}.out", call))
-                slopes = high.attend_back(
-                    *(call.get(what) for what in ("dy", "q", "k", "v")), out, scale, self._unseen(call)
-                )
+                dy, q, k, v = (call.get(what) for what in ("dy", "q", "k", "v"))
+                slopes = high.attend_back(dy, q, k, v, out, scale, self._unseen(call))
                 for what, total in zip(("dq", "dk", "dv"), slopes, strict=True):
                     self._total("attention", call, what, call.get(what), total, self._in_scores())
 

@@ -66,8 +66,8 @@ class WholeJudge(AttentionJudge):
 
     def _eps(self, name: str) -> float:
         model = self.config.model
-        of_latents = name.endswith((".q_norm", ".kv_norm")) and model.latent_norm_eps is not None
-        return model.latent_norm_eps if of_latents else model.norm_eps
+        of_latents = name.endswith((".q_norm", ".kv_norm"))
+        return model.resolved_latent_norm_eps if of_latents else model.norm_eps
 
     # Embedding
 
@@ -140,13 +140,14 @@ class WholeJudge(AttentionJudge):
 
     def _head(self, name: str) -> None:
         for call, made in self._heads_calls():
+            assert made.loss.off is not None
             bound = Bound(2 * ELEMENTS, "a logarithm and a sum in fp32")
             self._total(
                 "output head",
                 call,
                 "y",
                 call.get("y").view(1),
-                low.Total(*(one.view(1) for one in made.loss)),
+                low.Total(made.loss.x.view(1), made.loss.size.view(1), made.loss.off.view(1)),
                 bound,
                 FORMATS["fp32"],
             )
@@ -187,6 +188,7 @@ class WholeJudge(AttentionJudge):
         model, weight = self.config.model, self.weights[f"{name}.weight"]
         for call in self.calls.get(name, []):
             ids_BTK, got = self._routed(call, "forward", "ids"), self._routed(call, "forward", "gates")
+            assert ids_BTK is not None and got is not None
             scores_BTE, sizes_BTE = high.route_scores(call.get("x"), weight)
             order = self._in_rows(model.hidden)
             total = high.gates(scores_BTE, sizes_BTE, ids_BTK.long(), model.route_scale)
@@ -204,10 +206,10 @@ class WholeJudge(AttentionJudge):
         order = self._in_rows(max(model.experts, model.hidden))
         order = Bound(max(order.value, SPLIT), "a product of two parts of bf16") if self.on_gpu else order
         for call in self.calls.get(name, []):
-            dgates = self._routed(call, "backward", "gates")
-            if dgates is None:
+            dgates, ids_BTK = self._routed(call, "backward", "gates"), self._routed(call, "forward", "ids")
+            if dgates is None or ids_BTK is None:
                 continue
-            x_BTD, ids_BTK = call.get("x"), self._routed(call, "forward", "ids").long()
+            x_BTD, ids_BTK = call.get("x"), ids_BTK.long()
             balance, off = self._balance(call, weight)
             slopes = high.route_back(dgates, x_BTD, weight, ids_BTK, model.route_scale, balance, off)
             if call.has("dx"):
@@ -225,7 +227,7 @@ class WholeJudge(AttentionJudge):
         ]
         scores = [high.route_scores(one.get("x"), weight) for one in mates]
         length = sum(one.size(1) for one, _ in scores)
-        often_BE = sum(high.frequency(one, model.top_k) for one, _ in scores)
+        often_BE = torch.stack([high.frequency(one, model.top_k) for one, _ in scores]).sum(0)
         may_BE = torch.zeros_like(often_BE)
         if model.top_k < model.experts:
             for score_BTE, size_BTE in scores:

@@ -327,7 +327,7 @@ class SumOverCalls:
             self.total = Total(one.x, one.size, torch.zeros_like(one.x) if off is None else off)
             return
         for mine, more in zip(self.total, (one.x, one.size, off), strict=True):
-            if more is not None:
+            if mine is not None and more is not None:
                 mine += more
 
     def add_rows(
@@ -336,10 +336,12 @@ class SumOverCalls:
         """Add the gradients of experts, each from its own rows."""
         if self.total is None:
             self.total = Total(*(torch.zeros_like(weight) for _ in range(3)))
+        x, size, off = self.total
+        assert off is not None
         for expert, left_e, right_e in zip(here, low.split(left, counts), low.split(right, counts), strict=True):
             if len(left_e.x):
                 part = SumOverCalls()
-                part.total = Total(*(whole[expert] for whole in self.total))
+                part.total = Total(x[expert], size[expert], off[expert])
                 part.add(low.product(_turned(left_e), _turned(right_e)), is_rounded, 0)
         self.terms += max(counts, default=0)
 

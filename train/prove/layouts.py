@@ -9,7 +9,16 @@ from conf.check import check
 from conf.dispatches import FLAT_DISPATCH
 from conf.errors import UserError
 from conf.pipeline_schedules import PLAIN_SCHEDULE, SCHEDULES
-from conf.schema import Config, Parallel, Precision
+from conf.schema import (
+    Config,
+    DispatchKind,
+    HighFormat,
+    Parallel,
+    PipelineSchedule,
+    Precision,
+    PrecisionName,
+    WireFormat,
+)
 from train.loop.layout_check import check_layout
 from train.optim.schedules import Schedules
 from train.prove.bounds import is_tiled
@@ -17,10 +26,10 @@ from train.prove.bounds import is_tiled
 
 def in_fp32(config: Config) -> Config:
     """The recipe with fp32 products, and without what only other formats have."""
-    parallel = replace(config.parallel, wire="bf16")  # the activations' own format
+    parallel = replace(config.parallel, wire=WireFormat.bf16)  # the activations' own format
     if parallel.dispatch_facts.in_bf16:
-        parallel = replace(parallel, dispatch=FLAT_DISPATCH)
-    return replace(config, precision=Precision(name="fp32", moments="fp32"), parallel=parallel)
+        parallel = replace(parallel, dispatch=DispatchKind(FLAT_DISPATCH))
+    return replace(config, precision=Precision(name=PrecisionName.fp32, moments=HighFormat.fp32), parallel=parallel)
 
 
 TILED = 136
@@ -177,7 +186,15 @@ def _others(config: Config, world: int) -> Iterator[Parallel]:
     """The farther from the recipe's, the earlier."""
     own = config.parallel
     plain = replace(
-        own, pp=1, dp=world, cp=1, ep=1, zero=1, schedule=PLAIN_SCHEDULE, virtual_stages=2, dispatch=FLAT_DISPATCH
+        own,
+        pp=1,
+        dp=world,
+        cp=1,
+        ep=1,
+        zero=1,
+        schedule=PipelineSchedule(PLAIN_SCHEDULE),
+        virtual_stages=2,
+        dispatch=DispatchKind(FLAT_DISPATCH),
     )
     shared = gcd(world, config.model.experts)
     if own.pp > 1:
@@ -188,7 +205,8 @@ def _others(config: Config, world: int) -> Iterator[Parallel]:
     if own.pp == 1 and world % 2 == 0:
         half = world // 2
         split = next(name for name, facts in SCHEDULES.items() if facts.splits)
-        for schedule in (split, PLAIN_SCHEDULE):
+        for name in (split, PLAIN_SCHEDULE):
+            schedule = PipelineSchedule(name)
             yield replace(plain, pp=2, dp=half, ep=gcd(half, config.model.experts), schedule=schedule)
     yield from (replace(plain, ep=ep, zero=zero) for ep in {shared, 1} for zero in {1, 2, 3} - {own.zero})
     kept = replace(plain, pp=own.pp, dp=own.dp, cp=own.cp)  # where the batch divides among no other number of ranks

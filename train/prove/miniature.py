@@ -28,6 +28,7 @@ from conf.schema import (
     Cluster,
     Config,
     Data,
+    DispatchKind,
     DryRun,
     Evaluate,
     Export,
@@ -98,7 +99,7 @@ def shrink(cfg: Config) -> Miniature:
     """The miniature of a recipe that has passed check_layout; it passes the same checks. Starts nothing."""
     whole = cfg
     if cfg.parallel.dispatch_facts.needs_gpu and not _has_gpu(cfg):
-        cfg = replace(cfg, parallel=replace(cfg.parallel, dispatch=FLAT_DISPATCH))
+        cfg = replace(cfg, parallel=replace(cfg.parallel, dispatch=DispatchKind(FLAT_DISPATCH)))
     layout, structure = _shrink_layout(cfg)
     layers, split = _shrink_layers(cfg, layout)
     model = _shrink_model(cfg, layout, layers)
@@ -273,12 +274,11 @@ def _micro_batches(cfg: Config, layout: Layout, layers: int) -> tuple[int, int]:
 
 def _shrink_optim(optim: Optim, start: int, more: int) -> Optim:
     """The recipe's schedules over the few steps, and gradients that are clipped if the recipe clips."""
-    ramp = {}
     if optim.batch_ramp_start is not None:
-        ramp = {"batch_ramp_start": start, "batch_ramp_steps": 2, "batch_ramp_increment": more or start}
+        optim = replace(optim, batch_ramp_start=start, batch_ramp_steps=2, batch_ramp_increment=more or start)
     clip = min(optim.clip, CLIP)
     lr = max(optim.lr, RATE)
-    return replace(optim, lr=lr, warmup_steps=min(optim.warmup_steps, 2), clip=clip, **ramp)
+    return replace(optim, lr=lr, warmup_steps=min(optim.warmup_steps, 2), clip=clip)
 
 
 def _differences(cfg: Config, small: Config) -> list[str]:

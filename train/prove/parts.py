@@ -18,7 +18,7 @@ import threading
 from collections.abc import Sequence
 from functools import partial
 from itertools import accumulate
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -27,10 +27,11 @@ from train.kernels.fp8.fp8 import Fp8Precision
 from train.kernels.plain.high import HighPrecision
 from train.model.attention import AttentionInput
 from train.model.deepseek import DeepSeekV3, Head
-from train.model.layers import Embedding, Linear, RMSNorm
+from train.model.layers import Embedding, LayerPrecision, Linear, RMSNorm
 from train.model.mla import MLA
 from train.model.moe import MoE
 from train.model.needed import Function
+from train.model.operations import Kernels
 from train.model.recompute import is_repeated
 from train.model.router import Router
 from train.prove.evidence import Evidence
@@ -64,16 +65,18 @@ class PartsWatch:
                     module.register_forward_pre_hook(self._take_states)
                     module.register_forward_hook(self._take_losses)
                 elif isinstance(module, MoE):
-                    module._precision = _WatchedExperts(module._precision, self, name, module.experts.local.start)
+                    watched = _WatchedExperts(module._precision, self, name, module.experts.local.start)
+                    module._precision = cast("LayerPrecision", watched)  # the rest of it is the inner one's
                 elif isinstance(module, MLA):
-                    module._kernels = _WatchedAttention(module._kernels, self, name)
+                    module._kernels = cast("Kernels", _WatchedAttention(module._kernels, self, name))
 
     def clear(self) -> None:
         self.seen, self._calls = {}, {}
 
     def give(self, evidence: Evidence) -> None:
         for key, tensor in self.seen.items():
-            evidence.add(*key.split("/", 1), tensor)
+            quantity, name = key.split("/", 1)
+            evidence.add(quantity, name, tensor)
 
     def is_watching(self) -> bool:
         """Whether what runs now is to be kept: the second run of a layer has a graph of its own, through which nothing goes back."""
@@ -185,7 +188,7 @@ class _WatchedSwiGLU(_Watched):
 class _WatchedExperts(_Watched):
     """A precision, of which one layer asks for its experts."""
 
-    def __init__(self, inner: HighPrecision | Fp8Precision, watch: PartsWatch, name: str, first: int):
+    def __init__(self, inner: LayerPrecision, watch: PartsWatch, name: str, first: int):
         """first: of the experts that are here."""
         super().__init__(inner, watch, name)
         self._first = torch.tensor(first)
@@ -233,6 +236,7 @@ def first_node(y: Tensor, x: Tensor) -> Any:
     """Autograd's node that takes x, on the way back from y along the first argument of each."""
     node = y.grad_fn
     for _ in range(BETWEEN):
+        assert node is not None
         before = node.next_functions[0][0]
         if before is None or before is x.grad_fn:
             return node

@@ -17,6 +17,7 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import asdict, replace
 from datetime import timedelta
 from pathlib import Path
+from typing import cast
 
 import train.kernels.cpu.tuned  # noqa: F401  before torch allocates anything
 
@@ -39,12 +40,14 @@ from train.checkpoint.checkpointer import Checkpointer, SaveInFlight, SaveResult
 from train.checkpoint.commit import Save, next_attempt
 from train.checkpoint.run_folder import RunPaths
 from train.data.batch import Batch
+from train.data.prefetch import Prefetch
+from train.data.prepare import Prepared
 from train.kernels.choice import build_kernels, choose_kernels
 from train.kernels.plain.plain_attention import PlainAttention
 from train.loop.resume import find_start, restore
 from train.loop.state import RunState
 from train.loop.step import StepOutcome, TrainingStep
-from train.loop.stop import StopKind
+from train.loop.stop import StopKind, StopRequest
 from train.loop.trainer import Flops, Outputs, Trainer
 from train.model.deepseek import DeepSeekV3
 from train.model.moe import Experts
@@ -117,7 +120,8 @@ def prove_exact(config: Config, place: Place, device: torch.device) -> None:
         fill_chunks(model.chunks, weights)
         fill_biases(model, biases)
         local = _LocalGradients(model.chunks)
-        parts = Parallelized(model.chunks, model.pipeline, model.dispatcher, model.precision, model.share, local)
+        zero = cast("Zero", local)  # without an optimizer
+        parts = Parallelized(model.chunks, model.pipeline, model.dispatcher, model.precision, model.share, zero)
         watch = EvidenceWatch(parts.chunks)
         step = TrainingStep(config, parts, rank)
         outcome = step.run(plan, batch)
@@ -207,7 +211,8 @@ def prove_trained(proof: str, config: Config, place: Place, device: torch.device
 
 def _train(proof: str, part: RunPart, place: Place, device: torch.device) -> None:
     config = part.config
-    rank, data, paths = in_groups(config, place, device), ProofData.of(config), RunPaths(config)
+    rank, paths = in_groups(config, place, device), RunPaths(config)
+    data = cast("Prepared", ProofData.of(config))  # all of it that a run asks for
     kernels, _ = choose_kernels(config, device)
     attempt = from_rank_0(lambda: next_attempt(paths.checkpoints))
     checkpointer = _LateCheckpointer(
@@ -237,7 +242,7 @@ def _train(proof: str, part: RunPart, place: Place, device: torch.device) -> Non
         data=data,
         outputs=Outputs(checkpointer, None, None),
         flops=Flops(0.0, 0.0, 1.0, ""),
-        stop=_Stop(),
+        stop=cast("StopRequest", _Stop()),
     )
     trainer.prove(rank, part, start)
     parts.zero.engine.destroy()
@@ -304,7 +309,8 @@ class _ProvenTrainer(Trainer):
         watched = is_rounded(self._proof, self.config)
         self._watch = EvidenceWatch(self.parts.chunks, sent=watched)
         self._parts_watch = PartsWatch(self.parts.chunks, self.parts.precision) if watched else None
-        self.training_step = _WatchedStep(self.training_step, self.parts.zero, self._saw, part.last)
+        watched_step = _WatchedStep(self.training_step, self.parts.zero, self._saw, part.last)
+        self.training_step = cast("TrainingStep", watched_step)
         self._validation_loss: float | None = None
         self.leave_state(start)
         self.run()
@@ -325,7 +331,7 @@ class _ProvenTrainer(Trainer):
         self._validation_loss = found["validation_loss"]
         return found
 
-    def _step(self, plan: StepPlan, batches) -> bool:
+    def _step(self, plan: StepPlan, batches: Prefetch) -> StopKind:
         self._watch.clear()
         is_watched = plan.step in watched_steps(self.config)
         self._watch.keeps_sent = is_watched

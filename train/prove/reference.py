@@ -35,7 +35,7 @@ def weight_shapes(model: Model) -> dict[str, tuple[int, ...]]:
     """Every weight, in the order in which a forward pass meets it. Products without bias; gains of norms are vectors."""
     D, H, E, F_ = model.hidden, model.heads, model.experts, model.expert_width
     Q = model.nope_head_dim + model.rope_head_dim
-    queries = {"q.weight": (H * Q, D)}
+    queries: dict[str, tuple[int, ...]] = {"q.weight": (H * Q, D)}
     if model.q_rank is not None:
         queries = {"q_down.weight": (model.q_rank, D), "q_norm.weight": (model.q_rank,)}
         queries["q_up.weight"] = (H * Q, model.q_rank)
@@ -459,6 +459,7 @@ def muon(
 def qk_factors(config: Config, name: str, scores_H: Tensor) -> dict[str, Tensor]:
     """By weight the factors of its rows, so that no score is above the limit (arXiv 2507.20534, 2.1). name: of the attention."""
     model, limit = config.model, config.optim.qk_clip
+    assert limit is not None
     eta_H1 = (limit / scores_H.double()).clamp(max=1.0).unsqueeze(1)
     nope, rope, value = (
         torch.ones(model.heads, width, dtype=torch.float64)

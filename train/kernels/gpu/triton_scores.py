@@ -39,7 +39,7 @@ def _largest_kernel(
     nothing = 2147483647
     start = tl.min(tl.where(last > first, first, nothing), 0)
     most = tl.full((M,), -float("inf"), tl.float32)
-    for key_0 in range(start // N * N, tl.max(last, 0), N):
+    for key_0 in range(start // N * N, last.max(0), N):
         key = key_0 + tl.arange(0, N)
         scores = tl.zeros((M, N), tl.float32)
         for column_0 in tl.static_range(0, Q, D):
@@ -64,8 +64,9 @@ def largest_scores(given: AttentionInput, lse_BHT: Tensor, limit: float) -> Tens
     batch, heads, queries, width = q.shape
     seen = given.seen.once(_seen_by_query, batch, queries, q.device)
     out = torch.empty_like(lse_BHT, memory_format=torch.contiguous_format)
+    (q_b, q_h, q_t, _), (k_b, k_h, k_s, _) = q.stride(), k.stride()
     _largest_kernel[triton.cdiv(queries, M), batch * heads](
-        q, k, lse_BHT.contiguous(), seen, out, *q.stride()[:3], *k.stride()[:3], seen.stride(0), heads, queries,
+        q, k, lse_BHT.contiguous(), seen, out, q_b, q_h, q_t, k_b, k_h, k_s, seen.stride(0), heads, queries,
         given.scale, limit, width, M, N, D,
     )  # fmt: skip
     return out

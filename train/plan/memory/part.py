@@ -332,7 +332,15 @@ class _Exit(Function):
 class _End(DeepSeekV3):
     """Everything behind the blocks of the last chunk."""
 
-    def forward(self, x: Tensor, embedding_BTD: Tensor | None = None, *, tokens_BS: Tensor) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        embedding_BTD: Tensor | None = None,
+        *,
+        tokens_BS: Tensor | None = None,
+        documents_BS: Tensor | None = None,
+    ) -> Tensor:
+        assert tokens_BS is not None and documents_BS is None
         positions = Positions(tokens_BS.size(1) - 1, None, self._share)
         if embedding_BTD is None and len(self.mtp):
             embedding_BTD = self._embed(positions.take_with_next(tokens_BS, self._depths))

@@ -29,7 +29,7 @@ class Frame:
     family: str
     """All layouts of one pipeline length and schedule."""
     recompute: list[list[str]]
-    ways: Sequence[tuple[str, str]]
+    ways: Sequence[tuple[str, WireFormat]]
     hosts: list[bool]
     """Whether the optimizer lies on the host."""
 

@@ -21,7 +21,7 @@ from conf.check import check
 from conf.dispatches import FLAT_DISPATCH
 from conf.errors import UserError
 from conf.micro_batches import divisors
-from conf.schema import Config
+from conf.schema import Config, WireFormat
 from train.metrics.quantities import gib
 from train.plan.job import layout_of, require_hardware, require_host
 from train.plan.memory.rank_memory import host_lacking, rank_memory, scene_of
@@ -170,7 +170,7 @@ class _Finder:
             fit.step_seconds = simulate_step(self._stages(fit.config)).seconds
         return sorted(fits, key=lambda fit: fit.step_seconds)
 
-    def _ways(self, frame: Frame, family: _Looked) -> list[tuple[str, str]]:
+    def _ways(self, frame: Frame, family: _Looked) -> list[tuple[str, WireFormat]]:
         """Those that the rules admit. Flat dispatch has no rule of its own, so what breaks one with it breaks all."""
         flat = broken_layout(frame.config)
         errors = {FLAT_DISPATCH: flat}
