@@ -6,6 +6,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import yaml
+
 from conf.schema import ROOT
 from tests.ghost import check
 
@@ -45,3 +47,11 @@ def test_a_check_that_raises_does_not_take_the_others_with_it():
     problems, table = check.tried(late)
     assert problems == ["it ended early: TimeoutExpired('a compiler', 900.0)"]
     assert table == [] and check.tried(lambda: (["one"], ["table"])) == (["one"], ["table"])
+
+
+def test_a_commit_is_checked_as_ci_does_before_the_tests():
+    hooks = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())["repos"][0]["hooks"]
+    checks = (ROOT / ".ci" / "run").read_text().partition("--no-compile")[2].partition("\ncode=")[0]
+    assert [hook["entry"] for hook in hooks] == [
+        check.strip(" \\\n") for check in checks.split("&&") if check.strip(" \\\n")
+    ]

@@ -27,7 +27,7 @@ from conf.files import atomic_write_json
 from parallel.exchange import gather
 from parallel.shard import Shard
 from train.checkpoint.checkpointer import SAVE_PATIENCE
-from train.checkpoint.intervals import NotCovered, merge
+from train.checkpoint.intervals import merge
 from train.checkpoint.manifest import Damaged, Manifest, manifest_of
 from train.checkpoint.read_shards import FolderFiles, ReadSpan
 from train.checkpoint.staging import StagingBuffers, plan
@@ -176,7 +176,7 @@ class MemoryCopies:
         try:
             indexes = [files.index(rank) for rank in range(len(self.shelves.holders))]
             return manifest_of(folder, merge(indexes, json.loads(indexes[0])["meta"]))
-        except (OSError, ValueError, NotCovered) as error:
+        except (OSError, ValueError) as error:
             raise Damaged(folder, f"its parts in memory cannot be put together ({error})") from error
 
     def files(self) -> "ShelfFiles":
