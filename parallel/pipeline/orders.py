@@ -8,7 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from types import SimpleNamespace
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 from torch import nn
 from torch.distributed.pipelining import Schedule1F1B, ScheduleDualPipeV, ScheduleInterleaved1F1B, ScheduleZBVZeroBubble
@@ -90,8 +90,12 @@ def schedule_actions(
 
 def without_transfers(drives: type[PipelineScheduleMulti]) -> type[PipelineScheduleMulti]:
     """Leaves out the lists with communication, which no one asks for here and which take torch most of the time."""
-    nothing = {"_prepare_schedule_with_comms": lambda self, *_, **__: None}
-    return cast("type[PipelineScheduleMulti]", type("ComputeOnly", (drives,), nothing))
+
+    class ComputeOnly(drives):  # pyrefly: ignore[invalid-inheritance]  one that is known at run time
+        def _prepare_schedule_with_comms(self, *_: object, **__: object) -> None:
+            pass
+
+    return ComputeOnly
 
 
 def _action(torch_action) -> Action:
