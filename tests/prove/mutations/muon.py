@@ -13,9 +13,7 @@ from train.optim.qk_clip import QKClip
 CLIPPED = r"master.*(q_up|kv_up)"
 
 
-@mutation(
-    "microsoft/DeepSpeed: the gradient is made orthogonal before it is clipped", "muon", UPDATE, "momentum|master"
-)
+@mutation(OURS + ": the gradient is made orthogonal before it is clipped", "muon", UPDATE, "momentum|master")
 def orthogonal_before_the_clip(bug: Seams) -> None:
     bug.around(
         Muon, "_add_momentum", lambda original, self, param, gradients, factor: original(self, param, gradients, None)
