@@ -25,7 +25,12 @@ def gate_and_up_as_one(bug: Seams) -> None:
     bug.value(matrices, "STACKS", {part: stack for part, stack in matrices.STACKS.items() if "w13" not in part})
 
 
-@mutation("torch.optim.Muon: experts that are stacked are one matrix", "muon experts", UPDATE, r"master.*experts")
+@mutation(
+    OURS + ": experts that are stacked are one matrix, as for torch.optim.Muon",
+    "muon experts",
+    UPDATE,
+    r"master.*experts",
+)
 def experts_as_one(bug: Seams) -> None:
     def stacked(original, name, shape, model, by_head):
         return original(name, shape if len(shape) == 2 else (shape[0] * shape[1], shape[2]), model, by_head)
@@ -33,7 +38,7 @@ def experts_as_one(bug: Seams) -> None:
     bug.around(muon, "logical_matrices", stacked)
 
 
-@mutation("zai-org/GLM-5: the heads of attention are one matrix", "muon", UPDATE, r"master.*attention")
+@mutation(OURS + ": the heads of attention are one matrix", "muon", UPDATE, r"master.*attention")
 def heads_as_one(bug: Seams) -> None:
     bug.around(
         muon, "logical_matrices", lambda original, name, shape, model, by_head: original(name, shape, model, False)
@@ -129,7 +134,7 @@ def momentum_of_the_neighbour(bug: Seams) -> None:
     bug.around(Zero, "finish_load", finish)
 
 
-@mutation("NVIDIA/Megatron-LM's clip_qk: heads of MTP are not clipped", "muon scores", UPDATE, r"master.*mtp")
+@mutation(OURS + ": heads of MTP are not clipped", "muon scores", UPDATE, r"master.*mtp")
 def mtp_is_not_clipped(bug: Seams) -> None:
     bug.around(
         QKClip, "factors",
