@@ -725,7 +725,7 @@ class Profile:
     """Where the time of a step goes, by torch's profiler: a trace for Perfetto and a table of the ten largest (train/docs/slow.md)."""
 
     steps: list[int] = field(default_factory=list)
-    """First and last step that are watched, such as [10,12]; none for no profile. mode=dry_run watches as many after those that it times."""
+    """First and last step that are watched, such as [10,12]; none for no profile."""
     ranks: list[int] = field(default_factory=lambda: [0])
     """Which ranks are watched."""
 

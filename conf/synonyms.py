@@ -105,7 +105,7 @@ OWN_KEYS: dict[str, tuple[Mode, ...]] = {
     "plan.search": (Mode.plan,),
     "plan.tokens": (Mode.plan,),
     "plan.write": (Mode.plan,),
-    "profile": (Mode.train, Mode.dry_run),
+    "profile": (Mode.train,),
     "prove": (Mode.prove,),
 }
 """A key, or a section of them, and the modes that read it: said to another, it would do nothing without a word."""

@@ -66,6 +66,18 @@ def test_cleaning_shows_first_and_then_frees_what_a_run_can_do_without(runs, cap
     assert sorted(listed(runs, capsys)) == ["sweep/0"]
 
 
+@pytest.mark.parametrize("every, stay", [(2, True), (4, False), (None, True)])
+def test_checkpoints_that_are_to_stay_for_good_stay(runs, capsys, every, stay):
+    """None: the settings cannot be read, and nobody knows."""
+    config = runs / "done" / "config.yaml"
+    text = "checkpoint: [" if every is None else config.read_text().replace("keep_every: 0", f"keep_every: {every}")
+    config.write_text(text)
+    assert every is None or f"keep_every: {every}" in text
+    assert main(["clean", f"runs={runs}", "--yes"]) == EXIT_OK
+    assert (runs / "done/checkpoints/step_00000002").is_dir() == stay
+    assert (runs / "done/checkpoints/step_00000004").is_dir()
+
+
 def test_a_run_that_trains_is_named_and_left_alone(runs, capsys):
     with (runs / "empty" / ".lock").open("w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)

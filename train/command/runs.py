@@ -1,7 +1,7 @@
 """`sluice runs [runs=FOLDER] [--json]`: the runs of a folder; `sluice runs clean [NAME ...] [--yes]`: what of them can go.
 
 Cleaning shows first what it would free, and does it with --yes. Without names it takes, of runs that nobody trains now, all checkpoints but
-the newest sound one, and runs that never made a step; with names, those runs as a whole.
+the newest sound one and those of checkpoint.keep_every, and runs that never made a step; with names, those runs as a whole.
 """
 
 import fcntl
@@ -13,6 +13,7 @@ import time
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import yaml
 from rich.table import Table
@@ -91,10 +92,7 @@ def summaries(folder: Path) -> Iterator[RunSummary]:
 
 
 def _summary(folder: Path, run: Path) -> RunSummary:
-    try:
-        steps = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))["steps"]
-    except (OSError, ValueError, TypeError, KeyError, RecursionError, yaml.YAMLError):
-        steps = None  # the runs beside it are shown all the same
+    steps = _setting(run, "steps")
     last = _last_record(run / METRICS_FILE)
     step, saved = last.get("step", 0), any((run / "checkpoints").glob(STEP_FOLDERS))
     if is_held(run):
@@ -109,6 +107,17 @@ def _summary(folder: Path, run: Path) -> RunSummary:
     known = steps if isinstance(steps, int) else None
     age = max(0.0, time.time() - latest)
     return RunSummary(run.relative_to(folder).as_posix(), state, step, known, last.get("loss"), age, disk_bytes(run))
+
+
+def _setting(run: Path, *keys: str) -> Any:
+    """A value of a run's config.yaml; None where that cannot be read, as the runs beside it are shown all the same."""
+    try:
+        value = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
+        for key in keys:
+            value = value[key]
+    except (OSError, ValueError, TypeError, KeyError, RecursionError, yaml.YAMLError):
+        return None
+    return value
 
 
 def _last_record(file: Path) -> dict:
@@ -190,6 +199,12 @@ def _superfluous(folder: Path, runs: Iterable[RunSummary]) -> Iterator[Path]:
         if run.state == "empty":
             yield path
         elif run.state in ("stopped", "done") and not is_held(path):
-            newest = newest_intact(path / "checkpoints", full=True).path
-            if newest is not None:
-                yield from (other for other in sorted((path / "checkpoints").glob(STEP_FOLDERS)) if other != newest)
+            newest, every = (
+                newest_intact(path / "checkpoints", full=True).path,
+                _setting(path, "checkpoint", "keep_every"),
+            )
+            if newest is None or not isinstance(every, int):
+                continue  # without its settings nobody knows which are to stay
+            for other in sorted((path / "checkpoints").glob(STEP_FOLDERS)):
+                if other != newest and not (every and int(other.name.removeprefix("step_")) % every == 0):
+                    yield other
