@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer as Backend
 from tokenizers import decoders, models, pre_tokenizers, trainers
@@ -74,6 +74,7 @@ def gpt2_like() -> str:
 @pytest.mark.parametrize("trained", [TRAINED, gpt2_like()])
 @settings(max_examples=300, deadline=None)
 @given(WORDS)
+@example("expert " * 4 + "expert\n\n    expert\n\n    load\n\n    expert ")
 def test_the_parts_of_a_text_have_the_tokens_of_the_whole(trained, text):
     tokenizer = Tokenizer(trained)
     parts = list(in_parts(text, limit=60))

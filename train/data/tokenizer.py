@@ -183,7 +183,7 @@ def named_token(path: Path, key: str, field: str, cure: str) -> str | None:
 def in_parts(text: str, limit: int = PART) -> Iterator[str]:
     """The text in parts of at most `limit` characters, so that its encoding takes bounded memory: 150 bytes a character.
 
-    A part ends where every usual way of cutting text into words cuts too: after a line end before a word, before a single
+    A part ends where every usual way of cutting text into words cuts too: after a line end before a word, before the last
     space between words, before punctuation after a word. Then the parts have the tokens of the whole. Where the second half
     of a part has no such place, the part ends at the limit, and the tokens around that place may be others.
     """
@@ -203,7 +203,7 @@ def _end_of_part(text: str, first: int, last: int) -> int:
     if at > 0:
         return at + 1
     at = text.rfind(" ", first, last)
-    while at > 0 and not (text[at - 1].isalnum() and text[at + 1].isalnum()):
+    while at > 0 and not _is_between_words(text, at):
         at = text.rfind(" ", first, at)
     if at > 0:
         return at
@@ -211,6 +211,14 @@ def _end_of_part(text: str, first: int, last: int) -> int:
         if text[at - 1].isalnum() and text[at] not in "'\u2019" and unicodedata.category(text[at])[0] in "PS":
             return at
     return last
+
+
+def _is_between_words(text: str, at: int) -> bool:
+    """Whether a space is a good place: the only one between two words, or the last one before a word of letters. Digits, kanji and kana
+    are cut out first by some ways, and then all spaces before them stay together.
+    """
+    before, behind = text[at - 1], text[at + 1]
+    return behind.isalnum() if before.isalnum() else before.isspace() and behind.isalpha() and ord(behind) < 0x3040
 
 
 def train_bpe(texts: Iterable[str], vocab_size: int) -> str:
