@@ -203,6 +203,7 @@ def table_lines(rows: Sequence[dict[str, Any]]) -> list[str]:
     """The table for a terminal."""
     lines = [f"  {'part':18}{'operation':44}{'calls':>8}{'ms':>10}{'share':>8}"]
     for row in rows:
-        name = row["operation"] if len(row["operation"]) <= 42 else row["operation"][:41] + "…"
-        lines.append(f"  {row['part']:18}{name:44}{row['calls']:8.0f}{1e3 * row['seconds']:10.2f}{row['share']:8.1%}")
+        lines.append(
+            f"  {row['part']:18}{row['operation']:44.42}{row['calls']:8.0f}{1e3 * row['seconds']:10.2f}{row['share']:8.1%}"
+        )
     return lines
