@@ -1,11 +1,17 @@
 """Step times: schedules beside their formulas, lanes by hand, volumes and FLOPs beside their own counts."""
 
+from dataclasses import replace
+from types import SimpleNamespace
+
 import pytest
+import torch
 
 from conf.load import compose
 from conf.pipeline_schedules import SCHEDULES, ActionSeconds
 from conf.schema import Rate
 from parallel.pipeline.orders import Action
+from train.kernels.choice import build_kernels
+from train.kernels.precision import build_precision
 from train.model.count import flops_per_token
 from train.parallelize import build_chunks
 from train.plan.job import layout_of
@@ -14,6 +20,7 @@ from train.plan.time.rates import Rates, load_rates
 from train.plan.time.stages import Stages
 from train.plan.time.step_time import plan_time
 from train.plan.time.update import count_weights, update_time
+from train.plan.time.work import Work
 
 V3 = ("conf=deepseek_v3", "data.path=none", "parallel=single", "hardware=h800", "parallel.dispatch=deepep",
       "parallel.wire=fp8", "optim.batch_ramp_start=null", "optim.batch_ramp_steps=0")  # fmt: skip
@@ -95,13 +102,6 @@ def test_overlap_and_the_fp8_wire_save_time():
 def test_weights_of_a_rank_are_those_that_it_builds():
     config = compose("model.dense_layers=1", "parallel.pp=2", "parallel.dp=2", "parallel.ep=2", "micro_batch_size=2",
                      "parallel.schedule=dualpipev", "hardware=h800")  # fmt: skip
-    from types import SimpleNamespace
-
-    import torch
-
-    from train.kernels.choice import build_kernels
-    from train.kernels.precision import build_precision
-
     layout = layout_of(config)
     for pp_rank in range(2):
         mesh = SimpleNamespace(layout=layout, pp_rank=pp_rank, ep_rank=0)
@@ -112,6 +112,48 @@ def test_weights_of_a_rank_are_those_that_it_builds():
         stages = Stages(config, layout, Rates({}, ""))
         held = count_weights(config, stages.layers, ids, count - 1)
         assert held.experts == experts and held.dense == sum(param.numel() for param in params) - experts
+
+
+def test_matrices_that_are_made_orthogonal_are_those_of_the_rule():
+    config = compose(
+        "conf=tiny", "optim=muon", "parallel.pp=2", "parallel.dp=2", "parallel.ep=2", "mode=plan", "hardware=h800"
+    )
+    layout = layout_of(config)
+    precision = build_precision(config.precision, torch.device("cpu"), build_kernels("cpu"))
+    for pp_rank in range(2):
+        mesh = SimpleNamespace(layout=layout, pp_rank=pp_rank, ep_rank=0)
+        chunks, ids, count = build_chunks(config, mesh, torch.device("cpu"), None, precision)
+        params = [(name, param) for chunk in chunks for name, param in chunk.named_parameters()]
+        whole = [one for one in params if config.optim.facts.choose_rule(one[0], one[1].dim()).is_whole]
+        stages = Stages(config, layout, Rates({}, ""))
+        dense, experts = count_weights(config, stages.layers, ids, count - 1).orthogonal
+        assert experts.elements == sum(param.numel() for name, param in whole if ".experts." in name)
+        assert dense.elements == sum(param.numel() for name, param in whole) - experts.elements
+        w1 = 5 * (4 * 128 * 128 * 256 + 2 * 128**3)  # and w3 and w2, which has as many operations
+        assert experts.largest == w1 and experts.flops == 3 * w1 * experts.elements / (3 * 128 * 256)
+
+
+def test_time_to_make_matrices_orthogonal():
+    """One rank: the products alone. Two: half of them, or the way there and back where that takes longer."""
+    plain, muon = (
+        compose("conf=tiny", f"optim={name}", "mode=plan", "hardware=h800", "parallel.dp=2")
+        for name in ("adamw", "muon")
+    )
+    rates, layout = load_rates(muon, alone=False), layout_of(muon)
+    held = count_weights(muon, [range(4)], [0], 0)
+    before, after = (
+        update_time(one, layout, rates, held if one is muon else replace(held, orthogonal=())) for one in (plain, muon)
+    )
+    both = 0.0
+    for one in held.orthogonal:
+        moved = 2 * 4 * one.elements / 4
+        both += max(
+            rates.of(Work("fprop_bf16", max(1.05 * one.flops / 2, one.largest))),
+            rates.of(Work("all_to_all_inside", bytes=moved)),
+        )
+    less_state = update_time(muon, layout, rates, replace(held, orthogonal=())).optimizer
+    assert after.optimizer - less_state == pytest.approx(both) and both > 0
+    assert less_state <= before.optimizer
 
 
 def test_a_ring_over_nodes_brings_the_adapters_of_all_its_ranks():

@@ -25,8 +25,11 @@ FP32_BYTES = 4
 @dataclass(frozen=True)
 class Weight:
     name: str
-    dims: int
-    elements: int
+    shape: tuple[int, ...]
+
+    @property
+    def elements(self) -> int:
+        return math.prod(self.shape)
 
     @property
     def is_expert(self) -> bool:
@@ -51,7 +54,7 @@ def part_weights(model: Frozen[Model], part: str, local_experts: int) -> tuple[W
         device="meta",
     )
     return tuple(
-        Weight(name, param.dim(), param.numel())
+        Weight(name, tuple(param.shape))
         for name, param in chunk.named_parameters()
         if part == "embedding" or not name.startswith("embedding")
     )
@@ -100,7 +103,7 @@ def shards(config: Config, weights: Sequence[Weight]) -> list[Shards]:
     parallel, facts = config.parallel, config.optim.facts
     kinds = {(experts, rule): [] for experts in (False, True) for rule in facts.rules}
     for weight in weights:
-        kinds[weight.is_expert, facts.choose_rule(weight.name, weight.dims)].append(weight)
+        kinds[weight.is_expert, facts.choose_rule(weight.name, len(weight.shape))].append(weight)
     ranks = parallel.stage_ranks, parallel.stage_ranks // parallel.ep
     return [Shards(found, ranks[experts], rule) for (experts, rule), found in kinds.items() if found]
 

@@ -6,7 +6,8 @@ format. Dense weights are shared by all ranks of a stage, experts by the ranks w
 it runs beside a pipeline's work. At stage 3 the gathers and the reduction happen in every micro-batch instead, and
 what is left is the update.
 
-With the optimizer on the host, the shard's gradients go there over the device's link and its rounded weights come back; the update
+An optimizer that makes matrices orthogonal does so behind its pass over the shard: matrices travel to their owners and back while others are
+computed (parallel/owners.py), so that the longer of the two counts. With the optimizer on the host, the shard's gradients go there over the device's link and its rounded weights come back; the update
 itself is bound by the memory of the host's processors.
 """
 
@@ -14,7 +15,13 @@ from dataclasses import dataclass
 
 from conf.schema import Config
 from parallel.mesh import Layout
+from parallel.owners import KEEPS
 from train.model.count import count
+from train.optim.matrices import logical_matrices
+from train.optim.newton_schulz import products
+from train.plan.job import device_kind
+from train.plan.memory.part import Frozen
+from train.plan.memory.rank_weights import part_weights
 from train.plan.time.rates import Rates
 from train.plan.time.work import Work
 
@@ -44,6 +51,18 @@ class WeightCounts:
 
     dense: float
     experts: float
+    orthogonal: tuple["Orthogonal", ...] = ()
+    """What is made orthogonal of the two, where the optimizer does that."""
+
+
+@dataclass(frozen=True)
+class Orthogonal:
+    """Matrices that an optimizer makes orthogonal, each on one of the ranks that share it."""
+
+    elements: float
+    flops: float
+    largest: float
+    """Operations of the dearest matrix."""
 
 
 def count_weights(config: Config, layers: list[range], stage_ids: list[int], last: int) -> WeightCounts:
@@ -63,7 +82,42 @@ def count_weights(config: Config, layers: list[range], stage_ids: list[int], las
         experts += modules * per_layer
     if 0 in stage_ids or modules:  # one table where first and last stage share a rank
         dense += counts.embedding
-    return WeightCounts(dense, experts / parallel.ep)
+    return WeightCounts(dense, experts / parallel.ep, _orthogonal(config, layers, stage_ids, last))
+
+
+def _orthogonal(config: Config, layers: list[range], stage_ids: list[int], last: int) -> tuple[Orthogonal, ...]:
+    """Of the weights that all ranks of a stage share, and of the experts of one rank."""
+    if not config.optim.facts.matrices.is_whole:
+        return ()
+    model, share = Frozen(config.model), config.model.experts // config.parallel.ep
+    blocks = ["dense" if i < config.model.dense_layers else "moe" for stage in stage_ids for i in layers[stage]]
+    found: dict[bool, list[tuple[int, list[float]]]] = {False: [], True: []}
+    for part in [*blocks, *["end"] * (last in stage_ids)]:
+        for weight in part_weights(model, part, share):
+            if config.optim.facts.choose_rule(weight.name, len(weight.shape)).is_whole:
+                matrices = logical_matrices(weight.name, weight.shape, config.model, config.optim.muon.by_head)
+                costs = [products(*one.shape, config.optim.muon.iteration) for one in matrices]
+                found[weight.is_expert].append((weight.elements, costs))
+    return tuple(
+        Orthogonal(
+            sum(elements for elements, _ in weights),
+            sum(sum(costs) for _, costs in weights),
+            max((max(costs) for _, costs in weights), default=0.0),
+        )
+        for weights in found.values()
+    )
+
+
+def _orthogonal_time(config: Config, rates: Rates, held: WeightCounts, groups: list[tuple[float, int, int]]) -> float:
+    """Seconds to make matrices orthogonal on their owners, beside which others travel there and back in fp32."""
+    seconds = 0.0
+    form = "bf16" if device_kind(config) == "cuda" else "fp32"
+    for one, (_, group, per_node) in zip(held.orthogonal, groups, strict=False):
+        busiest = max(KEEPS * one.flops / group, one.largest)
+        products_time = rates.of(Work(f"fprop_{form}", busiest))
+        moved = 2 * 4 * one.elements * (group - 1) / group**2
+        seconds += max(products_time, _collective("all_to_all", rates, moved, group, per_node) if group > 1 else 0.0)
+    return seconds
 
 
 def ring_bandwidth_share(group: int, per_node: int) -> tuple[str, float]:
@@ -95,14 +149,17 @@ def update_time(config: Config, layout: Layout, rates: Rates, held: WeightCounts
     update = Work(
         "optimizer", bytes=shard * config.optim.facts.count_update_bytes(config.precision.moment_bytes, element)
     )
+    orthogonal = _orthogonal_time(config, rates, held, groups)
     factor = rates.factor("update")
     if config.parallel.offload_optimizer:
         out, back = (to_host(config, rates, shard * size) for size in (4, element))
         there = "optimizer" if config.hardware.device == "cpu" else "host_memory"
         on_host = Work(there, bytes=update.bytes + shard * NORM_BYTES)
-        return UpdateTime(reduce + factor * rates.of(passes[0]) + out, factor * rates.of(on_host) + back, gather)
+        return UpdateTime(
+            reduce + factor * rates.of(passes[0]) + out, factor * rates.of(on_host) + orthogonal + back, gather
+        )
     own = factor * rates.of(passes[0]), factor * (rates.of(passes[1]) + rates.of(update))
-    return UpdateTime(reduce + own[0], own[1], gather)
+    return UpdateTime(reduce + own[0], own[1] + orthogonal, gather)
 
 
 def to_host(config: Config, rates: Rates, moved: float) -> float:
