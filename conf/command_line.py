@@ -26,6 +26,7 @@ from omegaconf.errors import ConfigAttributeError, ConfigKeyError, OmegaConfBase
 from conf.errors import UserError
 from conf.fields import wrong_choice
 from conf.keys import attribute_meanings, dotted_keys, kinds, type_of
+from conf.optimizers import OPTIMIZERS
 from conf.removed_keys import REMOVED_KEYS
 from conf.schema import ROOT, Config, Mode
 from conf.synonyms import KEYS, OWN_KEYS, VALUES
@@ -255,9 +256,8 @@ def _wrong_option(group: str, value: Any, groups: dict[str, list[str]]) -> UserE
         if first and not first.metadata.get("choices") and first.name != "name"
         else ""
     )
-    return wrong_choice(
-        group, _plain(value), groups[group], f"take one of them{single}; {OF_YOUR_OWN.format(group=group)}"
-    )
+    choices = [*groups[group], *(OPTIMIZERS if group == "optim" else ())]  # optim=muon is short for optim.name=muon
+    return wrong_choice(group, _plain(value), choices, f"take one of them{single}; {OF_YOUR_OWN.format(group=group)}")
 
 
 def _unknown_key(key: str, text: str, groups: dict[str, list[str]]) -> UserError:

@@ -129,6 +129,7 @@ def write_config(config: Config, path: str) -> None:
 
 def compose(*overrides: str) -> Config:
     """Checked configuration for these words of a command line. Raises UserError for what is mistyped or does not fit together."""
+    overrides = tuple(map(_reworded, overrides))
     with explained(overrides):
         node = compose_node(*overrides)
         return to_config(over_run_settings(node, list(overrides), list(node.hydra.runtime.choices)))

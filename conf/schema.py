@@ -261,10 +261,10 @@ class MuonOptim:
 class Optim:
     """The optimizer and everything that changes over the run (paper 4.2)."""
 
-    name: OptimizerName = OptimizerName[ADAMW]
-    """What updates the weights. A checkpoint goes on with the optimizer that wrote it."""
     lr: float = number(2.2e-4, above=0)
     """Peak learning rate."""
+    name: OptimizerName = OptimizerName[ADAMW]
+    """What updates the weights; `optim=muon` is short for it. A checkpoint goes on with the optimizer that wrote it."""
     warmup_steps: int = number(2000, least=0)
     """Steps of linear warm-up from 0."""
     lr_schedule: list[Phase] = field(default_factory=lambda: [Phase()])

@@ -6,8 +6,10 @@ small singular value by up to 3.4^5 = 485 in its five steps. A matrix that is cu
 
 import pytest
 
+from conf.errors import UserError
+from conf.load import compose
 from tests.layouts import run_layout
-from tests.small import metrics
+from tests.small import MODEL, metrics, train
 
 STEPS = 4
 BASE = [
@@ -52,3 +54,36 @@ def test_layout_equals_one_process(reference, name):
     world, overrides = LAYOUTS[name]
     run_layout(reference, name, world, *BASE, *overrides)
     assert_same(reference, name)
+
+
+def test_a_run_goes_on_in_another_layout(reference):
+    start = reference / "runs" / "one" / "checkpoints" / "step_00000002"
+    run_layout(reference, "moved", 2, *BASE, "parallel.cp=2", "parallel.zero=3", f"resume={start}")
+    assert_same(reference, "moved", first=3)
+
+
+@pytest.mark.parametrize(
+    "words, said",
+    [
+        (["optim.muon.momentum=0.9", "optim.muon.by_head=false"], "optim.muon.momentum, optim.muon.by_head"),
+        (["optim=muon", "optim.muon.iteration=cubic"], "quintic, polar_express, deepseek_v4"),
+        (["optim=moun"], "optim"),
+        (["optim=muon", "optim.qk_clip=0"], "above 0"),
+        (["optim=muon", "optim.muon.momentum=1"], "below 1"),
+    ],
+    ids=lambda given: " ".join(given) if isinstance(given, list) else "",
+)
+def test_words_that_do_not_fit_are_named_before_the_start(words, said):
+    with pytest.raises(UserError) as error:
+        compose(*words)
+    assert said in str(error.value)
+
+
+def test_a_plan_says_what_one_matrix_is(tmp_path):
+    done = train(tmp_path, "mode=plan", "optim=muon", "hardware=h800")
+    assert done.returncode == 0, done.stderr
+    said = " ".join(done.stdout.split())
+    heads, nope, rope = MODEL["heads"], MODEL["nope_head_dim"], MODEL["rope_head_dim"]
+    assert f"attention.q_up {heads} of {nope + rope} x {MODEL['q_rank']}" in said
+    assert f"moe.experts.w13 {2 * MODEL['experts']} of {MODEL['expert_width']} x {MODEL['hidden']}" in said
+    assert "projection 1 of" in said and "router" not in said.split("Matrices")[1].split("Experts")[0]

@@ -233,7 +233,7 @@ class CpuEngine:
 
     def _swiglu(self, h_P2F: Tensor, gates_P: Tensor, rule: OperandRule) -> Any:
         if rule.format is None or rule.granularity != "1x128":
-            return self._tensor(swiglu.forward(h_P2F, gates_P), rule)
+            return self.operand(swiglu.forward(h_P2F, gates_P), rule)
         parts = zip(swiglu.chunks(h_P2F), swiglu.chunks(gates_P, h_P2F), strict=True)
         return torch.cat([self._tensor(swiglu.forward(h, gates), rule) for h, gates in parts])
 

@@ -1,14 +1,20 @@
 """What a person reads in the terminal: the verdict first."""
 
+import re
+from collections import Counter
 from pathlib import Path
 
 from rich.console import Console
 
+from conf.schema import Config
 from conf.screen import Terminal
 from train.metrics.planned import PLAN_FILE
 from train.metrics.quantities import amount, gib, length_of_run, seconds, share
 from train.metrics.screens import GOOD, WARN, show
+from train.optim.matrices import logical_matrices
 from train.plan.budget import RunPlan, Verdict
+from train.plan.memory.part import Frozen
+from train.plan.memory.rank_weights import part_weights
 from train.plan.report.plan_page import PLAN_PAGE
 from train.plan.report.plan_record import layout_words, reserve_words, split_words, verdict
 from train.plan.search.cures import Cure, FasterSplit
@@ -48,6 +54,7 @@ def plan_screen(
             f"{seconds(step.step_seconds)}: pipeline {seconds(step.pipeline_seconds)} with {share(step.bubble_share)} bubble, "
             f"reduction {seconds(update.reduce)}, optimizer {seconds(update.optimizer)}, gather {seconds(update.gather)}",
         ),
+        *([("Matrices", _matrices(config))] if config.optim.facts.matrices.is_whole else []),
         ("Experts", _exchange(plan)),
         ("Speed", _speed(plan)),
         ("Run", _run(plan)),
@@ -88,6 +95,21 @@ def cure_words(cure: Cure, plan: RunPlan) -> str:
     slower = cure.step_seconds / plan.step.step_seconds - 1
     more = f" on {cure.devices} devices" if cure.devices != plan.config.parallel.world else ""
     return f"{' '.join(cure.overrides)}{more}: {gib(cure.room_bytes)} to spare, {100 * slower:+.1f} % time a step"
+
+
+def _matrices(config: Config) -> str:
+    """What the optimizer makes orthogonal by itself, of a weight of each kind: how many, and their rows and columns."""
+    found: dict[str, Counter[tuple[int, int]]] = {}
+    for part in ("dense", "moe", *["end"] * (config.model.mtp_depth > 0)):
+        for weight in part_weights(Frozen(config.model), part, config.model.experts):
+            if config.optim.facts.choose_rule(weight.name, len(weight.shape)).is_whole:
+                kind = re.sub(r"^(layers|mtp)\.\d+\.(block\.)?|\.weight$", "", weight.name)
+                matrices = logical_matrices(weight.name, weight.shape, config.model, config.optim.muon.by_head)
+                found[kind] = Counter(one.shape for one in matrices)
+    return ", ".join(
+        f"{kind} {' and '.join(f'{count} of {rows} x {columns}' for (rows, columns), count in shapes.items())}"
+        for kind, shapes in found.items()
+    )
 
 
 def _exchange(plan: RunPlan) -> str:

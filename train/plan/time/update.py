@@ -86,7 +86,7 @@ def count_weights(config: Config, layers: list[range], stage_ids: list[int], las
 
 
 def _orthogonal(config: Config, layers: list[range], stage_ids: list[int], last: int) -> tuple[Orthogonal, ...]:
-    """Of the weights that all ranks of a stage share, and of the experts of one rank."""
+    """What is made orthogonal of the weights that all ranks of a stage share, and of the experts of one rank."""
     if not config.optim.facts.matrices.is_whole:
         return ()
     model, share = Frozen(config.model), config.model.experts // config.parallel.ep
