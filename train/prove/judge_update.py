@@ -14,7 +14,7 @@ from conf.errors import UserError
 from conf.schema import Config
 from parallel.shard import whole
 from train.checkpoint.read_shards import load
-from train.prove import reference
+from train.prove import reference, reference_muon
 from train.prove.bounds import UNIT, Bound, averaged
 from train.prove.comparisons import Comparisons
 from train.prove.evidence import Evidence
@@ -131,7 +131,7 @@ class UpdateJudge(Comparisons):
         found: State = {}
         for rank in ranks:
             for name, scores_H in rank.of_kind("scores"):
-                found |= reference.qk_factors(self.config, name, scores_H)
+                found |= reference_muon.qk_factors(self.config, name, scores_H)
         return found
 
     def _judge_skip(self, ranks: list[Evidence], before: State, plan: reference.PlainPlan) -> State:

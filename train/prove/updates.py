@@ -9,7 +9,7 @@ from torch import Tensor
 
 from conf.optimizers import ADAMW, MUON
 from conf.schema import Config
-from train.prove import reference
+from train.prove import reference, reference_muon
 from train.prove.bounds import UNIT
 
 STEP_ROUNDINGS = 8
@@ -73,7 +73,7 @@ def size_adamw_roundings(
 
 def make_muon(one: WeightUpdate, weight: Tensor, gradient: Tensor, momentum: Tensor) -> tuple[Tensor, ...]:
     """By the reference."""
-    return reference.muon(one.config, one.name, one.lr, weight, gradient, momentum)
+    return reference_muon.muon(one.config, one.name, one.lr, weight, gradient, momentum)
 
 
 def size_muon_roundings(
@@ -85,10 +85,10 @@ def size_muon_roundings(
     (weight, momentum), unit, muon = before, UNIT["fp32"], one.config.optim.muon
     terms = muon.momentum * momentum.abs() + gradient.abs()
     moved, ahead = torch.empty_like(weight), gradient + muon.momentum * new[1]
-    matrices = (reference.split_matrices(one.config, one.name, each) for each in (moved, ahead))
+    matrices = (reference_muon.split_matrices(one.config, one.name, each) for each in (moved, ahead))
     for size, matrix in zip(*matrices, strict=True):
         singular = torch.linalg.svdvals(matrix / matrix.norm().clamp_min(1e-300))
-        steps = reference.NEWTON_SCHULZ[muon.iteration]
+        steps = reference_muon.NEWTON_SCHULZ[muon.iteration]
         slope = max(_slope(float(value), steps) for value in (singular[0], singular[-1]))
         size.fill_(one.lr * 0.2 * max(matrix.shape) ** 0.5 * NEWTON_SCHULZ_ROUNDINGS * len(steps) * slope)
     return [unit * (torch.maximum(weight.abs(), new[0].abs()) + moved), unit * terms]
