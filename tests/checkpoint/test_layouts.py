@@ -24,7 +24,7 @@ torch.set_num_threads(1)
 
 def small_blocks(patch: pytest.MonkeyPatch) -> None:
     """Blocks of 64 bytes and buffers of 100, so that small tensors cross their borders."""
-    for module in ("manifest", "stage", "load"):
+    for module in ("manifest", "staging", "read_shards"):
         patch.setattr(f"train.checkpoint.{module}.CRC_BLOCK", 64)
     patch.setattr(THRESHOLDS, "staging_bytes", 100)
 
