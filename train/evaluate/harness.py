@@ -158,10 +158,11 @@ class Harness(TemplateLM):
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
         """How each context goes on, up to its first stop word."""
         texts: list[str] = [""] * len(requests)
-        for settings in {repr(request.arguments[1]): request.arguments[1] for request in requests}.values():
-            places = [place for place, request in enumerate(requests) if request.arguments[1] == settings]
+        asked: list[tuple[Any, ...]] = [request.args for request in requests]  # context and settings
+        for settings in {repr(one[1]): one[1] for one in asked}.values():
+            places = [place for place, one in enumerate(asked) if one[1] == settings]
             for batch in _cut(places, self._rows):
-                contexts = [requests[place].arguments[0] for place in batch]
+                contexts = [asked[place][0] for place in batch]
                 for place, text in zip(batch, self._generate(contexts, settings), strict=True):
                     texts[place] = text
         return texts
