@@ -64,6 +64,7 @@ class Interrupts:
 
     def __exit__(self, kind: type[BaseException] | None, error: object, trace: object) -> bool:
         self._ended = True
+        signal.setitimer(signal.ITIMER_REAL, 0)  # at the end of Python nobody handles SIGALRM, and it would kill
         if interrupted := kind is KeyboardInterrupt:
             os.write(2, f"{NOTHING_STARTED}\n".encode())
         return interrupted
@@ -83,6 +84,8 @@ class Interrupts:
     def _dropped(self, found: Any) -> None:
         """An error where nobody can catch one."""
         if isinstance(found.exc_value, KeyboardInterrupt):
+            if self._ended:
+                return
             signal.signal(signal.SIGALRM, interrupt)
             signal.setitimer(signal.ITIMER_REAL, RAISE_AGAIN_S)
         else:

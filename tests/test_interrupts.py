@@ -95,10 +95,25 @@ def test_twice_while_it_trains_and_saves_it_ends_at_once_and_nothing_is_lost(tmp
 
 @pytest.mark.slow
 def test_other_modes_end_with_130(tmp_path):
-    run = start(tmp_path, "mode=plan", "plan.search=true", "plan.devices=64", "hardware=h800")
+    run = start(tmp_path, "mode=plan", "plan.search=true", "plan.devices=64", "batch_size=256", "hardware=h800")
     time.sleep(3)
     os.killpg(run.pid, signal.SIGINT)
     assert "stopped by Ctrl-C" in ended(run, (EXIT_INTERRUPTED, EXIT_OK)) or run.returncode == EXIT_OK
+
+
+def test_one_that_waits_for_the_end_of_an_import_does_not_outlive_the_command(tmp_path):
+    """An alarm that nobody handles any more would kill the process, whatever its exit code."""
+    code = (
+        "import signal, time\n"
+        "from cluster.interrupts import Interrupts, interrupt\n"
+        "with Interrupts():\n"
+        "    signal.signal(signal.SIGALRM, interrupt)\n"
+        "    signal.setitimer(signal.ITIMER_REAL, 0.2)\n"
+        "signal.signal(signal.SIGALRM, signal.SIG_DFL)\n"
+        "time.sleep(0.5)\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment(), timeout=60)
+    assert done.returncode == 0
 
 
 def test_before_the_first_step_a_signal_ends_a_run_at_once_and_later_after_the_step():

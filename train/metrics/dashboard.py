@@ -44,6 +44,8 @@ SECTIONS: dict[str, tuple[Panel, ...]] = {
         Panel("What is minimised: next token, weighted MTP and balance", "nats per token", ("loss",)),
         Panel("Weights of the other losses", "1", ("mtp_weight", "balance_loss")),
         Panel("Updates skipped", "steps", ("skipped_steps",)),
+        Panel("Largest attention score, where optim.qk_clip watches them", "1", ("attention_score_max",)),
+        Panel("Heads whose scores were above optim.qk_clip", "heads", ("heads_clipped",)),
     ),
     "Balance of experts": (
         Panel("Experts by load, in fair shares (heat map)", "experts", ("load",)),
