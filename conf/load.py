@@ -6,6 +6,7 @@ would be a group, and a folder of runs would hide the key `runs`.
 
 import os
 import sys
+import tempfile
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -77,7 +78,7 @@ class _Primary(Config):
         default_factory=lambda: {
             "output_subdir": None,
             "run": {"dir": "."},
-            "sweep": {"dir": ".", "subdir": "."},
+            "sweep": {"dir": "${scratch:}", "subdir": "."},
             "job": {"name": "train", "chdir": False},
         }
     )
@@ -212,7 +213,9 @@ def run(job: Callable[[list[Config]], int]) -> int:
 
     try:
         try:
-            collect()
+            with tempfile.TemporaryDirectory() as scratch:  # takes Hydra's own note of a sweep
+                OmegaConf.register_new_resolver("scratch", lambda: scratch, replace=True)
+                collect()
         except (UserError, HydraException, OmegaConfBaseException):
             raise
         except AssertionError as error:
