@@ -115,36 +115,36 @@ def embedding_without_decay(bug: Seams) -> None:
     "master|moments",
 )
 def decay_in_the_gradient(bug: Seams) -> None:
-    def fused(original, weight, grad, exp_avg, exp_avg_sq, group, step):
-        original(
-            weight, grad + group["weight_decay"] * weight, exp_avg, exp_avg_sq, group | {"weight_decay": 0.0}, step
-        )
+    def fused(original, operands, group, step):
+        weight, grad, *moments = operands
+        decayed = grad + group["weight_decay"] * weight
+        original([weight, decayed, *moments], group | {"weight_decay": 0.0}, step)
 
     bug.around(adamw, "_fused", fused)
 
 
 @mutation("huggingface/transformers#14539: decay of the weights after their update", "loud", UPDATE, "master")
 def decay_after_the_update(bug: Seams) -> None:
-    def fused(original, weight, grad, exp_avg, exp_avg_sq, group, step):
-        original(weight, grad, exp_avg, exp_avg_sq, group | {"weight_decay": 0.0}, step)
-        weight.mul_(1 - group["lr"] * group["weight_decay"])
+    def fused(original, operands, group, step):
+        original(operands, group | {"weight_decay": 0.0}, step)
+        operands[0].mul_(1 - group["lr"] * group["weight_decay"])
 
     bug.around(adamw, "_fused", fused)
 
 
 @mutation(OURS + ": decay does not follow the rate", "copies", UPDATE, "master")
 def decay_without_the_rate(bug: Seams) -> None:
-    def fused(original, weight, grad, exp_avg, exp_avg_sq, group, step):
+    def fused(original, operands, group, step):
         decay = group["weight_decay"] * 2e-3 / max(group["lr"], 1e-12)
-        original(weight, grad, exp_avg, exp_avg_sq, group | {"weight_decay": decay}, step)
+        original(operands, group | {"weight_decay": decay}, step)
 
     bug.around(adamw, "_fused", fused)
 
 
 @mutation(OURS + ": the two betas change places", "copies", UPDATE, "moments|master")
 def betas_change_places(bug: Seams) -> None:
-    def fused(original, weight, grad, exp_avg, exp_avg_sq, group, step):
-        original(weight, grad, exp_avg, exp_avg_sq, group | {"betas": group["betas"][::-1]}, step)
+    def fused(original, operands, group, step):
+        original(operands, group | {"betas": group["betas"][::-1]}, step)
 
     bug.around(adamw, "_fused", fused)
 

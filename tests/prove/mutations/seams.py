@@ -22,10 +22,14 @@ class Seams:
         """Those of them that were called since. A plain value is not called, and counts as one that ran."""
 
     def around(self, owner: object, name: str, wrapper: Callable) -> None:
-        """Replace owner.name, a function, a method or a property, by wrapper(original, *arguments)."""
+        """Replace owner.name, a function, a method or a property, by wrapper(original, *arguments).
+
+        Raises TypeError where the wrapper does not take what the original takes: it would fail, and not be wrong.
+        """
         held = inspect.getattr_static(owner, name)
         place = self._add(owner, name)
         original = held.fget if isinstance(held, property) else getattr(owner, name)
+        _check_arguments(original, wrapper, place)
 
         @wraps(original)
         def replaced(*arguments: Any, **keywords: Any) -> Any:
@@ -45,3 +49,13 @@ class Seams:
         where = owner.__name__ if inspect.ismodule(owner) else f"{owner.__module__}.{owner.__qualname__}"
         self.places.append(f"{where}.{name}")
         return self.places[-1]
+
+
+def _check_arguments(original: Callable, wrapper: Callable, place: str) -> None:
+    taken = inspect.signature(original).parameters.values()
+    positional = [one for one in taken if one.kind in (one.POSITIONAL_ONLY, one.POSITIONAL_OR_KEYWORD)]
+    named = {one.name: None for one in taken if one.kind == one.KEYWORD_ONLY}
+    try:
+        inspect.signature(wrapper).bind(original, *positional, **named)
+    except TypeError as error:
+        raise TypeError(f"{wrapper.__qualname__} does not take the arguments of {place}: {error}") from error
