@@ -69,6 +69,7 @@ BORROWED = (
     # Tensors and operations
     BorrowedName("torch.utils._python_dispatch", "_get_current_dispatch_mode_stack", "a second thread computes in the same modes"),
     BorrowedName("torch.utils._python_dispatch", "TorchDispatchMode", "sees every operation: a plan's ledger, a proof's fp64"),
+    BorrowedName("torch.utils._python_dispatch", "_disable_current_modes", "what a stand-in makes for itself is no memory of a rank"),
     BorrowedName("torch.utils._pytree", "tree_map_only", "unpacks arguments that are rows in FP8"),
     BorrowedName("torch._C", "_disabled_torch_function_impl", "rows in FP8 are a tensor for autograd alone"),
     BorrowedName("torch.Tensor", "_make_wrapper_subclass", "makes such a tensor"),

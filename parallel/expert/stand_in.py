@@ -17,6 +17,7 @@ from types import SimpleNamespace
 import torch
 from torch import Tensor
 from torch.distributed import ProcessGroup
+from torch.utils._python_dispatch import _disable_current_modes
 
 from parallel.expert.all_to_all import AllToAllDispatcher
 from parallel.expert.counters import Traffic
@@ -181,14 +182,18 @@ def _fan(copies_N: Sequence[int], sources: int, device: torch.device) -> FanOut:
 
 @cache
 def _ids(copies_N: tuple[int, ...], sources: int, device: torch.device) -> Tensor:
-    """The targets of every source, -1 for none: (S, N)."""
-    ids_SN = torch.full((sources, len(copies_N)), -1, dtype=torch.int16, device=device)
-    first = 0
-    for target, copies in enumerate(copies_N):
-        assert copies <= sources, f"{copies} copies of {sources} different messages"
-        ids_SN[first : first + copies, target] = target
-        ids_SN[: max(0, first + copies - sources), target] = target
-        first = (first + copies) % sources
+    """The targets of every source, -1 for none: (S, N).
+
+    No rank of a job has them, so whoever counts its memory does not see them, neither here where they are made nor where they are kept.
+    """
+    with _disable_current_modes():
+        ids_SN = torch.full((sources, len(copies_N)), -1, dtype=torch.int16, device=device)
+        first = 0
+        for target, copies in enumerate(copies_N):
+            assert copies <= sources, f"{copies} copies of {sources} different messages"
+            ids_SN[first : first + copies, target] = target
+            ids_SN[: max(0, first + copies - sources), target] = target
+            first = (first + copies) % sources
     return ids_SN
 
 

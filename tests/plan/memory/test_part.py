@@ -5,6 +5,7 @@ from dataclasses import replace
 import pytest
 
 from conf.load import compose
+from parallel.expert import stand_in
 from train.plan.memory.part import Run, Scene, seen_by, trace_backward, trace_forward
 from train.plan.memory.rank_memory import scene_of
 
@@ -35,3 +36,15 @@ def test_scenes_that_a_part_tells_apart_have_traces_of_their_own():
         assert seen_by(part, some) == seen_by(part, every)
     assert seen_by("end", some) != seen_by("end", every)  # whose MTP modules run again with all layers alone
     assert trace_forward(some, "moe") != trace_forward(some, "moe_again")
+
+
+@pytest.mark.parametrize("dispatch", ["flat", "node_limited"])
+def test_a_part_takes_the_same_whatever_was_traced_before(dispatch):
+    """What stands in for the other ranks keeps things of its own between traces, and they are memory of no rank."""
+    limited = scene(f"parallel.dispatch={dispatch}", "cluster.ranks_per_node=4")
+    stand_in._ids.cache_clear()
+    runs = []
+    for _ in range(2):
+        with Run(seen_by("moe", limited), "moe") as run:
+            runs.append((run.forward(), run.backward(False)))
+    assert runs[0] == runs[1]
