@@ -1,4 +1,4 @@
-"""The time of day for what is compared later: a clock that nobody sets while a process runs."""
+"""Two clocks for what is compared later: the time of day that nobody sets while a process runs, and how long the process was held up."""
 
 import time
 
@@ -18,3 +18,19 @@ class SteadyClock:
     def set_by(self) -> float:
         """Seconds by which somebody has set the clock of this machine ahead since; below 0 for back."""
         return time.time() - self.now()
+
+
+class HeldUp:
+    """Tells how long its process was held up between two looks, as by a busy machine or a laptop that slept: then nobody else is late.
+
+    nap: seconds that it may be busy between them; now: of the first.
+    """
+
+    def __init__(self, nap: float, now: float):
+        self._nap, self._looked = nap, now
+
+    def since_last_look(self, now: float) -> float:
+        """Seconds for which nobody may be blamed; 0 where the process was awake."""
+        held_up = max(0.0, now - self._looked - self._nap)
+        self._looked = now
+        return held_up

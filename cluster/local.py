@@ -18,7 +18,7 @@ from types import FrameType
 from typing import IO
 
 from cluster.cause import Kind, RankReport, name_cause, read_report
-from cluster.held_up import HeldUp
+from cluster.clocks import HeldUp
 from cluster.private_folder import PrivateFolder
 from cluster.run_files import AT_WORK, FAILURES, log_path
 from cluster.spawn import ForkedProcess, spawn

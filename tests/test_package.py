@@ -13,10 +13,10 @@ from pathlib import Path
 
 import pytest
 
-from conf.installation import DISTRIBUTION
 from conf.schema import ROOT
 from tests.small import arguments
 from train import __version__
+from train.command.program import DISTRIBUTION
 
 PACKAGES = ("conf", "train", "parallel", "cluster")
 SOURCES = (*PACKAGES, "pyproject.toml", "README.md", "LICENSE")

@@ -12,7 +12,7 @@ if IS_COMMAND:
 from pathlib import Path  # noqa: E402
 from types import TracebackType  # noqa: E402
 
-from train.command.program import guard_names, require_packages  # noqa: E402
+from train.command.program import environment_of_children, guard_names, require_packages  # noqa: E402
 
 if __name__ == "__main__":
     guard_names()  # before a package is looked for that the working folder may hide
@@ -30,7 +30,6 @@ from cluster.farewell import leave  # noqa: E402
 from cluster.launch import Place, given_place, is_driver, launch  # noqa: E402
 from conf.disk import let_output_be_lost  # noqa: E402
 from conf.errors import EXIT_CRASH, EXIT_DIVERGED, EXIT_INTERRUPTED, EXIT_OK, EXIT_STOPPED, EXIT_USER, UserError  # noqa: E402
-from conf.installation import environment_of_children  # noqa: E402
 from conf.load import run  # noqa: E402
 from conf.schema import Config, Mode  # noqa: E402
 from conf.words import say, say_note  # noqa: E402

@@ -19,11 +19,11 @@ from typing import TYPE_CHECKING, Any
 from conf import load as load_settings
 from conf.disk import disk_errors
 from conf.errors import EXIT_OK, EXIT_STOPPED, UserError
-from conf.installation import environment_of_children
 from conf.schema import Config
 from conf.yaml_file import escaped
 from train.checkpoint.manifest import newest_intact
 from train.checkpoint.run_folder import RunPaths
+from train.command.program import environment_of_children
 from train.metrics.jsonl import METRICS_FILE, read_heads
 
 if TYPE_CHECKING:

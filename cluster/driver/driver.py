@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
+from cluster.clocks import HeldUp, SteadyClock
 from cluster.driver import messages as m
 from cluster.driver.checkpoints import claim_attempt, newest, written_since
 from cluster.driver.copies import Copies
@@ -23,13 +24,11 @@ from cluster.driver.shapes import Shapes, with_shape
 from cluster.driver.supervisor import NAP, Supervisor
 from cluster.driver.view import View
 from cluster.driver.vitals import Vitals
-from cluster.held_up import HeldUp
 from cluster.node.agent import Agent, Answer, Order
 from cluster.node.copy_store import OpenedCopy
 from cluster.node.preflight import Preflight
 from cluster.run_files import NONE, Age
 from cluster.spawn import spawn
-from cluster.steady_clock import SteadyClock
 from cluster.topology import Node, Placement, StageShape
 from conf.disk import explain, naming
 from conf.errors import EXIT_OK, EXIT_STOPPED, EXIT_USER

@@ -20,8 +20,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+from cluster.clocks import SteadyClock
 from cluster.run_files import log_path
-from cluster.steady_clock import SteadyClock
 from conf.disk import Backlog, explain, naming
 from conf.words import say
 

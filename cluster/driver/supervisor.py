@@ -24,12 +24,12 @@ costs little. Rules that hold whatever happens:
 from functools import partial
 
 from cluster.cause import Cause, Kind
+from cluster.clocks import HeldUp
 from cluster.driver import messages as m
 from cluster.driver.attempt import Attempt
 from cluster.driver.diagnosis import give_up, too_few
 from cluster.driver.node_state import DriverPhase, NodeHealth, NodeState
 from cluster.driver.policy import Policy
-from cluster.held_up import HeldUp
 from cluster.run_files import NONE, Age
 from cluster.spawn import LEASE
 from cluster.topology import Node, Placement, place

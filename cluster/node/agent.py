@@ -35,6 +35,7 @@ from typing import Any
 import psutil
 
 from cluster.cause import RankReport, read_report
+from cluster.clocks import SteadyClock
 from cluster.node.copy_store import OpenedCopy, Store, held, sweep, why_not_opened
 from cluster.node.network_probe import NetworkProbe, NodeLink
 from cluster.node.ports import free_port
@@ -43,7 +44,6 @@ from cluster.node.pulse_echo import Echo
 from cluster.private_folder import PrivateFolder, remove_dead
 from cluster.run_files import failure_path, log_path, progress_path, stop_path
 from cluster.spawn import die_with_parent, spawn
-from cluster.steady_clock import SteadyClock
 from conf.errors import EXIT_STOPPED
 
 NEWS_LOOK_SECONDS = 0.05

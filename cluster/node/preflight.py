@@ -20,7 +20,7 @@ from pathlib import Path
 
 import psutil
 
-from cluster.steady_clock import SteadyClock
+from cluster.clocks import SteadyClock
 from cluster.topology import Node
 from conf.schema import ROOT
 

@@ -1,6 +1,6 @@
 """What a process may blame others for when it was held up itself."""
 
-from cluster.held_up import HeldUp
+from cluster.clocks import HeldUp
 
 
 def test_only_what_is_longer_than_a_nap_was_slept_and_is_told_once():

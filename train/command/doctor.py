@@ -20,12 +20,12 @@ from rich.console import Console
 
 from conf.disk import room, size
 from conf.errors import EXIT_OK, EXIT_USER, UserError
-from conf.installation import COMMAND, DISTRIBUTION, install_words
 from conf.load import compose, report
 from conf.schema import ROOT, Config
 from conf.screen import Terminal
 from conf.words import say
 from train import __version__
+from train.command.program import COMMAND, DISTRIBUTION, install_words
 from train.kernels.cpu.processor import cpu_name
 from train.kernels.fp8.installed import version
 from train.metrics.screens import GOOD, WARN, show

@@ -1,11 +1,12 @@
-"""Before anything of the program is imported: names in the working folder that are not its own, and packages that it lacks.
+"""How the program is called and installed: what hides it or what it lacks, by which command it was started, where its children find it.
 
 `python -m` looks for packages in the working folder first, so a user's conf.py, cluster/ or torch.py there would be imported
-instead of what is meant. The command `sluice` does not look there. This file needs the standard library alone, as all else
-may be hidden.
+instead of what is meant. The command `sluice` does not look there. This file is imported before all else, which may be hidden,
+and needs the standard library alone.
 """
 
 import importlib.metadata
+import os
 import re
 import sys
 from collections.abc import Iterator
@@ -13,6 +14,9 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
 """As conf.schema.ROOT, which cannot be imported yet."""
+COMMAND = "sluice"
+DISTRIBUTION = "sluice-train"
+"""What pip calls the program; PyPI's `sluice` is another project."""
 
 
 def guard_names() -> None:
@@ -52,3 +56,27 @@ def _lacking() -> Iterator[str]:
             importlib.metadata.distribution(name)
         except importlib.metadata.PackageNotFoundError:
             yield name
+
+
+def environment_of_children() -> dict[str, str]:
+    """What Python processes need to find this program and nothing in the folder where they start."""
+    found = {"PYTHONSAFEPATH": "1"}
+    if ROOT.name != "site-packages":  # a checkout, perhaps known by the working folder alone
+        others = [path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path and Path(path) != ROOT]
+        found["PYTHONPATH"] = os.pathsep.join([str(ROOT), *others])
+    return found
+
+
+def typed_command() -> list[str] | None:
+    """The words that start the program as the user started it; None where something else did, such as torchrun."""
+    started = Path(sys.argv[0]).name
+    if started == COMMAND:
+        return [COMMAND]
+    return ["python", "-m", "train"] if started == "__main__.py" else None
+
+
+def install_words(extra: str) -> str:
+    """How to install an extra of the program where it lies now."""
+    if (ROOT / "pyproject.toml").is_file():
+        return f"in the program's folder: pip install -e '.[{extra}]'"
+    return f"pip install '{DISTRIBUTION}[{extra}]'"

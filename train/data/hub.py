@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from conf.errors import UserError
-from conf.installation import install_words
+from train.command.program import install_words
 from train.data.reach import hub, offline_reason
 from train.data.readers import check_text, text_key_of
 from train.data.source_files import ReportProgress

@@ -5,10 +5,10 @@ import sys
 
 from cluster.launch import Place, given_place, launch
 from conf.errors import UserError
-from conf.installation import install_words
 from conf.load import write_config
 from conf.schema import Config
 from train.checkpoint.run_folder import RunPaths
+from train.command.program import install_words
 from train.data.corpus import build_corpus
 from train.data.prepare_progress import show_progress
 from train.evaluate.needle import make_needles

@@ -4,8 +4,8 @@ import datetime
 from collections.abc import Callable
 from pathlib import Path
 
+from cluster.clocks import SteadyClock
 from cluster.driver.journal import EVENTS_FILE, Goodput, goodput, read_events
-from cluster.steady_clock import SteadyClock
 from train.metrics.names import Record
 from train.metrics.progress import duration
 

@@ -31,9 +31,9 @@ import psutil
 from cluster.launch import given_place
 from conf.errors import UserError
 from conf.files import atomic_write_json
-from conf.installation import COMMAND, typed_command
 from conf.schema import ROOT
 from train import __version__
+from train.command.program import COMMAND, typed_command
 
 STARTS_FILE = "starts.json"
 KEPT = 100

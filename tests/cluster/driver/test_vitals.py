@@ -6,10 +6,10 @@ from dataclasses import replace
 import pytest
 
 from cluster.cause import Failure, RankReport, name_cause
+from cluster.clocks import SteadyClock
 from cluster.driver.vitals import Vitals
 from cluster.node.agent import Agent, Answer, Order
 from cluster.node.preflight import SCRATCH_LIMIT, Preflight, Question, gather
-from cluster.steady_clock import SteadyClock
 from cluster.topology import Node
 
 NODES = [Node(f"id{i}", f"n{i}", "127.0.0.1", 1) for i in range(4)]

@@ -6,10 +6,10 @@ import time
 
 import pytest
 
+from cluster.clocks import SteadyClock
 from cluster.driver.network import NetworkTest, rounds
 from cluster.node.network_probe import BYTES, NetworkProbe, NodeLink, measure
 from cluster.node.preflight import Preflight, Question, _digest_of_program, gather
-from cluster.steady_clock import SteadyClock
 from cluster.topology import Node
 from tests.cluster.local_fleet import LocalFleet
 
