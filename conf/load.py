@@ -11,6 +11,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -87,7 +88,7 @@ class _Primary(Config):
 def to_config(node: DictConfig, said: Callable[[str], None] | None = None) -> Config:
     """Typed and checked configuration from a composed node; raises UserError. said: takes a sentence on each value chosen here."""
     plain = OmegaConf.to_container(OmegaConf.masked_copy(node, [key for key in node if key != "hydra"]), resolve=True)
-    config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Config), escaped(plain)))
+    config = OmegaConf.to_object(OmegaConf.merge(_schema(), escaped(plain)))
     assert isinstance(config, Config)
     check_fields(config)
     choices = list(_choose(config))
@@ -96,6 +97,12 @@ def to_config(node: DictConfig, said: Callable[[str], None] | None = None) -> Co
         for choice in choices:
             said(choice)
     return config
+
+
+@cache
+def _schema() -> DictConfig:
+    """The schema with its defaults, for OmegaConf, which copies what it merges into."""
+    return OmegaConf.structured(Config)
 
 
 def _choose(config: Config) -> Iterator[str]:
@@ -179,8 +186,9 @@ class RecipeFiles(FileConfigSource):
         return found
 
 
+@cache
 def register() -> None:
-    """Make the schema known to Hydra, and `${is_set:${KEY}}` to recipes: whether a key is not null."""
+    """Make the schema known to Hydra, once in a process, and `${is_set:${KEY}}` to recipes: whether a key is not null."""
     OmegaConf.register_new_resolver("is_set", lambda value: value is not None, replace=True)
     ConfigStore.instance().store(name="train", node=_Primary)
     Plugins.instance()  # which would put its own reader there later

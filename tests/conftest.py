@@ -1,11 +1,41 @@
-"""What .ci/run has found out beside the tests stands above pytest's closing line."""
+"""The tests of a working day, `pytest --quick`; the order of all; what .ci/run has found out beside the tests."""
 
+import gc
 import os
 import sys
+from collections import Counter
 
 import pytest
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # traffic of tests stays on this machine
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    what = (
+        "of every test the first case, without those marked slow or hosts: most lines of the product in three minutes"
+    )
+    parser.addoption("--quick", action="store_true", help=what)
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Files with slow tests begin, as two workers end together then; `--quick` takes few."""
+    if config.getoption("quick"):
+        first = {item.nodeid.partition("[")[0]: item for item in reversed(items) if not is_slow(item)}
+        config.hook.pytest_deselected(items=[item for item in items if item not in first.values()])
+        items[:] = [item for item in items if item in first.values()]
+    slow = Counter(item.path for item in items if is_slow(item))
+    items.sort(key=lambda item: -slow[item.path])
+
+
+def is_slow(item: pytest.Item) -> bool:
+    return any(item.iter_markers("slow")) or any(item.iter_markers("hosts"))
+
+
+def pytest_collection_finish() -> None:
+    """Python's collector never looks again at what imports have left, which is most of what there is."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.hookimpl(tryfirst=True)
