@@ -52,6 +52,12 @@ def test_a_check_that_raises_does_not_take_the_others_with_it():
 def test_a_commit_is_checked_as_ci_does_before_the_tests():
     hooks = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())["repos"][0]["hooks"]
     checks = (ROOT / ".ci" / "run").read_text().partition("--no-compile")[2].partition("\ncode=")[0]
-    assert [hook["entry"] for hook in hooks] == [
-        check.strip(" \\\n") for check in checks.split("&&") if check.strip(" \\\n")
-    ]
+    at_a_commit = [hook["entry"] for hook in hooks if "stages" not in hook]
+    assert at_a_commit == [check.strip(" \\\n") for check in checks.split("&&") if check.strip(" \\\n")]
+
+
+def test_a_push_is_checked_by_the_command_of_a_working_day():
+    hooks = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())["repos"][0]["hooks"]
+    (at_a_push,) = [hook["entry"] for hook in hooks if hook.get("stages") == ["pre-push"]]
+    assert at_a_push.endswith("--quick")
+    assert all(at_a_push in (ROOT / page).read_text() for page in ("README.md", "CONTRIBUTING.md"))

@@ -74,7 +74,8 @@ LAYOUTS = {
         ["parallel.dp=2", "parallel.ep=2", "parallel.schedule=dualpipev", "parallel.zero=3", "parallel.overlap=false"],
     ),
     "cp2": (2, ["parallel.cp=2"]),
-    "cp4_zero3": (4, ["parallel.cp=4", "parallel.zero=3"]),
+    # Four micro-batches: ZeRO 3 gathers every module in each, which is most of what a small model costs.
+    "cp4_zero3": (4, ["parallel.cp=4", "parallel.zero=3", "micro_batch_size=2"]),
     "cp2_dp2_ep4": (4, ["parallel.cp=2", "parallel.dp=2", "parallel.ep=4"]),
     "pp2_cp2_zbv": (4, ["parallel.pp=2", "parallel.cp=2", "parallel.schedule=zbv"]),
     "pp4_dualpipev": (4, ["parallel.pp=4", "parallel.schedule=dualpipev"]),
