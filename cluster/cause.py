@@ -14,13 +14,14 @@ When one rank fails, its peers lose their connection or wait until a time-out, a
 import contextlib
 import json
 import os
+import re
 import signal
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from enum import Enum
 from pathlib import Path
 
-from cluster.run_files import at_work_path, failure_path, log_path
+from cluster.run_files import at_work_path, failure_path, log_path, progress_path
 from conf.disk import naming
 from conf.errors import EXIT_CRASH, EXIT_DIVERGED, EXIT_OK, EXIT_STOPPED, EXIT_USER
 from conf.files import atomic_write_text
@@ -107,6 +108,10 @@ class RankReport:
     """start, step, checkpoint or validation, as the rank says."""
     busy: float | None = None
     """Seconds of the last step that were its own work, not waiting for other ranks; None if it does not say."""
+    sequences: float = 0.0
+    """Of the step that it works on, over all ranks; 0 if it does not say."""
+    waited_for_core: float = 0.0
+    """Seconds, so far; see cluster/spawn.py."""
     state: str = ""
     """Letter of the process state of Linux; T is stopped."""
     log_tail: str | None = ""
@@ -136,6 +141,10 @@ class RankReport:
 def read_report(rank: int, code: int | None, logs: Path) -> RankReport:
     """What a rank with this exit code left in its folder. Call after the code is known: one that has ended wrote all it will."""
     report = RankReport(rank, code)
+    with contextlib.suppress(FileNotFoundError, ValueError):  # none before the loop; on a full disk written in place
+        progress = json.loads(progress_path(logs, rank).read_text())
+        report.step, report.phase, report.busy = progress["step"], progress["phase"], progress.get("busy")
+        report.sequences = progress.get("sequences", 0.0)
     with contextlib.suppress(FileNotFoundError):  # a rank that did not fail wrote none
         report.failure = Failure(**json.loads(failure_path(logs, rank).read_text()))
     report.deserted = code is not None and report.failure is None and at_work_path(logs, rank).exists()
@@ -242,6 +251,8 @@ def _how(report: RankReport) -> str:
 
 WAITS = ("all_reduce", "all_gather", "reduce_scatter", "all_to_all", "broadcast", "barrier", "recv", "send", "wait")
 """Names of functions in which a rank waits for others."""
+_OF_PYTHON = re.compile(r"/lib/python3[.]\d+/(?!site-packages|dist-packages)")
+"""A file of Python's own library: its `wait` is of a thread, a queue or a process of this machine."""
 
 
 def name_hang(reports: list[RankReport], stacks: dict[int, str], names: dict[int, str], seconds: float) -> Cause:
@@ -251,15 +262,16 @@ def name_hang(reports: list[RankReport], stacks: dict[int, str], names: dict[int
     """
     stopped = [report for report in reports if report.state == "T"]
     silent = [report for report in reports if report.rank not in stacks and not report.ended]
-    working = [report for report in reports if report.rank in stacks and not _waits(stacks[report.rank])]
+    working = [report for report in reports if report.rank in stacks and not waits_for_ranks(stacks[report.rank])]
     groups = ((stopped, "is stopped"), (silent, "gives no stack"), (working, "is not in a collective"))
     everyone = (reports, "wait for each other")
     found, what = next((group for group in groups if 0 < len(group[0]) < len(reports)), everyone)
-    ranks = ", ".join(f"rank {report.rank} on {names[report.rank]}" for report in found)
+    ranks = ", ".join(_who(report, names) for report in found)
     steps = f"steps {min(report.step for report in reports)} to {max(report.step for report in reports)}"
-    where = _innermost(stacks[found[0].rank]) if found[0].rank in stacks else ""
+    where = innermost(stacks[found[0].rank]) if found[0].rank in stacks else ""
     text = f"no step finished for {seconds:.0f} s ({steps}): {ranks} {what}{where}"
-    log = "\n".join(f"rank {rank} on {names[rank]}:\n{stack.strip()}" for rank, stack in sorted(stacks.items()))
+    who = {report.rank: _who(report, names) for report in reports}
+    log = "\n".join(f"{who[rank]}:\n{stack.strip()}" for rank, stack in sorted(stacks.items()))
     return _cause(Kind.hang, text, found, names, EXIT_CRASH, log)
 
 
@@ -269,12 +281,13 @@ def _main_thread(stack: str) -> list[str]:
     return [line.strip() for line in stack[start:].splitlines() if line.lstrip().startswith("File ")]
 
 
-def _waits(stack: str) -> bool:
-    """Whether the innermost frames of the main thread wait for other ranks."""
-    functions = [line.rpartition(" in ")[2] for line in _main_thread(stack)[:4]]
-    return any(function.lstrip("_").startswith(WAITS) for function in functions)
+def waits_for_ranks(stack: str) -> bool:
+    """Whether the innermost frames of the main thread wait for other ranks: threads and queues of Python wait for something here."""
+    frames = [frame for frame in _main_thread(stack)[:4] if not _OF_PYTHON.search(frame)]
+    return any(frame.rpartition(" in ")[2].lstrip("_").startswith(WAITS) for frame in frames)
 
 
-def _innermost(stack: str) -> str:
+def innermost(stack: str) -> str:
+    """Where its main thread is, in words."""
     frames = _main_thread(stack)
     return f", at {frames[0]}" if frames else ""

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cluster.local import run_local
+from cluster.patience import Patience
 from conf.check import check_world
 from conf.load import read_config
 from conf.schema import Config
@@ -90,12 +91,13 @@ def launch(
     run_rank: Callable[[Config, Place], int],
     alone: bool = True,
     planner: Sequence[str] = (),
+    watched: bool = False,
 ) -> int:
     """Run all ranks (or this one); returns the exit code of the run.
 
     `command` starts one rank as a child process; `run_rank` runs one in this process, which only the sole run of a
     process may do, since torch's process groups and DeepSpeed leave traces. planner: what a driver may start, as in
-    cluster/driver/driver.py.
+    cluster/driver/driver.py. watched: ranks say at every step how far they are, so that one that hangs can be told.
     """
     parallel, place = config.parallel, given_place()
     if place is not None:
@@ -108,4 +110,5 @@ def launch(
     world = parallel.world
     if world == 1 and alone:
         return run_rank(config, Place())
-    return run_local(command, world, folder / "logs")
+    patience = Patience(config.cluster.hang_after, config.cluster.start_timeout)
+    return run_local(command, world, folder / "logs", patience if watched else None)

@@ -13,20 +13,26 @@ import sys
 import time
 from collections.abc import Callable
 from functools import partial
+from math import inf
 from pathlib import Path
 from types import FrameType
 from typing import IO
 
-from cluster.cause import Kind, RankReport, name_cause, read_report
+from cluster.cause import Cause, Kind, RankReport, name_cause, name_hang, read_report
 from cluster.clocks import HeldUp
+from cluster.patience import Patience
 from cluster.private_folder import PrivateFolder
-from cluster.run_files import AT_WORK, FAILURES, log_path
-from cluster.spawn import ForkedProcess, spawn
+from cluster.rank_watch import RankWatch
+from cluster.run_files import AT_WORK, FAILURES, PROGRESS, log_path
+from cluster.spawn import ForkedProcess, spawn, waited_for_core
+from cluster.stacks import ask_stacks, read_stacks
 from conf.errors import EXIT_STOPPED
 from conf.words import say
 
 SETTLE = 3.0
 """Seconds that the other ranks get to report after the first one failed."""
+STACKS = 5.0
+"""Seconds that ranks which hang get to say where."""
 RANKS_LOOK_SECONDS = 0.05
 """Seconds between looks at the ranks."""
 Child = subprocess.Popen | ForkedProcess
@@ -36,24 +42,25 @@ CLOSE = 60.0
 """Seconds that a rank which still runs then gets to end by itself: rank 0 may have much to send to W&B."""
 
 
-def run_local(command: list[str], world: int, logs: Path) -> int:
+def run_local(command: list[str], world: int, logs: Path, patience: Patience | None = None) -> int:
     """Run `world` ranks, each of which this command starts; see `run_children`."""
-    return run_children(partial(spawn, command), world, logs)
+    return run_children(partial(spawn, command), world, logs, patience)
 
 
-def run_children(start: StartRank, world: int, logs: Path) -> int:
-    """Start `world` ranks, wait for all, end all when one fails; returns the exit code of the run.
+def run_children(start: StartRank, world: int, logs: Path, patience: Patience | None = None) -> int:
+    """Start `world` ranks, wait for all, end all when one fails or there is no news for longer than `patience` allows, where ranks say
+    how far they are; returns the exit code of the run.
 
     SIGTERM and Ctrl-C are passed on to the ranks as SIGTERM; a second Ctrl-C ends them at once, as KeyboardInterrupt.
     """
     logs.mkdir(parents=True, exist_ok=True)
-    for old in [*logs.glob(FAILURES), *logs.glob(AT_WORK)]:
+    for old in [path for pattern in (FAILURES, AT_WORK, PROGRESS) for path in logs.glob(pattern)]:
         old.unlink()
     with PrivateFolder("sluice-store-") as folder:
-        return _run(start, world, logs, folder.path / "store")
+        return _run(start, world, logs, folder.path / "store", patience)
 
 
-def _run(start: StartRank, world: int, logs: Path, store: Path) -> int:
+def _run(start: StartRank, world: int, logs: Path, store: Path, patience: Patience | None) -> int:
     ranks: list[Child] = []
     asked: list[int] = []
     """Signals that asked the run to stop."""
@@ -69,7 +76,7 @@ def _run(start: StartRank, world: int, logs: Path, store: Path) -> int:
         _start(ranks, start, world, logs, store)
         if asked:  # also those that were not there yet
             _forward(ranks)
-        return _watch(ranks, logs, asked)
+        return _watch(ranks, logs, asked, patience)
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)
@@ -93,19 +100,40 @@ def _start(ranks: list[Child], start: StartRank, world: int, logs: Path, store: 
             output.close()
 
 
-def _watch(ranks: list[Child], logs: Path, asked: list[int]) -> int:
+def _watch(ranks: list[Child], logs: Path, asked: list[int], patience: Patience | None) -> int:
+    now = time.monotonic()
+    held_up = HeldUp(2 * RANKS_LOOK_SECONDS, now)
+    watch = RankWatch(range(len(ranks)), {}, patience or Patience(inf, inf), now)
     while True:
-        reports = _reports(ranks, logs)
+        reports, now = _reports(ranks, logs), time.monotonic()
         if any(report.bad for report in reports):
             return _explain(ranks, logs, asked)
         codes = [report.code for report in reports if report.code is not None]
         if len(codes) == len(reports):
             return max(codes)
+        watch.forgive(now, held_up.since_last_look(now))
+        watch.take(now, reports)
+        if watch.first_step is not None and watch.is_hung(now):  # before it data may be made for hours
+            return _show(_name_hang(ranks, logs, now - watch.moved), ranks, logs)
+        if text := watch.tell_quiet(now):
+            say(text, file=sys.stderr)
         time.sleep(RANKS_LOOK_SECONDS)
+
+
+def _name_hang(ranks: list[Child], logs: Path, seconds: float) -> Cause:
+    """Who hangs, from where the threads of all ranks are."""
+    asked = [rank for rank, child in enumerate(ranks) if child.poll() is None and ask_stacks(logs, rank, child.pid)]
+    ends, stacks = time.monotonic() + STACKS, dict[int, str]()
+    while len(stacks) < len(asked) and time.monotonic() < ends:
+        time.sleep(RANKS_LOOK_SECONDS)
+        stacks = {rank: text for rank in asked if (text := read_stacks(logs, rank))}
+    return name_hang(_reports(ranks, logs), stacks, {}, seconds)
 
 
 def _reports(ranks: list[Child], logs: Path) -> list[RankReport]:
     reports = [read_report(number, rank.poll(), logs) for number, rank in enumerate(ranks)]
+    for report, rank in zip(reports, ranks, strict=True):
+        report.waited_for_core = waited_for_core(rank.pid)
     reports[0].log_tail = None  # a log would be of an earlier run
     return reports
 
@@ -123,6 +151,11 @@ def _explain(ranks: list[Child], logs: Path, asked: list[int]) -> int:
     if asked and any(report.code == EXIT_STOPPED for report in reports):
         say("stopped: some ranks had not done a step and ended at once", file=sys.stderr)
         return EXIT_STOPPED
+    return _show(cause, ranks, logs)
+
+
+def _show(cause: Cause, ranks: list[Child], logs: Path) -> int:
+    """Print what broke the run, and let those that can end by themselves do so; returns the exit code."""
     say(f"error: {cause.text}", file=sys.stderr)
     if cause.kind is not Kind.user:
         if cause.log.strip() not in cause.text:
@@ -130,7 +163,7 @@ def _explain(ranks: list[Child], logs: Path, asked: list[int]) -> int:
         if others := sorted(set(range(len(ranks))) - set(cause.ranks)):
             say(f"  ended with it: ranks {others}", file=sys.stderr)
         say(f"  logs: {logs}", file=sys.stderr)
-        running = [report.rank for report in reports if not report.ended]
+        running = [rank for rank, child in enumerate(ranks) if child.poll() is None]
         if running and cause.kind is not Kind.hang:
             say(f"  ranks {running} get {CLOSE:.0f} s to close what they write to", file=sys.stderr)
             _wait(ranks, CLOSE)

@@ -10,9 +10,10 @@ logs/rank_3.log                          output
 logs/rank_3.error.json                   cluster.cause.Failure, written before it exits
 logs/rank_3.at_work                      there from the start of its work until it has said how that ended; blanks, whose room
                                          on the disk rank_3.error.json takes where there is no other
+logs/rank_3.stacks                       where its threads were when SIGUSR1 last asked for that, by faulthandler
 logs/stop.txt                            why the ranks are asked to stop, where their agent knows
-logs/rank_3.progress.json                {"step": 17, "phase": "step", "time": ..., "busy": ...}, at every step;
-                                         busy, if there: seconds of the last step that were its own work
+logs/rank_3.progress.json                {"step": 17, "phase": "step", "time": ..., "sequences": 64, "busy": ...}, at
+                                         every step; busy, if there: seconds of the last step that were its own work
 """
 
 import re
@@ -31,6 +32,8 @@ FAILURES = "rank_*.error.json"
 """Pattern of `failure_path`."""
 AT_WORK = "rank_*.at_work"
 """Pattern of `at_work_path`."""
+PROGRESS = "rank_*.progress.json"
+"""Pattern of `progress_path`."""
 RANK_FILE = re.compile(r"rank_(\d{5,18})\.(safetensors|json)")
 LOCK = ".lock"
 _FENCE = ".fence"
@@ -73,6 +76,10 @@ def at_work_path(logs: Path, rank: int) -> Path:
 
 def progress_path(logs: Path, rank: int) -> Path:
     return logs / f"rank_{rank}.progress.json"
+
+
+def stacks_path(logs: Path, rank: int) -> Path:
+    return logs / f"rank_{rank}.stacks"
 
 
 def stop_path(logs: Path) -> Path:

@@ -92,7 +92,7 @@ def _train(config: Config, alone: bool) -> int:
         record_start(folder.path)
         command = [sys.executable, "-m", "train.worker", str(folder.config_path)]
         planner = [sys.executable, "-m", "train.plan.smaller_layouts", str(folder.config_path)]
-        code = launch(config, folder.path, command, _run_rank, alone, planner)
+        code = launch(config, folder.path, command, _run_rank, alone, planner, watched=True)
         if code == EXIT_USER:
             folder.take_back()
         elif config.cluster.backend == "ray" and code in (EXIT_CRASH, EXIT_DIVERGED):

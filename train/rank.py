@@ -1,8 +1,6 @@
 """A process as one rank: what becomes of its errors, its device, where it meets the others, and the groups they work in."""
 
-import faulthandler
 import os
-import signal
 import sys
 import time
 import traceback
@@ -19,6 +17,7 @@ import torch.distributed as dist
 
 from cluster.cause import Failure, begin_work, end_work
 from cluster.launch import Place, given_meeting
+from cluster.stacks import answer_requests
 from conf.disk import explain
 from conf.errors import EXIT_CRASH, EXIT_STOPPED, EXIT_USER, RunEnded, UserError, causes
 from conf.schema import ROOT, Config
@@ -75,7 +74,7 @@ def _marked(place: Place, failures: Path | None) -> Iterator[None]:
 def _guarded(place: Place, failures: Path | None, work: Callable[[], int]) -> int:
     # DeepSpeed still calls collectives by their old names.
     warnings.filterwarnings("ignore", "`torch.distributed.*is deprecated", FutureWarning)
-    faulthandler.register(signal.SIGUSR1, all_threads=True)  # kill -USR1 PID shows where a rank hangs
+    answer_requests(failures, place.rank)
     try:
         return work()
     except KeyboardInterrupt:  # asked to stop before it had done a step

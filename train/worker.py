@@ -11,7 +11,9 @@ import train.kernels.cpu.tuned  # noqa: F401  before torch allocates anything
 import torch
 
 from cluster.driver.copies import given_shelves
-from cluster.launch import Place, given_attempt, given_run
+from cluster.launch import Place, given_attempt, given_place, given_run
+from cluster.patience import Patience
+from cluster.self_watch import SelfWatch
 from conf.disk import disk_errors, let_output_be_lost
 from conf.errors import EXIT_OK, DiskFailed
 from conf.schema import Config
@@ -53,15 +55,20 @@ def run_rank(config: Config, place: Place, failures: Path | None = None) -> int:
     """Train as one rank; returns the exit code. failures: see train.rank.guarded."""
     stop = StopRequest()
     try:
-        return guarded(place, failures, disk_errors(config)(lambda: _run_explained(config, place, stop)))
+        return guarded(
+            place, failures, disk_errors(config)(lambda: _run_explained(config, place, stop, failures is not None))
+        )
     finally:
         stop.close()
 
 
-def _run_explained(config: Config, place: Place, stop: StopRequest) -> int:
+def _run_explained(config: Config, place: Place, stop: StopRequest, driven: bool) -> int:
+    """driven: by a driver of ours, which sees a rank that hangs."""
     paths = RunPaths(config)
+    patience = Patience(config.cluster.hang_after, config.cluster.start_timeout)
     with (
         held_by_rank_0(paths) if place.rank == 0 else nullcontext(),
+        nullcontext() if driven else SelfWatch(paths.logs, place.rank, patience, ends=given_place() is not None),
         raise_explained(config, place.rank, paths.path / "logs"),
     ):
         return _run(config, place, stop)

@@ -1,11 +1,11 @@
-"""One attempt to run: its ranks as their agents last saw them, its progress, and what went wrong with it.
+"""One attempt to run: its ranks as their agents last saw them, its progress, and what went wrong with it."""
 
-What is asked at every tick is counted as reports come in, so that an answer costs as much as its node has ranks.
-"""
+from collections.abc import Collection
 
 from cluster.cause import Cause, Kind, RankReport, name_cause, name_hang
-from cluster.driver.policy import Policy
 from cluster.driver.straggler import SlowRank, Stragglers
+from cluster.patience import Patience
+from cluster.rank_watch import RankWatch
 from cluster.topology import Placement
 from conf.errors import EXIT_USER
 
@@ -13,29 +13,20 @@ NAMED_NODES = 8
 """Lost nodes that a cause tells about one by one; events.jsonl has a line for each."""
 
 
-class Attempt:
+class Attempt(RankWatch):
     """Facts of one attempt; the supervisor decides what follows from them."""
 
-    def __init__(self, number: int, placement: Placement, now: float, saved: int):
+    def __init__(self, number: int, placement: Placement, now: float, saved: int, patience: Patience):
+        """saved: step of the newest checkpoint, on disk or in memory, when it begins."""
+        names = {seat.rank: seat.node.name for seat in placement.seats}
+        super().__init__(names, names, patience, now, saved)
         self.number, self.placement = number, placement
-        self.saved = max(saved, 0)
-        """Step of the newest checkpoint, on disk or in memory, when it began."""
-        self.reports = {seat.rank: RankReport(seat.rank) for seat in placement.seats}
         self.ranks_of = {node: [seat.rank for seat in seats] for node, seats in placement.by_node().items()}
-        self.names = {seat.rank: seat.node.name for seat in placement.seats}
         self.lost: dict[str, str] = {}
         """Nodes that it lost, and how; they may be back in the cluster already."""
         self.cause: Cause | None = None
-        self.moved = now
-        """When a rank last got on."""
-        self.step = -1
-        """The highest step that a rank was seen to work on."""
-        self._ended = self._bad = self._at_work = 0
-        """Ranks that ended, that failed, and that run and are in a step."""
         self.hang_since: float | None = None
         self.stacks: dict[int, str] = {}
-        self.first_step: int | None = None
-        """The first step that a rank was seen to work on."""
         dp = placement.dp
         self._stragglers = Stragglers([range(stage * dp, (stage + 1) * dp) for stage in range(placement.pp)])
 
@@ -53,43 +44,20 @@ class Attempt:
         return [self.reports[rank] for node in self.reachable for rank in self.ranks_of[node]]
 
     @property
-    def ended(self) -> bool:
-        return self._ended == len(self.reports)
-
-    @property
     def broken(self) -> bool:
         return bool(self.lost or self.cause or self._bad)
-
-    @property
-    def stepping(self) -> bool:
-        """Whether it has finished a step of its own."""
-        return self.first_step is not None and self.step > min(self.first_step, self.saved + 1)
 
     def count_repeated(self, reached: int) -> int:
         """Steps that it does a second time, when the run had worked on step `reached` before; it has begun itself."""
         assert self.first_step is not None
         return max(0, reached - min(self.first_step, self.saved + 1))
 
-    def take(self, now: float, reports: list[RankReport]) -> None:
+    def take(self, now: float, reports: Collection[RankReport]) -> None:
         """Remember what an agent says of its ranks."""
         for report in reports:
-            old = self.reports[report.rank]
-            if (report.step, report.phase, report.ended) != (old.step, old.phase, old.ended):
-                self.moved = now
-            if report.step != old.step and report.busy is not None:
+            if report.step != self.reports[report.rank].step and report.busy is not None:
                 self._stragglers.take(report.rank, report.busy)
-            self.reports[report.rank] = report
-            self.step = max(self.step, report.step)
-            self._ended += report.ended - old.ended
-            self._bad += report.bad - old.bad
-            self._at_work += _is_at_work(report) - _is_at_work(old)
-        if self.first_step is None and self.step >= 0:
-            self.first_step = self.step
-
-    def limit(self, policy: Policy) -> float:
-        """Longest time without progress in what the ranks are doing now, in seconds."""
-        at_work = self._at_work == len(self.reports) - self._ended
-        return policy.hang_after if self.stepping and at_work else policy.start_timeout
+        super().take(now, reports)
 
     def is_settled(self, now: float, until: float) -> bool:
         """Whether to wait no longer for ranks to say why they failed."""
@@ -125,7 +93,3 @@ class Attempt:
     def new_stragglers(self, factor: float) -> list[SlowRank]:
         """Ranks that have become slow beside those that do the same work."""
         return self._stragglers.new(factor)
-
-
-def _is_at_work(report: RankReport) -> bool:
-    return not report.ended and report.phase == "step"

@@ -30,6 +30,7 @@ from cluster.driver.attempt import Attempt
 from cluster.driver.diagnosis import give_up, too_few
 from cluster.driver.node_state import DriverPhase, NodeHealth, NodeState
 from cluster.driver.policy import Policy
+from cluster.patience import Patience
 from cluster.run_files import NONE, Age
 from cluster.spawn import LEASE
 from cluster.topology import Node, Placement, place
@@ -57,6 +58,7 @@ class Supervisor:
         """The newest copy in the memory of the nodes that answer."""
         self.failures: list[tuple[int, Cause]] = []
         self._spent: dict[Kind, int] = {}
+        self._patience = Patience(policy.hang_after, policy.start_timeout)
         self._out: list[m.SupervisorAction] = []
         self._held_up = HeldUp(NAP * policy.heartbeat, now)
         self._late_from = now
@@ -251,7 +253,7 @@ class Supervisor:
         for state in self.nodes.values():
             state.heard = min(state.heard + slept, now)
         if self.attempt:
-            self.attempt.moved = min(self.attempt.moved + slept, now)
+            self.attempt.forgive(now, slept)
         self._deadline, self._probed_at = self._deadline + slept, self._probed_at + slept
         self._settled_at += slept
 
@@ -311,7 +313,9 @@ class Supervisor:
     def _start(self, now: float, placement: Placement) -> None:
         self.number += 1
         self.phase = DriverPhase.running
-        self.attempt = Attempt(self.number, placement, now, max(self.saved, self.held).step)
+        if self.attempt is None or placement.shape != self.attempt.placement.shape:
+            self._patience.forget_steps()
+        self.attempt = Attempt(self.number, placement, now, max(self.saved, self.held).step, self._patience)
         for id, ranks in self.attempt.ranks_of.items():
             self.nodes[id].live = set(ranks)
         self._note(
@@ -341,8 +345,10 @@ class Supervisor:
             self._judge(now, self.policy.settle)
         elif attempt.ended:
             self._leave(now)
-        elif now - attempt.moved > attempt.limit(self.policy):
+        elif attempt.is_hung(now):
             self._hang(now)
+        elif text := attempt.tell_quiet(now):
+            self._note("quiet", text)
         elif not self.policy.saves and self._could_grow():
             self._grow(now)
 
@@ -450,7 +456,7 @@ class Supervisor:
             self._judge(now, self.policy.settle)
         elif self.current.ended:
             self._leave(now)
-        elif now >= self._deadline or now - self.current.moved > self.current.limit(self.policy):
+        elif now >= self._deadline or self.current.is_hung(now):
             self._hang(now)
 
     def _could_grow(self) -> bool:

@@ -3,8 +3,7 @@
 Two methods wait: `ask` for news, and `network` for measurements; RayFleet gives each a thread of its own. All others return
 at once, as an answer that is late means that the node is lost. What a rank says goes through files (cluster/run_files.py) in
 a scratch folder of the attempt on the node's own disk, never through the shared run folder, so that a rank of an old attempt
-cannot be mistaken for one of the new. Its output is sent to the driver piece by piece. SIGUSR1 makes a rank that has a handler
-print the stacks of its threads there.
+cannot be mistaken for one of the new. Its output is sent to the driver piece by piece.
 
 The rank finds in its environment RANK, LOCAL_RANK, WORLD_SIZE, LOCAL_WORLD_SIZE, MASTER_ADDR, MASTER_PORT,
 GLOO_SOCKET_IFNAME, NCCL_SOCKET_IFNAME, SLUICE_LOGS (the scratch folder), SLUICE_ATTEMPT (the number that fences checkpoints)
@@ -19,7 +18,6 @@ import dataclasses
 import json
 import math
 import os
-import re
 import shutil
 import signal
 import socket
@@ -42,8 +40,9 @@ from cluster.node.ports import free_port
 from cluster.node.preflight import Facts, Question, gather
 from cluster.node.pulse_echo import Echo
 from cluster.private_folder import PrivateFolder, remove_dead
-from cluster.run_files import failure_path, log_path, progress_path, stop_path
-from cluster.spawn import die_with_parent, spawn
+from cluster.run_files import failure_path, log_path, stop_path
+from cluster.spawn import die_with_parent, spawn, waited_for_core
+from cluster.stacks import ask_stacks, handles, read_stacks
 from conf.errors import EXIT_STOPPED
 
 NEWS_LOOK_SECONDS = 0.05
@@ -97,8 +96,7 @@ class _Child:
     log: Path
     stopped_by: int | None = None
     """The signal by which it was asked to stop."""
-    stack_from: int | None = None
-    """Where in the log the stacks begin that were asked for."""
+    stacks_asked: bool = False
 
 
 class Agent:
@@ -254,11 +252,8 @@ class Agent:
             for rank, child in self._children.items():
                 if wanted and (piece := _read(child.log, offsets.get(rank, 0), OUTPUT_BYTES)):
                     answer.output[rank] = piece
-                if child.stack_from is not None:
-                    piece = _read(child.log, child.stack_from, 4 * OUTPUT_BYTES)
-                    stack = piece.decode(errors="replace")
-                    if len(piece) == 4 * OUTPUT_BYTES or _is_whole(stack):
-                        answer.stacks[rank] = stack
+                if child.stacks_asked and (stacks := read_stacks(child.log.parent, rank)):
+                    answer.stacks[rank] = stacks
             return answer
 
     def last_words(self, offsets: dict[int, int], attempt: int) -> Answer:
@@ -276,7 +271,7 @@ class Agent:
 
     def _has_news(self, waited: float) -> bool:
         with self._lock:
-            stacks = waited >= STACKS_WITHIN and any(child.stack_from is not None for child in self._children.values())
+            stacks = waited >= STACKS_WITHIN and any(child.stacks_asked for child in self._children.values())
             return stacks or self._news() != self._told
 
     def _report(self, rank: int, child: _Child) -> RankReport:
@@ -286,12 +281,8 @@ class Agent:
         report = read_report(rank, code, child.log.parent)
         if report.failure is not None:
             report.failure.time -= self._clock.set_by()
-        with contextlib.suppress(
-            FileNotFoundError, ValueError
-        ):  # none before the loop; on a full disk written in place
-            progress = json.loads(progress_path(child.log.parent, rank).read_text())
-            report.step, report.phase, report.busy = progress["step"], progress["phase"], progress.get("busy")
         if code is None:
+            report.waited_for_core = waited_for_core(child.process.pid)
             with contextlib.suppress(psutil.NoSuchProcess):  # it ended just now
                 stopped = psutil.Process(child.process.pid).status() == psutil.STATUS_STOPPED
                 report.state = "T" if stopped else ""
@@ -301,10 +292,9 @@ class Agent:
         """Make every rank print its stacks; they come with the next answers."""
         if attempt != self._attempt:
             return
-        for child in self._running():
-            if _handles(child.process.pid, signal.SIGUSR1):  # it would kill a rank that still imports
-                child.stack_from = child.log.stat().st_size
-                child.process.send_signal(signal.SIGUSR1)
+        for rank, child in self._children.items():
+            if child.process.poll() is None:
+                child.stacks_asked = ask_stacks(child.log.parent, rank, child.process.pid)
 
     def stop(self, attempt: int, in_memory: bool = False, why: str = "") -> None:
         """Ask the ranks of this attempt for a checkpoint and exit. in_memory: a copy in memory will do, see train/loop/stop.py.
@@ -318,7 +308,7 @@ class Agent:
             with contextlib.suppress(OSError):  # the disk is full: rank 0 then only knows of a signal
                 stop_path(self._children[0].log.parent).write_text(why)
         for child in self._running() if attempt == self._attempt else []:
-            handled = [number for number in wanted if _handles(child.process.pid, number)]
+            handled = [number for number in wanted if handles(child.process.pid, number)]
             if handled:
                 child.stopped_by = handled[0]
                 child.process.send_signal(handled[0])
@@ -397,21 +387,3 @@ def _read(path: Path, start: int, count: int) -> bytes:
     with path.open("rb") as file:
         file.seek(start)
         return file.read(count)
-
-
-def _is_whole(stacks: str) -> bool:
-    """Whether faulthandler has printed all threads of a rank: the main one comes last, and its outermost function at its end. What
-    was printed in part would tell that a rank waits for nobody.
-    """
-    _, header, last = stacks.rpartition("(most recent call first):\n")
-    return bool(header and re.search(r" in (<module>|_run_module_as_main)\n|^  \.\.\.\n", last, re.MULTILINE))
-
-
-def _handles(pid: int, number: int) -> bool:
-    """Whether the process has a handler for this signal."""
-    try:
-        lines = Path(f"/proc/{pid}/status").read_text().splitlines()
-    except (FileNotFoundError, ProcessLookupError):
-        return False
-    caught = next(line.split()[1] for line in lines if line.startswith("SigCgt:"))
-    return bool(int(caught, 16) >> (number - 1) & 1)

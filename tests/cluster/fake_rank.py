@@ -7,7 +7,6 @@ A step takes FAKE_STEP seconds. While there is a file `hold`, the last step is f
 it waited for lets the run end (drive.py), on a machine of any speed.
 """
 
-import faulthandler
 import json
 import os
 import signal
@@ -19,6 +18,7 @@ from pathlib import Path
 from omegaconf import OmegaConf
 
 from cluster.cause import Failure
+from cluster.stacks import answer_requests
 
 config = OmegaConf.load(sys.argv[1])
 folder = Path(config.runs) / config.name
@@ -120,7 +120,7 @@ def run() -> int:
 
 
 signal.signal(signal.SIGTERM, lambda *_: stop.append(1))
-faulthandler.register(signal.SIGUSR1, all_threads=True)
+answer_requests(logs, rank)
 try:
     code = run()
 except Exception as error:

@@ -15,7 +15,8 @@ from conf.files import atomic_write_text
 class RankProgress:
     """Writes the file of cluster.run_files.progress_path: step, phase (step, validation, checkpoint), Unix time, and busy.
 
-    busy: seconds of the step before that the rank worked, without its waits for other ranks; null at the start.
+    sequences: of the step, over all ranks. busy: seconds of the step before that the rank worked, without its waits for other
+    ranks; null at the start.
     note: called with a sentence, once, when the disk refuses the file; training goes on.
     """
 
@@ -23,9 +24,10 @@ class RankProgress:
         self._path = progress_path(logs, rank)
         self._note, self._refused = note, False
 
-    def write(self, step: int, phase: str, busy: float | None = None) -> None:
+    def write(self, step: int, phase: str, sequences: int = 0, busy: float | None = None) -> None:
         """Replace the file in one move, so that a reader never sees a part."""
-        text = json.dumps({"step": step, "phase": phase, "time": time.time(), "busy": busy})
+        news = {"step": step, "phase": phase, "time": time.time(), "sequences": sequences, "busy": busy}
+        text = json.dumps(news)
         try:
             atomic_write_text(self._path, text, durable=False)
         except OSError as error:

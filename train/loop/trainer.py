@@ -133,7 +133,7 @@ class Trainer:
         shares = (self._share(self.schedules.plan(step, shift)) for step in steps)
         with Prefetch(self.data.train.batch, shares) as batches:
             for plan in plans:
-                self.rank_progress.write(plan.step, "step", self._busy)
+                self.rank_progress.write(plan.step, "step", plan.batch_size, self._busy)
                 stop = self._step(plan, batches)
                 if stop is not StopKind.none:
                     self.goes_on = stop is StopKind.in_memory and self._copy_and_wait()

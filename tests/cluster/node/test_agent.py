@@ -63,7 +63,8 @@ def test_stacks_come_from_ranks_that_can_give_them_and_kill_no_other(agent):
     body = """
 import os, time, faulthandler, signal
 if os.environ["RANK"] == "10":
-    faulthandler.register(signal.SIGUSR1)
+    stacks = open(os.readlink("/proc/self/fd/1").replace(".log", ".stacks"), "a")
+    faulthandler.register(signal.SIGUSR1, stacks)
 print("ready", flush=True)
 time.sleep(60)
 """
@@ -71,7 +72,7 @@ time.sleep(60)
     until(agent, lambda answer: len(answer.output) == 2)
     agent.ask_stacks(1)
     answer = until(agent, lambda answer: answer.stacks)
-    assert list(answer.stacks) == [10] and "line 6 in <module>" in answer.stacks[10]
+    assert list(answer.stacks) == [10] and "line 7 in <module>" in answer.stacks[10]
     assert not any(report.ended for report in answer.ranks)
 
 
@@ -83,9 +84,11 @@ def show(*_):
     for text in ("Thread 0x1 (most recent call first):\\n  File 'a', line 1 in _bootstrap\\n",
                  "Current thread 0x2 (most recent call first):\\n", "  File 'b', line 2 in all_reduce\\n", "  File 'b', line 3 in <module>\\n"):
         print(text, end="", flush=True)
+        print(text, end="", flush=True, file=stacks)
         while not pathlib.Path({str(tmp_path / "go")!r}).exists():
             time.sleep(0.01)
     print("and on", flush=True)
+stacks = open(os.readlink("/proc/self/fd/1").replace(".log", ".stacks"), "a")
 signal.signal(signal.SIGUSR1, show)
 print("ready", flush=True)
 while True: time.sleep(1)
@@ -168,7 +171,7 @@ def test_a_rank_on_its_way_out_does_not_die_of_a_late_order_to_stop(agent):
 
 
 def test_a_rank_that_lets_its_handler_go_when_the_order_to_stop_is_on_its_way_has_stopped(agent, monkeypatch):
-    monkeypatch.setattr(agent_module, "_handles", lambda pid, number: True)  # a moment ago
+    monkeypatch.setattr(agent_module, "handles", lambda pid, number: True)  # a moment ago
     agent.start(order("print('ready', flush=True); import time; time.sleep(60)"))
     until(agent, lambda answer: len(answer.output) == 2)
     agent.stop(1)

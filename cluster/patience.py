@@ -1,0 +1,60 @@
+"""How long a run may be without news before it counts as hung: longer than such times were so far in this run, with room for noise."""
+
+from collections import defaultdict, deque
+
+STEP = "step"
+"""What ranks do between two steps, by its phase; others are start, checkpoint and validation."""
+FLOOR = {STEP: 7.0}
+"""Seconds that are never too long; a step moves at once when a machine wakes up, a disk may not."""
+OTHER_FLOOR = 30.0
+ROOM, FIRST_ROOM = 2.5, 9.0
+"""Times the longest so far, and what is added to that, shared by how often it was seen: one observation says little."""
+REMEMBERED = 500
+"""Times of a kind; older ones no longer say how long it may take."""
+QUIET, QUIET_FLOOR = 3.0, 3.0
+"""Usual times without news after which a run says that it is quiet, and the least seconds."""
+
+
+class Patience:
+    """What a run is used to. hang_after, start_timeout: most seconds without news in steps, and in all else."""
+
+    def __init__(self, hang_after: float, start_timeout: float):
+        self._hang_after, self._start_timeout = hang_after, start_timeout
+        self._seconds: dict[str, deque[float]] = defaultdict(lambda: deque(maxlen=REMEMBERED))
+        self._longest: dict[str, float] = {}
+        self._work = 1.0
+
+    def take(self, doing: str, seconds: float) -> None:
+        """The ranks got on after so many seconds without news in this phase."""
+        times = self._seconds[doing]
+        dropped = times[0] if len(times) == REMEMBERED else None
+        times.append(seconds)
+        if dropped == self._longest.get(doing):
+            self._longest[doing] = max(times)
+        else:
+            self._longest[doing] = max(self._longest.get(doing, 0.0), seconds)
+
+    def take_work(self, sequences: float) -> None:
+        """A step has so many sequences from here on; times of steps grow with them."""
+        if sequences > self._work and STEP in self._longest:
+            growth = sequences / self._work
+            self._seconds[STEP] = deque((growth * seconds for seconds in self._seconds[STEP]), REMEMBERED)
+            self._longest[STEP] *= growth
+        self._work = sequences
+
+    def forget_steps(self) -> None:
+        """Another layout begins, whose steps may take any time."""
+        self._seconds.pop(STEP, None), self._longest.pop(STEP, None)
+
+    def limit(self, doing: str) -> float:
+        """Seconds without news in this phase after which the run counts as hung."""
+        most = self._hang_after if doing == STEP else self._start_timeout
+        if doing not in self._longest:
+            return most
+        room = ROOM + FIRST_ROOM / len(self._seconds[doing])
+        return min(most, max(FLOOR.get(doing, OTHER_FLOOR), room * self._longest[doing]))
+
+    def quiet_after(self) -> float | None:
+        """Seconds without news in steps that are worth a word; None before enough were seen."""
+        times = sorted(self._seconds.get(STEP, ()))
+        return max(QUIET_FLOOR, QUIET * times[len(times) // 2]) if len(times) >= 5 else None

@@ -1,0 +1,154 @@
+"""A run that hangs is noticed by what it is used to, and a noisy one is left alone."""
+
+import random
+import subprocess
+import sys
+
+import pytest
+
+from cluster.cause import RankReport
+from cluster.local import run_local
+from cluster.patience import Patience
+from cluster.rank_watch import RankWatch
+from conf.errors import EXIT_CRASH
+from tests.cluster.test_local import PROLOGUE
+
+HANG_AFTER, START = 300.0, 900.0
+
+
+class Run:
+    """Ranks that exist only as reports, on a clock of their own."""
+
+    def __init__(self, ranks: int = 4):
+        self.now, self.patience = 0.0, Patience(HANG_AFTER, START)
+        self.watch = RankWatch(range(ranks), {}, self.patience, self.now)
+
+    def wait(self, seconds: float) -> bool:
+        """Nothing happens for so long; returns whether the run counts as hung then."""
+        self.now += seconds
+        return self.watch.is_hung(self.now)
+
+    def step(self, number: int, phase: str = "step", sequences: float = 16.0) -> None:
+        reports = [RankReport(rank, step=number, phase=phase, sequences=sequences) for rank in self.watch.reports]
+        self.watch.take(self.now, reports)
+
+    def steps(self, seconds: float, count: int = 20) -> None:
+        for number in range(1, count + 1):
+            self.step(number)
+            assert not self.wait(seconds)
+
+
+@pytest.mark.parametrize(("seconds", "noticed"), [(0.05, 10.0), (0.3, 10.0), (2.0, 10.0), (30.0, 120.0)])
+def test_a_hang_is_noticed_by_how_long_steps_take(seconds, noticed):
+    run = Run()
+    run.steps(seconds)
+    assert not run.wait(1.5 * seconds) and run.wait(noticed - 1.5 * seconds)
+
+
+def test_no_limit_is_above_what_the_recipe_says_nor_learned_from_nothing():
+    patience = Patience(HANG_AFTER, START)
+    assert (patience.limit("step"), patience.limit("checkpoint")) == (HANG_AFTER, START)
+    patience.take("step", 1000.0)
+    assert patience.limit("step") == HANG_AFTER
+
+
+def test_ten_thousand_noisy_steps_are_no_hang():
+    """Lognormal noise, now and then a step of three times as long, a batch that grows, checkpoints, validations, a machine that slept."""
+    draw = random.Random(7)
+    run, sequences = Run(), 8.0
+    for number in range(1, 10_001):
+        if number % 1000 == 0:
+            sequences *= draw.choice((1.2, 1.5, 2.0))
+        run.step(number, sequences=sequences)
+        seconds = 0.2 * sequences / 8 * draw.lognormvariate(0.0, 0.3) * (3.0 if draw.random() < 0.01 else 1.0)
+        assert not run.wait(seconds), (number, seconds, run.patience.limit("step"))
+        for every, phase, usual in ((250, "checkpoint", 20.0), (400, "validation", 45.0)):
+            if number % every == 0:
+                run.step(number, phase, sequences)
+                assert not run.wait(usual * draw.lognormvariate(0.0, 0.4)), (number, phase)
+        if draw.random() < 0.001:
+            run.now += 3600.0
+            run.watch.forgive(run.now, 3600.0)
+
+
+def test_a_quiet_run_says_once_who_is_behind():
+    run = Run()
+    run.steps(2.0)
+    run.watch.take(run.now, [RankReport(rank, step=21, phase="step") for rank in (0, 1, 3)])
+    run.wait(5.0)
+    assert run.watch.tell_quiet(run.now) is None
+    run.wait(1.5)
+    assert (text := run.watch.tell_quiet(run.now)) and "no news for 6.5 s" in text and "rank 2 is in step 20" in text
+    assert run.watch.tell_quiet(run.now) is None
+
+
+def test_a_rank_that_has_no_core_on_a_busy_machine_is_not_late():
+    run = Run()
+    run.steps(0.3)
+    moved = run.watch.moved
+    run.now += 20.0
+    late = [RankReport(rank, step=20, phase="step", waited_for_core=15.0 if rank == 2 else 0.1) for rank in range(4)]
+    run.watch.take(run.now, late)
+    assert run.watch.moved == moved + 15.0 and not run.watch.is_hung(run.now)
+    run.watch.take(run.now, late)
+    assert run.wait(5.0)
+
+
+HANGS = """
+from cluster.run_files import progress_path
+from cluster.stacks import answer_requests
+import queue
+answer_requests(logs, rank)
+begin_work(logs, rank)
+def all_reduce(): time.sleep(60)
+def load_batch(): queue.Queue().get()
+for step in range(1, 21):
+    path = progress_path(logs, rank).with_suffix(".new")
+    path.write_text('{"step": %d, "phase": "step"}' % step)
+    path.rename(progress_path(logs, rank))
+    time.sleep(0.1)
+load_batch() if rank == 1 else all_reduce()
+"""
+
+
+@pytest.mark.slow
+def test_local_ranks_that_hang_are_named_by_where_they_are(tmp_path, capfd):
+    """The one that waits for its loader, and not those that wait for it."""
+    assert (
+        run_local([sys.executable, "-c", PROLOGUE + HANGS, str(tmp_path)], 3, tmp_path, Patience(60.0, 60.0))
+        == EXIT_CRASH
+    )
+    said = capfd.readouterr().err
+    assert "error: no step finished for" in said and ": rank 1 is not in a collective, at File " in said
+    assert "in load_batch" in said and "ended with it: ranks [0, 2]" in said
+
+
+ALONE = """
+import queue, sys, time
+from pathlib import Path
+from cluster.patience import Patience
+from cluster.run_files import progress_path
+from cluster.self_watch import SelfWatch
+logs = Path(sys.argv[1])
+progress_path(logs, 5).write_text('{"step": 900, "phase": "step"}')  # of a run before
+def load_batch(): queue.Queue().get(timeout=float(sys.argv[2]))
+with SelfWatch(logs, 5, Patience(60.0, 60.0), ends=sys.argv[3] == "ends"):
+    for step in range(1, 21):
+        path = progress_path(logs, 5).with_suffix(".new")
+        path.write_text('{"step": %d, "phase": "step"}' % step)
+        path.rename(progress_path(logs, 5))
+        time.sleep(0.3)
+    try:
+        load_batch()
+    except queue.Empty:
+        print("goes on")
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("seconds", "ends", "code"), [(50, "ends", EXIT_CRASH), (12, "stays", 0)])
+def test_a_rank_without_a_driver_sees_by_itself_that_it_hangs(tmp_path, seconds, ends, code):
+    command = [sys.executable, "-c", ALONE, str(tmp_path), str(seconds), ends]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=110)
+    assert done.returncode == code and ("goes on" in done.stdout) == (code == 0)
+    assert "rank 5 in step 20 is not in a collective, at File " in done.stderr and "no news for" in done.stderr
