@@ -109,7 +109,7 @@ class RankReport:
     busy: float | None = None
     """Seconds of the last step that were its own work, not waiting for other ranks; None if it does not say."""
     sequences: float = 0.0
-    """Of the step that it works on, over all ranks; 0 if it does not say."""
+    """In the step that it works on, over all ranks; 0 if it does not say."""
     waited_for_core: float = 0.0
     """Seconds, so far; see cluster/spawn.py."""
     state: str = ""

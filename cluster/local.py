@@ -31,7 +31,7 @@ from conf.words import say
 
 SETTLE = 3.0
 """Seconds that the other ranks get to report after the first one failed."""
-STACKS = 5.0
+STACKS_SECONDS = 5.0
 """Seconds that ranks which hang get to say where."""
 RANKS_LOOK_SECONDS = 0.05
 """Seconds between looks at the ranks."""
@@ -123,7 +123,7 @@ def _watch(ranks: list[Child], logs: Path, asked: list[int], patience: Patience 
 def _name_hang(ranks: list[Child], logs: Path, seconds: float) -> Cause:
     """Who hangs, from where the threads of all ranks are."""
     asked = [rank for rank, child in enumerate(ranks) if child.poll() is None and ask_stacks(logs, rank, child.pid)]
-    ends, stacks = time.monotonic() + STACKS, dict[int, str]()
+    ends, stacks = time.monotonic() + STACKS_SECONDS, dict[int, str]()
     while len(stacks) < len(asked) and time.monotonic() < ends:
         time.sleep(RANKS_LOOK_SECONDS)
         stacks = {rank: text for rank in asked if (text := read_stacks(logs, rank))}

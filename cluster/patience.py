@@ -2,16 +2,15 @@
 
 from collections import defaultdict, deque
 
-STEP = "step"
+STEP_PHASE = "step"
 """What ranks do between two steps, by its phase; others are start, checkpoint and validation."""
-FLOOR = {STEP: 7.0}
-"""Seconds that are never too long; a step moves at once when a machine wakes up, a disk may not."""
-OTHER_FLOOR = 30.0
-ROOM, FIRST_ROOM = 2.5, 9.0
+STEP_FLOOR, OTHER_FLOOR = 7.0, 30.0
+"""Seconds without news that are never too long, in steps and in all else, where a disk may be slow."""
+HANG_ROOM, FIRST_HANG_ROOM = 2.5, 9.0
 """Times the longest so far, and what is added to that, shared by how often it was seen: one observation says little."""
 REMEMBERED = 500
 """Times of a kind; older ones no longer say how long it may take."""
-QUIET, QUIET_FLOOR = 3.0, 3.0
+QUIET_STEPS, QUIET_SECONDS = 3.0, 3.0
 """Usual times without news after which a run says that it is quiet, and the least seconds."""
 
 
@@ -36,25 +35,26 @@ class Patience:
 
     def take_work(self, sequences: float) -> None:
         """A step has so many sequences from here on; times of steps grow with them."""
-        if sequences > self._work and STEP in self._longest:
+        if sequences > self._work and STEP_PHASE in self._longest:
             growth = sequences / self._work
-            self._seconds[STEP] = deque((growth * seconds for seconds in self._seconds[STEP]), REMEMBERED)
-            self._longest[STEP] *= growth
+            self._seconds[STEP_PHASE] = deque((growth * seconds for seconds in self._seconds[STEP_PHASE]), REMEMBERED)
+            self._longest[STEP_PHASE] *= growth
         self._work = sequences
 
     def forget_steps(self) -> None:
         """Another layout begins, whose steps may take any time."""
-        self._seconds.pop(STEP, None), self._longest.pop(STEP, None)
+        self._seconds.pop(STEP_PHASE, None), self._longest.pop(STEP_PHASE, None)
 
     def limit(self, doing: str) -> float:
         """Seconds without news in this phase after which the run counts as hung."""
-        most = self._hang_after if doing == STEP else self._start_timeout
+        most = self._hang_after if doing == STEP_PHASE else self._start_timeout
         if doing not in self._longest:
             return most
-        room = ROOM + FIRST_ROOM / len(self._seconds[doing])
-        return min(most, max(FLOOR.get(doing, OTHER_FLOOR), room * self._longest[doing]))
+        room = HANG_ROOM + FIRST_HANG_ROOM / len(self._seconds[doing])
+        floor = STEP_FLOOR if doing == STEP_PHASE else OTHER_FLOOR
+        return min(most, max(floor, room * self._longest[doing]))
 
     def quiet_after(self) -> float | None:
         """Seconds without news in steps that are worth a word; None before enough were seen."""
-        times = sorted(self._seconds.get(STEP, ()))
-        return max(QUIET_FLOOR, QUIET * times[len(times) // 2]) if len(times) >= 5 else None
+        times = sorted(self._seconds.get(STEP_PHASE, ()))
+        return max(QUIET_SECONDS, QUIET_STEPS * times[len(times) // 2]) if len(times) >= 5 else None

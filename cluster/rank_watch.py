@@ -7,11 +7,11 @@ from collections import Counter
 from collections.abc import Collection, Iterable
 
 from cluster.cause import RankReport
-from cluster.patience import STEP, Patience
+from cluster.patience import STEP_PHASE, Patience
 
 NAMED_RANKS = 8
 """Numbers of ranks in a sentence."""
-START = "start"
+START_PHASE = "start"
 
 
 class RankWatch:
@@ -31,7 +31,7 @@ class RankWatch:
         self._patience, self._told_quiet = patience, False
         self._ended = self._bad = 0
         """Ranks that ended, and that failed."""
-        self._phases = Counter({START: len(self.reports)})
+        self._phases = Counter({START_PHASE: len(self.reports)})
         """Ranks that run, by what they do."""
 
     @property
@@ -46,8 +46,8 @@ class RankWatch:
     @property
     def doing(self) -> str:
         """What the ranks that run are in: a step where all are, else what the others of them do."""
-        others = sorted(phase for phase, count in self._phases.items() if count > 0 and phase != STEP)
-        return START if not self.stepping else others[0] if others else STEP
+        others = sorted(phase for phase, count in self._phases.items() if count > 0 and phase != STEP_PHASE)
+        return START_PHASE if not self.stepping else others[0] if others else STEP_PHASE
 
     def take(self, now: float, reports: Collection[RankReport]) -> None:
         """Remember what is known of some ranks. One that had no core on a busy machine is not late."""
@@ -83,7 +83,7 @@ class RankWatch:
     def tell_quiet(self, now: float) -> str | None:
         """A sentence, once for each silence, where a step takes much longer than usual."""
         after, silent = self._patience.quiet_after(), now - self.moved
-        if self._told_quiet or self.doing != STEP or after is None or silent < after:
+        if self._told_quiet or self.doing != STEP_PHASE or after is None or silent < after:
             return None
         self._told_quiet = True
         running = [report for report in self.reports.values() if not report.ended]
@@ -92,5 +92,5 @@ class RankWatch:
         more = f" and {len(behind) - NAMED_RANKS} more" if len(behind) > NAMED_RANKS else ""
         who = ", ".join(f"{rank} on {self.names[rank]}" if self.names else f"{rank}" for rank in behind[:NAMED_RANKS])
         ranks = f"rank {who} is" if len(behind) == 1 else f"ranks {who}{more} are"
-        left = self._patience.limit(STEP) - silent
+        left = self._patience.limit(STEP_PHASE) - silent
         return f"no news for {silent:.1f} s, where steps take much less: {ranks} in step {last}; counts as hung in {left:.0f} s"

@@ -10,8 +10,8 @@ from typing import IO
 
 from cluster.run_files import stacks_path
 
-MOST_BYTES = 256 << 10
-"""Of the stacks of a rank; many threads have more than anybody reads."""
+STACKS_BYTES = 256 << 10
+"""Most bytes of a rank's stacks; many threads have more than anybody reads."""
 _kept_open: list[IO] = []
 
 
@@ -40,9 +40,9 @@ def ask_stacks(logs: Path, rank: int, pid: int) -> bool:
 def read_stacks(logs: Path, rank: int) -> str | None:
     """What it wrote since it was asked, or None before that is whole. What was printed in part would tell that a rank waits for nobody."""
     with contextlib.suppress(FileNotFoundError), stacks_path(logs, rank).open("rb") as file:
-        piece = file.read(MOST_BYTES)
+        piece = file.read(STACKS_BYTES)
         text = piece.decode(errors="replace")
-        return text if len(piece) == MOST_BYTES or _is_whole(text) else None
+        return text if len(piece) == STACKS_BYTES or _is_whole(text) else None
     return None
 
 

@@ -587,7 +587,8 @@ class Cluster:
     hang_after: float = expert(300.0, above=0)
     """Most seconds without a finished step before a run counts as hung; sooner where steps of this run have taken less."""
     start_timeout: float = expert(900.0, above=0)
-    """The same until the first step is done, and in checkpoints and validations, in seconds; sooner once such were seen."""
+    """Most seconds until the first step is done, and in checkpoints and validations, before a run counts as hung; sooner once such were
+    seen."""
     stop_timeout: float = expert(600.0, above=0)
     """Ray: longest wait for the last checkpoint after a request to stop, in seconds."""
     restarts: int = number(3, least=0)
