@@ -21,8 +21,8 @@ from conf.files import atomic_write_text
 from conf.schema import Config
 from train.metrics.headline import clipped, last, median, tail_mean
 from train.metrics.jsonl import METRICS_FILE
-from train.metrics.names import SCALARS
-from train.metrics.plot import LINE_COLOURS, Curve, Figure, add_curve, log_axis, look
+from train.metrics.names import SCALARS, Curve
+from train.metrics.plot import LINE_COLOURS, Figure, add_curve, log_axis, look
 from train.metrics.progress import short
 from train.metrics.report import read_settings, write_report
 from train.metrics.report_page import HOW_TO_READ, closing, figure_html, opening, table
@@ -154,7 +154,7 @@ def _figures(runs: list[RunToCompare]) -> Iterator[Figure]:
         plot = go.Figure()
         for run, (colour, dash) in zip(runs, looks, strict=True):
             if run.series.has(metric):
-                curve = Curve(run.name, metric, colour, 1.0, metric == "validation_loss", dash, metric != "lr")
+                curve = Curve("", run.name, colour, 1.0, metric == "validation_loss", dash, metric != "lr")
                 add_curve(plot, curve, _tokens(run.series), run.series.columns[metric])
         if plot.data:
             look(plot, 440 if metric == "validation_loss" else 360).update_xaxes(title="tokens")

@@ -1,6 +1,6 @@
 """A W&B workspace that shows a run, built by the library wandb-workspaces: `mode=dashboard`.
 
-What to show is plain data, SECTIONS below; the names are those of names.py. With a key the workspace is saved and its link
+What to show is plain data: each metric of names.py says in which panel it is, and SECTIONS below which panels there are. With a key the workspace is saved and its link
 printed; in any case its definition lies in dashboard.json of the run's folder, so that one can see it without an account.
 """
 
@@ -14,6 +14,7 @@ from conf.errors import EXIT_OK, UserError
 from conf.files import atomic_write_text
 from conf.schema import Config, Model
 from conf.words import say
+from train.metrics.names import SCALARS, WANDB
 from train.metrics.wandb_sink import has_key, layer_key
 from train.model.count import moe_layers
 
@@ -32,69 +33,58 @@ class Panel:
     log: bool = False
 
 
-SECTIONS: dict[str, tuple[Panel, ...]] = {
-    "Loss": (
-        Panel("Loss of the next token: training, and held out", "nats per token", ("main_loss", "validation_loss")),
-        Panel("MTP, mean over depths", "nats per token", ("mtp_loss",)),
-        Panel("MTP, depth by depth", "nats per token", pattern=r"mtp_loss_\d+"),
-        Panel("Held-out bits per byte", "bits per byte", ("validation_bits_per_byte",)),
-        Panel("Gradient norm before clipping", "1", ("grad_norm",), log=True),
-        Panel("Learning rate", "1", ("lr",)),
-        Panel("How often the training text has been read", "1", ("epochs",)),
-        Panel("What is minimised: next token, weighted MTP and balance", "nats per token", ("loss",)),
-        Panel("Weights of the other losses", "1", ("mtp_weight", "balance_loss")),
-        Panel("Updates skipped", "steps", ("skipped_steps",)),
-        Panel("Largest attention score, where optim.qk_clip watches them", "1", ("attention_score_max",)),
-        Panel("Heads whose scores were above optim.qk_clip", "heads", ("heads_clipped",)),
-    ),
-    "Balance of experts": (
-        Panel("Experts by load, in fair shares (heat map)", "experts", ("load",)),
-        Panel("MaxVio: of each batch, and of the mean load of about 100 steps", "1", ("max_vio", "max_vio_running")),
-        Panel("MaxVio, layer by layer", "1", pattern=r"layer_max_vio/.+"),
-        Panel("Entropy of the load", "1", ("load_entropy",)),
-        Panel("Entropy, layer by layer", "1", pattern=r"layer_entropy/.+"),
-        Panel("Dead experts", "experts", ("dead_experts",)),
-        Panel("Balance bias: smallest and largest", "1", ("bias_min", "bias_max")),
-        Panel("Speed of the bias", "1 per step", ("bias_speed",)),
-    ),
-    "Speed": (
-        Panel("Tokens per second", "tokens/s", ("tokens_per_second",)),
-        Panel("MFU: causal, and full attention", "share", ("mfu", "mfu_full")),
-        Panel("Peak of a device that MFU is counted against", "FLOP/s", ("peak_flops",)),
-        Panel("Bubble of the pipeline", "share", ("bubble_share",)),
-        Panel("Forward, backward, both together", "s", ("forward_seconds", "backward_seconds", "overlapped_seconds")),
-        Panel("All-to-all: time waited", "s", ("dispatch_wait_seconds",)),
-        Panel("All-to-all: bytes inside nodes and across", "bytes", ("dispatch_bytes_inside", "dispatch_bytes_across")),
-        Panel("Waiting for data, and for checkpoints", "s", ("data_wait_seconds", "checkpoint_stall_seconds")),
-        Panel("Step, without validation and saving", "s", ("step_seconds", "step_predicted_seconds")),
-        Panel("Batch", "sequences", ("batch_size",)),
-    ),
-    "FP8": (
-        Panel("Error of products against bf16", "share", ("fp8_fprop_error", "fp8_dgrad_error")),
-        Panel(
-            "Values that became zero",
-            "share",
-            ("fp8_activation_flushed", "fp8_weight_flushed", "fp8_gradient_flushed"),
-        ),
-        Panel(
-            "Values that were clamped",
-            "share",
-            ("fp8_activation_saturated", "fp8_weight_saturated", "fp8_gradient_saturated"),
-        ),
-        Panel(
-            "Range of scales in a tensor",
-            "log2",
-            ("fp8_activation_scale_range", "fp8_weight_scale_range", "fp8_gradient_scale_range"),
-        ),
-    ),
-    "Cluster": (
-        Panel("Attempt", "attempts", ("cluster/attempt",)),
-        Panel("Nodes", "nodes", ("cluster/nodes",)),
-        Panel("Goodput: share of the time with training", "share", ("cluster/goodput",)),
-        Panel("Time without training", "s", ("cluster/downtime_seconds",)),
-    ),
-    "Memory": (Panel("Peak of the logging rank, and as planned", "bytes", ("memory_bytes", "memory_predicted_bytes")),),
+SECTIONS = {
+    "Loss": {
+        "loss": "Loss of the next token: training, and held out",
+        "mtp": "MTP, mean over depths",
+        "mtp_depths": "MTP, depth by depth",
+        "bits": "Held-out bits per byte",
+        "grad_norm": "Gradient norm before clipping",
+        "lr": "Learning rate",
+        "epochs": "How often the training text has been read",
+        "minimised": "What is minimised: next token, weighted MTP and balance",
+        "weights": "Weights of the other losses",
+        "skipped": "Updates skipped",
+        "scores": "Largest attention score, where optim.qk_clip watches them",
+        "clipped": "Heads whose scores were above optim.qk_clip",
+    },
+    "Balance of experts": {
+        "load": "Experts by load, in fair shares (heat map)",
+        "max_vio": "MaxVio: of each batch, and of the mean load of about 100 steps",
+        "layer_max_vio": "MaxVio, layer by layer",
+        "entropy": "Entropy of the load",
+        "layer_entropy": "Entropy, layer by layer",
+        "dead": "Dead experts",
+        "bias": "Balance bias: smallest and largest",
+        "bias_speed": "Speed of the bias",
+    },
+    "Speed": {
+        "throughput": "Tokens per second",
+        "mfu": "MFU: causal, and full attention",
+        "peak": "Peak of a device that MFU is counted against",
+        "bubble": "Bubble of the pipeline",
+        "passes": "Forward, backward, both together",
+        "dispatch_wait": "All-to-all: time waited",
+        "dispatch": "All-to-all: bytes inside nodes and across",
+        "waits": "Waiting for data, and for checkpoints",
+        "step": "Step, without validation and saving",
+        "batch": "Batch",
+    },
+    "FP8": {
+        "fp8_error": "Error of products against bf16",
+        "fp8_flushed": "Values that became zero",
+        "fp8_saturated": "Values that were clamped",
+        "fp8_scale_range": "Range of scales in a tensor",
+    },
+    "Cluster": {
+        "attempt": "Attempt",
+        "nodes": "Nodes",
+        "goodput": "Goodput: share of the time with training",
+        "downtime": "Time without training",
+    },
+    "Memory": {"memory": "Peak of the logging rank, and as planned"},
 }
+"""Panels of each section: the word by which metrics name theirs in the table, and its title."""
 
 
 def sections(model: Model) -> dict[str, tuple[Panel, ...]]:
@@ -103,7 +93,18 @@ def sections(model: Model) -> dict[str, tuple[Panel, ...]]:
         Panel(f"{layer}: experts by load", "experts", (f"layer_load/{layer_key(layer)}",))
         for layer in moe_layers(model)
     )
-    return SECTIONS | {"Load, layer by layer": tuple(heat)}
+    known = {name: tuple(_panel(*panel) for panel in panels.items()) for name, panels in SECTIONS.items()}
+    return known | {"Load, layer by layer": tuple(heat)}
+
+
+def _panel(word: str, title: str) -> Panel:
+    """The metrics that name this panel; one that stands for several, as mtp_loss_K does, by a pattern."""
+    shown = [metric for metric in (*SCALARS, *WANDB) if metric.panel == word]
+    first, names = shown[0], tuple(metric.name for metric in shown)
+    pattern = first.name.replace("_K", r"_\d+").replace("LAYER", ".+")
+    if pattern != first.name:
+        return Panel(title, first.unit, pattern=pattern)
+    return Panel(title, first.unit, names, log=first.log)
 
 
 def build_dashboard(config: Config) -> int:

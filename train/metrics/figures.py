@@ -5,23 +5,16 @@ Shape suffixes as in series.py.
 A long run is thinned so that the page stays small: curves as plot.py says; a heat map keeps every n-th recorded step.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from itertools import cycle
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import plotly.graph_objects as go
 
-from train.metrics.balance import HORIZON
-from train.metrics.pipeline_figures import bubble, dispatch, timeline_figure
+from train.metrics.names import GREEN, GREY, PURPLE, SCALARS, SKY, Curve
+from train.metrics.pipeline_figures import timeline_figure
 from train.metrics.plot import (
-    BLUE,
-    GREEN,
-    GREY,
-    ORANGE,
-    PURPLE,
-    SKY,
-    Curve,
     Figure,
     add_tokens_axis,
     curves,
@@ -36,43 +29,149 @@ LOAD_COLOURS = [[0.0, "#0b3c5d"], [0.166, "#7fb2d6"], [0.333, "#f7f7f7"], [0.6, 
 LOAD_PERCENT_TOP = 300
 
 
+class CurveFigure(NamedTuple):
+    """A figure that is nothing but the curves of its metrics."""
+
+    title: str
+    unit: str
+    caption: str
+    zero: bool = True
+    """Whether the axis begins at 0."""
+    quiet: bool = False
+    """Whether it is left out of a run in which it would be 0 throughout."""
+
+
+FIGURES = {
+    "imbalance": CurveFigure(
+        "Imbalance between experts",
+        "MaxVio",
+        "MaxVio = (busiest expert's tokens - mean) / mean, averaged over layers. 0 is even; 1 means that the busiest expert "
+        "gets twice its share. Each batch has busiest experts of its own, so its curve is noisy and does not reach 0: it is what an "
+        "exchange of tokens has to carry. In the mean load, which follows later, these chances even out: what is left is lasting, and "
+        "should fall towards 0.",
+    ),
+    "bias": CurveFigure(
+        "Balance bias: its range over all experts",
+        "bias",
+        "The bias that steers tokens away from busy experts (it only picks experts; it does not weigh them). A range that "
+        "settles is healthy; one that widens for ever means that balancing fights the router.",
+        zero=False,
+    ),
+    "dead": CurveFigure(
+        "Experts that nobody uses",
+        "experts",
+        "Experts, over all layers, that got no token in the last 20 steps: wasted parameters. 0 is good.",
+        quiet=True,
+    ),
+    "throughput": CurveFigure(
+        "Speed",
+        "tokens/s",
+        "Tokens trained per second, all processes together; level is good. Validation and saving are not counted.",
+    ),
+    "mfu": CurveFigure(
+        "Use of the hardware (MFU)",
+        "% of peak",
+        "Model FLOP/s utilisation: the share of the device's peak arithmetic that went into the model, higher is better. "
+        "DeepSeek-V3 reports 38.9 % (causal) and 43.7 % (full) on its H800s, MTP left out as here.",
+    ),
+    "times": CurveFigure(
+        "Where the time goes",
+        "seconds",
+        "Wall time of each step, and parts of it: computing (the mean of all processes), and waits in which training stood still, which "
+        "should lie near 0.",
+    ),
+    "bubble": CurveFigure(
+        "Bubble: idle time of the pipeline",
+        "% of time",
+        "Share of forward and backward in which a process of the pipeline had nothing to do, mean over all processes, each until "
+        "its own last piece of work; lower is better. More micro-batches per step make it smaller. Waiting for experts counts as work here.",
+    ),
+    "dispatch": CurveFigure(
+        "Traffic to experts",
+        "MiB per step",
+        "What all processes together sent to experts on other processes and back, forward and backward, in each step. The network "
+        "between machines (nodes) is the slow one, so that its curve matters most; parallel.dispatch=node_limited keeps it low.",
+    ),
+    "memory": CurveFigure(
+        "Memory",
+        "GiB",
+        "Peak memory of the process that reports (GPU memory on a GPU, else main memory). It should level off early, on a GPU "
+        "near what mode=plan predicted, if it was asked.",
+    ),
+    "fp8-flushed": CurveFigure(
+        "FP8: values lost to zero",
+        "%",
+        "Non-zero values that became zero in the cast to FP8, in the worst layer. Small and level is good.",
+    ),
+    "fp8-error": CurveFigure(
+        "FP8: error of the products",
+        "%",
+        "Difference of a sampled product from the same in bf16, in the worst layer. E4M3 alone makes about 4 %.",
+    ),
+    "skipped": CurveFigure(
+        "Skipped steps",
+        "steps",
+        "Steps whose update was left out because loss or gradient was not a finite number. A few are harmless; a stair is not.",
+        quiet=True,
+    ),
+}
+"""By the word by which metrics name theirs in the table."""
+
+
+def curves_of(key: str) -> dict[str, Curve]:
+    """The curves of a figure by metric, in the order of the table."""
+    return {metric.name: metric.curve for metric in SCALARS if metric.curve is not None and metric.curve.figure == key}
+
+
+def _of_table(key: str) -> Callable[[Series, Mapping[str, Any]], Figure | None]:
+    title, unit, caption, zero, quiet = FIGURES[key]
+
+    def make(series: Series, settings: Mapping[str, Any]) -> Figure | None:
+        wanted = curves_of(key)
+        if quiet and not any(series.finite(metric).any() for metric in wanted):
+            return None
+        return figure(key, title, caption, curves(series, wanted, unit, zero=zero))
+
+    return make
+
+
 def build(series: Series, settings: Mapping[str, Any], sampled: SampledStep | None = None) -> list[Figure]:
     """All figures that the run has data for, in reading order. settings: the run's configuration."""
     makers = (
         _loss,
-        _imbalance,
+        _of_table("imbalance"),
         _layer_heat,
         _load_heat,
-        _bias,
-        _dead,
-        _throughput,
-        _mfu,
-        _times,
+        _of_table("bias"),
+        _of_table("dead"),
+        _of_table("throughput"),
+        _of_table("mfu"),
+        _of_table("times"),
         lambda *_: timeline_figure(sampled),
-        bubble,
-        dispatch,
+        _of_table("bubble"),
+        _of_table("dispatch"),
         _grad_norm,
         _schedules,
-        _memory,
-        _fp8_flushed,
-        _fp8_error,
-        _skipped,
+        _of_table("memory"),
+        _of_table("fp8-flushed"),
+        _of_table("fp8-error"),
+        _of_table("skipped"),
     )
     return [made for maker in makers if (made := maker(series, settings)) is not None]
 
 
 def _loss(series: Series, settings: Mapping[str, Any]) -> Figure | None:
     depths = [name for name in sorted(series.columns) if name.startswith("mtp_loss_")]
-    wanted = [Curve("training: next token", "main_loss", BLUE, smooth=True)]
+    wanted = curves_of("loss")
     if len(depths) > 1:
         looks = [(PURPLE, "dot"), (GREEN, "dash"), (GREY, "dashdot"), (SKY, "longdash")]
-        wanted += [
-            Curve(f"training: {int(name.rsplit('_', 1)[1])} further (MTP)", name, colour, dash=dash, smooth=True)
+        further = {
+            name: Curve(
+                "loss", f"training: {int(name.rsplit('_', 1)[1])} further (MTP)", colour, dash=dash, smooth=True
+            )
             for name, (colour, dash) in zip(depths, cycle(looks), strict=False)
-        ]
-    else:
-        wanted.append(Curve("training: token after next (MTP)", "mtp_loss", PURPLE, dash="dot", smooth=True))
-    wanted.append(Curve("held-out: next token", "validation_loss", ORANGE, markers=True))
+        }
+        wanted = {"main_loss": wanted["main_loss"]} | further | {"validation_loss": wanted["validation_loss"]}
     caption = (
         "How badly the model predicts text, in nats per token; it should fall, steeply at first. Held-out text was never "
         "trained on: a held-out curve that rises while the training curve falls means memorising. MTP modules (multi-token prediction) "
@@ -82,21 +181,6 @@ def _loss(series: Series, settings: Mapping[str, Any]) -> Figure | None:
     if plot is not None:
         add_tokens_axis(plot, series)
     return figure("loss", "Loss: how well the model predicts", caption, plot, True)
-
-
-def _imbalance(series: Series, settings: Mapping[str, Any]) -> Figure | None:
-    wanted = [
-        Curve("of each batch", "max_vio", SKY),
-        Curve(f"of the mean load of about {HORIZON} steps", "max_vio_running", BLUE),
-    ]
-    caption = (
-        "MaxVio = (busiest expert's tokens - mean) / mean, averaged over layers. 0 is even; 1 means that the busiest expert "
-        "gets twice its share. Each batch has busiest experts of its own, so its curve is noisy and does not reach 0: it is what an "
-        "exchange of tokens has to carry. In the mean load, which follows later, these chances even out: what is left is lasting, and "
-        "should fall towards 0."
-    )
-    plot = curves(series, wanted, "MaxVio", zero=True)
-    return figure("imbalance", "Imbalance between experts", caption, plot)
 
 
 def _layer_heat(series: Series, settings: Mapping[str, Any]) -> Figure | None:
@@ -157,61 +241,8 @@ def _load_heat(series: Series, settings: Mapping[str, Any]) -> Figure | None:
     return figure("load", "Tokens per expert", caption, plot, True, series.layers)
 
 
-def _bias(series: Series, settings: Mapping[str, Any]) -> Figure | None:
-    if not (series.has("bias_min") and series.has("bias_max")):
-        return None
-    wanted = [Curve("largest", "bias_max", ORANGE), Curve("smallest", "bias_min", BLUE)]
-    caption = (
-        "The bias that steers tokens away from busy experts (it only picks experts; it does not weigh them). A range that "
-        "settles is healthy; one that widens for ever means that balancing fights the router."
-    )
-    return figure("bias", "Balance bias: its range over all experts", caption, curves(series, wanted, "bias"))
-
-
-def _dead(series: Series, settings: Mapping[str, Any]) -> Figure | None:
-    if not series.has("dead_experts") or np.nanmax(series.columns["dead_experts"]) == 0:
-        return None
-    plot = curves(series, [Curve("dead experts", "dead_experts", PURPLE)], "experts", zero=True)
-    caption = "Experts, over all layers, that got no token in the last 20 steps: wasted parameters. 0 is good."
-    return figure("dead", "Experts that nobody uses", caption, plot)
-
-
-def _throughput(series: Series, settings: Mapping[str, Any]) -> Figure | None:
-    plot = curves(series, [Curve("tokens per second", "tokens_per_second", GREEN, smooth=True)], "tokens/s", zero=True)
-    caption = "Tokens trained per second, all processes together; level is good. Validation and saving are not counted."
-    return figure("throughput", "Speed", caption, plot)
-
-
-def _mfu(series: Series, settings: Mapping[str, Any]) -> Figure | None:
-    wanted = [
-        Curve("causal attention counted", "mfu", GREEN, 100.0, smooth=True),
-        Curve("full attention counted", "mfu_full", GREY, 100.0, dash="dot", smooth=True),
-    ]
-    caption = (
-        "Model FLOP/s utilisation: the share of the device's peak arithmetic that went into the model, higher is better. "
-        "DeepSeek-V3 reports 38.9 % (causal) and 43.7 % (full) on its H800s, MTP left out as here."
-    )
-    return figure("mfu", "Use of the hardware (MFU)", caption, curves(series, wanted, "% of peak", zero=True))
-
-
-def _times(series: Series, settings: Mapping[str, Any]) -> Figure | None:
-    wanted = [
-        Curve("whole step", "step_seconds", BLUE, smooth=True),
-        Curve("forward passes", "forward_seconds", SKY, smooth=True),
-        Curve("backward passes", "backward_seconds", GREEN, smooth=True),
-        Curve("both passes at once", "overlapped_seconds", GREY, smooth=True),
-        Curve("waiting for data", "data_wait_seconds", ORANGE, smooth=True),
-        Curve("waiting for a checkpoint", "checkpoint_stall_seconds", PURPLE),
-    ]
-    caption = (
-        "Wall time of each step, and parts of it: computing (the mean of all processes), and waits in which training stood still, which "
-        "should lie near 0."
-    )
-    return figure("times", "Where the time goes", caption, curves(series, wanted, "seconds", zero=True))
-
-
 def _grad_norm(series: Series, settings: Mapping[str, Any]) -> Figure | None:
-    plot = curves(series, [Curve("before clipping", "grad_norm", BLUE, smooth=True)], "gradient norm", log=True)
+    plot = curves(series, curves_of("grad_norm"), "gradient norm", log=True)
     clip = (settings.get("optim") or {}).get("clip")
     limit = ""
     if plot is not None and isinstance(clip, (int, float)) and clip > 0:
@@ -225,43 +256,8 @@ def _grad_norm(series: Series, settings: Mapping[str, Any]) -> Figure | None:
 
 
 def _schedules(series: Series, settings: Mapping[str, Any]) -> Figure | None:
-    plot = curves(series, [Curve("learning rate", "lr", BLUE)], "learning rate", zero=True)
+    plot = curves(series, curves_of("lr"), "learning rate", zero=True)
     if plot is not None:
         plot.update_yaxes(exponentformat="power")
     caption = "How large the steps are: a warm-up from 0, then what the schedule says."
     return figure("lr", "Learning rate", caption, plot)
-
-
-def _memory(series: Series, settings: Mapping[str, Any]) -> Figure | None:
-    wanted = [
-        Curve("peak memory", "memory_bytes", SKY, 1 / 2**30),
-        Curve("predicted by mode=plan", "memory_predicted_bytes", GREY, 1 / 2**30),
-    ]
-    plot = curves(series, wanted, "GiB", zero=True)
-    caption = (
-        "Peak memory of the process that reports (GPU memory on a GPU, else main memory). It should level off early, on a GPU "
-        "near what mode=plan predicted, if it was asked."
-    )
-    return figure("memory", "Memory", caption, plot)
-
-
-def _fp8_flushed(series: Series, settings: Mapping[str, Any]) -> Figure | None:
-    colours = {"activation": BLUE, "weight": GREEN, "gradient": ORANGE}
-    wanted = [Curve(f"{name}s", f"fp8_{name}_flushed", colour, 100, True) for name, colour in colours.items()]
-    caption = "Non-zero values that became zero in the cast to FP8, in the worst layer. Small and level is good."
-    return figure("fp8-flushed", "FP8: values lost to zero", caption, curves(series, wanted, "%", zero=True))
-
-
-def _fp8_error(series: Series, settings: Mapping[str, Any]) -> Figure | None:
-    products = {"forward": ("fprop", BLUE), "input gradient": ("dgrad", ORANGE)}
-    wanted = [Curve(name, f"fp8_{key}_error", colour, 100, True) for name, (key, colour) in products.items()]
-    caption = "Difference of a sampled product from the same in bf16, in the worst layer. E4M3 alone makes about 4 %."
-    return figure("fp8-error", "FP8: error of the products", caption, curves(series, wanted, "%", zero=True))
-
-
-def _skipped(series: Series, settings: Mapping[str, Any]) -> Figure | None:
-    if not series.has("skipped_steps") or np.nanmax(series.columns["skipped_steps"]) == 0:
-        return None
-    plot = curves(series, [Curve("skipped so far", "skipped_steps", ORANGE)], "steps", zero=True)
-    caption = "Steps whose update was left out because loss or gradient was not a finite number. A few are harmless; a stair is not."
-    return figure("skipped", "Skipped steps", caption, plot)

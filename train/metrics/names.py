@@ -1,4 +1,4 @@
-"""The one table of metric names: what a line of metrics.jsonl may hold, in which unit, meaning what, and when.
+"""The one table of metrics: what a line of metrics.jsonl may hold, in which unit, meaning what, and when; and where one sees it.
 
 A line is one JSON object. Its scalars come first, in the order of the table, then events, then the values per MoE layer, so that a
 reader of a long file can cut a line at LAYERS_MARK and parse the head alone. An absent key was not measured in
@@ -9,10 +9,27 @@ scalars by the same names, and of the values per layer what WANDB lists; there a
 """
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 Record = dict[str, Any]
 """One step: metric name -> number, or for layer metrics -> {layer name: number or list}, or for an event an object."""
+
+
+# Okabe and Ito's palette, told apart with any colour vision.
+BLUE, ORANGE, GREEN, SKY, PURPLE, GREY = "#0072B2", "#D55E00", "#009E73", "#56B4E9", "#CC79A7", "#666666"
+
+
+class Curve(NamedTuple):
+    """A curve of report.html. figure: the key of the one that has it (figures.py). scale: what values are multiplied by."""
+
+    figure: str
+    label: str
+    colour: str
+    scale: float = 1.0
+    markers: bool = False
+    dash: str = "solid"
+    smooth: bool = False
+    """Whether it is noisy: drawn pale, with the mean of the steps around it over it."""
 
 
 @dataclass(frozen=True)
@@ -23,6 +40,12 @@ class Metric:
     meaning: str
     when: str = ""
     """What it takes to be measured; empty where every step has it."""
+    panel: str = ""
+    """In which panel of the W&B workspace it is (SECTIONS in dashboard.py)."""
+    curve: Curve | None = None
+    """How report.html draws it."""
+    log: bool = False
+    """Whether its axis is logarithmic."""
 
 
 FP8_READINGS = (
@@ -40,19 +63,26 @@ SCALARS = (
     Metric("tokens", int, "tokens", "tokens consumed since the start of the run"),
     Metric("samples", int, "sequences", "sequences consumed since the start of the run"),
     Metric(
-        "epochs", float, "1", "how often the training text has been read; of a mix, the source that was read most often"
+        "epochs",
+        float,
+        "1",
+        "how often the training text has been read; of a mix, the source that was read most often",
+        panel="epochs",
     ),
     Metric(
         "loss",
         float,
         "nats per token",
         "what is minimised: main_loss + mtp_weight x mtp_loss + balance_loss; no measure of quality, as the weights change",
+        panel="minimised",
     ),
     Metric(
         "main_loss",
         float,
         "nats per token",
         "cross-entropy of the next token: the loss that is shown, to be set beside validation_loss",
+        panel="loss",
+        curve=Curve("loss", "training: next token", BLUE, smooth=True),
     ),
     Metric(
         "mtp_loss",
@@ -60,21 +90,66 @@ SCALARS = (
         "nats per token",
         "cross-entropy of the MTP modules, mean over depths, unweighted",
         "model.mtp_depth > 0",
+        panel="mtp",
+        curve=Curve("loss", "training: token after next (MTP)", PURPLE, dash="dot", smooth=True),
     ),
-    Metric("mtp_loss_K", float, "nats per token", "the same of depth K, from 1", "model.mtp_depth > 1"),
-    Metric("balance_loss", float, "1", "sequence-wise balance loss, weighted, summed over MoE layers"),
-    Metric("grad_norm", float, "1", "global gradient norm before clipping"),
-    Metric("lr", float, "1", "learning rate"),
-    Metric("mtp_weight", float, "1", "weight lambda of the MTP loss"),
-    Metric("bias_speed", float, "1 per step", "speed gamma of the balance bias"),
-    Metric("batch_size", int, "sequences", "sequences in this step, over all ranks"),
-    Metric("tokens_per_second", float, "tokens/s", "tokens of this step over step_seconds, all ranks together"),
-    Metric("mfu", float, "share", "model FLOP/s over peak; causal attention, MTP not counted, as the paper counts"),
-    Metric("mfu_full", float, "share", "the same with attention counted as if it were not causal"),
-    Metric("peak_flops", float, "FLOP/s", "peak of one rank's device that the two are counted against"),
-    Metric("step_seconds", float, "s", "wall time of the step; validation and saving come on top"),
     Metric(
-        "step_predicted_seconds", float, "s", "the same as mode=plan said, of a step with the full batch", PLAN_HERE
+        "mtp_loss_K", float, "nats per token", "the same of depth K, from 1", "model.mtp_depth > 1", panel="mtp_depths"
+    ),
+    Metric("balance_loss", float, "1", "sequence-wise balance loss, weighted, summed over MoE layers", panel="weights"),
+    Metric(
+        "grad_norm",
+        float,
+        "1",
+        "global gradient norm before clipping",
+        panel="grad_norm",
+        curve=Curve("grad_norm", "before clipping", BLUE, smooth=True),
+        log=True,
+    ),
+    Metric("lr", float, "1", "learning rate", panel="lr", curve=Curve("lr", "learning rate", BLUE)),
+    Metric("mtp_weight", float, "1", "weight lambda of the MTP loss", panel="weights"),
+    Metric("bias_speed", float, "1 per step", "speed gamma of the balance bias", panel="bias_speed"),
+    Metric("batch_size", int, "sequences", "sequences in this step, over all ranks", panel="batch"),
+    Metric(
+        "tokens_per_second",
+        float,
+        "tokens/s",
+        "tokens of this step over step_seconds, all ranks together",
+        panel="throughput",
+        curve=Curve("throughput", "tokens per second", GREEN, smooth=True),
+    ),
+    Metric(
+        "mfu",
+        float,
+        "share",
+        "model FLOP/s over peak; causal attention, MTP not counted, as the paper counts",
+        panel="mfu",
+        curve=Curve("mfu", "causal attention counted", GREEN, 100.0, smooth=True),
+    ),
+    Metric(
+        "mfu_full",
+        float,
+        "share",
+        "the same with attention counted as if it were not causal",
+        panel="mfu",
+        curve=Curve("mfu", "full attention counted", GREY, 100.0, dash="dot", smooth=True),
+    ),
+    Metric("peak_flops", float, "FLOP/s", "peak of one rank's device that the two are counted against", panel="peak"),
+    Metric(
+        "step_seconds",
+        float,
+        "s",
+        "wall time of the step; validation and saving come on top",
+        panel="step",
+        curve=Curve("times", "whole step", BLUE, smooth=True),
+    ),
+    Metric(
+        "step_predicted_seconds",
+        float,
+        "s",
+        "the same as mode=plan said, of a step with the full batch",
+        PLAN_HERE,
+        panel="step",
     ),
     Metric(
         "bubble_share",
@@ -82,15 +157,33 @@ SCALARS = (
         "share",
         "1 - busy / span of a rank's own forward and backward, mean over ranks",
         "parallel.pp > 1",
+        panel="bubble",
+        curve=Curve("bubble", "waiting for neighbours", ORANGE, 100.0, smooth=True),
     ),
-    Metric("forward_seconds", float, "s", "forward passes alone, mean over ranks"),
-    Metric("backward_seconds", float, "s", "backward passes alone, of inputs and of weights, mean over ranks"),
+    Metric(
+        "forward_seconds",
+        float,
+        "s",
+        "forward passes alone, mean over ranks",
+        panel="passes",
+        curve=Curve("times", "forward passes", SKY, smooth=True),
+    ),
+    Metric(
+        "backward_seconds",
+        float,
+        "s",
+        "backward passes alone, of inputs and of weights, mean over ranks",
+        panel="passes",
+        curve=Curve("times", "backward passes", GREEN, smooth=True),
+    ),
     Metric(
         "overlapped_seconds",
         float,
         "s",
         "forwards that ran together with a backward (dualpipev), mean over ranks",
         "parallel.schedule=dualpipev",
+        panel="passes",
+        curve=Curve("times", "both passes at once", GREY, smooth=True),
     ),
     Metric(
         "dispatch_bytes_inside",
@@ -98,6 +191,8 @@ SCALARS = (
         "bytes",
         "sent to experts and back between ranks of one node, over all ranks",
         "parallel.ep > 1",
+        panel="dispatch",
+        curve=Curve("dispatch", "inside nodes", SKY, 1 / 2**20),
     ),
     Metric(
         "dispatch_bytes_across",
@@ -105,6 +200,8 @@ SCALARS = (
         "bytes",
         "sent to experts and back between nodes, over all ranks",
         "parallel.ep > 1",
+        panel="dispatch",
+        curve=Curve("dispatch", "between nodes", ORANGE, 1 / 2**20),
     ),
     Metric(
         "dispatch_wait_seconds",
@@ -112,37 +209,115 @@ SCALARS = (
         "s",
         "host time spent waiting for those transfers, mean over ranks",
         "parallel.ep > 1",
+        panel="dispatch_wait",
     ),
-    Metric("data_wait_seconds", float, "s", "part of step_seconds that waited for data"),
-    Metric("checkpoint_stall_seconds", float, "s", "time after the step in which training waited for a checkpoint"),
-    Metric("memory_bytes", int, "bytes", "peak CUDA memory of the logging rank; on CPU its peak resident memory"),
-    Metric("memory_predicted_bytes", int, "bytes", "peak device memory of that rank as mode=plan said", PLAN_WHEN),
-    Metric("skipped_steps", int, "steps", "updates skipped so far because loss or gradient was not finite"),
-    Metric("max_vio", float, "1", "MaxVio of this batch: (busiest expert - mean) / mean, mean over MoE layers"),
+    Metric(
+        "data_wait_seconds",
+        float,
+        "s",
+        "part of step_seconds that waited for data",
+        panel="waits",
+        curve=Curve("times", "waiting for data", ORANGE, smooth=True),
+    ),
+    Metric(
+        "checkpoint_stall_seconds",
+        float,
+        "s",
+        "time after the step in which training waited for a checkpoint",
+        panel="waits",
+        curve=Curve("times", "waiting for a checkpoint", PURPLE),
+    ),
+    Metric(
+        "memory_bytes",
+        int,
+        "bytes",
+        "peak CUDA memory of the logging rank; on CPU its peak resident memory",
+        panel="memory",
+        curve=Curve("memory", "peak memory", SKY, 1 / 2**30),
+    ),
+    Metric(
+        "memory_predicted_bytes",
+        int,
+        "bytes",
+        "peak device memory of that rank as mode=plan said",
+        PLAN_WHEN,
+        panel="memory",
+        curve=Curve("memory", "predicted by mode=plan", GREY, 1 / 2**30),
+    ),
+    Metric(
+        "skipped_steps",
+        int,
+        "steps",
+        "updates skipped so far because loss or gradient was not finite",
+        panel="skipped",
+        curve=Curve("skipped", "skipped so far", ORANGE),
+    ),
+    Metric(
+        "max_vio",
+        float,
+        "1",
+        "MaxVio of this batch: (busiest expert - mean) / mean, mean over MoE layers",
+        panel="max_vio",
+        curve=Curve("imbalance", "of each batch", SKY),
+    ),
     Metric(
         "max_vio_running",
         float,
         "1",
         "MaxVio of the mean load of about the last 100 steps; at most the mean of max_vio over them, as chance evens out in the load",
+        panel="max_vio",
+        curve=Curve("imbalance", "of the mean load of about 100 steps", BLUE),
     ),
-    Metric("load_entropy", float, "1", "entropy of the load over log(experts), mean over MoE layers; 1 is even"),
-    Metric("dead_experts", int, "experts", "experts without a token in the last 20 steps, over all MoE layers"),
-    Metric("bias_min", float, "1", "smallest balance bias that the step used"),
-    Metric("bias_max", float, "1", "largest balance bias that the step used"),
+    Metric(
+        "load_entropy",
+        float,
+        "1",
+        "entropy of the load over log(experts), mean over MoE layers; 1 is even",
+        panel="entropy",
+    ),
+    Metric(
+        "dead_experts",
+        int,
+        "experts",
+        "experts without a token in the last 20 steps, over all MoE layers",
+        panel="dead",
+        curve=Curve("dead", "dead experts", PURPLE),
+    ),
+    Metric(
+        "bias_min",
+        float,
+        "1",
+        "smallest balance bias that the step used",
+        panel="bias",
+        curve=Curve("bias", "smallest", BLUE),
+    ),
+    Metric(
+        "bias_max",
+        float,
+        "1",
+        "largest balance bias that the step used",
+        panel="bias",
+        curve=Curve("bias", "largest", ORANGE),
+    ),
     Metric(
         "attention_score_max",
         float,
         "1",
         "largest attention score of the step; of a kernel that tells none, where it is below the limit, its log-sum-exp, which is never less",
         QK_WHEN,
+        panel="scores",
     ),
-    Metric("heads_clipped", int, "heads", "heads of all layers with a score above optim.qk_clip", QK_WHEN),
+    Metric(
+        "heads_clipped", int, "heads", "heads of all layers with a score above optim.qk_clip", QK_WHEN, panel="clipped"
+    ),
     Metric(
         "validation_loss",
         float,
         "nats per token",
         "main loss on held-out data",
         "at the end, and every log.validate_every steps",
+        panel="loss",
+        curve=Curve("loss", "held-out: next token", ORANGE, markers=True),
     ),
     Metric(
         "validation_bits_per_byte",
@@ -150,6 +325,7 @@ SCALARS = (
         "bits per byte",
         "held-out loss per byte of text, whatever the tokenizer",
         "with validation_loss",
+        panel="bits",
     ),
     *(
         Metric(
@@ -158,20 +334,49 @@ SCALARS = (
             unit,
             f"{meaning}, worst layer",
             FP8_WHEN,
+            panel=f"fp8_{name}",
+            curve=Curve("fp8-flushed", f"{subject}s", colour, 100, True) if name == "flushed" else None,
         )
-        for subject in ("activation", "weight", "gradient")
+        for subject, colour in (("activation", BLUE), ("weight", GREEN), ("gradient", ORANGE))
         for name, unit, meaning in FP8_READINGS
     ),
     *(
         Metric(
-            f"fp8_{product}_error", float, "share", f"error of {product} against bf16 operands, worst layer", FP8_WHEN
+            f"fp8_{product}_error",
+            float,
+            "share",
+            f"error of {product} against bf16 operands, worst layer",
+            FP8_WHEN,
+            panel="fp8_error",
+            curve=Curve("fp8-error", label, colour, 100, True),
         )
-        for product in ("fprop", "dgrad")
+        for product, label, colour in (("fprop", "forward", BLUE), ("dgrad", "input gradient", ORANGE))
     ),
-    Metric("cluster/attempt", int, "attempts", "starts of the ranks so far, this one included", CLUSTER_WHEN),
-    Metric("cluster/nodes", int, "nodes", "nodes with ranks", CLUSTER_WHEN),
-    Metric("cluster/goodput", float, "share", "of the time since the start, the part with training", CLUSTER_WHEN),
-    Metric("cluster/downtime_seconds", float, "s", "time so far without training, starts included", CLUSTER_WHEN),
+    Metric(
+        "cluster/attempt",
+        int,
+        "attempts",
+        "starts of the ranks so far, this one included",
+        CLUSTER_WHEN,
+        panel="attempt",
+    ),
+    Metric("cluster/nodes", int, "nodes", "nodes with ranks", CLUSTER_WHEN, panel="nodes"),
+    Metric(
+        "cluster/goodput",
+        float,
+        "share",
+        "of the time since the start, the part with training",
+        CLUSTER_WHEN,
+        panel="goodput",
+    ),
+    Metric(
+        "cluster/downtime_seconds",
+        float,
+        "s",
+        "time so far without training, starts included",
+        CLUSTER_WHEN,
+        panel="downtime",
+    ),
     Metric("time", float, "s", "Unix time at the end of the step"),
 )
 
@@ -201,9 +406,9 @@ LAYERS = (
 )
 
 WANDB = (
-    Metric("layer_max_vio/LAYER", float, "1", "max_vio of a MoE layer"),
-    Metric("layer_entropy/LAYER", float, "1", "load_entropy of a MoE layer"),
-    Metric("load", list, "experts", "experts of all MoE layers by load in fair shares, a histogram"),
+    Metric("layer_max_vio/LAYER", float, "1", "max_vio of a MoE layer", panel="layer_max_vio"),
+    Metric("layer_entropy/LAYER", float, "1", "load_entropy of a MoE layer", panel="layer_entropy"),
+    Metric("load", list, "experts", "experts of all MoE layers by load in fair shares, a histogram", panel="load"),
     Metric("layer_load/LAYER", list, "experts", "the same of one MoE layer", "every LAYER_LOAD_EVERY steps"),
 )
 """What W&B gets of the values per layer."""

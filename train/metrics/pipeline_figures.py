@@ -1,4 +1,4 @@
-"""Figures of what goes on between ranks: the pipeline of one step as a picture, its bubble, and the experts' traffic."""
+"""The pipeline of one step as a picture: which rank computes when, and where it waits."""
 
 from collections.abc import Mapping
 from typing import Any
@@ -6,8 +6,8 @@ from typing import Any
 import numpy as np
 import plotly.graph_objects as go
 
-from train.metrics.plot import BLUE, GREEN, IDLE, ORANGE, PURPLE, SKY, Curve, Figure, curves, figure, look
-from train.metrics.series import Series
+from train.metrics.names import BLUE, GREEN, PURPLE
+from train.metrics.plot import IDLE, Figure, figure, look
 from train.metrics.timeline_file import SampledStep
 
 PICTURE_ROWS, BARS = 16, 12_000
@@ -117,28 +117,3 @@ def _timeline_caption(sampled: SampledStep, drawn: list, kept: list, rows: int) 
     if len(kept) < len(drawn):
         caption += f" The picture ends after the first {len(kept):,} of {len(drawn):,} bars."
     return caption
-
-
-def bubble(series: Series, settings: Mapping[str, Any]) -> Figure | None:
-    """Idle share over the steps."""
-    plot = curves(
-        series, [Curve("waiting for neighbours", "bubble_share", ORANGE, 100.0, smooth=True)], "% of time", zero=True
-    )
-    caption = (
-        "Share of forward and backward in which a process of the pipeline had nothing to do, mean over all processes, each until "
-        "its own last piece of work; lower is better. More micro-batches per step make it smaller. Waiting for experts counts as work here."
-    )
-    return figure("bubble", "Bubble: idle time of the pipeline", caption, plot)
-
-
-def dispatch(series: Series, settings: Mapping[str, Any]) -> Figure | None:
-    """Bytes that tokens cost on their way to experts and back."""
-    wanted = [
-        Curve("between nodes", "dispatch_bytes_across", ORANGE, 1 / 2**20),
-        Curve("inside nodes", "dispatch_bytes_inside", SKY, 1 / 2**20),
-    ]
-    caption = (
-        "What all processes together sent to experts on other processes and back, forward and backward, in each step. The network "
-        "between machines (nodes) is the slow one, so that its curve matters most; parallel.dispatch=node_limited keeps it low."
-    )
-    return figure("dispatch", "Traffic to experts", caption, curves(series, wanted, "MiB per step", zero=True))

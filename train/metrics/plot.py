@@ -7,18 +7,16 @@ so that the page stays small: a curve keeps the lowest and the highest point of 
 around its mean.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
 
 import numpy as np
 import plotly.graph_objects as go
 
+from train.metrics.names import BLUE, GREEN, GREY, ORANGE, PURPLE, SKY, Curve
 from train.metrics.progress import short
 from train.metrics.series import POINTS, Series, smoothed, stretch_means, thin
 
-# Okabe and Ito's palette, told apart with any colour vision.
-BLUE, ORANGE, GREEN, SKY, PURPLE, GREY = "#0072B2", "#D55E00", "#009E73", "#56B4E9", "#CC79A7", "#666666"
 LINE_COLOURS = (BLUE, ORANGE, GREEN, PURPLE, SKY, GREY)
 IDLE = "#E3E5E8"
 DARK = {
@@ -37,17 +35,6 @@ TICKS = 6
 """Numbers on the axis of tokens."""
 
 
-class Curve(NamedTuple):
-    name: str
-    metric: str
-    colour: str
-    scale: float = 1.0
-    markers: bool = False
-    dash: str = "solid"
-    smooth: bool = False
-    """Whether it is noisy: drawn pale, with the mean of the steps around it over it."""
-
-
 @dataclass(frozen=True)
 class Figure:
     key: str
@@ -60,13 +47,13 @@ class Figure:
 
 
 def curves(
-    series: Series, wanted: Sequence[Curve], unit: str, *, log: bool = False, zero: bool = False, height: int = 320
+    series: Series, wanted: Mapping[str, Curve], unit: str, *, log: bool = False, zero: bool = False, height: int = 320
 ) -> go.Figure | None:
-    """Line plot over steps of those curves that have values, None without any."""
+    """Line plot over steps of those metrics that have values, None without any."""
     plot = go.Figure()
-    for curve in wanted:
-        if series.has(curve.metric):
-            add_curve(plot, curve, series.step_N, series.columns[curve.metric] * curve.scale)
+    for metric, curve in wanted.items():
+        if series.has(metric):
+            add_curve(plot, curve, series.step_N, series.columns[metric] * curve.scale)
     if not plot.data:
         return None
     plot.update_yaxes(title=unit, rangemode="tozero" if zero else "normal")
@@ -86,17 +73,17 @@ def add_curve(plot: go.Figure, curve: Curve, x_N: np.ndarray, y_N: np.ndarray) -
         measured = np.isfinite(y_N)
         x_N, y_N = x_N[measured], y_N[measured]
     line, marker = {"color": curve.colour, "width": 1.8, "dash": curve.dash}, {"size": 6}
-    pale = {"mode": "lines", "line": {"color": curve.colour, "width": 1}, "opacity": 0.35, "legendgroup": curve.name}
+    pale = {"mode": "lines", "line": {"color": curve.colour, "width": 1}, "opacity": 0.35, "legendgroup": curve.label}
     few = len(x_N) <= DOTTED_STEPS
     if len(x_N) > POINTS:  # a pale band from lowest to highest, and the mean in it
         x, y = thin(x_N, y_N)
         plot.add_scatter(x=x, y=y, **pale, showlegend=False, hoverinfo="skip")
         x_N, y_N = stretch_means(x_N, y_N)
     elif curve.smooth and not few:
-        plot.add_scatter(x=x_N, y=y_N, **pale, showlegend=False, name=f"{curve.name}, this step")
+        plot.add_scatter(x=x_N, y=y_N, **pale, showlegend=False, name=f"{curve.label}, this step")
         y_N = smoothed(y_N)
     mode = "lines+markers" if curve.markers or few else "lines"
-    plot.add_scatter(x=x_N, y=y_N, name=curve.name, legendgroup=curve.name, mode=mode, line=line, marker=marker)
+    plot.add_scatter(x=x_N, y=y_N, name=curve.label, legendgroup=curve.label, mode=mode, line=line, marker=marker)
 
 
 def add_tokens_axis(plot: go.Figure, series: Series) -> None:

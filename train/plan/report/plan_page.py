@@ -10,8 +10,9 @@ import plotly.graph_objects as go
 
 from conf.files import atomic_write_text
 from train.metrics.headline import Card
+from train.metrics.names import BLUE, GREEN, GREY, ORANGE, PURPLE, SKY
 from train.metrics.pipeline_figures import timeline_figure
-from train.metrics.plot import BLUE, GREEN, GREY, ORANGE, PURPLE, SKY, Figure, figure, look
+from train.metrics.plot import Figure, figure, look
 from train.metrics.quantities import GIB, amount, gib, length_of_run, seconds, share
 from train.metrics.report_page import HOW_TO_READ, cards_html, closing, figure_html, opening, table
 from train.metrics.timeline_file import SampledStep
