@@ -1,4 +1,4 @@
-"""The model against a plain implementation of the paper's formulas; chunks against the whole."""
+"""The model against the reference of proofs, which is the paper's formulas and shares no code with it; chunks against the whole."""
 
 import dataclasses
 
@@ -6,13 +6,14 @@ import pytest
 import torch
 
 import train.kernels.cpu.libraries as native
+from conf.load import compose
 from conf.schema import Model, Recompute
-from tests.model.plain import Plain
 from train.kernels.choice import build_kernels
 from train.kernels.plain.high import HighPrecision
 from train.kernels.plain.plain_kernels import PlainKernels
 from train.model.deepseek import DeepSeekV3
 from train.model.init import initialise
+from train.prove.reference import PlainModel, gradients
 
 torch.set_num_threads(1)
 
@@ -51,11 +52,14 @@ def build(config: Model, seed: int = 3, **parts) -> DeepSeekV3:
     return model
 
 
-def plain(model: DeepSeekV3) -> Plain:
-    weights = {name: tensor.detach().clone() for name, tensor in model.state_dict().items()}
-    for name, weight in weights.items():
-        weight.requires_grad_(not name.endswith("bias_E"))
-    return Plain(model.config, weights)
+def reference_of(model: DeepSeekV3, balance_loss: float) -> PlainModel:
+    """The reference of proofs with copies of the model's weights, which keep gradients of their own."""
+    config = compose()
+    config = dataclasses.replace(
+        config, model=model.config, optim=dataclasses.replace(config.optim, balance_loss=balance_loss)
+    )
+    weights = {name: weight.detach().clone().requires_grad_() for name, weight in model.named_parameters()}
+    return PlainModel(config, weights, {name: router.bias_E.clone() for name, router in model.routers().items()})
 
 
 @pytest.mark.parametrize(
@@ -84,22 +88,19 @@ def test_losses_and_gradients_equal_the_plain_formulas(change, packed):
     documents_BS = torch.tensor([[0] * 5 + [1] * 8, [4] * 9 + [7] * 2 + [8] * 2], dtype=torch.int32) if packed else None
     model(tokens_BS, documents_BS=documents_BS).backward()
 
-    reference = plain(model)
-    main, mtp = reference.losses(tokens_BS, documents_BS)
-    total = main + 0.3 / max(depths, 1) * sum(mtp) + alpha * sum(reference.balance)
-    total.backward()
-    torch.testing.assert_close(model.losses.main, main.detach())
-    torch.testing.assert_close(model.losses.mtp, [loss.detach() for loss in mtp])
+    reference = reference_of(model, alpha)
+    seen = gradients(reference, tokens_BS, documents_BS, 0.3)
+    torch.testing.assert_close(model.losses.main, seen.main.detach())
+    torch.testing.assert_close(model.losses.mtp, [loss.detach() for loss in seen.mtp])
     for name, parameter in model.named_parameters():
         expected = reference.weights[name].grad
         # fp32 sums in another order; gradients are of size 1e-3 to 1
         torch.testing.assert_close(parameter.grad, expected, atol=2e-6, rtol=2e-4, msg=lambda m, n=name: f"{n}: {m}")
     for name, router in model.routers().items():
-        prefix = name + (".block.moe" if name.startswith("mtp") else ".moe")
-        torch.testing.assert_close(router.load_E, reference.load[prefix])
+        torch.testing.assert_close(router.load_E, seen.loads[name])
     recorded = sum(router.balance_loss for router in model.routers().values())
     if depths or model.config.dense_layers < model.config.layers:
-        torch.testing.assert_close(recorded, alpha * sum(reference.balance).detach())
+        torch.testing.assert_close(recorded, seen.balance.detach())
 
 
 def test_chunks_equal_the_whole():
