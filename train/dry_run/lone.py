@@ -4,7 +4,6 @@ Model, schedule, optimizer and DeepSpeed are those of a run. Instead of neighbou
 arrive, and instead of the all-to-all a dispatcher that returns as many rows as `Load` says. Losses mean nothing.
 """
 
-import time
 import warnings
 from collections import Counter, defaultdict
 from collections.abc import Iterable
@@ -15,21 +14,18 @@ import torch.distributed as dist
 from torch import Tensor
 
 from conf.errors import UserError
-from conf.micro_batches import share_of
 from conf.schema import Config
 from parallel.context import LoneContext
 from parallel.expert.build import build_stand_in, build_wire
 from parallel.mesh import build_mesh
 from parallel.pipeline.lone_stage import LoneStage
-from train.data.batch import Batch
 from train.dry_run.assumed_rows import group_of
 from train.dry_run.piece import DryRunPiece
 from train.kernels.choice import choose_kernels
-from train.loop.step import TrainingStep
-from train.optim.schedules import StepPlan
 from train.parallelize import Parallelized, parallelize
 from train.plan.job import layout_of
 from train.plan.memory.ledger import PeakMeter
+from train.plan.time.timed_step import TimedStep
 from train.rank import RankSetup
 
 LONE_PHASES = ("schedule", "reduction", "update")
@@ -87,27 +83,19 @@ def run_alone(piece: DryRunPiece, device: torch.device) -> MeasuredRank:
 
 
 def _steps(config: Config, parts: Parallelized, rank: RankSetup) -> MeasuredRank:
-    device = rank.device
-    draw = torch.Generator().manual_seed(config.seed)
-    shape = share_of(config, config.batch_size, 0)[1], config.seq_len + 1
-    batch = Batch(torch.randint(config.model.vocab_size, shape, generator=draw).to(device))
-    training_step = TrainingStep(config, parts, rank)
+    timed = TimedStep(config, parts, rank)
 
     def run(number: int, measured: MeasuredRank, meter: PeakMeter | None = None) -> None:
-        # A rate of 0: the same work, and weights that stay sound without the other ranks' shards.
-        plan = StepPlan(number, 0, config.batch_size, 0.0, config.optim.mtp_weight[0].value, 0.0)
-        clock = [_now(device)]
-
         def end(phase: str) -> None:
-            clock.append(_now(device))
-            measured.seconds[phase].append(clock[-1] - clock[-2])
             if meter is not None:
                 measured.phases[phase] = meter.mark()
                 if phase == "schedule":
                     measured.items = _items(parts)
 
-        measured.skipped += not training_step.run(plan, batch, on_phase=end).update.applied
-        measured.seconds["step"].append(clock[-1] - clock[0])
+        outcome, seconds = timed.run(number, end)
+        measured.skipped += not outcome.update.applied
+        for phase, value in (seconds | {"step": sum(seconds.values())}).items():
+            measured.seconds[phase].append(value)
         actions = parts.pipeline.timeline.newest().actions
         measured.counts = Counter(action.kind for action in actions)
         for kind in measured.counts:
@@ -115,18 +103,12 @@ def _steps(config: Config, parts: Parallelized, rank: RankSetup) -> MeasuredRank
 
     measured = MeasuredRank()
     run(1, MeasuredRank())
-    with PeakMeter(device) as meter:
+    with PeakMeter(rank.device) as meter:
         run(2, measured, meter)
     measured = replace(MeasuredRank(), phases=measured.phases, items=measured.items)
     for number in range(3, 3 + config.dry_run.steps):
         run(number, measured)
     return measured
-
-
-def _now(device: torch.device) -> float:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    return time.perf_counter()
 
 
 def _items(parts: Parallelized) -> dict[str, int]:

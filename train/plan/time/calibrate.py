@@ -1,6 +1,6 @@
 """plan.calibrate=true: time the recipe's kernels on the present device and write the rates that a plan uses.
 
-    1. Every kind of kernel is timed at several sizes (kernels.py) and fitted: seconds a call, operations, bytes.
+    1. Every kind of kernel is timed at several sizes (timed_calls.py) and fitted: seconds a call, operations, bytes.
     2. With several devices, or a CPU with cores for several ranks, the same happens with all of them at work, as they share
        memory and caches; and the links between them are timed: all-to-all, send, reduction, gather.
     3. One rank's whole step is timed, passes and update, at two sizes of a micro-batch. What the kernels do not explain of the
@@ -30,16 +30,14 @@ import torch.distributed as dist
 from conf.errors import UserError
 from conf.schema import Config, Parallel, Rate
 from parallel.mesh import Layout, build_mesh
-from train.data.batch import Batch
 from train.kernels.choice import build_kernels
 from train.kernels.cpu.processor import cpu_name, threads_of, tune_cpu
-from train.loop.step import TrainingStep
-from train.optim.schedules import StepPlan
 from train.parallelize import parallelize
 from train.plan.time import work
 from train.plan.time.rates import CALIBRATION_FILE, Rates
 from train.plan.time.step_time import plan_time
 from train.plan.time.timed_calls import KernelCases, batches
+from train.plan.time.timed_step import TimedStep, undisturbed_clock, wall_clock
 from train.rank import RankSetup
 
 KERNEL_SECONDS = 0.12
@@ -186,22 +184,13 @@ def seconds_of(run: Callable[[], object], device: torch.device) -> float:
     run()
     used = 0.0
     while len(times) < LEAST_RUNS or used < KERNEL_SECONDS:
-        started = _now(device)
+        started = undisturbed_clock(device)
         run()
-        times.append(_now(device) - started)
+        times.append(undisturbed_clock(device) - started)
         used += times[-1]
         if used > 10 * KERNEL_SECONDS and len(times) >= 3:
             break
     return min(times)
-
-
-def _now(device: torch.device) -> float:
-    """The clock, when all that was asked of the device is done."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-    elif torch.get_num_threads() == 1:
-        return time.process_time()
-    return time.perf_counter()
 
 
 def _around_alone(config: Config, device: torch.device, rates: dict[str, dict]) -> tuple[Rate, dict[str, float]]:
@@ -258,18 +247,14 @@ def _step(config: Config, device: torch.device, barrier) -> tuple[float, float]:
     try:
         kernels = build_kernels(device.type, config.cluster.compiled)
         mesh = build_mesh(Layout())
-        training_step = TrainingStep(config, parallelize(config, mesh, device, kernels), RankSetup(device, mesh))
-        shape = config.batch_size, config.seq_len + 1
-        batch = Batch(torch.randint(config.model.vocab_size, shape, device=device))
+        parts = parallelize(config, mesh, device, kernels)
+        timed = TimedStep(config, parts, RankSetup(device, mesh), undisturbed_clock)
         times = []
         for number in range(1, CALIBRATION_STEPS + 1):
-            plan = StepPlan(number, 0, config.batch_size, 0.0, config.optim.mtp_weight[0].value, 0.0)
             if barrier is not None:
                 barrier.wait()
-            marks = [_now(device)]
-            training_step.run(plan, batch, on_phase=lambda _, marks=marks: marks.append(_now(device)))
-            times.append((marks[1] - marks[0], marks[-1] - marks[1]))
-        return min(first for first, _ in times), min(second for _, second in times)
+            times.append(timed.run(number)[1])
+        return min(each["schedule"] for each in times), min(each["reduction"] + each["update"] for each in times)
     finally:
         dist.destroy_process_group()
 
@@ -313,9 +298,7 @@ def _seconds_in_step(run: Callable[[], object], device: torch.device) -> float:
     times = []
     for _ in range(4 * LEAST_RUNS):
         dist.barrier()
-        started = time.perf_counter()
+        started = wall_clock(device)
         run()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        times.append(time.perf_counter() - started)
+        times.append(wall_clock(device) - started)
     return min(times)

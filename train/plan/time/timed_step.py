@@ -1,0 +1,58 @@
+"""What measures this device: a clock that waits for it, and the steps of one rank, phase by phase. A calibration and a dry run use both."""
+
+import time
+from collections.abc import Callable
+
+import torch
+
+from conf.micro_batches import share_of
+from conf.schema import Config
+from train.data.batch import Batch
+from train.loop.step import StepOutcome, TrainingStep
+from train.optim.schedules import StepPlan
+from train.parallelize import Parallelized
+from train.rank import RankSetup
+
+
+def wall_clock(device: torch.device) -> float:
+    """Seconds, when all that was asked of the device is done."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+def undisturbed_clock(device: torch.device) -> float:
+    """Seconds as of `wall_clock`; for a CPU with one thread, those of the processor, which stand still while others have it."""
+    if device.type == "cpu" and torch.get_num_threads() == 1:
+        return time.process_time()
+    return wall_clock(device)
+
+
+class TimedStep:
+    """Steps of one rank over one batch of random tokens, as training makes them."""
+
+    def __init__(
+        self, config: Config, parts: Parallelized, rank: RankSetup, clock: Callable[[torch.device], float] = wall_clock
+    ):
+        self._config, self._device, self._clock = config, rank.device, clock
+        self._step = TrainingStep(config, parts, rank)
+        draw = torch.Generator().manual_seed(config.seed)
+        shape = share_of(config, config.batch_size, 0)[1], config.seq_len + 1
+        self._batch = Batch(torch.randint(config.model.vocab_size, shape, generator=draw).to(rank.device))
+
+    def run(
+        self, number: int, on_phase: Callable[[str], None] = lambda _: None
+    ) -> tuple[StepOutcome, dict[str, float]]:
+        """Step `number`: what it came to, and the seconds of `schedule`, `reduction` and `update`. on_phase: called at their ends.
+
+        Its learning rate is 0: the same work, and weights that stay sound without the other ranks' shards.
+        """
+        plan = StepPlan(number, 0, self._config.batch_size, 0.0, self._config.optim.mtp_weight[0].value, 0.0)
+        marks, seconds = [self._clock(self._device)], {}
+
+        def end(phase: str) -> None:
+            marks.append(self._clock(self._device))
+            seconds[phase] = marks[-1] - marks[-2]
+            on_phase(phase)
+
+        return self._step.run(plan, self._batch, on_phase=end), seconds
