@@ -179,12 +179,9 @@ class ShardedOptimizer(Protocol):
 
     def allocate(self, param: Tensor) -> dict[str, Tensor]:
         """The state of a flat parameter by name, made on first use; each of its shape, so that it is cut where the parameter is."""
-        ...
 
     def sums_of_squares(self, pieces: Sequence[Tensor]) -> Tensor:
         """The sum of squares of every flat fp32 tensor, in fp64: (pieces,)."""
-        ...
 
     def step(self, closure: None = None) -> None:
         """One update of every group that has gradients."""
-        ...

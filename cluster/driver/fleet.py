@@ -42,30 +42,24 @@ class Fleet(Protocol):
 
     def nodes(self) -> list[Node]:
         """Nodes that are believed to be alive. Raises FleetLost."""
-        ...
 
     def draining(self) -> dict[str, str]:
         """Nodes that will soon go, and why."""
-        ...
 
     def release(self, node: str) -> None:
         """End the agent of a node that is about to go, so that it may go."""
-        ...
 
     def call(self, node: str, method: str, *arguments: Any) -> None:
         """Call the method of `Agent` of this name there; see `call_agent`. The first call starts the agent.
 
         Calls of a WAITING method come one after another, and so do all calls of the others together; neither waits for the other.
         """
-        ...
 
     def replies(self, timeout: float) -> list[Reply]:
         """Outcomes since the last time; waits up to `timeout` seconds for the first."""
-        ...
 
     def close(self) -> None:
         """End all agents, and with them their ranks."""
-        ...
 
 
 def call_agent(

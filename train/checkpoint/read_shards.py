@@ -53,11 +53,9 @@ class Files(Protocol):
 
     def index(self, rank: int) -> bytes:
         """The index of a rank's data file."""
-        ...
 
     def data(self, rank: int) -> AbstractContextManager[ReadSpan]:
         """A rank's data file, to be read in parts."""
-        ...
 
 
 class FolderFiles:

@@ -43,23 +43,18 @@ class DocumentSource(Protocol):
     @property
     def size(self) -> int:
         """Bytes on disk, for progress and for sampling."""
-        ...
 
     def notes(self) -> list[str]:
         """What the user may want to know, after the documents were read."""
-        ...
 
     def digest(self, manifests: Path, progress: ReportProgress) -> str:
         """Hash of the content and of the way it is read."""
-        ...
 
     def documents(self) -> Iterator[tuple[str, str]]:
         """Every document that has text: stable id, text."""
-        ...
 
     def sample(self, limit: int) -> Iterator[tuple[str, str]]:
         """Documents from all over the source, so that the first `limit` bytes of them stand for all."""
-        ...
 
 
 @dataclass

@@ -73,13 +73,11 @@ class AttentionCore(Protocol):
 
     def forward(self, given: AttentionInput, keep: bool = False, largest: bool = False) -> AttentionOutput:
         """keep: whether `kept` shall be there for a backward. largest: whether the largest scores are asked for."""
-        ...
 
     def backward(
         self, dout_BHTV: Tensor, given: AttentionInput, made: AttentionOutput
     ) -> tuple[Tensor, Tensor, Tensor]:
         """Gradients of q, k and v. made: by `forward`, or output and log-sum-exp over all keys that the queries see, these among them."""
-        ...
 
 
 def positions_first(x_BHTV: Tensor, dtype: torch.dtype) -> Tensor:

@@ -40,11 +40,9 @@ class LayerPrecision(Protocol):
 
     def linear(self, x: Tensor, weight: Tensor, kind: str = "dense", held: "HeldInput | None" = None) -> Tensor:
         """x (..., D) times weight (F, D) transposed: (..., F). kind: see `Linear`. held: what `hold` gave for x."""
-        ...
 
     def hold(self, x: Tensor, kind: str) -> "HeldInput | None":
         """The form in which `linear` keeps x for backward, for others that keep it too; None where it keeps x as it is."""
-        ...
 
     def expert_ffn(
         self, rows_RD: Tensor, gates_R: Tensor, w13_E2FD: Tensor, w2_EDF: Tensor, counts_E: Tensor
@@ -54,7 +52,6 @@ class LayerPrecision(Protocol):
         rows_RD is sorted by expert and counts_E (int64) says how many rows each has. The gate value of a row scales the
         SwiGLU output, before the down-projection.
         """
-        ...
 
 
 class Linear(nn.Module):

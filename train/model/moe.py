@@ -45,7 +45,6 @@ class Pending(Protocol):
 
     def wait(self) -> Routed:
         """The rows that have reached this rank's experts. Call once."""
-        ...
 
 
 class Dispatcher(Protocol):
@@ -54,11 +53,9 @@ class Dispatcher(Protocol):
     def dispatch_begin(self, x_TD: Tensor, expert_ids_TK: Tensor, gates_TK: Tensor, again: Any = None) -> Pending:
         """Start to send every token to its K experts. again: `Routed.state` of an earlier dispatch of these tokens, whose
         rows go the same ways."""
-        ...
 
     def combine(self, out_RD: Tensor, routed: Routed) -> Tensor:
         """Sum the K results of every token: (T, D)."""
-        ...
 
 
 class _Sorted(NamedTuple):

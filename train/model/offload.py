@@ -25,7 +25,6 @@ class Fetched(Protocol):
 
     def fetched(self) -> Tensor:
         """The storage on the device, flat and in bytes."""
-        ...
 
 
 class Host(Protocol):
@@ -33,7 +32,6 @@ class Host(Protocol):
 
     def send(self, storages: Sequence[Tensor]) -> Sequence[Fetched]:
         """Take storages, flat and in bytes, which were saved together."""
-        ...
 
 
 class Offloaded(SavedContext):

@@ -42,11 +42,9 @@ class Kernels(Protocol):
 
     def rows_at_once(self, x_ND: Tensor, elements: int) -> int:
         """How many rows to work on at a time, where so many elements stay in a cache."""
-        ...
 
     def rms_norm(self, x: Tensor, weight_D: Tensor, eps: float) -> tuple[Tensor, Tensor]:
         """Normalised x, and 1 / rms(x) as fp32 (..., 1)."""
-        ...
 
     def rms_norm_backward(
         self, grad: Tensor, x: Tensor, weight_D: Tensor, rstd: Tensor, x_needed: bool, weight_needed: bool
@@ -55,15 +53,12 @@ class Kernels(Protocol):
 
         With u = grad * weight: dx = rstd * (u - x * rstd^2 * mean(u * x)).
         """
-        ...
 
     def swiglu(self, h_N2F: Tensor, gates_N: Tensor | None) -> Tensor:
         """silu(gate) * up of h = [gate | up], times the row's gate value where given: (N, F); arithmetic in fp32."""
-        ...
 
     def swiglu_backward(self, grad_NF: Tensor, h_N2F: Tensor, gates_N: Tensor | None) -> tuple[Tensor, Tensor | None]:
         """Gradients of h and of the gate values."""
-        ...
 
     def to_heads(
         self, q_BTHQ: Tensor, kv_BTHX: Tensor, k_rope_BTR: Tensor, table: Tensor, nope: int
@@ -73,21 +68,17 @@ class Kernels(Protocol):
         q_BTHQ: may be turned where it lies, so that nobody can read it any more. kv_BTHX: per head [nope key | value], of which
         the values may be a part. table: see `Rope.table`.
         """
-        ...
 
     def attention(self, given: AttentionInput) -> Tensor:
         """softmax(scale q k^T) v by `core`: (B, H, T, V). Differentiable."""
-        ...
 
     def logits(self, x_ND: Tensor, weight_ED: Tensor) -> Tensor:
         """x W^T of the router in fp32, from operands in any format: (N, E)."""
-        ...
 
     def logits_backward(
         self, grad_NE: Tensor, x_ND: Tensor, weight_ED: Tensor, x_needed: bool, weight_needed: bool
     ) -> tuple[Tensor | None, Tensor | None]:
         """Gradients of x in its format, and of the weight in fp32, each None where it is not needed."""
-        ...
 
     def route(
         self,
@@ -102,30 +93,23 @@ class Kernels(Protocol):
 
         In a repeated run of a block the ids are those of the first, and nothing is counted (train/model/recompute.py).
         """
-        ...
 
     def sort_by_expert(self, expert_ids_TK: Tensor, experts: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """Places of the rows in the order of their experts, the way back, the token of every sorted row, and rows per expert."""
-        ...
 
     def linear(self, x: Tensor, weight_OI: Tensor) -> Tensor:
         """x W^T. Differentiable."""
-        ...
 
     def product(self, left_OC: Tensor, right_NC: Tensor, dtype: torch.dtype, into_ON: Tensor | None = None) -> Tensor:
         """left right^T: (O, N). into: of dtype; the product is added to it, and it is returned."""
-        ...
 
     def groups(self, counts_E: Tensor, dtype: torch.dtype) -> ExpertGroups:
         """What the two products below take, for operands in dtype. counts_E: rows of every expert."""
-        ...
 
     def grouped_product(self, x_RI: Tensor, weight_EIO: Tensor, groups: ExpertGroups) -> Tensor:
         """x W with the weight of each row's expert: (R, O)."""
-        ...
 
     def grouped_weight_gradient(
         self, grad_RO: Tensor, x_RI: Tensor, groups: ExpertGroups, dtype: torch.dtype, into_EOI: Tensor | None = None
     ) -> Tensor:
         """grad^T x over the rows of each expert: (E, O, I). into: as in `product`."""
-        ...

@@ -35,7 +35,6 @@ class Packed(Protocol):
 
     def unpack(self) -> "Tensor | Packed":
         """The tensor, or what it was in the hands of a context further in."""
-        ...
 
 
 P = TypeVar("P", bound=Packed)

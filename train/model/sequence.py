@@ -26,7 +26,6 @@ class Gathering(Protocol):
 
     def wait(self) -> list[Tensor]:
         """What was gathered, piece by piece. Call once."""
-        ...
 
 
 class SequenceShare(Protocol):
@@ -39,15 +38,12 @@ class SequenceShare(Protocol):
 
     def gather_begin(self, own_BTX: Tensor, rows: Sequence[int]) -> Gathering:
         """Start to bring (B, rows[j], X) of every piece j, in order. own_BTX: of the two pieces here."""
-        ...
 
     def scatter_sum(self, pieces: list[Tensor]) -> Tensor:
         """The sum over all parts of what each has for the pieces here, (B, own positions, X); the transpose of the gather."""
-        ...
 
     def total(self, counts: Tensor) -> Tensor:
         """The sum over all parts, on each."""
-        ...
 
 
 class Rectangle(NamedTuple):

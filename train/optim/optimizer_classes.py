@@ -15,11 +15,9 @@ class OptimizerClass(Protocol):
 
     def make(self, groups: list[dict], config: Config, parts: Collection[str]) -> ShardedOptimizer:
         """That of a run. parts: of a step that run as compiled code, see `Kernels.parts`."""
-        ...
 
     def count_scratch_bytes(self, kind: str, precision: Precision, elements: int, compiled: bool) -> int:
         """What an update of so many elements takes beside its operands. kind: of the device."""
-        ...
 
 
 OPTIMIZER_CLASSES: dict[str, OptimizerClass] = {ADAMW: AdamW, MUON: Muon}

@@ -62,7 +62,6 @@ class Parameter(Protocol):
 
     def take(self, name: str, given: Iterator, call: _Call) -> Iterable[Any]:
         """Those words, of the next argument that is given if there is one for it. Raises _Unfit."""
-        ...
 
 
 class Array:

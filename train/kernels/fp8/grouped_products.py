@@ -49,7 +49,6 @@ class GroupedProducts(Protocol):
 
     def grouped(self, left: PaddedOperand, right: PaddedOperand, groups: PaddedGroups) -> Tensor:
         """left (P, C or more rows) in tiles, right (E, N, C) in blocks: (P, N) in bf16."""
-        ...
 
     def wgrad(
         self, left: PaddedOperand, right: PaddedOperand, groups: PaddedGroups | None, out_EON: Tensor, added: bool
@@ -57,7 +56,6 @@ class GroupedProducts(Protocol):
         """left (O, P), right (N, P), both in tiles: fill out_EON (bf16 or fp32), or add to it (fp32). groups: None where
         all rows are summed into one matrix.
         """
-        ...
 
 
 class TritonProducts:

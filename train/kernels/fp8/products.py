@@ -87,15 +87,12 @@ class Engine(Protocol):
 
     def keep(self, x_MK: Tensor, cast: Cast) -> Source:
         """Quantise, to keep for backward: bit for bit `quantize_reference`, perhaps padded."""
-        ...
 
     def cast(self, x_MK: Tensor, cast: Cast) -> Source:
         """A cast to use at once, in whatever form is cheapest."""
-        ...
 
     def take_arrived(self, q_MK: Tensor, scale: Tensor, cast: Cast) -> Source:
         """What `keep` would give for values that are quantised already. scale: (M, ceil(K / 128))."""
-        ...
 
     def operand(
         self, source: Source, rule: OperandRule, transposed: bool = False, groups: PaddedGroups | None = None
@@ -104,45 +101,36 @@ class Engine(Protocol):
 
         groups: the contraction runs over the padded rows of several experts, each on its own.
         """
-        ...
 
     def gradient(
         self, dy: Source, for_inputs: OperandRule, for_weights: OperandRule, groups: PaddedGroups | None = None
     ) -> tuple[Any, Any]:
         """Both left operands that a gradient (T, N) is: that of Dgrad, and transposed that of Wgrad."""
-        ...
 
     def groups(self, counts_E: Tensor, rows: int, in_tiles: bool = True) -> PaddedGroups:
         """The layout of so many rows in all of experts with these row counts, for all that has `groups` here. in_tiles: whether
         every cast of them has scales of 1x128, or 128x1 for Wgrad.
         """
-        ...
 
     def product(self, left: Any, right: Any, dtype: torch.dtype, into: Tensor | None = None) -> Tensor:
         """left @ right^T. into: of dtype; the product is added to it, and it is returned."""
-        ...
 
     def grouped(self, left: Any, right: Any, groups: PaddedGroups, dtype: torch.dtype) -> Tensor:
         """left (P, C), right (E, N, C): each expert's rows times its own matrix, (P, N), zero in the padding."""
-        ...
 
     def grouped_wgrad(
         self, left: Any, right: Any, groups: PaddedGroups, dtype: torch.dtype, into: Tensor | None = None
     ) -> Tensor:
         """left (O, P), right (N, P): for each expert the sum over its rows, (E, O, N). into: as in `product`."""
-        ...
 
     def swiglu(self, h_P2F: Tensor, gates_P: Tensor, rule: OperandRule, cache: Cast | None) -> tuple[Any, Source]:
         """Operand of SwiGLU's output (train/kernels/fp8/swiglu.py), and what backward takes as h: h itself where it has no cache."""
-        ...
 
     def swiglu_backward(self, h: Source, gates_P: Tensor, da_PF: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """a (P, F), dh (P, 2F) and the gradient of the gates (P,)."""
-        ...
 
     def swiglu_again(self, h: Source, gates_P: Tensor) -> Tensor:
         """The a of `swiglu_backward` alone."""
-        ...
 
 
 class Casts(Protocol):
@@ -150,15 +138,12 @@ class Casts(Protocol):
 
     def quantize(self, x_MK: Tensor, cast: Cast) -> Quantized:
         """Codes and scales."""
-        ...
 
     def fake_quantize(self, x: Tensor | Quantized, cast: Cast, dtype: torch.dtype) -> Tensor:
         """Values that the cast leaves, of dtype."""
-        ...
 
     def dequantize(self, x: Quantized, dtype: torch.dtype) -> Tensor:
         """Values of the codes, of dtype."""
-        ...
 
 
 class CpuEngine:
