@@ -26,7 +26,7 @@ from train.data.batch import Batch
 from train.kernels.choice import build_kernels
 from train.loop.step import StepOutcome, TrainingStep
 from train.optim.schedules import StepPlan
-from train.parallelize import Parallelized, parallelize
+from train.parallelize import ParallelModel, parallelize
 from train.plan.memory.ledger import PeakMeter
 from train.plan.time.traffic import latent_bytes
 from train.rank import RankSetup
@@ -42,7 +42,7 @@ def config_of(tokens: int, ranks: int, precision: str) -> Config:
     )  # fmt: skip
 
 
-def build(config: Config) -> tuple[Parallelized, Callable[..., StepOutcome]]:
+def build(config: Config) -> tuple[ParallelModel, Callable[..., StepOutcome]]:
     """A rank in the process group that there is, and its step by number; all steps have the same random tokens."""
     mesh = build_mesh(read_layout(config, config.parallel.world))
     parts = parallelize(config, mesh, CPU, build_kernels("cpu", config.cluster.compiled))
@@ -58,7 +58,7 @@ def build(config: Config) -> tuple[Parallelized, Callable[..., StepOutcome]]:
     return parts, run
 
 
-def latents_sent(parts: Parallelized) -> int:
+def latents_sent(parts: ParallelModel) -> int:
     """Bytes since the last call."""
     if parts.share is None:
         return 0

@@ -32,7 +32,7 @@ from train.hf import export as exporting
 from train.hf.blocks import requantize
 from train.hf.config import config_json, read_model
 from train.hf.folder import INDEX, match, open_folder
-from train.hf.plan import Written, index_json, plan, write_json
+from train.hf.plan import WrittenTensor, index_json, plan, write_json
 from train.hf.read import fill
 from train.hf.tensor_names import tensors
 from train.hf.write import PieceWriter
@@ -84,7 +84,7 @@ def make(config: Config, folder: Path) -> None:
     write_json(folder / "config.json", config_json(config.model, config.seq_len, config.export.dtype, 0))
 
 
-def write(writer: PieceWriter, written: Written, values: torch.Tensor) -> None:
+def write(writer: PieceWriter, written: WrittenTensor, values: torch.Tensor) -> None:
     out, *scales = written.outs
     if scales:
         values, scale = requantize(values)

@@ -54,13 +54,13 @@ class Bounds:
 
 
 LEFT_OUT: Any = None
-"""What a `Filled` key is until it is filled."""
+"""What a `FilledKey` key is until it is filled."""
 
 if TYPE_CHECKING:
-    Filled = Annotated[T, "null in a recipe at most"]
+    FilledKey = Annotated[T, "null in a recipe at most"]
 else:
 
-    class Filled:
+    class FilledKey:
         """The type of a key that a recipe may leave out, or set to null, and that loading fills: whoever reads a loaded one finds a
         value."""
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from conf.dispatches import DISPATCHES, FLAT_DISPATCH, DispatchFacts
-from conf.fields import LEFT_OUT, Filled, expert, number
+from conf.fields import LEFT_OUT, FilledKey, expert, number
 from conf.optimizers import ADAMW, OPTIMIZERS, OptimizerFacts
 from conf.pipeline_schedules import PLAIN_SCHEDULE, SCHEDULES, ScheduleFacts
 
@@ -797,7 +797,7 @@ class Export:
 class Config:
     """A whole run."""
 
-    name: Filled[str] = LEFT_OUT
+    name: FilledKey[str] = LEFT_OUT
     """Name of the run, whose folder is runs/<name>; null takes the recipe's name."""
     mode: Mode = Mode.train
     """What to do with the recipe."""
@@ -809,7 +809,7 @@ class Config:
     """Tokens per sequence."""
     batch_size: int = number(16, least=1)
     """Sequences per optimizer step, over all ranks."""
-    micro_batch_size: Filled[int] = number(None, least=1)
+    micro_batch_size: FilledKey[int] = number(None, least=1)
     """Sequences per forward pass of one rank; null takes the most that divide a rank's share of the batch, keep to
     micro_batch_tokens and leave the pipeline schedule enough micro-batches. Never null after load."""
     micro_batch_tokens: int = expert(4096, least=1)

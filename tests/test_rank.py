@@ -12,7 +12,7 @@ from conf.errors import EXIT_CRASH, EXIT_DIVERGED, EXIT_STOPPED, EXIT_USER, User
 from parallel.exchange import is_timeout
 from tests.ranks import run_processes
 from train.data.source_files import ReportProgress
-from train.loop.trainer import Diverged
+from train.loop.trainer import RunDiverged
 from train.rank import guarded, in_turn
 
 
@@ -56,7 +56,7 @@ def test_a_wait_for_another_rank_is_told_from_other_errors(error, timeout):
 
 
 BAD_INPUT = UserError("data.path", "nowhere", "must exist", "give another")
-ERRORS = [(BAD_INPUT, EXIT_USER), (Diverged("not finite"), EXIT_DIVERGED), (ValueError("boom"), EXIT_CRASH)]
+ERRORS = [(BAD_INPUT, EXIT_USER), (RunDiverged("not finite"), EXIT_DIVERGED), (ValueError("boom"), EXIT_CRASH)]
 
 
 def fails(error: Exception):

@@ -47,7 +47,7 @@ class RankModel:
 
 
 @dataclass
-class Parallelized(RankModel):
+class ParallelModel(RankModel):
     """A rank's model with what updates its weights."""
 
     zero: Zero
@@ -63,7 +63,7 @@ def parallelize(
     dispatcher: RemoteDispatcher | None = None,
     layers: list[range] | None = None,
     share: ContextParallel | None = None,
-) -> Parallelized:
+) -> ParallelModel:
     """Build this rank's chunks with the weights of config.seed, and wrap them for training.
 
     restored: the caller fills all weights from a checkpoint, so none are drawn.
@@ -89,7 +89,7 @@ def parallelize(
     )
     for chunk in chunks:
         model.precision.watch(chunk)
-    return Parallelized(chunks, model.pipeline, model.dispatcher, model.precision, model.share, zero)
+    return ParallelModel(chunks, model.pipeline, model.dispatcher, model.precision, model.share, zero)
 
 
 def build_rank_model(

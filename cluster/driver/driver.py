@@ -86,7 +86,7 @@ class Driver:
         self._planning: subprocess.Popen | None = None
         self._limits_told = False
         self.vitals = Vitals()
-        self._finish: m.Finish | None = None
+        self._finish: m.FinishRun | None = None
         self._known: dict[str, Node] = {}
         """Nodes that were listed, by id; checked ones are those that the supervisor knows."""
         self._overdue: dict[str, float] = {}
@@ -115,7 +115,7 @@ class Driver:
         self._held_up, self._slept = HeldUp(NAP * config.cluster.heartbeat, clock()), 0.0
         self._stop: str | None = None
 
-    def run(self) -> m.Finish:
+    def run(self) -> m.FinishRun:
         """Until the run ends; returns its exit code and the reason."""
         self.journal.write("launch", 0, f"{self.config.name}", world=self.config.parallel.world)
         previous = {number: signal.signal(number, self._signalled) for number in (signal.SIGTERM, signal.SIGINT)}
@@ -165,9 +165,9 @@ class Driver:
         judging = self.supervisor.phase is DriverPhase.judging
         for id, number in self.pulse.answers(now):  # to the last questions, before there are newer ones
             if now < self._overdue.get(id, now):
-                self._tell(m.Heard(id))
+                self._tell(m.NodeHeard(id))
             if judging and number > self._probed_from:
-                self._tell(m.Probed(id))
+                self._tell(m.NodeProbed(id))
         self.pulse.ask(now, lambda id: id in states and states[id].health is NodeHealth.ok)
 
     def _awake(self) -> float:
@@ -190,11 +190,11 @@ class Driver:
 
     def _look(self) -> None:
         """At the nodes and the checkpoints."""
-        self._tell(m.Saved(newest(self.folder)))
+        self._tell(m.CheckpointSaved(newest(self.folder)))
         self._look_at_copies()
         if not self._limits_told and self.shapes.is_planned and self.supervisor.phase is DriverPhase.running:
             self._limits_told = True
-            self._tell(m.Planned())
+            self._tell(m.LayoutsPlanned())
         try:
             listed = {node.id: node for node in self.fleet.nodes()}
             draining = self.fleet.draining()
@@ -204,7 +204,7 @@ class Driver:
             return
         for id in set(self._known) - set(listed):
             self._forget(id)
-            self._tell(m.Lost(id, "the cluster lists it as dead"))
+            self._tell(m.NodeLost(id, "the cluster lists it as dead"))
         for id, node in listed.items():
             if id not in self._known and id not in self._released:
                 self._known[id] = node
@@ -215,7 +215,7 @@ class Driver:
                 tests_network = self.supervisor.attempt is None
                 call_agent(self.fleet, id, Agent.facts, self.preflight.question(self._known[id], tests_network))
         for id, why in draining.items():
-            self._tell(m.Draining(id, why))
+            self._tell(m.NodeDraining(id, why))
         for id in self._ask_later & set(self._known):
             self._ask(id)
         self._ask_later.clear()
@@ -229,7 +229,7 @@ class Driver:
 
     def _look_at_copies(self) -> None:
         held = self.copies.newest(self.supervisor.answering)
-        self._tell(m.Held(Age(held.attempt, held.step) if held else NONE))
+        self._tell(m.CopyHeld(Age(held.attempt, held.step) if held else NONE))
 
     def _ask(self, id: str) -> None:
         """Ask an agent for its next news; each has one such question at a time."""
@@ -251,7 +251,7 @@ class Driver:
         if reply.node not in self._known:
             return
         if reply.dead:
-            self._tell(m.Lost(reply.node, f"its agent died: {reply.error}", returning=True))
+            self._tell(m.NodeLost(reply.node, f"its agent died: {reply.error}", returning=True))
             node = self._forget(reply.node)  # the next look starts a new agent, if the node is still listed
             if node.id not in self.supervisor.nodes:
                 self._refuse(node, f"its agent died: {reply.error}")
@@ -268,7 +268,7 @@ class Driver:
                 self._note("call_failed", f"{self._known[reply.node].name}: {reply.method}: {reply.error}")
                 self._ask_later.add(reply.node)
         elif reply.is_of(Agent.probe):
-            self._tell(m.Probed(reply.node))
+            self._tell(m.NodeProbed(reply.node))
         elif reply.is_of(Agent.network):
             if self._network is not None:
                 self._network.take(reply)
@@ -309,11 +309,11 @@ class Driver:
         if opened.absent:
             self._without_folder.add(node.id)
             if self._without_folder >= set(self._known):  # more nodes will not have it either
-                self._do(m.Finish(EXIT_USER, f"no node has checkpoint.memory_folder = {self.copies.base}"))
+                self._do(m.FinishRun(EXIT_USER, f"no node has checkpoint.memory_folder = {self.copies.base}"))
 
     def _admit(self, node: Node) -> None:
         self._refused.pop(node.name, None)
-        self._tell(m.Joined(node))
+        self._tell(m.NodeJoined(node))
         if len(self._known) < ANSWERS * NEWS_SECONDS:
             self._ask(node.id)
         else:
@@ -342,11 +342,11 @@ class Driver:
         self.copies.take(node, answer.held)
         for kind, text in self.vitals.take(self._known[node], answer):
             self._note(kind, text, node=self._known[node].name)
-        self._tell(m.Beat(node, answer.attempt, answer.ranks))
+        self._tell(m.AgentBeat(node, answer.attempt, answer.ranks))
         if answer.leaving:
-            self._tell(m.Draining(node, "its agent was told to end"))
+            self._tell(m.NodeDraining(node, "its agent was told to end"))
         if answer.stacks:
-            self._tell(m.Stacks(answer.attempt, answer.stacks))
+            self._tell(m.StacksPrinted(answer.attempt, answer.stacks))
         if attempt is not None and attempt.stepping and self._first_step is None:
             self._first_step = attempt.step
             seconds = self.clock() - self._started_at
@@ -419,7 +419,7 @@ class Driver:
                 self._starting = self._network = None
                 for id in nodes:
                     call_agent(self.fleet, id, Agent.end, number)
-            case m.Stop(number, nodes, why, in_memory):
+            case m.StopRanks(number, nodes, why, in_memory):
                 for id in nodes:
                     call_agent(self.fleet, id, Agent.stop, number, in_memory, why)
             case m.ProbeLinks(nodes):  # those with a pulse by its next questions, as calls to thousands take long
@@ -434,9 +434,9 @@ class Driver:
             case m.Note(number, kind, text, fields):
                 self.journal.write(kind, number, text, **fields)
                 self.view.note(kind, text)
-            case m.Finish(code, text):
+            case m.FinishRun(code, text):
                 refused = "".join(f"\n  refused: {name}: {why}" for name, why in self._refused.items())
-                self._finish = m.Finish(code, text + (refused if code != EXIT_OK else ""))
+                self._finish = m.FinishRun(code, text + (refused if code != EXIT_OK else ""))
 
     def _let_go(self) -> None:
         """End the agents of nodes that are about to go; nothing of the run is there any more."""
@@ -444,7 +444,7 @@ class Driver:
             self._forget(id)
             self._released.add(id)
             self.fleet.release(id)
-            self._tell(m.Lost(id, "let go, as it is about to go"))
+            self._tell(m.NodeLost(id, "let go, as it is about to go"))
 
     def _send_orders(self, reply: Reply) -> None:
         if (

@@ -10,14 +10,14 @@ from cluster.topology import Node, Placement
 
 
 @dataclass(frozen=True)
-class Joined:
+class NodeJoined:
     """A node is there, its agent answers, and it passed the checks; it holds no rank of ours."""
 
     node: Node
 
 
 @dataclass(frozen=True)
-class Lost:
+class NodeLost:
     """A node, or just its agent (returning), is known to be dead."""
 
     node: str
@@ -26,7 +26,7 @@ class Lost:
 
 
 @dataclass(frozen=True)
-class Beat:
+class AgentBeat:
     """An agent's answer: the attempt whose ranks it holds (0 for none) and how they are."""
 
     node: str
@@ -35,19 +35,19 @@ class Beat:
 
 
 @dataclass(frozen=True)
-class Heard:
+class NodeHeard:
     """A node lives; of its ranks nothing is said."""
 
     node: str
 
 
 @dataclass(frozen=True)
-class Probed:
+class NodeProbed:
     node: str
 
 
 @dataclass(frozen=True)
-class Stacks:
+class StacksPrinted:
     """Tracebacks of hung ranks of an attempt, by rank."""
 
     attempt: int
@@ -62,21 +62,21 @@ class StartFailed:
 
 
 @dataclass(frozen=True)
-class Saved:
+class CheckpointSaved:
     """A checkpoint is whole, the newest on disk."""
 
     age: Age
 
 
 @dataclass(frozen=True)
-class Held:
+class CopyHeld:
     """The newest copy of the state that is whole in the memory of the nodes that answer, or NONE."""
 
     age: Age
 
 
 @dataclass(frozen=True)
-class Draining:
+class NodeDraining:
     """A node is about to go."""
 
     node: str
@@ -89,7 +89,7 @@ class StopAsked:
 
 
 @dataclass(frozen=True)
-class Planned:
+class LayoutsPlanned:
     """It is known what smaller layouts need."""
 
 
@@ -99,7 +99,19 @@ class Tick:
 
 
 Event = (
-    Joined | Lost | Beat | Heard | Probed | Stacks | StartFailed | Saved | Held | Draining | StopAsked | Planned | Tick
+    NodeJoined
+    | NodeLost
+    | AgentBeat
+    | NodeHeard
+    | NodeProbed
+    | StacksPrinted
+    | StartFailed
+    | CheckpointSaved
+    | CopyHeld
+    | NodeDraining
+    | StopAsked
+    | LayoutsPlanned
+    | Tick
 )
 
 
@@ -121,7 +133,7 @@ class EndRanks:
 
 
 @dataclass(frozen=True)
-class Stop:
+class StopRanks:
     """Ask the ranks for a checkpoint and exit code 75. in_memory: a copy in memory will do; why: for people."""
 
     attempt: int
@@ -152,9 +164,9 @@ class Note:
 
 
 @dataclass(frozen=True)
-class Finish:
+class FinishRun:
     code: int
     text: str
 
 
-SupervisorAction = StartAttempt | EndRanks | Stop | ProbeLinks | CollectStacks | Note | Finish
+SupervisorAction = StartAttempt | EndRanks | StopRanks | ProbeLinks | CollectStacks | Note | FinishRun

@@ -97,34 +97,34 @@ class Supervisor:
         if self.phase is DriverPhase.done:
             return []
         match event:
-            case m.Joined(node):
+            case m.NodeJoined(node):
                 self._join(now, node)
-            case m.Lost(node, why, returning):
+            case m.NodeLost(node, why, returning):
                 self._lose(node, NodeHealth.returning if returning else NodeHealth.gone, why)
-            case m.Beat(node, number, ranks):
+            case m.AgentBeat(node, number, ranks):
                 self._beat(now, node, number, ranks)
-            case m.Heard(node):
+            case m.NodeHeard(node):
                 if node in self.nodes and self.nodes[node].health is NodeHealth.ok:
                     self.nodes[node].heard = now
-            case m.Probed(node):
+            case m.NodeProbed(node):
                 if node in self._probing:
                     self._probing.discard(node)
                     # One that was held up has as long as the others had to say why its ranks failed.
                     self._settled_at = max(self._settled_at, now + self.policy.settle)
-            case m.Stacks(number, texts):
+            case m.StacksPrinted(number, texts):
                 if self.attempt and number == self.number:
                     self.attempt.stacks |= texts
             case m.StartFailed(number, node, text):
                 self._start_failed(number, node, text)
-            case m.Saved(age):
+            case m.CheckpointSaved(age):
                 self._save(now, age)
-            case m.Held(age):
+            case m.CopyHeld(age):
                 self._hold(now, age)
-            case m.Draining(node, why):
+            case m.NodeDraining(node, why):
                 self._drain(now, node, why)
             case m.StopAsked(why):
                 self._ask_stop(now, why)
-            case m.Planned():
+            case m.LayoutsPlanned():
                 self._tell_limits()
             case m.Tick():
                 self._tick(now)
@@ -449,7 +449,7 @@ class Supervisor:
     def _stop_ranks(self, now: float, why: str, in_memory: bool = False) -> None:
         self.phase = DriverPhase.stopping
         self._deadline = now + self.policy.stop_timeout
-        self._out.append(m.Stop(self.number, self.current.reachable, why, in_memory))
+        self._out.append(m.StopRanks(self.number, self.current.reachable, why, in_memory))
 
     def _await_stop(self, now: float) -> None:
         if self.current.broken:
@@ -485,7 +485,7 @@ class Supervisor:
     def _finish(self, code: int, text: str) -> None:
         self.phase = DriverPhase.done
         self._note("finish", text, code=code)
-        self._out.append(m.Finish(code, text))
+        self._out.append(m.FinishRun(code, text))
 
     def _note(self, kind: str, text: str, **fields) -> None:
         self._out.append(m.Note(self.number, kind, text, fields))

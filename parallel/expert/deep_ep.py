@@ -19,7 +19,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from conf.errors import UserError
-from parallel.expert.dispatcher import Dispatched, DispatchedRows, ExchangeFunction
+from parallel.expert.dispatcher import CombinableRows, DispatchedRows, ExchangeFunction
 from parallel.expert.permute import ExpertTargets, FanOut, collect, fan_out_with_entries, spread
 from parallel.expert.wire import Fp8Wire, Wire
 
@@ -95,7 +95,7 @@ class DeepEPDispatcher:
         gates_R = arrived_gates_MK.flatten().take(again.entry_of_row)
         return DispatchedRows(rows_RD, gates_R, again.counts_E, again)
 
-    def combine(self, out_RD: Tensor, routed: Dispatched) -> Tensor:
+    def combine(self, out_RD: Tensor, routed: CombinableRows) -> Tensor:
         """Sum of the expert outputs of every token, y_TD."""
         return _Combine.apply(_Collect.apply(out_RD, routed.state.rows), routed.state.handle, self)
 

@@ -68,7 +68,7 @@ class DispatchPlan:
     """As the router made them: they and their gradients travel so."""
 
 
-class Dispatched(Protocol):
+class CombinableRows(Protocol):
     """What a combine needs of rows."""
 
     state: Any
@@ -143,13 +143,13 @@ class ChainDispatcher(ABC):
         """Send every token to its experts; see dispatch_begin."""
         return self.dispatch_begin(x_TD, expert_ids_TK, gates_TK).wait()
 
-    def combine_begin(self, out_RD: Tensor, routed: Dispatched) -> PendingCombine:
+    def combine_begin(self, out_RD: Tensor, routed: CombinableRows) -> PendingCombine:
         """Start to send the experts' outputs back to their tokens."""
         assert out_RD.shape[0] == routed.state.rows
         flight = _Flight(self, routed.state, out_RD.shape[1], out_RD.dtype)
         return PendingCombine(flight, _CombineBegin.apply(out_RD, flight))
 
-    def combine(self, out_RD: Tensor, routed: Dispatched) -> Tensor:
+    def combine(self, out_RD: Tensor, routed: CombinableRows) -> Tensor:
         """Sum of the expert outputs of every token, y_TD."""
         return self.combine_begin(out_RD, routed).wait()
 

@@ -14,7 +14,7 @@ from conf.errors import UserError
 from parallel.shard import whole
 from tests.checkpoint.world import blank, checkpointers, same_bits, save
 from train.checkpoint import manifest
-from train.checkpoint.manifest import Damaged, newest_intact, read_manifest, seal, verify
+from train.checkpoint.manifest import CheckpointDamaged, newest_intact, read_manifest, seal, verify
 from train.checkpoint.read_shards import load
 
 torch.set_num_threads(1)
@@ -51,7 +51,7 @@ def test_a_missing_or_short_file_costs_one_checkpoint(tmp_path, name, damage):
     (warning,) = found.warnings
     assert f"step_00000020/{name}" in warning
     assert any(word in warning for word in ("missing", "bytes, but", "not valid JSON"))
-    with pytest.raises(Damaged, match=name):
+    with pytest.raises(CheckpointDamaged, match=name):
         load(tmp_path / "step_00000020", {f"w{rank}": whole(torch.zeros(300)) for rank in range(2)})
 
 
@@ -80,7 +80,7 @@ def test_a_flipped_bit_stops_only_who_reads_it(tmp_path):
     found = newest_intact(tmp_path)
     assert found.path == tmp_path / "step_00000020" and found.warnings == []
     load(found.path, {"w0": whole(torch.zeros(300))})
-    with pytest.raises(Damaged, match=r"(?s)rank_00001\.safetensors.*the checksum of block 0 does not match"):
+    with pytest.raises(CheckpointDamaged, match=r"(?s)rank_00001\.safetensors.*the checksum of block 0 does not match"):
         load(found.path, {"w1": whole(torch.zeros(300))})
     assert newest_intact(tmp_path, skip={found.path}).path == tmp_path / "step_00000010"
     found = newest_intact(tmp_path, full=True)
@@ -141,7 +141,7 @@ def test_a_sealed_manifest_that_lacks_something_is_damaged(tmp_path, name, value
     two_checkpoints(tmp_path)
     path = tmp_path / "step_00000020" / "manifest.json"
     rewrite(path, lambda body: body.pop(name) if value is None else body.update({name: value}))
-    with pytest.raises(Damaged, match=r"(?s)manifest\.json is|manifest\.json\n"):
+    with pytest.raises(CheckpointDamaged, match=r"(?s)manifest\.json is|manifest\.json\n"):
         read_manifest(path.parent)
     assert newest_intact(tmp_path).path == tmp_path / "step_00000010"
 
@@ -153,7 +153,7 @@ def test_a_forged_interval_is_damage(tmp_path, interval):
     two_checkpoints(tmp_path)
     folder = tmp_path / "step_00000020"
     rewrite(folder / "manifest.json", lambda body: body["tensors"]["w0"][2].append(interval))
-    with pytest.raises(Damaged, match=r"manifest\.json\n.*w0"):
+    with pytest.raises(CheckpointDamaged, match=r"manifest\.json\n.*w0"):
         load(folder, {"w0": whole(torch.zeros(300))})
     assert newest_intact(tmp_path).path == tmp_path / "step_00000010"
 
@@ -163,17 +163,17 @@ def test_a_forged_number_in_the_meta_is_damage(tmp_path, step):
     two_checkpoints(tmp_path)
     path = tmp_path / "step_00000020" / "manifest.json"
     rewrite(path, lambda body: body["meta"].update(step=step))
-    with pytest.raises(Damaged, match="its meta holds step = "):
+    with pytest.raises(CheckpointDamaged, match="its meta holds step = "):
         _ = read_manifest(path.parent).meta["step"]
 
 
 def test_a_manifest_names_what_its_meta_lacks(tmp_path):
     two_checkpoints(tmp_path)
     path = tmp_path / "step_00000020" / "manifest.json"
-    with pytest.raises(Damaged, match="its meta holds no 'tokenizer'"):
+    with pytest.raises(CheckpointDamaged, match="its meta holds no 'tokenizer'"):
         _ = read_manifest(path.parent).meta["tokenizer"]
     rewrite(path, lambda body: body["meta"].update(step="20"))
-    with pytest.raises(Damaged, match="its meta holds step = '20'"):
+    with pytest.raises(CheckpointDamaged, match="its meta holds step = '20'"):
         _ = read_manifest(path.parent).meta["step"]
 
 
@@ -208,5 +208,5 @@ def test_a_sealed_index_that_describes_no_data_file_is_damaged(tmp_path):
         (folder / "rank_00000.json").write_bytes(text)
         checksum = [len(text), zlib.crc32(text)]
         rewrite(folder / "manifest.json", lambda body, it=checksum: body["files"].update({"rank_00000.json": it}))
-        with pytest.raises(Damaged, match=r"rank_00000\.json"):
+        with pytest.raises(CheckpointDamaged, match=r"rank_00000\.json"):
             load(folder, {"w0": whole(torch.zeros(300))})

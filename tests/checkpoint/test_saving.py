@@ -16,7 +16,7 @@ from parallel.shard import Shard, whole
 from tests import disks
 from tests.checkpoint.world import blank, checkpointers, same_bits, save
 from train.checkpoint.checkpointer import Checkpointer, SaveFailed
-from train.checkpoint.commit import Committer, Fenced, Save, next_attempt
+from train.checkpoint.commit import AttemptFenced, Committer, Save, next_attempt
 from train.checkpoint.manifest import newest_intact, read_manifest, verify
 from train.checkpoint.read_shards import load
 from train.checkpoint.staging import StagingBuffers
@@ -241,7 +241,7 @@ def test_an_old_attempt_cannot_write_any_more(tmp_path):
     assert all(result.fenced and not result.ok for result in results)
     assert "attempt 1 of this run has started" in results[0].warning
     assert steps(tmp_path) == [8] and leftovers(tmp_path) == []
-    with pytest.raises(Fenced):
+    with pytest.raises(AttemptFenced):
         Checkpointer(tmp_path, rank=1, world_size=2, attempt=0)
 
 
@@ -255,9 +255,9 @@ def test_an_attempt_overtaken_before_its_commit_renames_nothing(tmp_path):
     old.await_votes(save_)
     new = Committer(tmp_path, 1, 1, timeout=5)
     new.raise_fence()
-    with pytest.raises(Fenced):
+    with pytest.raises(AttemptFenced):
         old.commit(save_, {})
-    with pytest.raises(Fenced):
+    with pytest.raises(AttemptFenced):
         old.prune(1, 0, None)
     assert steps(tmp_path) == [] and folder.exists()
     new.sweep()

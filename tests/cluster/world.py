@@ -59,12 +59,12 @@ class World:
         settings = {"shapes": shapes, "hang_after": 6.0, "start_timeout": 20.0} | policy
         self.supervisor = Supervisor(Policy(**settings), self.now)
         self.actions: list[m.SupervisorAction] = []
-        self.finish: m.Finish | None = None
+        self.finish: m.FinishRun | None = None
         self.starts: list[m.StartAttempt] = []
         self.hung: set[int] = set()
         self.saved = 0
         for machine in self.machines:
-            self.tell(m.Joined(machine.node))
+            self.tell(m.NodeJoined(machine.node))
         self.tell(m.Tick())  # as at the end of a round of the driver
 
     def tell(self, event: m.Event) -> None:
@@ -88,7 +88,7 @@ class World:
                 for id in nodes:
                     if id in reach and reach[id].attempt <= number:
                         reach[id].kill()
-            case m.Stop(number, nodes):
+            case m.StopRanks(number, nodes):
                 for id in nodes:
                     if id in reach and reach[id].attempt == number:
                         for rank in reach[id].live - self.hung:
@@ -97,11 +97,11 @@ class World:
             case m.ProbeLinks(nodes):
                 for id in nodes:
                     if id in reach:
-                        self.tell(m.Probed(id))
+                        self.tell(m.NodeProbed(id))
             case m.CollectStacks(number, nodes):
                 ranks = [rank for id in nodes if id in reach for rank in reach[id].live - self.hung]
-                self.tell(m.Stacks(number, dict.fromkeys(ranks, '  File "x.py", line 1 in all_reduce')))
-            case m.Finish():
+                self.tell(m.StacksPrinted(number, dict.fromkeys(ranks, '  File "x.py", line 1 in all_reduce')))
+            case m.FinishRun():
                 self.finish = action
 
     @property
@@ -120,7 +120,7 @@ class World:
                     machine.kill()
                 if machine.up and machine.linked:
                     ranks = [RankReport(**report.__dict__) for report in machine.ranks.values()]
-                    self.tell(m.Beat(machine.node.id, machine.attempt, ranks))
+                    self.tell(m.AgentBeat(machine.node.id, machine.attempt, ranks))
             self.tell(m.Tick())
 
     def _train(self) -> None:
@@ -143,7 +143,7 @@ class World:
         step = self.step - 1
         if step % self.every == 0 and step > self.saved:
             self.saved = step
-            self.tell(m.Saved(Age(start.attempt, step)))
+            self.tell(m.CheckpointSaved(Age(start.attempt, step)))
 
     # Faults ---------------------------------------------------------------------------------------------------------
 
@@ -166,16 +166,16 @@ class World:
         machine = self.machines[index]
         if not machine.up:
             machine.up = machine.linked = True
-            self.tell(m.Lost(machine.node.id, "Ray marked it dead"))
-            self.tell(m.Joined(machine.node))
+            self.tell(m.NodeLost(machine.node.id, "Ray marked it dead"))
+            self.tell(m.NodeJoined(machine.node))
 
     def kill_agent(self, index: int) -> None:
         machine = self.machines[index]
         if machine.up and machine.linked:
             machine.kill()
             machine.ranks, machine.attempt = {}, 0
-            self.tell(m.Lost(machine.node.id, "its agent died", returning=True))
-            self.tell(m.Joined(machine.node))
+            self.tell(m.NodeLost(machine.node.id, "its agent died", returning=True))
+            self.tell(m.NodeJoined(machine.node))
 
     # What was said --------------------------------------------------------------------------------------------------
 

@@ -20,7 +20,7 @@ from conf.schema import Config
 from train.data import corpus, tokenise
 from train.data.corpus import build_corpus
 from train.data.prefetch import Prefetch
-from train.data.prepare import Prepared, prepare
+from train.data.prepare import PreparedData, prepare
 from train.data.tokenizer import in_parts, train_bpe
 
 DOCUMENTS = {
@@ -54,12 +54,12 @@ def cache(tmp_path) -> Path:
     return tmp_path / "cache"
 
 
-def stages_of(config: Config) -> tuple[Prepared, list[str]]:
+def stages_of(config: Config) -> tuple[PreparedData, list[str]]:
     stages: list[str] = []
     return prepare(config, lambda stage, done, total: stages.append(stage)), stages
 
 
-def texts_of(prepared: Prepared, documents) -> list[str]:
+def texts_of(prepared: PreparedData, documents) -> list[str]:
     spans = zip(documents.starts_D.tolist(), documents.lengths_D.tolist(), strict=True)
     return [prepared.tokenizer.decode(documents.tokens[start : start + length].tolist()) for start, length in spans]
 

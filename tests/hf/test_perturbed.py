@@ -13,7 +13,7 @@ from conf.errors import UserError
 from conf.schema import Model
 from tests.hf.small import FP8, MODEL, random_tensors, released_config, write_folder
 from train.hf.config import read_model
-from train.hf.folder import Folder, Stored, match, open_model
+from train.hf.folder import Folder, StoredTensor, match, open_model
 from train.hf.plan import write_json
 from train.hf.tensor_names import tensors
 from train.hf.whole_model import load_hf_model
@@ -24,9 +24,9 @@ OWN = {"rope_theta", "rms_norm_eps", "routed_scaling_factor", "num_experts_per_t
 """Fields that no tensor can contradict: they change the model, as they say. Beside them the longest text."""
 
 
-def headers(kind: str, model: Model = SMALL) -> dict[str, Stored]:
+def headers(kind: str, model: Model = SMALL) -> dict[str, StoredTensor]:
     found = random_tensors(model, kind).items()
-    return {name: Stored("a.safetensors", KINDS[values.dtype], tuple(values.shape)) for name, values in found}
+    return {name: StoredTensor("a.safetensors", KINDS[values.dtype], tuple(values.shape)) for name, values in found}
 
 
 def renamed(name: str) -> list[str]:
@@ -44,7 +44,7 @@ def renamed(name: str) -> list[str]:
     ]
 
 
-def near(stored: dict[str, Stored]) -> list[tuple[str, dict[str, Stored]]]:
+def near(stored: dict[str, StoredTensor]) -> list[tuple[str, dict[str, StoredTensor]]]:
     """(what was done, the headers after it)."""
     found = []
     for name, tensor in stored.items():

@@ -13,7 +13,7 @@ from parallel.pipeline.host_store import HostMemoryFull, HostStore
 from tests.ranks import run_processes
 from tests.small import arguments
 from train.loop import device_errors
-from train.loop.device_errors import Explained, raise_explained
+from train.loop.device_errors import ExplainedError, raise_explained
 
 ASKED = "CUDA out of memory. Tried to allocate 2.00 GiB. GPU 0 has a total capacity of 79.19 GiB."
 
@@ -75,7 +75,7 @@ def test_out_of_memory_is_told_on_one_screen(tmp_path, where, place):
 
 
 def explanation(error: Exception, tmp_path, *overrides: str) -> str:
-    with pytest.raises(Explained) as found, raise_explained(compose(*overrides), 3, tmp_path):
+    with pytest.raises(ExplainedError) as found, raise_explained(compose(*overrides), 3, tmp_path):
         raise error
     assert (tmp_path / "rank_3.explained.txt").exists()
     return str(found.value)

@@ -7,7 +7,7 @@ import pytest
 from conf.errors import DiskFailed, UserError
 from conf.load import compose
 from tests.metrics.wandb_file import history, run_records
-from train.loop.trainer import Diverged
+from train.loop.trainer import RunDiverged
 from train.metrics.origin import code_version, record_start
 from train.metrics.wandb_items import checkpoint, evaluation_tables, sample_table
 from train.metrics.writer import open_wandb, open_writer, tell_of_end, what_ended
@@ -89,7 +89,7 @@ def test_checkpoints_are_references_and_samples_and_evaluations_tables(tmp_path)
 @pytest.mark.parametrize(
     ("error", "title"),
     [
-        (Diverged("10 steps in a row"), "diverged"),
+        (RunDiverged("10 steps in a row"), "diverged"),
         (DiskFailed("runs", "r", "is full", "free space"), "a disk refused the run"),
         (
             RuntimeError("[/gloo/transport/tcp/unbound_buffer.cc:81] Timed out waiting 1800000ms for recv"),
@@ -111,11 +111,11 @@ def test_whoever_watches_is_told_of_divergence_restarts_slow_ranks_and_the_end(t
     event("failure", "rank 3 hung in a collective")
     monkeypatch.setenv("SLUICE_ATTEMPT", "2")
     config = compose("log.wandb=offline", "name=watched")
-    with pytest.raises(Diverged), open_writer(config, tmp_path, resumed_step=40) as writer:
+    with pytest.raises(RunDiverged), open_writer(config, tmp_path, resumed_step=40) as writer:
         writer.write({"step": 41})
         event("straggler", "rank 5 takes 1.4 times as long")
         writer.write({"step": 42})
-        raise Diverged("10 steps in a row were not finite")
+        raise RunDiverged("10 steps in a row were not finite")
     event("failure", "rank 3 hung again")
     tell_of_end(config, tmp_path, 1)
     assert alerts(tmp_path) == [

@@ -16,7 +16,7 @@ from train.kernels.plain.high import HighPrecision
 from train.kernels.plain.plain_kernels import PlainKernels
 from train.model.deepseek import DeepSeekV3
 from train.model.init import initialise
-from train.model.offload import Offloaded
+from train.model.offload import OffloadedBlock
 
 torch.set_num_threads(1)
 CPU = torch.device("cpu")
@@ -72,7 +72,7 @@ def test_what_compiled_code_and_fp8_keep_goes_too(precision):
 def test_weights_inputs_and_small_tensors_stay():
     host, stays = HostStore(CPU), torch.randn(64, 64, requires_grad=True)
     weight, small = torch.nn.Parameter(torch.randn(64, 64)), torch.randn(8, requires_grad=True)
-    with Offloaded(host, (stays, weight)):
+    with OffloadedBlock(host, (stays, weight)):
         y = ((stays @ weight).exp() * small.exp().sum()).sin()
     assert host.sent_bytes == 2 * 64 * 64 * 4  # the result of exp, kept twice, and the input of sin
     y.sum().backward()
@@ -81,7 +81,7 @@ def test_weights_inputs_and_small_tensors_stay():
 
 def test_the_same_tensor_is_sent_once_whatever_views_of_it_are_saved():
     host, x = HostStore(CPU), torch.randn(32, 64, requires_grad=True)
-    with Offloaded(host, (x,)):
+    with OffloadedBlock(host, (x,)):
         h = x.exp()
         y = (h[:16] @ h[16:].t()).sum() + (h.t() * h.view(64, 32)).sum()
     assert host.sent_bytes == 32 * 64 * 4

@@ -13,7 +13,7 @@ from train.kernels.choice import build_kernels
 from train.kernels.plain.high import HighPrecision
 from train.model.deepseek import DeepSeekV3
 from train.model.init import initialise
-from train.model.recompute import Recomputed
+from train.model.recompute import RecomputedOutputs
 
 torch.set_num_threads(1)
 
@@ -83,7 +83,7 @@ def test_one_call_serves_all_readers_and_a_second_backward_calls_again():
     weight = torch.ones(4, requires_grad=True)
     y = square()
     calls.clear()
-    with Recomputed(square, (), y):
+    with RecomputedOutputs(square, (), y):
         out = (weight * y).sum() + (weight.view(2, 2) * y.view(2, 2).t()).sum()
     del y
     first = torch.autograd.grad(out, weight, retain_graph=True)[0]

@@ -12,7 +12,7 @@ from conf.load import compose
 from conf.schema import ROOT
 from tests.small import SMALL
 from train.prove import low_precision as low
-from train.prove.low_precision import FORMATS, LinearRules, Near, Rule
+from train.prove.low_precision import FORMATS, LinearRules, NearNumbers, Rule
 from train.prove.run import prove
 
 E4M3, BF16 = FORMATS["e4m3"], FORMATS["bf16"]
@@ -57,24 +57,24 @@ def test_a_tile_by_hand():
     row = torch.zeros(1, 256).double()
     row[0, :3] = torch.tensor([7.0, 1.0, 0.01])
     row[0, 128] = 1e-6  # below the floor
-    made = low.cast(Near(row), TILES, -1).x[0]
+    made = low.cast(NearNumbers(row), TILES, -1).x[0]
     assert made[:3].tolist() == [7.0, 1.0, 0.625 / 64]
     assert made[128] == pytest.approx(4.5 * 1e-4 / 448)  # 4.48 of the scale that the floor makes, in steps of a half
-    assert low.cast(Near(row), replace(TILES, floor=1e-12), -1).x[0, 128] == pytest.approx(1e-6, rel=1e-6)
+    assert low.cast(NearNumbers(row), replace(TILES, floor=1e-12), -1).x[0, 128] == pytest.approx(1e-6, rel=1e-6)
 
 
 def test_scales_of_powers_of_two_go_up():
     row = torch.tensor([[449.0, 1.0]]).double()
-    assert low.cast(Near(row), POWERS, -1).x.tolist() == [[448.0, 1.0]]  # 224.5 in steps of 16, times 2
+    assert low.cast(NearNumbers(row), POWERS, -1).x.tolist() == [[448.0, 1.0]]  # 224.5 in steps of 16, times 2
     row = torch.tensor([[448.0, 2.0**-9]]).double()
-    assert low.cast(Near(row), POWERS, -1).x.tolist() == row.tolist()
+    assert low.cast(NearNumbers(row), POWERS, -1).x.tolist() == row.tolist()
 
 
 @pytest.mark.parametrize("along", [-1, -2])
 @pytest.mark.parametrize("rule", [TILES, BLOCKS, POWERS, replace(TILES, shared="row"), replace(TILES, shared="tensor")])
 def test_a_cast_is_that_of_torch_tile_by_tile(rule, along):
     x = drawn(130, 150)
-    made = low.cast(Near(x), rule, along).x
+    made = low.cast(NearNumbers(x), rule, along).x
     rows, columns = ((side or size) for side, size in zip(rule.block(along), x.shape, strict=True))
     for top in range(0, 130, rows):
         for left in range(0, 150, columns):
@@ -91,21 +91,21 @@ def test_a_cast_is_that_of_torch_tile_by_tile(rule, along):
 def test_what_may_be_off_says_how_far_a_cast_may_move():
     """The middle of 1 and 1.125 beside 448: a hair decides, and one step is told; elsewhere nothing is."""
     row = torch.tensor([[448.0, 1.0625, 1.0]]).double()
-    assert low.cast(Near(row), TILES, -1).off is None
-    assert low.cast(Near(row, torch.full_like(row, 1e-6)), TILES, -1).off.tolist()[0][1:] == [0.125, 0.0]
+    assert low.cast(NearNumbers(row), TILES, -1).off is None
+    assert low.cast(NearNumbers(row, torch.full_like(row, 1e-6)), TILES, -1).off.tolist()[0][1:] == [0.125, 0.0]
 
 
 def test_products_are_those_of_the_operands():
     x, weight, dy = drawn(140, 150), drawn(200, 150, seed=1), drawn(140, 200, seed=2)
     rules = LinearRules((TILES, BLOCKS), (TILES, BLOCKS), (TILES, TILES), TILES)
-    cast_x, cast_w = low.cast(Near(x), TILES, -1).x, low.cast(Near(weight), BLOCKS, -1).x
+    cast_x, cast_w = low.cast(NearNumbers(x), TILES, -1).x, low.cast(NearNumbers(weight), BLOCKS, -1).x
     made = low.fprop(x, low.weight_for("fprop", weight, rules), rules)
     torch.testing.assert_close(made.x, cast_x @ cast_w.T)
     torch.testing.assert_close(made.size, cast_x.abs() @ cast_w.abs().T)
-    made = low.dgrad(Near(dy), low.weight_for("dgrad", weight, rules), rules)
-    torch.testing.assert_close(made.x, low.cast(Near(dy), TILES, -1).x @ cast_w)
-    made = low.wgrad(Near(dy), low.kept(x, rules.kept), rules)
-    left, right = low.cast(Near(dy), TILES, -2).x, low.cast(Near(cast_x), TILES, -2).x
+    made = low.dgrad(NearNumbers(dy), low.weight_for("dgrad", weight, rules), rules)
+    torch.testing.assert_close(made.x, low.cast(NearNumbers(dy), TILES, -1).x @ cast_w)
+    made = low.wgrad(NearNumbers(dy), low.kept(x, rules.kept), rules)
+    left, right = low.cast(NearNumbers(dy), TILES, -2).x, low.cast(NearNumbers(cast_x), TILES, -2).x
     torch.testing.assert_close(made.x, left.T @ right)
 
 
@@ -115,7 +115,7 @@ def test_swiglu_goes_back_as_autograd_does():
     gate, up = leaf_h.chunk(2, -1)
     a = F.silu(gate) * up * leaf_gates[:, None]
     a.backward(da)
-    back = low.swiglu_back(Near(h), gates, Near(da), BF16)
+    back = low.swiglu_back(NearNumbers(h), gates, NearNumbers(da), BF16)
     torch.testing.assert_close(low.swiglu(h, gates), a.detach())
     torch.testing.assert_close(back.dh.x, leaf_h.grad)
     torch.testing.assert_close(back.dgates.x, leaf_gates.grad)
@@ -124,10 +124,10 @@ def test_swiglu_goes_back_as_autograd_does():
 
 def test_tiles_along_the_rows_are_those_of_one_expert():
     x, counts = drawn(200, 8), [130, 0, 70]
-    made = low.cast_rows(Near(x), counts, TILES, -2).x
-    parts = [low.cast(Near(part), TILES, -2).x for part in x.split(counts)]
+    made = low.cast_rows(NearNumbers(x), counts, TILES, -2).x
+    parts = [low.cast(NearNumbers(part), TILES, -2).x for part in x.split(counts)]
     assert torch.equal(made, torch.cat(parts))
-    assert not torch.equal(made, low.cast(Near(x), TILES, -2).x)
+    assert not torch.equal(made, low.cast(NearNumbers(x), TILES, -2).x)
 
 
 def test_the_recipes_of_the_paper_are_read():

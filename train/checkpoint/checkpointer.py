@@ -25,7 +25,7 @@ from cluster.run_files import data_name
 from conf.disk import explain
 from conf.errors import DiskFailed, UserError
 from parallel.shard import Shard
-from train.checkpoint.commit import Committer, Fenced, Save, SaveAbandoned
+from train.checkpoint.commit import AttemptFenced, Committer, Save, SaveAbandoned
 from train.checkpoint.intervals import NotCovered, merge
 from train.checkpoint.read_shards import load
 from train.checkpoint.staging import StagingBuffers
@@ -235,7 +235,7 @@ class Checkpointer:
         )
 
         def tell() -> None:
-            with suppress(OSError, Fenced, UserError):  # the note only saves time, as in give_up
+            with suppress(OSError, AttemptFenced, UserError):  # the note only saves time, as in give_up
                 self.committer.begin(save, self.rank)
                 self.committer.give_up(save, self.rank, why)
 
@@ -253,7 +253,7 @@ class Checkpointer:
             failure = explain(error)
         except SaveAbandoned as error:
             failure, ranks, late = str(error), error.ranks, error.late
-        except (Fenced, NotCovered) as error:
+        except (AttemptFenced, NotCovered) as error:
             failure, ranks = str(error), ()
         except Exception:  # a bug of ours in this thread must reach the loop as text, not vanish with the thread
             failure = textwrap.indent(traceback.format_exc(), " " * 8).strip()

@@ -37,7 +37,7 @@ HIDDEN = re.compile(
 )
 
 
-class Fenced(RuntimeError):
+class AttemptFenced(RuntimeError):
     """A newer attempt of this run has started; this one must stop writing."""
 
 
@@ -127,7 +127,7 @@ class Committer:
         self._abandoned.add(save)
 
     def refuse_lost(self, save: Save) -> None:
-        """Look, before writing again, whether it still makes sense: Fenced or SaveAbandoned if not."""
+        """Look, before writing again, whether it still makes sense: AttemptFenced or SaveAbandoned if not."""
         self._check_fence()
         self._check_wanted(save)
         if not self._temporary(save).is_dir():
@@ -228,7 +228,7 @@ class Committer:
 
     def _check_fence(self) -> None:
         if (newest := read_fence(self.root)) > self.attempt:
-            raise Fenced(f"attempt {newest} of this run has started, this is attempt {self.attempt}")
+            raise AttemptFenced(f"attempt {newest} of this run has started, this is attempt {self.attempt}")
 
     def _check_wanted(self, save: Save) -> None:
         if save in self._abandoned:

@@ -51,7 +51,7 @@ META = {
 """Types of what modes read of the meta; numbers count something."""
 
 
-class Damaged(UserError):
+class CheckpointDamaged(UserError):
     """A checkpoint of ours that is not intact; resume=auto passes over it to the one before."""
 
     def __init__(self, file: Path, problem: str | OSError):
@@ -80,11 +80,11 @@ class Meta(dict[str, Any]):
 
     def __getitem__(self, name: str) -> Any:
         if name not in self:
-            raise Damaged(self._path, f"its meta holds no {name!r}")
+            raise CheckpointDamaged(self._path, f"its meta holds no {name!r}")
         value = super().__getitem__(name)
         kind = META.get(name, object)
         if not isinstance(value, kind) or (isinstance(value, int) and kind is int and not 0 <= value <= LARGEST_NUMBER):
-            raise Damaged(self._path, f"its meta holds {name} = {value!r:.100}")
+            raise CheckpointDamaged(self._path, f"its meta holds {name} = {value!r:.100}")
         return value
 
 
@@ -135,19 +135,19 @@ def read_manifest(folder: Path) -> Manifest:
     if not folder.is_dir():
         raise _foreign(folder, "does not exist")
     if not path.is_file():
-        raise Damaged(path, "the file is missing") if ours else _foreign(folder, f"holds no {MANIFEST}")
+        raise CheckpointDamaged(path, "the file is missing") if ours else _foreign(folder, f"holds no {MANIFEST}")
     try:
         body = json.loads(path.read_bytes())
     except (ValueError, RecursionError) as error:
-        raise Damaged(path, f"not valid JSON ({error})") from None
+        raise CheckpointDamaged(path, f"not valid JSON ({error})") from None
     except OSError as error:
-        raise Damaged(path, error) from None
+        raise CheckpointDamaged(path, error) from None
     if not isinstance(body, dict) and ours:
-        raise Damaged(path, "not a JSON object")
+        raise CheckpointDamaged(path, "not a JSON object")
     if not (isinstance(body, dict) and (ours or body.get("format") == FORMAT)):
         raise _foreign(folder, f"has a {MANIFEST} that does not say format = {FORMAT}")
     if body.pop("crc32", None) != zlib.crc32(json.dumps(body).encode()):
-        raise Damaged(path, "its checksum does not match")
+        raise CheckpointDamaged(path, "its checksum does not match")
     if _field(path, body, "version", int) > CHECKPOINT_VERSION:
         raise UserError(
             "resume",
@@ -164,10 +164,12 @@ def manifest_of(folder: Path, body: dict[str, Any]) -> Manifest:
     step, attempt, ranks = (_field(path, body, name, int) for name in ("step", "attempt", "world_size"))
     meta, files, tensors = (_field(path, body, name, dict) for name in ("meta", "files", "tensors"))
     if not (0 < ranks <= len(files) and _are_counts([step, attempt])):
-        raise Damaged(path, f"says step {step} of attempt {attempt} by {ranks} ranks, with {len(files)} files")
+        raise CheckpointDamaged(
+            path, f"says step {step} of attempt {attempt} by {ranks} ranks, with {len(files)} files"
+        )
     for name in (name for rank in range(ranks) for name in (data_name(rank), index_name(rank))):
         if not _are_counts(files.get(name), 2 if name.endswith(".json") else 1):
-            raise Damaged(path, f"does not tell the size of {name}")
+            raise CheckpointDamaged(path, f"does not tell the size of {name}")
     return Manifest(folder, step, attempt, ranks, Meta(path, meta), files, _entries(path, tensors, ranks))
 
 
@@ -178,12 +180,12 @@ def _entries(path: Path, tensors: dict[str, Any], ranks: int) -> dict[str, Entry
             case [str(dtype), shape, [*intervals]] if _are_counts(shape) and all(_are_counts(i, 3) for i in intervals):
                 found[name] = Entry(dtype, tuple(shape), [tuple(interval) for interval in intervals])
             case _:
-                raise Damaged(path, f"does not tell where {name} lies")
+                raise CheckpointDamaged(path, f"does not tell where {name} lies")
         size = math.prod(shape)
         for rank, start, count in intervals:
             if rank >= ranks or start + count > size:
                 where = f"{count} elements of {name} from {start} on in rank {rank}'s file"
-                raise Damaged(path, f"places {where}, and {name} has {size} in the files of {ranks} ranks")
+                raise CheckpointDamaged(path, f"places {where}, and {name} has {size} in the files of {ranks} ranks")
     return found
 
 
@@ -196,9 +198,11 @@ def _are_counts(found: Any, length: int | None = None) -> bool:
 def _field(path: Path, body: dict[str, Any], name: str, kind: type) -> Any:
     """A field of the body; Damaged if it is missing or of another type."""
     if name not in body:
-        raise Damaged(path, f"holds no {name!r}")
+        raise CheckpointDamaged(path, f"holds no {name!r}")
     if not isinstance(body[name], kind) or isinstance(body[name], bool):
-        raise Damaged(path, f"{name} must be {'a number' if kind is int else 'an object'}, not {body[name]!r}"[:200])
+        raise CheckpointDamaged(
+            path, f"{name} must be {'a number' if kind is int else 'an object'}, not {body[name]!r}"[:200]
+        )
     return body[name]
 
 
@@ -208,9 +212,9 @@ def read_index(manifest: Manifest, rank: int) -> dict[str, Any]:
     try:
         text = path.read_bytes()
     except FileNotFoundError:
-        raise Damaged(path, "the file is missing") from None
+        raise CheckpointDamaged(path, "the file is missing") from None
     except OSError as error:
-        raise Damaged(path, error) from None
+        raise CheckpointDamaged(path, error) from None
     return check_index(manifest, rank, text)
 
 
@@ -218,11 +222,11 @@ def check_index(manifest: Manifest, rank: int, text: bytes) -> dict[str, Any]:
     """The index from its text; Damaged if that does not match the manifest."""
     path = manifest.folder / index_name(rank)
     if [len(text), zlib.crc32(text)] != manifest.files[path.name]:
-        raise Damaged(path, "its checksum does not match the manifest's")
+        raise CheckpointDamaged(path, "its checksum does not match the manifest's")
     try:
         body = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise Damaged(path, f"not valid JSON ({error})") from None
+        raise CheckpointDamaged(path, f"not valid JSON ({error})") from None
     match body:
         case {
             "header_bytes": int(),
@@ -232,7 +236,7 @@ def check_index(manifest: Manifest, rank: int, text: bytes) -> dict[str, Any]:
             "tensors": {**tensors},
         } if len(blocks) == -(-size // CRC_BLOCK) and all(map(_is_place, tensors.values())):
             return body
-    raise Damaged(path, "does not tell what its data file holds")
+    raise CheckpointDamaged(path, "does not tell what its data file holds")
 
 
 def _is_place(found: Any) -> bool:
@@ -249,7 +253,7 @@ def verify(folder: Path, full: bool = False) -> list[str]:
     """
     try:
         return _problems(read_manifest(folder), full)
-    except Damaged as error:
+    except CheckpointDamaged as error:
         return [error.line]
 
 
@@ -259,7 +263,7 @@ def _problems(manifest: Manifest, full: bool) -> list[str]:
         for rank in range(manifest.world_size):
             try:
                 check_data(manifest, rank)
-            except Damaged as error:
+            except CheckpointDamaged as error:
                 problems.append(error.line)
     return problems
 
@@ -271,12 +275,12 @@ def check_data(manifest: Manifest, rank: int) -> None:
     try:
         with open(path, "rb") as file:
             if zlib.crc32(file.read(index["header_bytes"])) != index["header_crc32"]:
-                raise Damaged(path, "the checksum of its header does not match")
+                raise CheckpointDamaged(path, "the checksum of its header does not match")
             for number, crc in enumerate(index["blocks_crc32"]):
                 if zlib.crc32(file.read(CRC_BLOCK)) != crc:
-                    raise Damaged(path, f"the checksum of block {number} does not match")
+                    raise CheckpointDamaged(path, f"the checksum of block {number} does not match")
     except OSError as error:
-        raise Damaged(path, error) from error
+        raise CheckpointDamaged(path, error) from error
 
 
 @dataclass(frozen=True)
@@ -331,7 +335,7 @@ def _newest_first(root: Path, warnings: list[str]) -> list[Manifest]:
             except UserError as error:
                 if not os.path.lexists(folder):  # a run that lives has pruned it: look again, as there are newer ones
                     break
-                if not isinstance(error, Damaged):
+                if not isinstance(error, CheckpointDamaged):
                     raise
                 damaged.append(error.line)
         else:
@@ -339,15 +343,15 @@ def _newest_first(root: Path, warnings: list[str]) -> list[Manifest]:
             return sorted(sound, key=lambda manifest: manifest.age, reverse=True)
 
 
-def _wrong_size(manifest: Manifest, name: str) -> Damaged | None:
+def _wrong_size(manifest: Manifest, name: str) -> CheckpointDamaged | None:
     path, size = manifest.folder / name, manifest.files[name][0]
     try:
         found = os.stat(path).st_size
     except FileNotFoundError:
-        return Damaged(path, "the file is missing")
+        return CheckpointDamaged(path, "the file is missing")
     except OSError as error:
-        return Damaged(path, error)
-    return None if found == size else Damaged(path, f"{found} bytes, but {size} were written")
+        return CheckpointDamaged(path, error)
+    return None if found == size else CheckpointDamaged(path, f"{found} bytes, but {size} were written")
 
 
 def _foreign(folder: Path, why: str) -> UserError:

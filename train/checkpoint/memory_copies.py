@@ -28,7 +28,7 @@ from parallel.exchange import gather
 from parallel.shard import Shard
 from train.checkpoint.checkpointer import SAVE_PATIENCE
 from train.checkpoint.intervals import merge
-from train.checkpoint.manifest import Damaged, Manifest, manifest_of
+from train.checkpoint.manifest import CheckpointDamaged, Manifest, manifest_of
 from train.checkpoint.read_shards import FolderFiles, ReadSpan
 from train.checkpoint.staging import StagingBuffers, plan
 
@@ -177,7 +177,7 @@ class MemoryCopies:
             indexes = [files.index(rank) for rank in range(len(self.shelves.holders))]
             return manifest_of(folder, merge(indexes, json.loads(indexes[0])["meta"]))
         except (OSError, ValueError) as error:
-            raise Damaged(folder, f"its parts in memory cannot be put together ({error})") from error
+            raise CheckpointDamaged(folder, f"its parts in memory cannot be put together ({error})") from error
 
     def files(self) -> "ShelfFiles":
         return ShelfFiles(self.shelves, self.token, self.rank, self.timeout)

@@ -20,7 +20,7 @@ from cluster.run_files import MANIFEST, data_name, index_name
 from conf.errors import UserError
 from parallel.shard import Shard
 from train.checkpoint.intervals import first_hole
-from train.checkpoint.manifest import CRC_BLOCK, Damaged, Entry, Manifest, check_index, read_manifest
+from train.checkpoint.manifest import CRC_BLOCK, CheckpointDamaged, Entry, Manifest, check_index, read_manifest
 from train.checkpoint.staging import DTYPES
 
 TORCH = {name: dtype for dtype, name in DTYPES.items()}
@@ -95,7 +95,7 @@ def fill(manifest: Manifest, files: Files, wanted: dict[str, Shard]) -> dict[str
             _read_rank(manifest, files, rank, parts, buffer)
         except OSError as error:
             file = error.filename or data_name(rank)  # an error of reading names no file
-            raise Damaged(manifest.folder / file, error) from error
+            raise CheckpointDamaged(manifest.folder / file, error) from error
     identity = {"step": manifest.step, "attempt": manifest.attempt, "world_size": manifest.world_size}
     return {**manifest.meta, **identity}
 
@@ -140,7 +140,9 @@ def _compatible(manifest: Manifest, name: str, shard: Shard) -> Entry:
             "use the model settings that the checkpoint was written with: those in config.yaml of its run",
         )
     if entry.dtype not in TORCH:
-        raise Damaged(manifest.folder / MANIFEST, f"{name} has an element type {entry.dtype} that does not exist")
+        raise CheckpointDamaged(
+            manifest.folder / MANIFEST, f"{name} has an element type {entry.dtype} that does not exist"
+        )
     stored, dtype = TORCH[entry.dtype], shard.local.dtype
     if dtype != stored and dtype not in LOSSLESS.get(stored, ()):
         raise UserError(
@@ -163,7 +165,7 @@ def _read_rank(manifest: Manifest, files: Files, rank: int, pieces: list[FilePie
         )
         known = (dtype, tuple(shape)) == (entry.dtype, entry.shape)
         if not (known and start <= piece.start <= start + count - piece.target.numel()):
-            raise Damaged(
+            raise CheckpointDamaged(
                 manifest.folder / index_name(rank), f"does not tell where {piece.name} lies, as the manifest does"
             )
 
@@ -177,7 +179,9 @@ def _read_rank(manifest: Manifest, files: Files, rank: int, pieces: list[FilePie
             stored = TORCH[tensors[piece.name][0]]
             at, done = first_byte(piece), 0
             if not 0 <= at <= index["data_bytes"] - piece.target.numel() * stored.itemsize:
-                raise Damaged(manifest.folder / index_name(rank), f"places {piece.name} outside of its data file")
+                raise CheckpointDamaged(
+                    manifest.folder / index_name(rank), f"places {piece.name} outside of its data file"
+                )
             while done < piece.target.numel():
                 number, offset = divmod(at + done * stored.itemsize, CRC_BLOCK)
                 if number != held:
@@ -195,7 +199,7 @@ def _read_block(read: ReadSpan, path: Path, index: dict[str, Any], number: int, 
     while view:
         count = read(view, position)
         if count == 0:
-            raise Damaged(path, f"ends {len(view)} bytes early in block {number}")
+            raise CheckpointDamaged(path, f"ends {len(view)} bytes early in block {number}")
         view, position = view[count:], position + count
     if zlib.crc32(buffer.numpy().data[:size]) != index["blocks_crc32"][number]:
-        raise Damaged(path, f"the checksum of block {number} does not match")
+        raise CheckpointDamaged(path, f"the checksum of block {number} does not match")

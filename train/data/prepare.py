@@ -11,7 +11,7 @@ from train.data.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True)
-class Prepared:
+class PreparedData:
     train: TrainingData
     validation: ValidationData
     tokenizer: Tokenizer
@@ -24,7 +24,7 @@ class Prepared:
     """What the user may want to know, one sentence each."""
 
 
-def prepare(config: Config, progress: ReportProgress = silent) -> Prepared:
+def prepare(config: Config, progress: ReportProgress = silent) -> PreparedData:
     """Find or make tokenizer and tokens, and open them. Raises UserError.
 
     Idempotent and safe in several processes: the driver calls it before it starts ranks, which then find the cache.
@@ -37,4 +37,6 @@ def prepare(config: Config, progress: ReportProgress = silent) -> Prepared:
         "fraction": config.data.validation_fraction,
         "sources": [[part.name, part.content] for part in corpus.parts],
     }
-    return Prepared(train, validation, corpus.tokenizer, corpus.fingerprint, held_out, corpus.notes + validation.notes)
+    return PreparedData(
+        train, validation, corpus.tokenizer, corpus.fingerprint, held_out, corpus.notes + validation.notes
+    )

@@ -32,7 +32,7 @@ PER_WORKER = 4 << 20
 
 
 @dataclass(frozen=True)
-class Tokenised:
+class TokenisedSource:
     ids_N: np.ndarray
     """uint32, the documents one after another."""
     lengths_D: np.ndarray
@@ -46,7 +46,7 @@ class Tokenised:
 
 def tokenise(
     documents: Iterator[tuple[str, str]], tokenizer: Tokenizer, workers: int, size: int, advance: Callable[[int], None]
-) -> Iterator[Tokenised]:
+) -> Iterator[TokenisedSource]:
     """Tokens of the documents, task by task. workers: 0 for one per core; size: bytes to expect; advance is told the bytes of each finished task."""
     workers = min(workers or len(os.sched_getaffinity(0)), max(1, size // PER_WORKER))
     tasks = _tasks(documents, tokenizer.takes_parts)
@@ -62,14 +62,14 @@ def tokenise(
             free.put(stack.enter_context(_Child(tokenizer.json_text)))
         pool = stack.enter_context(ThreadPoolExecutor(workers))
 
-        def work(task: _Task) -> Tokenised:
+        def work(task: _Task) -> TokenisedSource:
             child = free.get()
             try:
                 return _assemble(task, child.encode)
             finally:
                 free.put(child)
 
-        waiting: deque[Future[Tokenised]] = deque()
+        waiting: deque[Future[TokenisedSource]] = deque()
         for task in tasks:
             waiting.append(pool.submit(work, task))
             if len(waiting) >= 2 * workers:
@@ -78,7 +78,7 @@ def tokenise(
             yield _told(waiting.popleft().result(), advance)
 
 
-def _told(result: Tokenised, advance: Callable[[int], None]) -> Tokenised:
+def _told(result: TokenisedSource, advance: Callable[[int], None]) -> TokenisedSource:
     advance(result.text_bytes)
     return result
 
@@ -108,7 +108,7 @@ def _tasks(documents: Iterator[tuple[str, str]], in_parts_: bool) -> Iterator[_T
         yield task
 
 
-def _assemble(task: _Task, encode: Callable[[list[str]], list]) -> Tokenised:
+def _assemble(task: _Task, encode: Callable[[list[str]], list]) -> TokenisedSource:
     ids = [np.asarray(each, dtype=np.uint32) for each in encode(task.parts)]
     lengths_D, hashes_D, before = [], [], None
     for name, part_ids in zip(task.names, ids, strict=True):
@@ -118,7 +118,7 @@ def _assemble(task: _Task, encode: Callable[[list[str]], list]) -> Tokenised:
             lengths_D.append(len(part_ids))
             hashes_D.append(hash_id(name))
         before = name
-    return Tokenised(
+    return TokenisedSource(
         np.concatenate(ids),
         np.array(lengths_D, dtype=np.int64),
         np.array(hashes_D, dtype=np.uint64),

@@ -10,7 +10,7 @@ import torch
 from rich.console import Console
 
 from conf.screen import Terminal
-from train.dry_run.expected import Expected, Times, again
+from train.dry_run.expected import ExpectedTimes, Times, again
 from train.dry_run.lone import LONE_PHASES, MeasuredRank
 from train.dry_run.piece import DryRunPiece
 from train.metrics.quantities import error, gib, seconds
@@ -34,7 +34,7 @@ REST = "all else at the peak"
 
 
 @dataclass(frozen=True)
-class Compared:
+class ComparedFigure:
     """A figure, and what the plan said; None where it said nothing."""
 
     measured: float
@@ -56,15 +56,15 @@ class Findings:
     device: str
     threads: int | None
     """Threads of a CPU."""
-    peak: Compared
-    phases: dict[str, Compared]
-    items: dict[str, Compared]
+    peak: ComparedFigure
+    phases: dict[str, ComparedFigure]
+    items: dict[str, ComparedFigure]
     """Weights, master, moments; gradients when the schedule ends; and `rest`: what else the peak has beside the first three."""
-    actions: dict[str, Compared]
+    actions: dict[str, ComparedFigure]
     """Seconds of an action by kind, mean over a step's, the step being the median one."""
     counts: dict[str, int]
     """Actions of a step by kind."""
-    steps: dict[str, Compared]
+    steps: dict[str, ComparedFigure]
     """Median seconds of a step and of its phases."""
     skipped: int
     """Timed steps without an update."""
@@ -91,16 +91,16 @@ def find(piece: DryRunPiece, measured: MeasuredRank, times: Times, device: torch
         piece=piece,
         device=torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",
         threads=torch.get_num_threads() if device.type == "cpu" else None,
-        peak=Compared(measured.peak, max(here.values())),
-        phases={phase: Compared(measured.phases[phase], here[phase]) for phase in LONE_PHASES},
+        peak=ComparedFigure(measured.peak, max(here.values())),
+        phases={phase: ComparedFigure(measured.phases[phase], here[phase]) for phase in LONE_PHASES},
         items=_items(piece, measured, max(here.values())),
         actions={
-            kind: Compared(total / count, part.actions[kind] / count if part else None)
+            kind: ComparedFigure(total / count, part.actions[kind] / count if part else None)
             for kind, total in actions.items()
             if (count := measured.counts[kind])
         },
         counts=dict(measured.counts),
-        steps={name: Compared(each, _planned_phase(part, name)) for name, each in steps.items()},
+        steps={name: ComparedFigure(each, _planned_phase(part, name)) for name, each in steps.items()},
         skipped=measured.skipped,
         job_peak=job_peak,
         job_room=tensor_memory(job) - job_peak if job.hardware.memory_bytes else None,
@@ -110,20 +110,20 @@ def find(piece: DryRunPiece, measured: MeasuredRank, times: Times, device: torch
     )
 
 
-def _items(piece: DryRunPiece, measured: MeasuredRank, planned_peak: int) -> dict[str, Compared]:
+def _items(piece: DryRunPiece, measured: MeasuredRank, planned_peak: int) -> dict[str, ComparedFigure]:
     """What the rank holds all the time, its gradients, and the rest of the peak."""
     plan = rank_memory(piece.config, piece.pp_rank, piece.scene, piece.layers).items
     state = ("weights", "master", "moments")
-    items = {name: Compared(measured.items[name], plan.get(name, 0)) for name in state}
+    items = {name: ComparedFigure(measured.items[name], plan.get(name, 0)) for name in state}
     if piece.config.parallel.zero == 1:  # further stages keep no gradients of whole weights
         chunks = list(chunk_parts(piece.config, piece.layers)[piece.pp_rank].values())
         gradients = FP32_BYTES * sum(weight.elements for weight in rank_weights(piece.config, chunks))
-        items["gradients"] = Compared(measured.items["gradients"], gradients)
+        items["gradients"] = ComparedFigure(measured.items["gradients"], gradients)
     held = sum(items[name].measured for name in state), sum(items[name].planned or 0 for name in state)
-    return items | {"rest": Compared(measured.peak - held[0], planned_peak - held[1])}
+    return items | {"rest": ComparedFigure(measured.peak - held[0], planned_peak - held[1])}
 
 
-def _planned_phase(part: Expected | None, name: str) -> float | None:
+def _planned_phase(part: ExpectedTimes | None, name: str) -> float | None:
     if part is None:
         return None
     planned = {"schedule": part.schedule, "reduction": part.update.reduce, "update": part.update.optimizer}
@@ -217,12 +217,12 @@ def _shrunken(piece: DryRunPiece) -> str:
     )
 
 
-def _memory(found: Findings) -> dict[str, Compared]:
+def _memory(found: Findings) -> dict[str, ComparedFigure]:
     named = {REST if name == "rest" else name: one for name, one in found.items.items()}
     return {"peak": found.peak} | {f"peak in {name}": one for name, one in found.phases.items()} | named
 
 
-def _times(found: Findings) -> dict[str, Compared]:
+def _times(found: Findings) -> dict[str, ComparedFigure]:
     actions = {f"{ACTION_NAMES[kind]} (x {found.counts[kind]})": one for kind, one in found.actions.items()}
     return actions | {"whole step" if name == "step" else name: one for name, one in found.steps.items()}
 
@@ -232,7 +232,7 @@ def _size(value: float) -> str:
     return gib(value) if value >= 2**30 else f"{value / 2**20:.3g} MiB"
 
 
-def _table(rows: dict[str, Compared], words: Callable[[float], str]) -> str:
+def _table(rows: dict[str, ComparedFigure], words: Callable[[float], str]) -> str:
     width = max(map(len, rows))
     lines = [f"{'':{width}}  {'measured':>10}  {'planned':>10}"]
     for name, one in rows.items():

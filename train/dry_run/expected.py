@@ -27,7 +27,7 @@ from train.plan.time.update import UpdateTime, count_weights, update_time
 
 
 @dataclass(frozen=True)
-class Expected:
+class ExpectedTimes:
     """Seconds of the piece alone."""
 
     stages: Stages
@@ -47,9 +47,9 @@ class Times:
 
     job: StepTime | None
     """The plan of the job on its own hardware; None without rates."""
-    piece: Expected | None
+    piece: ExpectedTimes | None
     """None where the rates are not of the device that runs here."""
-    whole: Expected | None
+    whole: ExpectedTimes | None
     """What is expected of the job's rank, at full width with all its layers."""
     reason: str
     """Why one of them is missing."""
@@ -107,7 +107,7 @@ def _with_load(config: Config, piece: DryRunPiece) -> Config:
     return replace(config, plan=replace(config.plan, imbalance=imbalance))
 
 
-def _expected(config: Config, piece: DryRunPiece, layers: list[range], actions: list[Action]) -> Expected:
+def _expected(config: Config, piece: DryRunPiece, layers: list[range], actions: list[Action]) -> ExpectedTimes:
     layout = layout_of(config)
     rates = load_rates(config, alone=True)
     silent = replace(rates, rates={**rates.rates, **{kind: Rate() for kind in (*LINKS, *LINKS.values())}})
@@ -117,4 +117,4 @@ def _expected(config: Config, piece: DryRunPiece, layers: list[range], actions: 
     for action in actions:
         seconds[action.kind] += stages.elapsed(action).seconds
     held = count_weights(config, layers, piece.stages, len(layers) - 1)
-    return Expected(stages, seconds, update_time(config, layout, silent, held))
+    return ExpectedTimes(stages, seconds, update_time(config, layout, silent, held))

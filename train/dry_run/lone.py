@@ -22,7 +22,7 @@ from parallel.pipeline.lone_stage import LoneStage
 from train.dry_run.assumed_rows import group_of
 from train.dry_run.piece import DryRunPiece
 from train.kernels.choice import choose_kernels
-from train.parallelize import Parallelized, parallelize
+from train.parallelize import ParallelModel, parallelize
 from train.plan.job import layout_of
 from train.plan.memory.ledger import PeakMeter
 from train.plan.time.timed_step import TimedStep
@@ -82,7 +82,7 @@ def run_alone(piece: DryRunPiece, device: torch.device) -> MeasuredRank:
         dist.destroy_process_group()
 
 
-def _steps(config: Config, parts: Parallelized, rank: RankSetup) -> MeasuredRank:
+def _steps(config: Config, parts: ParallelModel, rank: RankSetup) -> MeasuredRank:
     timed = TimedStep(config, parts, rank)
 
     def run(number: int, measured: MeasuredRank, meter: PeakMeter | None = None) -> None:
@@ -111,7 +111,7 @@ def _steps(config: Config, parts: Parallelized, rank: RankSetup) -> MeasuredRank
     return measured
 
 
-def _items(parts: Parallelized) -> dict[str, int]:
+def _items(parts: ParallelModel) -> dict[str, int]:
     """Bytes of the rank's state."""
     shards = parts.zero.shards(copies=True)
     return {

@@ -23,7 +23,7 @@ from train.checkpoint.weights import load_pipeline, require_memory
 from train.data.corpus import Corpus, build_corpus
 from train.evaluate.held_out_sources import EvaluatedSource, choose
 from train.evaluate.needle import NeedleCell
-from train.evaluate.observed import Observed
+from train.evaluate.observed import ObservedChunk
 from train.evaluate.result import Evaluation, show
 from train.evaluate.retrieve import read_fillers, search_needles
 from train.evaluate.target import Target, find_target
@@ -95,7 +95,7 @@ def _loss(
     config: Config, source: EvaluatedSource, pipeline: Pipeline[DeepSeekV3], mesh: Mesh, device: torch.device
 ) -> Sums:
     last = pipeline.modules[-1] if pipeline.has_last else None
-    observed = Observed(config.model.mtp_depth, config.seq_len, last)
+    observed = ObservedChunk(config.model.mtp_depth, config.seq_len, last)
     return held_out_loss(pipeline, source.data, mesh, config.micro_batch_size, device, observed.take)
 
 

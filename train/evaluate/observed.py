@@ -33,7 +33,7 @@ def position_ranges(seq_len: int) -> list[range]:
     return [range(*ends) for ends in pairwise([0, *(end for end in ends if end >= SHORTEST or end == seq_len)])]
 
 
-class Observed:
+class ObservedChunk:
     """Watches the last chunk of a model, wherever it is; sums of the pass before by `take`."""
 
     def __init__(self, depths: int, seq_len: int, last: DeepSeekV3 | None):

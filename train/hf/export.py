@@ -33,7 +33,7 @@ from train.hf.blocks import requantize
 from train.hf.config import GROUP_TOP_K, LATENT_NORM_EPS, SCALE_BLOCK, config_json
 from train.hf.folder import INDEX
 from train.hf.model_card import CARD_FILE, model_card
-from train.hf.plan import PlannedFile, Written, fates, index_json, left_out, lines, plan, source_name, write_json
+from train.hf.plan import PlannedFile, WrittenTensor, fates, index_json, left_out, lines, plan, source_name, write_json
 from train.hf.tensor_names import tensors
 from train.hf.tokenizer_files import write_tokenizer
 from train.hf.write import PieceWriter
@@ -142,7 +142,7 @@ def _write_weights(
 class ExportSlice:
     """Some rows of one of their tensors."""
 
-    written: Written
+    written: WrittenTensor
     first: int
     """First element, in the flattened tensor of theirs."""
     shape: tuple[int, ...]
@@ -161,7 +161,7 @@ class ExportSlice:
         return span.local[self.start - span.offset :][: self.count].view(self.shape)
 
 
-def _batches(written: list[Written]) -> Iterator[list[ExportSlice]]:
+def _batches(written: list[WrittenTensor]) -> Iterator[list[ExportSlice]]:
     """Cuts in order, as many at a time as EXPORTED_ELEMENTS has room for."""
     batch, room = [], EXPORTED_ELEMENTS
     for cut in (cut for each in written for cut in _cuts(each)):
@@ -173,7 +173,7 @@ def _batches(written: list[Written]) -> Iterator[list[ExportSlice]]:
     yield batch
 
 
-def _cuts(written: Written) -> Iterator[ExportSlice]:
+def _cuts(written: WrittenTensor) -> Iterator[ExportSlice]:
     """Whole rows of blocks, so that every scale is made from all of its block."""
     rows, *rest = written.placed.shape
     width = math.prod(rest)

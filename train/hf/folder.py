@@ -15,7 +15,7 @@ from conf.errors import UserError
 from conf.read_json import read_json
 from conf.schema import Model
 from train.hf.config import SCALE_BLOCK, read_model, scale_shape, some
-from train.hf.tensor_names import MTP_NAMES, SCALE, Placed, tensors
+from train.hf.tensor_names import MTP_NAMES, SCALE, PlacedTensor, tensors
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
@@ -27,7 +27,7 @@ FP8 = "F8_E4M3"
 
 
 @dataclass(frozen=True)
-class Stored:
+class StoredTensor:
     """One tensor of the folder."""
 
     file: str
@@ -41,7 +41,7 @@ class Folder:
     """The headers of a folder, read and checked for damage."""
 
     path: Path
-    stored: dict[str, Stored]
+    stored: dict[str, StoredTensor]
     field: str = "init_from"
     """What errors name."""
 
@@ -143,18 +143,20 @@ def _index(folder: Folder) -> dict[str, list[str]]:
     return files
 
 
-def _header(folder: Folder, file: str) -> dict[str, Stored]:
+def _header(folder: Folder, file: str) -> dict[str, StoredTensor]:
     try:
         with safe_open(folder.path / file, framework="np") as reader:
             slices = {name: reader.get_slice(name) for name in reader.keys()}  # noqa: SIM118, no mapping
-            return {name: Stored(file, each.get_dtype(), tuple(each.get_shape())) for name, each in slices.items()}
+            return {
+                name: StoredTensor(file, each.get_dtype(), tuple(each.get_shape())) for name, each in slices.items()
+            }
     except (SafetensorError, OSError) as error:
         if is_refusal(error):
             raise folder.refuse(f"{file} cannot be read: {error}", cure_of_reading(error)) from error
         raise folder.refuse(f"{file} is damaged or cut short: {error}", "download it again") from error
 
 
-def match(folder: Folder, model: Model) -> list[Placed]:
+def match(folder: Folder, model: Model) -> list[PlacedTensor]:
     """The model's tensors that the folder holds, in its order. Raises UserError where they do not make up the model, and for the
     first tensors that would not be read.
 

@@ -12,7 +12,7 @@ from conf.optimizers import OPTIMIZERS
 from conf.schema import ExportType
 from train.checkpoint.manifest import Manifest
 from train.hf.config import scale_shape
-from train.hf.tensor_names import SCALE, Placed
+from train.hf.tensor_names import SCALE, PlacedTensor
 from train.hf.write import ExportTensor
 
 OPTIMIZER_TENSORS = {
@@ -23,10 +23,10 @@ PLAIN_EXPORT_TYPES = {ExportType.bf16: "BF16", ExportType.fp8: "BF16", ExportTyp
 
 
 @dataclass(frozen=True)
-class Written:
+class WrittenTensor:
     """One of their tensors, and how it is written."""
 
-    placed: Placed
+    placed: PlacedTensor
     outs: tuple[ExportTensor, ...]
     """The tensor; of FP8 also its scales."""
 
@@ -38,15 +38,15 @@ class Written:
 @dataclass(frozen=True)
 class PlannedFile:
     name: str
-    written: list[Written]
+    written: list[WrittenTensor]
 
 
-def plan(placed: list[Placed], dtype: ExportType, shard_bytes: float) -> list[PlannedFile]:
+def plan(placed: list[PlacedTensor], dtype: ExportType, shard_bytes: float) -> list[PlannedFile]:
     """Their tensors in order, cut into files of at most shard_bytes (a tensor that is larger has its own)."""
-    groups: list[list[Written]] = []
+    groups: list[list[WrittenTensor]] = []
     room = 0.0
     for each in placed:
-        written = Written(each, tuple(_outs(each, dtype)))
+        written = WrittenTensor(each, tuple(_outs(each, dtype)))
         if not groups or written.nbytes > room:
             groups.append([])
             room = shard_bytes
@@ -58,7 +58,7 @@ def plan(placed: list[Placed], dtype: ExportType, shard_bytes: float) -> list[Pl
     ]
 
 
-def _outs(placed: Placed, dtype: ExportType) -> Iterator[ExportTensor]:
+def _outs(placed: PlacedTensor, dtype: ExportType) -> Iterator[ExportTensor]:
     if placed.ours.startswith("bias."):  # bf16 would move experts across the edge of being chosen
         yield ExportTensor(placed.theirs, "F32", placed.shape)
     elif placed.fp8 and dtype == ExportType.fp8:
@@ -75,7 +75,7 @@ def index_json(files: list[PlannedFile]) -> dict[str, Any]:
     return {"metadata": {"total_size": total}, "weight_map": weight_map}
 
 
-def left_out(manifest: Manifest, placed: list[Placed], ema: bool) -> dict[str, str]:
+def left_out(manifest: Manifest, placed: list[PlacedTensor], ema: bool) -> dict[str, str]:
     """Every tensor of the checkpoint that is not exported, and why. Raises UserError where some have no fate, or some
     that the model needs are not there.
     """
@@ -100,7 +100,7 @@ def left_out(manifest: Manifest, placed: list[Placed], ema: bool) -> dict[str, s
     return {name: reason for name, reason in rest.items() if reason is not None}
 
 
-def source_name(placed: Placed, ema: bool) -> str:
+def source_name(placed: PlacedTensor, ema: bool) -> str:
     """The checkpoint's tensor that a tensor of theirs is taken from."""
     return "ema." + placed.ours.removeprefix("master.") if ema and placed.ours.startswith("master.") else placed.ours
 
@@ -128,7 +128,7 @@ def fates(files: list[PlannedFile], rest: dict[str, str], ema: bool) -> list[dic
     return rows + [{"tensor": None, "from": name, "fate": f"left out: {reason}"} for name, reason in rest.items()]
 
 
-def _fate(written: Written, out: ExportTensor) -> str:
+def _fate(written: WrittenTensor, out: ExportTensor) -> str:
     if written.placed.copy:
         return "copy for the MTP module"
     if out.name.endswith(SCALE):

@@ -18,7 +18,7 @@ from parallel.shard import Shard
 from train.hf.blocks import dequantize
 from train.hf.config import SCALE_BLOCK
 from train.hf.folder import FP8, Folder
-from train.hf.tensor_names import SCALE, Placed
+from train.hf.tensor_names import SCALE, PlacedTensor
 
 READ_ELEMENTS = 1 << 23
 """Elements that are converted at a time, about: 32 MB in fp32."""
@@ -28,14 +28,14 @@ READ_ELEMENTS = 1 << 23
 class ShardPart:
     """What one wanted shard takes of one of their tensors."""
 
-    placed: Placed
+    placed: PlacedTensor
     start: int
     """First element, in the flattened tensor of theirs."""
     target: Tensor
     """The memory to fill, or for a copy to compare with."""
 
 
-def fill(folder: Folder, placed: list[Placed], wanted: dict[str, Shard]) -> int:
+def fill(folder: Folder, placed: list[PlacedTensor], wanted: dict[str, Shard]) -> int:
     """Fill every wanted shard with the folder's values, dequantised and, for shards of another type, rounded to it.
 
     placed: from `match`. Returns the bytes read. Raises UserError where a value is not finite, or where an MTP module's
@@ -60,9 +60,9 @@ def fill(folder: Folder, placed: list[Placed], wanted: dict[str, Shard]) -> int:
     return reader.bytes
 
 
-def _parts(placed: list[Placed], wanted: dict[str, Shard]) -> list[ShardPart]:
+def _parts(placed: list[PlacedTensor], wanted: dict[str, Shard]) -> list[ShardPart]:
     """Intersections of their tensors with the wanted shards, by file."""
-    by_name: dict[str, list[Placed]] = {}
+    by_name: dict[str, list[PlacedTensor]] = {}
     for each in placed:
         by_name.setdefault(each.ours, []).append(each)
     found = []

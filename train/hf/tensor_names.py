@@ -30,7 +30,7 @@ MTP_NAMES = (
 
 
 @dataclass(frozen=True)
-class Placed:
+class PlacedTensor:
     """One tensor of theirs and its place in one of ours."""
 
     theirs: str
@@ -50,7 +50,7 @@ class Placed:
         return math.prod(self.shape)
 
 
-def tensors(model: Model) -> Iterator[Placed]:
+def tensors(model: Model) -> Iterator[PlacedTensor]:
     """Every tensor of the folder but scales, layer by layer."""
     table = model.vocab_size, model.hidden
     yield _same("model.embed_tokens.weight", "master.embedding.weight", table)
@@ -62,12 +62,12 @@ def tensors(model: Model) -> Iterator[Placed]:
     yield _same("lm_head.weight", "master.head.weight", table)
 
 
-def _same(theirs: str, ours: str, shape: tuple[int, ...], fp8: bool = False) -> Placed:
+def _same(theirs: str, ours: str, shape: tuple[int, ...], fp8: bool = False) -> PlacedTensor:
     """A tensor that is one of ours."""
-    return Placed(theirs, shape, ours, 0, shape, fp8)
+    return PlacedTensor(theirs, shape, ours, 0, shape, fp8)
 
 
-def _block(model: Model, theirs: str, ours: str, inner: str, dense: bool) -> Iterator[Placed]:
+def _block(model: Model, theirs: str, ours: str, inner: str, dense: bool) -> Iterator[PlacedTensor]:
     """One transformer block. ours: the name that its balance bias goes by; inner: the rest of its parameters' prefix."""
     here = f"master.{ours}.{inner}"
     yield _same(f"{theirs}input_layernorm.weight", f"{here}attention_norm.weight", (model.hidden,))
@@ -84,7 +84,7 @@ def _block(model: Model, theirs: str, ours: str, inner: str, dense: bool) -> Ite
         yield from _ffn(model.hidden, width, f"{theirs}mlp.shared_experts.", f"{here}moe.shared.")
 
 
-def _attention(model: Model, theirs: str, ours: str) -> Iterator[Placed]:
+def _attention(model: Model, theirs: str, ours: str) -> Iterator[PlacedTensor]:
     width, heads = model.hidden, model.heads
     queries = heads * (model.nope_head_dim + model.rope_head_dim)
     if model.q_rank is None:
@@ -101,27 +101,31 @@ def _attention(model: Model, theirs: str, ours: str) -> Iterator[Placed]:
     yield _same(f"{theirs}o_proj.weight", f"{ours}out.weight", (width, heads * model.v_head_dim), fp8=True)
 
 
-def _ffn(width: int, inner: int, theirs: str, ours: str) -> Iterator[Placed]:
+def _ffn(width: int, inner: int, theirs: str, ours: str) -> Iterator[PlacedTensor]:
     """A dense or shared FFN: our w13 holds the gate's rows, then those of up."""
     half, stacked = (inner, width), (2 * inner, width)
     for number, name in enumerate(("gate_proj", "up_proj")):
-        yield Placed(f"{theirs}{name}.weight", half, f"{ours}w13.weight", number * inner * width, stacked, fp8=True)
+        yield PlacedTensor(
+            f"{theirs}{name}.weight", half, f"{ours}w13.weight", number * inner * width, stacked, fp8=True
+        )
     yield _same(f"{theirs}down_proj.weight", f"{ours}w2.weight", (width, inner), fp8=True)
 
 
-def _experts(model: Model, theirs: str, ours: str) -> Iterator[Placed]:
+def _experts(model: Model, theirs: str, ours: str) -> Iterator[PlacedTensor]:
     """The routed experts: w13 (E, 2F, D) and w2 (E, D, F)."""
     width, inner, experts = model.hidden, model.expert_width, model.experts
     matrix = inner * width
     for index in range(experts):
         for number, name in enumerate(("gate_proj", "up_proj")):
             start, whole = (2 * index + number) * matrix, (experts, 2 * inner, width)
-            yield Placed(f"{theirs}{index}.{name}.weight", (inner, width), f"{ours}w13", start, whole, fp8=True)
+            yield PlacedTensor(f"{theirs}{index}.{name}.weight", (inner, width), f"{ours}w13", start, whole, fp8=True)
         whole = experts, width, inner
-        yield Placed(f"{theirs}{index}.down_proj.weight", (width, inner), f"{ours}w2", index * matrix, whole, fp8=True)
+        yield PlacedTensor(
+            f"{theirs}{index}.down_proj.weight", (width, inner), f"{ours}w2", index * matrix, whole, fp8=True
+        )
 
 
-def _mtp(model: Model, theirs: str, ours: str) -> Iterator[Placed]:
+def _mtp(model: Model, theirs: str, ours: str) -> Iterator[PlacedTensor]:
     width, table = model.hidden, (model.vocab_size, model.hidden)
     embedding = _same(f"{theirs}embed_tokens.weight", "master.embedding.weight", table)
     yield replace(embedding, copy=True)

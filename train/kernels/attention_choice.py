@@ -17,7 +17,7 @@ from train.kernels.gpu.fused_attention import AttentionByKind, CudnnAttention, E
 from train.kernels.plain.plain_attention import PlainAttention
 from train.kernels.precision import activation_dtype
 from train.model.attention import AttentionCore, AttentionInput, AttentionOutput
-from train.model.sequence import Positions, Rectangle, Seen
+from train.model.sequence import Positions, Rectangle, SeenKeys
 
 ATTENTION_BOUND = 2e-2
 """Largest relative error, in the norm, of a result and of each gradient. Rounding the result and the probabilities to bf16
@@ -81,13 +81,13 @@ def _refusal(core: AttentionCore, config: Config, device: torch.device, part: st
     return problem_of(core, config, device, part)
 
 
-def _tried(part: str, length: int) -> tuple[int, Seen]:
+def _tried(part: str, length: int) -> tuple[int, SeenKeys]:
     """Queries of two sequences, and which of `length` keys they see."""
     if (
         part == "blocks of keys"
     ):  # what a rank that shares sequences asks for: a piece, and a later one that sees all of it
         rectangles = [Rectangle(None, 0, length, 0, length, 0), Rectangle(None, length, 2 * length, 0, length, length)]
-        return 2 * length, Seen(rectangles)
+        return 2 * length, SeenKeys(rectangles)
     documents_BT = None
     if part == "documents":  # of unequal lengths, other ones in the second sequence
         ends = torch.tensor([[length // 3, length // 2], [1, length - 5]])
@@ -121,7 +121,7 @@ def _problem_at(length: int, core: AttentionCore, config: Config, device: torch.
     return None
 
 
-def _both_ways(core: AttentionCore, numbers: list[Tensor], scale: float, seen: Seen) -> list[Tensor]:
+def _both_ways(core: AttentionCore, numbers: list[Tensor], scale: float, seen: SeenKeys) -> list[Tensor]:
     """Result, log-sum-exp, dq, dk, dv, in fp32 on the CPU."""
     q, k, kv, dout = (tensor.transpose(1, 2) for tensor in numbers)
     v = kv[..., -dout.size(-1) :]

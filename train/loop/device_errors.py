@@ -50,13 +50,13 @@ SHOWN_CHARACTERS = 400
 """Characters of the library's own words."""
 
 
-class Explained(RunEnded):
+class ExplainedError(RunEnded):
     """An error of the device or the network; its traceback lies in a file beside."""
 
 
 @contextmanager
 def raise_explained(config: Config, rank: int, logs: Path) -> Iterator[None]:
-    """Raise what runs out of memory, or fails in NCCL, as `Explained`, with traceback and allocator's summary in logs."""
+    """Raise what runs out of memory, or fails in NCCL, as `ExplainedError`, with traceback and allocator's summary in logs."""
     try:
         yield
     except Exception as error:
@@ -64,7 +64,7 @@ def raise_explained(config: Config, rank: int, logs: Path) -> Iterator[None]:
         if text is None:
             raise
         file = logs / f"rank_{rank}.explained.txt"
-        raise Explained(f"{text}\n  written: {file}" if _write(file, error) else text) from error
+        raise ExplainedError(f"{text}\n  written: {file}" if _write(file, error) else text) from error
 
 
 def _explain(config: Config, error: Exception) -> str | None:

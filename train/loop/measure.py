@@ -19,12 +19,12 @@ from train.loop.step_work import StepWork
 from train.loop.stop import StopKind
 from train.model.count import attention_layers, moe_layers
 from train.optim.qk_clip import QKClip
-from train.parallelize import Parallelized
+from train.parallelize import ParallelModel
 from train.rank import RankSetup
 
 
 @dataclass
-class Measured:
+class MeasuredStep:
     """One step over all ranks."""
 
     main_loss: float
@@ -50,7 +50,7 @@ class Measured:
 class Measure:
     """Collects and clears the counters of this rank's chunks."""
 
-    def __init__(self, model: Model, parts: Parallelized, rank: RankSetup, clip: QKClip | None = None):
+    def __init__(self, model: Model, parts: ParallelModel, rank: RankSetup, clip: QKClip | None = None):
         self.model, self.mesh, self.device = model, rank.mesh, rank.device
         self.step_work = StepWork(parts, rank.mesh.layout)
         self.layers = moe_layers(model)
@@ -112,18 +112,18 @@ class CollectedMeasures:
         self.finite = losses[0].isfinite()
         """Whether the main loss is: bool, on the device."""
         self.loads_LE = loads.view(-1, measure.model.experts)
-        """As in `Measured`, on the device."""
+        """As in `MeasuredStep`, on the device."""
         self._host = vector
         if vector.is_cuda:
             self._host = torch.empty(vector.shape, dtype=vector.dtype, pin_memory=True).copy_(vector, non_blocking=True)
 
-    def read(self) -> Measured:
+    def read(self) -> MeasuredStep:
         """Call when the host has waited for something that the device was asked for later, which no step of training lacks."""
         losses, loads, biases, scores, clipped, own = self._host.split(self._sizes)
         main_loss, *mtp_losses, balance_loss = losses.tolist()
         on_disk, in_memory, *work = own.tolist()
         shape = self.loads_LE.shape
-        return Measured(
+        return MeasuredStep(
             main_loss=main_loss,
             mtp_losses=mtp_losses,
             balance_loss=balance_loss,

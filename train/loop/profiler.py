@@ -29,7 +29,7 @@ from train.model.layers import FFN, Embedding, RMSNorm
 from train.model.mla import MLA
 from train.model.moe import MoE
 from train.model.router import Router
-from train.parallelize import Parallelized
+from train.parallelize import ParallelModel
 
 FOLDER = "profile"
 TABLE_ROWS = 10
@@ -54,7 +54,7 @@ OTHER = "between the parts"
 class StepProfiler:
     """Watches the steps of one rank that the configuration names."""
 
-    def __init__(self, config: Config, rank: int, parts: Parallelized, run_folder: Path, note: Callable[[str], None]):
+    def __init__(self, config: Config, rank: int, parts: ParallelModel, run_folder: Path, note: Callable[[str], None]):
         """note: takes what a person is told once the steps are over."""
         self._first, self._last = config.profile.steps or (0, 0)
         self._watches = bool(config.profile.steps) and rank in config.profile.ranks
@@ -105,7 +105,7 @@ class StepProfiler:
 
 
 @contextmanager
-def named(parts: Parallelized) -> Iterator[None]:
+def named(parts: ParallelModel) -> Iterator[None]:
     """Give the methods of our parts, and the pipeline's actions, names in the trace."""
     with ExitStack() as stack:
         dispatchers: dict[int, Any] = {}

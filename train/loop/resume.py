@@ -11,20 +11,20 @@ from conf.schema import Config
 from parallel.exchange import from_rank_0, gather
 from parallel.shard import Shard
 from train.checkpoint.checkpointer import Checkpointer
-from train.checkpoint.manifest import Damaged, manifest_of, newest_intact, read_manifest
+from train.checkpoint.manifest import CheckpointDamaged, manifest_of, newest_intact, read_manifest
 from train.checkpoint.memory_copies import MemoryCopies
 from train.checkpoint.read_shards import fill
 from train.checkpoint.run_folder import RunPaths, resume_point
 from train.checkpoint.trained_with import require_model, require_optimizer, require_tokenizer
-from train.data.prepare import Prepared
+from train.data.prepare import PreparedData
 from train.data.tokenizer import Tokenizer
-from train.hf.folder import Folder, Stored
+from train.hf.folder import Folder, StoredTensor
 from train.loop.start import check_start, start_from
 from train.loop.state import RunState
 
 
 @dataclass
-class Restored:
+class RestoredState:
     """Where the state of a run comes from."""
 
     notes: list[str] = field(default_factory=list)
@@ -69,12 +69,12 @@ def _search_disk(config: Config, skip: Collection[Path], notes: Sequence[str] = 
 
 def restore(
     config: Config,
-    data: Prepared,
+    data: PreparedData,
     state: RunState,
     checkpointer: Checkpointer,
     copies: MemoryCopies | None,
     start: StartingPoint,
-) -> Restored:
+) -> RestoredState:
     """Load the newest copy in memory, or the checkpoint that config.resume means, if any, or the weights of init_from.
 
     What turns out damaged on any rank is passed over under resume=auto. Raises UserError if the checkpoint belongs to
@@ -111,13 +111,13 @@ def restore(
             f"there is no checkpoint on disk, and copies in memory are of no use: {'; '.join(notes)}",
             "start once with checkpoint.every_memory=0 to begin from the start, or take another name=",
         )
-    return Restored([] if config.init_from is None else _start(config, data.tokenizer, state))
+    return RestoredState([] if config.init_from is None else _start(config, data.tokenizer, state))
 
 
-def _resumed(config: Config, data: Prepared, meta: dict[str, Any], notes: list[str], where: str) -> Restored:
+def _resumed(config: Config, data: PreparedData, meta: dict[str, Any], notes: list[str], where: str) -> RestoredState:
     changes = changed(config, data.fingerprint, meta)
     resumed = {"step": meta["step"], "from": where} | changes.plain()
-    return Restored([*notes, f"resumed from step {meta['step']}: {where}", *changes.notes()], resumed)
+    return RestoredState([*notes, f"resumed from step {meta['step']}: {where}", *changes.notes()], resumed)
 
 
 def _newest_copy(config: Config, copies: MemoryCopies) -> tuple[dict[str, Any] | None, list[str]]:
@@ -126,7 +126,7 @@ def _newest_copy(config: Config, copies: MemoryCopies) -> tuple[dict[str, Any] |
     """
     try:
         manifest = copies.manifest()
-    except Damaged as error:
+    except CheckpointDamaged as error:
         return None, [f"passed over copies in memory: {error.line}"]
     if manifest is not None and config.resume == "auto":
         disk = newest_intact(RunPaths(config).checkpoints).manifest
@@ -140,7 +140,7 @@ def _load(state: RunState, meta: dict[str, Any], load: Callable[[dict[str, Shard
     problem = None
     try:
         load(state.wanted(meta["has_ema"]))
-    except Damaged as error:
+    except CheckpointDamaged as error:
         problem = error.line
     problem = next((text for text in gather(problem) if text), None)
     if problem is None:
@@ -156,7 +156,7 @@ def _start(config: Config, tokenizer: Tokenizer, state: RunState) -> list[str]:
         return str(folder.path), {name: (at.file, at.dtype, at.shape) for name, at in folder.stored.items()}, notes
 
     path, headers, notes = from_rank_0(look)
-    stored = {name: Stored(file, dtype, tuple(shape)) for name, (file, dtype, shape) in headers.items()}
+    stored = {name: StoredTensor(file, dtype, tuple(shape)) for name, (file, dtype, shape) in headers.items()}
     folder = Folder(Path(path), stored)
     start_from(config, folder, state)
     return [*notes, f"started from the weights of {folder.path}: {len(folder.stored)} tensors"]

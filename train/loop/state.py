@@ -20,13 +20,13 @@ from parallel.shard import Shard, whole
 from train.metrics.balance import RunningLoad, update_running
 from train.model.count import moe_layers
 from train.optim.ema import Ema
-from train.parallelize import Parallelized
+from train.parallelize import ParallelModel
 
 
 class RunState:
     """The live state of one rank, seen as shards."""
 
-    def __init__(self, config: Config, mesh: Mesh, parts: Parallelized):
+    def __init__(self, config: Config, mesh: Mesh, parts: ParallelModel):
         self.mesh, self.zero, self.routers = mesh, parts.zero, parts.routers()
         self.step = 0
         self.samples = 0

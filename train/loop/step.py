@@ -18,12 +18,12 @@ from conf.schema import Config
 from parallel.mesh import Mesh
 from parallel.zero.engine import Update
 from train.data.batch import Batch
-from train.loop.measure import Measure, Measured, to_device
+from train.loop.measure import Measure, MeasuredStep, to_device
 from train.loop.stop import StopKind
 from train.model.router import update_bias
 from train.optim.qk_clip import QKClip
 from train.optim.schedules import StepPlan
-from train.parallelize import Parallelized
+from train.parallelize import ParallelModel
 from train.rank import RankSetup
 
 
@@ -31,7 +31,7 @@ from train.rank import RankSetup
 class StepOutcome:
     """What a step came to. Without an applied update the weights and biases are those before it."""
 
-    measured: Measured
+    measured: MeasuredStep
     update: Update
     scores_LH: Tensor
     """Largest attention score of every head of this rank's layers, as `QKClip.largest` gives them; none where nobody asks for them."""
@@ -40,7 +40,7 @@ class StepOutcome:
 class TrainingStep:
     """Makes the steps of one rank; every rank makes the same ones."""
 
-    def __init__(self, config: Config, parts: Parallelized, rank: RankSetup):
+    def __init__(self, config: Config, parts: ParallelModel, rank: RankSetup):
         self._config, self._parts, self._device = config, parts, rank.device
         self._sequences = config.micro_batch_size * rank.mesh.layout.dp
         """Sequences of one micro-batch of every data-parallel rank."""
@@ -78,7 +78,7 @@ class TrainingStep:
             self._update_biases(collected.loads_LE, plan)
         return StepOutcome(measured, update, collected.scores_LH)
 
-    def _watch_scores(self, limit: float | None, parts: Parallelized, mesh: Mesh) -> QKClip | None:
+    def _watch_scores(self, limit: float | None, parts: ParallelModel, mesh: Mesh) -> QKClip | None:
         if limit is None:
             return None
 

@@ -26,9 +26,9 @@ from train.checkpoint.memory_copies import MemoryCopies
 from train.checkpoint.run_folder import RunPaths
 from train.data.batch import Batch
 from train.data.prefetch import Prefetch
-from train.data.prepare import Prepared
+from train.data.prepare import PreparedData
 from train.kernels.fp8.health import Report, merge
-from train.loop.measure import Measured
+from train.loop.measure import MeasuredStep
 from train.loop.nonfinite import SHOWN_TENSORS, Origin, RankSightings, Watch, bad_weights, find_origin
 from train.loop.peak_memory import peak_memory
 from train.loop.profiler import StepProfiler
@@ -42,17 +42,17 @@ from train.metrics.balance import balance_record
 from train.metrics.wandb_items import checkpoint
 from train.metrics.writer import MetricsWriter
 from train.optim.schedules import Schedules, StepPlan
-from train.parallelize import Parallelized
+from train.parallelize import ParallelModel
 from train.rank import RankSetup
 
 
-class Diverged(RunEnded):
+class RunDiverged(RunEnded):
     """Too many steps in a row had a non-finite loss or gradient."""
 
     code = EXIT_DIVERGED
 
 
-class Overtaken(RunEnded):
+class RunOvertaken(RunEnded):
     """A newer attempt of this run has started elsewhere; this one must not go on."""
 
 
@@ -89,9 +89,9 @@ class Trainer:
         *,
         config: Config,
         rank: RankSetup,
-        parts: Parallelized,
+        parts: ParallelModel,
         state: RunState,
-        data: Prepared,
+        data: PreparedData,
         outputs: Outputs,
         flops: Flops,
         stop: StopRequest,
@@ -192,7 +192,7 @@ class Trainer:
         if saving.every and step % saving.every == 0:
             self._save()
 
-    def _skipped(self, plan: StepPlan, batch: Batch, measured: Measured, bad: list[str]) -> None:
+    def _skipped(self, plan: StepPlan, batch: Batch, measured: MeasuredStep, bad: list[str]) -> None:
         """Count and name a step without update; too many in a row end the run."""
         self.state.skipped += 1
         self._bad_in_a_row += 1
@@ -208,7 +208,7 @@ class Trainer:
             if origin.alone and origin.ranks:
                 samples = self._samples_of(plan, origin.ranks)
             advice = origin.advice(self.parts.zero.client.updates, samples)
-            raise Diverged(
+            raise RunDiverged(
                 f"{self._bad_in_a_row} steps in a row (optim.max_bad_steps) had a non-finite loss or gradient, the "
                 f"last was step {plan.step}, {origin.text}. {advice}",
                 origin.ranks,
@@ -236,7 +236,7 @@ class Trainer:
         firsts = ((plan.first_sample + first, count) for first, count in shares)
         return ", ".join(f"{first} to {first + count - 1}" for first, count in firsts)
 
-    def _record(self, plan: StepPlan, measured: Measured, grad_norm: float, data_wait: float) -> dict[str, Any]:
+    def _record(self, plan: StepPlan, measured: MeasuredStep, grad_norm: float, data_wait: float) -> dict[str, Any]:
         depth = max(1, len(measured.mtp_losses))
         mtp_loss = sum(measured.mtp_losses) / depth
         record = {
@@ -347,7 +347,7 @@ class Trainer:
         results = self.checkpointer.finish(required=True) if final else self.checkpointer.poll()
         for result in results:
             if result.fenced:
-                raise Overtaken(result.warning or "a newer attempt of this run has started")
+                raise RunOvertaken(result.warning or "a newer attempt of this run has started")
             if result.warning:
                 self._warn(result.warning)
             if self.writer is not None:

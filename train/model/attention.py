@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from train.model.needed import Function
-from train.model.sequence import Seen
+from train.model.sequence import SeenKeys
 
 
 class AttentionInput(NamedTuple):
@@ -27,7 +27,7 @@ class AttentionInput(NamedTuple):
     k_BHSQ: Tensor
     v_BHSV: Tensor
     scale: float
-    seen: Seen
+    seen: SeenKeys
     watch: "LargestScores | None" = None
     """Is told of the scores of a call that is trained."""
 

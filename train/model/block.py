@@ -10,7 +10,7 @@ from conf.schema import Model, Recompute
 from train.model.layers import FFN, LayerPrecision, RMSNorm
 from train.model.mla import MLA
 from train.model.moe import Dispatcher, MoE
-from train.model.offload import Host, Offloaded
+from train.model.offload import Host, OffloadedBlock
 from train.model.recompute import repeatable
 from train.model.rope import Rope
 from train.model.sequence import Positions
@@ -69,4 +69,4 @@ class Block(nn.Module):
         """The context of a part of the block that takes x."""
         if self._host is None or part != self._offload or not torch.is_grad_enabled():
             return nullcontext()
-        return Offloaded(self._host, (x_BTD, *self.parameters(), *self.buffers()))
+        return OffloadedBlock(self._host, (x_BTD, *self.parameters(), *self.buffers()))

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from train.model.needed import Function, gradients_needed
 from train.model.operations import Kernels
-from train.model.recompute import Recomputed
+from train.model.recompute import RecomputedOutputs
 
 
 class HeldInput(NamedTuple):
@@ -113,12 +113,12 @@ class RMSNorm(nn.Module):
         return _RMSNorm.apply(x, self.weight, self._eps, self._kernels)
 
     def with_recipe(self, x: Tensor) -> tuple[Tensor, AbstractContextManager]:
-        """The output, and the context for the products that take it (see `Recomputed`)."""
+        """The output, and the context for the products that take it (see `RecomputedOutputs`)."""
         y = self(x)
         if not (self._recompute and torch.is_grad_enabled()):
             return y, nullcontext()
         # The weight is asked for when it is needed: it may be away in the meantime (ZeRO stage 3).
-        return y, Recomputed(lambda source: self._kernels.rms_norm(source, self.weight, self._eps)[0], (x,), y)
+        return y, RecomputedOutputs(lambda source: self._kernels.rms_norm(source, self.weight, self._eps)[0], (x,), y)
 
 
 class _RMSNorm(Function):
@@ -181,4 +181,4 @@ def recomputed_swiglu(a_NF: Tensor, h_N2F: Tensor, gates_N: Tensor | None, kerne
     if not torch.is_grad_enabled():
         return nullcontext()
     sources = (h_N2F,) if gates_N is None else (h_N2F, gates_N)
-    return Recomputed(lambda h, gates=None: kernels.swiglu(h, gates), sources, a_NF)
+    return RecomputedOutputs(lambda h, gates=None: kernels.swiglu(h, gates), sources, a_NF)

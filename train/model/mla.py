@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from conf.schema import Model, Recompute
 from train.model.attention import AttentionInput, LargestScores
 from train.model.layers import LayerPrecision, Linear, RMSNorm
-from train.model.recompute import Recomputed, Replaceable
+from train.model.recompute import RecomputedOutputs, ReplaceableTensors
 from train.model.rope import Rope, rotate, turn_queries
 from train.model.sequence import Positions
 from train.model.shared_attention import KeysOfLatents, SharedAttention
@@ -57,20 +57,20 @@ class MLA(nn.Module):
             # q_latent is the whole query where queries are not compressed
             q_latent = self.q(x_BTD) if self._config.q_rank is None else self.q_down(x_BTD)
             kv_latent, k_rope_BTR = self.kv_down(x_BTD).split([self._config.kv_rank, self._config.rope_head_dim], -1)
-        saved = Replaceable()
+        saved = ReplaceableTensors()
         if positions.share is not None:
             return self._project(self._attend_shared(positions, q_latent, kv_latent, k_rope_BTR, saved), saved)
         heads = self._up(q_latent, kv_latent, k_rope_BTR)
         keep = nullcontext()
         if self._recompute_up and torch.is_grad_enabled():
-            keep = Recomputed(self._up, (q_latent, kv_latent, k_rope_BTR), *heads)
+            keep = RecomputedOutputs(self._up, (q_latent, kv_latent, k_rope_BTR), *heads)
         with saved, keep:
             out_BHTV = self._kernels.attention(
                 AttentionInput(*heads, self._rope.softmax_scale, positions.seen[0], self.watch)
             )
         return self._project(out_BHTV, saved)
 
-    def _project(self, out_BHTV: Tensor, saved: Replaceable) -> Tensor:
+    def _project(self, out_BHTV: Tensor, saved: ReplaceableTensors) -> Tensor:
         """(B, T, D). Where the projection keeps its input in fewer bits, attention's backward takes that too. saved: what attention
         saved, its output among it in some kernels.
         """
@@ -103,7 +103,7 @@ class MLA(nn.Module):
             return self.q_up(q_latent)
 
     def _attend_shared(
-        self, positions: Positions, q_latent: Tensor, kv_latent: Tensor, k_rope_BTR: Tensor, saved: Replaceable
+        self, positions: Positions, q_latent: Tensor, kv_latent: Tensor, k_rope_BTR: Tensor, saved: ReplaceableTensors
     ) -> Tensor:
         """(B, H, T, V) where other ranks have the rest of the sequences: normed latents and turned rope keys travel, once."""
         config, table = self._config, self._rope.table(positions.whole_length, q_latent.device)
@@ -125,7 +125,7 @@ class MLA(nn.Module):
         keep = nullcontext()
         if self._recompute_up and torch.is_grad_enabled():
             sources = q_latent, kv_latent, k_rope_BTR
-            keep = Recomputed(lambda q, *others: (queries(q), to_travel(*others)), sources, q_BHTQ, latents_BTX)
+            keep = RecomputedOutputs(lambda q, *others: (queries(q), to_travel(*others)), sources, q_BHTQ, latents_BTX)
         keys = KeysOfLatents(self.kv_up, config.heads, config.kv_rank, config.nope_head_dim)
         with saved, keep:
             return SharedAttention.apply(

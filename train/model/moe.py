@@ -27,7 +27,7 @@ from train.model.router import Router
 from train.model.sequence import Positions
 
 
-class Routed(Protocol):
+class RoutedRows(Protocol):
     """Rows that have reached the rank of their experts."""
 
     rows_RD: Tensor
@@ -40,21 +40,23 @@ class Routed(Protocol):
     """What the dispatcher needs for the way back."""
 
 
-class Pending(Protocol):
+class PendingDispatch(Protocol):
     """A dispatch that is under way."""
 
-    def wait(self) -> Routed:
+    def wait(self) -> RoutedRows:
         """The rows that have reached this rank's experts. Call once."""
 
 
 class Dispatcher(Protocol):
     """Brings tokens to experts and back. Differentiable in x and gates."""
 
-    def dispatch_begin(self, x_TD: Tensor, expert_ids_TK: Tensor, gates_TK: Tensor, again: Any = None) -> Pending:
-        """Start to send every token to its K experts. again: `Routed.state` of an earlier dispatch of these tokens, whose
+    def dispatch_begin(
+        self, x_TD: Tensor, expert_ids_TK: Tensor, gates_TK: Tensor, again: Any = None
+    ) -> PendingDispatch:
+        """Start to send every token to its K experts. again: `RoutedRows.state` of an earlier dispatch of these tokens, whose
         rows go the same ways."""
 
-    def combine(self, out_RD: Tensor, routed: Routed) -> Tensor:
+    def combine(self, out_RD: Tensor, routed: RoutedRows) -> Tensor:
         """Sum the K results of every token: (T, D)."""
 
 
@@ -100,7 +102,7 @@ class LocalDispatcher:
         rows_RD, gates_R = _Permute.apply(x_TD, gates_TK, again.order_R, again.tokens_R, again.inverse_TK)
         return ArrivedRows(rows_RD, gates_R, again.counts_E, again)
 
-    def combine(self, out_RD: Tensor, routed: Routed) -> Tensor:
+    def combine(self, out_RD: Tensor, routed: RoutedRows) -> Tensor:
         return _Unpermute.apply(out_RD, routed.state.tokens_R, routed.state.inverse_TK)
 
 
@@ -181,7 +183,7 @@ class MoE(nn.Module):
             y_TD = y_TD + shared_TD
         return y_TD.view(x_BTD.shape)
 
-    def run_experts(self, routed: Routed) -> Tensor:
+    def run_experts(self, routed: RoutedRows) -> Tensor:
         """Outputs of the local experts on the rows that came."""
         return self._precision.expert_ffn(
             routed.rows_RD, routed.gates_R, self.experts.w13, self.experts.w2, routed.counts_E

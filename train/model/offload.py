@@ -6,7 +6,7 @@ What goes are storages, each once, whatever views of it were saved. What stays:
     weights, buffers    they are there anyway
     small tensors       a copy takes longer to start than to run
 
-What a `Recomputed` or a `Replaceable` further in keeps goes to the host as well; what it makes again does not exist.
+What a `RecomputedOutputs` or a `ReplaceableTensors` further in keeps goes to the host as well; what it makes again does not exist.
 """
 
 import weakref
@@ -17,10 +17,10 @@ import torch
 from torch import Tensor
 
 from conf.thresholds import THRESHOLDS
-from train.model.recompute import Packed, SavedContext, Slot
+from train.model.recompute import PackedTensor, SavedContext, Slot
 
 
-class Fetched(Protocol):
+class FetchedStorage(Protocol):
     """Stands for a storage that is on the host."""
 
     def fetched(self) -> Tensor:
@@ -30,11 +30,11 @@ class Fetched(Protocol):
 class Host(Protocol):
     """Keeps storages until backward."""
 
-    def send(self, storages: Sequence[Tensor]) -> Sequence[Fetched]:
+    def send(self, storages: Sequence[Tensor]) -> Sequence[FetchedStorage]:
         """Take storages, flat and in bytes, which were saved together."""
 
 
-class Offloaded(SavedContext):
+class OffloadedBlock(SavedContext):
     """See above. stays: the block's input, weights and buffers."""
 
     def __init__(self, host: Host, stays: Iterable[Tensor]):
@@ -42,7 +42,7 @@ class Offloaded(SavedContext):
         self._stays = {tensor.untyped_storage()._cdata for tensor in stays}
         self._kept: list[weakref.ref[_OnHost | Slot]] = []
 
-    def pack(self, saved: Tensor | Packed) -> Tensor | Packed:
+    def pack(self, saved: Tensor | PackedTensor) -> Tensor | PackedTensor:
         if isinstance(saved, Tensor):
             saved = _OnHost(saved) if self._goes(saved) else saved
         if isinstance(saved, _OnHost | Slot):
@@ -86,7 +86,7 @@ class _OnHost:
     def __init__(self, tensor: Tensor):
         self.tensor: Tensor | None = tensor
 
-    def leave(self, sent: Fetched) -> None:
+    def leave(self, sent: FetchedStorage) -> None:
         """Let go of the tensor, which is part of what was sent."""
         tensor, self.tensor = self.tensor, None
         assert tensor is not None

@@ -30,14 +30,14 @@ from torch.autograd.graph import saved_tensors_hooks
 T = TypeVar("T")
 
 
-class Packed(Protocol):
+class PackedTensor(Protocol):
     """What is kept in place of a tensor."""
 
-    def unpack(self) -> "Tensor | Packed":
+    def unpack(self) -> "Tensor | PackedTensor":
         """The tensor, or what it was in the hands of a context further in."""
 
 
-P = TypeVar("P", bound=Packed)
+P = TypeVar("P", bound=PackedTensor)
 
 
 class SavedContext:
@@ -53,7 +53,7 @@ class SavedContext:
         self._hooks.__exit__(*error)
         del self._hooks, self._token
 
-    def pack(self, saved: Tensor | Packed) -> Tensor | Packed:
+    def pack(self, saved: Tensor | PackedTensor) -> Tensor | PackedTensor:
         """What to keep in place of this."""
         raise NotImplementedError
 
@@ -66,14 +66,14 @@ _OPEN: ContextVar[tuple[SavedContext, ...]] = ContextVar("open contexts", defaul
 """The contexts around the running code, from the outermost on."""
 
 
-def _pack(tensor: Tensor) -> Tensor | Packed:
+def _pack(tensor: Tensor) -> Tensor | PackedTensor:
     # With its history an operation's own output would hold the operation, which holds what is kept: never to be freed.
     # A weight is no output, and as itself it may be let go of in the meantime (ZeRO stage 3).
     has_history = tensor.requires_grad and not isinstance(tensor, nn.Parameter)
     return pack_outside(tensor.detach() if has_history else tensor, None)
 
 
-def pack_outside(saved: Tensor | Packed, context: SavedContext | None) -> Tensor | Packed:
+def pack_outside(saved: Tensor | PackedTensor, context: SavedContext | None) -> Tensor | PackedTensor:
     """What all open contexts keep in place of this, from the innermost on; of those around `context` where it is given."""
     opened = _OPEN.get()
     for one in reversed(opened[: opened.index(context)] if context in opened else opened):
@@ -81,7 +81,7 @@ def pack_outside(saved: Tensor | Packed, context: SavedContext | None) -> Tensor
     return saved
 
 
-def unpacked(saved: Tensor | Packed) -> Tensor:
+def unpacked(saved: Tensor | PackedTensor) -> Tensor:
     """The tensor that was saved."""
     while not isinstance(saved, Tensor):
         saved = saved.unpack()
@@ -89,11 +89,11 @@ def unpacked(saved: Tensor | Packed) -> Tensor:
 
 
 def is_free(tensor: Tensor) -> bool:
-    """Whether saving the tensor for backward keeps nothing here, because a `Recomputed` around makes it again."""
+    """Whether saving the tensor for backward keeps nothing here, because a `RecomputedOutputs` around makes it again."""
     return any(context.makes(tensor) for context in _OPEN.get()[-1:])
 
 
-class Recomputed(SavedContext):
+class RecomputedOutputs(SavedContext):
     """Context in which saving one of `outputs` for backward keeps only `function`, which makes them all again.
 
     function: called without gradient on `sources`, returns one tensor or a tuple with the values and strides of outputs. It
@@ -116,7 +116,7 @@ class Recomputed(SavedContext):
         _, numel = self._index.get(_address(tensor), (None, 0))
         return 0 < tensor.numel() <= numel
 
-    def pack(self, saved: Tensor | Packed) -> Tensor | Packed:
+    def pack(self, saved: Tensor | PackedTensor) -> Tensor | PackedTensor:
         if not (isinstance(saved, Tensor) and self.makes(saved)):
             return saved
         self._saved += 1
@@ -137,22 +137,22 @@ class Recomputed(SavedContext):
 
 
 class _Again:
-    """One of the outputs of a `Recomputed`."""
+    """One of the outputs of a `RecomputedOutputs`."""
 
-    def __init__(self, context: Recomputed, *place: Any):
+    def __init__(self, context: RecomputedOutputs, *place: Any):
         self._context, self._place = context, place
 
     def unpack(self) -> Tensor:
         return self._context.make(*self._place)
 
 
-class Replaceable(SavedContext):
+class ReplaceableTensors(SavedContext):
     """Context after which something else may be kept in place of what was saved inside."""
 
     def __init__(self) -> None:
         self._slots: list[weakref.ref[Slot]] = []
 
-    def pack(self, saved: Tensor | Packed) -> Tensor | Packed:
+    def pack(self, saved: Tensor | PackedTensor) -> Tensor | PackedTensor:
         if not isinstance(saved, Tensor):
             return saved
         slot = Slot(saved)
@@ -210,11 +210,11 @@ class _FirstRun(SavedContext):
 
     def __init__(self, function: Callable[[Tensor], Tensor], x: Tensor):
         self._function = function
-        self._x: Tensor | Packed | None = pack_outside(x.detach(), self)
+        self._x: Tensor | PackedTensor | None = pack_outside(x.detach(), self)
         self._places: list[weakref.ref[_Place]] = []
         self.decisions: list[Any] = []
 
-    def pack(self, saved: Tensor | Packed) -> "_Place":
+    def pack(self, saved: Tensor | PackedTensor) -> "_Place":
         place = _Place(self)
         self._places.append(weakref.ref(place))
         return place
@@ -240,9 +240,9 @@ class _Place:
 
     def __init__(self, run: _FirstRun):
         self._run: _FirstRun | None = run
-        self.value: Tensor | Packed | None = None
+        self.value: Tensor | PackedTensor | None = None
 
-    def unpack(self) -> Tensor | Packed:
+    def unpack(self) -> Tensor | PackedTensor:
         if self._run is not None and self.value is None:
             self._run.repeat()
         self._run = None
@@ -261,7 +261,7 @@ class _SecondRun(SavedContext):
     def done(self) -> bool:
         return self._left == 0
 
-    def pack(self, saved: Tensor | Packed) -> Tensor | Packed:
+    def pack(self, saved: Tensor | PackedTensor) -> Tensor | PackedTensor:
         if (place := next(self._places)()) is not None:
             place.value = saved
         self._left -= 1

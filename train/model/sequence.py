@@ -21,7 +21,7 @@ from torch import Tensor
 X = TypeVar("X")
 
 
-class Gathering(Protocol):
+class PendingGather(Protocol):
     """A gather that is under way."""
 
     def wait(self) -> list[Tensor]:
@@ -36,7 +36,7 @@ class SequenceShare(Protocol):
     part: int
     """r."""
 
-    def gather_begin(self, own_BTX: Tensor, rows: Sequence[int]) -> Gathering:
+    def gather_begin(self, own_BTX: Tensor, rows: Sequence[int]) -> PendingGather:
         """Start to bring (B, rows[j], X) of every piece j, in order. own_BTX: of the two pieces here."""
 
     def scatter_sum(self, pieces: list[Tensor]) -> Tensor:
@@ -61,7 +61,7 @@ class Rectangle(NamedTuple):
     before: int
 
 
-class Seen:
+class SeenKeys:
     """Which queries of this process see which keys of one block. Made once a micro-batch, for all layers."""
 
     def __init__(self, rectangles: list[Rectangle]):
@@ -155,9 +155,9 @@ class Positions:
         return found
 
     @cached_property
-    def seen(self) -> list[Seen]:
+    def seen(self) -> list[SeenKeys]:
         """Which queries here see which keys of each piece; where whole sequences are here, that is all there is."""
-        return [Seen(self._rectangles(block)) for block in self.pieces]
+        return [SeenKeys(self._rectangles(block)) for block in self.pieces]
 
     def _rectangles(self, block: range) -> list[Rectangle]:
         found, row = [], 0

@@ -24,7 +24,7 @@ from torch.autograd.function import once_differentiable
 
 from train.model.attention import AttentionCore, AttentionInput, AttentionOutput, LargestScores, positions_first
 from train.model.needed import Function, gradients_needed
-from train.model.sequence import Gathering, Positions
+from train.model.sequence import PendingGather, Positions
 
 
 @dataclass(frozen=True)
@@ -81,7 +81,7 @@ class SharedAttention(Function):
         core: AttentionCore,
         scale: float,
         positions: Positions,
-        gathering: Gathering,
+        gathering: PendingGather,
         watch: LargestScores | None,
     ) -> Tensor:
         B, H, T, _ = q_BHTQ.shape

@@ -10,7 +10,7 @@ from torch import Tensor
 from conf.schema import Config
 from train.prove.bounds import Bound, is_low, is_rounded
 from train.prove.findings import Difference, ProofFindings, ProofVerdict, share_of_bound
-from train.prove.shaken import ReferenceStep, Shaken
+from train.prove.shaken import ReferenceStep, ShakenRuns
 
 MISSING = 1.0
 """The error of a tensor that is missing: a bound from there on tells nothing."""
@@ -29,7 +29,7 @@ class Comparisons:
         self.part = self.step = 0
         self.want: ReferenceStep
         """The reference's step that is judged."""
-        self.shaken: Shaken | None = None
+        self.shaken: ShakenRuns | None = None
         """The reference's step, shaken by rounding; None in fp64."""
 
     def _same_names(self, quantity: str, got: Iterable[str], want: Iterable[str]) -> None:

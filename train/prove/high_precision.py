@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from conf.schema import Config
-from train.prove.low_precision import CURVED, Near, PlainFormat, Total, product, rounded
+from train.prove.low_precision import CURVED, NearNumbers, PlainFormat, Total, product, rounded
 from train.prove.reference import best, group_scores, rotate, stretched, turns
 
 # --- Norms ----------------------------------------------------------------------------------------------------------
@@ -112,7 +112,7 @@ def head(
     """Sum of -log softmax(x W^T)[target], over so many positions. Logits and their gradients are kept in the activations' format; order:
     what the order of their sums may change, of the magnitudes that it adds up.
     """
-    summed = product(Near(x_ND), Near(weight_VD))
+    summed = product(NearNumbers(x_ND), NearNumbers(weight_VD))
     logits = rounded(summed, high, order * summed.size)
     off = torch.zeros_like(logits.x) if logits.off is None else logits.off
     p, targets_N1 = logits.x.softmax(-1), targets_N[:, None]
@@ -122,10 +122,10 @@ def head(
         each.sum() / positions, each.abs().sum() / positions, (off.gather(-1, targets_N1) + mean_off).sum() / positions
     )
     slopes = (p - F.one_hot(targets_N, p.size(-1))) / positions
-    made = rounded(Near(slopes, p * (off + mean_off) / positions), high, CURVED * (p + (slopes < 0)) / positions)
-    turned_x, turned_w = Near(x_ND.mT), Near(weight_VD.mT)
+    made = rounded(NearNumbers(slopes, p * (off + mean_off) / positions), high, CURVED * (p + (slopes < 0)) / positions)
+    turned_x, turned_w = NearNumbers(x_ND.mT), NearNumbers(weight_VD.mT)
     off = None if made.off is None else made.off.mT
-    return HeadSlopes(loss, product(made, turned_w), product(Near(made.x.mT, off), turned_x))
+    return HeadSlopes(loss, product(made, turned_w), product(NearNumbers(made.x.mT, off), turned_x))
 
 
 # --- Router (2.1.2) -------------------------------------------------------------------------------------------------

@@ -46,9 +46,9 @@ from train.prove.judge_reduction import ReductionJudge, sum_over_ranks
 from train.prove.judge_update import State, Tally, UpdateJudge, assemble
 from train.prove.judge_wire import WireJudge
 from train.prove.layouts import PROOFS, passes_of, run_part, save_step, watched_steps
-from train.prove.reference import Watched
+from train.prove.reference import WatchedPass
 from train.prove.samples import initial_biases, initial_weights
-from train.prove.shaken import ReferenceStep, Shaken, run_step
+from train.prove.shaken import ReferenceStep, ShakenRuns, run_step
 
 
 def judge_all(config: Config, proofs: Sequence[str] | None = None, at_a_time: int = 1) -> ProofFindings:
@@ -189,7 +189,7 @@ class Judge(WireJudge, ReductionJudge, UpdateJudge):
         self.want = run_step(plain, self.samples, plan)
         unit = UNIT[coarsest(self.config) if self.is_rounded else "fp32"]
         near = None if self.is_rounded else 2 * chosen(self.proof, self.config).value
-        self.shaken = None if self.proof == "exact" else Shaken(plain, self.samples, plan, unit, near)
+        self.shaken = None if self.proof == "exact" else ShakenRuns(plain, self.samples, plan, unit, near)
         seen = self.want.seen
         if self.is_rounded and self.step in watched_steps(self.config):
             self._judge_parts(ranks, before, self.samples.batch(plan.first_sample, plan.batch_size))
@@ -251,7 +251,7 @@ class Judge(WireJudge, ReductionJudge, UpdateJudge):
                     whole[:, places] = ids_BTK
         return {name: torch.cat([ids[first] for first in sorted(ids)]).flatten(0, 1) for name, ids in parts.items()}
 
-    def _judge_forward(self, ranks: list[Evidence], seen: Watched, batch_size: int) -> None:
+    def _judge_forward(self, ranks: list[Evidence], seen: WatchedPass, batch_size: int) -> None:
         self.phase = "forward"
         made: dict[str, list[tuple[Evidence, int, Tensor]]] = {}
         for rank in ranks:
@@ -296,7 +296,7 @@ class Judge(WireJudge, ReductionJudge, UpdateJudge):
         """(B, ...) also where rows of all samples lie in one axis."""
         return value if value.size(0) == batch_size else value.unflatten(0, (batch_size, -1))
 
-    def _judge_choices(self, name: str, made: list, seen: Watched, batch_size: int) -> None:
+    def _judge_choices(self, name: str, made: list, seen: WatchedPass, batch_size: int) -> None:
         want = self._by_sample(seen.values[f"{name}.ids"], batch_size)
         bound = chosen(self.proof, self.config)
         for rank, number, ids in made:
@@ -319,7 +319,7 @@ class Judge(WireJudge, ReductionJudge, UpdateJudge):
             else:
                 self._compare("chosen experts", name, rank.info.rank, ids, want[rows][:, places], bound, 1.0)
 
-    def _judge_losses(self, rank: Evidence, seen: Watched) -> None:
+    def _judge_losses(self, rank: Evidence, seen: WatchedPass) -> None:
         info, who = rank.info, rank.info.rank
         bound = averaged(self.proof, self.config, int(info.plan["batch_size"]))
         parts: dict[str, tuple[float, Callable[[ReferenceStep], Tensor]]] = {

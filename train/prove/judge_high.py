@@ -11,7 +11,7 @@ from train.prove.bounds import Bound
 from train.prove.evidence import places_of
 from train.prove.judge_attention import AttentionJudge
 from train.prove.judge_parts import ELEMENTS, PartCall, PartJudges, SumOverCalls
-from train.prove.low_precision import FORMATS, FP32, Near, Total
+from train.prove.low_precision import FORMATS, FP32, NearNumbers, Total
 
 HALF = 2.0**-9
 """Relative: what a rounding to bf16 changes at most."""
@@ -124,7 +124,9 @@ class WholeJudge(AttentionJudge):
     def _swiglu_back(self, name: str) -> None:
         for first, second in self._pairs(name):
             if second.has("dx") and first.has("dy"):
-                back = low.swiglu_back(Near(first.rows("y")), None, Near(second.rows("dx")), self.recipe.high)
+                back = low.swiglu_back(
+                    NearNumbers(first.rows("y")), None, NearNumbers(second.rows("dx")), self.recipe.high
+                )
                 self._total("SwiGLU", first, "dy", first.rows("dy"), back.dh, self._in_elements())
 
     def _pairs(self, name: str) -> Iterator[tuple[PartCall, PartCall]]:

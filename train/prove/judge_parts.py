@@ -25,7 +25,7 @@ from train.prove.comparisons import Comparisons
 from train.prove.evidence import Evidence
 from train.prove.findings import ProofFindings, ProofVerdict, share_of_bound
 from train.prove.judge_update import State, assemble
-from train.prove.low_precision import FORMATS, FP32, LinearRules, Near, PlainFormat, Total
+from train.prove.low_precision import FORMATS, FP32, LinearRules, NearNumbers, PlainFormat, Total
 
 PartJudges = list[tuple[str, tuple[Callable[[str], None], Callable[[str], None]]]]
 """Parts by name in the order of a forward pass, with what judges their forward and their backward."""
@@ -163,7 +163,7 @@ class PartsJudge(Comparisons):
         for call in self.calls.get(name, []):
             if not call.has("dy"):
                 continue
-            dy_TN = Near(call.rows("dy"))
+            dy_TN = NearNumbers(call.rows("dy"))
             if call.has("dx"):
                 total = low.dgrad(dy_TN, weight, rules)
                 self._total("products", call, "dx", call.rows("dx"), total, self._order(len(whole)))
@@ -188,14 +188,14 @@ class PartsJudge(Comparisons):
         w2 = low.weight_for("fprop", self.weights[f"{name}.experts.w2"], down)
         for call in self.calls.get(name, []):
             counts, here = self._here(call)
-            x_RD = low.cast_rows(Near(call.get("x")), counts, up.fprop[0], -1)
+            x_RD = low.cast_rows(NearNumbers(call.get("x")), counts, up.fprop[0], -1)
             h_R2F = by_expert(x_RD, counts, w13, here)
             self._total("products of experts", call, "h", call.get("h"), h_R2F, self._order(w13.x.size(-1)))
             a_RF = low.swiglu(call.get("h"), call.get("gates"))
             if down.fprop[0] is None:
-                a = low.rounded(Near(a_RF), high, low.CURVED * a_RF.abs())
+                a = low.rounded(NearNumbers(a_RF), high, low.CURVED * a_RF.abs())
             else:
-                a = low.cast_rows(Near(a_RF), counts, down.fprop[0], -1, low.CURVED)
+                a = low.cast_rows(NearNumbers(a_RF), counts, down.fprop[0], -1, low.CURVED)
             y_RD = by_expert(a, counts, w2, here)
             self._total("products of experts", call, "y", call.get("y"), y_RD, self._order(w2.x.size(-1)))
 
@@ -208,20 +208,20 @@ class PartsJudge(Comparisons):
             if not call.has("dy", "dh"):
                 continue
             counts, here = self._here(call)
-            dy_RD = low.cast_rows(Near(call.get("dy")), counts, down.dgrad[0], -1)
+            dy_RD = low.cast_rows(NearNumbers(call.get("dy")), counts, down.dgrad[0], -1)
             da_RF = by_expert(dy_RD, counts, w2, here)
             da = low.rounded(da_RF, high, self._order(w2.x.size(-1)).value * da_RF.size)
-            h = low.cast_rows(Near(call.get("h")), counts, self.recipe.swiglu, -1)
+            h = low.cast_rows(NearNumbers(call.get("h")), counts, self.recipe.swiglu, -1)
             back = low.swiglu_back(h, call.get("gates"), da, high)
             self._total("SwiGLU of experts", call, "dh", call.get("dh"), back.dh, _elements())
             if call.has("dgates"):
                 gates, order = call.get("dgates"), self._order(da.x.size(-1))
                 self._total("SwiGLU of experts", call, "dgates", gates, back.dgates, order, FORMATS["fp32"])
-            dh = Near(call.get("dh"))
+            dh = NearNumbers(call.get("dh"))
             if call.has("dx"):
                 dx_RD = by_expert(low.cast_rows(dh, counts, up.dgrad[0], -1), counts, w13, here)
                 self._total("products of experts", call, "dx", call.get("dx"), dx_RD, self._order(w13.x.size(-1)))
-            x = low.cast_rows(Near(call.get("x")), counts, up.kept, -1)
+            x = low.cast_rows(NearNumbers(call.get("x")), counts, up.kept, -1)
             left, right = (low.cast_rows(one, counts, rule, -2) for one, rule in zip((dh, x), up.wgrad, strict=True))
             made13.add_rows(left, right, counts, here, self.weights[f"{name}.experts.w13"], self._rounds_gradients)
             pairs = zip((dy_RD, back.a), down.wgrad, strict=True)
@@ -331,7 +331,13 @@ class SumOverCalls:
                 mine += more
 
     def add_rows(
-        self, left: Near, right: Near, counts: Sequence[int], here: range, weight: Tensor, is_rounded: bool
+        self,
+        left: NearNumbers,
+        right: NearNumbers,
+        counts: Sequence[int],
+        here: range,
+        weight: Tensor,
+        is_rounded: bool,
     ) -> None:
         """Add the gradients of experts, each from its own rows."""
         if self.total is None:
@@ -346,20 +352,22 @@ class SumOverCalls:
         self.terms += max(counts, default=0)
 
 
-def _turned(x: Near) -> Near:
-    return Near(x.x.mT, None if x.off is None else x.off.mT)
+def _turned(x: NearNumbers) -> NearNumbers:
+    return NearNumbers(x.x.mT, None if x.off is None else x.off.mT)
 
 
 def _elements() -> Bound:
     return Bound(ELEMENTS, "an exponential and some products in fp32, and one rounding of the result")
 
 
-def by_expert(rows: Near, counts: Sequence[int], weight: Near, here: range) -> Total:
+def by_expert(rows: NearNumbers, counts: Sequence[int], weight: NearNumbers, here: range) -> Total:
     """Rows of each expert times its own matrix. weight: (E, N, C), of all experts."""
     parts = []
     for expert, one in zip(here, low.split(rows, counts), strict=True):
         if len(one.x):
-            parts.append(low.product(one, Near(weight.x[expert], None if weight.off is None else weight.off[expert])))
+            parts.append(
+                low.product(one, NearNumbers(weight.x[expert], None if weight.off is None else weight.off[expert]))
+            )
     if not parts:
         empty = rows.x.new_zeros(0, weight.x.size(1))
         return Total(empty, empty, None)

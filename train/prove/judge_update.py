@@ -20,7 +20,7 @@ from train.prove.comparisons import Comparisons
 from train.prove.evidence import Evidence
 from train.prove.findings import ProofFindings
 from train.prove.layouts import RunPart
-from train.prove.reference import PlainModel, Watched
+from train.prove.reference import PlainModel, WatchedPass
 from train.prove.samples import Samples
 from train.prove.updates import UPDATES, WeightUpdate
 
@@ -66,7 +66,7 @@ class UpdateJudge(Comparisons):
             weights[name] = rounded.clone().requires_grad_()
         return PlainModel(self.config, weights, under("bias", before), choices)
 
-    def _judge_biases(self, ranks: list[Evidence], before: State, seen: Watched, speed: float) -> None:
+    def _judge_biases(self, ranks: list[Evidence], before: State, seen: WatchedPass, speed: float) -> None:
         self.phase = "update"
         for rank in ranks:
             for name, bias in rank.of_kind("after"):
@@ -75,7 +75,9 @@ class UpdateJudge(Comparisons):
                 bound = Bound(4 * UNIT["fp64"], "two roundings of a sum in fp64")
                 self._compare("biases", name, rank.info.rank, bias, want, bound)
 
-    def _judge_update(self, ranks: list[Evidence], before: State, seen: Watched, plan: reference.PlainPlan) -> State:
+    def _judge_update(
+        self, ranks: list[Evidence], before: State, seen: WatchedPass, plan: reference.PlainPlan
+    ) -> State:
         """The update of the gradients that the ranks had, which were judged by themselves."""
         self.phase = "update"
         reduced, after, optim = assemble(ranks, "reduced"), self._after(ranks), self.config.optim

@@ -18,7 +18,7 @@ Products are summed in fp32 (every 128 of them promoted, 3.3.2) and rounded once
 Wgrad waits in FP8, or E5M6 behind the attention, and is cast again along the tokens (3.3.3, 3.5.2).
 
 Nothing is shared with what is judged but the text of the recipe (conf/schema.py). All is in fp64 here. What honest ranks may do
-differently is the order of a sum, and so the side of a tie on which its result falls; both are counted: `Near` holds numbers and
+differently is the order of a sum, and so the side of a tie on which its result falls; both are counted: `NearNumbers` holds numbers and
 how far each may be off, because a value lies so near to the middle between two numbers of a format.
 
 Shapes: T rows, K inputs, N outputs; of experts R rows sorted by expert, D width, F inner width.
@@ -62,7 +62,7 @@ FORMATS = {
 }
 
 
-class Near(NamedTuple):
+class NearNumbers(NamedTuple):
     """Numbers, fp64, and by how much each may honestly be off; None for not at all."""
 
     x: Tensor
@@ -96,14 +96,14 @@ def nearest(x: Tensor, form: PlainFormat) -> Tensor:
     return ((x / step).round_() * step).clamp_(-form.largest, form.largest)
 
 
-def rounded(given: Near | Total, form: PlainFormat, noise: Tensor | float = 0.0) -> Near:
+def rounded(given: NearNumbers | Total, form: PlainFormat, noise: Tensor | float = 0.0) -> NearNumbers:
     """Numbers rounded to the format. noise: by how much the numbers may be off beside what they say, which decides on
     which side of a tie they fall.
     """
     x, margin = nearest(given.x, form), noise if given.off is None else given.off + noise
     if isinstance(margin, float) and margin == 0:
-        return Near(x)
-    return Near(x, nearest(given.x + margin, form) - nearest(given.x - margin, form))
+        return NearNumbers(x)
+    return NearNumbers(x, nearest(given.x + margin, form) - nearest(given.x - margin, form))
 
 
 # --- Casts (3.3.2) --------------------------------------------------------------------------------------------------
@@ -131,7 +131,7 @@ class Rule:
         return across_along if along == -1 else across_along[::-1]
 
 
-def cast(given: Near, rule: Rule | None, along: int, noise: float = 0.0) -> Near:
+def cast(given: NearNumbers, rule: Rule | None, along: int, noise: float = 0.0) -> NearNumbers:
     """An operand (..., M, N) as the product takes it, summed over axis `along` (-1 or -2); as it is without a rule.
 
     noise: relative, by which the numbers may be off beside what they say.
@@ -144,13 +144,13 @@ def cast(given: Near, rule: Rule | None, along: int, noise: float = 0.0) -> Near
     largest = blocks.abs().amax((-3, -1), keepdim=True)
     made = _cast(blocks, largest, rule)
     if off is None or not bool(off.any()):
-        return Near(_whole(made, given.x.shape))
+        return NearNumbers(_whole(made, given.x.shape))
     may = torch.zeros_like(made)
     most, least = ((blocks.abs() + side * off).amax((-3, -1), keepdim=True) for side in (1, -1))
     for other in (most, least):
         for moved in (blocks + off, blocks - off):
             torch.maximum(may, (_cast(moved, other, rule) - made).abs(), out=may)
-    return Near(_whole(made, given.x.shape), _whole(may, given.x.shape))
+    return NearNumbers(_whole(made, given.x.shape), _whole(may, given.x.shape))
 
 
 def _cast(blocks: Tensor, largest: Tensor, rule: Rule) -> Tensor:
@@ -273,7 +273,7 @@ def _known_parts(field: str, text: str) -> list[str]:
 # --- Linear layers (3.3.1) ------------------------------------------------------------------------------------------
 
 
-def product(left: Near, right: Near) -> Total:
+def product(left: NearNumbers, right: NearNumbers) -> Total:
     """left (O, C) right (N, C)^T, summed over C."""
     x, size = left.x @ right.x.mT, left.x.abs() @ right.x.abs().mT
     off = None
@@ -285,31 +285,37 @@ def product(left: Near, right: Near) -> Total:
     return Total(x, size, off)
 
 
-def fprop(x_TK: Tensor, weight: Near, rules: LinearRules) -> Total:
+def fprop(x_TK: Tensor, weight: NearNumbers, rules: LinearRules) -> Total:
     """weight: (N, K), cast for this product."""
-    return product(cast(Near(x_TK), rules.fprop[0], -1), weight)
+    return product(cast(NearNumbers(x_TK), rules.fprop[0], -1), weight)
 
 
-def dgrad(dy_TN: Near, weight: Near, rules: LinearRules) -> Total:
+def dgrad(dy_TN: NearNumbers, weight: NearNumbers, rules: LinearRules) -> Total:
     """weight: (N, K), cast for this product."""
-    return product(cast(dy_TN, rules.dgrad[0], -1), Near(weight.x.mT, None if weight.off is None else weight.off.mT))
+    return product(
+        cast(dy_TN, rules.dgrad[0], -1), NearNumbers(weight.x.mT, None if weight.off is None else weight.off.mT)
+    )
 
 
-def wgrad(dy_TN: Near, kept_TK: Near, rules: LinearRules) -> Total:
+def wgrad(dy_TN: NearNumbers, kept_TK: NearNumbers, rules: LinearRules) -> Total:
     """(N, K)."""
     left, right = cast(dy_TN, rules.wgrad[0], -2), cast(kept_TK, rules.wgrad[1], -2)
-    turned = [Near(one.x.mT, None if one.off is None else one.off.mT) for one in (left, right)]
+    turned = [NearNumbers(one.x.mT, None if one.off is None else one.off.mT) for one in (left, right)]
     return product(*turned)
 
 
-def kept(x_TK: Tensor, rule: Rule | None) -> Near:
+def kept(x_TK: Tensor, rule: Rule | None) -> NearNumbers:
     """What an input is when Wgrad takes it."""
-    return Near(x_TK) if rule is None else cast(Near(x_TK), rule, -1)
+    return NearNumbers(x_TK) if rule is None else cast(NearNumbers(x_TK), rule, -1)
 
 
-def weight_for(which: str, weight: Tensor, rules: LinearRules) -> Near:
+def weight_for(which: str, weight: Tensor, rules: LinearRules) -> NearNumbers:
     """A weight (..., N, K) as Fprop or Dgrad takes it."""
-    return cast(Near(weight), rules.fprop[1], -1) if which == "fprop" else cast(Near(weight), rules.dgrad[1], -2)
+    return (
+        cast(NearNumbers(weight), rules.fprop[1], -1)
+        if which == "fprop"
+        else cast(NearNumbers(weight), rules.dgrad[1], -2)
+    )
 
 
 # --- Experts (3.3.3) ------------------------------------------------------------------------------------------------
@@ -318,7 +324,7 @@ def weight_for(which: str, weight: Tensor, rules: LinearRules) -> Near:
 class SwigluSlopes(NamedTuple):
     """What goes back through SwiGLU."""
 
-    a: Near
+    a: NearNumbers
     """Its output, made again, in the activations' format."""
     dh: Total
     dgates: Total
@@ -331,7 +337,7 @@ def swiglu(h_R2F: Tensor, gates_R: Tensor | None) -> Tensor:
     return made if gates_R is None else made * gates_R[:, None]
 
 
-def swiglu_back(h_R2F: Near, gates_R: Tensor | None, da_RF: Near, high: PlainFormat) -> SwigluSlopes:
+def swiglu_back(h_R2F: NearNumbers, gates_R: Tensor | None, da_RF: NearNumbers, high: PlainFormat) -> SwigluSlopes:
     """From the gradient of the output to those of h and of the gates. h: as it waited."""
     factor_R1 = 1.0 if gates_R is None else gates_R[:, None]
 
@@ -358,13 +364,15 @@ def swiglu_back(h_R2F: Near, gates_R: Tensor | None, da_RF: Near, high: PlainFor
         ties += da_RF.off * (made_RF.abs() + made_off)
     a_RF = made_RF * factor_R1
     return SwigluSlopes(
-        rounded(Near(a_RF, (made_off * factor_R1).abs()), high, CURVED * a_RF.abs()),
+        rounded(NearNumbers(a_RF, (made_off * factor_R1).abs()), high, CURVED * a_RF.abs()),
         Total(twice * slopes, twice.abs() * sizes, off),
         Total(each.sum(-1), each.abs().sum(-1), ties.sum(-1)),
     )
 
 
-def cast_rows(given: Near, counts: Sequence[int], rule: Rule | None, along: int, noise: float = 0.0) -> Near:
+def cast_rows(
+    given: NearNumbers, counts: Sequence[int], rule: Rule | None, along: int, noise: float = 0.0
+) -> NearNumbers:
     """Rows of several experts, none of whose tiles holds rows of two."""
     rows = None if rule is None else rule.block(along)[0]
     if rule is None or rows in (None, 1):
@@ -372,10 +380,10 @@ def cast_rows(given: Near, counts: Sequence[int], rule: Rule | None, along: int,
     parts = [cast(one, rule, along, noise) for one in split(given, counts)]
     offs = [torch.zeros_like(part.x) if part.off is None else part.off for part in parts]
     has_off = any(part.off is not None for part in parts)
-    return Near(torch.cat([part.x for part in parts]), torch.cat(offs) if has_off else None)
+    return NearNumbers(torch.cat([part.x for part in parts]), torch.cat(offs) if has_off else None)
 
 
-def split(given: Near, counts: Sequence[int]) -> list[Near]:
+def split(given: NearNumbers, counts: Sequence[int]) -> list[NearNumbers]:
     """The rows of each expert."""
     offs = [None] * len(counts) if given.off is None else given.off.split(list(counts))
-    return [Near(x, off) for x, off in zip(given.x.split(list(counts)), offs, strict=True)]
+    return [NearNumbers(x, off) for x, off in zip(given.x.split(list(counts)), offs, strict=True)]

@@ -41,7 +41,7 @@ from train.checkpoint.commit import Save, next_attempt
 from train.checkpoint.run_folder import RunPaths
 from train.data.batch import Batch
 from train.data.prefetch import Prefetch
-from train.data.prepare import Prepared
+from train.data.prepare import PreparedData
 from train.kernels.choice import build_kernels, choose_kernels
 from train.kernels.plain.plain_attention import PlainAttention
 from train.loop.resume import find_start, restore
@@ -52,7 +52,7 @@ from train.loop.trainer import Flops, Outputs, Trainer
 from train.model.deepseek import DeepSeekV3
 from train.model.moe import Experts
 from train.optim.schedules import Schedules, StepPlan
-from train.parallelize import Parallelized, RankModel, build_rank_model, parallelize
+from train.parallelize import ParallelModel, RankModel, build_rank_model, parallelize
 from train.prove.bounds import is_rounded
 from train.prove.double import in_double
 from train.prove.evidence import EVIDENCE, Evidence, EvidenceWatch, StepInfo
@@ -121,7 +121,7 @@ def prove_exact(config: Config, place: Place, device: torch.device) -> None:
         fill_biases(model, biases)
         local = _LocalGradients(model.chunks)
         zero = cast("Zero", local)  # without an optimizer
-        parts = Parallelized(model.chunks, model.pipeline, model.dispatcher, model.precision, model.share, zero)
+        parts = ParallelModel(model.chunks, model.pipeline, model.dispatcher, model.precision, model.share, zero)
         watch = EvidenceWatch(parts.chunks)
         step = TrainingStep(config, parts, rank)
         outcome = step.run(plan, batch)
@@ -212,7 +212,7 @@ def prove_trained(proof: str, config: Config, place: Place, device: torch.device
 def _train(proof: str, part: RunPart, place: Place, device: torch.device) -> None:
     config = part.config
     rank, paths = in_groups(config, place, device), RunPaths(config)
-    data = cast("Prepared", ProofData.of(config))  # all of it that a run asks for
+    data = cast("PreparedData", ProofData.of(config))  # all of it that a run asks for
     kernels, _ = choose_kernels(config, device)
     attempt = from_rank_0(lambda: next_attempt(paths.checkpoints))
     checkpointer = _LateCheckpointer(
@@ -249,7 +249,7 @@ def _train(proof: str, part: RunPart, place: Place, device: torch.device) -> Non
 
 
 @torch.no_grad()
-def fill_state(config: Config, state: RunState, parts: Parallelized) -> None:
+def fill_state(config: Config, state: RunState, parts: ParallelModel) -> None:
     """Give the weights of a proof to the masters, moments of 0, and the biases."""
     weights = initial_weights(config)
     for name, shard in state.zero.shards(copies=True).items():

@@ -178,7 +178,7 @@ def rotate(x: Tensor, angle: Tensor, size: float) -> Tensor:
 
 
 @dataclass
-class Watched:
+class WatchedPass:
     """What a forward pass came to; `values` keep their gradients through the backward pass."""
 
     values: dict[str, Tensor] = field(default_factory=dict)
@@ -212,10 +212,10 @@ class PlainModel:
     ) -> None:
         self.config, self.model, self.optim = config, config.model, config.optim
         self.weights, self.biases, self.choices = weights, biases, choices or {}
-        self.watched: type[Watched] = Watched
+        self.watched: type[WatchedPass] = WatchedPass
         self.best_without_bias: Callable[[Tensor, int], Tensor] = best
 
-    def losses(self, tokens_BS: Tensor, documents_BS: Tensor | None, with_mtp: bool = True) -> Watched:
+    def losses(self, tokens_BS: Tensor, documents_BS: Tensor | None, with_mtp: bool = True) -> WatchedPass:
         """Main loss, MTP losses (eq. 21-25) and balance losses of a batch, as means over all sequences.
 
         documents_BS: number of the document of every token; attention then stays inside documents.
@@ -241,7 +241,9 @@ class PlainModel:
         logits_NV = state_BTD.flatten(0, 1) @ self.weights["head.weight"].T
         return F.cross_entropy(logits_NV, targets_BT.flatten(), reduction="sum") / positions
 
-    def mtp(self, name: str, state_BTD: Tensor, next_BTD: Tensor, documents_BT: Tensor | None, seen: Watched) -> Tensor:
+    def mtp(
+        self, name: str, state_BTD: Tensor, next_BTD: Tensor, documents_BT: Tensor | None, seen: WatchedPass
+    ) -> Tensor:
         """One MTP module: join the state with the embedding of a later token, and run a whole block (eq. 21, 22)."""
         w, eps = self.weights, self.model.norm_eps
         embedding_BTD = rms_norm(next_BTD, w[f"{name}.embedding_norm.weight"], eps)
@@ -250,7 +252,7 @@ class PlainModel:
         x_BTD = self.block(f"{name}.block", False, joined, documents_BT, seen)
         return seen.keep(name, rms_norm(x_BTD, w[f"{name}.norm.weight"], eps))
 
-    def block(self, name: str, dense: bool, x_BTD: Tensor, documents_BT: Tensor | None, seen: Watched) -> Tensor:
+    def block(self, name: str, dense: bool, x_BTD: Tensor, documents_BT: Tensor | None, seen: WatchedPass) -> Tensor:
         """x += attention(norm(x)); x += ffn(norm(x)), the FFN dense or a mixture of experts."""
         w, eps = self.weights, self.model.norm_eps
         normed_BTD = rms_norm(x_BTD, w[f"{name}.attention_norm.weight"], eps)
@@ -261,7 +263,7 @@ class PlainModel:
             return seen.keep(name, x_BTD + seen.keep(f"{name}.ffn", ffn_BTD))
         return seen.keep(name, x_BTD + self.experts(f"{name}.moe", normed_BTD, seen))
 
-    def attention(self, name: str, x_BTD: Tensor, documents_BT: Tensor | None, seen: Watched) -> Tensor:
+    def attention(self, name: str, x_BTD: Tensor, documents_BT: Tensor | None, seen: WatchedPass) -> Tensor:
         """Multi-head latent attention (eq. 1-11): queries, keys and values come from two small latents."""
         model, w = self.model, self.weights
         B, T, _ = x_BTD.shape
@@ -293,7 +295,7 @@ class PlainModel:
         out_BHTV = scores_BHTT.softmax(-1) @ v_BHTV
         return seen.keep(name, out_BHTV.transpose(1, 2).flatten(2) @ w[f"{name}.out.weight"].T)
 
-    def experts(self, name: str, x_BTD: Tensor, seen: Watched) -> Tensor:
+    def experts(self, name: str, x_BTD: Tensor, seen: WatchedPass) -> Tensor:
         """Shared experts, which every token meets, plus the gated sum of the chosen ones (eq. 12). No token is dropped."""
         w, x_ND = self.weights, x_BTD.flatten(0, 1)
         gates_NK, ids_NK = self.route(f"{name}.router", x_BTD, seen)
@@ -308,7 +310,7 @@ class PlainModel:
             y_ND = y_ND + seen.keep(f"{name}.shared", shared)
         return seen.keep(name, y_ND.view(x_BTD.shape))
 
-    def route(self, name: str, x_BTD: Tensor, seen: Watched) -> tuple[Tensor, Tensor]:
+    def route(self, name: str, x_BTD: Tensor, seen: WatchedPass) -> tuple[Tensor, Tensor]:
         """Gates (N, K) and expert ids (N, K) (eq. 13-16). The bias takes part in the choice alone, never in the gate."""
         layer = name.removesuffix(".moe.router").removesuffix(".block")
         scores_NE = (x_BTD.flatten(0, 1) @ self.weights[f"{name}.weight"].T).sigmoid()
@@ -356,7 +358,7 @@ def group_scores(model: Model, biased_NE: Tensor) -> Tensor:
 # --- Backward and update (4.2) --------------------------------------------------------------------------------------
 
 
-def gradients(plain: PlainModel, tokens_BS: Tensor, documents_BS: Tensor | None, mtp_weight: float) -> Watched:
+def gradients(plain: PlainModel, tokens_BS: Tensor, documents_BS: Tensor | None, mtp_weight: float) -> WatchedPass:
     """Forward and backward of a batch: every weight's `.grad`, and those of what was watched. The minimised loss is
 
     main + mtp_weight / depths * sum of MTP losses + balance_loss * sum over layers of sequence-wise losses

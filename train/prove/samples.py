@@ -75,7 +75,7 @@ class HeldOut:
 
 @dataclass
 class ProofData:
-    """In the place of train.data.prepare.Prepared."""
+    """In the place of train.data.prepare.PreparedData."""
 
     train: Samples
     validation: HeldOut

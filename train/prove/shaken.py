@@ -17,7 +17,7 @@ from torch import Tensor
 
 from train.prove import reference
 from train.prove.bounds import Bound
-from train.prove.reference import PlainModel, PlainPlan, Watched, Weights
+from train.prove.reference import PlainModel, PlainPlan, WatchedPass, Weights
 from train.prove.samples import Samples
 
 RUNS = 3
@@ -31,7 +31,7 @@ MARGIN = 4.0
 class ReferenceStep:
     """What the reference came to in a step."""
 
-    seen: Watched
+    seen: WatchedPass
     gradients: Weights
 
 
@@ -42,7 +42,7 @@ def run_step(plain: PlainModel, samples: Samples, plan: PlainPlan) -> ReferenceS
     return ReferenceStep(seen, {n: torch.zeros_like(w) if w.grad is None else w.grad for n, w in plain.weights.items()})
 
 
-class Shaken:
+class ShakenRuns:
     """The shaken runs of one step, which are made when the first of them is asked for."""
 
     def __init__(self, plain: PlainModel, samples: Samples, plan: PlainPlan, unit: float, near: float | None):
@@ -74,7 +74,7 @@ class Shaken:
             noise = torch.randn(value.shape, generator=generator, dtype=value.dtype)
             return value * (1 + self._unit * noise)
 
-        class ShakenParts(Watched):
+        class ShakenParts(WatchedPass):
             def keep(self, name: str, value: Tensor) -> Tensor:
                 value = shake(value)
                 if value.requires_grad:

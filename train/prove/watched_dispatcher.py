@@ -15,7 +15,7 @@ from typing import Any
 
 from torch import Tensor
 
-from train.model.moe import Dispatcher, MoE, Pending, Routed
+from train.model.moe import Dispatcher, MoE, PendingDispatch, RoutedRows
 from train.model.recompute import is_repeated
 
 Keep = Callable[[str, int, Tensor], None]
@@ -35,7 +35,9 @@ class WatchedDispatcher:
         """The next micro-batch is number 0."""
         self._calls = 0
 
-    def dispatch_begin(self, x_TD: Tensor, expert_ids_TK: Tensor, gates_TK: Tensor, again: Any = None) -> Pending:
+    def dispatch_begin(
+        self, x_TD: Tensor, expert_ids_TK: Tensor, gates_TK: Tensor, again: Any = None
+    ) -> PendingDispatch:
         if not self._moe.training or is_repeated():
             return self._inner.dispatch_begin(x_TD, expert_ids_TK, gates_TK, again)
         number, self._calls = self._calls, self._calls + 1
@@ -46,7 +48,7 @@ class WatchedDispatcher:
         self._watch("gates", number, gates_TK)
         return _WatchedPending(self, number, self._inner.dispatch_begin(x_TD, expert_ids_TK, gates_TK, again))
 
-    def combine(self, out_RD: Tensor, routed: Routed) -> Tensor:
+    def combine(self, out_RD: Tensor, routed: RoutedRows) -> Tensor:
         number = self._numbers.pop(id(routed), None)
         if number is None:
             return self._inner.combine(out_RD, routed)
@@ -55,7 +57,7 @@ class WatchedDispatcher:
         self._watch("y", number, y_TD)
         return y_TD
 
-    def arrived(self, number: int, routed: Routed) -> None:
+    def arrived(self, number: int, routed: RoutedRows) -> None:
         """The rows of a micro-batch have reached this rank's experts."""
         self._numbers[id(routed)] = number
         self._watch("rows", number, routed.rows_RD)
@@ -71,10 +73,10 @@ class WatchedDispatcher:
 class _WatchedPending:
     """A dispatch that is under way."""
 
-    def __init__(self, watched: WatchedDispatcher, number: int, inner: Pending):
+    def __init__(self, watched: WatchedDispatcher, number: int, inner: PendingDispatch):
         self._watched, self._number, self._inner = watched, number, inner
 
-    def wait(self) -> Routed:
+    def wait(self) -> RoutedRows:
         routed = self._inner.wait()
         self._watched.arrived(self._number, routed)
         return routed

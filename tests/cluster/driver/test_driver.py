@@ -28,7 +28,7 @@ from conf.errors import EXIT_CRASH, EXIT_OK, EXIT_STOPPED, EXIT_USER
 from conf.load import compose, write_config
 from tests.cluster.drive import hold, let_end, once, set_fault
 from tests.cluster.local_fleet import LocalFleet
-from train.checkpoint.commit import Committer, Fenced
+from train.checkpoint.commit import AttemptFenced, Committer
 
 RANK = Path(__file__).parents[1] / "fake_rank.py"
 
@@ -467,7 +467,7 @@ def test_files_that_no_driver_wrote_do_not_stop_a_launch(tmp_path, line):
 def test_a_new_launch_shuts_out_ranks_of_the_one_before_that_have_not_begun(tmp_path):
     Committer(tmp_path / "checkpoints", attempt=1, world_size=1, timeout=10.0).enter(0)
     assert claim_attempt(tmp_path, 10.0) == 2
-    with pytest.raises(Fenced, match="attempt 2 of this run has started"):
+    with pytest.raises(AttemptFenced, match="attempt 2 of this run has started"):
         Committer(tmp_path / "checkpoints", attempt=1, world_size=1, timeout=10.0).enter(0)
     Committer(tmp_path / "checkpoints", attempt=2, world_size=1, timeout=10.0).enter(0)
 

@@ -79,13 +79,13 @@ def test_shares_that_differ_are_taken_where_they_are_faster_and_zero_3_takes_non
 def test_a_layout_that_no_shrinking_can_save_is_named_before_a_node_is_lost():
     world = World(nodes=2, words=("parallel.ep=2",))
     world.run(2)
-    world.tell(m.Planned())
+    world.tell(m.LayoutsPlanned())
     (note,) = world.notes("limits")
     assert "a lost one stops the run until another is there" in note.text
     assert "the smallest layout that may run, pp 1 x dp 2 (ep 2), takes 2 devices" in note.text
     roomy = World(nodes=3)
     roomy.run(2)
-    roomy.tell(m.Planned())
+    roomy.tell(m.LayoutsPlanned())
     assert not roomy.notes("limits")
 
 
@@ -98,9 +98,9 @@ def test_a_run_grows_at_a_copy_in_memory_and_asks_for_no_checkpoint():
     world.machines[1].linked = True
     world.run(2)
     assert not world.notes("grow"), "there is no copy of this attempt yet"
-    world.tell(m.Held(m.Age(world.starts[-1].attempt, world.step - 1)))
+    world.tell(m.CopyHeld(m.Age(world.starts[-1].attempt, world.step - 1)))
     world.run(3)
-    stops = [action for action in world.actions if isinstance(action, m.Stop)]
+    stops = [action for action in world.actions if isinstance(action, m.StopRanks)]
     assert [stop.in_memory for stop in stops] == [True] and world.starts[-1].placement.dp == 3
 
 

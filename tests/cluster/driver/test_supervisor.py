@@ -115,8 +115,8 @@ def test_a_silent_link_is_found_by_the_heartbeat():
 def test_a_node_that_is_about_to_go_is_left_at_a_checkpoint_and_gets_no_rank_again():
     world = World(nodes=3, steps=40)
     world.run(8)
-    world.tell(m.Draining("id1", "preempted"))
-    world.tell(m.Draining("id1", "preempted"))
+    world.tell(m.NodeDraining("id1", "preempted"))
+    world.tell(m.NodeDraining("id1", "preempted"))
     world.run(3)
     assert [start.placement.dp for start in world.starts] == [3, 2] and len(world.notes("drain")) == 1
     assert {seat.node.name for seat in world.starts[-1].placement.seats} == {"n0", "n2"}
@@ -128,7 +128,7 @@ def test_when_the_last_nodes_are_about_to_go_the_run_is_stopped_not_failed():
     world = World(nodes=2, wait=10.0)
     world.run(8)
     for index in range(2):
-        world.tell(m.Draining(f"id{index}", "preempted"))
+        world.tell(m.NodeDraining(f"id{index}", "preempted"))
     world.run(30)
     assert world.finish.code == EXIT_STOPPED and "add nodes" in world.finish.text
 
@@ -138,7 +138,7 @@ def test_a_copy_in_memory_counts_as_progress():
     for step in range(3, 30, 4):
         world.run(2)
         world.saved = step
-        world.tell(m.Held(Age(world.starts[-1].attempt, step)))
+        world.tell(m.CopyHeld(Age(world.starts[-1].attempt, step)))
         world.kill_rank(1)
         world.run(2)
     assert world.finish is None and len(world.starts) == 8
@@ -182,7 +182,7 @@ def test_a_checkpoint_refills_the_budget():
 def test_checkpoints_of_a_run_that_went_back_count_though_an_earlier_launch_got_further():
     """As with resume=FOLDER of an older checkpoint, or where the newest is damaged."""
     world = World(steps=200, restarts=1, first_attempt=2)
-    world.tell(m.Saved(Age(1, 500)))
+    world.tell(m.CheckpointSaved(Age(1, 500)))
     world.run(4)
     assert world.supervisor.saved == (2, 5)
     world.machines[1].linked = False
@@ -286,7 +286,7 @@ def test_a_driver_that_slept_blames_nobody(heartbeat, seconds):
 def fail(world: World, index: int, seconds: float) -> None:
     """The rank of a node failed so long ago, and the driver hears of it now."""
     failure = Failure(index, world.now - seconds, "crash", f"rank {index} broke", 1)
-    world.tell(m.Beat(f"id{index}", 1, [RankReport(index, 1, failure, step=3, phase="step")]))
+    world.tell(m.AgentBeat(f"id{index}", 1, [RankReport(index, 1, failure, step=3, phase="step")]))
     world.tell(m.Tick())
 
 
@@ -310,7 +310,7 @@ def test_a_node_that_was_held_up_has_its_time_to_say_why_its_ranks_failed():
     for _ in range(6):  # longer than the others have, and within the time of a probe
         world.now += STEP
         world.tell(m.Tick())
-    world.tell(m.Probed("id1"))
+    world.tell(m.NodeProbed("id1"))
     world.tell(m.Tick())
     assert not world.notes("failure")
     fail(world, 2, 3.1)
@@ -361,7 +361,7 @@ def test_any_schedule_of_faults(faults, stop, devices):
             case "hang":
                 world.hung = {index}
             case "drain":
-                world.tell(m.Draining(f"id{index}", "preempted"))
+                world.tell(m.NodeDraining(f"id{index}", "preempted"))
         world.run(pause)
     if stop:
         world.tell(m.StopAsked("SIGTERM"))

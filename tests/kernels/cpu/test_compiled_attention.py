@@ -14,7 +14,7 @@ from train.kernels.choice import build_kernels, choose_kernels
 from train.kernels.cpu.compiled_attention import CompiledAttention
 from train.kernels.plain.plain_attention import PlainAttention
 from train.model.attention import Attend, AttentionCore, AttentionInput
-from train.model.sequence import Positions, Rectangle, Seen
+from train.model.sequence import Positions, Rectangle, SeenKeys
 
 CPU = torch.device("cpu")
 needs_it = pytest.mark.skipif(native.why_absent() is not None, reason=native.why_absent() or "")
@@ -38,10 +38,10 @@ def draw(B: int, H: int, T: int, Q: int, V: int) -> tuple[Tensor, ...]:
     return q, k, v, dout
 
 
-def seen_in(spans, length: int) -> Seen:
+def seen_in(spans, length: int) -> SeenKeys:
     if spans is None:
         return Positions(length).seen[0]
-    return Seen([Rectangle(b, start, end, start, end, 0) for b, start, end in spans])
+    return SeenKeys([Rectangle(b, start, end, start, end, 0) for b, start, end in spans])
 
 
 def attend(core: AttentionCore, q: Tensor, k: Tensor, v: Tensor, scale: float, spans) -> Tensor:
@@ -157,7 +157,7 @@ def test_the_model_takes_it_where_it_can_and_may():
     kernels = build_kernels("cpu")
     assert keeps(kernels, given) and "attention" in kernels.parts
     assert not keeps(kernels, given._replace(q_BHTQ=q.float(), k_BHSQ=k.float(), v_BHSV=v.float()))
-    assert not keeps(kernels, given._replace(seen=Seen([Rectangle(None, 10, 40, 0, 10, 10)])))
+    assert not keeps(kernels, given._replace(seen=SeenKeys([Rectangle(None, 10, 40, 0, 10, 10)])))
     config = compose("cluster.compiled=false")
     kernels, notes = choose_kernels(config, CPU)
     assert not keeps(kernels, given) and not kernels.parts

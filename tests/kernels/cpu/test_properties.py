@@ -27,12 +27,12 @@ from train.kernels.fp8 import scaled_products
 from train.kernels.fp8.compiled_casts import load_casts
 from train.kernels.fp8.formats import E4M3, E5M2, E5M6, TILE, WHOLE_SIDE, Cast, unpack_e5m6
 from train.kernels.fp8.groups import PaddedGroups
-from train.kernels.fp8.quantize import Quantized, dequantize_reference, quantize_reference
+from train.kernels.fp8.quantize import QuantizedTensor, dequantize_reference, quantize_reference
 from train.kernels.plain.heads import PlainHeads
 from train.kernels.plain.plain_kernels import PlainKernels
 from train.model.attention import AttentionInput
 from train.model.rope import Rope
-from train.model.sequence import Rectangle, Seen
+from train.model.sequence import Rectangle, SeenKeys
 from train.optim.adamw import AdamW, UpdatePiece, _update, _update_compiled
 
 SOURCES = sorted((ROOT / "train" / "kernels").glob("*/*.cpp"))
@@ -312,7 +312,9 @@ def attention_forward(draw: Draw) -> None:
     (q, k, v, dout), spans = attention_inputs(draw)
     B, _, T, Q = q.shape
     scale, core = Q**-0.5, CompiledAttention()
-    given = AttentionInput(q, k, v, scale, Seen([Rectangle(b, start, end, start, end, 0) for b, start, end in spans]))
+    given = AttentionInput(
+        q, k, v, scale, SeenKeys([Rectangle(b, start, end, start, end, 0) for b, start, end in spans])
+    )
     keep = draw(st.booleans())
     made = core.forward(given, keep)
     out, grads = made.out_BHTV, core.backward(dout, given, made)
@@ -403,13 +405,13 @@ def product_of_experts(draw: Draw) -> None:
 BLOCKS = [(1, TILE), (TILE, TILE), (1, WHOLE_SIDE), (WHOLE_SIDE, WHOLE_SIDE)]
 
 
-def scaled(draw: Draw, x: Tensor) -> tuple[Tensor | Quantized, Tensor]:
+def scaled(draw: Draw, x: Tensor) -> tuple[Tensor | QuantizedTensor, Tensor]:
     """An operand and its values."""
     if draw(st.booleans()):
         return x, x
     operand = load_casts().split(x, Cast(draw(st.sampled_from([E4M3, E5M2])), draw(st.sampled_from(BLOCKS)), False))
     values = operand.q.double() * spread(operand)
-    return Quantized(
+    return QuantizedTensor(
         placed_apart(draw, operand.q), placed_apart(draw, operand.scale), operand.cast, operand.shape
     ), values
 
@@ -419,7 +421,7 @@ def placed_apart(draw: Draw, x: Tensor) -> Tensor:
     return WAYS[draw(st.sampled_from([way for way in WAYS if way != "one row many times"]))](x)
 
 
-def spread(x: Quantized) -> Tensor:
+def spread(x: QuantizedTensor) -> Tensor:
     """The scale of every value."""
     rows, columns = x.cast.block
     wide = x.scale.double().repeat_interleave(rows, -2)[..., : x.shape[-2], :] if x.scale.numel() else x.q.double()
@@ -492,7 +494,7 @@ def cast_inputs(draw: Draw) -> tuple[Tensor, Cast]:
     return placed(draw, x.to(draw(st.sampled_from([BF16, FP32])))), cast
 
 
-def same_codes(ours: Quantized, theirs: Quantized) -> bool:
+def same_codes(ours: QuantizedTensor, theirs: QuantizedTensor) -> bool:
     codes = [unpack_e5m6(x.q, x.shape[-1]) if x.cast.format.dtype is None else x.q.float() for x in (ours, theirs)]
     return torch.equal(*codes) and torch.equal(ours.scale, theirs.scale) and ours.q.shape == theirs.q.shape
 
@@ -505,7 +507,7 @@ def cast_matrices(draw: Draw) -> None:
     assert torch.equal(split.scale, reference.scale)
     dtype = draw(st.sampled_from([BF16, FP32]))
     assert torch.equal(load_casts().fake_quantize(x, cast, dtype), dequantize_reference(reference).to(dtype))
-    codes = Quantized(
+    codes = QuantizedTensor(
         placed_apart(draw, reference.q), placed_apart(draw, reference.scale), reference.cast, reference.shape
     )
     other = Cast(draw(st.sampled_from([E4M3, E5M6])), (TILE, 1), False)
@@ -516,7 +518,7 @@ def cast_matrices(draw: Draw) -> None:
 def decode_matrices(draw: Draw) -> None:
     x, cast = cast_inputs(draw)
     reference = quantize_reference(x, cast)
-    codes = Quantized(
+    codes = QuantizedTensor(
         placed_apart(draw, reference.q), placed_apart(draw, reference.scale), reference.cast, reference.shape
     )
     values, dtype = dequantize_reference(reference), draw(st.sampled_from([BF16, FP32]))

@@ -15,7 +15,7 @@ from train.kernels.fp8.quantize import dequantize, quantize
 from train.kernels.plain.plain_kernels import PlainKernels
 from train.model.attention import AttentionInput
 from train.model.mla import MLA
-from train.model.recompute import Replaceable
+from train.model.recompute import ReplaceableTensors
 from train.model.rope import Rope
 from train.model.sequence import Positions
 
@@ -26,7 +26,7 @@ B, T = 2, 64
 def run(patch: pytest.MonkeyPatch | None = None) -> tuple[int, dict[str, torch.Tensor]]:
     """Bytes kept by an MLA, and its gradients."""
     if patch is not None:
-        patch.setattr(Replaceable, "replace", lambda *_: None)
+        patch.setattr(ReplaceableTensors, "replace", lambda *_: None)
     config = dataclasses.replace(CONFIG, hidden=128, heads=4, nope_head_dim=16, rope_head_dim=16, v_head_dim=32)
     fp8, kernels = compose("precision=fp8").precision.fp8, PlainKernels()
     precision = Fp8Precision(fp8, torch.device("cpu"), kernels, cpu_engine(fp8, kernels))
@@ -61,7 +61,7 @@ def test_gradients_of_scores_are_off_by_the_rounding_of_one_sum():
     a value at most, so dq of a row is off by at most scale 2^-7 (sum of |dO O|) (P |k|), and dv by nothing."""
     draw = torch.Generator().manual_seed(0)
     q, k, v, upstream = (torch.randn(B, 4, T, 32, generator=draw).requires_grad_() for _ in range(4))
-    scale, saved = 32**-0.5, Replaceable()
+    scale, saved = 32**-0.5, ReplaceableTensors()
     given, kernels = AttentionInput(q, k, v, scale, Positions(T).seen[0]), PlainKernels()
     exact = torch.autograd.grad(kernels.attention(given), (q, v), upstream)
     with saved:

@@ -25,7 +25,7 @@ from train.kernels.fp8 import fp8
 from train.kernels.fp8.compiled_casts import load_casts
 from train.kernels.fp8.formats import E4M3, E5M2, E5M6, Cast, Format, unpack_e5m6
 from train.kernels.fp8.fp8 import Fp8Precision
-from train.kernels.fp8.quantize import EagerCasts, Quantized, dequantize_reference, quantize_reference
+from train.kernels.fp8.quantize import EagerCasts, QuantizedTensor, dequantize_reference, quantize_reference
 
 torch.set_num_threads(1)
 EAGER = EagerCasts()
@@ -39,7 +39,7 @@ def casts_of(format: Format) -> list[Cast]:
     return [Cast(format, block, pow2, floor) for block, pow2, floor in options]
 
 
-def codes(x: Quantized) -> torch.Tensor:
+def codes(x: QuantizedTensor) -> torch.Tensor:
     """Values of the codes, so that signed zeros are equal."""
     return unpack_e5m6(x.q, x.shape[-1]) if x.cast.format.dtype is None else x.q.float()
 
@@ -84,7 +84,7 @@ def test_transposed_strided_and_half_precision_inputs(format):
         for view in (x.mT, x[:, ::3, 1::2], x[0].t()[3:, 5:], x.clamp(-6e4, 6e4).half(), x[:1].expand(3, 140, 260)):
             check(view, cast)
         q = quantize_reference(x, cast)
-        apart = Quantized(q.q.mT.contiguous().mT, q.scale.mT.contiguous().mT, q.cast, q.shape)
+        apart = QuantizedTensor(q.q.mT.contiguous().mT, q.scale.mT.contiguous().mT, q.cast, q.shape)
         assert torch.equal(load_casts().dequantize(apart, torch.float32), EAGER.dequantize(q, torch.float32))
 
 
@@ -125,7 +125,7 @@ def test_what_is_not_finite_is_what_the_reference_makes_of_it(format, bad):
 def test_every_code_is_decoded_as_torch_does():
     every = torch.arange(256, dtype=torch.uint8).view(1, 256)
     for format in (E4M3, E5M2):
-        x = Quantized(every.view(format.dtype), torch.ones(1, 1), Cast(format, (1, 256), False), every.shape)
+        x = QuantizedTensor(every.view(format.dtype), torch.ones(1, 1), Cast(format, (1, 256), False), every.shape)
         ours, expected = load_casts().dequantize(x, torch.float32), x.q.float()
         finite = expected.isfinite()  # no cast gives an infinity; E5M2's are not numbers here
         assert torch.equal(ours[finite], expected[finite]) and not ours[~finite].isfinite().any()

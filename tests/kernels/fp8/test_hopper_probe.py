@@ -10,10 +10,10 @@ from conf.errors import UserError
 from conf.load import compose
 from train.kernels.fp8 import hopper_probe
 from train.kernels.fp8.hopper import has_fp8_experts, needs_deep_gemm
-from train.kernels.fp8.installed import OTHER_BUILD, Installed, look, misfits, refusal
+from train.kernels.fp8.installed import OTHER_BUILD, InstalledVersions, look, misfits, refusal
 from train.kernels.fp8.products import CpuEngine
 
-GOOD = Installed(
+GOOD = InstalledVersions(
     torch="2.11.0+cu130",
     cuda="13.0",
     abi=True,

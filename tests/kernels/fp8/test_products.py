@@ -18,7 +18,7 @@ from train.kernels.fp8.fp8 import Fp8Precision
 from train.kernels.fp8.groups import PaddedGroups
 from train.kernels.fp8.quantize import dequantize_reference, quantize_reference
 from train.kernels.plain.high import HighPrecision
-from train.model.recompute import Recomputed
+from train.model.recompute import RecomputedOutputs
 
 torch.set_num_threads(1)
 
@@ -158,7 +158,7 @@ def test_an_input_that_is_made_again_is_not_kept():
 
     def layer(w: Tensor) -> Tensor:
         x = source * 2
-        with Recomputed(again, (), x):
+        with RecomputedOutputs(again, (), x):
             return precision.linear(x, w)
 
     assert saved_bytes(lambda: layer(w.detach().requires_grad_()), w) == 0

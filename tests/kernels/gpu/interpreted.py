@@ -13,7 +13,7 @@ from train.kernels.plain.plain_attention import PlainAttention
 from train.kernels.plain.plain_kernels import PlainKernels
 from train.model.attention import AttentionInput
 from train.model.operations import RoutingRule
-from train.model.sequence import Positions, Rectangle, Seen
+from train.model.sequence import Positions, Rectangle, SeenKeys
 
 torch.set_num_threads(1)
 OURS, PLAIN = FusedKernels(), PlainKernels()
@@ -127,7 +127,7 @@ def test_largest_scores_or_a_bound_of_small_ones(case, share):
     seen = {
         "whole": Positions(length).seen[0],
         "documents": Positions(length, documents).seen[0],
-        "a block of keys": Seen([block]),
+        "a block of keys": SeenKeys([block]),
     }[case]
     q, k, v = (draw(2, length, 3, 40, seed=seed).transpose(1, 2) for seed in range(3))
     given = AttentionInput(q, k, v, 0.3, seen)

@@ -19,7 +19,7 @@ from train.kernels.gpu.fused_attention import (
 )
 from train.kernels.plain.plain_attention import PlainAttention
 from train.model.attention import AttentionInput, AttentionOutput
-from train.model.sequence import Positions, Rectangle, Seen
+from train.model.sequence import Positions, Rectangle, SeenKeys
 
 PLAIN = PlainAttention()
 T = 70
@@ -28,8 +28,8 @@ PIECES = [Rectangle(None, 0, 40, 0, 40, 0), Rectangle(None, 40, 70, 0, 40, 40)]
 CASES = {
     "whole": Positions(T).seen[0],
     "documents": Positions(T, DOCUMENTS).seen[0],
-    "a block of keys": Seen(PIECES),
-    "a block within documents": Seen([Rectangle(0, 3, 20, 3, 20, 0), Rectangle(0, 20, 40, 20, 40, 0), Rectangle(1, 40, 70, 5, 40, 35)]),
+    "a block of keys": SeenKeys(PIECES),
+    "a block within documents": SeenKeys([Rectangle(0, 3, 20, 3, 20, 0), Rectangle(0, 20, 40, 20, 40, 0), Rectangle(1, 40, 70, 5, 40, 35)]),
 }  # fmt: skip
 
 
@@ -42,7 +42,7 @@ def draw(keys: int) -> list[Tensor]:
 
 def given_to(q: Tensor, k: Tensor, v: Tensor, scale: float, causal: bool) -> AttentionInput:
     return AttentionInput(
-        q, k, v, scale, Seen([Rectangle(None, 0, q.size(2), 0, k.size(2), 0 if causal else k.size(2))])
+        q, k, v, scale, SeenKeys([Rectangle(None, 0, q.size(2), 0, k.size(2), 0 if causal else k.size(2))])
     )
 
 
@@ -195,7 +195,7 @@ def test_pieces_of_documents_are_never_asked_of_cudnn(kernels, monkeypatch):
         [Rectangle(1, 40, 70, 5, 40, 35)],
         CASES["documents"].rectangles,
     ):
-        given = AttentionInput(*inputs, 0.4, Seen(rectangles))
+        given = AttentionInput(*inputs, 0.4, SeenKeys(rectangles))
         made = CORES["cudnn"].forward(given, keep=True)
         CORES["cudnn"].backward(dout, given, made)
         with pytest.raises(AssertionError, match="documents have a core of their own"):

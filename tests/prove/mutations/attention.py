@@ -10,7 +10,7 @@ from train.kernels.plain.plain_attention import PlainAttention
 from train.model.deepseek import DeepSeekV3
 from train.model.mla import MLA
 from train.model.mtp import MTP
-from train.model.recompute import Recomputed
+from train.model.recompute import RecomputedOutputs
 from train.model.rope import Rope
 from train.model.sequence import Positions
 
@@ -193,4 +193,4 @@ def value_gradients_of_another_head(bug: Seams) -> None:
     r"layers|mtp",
 )
 def recomputation_differs(bug: Seams) -> None:
-    bug.around(Recomputed, "make", lambda original, *arguments: original(*arguments) * 1.01)
+    bug.around(RecomputedOutputs, "make", lambda original, *arguments: original(*arguments) * 1.01)

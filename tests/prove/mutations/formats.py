@@ -12,7 +12,7 @@ from train.kernels.fp8.cast_rules import CastRules, OperandRule
 from train.kernels.fp8.compiled_casts import CompiledCasts
 from train.kernels.fp8.compiled_engine import CompiledEngine
 from train.kernels.fp8.formats import E4M3, E5M2, E5M6, TILE, Cast
-from train.kernels.fp8.quantize import Quantized
+from train.kernels.fp8.quantize import QuantizedTensor
 
 # --- Formats and caches -----------------------------------------------------------------------------------------------
 
@@ -25,7 +25,7 @@ def gradients_in_e5m2(bug: Seams) -> None:
 @mutation(OURS + ": what is kept in FP8 loses its last bit", "fp8", BACKWARD, WEIGHTS, LOW)
 def bytes_lose_their_last_bit(bug: Seams) -> None:
     def split(original, self, x, cast):
-        if isinstance(x, Quantized) and x.q.dtype == torch.float8_e4m3fn:
+        if isinstance(x, QuantizedTensor) and x.q.dtype == torch.float8_e4m3fn:
             x = replace(x, q=(x.q.view(torch.uint8) & 0xFE).view(torch.float8_e4m3fn))
         return original(self, x, cast)
 

@@ -13,7 +13,7 @@ from train.kernels.fp8.cast_rules import CastRules, OperandRule
 from train.kernels.fp8.compiled_casts import CompiledCasts
 from train.kernels.fp8.compiled_engine import CompiledEngine
 from train.kernels.fp8.groups import PaddedGroups
-from train.kernels.fp8.quantize import Quantized, fitted
+from train.kernels.fp8.quantize import QuantizedTensor, fitted
 from train.kernels.plain.plain_kernels import added
 
 LOW = "recipe"
@@ -22,11 +22,11 @@ ATTENTION, EXPERTS, MADE = "attention", "moe|experts", "outputs|products"
 """Parts that certificates name; what a part made, in the last."""
 
 
-def with_operands(bug: Seams, change: Callable[..., Tensor | Quantized]) -> None:
+def with_operands(bug: Seams, change: Callable[..., Tensor | QuantizedTensor]) -> None:
     """change(make, source, rule, transposed) in the place of the engine's operands."""
 
     def operand(original, self, source, rule, transposed=False, groups=None):
-        def make(source=source, rule=rule) -> Tensor | Quantized:
+        def make(source=source, rule=rule) -> Tensor | QuantizedTensor:
             return original(self, source, rule, transposed, groups)
 
         return change(make, source, rule, transposed)
@@ -127,7 +127,7 @@ def dgrad_of_empty_weights(bug: Seams) -> None:
     LOW,
 )
 def copies_of_weights_never_refreshed(bug: Seams) -> None:
-    copies: dict[tuple[int, bool], Tensor | Quantized] = {}
+    copies: dict[tuple[int, bool], Tensor | QuantizedTensor] = {}
 
     def change(make, source, rule, transposed):
         if not is_weight(rule):
@@ -180,7 +180,7 @@ def rows_of_padding_taken(bug: Seams) -> None:
 # --- Scales -----------------------------------------------------------------------------------------------------------
 
 
-def with_scales(bug: Seams, change: Callable[[Quantized], Tensor]) -> None:
+def with_scales(bug: Seams, change: Callable[[QuantizedTensor], Tensor]) -> None:
     """change(quantized) in the place of the scales of 1x128 tiles."""
 
     def quantize(original, self, x, q, cast):
@@ -202,7 +202,7 @@ def scale_of_the_last_tile(bug: Seams) -> None:
 
 @mutation("pytorch/ao#4229: what lies behind whole tiles is lost", "fp8", FORWARD, MADE, LOW)
 def ragged_tile_lost(bug: Seams) -> None:
-    def change(made: Quantized) -> Tensor:
+    def change(made: QuantizedTensor) -> Tensor:
         keep = torch.ones_like(made.scale)
         keep[..., 1:] = 0
         return made.scale * keep
@@ -244,7 +244,7 @@ def down_projection_with_one_scale_a_row_of_blocks(bug: Seams) -> None:
 def wgrad_with_the_first_tiles_scale(bug: Seams) -> None:
     def change(make, source, rule, transposed):
         made = make()
-        if transposed and not is_weight(rule) and isinstance(made, Quantized):
+        if transposed and not is_weight(rule) and isinstance(made, QuantizedTensor):
             return replace(made, scale=made.scale[..., :1].expand_as(made.scale).contiguous())
         return made
 
@@ -274,7 +274,7 @@ def transposed_values_in_another_order(bug: Seams) -> None:
         made = make()
         if not transposed or is_weight(rule):
             return made
-        return replace(made, q=made.q.roll(1, -2)) if isinstance(made, Quantized) else made.roll(1, -2)
+        return replace(made, q=made.q.roll(1, -2)) if isinstance(made, QuantizedTensor) else made.roll(1, -2)
 
     with_operands(bug, change)
 
@@ -284,7 +284,7 @@ def wgrad_without_requantising(bug: Seams) -> None:
     def operand(original, self, source, rule, transposed=False, groups=None):
         if not transposed or is_weight(rule) or rule.format is None:
             return original(self, source, rule, transposed, groups)
-        x = source if isinstance(source, Tensor | Quantized) else source.values
+        x = source if isinstance(source, Tensor | QuantizedTensor) else source.values
         return self._compiled.fake_quantize(x, fitted(rule.cast(), source), torch.float32).mT
 
     bug.around(CompiledEngine, "operand", operand)

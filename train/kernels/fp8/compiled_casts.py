@@ -11,7 +11,7 @@ from torch import Tensor
 from train.kernels.cpu.cpp_build import CppSource, load
 from train.kernels.cpu.cpp_function import Array, Kernel, Number, Size, Struct, Threads
 from train.kernels.fp8.formats import E4M3, Cast
-from train.kernels.fp8.quantize import Quantized, fitted
+from train.kernels.fp8.quantize import QuantizedTensor, fitted
 
 CASTS_SOURCE = CppSource(
     Path(__file__).with_name("casts.cpp"),
@@ -57,10 +57,10 @@ class CompiledCasts:
     """`train.kernels.fp8.quantize.EagerCasts` compiled: the same bits, signed zeros aside. CPU tensors, or meta tensors, for
     plans: the same is allocated then.
 
-    A `Quantized` may also hold the values of its codes in bf16, which holds every format here exactly (`split`).
+    A `QuantizedTensor` may also hold the values of its codes in bf16, which holds every format here exactly (`split`).
     """
 
-    def quantize(self, x_MK: Tensor, cast: Cast) -> Quantized:
+    def quantize(self, x_MK: Tensor, cast: Cast) -> QuantizedTensor:
         """See `train.kernels.fp8.quantize.quantize`."""
         cast = fitted(cast, x_MK)
         if cast.format.dtype is None:
@@ -69,29 +69,29 @@ class CompiledCasts:
             q = x_MK.new_empty(x_MK.shape, dtype=cast.format.dtype)
         return self._quantize(x_MK, q, cast)
 
-    def split(self, x: Tensor | Quantized, cast: Cast) -> Quantized:
+    def split(self, x: Tensor | QuantizedTensor, cast: Cast) -> QuantizedTensor:
         """`quantize` with values in bf16 in place of codes."""
-        q = (x.q if isinstance(x, Quantized) else x).new_empty(x.shape, dtype=torch.bfloat16)
+        q = (x.q if isinstance(x, QuantizedTensor) else x).new_empty(x.shape, dtype=torch.bfloat16)
         return self._quantize(x, q, fitted(cast, x))
 
-    def decoded(self, x: Quantized) -> Quantized:
+    def decoded(self, x: QuantizedTensor) -> QuantizedTensor:
         """An operand with values in bf16 in place of codes."""
         if x.q.dtype == torch.bfloat16:
             return x
         codes = _contiguous(x)
         q = codes.q.new_empty(x.shape, dtype=torch.bfloat16)
         _decode_matrices(*_memory(codes.q, None, x.cast), *_memory(q, None, x.cast))
-        return Quantized(q, codes.scale, x.cast, x.shape)
+        return QuantizedTensor(q, codes.scale, x.cast, x.shape)
 
-    def fake_quantize(self, x: Tensor | Quantized, cast: Cast, dtype: torch.dtype) -> Tensor:
+    def fake_quantize(self, x: Tensor | QuantizedTensor, cast: Cast, dtype: torch.dtype) -> Tensor:
         """See `train.kernels.fp8.quantize.fake_quantize`."""
         assert dtype in (torch.bfloat16, torch.float32)
         cast = fitted(cast, x)
-        values = (x.q if isinstance(x, Quantized) else x).new_empty(x.shape, dtype=dtype)
+        values = (x.q if isinstance(x, QuantizedTensor) else x).new_empty(x.shape, dtype=dtype)
         _cast(x, values, None, cast)
         return values
 
-    def dequantize(self, x: Quantized, dtype: torch.dtype) -> Tensor:
+    def dequantize(self, x: QuantizedTensor, dtype: torch.dtype) -> Tensor:
         """See `train.kernels.fp8.quantize.dequantize`."""
         assert dtype in (torch.bfloat16, torch.float32)
         x = _contiguous(x)
@@ -99,12 +99,12 @@ class CompiledCasts:
         _decode_matrices(*_memory(x.q, x.scale, x.cast), *_memory(values, None, x.cast))
         return values
 
-    def _quantize(self, x: Tensor | Quantized, q: Tensor, cast: Cast) -> Quantized:
+    def _quantize(self, x: Tensor | QuantizedTensor, q: Tensor, cast: Cast) -> QuantizedTensor:
         """Into q, codes or values."""
         blocks = [-(-size // side) for size, side in zip(x.shape[-2:], cast.block, strict=True)]
         scale = q.new_empty(*x.shape[:-2], *blocks, dtype=torch.float32)
         _cast(x, q, scale, cast)
-        return Quantized(q, scale, cast, x.shape)
+        return QuantizedTensor(q, scale, cast, x.shape)
 
 
 @cache
@@ -114,10 +114,10 @@ def load_casts() -> CompiledCasts:
     return CompiledCasts()
 
 
-def _cast(x: Tensor | Quantized, q: Tensor, scale: Tensor | None, cast: Cast) -> None:
+def _cast(x: Tensor | QuantizedTensor, q: Tensor, scale: Tensor | None, cast: Cast) -> None:
     """Into q, codes or values, and scale; without a scale, values that have it inside."""
     x = _contiguous(x)
-    source = (x.q, x.scale, x.cast) if isinstance(x, Quantized) else (x, None, Cast(E4M3, (1, 1), False))
+    source = (x.q, x.scale, x.cast) if isinstance(x, QuantizedTensor) else (x, None, Cast(E4M3, (1, 1), False))
     _cast_matrices(*_memory(*source), *_memory(q, scale, cast), cast.floor, cast.pow2)
 
 
@@ -138,11 +138,11 @@ def _contiguous(x: Tensor) -> Tensor: ...
 
 
 @overload
-def _contiguous(x: Quantized) -> Quantized: ...
+def _contiguous(x: QuantizedTensor) -> QuantizedTensor: ...
 
 
-def _contiguous(x: Tensor | Quantized) -> Tensor | Quantized:
+def _contiguous(x: Tensor | QuantizedTensor) -> Tensor | QuantizedTensor:
     """A tensor row by row in memory, values in bf16 or fp32."""
-    if isinstance(x, Quantized):
-        return Quantized(x.q.contiguous(), x.scale.contiguous(), x.cast, x.shape)
+    if isinstance(x, QuantizedTensor):
+        return QuantizedTensor(x.q.contiguous(), x.scale.contiguous(), x.cast, x.shape)
     return x.contiguous() if x.dtype in (torch.bfloat16, torch.float32) else x.float().contiguous()

@@ -15,8 +15,8 @@ from train.kernels.fp8.cast_rules import OperandRule
 from train.kernels.fp8.compiled_casts import CompiledCasts
 from train.kernels.fp8.formats import Cast
 from train.kernels.fp8.groups import PaddedGroups
-from train.kernels.fp8.products import CpuEngine, Rounded, Source
-from train.kernels.fp8.quantize import Quantized, fitted
+from train.kernels.fp8.products import CpuEngine, RoundedTensor, Source
+from train.kernels.fp8.quantize import QuantizedTensor, fitted
 from train.kernels.fp8.scaled_products import ScaledOperand
 from train.model.operations import Kernels
 
@@ -42,12 +42,12 @@ class CompiledEngine(CpuEngine):
         operand = self._split(source, rule.cast(transposed))
         return _transposed(operand) if transposed else operand
 
-    def _split(self, source: Source, cast: Cast) -> Quantized:
+    def _split(self, source: Source, cast: Cast) -> QuantizedTensor:
         """Values and scales of a source in this format."""
         cast = fitted(cast, source)
-        if isinstance(source, Quantized) and source.cast == cast:
+        if isinstance(source, QuantizedTensor) and source.cast == cast:
             return self._compiled.decoded(source)
-        return self._compiled.split(source.values if isinstance(source, Rounded) else source, cast)
+        return self._compiled.split(source.values if isinstance(source, RoundedTensor) else source, cast)
 
     def product(
         self, left: ScaledOperand, right: ScaledOperand, dtype: torch.dtype, into: Tensor | None = None
@@ -79,7 +79,7 @@ class CompiledEngine(CpuEngine):
         chunks = zip(swiglu.chunks(h_P2F), swiglu.chunks(gates_P, h_P2F), strict=True)
         parts = [self._split(swiglu.forward(h, gates), rule.cast()) for h, gates in chunks]
         q_PF, scale = torch.cat([part.q for part in parts]), torch.cat([part.scale for part in parts])
-        return Quantized(q_PF, scale, parts[0].cast, q_PF.shape)
+        return QuantizedTensor(q_PF, scale, parts[0].cast, q_PF.shape)
 
     def _is_torchs(self, left: ScaledOperand, right: ScaledOperand) -> bool:
         """Whether the product is one for torch: no scales, and no faster as compiled code."""
@@ -88,7 +88,7 @@ class CompiledEngine(CpuEngine):
         return not (self._plain_too and left.dtype == right.dtype == torch.bfloat16)
 
 
-def _transposed(x: Quantized) -> Quantized:
+def _transposed(x: QuantizedTensor) -> QuantizedTensor:
     *lead, rows, columns = x.shape
     cast = replace(x.cast, block=x.cast.block[::-1])
-    return Quantized(x.q.mT, x.scale.mT, cast, torch.Size((*lead, columns, rows)))
+    return QuantizedTensor(x.q.mT, x.scale.mT, cast, torch.Size((*lead, columns, rows)))

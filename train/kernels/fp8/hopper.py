@@ -37,8 +37,8 @@ from train.kernels.fp8.grouped_products import (
 )
 from train.kernels.fp8.groups import PaddedGroups
 from train.kernels.fp8.installed import require_fit
-from train.kernels.fp8.products import Rounded, Source
-from train.kernels.fp8.quantize import Quantized, dequantize, dequantize_reference, quantize_reference
+from train.kernels.fp8.products import RoundedTensor, Source
+from train.kernels.fp8.quantize import QuantizedTensor, dequantize, dequantize_reference, quantize_reference
 from train.kernels.gpu.fused_kernels import FusedKernels
 from train.kernels.plain import grouped
 
@@ -50,25 +50,25 @@ class HopperEngine:
         """kernels: train.kernels.fp8.triton_quantize. products: of whichever library."""
         self._kernels, self._products, self._scaled_mm = kernels, products, scaled_mm
 
-    def keep(self, x_MK: Tensor, cast: Cast) -> Quantized:
+    def keep(self, x_MK: Tensor, cast: Cast) -> QuantizedTensor:
         if cast.block != (1, TILE):
             return quantize_reference(x_MK, cast)
         quantize = self._kernels.quantize_e5m6 if cast.format.dtype is None else self._kernels.quantize_tiles
         q, scale = quantize(_padded_columns(x_MK), cast)
-        return Quantized(q, scale, cast, x_MK.shape)
+        return QuantizedTensor(q, scale, cast, x_MK.shape)
 
     cast = keep
 
-    def take_arrived(self, q_MK: Tensor, scale: Tensor, cast: Cast) -> Quantized:
+    def take_arrived(self, q_MK: Tensor, scale: Tensor, cast: Cast) -> QuantizedTensor:
         q = _padded_columns(q_MK.view(torch.uint8)).view(q_MK.dtype)
-        return Quantized(q, _by_column(scale), cast, q_MK.shape)
+        return QuantizedTensor(q, _by_column(scale), cast, q_MK.shape)
 
     def operand(
         self, source: Source, rule: OperandRule, transposed: bool = False, groups: PaddedGroups | None = None
     ) -> PaddedOperand | Tensor:
-        assert not isinstance(source, Rounded), "that is the CPU's"
+        assert not isinstance(source, RoundedTensor), "that is the CPU's"
         scale = None
-        if isinstance(source, Quantized):
+        if isinstance(source, QuantizedTensor):
             outer, inner = source.shape[-2:]
             in_tiles, packed = source.cast.block == (1, TILE), source.cast.format.dtype is None
             kernel_layout = in_tiles and (not packed or (transposed and rule.granularity == "1x128"))
@@ -123,7 +123,7 @@ class HopperEngine:
             ends_E = None if groups is None else groups.unpadded_ends_E
             return _operand(kernels.quantize_columns(x, cast, scale, flat, ends_E), True, outer)
         if scale is not None:
-            x = dequantize_reference(Quantized(x, scale, Cast(E4M3, (1, TILE), False), x.shape))
+            x = dequantize_reference(QuantizedTensor(x, scale, Cast(E4M3, (1, TILE), False), x.shape))
         x = _padded(x)
         if rule.granularity == "128x128" and groups is None:
             return _operand(kernels.quantize_blocks(x, cast, transposed), False, outer)
@@ -201,12 +201,12 @@ class HopperEngine:
             made = _operand(tiles, True, h_P2F.shape[0])
         if kept is not None and cache is not None:
             q, scale = kept
-            return made, Quantized(q, scale, cache, h_P2F.shape)
+            return made, QuantizedTensor(q, scale, cache, h_P2F.shape)
         return made, h_P2F if cache is None else self.keep(h_P2F, cache)
 
     def swiglu_backward(self, h: Source, gates_P: Tensor, da_PF: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         scale = None
-        if isinstance(h, Quantized):
+        if isinstance(h, QuantizedTensor):
             h, scale = h.q, h.scale
         return self._kernels.swiglu_backward(h, gates_P, da_PF, scale)
 

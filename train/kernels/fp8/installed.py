@@ -39,7 +39,7 @@ CHOOSE_BF16 = "choose precision=bf16"
 
 
 @dataclass(frozen=True)
-class Installed:
+class InstalledVersions:
     """Versions of all that has a part in an FP8 product; None for what is not there."""
 
     torch: str
@@ -76,13 +76,13 @@ class Installed:
         return f"torch {self.torch} ({cuda}, {abi}), {packages}, {compiler}, {driver}, {gpu}"
 
 
-def look(device: int | None = None) -> Installed:
+def look(device: int | None = None) -> InstalledVersions:
     """What there is. device: number of the GPU, None for the current one. Initialises CUDA where that can be."""
     import torch
     from torch.nn import functional as F
 
     toolkit, usable = _toolkit(), torch.cuda.is_available()
-    return Installed(
+    return InstalledVersions(
         torch=torch.__version__,
         cuda=torch.version.cuda,
         abi=torch.compiled_with_cxx11_abi(),
@@ -98,7 +98,7 @@ def look(device: int | None = None) -> Installed:
     )
 
 
-def misfits(found: Installed, deep_gemm: bool) -> list[tuple[str, str]]:
+def misfits(found: InstalledVersions, deep_gemm: bool) -> list[tuple[str, str]]:
     """What does not fit, and its cure. deep_gemm: whether the experts' products are DeepGEMM's."""
     bad: list[tuple[str, str]] = []
     if found.gpu is None:
@@ -121,7 +121,7 @@ def require_fit(deep_gemm: bool) -> None:
         raise refusal(bad, str(found))
 
 
-def _of_deep_gemm(found: Installed) -> list[tuple[str, str]]:
+def _of_deep_gemm(found: InstalledVersions) -> list[tuple[str, str]]:
     bad = [] if found.deep_gemm == OTHER_BUILD else _of_package(found)
     if found.nvrtc:
         return bad  # the probe's product tells whether that compiles
@@ -133,7 +133,7 @@ def _of_deep_gemm(found: Installed) -> list[tuple[str, str]]:
     return bad
 
 
-def _of_package(found: Installed) -> list[tuple[str, str]]:
+def _of_package(found: InstalledVersions) -> list[tuple[str, str]]:
     bad: list[tuple[str, str]] = []
     oldest, newest = (".".join(map(str, numbers)) for numbers in (DEEP_GEMM_OLDEST, DEEP_GEMM_NEWEST))
     if found.deep_gemm is None:

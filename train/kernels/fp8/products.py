@@ -27,12 +27,12 @@ from train.kernels.fp8 import swiglu
 from train.kernels.fp8.cast_rules import OperandRule
 from train.kernels.fp8.formats import Cast
 from train.kernels.fp8.groups import PaddedGroups
-from train.kernels.fp8.quantize import EagerCasts, Quantized, exact_dtype, fitted
+from train.kernels.fp8.quantize import EagerCasts, QuantizedTensor, exact_dtype, fitted
 from train.kernels.plain.plain_kernels import added
 
 
 @dataclass(frozen=True)
-class Rounded:
+class RoundedTensor:
     """A quantised tensor held as the values that it stands for."""
 
     values: Tensor
@@ -43,9 +43,9 @@ class Rounded:
         return self.values.shape
 
 
-CpuOperand = Tensor | Quantized
+CpuOperand = Tensor | QuantizedTensor
 """What the CPU multiplies; values and scales apart are for `CompiledEngine` alone."""
-Source = Tensor | Quantized | Rounded
+Source = Tensor | QuantizedTensor | RoundedTensor
 """What an operand is made of, and what a layer keeps for backward: a tensor as it came, or quantised."""
 
 
@@ -58,10 +58,10 @@ def pack(*kept: Source) -> tuple[list[Tensor], list[SourceForm]]:
     tensors: list[Tensor] = []
     forms: list[SourceForm] = []
     for one in kept:
-        if isinstance(one, Quantized):
+        if isinstance(one, QuantizedTensor):
             tensors += [one.q, one.scale]
             forms.append((one.cast, one.shape))
-        elif isinstance(one, Rounded):
+        elif isinstance(one, RoundedTensor):
             tensors.append(one.values)
             forms.append(one.cast)
         else:
@@ -76,8 +76,8 @@ def unpack(tensors: Sequence[Tensor], forms: list[SourceForm]) -> list[Source]:
 
     def one(form: SourceForm) -> Source:
         if isinstance(form, tuple):
-            return Quantized(next(rest), next(rest), *form)
-        return next(rest) if form is None else Rounded(next(rest), form)
+            return QuantizedTensor(next(rest), next(rest), *form)
+        return next(rest) if form is None else RoundedTensor(next(rest), form)
 
     return [one(form) for form in forms]
 
@@ -136,13 +136,13 @@ class Engine(Protocol):
 class Casts(Protocol):
     """Casts of CPU tensors, each bit for bit as train/kernels/fp8/quantize.py defines it."""
 
-    def quantize(self, x_MK: Tensor, cast: Cast) -> Quantized:
+    def quantize(self, x_MK: Tensor, cast: Cast) -> QuantizedTensor:
         """Codes and scales."""
 
-    def fake_quantize(self, x: Tensor | Quantized, cast: Cast, dtype: torch.dtype) -> Tensor:
+    def fake_quantize(self, x: Tensor | QuantizedTensor, cast: Cast, dtype: torch.dtype) -> Tensor:
         """Values that the cast leaves, of dtype."""
 
-    def dequantize(self, x: Quantized, dtype: torch.dtype) -> Tensor:
+    def dequantize(self, x: QuantizedTensor, dtype: torch.dtype) -> Tensor:
         """Values of the codes, of dtype."""
 
 
@@ -161,11 +161,11 @@ class CpuEngine:
         return self._casts.quantize(x_MK, cast) if self._packed else self.cast(x_MK, cast)
 
     def cast(self, x_MK: Tensor, cast: Cast) -> Source:
-        return Rounded(self._casts.fake_quantize(x_MK, cast, exact_dtype(cast)), fitted(cast, x_MK))
+        return RoundedTensor(self._casts.fake_quantize(x_MK, cast, exact_dtype(cast)), fitted(cast, x_MK))
 
     def take_arrived(self, q_MK: Tensor, scale: Tensor, cast: Cast) -> Source:
-        quantized = Quantized(q_MK, scale, fitted(cast, q_MK), q_MK.shape)
-        return quantized if self._packed else Rounded(self._values(quantized), quantized.cast)
+        quantized = QuantizedTensor(q_MK, scale, fitted(cast, q_MK), q_MK.shape)
+        return quantized if self._packed else RoundedTensor(self._values(quantized), quantized.cast)
 
     def operand(
         self, source: Source, rule: OperandRule, transposed: bool = False, groups: PaddedGroups | None = None
@@ -179,7 +179,7 @@ class CpuEngine:
             cast = fitted(rule.cast(transposed), source)
             dtype = exact_dtype(cast) if self._exact else torch.bfloat16
             if isinstance(source, Tensor) or source.cast != cast:
-                x = source.values if isinstance(source, Rounded) else source
+                x = source.values if isinstance(source, RoundedTensor) else source
                 values = self._casts.fake_quantize(x, cast, dtype)
             else:
                 values = self._values(source, dtype)
@@ -230,9 +230,9 @@ class CpuEngine:
 
     def _values(self, source: Source, dtype: torch.dtype | None = None) -> Tensor:
         """What a source stands for, exactly or in a format."""
-        if isinstance(source, Quantized):
+        if isinstance(source, QuantizedTensor):
             return self._casts.dequantize(source, dtype or exact_dtype(source.cast))
-        values = source.values if isinstance(source, Rounded) else source
+        values = source.values if isinstance(source, RoundedTensor) else source
         return values.to(dtype or values.dtype)
 
 

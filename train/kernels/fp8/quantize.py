@@ -33,7 +33,7 @@ from train.kernels.fp8.formats import E4M3, Cast, Format, ScaleBlock, pack_e5m6,
 
 
 @dataclass(frozen=True)
-class Quantized:
+class QuantizedTensor:
     """A quantised tensor; x is about q * scale, scale repeated over its block."""
 
     q: Tensor
@@ -58,14 +58,14 @@ def scales(amax: Tensor, cast: Cast) -> tuple[Tensor, Tensor]:
     return scale, scale.reciprocal()
 
 
-class Shaped(Protocol):
+class ShapedTensor(Protocol):
     """A tensor, in whatever form."""
 
     @property
     def shape(self) -> torch.Size: ...
 
 
-def fitted(cast: Cast, x_MK: Shaped) -> Cast:
+def fitted(cast: Cast, x_MK: ShapedTensor) -> Cast:
     """The cast with its block no larger than the tensor."""
     rows, columns = cast.block
     return replace(cast, block=(min(rows, max(x_MK.shape[-2], 1)), min(columns, max(x_MK.shape[-1], 1))))
@@ -87,7 +87,7 @@ def unblocked(blocks: Tensor, shape: torch.Size) -> Tensor:
     return whole if whole.shape == shape else whole[..., : shape[-2], : shape[-1]].contiguous()
 
 
-def quantize_reference(x_MK: Tensor, cast: Cast) -> Quantized:
+def quantize_reference(x_MK: Tensor, cast: Cast) -> QuantizedTensor:
     """Plain quantisation of (..., M, K): the definition that every other path is tested against."""
     cast = fitted(cast, x_MK)
     blocks = blocked(x_MK.float(), cast.block)
@@ -97,16 +97,16 @@ def quantize_reference(x_MK: Tensor, cast: Cast) -> Quantized:
         q = pack_e5m6(unblocked(round_to(scaled, cast.format), x_MK.shape))
     else:
         q = unblocked(scaled.to(cast.format.dtype), x_MK.shape)
-    return Quantized(q, scale.squeeze((-3, -1)), cast, x_MK.shape)
+    return QuantizedTensor(q, scale.squeeze((-3, -1)), cast, x_MK.shape)
 
 
-def dequantize_reference(x: Quantized) -> Tensor:
+def dequantize_reference(x: QuantizedTensor) -> Tensor:
     """(..., M, K) fp32."""
     values = unpack_e5m6(x.q, x.shape[-1]).float() if x.cast.format.dtype is None else x.q.float()
     return unblocked(blocked(values, x.cast.block) * x.scale[..., :, None, :, None], values.shape)
 
 
-def quantize(x_MK: Tensor, cast: Cast) -> Quantized:
+def quantize(x_MK: Tensor, cast: Cast) -> QuantizedTensor:
     """`quantize_reference`, faster; same bits."""
     if cast.format.dtype is None:
         return quantize_reference(x_MK, cast)
@@ -117,7 +117,7 @@ def quantize(x_MK: Tensor, cast: Cast) -> Quantized:
         inverse = inverse.bfloat16()  # exact, and the product with a power of two is exact too
     # no clamp: amax * inverse exceeds the maximum by at most one rounding of fp32, which casts to the maximum
     q = unblocked((blocks * inverse).to(cast.format.dtype), x_MK.shape)
-    return Quantized(q, scale.squeeze((-3, -1)), cast, x_MK.shape)
+    return QuantizedTensor(q, scale.squeeze((-3, -1)), cast, x_MK.shape)
 
 
 def exact_dtype(cast: Cast) -> torch.dtype:
@@ -134,7 +134,7 @@ def fake_quantize(x_MK: Tensor, cast: Cast, dtype: torch.dtype | None = None) ->
     return unblocked(round_to(blocks * inverse, cast.format).mul_(scale).to(dtype), x_MK.shape)
 
 
-def dequantize(x: Quantized, dtype: torch.dtype | None = None) -> Tensor:
+def dequantize(x: QuantizedTensor, dtype: torch.dtype | None = None) -> Tensor:
     """(..., M, K) in `exact_dtype` or as asked."""
     values, factor = _as_fp16(x)
     scaled = blocked(values, x.cast.block) * (x.scale * factor)[..., :, None, :, None]
@@ -144,17 +144,17 @@ def dequantize(x: Quantized, dtype: torch.dtype | None = None) -> Tensor:
 class EagerCasts:
     """What the CPU emulation asks for, in torch's own operations; train/kernels/fp8/compiled_casts.py has the same compiled."""
 
-    def quantize(self, x_MK: Tensor, cast: Cast) -> Quantized:
+    def quantize(self, x_MK: Tensor, cast: Cast) -> QuantizedTensor:
         return quantize(x_MK, cast)
 
-    def fake_quantize(self, x: Tensor | Quantized, cast: Cast, dtype: torch.dtype) -> Tensor:
-        return fake_quantize(dequantize(x) if isinstance(x, Quantized) else x, cast, dtype)
+    def fake_quantize(self, x: Tensor | QuantizedTensor, cast: Cast, dtype: torch.dtype) -> Tensor:
+        return fake_quantize(dequantize(x) if isinstance(x, QuantizedTensor) else x, cast, dtype)
 
-    def dequantize(self, x: Quantized, dtype: torch.dtype) -> Tensor:
+    def dequantize(self, x: QuantizedTensor, dtype: torch.dtype) -> Tensor:
         return dequantize(x, dtype)
 
 
-def _as_fp16(x: Quantized) -> tuple[Tensor, float]:
+def _as_fp16(x: QuantizedTensor) -> tuple[Tensor, float]:
     """Values as fp16 of the same bit fields, and the power of two that is missing from them."""
     if x.cast.format.dtype is None:
         return unpack_e5m6(x.q, x.shape[-1]), 1.0

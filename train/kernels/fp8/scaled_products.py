@@ -1,6 +1,6 @@
 """Products of values in bf16 with fp32 scales, on a CPU with AVX2: `train/kernels/cpu/products.cpp`.
 
-An operand (O, C) is `Quantized` with its values in bf16, or a tensor in bf16, whose scales are all one. A scale stands
+An operand (O, C) is `QuantizedTensor` with its values in bf16, or a tensor in bf16, whose scales are all one. A scale stands
 for tiles of 128 along the contraction, or for all of it.
 
 Shape suffixes: as in train/kernels/fp8/products.py.
@@ -16,9 +16,9 @@ from train.kernels.cpu.cpp_build import load
 from train.kernels.cpu.libraries import source
 from train.kernels.fp8.formats import TILE
 from train.kernels.fp8.groups import PaddedGroups
-from train.kernels.fp8.quantize import Quantized
+from train.kernels.fp8.quantize import QuantizedTensor
 
-ScaledOperand = Tensor | Quantized
+ScaledOperand = Tensor | QuantizedTensor
 
 
 def product(
@@ -68,7 +68,7 @@ def _run(
 
 
 def _values(x: ScaledOperand) -> Tensor:
-    return x.q if isinstance(x, Quantized) else x
+    return x.q if isinstance(x, QuantizedTensor) else x
 
 
 def _scales(x: ScaledOperand) -> tuple[Tensor | None, int]:

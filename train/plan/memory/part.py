@@ -29,7 +29,7 @@ from parallel.pipeline.host_store import page_bytes
 from train.kernels.precision import activation_dtype
 from train.model.deepseek import DeepSeekV3
 from train.model.mla import MLA
-from train.model.moe import Dispatcher, LocalDispatcher, Routed
+from train.model.moe import Dispatcher, LocalDispatcher, RoutedRows
 from train.model.needed import Function
 from train.model.operations import Kernels
 from train.model.sequence import Positions
@@ -45,14 +45,14 @@ AWAY = "_away_"
 Section = TypeVar("Section")
 
 
-class Frozen(Generic[Section]):
+class FrozenSection(Generic[Section]):
     """A configuration section as a key of caches: equal by value."""
 
     def __init__(self, section: Section):
         self.section, self._text = section, repr(section)
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, Frozen) and self._text == other._text
+        return isinstance(other, FrozenSection) and self._text == other._text
 
     def __hash__(self) -> int:
         return hash(self._text)
@@ -62,8 +62,8 @@ class Frozen(Generic[Section]):
 class Scene:
     """Everything that the memory of a micro-batch's passes through a part depends on."""
 
-    model: Frozen[Model]
-    precision: Frozen[Precision]
+    model: FrozenSection[Model]
+    precision: FrozenSection[Precision]
     kind: str
     """Device: cuda or cpu."""
     seq_len: int
@@ -174,7 +174,7 @@ def seen_by(part: str, scene: Scene) -> Scene:
         recompute += [Recompute.layer] * part.endswith(AGAIN)
     elif kind == "embedding":
         recompute = []
-    scene = replace(scene, model=Frozen(replace(model, recompute=recompute, offload=[away] if away else [])))
+    scene = replace(scene, model=FrozenSection(replace(model, recompute=recompute, offload=[away] if away else [])))
     if kind == "moe" or (kind == "end" and model.mtp_depth):
         return scene
     return replace(scene, dispatch="local", wire="bf16", ep=1, ranks_per_node=1, load=Load((1.0,)))
@@ -359,14 +359,14 @@ class _Tagged:
             self._pending = self._dispatcher.dispatch_begin(x_TD, expert_ids_TK, gates_TK, again)
         return self
 
-    def wait(self) -> Routed:
+    def wait(self) -> RoutedRows:
         with self._ledger.tagged("dispatch"):
             routed = self.__dict__.pop("_pending").wait()
         rows_L = self._rows_L
         routed.counts_E.tolist = lambda: list(rows_L)  # of this one tensor: on the meta device it has no values
         return routed
 
-    def combine(self, out_RD: Tensor, routed: Routed) -> Tensor:
+    def combine(self, out_RD: Tensor, routed: RoutedRows) -> Tensor:
         with self._ledger.tagged("dispatch"):
             return self._dispatcher.combine(out_RD, routed)
 

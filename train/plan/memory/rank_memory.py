@@ -22,7 +22,7 @@ from train.kernels.choice import build_kernels
 from train.parallelize import split
 from train.plan.job import actions_of, device_kind, layout_of
 from train.plan.memory.chunk import Parts, chunk_of
-from train.plan.memory.part import AGAIN, AWAY, Frozen, Scene, kind_of
+from train.plan.memory.part import AGAIN, AWAY, FrozenSection, Scene, kind_of
 from train.plan.memory.rank_weights import (
     FP32_BYTES,
     Shards,
@@ -157,8 +157,8 @@ def scene_of(config: Config, load: Load | None = None) -> Scene:
         group = Group(parallel.ep, 1, model.experts, model.top_k, model.groups, model.top_groups)
         load = Load.even(group, config.plan.imbalance if parallel.ep > 1 else 1.0)
     return Scene(
-        Frozen(model),
-        Frozen(config.precision),
+        FrozenSection(model),
+        FrozenSection(config.precision),
         device_kind(config),
         config.seq_len,
         config.micro_batch_size,

@@ -16,7 +16,7 @@ from train.kernels.plain.high import HighPrecision
 from train.kernels.plain.plain_kernels import PlainKernels
 from train.model.deepseek import DeepSeekV3
 from train.plan.memory.chunk import Parts
-from train.plan.memory.part import Frozen, kind_of
+from train.plan.memory.part import FrozenSection, kind_of
 
 FP32_BYTES = 4
 """Bytes."""
@@ -37,7 +37,7 @@ class Weight:
 
 
 @lru_cache(maxsize=256)
-def part_weights(model: Frozen[Model], part: str, local_experts: int) -> tuple[Weight, ...]:
+def part_weights(model: FrozenSection[Model], part: str, local_experts: int) -> tuple[Weight, ...]:
     """The weights of a part (train/plan/memory/part.py); of the end without the embedding, which is a part of its own."""
     config = model.section
     layers = {"dense": range(1), "moe": range(config.dense_layers, config.dense_layers + 1)}.get(
@@ -64,7 +64,7 @@ def rank_weights(config: Config, chunks: Sequence[Parts]) -> list[Weight]:
     """The weights of all chunks of a rank; an embedding that two of them share, or the end needs for MTP, is there
     once.
     """
-    model, share = Frozen(config.model), config.model.experts // config.parallel.ep
+    model, share = FrozenSection(config.model), config.model.experts // config.parallel.ep
     has_table = any(needs_table(config.model, parts) for parts in chunks)
     names = ["embedding"] * has_table + [part for parts in chunks for part in parts if part != "embedding"]
     return [weight for name in names for weight in part_weights(model, name, share)]

@@ -13,14 +13,14 @@ from conf.thresholds import THRESHOLDS
 from train.optim.optimizer_classes import OPTIMIZER_CLASSES
 from train.plan.job import micro_batches_of
 from train.plan.memory.chunk import ChunkMemory
-from train.plan.memory.part import Frozen, PassMemory
+from train.plan.memory.part import FrozenSection, PassMemory
 from train.plan.memory.rank_weights import FP32_BYTES, Shards, Weight, part_weights, state_bytes
-from train.plan.memory.zero3_gather import Gathered, Shared, follow_gathers
+from train.plan.memory.zero3_gather import GatheredElements, SharedWeight, follow_gathers
 from train.plan.memory.zero3_scatter import (
     NOTHING,
     Bucket,
     Visit,
-    Waiting,
+    WaitingGradients,
     trace_unit_backward,
     trace_unit_forward,
     unit_of,
@@ -82,7 +82,7 @@ class Zero3Memory:
         ]
 
     @cached_property
-    def _backward(self) -> tuple[list[Visit], Waiting]:
+    def _backward(self) -> tuple[list[Visit], WaitingGradients]:
         """Units in the order of backward, and the gradients that wait at its end."""
         scene, waiting = self._chunk.scene, NOTHING
         visits: tuple[Visit, ...] = ()
@@ -96,7 +96,7 @@ class Zero3Memory:
         return found, waiting
 
     @cached_property
-    def _held(self) -> list[Gathered]:
+    def _held(self) -> list[GatheredElements]:
         """What is gathered at the visits of forward, then of backward."""
         units = self._units()
         last, depths = len(units) - 1, self._config.model.mtp_depth
@@ -107,27 +107,27 @@ class Zero3Memory:
         held = follow_gathers(units, list(zip(visits, done, strict=True)), limit)
         return held[1 : last + 1] + held[-last:]
 
-    def _units(self) -> list[list[Shared]]:
+    def _units(self) -> list[list[SharedWeight]]:
         """Weights by unit; the first is the model itself, which has none of its own."""
-        found: list[list[Shared]] = [[]]
+        found: list[list[SharedWeight]] = [[]]
         for part in self._chunk.parts:
-            by_unit: dict[str, list[Shared]] = {}
+            by_unit: dict[str, list[SharedWeight]] = {}
             for weight in self._weights(part):
                 by_unit.setdefault(unit_of(weight.name) if part == "end" else part, []).append(self._shared(weight))
             head = by_unit.pop("head", None)  # at work last
             found += [*by_unit.values(), *([head] if head else [])]
         return found
 
-    def _shared(self, weight: Weight) -> Shared:
+    def _shared(self, weight: Weight) -> SharedWeight:
         parallel = self._config.parallel
         experts = weight.is_expert and parallel.ep > 1
-        return Shared(
+        return SharedWeight(
             weight.elements, "experts" if experts else "dense", parallel.stage_ranks // (parallel.ep if experts else 1)
         )
 
     def _weights(self, part: str) -> Sequence[Weight]:
         share = self._config.model.experts // self._config.parallel.ep
-        return part_weights(Frozen(self._config.model), part, share)
+        return part_weights(FrozenSection(self._config.model), part, share)
 
     def update(self) -> int:
         """Most bytes while the weights are updated, group by group: a copy of the gradients and scratch."""

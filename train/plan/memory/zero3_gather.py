@@ -19,7 +19,7 @@ from enum import Enum
 from typing import NamedTuple
 
 
-class Shared(NamedTuple):
+class SharedWeight(NamedTuple):
     """A weight, the process group that shares it, and the ranks in that group."""
 
     elements: int
@@ -32,7 +32,7 @@ class Shared(NamedTuple):
         return -(-self.elements // self.ranks) * self.ranks
 
 
-class Gathered(NamedTuple):
+class GatheredElements(NamedTuple):
     """Gathered elements around one visit of a unit."""
 
     fetching: int
@@ -51,7 +51,7 @@ class _Status(Enum):
 class _Weight:
     """One weight in one simulation. next_use: number of the visit that the latest gather or wait was for."""
 
-    shared: Shared
+    shared: SharedWeight
     status: _Status = _Status.away
     next_use: int = -1
     size: int = 0
@@ -67,13 +67,15 @@ class _Gather:
     buffers: int = 0
 
 
-def follow_gathers(units: Sequence[Sequence[Shared]], visits: Sequence[tuple[int, bool]], limit: int) -> list[Gathered]:
+def follow_gathers(
+    units: Sequence[Sequence[SharedWeight]], visits: Sequence[tuple[int, bool]], limit: int
+) -> list[GatheredElements]:
     """What is gathered at every visit. visits: a unit's number, and whether it is done with when the visit ends."""
     return _Coordinator(units, visits, limit).run()
 
 
 class _Coordinator:
-    def __init__(self, units: Sequence[Sequence[Shared]], visits: Sequence[tuple[int, bool]], limit: int):
+    def __init__(self, units: Sequence[Sequence[SharedWeight]], visits: Sequence[tuple[int, bool]], limit: int):
         self._units = [[_Weight(weight) for weight in unit] for unit in units]
         self._visits, self._limit = visits, limit
         self._queue = deque((weight, number) for number, (unit, _) in enumerate(visits) for weight in self._units[unit])
@@ -81,14 +83,14 @@ class _Coordinator:
         self._counted = 0
         """Elements that DeepSpeed takes for gathered: without padding and buffers."""
 
-    def run(self) -> list[Gathered]:
+    def run(self) -> list[GatheredElements]:
         found = []
         for number, (unit, done) in enumerate(self._visits):
             weights = self._units[unit]
             self._gather([weight for weight in weights if weight.status is _Status.away])
             highest = self._wait(weights)
             self._gather_ahead(weights, number)
-            found.append(Gathered(max(highest, self._size()), self._size()))
+            found.append(GatheredElements(max(highest, self._size()), self._size()))
             if done:
                 self._release(weights, number)
         return found

@@ -15,7 +15,7 @@ from train.plan.memory.part import PassMemory, Run, Scene, traced_once
 from train.plan.memory.rank_weights import FP32_BYTES
 
 
-class Waiting(NamedTuple):
+class WaitingGradients(NamedTuple):
     """Gradients handed over and not yet reduced."""
 
     elements: int = 0
@@ -25,7 +25,7 @@ class Waiting(NamedTuple):
     experts: bool = False
 
 
-NOTHING = Waiting()
+NOTHING = WaitingGradients()
 
 
 @dataclass(frozen=True)
@@ -38,20 +38,20 @@ class Bucket:
     expert_ranks: int
     gloo: bool
 
-    def is_full(self, waiting: Waiting, elements: int, experts: bool) -> bool:
+    def is_full(self, waiting: WaitingGradients, elements: int, experts: bool) -> bool:
         """Whether what waits is reduced before a gradient of this kind comes."""
         return waiting.tensors > 0 and (experts != waiting.experts or waiting.elements + elements > self.limit)
 
-    def add(self, waiting: Waiting, elements: int, experts: bool) -> Waiting:
+    def add(self, waiting: WaitingGradients, elements: int, experts: bool) -> WaitingGradients:
         ranks = self.expert_ranks if experts else self.dense_ranks
         padded = -(-elements // ranks) * ranks
-        return Waiting(waiting.elements + elements, waiting.padded + padded, waiting.tensors + 1, experts)
+        return WaitingGradients(waiting.elements + elements, waiting.padded + padded, waiting.tensors + 1, experts)
 
     def takes(self, elements: int) -> bool:
         """Whether a gradient is copied into the bucket."""
         return elements <= self.limit
 
-    def reduction(self, waiting: Waiting) -> int:
+    def reduction(self, waiting: WaitingGradients) -> int:
         """Most bytes that a reduction takes. gloo makes a copy to sum in; experts' shards are scaled after the sum."""
         ranks = self.expert_ranks if waiting.experts else self.dense_ranks
         in_order = 0 if waiting.tensors == 1 and waiting.elements == waiting.padded else waiting.padded
@@ -81,8 +81,8 @@ def trace_unit_forward(scene: Scene, part: str) -> tuple[Visit, ...]:
 
 @traced_once
 def trace_unit_backward(
-    scene: Scene, part: str, held: bool, bucket: Bucket, waiting: Waiting
-) -> tuple[PassMemory, tuple[Visit, ...], Waiting]:
+    scene: Scene, part: str, held: bool, bucket: Bucket, waiting: WaitingGradients
+) -> tuple[PassMemory, tuple[Visit, ...], WaitingGradients]:
     """Whole backward, its visits, and what waits then. held: as in trace_backward. waiting: at the start."""
     with _UnitRun(scene, part, bucket, waiting) as run:
         run.forward()
@@ -93,7 +93,7 @@ def trace_unit_backward(
 class _UnitRun(Run):
     """A run that knows when units begin, and hands gradients over."""
 
-    def __init__(self, scene: Scene, part: str, bucket: Bucket | None = None, waiting: Waiting = NOTHING):
+    def __init__(self, scene: Scene, part: str, bucket: Bucket | None = None, waiting: WaitingGradients = NOTHING):
         super().__init__(scene, part, first=bucket is not None)
         self._bucket, self.waiting = bucket, waiting
 

@@ -13,7 +13,7 @@ from train.metrics.quantities import amount, gib, length_of_run, seconds, share
 from train.metrics.screens import GOOD, WARN, show
 from train.optim.matrices import logical_matrices
 from train.plan.budget import RunPlan, Verdict
-from train.plan.memory.part import Frozen
+from train.plan.memory.part import FrozenSection
 from train.plan.memory.rank_weights import part_weights
 from train.plan.report.plan_page import PLAN_PAGE
 from train.plan.report.plan_record import layout_words, reserve_words, split_words, verdict
@@ -101,7 +101,7 @@ def _matrices(config: Config) -> str:
     """What the optimizer makes orthogonal by itself, of a weight of each kind: how many, and their rows and columns."""
     found: dict[str, Counter[tuple[int, int]]] = {}
     for part in ("dense", "moe", *["end"] * (config.model.mtp_depth > 0)):
-        for weight in part_weights(Frozen(config.model), part, config.model.experts):
+        for weight in part_weights(FrozenSection(config.model), part, config.model.experts):
             if config.optim.facts.choose_rule(weight.name, len(weight.shape)).is_whole:
                 kind = re.sub(r"^(layers|mtp)\.\d+\.(block\.)?|\.weight$", "", weight.name)
                 matrices = logical_matrices(weight.name, weight.shape, config.model, config.optim.muon.by_head)

@@ -21,7 +21,7 @@ class Segment:
 
 
 @dataclass(frozen=True)
-class Elapsed:
+class ElapsedTime:
     """How long a pass or a pair of them takes."""
 
     seconds: float
@@ -29,7 +29,7 @@ class Elapsed:
     """Seconds of these in which a transfer was waited for."""
 
 
-def alone(segments: list[Segment], taken: float) -> Elapsed:
+def alone(segments: list[Segment], taken: float) -> ElapsedTime:
     """One pass, nothing else to do while it waits."""
     seconds = exposed = 0.0
     for segment in segments:
@@ -37,7 +37,7 @@ def alone(segments: list[Segment], taken: float) -> Elapsed:
         wait = max(0.0, segment.transfer - beside)
         seconds += segment.compute + beside + wait
         exposed += wait
-    return Elapsed(seconds, exposed)
+    return ElapsedTime(seconds, exposed)
 
 
 class _Lane:
@@ -49,7 +49,7 @@ class _Lane:
         return self.at == len(self.segments)
 
 
-def overlapped(forward: list[Segment], backward: list[Segment], taken: float) -> Elapsed:
+def overlapped(forward: list[Segment], backward: list[Segment], taken: float) -> ElapsedTime:
     """A forward and a backward pass that take turns; see parallel/pipeline/overlap.py for the order."""
     lanes = [_Lane(backward), _Lane(forward)]
     now = exposed = link = 0.0
@@ -68,7 +68,7 @@ def overlapped(forward: list[Segment], backward: list[Segment], taken: float) ->
                 break
         turn = 1 - turn
     last = max(lane.arrival for lane in lanes)
-    return Elapsed(max(now, last), exposed + max(0.0, last - now))
+    return ElapsedTime(max(now, last), exposed + max(0.0, last - now))
 
 
 def _compute(now: float, seconds: float, link: float, taken: float) -> float:

@@ -21,7 +21,7 @@ from train.plan.job import micro_batches_of
 from train.plan.memory.chunk import chunk_of
 from train.plan.memory.rank_memory import chunk_parts, scene_of
 from train.plan.time import work
-from train.plan.time.passes import Elapsed, Segment, alone, overlapped
+from train.plan.time.passes import ElapsedTime, Segment, alone, overlapped
 from train.plan.time.rates import Rates
 from train.plan.time.traffic import Spread, latent_bytes, spread_of
 from train.plan.time.update import to_host
@@ -86,7 +86,7 @@ class Stages:
         """All that a layer without experts depends on, of what layouts differ in."""
         self._routed = (*self._alike, parallel.ep, parallel.dispatch, parallel.wire)
         self._sent: dict[int, float] = {}
-        self._elapsed: dict[tuple, Elapsed] = {}
+        self._elapsed: dict[tuple, ElapsedTime] = {}
         self._kinds: dict[int, tuple] = {}
 
     def _remembered(self, key: tuple, make: Callable[[], Any]) -> Any:
@@ -270,7 +270,7 @@ class Stages:
         ]
         return sum(hops) if self.config.parallel.dispatch_facts.by_nodes else max(hops)
 
-    def elapsed(self, action: Action) -> Elapsed:
+    def elapsed(self, action: Action) -> ElapsedTime:
         """Time of an action."""
         halves = action.halves
         key = (action.kind, halves[0].stage, halves[1].stage) if halves else (action.kind, action.stage)
@@ -284,17 +284,17 @@ class Stages:
         more = Recompute.layer in self.config.model.recompute, self.config.parallel.zero == 3
         return (*self._routed, action.kind, *kinds, *more)
 
-    def _time(self, action: Action) -> Elapsed:
+    def _time(self, action: Action) -> ElapsedTime:
         return self._beside_copies(action, self._computing(action))
 
-    def _beside_copies(self, action: Action, computed: Elapsed) -> Elapsed:
+    def _beside_copies(self, action: Action, computed: ElapsedTime) -> ElapsedTime:
         """With what goes to the host or comes back meanwhile: a link takes both ways at once, and a CPU copies in its own time."""
         halves = action.halves or (action,)
         there = [self._copies(half.stage) for half in halves if half.kind == "F"]
         back = [self._copies(stage) for half in halves for stage, _ in reads(half)]
         if self.config.hardware.device == "cpu":
-            return Elapsed(computed.seconds + sum(there) + sum(back), computed.exposed)
-        return Elapsed(max(computed.seconds, *there, *back, 0.0), computed.exposed)
+            return ElapsedTime(computed.seconds + sum(there) + sum(back), computed.exposed)
+        return ElapsedTime(max(computed.seconds, *there, *back, 0.0), computed.exposed)
 
     def _copies(self, stage: int) -> float:
         """Seconds in which what a micro-batch keeps of a stage goes to the host."""
@@ -307,7 +307,7 @@ class Stages:
             self._sent[stage] = to_host(self.config, self.rates, moved)
         return self._sent[stage]
 
-    def _computing(self, action: Action) -> Elapsed:
+    def _computing(self, action: Action) -> ElapsedTime:
         if action.halves:
             forward, backward = (self.directions(half.stage) for half in action.halves)
             return overlapped(forward.forward.segments, backward.backward.segments, self.taken)

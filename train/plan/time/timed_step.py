@@ -10,7 +10,7 @@ from conf.schema import Config
 from train.data.batch import Batch
 from train.loop.step import StepOutcome, TrainingStep
 from train.optim.schedules import StepPlan
-from train.parallelize import Parallelized
+from train.parallelize import ParallelModel
 from train.rank import RankSetup
 
 
@@ -32,7 +32,7 @@ class TimedStep:
     """Steps of one rank over one batch of random tokens, as training makes them."""
 
     def __init__(
-        self, config: Config, parts: Parallelized, rank: RankSetup, clock: Callable[[torch.device], float] = wall_clock
+        self, config: Config, parts: ParallelModel, rank: RankSetup, clock: Callable[[torch.device], float] = wall_clock
     ):
         self._config, self._device, self._clock = config, rank.device, clock
         self._step = TrainingStep(config, parts, rank)

@@ -20,7 +20,7 @@ from train.model.count import count
 from train.optim.matrices import logical_matrices
 from train.optim.newton_schulz import products
 from train.plan.job import device_kind
-from train.plan.memory.part import Frozen
+from train.plan.memory.part import FrozenSection
 from train.plan.memory.rank_weights import part_weights
 from train.plan.time.rates import Rates
 from train.plan.time.work import Work
@@ -89,7 +89,7 @@ def _orthogonal(config: Config, layers: list[range], stage_ids: list[int], last:
     """What is made orthogonal of the weights that all ranks of a stage share, and of the experts of one rank."""
     if not config.optim.facts.matrices.is_whole:
         return ()
-    model, share = Frozen(config.model), config.model.experts // config.parallel.ep
+    model, share = FrozenSection(config.model), config.model.experts // config.parallel.ep
     blocks = ["dense" if i < config.model.dense_layers else "moe" for stage in stage_ids for i in layers[stage]]
     found: dict[bool, list[tuple[int, list[float]]]] = {False: [], True: []}
     for part in [*blocks, *["end"] * (last in stage_ids)]:
