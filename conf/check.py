@@ -76,7 +76,7 @@ def _written(text: Text, config: Config, value: Any) -> str:
 
 
 @dataclass(frozen=True)
-class When:
+class ConditionalRules:
     """Rules of some configurations alone."""
 
     so: Callable[[Config], Any]
@@ -199,7 +199,7 @@ def _phases(key: str) -> tuple[ConfigCheck, ...]:
 
 def _pieces(key: str, each: bool = False) -> ConfigCheck:
     """Sequences that cp ranks share are cut into 2 cp pieces of one length. key: which says how long they are."""
-    return When(
+    return ConditionalRules(
         lambda c: c.parallel.cp > 1,
         (
             JoinedRule(
@@ -265,7 +265,7 @@ TOP: tuple[ConfigCheck, ...] = (
                "must not go beyond steps = {steps}", "raise steps, or watch earlier ones"),
     JoinedRule("profile.ranks", lambda c, v: 0 <= v < c.parallel.world,
                lambda c, v: f"must be a rank, 0 to {c.parallel.world - 1}", "take 0", each=True),
-    When(
+    ConditionalRules(
         lambda c: c.cluster.deterministic,  # packages of others that make no promise to repeat their bits
         (
             JoinedRule("parallel.dispatch", lambda c, v: DISPATCHES[v].repeats,
@@ -290,7 +290,7 @@ MODEL: tuple[ConfigCheck, ...] = (
                "must be even: RoPE turns pairs", lambda c, v: f"take {v + 1}"),
     JoinedRule("model.dense_layers", lambda c, v: v <= c.model.layers,
                "must not exceed model.layers = {model.layers}", "lower it"),
-    When(
+    ConditionalRules(
         _has_experts,
         (
             *(
@@ -314,7 +314,7 @@ MODEL: tuple[ConfigCheck, ...] = (
                        "lower model.top_k or raise model.top_groups"),
         ),
     ),
-    When(
+    ConditionalRules(
         lambda c: _has_experts(c) and c.model.groups > 1,
         (
             JoinedRule("model.group_top_k", lambda c, v: v is None or v <= c.model.experts // c.model.groups,
@@ -347,7 +347,7 @@ OPTIM: tuple[ConfigCheck, ...] = (
                shown=lambda c, v: ", ".join(f"{key}={value}" for key, value in _set_here(v).items())),
     JoinedRule("optim.batch_ramp_steps", lambda c, v: (c.optim.batch_ramp_start is None) == (v == 0),
                "a ramp needs both batch_ramp_start and batch_ramp_steps", "set both or neither"),
-    When(
+    ConditionalRules(
         lambda c: c.optim.batch_ramp_start is not None,
         (
             JoinedRule("optim.batch_ramp_start", lambda c, v: v <= c.batch_size,
@@ -406,14 +406,14 @@ PARALLEL: tuple[ConfigCheck, ...] = (
                "must be false with parallel.zero=3 and schedule={parallel.schedule}: weights are gathered for one pass at a time, and here a "
                "forward and a backward take turns",
                "use parallel.overlap=false, another schedule, or parallel.zero=1 or 2"),
-    When(_has_experts, (lambda c: check_experts(c.model.experts, c.parallel.ep),)),
+    ConditionalRules(_has_experts, (lambda c: check_experts(c.model.experts, c.parallel.ep),)),
 )
 
 PRECISION: tuple[ConfigCheck, ...] = (
     JoinedRule("precision.fp8", lambda c, v: (v is not None) == c.precision.name.startswith("fp8"),
                "must be set for a recipe with FP8 products and for no other",
                "choose precision=fp8, which fills it", shown=lambda c, v: "null" if v is None else "set"),
-    When(lambda c: c.precision.fp8 is not None, (_check_products,)),
+    ConditionalRules(lambda c: c.precision.fp8 is not None, (_check_products,)),
 )
 
 PLAN: tuple[ConfigCheck, ...] = (

@@ -50,6 +50,16 @@ def test_a_public_class_alias_or_enum_has_a_name_of_its_own():
     assert twice((name, file) for name, _, file in public_names(FOLDERS) if not name.isupper()) == {}
 
 
+NOUNS = {"Embedding", "Meeting", "Reading", "Sharing", "Sighting"}
+"""Words that are nouns, though they end as a participle does."""
+
+
+def test_a_public_class_is_named_by_a_noun():
+    """So that one knows what an object of it is: WrittenTensor, where a bare Written says what was done and not to what."""
+    found = [name for name, node, _ in public_names(PRODUCT) if isinstance(node, ast.ClassDef)]
+    assert [name for name in found if re.fullmatch(r"[A-Z][a-z]+(ed|en|ing)", name) and name not in NOUNS] == []
+
+
 def test_a_constant_of_the_product_has_one_meaning():
     """A single letter is a type variable, for one function."""
     found = twice((name, file) for name, _, file in public_names(PRODUCT) if name.isupper() and len(name) > 1)

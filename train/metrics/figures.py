@@ -41,7 +41,7 @@ class CurveFigure(NamedTuple):
     """Whether it is left out of a run in which it would be 0 throughout."""
 
 
-FIGURES = {
+CURVE_FIGURES = {
     "imbalance": CurveFigure(
         "Imbalance between experts",
         "MaxVio",
@@ -124,7 +124,7 @@ def curves_of(key: str) -> dict[str, Curve]:
 
 
 def _of_table(key: str) -> Callable[[Series, Mapping[str, Any]], Figure | None]:
-    title, unit, caption, zero, quiet = FIGURES[key]
+    title, unit, caption, zero, quiet = CURVE_FIGURES[key]
 
     def make(series: Series, settings: Mapping[str, Any]) -> Figure | None:
         wanted = curves_of(key)

@@ -40,7 +40,7 @@ class RoutedRows(Protocol):
     """What the dispatcher needs for the way back."""
 
 
-class PendingDispatch(Protocol):
+class PendingRows(Protocol):
     """A dispatch that is under way."""
 
     def wait(self) -> RoutedRows:
@@ -50,9 +50,7 @@ class PendingDispatch(Protocol):
 class Dispatcher(Protocol):
     """Brings tokens to experts and back. Differentiable in x and gates."""
 
-    def dispatch_begin(
-        self, x_TD: Tensor, expert_ids_TK: Tensor, gates_TK: Tensor, again: Any = None
-    ) -> PendingDispatch:
+    def dispatch_begin(self, x_TD: Tensor, expert_ids_TK: Tensor, gates_TK: Tensor, again: Any = None) -> PendingRows:
         """Start to send every token to its K experts. again: `RoutedRows.state` of an earlier dispatch of these tokens, whose
         rows go the same ways."""
 

@@ -15,7 +15,7 @@ from typing import Any
 
 from torch import Tensor
 
-from train.model.moe import Dispatcher, MoE, PendingDispatch, RoutedRows
+from train.model.moe import Dispatcher, MoE, PendingRows, RoutedRows
 from train.model.recompute import is_repeated
 
 Keep = Callable[[str, int, Tensor], None]
@@ -35,9 +35,7 @@ class WatchedDispatcher:
         """The next micro-batch is number 0."""
         self._calls = 0
 
-    def dispatch_begin(
-        self, x_TD: Tensor, expert_ids_TK: Tensor, gates_TK: Tensor, again: Any = None
-    ) -> PendingDispatch:
+    def dispatch_begin(self, x_TD: Tensor, expert_ids_TK: Tensor, gates_TK: Tensor, again: Any = None) -> PendingRows:
         if not self._moe.training or is_repeated():
             return self._inner.dispatch_begin(x_TD, expert_ids_TK, gates_TK, again)
         number, self._calls = self._calls, self._calls + 1
@@ -73,7 +71,7 @@ class WatchedDispatcher:
 class _WatchedPending:
     """A dispatch that is under way."""
 
-    def __init__(self, watched: WatchedDispatcher, number: int, inner: PendingDispatch):
+    def __init__(self, watched: WatchedDispatcher, number: int, inner: PendingRows):
         self._watched, self._number, self._inner = watched, number, inner
 
     def wait(self) -> RoutedRows:
