@@ -1,6 +1,5 @@
 """The tests of a working day, `pytest --quick`; the order of all; what .ci/run has found out beside the tests."""
 
-import gc
 import os
 import sys
 from collections import Counter
@@ -30,12 +29,6 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 def is_slow(item: pytest.Item) -> bool:
     return any(item.iter_markers("slow")) or any(item.iter_markers("hosts"))
-
-
-def pytest_collection_finish() -> None:
-    """Python's collector never looks again at what imports have left, which is most of what there is."""
-    gc.collect()
-    gc.freeze()
 
 
 @pytest.hookimpl(tryfirst=True)

@@ -5,7 +5,6 @@ train.worker itself runs in every rank: it sets how this process's memory is man
 was. Here it is imported for what it imports, without that setting, and forgotten.
 """
 
-import gc
 import sys
 from unittest import mock
 
@@ -18,6 +17,3 @@ with mock.patch("train.kernels.cpu.processor.tune_cpu"):
     import train.worker
 del sys.modules["train.worker"], sys.modules["train.kernels.cpu.tuned"], train.worker
 import_deepspeed(on_cuda=False)
-
-gc.collect()
-gc.freeze()  # else each rank's collector writes to all of these modules' memory, which it shares until then
