@@ -21,8 +21,9 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     """Files with slow tests begin, as two workers end together then; `--quick` takes few."""
     if config.getoption("quick"):
         first = {item.nodeid.partition("[")[0]: item for item in reversed(items) if not is_slow(item)}
-        config.hook.pytest_deselected(items=[item for item in items if item not in first.values()])
-        items[:] = [item for item in items if item in first.values()]
+        taken = set(first.values())
+        config.hook.pytest_deselected(items=[item for item in items if item not in taken])
+        items[:] = [item for item in items if item in taken]
     slow = Counter(item.path for item in items if is_slow(item))
     items.sort(key=lambda item: -slow[item.path])
 
