@@ -120,6 +120,7 @@ def test_ranks_say_why_they_failed_where_their_disk_is_too_full_for_the_words(tm
     assert json.loads((run.folder / "logs" / "rank_0.error.json").read_text())["rank"] == 0
 
 
+@pytest.mark.slow
 def test_a_run_whose_folder_became_read_only_goes_on_to_its_last_save(tmp_path):
     hold_at(tmp_path / HOLD, 12)
     run = Training(tmp_path, "steps=60", "checkpoint.every=10", "log.validate_every=0")

@@ -112,6 +112,7 @@ def test_layout_equals_one_process(reference, name):
     assert_same(reference, name)
 
 
+@pytest.mark.slow
 def test_mtp_of_depth_2_and_batch_ramp_over_a_pipeline(tmp_path):
     more = [
         *BASE,
@@ -176,6 +177,7 @@ OFFLOAD = {
 """Ranks that share sequences, or weights, with activations on the host: the last word is what a run without them lacks."""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", OFFLOAD)
 def test_activations_on_the_host_change_no_bit_of_a_layout(tmp_path, name):
     """Losses, norms, and after three steps master weights and moments, which keep every gradient."""
@@ -205,6 +207,7 @@ MOVES = [
 ]
 
 
+@pytest.mark.slow
 def test_checkpoints_move_between_layouts_bit_for_bit(reference):
     """A chain: each layout takes over the checkpoint of the one before, changes nothing, and passes it on."""
     layouts = LAYOUTS | {"one": (1, [])}

@@ -221,6 +221,7 @@ def test_a_rank_that_dies_or_hangs_is_named(tmp_path, number, words):
         run.kill()  # its ranks die with it
 
 
+@pytest.mark.slow
 def test_ranks_of_torchrun_train_like_ranks_of_one_command(unbroken):
     tmp_path, _ = unbroken
     layout = ["parallel.dp=2", "parallel.ep=2"]

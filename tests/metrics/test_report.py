@@ -260,6 +260,7 @@ def test_a_large_model_makes_a_small_page(tmp_path):
     assert read_series(tmp_path / "metrics.jsonl").load_SLE.shape[1:] == (59, 256)
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(CHROMIUM is None, reason="needs chromium")
 @pytest.mark.parametrize("steps", [1, 60])
 def test_a_browser_draws_every_figure_without_an_error(tmp_path, steps):
@@ -278,6 +279,7 @@ def test_a_browser_draws_every_figure_without_an_error(tmp_path, steps):
         assert re.search(r'class="(js-line|point|hm|js-fill)|<image', drawn), f"{name} has axes but no data"
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(CHROMIUM is None, reason="needs chromium")
 @pytest.mark.parametrize(("scheme", "blue"), [(1, "rgb(0, 114, 178)"), (0, "rgb(74, 168, 224)")])
 def test_colours_follow_the_scheme_of_the_reader(tmp_path, scheme, blue):

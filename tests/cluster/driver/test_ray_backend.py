@@ -28,6 +28,7 @@ from tests.cluster.drive import find_event, hold, let_end, once, set_fault
 ROOT = Path(__file__).parents[3]
 
 
+@pytest.mark.slow
 def test_a_run_on_its_own_ray_survives_a_killed_rank_and_listens_on_loopback_alone(tmp_path):
     folder = tmp_path / "run"
     words = [
@@ -95,6 +96,7 @@ def listening_addresses(pid: int) -> set[str]:
     return found
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("overrides", "environment", "words"),
     [
