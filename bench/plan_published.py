@@ -1,29 +1,35 @@
 """The planner beside what others have published of their own jobs. Needs no GPU.
 
-    python -m bench.plan_published
+    python -m bench.plan_published [--only WORDS]
 
-DeepSeek's job (2048 H800, 14.8T tokens; ISCA paper 2505.09343, table 4, MPFT column; V3 report, table 1) is mapped to
-pp 16, dp 128, ep 64, dualpipev, deepep with an FP8 wire, 120 micro-batches of one sequence. DualPipe puts 16 stages on 16
-ranks, each twice; DualPipeV puts 32 stages on them, each once: the same work and bubble a rank. Which layers they gave to
-which stage is not published, and this trainer wants at least one layer beside head and MTP in the last stage, so there are two
-plans: with the trainer's own split, and with equally long stages, as if the map were perfect.
+All of bench/published_jobs.py, which has their sources: the planned speed over the published one. Rates come from published timings of
+kernels and links (conf/hardware), none from these jobs, so the planned times are no fit. How far off they are makes the interval that
+a plan shows: of every source the mean square of log(published / planned) counts once, and its root times the quantile of Student's t for
+so many sources holds four of five. Coverage and width are of intervals made without the source they are held against; once more without
+the whole laboratory's program. Beside them stands what a factor for every generation and format, fitted to the other sources and shrunk, would
+make of the mean error: so little that plans have none.
 
-NVIDIA's job (1024 H100, Megatron Bridge 25.09, FP8, forced balance: 1297 tokens/s a GPU and 338 TFLOP/s, or 330 with blocks of
-128x128, which is this recipe) uses tensor parallelism, which is not here: mapped to pp 8, dp 128, ep 64, interleaved with 2
-stages a rank, batch 8192.
-
-Both ran kernels of DeepGEMM's rate, so that is the backend here. Every rate comes from published timings of kernels (conf/hardware), none from these tables. The trace of DeepSeek's profile
+Then DeepSeek's own job, part by part (2048 H800, 14.8T tokens; ISCA paper 2505.09343, table 4, MPFT column; V3 report, table 1). Which
+layers they gave to which stage is not published, so there are two plans: with the trainer's own split (`1, 30 x 2, 0` layers: the last
+stage has head and MTP module alone), and with equally long stages, as if the map were perfect. The trace of DeepSeek's profile
 (one layer, forward and backward in a pair, 4096 tokens, EP 64) is not an input either; its pieces are compared one by one.
 
-Experts are balanced in these plans, as NVIDIA forces them to be. A layout that ran for others may not fit in this trainer, which keeps
-other tensors and does not split layers: each table ends with the plan's verdict on that.
+Experts are balanced in these plans, as they were forced to be. A layout that ran for others may not fit in this trainer, which keeps
+other tensors and does not split layers: `lacks` is by how much.
 
-Takes about 10 seconds.
+Takes about a minute.
 """
 
-from collections.abc import Callable
+import argparse
+import math
+from collections import defaultdict
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+import numpy as np
+from scipy.stats import t
+
+from bench.published_jobs import DEEPSEEK, PublishedJob, published_jobs
 from conf.load import compose
 from conf.schema import Config
 from parallel.pipeline.orders import Action, schedule_actions
@@ -32,21 +38,10 @@ from train.model.count import flops_per_token
 from train.plan.budget import RunPlan, make_plan
 from train.plan.job import layout_of
 from train.plan.report.plan_record import reserve_words, verdict
-from train.plan.time.rates import load_rates
+from train.plan.time.rates import PUBLISHED_SPREAD, load_rates
 from train.plan.time.stages import Stages
 from train.plan.time.step_time import StepTime, plan_time
 
-DEEPSEEK = (
-    "conf=deepseek_v3", "data.path=none", "precision=fp8", "hardware=h800", "parallel.pp=16", "parallel.dp=128",
-    "parallel.ep=64", "parallel.schedule=dualpipev", "parallel.dispatch=deepep", "parallel.wire=fp8", "plan.imbalance=1",
-    "precision.fp8.backend=deepgemm",
-)  # fmt: skip
-NVIDIA = (
-    "conf=deepseek_v3", "data.path=none", "precision=fp8", "hardware=h100", "parallel.pp=8", "parallel.dp=128",
-    "parallel.ep=64", "parallel.schedule=interleaved", "parallel.dispatch=deepep", "parallel.wire=bf16", "batch_size=8192",
-    "optim.batch_ramp_start=null", "optim.batch_ramp_steps=0", "plan.imbalance=1",
-    "precision.fp8.backend=deepgemm",
-)  # fmt: skip
 PUBLISHED = {
     "step (s)": 19.926,
     "1F (s)": 1.13,
@@ -180,7 +175,104 @@ def fits(plan: RunPlan) -> str:
     return f"  (in this trainer the layout {verdict(plan)}; {reserve_words(plan.reserve)})"
 
 
+@dataclass(frozen=True)
+class PlannedJob:
+    """A published job and its plan."""
+
+    job: PublishedJob
+    group: tuple[str, str]
+    """Generation of the device, and format."""
+    speed: float
+    """Planned tokens per second of a device."""
+
+    @property
+    def error(self) -> float:
+        """log(published time / planned time): above 0 the plan is too fast."""
+        return math.log(self.speed / self.job.tokens_per_second)
+
+
+FOUR_OF_FIVE = 0.9
+"""Quantile of a symmetric distribution below which four of five are, half of the rest above."""
+
+
+def plan_jobs(only: str = "") -> list[PlannedJob]:
+    """Those whose source or name has the words."""
+    found = []
+    for job in published_jobs():
+        if only in f"{job.source}: {job.name}":
+            config = compose(*job.overrides)
+            device, form = config.hardware.device, "bf16" if config.precision.fp8 is None else "FP8"
+            generation = (
+                "Hopper" if device in ("H800", "H100") else "Blackwell Ultra" if "300" in device else "Blackwell"
+            )
+            found.append(PlannedJob(job, (generation, form), plan_time(config).tokens_per_second_per_gpu))
+    return found
+
+
+def spread_of(jobs: Sequence[PlannedJob]) -> float:
+    """Half the width, in logarithms, of an interval that holds four of five jobs."""
+    squares: dict[str, list[float]] = defaultdict(list)
+    for one in jobs:
+        squares[one.job.source].append(one.error**2)
+    return float(t.ppf(FOUR_OF_FIVE, len(squares))) * math.sqrt(np.mean([np.mean(each) for each in squares.values()]))
+
+
+@dataclass(frozen=True)
+class LeftOut:
+    """Intervals around jobs, each made without the jobs of its kind: shares of 1."""
+
+    coverage: float
+    half_width: float
+    """Median over jobs, of the planned time."""
+
+
+def leave_out(jobs: Sequence[PlannedJob], kind: Callable[[PublishedJob], str]) -> LeftOut:
+    """kind: what is left out together."""
+    spreads = {
+        each: spread_of([one for one in jobs if kind(one.job) != each]) for each in {kind(one.job) for one in jobs}
+    }
+    held = [abs(one.error) <= spreads[kind(one.job)] for one in jobs]
+    return LeftOut(float(np.mean(held)), float(np.median([math.sinh(spreads[kind(one.job)]) for one in jobs])))
+
+
+def fitted_error(jobs: Sequence[PlannedJob], kind: Callable[[PublishedJob], str]) -> float:
+    """Mean error of times with a factor for every generation and format, the mean of the other kinds' jobs there, shrunk towards 1 as
+    by one more source that the plan is right for."""
+    found = []
+    for one in jobs:
+        sources: dict[str, list[float]] = defaultdict(list)
+        for other in jobs:
+            if kind(other.job) != kind(one.job) and other.group == one.group:
+                sources[other.job.source].append(other.error)
+        factor = sum(float(np.mean(each)) for each in sources.values()) / (len(sources) + 1)
+        found.append(abs(math.expm1(factor - one.error)))
+    return float(np.mean(found))
+
+
+def show_jobs(jobs: Sequence[PlannedJob]) -> None:
+    print(f"  {'tokens/s a device':67}{'published':>10}{'plan':>9}{'error of the time':>19}")
+    for one in jobs:
+        away = 100 * math.expm1(-one.error)
+        print(f"  {one.job.source:29}{one.job.name:38}{one.job.tokens_per_second:10.0f}{one.speed:9.0f}{away:+17.1f} %")
+    errors = [math.expm1(-one.error) for one in jobs]
+    print(f"  {len(jobs)} jobs: mean error {100 * np.mean(np.abs(errors)):.1f} %, bias {100 * np.mean(errors):+.1f} %")
+    if len({one.job.laboratory for one in jobs}) < 2:
+        return
+    print(
+        f"  four of five within exp(-x) to exp(x) of a plan: x = {spread_of(jobs):.3f}, and plans have {PUBLISHED_SPREAD}"
+    )
+    for name, kind in (("source", lambda job: job.source), ("laboratory", lambda job: job.laboratory)):
+        left = leave_out(jobs, kind)
+        print(
+            f"  without the job's own {name}: intervals hold {100 * left.coverage:.0f} %, half their width is "
+            f"{100 * left.half_width:.1f} %; with fitted factors the mean error is {100 * fitted_error(jobs, kind):.1f} %"
+        )
+
+
 def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m bench.plan_published")
+    parser.add_argument("--only", default="", metavar="WORDS", help="jobs whose source and name have these words")
+    show_jobs(plan_jobs(parser.parse_args().only))
     config = compose(*DEEPSEEK)
     plan = make_plan(config)
     columns = {
@@ -194,16 +286,6 @@ def main() -> None:
     )
     print(fits(plan))
     show("One layer of experts in a pair, ms", TRACE, {"plan": pieces(config)})
-    config = compose(*NVIDIA)
-    plan = make_plan(config)
-    mapped = {"even stages": even(config), "the trainer's split": own(plan.step)}
-    rates = {
-        name: {"tokens/s a GPU": config.batch_size * config.seq_len / one.step / layout_of(config).world}
-        for name, one in mapped.items()
-    }
-    show("NVIDIA's DeepSeek-V3 on 1024 H100", {"tokens/s a GPU": 1297 * 330 / 338}, rates)
-    print("  (their figure for blocks of 128x128; 1297 with their other FP8 recipe)")
-    print(fits(plan))
 
 
 if __name__ == "__main__":

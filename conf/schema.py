@@ -639,6 +639,8 @@ class Hardware:
     """Currency of price_per_hour: three capital letters, as ISO 4217 has them."""
     watts: float | None = number(None, least=0)
     """Power of one device at full load, in watts; null for not given."""
+    rates_from: str = expert("rates of its own")
+    """Where the rates come from, for a person: a plan says it."""
     rates: dict[str, Rate] = expert(make=dict)
     """What kernels and links reach, by kind of work (train/plan/time/rates.py): all times come from here; empty needs plan.calibration."""
 

@@ -40,7 +40,7 @@ SMALLEST = {
     "parts": "--threads 1 --rounds 1",
     "pictures": "RUN --out .",
     "plan_memory": "bf16",
-    "plan_published": "",
+    "plan_published": "--only H800",
     "plan_time": "--calibration RATES --only 'one rank' --steps 4",
     "prove": "--rows ROW",
     "train_step": "--shape tiny --length 8 --threads 1 --rounds 1",

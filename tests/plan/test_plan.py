@@ -17,6 +17,7 @@ from tests.small import environment
 from train.plan import reserve
 from train.plan.budget import Verdict, make_plan, verdict_of
 from train.plan.memory.rank_memory import plan_memory, scene_of
+from train.plan.report import plan_page
 from train.plan.reserve import reserve_of, tensor_memory
 from train.plan.search import candidates
 from train.plan.search import lower_bounds as bounds
@@ -320,3 +321,29 @@ def test_activations_wait_on_the_host_and_copies_that_take_longer_than_the_compu
     assert here.step.step_seconds <= there.step.step_seconds < slow.step.step_seconds
     copies = slow.step.length(Action("F", 0, 0))
     assert copies == slow.step.length(Action("B", 0, 0)) > here.step.length(Action("B", 0, 0))
+
+
+def test_a_step_has_the_interval_of_published_jobs_unless_its_rates_were_measured():
+    step = plan_time(compose(*SMALL))
+    least, most = step.interval_seconds
+    assert least < step.step_seconds < most and least * most == pytest.approx(step.step_seconds**2)
+    measured = replace(load_rates(compose(*SMALL), alone=True), spread=None)
+    assert plan_time(compose(*SMALL), measured).interval_seconds is None
+    assert "FP8 is H800's, scaled" in plan_time(compose("conf=tiny", "hardware=b200")).rates
+
+
+def test_an_average_of_the_weights_lies_on_the_host_twice_in_fp32():
+    plain, averaged = (make_plan(compose(*SMALL, *more)) for more in ([], ["optim.ema_decay=0.999"]))
+    assert averaged.fullest.host_items["average"] == 2 * averaged.fullest.items["master"]
+    assert averaged.fullest.items == plain.fullest.items
+    assert not make_plan(compose(*SMALL, "optim.ema_decay=0.999", "hardware.host_memory_bytes=1e6")).fits
+    assert make_plan(compose(*SMALL, "optim.ema_decay=0.999", "hardware.host_memory_bytes=0")).fits, "nobody knows"
+
+
+def test_stages_that_are_alike_are_one_row_of_the_page():
+    stages = [
+        {"stage": number, "pp_rank": number, "first_layer": 2 * number, "layers": 2, "forward_seconds": 1.0 + (number == 3), "backward_seconds": 2.0}
+        for number in range(4)
+    ]  # fmt: skip
+    shown = plan_page._stages({"stages": stages})
+    assert shown.count("<tr>") == 3 and "0 to 2" in shown and "0 to 5, 2 each" in shown and "6 to 7" in shown

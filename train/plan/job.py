@@ -18,7 +18,7 @@ def require_hardware(hardware: Hardware) -> None:
             "hardware",
             "none",
             "a plan needs to know the devices",
-            "choose hardware=h800, h100, h200, b200, gb200_nvl72 or cpu (conf/hardware)",
+            "choose hardware=h800, h100, h200, b200, gb200_nvl72, b300, gb300_nvl72 or cpu (conf/hardware)",
         )
 
 

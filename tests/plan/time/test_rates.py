@@ -33,9 +33,11 @@ WGRAD = [
 ]  # fmt: skip
 
 
-def _sample(groups: int, m: int, n: int, k: int, tflops: float, result_bytes: int) -> tuple[float, float, float]:
+def _sample(
+    groups: int, m: int, n: int, k: int, tflops: float, result_bytes: int, operand: int = 1
+) -> tuple[float, float, float]:
     flops = 2 * groups * m * n * k
-    return flops, groups * (m * k + n * k + result_bytes * m * n), flops / tflops / 1e12
+    return flops, groups * (operand * (m * k + n * k) + result_bytes * m * n), flops / tflops / 1e12
 
 
 @pytest.mark.parametrize(("kind", "table", "result_bytes"), [("fprop_fp8", FPROP, 2), ("wgrad_fp8", WGRAD, 8)])
@@ -172,3 +174,41 @@ def test_fp8_products_can_be_timed_and_are_counted_with_the_sum_that_they_add_to
         made = case.run()
         if case.work.kind.endswith("wgrad_fp8"):
             assert made.dtype == torch.float32 and case.work.bytes > 8 * made.numel()
+
+
+# SimuMax at e691807, configs/system/b200_bf16_ceperm.json: Transformer Engine 2.11 on B200, bf16 operands, shapes of V3: groups, M, N, K,
+# TFLOP/s; weight gradients are added to fp32.
+BF16 = {
+    "fprop_bf16": [
+        (1, 4096, 1536, 7168, 1341), (1, 4096, 7168, 1536, 1348), (1, 4096, 576, 7168, 1323), (1, 4096, 7168, 576, 1177),
+        (1, 4096, 7168, 16384, 1026), (1, 4096, 16384, 7168, 1110), (1, 4096, 36864, 7168, 1090), (1, 4096, 7168, 36864, 975),
+        (1, 4096, 7168, 18432, 968), (1, 4096, 18432, 7168, 1105), (1, 4096, 4096, 7168, 862), (1, 4096, 7168, 4096, 1132),
+        (1, 4096, 7168, 2048, 984), (1, 4096, 2048, 7168, 862), (1, 4096, 129280, 7168, 1101), (1, 4096, 7168, 129280, 960),
+        (1, 4096, 7168, 4096, 1435), (1, 4096, 4096, 7168, 1392),
+    ],
+    "wgrad_bf16": [
+        (1, 1536, 7168, 4096, 1226), (1, 576, 7168, 4096, 1091), (1, 7168, 16384, 4096, 1062), (1, 36864, 7168, 4096, 1010),
+        (1, 7168, 18432, 4096, 1024), (1, 4096, 7168, 4096, 919), (1, 7168, 2048, 4096, 875), (1, 129280, 7168, 4096, 1007),
+        (1, 7168, 4096, 4096, 1240),
+    ],
+    "grouped_fprop_bf16": [
+        (256, 128, 4096, 7168, 468), (256, 128, 4096, 7168, 509), (256, 128, 7168, 2048, 401), (256, 128, 7168, 2048, 340),
+        (128, 256, 4096, 7168, 611), (128, 256, 4096, 7168, 748), (128, 256, 7168, 2048, 683), (128, 256, 7168, 2048, 524),
+        (64, 512, 4096, 7168, 826), (64, 512, 4096, 7168, 910), (64, 512, 7168, 2048, 962), (64, 512, 7168, 2048, 662),
+        (32, 1024, 4096, 7168, 1028), (32, 1024, 4096, 7168, 980), (32, 1024, 7168, 2048, 865), (32, 1024, 7168, 2048, 968),
+    ],
+    "grouped_wgrad_bf16": [
+        (256, 4096, 7168, 128, 174), (256, 7168, 2048, 128, 180), (128, 4096, 7168, 256, 331), (128, 7168, 2048, 256, 317),
+        (64, 4096, 7168, 512, 493), (64, 7168, 2048, 512, 483), (32, 4096, 7168, 1024, 650), (32, 7168, 2048, 1024, 617),
+    ],
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", BF16)
+def test_products_of_blackwell_are_the_fit_of_published_timings(kind):
+    rate, worst = fit_rate([_sample(*row, 8 if "wgrad" in kind else 2, operand=2) for row in BF16[kind]])
+    assert worst < 0.26
+    for name, peaks in (("b200", 1.0), ("b300", 1.0), ("gb200_nvl72", 2500 / 2250), ("gb300_nvl72", 2500 / 2250)):
+        shipped = compose(f"hardware={name}").hardware.rates[kind]
+        assert shipped.flops == pytest.approx(rate.flops * peaks, rel=0.01)
+        assert (shipped.seconds, shipped.bandwidth) == pytest.approx((rate.seconds, rate.bandwidth), rel=0.01)

@@ -55,7 +55,7 @@ class RankMemory:
     in_flight: int
     """Micro-batches that wait for their backward when the schedule is at its highest, over all stages of the rank."""
     host_items: dict[str, int]
-    """What it keeps in the host's memory, which on a CPU is the device's: master, moments, buffers, activations."""
+    """What it keeps in the host's memory, which on a CPU is the device's: master, moments, buffers, activations, average."""
 
     @property
     def host_bytes(self) -> int:
@@ -78,9 +78,9 @@ def host_bytes(config: Config, ranks: Sequence[RankMemory]) -> int:
 
 
 def host_lacking(config: Config, ranks: Sequence[RankMemory]) -> int:
-    """By how much that is more than a node has; 0 where nothing is kept there."""
-    kept = host_bytes(config, ranks)
-    return max(0, kept - int(config.hardware.host_memory_bytes)) if kept else 0
+    """By how much that is more than a node has; 0 where nobody says what it has."""
+    has = int(config.hardware.host_memory_bytes)
+    return max(0, host_bytes(config, ranks) - has) if has else 0
 
 
 def rank_memory(
@@ -135,6 +135,9 @@ def _moments(
                 {name: state.pop(name) for name in ("master", "moments")}
                 | {"buffers": _offload_buffers(config, groups)}
             )
+    if config.optim.ema_decay:  # the average, and the weights on their way to it (train/optim/ema.py)
+        owned = sum(group.scattered if config.parallel.zero == 3 else group.partition for group in groups)
+        host["average"] = 2 * FP32_BYTES * owned
     if scene.kind == "cpu":
         state, host = state + host, Counter()
     state["buffers"] += buffer_bytes(config, chunks)

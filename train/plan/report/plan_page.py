@@ -3,6 +3,7 @@
 import html
 import json
 from dataclasses import replace
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from train.metrics.quantities import GIB, amount, gib, length_of_run, seconds, s
 from train.metrics.report_page import HOW_TO_READ, cards_html, closing, figure_html, opening, table
 from train.metrics.timeline_file import SampledStep
 from train.plan.budget import RunPlan
-from train.plan.report.plan_record import layout_words, reserve_words, split_words, verdict
+from train.plan.report.plan_record import interval_words, layout_words, reserve_words, split_words, verdict
 from train.plan.search.cures import FasterSplit
 
 PLAN_PAGE = "plan.html"
@@ -64,7 +65,11 @@ def _cards(plan: RunPlan) -> list[Card]:
             f"{gib(plan.fullest.peak_bytes)} and {gib(sum(plan.reserve.values()))} reserved of {gib(plan.memory_bytes)} "
             f"on rank {plan.fullest.pp_rank}",
         ),
-        Card("Step", seconds(step.step_seconds), f"{share(step.bubble_share)} of the pipeline's time is bubble"),
+        Card(
+            "Step",
+            seconds(step.step_seconds),
+            f"{share(step.bubble_share)} of the pipeline's time is bubble{interval_words(step)}",
+        ),
         Card("Speed", f"{step.tokens_per_second_per_gpu:.0f}", "tokens per second and device"),
         Card("MFU", share(step.mfu_causal), "of the bf16 peak; attention counted with its mask, MTP not"),
         Card("Run", length_of_run(budget.days), f"for {amount(budget.tokens)} tokens"),
@@ -96,17 +101,32 @@ def _cures(record: dict[str, Any]) -> list[str]:
 
 
 def _stages(record: dict[str, Any]) -> str:
-    rows = [
-        (
-            str(stage["stage"]),
-            str(stage["pp_rank"]),
-            f"{stage['first_layer']} to {stage['first_layer'] + stage['layers'] - 1}" if stage["layers"] else "none",
-            seconds(stage["forward_seconds"]),
-            seconds(stage["backward_seconds"]),
+    """Neighbours that are alike are one row."""
+    rows = []
+    for (layers, *times), group in groupby(record["stages"], key=_shown):
+        alike = list(group)
+        first, last = alike[0], alike[-1]
+        end = last["first_layer"] + last["layers"] - 1
+        ranks = sorted({stage["pp_rank"] for stage in alike})
+        rows.append(
+            (
+                _span(first["stage"], last["stage"]),
+                _span(ranks[0], ranks[-1]) if len(ranks) == ranks[-1] - ranks[0] + 1 else ", ".join(map(str, ranks)),
+                f"{_span(first['first_layer'], end)}{f', {layers} each' if len(alike) > 1 else ''}"
+                if layers
+                else "none",
+                *times,
+            )
         )
-        for stage in record["stages"]
-    ]
     return table(("stage", "pipeline rank", "layers", "forward of a micro-batch", "backward"), rows)
+
+
+def _shown(stage: dict[str, Any]) -> tuple[Any, ...]:
+    return stage["layers"], seconds(stage["forward_seconds"]), seconds(stage["backward_seconds"])
+
+
+def _span(first: int, last: int) -> str:
+    return f"{first} to {last}" if last > first else str(first)
 
 
 def memory_figure(plan: RunPlan) -> Figure | None:
@@ -125,17 +145,18 @@ def memory_figure(plan: RunPlan) -> Figure | None:
         )
     look(plot, 420)
     plot.update_layout(barmode="stack", bargap=0.25)
-    limit = plan.memory_bytes / GIB
+    limit = (plan.memory_bytes - sum(plan.reserve.values())) / GIB
     plot.add_hline(
         y=limit,
         line={"color": ORANGE, "dash": "dash"},
-        annotation_text=f"a device: {limit:.1f} GiB",
+        annotation_text=f"for tensors: {limit:.1f} GiB",
         annotation_position="top right",
     )
     plot.update_xaxes(title="pipeline rank", type="category")
     plot.update_yaxes(title="GiB at the peak", rangemode="tozero")
     caption = (
         "What each rank of a pipeline holds at its own peak; ranks with the same place in other pipelines are alike. "
+        "The line is what a device has for tensors, the reserve taken off. "
         f"The fullest is rank {plan.fullest.pp_rank}, at the {plan.fullest.peak_event}."
     )
     return figure("memory", "Memory of every rank", caption, plot, True)

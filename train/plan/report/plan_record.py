@@ -9,7 +9,7 @@ from typing import Any
 from parallel.pipeline.orders import Action
 from train.kernels.cpu.processor import cpu_name
 from train.metrics.planned import recipe_of
-from train.metrics.quantities import gib
+from train.metrics.quantities import gib, seconds
 from train.parallelize import split as stage_layers
 from train.plan.budget import RunPlan
 from train.plan.job import layout_of, micro_batches_of
@@ -17,6 +17,7 @@ from train.plan.search.changes import words as as_typed
 from train.plan.search.cures import Cure, FasterSplit
 from train.plan.time.rates import load_rates
 from train.plan.time.stages import Stages
+from train.plan.time.step_time import StepTime
 from train.plan.time.traffic import latent_bytes
 
 
@@ -70,6 +71,7 @@ def plan_record(
         "faster_split": None if split is None else vars(split),
         "faster_stages": None if faster_stages is None else vars(faster_stages),
         "step_seconds": step.step_seconds,
+        "step_interval_seconds": step.interval_seconds,
         "pipeline_seconds": step.pipeline_seconds,
         "bubble_seconds": step.bubble_seconds,
         "bubble_share": step.bubble_share,
@@ -132,6 +134,14 @@ def layout_words(plan: RunPlan) -> str:
         f"pp {parallel.pp} ({parallel.schedule_words}), dp {parallel.dp}, {shared}ep {parallel.ep} ({parallel.dispatch}, {parallel.wire}), "
         f"ZeRO {parallel.zero}, {micro_batches_of(config)} micro-batches of {config.micro_batch_size}, recomputed: {again}{away}"
     )
+
+
+def interval_words(step: StepTime) -> str:
+    """How far jobs were from such plans; nothing where nobody knows."""
+    if step.interval_seconds is None:
+        return ""
+    least, most = map(seconds, step.interval_seconds)
+    return f" (four of five such jobs within {least} to {most})"
 
 
 def split_words(plan: RunPlan, split: FasterSplit | None) -> str | None:

@@ -16,7 +16,7 @@ from train.plan.budget import RunPlan, Verdict
 from train.plan.memory.part import FrozenSection
 from train.plan.memory.rank_weights import part_weights
 from train.plan.report.plan_page import PLAN_PAGE
-from train.plan.report.plan_record import layout_words, reserve_words, split_words, verdict
+from train.plan.report.plan_record import interval_words, layout_words, reserve_words, split_words, verdict
 from train.plan.search.cures import Cure, FasterSplit
 from train.plan.search.search import FoundLayout, Search
 
@@ -51,7 +51,7 @@ def plan_screen(
         *([("Stages", cure_words(faster_stages, plan))] if faster_stages is not None else []),
         (
             "Step",
-            f"{seconds(step.step_seconds)}: pipeline {seconds(step.pipeline_seconds)} with {share(step.bubble_share)} bubble, "
+            f"{seconds(step.step_seconds)}{interval_words(step)}: pipeline {seconds(step.pipeline_seconds)} with {share(step.bubble_share)} bubble, "
             f"reduction {seconds(update.reduce)}, optimizer {seconds(update.optimizer)}, gather {seconds(update.gather)}",
         ),
         *([("Matrices", _matrices(config))] if config.optim.facts.matrices.is_whole else []),
@@ -88,7 +88,11 @@ def _beside(plan: RunPlan) -> str:
 
 
 def _host(plan: RunPlan) -> str:
-    return f"{gib(plan.host_bytes)} of the {gib(plan.config.hardware.host_memory_bytes)} of a node's own memory"
+    has = plan.config.hardware.host_memory_bytes
+    fullest = max(plan.ranks, key=lambda rank: rank.host_bytes)
+    parts = ", ".join(f"{name} {gib(size)}" for name, size in fullest.host_items.items())
+    whole = f"the {gib(has)} of a node's own memory" if has else "a node's own memory, of unknown size"
+    return f"{gib(plan.host_bytes)} of {whole}; of a rank: {parts}"
 
 
 def cure_words(cure: Cure, plan: RunPlan) -> str:

@@ -65,6 +65,8 @@ LINKS = {
     "gather_across": "across",
 }
 """Kinds of transfers and what stands in for them: inside and across, bytes of one device in one direction."""
+PUBLISHED_SPREAD = 0.185
+"""Four of five jobs that others have published take a plan's step times exp(-0.185) to exp(0.185): `python -m bench.plan_published`."""
 CALIBRATION_FILE = "calibration.json"
 REQUIRED = {
     "device",
@@ -88,6 +90,8 @@ class Rates:
     """Factors of passes and of update: what kernels do not explain of them, as a factor; 1 where not measured."""
     threads: int | None = None
     """Threads of a rank on the CPU that was calibrated."""
+    spread: float | None = None
+    """As PUBLISHED_SPREAD; None where nobody has held such plans against jobs."""
     _found: dict[str, Rate] = field(default_factory=dict, init=False, compare=False, repr=False)
     """By kind, as they were asked for."""
 
@@ -156,7 +160,7 @@ def load_rates(config: Config, alone: bool) -> Rates:
                 f"hardware={hardware.name} has no rates of its own: they differ from machine to machine",
                 "run mode=plan plan.calibrate=true on it, then give plan.calibration=runs/<name>/calibration.json",
             )
-        return Rates(hardware.rates, f"published figures of hardware={hardware.name}")
+        return Rates(hardware.rates, f"hardware={hardware.name}: {hardware.rates_from}", spread=PUBLISHED_SPREAD)
     found = read_calibration(config.plan.calibration)
     check_device(config, found)
     together = "alone" if alone else "together"

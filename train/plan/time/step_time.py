@@ -4,6 +4,7 @@ The actions and their order are torch's own (parallel/pipeline/simulate.py); the
 counted as DeepSeek counts it: without MTP, against the bf16 peak.
 """
 
+import math
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -56,6 +57,15 @@ class StepTime:
     """Where the rates come from."""
     threads: int | None
     """Threads of a rank, where they were measured on a CPU."""
+    spread: float | None
+    """See Rates.spread."""
+
+    @property
+    def interval_seconds(self) -> tuple[float, float] | None:
+        """Between what and what four of five such jobs take a step; None for rates that were not held against jobs."""
+        if self.spread is None:
+            return None
+        return self.step_seconds * math.exp(-self.spread), self.step_seconds * math.exp(self.spread)
 
 
 @dataclass(frozen=True)
@@ -130,6 +140,7 @@ def plan_time(config: Config, rates: Rates | None = None) -> StepTime:
         simulation=result,
         rates=rates.source,
         threads=rates.threads,
+        spread=rates.spread,
     )
 
 
