@@ -663,6 +663,14 @@ class Plan:
     """Token budget for hours, cost and energy; null takes all tokens of the recipe."""
     imbalance: float = expert(1.1, least=1)
     """Rows of the busiest rank of an expert group over the mean, 1 or more: that rank sets the pace, and needs the most memory."""
+    phases: list[str] = expert(make=list)
+    """Recipes that follow this one, on the same devices; their time and cost are added: [deepseek_v3_32k, deepseek_v3_128k]."""
+    failures: float = number(2e-5, least=0)
+    """Failures of a device in an hour that end the run: Meta counted 419 in 54 days of 16,384 H100 (Llama 3), 2.0e-5; InfiniteHBD's trace of
+    servers has 2.2e-5. 0 for none."""
+    disk: float = number(1e9, above=0)
+    """Bytes a second that each node writes of a checkpoint, and reads of it, all at once: Meta's storage for Llama 3 sustained 2 TB/s for 2048
+    nodes."""
     reserve: float | None = expert(None, least=0)
     """Bytes of a device that no tensor can have; null estimates them: CUDA's context, communicators, buffers of exchanges, and gaps."""
 

@@ -1,17 +1,19 @@
 """A plan as a whole: does it fit, how fast is it, and what does the run cost."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import StrEnum
 
+from conf.load import compose
 from conf.schema import Config
 from train.loop.layout_check import check_layout
 from train.optim.schedules import Schedules
+from train.plan.failures import HOUR, Failures, plan_failures
 from train.plan.job import device_memory, layout_of, require_hardware, require_host, with_nodes
 from train.plan.memory.rank_memory import RankMemory, host_bytes, host_lacking, plan_memory
 from train.plan.reserve import reserve_of
 from train.plan.time.step_time import StepTime, plan_time
 
-HOUR, KWH_IN_JOULES, TRILLION = 3600.0, 3.6e6, 1e12
+KWH_IN_JOULES, TRILLION = 3.6e6, 1e12
 
 
 class Verdict(StrEnum):
@@ -34,7 +36,7 @@ def verdict_of(room: int, memory: int) -> Verdict:
 
 @dataclass
 class Budget:
-    """What all tokens of the run take. Whole steps at the full batch: a batch ramp's shorter steps have more bubble."""
+    """What all tokens of the run take, step by step through its ramp of batch sizes, without failures."""
 
     tokens: float
     days: float
@@ -45,6 +47,21 @@ class Budget:
     energy_kwh: float | None
     """Energy of the devices at their limit of power; None where it is not given."""
 
+    def lasting(self, share: float) -> "Budget":
+        """The budget where only a share of the time is spent on steps that last."""
+        times = {
+            name: None if value is None else value / share for name, value in vars(self).items() if name != "tokens"
+        }
+        return Budget(self.tokens, **times)
+
+    def __add__(self, other: "Budget") -> "Budget":
+        """One run after another. Costs that are not known stay so."""
+        sums = {
+            name: None if value is None or getattr(other, name) is None else value + getattr(other, name)
+            for name, value in vars(self).items()
+        }
+        return Budget(**sums | {"gpu_hours_per_trillion_tokens": sums["gpu_hours"] * TRILLION / sums["tokens"]})
+
 
 @dataclass
 class RunPlan:
@@ -54,6 +71,8 @@ class RunPlan:
     ranks: list[RankMemory]
     step: StepTime
     budget: Budget
+    failures: Failures | None
+    """None where nobody knows how long a checkpoint takes: on CPUs."""
     memory_bytes: int
     """Memory of one device."""
 
@@ -93,14 +112,15 @@ def make_plan(config: Config) -> RunPlan:
     config = with_nodes(config)
     check_layout(config)
     step = plan_time(config)
-    return RunPlan(config, plan_memory(config), step, budget_of(config, step), device_memory(config))
+    failures = plan_failures(config, step.step_seconds)
+    return RunPlan(config, plan_memory(config), step, budget_of(config, step), failures, device_memory(config))
 
 
 def budget_of(config: Config, step: StepTime) -> Budget:
     """Days, GPU hours, cost and energy of the token budget."""
     hardware, devices = config.hardware, layout_of(config).world
-    tokens = config.plan.tokens or Schedules(config).samples[-1] * config.seq_len
-    hours = tokens / step.tokens_per_second / HOUR
+    tokens, seconds = _whole_run(config, step)
+    hours = seconds / HOUR
     return Budget(
         tokens=tokens,
         days=hours / 24,
@@ -109,3 +129,43 @@ def budget_of(config: Config, step: StepTime) -> Budget:
         cost=None if hardware.price_per_hour is None else hours * devices * hardware.price_per_hour,
         energy_kwh=None if hardware.watts is None else hours * HOUR * devices * hardware.watts / KWH_IN_JOULES,
     )
+
+
+def _whole_run(config: Config, step: StepTime) -> tuple[float, float]:
+    """Tokens of the run, and seconds of its steps. A step of the ramp is priced by its batch: the smallest and the full one are planned,
+    and the time between them grows evenly, as every further micro-batch takes as long as the one before."""
+    sizes = Schedules(config).batch_sizes
+    wanted = config.plan.tokens and config.plan.tokens / config.seq_len  # sequences
+    samples, seconds = 0.0, 0.0
+    least = min(sizes)
+    first = step.step_seconds
+    if least < config.batch_size:
+        first = plan_time(with_batch(config, least)).step_seconds
+    for size in sizes:
+        if wanted and samples >= wanted:
+            break
+        share = (config.batch_size - size) / max(1, config.batch_size - least)
+        samples, seconds = samples + size, seconds + share * first + (1 - share) * step.step_seconds
+    if wanted:  # whole steps no longer count: to the token
+        seconds += (wanted - samples) / config.batch_size * step.step_seconds
+        samples = wanted
+    return samples * config.seq_len, seconds
+
+
+def with_batch(config: Config, batch: int) -> Config:
+    """The recipe with another batch, always that one."""
+    return replace(config, batch_size=batch, optim=replace(config.optim, batch_ramp_start=None, batch_ramp_steps=0))
+
+
+def later_phases(config: Config) -> list[tuple[str, RunPlan]]:
+    """plan.phases, each planned with this plan's devices, for its time alone."""
+    planned = []
+    for name in config.plan.phases:
+        phase = compose(f"conf={name}", "data.path=none", "mode=plan")
+        planned.append(
+            (
+                name,
+                make_plan(replace(phase, hardware=config.hardware, plan=replace(config.plan, phases=[], tokens=None))),
+            )
+        )
+    return planned

@@ -8,7 +8,7 @@ from conf.errors import EXIT_OK
 from conf.files import atomic_write_text
 from conf.schema import Config
 from train.metrics.planned import PLAN_FILE
-from train.plan.budget import make_plan
+from train.plan.budget import later_phases, make_plan
 from train.plan.report.plan_page import PLAN_PAGE, write_page
 from train.plan.report.plan_record import plan_record
 from train.plan.report.plan_screen import calibration_screen, plan_screen, search_screen
@@ -35,11 +35,12 @@ def run_plan(config: Config) -> int:
     cures = [] if plan.fits else find_cures(plan)
     split = find_split(plan)
     stages = find_stages(plan) if plan.fits and found is None else None  # a search has tried them
-    record = plan_record(plan, cures, split, stages)
+    phases = later_phases(plan.config)
+    record = plan_record(plan, cures, split, stages, phases)
     if found is not None:
         record["search"] = asdict(found.record())
     folder.mkdir(parents=True, exist_ok=True)
     atomic_write_text(folder / PLAN_FILE, json.dumps(record, indent=1))
     write_page(folder / PLAN_PAGE, plan, split, record)
-    plan_screen(plan, cures, split, stages, folder)
+    plan_screen(plan, cures, split, stages, phases, folder)
     return EXIT_OK

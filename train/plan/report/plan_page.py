@@ -18,7 +18,14 @@ from train.metrics.quantities import GIB, amount, gib, length_of_run, seconds, s
 from train.metrics.report_page import HOW_TO_READ, cards_html, closing, figure_html, opening, table
 from train.metrics.timeline_file import SampledStep
 from train.plan.budget import RunPlan
-from train.plan.report.plan_record import interval_words, layout_words, reserve_words, split_words, verdict
+from train.plan.report.plan_record import (
+    failure_words,
+    interval_words,
+    layout_words,
+    reserve_words,
+    split_words,
+    verdict,
+)
 from train.plan.search.cures import FasterSplit
 
 PLAN_PAGE = "plan.html"
@@ -42,6 +49,8 @@ def _parts(plan: RunPlan, split: FasterSplit | None, record: dict[str, Any]) -> 
     notes = [f"Rates: {plan.step.rates}.", f"Of a device {reserve_words(plan.reserve)}."]
     if (stages := split_words(plan, split)) is not None:
         notes.append(f"Stages: {stages}.")
+    if (failures := failure_words(plan)) is not None:
+        notes.append(f"Failures: {failures}.")
     parts += [
         f'<h2>At a glance</h2><div class="cards">{cards_html(_cards(plan))}</div>',
         "".join(f"<p>{html.escape(note)}</p>" for note in notes),
@@ -85,6 +94,14 @@ def _cards(plan: RunPlan) -> list[Card]:
         cards.append(Card("Cost", f"{amount(budget.cost)} {hardware.currency}", f"at {price} an hour and device"))
     if budget.energy_kwh is not None:
         cards.append(Card("Energy", f"{amount(budget.energy_kwh)} kWh", "of the devices at their power limit"))
+    if plan.failures is not None:
+        cards.append(
+            Card(
+                "Effective time",
+                share(plan.failures.effective_share),
+                f"beside failures and saves; {share(plan.failures.best_share)} with a checkpoint every {plan.failures.best_steps} steps",
+            )
+        )
     return cards
 
 

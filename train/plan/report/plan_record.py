@@ -3,15 +3,18 @@
 Units are in the names of plan.json's fields; train/docs/plan.md describes each.
 """
 
+from collections.abc import Sequence
+from dataclasses import asdict
 from itertools import groupby
 from typing import Any
 
+from conf.schema import Hardware
 from parallel.pipeline.orders import Action
 from train.kernels.cpu.processor import cpu_name
 from train.metrics.planned import recipe_of
-from train.metrics.quantities import gib, seconds
+from train.metrics.quantities import amount, gib, length_of_run, seconds, share
 from train.parallelize import split as stage_layers
-from train.plan.budget import RunPlan
+from train.plan.budget import Budget, RunPlan
 from train.plan.job import layout_of, micro_batches_of
 from train.plan.search.changes import words as as_typed
 from train.plan.search.cures import Cure, FasterSplit
@@ -22,7 +25,11 @@ from train.plan.time.traffic import latent_bytes
 
 
 def plan_record(
-    plan: RunPlan, cures: list[Cure], split: FasterSplit | None, faster_stages: Cure | None = None
+    plan: RunPlan,
+    cures: list[Cure],
+    split: FasterSplit | None,
+    faster_stages: Cure | None = None,
+    phases: Sequence[tuple[str, RunPlan]] = (),
 ) -> dict[str, Any]:
     """The content of plan.json but for a search."""
     config, step, budget = plan.config, plan.step, plan.budget
@@ -89,6 +96,11 @@ def plan_record(
         "mfu_causal": step.mfu_causal,
         "mfu_full": step.mfu_full,
         **vars(budget),
+        "failures": None if plan.failures is None else asdict(plan.failures),
+        "phases": [
+            {"name": name, "verdict": phase.verdict, "step_seconds": phase.step.step_seconds, **vars(phase.budget)}
+            for name, phase in phases
+        ],
     }
 
 
@@ -133,6 +145,38 @@ def layout_words(plan: RunPlan) -> str:
     return (
         f"pp {parallel.pp} ({parallel.schedule_words}), dp {parallel.dp}, {shared}ep {parallel.ep} ({parallel.dispatch}, {parallel.wire}), "
         f"ZeRO {parallel.zero}, {micro_batches_of(config)} micro-batches of {config.micro_batch_size}, recomputed: {again}{away}"
+    )
+
+
+def budget_words(budget: Budget, hardware: Hardware) -> str:
+    """What tokens take."""
+    words = f"{amount(budget.tokens)} tokens in {length_of_run(budget.days)}: {amount(budget.gpu_hours)} device hours"
+    if budget.cost is not None:
+        words += (
+            f", {amount(budget.cost)} {hardware.currency} at {hardware.price_per_hour:g} {hardware.currency} an hour"
+        )
+    if budget.energy_kwh is not None:
+        words += f", {amount(budget.energy_kwh)} kWh"
+    return f"{words} ({amount(budget.gpu_hours_per_trillion_tokens)} per trillion tokens)"
+
+
+def failure_words(plan: RunPlan) -> str | None:
+    """What failures make of the budget; None where nobody knows."""
+    found, checkpoint, hardware = plan.failures, plan.config.checkpoint, plan.config.hardware
+    if found is None:
+        return None
+    if checkpoint.every_memory:
+        kept = f"copies in memory every {checkpoint.every_memory} steps"
+    else:
+        kept = f"a checkpoint every {checkpoint.every} steps" if checkpoint.every else "no checkpoint before the end"
+    words = f"one in {length_of_run(found.between_seconds / 86400)}: with {kept} {share(found.effective_share)} of the time lasts"
+    if found.effective_share > 0.01:
+        lasting = plan.budget.lasting(found.effective_share)
+        cost = "" if lasting.cost is None else f", {amount(lasting.cost)} {hardware.currency}"
+        words += f", {length_of_run(lasting.days)}, {amount(lasting.gpu_hours)} device hours{cost}"
+    return (
+        f"{words}; with a checkpoint every {found.best_steps} steps, the best, {share(found.best_share)}; {found.spare_nodes} spare nodes "
+        "are enough in 99 % of the time"
     )
 
 

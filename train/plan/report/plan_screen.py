@@ -2,6 +2,7 @@
 
 import re
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
 
 from rich.console import Console
@@ -9,14 +10,22 @@ from rich.console import Console
 from conf.schema import Config
 from conf.screen import Terminal
 from train.metrics.planned import PLAN_FILE
-from train.metrics.quantities import amount, gib, length_of_run, seconds, share
+from train.metrics.quantities import amount, gib, seconds, share
 from train.metrics.screens import GOOD, WARN, show
 from train.optim.matrices import logical_matrices
 from train.plan.budget import RunPlan, Verdict
 from train.plan.memory.part import FrozenSection
 from train.plan.memory.rank_weights import part_weights
 from train.plan.report.plan_page import PLAN_PAGE
-from train.plan.report.plan_record import interval_words, layout_words, reserve_words, split_words, verdict
+from train.plan.report.plan_record import (
+    budget_words,
+    failure_words,
+    interval_words,
+    layout_words,
+    reserve_words,
+    split_words,
+    verdict,
+)
 from train.plan.search.cures import Cure, FasterSplit
 from train.plan.search.search import FoundLayout, Search
 
@@ -26,6 +35,7 @@ def plan_screen(
     cures: list[Cure],
     split: FasterSplit | None,
     faster_stages: Cure | None,
+    phases: Sequence[tuple[str, RunPlan]],
     folder: Path,
     console: Console | None = None,
 ) -> None:
@@ -57,7 +67,7 @@ def plan_screen(
         *([("Matrices", _matrices(config))] if config.optim.facts.matrices.is_whole else []),
         ("Experts", _exchange(plan)),
         ("Speed", _speed(plan)),
-        ("Run", _run(plan)),
+        *_run(plan, phases),
         ("Rates", step.rates),
     ]
     rows.append(("Written", f"{folder / PLAN_FILE}, {folder / PLAN_PAGE}  (open it in a browser)"))
@@ -132,16 +142,21 @@ def _speed(plan: RunPlan) -> str:
     return f"{step.tokens_per_second_per_gpu:.0f} tokens/s per device, {amount(step.tokens_per_second)}/s in all{mfu}"
 
 
-def _run(plan: RunPlan) -> str:
-    budget, hardware = plan.budget, plan.config.hardware
-    words = f"{amount(budget.tokens)} tokens in {length_of_run(budget.days)}: {amount(budget.gpu_hours)} device hours"
-    if budget.cost is not None:
-        words += (
-            f", {amount(budget.cost)} {hardware.currency} at {hardware.price_per_hour:g} {hardware.currency} an hour"
+def _run(plan: RunPlan, phases: Sequence[tuple[str, RunPlan]]) -> list[tuple[str, str]]:
+    hardware, budget = plan.config.hardware, plan.budget
+    rows = [("Run", budget_words(budget, hardware))]
+    for name, phase in phases:
+        rows.append(
+            (
+                "Then",
+                f"{name}, {phase.verdict}, {seconds(phase.step.step_seconds)} a step: {budget_words(phase.budget, hardware)}",
+            )
         )
-    if budget.energy_kwh is not None:
-        words += f", {amount(budget.energy_kwh)} kWh"
-    return f"{words} ({amount(budget.gpu_hours_per_trillion_tokens)} per trillion tokens)"
+        budget = budget + phase.budget
+    if phases:
+        rows.append(("In all", budget_words(budget, hardware)))
+    words = failure_words(plan)
+    return rows if words is None else [*rows, ("Failures", words)]
 
 
 def search_screen(found: Search, written: Path | None, console: Console | None = None) -> None:

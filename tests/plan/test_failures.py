@@ -1,0 +1,79 @@
+"""Failures: the formula against runs that fail at random, the best interval, and what a plan makes of them."""
+
+import random
+from dataclasses import replace
+
+import pytest
+
+from conf.load import compose
+from train.plan.budget import later_phases, make_plan, with_batch
+from train.plan.failures import Saving, plan_failures
+from train.plan.time.step_time import plan_time
+
+SMALL = ("conf=tiny", "hardware=h800", "micro_batch_size=2", "batch_size=32", "parallel.dp=2")
+
+
+def _simulated(saving: Saving, interval: float, wanted: float) -> float:
+    """Effective share of a run that saves, writes, fails and starts again, event by event."""
+    draw, now, done = random.Random(0), 0.0, 0.0
+    fails = draw.expovariate(1 / saving.between_failures)
+    while done < wanted:  # a stretch of training, until what it did counts
+        ends = now + interval + saving.stall
+        if fails > ends + saving.write:
+            now, done = ends, done + interval
+            continue
+        now = fails + saving.restart  # the stretch is lost, also where it only was not written yet
+        fails = now + draw.expovariate(1 / saving.between_failures)
+    return done / now
+
+
+@pytest.mark.parametrize(
+    ("mean", "interval", "stall", "write", "restart"),
+    [(86400, 12_850, 0.1, 10, 30), (86400, 600, 2, 60, 120), (7200, 900, 20, 60, 300), (3600, 3600, 5, 30, 60)],
+)
+def test_the_formula_is_what_random_failures_leave(mean, interval, stall, write, restart):
+    saving = Saving(mean, restart, stall, write)
+    assert saving.effective(interval) == pytest.approx(_simulated(saving, interval, 4000 * mean), rel=0.02)
+
+
+def test_the_best_interval_is_the_best_and_leaves_time_to_write():
+    saving = Saving(86400, 60, 10, 30)
+    best = saving.best_interval
+    assert best == pytest.approx((2 * 10 * 86400) ** 0.5, rel=0.02), "Young's root for a short stall"
+    assert all(saving.effective(best) >= saving.effective(best * other) for other in (0.5, 0.9, 1.1, 2))
+    assert Saving(86400, 60, 0.01, 3000).best_interval == 3000
+    assert Saving(10, 60, 10, 30).effective(1e7) == 0.0
+
+
+def test_rare_saves_lose_work_and_copies_in_memory_lose_less():
+    config = compose("conf=deepseek_v3", "hardware=h800", "mode=plan")
+    found = plan_failures(config, 25.7)
+    assert found.between_seconds == pytest.approx(24.4 * 3600, rel=0.01)
+    assert 0.92 < found.effective_share < 0.935 < found.best_share < 1, "500 steps between saves lose about 7 %"
+    often = plan_failures(replace(config, checkpoint=replace(config.checkpoint, every_memory=20)), 25.7)
+    assert often.effective_share > 0.99 and often.restart_seconds < found.restart_seconds
+    assert plan_failures(replace(config, plan=replace(config.plan, failures=0)), 25.7) is None
+    assert plan_failures(compose("conf=tiny", "hardware=cpu"), 1.0) is None
+
+
+def test_a_ramp_is_priced_by_its_batches():
+    words = "steps=20", "optim.batch_ramp_start=8", "optim.batch_ramp_increment=8", "optim.batch_ramp_steps=12"
+    config = compose(*SMALL, *words, "parallel.pp=2", "parallel.schedule=1f1b")
+    plan = make_plan(config)
+    counts = {8: 4, 16: 4, 24: 4, 32: 8}
+    seconds = sum(number * plan_time(with_batch(plan.config, batch)).step_seconds for batch, number in counts.items())
+    assert plan.budget.days * 86400 == pytest.approx(seconds, rel=1e-3)
+    assert plan.budget.tokens == 256 * sum(batch * number for batch, number in counts.items())
+    assert plan.budget.days * 86400 > plan.budget.tokens / plan.step.tokens_per_second
+
+
+def test_phases_add_up_and_failures_make_a_run_longer():
+    plan = make_plan(compose(*SMALL, "plan.phases=[tiny]"))
+    ((name, phase),) = later_phases(plan.config)
+    whole = plan.budget + phase.budget
+    assert name == "tiny" and phase.config.hardware == plan.config.hardware
+    assert whole.gpu_hours == pytest.approx(plan.budget.gpu_hours + phase.budget.gpu_hours)
+    assert whole.gpu_hours_per_trillion_tokens == pytest.approx(whole.gpu_hours * 1e12 / whole.tokens)
+    longer = plan.budget.lasting(0.8)
+    assert longer.days == pytest.approx(plan.budget.days / 0.8) and longer.tokens == plan.budget.tokens
+    assert (whole + replace(phase.budget, cost=None)).cost is None
