@@ -59,15 +59,13 @@ def published_jobs() -> Iterator[PublishedJob]:
 
 
 def laid_out(
-    devices: int, pp: int, ep: int, batch: int, order: str = "1f1b", stages: int = 2, size: int = 1, again: str = "mla_up",
+    devices: int, pp: int, ep: int, batch: int, order: str = "1f1b", stages: int = 0, size: int = 1, again: str = "mla_up",
     split: list[int] | None = None, dispatch: str = "deepep", wire: str = "bf16",
 ) -> tuple[str, ...]:  # fmt: skip
-    """The words of a layout. stages: of a rank, in the interleaved order. size: of a micro-batch. again: what is recomputed."""
+    """The words of a layout. stages: of a rank, where the order has a choice. size: of a micro-batch. again: what is recomputed."""
     words = [f"parallel.pp={pp}", f"parallel.dp={devices // pp}", f"parallel.ep={ep}", f"batch_size={batch}", f"micro_batch_size={size}",
              f"model.recompute=[{again}]", f"parallel.dispatch={dispatch}", f"parallel.wire={wire}"]  # fmt: skip
-    words += [f"parallel.schedule={order}"] * (pp > 1) + [f"parallel.virtual_stages={stages}"] * (
-        order == "interleaved"
-    )
+    words += [f"parallel.schedule={order}"] * (pp > 1) + [f"parallel.virtual_stages={stages}"] * (stages > 0)
     return (*words, *([f"parallel.split=[{','.join(map(str, split))}]"] if split else []))
 
 
@@ -107,7 +105,7 @@ def _megatron_bridge() -> Iterator[PublishedJob]:
     for release, speed in (("26.02", 3955), ("26.02", 4021), ("26.04", 4193), ("26.04", 4256)):
         yield row(release, "671B, 256 GB200", "gb200_nvl72", speed, *wide())
     for release, speed in (("26.06", 4969), ("26.06", 4928), ("26.08", 4912), ("26.08", 4735)):
-        yield row(release, "671B, 256 GB200, overlapped", "gb200_nvl72", speed, *wide("dualpipev", split=None))
+        yield row(release, "671B, 256 GB200, overlapped", "gb200_nvl72", speed, *wide("dualpipev", 0, split=None))
     pairs = laid_out(256, 2, 32, 4096, "interleaved", 8, size=2, split=SIXTEEN)
     for release, speed in (("26.02", 4612), ("26.02", 4691), ("26.04", 4965), ("26.04", 4992)):
         yield row(release, "671B, 256 GB300, pairs", "gb300_nvl72", speed, *pairs)

@@ -49,18 +49,16 @@ class Budget:
 
     def lasting(self, share: float) -> "Budget":
         """The budget where only a share of the time is spent on steps that last."""
-        times = {
-            name: None if value is None else value / share for name, value in vars(self).items() if name != "tokens"
-        }
-        return Budget(self.tokens, **times)
+        cost, energy = (None if value is None else value / share for value in (self.cost, self.energy_kwh))
+        hours = self.gpu_hours / share
+        return Budget(self.tokens, self.days / share, hours, hours * TRILLION / self.tokens, cost, energy)
 
     def __add__(self, other: "Budget") -> "Budget":
         """One run after another. Costs that are not known stay so."""
-        sums = {
-            name: None if value is None or getattr(other, name) is None else value + getattr(other, name)
-            for name, value in vars(self).items()
-        }
-        return Budget(**sums | {"gpu_hours_per_trillion_tokens": sums["gpu_hours"] * TRILLION / sums["tokens"]})
+        tokens, hours = self.tokens + other.tokens, self.gpu_hours + other.gpu_hours
+        cost = None if self.cost is None or other.cost is None else self.cost + other.cost
+        energy = None if self.energy_kwh is None or other.energy_kwh is None else self.energy_kwh + other.energy_kwh
+        return Budget(tokens, self.days + other.days, hours, hours * TRILLION / tokens, cost, energy)
 
 
 @dataclass

@@ -38,7 +38,7 @@ class Saving:
     restart: float
     """From a failure to the next step, with reading the checkpoint."""
     stall: float
-    """Of the training, for each checkpoint."""
+    """For which the training waits at each checkpoint."""
     write: float
     """From then until it counts."""
 
