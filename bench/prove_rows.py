@@ -14,6 +14,7 @@ import hashlib
 import itertools
 import random
 import subprocess
+from collections.abc import Sequence
 from copy import deepcopy
 from functools import cache, reduce
 from pathlib import Path
@@ -24,6 +25,7 @@ import yaml
 from conf.check import check
 from conf.errors import UserError
 from conf.load import compose
+from conf.micro_batches import in_lockstep
 from conf.schema import ROOT, SELECTIVE, Config, Recompute
 from train.loop.layout_check import check_layout
 
@@ -76,6 +78,34 @@ SWITCHES: dict[str, list[Any]] = {
 }
 """Settings by name and their values, of which the first go together; `precision` is a group, `recompute` as in RECOMPUTED, `offload`
 what of model.offload, `ramp` whether the batch grows."""
+MUON_SWITCHES: dict[str, list[Any]] = {
+    "optim.name": ["adamw", "muon"],
+    "prove.first_optimizer": [None, "adamw"],
+    "optim.muon.iteration": ["quintic", "polar_express", "deepseek_v4"],
+    "optim.muon.by_head": [True, False],
+    "optim.muon.adamw_rate": [1.0, 0.5],
+    "optim.qk_clip": [None, 0.05],
+    "parallel.offload_optimizer": [False, True],
+    "parallel.uneven": [False, True],
+}
+"""Settings that rows behind ROWS have, which are Muon's; all others have the first values."""
+MUON_MEETS = (
+    "parallel.pp",
+    "parallel.dp",
+    "parallel.cp",
+    "parallel.ep",
+    "parallel.zero",
+    "parallel.schedule",
+    "precision",
+    "precision.moments",
+    "model.mtp_depth",
+    "model.q_rank",
+    "model.shared_experts",
+    "optim.clip",
+    "micro_batch_size",
+)
+"""Switches that meet those of Muon: every two of all these meet."""
+COLUMNS = SWITCHES | MUON_SWITCHES
 RECOMPUTED = {"nothing": [], "parts": [*map(str, SELECTIVE)], "layers": [str(Recompute.layer)]}
 JOINED = (
     (
@@ -93,6 +123,8 @@ JOINED = (
     ("recompute", "offload"),
 )
 """The switches that rules of the configuration join; no rule joins two of different groups."""
+MUON_JOINED = ((*MUON_MEETS[:6], "parallel.offload_optimizer", "parallel.uneven"),)
+"""The same of Muon's rows."""
 
 ProveRow = dict[str, Any]
 
@@ -104,21 +136,36 @@ def read_rows() -> list[ProveRow]:
 
 
 def write_rows() -> None:
-    """Make the covering array, fill it up to ROWS, and write both; the same at every call."""
-    rows = _fill(covering_rows())
+    """Make the covering array, fill it up to ROWS, add Muon's rows, and write all; the same at every call."""
+    rows = [_completed(row) for row in (*_fill(covering_rows()), *muon_rows())]
     with FILE.open("w", newline="") as file:
-        writer = csv.DictWriter(file, list(SWITCHES), lineterminator="\n")
+        writer = csv.DictWriter(file, list(COLUMNS), lineterminator="\n")
         writer.writeheader()
         writer.writerows({key: "null" if value is None else value for key, value in row.items()} for row in rows)
 
 
 def covering_rows() -> list[ProveRow]:
     """Rows in which every three settings meet that the rules allow together."""
+    return _cover(SWITCHES, JOINED, strength=3)
+
+
+def muon_rows() -> list[ProveRow]:
+    """Rows of Muon in which every two settings meet that the rules allow together."""
+    switches = {key: COLUMNS[key] for key in (*MUON_MEETS, *MUON_SWITCHES)} | {"optim.name": ["muon"]}
+    return _cover(switches, MUON_JOINED, strength=2)
+
+
+def _cover(switches: dict[str, list[Any]], joined: Sequence[tuple[str, ...]], strength: int) -> list[ProveRow]:
     from covertable import make  # of the extra dev, and of nobody else
 
-    switches = {key.replace(".", "/"): values for key, values in SWITCHES.items()}  # covertable splits names at dots
-    made = make(switches, strength=3, constraints=_constraints())
-    return [{key: row[key.replace(".", "/")] for key in SWITCHES} for row in made]
+    named = {key.replace(".", "/"): values for key, values in switches.items()}  # covertable splits names at dots
+    made = make(named, strength=strength, constraints=_constraints(joined))
+    return [{key: row[key.replace(".", "/")] for key in switches} for row in made]
+
+
+def _completed(row: ProveRow) -> ProveRow:
+    """With all columns, those that it lacks with their first values."""
+    return {key: row.get(key, values[0]) for key, values in COLUMNS.items()}
 
 
 def _fill(rows: list[ProveRow]) -> list[ProveRow]:
@@ -137,12 +184,12 @@ def world_of(row: ProveRow) -> int:
     return row["parallel.pp"] * row["parallel.dp"] * row["parallel.cp"]
 
 
-def _constraints() -> list[dict[str, Any]]:
-    """For covertable: every two, every three and all of each of JOINED, as the values that allowed rows have there.
+def _constraints(joins: Sequence[tuple[str, ...]]) -> list[dict[str, Any]]:
+    """For covertable: every two, every three and all of each of these, as the values that allowed rows have there.
 
     The small ones follow from the large one, and let a row that cannot be finished be seen at its second or third value.
     """
-    sizes = ((joined, size) for joined in JOINED for size in sorted({2, 3, len(joined)}))
+    sizes = ((joined, size) for joined in joins for size in sorted({2, 3, len(joined)}))
     subsets = [(joined, subset) for joined, size in sizes for subset in itertools.combinations(joined, size)]
     return [_constraint(joined, subset) for joined, subset in subsets]
 
@@ -155,11 +202,10 @@ def _constraint(joined: tuple[str, ...], subset: tuple[str, ...]) -> dict[str, A
 
 @cache
 def allowed(joined: tuple[str, ...]) -> set[tuple]:
-    """Values of one of JOINED that the rules allow."""
-    others = {key: values[0] for key, values in SWITCHES.items()}
+    """Values of one of JOINED or MUON_JOINED that the rules allow."""
     found = set()
-    for values in itertools.product(*(SWITCHES[key] for key in joined)):
-        row = others | dict(zip(joined, values, strict=True))
+    for values in itertools.product(*(COLUMNS[key] for key in joined)):
+        row = _completed({}) | dict(zip(joined, values, strict=True))
         if world_of(row) <= LARGEST_WORLD:
             with contextlib.suppress(UserError):
                 to_config(row)
@@ -183,6 +229,8 @@ def to_config(row: ProveRow) -> Config:
     if row["ramp"]:
         cfg.batch_size = first + more
         cfg.optim.batch_ramp_start, cfg.optim.batch_ramp_steps, cfg.optim.batch_ramp_increment = first, 1, more
+    if row["parallel.uneven"]:  # a micro-batch more on some ranks
+        cfg.batch_size += cfg.micro_batch_size * in_lockstep(cfg.parallel)
     check(cfg)
     check_layout(cfg)
     return cfg

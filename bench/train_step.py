@@ -20,7 +20,7 @@ import json
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -182,10 +182,12 @@ def _ours(case: Case):
     return own_step(case)
 
 
-def own_step(case: Case, balance_loss: float = 0.0, device: str = "cpu") -> Callable[[], tuple[float, float]]:
+def own_step(
+    case: Case, balance_loss: float = 0.0, device: str = "cpu", more: Sequence[str] = ()
+) -> Callable[[], tuple[float, float]]:
     """A step of the case on this rank of the default process group, on random tokens.
 
-    balance_loss: weight of the sequence-wise loss, which the peers do not have. The step returns its seconds of forward
+    balance_loss: weight of the sequence-wise loss, which the peers do not have. more: other words of the command line. The step returns its seconds of forward
     and backward, and of what follows: measures, reduction and update.
     """
     import torch
@@ -199,7 +201,7 @@ def own_step(case: Case, balance_loss: float = 0.0, device: str = "cpu") -> Call
     from train.plan.job import layout_of
     from train.rank import RankSetup
 
-    config, here = case.config(f"optim.balance_loss={balance_loss}"), torch.device(device)
+    config, here = case.config(f"optim.balance_loss={balance_loss}", *more), torch.device(device)
     mesh = build_mesh(layout_of(config))
     kernels, _ = choose_kernels(config, here)
     training_step = TrainingStep(config, parallelize(config, mesh, here, kernels), RankSetup(here, mesh))

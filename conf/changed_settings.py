@@ -15,8 +15,9 @@ from typing import Any, cast
 
 from omegaconf import OmegaConf
 
+from conf.optimizers import ADAMW, written_by
 from conf.removed_keys import drop_removed_keys
-from conf.schema import Config, Data, Fp8, Precision
+from conf.schema import Config, Data, Fp8, Optim, OptimizerName, Precision
 from conf.words import harmless, one_line
 
 LINE_WIDTH, AROUND = 100, 60
@@ -61,6 +62,7 @@ EFFECTS: dict[str, tuple[Effect, str]] = {
     "hardware": (Effect.none, "mode=plan and mode=dry_run read it"),
     "plan": (Effect.none, "mode=plan reads it"),
     "dry_run": (Effect.none, "mode=dry_run reads it"),
+    "prove": (Effect.none, "mode=prove reads it"),
     "log": (Effect.none, "what is shown and kept, and when"),
     "log.validation_sequences": (Effect.measured, "the held-out loss is that of other text"),
     "log.peak_flops": (Effect.measured, "what MFU is counted against"),
@@ -152,7 +154,7 @@ def _defaults() -> dict[str, Any]:
     """The default of every setting, those of FP8 included, but not of where the cache is, which asks for the
     environment.
     """
-    config = Config(data=Data(cache=""), precision=Precision(fp8=Fp8()))
+    config = Config(data=Data(cache=""), optim=Optim(name=OptimizerName[ADAMW]), precision=Precision(fp8=Fp8()))
     found = OmegaConf.to_container(OmegaConf.structured(config), resolve=True, enum_to_str=True)
     return cast("dict[str, Any]", found)
 
@@ -190,6 +192,11 @@ def _facts(config: Config, fingerprint: str, meta: dict[str, Any], found: dict[s
         )
     elif "data.path" in found:
         yield "the data have moved: they are those that the checkpoint was trained on"
+    if (other := written_by(meta)) != config.optim.facts.name:
+        yield (
+            f"the optimizer starts anew: the checkpoint was written by optim.name={other}, and this run has {config.optim.facts.name}. Weights, "
+            "schedules and the place in the data go on; what the optimizer keeps of weights starts at zero"
+        )
     averaged = config.optim.ema_decay > 0
     if averaged and not meta["has_ema"]:
         yield "the checkpoint has no average of the weights: the average starts with the weights as they are now"

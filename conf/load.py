@@ -4,6 +4,7 @@ Folders in conf/ are the groups: conf/ the recipes, model/, data/ and so on. Not
 would be a group, and a folder of runs would hide the key `runs`.
 """
 
+import contextlib
 import os
 import sys
 import tempfile
@@ -34,10 +35,11 @@ from conf.errors import EXIT_OK, UserError
 from conf.fields import check_fields
 from conf.files import atomic_write_text
 from conf.micro_batches import choose_micro_batch_size
-from conf.optimizers import OPTIMIZERS
+from conf.optimizers import ADAMW, OPTIMIZERS, pretrained_with
+from conf.read_json import read_json
 from conf.removed_keys import drop_removed_keys
 from conf.run_settings import LOOKS_AT_A_RUN, over_run_settings
-from conf.schema import ROOT, Config, Hardware, Mode
+from conf.schema import ROOT, Config, Hardware, Mode, OptimizerName
 from conf.words import say, say_note
 from conf.yaml_file import UNREADABLE, escaped, read_yaml, unreadable
 
@@ -107,6 +109,10 @@ def _schema() -> DictConfig:
 
 def _choose(config: Config) -> Iterator[str]:
     """Fill what the recipe leaves to be chosen, with a sentence on each. Nothing is written to a configuration later."""
+    if config.optim.name is None:
+        config.optim.name, why = _choose_optimizer(config)
+        if why:
+            yield f"optim.name={config.optim.name} is chosen: {why}"
     if config.micro_batch_size is None:
         config.micro_batch_size = size = choose_micro_batch_size(config)
         count = config.batch_size // (size * config.parallel.dp)
@@ -123,6 +129,27 @@ def _choose(config: Config) -> Iterator[str]:
         assert isinstance(hardware, Hardware)
         config.hardware = hardware
         yield f"no hardware= is given: the plan is for {PLANNED}, the GPUs of the paper"
+
+
+def _choose_optimizer(config: Config) -> tuple[OptimizerName, str]:
+    """That of the run if it exists, else that of the weights it starts from; and why, where it is not what it always is."""
+    own = Path(config.runs, config.name, "config.yaml")
+    if config.init_from is None or own.is_file():
+        return OptimizerName[_optimizer_of(own)], ""
+    known = None
+    with contextlib.suppress(UserError):  # a folder that cannot be read has an error of its own
+        known = pretrained_with(read_json(Path(config.init_from).expanduser() / "config.json", "init_from", ""))
+    if known is None:
+        return OptimizerName[ADAMW], ""
+    return OptimizerName[known[1]], f"{known[0]}, whose shape {config.init_from} has, was pretrained with it"
+
+
+def _optimizer_of(run: Path) -> str:
+    """By the config.yaml of a run, which may not be there."""
+    found = ADAMW
+    with contextlib.suppress(UserError, OmegaConfBaseException):
+        found = OmegaConf.select(read_yaml(run), "optim.name") if run.is_file() else ADAMW
+    return found if found in OPTIMIZERS else ADAMW
 
 
 def read_config(path: str) -> Config:

@@ -7,9 +7,7 @@ the three adds an optimizer.
 
 import re
 from dataclasses import dataclass
-from pathlib import Path
-
-from conf.errors import UserError
+from typing import Any
 
 TABLE = re.compile(r"^(embedding|head)\.|\.router\.")
 ADAMW, MUON = "adamw", "muon"
@@ -70,18 +68,6 @@ class OptimizerFacts:
         """What an update reads and writes of one weight, in the mean. element: bytes of the rounded weight."""
         return UPDATE_BYTES + 2 * self.count_state_bytes(moment_bytes) + element
 
-    def require_own(self, written_by: str, checkpoint: Path) -> None:
-        """Raise UserError for a checkpoint of another optimizer. written_by: its optim.name."""
-        if written_by == self.name:
-            return
-        kept = ", ".join(dict.fromkeys(name for rule in self.rules for name in rule.state)) or "nothing"
-        raise UserError(
-            "optim.name",
-            self.name,
-            f"keeps {kept} of every weight, and {checkpoint} was written by optim.name={written_by}, whose state says nothing of that",
-            f"set optim.name={written_by}, or begin from its weights: mode=export, then init_from=FOLDER under another name=",
-        )
-
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 _MEANINGS = (("exp_avg", "first moments"), ("exp_avg_sq", "second moments"))
@@ -104,3 +90,26 @@ OPTIMIZERS: dict[str, OptimizerFacts] = {
         ),
     )
 }
+
+
+PRETRAINED: tuple[tuple[str, str, dict[str, Any]], ...] = (
+    ("Kimi K2", MUON, {"model_type": "kimi_k2"}),
+    ("Kimi K2", MUON, {"vocab_size": 163840, "hidden_size": 7168, "n_routed_experts": 384}),
+    ("Moonlight", MUON, {"vocab_size": 163840, "hidden_size": 2048, "n_routed_experts": 64}),
+    ("DeepSeek-V3", ADAMW, {"vocab_size": 129280, "hidden_size": 7168, "n_routed_experts": 256}),
+)
+"""Models whose optimizer is published, and what their config.json has: tuning does best with the optimizer of the pretraining (Moonlight,
+arXiv 2502.16982, 3.5; Kimi K2, arXiv 2507.20534, 3.1)."""
+
+
+def pretrained_with(config_json: dict[str, Any]) -> tuple[str, str] | None:
+    """Name of a model that is known by its config.json, and of its optimizer."""
+    return next(
+        ((model, name) for model, name, its in PRETRAINED if its.items() <= config_json.items()),
+        None,
+    )
+
+
+def written_by(meta: dict[str, Any]) -> str:
+    """Name of the optimizer whose state a checkpoint holds. meta: of its manifest."""
+    return meta.get("config", {}).get("optim", {}).get("name") or ADAMW

@@ -263,8 +263,9 @@ class Optim:
 
     lr: float = number(2.2e-4, above=0)
     """Peak learning rate."""
-    name: OptimizerName = OptimizerName[ADAMW]
-    """What updates the weights; `optim=muon` is short for it. A checkpoint goes on with the optimizer that wrote it."""
+    name: OptimizerName | None = None
+    """What updates the weights; `optim=muon` is short for it. null: what the weights of init_from were pretrained with, where that is known,
+    else adamw; a run that exists keeps its own."""
     warmup_steps: int = number(2000, least=0)
     """Steps of linear warm-up from 0."""
     lr_schedule: list[Phase] = field(default_factory=lambda: [Phase()])
@@ -303,7 +304,7 @@ class Optim:
     @property
     def facts(self) -> OptimizerFacts:
         """What is known of the optimizer."""
-        return OPTIMIZERS[self.name]
+        return OPTIMIZERS[self.name or ADAMW]
 
 
 class RankCounts(Protocol):
@@ -696,6 +697,8 @@ class Prove:
 
     ranks: int = number(8, least=1)
     """Ranks that run, at most. A larger layout becomes the smallest one with the same structure, and what was cut is told."""
+    first_optimizer: OptimizerName | None = expert(None)
+    """What updates the weights before the checkpoint that the second part of a proof goes on from; null: what does it behind it."""
 
 
 @dataclass

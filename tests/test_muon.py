@@ -4,12 +4,18 @@ Tolerance 1e-4 relative: layouts sum gradients in another order (1e-7), and Newt
 small singular value by up to 3.4^5 = 485 in its five steps. A matrix that is cut or orthogonalised wrongly shows from 1e-2 up.
 """
 
+from pathlib import Path
+
 import pytest
+import torch
 
 from conf.errors import UserError
 from conf.load import compose
+from parallel.shard import whole
 from tests.layouts import run_layout
 from tests.small import MODEL, metrics, train
+from train.checkpoint.manifest import read_manifest
+from train.checkpoint.read_shards import load
 
 STEPS = 4
 BASE = [
@@ -60,6 +66,36 @@ def test_a_run_goes_on_in_another_layout(reference):
     start = reference / "runs" / "one" / "checkpoints" / "step_00000002"
     run_layout(reference, "moved", 2, *BASE, "parallel.cp=2", "parallel.zero=3", f"resume={start}")
     assert_same(reference, "moved", first=3)
+
+
+@pytest.mark.parametrize("first, then", [("adamw", "muon"), ("muon", "adamw")])
+def test_a_run_goes_on_with_another_optimizer_which_starts_anew(tmp_path, first, then):
+    """Its steps are those of a run that begins with these weights at that place in the data, with nothing kept of earlier gradients."""
+    words = [word for word in BASE if not word.startswith(("optim", "checkpoint"))]
+    words += ["optim.warmup_steps=0", "optim.lr=1e-2", "optim.weight_decay=0"]
+    run_layout(tmp_path, "one", 1, *words, f"optim={first}", "checkpoint.every=2", "checkpoint.keep=0")
+    start = tmp_path / "runs" / "one" / "checkpoints" / "step_00000002"
+    run_layout(tmp_path, "other", 2, *words, f"optim={then}", "parallel.dp=2", f"resume={start}", "checkpoint.every=3")
+    own, other = metrics(tmp_path, "one"), metrics(tmp_path, "other")
+    assert other[3]["tokens"] == own[3]["tokens"]  # the data go on
+    for key in ("loss", "grad_norm"):  # with the weights
+        assert other[3][key] == pytest.approx(own[3][key], rel=1e-5)
+    assert other[4]["loss"] != pytest.approx(own[4]["loss"], rel=1e-4)
+    meta = read_manifest(tmp_path / "runs" / "other" / "checkpoints" / "step_00000003").meta
+    assert meta["updates"] == 1 and meta["step"] == 3
+    if then == "adamw":  # the very first update of AdamW is the sign of the gradient, times the rate
+        before, after = (masters(tmp_path / "runs" / name / "checkpoints" / f"step_0000000{step}", "layers.1.attention.q_down.weight")
+                         for name, step in (("one", 2), ("other", 3)))  # fmt: skip
+        moved = (before - after).abs()
+        assert moved.max() <= 1.001 * other[3]["lr"] and moved.median() == pytest.approx(other[3]["lr"], rel=1e-2)
+
+
+def masters(checkpoint: Path, name: str) -> torch.Tensor:
+    """Those of a weight in a checkpoint."""
+    shape = tuple(read_manifest(checkpoint).tensors[f"master.{name}"].shape)
+    found = torch.empty(shape)
+    load(checkpoint, {f"master.{name}": whole(found)})
+    return found
 
 
 @pytest.mark.parametrize(

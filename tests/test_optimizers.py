@@ -1,17 +1,14 @@
 """What is known of the optimizers, and what a checkpoint of another one means."""
 
-from pathlib import Path
+import json
 
 import pytest
 
-from conf.errors import UserError
 from conf.load import compose
-from conf.optimizers import ADAMW, OPTIMIZERS, OptimizerFacts, UpdateRule
-from train.checkpoint.trained_with import require_optimizer
+from conf.optimizers import ADAMW, MUON, OPTIMIZERS, OptimizerFacts, UpdateRule, written_by
+from train.loop.start import other_optimizer
 from train.optim.optimizer_classes import OPTIMIZER_CLASSES
 from train.prove.updates import UPDATES
-
-CHECKPOINT = Path("runs/mine/checkpoints/step_00000100")
 
 
 def test_every_optimizer_stands_in_all_three_tables():
@@ -37,10 +34,38 @@ def test_bytes_follow_from_the_state():
     assert mixed.count_state_bytes(4) == 8 and momentum.count_state_bytes(4) == 4
 
 
-def test_a_checkpoint_of_another_optimizer_is_an_error_with_the_cure():
-    config = compose("data.path=none")
-    require_optimizer(config, CHECKPOINT, {})  # it holds no settings
-    require_optimizer(config, CHECKPOINT, {"config": {"optim": {"lr": 1e-3}}})  # of a version that had no other
-    with pytest.raises(UserError, match=r"was written by optim\.name=lion") as caught:
-        require_optimizer(config, CHECKPOINT, {"config": {"optim": {"name": "lion"}}})
-    assert caught.value.field == "optim.name" and "init_from=FOLDER" in caught.value.cure
+def test_a_checkpoint_that_does_not_say_it_was_written_by_adamw():
+    assert written_by({}) == written_by({"config": {"optim": {"lr": 1e-3}}}) == ADAMW
+    assert written_by({"config": {"optim": {"name": "lion"}}}) == "lion"
+
+
+@pytest.mark.parametrize(
+    "body, own",
+    [
+        ({"model_type": "kimi_k2"}, MUON),
+        ({"vocab_size": 163840, "hidden_size": 2048, "n_routed_experts": 64}, MUON),
+        ({"vocab_size": 129280, "hidden_size": 7168, "n_routed_experts": 256}, ADAMW),
+        ({"vocab_size": 4096}, ADAMW),
+        (None, ADAMW),
+    ],
+)
+def test_a_tune_takes_the_optimizer_of_the_pretraining(tmp_path, body, own):
+    if body is not None:
+        (tmp_path / "config.json").write_text(json.dumps(body))
+    words = ["data.path=none", f"init_from={tmp_path}", f"runs={tmp_path}", "name=a"]
+    assert compose(*words).optim.name == own
+    assert compose(*words, "optim=muon").optim.name == MUON and compose(*words, "optim=adamw").optim.name == ADAMW
+    for other in (ADAMW, MUON):  # a run goes on with its own
+        (tmp_path / "a").mkdir(exist_ok=True)
+        (tmp_path / "a" / "config.yaml").write_text(f"optim: {{name: {other}}}\n")
+        assert compose(*words).optim.name == other
+    (tmp_path / "a" / "config.yaml").write_text("optim: {lr: 0.1}\n")  # of a version that had no other
+    assert compose(*words).optim.name == ADAMW
+
+
+def test_another_optimizer_than_that_of_the_pretraining_is_told(tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "kimi_k2"}))
+    words = ["data.path=none", f"init_from={tmp_path}"]
+    (note,) = other_optimizer(compose(*words, "optim=adamw"), tmp_path)
+    assert "Kimi K2 was pretrained with muon, and this run has optim.name=adamw" in note
+    assert other_optimizer(compose(*words), tmp_path) == []

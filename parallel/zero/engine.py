@@ -208,13 +208,13 @@ class Zero:
             param, name, offset = part.param, self.names[part.param], part.offset
             if param is self.copy and not copies:
                 continue
-            offset, shape = self._place(param, offset)
+            offset, shape = self.place(param, offset)
             found[f"master.{name}"] = Shard(part.master, offset, shape)
             for key, tensor in part.state.items():
                 found[f"{key}.{name}"] = Shard(tensor, offset, shape)
         return found
 
-    def _place(self, param: nn.Parameter, offset: int) -> tuple[int, tuple[int, ...]]:
+    def place(self, param: nn.Parameter, offset: int) -> tuple[int, tuple[int, ...]]:
         """For an element of this rank's parameter, where it is in the logical tensor, and the shape of that."""
         shape = self.shapes[param]
         if not getattr(param, "allreduce", True):  # experts are split over ep along their first dimension
@@ -224,7 +224,7 @@ class Zero:
     def _gradient_shards(self) -> dict[str, Shard]:
         offsets = {part.param: part.offset for part in self._weights.fragments()}
         return {
-            self.names[param]: Shard(gradient.detach().flatten() / divisor, *self._place(param, offsets[param]))
+            self.names[param]: Shard(gradient.detach().flatten() / divisor, *self.place(param, offsets[param]))
             for param, gradient, divisor in self._weights.gradients()
             if param in offsets and param is not self.copy
         }
@@ -242,7 +242,7 @@ class Zero:
 
     def _show_local(self, param: nn.Parameter) -> None:
         if self.local_observer is not None:
-            offset, shape = self._place(param, 0)
+            offset, shape = self.place(param, 0)
             self.local_observer(self.names[param], Shard(gradient_of(param).detach().flatten(), offset, shape))
 
     def _sum_tied(self) -> None:

@@ -28,6 +28,15 @@ def test_16b_shape_has_15_706b_parameters():
     assert round(counts.active_without_embedding / 1e9, 3) == 2.451
 
 
+def test_models_of_moonshot_have_their_sizes():
+    """Moonlight's report counts neither embedding nor head. That of Kimi K2 says 1.04T and 32.6B, without a formula."""
+    moonlight, kimi = (count(recipe(name)) for name in ("moonlight_16b", "kimi_k2"))
+    embeddings = 2 * 163840 * 2048
+    assert round((moonlight.total - embeddings) / 1e9, 2) == 15.29
+    assert round((moonlight.active_without_embedding - embeddings / 2) / 1e9, 2) == 2.24
+    assert round(kimi.total / 1e9) == 1026 and round(kimi.active_without_embedding / 1e9, 2) == 31.69
+
+
 def test_flops_of_deepseek_v3_at_4096():
     config = recipe("deepseek_v3")
     assert round(flops_per_token(config, 4096) / 1e9, 1) == 249.8
@@ -37,7 +46,7 @@ def test_flops_of_deepseek_v3_at_4096():
     assert full / flops_per_token(config, 4096) == pytest.approx(432 / 385, abs=2e-3)
 
 
-@pytest.mark.parametrize("name", ["deepseek_v3", "deepseek_v3_16b", "tiny"])
+@pytest.mark.parametrize("name", ["deepseek_v3", "deepseek_v3_16b", "tiny", "moonlight_16b", "kimi_k2"])
 def test_counts_equal_the_model_built(name):
     config = recipe(name)
     model = DeepSeekV3.whole(config, _Nothing(), seq_len=64, device="meta")

@@ -103,6 +103,14 @@ def test_the_verdict_has_a_margin():
     ]
 
 
+@pytest.mark.parametrize("recipe, layout", [("moonlight_16b", ["parallel.dp=32", "parallel.ep=8"]), ("kimi_k2", [])])
+def test_recipes_of_models_that_muon_trained_fit_their_gpus(recipe, layout):
+    """On H800, which Kimi K2 was trained on; orthogonal factors take less than a hundredth of a step."""
+    plan = make_plan(compose(f"conf={recipe}", "data.path=none", "hardware=h800", *layout))
+    assert plan.fits and plan.config.optim.name == "muon"
+    assert 0 < plan.step.optimizer_seconds < 0.01 * plan.step.step_seconds
+
+
 def test_cures_are_evaluated_and_make_it_fit():
     config = compose("conf=deepseek_v3_16b", "data.path=none", "hardware=h800", "parallel.dp=8", "parallel.ep=8",
                      "batch_size=64", "model.recompute=[]", "micro_batch_size=8")  # fmt: skip

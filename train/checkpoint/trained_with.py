@@ -1,11 +1,10 @@
-"""What a checkpoint was trained with and cannot go on without: its tokenizer, its optimizer, and the shape of its model."""
+"""What a checkpoint was trained with and cannot go on without: its tokenizer and the shape of its model."""
 
 import json
 from pathlib import Path
 from typing import Any
 
 from conf.errors import UserError
-from conf.optimizers import ADAMW
 from conf.schema import Config
 from train.checkpoint.manifest import Manifest
 from train.data.tokenizer import Tokenizer, load_tokenizer
@@ -45,12 +44,6 @@ def require_model(config: Config, checkpoint: Path, meta: dict[str, Any]) -> Non
             f"set {' '.join(f'model.{name}={json.dumps(value)}' for name, value in differ.items())}, or take another name= "
             "for a new run",
         )
-
-
-def require_optimizer(config: Config, checkpoint: Path, meta: dict[str, Any]) -> None:
-    """UserError if the checkpoint was written by another optimizer."""
-    written_by = meta.get("config", {}).get("optim", {}).get("name", ADAMW)
-    config.optim.facts.require_own(written_by, checkpoint)
 
 
 def tokenizer_of(config: Config, checkpoint: Manifest) -> Tokenizer:

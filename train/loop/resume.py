@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 from conf.changed_settings import changed
 from conf.errors import UserError
+from conf.optimizers import written_by
 from conf.schema import Config
 from parallel.exchange import from_rank_0, gather
 from parallel.shard import Shard
@@ -15,7 +16,7 @@ from train.checkpoint.manifest import CheckpointDamaged, manifest_of, newest_int
 from train.checkpoint.memory_copies import MemoryCopies
 from train.checkpoint.read_shards import fill
 from train.checkpoint.run_folder import RunPaths, resume_point
-from train.checkpoint.trained_with import require_model, require_optimizer, require_tokenizer
+from train.checkpoint.trained_with import require_model, require_tokenizer
 from train.data.prepare import PreparedData
 from train.data.tokenizer import Tokenizer
 from train.hf.folder import Folder, StoredTensor
@@ -81,11 +82,11 @@ def restore(
     another model, another tokenizer or a longer run.
     """
     skip: set[Path] = set()
-    notes = list(start.notes)
+    notes, optimizer = list(start.notes), config.optim.facts.name
     if start.copy is not None and copies is not None:
         manifest = manifest_of(Path(start.copy["folder"]), start.copy)
         _fits(config, data.tokenizer, manifest.folder, manifest.meta)
-        problem = _load(state, manifest.meta, lambda wanted: fill(manifest, copies.files(), wanted))
+        problem = _load(state, manifest.meta, optimizer, lambda wanted: fill(manifest, copies.files(), wanted))
         if problem is None:
             copies.mark_resumed()
             return _resumed(config, data, manifest.meta, notes, f"copies in memory, {manifest.folder}")
@@ -96,7 +97,7 @@ def restore(
         path = Path(start.checkpoint)
         meta = read_manifest(path).meta
         _fits(config, data.tokenizer, path, meta)
-        problem = _load(state, meta, lambda wanted, path=path: checkpointer.load(path, wanted))
+        problem = _load(state, meta, optimizer, lambda wanted, path=path: checkpointer.load(path, wanted))
         if problem is None:
             return _resumed(config, data, meta, notes, str(path))
         if config.resume != "auto":
@@ -135,16 +136,19 @@ def _newest_copy(config: Config, copies: MemoryCopies) -> tuple[dict[str, Any] |
     return None if manifest is None else manifest.body(), []
 
 
-def _load(state: RunState, meta: dict[str, Any], load: Callable[[dict[str, Shard]], Any]) -> str | None:
-    """Fill the state by `load` on all ranks; returns the first problem of any of them."""
+def _load(state: RunState, meta: dict[str, Any], optimizer: str, load: Callable[[dict[str, Shard]], Any]) -> str | None:
+    """Fill the state by `load` on all ranks; returns the first problem of any of them. optimizer: of this run; it starts anew from a checkpoint
+    of another.
+    """
     problem = None
+    own = written_by(meta) == optimizer
     try:
-        load(state.wanted(meta["has_ema"]))
+        load(state.wanted(meta["has_ema"], own_optimizer=own))
     except CheckpointDamaged as error:
         problem = error.line
     problem = next((text for text in gather(problem) if text), None)
     if problem is None:
-        state.finish_load(meta, meta["has_ema"])
+        state.finish_load(meta if own else meta | {"updates": 0}, meta["has_ema"])
     return problem
 
 
@@ -164,7 +168,6 @@ def _start(config: Config, tokenizer: Tokenizer, state: RunState) -> list[str]:
 
 def _fits(config: Config, tokenizer: Tokenizer, path: Path, meta: dict[str, Any]) -> None:
     require_model(config, path, meta)
-    require_optimizer(config, path, meta)
     require_tokenizer(tokenizer.fingerprint, config.data.tokenizer, path, meta)
     if meta["step"] > config.steps:
         raise UserError(

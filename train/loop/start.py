@@ -7,6 +7,8 @@ Moments stay 0, and an average of the weights starts from them.
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from conf.optimizers import pretrained_with
+from conf.read_json import read_json
 from conf.schema import Config
 from train.data.tokenizer import Tokenizer
 from train.hf.config import check_recipe
@@ -25,9 +27,22 @@ def check_start(config: Config, tokenizer: Tokenizer) -> tuple[Folder, list[str]
     assert config.init_from is not None
     path = Path(config.init_from).expanduser()
     folder, model, notes = open_model(path)
-    notes += check_recipe(config, model, path)
+    notes += [*check_recipe(config, model, path), *other_optimizer(config, path)]
     match(folder, config.model)
     return folder, notes + check_tokenizer(path, tokenizer, config.data.tokenizer)
+
+
+def other_optimizer(config: Config, folder: Path) -> list[str]:
+    """A note where the weights are known to have been pretrained with another."""
+    known, own = (
+        pretrained_with(read_json(folder / "config.json", "init_from", "download it again")),
+        config.optim.facts.name,
+    )
+    if known is None or known[1] == own:
+        return []
+    return [
+        f"{known[0]} was pretrained with {known[1]}, and this run has optim.name={own}: tuning did best with the optimizer of the pretraining (train/docs/muon.md)"
+    ]
 
 
 def start_from(config: Config, folder: Folder, state: "RunState") -> None:

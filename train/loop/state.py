@@ -61,9 +61,16 @@ class RunState:
             shards |= self._loads()
         return shards
 
-    def wanted(self, with_ema: bool) -> dict[str, Shard]:
-        """What this rank reads from a checkpoint, which may have been written without averages."""
+    def wanted(self, with_ema: bool, *, own_optimizer: bool = True) -> dict[str, Shard]:
+        """What this rank reads from a checkpoint, which may have been written without averages, or by another optimizer: then what this
+        one keeps of weights becomes zero.
+        """
         shards = self.zero.shards(copies=True)
+        if not own_optimizer:
+            masters = {name: shard for name, shard in shards.items() if name.startswith("master.")}
+            for name in shards.keys() - masters.keys():
+                shards[name].local.zero_()
+            shards = masters
         averages = self._averages(shards) if self.ema is not None and with_ema else {}
         return shards | averages | self._biases() | self._loads()
 

@@ -8,6 +8,7 @@ Keys of tensors are KIND/NAME, those of what a micro-batch made KIND/NAME/NUMBER
     sizes                  of a gradient that was reduced by micro-batch, the sum of what it came to in each without signs
     drawn                  master weights as the product draws them when a run begins
     reduced                gradient of a weight as the update takes it: this rank's shard
+    exact_gradient, exact  of a matrix that is updated as a whole, in fp64: its clipped gradient, and masters and state after the update
     after                  masters, moments, averages and biases after the step; before the first one of a part of a run, `loaded`
 """
 

@@ -88,7 +88,7 @@ class Judge(WireJudge, ReductionJudge, UpdateJudge):
         for number, step, ranks in self.steps:
             self._enter(number, step, ranks)
             if number and step == 0 and saved is not None:
-                before, self.tally = saved
+                before, self.tally = self._reset(*saved)
             if step:
                 before = self._judge_step(ranks, self._given() if before is None else before)
             else:
@@ -110,6 +110,14 @@ class Judge(WireJudge, ReductionJudge, UpdateJudge):
             ):  # else the second part wrote over it
                 self._judge_written(before)
         assert before is not None, f"no rank left evidence of pass {self.proof}"
+
+    def _reset(self, state: State, tally: Tally) -> tuple[State, Tally]:
+        """What a run goes on with from a checkpoint: all of it, but for what another optimizer kept."""
+        if self.recipe.optim.name == self.recipe.prove.first_optimizer or self.recipe.prove.first_optimizer is None:
+            return state, tally
+        fresh = self._given()
+        kept = {name: tensor for name, tensor in state.items() if name.startswith(("master.", "bias.", "ema."))}
+        return fresh | kept, replace(tally, updates=0)
 
     def _judge_tiles(self) -> None:
         """Single parts alone, with the weights that the ranks say they have."""

@@ -15,7 +15,7 @@ from conf.schema import Config
 from parallel.shard import whole
 from train.checkpoint.read_shards import load
 from train.prove import reference, reference_muon
-from train.prove.bounds import UNIT, Bound, averaged
+from train.prove.bounds import EXACT, UNIT, Bound, averaged
 from train.prove.comparisons import Comparisons
 from train.prove.evidence import Evidence
 from train.prove.findings import ProofFindings
@@ -89,6 +89,7 @@ class UpdateJudge(Comparisons):
         self._judge_applied(ranks, 1.0, "every step counts")
         self._count(ranks, plan, updates=1)
         self._same_names("state", after, before)
+        self._judge_exact(ranks, before, {name: gradient * factor for name, gradient in reduced.items()}, plan)
         factors = self._row_factors(ranks)
         want: State = {}
         rounded: State = {}
@@ -127,6 +128,28 @@ class UpdateJudge(Comparisons):
                 self._judge_moved(name, rank.info.rank, bias.double(), want[name], before[name], rounded[name])
         self._judge_validation(ranks, after)
         return after
+
+    def _judge_exact(self, ranks: list[Evidence], before: State, clipped: State, plan: reference.PlainPlan) -> None:
+        """The updates that the ranks made in fp64 of the same gradients. clipped: those, as the reference clips them."""
+        found, gradients, optim = assemble(ranks, "exact"), assemble(ranks, "exact_gradient"), self.config.optim
+        fp64 = Bound(
+            EXACT, "fp64 rounds by 1e-16, and Newton-Schulz multiplies that by some 1e5 at most; of the largest change"
+        )
+        fp32 = Bound(32 * UNIT["fp32"], "the factor of clipping in fp32, and one rounding of the product")
+        for name, gradient in gradients.items():
+            rule = optim.facts.choose_rule(name, gradient.dim())
+            self._compare("clipped gradients", name, None, gradient, clipped[name], fp32)
+            names = [f"{kind}.{name}" for kind in ("master", *rule.state)]
+            held = [before[each] for each in names]
+            one = WeightUpdate(self.config, name, plan.lr, self.tally.updates, rule.decays)
+            for each, new, old in zip(
+                names, UPDATES[rule.formula].make(one, held[0], gradient, *held[1:]), held, strict=True
+            ):
+                moved = float((new - old).abs().max()) or 1.0
+                self._compare("updates in fp64", each, None, found[each], new, fp64, moved)
+        whole = {name for name in clipped if optim.facts.choose_rule(name, clipped[name].dim()).is_whole}
+        if self.proof == "fp32":
+            self._same_names("updates in fp64", gradients, whole)
 
     def _row_factors(self, ranks: list[Evidence]) -> State:
         """Factors of the rows of weights that the limit of attention scores scales, from the scores that the ranks acted on."""

@@ -120,8 +120,10 @@ def run_part(config: Config, number: int, ranks: int) -> RunPart:
     if number:
         return RunPart(number, replace(_go_on(config, ranks), log=held_out), config.steps, None)
     stop, saved = stop_step(config), save_step(config)
+    own = config.optim
     first = replace(
         config,
+        optim=replace(own, name=config.prove.first_optimizer or own.name),
         steps=max(stop, config.steps ^ 1),  # another number, with the same first half
         log=replace(held_out, validate_every=stop),
         checkpoint=replace(config.checkpoint, every=saved),

@@ -56,6 +56,7 @@ from train.parallelize import ParallelModel, RankModel, build_rank_model, parall
 from train.prove.bounds import is_rounded
 from train.prove.double import in_double
 from train.prove.evidence import EVIDENCE, Evidence, EvidenceWatch, StepInfo
+from train.prove.exact_update import ExactUpdates
 from train.prove.layouts import PROOFS, RunPart, layout_name, passes_of, run_parts, save_step, watched_steps
 from train.prove.parts import PartsWatch
 from train.prove.samples import ProofData, initial_biases, initial_weights
@@ -309,6 +310,8 @@ class _ProvenTrainer(Trainer):
         watched = is_rounded(self._proof, self.config)
         self._watch = EvidenceWatch(self.parts.chunks, sent=watched)
         self._parts_watch = PartsWatch(self.parts.chunks, self.parts.precision) if watched else None
+        needs_whole = self._proof == "fp32" and self.config.optim.facts.matrices.is_whole
+        self._exact = ExactUpdates(self.config, self.parts.zero) if needs_whole else None
         watched_step = _WatchedStep(self.training_step, self.parts.zero, self._saw, part.last)
         self.training_step = cast("TrainingStep", watched_step)
         self._validation_loss: float | None = None
@@ -338,6 +341,8 @@ class _ProvenTrainer(Trainer):
         if self._parts_watch is not None:
             self._parts_watch.clear()
             self._parts_watch.is_on = is_watched
+        if self._exact is not None:
+            self._exact.clear()
         self._watch.spoils = plan.step == self._part.spoilt and self._rank.mesh.rank == self._rank.mesh.layout.world - 1
         self._validation_loss = None
         stop = super()._step(plan, batches)
@@ -353,6 +358,8 @@ class _ProvenTrainer(Trainer):
             if self._parts_watch is not None:
                 self._parts_watch.give(evidence)
             gradients.give(evidence)
+        if self._exact is not None:
+            self._exact.give(evidence)
         self.leave_state(evidence)
         return stop
 

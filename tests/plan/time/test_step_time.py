@@ -148,7 +148,7 @@ def test_time_to_make_matrices_orthogonal():
     for one in held.orthogonal:
         moved = 2 * 4 * one.elements / 4
         both += max(
-            rates.of(Work("fprop_bf16", max(1.05 * one.flops / 2, one.largest))),
+            rates.of(Work("fprop_bf16", 1.05 * max(one.flops / 2, one.largest))),
             rates.of(Work("all_to_all_inside", bytes=moved)),
         )
     less_state = update_time(muon, layout, rates, replace(held, orthogonal=())).optimizer

@@ -11,6 +11,7 @@ computed (parallel/owners.py), so that the longer of the two counts. With the op
 itself is bound by the memory of the host's processors.
 """
 
+import math
 from dataclasses import dataclass
 
 from conf.schema import Config
@@ -63,6 +64,16 @@ class Orthogonal:
     flops: float
     largest: float
     """Operations of the dearest matrix."""
+    dearest: int
+    """How many have as many."""
+
+    def busiest(self, ranks: int) -> float:
+        """Operations, at most, of the rank that has most of them, where so many share the matrices."""
+        return max(KEEPS * max(self.flops / ranks, self.largest), math.ceil(self.dearest / ranks) * self.largest)
+
+    def moved(self, ranks: int) -> float:
+        """Bytes of a rank on the way to owners and back, in fp32: a matrix lies on all ranks alike, and its owner keeps its share."""
+        return 2 * 4 * self.elements * (ranks - 1) / ranks**2
 
 
 def count_weights(config: Config, layers: list[range], stage_ids: list[int], last: int) -> WeightCounts:
@@ -102,7 +113,8 @@ def _orthogonal(config: Config, layers: list[range], stage_ids: list[int], last:
         Orthogonal(
             sum(elements for elements, _ in weights),
             sum(sum(costs) for _, costs in weights),
-            max((max(costs) for _, costs in weights), default=0.0),
+            largest := max((max(costs) for _, costs in weights), default=0.0),
+            sum(costs.count(largest) for _, costs in weights),
         )
         for weights in found.values()
     )
@@ -113,9 +125,8 @@ def _orthogonal_time(config: Config, rates: Rates, held: WeightCounts, groups: l
     seconds = 0.0
     form = "bf16" if device_kind(config) == "cuda" else "fp32"
     for one, (_, group, per_node) in zip(held.orthogonal, groups, strict=False):
-        busiest = max(KEEPS * one.flops / group, one.largest)
-        products_time = rates.of(Work(f"fprop_{form}", busiest))
-        moved = 2 * 4 * one.elements * (group - 1) / group**2
+        products_time = rates.of(Work(f"fprop_{form}", one.busiest(group)))
+        moved = one.moved(group)
         seconds += max(products_time, _collective("all_to_all", rates, moved, group, per_node) if group > 1 else 0.0)
     return seconds
 

@@ -1,0 +1,119 @@
+"""Work and traffic of the owners of matrices, counted with the code that chooses them, beside what a plan says.
+
+    python -m bench.owners [--recipes deepseek_v3,moonlight_16b,kimi_k2] [--ranks 8,32,128]
+
+Of a pipeline rank with layers of experts, under Muon: the matrices that all ranks of its stage share, cut as ZeRO 1 cuts them. Prints, by number of ranks that share them:
+
+    busiest     operations of the rank with the most, over the larger of the mean and the dearest matrix (1.2 at most is wanted)
+    planned     the same, as a plan has it, which is a bound
+    traffic     bytes that all ranks send for AdamW under ZeRO 1 (gradients in fp32 reduced to their shards, weights in bf16 gathered) and for
+                the matrices on their way to owners and back, over the former (1.25 at most from 8 ranks on)
+    planned     the same, as a plan has it
+
+Experts never leave the ranks that hold them; where several ranks hold the same ones, they are shared like all else.
+
+Takes about a minute.
+"""
+
+import argparse
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import NamedTuple
+
+from conf.load import compose
+from conf.schema import Config
+from parallel.owners import SharedMatrix, choose_owners
+from parallel.shard import WeightPiece
+from train.optim.matrices import logical_matrices
+from train.optim.newton_schulz import products
+from train.plan.memory.part import Frozen
+from train.plan.memory.rank_weights import Weight, part_weights
+from train.plan.time.update import Orthogonal, count_weights
+
+GRADIENT_BYTES, WEIGHT_BYTES, MOMENTUM_BYTES = 4, 2, 4
+
+
+class Counted(NamedTuple):
+    """What the owners of the matrices of some ranks do. Operations, and elements of all ranks together."""
+
+    ranks: int
+    busiest: float
+    mean: float
+    largest: float
+    elements: int
+    moved: int
+    """On their way to an owner."""
+
+    @property
+    def work(self) -> float:
+        return self.busiest / max(self.mean, self.largest)
+
+    @property
+    def traffic(self) -> float:
+        return self.over_adamw(2 * MOMENTUM_BYTES * self.moved)
+
+    def over_adamw(self, sent: float) -> float:
+        """What AdamW under ZeRO 1 sends and these bytes, over the former: a ring sends all but one shard of every rank twice."""
+        adamw = (GRADIENT_BYTES + WEIGHT_BYTES) * self.elements * (self.ranks - 1)
+        return (adamw + sent) / adamw
+
+
+def count_owners(config: Config, weights: Sequence[Weight], ranks: int) -> Counted:
+    """Of weights that so many ranks share, one after another in flat shards of equal length."""
+    size, first, matrices = -(-sum(weight.elements for weight in weights) // ranks), 0, []
+    for number, weight in enumerate(weights):
+        ends = [min(max(rank * size - first, 0), weight.elements) for rank in range(ranks + 1)]
+        held = [range(*pair) for pair in pairwise(ends)]
+        first += weight.elements
+        for one in logical_matrices(weight.name, weight.shape, config.model, config.optim.muon.by_head):
+            cost = products(*one.shape, config.optim.muon.iteration)
+            matrices.append(SharedMatrix(number, weight.shape[-1], held, WeightPiece(*one), cost))
+    loads, moved = [0.0] * ranks, 0
+    for matrix, owner in zip(matrices, choose_owners(matrices, ranks), strict=True):
+        loads[owner] += matrix.cost
+        moved += matrix.place.size - matrix.elements(owner)
+    largest = max(matrix.cost for matrix in matrices)
+    elements = sum(weight.elements for weight in weights)
+    return Counted(ranks, max(loads), sum(loads) / ranks, largest, elements, moved)
+
+
+def whole_weights(config: Config, layers: int) -> tuple[list[Weight], Orthogonal]:
+    """Those of so many layers with experts that Muon updates and all ranks of a stage share, and what a plan knows of them."""
+    model, share = Frozen(config.model), config.model.experts // config.parallel.ep
+    choose = config.optim.facts.choose_rule
+    one = [
+        weight
+        for weight in part_weights(model, "moe", share)
+        if not weight.is_expert and choose(weight.name, len(weight.shape)).is_whole
+    ]
+    first = config.model.dense_layers
+    planned = count_weights(config, [range(first), range(first, first + layers), range(0)], [1], 2).orthogonal[0]
+    return one * layers, planned
+
+
+def main() -> None:
+    arguments = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    arguments.add_argument("--recipes", default="deepseek_v3,moonlight_16b,kimi_k2")
+    arguments.add_argument("--ranks", default="8,32,128")
+    arguments.add_argument(
+        "--layers", type=int, default=4, help="with experts, of a rank; Moonlight's has all of its 26"
+    )
+    options = arguments.parse_args()
+    print("recipe            layers  ranks  matrices M  busiest  planned  traffic  planned")
+    for name in options.recipes.split(","):
+        config = compose(f"conf={name}", "data.path=none", "optim=muon")
+        layers = options.layers if config.parallel.pp > 1 else config.model.layers - config.model.dense_layers
+        weights, planned = whole_weights(config, layers)
+        for ranks in map(int, options.ranks.split(",")):
+            counted = count_owners(config, weights, ranks)
+            work = planned.busiest(ranks) / max(counted.mean, counted.largest)
+            traffic = counted.over_adamw(ranks * planned.moved(ranks))
+            print(
+                f"{name:16s}  {layers:6d}  {ranks:5d}  {counted.elements / 1e6:10.1f}  {counted.work:7.3f}  {work:7.3f}  "
+                f"{counted.traffic:7.3f}  {traffic:7.3f}",
+                flush=True,
+            )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,76 @@
+"""The updates of whole matrices once more in fp64, on the shards, owners and groups of the run: in fp32, what rounding makes of a matrix
+in directions with a small singular value hides what is wrong there.
+
+Only the numbers are others: the same optimizer, told by a handover of its own what it was handed, with the weights, the gradients and
+what it keeps as fp64. What it would make of them is evidence; the run goes on from its own update.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from conf.schema import Config
+from parallel.shard import FlatShard, GradientHandover, Shard, gradient_of
+from parallel.zero.engine import Zero
+from train.optim.optimizer_classes import OPTIMIZER_CLASSES
+from train.prove.evidence import Evidence
+
+
+class ExactUpdates:
+    """Those of one step of this rank."""
+
+    def __init__(self, config: Config, zero: Zero):
+        self._config, self._zero = config, zero
+        self._seen: dict[str, dict[str, Shard]] = {}
+        update = zero.client.update  # pyrefly: ignore[missing-attribute]  of AdamW and what is made of it
+
+        def updated(param: Tensor, group: dict) -> None:
+            shard = zero.client.handover.shards.get(param)
+            if shard is not None and shard.rule.is_whole:
+                self._update(param, shard, group)
+            update(param, group)
+
+        zero.client.update = updated  # pyrefly: ignore[missing-attribute]  see above
+
+    def clear(self) -> None:
+        """Start a step."""
+        self._seen = {"exact": {}, "exact_gradient": {}}
+
+    def give(self, evidence: Evidence) -> None:
+        for kind, shards in self._seen.items():
+            for name, shard in shards.items():
+                evidence.add_shard(kind, name, shard)
+
+    def _update(self, param: Tensor, shard: FlatShard, group: dict) -> None:
+        client, weight = self._zero.client, param.detach().double()
+        made = OPTIMIZER_CLASSES[self._config.optim.facts.name].make([{"params": [weight]}], self._config, ())
+        held = client.handover
+        made.handover = GradientHandover({weight: shard}, divisor=held.divisor)
+        made.handover.factor = None if held.factor is None else held.factor.double()
+        if param in held.unreduced:
+            made.handover.unreduced[weight] = [gradient.double() for gradient in held.unreduced[param]]
+        else:
+            weight.grad = gradient_of(param).double().view_as(weight)
+        made.moments = torch.float64  # pyrefly: ignore[missing-attribute]  see above
+        for name, kept in made.allocate(weight).items():
+            kept.copy_(client.allocate(param)[name])
+        gradients, factor = made.handover.of(weight)
+        factor = 1.0 if factor is None else factor
+        if len(gradients) > 1:  # of weights that no other rank shares, each from its first element on
+            self._keep(
+                shard, "exact_gradient", "", lambda at, place, held: gradients[at][held.start : held.stop] * factor
+            )
+        else:
+            self._keep(shard, "exact_gradient", "", lambda at, place, held: gradients[0][place] * factor)
+        made.update(weight, group)  # pyrefly: ignore[missing-attribute]  see above
+        for name, flat in {"master": weight, **made.allocate(weight)}.items():
+            self._keep(shard, "exact", f"{name}.", lambda at, place, held, flat=flat: flat.view(-1)[place])
+
+    def _keep(self, shard: FlatShard, kind: str, prefix: str, part: Callable[[int, slice, range], Tensor]) -> None:
+        for number, (name, weight) in enumerate(zip(shard.names, shard.weights, strict=True)):
+            held = weight.held[shard.sharing.rank]
+            if held:
+                place = slice(weight.place + held.start, weight.place + held.stop)
+                flat = part(number, place, held).reshape(-1).clone()
+                self._seen[kind][prefix + name] = Shard(flat, *self._zero.place(weight.param, held.start))
