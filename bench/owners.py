@@ -33,7 +33,7 @@ from train.plan.time.update import Orthogonal, count_weights
 GRADIENT_BYTES, WEIGHT_BYTES, MOMENTUM_BYTES = 4, 2, 4
 
 
-class Counted(NamedTuple):
+class OwnersCount(NamedTuple):
     """What the owners of the matrices of some ranks do. Operations, and elements of all ranks together."""
 
     ranks: int
@@ -58,7 +58,7 @@ class Counted(NamedTuple):
         return (adamw + sent) / adamw
 
 
-def count_owners(config: Config, weights: Sequence[Weight], ranks: int) -> Counted:
+def count_owners(config: Config, weights: Sequence[Weight], ranks: int) -> OwnersCount:
     """Of weights that so many ranks share, one after another in flat shards of equal length."""
     size, first, matrices = -(-sum(weight.elements for weight in weights) // ranks), 0, []
     for number, weight in enumerate(weights):
@@ -74,7 +74,7 @@ def count_owners(config: Config, weights: Sequence[Weight], ranks: int) -> Count
         moved += matrix.place.size - matrix.elements(owner)
     largest = max(matrix.cost for matrix in matrices)
     elements = sum(weight.elements for weight in weights)
-    return Counted(ranks, max(loads), sum(loads) / ranks, largest, elements, moved)
+    return OwnersCount(ranks, max(loads), sum(loads) / ranks, largest, elements, moved)
 
 
 def whole_weights(config: Config, layers: int) -> tuple[list[Weight], Orthogonal]:

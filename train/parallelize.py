@@ -71,7 +71,7 @@ def parallelize(
     """
     model = build_rank_model(config, mesh, device, kernels, restored, dispatcher, layers, share)
     chunks, optim = model.chunks, config.optim
-    updates = OPTIMIZER_CLASSES[optim.name]
+    updates = OPTIMIZER_CLASSES[optim.facts.name]
     offload = config.parallel.offload_optimizer
     updating = build_kernels("cpu", config.cluster.compiled) if offload else kernels
     zero = Zero(

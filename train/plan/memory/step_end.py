@@ -195,7 +195,7 @@ class StepEnd:
                 meter.take(shard)
                 if number == last:
                     meter.take(-self._whole_size)
-            scratch = OPTIMIZER_CLASSES[self._config.optim.name].count_scratch_bytes(
+            scratch = OPTIMIZER_CLASSES[self._config.optim.facts.name].count_scratch_bytes(
                 self._scene.kind, self._config.precision, group.partition, self._scene.compiled
             )
             if self._offload and self._scene.kind == "cuda":

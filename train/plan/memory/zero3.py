@@ -132,6 +132,6 @@ class Zero3Memory:
     def update(self) -> int:
         """Most bytes while the weights are updated, group by group: a copy of the gradients and scratch."""
         scene, precision = self._chunk.scene, self._config.precision
-        scratch = OPTIMIZER_CLASSES[self._config.optim.name].count_scratch_bytes
+        scratch = OPTIMIZER_CLASSES[self._config.optim.facts.name].count_scratch_bytes
         sizes = [group.scattered for group in self._groups]
         return max(FP32_BYTES * size + scratch(scene.kind, precision, size, scene.compiled) for size in sizes)

@@ -282,7 +282,7 @@ class KernelCases:
             params = [torch.nn.Parameter(one.clone()) for one in others]
             for param in params:
                 param.grad = torch.full_like(param, 1e-3)
-            made = OPTIMIZER_CLASSES[config.optim.name].make([{"params": params}], config, self.kernels.parts)
+            made = OPTIMIZER_CLASSES[config.optim.facts.name].make([{"params": params}], config, self.kernels.parts)
             updated = config.optim.facts.count_update_bytes(config.precision.moment_bytes, element)
             yield KernelCase(
                 Work("optimizer", bytes=updated * COUNT, calls=calls),
