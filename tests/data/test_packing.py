@@ -71,6 +71,9 @@ def test_samples_of_an_epoch_are_its_windows_and_every_token_is_a_target_once(le
     samples = stream.samples_before(epochs)
     windows = stream.windows_N(np.arange(samples))
     assert sorted(windows.tolist()) == list(range(samples))
+    for epoch in range(epochs):
+        own = windows[stream.samples_before(epoch) : stream.samples_before(epoch + 1)] * seq_len
+        assert ((own >= stream.tokens_before(epoch)) & (own < stream.tokens_before(epoch + 1))).all()
     whole, _ = read(stream, 0, samples * seq_len + 1)
     for window in windows.tolist():
         assert (

@@ -120,6 +120,14 @@ def test_yarn_of_deepseek_v3():
     assert torch.allclose(slowed[23:], torch.full((9,), 40.0))
 
 
+def test_yarn_slows_by_degrees_also_where_no_pair_turns_as_slowly_as_beta_slow():
+    """Pairs 2 to 6 of 4: the last, pair 3, is slowed by a quarter."""
+    yarn = Yarn(factor=4.0, original_seq_len=4096, beta_fast=32.0, beta_slow=1.0)
+    rope = Rope(Model(rope_head_dim=8, rope_theta=100.0, yarn=yarn), seq_len=8192)
+    plain = 100.0 ** -(torch.arange(4) / 4)
+    torch.testing.assert_close(rope.frequencies(), plain * torch.tensor([1.0, 1.0, 1.0, 0.75 + 0.25 / 4]))
+
+
 def test_yarn_of_the_paper_scales_what_turns():
     """attention_factor on the turned parts alone, and on gradients on their way back; bounds of the ramp between pairs."""
     yarn = Yarn(factor=8.0, original_seq_len=32, truncate=False, mscale=0.0, attention_factor=1.5)
