@@ -10,9 +10,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")  # traffic of tests stays on this m
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    what = (
-        "of every test the first case, without those marked slow or hosts: most lines of the product in three minutes"
-    )
+    what = "of every test the first case, without those marked slow or hosts: the tests of a working day"
     parser.addoption("--quick", action="store_true", help=what)
 
 
