@@ -39,6 +39,7 @@ EFFECTS: dict[str, tuple[Effect, str]] = {
     "name": (Effect.none, "where the run lies"),
     "runs": (Effect.none, "where the run lies"),
     "trust": (Effect.none, "what config.yaml of another run may do"),
+    "callbacks": (Effect.none, "they look on"),
     "resume": (Effect.none, "where it starts, which its own line says"),
     "init_from": (Effect.none, "a run that has a checkpoint does not read it"),
     "micro_batch_size": (Effect.rounding, "the same sum in other parts"),

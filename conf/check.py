@@ -14,6 +14,7 @@ from conf.dispatches import DISPATCHES
 from conf.errors import UserError
 from conf.fields import check_fields, wrong_choice
 from conf.micro_batches import batch_unit, check_batch
+from conf.own_code import check_targets
 from conf.pipeline_schedules import SCHEDULES
 from conf.schema import (
     Config,
@@ -250,6 +251,7 @@ TOP: tuple[ConfigCheck, ...] = (
     JoinedRule("init_from", lambda c, v: v is None or c.resume in ("auto", "never"),
                "resume={resume} starts from a checkpoint, weights and all", "give one of the two"),
     check_batch,
+    check_targets,
     JoinedRule("checkpoint.every_memory", lambda c, v: v == 0 or c.cluster.backend == "ray",
                "needs the agents of cluster=ray, which keep the copies, and cluster.backend is local",
                "add cluster=ray, or leave checkpoint.every_memory at 0"),
@@ -371,9 +373,16 @@ DATA: tuple[ConfigCheck, ...] = (
     JoinedRule("data.mix", lambda c, v: not (c.data.path and v),
                "data.path and data.mix exclude each other",
                "put every source into data.mix", shown=lambda c, v: [source.path for source in v]),
+    JoinedRule("data.source", lambda c, v: not (v and (c.data.path or c.data.mix)),
+               "is all of the data, beside data.path or data.mix", "keep one of them", shown=lambda c, v: v["_target_"]),
+    *(
+        JoinedRule(f"data.{name}", lambda c, v: not (v and c.data.source),
+                   "does not reach the documents of data.source, which come as they are", "leave it out, and do it there")
+        for name in ("fim_rate", "min_tokens")
+    ),
     JoinedRule("data.text_key", lambda c, v: not c.data.mix or v == "text",
                "does not reach the sources of data.mix, which have their own", "set text_key in the entries of data.mix"),
-    JoinedRule("data.path", lambda c, v: v or c.data.mix or c.data.format == DataFormat.stdlib or c.mode in NEEDS_NO_DATA,
+    JoinedRule("data.path", lambda c, v: v or c.data.mix or c.data.source or c.data.format == DataFormat.stdlib or c.mode in NEEDS_NO_DATA,
                "this recipe brings no data of its own", "set data.path=FOLDER_OR_FILE, or take data=stdlib"),
     JoinedRule("data.mix", lambda c, v: v.path or v.format == DataFormat.stdlib,
                "every part of a mix needs a path, unless its format is stdlib",

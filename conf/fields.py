@@ -124,7 +124,7 @@ def _sections(value: Any) -> Iterator[tuple[str, Any]]:
     elif isinstance(value, list):
         yield from (("", item) for item in value if dataclasses.is_dataclass(item))
     elif isinstance(value, dict):
-        yield from ((f"{name}.", item) for name, item in value.items())
+        yield from ((f"{name}.", item) for name, item in value.items() if dataclasses.is_dataclass(item))
 
 
 @cache

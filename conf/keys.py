@@ -128,7 +128,7 @@ def type_words(found: Any) -> str:
         inner = arguments[0]
         return "list of entries" if dataclasses.is_dataclass(inner) else f"list of {type_words(inner)}"
     if typing.get_origin(found) is dict:
-        return "entries by name"
+        return "entries by name" if dataclasses.is_dataclass(arguments[-1]) else "_target_ with its keys"
     return "word" if issubclass(found, enum.Enum) else WORDS[found]
 
 

@@ -126,8 +126,7 @@ def _value(found: Any) -> dict[str, Any]:
     if typing.get_origin(found) is dict:
         return {"type": "object", "additionalProperties": section}
     if typing.get_origin(found) is list:
-        entry = section or ({"enum": words} if words else {"type": JSON_TYPES[typing.get_args(found)[0]]})
-        return {"type": "array", "items": entry}
+        return {"type": "array", "items": _value(typing.get_args(found)[0])}
     return section or ({"enum": words} if words else {"type": JSON_TYPES[found]})
 
 

@@ -36,6 +36,7 @@ from conf.fields import check_fields
 from conf.files import atomic_write_text
 from conf.micro_batches import choose_micro_batch_size
 from conf.optimizers import ADAMW, OPTIMIZERS, pretrained_with
+from conf.own_code import OWN_CODE
 from conf.read_json import read_json
 from conf.removed_keys import drop_removed_keys
 from conf.run_settings import LOOKS_AT_A_RUN, over_run_settings
@@ -217,7 +218,12 @@ class RecipeFiles(FileConfigSource):
 def register() -> None:
     """Make the schema known to Hydra, once in a process, and `${is_set:${KEY}}` to recipes: whether a key is not null."""
     OmegaConf.register_new_resolver("is_set", lambda value: value is not None, replace=True)
-    ConfigStore.instance().store(name="train", node=_Primary)
+    schema = OmegaConf.structured(_Primary)
+    for key in OWN_CODE:
+        section, _, name = key.rpartition(".")
+        place = OmegaConf.select(schema, section) if section else schema
+        place._get_node(name)._set_flag("struct", False)  # the keys of code of the user's own are no keys of the schema
+    ConfigStore.instance().store(name="train", node=schema)
     Plugins.instance()  # which would put its own reader there later
     SourcesRegistry.instance().types["file"] = RecipeFiles
 

@@ -6,7 +6,8 @@ What the run was (model, precision, seq_len, tokenizer, ...) comes from its conf
 over it; how to spread the work now (parallel, cluster) comes from the command line alone, as it is another job. With an
 explicit conf=RECIPE, or where there is no run, the composed configuration is taken as it is.
 
-The run may be somebody else's. Only with trust=true may its config.yaml read this machine (conf/yaml_file.py) or name code to be run.
+The run may be somebody else's. Only with trust=true may its config.yaml read this machine (conf/yaml_file.py) or name code to be run
+(conf/own_code.py).
 """
 
 from collections.abc import Sequence
@@ -16,12 +17,13 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from conf.errors import UserError
+from conf.own_code import READ_FROM_RUNS
 from conf.schema import Config, Mode
 from conf.yaml_file import escaped, read_yaml
 
 LOOKS_AT_A_RUN = (Mode.export, Mode.evaluate, Mode.generate, Mode.dashboard)
-SOURCES = ("path", "mix", "format", "text_key")
-"""Fields of data that say where documents come from. They change together, as path and mix exclude each other."""
+SOURCES = ("path", "mix", "format", "text_key", "source")
+"""Fields of data that say where documents come from. They change together, as path, mix and source exclude each other."""
 
 
 def over_run_settings(node: DictConfig, overrides: Sequence[str], groups: Sequence[str]) -> DictConfig:
@@ -52,6 +54,13 @@ def over_run_settings(node: DictConfig, overrides: Sequence[str], groups: Sequen
         rule = f"stands in {file}, and definitions of tasks can hold code, which would run"
         cure = "type evaluate.task_path=FOLDER (null for none), or set trust=true, if you trust who wrote the file"
         raise UserError("evaluate.task_path", tasks, rule, cure)
+    for key, modes in READ_FROM_RUNS.items():
+        typed = {key, f"{key}._target_", key.partition(".")[0]} & {*keys}
+        section = OmegaConf.select(settings, key)
+        if node.mode in modes and section and not node.trust and not typed:
+            rule = f"stands in {file}, and would be imported: code that runs as you"
+            cure = f"set trust=true, if you trust who wrote the file, or give your own recipe: conf=NAME, or {key}=null for none"
+            raise UserError(f"{key}._target_", section.get("_target_"), rule, cure)
     if "micro_batch_size" not in keys and settings.micro_batch_size:
         share, rest = divmod(settings.batch_size, settings.parallel.dp)
         if rest or share % settings.micro_batch_size or "seq_len" in keys:

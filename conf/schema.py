@@ -167,6 +167,10 @@ class Model:
     input stays) or layer:N (N blocks of every stage). Blocks that run again (recompute) have none, and those of MTP modules stay."""
     loss_chunk: int = expert(2048, least=1)
     """Tokens whose logits exist at one time in the cross-entropy."""
+    block: dict[str, Any] | None = field(default_factory=dict)
+    """Your own subclass of train.model.block.Block for every block: `_target_: my_mod.MyBlock` with its keys (train/docs/python.md)."""
+    router: dict[str, Any] | None = field(default_factory=dict)
+    """Your own subclass of train.model.router.Router, in the same form."""
 
     @property
     def repeated_layers(self) -> int:
@@ -226,6 +230,9 @@ class Data:
     """Field that holds the text in JSONL, Parquet and Hugging Face data."""
     mix: list[MixSource] = field(default_factory=list)
     """Several sources with weights, formats and text keys of their own, instead of path."""
+    source: dict[str, Any] | None = field(default_factory=dict)
+    """Your own stream of documents instead of path: `_target_: my_mod.MyData` with its keys, an iterable of texts or of arrays of token ids
+    (train/docs/python.md)."""
     tokenizer: str | None = None
     """A tokenizer.json, a folder that holds one, or `deepseek_v3`; null trains a byte-level BPE of model.vocab_size on the data, once."""
     mask_documents: bool = False
@@ -298,6 +305,9 @@ class Optim:
     qk_clip: float | None = number(None, above=0)
     """Largest attention score that a head may have: the weights of one with a larger one are scaled down after the step (Kimi K2; 100
     there); null for no limit."""
+    extra_loss: dict[str, Any] | None = field(default_factory=dict)
+    """Your own term of the training loss: `_target_: my_mod.my_loss` with its keys, a function of the model's outputs
+    (train/docs/python.md)."""
     max_bad_steps: int = expert(5, least=1)
     """Steps in a row with a non-finite loss or gradient that may be skipped before the run stops."""
 
@@ -835,8 +845,11 @@ class Config:
     runs: str = "runs"
     """Folder that holds the run folders."""
     trust: bool = False
-    """Let the config.yaml of a run that a mode looks at call resolvers, such as ${oc.env:HOME}, and name evaluate.task_path, whose tasks can
-    hold code. For runs of those you trust; a config.yaml cannot set it."""
+    """Let the config.yaml of a run that a mode looks at call resolvers, such as ${oc.env:HOME}, name evaluate.task_path, whose tasks can
+    hold code, and name code by `_target_`. For runs of those you trust; a config.yaml cannot set it."""
+    callbacks: list[dict[str, Any]] = field(default_factory=list)
+    """Your own objects that are told of steps, checkpoints and the end: `_target_: my_mod.MyCallback` with its keys, each
+    (train/docs/python.md)."""
     model: Model = field(default_factory=Model)
     data: Data = field(default_factory=Data)
     optim: Optim = field(default_factory=Optim)

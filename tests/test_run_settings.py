@@ -169,3 +169,54 @@ def test_definitions_of_tasks_which_are_code_are_named_by_the_user_alone(runs):
 def test_a_recipe_of_one_s_own_may_read_the_environment(tmp_path, monkeypatch):
     monkeypatch.setenv("SECRET", SECRET)
     assert compose("log.wandb_notes=${oc.env:SECRET}").log.wandb_notes == SECRET
+
+
+NAMED = {"model__router": "model.router", "model__block": "model.block", "data__source": "data.source"}
+
+
+def name_code(runs, **more):
+    """A run whose config.yaml names code for every place, which leaves a mark where it is imported."""
+    mark = runs / "imported"
+    (runs / "stranger_code.py").write_text(f"open({str(mark)!r}, 'w').close()\nclass Thing: pass\n")
+    thing = {"_target_": "stranger_code.Thing"}
+    changes = dict.fromkeys(NAMED, thing) | {"optim__extra_loss": thing, "callbacks": [thing], "data__mix": []}
+    rewrite(runs, **(changes | more))
+    return mark
+
+
+@pytest.mark.parametrize("key", NAMED)
+def test_code_that_a_run_names_is_imported_with_trust_alone(runs, monkeypatch, key):
+    monkeypatch.chdir(runs)
+    others = {name: {} for name in NAMED if name != key}
+    mark = name_code(runs, **others)
+    words = "mode=evaluate", "name=old", f"runs={runs}"
+    with pytest.raises(UserError) as caught:
+        compose(*words)
+    assert caught.value.field == f"{NAMED[key]}._target_" and "trust=true" in caught.value.cure
+    assert "stranger_code.Thing" in str(caught.value) and not mark.exists()
+    assert compose(*words, f"{NAMED[key]}=null").mode.value == "evaluate", "what is typed counts"
+    assert compose(*words, "trust=true").trust and not mark.exists(), "settings alone import nothing"
+
+
+@pytest.mark.parametrize("mode", ["mode=export export.to=/nowhere", "mode=dashboard", "mode=report"])
+def test_modes_that_need_no_code_ask_for_no_trust_and_import_none(runs, monkeypatch, mode):
+    monkeypatch.chdir(runs)
+    mark = name_code(runs)
+    assert compose(*mode.split(), "name=old", f"runs={runs}").name == "old"
+    assert not mark.exists()
+
+
+def test_a_run_that_is_written_from_needs_trust_for_its_router_alone(runs, monkeypatch):
+    monkeypatch.chdir(runs)
+    mark = name_code(runs, model__router={})
+    assert compose("mode=generate", "name=old", f"runs={runs}").model.block and not mark.exists()
+    name_code(runs)
+    with pytest.raises(UserError, match=r"model\.router"):
+        compose("mode=generate", "name=old", f"runs={runs}")
+
+
+def test_training_takes_no_code_from_a_run(runs, monkeypatch):
+    monkeypatch.chdir(runs)
+    mark = name_code(runs)
+    config = compose("name=old", f"runs={runs}", f"resume={runs / 'old' / 'checkpoints' / 'step_00000001'}")
+    assert not (config.model.router or config.data.source or config.callbacks) and not mark.exists()

@@ -31,6 +31,7 @@ from cluster.launch import Place, given_place, is_driver, launch  # noqa: E402
 from conf.disk import let_output_be_lost  # noqa: E402
 from conf.errors import EXIT_CRASH, EXIT_DIVERGED, EXIT_INTERRUPTED, EXIT_OK, EXIT_STOPPED, EXIT_USER, UserError  # noqa: E402
 from conf.load import run  # noqa: E402
+from conf.own_code import targets_of  # noqa: E402
 from conf.schema import Config, Mode  # noqa: E402
 from conf.words import say, say_note  # noqa: E402
 from train.loop.layout_check import check_layout  # noqa: E402
@@ -120,6 +121,10 @@ def check_before_start(config: Config) -> None:
     check_gpu(config)
     if config.cluster.deterministic:
         check_settings()
+    if targets_of(config):
+        from train.own_parts import check_own_code  # imports torch
+
+        check_own_code(config)
     start = resume_point(config).manifest
     if start is not None:
         require_model(config, start.folder, start.meta)

@@ -28,11 +28,13 @@ from train.metrics.jsonl import METRICS_FILE, read_heads
 
 if TYPE_CHECKING:
     import pandas
+    from torch import Tensor
+    from torch.optim import Optimizer
 
     from train.generate.source import LoadedModel
     from train.model.deepseek import DeepSeekV3
 
-__all__ = ["RunFailed", "RunResult", "build_model", "complete", "compose", "load", "open_run", "run"]
+__all__ = ["RunFailed", "RunResult", "build_model", "complete", "compose", "load", "open_run", "run", "train_step"]
 
 
 class RunFailed(RuntimeError):
@@ -106,7 +108,7 @@ def build_model(config: Config, device: str = "cpu") -> "DeepSeekV3":
 
     `model(tokens)` takes token ids (B, T + 1) and gives the loss (1,), nats per token; `model.logits(tokens)` takes (B, T)
     and gives (B, T, vocabulary). In train mode, as it comes, the loss is of the next token; MTP's is added with
-    `model.mtp_weight`. Raises UserError if memory cannot hold it.
+    `model.mtp_weight`, and `train_step` makes whole steps. Raises UserError if memory cannot hold it.
     """
     import torch
 
@@ -115,6 +117,7 @@ def build_model(config: Config, device: str = "cpu") -> "DeepSeekV3":
     from train.kernels.precision import activation_dtype, build_precision
     from train.model.deepseek import DeepSeekV3
     from train.model.init import initialise
+    from train.parallelize import make_loss
 
     require_memory(config.model, 4, "model", Path(config.name))
     place = torch.device(device)
@@ -123,7 +126,27 @@ def build_model(config: Config, device: str = "cpu") -> "DeepSeekV3":
     initialise(model, config.seed, device)
     for param in model.parameters():
         param.data = param.data.to(activation_dtype(config.precision))
+    if config.optim.extra_loss:
+        model.add_loss(make_loss(config.optim.extra_loss))
     return model
+
+
+def train_step(
+    model: "DeepSeekV3", optimizer: "Optimizer", tokens_BS: "Tensor", config: Config, step: int
+) -> dict[str, float]:
+    """One step of an own loop over what `build_model` gave, as a run in one process makes it.
+
+    tokens_BS: token ids (B, seq_len + 1) of the whole step, which goes through in parts of config.micro_batch_size sequences. step: its
+    number, 1 to config.steps, which decides on the learning rate, MTP's weight and the speed of the balance bias. Clips by
+    config.optim.clip, lets the optimizer update, and moves the biases of the routers by the loads of the step (paper 2.1.2). Where loss or
+    gradient is not finite nothing is changed. Returns main_loss, mtp_loss, extra_loss and balance_loss (the last one weighted), grad_norm
+    and lr. Raises UserError for a step that the recipe does not have.
+    """
+    from train.loop.own_loop import run_step
+
+    if not 1 <= step <= config.steps:
+        raise UserError("step", step, f"must be a step of the recipe, 1 to {config.steps}", "set steps= to more")
+    return run_step(model, optimizer, tokens_BS, config, step)
 
 
 def load(path: Path | str, *overrides: str) -> "LoadedModel":

@@ -1,11 +1,14 @@
 """The one order in which a model becomes the chunks of a rank: split, build on meta, materialise, initialise, wrap."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from conf.errors import UserError
+from conf.own_code import TARGET, CodeSection, make, require_arguments
 from conf.pipeline_schedules import PLAIN_SCHEDULE
 from conf.schema import Config, Recompute
 from parallel.context import ContextParallel
@@ -21,7 +24,7 @@ from train.kernels.plain.high import HighPrecision
 from train.kernels.precision import activation_dtype, build_precision
 from train.model.block import Block
 from train.model.count import head_flops, layer_flops
-from train.model.deepseek import DeepSeekV3
+from train.model.deepseek import DeepSeekV3, ModelOutputs
 from train.model.init import initialise
 from train.model.mtp import MTP
 from train.model.operations import Kernels
@@ -113,8 +116,21 @@ def build_rank_model(
     chunks, stage_ids, num_stages = build_chunks(
         config, mesh, device, dispatcher, precision, layers, restored, share, host
     )
+    if config.optim.extra_loss and chunks[-1].has_head:
+        chunks[-1].add_loss(make_loss(config.optim.extra_loss))
     pipeline = build_pipeline(config, mesh, device, chunks, stage_ids, num_stages, config.parallel.overlap, host)
     return RankModel(chunks, pipeline, dispatcher, precision, share)
+
+
+def make_loss(section: CodeSection) -> Callable[[ModelOutputs], Tensor]:
+    """The term of the user's own. Raises UserError."""
+    key = "optim.extra_loss"
+    loss = make(key, section)
+    require_arguments(key, section, loss, 1, "one argument, the outputs of the model")
+    if isinstance(loss, nn.Module) and any(True for _ in loss.parameters()):
+        rule = "has weights, and nothing trains or saves them: a loss is a function of the model's outputs"
+        raise UserError(f"{key}.{TARGET}", section[TARGET], rule, "put them into a model.block of your own")
+    return loss
 
 
 def build_pipeline(

@@ -20,6 +20,7 @@ from cluster.launch import Place, given_meeting
 from cluster.stacks import answer_requests
 from conf.disk import explain
 from conf.errors import EXIT_CRASH, EXIT_STOPPED, EXIT_USER, RunEnded, UserError, causes
+from conf.own_code import named_by
 from conf.schema import ROOT, Config
 from conf.words import say
 from parallel.exchange import is_timeout, patient_group, refuse_pickles
@@ -179,7 +180,9 @@ def _tell(failure: Failure, chain: list[BaseException]) -> None:
     first = chain[-1]
     frames = traceback.extract_tb(first.__traceback__)
     failure.headline = _first_line(first)
-    if frames:
+    if own := named_by(frames):
+        failure.headline += f" ({own})"
+    elif frames:
         path = Path(frames[-1].filename)
         path = path.relative_to(ROOT) if path.is_relative_to(ROOT) else path
         failure.headline += f" ({path}:{frames[-1].lineno}, in {frames[-1].name})"

@@ -33,6 +33,7 @@ from cluster.topology import Node, Placement, StageShape
 from conf.disk import explain, naming
 from conf.errors import EXIT_OK, EXIT_STOPPED, EXIT_USER
 from conf.load import write_config
+from conf.own_code import targets_of
 from conf.schema import Config
 
 NEWS_SECONDS = 0.25
@@ -80,7 +81,8 @@ class Driver:
         self.shapes = Shapes(config, folder)
         self.supervisor = Supervisor(policy_of(config, self.first, self.shapes), clock())
         self.pulse = Pulse(config.cluster.heartbeat)
-        self.preflight = Preflight(folder, gpus, SteadyClock(), self.pulse.key)
+        targets = [*targets_of(config).values()]
+        self.preflight = Preflight(folder, gpus, SteadyClock(), self.pulse.key, targets)
         self.copies = Copies(folder, config.checkpoint.memory_folder, self.first)
         self._planner = [*planner, "cuda" if gpus else "cpu"] if planner else []
         self._planning: subprocess.Popen | None = None

@@ -15,6 +15,7 @@ import shutil
 import subprocess
 import tempfile
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,6 +23,7 @@ import psutil
 
 from cluster.clocks import SteadyClock
 from cluster.topology import Node
+from conf.own_code import is_findable
 from conf.schema import ROOT
 
 CLOCK_LIMIT = 2.0
@@ -52,6 +54,10 @@ class Question:
     """Key of the driver's pulse, see cluster/node/pulse_echo.py; empty for a driver that asks none."""
     tests_network: bool = False
     """Whether the network test will want a port of this node, see cluster/driver/network.py."""
+    targets: tuple[str, ...] = ()
+    """Import paths of the user's own code."""
+    typed_in: str = ""
+    """The folder in which the command was typed."""
 
 
 @dataclass(frozen=True)
@@ -72,6 +78,8 @@ class Facts:
     """In its folder for temporary files."""
     storage: str
     """What is wrong with the run folder; empty if nothing."""
+    lacking: tuple[str, ...] = ()
+    """Import paths of the question of which nothing is there."""
     niceness: int = 0
     """Niceness of the agent, and so of its ranks: the more, the more other work on the node goes before them."""
     pulse: tuple[str, int] | None = None
@@ -94,6 +102,7 @@ def gather(question: Question) -> Facts:
         device_bytes=min(gpus, default=psutil.virtual_memory().total // max(1, question.devices)),
         free_bytes=shutil.disk_usage(tempfile.gettempdir()).free,
         storage=storage,
+        lacking=tuple(target for target in question.targets if not is_findable(target, question.typed_in)),
         niceness=os.nice(0),
     )
 
@@ -144,8 +153,9 @@ def _gpu_bytes() -> list[int]:
 class Preflight:
     """The driver's side: questions to nodes, and what is wrong with their answers."""
 
-    def __init__(self, folder: Path, gpus: bool, clock: SteadyClock, key: bytes = b""):
-        """key: of the driver's pulse."""
+    def __init__(self, folder: Path, gpus: bool, clock: SteadyClock, key: bytes = b"", targets: Sequence[str] = ()):
+        """key: of the driver's pulse. targets: import paths of the user's own code."""
+        self._targets = tuple(targets)
         self._folder, self._gpus, self._clock, self._key = folder, gpus, clock, key
         self._word = secrets.token_hex(8)
         self._sent: dict[str, float] = {}
@@ -156,7 +166,7 @@ class Preflight:
     def question(self, node: Node, tests_network: bool = False) -> Question:
         self._sent[node.id] = self._clock.now()
         words = str(self._folder), self._word, node.id, node.devices, self._gpus, node.address, self._key
-        return Question(*words, tests_network)
+        return Question(*words, tests_network, self._targets, os.getcwd())
 
     def problem(self, node: Node, facts: Facts) -> str | None:
         """Why this node must not hold ranks, with the cure; None if it may."""
@@ -180,6 +190,11 @@ class Preflight:
             return f"its clock is {off:.1f} s off; start a time service such as chrony"
         if facts.free_bytes < SCRATCH_LIMIT:
             return f"{facts.free_bytes >> 20} MiB free for temporary files, {SCRATCH_LIMIT >> 20} are needed; free some"
+        if facts.lacking:
+            return (
+                f"there is no {' and no '.join(facts.lacking)} in {os.getcwd()}, in PYTHONPATH and among the packages there: put that "
+                "folder on shared storage, or install the code on every node"
+            )
         if self._gpus and facts.gpus < node.devices:
             return f"{facts.gpus} of {node.devices} GPUs answer nvidia-smi; look at dmesg for Xid errors"
         return None

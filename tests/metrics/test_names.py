@@ -29,6 +29,7 @@ def attempts(tmp_path_factory):
         "log.validate_every=2",
         "checkpoint.every=2",
         "optim.qk_clip=0.01",
+        "optim.extra_loss={_target_: tests.own_term.squared_states}",
     ]
     for steps in (2, 10):
         done = train(tmp_path, *options, f"steps={steps}")

@@ -16,8 +16,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from conf.errors import UserError
+from conf.own_code import TARGET, refused
 from conf.schema import Config, DataFormat, MixSource
 from train.data.held_out import all_documents, long_documents, split, training_texts
+from train.data.own_documents import KEY, OwnDocuments
 from train.data.packing import Documents
 from train.data.source_files import ReportProgress, unreadable
 from train.data.sources import DocumentSource, format_of, no_text, open_source, sources_of
@@ -72,9 +74,12 @@ class _Builder:
         self.notes: list[str] = []
 
     def build(self) -> Corpus:
-        named = sources_of(self.config)
         choice = self.data.tokenizer
         given = None if choice is None else (load_tokenizer(choice), choice)  # before long data are read
+        if self.data.source:
+            with refused(KEY, self.data.source[TARGET], "reading it"):
+                return self._read_own(given)
+        named = sources_of(self.config)
         memmaps = {key: part.path for part, key in named if format_of(part, key) == DataFormat.memmap}
         memmaps = {key: _folder(path, key) for key, path in memmaps.items()}
         sources = {key: open_source(part, key) for part, key in named if key not in memmaps}
@@ -96,6 +101,18 @@ class _Builder:
             contents.append([store.meta, part.weight])
         fingerprint = _hash(contents, tokenizer.fingerprint, self.data.fim_rate, self.data.validation_fraction)
         return Corpus(parts, tokenizer, fingerprint, self.notes)
+
+    def _read_own(self, given: tuple[Tokenizer, str] | None) -> Corpus:
+        """The corpus of data.source: what is held out of it, as the rest is read in training."""
+        documents = OwnDocuments(self.config)
+        content = documents.digest(self.cache, self.progress)
+        tokenizer, name = given or self._tokenizer({}, {KEY: documents}, {KEY: content})
+        check_fit(tokenizer, name, self.config.model.vocab_size, fim_rate=0)
+        sequences = max(self.config.log.validation_sequences, self.config.evaluate.sequences or 0)
+        held = OwnDocuments(self.config, tokenizer).held_out(sequences * self.config.seq_len)
+        part = CorpusPart(documents.name, content, 1.0, held, held, held)
+        fingerprint = _hash(content, tokenizer.fingerprint, self.data.validation_fraction)
+        return Corpus([part], tokenizer, fingerprint, self.notes)
 
     def _without_short(self, name: str, *sides: Documents) -> tuple[Documents, ...]:
         """Training and held-out documents, and both, as data.min_tokens wants them. What is held out does not depend on it."""

@@ -6,13 +6,15 @@ from typing import Any
 from conf.schema import Config
 from train.data.corpus import build_corpus, silent
 from train.data.dataset import TrainingData, ValidationData
+from train.data.own_documents import OwnDocuments
 from train.data.source_files import ReportProgress
+from train.data.streamed import StreamedData
 from train.data.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True)
 class PreparedData:
-    train: TrainingData
+    train: TrainingData | StreamedData
     validation: ValidationData
     tokenizer: Tokenizer
     fingerprint: str
@@ -32,6 +34,8 @@ def prepare(config: Config, progress: ReportProgress = silent) -> PreparedData:
     """
     corpus = build_corpus(config, progress)
     train = TrainingData(corpus, config)
+    if config.data.source:
+        train = StreamedData(OwnDocuments(config, corpus.tokenizer), config)
     validation = ValidationData(corpus, config)
     held_out = {
         "fraction": config.data.validation_fraction,

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from rich.console import Console
 
+from conf.own_code import targets_of
 from conf.screen import Terminal
 from train.dry_run.expected import ExpectedTimes, Times, again
 from train.dry_run.lone import LONE_PHASES, MeasuredRank
@@ -177,6 +178,12 @@ def dry_run_screen(found: Findings, folder: Path, console: Console | None = None
                 "SKIPPED",
                 f"{_count(found.skipped, 'update')}, as gradients were not finite: the update's figures are too low",
             )
+        )
+    if own := targets_of(piece.job):
+        idle = [key for key in own if key.startswith(("data.", "callbacks"))]
+        words = ", ".join(f"{key} ({target})" for key, target in own.items() if key not in idle) or "none"
+        rows.append(
+            ("Own code", f"ran, and is measured: {words}" + (f"; did not run: {', '.join(idle)}" if idle else ""))
         )
     rows += [
         ("Memory", _table(_memory(found), _size)),

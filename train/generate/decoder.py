@@ -13,6 +13,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from conf.errors import UserError
+from conf.own_code import TARGET
+from conf.schema import Model
 from train.generate.absorbed_attention import latent_attention
 from train.generate.cache import LatentCache, Slots
 from train.model.block import Block
@@ -21,11 +24,19 @@ from train.model.mla import MLA
 from train.model.rope import Rope, rotate
 
 
+def require_plain_blocks(config: Model) -> None:
+    """Raise UserError for blocks of the user's own. Imports nothing of them."""
+    if config.block:
+        rule = "computes whole sequences, and text is written token by token, by the parts of DeepSeek-V3's own block"
+        raise UserError(f"model.block.{TARGET}", config.block[TARGET], rule, "look at held-out losses: mode=evaluate")
+
+
 class Decoder:
     """A whole model in eval mode, whose weights stay as they are (some are copied). seq_len: of its training, which decides on YaRN."""
 
     def __init__(self, model: DeepSeekV3, seq_len: int):
         assert not model.training, "the routers of a training model count loads"
+        require_plain_blocks(model.config)
         self.model, self.config = model, model.config
         self.dtype, self.device = model.norm.weight.dtype, model.norm.weight.device
         self._rope = Rope(model.config, seq_len)

@@ -13,7 +13,7 @@ from train.checkpoint.run_folder import find_checkpoint
 from train.checkpoint.trained_with import tokenizer_of
 from train.checkpoint.weights import load_model, require_memory
 from train.data.tokenizer import Tokenizer, check_fit, load_tokenizer, named_token
-from train.generate.decoder import Decoder
+from train.generate.decoder import Decoder, require_plain_blocks
 from train.hf.folder import is_hf_folder, open_model
 from train.hf.tokenizer_files import TOKENIZER_SETTINGS_FILE
 from train.hf.whole_model import load_hf_model
@@ -53,6 +53,7 @@ def from_checkpoint(config: Config, checkpoint: Path, tokenizer: Tokenizer, devi
 
 
 def _from_run(config: Config, device: torch.device) -> LoadedModel:
+    require_plain_blocks(config.model)
     checkpoint = find_checkpoint(config, config.generate.checkpoint, FIELD)
     tokenizer = tokenizer_of(config, read_manifest(checkpoint))
     require_memory(config.model, 4, FIELD, checkpoint)

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from conf.errors import EXIT_OK, UserError
 from conf.files import fsync_folder
+from conf.own_code import TARGET
 from conf.schema import Config, Model
 from conf.words import one_line, say
 from parallel.shard import Shard
@@ -47,6 +48,12 @@ SMALL_FILES = 64 << 20
 def export(config: Config) -> int:
     """Write the folder export.to; returns the exit code. Raises UserError, with nothing left behind."""
     target = _target(config)
+    for key, own in (("model.block", config.model.block), ("model.router", config.model.router)):
+        if own:
+            rule = "is code of your own, and whoever loads a Hugging Face folder computes DeepSeek-V3 alone"
+            raise UserError(
+                f"{key}.{TARGET}", own[TARGET], rule, "keep the checkpoint: there is no such folder of this model"
+            )
     checkpoint = find_checkpoint(config, config.export.checkpoint, "export.checkpoint")
     manifest = read_manifest(checkpoint)
     ema = config.export.ema

@@ -74,6 +74,8 @@ def sample(config: Config, tokenizer: Tokenizer, device: torch.device) -> str | 
     checkpoint = newest_intact(paths.checkpoints).path
     if not config.log.sample_tokens or checkpoint is None:
         return None
+    if config.model.block:
+        return "(none: text is not written through blocks of your own)"
     if not fits_here(config, device):
         return "(none: the model does not fit beside the run)"
     source = from_checkpoint(config, checkpoint, tokenizer, device)

@@ -31,6 +31,8 @@ class MeasuredStep:
     """Mean cross-entropy of the next token, nats."""
     mtp_losses: list[float]
     """Loss of each MTP depth, unweighted."""
+    extra_loss: float
+    """The term of the user's own (optim.extra_loss); 0 without one."""
     balance_loss: float
     """Weighted, summed over layers."""
     loads_LE: Tensor
@@ -75,9 +77,9 @@ class Measure:
         """Sum over all ranks; every rank gets the same. Waits for no device."""
         depth, shape = self.model.mtp_depth, (len(self.layers), self.model.experts)
         zeros = partial(torch.zeros, dtype=torch.float64, device=self.device)
-        losses, loads_LE, biases_LE = zeros(2 + depth), zeros(shape), zeros(shape)
+        losses, loads_LE, biases_LE = zeros(3 + depth), zeros(shape), zeros(shape)
         if self.last is not None:
-            losses[: 1 + depth] = self.last.losses.means().double() * self._weight / self.mesh.layout.stage_ranks
+            losses[: 2 + depth] = self.last.losses.means().double() * self._weight / self.mesh.layout.stage_ranks
         for name, router in self.routers.items():
             row = self.layers.index(name)
             loads_LE[row] = router.load_E
@@ -120,12 +122,13 @@ class CollectedMeasures:
     def read(self) -> MeasuredStep:
         """Call when the host has waited for something that the device was asked for later, which no step of training lacks."""
         losses, loads, biases, scores, clipped, own = self._host.split(self._sizes)
-        main_loss, *mtp_losses, balance_loss = losses.tolist()
+        main_loss, *mtp_losses, extra_loss, balance_loss = losses.tolist()
         on_disk, in_memory, *work = own.tolist()
         shape = self.loads_LE.shape
         return MeasuredStep(
             main_loss=main_loss,
             mtp_losses=mtp_losses,
+            extra_loss=extra_loss,
             balance_loss=balance_loss,
             loads_LE=loads.view(shape),
             biases_LE=biases.view(shape),

@@ -18,6 +18,7 @@ from train.checkpoint.read_shards import fill
 from train.checkpoint.run_folder import RunPaths, resume_point
 from train.checkpoint.trained_with import require_model, require_tokenizer
 from train.data.prepare import PreparedData
+from train.data.streamed import StreamedData
 from train.data.tokenizer import Tokenizer
 from train.hf.folder import Folder, StoredTensor
 from train.loop.start import check_start, start_from
@@ -116,6 +117,8 @@ def restore(
 
 
 def _resumed(config: Config, data: PreparedData, meta: dict[str, Any], notes: list[str], where: str) -> RestoredState:
+    if isinstance(data.train, StreamedData) and meta["data"] == data.fingerprint:
+        data.train.go_on(meta.get("stream"))
     changes = changed(config, data.fingerprint, meta)
     resumed = {"step": meta["step"], "from": where} | changes.plain()
     return RestoredState([*notes, f"resumed from step {meta['step']}: {where}", *changes.notes()], resumed)

@@ -7,7 +7,7 @@ update      gradients reduced, clipped and applied, unless loss or gradient is n
 balance     the biases of the routers move by the loads of this step (paper 2.1.2)
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -20,11 +20,20 @@ from parallel.zero.engine import Update
 from train.data.batch import Batch
 from train.loop.measure import Measure, MeasuredStep, to_device
 from train.loop.stop import StopKind
+from train.model.deepseek import DeepSeekV3
 from train.model.router import update_bias
 from train.optim.qk_clip import QKClip
 from train.optim.schedules import StepPlan
 from train.parallelize import ParallelModel
 from train.rank import RankSetup
+
+
+def set_weights(chunks: Sequence[DeepSeekV3], plan: StepPlan, balance_weight: float) -> None:
+    """What routers and the MTP modules count in this step. balance_weight: alpha / micro-batches."""
+    for chunk in chunks:
+        chunk.mtp_weight = plan.mtp_weight
+        for router in chunk.routers().values():
+            router.balance_weight = balance_weight
 
 
 @dataclass(frozen=True)
@@ -104,10 +113,7 @@ class TrainingStep:
         self._mean_micro_batches = plan.batch_size / self._sequences
         self.measure.clear(self._micro_batches(batch) / self._mean_micro_batches)
         self._parts.precision.start_step(plan.step)
-        for router in self.measure.routers.values():
-            router.balance_weight = self._config.optim.balance_loss / self._mean_micro_batches
-        if self.measure.last is not None:
-            self.measure.last.mtp_weight = plan.mtp_weight
+        set_weights(self._parts.chunks, plan, self._config.optim.balance_loss / self._mean_micro_batches)
 
     def _update_biases(self, loads_LE: Tensor, plan: StepPlan) -> None:
         for name, router in self.measure.routers.items():

@@ -27,7 +27,9 @@ from train.checkpoint.run_folder import RunPaths
 from train.data.batch import Batch
 from train.data.prefetch import Prefetch
 from train.data.prepare import PreparedData
+from train.data.streamed import StreamedData
 from train.kernels.fp8.health import Report, merge
+from train.loop.callbacks import Callbacks, RunView
 from train.loop.measure import MeasuredStep
 from train.loop.nonfinite import SHOWN_TENSORS, Origin, RankSightings, Watch, bad_weights, find_origin
 from train.loop.peak_memory import peak_memory
@@ -106,6 +108,7 @@ class Trainer:
         self.measure = self.training_step.measure
         self.timeline = TimelineSampler(config, self.mesh, parts.pipeline, state.step)
         self.profiler = StepProfiler(config, self.mesh.rank, parts, RunPaths(config).path, self._warn)
+        self.callbacks = Callbacks(config, RunView(self.mesh.rank, RunPaths(config).path, parts.chunks))
         self._settings = settings_of(config)
         self.goes_on = False
         """It stopped for another attempt, which takes its state from memory."""
@@ -118,7 +121,9 @@ class Trainer:
     def run(self) -> int:
         """Train from the state's step to the last; returns the exit code. Raises Diverged, DiskFailed."""
         with disk_errors(self.config, kind=DiskFailed), closing(self.profiler):
-            return self._run()
+            code = self._run()
+        self.callbacks.tell("on_end", code)
+        return code
 
     def _run(self) -> int:
         steps = range(self.state.step + 1, self.config.steps + 1)
@@ -179,6 +184,7 @@ class Trainer:
         if plan.step == self.config.steps or (every and plan.step % every == 0):
             record |= self.validate()
         self._log(record)
+        self.callbacks.tell("on_step", plan.step, record)
         self._save_when_due(plan.step)  # after its record is written: a run that resumes here goes on with the next
         return measured.stop
 
@@ -244,7 +250,7 @@ class Trainer:
             "tokens": self.state.samples * self.config.seq_len,
             "samples": self.state.samples,
             "epochs": max(self.data.train.epochs(self.state.samples).values()),
-            "loss": measured.main_loss + plan.mtp_weight * mtp_loss + measured.balance_loss,
+            "loss": measured.main_loss + plan.mtp_weight * mtp_loss + measured.extra_loss + measured.balance_loss,
             "main_loss": measured.main_loss,
             "balance_loss": measured.balance_loss,
             "grad_norm": grad_norm,
@@ -259,6 +265,8 @@ class Trainer:
             record["mtp_loss"] = mtp_loss
         if len(measured.mtp_losses) > 1:
             record |= {f"mtp_loss_{k}": loss for k, loss in enumerate(measured.mtp_losses, 1)}
+        if self.config.optim.extra_loss:
+            record["extra_loss"] = measured.extra_loss
         if measured.scores_L:
             record |= {"attention_score_max": max(measured.scores_L), "heads_clipped": measured.heads_clipped}
         running = self.state.record_loads(measured.loads_LE)
@@ -331,7 +339,9 @@ class Trainer:
 
     def _meta(self) -> dict[str, Any]:
         """What is saved beside the tensors."""
-        return self.state.meta() | {
+        data = self.data.train
+        stream = {"stream": data.mark(self.state.samples)} if isinstance(data, StreamedData) else {}
+        return (self.state.meta() | stream) | {
             "name": self.config.name,
             "tokenizer": self.data.tokenizer.fingerprint,
             "data": self.data.fingerprint,
@@ -352,6 +362,8 @@ class Trainer:
                 self._warn(result.warning)
             if self.writer is not None:
                 _tell_of(result, self.writer)
+            if result.path is not None:
+                self.callbacks.tell("on_checkpoint", result.step, result.path)
         self._event(None)
 
     def _event(self, text: str | None) -> None:

@@ -73,7 +73,7 @@ SCALARS = (
         "loss",
         float,
         "nats per token",
-        "what is minimised: main_loss + mtp_weight x mtp_loss + balance_loss; no measure of quality, as the weights change",
+        "what is minimised: main_loss + mtp_weight x mtp_loss + extra_loss + balance_loss; no measure of quality, as the weights change",
         panel="minimised",
     ),
     Metric(
@@ -95,6 +95,14 @@ SCALARS = (
     ),
     Metric(
         "mtp_loss_K", float, "nats per token", "the same of depth K, from 1", "model.mtp_depth > 1", panel="mtp_depths"
+    ),
+    Metric(
+        "extra_loss",
+        float,
+        "1",
+        "the term of your own, as it was added to the loss",
+        "optim.extra_loss",
+        panel="weights",
     ),
     Metric("balance_loss", float, "1", "sequence-wise balance loss, weighted, summed over MoE layers", panel="weights"),
     Metric(

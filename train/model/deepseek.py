@@ -10,12 +10,14 @@ Shapes: B sequences, S = T + 1 tokens of a sample, T positions, D width, V vocab
 """
 
 from collections.abc import Callable, MutableMapping, Sequence
+from dataclasses import dataclass
 from typing import cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from conf.own_code import subclass
 from conf.schema import Model, Recompute
 from train.model.block import Block
 from train.model.layers import Embedding, LayerPrecision, RMSNorm
@@ -43,15 +45,34 @@ class Losses:
         """Sum of the main losses."""
         self.mtp: list[Tensor | float] = [0.0] * self._depths
         """Sum of the losses of every MTP depth, unweighted."""
+        self.extra: Tensor | float = 0.0
+        """Sum of the term of the user's own (optim.extra_loss)."""
 
-    def add(self, main: Tensor, mtp: list[Tensor]) -> None:
+    def add(self, main: Tensor, mtp: list[Tensor], extra: Tensor | None = None) -> None:
         self.count += 1
         self.main = self.main + main.detach()
+        self.extra = self.extra if extra is None else self.extra + extra.detach()
         self.mtp = [total + loss.detach() for total, loss in zip(self.mtp, mtp, strict=True)]
 
     def means(self) -> Tensor:
-        """Mean over micro-batches of the main loss and of every MTP depth: (1 + depths,)."""
-        return torch.stack([torch.as_tensor(total) for total in (self.main, *self.mtp)]) / self.count
+        """Mean over micro-batches of the main loss, of every MTP depth, and of the user's own term: (2 + depths,)."""
+        return torch.stack([torch.as_tensor(total) for total in (self.main, *self.mtp, self.extra)]) / self.count
+
+
+@dataclass(frozen=True)
+class ModelOutputs:
+    """What a term of the user's own (optim.extra_loss) is a function of: those of one micro-batch, at the positions of this rank."""
+
+    hidden_BTD: Tensor
+    """After the final norm."""
+    targets_BT: Tensor
+    """The next tokens, int64."""
+    head_VD: Tensor
+    """The weight of the output head."""
+
+    def logits(self) -> Tensor:
+        """fp32 (B, T, V), of all positions at once, with gradient: the cross-entropy itself never holds so many."""
+        return F.linear(self.hidden_BTD, self.head_VD.to(self.hidden_BTD.dtype)).float()
 
 
 class Head(nn.Module):
@@ -61,20 +82,35 @@ class Head(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.empty(vocab_size, width, **factory))
         self._chunk, self._kernels = chunk, kernels
+        self.extra_loss: Callable[[ModelOutputs], Tensor] | None = None
+        """A term of the user's own, set by whoever builds the model for a training."""
 
     def forward(self, states: list[Tensor], tokens_BS: Tensor, positions: Positions) -> list[Tensor]:
-        """Losses of the main model (states[0], (B, T, D)) and of the MTP depths (one position shorter each).
+        """Losses of the main model (states[0], (B, T, D)) and of the MTP depths (one position shorter each), in training followed by
+        the term of the user's own, if there is one.
 
         Divided by all positions of the main model here, also at MTP depths, which have fewer (eq. 24).
         """
         targets = (positions.shorter(depth).take(tokens_BS, depth + 1) for depth in range(len(states)))
         divisor = len(tokens_BS) * positions.count
-        return [self.loss(hidden, target_BT, divisor) for hidden, target_BT in zip(states, targets, strict=True)]
+        losses = [self.loss(hidden, target_BT, divisor) for hidden, target_BT in zip(states, targets, strict=True)]
+        if self.training and self.extra_loss is not None:
+            outputs = ModelOutputs(states[0], positions.take(tokens_BS, 1), self.weight)
+            losses.append(_scalar(self.extra_loss(outputs)))
+        return losses
 
     def loss(self, hidden_BTD: Tensor, targets_BT: Tensor, divisor: int) -> Tensor:
         """Sum of the cross-entropies over divisor."""
         hidden_ND, targets_N = hidden_BTD.flatten(0, 1), targets_BT.flatten()
         return cross_entropy(hidden_ND, self.weight, targets_N, divisor, self._chunk, self._kernels)
+
+
+def _scalar(loss: Tensor) -> Tensor:
+    """The user's own term. Raises TypeError for what is none."""
+    if not isinstance(loss, Tensor) or loss.numel() != 1 or not loss.is_floating_point():
+        what = f"a tensor {tuple(loss.shape)} of {loss.dtype}" if isinstance(loss, Tensor) else type(loss).__name__
+        raise TypeError(f"optim.extra_loss gave {what}; it must give one number as a tensor: a mean over the positions")
+    return loss.float().reshape(())
 
 
 class DeepSeekV3(nn.Module):
@@ -118,18 +154,20 @@ class DeepSeekV3(nn.Module):
         """In eval mode, where the MTP modules else stay idle, they run for it: it is called with what the head takes, the states
         of the main model (B, T, D) and of every depth, tokens_BS and the positions here."""
         self._share = share
-        self.backward_in_one_piece = has_head and config.mtp_depth > 1
+        own = bool(config.block or config.router)
+        self.backward_in_one_piece = own or (has_head and config.mtp_depth > 1)
         """torch's split into input and weight gradients cannot serve a weight that enters the graph again behind itself,
-        as the embedding does from MTP depth 2 on."""
+        as the embedding does from MTP depth 2 on, and as those of the user's own blocks may."""
         self._dtype = precision.dtype
         if has_embedding or (has_head and config.mtp_depth):
             self.embedding = embedding or Embedding(config.vocab_size, config.hidden, **factory)
         # torch's containers do not say what they hold.
         self.layers = cast("MutableMapping[str, Block]", nn.ModuleDict())
+        block = subclass("model.block", config.block, Block)
         for place, index in enumerate(layers):
             here, repeat = None if index < config.dense_layers else dispatcher, place < config.repeated_layers
             away = config.offloaded_part(place)
-            self.layers[str(index)] = Block(config, precision, rope, here, local_experts, repeat, host, away, **factory)
+            self.layers[str(index)] = block(config, precision, rope, here, local_experts, repeat, host, away, **factory)
         if has_head:
             recompute, kernels = Recompute.norm in config.recompute, precision.kernels
             self.norm = RMSNorm(config.hidden, config.norm_eps, recompute, kernels, **factory)
@@ -190,6 +228,11 @@ class DeepSeekV3(nn.Module):
             if isinstance(module, Router)
         }
 
+    def add_loss(self, extra_loss: Callable[[ModelOutputs], Tensor]) -> None:
+        """Give the last chunk a term of the user's own, before a pipeline takes the chunk."""
+        self.head.extra_loss = extra_loss
+        self.backward_in_one_piece = True  # its graph may take any weight once more
+
     @property
     def _depths(self) -> int:
         """MTP modules that run."""
@@ -218,5 +261,7 @@ class DeepSeekV3(nn.Module):
             if self.observer is not None:
                 self.observer(states, tokens_BS, positions)
             return main
-        self.losses.add(main, mtp)
+        extra = mtp.pop() if self.head.extra_loss is not None else None
+        self.losses.add(main, mtp, extra)
+        main = main if extra is None else main + extra
         return main + sum(mtp) * (self.mtp_weight / len(mtp)) if mtp else main

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
+from conf.own_code import subclass
 from conf.schema import Model, Recompute
 from train.model.layers import FFN, LayerPrecision
 from train.model.needed import Function
@@ -158,7 +159,7 @@ class MoE(nn.Module):
         self, config: Model, precision: LayerPrecision, dispatcher: Dispatcher, local_experts: range, **factory
     ):
         super().__init__()
-        self.router = Router(config, precision.kernels, **factory)
+        self.router = subclass("model.router", config.router, Router)(config, precision.kernels, **factory)
         self.experts = Experts(config, local_experts, **factory)
         self.shared = None
         if config.shared_experts:

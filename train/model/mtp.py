@@ -15,6 +15,7 @@ Shapes: B sequences, T positions of this depth, D width.
 import torch
 from torch import Tensor, nn
 
+from conf.own_code import subclass
 from conf.schema import Model, Recompute
 from train.model.block import Block
 from train.model.layers import LayerPrecision, Linear, RMSNorm
@@ -41,7 +42,8 @@ class MTP(nn.Module):
         self.embedding_norm = RMSNorm(config.hidden, config.norm_eps, recompute, kernels, **factory)
         self.hidden_norm = RMSNorm(config.hidden, config.norm_eps, recompute, kernels, **factory)
         self.projection = Linear(2 * config.hidden, config.hidden, precision, **factory)
-        self.block = Block(config, precision, rope, dispatcher, local_experts, repeat, **factory)
+        block = subclass("model.block", config.block, Block)
+        self.block = block(config, precision, rope, dispatcher, local_experts, repeat, **factory)
         self.norm = RMSNorm(config.hidden, config.norm_eps, recompute, kernels, **factory)
 
     def forward(self, hidden_BTD: Tensor, embedding_BTD: Tensor, positions: Positions) -> Tensor:

@@ -63,12 +63,16 @@ class Router(nn.Module):
         whole sequences.
         """
         positions = positions or Positions(x_BTD.size(1))
-        with recipe:
-            logits_BTE = _Logits.apply(x_BTD, self.weight, self._kernels)
+        logits_BTE = self.score(x_BTD, recipe)
         counters = (self.load_E, self.score_E, self.balance_loss) if self.training else None
         weight = self.balance_weight if self.training else 0.0
         gates_BTK, ids_BTK = self._kernels.route(logits_BTE, self.bias_E, self.rule, weight, counters, positions)
         return gates_BTK.flatten(0, 1), ids_BTK.flatten(0, 1)
+
+    def score(self, x_BTD: Tensor, recipe: AbstractContextManager) -> Tensor:
+        """What the sigmoid takes, fp32 (B, T, E). A router of the user's own may say otherwise."""
+        with recipe:
+            return _Logits.apply(x_BTD, self.weight, self._kernels)
 
     def _apply(self, fn, recurse=True):
         """Move the buffers with the module but never round them: engines call module.bfloat16() and mean the weights."""

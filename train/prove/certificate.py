@@ -3,8 +3,8 @@
 import json
 import math
 import textwrap
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -58,10 +58,18 @@ class Certificate:
     verdicts: Sequence[ProofVerdict]
     differences: Sequence[Difference]
     """In the order of the computation."""
+    own_code: Mapping[str, str] = field(default_factory=dict)
+    """Import paths of the user's code by key, which no proof runs."""
 
     @property
     def holds(self) -> bool:
         return bool(self.verdicts) and not self.differences
+
+    @property
+    def not_proven(self) -> list[str]:
+        own = ", ".join(f"{key} ({target})" for key, target in self.own_code.items())
+        rule = f"code of your own, without which the ranks ran, as a proof has no formulas for it: {own}"
+        return [*NEVER_PROVEN, *([rule] if own else [])]
 
     @property
     def first(self) -> Difference | None:
@@ -85,7 +93,7 @@ class Certificate:
             "quantities": [_finite(asdict(verdict)) for verdict in self.verdicts],
             "first_difference": _finite(asdict(self.first)) if self.first else None,
             "differences": len(self.differences),
-            "not_proven": NEVER_PROVEN,
+            "not_proven": self.not_proven,
         }
 
     def write(self, folder: Path) -> Path:
@@ -106,7 +114,7 @@ class Certificate:
             )
         if self.first is not None:
             rows.append(("First", f"{self.first.text()}\n{len(self.differences)} comparisons failed in all"))
-        rows.append(("Not proven", "\n".join(NEVER_PROVEN)))
+        rows.append(("Not proven", "\n".join(self.not_proven)))
         rows.append(("Files", f"{path}, {PROOF_CARD_FILE}"))
         title = f"{self.name}: {said}, in miniature, after {duration(self.seconds)}"
         show(console or Terminal(), title, GOOD if self.holds else WARN, rows)

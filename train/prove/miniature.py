@@ -97,7 +97,8 @@ LOST = {
 
 def shrink(cfg: Config) -> Miniature:
     """The miniature of a recipe that has passed check_layout; it passes the same checks. Starts nothing."""
-    whole = cfg
+    model, optim = replace(cfg.model, block=None, router=None), replace(cfg.optim, extra_loss=None)
+    whole = cfg = replace(cfg, model=model, optim=optim, callbacks=[])  # the reference knows no code of the user's
     if cfg.parallel.dispatch_facts.needs_gpu and not _has_gpu(cfg):
         cfg = replace(cfg, parallel=replace(cfg.parallel, dispatch=DispatchKind(FLAT_DISPATCH)))
     layout, structure = _shrink_layout(cfg)

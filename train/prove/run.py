@@ -14,6 +14,7 @@ from cluster.local import run_children
 from cluster.spawn import ForkedProcess
 from conf.errors import EXIT_CRASH, EXIT_OK, UserError
 from conf.load import write_config
+from conf.own_code import targets_of
 from conf.schema import Config
 from train.checkpoint.run_folder import RunPaths
 from train.kernels.cpu.processor import tune_cpu
@@ -118,6 +119,7 @@ def _judge(config: Config, small: Config, cuts: list[str], started: float) -> in
         seconds=time.monotonic() - started,
         verdicts=list(findings.verdicts.values()),
         differences=findings.differences,
+        own_code=targets_of(config),
     )
     run_folder = Path(small.runs)
     write_card(certificate, run_folder)

@@ -8,7 +8,8 @@ from dataclasses import asdict
 from itertools import groupby
 from typing import Any
 
-from conf.schema import Hardware
+from conf.own_code import targets_of
+from conf.schema import Config, Hardware
 from parallel.pipeline.orders import Action
 from train.kernels.cpu.processor import cpu_name
 from train.metrics.planned import recipe_of
@@ -101,7 +102,22 @@ def plan_record(
             {"name": name, "verdict": phase.verdict, "step_seconds": phase.step.step_seconds, **vars(phase.budget)}
             for name, phase in phases
         ],
+        "own_code": own_code_words(config),
     }
+
+
+OWN_CODE_PLANNED = {
+    "model.block": "memory is traced with it, time is that of a block of DeepSeek-V3",
+    "model.router": "memory is traced with it, time is that of DeepSeek-V3's router",
+    "optim.extra_loss": "neither memory nor time is known: measure one rank with mode=dry_run",
+    "data.source": "not counted",
+    "callbacks": "not counted",
+}
+
+
+def own_code_words(config: Config) -> dict[str, str]:
+    """What the plan knows of each piece of the user's own code, by key."""
+    return {f"{key} ({target})": OWN_CODE_PLANNED[key.partition("[")[0]] for key, target in targets_of(config).items()}
 
 
 def _stage(stages: Stages, stage: int) -> dict[str, Any]:

@@ -22,6 +22,7 @@ from train.plan.report.plan_record import (
     failure_words,
     interval_words,
     layout_words,
+    own_code_words,
     reserve_words,
     split_words,
     verdict,
@@ -70,6 +71,8 @@ def plan_screen(
         *_run(plan, phases),
         ("Rates", step.rates),
     ]
+    if own := own_code_words(config):
+        rows.append(("Own code", "\n".join(f"{what}: {words}" for what, words in own.items())))
     rows.append(("Written", f"{folder / PLAN_FILE}, {folder / PLAN_PAGE}  (open it in a browser)"))
     what = f"{config.name} on {devices} x {config.hardware.name}"
     show(

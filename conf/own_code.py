@@ -1,0 +1,166 @@
+"""Code of the user's own, which a recipe names by its import path: `_target_: my_pkg.my_mod.Thing`, with the keys that it takes beside it.
+
+One form for every place of OWN_CODE. A class is made with the keys; a function gets them after the arguments of its place. Modules are
+looked for where Python looks, and last in the folder in which the command was typed. Nothing is imported before it is needed, so
+that a mode that has no use for a piece of code never runs it.
+"""
+
+import difflib
+import functools
+import importlib
+import importlib.machinery
+import inspect
+import os
+import re
+import sys
+import traceback
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from operator import attrgetter
+from typing import Any
+
+from conf.errors import UserError
+from conf.schema import ROOT, Config, Mode
+
+TARGET = "_target_"
+CodeSection = Mapping[str, Any]
+"""What a recipe says of a piece of code: its target, and its keys."""
+OWN_CODE = ("data.source", "model.block", "model.router", "optim.extra_loss", "callbacks")
+"""The keys that take code; the last one takes a list of it."""
+READ_FROM_RUNS: dict[str, tuple[Mode, ...]] = {
+    "data.source": (Mode.evaluate,),
+    "model.block": (Mode.evaluate,),
+    "model.router": (Mode.evaluate, Mode.generate),
+}
+"""Which of the modes that look at a run need what: these import it, where it stands in the config.yaml of a run, if they are told to."""
+_FILES: dict[str, str] = {}
+"""The key that named each file that was imported."""
+
+
+def sections_of(config: Any) -> dict[str, CodeSection]:
+    """What a configuration names, by key."""
+    found: dict[str, CodeSection] = {}
+    for key in OWN_CODE:
+        value = attrgetter(key)(config)
+        entries = {key: value} if key != "callbacks" else {f"{key}[{place}]": each for place, each in enumerate(value)}
+        found |= {name: section for name, section in entries.items() if section}
+    return found
+
+
+def targets_of(config: Config) -> dict[str, str]:
+    """Import paths by key."""
+    return {key: section[TARGET] for key, section in sections_of(config).items()}
+
+
+def check_targets(config: Config) -> None:
+    """Raise UserError for a section without an import path. Imports nothing."""
+    for key, section in sections_of(config).items():
+        target = section.get(TARGET)
+        if not isinstance(target, str) or not re.fullmatch(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)+", target):
+            rule = "must be the import path of a class or function: module.Name, or package.module.Name"
+            raise UserError(f"{key}.{TARGET}", target, rule, f"write {key}: {{{TARGET}: my_module.MyThing}}")
+
+
+def is_findable(target: str, folder: str) -> bool:
+    """Whether the first part of an import path is there, on this node. folder: in which the command was typed."""
+    return importlib.machinery.PathFinder.find_spec(target.partition(".")[0], [*sys.path, folder]) is not None
+
+
+def import_target(key: str, section: CodeSection) -> Any:
+    """What the section names. Raises UserError where it is not there or cannot be imported."""
+    target: str = section[TARGET]
+    module_name, _, name = target.rpartition(".")
+    if (folder := os.getcwd()) not in sys.path:
+        sys.path.append(folder)  # last, so that nothing there hides a package of ours
+    with refused(key, target, "importing it"):
+        try:
+            module = importlib.import_module(module_name)
+        except ModuleNotFoundError as error:
+            if not f"{module_name}.".startswith(f"{error.name}."):
+                raise  # a package that the user's module asks for
+            rule = f"there is no module {error.name}: it was looked for in {_searched(folder)}"
+            cure = "type the command in the folder that holds it, put that folder into PYTHONPATH, or install it; on every node, if there are several"
+            raise UserError(f"{key}.{TARGET}", target, rule, cure) from error
+    if module.__file__ is not None:
+        _FILES[module.__file__] = key
+    if not hasattr(module, name):
+        near = difflib.get_close_matches(name, vars(module), n=1)
+        cure = f"did you mean {module_name}.{near[0]}?" if near else f"name what {module_name} defines"
+        raise UserError(f"{key}.{TARGET}", target, f"{module.__file__} defines no {name}", cure)
+    return getattr(module, name)
+
+
+def _searched(folder: str) -> str:
+    given = [path for path in os.environ.get("PYTHONPATH", "").split(os.pathsep) if path]
+    return ", ".join([folder, *(f"{path} (PYTHONPATH)" for path in given if path != folder), "the installed packages"])
+
+
+def make(key: str, section: CodeSection) -> Any:
+    """An object of the class that the section names, or the function with its keys filled in. Raises UserError."""
+    found = import_target(key, section)
+    keys = {name: value for name, value in section.items() if name != TARGET}
+    if not callable(found):
+        raise UserError(f"{key}.{TARGET}", section[TARGET], "must be a class or a function", "name one of them")
+    if not inspect.isclass(found):
+        return functools.partial(found, **keys)
+    with refused(key, section[TARGET], "making it"):
+        return found(**keys)
+
+
+def subclass(key: str, section: CodeSection | None, base: type) -> Callable[..., Any]:
+    """The class that the section names with its keys filled in, which must be a subclass of `base`; base itself without a section."""
+    if not section:
+        return base
+    found = import_target(key, section)
+    if not (inspect.isclass(found) and issubclass(found, base)):
+        rule = f"must be a subclass of {base.__module__}.{base.__qualname__}"
+        raise UserError(f"{key}.{TARGET}", section[TARGET], rule, f"write class {found.__name__}({base.__qualname__})")
+    return functools.partial(found, **{name: value for name, value in section.items() if name != TARGET})
+
+
+def require_arguments(key: str, section: CodeSection, called: Any, count: int, what: str) -> None:
+    """UserError unless it can be called with so many arguments. what: those arguments for a person."""
+    try:
+        inspect.signature(called).bind(*[None] * count)
+    except TypeError as error:
+        rule = f"must take {what}: {error}{_defined(called)}"
+        raise UserError(f"{key}.{TARGET}", section[TARGET], rule, "correct its arguments, or its keys here") from error
+    except ValueError:
+        pass  # a builtin, which does not say what it takes
+
+
+def _defined(called: Any) -> str:
+    function = getattr(called, "func", called)
+    code = getattr(function, "__code__", None) or getattr(type(function).__call__, "__code__", None)
+    return f" ({code.co_filename}:{code.co_firstlineno})" if code is not None else ""
+
+
+@contextmanager
+def refused(key: str, target: str, doing: str) -> Iterator[None]:
+    """Make what the user's code raises before a start a UserError that names its file and line."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        rule = f"{doing} raised {type(error).__name__}: {error}{_raised_at(error)}"
+        raise UserError(f"{key}.{TARGET}", target, rule, "correct it, or the keys beside it") from error
+
+
+def _raised_at(error: Exception) -> str:
+    frames = traceback.extract_tb(error.__traceback__)
+    if isinstance(error, SyntaxError):
+        return f" ({error.filename}:{error.lineno})"
+    ours = [str(ROOT / package) + os.sep for package in ("conf", "train", "parallel", "cluster")]
+    own = [frame for frame in frames if not frame.filename.startswith(("<frozen", *ours))]
+    return f" ({own[-1].filename}:{own[-1].lineno})" if own else ""
+
+
+def named_by(frames: traceback.StackSummary) -> str | None:
+    """Where in the user's own code an error came up, and which key names it; None where it did not pass there."""
+    frame = next((frame for frame in reversed(frames) if frame.filename in _FILES), None)
+    return (
+        frame
+        if frame is None
+        else f"{frame.filename}:{frame.lineno}, in {frame.name}, which {_FILES[frame.filename]} names"
+    )
