@@ -3,7 +3,7 @@
 from typing import Any
 
 __version__ = "0.2.0"
-__all__ = ["RunFailed", "RunResult", "build_model", "complete", "compose", "load", "open_run", "run"]
+__all__ = ["RunFailed", "RunResult", "build_model", "complete", "compose", "load", "open_run", "run", "train_step"]
 
 
 def __getattr__(name: str) -> Any:
