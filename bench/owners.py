@@ -26,7 +26,7 @@ from parallel.owners import SharedMatrix, choose_owners
 from parallel.shard import WeightPiece
 from train.optim.matrices import logical_matrices
 from train.optim.newton_schulz import products
-from train.plan.memory.part import Frozen
+from train.plan.memory.part import FrozenSection
 from train.plan.memory.rank_weights import Weight, part_weights
 from train.plan.time.update import Orthogonal, count_weights
 
@@ -79,7 +79,7 @@ def count_owners(config: Config, weights: Sequence[Weight], ranks: int) -> Owner
 
 def whole_weights(config: Config, layers: int) -> tuple[list[Weight], Orthogonal]:
     """Those of so many layers with experts that Muon updates and all ranks of a stage share, and what a plan knows of them."""
-    model, share = Frozen(config.model), config.model.experts // config.parallel.ep
+    model, share = FrozenSection(config.model), config.model.experts // config.parallel.ep
     choose = config.optim.facts.choose_rule
     one = [
         weight

@@ -108,7 +108,7 @@ def test_recipes_of_models_that_muon_trained_fit_their_gpus(recipe, layout):
     """On H800, which Kimi K2 was trained on; orthogonal factors take less than a hundredth of a step."""
     plan = make_plan(compose(f"conf={recipe}", "data.path=none", "hardware=h800", *layout))
     assert plan.fits and plan.config.optim.name == "muon"
-    assert 0 < plan.step.optimizer_seconds < 0.01 * plan.step.step_seconds
+    assert 0 < plan.step.update.optimizer < 0.01 * plan.step.step_seconds
 
 
 def test_cures_are_evaluated_and_make_it_fit():
