@@ -180,8 +180,8 @@ def a_piece_of_another_place(bug: Seams) -> None:
     "state (from the|in a) checkpoint.*experts",
 )
 def experts_of_another_rank_read(bug: Seams) -> None:
-    def wanted(original, self, with_ema):
-        shards = original(self, with_ema)
+    def wanted(original, self, with_ema, *, own_optimizer=True):
+        shards = original(self, with_ema, own_optimizer=own_optimizer)
         for name, shard in shards.items():
             size, most = shard.local.numel(), math.prod(shard.shape)
             if ".experts." in name and 2 * size == most:
