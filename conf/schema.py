@@ -565,6 +565,9 @@ class Checkpoint:
     """Checkpoints at multiples of this many steps stay for good; 0 for none."""
     asynchronous: bool = expert(True)
     """Write beside the training; false waits for the disk."""
+    staging_bytes: float = expert(0.0, least=0)
+    """Most bytes of the host's memory in which each rank holds a checkpoint until it is written; where it saves more, the training waits
+    for the disk, piece by piece. 0 holds all of it."""
 
 
 @dataclass

@@ -90,6 +90,7 @@ def _run(config: Config, place: Place, stop: StopRequest) -> int:
         keep_every=config.checkpoint.keep_every,
         asynchronous=config.checkpoint.asynchronous,
         timeout=config.cluster.timeout,
+        staging=int(config.checkpoint.staging_bytes),
     )
     copies = None
     if given := given_shelves():

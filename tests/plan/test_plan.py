@@ -14,10 +14,12 @@ from conf.load import compose
 from conf.schema import ROOT, Config, PipelineSchedule, Rate
 from parallel.pipeline.orders import Action
 from tests.small import environment
+from train.model.count import count
 from train.plan import reserve
 from train.plan.budget import Verdict, make_plan, verdict_of
-from train.plan.memory.rank_memory import plan_memory, scene_of
+from train.plan.memory.rank_memory import HELD_COPIES, plan_memory, scene_of
 from train.plan.report import plan_page
+from train.plan.report.plan_record import verdict
 from train.plan.reserve import reserve_of, tensor_memory
 from train.plan.search import candidates
 from train.plan.search import lower_bounds as bounds
@@ -297,7 +299,9 @@ def test_the_host_has_what_the_device_has_not():
     """The paper's model on 64 H200: its state lies in the memory of the nodes, which are filled rank by rank."""
     there, here = (plan_memory(compose(*OFFLOAD, *more)) for more in ([], ["parallel.offload_optimizer=false"]))
     for one, other in zip(there, here, strict=True):
-        assert {"master", "moments"} <= one.host_items.keys() and not other.host_items
+        assert {"master", "moments", "checkpoint"} <= one.host_items.keys() and other.host_items.keys() == {
+            "checkpoint"
+        }
         assert not {"master", "moments"} & one.items.keys()
         moved = sum(other.items[name] for name in ("master", "moments"))
         assert one.peak_bytes == other.peak_bytes - moved and one.host_bytes > moved
@@ -355,3 +359,24 @@ def test_stages_that_are_alike_are_one_row_of_the_page():
     ]  # fmt: skip
     shown = plan_page._stages({"stages": stages})
     assert shown.count("<tr>") == 3 and "0 to 2" in shown and "0 to 5, 2 each" in shown and "6 to 7" in shown
+
+
+def test_a_checkpoint_waits_on_the_host_until_it_is_written_and_copies_stay_there():
+    whole = make_plan(compose(*OFFLOAD))
+    rank = whole.fullest
+    assert rank.host_items["checkpoint"] == rank.host_items["master"] + rank.host_items["moments"]
+    assert not whole.fits and "checkpoint.staging_bytes less than" in verdict(whole)
+    pieces = make_plan(compose(*OFFLOAD, "checkpoint.staging_bytes=4e9"))
+    assert pieces.fits and pieces.fullest.host_items["checkpoint"] == 4e9
+    assert pieces.failures.stall_seconds > 50 * whole.failures.stall_seconds, "the disk, not the link"
+    small = (*SMALL, "parallel.dp=2", "cluster=ray", "checkpoint.every_memory=2")
+    kept = make_plan(compose(*small)).fullest.host_items
+    assert kept["copies"] == HELD_COPIES * kept["checkpoint"]
+
+
+def test_stage_3_starts_with_all_weights_of_a_rank():
+    words = ("conf=deepseek_v3_16b", "data.path=none", "hardware=h200", "batch_size=64", "parallel.dp=64", "parallel.zero=3", "model.experts=64",
+             "model.hidden=4096")  # fmt: skip
+    rank = make_plan(compose(*words)).fullest
+    assert rank.items == {"weights": rank.peak_bytes} and rank.peak_event.startswith("start")
+    assert rank.peak_bytes == 2 * (count(compose(*words).model).total + count(compose(*words).model).mtp)

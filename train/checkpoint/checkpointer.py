@@ -111,16 +111,17 @@ class Checkpointer:
         timeout: float = 600.0,
         retries: int = 2,
         retry_wait: float = 1.0,
+        staging: int = 0,
     ):
         """`root`: the folder checkpoints/. `attempt`: from `commit.next_attempt`, the same on every rank.
 
         `timeout`: longest wait for other ranks, in seconds; for an unfinished save somewhat less. `retries`: further tries of a
-        rank whose writing failed, the first after `retry_wait` seconds, then twice as long each. Raises Fenced if a
-        newer attempt has started.
+        rank whose writing failed, the first after `retry_wait` seconds, then twice as long each. `staging`: most bytes of the
+        buffers; the training waits for the disk where that is less than it saves; 0 for all. Raises Fenced if a newer attempt has started.
         """
         self.rank, self.keep, self.keep_every = rank, keep, keep_every
         self.asynchronous, self.timeout = asynchronous, timeout
-        self.retries, self.retry_wait = retries, retry_wait
+        self.retries, self.retry_wait, self.staging = retries, retry_wait, staging
         self.committer = Committer(Path(root).resolve(), attempt, world_size, timeout)
         self.committer.enter(rank)
         self._buffers: StagingBuffers | None = None
@@ -150,13 +151,13 @@ class Checkpointer:
             self._skip(save, began)
             return time.perf_counter() - began
         if self._buffers is None:
-            self._buffers = StagingBuffers(pinned=any(shard.local.is_cuda for shard in shards.values()))
+            self._buffers = StagingBuffers(any(shard.local.is_cuda for shard in shards.values()), self.staging)
         self._buffers.copy(shards)
         self._flight = flight = SaveInFlight(save, self._buffers, began)
         arguments = (flight, json.loads(json.dumps(meta)))
         flight.thread = threading.Thread(target=self._run, args=arguments, name=f"save-{step}", daemon=True)
         flight.thread.start()
-        if not self.asynchronous:
+        if not self.asynchronous or flight.buffers.in_pieces:
             self._settle()
         return time.perf_counter() - began
 

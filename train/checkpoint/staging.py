@@ -90,25 +90,47 @@ def safetensors_header(
 class StagingBuffers:
     """A rank's buffers for one save at a time."""
 
-    def __init__(self, pinned: bool):
-        """`pinned`: page-lock the buffers, for fast copies from a GPU."""
-        self.pinned = pinned
+    def __init__(self, pinned: bool, most: int = 0):
+        """`pinned`: page-lock the buffers, for fast copies from a GPU. `most`: bytes that they may take, at least those of one segment; 0 for
+        all that is saved. What is more is copied piece by piece as it is written."""
+        self.pinned, self.most = pinned, most and max(most, THRESHOLDS.staging_bytes)
         self.segments: list[Tensor] = []
         self.layout = StagedLayout({}, b"", 0)
+        self._live: dict[str, Shard] = {}
+        """What is still to be copied."""
 
     def copy(self, shards: dict[str, Shard]) -> None:
-        """Take a snapshot. When this returns, the shards may change."""
-        self.layout = plan(shards)
-        self._fit(self.layout.data_bytes)
+        """Take a snapshot. When this returns, the shards may change, but not before the end of `write` where they are `in_pieces`."""
+        self.layout, self._live = plan(shards), shards
+        self._fit(self._room)
+        if not self.in_pieces:
+            self._fill(0)
+            self._live = {}
+
+    @property
+    def in_pieces(self) -> bool:
+        """Whether what is saved now is more than the buffers hold."""
+        return self._room < self.layout.data_bytes
+
+    @property
+    def _room(self) -> int:
+        return min(self.layout.data_bytes, self.most or self.layout.data_bytes)
+
+    def _fill(self, start: int) -> None:
+        """Copy the bytes of the data part from `start` on, as many as there is room for."""
+        devices = set()
         for name, (*_, at) in self.layout.places.items():
-            raw, done = shards[name].local.detach().view(torch.uint8), 0
-            while done < raw.numel():
-                segment, offset = divmod(at + done, THRESHOLDS.staging_bytes)
-                size = min(raw.numel() - done, THRESHOLDS.staging_bytes - offset)
-                self.segments[segment][offset : offset + size].copy_(raw[done : done + size], non_blocking=self.pinned)
+            raw = self._live[name].local.detach().view(torch.uint8)
+            done, end = max(at, start), min(at + raw.numel(), start + self._room)
+            while done < end:
+                segment, offset = divmod(done - start, THRESHOLDS.staging_bytes)
+                size = min(end - done, THRESHOLDS.staging_bytes - offset)
+                part = raw[done - at : done - at + size]
+                self.segments[segment][offset : offset + size].copy_(part, non_blocking=self.pinned)
                 done += size
-        if self.pinned:  # wait here, so that whichever stream writes the shards next needs no event
-            torch.cuda.synchronize()
+            devices |= {raw.device} if raw.is_cuda else set()
+        for device in devices:  # wait here, so that whichever stream writes the shards next needs no event
+            torch.cuda.synchronize(device)
 
     def write(self, folder: Path, rank: int) -> dict[str, Any]:
         """Write and fsync this rank's data file. Returns what its index says about it; OSError if it cannot."""
@@ -116,11 +138,15 @@ class StagingBuffers:
         path = folder / data_name(rank)
         with naming(path, len(header) + left), open(path, "wb", buffering=0) as file:
             _write_all(file.fileno(), memoryview(header))
-            for segment in self.segments:
-                view = segment.numpy().data[:left]
-                blocks.add(view)
-                _write_all(file.fileno(), view)
-                left -= len(view)
+            while left:
+                if self.in_pieces:
+                    self._fill(self.layout.data_bytes - left)
+                piece = min(self._room, left)
+                for segment in self.segments:
+                    view = segment.numpy().data[:piece]
+                    blocks.add(view)
+                    _write_all(file.fileno(), view)
+                    piece, left = piece - len(view), left - len(view)
             os.fsync(file.fileno())
         return {
             "header_bytes": len(header),

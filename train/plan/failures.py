@@ -89,6 +89,8 @@ def plan_failures(config: Config, step_seconds: float) -> Failures | None:
     moved = each * layout.ranks_per_node / config.plan.disk
     started = NOTICED_AND_STARTED + START_OF_A_NODE * nodes
     on_disk = Saving(between, started + moved, each / host.bandwidth, moved)
+    if 0 < checkpoint.staging_bytes < each:  # the training waits for the disk
+        on_disk = Saving(between, started + moved, moved, 0.0)
     best = math.ceil(on_disk.best_interval / step_seconds)
     steps, saving = checkpoint.every or math.inf, on_disk
     if checkpoint.every_memory:  # a node's failure; checkpoints on disk hold it up beside them

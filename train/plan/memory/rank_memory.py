@@ -36,6 +36,10 @@ from train.plan.memory.schedule_memory import MemoryPeak, ScheduleWalk, StagePla
 from train.plan.memory.step_end import StepEnd
 from train.plan.memory.zero3 import Zero3Memory
 
+HELD_COPIES = 5
+"""Parts of the state that the memory of a node holds for each rank with checkpoint.every_memory: two copies of its own, two of its
+neighbour's, and the one that is on its way (train/checkpoint/memory_copies.py)."""
+
 
 @dataclass(frozen=True)
 class RankMemory:
@@ -55,7 +59,8 @@ class RankMemory:
     in_flight: int
     """Micro-batches that wait for their backward when the schedule is at its highest, over all stages of the rank."""
     host_items: dict[str, int]
-    """What it keeps in the host's memory, which on a CPU is the device's: master, moments, buffers, activations, average."""
+    """What it keeps in the host's memory, which on a CPU is the device's: master, moments, buffers, activations, average, checkpoint (until it is
+    written), copies (in memory)."""
 
     @property
     def host_bytes(self) -> int:
@@ -90,16 +95,27 @@ def rank_memory(
     more micro-batches than its peak asks for, which may then be said to be at another of them."""
     state, host, moments = _moments(config, pp_rank, 0, scene, layers, shortest)
     peak = max(moments.values(), key=lambda moment: moment.total)
-    items = {name: size for name, size in (state + peak.items).items() if size}
+    items, event = {name: size for name, size in (state + peak.items).items() if size}, peak.event
+    built = _built_bytes(config, pp_rank, layers)
+    if built > sum(items.values()):
+        items, event = {"weights": built}, "start, where all weights are built before they are sharded"
     return RankMemory(
         pp_rank,
         _layers(config, layers)[pp_rank],
         items,
         sum(items.values()),
-        peak.event,
+        event,
         moments["schedule"].in_flight,
         dict(+host),
     )
+
+
+def _built_bytes(config: Config, pp_rank: int, layers: list[range] | None) -> int:
+    """Weights of a rank at its start, before ZeRO 3 shards them; at the other stages they stay."""
+    if config.parallel.zero < 3:
+        return 0
+    chunks = chunk_parts(config, layers)[pp_rank]
+    return config.precision.weight_bytes * sum(one.elements for one in rank_weights(config, list(chunks.values())))
 
 
 def phases(
@@ -135,11 +151,17 @@ def _moments(
                 {name: state.pop(name) for name in ("master", "moments")}
                 | {"buffers": _offload_buffers(config, groups)}
             )
-    if config.optim.ema_decay:  # the average, and the weights on their way to it (train/optim/ema.py)
-        owned = sum(group.scattered if config.parallel.zero == 3 else group.partition for group in groups)
-        host["average"] = 2 * FP32_BYTES * owned
+    owned = sum(group.scattered if config.parallel.zero == 3 else group.partition for group in groups)
+    averaged = config.optim.ema_decay > 0
+    host["average"] = averaged * 2 * FP32_BYTES * owned  # and the weights on their way to it (train/optim/ema.py)
     if scene.kind == "cpu":
         state, host = state + host, Counter()
+    else:
+        saved = FP32_BYTES * owned * (1 + averaged) + state_bytes(
+            config, groups, lambda group: group.scattered if config.parallel.zero == 3 else group.partition
+        )
+        host["checkpoint"] = min(saved, int(config.checkpoint.staging_bytes) or saved)
+        host["copies"] = HELD_COPIES * saved * (config.checkpoint.every_memory > 0)
     state["buffers"] += buffer_bytes(config, chunks)
     return (
         state,

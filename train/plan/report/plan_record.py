@@ -140,7 +140,9 @@ def verdict(plan: RunPlan) -> str:
         return f"{plan.verdict}, with {gib(plan.room_bytes)} of {memory} to spare on {rank}"
     if plan.room_bytes >= 0:
         host = plan.config.hardware.host_memory_bytes
-        return f"{plan.verdict}, {gib(plan.host_bytes - host)} over the {gib(host)} of a node's own memory"
+        over = f"{plan.verdict}, {gib(plan.host_bytes - host)} over the {gib(host)} of a node's own memory"
+        staged = max(rank.host_items.get("checkpoint", 0) for rank in plan.ranks)
+        return f"{over} (checkpoint.staging_bytes less than {staged:.2g} takes less)" if staged else over
     return f"{plan.verdict}, {gib(-plan.room_bytes)} over the {memory} of a device on {rank}"
 
 
