@@ -7,13 +7,13 @@ import pytest
 
 from conf.load import compose
 from train.plan.budget import later_phases, make_plan, with_batch
-from train.plan.failures import Saving, plan_failures
+from train.plan.failures import SaveCosts, plan_failures
 from train.plan.time.step_time import plan_time
 
 SMALL = ("conf=tiny", "hardware=h800", "micro_batch_size=2", "batch_size=32", "parallel.dp=2")
 
 
-def _simulated(saving: Saving, interval: float, wanted: float) -> float:
+def _simulated(saving: SaveCosts, interval: float, wanted: float) -> float:
     """Effective share of a run that saves, writes, fails and starts again, event by event."""
     draw, now, done = random.Random(0), 0.0, 0.0
     fails = draw.expovariate(1 / saving.between_failures)
@@ -32,17 +32,17 @@ def _simulated(saving: Saving, interval: float, wanted: float) -> float:
     [(86400, 12_850, 0.1, 10, 30), (86400, 600, 2, 60, 120), (7200, 900, 20, 60, 300), (3600, 3600, 5, 30, 60)],
 )
 def test_the_formula_is_what_random_failures_leave(mean, interval, stall, write, restart):
-    saving = Saving(mean, restart, stall, write)
+    saving = SaveCosts(mean, restart, stall, write)
     assert saving.effective(interval) == pytest.approx(_simulated(saving, interval, 4000 * mean), rel=0.02)
 
 
 def test_the_best_interval_is_the_best_and_leaves_time_to_write():
-    saving = Saving(86400, 60, 10, 30)
+    saving = SaveCosts(86400, 60, 10, 30)
     best = saving.best_interval
     assert best == pytest.approx((2 * 10 * 86400) ** 0.5, rel=0.02), "Young's root for a short stall"
     assert all(saving.effective(best) >= saving.effective(best * other) for other in (0.5, 0.9, 1.1, 2))
-    assert Saving(86400, 60, 0.01, 3000).best_interval == 3000
-    assert Saving(10, 60, 10, 30).effective(1e7) == 0.0
+    assert SaveCosts(86400, 60, 0.01, 3000).best_interval == 3000
+    assert SaveCosts(10, 60, 10, 30).effective(1e7) == 0.0
 
 
 def test_rare_saves_lose_work_and_copies_in_memory_lose_less():

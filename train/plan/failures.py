@@ -31,7 +31,7 @@ COVERED = 0.99
 
 
 @dataclass(frozen=True)
-class Saving:
+class SaveCosts:
     """Checkpoints of a run that fails now and then. Seconds."""
 
     between_failures: float
@@ -88,16 +88,16 @@ def plan_failures(config: Config, step_seconds: float) -> Failures | None:
     each = checkpoint_bytes(config) / layout.world
     moved = each * layout.ranks_per_node / config.plan.disk
     started = NOTICED_AND_STARTED + START_OF_A_NODE * nodes
-    on_disk = Saving(between, started + moved, each / host.bandwidth, moved)
+    on_disk = SaveCosts(between, started + moved, each / host.bandwidth, moved)
     if 0 < checkpoint.staging_bytes < each:  # the training waits for the disk
-        on_disk = Saving(between, started + moved, moved, 0.0)
+        on_disk = SaveCosts(between, started + moved, moved, 0.0)
     best = math.ceil(on_disk.best_interval / step_seconds)
     steps, saving = checkpoint.every or math.inf, on_disk
     if checkpoint.every_memory:  # a node's failure; checkpoints on disk hold it up beside them
         steps = checkpoint.every_memory
         shared = on_disk.stall * steps / checkpoint.every if checkpoint.every else 0.0
         sent = each / config.hardware.rates["across"].bandwidth
-        saving = Saving(between, started, on_disk.stall + shared, sent)
+        saving = SaveCosts(between, started, on_disk.stall + shared, sent)
     interval = min(steps * step_seconds, 1e3 * between)
     return Failures(
         between_seconds=between,
