@@ -31,7 +31,7 @@ from train.data.tokenizer import Tokenizer, train_bpe
 from train.hf import export as exporting
 from train.hf.blocks import requantize
 from train.hf.config import config_json, read_model
-from train.hf.folder import INDEX, match, open_folder
+from train.hf.folder import index_of, match, open_folder
 from train.hf.plan import WrittenTensor, index_json, plan, write_json
 from train.hf.read import fill
 from train.hf.tensor_names import tensors
@@ -80,7 +80,7 @@ def make(config: Config, folder: Path) -> None:
                 if values is None:
                     values = torch.randn(written.placed.shape, generator=generator) * 0.02
                 write(writer, written, values)
-    write_json(folder / INDEX, index_json(files))
+    write_json(folder / index_of("model"), index_json(files))
     write_json(folder / "config.json", config_json(config.model, config.seq_len, config.export.dtype, 0))
 
 
@@ -135,7 +135,7 @@ def export(config: Config) -> dict[str, float]:
 
 def different(first: Path, second: Path) -> list[str]:
     """Tensors that are not the same, bit for bit."""
-    files = [json.loads((folder / INDEX).read_text())["weight_map"] for folder in (first, second)]
+    files = [json.loads((folder / index_of("model")).read_text())["weight_map"] for folder in (first, second)]
     wrong = sorted(files[0].keys() ^ files[1].keys())
     with ExitStack() as opened:  # once each: to read a header takes as long as to read many tensors
         readers = [

@@ -42,6 +42,7 @@ EFFECTS: dict[str, tuple[Effect, str]] = {
     "callbacks": (Effect.none, "they look on"),
     "resume": (Effect.none, "where it starts, which its own line says"),
     "init_from": (Effect.none, "a run that has a checkpoint does not read it"),
+    "text_only": (Effect.none, "what is read of init_from"),
     "micro_batch_size": (Effect.rounding, "the same sum in other parts"),
     "micro_batch_tokens": (Effect.none, "bounds the micro_batch_size that is chosen, which has a line of its own"),
     "model.recompute": (Effect.rounding, "the same values, kept or recomputed"),

@@ -25,6 +25,7 @@ from conf.schema import (
     MuonOptim,
     Offload,
     Recompute,
+    ScoreFunction,
 )
 
 NEEDS_NO_DATA = (Mode.generate, Mode.plan, Mode.dry_run, Mode.prove)
@@ -341,6 +342,9 @@ OPTIM: tuple[ConfigCheck, ...] = (
     *_phases("optim.lr_schedule"),
     *_phases("optim.mtp_weight"),
     *_phases("optim.bias_speed"),
+    JoinedRule("optim.bias_speed", lambda c, v: c.model.scores == ScoreFunction.sigmoid or not any(phase.value for phase in v),
+               "must be 0 with model.scores=softmax, whose routers have no balance bias", "set optim.bias_speed=[{{value: 0}}]",
+               shown=lambda c, v: [phase.value for phase in v]),
     JoinedRule("optim.betas", lambda c, v: len(v) == 2 and all(0 <= beta < 1 for beta in v),
                "must be two numbers in [0, 1)", "use [0.9, 0.95]"),
     JoinedRule("optim.muon", lambda c, v: v == MuonOptim() or c.optim.facts.matrices.is_whole,

@@ -65,6 +65,9 @@ HighFormat = StrEnum("HighFormat", ["fp32", "bf16"])
 Fp8Backend = StrEnum("Fp8Backend", ["triton", "deepgemm"])
 PrecisionName = StrEnum("PrecisionName", ["fp32", "bf16", "fp8", "fp8_ue8m0"])
 ExportType = StrEnum("ExportType", ["bf16", "fp32", "fp8"])
+ScoreFunction = StrEnum("ScoreFunction", ["sigmoid", "softmax"])
+ModelFamily = StrEnum("ModelFamily", ["deepseek_v3", "kimi_k25", "glm4_moe_lite", "mistral_large_3"])
+"""Whose names the fields and tensors of a folder have (train/hf/families.py)."""
 ClusterBackend = StrEnum("ClusterBackend", ["local", "ray"])
 DeviceKind = StrEnum("DeviceKind", ["auto", "cpu", "cuda"])
 
@@ -101,6 +104,8 @@ class Yarn:
     """Attention scores are multiplied by (0.1 mscale ln factor + 1)^2; 0 leaves them. Hugging Face: mscale_all_dim."""
     attention_factor: float = expert(1.0, above=0)
     """Factor on the parts of queries and keys that carry RoPE. Hugging Face: attention_factor, or what it infers."""
+    query_growth: float = expert(0.0, least=0)
+    """Queries of position p are multiplied by 1 + query_growth ln(1 + floor(p / original_seq_len)), as Llama 4 and Mistral Large 3 have it."""
 
 
 @dataclass
@@ -144,6 +149,8 @@ class Model:
     group_top_k: int | None = number(None, least=1)
     """A group counts by the sum of this many of its best scores; null takes top_k / top_groups (paper 2.1.2). transformers and
     DeepSeek's code for inference take 2, which is the same in DeepSeek-V3."""
+    scores: ScoreFunction = ScoreFunction.sigmoid
+    """What makes a router's scores of its logits. softmax is Mistral Large 3's, whose routers have no balance bias."""
     route_scale: float = 2.5
     """Factor on the normalised gate values."""
     mtp_depth: int = number(1, least=0)
@@ -815,6 +822,8 @@ class Export:
     """A checkpoint or run folder; null takes the newest intact checkpoint of this run."""
     ema: bool = False
     """Take the moving average of the weights (optim.ema_decay) instead of the weights."""
+    family: ModelFamily | None = None
+    """Whose names fields and tensors get; null takes those of the folder that the run started from, else deepseek_v3."""
     shard_gb: float = expert(5.0, above=0)
     """Largest size of one file, in GB."""
 
@@ -843,8 +852,10 @@ class Config:
     resume: str = "auto"
     """auto (newest intact checkpoint of this run, if any), never (start new; an existing run is an error), or a checkpoint folder."""
     init_from: str | None = None
-    """Folder of a Hugging Face DeepseekV3ForCausalLM (safetensors, bf16, fp32 or FP8 blocks) whose weights a new run starts
-    from; null draws them. A run that has a checkpoint goes on from that."""
+    """Folder with the weights of a model of DeepSeek-V3's architecture (safetensors, bf16, fp32 or FP8 blocks; the families of
+    export.family), which a new run starts from; null draws them. A run that has a checkpoint goes on from that."""
+    text_only: bool = False
+    """Take the language model of weights from elsewhere that hold more, such as a tower for images, and leave the rest out."""
     runs: str = "runs"
     """Folder that holds the run folders."""
     trust: bool = False

@@ -1,16 +1,28 @@
 """Small models of every shape, and folders of them as Hugging Face has them."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
 
+from conf.errors import EXIT_OK
+from conf.load import compose
 from conf.schema import Model
+from parallel.shard import whole
+from tests.checkpoint.world import checkpointers, save
 from tests.model import parity
+from tests.small import arguments
+from train.checkpoint.run_folder import RunPaths
+from train.data.tokenizer import Tokenizer, train_bpe
+from train.hf.export import export
 from train.hf.tensor_names import tensors
 from train.kernels.fp8.formats import E4M3, Cast
 from train.kernels.fp8.quantize import quantize_reference
+from train.model.deepseek import DeepSeekV3
+
+TOKENIZER = Tokenizer(train_bpe(["a few words"], 300))
 
 MODEL = {
     "vocab_size": 64,
@@ -137,6 +149,21 @@ FP8 = {
         "weight_block_size": [128, 128],
     }
 }
+
+
+def export_model(tmp_path: Path, model: Model, ours: DeepSeekV3, *changes: str, **more) -> None:
+    """Export a model to tmp_path / "out" in fp32, from a checkpoint of a run. changes: overrides; more: of the checkpoint's meta."""
+    base = compose(
+        *arguments(tmp_path, "name=a", "mode=export", f"export.to={tmp_path / 'out'}", "export.dtype=fp32", *changes)
+    )
+    config = replace(base, model=model)
+    shards = {f"master.{name}": whole(param.detach()) for name, param in ours.named_parameters()}
+    shards |= {f"bias.{name}": whole(router.bias_E) for name, router in ours.routers().items()}
+    meta = {"has_ema": False, "tokenizer": TOKENIZER.fingerprint, "seq_len": SEQ_LEN, "samples": 0, **more}
+    paths = RunPaths(config)
+    assert save(checkpointers(paths.checkpoints, 1), 1, [shards], **meta)[0].ok
+    TOKENIZER.save(paths.path)
+    assert export(config) == EXIT_OK
 
 
 def read_folder(path: Path) -> dict[str, torch.Tensor]:

@@ -4,7 +4,7 @@ written down. A field that a later transformers brings is none of these, and fai
 import dataclasses
 
 import pytest
-from transformers import DeepseekV3Config
+from transformers import DeepseekV3Config, Glm4MoeLiteConfig, PreTrainedConfig
 from transformers.modeling_rope_utils import RopeParameters
 from transformers.utils.quantization_config import FineGrainedFP8Config
 
@@ -63,6 +63,7 @@ REFUSED = {
     "qk_head_dim": 64,
     "num_local_experts": 4,
     "num_mtp_layers": 2,
+    "mlp_layer_types": ["sparse", "sparse", "sparse"],
     "per_layer_config": {"0": {"intermediate_size": 8}},
     "original_max_position_embeddings": 1024,
     "sliding_window": 16,
@@ -77,16 +78,17 @@ def read(tmp_path, **changes) -> Model:
     return read_model(tmp_path)
 
 
-def names() -> set[str]:
-    """All that a DeepseekV3Config takes, has and writes."""
-    config = DeepseekV3Config()
-    found = {field.name for field in dataclasses.fields(DeepseekV3Config)} | set(config.to_dict())
+def names(kind: type[PreTrainedConfig]) -> set[str]:
+    """All that such a configuration takes, has and writes."""
+    config = kind()
+    found = {field.name for field in dataclasses.fields(kind)} | set(config.to_dict())
     found |= {name for name in vars(config) if not name.startswith("_")}
-    return found | set(DeepseekV3Config.attribute_map) | set(DeepseekV3Config.attribute_map.values())
+    return found | set(kind.attribute_map) | set(kind.attribute_map.values())
 
 
 def test_every_field_of_transformers_has_its_place():
-    nowhere = sorted(name for name in names() if not any(name in table for table in TABLES))
+    every = names(DeepseekV3Config) | names(Glm4MoeLiteConfig)
+    nowhere = sorted(name for name in every if not any(name in table for table in TABLES))
     assert not nowhere, f"say in train/hf/config_fields.py what becomes of {nowhere}"
     every = [name for table in TABLES for name in table]
     assert len(every) == len(set(every)), "a field has one place"

@@ -7,6 +7,7 @@ import yaml
 
 from conf.changed_settings import settings_of
 from conf.load import compose
+from conf.schema import ModelFamily
 from train.checkpoint.manifest import Manifest
 from train.hf.model_card import UNFINISHED, model_card
 
@@ -34,7 +35,7 @@ def test_figures_are_those_of_the_exported_step(run):
         "tasks": {"cloze": {"acc": 0.5}},
     }
     (folder / "evaluate.json").write_text(json.dumps(found))
-    card = model_card(config, checkpoint, ["note: it ranks groups otherwise"], 4096)
+    card = model_card(config, checkpoint, ModelFamily.deepseek_v3, ["note: it ranks groups otherwise"], 4096)
     assert yaml.safe_load(card.split("---")[1])["library_name"] == "transformers"
     assert "| main_loss | 2.5000 |" in card and "9.0" not in card and "nan" not in card
     assert "1.2340 | bits per byte of books, held out documents, 999 tokens" in card and "cloze, acc | 0.5000" in card
@@ -49,5 +50,5 @@ def test_what_was_not_measured_is_not_claimed(run):
     config, checkpoint = run
     other = {"checkpoint": "elsewhere", "weights": "master", "sources": [], "tasks": {"cloze": {"acc": 0.5}}}
     (checkpoint.folder.parents[1] / "evaluate.json").write_text(json.dumps(other))
-    card = model_card(config, checkpoint, [], 4096)
+    card = model_card(config, checkpoint, ModelFamily.deepseek_v3, [], 4096)
     assert "Nothing was measured at this step" in card and "cloze" not in card

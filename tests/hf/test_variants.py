@@ -3,35 +3,35 @@ and in transformers again after an export. Tolerance 1e-5 on logits around 1, as
 
 import json
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from conf.errors import EXIT_OK, UserError
+from conf.errors import UserError
 from conf.load import compose
 from conf.schema import Model
-from parallel.shard import whole
-from tests.checkpoint.world import checkpointers, save
-from tests.hf.small import MODEL, SEQ_LEN, random_tensors, tokens, transformers_folder, write_folder
+from tests.hf.small import (
+    MODEL,
+    SEQ_LEN,
+    TOKENIZER,
+    export_model,
+    random_tensors,
+    tokens,
+    transformers_folder,
+    write_folder,
+)
 from tests.small import arguments
-from train.checkpoint.run_folder import RunPaths
-from train.data.tokenizer import Tokenizer, train_bpe
 from train.evaluate.target import find_target
 from train.generate.decoder import Decoder
 from train.generate.source import open_source
 from train.hf.config import check_recipe
-from train.hf.export import export
 from train.hf.folder import match, open_model
 from train.hf.tokenizer_files import write_tokenizer
 from train.hf.whole_model import load_hf_model
 from train.loop.start import check_start
-from train.model.deepseek import DeepSeekV3
 
 torch.set_num_threads(1)
-
-TOKENIZER = Tokenizer(train_bpe(["a few words"], 300))
 
 
 def yarn(**changes) -> dict:
@@ -91,7 +91,7 @@ def test_the_same_logits_in_and_out(tmp_path, name, capsys):
     decoder = Decoder(ours, SEQ_LEN)
     close(decoder.logits(decoder.hidden(tokens_BT, decoder.new_cache([0, 0]))), expected)
 
-    _export(tmp_path, model, ours)
+    export_model(tmp_path, model, ours)
     assert "note:" not in capsys.readouterr().out
     again, ours_again, _ = load_hf_model(tmp_path / "out")
     assert check_recipe(replace(compose("data=stdlib"), model=model, seq_len=8), again, tmp_path) == []
@@ -100,18 +100,6 @@ def test_the_same_logits_in_and_out(tmp_path, name, capsys):
     assert all(0 in theirs_again.get_parameter(key).shape for key in report["missing_keys"])
     assert not report["mismatched_keys"] and not report["unexpected_keys"]
     close(theirs_again.eval()(tokens_BT).logits, expected)
-
-
-def _export(tmp_path: Path, model: Model, ours: DeepSeekV3) -> None:
-    base = compose(*arguments(tmp_path, "name=a", "mode=export", f"export.to={tmp_path / 'out'}", "export.dtype=fp32"))
-    config = replace(base, model=model)
-    shards = {f"master.{name}": whole(param.detach()) for name, param in ours.named_parameters()}
-    shards |= {f"bias.{name}": whole(router.bias_E) for name, router in ours.routers().items()}
-    meta = {"has_ema": False, "tokenizer": TOKENIZER.fingerprint, "seq_len": SEQ_LEN, "samples": 0}
-    paths = RunPaths(config)
-    assert save(checkpointers(paths.checkpoints, 1), 1, [shards], **meta)[0].ok
-    TOKENIZER.save(paths.path)
-    assert export(config) == EXIT_OK
 
 
 def test_mtp_modules_that_are_named_and_not_there_are_a_note(tmp_path):

@@ -10,7 +10,7 @@ from train.model.deepseek import DeepSeekV3
 
 def to_ours(tensors: dict[str, torch.Tensor], config: Model) -> dict[str, torch.Tensor]:
     """Weights or gradients of transformers' model under our names, each of ours put together from its parts."""
-    files = _as_in_files(tensors)
+    files = as_in_files(tensors)
     found: dict[str, torch.Tensor] = {}
     for each in names.tensors(config):
         whole = found.setdefault(each.ours, torch.full(each.whole, torch.nan))
@@ -19,7 +19,7 @@ def to_ours(tensors: dict[str, torch.Tensor], config: Model) -> dict[str, torch.
     return {_parameter(name): tensor for name, tensor in found.items()}
 
 
-def _as_in_files(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+def as_in_files(tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     """transformers stacks the experts when it loads a file; here they are apart again."""
     found = {}
     for name, tensor in tensors.items():

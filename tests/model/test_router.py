@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from conf.schema import Model
+from conf.schema import Model, ScoreFunction
 from train.kernels.choice import build_kernels
 from train.kernels.plain.routing import choose, top_indices
 from train.model.operations import RoutingRule
@@ -66,17 +66,19 @@ def test_bias_selects_but_does_not_weigh():
     assert gates_TK.dtype == torch.float32
 
 
+@pytest.mark.parametrize("scores", ScoreFunction)
 @pytest.mark.parametrize("balance_weight", [0.0, 0.3])
-def test_gradients_equal_autograd(balance_weight):
+def test_gradients_equal_autograd(balance_weight, scores):
     """Of the gates and of the balance loss, whose frequencies count the unbiased choice."""
-    router = router_with(torch.randn(8) * 0.3)
+    router = router_with(torch.randn(8) * 0.3, scores=scores)
     router.balance_weight = balance_weight
     x_BTD = torch.randn(3, 5, 8, dtype=torch.float32, requires_grad=True)
     gates_TK, ids_TK = router(x_BTD, nullcontext())
     upstream = torch.randn_like(gates_TK)
     got = torch.autograd.grad((gates_TK * upstream).sum(), [x_BTD, router.weight])
 
-    scores_BTE = torch.sigmoid(x_BTD @ router.weight.T)
+    logits_BTE = x_BTD @ router.weight.T
+    scores_BTE = logits_BTE.softmax(-1) if scores == ScoreFunction.softmax else logits_BTE.sigmoid()
     chosen = scores_BTE.flatten(0, 1).gather(1, ids_TK)
     loss = (2.5 * chosen / chosen.sum(-1, keepdim=True) * upstream).sum()
     share_BE = (scores_BTE / scores_BTE.sum(-1, keepdim=True)).mean(1)

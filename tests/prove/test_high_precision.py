@@ -1,5 +1,6 @@
 """The reference of the parts in high precision: against torch's own functions and autograd."""
 
+import pytest
 import torch
 from torch.nn import functional as F
 
@@ -63,19 +64,20 @@ def test_the_output_head():
     assert 1e-4 < error < 2e-2 and low.x.off is not None
 
 
-def test_the_router_with_its_balance_loss():
+@pytest.mark.parametrize("softmax", [False, True])
+def test_the_router_with_its_balance_loss(softmax):
     """Against autograd of the whole reference's own formulas."""
     x, weight, dgates = drawn(B, T, D), drawn(E, D, seed=1), drawn(B, T, K, seed=2).detach()
     small = compose(*SMALL, "data.path=none", f"model.experts={E}", f"model.top_k={K}")
     plain = PlainModel(small, {}, {})
-    scores = (x @ weight.T).sigmoid()
+    scores = (x @ weight.T).softmax(-1) if softmax else (x @ weight.T).sigmoid()
     ids = high.best(scores.detach(), K)
     chosen = scores.gather(-1, ids)
     gates = 2.5 * chosen / (chosen.sum(-1, keepdim=True) + 1e-20)
     ((gates * dgates).sum() + 0.01 * plain.balance_loss(scores)).backward()
     balance = 0.01 / (B * T) * E / (K * T) * high.frequency(scores.detach(), K).unsqueeze(1)
-    slopes = high.route_back(dgates, x.detach(), weight.detach(), ids, 2.5, balance, torch.zeros_like(balance))
+    slopes = high.route_back(dgates, x.detach(), weight.detach(), ids, 2.5, balance, torch.zeros_like(balance), softmax)
     torch.testing.assert_close(slopes.x.x, x.grad.flatten(0, 1))
     torch.testing.assert_close(slopes.weight.x, weight.grad)
-    scores, sizes = high.route_scores(x.detach(), weight.detach())
+    scores, sizes = high.route_scores(x.detach(), weight.detach(), softmax)
     torch.testing.assert_close(high.gates(scores, sizes, ids, 2.5).x, gates.detach())

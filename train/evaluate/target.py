@@ -49,7 +49,7 @@ def _of_hf_folder(config: Config, folder: Path) -> Target:
     ):
         if wrong:
             raise UserError(field, value, f"{rule}: {folder}", cure)
-    _, model, notes = open_model(folder, "evaluate.checkpoint")
+    _, model, notes = open_model(folder, "evaluate.checkpoint", config.text_only)
     if config.seq_len > model.max_seq_len:
         rule = f"must not exceed max_position_embeddings = {model.max_seq_len} of {folder}"
         raise UserError("seq_len", config.seq_len, rule, f"set seq_len={model.max_seq_len} or less")

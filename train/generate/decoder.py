@@ -103,6 +103,7 @@ class Decoder:
         batch, length, _ = x_BTD.shape
         q = mla.q(x_BTD) if config.q_rank is None else mla.q_up(mla.q_norm(mla.q_down(x_BTD)))
         latent_BTC, k_rope_BTR = mla.kv_down(x_BTD).split([config.kv_rank, config.rope_head_dim], -1)
+        q = self._rope.grow(q.view(batch * length, -1), slots.positions_N())
         q_nope_NHP, q_rope_NHR = q.view(batch * length, config.heads, -1).split(
             [config.nope_head_dim, config.rope_head_dim], -1
         )

@@ -69,14 +69,14 @@ def _from_hugging_face(config: Config, folder: Path, device: torch.device) -> Lo
             "take precision=bf16",
         )
     dtype = activation_dtype(config.precision)
-    _, model_config, notes = open_model(folder, FIELD)
+    _, model_config, notes = open_model(folder, FIELD, config.text_only)
     require_memory(model_config, dtype.itemsize, FIELD, folder)
     if config.data.tokenizer is None and not (folder / "tokenizer.json").is_file():
         raise UserError(FIELD, folder, "holds no tokenizer.json", "set data.tokenizer to the one of these weights")
     choice = config.data.tokenizer or str(folder)
     tokenizer = load_tokenizer(choice)
     kernels = build_kernels(device.type, config.cluster.compiled)
-    model_config, model, _ = load_hf_model(folder, dtype, FIELD, kernels)
+    model_config, model, _ = load_hf_model(folder, dtype, FIELD, kernels, config.text_only)
     check_fit(tokenizer, choice, model_config.vocab_size, fim_rate=0)
     decoder = Decoder(model.to(device), min(model_config.max_seq_len, model_config.yarn.original_seq_len))
     start_id = start_token(folder, tokenizer)

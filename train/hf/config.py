@@ -1,4 +1,4 @@
-"""config.json of a DeepseekV3ForCausalLM folder, to our model and back. Imports no torch: the driver reads it too."""
+"""config.json of a folder, to our model and back. Imports no torch: the driver reads it too."""
 
 import math
 from collections.abc import Iterable
@@ -8,8 +8,7 @@ from typing import Any, get_args, get_type_hints
 
 from conf.check import check_model
 from conf.errors import UserError
-from conf.read_json import read_json
-from conf.schema import Config, Model, Yarn
+from conf.schema import Config, Model, ModelFamily, Yarn
 from train.hf.config_fields import (
     FIELDS,
     FIXED,
@@ -20,10 +19,11 @@ from train.hf.config_fields import (
     ROPE_FIELDS,
     ROPE_NUMBERS,
 )
+from train.hf.families import FAMILIES, PARAMS_FILE, FamilyFacts, read_fields
+from train.hf.mistral_fields import GROWTH, to_params
 
 SHOWN_NAMES = 6
 """Names in an error message."""
-ARCHITECTURE = "DeepseekV3ForCausalLM"
 SCALE_BLOCK = 128
 """Side of the blocks that share a scale in FP8 weights."""
 MEANINGLESS_NUMBER = 2.0**63
@@ -53,11 +53,9 @@ def read_model(folder: Path, field: str = "init_from") -> Model:
     field: what the errors name. Where the file asks for YaRN it is in force at any length (`yarn.always`), else never.
     Weights are read through `folder.open_model`, which also looks at what MTP modules there are.
     """
-    path = folder / "config.json"
-    if not path.exists():
-        raise _refuse(field, folder, "must hold a config.json", "give a folder as from_pretrained takes")
-    body = read_json(path, field, "download it again")
-    _check_kind(field, path, body)
+    family, path, body = read_fields(folder, field)
+    growth = body["rope_scaling"].pop(GROWTH, 0.0) if family.config_file == PARAMS_FILE else 0.0
+    _check_kind(field, path, body, family)
     missing = [theirs for theirs in FIELDS.values() if theirs not in body]
     if missing:
         raise _refuse(field, path, f"lacks {', '.join(missing)}", "take the config.json that belongs to the weights")
@@ -72,7 +70,8 @@ def read_model(folder: Path, field: str = "init_from") -> Model:
         mtp_depth=body.get("num_nextn_predict_layers", body.get("num_mtp_layers", 0)),
         max_seq_len=length,
         rope_theta=rope.get("rope_theta", body.get("rope_theta", Model.rope_theta)),
-        yarn=_yarn(rope, length),
+        yarn=replace(_yarn(rope, length), query_growth=growth),
+        scores=family.scores,
     )
     try:
         _check_types(model)
@@ -83,6 +82,7 @@ def read_model(folder: Path, field: str = "init_from") -> Model:
         wrong = f"has a value of a wrong type: {error}"
         raise _refuse(field, path, wrong, "take the config.json that belongs to the weights") from error
     _check_derived(field, path, body, model)
+    _check_layers(field, path, body, model, family)
     return model
 
 
@@ -107,19 +107,13 @@ def _check_types(model: Model) -> None:
                 raise TypeError(f"{FIELDS.get(name, name)} = {value!r:.80}")
 
 
-def _check_kind(field: str, path: Path, body: Any) -> None:
-    architectures = body.get("architectures")
-    if architectures != [ARCHITECTURE]:
-        named = ", ".join(map(str, architectures)) if isinstance(architectures, list) else architectures or "none"
-        raise _refuse(
-            field, path, f"must name the architecture {ARCHITECTURE}, it names {named!s:.80}", "give other weights"
-        )
-    for key, value in (FIXED | FIXED_ELSEWHERE).items():
+def _check_kind(field: str, path: Path, body: Any, family: FamilyFacts) -> None:
+    for key, value in (family.fixed | FIXED_ELSEWHERE).items():
         if body.get(key, value) != value:
             raise _refuse(
                 field,
                 path,
-                f"{key} must be {value}, as in every DeepSeek-V3, and is {body[key]!s:.80}",
+                f"{key} must be {value}, as in every {family.title}, and is {body[key]!s:.80}",
                 "give other weights",
             )
     known = {*FIELDS.values(), *FIXED, *FIXED_ELSEWHERE, *READ_APART, *HARMLESS}
@@ -139,6 +133,14 @@ def _check_kind(field: str, path: Path, body: Any) -> None:
 def _check_quantised(field: str, path: Path, quantised: dict[str, Any]) -> None:
     """Raise UserError for weights in another form than DeepSeek's FP8."""
     cure = "give weights in bf16, fp32, or DeepSeek's FP8"
+    if quantised.get("quant_method") == "compressed-tensors":
+        rule = "quantization_config packs weights as compressed-tensors, such as experts in INT4, which nothing here unpacks"
+        raise _refuse(
+            field,
+            path,
+            rule,
+            f"{cure}: unpack them with the program that packed them, or take the model's release in bf16 or FP8",
+        )
     found = quantised.get("quant_method"), quantised.get("fmt", "e4m3"), quantised.get("weight_block_size")
     if found != ("fp8", "e4m3", [SCALE_BLOCK, SCALE_BLOCK]):
         rule = f"quantization_config must be fp8, e4m3, blocks of [{SCALE_BLOCK}, {SCALE_BLOCK}], and is {found!s:.200}"
@@ -166,6 +168,22 @@ def _check_derived(field: str, path: Path, body: dict[str, Any], model: Model) -
         if body.get(key, value) not in (value, None):
             rule = f"{key} must be {value}, as the other fields say, and is {body[key]!r:.80}"
             raise _refuse(field, path, rule, "take the config.json that belongs to the weights")
+
+
+def _check_layers(field: str, path: Path, body: dict[str, Any], model: Model, family: FamilyFacts) -> None:
+    """Raise UserError where mlp_layer_types, or what its class takes without it, is not dense_layers dense ones and then experts."""
+    types, dense = body.get("mlp_layer_types"), model.dense_layers
+    if types is None and family.dense_unsaid in (None, dense):
+        return
+    if not isinstance(types, list) or len(types) != model.layers or types != _layer_types(model):
+        found = f"is {types!r:.80}" if types is not None else f"without it {family.dense_unsaid} layer is dense"
+        rule = f"mlp_layer_types must be {dense} x dense, then sparse, as the other fields say, and {found}"
+        raise _refuse(field, path, rule, "take the config.json that belongs to the weights")
+
+
+def _layer_types(model: Model) -> list[str]:
+    """The kinds of FFN, as newer classes of transformers list them."""
+    return ["dense"] * model.dense_layers + ["sparse"] * (model.layers - model.dense_layers)
 
 
 def _rope(field: str, path: Path, body: dict[str, Any]) -> dict[str, Any]:
@@ -247,7 +265,7 @@ def yarn_in_force(model: Model, seq_len: int) -> bool:
 def check_recipe(config: Config, theirs: Model, folder: Path) -> list[str]:
     """Raise UserError where the recipe's model is not the folder's; returns notes on what may differ."""
     ours, notes = config.model, []
-    names = [*FIELDS, "rope_theta"]
+    names = [*FIELDS, "rope_theta", "scores"]
     if ours.mtp_depth > theirs.mtp_depth:
         names.append("mtp_depth")
     elif ours.mtp_depth < theirs.mtp_depth:
@@ -277,11 +295,14 @@ def check_recipe(config: Config, theirs: Model, folder: Path) -> list[str]:
     return notes
 
 
-def config_json(model: Model, seq_len: int, dtype: str, eos_id: int) -> dict[str, Any]:
+def config_json(
+    model: Model, seq_len: int, dtype: str, eos_id: int, family: ModelFamily = ModelFamily.deepseek_v3
+) -> dict[str, Any]:
     """config.json for a model that was trained on sequences of this length. dtype: bf16, fp32 or fp8."""
-    in_force = yarn_in_force(model, seq_len)
-    body: dict[str, Any] = {"architectures": [ARCHITECTURE], "model_type": "deepseek_v3"}
-    body |= {theirs: getattr(model, ours) for ours, theirs in FIELDS.items()} | FIXED
+    in_force, facts = yarn_in_force(model, seq_len), FAMILIES[family]
+    kind = {"architectures": [facts.architectures[0]], "model_type": facts.model_type}
+    body: dict[str, Any] = {} if facts.section else kind
+    body |= {theirs: getattr(model, ours) for ours, theirs in FIELDS.items()} | facts.fixed
     body |= {
         "num_key_value_heads": model.heads,
         "num_nextn_predict_layers": model.mtp_depth,
@@ -315,7 +336,19 @@ def config_json(model: Model, seq_len: int, dtype: str, eos_id: int) -> dict[str
             "activation_scheme": "dynamic",
             "weight_block_size": [SCALE_BLOCK, SCALE_BLOCK],
         }
-    return body
+    if facts.dense_unsaid is not None:
+        body["mlp_layer_types"] = _layer_types(model)
+    if facts.config_file == PARAMS_FILE:
+        if in_force and model.yarn.query_growth:
+            body["rope_scaling"][GROWTH] = model.yarn.query_growth
+        return to_params(body)
+    if not facts.section:
+        return body
+    alike = {key: body[key] for key in ("bos_token_id", "eos_token_id", "tie_word_embeddings", "torch_dtype")}
+    text = FAMILIES[ModelFamily.deepseek_v3]
+    return (
+        kind | {facts.section: {"architectures": [*text.architectures], "model_type": text.model_type} | body} | alike
+    )
 
 
 def _refuse(field: str, value: object, rule: str, cure: str) -> UserError:

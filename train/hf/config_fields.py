@@ -49,6 +49,7 @@ READ_APART = (
     "head_dim",
     "qk_head_dim",
     "num_local_experts",
+    "mlp_layer_types",
 )
 """Fields with a rule of their own in `read_model`."""
 GENERATION = """
@@ -120,4 +121,4 @@ ROPE_NUMBERS = {
     "attention_factor",
 }
 ROPE_FIELDS = {"rope_type", "type", "rope_theta", "truncate", "partial_rotary_factor"} | ROPE_NUMBERS
-"""Parameters of the positions that have a meaning here. All others are refused unless they are null."""
+"""Parameters of the positions that have a meaning in every family. All others are refused unless they are null."""

@@ -1,6 +1,6 @@
-"""mode=export: a checkpoint of any layout, as a folder that Hugging Face's DeepseekV3ForCausalLM loads.
+"""mode=export: a checkpoint of any layout, as a folder that Hugging Face's classes load (train/hf/families.py).
 
-Every tensor of theirs is an interval of one of ours (names.py). So the export walks over theirs in order, reads the
+Every tensor of theirs is an interval of one of ours (tensor_names.py). So the export walks over theirs in order, reads the
 elements that the next few need, wherever the ranks left them, converts and writes them, and lets go: memory for a few
 million elements, however large the model. All is written to a hidden folder beside the target, which gets the target's
 name at the end; nothing half-written ever has it.
@@ -21,7 +21,7 @@ from torch import Tensor
 from conf.errors import EXIT_OK, UserError
 from conf.files import fsync_folder
 from conf.own_code import TARGET
-from conf.schema import Config, Model
+from conf.schema import Config, ExportType, Model, ModelFamily
 from conf.words import one_line, say
 from parallel.shard import Shard
 from train.checkpoint.manifest import Manifest, read_manifest
@@ -32,7 +32,8 @@ from train.data.prepare_progress import show_progress
 from train.data.source_files import ReportProgress
 from train.hf.blocks import requantize
 from train.hf.config import GROUP_TOP_K, LATENT_NORM_EPS, SCALE_BLOCK, config_json
-from train.hf.folder import INDEX
+from train.hf.families import FAMILIES, PARAMS_FILE, FamilyFacts
+from train.hf.folder import index_of
 from train.hf.model_card import CARD_FILE, model_card
 from train.hf.plan import PlannedFile, WrittenTensor, fates, index_json, left_out, lines, plan, source_name, write_json
 from train.hf.tensor_names import tensors
@@ -60,20 +61,22 @@ def export(config: Config) -> int:
     if ema and not manifest.meta["has_ema"]:
         raise UserError("export.ema", ema, f"{checkpoint} holds no average of the weights", "leave export.ema out")
     tokenizer = tokenizer_of(config, manifest)
-    placed = list(tensors(config.model))
+    family = config.export.family or ModelFamily(manifest.meta.get("family", ModelFamily.deepseek_v3))
+    _check_family(config, family)
+    placed = list(tensors(config.model, family))
     rest = left_out(manifest, placed, ema)
-    files = plan(placed, config.export.dtype, config.export.shard_gb * 1e9)
+    files = plan(placed, config.export.dtype, config.export.shard_gb * 1e9, FAMILIES[family].stem)
     _check_room(target, files)
     rows = fates(files, rest, ema)
     with _written_whole(target) as folder, show_progress() as progress:
         _write_weights(folder, files, manifest, ema, progress)
-        write_json(folder / INDEX, index_json(files))
-        length = _write_configs(folder, config, manifest.meta["seq_len"], tokenizer.eos_id)
+        write_json(folder / index_of(FAMILIES[family].stem), index_json(files))
+        length = _write_configs(folder, config, family, manifest.meta["seq_len"], tokenizer.eos_id)
         write_tokenizer(folder, tokenizer, _tokenizer_folder(config), length)
         source = {"checkpoint": str(checkpoint.absolute()), "step": manifest.step, "ema": ema}
-        notes = list(_notes(config.model))
-        (folder / CARD_FILE).write_text(model_card(config, manifest, notes, length), encoding="utf-8")
-        write_json(folder / "export.json", {**source, "dtype": config.export.dtype, "tensors": rows})
+        notes = list(_notes(config.model, FAMILIES[family]))
+        (folder / CARD_FILE).write_text(model_card(config, manifest, family, notes, length), encoding="utf-8")
+        write_json(folder / "export.json", {**source, "family": family, "dtype": config.export.dtype, "tensors": rows})
     for line in (*lines(rows), *notes, f"Exported step {manifest.step} of {checkpoint} to {target}"):
         say(one_line(line))
     return EXIT_OK
@@ -94,6 +97,43 @@ def _tokenizer_folder(config: Config) -> Path | None:
     """Where the user's tokenizer came from, with what else it brought."""
     path = Path(config.data.tokenizer or "").expanduser()
     return path if config.data.tokenizer and path.is_dir() else None
+
+
+def _check_family(config: Config, family: ModelFamily) -> None:
+    """Raise UserError where folders of this family cannot say what the model computes, or cannot hold its weights."""
+    facts, model = FAMILIES[family], config.model
+    for wrong, field, value, rule, cure in (
+        (
+            facts.scores != model.scores,
+            "export.family",
+            family,
+            f"means routers that take a {facts.scores}, and the model's take a {model.scores}",
+            f"take export.family={next(row.name for row in FAMILIES.values() if row.scores == model.scores)}",
+        ),
+        (
+            model.yarn.query_growth > 0 and facts.config_file != PARAMS_FILE,
+            "export.family",
+            family,
+            f"cannot say that queries grow: model.yarn.query_growth is {model.yarn.query_growth}",
+            f"take export.family={ModelFamily.mistral_large_3}",
+        ),
+        (
+            not facts.has_mtp and model.mtp_depth > 0,
+            "export.family",
+            family,
+            f"has no place for MTP modules, of which the model has {model.mtp_depth}",
+            "take another family",
+        ),
+        (
+            not facts.has_fp8 and config.export.dtype == ExportType.fp8,
+            "export.dtype",
+            config.export.dtype,
+            f"is not the FP8 of {facts.title}",
+            "take bf16",
+        ),
+    ):
+        if wrong:
+            raise UserError(field, value, rule, cure)
 
 
 def _check_room(target: Path, files: list[PlannedFile]) -> None:
@@ -218,16 +258,21 @@ def _write(writer: PieceWriter, cut: ExportSlice, values: Tensor) -> None:
     writer.write(scales[0].name, first_row * scale.shape[1], scale)
 
 
-def _write_configs(folder: Path, config: Config, seq_len: int, eos_id: int) -> int:
+def _write_configs(folder: Path, config: Config, family: ModelFamily, seq_len: int, eos_id: int) -> int:
     """config.json and generation_config.json; returns the most tokens of a sequence. seq_len: that of the training."""
-    body = config_json(config.model, seq_len, config.export.dtype, eos_id)
-    write_json(folder / "config.json", body)
+    body = config_json(config.model, seq_len, config.export.dtype, eos_id, family)
+    write_json(folder / FAMILIES[family].config_file, body)
     write_json(folder / "generation_config.json", {"bos_token_id": eos_id, "eos_token_id": eos_id})
-    return body["max_position_embeddings"]
+    return body.get(FAMILIES[family].section, body)["max_position_embeddings"]
 
 
-def _notes(model: Model) -> Iterator[str]:
-    """Where transformers computes otherwise than this model was trained, whatever the weights."""
+def _notes(model: Model, family: FamilyFacts) -> Iterator[str]:
+    """Where transformers computes otherwise than this model was trained, whatever the weights; and what a folder lacks."""
+    if family.others:
+        yield (
+            f"note: this is the language model of a {family.title} alone: {' and '.join(f'{part}*' for part in family.others)} and their "
+            f"part of {family.config_file} are those of the folder that it came from"
+        )
     if model.top_groups < model.groups and model.resolved_group_top_k != GROUP_TOP_K:
         yield (
             f"note: this model ranks groups of experts by their best {model.resolved_group_top_k}, transformers by "

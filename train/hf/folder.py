@@ -13,12 +13,13 @@ from safetensors import SafetensorError, safe_open
 from conf.disk import cure_of_reading, is_refusal
 from conf.errors import UserError
 from conf.read_json import read_json
-from conf.schema import Model
+from conf.schema import Model, ModelFamily
 from train.hf.config import SCALE_BLOCK, read_model, scale_shape, some
+from train.hf.families import FAMILIES, find_family
 from train.hf.tensor_names import MTP_NAMES, SCALE, PlacedTensor, tensors
 
-INDEX = "model.safetensors.index.json"
-SINGLE = "model.safetensors"
+STEMS = tuple({facts.stem: None for facts in FAMILIES.values()})
+"""How names of files with weights begin."""
 PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt")
 ADAPTER = "adapter_config.json"
 PLAIN_TYPES = ("F32", "BF16", "F16")
@@ -44,6 +45,7 @@ class Folder:
     stored: dict[str, StoredTensor]
     field: str = "init_from"
     """What errors name."""
+    family: ModelFamily = ModelFamily.deepseek_v3
 
     def refuse(self, rule: str, cure: str) -> UserError:
         return UserError(self.field, self.path, rule, cure)
@@ -64,7 +66,9 @@ def open_folder(path: Path, field: str = "init_from") -> Folder:
     for file, names in files.items():
         here = _header(folder, file)
         if absent := [name for name in names if name not in here]:
-            raise folder.refuse(f"{file} must hold what {INDEX} says, and lacks {some(absent)}", "download it again")
+            raise folder.refuse(
+                f"{file} must hold what {_listing(folder)} says, and lacks {some(absent)}", "download it again"
+            )
         if twice := [name for name in here if name in folder.stored]:
             raise folder.refuse(f"{file} holds what another file holds too: {some(twice)}", "download it again")
         folder.stored.update(here)
@@ -73,27 +77,48 @@ def open_folder(path: Path, field: str = "init_from") -> Folder:
 
 def is_hf_folder(folder: Path) -> bool:
     """Whether this is one of theirs and not a run or a checkpoint."""
-    return os.path.isfile(folder / "config.json") and not os.path.exists(folder / "config.yaml")
+    described = any(os.path.isfile(folder / facts.config_file) for facts in FAMILIES.values())
+    return described and not os.path.exists(folder / "config.yaml")
 
 
-def open_model(path: Path, field: str = "init_from") -> tuple[Folder, Model, list[str]]:
+def open_model(path: Path, field: str = "init_from", text_only: bool = False) -> tuple[Folder, Model, list[str]]:
     """The headers of a folder, its model, and notes for the user: the one way to weights from elsewhere.
 
+    text_only: leave out what belongs to no language model, which is else an error.
     MTP modules that config.json names and the weights lack, as transformers writes folders, are left out of the model, and so are
     those of the weights that config.json does not name. Raises UserError for a damaged folder and for a model that cannot be expressed.
     """
     folder, model = open_folder(path, field), read_model(path, field)
+    folder, notes = _language_model(replace(folder, family=find_family(path, field).name), text_only)
     found = _count_mtp(folder, model.layers)
     if found == model.mtp_depth:
-        return folder, model, []
+        return folder, model, notes
     note = f"{path}: its config.json names {model.mtp_depth} MTP modules and its weights hold {found}: the rest is left out"
-    return folder, replace(model, mtp_depth=min(found, model.mtp_depth)), [note]
+    return folder, replace(model, mtp_depth=min(found, model.mtp_depth)), [*notes, note]
+
+
+def _language_model(folder: Folder, text_only: bool) -> tuple[Folder, list[str]]:
+    """The folder without tensors of other models than the language model, and a note that names them. Raises UserError where there
+    are some and nobody asked to leave them out.
+    """
+    parts = FAMILIES[folder.family].others
+    counts = {part: sum(name.startswith(part) for name in folder.stored) for part in parts}
+    named = ", ".join(f"{part}* ({count} tensors)" for part, count in counts.items() if count)
+    if not named:
+        return folder, []
+    if not text_only:
+        raise folder.refuse(
+            f"holds more than a language model: {named}, which are not trained here",
+            "set text_only=true to take the language model and leave them out",
+        )
+    stored = {name: tensor for name, tensor in folder.stored.items() if not name.startswith(parts)}
+    return replace(folder, stored=stored), [f"{folder.path}: left out, as text_only asks: {named}"]
 
 
 def _count_mtp(folder: Folder, layers: int) -> int:
     """MTP modules that the weights hold behind that many layers: what no layer of the main model has makes one."""
-    found = 0
-    while any(f"model.layers.{layers + found}.{name}" in folder.stored for name in MTP_NAMES):
+    found, name_of = 0, FAMILIES[folder.family].name_of
+    while any(name_of(f"model.layers.{layers + found}.{name}") in folder.stored for name in MTP_NAMES):
         found += 1
     return found
 
@@ -102,9 +127,8 @@ def _refuse_others(folder: Folder, files: dict[str, list[str]]) -> None:
     """Raise UserError for weights in the folder that would not be read: other programs take them instead, or add them."""
     names = sorted(file.name for file in folder.path.iterdir() if not file.name.startswith("."))
     if others := [name for name in names if name.endswith(".safetensors") and name not in files]:
-        what = INDEX if (folder.path / INDEX).is_file() else SINGLE
         raise folder.refuse(
-            f"holds weights beside those of {what}, which nothing would read: {some(others)}",
+            f"holds weights beside those of {_listing(folder)}, which nothing would read: {some(others)}",
             "move them out of the folder, or, where they belong to the model, download the index that names them",
         )
     if ADAPTER in names:
@@ -114,29 +138,45 @@ def _refuse_others(folder: Folder, files: dict[str, list[str]]) -> None:
         )
 
 
+def index_of(stem: str) -> str:
+    """The name of the file that says which file holds which tensor."""
+    return f"{stem}.safetensors.index.json"
+
+
+def _listing(folder: Folder) -> str:
+    """What says which weights a folder has: an index, or the one file that needs none."""
+    for name in (*map(index_of, STEMS), *(f"{stem}.safetensors" for stem in STEMS)):
+        if (folder.path / name).is_file():
+            return name
+    return f"{STEMS[0]}.safetensors"
+
+
 def _index(folder: Folder) -> dict[str, list[str]]:
     """The names that each file is said to hold; of a single file nothing is said."""
-    path = folder.path / INDEX
-    if not path.is_file():
-        if (folder.path / SINGLE).is_file():
-            return {SINGLE: []}
+    listing = _listing(folder)
+    path = folder.path / listing
+    if not listing.endswith(".json"):
+        if path.is_file():
+            return {listing: []}
         pickles = [file.name for kind in PICKLES for file in sorted(folder.path.glob(kind))]
         if pickles:
             raise folder.refuse(
                 f"holds no safetensors but {some(pickles)}: pickle files can run any code and are never opened",
                 "convert them to safetensors with a program that you trust",
             )
-        raise folder.refuse(f"must hold {INDEX} or {SINGLE}", "give a downloaded Hugging Face folder")
+        raise folder.refuse(
+            f"must hold {index_of(STEMS[0])} or {STEMS[0]}.safetensors", "give a downloaded Hugging Face folder"
+        )
     weight_map = read_json(path, folder.field, "download it again", value=folder.path).get("weight_map")
     if not isinstance(weight_map, dict) or not all(isinstance(file, str) for file in weight_map.values()):
         raise folder.refuse(
-            f"{INDEX} cannot be read: its weight_map must give tensors their files", "download it again"
+            f"{listing} cannot be read: its weight_map must give tensors their files", "download it again"
         )
     files: dict[str, list[str]] = {}
     for name, file in weight_map.items():
         files.setdefault(file, []).append(name)
     if outside := [file for file in files if Path(file).name != file]:
-        raise folder.refuse(f"{INDEX} must name files of this folder, not {some(outside)}", "download it again")
+        raise folder.refuse(f"{listing} must name files of this folder, not {some(outside)}", "download it again")
     here = {file.name for file in folder.path.iterdir()}
     if missing := [file for file in files if file not in here]:
         raise folder.refuse(f"lacks {len(missing)} of {len(files)} files: {some(missing)}", "download them")
@@ -163,12 +203,11 @@ def match(folder: Folder, model: Model) -> list[PlacedTensor]:
     MTP modules' copies of embedding and head may be absent. Modules beyond model.mtp_depth are checked like the others, and left out.
     """
     held, stored = _count_mtp(folder, model.layers), folder.stored
-    expected = list(tensors(replace(model, mtp_depth=max(model.mtp_depth, held))))
-    absent = [each.theirs for each in expected if each.theirs not in stored]
-    needed = [name for name in absent if not name.endswith(("embed_tokens.weight", "shared_head.head.weight"))]
-    needed += [name for name in absent if name == "model.embed_tokens.weight"]
+    expected = list(tensors(replace(model, mtp_depth=max(model.mtp_depth, held)), folder.family))
+    needed = [each.theirs for each in expected if each.theirs not in stored and not each.copy]
     if needed:
-        behind = tuple(f"model.layers.{model.layers + depth}." for depth in range(held, model.mtp_depth))
+        name_of = FAMILIES[folder.family].name_of
+        behind = tuple(name_of(f"model.layers.{model.layers + depth}.") for depth in range(held, model.mtp_depth))
         raise folder.refuse(
             f"lacks {len(needed)} of the model's {len(expected)} tensors: {some(needed)}",
             f"set model.mtp_depth={held}: the folder has {held or 'no'} MTP module{'s' * (held > 1)}"
@@ -182,7 +221,7 @@ def match(folder: Folder, model: Model) -> list[PlacedTensor]:
     if extra:
         raise folder.refuse(
             f"holds {len(extra)} tensors that the model of its config.json has no place for: {some(extra)}",
-            "give weights of a plain DeepSeek-V3, and the config.json that belongs to them",
+            f"give weights of a plain {FAMILIES[folder.family].title}, and the config.json that belongs to them",
         )
     wrong = [
         f"{each.theirs} {stored[each.theirs].shape}, not {each.shape}"
@@ -193,7 +232,7 @@ def match(folder: Folder, model: Model) -> list[PlacedTensor]:
         raise folder.refuse(
             f"{len(wrong)} tensors have another shape than its config.json says: {some(wrong)}", "download it again"
         )
-    wanted = {each.theirs for each in tensors(model)}
+    wanted = {each.theirs for each in tensors(model, folder.family)}
     return [each for each in expected if each.theirs in stored and each.theirs in wanted]
 
 

@@ -13,38 +13,51 @@ from typing import Any
 import yaml
 
 from conf.read_json import read_json
-from conf.schema import Config, DataFormat
+from conf.schema import Config, DataFormat, ModelFamily
 from train.checkpoint.manifest import Manifest
 from train.data.sources import STDLIB
+from train.hf.families import FAMILIES
 from train.metrics.jsonl import read_heads
 from train.model.count import count
 
 CARD_FILE = "README.md"
-CARD_HEAD = {
-    "library_name": "transformers",
-    "pipeline_tag": "text-generation",
-    "tags": ["deepseek_v3", "mixture-of-experts", "sluice"],
-}
+CARD_HEAD = {"library_name": "transformers", "pipeline_tag": "text-generation"}
+TAGS = ["mixture-of-experts", "sluice"]
+"""Beside the family's own."""
 MAIN = ("seed", "seq_len", "steps", "batch_size")
 UNFINISHED = "TO BE FILLED IN"
 """What only the author knows."""
 
 
-def model_card(config: Config, checkpoint: Manifest, notes: list[str], length: int) -> str:
+def _use(loader: str) -> list[str]:
+    """How to load it. loader: of transformers; empty where it knows no such class."""
+    if not loader:
+        return ["transformers has no class for these names; serving engines that know the released model read them.\n"]
+    return [
+        f"```python\nfrom transformers import {loader}, AutoTokenizer\n\n"
+        f'model = {loader}.from_pretrained("PATH_OR_NAME")\n'
+        'tokenizer = AutoTokenizer.from_pretrained("PATH_OR_NAME")\n```\n'
+    ]
+
+
+def _head(family: ModelFamily) -> dict[str, Any]:
+    """What the Hub reads of a card."""
+    return CARD_HEAD | {"tags": [FAMILIES[family].model_type, *TAGS]}
+
+
+def model_card(config: Config, checkpoint: Manifest, family: ModelFamily, notes: list[str], length: int) -> str:
     """The text. notes: where transformers computes otherwise. length: most tokens of a sequence."""
     counts, step = count(config.model), checkpoint.step
     folder, settings = checkpoint.folder.absolute(), checkpoint.meta.get("config", {})
     weights = "the moving average of the weights" if config.export.ema else "the weights themselves"
     parts = [
-        f"---\n{yaml.safe_dump(CARD_HEAD, sort_keys=False)}---\n",
+        f"---\n{yaml.safe_dump(_head(family), sort_keys=False)}---\n",
         f"# {config.name}\n",
         f"A language model of the DeepSeek-V3 architecture with {_short(counts.total)} parameters, of which a token uses "
         f"{_short(counts.active)}, and {_count(config.model.mtp_depth, 'module')} for multi-token prediction. Trained with Sluice; step {step:,}, {weights}, as "
         f"{config.export.dtype}. Sequences have up to {length:,} tokens.\n",
         "## Use\n",
-        "```python\nfrom transformers import AutoModelForCausalLM, AutoTokenizer\n\n"
-        'model = AutoModelForCausalLM.from_pretrained("PATH_OR_NAME")\n'
-        'tokenizer = AutoTokenizer.from_pretrained("PATH_OR_NAME")\n```\n',
+        *_use(FAMILIES[family].loader),
         "It is a base model: it goes on with a text, and was not taught to follow instructions.\n",
         *(f"On transformers: {note.removeprefix('note: ')}.\n" for note in notes),
         "## Figures\n",

@@ -41,7 +41,7 @@ class PlannedFile:
     written: list[WrittenTensor]
 
 
-def plan(placed: list[PlacedTensor], dtype: ExportType, shard_bytes: float) -> list[PlannedFile]:
+def plan(placed: list[PlacedTensor], dtype: ExportType, shard_bytes: float, stem: str = "model") -> list[PlannedFile]:
     """Their tensors in order, cut into files of at most shard_bytes (a tensor that is larger has its own)."""
     groups: list[list[WrittenTensor]] = []
     room = 0.0
@@ -54,7 +54,7 @@ def plan(placed: list[PlacedTensor], dtype: ExportType, shard_bytes: float) -> l
         room -= written.nbytes
     count = len(groups)
     return [
-        PlannedFile(f"model-{number:05}-of-{count:05}.safetensors", group) for number, group in enumerate(groups, 1)
+        PlannedFile(f"{stem}-{number:05}-of-{count:05}.safetensors", group) for number, group in enumerate(groups, 1)
     ]
 
 
@@ -85,6 +85,8 @@ def left_out(manifest: Manifest, placed: list[PlacedTensor], ema: bool) -> dict[
         if ema
         else {"ema.": "average of the weights"}
     )
+    if not any(each.ours.startswith("bias.") for each in placed):
+        reasons = reasons | {"bias.": "balance biases, which are 0 in this family"}
     rest = {name: _reason(name, reasons) for name in manifest.tensors if name not in needed}
     unfit = [name for name, reason in rest.items() if reason is None]
     unfit += [

@@ -1,4 +1,4 @@
-"""Where every tensor of a DeepseekV3ForCausalLM folder lies in our model. Pure arithmetic on a configuration.
+"""Where every tensor of a folder lies in our model. Pure arithmetic on a configuration.
 
 The layouts differ in names and in what is stacked, not in values: RoPE turns adjacent pairs in both, so no row is
 permuted, and gate and up projections, which we stack, follow each other. So each of their tensors is one interval of
@@ -14,7 +14,8 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
-from conf.schema import Model
+from conf.schema import Model, ModelFamily
+from train.hf.families import FAMILIES
 
 SCALE = "_scale_inv"
 """Follows the name of an FP8 weight in that of its scales."""
@@ -50,8 +51,16 @@ class PlacedTensor:
         return math.prod(self.shape)
 
 
-def tensors(model: Model) -> Iterator[PlacedTensor]:
-    """Every tensor of the folder but scales, layer by layer."""
+def tensors(model: Model, family: ModelFamily = ModelFamily.deepseek_v3) -> Iterator[PlacedTensor]:
+    """Every tensor of a folder of this family but scales, layer by layer."""
+    facts = FAMILIES[family]
+    for each in _as_deepseek(model):
+        if facts.has_biases or not each.ours.startswith("bias."):
+            yield replace(each, theirs=facts.name_of(each.theirs))
+
+
+def _as_deepseek(model: Model) -> Iterator[PlacedTensor]:
+    """The tensors under the names of DeepSeek-V3."""
     table = model.vocab_size, model.hidden
     yield _same("model.embed_tokens.weight", "master.embedding.weight", table)
     for index in range(model.layers):

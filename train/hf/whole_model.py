@@ -6,6 +6,7 @@ import torch
 
 from conf.schema import Model
 from parallel.shard import whole
+from train.hf.families import FAMILIES
 from train.hf.folder import match, open_model
 from train.hf.read import fill
 from train.kernels.plain.high import HighPrecision
@@ -16,15 +17,20 @@ from train.model.operations import Kernels
 
 
 def load_hf_model(
-    folder: str | Path, dtype: torch.dtype = torch.float32, field: str = "init_from", kernels: Kernels | None = None
+    folder: str | Path,
+    dtype: torch.dtype = torch.float32,
+    field: str = "init_from",
+    kernels: Kernels | None = None,
+    text_only: bool = False,
 ) -> tuple[Model, DeepSeekV3, Path | None]:
     """The whole model of a folder on CPU in eval mode, its configuration, and the path of its tokenizer.json, if any.
 
     Weights are held and multiplied in dtype, and read straight into it: memory for the model once. field: what errors
-    name. kernels: that the model computes with; torch's operations if not given. Raises UserError for a folder that is no sound DeepSeek-V3.
+    name. kernels: that the model computes with; torch's operations if not given. text_only: leave out what belongs to no language
+    model. Raises UserError for a folder that is no sound DeepSeek-V3.
     """
     path = Path(folder).expanduser()
-    headers, config, _ = open_model(path, field)
+    headers, config, _ = open_model(path, field, text_only)
     placed = match(headers, config)
     seq_len = min(config.max_seq_len, config.yarn.original_seq_len)
     model = DeepSeekV3.whole(
@@ -32,6 +38,8 @@ def load_hf_model(
     )
     materialise(model, "cpu")
     wanted = {f"master.{name}": whole(param) for name, param in model.named_parameters()}
-    fill(headers, placed, wanted | {f"bias.{name}": whole(router.bias_E) for name, router in model.routers().items()})
+    if FAMILIES[headers.family].has_biases:
+        wanted |= {f"bias.{name}": whole(router.bias_E) for name, router in model.routers().items()}
+    fill(headers, placed, wanted)
     tokenizer = path / "tokenizer.json"
     return config, model.eval(), tokenizer if tokenizer.is_file() else None

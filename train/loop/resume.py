@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 from conf.changed_settings import changed
 from conf.errors import UserError
 from conf.optimizers import written_by
-from conf.schema import Config
+from conf.schema import Config, ModelFamily
 from parallel.exchange import from_rank_0, gather
 from parallel.shard import Shard
 from train.checkpoint.checkpointer import Checkpointer
@@ -158,13 +158,18 @@ def _load(state: RunState, meta: dict[str, Any], optimizer: str, load: Callable[
 def _start(config: Config, tokenizer: Tokenizer, state: RunState) -> list[str]:
     """Begin from the weights of init_from; rank 0 alone looks at all headers."""
 
-    def look() -> tuple[str, dict[str, tuple], list[str]]:
+    def look() -> tuple[str, str, dict[str, tuple], list[str]]:
         folder, notes = check_start(config, tokenizer)
-        return str(folder.path), {name: (at.file, at.dtype, at.shape) for name, at in folder.stored.items()}, notes
+        return (
+            str(folder.path),
+            str(folder.family),
+            {name: (at.file, at.dtype, at.shape) for name, at in folder.stored.items()},
+            notes,
+        )
 
-    path, headers, notes = from_rank_0(look)
+    path, family, headers, notes = from_rank_0(look)
     stored = {name: StoredTensor(file, dtype, tuple(shape)) for name, (file, dtype, shape) in headers.items()}
-    folder = Folder(Path(path), stored)
+    folder = Folder(Path(path), stored, family=ModelFamily(family))
     start_from(config, folder, state)
     return [*notes, f"started from the weights of {folder.path}: {len(folder.stored)} tensors"]
 

@@ -12,6 +12,7 @@ from conf.read_json import read_json
 from conf.schema import Config
 from train.data.tokenizer import Tokenizer
 from train.hf.config import check_recipe
+from train.hf.families import CONFIG_FILE, FAMILIES
 from train.hf.folder import Folder, match, open_model
 from train.hf.tokenizer_files import check_tokenizer
 
@@ -26,7 +27,7 @@ def check_start(config: Config, tokenizer: Tokenizer) -> tuple[Folder, list[str]
     """
     assert config.init_from is not None
     path = Path(config.init_from).expanduser()
-    folder, model, notes = open_model(path)
+    folder, model, notes = open_model(path, text_only=config.text_only)
     notes += [*check_recipe(config, model, path), *other_optimizer(config, path)]
     match(folder, config.model)
     return folder, notes + check_tokenizer(path, tokenizer, config.data.tokenizer)
@@ -34,10 +35,9 @@ def check_start(config: Config, tokenizer: Tokenizer) -> tuple[Folder, list[str]
 
 def other_optimizer(config: Config, folder: Path) -> list[str]:
     """A note where the weights are known to have been pretrained with another."""
-    known, own = (
-        pretrained_with(read_json(folder / "config.json", "init_from", "download it again")),
-        config.optim.facts.name,
-    )
+    path, own = folder / CONFIG_FILE, config.optim.facts.name
+    body = read_json(path, "init_from", "download it again") if path.is_file() else {}
+    known = pretrained_with(body.get("text_config") or body)
     if known is None or known[1] == own:
         return []
     return [
@@ -49,6 +49,8 @@ def start_from(config: Config, folder: Folder, state: "RunState") -> None:
     """Fill this rank's part of the state from a folder that `check_start` has found sound."""
     from train.hf.read import fill  # torch
 
-    weights = {name: shard for name, shard in state.wanted(False).items() if name.startswith(("master.", "bias."))}
+    kinds = ("master.", "bias.") if FAMILIES[folder.family].has_biases else ("master.",)
+    weights = {name: shard for name, shard in state.wanted(False).items() if name.startswith(kinds)}
     fill(folder, match(folder, config.model), weights)
-    state.finish_load({"step": 0, "samples": 0, "skipped": 0, "updates": 0}, with_ema=False)
+    meta = {"step": 0, "samples": 0, "skipped": 0, "updates": 0, "family": folder.family}
+    state.finish_load(meta, with_ema=False)

@@ -6,7 +6,8 @@
     bias.LAYER                          balance bias of every MoE layer
     running.load, running.idle          past expert loads, from which MaxVio and dead experts are told
 
-The rest is numbers in the meta: step, samples (the data position), updates, schedules follow from the step. Nothing
+The rest is in the meta: step, samples (the data position), updates, and the family of the folder whose weights the run started
+from; schedules follow from the step. Nothing
 in a run draws random numbers after the weights are made, so there is no generator state to keep.
 """
 
@@ -14,7 +15,7 @@ from typing import Any
 
 import torch
 
-from conf.schema import Config
+from conf.schema import Config, ModelFamily
 from parallel.mesh import Mesh
 from parallel.shard import Shard, whole
 from train.metrics.balance import RunningLoad, update_running
@@ -31,6 +32,7 @@ class RunState:
         self.step = 0
         self.samples = 0
         self.skipped = 0
+        self.family = ModelFamily.deepseek_v3
         size_LE = len(moe_layers(config.model)), config.model.experts
         self.load_LE = torch.zeros(size_LE, dtype=torch.float64)
         self.idle_LE = torch.zeros(size_LE, dtype=torch.int64)
@@ -77,6 +79,7 @@ class RunState:
     def finish_load(self, meta: dict[str, Any], with_ema: bool) -> None:
         """Take over after the wanted shards were filled."""
         self.step, self.samples, self.skipped = meta["step"], meta["samples"], meta["skipped"]
+        self.family = ModelFamily(meta.get("family", self.family))  # older checkpoints know of one
         self.zero.finish_load(meta["updates"])
         if self.ema is not None and not with_ema:
             self.ema.restart()
@@ -88,6 +91,7 @@ class RunState:
             "skipped": self.skipped,
             "updates": self.zero.client.updates,
             "has_ema": self.ema is not None,
+            "family": str(self.family),
         }
 
     def _averages(self, shards: dict[str, Shard]) -> dict[str, Shard]:

@@ -11,6 +11,7 @@ q_up per head [nope | rope], kv_up per head [nope key | value]. Without q_rank, 
 Shapes: B sequences, T positions, D width, H heads, Q qk width = nope + rope, R rope width, V value width.
 """
 
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
@@ -86,7 +87,7 @@ class MLA(nn.Module):
     def _up(self, q_latent: Tensor, kv_latent: Tensor, k_rope_BTR: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """Queries, keys (B, H, T, Q) and values (B, H, T, V) from the latents."""
         config = self._config
-        q_latent = self._up_queries(q_latent)
+        q_latent = self._up_queries(q_latent, [range(q_latent.size(1))])
         kv_latent, recipe = self.kv_norm.with_recipe(kv_latent)
         with recipe:
             kv = self.kv_up(kv_latent)
@@ -94,13 +95,16 @@ class MLA(nn.Module):
         q, kv = (t.unflatten(-1, (config.heads, -1)) for t in (q_latent, kv))
         return self._kernels.to_heads(q, kv, k_rope_BTR, table, config.nope_head_dim)
 
-    def _up_queries(self, q_latent: Tensor) -> Tensor:
-        """(B, T, H * Q), to be written over; q_latent is that already where queries are not compressed."""
+    def _up_queries(self, q_latent: Tensor, pieces: Sequence[range]) -> Tensor:
+        """(B, T, H * Q), to be written over; q_latent is that already where queries are not compressed. pieces: their positions."""
+        positions_T = torch.cat([torch.arange(piece.start, piece.stop, device=q_latent.device) for piece in pieces])
         if self._config.q_rank is None:
-            return q_latent.clone() if self._recompute_up else q_latent  # backward comes here again with the same
+            q = q_latent.clone() if self._recompute_up else q_latent  # backward comes here again with the same
+            return self._rope.grow(q, positions_T)
         q_latent, recipe = self.q_norm.with_recipe(q_latent)
         with recipe:
-            return self.q_up(q_latent)
+            q = self.q_up(q_latent)
+        return self._rope.grow(q, positions_T)
 
     def _attend_shared(
         self, positions: Positions, q_latent: Tensor, kv_latent: Tensor, k_rope_BTR: Tensor, saved: ReplaceableTensors
@@ -115,7 +119,9 @@ class MLA(nn.Module):
 
         def queries(q_latent: Tensor) -> Tensor:
             return turn_queries(
-                self._up_queries(q_latent).unflatten(-1, (config.heads, -1)), table, config.nope_head_dim
+                self._up_queries(q_latent, positions.here).unflatten(-1, (config.heads, -1)),
+                table,
+                config.nope_head_dim,
             )
 
         latents_BTX = to_travel(kv_latent, k_rope_BTR)

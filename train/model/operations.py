@@ -30,6 +30,8 @@ class RoutingRule(NamedTuple):
     top_groups: int
     route_scale: float
     group_top_k: int
+    softmax: bool = False
+    """Scores are a softmax of the logits, else the sigmoid of each."""
 
 
 class Kernels(Protocol):

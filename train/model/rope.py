@@ -3,6 +3,7 @@
 Pair j of the R rope elements of position t turns by t * theta^(-2j/R), as a complex product in fp32.
 YaRN lets fast pairs be, slows the slow ones by `factor`, and mixes linearly between; it also sharpens the softmax, by
 `mscale` for whole queries and keys (DeepSeek), by `attention_factor` for their turned parts (the YaRN paper, 3.4), or both.
+Mistral Large 3 lets queries grow with their position instead, in steps of the original length (`Rope.grow`).
 
 Shapes: B sequences, T positions, H heads, R rope width, Q qk width, V value width.
 """
@@ -54,6 +55,15 @@ class Rope:
         """Index of the pair that turns that many times over the original length."""
         yarn, width = self._config.yarn, self._config.rope_head_dim
         return width * math.log(yarn.original_seq_len / (turns * 2 * math.pi)) / (2 * math.log(self._config.rope_theta))
+
+    def grow(self, q_BTX: Tensor, positions_T: Tensor) -> Tensor:
+        """Queries of these positions, times 1 + query_growth ln(1 + floor(p / original_seq_len)) where a model has that."""
+        yarn = self._config.yarn
+        if not (self._extended and yarn.query_growth):
+            return q_BTX
+        sizes_T = 1 + yarn.query_growth * torch.log1p((positions_T // yarn.original_seq_len).double())
+        exact = torch.promote_types(q_BTX.dtype, torch.float32)
+        return (q_BTX * sizes_T.to(exact).unsqueeze(-1)).to(q_BTX.dtype)
 
     def table(self, length: int, device: torch.device) -> Tensor:
         """exp(i angle) of the first `length` positions, times attention_factor under YaRN, complex64 (T, R/2)."""

@@ -1,6 +1,6 @@
 """The router (paper 2.1.2): sigmoid scores, bias for balance, limited groups, sequence-wise balance loss.
 
-    s = sigmoid(W x)                              fp32
+    s = sigmoid(W x)                              fp32; or softmax(W x) over the experts (model.scores)
     chosen = top_k of (s + bias), inside the top_groups groups whose best group_top_k biased scores sum highest
     gates = route_scale * s[chosen] / sum(s[chosen])
 
@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from conf.schema import Model
+from conf.schema import Model, ScoreFunction
 from train.model.needed import Function, gradients_needed
 from train.model.operations import Kernels, RoutingRule
 from train.model.sequence import Positions
@@ -51,6 +51,7 @@ class Router(nn.Module):
             self.register_buffer(name, torch.zeros(shape, dtype=dtype, device=device), persistent=False)
         limit = config.groups, config.top_groups
         self.rule = RoutingRule(config.top_k, *limit, config.route_scale, config.resolved_group_top_k)
+        self.rule = self.rule._replace(softmax=config.scores == ScoreFunction.softmax)
         self.balance_weight = 0.0
         self._kernels = kernels
 

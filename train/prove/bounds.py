@@ -76,10 +76,16 @@ def averaged(proof: str, config: Config, sequences: int) -> Bound:
 
 
 def chosen(proof: str, config: Config) -> Bound:
-    """By how much scores may be off for an expert to be chosen in the place of another: a sigmoid's slope is a quarter."""
+    """By how much scores may be off for an expert to be chosen in the place of another: a sigmoid's slope is a quarter, and what a
+    softmax's score moves by when all logits move is no more than twice that.
+    """
     if proof == "exact":
         return Bound(0.0, "the same experts in the same order")
-    return Bound(computed(proof, config).value / 4, "what outputs may be off by, times a sigmoid's slope of 1/4")
+    slope = 2 if config.model.scores == "softmax" else 4
+    return Bound(
+        computed(proof, config).value / slope,
+        f"what outputs may be off by, times a {config.model.scores}'s slope of 1/{slope}",
+    )
 
 
 def is_rounded(proof: str, config: Config) -> bool:

@@ -86,6 +86,13 @@ def attend_back(
     )
 
 
+def query_sizes(config: Config, places: Sequence[int]) -> Tensor:
+    """What queries of these positions are multiplied by (Llama 4's growth): fp64 (T, 1), 1 in a model without it."""
+    yarn = config.model.yarn
+    steps = [place // yarn.original_seq_len for place in places]
+    return torch.tensor([[1 + yarn.query_growth * math.log1p(step)] for step in steps], dtype=torch.float64)
+
+
 def turned(x: Tensor, config: Config, places: Sequence[int], back: bool = False) -> Total:
     """Adjacent pairs turned by the angle of their position, (..., T, R), and for gradients back."""
     model = config.model
@@ -138,9 +145,10 @@ class RouterSlopes(NamedTuple):
     weight: Total
 
 
-def route_scores(x_BTD: Tensor, weight_ED: Tensor) -> tuple[Tensor, Tensor]:
+def route_scores(x_BTD: Tensor, weight_ED: Tensor, softmax: bool) -> tuple[Tensor, Tensor]:
     """Scores and the magnitudes that make their logits, (B, T, E)."""
-    return (x_BTD @ weight_ED.T).sigmoid(), x_BTD.abs() @ weight_ED.abs().T
+    logits_BTE = x_BTD @ weight_ED.T
+    return logits_BTE.softmax(-1) if softmax else logits_BTE.sigmoid(), x_BTD.abs() @ weight_ED.abs().T
 
 
 def gates(scores_BTE: Tensor, sizes_BTE: Tensor, ids_BTK: Tensor, route_scale: float) -> Total:
@@ -163,9 +171,10 @@ def route_back(
     route_scale: float,
     balance_B1E: Tensor,
     off_B1E: Tensor,
+    softmax: bool,
 ) -> RouterSlopes:
     """balance: what a sequence's balance loss multiplies an expert's share of the scores of a token with; off: as it may be off."""
-    scores_BTE = (x_BTD @ weight_ED.T).sigmoid()
+    scores_BTE, _ = route_scores(x_BTD, weight_ED, softmax)
     chosen_BTK = scores_BTE.gather(-1, ids_BTK)
     sum_BT1 = chosen_BTK.sum(-1, keepdim=True) + 1e-20
     factor_BT1 = route_scale / sum_BT1
@@ -180,7 +189,10 @@ def route_back(
     off = (off_B1E + (scores_BTE * off_B1E).sum(-1, keepdim=True) / total_BT1) / total_BT1
     dscores = dscores.scatter_add(-1, ids_BTK, (dgates_BTK - inner_BT1) * factor_BT1)
     size = size.scatter_add(-1, ids_BTK, (dgates_BTK.abs() + size_BT1) * factor_BT1)
-    slope = scores_BTE * (1 - scores_BTE)
+    if softmax:  # ds_i = s_i (dl_i - sum_j s_j dl_j)
+        dscores = dscores - (dscores * scores_BTE).sum(-1, keepdim=True)
+        size, off = (one + (one * scores_BTE).sum(-1, keepdim=True) for one in (size, off))
+    slope = scores_BTE if softmax else scores_BTE * (1 - scores_BTE)
     dlogits, size, off = ((one * slope).flatten(0, 1) for one in (dscores, size, off))
     x = x_BTD.flatten(0, 1)
     return RouterSlopes(

@@ -77,6 +77,7 @@ class AttentionJudge(PartsJudge):
             self._of_same(f"{name}.{part}", call).get("y") for part in (self._queries, "kv_up", "kv_down")
         )
         q_BHTQ, kv_BHTX = (one.unflatten(-1, (model.heads, -1)).transpose(1, 2) for one in (q_BTX, kv_BTX))
+        q_BHTQ = self._grown(q_BHTQ, range(q_BHTQ.size(2)))
         rope = down_BTX[..., model.kv_rank :].unsqueeze(1).expand(-1, model.heads, -1, -1)
         nope = model.nope_head_dim
         bound = Bound(8 * ELEMENTS, "angles and turns in fp32, and one rounding of the result")
@@ -162,8 +163,15 @@ class AttentionJudge(PartsJudge):
 
     def _turned_heads(self, q_BTX: Tensor, places: Sequence[int]) -> Tensor:
         q_BHTQ, nope = _heads_of(q_BTX, self.config.model.heads), self.config.model.nope_head_dim
+        q_BHTQ = self._grown(q_BHTQ, places)
         rope = low.nearest(high.turned(q_BHTQ[..., nope:], self.config, places).x, self.recipe.high)
         return torch.cat([q_BHTQ[..., :nope], rope], -1)
+
+    def _grown(self, q_BHTQ: Tensor, places: Sequence[int]) -> Tensor:
+        """Queries of these positions as they go to be turned: a model whose queries grow rounds them once more."""
+        if not self.config.model.yarn.query_growth:
+            return q_BHTQ
+        return low.nearest(q_BHTQ * high.query_sizes(self.config, places), self.recipe.high)
 
     def _shared_back(self, call: "SharedCall", scale: float) -> None:
         """Queries, and of the keys and values what these queries give each block of positions."""
@@ -172,6 +180,8 @@ class AttentionJudge(PartsJudge):
             return
         dout, out = _heads_of(call.out.get("dx"), heads), self._kept(call.out)
         slopes = high.attend_back(dout, call.q, call.k, call.v, out, scale, call.unseen)
+        grown = high.query_sizes(self.config, call.places)
+        slopes = slopes._replace(q=Total(slopes.q.x * grown, slopes.q.size * grown, None))
         queries = self._through(f"{call.name}.{self._queries}", call.rank)[call.number]
         got = _heads_of(queries.get("dy"), heads)
         plain = Total(slopes.q.x[..., :nope], slopes.q.size[..., :nope], None)

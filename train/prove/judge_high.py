@@ -191,7 +191,7 @@ class WholeJudge(AttentionJudge):
         for call in self.calls.get(name, []):
             ids_BTK, got = self._routed(call, "forward", "ids"), self._routed(call, "forward", "gates")
             assert ids_BTK is not None and got is not None
-            scores_BTE, sizes_BTE = high.route_scores(call.get("x"), weight)
+            scores_BTE, sizes_BTE = high.route_scores(call.get("x"), weight, model.scores == "softmax")
             order = self._in_rows(model.hidden)
             total = high.gates(scores_BTE, sizes_BTE, ids_BTK.long(), model.route_scale)
             self._total("router", call, "gates", got, total, order, FORMATS["fp32"])
@@ -213,7 +213,9 @@ class WholeJudge(AttentionJudge):
                 continue
             x_BTD, ids_BTK = call.get("x"), ids_BTK.long()
             balance, off = self._balance(call, weight)
-            slopes = high.route_back(dgates, x_BTD, weight, ids_BTK, model.route_scale, balance, off)
+            slopes = high.route_back(
+                dgates, x_BTD, weight, ids_BTK, model.route_scale, balance, off, model.scores == "softmax"
+            )
             if call.has("dx"):
                 self._total("router", call, "dx", call.rows("dx"), slopes.x, order)
             made.add(slopes.weight, False, ids_BTK[..., 0].numel())
@@ -227,7 +229,7 @@ class WholeJudge(AttentionJudge):
         mates = [
             one for one in self.calls[call.name] if one.number == call.number and one.rank.info.dp_rank == info.dp_rank
         ]
-        scores = [high.route_scores(one.get("x"), weight) for one in mates]
+        scores = [high.route_scores(one.get("x"), weight, model.scores == "softmax") for one in mates]
         length = sum(one.size(1) for one, _ in scores)
         often_BE = torch.stack([high.frequency(one, model.top_k) for one, _ in scores]).sum(0)
         may_BE = torch.zeros_like(often_BE)

@@ -223,8 +223,7 @@ class PlainModel:
         model, seen = self.model, self.watched()
         inputs_BT = tokens_BS[:, :-1]
         documents_BT = None if documents_BS is None else documents_BS[:, :-1]
-        embedded_BTD = seen.keep("embedding", self.weights["embedding.weight"][inputs_BT])
-        x_BTD = embedded_BTD
+        x_BTD = embedded_BTD = seen.keep("embedding", self.weights["embedding.weight"][inputs_BT])
         for layer in range(model.layers):
             x_BTD = self.block(f"layers.{layer}", layer < model.dense_layers, x_BTD, documents_BT, seen)
         state_BTD = seen.keep("norm", rms_norm(x_BTD, self.weights["norm.weight"], model.norm_eps))
@@ -266,8 +265,7 @@ class PlainModel:
     def attention(self, name: str, x_BTD: Tensor, documents_BT: Tensor | None, seen: WatchedPass) -> Tensor:
         """Multi-head latent attention (eq. 1-11): queries, keys and values come from two small latents."""
         model, w = self.model, self.weights
-        B, T, _ = x_BTD.shape
-        H, nope, R = model.heads, model.nope_head_dim, model.rope_head_dim
+        (B, T, _), H, nope, R = x_BTD.shape, model.heads, model.nope_head_dim, model.rope_head_dim
         eps = model.norm_eps if model.latent_norm_eps is None else model.latent_norm_eps
         if model.q_rank is None:
             q = x_BTD @ w[f"{name}.q.weight"].T
@@ -280,13 +278,16 @@ class PlainModel:
         k_BHTn, v_BHTV = kv.view(B, T, H, -1).transpose(1, 2).split([nope, model.v_head_dim], -1)
         yarn = stretched(model, self.config.seq_len)
         angle, size = turns(model, self.config.seq_len, T, x_BTD), model.yarn.attention_factor if yarn else 1.0
-        # The rope key is one for all heads.
         q_BHTQ = torch.cat([q_BHTQ[..., :nope], rotate(q_BHTQ[..., nope:], angle, size)], -1)
         k_rope_BHTR = rotate(k_rope_BTR, angle, size).unsqueeze(1).expand(B, H, T, R)
         k_BHTQ = torch.cat([k_BHTn, k_rope_BHTR], -1)
         scale = (nope + R) ** -0.5
         if yarn and model.yarn.factor > 1:
             scale *= (0.1 * model.yarn.mscale * math.log(model.yarn.factor) + 1) ** 2
+        steps_T1 = (
+            torch.arange(T, device=x_BTD.device)[:, None] // model.yarn.original_seq_len
+        )  # Llama 4's growth of queries
+        scale *= 1 + model.yarn.query_growth * steps_T1.to(x_BTD.dtype).log1p()
         unseen_TT = torch.ones(T, T, dtype=torch.bool, device=x_BTD.device).triu(1)
         if documents_BT is not None:
             unseen_TT = unseen_TT | (documents_BT[:, None, :, None] != documents_BT[:, None, None, :])
@@ -313,7 +314,8 @@ class PlainModel:
     def route(self, name: str, x_BTD: Tensor, seen: WatchedPass) -> tuple[Tensor, Tensor]:
         """Gates (N, K) and expert ids (N, K) (eq. 13-16). The bias takes part in the choice alone, never in the gate."""
         layer = name.removesuffix(".moe.router").removesuffix(".block")
-        scores_NE = (x_BTD.flatten(0, 1) @ self.weights[f"{name}.weight"].T).sigmoid()
+        logits_NE = x_BTD.flatten(0, 1) @ self.weights[f"{name}.weight"].T
+        scores_NE = logits_NE.softmax(-1) if self.model.scores == "softmax" else logits_NE.sigmoid()
         biased_NE = seen.keep(f"{name}.biased", (scores_NE + self.biases[layer]).detach())
         ids_NK = self.choices.get(name, choose(self.model, biased_NE))
         chosen_NK = scores_NE.gather(1, ids_NK)

@@ -88,7 +88,7 @@ def rope_key_of_the_first_head(bug: Seams) -> None:
 
 @mutation(OURS + ": the latent of queries is not normed", "copies", FORWARD, "attention")
 def queries_not_normed(bug: Seams) -> None:
-    bug.around(MLA, "_up_queries", lambda original, self, q_latent: self.q_up(q_latent))
+    bug.around(MLA, "_up_queries", lambda original, self, q_latent, pieces: self.q_up(q_latent))
 
 
 @mutation(OURS + ": heads in another order before the output projection", "copies", FORWARD, "attention")

@@ -108,8 +108,8 @@ class FusedKernels(PlainKernels):
         counters: RouterCounters | None,
         positions: Positions,
     ) -> tuple[Tensor, Tensor]:
-        # fp64 is a proof's; ranks that share a sequence exchange counts between the two kernels
-        one_kernel = logits_BTE.dtype == torch.float32 and positions.share is None
+        # fp64 is a proof's; ranks that share a sequence exchange counts between the two kernels; the kernel knows the sigmoid alone
+        one_kernel = logits_BTE.dtype == torch.float32 and positions.share is None and not rule.softmax
         route = FusedRoute if one_kernel else Route
         return route.apply(logits_BTE, bias_E, rule, balance_weight, counters, positions)
 

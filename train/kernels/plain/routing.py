@@ -41,7 +41,7 @@ class Route(Function):
     @staticmethod
     def forward(ctx, logits_BTE, bias_E, rule: RoutingRule, balance_weight: float, counters, positions: Positions):
         (batch, _, experts), length, share = logits_BTE.shape, positions.length, positions.share
-        scores_BTE = logits_BTE.sigmoid()
+        scores_BTE = logits_BTE.softmax(-1) if rule.softmax else logits_BTE.sigmoid()
         ids_BTK = recall()
         if ids_BTK is None:
             ids_BTK = remember(choose(scores_BTE + bias_E, rule))
@@ -63,7 +63,7 @@ class Route(Function):
                 if frequency_B1E is not None:
                     balance_loss += balance_weight * (frequency_B1E.squeeze(1) * share_BE).sum() / batch
         ctx.save_for_backward(scores_BTE, ids_BTK, gates_BTK, factor_BT1, frequency_B1E, total_BT1)
-        ctx.route_scale = rule.route_scale
+        ctx.route_scale, ctx.softmax = rule.route_scale, rule.softmax
         # The gradients of those that share sequences are averaged, where each has a part of the loss.
         ctx.balance_weight = balance_weight * (1 if share is None else share.parts) / (batch * max(length, 1))
         ctx.mark_non_differentiable(ids_BTK)
@@ -82,4 +82,9 @@ class Route(Function):
             mean_BT1 = (scores_BTE @ frequency_B1E.transpose(1, 2)) / total_BT1
             dscores_BTE = (frequency_B1E - mean_BT1) * (ctx.balance_weight / total_BT1)
         dscores_BTE.scatter_add_(-1, ids_BTK, dchosen_BTK)
-        return torch.ops.aten.sigmoid_backward(dscores_BTE, scores_BTE), None, None, None, None, None
+        if ctx.softmax:
+            inner_BT1 = (dscores_BTE * scores_BTE).sum(-1, keepdim=True)
+            dlogits_BTE = scores_BTE * (dscores_BTE - inner_BT1)
+        else:
+            dlogits_BTE = torch.ops.aten.sigmoid_backward(dscores_BTE, scores_BTE)
+        return dlogits_BTE, None, None, None, None, None

@@ -1,0 +1,190 @@
+"""Families of folders that hold the same architecture: one row of FAMILIES each, with what it calls things. No torch.
+
+What is computed is one for all of them, in train/model. A row says by which words a folder is known, where its language model
+lies in the file of its configuration and among its tensors, and what it calls a tensor that DeepSeek-V3 calls otherwise.
+Everything else, such as which fields change the model, stands once, in config_fields.py, under DeepSeek's names.
+"""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from conf.errors import UserError
+from conf.read_json import read_json
+from conf.schema import ModelFamily, ScoreFunction
+from train.hf.config_fields import FIXED, HARMLESS
+from train.hf.mistral_fields import MISTRAL_NAMES, from_params
+
+CONFIG_FILE = "config.json"
+PARAMS_FILE = "params.json"
+Fields = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class FamilyFacts:
+    """How one family calls what DeepSeek-V3 calls otherwise."""
+
+    name: ModelFamily
+    title: str
+    """For a person."""
+    architectures: tuple[str, ...]
+    """What folders of it name; the first is what an export names."""
+    model_type: str
+    section: str = ""
+    """The object of its file that holds the language model; empty where the file itself does."""
+    beside: tuple[str, ...] = ()
+    """Fields beside that object that change nothing in a language model."""
+    prefix: str = ""
+    """In front of the names of the language model's tensors."""
+    others: tuple[str, ...] = ()
+    """In front of the names of tensors that are those of no language model."""
+    dense_unsaid: int | None = None
+    """How many layers its class in transformers makes dense where the file has no mlp_layer_types; None where it reads no such field."""
+    loader: str = "AutoModelForCausalLM"
+    """What of transformers loads an export; empty where nothing does."""
+    config_file: str = CONFIG_FILE
+    stem: str = "model"
+    """How names of files with weights, and of their index, begin."""
+    names: dict[str, str] = field(default_factory=dict)
+    """Pieces of tensors' names, and what they are called here; in this order."""
+    fixed: Fields = field(default_factory=lambda: FIXED)
+    """Fields with one allowed value, which a file may leave out."""
+    scores: ScoreFunction = ScoreFunction.sigmoid
+    has_mtp: bool = True
+    has_fp8: bool = True
+    """Whether its FP8 weights are DeepSeek's blocks."""
+
+    @property
+    def has_biases(self) -> bool:
+        """Whether its routers have balance biases."""
+        return self.scores == ScoreFunction.sigmoid
+
+    def name_of(self, theirs: str) -> str:
+        """What a tensor is called that DeepSeek-V3 calls theirs."""
+        for piece, name in self.names.items():
+            theirs = theirs.replace(piece, name)
+        return self.prefix + theirs
+
+
+FAMILIES = {
+    facts.name: facts
+    for facts in (
+        FamilyFacts(ModelFamily.deepseek_v3, "DeepSeek-V3", ("DeepseekV3ForCausalLM",), "deepseek_v3"),
+        FamilyFacts(
+            ModelFamily.kimi_k25,
+            "Kimi K2.5",
+            ("KimiK25ForConditionalGeneration", "Kimi_K25ForConditionalGeneration"),
+            "kimi_k25",
+            section="text_config",
+            beside=(
+                *("vision_config", "projection_hidden_size", "projection_layer_norm_eps"),
+                *("media_placeholder_token_id", "image_token_id", "video_token_id", "video_placeholder"),
+                *("vision_start_token_id", "vision_end_token_id", "use_unified_vision_chunk"),
+                *("ignore_index", "encoder_only", "language_only"),
+            ),
+            prefix="language_model.",
+            others=("vision_tower.", "mm_projector."),
+            loader="AutoModelForImageTextToText",
+        ),
+        FamilyFacts(
+            ModelFamily.glm4_moe_lite,
+            "GLM-4.7-Flash",
+            ("Glm4MoeLiteForCausalLM",),
+            "glm4_moe_lite",
+            dense_unsaid=1,
+        ),
+        FamilyFacts(
+            ModelFamily.mistral_large_3,
+            "Mistral Large 3",
+            ("MistralLarge3ForCausalLM",),
+            "mistral_large_3",
+            others=("vision_encoder.", "vision_language_adapter.", "patch_merger.", "pre_mm_projector_norm."),
+            config_file=PARAMS_FILE,
+            stem="consolidated",
+            names=MISTRAL_NAMES,
+            fixed=FIXED | {"scoring_func": "softmax", "topk_method": "greedy"},
+            scores=ScoreFunction.softmax,
+            has_mtp=False,
+            has_fp8=False,
+            loader="",
+        ),
+    )
+}
+"""By name. An architecture that no row names is refused."""
+
+SPARSE = "its attention is sparse: an indexer chooses which tokens are attended to (DSA), and there is none here"
+REFUSED_MODELS = {
+    "DeepseekV32ForCausalLM": SPARSE,
+    "GlmMoeDsaForCausalLM": SPARSE,
+    "MistralLarge4ForConditionalGeneration": SPARSE,
+    "DeepseekV4ForCausalLM": "its attention is compressed (CSA, HCA), its residual stream manifold (mHC), and tokens are routed by hash",
+    "LongcatFlashForCausalLM": "its layers have two attentions, and some of its experts compute nothing",
+    "DeepseekV2ForCausalLM": "its routers take a softmax whose gates are not made to add up to 1",
+    "KimiLinearForCausalLM": "most of its layers have linear attention",
+}
+"""Models that are near to this one and cannot be expressed, and why."""
+
+
+def find_family(folder: Path, field: str) -> FamilyFacts:
+    """The family of a folder. Raises UserError where none of them is named."""
+    return read_fields(folder, field)[0]
+
+
+def read_fields(folder: Path, field: str) -> tuple[FamilyFacts, Path, Fields]:
+    """The family of a folder, the file that describes it, and the fields of its language model under DeepSeek's names.
+
+    Raises UserError where the file is not there or cannot be read, names another architecture, or has fields beside the language
+    model's that are not known.
+    """
+    path = folder / CONFIG_FILE
+    if not path.exists() and (folder / PARAMS_FILE).exists():
+        path = folder / PARAMS_FILE
+        return FAMILIES[ModelFamily.mistral_large_3], path, from_params(field, path)
+    if not path.exists():
+        raise UserError(field, folder, f"must hold a {CONFIG_FILE}", "give a folder as from_pretrained takes")
+    body = read_json(path, field, "download it again")
+    facts = _named(field, path, body)
+    if facts.section:
+        body = _section(field, path, body, facts)
+    if facts.dense_unsaid is not None and body.get("first_k_dense_replace") is None:
+        types = body.get("mlp_layer_types")
+        body["first_k_dense_replace"] = types.count("dense") if isinstance(types, list) else facts.dense_unsaid
+    return facts, path, body
+
+
+def _named(field: str, path: Path, body: Fields) -> FamilyFacts:
+    """The row that the architecture of a file names."""
+    found = body.get("architectures")
+    for facts in FAMILIES.values():
+        if isinstance(found, list) and len(found) == 1 and found[0] in facts.architectures:
+            return facts
+    named = ", ".join(map(str, found)) if isinstance(found, list) else found or "none"
+    first, *others = (facts.architectures[0] for facts in FAMILIES.values() if facts.config_file == CONFIG_FILE)
+    rule = f"must name the architecture {first}, it names {named!s:.80}"
+    if reason := REFUSED_MODELS.get(str(named)):
+        rule += f": {reason}"
+    elif "kv_lora_rank" not in body and not isinstance(body.get("text_config"), dict):
+        rule += ", which has no latent attention (MLA: the file states no kv_lora_rank)"
+    raise UserError(
+        field,
+        path,
+        rule,
+        f"give other weights: of {first}, of {', '.join(others)}, or with a {PARAMS_FILE} of Mistral Large 3",
+    )
+
+
+def _section(field: str, path: Path, body: Fields, facts: FamilyFacts) -> Fields:
+    """The language model's fields of a file that describes more. Those beside it may change nothing in it."""
+    text = body.get(facts.section)
+    if not isinstance(text, dict):
+        raise UserError(field, path, f"{facts.section} must be an object, and is {text!r:.80}", "download it again")
+    if body.get("tie_word_embeddings", True):
+        rule = "tie_word_embeddings must be False: left out it is True here, and embedding and head are two tensors"
+        raise UserError(field, path, rule, "download it again")
+    known = {*HARMLESS, *facts.beside, "architectures", "tie_word_embeddings", "quantization_config", facts.section}
+    if unknown := [key for key, value in body.items() if key not in known and value is not None]:
+        rule = f"has fields that are not known here, and may change the model: {', '.join(unknown)[:200]}"
+        cure = "give other weights; where you know that a field changes nothing, remove it from the file"
+        raise UserError(field, path, rule, cure)
+    beside = {"quantization_config": body.get("quantization_config")}
+    return beside | text | {"architectures": body["architectures"]}
