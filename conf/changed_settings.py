@@ -72,6 +72,7 @@ EFFECTS: dict[str, tuple[Effect, str]] = {
     "checkpoint": (Effect.none, "when and where the state is saved"),
     "evaluate": (Effect.none, "mode=evaluate reads it"),
     "generate": (Effect.none, "mode=generate reads it"),
+    "score": (Effect.none, "mode=score reads it"),
     "export": (Effect.none, "mode=export reads it"),
 }
 """By key or group of keys, the longest one that fits: what it can change, and why."""

@@ -28,7 +28,7 @@ from conf.schema import (
     ScoreFunction,
 )
 
-NEEDS_NO_DATA = (Mode.generate, Mode.plan, Mode.dry_run, Mode.prove)
+NEEDS_NO_DATA = (Mode.generate, Mode.score, Mode.plan, Mode.dry_run, Mode.prove)
 MAX_EXPERTS = 32767
 """Expert ids are sorted and sent as int16."""
 SMALLEST_SHARE = 1e-6
@@ -230,8 +230,8 @@ def _pieces(key: str, each: bool = False) -> ConfigCheck:
             ),
             JoinedRule(
                 "parallel.cp",
-                lambda c, v: c.mode != Mode.generate,
-                "is how a training spreads its sequences, and mode=generate takes whole ones",
+                lambda c, v: c.mode not in (Mode.generate, Mode.score),
+                "is how a training spreads its sequences, and mode={mode} takes whole ones",
                 "leave parallel.cp out",
             ),
         ),
@@ -462,10 +462,17 @@ EVALUATE: tuple[ConfigCheck, ...] = (
     _pieces("evaluate.needle", each=True),
 )
 
+SCORE: tuple[ConfigCheck, ...] = (
+    JoinedRule("score.data", lambda c, v: c.mode != Mode.score or v,
+               "mode=score needs samples", "set score.data to a .jsonl or .parquet of samples"),
+    JoinedRule("score.to", lambda c, v: c.mode != Mode.score or v,
+               "mode=score needs a file to write", "set score.to to the name of a new .parquet"),
+)
+
 EXPORT: tuple[ConfigCheck, ...] = (
     JoinedRule("export.to", lambda c, v: c.mode != Mode.export or v,
                "mode=export needs a folder to write to", "set export.to=FOLDER"),
 )
 
 # fmt: on
-RULES = (*TOP, *MODEL, *OPTIM, *DATA, *PARALLEL, *PRECISION, *PLAN, *EVALUATE, *EXPORT)
+RULES = (*TOP, *MODEL, *OPTIM, *DATA, *PARALLEL, *PRECISION, *PLAN, *EVALUATE, *SCORE, *EXPORT)

@@ -30,7 +30,7 @@ OWN_CODE = ("data.source", "model.block", "model.router", "optim.extra_loss", "c
 READ_FROM_RUNS: dict[str, tuple[Mode, ...]] = {
     "data.source": (Mode.evaluate,),
     "model.block": (Mode.evaluate,),
-    "model.router": (Mode.evaluate, Mode.generate),
+    "model.router": (Mode.evaluate, Mode.generate, Mode.score),
 }
 """Which of the modes that look at a run need what: these import it, where it stands in the config.yaml of a run, if they are told to."""
 _FILES: dict[str, str] = {}

@@ -21,7 +21,7 @@ from conf.own_code import READ_FROM_RUNS
 from conf.schema import Config, Mode
 from conf.yaml_file import escaped, read_yaml
 
-LOOKS_AT_A_RUN = (Mode.export, Mode.evaluate, Mode.generate, Mode.dashboard)
+LOOKS_AT_A_RUN = (Mode.export, Mode.evaluate, Mode.generate, Mode.score, Mode.dashboard)
 SOURCES = ("path", "mix", "format", "text_key", "source")
 """Fields of data that say where documents come from. They change together, as path, mix and source exclude each other."""
 
@@ -71,7 +71,7 @@ def over_run_settings(node: DictConfig, overrides: Sequence[str], groups: Sequen
 
 def _folders(node: DictConfig) -> list[Path]:
     """Where the run's folder may be: around the checkpoint that is named, else by the run's name."""
-    sections = {Mode.export: node.export, Mode.evaluate: node.evaluate, Mode.generate: node.generate}
+    sections = {mode: node[mode.value] for mode in (Mode.export, Mode.evaluate, Mode.generate, Mode.score)}
     named = sections[node.mode].checkpoint if node.mode in sections else None
     if named is None:
         return [Path(node.runs) / node.name]

@@ -37,6 +37,8 @@ class Mode(StrEnum):
     """Held-out loss, and standard tasks, of a checkpoint."""
     generate = "generate"
     """Generate text from a checkpoint or a Hugging Face folder."""
+    score = "score"
+    """Log-probabilities of given samples, to a Parquet file."""
     export = "export"
     """Write a checkpoint as a Hugging Face folder."""
     dashboard = "dashboard"
@@ -811,6 +813,18 @@ class Generate:
 
 
 @dataclass
+class Score:
+    """mode=score: log-probabilities of given samples (train/score)."""
+
+    data: str | None = None
+    """A .jsonl or .parquet of samples: tokens, or prompt and completion, or text."""
+    to: str | None = None
+    """The Parquet file to write; it must not exist yet."""
+    checkpoint: str | None = None
+    """A checkpoint or run folder, or a Hugging Face folder; null takes the newest intact checkpoint of this run."""
+
+
+@dataclass
 class Export:
     """mode=export: a checkpoint as a Hugging Face folder (train/hf)."""
 
@@ -879,4 +893,5 @@ class Config:
     profile: Profile = field(default_factory=Profile)
     evaluate: Evaluate = field(default_factory=Evaluate)
     generate: Generate = field(default_factory=Generate)
+    score: Score = field(default_factory=Score)
     export: Export = field(default_factory=Export)

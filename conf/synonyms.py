@@ -107,5 +107,6 @@ OWN_KEYS: dict[str, tuple[Mode, ...]] = {
     "plan.write": (Mode.plan,),
     "profile": (Mode.train,),
     "prove": (Mode.prove,),
+    "score": (Mode.score,),
 }
 """A key, or a section of them, and the modes that read it: said to another, it would do nothing without a word."""

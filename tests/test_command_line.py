@@ -157,6 +157,7 @@ MISTAKES = {
     "~log": "write log=VALUE, or leave the word out",
     "data.mix=[{path: a": "close it: 'data.mix=[{path: a}]'",
     "generate.prompt=x": "write mode=generate, or leave generate.prompt out",
+    "score.data=x": "write mode=score, or leave score.data out",
     "mode=plan evaluate.tasks=[hellaswag]": "write mode=evaluate, or leave evaluate.tasks out",
     "mode=dry_run plan.search=true": "write mode=plan, or leave plan.search out",
     "prove.ranks=2": "write mode=prove",

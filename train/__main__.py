@@ -67,6 +67,7 @@ def do(config: Config, alone: bool) -> int:
         Mode.export: _export,
         Mode.evaluate: _evaluate,
         Mode.generate: _generate,
+        Mode.score: _score,
         Mode.dashboard: _dashboard,
         Mode.plan: _plan,
         Mode.dry_run: _dry_run,
@@ -186,6 +187,12 @@ def _generate(config: Config, alone: bool) -> int:
     from train.generate.command import generate
 
     return generate(config)
+
+
+def _score(config: Config, alone: bool) -> int:
+    from train.score.run import score
+
+    return score(config)
 
 
 def _dashboard(config: Config, alone: bool) -> int:

@@ -160,7 +160,7 @@ def load(path: Path | str, *overrides: str) -> "LoadedModel":
     from train.rank import choose_device
 
     config = compose("mode=generate", f"generate.checkpoint={_quoted(escaped(str(path)))}", *overrides)
-    return open_source(config, choose_device(config, Place()))
+    return open_source(config, choose_device(config, Place()), config.generate.checkpoint)
 
 
 def complete(model: "LoadedModel", prompt: str, *, tokens: int = 200, **how: Any) -> str:

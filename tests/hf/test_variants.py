@@ -156,7 +156,7 @@ def test_every_way_in_passes_the_same_gate(tmp_path):
     ways = {
         "init_from": lambda: check_start(start, TOKENIZER)[1],
         "evaluate.checkpoint": lambda: find_target(evaluation).notes,
-        "generate.checkpoint": lambda: open_source(generation, torch.device("cpu")).notes,
+        "generate.checkpoint": lambda: open_source(generation, torch.device("cpu"), str(folder)).notes,
     }
     for way in ways.values():
         (note,) = way()

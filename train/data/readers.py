@@ -73,7 +73,7 @@ def _decode(raw: bytes, file: SourceFile, offset: int, field: str) -> str:
 def read_jsonl(file: SourceFile, text_key: str, field: str) -> Iterator[tuple[str, str]]:
     """One document per line, whose string stands under text_key."""
     offset = number = 0
-    for line in _lines(file, field):
+    for line in read_lines(file, field):
         number, size = number + 1, len(line)
         if line.strip():
             text = _decode(line, file, offset, field)
@@ -119,7 +119,7 @@ def check_text(value: object, place: str, text_key: str, field: str) -> str:
     return value
 
 
-def _lines(file: SourceFile, field: str) -> Iterator[bytes]:
+def read_lines(file: SourceFile, field: str) -> Iterator[bytes]:
     """Lines of the file, decompressed by its suffix."""
     with file.path.open("rb", buffering=READ_BYTES) as raw:
         if file.name.endswith(".zst"):

@@ -31,7 +31,7 @@ PLAIN_TOKENS = 32
 
 def generate(config: Config) -> int:
     """Returns the exit code. Raises UserError."""
-    source = open_source(config, choose_device(config, Place()))
+    source = open_source(config, choose_device(config, Place()), config.generate.checkpoint)
     writer = Writer(config, source)
     for line in (writer.headline(), *source.notes):
         _say(line)

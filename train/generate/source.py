@@ -39,10 +39,12 @@ class LoadedModel:
     """What else the user should know of it."""
 
 
-def open_source(config: Config, device: torch.device) -> LoadedModel:
-    """What `generate.checkpoint` means; null is the newest intact checkpoint of the run. Raises UserError."""
-    given = config.generate.checkpoint and Path(config.generate.checkpoint).expanduser()
-    return _from_hugging_face(config, given, device) if given and is_hf_folder(given) else _from_run(config, device)
+def open_source(config: Config, device: torch.device, checkpoint: str | None, field: str = FIELD) -> LoadedModel:
+    """The model of a checkpoint or folder; None is the newest intact checkpoint of the run. field: what errors name. Raises UserError."""
+    given = checkpoint and Path(checkpoint).expanduser()
+    if given and is_hf_folder(given):
+        return _from_hugging_face(config, given, device, field)
+    return _from_run(config, device, checkpoint, field)
 
 
 def from_checkpoint(config: Config, checkpoint: Path, tokenizer: Tokenizer, device: torch.device) -> LoadedModel:
@@ -52,15 +54,15 @@ def from_checkpoint(config: Config, checkpoint: Path, tokenizer: Tokenizer, devi
     return LoadedModel(decoder, tokenizer, config.seq_len, tokenizer.eos_id, title)
 
 
-def _from_run(config: Config, device: torch.device) -> LoadedModel:
+def _from_run(config: Config, device: torch.device, given: str | None, field: str) -> LoadedModel:
     require_plain_blocks(config.model)
-    checkpoint = find_checkpoint(config, config.generate.checkpoint, FIELD)
+    checkpoint = find_checkpoint(config, given, field)
     tokenizer = tokenizer_of(config, read_manifest(checkpoint))
-    require_memory(config.model, 4, FIELD, checkpoint)
+    require_memory(config.model, 4, field, checkpoint)
     return from_checkpoint(config, checkpoint, tokenizer, device)
 
 
-def _from_hugging_face(config: Config, folder: Path, device: torch.device) -> LoadedModel:
+def _from_hugging_face(config: Config, folder: Path, device: torch.device, field: str) -> LoadedModel:
     if config.precision.fp8 is not None:
         raise UserError(
             "precision",
@@ -69,14 +71,14 @@ def _from_hugging_face(config: Config, folder: Path, device: torch.device) -> Lo
             "take precision=bf16",
         )
     dtype = activation_dtype(config.precision)
-    _, model_config, notes = open_model(folder, FIELD, config.text_only)
-    require_memory(model_config, dtype.itemsize, FIELD, folder)
+    _, model_config, notes = open_model(folder, field, config.text_only)
+    require_memory(model_config, dtype.itemsize, field, folder)
     if config.data.tokenizer is None and not (folder / "tokenizer.json").is_file():
-        raise UserError(FIELD, folder, "holds no tokenizer.json", "set data.tokenizer to the one of these weights")
+        raise UserError(field, folder, "holds no tokenizer.json", "set data.tokenizer to the one of these weights")
     choice = config.data.tokenizer or str(folder)
     tokenizer = load_tokenizer(choice)
     kernels = build_kernels(device.type, config.cluster.compiled)
-    model_config, model, _ = load_hf_model(folder, dtype, FIELD, kernels, config.text_only)
+    model_config, model, _ = load_hf_model(folder, dtype, field, kernels, config.text_only)
     check_fit(tokenizer, choice, model_config.vocab_size, fim_rate=0)
     decoder = Decoder(model.to(device), min(model_config.max_seq_len, model_config.yarn.original_seq_len))
     start_id = start_token(folder, tokenizer)

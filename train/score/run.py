@@ -1,0 +1,109 @@
+"""mode=score: what a model thinks of given samples, as log-probabilities in a Parquet file.
+
+One row a sample, in the order of the file: `sample` (its number), `tokens`, `logprobs` (of every token given those before it, in nats, at
+temperature 1; null for the first, which nothing precedes), `first` (the first token of the completion, or 1), `logprob` (the sum from there on) and
+`count` (of how many tokens). Samples are computed one at a time, without padding, so that none changes another's numbers.
+"""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import pyarrow
+import pyarrow.parquet
+import torch
+from torch import Tensor
+
+from cluster.launch import Place
+from conf.errors import EXIT_OK, UserError
+from conf.schema import Config
+from conf.words import one_line, say, say_note
+from train.generate.decoder import Decoder
+from train.generate.source import open_source
+from train.rank import choose_device
+from train.score.scored_samples import ScoredSample, read_samples
+
+SCHEMA = pyarrow.schema(
+    {
+        "sample": pyarrow.int64(),
+        "tokens": pyarrow.list_(pyarrow.int32()),
+        "logprobs": pyarrow.list_(pyarrow.float32()),
+        "first": pyarrow.int32(),
+        "logprob": pyarrow.float64(),
+        "count": pyarrow.int32(),
+    }
+)
+ROWS_AT_ONCE = 256
+"""Samples that wait to be written together."""
+
+
+def score(config: Config) -> int:
+    """Write the file score.to; returns the exit code. Raises UserError, with nothing left behind."""
+    assert config.score.data is not None and config.score.to is not None, "conf/check.py asks for them"
+    target = Path(config.score.to).expanduser().absolute()
+    if target.exists():
+        raise UserError("score.to", target, "exists already", "give the name of a new file")
+    source = open_source(config, choose_device(config, Place()), config.score.checkpoint, "score.checkpoint")
+    for note in source.notes:
+        say_note(note)
+    path, size = Path(config.score.data).expanduser(), source.decoder.config.vocab_size
+    samples = read_samples(path, source.tokenizer.encode, source.start_id, size, source.context)
+    _write(target, _rows(source.decoder, samples, config.model.loss_chunk))
+    counted = sum(len(sample.tokens) - sample.first for sample in samples)
+    say(one_line(f"Scored {len(samples)} samples, {counted} tokens, with {source.title}: {target}"))
+    return EXIT_OK
+
+
+@torch.no_grad()
+def logprobs(decoder: Decoder, tokens: list[int], chunk: int) -> Tensor:
+    """log p(token i | those before it) of tokens 1 to the last, fp64 on the host (T - 1,). chunk: tokens whose logits exist at one time."""
+    tokens_BT = torch.tensor([tokens], device=decoder.device)
+    hidden_TD = decoder.hidden(tokens_BT[:, :-1], decoder.new_cache([0]))[0]
+    targets_T1 = tokens_BT[0, 1:, None]
+    parts = [
+        decoder.logits(hidden).log_softmax(-1).gather(1, targets)
+        for hidden, targets in zip(hidden_TD.split(chunk), targets_T1.split(chunk), strict=True)
+    ]
+    return torch.cat(parts)[:, 0].double().cpu()
+
+
+def _rows(decoder: Decoder, samples: list[ScoredSample], chunk: int) -> Iterator[dict]:
+    for number, sample in enumerate(samples):
+        found_T = logprobs(decoder, sample.tokens, chunk)
+        if not torch.isfinite(found_T).all():
+            raise UserError(
+                "score.checkpoint",
+                number,
+                "gives this sample a log-probability that is not finite",
+                "give other weights",
+            )
+        yield {
+            "sample": number,
+            "tokens": sample.tokens,
+            "logprobs": [None, *found_T.tolist()],
+            "first": sample.first,
+            "logprob": found_T[sample.first - 1 :].sum().item(),
+            "count": len(sample.tokens) - sample.first,
+        }
+
+
+def _write(target: Path, rows: Iterator[dict]) -> None:
+    """All rows, in a hidden file beside the target that gets its name when it is whole."""
+    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with pyarrow.parquet.ParquetWriter(temporary, SCHEMA) as writer:
+            waiting = []
+            for row in rows:
+                waiting.append(row)
+                if len(waiting) == ROWS_AT_ONCE:
+                    writer.write_table(pyarrow.Table.from_pylist(waiting, SCHEMA))
+                    waiting = []
+            writer.write_table(pyarrow.Table.from_pylist(waiting, SCHEMA))
+        temporary.rename(target)
+    except OSError as error:
+        raise UserError(
+            "score.to", target, f"cannot be written: {error}", "correct that, or give another file"
+        ) from error
+    finally:
+        temporary.unlink(missing_ok=True)

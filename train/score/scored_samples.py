@@ -1,0 +1,99 @@
+"""The samples that mode=score is given: from JSONL or Parquet to token ids, or an error that names the line. No torch."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from conf.errors import UserError
+from conf.read_json import parse_json
+from train.data.readers import check_text, read_lines
+from train.data.source_files import find_files
+
+SCORE_DATA = "score.data"
+FORMS = (("tokens",), ("prompt", "completion"), ("text",))
+"""What a sample has, the first form whose keys it has all of."""
+RULE = "must have tokens (a list of ids), prompt and completion, or text"
+
+
+@dataclass(frozen=True)
+class ScoredSample:
+    """One sample, as the model reads it."""
+
+    tokens: list[int]
+    first: int
+    """The first token whose log-probability counts to the sum: never 0, which nothing precedes."""
+
+
+def read_samples(
+    path: Path, encode: Callable[[str], list[int]], start_id: int, vocab_size: int, longest: int
+) -> list[ScoredSample]:
+    """All samples of a file (.jsonl, .jsonl.gz, .jsonl.zst, .parquet), in order.
+
+    encode: text to ids; start_id: the token in front of every text; longest: tokens of a sample, at most. Raises UserError for a file
+    that cannot be read, and for the first sample that is none.
+    """
+    if not path.is_file():
+        raise UserError(SCORE_DATA, path, "no such file", "give a .jsonl or .parquet of samples")
+    read = _parquet if path.suffix == ".parquet" else _jsonl
+    found = []
+    for place, record in read(path):
+        sample = _sample(place, record, encode, start_id)
+        if len(sample.tokens) > longest:
+            rule = f"has {len(sample.tokens)} tokens, and the model reads {longest} at most"
+            raise UserError(SCORE_DATA, place, rule, "shorten it, or leave it out")
+        if wrong := [token for token in sample.tokens if not 0 <= token < vocab_size]:
+            rule = f"holds token {wrong[0]}, and the model has rows for 0 to {vocab_size - 1}"
+            raise UserError(SCORE_DATA, place, rule, "give the ids of this model's tokenizer")
+        if len(sample.tokens) < 2:
+            raise UserError(
+                SCORE_DATA, place, "must have two tokens or more: the first has nothing before it", "leave it out"
+            )
+        if sample.first == len(sample.tokens):
+            raise UserError(SCORE_DATA, place, "has a completion without a token", "leave it out")
+        found.append(sample)
+    if not found:
+        raise UserError(SCORE_DATA, path, "holds no sample", "give a file with one a line or row")
+    return found
+
+
+def _sample(place: str, record: dict[str, Any], encode: Callable[[str], list[int]], start_id: int) -> ScoredSample:
+    """A record as token ids. A completion is tokenised by itself, so that its tokens are those that follow the prompt's."""
+    form = next((form for form in FORMS if all(record.get(key) is not None for key in form)), None)
+    if form is None:
+        raise UserError(
+            SCORE_DATA, place, f"{RULE}, and has only: {', '.join(map(str, list(record)[:8]))}", "rename its keys"
+        )
+    if form == ("tokens",):
+        tokens = record["tokens"]
+        if not isinstance(tokens, list) or not all(type(token) is int for token in tokens):
+            raise UserError(SCORE_DATA, place, "must have a list of whole numbers under tokens", "correct or remove it")
+        return ScoredSample(tokens, 1)
+    texts = [encode(check_text(record[key], place, key, SCORE_DATA)) for key in form]
+    before = [start_id, *(texts[0] if len(texts) > 1 else [])]
+    return ScoredSample([*before, *texts[-1]], len(before))
+
+
+def _jsonl(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    for number, line in enumerate(read_lines(find_files(path, SCORE_DATA)[0], SCORE_DATA), 1):
+        if line.strip():
+            place = f"{path}:{number}"
+            try:
+                yield place, parse_json(line.decode())
+            except ValueError as error:
+                raise UserError(SCORE_DATA, place, f"cannot be read: {error}", "correct or remove this line") from error
+
+
+def _parquet(path: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    import pyarrow
+    import pyarrow.parquet  # half a second that only those who have such files wait for
+
+    row = 0
+    try:
+        with pyarrow.parquet.ParquetFile(path) as table:
+            for batch in table.iter_batches(batch_size=256):
+                for record in batch.to_pylist():
+                    yield f"{path}, row {row}", record
+                    row += 1
+    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
+        raise UserError(SCORE_DATA, path, f"is damaged or no Parquet: {error}", "fetch or write it again") from error
