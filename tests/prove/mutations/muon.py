@@ -6,6 +6,7 @@ from parallel.owners import MatrixOwners
 from parallel.zero.engine import Zero
 from tests.prove.mutations.registry import OURS, RESUME, UPDATE, mutation
 from tests.prove.mutations.seams import Seams
+from train.loop.state import RunState
 from train.optim import matrices, muon
 from train.optim.muon import Muon
 from train.optim.qk_clip import QKClip
@@ -132,6 +133,28 @@ def momentum_of_the_neighbour(bug: Seams) -> None:
         original(self, updates)
 
     bug.around(Zero, "finish_load", finish)
+
+
+@mutation(
+    OURS + ": the count of updates goes on behind another optimizer", "muon after adamw", RESUME, "applied updates"
+)
+def count_goes_on(bug: Seams) -> None:
+    bug.around(
+        RunState, "finish_load",
+        lambda original, self, meta, with_ema: original(self, meta | {"updates": meta["step"]}, with_ema),
+    )  # fmt: skip
+
+
+@mutation(
+    OURS + ": tables keep the moments of another optimizer", "muon after adamw", (RESUME, UPDATE), "from the checkpoint"
+)
+def moments_stay(bug: Seams) -> None:
+    def wanted(original, self, with_ema, *, own_optimizer=True):
+        shards = original(self, with_ema, own_optimizer=own_optimizer)
+        kept = {name: shard for name, shard in self.zero.shards(copies=True).items() if name.startswith("exp_avg")}
+        return shards | kept
+
+    bug.around(RunState, "wanted", wanted)
 
 
 @mutation(OURS + ": heads of MTP are not clipped", "muon scores", UPDATE, r"master.*mtp")

@@ -68,6 +68,7 @@ RECIPES = {
     "muon": [*COPIES, "optim=muon", "optim.muon.adamw_rate=0.5"],
     "muon decay": [*COPIES, "optim=muon", "optim.weight_decay=1.0"],
     "muon experts": [*EXPERTS, "optim=muon"],
+    "muon after adamw": [*COPIES, "optim=muon", "prove.first_optimizer=adamw"],
     "muon scores": [*COPIES, "optim=muon", "optim.qk_clip=0.01"],
     "averaged": [*COPIES, "optim.ema_decay=0.9"],
     "tiny rate": [*COPIES, "optim.lr=1e-6", "optim.ema_decay=0.999"],
