@@ -16,12 +16,13 @@ import torch
 from torch import Tensor
 
 from train.prove import reference
-from train.prove.bounds import Bound
+from train.prove.bounds import UNIT, Bound
 from train.prove.reference import PlainModel, PlainPlan, WatchedPass, Weights
 from train.prove.samples import Samples
 
-RUNS = 3
-"""Runs of the shaken reference."""
+RUNS, FP32_RUNS = 3, 8
+"""Runs of the shaken reference: in fp32 they are seldom asked for, and are more, since the largest of few falls short for a weight of few
+elements (8 of a gain differed by 4.8 times the largest of three runs on one processor)."""
 MARGIN = 4.0
 """By how much a difference may exceed the largest of these runs. They shake a part once, and inside it a rank rounds some ten times
 (attention: projections, norms, RoPE, scores, softmax, sums), which adds up to sqrt(10) = 3.2 times as much; and the runs are few."""
@@ -55,7 +56,7 @@ class ShakenRuns:
     def bound(self, part: Callable[[ReferenceStep], Tensor], want: Tensor, scale: float, by_norm: bool) -> Bound:
         """How far `part` of a step may be from `want`, in units of `scale`: by the norm, or the largest of its values."""
         if not self._runs:
-            self._runs = [self._run(seed) for seed in range(RUNS)]
+            self._runs = [self._run(seed) for seed in range(FP32_RUNS if self._unit == UNIT["fp32"] else RUNS)]
             if self._near is not None:
                 self._runs.append(self._run_turned(self._near))
         moves = [(part(run).detach().flatten() - want.flatten()).abs() for run in self._runs]
