@@ -74,6 +74,7 @@ EFFECTS: dict[str, tuple[Effect, str]] = {
     "generate": (Effect.none, "mode=generate reads it"),
     "score": (Effect.none, "mode=score reads it"),
     "export": (Effect.none, "mode=export reads it"),
+    "average": (Effect.none, "mode=average reads it"),
 }
 """By key or group of keys, the longest one that fits: what it can change, and why."""
 

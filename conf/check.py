@@ -258,6 +258,11 @@ TOP: tuple[ConfigCheck, ...] = (
                "add cluster=ray, or leave checkpoint.every_memory at 0"),
     JoinedRule("checkpoint.memory_folder", lambda c, v: v.startswith("/"),
                "must be an absolute path, the same on every node", "take /dev/shm"),
+    JoinedRule("log.sample_every", lambda c, v: v == 0 or (c.checkpoint.every > 0 and v % c.checkpoint.every == 0),
+               "must be a multiple of checkpoint.every = {checkpoint.every}: texts are written from checkpoints",
+               "take a multiple, with checkpoint.every above 0, or 0"),
+    JoinedRule("log.sample_every", lambda c, v: v == 0 or c.log.sample_tokens > 0,
+               "asks for texts, and log.sample_tokens is 0", "raise log.sample_tokens, or leave log.sample_every at 0"),
     JoinedRule("log.wandb_tags", lambda c, v: 1 <= len(v) <= 64,
                "must have 1 to 64 characters, as W&B asks", "shorten it", each=True),
     JoinedRule("cluster.address", lambda c, v: v is None or c.cluster.backend == "ray",
@@ -472,6 +477,8 @@ SCORE: tuple[ConfigCheck, ...] = (
 EXPORT: tuple[ConfigCheck, ...] = (
     JoinedRule("export.to", lambda c, v: c.mode != Mode.export or v,
                "mode=export needs a folder to write to", "set export.to=FOLDER"),
+    JoinedRule("average.to", lambda c, v: c.mode != Mode.average or v,
+               "mode=average needs a run folder to write", "set average.to=runs/NAME"),
 )
 
 # fmt: on

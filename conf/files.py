@@ -7,6 +7,7 @@ folder, as a rename is durable only once its folder is.
 import fcntl
 import json
 import os
+import shutil
 import stat
 import time
 import uuid
@@ -16,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from conf.disk import naming
+from conf.errors import UserError
 
 
 def fsync_folder(path: Path) -> None:
@@ -97,3 +99,34 @@ def try_lock(handle: int) -> bool:
     except BlockingIOError:
         return False
     return True
+
+
+def new_folder(given: str | None, field: str) -> Path:
+    """The folder that a mode is to make. given: the value of field. Raises UserError where something is in its way."""
+    assert given is not None, "conf/check.py asks for it"
+    target = Path(given).expanduser().absolute()
+    if target.is_dir() and any(target.iterdir()):
+        raise UserError(field, target, "must be empty or not exist yet", "give a new folder, or empty this one")
+    if target.exists() and not target.is_dir():
+        raise UserError(field, target, "is a file", "give a folder")
+    return target
+
+
+@contextmanager
+def written_whole(target: Path, field: str) -> Iterator[Path]:
+    """A hidden folder that becomes the target when all went well, and is removed when not. field: the key that names the target."""
+    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    try:
+        temporary.mkdir(parents=True)
+        yield temporary
+        for file in temporary.iterdir():
+            if file.is_file():
+                with file.open("rb") as opened:
+                    os.fsync(opened.fileno())
+        fsync_folder(temporary)
+        temporary.rename(target)  # over an empty folder too
+        fsync_folder(target.parent)
+    except OSError as error:
+        raise UserError(field, target, f"cannot be written: {error}", "correct that, or give another folder") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)

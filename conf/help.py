@@ -30,6 +30,7 @@ EXAMPLES = (
     ("sluice mode=generate name=mine", "generate text from the trained model"),
     ("sluice --cfg job", "show every value and start nothing"),
     ("sluice runs", "the runs that are there; sluice runs clean frees their disk"),
+    ("sluice launch --print slurm hardware=h100", "the file that starts a recipe on a cluster"),
     ("sluice doctor", "what this machine has and lacks; --version for versions"),
 )
 

@@ -41,6 +41,8 @@ class Mode(StrEnum):
     """Log-probabilities of given samples, to a Parquet file."""
     export = "export"
     """Write a checkpoint as a Hugging Face folder."""
+    average = "average"
+    """Write the mean of the weights of several checkpoints, as a run folder."""
     dashboard = "dashboard"
     """Make a W&B workspace that shows the run."""
 
@@ -733,6 +735,12 @@ class Log:
     """Steps between validations; 0 validates only at the end."""
     validation_sequences: int = number(64, least=1)
     """Sequences of seq_len per validation."""
+    norms_every: int = expert(50, least=0)
+    """Steps between measurements of the norms of weights and updates of every layer; 0 for none. During the update of such a step the
+    master weights of a rank lie in the host's memory once more."""
+    report_every: float = expert(300.0, least=0)
+    """Seconds between writings of report.html while the run trains, by a process of its own at a low priority; 0 for one at the end
+    alone."""
     wandb: WandbMode = WandbMode.auto
     """auto: online with a key, else offline."""
     wandb_project: str = "sluice"
@@ -751,6 +759,8 @@ class Log:
     """Show the live progress bar (in a terminal) or a line now and then (elsewhere)."""
     sample_tokens: int = number(160, least=0)
     """Tokens of generated text shown at the end; 0 for none."""
+    sample_every: int = expert(0, least=0)
+    """Steps between such texts while the run trains, from its newest checkpoint; all ranks wait meanwhile. 0 for one at the end alone."""
     peak_flops: float = expert(0.0, least=0)
     """Peak of the device in FLOP/s for MFU, at the precision of the products; 0 takes the maker's figure of a GPU that is known,
     else the best matrix product measured so far on such a device, kept in data.cache."""
@@ -843,6 +853,18 @@ class Export:
 
 
 @dataclass
+class Average:
+    """mode=average: the mean of the weights of several checkpoints of one model (train/checkpoint/average.py)."""
+
+    of: list[str] = field(default_factory=list)
+    """Checkpoint folders, and run folders, of which the newest are taken; none for the run of this name."""
+    last: int = number(1, least=1)
+    """Checkpoints of each run folder, the newest ones."""
+    to: str | None = None
+    """The run folder to write; it must be empty or not exist yet."""
+
+
+@dataclass
 class Config:
     """A whole run."""
 
@@ -866,7 +888,7 @@ class Config:
     resume: str = "auto"
     """auto (newest intact checkpoint of this run, if any), never (start new; an existing run is an error), or a checkpoint folder."""
     init_from: str | None = None
-    """Folder with the weights of a model of DeepSeek-V3's architecture (safetensors, bf16, fp32 or FP8 blocks; the families of
+    """A run, a checkpoint, or a folder with the weights of a model of DeepSeek-V3's architecture (safetensors, bf16, fp32 or FP8 blocks; the families of
     export.family), which a new run starts from; null draws them. A run that has a checkpoint goes on from that."""
     text_only: bool = False
     """Take the language model of weights from elsewhere that hold more, such as a tower for images, and leave the rest out."""
@@ -895,3 +917,4 @@ class Config:
     generate: Generate = field(default_factory=Generate)
     score: Score = field(default_factory=Score)
     export: Export = field(default_factory=Export)
+    average: Average = field(default_factory=Average)

@@ -96,6 +96,7 @@ VALUES = {
 """A key and what is typed for it, in small letters; the value that is meant, and what it does."""
 
 OWN_KEYS: dict[str, tuple[Mode, ...]] = {
+    "average": (Mode.average,),
     "dry_run": (Mode.dry_run,),
     "evaluate": (Mode.evaluate,),
     "export": (Mode.export,),

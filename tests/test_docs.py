@@ -143,7 +143,7 @@ def shrunk(command: Command) -> list[str]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("page", ["first_run", "resume", "export"])
+@pytest.mark.parametrize("page", ["first_run", "resume", "export", "average"])
 def test_the_commands_of_a_page_run_one_after_another(page, tmp_path):
     write_corpus(tmp_path / "corpus")
     said = []

@@ -65,6 +65,7 @@ def do(config: Config, alone: bool) -> int:
         Mode.train: _train,
         Mode.report: _report,
         Mode.export: _export,
+        Mode.average: _average,
         Mode.evaluate: _evaluate,
         Mode.generate: _generate,
         Mode.score: _score,
@@ -107,7 +108,7 @@ def check_before_start(config: Config) -> None:
     is too small, a checkpoint of another model, data that cannot be read.
     """
     from train.checkpoint.run_folder import check_space, resume_point
-    from train.checkpoint.trained_with import require_model
+    from train.checkpoint.trained_with import refuse_mean, require_model
     from train.data.corpus import build_corpus
     from train.data.prepare_progress import show_progress
     from train.data.tokenizer import warn_of_spare_rows
@@ -129,14 +130,16 @@ def check_before_start(config: Config) -> None:
     start = resume_point(config).manifest
     if start is not None:
         require_model(config, start.folder, start.meta)
+        refuse_mean(config, start.folder, start.meta)
     with show_progress() as progress:
         corpus = build_corpus(config, progress)
     if warning := warn_of_spare_rows(corpus.tokenizer, config.model.vocab_size):
         say_note(warning)
     if config.init_from is not None and start is None:
-        from train.loop.start import check_start
+        from train.loop.start import check_start, own_start
 
-        check_start(config, corpus.tokenizer)
+        if own_start(config, corpus.tokenizer) is None:
+            check_start(config, corpus.tokenizer)
 
 
 def _run_rank(config: Config, place: Place) -> int:
@@ -177,6 +180,12 @@ def _export(config: Config, alone: bool) -> int:
     return export(config)
 
 
+def _average(config: Config, alone: bool) -> int:
+    from train.checkpoint.average import average
+
+    return average(config)
+
+
 def _evaluate(config: Config, alone: bool) -> int:
     from train.evaluate.run import evaluate
 
@@ -199,6 +208,18 @@ def _dashboard(config: Config, alone: bool) -> int:
     from train.metrics.dashboard import build_dashboard
 
     return build_dashboard(config)
+
+
+def _plan_of_job(config: Config) -> tuple[str, float, float]:
+    """What a plan says of a run in a line, the hours that it takes, and the bytes that the fullest node keeps in its host's memory."""
+    from train.plan.budget import make_plan
+
+    plan = make_plan(config)
+    hours = 24 * plan.budget.days
+    line = (
+        f"mode=plan: {plan.verdict}, {plan.step.step_seconds:.3g} s a step, {hours:.3g} hours for {config.steps} steps"
+    )
+    return line, hours, float(plan.host_bytes)
 
 
 def _show_bug(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
@@ -229,6 +250,10 @@ def _command(words: list[str]) -> int:
         from train.command import runs
 
         return runs.main(words[1:])
+    if words[:1] == ["launch"]:
+        from train.command import job_file
+
+        return job_file.main(words[1:], _plan_of_job)
     if {"--help", "-h"} & set(words):
         from conf.help import show_help
 

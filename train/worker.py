@@ -29,11 +29,12 @@ from train.kernels.cpu.processor import cpu_name
 from train.kernels.device import idle_gpu
 from train.kernels.precision import activation_dtype
 from train.loop.device_errors import raise_explained
-from train.loop.finish import finish, sample
+from train.loop.finish import finish
 from train.loop.resume import find_start, restore
 from train.loop.state import RunState
 from train.loop.stop import StopRequest
 from train.loop.trainer import Flops, Outputs, Trainer
+from train.loop.written_text import sample
 from train.metrics.origin import record_machine
 from train.metrics.peak import peak_flops
 from train.metrics.wandb_items import sample_table
@@ -115,7 +116,7 @@ def _run(config: Config, place: Place, stop: StopRequest) -> int:
     if place.rank == 0:
         data.tokenizer.save(paths.path)
         gpu = torch.cuda.get_device_name(device) if device.type == "cuda" else None
-        record_machine(paths.path, gpu or cpu_name(), place.world)
+        record_machine(paths.path, gpu or cpu_name(), place.world, gpu is not None)
     flops = count_flops(config, device, kernels)
     started = time.monotonic()
     writer = (

@@ -281,6 +281,16 @@ def test_a_browser_draws_every_figure_without_an_error(tmp_path, steps):
 
 @pytest.mark.slow
 @pytest.mark.skipif(CHROMIUM is None, reason="needs chromium")
+def test_on_a_narrow_screen_the_name_of_a_scale_of_colours_stands_above_it(tmp_path):
+    path = write_report(write_run(tmp_path / "run", 12))
+    flags = [*FLAGS, "--window-size=500,900", f"--user-data-dir={tmp_path}/profile"]
+    result = subprocess.run([CHROMIUM, *flags, path.as_uri()], capture_output=True, text=True, timeout=100)
+    for name, title in (("layers", "MaxVio"), ("load", "% of fair share")):
+        drawn = result.stdout.split(f'id="plot-{name}"', 1)[1].split("</figure>", 1)[0]
+        assert re.search(rf'class="annotation-text"[^>]*>{title}<', drawn) and drawn.count(f">{title}<") == 1
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="needs chromium")
 @pytest.mark.parametrize(("scheme", "blue"), [(1, "rgb(0, 114, 178)"), (0, "rgb(74, 168, 224)")])
 def test_colours_follow_the_scheme_of_the_reader(tmp_path, scheme, blue):
     path = write_report(write_run(tmp_path / "run", 3, layers=0))

@@ -160,6 +160,22 @@ def _holder(handle: int, path: Path) -> str:
     return text
 
 
+def is_held(run: Path) -> bool:
+    """Whether a driver, or a rank 0 that outlived it, still writes there."""
+    for lock in (run / ".lock", run / ".rank_0.lock"):
+        try:
+            handle = os.open(lock, os.O_RDONLY | os.O_NOFOLLOW)
+        except OSError:
+            continue
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+        finally:
+            os.close(handle)
+    return False
+
+
 def resume_point(config: Config, skip: Collection[Path] = ()) -> FoundCheckpoint:
     """The checkpoint to start from (None: start new), with a warning for each damaged one passed over.
 

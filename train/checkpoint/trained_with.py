@@ -46,6 +46,13 @@ def require_model(config: Config, checkpoint: Path, meta: dict[str, Any]) -> Non
         )
 
 
+def refuse_mean(config: Config, checkpoint: Path, meta: dict[str, Any]) -> None:
+    """UserError for a checkpoint that no optimizer wrote."""
+    if meta.get("averaged"):
+        rule = f"cannot go on from {checkpoint}, which mode=average wrote: a mean of weights has no optimizer's state"
+        raise UserError("resume", config.resume, rule, f"set init_from={checkpoint} under another name=")
+
+
 def tokenizer_of(config: Config, checkpoint: Manifest) -> Tokenizer:
     """The one that is set, else the one in the run's folder. Raises UserError if neither is that of the training."""
     run = checkpoint.folder.absolute().parents[1]

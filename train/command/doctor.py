@@ -16,6 +16,7 @@ from pathlib import Path
 
 import psutil
 from packaging.requirements import Requirement
+from packaging.utils import canonicalize_name
 from rich.console import Console
 
 from conf.disk import room, size
@@ -47,9 +48,12 @@ class DoctorLine:
 
 
 def main(words: list[str]) -> int:
-    """`--version`, or `doctor` and overrides of a recipe; returns the exit code."""
+    """`--version`, `doctor --constraints`, or `doctor` and overrides of a recipe; returns the exit code."""
     if words[0] == "--version":
         say(version_line())
+        return EXIT_OK
+    if words[1:] == ["--constraints"]:
+        say("\n".join(constraints()))
         return EXIT_OK
     try:
         config = compose(*words[1:])
@@ -112,6 +116,32 @@ def _packages() -> DoctorLine:
         return DoctorLine("Packages", f"all {len(wanted)} fit")
     cure = "pip install " + " ".join(f"'{requirement}'" for requirement, _ in bad)
     return DoctorLine("Packages", "; ".join(words for _, words in bad), cure, stops=True)
+
+
+def constraints() -> list[str]:
+    """Lines of a constraints file of pip: what the program asks for, and what that asks for in turn, in the versions that are installed
+    here. A build of torch for one kind of device (2.13.0+cpu) is pinned without that kind, which an index of packages chooses.
+    """
+    extras_of: dict[str, set[str]] = {}
+    wanted = [Requirement(one) for one in requirements()]
+    for one in wanted:
+        one.marker = None  # of every extra
+    pins: dict[str, str] = {}
+    while wanted:
+        one = wanted.pop()
+        name, extras = canonicalize_name(one.name), {"", *one.extras}
+        if extras <= extras_of.get(name, set()):
+            continue
+        try:
+            there = metadata.distribution(name)
+        except metadata.PackageNotFoundError:
+            continue  # only pip's other platforms and extras have it
+        pins[name] = there.version.partition("+")[0]
+        extras_of[name] = extras | extras_of.get(name, set())
+        asked = map(Requirement, there.requires or [])
+        wanted += [one for one in asked if one.marker is None or any(one.marker.evaluate({"extra": e}) for e in extras)]
+    head = f"# {COMMAND} doctor --constraints, of {__version__} on Python {platform.python_version()}, {platform.machine()}"
+    return [head, *(f"{name}=={version}" for name, version in sorted(pins.items()))]
 
 
 def requirements() -> list[str]:

@@ -4,7 +4,6 @@ Cleaning shows first what it would free, and does it with --yes. Without names i
 the newest sound one and those of checkpoint.keep_every, and runs that never made a step; with names, those runs as a whole.
 """
 
-import fcntl
 import json
 import os
 import shutil
@@ -25,6 +24,7 @@ from conf.load import report
 from conf.screen import Terminal
 from conf.words import say
 from train.checkpoint.manifest import newest_intact
+from train.checkpoint.run_folder import is_held
 from train.metrics.jsonl import METRICS_FILE
 from train.metrics.progress import duration
 
@@ -136,22 +136,6 @@ def _last_record(file: Path) -> dict:
         if isinstance(record, dict) and isinstance(record.get("step"), int):
             return record
     return {}
-
-
-def is_held(run: Path) -> bool:
-    """Whether a driver, or a rank 0 that outlived it, still writes there."""
-    for lock in (run / ".lock", run / ".rank_0.lock"):
-        try:
-            handle = os.open(lock, os.O_RDONLY | os.O_NOFOLLOW)
-        except OSError:
-            continue
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return True
-        finally:
-            os.close(handle)
-    return False
 
 
 def disk_bytes(path: Path) -> int:

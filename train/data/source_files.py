@@ -40,7 +40,12 @@ def find_files(root: Path, field: str, skip_folders: frozenset[str] = frozenset(
         if root.is_file():
             return [_file(root, root.name)]
         if not root.is_dir():
-            raise UserError(field, root, "no such file or folder", "check the path")
+            raise UserError(
+                field,
+                root,
+                "no such file or folder",
+                f"check the path; where the text lies elsewhere, give {field}=PATH",
+            )
         found = []
         for folder, folders, names in os.walk(root, onerror=_raise):
             folders[:] = [name for name in folders if name[0] != "." and name not in skip_folders]

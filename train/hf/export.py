@@ -7,11 +7,9 @@ name at the end; nothing half-written ever has it.
 """
 
 import math
-import os
 import shutil
 from collections import defaultdict
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,7 +17,7 @@ import torch
 from torch import Tensor
 
 from conf.errors import EXIT_OK, UserError
-from conf.files import fsync_folder
+from conf.files import new_folder, written_whole
 from conf.own_code import TARGET
 from conf.schema import Config, ExportType, Model, ModelFamily
 from conf.words import one_line, say
@@ -48,7 +46,7 @@ SMALL_FILES = 64 << 20
 
 def export(config: Config) -> int:
     """Write the folder export.to; returns the exit code. Raises UserError, with nothing left behind."""
-    target = _target(config)
+    target = new_folder(config.export.to, "export.to")
     for key, own in (("model.block", config.model.block), ("model.router", config.model.router)):
         if own:
             rule = "is code of your own, and whoever loads a Hugging Face folder computes DeepSeek-V3 alone"
@@ -68,7 +66,7 @@ def export(config: Config) -> int:
     files = plan(placed, config.export.dtype, config.export.shard_gb * 1e9, FAMILIES[family].stem)
     _check_room(target, files)
     rows = fates(files, rest, ema)
-    with _written_whole(target) as folder, show_progress() as progress:
+    with written_whole(target, "export.to") as folder, show_progress() as progress:
         _write_weights(folder, files, manifest, ema, progress)
         write_json(folder / index_of(FAMILIES[family].stem), index_json(files))
         length = _write_configs(folder, config, family, manifest.meta["seq_len"], tokenizer.eos_id)
@@ -80,17 +78,6 @@ def export(config: Config) -> int:
     for line in (*lines(rows), *notes, f"Exported step {manifest.step} of {checkpoint} to {target}"):
         say(one_line(line))
     return EXIT_OK
-
-
-def _target(config: Config) -> Path:
-    """The folder to make. Raises UserError where something is in its way."""
-    assert config.export.to is not None, "conf/check.py asks for it"
-    target = Path(config.export.to).expanduser().absolute()
-    if target.is_dir() and any(target.iterdir()):
-        raise UserError("export.to", target, "must be empty or not exist yet", "give a new folder, or empty this one")
-    if target.exists() and not target.is_dir():
-        raise UserError("export.to", target, "is a file", "give a folder")
-    return target
 
 
 def _tokenizer_folder(config: Config) -> Path | None:
@@ -148,27 +135,6 @@ def _check_room(target: Path, files: list[PlannedFile]) -> None:
             f"no disk space: the folder takes {needed / 1e9:.1f} GB, and {free / 1e9:.1f} GB are free",
             "free some, or give a folder on a larger disk",
         )
-
-
-@contextmanager
-def _written_whole(target: Path) -> Iterator[Path]:
-    """A hidden folder that becomes the target when all went well, and is removed when not."""
-    temporary = target.with_name(f".{target.name}.{os.getpid()}.tmp")
-    try:
-        temporary.mkdir(parents=True)
-        yield temporary
-        for file in temporary.iterdir():
-            with file.open("rb") as opened:
-                os.fsync(opened.fileno())
-        fsync_folder(temporary)
-        temporary.rename(target)  # over an empty folder too
-        fsync_folder(target.parent)
-    except OSError as error:
-        raise UserError(
-            "export.to", target, f"cannot be written: {error}", "correct that, or give another folder"
-        ) from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def _write_weights(

@@ -1,33 +1,24 @@
-"""The end of a run as its user sees it: a sample of text, the report, and one screen with the results and paths."""
+"""The end of a run as its user sees it: the report, and one screen with the results and paths."""
 
 from pathlib import Path
-
-import torch
 
 from cluster.run_files import stop_path
 from conf.disk import explain
 from conf.errors import EXIT_OK, EXIT_STOPPED, UserError
-from conf.files import atomic_write_json
 from conf.schema import Config
 from train.checkpoint.manifest import newest_intact, read_manifest
 from train.checkpoint.run_folder import RunPaths
-from train.checkpoint.weights import fits_here
-from train.data.tokenizer import Tokenizer
-from train.generate.complete import complete
-from train.generate.source import from_checkpoint
 from train.metrics.headline import tail_mean
 from train.metrics.jsonl import read_heads
 from train.metrics.origin import command_to_go_on
 from train.metrics.planned import plan_rows, plan_words
-from train.metrics.report import SAMPLE, write_report
+from train.metrics.report import write_report
 from train.metrics.screens import final_screen, stopped_screen
 from train.metrics.series import read_series
 
-SAMPLE_TEMPERATURE = 0.8
-
 
 def finish(config: Config, code: int, seconds: float, wandb: str | None, text: str | None) -> None:
-    """Called on rank 0 when the run has ended with this exit code. seconds: wall time of the training; text: of `sample`."""
+    """Called on rank 0 when the run has ended with this exit code. seconds: wall time of the training; text: what the model wrote."""
     paths = RunPaths(config)
     checkpoint = newest_intact(paths.checkpoints).path
     report = _report(config, paths.path)
@@ -66,23 +57,6 @@ def _report(config: Config, folder: Path) -> Path | str:
     except UserError as error:  # a file of the run folder is damaged
         why = f"{error.value} {error.rule}"
     return f"not written ({why}); later: python -m train mode=report name={config.name} runs={config.runs}"
-
-
-def sample(config: Config, tokenizer: Tokenizer, device: torch.device) -> str | None:
-    """Text from the newest checkpoint, also kept in sample.json; or why there is none; None when the run wants none."""
-    paths = RunPaths(config)
-    checkpoint = newest_intact(paths.checkpoints).path
-    if not config.log.sample_tokens or checkpoint is None:
-        return None
-    if config.model.block:
-        return "(none: text is not written through blocks of your own)"
-    if not fits_here(config, device):
-        return "(none: the model does not fit beside the run)"
-    source = from_checkpoint(config, checkpoint, tokenizer, device)
-    text = complete(source, "", tokens=config.log.sample_tokens, temperature=SAMPLE_TEMPERATURE, seed=config.seed)
-    step = read_manifest(checkpoint).step
-    atomic_write_json(paths.path / SAMPLE, {"step": step, "temperature": SAMPLE_TEMPERATURE, "text": text})
-    return text
 
 
 def last_validation(metrics: Path) -> dict[str, float]:

@@ -16,12 +16,12 @@ from train.checkpoint.manifest import CheckpointDamaged, manifest_of, newest_int
 from train.checkpoint.memory_copies import MemoryCopies
 from train.checkpoint.read_shards import fill
 from train.checkpoint.run_folder import RunPaths, resume_point
-from train.checkpoint.trained_with import require_model, require_tokenizer
+from train.checkpoint.trained_with import refuse_mean, require_model, require_tokenizer
 from train.data.prepare import PreparedData
 from train.data.streamed import StreamedData
 from train.data.tokenizer import Tokenizer
 from train.hf.folder import Folder, StoredTensor
-from train.loop.start import check_start, start_from
+from train.loop.start import check_start, own_start, start_from
 from train.loop.state import RunState
 
 
@@ -157,6 +157,10 @@ def _load(state: RunState, meta: dict[str, Any], optimizer: str, load: Callable[
 
 def _start(config: Config, tokenizer: Tokenizer, state: RunState) -> list[str]:
     """Begin from the weights of init_from; rank 0 alone looks at all headers."""
+    own = from_rank_0(lambda: None if (found := own_start(config, tokenizer)) is None else str(found))
+    if own is not None:
+        start_from(config, Path(own), state)
+        return [f"started from the weights of {own}"]
 
     def look() -> tuple[str, str, dict[str, tuple], list[str]]:
         folder, notes = check_start(config, tokenizer)
@@ -176,6 +180,7 @@ def _start(config: Config, tokenizer: Tokenizer, state: RunState) -> list[str]:
 
 def _fits(config: Config, tokenizer: Tokenizer, path: Path, meta: dict[str, Any]) -> None:
     require_model(config, path, meta)
+    refuse_mean(config, path, meta)
     require_tokenizer(tokenizer.fingerprint, config.data.tokenizer, path, meta)
     if meta["step"] > config.steps:
         raise UserError(

@@ -1,4 +1,5 @@
-"""init_from: a new run that starts from the weights of a Hugging Face folder. Imports no torch: the driver checks too.
+"""init_from: a new run that starts from the weights of a Hugging Face folder, or of a checkpoint of ours. Imports no torch: the driver
+checks too.
 
 Master weights become exactly the folder's values, dequantised where they are FP8, balance biases its correction biases.
 Moments stay 0, and an average of the weights starts from them.
@@ -7,9 +8,13 @@ Moments stay 0, and an average of the weights starts from them.
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from cluster.run_files import MANIFEST
 from conf.optimizers import pretrained_with
 from conf.read_json import read_json
 from conf.schema import Config
+from train.checkpoint.manifest import read_manifest
+from train.checkpoint.run_folder import find_checkpoint
+from train.checkpoint.trained_with import require_model, require_tokenizer
 from train.data.tokenizer import Tokenizer
 from train.hf.config import check_recipe
 from train.hf.families import CONFIG_FILE, FAMILIES
@@ -45,12 +50,34 @@ def other_optimizer(config: Config, folder: Path) -> list[str]:
     ]
 
 
-def start_from(config: Config, folder: Folder, state: "RunState") -> None:
-    """Fill this rank's part of the state from a folder that `check_start` has found sound."""
-    from train.hf.read import fill  # torch
+def own_start(config: Config, tokenizer: Tokenizer) -> Path | None:
+    """The checkpoint that config.init_from names, itself or as the newest of a run; None where it is a folder of Hugging Face's.
 
-    kinds = ("master.", "bias.") if FAMILIES[folder.family].has_biases else ("master.",)
+    Raises UserError where it is damaged, or of another model or tokenizer.
+    """
+    assert config.init_from is not None
+    path = Path(config.init_from).expanduser()
+    if not ((path / "checkpoints").is_dir() or (path / MANIFEST).is_file()):
+        return None
+    checkpoint = find_checkpoint(config, str(path), "init_from")
+    meta = read_manifest(checkpoint).meta
+    require_model(config, checkpoint, meta)
+    require_tokenizer(tokenizer.fingerprint, config.data.tokenizer, checkpoint, meta)
+    return checkpoint
+
+
+def start_from(config: Config, source: Folder | Path, state: "RunState") -> None:
+    """Fill this rank's part of the state from what `check_start` or `own_start` has found sound."""
+    kinds = ("master.", "bias.") if isinstance(source, Path) or FAMILIES[source.family].has_biases else ("master.",)
     weights = {name: shard for name, shard in state.wanted(False).items() if name.startswith(kinds)}
-    fill(folder, match(folder, config.model), weights)
-    meta = {"step": 0, "samples": 0, "skipped": 0, "updates": 0, "family": folder.family}
+    if isinstance(source, Path):
+        from train.checkpoint.read_shards import load  # torch
+
+        family = load(source, weights).get("family")
+    else:
+        from train.hf.read import fill  # torch
+
+        fill(source, match(source, config.model), weights)
+        family = source.family
+    meta = {"step": 0, "samples": 0, "skipped": 0, "updates": 0} | ({} if family is None else {"family": family})
     state.finish_load(meta, with_ema=False)

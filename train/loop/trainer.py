@@ -30,6 +30,7 @@ from train.data.prepare import PreparedData
 from train.data.streamed import StreamedData
 from train.kernels.fp8.health import Report, merge
 from train.loop.callbacks import Callbacks, RunView
+from train.loop.layer_norms import LayerNorms
 from train.loop.measure import MeasuredStep
 from train.loop.nonfinite import SHOWN_TENSORS, Origin, RankSightings, Watch, bad_weights, find_origin
 from train.loop.peak_memory import peak_memory
@@ -40,8 +41,9 @@ from train.loop.step import TrainingStep
 from train.loop.stop import StopKind, StopRequest
 from train.loop.timeline_sampler import TimelineSampler
 from train.loop.validation import held_out_loss
+from train.loop.written_text import sample
 from train.metrics.balance import balance_record
-from train.metrics.wandb_items import checkpoint
+from train.metrics.wandb_items import checkpoint, sample_table
 from train.metrics.writer import MetricsWriter
 from train.optim.schedules import Schedules, StepPlan
 from train.parallelize import ParallelModel
@@ -106,6 +108,7 @@ class Trainer:
         self.schedules = Schedules(config)
         self.training_step = TrainingStep(config, parts, rank)
         self.measure = self.training_step.measure
+        self.norms = LayerNorms(config, parts.zero, self.device)
         self.timeline = TimelineSampler(config, self.mesh, parts.pipeline, state.step)
         self.profiler = StepProfiler(config, self.mesh.rank, parts, RunPaths(config).path, self._warn)
         self.callbacks = Callbacks(config, RunView(self.mesh.rank, RunPaths(config).path, parts.chunks))
@@ -162,7 +165,9 @@ class Trainer:
         if self.timeline.wants(plan.step):
             self.timeline.align()
         with self.profiler.step(plan.step):
-            outcome = self.training_step.run(plan, batch, stopping=self.stop.pending)
+            outcome = self.training_step.run(
+                plan, batch, stopping=self.stop.pending, on_phase=lambda phase: self.norms.keep(plan.step, phase)
+            )
         self.stop.has_stepped = True
         measured, update = outcome.measured, outcome.update
         self._busy = self.measure.step_work.busy
@@ -177,7 +182,7 @@ class Trainer:
             self._note(f"step {plan.step}: all training text of {source} has been read once; from here on it repeats")
         record = self._record(plan, measured, update.grad_norm, data_wait)
         record |= self._speed(plan, time.perf_counter() - started)
-        record |= self._health(plan)
+        record |= self._health(plan) | self.norms.collect(plan.step)
         if self.timeline.wants(plan.step):
             self.timeline.save(plan.step, self._note)
         every = self.config.log.validate_every
@@ -197,6 +202,8 @@ class Trainer:
             self._copy(self.copies)
         if saving.every and step % saving.every == 0:
             self._save()
+        if (every := self.config.log.sample_every) and step % every == 0:
+            self._sample(step)
 
     def _skipped(self, plan: StepPlan, batch: Batch, measured: MeasuredStep, bad: list[str]) -> None:
         """Count and name a step without update; too many in a row end the run."""
@@ -354,17 +361,34 @@ class Trainer:
     def _save(self, final: bool = False) -> None:
         self._event("checkpoint")
         self._stall += self.checkpointer.save(self.state.step, self.state.shards(), self._meta())
-        results = self.checkpointer.finish(required=True) if final else self.checkpointer.poll()
+        self._tell_of(self.checkpointer.finish(required=True) if final else self.checkpointer.poll())
+        self._event(None)
+
+    def _sample(self, step: int) -> None:
+        """What the checkpoint of this step writes, told by rank 0 once the checkpoint is there. The other ranks meet it in the next step."""
+        if self.writer is None:
+            return
+        self._event("checkpoint")
+        self._tell_of(self.checkpointer.finish())
+        self._event("validation")
+        text = sample(self.config, self.data.tokenizer, self.device)
+        if text is not None:
+            self.writer.show(sample_table(step, text))
+        self._event(None)
+
+    def _tell_of(self, results: Sequence[SaveResult]) -> None:
+        """Let the terminal and W&B know of checkpoints, or of why there are none."""
         for result in results:
             if result.fenced:
                 raise RunOvertaken(result.warning or "a newer attempt of this run has started")
             if result.warning:
                 self._warn(result.warning)
-            if self.writer is not None:
-                _tell_of(result, self.writer)
+            if self.writer is not None and result.path is not None:
+                self.writer.show(checkpoint(result.step, result.path))
+            elif self.writer is not None:
+                self.writer.alert("a checkpoint is not written", result.warning or "")
             if result.path is not None:
                 self.callbacks.tell("on_checkpoint", result.step, result.path)
-        self._event(None)
 
     def _event(self, text: str | None) -> None:
         if text is not None:
@@ -379,11 +403,3 @@ class Trainer:
     def _warn(self, text: str) -> None:
         """Warn of what concerns this rank alone: at the terminal, or in the rank's log."""
         self._note(text) if self.writer is not None else say(text, file=sys.stderr)
-
-
-def _tell_of(result: SaveResult, writer: MetricsWriter) -> None:
-    """Let W&B know of a checkpoint, or of why there is none."""
-    if result.path is not None:
-        writer.show(checkpoint(result.step, result.path))
-    else:
-        writer.alert("a checkpoint is not written", result.warning or "")

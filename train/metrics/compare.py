@@ -22,6 +22,7 @@ from conf.schema import Config
 from train.metrics.headline import clipped, last, median, tail_mean
 from train.metrics.jsonl import METRICS_FILE
 from train.metrics.names import SCALARS, Curve
+from train.metrics.origin import ran_on_gpu
 from train.metrics.plot import LINE_COLOURS, Figure, add_curve, log_axis, look
 from train.metrics.progress import short
 from train.metrics.report import read_settings, write_report
@@ -50,6 +51,8 @@ class RunToCompare:
     settings: dict[str, Any]
     """By dotted key."""
     series: Series
+    gpu: bool
+    """Whether it trained on GPUs."""
 
 
 def write_reports(config: Config) -> list[Path]:
@@ -88,7 +91,8 @@ def _read(runs: Path, name: str) -> RunToCompare:
     folder = runs / name
     if not (folder / METRICS_FILE).exists():
         raise _no_run(name, folder)
-    return RunToCompare(name, flat(dict(read_settings(folder))), read_series(folder / METRICS_FILE))
+    series = read_series(folder / METRICS_FILE)
+    return RunToCompare(name, flat(dict(read_settings(folder))), series, ran_on_gpu(folder))
 
 
 def _no_run(name: str, folder: Path) -> UserError:
@@ -104,7 +108,7 @@ def _write(path: Path, title: str, runs: list[RunToCompare]) -> Path:
     parts += [table(("setting", *(run.name for run in runs)), rows)] if rows else ["<p>No setting differs.</p>"]
     parts += [
         "<h2>How they ended</h2>",
-        table(("", *(label for label, _ in COMPARED_RESULTS)), [(run.name, *_results(run.series)) for run in runs]),
+        table(("", *(label for label, _ in COMPARED_RESULTS)), [(run.name, *_results(run, runs)) for run in runs]),
         f'<h2>Over the course of training</h2><p class="sub">{html.escape(HOW_TO_READ)}</p>',
         f'<div class="figures">{"".join(map(figure_html, figures))}</div>',
         *closing(figures),
@@ -140,9 +144,12 @@ RESULT_FORMATS = {
 }
 
 
-def _results(series: Series) -> Iterator[str]:
+def _results(run: RunToCompare, runs: Sequence[RunToCompare]) -> Iterator[str]:
+    """Results of one of these runs. The MFU of a processor, of a peak that was measured, is not set beside that of a GPU."""
     for label, measure in COMPARED_RESULTS:
-        value, style = measure(series), RESULT_FORMATS.get(label, ".4f")
+        value, style = measure(run.series), RESULT_FORMATS.get(label, ".4f")
+        if label == "MFU" and not run.gpu and any(other.gpu for other in runs):
+            value = math.nan
         text = short(value) if style == "short" else f"{value:{style}}"
         yield text if math.isfinite(value) else ""
 

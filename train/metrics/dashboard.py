@@ -40,6 +40,8 @@ SECTIONS = {
         "mtp_depths": "MTP, depth by depth",
         "bits": "Held-out bits per byte",
         "grad_norm": "Gradient norm before clipping",
+        "weight_norm": "Norm of the weights",
+        "update_norm": "Norm of what a step changes",
         "lr": "Learning rate",
         "epochs": "How often the training text has been read",
         "minimised": "What is minimised: next token, weighted MTP and balance",

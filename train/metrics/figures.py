@@ -71,8 +71,7 @@ CURVE_FIGURES = {
     "mfu": CurveFigure(
         "Use of the hardware (MFU)",
         "% of peak",
-        "Model FLOP/s utilisation: the share of the device's peak arithmetic that went into the model, higher is better. "
-        "DeepSeek-V3 reports 38.9 % (causal) and 43.7 % (full) on its H800s, MTP left out as here.",
+        "Model FLOP/s utilisation: the share of the device's peak arithmetic that went into the model, higher is better. ",
     ),
     "times": CurveFigure(
         "Where the time goes",
@@ -118,25 +117,31 @@ CURVE_FIGURES = {
 """By the word by which metrics name theirs in the table."""
 
 
+MFU_OF_GPUS = "DeepSeek-V3 reports 38.9 % (causal) and 43.7 % (full) on its H800s, MTP left out as here."
+MFU_OF_PROCESSORS = "Of a processor the peak is the fastest product that was measured on one, which says nothing beside the figure of a GPU."
+
+
 def curves_of(key: str) -> dict[str, Curve]:
     """The curves of a figure by metric, in the order of the table."""
     return {metric.name: metric.curve for metric in SCALARS if metric.curve is not None and metric.curve.figure == key}
 
 
-def _of_table(key: str) -> Callable[[Series, Mapping[str, Any]], Figure | None]:
+def _of_table(key: str, more: str = "") -> Callable[[Series, Mapping[str, Any]], Figure | None]:
     title, unit, caption, zero, quiet = CURVE_FIGURES[key]
 
     def make(series: Series, settings: Mapping[str, Any]) -> Figure | None:
         wanted = curves_of(key)
         if quiet and not any(series.finite(metric).any() for metric in wanted):
             return None
-        return figure(key, title, caption, curves(series, wanted, unit, zero=zero))
+        return figure(key, title, caption + more, curves(series, wanted, unit, zero=zero))
 
     return make
 
 
-def build(series: Series, settings: Mapping[str, Any], sampled: SampledStep | None = None) -> list[Figure]:
-    """All figures that the run has data for, in reading order. settings: the run's configuration."""
+def build(
+    series: Series, settings: Mapping[str, Any], sampled: SampledStep | None = None, gpu: bool = False
+) -> list[Figure]:
+    """All figures that the run has data for, in reading order. settings: the run's configuration. gpu: whether it is a run of GPUs."""
     makers = (
         _loss,
         _of_table("imbalance"),
@@ -145,12 +150,13 @@ def build(series: Series, settings: Mapping[str, Any], sampled: SampledStep | No
         _of_table("bias"),
         _of_table("dead"),
         _of_table("throughput"),
-        _of_table("mfu"),
+        _of_table("mfu", MFU_OF_GPUS if gpu else MFU_OF_PROCESSORS),
         _of_table("times"),
         lambda *_: timeline_figure(sampled),
         _of_table("bubble"),
         _of_table("dispatch"),
         _grad_norm,
+        _layer_norms,
         _schedules,
         _of_table("memory"),
         _of_table("fp8-flushed"),
@@ -195,7 +201,7 @@ def _layer_heat(series: Series, settings: Mapping[str, Any]) -> Figure | None:
         zmin=0,
         zmax=max(top, 1.0),
         colorscale="Cividis",
-        colorbar={"title": {"text": "MaxVio"}},
+        colorbar={"title": {"text": "MaxVio", "side": "right"}},
         hovertemplate="step %{x}, %{y}: MaxVio %{z:.2f}<extra></extra>",
     )
     plot = style(go.Figure(heat), series.layer_step_S, height=int(min(620, 180 + 16 * len(series.layers))))
@@ -206,6 +212,43 @@ def _layer_heat(series: Series, settings: Mapping[str, Any]) -> Figure | None:
         "more than its share in that batch. A row that stays yellow is a layer that does not balance. Rows named mtp are MTP modules."
     )
     return figure("layers", "Imbalance layer by layer", caption, plot)
+
+
+def _layer_norms(series: Series, settings: Mapping[str, Any]) -> Figure | None:
+    """Three heat maps of one choice, each in powers of ten."""
+    if not series.norms:
+        return None
+    steps, layers = [one["step"] for one in series.norms], list(series.norms[0]["layer_weight_norm"])
+    weight_LS, update_LS = (
+        np.array([[one[name].get(layer) or np.nan for one in series.norms] for layer in layers])
+        for name in ("layer_weight_norm", "layer_update_norm")
+    )
+    shown = {
+        "update / weight": update_LS / weight_LS,
+        "norm of the update": update_LS,
+        "norm of the weights": weight_LS,
+    }
+    plot = go.Figure()
+    for index, (name, values_LS) in enumerate(shown.items()):
+        plot.add_heatmap(
+            x=steps,
+            y=layers,
+            z=np.log10(values_LS).astype(np.float32),
+            customdata=values_LS.astype(np.float32),
+            name=name,
+            visible=index == 0,
+            colorscale="Cividis",
+            colorbar={"title": {"text": "power of ten", "side": "right"}},
+            hovertemplate="step %{x}, %{y}: %{customdata:.3g}<extra></extra>",
+        )
+    style(plot, np.array(steps), height=int(min(620, 180 + 16 * len(layers))))
+    plot.update_layout(showlegend=False, hovermode="closest")
+    plot.update_yaxes(title="layer", type="category", autorange="reversed", automargin=True)
+    caption = (
+        "What a step changed of a layer, over the layer's norm: a thousandth is usual, less as the rate falls. A row that differs from "
+        "its neighbours, or rises while the rate does not, is a layer to look at. Choose the two norms above the picture."
+    )
+    return figure("norms", "Weights and updates, layer by layer", caption, plot, False, list(shown))
 
 
 def _load_heat(series: Series, settings: Mapping[str, Any]) -> Figure | None:
@@ -225,7 +268,7 @@ def _load_heat(series: Series, settings: Mapping[str, Any]) -> Figure | None:
             zmax=LOAD_PERCENT_TOP,
             colorscale=LOAD_COLOURS,
             colorbar={
-                "title": {"text": "% of fair share"},
+                "title": {"text": "% of fair share", "side": "right"},
                 "tickvals": [0, 100, 200, 300],
                 "ticktext": ["0", "100", "200", "300+"],
             },

@@ -20,6 +20,10 @@ SETTING = 60
 """Characters of a setting's value in a sentence."""
 
 
+PAPER_MFU = "; DeepSeek-V3 reports 38.9 % on its H800s"
+OWN_MFU = ", of the fastest product that was measured on such a processor"
+
+
 class Card(NamedTuple):
     label: str
     value: str
@@ -27,9 +31,9 @@ class Card(NamedTuple):
     """What the number is, and what would be good."""
 
 
-def headline(series: Series, settings: Mapping[str, Any]) -> list[Card]:
-    """Cards for what the run has measured, quality first. settings: the run's configuration."""
-    found = _quality(series, settings) + _amount(series) + _experts(series) + _health(series)
+def headline(series: Series, settings: Mapping[str, Any], gpu: bool = False) -> list[Card]:
+    """Cards for what the run has measured, quality first. settings: the run's configuration. gpu: whether it is a run of GPUs."""
+    found = _quality(series, settings) + _amount(series, gpu) + _experts(series) + _health(series)
     return [Card(label, text, caption) for label, value, text, caption in found if math.isfinite(value)]
 
 
@@ -66,7 +70,7 @@ def _quality(series: Series, settings: Mapping[str, Any]) -> list[CardRow]:
     ]
 
 
-def _amount(series: Series) -> list[CardRow]:
+def _amount(series: Series, gpu: bool) -> list[CardRow]:
     steps, tokens, speed = int(series.step_N[-1]), last(series, "tokens"), median(series, "tokens_per_second")
     mfu = 100 * median(series, "mfu")
     done = f"{steps:,} step" if steps == 1 else f"{steps:,} steps"
@@ -77,7 +81,7 @@ def _amount(series: Series) -> list[CardRow]:
             "Use of the hardware (MFU)",
             mfu,
             f"{mfu:.1f} %",
-            "share of peak arithmetic that went into the model; DeepSeek-V3 reports 38.9 % on its H800s.",
+            f"share of peak arithmetic that went into the model{PAPER_MFU if gpu else OWN_MFU}.",
         ),
     ]
 

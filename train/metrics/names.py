@@ -54,6 +54,7 @@ FP8_READINGS = (
     ("scale_range", "log2", "largest over smallest scale of a tensor"),
 )
 CLUSTER_WHEN = "cluster=ray"
+NORMS_WHEN = "every log.norms_every steps"
 QK_WHEN = "optim.qk_clip"
 PLAN_WHEN = "after mode=plan of the same name and recipe"
 PLAN_HERE = "after mode=plan of the same name and recipe, for this very device"
@@ -112,6 +113,23 @@ SCALARS = (
         "global gradient norm before clipping",
         panel="grad_norm",
         curve=Curve("grad_norm", "before clipping", BLUE, smooth=True),
+        log=True,
+    ),
+    Metric(
+        "weight_norm",
+        float,
+        "1",
+        "root of the sum of squares of all master weights, after the step",
+        NORMS_WHEN,
+        panel="weight_norm",
+    ),
+    Metric(
+        "update_norm",
+        float,
+        "1",
+        "the same of what the step changed of them",
+        NORMS_WHEN,
+        panel="update_norm",
         log=True,
     ),
     Metric("lr", float, "1", "learning rate", panel="lr", curve=Curve("lr", "learning rate", BLUE)),
@@ -406,6 +424,8 @@ LAYERS = (
     Metric("layer_dead_experts", int, "experts", "dead_experts of each MoE layer"),
     Metric("layer_bias", list, "1", "smallest and largest balance bias of each MoE layer"),
     Metric("load", list, "tokens", "tokens routed to each expert of each MoE layer in this batch"),
+    Metric("layer_weight_norm", float, "1", "weight_norm of each layer, embedding, head and last norm", NORMS_WHEN),
+    Metric("layer_update_norm", float, "1", "update_norm of each of them", NORMS_WHEN),
     *(
         Metric(f"layer_{metric.name}", dict, metric.unit, f"{metric.name} of each layer with FP8 products", FP8_WHEN)
         for metric in SCALARS

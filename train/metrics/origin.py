@@ -53,7 +53,7 @@ def record_start(folder: Path) -> None:
     _write(folder, [*read_starts(folder), start | {"commit": commit, "modified": modified}])
 
 
-def record_machine(folder: Path, device: str, ranks: int) -> None:
+def record_machine(folder: Path, device: str, ranks: int, is_gpu: bool = False) -> None:
     """Complete the newest start. device: name of the GPU or processor of rank 0."""
     if not (starts := read_starts(folder)):
         return  # a rank that was started by hand
@@ -62,6 +62,7 @@ def record_machine(folder: Path, device: str, ranks: int) -> None:
         "host": platform.node(),
         "system": f"{platform.system()} {platform.release()}, {platform.machine()}",
         "device": device,
+        "is_gpu": is_gpu,
         "cores": len(os.sched_getaffinity(0)),
         "memory_bytes": psutil.virtual_memory().total,
     }
@@ -87,6 +88,12 @@ def read_starts(folder: Path) -> list[StartRecord]:
             STARTS_FILE, path, f"is damaged: {error}", "remove it; the next start writes another one"
         ) from error
     return starts
+
+
+def ran_on_gpu(folder: Path) -> bool:
+    """Whether the last start that got so far trained on GPUs; false for one of a version that did not say."""
+    machines = [start["machine"] for start in read_starts(folder) if "machine" in start]
+    return bool(machines and machines[-1].get("is_gpu"))
 
 
 def _require(values: dict[str, Any], types: dict[str, Any]) -> None:

@@ -7,6 +7,7 @@ report can be written again at any time, also beside a run that still trains or 
 import datetime
 import html
 import json
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -16,25 +17,30 @@ import yaml
 from cluster.run_files import STEP_FOLDERS
 from conf.errors import UserError
 from conf.files import atomic_write_text
+from train.checkpoint.run_folder import is_held
 from train.metrics.figures import build
 from train.metrics.goodput import cluster_summary
 from train.metrics.headline import findings, headline
 from train.metrics.jsonl import METRICS_FILE
 from train.metrics.names import EVENTS, SCALARS
-from train.metrics.origin import StartRecord, code_words, read_starts
+from train.metrics.origin import StartRecord, code_words, ran_on_gpu, read_starts
 from train.metrics.planned import PlanRow, plan_rows
 from train.metrics.plot import DOTTED_STEPS, Figure
 from train.metrics.progress import short
 from train.metrics.proof_rows import report_rows
 from train.metrics.quantities import gib
-from train.metrics.report_page import HOW_TO_READ, cards_html, closing, figure_html, opening, table
+from train.metrics.report_page import HOW_TO_READ, cards_html, closing, figure_html, opening, reloading, table
 from train.metrics.screens import printable
 from train.metrics.series import POINTS, Series, read_series
 from train.metrics.timeline_file import SampledStep, read_timeline
 
 REPORT = "report.html"
 SAMPLE = "sample.json"
-"""What the model wrote at the end of the run: step, temperature, text."""
+"""What the model wrote last: step, temperature, text; and `earlier`, the same of before, oldest first."""
+RELOADED = 60
+"""Seconds after which the page of a run that trains loads itself again."""
+TRUSTED = 900.0
+"""Seconds beyond log.report_every for which such a page still believes that the run trains, if nobody writes another."""
 
 
 def write_report(run_folder: Path) -> Path:
@@ -51,10 +57,19 @@ def write_report(run_folder: Path) -> Path:
         + _profile_parts(run_folder)
     )
     sections += _checkpoint_table(_checkpoints(run_folder)) + _origin_parts(run_folder)
-    page = _page(name, series, settings, settings_text, sections, sampled)
+    gpu = ran_on_gpu(run_folder)
+    page = _page(name, series, settings, settings_text, sections, sampled, gpu, _until(run_folder, settings))
     path = run_folder / REPORT
     atomic_write_text(path, page)
     return path
+
+
+def _until(run_folder: Path, settings: Mapping[str, Any]) -> float | None:
+    """Unix time up to which the page may say that the run trains; None where it does not."""
+    if not is_held(run_folder):
+        return None
+    every = (settings.get("log") or {}).get("report_every")
+    return time.time() + TRUSTED + (every if isinstance(every, int | float) else 0.0)
 
 
 def _profile_parts(run_folder: Path) -> list[str]:
@@ -113,13 +128,17 @@ def _page(
     settings_text: str,
     sections: list[str],
     sampled: SampledStep | None,
+    gpu: bool,
+    until: float | None,
 ) -> str:
-    """sections: what stands below the figures."""
-    written = datetime.datetime.now().strftime("%Y-%m-%d %H:%M")
-    parts = opening(f"Training report: {name}", f"{_description(settings)} Written {written}.")
-    figures = build(series, settings, sampled) if len(series.step_N) else []
+    """sections: what stands below the figures. gpu: whether the run is one of GPUs. until: see `_until`."""
+    written = datetime.datetime.now().strftime("%Y-%m-%d %H:%M:%S")
+    trains = "" if until is None else " The run trains: this page loads itself again every minute."
+    parts = opening(f"Training report: {name}", f"{_description(settings)} Written {written}.{trains}")
+    parts += [] if until is None else [reloading(RELOADED, until)]
+    figures = build(series, settings, sampled, gpu) if len(series.step_N) else []
     if len(series.step_N):
-        parts += _run_parts(series, settings, figures)
+        parts += _run_parts(series, settings, figures, gpu)
     else:
         parts.append("<p>No step has been recorded yet.</p>")
     parts += [
@@ -137,7 +156,7 @@ def _page(
     return "\n".join(parts)
 
 
-def _run_parts(series: Series, settings: Mapping[str, Any], figures: list[Figure]) -> list[str]:
+def _run_parts(series: Series, settings: Mapping[str, Any], figures: list[Figure], gpu: bool) -> list[str]:
     notes = "".join(f"<li>{html.escape(text)}</li>" for text in findings(series, settings))
     band = ""
     if len(series.step_N) > POINTS:
@@ -145,7 +164,7 @@ def _run_parts(series: Series, settings: Mapping[str, Any], figures: list[Figure
     elif len(series.step_N) > DOTTED_STEPS:
         band = " A pale line is each step, the strong line over it the mean of the steps around it."
     return [
-        f'<h2>At a glance</h2><div class="cards">{cards_html(headline(series, settings))}</div>',
+        f'<h2>At a glance</h2><div class="cards">{cards_html(headline(series, settings, gpu))}</div>',
         f"<h2>Worth knowing</h2><ul>{notes}</ul>" if notes else "",
         f'<h2>Over the course of training</h2><p class="sub">{HOW_TO_READ}{band}</p>',
         f'<div class="figures">{"".join(map(figure_html, figures))}</div>',
@@ -164,19 +183,43 @@ def _description(settings: Mapping[str, Any]) -> str:
     )
 
 
-def _sample_parts(run_folder: Path) -> list[str]:
-    """What the model wrote."""
+def read_samples(run_folder: Path) -> list[dict[str, Any]]:
+    """What the model wrote, oldest first: step, temperature, text. Raises UserError for a damaged file."""
     path = run_folder / SAMPLE
     if not path.exists():
         return []
     try:
-        sample = json.loads(path.read_text())
-        title = f"What the model writes after step {sample['step']:,}"
-        how = f"Drawn at temperature {sample['temperature']:g} from nothing but the start of a document."
-        text = printable(sample["text"], "utf-8")
-    except (ValueError, TypeError, KeyError, RecursionError) as error:
+        newest = json.loads(path.read_text())
+        found = [*newest.pop("earlier", []), newest]
+        if not all(
+            isinstance(one["step"], int) and float(one["temperature"]) >= 0 and one["text"] + "" for one in found
+        ):
+            raise TypeError("it holds no texts")
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         raise UserError(SAMPLE, path, f"is damaged: {error}", "remove it; the run writes another one") from error
-    return [f'<h2>{title}</h2><p class="sub">{how}</p>', f'<pre class="text">{html.escape(text)}</pre>']
+    return found
+
+
+def _sample_parts(run_folder: Path) -> list[str]:
+    """What the model wrote, the newest text first."""
+    if not (samples := read_samples(run_folder)):
+        return []
+    *earlier, newest = samples
+    how = f"Drawn at temperature {newest['temperature']:g} from nothing but the start of a document."
+    parts = [
+        f"<h2>What the model writes after step {newest['step']:,}</h2>",
+        f'<p class="sub">{how}</p>',
+        _text(newest),
+    ]
+    if earlier:
+        parts.append("<details><summary>What it wrote before, from the same draws</summary>")
+        parts += [f"<h3>Step {one['step']:,}</h3>{_text(one)}" for one in reversed(earlier)]
+        parts.append("</details>")
+    return parts
+
+
+def _text(sample: Mapping[str, Any]) -> str:
+    return f'<pre class="text">{html.escape(printable(sample["text"], "utf-8"))}</pre>'
 
 
 def _origin_parts(run_folder: Path) -> list[str]:

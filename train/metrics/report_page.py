@@ -66,13 +66,17 @@ function narrowed(figure) {
       if (axis.ticktext) axis.ticktext = kept.map(i => axis.ticktext[i]);
     }
   }
-  let scaled = false;
+  let scaled = "";
   for (const trace of figure.data) if (trace.colorbar) {
     Object.assign(trace.colorbar, {orientation: "h", yref: "container", y: 0, yanchor: "bottom", x: 0.5, len: 1, thickness: 12});
-    trace.colorbar.title = {...trace.colorbar.title, side: "top"};
-    scaled = true;
+    scaled = trace.colorbar.title.text || scaled;
+    trace.colorbar.title = {text: ""};  // plotly draws it over such a bar
   }
-  if (scaled) Object.assign(layout, {height: layout.height + 60, margin: {...layout.margin, b: 110}});
+  if (scaled) {
+    const place = {xref: "paper", x: 0.5, yref: "paper", y: 0, yanchor: "top", yshift: -52, showarrow: false};
+    layout.annotations = [...(layout.annotations || []), {...place, text: scaled}];
+    Object.assign(layout, {height: layout.height + 70, margin: {...layout.margin, b: 120}});
+  }
 }
 async function start() {
   const library = document.createElement("script");
@@ -114,6 +118,11 @@ def opening(title: str, subtitle: str) -> list[str]:
         f"<h1>{html.escape(title)}</h1>",
         f'<p class="sub">{html.escape(subtitle)}</p><p id="old"></p>',
     ]
+
+
+def reloading(seconds: float, until: float) -> str:
+    """What has a page load itself again after so many seconds, up to this Unix time: one that nobody writes anew comes to rest."""
+    return f"<script>if (Date.now() < {1000 * until:.0f}) setTimeout(() => location.reload(), {1000 * seconds:.0f});</script>"
 
 
 def closing(figures: Sequence[Figure]) -> list[str]:

@@ -32,6 +32,8 @@ class Series:
     layer_vio_SL: np.ndarray
     load_SLE: np.ndarray
     """Tokens per expert."""
+    norms: Sequence[Record] = ()
+    """Steps with norms of weights and updates by layer, and what they have of them."""
     resumes: Sequence[Record] = ()
     """Events `resumed`, oldest first."""
 
@@ -88,7 +90,16 @@ def read_series(path: Path) -> Series:
     columns = {name: np.array([_number(head.get(name)) for head in heads]) for name in names}
     step_N = np.array([head["step"] for head in heads], np.int64)
     resumes = [head["resumed"] for head in heads if isinstance(head.get("resumed"), dict)]
-    return Series(step_N, columns, *_layers(path, loaded), resumes=resumes)
+    normed = [head["step"] for head in heads if "weight_norm" in head]
+    return Series(step_N, columns, *_layers(path, loaded), norms=_norms(path, normed), resumes=resumes)
+
+
+def _norms(path: Path, steps: list[int]) -> list[Record]:
+    """As many of the steps as a heat map has columns, evenly spaced."""
+    if not steps:
+        return []
+    wanted = {steps[i] for i in np.linspace(0, len(steps) - 1, min(HEAT_STEPS, len(steps))).round().astype(int)}
+    return [line for line in read_steps(path, wanted) if "layer_weight_norm" in line]
 
 
 def _layers(path: Path, loaded: list[int]) -> tuple[list[str], np.ndarray, np.ndarray, np.ndarray]:

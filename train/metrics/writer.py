@@ -20,8 +20,12 @@ from train.metrics.names import Record
 from train.metrics.origin import read_starts
 from train.metrics.planned import planned
 from train.metrics.progress import Progress
+from train.metrics.report_sink import ReportSink
 from train.metrics.wandb_items import Item, alert
 from train.metrics.wandb_sink import WandbSink, wants_wandb
+
+SELDOM = {"validation_loss", "weight_norm"}
+"""What is measured in few steps, and recorded in each of them."""
 
 
 class Sink(Protocol):
@@ -44,7 +48,7 @@ class MetricsWriter:
         extra: Callable[[], Record] = dict,
         alerts: str | None = None,
     ):
-        """every: steps between records to the sinks; the first, the last and validated steps always go there.
+        """every: steps between records to the sinks; the first, the last and those with one of SELDOM always go there.
 
         The terminal sees every record. first: events that the first record is to hold. extra: further scalars for the sinks.
         alerts: the name that begins the title of an alert of W&B; None sends none.
@@ -59,7 +63,7 @@ class MetricsWriter:
         self._progress.write(record)
         step = record["step"]
         due = (
-            step % self._every == 0 or step in (1, self._last_step) or "validation_loss" in record or bool(self._first)
+            step % self._every == 0 or step in (1, self._last_step) or bool(self._first) or bool(SELDOM & record.keys())
         )
         if due:
             record = record | self._first | self._extra()
@@ -137,6 +141,8 @@ def open_writer(
         writer.alert("a disk refused metrics", text)
 
     sinks: list[Sink] = [JsonlSink(run_folder / METRICS_FILE, resumed_step, disk_note)]
+    if config.log.report_every:
+        sinks.append(ReportSink(run_folder, config.log.report_every))
     if wants_wandb(config.log.wandb):
         code = {name: start[name] for start in read_starts(run_folder)[-1:] for name in ("commit", "modified")}
         sinks.append(open_wandb(config, run_folder, progress.note, settings_of(config) | {"code": code}))

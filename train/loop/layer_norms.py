@@ -1,0 +1,75 @@
+"""Norms of the weights of every layer, and of what a step changed of them.
+
+A layer's norm is the root of the sum of squares of its fp32 master weights, every one counted once, whatever the layout: each rank adds
+up the intervals that it would write to a checkpoint, and one sum over all ranks follows. What an update changed is told by a copy of
+the masters from before, in the host's memory and from the end of the backward passes to that of the update alone; so it holds for any
+optimizer. A run measures every log.norms_every steps, and costs nothing in the others.
+"""
+
+from collections.abc import Iterator
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from conf.schema import Config, Model
+from parallel.zero.engine import Zero
+from train.metrics.names import Record
+
+COMPARED_ELEMENTS = 1 << 24
+"""Elements of a weight that are compared at a time: 64 MB on the device."""
+
+
+def layer_names(model: Model) -> list[str]:
+    """Parts of the model whose norms are told apart, as parameters name them."""
+    blocks = [f"layers.{i}" for i in range(model.layers)]
+    return ["embedding", *blocks, "norm", "head", *(f"mtp.{i}" for i in range(model.mtp_depth))]
+
+
+class LayerNorms:
+    """What one rank adds to the norms of a step that is measured."""
+
+    def __init__(self, config: Config, zero: Zero, device: torch.device):
+        self._every = config.log.norms_every
+        self._zero, self._device, self._layers = zero, device, layer_names(config.model)
+        self._before: dict[str, Tensor] = {}
+
+    def keep(self, step: int, phase: str) -> None:
+        """Call at the end of every phase of every step, see `TrainingStep.run`; the update follows that of `reduction`."""
+        if self._measures(step) and phase == "reduction":
+            self._before = {name: master.to("cpu", copy=True) for name, master in self._masters()}
+
+    def collect(self, step: int) -> Record:
+        """Call after the update, on all ranks: norms by layer and of all together; nothing for a step that is not measured."""
+        if not self._measures(step):
+            return {}
+        squares_2L = torch.zeros(2, len(self._layers), dtype=torch.float64)
+        for name, master in self._masters():
+            before, row = self._before.pop(name), self._layers.index(_layer_of(name))
+            for now, old in zip(master.split(COMPARED_ELEMENTS), before.split(COMPARED_ELEMENTS), strict=True):
+                pair = [now, now - old.to(now.device)]
+                squares_2L[:, row] += self._zero.client.sums_of_squares(pair).cpu()
+        squares_2L = squares_2L.to(self._device)
+        dist.all_reduce(squares_2L)
+        weight_L, update_L = squares_2L.sqrt().tolist()
+        whole = squares_2L.sum(1).sqrt().tolist()
+        return {
+            "weight_norm": whole[0],
+            "update_norm": whole[1],
+            "layer_weight_norm": dict(zip(self._layers, weight_L, strict=True)),
+            "layer_update_norm": dict(zip(self._layers, update_L, strict=True)),
+        }
+
+    def _measures(self, step: int) -> bool:
+        return self._every > 0 and step % self._every == 0
+
+    def _masters(self) -> Iterator[tuple[str, Tensor]]:
+        for name, shard in self._zero.shards().items():
+            if name.startswith("master.") and shard.local.numel():
+                yield name.removeprefix("master."), shard.local
+
+
+def _layer_of(name: str) -> str:
+    """The part of the model that a parameter belongs to."""
+    first, second, *_ = name.split(".")
+    return f"{first}.{second}" if first in ("layers", "mtp") else first

@@ -1,0 +1,39 @@
+"""What the model writes at the end of a run, and now and then before (log.sample_every). The file keeps them all, by step."""
+
+import torch
+
+from conf.files import atomic_write_json
+from conf.schema import Config
+from train.checkpoint.manifest import newest_intact, read_manifest
+from train.checkpoint.run_folder import RunPaths
+from train.checkpoint.weights import fits_here
+from train.data.tokenizer import Tokenizer
+from train.generate.complete import complete
+from train.generate.source import from_checkpoint
+from train.metrics.report import SAMPLE, read_samples
+
+SAMPLE_TEMPERATURE = 0.8
+KEPT_SAMPLES = 100
+"""Texts in the file, the newest ones."""
+
+
+def sample(config: Config, tokenizer: Tokenizer, device: torch.device) -> str | None:
+    """Text from the newest checkpoint, also kept in sample.json; or why there is none; None when the run wants none.
+
+    Every text of a run begins from the same draws, so that what differs between two of them is the model.
+    """
+    paths = RunPaths(config)
+    checkpoint = newest_intact(paths.checkpoints).path
+    if not config.log.sample_tokens or checkpoint is None:
+        return None
+    if config.model.block:
+        return "(none: text is not written through blocks of your own)"
+    if not fits_here(config, device):
+        return "(none: the model does not fit beside the run)"
+    source = from_checkpoint(config, checkpoint, tokenizer, device)
+    text = complete(source, "", tokens=config.log.sample_tokens, temperature=SAMPLE_TEMPERATURE, seed=config.seed)
+    step = read_manifest(checkpoint).step
+    earlier = [one for one in read_samples(paths.path) if one["step"] < step]
+    newest = {"step": step, "temperature": SAMPLE_TEMPERATURE, "text": text}
+    atomic_write_json(paths.path / SAMPLE, newest | {"earlier": earlier[1 - KEPT_SAMPLES :]})
+    return text
